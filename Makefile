@@ -1,0 +1,56 @@
+# `make` lists what there is. PYTHON=/path/to/python3.12 chooses the interpreter; ARGS= are passed
+# on, as in: make serve ARGS="--port 8001 --model qwen2.5-coder-0.5b-instruct"
+
+BIN := .venv/bin
+export PYTHON
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test slow setup lint parity notebooks bench golden clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+serve: ## install, fetch the chat model (93 MB), serve it on 127.0.0.1:8000
+	@sh scripts/setup.sh serve
+	@$(BIN)/pellucid pull >/dev/null
+	@exec $(BIN)/pellucid serve $(ARGS)
+
+test: .models ## install, fetch the models (570 MB), run the tests
+	@$(BIN)/pytest -q $(ARGS)
+
+slow: .models ## the tests that take long, then the comparisons and the notebooks
+	@$(BIN)/pytest -q -m slow $(ARGS)
+	@$(MAKE) parity notebooks
+
+setup: ## make .venv with everything for development
+	@sh scripts/setup.sh dev
+
+lint: setup ## ruff, pyright, and who may import whom
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+	@$(BIN)/lint-imports
+
+parity: .models ## compare live with the reference implementations (installs torch)
+	@sh scripts/setup.sh parity
+	@$(BIN)/pytest -q -m parity $(ARGS)
+
+golden: .models ## make the golden files of tests/golden again (installs torch)
+	@sh scripts/setup.sh parity
+	@for make in tests/golden/make_*.py; do echo "$$make"; $(BIN)/python "$$make" || exit 1; done
+
+bench: .models ## measure, and compare with peers (installs torch)
+	@sh scripts/setup.sh parity
+	@for bench in tests/bench/bench_*.py; do echo "$$bench"; $(BIN)/python "$$bench" || exit 1; done
+
+notebooks: .models ## run notebooks/*.py and write the .ipynb beside each
+	@$(BIN)/jupytext --to ipynb --execute notebooks/[0-9]*.py
+
+clean: ## remove .venv and caches; models stay in the data folder
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: .models
+.models: setup
+	@$(BIN)/pellucid pull --all >/dev/null

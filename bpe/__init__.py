@@ -1,0 +1,36 @@
+"""Text to token ids and back: byte-pair encoding, chat templates, and text that arrives in pieces.
+
+Read in this order: `pretokenize` (cutting text into pieces), `merge` (the algorithm), `encoding`
+(the two together), `formats` (where vocabularies come from), `stream` and `chat`.
+
+    import bpe
+
+    tokenizer = bpe.load("model.gguf")
+    ids = tokenizer.encoding.encode("hello world")
+    text = tokenizer.encoding.decode(ids)
+"""
+
+from bpe.chat import ChatTemplate
+from bpe.encoding import Encoding
+from bpe.formats import (
+    Tokenizer,
+    from_folder,
+    from_gguf,
+    from_tiktoken,
+    from_tokenizer_json,
+    load,
+)
+from bpe.stream import StopMatcher, StreamDecoder
+
+__all__ = [
+    "ChatTemplate",
+    "Encoding",
+    "StopMatcher",
+    "StreamDecoder",
+    "Tokenizer",
+    "from_folder",
+    "from_gguf",
+    "from_tiktoken",
+    "from_tokenizer_json",
+    "load",
+]

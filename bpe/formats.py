@@ -1,0 +1,580 @@
+"""Reading vocabularies: `.tiktoken` files, Hugging Face's `tokenizer.json`, and GGUF metadata.
+
+Each reader is strict. A vocabulary read half right still encodes, only differently from what the
+model was trained on, and nobody notices but the model. So whatever a file says that we do not know
+raises a ValueError naming the file and the key.
+
+Two of the formats write bytes as text, in GPT-2's way: each of the 256 bytes has a printable
+character that stands for it. The 188 printable ones of Latin-1 stand for themselves, the others,
+in order, for U+0100 and up: a space is "Ġ", a newline "Ċ".
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bpe.chat import ChatTemplate
+from bpe.encoding import Encoding
+from bpe.pretokenize import GPT2, LLAMA3, QWEN2, SMOLLM
+
+# What ends a turn or a text, in the vocabularies we know. Whichever of them a vocabulary has as a
+# special token stops generation, besides its declared eos.
+_STOP_TOKENS = (
+    "<|endoftext|>",  # GPT-2, Qwen2, SmolLM2
+    "<|im_end|>",  # ChatML
+    "<|end_of_text|>",  # Llama 3: of a text,
+    "<|eot_id|>",  # of a turn,
+    "<|eom_id|>",  # of a message that waits for a tool
+    "<|end|>",  # Phi 3
+)
+
+# OpenAI's files hold only the ranks; pattern and special tokens are published apart from them.
+_TIKTOKEN_FILES: dict[str, tuple[str, dict[str, int]]] = {
+    "r50k_base": (GPT2, {"<|endoftext|>": 50256}),
+    "p50k_base": (GPT2, {"<|endoftext|>": 50256}),
+    "cl100k_base": (
+        LLAMA3,
+        {
+            "<|endoftext|>": 100257,
+            "<|fim_prefix|>": 100258,
+            "<|fim_middle|>": 100259,
+            "<|fim_suffix|>": 100260,
+            "<|endofprompt|>": 100276,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """What a model file says about text.
+
+    Attributes:
+        encoding: text to ids and back.
+        chat_template: how a conversation becomes text, if the model knows conversations.
+        bos_id: the token that begins a text, if there is one.
+        eos_id: the token that ends a text or turn, if there is one.
+        add_bos: whether plain text (not a rendered chat template, which writes its own) must be
+            given to the model with `bos_id` in front.
+        stop_ids: the tokens after which generation ends.
+    """
+
+    encoding: Encoding
+    chat_template: ChatTemplate | None = None
+    bos_id: int | None = None
+    eos_id: int | None = None
+    add_bos: bool = False
+    stop_ids: frozenset[int] = frozenset()
+
+
+def load(path: str | Path) -> Tokenizer:
+    """Reads a tokenizer from a file or folder, whatever its format.
+
+    Args:
+        path: a `.gguf` file, a `.tiktoken` file of OpenAI's, a `tokenizer.json`, or a Hugging Face
+            folder (`tokenizer.json`, `tokenizer_config.json`, perhaps `chat_template.jinja`).
+
+    Raises:
+        FileNotFoundError: if there is nothing at `path`, or no tokenizer in the folder.
+        ValueError: if the format is unknown, or the file is damaged or says what we do not know.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return from_folder(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.suffix == ".gguf":
+        return from_gguf(_read_gguf(path), source=str(path))
+    if path.suffix == ".json":
+        return from_tokenizer_json(path)
+    if path.suffix == ".tiktoken":
+        if path.stem not in _TIKTOKEN_FILES:
+            raise ValueError(
+                f"{path}: a .tiktoken file holds no split pattern, and only those of "
+                f"{', '.join(_TIKTOKEN_FILES)} are known by name; call "
+                "bpe.from_tiktoken(path, pattern=..., special_tokens=...)"
+            )
+        pattern, special_tokens = _TIKTOKEN_FILES[path.stem]
+        return from_tiktoken(path, pattern=pattern, special_tokens=special_tokens)
+    raise ValueError(
+        f"{path}: unknown kind of vocabulary; a .gguf, a .tiktoken, a tokenizer.json or a folder "
+        "holding one can be read"
+    )
+
+
+# tiktoken
+
+
+def from_tiktoken(
+    path: str | Path, *, pattern: str | Sequence[str], special_tokens: Mapping[str, int]
+) -> Tokenizer:
+    """Reads a `.tiktoken` file: on each line a token in base64, a space, and its rank.
+
+    Args:
+        path: the file.
+        pattern: its split pattern (see `bpe.pretokenize`).
+        special_tokens: spelling to id.
+
+    Raises:
+        ValueError: if the file is damaged, or lacks a byte.
+    """
+    path = Path(path)
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line:
+            continue
+        try:
+            encoded, rank_text = line.split()
+            token, rank = base64.b64decode(encoded, validate=True), int(rank_text)
+        except (ValueError, binascii.Error):
+            raise ValueError(f"{path}: line {number} is not 'base64 rank': {line[:80]!r}") from None
+        if token in ranks:
+            raise ValueError(f"{path}: line {number} repeats the token {token!r}")
+        ranks[token] = rank
+    try:
+        encoding = Encoding(path.stem, pattern=pattern, ranks=ranks, special_tokens=special_tokens)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    eos_id = special_tokens.get("<|endoftext|>")
+    return Tokenizer(encoding=encoding, eos_id=eos_id, stop_ids=_stop_ids(encoding, eos_id))
+
+
+# Hugging Face
+
+
+def from_folder(path: str | Path) -> Tokenizer:
+    """Reads `tokenizer.json`, `tokenizer_config.json` and the chat template of a model folder.
+
+    Raises:
+        FileNotFoundError: if there is no `tokenizer.json`.
+        ValueError: if a file is damaged or says what we do not know.
+    """
+    path = Path(path)
+    if not (path / "tokenizer.json").exists():
+        raise FileNotFoundError(f"{path}: no tokenizer.json in this folder")
+    config_path = path / "tokenizer_config.json"
+    config = _read_json(config_path) if config_path.exists() else {}
+    bos = _token_text(config.get("bos_token"), f"{config_path}: bos_token")
+    eos = _token_text(config.get("eos_token"), f"{config_path}: eos_token")
+
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if (path / "chat_template.jinja").exists():  # newer, and what transformers prefers
+        template = (path / "chat_template.jinja").read_text(encoding="utf-8")
+    if template is not None and not isinstance(template, str):
+        raise ValueError(
+            f"{config_path}: chat_template is a {type(template).__name__}, not a string"
+        )
+
+    return _from_tokenizer_json(path / "tokenizer.json", path.name, bos, eos, template)
+
+
+def from_tokenizer_json(path: str | Path) -> Tokenizer:
+    """Reads a `tokenizer.json` alone, which names no eos and has no chat template.
+
+    Raises:
+        ValueError: if the file is damaged or says what we do not know.
+    """
+    path = Path(path)
+    return _from_tokenizer_json(path, path.stem, None, None, None)
+
+
+def _from_tokenizer_json(
+    path: Path, name: str, bos: str | None, eos: str | None, template: str | None
+) -> Tokenizer:
+    spec = _read_json(path)
+    # `truncation` and `padding` are settings of a call that the file happens to keep.
+    known = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer"}
+    _only(spec, known | {"post_processor", "decoder", "model"}, str(path))
+    model = _get(spec, "model", dict, str(path))
+    where = f"{path}: model"
+    _one_of(model, "type", ["BPE"], where)
+    _one_of(model, "dropout", [None, 0, 0.0], where)
+    _one_of(model, "continuing_subword_prefix", [None, ""], where)
+    _one_of(model, "end_of_word_suffix", [None, ""], where)
+    _one_of(model, "byte_fallback", [None, False], where)
+    _one_of(model, "fuse_unk", [None, False], where)
+    ignore_merges = _one_of(model, "ignore_merges", [None, False, True], where)
+    known = {"type", "dropout", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk"}
+    known |= {"byte_fallback", "ignore_merges", "unk_token", "vocab", "merges"}
+    _only(model, known, where)
+    _one_of(_get(spec, "decoder", dict, str(path)), "type", ["ByteLevel"], f"{path}: decoder")
+
+    special = _added_tokens(spec, str(path))
+    vocab = _get(model, "vocab", dict, where)
+    for token, id in vocab.items():
+        if not isinstance(id, int):
+            raise ValueError(f"{where}: vocab[{token!r}] is {_short(id)}, not an id")
+    merges = [  # strings in old files
+        merge.split(" ") if isinstance(merge, str) else merge
+        for merge in _get(model, "merges", list, where)
+    ]
+    encoding = _from_byte_level(
+        name,
+        tokens={token: id for token, id in vocab.items() if token not in special},
+        special_tokens=special,
+        merges=merges,
+        patterns=_split_patterns(spec.get("pre_tokenizer"), f"{path}: pre_tokenizer"),
+        ignore_merges=bool(ignore_merges),
+        normalization=_normalization(spec.get("normalizer"), f"{path}: normalizer"),
+        where=where,
+    )
+    if encoding.dropped_bytes and model.get("unk_token") is not None:
+        raise ValueError(f"{where}: unk_token for missing bytes is not supported")
+
+    begin = _begin_token(spec.get("post_processor"), f"{path}: post_processor")
+    if begin is not None and bos is not None and begin != bos:
+        raise ValueError(f"{path}: post_processor adds {begin!r}, but bos_token is {bos!r}")
+    bos = bos or begin
+    for key, token in {"bos_token": bos, "eos_token": eos}.items():
+        if token is not None and token not in special:
+            raise ValueError(f"{path}: added_tokens lacks the {key} {token!r}")
+    eos_id = None if eos is None else special[eos]
+    return Tokenizer(
+        encoding=encoding,
+        chat_template=_chat_template(template, bos, eos),
+        bos_id=None if bos is None else special[bos],
+        eos_id=eos_id,
+        add_bos=begin is not None,
+        stop_ids=_stop_ids(encoding, eos_id),
+    )
+
+
+def _added_tokens(spec: Mapping[str, Any], where: str) -> dict[str, int]:
+    special: dict[str, int] = {}
+    for i, token in enumerate(_get(spec, "added_tokens", list, where)):
+        here = f"{where}: added_tokens[{i}]"
+        text, id = _get(token, "content", str, here), _get(token, "id", int, here)
+        for key in ("single_word", "lstrip", "rstrip"):
+            _one_of(token, key, [None, False], here)
+        if spec.get("normalizer") is not None:
+            _one_of(token, "normalized", [None, False], here)
+        _only(
+            token,
+            {"content", "id", "special", "single_word", "lstrip", "rstrip", "normalized"},
+            here,
+        )
+        if special.setdefault(text, id) != id:
+            raise ValueError(f"{here}: {text!r} has the ids {special[text]} and {id}")
+    return special
+
+
+def _normalization(spec: Any, where: str) -> Literal["NFC"] | None:
+    steps = [] if spec is None else [spec]
+    if isinstance(spec, dict) and spec.get("type") == "Sequence":
+        steps = _get(spec, "normalizers", list, where)
+    if not steps:
+        return None
+    if steps == [{"type": "NFC"}]:
+        return "NFC"
+    raise ValueError(f"{where}: {_short(spec)} is not known; null and NFC are")
+
+
+def _split_patterns(spec: Any, where: str) -> str | list[str]:
+    """The split patterns that Hugging Face's pre-tokenizers amount to."""
+    steps = [spec]
+    if isinstance(spec, dict) and spec.get("type") == "Sequence":
+        steps = _get(spec, "pretokenizers", list, where)
+    patterns: list[str] = []
+    for i, step in enumerate(steps):
+        match step:
+            case {"type": "Digits", "individual_digits": True}:
+                patterns.append(r"\p{N}")
+            case {"type": "Digits", "individual_digits": False}:
+                patterns.append(r"\p{N}+")
+            case {
+                "type": "Split",
+                "pattern": {"Regex": str(pattern)},
+                "behavior": "Isolated",
+                "invert": False,
+            }:
+                patterns.append(pattern)
+            case {"type": "ByteLevel", "add_prefix_space": False}:
+                if i != len(steps) - 1:
+                    raise ValueError(f"{where}: ByteLevel is not the last step")
+                if step.get("use_regex", True):
+                    patterns.append(GPT2)
+                if patterns == [r"\p{N}", GPT2]:
+                    return SMOLLM  # the same in one pass
+                return patterns or [r"(?s:.+)"]
+            case _:
+                raise ValueError(f"{where}: {_short(step)} is not known")
+    raise ValueError(f"{where}: the last step must be ByteLevel, not {_short(steps[-1:])}")
+
+
+def _begin_token(spec: Any, where: str) -> str | None:
+    """The token that the post-processor puts in front of a text, if any."""
+    begin = None
+    steps = [spec] if spec is not None else []
+    if isinstance(spec, dict) and spec.get("type") == "Sequence":
+        steps = _get(spec, "processors", list, where)
+    for step in steps:
+        match step:
+            case {"type": "ByteLevel"}:
+                pass  # only moves offsets
+            case {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}]}:
+                pass  # adds nothing
+            case {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": str(begin)}}, {"Sequence": {"id": "A"}}],
+            }:
+                pass
+            case _:
+                raise ValueError(f"{where}: {_short(step)} is not known")
+    return begin
+
+
+# GGUF
+
+# tokenizer.ggml.pre: pattern, ignore_merges, normalization, and whether a text begins with bos
+# unless the file says otherwise. A GGUF file does not say that Qwen2 normalizes (llama.cpp does
+# not); Hugging Face's tokenizer, with which the model was trained, does.
+_GGUF_PRE: dict[str, tuple[str, bool, Literal["NFC"] | None, bool]] = {
+    "gpt-2": (GPT2, False, None, False),
+    "smollm": (SMOLLM, False, None, False),
+    "llama-bpe": (LLAMA3, True, None, True),
+    "qwen2": (QWEN2, False, "NFC", False),
+}
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
+
+
+def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> Tokenizer:
+    """Makes a tokenizer from the metadata of a GGUF file.
+
+    Control and user-defined tokens are special tokens. Tokens marked as unused (Qwen2 fills its
+    vocabulary up to a round number) have no text: the encoding does not know their ids.
+
+    Args:
+        metadata: all key-value pairs of the file; texts may be `str` or UTF-8 `bytes`.
+        source: what error messages call the file.
+
+    Raises:
+        ValueError: if a key is missing, unknown, or says what we do not know.
+    """
+    meta = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+    ggml = "tokenizer.ggml."
+    known = {"model", "pre", "tokens", "token_type", "merges", "scores", "add_bos_token"}
+    known |= {"add_eos_token", "add_space_prefix"}
+    for key in meta:
+        if key.startswith("tokenizer.chat_template") or key.endswith("_token_id"):
+            continue  # other templates by name, and the ids of tokens for special purposes
+        if key.removeprefix(ggml) not in known:
+            raise ValueError(f"{source}: {key} is not known")
+    _one_of({ggml + "model": _text(meta.get(ggml + "model"))}, ggml + "model", ["gpt2"], source)
+    pre = _text(meta.get(ggml + "pre"))
+    _one_of({ggml + "pre": pre}, ggml + "pre", list(_GGUF_PRE), source)
+    pattern, ignore_merges, normalization, add_bos = _GGUF_PRE[pre]
+    _one_of(meta, ggml + "add_eos_token", [None, False], source)
+    _one_of(meta, ggml + "add_space_prefix", [None, False], source)
+
+    tokens = [_text(token) for token in _get_array(meta, ggml + "tokens", source)]
+    types = [int(t) for t in _get_array(meta, ggml + "token_type", source)]
+    if len(tokens) != len(types):
+        raise ValueError(
+            f"{source}: {ggml}tokens has {len(tokens)} items, {ggml}token_type {len(types)}"
+        )
+    ordinary: dict[str, int] = {}
+    special: dict[str, int] = {}
+    for id, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        if kind == _UNUSED:
+            continue
+        if kind not in (_NORMAL, _CONTROL, _USER_DEFINED):
+            raise ValueError(f"{source}: {ggml}token_type[{id}] is {kind}; 1, 3, 4 and 5 are known")
+        table = ordinary if kind == _NORMAL else special
+        if table.setdefault(token, id) != id:
+            raise ValueError(f"{source}: {ggml}tokens has {token!r} at {table[token]} and at {id}")
+
+    encoding = _from_byte_level(
+        _text(metadata.get("general.name")) or pre,
+        tokens=ordinary,
+        special_tokens=special,
+        merges=[_text(merge).split(" ") for merge in _get_array(meta, ggml + "merges", source)],
+        patterns=pattern,
+        ignore_merges=ignore_merges,
+        normalization=normalization,
+        where=f"{source}: {ggml}tokens",
+    )
+
+    def token_id(name: str) -> int | None:
+        id = meta.get(f"{ggml}{name}_token_id")
+        if id is not None and not 0 <= int(id) < len(tokens):
+            raise ValueError(f"{source}: {ggml}{name}_token_id is {id}, of {len(tokens)} tokens")
+        return None if id is None else int(id)
+
+    bos_id, eos_id = token_id("bos"), token_id("eos")
+    if (declared := meta.get(ggml + "add_bos_token")) is not None:
+        add_bos = bool(declared)
+    if add_bos and bos_id is None:
+        raise ValueError(f"{source}: {ggml}add_bos_token is set, but {ggml}bos_token_id is missing")
+    return Tokenizer(
+        encoding=encoding,
+        chat_template=_chat_template(
+            _text(meta.get("tokenizer.chat_template")) or None,
+            None if bos_id is None else tokens[bos_id],
+            None if eos_id is None else tokens[eos_id],
+        ),
+        bos_id=bos_id,
+        eos_id=eos_id,
+        add_bos=add_bos,
+        stop_ids=_stop_ids(encoding, eos_id, token_id("eot"), token_id("eom")),
+    )
+
+
+def _read_gguf(path: Path) -> dict[str, Any]:
+    import gguf  # some 0.2 s, and then seconds for a large vocabulary
+
+    try:
+        reader = gguf.GGUFReader(path)
+        return {
+            key: field.contents()
+            for key, field in reader.fields.items()
+            if key.startswith(("tokenizer.", "general.name"))
+        }
+    except Exception as error:  # of a damaged file, the library raises what it stumbles over
+        raise ValueError(f"{path}: not a readable GGUF file: {error}") from error
+
+
+# Common to the formats that write bytes as characters
+
+
+def byte_characters() -> dict[int, str]:
+    """GPT-2's character for each byte."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+# What a vocabulary may do without: control characters other than tab, newline and return, bytes
+# that never occur in UTF-8, and first bytes of planes where hardly a character is assigned. A
+# vocabulary has tokens only for the bytes of its training text. One that lacks others is damaged.
+_DISPENSABLE = bytes(
+    [*(b for b in range(32) if b not in b"\t\n\r"), 0x7F, 0xC0, 0xC1, *range(0xF1, 0x100)]
+)
+
+
+def _from_byte_level(
+    name: str,
+    *,
+    tokens: Mapping[str, int],
+    special_tokens: Mapping[str, int],
+    merges: Iterable[Any],
+    patterns: str | Sequence[str],
+    ignore_merges: bool,
+    normalization: Literal["NFC"] | None,
+    where: str,
+) -> Encoding:
+    byte_of = {character: byte for byte, character in byte_characters().items()}
+    as_bytes: dict[str, bytes] = {}
+    for token, id in tokens.items():
+        try:
+            as_bytes[token] = bytes([byte_of[character] for character in token])
+        except KeyError as error:
+            raise ValueError(
+                f"{where}: token {id}, {token!r}, has the character {error.args[0]!r}, "
+                "which stands for no byte"
+            ) from None
+    ranks = {token_bytes: tokens[token] for token, token_bytes in as_bytes.items()}
+    dropped = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
+    if lost := dropped.translate(None, _DISPENSABLE):
+        raise ValueError(f"{where}: no token for the bytes {lost!r}")
+
+    pairs: list[tuple[bytes, bytes]] = []
+    for i, merge in enumerate(merges):
+        match merge:
+            case [str(left), str(right)] if left in as_bytes and right in as_bytes:
+                pairs.append((as_bytes[left], as_bytes[right]))
+            case _:
+                raise ValueError(f"{where}: merge {i}, {_short(merge)}, does not join two tokens")
+    try:
+        return Encoding(
+            name,
+            pattern=patterns,
+            ranks=ranks,
+            special_tokens=special_tokens,
+            merges=pairs,
+            ignore_merges=ignore_merges,
+            normalization=normalization,
+            dropped_bytes=dropped,
+        )
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _chat_template(source: str | None, bos: str | None, eos: str | None) -> ChatTemplate | None:
+    return ChatTemplate(source, bos_token=bos or "", eos_token=eos or "") if source else None
+
+
+def _stop_ids(encoding: Encoding, *ids: int | None) -> frozenset[int]:
+    stops = {encoding.special_tokens.get(token) for token in _STOP_TOKENS} | set(ids)
+    return frozenset(id for id in stops if id is not None)
+
+
+# Checks of structure
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a {type(value).__name__}, not an object")
+    return value
+
+
+def _get(mapping: Any, key: str, kind: type, where: str) -> Any:
+    value = mapping.get(key) if isinstance(mapping, Mapping) else None
+    if not isinstance(value, kind):
+        found = "missing" if value is None else f"a {type(value).__name__}"
+        raise ValueError(f"{where}: {key} is {found}, not a {kind.__name__}")
+    return value
+
+
+def _get_array(metadata: Mapping[str, Any], key: str, where: str) -> list[Any]:
+    """An array of GGUF metadata, which readers give as a list or as an array of numpy's."""
+    value = metadata.get(key)
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
+        found = "missing" if value is None else f"a {type(value).__name__}"
+        raise ValueError(f"{where}: {key} is {found}, not an array")
+    return list(value)
+
+
+def _one_of(mapping: Mapping[str, Any], key: str, values: Sequence[Any], where: str) -> Any:
+    value = mapping.get(key)
+    if value not in values:
+        allowed = ", ".join(map(repr, values))
+        raise ValueError(f"{where}: {key} is {_short(value)}; of what we can read, it is {allowed}")
+    return value
+
+
+def _only(mapping: Mapping[str, Any], known: set[str], where: str) -> None:
+    if unknown := mapping.keys() - known:
+        raise ValueError(f"{where}: {sorted(unknown)[0]} is not known")
+
+
+def _text(value: Any) -> str:
+    return (
+        value.decode("utf-8") if isinstance(value, bytes) else "" if value is None else str(value)
+    )
+
+
+def _token_text(value: Any, where: str) -> str | None:
+    """A token in tokenizer_config.json: a string, or an object with the string in it."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{where} is {_short(value)}, not a string")
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,121 @@
+r"""Cutting text into pieces before any merge: the regular expressions of the tokenizers we know.
+
+Byte-pair encoding never merges across the border of a piece, so these patterns decide that "dog",
+" dog" and "dog!" share a token instead of each growing their own. Every pattern is an ordered
+choice: at each position the first alternative that matches wins. They come from GPT-2's
+`encoder.py`, from cl100k (Llama 3 took it over) and from Qwen2; each was compared with Hugging
+Face's `tokenizers` on every assigned character of Unicode.
+
+The `regex` module is needed because the standard library's `re` knows neither `\p{L}` (a letter of
+any script) nor `\p{N}` (a number of any script: digits, but also ½, ² and Ⅷ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import regex
+
+GPT2 = "|".join(
+    [
+        r"'(?:[sdmt]|ll|ve|re)",  # English contractions, lower case only: 's 'd 'm 't 'll 've 're
+        r" ?\p{L}+",  # a word, taking one space in front of it along
+        r" ?\p{N}+",  # a number of any length, likewise
+        r" ?[^\s\p{L}\p{N}]+",  # a run of punctuation and symbols, likewise
+        r"\s+(?!\S)",  # white space, leaving its last character to the word that follows...
+        r"\s+",  # ...unless that character cannot lead a word (a newline or a tab before text)
+    ]
+)
+
+# SmolLM2 (and StarCoder) first cut out every digit, then apply GPT-2's pattern to what lies
+# between. One pass does both: a digit stands alone, so no other clause may hold one, and white
+# space in front of a digit ends its stretch just as the end of the text would.
+SMOLLM = "|".join(
+    [
+        r"\p{N}",
+        r"'(?:[sdmt]|ll|ve|re)",
+        r" ?\p{L}+",
+        r" ?[^\s\p{L}\p{N}]+",
+        r"\s+(?![^\s\p{N}])",
+        r"\s+",
+    ]
+)
+
+# The pattern of cl100k, Llama 3 and Qwen2; they differ only in how many digits a piece may have.
+_CL100K = "|".join(
+    [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # contractions in either case
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",  # a word, taking along one leading space *or* symbol: "(word"
+        r"\p{N}{1,DIGITS}",  # at most so many digits, without the space in front
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # symbols with the line ends after them: code ends in ";\n"
+        r"\s*[\r\n]+",  # line ends with the white space before them
+        r"\s+(?!\S)",  # white space, leaving the last character to what follows
+        r"\s+",
+    ]
+)
+LLAMA3 = _CL100K.replace("DIGITS", "3")
+QWEN2 = _CL100K.replace(r"{1,DIGITS}", "")
+
+# What a pattern may take: seconds at least, and characters a second, of which our own do millions.
+MIN_SECONDS = 5.0
+MIN_SPEED = 100_000
+
+PATTERNS = {"gpt2": GPT2, "smollm": SMOLLM, "llama3": LLAMA3, "qwen2": QWEN2}
+
+
+def compile_pattern(pattern: str) -> regex.Pattern[str]:
+    """Compiles one split pattern.
+
+    Args:
+        pattern: a regular expression in the dialect of the `regex` module.
+
+    Raises:
+        ValueError: if it is not one.
+    """
+    try:
+        return regex.compile(pattern)
+    except regex.error as error:
+        raise ValueError(
+            f"split pattern {pattern!r} is not a regular expression: {error}"
+        ) from None
+
+
+def split(patterns: Sequence[regex.Pattern[str]], text: str) -> list[str]:
+    """Cuts `text` into pieces; joined together they are `text` again.
+
+    Several patterns are applied in turn, each to the pieces that the one before it left. What a
+    pattern does not match becomes a piece of its own (Hugging Face calls it "isolated"), so that no
+    pattern can lose text.
+
+    Raises:
+        ValueError: if a pattern takes far longer than scanning the text once does; one from a file
+            may need time exponential in the length of the text.
+    """
+    pieces = [text]
+    for pattern in patterns:
+        if len(pieces) == 1:
+            pieces = _split_one(pattern, pieces[0])
+        else:
+            pieces = [part for piece in pieces for part in _split_one(pattern, piece)]
+    return pieces
+
+
+def _split_one(pattern: regex.Pattern[str], text: str) -> list[str]:
+    seconds = MIN_SECONDS + len(text) / MIN_SPEED
+    try:
+        if pattern.groups == 0:
+            pieces = pattern.findall(text, timeout=seconds)
+            if sum(map(len, pieces)) == len(text) and "" not in pieces:
+                return pieces
+        # Rare: gaps, empty matches, or capture groups, which `findall` would return instead.
+        pieces, end = [], 0
+        for match in pattern.finditer(text, timeout=seconds):
+            pieces += [text[end : match.start()], match.group()]
+            end = match.end()
+    except TimeoutError:
+        raise ValueError(
+            f"split pattern {pattern.pattern!r} took more than {seconds:.1f} s "
+            f"on {len(text)} characters"
+        ) from None
+    pieces.append(text[end:])
+    return [piece for piece in pieces if piece]

@@ -1,0 +1,93 @@
+"""Does it fit: the API's arithmetic of prompt, completion and context.
+
+Prompt and completion share the model's context. What does not fit is a 400 with OpenAI's own
+sentence, which programs recognise to shorten a conversation and try again.
+"""
+
+import functools
+import unicodedata
+
+from bpe import Encoding
+from serve.errors import APIError
+
+# What each route calls its input, and how it ends the sentence when input alone is too long, or
+# input and completion together.
+MESSAGES = (
+    "messages",
+    ". However, your messages resulted in {prompt} tokens. "
+    "Please reduce the length of the messages.",
+    ". However, you requested {total} tokens ({prompt} in the messages, {completion} in the "
+    "completion). Please reduce the length of the messages or completion.",
+)
+PROMPT = (
+    None,
+    ". However, your prompt resulted in {prompt} tokens. Please reduce the length of the prompt.",
+    ", however you requested {total} tokens ({prompt} in your prompt; {completion} for the "
+    "completion). Please reduce your prompt; or completion length.",
+)
+Wording = tuple[str | None, str, str]
+
+
+def room(wording: Wording, context: int, prompt: int, wanted: int | None, most: int) -> int:
+    """How many tokens the completion may have.
+
+    Args:
+        wording: `MESSAGES` or `PROMPT`.
+        context: the model's limit, in tokens.
+        prompt: length of the prompt, in tokens.
+        wanted: what the client asked for; None for as many as fit, up to ``most``.
+        most: the route's own default.
+
+    Raises:
+        APIError: 400 context_length_exceeded.
+    """
+    left = context - prompt
+    if left < 0 or (left == 0 and wanted != 0):
+        raise _too_long(wording, context, prompt, None)
+    if wanted is not None and wanted > left:
+        raise _too_long(wording, context, prompt, wanted)
+    return min(most, left) if wanted is None else wanted
+
+
+def refuse_hopeless(wording: Wording, context: int, encoding: Encoding, text: str) -> None:
+    """Refuses megabytes of text before the tokenizer has to walk them.
+
+    No token is longer than the longest, so a text has at least bytes / longest tokens. Counted are
+    the bytes that will be tokenized: some vocabularies normalise text first, or drop bytes.
+
+    Raises:
+        APIError: 400 context_length_exceeded, where ``text`` cannot possibly fit.
+    """
+    if len(text) <= context:  # even one token a character would fit
+        return
+    if encoding.normalization == "NFC":
+        text = unicodedata.normalize("NFC", text)
+    size = len(text.encode().translate(None, encoding.dropped_bytes))
+    least = -(-size // longest_token(encoding))
+    if least > context:
+        raise _too_long(wording, context, f"at least {least}", None)
+
+
+@functools.lru_cache(maxsize=64)
+def longest_token(encoding: Encoding) -> int:
+    """Bytes in the longest token of a vocabulary."""
+    longest = 1
+    for token in range(encoding.n_vocab):
+        try:
+            longest = max(longest, len(encoding.decode_single_token_bytes(token)))
+        except KeyError:  # a gap in the numbering
+            continue
+    return longest
+
+
+def _too_long(
+    wording: Wording, context: int, prompt: int | str, completion: int | None
+) -> APIError:
+    param, alone, together = wording
+    sentence = f"This model's maximum context length is {context} tokens"
+    if completion is None:
+        sentence += alone.format(prompt=prompt)
+    else:
+        total = int(prompt) + completion
+        sentence += together.format(total=total, prompt=prompt, completion=completion)
+    return APIError(400, sentence, param=param, code="context_length_exceeded")

@@ -1,0 +1,243 @@
+"""From a validated request to pieces of text: what completions and chat share.
+
+A request asks for one or more choices: n for each prompt. Each choice is one request to the
+engine and one stream of events; they run side by side and their pieces come out interleaved, with
+the index of the choice. Whatever ends the reading (the last piece, an error, a client that left)
+closes every stream, and closing a stream is what tells the engine to stop computing.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from serve.api.pieces import Assembler, FinishReason, Piece, Placed
+from serve.api.schemas import GenerationBody
+from serve.engine import Done, Failed, Request, ServedModel, Token
+from serve.errors import APIError, server_error
+from transformer.sampling import Sampling
+
+log = logging.getLogger(__name__)
+
+# Choices of one request that compute at a time: one client with a long list of prompts neither
+# fills the engine's queue nor crowds out the others.
+SIDE_BY_SIDE = 16
+MAX_CHOICES = 2048
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class Usage:
+    """The tokens of a request; each prompt counts once, however many choices it has."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+
+    def body(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+            "completion_tokens_details": {
+                "reasoning_tokens": 0,
+                "audio_tokens": 0,
+                "accepted_prediction_tokens": 0,
+                "rejected_prediction_tokens": 0,
+            },
+        }
+
+
+@dataclass
+class Choice:
+    """One finished choice, for an answer that is not streamed."""
+
+    text: str = ""
+    tokens: list[Placed] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+class Generation:
+    """The choices of one request.
+
+    Args:
+        model: what generates.
+        prompts: token ids.
+        max_tokens: for each prompt, the most its choices may have.
+        body: sampling settings, n, and stop strings.
+        top_logprobs: alternatives to report per token; None for no logprobs.
+
+    Raises:
+        APIError: 400 for a logit_bias that does not fit the vocabulary, or too many choices.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: Sequence[int],
+        body: GenerationBody,
+        top_logprobs: int | None,
+    ):
+        if len(prompts) * body.n > MAX_CHOICES:
+            raise APIError(
+                400,
+                f"Invalid 'n': {len(prompts)} prompts of {body.n} choices each are more than "
+                f"{MAX_CHOICES} choices in one request.",
+                param="n",
+                code="invalid_value",
+            )
+        sampling = sampling_of(body, model)
+        self.model, self.stops = model, body.stops
+        self.usage = Usage(prompt_tokens=sum(map(len, prompts)))
+        self.requests = [
+            Request(
+                prompt=tuple(prompt),
+                max_tokens=limit,
+                sampling=sampling,
+                stop_ids=model.tokenizer.stop_ids,
+                top_logprobs=top_logprobs,
+                choice=index * body.n + copy,
+            )
+            for index, (prompt, limit) in enumerate(zip(prompts, max_tokens, strict=True))
+            for copy in range(body.n)
+        ]
+
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
+        """The pieces of all choices as they come, each with its choice's index.
+
+        Every choice ends in one piece with a finish_reason, and ``usage`` counts it by then.
+
+        Raises:
+            APIError: 500 when the engine fails, 503 when it is shutting down.
+            serve.engine.Busy: the queue is full.
+        """
+        streams = [self._choice(request) for request in self.requests]
+        async with aclosing(interleave(streams, SIDE_BY_SIDE)) as merged:
+            async for index, piece in merged:
+                if piece.finish_reason:
+                    self.usage.completion_tokens += piece.generated
+                yield index, piece
+
+    async def choices(self) -> list[Choice]:
+        """All choices whole, in order."""
+        choices = [Choice() for _ in self.requests]
+        async with aclosing(self.pieces()) as pieces:
+            async for index, piece in pieces:
+                choice = choices[index]
+                choice.text += piece.text
+                choice.tokens += piece.tokens
+                choice.finish_reason = piece.finish_reason
+        return choices
+
+    async def _choice(self, request: Request) -> AsyncGenerator[Piece, None]:
+        assembler = Assembler(self.model.tokenizer.encoding, self.stops)
+        if request.max_tokens == 0:  # nothing to compute
+            yield assembler.finish("length")
+            return
+        async with aclosing(self.model.engine.stream(request)) as events:
+            async for event in events:
+                match event:
+                    case Token():
+                        piece = assembler.push(event)
+                        if piece.finish_reason:
+                            break
+                        if piece.text:
+                            yield piece
+                    case Done(reason="stop" | "length" as reason):
+                        piece = assembler.finish(reason)
+                        break
+                    case Done():
+                        raise APIError(
+                            503,
+                            "The server is shutting down. Please try again later.",
+                            type="server_error",
+                        )
+                    case Failed(message=message):
+                        log.error("%s: generation failed: %s", self.model.id, message)
+                        raise server_error(message)
+            else:
+                raise RuntimeError("the engine's stream ended without Done or Failed")
+        yield piece
+
+
+def refuse_foreign_ids(body: GenerationBody, model: ServedModel, param: str) -> None:
+    """Ids sent under an alias were made for the model it imitates: here they would be noise."""
+    if body.model != model.id:
+        raise APIError(
+            400,
+            f"Invalid '{param}': token ids sent to `{body.model}` belong to that model's encoding, "
+            f"which is not available here. Send text, or ids of `{model.id}` under its own name.",
+            param=param,
+            code="invalid_value",
+        )
+
+
+def sampling_of(body: GenerationBody, model: ServedModel) -> Sampling:
+    """The sampling settings of a request; without a seed, one is drawn."""
+    if body.logit_bias:
+        refuse_foreign_ids(body, model, "logit_bias")
+    bias: dict[int, float] = {}
+    for key, value in body.logit_bias.items():
+        known = key.isascii() and key.isdigit() and len(key) < 10
+        if not known or int(key) >= model.tokenizer.encoding.n_vocab:
+            raise APIError(
+                400,
+                f"Invalid key in 'logit_bias': {key[:80]}. Keys are token ids of `{model.id}`, "
+                f"from 0 to {model.tokenizer.encoding.n_vocab - 1}.",
+                param="logit_bias",
+                code="invalid_value",
+            )
+        bias[int(key)] = value
+    return Sampling(
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=max(body.top_k, 0),
+        min_p=body.min_p,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        repetition_penalty=body.repetition_penalty,
+        logit_bias=bias,
+        seed=secrets.randbits(63) if body.seed is None else body.seed,
+    )
+
+
+async def interleave(
+    streams: Sequence[AsyncGenerator[T, None]], at_a_time: int
+) -> AsyncGenerator[tuple[int, T], None]:
+    """Reads ``at_a_time`` of ``streams`` at once; yields items with their stream's index.
+
+    The first error of any stream is raised here after the others are closed; closing this iterator
+    closes them too.
+    """
+    queue: asyncio.Queue[tuple[int, T] | None] = asyncio.Queue()
+    gate = asyncio.Semaphore(at_a_time)
+
+    async def read(index: int, stream: AsyncGenerator[T, None]) -> None:
+        async with gate, aclosing(stream):
+            async for item in stream:
+                queue.put_nowait((index, item))
+
+    async def read_all() -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for index, stream in enumerate(streams):
+                    group.create_task(read(index, stream))
+        finally:
+            queue.put_nowait(None)
+
+    reading = asyncio.create_task(read_all())
+    try:
+        while (item := await queue.get()) is not None:
+            yield item
+        try:
+            await reading
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)

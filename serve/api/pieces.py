@@ -1,0 +1,110 @@
+"""Token events become pieces of text, each with the tokens it came from.
+
+A token is not a unit of text: one character may take several tokens, and the last characters
+of a token may be the first of a stop string. So text leaves late, and when it leaves, exactly the
+tokens that spelled it leave along: a client that joins the logprob entries finds the text it got.
+A token of which a stop string took only the end is kept, for its beginning was emitted.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from bpe import Encoding, StopMatcher, StreamDecoder
+from serve.engine import Token
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A token and where the text it belongs to begins, in characters of the completion."""
+
+    token: Token
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The next text of one choice.
+
+    Attributes:
+        text: new text; never part of a character, never part of a stop string.
+        tokens: the tokens that spelled it.
+        finish_reason: set on the last piece of a choice.
+        generated: tokens drawn so far. The token that ended the turn is not counted, tokens that
+            spelled a stop string are: the model did compute them.
+    """
+
+    text: str
+    tokens: tuple[Placed, ...]
+    finish_reason: FinishReason | None
+    generated: int
+
+
+class Assembler:
+    """Builds the pieces of one choice.
+
+    Args:
+        encoding: the model's vocabulary.
+        stops: strings that end the choice, themselves never emitted.
+    """
+
+    def __init__(self, encoding: Encoding, stops: Sequence[str]):
+        self._decoder = StreamDecoder(encoding)
+        self._matcher = StopMatcher(stops)
+        self._spelling: list[Token] = []  # tokens whose first whole character is yet to come
+        self._held: deque[tuple[int, int, list[Token]]] = deque()  # start, end, tokens
+        self._decoded = self._emitted = self._generated = 0  # characters, characters, tokens
+
+    def push(self, token: Token) -> Piece:
+        """Takes the next token. A piece with a finish_reason means that a stop string matched."""
+        self._generated += 1
+        self._spelling.append(token)
+        text, stopped = self._match(self._decoder.push(token.id))
+        return self._piece(text, "stop" if stopped else None)
+
+    def finish(self, reason: FinishReason) -> Piece:
+        """The last piece, when the engine has ended the choice: whatever was held back."""
+        text, stopped = self._match(self._decoder.flush())
+        if not stopped:
+            text += self._matcher.flush()
+        return self._piece(text, "stop" if stopped else reason)
+
+    def _match(self, text: str) -> tuple[str, bool]:
+        if not text:
+            return "", False
+        end = self._decoded + len(text)
+        self._held.append((self._decoded, end, self._spelling))
+        self._decoded, self._spelling = end, []
+        return self._matcher.push(text)
+
+    def _piece(self, text: str, finish_reason: FinishReason | None) -> Piece:
+        self._emitted += len(text)
+        tokens: list[Placed] = []
+        while self._held:
+            start, end, group = self._held[0]
+            begun = finish_reason is not None and start < self._emitted
+            if end > self._emitted and not begun:
+                break
+            tokens += [Placed(token, start) for token in group]
+            self._held.popleft()
+        return Piece(text, tuple(tokens), finish_reason, self._generated)
+
+
+def finite(logprob: float | None) -> float:
+    """A logprob as JSON can say it; -9999 is what the API says for "impossible"."""
+    return -9999.0 if logprob is None else max(logprob, -9999.0)
+
+
+def token_text(data: bytes) -> str:
+    r"""How logprobs name a token; one that is no text of its own is spelled ``bytes:\xf0\x9f``.
+
+    That is what OpenAI's completions did. It keeps two such tokens apart, as a replacement
+    character would not.
+    """
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

@@ -1,0 +1,92 @@
+"""Server-sent events, and noticing that the client has gone.
+
+A streamed answer is a series of ``data: {json}`` events and ends in ``data: [DONE]``. The status
+line goes out with the first event, not before: what fails until then (a full queue, an engine that
+cannot start) is still an honest 4xx or 5xx, what fails later is an event with an ``error`` object
+and the end of the stream, without [DONE].
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+from pydantic_core import to_json
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from serve.errors import APIError, ClientDisconnected, as_api_error
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Event = dict[str, Any]
+
+
+async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
+    """Awaits ``work``, but cancels it when the client goes away.
+
+    Args:
+        receive: the request's ASGI channel; its body must have been read.
+        work: what to do meanwhile.
+
+    Raises:
+        ClientDisconnected: after ``work`` has been cancelled and has cleaned up.
+    """
+
+    async def disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(disconnect())
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnected
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def event_stream(request: Request, events: AsyncGenerator[Event, None]) -> Response:
+    """The response that streams ``events``; waits for the first, so that its errors are raised."""
+    first = await unless_disconnected(request.receive, anext(events))
+    return EventStream(first, events)
+
+
+class EventStream(Response):
+    """Sends events until they end, fail, or nobody listens; then closes their iterator."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, first: Event, rest: AsyncGenerator[Event, None]):
+        super().__init__(headers={"cache-control": "no-cache"})
+        del self.headers["content-length"]  # it is not known yet
+        self.first, self.rest = first, rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self.rest):
+            with suppress(ClientDisconnected):
+                await unless_disconnected(receive, self._send_all(scope, send))
+
+    async def _send_all(self, scope: Scope, send: Send) -> None:
+        async def send_data(data: bytes) -> None:
+            body = b"data: " + data + b"\n\n"
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+
+        headers = self.raw_headers
+        await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
+        await send_data(to_json(self.first))
+        try:
+            async for event in self.rest:
+                await send_data(to_json(event))
+            await send_data(b"[DONE]")
+        except Exception as error:
+            if not isinstance(error, APIError):
+                log.exception("%s: the stream failed", scope["state"]["request_id"])
+            await send_data(to_json(as_api_error(error).body()))
+        await send({"type": "http.response.body", "body": b""})

@@ -1,0 +1,197 @@
+"""The catalogue: which models Pellucid knows by name, and which names stand for them.
+
+It is read from `models.toml` beside this file and then from the user's own file of the same form
+in the configuration folder. An id in it means exact bytes. Fetching them is `sources.py`; the
+models a running server holds are `registry.py`.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+BUILT_IN = Path(__file__).with_name("models.toml")
+
+T = TypeVar("T")
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # also a folder name, so no slash
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_KINDS = ("decoder",)
+_SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
+
+
+class CatalogueError(Exception):
+    """A catalogue file says something that cannot be meant; names the file and the key."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a model file: where it comes from, and the download's size and SHA-256."""
+
+    source: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A file of a model: its parts joined in order have this size and this SHA-256."""
+
+    name: str
+    size: int
+    sha256: str
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the catalogue says of a model; the fields are explained in `models.toml`."""
+
+    id: str
+    kind: str
+    serves: tuple[str, ...]
+    publisher: str
+    licence: str
+    parameters: int
+    context: int
+    good_at: str
+    sampling: Mapping[str, float]
+    files: tuple[ModelFile, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def download_size(self) -> int:
+        """Bytes to fetch."""
+        return sum(part.size for file in self.files for part in file.parts)
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Models by id, and the other names that stand for them."""
+
+    default: str
+    models: Mapping[str, Model]
+    aliases: Mapping[str, str]
+
+    def get(self, name: str) -> Model | None:
+        """The model with this id or alias, or None."""
+        return self.models.get(self.aliases.get(name, name))
+
+
+def load(config: Path | None = None) -> Catalogue:
+    """Reads the built-in catalogue, then `config/models.toml` over it if there is one.
+
+    Raises:
+        CatalogueError: A file is not TOML, or a key is missing, unknown or of the wrong kind.
+    """
+    default = ""
+    models: dict[str, Model] = {}
+    aliases: dict[str, str] = {}
+    files = [BUILT_IN]
+    if config is not None and (config / "models.toml").is_file():
+        files.append(config / "models.toml")
+    for path in files:
+        try:
+            top = _Table(f"{path}:", tomllib.loads(path.read_text(encoding="utf-8")))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise CatalogueError(f"{path}: {error}") from None
+        default = top.take("default", str, default)
+        for id, table in top.take("models", dict, {}).items():
+            models[id] = _model(id, _Table(f"{path}: models.{id}.", table))
+        for name, id in top.take("aliases", dict, {}).items():
+            if not isinstance(id, str):
+                raise CatalogueError(f"{path}: aliases.{name} is {id!r}: use a model's id")
+            aliases[name] = id
+        top.done()
+    for name, id in {**aliases, "default": default}.items():
+        if id not in models:
+            raise CatalogueError(
+                f"{files[-1]}: {name!r} stands for {id!r}, which is no model: {', '.join(models)}"
+            )
+    if both := aliases.keys() & models.keys():
+        raise CatalogueError(f"{files[-1]}: {min(both)!r} is both an alias and a model")
+    return Catalogue(default, models, aliases)
+
+
+class _Table:
+    """A TOML table whose keys are taken one by one, so that a misspelt one is found."""
+
+    _missing = object()
+
+    def __init__(self, where: str, table: object):
+        if not isinstance(table, dict):
+            raise CatalogueError(f"{where[:-1]} is {table!r}: use a table")
+        self.where, self._left = where, dict(table)
+
+    def take(self, key: str, kind: type[T], default: object = _missing) -> T:
+        value = self._left.pop(key, default)
+        if value is self._missing:
+            raise CatalogueError(f"{self.where}{key} is missing")
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise CatalogueError(f"{self.where}{key} is {value!r}: use a {kind.__name__}")
+        return value
+
+    def done(self) -> None:
+        if self._left:
+            raise CatalogueError(f"{self.where}{min(self._left)} is not a known key")
+
+
+def _model(id: str, table: _Table) -> Model:
+    if not _ID.fullmatch(id):
+        raise CatalogueError(f"{table.where[:-1]}: an id is letters, digits, '.', '_' and '-'")
+    kind = table.take("kind", str)
+    if kind not in _KINDS:
+        raise CatalogueError(f"{table.where}kind is {kind!r}: use one of {', '.join(_KINDS)}")
+    sampling = table.take("sampling", dict, {})
+    for key, value in sampling.items():
+        if key not in _SAMPLING or not isinstance(value, int | float):
+            raise CatalogueError(
+                f"{table.where}sampling.{key} is {value!r}: use a number for one of "
+                f"{', '.join(sorted(_SAMPLING))}"
+            )
+    model = Model(
+        id=id,
+        kind=kind,
+        serves=tuple(table.take("serves", list)),
+        publisher=table.take("publisher", str),
+        licence=table.take("licence", str),
+        parameters=table.take("parameters", int),
+        context=table.take("context", int),
+        good_at=table.take("good_at", str),
+        sampling=sampling,
+        files=tuple(
+            _file(_Table(f"{table.where}files[{i}].", file))
+            for i, file in enumerate(table.take("files", list))
+        ),
+    )
+    table.done()
+    if len(model.files) != 1:
+        raise CatalogueError(f"{table.where}files has {len(model.files)} entries: use one")
+    return model
+
+
+def _file(table: _Table) -> ModelFile:
+    name = table.take("name", str)
+    if not _ID.fullmatch(name):
+        raise CatalogueError(f"{table.where}name is {name!r}: use a plain file name")
+    parts = []
+    for i, part in enumerate(table.take("parts", list)):
+        row = _Table(f"{table.where}parts[{i}].", part)
+        parts.append(Part(row.take("source", str), row.take("size", int), _sha256(row)))
+        row.done()
+    file = ModelFile(name, table.take("size", int), _sha256(table), tuple(parts))
+    table.done()
+    return file
+
+
+def _sha256(table: _Table) -> str:
+    value = table.take("sha256", str)
+    if not _SHA256.fullmatch(value):
+        raise CatalogueError(f"{table.where}sha256 is {value!r}: use 64 lower-case hex digits")
+    return value

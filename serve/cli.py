@@ -1,0 +1,557 @@
+"""The `pellucid` command: serve, chat, complete, tokenize, models, pull.
+
+Answers go to stdout and everything else to stderr; `--json` makes the answer one JSON object; exit
+codes are those of `failures.py`. A command imports what is heavy when it runs: help is immediate.
+"""
+
+import contextlib
+import io
+import os
+import stat
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+import typer.core
+
+from serve import catalogue, measured, settings, terminal
+from serve.failures import Corrupt, Failure, NotFound, WrongUsage
+
+if TYPE_CHECKING:
+    from serve import talk
+    from serve.engine import ServedModel
+    from serve.sources import Located
+
+STOP_SECONDS = 5.0  # for the engines to finish the step they are in
+
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="ID",
+        help="A model of `pellucid models`, or NAME=PATH for a GGUF file or a Hugging Face folder.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Temperature = Annotated[
+    float | None, typer.Option(help="0 for the likeliest token. [default: the model's]")
+]
+TopP = Annotated[float | None, typer.Option(help="Keep this much probability, likeliest first.")]
+MaxTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer. Repeatable.")]
+Stats = Annotated[bool, typer.Option("--stats", help="Print speed and counts to stderr.")]
+
+
+class Commands(typer.core.TyperGroup):
+    """The group of all commands, which turns what goes wrong in one into its exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except (Failure, catalogue.CatalogueError) as error:
+            terminal.complain(str(error))
+            raise typer.Exit(getattr(error, "exit_code", 1)) from None
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            # The reader has all it wanted. Point stdout elsewhere, or closing it would fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except OSError as error:  # names the file: a folder that is not ours, a full disk
+            terminal.complain(str(error))
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="The model stack behind the OpenAI API, from scratch, on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """The entry point of the `pellucid` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Where the locale cannot say a character, an escape is better than a crash.
+            stream.reconfigure(errors="backslashreplace")
+    app(prog_name="pellucid")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"pellucid {version('pellucid')}")
+        except PackageNotFoundError:
+            print("pellucid, run from its folder without being installed")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and leave."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 for any free one.")] = 8000,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="ID",
+            help="What to serve: an id of `pellucid models`, or NAME=PATH for a GGUF file or a "
+            "Hugging Face folder. Repeatable.",
+        ),
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="PELLUCID_API_KEY",
+            help="Accept only this key. Repeatable; in the variable, separated by spaces.",
+        ),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Another name this server may be called by. Repeatable."),
+    ] = None,
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="A web origin whose pages may use this server. Repeatable."),
+    ] = None,
+    cache_mb: Annotated[
+        int, typer.Option(min=1, help="Memory for each model's conversations, in MB.")
+    ] = 512,
+    dtype: Annotated[
+        str, typer.Option(help="Number format of the weights; auto picks the fastest good one.")
+    ] = "auto",
+    json: Json = False,
+) -> None:
+    """Serve models over OpenAI's API until Ctrl-C."""
+    try:
+        chosen = settings.Settings(
+            host=host,
+            port=port,
+            api_keys=tuple(api_key or ()),
+            allowed_hosts=(*settings.allowed_hosts(host), *(allowed_host or ())),
+            allowed_origins=tuple(allowed_origin or ()),
+            cache_budget=cache_mb * 2**20,
+        )
+    except ValueError as error:
+        raise WrongUsage(str(error)) from None
+    from serve import listen
+
+    with listen.take_port(chosen.host, chosen.port) as taken:
+        known = catalogue.load(settings.config_folder())
+        places = [_located(name, known) for name in model or [known.default]]
+        if len({place.id for place in places}) < len(places):
+            raise WrongUsage(f"a model is named twice: {', '.join(p.id for p in places)}")
+        with contextlib.ExitStack() as stack:
+            models = [
+                stack.enter_context(_loaded(place, chosen.cache_budget, dtype)) for place in places
+            ]
+
+            from serve.app import create_app
+            from serve.registry import Registry
+            from serve.welcome import welcome
+
+            registry = Registry(models, known.aliases)
+            address = listen.address(taken)
+
+            def ready() -> None:
+                text = welcome(address, registry, has_keys=bool(chosen.api_keys))
+                print(text, file=sys.stderr, flush=True)
+                if json:
+                    terminal.answer_json({"url": address, "models": [m.id for m in models]})
+
+            def stopping() -> None:
+                terminal.say("stopping after the running answers (Ctrl-C again: at once)")
+
+            app = create_app(chosen, registry)
+            if not listen.run(app, taken, ready=ready, stopping=stopping):
+                raise typer.Exit(130)
+
+
+@app.command()
+def chat(
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to ask. Text piped in follows it.")
+    ] = None,
+    model: ModelName = None,
+    system: Annotated[str | None, typer.Option("--system", "-s", help="System message.")] = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    max_tokens: MaxTokens = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    stats: Stats = False,
+    json: Json = False,
+) -> None:
+    """Ask one question, or, without one, hold a conversation."""
+    from serve import talk
+
+    piped, system = _piped(), _utf8(system)
+    question = _joined(prompt, piped.removesuffix("\n") if piped else None)
+    at_terminal = sys.stdin is not None and sys.stdin.isatty()
+    if question is None and (json or not at_terminal):
+        raise WrongUsage("there is no question: give one as an argument, or pipe one in")
+    with _ready(model) as (place, served, seconds):
+        options = _options(place, temperature, top_p, max_tokens, seed, stop)
+        if question is None:
+            from serve import repl
+
+            conversation = repl.Conversation(default=options, system=system, stats=stats)
+
+            def figures(reply: "talk.Reply") -> str:
+                return _figures(served, reply)
+
+            repl.run(served, conversation, read=_read_line, figures=figures)
+            return
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": question})
+        reply = talk.Reply(served, talk.chat_prompt(served, messages), options)
+        _print_reply(served, reply, "chat.completion", seconds, stats=stats, json=json)
+
+
+@app.command()
+def complete(
+    text: Annotated[
+        str | None, typer.Argument(help="How it begins. Text piped in follows.")
+    ] = None,
+    model: ModelName = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    seed: Seed = None,
+    stop: Stop = None,
+    stats: Stats = False,
+    json: Json = False,
+) -> None:
+    """Go on with a text, without any chat template."""
+    from serve import talk
+
+    beginning = _joined(text, _piped())
+    if not beginning:
+        raise WrongUsage("there is no text to go on with: give it as an argument, or pipe it in")
+    with _ready(model) as (place, served, seconds):
+        options = _options(place, temperature, top_p, max_tokens, seed, stop)
+        reply = talk.Reply(served, talk.completion_prompt(served, beginning), options)
+        _print_reply(served, reply, "text_completion", seconds, stats=stats, json=json)
+
+
+@app.command()
+def tokenize(
+    text: Annotated[
+        str | None, typer.Argument(help="Text. Text piped in follows it, byte for byte.")
+    ] = None,
+    model: ModelName = None,
+    special: Annotated[
+        bool, typer.Option("--special", help="Read <|special|> tokens as such, not as text.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Show the tokens a model cuts a text into."""
+    piped = _piped()
+    if text is None and piped is None:
+        raise WrongUsage("there is no text: give it as an argument, or pipe it in")
+    whole = (_utf8(text) or "") + (piped or "")
+    import bpe
+
+    place = _located(model, catalogue.load(settings.config_folder()))
+    try:
+        encoding = bpe.load(place.path).encoding
+    except (ValueError, OSError) as error:
+        raise Failure(f"cannot read the tokenizer of {place.path}: {error}") from None
+    allowed = "all" if special else set()
+    ids = encoding.encode(whole, allowed_special=allowed, disallowed_special=())
+    parts = [encoding.decode_single_token_bytes(id) for id in ids]
+    size = len(whole.encode())
+    if json:
+        tokens = [_token(id, part) for id, part in zip(ids, parts, strict=True)]
+        terminal.answer_json({"model": place.id, "bytes": size, "tokens": tokens})
+        return
+    print(terminal.pieces(parts))
+    print(*ids)
+    terminal.say(f"{len(ids)} tokens, {size} bytes, {place.id}")
+
+
+@app.command()
+def models(json: Json = False) -> None:
+    """List the models: what they need, how fast they ran."""
+    home, config = settings.data_folder(), settings.config_folder()
+    known = catalogue.load(config)
+    here = measured.read(home)
+    cards = [_card(model, known, here) for model in known.models.values()]
+    if json:
+        terminal.answer_json({"home": str(home), "default": known.default, "models": cards})
+        return
+    head = ("ID", "SIZE", "MEMORY", "CONTEXT", "LICENCE", "HERE", "TOK/S", "GOOD AT")
+    rows = [
+        (
+            card["id"] + (" *" if card["id"] == known.default else ""),
+            _size(card["size"]),
+            _size(card["memory"]) if card["memory"] else "~" + _size(4 * card["parameters"]),
+            f"{card['context']:,}",
+            card["licence"],
+            card["state"],
+            f"{card['tokens_per_second']:.0f}" if card["tokens_per_second"] else "-",
+            card["good_at"],
+        )
+        for card in cards
+    ]
+    print(terminal.table(head, rows))
+    terminal.say(
+        "* the default. MEMORY is the most a run here took; ~ is its weights in float32, until one "
+        f"of {measured.ENOUGH_TOKENS} tokens has measured it and TOK/S.\n"
+        f"Models are in {home}, your own models.toml belongs in {config}."
+    )
+
+
+@app.command()
+def pull(
+    ids: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ID]...", help="[default: the chat model]"),
+    ] = None,
+    all: Annotated[bool, typer.Option("--all", help="Every model of `pellucid models`.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Fetch nothing; hash what is here again, in full.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Fetch models, checked; print where they are."""
+    from serve import hub, sources
+
+    if all and ids:
+        raise WrongUsage("--all already means every model: leave the ids out")
+    home = settings.data_folder()
+    known = catalogue.load(settings.config_folder())
+    done = []
+    for id in known.models if all else ids or [known.default]:
+        model = known.get(id)
+        if id.startswith("hf:") and not verify:
+            path = hub.pull(id, home, say=terminal.say)
+        elif model is None:
+            raise NotFound(sources.unknown(id, known))
+        elif verify:
+            path = sources.verify(model, home)
+        else:
+            with terminal.Download(model.id) as progress:
+                path = sources.pull(model, home, say=terminal.say, progress=progress)
+        done.append({"id": model.id if model else id, "path": str(path)})
+    if json:
+        terminal.answer_json({"models": done})
+    else:
+        for entry in done:
+            print(entry["path"])
+
+
+def _located(name: str | None, known: catalogue.Catalogue) -> "Located":
+    from serve import sources
+
+    name = name or known.default
+    with terminal.Download(name) as progress:
+        return sources.locate(
+            name, known, settings.data_folder(), say=terminal.say, progress=progress
+        )
+
+
+@contextlib.contextmanager
+def _loaded(place: "Located", cache_budget: int, dtype: str) -> Iterator["ServedModel"]:
+    """A model and its engine in this process. What still runs at the end is cancelled."""
+    from serve.engine import load_model
+
+    try:
+        served = load_model(
+            place.id,
+            place.path,
+            owned_by=place.publisher,
+            cache_budget=cache_budget,
+            dtype=dtype,
+            notify=terminal.say,
+        )
+    except (ValueError, OSError) as error:
+        raise Failure(f"cannot load {place.path}: {error}") from None
+    try:
+        yield served
+    finally:
+        served.engine.close(drain=False, timeout=STOP_SECONDS)
+
+
+@contextlib.contextmanager
+def _ready(name: str | None) -> Iterator["tuple[Located, ServedModel, float]"]:
+    """A model in this process, and the seconds it took to load."""
+    place = _located(name, catalogue.load(settings.config_folder()))
+    started = time.perf_counter()
+    with _loaded(place, settings.Settings().cache_budget, "auto") as served:
+        yield place, served, time.perf_counter() - started
+
+
+def _options(
+    place: "Located",
+    temperature: float | None,
+    top_p: float | None,
+    max_tokens: int | None,
+    seed: int | None,
+    stop: Sequence[str] | None,
+) -> "talk.Options":
+    """The model's recommended sampling, with what the user asked for over it."""
+    from serve import talk
+
+    sampling = dict(place.model.sampling) if place.model else {}
+    asked = {"temperature": temperature, "top_p": top_p}
+    sampling |= {name: value for name, value in asked.items() if value is not None}
+    if not all(stop or ()):
+        raise WrongUsage("--stop is empty: it would end every answer before it begins")
+    return talk.Options(sampling=sampling, max_tokens=max_tokens, stop=tuple(stop or ()), seed=seed)
+
+
+def _print_reply(
+    model: "ServedModel",
+    reply: "talk.Reply",
+    kind: Literal["chat.completion", "text_completion"],
+    load_seconds: float,
+    *,
+    stats: bool,
+    json: bool,
+) -> None:
+    """Prints an answer as it comes, or whole as JSON in the API's shape."""
+    from serve import talk
+
+    interrupted = False
+    try:
+        for text in reply:
+            if not json:
+                terminal.answer(text, end="")
+    except KeyboardInterrupt:
+        interrupted = True  # keep what came
+    figures = _figures(model, reply, load_seconds)
+    if json:
+        terminal.answer_json(talk.as_response(model, reply, kind))
+    else:
+        terminal.answer("")
+    if stats:
+        terminal.say(figures)
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def _figures(model: "ServedModel", reply: "talk.Reply", load_seconds: float | None = None) -> str:
+    """Notes the run's speed for `pellucid models`, and puts it into one line."""
+    home = settings.data_folder()
+    measured.record(home, model.id, tokens=reply.tokens - 1, seconds=reply.decoding)
+    figures = ["in-process"]
+    if load_seconds is not None:
+        figures.append(f"load {load_seconds:.1f} s")
+    if reply.first_token is not None:
+        figures.append(f"first token {reply.first_token * 1000:.0f} ms")
+    if speed := reply.tokens_per_second:
+        figures.append(f"{speed:.0f} tok/s")
+    figures += [f"{reply.prompt_tokens} + {reply.tokens} tokens", reply.reason]
+    return f"[{' · '.join(figures)}]"
+
+
+def _piped() -> str | None:
+    """What is piped or redirected into this command, or None.
+
+    A terminal is not read here, nor what is neither pipe nor file: a service's closed or idle stdin
+    is not a text.
+    """
+    mode = os.fstat(0).st_mode if sys.stdin else 0
+    if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
+        return None
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise WrongUsage(
+            f"stdin is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}"
+        ) from None
+
+
+def _joined(argument: str | None, piped: str | None) -> str | None:
+    """The argument first, then what is piped in, with an empty line between."""
+    given = [text for text in (_utf8(argument), piped) if text]
+    return "\n\n".join(given) if given else None
+
+
+def _utf8(argument: str | None) -> str | None:
+    """An argument, once it is known to be text: Python lets other bytes pass as surrogates."""
+    try:
+        (argument or "").encode()
+    except UnicodeEncodeError as error:
+        raise WrongUsage(f"an argument is not UTF-8, from character {error.start} on") from None
+    return argument
+
+
+def _read_line(prompt: str) -> str:
+    import readline  # noqa: F401  importing it gives `input` editing and history
+
+    if sys.stdout.isatty():
+        return input(prompt)
+    print(prompt, end="", file=sys.stderr, flush=True)  # stdout is for the answers
+    return input()
+
+
+def _token(id: int, part: bytes) -> dict[str, Any]:
+    try:
+        text = part.decode()
+    except UnicodeDecodeError:
+        text = None  # part of a character
+    return {"id": id, "text": text, "bytes": list(part)}
+
+
+def _size(size: int) -> str:
+    from serve.sources import human_size
+
+    return human_size(size)
+
+
+def _card(
+    model: catalogue.Model, known: catalogue.Catalogue, here: dict[str, measured.Measured]
+) -> dict[str, Any]:
+    """What `pellucid models` says of one model."""
+    from serve import sources
+
+    try:
+        path = sources.find(model, settings.data_folder())
+        state = "pulled" if path else "-"
+    except Corrupt:
+        path, state = None, "changed"
+    run = here.get(model.id)
+    return {
+        "id": model.id,
+        "serves": model.serves,
+        "size": model.size,
+        "parameters": model.parameters,
+        "memory": run["memory"] if run else None,
+        "context": model.context,
+        "publisher": model.publisher,
+        "licence": model.licence,
+        "good_at": model.good_at,
+        "state": state,
+        "path": str(path) if path else None,
+        "tokens_per_second": run["tokens_per_second"] if run else None,
+        "aliases": [name for name, id in known.aliases.items() if id == model.id],
+    }

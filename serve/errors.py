@@ -1,0 +1,262 @@
+"""Every failure in the one shape OpenAI's clients understand.
+
+An error of the API is a status and ``{"error": {"message", "type", "param", "code"}}``. This file
+holds that shape, the table that turns pydantic's validation errors into OpenAI's sentences, and
+the handlers that give everything else (unknown routes, wrong methods, an unknown model, a full
+queue) the same shape. The texts follow what the live API says, because programs match on them;
+a message names the field, the value, and what would work.
+"""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from fastapi import FastAPI
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from serve.engine import Busy
+from serve.registry import UnknownModel
+
+
+class APIError(Exception):
+    """A failure that the client is told about.
+
+    Args:
+        status: the HTTP status.
+        message: one or two sentences for a person.
+        type: the family, such as "invalid_request_error" or "server_error".
+        param: the path of the field at fault, such as "messages[0].role".
+        code: the word programs switch on, such as "context_length_exceeded".
+        headers: response headers that belong to this error.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.type = status, message, type
+        self.param, self.code, self.headers = param, code, headers
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object a client receives, on its own or inside a stream."""
+        fields = {"message": self.message, "type": self.type}
+        return {"error": {**fields, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
+
+
+class ClientDisconnected(Exception):
+    """The client closed its connection before it had its answer: nobody is left to tell."""
+
+
+def server_error(detail: str = "") -> APIError:
+    """A 500; ``detail`` is for the client to read, never a traceback."""
+    reason = f": {detail}" if detail else ". Sorry about that!"
+    return APIError(
+        500, f"The server had an error while processing your request{reason}", type="server_error"
+    )
+
+
+def unsupported(param: str, value: object, supported: str) -> APIError:
+    """The API has this value, the model or this server does not.
+
+    Args:
+        param: the field's path.
+        value: what was sent.
+        supported: what would work, as a sentence.
+    """
+    return APIError(
+        400,
+        f"Unsupported value: '{param}' does not support {_quote(value)} with this model. "
+        f"{supported}",
+        param=param,
+        code="unsupported_value",
+    )
+
+
+# --- pydantic -> OpenAI -----------------------------------------------------------------------
+
+_EXPECTED = {
+    "string_type": "a string",
+    "int_type": "an integer",
+    "float_type": "a decimal",
+    "finite_number": "a finite decimal",
+    "bool_type": "a boolean",
+    "list_type": "an array",
+    "dict_type": "an object",
+    "model_type": "an object",
+}
+_BOUNDS = {  # error type -> (key of the bound, operator, words; the code is the words joined)
+    "greater_than_equal": ("ge", ">=", "below minimum value", "below_min_value"),
+    "greater_than": ("gt", ">", "below minimum value", "below_min_value"),
+    "less_than_equal": ("le", "<=", "above maximum value", "above_max_value"),
+    "less_than": ("lt", "<", "above maximum value", "above_max_value"),
+}
+
+
+def kind(value: object) -> str:
+    """What a JSON value is, in the words of OpenAI's messages: "a string", "null", ..."""
+    if value is None:
+        return "null"
+    # bool comes before int: True is an int in Python.
+    names = {bool: "a boolean", int: "an integer", float: "a decimal", str: "a string"}
+    names |= {list: "an array", dict: "an object"}
+    return next((name for type, name in names.items() if isinstance(value, type)), "a value")
+
+
+def from_validation(error: ValidationError) -> APIError:
+    """The first of pydantic's errors as OpenAI would have put it."""
+    first = error.errors(include_url=False)[0]
+    context, value = first.get("ctx", {}), first["input"]
+    path = _path(first["loc"])
+    name = f"'{path}'" if path else "the request body"
+
+    def bad(message: str, code: str) -> APIError:
+        return APIError(400, message, param=path or None, code=code)
+
+    match first["type"]:
+        case "missing":
+            return bad(f"Missing required parameter: {name}.", "missing_required_parameter")
+        case type if type in _EXPECTED or type == "union_tag_invalid":
+            expected = _EXPECTED.get(type) or _one_of(context["expected_tags"])
+            got = str(value) if type == "finite_number" else kind(value)
+            return bad(
+                f"Invalid type for {name}: expected {expected}, but got {got} instead.",
+                "invalid_type",
+            )
+        case type if type in _BOUNDS:
+            key, operator, words, code = _BOUNDS[type]
+            bound = context[key]
+            noun = "decimal" if isinstance(bound, float) else "integer"
+            limit = f"{bound:g}" if isinstance(bound, float) else bound
+            return bad(
+                f"Invalid {name}: {noun} {words}. Expected a value {operator} {limit}, "
+                f"but got {_clip(value)} instead.",
+                f"{noun}_{code}",
+            )
+        case "literal_error":
+            values = " and".join(context["expected"].rsplit(" or", 1))
+            return bad(
+                f"Invalid value: {_quote(value)}. Supported values are: {values}.", "invalid_value"
+            )
+        case "too_short" | "string_too_short":
+            noun, article = _sized(context)
+            return bad(
+                f"Invalid {name}: empty {noun}. Expected {article} {noun} with minimum length "
+                f"{context['min_length']}, but got an empty {noun} instead.",
+                f"empty_{noun}",
+            )
+        case "too_long" | "string_too_long":
+            noun, article = _sized(context)
+            return bad(
+                f"Invalid {name}: {noun} too long. Expected {article} {noun} with maximum length "
+                f"{context['max_length']}, but got {article} {noun} with length {len(value)} "
+                "instead.",
+                f"{noun}_above_max_length",
+            )
+    return bad(f"Invalid {name}: {first['msg']}.", "invalid_value")
+
+
+def _path(location: tuple[str | int, ...]) -> str:
+    """``("messages", 0, "role")`` -> "messages[0].role"; tags of unions hold a space: left out."""
+    path = ""
+    for step in location:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif " " not in step:
+            path += f".{_clip(step)}" if path else step
+    return path
+
+
+def _one_of(tags: str) -> str:
+    """ "'a string', 'an array'" -> "one of a string or an array"."""
+    *rest, last = (tag.strip("'") for tag in tags.split(", "))
+    return f"one of {', '.join(rest)} or {last}" if rest else last
+
+
+def _sized(context: Mapping[str, Any]) -> tuple[str, str]:
+    noun = {"List": "array", "Dictionary": "object"}.get(context.get("field_type", ""), "string")
+    return noun, "a" if noun == "string" else "an"
+
+
+def _quote(value: object) -> str:
+    if isinstance(value, list | dict):
+        return kind(value)
+    return f"'{_clip(value)}'" if isinstance(value, str) else _clip(value)
+
+
+def _clip(value: object, limit: int = 80) -> str:
+    """An error message shows a value; it does not send megabytes back."""
+    text = str(value)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+# --- everything else --------------------------------------------------------------------------
+
+
+def as_api_error(error: Exception) -> APIError:
+    """What a client is told about any exception, before a response starts or in mid-stream."""
+    match error:
+        case APIError():
+            return error
+        case UnknownModel():
+            return APIError(
+                404,
+                f"The model `{_clip(error.name)}` does not exist or you do not have access to it. "
+                "GET /v1/models lists what is served here.",
+                param="model",
+                code="model_not_found",
+            )
+        case Busy():
+            return APIError(
+                429,
+                "That model is currently overloaded with other requests. Please try again in 1s.",
+                type="requests",
+                code="rate_limit_exceeded",
+                headers={"retry-after": "1"},
+            )
+    return server_error()
+
+
+def install(app: FastAPI) -> None:
+    """Registers the handlers; what they do not know is the outermost middleware's to report."""
+
+    async def known(request: Request, error: Exception) -> Response:
+        return as_api_error(error).response()
+
+    async def routing(request: Request, error: Exception) -> Response:
+        return _routing_error(request, cast(HTTPException, error)).response()
+
+    async def gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # nginx's number; the client is not there to see it
+
+    for exception in (APIError, UnknownModel, Busy):
+        app.add_exception_handler(exception, known)
+    app.add_exception_handler(HTTPException, routing)
+    for exception in (ClientDisconnected, ClientDisconnect):  # waiting for us, or still sending
+        app.add_exception_handler(exception, gone)
+
+
+def _routing_error(request: Request, error: HTTPException) -> APIError:
+    method, path = request.method, _clip(request.url.path)
+    if error.status_code == 404:
+        return APIError(404, f"Invalid URL ({method} {path})", code="unknown_url")
+    if error.status_code == 405:
+        return APIError(
+            405,
+            f"Not allowed to {method} on {path}. "
+            "(HINT: Perhaps you meant to use a different HTTP method?)",
+            code="method_not_supported",
+            headers=error.headers,
+        )
+    return APIError(error.status_code, str(error.detail), headers=error.headers)

@@ -1,0 +1,41 @@
+"""What can go wrong in a command, each with the exit code a script can rely on.
+
+0 it worked, 1 the request failed, 2 wrong usage, 3 model or file not found, 4 source unreachable or
+checksum wrong, 5 does not fit (context, disk), 130 interrupted. A message says what would work.
+"""
+
+
+class Failure(Exception):
+    """The request failed."""
+
+    exit_code = 1
+
+
+class WrongUsage(Failure):
+    """The command was given something it cannot take."""
+
+    exit_code = 2
+
+
+class NotFound(Failure):
+    """There is no such model or file."""
+
+    exit_code = 3
+
+
+class Unreachable(Failure):
+    """A source did not give what was asked of it."""
+
+    exit_code = 4
+
+
+class Corrupt(Failure):
+    """Bytes are not those that were promised."""
+
+    exit_code = 4
+
+
+class DoesNotFit(Failure):
+    """Too much for the model's context or for the disk."""
+
+    exit_code = 5

@@ -1,0 +1,124 @@
+"""Holding a port and running the application on it until asked to stop.
+
+The port is taken before any model is loaded, so that a busy one is known at once, and listened on
+after, so that a client is refused rather than kept waiting. The first Ctrl-C lets running answers
+finish, the second does not wait.
+"""
+
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from serve.failures import Failure, WrongUsage
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+DRAIN_SECONDS = 30  # for running answers after the first Ctrl-C
+
+
+def take_port(host: str, port: int) -> socket.socket:
+    """Binds, without listening yet.
+
+    Raises:
+        WrongUsage: The host is not an address of this machine.
+        Failure: Another program has the port.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise WrongUsage(f"host {host!r} has no address: {error.strerror}") from None
+    taken = socket.socket(family, socket.SOCK_STREAM)
+    # Else the port of a server just stopped stays busy for a minute.
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        taken.bind(address)
+    except PermissionError:
+        taken.close()
+        raise Failure(
+            f"port {port} is the system's: use one above 1023, as in --port 8000"
+        ) from None
+    except OSError as error:
+        taken.close()
+        raise Failure(
+            f"cannot listen on {host}:{port}: {error.strerror}. If another program has the port, "
+            f"stop it or choose another: pellucid serve --port {port + 1 if port < 65535 else 8000}"
+        ) from None
+    return taken
+
+
+def address(taken: socket.socket) -> str:
+    """The URL of a bound port, as a client on this machine can use it."""
+    host, port = taken.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, str(host))
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run(
+    app: "FastAPI",
+    taken: socket.socket,
+    *,
+    ready: Callable[[], None],
+    stopping: Callable[[], None],
+) -> bool:
+    """Serves until Ctrl-C or SIGTERM.
+
+    Args:
+        app: The application.
+        taken: From `take_port`.
+        ready: Called once connections are accepted.
+        stopping: Called when asked to stop, before waiting for running answers.
+
+    Returns:
+        Whether it came to an orderly end: running answers were finished.
+    """
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                ready()
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if self.should_exit:  # what is cut off now is cut off on purpose: no tracebacks
+                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            else:
+                stopping()
+            super().handle_exit(sig, frame)
+
+    server = Server(
+        uvicorn.Config(
+            app,
+            lifespan="off",
+            log_config=_log_config(),
+            server_header=False,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+        )
+    )
+    # uvicorn raises the signal again after it has stopped: SIGTERM shall then not kill us.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[taken])
+    return not server.force_exit
+
+
+def _log_config() -> dict[str, Any]:
+    """One line a request and nothing else, on stderr. Bodies are never logged."""
+    handler = {"class": "logging.StreamHandler", "stream": "ext://sys.stderr"}
+    lines = {"format": "%(asctime)s %(message)s", "datefmt": "%H:%M:%S"}
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"lines": lines},
+        "handlers": {"stderr": {**handler, "formatter": "lines"}},
+        "root": {"handlers": ["stderr"], "level": "WARNING"},
+        "loggers": {
+            "uvicorn.access": {"handlers": ["stderr"], "level": "INFO", "propagate": False},
+            "uvicorn.error": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
+        },
+    }

@@ -1,0 +1,101 @@
+"""How a server is set up, and where Pellucid keeps its files.
+
+Two folders belong to Pellucid. The data folder holds pulled models and what was measured here; the
+configuration folder holds the user's own `models.toml` (see `catalogue.py`). `PELLUCID_HOME`, when
+set, is both; otherwise they are where the platform puts such things.
+"""
+
+import ipaddress
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import platformdirs
+
+
+def data_folder() -> Path:
+    """The folder for pulled models and measurements. It need not exist yet."""
+    if home := os.environ.get("PELLUCID_HOME"):
+        return Path(home).expanduser().absolute()
+    return platformdirs.user_data_path("pellucid", appauthor=False)
+
+
+def config_folder() -> Path:
+    """The folder for the user's own `models.toml`. It need not exist."""
+    if home := os.environ.get("PELLUCID_HOME"):
+        return Path(home).expanduser().absolute()
+    return platformdirs.user_config_path("pellucid", appauthor=False)
+
+
+def private_folder(path: Path) -> Path:
+    """Makes `path` readable by its owner only, if it is not there yet, and returns it.
+
+    A folder that exists is left as it is: it may be one the user shares on purpose.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.mkdir(exist_ok=True, mode=0o700)
+    return path
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only programs on this machine can reach a server bound to `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name: it may resolve to anything
+
+
+def allowed_hosts(host: str) -> tuple[str, ...]:
+    """The names beside the loopback ones by which a server bound to `host` may be called.
+
+    A server bound to every interface is known by names we cannot guess, so there any name will do:
+    it always has keys, and the check of names protects those that have none.
+    """
+    if host in ("0.0.0.0", "::"):
+        return ("*",)
+    return () if is_loopback(host) else (host,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything about a server but its models.
+
+    Attributes:
+        host: Address to bind. Beyond loopback it needs `api_keys`.
+        port: Port to bind; 0 lets the system choose.
+        api_keys: Accepted bearer keys. Empty: any key, or none, is accepted.
+        allowed_hosts: Names accepted in `Host` beside the loopback ones; `"*"` accepts all.
+        allowed_origins: Web origins that may call the API from a browser.
+        max_body_bytes: Largest accepted request body, in bytes.
+        cache_budget: Memory for keys and values of all conversations of a model, in bytes.
+        home: The data folder.
+
+    Raises:
+        ValueError: A field is out of range, or the server would be open to others without a key.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    max_body_bytes: int = 4 * 2**20
+    cache_budget: int = 512 * 2**20
+    home: Path = field(default_factory=data_folder)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port is {self.port}: use 0 to 65535, 0 for any free one")
+        if any(not key.strip() for key in self.api_keys):
+            raise ValueError("api_keys holds an empty key: it would let anybody in")
+        for name in ("max_body_bytes", "cache_budget"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: use a positive number of bytes")
+        if not self.api_keys and not is_loopback(self.host):
+            raise ValueError(
+                f"host is {self.host}, which others on the network can reach, and there is no API "
+                "key: anybody could use this machine. Give a key (--api-key or PELLUCID_API_KEY) "
+                "or bind to 127.0.0.1"
+            )

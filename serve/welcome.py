@@ -1,0 +1,49 @@
+"""What a server prints once it listens: its models, and two snippets ready to paste."""
+
+import json
+
+from serve.registry import Registry
+
+
+def welcome(address: str, registry: Registry, *, has_keys: bool) -> str:
+    """The text for a server at `address`, which has no path. Keys themselves are never printed."""
+    models = registry.list()
+    lines = []
+    for model in models:
+        names = registry.aliases_of(model.id)
+        also = (
+            f", also called {', '.join(names[:3])} and {len(names) - 3} more" if names[3:] else ""
+        )
+        lines.append(
+            f"  {model.id}: {model.context:,} tokens of context, {model.fingerprint}{also}"
+        )
+    model, key = models[0], "YOUR_KEY" if has_keys else "any"
+    header = ' -H "Authorization: Bearer YOUR_KEY"' if has_keys else ""
+    question = "What is the capital of France?"
+    if model.tokenizer.chat_template:
+        route = "chat/completions"
+        content = {"messages": [{"role": "user", "content": question}]}
+        call, result = "chat.completions", "message.content"
+    else:
+        route, content = "completions", {"prompt": "The capital of France is"}
+        call, result = "completions", "text"
+    ((field, value),) = content.items()
+    value = json.dumps(value)
+    return "\n".join(
+        [
+            f"listening on {address}/v1 (Ctrl-C stops)",
+            *lines,
+            "",
+            f'curl {address}/v1/{route} -H "Content-Type: application/json"{header} \\',
+            f"  -d '{json.dumps({'model': model.id, **content})}'",
+            "",
+            "from openai import OpenAI",
+            f'client = OpenAI(base_url="{address}/v1", api_key="{key}")',
+            f"answer = client.{call}.create(",
+            f'    model="{model.id}",',
+            f"    {field}={value},",
+            ")",
+            f"print(answer.choices[0].{result})",
+            "",
+        ]
+    )

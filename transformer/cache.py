@@ -1,0 +1,135 @@
+"""The key-value cache: what a decoder remembers of the tokens it has read.
+
+Keys and values live in blocks of `BLOCK` positions. A row (one sequence) owns a list of blocks, its
+*table*, so memory grows with what is really stored, a short row wastes less than one block, and
+any free block can serve any row ("PagedAttention", Kwon et al. 2023, arXiv:2309.06180).
+
+Attention walks the blocks of a row one by one and keeps a running maximum and a running sum (the
+online softmax of Milakov & Gimelshein 2018, arXiv:1805.02867): it touches only blocks the row has
+filled, and the result for a row does not depend on what other rows stand beside it.
+
+The layout [P, K, BLOCK, H] is private to this file; everyone else uses `init`, `append`, `attend`.
+Block 0 belongs to no one: padding rows of a batch write there.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from transformer.config import Config
+
+BLOCK = 256  # positions in a block
+TRASH = 0  # the block that padding rows write to
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of every layer, one pair of arrays a layer so that each is updated in place."""
+
+    keys: tuple[jax.Array, ...]  # per layer [P, K, BLOCK, H]
+    values: tuple[jax.Array, ...]  # per layer [P, K, BLOCK, H]
+
+    @property
+    def num_blocks(self) -> int:
+        """P, block 0 included."""
+        return self.keys[0].shape[0]
+
+
+def bytes_per_block(cfg: Config, dtype: jnp.dtype) -> int:
+    """Memory of one block over all layers."""
+    return 2 * cfg.num_layers * cfg.num_kv_heads * BLOCK * cfg.head_dim * jnp.dtype(dtype).itemsize
+
+
+def blocks_for(num_positions: int) -> int:
+    """Blocks that hold this many positions."""
+    return -(-num_positions // BLOCK)
+
+
+def init(cfg: Config, num_blocks: int, dtype: jnp.dtype = jnp.float32) -> Cache:
+    """An empty cache of `num_blocks` usable blocks (and block 0)."""
+    shape = (num_blocks + 1, cfg.num_kv_heads, BLOCK, cfg.head_dim)
+    layers = range(cfg.num_layers)
+    return Cache(
+        keys=tuple(jnp.zeros(shape, dtype) for _ in layers),
+        values=tuple(jnp.zeros(shape, dtype) for _ in layers),
+    )
+
+
+def append(pool: jax.Array, new: jax.Array, tables: jax.Array, starts: jax.Array) -> jax.Array:
+    """Writes new keys (or values) of one layer behind what each row already holds.
+
+    Args:
+        pool: [P, K, BLOCK, H], donated by the caller.
+        new: float32 [B, T, K, H]. T is 1, a divisor of BLOCK, or a multiple of it.
+        tables: int32 [B, S/BLOCK], the blocks of each row in order.
+        starts: int32 [B], the position of each row's first new token, a multiple of min(T, BLOCK).
+    """
+    num_rows, num_new = new.shape[:2]
+    span = min(num_new, BLOCK)
+    new = new.astype(pool.dtype).swapaxes(1, 2)  # [B, K, T, H]
+    for b in range(num_rows):
+        for t in range(0, num_new, span):
+            position = starts[b] + t
+            block = tables[b, position // BLOCK]
+            pool = jax.lax.dynamic_update_slice(
+                pool, new[b : b + 1, :, t : t + span], (block, 0, position % BLOCK, 0)
+            )
+    return pool
+
+
+def attend(
+    q: jax.Array, keys: jax.Array, values: jax.Array, tables: jax.Array, starts: jax.Array
+) -> jax.Array:
+    """Causal attention of new queries over everything their rows hold, themselves included.
+
+    Args:
+        q: float32 [B, T, N, H]; query t of row b stands at position starts[b] + t.
+        keys, values: one layer's pools [P, K, BLOCK, H], the new positions already appended.
+        tables: int32 [B, S/BLOCK].
+        starts: int32 [B].
+
+    Returns:
+        float32 [B, T, N, H].
+    """
+    row = lambda args: _attend_row(*args, keys, values)  # noqa: E731
+    if q.shape[0] == 1:
+        return row((q[0], tables[0], starts[0]))[None]
+    return jax.lax.map(row, (q, tables, starts))
+
+
+def _attend_row(q, table, start, keys, values):
+    num_new, num_heads, head_dim = q.shape
+    num_kv_heads = keys.shape[1]
+    group = num_heads // num_kv_heads
+    # Queries that share a key head become rows of one matrix product: R = G * T.
+    q = (q * head_dim**-0.5).reshape(num_new, num_kv_heads, group, head_dim)
+    q = q.transpose(1, 2, 0, 3).reshape(num_kv_heads, group * num_new, head_dim)  # [K, R, H]
+    position = start + jnp.arange(group * num_new) % num_new  # [R]
+
+    def block(i, carry):
+        top, total, out = carry  # [K, R, 1], [K, R, 1], [K, R, H]
+        k = keys[table[i]].astype(jnp.float32)  # [K, BLOCK, H]
+        v = values[table[i]].astype(jnp.float32)  # [K, BLOCK, H]
+        scores = jnp.einsum("krh,ksh->krs", q, k, preferred_element_type=jnp.float32)
+        visible = i * BLOCK + jnp.arange(BLOCK) <= position[:, None]  # [R, BLOCK]
+        scores = jnp.where(visible, scores, -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
+        weight = jnp.exp(scores - new_top)  # [K, R, BLOCK]
+        shrink = jnp.exp(top - new_top)
+        total = total * shrink + weight.sum(-1, keepdims=True)
+        out = out * shrink + jnp.einsum("krs,ksh->krh", weight, v)
+        return new_top, total, out
+
+    rows = (num_kv_heads, group * num_new)
+    # A finite start keeps exp(top - new_top) from being exp(-inf + inf) on rows with no key yet.
+    carry = (
+        jnp.full((*rows, 1), -1e30, jnp.float32),
+        jnp.zeros((*rows, 1), jnp.float32),
+        jnp.zeros((*rows, head_dim), jnp.float32),
+    )
+    num_blocks = (start + num_new - 1) // BLOCK + 1
+    _, total, out = jax.lax.fori_loop(0, num_blocks, block, carry)
+    out = (out / total).reshape(num_kv_heads, group, num_new, head_dim)
+    return out.transpose(2, 0, 1, 3).reshape(num_new, num_heads, head_dim)  # [T, N, H]

@@ -1,0 +1,75 @@
+"""Reading and writing safetensors folders, the layout of Hugging Face checkpoints.
+
+A folder holds `config.json` and `model.safetensors`, or several shards listed in
+`model.safetensors.index.json`. The `safetensors` package maps the files and checks their headers.
+Pickled weights (`pytorch_model.bin`, `.pt`) are refused: unpickling runs whatever code a file says.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transformer.checkpoint.gguf import Tensor
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads `config.json` and opens the tensors of a folder.
+
+    Raises:
+        FileNotFoundError: no config.json, or no safetensors file.
+        ValueError: only pickled weights, or an index that names what is not there.
+    """
+    from safetensors import safe_open
+
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        if bad := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{index}: shards must lie in the same folder, got {bad[0]!r}")
+        shards = [folder / name for name in names]
+    elif (folder / "model.safetensors").exists():
+        shards = [folder / "model.safetensors"]
+    elif pickles := [p.name for glob in _PICKLES for p in folder.glob(glob)]:
+        raise ValueError(
+            f"{folder}: holds only pickled weights ({pickles[0]}), which are never opened because "
+            "unpickling runs code from the file; convert them to safetensors first"
+        )
+    else:
+        raise FileNotFoundError(f"{folder}: no model.safetensors")
+
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        try:
+            file = safe_open(shard, framework="numpy")
+        except Exception as error:  # the package has no public exception for a damaged header
+            raise ValueError(f"{shard}: not a readable safetensors file ({error})") from error
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            if name in tensors:
+                raise ValueError(f"{shard}: the tensor {name!r} stands in two shards")
+            rows = file.get_slice(name)
+            tensors[name] = Tensor(tuple(rows.get_shape()), _row_reader(rows))
+    return config, tensors
+
+
+def _row_reader(rows: Any):
+    return lambda start, stop: np.asarray(rows[start:stop]).astype(np.float32)
+
+
+def write(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+    """Writes `config.json` and `model.safetensors`; each file appears whole or not at all."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / "model.safetensors.tmp"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.replace(folder / "model.safetensors")
+    text = folder / "config.json.tmp"
+    text.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    text.replace(folder / "config.json")

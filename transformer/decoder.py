@@ -1,0 +1,249 @@
+"""A decoder-only transformer: token ids in, logits out.
+
+Read `block` first: norm, attention, add; norm, MLP, add. Everything else arranges who calls it.
+
+- `forward` reads whole sequences at once, with no cache: training, scoring, looking inside.
+- `extend` reads the next tokens of sequences whose past stands in a cache. With one row and many
+  tokens it is prefill, with many rows and one token it is a decoding step: the same function.
+
+Weights are a tree of arrays (`Params`); `abstract` describes that tree (shapes, logical axes,
+initial values) without allocating anything, and `init` fills it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from transformer import attention, cache, rope
+from transformer.config import Config
+from transformer.layers import Linear, Norm, embed, linear, norm
+
+
+@struct.dataclass
+class Layer:
+    """Weights of one block. Query, key and value maps are one product, as are gate and up."""
+
+    attn_norm: Norm
+    qkv: Linear  # [(N + 2K) * H, D]: queries, then keys, then values
+    out: Linear  # [D, N * H]
+    mlp_norm: Norm
+    up: Linear  # [2F, D] for swiglu: gate, then up; [F, D] for gelu
+    down: Linear  # [D, F]
+
+
+@struct.dataclass
+class Params:
+    """Weights of the whole decoder."""
+
+    embed: Linear  # [V, D], one row a token
+    positions: jax.Array | None  # [max_seq_len, D] where positions are learned
+    layers: tuple[Layer, ...]
+    final_norm: Norm
+    head: Linear | None  # [V, D]; None where the embedding table serves
+
+
+@dataclass(frozen=True)
+class ArrayInfo:
+    """What a leaf of `Params` will be, before it is."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]  # logical names, for sharding
+    initializer: Callable[..., jax.Array]
+
+
+def abstract(cfg: Config) -> Params:
+    """The tree of `Params` with an `ArrayInfo` at each leaf; every leaf is float32."""
+    normal = jax.nn.initializers.normal(0.02)
+    # Residual branches start smaller, so that depth does not inflate the stream (GPT-2, section 2.3).
+    residual = jax.nn.initializers.normal(0.02 / (2 * cfg.num_layers) ** 0.5)
+    zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
+
+    def matrix(out: int, inner: int, axes: tuple[str, str], bias: bool, initializer=normal) -> Linear:
+        return Linear(
+            weight=ArrayInfo((out, inner), axes, initializer),
+            bias=ArrayInfo((out,), axes[:1], zeros) if bias else None,
+        )
+
+    def norm_() -> Norm:
+        bias = ArrayInfo((cfg.d_model,), ("model",), zeros) if cfg.norm == "layer" else None
+        return Norm(scale=ArrayInfo((cfg.d_model,), ("model",), ones), bias=bias)
+
+    heads = cfg.num_heads * cfg.head_dim
+    qkv = heads + 2 * cfg.num_kv_heads * cfg.head_dim
+    up = cfg.d_ff * (2 if cfg.mlp == "swiglu" else 1)
+    layer = Layer(
+        attn_norm=norm_(),
+        qkv=matrix(qkv, cfg.d_model, ("heads", "model"), cfg.qkv_bias),
+        out=matrix(cfg.d_model, heads, ("model", "heads"), cfg.linear_bias, residual),
+        mlp_norm=norm_(),
+        up=matrix(up, cfg.d_model, ("ff", "model"), cfg.linear_bias),
+        down=matrix(cfg.d_model, cfg.d_ff, ("model", "ff"), cfg.linear_bias, residual),
+    )
+    table = matrix(cfg.vocab_size, cfg.d_model, ("vocab", "model"), False)
+    return Params(
+        embed=table,
+        positions=ArrayInfo((cfg.max_seq_len, cfg.d_model), ("seq", "model"), normal)
+        if cfg.position == "learned"
+        else None,
+        layers=(layer,) * cfg.num_layers,
+        final_norm=norm_(),
+        head=None if cfg.tie_embeddings else table,
+    )
+
+
+def init(key: jax.Array, cfg: Config) -> Params:
+    """Fresh float32 weights."""
+    infos, tree = jax.tree.flatten(abstract(cfg))
+    keys = jax.random.split(key, len(infos))
+    arrays = [
+        info.initializer(key, info.shape, jnp.float32)
+        for key, info in zip(keys, infos, strict=True)
+    ]
+    return jax.tree.unflatten(tree, arrays)
+
+
+def block(
+    x: jax.Array,
+    layer: Layer,
+    cfg: Config,
+    angles: tuple[jax.Array, jax.Array] | None,
+    attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """One transformer block.
+
+    Args:
+        x: the residual stream, float32 [B, T, D].
+        angles: rotary cosines and sines of the positions, or None where positions are learned.
+        attend: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H].
+
+    Returns:
+        float32 [B, T, D].
+    """
+    batch, length, _ = x.shape
+    n, k, h = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    with jax.named_scope("attention"):
+        y = linear(norm(x, layer.attn_norm, cfg.norm_eps), layer.qkv)
+        y = y.reshape(batch, length, n + 2 * k, h)  # [B, T, N + 2K, H]
+        query, key, value = jnp.split(y, (n, n + k), axis=2)
+        if angles is not None:
+            query, key = rope.rotate(query, *angles), rope.rotate(key, *angles)
+        y = attend(query, key, value)  # [B, T, N, H]
+        x = x + linear(y.reshape(batch, length, n * h), layer.out)
+    with jax.named_scope("mlp"):
+        y = linear(norm(x, layer.mlp_norm, cfg.norm_eps), layer.up)
+        if cfg.mlp == "swiglu":
+            gate, up = jnp.split(y, 2, axis=-1)  # [B, T, F] each
+            y = jax.nn.silu(gate) * up
+        else:
+            y = jax.nn.gelu(y, approximate=True)
+        return x + linear(y, layer.down)
+
+
+def embed_tokens(params: Params, cfg: Config, ids: jax.Array, positions: jax.Array):
+    """The stream before the first block [B, T, D], and the rotary angles for every block."""
+    x = embed(params.embed, ids)  # [B, T, D]
+    if cfg.position == "learned":
+        return x + params.positions[positions], None
+    return x, rope.angles(positions, cfg.head_dim, cfg.rope_theta)
+
+
+def unembed(params: Params, cfg: Config, x: jax.Array) -> jax.Array:
+    """Logits of the stream after the last block: float32 [..., D] -> float32 [..., V]."""
+    with jax.named_scope("unembed"):
+        x = norm(x, params.final_norm, cfg.norm_eps)
+        return linear(x, params.embed if params.head is None else params.head)
+
+
+def forward(
+    params: Params, cfg: Config, ids: jax.Array, *, taps: Collection[str] = ()
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Logits for every position of whole sequences, without a cache.
+
+    Args:
+        ids: int32 [B, T].
+        taps: names of intermediates to return: "residual" (the stream entering each block and
+            leaving the last, [L + 1, B, T, D]), "attention" (weights, [L, B, N, T, T]) and
+            "logits" (of each block's stream through the final norm and head, [L + 1, B, T, V]:
+            the logit lens). An unused tap costs nothing.
+
+    Returns:
+        Logits float32 [B, T, V], and a dictionary with exactly the named taps.
+    """
+    if unknown := set(taps) - {"residual", "attention", "logits"}:
+        raise ValueError(f"taps must be among residual, attention, logits; got {sorted(unknown)}")
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    x, angles = embed_tokens(params, cfg, ids, positions)
+    residual, weights = [x], []
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        out, w = attention.attend(q, k, v)
+        weights.append(w)
+        return out
+
+    for layer in params.layers:
+        x = block(x, layer, cfg, angles, attend)
+        residual.append(x)
+    found: dict[str, jax.Array] = {}
+    if "residual" in taps:
+        found["residual"] = jnp.stack(residual)
+    if "attention" in taps:
+        found["attention"] = jnp.stack(weights)
+    if "logits" in taps:
+        found["logits"] = jnp.stack([unembed(params, cfg, x) for x in residual])
+    return unembed(params, cfg, x), found
+
+
+def extend(
+    params: Params,
+    cfg: Config,
+    memory: cache.Cache,
+    ids: jax.Array,
+    tables: jax.Array,
+    starts: jax.Array,
+) -> tuple[jax.Array, cache.Cache]:
+    """Reads the next tokens of each row and remembers them.
+
+    Args:
+        memory: the cache; donate it, it is updated in place.
+        ids: int32 [B, T], the new tokens.
+        tables: int32 [B, S/BLOCK], the cache blocks of each row.
+        starts: int32 [B], how many tokens each row already holds.
+
+    Returns:
+        The stream after the last block, float32 [B, T, D] (`unembed` the positions you need), and
+        the cache.
+    """
+    positions = starts[:, None] + jnp.arange(ids.shape[1])  # [B, T]
+    x, angles = embed_tokens(params, cfg, ids, positions)
+    keys, values = list(memory.keys), list(memory.values)
+    for i, layer in enumerate(params.layers):
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, i: int = i) -> jax.Array:
+            keys[i] = cache.append(keys[i], k, tables, starts)
+            values[i] = cache.append(values[i], v, tables, starts)
+            return cache.attend(q, keys[i], values[i], tables, starts)
+
+        x = block(x, layer, cfg, angles, attend)
+    return x, cache.Cache(keys=tuple(keys), values=tuple(values))
+
+
+def stack_layers(layers: tuple[Layer, ...]) -> Layer:
+    """One tree whose leaves are [L, ...], for `jax.lax.scan` and for sharding over layers."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
+def unstack_layers(stacked: Layer) -> tuple[Layer, ...]:
+    """The inverse of `stack_layers`."""
+    count = len(jax.tree.leaves(stacked)[0])
+    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count))
+
+
+def num_bytes(params: Params) -> int:
+    """Memory the weights take."""
+    return sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
