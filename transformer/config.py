@@ -1,10 +1,10 @@
 """What one decoder differs in from another: sizes and a few choices of form.
 
-One frozen dataclass describes GPT-2, the Llama family (SmolLM2 among it) and Qwen2. It is hashable, so
-`jax.jit` takes it as a static argument and compiles one program for each distinct config.
+One frozen dataclass describes GPT-2, the Llama family (SmolLM2 among it) and Qwen2. It is hashable,
+so `jax.jit` takes it as a static argument and compiles one program for each distinct config.
 
-Leaves out: RoPE scaling, sliding windows, mixtures of experts. A checkpoint that asks for one of them
-is refused by name rather than run wrongly.
+Leaves out: RoPE scaling, sliding windows, mixtures of experts. A checkpoint that asks for one of
+them is refused by name rather than run wrongly.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any, Literal
 
 # Keys of a Hugging Face config.json that say nothing about what the forward pass computes.
 _SILENT_KEYS = frozenset(
-    "_name_or_path architectures attn_pdrop bos_token_id chunk_size_feed_forward dtype embd_pdrop"
-    " eos_token_id id2label initializer_range is_llama_config label2id layer_norm_type model_type"
-    " n_inner output_attentions output_hidden_states pad_token_id pretraining_tp problem_type"
-    " resid_pdrop return_dict rope_interleaved scale_attn_weights summary_activation"
-    " summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params"
-    " torch_dtype transformers_version transformers.js_config use_cache attention_dropout"
-    " max_window_layers".split()
+    """
+    _name_or_path architectures attention_dropout attn_pdrop bos_token_id chunk_size_feed_forward
+    dtype embd_pdrop eos_token_id id2label initializer_range is_llama_config label2id
+    max_window_layers model_type output_attentions output_hidden_states pad_token_id pretraining_tp
+    problem_type resid_pdrop return_dict summary_activation summary_first_dropout
+    summary_proj_to_labels summary_type summary_use_proj task_specific_params torch_dtype
+    transformers.js_config transformers_version use_cache
+    """.split()  # noqa: SIM905 (a list of words reads better than forty quotes)
 )
 
 # Keys that would change the forward pass, with the only values for which this decoder is right.
@@ -33,10 +34,30 @@ _FIXED_KEYS: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None,),
     "use_sliding_window": (False,),
     "mlp_bias": (False,),
+    "attention_bias": (False,),
+    "rope_interleaved": (False,),
+    "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "reorder_and_upcast_attn": (False,),
     "add_cross_attention": (False,),
 }
+
+
+_SIZES = (
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "d_model",
+    "d_ff",
+    "vocab_size",
+    "max_seq_len",
+)
+
+
+def _check_size(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +86,8 @@ class Config:
     tie_embeddings: bool = True  # logits use the embedding table
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_layers num_heads num_kv_heads head_dim d_model d_ff vocab_size max_seq_len"
-        ).split():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        for name in _SIZES:
+            _check_size(name, getattr(self, name))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, "
@@ -85,9 +102,12 @@ class Config:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name in ("qkv_bias", "linear_bias", "tie_embeddings"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {value!r}")
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if not 0 < value < float("inf"):
+            if not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be positive and finite, got {value!r}")
 
     @classmethod
@@ -108,7 +128,11 @@ class Config:
     @property
     def num_params(self) -> int:
         """Weights of the whole model, the table counted once when it is tied."""
-        d, heads, kv = self.d_model, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        d, heads, kv = (
+            self.d_model,
+            self.num_heads * self.head_dim,
+            self.num_kv_heads * self.head_dim,
+        )
         norm = d * (2 if self.norm == "layer" else 1)
         attn = d * (heads + 2 * kv) + heads * d
         mlp = d * self.d_ff * (3 if self.mlp == "swiglu" else 2)
@@ -126,18 +150,21 @@ class Config:
             ValueError: the model type, a key, or a value is one whose meaning this decoder lacks.
         """
         kind = config.get("model_type")
-        if kind not in _HF_FIELDS:
+        if not isinstance(kind, str) or kind not in _HF_FIELDS:
             raise ValueError(f"model_type must be one of {sorted(_HF_FIELDS)}, got {kind!r}")
         names, forms = _HF_FIELDS[kind]
         given = {**_HF_DEFAULTS[kind], **config}
         # transformers 5 nests theta: {"rope_type": "default", "rope_theta": 1e5}.
         rope = given.pop("rope_parameters", None)
         if rope is not None:
-            if set(rope) - {"rope_type", "rope_theta"} or rope.get("rope_type") != "default":
+            known = isinstance(rope, Mapping) and set(rope) <= {"rope_type", "rope_theta"}
+            if not known or rope.get("rope_type") != "default":
                 raise ValueError(f"rope_parameters must be of rope_type 'default', got {rope!r}")
             given["rope_theta"] = rope.get("rope_theta", given.get("rope_theta"))
         layer_types = given.pop("layer_types", None)
-        if layer_types is not None and set(layer_types) != {"full_attention"}:
+        if layer_types is not None and not (
+            isinstance(layer_types, list) and set(map(str, layer_types)) == {"full_attention"}
+        ):
             raise ValueError(f"layer_types must all be 'full_attention', got {layer_types!r}")
         if not given.get("use_sliding_window", True):
             given.pop("sliding_window", None)  # Qwen2 states a window and switches it off
@@ -152,12 +179,14 @@ class Config:
                     raise ValueError(f"{key} must be {allowed} for {kind}, got {value!r}")
             elif key not in _SILENT_KEYS:
                 raise ValueError(f"config.json has the key {key!r}, whose meaning is not known")
-        if kind == "llama" and (bias := fields.pop("attention_bias", False)):
-            raise ValueError(f"attention_bias must be False for llama, got {bias!r}")
         missing = [key for key, name in names.items() if fields.get(name) is None]
-        missing = [key for key in missing if key not in ("head_dim", "num_key_value_heads", "n_inner")]
+        missing = [
+            key for key in missing if key not in ("head_dim", "num_key_value_heads", "n_inner")
+        ]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
+        for name in ("num_heads", "d_model"):
+            _check_size(name, fields[name])
         if fields.get("num_kv_heads") is None:
             fields["num_kv_heads"] = fields["num_heads"]
         if fields.get("head_dim") is None:
@@ -172,24 +201,32 @@ class Config:
         Raises:
             ValueError: no Hugging Face model type has this combination of forms.
         """
-        for kind, (names, forms) in _HF_FIELDS.items():
-            fixed = {name: value for name, value in forms.items() if name != "attention_bias"}
-            if all(getattr(self, name) == value for name, value in fixed.items()):
-                break
-        else:
+        kinds = [
+            kind
+            for kind, (_, forms) in _HF_FIELDS.items()
+            if all(getattr(self, name) == value for name, value in forms.items())
+        ]
+        if not kinds:
             raise ValueError(f"no Hugging Face model type has the forms of {self}")
-        out = {
-            key: getattr(self, name)
-            for key, name in names.items()
-            if name in {field.name for field in dataclasses.fields(self)}
-        }
+        (kind,) = kinds
+        names, _ = _HF_FIELDS[kind]
         architecture = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
-        return {
+        out = {
             "model_type": kind,
             "architectures": [architecture.get(kind, "Qwen2ForCausalLM")],
             **({"activation_function": "gelu_new"} if kind == "gpt2" else {"hidden_act": "silu"}),
-            **out,
+            **{key: getattr(self, name) for key, name in names.items()},
         }
+        if (back := Config.from_hf(out)) != self:
+            lost = [
+                f.name
+                for f in dataclasses.fields(self)
+                if getattr(back, f.name) != getattr(self, f.name)
+            ]
+            raise ValueError(
+                f"the config.json of {kind} has no place for {', '.join(lost)} of {self}"
+            )
+        return out
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], *, has_head: bool) -> Config:
@@ -204,8 +241,10 @@ class Config:
                 pass in a way this decoder lacks.
         """
         kind = metadata.get("general.architecture")
-        if kind not in _HF_FIELDS:
-            raise ValueError(f"general.architecture must be one of {sorted(_HF_FIELDS)}, got {kind!r}")
+        if not isinstance(kind, str) or kind not in _HF_FIELDS:
+            raise ValueError(
+                f"general.architecture must be one of {sorted(_HF_FIELDS)}, got {kind!r}"
+            )
         own = {
             key.removeprefix(f"{kind}."): value
             for key, value in metadata.items()
@@ -219,9 +258,14 @@ class Config:
             return value
 
         heads, d_model = take("attention.head_count"), take("embedding_length")
+        _check_size("attention.head_count", heads)
+        _check_size("embedding_length", d_model)
+        tokens = metadata.get("tokenizer.ggml.tokens")
         _, forms = _HF_FIELDS[kind]
-        norm = "attention.layer_norm_rms_epsilon" if forms["norm"] == "rms" else (
-            "attention.layer_norm_epsilon"
+        norm = (
+            "attention.layer_norm_rms_epsilon"
+            if forms["norm"] == "rms"
+            else ("attention.layer_norm_epsilon")
         )
         fields = dict(
             num_layers=take("block_count"),
@@ -230,7 +274,7 @@ class Config:
             head_dim=take("attention.key_length", d_model // heads),
             d_model=d_model,
             d_ff=take("feed_forward_length"),
-            vocab_size=take("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())) or None),
+            vocab_size=take("vocab_size", len(tokens) if isinstance(tokens, list) else None),
             max_seq_len=take("context_length"),
             norm_eps=take(norm),
             tie_embeddings=not has_head,
@@ -243,7 +287,7 @@ class Config:
             raise ValueError(f"{kind}.attention.value_length must be head_dim, got {width}")
         if own:
             raise ValueError(f"GGUF keys whose meaning is not known: {sorted(own)}")
-        return cls(**fields, **{k: v for k, v in forms.items() if k != "attention_bias"})
+        return cls(**fields, **forms)
 
 
 _LLAMA_NAMES = {
@@ -262,7 +306,7 @@ _LLAMA_NAMES = {
 # model_type -> (config.json key -> field, the forms that define the family)
 _HF_FIELDS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "llama": (
-        _LLAMA_NAMES | {"attention_bias": "attention_bias"},
+        _LLAMA_NAMES,
         dict(norm="rms", position="rope", mlp="swiglu", qkv_bias=False, linear_bias=False),
     ),
     "qwen2": (

@@ -7,7 +7,8 @@ that of the weights in their final format and little more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from transformer.checkpoint import gguf, safetensors
 from transformer.checkpoint.gguf import Tensor
-from transformer.checkpoint.names import Source, all_names, sources
+from transformer.checkpoint.names import Source, rows_of, sources
 from transformer.config import Config
 from transformer.decoder import Params, abstract
 from transformer.layers import Linear
@@ -72,32 +73,37 @@ def fill(
     notify: Callable[[float], None],
 ) -> Params:
     """Builds `Params` from named tensors; see `load`."""
-    tree = sources(cfg, scheme, architecture=architecture)
-    wanted = all_names(tree)
+    if cfg.num_layers > len(tensors):  # before a tree of so many layers is built
+        raise ValueError(f"{path}: {len(tensors)} tensors cannot make {cfg.num_layers} layers")
+    tree, infos = sources(cfg, scheme, architecture=architecture), abstract(cfg)
+    wanted = rows_of(tree, infos)
     given = {name for name in tensors if not name.endswith(_DERIVED)}
     if cfg.tie_embeddings:
         given.discard("lm_head.weight")  # some exporters write the tied table twice
-    if missing := sorted(set(wanted) - given):
+    if missing := sorted(wanted.keys() - given):
         raise ValueError(f"{path}: lacks {_some(missing)}")
-    if unknown := sorted(given - set(wanted)):
+    if unknown := sorted(given - wanted.keys()):
         raise ValueError(f"{path}: holds {_some(unknown)}, which this model has no place for")
+    for source, info in zip(jax.tree.leaves(tree), jax.tree.leaves(infos), strict=True):
+        expected = (wanted[source.name], *info.shape[1:])
+        expected = expected[::-1] if source.is_transposed else expected
+        if (shape := tensors[source.name].shape) != expected:
+            raise ValueError(f"{path}: {source.name} must have shape {expected}, got {shape}")
 
     done = 0
 
     def load_part(part: Any, info: Any) -> Any:
         nonlocal done
-        if isinstance(part, Source):
-            loaded = jnp.asarray(_read(part, info.shape, tensors, cfg, path))
-        elif isinstance(part, Linear):
-            loaded = _load_linear(part, info, tensors, cfg, path, format)
+        if isinstance(part, Linear):
+            loaded = _load_linear(part, info, tensors, cfg, format)
         else:
-            loaded = jax.tree.map(load_part, part, info)
+            loaded = jnp.asarray(_read(part, info.shape, tensors, cfg))
         done += 1
         notify(min(done / len(wanted), 1.0))
         return loaded
 
     is_part = lambda node: isinstance(node, Linear)  # noqa: E731
-    return jax.tree.map(load_part, tree, abstract(cfg), is_leaf=is_part)
+    return jax.tree.map(load_part, tree, infos, is_leaf=is_part)
 
 
 def save(folder: Path, params: Params, cfg: Config) -> None:
@@ -109,27 +115,33 @@ def save(folder: Path, params: Params, cfg: Config) -> None:
     if params.embed.scale is not None:
         raise ValueError("int8 weights are a serving format; save the weights they were made from")
     config = cfg.to_hf()
-    tensors: dict[str, np.ndarray] = {}
+    parts: dict[str, list[np.ndarray]] = {}
 
     def put(source: Source, array: jax.Array) -> None:
-        parts = np.split(np.asarray(array), np.cumsum(source.rows)[:-1])
-        for name, part in zip(source.names, parts, strict=True):
-            tensors[name] = np.ascontiguousarray(part.T if source.is_transposed else part)
+        parts.setdefault(source.name, []).append(np.asarray(array))  # in the order of their rows
+        if source.is_transposed:
+            parts[source.name][-1] = parts[source.name][-1].T
 
-    jax.tree.map(put, sources(cfg, "hf", architecture=config["model_type"]), params)
+    tree = sources(cfg, "hf", architecture=config["model_type"])
+    jax.tree.map(put, tree, params)
+    transposed = {source.name for source in jax.tree.leaves(tree) if source.is_transposed}
+    tensors = {
+        name: np.ascontiguousarray(np.concatenate(arrays, axis=1 if name in transposed else 0))
+        for name, arrays in parts.items()
+    }
     safetensors.write(Path(folder), config, tensors)
 
 
 def _load_linear(
-    part: Linear, info: Linear, tensors: Mapping[str, Tensor], cfg: Config, path: Path, format: Format
+    part: Linear, info: Linear, tensors: Mapping[str, Tensor], cfg: Config, format: Format
 ) -> Linear:
-    bias = None
-    if part.bias is not None:
-        bias = jnp.asarray(_read(part.bias, info.bias.shape, tensors, cfg, path))
+    bias = (
+        None if part.bias is None else jnp.asarray(_read(part.bias, info.bias.shape, tensors, cfg))
+    )
     dtype = {"float32": np.float32, "bfloat16": jnp.bfloat16, "int8": np.int8}[format]
     weight = np.empty(info.weight.shape, dtype)
     scale = np.empty(info.weight.shape[:1], np.float32) if format == "int8" else None
-    for start, rows in _slabs(part.weight, info.weight.shape, tensors, cfg, path):
+    for start, rows in _slabs(part.weight, info.weight.shape, tensors, cfg):
         stop = start + len(rows)
         if scale is not None:
             # Same arithmetic as `layers.quantize`, in place and without a second copy.
@@ -142,32 +154,23 @@ def _load_linear(
     )
 
 
-def _read(source: Source, shape, tensors, cfg: Config, path: Path) -> np.ndarray:
-    return np.concatenate([rows for _, rows in _slabs(source, shape, tensors, cfg, path)])
+def _read(source: Source, shape: tuple[int, ...], tensors, cfg: Config) -> np.ndarray:
+    return np.concatenate([rows for _, rows in _slabs(source, shape, tensors, cfg)])
 
 
-def _slabs(source: Source, shape: tuple[int, ...], tensors, cfg: Config, path: Path):
-    """Yields (first row, float32 rows) of the weight that `source` describes, in order."""
-    at = 0
-    for i, (name, num_rows) in enumerate(zip(source.names, source.rows, strict=True)):
-        tensor = tensors[name]
-        expected = (num_rows, *shape[1:])
-        if source.is_transposed:
-            expected = expected[::-1]
-        if tensor.shape != expected:
-            raise ValueError(f"{path}: {name} must have shape {expected}, got {tensor.shape}")
-        if source.is_transposed:
-            yield at, tensor.read(0, expected[0]).T
-        else:
-            width = int(np.prod(shape[1:]))
-            # Whole heads, so that interleaved rows can be put right within a slab.
-            slab = max(_SLAB_BYTES // (4 * width) // cfg.head_dim, 1) * cfg.head_dim
-            for start in range(0, num_rows, slab):
-                rows = tensor.read(start, min(start + slab, num_rows))
-                if source.is_interleaved and source.is_interleaved[i]:
-                    rows = _deinterleave(rows, cfg.head_dim)
-                yield at + start, rows
-        at += num_rows
+def _slabs(
+    source: Source, shape: tuple[int, ...], tensors: Mapping[str, Tensor], cfg: Config
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (row to begin at, float32 rows) of the weight that `source` describes, in order."""
+    read, first = tensors[source.name].read, source.first_row
+    if source.is_transposed:
+        yield 0, read(0, shape[1]).T[first : first + shape[0]]
+        return
+    # Whole heads, so that interleaved rows can be put right within a slab.
+    slab = max(_SLAB_BYTES // (4 * math.prod(shape[1:])) // cfg.head_dim, 1) * cfg.head_dim
+    for start in range(0, shape[0], slab):
+        rows = read(first + start, first + min(start + slab, shape[0]))
+        yield start, _deinterleave(rows, cfg.head_dim) if source.is_interleaved else rows
 
 
 def _deinterleave(rows: np.ndarray, head_dim: int) -> np.ndarray:

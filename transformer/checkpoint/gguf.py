@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 _SCALARS = {
-    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
+    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?",
+    10: "<Q", 11: "<q", 12: "<d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
 
@@ -109,6 +110,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError(f"{path}: tensor {name!r} has {num_axes} axes")
         shape = tuple(header.number("<Q", name) for _ in range(num_axes))[::-1]
         kind, offset = header.number("<I", name), header.number("<Q", name)
+        if 0 in shape:
+            raise ValueError(f"{path}: tensor {name!r} has the shape {shape}")
         if name in places:
             raise ValueError(f"{path}: the tensor {name!r} stands twice")
         places[name] = shape, kind, offset
@@ -132,18 +135,24 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if offset % alignment or start + offset + num_rows * row_bytes > len(data):
             raise ValueError(f"{path}: cut short or damaged: {name!r} ends behind the file's end")
         raw = np.frombuffer(data, np.uint8, num_rows * row_bytes, start + offset)
-        tensors[name] = Tensor(shape, _row_reader(raw.reshape(num_rows, row_bytes), shape, quantisation))
+        tensors[name] = Tensor(
+            shape, _row_reader(raw.reshape(num_rows, row_bytes), shape, quantisation)
+        )
     return metadata, tensors
 
 
 def _row_reader(raw: np.ndarray, shape: tuple[int, ...], quantisation: Any):
+    if len(shape) > 2:
+        raise ValueError(f"tensors of {len(shape)} axes do not occur in a decoder")
+
     def read(start: int, stop: int) -> np.ndarray:
         from gguf.quants import dequantize
 
-        if len(shape) == 1:  # one row that is the whole tensor
-            return dequantize(raw[0], quantisation).astype(np.float32)[start:stop]
-        return dequantize(raw[start:stop], quantisation).astype(np.float32)
+        rows = raw[0] if len(shape) == 1 else raw[start:stop]
+        try:
+            values = dequantize(rows, quantisation).astype(np.float32)
+        except NotImplementedError as error:
+            raise ValueError(f"weights of the format {quantisation.name} cannot be read") from error
+        return values[start:stop] if len(shape) == 1 else values  # one axis: one row is all of it
 
-    if len(shape) > 2:
-        raise ValueError(f"tensors of {len(shape)} axes do not occur in a decoder")
     return read

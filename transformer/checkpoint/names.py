@@ -1,8 +1,8 @@
-"""Which named tensors of a checkpoint make up each weight of the decoder.
+"""Which named tensor of a checkpoint holds each weight of the decoder.
 
-One table a naming scheme: Hugging Face (gpt2; llama and qwen2) and GGUF. A weight of ours may be
-several tensors of theirs stacked along the rows (queries, keys and values), and a tensor may need
-its axes or rows put right on the way; `Source` says both, and works in either direction.
+One table a naming scheme: Hugging Face (gpt2; llama and qwen2) and GGUF. A tensor may need its axes
+or rows put right on the way, and GPT-2 keeps queries, keys and values in one tensor, of which each
+of ours is a range of rows; `Source` says all of it, and works in either direction.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from transformer.layers import Linear, Norm
 class Source:
     """Where one weight comes from."""
 
-    names: tuple[str, ...]  # tensors, stacked along the rows
-    rows: tuple[int, ...]  # how many rows each contributes
+    name: str
+    first_row: int = 0  # of the tensor, after any transposition
     is_transposed: bool = False  # stored [in, out] (the Conv1D of GPT-2)
-    is_interleaved: tuple[bool, ...] = ()  # per name: rotary pairs stand side by side (GGUF llama)
+    is_interleaved: bool = False  # rotary pairs stand side by side (GGUF llama)
 
 
 # Our part -> their names. "{i}" is the layer.
@@ -45,7 +45,9 @@ _HF_GPT2 = {
     "embed": "transformer.wte",
     "positions": "transformer.wpe",
     "attn_norm": "transformer.h.{i}.ln_1",
-    "qkv": "transformer.h.{i}.attn.c_attn",
+    "q": "transformer.h.{i}.attn.c_attn",
+    "k": "transformer.h.{i}.attn.c_attn",
+    "v": "transformer.h.{i}.attn.c_attn",
     "out": "transformer.h.{i}.attn.c_proj",
     "mlp_norm": "transformer.h.{i}.ln_2",
     "up": "transformer.h.{i}.mlp.c_fc",
@@ -57,7 +59,6 @@ _GGUF = {
     "embed": "token_embd",
     "positions": "position_embd",
     "attn_norm": "blk.{i}.attn_norm",
-    "qkv": "blk.{i}.attn_qkv",
     "q": "blk.{i}.attn_q",
     "k": "blk.{i}.attn_k",
     "v": "blk.{i}.attn_v",
@@ -79,56 +80,63 @@ def sources(cfg: Config, scheme: str, *, architecture: str) -> Params:
         architecture: model_type or general.architecture: "gpt2", "llama" or "qwen2".
     """
     is_gpt2, is_gguf = architecture == "gpt2", scheme == "gguf"
-    table = _GGUF if is_gguf else _HF_GPT2 if is_gpt2 else _HF_LLAMA
+    table = dict(_GGUF if is_gguf else _HF_GPT2 if is_gpt2 else _HF_LLAMA)
+    if is_gguf and is_gpt2:
+        table |= dict.fromkeys("qkv", "blk.{i}.attn_qkv")
     heads, kv_heads = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    # llama.cpp reorders queries and keys of this one architecture for its own rotary kernel.
-    is_interleaved = is_gguf and architecture == "llama"
+    first_row = {"q": 0, "k": heads, "v": heads + kv_heads} if is_gpt2 else {}
 
-    def linear(parts: str, rows: tuple[int, ...], has_bias: bool, i: int = 0) -> Linear:
-        names = [table[part].format(i=i) for part in parts.split()]
-        interleaved = tuple(is_interleaved and part in ("q", "k") for part in parts.split())
-        weight = Source(
-            tuple(f"{name}.weight" for name in names),
-            rows,
-            is_transposed=is_gpt2 and not is_gguf and parts not in ("embed", "head"),
-            is_interleaved=interleaved,
-        )
-        bias = Source(tuple(f"{name}.bias" for name in names), rows, is_interleaved=interleaved)
-        return Linear(weight=weight, bias=bias if has_bias else None)
+    def linear(part: str, has_bias: bool, i: int = 0) -> Linear:
+        def source(kind: str) -> Source:
+            return Source(
+                f"{table[part].format(i=i)}.{kind}",
+                first_row.get(part, 0),
+                is_transposed=is_gpt2
+                and not is_gguf
+                and kind == "weight"
+                and part not in ("embed", "head"),
+                # llama.cpp reorders queries and keys of this one architecture for its own kernel.
+                is_interleaved=is_gguf and architecture == "llama" and part in ("q", "k"),
+            )
+
+        return Linear(weight=source("weight"), bias=source("bias") if has_bias else None)
 
     def norm(part: str, i: int = 0) -> Norm:
         name = table[part].format(i=i)
-        scale = Source((f"{name}.weight",), (cfg.d_model,))
-        bias = Source((f"{name}.bias",), (cfg.d_model,))
-        return Norm(scale=scale, bias=bias if cfg.norm == "layer" else None)
+        bias = Source(f"{name}.bias") if cfg.norm == "layer" else None
+        return Norm(scale=Source(f"{name}.weight"), bias=bias)
 
     def layer(i: int) -> Layer:
-        qkv_rows = (heads, kv_heads, kv_heads)
         return Layer(
             attn_norm=norm("attn_norm", i),
-            qkv=linear("qkv", (sum(qkv_rows),), cfg.qkv_bias, i)
-            if is_gpt2
-            else linear("q k v", qkv_rows, cfg.qkv_bias, i),
-            out=linear("out", (cfg.d_model,), cfg.linear_bias, i),
+            q=linear("q", cfg.qkv_bias, i),
+            k=linear("k", cfg.qkv_bias, i),
+            v=linear("v", cfg.qkv_bias, i),
+            out=linear("out", cfg.linear_bias, i),
             mlp_norm=norm("mlp_norm", i),
-            up=linear("gate up", (cfg.d_ff, cfg.d_ff), cfg.linear_bias, i)
-            if cfg.mlp == "swiglu"
-            else linear("up", (cfg.d_ff,), cfg.linear_bias, i),
-            down=linear("down", (cfg.d_model,), cfg.linear_bias, i),
+            gate=linear("gate", cfg.linear_bias, i) if cfg.mlp == "swiglu" else None,
+            up=linear("up", cfg.linear_bias, i),
+            down=linear("down", cfg.linear_bias, i),
         )
 
-    embed = linear("embed", (cfg.vocab_size,), False)
     return Params(
-        embed=embed,
-        positions=Source((f"{table['positions']}.weight",), (cfg.max_seq_len,))
-        if cfg.position == "learned"
-        else None,
+        embed=linear("embed", False),
+        positions=Source(f"{table['positions']}.weight") if cfg.position == "learned" else None,
         layers=tuple(layer(i) for i in range(cfg.num_layers)),
         final_norm=norm("final_norm"),
-        head=None if cfg.tie_embeddings else linear("head", (cfg.vocab_size,), False),
+        head=None if cfg.tie_embeddings else linear("head", False),
     )
 
 
-def all_names(tree: Params) -> list[str]:
-    """Every tensor name a tree of sources mentions."""
-    return [name for source in jax.tree.leaves(tree) for name in source.names]
+def rows_of(tree: Params, shapes: Params) -> dict[str, int]:
+    """How many rows each tensor must have: those of all the weights that come from it.
+
+    Args:
+        tree: sources at the leaves.
+        shapes: anything with `.shape` at the leaves, in the same tree.
+    """
+    rows: dict[str, int] = {}
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(shapes), strict=True)
+    for source, leaf in pairs:
+        rows[source.name] = rows.get(source.name, 0) + leaf.shape[0]
+    return rows

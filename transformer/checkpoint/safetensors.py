@@ -15,6 +15,7 @@ import numpy as np
 
 from transformer.checkpoint.gguf import Tensor
 
+_FLOATS = ("F32", "F16", "BF16", "F64")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -27,12 +28,17 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     from safetensors import safe_open
 
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = _read_object(folder / "config.json")
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        places = _read_object(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
+            raise ValueError(f"{index}: weight_map must give a file name for each tensor")
+        names = sorted(set(places.values()))
         if bad := [name for name in names if Path(name).name != name]:
             raise ValueError(f"{index}: shards must lie in the same folder, got {bad[0]!r}")
+        if absent := [name for name in names if not (folder / name).is_file()]:
+            raise FileNotFoundError(f"{index}: names {absent[0]!r}, which is not in the folder")
         shards = [folder / name for name in names]
     elif (folder / "model.safetensors").exists():
         shards = [folder / "model.safetensors"]
@@ -54,8 +60,20 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if name in tensors:
                 raise ValueError(f"{shard}: the tensor {name!r} stands in two shards")
             rows = file.get_slice(name)
+            if (dtype := rows.get_dtype()) not in _FLOATS:
+                raise ValueError(f"{shard}: {name!r} must be one of {_FLOATS}, got {dtype}")
             tensors[name] = Tensor(tuple(rows.get_shape()), _row_reader(rows))
     return config, tensors
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+    return value
 
 
 def _row_reader(rows: Any):

@@ -1,0 +1,45 @@
+"""Weights for the tests: tiny random decoders made by transformers, and the pulled models."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from transformer import checkpoint
+from transformer.config import Config
+from transformer.decoder import Params
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "transformer"
+TINY = ("gpt2", "llama", "qwen2")
+
+
+class Loaded(NamedTuple):
+    params: Params
+    cfg: Config
+    golden: dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[[str], Loaded]:
+    """A tiny decoder by its family, and what transformers computes with it."""
+
+    def load(name: str) -> Loaded:
+        params, cfg, _ = checkpoint.load(GOLDEN / name)
+        return Loaded(params, cfg, dict(np.load(GOLDEN / name / "golden.npz")))
+
+    return cache(load)
+
+
+def noise(params: Params, seed: int = 0) -> Params:
+    """The same tree with every weight drawn at random, so that none is neutral."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jax.numpy.asarray(
+            leaf + rng.normal(0, 0.2, leaf.shape).astype(np.float32), leaf.dtype
+        ),
+        params,
+    )

@@ -1,0 +1,128 @@
+"""Reading through the cache in any way must give what `forward` gives without one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.transformer.conftest import noise
+from transformer import cache, decoder
+from transformer.config import Config
+
+LLAMA = Config.debug()
+GPT2 = Config.debug(
+    norm="layer", position="learned", mlp="gelu", qkv_bias=True, linear_bias=True, num_kv_heads=4
+)
+LENGTH = 320  # more than one block
+IDS = np.random.default_rng(2).integers(0, 320, (3, LENGTH)).astype(np.int32)
+
+
+@functools.cache
+def weights(cfg: Config) -> decoder.Params:
+    return noise(decoder.init(jax.random.key(0), cfg))
+
+
+@functools.cache
+def expected(cfg: Config) -> np.ndarray:
+    return np.asarray(jax.jit(decoder.forward, static_argnums=1)(weights(cfg), cfg, IDS)[0])
+
+
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=2)
+def step(params, cfg, memory, ids, tables, starts):
+    x, memory = decoder.extend(params, cfg, memory, ids, tables, starts)
+    return decoder.unembed(params, cfg, x), memory
+
+
+def read(cfg, memory, ids, tables, starts):
+    logits, memory = step(
+        weights(cfg),
+        cfg,
+        memory,
+        np.asarray(ids, np.int32),
+        np.asarray(tables, np.int32),
+        np.asarray(starts, np.int32),
+    )
+    return np.asarray(logits), memory
+
+
+def same(found, wanted):
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("cfg", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("chunk", [16, 64, 256])
+def test_chunks_of_any_size(cfg, chunk):
+    memory, padded = cache.init(cfg, 2), np.pad(IDS[0], (0, -LENGTH % chunk))
+    found = []
+    for start in range(0, LENGTH, chunk):
+        logits, memory = read(cfg, memory, padded[None, start : start + chunk], [[1, 2]], [start])
+        found.append(logits[0])
+    same(np.concatenate(found)[:LENGTH], expected(cfg)[0])
+
+
+@pytest.mark.parametrize("cfg", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_a_prompt_then_token_by_token_over_the_edge_of_a_block(cfg):
+    memory = cache.init(cfg, 2)
+    for start in range(0, 192, 64):
+        found, memory = read(cfg, memory, IDS[:1, start : start + 64], [[1, 2]], [start])
+        same(found[0], expected(cfg)[0, start : start + 64])
+    for at in range(192, 270):
+        found, memory = read(cfg, memory, IDS[:1, at : at + 1], [[1, 2]], [at])
+        same(found[0, 0], expected(cfg)[0, at])
+
+
+def test_rows_of_different_lengths_with_blocks_anywhere():
+    memory = cache.init(LLAMA, 8)
+    tables = np.array([[7, 2], [1, 8], [5, 3]])
+    lengths = [256, 64, 192]
+    for row, length in enumerate(lengths):
+        for start in range(0, length, 64):
+            ids = IDS[row : row + 1, start : start + 64]
+            _, memory = read(LLAMA, memory, ids, tables[row : row + 1], [start])
+    for i in range(20):
+        at = np.array(lengths) + i
+        found, memory = read(LLAMA, memory, IDS[range(3), at][:, None], tables, at)
+        same(found[:, 0], expected(LLAMA)[range(3), at])
+
+
+def test_rows_without_a_sequence_write_to_the_block_of_no_one():
+    memory = cache.init(LLAMA, 2)
+    _, memory = read(LLAMA, memory, IDS[:1, :64], [[1, 2]], [0])
+    trash = [cache.TRASH, cache.TRASH]
+    for at in range(64, 70):
+        ids = [[IDS[0, at]], [9], [7]]
+        found, memory = read(LLAMA, memory, ids, [[1, 2], trash, trash], [at, 0, 0])
+        same(found[0, 0], expected(LLAMA)[0, at])
+        assert np.isfinite(found).all()
+
+
+def test_what_a_block_held_before_is_not_seen():
+    memory = jax.tree.map(lambda pool: jnp.full_like(pool, 1e4), cache.init(LLAMA, 2))
+    found, memory = read(LLAMA, memory, IDS[:1, :64], [[2, 1]], [0])
+    same(found[0], expected(LLAMA)[0, :64])
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    memory = cache.init(LLAMA, 4)
+    _, memory = read(LLAMA, memory, IDS[:1, :64], [[1]], [0])
+    _, memory = read(LLAMA, memory, IDS[1:2, :64], [[2]], [0])
+    _, other = read(LLAMA, jax.tree.map(jnp.copy, memory), IDS[2:, :64], [[2]], [0])
+    ids = [[5], [6]]
+    first, _ = read(LLAMA, memory, ids, [[1], [2]], [64, 64])
+    second, _ = read(LLAMA, other, [[5], [8]], [[1], [2]], [64, 33])
+    np.testing.assert_array_equal(first[0], second[0])
+
+
+def test_a_chunk_that_does_not_fit_blocks_is_refused():
+    with pytest.raises(ValueError, match="192 new positions neither divide a block"):
+        read(LLAMA, cache.init(LLAMA, 2), IDS[:1, :192], [[1, 2]], [0])
+
+
+def test_sizes():
+    assert [cache.blocks_for(n) for n in (0, 1, 256, 257)] == [0, 1, 1, 2]
+    memory = cache.init(LLAMA, 3, jnp.bfloat16)
+    assert memory.num_blocks == 4
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(memory))
+    assert size == 4 * cache.bytes_per_block(LLAMA, jnp.bfloat16)

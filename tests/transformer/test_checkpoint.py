@@ -1,0 +1,428 @@
+"""Weights from files: what is written is read back, and what cannot be true is refused."""
+
+import json
+import shutil
+import struct
+import time
+from pathlib import Path
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Q
+from safetensors.numpy import load_file, save_file
+
+from tests.transformer.conftest import GOLDEN, TINY, noise
+from transformer import checkpoint, decoder
+from transformer.checkpoint import gguf as reader
+from transformer.config import Config
+from transformer.layers import quantize
+
+RNG = np.random.default_rng(3)
+
+
+def assert_same(first, second):
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+# Folders of safetensors
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_what_is_saved_is_loaded_bit_by_bit(tiny, tmp_path, name):
+    params, cfg, _ = tiny(name)
+    checkpoint.save(tmp_path / "new", params, cfg)
+    again, same_cfg, _ = checkpoint.load(tmp_path / "new")
+    assert same_cfg == cfg
+    assert_same(again, params)
+    ours, theirs = (
+        load_file(tmp_path / "new" / "model.safetensors"),
+        load_file(GOLDEN / name / "model.safetensors"),
+    )
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        np.testing.assert_array_equal(ours[key], theirs[key])
+
+
+def test_int8_weights_are_not_saved(tmp_path):
+    params, cfg, _ = checkpoint.load(GOLDEN / "llama", format="int8")
+    with pytest.raises(ValueError, match="int8 weights are a serving format"):
+        checkpoint.save(tmp_path / "new", params, cfg)
+
+
+def test_formats(tiny):
+    params, _, _ = tiny("llama")
+    narrow, _, _ = checkpoint.load(GOLDEN / "llama", format="bfloat16")
+    int8, _, _ = checkpoint.load(GOLDEN / "llama", format="int8")
+    layer = params.layers[0]
+    assert narrow.layers[0].attn_norm.scale.dtype == jnp.float32
+    np.testing.assert_array_equal(
+        narrow.layers[0].down.weight, layer.down.weight.astype(jnp.bfloat16)
+    )
+    expected = quantize(layer.down)
+    np.testing.assert_allclose(int8.layers[0].down.scale, expected.scale, rtol=1e-6)
+    steps = np.asarray(int8.layers[0].down.weight, int) - np.asarray(expected.weight, int)
+    assert np.abs(steps).max() <= 1 and (steps == 0).mean() > 0.99
+
+
+def test_half_precision_files_are_widened(tiny, tmp_path):
+    shutil.copy(GOLDEN / "llama" / "config.json", tmp_path)
+    tensors = load_file(GOLDEN / "llama" / "model.safetensors")
+    narrow = {key: value.astype(jnp.bfloat16) for key, value in tensors.items()}
+    save_file(narrow, tmp_path / "model.safetensors")
+    params, _, _ = checkpoint.load(tmp_path)
+    expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype("f4"), tiny("llama").params)
+    assert_same(params, expected)
+
+
+def test_shards_and_progress(tiny, tmp_path):
+    shutil.copy(GOLDEN / "llama" / "config.json", tmp_path)
+    tensors = load_file(GOLDEN / "llama" / "model.safetensors")
+    places = {key: f"model-{i % 2}.safetensors" for i, key in enumerate(tensors)}
+    for shard in set(places.values()):
+        save_file({k: v for k, v in tensors.items() if places[k] == shard}, tmp_path / shard)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    seen = []
+    params, _, _ = checkpoint.load(tmp_path, notify=seen.append)
+    assert_same(params, tiny("llama").params)
+    assert seen == sorted(seen) and seen[0] > 0 and seen[-1] <= 1
+    index.write_text(json.dumps({"weight_map": places | {"x": "../model.safetensors"}}))
+    with pytest.raises(ValueError, match="shards must lie in the same folder"):
+        checkpoint.load(tmp_path)
+    index.write_text(json.dumps({"weight_map": places | {"x": "gone.safetensors"}}))
+    with pytest.raises(FileNotFoundError, match="gone.safetensors"):
+        checkpoint.load(tmp_path)
+    index.write_text(json.dumps({"weight_map": 5}))
+    with pytest.raises(ValueError, match="weight_map must give"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "lacks model.norm.weight"),
+        (lambda t: t.update(extra=np.zeros(3, "f4")), "holds extra, which this model has no"),
+        (
+            lambda t: t.update({"model.norm.weight": np.zeros(31, "f4")}),
+            r"model.norm.weight must have shape \(32,\), got \(31,\)",
+        ),
+        (
+            lambda t: t.update({"lm_head.weight": t["lm_head.weight"].T.copy()}),
+            r"lm_head.weight must have shape \(160, 32\)",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": np.zeros(32, "i4")}),
+            "'model.norm.weight' must be one of .* got I32",
+        ),
+    ],
+)
+def test_strict_both_ways(tmp_path, spoil, said):
+    shutil.copy(GOLDEN / "llama" / "config.json", tmp_path)
+    tensors = load_file(GOLDEN / "llama" / "model.safetensors")
+    spoil(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=said):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "said"),
+    [
+        ("config.json", b"[1]", ValueError, "must hold a JSON object"),
+        ("config.json", b"{", ValueError, "not JSON"),
+        ("config.json", b"[" * 100_000, ValueError, "not JSON"),
+        ("config.json", b"\xff\xfe", ValueError, "not JSON"),
+        ("config.json", None, FileNotFoundError, "config.json"),
+        ("model.safetensors", None, FileNotFoundError, "no model.safetensors"),
+        ("model.safetensors", b"", ValueError, "not a readable safetensors file"),
+        ("model.safetensors", b"\xff" * 8 + b"{}", ValueError, "not a readable safetensors file"),
+        ("model.safetensors", struct.pack("<Q", 9) + b"{", ValueError, "not a readable"),
+        (
+            "model.safetensors",
+            struct.pack("<Q", 64)
+            + b'{"x":{"dtype":"F32","shape":[999999999],"data_offsets":[0,4]}}  '
+            + b"1234",
+            ValueError,
+            "not a readable safetensors file",
+        ),
+    ],
+    ids=str,
+)
+def test_damaged_folders(tmp_path, name, content, error, said):
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(GOLDEN / "llama" / file, tmp_path)
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(error, match=said):
+        checkpoint.load(tmp_path)
+
+
+def test_safetensors_cut_short(tmp_path):
+    shutil.copy(GOLDEN / "llama" / "config.json", tmp_path)
+    whole = (GOLDEN / "llama" / "model.safetensors").read_bytes()
+    for size in [1, 7, 8, 9, 500, 2000, len(whole) // 2, len(whole) - 1]:
+        (tmp_path / "model.safetensors").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="not a readable safetensors file"):
+            checkpoint.load(tmp_path)
+
+
+def test_pickles_are_refused_unopened(tmp_path):
+    (tmp_path / "weights.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(ValueError, match="pickled weights are never opened"):
+        checkpoint.load(tmp_path / "weights.bin")
+    shutil.copy(GOLDEN / "llama" / "config.json", tmp_path)
+    with pytest.raises(ValueError, match="holds only pickled weights"):
+        checkpoint.load(tmp_path)
+
+
+def test_more_layers_than_tensors(tmp_path):
+    config = json.loads((GOLDEN / "llama" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2**40}))
+    shutil.copy(GOLDEN / "llama" / "model.safetensors", tmp_path)
+    with pytest.raises(ValueError, match="tensors cannot make 1099511627776 layers"):
+        checkpoint.load(tmp_path)
+
+
+# GGUF files
+
+
+def write_gguf(path: Path, tensors: dict, metadata: dict, kinds: dict | None = None) -> None:
+    """Writes arrays (quantised to `kinds[name]`, else as they are) with the `gguf` package."""
+    writer = gguf.GGUFWriter(path, metadata.get("general.architecture", "llama"))
+    for key, value in metadata.items():
+        if key != "general.architecture":
+            (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
+    for name, array in tensors.items():
+        kind = (kinds or {}).get(name)
+        if kind is None:
+            writer.add_tensor(name, array)
+        else:
+            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama_metadata(cfg: Config) -> dict:
+    return {
+        "general.architecture": "llama",
+        "llama.block_count": cfg.num_layers,
+        "llama.attention.head_count": cfg.num_heads,
+        "llama.attention.head_count_kv": cfg.num_kv_heads,
+        "llama.attention.key_length": cfg.head_dim,
+        "llama.attention.value_length": cfg.head_dim,
+        "llama.embedding_length": cfg.d_model,
+        "llama.feed_forward_length": cfg.d_ff,
+        "llama.vocab_size": cfg.vocab_size,
+        "llama.context_length": cfg.max_seq_len,
+        "llama.attention.layer_norm_rms_epsilon": cfg.norm_eps,
+        "llama.rope.freq_base": cfg.rope_theta,
+        "llama.rope.dimension_count": cfg.head_dim,
+    }
+
+
+def llama_tensors(params: decoder.Params, cfg: Config) -> dict[str, np.ndarray]:
+    """The tensors of a GGUF file as llama.cpp's converter writes them."""
+
+    def interleave(weight):  # from (0, H/2), (1, H/2 + 1), ... to (0, 1), (2, 3), ... in each head
+        halves = np.asarray(weight).reshape(-1, 2, cfg.head_dim // 2, weight.shape[1])
+        return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
+
+    out = {"token_embd.weight": params.embed.weight, "output_norm.weight": params.final_norm.scale}
+    if params.head is not None:
+        out["output.weight"] = params.head.weight
+    for i, layer in enumerate(params.layers):
+        out |= {
+            f"blk.{i}.attn_norm.weight": layer.attn_norm.scale,
+            f"blk.{i}.attn_q.weight": interleave(layer.q.weight),
+            f"blk.{i}.attn_k.weight": interleave(layer.k.weight),
+            f"blk.{i}.attn_v.weight": layer.v.weight,
+            f"blk.{i}.attn_output.weight": layer.out.weight,
+            f"blk.{i}.ffn_norm.weight": layer.mlp_norm.scale,
+            f"blk.{i}.ffn_gate.weight": layer.gate.weight,
+            f"blk.{i}.ffn_up.weight": layer.up.weight,
+            f"blk.{i}.ffn_down.weight": layer.down.weight,
+        }
+    return {name: np.asarray(array, np.float32) for name, array in out.items()}
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_gguf_file_is_loaded_bit_by_bit(tmp_path, is_tied):
+    cfg = Config.debug(tie_embeddings=is_tied, num_layers=3, norm_eps=2**-16)
+    params = noise(decoder.init(jax.random.key(0), cfg))
+    write_gguf(tmp_path / "m.gguf", llama_tensors(params, cfg), llama_metadata(cfg))
+    loaded, found, _ = checkpoint.load(tmp_path / "m.gguf")
+    assert found == cfg
+    assert_same(loaded, params)
+
+
+@pytest.mark.parametrize(
+    "kind", [Q.F32, Q.F16, Q.BF16, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1, Q.Q8_0], ids=lambda k: k.name
+)
+def test_formats_the_package_writes(tmp_path, kind):
+    array = RNG.normal(size=(6, 256)).astype(np.float32)
+    write_gguf(tmp_path / "m.gguf", {"x": array}, {}, {"x": kind})
+    _, tensors = reader.read(tmp_path / "m.gguf")
+    expected = gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind)
+    assert tensors["x"].shape == (6, 256)
+    np.testing.assert_array_equal(tensors["x"].read(0, 6), expected)
+    np.testing.assert_array_equal(tensors["x"].read(2, 5), expected[2:5])
+
+
+@pytest.mark.parametrize(
+    "kind", [Q.Q2_K, Q.Q3_K, Q.Q4_K, Q.Q5_K, Q.Q6_K, Q.IQ4_NL, Q.IQ4_XS], ids=lambda k: k.name
+)
+def test_formats_the_package_only_reads(tmp_path, kind):
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    # 0x2e2e as a half float is 0.1: scales stay finite whatever their place in the block.
+    raw = np.where(RNG.random((4, 512 // block * size)) < 0.5, 0x2E, 0x2D).astype(np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("x", raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    _, tensors = reader.read(tmp_path / "m.gguf")
+    expected = gguf.quants.dequantize(raw, kind)
+    assert np.isfinite(expected).all() and tensors["x"].shape == expected.shape == (4, 512)
+    np.testing.assert_array_equal(tensors["x"].read(0, 4), expected)
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    """A sound GGUF file for the tests to damage."""
+    cfg = Config.debug(num_layers=1, vocab_size=32, d_ff=32)
+    params = decoder.init(jax.random.key(0), cfg)
+    write_gguf(tmp_path / "m.gguf", llama_tensors(params, cfg), llama_metadata(cfg))
+    return tmp_path / "m.gguf"
+
+
+def test_gguf_cut_short_anywhere(small):
+    whole = small.read_bytes()
+    began = time.monotonic()
+    sizes = [*range(0, 1400, 7), *range(1400, len(whole), len(whole) // 20), len(whole) - 40]
+    for size in sizes:
+        small.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="GGUF|cut short|damaged"):
+            checkpoint.load(small)
+    assert time.monotonic() - began < 20
+
+
+def test_gguf_with_any_byte_changed_loads_or_says_why(small):
+    whole = small.read_bytes()
+    header = whole.index(b"output_norm.weight")
+    for at in range(4, header, 5):
+        damaged = bytearray(whole)
+        damaged[at] ^= 0xFF
+        small.write_bytes(damaged)
+        try:
+            checkpoint.load(small)
+        except ValueError as error:
+            assert str(error)  # any other exception fails the test
+
+
+def raw_gguf(metadata: list[bytes] = (), tensors: list[bytes] = (), *, version=3, counts=None):
+    num_tensors, num_keys = counts or (len(tensors), len(metadata))
+    head = b"GGUF" + struct.pack("<IQQ", version, num_tensors, num_keys)
+    return head + b"".join(metadata) + b"".join(tensors) + bytes(256)
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+def tensor(name: bytes, shape=(32,), kind=0, offset=0) -> bytes:
+    return (
+        text(name)
+        + struct.pack("<I", len(shape))
+        + struct.pack(f"<{len(shape)}Q", *shape)
+        + struct.pack("<IQ", kind, offset)
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "not a GGUF file"),
+        (b"\x80\x04\x95pickle", "not a GGUF file"),
+        (raw_gguf(version=1), "version must be 2 or 3, got 1"),
+        (raw_gguf(version=0x03000000), "version must be 2 or 3"),
+        (raw_gguf(counts=(2**63, 0)), "tensors cannot fit in the file"),
+        (raw_gguf(counts=(0, 2**64 - 1)), "metadata keys cannot fit in the file"),
+        (raw_gguf([struct.pack("<Q", 2**62)]), "key needs 4611686018427387904 bytes"),
+        (raw_gguf([text(b"k") + struct.pack("<I", 99)]), "k has the unknown value type 99"),
+        (
+            raw_gguf([text(b"k") + struct.pack("<IIQ", 9, 4, 2**61)]),
+            "2305843009213693952 k cannot fit",
+        ),
+        (raw_gguf([text(b"k") + struct.pack("<IIQ", 9, 9, 1)]), "array of the unknown value type"),
+        (raw_gguf([text(b"k") + struct.pack("<II", 4, 1)] * 2), "'k' stands twice"),
+        (raw_gguf([], [tensor(b"x")] * 2), "tensor 'x' stands twice"),
+        (raw_gguf([], [tensor(b"x", kind=77)]), "unknown format 77"),
+        (raw_gguf([], [tensor(b"x", kind=2, shape=(33,))]), "not whole blocks of 32"),
+        (raw_gguf([], [tensor(b"x", shape=(2**40, 2**20))]), "ends behind the file's end"),
+        (raw_gguf([], [tensor(b"x", offset=2**40)]), "ends behind the file's end"),
+        (raw_gguf([], [tensor(b"x", offset=1)]), "damaged"),
+        (raw_gguf([], [tensor(b"x", shape=())]), "has 0 axes"),
+        (raw_gguf([], [tensor(b"x", shape=(0, 2**63))]), "has the shape"),
+        (raw_gguf([], [tensor(b"x", shape=(2, 2, 2))]), "tensors of 3 axes"),
+        (
+            raw_gguf([text(b"general.alignment") + struct.pack("<II", 4, 0)]),
+            "general.alignment must be a multiple of 8, got 0",
+        ),
+        (raw_gguf(), "general.architecture must be one of"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_hostile_gguf(tmp_path, content, said):
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        checkpoint.load(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"llama.block_count": 2**32 - 1}, "cannot make 4294967295 layers"),
+        ({"llama.block_count": 2}, "lacks blk.1"),
+        ({"llama.vocab_size": 2**31}, "token_embd.weight must have shape"),
+        ({"llama.attention.head_count": 0}, "must be a positive integer, got 0"),
+        ({"llama.attention.head_count": 2.5}, "must be a positive integer, got 2.5"),
+        ({"llama.rope.scaling.factor": 8.0}, "rope.scaling.factor"),
+        ({"llama.expert_count": 8}, "llama.expert_count|meaning is not known.*expert_count"),
+        ({"llama.rope.dimension_count": 4}, "rope.dimension_count must be head_dim"),
+    ],
+    ids=str,
+)
+def test_gguf_metadata_that_does_not_fit(tmp_path, change, said):
+    cfg = Config.debug(num_layers=1)
+    params = decoder.init(jax.random.key(0), cfg)
+    path = tmp_path / "m.gguf"
+    write_gguf(path, llama_tensors(params, cfg), llama_metadata(cfg) | change)
+    with pytest.raises(ValueError, match=said):
+        checkpoint.load(path)
+
+
+def test_gguf_is_strict_both_ways(tmp_path):
+    cfg = Config.debug(num_layers=1)
+    tensors = llama_tensors(decoder.init(jax.random.key(0), cfg), cfg)
+    path = tmp_path / "m.gguf"
+    write_gguf(path, tensors | {"blk.0.attn_sinks": np.zeros(4, "f4")}, llama_metadata(cfg))
+    with pytest.raises(ValueError, match="holds blk.0.attn_sinks"):
+        checkpoint.load(path)
+    del tensors["blk.0.ffn_up.weight"]
+    write_gguf(path, tensors, llama_metadata(cfg))
+    with pytest.raises(ValueError, match="lacks blk.0.ffn_up.weight"):
+        checkpoint.load(path)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        checkpoint.load(tmp_path / "absent.gguf")

@@ -1,0 +1,179 @@
+"""The forward pass: against transformers, and against what each part of it must mean."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.transformer.conftest import TINY, noise
+from transformer import decoder
+from transformer.config import Config
+
+IDS = np.random.default_rng(1).integers(0, 320, (2, 12)).astype(np.int32)
+GPT2_FORMS = dict(
+    norm="layer", position="learned", mlp="gelu", qkv_bias=True, linear_bias=True, num_kv_heads=4
+)
+forward = jax.jit(decoder.forward, static_argnums=1, static_argnames="taps")
+
+
+def random_params(cfg: Config) -> decoder.Params:
+    return noise(decoder.init(jax.random.key(0), cfg))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_agrees_with_transformers(tiny, name):
+    params, cfg, golden = tiny(name)
+    logits, taps = forward(params, cfg, golden["ids"], taps=("residual", "attention"))
+    np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(taps["residual"][:-1], golden["residual"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(taps["attention"], golden["attention"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("forms", [{}, GPT2_FORMS, {"tie_embeddings": False}])
+def test_init_fills_the_abstract_tree(forms):
+    cfg = Config.debug(**forms)
+    params, infos = decoder.init(jax.random.key(0), cfg), decoder.abstract(cfg)
+    assert jax.tree.structure(params) == jax.tree.structure(infos)
+    for leaf, info in zip(jax.tree.leaves(params), jax.tree.leaves(infos), strict=True):
+        assert leaf.shape == info.shape
+        assert leaf.dtype == jnp.float32
+        assert len(info.axes) == len(info.shape)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == cfg.num_params
+    assert decoder.num_bytes(params) == 4 * cfg.num_params
+
+
+def test_init_is_a_function_of_the_key():
+    cfg = Config.debug()
+    first, again, other = (decoder.init(jax.random.key(seed), cfg) for seed in (0, 0, 1))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), first, again))
+    assert not (first.embed.weight == other.embed.weight).any()
+
+
+def test_a_fresh_model_predicts_nothing_in_particular():
+    cfg = Config.debug()
+    logits, _ = forward(decoder.init(jax.random.key(0), cfg), cfg, IDS)
+    loss = -jax.nn.log_softmax(logits[:, :-1])
+    loss = np.take_along_axis(np.asarray(loss), IDS[:, 1:, None], -1).mean()
+    assert abs(loss - np.log(cfg.vocab_size)) < 0.1
+
+
+def test_no_token_sees_a_later_one():
+    cfg = Config.debug()
+    params = random_params(cfg)
+    logits, _ = forward(params, cfg, IDS)
+    changed, _ = forward(params, cfg, np.concatenate([IDS[:, :7], (IDS[:, 7:] + 1) % 320], 1))
+    np.testing.assert_array_equal(logits[:, :7], changed[:, :7])
+    assert (np.abs(logits[:, 7:] - changed[:, 7:]).max(-1) > 1e-3).all()
+
+
+# Fields that leave every shape as it is: the same weights must give other logits.
+@pytest.mark.parametrize("forms", [{}, GPT2_FORMS], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("change", [{"norm_eps": 0.5}, {"rope_theta": 100.0}], ids=str)
+def test_each_number_matters(forms, change):
+    cfg = Config.debug(**forms)
+    params = random_params(cfg)
+    before, _ = forward(params, cfg, IDS)
+    after, _ = forward(params, dataclasses.replace(cfg, **change), IDS)
+    if "rope_theta" in change and cfg.position == "learned":
+        np.testing.assert_array_equal(before, after)
+    else:
+        assert np.abs(before - after).max() > 1e-3
+
+
+# Fields that change the tree of weights.
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_layers": 3},
+        {"num_heads": 8},
+        {"num_kv_heads": 4},
+        {"head_dim": 16},
+        {"d_model": 40},
+        {"d_ff": 56},
+        {"vocab_size": 330},
+        {"norm": "layer"},
+        {"position": "learned"},
+        {"mlp": "gelu"},
+        {"qkv_bias": True},
+        {"linear_bias": True},
+        {"tie_embeddings": False},
+    ],
+    ids=str,
+)
+def test_each_form_matters(change):
+    cfg = Config.debug()
+    changed = dataclasses.replace(cfg, **change)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(decoder.abstract(cfg))]
+    assert shapes != [leaf.shape for leaf in jax.tree.leaves(decoder.abstract(changed))]
+    logits, _ = forward(random_params(changed), changed, IDS)
+    assert logits.shape == (*IDS.shape, changed.vocab_size)
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("forms", [{}, GPT2_FORMS, {"tie_embeddings": False}], ids=str)
+def test_every_weight_has_a_gradient(forms):
+    cfg = Config.debug(**forms)
+
+    def loss(params):
+        logits, _ = decoder.forward(params, cfg, IDS)
+        return (logits[:, :-1] * jax.nn.one_hot(IDS[:, 1:], cfg.vocab_size)).sum()
+
+    gradients = jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(random_params(cfg)))
+    for path, gradient in gradients:
+        assert np.isfinite(gradient).all(), path
+        # A bias on the keys shifts all scores of a query alike: softmax does not see it, unless
+        # rotary positions turn it.
+        is_key_bias = ".k.bias" in jax.tree_util.keystr(path) and cfg.position == "learned"
+        assert is_key_bias or np.abs(gradient).max() > 1e-4, path
+
+
+def test_taps_are_consistent():
+    cfg = Config.debug()
+    params = random_params(cfg)
+    names = ("residual", "attention", "logits")
+    logits, found = forward(params, cfg, IDS, taps=names)
+    batch, length = IDS.shape
+    assert set(found) == set(names)
+    assert found["residual"].shape == (cfg.num_layers + 1, batch, length, cfg.d_model)
+    assert found["attention"].shape == (cfg.num_layers, batch, cfg.num_heads, length, length)
+    np.testing.assert_allclose(found["attention"].sum(-1), 1, rtol=0, atol=1e-5)
+    assert (np.triu(found["attention"], 1) == 0).all()
+    np.testing.assert_array_equal(found["residual"][0], params.embed.weight[IDS])
+    np.testing.assert_allclose(found["logits"][-1], logits, rtol=0, atol=1e-5)
+    plain, nothing = forward(params, cfg, IDS)
+    assert nothing == {}
+    np.testing.assert_allclose(plain, logits, rtol=0, atol=1e-5)
+
+
+def test_an_unused_tap_costs_nothing():
+    cfg = Config.debug()
+    params = random_params(cfg)
+
+    def flops(*taps: str) -> float:
+        return forward.lower(params, cfg, IDS, taps=taps).compile().cost_analysis()["flops"]
+
+    def logits_only(params, cfg, ids):
+        return decoder.forward(params, cfg, ids)[0]
+
+    alone = jax.jit(logits_only, static_argnums=1).lower(params, cfg, IDS).compile()
+    assert flops() == alone.cost_analysis()["flops"]
+    assert flops("logits") > flops()
+
+
+def test_an_unknown_tap_is_refused():
+    cfg = Config.debug()
+    with pytest.raises(ValueError, match="residual, attention, logits; got .'atention'"):
+        decoder.forward(random_params(cfg), cfg, IDS, taps=("atention",))
+
+
+@pytest.mark.parametrize("forms", [{}, GPT2_FORMS], ids=["llama", "gpt2"])
+def test_stacking_layers_is_undone_by_unstacking(forms):
+    cfg = Config.debug(num_layers=3, **forms)
+    layers = random_params(cfg).layers
+    stacked = decoder.stack_layers(layers)
+    assert all(len(leaf) == 3 for leaf in jax.tree.leaves(stacked))
+    back = decoder.unstack_layers(stacked)
+    assert jax.tree.structure(back) == jax.tree.structure(layers)
+    jax.tree.map(np.testing.assert_array_equal, back, layers)

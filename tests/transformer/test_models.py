@@ -1,0 +1,141 @@
+"""The pulled models in float32 against transformers on the same weights (tests/golden)."""
+
+import functools
+import gc
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.transformer.conftest import GOLDEN
+from transformer import cache, checkpoint, decoder
+
+MODELS = ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct")
+CHUNK = 32  # tokens read at once: one program for prompts of every length
+
+
+class Seen(NamedTuple):
+    """What we compute for one prompt followed by the golden continuation, position by position."""
+
+    columns: np.ndarray  # [T, 256] logits of the kept vocabulary ids
+    top_ids: np.ndarray  # [T, 5]
+    top_logits: np.ndarray  # [T, 5]
+    logsumexp: np.ndarray  # [T]
+
+
+def reduce(logits: jax.Array, columns: jax.Array) -> Seen:
+    top_logits, top_ids = jax.lax.top_k(logits, 5)
+    return Seen(logits[:, columns], top_ids, top_logits, jax.nn.logsumexp(logits, -1))
+
+
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=2)
+def read_chunk(params, cfg, memory, ids, tables, starts, columns):
+    x, memory = decoder.extend(params, cfg, memory, ids, tables, starts)
+    return reduce(decoder.unembed(params, cfg, x[0]), columns), memory
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def read(request, model_file):
+    """The golden file, and per prompt what we see through the cache."""
+    path = model_file(request.param)
+    golden = dict(np.load(GOLDEN / f"{request.param}.npz"))
+    params, cfg, _ = checkpoint.load(path)
+    memory = cache.init(cfg, 1)
+    seen = []
+    for prompt, greedy in zip(prompts_of(golden), golden["greedy_ids"], strict=True):
+        ids = np.concatenate([prompt, greedy])
+        padded = np.pad(ids, (0, -len(ids) % CHUNK))
+        parts = []
+        for start in range(0, len(padded), CHUNK):
+            part, memory = read_chunk(
+                params,
+                cfg,
+                memory,
+                padded[None, start : start + CHUNK],
+                jnp.array([[1]], jnp.int32),
+                jnp.array([start], jnp.int32),
+                golden["columns"],
+            )
+            parts.append(part)
+        seen.append(Seen(*(np.concatenate(f)[: len(ids)] for f in zip(*parts, strict=True))))
+    yield golden, seen
+    del params, memory
+    gc.collect()
+
+
+def prompts_of(golden) -> list[np.ndarray]:
+    return np.split(golden["prompt_ids"], np.cumsum(golden["prompt_lengths"])[:-1])
+
+
+def test_logits_agree_at_every_position(read):
+    golden, seen = read
+    lengths = golden["prompt_lengths"]
+    columns = np.concatenate([s.columns[:n] for s, n in zip(seen, lengths, strict=True)])
+    np.testing.assert_allclose(columns, golden["logits"], rtol=0, atol=1e-3)
+    top = np.concatenate([s.top_logits for s in seen])
+    np.testing.assert_allclose(top, golden["top_logits"], rtol=0, atol=1e-3)
+    logsumexp = np.concatenate([s.logsumexp for s in seen])
+    np.testing.assert_allclose(logsumexp, golden["logsumexp"], rtol=0, atol=1e-3)
+
+
+def test_the_most_probable_tokens_agree(read):
+    golden, seen = read
+    ids = np.concatenate([s.top_ids for s in seen])
+    # Where two logits lie closer together than the tolerance, either may come first.
+    gap = golden["top_logits"][:, :-1] - golden["top_logits"][:, 1:]
+    is_clear = np.pad(gap, ((0, 0), (1, 0)), constant_values=9)[:, :4] > 2e-3
+    is_clear &= gap > 2e-3
+    assert is_clear.mean() > 0.95
+    np.testing.assert_array_equal(ids[:, :4][is_clear], golden["top_ids"][:, :4][is_clear])
+
+
+def test_greedy_continuations_are_identical(read):
+    # Given the continuation so far, the most probable token is the next one of it, 64 times: that
+    # is what greedy decoding does, read in chunks instead of token by token.
+    golden, seen = read
+    for s, n, greedy in zip(seen, golden["prompt_lengths"], golden["greedy_ids"], strict=True):
+        np.testing.assert_array_equal(s.top_ids[n - 1 : -1, 0], greedy)
+
+
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=2)
+def decode(params, cfg, memory, ids, tables, starts):
+    x, memory = decoder.extend(params, cfg, memory, ids[:, None], tables, starts)
+    return jnp.argmax(decoder.unembed(params, cfg, x[:, 0]), -1).astype(jnp.int32), memory
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def read_whole(params, cfg, ids, columns):
+    return reduce(decoder.forward(params, cfg, ids)[0][0], columns)
+
+
+@pytest.mark.slow
+def test_without_a_cache_and_token_by_token(model_file):
+    """The default model: `forward` gives the golden logits; rows decode together greedily."""
+    golden = dict(np.load(GOLDEN / f"{MODELS[0]}.npz"))
+    params, cfg, _ = checkpoint.load(model_file(MODELS[0]))
+    prompts, lengths = prompts_of(golden), golden["prompt_lengths"]
+    longest = int(max(lengths))
+    padded = np.stack([np.pad(ids, (0, longest - len(ids))) for ids in prompts])
+    seen = [read_whole(params, cfg, ids[None], golden["columns"]).columns for ids in padded]
+    ours = np.concatenate([np.asarray(s)[:n] for s, n in zip(seen, lengths, strict=True)])
+    np.testing.assert_allclose(ours, golden["logits"], rtol=0, atol=1e-3)
+
+    # Rows of different lengths: each reads its prompt token by token, then goes on by itself.
+    is_short = lengths <= 30
+    lengths, greedy_ids = lengths[is_short], golden["greedy_ids"][is_short]
+    longest = int(max(lengths))
+    padded = padded[is_short, :longest]
+    memory = cache.init(cfg, len(lengths))
+    tables = jnp.arange(1, len(lengths) + 1, dtype=jnp.int32)[:, None]
+    ids, written = padded[:, 0], []
+    for at in range(longest + 63):
+        found, memory = decode(params, cfg, memory, ids, tables, np.full(len(ids), at, np.int32))
+        written.append(np.asarray(found))
+        ids = written[-1]
+        if at + 1 < longest:
+            ids = np.where(at + 1 < lengths, padded[:, at + 1], ids).astype(np.int32)
+    written = np.stack(written, 1)
+    for row, n, greedy in zip(written, lengths, greedy_ids, strict=True):
+        np.testing.assert_array_equal(row[n - 1 : n + 63], greedy)

@@ -1,0 +1,163 @@
+"""Generating token ids: prefill the prompt in chunks, then decode one token at a time.
+
+`prefill` and `decode` are the two compiled programs; a server that batches many sequences calls
+them directly, and `generate` strings them together for one sequence. Shapes are few and fixed, so
+each program is compiled once: prompts are read in chunks, the last of them padded, and the padding
+is overwritten by the tokens that follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transformer import cache, sampling
+from transformer.config import Config
+from transformer.decoder import Params, extend, unembed
+from transformer.sampling import Drawn, History, Sampling, Settings
+
+CHUNKS = (256, 64)  # prompt tokens read at once, the longest that still fits first
+
+
+@partial(jax.jit, static_argnames="cfg", donate_argnames="memory")
+def prefill(
+    params: Params,
+    cfg: Config,
+    memory: cache.Cache,
+    ids: jax.Array,
+    tables: jax.Array,
+    starts: jax.Array,
+    last: jax.Array,
+) -> tuple[jax.Array, cache.Cache]:
+    """Reads one chunk of one prompt.
+
+    Args:
+        ids: int32 [1, T], the chunk, padded behind its end.
+        tables: int32 [1, S/BLOCK], the row's cache blocks.
+        starts: int32 [1], how many tokens came before, a multiple of T (or of BLOCK if T is more).
+        last: int32, index of the chunk's last real token.
+
+    Returns:
+        Logits behind that token, float32 [1, V], and the cache.
+    """
+    x, memory = extend(params, cfg, memory, ids, tables, starts)
+    return unembed(params, cfg, x[:, last]), memory
+
+
+@partial(jax.jit, static_argnames=("cfg", "num_ids"), donate_argnames=("memory", "past"))
+def decode(
+    params: Params,
+    cfg: Config,
+    memory: cache.Cache,
+    past: History,
+    ids: jax.Array,
+    tables: jax.Array,
+    starts: jax.Array,
+    rows: Settings,
+    *,
+    num_ids: int,
+) -> tuple[Drawn, cache.Cache, History]:
+    """Reads one token of every row and draws the next.
+
+    Args:
+        ids: int32 [B], the last token of each row.
+        tables: int32 [B, S/BLOCK].
+        starts: int32 [B], how many tokens each row holds before this one.
+        rows: how each row is sampled.
+        num_ids: how many ids the vocabulary has; the table may be padded beyond.
+    """
+    x, memory = extend(params, cfg, memory, ids[:, None], tables, starts)
+    logits = unembed(params, cfg, x[:, 0])  # [B, V]
+    drawn, past = sampling.sample(logits, past, rows, num_ids=num_ids)
+    return drawn, memory, past
+
+
+draw = jax.jit(sampling.sample, static_argnames="num_ids", donate_argnames="past")
+begin = jax.jit(sampling.begin, donate_argnames="past")
+
+
+def chunks(
+    prompt: Sequence[int], sizes: Sequence[int] = CHUNKS
+) -> Iterator[tuple[int, np.ndarray, int]]:
+    """Cuts a prompt into chunks of the given sizes, longest first.
+
+    Yields:
+        (start, ids int32 [1, size] padded with zeros, index of the last real id).
+    """
+    start = 0
+    for size in sizes:
+        while len(prompt) - start >= size or (size == sizes[-1] and start < len(prompt)):
+            real = prompt[start : start + size]
+            ids = np.zeros((1, size), np.int32)
+            ids[0, : len(real)] = real
+            yield start, ids, len(real) - 1
+            start += size
+
+
+def prompt_history(prompt: Sequence[int], how: Sampling, vocab_size: int):
+    """What `begin` is told of a new sequence: (is_in_prompt bool [V], bias float32 [V])."""
+    is_in_prompt, bias = np.zeros(vocab_size, bool), np.zeros(vocab_size, np.float32)
+    is_in_prompt[list(prompt)] = True
+    for token, value in how.logit_bias.items():
+        bias[token] = value
+    return is_in_prompt, bias
+
+
+def generate(
+    params: Params,
+    cfg: Config,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    how: Sampling = Sampling(temperature=0.0),  # noqa: B008 (frozen)
+    stop_ids: Collection[int] = (),
+    cache_dtype: jnp.dtype = jnp.float32,
+    num_ids: int | None = None,
+) -> Iterator[int]:
+    """Yields the ids that follow `prompt`, until a stop id (not yielded) or the limit.
+
+    Raises:
+        ValueError: an empty prompt, an id outside the vocabulary, or more positions than the model
+            has.
+    """
+    if not prompt:
+        raise ValueError("the prompt must hold at least one token")
+    if bad := [i for i in prompt if not 0 <= i < cfg.vocab_size]:
+        raise ValueError(f"prompt ids must be from 0 to {cfg.vocab_size - 1}, got {bad[0]}")
+    if len(prompt) + max_new_tokens > cfg.max_seq_len:
+        raise ValueError(
+            f"{len(prompt)} prompt tokens and {max_new_tokens} new ones are more than the "
+            f"{cfg.max_seq_len} positions of the model"
+        )
+    num_ids = num_ids or cfg.vocab_size
+    num_blocks = cache.blocks_for(len(prompt) + max_new_tokens + CHUNKS[-1])
+    memory = cache.init(cfg, num_blocks, cache_dtype)
+    tables = np.arange(1, num_blocks + 1, dtype=np.int32)[None]
+    for start, ids, last in chunks(prompt):
+        logits, memory = prefill(
+            params, cfg, memory, ids, tables, np.array([start], np.int32), last
+        )
+
+    def rows(step: int) -> Settings:
+        return sampling.settings([how], [0], [step], [0])
+
+    past = begin(
+        sampling.history(1, cfg.vocab_size), 0, *prompt_history(prompt, how, cfg.vocab_size)
+    )
+    drawn, past = draw(logits, past, rows(0), num_ids=num_ids)
+    for step in range(1, max_new_tokens + 1):
+        previous = drawn
+        if step < max_new_tokens:
+            # Started before the last token is looked at, so that the device never waits for us.
+            start = np.array([len(prompt) + step - 1], np.int32)
+            drawn, memory, past = decode(
+                params, cfg, memory, past, previous.ids, tables, start, rows(step), num_ids=num_ids
+            )
+        token = int(previous.ids[0])
+        if token in stop_ids:
+            return
+        yield token
