@@ -67,7 +67,7 @@ class ArrayInfo:
 def abstract(cfg: Config) -> Params:
     """The tree of `Params` with an `ArrayInfo` at each leaf; every leaf is float32."""
     normal = jax.nn.initializers.normal(0.02)
-    # Residual branches start smaller, so that depth does not inflate the stream (GPT-2, section 2.3).
+    # Residual branches start smaller, so that depth does not inflate the stream (GPT-2, 2.3).
     residual = jax.nn.initializers.normal(0.02 / (2 * cfg.num_layers) ** 0.5)
     zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
 

@@ -1,0 +1,136 @@
+"""What is computed: one chunk of a prompt, or one step of all running rows.
+
+Rows are padded to one of a few batch sizes, never one: on a CPU a one-row product in a narrow
+format is the slow one, and few sizes are few programs to compile. Every shape is compiled when the
+model is loaded, and JAX keeps the programs on disk for the next start.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from serve.engine.scheduler import Sequence as Row
+from transformer import cache, generate, sampling
+from transformer.config import Config
+from transformer.decoder import Params
+from transformer.sampling import Drawn, Sampling
+
+CHUNK = 64  # prompt tokens read at once: well under a third of a second on two cores
+BUCKETS = (2, 4, 8, 16)  # rows of a decoding step
+NUM_SLOTS = BUCKETS[-1]
+_GREEDY = Sampling(temperature=0.0)
+
+
+class Runner:
+    """A decoder on the device: its weights, its cache, and what its penalties remember.
+
+    Args:
+        params, cfg: the model.
+        num_ids: ids of the vocabulary; the table may be padded beyond.
+        num_blocks: blocks of the cache.
+        cache_dtype: what keys and values are stored in.
+    """
+
+    def __init__(self, params: Params, cfg: Config, num_ids: int, num_blocks: int, cache_dtype):
+        self._params, self._cfg, self._num_ids = params, cfg, num_ids
+        self._memory = cache.init(cfg, num_blocks, cache_dtype)
+        self._past = sampling.history(NUM_SLOTS + 1, cfg.vocab_size)  # the last is for padding
+        self._table_width = min(cache.blocks_for(cfg.max_seq_len), num_blocks)
+
+    def warm_up(self, max_rows: int, notify: Callable[[str], None]) -> None:
+        """Compiles every program for up to `max_rows` rows, or fetches it from disk."""
+
+        def timed(what: str, compute: Callable[[], object]) -> None:
+            started = time.perf_counter()
+            compute()
+            if (seconds := time.perf_counter() - started) > 1:
+                notify(f"compiled {what} in {seconds:.1f} s (kept on disk for the next start)")
+
+        nobody = Row(sampling_request(), deliver=lambda event: None)
+        nobody.slot, nobody.ids = NUM_SLOTS, [0]
+        timed("prompt reading", lambda: self.prefill(nobody))
+        for size in BUCKETS:
+            if size < 2 * max_rows:
+                nobody.length = 0
+                timed(f"{size} rows of decoding", lambda size=size: self.decode([nobody] * size))
+
+    def prefill(self, row: Row) -> Drawn | None:
+        """Reads the next chunk of a prompt; behind the last one, draws the first token."""
+        prompt, start = row.request.prompt, row.length
+        if start == 0:
+            history = generate.prompt_history(prompt, row.request.sampling, self._cfg.vocab_size)
+            self._past = generate.begin(self._past, row.slot, *history)
+        real = prompt[start : start + CHUNK]
+        ids = np.zeros((1, CHUNK), np.int32)
+        ids[0, : len(real)] = real
+        logits, self._memory = generate.prefill(
+            self._params,
+            self._cfg,
+            self._memory,
+            ids,
+            self._tables([row]),
+            np.array([start], np.int32),
+            len(real) - 1,
+        )
+        row.length += len(real)
+        if row.is_reading:
+            logits.block_until_ready()  # a piece of work is over when it is over
+            return None
+        drawn, self._past = generate.draw(
+            logits, self._past, self._settings([row]), num_ids=self._num_ids
+        )
+        return _on_host(drawn)
+
+    def decode(self, rows: Sequence[Row]) -> Drawn:
+        """Reads the last token of each row and draws the next."""
+        size = next(size for size in BUCKETS if size >= len(rows))
+        pad = size - len(rows)
+        ids = np.array([row.ids[row.length] for row in rows] + [0] * pad, np.int32)
+        starts = np.array([row.length for row in rows] + [0] * pad, np.int32)
+        drawn, self._memory, self._past = generate.decode(
+            self._params,
+            self._cfg,
+            self._memory,
+            self._past,
+            ids,
+            self._tables(rows, pad),
+            starts,
+            self._settings(rows, pad),
+            num_ids=self._num_ids,
+        )
+        for row in rows:
+            row.length += 1
+        return _on_host(drawn)
+
+    def _tables(self, rows: Sequence[Row], pad: int = 0) -> np.ndarray:
+        tables = np.full((len(rows) + pad, self._table_width), cache.TRASH, np.int32)
+        for table, row in zip(tables, rows, strict=False):
+            table[: len(row.blocks)] = row.blocks
+        return tables
+
+    def _settings(self, rows: Sequence[Row], pad: int = 0) -> sampling.Settings:
+        return sampling.settings(
+            [row.request.sampling for row in rows] + [_GREEDY] * pad,
+            [row.request.choice for row in rows] + [0] * pad,
+            [row.generated for row in rows] + [0] * pad,
+            [row.slot for row in rows] + [NUM_SLOTS] * pad,
+        )
+
+
+def sampling_request():
+    """A request of one token, for compiling."""
+    from serve.engine.requests import Request
+
+    return Request(prompt=(0,), max_tokens=1, sampling=_GREEDY)
+
+
+def _on_host(drawn: Drawn) -> Drawn:
+    return Drawn(
+        *(
+            np.asarray(leaf)
+            for leaf in (drawn.ids, drawn.logprobs, drawn.top_ids, drawn.top_logprobs)
+        )
+    )
