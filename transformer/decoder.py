@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -233,15 +234,22 @@ def extend(
     """
     positions = starts[:, None] + jnp.arange(ids.shape[1])  # [B, T]
     x, angles = embed_tokens(params, cfg, ids, positions)
-    keys, values = list(memory.keys), list(memory.values)
-    for i, layer in enumerate(params.layers):
-
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array, i: int = i) -> jax.Array:
-            keys[i], values[i] = cache.append(keys[i], values[i], k, v, tables, starts)
-            return cache.attend(q, keys[i], values[i], tables, starts)
-
-        x = block(x, layer, cfg, angles, attend)
+    keys, values = [], []
+    for layer, k, v in zip(params.layers, memory.keys, memory.values, strict=True):
+        x, k, v = _extend_layer(x, layer, k, v, cfg, angles, tables, starts)
+        keys.append(k)
+        values.append(v)
     return x, cache.Cache(keys=tuple(keys), values=tuple(values))
+
+
+@partial(jax.jit, static_argnames="cfg")  # so that the layers, all alike, are traced once
+def _extend_layer(x, layer, keys, values, cfg, angles, tables, starts):
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        nonlocal keys, values
+        keys, values = cache.append(keys, values, k, v, tables, starts)
+        return cache.attend(q, keys, values, tables, starts)
+
+    return block(x, layer, cfg, angles, attend), keys, values
 
 
 def stack_layers(layers: tuple[Layer, ...]) -> Layer:

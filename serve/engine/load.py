@@ -127,27 +127,26 @@ def choose_format(id: str, path: Path, notify: Callable[[str], None]) -> Format:
         return known[key]
 
     notify(f"measuring which number format is fastest and good enough for {id} (once) ...")
-    exact, cfg, metadata = checkpoint.load(path)
-    tokenizer = bpe.load(path) if path.is_dir() else bpe.from_gguf(metadata, source=str(path))
-    ids = tokenizer.encoding.encode_ordinary(PASSAGE)[: cfg.max_seq_len]
-    found = {"float32": (_milliseconds(exact, cfg), _perplexity(exact, cfg, ids))}
-    del exact
-    for format in FORMATS[:-1]:
-        params, _, _ = checkpoint.load(path, format=format)
+    found: dict[Format, tuple[float, float]] = {}
+    ids: list[int] = []
+    for format in reversed(FORMATS):  # float32 first: the others are compared with it
+        params, cfg, metadata = checkpoint.load(path, format=format)
+        if not ids:
+            tokenizer = bpe.load(path) if path.is_dir() else bpe.from_gguf(metadata)
+            ids = tokenizer.encoding.encode_ordinary(PASSAGE)[: cfg.max_seq_len]
         found[format] = _milliseconds(params, cfg), _perplexity(params, cfg, ids)
-        del params
+        del params  # before the next one comes
+        milliseconds, perplexity = found[format]
+        ratio = perplexity / found["float32"][1]
+        verdict = "" if ratio <= MAX_PERPLEXITY_RATIO else " (too far off)"
+        notify(
+            f"  {format:8} {milliseconds:6.2f} ms for four layers and the head, "
+            f"perplexity x{ratio:.3f}{verdict}"
+        )
     limit = found["float32"][1] * MAX_PERPLEXITY_RATIO
     good = [format for format in FORMATS if found[format][1] <= limit]
     chosen = min(good, key=lambda format: found[format][0])
-    for format in FORMATS:
-        milliseconds, perplexity = found[format]
-        ratio = perplexity / found["float32"][1]
-        notify(
-            f"  {format:8} {milliseconds:6.2f} ms for four layers and the head, "
-            f"perplexity x{ratio:.3f}"
-            + (" (too far off)" if format not in good else "")
-            + (" <- serving this" if format == chosen else "")
-        )
+    notify(f"serving {id} in {chosen}")
     if remembered.parent.is_dir():
         temporary = remembered.with_name(f".formats-{os.getpid()}")
         temporary.write_text(json.dumps(known | {key: chosen}, indent=1), "utf-8")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from serve.engine.requests import Request
 from serve.engine.scheduler import Sequence as Row
 from transformer import cache, generate, sampling
 from transformer.config import Config
@@ -49,11 +50,12 @@ class Runner:
             if (seconds := time.perf_counter() - started) > 1:
                 notify(f"compiled {what} in {seconds:.1f} s (kept on disk for the next start)")
 
-        nobody = Row(sampling_request(), deliver=lambda event: None)
-        nobody.slot, nobody.ids = NUM_SLOTS, [0]
+        request = Request(prompt=(0,), max_tokens=1, sampling=_GREEDY)
+        nobody = Row(request, deliver=lambda event: None)
+        nobody.slot = NUM_SLOTS
         timed("prompt reading", lambda: self.prefill(nobody))
-        for size in BUCKETS:
-            if size < 2 * max_rows:
+        for smaller, size in zip((0, *BUCKETS), BUCKETS, strict=False):
+            if smaller < max_rows:
                 nobody.length = 0
                 timed(f"{size} rows of decoding", lambda size=size: self.decode([nobody] * size))
 
@@ -118,13 +120,6 @@ class Runner:
             [row.generated for row in rows] + [0] * pad,
             [row.slot for row in rows] + [NUM_SLOTS] * pad,
         )
-
-
-def sampling_request():
-    """A request of one token, for compiling."""
-    from serve.engine.requests import Request
-
-    return Request(prompt=(0,), max_tokens=1, sampling=_GREEDY)
 
 
 def _on_host(drawn: Drawn) -> Drawn:

@@ -27,6 +27,9 @@ Format = Literal["float32", "bfloat16", "int8"]
 
 # Rotary tables and masks that some exporters store though they follow from the config.
 _DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "rope_freqs.weight")
+# The maps that write to the residual stream read activations with outliers, which one scale a token
+# cannot hold: in int8 they cost SmolLM2 4 % of perplexity instead of 1 %. They stay bfloat16.
+_WIDE_IN_INT8 = ("out", "down")
 _SLAB_BYTES = 32 * 2**20  # of float32 rows held at once
 
 
@@ -37,7 +40,8 @@ def load(
 
     Args:
         path: a `.gguf` file, or a folder with config.json and safetensors.
-        format: what the weight matrices become; norms and biases stay float32.
+        format: what the weight matrices become; norms and biases stay float32, and in "int8"
+            the maps that write to the residual stream are bfloat16.
         notify: called with the fraction loaded so far.
 
     Returns:
@@ -92,10 +96,11 @@ def fill(
 
     done = 0
 
-    def load_part(part: Any, info: Any) -> Any:
+    def load_part(place: tuple[Any, ...], part: Any, info: Any) -> Any:
         nonlocal done
         if isinstance(part, Linear):
-            loaded = _load_linear(part, info, tensors, cfg, format)
+            own = "bfloat16" if format == "int8" and place[-1].name in _WIDE_IN_INT8 else format
+            loaded = _load_linear(part, info, tensors, cfg, own)
         else:
             loaded = jnp.asarray(_read(part, info.shape, tensors, cfg))
         done += 1
@@ -103,7 +108,7 @@ def fill(
         return loaded
 
     is_part = lambda node: isinstance(node, Linear)  # noqa: E731
-    return jax.tree.map(load_part, tree, infos, is_leaf=is_part)
+    return jax.tree_util.tree_map_with_path(load_part, tree, infos, is_leaf=is_part)
 
 
 def save(folder: Path, params: Params, cfg: Config) -> None:
