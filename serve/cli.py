@@ -169,7 +169,8 @@ def serve(
             raise WrongUsage(f"a model is named twice: {', '.join(p.id for p in places)}")
         with contextlib.ExitStack() as stack:
             models = [
-                stack.enter_context(_loaded(place, chosen.cache_budget, dtype)) for place in places
+                stack.enter_context(_loaded(place, chosen.cache_budget, dtype, max_rows=16))
+                for place in places
             ]
 
             from serve.app import create_app
@@ -378,7 +379,9 @@ def _located(name: str | None, known: catalogue.Catalogue) -> "Located":
 
 
 @contextlib.contextmanager
-def _loaded(place: "Located", cache_budget: int, dtype: str) -> Iterator["ServedModel"]:
+def _loaded(
+    place: "Located", cache_budget: int, dtype: str, max_rows: int = 2
+) -> Iterator["ServedModel"]:
     """A model and its engine in this process. What still runs at the end is cancelled."""
     from serve.engine import load_model
 
@@ -389,6 +392,7 @@ def _loaded(place: "Located", cache_budget: int, dtype: str) -> Iterator["Served
             owned_by=place.publisher,
             cache_budget=cache_budget,
             dtype=dtype,
+            max_rows=max_rows,
             notify=terminal.say,
         )
     except (ValueError, OSError) as error:

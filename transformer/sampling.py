@@ -61,6 +61,9 @@ class Sampling:
             value = getattr(self, name)
             if not (math.isfinite(value) and low <= value <= high):
                 raise ValueError(f"{name} must be from {low} to {high}, got {value!r}")
+        for token, value in self.logit_bias.items():
+            if not math.isfinite(value):
+                raise ValueError(f"logit_bias must be finite, got {value!r} for token {token}")
 
     @property
     def is_adjusted(self) -> bool:
@@ -191,7 +194,8 @@ def _adjust(logits: jax.Array, past: History, own: Settings) -> jax.Array:
 
 
 def _draw(logits: jax.Array, own: Settings) -> jax.Array:
-    logits = logits / own.temperature
+    # Differences first: a tiny temperature must not make infinities of several tokens.
+    logits = (logits - logits.max()) / own.temperature
     is_cut = (own.top_k > 0) | (own.top_p < 1) | (own.min_p > 0)
     logits = jax.lax.cond(is_cut, _truncate, lambda x, _: x, logits, own)
     key = jax.random.wrap_key_data(own.seed)

@@ -12,13 +12,15 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable
 from typing import Protocol
 
 from serve.engine.requests import Busy, Done, Event, Failed, Request, Token
 from serve.engine.scheduler import Decode, Prefill, Scheduler, Sequence
 
 log = logging.getLogger(__name__)
+
+IDLE_SECONDS = 3.0  # of quiet before the engine does something of its own
 
 
 class Computer(Protocol):
@@ -35,10 +37,18 @@ class Engine:
         computer: the model; touched by the engine's own thread only.
         scheduler: who computes next.
         context: positions a sequence may have.
+        when_idle: work to do, one piece at a time, whenever nothing was asked for a while.
     """
 
-    def __init__(self, computer: Computer, scheduler: Scheduler, context: int) -> None:
+    def __init__(
+        self,
+        computer: Computer,
+        scheduler: Scheduler,
+        context: int,
+        when_idle: Iterable[Callable[[], None]] = (),
+    ) -> None:
         self._computer, self._scheduler, self._context = computer, scheduler, context
+        self._when_idle = list(when_idle)
         self._changed = threading.Condition()
         self._arrived: list[Sequence] = []  # guarded by _changed
         self._is_closing = False  # guarded by _changed
@@ -136,11 +146,13 @@ class Engine:
     def _run(self) -> None:
         scheduler = self._scheduler
         while True:
+            is_quiet = False
             with self._changed:
-                while scheduler.is_idle and not self._arrived:
+                while scheduler.is_idle and not self._arrived and not is_quiet:
                     if self._is_closing:
                         return
-                    self._changed.wait()
+                    is_called = self._changed.wait(IDLE_SECONDS if self._when_idle else None)
+                    is_quiet = not is_called
                 arrived, self._arrived = self._arrived, []
                 for sequence in arrived:
                     scheduler.submit(sequence)
@@ -150,6 +162,8 @@ class Engine:
                 work = scheduler.next()
             if work is not None:
                 self._compute(work)
+            elif is_quiet:
+                self._when_idle.pop(0)()
 
     def _compute(self, work: Prefill | Decode) -> None:
         rows = [work.sequence] if isinstance(work, Prefill) else list(work.sequences)

@@ -7,6 +7,7 @@ both, remembers the answer beside the models, and says what it chose and why.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -15,6 +16,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -24,7 +26,7 @@ import numpy as np
 import bpe
 from serve import settings
 from serve.engine.engine import Engine
-from serve.engine.runner import NUM_SLOTS, Runner
+from serve.engine.runner import BUCKETS, NUM_SLOTS, Runner
 from serve.engine.scheduler import Scheduler
 from transformer import cache, checkpoint, generate, sampling
 from transformer.checkpoint import Format
@@ -68,7 +70,7 @@ def load_model(
     owned_by: str,
     cache_budget: int,
     dtype: str = "auto",
-    max_rows: int = 1,
+    max_rows: int = 2,
     notify: Callable[[str], None] = lambda line: None,
 ) -> ServedModel:
     """Loads a model and starts its engine.
@@ -77,7 +79,7 @@ def load_model(
         path: a GGUF file or a Hugging Face folder.
         cache_budget: bytes for the keys and values of all conversations.
         dtype: "float32", "bfloat16", "int8", or "auto" for the fastest that is good enough here.
-        max_rows: batch sizes up to this many rows are compiled now; larger ones when needed.
+        max_rows: larger batches than this are compiled when needed, not in idle moments.
         notify: told one line for each thing that takes long.
 
     Raises:
@@ -101,7 +103,10 @@ def load_model(
     num_blocks = min(num_blocks, NUM_SLOTS * cache.blocks_for(cfg.max_seq_len))
     context = min(cfg.max_seq_len, num_blocks * cache.BLOCK)
     runner = Runner(params, cfg, tokenizer.encoding.n_vocab, num_blocks, cache_dtype)
-    runner.warm_up(max_rows, notify)
+    programs = [partial(_compile, *program, notify) for program in runner.programs()]
+    for program in programs[:2]:  # one conversation needs these; the rest can wait
+        program()
+    later = [p for size, p in zip(BUCKETS[1:], programs[2:], strict=True) if size <= max_rows]
     scheduler = Scheduler(NUM_SLOTS, num_blocks, cache.BLOCK, MAX_WAITING)
     return ServedModel(
         id=id,
@@ -109,10 +114,18 @@ def load_model(
         owned_by=owned_by,
         tokenizer=tokenizer,
         context=context,
-        engine=Engine(runner, scheduler, context),
+        engine=Engine(runner, scheduler, context, when_idle=later),
         fingerprint="fp_" + _digest(path, chosen)[:10],
         format=chosen,
     )
+
+
+def _compile(what: str, compute: Callable[[], object], notify: Callable[[str], None]) -> None:
+    started = time.perf_counter()
+    compute()
+    _give_back_memory()
+    if (seconds := time.perf_counter() - started) > 1:
+        notify(f"compiled {what} in {seconds:.1f} s (kept on disk for the next start)")
 
 
 def choose_format(id: str, path: Path, notify: Callable[[str], None]) -> Format:
@@ -180,6 +193,12 @@ def _perplexity(params: Params, cfg: Config, ids: list[int]) -> float:
     logits, _ = jax.jit(forward, static_argnums=1)(params, cfg, np.array([ids], np.int32))
     logprobs = jax.nn.log_softmax(logits[0, :-1])
     return float(jnp.exp(-jnp.mean(logprobs[jnp.arange(len(ids) - 1), jnp.array(ids[1:])])))
+
+
+def _give_back_memory() -> None:
+    """Returns what the compiler freed to the system: glibc would keep some 100 MB of it."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _weights_file(path: Path) -> Path:

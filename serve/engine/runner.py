@@ -1,13 +1,12 @@
 """What is computed: one chunk of a prompt, or one step of all running rows.
 
 Rows are padded to one of a few batch sizes, never one: on a CPU a one-row product in a narrow
-format is the slow one, and few sizes are few programs to compile. Every shape is compiled when the
-model is loaded, and JAX keeps the programs on disk for the next start.
+format is the slow one, and few sizes are few programs to compile. JAX keeps compiled programs on
+disk for the next start.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -41,23 +40,19 @@ class Runner:
         self._past = sampling.history(NUM_SLOTS + 1, cfg.vocab_size)  # the last is for padding
         self._table_width = min(cache.blocks_for(cfg.max_seq_len), num_blocks)
 
-    def warm_up(self, max_rows: int, notify: Callable[[str], None]) -> None:
-        """Compiles every program for up to `max_rows` rows, or fetches it from disk."""
-
-        def timed(what: str, compute: Callable[[], object]) -> None:
-            started = time.perf_counter()
-            compute()
-            if (seconds := time.perf_counter() - started) > 1:
-                notify(f"compiled {what} in {seconds:.1f} s (kept on disk for the next start)")
-
+    def programs(self) -> list[tuple[str, Callable[[], object]]]:
+        """Every program there is, by name; calling one compiles it, or fetches it from disk."""
         request = Request(prompt=(0,), max_tokens=1, sampling=_GREEDY)
-        nobody = Row(request, deliver=lambda event: None)
-        nobody.slot = NUM_SLOTS
-        timed("prompt reading", lambda: self.prefill(nobody))
-        for smaller, size in zip((0, *BUCKETS), BUCKETS, strict=False):
-            if smaller < max_rows:
-                nobody.length = 0
-                timed(f"{size} rows of decoding", lambda size=size: self.decode([nobody] * size))
+
+        def nobody() -> Row:
+            row = Row(request, deliver=lambda event: None)
+            row.slot = NUM_SLOTS
+            return row
+
+        return [("prompt reading", lambda: self.prefill(nobody()))] + [
+            (f"decoding of {size} rows", lambda size=size: self.decode([nobody()] * size))
+            for size in BUCKETS
+        ]
 
     def prefill(self, row: Row) -> Drawn | None:
         """Reads the next chunk of a prompt; behind the last one, draws the first token."""

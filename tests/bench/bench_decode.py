@@ -1,0 +1,404 @@
+"""How fast one stream is: Pellucid beside transformers with torch, and llama.cpp.
+
+    python tests/bench/bench_decode.py [--rounds 7]
+
+Every contender reads the same 512 ids with the same weights and continues them greedily by 64.
+First they must agree: transformers and our float32 on every id, else nothing is timed and the exit
+status is 1; the other formats round differently, so how long they agree is only reported. Then, in
+every round, each contender in turn is timed once, so that a machine that slows down slows all of
+them, and the ratios are taken within a round.
+
+A contender is a process of its own (this script with --worker), so that the thread pools of torch
+and XLA never compete. It answers one JSON line for each one it is sent, and waits without computing
+while another is timed. It notes when each id is known to it:
+
+    prefill   from being asked to the first id: 512 ids read, 1 drawn
+    decode    from the first id to the last: 63 ids, each fed back and followed by the next
+
+llama.cpp is compared if llama-cpp-python is installed; it multiplies with the quantised weights of
+the file, where the others use dequantised ones. `serve` is a real server in the format it chooses,
+asked through the official client: its times hold HTTP, JSON and text.
+
+Left out: several streams at once, long contexts, memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parent.parent.parent
+PASSAGE = Path(__file__).with_name("passage.txt")
+MODEL = "smollm2-135m-instruct"
+PROMPT_TOKENS, NEW_TOKENS = 512, 64
+PAUSE = 0.3  # seconds between two contenders: threads that wait for work by spinning fall asleep
+
+PEER, LLAMA, SERVE = "transformers", "llama.cpp", "serve"
+OURS = {"generate float32": "float32", "generate bfloat16": "bfloat16", "generate int8": "int8"}
+PACKAGES = ("jax", "torch", "transformers", "llama-cpp-python")
+
+
+# --- contenders: each loads a model and returns a function ------------------------------------
+#
+# The function takes a prompt, calls `arrived` with every id as soon as it knows it (`serve`: with
+# every piece of text), and begins from nothing every time it is called.
+
+Contender = Callable[[list[int], Callable[[int | str], None]], None]
+
+
+def load_transformers(path: Path, threads: int) -> tuple[Contender, str]:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+
+    # A bare loop, which is quicker than the library's own `generate`.
+    @torch.inference_mode()
+    def run(prompt: list[int], arrived: Callable[[int], None]) -> None:
+        ids, past = torch.tensor([prompt]), None
+        for _ in range(NEW_TOKENS):
+            step = model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+            ids, past = step.logits[:, -1].argmax(-1, keepdim=True), step.past_key_values
+            arrived(ids.item())
+
+    return run, f"torch float32, {torch.get_num_threads()} threads"
+
+
+def load_ours(path: Path, format: str) -> tuple[Contender, str]:
+    import jax.numpy as jnp
+
+    from transformer import checkpoint
+    from transformer.generate import generate
+
+    params, cfg, _ = checkpoint.load(path, format=format)
+    cache_dtype = jnp.float32 if format == "float32" else jnp.bfloat16  # as `serve` does
+
+    def run(prompt: list[int], arrived: Callable[[int], None]) -> None:
+        for id in generate(params, cfg, prompt, max_new_tokens=NEW_TOKENS, cache_dtype=cache_dtype):
+            arrived(id)
+
+    return run, format
+
+
+def load_llama(path: Path, threads: int) -> tuple[Contender, str]:
+    import llama_cpp
+    import numpy as np
+
+    model = llama_cpp.Llama(
+        str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False
+    )
+
+    def run(prompt: list[int], arrived: Callable[[int], None]) -> None:
+        model.reset()
+        model.eval(prompt)
+        for step in range(NEW_TOKENS):
+            logits = llama_cpp.llama_get_logits_ith(model.ctx, -1)
+            id = int(np.ctypeslib.as_array(logits, (model.n_vocab(),)).argmax())
+            arrived(id)
+            if step + 1 < NEW_TOKENS:
+                model.eval([id])
+
+    return run, f"the file's own quantisation, {threads} threads"
+
+
+def load_serve(path: Path, stack: ExitStack) -> tuple[Contender, str]:
+    from openai import OpenAI
+
+    from serve.engine.load import choose_format
+
+    # The server's own function, which remembers: the server started next chooses the same.
+    format = choose_format("bench", path, lambda line: print(line, file=sys.stderr))
+    server = subprocess.Popen(
+        [sys.executable, "-m", "serve", "serve", "--port", "0", "--model", f"bench={path}"]
+        + ["--json"],  # one line on stdout once it listens
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    stack.callback(server.wait)
+    stack.callback(server.terminate)
+    line = server.stdout.readline()
+    if not line:
+        raise SystemExit("pellucid serve did not start, for the reason above")
+    client = OpenAI(base_url=json.loads(line)["url"] + "/v1", api_key="any", max_retries=0)
+
+    def run(prompt: list[int], arrived: Callable[[str], None]) -> None:
+        chunks = client.completions.create(
+            model="bench", prompt=prompt, max_tokens=NEW_TOKENS, temperature=0, stream=True
+        )
+        for chunk in chunks:
+            if chunk.choices[0].text:
+                arrived(chunk.choices[0].text)
+
+    return run, f"{format}, over HTTP"
+
+
+def work(name: str, path: Path, threads: int) -> None:
+    """A contender's process: answers every prompt on stdin with what it got and when."""
+    answers = os.fdopen(os.dup(1), "w")  # ours alone: what libraries print goes to stderr
+    os.dup2(2, 1)
+
+    def answer(line: dict) -> None:
+        print(json.dumps(line), file=answers, flush=True)
+
+    with ExitStack() as stack:
+        if name == PEER:
+            run, how = load_transformers(path, threads)
+        elif name == LLAMA:
+            run, how = load_llama(path, threads)
+        elif name == SERVE:
+            run, how = load_serve(path, stack)
+        else:
+            run, how = load_ours(path, OURS[name])
+        answer({"how": how})
+        for line in sys.stdin:
+            got, times = [], []
+
+            def arrived(piece: int | str, got: list = got, times: list = times) -> None:
+                times.append(time.perf_counter())
+                got.append(piece)
+
+            started = time.perf_counter()
+            run(json.loads(line), arrived)
+            answer({"got": got, "times": [at - started for at in times]})
+
+
+# --- the comparison ---------------------------------------------------------------------------
+
+
+@dataclass
+class Worker:
+    """A contender's process, and what it was measured to take."""
+
+    name: str
+    process: subprocess.Popen
+    how: str = ""
+    agrees: str = ""
+    prefill: list[float] = field(default_factory=list)  # seconds, one a round
+    decode: list[float] = field(default_factory=list)  # seconds for NEW_TOKENS - 1 ids, one a round
+
+    def receive(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended, for the reason above")
+        return json.loads(line)
+
+    def run(self, prompt: list[int]) -> dict:
+        print(json.dumps(prompt), file=self.process.stdin, flush=True)
+        found = self.receive()
+        if len(found["got"]) != NEW_TOKENS:
+            # An end token, or a character of several tokens: the passage must avoid both.
+            raise SystemExit(
+                f"{self.name} gave {len(found['got'])} pieces instead of {NEW_TOKENS}: times would "
+                f"not be comparable. Change {PASSAGE.name}"
+            )
+        return found
+
+
+@contextmanager
+def started(name: str, path: Path, threads: int) -> Iterator[Worker]:
+    command = [sys.executable, __file__, "--worker", name, "--file", str(path)]
+    process = subprocess.Popen(
+        [*command, "--threads", str(threads)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        worker = Worker(name, process)
+        worker.how = worker.receive()["how"]
+        yield worker
+    finally:
+        process.stdin.close()  # the end of its loop
+        process.wait()
+
+
+def agree(workers: dict[str, Worker], prompt: list[int], decode: Callable[[list], str]) -> bool:
+    """Runs everyone once, which compiles too, and compares. Returns whether timing makes sense."""
+    got = {name: worker.run(prompt)["got"] for name, worker in workers.items()}
+    for name, worker in workers.items():
+        if name == SERVE:  # text, not ids: compare with the same format of `generate`
+            format = worker.how.partition(",")[0]
+            other = next(one for one, its in OURS.items() if its == format)
+            text = "".join(got[SERVE])
+            same = sum(text.startswith(decode(got[other][: i + 1])) for i in range(NEW_TOKENS))
+        else:
+            other = PEER
+            same = next((i for i in range(NEW_TOKENS) if got[name][i] != got[other][i]), NEW_TOKENS)
+        worker.agrees = "" if name == other else f"first {same} ids as {other}"
+        if same == NEW_TOKENS and name != other:
+            worker.agrees = f"all {same} ids as {other}"
+    if got["generate float32"] != got[PEER]:
+        print(f"{PEER}: {got[PEER]}\nours: {got['generate float32']}", file=sys.stderr)
+        return False
+    return True
+
+
+def measure(workers: list[Worker], prompt: list[int], rounds: int, progress: Console) -> None:
+    for number in range(rounds):
+        progress.print(f"round {number + 1} of {rounds}")
+        first = number % len(workers)  # nobody always runs behind the same neighbour
+        for worker in workers[first:] + workers[:first]:
+            time.sleep(PAUSE)
+            times = worker.run(prompt)["times"]
+            worker.prefill.append(times[0])
+            worker.decode.append(times[-1] - times[0])
+
+
+def rates(worker: Worker) -> dict:
+    """Tokens a second, medians of the rounds."""
+    return {
+        "prefill": PROMPT_TOKENS / statistics.median(worker.prefill),
+        "decode": (NEW_TOKENS - 1) / statistics.median(worker.decode),
+    }
+
+
+def ratio(one: Worker, other: Worker, stage: str) -> dict[str, float]:
+    """How many times as fast `one` is as `other`, from the pairs of each round."""
+    pairs = zip(getattr(one, stage), getattr(other, stage), strict=True)
+    ratios = [theirs / mine for mine, theirs in pairs]
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def report(workers: dict[str, Worker], rounds: int) -> None:
+    out = Console(width=110, highlight=False)
+    out.print(f"{processor()}, {os.cpu_count()} cores; Python {platform.python_version()}")
+    out.print(", ".join(f"{name} {version(name)}" for name in PACKAGES))
+    out.print(f"{PROMPT_TOKENS} prompt tokens, {NEW_TOKENS} greedy ones, {rounds} rounds\n")
+
+    table = Table("contender", "in", "prefill tok/s", "decode tok/s", "agrees", box=None)
+    for name, worker in workers.items():
+        rate = rates(worker)
+        table.add_row(
+            name, worker.how, f"{rate['prefill']:.0f}", f"{rate['decode']:.1f}", worker.agrees
+        )
+    out.print(table, "")
+
+    fastest = max((workers[name] for name in OURS), key=lambda worker: rates(worker)["decode"])
+    pairs = [(workers[name], workers[PEER]) for name in workers if name != PEER]
+    pairs.append((workers[SERVE], fastest))
+    if LLAMA in workers:
+        pairs += [(workers[name], workers[LLAMA]) for name in (*OURS, SERVE)]
+    table = Table(
+        "ratio of speeds", "prefill median (min-max)", "decode median (min-max)", box=None
+    )
+    for one, other in pairs:
+        cells = [
+            "{median:.2f} ({min:.2f}-{max:.2f})".format(**ratio(one, other, stage))
+            for stage in ("prefill", "decode")
+        ]
+        table.add_row(f"{one.name} / {other.name}", *cells)
+    out.print(table, "")
+    if LLAMA not in workers:
+        out.print("llama.cpp was not compared: llama-cpp-python is not installed\n")
+
+    for name, worker in workers.items():
+        line = {
+            "contender": name,
+            "how": worker.how,
+            "agrees": worker.agrees,
+            "tokens_per_second": rates(worker),
+            "prefill_seconds": worker.prefill,
+            "decode_seconds": worker.decode,
+            "ratio": {
+                other.name: {stage: ratio(one, other, stage) for stage in ("prefill", "decode")}
+                for one, other in pairs
+                if one is worker
+            },
+        }
+        print(json.dumps(line))
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def model_file() -> Path:
+    from serve import catalogue, settings, sources
+
+    path = sources.find(catalogue.load().models[MODEL], settings.data_folder())
+    if path is None:
+        raise SystemExit(f"this needs a model: run `pellucid pull {MODEL}` first")
+    return path
+
+
+def physical_cores() -> int:
+    import psutil
+
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7, help="default 7")
+    parser.add_argument("--file", type=Path, help=f"a GGUF file; default {MODEL}, pulled")
+    parser.add_argument("--threads", type=int, help="of the peers; default the physical cores")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    path = options.file or model_file()
+    threads = options.threads or physical_cores()
+    if options.worker:
+        work(options.worker, path, threads)
+        return 0
+    if missing := [name for name in ("torch", "transformers") if version(name) == "not installed"]:
+        raise SystemExit(f"{' and '.join(missing)} not installed: pip install -e '.[parity]'")
+
+    import bpe
+
+    encoding = bpe.load(path).encoding
+    prompt = encoding.encode_ordinary(PASSAGE.read_text("utf-8"))[:PROMPT_TOKENS]
+    if len(prompt) < PROMPT_TOKENS:
+        raise SystemExit(f"{PASSAGE.name} has {len(prompt)} tokens; {PROMPT_TOKENS} are needed")
+    names = [PEER, *OURS, SERVE]
+    if importlib.util.find_spec("llama_cpp"):
+        names.append(LLAMA)
+    progress = Console(stderr=True, highlight=False)
+    with ExitStack() as stack:
+        workers = {}
+        for name in names:
+            progress.print(f"starting {name}")
+            workers[name] = stack.enter_context(started(name, path, threads))
+        progress.print("comparing what they say")
+        if not agree(workers, prompt, encoding.decode):
+            print(f"{PEER} and our float32 disagree: nothing was timed", file=sys.stderr)
+            return 1
+        measure(list(workers.values()), prompt, options.rounds, progress)
+    report(workers, options.rounds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,383 @@
+"""The engine with a model whose numbers are computed by hand: the next token is last + position."""
+
+import asyncio
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve.engine import Busy, Done, Engine, Failed, Request, Token
+from serve.engine.scheduler import Scheduler
+from tests.serve.scripted import wait_until
+from transformer.sampling import Drawn, Sampling
+
+CONTEXT = 64
+BLOCK = 4
+CHUNK = 4
+POISON = 666  # a prompt that holds this makes the computation fail
+
+
+class Mock:
+    """Next token = (last token + position of the last token) % 1000; `works` is what it did.
+
+    Clear `gate` to hold the next piece of work back; `seconds` is what each takes at least.
+    """
+
+    seconds = 0.0
+
+    def __init__(self):
+        self.works = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.is_waiting = False
+
+    def prefill(self, row):
+        self._pass("prefill", [row])
+        row.length = min(row.length + CHUNK, len(row.request.prompt))
+        return None if row.is_reading else self._draw([row])
+
+    def decode(self, rows):
+        self._pass("decode", rows)
+        for row in rows:
+            row.length += 1
+        return self._draw(rows)
+
+    def _pass(self, kind, rows):
+        self.is_waiting = True
+        assert self.gate.wait(10), "held back for ever"
+        self.is_waiting = False
+        time.sleep(self.seconds)
+        self.works.append((kind, len(rows)))
+        if any(POISON in row.request.prompt for row in rows):
+            raise ArithmeticError("poison")
+
+    def _draw(self, rows):
+        for row in rows:
+            assert row.length == len(row.ids), "every token but the one to come was read"
+            assert len(row.blocks) * BLOCK >= row.length and row.slot >= 0
+        ids = np.array([(row.ids[-1] + row.length - 1) % 1000 for row in rows])
+        top = np.stack([ids, ids + 1, ids + 2], 1)
+        values = np.stack([-ids / 8, -ids / 8 - 1, -ids / 8 - 2], 1)
+        return Drawn(ids, -ids / 8, top, values)
+
+
+def expected(prompt, count):
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append((ids[-1] + len(ids) - 1) % 1000)
+    return ids[len(prompt) :]
+
+
+def ask(*prompt, max_tokens=5, **more):
+    return Request(prompt=prompt, max_tokens=max_tokens, sampling=Sampling(), **more)
+
+
+def tokens(events):
+    return [event.id for event in events if isinstance(event, Token)]
+
+
+class Setup:
+    def __init__(self, slots=4, blocks=20, waiting=50):
+        self.mock = Mock()
+        self.scheduler = Scheduler(slots, blocks, BLOCK, waiting)
+        self.engine = Engine(self.mock, self.scheduler, CONTEXT)
+        self.slots, self.blocks = slots, blocks
+
+    def is_free(self):
+        return (
+            self.scheduler.is_idle
+            and len(self.scheduler.free_slots) == self.slots
+            and len(self.scheduler.free_blocks) == self.blocks
+        )
+
+    def start(self, request):
+        """Generates on a thread of its own; gives the list its events go to."""
+        events = []
+        iterator = self.engine.generate(request)
+        threading.Thread(target=lambda: events.extend(iterator), daemon=True).start()
+        return events
+
+    def close(self):
+        self.mock.gate.set()
+        self.engine.close(drain=False)
+        assert not self.engine._thread.is_alive()
+
+
+@pytest.fixture
+def setup():
+    setup = Setup()
+    yield setup
+    setup.close()
+
+
+async def collect(engine, request):
+    return [event async for event in engine.stream(request)]
+
+
+def test_tokens_are_those_computed_by_hand(setup):
+    events = list(setup.engine.generate(ask(3, 1, 4, 1, 5, max_tokens=4)))
+    # 5 stands at position 4: 9; 9 at 5: 14; 14 at 6: 20; 20 at 7: 27
+    assert events == [Token(9), Token(14), Token(20), Token(27), Done("length")]
+    assert setup.mock.works == [("prefill", 1)] * 2 + [("decode", 1)] * 3
+    assert setup.is_free()
+
+
+def test_stream_and_generate_agree(setup):
+    request = ask(1, 2, 3, max_tokens=7, top_logprobs=2)
+    assert asyncio.run(collect(setup.engine, request)) == list(setup.engine.generate(request))
+
+
+def test_a_stop_id_ends_it_and_is_not_delivered(setup):
+    request = ask(3, 1, 4, 1, 5, max_tokens=9, stop_ids=frozenset({20, 99}))
+    assert [*setup.engine.generate(request)] == [Token(9), Token(14), Done("stop")]
+    at_once = ask(3, 1, 4, 1, 5, stop_ids=frozenset({9}))
+    assert [*setup.engine.generate(at_once)] == [Done("stop")]
+
+
+def test_logprobs_are_given_when_asked_for(setup):
+    (token, done) = setup.engine.generate(ask(7, max_tokens=1, top_logprobs=2))
+    assert token == Token(7, -0.875, ((7, -0.875), (8, -1.875))) and done == Done("length")
+    (token, _) = setup.engine.generate(ask(7, max_tokens=1, top_logprobs=0))
+    assert token == Token(7, -0.875, ())
+
+
+def test_many_at_once_each_get_their_own(setup):
+    async def main():
+        return await asyncio.gather(
+            *(collect(setup.engine, ask(i, i + 1, max_tokens=i + 1)) for i in range(20))
+        )
+
+    for i, events in enumerate(asyncio.run(main())):
+        assert tokens(events) == expected((i, i + 1), i + 1)
+        assert events[-1] == Done("length") and len(events) == i + 2
+    assert max(rows for _, rows in setup.mock.works) == 4
+    assert setup.is_free()
+
+
+def test_rows_that_start_over_for_want_of_blocks_deliver_each_token_once():
+    setup = Setup(slots=4, blocks=16)
+
+    async def main():
+        requests = [ask(i, max_tokens=40) for i in range(6)]
+        return await asyncio.gather(*(collect(setup.engine, request) for request in requests))
+
+    for i, events in enumerate(asyncio.run(main())):
+        assert tokens(events) == expected((i,), 40) and events[-1] == Done("length")
+    computed = sum(rows for kind, rows in setup.mock.works if kind == "decode")
+    assert computed > 6 * 39, "nobody had to start over: the test shows nothing"
+    assert setup.is_free()
+    setup.close()
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (ask(), "needs a prompt"),
+        (ask(1, max_tokens=0), "at least one token"),
+        (ask(1, max_tokens=CONTEXT), "1 prompt tokens and 64 .* context of 64"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_at_once(setup, request_, words):
+    with pytest.raises(ValueError, match=words):
+        next(setup.engine.generate(request_))
+    with pytest.raises(ValueError, match=words):
+        asyncio.run(collect(setup.engine, request_))
+
+
+def test_the_whole_context_can_be_used(setup):
+    assert len(tokens(setup.engine.generate(ask(*range(60), max_tokens=4)))) == 4
+
+
+def test_a_full_queue_is_busy_and_room_comes_back():
+    setup = Setup(slots=1, waiting=2)
+    setup.mock.gate.clear()
+    running = setup.start(ask(1))
+    wait_until(lambda: setup.mock.is_waiting)
+    waiting = [setup.start(ask(2)), setup.start(ask(3))]
+    wait_until(lambda: len(setup.engine._arrived) == 2)
+    with pytest.raises(Busy):
+        next(setup.engine.generate(ask(4)))
+    setup.mock.gate.set()
+    wait_until(lambda: all(len(events) == 6 for events in [running, *waiting]))
+    assert tokens(setup.engine.generate(ask(4))) == expected((4,), 5)
+    setup.close()
+
+
+def test_leaving_early_cancels_within_one_piece_of_work(setup):
+    setup.mock.seconds = 0.005
+
+    async def main():
+        stream = setup.engine.stream(ask(1, max_tokens=60))
+        await anext(stream)
+        setup.mock.gate.clear()
+        await asyncio.to_thread(wait_until, lambda: setup.mock.is_waiting)
+        before = len(setup.mock.works)
+        await stream.aclose()
+        setup.mock.gate.set()
+        await asyncio.to_thread(wait_until, setup.is_free)
+        return before
+
+    before = asyncio.run(main())
+    assert len(setup.mock.works) == before + 1  # the one that was under way
+
+
+def test_a_cancelled_task_cancels_its_request(setup):
+    async def main():
+        setup.mock.gate.clear()
+        task = asyncio.create_task(collect(setup.engine, ask(1, max_tokens=60)))
+        await asyncio.to_thread(wait_until, lambda: setup.mock.is_waiting)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    setup.mock.gate.set()
+    wait_until(setup.is_free)
+    assert len(setup.mock.works) == 1
+
+
+def test_closing_the_blocking_iterator_cancels_too(setup):
+    setup.mock.seconds = 0.01
+    iterator = setup.engine.generate(ask(1, max_tokens=60))
+    next(iterator)
+    iterator.close()
+    wait_until(setup.is_free)
+    assert len(setup.mock.works) < 60
+
+
+def test_one_cancelled_leaves_the_others_alone(setup):
+    async def main():
+        async def leave():
+            stream = setup.engine.stream(ask(9, max_tokens=60))
+            await anext(stream)
+            await stream.aclose()
+
+        stayed = [asyncio.create_task(collect(setup.engine, ask(i, max_tokens=30))) for i in (1, 2)]
+        await leave()
+        return await asyncio.gather(*stayed)
+
+    for i, events in zip((1, 2), asyncio.run(main()), strict=True):
+        assert tokens(events) == expected((i,), 30)
+
+
+def test_a_failed_prefill_ends_only_its_own_request(setup):
+    setup.mock.gate.clear()
+    fine = setup.start(ask(1))
+    wait_until(lambda: setup.mock.is_waiting)
+    broken = setup.start(ask(POISON))
+    wait_until(lambda: setup.engine._arrived)
+    setup.mock.gate.set()
+    wait_until(lambda: len(fine) == 6 and len(broken) == 1)
+    assert tokens(fine) == expected((1,), 5)
+    assert isinstance(broken[0], Failed) and "poison" not in broken[0].message
+    assert tokens(setup.engine.generate(ask(2))) == expected((2,), 5)
+    assert setup.is_free()
+
+
+def test_a_failed_decode_ends_its_rows_and_those_that_wait_go_on():
+    setup = Setup(slots=2)
+    decode = setup.mock.decode
+
+    def fail_once(rows):
+        if len(rows) < 2:
+            return decode(rows)
+        setup.mock.decode = decode
+        raise MemoryError("no room")
+
+    setup.mock.decode = fail_once
+    setup.mock.gate.clear()
+    events = [setup.start(ask(1, max_tokens=50))]
+    wait_until(lambda: setup.mock.is_waiting)
+    events.append(setup.start(ask(2, max_tokens=50)))
+    wait_until(lambda: len(setup.engine._arrived) == 1)
+    events.append(setup.start(ask(3)))
+    wait_until(lambda: len(setup.engine._arrived) == 2)
+    setup.mock.gate.set()
+    wait_until(lambda: len(events[2]) == 6)
+    assert isinstance(events[0][-1], Failed) and isinstance(events[1][-1], Failed)
+    assert tokens(events[2]) == expected((3,), 5)
+    assert setup.is_free()
+    setup.close()
+
+
+def test_close_when_idle_and_twice():
+    setup = Setup()
+    for _ in range(2):
+        setup.engine.close(drain=True, timeout=5)
+    assert not setup.engine._thread.is_alive()
+    assert [*setup.engine.generate(ask(1))] == [Done("cancelled")]
+
+
+def test_close_drains(setup):
+    setup.mock.gate.clear()
+    events = [setup.start(ask(i)) for i in range(6)]  # two more than there are slots
+    wait_until(lambda: len(setup.engine._arrived) + setup.mock.is_waiting >= 6)
+    threading.Timer(0.05, setup.mock.gate.set).start()
+    setup.engine.close(drain=True, timeout=10)
+    wait_until(lambda: all(len(answer) == 6 for answer in events))
+    assert [tokens(answer) for answer in events] == [expected((i,), 5) for i in range(6)]
+
+
+def test_close_without_draining_cancels_everybody(setup):
+    setup.mock.gate.clear()
+    events = [setup.start(ask(i, max_tokens=60)) for i in range(6)]
+    wait_until(lambda: len(setup.engine._arrived) + setup.mock.is_waiting >= 6)
+    threading.Timer(0.05, setup.mock.gate.set).start()
+    setup.engine.close(drain=False, timeout=10)
+    assert not setup.engine._thread.is_alive()
+    wait_until(lambda: all(answer and answer[-1] == Done("cancelled") for answer in events))
+    assert setup.is_free()
+
+
+def test_close_stops_draining_when_time_is_up(setup):
+    setup.mock.seconds = 0.05
+    events = setup.start(ask(1, max_tokens=60))
+    wait_until(lambda: setup.mock.works)
+    setup.engine.close(drain=True, timeout=0.2)
+    assert not setup.engine._thread.is_alive()
+    wait_until(lambda: events)
+    assert events[-1] == Done("cancelled") and len(events) < 60
+
+
+STORY = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 900).filter(lambda id: id != POISON), min_size=1, max_size=12),
+        st.integers(1, 30),
+        st.one_of(st.none(), st.integers(0, 12)),  # leave after so many tokens
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(STORY, st.integers(1, 4), st.integers(11, 14))
+def test_every_request_ends_once_with_its_own_tokens(story, slots, blocks):
+    setup = Setup(slots, blocks)
+
+    async def one(prompt, count, leave):
+        stream = setup.engine.stream(ask(*prompt, max_tokens=count))
+        events = []
+        async for event in stream:
+            events.append(event)
+            if len(tokens(events)) == leave:
+                break
+        await stream.aclose()
+        return events
+
+    async def main():
+        return await asyncio.gather(*(one(*part) for part in story))
+
+    for (prompt, count, leave), events in zip(story, asyncio.run(main()), strict=True):
+        got = tokens(events)
+        assert got == expected(prompt, count)[: len(got)]
+        ends = [event for event in events if not isinstance(event, Token)]
+        if leave is not None and len(got) == leave:
+            assert ends in ([], [Done("length")])
+        else:
+            assert ends == [Done("length")] and len(got) == count
+    wait_until(setup.is_free)
+    setup.close()

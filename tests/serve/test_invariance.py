@@ -1,0 +1,91 @@
+"""The same request and seed give the same answer under any load, to the last bit.
+
+Four layers of the real chat model are enough: the others repeat the same operations on the same
+shapes. Batch sizes 2, 4, 8 and 16 are all met, with rows that come, go, and start over.
+"""
+
+import threading
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from serve.engine import Done, Engine, Request, Token
+from serve.engine.runner import NUM_SLOTS, Runner
+from serve.engine.scheduler import Scheduler
+from tests.serve.scripted import wait_until
+from transformer import cache, checkpoint
+from transformer.sampling import Sampling
+
+NUM_BLOCKS = 36
+NUM_IDS = 49152
+
+
+@pytest.fixture(scope="module", params=["int8", "bfloat16"])
+def runner(request, model_file):
+    path = model_file("smollm2-135m-instruct")
+    params, cfg, _ = checkpoint.load(path, format=request.param)
+    params, cfg = params.replace(layers=params.layers[:4]), replace(cfg, num_layers=4)
+    return Runner(params, cfg, NUM_IDS, NUM_BLOCKS, jnp.bfloat16)
+
+
+def prompt(length, seed):
+    return tuple(np.random.default_rng(seed).integers(0, NUM_IDS, length).tolist())
+
+
+WATCHED = [
+    Request(prompt=prompt(20, 1), max_tokens=12, sampling=Sampling(temperature=0), top_logprobs=5),
+    Request(
+        prompt=prompt(250, 2),  # crosses into its second block of cache
+        max_tokens=12,
+        sampling=Sampling(seed=7, temperature=1.2, top_p=0.95, frequency_penalty=0.3),
+        top_logprobs=20,
+        choice=2,
+    ),
+]
+
+
+def other(number):
+    """Requests of all sorts, longer than the watched ones, some sharing seed or prompt."""
+    return Request(
+        prompt=prompt(5 + 23 * number, number),
+        max_tokens=40 + number,
+        sampling=Sampling(seed=number % 3 + 6, temperature=number % 4 / 2, top_k=10 * number),
+    )
+
+
+def answers(runner, watched, num_others, num_blocks=NUM_BLOCKS):
+    """The events of `watched`, started when `num_others` others are already decoding."""
+    scheduler = Scheduler(NUM_SLOTS, num_blocks, cache.BLOCK, 100)
+    engine = Engine(runner, scheduler, num_blocks * cache.BLOCK)
+    ended = []
+    try:
+        others = [engine.generate(other(number)) for number in range(num_others)]
+        threads = [
+            threading.Thread(target=lambda row=row: ended.append(list(row)[-1])) for row in others
+        ]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(scheduler.active) == num_others, 20)
+        events = list(engine.generate(watched))
+    finally:
+        engine.close(drain=False)
+    for thread in threads:
+        thread.join()
+    assert len(ended) == num_others and isinstance(events[-1], Done)
+    return events
+
+
+@pytest.mark.parametrize("watched", WATCHED, ids=["greedy", "sampled"])
+def test_company_does_not_change_a_bit(runner, watched):
+    alone = answers(runner, watched, 0)
+    assert len(alone) == 13 and all(isinstance(event, Token) for event in alone[:-1])
+    for num_others in (1, 3, 6, 10):  # batches of 2, 4, 8, 16
+        assert answers(runner, watched, num_others) == alone, f"{num_others} others"
+
+
+def test_starting_over_for_want_of_memory_does_not_change_a_bit(runner):
+    """The others hold all blocks but two when the watched row needs its second."""
+    alone = answers(runner, WATCHED[1], 0)
+    assert answers(runner, WATCHED[1], 5, num_blocks=7) == alone

@@ -1,0 +1,273 @@
+"""Sampling against plain NumPy: what is kept, how often it is drawn, what is reported."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transformer import sampling
+from transformer.sampling import Sampling
+
+draw = jax.jit(sampling.sample, static_argnames="num_ids")
+truncate = jax.jit(sampling._truncate)
+
+
+def drawn(logits, rows, *, past=None, choices=None, steps=None, num_ids=None):
+    """One step of `rows`, each with a slot of its own unless all share an empty one."""
+    logits = np.asarray(logits, np.float32)
+    own_slots = past is not None
+    past = sampling.history(1, logits.shape[1]) if past is None else past
+    count = len(rows)
+    settings = sampling.settings(
+        rows,
+        choices or [0] * count,
+        steps or [0] * count,
+        list(range(count)) if own_slots else [0] * count,
+    )
+    return draw(logits, past, settings, num_ids=num_ids or logits.shape[1])
+
+
+def ids_of_seeds(logits, num_draws=4000, **settings):
+    """What `num_draws` seeds draw from the same logits [V]."""
+    rows = [Sampling(seed=seed, **settings) for seed in range(num_draws)]
+    return np.asarray(drawn(np.tile(logits, (num_draws, 1)), rows)[0].ids)
+
+
+def softmax(logits):
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def reference(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """The distribution [V] to draw from, in float64, by sorting."""
+    logits = np.asarray(logits, np.float64) / temperature
+    if top_k:
+        logits = np.where(logits >= np.sort(logits)[::-1][:top_k][-1], logits, -np.inf)
+    if top_p < 1:
+        order = np.argsort(-logits)
+        before = np.cumsum(softmax(logits)[order]) - softmax(logits)[order]
+        logits[order[(before >= top_p) & (np.arange(len(order)) > 0)]] = -np.inf
+    p = softmax(logits)
+    return softmax(np.where(p >= min_p * p.max(), logits, -np.inf))
+
+
+def random_logits(*shape, seed=0, scale=2.0):
+    return np.random.default_rng(seed).normal(0, scale, shape).astype(np.float32)
+
+
+CUTS = [
+    {},
+    {"temperature": 0.6},
+    {"temperature": 1.7},
+    {"top_k": 1},
+    {"top_k": 5},
+    {"top_k": 10**6},
+    {"top_p": 0.0},
+    {"top_p": 0.5},
+    {"top_p": 0.95, "temperature": 1.3},
+    {"min_p": 0.1},
+    {"min_p": 1.0},
+    {"top_k": 9, "top_p": 0.8, "min_p": 0.05, "temperature": 1.5},
+]
+
+
+@pytest.mark.parametrize("how", CUTS, ids=str)
+def test_frequencies_are_those_of_the_reference(how):
+    logits = random_logits(12, scale=1.2)
+    expected = reference(logits, **how)
+    counts = np.bincount(ids_of_seeds(logits, **how), minlength=12)
+    assert set(np.flatnonzero(counts)) <= set(np.flatnonzero(expected))
+    kept = expected > 0
+    chi_square = np.sum((counts - 4000 * expected)[kept] ** 2 / (4000 * expected[kept]))
+    freedom = kept.sum() - 1
+    assert chi_square <= freedom + 4 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("how", [how for how in CUTS if set(how) - {"temperature"}], ids=str)
+def test_truncation_keeps_the_same_tokens_as_sorting(how):
+    """Over a thousand tokens, where no number of draws would show them all."""
+    temperature = how.get("temperature", 1.0)
+    for seed in range(20):
+        logits = random_logits(1000, seed=seed)
+        row = jax.tree.map(
+            lambda leaf: leaf[0], sampling.settings([Sampling(**how)], [0], [0], [0])
+        )
+        kept = np.asarray(truncate(jnp.asarray(logits / np.float32(temperature)), row)) > -np.inf
+        expected = reference(logits, **how) > 0
+        # float32 sums may put the very token at the edge of top-p on the other side
+        assert (kept != expected).sum() <= (1 if 0 < how.get("top_p", 1) < 1 else 0)
+
+
+def test_ties_at_the_cut_stay_together():
+    logits = np.array([3.0, 2.0, 2.0, 2.0, 1.0], np.float32)
+    assert set(ids_of_seeds(logits, 200, top_k=2)) == {0, 1, 2, 3}
+
+
+def test_temperature_zero_takes_the_likeliest_whatever_else_is_set():
+    logits = random_logits(16, 100)
+    rows = [Sampling(temperature=0, top_k=50, top_p=0.1, seed=seed) for seed in range(16)]
+    np.testing.assert_array_equal(drawn(logits, rows)[0].ids, logits.argmax(1))
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1.5e-38, 1e-300])
+def test_a_tiny_temperature_is_greedy(temperature):
+    """Bug: logits / 1.5e-38 overflowed, and the first of several infinities was drawn."""
+    logits = random_logits(4, 100, scale=8)
+    rows = [Sampling(temperature=temperature, seed=seed) for seed in range(4)]
+    np.testing.assert_array_equal(drawn(logits, rows)[0].ids, logits.argmax(1))
+    rows = [Sampling(temperature=temperature, seed=seed, top_p=0.9) for seed in range(4)]
+    np.testing.assert_array_equal(drawn(logits, rows)[0].ids, logits.argmax(1))
+
+
+def history_of(prompt, generated, vocab_size, bias=None):
+    counts = np.bincount(generated, minlength=vocab_size).astype(np.int32)
+    is_in_prompt = np.isin(np.arange(vocab_size), prompt)
+    bias = np.zeros(vocab_size, np.float32) if bias is None else bias
+    return sampling.History(counts[None], is_in_prompt[None], bias[None])
+
+
+@pytest.mark.parametrize(
+    "penalties",
+    [
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": 0.7},
+        {"presence_penalty": -1.0, "frequency_penalty": -0.5},
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 0.8, "presence_penalty": 0.5, "frequency_penalty": 0.25},
+    ],
+    ids=str,
+)
+def test_penalties(penalties):
+    """Shown by greedy choice: raising one token by `bias` flips the winner where NumPy says."""
+    prompt, generated = [1, 2, 3], [2, 4, 4, 4]
+    presence = penalties.get("presence_penalty", 0)
+    frequency = penalties.get("frequency_penalty", 0)
+    repetition = penalties.get("repetition_penalty", 1)
+    for seed in range(30):
+        logits = random_logits(8, seed=seed, scale=1.0)
+        counts = np.bincount(generated, minlength=8)
+        expected = logits.astype(np.float64).copy()
+        for i in {*prompt, *generated}:
+            expected[i] = expected[i] / repetition if expected[i] > 0 else expected[i] * repetition
+        expected -= frequency * counts + presence * (counts > 0)
+        past = history_of(prompt, generated, 8)
+        outcome, _ = drawn(logits[None], [Sampling(temperature=0, **penalties)], past=past)
+        assert outcome.ids[0] == expected.argmax()
+
+
+def test_logit_bias_forces_and_forbids_and_leaves_logprobs_alone():
+    logits = random_logits(1, 50)
+    best = int(logits.argmax())
+    bias = np.zeros(50, np.float32)
+    bias[[7, best]] = 100, -100
+    how = Sampling(logit_bias={7: 100.0, best: -100.0})
+    outcome, _ = drawn(logits, [how], past=history_of([], [], 50, bias))
+    assert outcome.ids[0] == 7
+    np.testing.assert_allclose(outcome.logprobs[0], np.log(softmax(logits[0])[7]), atol=1e-5)
+    assert outcome.top_ids[0, 0] == best
+    bias[7] = 0
+    many = [Sampling(seed=seed, logit_bias={best: -100.0}) for seed in range(500)]
+    past = history_of([], [], 50, bias)
+    settings = sampling.settings(many, [0] * 500, [0] * 500, [0] * 500)
+    outcome, _ = draw(np.tile(logits, (500, 1)), past, settings, num_ids=50)
+    assert best not in set(outcome.ids.tolist())
+
+
+def test_begin_clears_a_slot_and_draws_are_counted():
+    past = sampling.history(2, 6)
+    logits = np.full((2, 6), -50, np.float32)
+    logits[0, 3] = logits[1, 5] = 50
+    for _ in range(2):
+        _, past = drawn(logits, [Sampling(), Sampling()], past=past)
+    np.testing.assert_array_equal(past.counts, [[0, 0, 0, 2, 0, 0], [0, 0, 0, 0, 0, 2]])
+    past = sampling.begin(past, 1, np.arange(6) == 2, np.arange(6, dtype=np.float32))
+    np.testing.assert_array_equal(past.counts, [[0, 0, 0, 2, 0, 0], [0] * 6])
+    np.testing.assert_array_equal(past.is_in_prompt[1], np.arange(6) == 2)
+    np.testing.assert_array_equal(past.bias[1], np.arange(6))
+    assert not past.bias[0].any()
+
+
+def test_padding_of_the_table_is_never_drawn_nor_reported():
+    logits = np.zeros((64, 32), np.float32)
+    logits[:, 10:] = 100  # the padding is the likeliest by far
+    rows = [Sampling(seed=seed, temperature=0 if seed % 2 else 2) for seed in range(64)]
+    outcome, _ = drawn(logits, rows, num_ids=10)
+    assert outcome.ids.max() < 10 and outcome.top_ids.max() < 10
+    np.testing.assert_allclose(outcome.logprobs, math.log(1 / 10), atol=1e-6)
+    # the same distribution as a table without padding
+    np.testing.assert_array_equal(outcome.top_ids.shape, (64, 10))
+
+
+def test_a_seed_repeats_and_choice_step_and_seed_each_change_the_draw():
+    logits = np.zeros((1, 1000), np.float32)
+
+    def one(seed=1, choice=0, step=0):
+        rows = [Sampling(seed=seed)]
+        return int(drawn(logits, rows, choices=[choice], steps=[step])[0].ids[0])
+
+    assert one() == one()
+    different = [one(), one(seed=2), one(choice=1), one(step=1), one(seed=1 + 2**32), one(seed=-1)]
+    assert len(set(different)) == len(different)
+    assert one(choice=3, step=5) != one(choice=5, step=3)
+
+
+def test_logprobs_are_the_models_own_and_alternatives_are_sorted():
+    logits = random_logits(4, 300)
+    rows = [Sampling(seed=seed, temperature=3.0, top_k=40, top_p=0.9) for seed in range(4)]
+    outcome, _ = drawn(logits, rows)
+    for b in range(4):
+        expected = np.log(softmax(logits[b].astype(np.float64)))
+        np.testing.assert_allclose(outcome.logprobs[b], expected[outcome.ids[b]], atol=1e-5)
+        order = np.argsort(-expected)[: sampling.MAX_TOP]
+        np.testing.assert_array_equal(outcome.top_ids[b], order)
+        np.testing.assert_allclose(outcome.top_logprobs[b], expected[order], atol=1e-5)
+
+
+def test_a_row_has_the_same_bits_in_every_batch_size():
+    hows = [
+        Sampling(temperature=0.0),
+        Sampling(seed=5),
+        Sampling(seed=6, temperature=0.7, top_p=0.9),
+        Sampling(seed=7, top_k=30, min_p=0.02),
+        Sampling(seed=8, presence_penalty=0.5, frequency_penalty=0.2, repetition_penalty=1.2),
+    ]
+    logits = random_logits(16, 5003, seed=3)
+    rng = np.random.default_rng(1)
+    past = sampling.History(
+        counts=rng.integers(0, 3, (16, 5003)).astype(np.int32),
+        is_in_prompt=rng.random((16, 5003)) < 0.3,
+        bias=np.zeros((16, 5003), np.float32),
+    )
+    for number, how in enumerate(hows):
+        rows = [how, *(hows[(number + i) % 5] for i in range(1, 16))]
+        outcomes = {size: drawn(logits[:size], rows[:size], past=past) for size in (1, 2, 4, 8, 16)}
+        alone, _ = outcomes.pop(1)
+        for outcome, _ in outcomes.values():
+            for name in ("ids", "logprobs", "top_ids", "top_logprobs"):
+                np.testing.assert_array_equal(getattr(outcome, name)[0], getattr(alone, name)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", math.nan),
+        ("temperature", -0.1),
+        ("temperature", math.inf),
+        ("top_p", 1.1),
+        ("top_p", math.nan),
+        ("top_p", -0.1),
+        ("top_k", -1),
+        ("min_p", 2.0),
+        ("presence_penalty", math.nan),
+        ("frequency_penalty", math.inf),
+        ("repetition_penalty", 0.0),
+        ("logit_bias", {3: math.nan}),
+        ("logit_bias", {3: math.inf}),
+    ],
+)
+def test_settings_out_of_range_name_the_field_and_the_value(name, value):
+    shown = value[3] if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match=f"{name} must be .*{shown}"):
+        Sampling(**{name: value})
