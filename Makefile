@@ -19,9 +19,9 @@ serve: ## install, fetch the chat model (93 MB), serve it on 127.0.0.1:8000
 test: .models ## install, fetch the models (570 MB), run the tests
 	@$(BIN)/pytest -q $(ARGS)
 
-slow: .models ## the tests that take long, then the comparisons and the notebooks
+slow: .models ## the tests that take long, notebooks among them, then the comparisons
 	@$(BIN)/pytest -q -m slow $(ARGS)
-	@$(MAKE) parity notebooks
+	@$(MAKE) parity
 
 setup: ## make .venv with everything for development
 	@sh scripts/setup.sh dev
@@ -38,14 +38,17 @@ parity: .models ## compare live with the reference implementations (installs tor
 
 golden: .models ## make the golden files of tests/golden again (installs torch)
 	@sh scripts/setup.sh parity
-	@for make in tests/golden/make_*.py; do echo "$$make"; $(BIN)/python "$$make" || exit 1; done
+	@chat="$$($(BIN)/pellucid pull smollm2-135m-instruct)" && \
+	code="$$($(BIN)/pellucid pull qwen2.5-coder-0.5b-instruct)" && \
+	for make in tests/golden/*/make_*.py; do echo "$$make"; $(BIN)/python "$$make" \
+	"smollm2-135m-instruct=$$chat" "qwen2.5-coder-0.5b-instruct=$$code" || exit 1; done
 
 bench: .models ## measure, and compare with peers (installs torch)
 	@sh scripts/setup.sh parity
 	@for bench in tests/bench/bench_*.py; do echo "$$bench"; $(BIN)/python "$$bench" || exit 1; done
 
 notebooks: .models ## run notebooks/*.py and write the .ipynb beside each
-	@$(BIN)/jupytext --to ipynb --execute notebooks/[0-9]*.py
+	@$(BIN)/python scripts/notebooks.py $(ARGS)
 
 clean: ## remove .venv and caches; models stay in the data folder
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -36,6 +36,9 @@ from transformer import checkpoint, decoder
 from transformer.generate import generate
 from transformer.sampling import Sampling
 
+# Compiled programs are kept where the server keeps its own: the second run need not compile them.
+jax.config.update("jax_compilation_cache_dir", str(settings.data_folder() / "compiled"))
+
 MODEL = "smollm2-135m-instruct"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -43,8 +46,8 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 # ## 1. Start, and ask
 #
 # `pellucid serve` is what `make serve` runs. Here we start it as a process of its own on any free
-# port; with `--json` it prints its address as soon as it listens. `--dtype float32` skips the choice
-# of the fastest number format, and lets us compare with our own computation below.
+# port; with `--json` it prints its address as soon as it listens. `--dtype float32` skips the
+# choice of the fastest number format, and lets us compare with our own computation below.
 
 # %%
 server = subprocess.Popen(
@@ -86,20 +89,21 @@ print("|".join(piece for piece in pieces if piece))
 # temperature, the more evenly the chances are spread before the throw. The seed fixes the die.
 
 # %%
-STORY = [{"role": "user", "content": "Name a pet rabbit. Answer with the name only."}]
+STORY = [{"role": "user", "content": "Write a sentence about the sea."}]
 
 
-def name(temperature: float, seed: int) -> str:
-    """One answer of at most 12 tokens, on one line."""
+def say(temperature: float, seed: int) -> str:
+    """One answer of at most 16 tokens, on one line."""
     reply = client.chat.completions.create(
-        model=MODEL, messages=STORY, temperature=temperature, seed=seed, max_tokens=12
+        model=MODEL, messages=STORY, temperature=temperature, seed=seed, max_tokens=16
     )
     return " ".join(reply.choices[0].message.content.split())
 
 
 for temperature in (0, 0.7, 1.5):
-    print(f"temperature {temperature}: ", [name(temperature, seed) for seed in (1, 2, 3)])
-print("seed 1 once more:", [name(0.7, 1)])
+    for seed in (1, 2):
+        print(f"temperature {temperature:<4} seed {seed}: {say(temperature, seed)}")
+print(f"temperature 0.7  seed 1: {say(0.7, 1)} (once more)")
 
 # %% [markdown]
 # Change something, and say beforehand what you expect: another temperature, `top_p=0.5`, another
@@ -118,7 +122,9 @@ class Tokens:
     """Tokens as coloured boxes with their ids; as plain text where there are no colours."""
 
     def __init__(self, encoding: bpe.Encoding, ids: list[int]):
-        self.pieces = [encoding.decode_single_token_bytes(i).decode("utf-8", "replace") for i in ids]
+        self.pieces = [
+            encoding.decode_single_token_bytes(i).decode("utf-8", "replace") for i in ids
+        ]
         self.ids = ids
 
     def __repr__(self) -> str:
@@ -139,14 +145,15 @@ class Tokens:
 path = sources.find(catalogue.load().models[MODEL], settings.data_folder())
 tokenizer = bpe.load(path)
 encoding = tokenizer.encoding
-display(Tokens(encoding, encoding.encode("The hamburger costs 12 euros, indubitably. 🙂")))
+display(Tokens(encoding, encoding.encode("The hamburger costs 12 euros, indubitably. 🍔")))
 
 # %% [markdown]
-# The four bytes of the smiley are spread over several tokens, none of which is a character by
+# The four bytes of the picture are spread over several tokens, none of which is a character by
 # itself. A server that streams has to hold them back until they are whole (`bpe/stream.py`).
 #
 # And a conversation? The model reads that as one text too. Its *chat template* writes special
 # tokens around each message; those in angle brackets are one token each, and no user can type them.
+# This model's template also begins with a system message that we did not write.
 
 # %%
 prompt = tokenizer.chat_template.encode(encoding, QUESTION)
@@ -165,14 +172,17 @@ START = "The capital of France is"
 
 def bars(axis, labels: list[str], chances: list[float], title: str) -> None:
     """Horizontal bars, the likeliest on top."""
+    shown = [repr(label)[1:-1].replace(" ", "·") for label in labels]
     axis.barh(range(len(labels)), chances, color="#3b6ea5")
-    axis.set_yticks(range(len(labels)), [repr(label)[1:-1] for label in labels], family="monospace")
-    axis.set_xlim(0, 1)
+    axis.set_yticks(range(len(labels)), shown, family="monospace")
+    axis.set_xlim(0, 1.18)
+    axis.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axis.invert_yaxis()
     axis.set_title(title)
     axis.spines[["top", "right"]].set_visible(False)
     for row, chance in enumerate(chances):
-        axis.text(chance + 0.01, row, f"{chance:.1%}", va="center", fontsize=9)
+        text = f"{chance:.1%}" if chance >= 0.001 else "< 0.1%"
+        axis.text(chance + 0.01, row, text, va="center", fontsize=9)
 
 
 reply = client.completions.create(
@@ -185,8 +195,8 @@ axis.set_xlabel("probability")
 plt.show()
 
 # %% [markdown]
-# The space in front belongs to the token. Chances say what is likely *in text like that which the
-# model has read*; they are no measure of truth.
+# The dot is the space in front, which belongs to the token. Chances say what is
+# likely *in text like that which the model has read*; they are no measure of truth.
 
 # %% [markdown]
 # ## 6. One level below: without the server
@@ -210,7 +220,8 @@ print(f"the server's chances and ours differ by less than 1e-4: {difference < 1e
 
 # %% [markdown]
 # The temperature divides the logits before the softmax. Below 1 the likely get likelier, above 1
-# the field evens out:
+# the field evens out. The last bar is what all other tokens have together: at temperature 2 it is
+# nearly everything, and that is why hot answers fall apart.
 
 # %%
 best = np.argsort(-chances)[:8]
@@ -218,7 +229,8 @@ labels = [encoding.decode([int(i)]) for i in best]
 figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
 for axis, temperature in zip(axes, (0.5, 1.0, 2.0), strict=True):
     spread = np.asarray(jax.nn.softmax(last / temperature))
-    bars(axis, labels, list(spread[best]), f"temperature {temperature}")
+    others = 1 - spread[best].sum()
+    bars(axis, [*labels, "(others)"], [*spread[best], others], f"temperature {temperature}")
 plt.show()
 
 # %% [markdown]
@@ -232,12 +244,10 @@ greedy = encoding.decode(
 )
 print(greedy)
 
-rabbit = tokenizer.chat_template.encode(encoding, STORY)
+sea = tokenizer.chat_template.encode(encoding, STORY)
 how = Sampling(temperature=0.7, seed=1)
 drawn = encoding.decode(
-    list(
-        generate(params, config, rabbit, max_new_tokens=12, how=how, stop_ids=tokenizer.stop_ids)
-    )
+    list(generate(params, config, sea, max_new_tokens=16, how=how, stop_ids=tokenizer.stop_ids))
 )
 print(" ".join(drawn.split()))
 
@@ -249,13 +259,13 @@ assert ready["models"] == [MODEL]
 assert "Paris" in answer.choices[0].message.content
 assert aliased.model == MODEL
 assert "".join(pieces) == answer.choices[0].message.content, "streamed and not: the same text"
-assert name(0.7, 1) == name(0.7, 1), "the same seed gives the same answer"
+assert say(0.7, 1) == say(0.7, 1), "the same seed gives the same answer"
 assert answer.usage.prompt_tokens == len(prompt), "the server counts the tokens we see"
 assert encoding.decode(prompt) == tokenizer.chat_template.render(QUESTION)
 assert abs(chances.sum() - 1) < 1e-4
 assert difference < 1e-4, "the server computes what we compute"
 assert greedy == answer.choices[0].message.content, "greedy: the same text without a server"
-assert " ".join(drawn.split()) == name(0.7, 1), "and with the same seed, the same die"
+assert " ".join(drawn.split()) == say(0.7, 1), "and with the same seed, the same die"
 print("all true")
 
 # %%

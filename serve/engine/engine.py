@@ -28,6 +28,7 @@ class Computer(Protocol):
 
     def prefill(self, row: Sequence) -> object | None: ...
     def decode(self, rows: list[Sequence]) -> object: ...
+    def recover(self) -> bool: ...
 
 
 class Engine:
@@ -163,7 +164,11 @@ class Engine:
             if work is not None:
                 self._compute(work)
             elif is_quiet:
-                self._when_idle.pop(0)()
+                try:
+                    self._when_idle.pop(0)()
+                except Exception:
+                    log.exception("work in an idle moment failed")
+                    self._computer.recover()
 
     def _compute(self, work: Prefill | Decode) -> None:
         rows = [work.sequence] if isinstance(work, Prefill) else list(work.sequences)
@@ -176,6 +181,11 @@ class Engine:
             log.exception("a computation failed; its requests end")
             for row in rows:
                 self._end(row, Failed("The server had an error while processing your request."))
+            if (
+                self._computer.recover()
+            ):  # the cache is gone with the failure: the others start over
+                for row in self._scheduler.active[::-1]:
+                    self._scheduler.start_over(row)
             return
         if drawn is not None:
             for i, row in enumerate(rows):

@@ -125,7 +125,7 @@ def _compile(what: str, compute: Callable[[], object], notify: Callable[[str], N
     compute()
     _give_back_memory()
     if (seconds := time.perf_counter() - started) > 1:
-        notify(f"compiled {what} in {seconds:.1f} s (kept on disk for the next start)")
+        notify(f"{what}: compiled, or fetched from disk, in {seconds:.1f} s")
 
 
 def choose_format(id: str, path: Path, notify: Callable[[str], None]) -> Format:

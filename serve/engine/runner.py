@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
 from serve.engine.requests import Request
@@ -36,9 +37,24 @@ class Runner:
 
     def __init__(self, params: Params, cfg: Config, num_ids: int, num_blocks: int, cache_dtype):
         self._params, self._cfg, self._num_ids = params, cfg, num_ids
-        self._memory = cache.init(cfg, num_blocks, cache_dtype)
-        self._past = sampling.history(NUM_SLOTS + 1, cfg.vocab_size)  # the last is for padding
+        self._num_blocks, self._cache_dtype = num_blocks, cache_dtype
         self._table_width = min(cache.blocks_for(cfg.max_seq_len), num_blocks)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._memory = cache.init(self._cfg, self._num_blocks, self._cache_dtype)
+        # The last slot is for padding rows.
+        self._past = sampling.history(NUM_SLOTS + 1, self._cfg.vocab_size)
+
+    def recover(self) -> bool:
+        """After a failed call: whether it took the cache with it, which is then made anew.
+
+        A call donates the cache; one that fails halfway may have given it up without a successor.
+        """
+        is_lost = any(leaf.is_deleted() for leaf in jax.tree.leaves((self._memory, self._past)))
+        if is_lost:
+            self._forget()
+        return is_lost
 
     def programs(self) -> list[tuple[str, Callable[[], object]]]:
         """Every program there is, by name; calling one compiles it, or fetches it from disk."""

@@ -120,6 +120,12 @@ class Scheduler:
             self.free_slots.append(sequence.slot)
             sequence.blocks, sequence.slot = [], -1
 
+    def start_over(self, sequence: Sequence) -> None:
+        """Takes what a sequence computed from it and puts it at the head of the queue."""
+        self.finish(sequence)
+        sequence.ids, sequence.length = list(sequence.request.prompt), 0
+        self.waiting.appendleft(sequence)
+
     def _blocks_for(self, num_positions: int) -> int:
         return -(-num_positions // self.block)
 
@@ -142,8 +148,6 @@ class Scheduler:
                 sequence.blocks.append(self.free_blocks.pop())
                 continue
             youngest = self.active[-1]
-            self.finish(youngest)
-            youngest.ids, youngest.length = list(youngest.request.prompt), 0
-            self.waiting.appendleft(youngest)
+            self.start_over(youngest)
             if youngest is sequence:
                 return

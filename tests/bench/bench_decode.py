@@ -12,8 +12,12 @@ A contender is a process of its own (this script with --worker), so that the thr
 and XLA never compete. It answers one JSON line for each one it is sent, and waits without computing
 while another is timed. It notes when each id is known to it:
 
-    prefill   from being asked to the first id: 512 ids read, 1 drawn
-    decode    from the first id to the last: 63 ids, each fed back and followed by the next
+    prefill   asked for one id: from the question to that id; 512 ids read
+    decode    asked for 64: from the first id to the last but one; 62 steps
+
+`generate` starts step i + 1 before it hands out id i, and where JAX computes within that call, as
+on a CPU, every id but the last comes one step late. The two times are cut so that this neither
+helps nor hurts.
 
 llama.cpp is compared if llama-cpp-python is installed; it multiplies with the quantised weights of
 the file, where the others use dequantised ones. `serve` is a real server in the format it chooses,
@@ -46,6 +50,7 @@ ROOT = Path(__file__).parent.parent.parent
 PASSAGE = Path(__file__).with_name("passage.txt")
 MODEL = "smollm2-135m-instruct"
 PROMPT_TOKENS, NEW_TOKENS = 512, 64
+DECODE_STEPS = NEW_TOKENS - 2  # those timed, see above
 PAUSE = 0.3  # seconds between two contenders: threads that wait for work by spinning fall asleep
 
 PEER, LLAMA, SERVE = "transformers", "llama.cpp", "serve"
@@ -55,10 +60,11 @@ PACKAGES = ("jax", "torch", "transformers", "llama-cpp-python")
 
 # --- contenders: each loads a model and returns a function ------------------------------------
 #
-# The function takes a prompt, calls `arrived` with every id as soon as it knows it (`serve`: with
-# every piece of text), and begins from nothing every time it is called.
+# The function takes a prompt and how many ids to add, calls `arrived` with every id as soon as it
+# knows it (`serve`: with every piece of text), and begins from nothing every time it is called.
 
-Contender = Callable[[list[int], Callable[[int | str], None]], None]
+Arrived = Callable[[int | str], None]
+Contender = Callable[[list[int], int, Arrived], None]
 
 
 def load_transformers(path: Path, threads: int) -> tuple[Contender, str]:
@@ -74,9 +80,9 @@ def load_transformers(path: Path, threads: int) -> tuple[Contender, str]:
 
     # A bare loop, which is quicker than the library's own `generate`.
     @torch.inference_mode()
-    def run(prompt: list[int], arrived: Callable[[int], None]) -> None:
+    def run(prompt: list[int], count: int, arrived: Arrived) -> None:
         ids, past = torch.tensor([prompt]), None
-        for _ in range(NEW_TOKENS):
+        for _ in range(count):
             step = model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
             ids, past = step.logits[:, -1].argmax(-1, keepdim=True), step.past_key_values
             arrived(ids.item())
@@ -93,11 +99,11 @@ def load_ours(path: Path, format: str) -> tuple[Contender, str]:
     params, cfg, _ = checkpoint.load(path, format=format)
     cache_dtype = jnp.float32 if format == "float32" else jnp.bfloat16  # as `serve` does
 
-    def run(prompt: list[int], arrived: Callable[[int], None]) -> None:
-        for id in generate(params, cfg, prompt, max_new_tokens=NEW_TOKENS, cache_dtype=cache_dtype):
+    def run(prompt: list[int], count: int, arrived: Arrived) -> None:
+        for id in generate(params, cfg, prompt, max_new_tokens=count, cache_dtype=cache_dtype):
             arrived(id)
 
-    return run, format
+    return run, "JAX"
 
 
 def load_llama(path: Path, threads: int) -> tuple[Contender, str]:
@@ -108,14 +114,14 @@ def load_llama(path: Path, threads: int) -> tuple[Contender, str]:
         str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False
     )
 
-    def run(prompt: list[int], arrived: Callable[[int], None]) -> None:
+    def run(prompt: list[int], count: int, arrived: Arrived) -> None:
         model.reset()
         model.eval(prompt)
-        for step in range(NEW_TOKENS):
+        for step in range(count):
             logits = llama_cpp.llama_get_logits_ith(model.ctx, -1)
             id = int(np.ctypeslib.as_array(logits, (model.n_vocab(),)).argmax())
             arrived(id)
-            if step + 1 < NEW_TOKENS:
+            if step + 1 < count:
                 model.eval([id])
 
     return run, f"the file's own quantisation, {threads} threads"
@@ -140,17 +146,30 @@ def load_serve(path: Path, stack: ExitStack) -> tuple[Contender, str]:
     line = server.stdout.readline()
     if not line:
         raise SystemExit("pellucid serve did not start, for the reason above")
+    wait_until_idle(server.pid)
     client = OpenAI(base_url=json.loads(line)["url"] + "/v1", api_key="any", max_retries=0)
 
-    def run(prompt: list[int], arrived: Callable[[str], None]) -> None:
+    def run(prompt: list[int], count: int, arrived: Arrived) -> None:
         chunks = client.completions.create(
-            model="bench", prompt=prompt, max_tokens=NEW_TOKENS, temperature=0, stream=True
+            model="bench", prompt=prompt, max_tokens=count, temperature=0, stream=True
         )
         for chunk in chunks:
             if chunk.choices[0].text:
                 arrived(chunk.choices[0].text)
 
     return run, f"{format}, over HTTP"
+
+
+def wait_until_idle(pid: int) -> None:
+    """Waits until `serve` rests: some seconds after the last request it compiles ahead."""
+    import psutil
+
+    from serve.engine.engine import IDLE_SECONDS
+
+    process, before = psutil.Process(pid), float("-inf")
+    while (spent := sum(process.cpu_times()[:2])) - before > 0.05:
+        before = spent
+        time.sleep(IDLE_SECONDS + 2)
 
 
 def work(name: str, path: Path, threads: int) -> None:
@@ -179,7 +198,7 @@ def work(name: str, path: Path, threads: int) -> None:
                 got.append(piece)
 
             started = time.perf_counter()
-            run(json.loads(line), arrived)
+            run(*json.loads(line), arrived)
             answer({"got": got, "times": [at - started for at in times]})
 
 
@@ -195,7 +214,7 @@ class Worker:
     how: str = ""
     agrees: str = ""
     prefill: list[float] = field(default_factory=list)  # seconds, one a round
-    decode: list[float] = field(default_factory=list)  # seconds for NEW_TOKENS - 1 ids, one a round
+    decode: list[float] = field(default_factory=list)  # seconds for DECODE_STEPS, one a round
 
     def receive(self) -> dict:
         line = self.process.stdout.readline()
@@ -203,14 +222,14 @@ class Worker:
             raise SystemExit(f"{self.name} ended, for the reason above")
         return json.loads(line)
 
-    def run(self, prompt: list[int]) -> dict:
-        print(json.dumps(prompt), file=self.process.stdin, flush=True)
+    def run(self, prompt: list[int], count: int) -> dict:
+        print(json.dumps([prompt, count]), file=self.process.stdin, flush=True)
         found = self.receive()
-        if len(found["got"]) != NEW_TOKENS:
+        if len(found["got"]) != count:
             # An end token, or a character of several tokens: the passage must avoid both.
             raise SystemExit(
-                f"{self.name} gave {len(found['got'])} pieces instead of {NEW_TOKENS}: times would "
-                f"not be comparable. Change {PASSAGE.name}"
+                f"{self.name} gave {len(found['got'])} pieces instead of {count}: times would not "
+                f"be comparable. Change {PASSAGE.name}"
             )
         return found
 
@@ -235,7 +254,7 @@ def started(name: str, path: Path, threads: int) -> Iterator[Worker]:
 
 def agree(workers: dict[str, Worker], prompt: list[int], decode: Callable[[list], str]) -> bool:
     """Runs everyone once, which compiles too, and compares. Returns whether timing makes sense."""
-    got = {name: worker.run(prompt)["got"] for name, worker in workers.items()}
+    got = {name: worker.run(prompt, NEW_TOKENS)["got"] for name, worker in workers.items()}
     for name, worker in workers.items():
         if name == SERVE:  # text, not ids: compare with the same format of `generate`
             format = worker.how.partition(",")[0]
@@ -260,16 +279,16 @@ def measure(workers: list[Worker], prompt: list[int], rounds: int, progress: Con
         first = number % len(workers)  # nobody always runs behind the same neighbour
         for worker in workers[first:] + workers[:first]:
             time.sleep(PAUSE)
-            times = worker.run(prompt)["times"]
-            worker.prefill.append(times[0])
-            worker.decode.append(times[-1] - times[0])
+            worker.prefill.append(worker.run(prompt, 1)["times"][0])
+            times = worker.run(prompt, NEW_TOKENS)["times"]
+            worker.decode.append(times[DECODE_STEPS] - times[0])
 
 
 def rates(worker: Worker) -> dict:
     """Tokens a second, medians of the rounds."""
     return {
         "prefill": PROMPT_TOKENS / statistics.median(worker.prefill),
-        "decode": (NEW_TOKENS - 1) / statistics.median(worker.decode),
+        "decode": DECODE_STEPS / statistics.median(worker.decode),
     }
 
 

@@ -25,8 +25,9 @@ from transformer.layers import Linear
 
 Format = Literal["float32", "bfloat16", "int8"]
 
-# Rotary tables and masks that some exporters store though they follow from the config.
-_DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "rope_freqs.weight")
+# Rotary tables and masks that some exporters store though they follow from the config. Not among
+# them: rope_freqs.weight of GGUF files, which scales rotary frequencies: it would be missed.
+_DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 # The maps that write to the residual stream read activations with outliers, which one scale a token
 # cannot hold: in int8 they cost SmolLM2 4 % of perplexity instead of 1 %. They stay bfloat16.
 _WIDE_IN_INT8 = ("out", "down")

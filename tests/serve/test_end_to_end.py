@@ -1,0 +1,200 @@
+"""The whole path on real weights: the official client, a real socket, text in and text out."""
+
+import itertools
+import json
+import math
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+from openai import BadRequestError, OpenAI
+
+from serve.engine import load_model
+from tests.serve import scripted
+
+CHAT = "smollm2-135m-instruct"
+CODER = "qwen2.5-coder-0.5b-instruct"
+FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def loaded(model_file, id):
+    """The format is given, so that no measuring comes first."""
+    return load_model(
+        id, model_file(id), owned_by="test", cache_budget=128 * 2**20, dtype="int8", max_rows=1
+    )
+
+
+@pytest.fixture(scope="module")
+def served(model_file):
+    model = loaded(model_file, CHAT)
+    yield model
+    model.engine.close(drain=False)
+
+
+@pytest.fixture(scope="module")
+def address(served):
+    with scripted.running(served) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    with OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def strict(address):
+    """Raises on anything that is not as OpenAI's schema says."""
+    with OpenAI(
+        base_url=f"{address}/v1",
+        api_key="any",
+        max_retries=0,
+        _strict_response_validation=True,
+    ) as client:
+        yield client
+
+
+def is_free(served):
+    scheduler = served.engine._scheduler
+    return scheduler.is_idle and len(scheduler.free_slots) == 16
+
+
+def test_the_model_is_listed(strict):
+    assert [model.id for model in strict.models.list()] == [CHAT]
+    assert strict.models.retrieve(CHAT).id == CHAT
+
+
+def test_the_capital_of_france(strict, served):
+    answer = strict.chat.completions.create(
+        model=CHAT, messages=FRANCE, temperature=0, max_tokens=40
+    )
+    assert "Paris" in answer.choices[0].message.content
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.model == CHAT and answer.system_fingerprint == served.fingerprint
+    encoding = served.tokenizer.encoding
+    prompt = served.tokenizer.chat_template.encode(encoding, FRANCE, add_generation_prompt=True)
+    usage = answer.usage
+    assert usage.prompt_tokens == len(prompt)
+    assert 0 < usage.completion_tokens <= 40
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+
+
+def test_streamed_is_not_streamed(client):
+    body = {"model": CHAT, "messages": FRANCE, "seed": 3, "temperature": 1.1, "max_tokens": 30}
+    whole = client.chat.completions.create(**body)
+    with client.chat.completions.create(
+        **body, stream=True, stream_options={"include_usage": True}
+    ) as stream:
+        chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
+    assert [reason for reason in reasons if reason] == [whole.choices[0].finish_reason]
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+def complete(client, prompt="The river", **body):
+    body = {"model": CHAT, "max_tokens": 16, "seed": 1, **body}
+    return client.completions.create(prompt=prompt, **body)
+
+
+def test_the_same_seed_repeats_and_another_differs(strict):
+    texts = [complete(strict, seed=seed).choices[0].text for seed in (1, 1, 2, 3)]
+    assert texts[0] == texts[1] and len(set(texts)) == 3
+
+
+def test_choices_differ_and_come_in_order(strict):
+    answer = complete(strict, n=3, temperature=1.3)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert len({choice.text for choice in answer.choices}) == 3
+    assert answer.usage.completion_tokens <= 48
+    alone = complete(strict, temperature=1.3).choices[0].text
+    assert answer.choices[0].text == alone, "company changes nothing"
+
+
+def test_a_stop_string_ends_it_and_is_not_shown(strict):
+    long = complete(strict, temperature=0, max_tokens=40).choices[0].text
+    stop = long[12:20]  # cuts through tokens
+    short = complete(strict, temperature=0, max_tokens=40, stop=[stop]).choices[0]
+    assert short.text == long[: long.index(stop)] and short.finish_reason == "stop"
+
+
+def test_logprobs_are_of_a_distribution(strict):
+    answer = strict.chat.completions.create(
+        model=CHAT, messages=FRANCE, temperature=0, max_tokens=6, logprobs=True, top_logprobs=20
+    )
+    content = answer.choices[0].logprobs.content
+    assert len(content) == answer.usage.completion_tokens
+    for token in content:
+        values = [top.logprob for top in token.top_logprobs]
+        assert len(values) == 20 and values == sorted(values, reverse=True)
+        assert token.logprob == values[0] and token.token == token.top_logprobs[0].token
+        assert 0.3 < sum(map(math.exp, values)) <= 1.0001
+    assert "".join(token.token for token in content) == answer.choices[0].message.content
+
+
+def test_more_than_the_context_is_a_400(strict, served):
+    with pytest.raises(BadRequestError) as caught:
+        complete(strict, max_tokens=served.context)
+    assert caught.value.code == "context_length_exceeded"
+    assert f"maximum context length is {served.context} tokens" in caught.value.message
+    with pytest.raises(BadRequestError):
+        complete(strict, prompt="word " * (served.context + 1))
+    assert complete(strict).choices[0].text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b'{"model": "smol', b"[]", b'{"model": 3}', b'{"temperature": NaN}'],
+    ids=["none", "half", "list", "types", "nan"],
+)
+def test_after_bad_input_the_next_request_works(address, strict, body):
+    url, kind = f"{address}/v1/completions", {"Content-Type": "application/json"}
+    response = httpx.post(url, content=body, headers=kind)
+    assert response.status_code == 400 and response.json()["error"]["message"]
+    assert complete(strict, max_tokens=2).choices[0].text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_row(address, served, stream):
+    host, port = address.removeprefix("http://").split(":")
+    bias = {str(id): -100 for id in served.tokenizer.stop_ids}  # or it may end by itself
+    body = {"model": CHAT, "prompt": "Once", "max_tokens": 4000, "stream": stream}
+    data = json.dumps({**body, "logit_bias": bias}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        scripted.wait_until(lambda: len(served.engine._scheduler.active) == 1, 10)
+        time.sleep(0.1)
+        assert not is_free(served)
+    scripted.wait_until(lambda: is_free(served), 2)
+
+
+@pytest.mark.slow  # loading and compiling alone may take half a minute
+def test_the_coder_completes_a_function_that_runs(model_file):
+    model = loaded(model_file, CODER)
+    ask = 'def is_prime(n: int) -> bool:\n    """Whether n is a prime number."""\n'
+    try:
+        with (
+            scripted.running(model) as address,
+            OpenAI(base_url=f"{address}/v1", api_key="any") as client,
+        ):
+            answer = client.completions.create(
+                model=CODER,
+                prompt=ask,
+                temperature=0,
+                max_tokens=96,
+            )
+    finally:
+        model.engine.close(drain=False)
+    lines = (ask + answer.choices[0].text).splitlines()
+    body = itertools.takewhile(lambda line: not line or line[0] == " ", lines[1:])
+    program = "\n".join([lines[0], *body]) + "\n\nprint([n for n in range(30) if is_prime(n)])\n"
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", program], capture_output=True, text=True, timeout=20
+    )
+    assert run.stdout.strip() == "[2, 3, 5, 7, 11, 13, 17, 19, 23, 29]", program + run.stderr
