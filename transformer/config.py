@@ -33,6 +33,7 @@ _FIXED_KEYS: dict[str, tuple[Any, ...]] = {
     "rope_scaling": (None,),
     "sliding_window": (None,),
     "use_sliding_window": (False,),
+    "use_mrope": (False,),
     "mlp_bias": (False,),
     "attention_bias": (False,),
     "rope_interleaved": (False,),
@@ -168,6 +169,9 @@ class Config:
             raise ValueError(f"layer_types must all be 'full_attention', got {layer_types!r}")
         if not given.get("use_sliding_window", True):
             given.pop("sliding_window", None)  # Qwen2 states a window and switches it off
+
+        if (context := given.pop("n_ctx", given.get("n_positions"))) != given.get("n_positions"):
+            raise ValueError(f"n_ctx must equal n_positions, got {context!r}")
 
         fields: dict[str, Any] = dict(forms)
         for key, value in given.items():

@@ -95,7 +95,7 @@ class Assembler:
 
 def finite(logprob: float | None) -> float:
     """A logprob as JSON can say it; -9999 is what the API says for "impossible"."""
-    return -9999.0 if logprob is None else max(logprob, -9999.0)
+    return logprob if logprob is not None and logprob > -9999.0 else -9999.0  # NaN is not >
 
 
 def token_text(data: bytes) -> str:

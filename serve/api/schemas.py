@@ -116,11 +116,11 @@ class GenerationBody(Body):
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1)] = 0  # 0 and -1: all
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] = 0  # 0 and -1: all
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     logit_bias: Annotated[dict[str, Bias], Field(max_length=300)] = {}
     n: Annotated[int, Field(ge=1, le=128)] = 1
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None

@@ -20,6 +20,7 @@ from serve.engine.scheduler import Decode, Prefill, Scheduler, Sequence
 
 log = logging.getLogger(__name__)
 
+FAILED = "The server had an error while processing your request."
 IDLE_SECONDS = 3.0  # of quiet before the engine does something of its own
 
 
@@ -145,6 +146,16 @@ class Engine:
     # -- the device thread ---------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception:
+            log.exception("the device thread cannot go on")
+            with self._changed:
+                self._is_closing = True
+                for row in [*self._arrived, *self._scheduler.waiting, *self._scheduler.active]:
+                    self._end(row, Failed(FAILED))
+
+    def _work(self) -> None:
         scheduler = self._scheduler
         while True:
             is_quiet = False
@@ -154,9 +165,8 @@ class Engine:
                         return
                     is_called = self._changed.wait(IDLE_SECONDS if self._when_idle else None)
                     is_quiet = not is_called
-                arrived, self._arrived = self._arrived, []
-                for sequence in arrived:
-                    scheduler.submit(sequence)
+                while self._arrived and len(scheduler.waiting) < scheduler.max_waiting:
+                    scheduler.submit(self._arrived.pop(0))
                 for sequence in [*scheduler.waiting, *scheduler.active]:
                     if sequence.is_cancelled:
                         self._end(sequence, Done("cancelled"))
@@ -179,26 +189,29 @@ class Engine:
                 drawn = self._computer.decode(rows)
         except Exception:
             log.exception("a computation failed; its requests end")
-            for row in rows:
-                self._end(row, Failed("The server had an error while processing your request."))
-            if (
-                self._computer.recover()
-            ):  # the cache is gone with the failure: the others start over
-                for row in self._scheduler.active[::-1]:
-                    self._scheduler.start_over(row)
+            is_lost = self._computer.recover()
+            with self._changed:
+                for row in rows:
+                    self._end(row, Failed(FAILED))
+                if is_lost:  # the cache went with the failure: the others start over
+                    for row in self._scheduler.active[::-1]:
+                        self._scheduler.start_over(row)
             return
         if drawn is not None:
-            for i, row in enumerate(rows):
-                self._take(row, drawn, i)
+            with self._changed:
+                for i, row in enumerate(rows):
+                    self._take(row, drawn, i)
 
     def _take(self, row: Sequence, drawn, i: int) -> None:
         """Adds a drawn token to its row and tells the client."""
         token, request = int(drawn.ids[i]), row.request
+        if row.generated < len(row.known):  # it started over: what it said before stands
+            token = row.known[row.generated]
         if token in request.stop_ids:
             self._end(row, Done("stop"))
             return
         row.ids.append(token)
-        if row.generated > row.delivered:  # otherwise it started over, and the client has it
+        if row.generated > row.delivered:
             row.delivered += 1
             row.deliver(_token(token, drawn, i, request.top_logprobs))
         if row.generated == request.max_tokens:

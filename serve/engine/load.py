@@ -7,6 +7,7 @@ both, remembers the answer beside the models, and says what it chose and why.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -86,6 +87,7 @@ def load_model(
         OSError: the file cannot be read.
         ValueError: the file is damaged, of an unknown kind, or the cache budget holds no block.
     """
+    settings.private_folder(settings.data_folder())
     _keep_compiled_programs()
     if dtype not in ("auto", *FORMATS):
         raise ValueError(f"dtype must be auto or one of {', '.join(FORMATS)}, got {dtype!r}")
@@ -102,8 +104,8 @@ def load_model(
     # Never more than every slot could fill.
     num_blocks = min(num_blocks, NUM_SLOTS * cache.blocks_for(cfg.max_seq_len))
     context = min(cfg.max_seq_len, num_blocks * cache.BLOCK)
-    runner = Runner(params, cfg, tokenizer.encoding.n_vocab, num_blocks, cache_dtype)
-    programs = [partial(_compile, *program, notify) for program in runner.programs()]
+    runner = Runner(params, cfg, tokenizer.encoding.n_vocab, num_blocks, cache_dtype, notify)
+    programs = [partial(_compile, program) for program in runner.programs()]
     for program in programs[:2]:  # one conversation needs these; the rest can wait
         program()
     later = [p for size, p in zip(BUCKETS[1:], programs[2:], strict=True) if size <= max_rows]
@@ -120,12 +122,9 @@ def load_model(
     )
 
 
-def _compile(what: str, compute: Callable[[], object], notify: Callable[[str], None]) -> None:
-    started = time.perf_counter()
-    compute()
+def _compile(program: Callable[[], object]) -> None:
+    program()
     _give_back_memory()
-    if (seconds := time.perf_counter() - started) > 1:
-        notify(f"{what}: compiled, or fetched from disk, in {seconds:.1f} s")
 
 
 def choose_format(id: str, path: Path, notify: Callable[[str], None]) -> Format:
@@ -150,6 +149,8 @@ def choose_format(id: str, path: Path, notify: Callable[[str], None]) -> Format:
         found[format] = _milliseconds(params, cfg), _perplexity(params, cfg, ids)
         del params  # before the next one comes
         milliseconds, perplexity = found[format]
+        if format == "float32" and not math.isfinite(perplexity):
+            raise ValueError(f"{path}: the model's predictions are not numbers: damaged weights?")
         ratio = perplexity / found["float32"][1]
         verdict = "" if ratio <= MAX_PERPLEXITY_RATIO else " (too far off)"
         notify(
@@ -160,7 +161,7 @@ def choose_format(id: str, path: Path, notify: Callable[[str], None]) -> Format:
     good = [format for format in FORMATS if found[format][1] <= limit]
     chosen = min(good, key=lambda format: found[format][0])
     notify(f"serving {id} in {chosen}")
-    if remembered.parent.is_dir():
+    with contextlib.suppress(OSError):  # a folder we may not write to: then it is not remembered
         temporary = remembered.with_name(f".formats-{os.getpid()}")
         temporary.write_text(json.dumps(known | {key: chosen}, indent=1), "utf-8")
         os.replace(temporary, remembered)

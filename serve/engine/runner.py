@@ -7,7 +7,9 @@ disk for the next start.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import jax
 import numpy as np
@@ -33,9 +35,19 @@ class Runner:
         num_ids: ids of the vocabulary; the table may be padded beyond.
         num_blocks: blocks of the cache.
         cache_dtype: what keys and values are stored in.
+        notify: told when a program had to be compiled, or fetched from disk.
     """
 
-    def __init__(self, params: Params, cfg: Config, num_ids: int, num_blocks: int, cache_dtype):
+    def __init__(
+        self,
+        params: Params,
+        cfg: Config,
+        num_ids: int,
+        num_blocks: int,
+        cache_dtype,
+        notify: Callable[[str], None] = lambda line: None,
+    ):
+        self._notify, self._seen = notify, set[str]()
         self._params, self._cfg, self._num_ids = params, cfg, num_ids
         self._num_blocks, self._cache_dtype = num_blocks, cache_dtype
         self._table_width = min(cache.blocks_for(cfg.max_seq_len), num_blocks)
@@ -56,8 +68,8 @@ class Runner:
             self._forget()
         return is_lost
 
-    def programs(self) -> list[tuple[str, Callable[[], object]]]:
-        """Every program there is, by name; calling one compiles it, or fetches it from disk."""
+    def programs(self) -> list[Callable[[], object]]:
+        """Every program there is; calling one compiles it, or fetches it from disk."""
         request = Request(prompt=(0,), max_tokens=1, sampling=_GREEDY)
 
         def nobody() -> Row:
@@ -65,13 +77,31 @@ class Runner:
             row.slot = NUM_SLOTS
             return row
 
-        return [("prompt reading", lambda: self.prefill(nobody()))] + [
-            (f"decoding of {size} rows", lambda size=size: self.decode([nobody()] * size))
-            for size in BUCKETS
+        return [lambda: self.prefill(nobody())] + [
+            lambda size=size: self.decode([nobody()] * size) for size in BUCKETS
         ]
 
     def prefill(self, row: Row) -> Drawn | None:
         """Reads the next chunk of a prompt; behind the last one, draws the first token."""
+        with self._announced("prompt reading"):
+            return self._prefill(row)
+
+    def decode(self, rows: Sequence[Row]) -> Drawn:
+        """Reads the last token of each row and draws the next."""
+        size = next(size for size in BUCKETS if size >= len(rows))
+        with self._announced(f"decoding of {size} rows"):
+            return self._decode(rows, size)
+
+    @contextmanager
+    def _announced(self, program: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if program not in self._seen:
+            self._seen.add(program)
+            if (seconds := time.perf_counter() - started) > 1:
+                self._notify(f"{program}: compiled, or fetched from disk, in {seconds:.1f} s")
+
+    def _prefill(self, row: Row) -> Drawn | None:
         prompt, start = row.request.prompt, row.length
         if start == 0:
             history = generate.prompt_history(prompt, row.request.sampling, self._cfg.vocab_size)
@@ -97,9 +127,7 @@ class Runner:
         )
         return _on_host(drawn)
 
-    def decode(self, rows: Sequence[Row]) -> Drawn:
-        """Reads the last token of each row and draws the next."""
-        size = next(size for size in BUCKETS if size >= len(rows))
+    def _decode(self, rows: Sequence[Row], size: int) -> Drawn:
         pad = size - len(rows)
         ids = np.array([row.ids[row.length] for row in rows] + [0] * pad, np.int32)
         starts = np.array([row.length for row in rows] + [0] * pad, np.int32)

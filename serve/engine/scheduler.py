@@ -6,8 +6,8 @@ every rule can be tested by hand.
 
 A sequence waits, is admitted to a slot, has its prompt read chunk by chunk, then decodes. One chunk
 of prefill alternates with one decoding step of all running sequences, so neither starves the other.
-When blocks run out, the youngest sequence gives its own back and starts over later; since the same
-request always draws the same tokens, it only has to skip those already delivered.
+When blocks run out, the youngest sequence gives its own back and starts over later: it reads again
+what it had generated, and only then goes on delivering.
 
 Leaves out: priorities, and prefixes shared between sequences.
 """
@@ -32,6 +32,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     slot: int = -1
     delivered: int = 0  # generated tokens the client has
+    known: list[int] = field(default_factory=list)  # generated before it had to start over
     is_cancelled: bool = False
 
     def __post_init__(self) -> None:
@@ -123,6 +124,8 @@ class Scheduler:
     def start_over(self, sequence: Sequence) -> None:
         """Takes what a sequence computed from it and puts it at the head of the queue."""
         self.finish(sequence)
+        generated = sequence.ids[len(sequence.request.prompt) :]
+        sequence.known = max(generated, sequence.known, key=len)
         sequence.ids, sequence.length = list(sequence.request.prompt), 0
         self.waiting.appendleft(sequence)
 

@@ -219,7 +219,12 @@ class Worker:
     def receive(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.name} ended, for the reason above")
+            status = self.process.wait()
+            raise SystemExit(
+                f"{self.name} ended with status {status}; --without {self.name} leaves it out"
+                if self.name == LLAMA
+                else f"{self.name} ended with status {status}, for the reason above"
+            )
         return json.loads(line)
 
     def run(self, prompt: list[int], count: int) -> dict:
@@ -329,7 +334,7 @@ def report(workers: dict[str, Worker], rounds: int) -> None:
         table.add_row(f"{one.name} / {other.name}", *cells)
     out.print(table, "")
     if LLAMA not in workers:
-        out.print("llama.cpp was not compared: llama-cpp-python is not installed\n")
+        out.print("llama.cpp was not compared: left out, or llama-cpp-python is not installed\n")
 
     for name, worker in workers.items():
         line = {
@@ -383,6 +388,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7, help="default 7")
     parser.add_argument("--file", type=Path, help=f"a GGUF file; default {MODEL}, pulled")
     parser.add_argument("--threads", type=int, help="of the peers; default the physical cores")
+    parser.add_argument("--without", choices=[LLAMA], help="a peer to leave out")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rounds < 1:
@@ -402,7 +408,7 @@ def main() -> int:
     if len(prompt) < PROMPT_TOKENS:
         raise SystemExit(f"{PASSAGE.name} has {len(prompt)} tokens; {PROMPT_TOKENS} are needed")
     names = [PEER, *OURS, SERVE]
-    if importlib.util.find_spec("llama_cpp"):
+    if importlib.util.find_spec("llama_cpp") and options.without != LLAMA:
         names.append(LLAMA)
     progress = Console(stderr=True, highlight=False)
     with ExitStack() as stack:

@@ -426,3 +426,16 @@ def test_gguf_is_strict_both_ways(tmp_path):
 def test_nothing_there(tmp_path):
     with pytest.raises(FileNotFoundError):
         checkpoint.load(tmp_path / "absent.gguf")
+
+
+def test_gpt2_as_first_published(tmp_path):
+    """Its files carry no "transformer." in their names, and `n_ctx` beside `n_positions`."""
+    config = json.loads((GOLDEN / "gpt2" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_ctx": config["n_positions"]}))
+    tensors = load_file(GOLDEN / "gpt2" / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file(bare, tmp_path / "model.safetensors")
+    params, cfg, _ = checkpoint.load(tmp_path)
+    expected, same_cfg, _ = checkpoint.load(GOLDEN / "gpt2")
+    assert cfg == same_cfg
+    jax.tree.map(np.testing.assert_array_equal, params, expected)

@@ -56,6 +56,8 @@ def load(
     if path.is_dir():
         metadata, tensors = safetensors.read(path)
         cfg, scheme, architecture = Config.from_hf(metadata), "hf", metadata["model_type"]
+        if architecture == "gpt2" and "wte.weight" in tensors:  # as the first files were published
+            tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
     elif path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"):
         raise ValueError(
             f"{path}: pickled weights are never opened, because unpickling runs code from the "

@@ -70,7 +70,7 @@ class _Header:
             return [self.string(what) for _ in range(self.count(what, 8))]
         if kind not in _SCALARS:
             raise ValueError(f"{self.path}: {what} is an array of the unknown value type {kind}")
-        form = np.dtype(_SCALARS[kind].replace("B", "u1").replace("b", "i1").replace("?", "?"))
+        form = np.dtype(_SCALARS[kind].replace("B", "u1").replace("b", "i1"))
         count = self.count(what, form.itemsize)
         return np.frombuffer(self.take(count * form.itemsize, what), form).tolist()
 
