@@ -1,8 +1,9 @@
-"""The thread that owns the device, and the doors to it.
+"""The thread that computes, and the doors to it.
 
-Everything that touches arrays happens on one thread, one bounded piece of work at a time. Callers
-put requests in and get events out, from an event loop (`stream`) or from ordinary code
-(`generate`); leaving either early cancels the request within one piece of work.
+Everything that touches a model's arrays happens on one thread, one bounded piece of work at a time;
+the threads of several models take turns on the device. Callers put requests in and get events out,
+from an event loop (`stream`) or from ordinary code (`generate`); leaving either early cancels the
+request within one piece of work.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from serve.engine.scheduler import Decode, Prefill, Scheduler, Sequence
 
 log = logging.getLogger(__name__)
 
+_DEVICE = threading.Lock()  # several models take turns, one piece of work each
 FAILED = "The server had an error while processing your request."
 IDLE_SECONDS = 3.0  # of quiet before the engine does something of its own
 
@@ -175,7 +177,8 @@ class Engine:
                 self._compute(work)
             elif is_quiet:
                 try:
-                    self._when_idle.pop(0)()
+                    with _DEVICE:
+                        self._when_idle.pop(0)()
                 except Exception:
                     log.exception("work in an idle moment failed")
                     self._computer.recover()
@@ -183,10 +186,11 @@ class Engine:
     def _compute(self, work: Prefill | Decode) -> None:
         rows = [work.sequence] if isinstance(work, Prefill) else list(work.sequences)
         try:
-            if isinstance(work, Prefill):
-                drawn = self._computer.prefill(work.sequence)
-            else:
-                drawn = self._computer.decode(rows)
+            with _DEVICE:
+                if isinstance(work, Prefill):
+                    drawn = self._computer.prefill(work.sequence)
+                else:
+                    drawn = self._computer.decode(rows)
         except Exception:
             log.exception("a computation failed; its requests end")
             is_lost = self._computer.recover()
