@@ -99,10 +99,16 @@ def chunks(
 
 
 def prompt_history(prompt: Sequence[int], how: Sampling, vocab_size: int):
-    """What `begin` is told of a new sequence: (is_in_prompt bool [V], bias float32 [V])."""
+    """What `begin` is told of a new sequence: (is_in_prompt bool [V], bias float32 [V]).
+
+    Raises:
+        ValueError: a logit_bias is for an id outside the vocabulary.
+    """
     is_in_prompt, bias = np.zeros(vocab_size, bool), np.zeros(vocab_size, np.float32)
     is_in_prompt[list(prompt)] = True
     for token, value in how.logit_bias.items():
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"logit_bias ids must be from 0 to {vocab_size - 1}, got {token}")
         bias[token] = value
     return is_in_prompt, bias
 

@@ -62,10 +62,14 @@ def test_formats(tiny):
     np.testing.assert_array_equal(
         narrow.layers[0].down.weight, layer.down.weight.astype(jnp.bfloat16)
     )
-    expected = quantize(layer.down)
-    np.testing.assert_allclose(int8.layers[0].down.scale, expected.scale, rtol=1e-6)
-    steps = np.asarray(int8.layers[0].down.weight, int) - np.asarray(expected.weight, int)
+    expected = quantize(layer.gate)
+    np.testing.assert_allclose(int8.layers[0].gate.scale, expected.scale, rtol=1e-6)
+    steps = np.asarray(int8.layers[0].gate.weight, int) - np.asarray(expected.weight, int)
     assert np.abs(steps).max() <= 1 and (steps == 0).mean() > 0.99
+    for part in ("out", "down"):  # these write to the residual stream and stay bfloat16
+        kept = getattr(int8.layers[0], part)
+        assert kept.scale is None
+        np.testing.assert_array_equal(kept.weight, getattr(narrow.layers[0], part).weight)
 
 
 def test_half_precision_files_are_widened(tiny, tmp_path):
