@@ -158,7 +158,8 @@ def generate(
     for step in range(1, max_new_tokens + 1):
         previous = drawn
         if step < max_new_tokens:
-            # Started before the last token is looked at, so that the device never waits for us.
+            # Started before the last token is looked at, so that an accelerator need not wait for
+            # us. On a CPU the call computes before it returns, and hides nothing.
             start = np.array([len(prompt) + step - 1], np.int32)
             drawn, memory, past = decode(
                 params, cfg, memory, past, previous.ids, tables, start, rows(step), num_ids=num_ids
