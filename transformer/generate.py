@@ -48,6 +48,34 @@ def prefill(
     return unembed(params, cfg, x[:, last]), memory
 
 
+@partial(jax.jit, static_argnames=("cfg", "num_ids"), donate_argnames="memory")
+def score(
+    params: Params,
+    cfg: Config,
+    memory: cache.Cache,
+    ids: jax.Array,
+    following: jax.Array,
+    tables: jax.Array,
+    starts: jax.Array,
+    last: jax.Array,
+    *,
+    num_ids: int,
+) -> tuple[jax.Array, Drawn, cache.Cache]:
+    """Reads one chunk of one prompt, as `prefill` does, and says how likely each next token was.
+
+    Args:
+        following: int32 [T], the token that came after each of `ids`.
+        num_ids: how many ids the vocabulary has; the table may be padded beyond.
+
+    Returns:
+        What `prefill` returns, bit for bit, and between them the log-probabilities of `following`
+        with the likeliest alternatives, every leaf [T, ...].
+    """
+    x, memory = extend(params, cfg, memory, ids, tables, starts)
+    scores = sampling.score(unembed(params, cfg, x[0]), following, num_ids=num_ids)
+    return unembed(params, cfg, x[:, last]), scores, memory
+
+
 @partial(jax.jit, static_argnames=("cfg", "num_ids"), donate_argnames=("memory", "past"))
 def decode(
     params: Params,

@@ -175,13 +175,30 @@ def sample(
         token = jax.lax.cond(
             own.temperature > 0, _draw, lambda x, _: jnp.argmax(x).astype(jnp.int32), adjusted, own
         )
-        logprobs = logits - jax.nn.logsumexp(logits)
-        top, top_ids = jax.lax.top_k(logprobs, min(MAX_TOP, num_ids))
-        return token, logprobs[token], top_ids, top
+        return token, *_logprobs(logits, token, num_ids)
 
     ids, logprobs, top_ids, top = jax.lax.map(row, (logits, rows))
     counts = past.counts.at[rows.slot, ids].add(1)
     return Drawn(ids, logprobs, top_ids, top), past.replace(counts=counts)
+
+
+def score(logits: jax.Array, ids: jax.Array, *, num_ids: int) -> Drawn:
+    """Log-probabilities of tokens that were not drawn but given, row by row.
+
+    Args:
+        logits: float32 [B, V].
+        ids: int32 [B].
+        num_ids: ids from here on are padding of the table.
+    """
+    logits = jnp.where(jnp.arange(logits.shape[-1]) < num_ids, logits, -jnp.inf)
+    return Drawn(ids, *jax.lax.map(lambda row: _logprobs(*row, num_ids), (logits, ids)))
+
+
+def _logprobs(logits: jax.Array, token: jax.Array, num_ids: int) -> tuple[jax.Array, ...]:
+    """Of `token`, and the likeliest ids with theirs: float32 [], int32 and float32 [MAX_TOP]."""
+    logprobs = logits - jax.nn.logsumexp(logits)
+    top, top_ids = jax.lax.top_k(logprobs, min(MAX_TOP, num_ids))
+    return logprobs[token], top_ids, top
 
 
 def _adjust(logits: jax.Array, past: History, own: Settings) -> jax.Array:

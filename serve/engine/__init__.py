@@ -6,7 +6,7 @@ Read `requests.py` (what goes in and out), then `scheduler.py` (who computes nex
 
 from serve.engine.engine import Engine
 from serve.engine.load import ServedModel, load_model
-from serve.engine.requests import Busy, Done, Event, Failed, Request, Token
+from serve.engine.requests import Busy, Done, Event, Failed, Request, Scored, Token
 
 __all__ = [
     "Busy",
@@ -15,6 +15,7 @@ __all__ = [
     "Event",
     "Failed",
     "Request",
+    "Scored",
     "ServedModel",
     "Token",
     "load_model",

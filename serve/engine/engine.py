@@ -16,7 +16,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable
 from typing import Protocol
 
-from serve.engine.requests import Busy, Done, Event, Failed, Request, Token
+from serve.engine.requests import Busy, Done, Event, Failed, Request, Scored, Token
 from serve.engine.scheduler import Decode, Prefill, Scheduler, Sequence
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Engine:
             while True:
                 event = await events.get()
                 yield event
-                if not isinstance(event, Token):
+                if isinstance(event, Done | Failed):
                     return
         finally:
             self._cancel(sequence)
@@ -93,7 +93,7 @@ class Engine:
             while True:
                 event = events.get()
                 yield event
-                if not isinstance(event, Token):
+                if isinstance(event, Done | Failed):
                     return
         finally:
             self._cancel(sequence)
@@ -118,8 +118,9 @@ class Engine:
             self._thread.join(5.0)  # the piece of work in hand
 
     def _submit(self, request: Request, deliver: Callable[[Event], None]) -> Sequence:
-        if not request.prompt or request.max_tokens < 1:
-            raise ValueError("a request needs a prompt and at least one token to generate")
+        least = 1 if request.prompt_logprobs is None else 0
+        if not request.prompt or request.max_tokens < least:
+            raise ValueError("a request needs a prompt and at least one token to generate or score")
         if len(request.prompt) + request.max_tokens > self._context:
             raise ValueError(
                 f"{len(request.prompt)} prompt tokens and {request.max_tokens} to generate are "
@@ -201,14 +202,35 @@ class Engine:
                     for row in self._scheduler.active[::-1]:
                         self._scheduler.start_over(row)
             return
+        if rows[0].scores is not None:
+            self._tell_scores(rows[0])
         if drawn is not None:
             with self._changed:
                 for i, row in enumerate(rows):
                     self._take(row, drawn, i)
 
+    def _tell_scores(self, row: Sequence) -> None:
+        """Delivers what the chunk just read says of the prompt, once even if it was read twice."""
+        drawn, row.scores = row.scores, None
+        k = row.request.prompt_logprobs
+        if row.scored == 0:
+            row.scored = 1
+            row.deliver(Scored((Token(row.ids[0]),)))
+        end = min(row.length + 1, len(row.request.prompt))  # its last token foretells the next
+        first = row.length - len(drawn.ids) + 1  # the position of drawn.ids[0]
+        tokens = tuple(
+            _token(row.ids[at], drawn, at - first, k) for at in range(max(row.scored, first), end)
+        )
+        if tokens:
+            row.scored = end
+            row.deliver(Scored(tokens))
+
     def _take(self, row: Sequence, drawn, i: int) -> None:
         """Adds a drawn token to its row and tells the client."""
         token, request = int(drawn.ids[i]), row.request
+        if request.max_tokens == 0:  # only the prompt was of interest
+            self._end(row, Done("length"))
+            return
         if row.generated < len(row.known):  # it started over: what it said before stands
             token = row.known[row.generated]
         if token in request.stop_ids:

@@ -18,10 +18,11 @@ class Request:
 
     Attributes:
         prompt: token ids, at least one.
-        max_tokens: the most tokens to generate, at least one.
+        max_tokens: the most tokens to generate; 0 only where `prompt_logprobs` are asked for.
         sampling: how to choose them.
         stop_ids: ids that end the answer.
         top_logprobs: None for no log-probabilities; k for the chosen token's and k alternatives.
+        prompt_logprobs: the same for the tokens of the prompt, which then come back as `Scored`.
         choice: which of the n choices of a request this is; it varies the dice under one seed.
     """
 
@@ -30,6 +31,7 @@ class Request:
     sampling: Sampling
     stop_ids: frozenset[int] = frozenset()
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
     choice: int = 0
 
 
@@ -40,6 +42,13 @@ class Token:
     id: int
     logprob: float | None = None  # natural logarithm, of the model's own distribution
     top: tuple[tuple[int, float], ...] = ()  # (id, logprob), likeliest first
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The next tokens of the prompt, as the model expected them; the very first has no logprob."""
+
+    tokens: tuple[Token, ...]
 
 
 @dataclass(frozen=True)
@@ -56,4 +65,4 @@ class Failed:
     message: str
 
 
-Event = Token | Done | Failed
+Event = Scored | Token | Done | Failed

@@ -109,15 +109,24 @@ class Runner:
         real = prompt[start : start + CHUNK]
         ids = np.zeros((1, CHUNK), np.int32)
         ids[0, : len(real)] = real
-        logits, self._memory = generate.prefill(
-            self._params,
-            self._cfg,
-            self._memory,
-            ids,
-            self._tables([row]),
-            np.array([start], np.int32),
-            len(real) - 1,
-        )
+        where = self._tables([row]), np.array([start], np.int32), len(real) - 1
+        if row.request.prompt_logprobs is None:
+            logits, self._memory = generate.prefill(
+                self._params, self._cfg, self._memory, ids, *where
+            )
+        else:
+            following = np.zeros(CHUNK, np.int32)
+            following[: len(prompt) - start - 1] = prompt[start + 1 : start + CHUNK + 1]
+            logits, scores, self._memory = generate.score(
+                self._params,
+                self._cfg,
+                self._memory,
+                ids,
+                following,
+                *where,
+                num_ids=self._num_ids,
+            )
+            row.scores = _on_host(jax.tree.map(lambda leaf: leaf[: len(real)], scores))
         row.length += len(real)
         if row.is_reading:
             logits.block_until_ready()  # a piece of work is over when it is over

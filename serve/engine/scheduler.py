@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from serve.engine.requests import Busy, Event, Request
 
@@ -32,6 +33,8 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     slot: int = -1
     delivered: int = 0  # generated tokens the client has
+    scored: int = 0  # tokens of the prompt whose log-probability the client has
+    scores: Any = None  # of the chunk just read, where they are asked for: sampling.Drawn
     known: list[int] = field(default_factory=list)  # generated before it had to start over
     is_cancelled: bool = False
 
@@ -136,7 +139,8 @@ class Scheduler:
         while self.waiting and self.free_slots:
             sequence = self.waiting[0]
             # Room for the prompt and for what was delivered before it had to start over.
-            needed = self._blocks_for(len(sequence.request.prompt) + sequence.delivered + 1)
+            known = len(sequence.request.prompt) + sequence.delivered
+            needed = self._blocks_for(known + (sequence.request.max_tokens > 0))
             if needed > len(self.free_blocks):
                 return  # in turn: a later, shorter one does not overtake
             self.waiting.popleft()

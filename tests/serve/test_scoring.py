@@ -1,0 +1,105 @@
+"""Scoring a prompt as the engine reads it, chunk by chunk, against one forward pass over it."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from serve.engine import Done, Engine, Request, Scored, Token
+from serve.engine.runner import CHUNK, NUM_SLOTS, Runner
+from serve.engine.scheduler import Scheduler
+from transformer import cache, checkpoint, decoder
+from transformer.sampling import Sampling
+
+TINY = Path(__file__).parents[1] / "golden/transformer/llama"
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    params, cfg, _ = checkpoint.load(TINY, format="float32")
+    return params, cfg
+
+
+@pytest.fixture(scope="module")
+def runner(model):
+    params, cfg = model
+    return Runner(params, cfg, cfg.vocab_size, cache.blocks_for(cfg.max_seq_len), jnp.float32)
+
+
+@pytest.fixture
+def engine(model, runner):
+    num_blocks = cache.blocks_for(model[1].max_seq_len)
+    scheduler = Scheduler(NUM_SLOTS, num_blocks, cache.BLOCK, 10)
+    engine = Engine(runner, scheduler, model[1].max_seq_len)
+    yield engine
+    engine.close(drain=False)
+
+
+def prompt_of(length, cfg):
+    return tuple(np.random.default_rng(length).integers(0, cfg.vocab_size, length).tolist())
+
+
+def scored(events):
+    return [token for event in events if isinstance(event, Scored) for token in event.tokens]
+
+
+@pytest.mark.parametrize("length", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1])
+def test_scores_are_those_of_a_forward_pass(model, engine, length):
+    params, cfg = model
+    prompt = prompt_of(length, cfg)
+    *events, end = engine.generate(
+        Request(prompt=prompt, max_tokens=0, sampling=GREEDY, prompt_logprobs=5)
+    )
+    tokens = scored(events)
+    assert end == Done("length") and not any(isinstance(event, Token) for event in events)
+    assert tuple(token.id for token in tokens) == prompt
+    assert tokens[0] == Token(prompt[0])
+    logits, _ = decoder.forward(params, cfg, jnp.array([prompt]))
+    logprobs = np.asarray(jax.nn.log_softmax(logits[0]))
+    for position, token in enumerate(tokens[1:]):
+        row = logprobs[position]
+        assert abs(token.logprob - row[token.id]) < 1e-4
+        likeliest = np.sort(row)[::-1][:5]
+        np.testing.assert_allclose([value for _, value in token.top], likeliest, atol=1e-4)
+        np.testing.assert_allclose([row[id] for id, _ in token.top], likeliest, atol=1e-4)
+
+
+def test_scoring_does_not_change_what_follows(model, engine):
+    prompt = prompt_of(CHUNK + 5, model[1])
+    plain = Request(prompt=prompt, max_tokens=6, sampling=Sampling(seed=4), top_logprobs=3)
+    both = Request(**{**vars(plain), "prompt_logprobs": 0})
+    *events, end = engine.generate(both)
+    assert len(scored(events)) == len(prompt) and scored(events)[-1].top == ()
+    rest = [event for event in events if isinstance(event, Token)]
+    assert [*rest, end] == [*engine.generate(plain)]
+
+
+def test_a_prompt_as_long_as_the_context_can_be_scored(model, engine):
+    prompt = prompt_of(model[1].max_seq_len, model[1])
+    request = Request(prompt=prompt, max_tokens=0, sampling=GREEDY, prompt_logprobs=0)
+    assert len(scored(engine.generate(request))) == len(prompt)
+
+
+def test_a_prompt_read_twice_is_told_once(model, runner):
+    """A row that has to start over reads its prompt again."""
+    scheduler = Scheduler(NUM_SLOTS, cache.blocks_for(model[1].max_seq_len), cache.BLOCK, 10)
+    engine = Engine(runner, scheduler, model[1].max_seq_len)
+    request = Request(
+        prompt=prompt_of(CHUNK + 5, model[1]), max_tokens=8, sampling=GREEDY, prompt_logprobs=1
+    )
+    alone = [*engine.generate(request)]
+    took = engine._take
+
+    def start_over_once(row, drawn, i):
+        took(row, drawn, i)
+        if row.generated == 4 and not row.known:
+            scheduler.start_over(row)
+
+    engine._take = start_over_once
+    try:
+        assert [*engine.generate(request)] == alone
+    finally:
+        engine.close(drain=False)
