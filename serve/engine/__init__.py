@@ -1,22 +1,27 @@
 """The engine: many conversations, one device thread.
 
-Read `requests.py` (what goes in and out), then `scheduler.py` (who computes next), `runner.py`
-(what is computed), `engine.py` (the thread that joins them), `load.py` (how a model gets here).
+Read `requests.py` (what goes in and out), then `device.py` (whose turn it is among models),
+`scheduler.py` (who computes next in one), `runner.py` (what is computed), `engine.py` (what joins
+them), `load.py` (how a model gets here).
 """
 
+from serve.engine.device import Device, Lane, default_device
 from serve.engine.engine import Engine
 from serve.engine.load import ServedModel, load_model
 from serve.engine.requests import Busy, Done, Event, Failed, Request, Scored, Token
 
 __all__ = [
     "Busy",
+    "Device",
     "Done",
     "Engine",
     "Event",
     "Failed",
+    "Lane",
     "Request",
     "Scored",
     "ServedModel",
     "Token",
+    "default_device",
     "load_model",
 ]
