@@ -63,6 +63,17 @@ def init(cfg: Config, num_blocks: int, dtype: jnp.dtype = jnp.float32) -> Cache:
     )
 
 
+def copy_block(memory: Cache, source: jax.Array, target: jax.Array) -> Cache:
+    """Copies one block, of every layer, onto another: a row may then write behind what another read.
+
+    Args:
+        memory: donate it.
+        source, target: int32, numbers of blocks.
+    """
+    copy = lambda pool: pool.at[target].set(pool[source])  # noqa: E731
+    return jax.tree.map(copy, memory)
+
+
 def append(
     keys: jax.Array,
     values: jax.Array,
