@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 
 from bpe import ChatTemplate, Encoding
 from serve.api.context import MESSAGES, refuse_hopeless, room
-from serve.api.generation import Generation
+from serve.api.generation import Generation, Prompt
 from serve.api.models import registry_of
 from serve.api.pieces import Placed, finite, token_text
 from serve.api.schemas import ChatBody, Message, read_json
@@ -122,7 +122,7 @@ def _plan(body: ChatBody, model: ServedModel) -> Generation:
     wanted = body.max_completion_tokens or body.max_tokens
     limit = room(MESSAGES, model.context, len(prompt), wanted, model.context)
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return Generation(model, [prompt], [limit], body, top_logprobs)
+    return Generation(model, [Prompt(ids=prompt, max_tokens=limit)], body, body.n, top_logprobs)
 
 
 def _encode(

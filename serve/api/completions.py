@@ -4,9 +4,8 @@ The prompt is text, token ids, or a list of either; choice ``i * n + j`` is the 
 prompt i. Special tokens spelled out in a prompt are special here, unlike in a chat: the prompt is
 one person's text, and fill-in-the-middle is written with them. An empty prompt is the start of a
 document. Logprobs are those of the model's own distribution, before temperature and penalties;
-``logprobs: 0`` asks for the chosen token's alone.
-
-Not yet: echo, suffix, best_of.
+``logprobs: 0`` asks for the chosen token's alone. With ``echo`` they are given for the prompt too,
+which scores a text: the very first token, that nothing foretold, has none.
 """
 
 import asyncio
@@ -14,6 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, cast
 
 from fastapi import APIRouter
@@ -22,13 +22,14 @@ from starlette.responses import JSONResponse, Response
 
 from bpe import Encoding, Tokenizer
 from serve.api.context import PROMPT, refuse_hopeless, room
-from serve.api.generation import Generation, refuse_foreign_ids
+from serve.api.generation import Generation, Prompt, refuse_foreign_ids
+from serve.api.insertion import insertion
 from serve.api.models import registry_of
 from serve.api.pieces import FinishReason, Placed, finite, token_text
 from serve.api.schemas import CompletionBody, read_json
 from serve.api.sse import event_stream, unless_disconnected
 from serve.engine import ServedModel
-from serve.errors import APIError, unsupported
+from serve.errors import APIError
 
 router = APIRouter()
 
@@ -38,7 +39,7 @@ DEFAULT_MAX_TOKENS = 16
 @router.post("/completions")
 async def create_completion(request: Request) -> Response:
     body = await read_json(request, CompletionBody)
-    _refuse_unsupported(body)
+    _refuse_contradictions(body)
     model = registry_of(request).resolve(body.model)
     # Megabytes of text take seconds to encode: not on the loop that serves everybody.
     generation = await asyncio.to_thread(_plan, body, model)
@@ -51,7 +52,8 @@ async def create_completion(request: Request) -> Response:
     }
     if body.stream:
         return await event_stream(request, _chunks(body, generation, head))
-    choices = await unless_disconnected(request.receive, generation.choices())
+    work = generation.best(body.n) if generation.copies > body.n else generation.choices()
+    choices = await unless_disconnected(request.receive, work)
     encoding = model.tokenizer.encoding
     return JSONResponse(
         {
@@ -99,76 +101,112 @@ def _logprobs(encoding: Encoding, tokens: Sequence[Placed]) -> dict[str, Any]:
     def name(token: int) -> str:
         return token_text(encoding.decode_single_token_bytes(token))
 
-    alternatives: list[dict[str, float]] = []
+    chosen: list[float | None] = []
+    alternatives: list[dict[str, float] | None] = []
     for token in (placed.token for placed in tokens):
+        if token.logprob is None:  # the first of an echoed prompt
+            chosen.append(None)
+            alternatives.append(None)
+            continue
         named: dict[str, float] = {}
         # The chosen token is always among them. Of two that read the same the likelier stays.
         for id, logprob in (*token.top, (token.id, token.logprob)):
             named.setdefault(name(id), finite(logprob))
+        chosen.append(finite(token.logprob))
         alternatives.append(named)
     return {
         "tokens": [name(placed.token.id) for placed in tokens],
-        "token_logprobs": [finite(placed.token.logprob) for placed in tokens],
+        "token_logprobs": chosen,
         "top_logprobs": alternatives,
         "text_offset": [placed.offset for placed in tokens],
     }
 
 
 def _plan(body: CompletionBody, model: ServedModel) -> Generation:
-    prompts = _prompts(body, model)
-    limits = [
-        room(PROMPT, model.context, len(prompt), body.max_tokens, DEFAULT_MAX_TOKENS)
-        for prompt in prompts
-    ]
-    return Generation(model, prompts, limits, body, body.logprobs)
+    copies = body.best_of or body.n
+    # Choosing among more than are returned needs the logprobs, whether they are returned or not.
+    top_logprobs = 0 if copies > body.n and body.logprobs is None else body.logprobs
+    prompts = [_prompt(body, model, start, ids) for start, ids in _encoded(body, model)]
+    return Generation(model, prompts, body, copies, top_logprobs)
 
 
-def _prompts(body: CompletionBody, model: ServedModel) -> list[list[int]]:
-    """The prompts as token ids."""
+def _prompt(body: CompletionBody, model: ServedModel, start: list[int], ids: list[int]) -> Prompt:
+    """What the model reads for a prompt: its own ids, and perhaps one to start a text with."""
+    if body.suffix:
+        prompt = insertion(model.tokenizer, ids, body.suffix)
+    else:
+        prompt = Prompt(ids=[*start, *ids], max_tokens=0)
+    limit = room(PROMPT, model.context, len(prompt.ids), body.max_tokens, DEFAULT_MAX_TOKENS)
+    return replace(prompt, max_tokens=limit, echo=ids if body.echo else ())
+
+
+def _encoded(body: CompletionBody, model: ServedModel) -> list[tuple[list[int], list[int]]]:
+    """The prompts as token ids, each with the ids that a text is started with."""
+    tokenizer = model.tokenizer
     single = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
     prompts = cast("list[str | list[int]]", [body.prompt] if single else body.prompt)
-    encoded: list[list[int]] = []
+    encoded: list[tuple[list[int], list[int]]] = []
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, str):
-            refuse_hopeless(PROMPT, model.context, model.tokenizer.encoding, prompt)
-            encoded.append(_encode(model.tokenizer, prompt))
+            refuse_hopeless(PROMPT, model.context, tokenizer.encoding, prompt)
+            ids = tokenizer.encoding.encode(prompt, allowed_special="all")
+            encoded.append((_start(tokenizer, ids), ids))
         else:
             refuse_foreign_ids(body, model, "prompt")
             path = "prompt" if single else f"prompt[{number}]"
             _check_ids(prompt, model, path)
-            encoded.append(prompt)
+            encoded.append(([], prompt))
     return encoded
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    encoding = tokenizer.encoding
-    ids = encoding.encode(text, allowed_special="all")
-    if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
-        ids = [tokenizer.bos_id, *ids]
+def _start(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """What the model expects in front of a text that is encoded as `ids`."""
+    if tokenizer.add_bos and tokenizer.bos_id is not None:
+        return [] if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id]
     if ids:
-        return ids
+        return []
     # Between documents models of this family saw <|endoftext|>, whatever their bos is for.
-    start = (encoding.special_tokens.get("<|endoftext|>"), tokenizer.bos_id, tokenizer.eos_id)
+    end_of_text = tokenizer.encoding.special_tokens.get("<|endoftext|>")
+    start = (end_of_text, tokenizer.bos_id, tokenizer.eos_id)
     return [next(id for id in start if id is not None)]
 
 
 def _check_ids(ids: list[int], model: ServedModel, path: str) -> None:
-    size = model.tokenizer.encoding.n_vocab
+    encoding = model.tokenizer.encoding
     for index, id in enumerate(ids):
-        if not 0 <= id < size:
+        try:
+            encoding.decode_single_token_bytes(id)
+        except KeyError:
             raise APIError(
                 400,
                 f"Invalid '{path}[{index}]': {str(id)[:20]} is not a token id of `{model.id}`. "
-                f"Its ids go from 0 to {size - 1}.",
+                f"Its ids go from 0 to {encoding.n_vocab - 1}.",
                 param=f"{path}[{index}]",
                 code="invalid_value",
-            )
+            ) from None
 
 
-def _refuse_unsupported(body: CompletionBody) -> None:
-    if body.echo:
-        raise unsupported("echo", body.echo, "Only false is supported so far.")
-    if body.suffix:
-        raise unsupported("suffix", body.suffix, "Text can only be continued at its end so far.")
-    if body.best_of > 1 and body.best_of != body.n:
-        raise unsupported("best_of", body.best_of, "Only 1, or the value of n, is supported.")
+def _refuse_contradictions(body: CompletionBody) -> None:
+    def bad(message: str, param: str) -> APIError:
+        return APIError(400, message, param=param, code="invalid_value")
+
+    if body.best_of and body.best_of < body.n:
+        raise bad(
+            "You requested that the server return more choices than it will generate (HINT: you "
+            f"must set 'n' (currently {body.n}) to be at most 'best_of' (currently "
+            f"{body.best_of}), or omit either parameter if you don't specifically want to use "
+            "them.)",
+            "best_of",
+        )
+    if body.stream and body.best_of > body.n:
+        raise bad(
+            f"Invalid 'best_of': {body.best_of} choices must be finished before the best are "
+            "known, so they cannot be streamed. Leave out 'best_of' or 'stream'.",
+            "best_of",
+        )
+    if body.suffix and body.echo and body.logprobs is not None:
+        raise bad(
+            "Invalid 'echo': with 'suffix' the model reads the prompt in another order than it is "
+            "written, so its tokens have no logprobs. Leave out one of the three.",
+            "echo",
+        )

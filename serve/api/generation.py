@@ -1,6 +1,6 @@
 """From a validated request to pieces of text: what completions and chat share.
 
-A request asks for one or more choices: n for each prompt. Each choice is one request to the
+A request asks for one or more choices: some for each prompt. Each choice is one request to the
 engine and one stream of events; they run side by side and their pieces come out interleaved, with
 the index of the choice. Whatever ends the reading (the last piece, an error, a client that left)
 closes every stream, and closing a stream is what tells the engine to stop computing.
@@ -8,15 +8,16 @@ closes every stream, and closing a stream is what tells the engine to stop compu
 
 import asyncio
 import logging
+import math
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from serve.api.pieces import Assembler, FinishReason, Piece, Placed
+from serve.api.pieces import Assembler, FinishReason, Piece, Placed, finite
 from serve.api.schemas import GenerationBody
-from serve.engine import Done, Failed, Request, ServedModel, Token
+from serve.engine import Done, Failed, Request, Scored, ServedModel, Token
 from serve.errors import APIError, server_error
 from transformer.sampling import Sampling
 
@@ -52,6 +53,25 @@ class Usage:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What one or more choices continue.
+
+    Attributes:
+        ids: what the model reads.
+        max_tokens: the most tokens a choice may have.
+        echo: ids the choice's text begins with: the last of `ids`, or with a suffix, others.
+        stop_ids: ids that end a choice, beside the model's own.
+        stops: strings that end a choice, beside the request's own.
+    """
+
+    ids: Sequence[int]
+    max_tokens: int
+    echo: Sequence[int] = ()
+    stop_ids: frozenset[int] = frozenset()
+    stops: tuple[str, ...] = ()
+
+
 @dataclass
 class Choice:
     """One finished choice, for an answer that is not streamed."""
@@ -66,10 +86,10 @@ class Generation:
 
     Args:
         model: what generates.
-        prompts: token ids.
-        max_tokens: for each prompt, the most its choices may have.
+        prompts: what it continues.
         body: sampling settings, n, and stop strings.
-        top_logprobs: alternatives to report per token; None for no logprobs.
+        copies: choices to generate for each prompt.
+        top_logprobs: alternatives to report per token, echoed ones too; None for no logprobs.
 
     Raises:
         APIError: 400 for a logit_bias that does not fit the vocabulary, or too many choices.
@@ -78,33 +98,34 @@ class Generation:
     def __init__(
         self,
         model: ServedModel,
-        prompts: Sequence[Sequence[int]],
-        max_tokens: Sequence[int],
+        prompts: Sequence[Prompt],
         body: GenerationBody,
+        copies: int,
         top_logprobs: int | None,
     ):
-        if len(prompts) * body.n > MAX_CHOICES:
+        if len(prompts) * copies > MAX_CHOICES:
             raise APIError(
                 400,
-                f"Invalid 'n': {len(prompts)} prompts of {body.n} choices each are more than "
+                f"Invalid 'n': {len(prompts)} prompts of {copies} choices each are more than "
                 f"{MAX_CHOICES} choices in one request.",
                 param="n",
                 code="invalid_value",
             )
         sampling = sampling_of(body, model)
-        self.model, self.stops = model, body.stops
-        self.usage = Usage(prompt_tokens=sum(map(len, prompts)))
+        self.model, self.stops, self.copies = model, body.stops, copies
+        self.usage = Usage(prompt_tokens=sum(len(prompt.ids) for prompt in prompts))
+        self.prompts = [prompt for prompt in prompts for _ in range(copies)]
         self.requests = [
             Request(
-                prompt=tuple(prompt),
-                max_tokens=limit,
+                prompt=tuple(prompt.ids),
+                max_tokens=prompt.max_tokens,
                 sampling=sampling,
-                stop_ids=model.tokenizer.stop_ids,
+                stop_ids=model.tokenizer.stop_ids | prompt.stop_ids,
                 top_logprobs=top_logprobs,
-                choice=index * body.n + copy,
+                prompt_logprobs=top_logprobs if prompt.echo else None,
+                choice=index,
             )
-            for index, (prompt, limit) in enumerate(zip(prompts, max_tokens, strict=True))
-            for copy in range(body.n)
+            for index, prompt in enumerate(self.prompts)
         ]
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
@@ -116,7 +137,7 @@ class Generation:
             APIError: 500 when the engine fails, 503 when it is shutting down.
             serve.engine.Busy: the queue is full.
         """
-        streams = [self._choice(request) for request in self.requests]
+        streams = list(map(self._choice, self.prompts, self.requests))
         async with aclosing(interleave(streams, SIDE_BY_SIDE)) as merged:
             async for index, piece in merged:
                 if piece.finish_reason:
@@ -134,14 +155,40 @@ class Generation:
                 choice.finish_reason = piece.finish_reason
         return choices
 
-    async def _choice(self, request: Request) -> AsyncGenerator[Piece, None]:
-        assembler = Assembler(self.model.tokenizer.encoding, self.stops)
-        if request.max_tokens == 0:  # nothing to compute
+    async def best(self, n: int) -> list[Choice]:
+        """The n choices of each prompt whose tokens are likeliest on average, best first."""
+        choices = await self.choices()
+
+        def mean(index: int) -> float:
+            own = choices[index].tokens[len(self.prompts[index].echo) :]
+            logprobs = [finite(placed.token.logprob) for placed in own]
+            return sum(logprobs) / len(logprobs) if logprobs else -math.inf
+
+        groups = [
+            range(start, start + self.copies) for start in range(0, len(choices), self.copies)
+        ]
+        return [
+            choices[index]
+            for group in groups
+            for index in sorted(group, key=mean, reverse=True)[:n]
+        ]
+
+    async def _choice(self, prompt: Prompt, request: Request) -> AsyncGenerator[Piece, None]:
+        assembler = Assembler(self.model.tokenizer.encoding, [*self.stops, *prompt.stops])
+        unseen = len(prompt.ids) - len(prompt.echo)  # tokens of the prompt that are not echoed
+        if prompt.echo and request.prompt_logprobs is None:
+            yield assembler.echo([Token(id) for id in prompt.echo])
+        if request.max_tokens == 0 and request.prompt_logprobs is None:  # nothing to compute
             yield assembler.finish("length")
             return
         async with aclosing(self.model.engine.stream(request)) as events:
             async for event in events:
                 match event:
+                    case Scored(tokens=tokens):
+                        piece = assembler.echo(tokens[unseen:])
+                        unseen = max(unseen - len(tokens), 0)
+                        if piece.text:
+                            yield piece
                     case Token():
                         piece = assembler.push(event)
                         if piece.finish_reason:

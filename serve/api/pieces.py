@@ -19,7 +19,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A token and where the text it belongs to begins, in characters of the completion."""
+    """A token and where the text it belongs to begins, in characters of the choice's text."""
 
     token: Token
     offset: int
@@ -44,7 +44,7 @@ class Piece:
 
 
 class Assembler:
-    """Builds the pieces of one choice.
+    """Builds the pieces of one choice: first what is echoed of the prompt, then what is generated.
 
     Args:
         encoding: the model's vocabulary.
@@ -57,6 +57,20 @@ class Assembler:
         self._spelling: list[Token] = []  # tokens whose first whole character is yet to come
         self._held: deque[tuple[int, int, list[Token]]] = deque()  # start, end, tokens
         self._decoded = self._emitted = self._generated = 0  # characters, characters, tokens
+
+    def echo(self, tokens: Sequence[Token]) -> Piece:
+        """Repeats tokens of the prompt, in which no stop string is looked for.
+
+        Text and offsets go on from there, so a character begun in the prompt is finished by what
+        is generated.
+        """
+        text = ""
+        for token in tokens:
+            self._spelling.append(token)
+            if part := self._decoder.push(token.id):
+                self._hold(part)
+                text += part
+        return self._piece(text, None)
 
     def push(self, token: Token) -> Piece:
         """Takes the next token. A piece with a finish_reason means that a stop string matched."""
@@ -75,10 +89,13 @@ class Assembler:
     def _match(self, text: str) -> tuple[str, bool]:
         if not text:
             return "", False
+        self._hold(text)
+        return self._matcher.push(text)
+
+    def _hold(self, text: str) -> None:
         end = self._decoded + len(text)
         self._held.append((self._decoded, end, self._spelling))
         self._decoded, self._spelling = end, []
-        return self._matcher.push(text)
 
     def _piece(self, text: str, finish_reason: FinishReason | None) -> Piece:
         self._emitted += len(text)

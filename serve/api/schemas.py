@@ -141,7 +141,7 @@ class CompletionBody(GenerationBody):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False
     suffix: str = ""
-    best_of: Annotated[int, Field(ge=0, le=20)] = 1
+    best_of: Annotated[int, Field(ge=0, le=20)] = 0  # 0: as many as n
 
 
 class ContentPart(Body):

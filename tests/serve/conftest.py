@@ -24,7 +24,8 @@ def address(model: ServedModel) -> Iterator[str]:
         "picky": "{{ raise_exception('Conversation roles must alternate') }}",
         "hostile": "{% for i in range(10 ** 9) %}x{% endfor %}",
     }
-    with scripted.running(model, *starmap(scripted.model, others.items())) as address:
+    filling = scripted.model("filling", None, scripted.filling_encoding)
+    with scripted.running(model, *starmap(scripted.model, others.items()), filling) as address:
         yield address
 
 

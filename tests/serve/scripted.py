@@ -15,7 +15,7 @@ import uvicorn
 
 import bpe
 from serve.app import create_app
-from serve.engine import Busy, Done, Failed, Request, ServedModel, Token
+from serve.engine import Busy, Done, Event, Failed, Request, Scored, ServedModel, Token
 from serve.registry import Registry
 from serve.settings import Settings
 
@@ -27,19 +27,20 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-encoding = bpe.Encoding(
-    "bytes",
-    pattern=r"[\s\S]",
-    ranks={bytes([byte]): byte for byte in range(256)},
-    special_tokens={
-        "<|im_start|>": IM_START,
-        "<|im_end|>": IM_END,
-        "<|endoftext|>": END_OF_TEXT,
-    },
-)
+SPECIAL = {"<|im_start|>": IM_START, "<|im_end|>": IM_END, "<|endoftext|>": END_OF_TEXT}
+FILLING = {"<|fim_prefix|>": 259, "<|fim_suffix|>": 260, "<|fim_middle|>": 261}
 
 
-def tokenizer(template: str | None) -> bpe.Tokenizer:
+def bytes_and(special_tokens: dict[str, int]) -> bpe.Encoding:
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    return bpe.Encoding("bytes", pattern=r"[\s\S]", ranks=ranks, special_tokens=special_tokens)
+
+
+encoding = bytes_and(SPECIAL)
+filling_encoding = bytes_and(SPECIAL | FILLING)
+
+
+def tokenizer(template: str | None, encoding: bpe.Encoding = encoding) -> bpe.Tokenizer:
     return bpe.Tokenizer(
         encoding=encoding,
         chat_template=template and bpe.ChatTemplate(template),
@@ -59,8 +60,8 @@ class Scripted:
         self.most_running = 0
         self.tokens = 0
 
-    async def stream(self, request: Request) -> AsyncIterator[Token | Done | Failed]:
-        prompt = encoding.decode(request.prompt)
+    async def stream(self, request: Request) -> AsyncIterator[Event]:
+        prompt = filling_encoding.decode(request.prompt)
         if "busy" in prompt:
             raise Busy
         self.requests.append(request)
@@ -70,7 +71,13 @@ class Scripted:
             if "fail at once" in prompt:
                 yield Failed("the numbers went bad")
                 return
+            if request.prompt_logprobs is not None:
+                for start in range(0, len(request.prompt), 4):
+                    ids = enumerate(request.prompt[start : start + 4], start)
+                    yield Scored(tuple(self.prompt_token(at, id, request) for at, id in ids))
             reply = encoding.encode_ordinary(self.reply(prompt, request))
+            if prompt.startswith("half"):
+                reply = [0xA9, ord("!")]
             for count, id in enumerate(reply):
                 if count == request.max_tokens:
                     yield Done("length")
@@ -92,10 +99,14 @@ class Scripted:
 
     def reply(self, prompt: str, request: Request) -> str:
         sampling = request.sampling
+        if prompt == "<|fim_prefix|>emoji(<|fim_suffix|>) end<|fim_middle|>":
+            return "filled in"
         if "endless" in prompt:
             return "abcdefghij" * 1000
         if "seed" in prompt:
             return f"{sampling.seed}/{request.choice}"
+        if "best" in prompt:
+            return str(request.choice)
         if "special" in prompt:
             return f"{request.prompt[0]}"
         if "emoji" in prompt:
@@ -105,16 +116,28 @@ class Scripted:
     def token(self, id: int, request: Request) -> Token:
         if request.top_logprobs is None:
             return Token(id, None, ())
-        top = ((id, -0.25), (0x41, -2.5), (0xFF, float("-inf")))
-        return Token(id, -0.25, top[: request.top_logprobs])
+        # Of four choices that are asked for the best, the third is.
+        likely = -1.0 - (request.choice - 2) % 4 if chr(id).isdigit() else -0.25
+        top = ((id, likely), (0x41, -2.5), (0xFF, float("-inf")))
+        return Token(id, likely, top[: request.top_logprobs])
+
+    def prompt_token(self, position: int, id: int, request: Request) -> Token:
+        if position == 0:
+            return Token(id)
+        top = ((id, -position / 8), (0x42, -9.5))
+        return Token(id, -position / 8, top[: request.prompt_logprobs])
 
 
-def model(id: str = "scripted", template: str | None = TEMPLATE) -> ServedModel:
+def model(
+    id: str = "scripted",
+    template: str | None = TEMPLATE,
+    encoding: bpe.Encoding = encoding,
+) -> ServedModel:
     return ServedModel(
         id=id,
         created=1_700_000_000,
         owned_by="pellucid",
-        tokenizer=tokenizer(template),
+        tokenizer=tokenizer(template, encoding),
         context=CONTEXT,
         engine=Scripted(),  # type: ignore[arg-type]
         fingerprint="fp_scripted",

@@ -3,7 +3,7 @@
 import pytest
 from openai import BadRequestError
 
-from tests.serve.scripted import CONTEXT, END_OF_TEXT, HELLO, IM_START
+from tests.serve.scripted import CONTEXT, END_OF_TEXT, HELLO, IM_START, encoding
 
 LENGTH = len(HELLO.encode())  # in tokens: its vocabulary is bytes
 
@@ -168,16 +168,144 @@ def test_the_default_shrinks_to_what_is_left(strict):
     assert answer.usage.completion_tokens == 3
 
 
-@pytest.mark.parametrize("best_of", [1, 2])
-def test_best_of_that_asks_for_nothing(strict, best_of):
+def test_echo_begins_with_the_prompt(strict, engine):
+    for prompt in ("Say hello, ö", list("Say hello, ö".encode())):
+        answer = create(strict, prompt, echo=True)
+        assert answer.choices[0].text == "Say hello, ö" + HELLO
+        assert engine.requests[-1].prompt_logprobs is None
+    assert answer.usage.completion_tokens == LENGTH
+    both = create(strict, ["emoji", "seed"], echo=True, seed=1, n=2).choices
+    assert [choice.text for choice in both] == ["emoji😀😀😀"] * 2 + ["seed1/2", "seed1/3"]
+
+
+def test_a_text_is_echoed_without_what_is_put_in_front_of_it(strict):
+    assert create(strict, "", echo=True).choices[0].text == HELLO
+
+
+def test_a_stop_string_is_not_looked_for_in_the_echo(strict):
+    answer = create(strict, "Say wör", echo=True, stop="wör")
+    assert answer.choices[0].text == "Say wörHello, " and answer.choices[0].finish_reason == "stop"
+
+
+def test_echo_scores_the_prompt(loose, engine):
+    """As evaluation harnesses ask for it: nothing is generated."""
+    prompt = "aö, b"
+    answer = create(loose, prompt, echo=True, max_tokens=0, logprobs=1)
+    choice, size = answer.choices[0], len(prompt.encode())
+    assert choice.text == prompt and choice.finish_reason == "length"
+    assert answer.usage.prompt_tokens == size and answer.usage.completion_tokens == 0
+    logprobs = choice.logprobs
+    assert logprobs.tokens == ["a", r"bytes:\xc3", r"bytes:\xb6", ",", " ", "b"]
+    assert logprobs.token_logprobs == [None, *(-at / 8 for at in range(1, size))]
+    assert logprobs.top_logprobs[0] is None and logprobs.top_logprobs[3] == {",": -0.375}
+    assert logprobs.text_offset == [0, 1, 1, 2, 3, 4]
+    assert engine.requests[-1].max_tokens == 0
+
+
+def test_scores_go_on_into_the_completion(loose):
+    choice = create(loose, "hey", echo=True, logprobs=0).choices[0]
+    assert choice.text == "hey" + HELLO
+    assert choice.logprobs.token_logprobs == [None, -0.125, -0.25, *[-0.25] * LENGTH]
+    assert choice.logprobs.text_offset[:5] == [0, 1, 2, 3, 4]
+    assert choice.logprobs.top_logprobs[1] == {"e": -0.125}
+
+
+def test_a_character_begun_in_the_prompt_is_finished_in_the_completion(loose):
+    """The prompt ends in the first byte of "é"; the answer to it is its second."""
+    answer = create(loose, [*b"half ", 0xC3], echo=True, logprobs=0)
+    assert answer.choices[0].text == "half é!"
+    assert answer.choices[0].logprobs.text_offset == [0, 1, 2, 3, 4, 5, 5, 6]
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+@pytest.mark.parametrize("max_tokens", [0, 9])
+def test_echo_streamed_equals_not_streamed(loose, logprobs, max_tokens):
+    options = {"echo": True, "n": 2, "logprobs": logprobs, "max_tokens": max_tokens}
+    prompts = ["hello wörld", "emoji 😀"]
+    whole = create(loose, prompts, **options)
+    texts, tokens = [""] * 4, [[], [], [], []]
+    for chunk in create(loose, prompts, **options, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            if choice.logprobs:
+                tokens[choice.index] += zip(
+                    choice.logprobs.tokens,
+                    choice.logprobs.token_logprobs,
+                    choice.logprobs.text_offset,
+                    strict=True,
+                )
+    for choice in whole.choices:
+        assert texts[choice.index] == choice.text
+        if (own := choice.logprobs) is not None:
+            expected = zip(own.tokens, own.token_logprobs, own.text_offset, strict=True)
+            assert tokens[choice.index] == [*expected]
+
+
+def test_best_of_keeps_the_likeliest(strict, engine):
+    answer = create(strict, ["best", "hello"], best_of=4)
+    assert [choice.text for choice in answer.choices] == ["2", HELLO]
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert all(choice.logprobs is None for choice in answer.choices)
+    assert answer.usage.completion_tokens == 4 + 4 * LENGTH, "all that were computed count"
+    two = create(strict, "best", best_of=4, n=2, logprobs=1).choices
+    assert [choice.text for choice in two] == ["2", "3"]
+    assert two[0].logprobs.token_logprobs == [-1.0]
+
+
+def test_best_of_echoed(strict):
+    assert create(strict, "best", best_of=4, echo=True).choices[0].text == "best2"
+
+
+@pytest.mark.parametrize("best_of", [0, 2, None])
+def test_best_of_that_asks_for_nothing(strict, loose, best_of):
     assert len(create(strict, n=2, best_of=best_of).choices) == 2
+    assert [*create(loose, n=2, best_of=best_of, stream=True)]
 
 
-@pytest.mark.parametrize(("name", "value"), [("echo", True), ("suffix", "x"), ("best_of", 3)])
-def test_what_is_not_supported_yet_says_so(strict, name, value):
-    with pytest.raises(BadRequestError) as caught:
-        create(strict, **{name: value})
-    assert caught.value.param == name and caught.value.code == "unsupported_value"
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"n": 3, "best_of": 2}, "return more choices than it will generate"),
+        ({"best_of": 2, "stream": True}, "cannot be streamed"),
+    ],
+)
+def test_best_of_that_cannot_be(strict, options, words):
+    with pytest.raises(BadRequestError, match=words) as caught:
+        create(strict, **options)
+    assert caught.value.param == "best_of" and caught.value.code == "invalid_value"
+
+
+def test_a_suffix_where_the_vocabulary_can_fill_in(strict, loose, engine):
+    def ask(client, prompt="emoji(", **options):
+        return client.completions.create(
+            model="filling", prompt=prompt, suffix=") end", max_tokens=40, **options
+        )
+
+    assert ask(strict).choices[0].text == "filled in"
+    assert ask(strict, list(b"emoji(")).choices[0].text == "filled in"
+    assert ask(strict, echo=True).choices[0].text == "emoji(filled in"
+    chunks = ask(loose, stream=True, logprobs=1)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "filled in"
+    with pytest.raises(BadRequestError, match="another order") as caught:
+        ask(strict, echo=True, logprobs=1)
+    assert caught.value.param == "echo"
+
+
+def test_a_suffix_where_a_chat_model_is_told(strict, engine):
+    answer = create(strict, "It said: ", suffix=" Bye.\nThe end.")
+    assert encoding.decode(engine.requests[-1].prompt) == (
+        "<|im_start|>user\nWrite a text that ends with the words below. Begin at once, without "
+        "introduction or comment.\n\nThe text ends with:\nBye.\nThe end.<|im_end|>\n"
+        "<|im_start|>assistant\nIt said: "
+    )
+    assert answer.choices[0].text == "Hello, wörld! 😀 ", "the suffix is not repeated"
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_a_suffix_where_neither_works(strict):
+    with pytest.raises(BadRequestError, match="no tokens for filling in") as caught:
+        strict.completions.create(model="base", prompt="x", suffix="y")
+    assert caught.value.param == "suffix" and caught.value.code == "unsupported_value"
 
 
 def test_ids_under_an_alias_belong_to_another_encoding(strict):

@@ -9,11 +9,14 @@ import sys
 import time
 
 import httpx
+import jax
+import numpy as np
 import pytest
 from openai import BadRequestError, OpenAI
 
 from serve.engine import load_model
 from tests.serve import scripted
+from transformer import checkpoint, decoder
 
 CHAT = "smollm2-135m-instruct"
 CODER = "qwen2.5-coder-0.5b-instruct"
@@ -198,3 +201,54 @@ def test_the_coder_completes_a_function_that_runs(model_file):
         [sys.executable, "-I", "-c", program], capture_output=True, text=True, timeout=20
     )
     assert run.stdout.strip() == "[2, 3, 5, 7, 11, 13, 17, 19, 23, 29]", program + run.stderr
+
+
+@pytest.mark.slow  # in float32 it takes the memory and the seconds of a first load
+def test_echo_scores_a_text_as_a_forward_pass_does(model_file):
+    """So a harness that compares the likelihoods of answers finds what the model thinks."""
+    text = "The capital of France is Paris, and the capital of Italy is Rome. " * 5
+    path = model_file(CHAT)
+    model = load_model(
+        CHAT, path, owned_by="test", cache_budget=128 * 2**20, dtype="float32", max_rows=1
+    )
+    try:
+        with (
+            scripted.running(model) as address,
+            OpenAI(base_url=f"{address}/v1", api_key="any") as client,
+        ):
+            ask = {"model": CHAT, "echo": True, "max_tokens": 0, "logprobs": 5}
+            found = client.completions.create(prompt=text, **ask).choices[0].logprobs
+    finally:
+        model.engine.close(drain=False)
+    ids = model.tokenizer.encoding.encode(text)
+    params, cfg, _ = checkpoint.load(path, format="float32")
+    logits, _ = jax.jit(decoder.forward, static_argnums=1)(params, cfg, np.array([ids]))
+    logprobs = np.asarray(jax.nn.log_softmax(logits[0]))
+    assert len(found.tokens) == len(ids) > 64 and "".join(found.tokens) == text
+    expected = [logprobs[at, id] for at, id in enumerate(ids[1:])]
+    np.testing.assert_allclose(found.token_logprobs[1:], expected, atol=1e-4)
+    for at, top in enumerate(found.top_logprobs[1:]):
+        best = np.sort(logprobs[at])[::-1][:5]
+        np.testing.assert_allclose(sorted(top.values(), reverse=True)[:5], best, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_coder_fills_in_the_middle(model_file):
+    model = loaded(model_file, CODER)
+    before = "def total_price(prices, tax_rate):\n    subtotal = "
+    after = "\n    return subtotal * (1 + tax_rate)\n"
+    try:
+        with (
+            scripted.running(model) as address,
+            OpenAI(base_url=f"{address}/v1", api_key="any") as client,
+        ):
+            answer = client.completions.create(
+                model=CODER, prompt=before, suffix=after, temperature=0, max_tokens=32
+            )
+    finally:
+        model.engine.close(drain=False)
+    choice = answer.choices[0]
+    assert choice.finish_reason == "stop"
+    names = {}
+    exec(before + choice.text + after, names)
+    assert names["total_price"]([10, 20], 0.5) == 45, choice.text
