@@ -19,8 +19,10 @@ from bpe.formats import (
     from_tiktoken,
     from_tokenizer_json,
     load,
+    load_wordpiece,
 )
 from bpe.stream import StopMatcher, StreamDecoder
+from bpe.wordpiece import WordPiece
 
 __all__ = [
     "ChatTemplate",
@@ -28,9 +30,11 @@ __all__ = [
     "StopMatcher",
     "StreamDecoder",
     "Tokenizer",
+    "WordPiece",
     "from_folder",
     "from_gguf",
     "from_tiktoken",
     "from_tokenizer_json",
     "load",
+    "load_wordpiece",
 ]

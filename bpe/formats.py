@@ -22,6 +22,7 @@ from typing import Any, Literal
 from bpe.chat import ChatTemplate
 from bpe.encoding import Encoding
 from bpe.pretokenize import GPT2, LLAMA3, QWEN2, SMOLLM
+from bpe.wordpiece import WordPiece
 
 # What ends a turn or a text, in the vocabularies we know. Whichever of them a vocabulary has as a
 # special token stops generation, besides its declared eos.
@@ -330,6 +331,134 @@ def _begin_token(spec: Any, where: str) -> str | None:
             case _:
                 raise ValueError(f"{where}: {_short(step)} is not known")
     return begin
+
+
+# WordPiece
+
+
+def load_wordpiece(path: str | Path) -> WordPiece:
+    """Reads the WordPiece vocabulary of a BERT model.
+
+    Args:
+        path: a `tokenizer.json`, a `vocab.txt` (one piece a line, ids counted from 0), or a Hugging
+            Face folder with either; beside a `vocab.txt`, `tokenizer_config.json` says whether case
+            is kept.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or neither of them in the folder.
+        ValueError: if a file is damaged or says what we do not know.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).exists()]
+        if not found:
+            raise FileNotFoundError(f"{path}: no tokenizer.json or vocab.txt in this folder")
+        path = found[0]
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.suffix == ".json":
+        return _wordpiece_json(path)
+    if path.suffix == ".txt":
+        return _wordpiece_txt(path)
+    raise ValueError(f"{path}: a WordPiece vocabulary is a tokenizer.json or a vocab.txt")
+
+
+def _wordpiece_txt(path: Path) -> WordPiece:
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from error
+    vocab: dict[str, int] = {}
+    for id, line in enumerate(lines):
+        piece = line.removesuffix("\r")
+        if not piece:
+            raise ValueError(f"{path}: line {id + 1} is empty")
+        if vocab.setdefault(piece, id) != id:
+            raise ValueError(f"{path}: line {id + 1} repeats {piece!r} of line {vocab[piece] + 1}")
+    config_path = path.with_name("tokenizer_config.json")
+    config = _read_json(config_path) if config_path.exists() else {}
+    where = str(config_path)
+    _one_of(config, "do_basic_tokenize", [None, True], where)
+    return _wordpiece(
+        vocab,
+        str(path),
+        lowercase=_one_of(config, "do_lower_case", [None, True, False], where) is not False,
+        strip_accents=_one_of(config, "strip_accents", [None, True, False], where),
+        split_ideographs=_one_of(config, "tokenize_chinese_chars", [None, True, False], where)
+        is not False,
+    )
+
+
+def _wordpiece_json(path: Path) -> WordPiece:
+    spec = _read_json(path)
+    known = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer"}
+    _only(spec, known | {"post_processor", "decoder", "model"}, str(path))
+    model, where = _get(spec, "model", dict, str(path)), f"{path}: model"
+    _one_of(model, "type", ["WordPiece"], where)
+    known = {"type", "unk_token", "continuing_subword_prefix", "max_input_chars_per_word", "vocab"}
+    _only(model, known, where)
+    vocab = _get(model, "vocab", dict, where)
+    for token, id in vocab.items():
+        if not isinstance(id, int):
+            raise ValueError(f"{where}: vocab[{token!r}] is {_short(id)}, not an id")
+
+    normalizer, where = _get(spec, "normalizer", dict, str(path)), f"{path}: normalizer"
+    _one_of(normalizer, "type", ["BertNormalizer"], where)
+    _one_of(normalizer, "clean_text", [True], where)
+    known = {"type", "clean_text", "handle_chinese_chars", "strip_accents", "lowercase"}
+    _only(normalizer, known, where)
+    splitter = _get(spec, "pre_tokenizer", dict, str(path))
+    _one_of(splitter, "type", ["BertPreTokenizer"], f"{path}: pre_tokenizer")
+
+    special = _added_tokens(spec, str(path))
+    for token, id in special.items():
+        if vocab.get(token) != id:
+            raise ValueError(f"{path}: added_tokens gives {token!r} the id {id}, not as in vocab")
+    cls, sep = _cls_and_sep(spec.get("post_processor"), f"{path}: post_processor")
+    return _wordpiece(
+        vocab,
+        str(path),
+        special_tokens=special,
+        lowercase=_get(normalizer, "lowercase", bool, where),
+        strip_accents=_one_of(normalizer, "strip_accents", [None, True, False], where),
+        split_ideographs=_get(normalizer, "handle_chinese_chars", bool, where),
+        prefix=_get(model, "continuing_subword_prefix", str, f"{path}: model"),
+        longest_word=_get(model, "max_input_chars_per_word", int, f"{path}: model"),
+        unk=_get(model, "unk_token", str, f"{path}: model"),
+        cls=cls,
+        sep=sep,
+    )
+
+
+def _wordpiece(vocab: Mapping[str, int], where: str, **options: Any) -> WordPiece:
+    try:
+        return WordPiece(vocab, **options)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _cls_and_sep(spec: Any, where: str) -> tuple[str, str]:
+    """The tokens that the post-processor puts before and after a text."""
+    match spec:
+        case {"type": "BertProcessing", "cls": [str(cls), int()], "sep": [str(sep), int()]}:
+            return cls, sep
+        case {
+            "type": "TemplateProcessing",
+            "single": [
+                {"SpecialToken": {"id": str(cls), "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": str(sep), "type_id": 0}},
+            ],
+            "pair": [
+                {"SpecialToken": {"id": str(cls2), "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": str(sep2), "type_id": 0}},
+                {"Sequence": {"id": "B", "type_id": 1}},
+                {"SpecialToken": {"id": str(sep3), "type_id": 1}},
+            ],
+        } if cls == cls2 and sep == sep2 == sep3:
+            return cls, sep
+    raise ValueError(f"{where}: {_short(spec)} is not known")
 
 
 # GGUF

@@ -14,18 +14,22 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "bpe"
 MODELS = ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct")
 
 
+def models_folder() -> Path:
+    """Where models are pulled to."""
+    if folder := os.environ.get("PELLUCID_TEST_MODELS"):
+        return Path(folder)
+    import platformdirs
+
+    home = os.environ.get("PELLUCID_HOME") or platformdirs.user_data_dir("pellucid")
+    return Path(home) / "models"
+
+
 @pytest.fixture(scope="session")
 def model_file() -> Callable[[str], Path]:
     """The file of a model that was pulled, by id; the test is skipped if it was not."""
 
     def find(id: str) -> Path:
-        if folder := os.environ.get("PELLUCID_TEST_MODELS"):
-            models = Path(folder)
-        else:
-            import platformdirs
-
-            home = os.environ.get("PELLUCID_HOME") or platformdirs.user_data_dir("pellucid")
-            models = Path(home) / "models"
+        models = models_folder()
         if not (files := sorted((models / id).glob("*.gguf"))):
             pytest.skip(f"{id} is not in {models}; run: pellucid pull {id}")
         return files[0]
