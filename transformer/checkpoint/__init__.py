@@ -53,6 +53,19 @@ def load(
         ValueError: a damaged file, a pickle, an unknown model, key, tensor or shape.
     """
     path = Path(path)
+    metadata, tensors, cfg, scheme, architecture = _open(path)
+    return fill(tensors, cfg, scheme, architecture, path, format, notify), cfg, metadata
+
+
+def read_config(path: Path) -> Config:
+    """What `load` would return as the config, without reading weights. Raises what it raises."""
+    return _open(Path(path))[2]
+
+
+def _open(
+    path: Path,
+) -> tuple[Mapping[str, Any], Mapping[str, Tensor], Config, str, str]:
+    """Reads the header: metadata, tensors by name, config, scheme of names, architecture."""
     if path.is_dir():
         metadata, tensors = safetensors.read(path)
         cfg, scheme, architecture = Config.from_hf(metadata), "hf", metadata["model_type"]
@@ -67,7 +80,7 @@ def load(
         metadata, tensors = gguf.read(path)
         cfg = Config.from_gguf(metadata, has_head="output.weight" in tensors)
         scheme, architecture = "gguf", metadata["general.architecture"]
-    return fill(tensors, cfg, scheme, architecture, path, format, notify), cfg, metadata
+    return metadata, tensors, cfg, scheme, architecture
 
 
 def fill(
