@@ -17,8 +17,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from bpe import ChatTemplate, Encoding
-from serve.api.context import MESSAGES, refuse_hopeless, room
+from bpe import Encoding
+from serve.api.context import MESSAGES, Wording, refuse_hopeless, room
 from serve.api.generation import Generation, Prompt
 from serve.api.models import registry_of
 from serve.api.pieces import Placed, finite, token_text
@@ -31,6 +31,7 @@ router = APIRouter()
 
 
 @router.post("/chat/completions")
+@router.post("/engines/{engine:path}/chat/completions", include_in_schema=False)
 async def create_chat_completion(request: Request) -> Response:
     body = await read_json(request, ChatBody)
     _refuse_unsupported(body)
@@ -109,6 +110,26 @@ def _logprobs(
 
 
 def _plan(body: ChatBody, model: ServedModel) -> Generation:
+    messages = [_message(message, index) for index, message in enumerate(body.messages)]
+    prompt = encode_chat(MESSAGES, model, messages)
+    wanted = body.max_completion_tokens or body.max_tokens
+    limit = room(MESSAGES, model.context, len(prompt), wanted, model.context)
+    top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return Generation(model, [Prompt(ids=prompt, max_tokens=limit)], body, body.n, top_logprobs)
+
+
+def encode_chat(wording: Wording, model: ServedModel, messages: list[dict[str, str]]) -> list[int]:
+    """The conversation as the model reads it, up to where its own turn begins.
+
+    Args:
+        wording: what the route calls its input, `context.MESSAGES` or another.
+        model: a chat model.
+        messages: a role and a content each.
+
+    Raises:
+        APIError: 404 for a model without chat template, 400 for messages that the template refuses
+            or that are far too long.
+    """
     template, encoding = model.tokenizer.chat_template, model.tokenizer.encoding
     if template is None:
         raise APIError(
@@ -117,25 +138,14 @@ def _plan(body: ChatBody, model: ServedModel) -> Generation:
             "Did you mean to use v1/completions?",
             param="model",
         )
-    messages = [_message(message, index) for index, message in enumerate(body.messages)]
-    prompt = _encode(template, encoding, model.context, messages)
-    wanted = body.max_completion_tokens or body.max_tokens
-    limit = room(MESSAGES, model.context, len(prompt), wanted, model.context)
-    top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return Generation(model, [Prompt(ids=prompt, max_tokens=limit)], body, body.n, top_logprobs)
-
-
-def _encode(
-    template: ChatTemplate, encoding: Encoding, context: int, messages: list[dict[str, str]]
-) -> list[int]:
     try:
         # Only what the template leaves of the messages must fit: it may drop or trim some.
-        if sum(len(message["content"]) for message in messages) > context:
-            refuse_hopeless(MESSAGES, context, encoding, template.render(messages))
+        if sum(len(message["content"]) for message in messages) > model.context:
+            refuse_hopeless(wording, model.context, encoding, template.render(messages))
         return template.encode(encoding, messages)
     except ValueError as error:  # many templates refuse roles they were not made for
         raise APIError(
-            400, f"Invalid 'messages': {error}.", param="messages", code="invalid_value"
+            400, f"Invalid '{wording.param}': {error}.", param=wording.param, code="invalid_value"
         ) from None
 
 

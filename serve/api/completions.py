@@ -37,6 +37,7 @@ DEFAULT_MAX_TOKENS = 16
 
 
 @router.post("/completions")
+@router.post("/engines/{engine:path}/completions", include_in_schema=False)
 async def create_completion(request: Request) -> Response:
     body = await read_json(request, CompletionBody)
     _refuse_contradictions(body)

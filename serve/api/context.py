@@ -6,33 +6,46 @@ sentence, which programs recognise to shorten a conversation and try again.
 
 import functools
 import unicodedata
+from typing import NamedTuple
 
 from bpe import Encoding
 from serve.errors import APIError
 
-# What each route calls its input, and how it ends the sentence when input alone is too long, or
-# input and completion together.
-MESSAGES = (
+
+class Wording(NamedTuple):
+    """What a route calls its input, and how it ends the sentence about too much of it."""
+
+    param: str | None  # the field at fault
+    alone: str  # when the input alone is too long
+    together: str  # when input and completion are
+
+
+MESSAGES = Wording(
     "messages",
     ". However, your messages resulted in {prompt} tokens. "
     "Please reduce the length of the messages.",
     ". However, you requested {total} tokens ({prompt} in the messages, {completion} in the "
     "completion). Please reduce the length of the messages or completion.",
 )
-PROMPT = (
+PROMPT = Wording(
     None,
     ". However, your prompt resulted in {prompt} tokens. Please reduce the length of the prompt.",
     ", however you requested {total} tokens ({prompt} in your prompt; {completion} for the "
     "completion). Please reduce your prompt; or completion length.",
 )
-Wording = tuple[str | None, str, str]
+EDIT = Wording(
+    "input",
+    ". However, your input and instruction resulted in {prompt} tokens. "
+    "Please reduce the length of the input.",
+    "",  # an edit has no length of its own
+)
 
 
 def room(wording: Wording, context: int, prompt: int, wanted: int | None, most: int) -> int:
     """How many tokens the completion may have.
 
     Args:
-        wording: `MESSAGES` or `PROMPT`.
+        wording: `MESSAGES`, `PROMPT` or `EDIT`.
         context: the model's limit, in tokens.
         prompt: length of the prompt, in tokens.
         wanted: what the client asked for; None for as many as fit, up to ``most``.
@@ -83,11 +96,10 @@ def longest_token(encoding: Encoding) -> int:
 def _too_long(
     wording: Wording, context: int, prompt: int | str, completion: int | None
 ) -> APIError:
-    param, alone, together = wording
     sentence = f"This model's maximum context length is {context} tokens"
     if completion is None:
-        sentence += alone.format(prompt=prompt)
+        sentence += wording.alone.format(prompt=prompt)
     else:
         total = int(prompt) + completion
-        sentence += together.format(total=total, prompt=prompt, completion=completion)
-    return APIError(400, sentence, param=param, code="context_length_exceeded")
+        sentence += wording.together.format(total=total, prompt=prompt, completion=completion)
+    return APIError(400, sentence, param=wording.param, code="context_length_exceeded")

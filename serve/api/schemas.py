@@ -70,6 +70,8 @@ async def read_json(request: Request, model: type[AnyBody]) -> AnyBody:
             "using your HTTP library correctly. This API expects a JSON payload, but what was sent "
             f"was not valid JSON: {error}.)",
         ) from None
+    if isinstance(data, dict) and "engine" in request.path_params:
+        data["model"] = request.path_params["engine"]  # /v1/engines/ID/..., the older spelling
     try:
         return model.model_validate(data)
     except ValidationError as error:

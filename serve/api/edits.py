@@ -1,0 +1,87 @@
+"""POST /v1/edits: change a text as an instruction says.
+
+The endpoint of 2021 to 2023, when models of their own stood behind it. Here the chat model is shown
+how editing goes, then given the instruction and the text; how well it does is printed by
+``python -m tests.bench.bench_edits``. The edited text is about as long as the text, and a small
+model that loses its thread writes on: so an edit is bounded by its input's length.
+"""
+
+import asyncio
+import time
+from typing import Annotated
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from serve.api.chat import encode_chat
+from serve.api.context import EDIT, room
+from serve.api.generation import Generation, Prompt
+from serve.api.models import registry_of
+from serve.api.schemas import GenerationBody, read_json
+from serve.api.sse import unless_disconnected
+from serve.engine import ServedModel
+
+router = APIRouter()
+
+SYSTEM = "You edit texts. Follow the instruction and answer with the edited text only."
+EXAMPLES = (  # instruction, text, edited text
+    ("Fix the grammar", "I has a apple.", "I have an apple."),
+    ("Replace Anna with Tom", "Anna lives in Rome.", "Tom lives in Rome."),
+    ("Correct the spelling", "i saw a bigg house", "I saw a big house."),
+)
+SPARE_TOKENS = 256  # that an edit may have beyond twice its input
+
+
+class EditBody(GenerationBody):
+    """POST /v1/edits."""
+
+    input: str = ""
+    instruction: str
+    n: Annotated[int, Field(ge=1, le=20)] = 1
+
+
+@router.post("/edits")
+@router.post("/engines/{engine:path}/edits", include_in_schema=False)
+async def create_edit(request: Request) -> Response:
+    body = await read_json(request, EditBody)
+    model = registry_of(request).resolve(body.model)
+    generation = await asyncio.to_thread(_plan, body, model)
+    choices = await unless_disconnected(request.receive, generation.choices())
+    return JSONResponse(
+        {
+            "object": "edit",
+            "created": int(time.time()),
+            "choices": [
+                {
+                    "text": choice.text,
+                    "index": index,
+                    "logprobs": None,
+                    "finish_reason": choice.finish_reason,
+                }
+                for index, choice in enumerate(choices)
+            ],
+            "usage": generation.usage.body(),
+        }
+    )
+
+
+def _plan(body: EditBody, model: ServedModel) -> Generation:
+    prompt = encode_chat(EDIT, model, messages(body.instruction, body.input))
+    most = 2 * len(model.tokenizer.encoding.encode_ordinary(body.input)) + SPARE_TOKENS
+    limit = room(EDIT, model.context, len(prompt), None, most)
+    return Generation(model, [Prompt(ids=prompt, max_tokens=limit)], body, body.n, None)
+
+
+def messages(instruction: str, text: str) -> list[dict[str, str]]:
+    """The conversation in which the next answer is the edited text."""
+    turns = [{"role": "system", "content": SYSTEM}]
+    for told, given, edited in EXAMPLES:
+        turns.append({"role": "user", "content": _ask(told, given)})
+        turns.append({"role": "assistant", "content": edited})
+    return [*turns, {"role": "user", "content": _ask(instruction, text)}]
+
+
+def _ask(instruction: str, text: str) -> str:
+    return f"Instruction: {instruction}\nText: {text}"

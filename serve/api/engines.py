@@ -1,0 +1,36 @@
+"""GET /v1/engines: the models, as they were called before 2022.
+
+Clients of 2023 still call ``/v1/engines/ID/completions`` when they are given ``engine=`` instead of
+``model=``; each generation route answers under that path too, see `schemas.read_json`.
+"""
+
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+
+from serve.api.models import registry_of
+from serve.engine import ServedModel
+
+router = APIRouter()
+
+
+def _engine(model: ServedModel) -> dict[str, Any]:
+    return {
+        "id": model.id,
+        "object": "engine",
+        "created": model.created,
+        "owner": model.owned_by,
+        "permissions": None,
+        "ready": True,
+    }
+
+
+@router.get("/engines")
+async def list_engines(request: Request) -> dict[str, Any]:
+    return {"object": "list", "data": [_engine(model) for model in registry_of(request).list()]}
+
+
+@router.get("/engines/{engine:path}")
+async def get_engine(request: Request, engine: str) -> dict[str, Any]:
+    return _engine(registry_of(request).resolve(engine))

@@ -1,0 +1,164 @@
+"""The client of 2023 and its command line, unmodified, through every endpoint it has of these."""
+
+import pytest
+
+from tests.serve.old_client import OldClient, install
+from tests.serve.scripted import HELLO
+
+LENGTH = len(HELLO.encode())
+
+
+@pytest.fixture(scope="session")
+def old(address):
+    return OldClient(install(), address)
+
+
+def test_it_is_the_old_one(old):
+    assert old.run("answer = openai.version.VERSION") == "0.27.10"
+
+
+def test_completions(old):
+    answer = old.run(
+        "answer = openai.Completion.create(model='scripted', prompt=['hello', 'emoji'], n=2,"
+        " best_of=3, max_tokens=40, logprobs=2, echo=True, user='ann')"
+    )
+    assert answer["object"] == "text_completion" and answer["model"] == "scripted"
+    assert [choice["text"] for choice in answer["choices"]] == [
+        *["hello" + HELLO] * 2,
+        *["emoji😀😀😀"] * 2,
+    ]
+    logprobs = answer["choices"][0]["logprobs"]
+    assert logprobs["tokens"][:6] == ["h", "e", "l", "l", "o", "H"]
+    assert logprobs["token_logprobs"][:2] == [None, -0.125]
+    assert answer["usage"]["completion_tokens"] == 3 * (LENGTH + 12)
+
+
+def test_completions_with_an_engine_and_token_ids(old, engine):
+    answer = old.run(
+        "answer = openai.Completion.create(engine='scripted', prompt=[101, 109, 111, 106, 105])"
+    )
+    assert answer["model"] == "scripted" and answer["choices"][0]["text"] == "😀😀😀"
+    answer = old.run("answer = openai.Completion.create(engine='gpt-4', prompt='emoji')")
+    assert answer["model"] == "scripted"
+
+
+def test_insertion(old):
+    answer = old.run(
+        "answer = openai.Completion.create(model='filling', prompt='emoji(', suffix=') end')"
+    )
+    assert answer["choices"][0]["text"] == "filled in"
+
+
+def test_streams(old):
+    pieces = old.run(
+        "answer = [part.choices[0].text for part in"
+        " openai.Completion.create(model='scripted', prompt='emoji', stream=True)]"
+    )
+    assert "".join(pieces) == "😀😀😀" and len(pieces) == 4
+    deltas = old.run(
+        "answer = [part.choices[0].delta for part in openai.ChatCompletion.create("
+        "model='scripted', messages=[{'role': 'user', 'content': 'emoji'}], stream=True)]"
+    )
+    assert deltas == [{"role": "assistant", "content": ""}, *[{"content": "😀"}] * 3, {}]
+
+
+@pytest.mark.parametrize("name", ["model", "engine"])
+def test_chat(old, name):
+    answer = old.run(
+        f"answer = openai.ChatCompletion.create({name}='scripted',"
+        " messages=[{'role': 'user', 'content': 'hi'}], temperature=0, logit_bias={65: -100})"
+    )
+    assert answer["choices"][0]["message"]["content"] == HELLO
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_the_asynchronous_client(old):
+    texts = old.run(
+        "import asyncio\n"
+        "async def main():\n"
+        "    ask = {'model': 'scripted', 'prompt': 'emoji'}\n"
+        "    one = await openai.Completion.acreate(**ask)\n"
+        "    stream = await openai.Completion.acreate(**ask, stream=True)\n"
+        "    return one.choices[0].text, ''.join([p.choices[0].text async for p in stream])\n"
+        "answer = asyncio.run(main())"
+    )
+    assert texts == ["😀😀😀"] * 2
+
+
+@pytest.mark.parametrize("name", ["model", "engine"])
+def test_edits(old, engine, name):
+    answer = old.run(
+        f"answer = openai.Edit.create({name}='scripted', input='What day of the wek is it?',"
+        " instruction='Fix the spelling mistakes', n=2, temperature=0)"
+    )
+    assert answer["object"] == "edit" and "id" not in answer
+    assert [choice["text"] for choice in answer["choices"]] == [HELLO] * 2
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    assert answer["usage"]["completion_tokens"] == 2 * LENGTH
+
+
+def test_models_and_engines(old):
+    ids = old.run("answer = [model.id for model in openai.Model.list().data]")
+    assert "scripted" in ids
+    assert old.run("answer = openai.Model.retrieve('org/with-slash').id") == "org/with-slash"
+    engines = old.run("answer = openai.Engine.list()")
+    assert engines["object"] == "list" and [one["id"] for one in engines["data"]] == ids
+    assert old.run("answer = openai.Engine.retrieve('scripted')")["ready"] is True
+    assert old.run("answer = openai.Engine.retrieve('org/with-slash').id") == "org/with-slash"
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    [
+        (
+            "openai.Completion.create(model='nobody', prompt='x')",
+            "InvalidRequestError",
+            "The model `nobody` does not exist",
+        ),
+        (
+            "openai.Completion.create(engine='nobody', prompt='x')",
+            "InvalidRequestError",
+            "The model `nobody` does not exist",
+        ),
+        (
+            "openai.Completion.create(model='scripted', prompt='x', max_tokens=9999)",
+            "InvalidRequestError",
+            "This model's maximum context length is",
+        ),
+        ("openai.Completion.create(model='scripted', prompt='busy')", "RateLimitError", "overload"),
+        ("openai.Edit.create(model='base', instruction='x')", "InvalidRequestError", "chat model"),
+        (
+            "openai.Completion.create(model='scripted', prompt='fail at once')",
+            "APIError",
+            "The server had an error while processing your request",
+        ),
+        (
+            "list(openai.Completion.create(model='scripted', prompt='fail later', stream=True))",
+            "APIError",
+            "The server had an error while processing your request",
+        ),
+    ],
+)
+def test_errors_are_the_clients_own(old, call, kind, words):
+    found = old.run(
+        f"try:\n    {call}\nexcept openai.error.OpenAIError as error:\n"
+        "    answer = [type(error).__name__, str(error)]"
+    )
+    assert found[0] == kind and words in found[1]
+
+
+def test_the_command_line(old):
+    assert '"id": "scripted"' in old.command("api", "models.list")
+    assert '"id": "scripted"' in old.command("api", "models.get", "-i", "scripted")
+    assert '"ready": true' in old.command("api", "engines.list")
+    assert '"id": "scripted"' in old.command("api", "engines.get", "-i", "scripted")
+    ask = ("-m", "scripted", "-p", "emoji", "-M", "8")
+    assert old.command("api", "completions.create", *ask).strip() == "emoji😀😀"
+    streamed = old.command("api", "completions.create", *ask, "--stream")
+    assert streamed.strip() == "emoji😀😀"
+    say = ("-m", "scripted", "-g", "user", "hi")
+    assert old.command("api", "chat_completions.create", *say).strip() == HELLO
+    assert old.command("api", "chat_completions.create", *say, "--stream").strip() == HELLO
+    assert (
+        old.command("api", "chat_completions.create", "-e", "scripted", *say[2:]).strip() == HELLO
+    )

@@ -1,0 +1,69 @@
+"""POST /v1/edits and the routes with an engine's name, on a real socket."""
+
+from tests.serve.scripted import CONTEXT, HELLO, encoding
+
+EDIT = {"model": "scripted", "input": "the wek", "instruction": "Fix it"}
+
+
+def post(http, path="/v1/edits", **changes):
+    return http.post(path, json={**EDIT, **changes})
+
+
+def error_of(response, status):
+    assert response.status_code == status, response.text
+    return response.json()["error"]
+
+
+def test_the_answer_has_the_shape_of_2023(http):
+    answer = post(http, n=2).json()
+    assert set(answer) == {"object", "created", "choices", "usage"} and answer["object"] == "edit"
+    choices = [
+        {"text": HELLO, "index": i, "logprobs": None, "finish_reason": "stop"} for i in (0, 1)
+    ]
+    assert answer["choices"] == choices
+
+
+def test_the_model_is_shown_how_then_told_what(http, engine):
+    post(http, temperature=0.25, top_p=0.5)
+    request = engine.requests[-1]
+    prompt = encoding.decode(request.prompt)
+    assert prompt.endswith(
+        "<|im_start|>user\nInstruction: Fix it\nText: the wek<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert prompt.count("<|im_start|>assistant") > 3
+    assert request.sampling.temperature == 0.25 and request.sampling.top_p == 0.5
+
+
+def test_input_may_be_left_out(http):
+    assert post(http, input=None).json()["choices"][0]["text"] == HELLO
+
+
+def test_what_is_wrong_says_so(http):
+    error = error_of(post(http, instruction=None), 400)
+    assert error["param"] == "instruction" and error["code"] == "missing_required_parameter"
+    assert error_of(post(http, n=21), 400)["code"] == "integer_above_max_value"
+    assert error_of(post(http, model="nobody"), 404)["code"] == "model_not_found"
+    error = error_of(post(http, input="x" * 2 * CONTEXT), 400)
+    assert error["code"] == "context_length_exceeded" and error["param"] == "input"
+    assert "Please reduce the length of the input." in error["message"]
+    assert "This is not a chat model" in error_of(post(http, model="base"), 404)["message"]
+
+
+def test_an_engine_in_the_path_wins(http, engine):
+    """`engine=` of the old client; ids may hold slashes, and the longer path must not be taken for
+    an engine called "org/with-slash/chat"."""
+    for id in ("scripted", "org/with-slash"):
+        for path, body in {
+            "completions": {"prompt": "x"},
+            "chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+        }.items():
+            response = http.post(f"/v1/engines/{id}/{path}", json={"model": "nobody", **body})
+            assert response.json()["model"] == id, response.text
+        assert post(http, f"/v1/engines/{id}/edits", model="nobody").status_code == 200
+
+
+def test_engines_are_the_models(http):
+    engines = http.get("/v1/engines").json()["data"]
+    assert [e["id"] for e in engines] == [m["id"] for m in http.get("/v1/models").json()["data"]]
+    assert http.get("/v1/engines/gpt-4").json()["id"] == "scripted"
+    assert error_of(http.get("/v1/engines/nobody"), 404)["code"] == "model_not_found"
