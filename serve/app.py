@@ -9,7 +9,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from serve import errors
-from serve.api import chat, completions, edits, engines, models
+from serve.api import chat, completions, edits, engines, models, tokens
 from serve.headers import ResponseHeaders
 from serve.registry import Registry
 from serve.security import OPEN_PATHS, ApiKeys, BodyLimit, HostAndOrigin
@@ -51,6 +51,7 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
     # Paths with an engine's name in them match greedily: the longer ones first, the bare one last.
     for route in (models, chat, completions, edits, engines):
         app.include_router(route.router, prefix="/v1")
+    app.include_router(tokens.router)  # where harnesses look for it: not under /v1
     return app
 
 

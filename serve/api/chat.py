@@ -110,7 +110,7 @@ def _logprobs(
 
 
 def _plan(body: ChatBody, model: ServedModel) -> Generation:
-    messages = [_message(message, index) for index, message in enumerate(body.messages)]
+    messages = [plain(message, index) for index, message in enumerate(body.messages)]
     prompt = encode_chat(MESSAGES, model, messages)
     wanted = body.max_completion_tokens or body.max_tokens
     limit = room(MESSAGES, model.context, len(prompt), wanted, model.context)
@@ -118,13 +118,20 @@ def _plan(body: ChatBody, model: ServedModel) -> Generation:
     return Generation(model, [Prompt(ids=prompt, max_tokens=limit)], body, body.n, top_logprobs)
 
 
-def encode_chat(wording: Wording, model: ServedModel, messages: list[dict[str, str]]) -> list[int]:
+def encode_chat(
+    wording: Wording,
+    model: ServedModel,
+    messages: list[dict[str, str]],
+    *,
+    add_generation_prompt: bool = True,
+) -> list[int]:
     """The conversation as the model reads it, up to where its own turn begins.
 
     Args:
         wording: what the route calls its input, `context.MESSAGES` or another.
         model: a chat model.
         messages: a role and a content each.
+        add_generation_prompt: whether it ends with the beginning of the model's turn.
 
     Raises:
         APIError: 404 for a model without chat template, 400 for messages that the template refuses
@@ -142,14 +149,14 @@ def encode_chat(wording: Wording, model: ServedModel, messages: list[dict[str, s
         # Only what the template leaves of the messages must fit: it may drop or trim some.
         if sum(len(message["content"]) for message in messages) > model.context:
             refuse_hopeless(wording, model.context, encoding, template.render(messages))
-        return template.encode(encoding, messages)
+        return template.encode(encoding, messages, add_generation_prompt=add_generation_prompt)
     except ValueError as error:  # many templates refuse roles they were not made for
         raise APIError(
             400, f"Invalid '{wording.param}': {error}.", param=wording.param, code="invalid_value"
         ) from None
 
 
-def _message(message: Message, index: int) -> dict[str, str]:
+def plain(message: Message, index: int) -> dict[str, str]:
     """A message as templates know it: a role and one string."""
     path = f"messages[{index}]"
     if message.role in ("tool", "function"):

@@ -22,7 +22,8 @@ from starlette.responses import JSONResponse, Response
 
 from bpe import Encoding, Tokenizer
 from serve.api.context import PROMPT, refuse_hopeless, room
-from serve.api.generation import Generation, Prompt, refuse_foreign_ids
+from serve.api.generation import Generation, Prompt
+from serve.api.ids import check_ids, refuse_foreign_ids
 from serve.api.insertion import insertion
 from serve.api.models import registry_of
 from serve.api.pieces import FinishReason, Placed, finite, token_text
@@ -153,9 +154,9 @@ def _encoded(body: CompletionBody, model: ServedModel) -> list[tuple[list[int], 
             ids = tokenizer.encoding.encode(prompt, allowed_special="all")
             encoded.append((_start(tokenizer, ids), ids))
         else:
-            refuse_foreign_ids(body, model, "prompt")
+            refuse_foreign_ids(body.model, model, "prompt")
             path = "prompt" if single else f"prompt[{number}]"
-            _check_ids(prompt, model, path)
+            check_ids(prompt, model, path)
             encoded.append(([], prompt))
     return encoded
 
@@ -170,21 +171,6 @@ def _start(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     end_of_text = tokenizer.encoding.special_tokens.get("<|endoftext|>")
     start = (end_of_text, tokenizer.bos_id, tokenizer.eos_id)
     return [next(id for id in start if id is not None)]
-
-
-def _check_ids(ids: list[int], model: ServedModel, path: str) -> None:
-    encoding = model.tokenizer.encoding
-    for index, id in enumerate(ids):
-        try:
-            encoding.decode_single_token_bytes(id)
-        except KeyError:
-            raise APIError(
-                400,
-                f"Invalid '{path}[{index}]': {str(id)[:20]} is not a token id of `{model.id}`. "
-                f"Its ids go from 0 to {encoding.n_vocab - 1}.",
-                param=f"{path}[{index}]",
-                code="invalid_value",
-            ) from None
 
 
 def _refuse_contradictions(body: CompletionBody) -> None:

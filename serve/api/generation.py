@@ -15,6 +15,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from serve.api.ids import refuse_foreign_ids
 from serve.api.pieces import Assembler, FinishReason, Piece, Placed, finite
 from serve.api.schemas import GenerationBody
 from serve.engine import Done, Failed, Request, Scored, ServedModel, Token
@@ -212,22 +213,10 @@ class Generation:
         yield piece
 
 
-def refuse_foreign_ids(body: GenerationBody, model: ServedModel, param: str) -> None:
-    """Ids sent under an alias were made for the model it imitates: here they would be noise."""
-    if body.model != model.id:
-        raise APIError(
-            400,
-            f"Invalid '{param}': token ids sent to `{body.model}` belong to that model's encoding, "
-            f"which is not available here. Send text, or ids of `{model.id}` under its own name.",
-            param=param,
-            code="invalid_value",
-        )
-
-
 def sampling_of(body: GenerationBody, model: ServedModel) -> Sampling:
     """The sampling settings of a request; without a seed, one is drawn."""
     if body.logit_bias:
-        refuse_foreign_ids(body, model, "logit_bias")
+        refuse_foreign_ids(body.model, model, "logit_bias")
     bias: dict[int, float] = {}
     for key, value in body.logit_bias.items():
         known = key.isascii() and key.isdigit() and len(key) < 10
