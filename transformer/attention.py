@@ -12,12 +12,15 @@ import jax
 import jax.numpy as jnp
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Causal softmax attention.
 
     Args:
         q: float32 [B, T, N, H].
         k, v: float32 [B, T, K, H].
+        window: how many positions a query sees, its own among them; None: all before it.
 
     Returns:
         The attended values [B, T, N, H] and the attention weights [B, N, T, T].
@@ -26,8 +29,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Arr
     num_kv_heads = k.shape[2]
     q = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
-    is_causal = jnp.tril(jnp.ones((length, length), bool))  # [T, S]
-    scores = jnp.where(is_causal, scores * head_dim**-0.5, -jnp.inf)
+    visible = jnp.tril(jnp.ones((length, length), bool))  # [T, S]
+    if window is not None:
+        visible = jnp.triu(visible, 1 - window)
+    scores = jnp.where(visible, scores * head_dim**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)  # [B, K, G, T, S]
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
     return (

@@ -124,7 +124,13 @@ def _widen(x: jax.Array) -> jax.Array:
 
 
 def attend(
-    q: jax.Array, keys: jax.Array, values: jax.Array, tables: jax.Array, starts: jax.Array
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    tables: jax.Array,
+    starts: jax.Array,
+    *,
+    window: int | None = None,
 ) -> jax.Array:
     """Causal attention of new queries over everything their rows hold, themselves included.
 
@@ -133,17 +139,19 @@ def attend(
         keys, values: one layer's pools, the new positions already appended.
         tables: int32 [B, S/BLOCK].
         starts: int32 [B].
+        window: how many positions a query sees, its own among them; None: all before it. Blocks
+            behind the window are not touched (and not given back: other layers may need them).
 
     Returns:
         float32 [B, T, N, H].
     """
-    row = lambda args: _attend_row(*args, keys, values)  # noqa: E731
+    row = lambda args: _attend_row(*args, keys, values, window)  # noqa: E731
     if q.shape[0] == 1:
         return row((q[0], tables[0], starts[0]))[None]
     return jax.lax.map(row, (q, tables, starts))
 
 
-def _attend_row(q, table, start, keys, values):
+def _attend_row(q, table, start, keys, values, window):
     num_new, num_heads, head_dim = q.shape
     num_kv_heads = keys.shape[1]
     group = num_heads // num_kv_heads
@@ -157,7 +165,10 @@ def _attend_row(q, table, start, keys, values):
         k = _widen(keys[table[i]])  # [K, H, BLOCK]
         v = _widen(values[table[i]])  # [K, BLOCK, H]
         scores = jnp.einsum("krh,khs->krs", q, k)
-        visible = i * BLOCK + jnp.arange(BLOCK) <= position[:, None]  # [R, BLOCK]
+        at = i * BLOCK + jnp.arange(BLOCK)
+        visible = at <= position[:, None]  # [R, BLOCK]
+        if window is not None:
+            visible &= at > position[:, None] - window
         scores = jnp.where(visible, scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
         weight = jnp.exp(scores - new_top)  # [K, R, BLOCK]
@@ -174,6 +185,7 @@ def _attend_row(q, table, start, keys, values):
         jnp.zeros((*rows, head_dim), jnp.float32),
     )
     num_blocks = (start + num_new - 1) // BLOCK + 1
-    _, total, out = jax.lax.fori_loop(0, num_blocks, block, carry)
+    first = 0 if window is None else jnp.maximum(start - window + 1, 0) // BLOCK
+    _, total, out = jax.lax.fori_loop(first, num_blocks, block, carry)
     out = (out / total).reshape(num_kv_heads, group, num_new, head_dim)
     return out.transpose(2, 0, 1, 3).reshape(num_new, num_heads, head_dim)  # [T, N, H]

@@ -1,6 +1,8 @@
 """A decoder-only transformer: token ids in, logits out.
 
 Read `block` first: norm, attention, add; norm, MLP, add. Everything else arranges who calls it.
+One function serves every family; where they differ, the config says which form is meant, or a part
+of a layer is None.
 
 - `forward` reads whole sequences at once, with no cache: training, scoring, looking inside.
 - `extend` reads the next tokens of sequences whose past stands in a cache. With one row and many
@@ -38,11 +40,15 @@ class Layer:
     q: Linear  # [N * H, D]
     k: Linear  # [K * H, D]
     v: Linear  # [K * H, D]
+    q_norm: Norm | None  # [H], over each head's query; None where cfg.qk_norm is False
+    k_norm: Norm | None
     out: Linear  # [D, N * H]
+    attn_post_norm: Norm | None  # of what attention adds; None where cfg.post_norms is False
     mlp_norm: Norm
-    gate: Linear | None  # [F, D] for swiglu; None for gelu
+    gate: Linear | None  # [F, D] for swiglu and geglu; None for gelu
     up: Linear  # [F, D]
     down: Linear  # [D, F]
+    mlp_post_norm: Norm | None
 
 
 @struct.dataclass
@@ -80,23 +86,30 @@ def abstract(cfg: Config) -> Params:
             bias=ArrayInfo((out,), axes[:1], zeros) if bias else None,
         )
 
-    def norm_() -> Norm:
-        bias = ArrayInfo((cfg.d_model,), ("model",), zeros) if cfg.norm == "layer" else None
-        return Norm(scale=ArrayInfo((cfg.d_model,), ("model",), ones), bias=bias)
+    def norm_(width: int = cfg.d_model, axis: str = "model") -> Norm:
+        bias = ArrayInfo((width,), (axis,), zeros) if cfg.norm == "layer" else None
+        neutral = zeros if cfg.norm == "unit_rms" else ones
+        return Norm(scale=ArrayInfo((width,), (axis,), neutral), bias=bias)
 
     heads, kv_heads = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     up = matrix(cfg.d_ff, cfg.d_model, ("ff", "model"), cfg.linear_bias)
     kv = matrix(kv_heads, cfg.d_model, ("kv_heads", "model"), cfg.qkv_bias)
+    head_norm = norm_(cfg.head_dim, "head") if cfg.qk_norm else None
+    post_norm = norm_() if cfg.post_norms else None
     layer = Layer(
         attn_norm=norm_(),
         q=matrix(heads, cfg.d_model, ("heads", "model"), cfg.qkv_bias),
         k=kv,
         v=kv,
+        q_norm=head_norm,
+        k_norm=head_norm,
         out=matrix(cfg.d_model, heads, ("model", "heads"), cfg.linear_bias, residual),
+        attn_post_norm=post_norm,
         mlp_norm=norm_(),
-        gate=up if cfg.mlp == "swiglu" else None,
+        gate=None if cfg.mlp == "gelu" else up,
         up=up,
         down=matrix(cfg.d_model, cfg.d_ff, ("model", "ff"), cfg.linear_bias, residual),
+        mlp_post_norm=post_norm,
     )
     table = matrix(cfg.vocab_size, cfg.d_model, ("vocab", "model"), False)
     return Params(
@@ -138,38 +151,72 @@ def block(
     Returns:
         float32 [B, T, D].
     """
-    batch, length, _ = x.shape
-    n, k, h = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     with jax.named_scope("attention"):
-        y = norm(x, layer.attn_norm, cfg.norm_eps)
-        query = linear(y, layer.q).reshape(batch, length, n, h)  # [B, T, N, H]
-        key = linear(y, layer.k).reshape(batch, length, k, h)  # [B, T, K, H]
-        value = linear(y, layer.v).reshape(batch, length, k, h)  # [B, T, K, H]
-        if angles is not None:
-            query, key = rope.rotate(query, *angles), rope.rotate(key, *angles)
-        y = attend(query, key, value)  # [B, T, N, H]
-        x = x + linear(y.reshape(batch, length, n * h), layer.out)
+        y = _norm(x, layer.attn_norm, cfg)
+        x = x + _norm(self_attention(y, layer, cfg, angles, attend), layer.attn_post_norm, cfg)
     with jax.named_scope("mlp"):
-        y = norm(x, layer.mlp_norm, cfg.norm_eps)
-        if layer.gate is not None:
-            y = jax.nn.silu(linear(y, layer.gate)) * linear(y, layer.up)  # [B, T, F]
-        else:
-            y = jax.nn.gelu(linear(y, layer.up), approximate=True)  # [B, T, F]
-        return x + linear(y, layer.down)
+        y = _norm(x, layer.mlp_norm, cfg)
+        return x + _norm(mlp(y, layer, cfg), layer.mlp_post_norm, cfg)
+
+
+def self_attention(y: jax.Array, layer: Layer, cfg: Config, angles, attend) -> jax.Array:
+    """What attention adds to the stream, of its normed copy `y` [B, T, D]; see `block`."""
+    batch, length, _ = y.shape
+    n, k, h = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    query = linear(y, layer.q).reshape(batch, length, n, h)  # [B, T, N, H]
+    key = linear(y, layer.k).reshape(batch, length, k, h)  # [B, T, K, H]
+    value = linear(y, layer.v).reshape(batch, length, k, h)  # [B, T, K, H]
+    query, key = _norm(query, layer.q_norm, cfg), _norm(key, layer.k_norm, cfg)
+    if angles is not None:
+        query, key = rope.rotate(query, *angles), rope.rotate(key, *angles)
+    if cfg.query_scalar is not None:  # `attend` divides by the root of H
+        query = query * (h / cfg.query_scalar) ** 0.5
+    y = attend(query, key, value)  # [B, T, N, H]
+    return linear(y.reshape(batch, length, n * h), layer.out)
+
+
+def mlp(y: jax.Array, layer: Layer, cfg: Config) -> jax.Array:
+    """What the MLP adds to the stream, of its normed copy: float32 [B, T, D] -> [B, T, D].
+
+    With a gate it is a gated linear unit (Shazeer 2020, arXiv:2002.05202).
+    """
+    if layer.gate is None:
+        y = jax.nn.gelu(linear(y, layer.up), approximate=True)  # [B, T, F]
+    elif cfg.mlp == "swiglu":
+        y = jax.nn.silu(linear(y, layer.gate)) * linear(y, layer.up)  # [B, T, F]
+    else:
+        y = jax.nn.gelu(linear(y, layer.gate), approximate=True) * linear(y, layer.up)  # [B, T, F]
+    return linear(y, layer.down)
+
+
+def _norm(x: jax.Array, p: Norm | None, cfg: Config) -> jax.Array:
+    """The config's norm over the last axis; nothing where this decoder has none."""
+    if p is None:
+        return x
+    if cfg.norm == "unit_rms":
+        p = p.replace(scale=1.0 + p.scale)
+    return norm(x, p, cfg.norm_eps)
 
 
 def embed_tokens(params: Params, cfg: Config, ids: jax.Array, positions: jax.Array):
-    """The stream before the first block [B, T, D], and the rotary angles for every block."""
+    """The stream before the first block [B, T, D], and for each block its rotary angles."""
     x = embed(params.embed, ids)  # [B, T, D]
+    if cfg.scale_embeddings:
+        x = x * cfg.d_model**0.5
+    layers = range(cfg.num_layers)
     if cfg.position == "learned":
-        return x + params.positions[positions], None
-    return x, rope.angles(positions, cfg.head_dim, cfg.rope_theta)
+        return x + params.positions[positions], tuple(None for _ in layers)
+    turns = rope.angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+    if cfg.local_rope_theta is None:
+        return x, tuple(turns for _ in layers)
+    local = rope.angles(positions, cfg.head_dim, cfg.local_rope_theta)
+    return x, tuple(turns if cfg.window(i) is None else local for i in layers)
 
 
 def unembed(params: Params, cfg: Config, x: jax.Array) -> jax.Array:
     """Logits of the stream after the last block: float32 [..., D] -> float32 [..., V]."""
     with jax.named_scope("unembed"):
-        x = norm(x, params.final_norm, cfg.norm_eps)
+        x = _norm(x, params.final_norm, cfg)
         return linear(x, params.embed if params.head is None else params.head)
 
 
@@ -194,13 +241,14 @@ def forward(
     x, angles = embed_tokens(params, cfg, ids, positions)
     residual, weights = [x], []
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        out, w = attention.attend(q, k, v)
-        weights.append(w)
-        return out
+    for i, layer in enumerate(params.layers):
 
-    for layer in params.layers:
-        x = block(x, layer, cfg, angles, attend)
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, i: int = i) -> jax.Array:
+            out, w = attention.attend(q, k, v, window=cfg.window(i))
+            weights.append(w)
+            return out
+
+        x = block(x, layer, cfg, angles[i], attend)
         residual.append(x)
     found: dict[str, jax.Array] = {}
     if "residual" in taps:
@@ -235,19 +283,23 @@ def extend(
     positions = starts[:, None] + jnp.arange(ids.shape[1])  # [B, T]
     x, angles = embed_tokens(params, cfg, ids, positions)
     keys, values = [], []
-    for layer, k, v in zip(params.layers, memory.keys, memory.values, strict=True):
-        x, k, v = _extend_layer(x, layer, k, v, cfg, angles, tables, starts)
+    for i, layer in enumerate(params.layers):
+        k, v = memory.keys[i], memory.values[i]
+        x, k, v = _extend_layer(
+            x, layer, k, v, cfg, angles[i], tables, starts, window=cfg.window(i)
+        )
         keys.append(k)
         values.append(v)
     return x, cache.Cache(keys=tuple(keys), values=tuple(values))
 
 
-@partial(jax.jit, static_argnames="cfg")  # so that the layers, all alike, are traced once
-def _extend_layer(x, layer, keys, values, cfg, angles, tables, starts):
+# Jitted inside, so that layers that are alike are traced once.
+@partial(jax.jit, static_argnames=("cfg", "window"))
+def _extend_layer(x, layer, keys, values, cfg, angles, tables, starts, *, window):
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         nonlocal keys, values
         keys, values = cache.append(keys, values, k, v, tables, starts)
-        return cache.attend(q, keys, values, tables, starts)
+        return cache.attend(q, keys, values, tables, starts, window=window)
 
     return block(x, layer, cfg, angles, attend), keys, values
 

@@ -14,7 +14,22 @@ from transformer.config import Config
 from transformer.decoder import Params
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "transformer"
-TINY = ("gpt2", "llama", "qwen2")
+TINY = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma3")
+GPT2_FORMS = dict(
+    norm="layer", position="learned", mlp="gelu", qkv_bias=True, linear_bias=True, num_kv_heads=4
+)
+# Every form at once that a Llama does not have: Gemma 3, and a window.
+GEMMA_FORMS = dict(
+    norm="unit_rms",
+    mlp="geglu",
+    qk_norm=True,
+    post_norms=True,
+    scale_embeddings=True,
+    query_scalar=10,
+    local_rope_theta=100.0,
+    windows=(5, None),
+)
+FORMS = {"llama": {}, "gpt2": GPT2_FORMS, "gemma": GEMMA_FORMS}
 
 
 class Loaded(NamedTuple):

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.transformer.conftest import noise
+from tests.transformer.conftest import GEMMA_FORMS, GPT2_FORMS, noise
 from transformer import cache, decoder
 from transformer.config import Config
 
 LLAMA = Config.debug()
-GPT2 = Config.debug(
-    norm="layer", position="learned", mlp="gelu", qkv_bias=True, linear_bias=True, num_kv_heads=4
-)
+GPT2 = Config.debug(**GPT2_FORMS)
+# Its local layers leave the first block behind at position 295.
+GEMMA = Config.debug(**GEMMA_FORMS | {"windows": (40, None)})
+CONFIGS = pytest.mark.parametrize("cfg", [LLAMA, GPT2, GEMMA], ids=["llama", "gpt2", "gemma"])
 LENGTH = 320  # more than one block
 IDS = np.random.default_rng(2).integers(0, 320, (3, LENGTH)).astype(np.int32)
 
@@ -51,7 +52,7 @@ def same(found, wanted):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("cfg", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@CONFIGS
 @pytest.mark.parametrize("chunk", [16, 64, 256])
 def test_chunks_of_any_size(cfg, chunk):
     memory, padded = cache.init(cfg, 2), np.pad(IDS[0], (0, -LENGTH % chunk))
@@ -62,13 +63,13 @@ def test_chunks_of_any_size(cfg, chunk):
     same(np.concatenate(found)[:LENGTH], expected(cfg)[0])
 
 
-@pytest.mark.parametrize("cfg", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@CONFIGS
 def test_a_prompt_then_token_by_token_over_the_edge_of_a_block(cfg):
     memory = cache.init(cfg, 2)
     for start in range(0, 192, 64):
         found, memory = read(cfg, memory, IDS[:1, start : start + 64], [[1, 2]], [start])
         same(found[0], expected(cfg)[0, start : start + 64])
-    for at in range(192, 270):
+    for at in range(192, LENGTH):
         found, memory = read(cfg, memory, IDS[:1, at : at + 1], [[1, 2]], [at])
         same(found[0, 0], expected(cfg)[0, at])
 
@@ -96,6 +97,16 @@ def test_rows_without_a_sequence_write_to_the_block_of_no_one():
         found, memory = read(LLAMA, memory, ids, [[1, 2], trash, trash], [at, 0, 0])
         same(found[0, 0], expected(LLAMA)[0, at])
         assert np.isfinite(found).all()
+
+
+def test_a_block_behind_the_window_is_not_read():
+    cfg = Config.debug(windows=(40,))
+    memory = cache.init(cfg, 2)
+    for start in (0, 64, 128, 192, 256):
+        _, memory = read(cfg, memory, IDS[:1, start : start + 64], [[1, 2]], [start])
+    spoilt = jax.tree.map(lambda pool: pool.at[1].set(jnp.nan), memory)
+    found, _ = read(cfg, spoilt, IDS[:1, 300:301], [[1, 2]], [300])
+    same(found[0, 0], expected(cfg)[0, 300])
 
 
 def test_what_a_block_held_before_is_not_seen():

@@ -1,14 +1,28 @@
 """Config: what it refuses, and the way to and from a Hugging Face config.json."""
 
+import dataclasses
 import json
 
 import pytest
 
-from tests.transformer.conftest import GOLDEN, TINY
-from transformer.config import Config
+from tests.transformer.conftest import GEMMA_FORMS, GOLDEN, GPT2_FORMS, TINY
+from transformer.config import Config, RopeScaling
 
-GPT2_FORMS = dict(
-    norm="layer", position="learned", mlp="gelu", qkv_bias=True, linear_bias=True, num_kv_heads=4
+LINEAR = RopeScaling(kind="linear", factor=8.0)
+LLAMA3 = RopeScaling(
+    kind="llama3",
+    factor=8.0,
+    original_max_seq_len=8192,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+)
+YARN = RopeScaling(
+    kind="yarn",
+    factor=4.0,
+    original_max_seq_len=512,
+    beta_fast=32.0,
+    beta_slow=1.0,
+    attention_factor=1.1,
 )
 
 
@@ -36,6 +50,12 @@ def test_debug_is_small_and_hashable():
         ({"rope_theta": float("nan")}, "rope_theta must be positive and finite, got nan"),
         ({"rope_theta": "10000"}, "rope_theta must be positive and finite, got '10000'"),
         ({"tie_embeddings": 1}, "tie_embeddings must be True or False, got 1"),
+        ({"num_layers": 5000}, "num_layers must be at most 4096, got 5000"),
+        ({"windows": ()}, r"windows must be a tuple with an item, got \(\)"),
+        ({"windows": (0,)}, "windows must be a positive integer, got 0"),
+        ({"query_scalar": 2.5}, "query_scalar must be a positive integer, got 2.5"),
+        ({"local_rope_theta": 0}, "local_rope_theta must be positive and finite, got 0"),
+        ({"norm": "layer", "qk_norm": True}, "qk_norm and post_norms need an RMS norm"),
     ],
     ids=str,
 )
@@ -45,14 +65,55 @@ def test_what_cannot_be_is_refused(change, said):
 
 
 @pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"kind": "ntk"}, "rope scaling must be of kind linear, llama3, yarn, got 'ntk'"),
+        ({"factor": 0.0}, "llama3: factor must be positive and finite, got 0.0"),
+        ({"low_freq_factor": None}, "llama3: low_freq_factor must be positive .* got None"),
+        ({"beta_fast": 3.0}, "llama3 has no beta_fast, got 3.0"),
+        ({"low_freq_factor": 4.0}, "low_freq_factor must be less than high_freq_factor"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_of_a_scaling_is_refused(change, said):
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(LLAMA3, **change)
+
+
+@pytest.mark.parametrize(
+    ("windows", "shortest"),
+    [
+        ((7, 7, 7), (7,)),
+        ((7, None, 7, None), (7, None)),
+        ((7, None, 7), (7, None, 7)),
+        ((7, None, None, 7), (7, None, None)),
+        ((7, 7, 7, 7, 7, None), (7,)),  # its only full layer would be the sixth of four
+        ((None, None, 7), (None, None, 7)),
+    ],
+)
+def test_a_pattern_of_windows_is_kept_in_one_way(windows, shortest):
+    cfg = Config.debug(num_layers=4, windows=windows)
+    assert cfg.windows == shortest
+    assert [cfg.window(i) for i in range(4)] == [windows[i % len(windows)] for i in range(4)]
+
+
+@pytest.mark.parametrize(
     "cfg",
     [
         Config.debug(),
+        Config.debug(windows=(64,)),
+        Config.debug(qkv_bias=True, windows=(None, 64)),
+        Config.debug(qk_norm=True, tie_embeddings=False),
+        Config.debug(**GEMMA_FORMS),
+        Config.debug(**GEMMA_FORMS | dict(num_layers=9, query_scalar=None, rope_scaling=LINEAR)),
+        Config.debug(rope_scaling=LINEAR),
+        Config.debug(rope_scaling=LLAMA3),
+        Config.debug(rope_scaling=YARN, windows=(64,)),
         Config.debug(qkv_bias=True, rope_theta=1e6, norm_eps=1e-6, head_dim=12),
         Config.debug(tie_embeddings=False),
         Config.debug(**GPT2_FORMS),
     ],
-    ids=["llama", "qwen2", "untied", "gpt2"],
+    ids=str,
 )
 def test_to_hf_is_undone_by_from_hf(cfg):
     assert Config.from_hf(json.loads(json.dumps(cfg.to_hf()))) == cfg
@@ -66,7 +127,16 @@ def test_what_transformers_writes_is_read(name):
 
 @pytest.mark.parametrize(
     "change",
-    [{"norm": "layer"}, {"linear_bias": True}, GPT2_FORMS | {"num_kv_heads": 2}],
+    [
+        {"norm": "layer"},
+        {"linear_bias": True},
+        GPT2_FORMS | {"num_kv_heads": 2},
+        {"windows": (8, 4)},
+        {"windows": (8, None)},  # Mistral slides in all layers or in none
+        {"query_scalar": 4},
+        {"local_rope_theta": 5.0},
+        {"qk_norm": True, "post_norms": True},
+    ],
     ids=str,
 )
 def test_what_no_model_type_has_is_not_written(change):
@@ -82,16 +152,39 @@ def test_what_no_model_type_has_is_not_written(change):
         ("llama", {"frobnicate": 1}, "'frobnicate', whose meaning is not known"),
         ("llama", {"attention_bias": True}, "attention_bias must be False"),
         ("llama", {"hidden_act": "relu"}, "hidden_act must be 'silu'"),
-        ("llama", {"rope_scaling": {"factor": 8.0}}, "rope_scaling must be None"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters must be of"),
-        ("llama", {"rope_parameters": 5}, "rope_parameters must be of"),
+        ("qwen2", {"rope_scaling": {"factor": 8.0}}, "rope_type 'default' has no keys .'factor'"),
+        ("gpt2", {"rope_scaling": {"factor": 8.0}}, "'rope_scaling', whose meaning is not known"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "'yarn' lacks factor, original_max"),
+        ("llama", {"rope_parameters": {"factor": 8.0}}, "must be one of default, linear, .* None"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type must be one of"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "x": 1}}, "not known: .'x'"),
+        ("llama", {"rope_parameters": 5}, "rope_parameters must be an object, got 5"),
+        ("llama", {"rope_scaling": 5}, "rope_scaling must be an object, got 5"),
+        (
+            "llama",
+            {"rope_parameters": {"sliding_attention": {}}},
+            "rope_parameters differ by layer",
+        ),
+        ("llama", {"sliding_window": 4096}, "sliding_window must be None for llama, got 4096"),
+        ("llama", {"partial_rotary_factor": 0.5}, "'partial_rotary_factor', whose meaning"),
+        ("mistral", {"sliding_window": 0}, "sliding_window must be a positive integer, got 0"),
+        ("mistral", {"max_window_layers": 3}, "'max_window_layers', whose meaning is not known"),
+        ("mistral", {"num_key_value_heads": None}, "lacks num_key_value_heads"),
+        ("qwen3", {"attention_bias": True}, "attention_bias must be False for qwen3"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping must be None"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention must be"),
+        ("gemma3", {"layer_types": ["full_attention"]}, "for each of 3 layers"),
+        ("gemma3", {"hidden_activation": "gelu"}, "hidden_activation must be 'gelu_pytorch_tanh'"),
+        ("gemma3", {"vision_config": {}}, "'vision_config', whose meaning is not known"),
         ("llama", {"hidden_size": None}, "lacks hidden_size"),
+        ("llama", {"num_hidden_layers": None}, "num_hidden_layers must be a positive integer"),
         ("llama", {"hidden_size": "32"}, "must be a positive integer, got '32'"),
         ("llama", {"num_attention_heads": 0}, "must be a positive integer, got 0"),
         ("llama", {"rope_interleaved": True}, "rope_interleaved must be False"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window must be False"),
-        ("qwen2", {"layer_types": ["sliding_attention"]}, "layer_types must all be"),
-        ("qwen2", {"layer_types": 3}, "layer_types must all be"),
+        ("qwen2", {"use_sliding_window": False}, "layer_types says .* no sliding_window is in use"),
+        ("qwen2", {"layer_types": ["sliding_attention"]}, "for each of 2 layers"),
+        ("qwen2", {"layer_types": ["full_attention", "linear"]}, "for each of 2 layers"),
+        ("qwen2", {"layer_types": 3}, "for each of 2 layers, got 3"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights must be True"),
         ("gpt2", {"activation_function": "relu"}, "activation_function must be 'gelu_new'"),
@@ -104,4 +197,40 @@ def test_an_unknown_meaning_is_refused(name, change, said):
 
 
 def test_qwen2_may_state_a_window_that_is_off():
-    assert Config.from_hf(hf("qwen2", sliding_window=4096)) == Config.from_hf(hf("qwen2"))
+    off = dict(use_sliding_window=False, layer_types=["full_attention"] * 2)
+    stated = Config.from_hf(hf("qwen2", sliding_window=4096, **off))
+    assert stated == Config.from_hf(hf("qwen2", **off)) and stated.windows == (None,)
+
+
+def older(name: str, **changes) -> Config:
+    """Reads a config as transformers 4 spelt it."""
+    config = hf(name, **changes)
+    del config["rope_parameters"]
+    return Config.from_hf(config)
+
+
+def test_older_spellings_mean_the_same():
+    linear = {"type": "linear", "factor": 8.0}
+    found = older("llama", rope_theta=500.0, rope_scaling=linear)
+    assert found.rope_theta == 500 and found.rope_scaling == LINEAR
+    llama3 = {"original_max_position_embeddings": 16, "rope_type": "llama3", "factor": 8.0}
+    llama3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    assert older("llama", rope_theta=500.0, rope_scaling=llama3) == Config.from_hf(hf("llama"))
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0}
+    assert older("qwen3", rope_scaling=yarn) == Config.from_hf(hf("qwen3"))
+    gemma = older("gemma3", rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling=linear)
+    assert gemma == Config.from_hf(hf("gemma3"))
+
+
+def test_where_a_config_is_silent_it_means_what_transformers_takes():
+    config = hf("gemma3")
+    for key in ("layer_types", "_sliding_window_pattern", "rope_parameters", "sliding_window"):
+        del config[key]
+    found = Config.from_hf(config)
+    assert found.windows == (4096, 4096, None)
+    assert (found.rope_theta, found.local_rope_theta) == (1e6, 1e4)
+    silent = {k: v for k, v in hf("mistral").items() if k != "sliding_window"}
+    assert Config.from_hf(silent).windows == (4096,)
+    qwen = hf("qwen2", max_window_layers=1, sliding_window=9)
+    del qwen["layer_types"]
+    assert Config.from_hf(qwen).windows == (None, 9)

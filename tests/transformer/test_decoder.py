@@ -7,14 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.transformer.conftest import TINY, noise
-from transformer import decoder
-from transformer.config import Config
+from tests.transformer.conftest import FORMS, GPT2_FORMS, TINY, noise
+from transformer import attention, decoder
+from transformer.config import Config, RopeScaling
+from transformer.layers import linear
 
 IDS = np.random.default_rng(1).integers(0, 320, (2, 12)).astype(np.int32)
-GPT2_FORMS = dict(
-    norm="layer", position="learned", mlp="gelu", qkv_bias=True, linear_bias=True, num_kv_heads=4
-)
 forward = jax.jit(decoder.forward, static_argnums=1, static_argnames="taps")
 
 
@@ -27,11 +25,67 @@ def test_agrees_with_transformers(tiny, name):
     params, cfg, golden = tiny(name)
     logits, taps = forward(params, cfg, golden["ids"], taps=("residual", "attention"))
     np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-4)
-    np.testing.assert_allclose(taps["residual"][:-1], golden["residual"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(taps["residual"], golden["stream"], rtol=0, atol=1e-4)
     np.testing.assert_allclose(taps["attention"], golden["attention"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("forms", [{}, GPT2_FORMS, {"tie_embeddings": False}])
+@pytest.mark.parametrize("name", TINY)
+def test_each_part_agrees_with_transformers(tiny, name):
+    """Part by part, each given what transformers gave it, so that errors cannot hide or add up."""
+    params, cfg, golden = tiny(name)
+    positions = np.arange(golden["ids"].shape[1])[None]
+    x, angles = decoder.embed_tokens(params, cfg, golden["ids"], positions)
+    checked = set()
+
+    def same(part, found, i=slice(None)):
+        expected = golden[part][i]
+        np.testing.assert_allclose(
+            found.reshape(expected.shape), expected, rtol=0, atol=1e-5, err_msg=part
+        )
+        checked.add(part)
+
+    same("stream", x, 0)
+    for i, layer in enumerate(params.layers):
+
+        def attend(q, k, v, i=i):
+            out, weights = attention.attend(q, k, v, window=cfg.window(i))
+            same("attention", weights, i)
+            return out
+
+        normed = golden["attn_norm"][i]
+        same("attn_norm", decoder._norm(golden["stream"][i], layer.attn_norm, cfg), i)
+        for part in "qkv":
+            same(part, linear(normed, getattr(layer, part)), i)
+        for part in ("q", "k") if cfg.qk_norm else ():
+            heads = golden[part][i].reshape(1, 24, -1, cfg.head_dim)
+            # transformers keeps Qwen3's and Gemma's heads in different orders of axes
+            found = decoder._norm(heads, getattr(layer, f"{part}_norm"), cfg)
+            is_heads_first = golden[f"{part}_norm"].shape[2] == heads.shape[2]
+            same(f"{part}_norm", found.swapaxes(1, 2) if is_heads_first else found, i)
+        same("out", decoder.self_attention(normed, layer, cfg, angles[i], attend), i)
+        added = golden["out"][i]
+        if cfg.post_norms:
+            same("attn_post_norm", decoder._norm(added, layer.attn_post_norm, cfg), i)
+            added = golden["attn_post_norm"][i]
+        same("mlp_norm", decoder._norm(golden["stream"][i] + added, layer.mlp_norm, cfg), i)
+        normed = golden["mlp_norm"][i]
+        same("up", linear(normed, layer.up), i)
+        if layer.gate is not None:
+            same("gate", linear(normed, layer.gate), i)
+        same("mlp", decoder.mlp(normed, layer, cfg), i)
+        if cfg.post_norms:
+            same("mlp_post_norm", decoder._norm(golden["mlp"][i], layer.mlp_post_norm, cfg), i)
+        np.testing.assert_allclose(
+            decoder.block(golden["stream"][i], layer, cfg, angles[i], attend),
+            golden["stream"][i + 1],
+            rtol=0,
+            atol=1e-4,
+        )
+    same("logits", decoder.unembed(params, cfg, golden["stream"][-1]))
+    assert checked == golden.keys() - {"ids", "versions"}
+
+
+@pytest.mark.parametrize("forms", [*FORMS.values(), {"tie_embeddings": False}])
 def test_init_fills_the_abstract_tree(forms):
     cfg = Config.debug(**forms)
     params, infos = decoder.init(jax.random.key(0), cfg), decoder.abstract(cfg)
@@ -68,40 +122,114 @@ def test_no_token_sees_a_later_one():
     assert (np.abs(logits[:, 7:] - changed[:, 7:]).max(-1) > 1e-3).all()
 
 
+LLAMA3 = dict(
+    kind="llama3", factor=8, original_max_seq_len=64, low_freq_factor=2, high_freq_factor=8
+)
+YARN = dict(
+    kind="yarn",
+    factor=8,
+    original_max_seq_len=64,
+    beta_fast=4,
+    beta_slow=2,
+    attention_factor=2,
+)
+NUMBERS = [
+    {"norm_eps": 0.5},
+    {"rope_theta": 100.0},
+    {"rope_scaling": RopeScaling(kind="linear", factor=8)},
+    {"rope_scaling": RopeScaling(**LLAMA3)},
+    {"rope_scaling": RopeScaling(**YARN)},
+    {"local_rope_theta": 50.0},
+    {"windows": (4,)},
+    {"windows": (None, 4)},
+    {"query_scalar": 3},
+    {"scale_embeddings": True},
+    {"norm": "unit_rms"},
+    {"mlp": "geglu"},
+]
+ROTARY = {"rope_theta", "rope_scaling", "local_rope_theta"}
+
+
+def is_change(forms, change):
+    """Not what this form already is, and not of shapes: GPT-2's norms and MLP have other ones."""
+    forms = FORMS[forms]
+    (name,) = change
+    return forms.get(name) != change[name] and not (
+        forms.get("norm") == "layer" and name in ("norm", "mlp")
+    )
+
+
 # Fields that leave every shape as it is: the same weights must give other logits.
-@pytest.mark.parametrize("forms", [{}, GPT2_FORMS], ids=["llama", "gpt2"])
-@pytest.mark.parametrize("change", [{"norm_eps": 0.5}, {"rope_theta": 100.0}], ids=str)
+@pytest.mark.parametrize(
+    ("forms", "change"),
+    [(forms, change) for forms in FORMS for change in NUMBERS if is_change(forms, change)],
+    ids=str,
+)
 def test_each_number_matters(forms, change):
-    cfg = Config.debug(**forms)
+    cfg = Config.debug(**FORMS[forms])
+    (name,) = change
+    has_effect = not (
+        (name in ROTARY and cfg.position == "learned")
+        or (name == "local_rope_theta" and cfg.windows == (None,))
+    )
     params = random_params(cfg)
     before, _ = forward(params, cfg, IDS)
     after, _ = forward(params, dataclasses.replace(cfg, **change), IDS)
-    if "rope_theta" in change and cfg.position == "learned":
-        np.testing.assert_array_equal(before, after)
-    else:
+    if has_effect:
         assert np.abs(before - after).max() > 1e-3
+    else:
+        np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize("scaling", [LLAMA3, YARN], ids=["llama3", "yarn"])
+def test_each_number_of_a_rotary_scaling_matters(scaling):
+    # Bounds are rounded to pairs of channels: enough of them, and far apart.
+    cfg = Config.debug(rope_scaling=RopeScaling(**scaling), head_dim=32, rope_theta=100.0)
+    params = random_params(cfg)
+    before, _ = forward(params, cfg, IDS)
+    for name in scaling.keys() - {"kind"}:
+        other = RopeScaling(**scaling | {name: scaling[name] * 3 // 2})
+        after, _ = forward(params, dataclasses.replace(cfg, rope_scaling=other), IDS)
+        assert np.abs(before - after).max() > 1e-4, name
+
+
+def test_every_field_is_wired():
+    """A new field must come with a change above or below that shows it does something."""
+    wired = {name for change in [*NUMBERS, *SHAPES] for name in change} | {"max_seq_len"}
+    assert wired == {field.name for field in dataclasses.fields(Config)}
+
+
+def test_a_window_hides_what_lies_behind_it():
+    cfg = Config.debug(num_layers=1, windows=(4,))
+    params = random_params(cfg)
+    other = IDS.copy()
+    other[:, 5] = (other[:, 5] + 1) % 320
+    before, after = forward(params, cfg, IDS)[0], forward(params, cfg, other)[0]
+    is_changed = np.abs(before - after).max((0, 2)) > 0
+    np.testing.assert_array_equal(np.flatnonzero(is_changed), [5, 6, 7, 8])
 
 
 # Fields that change the tree of weights.
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"num_layers": 3},
-        {"num_heads": 8},
-        {"num_kv_heads": 4},
-        {"head_dim": 16},
-        {"d_model": 40},
-        {"d_ff": 56},
-        {"vocab_size": 330},
-        {"norm": "layer"},
-        {"position": "learned"},
-        {"mlp": "gelu"},
-        {"qkv_bias": True},
-        {"linear_bias": True},
-        {"tie_embeddings": False},
-    ],
-    ids=str,
-)
+SHAPES = [
+    {"num_layers": 3},
+    {"num_heads": 8},
+    {"num_kv_heads": 4},
+    {"head_dim": 16},
+    {"d_model": 40},
+    {"d_ff": 56},
+    {"vocab_size": 330},
+    {"norm": "layer"},
+    {"position": "learned"},
+    {"mlp": "gelu"},
+    {"qkv_bias": True},
+    {"linear_bias": True},
+    {"qk_norm": True},
+    {"post_norms": True},
+    {"tie_embeddings": False},
+]
+
+
+@pytest.mark.parametrize("change", SHAPES, ids=str)
 def test_each_form_matters(change):
     cfg = Config.debug()
     changed = dataclasses.replace(cfg, **change)
@@ -112,7 +240,7 @@ def test_each_form_matters(change):
     assert np.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("forms", [{}, GPT2_FORMS, {"tie_embeddings": False}], ids=str)
+@pytest.mark.parametrize("forms", [*FORMS.values(), {"tie_embeddings": False}], ids=str)
 def test_every_weight_has_a_gradient(forms):
     cfg = Config.debug(**forms)
 
@@ -168,12 +296,31 @@ def test_an_unknown_tap_is_refused():
         decoder.forward(random_params(cfg), cfg, IDS, taps=("atention",))
 
 
-@pytest.mark.parametrize("forms", [{}, GPT2_FORMS], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("forms", FORMS)
 def test_stacking_layers_is_undone_by_unstacking(forms):
-    cfg = Config.debug(num_layers=3, **forms)
+    cfg = Config.debug(num_layers=3, **FORMS[forms])
     layers = random_params(cfg).layers
     stacked = decoder.stack_layers(layers)
     assert all(len(leaf) == 3 for leaf in jax.tree.leaves(stacked))
     back = decoder.unstack_layers(stacked)
     assert jax.tree.structure(back) == jax.tree.structure(layers)
     jax.tree.map(np.testing.assert_array_equal, back, layers)
+
+
+@pytest.mark.parametrize("forms", [{}, GPT2_FORMS, {"windows": (5,), "qk_norm": True}], ids=str)
+def test_a_scan_over_stacked_layers_is_the_loop(forms):
+    cfg = Config.debug(num_layers=3, **forms)
+    params = random_params(cfg)
+    positions = jnp.broadcast_to(jnp.arange(IDS.shape[1]), IDS.shape)
+
+    def attend(q, k, v):
+        return attention.attend(q, k, v, window=cfg.window(0))[0]
+
+    @jax.jit
+    def scanned(params, stacked, ids):
+        x, angles = decoder.embed_tokens(params, cfg, ids, positions)
+        step = lambda x, layer: (decoder.block(x, layer, cfg, angles[0], attend), None)  # noqa: E731
+        return decoder.unembed(params, cfg, jax.lax.scan(step, x, stacked)[0])
+
+    found = scanned(params, decoder.stack_layers(params.layers), IDS)
+    np.testing.assert_allclose(found, forward(params, cfg, IDS)[0], rtol=0, atol=1e-5)

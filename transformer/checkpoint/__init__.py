@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from transformer import families
 from transformer.checkpoint import gguf, safetensors
 from transformer.checkpoint.gguf import Tensor
 from transformer.checkpoint.names import Source, rows_of, sources
@@ -25,8 +26,7 @@ from transformer.layers import Linear
 
 Format = Literal["float32", "bfloat16", "int8"]
 
-# Rotary tables and masks that some exporters store though they follow from the config. Not among
-# them: rope_freqs.weight of GGUF files, which scales rotary frequencies: it would be missed.
+# Rotary tables and masks that some exporters store though they follow from the config.
 _DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 # The maps that write to the residual stream read activations with outliers, which one scale a token
 # cannot hold: in int8 they cost SmolLM2 4 % of perplexity instead of 1 %. They stay bfloat16.
@@ -78,7 +78,12 @@ def _open(
         )
     else:
         metadata, tensors = gguf.read(path)
-        cfg = Config.from_gguf(metadata, has_head="output.weight" in tensors)
+        factors = tensors.pop("rope_freqs.weight", None)
+        cfg = families.from_gguf(
+            metadata,
+            has_head="output.weight" in tensors,
+            rope_factors=None if factors is None else factors.read(0, factors.shape[0]).tolist(),
+        )
         scheme, architecture = "gguf", metadata["general.architecture"]
     return metadata, tensors, cfg, scheme, architecture
 
@@ -191,7 +196,9 @@ def _slabs(
     slab = max(_SLAB_BYTES // (4 * math.prod(shape[1:])) // cfg.head_dim, 1) * cfg.head_dim
     for start in range(0, shape[0], slab):
         rows = read(first + start, first + min(start + slab, shape[0]))
-        yield start, _deinterleave(rows, cfg.head_dim) if source.is_interleaved else rows
+        if source.is_interleaved:
+            rows = _deinterleave(rows, cfg.head_dim)
+        yield start, rows - 1 if source.is_shifted else rows
 
 
 def _deinterleave(rows: np.ndarray, head_dim: int) -> np.ndarray:

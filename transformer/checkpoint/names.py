@@ -1,8 +1,8 @@
 """Which named tensor of a checkpoint holds each weight of the decoder.
 
-One table a naming scheme: Hugging Face (gpt2; llama and qwen2) and GGUF. A tensor may need its axes
-or rows put right on the way, and GPT-2 keeps queries, keys and values in one tensor, of which each
-of ours is a range of rows; `Source` says all of it, and works in either direction.
+One table a naming scheme: Hugging Face (GPT-2; Llama and its kin; Gemma 3) and GGUF. A tensor may
+need its axes, rows or numbers put right on the way, and GPT-2 keeps queries, keys and values in one
+tensor, of which each of ours is a range of rows; `Source` says all of it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class Source:
     first_row: int = 0  # of the tensor, after any transposition
     is_transposed: bool = False  # stored [in, out] (the Conv1D of GPT-2)
     is_interleaved: bool = False  # rotary pairs stand side by side (GGUF llama)
+    is_shifted: bool = False  # stored plus one (GGUF gemma3 norms, ready to multiply with)
 
 
 # Our part -> their names. "{i}" is the layer.
@@ -33,6 +34,8 @@ _HF_LLAMA = {
     "q": "model.layers.{i}.self_attn.q_proj",
     "k": "model.layers.{i}.self_attn.k_proj",
     "v": "model.layers.{i}.self_attn.v_proj",
+    "q_norm": "model.layers.{i}.self_attn.q_norm",
+    "k_norm": "model.layers.{i}.self_attn.k_norm",
     "out": "model.layers.{i}.self_attn.o_proj",
     "mlp_norm": "model.layers.{i}.post_attention_layernorm",
     "gate": "model.layers.{i}.mlp.gate_proj",
@@ -40,6 +43,11 @@ _HF_LLAMA = {
     "down": "model.layers.{i}.mlp.down_proj",
     "final_norm": "model.norm",
     "head": "lm_head",
+}
+_HF_GEMMA3 = _HF_LLAMA | {  # one of these names means another norm than it does in Llama
+    "attn_post_norm": "model.layers.{i}.post_attention_layernorm",
+    "mlp_norm": "model.layers.{i}.pre_feedforward_layernorm",
+    "mlp_post_norm": "model.layers.{i}.post_feedforward_layernorm",
 }
 _HF_GPT2 = {
     "embed": "transformer.wte",
@@ -62,11 +70,15 @@ _GGUF = {
     "q": "blk.{i}.attn_q",
     "k": "blk.{i}.attn_k",
     "v": "blk.{i}.attn_v",
+    "q_norm": "blk.{i}.attn_q_norm",
+    "k_norm": "blk.{i}.attn_k_norm",
     "out": "blk.{i}.attn_output",
+    "attn_post_norm": "blk.{i}.post_attention_norm",
     "mlp_norm": "blk.{i}.ffn_norm",
     "gate": "blk.{i}.ffn_gate",
     "up": "blk.{i}.ffn_up",
     "down": "blk.{i}.ffn_down",
+    "mlp_post_norm": "blk.{i}.post_ffw_norm",
     "final_norm": "output_norm",
     "head": "output",
 }
@@ -77,12 +89,13 @@ def sources(cfg: Config, scheme: str, *, architecture: str) -> Params:
 
     Args:
         scheme: "hf" or "gguf".
-        architecture: model_type or general.architecture: "gpt2", "llama" or "qwen2".
+        architecture: model_type or general.architecture.
     """
     is_gpt2, is_gguf = architecture == "gpt2", scheme == "gguf"
-    table = dict(_GGUF if is_gguf else _HF_GPT2 if is_gpt2 else _HF_LLAMA)
-    if is_gguf and is_gpt2:
-        table |= dict.fromkeys("qkv", "blk.{i}.attn_qkv")
+    if is_gguf:
+        table = _GGUF | (dict.fromkeys("qkv", "blk.{i}.attn_qkv") if is_gpt2 else {})
+    else:
+        table = {"gpt2": _HF_GPT2, "gemma3_text": _HF_GEMMA3}.get(architecture, _HF_LLAMA)
     heads, kv_heads = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     first_row = {"q": 0, "k": heads, "v": heads + kv_heads} if is_gpt2 else {}
 
@@ -104,7 +117,8 @@ def sources(cfg: Config, scheme: str, *, architecture: str) -> Params:
     def norm(part: str, i: int = 0) -> Norm:
         name = table[part].format(i=i)
         bias = Source(f"{name}.bias") if cfg.norm == "layer" else None
-        return Norm(scale=Source(f"{name}.weight"), bias=bias)
+        is_shifted = is_gguf and cfg.norm == "unit_rms"
+        return Norm(scale=Source(f"{name}.weight", is_shifted=is_shifted), bias=bias)
 
     def layer(i: int) -> Layer:
         return Layer(
@@ -112,11 +126,15 @@ def sources(cfg: Config, scheme: str, *, architecture: str) -> Params:
             q=linear("q", cfg.qkv_bias, i),
             k=linear("k", cfg.qkv_bias, i),
             v=linear("v", cfg.qkv_bias, i),
+            q_norm=norm("q_norm", i) if cfg.qk_norm else None,
+            k_norm=norm("k_norm", i) if cfg.qk_norm else None,
             out=linear("out", cfg.linear_bias, i),
+            attn_post_norm=norm("attn_post_norm", i) if cfg.post_norms else None,
             mlp_norm=norm("mlp_norm", i),
-            gate=linear("gate", cfg.linear_bias, i) if cfg.mlp == "swiglu" else None,
+            gate=None if cfg.mlp == "gelu" else linear("gate", cfg.linear_bias, i),
             up=linear("up", cfg.linear_bias, i),
             down=linear("down", cfg.linear_bias, i),
+            mlp_post_norm=norm("mlp_post_norm", i) if cfg.post_norms else None,
         )
 
     return Params(

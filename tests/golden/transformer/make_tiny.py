@@ -1,19 +1,24 @@
-"""Makes three tiny random decoders with transformers, and what transformers computes with them.
+"""Makes a tiny random decoder of each family with transformers, and what transformers computes.
 
     python make_tiny.py
 
-It needs torch and transformers (`pip install -e '.[parity]'`). Each of gpt2, llama and qwen2 gets a
-folder as transformers saves it, config.json and model.safetensors, and beside them golden.npz:
+It needs torch and transformers (`pip install -e '.[parity]'`). Each gets a folder as transformers
+saves it, config.json and safetensors (in several shards for mistral), and beside them golden.npz,
+all float32 but the ids, T = 24 tokens, longer than every window and than the contexts before
+scaling:
 
-    ids [2, 24]                 token ids
-    logits [2, 24, V]           float32, as everything below
-    residual [L, 2, 24, D]      the stream entering each block
-    attention [L, 2, N, 24, 24] attention weights
+    ids [1, T]
+    logits [1, T, V]
+    stream [L, 1, T, D]         what enters each block; the last is out of the last block
+    attention [L, 1, N, T, T]   attention weights
+    PART [L, 1, T, ...]         what each part of a block gives: attn_norm q k v q_norm k_norm out
+                                attn_post_norm mlp_norm up gate mlp mlp_post_norm
     versions                    what made the file
 
 All weights are drawn at random, biases and norms too: zeros and ones would hide a mistake in them.
 """
 
+import collections
 import platform
 import shutil
 from importlib.metadata import version
@@ -24,50 +29,139 @@ import torch
 import transformers
 
 HERE = Path(__file__).parent
-LLAMA_SIZES = dict(
-    vocab_size=160,
+SIZES = dict(
+    vocab_size=96,
     hidden_size=32,
-    intermediate_size=56,
+    intermediate_size=40,
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=512,
 )
+LLAMA3 = dict(
+    rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)  # fmt: skip
+YARN = dict(
+    rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16, beta_fast=4.0
+)
+GEMMA = dict(
+    full_attention=dict(rope_type="linear", rope_theta=1e6, factor=8.0),
+    sliding_attention=dict(rope_type="default", rope_theta=1e4),
+)
 CONFIGS = {
-    "gpt2": transformers.GPT2Config(vocab_size=160, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "gpt2": transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64),
     "llama": transformers.LlamaConfig(  # heads wider than hidden_size / num_attention_heads
-        **LLAMA_SIZES, head_dim=12, rms_norm_eps=1e-5, tie_word_embeddings=False
+        **SIZES, head_dim=12, rms_norm_eps=1e-5, tie_word_embeddings=False, rope_parameters=LLAMA3
     ),
+    "mistral": transformers.MistralConfig(**SIZES, sliding_window=7),
     "qwen2": transformers.Qwen2Config(
-        **LLAMA_SIZES,
+        **SIZES,
         tie_word_embeddings=True,
+        use_sliding_window=True,
+        sliding_window=9,
+        max_window_layers=1,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     ),
+    "qwen3": transformers.Qwen3Config(
+        **SIZES, head_dim=12, tie_word_embeddings=True, rope_parameters=YARN
+    ),
+    "gemma3": transformers.Gemma3TextConfig(
+        **SIZES | dict(num_hidden_layers=3, num_key_value_heads=1),
+        head_dim=12,
+        query_pre_attn_scalar=10,
+        sliding_window=5,
+        sliding_window_pattern=3,
+        rope_parameters=GEMMA,
+    ),
+}
+PARTS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "q",
+    "self_attn.k_proj": "k",
+    "self_attn.v_proj": "v",
+    "self_attn.q_norm": "q_norm",
+    "self_attn.k_norm": "k_norm",
+    "self_attn": "out",
+    "post_attention_layernorm": "mlp_norm",
+    "mlp.gate_proj": "gate",
+    "mlp.up_proj": "up",
+    "mlp": "mlp",
+}
+GEMMA_PARTS = PARTS | {
+    "post_attention_layernorm": "attn_post_norm",
+    "pre_feedforward_layernorm": "mlp_norm",
+    "post_feedforward_layernorm": "mlp_post_norm",
+}
+GPT2_PARTS = {
+    "ln_1": "attn_norm",
+    "attn.c_attn": "qkv",
+    "attn": "out",
+    "ln_2": "mlp_norm",
+    "mlp.c_fc": "up",
+    "mlp": "mlp",
 }
 
 
-@torch.inference_mode()
-def make(name: str, config: transformers.PretrainedConfig) -> None:
+def random_model(config: transformers.PretrainedConfig):
+    """A float32 model with every weight drawn at random."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager", dtype=torch.float32
     ).eval()
     for key, parameter in model.named_parameters():
-        is_scale = parameter.ndim == 1 and key.endswith("weight")
-        parameter.normal_(1.0 if is_scale else 0.0, 0.2)
+        # Gemma adds one to the scales of its norms by itself.
+        is_scale = (
+            parameter.ndim == 1 and key.endswith("weight") and "gemma" not in config.model_type
+        )
+        parameter.data.normal_(1.0 if is_scale else 0.0, 0.2)
+    return model
+
+
+@torch.inference_mode()
+def intermediates(model, ids: torch.Tensor) -> dict[str, np.ndarray]:
+    """What every part of every block gives, see above."""
+    is_gpt2 = model.config.model_type == "gpt2"
+    blocks = model.transformer.h if is_gpt2 else model.model.layers
+    names = {"gpt2": GPT2_PARTS, "gemma3_text": GEMMA_PARTS}.get(model.config.model_type, PARTS)
+    found = collections.defaultdict(list)
+
+    def record(name: str):
+        def hook(module, given, output):
+            found[name].append(output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    hooks = [blocks[0].register_forward_pre_hook(lambda _, given: found["stream"].append(given[0]))]
+    for block in blocks:
+        hooks.append(block.register_forward_hook(record("stream")))
+        for name, module in block.named_modules():
+            if name in names:
+                hooks.append(module.register_forward_hook(record(names[name])))
+    out = model(ids, output_attentions=True)
+    for hook in hooks:
+        hook.remove()
+    if is_gpt2:
+        parts = [qkv.chunk(3, -1) for qkv in found.pop("qkv")]
+        found |= {name: [part[i] for part in parts] for i, name in enumerate("qkv")}
+    return {
+        "logits": out.logits.numpy(),
+        "attention": torch.stack(out.attentions).numpy(),
+        **{name: torch.stack(parts).numpy() for name, parts in found.items()},
+    }
+
+
+def make(name: str, config: transformers.PretrainedConfig) -> None:
+    model = random_model(config)
     folder = HERE / name
     shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="40KB" if name == "mistral" else "5GB")
     (folder / "generation_config.json").unlink(missing_ok=True)
-    ids = torch.randint(config.vocab_size, (2, 24))
-    out = model(ids, output_hidden_states=True, output_attentions=True)
+    ids = torch.randint(config.vocab_size, (1, 24))
     np.savez_compressed(
         folder / "golden.npz",
         ids=ids.numpy().astype(np.int32),
-        logits=out.logits.numpy(),
-        # transformers puts the last one through the final norm: it is not the stream any more.
-        residual=torch.stack(out.hidden_states[:-1]).numpy(),
-        attention=torch.stack(out.attentions).numpy(),
+        **intermediates(model, ids),
         versions=versions(),
     )
 

@@ -1,0 +1,479 @@
+"""How each published family of decoders writes its config: `config.json` and GGUF metadata.
+
+One row of `FAMILIES` a family: the forms that define it, and what its keys are called. Reading is
+strict: a key whose meaning is not known, or a value for which this decoder would be wrong, raises.
+Follows the configuration classes of transformers 5 (and what older files wrote) and the key list of
+ggml's docs/gguf.md.
+
+Leaves out: the vision towers of larger Gemma 3 models, mixtures of experts, and scaling of rotary
+positions other than linear, Llama 3's and YaRN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformer.config import MAX_LAYERS, SCALING_FIELDS, Config, RopeScaling, check_size
+
+_GPT2_FORMS: dict[str, Any] = dict(
+    norm="layer", position="learned", mlp="gelu", qkv_bias=True, linear_bias=True,
+    qk_norm=False, post_norms=False, scale_embeddings=False,
+)  # fmt: skip
+_LLAMA_FORMS: dict[str, Any] = dict(
+    norm="rms", position="rope", mlp="swiglu", qkv_bias=False, linear_bias=False,
+    qk_norm=False, post_norms=False, scale_embeddings=False,
+)  # fmt: skip
+_GPT2_KEYS = {
+    "n_layer": "num_layers",
+    "n_head": "num_heads",
+    "n_embd": "d_model",
+    "n_inner": "d_ff",
+    "vocab_size": "vocab_size",
+    "n_positions": "max_seq_len",
+    "layer_norm_epsilon": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+}
+_LLAMA_KEYS = {
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "hidden_size": "d_model",
+    "intermediate_size": "d_ff",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_seq_len",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+}
+_LLAMA_ASSUMED = dict(rope_theta=10_000.0, tie_word_embeddings=False, rms_norm_eps=1e-6)
+_SILU = ("hidden_act", "silu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What is particular to one `model_type`."""
+
+    architecture: str  # the class of transformers that opens it
+    gguf: str  # its name in GGUF files
+    forms: Mapping[str, Any]
+    keys: Mapping[str, str]  # key of config.json -> field
+    assumed: Mapping[str, Any]  # what transformers takes where config.json is silent
+    activation: tuple[str, str]  # key and value
+    derived: frozenset[str] = frozenset({"head_dim"})  # fields that may follow from others
+    fixed: Mapping[str, tuple] = field(default_factory=dict)  # keys, and where we are right
+
+
+FAMILIES = {
+    "gpt2": Family(
+        architecture="GPT2LMHeadModel",
+        gguf="gpt2",
+        forms=_GPT2_FORMS,
+        keys=_GPT2_KEYS,
+        assumed=dict(tie_word_embeddings=True, layer_norm_epsilon=1e-5),
+        activation=("activation_function", "gelu_new"),
+        derived=frozenset({"head_dim", "num_kv_heads", "d_ff"}),
+        fixed={
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "reorder_and_upcast_attn": (False,),
+            "add_cross_attention": (False,),
+        },
+    ),
+    "llama": Family(  # Llama 2 and 3, TinyLlama, SmolLM2
+        architecture="LlamaForCausalLM",
+        gguf="llama",
+        forms=_LLAMA_FORMS,
+        keys=_LLAMA_KEYS,
+        assumed=_LLAMA_ASSUMED,
+        activation=_SILU,
+        derived=frozenset({"head_dim", "num_kv_heads"}),
+        fixed={
+            "attention_bias": (False,),
+            "mlp_bias": (False,),
+            "rope_interleaved": (False,),
+            "sliding_window": (None,),
+        },
+    ),
+    "mistral": Family(  # its GGUF files do not record the window and are read as llama
+        architecture="MistralForCausalLM",
+        gguf="llama",
+        forms=_LLAMA_FORMS,
+        keys=_LLAMA_KEYS,
+        assumed=_LLAMA_ASSUMED | dict(sliding_window=4096),
+        activation=_SILU,
+    ),
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
+        gguf="qwen2",
+        forms=_LLAMA_FORMS | dict(qkv_bias=True),
+        keys=_LLAMA_KEYS,
+        assumed=_LLAMA_ASSUMED
+        | dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28),
+        activation=_SILU,
+        fixed={"use_mrope": (False,)},
+    ),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        gguf="qwen3",
+        forms=_LLAMA_FORMS | dict(qk_norm=True),
+        keys=_LLAMA_KEYS,
+        assumed=_LLAMA_ASSUMED
+        | dict(head_dim=128, use_sliding_window=False, sliding_window=4096, max_window_layers=28),
+        activation=_SILU,
+        derived=frozenset(),
+        fixed={"attention_bias": (False,)},
+    ),
+    "gemma3_text": Family(
+        architecture="Gemma3ForCausalLM",
+        gguf="gemma3",
+        forms=_LLAMA_FORMS
+        | dict(norm="unit_rms", mlp="geglu", qk_norm=True, post_norms=True, scale_embeddings=True),
+        keys=_LLAMA_KEYS
+        | {"query_pre_attn_scalar": "query_scalar", "rope_local_base_freq": "local_rope_theta"},
+        assumed=dict(
+            head_dim=256,
+            query_pre_attn_scalar=256,
+            rms_norm_eps=1e-6,
+            rope_theta=1_000_000.0,
+            rope_local_base_freq=10_000.0,
+            sliding_window=4096,
+            sliding_window_pattern=6,
+            tie_word_embeddings=True,
+        ),
+        activation=("hidden_activation", "gelu_pytorch_tanh"),
+        derived=frozenset(),
+        fixed={
+            "attention_bias": (False,),
+            "attn_logit_softcapping": (None,),
+            "final_logit_softcapping": (None,),
+            "use_bidirectional_attention": (None, False),
+        },
+    ),
+}
+
+# Keys of a config.json that say nothing about what the forward pass computes.
+_SILENT_KEYS = frozenset(
+    """
+    _name_or_path architectures attention_dropout attn_pdrop bos_token_id cache_implementation
+    chunk_size_feed_forward dtype embd_pdrop eos_token_id id2label initializer_range
+    is_llama_config label2id model_type output_attentions output_hidden_states pad_token_id
+    pretraining_tp problem_type resid_pdrop return_dict summary_activation summary_first_dropout
+    summary_proj_to_labels summary_type summary_use_proj task_specific_params torch_dtype
+    transformers.js_config transformers_version use_cache
+    """.split()  # noqa: SIM905 (a list of words reads better than forty quotes)
+)
+_SCALING_KEYS = {
+    "factor": "factor",
+    "original_max_position_embeddings": "original_max_seq_len",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "attention_factor": "attention_factor",
+}
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+_LAYER_TYPES = {_LOCAL, _GLOBAL}
+
+
+def from_hf(config: Mapping[str, Any]) -> Config:
+    """Reads the dictionary of a Hugging Face `config.json`.
+
+    Raises:
+        ValueError: the model type, a key, or a value is one whose meaning this decoder lacks, or a
+            key is missing.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ValueError(f"model_type must be one of {sorted(FAMILIES)}, got {kind!r}")
+    family = FAMILIES[kind]
+    given = {**family.assumed, **config}
+    if (context := given.pop("n_ctx", given.get("n_positions"))) != given.get("n_positions"):
+        raise ValueError(f"n_ctx must equal n_positions, got {context!r}")  # GPT-2 says it twice
+
+    fields: dict[str, Any] = dict(family.forms)
+    if family.forms["position"] == "rope":
+        _take_rope(given, fields)
+        layers = given.get("num_hidden_layers")
+        check_size("num_hidden_layers", layers, MAX_LAYERS)
+        fields["windows"] = _take_windows(given, family, layers)
+    fixed = {family.activation[0]: (family.activation[1],), **family.fixed}
+    for key, value in given.items():
+        if key in family.keys:
+            fields[family.keys[key]] = value
+        elif key in fixed:
+            if value not in fixed[key]:
+                allowed = " or ".join(map(repr, fixed[key]))
+                raise ValueError(f"{key} must be {allowed} for {kind}, got {value!r}")
+        elif key not in _SILENT_KEYS:
+            raise ValueError(f"config.json has the key {key!r}, whose meaning is not known")
+
+    lacking = {name: key for key, name in family.keys.items() if fields.get(name) is None}
+    if missing := [key for name, key in lacking.items() if name not in family.derived]:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    for name in ("num_heads", "d_model"):
+        check_size(name, fields[name])
+    follows = {
+        "num_kv_heads": fields["num_heads"],
+        "head_dim": fields["d_model"] // fields["num_heads"],
+        "d_ff": 4 * fields["d_model"],
+    }
+    for name in family.derived:
+        if fields.get(name) is None:
+            fields[name] = follows[name]
+    if fields.get("query_scalar") == fields["head_dim"]:
+        fields["query_scalar"] = None  # which is what it means by default
+    return Config(**fields)
+
+
+def to_hf(cfg: Config) -> dict[str, Any]:
+    """The `config.json` dictionary that `from_hf` reads back to this very config.
+
+    Raises:
+        ValueError: no Hugging Face model type has this combination of forms.
+    """
+    kinds = [
+        kind
+        for kind, family in FAMILIES.items()
+        if all(getattr(cfg, name) == value for name, value in family.forms.items())
+    ]
+    if not kinds:
+        raise ValueError(f"no Hugging Face model type has the forms of {cfg}")
+    # Llama and Mistral differ in the window alone.
+    kind = kinds[0] if len(kinds) == 1 or cfg.windows == (None,) else "mistral"
+    family = FAMILIES[kind]
+    out = {"model_type": kind, "architectures": [family.architecture]}
+    out |= dict([family.activation])
+    out |= {key: getattr(cfg, name) for key, name in family.keys.items()}
+    if "query_pre_attn_scalar" in out and cfg.query_scalar is None:
+        out["query_pre_attn_scalar"] = cfg.head_dim
+    if cfg.position == "rope":
+        out["rope_theta"] = cfg.rope_theta
+        if cfg.rope_scaling is not None:
+            scaling = dataclasses.asdict(cfg.rope_scaling)
+            out["rope_scaling"] = {"rope_type": scaling.pop("kind")} | {
+                key: scaling[name]
+                for key, name in _SCALING_KEYS.items()
+                if scaling[name] is not None
+            }
+    window = next((window for window in cfg.windows if window is not None), None)
+    if "sliding_window" in family.assumed:
+        out["sliding_window"] = window
+    if "use_sliding_window" in family.assumed:
+        out["use_sliding_window"] = window is not None
+    if "sliding_window" in family.assumed and kind != "mistral":
+        out["layer_types"] = [
+            _GLOBAL if cfg.window(i) is None else _LOCAL for i in range(cfg.num_layers)
+        ]
+    if (back := from_hf(out)) != cfg:
+        lost = [
+            f.name for f in dataclasses.fields(cfg) if getattr(back, f.name) != getattr(cfg, f.name)
+        ]
+        raise ValueError(f"the config.json of {kind} has no place for {', '.join(lost)} of {cfg}")
+    return out
+
+
+def _take_rope(given: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Moves what `given` says of rotary positions, in any of its three spellings, to `fields`."""
+    scaling = given.pop("rope_scaling", None)
+    if scaling is not None and not isinstance(scaling, Mapping):
+        raise ValueError(f"rope_scaling must be an object, got {scaling!r}")
+    everywhere = {"rope_theta": given.pop("rope_theta")} | dict(scaling or {})
+    nested = given.pop("rope_parameters", None)  # transformers 5; one for each kind of layer,
+    if nested is not None and not isinstance(nested, Mapping):
+        raise ValueError(f"rope_parameters must be an object, got {nested!r}")
+    if nested is not None and nested.keys() <= _LAYER_TYPES:  # where they differ
+        if "rope_local_base_freq" not in given:
+            raise ValueError("rope_parameters differ by layer, which this model type does not do")
+        local = dict(nested.get(_LOCAL) or {})
+        if (kind := local.pop("rope_type", "default")) != "default":
+            raise ValueError(f"rope_parameters of {_LOCAL} must be 'default', got {kind!r}")
+        given["rope_local_base_freq"] = local.pop("rope_theta", given["rope_local_base_freq"])
+        if local:
+            raise ValueError(f"rope_parameters of {_LOCAL} hold unknown keys: {sorted(local)}")
+        nested = nested.get(_GLOBAL)
+    everywhere |= nested or {}
+    fields["rope_theta"] = everywhere.pop("rope_theta")
+    fields["rope_scaling"] = _scaling(everywhere)
+
+
+def _scaling(given: dict[str, Any]) -> RopeScaling | None:
+    """The scaling that `rope_scaling` (or `rope_parameters`) asks for."""
+    kind = given.pop("rope_type", given.pop("type", None)) or ("default" if not given else None)
+    if given.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("partial_rotary_factor must be 1: each head is rotated whole")
+    if kind == "default":
+        if given:
+            raise ValueError(f"rope_type 'default' has no keys {sorted(given)}")
+        return None
+    if kind not in SCALING_FIELDS:
+        known = ", ".join(["default", *SCALING_FIELDS])
+        raise ValueError(f"rope_type must be one of {known}, got {kind!r}")
+    if kind == "yarn":
+        given = {"beta_fast": 32.0, "beta_slow": 1.0, **given}
+        factor = given.get("factor")
+        if given.get("attention_factor") is None and isinstance(factor, int | float):
+            given["attention_factor"] = 0.1 * math.log(max(factor, 1)) + 1.0
+    wanted = {key for key, name in _SCALING_KEYS.items() if name in SCALING_FIELDS[kind]}
+    if unknown := sorted(given.keys() - wanted):
+        raise ValueError(f"rope_type {kind!r} has keys whose meaning is not known: {unknown}")
+    if missing := [key for key in _SCALING_KEYS if key in wanted and given.get(key) is None]:
+        raise ValueError(f"rope_type {kind!r} lacks {', '.join(missing)}")
+    return RopeScaling(kind=kind, **{_SCALING_KEYS[key]: value for key, value in given.items()})
+
+
+def _take_windows(given: dict[str, Any], family: Family, num_layers: int) -> tuple[int | None, ...]:
+    """Removes what `given` says of sliding windows, and returns it as a pattern over the layers."""
+
+    def take(key: str, default: Any) -> Any:  # a key that this family has
+        return given.pop(key) if key in family.assumed else default
+
+    size, num_full = take("sliding_window", None), take("max_window_layers", 0)
+    if not take("use_sliding_window", True):
+        size = None  # Qwen states a window and switches it off
+    if size is not None:
+        check_size("sliding_window", size)
+    every = take("sliding_window_pattern", None)
+    if every is not None:
+        every = given.pop("_sliding_window_pattern", every)  # as transformers writes it
+        check_size("sliding_window_pattern", every, MAX_LAYERS)
+    if (types := given.pop("layer_types", None)) is None:
+        if size is None:
+            return (None,)
+        if every is not None:  # Gemma 3: each sixth layer sees everything
+            return (size,) * (every - 1) + (None,)
+        return (None,) * min(num_full, num_layers) + (size,) * max(num_layers - num_full, 0)
+    if not isinstance(types, list) or len(types) != num_layers or {*map(str, types)} - _LAYER_TYPES:
+        raise ValueError(
+            f"layer_types must say {' or '.join(sorted(_LAYER_TYPES))} for each of {num_layers} "
+            f"layers, got {types!r}"
+        )
+    if _LOCAL in types and size is None:
+        raise ValueError(f"layer_types says {_LOCAL}, but no sliding_window is in use")
+    return tuple(size if kind == _LOCAL else None for kind in types)
+
+
+def from_gguf(
+    metadata: Mapping[str, Any], *, has_head: bool, rope_factors: Sequence[float] | None = None
+) -> Config:
+    """Reads the metadata of a GGUF file.
+
+    Args:
+        metadata: the key-value section of the file.
+        has_head: whether the file holds `output.weight`; without it the embeddings are tied.
+        rope_factors: `rope_freqs.weight`, where the file has it: what each rotary frequency is
+            divided by.
+
+    Raises:
+        ValueError: an unknown architecture, a missing key, or a key that changes the forward pass
+            in a way this decoder lacks.
+    """
+    kind = metadata.get("general.architecture")
+    known = {family.gguf: family for family in reversed(FAMILIES.values())}
+    if not isinstance(kind, str) or kind not in known:
+        raise ValueError(f"general.architecture must be one of {sorted(known)}, got {kind!r}")
+    family = known[kind]
+    own = {
+        key.removeprefix(f"{kind}."): value
+        for key, value in metadata.items()
+        if key.startswith(f"{kind}.")
+    }
+
+    def take(key: str, default: Any = None) -> Any:
+        value = own.pop(key, default)
+        if value is None:
+            raise ValueError(f"the GGUF metadata lacks {kind}.{key}")
+        return value
+
+    heads, d_model = take("attention.head_count"), take("embedding_length")
+    check_size("attention.head_count", heads)
+    check_size("embedding_length", d_model)
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    is_layer_norm = family.forms["norm"] == "layer"
+    fields = dict(
+        family.forms,
+        num_layers=take("block_count"),
+        num_heads=heads,
+        num_kv_heads=take("attention.head_count_kv", heads),
+        head_dim=take("attention.key_length", d_model // heads),
+        d_model=d_model,
+        d_ff=take("feed_forward_length"),
+        vocab_size=take("vocab_size", len(tokens) if isinstance(tokens, list) else None),
+        max_seq_len=take("context_length"),
+        norm_eps=take(f"attention.layer_norm_{'' if is_layer_norm else 'rms_'}epsilon"),
+        tie_embeddings=not has_head,
+    )
+    if fields["position"] == "rope":
+        fields["rope_theta"] = take("rope.freq_base", 10_000.0)
+        if (rotated := take("rope.dimension_count", fields["head_dim"])) != fields["head_dim"]:
+            raise ValueError(f"{kind}.rope.dimension_count must be head_dim, got {rotated}")
+        fields["rope_scaling"] = _gguf_scaling(own, kind, fields, rope_factors)
+    if kind == "gemma3":
+        fields["local_rope_theta"] = take("rope.freq_base_swa", 10_000.0)
+        fields["windows"] = _gguf_windows(own, take("attention.sliding_window"))
+        if fields["num_layers"] == 62:  # the 27B model; no key says so, llama.cpp knows it too
+            fields["query_scalar"] = d_model // heads
+    if (width := take("attention.value_length", fields["head_dim"])) != fields["head_dim"]:
+        raise ValueError(f"{kind}.attention.value_length must be head_dim, got {width}")
+    if own:
+        raise ValueError(f"GGUF keys whose meaning is not known: {sorted(own)}")
+    return Config(**fields)
+
+
+def _gguf_windows(own: dict[str, Any], size: int) -> tuple[int | None, ...]:
+    """Gemma 3: a flag a layer, or every how many layers one sees everything."""
+    pattern = own.pop("attention.sliding_window_pattern", 6)
+    if isinstance(pattern, list):
+        return tuple(size if is_local else None for is_local in pattern)
+    check_size("attention.sliding_window_pattern", pattern, MAX_LAYERS)
+    return (size,) * (pattern - 1) + (None,)
+
+
+def _gguf_scaling(
+    own: dict[str, Any], kind: str, fields: dict[str, Any], factors: Sequence[float] | None
+) -> RopeScaling | None:
+    """The scaling that the keys `rope.scaling.*`, or Llama 3's table of factors, ask for."""
+    if factors is not None:
+        return _llama3_scaling(factors, fields["head_dim"], fields["rope_theta"])
+    own.pop("rope.scaling.finetuned", None)
+    scaling = own.pop("rope.scaling.type", "none")
+    given = {}
+    for key in ("factor", "original_context_length", "yarn_beta_fast", "yarn_beta_slow"):
+        if (value := own.pop(f"rope.scaling.{key}", None)) is not None and scaling != "none":
+            given[key.removeprefix("yarn_")] = value
+    if "original_context_length" in given:
+        given["original_max_position_embeddings"] = given.pop("original_context_length")
+    if scaling == "linear":
+        given.pop("original_max_position_embeddings", None)  # stated, but not used
+    return _scaling({"rope_type": "default" if scaling == "none" else scaling, **given})
+
+
+def _llama3_scaling(factors: Sequence[float], head_dim: int, theta: float) -> RopeScaling:
+    """Recognises Llama 3's scaling by the table that it makes.
+
+    GGUF files hold the table and not the numbers behind it; all published models used the same
+    three, and a factor that is the largest in the table.
+    """
+    scaling = RopeScaling(
+        kind="llama3",
+        factor=float(max(factors)),
+        original_max_seq_len=8192,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+    )
+    expected = []
+    for i in range(head_dim // 2):
+        turns = 8192 / (2 * math.pi * theta ** (2 * i / head_dim))  # within the first context
+        keep = min(max((turns - 1.0) / (4.0 - 1.0), 0.0), 1.0)
+        expected.append(1 / (keep + (1 - keep) / scaling.factor))
+    same = len(expected) == len(factors) and all(
+        math.isclose(a, b, rel_tol=1e-5) for a, b in zip(expected, factors, strict=True)
+    )
+    if not same:
+        raise ValueError(
+            "rope_freqs.weight is not the table that Llama 3's scaling makes; no other is known"
+        )
+    return scaling
