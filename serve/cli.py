@@ -184,7 +184,13 @@ def serve(
                 text = welcome(address, registry, has_keys=bool(chosen.api_keys))
                 print(text, file=sys.stderr, flush=True)
                 if json:
-                    terminal.answer_json({"url": address, "models": [m.id for m in models]})
+                    terminal.answer_json(
+                        {
+                            "url": address,
+                            "models": [model.id for model in models],
+                            "formats": [model.format for model in models],
+                        }
+                    )
 
             def stopping() -> None:
                 terminal.say("stopping after the running answers (Ctrl-C again: at once)")

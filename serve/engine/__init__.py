@@ -6,11 +6,12 @@ them), `load.py` (how a model gets here).
 """
 
 from serve.engine.device import Device, Lane, default_device
-from serve.engine.engine import Engine
+from serve.engine.engine import Engine, Stats
 from serve.engine.load import ServedModel, load_model
-from serve.engine.requests import Busy, Done, Event, Failed, Request, Scored, Token
+from serve.engine.requests import Began, Busy, Done, Event, Failed, Request, Scored, Token
 
 __all__ = [
+    "Began",
     "Busy",
     "Device",
     "Done",
@@ -21,6 +22,7 @@ __all__ = [
     "Request",
     "Scored",
     "ServedModel",
+    "Stats",
     "Token",
     "default_device",
     "load_model",

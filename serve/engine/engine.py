@@ -1,9 +1,8 @@
-"""The thread that computes, and the doors to it.
+"""What joins requests, scheduler and model, and the doors to it.
 
-Everything that touches a model's arrays happens on one thread, one bounded piece of work at a time;
-the threads of several models take turns on the device. Callers put requests in and get events out,
-from an event loop (`stream`) or from ordinary code (`generate`); leaving either early cancels the
-request within one piece of work.
+Callers put requests in and get events out, from an event loop (`stream`) or from ordinary code
+(`generate`); leaving either early cancels the request within one piece of work. Everything that
+touches a model's arrays happens on the device thread (`device.py`), one bounded piece at a time.
 """
 
 from __future__ import annotations
@@ -12,36 +11,80 @@ import asyncio
 import contextlib
 import logging
 import queue
-import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Generator
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
-from serve.engine.requests import Busy, Done, Event, Failed, Request, Scored, Token
+from serve.engine.device import Device, Piece, Source, default_device
+from serve.engine.requests import Began, Busy, Done, Event, Failed, Request, Scored, Token
 from serve.engine.scheduler import Decode, Prefill, Scheduler, Sequence
 
 log = logging.getLogger(__name__)
 
-_DEVICE = threading.Lock()  # several models take turns, one piece of work each
 FAILED = "The server had an error while processing your request."
-IDLE_SECONDS = 3.0  # of quiet before the engine does something of its own
+ENOUGH_TOKENS = 32  # of a row that was alone, for its speed to mean something
+LONGEST_RETRY = 60.0  # seconds; what a client is told at most when the queue is full
 
 
 class Computer(Protocol):
     """What the engine needs of a model; `Runner` is the real one."""
 
-    def prefill(self, row: Sequence) -> object | None: ...
+    max_rows: int  # that decode together just now
+
+    def prefill(self, row: Sequence, copy: tuple[int, int] | None) -> object | None: ...
     def decode(self, rows: list[Sequence]) -> object: ...
     def recover(self) -> bool: ...
 
 
-class Engine:
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What an engine did since it began, and how it stands. Tokens, if nothing else is said.
+
+    Attributes:
+        prompt_tokens: of prompts that were read.
+        cached_tokens: those among them that had been read before.
+        generated_tokens: drawn and delivered.
+        chunks: pieces of prompts that were computed.
+        steps: of decoding.
+        stepped_rows: rows in all those steps together.
+        requests: that ended, by how: "stop", "length", "cancelled", "timeout", "failed".
+        restarts: rows that gave their blocks back and started over.
+        waiting: requests in the queue now.
+        running: requests in a slot now.
+        slots: requests that can be in one.
+        blocks: of the cache.
+        blocks_held: by running requests now.
+        blocks_remembering: held by nobody, kept for prompts that begin alike.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    chunks: int = 0
+    steps: int = 0
+    stepped_rows: int = 0
+    requests: dict[str, int]
+    restarts: int = 0
+    waiting: int = 0
+    running: int = 0
+    slots: int = 0
+    blocks: int = 0
+    blocks_held: int = 0
+    blocks_remembering: int = 0
+
+
+class Engine(Source):
     """Generates for many requests at a time.
 
     Args:
-        computer: the model; touched by the engine's own thread only.
+        computer: the model; touched by the device thread only.
         scheduler: who computes next.
         context: positions a sequence may have.
-        when_idle: work to do, one piece at a time, whenever nothing was asked for a while.
+        device: where it computes; the process's own if not given.
+        on_speed: told (tokens, seconds) when a request that had the model for itself ends.
     """
 
     def __init__(
@@ -49,15 +92,18 @@ class Engine:
         computer: Computer,
         scheduler: Scheduler,
         context: int,
-        when_idle: Iterable[Callable[[], None]] = (),
+        device: Device | None = None,
+        on_speed: Callable[[int, float], None] = lambda tokens, seconds: None,
     ) -> None:
         self._computer, self._scheduler, self._context = computer, scheduler, context
-        self._when_idle = list(when_idle)
-        self._changed = threading.Condition()
-        self._arrived: list[Sequence] = []  # guarded by _changed
-        self._is_closing = False  # guarded by _changed
-        self._thread = threading.Thread(target=self._run, name="device", daemon=True)
-        self._thread.start()
+        self._device = device or default_device()
+        self._changed = self._device.changed  # guards everything below, and the scheduler
+        self._on_speed = on_speed
+        self._is_closing = False
+        self._counts: Counter[str] = Counter()  # fields of Stats
+        self._ends: Counter[str] = Counter()  # how requests ended
+        self._ended = time.monotonic()  # when a request last did
+        self._pace = 1.0  # seconds from the end of one request to that of the next, on average
 
     # -- doors ---------------------------------------------------------------------------------
 
@@ -99,7 +145,7 @@ class Engine:
             self._cancel(sequence)
 
     def close(self, *, drain: bool = True, timeout: float = 30.0) -> None:
-        """Stops the thread. May be called again.
+        """Ends what was accepted, and accepts no more. May be called again.
 
         Args:
             drain: finish what was accepted, as far as it goes within the timeout; the rest, or
@@ -110,12 +156,35 @@ class Engine:
             self._is_closing = True
             if not drain:
                 self._cancel_all()
-            self._changed.notify()
-        self._thread.join(timeout)
-        if self._thread.is_alive():
-            with self._changed:
+            if not self._changed.wait_for(lambda: self.is_idle, timeout):
                 self._cancel_all()
-            self._thread.join(5.0)  # the piece of work in hand
+                self._changed.wait_for(lambda: self.is_idle, 5.0)  # the piece of work in hand
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests will be answered."""
+        return self._device.is_alive and not self._is_closing
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs or waits."""
+        return self._scheduler.is_idle
+
+    def stats(self) -> Stats:
+        """Counts since the start, and how things stand now."""
+        with self._changed:
+            scheduler, blocks = self._scheduler, self._scheduler.blocks
+            return Stats(
+                **self._counts,
+                requests=dict(self._ends),
+                restarts=scheduler.restarts,
+                waiting=len(scheduler.waiting),
+                running=len(scheduler.active),
+                slots=scheduler.num_slots,
+                blocks=blocks.count,
+                blocks_held=blocks.count - blocks.available,
+                blocks_remembering=blocks.remembering,
+            )
 
     def _submit(self, request: Request, deliver: Callable[[Event], None]) -> Sequence:
         least = 1 if request.prompt_logprobs is None else 0
@@ -127,71 +196,58 @@ class Engine:
                 f"more than the context of {self._context}"
             )
         sequence = Sequence(request, deliver)
+        if request.timeout is not None:
+            sequence.deadline = time.monotonic() + request.timeout
         with self._changed:
-            if self._is_closing:
-                deliver(Done("cancelled"))
+            if not self.is_alive:
+                deliver(Done("cancelled") if self._is_closing else Failed(FAILED))
                 return sequence
-            if len(self._scheduler.waiting) + len(self._arrived) >= self._scheduler.max_waiting:
-                raise Busy
-            self._arrived.append(sequence)
-            self._changed.notify()
+            if self._scheduler.is_idle:
+                self._ended = time.monotonic()
+            try:
+                self._scheduler.submit(sequence)
+            except Busy:
+                raise Busy(min(max(self._pace, 1.0), LONGEST_RETRY)) from None
+            self._device.wake(self)
         return sequence
 
     def _cancel(self, sequence: Sequence) -> None:
-        with self._changed:
-            sequence.is_cancelled = True
-            self._changed.notify()
+        sequence.is_cancelled = True  # looked at before the next piece of work
 
     def _cancel_all(self) -> None:
-        for sequence in [*self._arrived, *self._scheduler.waiting, *self._scheduler.active]:
+        for sequence in [*self._scheduler.waiting, *self._scheduler.active]:
             sequence.is_cancelled = True
 
-    # -- the device thread ---------------------------------------------------------------------
+    # -- on the device thread ------------------------------------------------------------------
 
-    def _run(self) -> None:
-        try:
-            self._work()
-        except Exception:
-            log.exception("the device thread cannot go on")
-            with self._changed:
-                self._is_closing = True
-                for row in [*self._arrived, *self._scheduler.waiting, *self._scheduler.active]:
-                    self._end(row, Failed(FAILED))
+    def next(self) -> Piece | None:
+        """A chunk or a step, whichever the scheduler says."""
+        scheduler, now = self._scheduler, time.monotonic()
+        for sequence in [*scheduler.waiting, *scheduler.active]:
+            if sequence.is_cancelled:
+                self._end(sequence, Done("cancelled"))
+            elif sequence.deadline is not None and now >= sequence.deadline:
+                self._end(sequence, Done("timeout"))
+        work = scheduler.next(self._computer.max_rows)
+        if work is None:
+            return None
+        if len(scheduler.active) > 1:
+            for sequence in scheduler.active:
+                sequence.was_alone = False
+        return partial(self._compute, work)
 
-    def _work(self) -> None:
-        scheduler = self._scheduler
-        while True:
-            is_quiet = False
-            with self._changed:
-                while scheduler.is_idle and not self._arrived and not is_quiet:
-                    if self._is_closing:
-                        return
-                    is_called = self._changed.wait(IDLE_SECONDS if self._when_idle else None)
-                    is_quiet = not is_called
-                while self._arrived and len(scheduler.waiting) < scheduler.max_waiting:
-                    scheduler.submit(self._arrived.pop(0))
-                for sequence in [*scheduler.waiting, *scheduler.active]:
-                    if sequence.is_cancelled:
-                        self._end(sequence, Done("cancelled"))
-                work = scheduler.next()
-            if work is not None:
-                self._compute(work)
-            elif is_quiet:
-                try:
-                    with _DEVICE:
-                        self._when_idle.pop(0)()
-                except Exception:
-                    log.exception("work in an idle moment failed")
-                    self._computer.recover()
+    def fail(self, error: Exception) -> None:
+        """Ends every request: something went wrong that is no request's own."""
+        for sequence in [*self._scheduler.waiting, *self._scheduler.active]:
+            self._end(sequence, Failed(FAILED))
 
     def _compute(self, work: Prefill | Decode) -> None:
         rows = [work.sequence] if isinstance(work, Prefill) else list(work.sequences)
         try:
-            with _DEVICE:
-                if isinstance(work, Prefill):
-                    drawn = self._computer.prefill(work.sequence)
-                else:
-                    drawn = self._computer.decode(rows)
+            if isinstance(work, Prefill):
+                drawn = self._computer.prefill(work.sequence, work.copy)
+            else:
+                drawn = self._computer.decode(rows)
         except Exception:
             log.exception("a computation failed; its requests end")
             is_lost = self._computer.recover()
@@ -201,16 +257,31 @@ class Engine:
                 if is_lost:  # the cache went with the failure: the others start over
                     for row in self._scheduler.active[::-1]:
                         self._scheduler.start_over(row)
+                    self._scheduler.blocks.forget_all()
             return
-        if rows[0].scores is not None:
-            self._tell_scores(rows[0])
-        if drawn is not None:
-            with self._changed:
+        with self._changed:
+            if isinstance(work, Prefill):
+                self._scheduler.file(work.sequence)
+                self._tell_reading(work.sequence)
+                self._counts["chunks"] += 1
+            else:
+                self._counts["steps"] += 1
+                self._counts["stepped_rows"] += len(rows)
+            if drawn is not None:
                 for i, row in enumerate(rows):
                     self._take(row, drawn, i)
 
+    def _tell_reading(self, row: Sequence) -> None:
+        """Delivers what a chunk says of the prompt, and that it was read, once each."""
+        if row.scores is not None:
+            self._tell_scores(row)
+        if not row.is_reading and not row.has_begun:
+            row.has_begun, row.began = True, time.monotonic()
+            row.deliver(Began(row.cached))
+            self._counts["prompt_tokens"] += len(row.request.prompt)
+            self._counts["cached_tokens"] += row.cached
+
     def _tell_scores(self, row: Sequence) -> None:
-        """Delivers what the chunk just read says of the prompt, once even if it was read twice."""
         drawn, row.scores = row.scores, None
         k = row.request.prompt_logprobs
         if row.scored == 0:
@@ -234,18 +305,31 @@ class Engine:
         if row.generated < len(row.known):  # it started over: what it said before stands
             token = row.known[row.generated]
         if token in request.stop_ids:
-            self._end(row, Done("stop"))
+            end = (
+                None
+                if request.top_logprobs is None
+                else _token(token, drawn, i, request.top_logprobs)
+            )
+            self._end(row, Done("stop", end))
             return
         row.ids.append(token)
         if row.generated > row.delivered:
             row.delivered += 1
             row.deliver(_token(token, drawn, i, request.top_logprobs))
+            self._counts["generated_tokens"] += 1
         if row.generated == request.max_tokens:
             self._end(row, Done("length"))
 
     def _end(self, row: Sequence, event: Done | Failed) -> None:
         self._scheduler.finish(row)
         row.deliver(event)
+        now = time.monotonic()
+        self._pace, self._ended = 0.8 * self._pace + 0.2 * (now - self._ended), now
+        self._ends[event.reason if isinstance(event, Done) else "failed"] += 1
+        if row.was_alone and row.delivered > ENOUGH_TOKENS:
+            self._on_speed(row.delivered - 1, now - row.began)
+        if self.is_idle:
+            self._changed.notify_all()
 
 
 def _token(token: int, drawn, i: int, top_logprobs: int | None) -> Token:

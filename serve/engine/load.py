@@ -1,23 +1,14 @@
-"""From a file to a model that answers: tokenizer, weights in the right format, cache, engine.
-
-Which number format is fastest depends on the machine (one processor multiplies bytes, another
-converts them first), and which is good enough depends on the model. So the first start measures
-both, remembers the answer beside the models, and says what it chose and why.
-"""
+"""From a file to a model that answers: format, weights, tokenizer, cache, programs, engine."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import hashlib
-import json
+import functools
 import math
-import os
 import platform
-import time
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -26,28 +17,15 @@ import numpy as np
 
 import bpe
 from serve import settings
+from serve.engine import fingerprint, formats
 from serve.engine.engine import Engine
-from serve.engine.runner import BUCKETS, NUM_SLOTS, Runner
+from serve.engine.runner import BUCKETS, CHUNK, NUM_SLOTS, Runner
 from serve.engine.scheduler import Scheduler
-from transformer import cache, checkpoint, generate, sampling
+from transformer import cache, checkpoint
 from transformer.checkpoint import Format
-from transformer.config import Config
 from transformer.decoder import Params
-from transformer.sampling import Sampling
 
-FORMATS: tuple[Format, ...] = ("int8", "bfloat16", "float32")
 MAX_WAITING = 256  # requests in the queue before others are turned away
-# A format serves if it makes the passage below at most this much harder to predict.
-MAX_PERPLEXITY_RATIO = 1.03
-PASSAGE = (
-    "The tokenizer cuts text into pieces that occur often, and each piece has a number. The model "
-    "reads those numbers and says, for every number it knows, how likely it is to come next. "
-    "One of them is drawn, put behind the others, and the whole is read again.\n\n"
-    "def fibonacci(n: int) -> int:\n    a, b = 0, 1\n    for _ in range(n):\n"
-    "        a, b = b, a + b\n    return a\n\n"
-    "In 1969 two people walked on the Moon while a third stayed in orbit. They brought back "
-    "21.5 kilograms of rock, and everybody on Earth with a television set had watched them."
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +40,17 @@ class ServedModel:
     engine: Engine
     fingerprint: str  # changes with weights, format and library versions
     format: Format = "float32"
+    memory: int = 0  # bytes of weights and cache
+
+    @functools.cached_property
+    def ids(self) -> frozenset[int]:
+        """The ids of the vocabulary. There may be gaps among them, which mean nothing."""
+        return known_ids(self.tokenizer.encoding)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody is being answered."""
+        return self.engine.is_idle
 
 
 def load_model(
@@ -72,28 +61,41 @@ def load_model(
     cache_budget: int,
     dtype: str = "auto",
     max_rows: int = 2,
+    sha256: str | None = None,
     notify: Callable[[str], None] = lambda line: None,
+    on_speed: Callable[[int, float], None] = lambda tokens, seconds: None,
 ) -> ServedModel:
-    """Loads a model and starts its engine.
+    """Loads a model and makes its engine.
 
     Args:
         path: a GGUF file or a Hugging Face folder.
-        cache_budget: bytes for the keys and values of all conversations.
+        cache_budget: bytes for the keys and values of all its conversations.
         dtype: "float32", "bfloat16", "int8", or "auto" for the fastest that is good enough here.
-        max_rows: larger batches than this are compiled when needed, not in idle moments.
+        max_rows: steps of more rows than this are taken in parts; those up to it are compiled while
+            the first requests are answered.
+        sha256: of the file, if somebody has checked it already.
         notify: told one line for each thing that takes long.
+        on_speed: told (tokens, seconds) of requests that had the model for themselves.
 
     Raises:
         OSError: the file cannot be read.
+        MemoryError: the model does not fit into the memory that is free.
         ValueError: the file is damaged, of an unknown kind, or the cache budget holds no block.
     """
     settings.private_folder(settings.data_folder())
-    _keep_compiled_programs()
-    if dtype not in ("auto", *FORMATS):
-        raise ValueError(f"dtype must be auto or one of {', '.join(FORMATS)}, got {dtype!r}")
-    chosen: Format = choose_format(id, path, notify) if dtype == "auto" else dtype  # type: ignore
+    keep_compiled_programs()
+    if dtype not in ("auto", *formats.FORMATS):
+        raise ValueError(f"dtype must be auto or one of {', '.join(formats.FORMATS)}: {dtype!r}")
+    cfg = checkpoint.read_config(path)
+    weights = sha256 or fingerprint.of_weights(path)
+    if dtype == "auto":
+        name = fingerprint.of_model(weights, "auto")
+        chosen = formats.choose(id, path, cfg, name, cache_budget, notify)
+    else:
+        (chosen,) = formats.that_fit(id, cfg, cache_budget, (dtype,))  # type: ignore[arg-type]
     params, cfg, metadata = checkpoint.load(path, format=chosen)
     tokenizer = bpe.load(path) if path.is_dir() else bpe.from_gguf(metadata, source=str(path))
+    params = without_gaps(params, tokenizer.encoding)
     cache_dtype = jnp.float32 if chosen == "float32" else jnp.bfloat16
     num_blocks = cache_budget // cache.bytes_per_block(cfg, cache_dtype)
     if num_blocks < 1:
@@ -105,127 +107,78 @@ def load_model(
     num_blocks = min(num_blocks, NUM_SLOTS * cache.blocks_for(cfg.max_seq_len))
     context = min(cfg.max_seq_len, num_blocks * cache.BLOCK)
     runner = Runner(params, cfg, tokenizer.encoding.n_vocab, num_blocks, cache_dtype, notify)
-    programs = [partial(_compile, program) for program in runner.programs()]
-    for program in programs[:2]:  # one conversation needs these; the rest can wait
-        program()
-    later = [p for size, p in zip(BUCKETS[1:], programs[2:], strict=True) if size <= max_rows]
-    scheduler = Scheduler(NUM_SLOTS, num_blocks, cache.BLOCK, MAX_WAITING)
+    runner.warm_up()  # one conversation needs this; the rest can wait
+    _give_back_memory()
+    scheduler = Scheduler(NUM_SLOTS, num_blocks, cache.BLOCK, CHUNK, MAX_WAITING)
+    later = [size for size in BUCKETS[1:] if size <= max_rows]
+    if later:
+        threading.Thread(
+            target=_compile, args=(runner, [*later, "score"]), name="compile", daemon=True
+        ).start()
     return ServedModel(
         id=id,
-        created=int(_weights_file(path).stat().st_mtime),
+        created=int(weights_file(path).stat().st_mtime),
         owned_by=owned_by,
         tokenizer=tokenizer,
         context=context,
-        engine=Engine(runner, scheduler, context, when_idle=later),
-        fingerprint="fp_" + _digest(path, chosen)[:10],
+        engine=Engine(runner, scheduler, context, on_speed=on_speed),
+        fingerprint=fingerprint.of_model(weights, chosen),
         format=chosen,
+        memory=runner.num_bytes,
     )
 
 
-def _compile(program: Callable[[], object]) -> None:
-    program()
-    _give_back_memory()
-
-
-def choose_format(id: str, path: Path, notify: Callable[[str], None]) -> Format:
-    """The fastest format that predicts `PASSAGE` about as well as float32 does, on this machine."""
-    remembered = settings.data_folder() / "formats.json"
-    key = _digest(path, "auto")
-    try:
-        known = json.loads(remembered.read_text("utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    if known.get(key) in FORMATS:
-        return known[key]
-
-    notify(f"measuring which number format is fastest and good enough for {id} (once) ...")
-    found: dict[Format, tuple[float, float]] = {}
-    ids: list[int] = []
-    for format in reversed(FORMATS):  # float32 first: the others are compared with it
-        params, cfg, metadata = checkpoint.load(path, format=format)
-        if not ids:
-            tokenizer = bpe.load(path) if path.is_dir() else bpe.from_gguf(metadata)
-            ids = tokenizer.encoding.encode_ordinary(PASSAGE)[: cfg.max_seq_len]
-        found[format] = _milliseconds(params, cfg), _perplexity(params, cfg, ids)
-        del params  # before the next one comes
-        milliseconds, perplexity = found[format]
-        if format == "float32" and not math.isfinite(perplexity):
-            raise ValueError(f"{path}: the model's predictions are not numbers: damaged weights?")
-        ratio = perplexity / found["float32"][1]
-        verdict = "" if ratio <= MAX_PERPLEXITY_RATIO else " (too far off)"
-        notify(
-            f"  {format:8} {milliseconds:6.2f} ms for four layers and the head, "
-            f"perplexity x{ratio:.3f}{verdict}"
-        )
-    limit = found["float32"][1] * MAX_PERPLEXITY_RATIO
-    good = [format for format in FORMATS if found[format][1] <= limit]
-    chosen = min(good, key=lambda format: found[format][0])
-    notify(f"serving {id} in {chosen}")
-    with contextlib.suppress(OSError):  # a folder we may not write to: then it is not remembered
-        temporary = remembered.with_name(f".formats-{os.getpid()}")
-        temporary.write_text(json.dumps(known | {key: chosen}, indent=1), "utf-8")
-        os.replace(temporary, remembered)
-    return chosen
-
-
-def _milliseconds(params: Params, cfg: Config, repeats: int = 12) -> float:
-    """The fastest of some decoding steps of the first four layers and the head, two rows."""
-    few = replace(cfg, num_layers=min(cfg.num_layers, 4))
-    params = params.replace(layers=params.layers[: few.num_layers])
-    memory = cache.init(few, 1, jnp.bfloat16)
-    past = sampling.history(1, cfg.vocab_size)
-    rows = sampling.settings([Sampling(temperature=0.0)] * 2, [0] * 2, [0] * 2, [0] * 2)
-    ids, tables = np.zeros(2, np.int32), np.ones((2, 1), np.int32)
-    best = math.inf
-    for _ in range(repeats):
-        started = time.perf_counter()
-        drawn, memory, past = generate.decode(
-            params, few, memory, past, ids, tables, np.zeros(2, np.int32), rows,
-            num_ids=cfg.vocab_size,
-        )  # fmt: skip
-        drawn.ids.block_until_ready()
-        best = min(best, time.perf_counter() - started)
-    return best * 1e3
-
-
-def _perplexity(params: Params, cfg: Config, ids: list[int]) -> float:
-    from transformer.decoder import forward
-
-    logits, _ = jax.jit(forward, static_argnums=1)(params, cfg, np.array([ids], np.int32))
-    logprobs = jax.nn.log_softmax(logits[0, :-1])
-    return float(jnp.exp(-jnp.mean(logprobs[jnp.arange(len(ids) - 1), jnp.array(ids[1:])])))
-
-
-def _give_back_memory() -> None:
-    """Returns what the compiler freed to the system: glibc would keep some 100 MB of it."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _weights_file(path: Path) -> Path:
+def weights_file(path: Path) -> Path:
+    """The file whose time is the model's."""
     return path / "config.json" if path.is_dir() else path
 
 
-def _digest(path: Path, format: str) -> str:
-    """Names a model as it computes here: file, format, libraries, machine."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    identity = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    parts = [identity, format, jax.__version__, platform.machine(), _processor(), os.cpu_count()]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+def known_ids(encoding: bpe.Encoding) -> frozenset[int]:
+    """Every id that stands for a token."""
+    return frozenset(encoding.ranks.values()) | frozenset(encoding.special_tokens.values())
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        return next(line for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+def without_gaps(params: Params, encoding: bpe.Encoding) -> Params:
+    """Sees to it that ids which the vocabulary leaves out are never drawn.
+
+    They get a bias of minus infinity in the head, which costs a step nothing, and is not there at
+    all where there are no gaps. (Ids behind the last one are the sampler's business.)
+
+    Raises:
+        ValueError: the tokenizer knows ids that the model has no row for.
+    """
+    table = params.embed if params.head is None else params.head
+    if encoding.n_vocab > len(table.weight):
+        raise ValueError(
+            f"the tokenizer has ids up to {encoding.max_token_value}, the model's table of tokens "
+            f"only {len(table.weight)} rows: they do not belong together"
+        )
+    known = known_ids(encoding)
+    gaps = [id for id in range(encoding.n_vocab) if id not in known]
+    if not gaps:
+        return params
+    bias = np.zeros(len(table.weight), np.float32)
+    bias[gaps] = -np.inf
+    table = table.replace(bias=jnp.asarray(bias))
+    return params.replace(embed=table) if params.head is None else params.replace(head=table)
 
 
-def _keep_compiled_programs() -> None:
+def keep_compiled_programs() -> None:
     """Lets JAX keep compiled programs beside the models, unless the user chose another place."""
     if jax.config.jax_compilation_cache_dir is None:
         folder = settings.data_folder() / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def _compile(runner: Runner, names: list[str | int]) -> None:
+    for name in names:
+        runner.compile(name)
+        _give_back_memory()
+
+
+def _give_back_memory() -> None:
+    """Returns what the compiler freed to the system: glibc would keep some 100 MB of it."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

@@ -9,7 +9,11 @@ from transformer.sampling import Sampling
 
 
 class Busy(Exception):
-    """The queue of waiting requests is full; try again later."""
+    """The queue of waiting requests is full; there may be room again in `retry_after` seconds."""
+
+    def __init__(self, retry_after: float = 1.0) -> None:
+        super().__init__(f"the queue is full; try again in {retry_after:.0f} s")
+        self.retry_after = retry_after
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,10 @@ class Request:
         top_logprobs: None for no log-probabilities; k for the chosen token's and k alternatives.
         prompt_logprobs: the same for the tokens of the prompt, which then come back as `Scored`.
         choice: which of the n choices of a request this is; it varies the dice under one seed.
+        client: who asks; requests of different clients are admitted in turn.
+        timeout: seconds from when it is handed in until it ends, finished or not; None for no end.
+        reuse: whether what others have read of the same prompt is used, and this kept for others.
+            It changes how long the answer takes, never the answer. Scored prompts are read anew.
     """
 
     prompt: tuple[int, ...]
@@ -33,6 +41,16 @@ class Request:
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
     choice: int = 0
+    client: str = ""
+    timeout: float | None = None
+    reuse: bool = True
+
+
+@dataclass(frozen=True)
+class Began:
+    """The prompt was read, `cached_tokens` of it before, for another request."""
+
+    cached_tokens: int
 
 
 @dataclass(frozen=True)
@@ -53,9 +71,10 @@ class Scored:
 
 @dataclass(frozen=True)
 class Done:
-    """The end of an answer."""
+    """The end of an answer; where logprobs are asked for, with the stop id that ended it."""
 
-    reason: Literal["stop", "length", "cancelled"]
+    reason: Literal["stop", "length", "cancelled", "timeout"]
+    token: Token | None = None
 
 
 @dataclass(frozen=True)
@@ -65,4 +84,4 @@ class Failed:
     message: str
 
 
-Event = Scored | Token | Done | Failed
+Event = Scored | Began | Token | Done | Failed

@@ -1,15 +1,16 @@
-"""What is computed: one chunk of a prompt, or one step of all running rows.
+"""What is computed: one chunk of a prompt, or one step of some running rows.
 
 Rows are padded to one of a few batch sizes, never one: on a CPU a one-row product in a narrow
-format is the slow one, and few sizes are few programs to compile. JAX keeps compiled programs on
-disk for the next start.
+format is the slow one, and few sizes are few programs to compile. Programs are compiled ahead, on
+any thread, while the device serves with those that are there: a step in two halves gives every row
+the same bits as a step of all. JAX keeps compiled programs on disk for the next start.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ CHUNK = 64  # prompt tokens read at once: well under a third of a second on two 
 BUCKETS = (2, 4, 8, 16)  # rows of a decoding step
 NUM_SLOTS = BUCKETS[-1]
 _GREEDY = Sampling(temperature=0.0)
+_copy_block = jax.jit(cache.copy_block, donate_argnames="memory")
 
 
 class Runner:
@@ -47,11 +49,16 @@ class Runner:
         cache_dtype,
         notify: Callable[[str], None] = lambda line: None,
     ):
-        self._notify, self._seen = notify, set[str]()
         self._params, self._cfg, self._num_ids = params, cfg, num_ids
-        self._num_blocks, self._cache_dtype = num_blocks, cache_dtype
+        self._num_blocks, self._cache_dtype, self._notify = num_blocks, cache_dtype, notify
         self._table_width = min(cache.blocks_for(cfg.max_seq_len), num_blocks)
+        self._programs: dict[str | int, Callable] = {}
+        self._compiling = threading.Lock()
         self._forget()
+        # What programs are compiled for. The arrays themselves come and go with every call.
+        self._shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (self._memory, self._past)
+        )
 
     def _forget(self) -> None:
         self._memory = cache.init(self._cfg, self._num_blocks, self._cache_dtype)
@@ -68,92 +75,118 @@ class Runner:
             self._forget()
         return is_lost
 
-    def programs(self) -> list[Callable[[], object]]:
-        """Every program there is; calling one compiles it, or fetches it from disk."""
-        request = Request(prompt=(0,), max_tokens=1, sampling=_GREEDY)
+    @property
+    def num_bytes(self) -> int:
+        """Memory of weights and cache."""
+        cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._shapes))
+        return cache_bytes + sum(leaf.nbytes for leaf in jax.tree.leaves(self._params))
 
-        def nobody() -> Row:
-            row = Row(request, deliver=lambda event: None)
-            row.slot = NUM_SLOTS
-            return row
+    # -- programs ------------------------------------------------------------------------------
 
-        return [lambda: self.prefill(nobody())] + [
-            lambda size=size: self.decode([nobody()] * size) for size in BUCKETS
-        ]
+    @property
+    def max_rows(self) -> int:
+        """Rows of the largest step that is compiled."""
+        return max((size for size in BUCKETS if size in self._programs), default=BUCKETS[0])
 
-    def prefill(self, row: Row) -> Drawn | None:
-        """Reads the next chunk of a prompt; behind the last one, draws the first token."""
-        with self._announced("prompt reading"):
-            return self._prefill(row)
+    def compile(self, *names: str | int) -> None:
+        """Compiles programs or fetches them from disk: "read", "score", or a number of rows.
 
-    def decode(self, rows: Sequence[Row]) -> Drawn:
-        """Reads the last token of each row and draws the next."""
-        size = next(size for size in BUCKETS if size >= len(rows))
-        with self._announced(f"decoding of {size} rows"):
-            return self._decode(rows, size)
+        May be called from any thread, while others compute.
+        """
+        for name in names:
+            self._program(name)
 
-    @contextmanager
-    def _announced(self, program: str) -> Iterator[None]:
+    def warm_up(self) -> None:
+        """Runs what one conversation needs, once. Not while the engine computes."""
+        row = Row(Request(prompt=(0,), max_tokens=1, sampling=_GREEDY), deliver=lambda event: None)
+        row.slot = NUM_SLOTS
+        self.prefill(row, (cache.TRASH, cache.TRASH))
+        row.ids.append(0)
+        self.decode([row])
+
+    def _program(self, name: str | int) -> Callable:
+        if name not in self._programs:
+            with self._compiling:
+                if name not in self._programs:
+                    self._programs[name] = self._compile(name)
+        return self._programs[name]
+
+    def _compile(self, name: str | int) -> Callable:
         started = time.perf_counter()
-        yield
-        if program not in self._seen:
-            self._seen.add(program)
-            if (seconds := time.perf_counter() - started) > 1:
-                self._notify(f"{program}: compiled, or fetched from disk, in {seconds:.1f} s")
+        memory, past = self._shapes
+        tables = np.zeros((1, self._table_width), np.int32)
+        chunk, one = np.zeros((1, CHUNK), np.int32), np.zeros(1, np.int32)
+        if name == "read":
+            lowered = generate.prefill.lower(self._params, self._cfg, memory, chunk, tables, one, 0)
+            what = "reading prompts"
+        elif name == "score":
+            lowered = generate.score.lower(
+                self._params, self._cfg, memory, chunk, chunk[0], tables, one, 0,
+                num_ids=self._num_ids,
+            )  # fmt: skip
+            what = "scoring prompts"
+        else:
+            lowered = generate.decode.lower(
+                self._params, self._cfg, memory, past, *self._step([], name), num_ids=self._num_ids
+            )
+            what = f"steps of {name} rows"
+        program = lowered.compile()
+        if (seconds := time.perf_counter() - started) > 2:
+            self._notify(f"{what}: compiled in {seconds:.1f} s, kept for the next start")
+        return program
 
-    def _prefill(self, row: Row) -> Drawn | None:
+    # -- work ----------------------------------------------------------------------------------
+
+    def prefill(self, row: Row, copy: tuple[int, int] | None = None) -> Drawn | None:
+        """Reads the next chunk of a prompt; behind the last one, draws the first token.
+
+        Args:
+            row: what it reads of; `row.scores` is set where scores are asked for.
+            copy: a block to be copied onto another before, as (from, to).
+        """
+        if copy is not None:
+            self._memory = _copy_block(self._memory, *np.array(copy, np.int32))
         prompt, start = row.request.prompt, row.length
-        if start == 0:
-            history = generate.prompt_history(prompt, row.request.sampling, self._cfg.vocab_size)
-            self._past = generate.begin(self._past, row.slot, *history)
         real = prompt[start : start + CHUNK]
         ids = np.zeros((1, CHUNK), np.int32)
         ids[0, : len(real)] = real
         where = self._tables([row]), np.array([start], np.int32), len(real) - 1
         if row.request.prompt_logprobs is None:
-            logits, self._memory = generate.prefill(
-                self._params, self._cfg, self._memory, ids, *where
-            )
+            logits, self._memory = self._program("read")(self._params, self._memory, ids, *where)
         else:
             following = np.zeros(CHUNK, np.int32)
             following[: len(prompt) - start - 1] = prompt[start + 1 : start + CHUNK + 1]
-            logits, scores, self._memory = generate.score(
-                self._params,
-                self._cfg,
-                self._memory,
-                ids,
-                following,
-                *where,
-                num_ids=self._num_ids,
+            logits, scores, self._memory = self._program("score")(
+                self._params, self._memory, ids, following, *where
             )
             row.scores = _on_host(jax.tree.map(lambda leaf: leaf[: len(real)], scores))
         row.length += len(real)
         if row.is_reading:
             logits.block_until_ready()  # a piece of work is over when it is over
             return None
+        history = generate.prompt_history(prompt, row.request.sampling, self._cfg.vocab_size)
+        self._past = generate.begin(self._past, row.slot, *history)
         drawn, self._past = generate.draw(
             logits, self._past, self._settings([row]), num_ids=self._num_ids
         )
         return _on_host(drawn)
 
-    def _decode(self, rows: Sequence[Row], size: int) -> Drawn:
-        pad = size - len(rows)
-        ids = np.array([row.ids[row.length] for row in rows] + [0] * pad, np.int32)
-        starts = np.array([row.length for row in rows] + [0] * pad, np.int32)
-        drawn, self._memory, self._past = generate.decode(
-            self._params,
-            self._cfg,
-            self._memory,
-            self._past,
-            ids,
-            self._tables(rows, pad),
-            starts,
-            self._settings(rows, pad),
-            num_ids=self._num_ids,
+    def decode(self, rows: Sequence[Row]) -> Drawn:
+        """Reads the last token of each row and draws the next."""
+        size = next(size for size in BUCKETS if size >= len(rows))
+        drawn, self._memory, self._past = self._program(size)(
+            self._params, self._memory, self._past, *self._step(rows, size)
         )
         for row in rows:
             row.length += 1
         return _on_host(drawn)
+
+    def _step(self, rows: Sequence[Row], size: int) -> tuple:
+        """What a step of `size` rows is told: the last id of each, its blocks, its length, how."""
+        pad = size - len(rows)
+        ids = np.array([row.ids[row.length] for row in rows] + [0] * pad, np.int32)
+        starts = np.array([row.length for row in rows] + [0] * pad, np.int32)
+        return ids, self._tables(rows, pad), starts, self._settings(rows, pad)
 
     def _tables(self, rows: Sequence[Row], pad: int = 0) -> np.ndarray:
         tables = np.full((len(rows) + pad, self._table_width), cache.TRASH, np.int32)

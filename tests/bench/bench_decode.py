@@ -130,10 +130,6 @@ def load_llama(path: Path, threads: int) -> tuple[Contender, str]:
 def load_serve(path: Path, stack: ExitStack) -> tuple[Contender, str]:
     from openai import OpenAI
 
-    from serve.engine.load import choose_format
-
-    # The server's own function, which remembers: the server started next chooses the same.
-    format = choose_format("bench", path, lambda line: print(line, file=sys.stderr))
     server = subprocess.Popen(
         [sys.executable, "-m", "serve", "serve", "--port", "0", "--model", f"bench={path}"]
         + ["--json"],  # one line on stdout once it listens
@@ -147,7 +143,9 @@ def load_serve(path: Path, stack: ExitStack) -> tuple[Contender, str]:
     if not line:
         raise SystemExit("pellucid serve did not start, for the reason above")
     wait_until_idle(server.pid)
-    client = OpenAI(base_url=json.loads(line)["url"] + "/v1", api_key="any", max_retries=0)
+    said = json.loads(line)
+    (format,) = said["formats"]
+    client = OpenAI(base_url=said["url"] + "/v1", api_key="any", max_retries=0)
 
     def run(prompt: list[int], count: int, arrived: Arrived) -> None:
         chunks = client.completions.create(
@@ -161,15 +159,13 @@ def load_serve(path: Path, stack: ExitStack) -> tuple[Contender, str]:
 
 
 def wait_until_idle(pid: int) -> None:
-    """Waits until `serve` rests: some seconds after the last request it compiles ahead."""
+    """Waits until `serve` rests: after it began to listen it compiles ahead."""
     import psutil
-
-    from serve.engine.engine import IDLE_SECONDS
 
     process, before = psutil.Process(pid), float("-inf")
     while (spent := sum(process.cpu_times()[:2])) - before > 0.05:
         before = spent
-        time.sleep(IDLE_SECONDS + 2)
+        time.sleep(3)
 
 
 def work(name: str, path: Path, threads: int) -> None:

@@ -1,4 +1,8 @@
-"""The engine with a model whose numbers are computed by hand: the next token is last + position."""
+"""The engine with a model whose numbers are computed by hand: the next token is last + position.
+
+The model also keeps, in place of keys and values, the tokens themselves, and sees to it before
+every draw that the blocks of a row hold exactly the row's tokens, whoever wrote them.
+"""
 
 import asyncio
 import threading
@@ -9,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.engine import Busy, Done, Engine, Failed, Request, Token
+from serve.engine import Began, Busy, Device, Done, Engine, Failed, Request, Token
 from serve.engine.scheduler import Scheduler
 from tests.serve.scripted import wait_until
 from transformer.sampling import Drawn, Sampling
 
 CONTEXT = 64
-BLOCK = 4
+BLOCK = 8
 CHUNK = 4
 POISON = 666  # a prompt that holds this makes the computation fail
 
@@ -27,6 +31,7 @@ class Mock:
     """
 
     seconds = 0.0
+    max_rows = 16
     loses_its_cache = False  # in a failure, as a call that donated it may
 
     def __init__(self):
@@ -34,20 +39,36 @@ class Mock:
         self.gate = threading.Event()
         self.gate.set()
         self.is_waiting = False
+        self.memory = {}  # (block, offset) -> token
 
-    def prefill(self, row):
+    def prefill(self, row, copy):
         self._pass("prefill", [row])
-        row.length = min(row.length + CHUNK, len(row.request.prompt))
+        if copy is not None:
+            source, target = copy
+            held = {offset: id for (block, offset), id in self.memory.items() if block == source}
+            self.memory |= {(target, offset): id for offset, id in held.items()}
+        assert row.length % CHUNK == 0, "chunks begin where chunks begin"
+        end = min(row.length + CHUNK, len(row.request.prompt))
+        for position in range(row.length, end):
+            self._write(row, position)
+        row.length = end
         return None if row.is_reading else self._draw([row])
 
     def decode(self, rows):
         self._pass("decode", rows)
+        assert len(rows) <= self.max_rows
         for row in rows:
+            self._write(row, row.length)
             row.length += 1
         return self._draw(rows)
 
     def recover(self):
+        if self.loses_its_cache:
+            self.memory.clear()
         return self.loses_its_cache
+
+    def _write(self, row, position):
+        self.memory[row.blocks[position // BLOCK], position % BLOCK] = row.ids[position]
 
     def _pass(self, kind, rows):
         self.is_waiting = True
@@ -61,7 +82,9 @@ class Mock:
     def _draw(self, rows):
         for row in rows:
             assert row.length == len(row.ids), "every token but the one to come was read"
-            assert len(row.blocks) * BLOCK >= row.length and row.slot >= 0
+            assert row.slot >= 0
+            held = [self.memory[row.blocks[p // BLOCK], p % BLOCK] for p in range(row.length)]
+            assert held == row.ids, "the blocks of a row hold its tokens"
         ids = np.array([(row.ids[-1] + row.length - 1) % 1000 for row in rows])
         top = np.stack([ids, ids + 1, ids + 2], 1)
         values = np.stack([-ids / 8, -ids / 8 - 1, -ids / 8 - 2], 1)
@@ -84,22 +107,22 @@ def tokens(events):
 
 
 class Setup:
-    def __init__(self, slots=4, blocks=20, waiting=50):
+    def __init__(self, slots=4, blocks=10, waiting=50):
         self.mock = Mock()
-        self.scheduler = Scheduler(slots, blocks, BLOCK, waiting)
-        self.engine = Engine(self.mock, self.scheduler, CONTEXT)
+        self.device = Device()
+        self.scheduler = Scheduler(slots, blocks, BLOCK, CHUNK, waiting)
+        self.engine = Engine(self.mock, self.scheduler, CONTEXT, self.device)
         self.slots, self.blocks = slots, blocks
 
     def is_free(self):
         return (
             self.scheduler.is_idle
             and len(self.scheduler.free_slots) == self.slots
-            and len(self.scheduler.free_blocks) == self.blocks
+            and self.scheduler.blocks.available == self.blocks
         )
 
     def num_accepted(self):
-        scheduler = self.scheduler
-        return len(self.engine._arrived) + len(scheduler.waiting) + len(scheduler.active)
+        return len(self.scheduler.waiting) + len(self.scheduler.active)
 
     def start(self, request):
         """Generates on a thread of its own; gives the list its events go to."""
@@ -111,7 +134,7 @@ class Setup:
     def close(self):
         self.mock.gate.set()
         self.engine.close(drain=False)
-        assert not self.engine._thread.is_alive()
+        self.device.close()
 
 
 @pytest.fixture
@@ -128,7 +151,7 @@ async def collect(engine, request):
 def test_tokens_are_those_computed_by_hand(setup):
     events = list(setup.engine.generate(ask(3, 1, 4, 1, 5, max_tokens=4)))
     # 5 stands at position 4: 9; 9 at 5: 14; 14 at 6: 20; 20 at 7: 27
-    assert events == [Token(9), Token(14), Token(20), Token(27), Done("length")]
+    assert events == [Began(0), Token(9), Token(14), Token(20), Token(27), Done("length")]
     assert setup.mock.works == [("prefill", 1)] * 2 + [("decode", 1)] * 3
     assert setup.is_free()
 
@@ -140,15 +163,15 @@ def test_stream_and_generate_agree(setup):
 
 def test_a_stop_id_ends_it_and_is_not_delivered(setup):
     request = ask(3, 1, 4, 1, 5, max_tokens=9, stop_ids=frozenset({20, 99}))
-    assert [*setup.engine.generate(request)] == [Token(9), Token(14), Done("stop")]
+    assert [*setup.engine.generate(request)][1:] == [Token(9), Token(14), Done("stop")]
     at_once = ask(3, 1, 4, 1, 5, stop_ids=frozenset({9}))
-    assert [*setup.engine.generate(at_once)] == [Done("stop")]
+    assert [*setup.engine.generate(at_once)][1:] == [Done("stop")]
 
 
 def test_logprobs_are_given_when_asked_for(setup):
-    (token, done) = setup.engine.generate(ask(7, max_tokens=1, top_logprobs=2))
+    (_, token, done) = setup.engine.generate(ask(7, max_tokens=1, top_logprobs=2))
     assert token == Token(7, -0.875, ((7, -0.875), (8, -1.875))) and done == Done("length")
-    (token, _) = setup.engine.generate(ask(7, max_tokens=1, top_logprobs=0))
+    (_, token, _) = setup.engine.generate(ask(7, max_tokens=1, top_logprobs=0))
     assert token == Token(7, -0.875, ())
 
 
@@ -160,13 +183,13 @@ def test_many_at_once_each_get_their_own(setup):
 
     for i, events in enumerate(asyncio.run(main())):
         assert tokens(events) == expected((i, i + 1), i + 1)
-        assert events[-1] == Done("length") and len(events) == i + 2
+        assert events[-1] == Done("length") and len(events) == i + 3
     assert max(rows for _, rows in setup.mock.works) == 4
     assert setup.is_free()
 
 
 def test_rows_that_start_over_for_want_of_blocks_deliver_each_token_once():
-    setup = Setup(slots=4, blocks=16)
+    setup = Setup(slots=4, blocks=8)
 
     async def main():
         requests = [ask(i, max_tokens=40) for i in range(6)]
@@ -205,11 +228,11 @@ def test_a_full_queue_is_busy_and_room_comes_back():
     running = setup.start(ask(1))
     wait_until(lambda: setup.mock.is_waiting)
     waiting = [setup.start(ask(2)), setup.start(ask(3))]
-    wait_until(lambda: len(setup.engine._arrived) == 2)
+    wait_until(lambda: setup.num_accepted() == 3)
     with pytest.raises(Busy):
         next(setup.engine.generate(ask(4)))
     setup.mock.gate.set()
-    wait_until(lambda: all(len(events) == 6 for events in [running, *waiting]))
+    wait_until(lambda: all(len(events) == 7 for events in [running, *waiting]))
     assert tokens(setup.engine.generate(ask(4))) == expected((4,), 5)
     setup.close()
 
@@ -219,7 +242,7 @@ def test_leaving_early_cancels_within_one_piece_of_work(setup):
 
     async def main():
         stream = setup.engine.stream(ask(1, max_tokens=60))
-        await anext(stream)
+        assert isinstance(await anext(stream), Began)
         setup.mock.gate.clear()
         await asyncio.to_thread(wait_until, lambda: setup.mock.is_waiting)
         before = len(setup.mock.works)
@@ -276,9 +299,9 @@ def test_a_failed_prefill_ends_only_its_own_request(setup):
     fine = setup.start(ask(1))
     wait_until(lambda: setup.mock.is_waiting)
     broken = setup.start(ask(POISON))
-    wait_until(lambda: setup.engine._arrived)
+    wait_until(lambda: setup.num_accepted() == 2)
     setup.mock.gate.set()
-    wait_until(lambda: len(fine) == 6 and len(broken) == 1)
+    wait_until(lambda: len(fine) == 7 and len(broken) == 1)
     assert tokens(fine) == expected((1,), 5)
     assert isinstance(broken[0], Failed) and "poison" not in broken[0].message
     assert tokens(setup.engine.generate(ask(2))) == expected((2,), 5)
@@ -300,9 +323,9 @@ def test_a_failed_decode_ends_its_rows_and_those_that_wait_go_on():
     events = [setup.start(ask(1, max_tokens=50))]
     wait_until(lambda: setup.mock.is_waiting)
     events.append(setup.start(ask(2, max_tokens=50)))
-    wait_until(lambda: len(setup.engine._arrived) == 1)
+    wait_until(lambda: setup.num_accepted() == 2)
     events.append(setup.start(ask(3)))
-    wait_until(lambda: len(setup.engine._arrived) == 2)
+    wait_until(lambda: setup.num_accepted() == 3)
     setup.mock.gate.set()
     wait_until(lambda: all(row and not isinstance(row[-1], Token) for row in events))
     assert isinstance(events[0][-1], Failed) and isinstance(events[1][-1], Failed)
@@ -315,7 +338,6 @@ def test_close_when_idle_and_twice():
     setup = Setup()
     for _ in range(2):
         setup.engine.close(drain=True, timeout=5)
-    assert not setup.engine._thread.is_alive()
     assert [*setup.engine.generate(ask(1))] == [Done("cancelled")]
 
 
@@ -325,7 +347,7 @@ def test_close_drains(setup):
     wait_until(lambda: setup.num_accepted() == 6)
     threading.Timer(0.05, setup.mock.gate.set).start()
     setup.engine.close(drain=True, timeout=10)
-    wait_until(lambda: all(len(answer) == 6 for answer in events))
+    wait_until(lambda: all(len(answer) == 7 for answer in events))
     assert [tokens(answer) for answer in events] == [expected((i,), 5) for i in range(6)]
 
 
@@ -335,7 +357,7 @@ def test_close_without_draining_cancels_everybody(setup):
     wait_until(lambda: setup.num_accepted() == 6)
     threading.Timer(0.05, setup.mock.gate.set).start()
     setup.engine.close(drain=False, timeout=10)
-    assert not setup.engine._thread.is_alive()
+    assert setup.engine.is_idle and not setup.engine.is_alive
     wait_until(lambda: all(answer and answer[-1] == Done("cancelled") for answer in events))
     assert setup.is_free()
 
@@ -345,29 +367,163 @@ def test_close_stops_draining_when_time_is_up(setup):
     events = setup.start(ask(1, max_tokens=60))
     wait_until(lambda: setup.mock.works)
     setup.engine.close(drain=True, timeout=0.2)
-    assert not setup.engine._thread.is_alive()
+    assert setup.engine.is_idle
     wait_until(lambda: Done("cancelled") in events)
     assert len(events) < 60
 
 
+def ask_again(setup, *prompt, **more):
+    """What somebody asks, and how many tokens of the prompt were known already."""
+    began, *events = setup.engine.generate(ask(*prompt, **more))
+    assert tokens(events) == expected(prompt, 5)
+    return began.cached_tokens
+
+
+def test_a_prompt_read_before_is_not_read_again(setup):
+    prompt = tuple(range(21))  # two blocks, one chunk, one token
+    assert ask_again(setup, *prompt) == 0
+    assert ask_again(setup, *prompt) == 20  # the last token is always read
+    assert setup.mock.works.count(("prefill", 1)) == 6 + 1
+    assert ask_again(setup, *prompt[:20]) == 16  # what is left is a chunk, though it is known
+    assert ask_again(setup, *prompt[:10], 7) == 8
+    assert ask_again(setup, *prompt[:14], 7, 7) == 12  # a part of a block: copied
+    assert ask_again(setup, *prompt[:14], 7, 7) == 12  # the chunk behind it is not full
+    assert ask_again(setup, *prompt[:14], 7, 7, 8) == 16
+    assert ask_again(setup, 5, *prompt[1:]) == 0  # the same chunks behind another beginning
+    assert setup.is_free()
+
+
+def test_who_does_not_want_to_share_neither_takes_nor_gives(setup):
+    prompt = tuple(range(21))
+    assert ask_again(setup, *prompt, reuse=False) == 0
+    assert ask_again(setup, *prompt) == 0
+    assert ask_again(setup, *prompt, reuse=False) == 0
+    assert ask_again(setup, *prompt) == 20
+
+
+def test_choices_of_one_prompt_read_it_once(setup):
+    setup.mock.gate.clear()
+    events = [setup.start(ask(*range(17), choice=i)) for i in range(4)]
+    wait_until(lambda: setup.num_accepted() == 4)
+    setup.mock.gate.set()
+    wait_until(lambda: all(len(row) == 7 for row in events))
+    assert sorted(row[0].cached_tokens for row in events) == [0, 16, 16, 16]
+    assert setup.mock.works.count(("prefill", 1)) == 5 + 3
+    assert all(tokens(row) == expected(tuple(range(17)), 5) for row in events)
+
+
+def test_what_nobody_holds_is_forgotten_when_its_memory_is_needed():
+    setup = Setup(blocks=8)
+    first, second = tuple(range(30)), tuple(range(100, 130))
+    assert ask_again(setup, *first) == 0
+    assert ask_again(setup, *second) == 0  # 4 blocks each, and one more for what is generated
+    assert ask_again(setup, *second) == 28
+    assert ask_again(setup, *first) < 28
+    assert setup.is_free()
+    setup.close()
+
+
+def test_a_request_ends_when_its_time_is_up(setup):
+    setup.mock.seconds = 0.02
+    events = [*setup.engine.generate(ask(1, max_tokens=60, timeout=0.2))]
+    assert events[-1] == Done("timeout") and 3 < len(tokens(events)) < 12
+    assert tokens(events) == expected((1,), len(tokens(events)))
+    assert setup.is_free()
+
+
+def test_time_runs_out_in_the_queue_too():
+    setup = Setup(slots=1)
+    setup.mock.seconds = 0.01
+    running = setup.start(ask(1, max_tokens=60))
+    wait_until(lambda: setup.mock.works)
+    assert [*setup.engine.generate(ask(2, timeout=0.1))] == [Done("timeout")]
+    wait_until(lambda: len(running) == 62)
+    setup.close()
+
+
+def test_steps_are_taken_in_parts_while_large_ones_are_not_compiled(setup):
+    setup.mock.max_rows = 2
+    setup.mock.gate.clear()
+    events = [setup.start(ask(i, max_tokens=9)) for i in range(4)]
+    wait_until(lambda: setup.num_accepted() == 4)
+    setup.mock.gate.set()
+    wait_until(lambda: all(len(row) == 11 for row in events))
+    assert [tokens(row) for row in events] == [expected((i,), 9) for i in range(4)]
+    steps = [rows for kind, rows in setup.mock.works if kind == "decode"]
+    assert max(steps) == 2 and len(steps) <= 4 * 8 // 2 + 3
+
+
+def test_what_it_did_is_counted(setup):
+    list(setup.engine.generate(ask(*range(10), max_tokens=3)))
+    list(setup.engine.generate(ask(*range(10), max_tokens=3)))
+    list(setup.engine.generate(ask(POISON)))
+    stats = setup.engine.stats()
+    assert (stats.prompt_tokens, stats.cached_tokens, stats.generated_tokens) == (20, 8, 6)
+    assert (stats.chunks, stats.steps, stats.stepped_rows) == (3 + 1, 4, 4)
+    assert stats.requests == {"length": 2, "failed": 1}
+    assert (stats.waiting, stats.running, stats.slots) == (0, 0, 4)
+    # The block whose two chunks are known is kept; the one behind it held no whole chunk.
+    assert (stats.blocks, stats.blocks_held, stats.blocks_remembering) == (10, 0, 1)
+
+
+def test_speed_is_that_of_a_request_alone():
+    told = []
+    setup = Setup()
+    setup.engine._on_speed = lambda tokens, seconds: told.append((tokens, seconds))
+    setup.mock.seconds = 0.004
+    list(setup.engine.generate(ask(1, max_tokens=20)))
+    assert told == []  # too short to say anything
+    list(setup.engine.generate(ask(1, max_tokens=41)))
+    (tokens_, seconds), *more = told
+    assert tokens_ == 40 and 0.16 < seconds < 1 and not more
+    together = [setup.start(ask(i, max_tokens=41)) for i in range(2)]
+    wait_until(lambda: all(len(row) == 43 for row in together))
+    assert len(told) <= 2  # the one that ended last may have been alone at its end, not before
+    setup.close()
+
+
+@pytest.mark.filterwarnings("ignore:Exception in thread device")
+def test_a_dead_device_fails_what_runs_and_what_comes(setup):
+    setup.mock.gate.clear()
+    events = setup.start(ask(1))
+    wait_until(lambda: setup.mock.is_waiting)
+
+    def break_down():
+        raise SystemExit
+
+    setup.device._turn = break_down  # not an Exception: it gets past every guard
+    setup.mock.gate.set()
+    wait_until(lambda: events and isinstance(events[-1], Failed))
+    wait_until(lambda: not setup.engine.is_alive)
+    assert isinstance([*setup.engine.generate(ask(1))][-1], Failed)
+
+
+BEGINNINGS = ((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12), (1, 2, 3, 4, 5, 7, 7, 7, 7, 7, 7, 7))
+PROMPTS = st.tuples(st.sampled_from(BEGINNINGS), st.integers(0, 12), st.integers(0, 600)).map(
+    lambda parts: (*parts[0][: parts[1]], parts[2])
+)
 STORY = st.lists(
     st.tuples(
-        st.lists(st.integers(0, 900).filter(lambda id: id != POISON), min_size=1, max_size=12),
+        PROMPTS,
         st.integers(1, 30),
         st.one_of(st.none(), st.integers(0, 12)),  # leave after so many tokens
+        st.sampled_from(["", "a", "b"]),
+        st.booleans(),
     ),
     min_size=1,
     max_size=12,
 )
 
 
-@settings(max_examples=40, deadline=None)
-@given(STORY, st.integers(1, 4), st.integers(11, 14))
-def test_every_request_ends_once_with_its_own_tokens(story, slots, blocks):
+@settings(max_examples=60, deadline=None)
+@given(STORY, st.integers(1, 4), st.integers(6, 8), st.integers(1, 4))
+def test_every_request_ends_once_with_its_own_tokens(story, slots, blocks, max_rows):
     setup = Setup(slots, blocks)
+    setup.mock.max_rows = max_rows
 
-    async def one(prompt, count, leave):
-        stream = setup.engine.stream(ask(*prompt, max_tokens=count))
+    async def one(prompt, count, leave, client, reuse):
+        request = ask(*prompt, max_tokens=count, client=client, reuse=reuse)
+        stream = setup.engine.stream(request)
         events = []
         async for event in stream:
             events.append(event)
@@ -379,15 +535,18 @@ def test_every_request_ends_once_with_its_own_tokens(story, slots, blocks):
     async def main():
         return await asyncio.gather(*(one(*part) for part in story))
 
-    for (prompt, count, leave), events in zip(story, asyncio.run(main()), strict=True):
+    for (prompt, count, leave, *_), events in zip(story, asyncio.run(main()), strict=True):
         got = tokens(events)
         assert got == expected(prompt, count)[: len(got)]
-        ends = [event for event in events if not isinstance(event, Token)]
+        assert sum(isinstance(event, Began) for event in events) == (1 if got else len(events) > 0)
+        ends = [event for event in events if not isinstance(event, Began | Token)]
         if leave is not None and len(got) == leave:
             assert ends in ([], [Done("length")])
         else:
             assert ends == [Done("length")] and len(got) == count
     wait_until(setup.is_free)
+    ended = setup.engine.stats().requests
+    assert sum(ended.values()) == len(story) and ended.keys() <= {"length", "cancelled"}
     setup.close()
 
 
@@ -400,5 +559,5 @@ def test_failure_that_loses_the_cache_starts_the_others_over(setup):
     first = [next(healthy) for _ in range(3)]
     assert isinstance(list(engine.generate(ask(POISON)))[-1], Failed)
     events = first + list(healthy)
-    assert [event.id for event in events[:-1]] == expected((3, 4), 60)
+    assert tokens(events) == expected((3, 4), 60)
     assert events[-1] == Done("length")

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from serve.engine import Done, Engine, Request, Token
-from serve.engine.runner import NUM_SLOTS, Runner
+from serve.engine import Began, Done, Engine, Request
+from serve.engine.load import keep_compiled_programs
+from serve.engine.runner import BUCKETS, CHUNK, NUM_SLOTS, Runner
 from serve.engine.scheduler import Scheduler
 from tests.serve.scripted import wait_until
 from transformer import cache, checkpoint
@@ -24,10 +25,13 @@ NUM_IDS = 49152
 
 @pytest.fixture(scope="module", params=["int8", "bfloat16"])
 def runner(request, model_file):
+    keep_compiled_programs()
     path = model_file("smollm2-135m-instruct")
     params, cfg, _ = checkpoint.load(path, format=request.param)
     params, cfg = params.replace(layers=params.layers[:2]), replace(cfg, num_layers=2)
-    return Runner(params, cfg, NUM_IDS, NUM_BLOCKS, jnp.bfloat16)
+    runner = Runner(params, cfg, NUM_IDS, NUM_BLOCKS, jnp.bfloat16)
+    runner.compile("read", *BUCKETS)
+    return runner
 
 
 def prompt(length, seed):
@@ -57,7 +61,7 @@ def other(number):
 
 def answers(runner, watched, num_others, num_blocks=NUM_BLOCKS):
     """The events of `watched`, started when `num_others` others are already decoding."""
-    scheduler = Scheduler(NUM_SLOTS, num_blocks, cache.BLOCK, 100)
+    scheduler = Scheduler(NUM_SLOTS, num_blocks, cache.BLOCK, CHUNK, 100)
     engine = Engine(runner, scheduler, num_blocks * cache.BLOCK)
     ended = []
     try:
@@ -80,7 +84,7 @@ def answers(runner, watched, num_others, num_blocks=NUM_BLOCKS):
 @pytest.mark.parametrize("watched", WATCHED, ids=["greedy", "sampled"])
 def test_company_does_not_change_a_bit(runner, watched):
     alone = answers(runner, watched, 0)
-    assert len(alone) == 13 and all(isinstance(event, Token) for event in alone[:-1])
+    assert len(alone) == 14 and isinstance(alone[0], Began)
     for num_others in (1, 3, 6, 10):  # batches of 2, 4, 8, 16
         assert answers(runner, watched, num_others) == alone, f"{num_others} others"
 
@@ -89,3 +93,29 @@ def test_starting_over_for_want_of_memory_does_not_change_a_bit(runner):
     """The others hold all blocks but two when the watched row needs its second."""
     alone = answers(runner, WATCHED[1], 0)
     assert answers(runner, WATCHED[1], 5, num_blocks=7) == alone
+
+
+def test_what_others_have_read_does_not_change_a_bit(runner):
+    """Whole blocks shared, part of one copied, and the last chunk read again."""
+    long = prompt(700, 3)
+    scheduler = Scheduler(NUM_SLOTS, NUM_BLOCKS, cache.BLOCK, CHUNK, 100)
+    engine = Engine(runner, scheduler, NUM_BLOCKS * cache.BLOCK)
+    for length, cached in ((700, 640), (640, 576), (600, 576), (300, 256), (330, 320)):
+        request = Request(prompt=long[:length], max_tokens=8, sampling=Sampling(seed=length))
+        alone = list(engine.generate(replace(request, reuse=False)))
+        assert alone[0] == Began(0)
+        if length == 700:
+            assert list(engine.generate(request)) == alone
+        assert list(engine.generate(request)) == [Began(cached), *alone[1:]]
+    engine.close()
+
+
+def test_a_step_in_parts_does_not_change_a_bit(runner):
+    alone = answers(runner, WATCHED[1], 0)
+    whole = runner._programs
+    runner._programs = {name: whole[name] for name in ("read", 2, 4)}
+    try:
+        assert runner.max_rows == 4
+        assert answers(runner, WATCHED[1], 9) == alone
+    finally:
+        runner._programs = whole

@@ -1,5 +1,6 @@
 """The scheduler's rules by hand, and what must hold whatever happens, by random stories."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.engine import Busy, Request
+from serve.engine.blocks import chunk_names
 from serve.engine.scheduler import Decode, Prefill, Scheduler, Sequence
 from transformer.sampling import Sampling
 
@@ -14,13 +16,18 @@ BLOCK = 4
 CHUNK = 2
 
 
-def sequence(prompt=3, max_tokens=5):
-    request = Request(prompt=(0,) * prompt, max_tokens=max_tokens, sampling=Sampling())
+UNIQUE = itertools.count(1000)
+
+
+def sequence(prompt=3, max_tokens=5, client="", ids=None):
+    """A prompt of so many ids that nobody else has, or of those given."""
+    ids = tuple(ids or (next(UNIQUE) for _ in range(prompt)))
+    request = Request(prompt=ids, max_tokens=max_tokens, sampling=Sampling(), client=client)
     return Sequence(request, deliver=lambda event: None)
 
 
 def scheduler(slots=4, blocks=20, waiting=50):
-    return Scheduler(slots, blocks, BLOCK, waiting)
+    return Scheduler(slots, blocks, BLOCK, CHUNK, waiting)
 
 
 def do(scheduler, work):
@@ -28,6 +35,7 @@ def do(scheduler, work):
     if isinstance(work, Prefill):
         row = work.sequence
         row.length = min(row.length + CHUNK, len(row.request.prompt))
+        scheduler.file(row)
         rows = [] if row.is_reading else [row]
     else:
         rows = list(work.sequences)
@@ -44,9 +52,16 @@ def do(scheduler, work):
 
 
 def check(scheduler, slots, blocks):
-    """Each slot and block has exactly one owner; a row has room for what it holds."""
-    owned = [*scheduler.free_blocks, *(b for row in scheduler.active for b in row.blocks)]
-    assert sorted(owned) == list(range(1, blocks + 1))
+    """Nothing is lost: slots have one owner, blocks as many as hold them; rows have their room."""
+    kept = scheduler.blocks
+    holders = Counter(block for row in scheduler.active for block in row.blocks)
+    assert Counter(kept._holders) == holders, "every holder is known"
+    assert sorted([*kept._free, *kept._idle, *holders]) == list(range(1, blocks + 1))
+    assert {name: block for block, names in kept._names_in.items() for name in names} == {
+        **kept._block_of
+    }
+    assert all(kept._names_in[block] for block in kept._idle), "those without names are free"
+    assert not kept._names_in.keys() & set(kept._free)
     assert sorted([*scheduler.free_slots, *(row.slot for row in scheduler.active)]) == [
         *range(slots)
     ]
@@ -54,6 +69,8 @@ def check(scheduler, slots, blocks):
         assert len(row.blocks) * BLOCK >= row.length
     for row in scheduler.waiting:
         assert not row.blocks and row.slot == -1 and row.length == 0 and row.generated == 0
+    turns = [row.turn for row in scheduler.waiting]
+    assert turns == sorted(turns)
 
 
 def test_nothing_to_do():
@@ -102,15 +119,67 @@ def test_prompts_are_read_in_the_order_they_came():
     assert read == [rows[0]] * 2 + [rows[1]] * 2 + [rows[2]] * 2
 
 
+def test_a_short_prompt_does_not_wait_for_a_long_one_nor_the_other_way_round():
+    s = scheduler()
+    long, short = sequence(prompt=20), sequence(prompt=3, max_tokens=1)
+    s.submit(long)
+    do(s, s.next())
+    s.submit(short)
+    do(s, s.next())
+    do(s, s.next())
+    assert (long.length, short.length) in ((4, 2), (2, 4))
+    while short in s.active:
+        do(s, s.next())
+    assert long.length <= 8
+    others = iter(lambda: sequence(prompt=2, max_tokens=1), None)
+    while long.is_reading:  # short ones keep coming
+        if len(s.active) == 1:
+            s.submit(next(others))
+        do(s, s.next())
+    assert s._steps == 0
+
+
+def test_clients_are_admitted_in_turn():
+    s = scheduler(slots=1)
+    greedy = [sequence(client="greedy") for _ in range(4)]
+    for row in greedy:
+        s.submit(row)
+    s.next()  # the first is in
+    modest, other = sequence(client="modest"), sequence(client="other")
+    s.submit(modest)
+    s.submit(other)
+    later = sequence(client="modest")
+    s.submit(later)
+    order = []
+    while not s.is_idle:
+        s.next()
+        order.append(s.active[0])
+        s.finish(s.active[0])
+    assert order == [greedy[0], modest, other, greedy[1], later, greedy[2], greedy[3]]
+
+
+def test_nobody_new_overtakes_what_waits_for_blocks():
+    s = scheduler(blocks=4)
+    first, long = sequence(prompt=7, client="a"), sequence(prompt=11, client="a")
+    for row in (first, long):
+        s.submit(row)
+    s.next()
+    others = [sequence(prompt=1, client=str(i)) for i in range(3)]
+    for row in others:
+        s.submit(row)
+    s.next()
+    assert s.active == [first] and s.waiting == [long, *others]
+
+
 def test_a_short_request_does_not_overtake_one_that_waits_for_blocks():
     s = scheduler(blocks=4)
     first, long, short = sequence(prompt=7), sequence(prompt=11), sequence(prompt=1)
     for row in (first, long, short):
         s.submit(row)
     assert s.next() == Prefill(first)
-    assert list(s.waiting) == [long, short]
+    assert s.waiting == [long, short]
     s.finish(first)
-    assert s.next() == Prefill(long)
+    s.next()
     assert s.active == [long, short]
 
 
@@ -120,7 +189,7 @@ def test_slots_bound_what_runs():
     for row in rows:
         s.submit(row)
     s.next()
-    assert s.active == rows[:2] and list(s.waiting) == rows[2:]
+    assert s.active == rows[:2] and s.waiting == rows[2:]
     s.finish(rows[0])
     s.next()
     assert s.active == rows[1:]
@@ -172,19 +241,110 @@ def test_a_sequence_alone_never_gives_way():
     assert row.generated == 9 and works == 2 + 8
 
 
-ROWS = st.tuples(st.integers(1, 12), st.integers(1, 12))
+def read(s, row):
+    """Reads a prompt to its end; gives what had to be copied."""
+    copies = []
+    while row.is_reading:
+        work = s.next()
+        copies += [work.copy] if isinstance(work, Prefill) and work.copy else []
+        do(s, work)
+    return copies
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.integers(1, 4), st.integers(6, 9), st.data())
-def test_whatever_happens_nothing_leaks_and_everybody_ends(slots, blocks, data):
+def test_whole_blocks_are_shared_and_parts_are_copied():
+    s = scheduler(blocks=9)
+    first = sequence(ids=range(11), max_tokens=6)  # blocks 0-3, 4-7, 8-10; chunks of 2
+    s.submit(first)
+    assert read(s, first) == []
+    second = sequence(ids=[*range(10), 99, 98], max_tokens=6)
+    s.submit(second)
+    assert read(s, second) == [(first.blocks[2], second.blocks[2])]
+    assert second.blocks[:2] == first.blocks[:2] and second.blocks[2] != first.blocks[2]
+    assert second.cached == 10
+    check(s, 4, 9)
+    for row in (first, second):
+        s.finish(row)
+        check(s, 4, 9)
+    # Remembered: two whole blocks, and the third of each, whose chunks go different ways.
+    assert (s.blocks.available, s.blocks.remembering) == (9, 4)
+
+
+def test_the_last_token_is_always_read():
+    s = scheduler()
+    first, second = sequence(ids=range(8)), sequence(ids=range(8))
+    for row in (first, second):
+        s.submit(row)
+        read(s, row)
+    assert second.cached == 6
+
+
+def test_what_is_read_while_it_waits_for_its_turn_is_used_too():
+    s = scheduler()
+    first, second = sequence(ids=range(12)), sequence(ids=[*range(11), 99])
+    s.submit(first)
+    s.submit(second)
+    s.next()
+    assert s.active == [first, second] and second.cached == 0
+    own = list(second.blocks)
+    read(s, first)
+    read(s, second)
+    assert second.cached >= 8 and second.blocks[:2] == first.blocks[:2]
+    assert not set(own[:2]) & set(second.blocks)
+    check(s, 4, 20)
+
+
+def test_the_longest_unused_goes_first_and_ends_before_beginnings():
+    s = scheduler(slots=1, blocks=5)
+    for ids in (range(8), range(100, 108), range(200, 204)):  # 3, 3 and 2 blocks
+        row = sequence(ids=ids, max_tokens=1)
+        s.submit(row)
+        read(s, row)
+    known = [sequence(ids=ids) for ids in (range(9), range(100, 109), range(200, 205))]
+    for row in known:
+        row.names = chunk_names(row.request.prompt, CHUNK)
+    assert [len(s._share(row)) for row in known] == [1, 2, 1]
+
+
+def test_names_stand_for_all_before_them():
+    assert chunk_names(range(7), 2)[:2] == chunk_names([0, 1, 2, 3], 2)
+    assert len(chunk_names(range(7), 2)) == 3
+    assert chunk_names([5, 1, 2, 3], 2)[1] != chunk_names([0, 1, 2, 3], 2)[1]
+    assert chunk_names([], 2) == []
+
+
+def test_a_lost_cache_is_not_remembered():
+    s = scheduler(blocks=6)
+    row, gone = sequence(ids=range(8)), sequence(ids=range(50, 58))
+    for each in (gone, row):
+        s.submit(each)
+        read(s, each)
+    s.finish(gone)
+    s.start_over(row)
+    s.blocks.forget_all()
+    check(s, 4, 6)
+    s.next()
+    assert row.cached == 0 and row.length == 0
+
+
+IDS = st.tuples(st.integers(0, 12), st.sampled_from([0, 1]), st.integers(0, 3)).map(
+    lambda parts: (*range(parts[0]), *[50 + parts[1]] * parts[2], 99)
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 4), st.integers(8, 11), st.integers(1, 4), st.data())
+def test_whatever_happens_nothing_leaks_and_everybody_ends(slots, blocks, max_rows, data):
     """Requests come, are cancelled and run in a random order; a row alone always fits."""
     s = scheduler(slots=slots, blocks=blocks, waiting=6)
     ended = Counter()
     accepted = []
-    for action in data.draw(st.lists(st.sampled_from("swwwwc"), max_size=60)):
+    for action in data.draw(st.lists(st.sampled_from("sswwwwc"), max_size=60)):
         if action == "s":
-            row = sequence(*data.draw(ROWS))
+            row = sequence(
+                ids=data.draw(IDS),
+                max_tokens=data.draw(st.integers(1, 12)),
+                client=data.draw(st.sampled_from("abc")),
+            )
             try:
                 s.submit(row)
                 accepted.append(row)
@@ -194,18 +354,22 @@ def test_whatever_happens_nothing_leaks_and_everybody_ends(slots, blocks, data):
             row = data.draw(st.sampled_from([*s.waiting, *s.active]))
             s.finish(row)
             ended[row] += 1
-        elif action == "w" and (work := s.next()):
+        elif action == "w" and (work := s.next(max_rows)):
             check(s, slots, blocks)
             if isinstance(work, Decode):
+                assert len(work.sequences) <= max_rows
                 assert all(len(row.blocks) * BLOCK > row.length for row in work.sequences)
+                # Nobody writes where others read: the next position is in a block of one's own.
+                for row in work.sequences:
+                    assert s.blocks._holders[row.blocks[row.length // BLOCK]] == 1
             ended.update(do(s, work))
         check(s, slots, blocks)
     for _ in range(10_000):  # an end is in sight: no two rows chase each other for ever
         if s.is_idle:
             break
-        work = s.next()
+        work = s.next(max_rows)
         assert work is not None, "somebody waits and nobody works"
         ended.update(do(s, work))
         check(s, slots, blocks)
     assert ended == Counter(accepted)
-    assert len(s.free_slots) == slots and len(s.free_blocks) == blocks
+    assert len(s.free_slots) == slots and s.blocks.available == blocks

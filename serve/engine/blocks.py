@@ -1,0 +1,113 @@
+"""The blocks of a cache: who holds them, and what they still remember.
+
+A block whose positions were filled by reading a prompt can serve every prompt that begins alike:
+keys and values depend on nothing but the tokens up to their position. So blocks have several
+holders, and one that nobody holds any more keeps what it knows until its memory is needed, least
+recently used first ("prefix caching": SGLang's RadixAttention, Zheng et al. 2023, arXiv:2312.07104;
+vLLM does it with hashes of blocks, as here).
+
+What a block knows is filed in chunks, the steps in which prompts are read, under names that stand
+for *all* tokens up to the end of a chunk: the name of a chunk is the SHA-256 of the name before it
+and its own tokens. Nobody can make up two prompts of the same name and read another's answer.
+
+Leaves out: what was generated. A step of one token may round differently from the reading of a
+chunk, and the same request must give the same text with and without this file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+
+
+def chunk_names(ids: Sequence[int], chunk: int) -> list[bytes]:
+    """A name for each whole chunk of a prompt, which stands for everything up to its end."""
+    names, name = [], b""
+    for start in range(0, len(ids) - chunk + 1, chunk):
+        tokens = array("q", ids[start : start + chunk]).tobytes()
+        name = hashlib.sha256(name + tokens).digest()
+        names.append(name)
+    return names
+
+
+class Blocks:
+    """The blocks of one cache, numbered from 1.
+
+    Args:
+        count: how many there are.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._free = list(range(1, count + 1))[::-1]  # held by nobody, remembering nothing
+        self._idle: OrderedDict[int, None] = OrderedDict()  # held by nobody, oldest first
+        self._holders = dict.fromkeys(range(1, count + 1), 0)
+        self._block_of: dict[bytes, int] = {}
+        self._names_in: dict[int, list[bytes]] = {}  # of its chunks, for blocks that have any
+
+    @property
+    def available(self) -> int:
+        """How many can be taken, those included that still remember something."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def remembering(self) -> int:
+        """How many are held by nobody and still remember something."""
+        return len(self._idle)
+
+    def take(self) -> int:
+        """A block for one new holder; if it remembered something, it forgets that."""
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, _ = self._idle.popitem(last=False)
+            self._forget(block)
+        self._holders[block] = 1
+        return block
+
+    def hold(self, block: int) -> None:
+        """Adds a holder to a block that `find` gave."""
+        self._holders[block] += 1
+        self._idle.pop(block, None)
+
+    def release(self, block: int) -> None:
+        """Takes a holder off. Of several, release the last of a row first: it is forgotten first"""
+        self._holders[block] -= 1
+        if self._holders[block] == 0:
+            if block in self._names_in:
+                self._idle[block] = None
+            else:
+                self._free.append(block)
+
+    def remember(self, name: bytes, block: int) -> None:
+        """Files the next chunk of a held block. A name that is filed already stays where it is."""
+        if name not in self._block_of:
+            self._block_of[name] = block
+            self._names_in.setdefault(block, []).append(name)
+
+    def find(self, names: Sequence[bytes]) -> tuple[int, int] | None:
+        """Looks for a block that begins as a prompt goes on.
+
+        Args:
+            names: of the chunks of one block, in order.
+
+        Returns:
+            The block that holds most of them, and how many from its beginning; or None.
+        """
+        for count in range(len(names), 0, -1):
+            if (block := self._block_of.get(names[count - 1])) is not None:
+                return block, count
+        return None
+
+    def forget_all(self) -> None:
+        """Drops everything remembered: the cache itself is gone. Holders keep their blocks."""
+        for block in list(self._names_in):
+            self._forget(block)
+        self._free += self._idle
+        self._idle.clear()
+
+    def _forget(self, block: int) -> None:
+        for name in self._names_in.pop(block):
+            del self._block_of[name]

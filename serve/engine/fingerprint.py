@@ -1,0 +1,66 @@
+"""A short name for how a model computes here; it changes when answers may.
+
+OpenAI's `system_fingerprint`: with the same fingerprint, seed and request, the answer is the same.
+It is made of the bytes of the weights, the number format, the library and the machine. Hashing
+gigabytes takes seconds, so the hash of a file is remembered with its size and time of change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+from pathlib import Path
+
+import jax
+
+from serve import settings
+
+
+def of_weights(path: Path) -> str:
+    """SHA-256 over all files of a model, in hex.
+
+    Args:
+        path: a file, or a folder whose files are taken together with their names.
+    """
+    if path.is_file():
+        return _of_file(path)
+    files = sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
+    together = "".join(f"{file.name} {_of_file(file)}\n" for file in files)
+    return hashlib.sha256(together.encode()).hexdigest()
+
+
+def of_model(weights: str, format: str) -> str:
+    """The fingerprint of weights with this hash, computed in this format, here."""
+    parts = [weights, format, jax.__version__, platform.machine(), _processor(), os.cpu_count()]
+    return "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
+
+
+def _of_file(path: Path) -> str:
+    remembered = settings.data_folder() / "hashes.json"
+    try:
+        known = json.loads(remembered.read_text("utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    status = path.stat()
+    stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    key = str(path.resolve())
+    if isinstance(known.get(key), list) and known[key][1:] == stamp:
+        return known[key][0]
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with contextlib.suppress(OSError):  # a folder we may not write to: hashed again next time
+        temporary = remembered.with_name(f".hashes-{os.getpid()}")
+        temporary.write_text(json.dumps(known | {key: [digest, *stamp]}, indent=1), "utf-8")
+        os.replace(temporary, remembered)
+    return digest
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        return next(line for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
