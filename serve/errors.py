@@ -7,6 +7,7 @@ queue) the same shape. The texts follow what the live API says, because programs
 a message names the field, the value, and what would work.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -220,10 +221,11 @@ def as_api_error(error: Exception) -> APIError:
         case Busy():
             return APIError(
                 429,
-                "That model is currently overloaded with other requests. Please try again in 1s.",
+                "That model is currently overloaded with other requests. "
+                f"Please try again in {math.ceil(error.retry_after)}s.",
                 type="requests",
                 code="rate_limit_exceeded",
-                headers={"retry-after": "1"},
+                headers={"retry-after": str(max(math.ceil(error.retry_after), 1))},
             )
     return server_error()
 

@@ -11,18 +11,22 @@ and the client's disconnect pass through untouched.
 """
 
 import asyncio
-import hmac
 import re
 from collections.abc import Collection
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.calls import call_of
 from serve.errors import APIError
+from serve.keys import KeyRing
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-OPEN_PATHS = ("/health", "/v1/health")  # a supervisor asks these without a key
+HEALTH_PATHS = ("/health", "/v1/health", "/ready")  # a supervisor asks these without a key
+PAGE_PATHS = ("/", "/docs", "/openapi.json")  # pages are shown to anybody; what they do is not
+PAGE_FOLDERS = ("/web/", "/docs/")
 LINGER_SECONDS = 2.0
+UPLOAD_SECONDS = 300.0  # that a body may take to arrive
 
 
 class HostAndOrigin:
@@ -76,20 +80,37 @@ def host_name(host: str) -> str:
     return (match[1] or match[2]).rstrip(".") if match else ""
 
 
-class ApiKeys:
-    """Asks for one of ``keys`` as ``Authorization: Bearer KEY``; without keys, asks for nothing."""
+def is_open(path: str) -> bool:
+    """Whether a path is served without a key."""
+    return path in (*HEALTH_PATHS, *PAGE_PATHS) or path.startswith(PAGE_FOLDERS)
 
-    def __init__(self, app: ASGIApp, keys: Collection[str]):
-        self.app = app
-        self.keys = [key.encode() for key in keys]
+
+WHICH_KEYS = (
+    "This server takes the keys it was started with and those of `pellucid keys`, on its machine."
+)
+
+
+class ApiKeys:
+    """Asks for one of the keys as ``Authorization: Bearer KEY``; without keys, asks for nothing.
+
+    Either way it notes who asks: the key's name, or the address.
+    """
+
+    def __init__(self, app: ASGIApp, keys: KeyRing):
+        self.app, self.keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        guarded = scope["type"] == "http" and self.keys and scope["path"] not in OPEN_PATHS
-        if guarded and (error := self._refusal(Headers(scope=scope))):
-            return await error.response()(scope, receive, send)
+        if scope["type"] == "http":
+            call_of(scope).client = (scope.get("client") or ("",))[0]
+            if self.keys.asks() and not is_open(scope["path"]):
+                owner = self._admit(Headers(scope=scope))
+                if isinstance(owner, APIError):
+                    return await owner.response()(scope, receive, send)
+                call_of(scope).client = owner
         await self.app(scope, receive, send)
 
-    def _refusal(self, headers: Headers) -> APIError | None:
+    def _admit(self, headers: Headers) -> str | APIError:
+        """The name of the key that came, or what is wrong with it."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         key = key.strip()
         challenge = {"www-authenticate": "Bearer"}
@@ -97,20 +118,16 @@ class ApiKeys:
             return APIError(
                 401,
                 "You didn't provide an API key. You need to provide your API key in an "
-                "Authorization header using Bearer auth (i.e. Authorization: Bearer YOUR_KEY). "
-                "The keys of this server are those it was started with.",
+                f"Authorization header using Bearer auth (i.e. Authorization: Bearer YOUR_KEY). "
+                f"{WHICH_KEYS}",
                 headers=challenge,
             )
-        # Every key is compared, each in constant time: the answer's delay tells nothing.
-        if not any([hmac.compare_digest(key.encode("latin-1"), known) for known in self.keys]):
-            return APIError(
-                401,
-                f"Incorrect API key provided: {mask(key)}. "
-                "The keys of this server are those it was started with.",
-                code="invalid_api_key",
-                headers=challenge,
-            )
-        return None
+        return self.keys.owner(key.encode("latin-1")) or APIError(
+            401,
+            f"Incorrect API key provided: {mask(key)}. {WHICH_KEYS}",
+            code="invalid_api_key",
+            headers=challenge,
+        )
 
 
 def mask(key: str) -> str:
@@ -126,11 +143,18 @@ class _TooLarge(Exception):
     pass
 
 
-class BodyLimit:
-    """Refuses a request body over ``limit`` bytes with 413, announced or not, unread."""
+class _TooSlow(Exception):
+    pass
 
-    def __init__(self, app: ASGIApp, limit: int):
-        self.app, self.limit = app, limit
+
+class BodyLimit:
+    """Refuses a request body over ``limit`` bytes with 413, announced or not, unread.
+
+    One that does not arrive in time is a 408: whoever sends a byte a minute holds no connection.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int, seconds: float = UPLOAD_SECONDS):
+        self.app, self.limit, self.seconds = app, limit, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -138,20 +162,36 @@ class BodyLimit:
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > self.limit:
             return await self._refuse(receive, send)
-        seen = 0
+        seen, is_whole = 0, False
+        end = asyncio.get_running_loop().time() + self.seconds
 
         async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, is_whole
+            if is_whole:  # what comes now is the client's leaving, and that has time
+                return await receive()
+            try:
+                async with asyncio.timeout_at(end):
+                    message = await receive()
+            except TimeoutError:
+                raise _TooSlow from None
             seen += len(message.get("body", b""))
             if seen > self.limit:
                 raise _TooLarge
+            is_whole = not message.get("more_body", False)
             return message
 
         try:
             await self.app(scope, counted, send)
         except _TooLarge:
             await self._refuse(receive, send)
+        except _TooSlow:
+            error = APIError(
+                408,
+                f"The request's body did not arrive within {self.seconds:g} seconds.",
+                code="request_timeout",
+                headers={"connection": "close"},
+            )
+            await error.response()(scope, receive, send)
 
     async def _refuse(self, receive: Receive, send: Send) -> None:
         """Answers, then lingers: most clients read no answer before they have sent their body.

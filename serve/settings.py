@@ -12,6 +12,8 @@ from pathlib import Path
 
 import platformdirs
 
+from serve import keys
+
 
 def data_folder() -> Path:
     """The folder for pulled models and measurements. It need not exist yet."""
@@ -63,12 +65,15 @@ class Settings:
     """Everything about a server but its models.
 
     Attributes:
-        host: Address to bind. Beyond loopback it needs `api_keys`.
+        host: Address to bind. Beyond loopback it needs a key, here or in the data folder.
         port: Port to bind; 0 lets the system choose.
-        api_keys: Accepted bearer keys. Empty: any key, or none, is accepted.
+        api_keys: Accepted bearer keys beside those of the data folder. Where there is none at
+            all, any key, or none, is accepted.
         allowed_hosts: Names accepted in `Host` beside the loopback ones; `"*"` accepts all.
         allowed_origins: Web origins that may call the API from a browser.
         max_body_bytes: Largest accepted request body, in bytes.
+        requests_per_minute: How many requests a client may make; 0 for no limit.
+        answer_timeout: Longest time that an answer may take to compute, in seconds.
         cache_budget: Memory for keys and values of all conversations of a model, in bytes.
         home: The data folder.
 
@@ -82,6 +87,8 @@ class Settings:
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     max_body_bytes: int = 4 * 2**20
+    requests_per_minute: int = 0
+    answer_timeout: float = 600.0
     cache_budget: int = 512 * 2**20
     home: Path = field(default_factory=data_folder)
 
@@ -93,9 +100,15 @@ class Settings:
         for name in ("max_body_bytes", "cache_budget"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: use a positive number of bytes")
-        if not self.api_keys and not is_loopback(self.host):
+        if self.requests_per_minute < 0:
+            raise ValueError(
+                f"requests_per_minute is {self.requests_per_minute}: use 0 for no limit, or more"
+            )
+        if not self.answer_timeout > 0:
+            raise ValueError(f"answer_timeout is {self.answer_timeout}: use more than 0 seconds")
+        if not self.api_keys and not is_loopback(self.host) and not keys.read(self.home):
             raise ValueError(
                 f"host is {self.host}, which others on the network can reach, and there is no API "
-                "key: anybody could use this machine. Give a key (--api-key or PELLUCID_API_KEY) "
-                "or bind to 127.0.0.1"
+                "key: anybody could use this machine. Make a key (pellucid keys create NAME), give "
+                "one (--api-key or PELLUCID_API_KEY), or bind to 127.0.0.1"
             )

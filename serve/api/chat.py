@@ -24,6 +24,7 @@ from serve.api.models import registry_of
 from serve.api.pieces import Placed, finite, token_text
 from serve.api.schemas import ChatBody, Message, read_json
 from serve.api.sse import event_stream, unless_disconnected
+from serve.calls import Call, call_of
 from serve.engine import ServedModel
 from serve.errors import APIError, unsupported
 
@@ -36,7 +37,7 @@ async def create_chat_completion(request: Request) -> Response:
     body = await read_json(request, ChatBody)
     _refuse_unsupported(body)
     model = registry_of(request).resolve(body.model)
-    generation = await asyncio.to_thread(_plan, body, model)
+    generation = await asyncio.to_thread(_plan, body, model, call_of(request.scope))
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -109,13 +110,14 @@ def _logprobs(
     return {"content": content, "refusal": None}
 
 
-def _plan(body: ChatBody, model: ServedModel) -> Generation:
+def _plan(body: ChatBody, model: ServedModel, call: Call) -> Generation:
     messages = [plain(message, index) for index, message in enumerate(body.messages)]
     prompt = encode_chat(MESSAGES, model, messages)
     wanted = body.max_completion_tokens or body.max_tokens
     limit = room(MESSAGES, model.context, len(prompt), wanted, model.context)
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return Generation(model, [Prompt(ids=prompt, max_tokens=limit)], body, body.n, top_logprobs)
+    whole = [Prompt(ids=prompt, max_tokens=limit)]
+    return Generation(model, whole, body, body.n, top_logprobs, call)
 
 
 def encode_chat(

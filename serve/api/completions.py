@@ -5,7 +5,8 @@ prompt i. Special tokens spelled out in a prompt are special here, unlike in a c
 one person's text, and fill-in-the-middle is written with them. An empty prompt is the start of a
 document. Logprobs are those of the model's own distribution, before temperature and penalties;
 ``logprobs: 0`` asks for the chosen token's alone. With ``echo`` they are given for the prompt too,
-which scores a text: the very first token, that nothing foretold, has none.
+which scores a text: the very first token, that nothing foretold, has none. The special token that
+ended a text is the last of its logprobs, and no part of its text.
 """
 
 import asyncio
@@ -22,13 +23,14 @@ from starlette.responses import JSONResponse, Response
 
 from bpe import Encoding, Tokenizer
 from serve.api.context import PROMPT, refuse_hopeless, room
-from serve.api.generation import Generation, Prompt
+from serve.api.generation import Choice, Generation, Prompt
 from serve.api.ids import check_ids, refuse_foreign_ids
 from serve.api.insertion import insertion
 from serve.api.models import registry_of
-from serve.api.pieces import FinishReason, Placed, finite, token_text
+from serve.api.pieces import Piece, Placed, finite, token_text
 from serve.api.schemas import CompletionBody, read_json
 from serve.api.sse import event_stream, unless_disconnected
+from serve.calls import Call, call_of
 from serve.engine import ServedModel
 from serve.errors import APIError
 
@@ -44,7 +46,7 @@ async def create_completion(request: Request) -> Response:
     _refuse_contradictions(body)
     model = registry_of(request).resolve(body.model)
     # Megabytes of text take seconds to encode: not on the loop that serves everybody.
-    generation = await asyncio.to_thread(_plan, body, model)
+    generation = await asyncio.to_thread(_plan, body, model, call_of(request.scope))
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
@@ -61,8 +63,7 @@ async def create_completion(request: Request) -> Response:
         {
             **head,
             "choices": [
-                _choice(body, encoding, index, choice.text, choice.tokens, choice.finish_reason)
-                for index, choice in enumerate(choices)
+                _choice(body, encoding, index, choice) for index, choice in enumerate(choices)
             ],
             "usage": generation.usage.body(),
         }
@@ -77,25 +78,23 @@ async def _chunks(
     tail = {"usage": None} if include_usage else {}
     async with aclosing(generation.pieces()) as pieces:
         async for index, piece in pieces:
-            choice = _choice(body, encoding, index, piece.text, piece.tokens, piece.finish_reason)
+            choice = _choice(body, encoding, index, piece)
             yield {**head, "choices": [choice], **tail}
     if include_usage:
         yield {**head, "choices": [], "usage": generation.usage.body()}
 
 
 def _choice(
-    body: CompletionBody,
-    encoding: Encoding,
-    index: int,
-    text: str,
-    tokens: Sequence[Placed],
-    finish_reason: FinishReason | None,
+    body: CompletionBody, encoding: Encoding, index: int, said: Choice | Piece
 ) -> dict[str, Any]:
+    # The token that ended the text is named too: who scores a text with one token more than it
+    # has, and drops that, must find it there.
+    tokens = [*said.tokens, said.end] if said.end else said.tokens
     return {
-        "text": text,
+        "text": said.text,
         "index": index,
         "logprobs": None if body.logprobs is None else _logprobs(encoding, tokens),
-        "finish_reason": finish_reason,
+        "finish_reason": said.finish_reason,
     }
 
 
@@ -124,12 +123,12 @@ def _logprobs(encoding: Encoding, tokens: Sequence[Placed]) -> dict[str, Any]:
     }
 
 
-def _plan(body: CompletionBody, model: ServedModel) -> Generation:
+def _plan(body: CompletionBody, model: ServedModel, call: Call) -> Generation:
     copies = body.best_of or body.n
     # Choosing among more than are returned needs the logprobs, whether they are returned or not.
     top_logprobs = 0 if copies > body.n and body.logprobs is None else body.logprobs
     prompts = [_prompt(body, model, start, ids) for start, ids in _encoded(body, model)]
-    return Generation(model, prompts, body, copies, top_logprobs)
+    return Generation(model, prompts, body, copies, top_logprobs, call)
 
 
 def _prompt(body: CompletionBody, model: ServedModel, start: list[int], ids: list[int]) -> Prompt:

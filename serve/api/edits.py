@@ -21,6 +21,7 @@ from serve.api.generation import Generation, Prompt
 from serve.api.models import registry_of
 from serve.api.schemas import GenerationBody, read_json
 from serve.api.sse import unless_disconnected
+from serve.calls import Call, call_of
 from serve.engine import ServedModel
 
 router = APIRouter()
@@ -47,7 +48,7 @@ class EditBody(GenerationBody):
 async def create_edit(request: Request) -> Response:
     body = await read_json(request, EditBody)
     model = registry_of(request).resolve(body.model)
-    generation = await asyncio.to_thread(_plan, body, model)
+    generation = await asyncio.to_thread(_plan, body, model, call_of(request.scope))
     choices = await unless_disconnected(request.receive, generation.choices())
     return JSONResponse(
         {
@@ -67,11 +68,11 @@ async def create_edit(request: Request) -> Response:
     )
 
 
-def _plan(body: EditBody, model: ServedModel) -> Generation:
+def _plan(body: EditBody, model: ServedModel, call: Call) -> Generation:
     prompt = encode_chat(EDIT, model, messages(body.instruction, body.input))
     most = 2 * len(model.tokenizer.encoding.encode_ordinary(body.input)) + SPARE_TOKENS
     limit = room(EDIT, model.context, len(prompt), None, most)
-    return Generation(model, [Prompt(ids=prompt, max_tokens=limit)], body, body.n, None)
+    return Generation(model, [Prompt(ids=prompt, max_tokens=limit)], body, body.n, None, call)
 
 
 def messages(instruction: str, text: str) -> list[dict[str, str]]:

@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 from serve.api.ids import refuse_foreign_ids
 from serve.api.pieces import Assembler, FinishReason, Piece, Placed, finite
 from serve.api.schemas import GenerationBody
-from serve.engine import Done, Failed, Request, Scored, ServedModel, Token
+from serve.calls import Call
+from serve.engine import Began, Done, Failed, Request, Scored, ServedModel, Token
 from serve.errors import APIError, server_error
 from transformer.sampling import Sampling
 
@@ -37,6 +38,7 @@ class Usage:
     """The tokens of a request; each prompt counts once, however many choices it has."""
 
     prompt_tokens: int
+    cached_tokens: int = 0
     completion_tokens: int = 0
 
     def body(self) -> dict[str, Any]:
@@ -44,7 +46,7 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens, "audio_tokens": 0},
             "completion_tokens_details": {
                 "reasoning_tokens": 0,
                 "audio_tokens": 0,
@@ -79,6 +81,7 @@ class Choice:
 
     text: str = ""
     tokens: list[Placed] = field(default_factory=list)
+    end: Placed | None = None
     finish_reason: FinishReason | None = None
 
 
@@ -91,6 +94,7 @@ class Generation:
         body: sampling settings, n, and stop strings.
         copies: choices to generate for each prompt.
         top_logprobs: alternatives to report per token, echoed ones too; None for no logprobs.
+        call: who asks; told what comes of it.
 
     Raises:
         APIError: 400 for a logit_bias that does not fit the vocabulary, or too many choices.
@@ -103,6 +107,7 @@ class Generation:
         body: GenerationBody,
         copies: int,
         top_logprobs: int | None,
+        call: Call,
     ):
         if len(prompts) * copies > MAX_CHOICES:
             raise APIError(
@@ -113,8 +118,9 @@ class Generation:
                 code="invalid_value",
             )
         sampling = sampling_of(body, model)
-        self.model, self.stops, self.copies = model, body.stops, copies
+        self.model, self.stops, self.copies, self.call = model, body.stops, copies, call
         self.usage = Usage(prompt_tokens=sum(len(prompt.ids) for prompt in prompts))
+        call.model, call.prompt_tokens = model.id, self.usage.prompt_tokens
         self.prompts = [prompt for prompt in prompts for _ in range(copies)]
         self.requests = [
             Request(
@@ -125,6 +131,8 @@ class Generation:
                 top_logprobs=top_logprobs,
                 prompt_logprobs=top_logprobs if prompt.echo else None,
                 choice=index,
+                client=call.client,
+                timeout=call.timeout,
             )
             for index, prompt in enumerate(self.prompts)
         ]
@@ -138,7 +146,7 @@ class Generation:
             APIError: 500 when the engine fails, 503 when it is shutting down.
             serve.engine.Busy: the queue is full.
         """
-        streams = list(map(self._choice, self.prompts, self.requests))
+        streams = [self._choice(index) for index in range(len(self.requests))]
         async with aclosing(interleave(streams, SIDE_BY_SIDE)) as merged:
             async for index, piece in merged:
                 if piece.finish_reason:
@@ -153,6 +161,7 @@ class Generation:
                 choice = choices[index]
                 choice.text += piece.text
                 choice.tokens += piece.tokens
+                choice.end = piece.end
                 choice.finish_reason = piece.finish_reason
         return choices
 
@@ -161,8 +170,10 @@ class Generation:
         choices = await self.choices()
 
         def mean(index: int) -> float:
-            own = choices[index].tokens[len(self.prompts[index].echo) :]
-            logprobs = [finite(placed.token.logprob) for placed in own]
+            choice = choices[index]
+            own = choice.tokens[len(self.prompts[index].echo) :]
+            ended = [choice.end] if choice.end else []
+            logprobs = [finite(placed.token.logprob) for placed in [*own, *ended]]
             return sum(logprobs) / len(logprobs) if logprobs else -math.inf
 
         groups = [
@@ -174,7 +185,8 @@ class Generation:
             for index in sorted(group, key=mean, reverse=True)[:n]
         ]
 
-    async def _choice(self, prompt: Prompt, request: Request) -> AsyncGenerator[Piece, None]:
+    async def _choice(self, index: int) -> AsyncGenerator[Piece, None]:
+        prompt, request = self.prompts[index], self.requests[index]
         assembler = Assembler(self.model.tokenizer.encoding, [*self.stops, *prompt.stops])
         unseen = len(prompt.ids) - len(prompt.echo)  # tokens of the prompt that are not echoed
         if prompt.echo and request.prompt_logprobs is None:
@@ -190,15 +202,22 @@ class Generation:
                         unseen = max(unseen - len(tokens), 0)
                         if piece.text:
                             yield piece
+                    case Began(cached_tokens=cached_tokens):
+                        if index % self.copies == 0:  # each prompt counts once
+                            self.usage.cached_tokens += cached_tokens
+                            self.call.cached_tokens += cached_tokens
                     case Token():
+                        self.call.generated()
                         piece = assembler.push(event)
                         if piece.finish_reason:
                             break
                         if piece.text:
                             yield piece
-                    case Done(reason="stop" | "length" as reason):
-                        piece = assembler.finish(reason)
+                    case Done(reason="stop" | "length" as reason, token=token):
+                        piece = assembler.finish(reason, token)
                         break
+                    case Done(reason="timeout"):
+                        raise _too_long(request.timeout)
                     case Done():
                         raise APIError(
                             503,
@@ -211,6 +230,17 @@ class Generation:
             else:
                 raise RuntimeError("the engine's stream ended without Done or Failed")
         yield piece
+
+
+def _too_long(seconds: float | None) -> APIError:
+    return APIError(
+        504,
+        f"The answer took longer than the {seconds:g} seconds this server allows. Ask for fewer "
+        "tokens or fewer choices.",
+        type="server_error",
+        code="timeout",
+        headers={"x-should-retry": "false"},  # it would take as long again
+    )
 
 
 def sampling_of(body: GenerationBody, model: ServedModel) -> Sampling:

@@ -8,7 +8,7 @@ A token of which a stop string took only the end is kept, for its beginning was 
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from bpe import Encoding, StopMatcher, StreamDecoder
@@ -35,12 +35,14 @@ class Piece:
         finish_reason: set on the last piece of a choice.
         generated: tokens drawn so far. The token that ended the turn is not counted, tokens that
             spelled a stop string are: the model did compute them.
+        end: the token that ended the turn, where logprobs are asked for. It is no part of the text.
     """
 
     text: str
     tokens: tuple[Placed, ...]
     finish_reason: FinishReason | None
     generated: int
+    end: Placed | None = None
 
 
 class Assembler:
@@ -79,12 +81,18 @@ class Assembler:
         text, stopped = self._match(self._decoder.push(token.id))
         return self._piece(text, "stop" if stopped else None)
 
-    def finish(self, reason: FinishReason) -> Piece:
-        """The last piece, when the engine has ended the choice: whatever was held back."""
+    def finish(self, reason: FinishReason, token: Token | None = None) -> Piece:
+        """The last piece, when the engine has ended the choice: whatever was held back.
+
+        Args:
+            reason: the engine's.
+            token: the token that ended the turn.
+        """
         text, stopped = self._match(self._decoder.flush())
-        if not stopped:
-            text += self._matcher.flush()
-        return self._piece(text, "stop" if stopped else reason)
+        if stopped:
+            return self._piece(text, "stop")
+        piece = self._piece(text + self._matcher.flush(), reason)
+        return replace(piece, end=Placed(token, self._emitted)) if token else piece
 
     def _match(self, text: str) -> tuple[str, bool]:
         if not text:

@@ -71,9 +71,9 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self.rest):
             with suppress(ClientDisconnected):
-                await unless_disconnected(receive, self._send_all(scope, send))
+                await unless_disconnected(receive, self._send_all(send))
 
-    async def _send_all(self, scope: Scope, send: Send) -> None:
+    async def _send_all(self, send: Send) -> None:
         async def send_data(data: bytes) -> None:
             body = b"data: " + data + b"\n\n"
             await send({"type": "http.response.body", "body": body, "more_body": True})
@@ -87,6 +87,6 @@ class EventStream(Response):
             await send_data(b"[DONE]")
         except Exception as error:
             if not isinstance(error, APIError):
-                log.exception("%s: the stream failed", scope["state"]["request_id"])
+                log.exception("the stream failed")
             await send_data(to_json(as_api_error(error).body()))
         await send({"type": "http.response.body", "body": b""})

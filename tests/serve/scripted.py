@@ -6,16 +6,30 @@ a character outside ASCII takes several tokens, and three special tokens.
 """
 
 import asyncio
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 
 import bpe
 from serve.app import create_app
-from serve.engine import Busy, Done, Event, Failed, Request, Scored, ServedModel, Token
+from serve.engine import (
+    Began,
+    Busy,
+    Done,
+    Event,
+    Failed,
+    Request,
+    Scored,
+    ServedModel,
+    Stats,
+    Token,
+)
 from serve.registry import Registry
 from serve.settings import Settings
 
@@ -71,6 +85,11 @@ class Scripted:
             if "fail at once" in prompt:
                 yield Failed("the numbers went bad")
                 return
+            cached = 4 if "cached" in prompt else 0
+            yield Began(cached)
+            if "never in time" in prompt:
+                yield Done("timeout")
+                return
             if request.prompt_logprobs is not None:
                 for start in range(0, len(request.prompt), 4):
                     ids = enumerate(request.prompt[start : start + 4], start)
@@ -93,9 +112,14 @@ class Scripted:
                 if count == 2 and "shutdown" in prompt:
                     yield Done("cancelled")
                     return
-            yield Done("stop")
+            yield Done(
+                "stop", self.token(IM_END, request) if request.top_logprobs is not None else None
+            )
         finally:
             self.running -= 1
+
+    def stats(self) -> Stats:
+        return Stats(requests={}, running=self.running, generated_tokens=self.tokens, slots=16)
 
     def reply(self, prompt: str, request: Request) -> str:
         sampling = request.sampling
@@ -109,6 +133,8 @@ class Scripted:
             return str(request.choice)
         if "special" in prompt:
             return f"{request.prompt[0]}"
+        if "nothing hey" in prompt:
+            return ""
         if "emoji" in prompt:
             return "😀" * 3
         return HELLO
@@ -148,7 +174,16 @@ def model(
 def running(*models: ServedModel, **settings: object) -> Iterator[str]:
     """Serves ``models`` from a thread on a free port; gives the address, without /v1."""
     registry = Registry([*models], {"gpt-4": models[0].id})
-    app = create_app(Settings(**settings), registry)  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as home:  # not the user's own, which may hold keys
+        settings = {"home": Path(home), **settings}
+        app = create_app(Settings(**settings), registry)  # type: ignore[arg-type]
+        with served(app) as address:
+            yield address
+
+
+@contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    """Runs an application on a thread, on a free port; gives its address."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -104,7 +104,9 @@ def test_stop_strings(strict, engine, stop, text):
 
 def test_logprobs_line_up_with_the_text(strict):
     logprobs = create(strict, logprobs=2).choices[0].logprobs
-    assert len(logprobs.tokens) == LENGTH
+    assert len(logprobs.tokens) == LENGTH + 1
+    assert logprobs.tokens[-1] == "<|im_end|>", "what ended the text, though no part of it"
+    assert logprobs.text_offset[-1] == len(HELLO)
     assert logprobs.tokens[:2] == ["H", "e"] and logprobs.token_logprobs[0] == -0.25
     assert logprobs.tokens[8:10] == [r"bytes:\xc3", r"bytes:\xb6"]  # ö
     assert logprobs.text_offset[7:11] == [7, 8, 8, 9]
@@ -202,10 +204,23 @@ def test_echo_scores_the_prompt(loose, engine):
     assert engine.requests[-1].max_tokens == 0
 
 
+@pytest.mark.parametrize("prompt", ["emoji", "hey"])
+def test_a_harness_finds_one_token_more_than_the_text_has(loose, prompt):
+    """It asks for one new token and drops the last entry; a text that ends at once has one too."""
+    choice = create(loose, "nothing " + prompt, echo=True, max_tokens=1, logprobs=1).choices[0]
+    assert len(choice.logprobs.tokens) == len("nothing " + prompt) + 1
+    assert (choice.logprobs.tokens[-1] == "<|im_end|>") == (prompt == "hey")
+
+
+def test_cached_tokens_are_counted_once_for_each_prompt(strict):
+    usage = create(strict, ["cached", "hello", "cached"], n=2).usage
+    assert usage.prompt_tokens_details.cached_tokens == 8
+
+
 def test_scores_go_on_into_the_completion(loose):
     choice = create(loose, "hey", echo=True, logprobs=0).choices[0]
     assert choice.text == "hey" + HELLO
-    assert choice.logprobs.token_logprobs == [None, -0.125, -0.25, *[-0.25] * LENGTH]
+    assert choice.logprobs.token_logprobs == [None, -0.125, -0.25, *[-0.25] * (LENGTH + 1)]
     assert choice.logprobs.text_offset[:5] == [0, 1, 2, 3, 4]
     assert choice.logprobs.top_logprobs[1] == {"e": -0.125}
 
@@ -214,7 +229,7 @@ def test_a_character_begun_in_the_prompt_is_finished_in_the_completion(loose):
     """The prompt ends in the first byte of "é"; the answer to it is its second."""
     answer = create(loose, [*b"half ", 0xC3], echo=True, logprobs=0)
     assert answer.choices[0].text == "half é!"
-    assert answer.choices[0].logprobs.text_offset == [0, 1, 2, 3, 4, 5, 5, 6]
+    assert answer.choices[0].logprobs.text_offset == [0, 1, 2, 3, 4, 5, 5, 6, 7]
 
 
 @pytest.mark.parametrize("logprobs", [None, 1])
@@ -249,7 +264,7 @@ def test_best_of_keeps_the_likeliest(strict, engine):
     assert answer.usage.completion_tokens == 4 + 4 * LENGTH, "all that were computed count"
     two = create(strict, "best", best_of=4, n=2, logprobs=1).choices
     assert [choice.text for choice in two] == ["2", "3"]
-    assert two[0].logprobs.token_logprobs == [-1.0]
+    assert two[0].logprobs.token_logprobs == [-1.0, -0.25]
 
 
 def test_best_of_echoed(strict):

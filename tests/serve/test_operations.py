@@ -1,0 +1,320 @@
+"""Keys, limits, numbers and lines of a server: what who runs one needs."""
+
+import json
+import logging
+import socket
+import stat
+import time
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from serve import keys, limits, logs
+from serve.app import create_app
+from serve.limits import RequestRate
+from serve.registry import Registry
+from serve.settings import Settings
+from tests.serve import scripted
+
+BODY = {"model": "scripted", "prompt": "hello", "max_tokens": 100}
+
+
+def post(http, path="/v1/completions", **changes):
+    return http.post(path, json={**BODY, **changes})
+
+
+def bearer(key):
+    return {"authorization": f"Bearer {key}"}
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+
+def test_a_key_is_shown_once_and_kept_as_a_digest(tmp_path):
+    key = keys.create(tmp_path, "ann")
+    file = tmp_path / keys.FILE
+    assert key.startswith("sk-pellucid-") and len(key) > 50
+    assert key not in file.read_text() and key.removeprefix("sk-pellucid-") not in file.read_text()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    (kept,) = keys.read(tmp_path)
+    assert kept.name == "ann" and key.endswith(kept.hint)
+    assert keys.create(tmp_path, "bob") != key
+
+
+def test_names_of_keys(tmp_path):
+    keys.create(tmp_path, "ann@example.org")
+    with pytest.raises(ValueError, match="there is a key"):
+        keys.create(tmp_path, "ann@example.org")
+    with pytest.raises(ValueError, match="cannot name a key"):
+        keys.create(tmp_path, "no spaces")
+    with pytest.raises(LookupError, match="no key is called 'bob'; there are: ann@example.org"):
+        keys.delete(tmp_path, "bob")
+    keys.delete(tmp_path, "ann@example.org")
+    assert keys.read(tmp_path) == []
+
+
+def test_a_damaged_file_opens_nothing(tmp_path):
+    (tmp_path / keys.FILE).write_text("[{")
+    with pytest.raises(ValueError, match="is damaged"):
+        keys.KeyRing([], tmp_path)
+
+
+def test_keys_come_and_go_while_a_server_runs(tmp_path):
+    with (
+        scripted.running(scripted.model(), home=tmp_path) as address,
+        httpx.Client(base_url=address) as http,
+    ):
+        assert post(http).status_code == 200, "no key: any request is welcome"
+        ann, bob = keys.create(tmp_path, "ann"), keys.create(tmp_path, "bob")
+        assert post(http).status_code == 401
+        for key, status in ((ann, 200), (bob, 200), (ann[:-1], 401), ("-", 401)):
+            response = http.post("/v1/completions", json=BODY, headers=bearer(key))
+            assert response.status_code == status
+        keys.delete(tmp_path, "ann")
+        assert http.get("/v1/models", headers=bearer(ann)).status_code == 401
+        assert http.get("/v1/models", headers=bearer(bob)).status_code == 200
+        keys.delete(tmp_path, "bob")
+        assert post(http).status_code == 401, "deleting the last key opens no door"
+        assert http.get("/health").status_code == http.get("/ready").status_code == 200
+
+
+def test_a_stored_key_is_enough_to_be_reachable(tmp_path):
+    with pytest.raises(ValueError, match="pellucid keys create"):
+        Settings(host="0.0.0.0", home=tmp_path)
+    keys.create(tmp_path, "ann")
+    assert Settings(host="0.0.0.0", home=tmp_path).api_keys == ()
+
+
+# --- limits ---------------------------------------------------------------------------------------
+
+
+def test_a_bucket_fills_again_and_each_client_has_one():
+    now = 0.0
+    rate = RequestRate(3, clock=lambda: now)
+    assert [rate.take("ann") for _ in range(4)] == [(True, 2), (True, 1), (True, 0), (False, 0)]
+    assert rate.take("bob") == (True, 2)
+    now = 10.0
+    granted, left = rate.take("ann")
+    assert not granted and left == pytest.approx(0.5)
+    assert rate.seconds_until(1, left) == pytest.approx(10)
+    now = 1000.0
+    assert rate.take("ann") == (True, 2), "a minute's worth at most"
+
+
+def test_idle_clients_are_forgotten(monkeypatch):
+    monkeypatch.setattr(limits, "MANY", 3)
+    now = 0.0
+    rate = RequestRate(60, clock=lambda: now)
+    for client in "abc":
+        rate.take(client)
+        now += 1
+    rate.take("d")
+    assert len(rate._buckets) < 4
+
+
+def test_the_rate_limit_as_clients_see_it():
+    with (
+        scripted.running(scripted.model(), requests_per_minute=2) as address,
+        httpx.Client(base_url=address) as http,
+    ):
+        first = post(http)
+        assert first.status_code == 200
+        assert first.headers["x-ratelimit-limit-requests"] == "2"
+        assert first.headers["x-ratelimit-remaining-requests"] == "1"
+        assert first.headers["x-ratelimit-reset-requests"] in ("30s", "29.9s")
+        assert post(http, model="nobody").status_code == 404, "it counts whatever comes of it"
+        refused = post(http)
+        error = refused.json()["error"]
+        assert refused.status_code == 429
+        assert (error["type"], error["code"]) == ("requests", "rate_limit_exceeded")
+        assert "Limit 2, Used 2, Requested 1. Please try again in " in error["message"]
+        assert 1 <= int(refused.headers["retry-after"]) <= 30
+        assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+        assert http.get("/v1/models").status_code == 200, "looking costs nothing"
+
+
+def test_without_a_limit_nothing_is_said_of_one(http):
+    assert not any(name.startswith("x-ratelimit") for name in post(http).headers)
+
+
+def test_an_answer_that_takes_too_long(http):
+    response = post(http, prompt="never in time")
+    error = response.json()["error"]
+    assert response.status_code == 504 and error["code"] == "timeout"
+    assert "600 seconds" in error["message"]
+    assert response.headers["x-should-retry"] == "false"
+    streamed = post(http, prompt="never in time", stream=True)
+    assert streamed.status_code == 504, "before the first token it is not a stream yet"
+
+
+def test_a_body_that_never_ends_arriving(tmp_path, monkeypatch):
+    from serve import security
+
+    monkeypatch.setattr(security.BodyLimit.__init__, "__defaults__", (0.2,))
+    with scripted.running(scripted.model()) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=5) as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n"
+                b"Content-Type: application/json\r\n\r\n{"
+            )
+            answer = connection.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 408") and b"did not arrive within 0.2 seconds" in answer
+
+
+# --- on the way out -------------------------------------------------------------------------------
+
+
+def test_a_draining_server_finishes_and_takes_nothing_new(tmp_path):
+    model = scripted.model()
+    app = create_app(Settings(home=tmp_path), Registry([model], {}))
+    with scripted.served(app) as address, httpx.Client(base_url=address) as http:
+        assert http.get("/ready").json() == {"status": "ready"}
+        body = {**BODY, "prompt": "endless", "stream": True}
+        with http.stream("POST", "/v1/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            app.state.is_draining = True
+            with httpx.Client(base_url=address) as other:
+                assert other.get("/ready").status_code == 503
+                assert other.get("/health").status_code == 200
+                refused = post(other)
+                assert refused.status_code == 503 and refused.headers["retry-after"] == "5"
+                assert "shutting down" in refused.json()["error"]["message"]
+            assert [*lines][-2] == "data: [DONE]", "what runs is finished"
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(tmp_path):
+    with (
+        scripted.running(scripted.model(), home=tmp_path) as address,
+        httpx.Client(base_url=address) as http,
+    ):
+        yield http
+
+
+def numbers(http):
+    """Every sample of /metrics, by name and labels."""
+    response = http.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+    }
+
+
+def test_metrics_count_what_happened(counted):
+    length = len(scripted.HELLO.encode())
+    for _ in range(2):
+        post(counted, prompt="cached hello")
+    post(counted, stream=True)
+    post(counted, model="nobody")
+    counted.get("/no/such/path")
+    scripted.wait_until(
+        lambda: numbers(counted).get(("pellucid_requests_total", "GET", "unknown", "404")) == 1
+    )
+    found = numbers(counted)
+    route = "/v1/completions"
+    assert found["pellucid_requests_total", "POST", route, "200"] == 3
+    assert found["pellucid_requests_total", "POST", route, "404"] == 1
+    assert found["pellucid_request_seconds_count", route] == 4
+    assert found["pellucid_prompt_tokens_total", "scripted"] == 2 * len("cached hello") + 5
+    assert found["pellucid_cached_prompt_tokens_total", "scripted"] == 8
+    assert found["pellucid_generated_tokens_total", "scripted"] == 3 * length
+    assert found["pellucid_time_to_first_token_seconds_count", "scripted"] == 3
+    assert found["pellucid_time_per_token_seconds_count", "scripted"] == 3
+    assert found["pellucid_engine_running_requests", "scripted"] == 0
+    assert found["pellucid_engine_slots", "scripted"] == 16
+    assert found[("pellucid_requests_in_progress",)] == 1, "the one that asks"
+    assert found[("process_resident_memory_bytes",)] > 1e6
+
+
+def test_made_up_paths_and_methods_make_no_series(counted):
+    def ask(number):
+        counted.request(f"METHOD{number}", f"/path/{number}")
+
+    ask(0)
+    before = len(numbers(counted))
+    for number in range(1, 9):
+        ask(number)
+    assert len(numbers(counted)) - before < 25, "but for those of /metrics itself"
+
+
+def test_a_client_that_leaves_is_counted(counted):
+    with counted.stream("POST", "/v1/completions", json={**BODY, "prompt": "endless"}):
+        pass
+    with pytest.raises(httpx.ReadTimeout):
+        counted.post("/v1/completions", json={**BODY, "prompt": "endless"}, timeout=0.05)
+    scripted.wait_until(lambda: numbers(counted)[("pellucid_requests_in_progress",)] == 1)
+
+
+# --- lines ----------------------------------------------------------------------------------------
+
+
+class Kept(logging.Handler):
+    """Keeps the lines that a formatter makes."""
+
+    def __init__(self, formatter):
+        super().__init__()
+        self.setFormatter(formatter)
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(self.format(record))
+
+
+@pytest.fixture
+def kept(request, http):
+    handler, logger = Kept(request.param()), logging.getLogger("serve")
+    logger.addHandler(handler)
+    logs.access.setLevel(logging.INFO)
+    yield handler
+    logger.removeHandler(handler)
+    logs.access.setLevel(logging.NOTSET)
+
+
+@pytest.mark.parametrize("kept", [logs.JsonFormatter], indirect=True)
+def test_a_line_for_programs(http, kept):
+    response = post(http, prompt="cached secret words")
+    scripted.wait_until(lambda: kept.lines)
+    line = json.loads(kept.lines[0])
+    assert line["request_id"] == response.headers["x-request-id"]
+    assert line["time"].startswith(time.strftime("%Y-")) and line["level"] == "info"
+    expected = {
+        "method": "POST",
+        "path": "/v1/completions",
+        "status": 200,
+        "client": "127.0.0.1",
+        "model": "scripted",
+        "prompt_tokens": 19,
+        "cached_tokens": 4,
+        "generated_tokens": len(scripted.HELLO.encode()),
+    }
+    assert expected.items() <= line.items()
+    assert 0 < line["first_token_milliseconds"] <= line["milliseconds"]
+    assert "secret" not in kept.lines[0] and "Hello" not in kept.lines[0]
+
+
+@pytest.mark.parametrize("kept", [logs.TextFormatter], indirect=True)
+def test_a_line_for_people_is_one_line(http, kept):
+    response = http.get("/v1/models/a%0Ab%1b[31m%C3%A9?x=secret")
+    scripted.wait_until(lambda: kept.lines)
+    (line,) = kept.lines
+    assert response.headers["x-request-id"] in line
+    assert r"GET /v1/models/a\nb\x1b[31mé 404 " in line and line.endswith(" ms, 127.0.0.1")
+
+
+@pytest.mark.parametrize("kept", [logs.JsonFormatter], indirect=True)
+def test_a_crash_is_logged_under_its_request(http, kept):
+    response = post(http, prompt="crash")
+    assert response.status_code == 500
+    scripted.wait_until(lambda: len(kept.lines) == 2)
+    crash = json.loads(kept.lines[0])
+    assert crash["request_id"] == response.headers["x-request-id"]
+    assert "a bug in the engine" in crash["traceback"]
+    assert "secret" not in response.text
