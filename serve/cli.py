@@ -1,4 +1,4 @@
-"""The `pellucid` command: serve, chat, complete, tokenize, models, pull.
+"""The `pellucid` command: serve, keys, chat, complete, tokenize, models, pull.
 
 Answers go to stdout and everything else to stderr; `--json` makes the answer one JSON object; exit
 codes are those of `failures.py`. A command imports what is heavy when it runs: help is immediate.
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 import typer.core
 
-from serve import catalogue, measured, settings, terminal
+from serve import catalogue, keys_command, measured, settings, terminal
 from serve.failures import Corrupt, Failure, NotFound, WrongUsage
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(keys_command.app, name="keys")
 
 
 def main() -> None:
@@ -146,6 +147,15 @@ def serve(
     dtype: Annotated[
         str, typer.Option(help="Number format of the weights; auto picks the fastest good one.")
     ] = "auto",
+    rate_limit: Annotated[
+        int, typer.Option(min=0, help="Requests a minute for each key or address; 0 for any.")
+    ] = 0,
+    answer_timeout: Annotated[
+        float, typer.Option(help="Longest time for an answer to be computed, in seconds.")
+    ] = 600.0,
+    log_format: Annotated[
+        Literal["text", "json"], typer.Option(help="Lines for people, or objects for programs.")
+    ] = "text",
     json: Json = False,
 ) -> None:
     """Serve models over OpenAI's API until Ctrl-C."""
@@ -157,6 +167,8 @@ def serve(
             allowed_hosts=(*settings.allowed_hosts(host), *(allowed_host or ())),
             allowed_origins=tuple(allowed_origin or ()),
             cache_budget=cache_mb * 2**20,
+            requests_per_minute=rate_limit,
+            answer_timeout=answer_timeout,
         )
     except ValueError as error:
         raise WrongUsage(str(error)) from None
@@ -181,7 +193,7 @@ def serve(
             address = listen.address(taken)
 
             def ready() -> None:
-                text = welcome(address, registry, has_keys=bool(chosen.api_keys))
+                text = welcome(address, registry, has_keys=chosen.asks_for_keys)
                 print(text, file=sys.stderr, flush=True)
                 if json:
                     terminal.answer_json(
@@ -196,7 +208,7 @@ def serve(
                 terminal.say("stopping after the running answers (Ctrl-C again: at once)")
 
             app = create_app(chosen, registry)
-            if not listen.run(app, taken, ready=ready, stopping=stopping):
+            if not listen.run(app, taken, log_format=log_format, ready=ready, stopping=stopping):
                 raise typer.Exit(130)
 
 

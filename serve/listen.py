@@ -11,12 +11,14 @@ import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from serve.failures import Failure, WrongUsage
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+    from serve.logs import LogFormat
 
 DRAIN_SECONDS = 30  # for running answers after the first Ctrl-C
 
@@ -62,6 +64,7 @@ def run(
     app: "FastAPI",
     taken: socket.socket,
     *,
+    log_format: "LogFormat",
     ready: Callable[[], None],
     stopping: Callable[[], None],
 ) -> bool:
@@ -70,6 +73,7 @@ def run(
     Args:
         app: The application.
         taken: From `take_port`.
+        log_format: "text" or "json", see `logs.py`.
         ready: Called once connections are accepted.
         stopping: Called when asked to stop, before waiting for running answers.
 
@@ -77,6 +81,8 @@ def run(
         Whether it came to an orderly end: running answers were finished.
     """
     import uvicorn
+
+    from serve import logs
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -88,6 +94,7 @@ def run(
             if self.should_exit:  # what is cut off now is cut off on purpose: no tracebacks
                 logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             else:
+                app.state.is_draining = True
                 stopping()
             super().handle_exit(sig, frame)
 
@@ -95,7 +102,7 @@ def run(
         uvicorn.Config(
             app,
             lifespan="off",
-            log_config=_log_config(),
+            log_config=logs.config(log_format),
             server_header=False,
             timeout_graceful_shutdown=DRAIN_SECONDS,
         )
@@ -105,20 +112,3 @@ def run(
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[taken])
     return not server.force_exit
-
-
-def _log_config() -> dict[str, Any]:
-    """One line a request and nothing else, on stderr. Bodies are never logged."""
-    handler = {"class": "logging.StreamHandler", "stream": "ext://sys.stderr"}
-    lines = {"format": "%(asctime)s %(message)s", "datefmt": "%H:%M:%S"}
-    return {
-        "version": 1,
-        "disable_existing_loggers": False,
-        "formatters": {"lines": lines},
-        "handlers": {"stderr": {**handler, "formatter": "lines"}},
-        "root": {"handlers": ["stderr"], "level": "WARNING"},
-        "loggers": {
-            "uvicorn.access": {"handlers": ["stderr"], "level": "INFO", "propagate": False},
-            "uvicorn.error": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
-        },
-    }

@@ -106,9 +106,14 @@ class Settings:
             )
         if not self.answer_timeout > 0:
             raise ValueError(f"answer_timeout is {self.answer_timeout}: use more than 0 seconds")
-        if not self.api_keys and not is_loopback(self.host) and not keys.read(self.home):
+        if not is_loopback(self.host) and not self.asks_for_keys:
             raise ValueError(
                 f"host is {self.host}, which others on the network can reach, and there is no API "
                 "key: anybody could use this machine. Make a key (pellucid keys create NAME), give "
                 "one (--api-key or PELLUCID_API_KEY), or bind to 127.0.0.1"
             )
+
+    @property
+    def asks_for_keys(self) -> bool:
+        """Whether a server started now would ask for a key."""
+        return bool(self.api_keys or keys.read(self.home))

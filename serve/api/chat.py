@@ -28,7 +28,7 @@ from serve.calls import Call, call_of
 from serve.engine import ServedModel
 from serve.errors import APIError, unsupported
 
-router = APIRouter()
+router = APIRouter(prefix="/v1")
 
 
 @router.post("/chat/completions")

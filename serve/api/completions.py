@@ -34,7 +34,7 @@ from serve.calls import Call, call_of
 from serve.engine import ServedModel
 from serve.errors import APIError
 
-router = APIRouter()
+router = APIRouter(prefix="/v1")
 
 DEFAULT_MAX_TOKENS = 16
 

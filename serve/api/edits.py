@@ -24,7 +24,7 @@ from serve.api.sse import unless_disconnected
 from serve.calls import Call, call_of
 from serve.engine import ServedModel
 
-router = APIRouter()
+router = APIRouter(prefix="/v1")
 
 SYSTEM = "You edit texts. Follow the instruction and answer with the edited text only."
 EXAMPLES = (  # instruction, text, edited text

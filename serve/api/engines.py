@@ -12,7 +12,7 @@ from starlette.requests import Request
 from serve.api.models import registry_of
 from serve.engine import ServedModel
 
-router = APIRouter()
+router = APIRouter(prefix="/v1")
 
 
 def _engine(model: ServedModel) -> dict[str, Any]:

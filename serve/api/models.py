@@ -12,7 +12,7 @@ from starlette.requests import Request
 from serve.engine import ServedModel
 from serve.registry import Registry
 
-router = APIRouter()
+router = APIRouter(prefix="/v1")
 
 
 def registry_of(request: Request) -> Registry:

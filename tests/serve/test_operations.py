@@ -2,8 +2,11 @@
 
 import json
 import logging
+import os
 import socket
 import stat
+import subprocess
+import sys
 import time
 
 import httpx
@@ -84,6 +87,33 @@ def test_a_stored_key_is_enough_to_be_reachable(tmp_path):
         Settings(host="0.0.0.0", home=tmp_path)
     keys.create(tmp_path, "ann")
     assert Settings(host="0.0.0.0", home=tmp_path).api_keys == ()
+
+
+def test_the_keys_command(tmp_path):
+    def command(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "serve", "keys", *arguments],
+            env={**os.environ, "PELLUCID_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+
+    made = command("create", "ann")
+    key = made.stdout.strip()
+    assert keys.KeyRing([], tmp_path).owner(key.encode()) == "ann"
+    assert "now refuse requests without a key" in made.stderr and key not in made.stderr
+    assert json.loads(command("create", "bob", "--json").stdout)["name"] == "bob"
+    again = command("create", "bob")
+    assert again.returncode == 2 and "there is a key 'bob' already" in again.stderr
+    assert command("list").stdout.splitlines()[1].startswith(f"ann   ...{key[-4:]}  20")
+    assert [k["name"] for k in json.loads(command("list", "--json").stdout)["keys"]] == [
+        "ann",
+        "bob",
+    ]
+    assert command("delete", "ann").returncode == 0 and command("delete", "ann").returncode == 3
+    (tmp_path / keys.FILE).write_text("[1]")
+    damaged = command("list")
+    assert damaged.returncode == 4 and "is damaged" in damaged.stderr
 
 
 # --- limits ---------------------------------------------------------------------------------------
