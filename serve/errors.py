@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from serve.engine import Busy
-from serve.registry import UnknownModel
+from serve.registry import CannotLoad, UnknownModel
 
 
 class APIError(Exception):
@@ -218,6 +218,14 @@ def as_api_error(error: Exception) -> APIError:
                 param="model",
                 code="model_not_found",
             )
+        case CannotLoad():
+            return APIError(
+                503,
+                f"The model `{_clip(error.id)}` is offered here, but {_clip(error, 400)}.",
+                type="server_error",
+                code="model_not_ready",
+                headers={"retry-after": "5"} if error.is_busy else {"x-should-retry": "false"},
+            )
         case Busy():
             return APIError(
                 429,
@@ -242,7 +250,7 @@ def install(app: FastAPI) -> None:
     async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nginx's number; the client is not there to see it
 
-    for exception in (APIError, UnknownModel, Busy):
+    for exception in (APIError, UnknownModel, CannotLoad, Busy):
         app.add_exception_handler(exception, known)
     app.add_exception_handler(HTTPException, routing)
     for exception in (ClientDisconnected, ClientDisconnect):  # waiting for us, or still sending

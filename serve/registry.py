@@ -1,62 +1,215 @@
-"""The models a server holds, found by id or by alias.
+"""The models a server offers, found by id or by alias, and which of them are in memory.
 
-What could be served stands in `catalogue.py`; here is only what is loaded. A name that is neither
-an id nor an alias of a loaded model is an error, never another model's answer.
+What could be pulled stands in `catalogue.py`; here is what can be asked for. A name that is neither
+an id nor an alias of an offered model is an error, never another model's answer.
+
+A model is loaded when it is first asked for. When memory is short, those that were not asked for
+the longest are let go first, if nobody is being answered by them. Letting go is only forgetting:
+who still holds a model (a handler between finding it and asking it) may use it to the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+import gc
+import itertools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from serve.failures import Failure
 
 if TYPE_CHECKING:  # the engine brings JAX along
     from serve.engine import ServedModel
 
 
 class UnknownModel(Exception):
-    """No loaded model has this id or alias; `name` is what was asked for."""
+    """No offered model has this id or alias; `name` is what was asked for."""
 
     def __init__(self, name: str):
         super().__init__(f"no model is called {name!r} here")
         self.name = name
 
 
-class Registry:
-    """Loaded models by id, in the order given, and the aliases that lead to them.
+class CannotLoad(Exception):
+    """A model that is offered could not be loaded.
 
-    Args:
-        models: At least one; the first is the default. Ids must differ.
-        aliases: Other names by the id they stand for. One whose model is not loaded is unknown.
+    Attributes:
+        id: which.
+        is_busy: whether it may go better later: others are being answered, and hold the memory.
     """
 
-    def __init__(self, models: Sequence[ServedModel], aliases: Mapping[str, str]):
+    def __init__(self, id: str, reason: str, *, is_busy: bool):
+        super().__init__(f"{id} cannot be loaded: {reason}")
+        self.id, self.is_busy = id, is_busy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """A model that is loaded when somebody asks for it.
+
+    Attributes:
+        id, created, owned_by: as of the model it becomes.
+        memory: bytes it will take, about.
+        load: loads it; blocks for seconds.
+    """
+
+    id: str
+    created: int
+    owned_by: str
+    memory: int
+    load: Callable[[], ServedModel]
+
+
+class Registry:
+    """Offered models by id, in the order given, and the aliases that lead to them.
+
+    To be used from one event loop; `load` and `close` are for before and after it.
+
+    Args:
+        models: At least one, loaded or not; the first is the default. Ids must differ.
+        aliases: Other names by the id they stand for. One whose model is not offered is unknown.
+        memory_limit: Bytes that loaded models may take together; None for what there is.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[ServedModel | Offer],
+        aliases: Mapping[str, str],
+        *,
+        memory_limit: int | None = None,
+    ):
         if not models:
             raise ValueError("models is empty: a server needs at least one")
-        self._models = {model.id: model for model in models}
-        if len(self._models) < len(models):
+        self._cards = {model.id: model for model in models}
+        if len(self._cards) < len(models):
             raise ValueError(f"models has an id twice: {', '.join(m.id for m in models)}")
+        # Read by the event loop while the thread that loads adds and deletes: no step of either
+        # needs two looks at it.
+        self._loaded = {m.id: m for m in models if not isinstance(m, Offer)}
+        self._asked = dict.fromkeys(self._loaded, 0)  # when, in requests
+        self._requests = itertools.count(1)
         self._aliases = dict(aliases)
+        self._memory_limit = memory_limit
+        self._loading: dict[str, asyncio.Task[ServedModel]] = {}
+        self._one_at_a_time = threading.Lock()
 
     @property
-    def default(self) -> ServedModel:
-        """The model for those who do not care."""
-        return self.list()[0]
+    def default(self) -> str:
+        """The id of the model for those who do not care."""
+        return next(iter(self._cards))
 
-    def list(self) -> list[ServedModel]:
-        """The loaded models."""
-        return [*self._models.values()]
+    def list(self) -> list[ServedModel | Offer]:
+        """What is offered, as its card: the loaded model, or how it would be loaded."""
+        return [self._loaded.get(id, card) for id, card in self._cards.items()]
+
+    def loaded(self) -> list[ServedModel]:
+        """What is in memory, in the order of `list`."""
+        found = [self._loaded.get(id) for id in self._cards]
+        return [model for model in found if model is not None]
 
     def aliases_of(self, id: str) -> list[str]:
         """The names that stand for a model."""
         return [name for name, target in self._aliases.items() if target == id]
 
-    def resolve(self, name: str) -> ServedModel:
-        """The model with this id or alias. An id is looked up first.
+    def resolve(self, name: str) -> ServedModel | Offer:
+        """The card of the model with this id or alias. An id is looked up first.
 
         Raises:
             UnknownModel: There is none.
         """
-        model = self._models.get(name) or self._models.get(self._aliases.get(name, ""))
-        if model is None:
+        id = name if name in self._cards else self._aliases.get(name, "")
+        if id not in self._cards:
             raise UnknownModel(name)
-        return model
+        return self._loaded.get(id, self._cards[id])
+
+    async def get(self, name: str) -> ServedModel:
+        """The model with this id or alias, loaded by now.
+
+        Raises:
+            UnknownModel: There is none.
+            CannotLoad: There is no room for it, or its files are damaged.
+        """
+        id = self.resolve(name).id
+        self._asked[id] = next(self._requests)
+        if (model := self._loaded.get(id)) is not None:
+            return model
+        task = self._loading.get(id)
+        if task is None:
+            task = asyncio.create_task(asyncio.to_thread(self.load, id))
+            self._loading[id] = task
+            task.add_done_callback(lambda _: self._loading.pop(id))
+        return await asyncio.shield(task)  # who leaves while it loads does not stop it for others
+
+    def load(self, id: str) -> ServedModel:
+        """Loads an offered model, if it is not, and lets others go for it where need be. Blocks.
+
+        Raises:
+            CannotLoad: There is no room for it, or its files are damaged.
+        """
+        with self._one_at_a_time:
+            if (model := self._loaded.get(id)) is not None:
+                return model
+            offer = self._cards[id]
+            assert isinstance(offer, Offer)
+            self._make_room(offer)
+            try:
+                model = offer.load()
+            except MemoryError as error:
+                raise CannotLoad(id, str(error), is_busy=bool(self._loaded)) from error
+            except (OSError, ValueError, Failure) as error:
+                raise CannotLoad(id, str(error), is_busy=False) from error
+            self._loaded[id] = model
+            return model
+
+    def unload(self, id: str) -> bool:
+        """Lets a loaded model go. Gives whether it did: not one that works or came loaded."""
+        model = self._loaded.get(id)
+        if model is None or not isinstance(self._cards[id], Offer) or not model.is_idle:
+            return False
+        del self._loaded[id]
+        del model
+        gc.collect()
+        return True
+
+    def remove(self, id: str) -> None:
+        """Offers a model no longer. Who is being answered by it is answered to the end.
+
+        Raises:
+            UnknownModel: There is none with this id.
+        """
+        if id not in self._cards:
+            raise UnknownModel(id)
+        if len(self._cards) == 1:
+            raise ValueError(f"{id} is the only model: a server needs one")
+        del self._cards[id]
+        self._loaded.pop(id, None)
+
+    def close(self, *, drain: bool = True, timeout: float = 30.0) -> None:
+        """Ends what is being answered, by all models; see `Engine.close`."""
+        for model in self.loaded():
+            model.engine.close(drain=drain, timeout=timeout)
+
+    def _make_room(self, offer: Offer) -> None:
+        """Lets go of what has not been asked for the longest, until an offered model fits."""
+        from serve import memory
+
+        def is_short() -> bool:
+            held = sum(model.memory for model in self.loaded())
+            over = self._memory_limit is not None and held + offer.memory > self._memory_limit
+            return over or offer.memory > memory.available()
+
+        while is_short():
+            by_age = sorted(self._loaded, key=lambda id: self._asked.get(id, 0))
+            if not any(self.unload(id) for id in by_age):
+                limit = self._memory_limit
+                if limit is None or (not self._loaded and offer.memory <= limit):
+                    return  # the load itself will say what is missing
+                raise CannotLoad(
+                    offer.id,
+                    f"it needs {offer.memory / 2**20:.0f} MB of the {limit / 2**20:.0f} MB that "
+                    "models may take together"
+                    + (", and those loaded are working" if self._loaded else ""),
+                    is_busy=bool(self._loaded) and offer.memory <= limit,
+                )

@@ -36,7 +36,7 @@ router = APIRouter(prefix="/v1")
 async def create_chat_completion(request: Request) -> Response:
     body = await read_json(request, ChatBody)
     _refuse_unsupported(body)
-    model = registry_of(request).resolve(body.model)
+    model = await registry_of(request).get(body.model)
     generation = await asyncio.to_thread(_plan, body, model, call_of(request.scope))
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",

@@ -44,7 +44,7 @@ DEFAULT_MAX_TOKENS = 16
 async def create_completion(request: Request) -> Response:
     body = await read_json(request, CompletionBody)
     _refuse_contradictions(body)
-    model = registry_of(request).resolve(body.model)
+    model = await registry_of(request).get(body.model)
     # Megabytes of text take seconds to encode: not on the loop that serves everybody.
     generation = await asyncio.to_thread(_plan, body, model, call_of(request.scope))
     head = {

@@ -47,7 +47,7 @@ class EditBody(GenerationBody):
 @router.post("/engines/{engine:path}/edits", include_in_schema=False)
 async def create_edit(request: Request) -> Response:
     body = await read_json(request, EditBody)
-    model = registry_of(request).resolve(body.model)
+    model = await registry_of(request).get(body.model)
     generation = await asyncio.to_thread(_plan, body, model, call_of(request.scope))
     choices = await unless_disconnected(request.receive, generation.choices())
     return JSONResponse(

@@ -250,7 +250,7 @@ def sampling_of(body: GenerationBody, model: ServedModel) -> Sampling:
     bias: dict[int, float] = {}
     for key, value in body.logit_bias.items():
         known = key.isascii() and key.isdigit() and len(key) < 10
-        if not known or int(key) >= model.tokenizer.encoding.n_vocab:
+        if not known or int(key) not in model.ids:
             raise APIError(
                 400,
                 f"Invalid key in 'logit_bias': {key[:80]}. Keys are token ids of `{model.id}`, "

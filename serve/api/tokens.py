@@ -52,7 +52,7 @@ class DetokenizeBody(Body):
 @router.post("/tokenize")
 async def tokenize(request: Request) -> dict[str, Any]:
     body = await read_json(request, TokenizeBody)
-    model = _model(request, body.model)
+    model = await _model(request, body.model)
     ids = await asyncio.to_thread(_encode, body, model)
     encoding = model.tokenizer.encoding
     tokens: list[Any] = ids
@@ -69,7 +69,7 @@ async def tokenize(request: Request) -> dict[str, Any]:
 @router.post("/detokenize")
 async def detokenize(request: Request) -> dict[str, str]:
     body = await read_json(request, DetokenizeBody)
-    model = _model(request, body.model)
+    model = await _model(request, body.model)
     check_ids(body.tokens, model, "tokens")
     text = await asyncio.to_thread(model.tokenizer.encoding.decode, body.tokens)
     return {"prompt": text, "content": text, "text": text}
@@ -77,7 +77,7 @@ async def detokenize(request: Request) -> dict[str, str]:
 
 @router.get("/tokenizer_info")
 async def tokenizer_info(request: Request, model: str = "") -> dict[str, Any]:
-    served = _model(request, model)
+    served = await _model(request, model)
     tokenizer = served.tokenizer
     template = tokenizer.chat_template
 
@@ -97,9 +97,9 @@ async def tokenizer_info(request: Request, model: str = "") -> dict[str, Any]:
     }
 
 
-def _model(request: Request, name: str) -> ServedModel:
+async def _model(request: Request, name: str) -> ServedModel:
     registry = registry_of(request)
-    return registry.resolve(name) if name else registry.default
+    return await registry.get(name or registry.default)
 
 
 def _encode(body: TokenizeBody, model: ServedModel) -> list[int]:

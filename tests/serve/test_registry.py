@@ -1,6 +1,9 @@
 """The catalogue, the aliases, the models being served, and the settings of a server."""
 
+import asyncio
 import re
+import threading
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +11,7 @@ from typing import Any
 import pytest
 
 from serve import catalogue
-from serve.registry import Registry, UnknownModel
+from serve.registry import CannotLoad, Offer, Registry, UnknownModel
 from serve.settings import Settings, allowed_hosts, is_loopback
 
 MODEL = """
@@ -81,8 +84,12 @@ def test_mistakes_are_named(tmp_path: Path, text: str, sentence: str) -> None:
         catalogue.load(written(tmp_path, text))
 
 
-def served(id: str) -> Any:
-    return SimpleNamespace(id=id)
+class Served(SimpleNamespace):
+    __hash__ = object.__hash__
+
+
+def served(id: str, memory: int = 0) -> Any:
+    return Served(id=id, memory=memory, is_idle=True)
 
 
 def test_registry_finds_by_id_then_by_alias() -> None:
@@ -91,8 +98,9 @@ def test_registry_finds_by_id_then_by_alias() -> None:
     assert registry.resolve("one") is one
     assert registry.resolve("gpt-4") is one
     assert registry.resolve("org/two") is two
-    assert registry.list() == [one, two]
-    assert registry.default is one
+    assert registry.list() == registry.loaded() == [one, two]
+    assert registry.default == "one"
+    assert registry.aliases_of("one") == ["gpt-4", "org/two"]
     for name in ("two", "gpt-5", "", "GPT-4"):
         with pytest.raises(UnknownModel) as raised:
             registry.resolve(name)
@@ -104,6 +112,116 @@ def test_registry_refuses_nonsense() -> None:
         Registry([], {})
     with pytest.raises(ValueError, match="twice"):
         Registry([served("one"), served("one")], {})
+    with pytest.raises(ValueError, match="only model"):
+        Registry([served("one")], {}).remove("one")
+
+
+class Shelf:
+    """Models that note when they are loaded; `hold` keeps the next load from ending."""
+
+    def __init__(self, **megabytes: int) -> None:
+        self.log: list[str] = []
+        self.hold = threading.Event()
+        self.hold.set()
+        self.offers = [self.offer(id, size) for id, size in megabytes.items()]
+
+    def offer(self, id: str, size: int) -> Offer:
+        def load() -> Any:
+            assert self.hold.wait(10)
+            self.log.append(id)
+            if id == "broken":
+                raise ValueError("half of it is missing")
+            return served(id, size * 2**20)
+
+        return Offer(id=id, created=1, owned_by="me", memory=size * 2**20, load=load)
+
+
+def test_a_model_is_loaded_when_it_is_asked_for_and_once() -> None:
+    shelf = Shelf(one=1, two=1)
+    registry = Registry(shelf.offers, {"gpt-4": "two"})
+    assert registry.list() == shelf.offers and registry.loaded() == []
+
+    async def main() -> None:
+        found = await asyncio.gather(*(registry.get(name) for name in ("two", "gpt-4", "two")))
+        assert [model.id for model in found] == ["two"] * 3 and found[0] is found[2]
+        with pytest.raises(UnknownModel):
+            await registry.get("three")
+
+    asyncio.run(main())
+    assert shelf.log == ["two"]
+    assert [card.id for card in registry.list()] == ["one", "two"]
+    assert registry.loaded() == [registry.resolve("gpt-4")]
+
+
+def test_who_was_not_asked_the_longest_makes_room() -> None:
+    shelf = Shelf(a=4, b=4, c=4)
+    registry = Registry(shelf.offers, {}, memory_limit=10 * 2**20)
+
+    async def main() -> None:
+        for id in ("a", "b", "a", "c"):
+            await registry.get(id)
+        assert [model.id for model in registry.loaded()] == ["a", "c"]
+        (await registry.get("a")).is_idle = False
+        await registry.get("b")
+        assert [model.id for model in registry.loaded()] == ["a", "b"]
+        (await registry.get("b")).is_idle = False
+        with pytest.raises(CannotLoad, match="are working") as raised:
+            await registry.get("c")
+        assert raised.value.is_busy
+
+    asyncio.run(main())
+    assert shelf.log == ["a", "b", "c", "b"]
+
+
+def test_what_is_let_go_is_freed() -> None:
+    shelf = Shelf(a=4, b=4)
+    registry = Registry(shelf.offers, {}, memory_limit=6 * 2**20)
+    asyncio.run(registry.get("a"))
+    gone = weakref.ref(registry.loaded()[0])
+    asyncio.run(registry.get("b"))
+    assert gone() is None
+
+
+def test_what_is_too_large_or_broken_says_so_and_does_no_harm() -> None:
+    shelf = Shelf(small=1, large=9, broken=1)
+    registry = Registry(shelf.offers, {}, memory_limit=4 * 2**20)
+
+    async def main() -> None:
+        small = await registry.get("small")
+        with pytest.raises(CannotLoad, match="9 MB of the 4 MB") as raised:
+            await registry.get("large")
+        assert not raised.value.is_busy
+        with pytest.raises(CannotLoad, match="half of it is missing"):
+            await registry.get("broken")
+        assert (await registry.get("small")).id == small.id
+
+    asyncio.run(main())
+
+
+def test_who_leaves_while_a_model_loads_does_not_stop_it_for_others() -> None:
+    shelf = Shelf(one=1)
+    shelf.hold.clear()
+    registry = Registry(shelf.offers, {})
+
+    async def main() -> None:
+        hasty, patient = (asyncio.create_task(registry.get("one")) for _ in range(2))
+        await asyncio.sleep(0.01)
+        hasty.cancel()
+        await asyncio.sleep(0)
+        shelf.hold.set()
+        assert (await patient).id == "one"
+
+    asyncio.run(main())
+    assert shelf.log == ["one"]
+
+
+def test_a_removed_model_is_unknown() -> None:
+    registry = Registry([served("one"), served("two")], {"gpt-4": "two"})
+    registry.remove("two")
+    for name in ("two", "gpt-4"):
+        with pytest.raises(UnknownModel):
+            registry.resolve(name)
+    assert not registry.unload("one"), "it came loaded: nobody could load it again"
 
 
 @pytest.mark.parametrize(
