@@ -10,7 +10,7 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -22,6 +22,7 @@ from serve.failures import Corrupt, Failure, NotFound, WrongUsage
 if TYPE_CHECKING:
     from serve import talk
     from serve.engine import ServedModel
+    from serve.registry import Registry
     from serve.sources import Located
 
 STOP_SECONDS = 5.0  # for the engines to finish the step they are in
@@ -142,8 +143,16 @@ def serve(
         typer.Option(help="A web origin whose pages may use this server. Repeatable."),
     ] = None,
     cache_mb: Annotated[
-        int, typer.Option(min=1, help="Memory for each model's conversations, in MB.")
+        int, typer.Option(min=1, help="Memory for the conversations of all models, in MB.")
     ] = 512,
+    memory_mb: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Memory for all loaded models with their conversations, in MB; who was not asked "
+            "the longest makes room. [default: what is free]",
+        ),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="Number format of the weights; auto picks the fastest good one.")
     ] = "auto",
@@ -167,6 +176,7 @@ def serve(
             allowed_hosts=(*settings.allowed_hosts(host), *(allowed_host or ())),
             allowed_origins=tuple(allowed_origin or ()),
             cache_budget=cache_mb * 2**20,
+            memory_limit=None if memory_mb is None else memory_mb * 2**20,
             requests_per_minute=rate_limit,
             answer_timeout=answer_timeout,
         )
@@ -179,30 +189,21 @@ def serve(
         places = [_located(name, known) for name in model or [known.default]]
         if len({place.id for place in places}) < len(places):
             raise WrongUsage(f"a model is named twice: {', '.join(p.id for p in places)}")
-        with contextlib.ExitStack() as stack:
-            models = [
-                stack.enter_context(_loaded(place, chosen.cache_budget, dtype, max_rows=16))
-                for place in places
-            ]
-
+        if not model:
+            places += _others(known, places)
+        with _offered(places, chosen, dtype, known.aliases) as registry:
             from serve.app import create_app
-            from serve.registry import Registry
             from serve.welcome import welcome
 
-            registry = Registry(models, known.aliases)
             address = listen.address(taken)
 
             def ready() -> None:
                 text = welcome(address, registry, has_keys=chosen.asks_for_keys)
                 print(text, file=sys.stderr, flush=True)
                 if json:
-                    terminal.answer_json(
-                        {
-                            "url": address,
-                            "models": [model.id for model in models],
-                            "formats": [model.format for model in models],
-                        }
-                    )
+                    models = [card.id for card in registry.list()]
+                    formats = {served.id: served.format for served in registry.loaded()}
+                    terminal.answer_json({"url": address, "models": models, "formats": formats})
 
             def stopping() -> None:
                 terminal.say("stopping after the running answers (Ctrl-C again: at once)")
@@ -341,8 +342,8 @@ def models(json: Json = False) -> None:
     ]
     print(terminal.table(head, rows))
     terminal.say(
-        "* the default. MEMORY is the most a run here took; ~ is its weights in float32, until one "
-        f"of {measured.ENOUGH_TOKENS} tokens has measured it and TOK/S.\n"
+        "* the default. MEMORY is for weights and conversations as answers here took it; ~ is weights "
+        f"in float32, until one of {measured.ENOUGH_TOKENS} tokens has measured it and TOK/S.\n"
         f"Models are in {home}, your own models.toml belongs in {config}."
     )
 
@@ -396,10 +397,50 @@ def _located(name: str | None, known: catalogue.Catalogue) -> "Located":
         )
 
 
+def _others(known: catalogue.Catalogue, places: "list[Located]") -> "list[Located]":
+    """The other models of the catalogue that were pulled: offered, and loaded when asked for."""
+    from serve import sources
+
+    found = []
+    for model in known.models.values():
+        with contextlib.suppress(Corrupt):  # `pellucid models` says which
+            path = sources.find(model, settings.data_folder())
+            if path and model.id not in [place.id for place in places]:
+                found.append(sources.Located(model.id, path, model.publisher, model))
+    return found
+
+
 @contextlib.contextmanager
-def _loaded(
-    place: "Located", cache_budget: int, dtype: str, max_rows: int = 2
-) -> Iterator["ServedModel"]:
+def _offered(
+    places: "list[Located]", chosen: settings.Settings, dtype: str, aliases: Mapping[str, str]
+) -> "Iterator[Registry]":
+    """The models of a server, the first of them loaded. What runs at the end is cancelled."""
+    from serve import offers
+    from serve.registry import CannotLoad, Registry
+
+    share = chosen.cache_budget // len(places)
+    cards = []
+    for place in places:
+        try:
+            cards.append(
+                offers.offer(
+                    place, cache_budget=share, dtype=dtype, home=chosen.home, notify=terminal.say
+                )
+            )
+        except (ValueError, OSError) as error:
+            raise Failure(f"cannot load {place.path}: {error}") from None
+    registry = Registry(cards, aliases, memory_limit=chosen.memory_limit)
+    try:
+        registry.load(registry.default)
+        yield registry
+    except CannotLoad as error:
+        raise Failure(str(error)) from None
+    finally:
+        registry.close(drain=False, timeout=STOP_SECONDS)
+
+
+@contextlib.contextmanager
+def _loaded(place: "Located", cache_budget: int) -> Iterator["ServedModel"]:
     """A model and its engine in this process. What still runs at the end is cancelled."""
     from serve.engine import load_model
 
@@ -409,11 +450,10 @@ def _loaded(
             place.path,
             owned_by=place.publisher,
             cache_budget=cache_budget,
-            dtype=dtype,
-            max_rows=max_rows,
+            sha256=place.model.files[0].sha256 if place.model else None,
             notify=terminal.say,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         raise Failure(f"cannot load {place.path}: {error}") from None
     try:
         yield served
@@ -426,7 +466,7 @@ def _ready(name: str | None) -> Iterator["tuple[Located, ServedModel, float]"]:
     """A model in this process, and the seconds it took to load."""
     place = _located(name, catalogue.load(settings.config_folder()))
     started = time.perf_counter()
-    with _loaded(place, settings.Settings().cache_budget, "auto") as served:
+    with _loaded(place, settings.Settings().cache_budget) as served:
         yield place, served, time.perf_counter() - started
 
 
@@ -482,7 +522,9 @@ def _print_reply(
 def _figures(model: "ServedModel", reply: "talk.Reply", load_seconds: float | None = None) -> str:
     """Notes the run's speed for `pellucid models`, and puts it into one line."""
     home = settings.data_folder()
-    measured.record(home, model.id, tokens=reply.tokens - 1, seconds=reply.decoding)
+    measured.record(
+        home, model.id, tokens=reply.tokens - 1, seconds=reply.decoding, memory=model.memory
+    )
     figures = ["in-process"]
     if load_seconds is not None:
         figures.append(f"load {load_seconds:.1f} s")

@@ -7,8 +7,6 @@ A run of 32 tokens or more leaves its rate in `measured.json` of the data folder
 import contextlib
 import json
 import os
-import resource
-import sys
 from pathlib import Path
 from typing import TypedDict
 
@@ -16,7 +14,7 @@ ENOUGH_TOKENS = 32
 
 
 class Measured(TypedDict):
-    """Decoding speed, and the most memory that the process had resident until then in bytes."""
+    """Decoding speed, and the memory of weights and cache in bytes, as they were loaded."""
 
     tokens_per_second: float
     memory: int
@@ -31,19 +29,13 @@ def read(home: Path) -> dict[str, Measured]:
     return found if isinstance(found, dict) else {}
 
 
-def record(home: Path, id: str, *, tokens: int, seconds: float) -> None:
+def record(home: Path, id: str, *, tokens: int, seconds: float, memory: int) -> None:
     """Notes a run that decoded `tokens` in `seconds`, if it was long enough to mean something."""
     if tokens < ENOUGH_TOKENS or seconds <= 0 or not home.is_dir():
         return
     found = read(home)
-    found[id] = {"tokens_per_second": round(tokens / seconds, 1), "memory": peak_memory()}
+    found[id] = {"tokens_per_second": round(tokens / seconds, 1), "memory": memory}
     temporary = home / f".measured-{os.getpid()}"
     with contextlib.suppress(OSError):  # a folder we may not write to: then it is not noted
         temporary.write_text(json.dumps(found, indent=1))
         os.replace(temporary, home / "measured.json")
-
-
-def peak_memory() -> int:
-    """The most memory this process has had resident, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,4 +1,4 @@
-"""How much memory there is: what the system would still give, and what this process has."""
+"""How much memory the system would still give."""
 
 import contextlib
 import os
@@ -20,14 +20,6 @@ def available() -> int:
         found = next(line for line in lines if line.startswith("MemAvailable:"))
         return min(int(found.split()[1]) * 1024, _left_in_container())
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def resident() -> int | None:
-    """Bytes of this process that are in memory now; None where the system does not say."""
-    with contextlib.suppress(OSError, ValueError):
-        pages = int((_PROC / "self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    return None
 
 
 def _left_in_container() -> int:

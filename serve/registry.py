@@ -100,6 +100,13 @@ class Registry:
         """The id of the model for those who do not care."""
         return next(iter(self._cards))
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread that computes for all models still does."""
+        from serve.engine.device import default_device
+
+        return default_device().is_alive
+
     def list(self) -> list[ServedModel | Offer]:
         """What is offered, as its card: the loaded model, or how it would be loaded."""
         return [self._loaded.get(id, card) for id, card in self._cards.items()]
@@ -189,7 +196,7 @@ class Registry:
     def close(self, *, drain: bool = True, timeout: float = 30.0) -> None:
         """Ends what is being answered, by all models; see `Engine.close`."""
         for model in self.loaded():
-            model.engine.close(drain=drain, timeout=timeout)
+            model.close(drain=drain, timeout=timeout)
 
     def _make_room(self, offer: Offer) -> None:
         """Lets go of what has not been asked for the longest, until an offered model fits."""

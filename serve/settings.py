@@ -74,7 +74,10 @@ class Settings:
         max_body_bytes: Largest accepted request body, in bytes.
         requests_per_minute: How many requests a client may make; 0 for no limit.
         answer_timeout: Longest time that an answer may take to compute, in seconds.
-        cache_budget: Memory for keys and values of all conversations of a model, in bytes.
+        cache_budget: Memory for keys and values of the conversations of all models, in bytes; each
+            model that is offered has an equal share.
+        memory_limit: Memory for all loaded models, caches included, in bytes; None for what is
+            free.
         home: The data folder.
 
     Raises:
@@ -90,6 +93,7 @@ class Settings:
     requests_per_minute: int = 0
     answer_timeout: float = 600.0
     cache_budget: int = 512 * 2**20
+    memory_limit: int | None = None
     home: Path = field(default_factory=data_folder)
 
     def __post_init__(self) -> None:
@@ -97,8 +101,8 @@ class Settings:
             raise ValueError(f"port is {self.port}: use 0 to 65535, 0 for any free one")
         if any(not key.strip() for key in self.api_keys):
             raise ValueError("api_keys holds an empty key: it would let anybody in")
-        for name in ("max_body_bytes", "cache_budget"):
-            if getattr(self, name) <= 0:
+        for name in ("max_body_bytes", "cache_budget", "memory_limit"):
+            if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: use a positive number of bytes")
         if self.requests_per_minute < 0:
             raise ValueError(

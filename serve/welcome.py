@@ -2,22 +2,22 @@
 
 import json
 
-from serve.registry import Registry
+from serve.registry import Offer, Registry
 
 
 def welcome(address: str, registry: Registry, *, has_keys: bool) -> str:
     """The text for a server at `address`, which has no path. Keys themselves are never printed."""
-    models = registry.list()
     lines = []
-    for model in models:
-        names = registry.aliases_of(model.id)
+    for card in registry.list():
+        names = registry.aliases_of(card.id)
         also = (
             f", also called {', '.join(names[:3])} and {len(names) - 3} more" if names[3:] else ""
         )
-        lines.append(
-            f"  {model.id}: {model.context:,} tokens of context, {model.fingerprint}{also}"
-        )
-    model, key = models[0], "YOUR_KEY" if has_keys else "any"
+        how = "loaded when first asked for"
+        if not isinstance(card, Offer):
+            how = f"{card.context:,} tokens of context, in {card.format}, {card.fingerprint}"
+        lines.append(f"  {card.id}: {how}{also}")
+    (model, *_), key = registry.loaded(), "YOUR_KEY" if has_keys else "any"
     header = ' -H "Authorization: Bearer YOUR_KEY"' if has_keys else ""
     question = "What is the capital of France?"
     if model.tokenizer.chat_template:

@@ -52,6 +52,10 @@ class ServedModel:
         """Whether nobody is being answered."""
         return self.engine.is_idle
 
+    def close(self, *, drain: bool = True, timeout: float = 30.0) -> None:
+        """Answers nobody any more; see `Engine.close`."""
+        self.engine.close(drain=drain, timeout=timeout)
+
 
 def load_model(
     id: str,
@@ -110,18 +114,18 @@ def load_model(
     runner.warm_up()  # one conversation needs this; the rest can wait
     _give_back_memory()
     scheduler = Scheduler(NUM_SLOTS, num_blocks, cache.BLOCK, CHUNK, MAX_WAITING)
-    later = [size for size in BUCKETS[1:] if size <= max_rows]
-    if later:
-        threading.Thread(
-            target=_compile, args=(runner, [*later, "score"]), name="compile", daemon=True
-        ).start()
+    engine = Engine(runner, scheduler, context, on_speed=on_speed)
+    if later := [size for size in BUCKETS[1:] if size <= max_rows]:
+        # Not a daemon: a process that ends in the middle of compiling would crash.
+        arguments = (runner, engine, [*later, "score"])
+        threading.Thread(target=_compile, args=arguments, name="compile").start()
     return ServedModel(
         id=id,
         created=int(weights_file(path).stat().st_mtime),
         owned_by=owned_by,
         tokenizer=tokenizer,
         context=context,
-        engine=Engine(runner, scheduler, context, on_speed=on_speed),
+        engine=engine,
         fingerprint=fingerprint.of_model(weights, chosen),
         format=chosen,
         memory=runner.num_bytes,
@@ -172,10 +176,11 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-def _compile(runner: Runner, names: list[str | int]) -> None:
+def _compile(runner: Runner, engine: Engine, names: list[str | int]) -> None:
     for name in names:
-        runner.compile(name)
-        _give_back_memory()
+        if engine.is_alive:
+            runner.compile(name)
+            _give_back_memory()
 
 
 def _give_back_memory() -> None:

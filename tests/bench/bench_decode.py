@@ -144,7 +144,7 @@ def load_serve(path: Path, stack: ExitStack) -> tuple[Contender, str]:
         raise SystemExit("pellucid serve did not start, for the reason above")
     wait_until_idle(server.pid)
     said = json.loads(line)
-    (format,) = said["formats"]
+    (format,) = said["formats"].values()
     client = OpenAI(base_url=said["url"] + "/v1", api_key="any", max_retries=0)
 
     def run(prompt: list[int], count: int, arrived: Arrived) -> None:
