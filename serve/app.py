@@ -8,12 +8,11 @@ then how much.
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
 from serve import errors, logs
-from serve.api import chat, completions, edits, engines, models, tokens
+from serve.api import chat, completions, docs, edits, engines, health, models, tokens
+from serve.api.openapi import described
 from serve.headers import ResponseHeaders
 from serve.keys import KeyRing
 from serve.limits import Admission, RequestRate
@@ -41,8 +40,8 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
     rate = RequestRate(settings.requests_per_minute) if settings.requests_per_minute else None
     app = FastAPI(
         title="Pellucid",
-        # Requests are read by `schemas.read_json`, of which FastAPI's generated pages know nothing.
-        openapi_url=None,
+        description="The model stack behind the OpenAI API, from scratch, on this machine.",
+        openapi_url=None,  # `api/docs.py` has its own
         redirect_slashes=False,
         middleware=[
             Middleware(
@@ -66,25 +65,12 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
             Middleware(BodyLimit, limit=settings.max_body_bytes),
         ],
     )
-    app.state.registry, app.state.is_draining = registry, False
+    app.state.registry, app.state.home, app.state.is_draining = registry, settings.home, False
     errors.install(app)
-    for path in ("/health", "/v1/health"):
-        app.add_api_route(path, health, methods=["GET", "HEAD"])
-    app.add_api_route("/ready", ready, methods=["GET", "HEAD"])
-    app.add_api_route("/metrics", metrics.page, methods=["GET"])
+    app.add_api_route(
+        "/metrics", metrics.page, methods=["GET"], summary="Numbers for Prometheus", **described()
+    )
     # Paths with an engine's name in them match greedily: the longer ones first, the bare one last.
-    for route in (models, chat, completions, edits, engines, tokens):
+    for route in (health, models, chat, completions, edits, engines, tokens, docs):
         app.include_router(route.router)
     return app
-
-
-async def health() -> dict[str, str]:
-    """Says that the server answers."""
-    return {"status": "ok"}
-
-
-async def ready(request: Request) -> Response:
-    """Says whether the server takes new work: 200, or 503 while it is being stopped."""
-    if request.app.state.is_draining:
-        return JSONResponse({"status": "draining"}, 503, headers={"retry-after": "5"})
-    return JSONResponse({"status": "ready"})

@@ -21,7 +21,9 @@ from bpe import Encoding
 from serve.api.context import MESSAGES, Wording, refuse_hopeless, room
 from serve.api.generation import Generation, Prompt
 from serve.api.models import registry_of
+from serve.api.openapi import described
 from serve.api.pieces import Placed, finite, token_text
+from serve.api.replies import ChatChunk, ChatCompletion
 from serve.api.schemas import ChatBody, Message, read_json
 from serve.api.sse import event_stream, unless_disconnected
 from serve.calls import Call, call_of
@@ -31,9 +33,10 @@ from serve.errors import APIError, unsupported
 router = APIRouter(prefix="/v1")
 
 
-@router.post("/chat/completions")
+@router.post("/chat/completions", **described(ChatCompletion, ChatBody, events=ChatChunk))
 @router.post("/engines/{engine:path}/chat/completions", include_in_schema=False)
 async def create_chat_completion(request: Request) -> Response:
+    """Answer a conversation."""
     body = await read_json(request, ChatBody)
     _refuse_unsupported(body)
     model = await registry_of(request).get(body.model)

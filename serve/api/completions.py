@@ -27,7 +27,9 @@ from serve.api.generation import Choice, Generation, Prompt
 from serve.api.ids import check_ids, refuse_foreign_ids
 from serve.api.insertion import insertion
 from serve.api.models import registry_of
+from serve.api.openapi import described
 from serve.api.pieces import Piece, Placed, finite, token_text
+from serve.api.replies import Completion, CompletionChunk
 from serve.api.schemas import CompletionBody, read_json
 from serve.api.sse import event_stream, unless_disconnected
 from serve.calls import Call, call_of
@@ -39,9 +41,10 @@ router = APIRouter(prefix="/v1")
 DEFAULT_MAX_TOKENS = 16
 
 
-@router.post("/completions")
+@router.post("/completions", **described(Completion, CompletionBody, events=CompletionChunk))
 @router.post("/engines/{engine:path}/completions", include_in_schema=False)
 async def create_completion(request: Request) -> Response:
+    """Continue a text, score it, or fill in what stands between two."""
     body = await read_json(request, CompletionBody)
     _refuse_contradictions(body)
     model = await registry_of(request).get(body.model)

@@ -19,6 +19,8 @@ from serve.api.chat import encode_chat
 from serve.api.context import EDIT, room
 from serve.api.generation import Generation, Prompt
 from serve.api.models import registry_of
+from serve.api.openapi import described
+from serve.api.replies import Edit
 from serve.api.schemas import GenerationBody, read_json
 from serve.api.sse import unless_disconnected
 from serve.calls import Call, call_of
@@ -43,9 +45,10 @@ class EditBody(GenerationBody):
     n: Annotated[int, Field(ge=1, le=20)] = 1
 
 
-@router.post("/edits")
+@router.post("/edits", **described(Edit, EditBody))
 @router.post("/engines/{engine:path}/edits", include_in_schema=False)
 async def create_edit(request: Request) -> Response:
+    """Change a text as an instruction says (the endpoint of 2023)."""
     body = await read_json(request, EditBody)
     model = await registry_of(request).get(body.model)
     generation = await asyncio.to_thread(_plan, body, model, call_of(request.scope))
@@ -85,4 +88,4 @@ def messages(instruction: str, text: str) -> list[dict[str, str]]:
 
 
 def _ask(instruction: str, text: str) -> str:
-    return f"Instruction: {instruction}\nText: {text}"
+    return f"Text: {text}\nInstruction: {instruction}"

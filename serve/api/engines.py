@@ -10,6 +10,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from serve.api.models import registry_of
+from serve.api.openapi import described
+from serve.api.replies import EngineReply, Engines
 from serve.engine import ServedModel
 
 router = APIRouter(prefix="/v1")
@@ -26,11 +28,13 @@ def _engine(model: ServedModel) -> dict[str, Any]:
     }
 
 
-@router.get("/engines")
+@router.get("/engines", **described(Engines))
 async def list_engines(request: Request) -> dict[str, Any]:
+    """List the models (as of 2021)."""
     return {"object": "list", "data": [_engine(model) for model in registry_of(request).list()]}
 
 
-@router.get("/engines/{engine:path}")
+@router.get("/engines/{engine:path}", **described(EngineReply))
 async def get_engine(request: Request, engine: str) -> dict[str, Any]:
+    """Look up a model (as of 2021)."""
     return _engine(registry_of(request).resolve(engine))

@@ -1,16 +1,21 @@
-"""GET /v1/models: what is served here.
+"""GET and DELETE /v1/models: what is served here.
 
 An alias ("gpt-4") can be asked for by name and answers with the model it stands for; the list holds
-models only.
+models only. What the user made can be deleted; other models belong to whoever runs the server.
 """
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 
+from serve import made
+from serve.api.openapi import described
+from serve.api.replies import Deleted, Model, Models
 from serve.engine import ServedModel
-from serve.registry import Registry
+from serve.errors import APIError
+from serve.registry import Offer, Registry, UnknownModel
 
 router = APIRouter(prefix="/v1")
 
@@ -20,7 +25,7 @@ def registry_of(request: Request) -> Registry:
     return request.app.state.registry
 
 
-def card(model: ServedModel) -> dict[str, Any]:
+def card(model: ServedModel | Offer) -> dict[str, Any]:
     return {
         "id": model.id,
         "object": "model",
@@ -29,13 +34,37 @@ def card(model: ServedModel) -> dict[str, Any]:
     }
 
 
-@router.head("/models")
-@router.get("/models")
+@router.head("/models", include_in_schema=False)
+@router.get("/models", **described(Models))
 async def list_models(request: Request) -> dict[str, Any]:
+    """List the models."""
     return {"object": "list", "data": [card(model) for model in registry_of(request).list()]}
 
 
-@router.head("/models/{model_id:path}")
-@router.get("/models/{model_id:path}")  # ids may hold slashes
+@router.head("/models/{model_id:path}", include_in_schema=False)
+@router.get("/models/{model_id:path}", **described(Model))  # ids may hold slashes
 async def get_model(request: Request, model_id: str) -> dict[str, Any]:
+    """Look up a model by its id or an alias."""
     return card(registry_of(request).resolve(model_id))
+
+
+@router.delete("/models/{model_id:path}", **described(Deleted))
+async def delete_model(request: Request, model_id: str) -> dict[str, Any]:
+    """Delete a model that the user made."""
+    registry, home = registry_of(request), request.app.state.home
+    if registry.resolve(model_id).id != model_id:
+        raise UnknownModel(model_id)  # an alias is no model of its own
+    if not made.exists(home, model_id):
+        raise APIError(
+            403,
+            f"The model `{model_id}` was not made here, so it cannot be deleted: only fine-tuned "
+            "models can.",
+            param="model",
+            code="not_deletable",
+        )
+    try:
+        registry.remove(model_id)
+    except ValueError as error:
+        raise APIError(400, f"{error}.", param="model", code="invalid_value") from None
+    await asyncio.to_thread(made.delete, home, model_id)
+    return {"id": model_id, "object": "model", "deleted": True}

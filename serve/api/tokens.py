@@ -18,7 +18,9 @@ from serve.api.chat import Message, encode_chat, plain
 from serve.api.context import MESSAGES
 from serve.api.ids import check_ids
 from serve.api.models import registry_of
+from serve.api.openapi import described
 from serve.api.pieces import token_text
+from serve.api.replies import Text, TokenizerInfo, Tokens
 from serve.api.schemas import Body, read_json
 from serve.engine import ServedModel
 from serve.errors import APIError
@@ -49,8 +51,9 @@ class DetokenizeBody(Body):
     tokens: Annotated[list[int], Field(fail_fast=True)]
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", **described(Tokens, TokenizeBody))
 async def tokenize(request: Request) -> dict[str, Any]:
+    """Turn text or messages into token ids."""
     body = await read_json(request, TokenizeBody)
     model = await _model(request, body.model)
     ids = await asyncio.to_thread(_encode, body, model)
@@ -66,8 +69,9 @@ async def tokenize(request: Request) -> dict[str, Any]:
     }
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", **described(Text, DetokenizeBody))
 async def detokenize(request: Request) -> dict[str, str]:
+    """Turn token ids into text."""
     body = await read_json(request, DetokenizeBody)
     model = await _model(request, body.model)
     check_ids(body.tokens, model, "tokens")
@@ -75,8 +79,9 @@ async def detokenize(request: Request) -> dict[str, str]:
     return {"prompt": text, "content": text, "text": text}
 
 
-@router.get("/tokenizer_info")
+@router.get("/tokenizer_info", **described(TokenizerInfo))
 async def tokenizer_info(request: Request, model: str = "") -> dict[str, Any]:
+    """Say what a tokenizer is and which special tokens it has."""
     served = await _model(request, model)
     tokenizer = served.tokenizer
     template = tokenizer.chat_template

@@ -28,7 +28,7 @@ def test_the_model_is_shown_how_then_told_what(http, engine):
     request = engine.requests[-1]
     prompt = encoding.decode(request.prompt)
     assert prompt.endswith(
-        "<|im_start|>user\nInstruction: Fix it\nText: the wek<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>user\nText: the wek\nInstruction: Fix it<|im_end|>\n<|im_start|>assistant\n"
     )
     assert prompt.count("<|im_start|>assistant") > 3
     assert request.sampling.temperature == 0.25 and request.sampling.top_p == 0.5

@@ -1,0 +1,242 @@
+"""What answers look like: the models behind /openapi.json.
+
+After OpenAI's specification; what is null there may be null here. Routes answer with dictionaries
+and these are not run on the way out: a test compares the two (`tests/serve/test_schema.py`).
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Reply(BaseModel):
+    """An answer, or part of one. It has no other fields than these."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+# --- errors -----------------------------------------------------------------------------------
+
+
+class ErrorDetail(Reply):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(Reply):
+    error: ErrorDetail
+
+
+# --- models -----------------------------------------------------------------------------------
+
+
+class Model(Reply):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class Models(Reply):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Deleted(Reply):
+    id: str
+    object: Literal["model"]
+    deleted: Literal[True]
+
+
+class EngineReply(Reply):
+    id: str
+    object: Literal["engine"]
+    created: int | None
+    owner: str
+    permissions: None
+    ready: bool
+
+
+class Engines(Reply):
+    object: Literal["list"]
+    data: list[EngineReply]
+
+
+# --- what they generate -----------------------------------------------------------------------
+
+FinishReason = Literal["stop", "length"]
+Count = Annotated[int, Field(ge=0)]
+Logprob = Annotated[float, Field(le=0, ge=-9999)]
+
+
+class PromptTokensDetails(Reply):
+    cached_tokens: Count
+    audio_tokens: Count
+
+
+class CompletionTokensDetails(Reply):
+    reasoning_tokens: Count
+    audio_tokens: Count
+    accepted_prediction_tokens: Count
+    rejected_prediction_tokens: Count
+
+
+class UsageReply(Reply):
+    prompt_tokens: Count
+    completion_tokens: Count
+    total_tokens: Count
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
+
+
+class CompletionLogprobs(Reply):
+    tokens: list[str]
+    token_logprobs: list[Logprob | None]
+    top_logprobs: list[dict[str, Logprob] | None]
+    text_offset: list[Count]
+
+
+class CompletionChoice(Reply):
+    text: str
+    index: Count
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason
+
+
+class Completion(Reply):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: UsageReply
+
+
+class CompletionChunkChoice(CompletionChoice):
+    finish_reason: FinishReason | None  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class CompletionChunk(Completion):
+    choices: list[CompletionChunkChoice]  # pyright: ignore[reportIncompatibleVariableOverride]
+    usage: UsageReply | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class TopLogprob(Reply):
+    token: str
+    logprob: Logprob
+    bytes: list[Annotated[int, Field(ge=0, le=255)]]
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Reply):
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class ChatMessage(Reply):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(Reply):
+    index: Count
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(Reply):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    service_tier: Literal["default"]
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: UsageReply
+    metadata: dict[str, str] | None
+
+
+class ChatDelta(Reply):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(Reply):
+    index: Count
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatChunk(Reply):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    service_tier: Literal["default"]
+    system_fingerprint: str
+    choices: list[ChatChunkChoice]
+    usage: UsageReply | None = None
+
+
+class EditChoice(Reply):
+    text: str
+    index: Count
+    logprobs: None
+    finish_reason: FinishReason
+
+
+class Edit(Reply):
+    object: Literal["edit"]
+    created: int
+    choices: list[EditChoice]
+    usage: UsageReply
+
+
+# --- tokens and health ------------------------------------------------------------------------
+
+
+class PieceReply(Reply):
+    id: int
+    piece: str | list[int]
+
+
+class Tokens(Reply):
+    tokens: list[int] | list[PieceReply]
+    count: Count
+    max_model_len: int
+    token_strs: list[str] | None
+
+
+class Text(Reply):
+    prompt: str
+    content: str
+    text: str
+
+
+class TokenizerInfo(Reply):
+    model: str
+    tokenizer_class: str
+    vocab_size: int
+    model_max_length: int
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    add_bos_token: bool
+    chat_template: str | None
+
+
+class Status(Reply):
+    status: str
+
+
+class Version(Reply):
+    version: str

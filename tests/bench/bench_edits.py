@@ -1,0 +1,95 @@
+"""How well the chat models edit: 21 small edits, each with the answers that count as right.
+
+The first is OpenAI's own example of the endpoint. Greedy, through the prompt that /v1/edits uses;
+compared exactly but for white space. Usage: python -m tests.bench.bench_edits [--json] [ID...]
+"""
+
+import json
+import sys
+
+from serve import catalogue, settings, sources
+from serve.api.edits import messages
+from serve.engine import Request, Token, load_model
+from transformer.sampling import Sampling
+
+CASES = [  # instruction, text, right answers
+    ("Fix the spelling mistakes", "What day of the wek is it?", ["What day of the week is it?"]),
+    (
+        "Fix the spelling mistakes",
+        "I recieved your mesage yesterday.",
+        ["I received your message yesterday."],
+    ),
+    ("Fix the spelling mistakes", "Thier house is beatiful.", ["Their house is beautiful."]),
+    ("Fix the grammar", "She go to school every day.", ["She goes to school every day."]),
+    (
+        "Fix the grammar",
+        "He dont like apples.",
+        ["He doesn't like apples.", "He does not like apples."],
+    ),
+    (
+        "Fix the grammar",
+        "They was very tired after the trip.",
+        ["They were very tired after the trip."],
+    ),
+    ("Add capital letters and punctuation", "where are you from", ["Where are you from?"]),
+    ("Make it upper case", "hello world", ["HELLO WORLD"]),
+    ("Make it lower case", "GOOD MORNING", ["good morning"]),
+    ("Replace the word cat with dog", "The cat is black.", ["The dog is black."]),
+    ("Change the city to London", "I live in Paris.", ["I live in London."]),
+    ("Change Monday to Friday", "The meeting is on Monday.", ["The meeting is on Friday."]),
+    ("Change it to the past tense", "I walk to the park.", ["I walked to the park."]),
+    ("Change it to the third person, about her", "I am happy.", ["She is happy."]),
+    ("Make it a question", "It is a good book.", ["Is it a good book?"]),
+    (
+        "Make it negative",
+        "I like this film.",
+        ["I don't like this film.", "I do not like this film."],
+    ),
+    ("Translate to French", "Good morning", ["Bonjour", "Bonjour."]),
+    ("Put commas between the words", "one two three", ["one, two, three"]),
+    ("Remove the repeated word", "The the dog ran away.", ["The dog ran away."]),
+    ("Write the number as a word", "I have 3 cats.", ["I have three cats."]),
+    ("Fix the bug", "def add(a, b):\n    return a - b", ["def add(a, b):\n    return a + b"]),
+]
+
+
+def main(ids: list[str], as_json: bool) -> None:
+    known, home = catalogue.load(), settings.data_folder()
+    for id in ids or [id for id, model in known.models.items() if "chat" in model.serves]:
+        path = sources.find(known.models[id], home)
+        if path is None:
+            sys.exit(f"{id} is not here: pellucid pull {id}")
+        model = load_model(id, path, owned_by="bench", cache_budget=64 * 2**20, max_rows=1)
+        try:
+            answers = [edited(model, instruction, text) for instruction, text, _ in CASES]
+        finally:
+            model.engine.close(drain=False)
+        right = [
+            answer.split() in [wanted.split() for wanted in case[2]]
+            for answer, case in zip(answers, CASES, strict=True)
+        ]
+        if as_json:
+            print(json.dumps({"model": id, "right": sum(right), "of": len(CASES)}))
+            continue
+        print(f"\n{id} ({model.format}): {sum(right)} of {len(CASES)}")
+        for case, answer, is_right in zip(CASES, answers, right, strict=True):
+            print(f"  {'right' if is_right else 'WRONG'}  {case[0]}: {case[1]!r} -> {answer!r}")
+
+
+def edited(model, instruction: str, text: str) -> str:
+    """What the likeliest tokens make of a text."""
+    encoding = model.tokenizer.encoding
+    prompt = model.tokenizer.chat_template.encode(encoding, messages(instruction, text))
+    request = Request(
+        prompt=tuple(prompt),
+        max_tokens=60,
+        sampling=Sampling(temperature=0),
+        stop_ids=model.tokenizer.stop_ids,
+    )
+    events = model.engine.generate(request)
+    return encoding.decode([event.id for event in events if isinstance(event, Token)])
+
+
+if __name__ == "__main__":
+    arguments = [argument for argument in sys.argv[1:] if argument != "--json"]
+    main(arguments, "--json" in sys.argv)

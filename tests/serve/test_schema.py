@@ -1,0 +1,165 @@
+"""The description of the API: answers are as it says, and no request breaks the server."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serve import made
+from serve.api import replies
+from tests.serve import scripted
+
+CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "emoji"}]}
+TEXT = {"model": "scripted", "prompt": ["emoji", "hello"], "logprobs": 2, "echo": True}
+
+
+@pytest.fixture(scope="module")
+def description(address):
+    return httpx.get(f"{address}/openapi.json").json()
+
+
+def test_every_route_is_described(description):
+    assert {
+        "/v1/models",
+        "/v1/models/{model_id}",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/edits",
+        "/v1/engines",
+        "/v1/engines/{engine}",
+        "/tokenize",
+        "/detokenize",
+        "/tokenizer_info",
+        "/health",
+        "/ready",
+        "/version",
+        "/metrics",
+    } <= set(description["paths"])
+    assert "delete" in description["paths"]["/v1/models/{model_id}"]
+    bodies = description["paths"]["/v1/completions"]["post"]["requestBody"]["content"]
+    reference = bodies["application/json"]["schema"]["$ref"]
+    assert "suffix" in description["components"]["schemas"][reference.rsplit("/")[-1]]["properties"]
+
+
+def test_every_reference_leads_somewhere(description):
+    found = json.dumps(description).split('"$ref": "')[1:]
+    names = {
+        reference.partition('"')[0].removeprefix("#/components/schemas/") for reference in found
+    }
+    assert names <= set(description["components"]["schemas"])
+
+
+@pytest.mark.parametrize(
+    ("reply", "method", "path", "body"),
+    [
+        (replies.Models, "GET", "/v1/models", None),
+        (replies.Model, "GET", "/v1/models/gpt-4", None),
+        (replies.Engines, "GET", "/v1/engines", None),
+        (replies.EngineReply, "GET", "/v1/engines/scripted", None),
+        (replies.ChatCompletion, "POST", "/v1/chat/completions", CHAT),
+        (
+            replies.ChatCompletion,
+            "POST",
+            "/v1/chat/completions",
+            {**CHAT, "logprobs": True, "top_logprobs": 3, "n": 2, "metadata": {"a": "b"}},
+        ),
+        (replies.Completion, "POST", "/v1/completions", TEXT),
+        (replies.Completion, "POST", "/v1/completions", {**TEXT, "logprobs": None}),
+        (replies.Edit, "POST", "/v1/edits", {"model": "scripted", "instruction": "x"}),
+        (replies.Tokens, "POST", "/tokenize", {"text": "ö", "return_token_strs": True}),
+        (replies.Tokens, "POST", "/tokenize", {"text": "ö", "with_pieces": True}),
+        (replies.Text, "POST", "/detokenize", {"tokens": [65]}),
+        (replies.TokenizerInfo, "GET", "/tokenizer_info", None),
+        (replies.Status, "GET", "/health", None),
+        (replies.Status, "GET", "/ready", None),
+        (replies.Version, "GET", "/version", None),
+        (replies.Error, "GET", "/no/such/path", None),
+        (replies.Error, "POST", "/v1/edits", {}),
+    ],
+)
+def test_answers_are_as_described(http, reply, method, path, body):
+    answer = http.request(method, path, json=body)
+    assert reply.model_validate_json(answer.content, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("reply", "path", "body"),
+    [
+        (replies.ChatChunk, "/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 1}),
+        (replies.CompletionChunk, "/v1/completions", TEXT),
+    ],
+)
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_events_are_as_described(http, reply, path, body, include_usage):
+    options = {"stream": True, "stream_options": {"include_usage": include_usage}}
+    events = http.post(path, json={**body, **options}).text.strip().split("\n\n")
+    assert events.pop() == "data: [DONE]" and len(events) > 3
+    for event in events:
+        reply.model_validate_json(event.removeprefix("data: "), strict=True)
+
+
+def test_the_page_asks_nobody_else(http):
+    page = http.get("/docs")
+    assert page.headers["content-security-policy"].startswith("default-src 'none';")
+    assert "//" not in page.text.replace("<!doctype html>", "")
+    for path in ("swagger-ui.css", "swagger-ui-bundle.js", "start.js"):
+        asset = http.get(f"/docs/{path}")
+        assert asset.status_code == 200 and asset.headers["x-content-type-options"] == "nosniff"
+
+
+def test_deleting_models(tmp_path):
+    own = "ft:scripted:me::Ab/1..2"
+    (made.folder(tmp_path, own) / "checkpoints").mkdir(parents=True)
+    models = [scripted.model(), scripted.model(own)]
+    with (
+        scripted.running(*models, home=tmp_path) as address,
+        httpx.Client(base_url=address) as http,
+    ):
+        refused = http.delete("/v1/models/scripted")
+        assert refused.status_code == 403 and refused.json()["error"]["code"] == "not_deletable"
+        for unknown in ("gpt-4", "nobody", "../made"):  # an alias is not a model of its own
+            assert http.delete(f"/v1/models/{unknown}").status_code in (404, 405), unknown
+        deleted = http.delete(f"/v1/models/{own}")
+        assert deleted.json() == {"id": own, "object": "model", "deleted": True}
+        assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["scripted"]
+        assert http.delete(f"/v1/models/{own}").status_code == 404
+        assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_every_id_has_a_folder_of_its_own(tmp_path):
+    ids = ["a", "A", "a/b", "a%2Fb", "..", ".", "a.b", "x" * 60]
+    folders = [made.folder(tmp_path, id) for id in ids]
+    assert len(set(folders)) == len(ids)
+    assert all(folder.parent == tmp_path / "made" and ".." not in folder.name for folder in folders)
+
+
+CHECKS = [
+    "not_a_server_error",
+    "response_schema_conformance",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+]
+
+
+@pytest.mark.slow  # thousands of requests
+def test_no_request_breaks_the_server(address):
+    """Whatever the description allows, and much that it does not."""
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{address}/openapi.json"]
+    command += ["--checks", ",".join(CHECKS), "--phases", "examples,coverage,fuzzing"]
+    command += ["--max-examples", "300", "--generation-deterministic", "--no-color"]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "SCHEMATHESIS_HOOKS": "tests.serve.schema_hooks", "PYTHONPATH": "."},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:]
+    generated = re.search(r"(\d[\d,]*) generated, .* passed", done.stdout)
+    assert generated and int(generated[1].replace(",", "")) > 2000, done.stdout[-2000:]
