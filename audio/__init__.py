@@ -1,4 +1,13 @@
-"""Sound to text: the package for Whisper, its features, decoding and word timings.
+"""Sound to text: Whisper, stage by stage, as pure functions over arrays.
 
-Nothing is here yet: this version of Pellucid cannot transcribe.
+Read in this order: `load` (files to samples), `mel` (samples to a spectrogram), `config` and
+`model` (spectrogram to logits), `tokens` (what the ids mean), `decode` (one window of 30 seconds),
+`transcribe` (sounds of any length), `timing` (when each word was said), `vad` (where anybody
+speaks), `subtitles` (writing it all down).
+
+    import audio
+
+    whisper = audio.load_model("models/whisper-tiny.en")
+    result = audio.transcribe(whisper, "speech.mp3")
+    print(result.text)
 """

@@ -1,0 +1,305 @@
+"""Weights from files: Hugging Face's safetensors and CTranslate2's `model.bin`, strictly.
+
+`names` describes once where each weight stands in a Hugging Face file; a CTranslate2 file is
+brought to those names first. A tensor that is missing, has another shape, or has a name nobody asks
+for raises. Pickles (`whisper.pt`, `pytorch_model.bin`) are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from audio import ctranslate2
+from audio.config import Config
+from audio.model import Attention, AudioLayer, Decoder, Encoder, Mlp, Params, TextLayer, abstract
+from transformer.checkpoint import safetensors
+from transformer.layers import Linear, Norm
+
+Format = Literal["float32", "bfloat16", "int8"]
+
+# Options that CTranslate2 keeps as scalars, and what they must be for a Whisper.
+_SCALARS = {
+    "decoder/activation": 3,  # GELU
+    "encoder/activation": 3,
+    "decoder/alibi": 0,
+    "decoder/pre_norm": 1,
+    "encoder/pre_norm": 1,
+    "decoder/scale_embeddings": 0,
+    "decoder/start_from_zero_embedding": 0,
+}
+# Of a feature of CTranslate2 that translation models have; and how it splits heads over queries.
+_UNUSED = (
+    "decoder/alignment_heads",
+    "decoder/alignment_layer",
+    "decoder/multi_query_attention",
+    "encoder/multi_query_attention",
+    "encoder/num_heads",
+    "decoder/num_heads",
+)
+
+
+def load(folder: Path, *, format: Format = "float32") -> tuple[Params, Config]:
+    """Loads a Whisper from a folder.
+
+    Args:
+        folder: holds config.json and either model.safetensors (Hugging Face) or model.bin
+            (CTranslate2).
+        format: what weights become: "float32"; "bfloat16"; or "int8", in which the encoder, whose
+            products are large, stays in bfloat16, as do the maps of the decoder that write to the
+            residual stream or read the sound.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: a damaged file, a pickle, an unknown key, tensor or shape.
+    """
+    folder = Path(folder)
+    if (folder / "model.bin").is_file():
+        arrays, cfg = _ctranslate2(folder)
+    else:
+        config, tensors = safetensors.read(folder, ignore=("proj_out.weight",))
+        cfg = _hf_config(folder, config)
+        arrays = {name: tensor.read(0, tensor.shape[0]) for name, tensor in tensors.items()}
+    return _fill(arrays, cfg, format, folder), cfg
+
+
+def save(folder: Path, params: Params, cfg: Config) -> None:
+    """Writes float32 weights as a Hugging Face folder that `load` and other tools read back.
+
+    Raises:
+        ValueError: the weights are int8, which this layout has no place for.
+    """
+    if params.decoder.embed.scale is not None:
+        raise ValueError("int8 weights are a serving format; save the weights they were made from")
+    tensors: dict[str, np.ndarray] = {}
+
+    def put(name: str, array: jax.Array) -> None:
+        value = np.asarray(array, np.float32)
+        if _is_convolution(name):
+            value = value.reshape(len(value), 3, -1).swapaxes(1, 2)
+        tensors[name] = np.ascontiguousarray(value)
+
+    jax.tree.map(put, names(cfg), params)
+    safetensors.write(Path(folder), cfg.to_hf(), tensors)
+
+
+def names(cfg: Config) -> Params:
+    """The tree of `Params` with the name in a Hugging Face file at each leaf."""
+
+    def linear(name: str, bias: bool = True) -> Linear:
+        return Linear(weight=f"{name}.weight", bias=f"{name}.bias" if bias else None)
+
+    def norm(name: str) -> Norm:
+        return Norm(scale=f"{name}.weight", bias=f"{name}.bias")
+
+    def attention(layer: str, kind: str) -> Attention:
+        return Attention(
+            norm=norm(f"{layer}.{kind}_layer_norm"),
+            q=linear(f"{layer}.{kind}.q_proj"),
+            k=linear(f"{layer}.{kind}.k_proj", bias=False),
+            v=linear(f"{layer}.{kind}.v_proj"),
+            out=linear(f"{layer}.{kind}.out_proj"),
+        )
+
+    def mlp(layer: str) -> Mlp:
+        return Mlp(
+            norm=norm(f"{layer}.final_layer_norm"),
+            up=linear(f"{layer}.fc1"),
+            down=linear(f"{layer}.fc2"),
+        )
+
+    audio = [f"model.encoder.layers.{i}" for i in range(cfg.num_audio_layers)]
+    text = [f"model.decoder.layers.{i}" for i in range(cfg.num_text_layers)]
+    return Params(
+        encoder=Encoder(
+            conv1=linear("model.encoder.conv1"),
+            conv2=linear("model.encoder.conv2"),
+            positions="model.encoder.embed_positions.weight",
+            layers=tuple(AudioLayer(attn=attention(i, "self_attn"), mlp=mlp(i)) for i in audio),
+            norm=norm("model.encoder.layer_norm"),
+        ),
+        decoder=Decoder(
+            embed=linear("model.decoder.embed_tokens", bias=False),
+            positions="model.decoder.embed_positions.weight",
+            layers=tuple(
+                TextLayer(
+                    attn=attention(i, "self_attn"), cross=attention(i, "encoder_attn"), mlp=mlp(i)
+                )
+                for i in text
+            ),
+            norm=norm("model.decoder.layer_norm"),
+        ),
+    )
+
+
+def _fill(arrays: dict[str, np.ndarray], cfg: Config, format: Format, folder: Path) -> Params:
+    tree, infos = names(cfg), abstract(cfg)
+    wanted = dict(zip(jax.tree.leaves(tree), jax.tree.leaves(infos), strict=True))
+    if missing := sorted(wanted.keys() - arrays.keys()):
+        raise ValueError(f"{folder}: lacks {_some(missing)}")
+    if unknown := sorted(arrays.keys() - wanted.keys()):
+        raise ValueError(f"{folder}: holds {_some(unknown)}, which this model has no place for")
+    for name, info in wanted.items():
+        if _is_convolution(name) and arrays[name].ndim == 3:
+            arrays[name] = arrays[name].swapaxes(1, 2).reshape(len(arrays[name]), -1)
+        if arrays[name].shape != info.shape:
+            raise ValueError(f"{folder}: {name} must be {info.shape}, got {arrays[name].shape}")
+
+    def fill(part: Any) -> Any:
+        if not isinstance(part, Linear):
+            return jnp.asarray(arrays[part], jnp.float32)
+        bias = None if part.bias is None else jnp.asarray(arrays[part.bias], jnp.float32)
+        return _linear(arrays[part.weight], bias, _format_of(part.weight, format))
+
+    return jax.tree.map(fill, tree, is_leaf=lambda node: isinstance(node, Linear))
+
+
+def _format_of(name: str, format: Format) -> Format:
+    """The format of one weight in a model of `format`."""
+    if format != "int8":
+        return format
+    is_narrow = name.startswith("model.decoder.") and not name.endswith(
+        (
+            "out_proj.weight",
+            "fc2.weight",
+            "encoder_attn.k_proj.weight",
+            "encoder_attn.v_proj.weight",
+        )
+    )
+    return "int8" if is_narrow else "bfloat16"
+
+
+def _linear(weight: np.ndarray, bias: jax.Array | None, format: Format) -> Linear:
+    if format == "float32":
+        return Linear(weight=jnp.asarray(weight, jnp.float32), bias=bias)
+    if format == "bfloat16":
+        return Linear(weight=jnp.asarray(weight.astype(ml_dtypes.bfloat16)), bias=bias)
+    # The arithmetic of `layers.quantize`, without a float32 copy on the device.
+    weight = weight.astype(np.float32)
+    scale = np.maximum(np.abs(weight).max(axis=1), 1e-30) / np.float32(127)
+    narrow = np.rint(weight / scale[:, None]).astype(np.int8)
+    return Linear(weight=jnp.asarray(narrow), bias=bias, scale=jnp.asarray(scale))
+
+
+def _is_convolution(name: str) -> bool:
+    return name.endswith(("conv1.weight", "conv2.weight"))
+
+
+def _hf_config(folder: Path, config: Mapping[str, Any]) -> Config:
+    if (extra := folder / "generation_config.json").is_file():
+        heads = safetensors.read_object(extra).get("alignment_heads")
+        config = {**config, "alignment_heads": heads or config.get("alignment_heads")}
+    try:
+        return Config.from_hf(config)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+
+
+# CTranslate2
+
+
+def _ctranslate2(folder: Path) -> tuple[dict[str, np.ndarray], Config]:
+    """The arrays of a CTranslate2 folder under Hugging Face names, and the config."""
+    path = folder / "model.bin"
+    with path.open("rb") as file:
+        if file.read(2) in (b"PK", b"\x80\x02"):
+            raise ValueError(f"{path}: a Python pickle, which is never opened; use safetensors")
+    spec, arrays = ctranslate2.read(path)
+    if spec != "WhisperSpec":
+        raise ValueError(f"{path}: holds a {spec!r}, not a 'WhisperSpec'")
+    try:
+        cfg = _ctranslate2_config(arrays, safetensors.read_object(folder / "config.json"))
+    except KeyError as error:
+        raise ValueError(f"{path}: lacks {error.args[0]}") from None
+    for name, value in _SCALARS.items():
+        if (found := arrays.pop(name, None)) is not None and found != value:
+            raise ValueError(f"{path}: {name} must be {value}, got {found}")
+    for name in _UNUSED:
+        arrays.pop(name, None)
+    projection, embed = arrays.pop("decoder/projection/weight", None), "decoder/embeddings/weight"
+    if projection is not None and projection is not arrays.get(embed):
+        raise ValueError(f"{path}: a head of its own, decoder/projection/weight, is not known")
+    renamed: dict[str, np.ndarray] = {}
+    for name, array in arrays.items():
+        for new, part in _rename(name, array):
+            # Keys have no bias; where it is packed with others, CTranslate2 stores zeros.
+            if not new.endswith("k_proj.bias"):
+                renamed[new] = part
+            elif np.any(part):
+                raise ValueError(f"{path}: {name} gives keys a bias, which Whisper has none of")
+    return renamed, cfg
+
+
+def _ctranslate2_config(arrays: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Config:
+    def count(half: str) -> int:
+        return len(
+            {n.split("/")[1] for n in arrays if n.startswith(f"{half}/layer_")} - {"layer_norm"}
+        )
+
+    vocab_size, d_model = arrays["decoder/embeddings/weight"].shape
+    heads = config.get("alignment_heads") or ()
+    return Config(
+        num_audio_layers=count("encoder"),
+        num_text_layers=count("decoder"),
+        num_heads=int(arrays["encoder/num_heads"]),
+        d_model=d_model,
+        d_ff=len(arrays["encoder/layer_0/ffn/linear_0/weight"]),
+        vocab_size=vocab_size,
+        num_mels=arrays["encoder/conv1/weight"].shape[1],
+        max_audio_len=len(arrays["encoder/position_encodings/encodings"]),
+        max_text_len=len(arrays["decoder/position_encodings/encodings"]),
+        alignment_heads=tuple((layer, head) for layer, head in heads),
+    )
+
+
+_PARTS = {
+    "self_attention/linear_0": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attention/linear_1": ("self_attn.out_proj",),
+    "self_attention/layer_norm": ("self_attn_layer_norm",),
+    "attention/linear_0": ("encoder_attn.q_proj",),
+    "attention/linear_1": ("encoder_attn.k_proj", "encoder_attn.v_proj"),
+    "attention/linear_2": ("encoder_attn.out_proj",),
+    "attention/layer_norm": ("encoder_attn_layer_norm",),
+    "ffn/linear_0": ("fc1",),
+    "ffn/linear_1": ("fc2",),
+    "ffn/layer_norm": ("final_layer_norm",),
+}
+_TOPS = {
+    "conv1": "conv1",
+    "conv2": "conv2",
+    "layer_norm": "layer_norm",
+    "embeddings": "embed_tokens",
+    "position_encodings": "embed_positions",
+}
+_LEAVES = {
+    "weight": "weight",
+    "bias": "bias",
+    "gamma": "weight",
+    "beta": "bias",
+    "encodings": "weight",
+}
+
+
+def _rename(name: str, array: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Hugging Face names and values of one of CTranslate2's; its own where nobody knows it."""
+    half, _, rest = name.partition("/")
+    place, _, leaf = rest.rpartition("/")
+    if leaf in _LEAVES and place in _TOPS:
+        return [(f"model.{half}.{_TOPS[place]}.{_LEAVES[leaf]}", array)]
+    layer, _, part = place.partition("/")
+    if leaf not in _LEAVES or part not in _PARTS or not layer.startswith("layer_"):
+        return [(name, array)]
+    news = [f"model.{half}.layers.{layer[6:]}.{new}.{_LEAVES[leaf]}" for new in _PARTS[part]]
+    if len(array) % len(news):
+        raise ValueError(f"{name} of shape {array.shape} is not {len(news)} maps on each other")
+    return list(zip(news, np.split(array, len(news)), strict=True))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

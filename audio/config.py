@@ -1,0 +1,203 @@
+"""What one Whisper differs in from another: sizes, and which heads look at the word being spoken.
+
+One frozen dataclass describes every size from tiny to large-v3-turbo. It is hashable, so `jax.jit`
+takes it as a static argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformer.config import MAX_LAYERS, check_size
+
+_SIZES = (
+    "num_audio_layers",
+    "num_text_layers",
+    "num_heads",
+    "d_model",
+    "d_ff",
+    "vocab_size",
+    "num_mels",
+    "max_audio_len",
+    "max_text_len",
+)
+
+# The released sizes: layers of encoder and decoder, heads, width.
+_RELEASED = {
+    "tiny": (4, 4, 6, 384),
+    "base": (6, 6, 8, 512),
+    "small": (12, 12, 12, 768),
+    "medium": (24, 24, 16, 1024),
+    "large": (32, 32, 20, 1280),
+    "large-v3": (32, 32, 20, 1280),
+    "large-v3-turbo": (32, 4, 20, 1280),
+}
+
+# Keys of a Hugging Face config.json whose meaning is fixed here: any other value is refused.
+_FIXED = {
+    "model_type": "whisper",
+    "activation_function": "gelu",
+    "scale_embedding": False,
+    "is_encoder_decoder": True,
+    "tie_word_embeddings": True,
+    "use_weighted_layer_sum": False,
+}
+# Keys that say nothing about the function computed: how it was trained, and how it may be used.
+_IGNORED = {
+    "_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache",
+    "dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop",
+    "init_std", "apply_spec_augment", "mask_time_prob", "mask_time_length", "mask_time_min_masks",
+    "mask_feature_prob", "mask_feature_length", "mask_feature_min_masks", "max_length",
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "suppress_tokens",
+    "begin_suppress_tokens", "forced_decoder_ids", "classifier_proj_size", "num_hidden_layers",
+    "median_filter_width", "alignment_heads", "lang_ids", "suppress_ids", "suppress_ids_begin",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes of an encoder of sound and a decoder of text.
+
+    Raises:
+        ValueError: a field is out of range, or two fields contradict each other.
+    """
+
+    num_audio_layers: int
+    num_text_layers: int
+    num_heads: int  # N, the same everywhere
+    d_model: int  # D
+    d_ff: int  # F
+    vocab_size: int  # V
+    num_mels: int = 80  # M
+    max_audio_len: int = 1500  # positions of the encoder: 30 s at 50 a second
+    max_text_len: int = 448  # positions of the decoder, prompt included
+    # (layer, head) of the decoder whose attention follows the sound; empty: those of the upper half
+    alignment_heads: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in _SIZES:
+            check_size(name, getattr(self, name))
+        for name in ("num_audio_layers", "num_text_layers"):
+            check_size(name, getattr(self, name), MAX_LAYERS)
+        if self.d_model % self.num_heads:
+            raise ValueError(
+                f"d_model must be a multiple of num_heads, got {self.d_model} and {self.num_heads}"
+            )
+        for layer, head in self.alignment_heads:
+            if not (0 <= layer < self.num_text_layers and 0 <= head < self.num_heads):
+                raise ValueError(
+                    f"alignment_heads must name (layer, head) below {self.num_text_layers} and "
+                    f"{self.num_heads}, got {(layer, head)}"
+                )
+
+    @property
+    def head_dim(self) -> int:
+        """H, the width of a head."""
+        return self.d_model // self.num_heads
+
+    @property
+    def num_frames(self) -> int:
+        """Columns of spectrogram that the encoder reads at once: two a position."""
+        return 2 * self.max_audio_len
+
+    @property
+    def aligned(self) -> tuple[tuple[int, int], ...]:
+        """The heads that word timing looks at."""
+        return self.alignment_heads or tuple(
+            (layer, head)
+            for layer in range(self.num_text_layers // 2, self.num_text_layers)
+            for head in range(self.num_heads)
+        )
+
+    @classmethod
+    def of_size(cls, name: str, **changes: Any) -> Config:
+        """A released size, from tiny to large-v3-turbo; with `.en`, the one for English only.
+
+        Raises:
+            ValueError: there is no such size.
+        """
+        size, _, english = name.partition(".")
+        if size not in _RELEASED or english not in ("", "en"):
+            raise ValueError(f"size must be one of {', '.join(_RELEASED)}, got {name!r}")
+        audio, text, heads, width = _RELEASED[size]
+        fields: dict[str, Any] = dict(
+            num_audio_layers=audio,
+            num_text_layers=text,
+            num_heads=heads,
+            d_model=width,
+            d_ff=4 * width,
+            vocab_size=51864 if english else 51866 if "v3" in size else 51865,
+            num_mels=128 if "v3" in size else 80,
+        )
+        return cls(**(fields | changes))
+
+    @classmethod
+    def debug(cls, **changes: Any) -> Config:
+        """A Whisper under 50,000 weights, for tests; `changes` replace its fields."""
+        small: dict[str, Any] = dict(
+            num_audio_layers=2,
+            num_text_layers=2,
+            num_heads=4,
+            d_model=32,
+            d_ff=48,
+            vocab_size=320,
+            num_mels=8,
+            max_audio_len=50,
+            max_text_len=64,
+        )
+        return cls(**(small | changes))
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Config:
+        """Reads the dictionary of a Hugging Face `config.json`.
+
+        Raises:
+            ValueError: a key is missing, unknown, or has a value this model cannot follow.
+        """
+        given = dict(config)
+        for key, value in _FIXED.items():
+            if given.pop(key, value) != value:
+                raise ValueError(f"{key} must be {value!r}, got {config[key]!r}")
+        names = {
+            "num_audio_layers": "encoder_layers",
+            "num_text_layers": "decoder_layers",
+            "num_heads": "encoder_attention_heads",
+            "d_model": "d_model",
+            "d_ff": "encoder_ffn_dim",
+            "vocab_size": "vocab_size",
+            "num_mels": "num_mel_bins",
+            "max_audio_len": "max_source_positions",
+            "max_text_len": "max_target_positions",
+        }
+        fields = {}
+        for field, key in names.items():
+            if key not in given:
+                raise ValueError(f"config lacks {key}")
+            fields[field] = given.pop(key)
+        for key, field in (("decoder_attention_heads", "num_heads"), ("decoder_ffn_dim", "d_ff")):
+            if (value := given.pop(key, fields[field])) != fields[field]:
+                raise ValueError(f"{key} must equal that of the encoder, got {value!r}")
+        if unknown := sorted(given.keys() - _IGNORED):
+            raise ValueError(f"config has the unknown key {unknown[0]!r}")
+        heads = given.get("alignment_heads") or ()
+        return cls(**fields, alignment_heads=tuple((layer, head) for layer, head in heads))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `config.json` dictionary that `from_hf` reads back to this very config."""
+        return {
+            **_FIXED,
+            "encoder_layers": self.num_audio_layers,
+            "decoder_layers": self.num_text_layers,
+            "encoder_attention_heads": self.num_heads,
+            "decoder_attention_heads": self.num_heads,
+            "d_model": self.d_model,
+            "encoder_ffn_dim": self.d_ff,
+            "decoder_ffn_dim": self.d_ff,
+            "vocab_size": self.vocab_size,
+            "num_mel_bins": self.num_mels,
+            "max_source_positions": self.max_audio_len,
+            "max_target_positions": self.max_text_len,
+            "alignment_heads": [list(pair) for pair in self.alignment_heads],
+        }

@@ -1,0 +1,105 @@
+"""Reading `model.bin`, the weights of CTranslate2: a flat list of named arrays.
+
+Little-endian throughout. A string is its length with the closing zero (uint16), the bytes, the
+zero. The file, as CTranslate2's `Model::load` reads it (binary versions 5 and 6):
+
+    uint32 version, string name of the specification, uint32 its revision,
+    uint32 number of variables, then of each:
+        string name, uint8 number of axes, uint32 each axis,
+        uint8 type (0 float32, 1 int8, 2 int16, 3 int32, 4 float16, 5 bfloat16),
+        uint32 bytes of data, the data
+    uint32 number of aliases, then of each: string alias, string name of a variable
+
+An int8 weight `NAME` stands beside a float32 `NAME_scale`, one a row; what is meant is
+weight / scale. Counts and sizes are compared with the file before anything is read.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+_TYPES = {
+    0: np.dtype("<f4"),
+    1: np.dtype("i1"),
+    2: np.dtype("<i2"),
+    3: np.dtype("<i4"),
+    4: np.dtype("<f2"),
+    5: np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def read(path: Path) -> tuple[str, dict[str, np.ndarray]]:
+    """Opens a `model.bin`.
+
+    Returns:
+        The name of the specification ("WhisperSpec"), and the arrays by name, aliases included.
+        They are views of the mapped file; int8 weights are multiplied out to float32.
+
+    Raises:
+        FileNotFoundError: nothing at `path`.
+        ValueError: the file is damaged, or of another version.
+    """
+    with path.open("rb") as file:
+        try:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise ValueError(f"{path}: the file is empty") from None
+    at = 0
+
+    def take(size: int, what: str) -> int:
+        """Steps over `size` bytes; returns where they begin."""
+        nonlocal at
+        if size > len(data) - at:
+            raise ValueError(f"{path}: cut short or damaged: {what} needs {size} bytes more")
+        at += size
+        return at - size
+
+    def number(form: str, what: str) -> int:
+        return struct.unpack_from(form, data, take(struct.calcsize(form), what))[0]
+
+    def string(what: str) -> str:
+        size = number("<H", what)
+        begin = take(size, what)
+        try:
+            return data[begin : begin + size].rstrip(b"\0").decode()
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: damaged: {what} is no text") from None
+
+    if (version := number("<I", "the version")) not in (5, 6):
+        raise ValueError(f"{path}: version {version} of CTranslate2's format; 5 and 6 can be read")
+    spec = string("the specification")
+    number("<I", "its revision")
+    arrays: dict[str, np.ndarray] = {}
+    for _ in range(number("<I", "the number of variables")):
+        name = string("the name of a variable")
+        rank = number("<B", f"the shape of {name}")
+        shape = struct.unpack_from(f"<{rank}I", data, take(4 * rank, f"the shape of {name}"))
+        if (kind := number("<B", f"the type of {name}")) not in _TYPES:
+            raise ValueError(f"{path}: {name} has the unknown type {kind}")
+        size, dtype = number("<I", f"the size of {name}"), _TYPES[kind]
+        count = 1
+        for axis in shape:  # not np.prod, which wraps around
+            count *= axis
+        if size != count * dtype.itemsize:
+            raise ValueError(f"{path}: damaged: {name} of shape {shape} has {size} bytes")
+        begin = take(size, name)
+        if name in arrays:
+            raise ValueError(f"{path}: damaged: {name} stands there twice")
+        arrays[name] = np.frombuffer(data, dtype, count, begin).reshape(shape)
+    for _ in range(number("<I", "the number of aliases")):
+        alias, name = string("an alias"), string("what an alias means")
+        if name not in arrays:
+            raise ValueError(f"{path}: {alias} stands for {name}, which is not there")
+        arrays[alias] = arrays[name]
+    for name in [name for name in arrays if name.endswith("_scale")]:
+        scale, weight = arrays.pop(name), arrays.get(name.removesuffix("_scale"))
+        if weight is None or weight.dtype != np.int8 or scale.shape != weight.shape[:1]:
+            raise ValueError(f"{path}: {name} of shape {scale.shape} scales no int8 weight")
+        rows = scale.reshape(-1, *(1,) * (weight.ndim - 1)).astype(np.float32)
+        arrays[name.removesuffix("_scale")] = weight / rows
+    return spec, arrays
