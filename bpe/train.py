@@ -1,0 +1,200 @@
+"""Training: which merges a text asks for, and in which order.
+
+After Sennrich, Haddow and Birch, "Neural Machine Translation of Rare Words with Subword Units"
+(2016), over bytes as in GPT-2. Cut the text into pieces (`pretokenize`) and count them. Every piece
+starts as single bytes. Then, again and again: find the two neighbours that occur most often, give
+them a new token, and put it in their place everywhere. The list of merges, in order, is the whole
+result: `merge` repeats it on new text.
+
+`count_pieces` and `learn` are that in a page. They look at every piece for every merge, which is
+fine for a poem; those of `bpe.train_fast` give the same merges from 50 megabytes in seconds, and
+`train` uses them.
+
+Ties: of several pairs that occur equally often, the one with the smallest ids (left, then right) is
+merged. Ids of bytes are in GPT-2's order, the printable ones first. Hugging Face's `tokenizers`
+decides the same way, so that the same pieces give the same merges, to the last.
+
+One fact worth knowing: two different merges never make the same bytes. Whether a stretch of text
+becomes one token depends, as long as no token crosses its ends, on its own bytes alone; so all such
+stretches that read "low" turn into a token at the same merge, from the same two parts. That is why
+a trained vocabulary can be written without its pairs, as tiktoken does: bytes and rank are enough.
+
+Leaves out: limits on the length of a token, characters instead of bytes, dropout.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from bpe.encoding import Encoding, special_pattern
+from bpe.formats import byte_characters
+from bpe.pretokenize import GPT2, compile_pattern, split
+
+BYTE_ORDER = tuple(byte_characters())
+"""The byte that each of the ids 0 to 255 stands for: printable ones first, as in GPT-2."""
+
+Pair = tuple[int, int]
+"""Two neighbouring tokens, by id."""
+
+Progress = Callable[[str, int, int | None], None]
+"""Called now and then with what is being done, how much of it is, and of how much (if known)."""
+
+
+def train(
+    texts: Iterable[str],
+    *,
+    vocab_size: int,
+    pattern: str | Sequence[str] = GPT2,
+    special_tokens: Sequence[str] = ("<|endoftext|>",),
+    min_frequency: int = 2,
+    name: str = "trained",
+    progress: Progress | None = None,
+) -> Encoding:
+    """Trains a vocabulary.
+
+    Args:
+        texts: one after the other; no piece spans two of them. `read_files` gives those of files.
+        vocab_size: how many tokens at most: 256 bytes, the merges, and `special_tokens`. It is less
+            if the text has no more pairs that occur `min_frequency` times.
+        pattern: the split pattern, or several to apply in turn (see `bpe.pretokenize`).
+        special_tokens: get the last ids. Where a text spells one, it is cut there: no piece of
+            ordinary text can come to resemble a special token.
+        min_frequency: how often a pair must occur to be merged.
+        name: what the encoding is called in messages.
+        progress: see `Progress`.
+
+    Raises:
+        ValueError: if `vocab_size` has no room for the bytes and special tokens, `min_frequency` is
+            less than 1, or a special token is empty or repeated.
+    """
+    from bpe import train_fast  # imports this module
+
+    num_merges = vocab_size - 256 - len(special_tokens)
+    if num_merges < 0:
+        raise ValueError(
+            f"vocab_size={vocab_size} has no room for 256 bytes "
+            f"and {len(special_tokens)} special tokens"
+        )
+    if min_frequency < 1:
+        raise ValueError(f"min_frequency={min_frequency} must be at least 1")
+    if "" in special_tokens or len(set(special_tokens)) != len(special_tokens):
+        raise ValueError(f"special_tokens must differ and not be empty: {list(special_tokens)}")
+    counts = train_fast.count_pieces(texts, pattern, special_tokens, progress)
+    ranks = vocabulary(train_fast.learn(counts, num_merges, min_frequency, progress))
+    return Encoding(
+        name,
+        pattern=pattern,
+        ranks=ranks,
+        special_tokens={token: len(ranks) + i for i, token in enumerate(special_tokens)},
+    )
+
+
+def read_files(paths: Iterable[str | Path]) -> Iterator[str]:
+    """The text of each file, one after the other.
+
+    Raises:
+        ValueError: if one is not UTF-8, naming the line.
+    """
+    for path in paths:
+        data = Path(path).read_bytes()
+        try:
+            yield data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+            raise ValueError(
+                f"{path}: line {line} is not UTF-8: byte 0x{data[error.start]:02x}"
+            ) from None
+
+
+def count_pieces(
+    texts: Iterable[str],
+    pattern: str | Sequence[str] = GPT2,
+    special_tokens: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> dict[bytes, int]:
+    """Cuts texts into pieces, and counts how often each occurs.
+
+    A text repeats its words: 50 megabytes of English are 12 million pieces, of which 300 thousand
+    differ. All that follows looks at those only.
+    """
+    patterns = [compile_pattern(p) for p in ([pattern] if isinstance(pattern, str) else pattern)]
+    cut = special_pattern(frozenset(special_tokens)) if special_tokens else None
+    counts: Counter[str] = Counter()
+    pieces: list[str] = []
+    characters = 0
+    for text in texts:
+        text = without_surrogates(text)
+        for part in cut.split(text)[::2] if cut else [text]:
+            pieces += split(patterns, part)
+        characters += len(text)
+        if len(pieces) > 1 << 20:  # counting many at once is cheaper
+            counts.update(pieces)
+            pieces.clear()
+            if progress:
+                progress("counting pieces", characters, None)
+    counts.update(pieces)
+    return {piece.encode(): count for piece, count in counts.items()}
+
+
+def learn(counts: Mapping[bytes, int], num_merges: int, min_frequency: int = 2) -> list[Pair]:
+    """The merges, from how often each piece occurs.
+
+    Args:
+        counts: pieces and how often each occurs.
+        num_merges: how many merges at most.
+        min_frequency: how often a pair must occur to be merged.
+
+    Returns:
+        Pairs of ids. Ids up to 255 are bytes, in `BYTE_ORDER`; merge number i makes id 256 + i.
+    """
+    byte_id = {byte: id for id, byte in enumerate(BYTE_ORDER)}
+    words = [([byte_id[byte] for byte in piece], count) for piece, count in counts.items()]
+    merges: list[Pair] = []
+    while len(merges) < num_merges:
+        frequency: Counter[Pair] = Counter()
+        for word, count in words:
+            for pair in pairwise(word):
+                frequency[pair] += count
+        best = min(frequency, key=lambda pair: (-frequency[pair], pair), default=None)
+        if best is None or frequency[best] < min_frequency:
+            break
+        words = [(join(word, best, 256 + len(merges)), count) for word, count in words]
+        merges.append(best)
+    return merges
+
+
+def join(word: Sequence[int], pair: Pair, new: int) -> list[int]:
+    """The word with `new` in place of each `pair`, from left to right.
+
+    >>> join([5, 7, 7, 7], (7, 7), 300)
+    [5, 300, 7]
+    """
+    joined, i = [], 0
+    while i < len(word):
+        if tuple(word[i : i + 2]) == pair:
+            joined.append(new)
+            i += 2
+        else:
+            joined.append(word[i])
+            i += 1
+    return joined
+
+
+def vocabulary(merges: Iterable[Pair]) -> dict[bytes, int]:
+    """The bytes of every token, and its id: the 256 bytes, then what each merge makes."""
+    tokens = [bytes([byte]) for byte in BYTE_ORDER]
+    for left, right in merges:
+        tokens.append(tokens[left] + tokens[right])
+    return {token: id for id, token in enumerate(tokens)}
+
+
+def without_surrogates(text: str) -> str:
+    """The text with surrogate pairs joined and lone ones replaced by U+FFFD, as `Encoding` does."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

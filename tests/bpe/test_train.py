@@ -1,0 +1,225 @@
+"""Training: by hand, the fast against the plain, and golden and live against tokenizers."""
+
+import json
+import sysconfig
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bpe
+from bpe import train_fast
+from bpe.formats import byte_characters
+from bpe.pretokenize import GPT2, PATTERNS
+from bpe.save import merges_of
+from bpe.train import (
+    BYTE_ORDER,
+    count_pieces,
+    join,
+    learn,
+    read_files,
+    train,
+    vocabulary,
+    without_surrogates,
+)
+
+ID = {bytes([byte]): id for id, byte in enumerate(BYTE_ORDER)}
+
+
+def in_bytes(merges) -> list[tuple[bytes, bytes]]:
+    tokens = list(vocabulary(merges))
+    return [(tokens[left], tokens[right]) for left, right in merges]
+
+
+@pytest.mark.parametrize("learn", [learn, train_fast.learn])
+def test_by_hand(learn):
+    # The example of Wikipedia's article on byte-pair encoding. In "aaabdaaabac", aa occurs four
+    # times; then ab comes twice, as does aa+a, and "a" is before the token made of "aa".
+    assert in_bytes(learn({b"aaabdaaabac": 1}, 3)) == [
+        (b"a", b"a"), (b"a", b"b"), (b"aa", b"ab"),
+    ]  # fmt: skip
+    # Counts are those of the text, not of the distinct pieces.
+    assert in_bytes(learn({b"xy": 1, b"xyz": 1, b"ab": 3}, 1)) == [(b"a", b"b")]
+    assert in_bytes(learn({b"ab": 1, b"cd": 2}, 9, 2)) == [(b"c", b"d")]
+    assert learn({b"ab": 1}, 9, 2) == [] == learn({}, 9) == learn({b"ab": 5}, 0)
+    assert learn({b"a": 7, b"b": 8}, 9) == []
+
+
+@pytest.mark.parametrize("learn", [learn, train_fast.learn])
+def test_of_equally_frequent_pairs_the_smallest_ids_go_first(learn):
+    assert in_bytes(learn({b"zy": 2, b"ab": 2, b"b!": 2, b"a\n": 2, b"aa": 2}, 9)) == [
+        (b"a", b"a"), (b"a", b"b"), (b"a", b"\n"), (b"b", b"!"), (b"z", b"y"),
+    ]  # fmt: skip
+    assert ID[b"!"] == 0 and ID[b"~"] < ID[b"\xff"] < ID[b"\x00"] < ID[b"\n"]
+
+
+def test_joining_goes_from_left_to_right():
+    assert join([1, 1, 1], (1, 1), 9) == [9, 1]
+    assert join([1, 1, 1, 1], (1, 1), 9) == [9, 9]
+    assert join([1, 2, 1, 2, 1], (1, 2), 9) == [9, 9, 1]
+
+
+few_letters = st.lists(st.sampled_from([b"a", b"b", b"c"]), min_size=1, max_size=30).map(b"".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(few_letters, st.integers(1, 5), max_size=8), st.integers(1, 3))
+def test_the_fast_way_learns_the_same(counts, min_frequency):
+    assert train_fast.learn(counts, 60, min_frequency) == learn(counts, 60, min_frequency)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(few_letters, st.integers(1, 5), min_size=1, max_size=8))
+def test_no_two_merges_make_the_same_bytes_so_ranks_say_it_all(counts):
+    """What the docstring of `bpe.train` claims: pairs need not be listed."""
+    merges = learn(counts, 60, 1)
+    ranks = vocabulary(merges)
+    assert len(ranks) == 256 + len(merges)
+    assert merges_of(ranks) == in_bytes(merges)
+    by_rank = bpe.Encoding("r", pattern="(?s:.+)", ranks=ranks, special_tokens={})
+    by_pair = bpe.Encoding(
+        "p", pattern="(?s:.+)", ranks=ranks, special_tokens={}, merges=in_bytes(merges)
+    )
+    for piece in counts:
+        word = [ID[bytes([byte])] for byte in piece]
+        for i, pair in enumerate(merges):
+            word = join(word, pair, 256 + i)
+        text = piece.decode()
+        assert by_rank.encode(text) == by_pair.encode(text) == word, "as training left it"
+
+
+texts = st.lists(
+    st.one_of(
+        st.text(max_size=40),
+        st.text(st.sampled_from("aé世 \n\r\t'sl1\x00!ſ\ud800\U0001f600"), max_size=40),
+        st.sampled_from(["<|end|>", "a<|end|>b", "seven77", "eightt88", "internationalization"]),
+    ),
+    max_size=8,
+)
+
+
+@pytest.mark.parametrize("name", [*PATTERNS, "other"])
+@settings(max_examples=100, deadline=None)
+@given(texts=texts)
+def test_the_fast_way_counts_the_same(name, texts):
+    pattern = PATTERNS.get(name, r"\S+|\s+")
+    for special in ((), ("<|end|>",)):
+        counts = count_pieces(texts, pattern, special)
+        assert train_fast.count_pieces(texts, pattern, special) == counts
+        if not special:  # then nothing is lost
+            size = sum(len(piece) * count for piece, count in counts.items())
+            assert size == sum(len(without_surrogates(text).encode()) for text in texts)
+
+
+def test_counting_in_batches(monkeypatch):
+    texts = ["low lower lowest", " low\n\n", "slow", ""] * 5
+    whole = count_pieces(texts)
+    seen = []
+    monkeypatch.setattr(train_fast, "_BATCH", 20)
+    progress = lambda *what: seen.append(what)  # noqa: E731
+    assert train_fast.count_pieces(texts, GPT2, (), progress) == whole
+    assert len(seen) > 3 and all(stage == "counting pieces" for stage, _, _ in seen)
+    assert seen == sorted(seen) and seen[-1][1] <= sum(map(len, texts))
+
+
+def test_pieces_do_not_span_texts_nor_special_tokens():
+    assert count_pieces(["ab", "cd"]) == {b"ab": 1, b"cd": 1}
+    assert count_pieces(["ab<|end|>ab"], GPT2, ["<|end|>"]) == {b"ab": 2}
+    encoding = train(
+        ["ab<|end|>ab<|end|>"] * 3, vocab_size=300, special_tokens=["<|end|>"], min_frequency=1
+    )
+    assert not [token for token in encoding.ranks if b"|" in token and len(token) > 1]
+    ids = encoding.encode("ab<|end|>", allowed_special="all")
+    assert ids == [encoding.ranks[b"ab"], encoding.n_vocab - 1]
+
+
+def test_train():
+    encoding = train(["low lower lowest slow slower"] * 2, vocab_size=256 + 5 + 2,
+                     special_tokens=["<|endoftext|>", "<|user|>"], name="tiny")  # fmt: skip
+    assert encoding.n_vocab == 263 and encoding.name == "tiny"
+    assert encoding.special_tokens == {"<|endoftext|>": 261, "<|user|>": 262}
+    assert encoding.decode_tokens_bytes(encoding.encode("low")) == [b"low"]
+    assert encoding.decode(encoding.encode("größer 🙂 low")) == "größer 🙂 low"
+
+
+def test_a_text_too_short_for_the_vocabulary_makes_a_smaller_one():
+    assert train(["abab"], vocab_size=50_000).n_vocab == 256 + 1 + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocab_size": 256}, "vocab_size=256 has no room for 256 bytes and 1 special tokens"),
+        ({"vocab_size": 300, "min_frequency": 0}, "min_frequency=0 must be at least 1"),
+        ({"vocab_size": 300, "special_tokens": ["<a>", "<a>"]}, "must differ"),
+        ({"vocab_size": 300, "special_tokens": [""]}, "not be empty"),
+        ({"vocab_size": 300, "pattern": "("}, "not a regular expression"),
+    ],
+)
+def test_what_train_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        train(["text"], **options)
+
+
+def test_progress_is_told():
+    seen = []
+    text = " ".join(f"{i:x}" for i in range(100_000))
+    train([text], vocab_size=800, progress=lambda *what: seen.append(what))
+    assert [what for what in seen if what[0] == "learning merges"] == [
+        ("learning merges", 256, 543), ("learning merges", 512, 543),
+    ]  # fmt: skip
+
+
+def test_files(tmp_path):
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    one.write_bytes("größe\r\n".encode())
+    two.write_bytes(b"fine\nfine\nbad \xff\n")
+    assert list(read_files([one])) == ["größe\r\n"]
+    with pytest.raises(ValueError, match=r"two.txt: line 3 is not UTF-8: byte 0xff"):
+        list(read_files([one, two]))
+
+
+def test_golden(golden):
+    characters = byte_characters()
+    recorded = golden("train")
+    for min_frequency, expected in recorded["merges"].items():
+        counts = count_pieces(recorded["texts"])
+        merges = train_fast.learn(counts, 900 - 256, int(min_frequency))
+        spelled = [
+            " ".join("".join(characters[byte] for byte in token) for token in pair)
+            for pair in in_bytes(merges)
+        ]
+        assert spelled == expected
+
+
+# Live
+
+
+@pytest.mark.parity
+@pytest.mark.timeout(300)
+def test_against_tokenizers():
+    """Four thousand merges from the standard library's source, file by file."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = Path(sysconfig.get_path("stdlib"))
+    texts = [path.read_text("utf-8", "replace") for path in sorted(folder.glob("*.py"))]
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.train_from_iterator(
+        texts,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=4256,
+            min_frequency=2,
+            show_progress=False,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    characters = byte_characters()
+    ours = train(texts, vocab_size=4256, special_tokens=())
+    spelled = [
+        ["".join(characters[byte] for byte in token) for token in pair]
+        for pair in merges_of(ours.ranks)
+    ]
+    assert spelled == json.loads(theirs.to_str())["model"]["merges"]
+    assert all(a < b for a, b in pairwise(ours.ranks.values()))
