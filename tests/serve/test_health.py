@@ -1,0 +1,12 @@
+"""What supervisors ask: a server whose device thread has ended must be restarted."""
+
+from serve.engine import device
+
+
+def test_health_follows_the_device_thread(http, monkeypatch):
+    assert http.get("/health").json() == {"status": "ok"}
+    dead = device.Device()
+    dead.close()
+    monkeypatch.setattr(device, "default_device", lambda: dead)
+    response = http.get("/health")
+    assert response.status_code == 503 and "ended" in response.json()["status"]
