@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests.transformer.conftest import FORMS, GPT2_FORMS, TINY, noise
+from tests.transformer.parts import check_parts
 from transformer import attention, decoder
 from transformer.config import Config, RopeScaling
-from transformer.layers import linear
 
 IDS = np.random.default_rng(1).integers(0, 320, (2, 12)).astype(np.int32)
 forward = jax.jit(decoder.forward, static_argnums=1, static_argnames="taps")
@@ -31,58 +31,7 @@ def test_agrees_with_transformers(tiny, name):
 
 @pytest.mark.parametrize("name", TINY)
 def test_each_part_agrees_with_transformers(tiny, name):
-    """Part by part, each given what transformers gave it, so that errors cannot hide or add up."""
-    params, cfg, golden = tiny(name)
-    positions = np.arange(golden["ids"].shape[1])[None]
-    x, angles = decoder.embed_tokens(params, cfg, golden["ids"], positions)
-    checked = set()
-
-    def same(part, found, i=slice(None)):
-        expected = golden[part][i]
-        np.testing.assert_allclose(
-            found.reshape(expected.shape), expected, rtol=0, atol=1e-5, err_msg=part
-        )
-        checked.add(part)
-
-    same("stream", x, 0)
-    for i, layer in enumerate(params.layers):
-
-        def attend(q, k, v, i=i):
-            out, weights = attention.attend(q, k, v, window=cfg.window(i))
-            same("attention", weights, i)
-            return out
-
-        normed = golden["attn_norm"][i]
-        same("attn_norm", decoder._norm(golden["stream"][i], layer.attn_norm, cfg), i)
-        for part in "qkv":
-            same(part, linear(normed, getattr(layer, part)), i)
-        for part in ("q", "k") if cfg.qk_norm else ():
-            heads = golden[part][i].reshape(1, 24, -1, cfg.head_dim)
-            # transformers keeps Qwen3's and Gemma's heads in different orders of axes
-            found = decoder._norm(heads, getattr(layer, f"{part}_norm"), cfg)
-            is_heads_first = golden[f"{part}_norm"].shape[2] == heads.shape[2]
-            same(f"{part}_norm", found.swapaxes(1, 2) if is_heads_first else found, i)
-        same("out", decoder.self_attention(normed, layer, cfg, angles[i], attend), i)
-        added = golden["out"][i]
-        if cfg.post_norms:
-            same("attn_post_norm", decoder._norm(added, layer.attn_post_norm, cfg), i)
-            added = golden["attn_post_norm"][i]
-        same("mlp_norm", decoder._norm(golden["stream"][i] + added, layer.mlp_norm, cfg), i)
-        normed = golden["mlp_norm"][i]
-        same("up", linear(normed, layer.up), i)
-        if layer.gate is not None:
-            same("gate", linear(normed, layer.gate), i)
-        same("mlp", decoder.mlp(normed, layer, cfg), i)
-        if cfg.post_norms:
-            same("mlp_post_norm", decoder._norm(golden["mlp"][i], layer.mlp_post_norm, cfg), i)
-        np.testing.assert_allclose(
-            decoder.block(golden["stream"][i], layer, cfg, angles[i], attend),
-            golden["stream"][i + 1],
-            rtol=0,
-            atol=1e-4,
-        )
-    same("logits", decoder.unembed(params, cfg, golden["stream"][-1]))
-    assert checked == golden.keys() - {"ids", "versions"}
+    check_parts(*tiny(name))
 
 
 @pytest.mark.parametrize("forms", [*FORMS.values(), {"tie_embeddings": False}])

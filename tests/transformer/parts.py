@@ -1,0 +1,60 @@
+"""Every part of a decoder against what transformers computed in its place."""
+
+import numpy as np
+
+from transformer import attention, decoder
+from transformer.config import Config
+from transformer.layers import linear
+
+
+def check_parts(params: decoder.Params, cfg: Config, golden: dict[str, np.ndarray]) -> None:
+    """Compares part by part, each given what transformers gave it: no error hides or adds up.
+
+    Args:
+        golden: as tests/golden/transformer/make_tiny.py describes it.
+    """
+    positions = np.arange(golden["ids"].shape[1])[None]
+    x, angles = decoder.embed_tokens(params, cfg, golden["ids"], positions)
+    checked = set()
+
+    def same(part, found, i, atol=1e-5):
+        expected = golden[part] if i is None else golden[part][i]
+        found = np.asarray(found).reshape(expected.shape)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=atol, err_msg=f"{part} {i}")
+        checked.add(part)
+
+    same("stream", x, 0)
+    for i, layer in enumerate(params.layers):
+
+        def attend(q, k, v, i=i):
+            out, weights = attention.attend(q, k, v, window=cfg.window(i))
+            same("attention", weights, i)
+            return out
+
+        stream, normed = golden["stream"][i], golden["attn_norm"][i]
+        same("attn_norm", decoder._norm(stream, layer.attn_norm, cfg), i)
+        for part in "qkv":
+            same(part, linear(normed, getattr(layer, part)), i)
+        for part in ("q_norm", "k_norm") if cfg.qk_norm else ():
+            heads = golden[part[0]][i].reshape(*normed.shape[:2], -1, cfg.head_dim)
+            found = decoder._norm(heads, getattr(layer, part), cfg)
+            # transformers norms the heads before it swaps them with the tokens, or (Gemma) after
+            is_after = golden[part][i].shape != heads.shape
+            same(part, found.swapaxes(1, 2) if is_after else found, i)
+        # Composites may be 1e-4 away: far angles in float32 are themselves 1e-5 off.
+        same("out", decoder.self_attention(normed, layer, cfg, angles[i], attend), i, atol=1e-4)
+        added = golden["out"][i]
+        if cfg.post_norms:
+            same("attn_post_norm", decoder._norm(added, layer.attn_post_norm, cfg), i)
+            added = golden["attn_post_norm"][i]
+        same("mlp_norm", decoder._norm(stream + added, layer.mlp_norm, cfg), i)
+        normed = golden["mlp_norm"][i]
+        same("up", linear(normed, layer.up), i)
+        if layer.gate is not None:
+            same("gate", linear(normed, layer.gate), i)
+        same("mlp", decoder.mlp(normed, layer, cfg), i)
+        if cfg.post_norms:
+            same("mlp_post_norm", decoder._norm(golden["mlp"][i], layer.mlp_post_norm, cfg), i)
+        same("stream", decoder.block(stream, layer, cfg, angles[i], attend), i + 1, atol=1e-4)
+    same("logits", decoder.unembed(params, cfg, golden["stream"][-1]), None)
+    assert checked == golden.keys() - {"ids", "versions"}
