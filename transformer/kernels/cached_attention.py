@@ -1,0 +1,90 @@
+"""Attention of new queries over a cache in blocks: `kernels.attend_cached`.
+
+Beside `transformer/cache.py` this is the one file that knows how the pools are laid out: keys
+[P, K, H, BLOCK] with positions last, values [P, K, BLOCK, H], and a row's table of block numbers.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def reference(q, keys, values, tables, starts, *, window: int | None) -> jax.Array:
+    """The definition: gather a row's blocks, then one softmax over everything it sees."""
+    batch, num_new, num_heads, head_dim = q.shape
+    num_kv_heads, size = keys.shape[1], keys.shape[-1]
+    length = tables.shape[1] * size
+    k = _widen(keys[tables], q.dtype).transpose(0, 1, 4, 2, 3)  # [B, S/BLOCK, BLOCK, K, H]
+    v = _widen(values[tables], q.dtype).transpose(0, 1, 3, 2, 4)
+    k, v = (x.reshape(batch, length, num_kv_heads, head_dim) for x in (k, v))
+    q = q.reshape(batch, num_new, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k) * head_dim**-0.5
+    position = starts[:, None] + jnp.arange(num_new)  # [B, T]
+    at = jnp.arange(length)
+    visible = at <= position[..., None]  # [B, T, S]
+    if window is not None:
+        visible &= at > position[..., None] - window
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
+    return out.reshape(batch, num_new, num_heads, head_dim)
+
+
+def blocks(q, keys, values, tables, starts, *, window: int | None) -> jax.Array:
+    """Row by row and block by block with a running maximum and sum (the online softmax of Milakov &
+    Gimelshein 2018, arXiv:1805.02867).
+
+    It touches only blocks the row has filled and its window reaches, and what a row gets does not
+    depend on what other rows stand beside it.
+    """
+    row = lambda args: _walk(*args, keys, values, window)  # noqa: E731
+    if q.shape[0] == 1:
+        return row((q[0], tables[0], starts[0]))[None]
+    return jax.lax.map(row, (q, tables, starts))
+
+
+def _walk(q, table, start, keys, values, window):
+    num_new, num_heads, head_dim = q.shape
+    num_kv_heads, size = keys.shape[1], keys.shape[-1]
+    group = num_heads // num_kv_heads
+    # Queries that share a key head become rows of one matrix product: R = G * T.
+    q = (q * head_dim**-0.5).reshape(num_new, num_kv_heads, group, head_dim)
+    q = q.transpose(1, 2, 0, 3).reshape(num_kv_heads, group * num_new, head_dim)  # [K, R, H]
+    position = start + jnp.arange(group * num_new) % num_new  # [R]
+
+    def block(i, carry):
+        top, total, out = carry  # [K, R, 1], [K, R, 1], [K, R, H]
+        k = _widen(keys[table[i]], jnp.float32)  # [K, H, BLOCK]
+        v = _widen(values[table[i]], jnp.float32)  # [K, BLOCK, H]
+        scores = jnp.einsum("krh,khs->krs", q, k)
+        at = i * size + jnp.arange(size)
+        visible = at <= position[:, None]  # [R, BLOCK]
+        if window is not None:
+            visible &= at > position[:, None] - window
+        scores = jnp.where(visible, scores, -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
+        weight = jnp.exp(scores - new_top)  # [K, R, BLOCK]
+        shrink = jnp.exp(top - new_top)
+        total = total * shrink + weight.sum(-1, keepdims=True)
+        out = out * shrink + jnp.einsum("krs,ksh->krh", weight, v)
+        return new_top, total, out
+
+    rows = (num_kv_heads, group * num_new)
+    # A finite start keeps exp(top - new_top) from being exp(-inf + inf) on rows with no key yet.
+    carry = (
+        jnp.full((*rows, 1), -1e30, jnp.float32),
+        jnp.zeros((*rows, 1), jnp.float32),
+        jnp.zeros((*rows, head_dim), jnp.float32),
+    )
+    num_blocks = (start + num_new - 1) // size + 1
+    first = 0 if window is None else jnp.maximum(start - window + 1, 0) // size
+    _, total, out = jax.lax.fori_loop(first, num_blocks, block, carry)
+    out = (out / total).reshape(num_kv_heads, group, num_new, head_dim)
+    return out.transpose(2, 0, 1, 3).reshape(num_new, num_heads, head_dim)  # [T, N, H]
+
+
+def _widen(x: jax.Array, dtype) -> jax.Array:
+    """What a pool stores to a float to compute with."""
+    if x.dtype == jnp.uint16:
+        x = jax.lax.bitcast_convert_type(x, jnp.bfloat16)
+    return x.astype(dtype)

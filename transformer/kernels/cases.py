@@ -1,0 +1,445 @@
+"""What this package measures: each operation of `kernels`, and the programs made of them.
+
+Sizes are those of a decoder's config: the products are the products of its layers. Weights are
+random, so nothing need be downloaded; how fast a product is does not depend on the numbers in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transformer import cache, decoder, encoder, generate, kernels, layers, rope, sampling
+from transformer.bench import Case, in_float64
+from transformer.config import Config
+from transformer.kernels import exact
+from transformer.layers import Linear
+
+FORMATS = ("float32", "bfloat16", "int8")
+PROMPT = 256  # tokens of a prefill
+
+SMOLLM2 = Config(
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    d_model=576,
+    d_ff=1536,
+    vocab_size=49152,
+    max_seq_len=8192,
+    rope_theta=100_000.0,
+)
+MINILM = encoder.Config(
+    num_layers=6,
+    num_heads=12,
+    d_model=384,
+    d_ff=1536,
+    vocab_size=30522,
+    max_seq_len=512,
+    max_tokens=256,
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the cases are cut to. Raises ValueError for a context that the model has no room for."""
+
+    cfg: Config = SMOLLM2
+    context: int = 512  # tokens that stand in the cache when a decoding step begins
+    encoder: encoder.Config = MINILM
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.context < self.cfg.max_seq_len:
+            raise ValueError(
+                f"the context must be from 1 to {self.cfg.max_seq_len - 1}, got {self.context}"
+            )
+
+    @classmethod
+    def of(cls, path: Path | None, *, context: int = 512) -> Sizes:
+        """The sizes of a model's file or folder, of which only the config is read."""
+        from transformer import checkpoint
+
+        return cls(SMOLLM2 if path is None else checkpoint.read_config(path), context)
+
+
+def cases(sizes: Sizes) -> Iterator[Case]:
+    """All cases, the operations first."""
+    yield from _matmul(sizes.cfg)
+    yield from _norm(sizes.cfg)
+    yield from _rotate(sizes.cfg)
+    yield from _gated_mlp(sizes.cfg)
+    yield from _attend(sizes.cfg)
+    yield from _attend_cached(sizes.cfg, sizes.context)
+    yield from _truncate(sizes.cfg)
+    for format in FORMATS:
+        yield prefill(sizes.cfg, format)
+    for format in FORMATS:
+        for rows in (1, 8):
+            yield decode(sizes.cfg, format, rows, sizes.context)
+    for format in ("float32", "bfloat16"):
+        yield _embed(sizes.encoder, format)
+
+
+# --- operations ---------------------------------------------------------------------------------
+
+
+def _matmul(cfg: Config) -> Iterator[Case]:
+    shapes = {"gate": (cfg.d_ff, cfg.d_model), "down": (cfg.d_model, cfg.d_ff)}
+    shapes["head"] = (cfg.vocab_size, cfg.d_model)
+    wanted = [("gate", 1), ("gate", 8), ("gate", PROMPT), ("down", 1), ("head", 1), ("head", 8)]
+    for format in FORMATS:
+        for part, rows in wanted:
+            out, inner = shapes[part]
+
+            def inputs(out=out, inner=inner, rows=rows, format=format) -> tuple:
+                p = as_format(Linear(weight=_normal(out, inner)), format)
+                return _normal(rows, inner, seed=1), p.weight, p.scale
+
+            yield Case(
+                name=f"matmul {rows}x{inner} by {part} {out}x{inner} {format}",
+                operation="matmul",
+                function=kernels.matmul,
+                inputs=inputs,
+                flops=2 * rows * out * inner,
+                dtype=format,
+                expected=in_float64(functools.partial(kernels.matmul, impl="reference")),
+                cold=(1, 2),
+                sweep=_model_bytes(cfg, format),
+            )
+
+
+def _norm(cfg: Config) -> Iterator[Case]:
+    for rows, has_bias in ((1, False), (PROMPT, False), (PROMPT, True)):
+
+        def inputs(rows=rows, has_bias=has_bias) -> tuple:
+            bias = _normal(cfg.d_model, seed=2) if has_bias else None
+            return _normal(1, rows, cfg.d_model), _normal(cfg.d_model, seed=1), bias
+
+        def function(x, scale, bias, *, impl=None):
+            return kernels.norm(x, scale, bias, 1e-5, impl=impl)
+
+        yield Case(
+            name=f"norm {'layer' if has_bias else 'rms'} {rows}x{cfg.d_model}",
+            operation="norm",
+            function=function,
+            inputs=inputs,
+            flops=(6 if has_bias else 4) * rows * cfg.d_model,
+            expected=in_float64(functools.partial(function, impl="reference")),
+        )
+
+
+def _rotate(cfg: Config) -> Iterator[Case]:
+    for length in (1, PROMPT):
+
+        def inputs(length=length) -> tuple:
+            angles = rope.angles(100 + np.arange(length)[None], cfg.head_dim, 10_000.0)
+            return _normal(1, length, cfg.num_heads, cfg.head_dim), *angles
+
+        size = length * cfg.num_heads * cfg.head_dim
+        yield Case(
+            name=f"rotate {length}x{cfg.num_heads}x{cfg.head_dim}",
+            operation="rotate",
+            function=kernels.rotate,
+            inputs=inputs,
+            flops=3 * size,
+            expected=in_float64(functools.partial(kernels.rotate, impl="reference")),
+        )
+
+
+def _gated_mlp(cfg: Config) -> Iterator[Case]:
+    if cfg.mlp == "gelu":
+        return
+    for format in FORMATS:
+        for rows in (1, PROMPT):
+
+            def inputs(rows=rows, format=format) -> tuple:
+                gate, up = (_normal(cfg.d_ff, cfg.d_model, seed=i, scale=0.02) for i in (1, 2))
+                down = _normal(cfg.d_model, cfg.d_ff, seed=3, scale=0.02)
+                weights = {"gate": Linear(gate), "up": Linear(up), "down": Linear(down)}
+                p = as_format(weights, format)
+                return _normal(1, rows, cfg.d_model), p["gate"], p["up"], p["down"]
+
+            def function(x, gate, up, down, *, impl=None):
+                return kernels.gated_mlp(x, gate, up, down, cfg.mlp, impl=impl)
+
+            yield Case(
+                name=f"gated_mlp {rows}x{cfg.d_model}x{cfg.d_ff} {format}",
+                operation="gated_mlp",
+                function=function,
+                inputs=inputs,
+                flops=6 * rows * cfg.d_model * cfg.d_ff,
+                dtype=format,
+                expected=in_float64(functools.partial(function, impl="reference")),
+                cold=(1, 2, 3),
+                sweep=_model_bytes(cfg, format),
+            )
+
+
+def _attend(cfg: Config) -> Iterator[Case]:
+    for length in (PROMPT, 4 * PROMPT):
+
+        def inputs(length=length) -> tuple:
+            heads = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
+            return tuple(_normal(1, length, n, cfg.head_dim, seed=i) for i, n in enumerate(heads))
+
+        width = cfg.num_heads * cfg.head_dim
+        yield Case(
+            name=f"attend 1x{length}",
+            operation="attend",
+            function=kernels.attend,
+            inputs=inputs,
+            flops=4 * width * length * (length + 1) / 2,  # what the mask lets see
+            expected=in_float64(functools.partial(kernels.attend, impl="reference")),
+        )
+
+
+def _attend_cached(cfg: Config, context: int) -> Iterator[Case]:
+    chunk = -(-context // cache.BLOCK) * cache.BLOCK
+    for stored, rows, length, start in (
+        ("float32", 1, 1, context),
+        ("bfloat16", 1, 1, context),
+        ("bfloat16", 4, 1, context),
+        ("float32", 1, PROMPT, chunk),
+        ("bfloat16", 1, PROMPT, chunk),
+    ):
+
+        def inputs(stored=stored, rows=rows, length=length, start=start) -> tuple:
+            one = dataclasses.replace(cfg, num_layers=1)
+            total = start + length
+            memory, tables, _ = _filled(one, stored, rows, total, room=1)
+            starts = jnp.full(rows, start, jnp.int32)
+            q = _normal(rows, length, cfg.num_heads, cfg.head_dim)
+            return q, memory.keys[0], memory.values[0], tables, starts
+
+        width = cfg.num_heads * cfg.head_dim
+        seen = sum(range(start + 1, start + length + 1)) * rows  # by all queries together
+        kept = rows * (start + length) * 2 * cfg.num_kv_heads * cfg.head_dim
+        yield Case(
+            name=f"attend_cached {rows}x{length} behind {start} {stored}",
+            operation="attend_cached",
+            function=kernels.attend_cached,
+            inputs=inputs,
+            flops=4 * width * seen,
+            bytes=kept * jnp.dtype(stored).itemsize + 8 * rows * length * width,
+            expected=in_float64(functools.partial(kernels.attend_cached, impl="reference")),
+            cold=(1, 2),
+            sweep=_model_bytes(cfg, stored) if length == 1 else 0.0,
+        )
+
+
+def _truncate(cfg: Config) -> Iterator[Case]:
+    for name, top_k, top_p, min_p in (("top-k 50", 50, 1.0, 0.0), ("top-p 0.9", 0, 0.9, 0.0)):
+
+        def inputs(top_k=top_k, top_p=top_p, min_p=min_p) -> tuple:
+            return (
+                _normal(cfg.vocab_size, scale=4.0),
+                *(jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p)),
+            )
+
+        reference = functools.partial(kernels.truncate, impl="reference")
+        yield Case(
+            name=f"truncate {name} of {cfg.vocab_size}",
+            operation="truncate",
+            function=kernels.truncate,
+            inputs=inputs,
+            flops=4 * cfg.vocab_size,
+            expected=in_float64(lambda *args, f=reference: jax.nn.softmax(f(*args))),
+            result=jax.nn.softmax,
+        )
+
+
+# --- programs -----------------------------------------------------------------------------------
+
+
+def prefill(cfg: Config, format: str) -> Case:
+    """Reading a prompt of `PROMPT` tokens in one piece."""
+    ids = np.random.default_rng(3).integers(0, cfg.vocab_size, (1, PROMPT)).astype(np.int32)
+    starts, last = np.zeros(1, np.int32), np.int32(PROMPT - 1)
+
+    def inputs() -> tuple:
+        memory, tables, _ = _filled(cfg, _stored(format), 1, 0, room=PROMPT)
+        return weights(cfg, format), memory, ids, tables, starts, last
+
+    width, attended = cfg.num_heads * cfg.head_dim, PROMPT * (PROMPT + 1) / 2
+    return Case(
+        name=f"prefill 1x{PROMPT} {format}",
+        function=lambda params, *rest: generate.prefill(params, cfg, *rest),
+        inputs=inputs,
+        flops=2 * PROMPT * _layer_weights(cfg)
+        + 2 * cfg.vocab_size * cfg.d_model
+        + 4 * width * attended * cfg.num_layers,
+        bytes=_model_bytes(cfg, format) + PROMPT * _position_bytes(cfg, format),
+        dtype=format,
+        expected=None if cfg.rope_scaling else lambda *_: _exact_prefill(cfg, ids.tobytes()),
+        result=lambda out: out[0],
+        donated=(1,),
+        again=lambda before, out: (before[0], out[1], *before[2:]),
+    )
+
+
+def decode(cfg: Config, format: str, rows: int, context: int) -> Case:
+    """A decoding step: reading one token of each row, and choosing the likeliest next."""
+    ids = np.random.default_rng(4).integers(0, cfg.vocab_size, rows).astype(np.int32)
+    settings = [sampling.Sampling(temperature=0.0)] * rows
+    how = sampling.settings(settings, [0] * rows, [1] * rows, range(rows))
+
+    def inputs() -> tuple:
+        memory, tables, _ = _filled(cfg, _stored(format), rows, context, room=1)
+        past = sampling.history(rows, cfg.vocab_size)
+        starts = np.full(rows, context, np.int32)
+        return weights(cfg, format), memory, past, ids, tables, starts, how
+
+    def function(params, *rest):
+        return generate.decode(params, cfg, *rest, num_ids=cfg.vocab_size)
+
+    def expected(*_) -> np.ndarray:
+        past = _filled(cfg, "float32", rows, context, room=1)[2]
+        logits = exact.decoder(weights(cfg, "float32"), cfg, ids[:, None], past)
+        logprobs = np.sort(exact.log_softmax(logits), axis=-1)[:, ::-1]
+        return logprobs[:, : sampling.MAX_TOP]
+
+    width = cfg.num_heads * cfg.head_dim
+    return Case(
+        name=f"decode {rows}x1 behind {context} {format}",
+        function=function,
+        inputs=inputs,
+        flops=2 * rows * (_layer_weights(cfg) + cfg.vocab_size * cfg.d_model)
+        + 4 * rows * width * (context + 1) * cfg.num_layers,
+        bytes=_model_bytes(cfg, format) + rows * (context + 1) * _position_bytes(cfg, format),
+        dtype=format,
+        expected=None if cfg.rope_scaling else expected,
+        result=lambda out: out[0].top_logprobs,
+        donated=(1, 2),
+        again=lambda before, out: (before[0], out[1], out[2], *before[3:]),
+    )
+
+
+def _embed(cfg: encoder.Config, format: str) -> Case:
+    """Four texts of 256 tokens to vectors."""
+    shape = (4, 256)
+    ids = np.random.default_rng(5).integers(0, cfg.vocab_size, shape).astype(np.int32)
+    segments = np.ones(shape, np.int32)
+    tokens, matrices = ids.size, cfg.num_layers * (4 * cfg.d_model + 2 * cfg.d_ff) * cfg.d_model
+
+    def inputs() -> tuple:
+        params = encoder.init(jax.random.key(0), cfg)
+        return as_format(params, format), ids, segments
+
+    def expected(_, ids, segments) -> np.ndarray:
+        return exact.encoder(encoder.init(jax.random.key(0), cfg), cfg, ids)
+
+    return Case(
+        name=f"embed {shape[0]}x{shape[1]} {format}",
+        function=lambda params, ids, segments: encoder.embed_batch(params, cfg, ids, segments, 1),
+        inputs=inputs,
+        flops=2 * tokens * matrices + 4 * tokens * shape[1] * cfg.d_model * cfg.num_layers,
+        bytes=matrices * jnp.dtype(format).itemsize + 4 * tokens * cfg.d_model,
+        dtype=format,
+        expected=expected,
+        result=lambda out: out[:, 0],
+    )
+
+
+# --- inputs -------------------------------------------------------------------------------------
+
+
+def as_format(tree, format: str):
+    """Every linear map of a tree in a format, as loading a checkpoint would make it.
+
+    In "int8" the maps that write to the residual stream are bfloat16.
+    """
+
+    def change(path, part):
+        if not isinstance(part, Linear) or format == "float32":
+            return part
+        place = str(getattr(path[-1], "name", getattr(path[-1], "key", ""))) if path else ""
+        if format == "int8" and place not in ("out", "down"):
+            return layers.quantize(part)
+        return part.replace(weight=part.weight.astype(jnp.bfloat16))
+
+    is_part = lambda node: isinstance(node, Linear)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(change, tree, is_leaf=is_part)
+
+
+@functools.lru_cache(maxsize=3)
+def weights(cfg: Config, format: str) -> decoder.Params:
+    """Random weights; the same numbers in each format."""
+    if format == "float32":
+        return decoder.init(jax.random.key(0), cfg)
+    return as_format(weights(cfg, "float32"), format)
+
+
+@functools.lru_cache(maxsize=1)  # the three formats ask for the same
+def _exact_prefill(cfg: Config, ids: bytes) -> np.ndarray:
+    return exact.decoder(weights(cfg, "float32"), cfg, np.frombuffer(ids, np.int32)[None])
+
+
+def _filled(cfg: Config, stored: str, rows: int, length: int, *, room: int):
+    """A cache that holds `length` random positions for each row, and has room for more.
+
+    Returns:
+        The cache, the rows' tables, and for each layer keys and values float32 [B, length, K, H].
+    """
+    per_row = cache.blocks_for(length + room)
+    memory = cache.init(cfg, rows * per_row, jnp.dtype(stored))
+    tables = np.arange(1, rows * per_row + 1, dtype=np.int32).reshape(rows, per_row)
+    keys, values, past = [], [], []
+    append = jax.jit(cache.append, donate_argnums=(0, 1))
+    whole = cache.blocks_for(length) * cache.BLOCK  # what is appended, in whole blocks
+    for i in range(cfg.num_layers):
+        k, v = (
+            _normal(rows, whole, cfg.num_kv_heads, cfg.head_dim, seed=2 * i + part)
+            for part in (0, 1)
+        )
+        pools = memory.keys[i], memory.values[i]
+        if length:
+            pools = append(*pools, k, v, tables, np.zeros(rows, np.int32))
+        keys.append(pools[0])
+        values.append(pools[1])
+        past.append((k[:, :length], v[:, :length]))
+    return cache.Cache(keys=tuple(keys), values=tuple(values)), tables, past
+
+
+def _normal(*shape: int, seed: int = 0, scale: float = 1.0) -> jax.Array:
+    numbers = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return jnp.asarray(numbers * np.float32(scale))
+
+
+def _stored(format: str) -> str:
+    """What keys and values are kept in beside weights of a format, as a server does."""
+    return "float32" if format == "float32" else "bfloat16"
+
+
+# --- arithmetic ---------------------------------------------------------------------------------
+
+
+def _layer_weights(cfg: Config) -> int:
+    """Weights of all products of all layers."""
+    infos = jax.tree.leaves(decoder.abstract(cfg).layers)
+    return sum(int(np.prod(info.shape)) for info in infos if len(info.shape) == 2)
+
+
+def _model_bytes(cfg: Config, format: str) -> float:
+    """What a decoding step reads of the weights: every product's, the head's included."""
+    params = decoder.abstract(cfg)
+    total = 0.0
+    head = params.embed if params.head is None else params.head
+    is_part = lambda node: isinstance(node, Linear)  # noqa: E731
+    for path, part in jax.tree_util.tree_flatten_with_path((params.layers, head), is_part)[0]:
+        if isinstance(part, Linear):
+            is_wide = getattr(path[-1], "name", "") in ("out", "down")
+            own = "bfloat16" if format == "int8" and is_wide else format
+            total += np.prod(part.weight.shape) * jnp.dtype(own).itemsize
+    return total
+
+
+def _position_bytes(cfg: Config, format: str) -> int:
+    """Keys and values of one position in all layers."""
+    return cache.bytes_per_block(cfg, jnp.dtype(_stored(format))) // cache.BLOCK

@@ -1,0 +1,36 @@
+"""The gated MLP (Shazeer 2020, arXiv:2002.05202): `kernels.gated_mlp`.
+
+Leaves out gate and up as one product: it needs their weights side by side in memory, and was never
+faster (ARCHITECTURE.md has the measurements).
+"""
+
+from __future__ import annotations
+
+import jax
+
+from transformer.kernels import products as forms
+from transformer.layers import Linear, linear
+
+
+def reference(x: jax.Array, gate: Linear, up: Linear, down: Linear, kind: str) -> jax.Array:
+    """The definition, in the precision of `x`."""
+
+    def apply(x: jax.Array, p: Linear) -> jax.Array:
+        y = forms.reference(x, p.weight, p.scale)
+        return y if p.bias is None else y + p.bias
+
+    return apply(activation(kind)(apply(x, gate)) * apply(x, up), down)
+
+
+def products(x: jax.Array, gate: Linear, up: Linear, down: Linear, kind: str) -> jax.Array:
+    """Three products, each in the form that is chosen for its weight."""
+    return linear(activation(kind)(linear(x, gate)) * linear(x, up), down)
+
+
+def activation(kind: str):
+    """What is applied to the gate."""
+    if kind == "swiglu":
+        return jax.nn.silu
+    if kind == "geglu":
+        return lambda x: jax.nn.gelu(x, approximate=True)
+    raise ValueError(f"kind must be 'swiglu' or 'geglu', got {kind!r}")
