@@ -459,7 +459,7 @@ def _llama3_scaling(factors: Sequence[float], head_dim: int, theta: float) -> Ro
     """
     scaling = RopeScaling(
         kind="llama3",
-        factor=float(max(factors)),
+        factor=round(max(factors), 3),  # from a float32 that may be a hair off
         original_max_seq_len=8192,
         low_freq_factor=1.0,
         high_freq_factor=4.0,

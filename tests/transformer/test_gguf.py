@@ -1,0 +1,71 @@
+"""GGUF files that llama.cpp made, tiny ones of each format and family (tests/golden)."""
+
+import gguf
+import jax
+import numpy as np
+import pytest
+
+from tests.transformer.conftest import GOLDEN
+from transformer import cache, checkpoint, decoder
+from transformer.config import RopeScaling
+
+FORMATS = ("f16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_1", "q4_0")
+FAMILIES = ("gpt2", "llama3", "qwen2", "qwen3", "gemma3")
+NAMES = [*(f"llama-{name}" for name in FORMATS), *FAMILIES]
+GOLDENS = np.load(GOLDEN / "gguf" / "golden.npz")
+forward = jax.jit(decoder.forward, static_argnums=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_transformers_and_the_likeliest_those_of_llama_cpp(name):
+    params, cfg, _ = checkpoint.load(GOLDEN / "gguf" / f"{name}.gguf")
+    ids = GOLDENS[f"{name}.ids"][None]
+    logits, _ = forward(params, cfg, ids)
+    np.testing.assert_allclose(logits[0], GOLDENS[f"{name}.logits"], rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(logits[0].argmax(-1), GOLDENS[f"{name}.top"])
+
+    x, _ = jax.jit(decoder.extend, static_argnums=1)(
+        params, cfg, cache.init(cfg, 1), ids, np.array([[1]]), np.array([0])
+    )
+    through_cache = decoder.unembed(params, cfg, x[0])
+    np.testing.assert_allclose(through_cache, GOLDENS[f"{name}.logits"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_file_holds_the_format_it_is_named_after(name):
+    tensors = gguf.GGUFReader(GOLDEN / "gguf" / f"llama-{name}.gguf").tensors
+    assert name.upper() in {tensor.tensor_type.name for tensor in tensors}
+
+
+def test_what_the_keys_of_a_family_mean():
+    cfg = {name: checkpoint.load(GOLDEN / "gguf" / f"{name}.gguf")[1] for name in FAMILIES}
+    assert cfg["llama3"].rope_scaling == RopeScaling(
+        kind="llama3",
+        factor=8.0,
+        original_max_seq_len=8192,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+    )
+    assert cfg["gemma3"].rope_scaling == RopeScaling(kind="linear", factor=8.0)
+    assert (cfg["gemma3"].rope_theta, cfg["gemma3"].local_rope_theta) == (1e6, 1e4)
+    assert cfg["gemma3"].windows == (5, 5, 5, 5, 5, None) and cfg["gemma3"].scale_embeddings
+    assert cfg["qwen3"].qk_norm and not cfg["qwen2"].qk_norm and cfg["qwen2"].qkv_bias
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gguf_file_can_be_saved_for_transformers(tmp_path, name):
+    params, cfg, _ = checkpoint.load(GOLDEN / "gguf" / f"{name}.gguf")
+    checkpoint.save(tmp_path, params, cfg)
+    again, same, _ = checkpoint.load(tmp_path)
+    assert same == cfg
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_a_table_of_factors_that_is_not_llama_3s_is_refused(tmp_path):
+    path = GOLDEN / "gguf" / "llama3.gguf"
+    (table,) = (t for t in gguf.GGUFReader(path).tensors if t.name == "rope_freqs.weight")
+    data = bytearray(path.read_bytes())
+    data[table.data_offset : table.data_offset + 4] = np.float32(6).tobytes()
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(ValueError, match="rope_freqs.weight is not the table that Llama 3's"):
+        checkpoint.load(tmp_path / "m.gguf")
