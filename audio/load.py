@@ -1,4 +1,4 @@
-"""Sound from files: bytes in any common format to one channel of float32 at 16,000 samples a second.
+"""Sound from files: bytes of any common format to one channel of float32 at 16,000 Hz.
 
 The first bytes say what a file is; its name is not trusted. WAV, FLAC, Ogg (Vorbis, Opus), MP3 and
 AIFF are decoded by libsndfile, the containers of films and phones (MP4, M4A, WebM, MPEG, AAC) by

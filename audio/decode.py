@@ -1,0 +1,518 @@
+"""One window of sound, at most 30 seconds, to token ids: what may be said next, and what is.
+
+The decoder writes token after token. Between its logits and the choice stand rules (Radford et al.
+2022, section 4.5, and the reference implementation):
+
+- some tokens are never written (`Tokens.suppressed`), and a window does not begin with a blank;
+- points in time come in pairs around each segment, never run backwards, and one must come first;
+- where all points in time together are likelier than any single word, it is time for one.
+
+Choosing is greedy, or at random with a temperature (the best of several tries is kept), or a beam
+search, in which the likeliest few texts are continued side by side. If the result looks wrong (it
+repeats itself, so that it compresses too well, or its tokens were unlikely), `decode_with_fallback`
+tries again at a higher temperature.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from audio import model
+from audio.config import Config
+from audio.model import Cache, Params
+from audio.tokens import SECONDS_PER_STEP, Tokens
+from audio.whisper import Run, Whisper, at_once
+
+# Prompts are padded to one of these lengths, and the cache grows through these sizes, so that few
+# programs are compiled.
+_LENGTHS = (4, 16, 64, 256)
+_SIZES = (64, 128, 256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a window is decoded.
+
+    Raises:
+        ValueError: a field is out of range, or two fields contradict each other.
+    """
+
+    task: Literal["transcribe", "translate"] = "transcribe"
+    language: str = "en"  # a code or a name
+    temperature: float = 0.0
+    best_of: int | None = None  # tries at a temperature above 0
+    beam_size: int | None = None  # texts continued side by side at temperature 0
+    patience: float = 1.0  # a search ends with beam_size x patience finished texts (2204.05424)
+    length_penalty: float | None = None  # exponent of Wu et al. 2016; None: divide by the length
+    prompt: tuple[int, ...] = ()  # what was said before, its last 223 tokens count
+    hotwords: str = ""  # words likely to occur, put before the prompt
+    prefix: str = ""  # what this window begins with
+    timestamps: bool = True
+    max_initial_timestamp: float = 1.0  # seconds
+    suppress_non_speech: bool = True
+    suppress_blank: bool = True
+    max_new_tokens: int | None = None  # None: half of the decoder's positions
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 2:
+            raise ValueError(f"temperature must be between 0 and 2, got {self.temperature}")
+        for name in ("best_of", "beam_size", "max_new_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.temperature and self.beam_size is not None:
+            raise ValueError("beam_size is for temperature 0, best_of for those above")
+        if not self.temperature and self.best_of is not None:
+            raise ValueError("best_of is for temperatures above 0, beam_size for 0")
+        if self.patience <= 0:
+            raise ValueError(f"patience must be above 0, got {self.patience}")
+        if self.length_penalty is not None and not 0 <= self.length_penalty <= 1:
+            raise ValueError(f"length_penalty must be between 0 and 1, got {self.length_penalty}")
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """When a result is tried again, hotter, and when it is taken for silence."""
+
+    temperatures: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    compression_ratio: float | None = 2.4  # above: it repeats itself
+    avg_logprob: float | None = -1.0  # below: it is guessing
+    no_speech_prob: float | None = 0.6  # above, and guessing: nobody speaks
+
+    def fails(self, result: Result) -> bool:
+        """Whether to try again."""
+        if self.is_silence(result):
+            return False
+        too_regular = (
+            self.compression_ratio is not None
+            and result.compression_ratio > self.compression_ratio
+        )
+        return too_regular or self._is_guess(result)
+
+    def is_silence(self, result: Result) -> bool:
+        """Whether what was written is not to be believed, because nobody speaks."""
+        if self.no_speech_prob is None or result.no_speech_prob <= self.no_speech_prob:
+            return False
+        return self.avg_logprob is None or self._is_guess(result)
+
+    def _is_guess(self, result: Result) -> bool:
+        return self.avg_logprob is not None and result.avg_logprob < self.avg_logprob
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What was heard in a window."""
+
+    ids: tuple[int, ...]  # text and points in time
+    logprobs: tuple[float, ...]  # of each id, under the rules
+    text: str
+    avg_logprob: float  # over the ids and the end
+    no_speech_prob: float
+    temperature: float
+    compression_ratio: float
+
+
+@dataclass
+class _Row:
+    """A text being written."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    total: float = 0.0  # sum of all log-probabilities, the end's included
+    is_done: bool = False
+
+    def next(self, id: int, logprob: float, eot: int) -> _Row:
+        """This text with one token more."""
+        if id == eot:
+            return _Row(self.ids, self.logprobs, self.total + logprob, True)
+        return _Row([*self.ids, id], [*self.logprobs, logprob], self.total + logprob)
+
+
+def decode(
+    whisper: Whisper, sound: jax.Array, options: Options, *, run: Run = at_once
+) -> list[Result]:
+    """Writes down what is said in some windows.
+
+    Args:
+        sound: float32 [A, max_audio_len, D], what `model.encode` made of each window.
+        options: the same for all windows.
+        run: does the pieces of device work, a step of all rows each.
+
+    Returns:
+        A result for each window.
+
+    Raises:
+        ValueError: the model does not know the language or task, or the prefix fills the window.
+    """
+    tokens, cfg = whisper.tokens, whisper.cfg
+    opening = _opening(tokens, cfg, options)
+    num_rows = (options.best_of if options.temperature else options.beam_size) or 1
+    writer = _Writer(whisper, sound, opening, options, num_rows, run)
+    search = _beam_search if options.beam_size else _sample
+    candidates = search(writer, options, len(sound), num_rows)
+    return [
+        _result(tokens, _best(rows, options), float(writer.no_speech[i]), options)
+        for i, rows in enumerate(candidates)
+    ]
+
+
+def decode_with_fallback(
+    whisper: Whisper,
+    sound: jax.Array,
+    options: Options,
+    fallback: Fallback,
+    *,
+    best_of: int | None = 5,
+    run: Run = at_once,
+) -> list[Result]:
+    """`decode`, again and hotter for the windows whose result looks wrong.
+
+    Args:
+        options: its temperature is replaced by the fallback's; its beams count at temperature 0.
+        best_of: tries at temperatures above 0.
+    """
+    results: dict[int, Result] = {}
+    waiting = list(range(len(sound)))
+    for temperature in fallback.temperatures:
+        own = replace(options, temperature=temperature, best_of=None)
+        if temperature:
+            own = replace(options, temperature=temperature, beam_size=None, best_of=best_of)
+        part = sound if len(waiting) == len(sound) else sound[np.array(waiting)]
+        for i, result in zip(waiting, decode(whisper, part, own, run=run), strict=True):
+            results[i] = result
+        waiting = [i for i in waiting if fallback.fails(results[i])]
+        if not waiting:
+            break
+    return [results[i] for i in range(len(sound))]
+
+
+def detect_language(
+    whisper: Whisper, sound: jax.Array, *, run: Run = at_once
+) -> list[dict[str, float]]:
+    """The probability of each language, for each window [A, max_audio_len, D]."""
+    tokens = whisper.tokens
+    if not tokens.is_multilingual:
+        return [{"en": 1.0}] * len(sound)
+    writer = _Writer(whisper, sound, (tokens.sot,), Options(), 1, run)
+    first = tokens.sot + 1
+    logits = writer.logits[:, first : first + len(tokens.languages)]
+    shares = np.asarray(jax.nn.softmax(logits, axis=-1))
+    return [dict(zip(tokens.languages, row.tolist(), strict=True)) for row in shares]
+
+
+def _opening(tokens: Tokens, cfg: Config, options: Options) -> tuple[int, ...]:
+    """What stands before the first token to be chosen."""
+    half = cfg.max_text_len // 2
+    before = options.prompt[-(half - 1) :]
+    if options.hotwords.strip():
+        hot = tokens.encode(" " + options.hotwords.strip())[: half - 1]
+        before = (*hot, *before[len(before) - max(half - 1 - len(hot), 0) :])[: half - 1]
+    prefix = tokens.encode(" " + options.prefix.strip()) if options.prefix.strip() else ()
+    if len(prefix) >= half:
+        raise ValueError(f"prefix has {len(prefix)} tokens, at most {half - 1} fit")
+    opening = tokens.opening(options.language, options.task, timestamps=options.timestamps)
+    return (*((tokens.sot_prev, *before) if before else ()), *opening, *prefix)
+
+
+# Ways of choosing
+
+
+def _sample(writer: _Writer, options: Options, num_sounds: int, tries: int) -> list[list[_Row]]:
+    """The likeliest token each time, or one drawn at random; `tries` texts for each sound."""
+    eot = writer.tokens.eot
+    rows = [_Row() for _ in range(num_sounds * tries)]
+    while True:
+        ids, logprobs = writer.choose(rows, options)
+        rows = [
+            row if row.is_done else row.next(id, logprob, eot)
+            for row, id, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True)
+        ]
+        if all(row.is_done for row in rows) or not writer.has_room:
+            return [rows[i : i + tries] for i in range(0, len(rows), tries)]
+        writer.advance([row.ids[-1] if not row.is_done else eot for row in rows])
+
+
+def _beam_search(
+    writer: _Writer, options: Options, num_sounds: int, beams: int
+) -> list[list[_Row]]:
+    """Continues the `beams` likeliest texts of each sound until enough have come to an end."""
+    eot, enough = writer.tokens.eot, max(1, round(beams * options.patience))
+    live = [[_Row() for _ in range(beams)] for _ in range(num_sounds)]
+    done: list[list[_Row]] = [[] for _ in range(num_sounds)]
+    is_first = True
+    while True:
+        # One more than the beams: at most one continuation of a text is its end.
+        ids, logprobs = writer.likeliest([row for rows in live for row in rows], options, beams + 1)
+        sources = []
+        for a in range(num_sounds):
+            ways = [
+                (row.next(int(id), float(logprob), eot), a * beams + b)
+                for b, row in enumerate(live[a][: 1 if is_first else beams])  # all alike at first
+                for id, logprob in zip(ids[a * beams + b], logprobs[a * beams + b], strict=True)
+            ]
+            ways.sort(key=lambda way: -way[0].total)
+            going: list[tuple[_Row, int]] = []
+            for row, source in ways:
+                if len(going) == beams:
+                    break
+                if not row.is_done:
+                    going.append((row, source))
+                elif len(done[a]) < enough:
+                    done[a].append(row)
+            live[a] = [row for row, _ in going]
+            sources += [source for _, source in going]
+        is_first = False
+        if all(len(rows) >= enough for rows in done) or not writer.has_room:
+            break
+        writer.advance([row.ids[-1] for rows in live for row in rows], sources)
+    # Of a sound with too few ends, what was going on counts as ended.
+    return [
+        (ended + going)[: max(beams, len(ended))] for ended, going in zip(done, live, strict=True)
+    ]
+
+
+def _best(rows: list[_Row], options: Options) -> _Row:
+    """The text with the highest log-probability for its length."""
+
+    def score(row: _Row) -> float:
+        length = max(len(row.ids), 1)
+        if options.length_penalty is None:
+            return row.total / length
+        return row.total / ((5 + length) / 6) ** options.length_penalty
+
+    return max(rows, key=score)
+
+
+def _result(tokens: Tokens, row: _Row, no_speech_prob: float, options: Options) -> Result:
+    text = tokens.decode(row.ids).strip()
+    return Result(
+        ids=tuple(row.ids),
+        logprobs=tuple(row.logprobs),
+        text=text,
+        avg_logprob=row.total / (len(row.ids) + 1),
+        no_speech_prob=no_speech_prob,
+        temperature=options.temperature,
+        compression_ratio=compression_ratio(text),
+    )
+
+
+def compression_ratio(text: str) -> float:
+    """How many times smaller zlib makes a text; repetitions make it large."""
+    data = text.encode()
+    return len(data) / len(zlib.compress(data))
+
+
+# The decoder at work
+
+
+class _Writer:
+    """The decoder with some texts in hand: reads the opening, then a token a row and step.
+
+    Attributes:
+        logits: float32 [B, V], what may come next.
+        no_speech: float32 [A], the probability that nobody speaks.
+    """
+
+    def __init__(
+        self,
+        whisper: Whisper,
+        sound: jax.Array,
+        opening: tuple[int, ...],
+        options: Options,
+        rows_per_sound: int,
+        run: Run,
+    ):
+        self.whisper, self.tokens, self._run = whisper, whisper.tokens, run
+        self._options, self._length, self._step = options, len(opening), 0
+        cfg, params = whisper.cfg, whisper.params
+        most = options.max_new_tokens or cfg.max_text_len // 2
+        self._end = min(self._length + most, cfg.max_text_len)
+        self._keys = jax.random.split(jax.random.key(options.seed), len(sound) * rows_per_sound)
+        padded = _at_least(self._length, _LENGTHS, cfg.max_text_len)
+        ids = np.full((len(sound) * rows_per_sound, padded), self.tokens.eot, np.int32)
+        ids[:, : self._length] = opening
+        sot = opening.index(self.tokens.sot)
+        at = np.array([sot, self._length - 1], np.int32)
+
+        def read() -> tuple[jax.Array, Cache]:
+            size = _at_least(max(padded, self._length + 1), _SIZES, cfg.max_text_len)
+            cache = model.start(params, cfg, sound, size=size, rows_per_sound=rows_per_sound)
+            logits, cache = _extend(params, cfg, ids, cache, np.int32(0), at)
+            return jax.block_until_ready(logits), cache
+
+        logits, self._cache = run(read)
+        no_speech = jax.nn.softmax(logits[::rows_per_sound, 0], axis=-1)[:, self.tokens.no_speech]
+        self.no_speech = np.asarray(no_speech)
+        self.logits = logits[:, 1]
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another token may be read."""
+        return self._length + 1 < self._end
+
+    def advance(self, ids: Sequence[int], sources: Sequence[int] | None = None) -> None:
+        """Reads one token a row.
+
+        Args:
+            ids: the token of each row.
+            sources: the row whose past each row goes on from; None: its own.
+        """
+        cfg, params = self.whisper.cfg, self.whisper.params
+
+        def read() -> tuple[jax.Array, Cache]:
+            cache = self._cache
+            if self._length == cache.size:
+                size = _at_least(self._length + 1, _SIZES, cfg.max_text_len)
+                cache = model.grow(cache, size)
+            if sources is not None and list(sources) != list(range(len(ids))):
+                cache = _take_rows(cache, np.array(sources, np.int32))
+            logits, cache = _extend(
+                params,
+                cfg,
+                np.array(ids, np.int32)[:, None],
+                cache,
+                np.int32(self._length),
+                np.zeros(1, np.int32),
+            )
+            return jax.block_until_ready(logits), cache
+
+        logits, self._cache = self._run(read)
+        self.logits = logits[:, 0]
+        self._length += 1
+        self._step += 1
+
+    def choose(self, rows: Sequence[_Row], options: Options) -> tuple[np.ndarray, np.ndarray]:
+        """One token a row, int32 [B], and its log-probability under the rules, float32 [B]."""
+        allowed = self._allowed(rows)
+        temperature = options.temperature
+        if temperature:
+            ids, logprobs = _draw(
+                self.logits, *allowed, self._keys, np.int32(self._step), np.float32(temperature)
+            )
+        else:
+            ids, logprobs = _top(self.logits, *allowed)
+        return np.asarray(ids), np.asarray(logprobs)
+
+    def likeliest(
+        self, rows: Sequence[_Row], options: Options, count: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The `count` likeliest tokens a row, int32 [B, count], and their log-probabilities."""
+        logprobs = np.asarray(_constrain(self.logits, *self._allowed(rows)))
+        some = np.argpartition(-logprobs, count, axis=-1)[:, :count]
+        values = np.take_along_axis(logprobs, some, axis=-1)
+        order = np.argsort(-values, axis=-1, kind="stable")
+        return np.take_along_axis(some, order, -1), np.take_along_axis(values, order, -1)
+
+    def _allowed(self, rows: Sequence[_Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+        """The arguments of `_constrain` behind the logits."""
+        is_first, options = self._step == 0, self._options
+        blocked = _blocked(self.tokens, options, self.whisper.cfg.vocab_size, is_first)
+        begin, last = self.tokens.timestamp_begin, self.whisper.cfg.vocab_size
+        if not options.timestamps:
+            ranges = [(0, begin, last)] * len(rows)
+        elif is_first:
+            most = begin + round(options.max_initial_timestamp / SECONDS_PER_STEP)
+            ranges = [(begin, begin, most + 1)] * len(rows)
+        else:
+            ranges = [_after(row.ids, self.tokens, last) for row in rows]
+        return blocked, np.array(ranges, np.int32), np.int32(begin), options.timestamps
+
+
+def _after(ids: Sequence[int], tokens: Tokens, last: int) -> tuple[int, int, int]:
+    """What may follow some ids: words from one id on, and points in time from one up to another.
+
+    After a word: any word, and any point in time behind the last one. After the point that ends a
+    segment: the end, or the point that begins the next. After that: a word.
+    """
+    begin = tokens.timestamp_begin
+    points = [id for id in ids if id >= begin]
+    is_point = ids[-1:] and ids[-1] >= begin
+    if is_point and (len(ids) < 2 or ids[-2] >= begin):
+        return 0, last, last
+    if is_point:
+        return tokens.eot, ids[-1], last
+    return 0, points[-1] + 1 if points else begin, last
+
+
+@functools.lru_cache(maxsize=16)
+def _mask(ids: tuple[int, ...], vocab_size: int) -> np.ndarray:
+    mask = np.zeros(vocab_size, bool)
+    mask[list(ids)] = True
+    return mask
+
+
+def _blocked(tokens: Tokens, options: Options, vocab_size: int, is_first: bool) -> np.ndarray:
+    """bool [V], which tokens are not to be written whatever stands before them."""
+    ids = tokens.suppressed if options.suppress_non_speech else ()
+    if options.timestamps:
+        ids = (*ids, tokens.no_timestamps)
+    if is_first and options.suppress_blank:
+        ids = (*ids, *tokens.encode(" "), tokens.eot)
+    return _mask(tuple(ids), vocab_size)
+
+
+@jax.jit
+def _constrain(
+    logits: jax.Array, blocked: jax.Array, ranges: jax.Array, begin: jax.Array, timed: bool
+) -> jax.Array:
+    """Log-probabilities under the rules, float32 [B, V]; -inf for what may not follow.
+
+    Args:
+        logits: float32 [B, V].
+        blocked: bool [V].
+        ranges: int32 [B, 3]: of the ids below `begin`, those from the first number on may follow;
+            of the points in time, those from the second up to the third.
+        begin: the first point in time.
+        timed: whether points in time are being written.
+    """
+    ids = jnp.arange(logits.shape[-1])
+    first, low, high = (ranges[:, i, None] for i in range(3))
+    is_point = ids >= begin
+    allowed = jnp.where(is_point, (ids >= low) & (ids < high), ids >= first) & ~blocked
+    logits = jnp.where(allowed, logits, -jnp.inf)
+    points = jax.nn.logsumexp(jnp.where(is_point, logits, -jnp.inf), axis=-1, keepdims=True)
+    word = jnp.max(jnp.where(is_point, -jnp.inf, logits), axis=-1, keepdims=True)
+    logits = jnp.where(timed & (points > word) & ~is_point, -jnp.inf, logits)
+    return jax.nn.log_softmax(logits, axis=-1)
+
+
+@jax.jit
+def _top(logits: jax.Array, *rules) -> tuple[jax.Array, jax.Array]:
+    """The likeliest token under the rules, and its log-probability."""
+    logprobs = _constrain(logits, *rules)
+    ids = jnp.argmax(logprobs, axis=-1)
+    return ids, jnp.take_along_axis(logprobs, ids[:, None], axis=-1)[:, 0]
+
+
+@jax.jit
+def _draw(logits: jax.Array, *rest) -> tuple[jax.Array, jax.Array]:
+    """A token drawn under the rules, and its log-probability at temperature 1."""
+    *rules, keys, step, temperature = rest
+    logprobs = _constrain(logits, *rules)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+    ids = jax.vmap(jax.random.categorical)(keys, logprobs / temperature)
+    return ids, jnp.take_along_axis(logprobs, ids[:, None], axis=-1)[:, 0]
+
+
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
+def _extend(params: Params, cfg: Config, ids, cache: Cache, length, at) -> tuple[jax.Array, Cache]:
+    logits, cache, _ = model.extend(params, cfg, ids, cache, length, at)
+    return logits, cache
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _take_rows(cache: Cache, rows: jax.Array) -> Cache:
+    return model.take_rows(cache, rows)
+
+
+def _at_least(number: int, steps: Sequence[int], most: int) -> int:
+    """The first of `steps` that is not below `number`, or else `most`."""
+    return next((step for step in steps if number <= step <= most), most)

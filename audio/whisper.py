@@ -1,0 +1,44 @@
+"""A model and its vocabulary, read from one folder, and how its work reaches a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from audio import checkpoint, tokens
+from audio.config import Config
+from audio.model import Params
+from audio.tokens import Tokens
+
+T = TypeVar("T")
+
+# Has one bounded piece of device work done and gives what it returns. A server passes a function
+# that queues the piece behind the work of others; by default it is done on the spot.
+Run = Callable[[Callable[[], T]], T]
+
+
+def at_once(piece: Callable[[], T]) -> T:
+    """The `Run` that does a piece of work on the spot."""
+    return piece()
+
+
+@dataclass(frozen=True)
+class Whisper:
+    """Weights, sizes and vocabulary of one model."""
+
+    params: Params
+    cfg: Config
+    tokens: Tokens
+
+
+def load_model(folder: str | Path, *, format: checkpoint.Format = "float32") -> Whisper:
+    """Reads a model folder: config.json, tokenizer.json, and model.safetensors or model.bin.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or not of a Whisper.
+    """
+    params, cfg = checkpoint.load(Path(folder), format=format)
+    return Whisper(params, cfg, tokens.load(Path(folder), cfg.vocab_size))
