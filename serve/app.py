@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Scope
 
 from serve import errors, logs
-from serve.api import chat, completions, docs, edits, engines, health, models, tokens
+from serve.api import chat, completions, docs, edits, engines, health, models, pages, tokens
 from serve.api.openapi import described
 from serve.headers import ResponseHeaders
 from serve.keys import KeyRing
@@ -71,6 +71,6 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
         "/metrics", metrics.page, methods=["GET"], summary="Numbers for Prometheus", **described()
     )
     # Paths with an engine's name in them match greedily: the longer ones first, the bare one last.
-    for route in (health, models, chat, completions, edits, engines, tokens, docs):
+    for route in (health, models, chat, completions, edits, engines, tokens, docs, pages):
         app.include_router(route.router)
     return app

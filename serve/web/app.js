@@ -1,0 +1,42 @@
+// The frame: which page is on show, which model is asked, and what went wrong.
+
+import { call } from "./api.js";
+import * as chat from "./chat.js";
+import { $, h } from "./dom.js";
+import * as tokens from "./tokens.js";
+
+const PAGES = ["chat", "tokens"];
+const model = () => $("model").value;
+
+function report(problem) {
+  $("problem").hidden = !problem;
+  $("problem").textContent = problem ?? "";
+}
+
+function turnTo(page) {
+  for (const name of PAGES) {
+    $(name).hidden = name !== page;
+    if (name === page) $(`to-${name}`).setAttribute("aria-current", "page");
+    else $(`to-${name}`).removeAttribute("aria-current");
+  }
+  document.title = page === "chat" ? "Pellucid" : "Tokens · Pellucid";
+  report(null);
+  if (page === "tokens" && model() && tokenPage.isStale()) tokenPage.refresh();
+  if (page === "chat") $("message").focus();
+}
+
+const shown = () => (PAGES.includes(location.hash.slice(1)) ? location.hash.slice(1) : "chat");
+
+const tokenPage = tokens.start({ model, report });
+chat.start({ model, report });
+addEventListener("hashchange", () => turnTo(shown()));
+
+try {
+  const { data } = await call("/v1/models");
+  $("model").append(...data.map(({ id }) => h("option", {}, id)));
+  $("model").addEventListener("change", () => shown() === "tokens" && tokenPage.refresh());
+} catch (problem) {
+  report(problem.message);
+}
+turnTo(shown());
+document.body.dataset.ready = "true";

@@ -1,0 +1,277 @@
+"""The page at /: what it is made of, and, in Debian's Chromium, what it does."""
+
+import re
+import shutil
+
+import httpx
+import pytest
+
+from serve import keys
+from serve.api import pages
+from tests.serve import scripted
+from tests.serve.scripted import HELLO
+
+LIMIT = 60_000  # bytes of the whole page: it is read by people, too
+
+
+# --- what it is made of ---------------------------------------------------------------------------
+
+
+def test_it_is_served_under_a_policy_that_forbids_everything_else(http):
+    page = http.get("/")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    policy = page.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none';") and "unsafe" not in policy
+    assert "frame-ancestors 'none'" in policy
+    for name in re.findall(r"/web/([\w.-]+)", page.text):
+        file = http.get(f"/web/{name}")
+        assert file.status_code == 200, name
+        assert file.headers["x-content-type-options"] == "nosniff"
+
+
+def test_nothing_but_its_files_is_served(http):
+    for name in ("nobody.js", "..%2Fapp.py", "../settings.py", "%2e%2e/app.py", "index.html"):
+        assert http.get(f"/web/{name}").status_code == 404
+
+
+def test_its_scripts_neither_ask_others_nor_parse_what_a_model_says():
+    sizes = 0
+    for path in pages.FOLDER.iterdir():
+        text = path.read_text("utf-8")
+        sizes += len(text.encode())
+        outside = set(re.findall(r"https?://[^\"'\s]+", text)) - {"http://www.w3.org/2000/svg"}
+        assert not outside, f"{path.name} asks {outside}"
+        for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+            assert word not in text, f"{path.name}: {word}"
+        assert not re.search(r'\bstyle="|\bon\w+="', text), f"{path.name}: the policy forbids it"
+    assert sizes < LIMIT
+
+
+def test_it_is_shown_without_a_key_but_does_nothing_without(tmp_path):
+    keys.create(tmp_path, "ann")
+    with (
+        scripted.running(scripted.model(), home=tmp_path) as address,
+        httpx.Client(base_url=address) as http,
+    ):
+        for path in ("/", "/web/app.js", "/docs", "/openapi.json"):
+            assert http.get(path).status_code == 200
+        for path in ("/v1/models", "/tokenizer_info", "/metrics", "/web/../v1/models"):
+            assert http.get(path).status_code == 401
+
+
+# --- what it does ---------------------------------------------------------------------------------
+
+in_browser = pytest.mark.slow  # needs Chromium: apt-get install chromium
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    assert chromium, "this test needs Chromium: apt-get install chromium"
+    with sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-background-networking", "--disable-component-update"]
+        browser = playwright.chromium.launch(executable_path=chromium, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, address):
+    """Opens the page; fails if it asks anybody else or reports an error."""
+    contexts, wrong = [], []
+
+    def open(at=address, hash="", **options):
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(10_000)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+        page.on("request", lambda r: None if r.url.startswith(at) else wrong.append(r.url))
+        page.goto(f"{at}/{hash}")
+        page.wait_for_selector("body[data-ready]")
+        return page
+
+    yield open
+    for context in contexts:
+        context.close()
+    assert not wrong
+
+
+def ask(page, text):
+    page.fill("#message", text)
+    page.press("#message", "Enter")
+    page.wait_for_selector(".turn.assistant .figures")
+
+
+@in_browser
+def test_an_answer_streams_in_and_its_tokens_tell(open_page):
+    page = open_page()
+    ask(page, "Say hello")
+    assert page.text_content(".turn.user .said") == "Say hello"
+    assert page.text_content(".turn.assistant .said") == HELLO
+    assert f"{len(HELLO.encode())} tokens" in page.text_content(".turn.assistant .figures")
+    emoji = page.locator(".token", has_text="😀")
+    assert emoji.count() == 1, "four tokens spell it: one thing to point at"
+    page.locator(".token").first.hover()
+    assert page.is_visible("#tip") and "78 %" in page.text_content("#tip tr.chosen")
+    assert "A" in page.text_content("#tip") and "8.2 %" in page.text_content("#tip")
+    emoji.hover()
+    assert page.locator("#tip table").count() == 4
+    assert "Answer of" in page.text_content("#said"), "for who listens: once, at the end"
+
+
+@in_browser
+def test_tokens_with_the_keyboard_alone(open_page):
+    page = open_page()
+    ask(page, "Say hello")
+    page.locator("#message").press("Shift+Tab")
+    for _ in range(20):
+        if page.evaluate("document.activeElement.className").startswith("token"):
+            break
+        page.keyboard.press("Shift+Tab")
+    assert page.evaluate("document.activeElement.dataset.at") == "0", "one stop for all tokens"
+    page.keyboard.press("ArrowRight")
+    name = page.evaluate("document.activeElement.getAttribute('aria-label')")
+    assert name == "token 2, e, probability 78 %, else A 8.2 %"
+    assert page.is_visible("#tip")
+    page.keyboard.press("Enter")
+    page.mouse.move(5, 5)
+    assert page.is_visible("#tip"), "Enter keeps it open"
+    page.keyboard.press("Escape")
+    assert not page.is_visible("#tip")
+    page.keyboard.press("End")
+    assert page.evaluate("document.activeElement.textContent") == "."
+
+
+@in_browser
+def test_stopping_ends_the_answer_and_the_work(open_page, engine):
+    page = open_page()
+    page.fill("#message", "endless")
+    page.click("#send")
+    page.locator(".assistant .token").nth(5).wait_for()
+    page.click("#stop")
+    page.wait_for_selector(".turn.assistant .figures")
+    assert "stopped" in page.text_content(".turn.assistant .figures")
+    scripted.wait_until(lambda: engine.running == 0)
+    assert page.is_visible("#send")
+    page.fill("#message", "endless")
+    page.click("#send")
+    page.locator(".turn:last-child .token").nth(5).wait_for()
+    page.keyboard.press("Escape")
+    page.wait_for_selector(".turn:last-child .figures")
+    scripted.wait_until(lambda: engine.running == 0)
+
+
+@in_browser
+def test_the_settings_and_the_conversation_reach_the_server(open_page, engine):
+    page = open_page()
+    page.click(".settings summary")
+    page.fill("#system", "Be brief.")
+    page.fill("#temperature", "0.3")
+    page.fill("#seed", "7")
+    ask(page, "seed one")
+    page.fill("#message", "two")
+    page.press("#message", "Enter")
+    page.wait_for_selector(".turn:nth-of-type(5) .figures")
+    request = engine.requests[-1]
+    assert scripted.encoding.decode(request.prompt) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nseed one<|im_end|>\n"
+        "<|im_start|>assistant\n7/0<|im_end|>\n<|im_start|>user\ntwo<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert request.sampling.temperature == 0.3 and request.sampling.seed == 7
+    page.click("#show-prompt")
+    page.wait_for_selector("#prompt-strip .special")
+    assert "Be brief." in page.text_content("#prompt-strip")
+
+
+@in_browser
+def test_an_error_is_shown_and_the_next_question_works(open_page):
+    page = open_page()
+    page.fill("#message", "fail later")
+    page.click("#send")
+    page.wait_for_selector("#problem:not([hidden])")
+    assert "The server had an error" in page.text_content("#problem")
+    page.click("#clear")
+    ask(page, "Say hello")
+    assert not page.is_visible("#problem")
+
+
+@in_browser
+def test_a_text_as_tokens_with_what_might_follow(open_page):
+    page = open_page(hash="#tokens")
+    page.fill("#text", "aö\n<b>")
+    page.locator("#counts", has_text="7 tokens").wait_for()
+    assert "6 characters · 7 bytes" in page.text_content("#counts")
+    assert page.locator("#strip .token").all_text_contents() == ["a", "ö", "↵\n", "<", "b", ">"]
+    page.wait_for_selector("#strip.coloured")
+    page.locator("#strip .token").nth(1).hover()
+    assert page.locator("#tip caption").all_text_contents() == [
+        r"bytes:\xc3 · part of ö · id 195 · byte c3",
+        r"bytes:\xb6 · part of ö · id 182 · byte b6",
+    ]
+    page.wait_for_selector("#next li")
+    page.locator("#next button").first.click()
+    page.locator("#counts", has_text="8 tokens").wait_for()
+    page.check("#ids")
+    page.wait_for_selector("#strip small")
+
+
+@in_browser
+@pytest.mark.parametrize(
+    "text",
+    ["<img src=x onerror=alert(1)>", "\u202e\u200b\x1b[31m", "x" * 100_000, "\U0001f468\u200d"],
+)
+def test_hostile_text_is_only_text(open_page, text):
+    page = open_page(hash="#tokens")
+    page.uncheck("#score")
+    page.fill("#text", text)
+    page.locator("#counts", has_text=f"{len(text.encode())} bytes").wait_for()
+    assert page.locator("#strip img").count() == 0
+    assert "\u202e" not in page.text_content("#strip")
+    assert page.locator("#strip .token").count() <= 1500
+
+
+@in_browser
+def test_a_key_is_asked_for(browser, tmp_path):
+    key = keys.create(tmp_path, "ann")
+    with scripted.running(scripted.model(), home=tmp_path) as address:
+        page = browser.new_page()
+        page.goto(address)
+        page.wait_for_selector("#key-dialog[open]")
+        page.fill("#key", "wrong")
+        page.press("#key", "Enter")
+        page.wait_for_selector("#key-dialog[open]")
+        page.fill("#key", key)
+        page.press("#key", "Enter")
+        page.wait_for_selector("body[data-ready]")
+        assert page.input_value("#model") == "scripted"
+        assert key not in page.content()
+        page.close()
+
+
+@in_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_nothing_in_the_way_of_anybody(open_page, scheme, width):
+    """axe finds no serious fault, and nothing is wider than the screen."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = open_page(color_scheme=scheme, viewport={"width": width, "height": 760})
+
+    def check(where):
+        found = Axe().run(page).response["violations"]
+        serious = [v for v in found if v["impact"] in ("serious", "critical")]
+        told = [(v["id"], [n["html"][:90] for n in v["nodes"][:3]]) for v in serious]
+        assert not told, where
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), where
+
+    check("greeting")
+    ask(page, "Say hello")
+    check("answer")
+    page.click("#to-tokens")
+    page.wait_for_selector("#next li")
+    check("tokens")
