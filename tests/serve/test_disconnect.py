@@ -1,15 +1,29 @@
 """Generation stops when nobody waits for it, and requests run side by side."""
 
 import asyncio
+import contextlib
 import json
+import random
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
+import httpx
+import jax.numpy as jnp
+import psutil
 import pytest
 from openai import AsyncOpenAI
 
+import bpe
 from serve.api.generation import SIDE_BY_SIDE, interleave
+from serve.engine import Engine
+from serve.engine.load import keep_compiled_programs
+from serve.engine.runner import BUCKETS, CHUNK, NUM_SLOTS, Runner
+from serve.engine.scheduler import Scheduler
+from tests.serve import scripted
 from tests.serve.scripted import wait_until
+from transformer import cache, checkpoint
 
 
 def send(address, body):
@@ -111,3 +125,72 @@ def test_one_failing_stream_closes_the_others():
     with pytest.raises(LookupError, match="gone"):
         asyncio.run(run())
     assert closed == [True, True]
+
+
+@pytest.fixture(scope="module")
+def small(model_file):
+    """Two layers of the chat model behind a real engine, and a server around it."""
+    path = model_file("smollm2-135m-instruct")
+    params, cfg, metadata = checkpoint.load(path, format="int8")
+    params, cfg = params.replace(layers=params.layers[:2]), replace(cfg, num_layers=2)
+    keep_compiled_programs()
+    runner = Runner(params, cfg, 49152, 40, jnp.bfloat16)
+    runner.compile("read", *BUCKETS)
+    runner.warm_up()
+    engine = Engine(runner, Scheduler(NUM_SLOTS, 40, cache.BLOCK, CHUNK, 256), 8192)
+    served = scripted.model("small")
+    served = replace(served, tokenizer=bpe.from_gguf(metadata), context=8192, engine=engine)
+    with scripted.running(served) as address:
+        yield served, address
+    engine.close(drain=False)
+
+
+def test_five_hundred_clients_that_leave_at_random_leave_nothing_behind(small):
+    served, address = small
+    process = psutil.Process()
+    dice = random.Random(0)
+    bias = {str(id): -100 for id in range(3)}  # no answer ends by itself
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+    def leave(number: int) -> None:
+        body = {
+            "model": "small",
+            "prompt": " ".join(dice.choices(words, k=dice.choice([3, 30, 300]))),
+            "max_tokens": 2000,
+            "logit_bias": bias,
+            "n": dice.choice([1, 1, 3]),
+            "stream": dice.random() < 0.7,
+        }
+        with send(address, body) as connection:
+            connection.settimeout(dice.uniform(0.001, 0.25))
+            with contextlib.suppress(TimeoutError):
+                for _ in range(dice.choice([0, 1, 5])):  # some have read something
+                    connection.recv(1000)
+                time.sleep(connection.gettimeout() or 0)
+
+    def standing() -> tuple[int, int, int, int]:
+        stats = served.engine.stats()
+        return stats.running + stats.waiting, stats.blocks_held, threads(), process.num_fds()
+
+    def threads() -> int:
+        return process.num_threads()
+
+    def flood(count: int) -> None:
+        with ThreadPoolExecutor(12) as pool:
+            list(pool.map(leave, range(count)))
+        wait_until(lambda: served.engine.is_idle, 20)
+        time.sleep(0.2)  # sockets close behind their requests
+
+    flood(60)  # what is made once is made now: worker threads, buffers, the prefix cache
+    before, held = standing(), process.memory_info().rss
+    flood(500)
+    wait_until(lambda: standing()[3] <= before[3])
+    after, grown = standing(), process.memory_info().rss - held
+    assert after[:2] == before[:2] == (0, 0)
+    assert after[2] <= before[2] + 2 and after[3] <= before[3], (before, after)
+    assert grown < 30 * 2**20, f"{grown / 2**20:.0f} MB more"
+    stats = served.engine.stats()
+    assert stats.requests["cancelled"] > 400 and stats.requests.keys() <= {"cancelled", "length"}
+    with httpx.Client(base_url=address) as client:
+        body = {"model": "small", "prompt": "one two", "max_tokens": 5}
+        assert client.post("/v1/completions", json=body).status_code == 200

@@ -1,0 +1,190 @@
+"""What happens between a file and a model that answers: formats, memory, gaps, fingerprints."""
+
+import hashlib
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bpe
+from serve import memory
+from serve.engine import Device, Done, Engine, Request, Token, fingerprint, formats, load_model
+from serve.engine.load import keep_compiled_programs, known_ids, without_gaps
+from serve.engine.runner import CHUNK, NUM_SLOTS, Runner
+from serve.engine.scheduler import Scheduler
+from transformer import cache, checkpoint
+from transformer.config import Config
+from transformer.decoder import init
+from transformer.sampling import Sampling
+
+CHAT = "smollm2-135m-instruct"
+GIGA = 2**30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """Kept where they always are, not in the folder of a test that loads first."""
+    keep_compiled_programs()
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("PELLUCID_HOME", str(tmp_path))
+    return tmp_path
+
+
+def free(monkeypatch, gigabytes):
+    monkeypatch.setattr(memory, "available", lambda: int(gigabytes * GIGA))
+
+
+def test_what_is_available_is_less_than_the_machine_has():
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 2**20 < memory.available() <= total
+
+
+def test_the_estimate_is_near_what_loading_takes(model_file):
+    path = model_file(CHAT)
+    cfg = checkpoint.read_config(path)
+    params, loaded, _ = checkpoint.load(path, format="int8")
+    assert loaded == cfg
+    taken = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert 0.8 * taken < formats.weight_bytes(cfg, "int8") < 1.2 * taken
+
+
+def test_only_what_fits_is_tried(monkeypatch):
+    cfg = Config.debug(num_layers=2, vocab_size=2**20, d_model=256)  # 256 M weights and some
+    free(monkeypatch, 20)
+    assert formats.that_fit("m", cfg, GIGA) == formats.FORMATS
+    free(monkeypatch, 2)
+    assert formats.that_fit("m", cfg, GIGA) == ("int8", "bfloat16")
+    free(monkeypatch, 1.7)
+    assert formats.that_fit("m", cfg, GIGA) == ("int8",)
+    with pytest.raises(MemoryError, match=r"m needs 2\.\d GB of memory in float32, 1\.3 GB of it"):
+        formats.that_fit("m", cfg, GIGA, ("float32",))
+    free(monkeypatch, 1.5)
+    with pytest.raises(MemoryError, match=r"in int8, .* 1\.5 GB are free"):
+        formats.that_fit("m", cfg, GIGA)
+
+
+def test_a_model_that_fits_nowhere_is_refused_before_it_is_read(home, model_file, monkeypatch):
+    path = model_file(CHAT)
+    free(monkeypatch, 0.5)
+    monkeypatch.setattr(checkpoint, "load", lambda *args, **more: pytest.fail("weights were read"))
+    for dtype in ("auto", "float32"):
+        with pytest.raises(MemoryError, match="0.5 GB are free"):
+            load_model(CHAT, path, owned_by="me", cache_budget=GIGA // 4, dtype=dtype)
+
+
+def test_the_only_format_that_fits_needs_no_measuring(home, model_file, monkeypatch):
+    path, said = model_file(CHAT), []
+    free(monkeypatch, 0.75)
+    cfg = checkpoint.read_config(path)
+    chosen = formats.choose(CHAT, path, cfg, "fp", GIGA // 4, said.append)
+    assert chosen == "int8"
+    assert [line.split()[1] for line in said[:2]] == ["bfloat16", "float32"]
+    assert "the only format that fits" in said[2]
+    assert not (home / "formats.json").exists(), "with more memory, another answer might come out"
+
+
+# -- gaps ------------------------------------------------------------------------------------------
+
+GAPS = range(100, 160)
+
+
+def with_gaps():
+    """256 bytes and a special token, whose ids leave out those of `GAPS`."""
+    return bpe.Encoding(
+        "gaps",
+        pattern=r"[\s\S]",
+        ranks={bytes([b]): b if b < 100 else b + len(GAPS) for b in range(256)},
+        special_tokens={"<|endoftext|>": 400},
+    )
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_a_gap_in_the_vocabulary_is_never_drawn(tie_embeddings):
+    cfg = Config.debug(vocab_size=416, tie_embeddings=tie_embeddings)
+    encoding = with_gaps()
+    known = known_ids(encoding)
+    assert not known & set(GAPS) and 400 in known and len(known) == 257
+    params = init(jax.random.key(0), cfg)
+    drawn = {}
+    for name, own in (("with", without_gaps(params, encoding)), ("without", params)):
+        device = Device()
+        runner = Runner(own, cfg, encoding.n_vocab, 1, jnp.float32)
+        engine = Engine(runner, Scheduler(NUM_SLOTS, 1, cache.BLOCK, CHUNK, 9), 64, device)
+        how = Sampling(temperature=5.0, logit_bias={id: 50.0 for id in GAPS})
+        # The prompt holds a gap too: its embedding must stay a number.
+        request = Request(prompt=(1, 120), max_tokens=40, sampling=how, top_logprobs=20)
+        *events, end = engine.generate(request)
+        assert end == Done("length")
+        tokens = [event for event in events if isinstance(event, Token)]
+        drawn[name] = {token.id for token in tokens}
+        if name == "with":
+            assert all(id in known for token in tokens for id, _ in token.top)
+        device.close()
+    assert drawn["with"] <= known
+    assert drawn["without"] & set(GAPS), "the test would show nothing"
+
+
+def test_a_vocabulary_without_gaps_costs_nothing():
+    params = init(jax.random.key(0), Config.debug(vocab_size=300))
+    whole = bpe.Encoding(
+        "whole", pattern=r"[\s\S]", ranks={bytes([b]): b for b in range(256)}, special_tokens={}
+    )
+    assert without_gaps(params, whole) is params
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    params = init(jax.random.key(0), Config.debug(vocab_size=300))
+    with pytest.raises(ValueError, match="ids up to 400, .* only 300 rows"):
+        without_gaps(params, with_gaps())
+
+
+# -- fingerprints ----------------------------------------------------------------------------------
+
+
+def test_a_fingerprint_is_of_bytes_not_of_names_and_times(home, tmp_path):
+    one, two = tmp_path / "one.gguf", tmp_path / "two.gguf"
+    one.write_bytes(b"weights")
+    two.write_bytes(b"weights")
+    os.utime(two, (1, 1))
+    assert fingerprint.of_weights(one) == fingerprint.of_weights(two)
+    two.write_bytes(b"weighty")
+    assert fingerprint.of_weights(one) != fingerprint.of_weights(two)
+    a, b = (fingerprint.of_model(fingerprint.of_weights(one), name) for name in ("int8", "float32"))
+    assert a != b and a.startswith("fp_") and len(a) == 13
+
+
+def test_a_folder_is_all_its_files(home, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    before = fingerprint.of_weights(folder)
+    (folder / "config.json").write_text('{"rope_theta": 1}')
+    assert fingerprint.of_weights(folder) != before
+
+
+def test_a_file_is_hashed_once(home, tmp_path, monkeypatch):
+    path = tmp_path / "one.gguf"
+    path.write_bytes(b"weights")
+    first = fingerprint.of_weights(path)
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: pytest.fail("read again"))
+    assert fingerprint.of_weights(path) == first
+
+
+# -- the runner ------------------------------------------------------------------------------------
+
+
+def test_larger_steps_come_when_they_are_compiled():
+    cfg = Config.debug()
+    runner = Runner(init(jax.random.key(0), cfg), cfg, cfg.vocab_size, 2, jnp.float32)
+    assert runner.max_rows == 2
+    runner.compile(8, "read")
+    assert runner.max_rows == 8
+    held = runner.num_bytes
+    runner.warm_up()
+    assert runner.num_bytes == held > 2 * cache.bytes_per_block(cfg, np.float32)
