@@ -137,7 +137,7 @@ class _Engines(Collector):
             "stepped_rows": counter("decoded_rows", "Rows in all those steps together."),
             "restarts": counter("restarts", "Rows that gave their cache back and started over."),
         }
-        for model in self._registry.list():
+        for model in self._registry.loaded():
             stats = model.engine.stats()
             for name, family in families.items():
                 family.add_metric([model.id], getattr(stats, name))

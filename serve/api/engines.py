@@ -13,11 +13,12 @@ from serve.api.models import registry_of
 from serve.api.openapi import described
 from serve.api.replies import EngineReply, Engines
 from serve.engine import ServedModel
+from serve.registry import Offer
 
 router = APIRouter(prefix="/v1")
 
 
-def _engine(model: ServedModel) -> dict[str, Any]:
+def _engine(model: ServedModel | Offer) -> dict[str, Any]:
     return {
         "id": model.id,
         "object": "engine",

@@ -207,6 +207,7 @@ class Edit(Reply):
 class PieceReply(Reply):
     id: int
     piece: str | list[int]
+    special: bool
 
 
 class Tokens(Reply):

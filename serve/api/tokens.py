@@ -41,7 +41,7 @@ class TokenizeBody(Body):
     add_generation_prompt: bool = True
     parse_special: bool = True  # whether special tokens spelled out in text are special
     return_token_strs: bool = False
-    with_pieces: bool = False  # llama.cpp: tokens as objects of id and piece
+    with_pieces: bool = False  # llama.cpp: tokens as objects of id and piece; here with special
 
 
 class DetokenizeBody(Body):
@@ -60,7 +60,10 @@ async def tokenize(request: Request) -> dict[str, Any]:
     encoding = model.tokenizer.encoding
     tokens: list[Any] = ids
     if body.with_pieces:
-        tokens = [{"id": id, "piece": _piece(encoding, id)} for id in ids]
+        tokens = [
+            {"id": id, "piece": _piece(encoding, id), "special": encoding.is_special_token(id)}
+            for id in ids
+        ]
     return {
         "tokens": tokens,
         "count": len(ids),

@@ -193,14 +193,13 @@ export function start({ model, report }) {
 }
 
 /** A token of /tokenize with_pieces, as `pieces` takes it. */
-export function fromPiece({ id, piece }) {
+export function fromPiece({ id, piece, special }) {
   const isText = typeof piece === "string";
   const bytes = isText ? [...new TextEncoder().encode(piece)] : piece;
-  const special = isText && /^<[^<>\s]+>$/.test(piece);
   return { id, bytes, token: isText ? piece : spelled(piece), special };
 }
 
-/** Part of a character, as logprobs name it: `bytes:\\xc3`. */
+/** Part of a character, as logprobs name it: `bytes:\xc3`. */
 function spelled(bytes) {
   return "bytes:" + bytes.map((byte) => `\\x${byte.toString(16).padStart(2, "0")}`).join("");
 }

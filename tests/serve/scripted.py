@@ -30,7 +30,7 @@ from serve.engine import (
     Stats,
     Token,
 )
-from serve.registry import Registry
+from serve.registry import Offer, Registry
 from serve.settings import Settings
 
 HELLO = "Hello, wörld! 😀 Bye."  # what it says unless told otherwise
@@ -171,7 +171,7 @@ def model(
 
 
 @contextmanager
-def running(*models: ServedModel, **settings: object) -> Iterator[str]:
+def running(*models: ServedModel | Offer, **settings: object) -> Iterator[str]:
     """Serves ``models`` from a thread on a free port; gives the address, without /v1."""
     registry = Registry([*models], {"gpt-4": models[0].id})
     with tempfile.TemporaryDirectory() as home:  # not the user's own, which may hold keys

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve import keys, limits, logs
 from serve.app import create_app
 from serve.limits import RequestRate
-from serve.registry import Registry
+from serve.registry import Offer, Registry
 from serve.settings import Settings
 from tests.serve import scripted
 
@@ -220,8 +220,9 @@ def test_a_draining_server_finishes_and_takes_nothing_new(tmp_path):
 
 @pytest.fixture
 def counted(tmp_path):
+    later = Offer(id="later", created=0, owned_by="x", memory=1, load=scripted.model)
     with (
-        scripted.running(scripted.model(), home=tmp_path) as address,
+        scripted.running(scripted.model(), later, home=tmp_path) as address,
         httpx.Client(base_url=address) as http,
     ):
         yield http

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from openai import OpenAI
 
 from serve import made
 from serve.api import replies
@@ -124,8 +125,11 @@ def test_deleting_models(tmp_path):
         assert refused.status_code == 403 and refused.json()["error"]["code"] == "not_deletable"
         for unknown in ("gpt-4", "nobody", "../made"):  # an alias is not a model of its own
             assert http.delete(f"/v1/models/{unknown}").status_code in (404, 405), unknown
-        deleted = http.delete(f"/v1/models/{own}")
-        assert deleted.json() == {"id": own, "object": "model", "deleted": True}
+        with OpenAI(
+            base_url=f"{address}/v1", api_key="any", _strict_response_validation=True
+        ) as client:
+            deleted = client.models.delete(own)
+        assert deleted.id == own and deleted.object == "model" and deleted.deleted
         assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["scripted"]
         assert http.delete(f"/v1/models/{own}").status_code == 404
         assert list((tmp_path / "made").iterdir()) == []

@@ -33,14 +33,16 @@ def test_every_servers_name_for_text(http, name):
 
 
 def test_token_strings_and_pieces(http):
-    answer = post(http, "/tokenize", content="aö", return_token_strs=True, with_pieces=True)
-    assert answer["token_strs"] == ["a", r"bytes:\xc3", r"bytes:\xb6"]
-    pieces = [
-        {"id": 97, "piece": "a"},
-        {"id": 0xC3, "piece": [0xC3]},
-        {"id": 0xB6, "piece": [0xB6]},
+    answer = post(
+        http, "/tokenize", content="aö<|im_end|>", return_token_strs=True, with_pieces=True
+    )
+    assert answer["token_strs"] == ["a", r"bytes:\xc3", r"bytes:\xb6", "<|im_end|>"]
+    assert answer["tokens"] == [
+        {"id": 97, "piece": "a", "special": False},
+        {"id": 0xC3, "piece": [0xC3], "special": False},
+        {"id": 0xB6, "piece": [0xB6], "special": False},
+        {"id": IM_END, "piece": "<|im_end|>", "special": True},
     ]
-    assert answer["tokens"] == pieces
 
 
 def test_messages_are_put_through_the_template(http):
