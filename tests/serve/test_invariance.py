@@ -1,24 +1,30 @@
 """The same request and seed give the same answer under any load, to the last bit.
 
 Two layers of the real chat model are enough: the others repeat the same operations on the same
-shapes. Batch sizes 2, 4, 8 and 16 are all met, with rows that come, go, and start over.
+shapes. Batch sizes 2, 4, 8 and 16 are all met, with rows that come, go, and start over. The slow
+test at the end does it with the whole model and over HTTP.
 """
 
+import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from openai import OpenAI
 
-from serve.engine import Began, Done, Engine, Request
+from serve.engine import Began, Done, Engine, Request, Token, load_model
 from serve.engine.load import keep_compiled_programs
 from serve.engine.runner import BUCKETS, CHUNK, NUM_SLOTS, Runner
 from serve.engine.scheduler import Scheduler
+from tests.serve import scripted
 from tests.serve.scripted import wait_until
 from transformer import cache, checkpoint
 from transformer.sampling import Sampling
 
+CHAT = "smollm2-135m-instruct"
 NUM_BLOCKS = 36
 NUM_IDS = 49152
 
@@ -26,7 +32,7 @@ NUM_IDS = 49152
 @pytest.fixture(scope="module", params=["int8", "bfloat16"])
 def runner(request, model_file):
     keep_compiled_programs()
-    path = model_file("smollm2-135m-instruct")
+    path = model_file(CHAT)
     params, cfg, _ = checkpoint.load(path, format=request.param)
     params, cfg = params.replace(layers=params.layers[:2]), replace(cfg, num_layers=2)
     runner = Runner(params, cfg, NUM_IDS, NUM_BLOCKS, jnp.bfloat16)
@@ -119,3 +125,89 @@ def test_a_step_in_parts_does_not_change_a_bit(runner):
         assert answers(runner, WATCHED[1], 9) == alone
     finally:
         runner._programs = whole
+
+
+def random_body(dice: random.Random, beginnings: list[str]) -> dict:
+    """A request as people make them; some share how they begin."""
+    words = [chr(ord("a") + dice.randrange(26)) * dice.randint(1, 6) for _ in range(80)]
+    return {
+        "model": CHAT,
+        "prompt": dice.choice(beginnings) + " ".join(words[: dice.randint(1, 80)]),
+        "max_tokens": dice.randint(1, 32),
+        "temperature": dice.choice([0, 0.5, 1, 1.5]),
+        "top_p": dice.choice([1, 1, 0.9, 0.5]),
+        "frequency_penalty": dice.choice([0, 0, 0.5, -0.5]),
+        "seed": dice.randrange(2**31),
+        "logprobs": 3,
+    }
+
+
+@pytest.mark.slow
+def test_a_hundred_random_requests_get_the_same_text_whatever_happens_around_them(model_file):
+    """Alone and among seven, with and without the prefix cache, streamed and not."""
+    served = load_model(
+        CHAT,
+        model_file(CHAT),
+        owned_by="test",
+        cache_budget=256 * 2**20,
+        dtype="int8",
+        max_rows=16,
+    )
+    tokenizer = served.tokenizer
+    dice = random.Random(5)
+    beginnings = ["", "Hello. ", " ".join(f"1{number}" for number in range(90))]
+    bodies = [random_body(dice, beginnings) for _ in range(100)]
+
+    def alone(body: dict) -> tuple[str, list[float]]:
+        how = {name: body[name] for name in ("temperature", "top_p", "frequency_penalty", "seed")}
+        request = Request(
+            prompt=tuple(tokenizer.encoding.encode_ordinary(body["prompt"])),
+            max_tokens=body["max_tokens"],
+            sampling=Sampling(**how),
+            stop_ids=tokenizer.stop_ids,
+            top_logprobs=3,
+            reuse=False,
+        )
+        tokens = [event for event in served.engine.generate(request) if isinstance(event, Token)]
+        text = tokenizer.encoding.decode([token.id for token in tokens])
+        return text, [token.logprob for token in tokens]
+
+    def whole(client: OpenAI, body: dict) -> tuple[str, list[float]]:
+        (choice,) = client.completions.create(**body).choices
+        return choice.text, choice.logprobs.token_logprobs
+
+    def streamed(client: OpenAI, body: dict) -> tuple[str, list[float]]:
+        text, logprobs = "", []
+        for chunk in client.completions.create(**body, stream=True):
+            text += chunk.choices[0].text
+            if chunk.choices[0].logprobs:
+                logprobs += chunk.choices[0].logprobs.token_logprobs
+        return text, logprobs
+
+    try:
+        expected = [alone(body) for body in bodies]
+        assert len({text for text, _ in expected}) > 80, "the requests differ"
+        before = served.engine.stats()
+        with (
+            scripted.running(served) as address,
+            OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0) as client,
+            ThreadPoolExecutor(8) as pool,
+        ):
+            for way in (whole, streamed):
+                order = dice.sample(range(100), 100)
+                answers = dict(
+                    zip(
+                        order,
+                        pool.map(lambda i, way=way: way(client, bodies[i]), order),
+                        strict=True,
+                    )
+                )
+                for i, (text, logprobs) in enumerate(expected):
+                    assert answers[i][0] == text, f"{way.__name__}: {bodies[i]}"
+                    assert answers[i][1][: len(logprobs)] == pytest.approx(logprobs, abs=0)
+        after = served.engine.stats()
+        assert before.cached_tokens == 0 and after.cached_tokens > 5000
+        rows, steps = after.stepped_rows - before.stepped_rows, after.steps - before.steps
+        assert rows > 2 * steps, "they ran together"
+    finally:
+        served.close(drain=False)
