@@ -20,6 +20,7 @@ test: .models ## install, fetch the models (570 MB), run the tests
 	@$(BIN)/pytest -q $(ARGS)
 
 slow: .models ## the tests that take long, notebooks among them, then the comparisons
+	@sh scripts/setup.sh parity
 	@$(BIN)/pytest -q -m slow $(ARGS)
 	@$(MAKE) parity
 
