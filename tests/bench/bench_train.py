@@ -1,0 +1,146 @@
+"""How fast a vocabulary is trained: Pellucid beside Hugging Face's tokenizers, on one thread.
+
+    python tests/bench/bench_train.py [--rounds 3] [--megabytes 50] [FILE ...]
+
+Both get the same texts: the lines of the files, or of the Python source that is installed here.
+They must learn the same merges, all of them and in the same order, else no time is reported and the
+exit status is 1. In every round each is timed once, in a process of its own, from the texts in
+memory to the merges; ratios are taken within a round.
+
+Left out: several threads, which tokenizers can use and we cannot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+OURS, PEER = "pellucid", "tokenizers"
+
+
+def read(files: list[Path], size: int) -> list[str]:
+    """The lines of the files, up to `size` bytes of them."""
+    if not files:
+        paths = sysconfig.get_paths()
+        folders = dict.fromkeys(Path(paths[name]) for name in ("stdlib", "purelib"))
+        files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    lines: list[str] = []
+    for path in dict.fromkeys(files):
+        text = path.read_bytes()[:size].decode("utf-8", "replace")
+        lines += text.splitlines(keepends=True)
+        size -= len(text.encode())
+        if size <= 0:
+            break
+    return lines
+
+
+def train_ours(lines: list[str], merges: int) -> list[list[str]]:
+    sys.path.insert(0, str(ROOT))
+    from bpe.formats import byte_characters
+    from bpe.pretokenize import GPT2
+    from bpe.train import vocabulary
+    from bpe.train_fast import count_pieces, learn
+
+    learned = learn(count_pieces(lines, GPT2), merges)
+    characters = byte_characters()
+    tokens = ["".join(characters[byte] for byte in token) for token in vocabulary(learned)]
+    return [[tokens[left], tokens[right]] for left, right in learned]
+
+
+def train_peer(lines: list[str], merges: int) -> list[list[str]]:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=256 + merges,
+        min_frequency=2,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    return json.loads(tokenizer.to_str())["model"]["merges"]
+
+
+def work(name: str, files: list[Path], size: int, merges: int) -> None:
+    """One contender: trains once and prints how it went, as JSON."""
+    lines = read(files, size)
+    started = time.perf_counter()
+    learned = {OURS: train_ours, PEER: train_peer}[name](lines, merges)
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "peak_mb": peak / (1e6 if sys.platform == "darwin" else 1e3),  # bytes, or kilobytes
+                "bytes": sum(len(line.encode()) for line in lines),
+                "merges": len(learned),
+                "digest": hashlib.sha256(json.dumps(learned).encode()).hexdigest(),
+            }
+        )
+    )
+
+
+def run(name: str, options: argparse.Namespace) -> dict:
+    arguments = ["--megabytes", str(options.megabytes), "--merges", str(options.merges)]
+    # Both on one thread: that of NumPy's sorts and of Rust's loops.
+    alone = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    output = subprocess.run(
+        [sys.executable, __file__, "--worker", name, *arguments, *map(str, options.files)],
+        env=os.environ | alone,
+        stdout=subprocess.PIPE,
+        check=True,
+    ).stdout
+    return json.loads(output)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("files", nargs="*", type=Path, help="texts; default: installed Python")
+    parser.add_argument("--rounds", type=int, default=3, help="default 3")
+    parser.add_argument("--megabytes", type=float, default=50, help="default 50")
+    parser.add_argument("--merges", type=int, default=32_000, help="default 32000")
+    parser.add_argument("--worker", choices=[OURS, PEER], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(options.worker, options.files, round(options.megabytes * 1e6), options.merges)
+        return 0
+    if not importlib.util.find_spec(PEER):
+        raise SystemExit(f"{PEER} is not installed: pip install -e '.[parity]'")
+
+    rounds: list[dict[str, dict]] = []
+    for number in range(1, options.rounds + 1):
+        print(f"round {number} of {options.rounds}", file=sys.stderr)
+        rounds.append({name: run(name, options) for name in (OURS, PEER)})
+        if len({result["digest"] for result in rounds[-1].values()}) > 1:
+            print("they learned different merges: no time is reported", file=sys.stderr)
+            return 1
+
+    result = rounds[0][OURS]
+    print(f"{result['merges']} merges of {result['bytes'] / 1e6:.1f} MB, the same from both")
+    print(f"{PEER} {importlib.metadata.version(PEER)}, one thread each, median of {len(rounds)}")
+    for name in (OURS, PEER):
+        seconds = statistics.median(round[name]["seconds"] for round in rounds)
+        peak = max(round[name]["peak_mb"] for round in rounds)
+        print(f"  {name:<11} {seconds:6.1f} s   {peak:6.0f} MB at most")
+    ratios = sorted(round[PEER]["seconds"] / round[OURS]["seconds"] for round in rounds)
+    print(f"  {PEER} takes {statistics.median(ratios):.2f} times as long", end="")
+    print(f" ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
