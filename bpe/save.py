@@ -27,13 +27,17 @@ def save(encoding: Encoding, path: str | Path) -> None:
         ValueError: if the name ends otherwise, or the format cannot hold this encoding.
     """
     path = Path(path)
-    writers = {".tiktoken": tiktoken_lines, ".json": tokenizer_json}
-    if path.suffix not in writers:
-        raise ValueError(f"{path}: the name must end in .tiktoken or .json")
-    text = writers[path.suffix](encoding)
+    check_name(path)
+    text = tiktoken_lines(encoding) if path.suffix == ".tiktoken" else tokenizer_json(encoding)
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
+
+
+def check_name(path: Path) -> None:
+    """Raises ValueError if `save` would refuse a name."""
+    if path.suffix not in (".tiktoken", ".json"):
+        raise ValueError(f"{path}: the name must end in .tiktoken or .json")
 
 
 def tiktoken_lines(encoding: Encoding) -> str:
@@ -43,7 +47,7 @@ def tiktoken_lines(encoding: Encoding) -> str:
         ValueError: if ids are no merge priorities: tokens with merges of their own (as in Hugging
             Face's and GGUF files), or a normalization.
     """
-    if encoding._merges is not None or encoding.normalization or encoding.dropped_bytes:
+    if encoding.merges is not None or encoding.normalization or encoding.dropped_bytes:
         raise ValueError(
             f"{encoding!r} cannot be a .tiktoken file: its ids are no merge priorities; "
             "save it as tokenizer.json"
@@ -63,15 +67,15 @@ def tokenizer_json(encoding: Encoding) -> str:
     def spelled(token: bytes) -> str:
         return "".join(characters[byte] for byte in token)
 
-    pairs = merges_of(encoding.ranks) if encoding._merges is None else encoding._merges
+    pairs = merges_of(encoding.ranks) if encoding.merges is None else encoding.merges
     splits = [
         {
             "type": "Split",
-            "pattern": {"Regex": to_oniguruma(pattern.pattern)},
+            "pattern": {"Regex": to_oniguruma(pattern)},
             "behavior": "Isolated",
             "invert": False,
         }
-        for pattern in encoding._patterns
+        for pattern in encoding.patterns
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     added = [
@@ -106,7 +110,7 @@ def tokenizer_json(encoding: Encoding) -> str:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": encoding._whole_pieces,
+            "ignore_merges": encoding.whole_pieces,
             "vocab": {spelled(token): id for token, id in encoding.ranks.items()},
             "merges": [[spelled(left), spelled(right)] for left, right in pairs],
         },

@@ -1,0 +1,104 @@
+"""Explaining: the steps are those of the merge, and what is drawn is what they say."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bpe
+from bpe.explain import drawing, explain, measure, shown, steps
+from bpe.pretokenize import GPT2, compile_pattern, split
+from bpe.train import train
+from tests.bpe import tiny
+
+ENCODING = tiny.encoding()
+# Without merges of their own: any two tokens that make a third.
+RANKS = train(["low lower lowest slow slower é é 🙂 🙂"] * 2, vocab_size=300)
+
+
+def test_steps():
+    first, second, third = steps(ENCODING, b"lower")
+    assert (first.left, first.right, first.rank, first.at) == (b"o", b"w", 0, 1)
+    assert first.parts == (b"l", b"ow", b"e", b"r")
+    assert first.others == (2, 5), "e + r, and l + o, which will not be possible any more"
+    assert (second.left, second.right, second.rank, second.others) == (b"l", b"ow", 1, (2,))
+    assert third.parts == (b"low", b"er") and third.others == ()
+    assert steps(ENCODING, b"x") == steps(ENCODING, b"") == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.sampled_from("lower sé🙂a\n1"), min_size=1, max_size=20))
+@pytest.mark.parametrize("encoding", [ENCODING, RANKS], ids=["pairs", "ranks"])
+def test_the_last_step_is_what_encoding_says(encoding, text):
+    for piece in split([compile_pattern(GPT2)], text):
+        taken = steps(encoding, piece.encode())
+        parts = list(taken[-1].parts) if taken else [bytes([b]) for b in piece.encode()]
+        assert parts == encoding.decode_tokens_bytes(encoding.encode_ordinary(piece))
+        assert [step.rank for step in taken] == [
+            min([step.rank, *step.others]) for step in taken
+        ], "always the lowest"
+
+
+def test_drawing():
+    assert drawing(ENCODING, "lower").split("\n") == [
+        "l   o   w   e   r",
+        "l   o───w   e   r     ow = o + w    rank 0, before 2, 5",
+        "l───o───w   e   r     low = l + ow  rank 1, before 2",
+        "l───o───w   e───r     er = e + r    rank 2",
+        f"low {tiny.IDS[b'low']}     er {tiny.IDS[b'er']}",
+    ]
+    assert drawing(ENCODING, " 😀").split("\n") == [
+        "·   F0  9F  98  80",
+        "·   F0──9F  98  80     F09F = F0 + 9F      rank 6",
+        "·   F0──9F──98  80     F09F98 = F09F + 98  rank 7",
+        "· 35   F09F98 266   80 131",
+    ]
+    assert drawing(ENCODING, "x") == f"x\nx {tiny.IDS[b'x']}"
+
+
+def test_a_token_that_no_merges_lead_to():
+    ids = {bytes([b]): b for b in range(256)} | {b"lo": 256, b"ow": 257, b"low": 258}
+    merges = [(b"l", b"o"), (b"o", b"w"), (b"l", b"ow")]
+    encoding = bpe.Encoding(
+        "i", pattern=".+", ranks=ids, special_tokens={}, merges=merges, ignore_merges=True
+    )
+    assert drawing(encoding, "low") == "l   o   w\nlow is a token, 258, though no merges lead to it"
+    assert "lo = l + o" in drawing(encoding, "lows")
+
+
+def test_long_pieces_are_not_drawn():
+    text = drawing(ENCODING, "a" * 100)
+    assert text.startswith("100 bytes are too many to draw") and "aaaa" in text
+    assert text.count("\n") == 1
+
+
+def test_explain_says_each_piece_once():
+    text = explain(ENCODING, "low lower low lower")
+    assert text.startswith("'low lower low lower' is cut into 4 pieces and becomes 4 tokens.\n")
+    assert text.count("·low = ") == 2, "in ' lower' and ' low'"
+    assert explain(ENCODING, "x").startswith("'x' is cut into 1 piece and becomes 1 token.")
+    assert explain(ENCODING, "") == "'' is cut into 0 pieces and becomes 0 tokens."
+
+
+def test_explain_normalizes_as_encoding_does():
+    encoding = tiny.encoding(normalization="NFC")
+    assert "C3  A9" in explain(encoding, "e\u0301")
+
+
+@pytest.mark.parametrize(
+    ("token", "text"),
+    [
+        (b" a b", "·a·b"), (b"\n\t", "\\n\\t"), ("é".encode(), "é"), (b"\xc3", "C3"),
+        (b"a\xc3", "61C3"), (b" \x1b", "·\\x1b"), (b"\\", "\\"),
+    ],
+)  # fmt: skip
+def test_a_token_on_one_line(token, text):
+    assert shown(token) == text
+
+
+def test_measure():
+    measures = measure(ENCODING, "low lower 😀<|im_end|>")
+    assert (measures.tokens, measures.characters, measures.words, measures.bytes) == (6, 21, 3, 24)
+    assert measures.per_token(measures.characters) == 3.5
+    nothing = measure(ENCODING, "")
+    assert nothing.tokens == 0 and nothing.per_token(nothing.words) == 0.0
+    assert measure(ENCODING, "\ud800").bytes == 3
