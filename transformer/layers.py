@@ -23,12 +23,22 @@ _CORES = 2 ** int(math.log2(min(os.cpu_count() or 1, 8)))
 
 
 @struct.dataclass
+class Lora:
+    """What a low-rank adapter adds to a linear map: `x @ a.T @ b.T * scale`; see `lora.py`."""
+
+    a: jax.Array  # [r, in] float32 or bfloat16
+    b: jax.Array  # [out, r]
+    scale: float = struct.field(pytree_node=False)
+
+
+@struct.dataclass
 class Linear:
     """`y = x @ weight.T * scale + bias`. Also the token table: one row a token."""
 
     weight: jax.Array  # [out, in] float32, bfloat16 or int8
     bias: jax.Array | None = None  # [out] float32
     scale: jax.Array | None = None  # [out] float32, present exactly when weight is int8
+    lora: Lora | None = None
 
 
 @struct.dataclass
@@ -57,6 +67,9 @@ def linear(x: jax.Array, p: Linear) -> jax.Array:
         y = _product(rows.astype(p.weight.dtype), p.weight)  # [R, out]
     if p.bias is not None:
         y = y + p.bias
+    if p.lora is not None:
+        inner = _product(rows.astype(p.lora.a.dtype), p.lora.a)  # [R, r]
+        y = y + _product(inner.astype(p.lora.b.dtype), p.lora.b) * p.lora.scale
     return y[:num_rows].reshape(*x.shape[:-1], -1)
 
 
@@ -77,7 +90,7 @@ def quantize(p: Linear) -> Linear:
     """The int8 form of `p`: each output row is scaled so that its largest weight becomes 127."""
     scale = jnp.maximum(jnp.max(jnp.abs(p.weight), axis=1), 1e-30) / 127.0  # [out]
     weight = jnp.round(p.weight / scale[:, None]).astype(jnp.int8)
-    return Linear(weight=weight, bias=p.bias, scale=scale)
+    return p.replace(weight=weight, scale=scale)
 
 
 def embed(table: Linear, ids: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ Pickled weights (`pytorch_model.bin`, `.pt`) are refused: unpickling runs whatev
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,20 @@ _FLOATS = ("F32", "F16", "BF16", "F64")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(folder: Path, *, ignore: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Reads `config.json` and opens the tensors of a folder.
+
+    Args:
+        ignore: names of tensors that may be there, of any type, and are not wanted.
 
     Raises:
         FileNotFoundError: no config.json, or no safetensors file.
         ValueError: only pickled weights, or an index that names what is not there.
     """
-    from safetensors import safe_open
-
-    config = _read_object(folder / "config.json")
+    config = read_object(folder / "config.json")
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        places = _read_object(index).get("weight_map")
+        places = read_object(index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
             raise ValueError(f"{index}: weight_map must give a file name for each tensor")
         names = sorted(set(places.values()))
@@ -52,21 +54,36 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     tensors: dict[str, Tensor] = {}
     for shard in shards:
-        try:
-            file = safe_open(shard, framework="numpy")
-        except Exception as error:  # the package has no public exception for a damaged header
-            raise ValueError(f"{shard}: not a readable safetensors file ({error})") from error
-        for name in file.keys():  # noqa: SIM118 (not a dict)
-            if name in tensors:
-                raise ValueError(f"{shard}: the tensor {name!r} stands in two shards")
-            rows = file.get_slice(name)
-            if (dtype := rows.get_dtype()) not in _FLOATS:
-                raise ValueError(f"{shard}: {name!r} must be one of {_FLOATS}, got {dtype}")
-            tensors[name] = Tensor(tuple(rows.get_shape()), _row_reader(rows))
+        found = read_tensors(shard, ignore=ignore)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise ValueError(f"{shard}: the tensor {twice[0]!r} stands in two shards")
+        tensors |= found
     return config, tensors
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_tensors(path: Path, *, ignore: Collection[str] = ()) -> dict[str, Tensor]:
+    """Opens the tensors of one file; see `read`."""
+    from safetensors import safe_open
+
+    try:
+        file = safe_open(path, framework="numpy")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # the package has no public exception for a damaged header
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    tensors: dict[str, Tensor] = {}
+    for name in file.keys():  # noqa: SIM118 (not a dict)
+        if name in ignore:
+            continue
+        rows = file.get_slice(name)
+        if (dtype := rows.get_dtype()) not in _FLOATS:
+            raise ValueError(f"{path}: {name!r} must be one of {_FLOATS}, got {dtype}")
+        tensors[name] = Tensor(tuple(rows.get_shape()), _row_reader(rows))
+    return tensors
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds; ValueError, naming the file, if it holds no such thing."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -80,14 +97,20 @@ def _row_reader(rows: Any):
     return lambda start, stop: np.asarray(rows[start:stop]).astype(np.float32)
 
 
-def write(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-    """Writes `config.json` and `model.safetensors`; each file appears whole or not at all."""
+def write(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: dict[str, np.ndarray],
+    *,
+    names: tuple[str, str] = ("config.json", "model.safetensors"),
+) -> None:
+    """Writes the config and the tensors; each file appears whole or not at all."""
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / "model.safetensors.tmp"
+    weights = folder / f"{names[1]}.tmp"
     save_file(tensors, weights, metadata={"format": "pt"})
-    weights.replace(folder / "model.safetensors")
-    text = folder / "config.json.tmp"
+    weights.replace(folder / names[1])
+    text = folder / f"{names[0]}.tmp"
     text.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    text.replace(folder / "config.json")
+    text.replace(folder / names[0])

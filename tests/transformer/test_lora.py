@@ -1,0 +1,189 @@
+"""Adapters: against PEFT, back to its files, merged as applied, and what is refused."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.transformer.conftest import GOLDEN, noise
+from transformer import decoder, generate, lora
+from transformer.config import Config
+from transformer.layers import Linear, quantize
+
+FAMILIES = ("llama", "gpt2", "gemma3")
+FOLDER = GOLDEN / "lora"
+forward = jax.jit(decoder.forward, static_argnums=1)
+
+
+def random_adapter(cfg: Config, **how) -> lora.Adapter:
+    return noise(lora.init(jax.random.key(1), cfg, **dict(rank=4, alpha=6) | how))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_agrees_with_peft(tiny, name):
+    params, cfg, _ = tiny(name)
+    golden = np.load(FOLDER / name / "golden.npz")
+    adapter = lora.load(FOLDER / name, cfg)
+    for changed in (lora.apply(params, adapter), lora.merge(params, adapter)):
+        logits, _ = forward(changed, cfg, golden["ids"])
+        np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-4)
+    plain, _ = forward(params, cfg, golden["ids"])
+    assert np.abs(plain - golden["logits"]).max() > 0.1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_saved_is_loaded_bit_by_bit(tiny, tmp_path, name):
+    _, cfg, _ = tiny(name)
+    adapter = lora.load(FOLDER / name, cfg)
+    lora.save(tmp_path, adapter, cfg, base=name)
+    again = lora.load(tmp_path, cfg)
+    assert jax.tree.structure(again) == jax.tree.structure(adapter)
+    jax.tree.map(np.testing.assert_array_equal, again, adapter)
+    theirs = load_file(FOLDER / name / "adapter_model.safetensors")
+    ours = load_file(tmp_path / "adapter_model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        np.testing.assert_array_equal(ours[key], theirs[key])
+
+
+def test_a_fresh_adapter_changes_nothing_and_trains():
+    cfg = Config.debug()
+    params = noise(decoder.init(jax.random.key(0), cfg))
+    adapter = lora.init(jax.random.key(1), cfg, rank=4, alpha=8)
+    ids = np.arange(12)[None]
+    before, _ = forward(params, cfg, ids)
+    np.testing.assert_array_equal(forward(lora.apply(params, adapter), cfg, ids)[0], before)
+
+    def loss(adapter):
+        return decoder.forward(lora.apply(params, adapter), cfg, ids)[0].sum()
+
+    gradients = jax.grad(loss)(adapter)
+    assert len(gradients) == 2 and set(gradients[0]) == set(lora.PARTS)
+    for own in gradients:  # only B moves at first: A is multiplied with its zeros
+        assert all(np.abs(part.b).max() > 0 and not part.a.any() for part in own.values())
+
+
+def test_parts_that_a_layer_lacks_are_passed_over():
+    cfg = Config.debug(mlp="gelu")
+    (first, _) = lora.init(jax.random.key(0), cfg, rank=1, alpha=1, parts=("gate", "up"))
+    assert set(first) == {"up"}
+
+
+@pytest.mark.parametrize("format", ["bfloat16", "int8"])
+def test_beside_narrow_weights(format):
+    cfg = Config.debug()
+    params = noise(decoder.init(jax.random.key(0), cfg))
+    adapter = random_adapter(cfg)
+
+    def narrow(p):
+        return p.replace(weight=p.weight.astype(jnp.bfloat16)) if format != "int8" else quantize(p)
+
+    def is_linear(node):
+        return isinstance(node, Linear)
+
+    small = jax.tree.map(lambda p: narrow(p) if is_linear(p) else p, params, is_leaf=is_linear)
+    ids = np.arange(12)[None]
+    found, _ = forward(lora.apply(small, adapter), cfg, ids)
+    expected, _ = forward(lora.apply(params, adapter), cfg, ids)
+    plain, _ = forward(params, cfg, ids)
+    assert np.abs(found - expected).max() < 0.15 * np.abs(plain - expected).max()
+    if format == "int8":
+        with pytest.raises(ValueError, match="cannot be merged into int8 weights"):
+            lora.merge(small, adapter)
+
+
+def test_generation_reads_an_applied_adapter():
+    cfg = Config.debug()
+    params = noise(decoder.init(jax.random.key(0), cfg))
+    adapter = random_adapter(cfg)
+    applied = generate.generate(lora.apply(params, adapter), cfg, [1, 2, 3], max_new_tokens=8)
+    merged = generate.generate(lora.merge(params, adapter), cfg, [1, 2, 3], max_new_tokens=8)
+    assert list(applied) == list(merged)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"frobnicate": 1}, "'frobnicate', whose meaning is not known"),
+        ({"peft_type": "IA3"}, "peft_type must be 'LORA', got 'IA3'"),
+        ({"use_dora": True}, "use_dora must be False or None, got True"),
+        ({"bias": "all"}, "bias must be 'none', got 'all'"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern must be .* got .'q_proj': 2"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights must be .* got 'pissa'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save must be"),
+        ({"r": 0}, "r must be a positive integer, got 0"),
+        ({"r": 5}, r"lora_B.weight must have shape \(48, 5\), got \(48, 4\)"),
+        ({"lora_alpha": "6"}, "lora_alpha must be a number, got '6'"),
+        ({"r": None}, "r must be a positive integer, got None"),
+    ],
+    ids=str,
+)
+def test_configs_that_are_refused(tiny, tmp_path, change, said):
+    shutil.copytree(FOLDER / "llama", tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=said):
+        lora.load(tmp_path / "a", tiny("llama").cfg)
+
+
+def test_files_that_are_refused(tiny, tmp_path):
+    cfg, folder = tiny("llama").cfg, tmp_path / "a"
+    shutil.copytree(FOLDER / "llama", folder)
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    first = next(name for name in tensors if "layers.1" in name)
+    save_file({name: array for name, array in tensors.items() if name != first}, weights)
+    with pytest.raises(ValueError, match=f"lacks {first}"):
+        lora.load(folder, cfg)
+    save_file(tensors | {"extra": np.zeros(3, "f4")}, weights)
+    with pytest.raises(ValueError, match="holds extra, which this model has no place for"):
+        lora.load(folder, cfg)
+    with pytest.raises(ValueError, match="holds .*layers.1.* no place for"):
+        lora.load(FOLDER / "llama", Config(**vars(cfg) | {"num_layers": 1}))
+    weights.write_bytes((FOLDER / "llama" / weights.name).read_bytes()[:2000])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        lora.load(folder, cfg)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_model.safetensors"):
+        lora.load(folder, cfg)
+
+
+def test_adapters_that_cannot_be_written(tiny, tmp_path):
+    cfg = tiny("gpt2").cfg
+    with pytest.raises(ValueError, match="has one A for q, k and v"):
+        lora.save(tmp_path, random_adapter(cfg), cfg)
+    cfg = tiny("llama").cfg
+    first, second = random_adapter(cfg)[0], random_adapter(cfg, rank=2)[1]
+    with pytest.raises(ValueError, match="one rank and one scale"):
+        lora.save(tmp_path, (first, second), cfg)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [({"rank": 0}, "rank must be at least 1, got 0"), ({"parts": ("q", "x")}, "got 'x'")],
+)
+def test_adapters_that_cannot_be(how, said):
+    with pytest.raises(ValueError, match=said):
+        random_adapter(Config.debug(), **how)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("parts", [lora.PARTS, ("q", "down")], ids=["all", "some"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3"])
+def test_peft_opens_what_we_save(tiny, tmp_path, name, parts):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    params, cfg, golden = tiny(name)
+    adapter = random_adapter(cfg, rank=3, parts=parts)
+    lora.save(tmp_path, adapter, cfg, base=str(GOLDEN / name))
+    base = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.inference_mode():
+        expected = model(torch.tensor(golden["ids"].astype(np.int64))).logits.numpy()
+    logits, _ = forward(lora.apply(params, adapter), cfg, golden["ids"])
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+    assert np.abs(logits - golden["logits"]).max() > 0.1
