@@ -1,0 +1,287 @@
+"""The encoder: equal to transformers and sentence-transformers, whatever shares its rows."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import bpe
+from tests.transformer.conftest import noise
+from transformer import encoder, packing
+from transformer.checkpoint import bert
+from transformer.encoder import Config
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "encoder"
+POOLINGS = ("mean", "cls")
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+
+
+def folder(pooling: str, into: Path) -> Path:
+    """A copy of a tiny encoder that a test may change."""
+    for file in (GOLDEN / pooling).rglob("*"):
+        if file.is_file() and file.name != "golden.npz":
+            target = into / file.relative_to(GOLDEN / pooling)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    return into
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_every_intermediate_equals_that_of_transformers(pooling: str) -> None:
+    params, cfg = bert.load(GOLDEN / pooling)
+    golden = np.load(GOLDEN / pooling / "golden.npz")
+    assert (cfg.pooling, cfg.normalize) == (pooling, pooling == "mean")
+    x, found = encoder.forward(
+        params, cfg, golden["ids"], golden["mask"], taps=("residual", "attention")
+    )
+    there = golden["mask"] > 0
+    for ours, theirs in zip(found["residual"], golden["residual"], strict=True):
+        np.testing.assert_allclose(ours[there], theirs[there], atol=1e-5)
+    np.testing.assert_array_equal(x, found["residual"][-1])
+    for row, length in enumerate(golden["mask"].sum(1)):
+        np.testing.assert_allclose(
+            found["attention"][:, row, :, :length, :length],
+            golden["attention"][:, row, :, :length, :length],
+            atol=1e-5,
+        )
+    vectors = encoder.pool(x, cfg, golden["mask"], 1)[:, 0]
+    np.testing.assert_allclose(vectors, golden["vectors"], atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_texts_that_share_rows_do_not_see_each_other(pooling: str) -> None:
+    cfg = Config.debug(pooling=pooling)
+    params = noise(encoder.init(jax.random.key(0), cfg))
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, 320, n).tolist() for n in (1, 1, 5, 5, 17, 32, 60, 128)]
+    together = encoder.embed_all(params, cfg, texts)
+    for text, vector in zip(texts, together, strict=True):
+        alone, _ = encoder.forward(params, cfg, np.array([text]), np.ones((1, len(text)), np.int32))
+        ones = np.ones((1, len(text)), np.int32)
+        np.testing.assert_allclose(encoder.pool(alone, cfg, ones, 1)[0, 0], vector, atol=2e-5)
+
+
+def test_packing_places_every_token_once_and_uses_known_shapes_only() -> None:
+    rng = np.random.default_rng(0)
+    for longest in (20, 256, 512):
+        texts = [rng.integers(1, 1000, n).tolist() for n in rng.integers(1, longest + 1, 300)]
+        texts += [[7]] * 50  # rows hold so many texts and no more
+        seen = {}
+        for batch in packing.pack(texts, longest):
+            assert batch.ids.shape in packing.shapes(longest)
+            assert not batch.ids[batch.segments == 0].any()
+            assert batch.segments.max() <= batch.max_texts
+            for text, row, slot in zip(batch.texts, batch.rows, batch.slots, strict=True):
+                seen[int(text)] = batch.ids[row][batch.segments[row] == slot + 1].tolist()
+        assert [seen[i] for i in range(len(texts))] == texts
+
+
+def test_packing_wastes_little() -> None:
+    rng = np.random.default_rng(0)
+    texts = [[1] * int(n) for n in rng.integers(12, 150, 256)]
+    computed = sum(batch.ids.size for batch in packing.pack(texts, 256))
+    assert sum(map(len, texts)) > 0.96 * computed
+
+
+def test_a_text_that_is_empty_or_too_long_or_of_another_vocabulary_is_refused() -> None:
+    cfg = Config.debug(max_tokens=10)
+    params = encoder.init(jax.random.key(0), cfg)
+    with pytest.raises(ValueError, match="text 1 has 11 tokens: between 1 and 10"):
+        encoder.embed_all(params, cfg, [[1], [1] * 11])
+    with pytest.raises(ValueError, match="text 0 has 0 tokens"):
+        encoder.embed_all(params, cfg, [[]])
+    with pytest.raises(ValueError, match="text 1 has the id 320: ids go from 0 to 319"):
+        encoder.embed_all(params, cfg, [[1], [1, 320]])
+    assert encoder.embed_all(params, cfg, []).shape == (0, 32)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_heads": 2},
+        {"norm_eps": 0.1},
+        {"pooling": "cls"},
+        {"normalize": False},
+    ],
+)
+def test_a_changed_field_changes_the_vectors(change: dict) -> None:
+    cfg = Config.debug()
+    params = noise(encoder.init(jax.random.key(0), cfg))
+    texts = [[1, 2, 3, 4], [5, 6, 7]]
+    before = encoder.embed_all(params, cfg, texts)
+    after = encoder.embed_all(params, dataclasses.replace(cfg, **change), texts)
+    assert np.abs(before - after).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 0}, "num_layers must be a positive integer, got 0"),
+        ({"num_heads": 5}, "d_model must be a multiple of num_heads, got 32 and 5"),
+        ({"max_tokens": 129}, "max_tokens must be at most max_seq_len, got 129 and 128"),
+        ({"norm_eps": 0.0}, "norm_eps must be between 0 and 1"),
+        ({"pooling": "max"}, "pooling must be 'mean' or 'cls', got 'max'"),
+        ({"normalize": 1}, "normalize must be True or False, got 1"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config.debug(**change)
+
+
+def test_to_hf_and_from_hf_are_inverses() -> None:
+    cfg = Config.debug(max_tokens=64, pooling="cls", normalize=False, norm_eps=1e-5)
+    again = Config.from_hf(cfg.to_hf(), max_tokens=64, pooling="cls", normalize=False)
+    assert again == cfg
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "relu"}, "hidden_act must be 'gelu', got 'relu'"),
+        ({"model_type": "xlm-roberta"}, "model_type must be 'bert', got 'xlm-roberta'"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type must be"),
+        ({"rope_theta": 1e4}, "the key 'rope_theta', whose meaning is not known"),
+        ({"hidden_size": None}, "d_model must be a positive integer, got None"),
+    ],
+)
+def test_a_config_json_with_another_meaning_is_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config.from_hf(Config.debug().to_hf() | change)
+
+
+def test_a_config_json_without_a_size_is_refused() -> None:
+    config = Config.debug().to_hf()
+    del config["intermediate_size"]
+    with pytest.raises(ValueError, match="config.json lacks intermediate_size"):
+        Config.from_hf(config)
+
+
+@pytest.mark.parametrize("format", ["float32", "bfloat16"])
+def test_saved_weights_load_bit_for_bit(format: str, tmp_path: Path) -> None:
+    params, cfg = bert.load(GOLDEN / "cls", format=format)
+    bert.save(tmp_path, params, cfg)
+    again, its_cfg = bert.load(tmp_path, format=format)
+    assert its_cfg == cfg
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_a_missing_superfluous_or_misshapen_tensor_is_named(tmp_path: Path) -> None:
+    path = folder("mean", tmp_path) / "model.safetensors"
+    whole = load_file(path)
+    name = "encoder.layer.1.output.dense.weight"
+
+    save_file({k: v for k, v in whole.items() if k != name}, path)
+    with pytest.raises(ValueError, match=f"lacks {name}"):
+        bert.load(tmp_path)
+    save_file(whole | {"cls.predictions.bias": np.zeros(3, np.float32)}, path)
+    with pytest.raises(ValueError, match="holds cls.predictions.bias, which this model has no"):
+        bert.load(tmp_path)
+    save_file(whole | {name: whole[name].T.copy()}, path)
+    with pytest.raises(ValueError, match=rf"{name} must have shape \(32, 56\), got \(56, 32\)"):
+        bert.load(tmp_path)
+    save_file(whole | {"embeddings.position_ids": np.arange(40)[None]}, path)
+    bert.load(tmp_path)  # follows from the config; older files hold it
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        bert.load(tmp_path)
+
+
+def test_a_folder_that_does_not_say_how_to_pool_needs_to_be_told(tmp_path: Path) -> None:
+    (folder("mean", tmp_path) / "modules.json").unlink()
+    with pytest.raises(ValueError, match=r"no modules.json .* give pooling"):
+        bert.load(tmp_path)
+    _, cfg = bert.load(tmp_path, pooling="cls", normalize=False)
+    assert (cfg.pooling, cfg.normalize) == ("cls", False)
+
+
+def test_a_step_or_a_pooling_we_lack_is_refused(tmp_path: Path) -> None:
+    folder("mean", tmp_path)
+    steps = json.loads((tmp_path / "modules.json").read_text())
+    pooling = tmp_path / "1_Pooling" / "config.json"
+    pooling.write_text('{"pooling_mode_mean_tokens": true, "pooling_mode_max_tokens": true}')
+    with pytest.raises(ValueError, match=r"by mean or cls alone, got \['max_tokens', 'mean_tok"):
+        bert.load(tmp_path)
+    pooling.write_text('{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}')
+    assert bert.load(tmp_path)[1].pooling == "cls"
+    steps[2]["type"] = "sentence_transformers.models.Dense"
+    (tmp_path / "modules.json").write_text(json.dumps(steps))
+    with pytest.raises(ValueError, match="the steps must be Transformer, Pooling and perhaps"):
+        bert.load(tmp_path)
+
+
+def test_the_longest_input_is_read_where_it_stands(tmp_path: Path) -> None:
+    folder("mean", tmp_path)
+    assert bert.load(tmp_path)[1].max_tokens == 40  # the position table
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 30}')
+    assert bert.load(tmp_path)[1].max_tokens == 30
+    (tmp_path / "tokenizer_config.json").write_text(f'{{"model_max_length": {10**30}}}')
+    assert bert.load(tmp_path)[1].max_tokens == 40
+    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 20}')
+    assert bert.load(tmp_path)[1].max_tokens == 20
+
+
+# --- all-MiniLM-L6-v2 -------------------------------------------------------------------------
+
+
+def embedded(path: Path, texts: list[str], format: str) -> np.ndarray:
+    params, cfg = bert.load(path, format=format)
+    words = bpe.load_wordpiece(path)
+    return encoder.embed_all(params, cfg, words.encode_batch(texts, max_length=cfg.max_tokens))
+
+
+@pytest.mark.parametrize(("format", "least"), [("float32", 0.99999), ("bfloat16", 0.9999)])
+def test_minilm_agrees_with_sentence_transformers_on_200_texts(
+    format: str, least: float, model_file: Callable[[str], Path]
+) -> None:
+    texts = json.loads((GOLDEN / "texts.json").read_text("utf-8"))
+    assert len(texts) == 200
+    vectors = embedded(model_file("all-minilm-l6-v2").parent, texts, format)
+    expected = np.load(GOLDEN / "minilm.npz")["vectors"]
+    assert cosines(vectors, expected).min() > least
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("format", "least"), [("float32", 0.99999), ("bfloat16", 0.9999)])
+def test_minilm_beside_sentence_transformers(
+    format: str, least: float, model_file: Callable[[str], Path]
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    path = model_file("all-minilm-l6-v2").parent
+    texts = json.loads((GOLDEN / "texts.json").read_text("utf-8"))
+    expected = SentenceTransformer(str(path), device="cpu").encode(texts)
+    assert cosines(embedded(path, texts, format), expected).min() > least
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_sentence_transformers_reads_what_we_save(pooling: str, tmp_path: Path) -> None:
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from transformers import BertTokenizerFast
+
+    params, cfg = bert.load(GOLDEN / pooling)
+    bert.save(tmp_path, params, cfg)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(155))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    golden = np.load(GOLDEN / pooling / "golden.npz")
+    with torch.inference_mode():
+        theirs = SentenceTransformer(str(tmp_path), device="cpu")(
+            {
+                "input_ids": torch.tensor(golden["ids"], dtype=torch.long),
+                "attention_mask": torch.tensor(golden["mask"], dtype=torch.long),
+            }
+        )["sentence_embedding"]
+    np.testing.assert_allclose(theirs, golden["vectors"], atol=1e-5)
