@@ -103,3 +103,15 @@ def test_a_prompt_read_twice_is_told_once(model, runner):
         assert [*engine.generate(request)] == alone
     finally:
         engine.close(drain=False)
+
+
+def test_the_token_that_ends_an_answer_is_told_where_logprobs_are(model, engine):
+    """Harnesses ask for one token more than they score, and count on finding it."""
+    prompt = prompt_of(9, model[1])
+    once = Request(prompt=prompt, max_tokens=1, sampling=GREEDY, top_logprobs=2)
+    (first,) = [event for event in engine.generate(once) if isinstance(event, Token)]
+    ends = {"prompt": prompt, "sampling": GREEDY, "stop_ids": frozenset({first.id})}
+    with_logprobs = Request(**ends, max_tokens=1, top_logprobs=2, prompt_logprobs=2)
+    *events, end = engine.generate(with_logprobs)
+    assert end == Done("stop", first) and len(scored(events)) == len(prompt)
+    assert [*engine.generate(Request(**ends, max_tokens=1))][-1] == Done("stop")
