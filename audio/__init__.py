@@ -11,3 +11,20 @@ speaks), `subtitles` (writing it all down).
     result = audio.transcribe(whisper, "speech.mp3")
     print(result.text)
 """
+
+from audio.decode import Fallback, Options
+from audio.load import load
+from audio.transcribe import Plan, Segment, Transcript, transcribe
+from audio.whisper import Whisper, load_model
+
+__all__ = [
+    "Fallback",
+    "Options",
+    "Plan",
+    "Segment",
+    "Transcript",
+    "Whisper",
+    "load",
+    "load_model",
+    "transcribe",
+]

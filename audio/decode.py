@@ -92,8 +92,7 @@ class Fallback:
         if self.is_silence(result):
             return False
         too_regular = (
-            self.compression_ratio is not None
-            and result.compression_ratio > self.compression_ratio
+            self.compression_ratio is not None and result.compression_ratio > self.compression_ratio
         )
         return too_regular or self._is_guess(result)
 

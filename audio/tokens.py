@@ -3,8 +3,8 @@
 The text tokens are GPT-2's, or a vocabulary made the same way over many languages. Behind them
 stand the special ones, in this order: the end; the start; one for each language; translate and
 transcribe; "language model only"; the start of what was said before; no speech; no timestamps; and
-1501 points in time, 20 ms apart, from 0 to 30 s. A window begins with the start, a language, a task,
-and perhaps "no timestamps" (an English-only model: just the start).
+1501 points in time, 20 ms apart, from 0 to 30 s. A window begins with the start, a language, a
+task, and perhaps "no timestamps" (an English-only model: just the start).
 
 The vocabulary is read from a `tokenizer.json`; the points in time follow from the last special id.
 """
@@ -25,25 +25,23 @@ from bpe.pretokenize import GPT2
 SECONDS_PER_STEP = 0.02  # between two points in time
 
 # Codes of the languages and their English names, as the API spells them.
-LANGUAGES = dict(
-    pair.split(":")
-    for pair in (
-        "en:english zh:chinese de:german es:spanish ru:russian ko:korean fr:french ja:japanese "
-        "pt:portuguese tr:turkish pl:polish ca:catalan nl:dutch ar:arabic sv:swedish it:italian "
-        "id:indonesian hi:hindi fi:finnish vi:vietnamese he:hebrew uk:ukrainian el:greek ms:malay "
-        "cs:czech ro:romanian da:danish hu:hungarian ta:tamil no:norwegian th:thai ur:urdu "
-        "hr:croatian bg:bulgarian lt:lithuanian la:latin mi:maori ml:malayalam cy:welsh sk:slovak "
-        "te:telugu fa:persian lv:latvian bn:bengali sr:serbian az:azerbaijani sl:slovenian "
-        "kn:kannada et:estonian mk:macedonian br:breton eu:basque is:icelandic hy:armenian "
-        "ne:nepali mn:mongolian bs:bosnian kk:kazakh sq:albanian sw:swahili gl:galician mr:marathi "
-        "pa:punjabi si:sinhala km:khmer sn:shona yo:yoruba so:somali af:afrikaans oc:occitan "
-        "ka:georgian be:belarusian tg:tajik sd:sindhi gu:gujarati am:amharic yi:yiddish lo:lao "
-        "uz:uzbek fo:faroese ht:haitian_creole ps:pashto tk:turkmen nn:nynorsk mt:maltese "
-        "sa:sanskrit lb:luxembourgish my:myanmar bo:tibetan tl:tagalog mg:malagasy as:assamese "
-        "tt:tatar haw:hawaiian ln:lingala ha:hausa ba:bashkir jw:javanese su:sundanese yue:cantonese"
-    ).split()
-)
-LANGUAGES = {code: name.replace("_", " ") for code, name in LANGUAGES.items()}
+_LANGUAGES = """
+en:english zh:chinese de:german es:spanish ru:russian ko:korean fr:french ja:japanese pt:portuguese
+tr:turkish pl:polish ca:catalan nl:dutch ar:arabic sv:swedish it:italian id:indonesian hi:hindi
+fi:finnish vi:vietnamese he:hebrew uk:ukrainian el:greek ms:malay cs:czech ro:romanian da:danish
+hu:hungarian ta:tamil no:norwegian th:thai ur:urdu hr:croatian bg:bulgarian lt:lithuanian la:latin
+mi:maori ml:malayalam cy:welsh sk:slovak te:telugu fa:persian lv:latvian bn:bengali sr:serbian
+az:azerbaijani sl:slovenian kn:kannada et:estonian mk:macedonian br:breton eu:basque is:icelandic
+hy:armenian ne:nepali mn:mongolian bs:bosnian kk:kazakh sq:albanian sw:swahili gl:galician
+mr:marathi pa:punjabi si:sinhala km:khmer sn:shona yo:yoruba so:somali af:afrikaans oc:occitan
+ka:georgian be:belarusian tg:tajik sd:sindhi gu:gujarati am:amharic yi:yiddish lo:lao uz:uzbek fo:faroese
+ht:haitian_creole ps:pashto tk:turkmen nn:nynorsk mt:maltese sa:sanskrit lb:luxembourgish
+my:myanmar bo:tibetan tl:tagalog mg:malagasy as:assamese tt:tatar haw:hawaiian ln:lingala ha:hausa ba:bashkir
+jw:javanese su:sundanese yue:cantonese
+"""
+LANGUAGES = {
+    code: name.replace("_", " ") for code, name in (pair.split(":") for pair in _LANGUAGES.split())
+}
 
 # Languages written without spaces, in which a character is the nearest thing to a word.
 _WITHOUT_SPACES = frozenset({"zh", "ja", "th", "lo", "my", "yue"})
@@ -130,7 +128,17 @@ class Tokens:
         (by their first token, which other symbols of that block share), or common ones would be.
         """
         notes = "♩♪♫♬♭♮♯"
-        signs = [*'"#()*+/:;<=>@[\\]^_`{|}~「」『』', *"<< >> <<< >>> -- --- -( -[".split()]
+        signs = [
+            *'"#()*+/:;<=>@[\\]^_`{|}~「」『』',
+            "<<",
+            ">>",
+            "<<<",
+            ">>>",
+            "--",
+            "---",
+            "-(",
+            "-[",
+        ]
         signs += ["('", '("', "((", "))", "(((", ")))", "[[", "]]", "{{", "}}", "♪♪", "♪♪♪"]
         found = {self.encode(" -")[0], self.encode(" '")[0]}
         for sign in [*signs, *notes]:

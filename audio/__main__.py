@@ -1,0 +1,63 @@
+"""Writes down what is said in sound files: `python -m audio --model FOLDER speech.mp3`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from audio import inspect
+from audio.load import load
+from audio.subtitles import FORMATS, write
+from audio.transcribe import Plan, transcribe
+from audio.whisper import load_model
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0, or 1 if something could not be read."""
+    parser = argparse.ArgumentParser(
+        prog="python -m audio", description="Writes down what is said in sound files."
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="FOLDER",
+        help="config.json, tokenizer.json and model.safetensors or model.bin",
+    )
+    parser.add_argument("--language", help="a code or name; detected if not given")
+    parser.add_argument("--format", choices=FORMATS, default="text")
+    parser.add_argument("--words", action="store_true", help="find the time of every word")
+    parser.add_argument("--batch", type=int, default=1, help="windows decoded at once (default 1)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="of weights"
+    )
+    parser.add_argument(
+        "--spectrogram", type=Path, metavar="PNG", help="draw the sound with its words"
+    )
+    parser.add_argument(
+        "--alignment", type=Path, metavar="PNG", help="draw where each word was found"
+    )
+    parser.add_argument("files", nargs="+", type=Path)
+    args = parser.parse_args(argv)
+    if (args.spectrogram or args.alignment) and len(args.files) > 1:
+        parser.error("a picture shows one file")
+    try:
+        whisper = load_model(args.model, format=args.dtype)
+        for path in args.files:
+            samples = load(path)
+            plan = Plan(words=args.words or bool(args.spectrogram), batch=args.batch)
+            found = transcribe(whisper, samples, language=args.language, plan=plan)
+            sys.stdout.write(write(found, args.format, words=args.words))
+            if args.spectrogram:
+                words = [word for segment in found.segments for word in segment.words]
+                inspect.spectrogram(args.spectrogram, samples, words)
+            if args.alignment:
+                inspect.alignment(args.alignment, whisper, samples, found)
+    except (OSError, ValueError) as error:
+        print(f"python -m audio: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,104 @@
+"""Writing a transcript down: plain text, SubRip, WebVTT, tab-separated values, JSON.
+
+SubRip (.srt) numbers its cues and writes times as 00:01:02,345; WebVTT (W3C) begins with its name
+and writes 00:01:02.345; both forbid an arrow within a cue. In tab-separated values times are whole
+milliseconds. JSON holds everything, in the form of OpenAI's "verbose_json".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from audio.tokens import LANGUAGES
+from audio.transcribe import Segment, Transcript
+
+FORMATS = ("text", "json", "srt", "vtt", "tsv")
+
+
+def write(transcript: Transcript, format: str, *, words: bool = False) -> str:
+    """The transcript in one of `FORMATS`, with a newline at its end.
+
+    Args:
+        words: srt, vtt and tsv get a cue for each word, if the transcript has their times.
+
+    Raises:
+        ValueError: there is no such format.
+    """
+    if format == "text":
+        return transcript.text + "\n"
+    if format == "json":
+        return json.dumps(verbose(transcript), ensure_ascii=False, indent=2) + "\n"
+    cues = [(s.start, s.end, s.text.strip()) for s in transcript.segments]
+    if words:
+        cues = [
+            (w.start, w.end, w.text.strip()) for s in transcript.segments for w in s.words
+        ] or cues
+    if format == "srt":
+        return "\n".join(
+            f"{number}\n{clock(start, ',')} --> {clock(end, ',')}\n{_cue(text)}\n"
+            for number, (start, end, text) in enumerate(cues, 1)
+        )
+    if format == "vtt":
+        blocks = (f"{clock(start)} --> {clock(end)}\n{_vtt(text)}\n" for start, end, text in cues)
+        return "\n".join(["WEBVTT\n", *blocks])
+    if format == "tsv":
+        lines = (
+            f"{round(start * 1000)}\t{round(end * 1000)}\t{' '.join(text.split())}\n"
+            for start, end, text in cues
+        )
+        return "start\tend\ttext\n" + "".join(lines)
+    raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+
+
+def verbose(transcript: Transcript, *, task: str = "transcribe") -> dict[str, Any]:
+    """The transcript as OpenAI's "verbose_json" has it; with words, if their times are known."""
+    words = [
+        {"word": word.text.strip(), "start": word.start, "end": word.end}
+        for segment in transcript.segments
+        for word in segment.words
+    ]
+    return {
+        "task": task,
+        "language": LANGUAGES[transcript.language],
+        "duration": round(transcript.duration, 2),
+        "text": transcript.text,
+        "segments": segments(transcript.segments),
+        **({"words": words} if words else {}),
+    }
+
+
+def segments(found: Sequence[Segment]) -> list[dict[str, Any]]:
+    """Segments as "verbose_json" has them."""
+    return [
+        {
+            "id": number,
+            "seek": segment.seek,
+            "start": segment.start,
+            "end": segment.end,
+            "text": segment.text,
+            "tokens": list(segment.ids),
+            "temperature": segment.temperature,
+            "avg_logprob": segment.avg_logprob,
+            "compression_ratio": segment.compression_ratio,
+            "no_speech_prob": segment.no_speech_prob,
+        }
+        for number, segment in enumerate(found)
+    ]
+
+
+def clock(seconds: float, point: str = ".") -> str:
+    """Hours, minutes, seconds and milliseconds: 00:01:02.345."""
+    minutes, milliseconds = divmod(round(seconds * 1000), 60_000)
+    hours, minutes = divmod(minutes, 60)
+    whole, rest = divmod(milliseconds, 1000)
+    return f"{hours:02d}:{minutes:02d}:{whole:02d}{point}{rest:03d}"
+
+
+def _cue(text: str) -> str:
+    return " ".join(text.replace("-->", "->").split())
+
+
+def _vtt(text: str) -> str:
+    return _cue(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,352 @@
+"""Sounds of any length: window after window, or several windows at once.
+
+In turn (Radford et al. 2022, section 3.8): a window of 30 seconds is written down; the next begins
+at the last point in time that was written, so that no word is cut; what was said before is given to
+the decoder as context. At once: windows are cut at pauses, independent of each other, and several
+share each step of the decoder, whose weights are then read once for all of them. The first way
+keeps names and style consistent; the second is quicker, and an error does not carry over.
+
+Leaves out: telling speakers apart, and the reference's heuristic for skipping suspicious words in
+long silences, for which `skip_silence` (no window is opened where nobody speaks) stands in.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from audio import model, timing, vad
+from audio.decode import Fallback, Options, Result, decode_with_fallback, detect_language
+from audio.load import RATE, load
+from audio.mel import FRAMES_PER_SECOND, log_mel
+from audio.timing import Word
+from audio.tokens import SECONDS_PER_STEP, Tokens
+from audio.vad import Span
+from audio.whisper import Run, Whisper, at_once
+
+_STEPS = round(SECONDS_PER_STEP * FRAMES_PER_SECOND)  # frames between two points in time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A stretch of speech, about a sentence."""
+
+    start: float  # seconds
+    end: float
+    text: str  # with the space before it
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # of each id
+    seek: int  # the frame its window began at
+    temperature: float
+    avg_logprob: float
+    compression_ratio: float
+    no_speech_prob: float
+    words: tuple[Word, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transcript:
+    """All that was heard in a sound."""
+
+    language: str  # its code
+    duration: float  # seconds
+    text: str
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a sound is gone through.
+
+    Attributes:
+        condition: give what was written before to the next window (with `batch` 1).
+        initial_prompt: text given to the first window (with `batch`, to every window).
+        skip_silence: open no window where nobody speaks.
+        words: find the time of every word.
+        batch: windows decoded at once; 1 goes through the sound in turn.
+        fallback: when a window is tried again.
+    """
+
+    condition: bool = True
+    initial_prompt: str = ""
+    skip_silence: bool = True
+    words: bool = False
+    batch: int = 1
+    fallback: Fallback = Fallback()
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1, got {self.batch}")
+
+
+_OPTIONS, _PLAN = Options(), Plan()
+
+
+def transcribe(
+    whisper: Whisper,
+    sound: str | Path | bytes | np.ndarray,
+    *,
+    language: str | None = None,
+    options: Options = _OPTIONS,
+    plan: Plan = _PLAN,
+    run: Run = at_once,
+) -> Transcript:
+    """Writes down what is said in a sound.
+
+    Args:
+        sound: a file, its bytes, or samples at 16 kHz.
+        language: a code or name; None to detect it. (`options.language` is not looked at.)
+        options: how each window is decoded.
+        run: does the pieces of device work.
+
+    Raises:
+        ValueError: the file cannot be read, or the model does not know the language or task.
+    """
+    samples = sound if isinstance(sound, np.ndarray) else load(sound)
+    spans = find_spans(samples, plan)
+    language = find_language(whisper, samples, language, spans, run=run)
+    options = replace(options, language=language)
+    segments = tuple(listen(whisper, samples, options=options, plan=plan, spans=spans, run=run))
+    return Transcript(
+        language=language,
+        duration=len(samples) / RATE,
+        text="".join(segment.text for segment in segments).strip(),
+        segments=segments,
+    )
+
+
+def find_spans(samples: np.ndarray, plan: Plan) -> list[Span]:
+    """Where anybody speaks, if the plan asks; else the whole sound."""
+    if plan.skip_silence or plan.batch > 1:
+        return vad.speech_spans(samples)
+    return [(0.0, len(samples) / RATE)]
+
+
+def find_language(
+    whisper: Whisper,
+    samples: np.ndarray,
+    language: str | None,
+    spans: Sequence[Span],
+    *,
+    run: Run = at_once,
+) -> str:
+    """The code of the given language, or of the one heard where speech begins.
+
+    Raises:
+        ValueError: the model does not know the language.
+    """
+    if language is not None:
+        return whisper.tokens.language_code(language)
+    if not whisper.tokens.is_multilingual or not spans:
+        return "en"
+    begin = int(spans[0][0] * RATE)
+    window = log_mel(samples[begin : begin + 30 * RATE], whisper.cfg.num_mels)
+    shares = detect_language(whisper, _encode(whisper, [window], run), run=run)[0]
+    return max(shares, key=lambda code: shares[code])
+
+
+def listen(
+    whisper: Whisper,
+    samples: np.ndarray,
+    *,
+    options: Options,
+    plan: Plan,
+    spans: Sequence[Span] | None = None,
+    run: Run = at_once,
+) -> Iterator[Segment]:
+    """Yields segments as soon as they are written; arguments as of `transcribe`."""
+    spans = find_spans(samples, plan) if spans is None else spans
+    spectrogram = log_mel(samples, whisper.cfg.num_mels)
+    prompt = plan.initial_prompt.strip()
+    before = whisper.tokens.encode(" " + prompt) if prompt else ()
+    regions = [(0.0, len(spectrogram) / FRAMES_PER_SECOND)]
+    if plan.batch > 1:
+        longest = whisper.cfg.num_frames / FRAMES_PER_SECOND
+        regions = vad.windows(samples, list(spans), longest=longest)
+    regions = [tuple(int(t * FRAMES_PER_SECOND) for t in region) for region in regions]
+    jobs = deque(_Job(start, end, before) for start, end in regions)
+    while jobs:
+        active = [job for job in jobs if not job.is_done][: plan.batch]
+        for job in active:
+            job.seek = _next_speech(job.seek, spans, job.end)
+        _go_on(whisper, spectrogram, [j for j in active if not j.is_done], options, plan, run)
+        while jobs and (jobs[0].segments or jobs[0].is_done):  # in the order of the sound
+            yield from jobs[0].segments
+            jobs[0].segments = []
+            if not jobs[0].is_done:
+                break
+            jobs.popleft()
+
+
+@dataclass
+class _Job:
+    """A region of the spectrogram that is written down window after window."""
+
+    seek: int  # frames: where its next window begins
+    end: int
+    before: tuple[int, ...]  # what the next window is told was said before
+    segments: list[Segment] = field(default_factory=list)  # written and not handed out yet
+    last_end: float = 0.0  # seconds: when the last word ended
+
+    @property
+    def is_done(self) -> bool:
+        return self.seek >= self.end
+
+
+def _go_on(
+    whisper: Whisper,
+    spectrogram: np.ndarray,
+    jobs: Sequence[_Job],
+    options: Options,
+    plan: Plan,
+    run: Run,
+) -> None:
+    """Writes down a window of each job."""
+    if not jobs:
+        return
+    tokens = whisper.tokens
+    sizes = [min(whisper.cfg.num_frames, job.end - job.seek) for job in jobs]
+    sounds = _encode(
+        whisper,
+        [spectrogram[job.seek : job.seek + size] for job, size in zip(jobs, sizes, strict=True)],
+        run,
+    )
+    options = replace(options, prompt=jobs[0].before)  # they differ only where there is one job
+    results = decode_with_fallback(whisper, sounds, options, plan.fallback, run=run)
+    for i, (job, size, result) in enumerate(zip(jobs, sizes, results, strict=True)):
+        if plan.fallback.is_silence(result):
+            job.seek += size
+            continue
+        parts, step = cut(result, tokens), size
+        is_open = not parts or not _is_closed(parts[-1], tokens)
+        if is_open and len(parts) > 1:
+            # The last segment goes on behind the window: the next window begins with it.
+            parts = parts[:-1]
+            step = (parts[-1][0][-1] - tokens.timestamp_begin) * _STEPS
+        segments = _segments(parts, result, job.seek, size, tokens)
+        if plan.words:
+            sound = sounds[i : i + 1]
+            segments = _with_words(whisper, sound, segments, size, options, job.last_end, run)
+            words = [word for segment in segments for word in segment.words]
+            if words:
+                job.last_end = words[-1].end
+                heard = round(job.last_end * FRAMES_PER_SECOND) - job.seek
+                step = heard if is_open and heard > 0 else step
+        segments = [s for s in segments if s.text.strip() and s.end > s.start]
+        job.segments += segments
+        job.seek += step
+        if plan.condition and plan.batch == 1:
+            # What came of much chance is no good context.
+            written = tuple(id for segment in segments for id in segment.ids)
+            job.before = (*job.before, *written) if result.temperature <= 0.5 else ()
+
+
+def _next_speech(seek: int, spans: Sequence[Span], end: int) -> int:
+    """The first frame from `seek` on that lies in a span; `end` if none before it does."""
+    for start, stop in spans:
+        if seek < int(stop * FRAMES_PER_SECOND):
+            return min(max(seek, int(start * FRAMES_PER_SECOND)), end)
+    return end
+
+
+def _encode(whisper: Whisper, windows: Sequence[np.ndarray], run: Run) -> jax.Array:
+    """Encodes windows of spectrogram [T, M], each its own piece of work; [A, max_audio_len, D]."""
+    sounds = []
+    for window in windows:
+        padded = np.zeros((1, whisper.cfg.num_frames, whisper.cfg.num_mels), np.float32)
+        padded[0, : len(window)] = window[: whisper.cfg.num_frames]
+
+        def read(padded: np.ndarray = padded) -> jax.Array:
+            return jax.block_until_ready(model.encode(whisper.params, whisper.cfg, padded)[0])
+
+        sounds.append(run(read))
+    return sounds[0] if len(sounds) == 1 else jax.numpy.concatenate(sounds)
+
+
+# From ids to segments
+
+Part = tuple[tuple[int, ...], tuple[float, ...]]  # ids and their log-probabilities
+
+
+def cut(result: Result, tokens: Tokens) -> list[Part]:
+    """Cuts what was written between two points in time that stand side by side."""
+    begin, ids = tokens.timestamp_begin, result.ids
+    places = [i for i in range(1, len(ids)) if ids[i - 1] >= begin and ids[i] >= begin]
+    edges = [0, *places, len(ids)]
+    return [
+        (ids[a:b], result.logprobs[a:b]) for a, b in zip(edges, edges[1:], strict=False) if a < b
+    ]
+
+
+def _is_closed(part: Part, tokens: Tokens) -> bool:
+    """Whether a part ends with a point in time."""
+    return len(part[0]) > 1 and part[0][-1] >= tokens.timestamp_begin
+
+
+def _segments(
+    parts: Sequence[Part], result: Result, seek: int, size: int, tokens: Tokens
+) -> list[Segment]:
+    """Segments of the parts of a window that begins at frame `seek` and has `size` of them."""
+    begin, segments = tokens.timestamp_begin, []
+    for ids, logprobs in parts:
+        start, end = 0.0, size / FRAMES_PER_SECOND
+        if ids[0] >= begin:
+            start = (ids[0] - begin) * SECONDS_PER_STEP
+        if len(ids) > 1 and ids[-1] >= begin:
+            end = (ids[-1] - begin) * SECONDS_PER_STEP
+        offset = seek / FRAMES_PER_SECOND
+        segments.append(
+            Segment(
+                start=round(offset + start, 2),
+                end=round(offset + end, 2),
+                text=tokens.decode(ids),
+                ids=ids,
+                logprobs=logprobs,
+                seek=seek,
+                temperature=result.temperature,
+                avg_logprob=result.avg_logprob,
+                compression_ratio=result.compression_ratio,
+                no_speech_prob=result.no_speech_prob,
+            )
+        )
+    return segments
+
+
+def _with_words(
+    whisper: Whisper,
+    sound: jax.Array,
+    segments: Sequence[Segment],
+    size: int,
+    options: Options,
+    last_end: float,
+    run: Run,
+) -> list[Segment]:
+    """The segments of a window with the times of their words, and their own made to agree."""
+    if not segments:
+        return []
+    tokens, offset = whisper.tokens, segments[0].seek / FRAMES_PER_SECOND
+    texts = [[id for id in segment.ids if id < tokens.eot] for segment in segments]
+    words = timing.align(
+        whisper,
+        sound,
+        [id for text in texts for id in text],
+        num_frames=size,
+        language=options.language,
+        task=options.task,
+        run=run,
+    )
+    words = [
+        replace(word, start=round(offset + word.start, 2), end=round(offset + word.end, 2))
+        for word in words
+    ]
+    spans = [(segment.start, segment.end) for segment in segments]
+    placed = timing.place(words, spans, [len(text) for text in texts], last_end=last_end)
+    return [
+        replace(segment, words=own, start=round(start, 2), end=round(end, 2))
+        for segment, (own, (start, end)) in zip(segments, placed, strict=True)
+    ]
