@@ -7,9 +7,11 @@ import functools
 import math
 import platform
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +27,15 @@ from transformer import cache, checkpoint
 from transformer.checkpoint import Format
 from transformer.decoder import Params
 
+_one_at_a_time = threading.Lock()  # compiling ahead, of all models: it takes memory and a core
 MAX_WAITING = 256  # requests in the queue before others are turned away
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
     """A model that answers requests."""
+
+    kind: ClassVar[str] = "decoder"
 
     id: str
     created: int  # seconds since 1970
@@ -116,8 +121,9 @@ def load_model(
     scheduler = Scheduler(NUM_SLOTS, num_blocks, cache.BLOCK, CHUNK, MAX_WAITING)
     engine = Engine(runner, scheduler, context, on_speed=on_speed)
     if later := [size for size in BUCKETS[1:] if size <= max_rows]:
-        # Not a daemon: a process that ends in the middle of compiling would crash.
-        arguments = (runner, engine, [*later, "score"])
+        # Not a daemon: a process that ends in the middle of compiling would crash. Its references
+        # are weak: a model that is let go meanwhile shall not stay for its sake.
+        arguments = (weakref.ref(runner), weakref.ref(engine), [*later, "score"])
         threading.Thread(target=_compile, args=arguments, name="compile").start()
     return ServedModel(
         id=id,
@@ -176,10 +182,16 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-def _compile(runner: Runner, engine: Engine, names: list[str | int]) -> None:
+def _compile(
+    runner: weakref.ref[Runner], engine: weakref.ref[Engine], names: list[str | int]
+) -> None:
     for name in names:
-        if engine.is_alive:
-            runner.compile(name)
+        with _one_at_a_time:
+            if (alive := engine()) is None or not alive.is_alive or (own := runner()) is None:
+                return
+            del alive
+            own.compile(name)
+            del own
             _give_back_memory()
 
 

@@ -1,0 +1,61 @@
+"""Real models that come and go: loaded when asked for, freed when another needs the memory."""
+
+import asyncio
+
+import psutil
+import pytest
+
+from serve import offers
+from serve.engine import Done, Request, Token
+from serve.registry import Registry
+from serve.sources import Located
+from transformer.sampling import Sampling
+
+CHAT = "smollm2-135m-instruct"
+ASKED = Request(prompt=(1, 2, 3), max_tokens=4, sampling=Sampling(temperature=0))
+
+
+def offered(path, id, tmp_path):
+    return offers.offer(
+        Located(id, path, "me"),
+        cache_budget=64 * 2**20,
+        dtype="int8",
+        home=tmp_path,
+        notify=lambda line: None,
+    )
+
+
+def test_an_offer_says_what_a_model_is_without_loading_it(model_file, tmp_path):
+    card = offered(model_file(CHAT), "mine", tmp_path)
+    assert (card.id, card.owned_by) == ("mine", "me")
+    assert card.created == int(model_file(CHAT).stat().st_mtime)
+    assert 200 * 2**20 < card.memory < 300 * 2**20
+
+
+def test_a_damaged_file_is_known_before_a_server_listens(tmp_path):
+    (tmp_path / "half.gguf").write_bytes(b"GGUF\x03")
+    with pytest.raises(ValueError, match="half.gguf"):
+        offered(tmp_path / "half.gguf", "mine", tmp_path)
+
+
+@pytest.mark.slow
+def test_models_that_take_turns_in_memory_leave_nothing_behind(model_file, tmp_path):
+    path = model_file(CHAT)
+    registry = Registry([offered(path, id, tmp_path) for id in "ab"], {}, memory_limit=400 * 2**20)
+    answers, resident = [], []
+
+    async def main():
+        for id in "abababababab":
+            model = await registry.get(id)
+            events = list(model.engine.generate(ASKED))
+            assert events[-1] == Done("length")
+            answers.append([event for event in events if isinstance(event, Token)])
+            assert registry.loaded() == [model]
+            del model
+            await asyncio.sleep(1)  # what is being compiled ahead goes when it is through
+            resident.append(psutil.Process().memory_info().rss)
+
+    asyncio.run(main())
+    registry.close()
+    assert all(answer == answers[0] for answer in answers)
+    assert max(resident[6:]) - max(resident[2:6]) < 100 * 2**20, [r // 2**20 for r in resident]
