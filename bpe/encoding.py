@@ -74,9 +74,8 @@ class Encoding:
         self.special_tokens = dict(special_tokens)
         self.normalization: Literal["NFC"] | None = normalization
         self.dropped_bytes = bytes(dropped_bytes)
-        self._patterns = tuple(
-            compile_pattern(p) for p in ([pattern] if isinstance(pattern, str) else pattern)
-        )
+        self.patterns = (pattern,) if isinstance(pattern, str) else tuple(pattern)
+        self._patterns = tuple(map(compile_pattern, self.patterns))
 
         missing = bytes(b for b in range(256) if bytes([b]) not in self.ranks)
         if missing != self.dropped_bytes:
@@ -87,28 +86,28 @@ class Encoding:
         if "" in self.special_tokens or b"" in self.ranks:
             raise ValueError(f"encoding {name!r}: a token must not be empty")
 
-        # Special tokens last: the table must hold every id once.
-        self._decoder = {id: token for token, id in self.ranks.items()}
-        self._decoder |= {id: token.encode() for token, id in self.special_tokens.items()}
-        if len(self._decoder) != len(self.ranks) + len(self.special_tokens):
+        # A special token may have two spellings (o200k_harmony); decoding gives the first.
+        special = {id: token.encode() for token, id in reversed(self.special_tokens.items())}
+        self._decoder = {id: token for token, id in self.ranks.items()} | special
+        if len(self._decoder) != len(self.ranks) + len(special):
             raise ValueError(f"encoding {name!r}: {_repeated(self.ranks, self.special_tokens)}")
         if min(self._decoder) < 0:
             raise ValueError(f"encoding {name!r}: token id {min(self._decoder)} is negative")
         self.max_token_value = max(self._decoder)
         self._special_ids = frozenset(self.special_tokens.values())
 
-        self._merges: dict[tuple[bytes, bytes], int] | None = None
+        self.merges: dict[tuple[bytes, bytes], int] | None = None
         if merges is not None:
-            self._merges = {}
+            self.merges = {}
             for pair in merges:
                 if not (pair[0] in self.ranks and pair[1] in self.ranks):
                     raise ValueError(f"encoding {name!r}: merge {pair} joins what is no token")
                 if pair[0] + pair[1] not in self.ranks:
                     raise ValueError(f"encoding {name!r}: merge {pair} makes what is no token")
-                if pair in self._merges:
+                if pair in self.merges:
                     raise ValueError(f"encoding {name!r}: merge {pair} is listed twice")
-                self._merges[pair] = len(self._merges)
-        self._whole_pieces = merges is None or ignore_merges
+                self.merges[pair] = len(self.merges)
+        self.whole_pieces = merges is None or ignore_merges
         self._cache: dict[str, list[int]] = {}
 
     def __repr__(self) -> str:
@@ -191,7 +190,7 @@ class Encoding:
         ids: list[int] = []
         for piece in split(self._patterns, text):
             if (found := cache.get(piece)) is None:
-                found = self._encode_piece(piece.encode())
+                found = self.encode_piece(piece.encode())
                 if len(piece) <= _CACHE_PIECE:
                     if len(cache) >= _CACHE_ENTRIES:
                         cache.clear()
@@ -199,20 +198,20 @@ class Encoding:
             ids += found
         return ids
 
-    def _encode_piece(self, piece: bytes) -> list[int]:
-        if self._whole_pieces and (id := self.ranks.get(piece)) is not None:
+    def encode_piece(self, piece: bytes) -> list[int]:
+        if self.whole_pieces and (id := self.ranks.get(piece)) is not None:
             return [id]
         if self.dropped_bytes:
             piece = piece.translate(None, self.dropped_bytes)
-        rank = self._rank_of_token if self._merges is None else self._rank_of_pair
+        rank = self._rank_of_token if self.merges is None else self._rank_of_pair
         return [self.ranks[token] for token in merge(piece, rank)]
 
     def _rank_of_token(self, left: bytes, right: bytes) -> int:
         return self.ranks.get(left + right, NEVER)
 
     def _rank_of_pair(self, left: bytes, right: bytes) -> int:
-        assert self._merges is not None
-        return self._merges.get((left, right), NEVER)
+        assert self.merges is not None
+        return self.merges.get((left, right), NEVER)
 
     # Decoding
 

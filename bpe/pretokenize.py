@@ -19,11 +19,12 @@ import regex
 GPT2 = "|".join(
     [
         r"'(?:[sdmt]|ll|ve|re)",  # English contractions, lower case only: 's 'd 'm 't 'll 've 're
-        r" ?\p{L}+",  # a word, taking one space in front of it along
-        r" ?\p{N}+",  # a number of any length, likewise
-        r" ?[^\s\p{L}\p{N}]+",  # a run of punctuation and symbols, likewise
+        r" ?\p{L}++",  # a word, taking one space in front of it along
+        r" ?\p{N}++",  # a number of any length, likewise
+        r" ?[^\s\p{L}\p{N}]++",  # a run of punctuation and symbols, likewise
+        r"\s++$",  # white space at the end of the text
         r"\s+(?!\S)",  # white space, leaving its last character to the word that follows...
-        r"\s+",  # ...unless that character cannot lead a word (a newline or a tab before text)
+        r"\s",  # ...unless that character cannot lead a word (a newline or a tab before text)
     ]
 )
 
@@ -41,26 +42,62 @@ SMOLLM = "|".join(
     ]
 )
 
-# The pattern of cl100k, Llama 3 and Qwen2; they differ only in how many digits a piece may have.
-_CL100K = "|".join(
+CL100K = "|".join(
     [
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # contractions in either case
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",  # a word, taking along one leading space *or* symbol: "(word"
-        r"\p{N}{1,DIGITS}",  # at most so many digits, without the space in front
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # symbols with the line ends after them: code ends in ";\n"
-        r"\s*[\r\n]+",  # line ends with the white space before them
+        r"'(?i:[sdmt]|ll|ve|re)",  # contractions in either case
+        r"[^\r\n\p{L}\p{N}]?+\p{L}++",  # a word, with one leading space *or* symbol: "(word"
+        r"\p{N}{1,3}+",  # at most three digits, without the space in front
+        r" ?[^\s\p{L}\p{N}]++[\r\n]*+",  # symbols with the line ends after them: ";\n"
+        r"\s++$",  # white space at the end of the text
+        r"\s*[\r\n]",  # line ends with the white space before and between them
         r"\s+(?!\S)",  # white space, leaving the last character to what follows
+        r"\s",
+    ]
+)
+
+# Llama 3 and Qwen2 have taken over an earlier form of it, which at the end of a text does not join
+# line ends with the white space after them. In Qwen2 every digit stands alone.
+_LLAMA3 = "|".join(
+    [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,DIGITS}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
         r"\s+",
     ]
 )
-LLAMA3 = _CL100K.replace("DIGITS", "3")
-QWEN2 = _CL100K.replace(r"{1,DIGITS}", "")
+LLAMA3 = _LLAMA3.replace("DIGITS", "3")
+QWEN2 = _LLAMA3.replace(r"{1,DIGITS}", "")
+
+# A word ends where a capital follows a small letter: "camelCase". Letters without case, and marks
+# (the vowel signs of Hindi, accents written apart), go with either.
+_CAPITALS, _SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+O200K = "|".join(
+    [
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_CAPITALS}*{_SMALL}+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",  # "Don't"
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_CAPITALS}+{_SMALL}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",  # "NATO"
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",  # the slash for lines of "//"
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
 
 # What a pattern may take: seconds at least, and characters a second, of which our own do millions.
 MIN_SECONDS = 5.0
 MIN_SPEED = 100_000
 
-PATTERNS = {"gpt2": GPT2, "smollm": SMOLLM, "llama3": LLAMA3, "qwen2": QWEN2}
+PATTERNS = {
+    "gpt2": GPT2,
+    "smollm": SMOLLM,
+    "cl100k": CL100K,
+    "llama3": LLAMA3,
+    "qwen2": QWEN2,
+    "o200k": O200K,
+}
 
 
 def compile_pattern(pattern: str) -> regex.Pattern[str]:

@@ -1,0 +1,413 @@
+"""Encoding much text at once: the same ids as piece by piece, with NumPy.
+
+Three steps, each an operation on all pieces of a stretch of text:
+
+- cut the text into pieces (`boundaries`);
+- look every piece up in one hash table. A piece of up to 15 bytes together with its length is a
+  number of 128 bits, so comparing keys is comparing pieces, and no two are ever confused;
+- write down the ids that belong to each piece, one after the other.
+
+The table begins with the vocabulary and learns. Pieces that it lacks are merged side by side
+(`_merge_many`): `merge.merge_list` with another order of loops. Longer pieces are found in a dict,
+one by one; the longest are left to `merge.merge`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import regex
+
+from bpe.boundaries import cut
+
+if TYPE_CHECKING:
+    from bpe.encoding import Encoding
+
+Ints = npt.NDArray[np.intp]
+Words = npt.NDArray[np.uint64]
+Ids = npt.NDArray[np.uint32]
+
+# The arrays of a stretch should stay in the processor's cache. New pieces are merged at the end of
+# a block: the more there are, the less each one costs.
+STRETCH = 1 << 16  # characters
+BLOCK = 1 << 22
+
+# Where a text can be cut without a change to its pieces: a letter or number is the last of its
+# piece if one of these follows, and none of these asks what came before, if that was no symbol.
+_SAFE = regex.compile(r"[\p{L}\p{N}](?=[ \n，。、।])")
+
+KEY_BYTES = 15
+FEW = 256  # to merge so few pieces one by one is faster
+LONG = 512  # bytes; a piece that long would keep the others waiting
+MAX_LEARNED = 1 << 21  # ids; then all that was learned is forgotten
+
+_NEVER = np.iinfo(np.int64).max
+
+
+class Bulk:
+    """Encodes much text with one vocabulary. One thread works at a time, others wait."""
+
+    def __init__(self, encoding: Encoding):
+        """
+        Args:
+            encoding: the vocabulary; its only pattern is in `boundaries.CUTS`.
+        """
+        (self._pattern,) = encoding.patterns
+        self._encoding = encoding
+        self._lock = threading.Lock()
+        self._known = _Known(encoding)
+        self._pairs: _Pairs | None = None
+
+    def encode(self, texts: Sequence[str]) -> tuple[Ids, Ints]:
+        """Encodes texts, none of which affects another.
+
+        Args:
+            texts: without surrogates, and normalized as the encoding asks for.
+
+        Returns:
+            The ids of all texts, one after the other; and how many each text has.
+        """
+        ids, counts = [np.empty(0, np.uint32)], [np.empty(0, np.intp)]
+        owners: list[int] = []
+        with self._lock:
+            for block in _blocks(texts):
+                for stretch_ids, stretch_counts in self._encode_block([s for _, s in block]):
+                    ids.append(stretch_ids)
+                    counts.append(stretch_counts)
+                owners += (owner for stretch_owners, _ in block for owner in stretch_owners)
+        totals = np.bincount(owners, np.concatenate(counts), len(texts)).astype(np.intp)
+        return np.concatenate(ids), totals
+
+    def _encode_block(self, stretches: list[list[str]]) -> Iterator[tuple[Ids, Ints]]:
+        """For each stretch the ids, and how many each of its texts has."""
+        known = self._known
+        if known.learned > MAX_LEARNED:
+            known = self._known = _Known(self._encoding)
+        new: dict[bytes, int] = {}  # to the entries they are going to have
+        looked_up = []
+        for stretch in stretches:
+            data, begin, ends = cut(self._pattern, stretch)
+            entry = known.find(data, begin)
+            entry[ends[:-1]] = known.nothing
+            missing = np.flatnonzero(entry < 0)
+            for i, a, b in zip(missing, begin[missing], begin[missing + 1], strict=True):
+                entry[i] = new.setdefault(data[a:b], known.size + len(new))
+            looked_up.append((entry, ends))
+        known.add(list(new), *self._merge(list(new)))
+        for entry, ends in looked_up:
+            ids, counts = known.ids(entry)
+            yield ids, np.add.reduceat(counts, ends[:-1])
+
+    def _merge(self, pieces: list[bytes]) -> tuple[Ids, Ints]:
+        """The ids of pieces, one after the other, and how many each has."""
+        dropped = self._encoding.dropped_bytes
+        together = [
+            i
+            for i, piece in enumerate(pieces)
+            if len(piece) < LONG and not (dropped and piece.translate(None, dropped) != piece)
+        ]
+        if len(together) < FEW:
+            together = []
+        alone = set(range(len(pieces))).difference(together) if together else range(len(pieces))
+        lists = {i: self._encoding.encode_piece(pieces[i]) for i in alone}
+        count = np.zeros(len(pieces), np.intp)
+        count[list(lists)] = [len(ids) for ids in lists.values()]
+        merged = np.empty(0, np.uint32)
+        if together:
+            if self._pairs is None:
+                self._pairs = _Pairs(self._encoding)
+            merged, count[together] = _merge_many([pieces[i] for i in together], self._pairs)
+        first = np.cumsum(count) - count
+        ids = np.empty(count.sum(), np.uint32)
+        ids[_places(first[together], count[together])] = merged
+        for i, own in lists.items():
+            ids[first[i] : first[i] + len(own)] = own
+        return ids, count
+
+
+class _Known:
+    """The pieces whose ids are known, numbered; the ids of all of them in one array."""
+
+    nothing = 0  # the number of what is no piece and has no ids
+
+    def __init__(self, encoding: Encoding):
+        self._table = _Table(words=2)
+        self._long: dict[bytes, int] = {}
+        self._ids = np.empty(0, np.uint32)
+        self._first = np.empty(0, np.intp)  # where in _ids those of a piece begin
+        self._count = np.empty(0, np.intp)
+        self.add([b""], self._ids, np.zeros(1, np.intp))
+        if encoding.whole_pieces:
+            ids = np.fromiter(encoding.ranks.values(), np.uint32)
+            self.add(list(encoding.ranks), ids, np.ones(len(ids), np.intp))
+        self._given = len(self._ids)
+
+    @property
+    def size(self) -> int:
+        return len(self._count)
+
+    @property
+    def learned(self) -> int:
+        return len(self._ids) - self._given
+
+    def find(self, data: bytes, begin: Ints) -> Ints:
+        """The numbers of the pieces data[begin[i] : begin[i + 1]], -1 if unknown."""
+        end, begin = begin[1:], begin[:-1]
+        length = end - begin
+        number = self._table.find(*_keys(data, begin, length))
+        long = np.flatnonzero(length > KEY_BYTES)
+        if len(long):
+            get = self._long.get
+            bounds = zip(begin[long].tolist(), end[long].tolist(), strict=True)
+            number[long] = [get(data[a:b], -1) for a, b in bounds]
+        return number
+
+    def add(self, pieces: Sequence[bytes], ids: Ids, count: Ints) -> None:
+        """Adds pieces that are not known, as numbers `size`, `size` + 1, ..."""
+        length = np.fromiter(map(len, pieces), np.intp, len(pieces))
+        long = np.flatnonzero(length > KEY_BYTES)
+        low, high = _keys(b"".join(pieces), np.cumsum(length) - length, length)
+        low[long] = long + self.size  # some key that no piece has, to take up the number
+        self._table.add(low, high)
+        self._long.update((pieces[i], self.size + i) for i in long.tolist())
+        self._first = np.append(self._first, np.cumsum(count) - count + len(self._ids))
+        self._count = np.append(self._count, count)
+        self._ids = np.append(self._ids, ids)
+
+    def ids(self, number: Ints) -> tuple[Ids, Ints]:
+        """The ids of pieces, one after the other, and how many each has."""
+        count = self._count.take(number)
+        return self._ids.take(_places(self._first.take(number), count), mode="clip"), count
+
+
+class _Table:
+    """A hash table with open addressing that numbers keys of one or more words from 0 on."""
+
+    def __init__(self, *, words: int):
+        self.keys = [np.empty(0, np.uint64) for _ in range(words)]
+        self._bits = 1  # there are 2^bits slots
+        self._slots = np.full(2, -1, np.int32)  # the number of a key; -1: free
+
+    def find(self, *keys: Words) -> Ints:
+        """The number of each key, -1 where there is none."""
+        slot = self._slot(keys)
+        found = self._slots.take(slot, mode="clip").astype(np.intp)
+        wrong = np.flatnonzero(self._differs(found, keys) & (found >= 0))
+        if len(wrong):
+            slot, keys = slot[wrong], tuple(key[wrong] for key in keys)
+        while len(wrong):  # another key has the slot: look into the next one
+            slot = (slot + 1) & (len(self._slots) - 1)
+            number = self._slots.take(slot, mode="clip").astype(np.intp)
+            found[wrong] = number
+            more = np.flatnonzero(self._differs(number, keys) & (number >= 0))
+            wrong, slot, keys = wrong[more], slot[more], tuple(key[more] for key in keys)
+        return found
+
+    def add(self, *keys: Words) -> None:
+        """Adds keys that are different from each other and from those that the table has."""
+        number = np.arange(len(keys[0])) + len(self.keys[0])
+        self.keys = [np.append(old, new) for old, new in zip(self.keys, keys, strict=True)]
+        if 4 * len(self.keys[0]) > len(self._slots):
+            self._bits = (8 * len(self.keys[0])).bit_length()
+            self._slots = np.full(1 << self._bits, -1, np.int32)
+            number = np.arange(len(self.keys[0]))
+        slot = self._slot(tuple(column[number] for column in self.keys))
+        while len(number):
+            free = np.flatnonzero(self._slots[slot] < 0)[::-1]
+            self._slots[slot[free]] = number[free]  # of several for one slot, the first stays
+            left = self._slots[slot] != number
+            number, slot = number[left], (slot[left] + 1) & (len(self._slots) - 1)
+
+    def _slot(self, keys: tuple[Words, ...]) -> Ints:
+        """The slot at which to look first: the high bits of a sum of products."""
+        total = keys[0] * _FACTORS[0]
+        for key, factor in zip(keys[1:], _FACTORS[1:], strict=False):
+            total += key * factor
+        total >>= np.uint64(64 - self._bits)
+        return total.view(np.intp)
+
+    def _differs(self, number: Ints, keys: tuple[Words, ...]) -> npt.NDArray[np.bool_]:
+        """Whether the numbers belong to other keys (or are -1)."""
+        differs = self.keys[0].take(number, mode="clip") != keys[0]
+        for column, key in zip(self.keys[1:], keys[1:], strict=True):
+            differs |= column.take(number, mode="clip") != key
+        return differs
+
+
+_FACTORS = np.array([0x9E3779B97F4A7C15, 0xD1B54A32D192ED03], np.uint64)  # any odd numbers
+
+
+# The words of a key hold up to 8 and up to 7 bytes; the last byte of the second is the length.
+_MASKS = np.array(
+    [
+        [(1 << 8 * min(n, 8)) - 1 for n in range(KEY_BYTES + 1)] + [0],
+        [(1 << 8 * max(n - 8, 0)) - 1 for n in range(KEY_BYTES + 1)] + [0],
+    ],
+    np.uint64,
+)
+_LENGTHS = np.arange(KEY_BYTES + 2, dtype=np.uint64) << np.uint64(56)
+
+
+def _keys(data: bytes, begin: Ints, length: Ints) -> tuple[Words, Words]:
+    """The keys of the pieces data[begin : begin + length]; longer than 15 bytes, all have one."""
+    eight = np.ndarray(len(data) + 9, "<u8", data + bytes(16), strides=(1,))
+    eight = np.ascontiguousarray(eight, np.uint64)  # [i]: the eight bytes from i on
+    length = np.minimum(length, KEY_BYTES + 1)
+    low = eight.take(begin, mode="clip")
+    low &= _MASKS[0].take(length)
+    high = eight.take(begin + 8, mode="clip")
+    high &= _MASKS[1].take(length)
+    high |= _LENGTHS.take(length)
+    return low, high
+
+
+class _Pairs:
+    """What two neighbouring tokens become, and with which priority.
+
+    Attributes:
+        byte_ids: [256], the token of each byte.
+        byte_ranks: [256 * 256], the priority of joining two bytes; -1 if they may not be joined.
+        made: what the joined pair becomes, by priority.
+    """
+
+    def __init__(self, encoding: Encoding):
+        ranks = encoding.ranks
+        if encoding.merges is None:  # any two tokens that are a third together
+            left, right, self._ranks = _splits(ranks)
+            self.made = np.arange(encoding.max_token_value + 1, dtype=np.uint64)
+        else:
+            left, right, made = np.array(
+                [(ranks[a], ranks[b], ranks[a + b]) for a, b in encoding.merges], np.uint64
+            ).T
+            self._ranks = np.arange(len(left))
+            self.made = made
+        self._table = _Table(words=1)
+        self._table.add(left << np.uint64(32) | right)
+        self._ranks = np.append(self._ranks, -1)  # what the table finds for the number -1
+        self.byte_ids = np.array([ranks.get(bytes([b]), 0) for b in range(256)], np.uint64)
+        self.byte_ranks = self.ranks(np.repeat(self.byte_ids, 256), np.tile(self.byte_ids, 256))
+
+    def ranks(self, left: Words, right: Words) -> Ints:
+        """The priority of joining tokens, -1 where they may not be joined."""
+        return self._ranks[self._table.find(left << np.uint64(32) | right)]
+
+
+def _splits(ranks: Mapping[bytes, int]) -> tuple[Words, Words, Ints]:
+    """All pairs of tokens that are a token together: the ids of the two and of the one."""
+    tokens = [token for token in ranks if len(token) > 1]
+    left, right, whole = [], [], []
+    get = ranks.get
+    for token in tokens:
+        id = ranks[token]
+        for i in range(1, len(token)):
+            if (a := get(token[:i])) is not None and (b := get(token[i:])) is not None:
+                left.append(a)
+                right.append(b)
+                whole.append(id)
+    return np.array(left, np.uint64), np.array(right, np.uint64), np.array(whole, np.intp)
+
+
+def _merge_many(pieces: Sequence[bytes], pairs: _Pairs) -> tuple[Ids, Ints]:
+    """Merges pieces side by side: in each round, every piece joins its best pair.
+
+    The state is that of `merge.merge_heap`, for all pieces in one row: a part is known by the
+    place of its first byte. A pair's rank and place, in this order, are one number; so the least
+    of a piece's numbers is the pair to join next, the leftmost of those with the lowest rank.
+
+    Args:
+        pieces: none of them empty.
+        pairs: the vocabulary.
+
+    Returns:
+        The ids of all pieces, one after the other, and how many each has.
+    """
+    # Longest first: those that are done early are then at the end, mostly, and can be cut off.
+    order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i]))
+    data = np.frombuffer(b"\0".join([pieces[i] for i in order]) + b"\0", np.uint8)
+    end = np.cumsum([len(pieces[i]) + 1 for i in order])  # with a wall after each piece
+    begin = np.append(0, end[:-1])
+    place = np.arange(len(data))
+
+    token = pairs.byte_ids.take(data)
+    token[end - 1] = _NONE
+    before, after = place - 1, place + 1
+    rank = np.full(len(data), -1)
+    rank[:-1] = pairs.byte_ranks.take(data[:-1].astype(np.intp) << 8 | data[1:])
+    rank[end - 1] = rank[end - 2] = -1
+    best = np.where(rank < 0, _NEVER, rank << 32 | place)
+
+    live = len(pieces)  # the pieces before this one may have pairs left
+    while live:
+        least = np.minimum.reduceat(best[: end[live - 1]], begin[:live])
+        going = np.flatnonzero(least != _NEVER)
+        live = int(going[-1]) + 1 if len(going) else 0
+        least = least.take(going)
+        i = least & 0xFFFFFFFF
+        j = after.take(i)  # the part to join to i
+        h, k = before.take(i), after.take(j)  # their neighbours
+        token[i] = pairs.made.take(least >> 32)
+        token[j] = _NONE
+        best[j] = _NEVER
+        after[i] = k
+        before[k] = i
+        left, right = np.append(h, i), np.append(i, k)
+        rank = pairs.ranks(token.take(left), token.take(right))
+        best[left] = np.where(rank < 0, _NEVER, rank << 32 | left)
+
+    part = token != _NONE
+    count = np.add.reduceat(part, begin, dtype=np.intp)
+    first = np.cumsum(count) - count
+    back = np.argsort(order)
+    return token[part][_places(first[back], count[back])].astype(np.uint32), count[back]
+
+
+_NONE = np.uint64(0xFFFFFFFF)  # no token: a wall, or a part that was joined to the one before
+
+
+def _places(first: Ints, count: Ints) -> Ints:
+    """The places of ranges, one after the other: ([5, 2], [2, 3]) gives 5 6 2 3 4."""
+    end = np.cumsum(count)
+    return np.arange(end[-1] if len(end) else 0) + np.repeat(first - end + count, count)
+
+
+# Cutting text into portions
+
+
+def _blocks(texts: Sequence[str]) -> Iterator[list[tuple[list[int], list[str]]]]:
+    """Blocks of stretches; a stretch is some parts of texts, and to which texts they belong."""
+    block: list[tuple[list[int], list[str]]] = []
+    owners: list[int] = []
+    parts: list[str] = []
+    in_stretch = in_block = 0
+    for owner, text in enumerate(texts):
+        for part in _parts(text):
+            owners.append(owner)
+            parts.append(part)
+            in_stretch += len(part)
+            in_block += len(part)
+            if in_stretch >= STRETCH:
+                block.append((owners, parts))
+                owners, parts, in_stretch = [], [], 0
+            if in_block >= BLOCK:
+                yield block
+                block, in_block = [], 0
+    if parts:
+        block.append((owners, parts))
+    if block:
+        yield block
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Parts of some STRETCH characters that can be cut into pieces one by one."""
+    begin = 0
+    while len(text) - begin > STRETCH:
+        safe = _SAFE.search(text, begin + STRETCH)
+        if not safe:
+            break
+        yield text[begin : safe.end()]
+        begin = safe.end()
+    yield text[begin:] if begin else text

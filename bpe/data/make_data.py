@@ -1,0 +1,34 @@
+"""Makes the files of this folder from the npm package js-tiktoken, which is under the MIT licence:
+
+    npm pack js-tiktoken@1.0.21 && tar xzf js-tiktoken-1.0.21.tgz
+    python bpe/data/make_data.py package
+
+In the package a rank table is lines of "! rank token token ...": tokens in base64, of which the
+first has that rank and each next one the next rank. `bpe/vocabularies.py` says what is made of it.
+"""
+
+import base64
+import json
+import lzma
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def main(package: Path) -> None:
+    for name in ("p50k_base", "cl100k_base", "o200k_base"):
+        source = (package / "dist" / "ranks" / f"{name}.js").read_text()
+        table = json.loads(source.removeprefix("export default ").rstrip().rstrip(";"))
+        tokens = [
+            base64.b64decode(token)
+            for line in table["bpe_ranks"].splitlines()
+            for token in line.split(" ")[2:]
+        ]
+        packed = bytes(map(len, tokens)) + b"".join(tokens)
+        compressed = lzma.compress(packed, preset=9 | lzma.PRESET_EXTREME)
+        (HERE / f"{name}.xz").write_bytes(compressed)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
