@@ -1,9 +1,14 @@
 """The command `python -m bpe`."""
 
+import io
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
+import bpe
 from bpe.__main__ import coloured, main, plain
 from tests.bpe import tiny
 
@@ -15,35 +20,50 @@ def vocab(tmp_path):
     return str(path)
 
 
-def test_in_a_pipe_it_is_one_line_a_token(vocab, capsys):
-    assert main(["--vocab", vocab, "low lower\n<|im_end|>"]) == 0
-    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+@pytest.fixture
+def run(capsysbinary, monkeypatch):
+    """Runs a command; its status, standard output and standard error."""
+
+    def run(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        status = main(list(arguments))
+        out, err = capsysbinary.readouterr()
+        return status, out.decode(), err.decode()
+
+    return run
+
+
+# Showing
+
+
+def test_in_a_pipe_it_is_one_line_a_token(run, vocab):
+    status, out, _ = run("--vocab", vocab, "low lower\n<|im_end|>")
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert status == 0
     assert [text for _, text in lines] == ["'low'", "' lower'", "'\\n'", "'<|im_end|>'"]
     assert lines[-1][0] == "2"
+    assert run("show", "--vocab", vocab, "low lower\n<|im_end|>") == (0, out, "")
 
 
-def test_it_reads_standard_input(vocab, capsys, monkeypatch):
-    import io
+def test_texts_come_from_arguments_files_or_standard_input(run, vocab, tmp_path):
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    one.write_text("low", encoding="utf-8")
+    two.write_text(" lower", encoding="utf-8")
+    expected = run("encode", "--vocab", vocab, "low lower")
+    assert run("encode", "--vocab", vocab, stdin="low lower") == expected
+    assert run("encode", "--vocab", vocab, "-f", str(one), "-f", str(two)) == expected
+    assert run("encode", "--vocab", vocab, "low", "-f", str(two)) == expected
+    two.write_bytes(b"\xff")
+    status, out, err = run("encode", "--vocab", vocab, "-f", str(two))
+    assert status == 1 and not out and f"{two}: not UTF-8" in err
 
-    monkeypatch.setattr("sys.stdin", io.StringIO("low"))
-    assert main(["--vocab", vocab]) == 0
-    assert "'low'" in capsys.readouterr().out
 
-
-def test_a_missing_vocabulary_is_an_error_on_stderr(tmp_path, capsys):
-    assert main(["--vocab", str(tmp_path / "no.gguf"), "x"]) == 1
-    out, err = capsys.readouterr()
-    assert out == "" and "no.gguf: no such file" in err
-
-
-def test_colours(vocab, capsys, monkeypatch):
+def test_colours(run, vocab, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    main(["--vocab", vocab, "low lower"])
-    assert "\x1b[30;48;5;" in capsys.readouterr().out
+    assert "\x1b[30;48;5;" in run("--vocab", vocab, "low lower")[1]
     monkeypatch.setenv("NO_COLOR", "1")
-    main(["--vocab", vocab, "low lower"])
-    assert "\x1b" not in capsys.readouterr().out
+    assert "\x1b" not in run("--vocab", vocab, "low lower")[1]
 
 
 def test_pieces_that_move_the_cursor_or_are_half_a_character_are_escaped():
@@ -51,3 +71,148 @@ def test_pieces_that_move_the_cursor_or_are_half_a_character_are_escaped():
     assert "\x1b[2J" not in shown
     assert "\\x1b[2J" in shown and "\\xf0\\x9f" in shown and "\\n" in shown
     assert plain([7], [b"\xf0\x9f"]) == "7\tb'\\xf0\\x9f'"
+
+
+# Encoding and decoding
+
+
+def test_there_and_back(run, vocab):
+    text = "low 🙂 lower\n<|im_end|>"
+    _, out, _ = run("encode", "--vocab", vocab, text)
+    assert list(map(int, out.split())) == tiny.encoding().encode(text, allowed_special="all")
+    _, as_json, _ = run("encode", "--vocab", vocab, "--json", text)
+    assert json.loads(as_json) == {"ids": list(map(int, out.split()))}
+    assert run("decode", "--vocab", vocab, *out.split()) == (0, text, "")
+    assert run("decode", "--vocab", vocab, stdin=out) == (0, text, "")
+    assert run("decode", "--vocab", vocab, stdin=str(json.loads(as_json)["ids"])) == (0, text, "")
+
+
+def test_decoding_gives_the_bytes_whatever_they_are(vocab, capsysbinary):
+    half = tiny.encoding().encode("🙂")[0]
+    assert main(["decode", "--vocab", vocab, str(half)]) == 0
+    assert capsysbinary.readouterr().out == b"\xf0\x9f"
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"), [(["1", "x"], "'x' is not an id"), (["99999"], "99999")]
+)
+def test_ids_that_are_none(run, vocab, ids, message):
+    status, out, err = run("decode", "--vocab", vocab, *ids)
+    assert status == 1 and not out and message in err
+
+
+# Measuring
+
+
+def test_count(run, vocab):
+    status, out, _ = run("count", "--vocab", vocab, "low lower low 12")
+    assert status == 0
+    assert [line.split() for line in out.splitlines()] == [
+        ["5", "tokens"],
+        ["16", "characters", "3.20", "a", "token"],
+        ["4", "words", "0.80", "a", "token"],
+        ["16", "bytes", "3.20", "a", "token"],
+    ]
+    _, out, _ = run("count", "--vocab", vocab, "--json", "low lower low 12")
+    assert json.loads(out) == {
+        "tokens": 5, "characters": 16, "words": 4, "bytes": 16,
+        "characters_per_token": 3.2, "words_per_token": 0.8,
+    }  # fmt: skip
+
+
+def test_compare(run, vocab, tmp_path):
+    other = tmp_path / "other.json"
+    text = "low lower"
+    assert run("train", "-q", "--vocab-size", "257", "-o", str(other), vocab)[0] == 0
+    status, out, _ = run("compare", "--vocab", vocab, "--vocab", str(other), text)
+    assert status == 0
+    assert [line.split()[:2] for line in out.splitlines()[1:]] == [[vocab, "2"], [str(other), "9"]]
+    _, out, _ = run("compare", "--vocab", vocab, "--vocab", str(other), "--json", text)
+    assert [found["tokens"] for found in json.loads(out).values()] == [2, 9]
+
+
+def test_explain(run, vocab):
+    status, out, _ = run("explain", "--vocab", vocab, "lower")
+    assert status == 0 and "l───o───w   e───r     er = e + r" in out
+
+
+# Training
+
+
+def test_train(run, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("low lower lowest slow slower\n" * 3, encoding="utf-8")
+    as_json, ranks = tmp_path / "mine.json", tmp_path / "mine.tiktoken"
+    status, out, err = run(
+        "train", str(text), "-o", str(as_json), "-o", str(ranks), "--vocab-size", "265",
+        "--pattern", "cl100k", "--special", "<a>", "--special", "<b>",
+    )  # fmt: skip
+    assert status == 0 and out.splitlines() == [str(as_json), str(ranks)]
+    assert err.startswith("265 tokens in ") and "\r" not in err, "no progress without a terminal"
+    encoding = bpe.load(as_json).encoding
+    assert encoding.n_vocab == 265 and encoding.special_tokens == {"<a>": 263, "<b>": 264}
+    assert encoding.decode_tokens_bytes(encoding.encode("1234")) == [b"1", b"2", b"3", b"4"]
+    assert encoding.patterns[0].startswith("'(?i:[sdmt]"), "the pattern asked for"
+    assert len(ranks.read_text().splitlines()) == 263
+    assert run("train", "-q", str(text), "-o", str(as_json))[1:] == (f"{as_json}\n", "")
+
+
+def test_train_shows_progress_on_a_terminal(run, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"{i:x}" for i in range(50_000)), encoding="utf-8")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    _, _, err = run("train", str(text), "-o", str(tmp_path / "x.json"), "--vocab-size", "900")
+    assert "\r\x1b[Klearning merges: 256 of 643" in err
+    _, _, err = run("train", "-q", str(text), "-o", str(tmp_path / "x.json"))
+    assert err == ""
+
+
+def test_train_refuses_before_it_works(run, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"fine\nnot \xe4\n")
+    status, out, err = run("train", str(text), "-o", str(tmp_path / "x.bin"))
+    assert status == 1 and "x.bin: the name must end in .tiktoken or .json" in err
+    status, out, err = run("train", str(text), "-o", str(tmp_path / "x.json"))
+    assert status == 1 and f"{text}: line 2 is not UTF-8: byte 0xe4" in err
+    status, out, err = run("train", str(tmp_path / "no.txt"), "-o", str(tmp_path / "x.json"))
+    assert status == 1 and "no.txt: No such file or directory" in err
+    assert not (tmp_path / "x.json").exists()
+
+
+# The program
+
+
+def test_a_missing_vocabulary_is_an_error_on_stderr(run, tmp_path):
+    status, out, err = run("--vocab", str(tmp_path / "no.gguf"), "x")
+    assert status == 1 and out == "" and "no.gguf: no such file" in err
+    status, out, err = run("--vocab", "gpt-nonsense", "x")
+    assert status == 1 and "neither an encoding (" in err and "o200k_base" in err
+
+
+def test_encodings_and_models_by_name(run):
+    ids = run("encode", "--vocab", "cl100k_base", "hello world")[1]
+    assert ids == "15339 1917\n"
+    assert run("encode", "--vocab", "gpt-4", "hello world")[1] == ids
+    assert run("encode", "hello world")[1] == "24912 2375\n", "o200k_base unless asked otherwise"
+    lines = run("compare", "hello world")[1].splitlines()[1:]
+    assert [line.split()[0] for line in lines] == bpe.list_encoding_names()
+
+
+def test_usage(run):
+    with pytest.raises(SystemExit) as error:
+        run("train", "file.txt")
+    assert error.value.code == 2
+
+
+def test_it_runs_as_a_program_and_stops_when_nobody_listens(vocab):
+    command = [sys.executable, "-m", "bpe", "--vocab", vocab]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*command, "low é"], env=environment, capture_output=True, check=True)
+    assert done.stdout.splitlines()[0].endswith(b"'low'") and b"\\xc3" in done.stdout
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        process.stdin.write(b"x " * 100_000)
+        process.stdin.close()
+        assert process.stderr.read() == b""
