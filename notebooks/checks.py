@@ -8,6 +8,7 @@ solution (`tests/notebooks`).
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 
 
@@ -50,6 +51,49 @@ def whole_characters(answer: Callable[[list[bytes]], list[str]]) -> None:
     ):
         got = answer(list(pieces))
         assert got == expected, f"of {pieces} expected {expected}, got {got}"
+
+
+def count_pairs(
+    answer: Callable[[dict[tuple[bytes, ...], int]], dict[tuple[bytes, bytes], int]],
+) -> None:
+    """Pieces and how often they occur to pairs and how often they do."""
+    for pieces, expected in (
+        ({(b"l", b"o", b"w"): 3}, {(b"l", b"o"): 3, (b"o", b"w"): 3}),
+        ({(b"a", b"b"): 2, (b"b", b"a", b"b"): 5}, {(b"a", b"b"): 7, (b"b", b"a"): 5}),
+        ({(b"a", b"a", b"a"): 1}, {(b"a", b"a"): 2}),
+        ({(b"lo", b"w"): 1, (b"x",): 9}, {(b"lo", b"w"): 1}),
+    ):
+        got = answer(dict(pieces))
+        assert got == expected, f"of {pieces} expected {expected}, got {got}"
+
+
+def merge_piece(answer: Callable[[bytes, dict[bytes, int]], list[bytes]]) -> None:
+    """The tokens of a piece, compared with the library's."""
+    from bpe.merge import NEVER, merge
+
+    tokens = [bytes([byte]) for byte in range(256)]
+    tokens += [b"ow", b"low", b"er", b"aa", b"aaa", b"we", b"rs", b"lo"]
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    rng = random.Random(0)
+    pieces = [b"lower", b"aaaaa", b"\xf0\x9f\x99\x82", b"x", b""]
+    pieces += [bytes(rng.choices(b"lowersa", k=rng.randrange(12))) for _ in range(1000)]
+    for piece in pieces:
+        expected = merge(piece, lambda left, right: ranks.get(left + right, NEVER))
+        got = answer(piece, dict(ranks))
+        assert got == expected, f"of {piece} expected {expected}, got {got}"
+
+
+def broken_tokens(answer: Callable[[list[bytes]], list[int]]) -> None:
+    """The bytes of tokens to the positions of those that are no text."""
+    emoji = "🙂".encode()
+    for tokens, expected in (
+        ([b"low", b" ", "é".encode()], []),
+        ([b"a", emoji[:2], emoji[2:], b"b"], [1, 2]),
+        ([emoji, b"\xff"], [1]),
+        ([], []),
+    ):
+        got = answer(list(tokens))
+        assert got == expected, f"of {tokens} expected {expected}, got {got}"
 
 
 def _close(got: object, expected: list[float], what: str) -> None:
