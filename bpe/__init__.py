@@ -22,6 +22,12 @@ from bpe.formats import (
     load_wordpiece,
 )
 from bpe.stream import StopMatcher, StreamDecoder
+from bpe.vocabularies import (
+    encoding_for_model,
+    encoding_name_for_model,
+    get_encoding,
+    list_encoding_names,
+)
 from bpe.wordpiece import WordPiece
 
 __all__ = [
@@ -31,10 +37,14 @@ __all__ = [
     "StreamDecoder",
     "Tokenizer",
     "WordPiece",
+    "encoding_for_model",
+    "encoding_name_for_model",
     "from_folder",
     "from_gguf",
     "from_tiktoken",
     "from_tokenizer_json",
+    "get_encoding",
+    "list_encoding_names",
     "load",
     "load_wordpiece",
 ]

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from bpe.chat import ChatTemplate
 from bpe.encoding import Encoding
 from bpe.pretokenize import GPT2, LLAMA3, QWEN2, SMOLLM
+from bpe.vocabularies import VOCABULARIES
 from bpe.wordpiece import WordPiece
 
 # What ends a turn or a text, in the vocabularies we know. Whichever of them a vocabulary has as a
@@ -34,22 +35,6 @@ _STOP_TOKENS = (
     "<|eom_id|>",  # of a message that waits for a tool
     "<|end|>",  # Phi 3
 )
-
-# OpenAI's files hold only the ranks; pattern and special tokens are published apart from them.
-_TIKTOKEN_FILES: dict[str, tuple[str, dict[str, int]]] = {
-    "r50k_base": (GPT2, {"<|endoftext|>": 50256}),
-    "p50k_base": (GPT2, {"<|endoftext|>": 50256}),
-    "cl100k_base": (
-        LLAMA3,
-        {
-            "<|endoftext|>": 100257,
-            "<|fim_prefix|>": 100258,
-            "<|fim_middle|>": 100259,
-            "<|fim_suffix|>": 100260,
-            "<|endofprompt|>": 100276,
-        },
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +80,14 @@ def load(path: str | Path) -> Tokenizer:
     if path.suffix == ".json":
         return from_tokenizer_json(path)
     if path.suffix == ".tiktoken":
-        if path.stem not in _TIKTOKEN_FILES:
+        # OpenAI's files hold only the ranks; pattern and special tokens go by the name.
+        if (known := VOCABULARIES.get(path.stem)) is None:
             raise ValueError(
                 f"{path}: a .tiktoken file holds no split pattern, and only those of "
-                f"{', '.join(_TIKTOKEN_FILES)} are known by name; call "
+                f"{', '.join(VOCABULARIES)} are known by name; call "
                 "bpe.from_tiktoken(path, pattern=..., special_tokens=...)"
             )
-        pattern, special_tokens = _TIKTOKEN_FILES[path.stem]
-        return from_tiktoken(path, pattern=pattern, special_tokens=special_tokens)
+        return from_tiktoken(path, pattern=known.pattern, special_tokens=known.special_tokens)
     raise ValueError(
         f"{path}: unknown kind of vocabulary; a .gguf, a .tiktoken, a tokenizer.json or a folder "
         "holding one can be read"
@@ -265,6 +250,10 @@ def _added_tokens(spec: Mapping[str, Any], where: str) -> dict[str, int]:
         )
         if special.setdefault(text, id) != id:
             raise ValueError(f"{here}: {text!r} has the ids {special[text]} and {id}")
+    spelling = {id: text for text, id in special.items()}
+    for text, id in special.items():
+        if spelling[id] != text:
+            raise ValueError(f"{where}: the tokens {text!r} and {spelling[id]!r} have the id {id}")
     return special
 
 

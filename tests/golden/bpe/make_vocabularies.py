@@ -1,0 +1,58 @@
+"""Makes the golden file of OpenAI's encodings with tiktoken, offline.
+
+    python make_vocabularies.py
+
+It needs tiktoken and tokenizers (`pip install -e '.[parity]'`). tiktoken fetches its vocabularies
+from the network, unless its cache has them; we fill its cache with the files that ours are packed
+from, rebuilt, and tiktoken compares their SHA-256 with the one it expects.
+
+`vocabularies.json` holds `texts` (of make_bpe.py), and for each encoding `digests`: of each text,
+the number of ids and the first 8 hexadecimal digits of the SHA-256 of the ids as written by JSON.
+"""
+
+import hashlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent.parent))
+
+import tiktoken  # noqa: E402
+
+from bpe import vocabularies  # noqa: E402
+from tests.bpe.tiktoken_cache import fill  # noqa: E402
+from tests.golden.bpe.make_bpe import TEXTS, random_texts  # noqa: E402
+
+
+def digest(ids: list[int]) -> str:
+    return f"{len(ids)} {hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:8]}"
+
+
+def main() -> None:
+    texts = TEXTS + random_texts(60)
+    with tempfile.TemporaryDirectory() as folder:
+        fill(Path(folder))
+        encodings = {name: tiktoken.get_encoding(name) for name in vocabularies.VOCABULARIES}
+    content = {
+        "made with": {"tiktoken": tiktoken.__version__},
+        "texts": texts,
+        "digests": {
+            name: [digest(encoding.encode(text, disallowed_special=())) for text in texts]
+            for name, encoding in encodings.items()
+        },
+        "special_tokens": {name: dict(e._special_tokens) for name, e in encodings.items()},
+    }
+    # Harmony's thousand reserved tokens go by a rule; the tests hold the number of them.
+    content["special_tokens"]["o200k_harmony"] = {
+        spelling: id
+        for spelling, id in content["special_tokens"]["o200k_harmony"].items()
+        if not spelling.startswith("<|reserved_")
+    }
+    text = json.dumps(content, ensure_ascii=True, indent=1)
+    (HERE / "vocabularies.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
