@@ -1,0 +1,71 @@
+"""A row has the same bits in every bucket of rows, in the formats that are served, in every family.
+
+`tests/serve/test_invariance.py` asserts it for the chat model with everything around it; here are
+the forms which that model does not have.
+"""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.transformer.conftest import FORMS, noise
+from transformer import cache, decoder, lora
+from transformer.config import Config
+from transformer.layers import Linear, quantize
+
+BUCKETS = (2, 4, 8, 16)
+SIZES = dict(
+    num_layers=1, d_model=256, d_ff=512, head_dim=64, vocab_size=1000, num_heads=8, max_seq_len=512
+)
+CONFIGS = {name: Config.debug(**forms | SIZES) for name, forms in FORMS.items()}
+CONFIGS["gemma"] = replace(CONFIGS["gemma"], windows=(40,), query_scalar=50)
+CONFIGS["qwen3"] = replace(CONFIGS["llama"], qk_norm=True, qkv_bias=True)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def step(params, cfg, memory, ids, tables, starts):
+    x, memory = decoder.extend(params, cfg, memory, ids[:, None], tables, starts)
+    return decoder.unembed(params, cfg, x[:, 0]), memory.keys[-1]
+
+
+def narrow(params: decoder.Params, format: str) -> decoder.Params:
+    def change(p):
+        return quantize(p) if format == "int8" else p.replace(weight=p.weight.astype(jnp.bfloat16))
+
+    is_linear = lambda node: isinstance(node, Linear)  # noqa: E731
+    return jax.tree.map(lambda p: change(p) if is_linear(p) else p, params, is_leaf=is_linear)
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [(name, "bfloat16") for name in ("gpt2", "gemma", "qwen3", "adapted")] + [("gemma", "int8")],
+)
+def test_a_row_has_the_same_bits_in_every_bucket(name, format):
+    cfg = CONFIGS["llama" if name == "adapted" else name]
+    params = narrow(noise(decoder.init(jax.random.key(0), cfg)), format)
+    if name == "adapted":
+        adapter = noise(lora.init(jax.random.key(1), cfg, rank=8, alpha=16))
+        params = lora.apply(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), adapter))
+    rng = np.random.default_rng(0)
+    memory = cache.init(cfg, 32, jnp.bfloat16)
+    filled = [rng.normal(0, 1, pool.shape) for pool in jax.tree.leaves(memory)]
+    memory = jax.tree.unflatten(
+        jax.tree.structure(memory),
+        [jnp.asarray(pool, jnp.bfloat16).view(jnp.uint16) for pool in filled],
+    )
+    ids = rng.integers(0, cfg.vocab_size, 16).astype(np.int32)
+    tables = np.arange(1, 33, dtype=np.int32).reshape(16, 2)
+    starts = rng.integers(0, 511, 16).astype(np.int32)
+    starts[:2] = 300, 17  # one row in its second block and past every window, one in its first
+    found = {
+        size: step(params, cfg, memory, ids[:size], tables[:size], starts[:size])
+        for size in BUCKETS
+    }
+    for size in BUCKETS[1:]:
+        logits, keys = found[size]
+        np.testing.assert_array_equal(logits[:2], found[2][0], err_msg=f"{size} rows")
+        np.testing.assert_array_equal(keys[1:5], found[2][1][1:5], err_msg=f"{size} rows")
