@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, Response
 from bpe import Encoding, Tokenizer
 from serve.api.context import PROMPT, refuse_hopeless, room
 from serve.api.generation import Choice, Generation, Prompt
-from serve.api.ids import check_ids, refuse_foreign_ids
+from serve.api.ids import native_ids
 from serve.api.insertion import insertion
 from serve.api.models import registry_of
 from serve.api.openapi import described
@@ -156,10 +156,8 @@ def _encoded(body: CompletionBody, model: ServedModel) -> list[tuple[list[int], 
             ids = tokenizer.encoding.encode(prompt, allowed_special="all")
             encoded.append((_start(tokenizer, ids), ids))
         else:
-            refuse_foreign_ids(body.model, model, "prompt")
             path = "prompt" if single else f"prompt[{number}]"
-            check_ids(prompt, model, path)
-            encoded.append(([], prompt))
+            encoded.append(([], native_ids(prompt, body.model, model, path)))
     return encoded
 
 

@@ -15,7 +15,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from serve.api.ids import refuse_foreign_ids
+from serve.api.ids import native_bias
 from serve.api.pieces import Assembler, FinishReason, Piece, Placed, finite
 from serve.api.schemas import GenerationBody
 from serve.calls import Call
@@ -245,20 +245,6 @@ def _too_long(seconds: float | None) -> APIError:
 
 def sampling_of(body: GenerationBody, model: ServedModel) -> Sampling:
     """The sampling settings of a request; without a seed, one is drawn."""
-    if body.logit_bias:
-        refuse_foreign_ids(body.model, model, "logit_bias")
-    bias: dict[int, float] = {}
-    for key, value in body.logit_bias.items():
-        known = key.isascii() and key.isdigit() and len(key) < 10
-        if not known or int(key) not in model.ids:
-            raise APIError(
-                400,
-                f"Invalid key in 'logit_bias': {key[:80]}. Keys are token ids of `{model.id}`, "
-                f"from 0 to {model.tokenizer.encoding.n_vocab - 1}.",
-                param="logit_bias",
-                code="invalid_value",
-            )
-        bias[int(key)] = value
     return Sampling(
         temperature=body.temperature,
         top_p=body.top_p,
@@ -267,7 +253,7 @@ def sampling_of(body: GenerationBody, model: ServedModel) -> Sampling:
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
         repetition_penalty=body.repetition_penalty,
-        logit_bias=bias,
+        logit_bias=native_bias(body.logit_bias, body.model, model),
         seed=secrets.randbits(63) if body.seed is None else body.seed,
     )
 

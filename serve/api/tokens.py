@@ -16,7 +16,7 @@ from starlette.requests import Request
 from bpe import Encoding
 from serve.api.chat import Message, encode_chat, plain
 from serve.api.context import MESSAGES
-from serve.api.ids import check_ids
+from serve.api.ids import native_ids
 from serve.api.models import registry_of
 from serve.api.openapi import described
 from serve.api.pieces import token_text
@@ -77,8 +77,8 @@ async def detokenize(request: Request) -> dict[str, str]:
     """Turn token ids into text."""
     body = await read_json(request, DetokenizeBody)
     model = await _model(request, body.model)
-    check_ids(body.tokens, model, "tokens")
-    text = await asyncio.to_thread(model.tokenizer.encoding.decode, body.tokens)
+    ids = native_ids(body.tokens, model.id, model, "tokens")
+    text = await asyncio.to_thread(model.tokenizer.encoding.decode, ids)
     return {"prompt": text, "content": text, "text": text}
 
 

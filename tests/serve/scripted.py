@@ -173,7 +173,7 @@ def model(
 @contextmanager
 def running(*models: ServedModel | Offer, **settings: object) -> Iterator[str]:
     """Serves ``models`` from a thread on a free port; gives the address, without /v1."""
-    registry = Registry([*models], {"gpt-4": models[0].id})
+    registry = Registry([*models], {"gpt-4": models[0].id, "mine": models[0].id})
     with tempfile.TemporaryDirectory() as home:  # not the user's own, which may hold keys
         settings = {"home": Path(home), **settings}
         app = create_app(Settings(**settings), registry)  # type: ignore[arg-type]

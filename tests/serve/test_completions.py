@@ -3,6 +3,7 @@
 import pytest
 from openai import BadRequestError
 
+import bpe
 from tests.serve.scripted import CONTEXT, END_OF_TEXT, HELLO, IM_START, encoding
 
 LENGTH = len(HELLO.encode())  # in tokens: its vocabulary is bytes
@@ -323,7 +324,30 @@ def test_a_suffix_where_neither_works(strict):
     assert caught.value.param == "suffix" and caught.value.code == "unsupported_value"
 
 
-def test_ids_under_an_alias_belong_to_another_encoding(strict):
-    for options in ({"prompt": [1, 2]}, {"prompt": "x", "logit_bias": {"1": 1}}):
-        with pytest.raises(BadRequestError, match="belong to that model's encoding"):
-            strict.completions.create(model="gpt-4", **options)
+def test_ids_under_an_alias_belong_to_the_encoding_of_whom_it_imitates(strict, engine):
+    """As LangChain sends them: cl100k's ids to what it takes for gpt-4."""
+    ids = bpe.get_encoding("cl100k_base").encode("Say emoji, ö<|endoftext|>", allowed_special="all")
+    for prompt in (ids, [ids, ids]):
+        answer = strict.completions.create(model="gpt-4", prompt=prompt, max_tokens=99, echo=True)
+        assert answer.choices[0].text == "Say emoji, ö<|endoftext|>😀😀😀"
+    assert engine.requests[-1].prompt == (*"Say emoji, ö".encode(), END_OF_TEXT)
+    with pytest.raises(BadRequestError, match="999999 is not a token id of `gpt-4`") as caught:
+        strict.completions.create(model="gpt-4", prompt=[1, 999999])
+    assert caught.value.param == "prompt[1]"
+
+
+def test_a_bias_under_an_alias_is_translated(strict, engine):
+    a, end, burger = 32, 100257, 47775  # "A", "<|endoftext|>", "amburger"
+    bias = {str(a): 5, str(end): -100}
+    strict.completions.create(model="gpt-4", prompt="x", logit_bias=bias)
+    assert engine.requests[-1].sampling.logit_bias == {65: 5, END_OF_TEXT: -100}
+    for key, words in ((burger, "'amburger' .* no single token"), (999999, "from 0 to 100276")):
+        with pytest.raises(BadRequestError, match=words) as caught:
+            strict.completions.create(model="gpt-4", prompt="x", logit_bias={str(key): 1})
+        assert caught.value.param == "logit_bias" and caught.value.code == "invalid_value"
+
+
+def test_an_alias_that_imitates_nobody_has_the_models_ids(strict, engine):
+    strict.completions.create(model="mine", prompt=list(b"emoji"), logit_bias={"65": 1})
+    assert engine.requests[-1].prompt == tuple(b"emoji")
+    assert engine.requests[-1].sampling.logit_bias == {65: 1}
