@@ -277,15 +277,19 @@ def to_hf(cfg: Config) -> dict[str, Any]:
 
 
 def _take_rope(given: dict[str, Any], fields: dict[str, Any]) -> None:
-    """Moves what `given` says of rotary positions, in any of its three spellings, to `fields`."""
-    scaling = given.pop("rope_scaling", None)
-    if scaling is not None and not isinstance(scaling, Mapping):
-        raise ValueError(f"rope_scaling must be an object, got {scaling!r}")
-    everywhere = {"rope_theta": given.pop("rope_theta")} | dict(scaling or {})
-    nested = given.pop("rope_parameters", None)  # transformers 5; one for each kind of layer,
-    if nested is not None and not isinstance(nested, Mapping):
-        raise ValueError(f"rope_parameters must be an object, got {nested!r}")
-    if nested is not None and nested.keys() <= _LAYER_TYPES:  # where they differ
+    """Moves what `given` says of rotary positions to `fields`.
+
+    transformers 4 wrote `rope_theta` beside `rope_scaling`; 5 writes both into `rope_parameters`,
+    or, where they differ, one such object for each kind of layer.
+    """
+    objects = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        objects[key] = {} if (value := given.pop(key, None)) is None else value
+        if not isinstance(objects[key], Mapping):
+            raise ValueError(f"{key} must be an object, got {value!r}")
+    everywhere = {"rope_theta": given.pop("rope_theta"), **objects["rope_scaling"]}
+    nested = objects["rope_parameters"]
+    if nested and nested.keys() <= _LAYER_TYPES:
         if "rope_local_base_freq" not in given:
             raise ValueError("rope_parameters differ by layer, which this model type does not do")
         local = dict(nested.get(_LOCAL) or {})
@@ -294,14 +298,15 @@ def _take_rope(given: dict[str, Any], fields: dict[str, Any]) -> None:
         given["rope_local_base_freq"] = local.pop("rope_theta", given["rope_local_base_freq"])
         if local:
             raise ValueError(f"rope_parameters of {_LOCAL} hold unknown keys: {sorted(local)}")
-        nested = nested.get(_GLOBAL)
-    everywhere |= nested or {}
+        nested = nested.get(_GLOBAL) or {}
+    everywhere |= nested
     fields["rope_theta"] = everywhere.pop("rope_theta")
     fields["rope_scaling"] = _scaling(everywhere)
 
 
 def _scaling(given: dict[str, Any]) -> RopeScaling | None:
-    """The scaling that `rope_scaling` (or `rope_parameters`) asks for."""
+    """The scaling that `rope_scaling` or `rope_parameters` asks for; a null says nothing."""
+    given = {key: value for key, value in given.items() if value is not None}
     kind = given.pop("rope_type", given.pop("type", None)) or ("default" if not given else None)
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("partial_rotary_factor must be 1: each head is rotated whole")
@@ -315,12 +320,12 @@ def _scaling(given: dict[str, Any]) -> RopeScaling | None:
     if kind == "yarn":
         given = {"beta_fast": 32.0, "beta_slow": 1.0, **given}
         factor = given.get("factor")
-        if given.get("attention_factor") is None and isinstance(factor, int | float):
+        if "attention_factor" not in given and isinstance(factor, int | float):
             given["attention_factor"] = 0.1 * math.log(max(factor, 1)) + 1.0
     wanted = {key for key, name in _SCALING_KEYS.items() if name in SCALING_FIELDS[kind]}
     if unknown := sorted(given.keys() - wanted):
         raise ValueError(f"rope_type {kind!r} has keys whose meaning is not known: {unknown}")
-    if missing := [key for key in _SCALING_KEYS if key in wanted and given.get(key) is None]:
+    if missing := [key for key in _SCALING_KEYS if key in wanted - given.keys()]:
         raise ValueError(f"rope_type {kind!r} lacks {', '.join(missing)}")
     return RopeScaling(kind=kind, **{_SCALING_KEYS[key]: value for key, value in given.items()})
 

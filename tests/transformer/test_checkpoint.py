@@ -176,6 +176,17 @@ def test_safetensors_cut_short(tmp_path):
             checkpoint.load(tmp_path)
 
 
+def test_a_shard_cut_short_or_gone(tmp_path):
+    shutil.copytree(GOLDEN / "mistral", tmp_path / "m")
+    shard = tmp_path / "m" / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="00002-of-00003.safetensors: not a readable"):
+        checkpoint.load(tmp_path / "m")
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match="00002-of-00003.safetensors"):
+        checkpoint.load(tmp_path / "m")
+
+
 def test_pickles_are_refused_unopened(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(ValueError, match="pickled weights are never opened"):

@@ -217,6 +217,7 @@ def test_older_spellings_mean_the_same():
     llama3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     assert older("llama", rope_theta=500.0, rope_scaling=llama3) == Config.from_hf(hf("llama"))
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0}
+    yarn["beta_slow"] = None  # as if it were not there
     assert older("qwen3", rope_scaling=yarn) == Config.from_hf(hf("qwen3"))
     gemma = older("gemma3", rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling=linear)
     assert gemma == Config.from_hf(hf("gemma3"))
@@ -251,9 +252,10 @@ GEMMA = dict(
     attention_bias=False, attention_dropout=0.0, attn_logit_softcapping=None, bos_token_id=2,
     cache_implementation="hybrid", eos_token_id=[1, 106], final_logit_softcapping=None,
     head_dim=256, hidden_activation="gelu_pytorch_tanh", initializer_range=0.02,
-    max_position_embeddings=32768, model_type="gemma3_text", num_attention_heads=4, num_key_value_heads=1, pad_token_id=0,
-    query_pre_attn_scalar=256, rms_norm_eps=1e-6, rope_local_base_freq=10000, rope_scaling=None,
-    rope_theta=1000000, sliding_window=512, use_cache=True, vocab_size=262144,
+    max_position_embeddings=32768, model_type="gemma3_text", num_attention_heads=4,
+    num_key_value_heads=1, pad_token_id=0, query_pre_attn_scalar=256, rms_norm_eps=1e-6,
+    rope_local_base_freq=10000, rope_scaling=None, rope_theta=1000000, sliding_window=512,
+    use_cache=True, vocab_size=262144,
 )  # fmt: skip
 
 
