@@ -78,15 +78,13 @@ class Reply:
     def __iter__(self) -> Iterator[str]:
         """Yields the text piece by piece, never half a character. Leaving early stops the model."""
         from serve.api.pieces import Assembler
-        from serve.engine import Began, Done, Token
+        from serve.engine import Done, Failed, Token
 
         assembler = Assembler(self._model.tokenizer.encoding, self._stop)
         started = time.perf_counter()
         with contextlib.closing(self._model.engine.generate(self._request)) as events:
             for event in events:
                 match event:
-                    case Began():
-                        continue
                     case Token():
                         elapsed = time.perf_counter() - started
                         if self.first_token is None:
@@ -98,8 +96,10 @@ class Reply:
                         piece = assembler.finish(reason)
                     case Done():
                         return
-                    case _:
+                    case Failed():
                         raise Failure(f"{self._model.id} could not go on: {event.message}")
+                    case _:  # that its prompt was read
+                        continue
                 if piece.text:
                     self.text += piece.text
                     yield piece.text

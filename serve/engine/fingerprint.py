@@ -1,13 +1,15 @@
 """A short name for how a model computes here; it changes when answers may.
 
 OpenAI's `system_fingerprint`: with the same fingerprint, seed and request, the answer is the same.
-It is made of the bytes of the weights, the number format, the library and the machine. Hashing
-gigabytes takes seconds, so the hash of a file is remembered with its size and time of change.
+It is made of the bytes of the weights, the number format, the machine, the library, and the code
+that computes. Hashing gigabytes takes seconds, so the hash of a file is remembered with its size
+and time of change.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import jax
 
+import transformer
 from serve import settings
 
 
@@ -32,10 +35,24 @@ def of_weights(path: Path) -> str:
     return hashlib.sha256(together.encode()).hexdigest()
 
 
+def on_machine(weights: str) -> str:
+    """Names weights with this hash on this machine, for what is measured here; hex."""
+    parts = [weights, jax.__version__, platform.machine(), _processor(), os.cpu_count()]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
 def of_model(weights: str, format: str) -> str:
-    """The fingerprint of weights with this hash, computed in this format, here."""
-    parts = [weights, format, jax.__version__, platform.machine(), _processor(), os.cpu_count()]
+    """The fingerprint of weights with this hash, computed in this format, here, by this code."""
+    parts = [on_machine(weights), format, _code()]
     return "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
+
+
+@functools.cache
+def _code() -> str:
+    """Everything between token ids in and token ids out."""
+    folders = [Path(transformer.__file__).parent, Path(__file__).parent]
+    files = sorted(file for folder in folders for file in folder.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _of_file(path: Path) -> str:

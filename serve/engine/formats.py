@@ -76,7 +76,7 @@ def choose(
     id: str,
     path: Path,
     cfg: Config,
-    fingerprint: str,
+    name: str,
     extra: int,
     notify: Callable[[str], None],
 ) -> Format:
@@ -86,7 +86,7 @@ def choose(
         id: what to call the model.
         path: its files.
         cfg: its sizes.
-        fingerprint: names these weights on this machine, for what is remembered.
+        name: of these weights on this machine, for what is remembered.
         extra: bytes that will be needed beside the weights.
         notify: told one line for each thing that takes long.
 
@@ -100,8 +100,8 @@ def choose(
         known = json.loads(remembered.read_text("utf-8"))
     except (OSError, ValueError):
         known = {}
-    if known.get(fingerprint) in fitting:
-        return known[fingerprint]
+    if known.get(name) in fitting:
+        return known[name]
 
     *narrow, widest = fitting  # the others are compared with it
     for format in FORMATS[len(fitting) :]:
@@ -138,7 +138,7 @@ def choose(
     if fitting == FORMATS:  # with more memory, another answer might come out
         with contextlib.suppress(OSError):  # a folder we may not write to: not remembered
             temporary = remembered.with_name(f".formats-{os.getpid()}")
-            temporary.write_text(json.dumps(known | {fingerprint: chosen}, indent=1), "utf-8")
+            temporary.write_text(json.dumps(known | {name: chosen}, indent=1), "utf-8")
             os.replace(temporary, remembered)
     return chosen
 

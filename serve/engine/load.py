@@ -98,7 +98,7 @@ def load_model(
     cfg = checkpoint.read_config(path)
     weights = sha256 or fingerprint.of_weights(path)
     if dtype == "auto":
-        name = fingerprint.of_model(weights, "auto")
+        name = fingerprint.on_machine(weights)
         chosen = formats.choose(id, path, cfg, name, cache_budget, notify)
     else:
         (chosen,) = formats.that_fit(id, cfg, cache_budget, (dtype,))  # type: ignore[arg-type]

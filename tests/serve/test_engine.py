@@ -229,8 +229,9 @@ def test_a_full_queue_is_busy_and_room_comes_back():
     wait_until(lambda: setup.mock.is_waiting)
     waiting = [setup.start(ask(2)), setup.start(ask(3))]
     wait_until(lambda: setup.num_accepted() == 3)
-    with pytest.raises(Busy):
+    with pytest.raises(Busy) as full:
         next(setup.engine.generate(ask(4)))
+    assert 1 <= full.value.retry_after <= 60
     setup.mock.gate.set()
     wait_until(lambda: all(len(events) == 7 for events in [running, *waiting]))
     assert tokens(setup.engine.generate(ask(4))) == expected((4,), 5)
