@@ -20,6 +20,7 @@ from serve.errors import APIError
 
 MANY = 10_000  # clients that are remembered before those with full buckets are forgotten
 DRAIN_RETRY_SECONDS = 5
+RATE_HEADERS = tuple(f"x-ratelimit-{what}-requests" for what in ("limit", "remaining", "reset"))
 
 
 @dataclass
@@ -120,11 +121,9 @@ class Admission:
 
 def rate_headers(rate: RequestRate, left: float) -> dict[str, str]:
     """What OpenAI says of a limit on requests."""
-    return {
-        "x-ratelimit-limit-requests": str(rate.per_minute),
-        "x-ratelimit-remaining-requests": str(int(left)),
-        "x-ratelimit-reset-requests": duration(rate.seconds_until(rate.per_minute, left)),
-    }
+    until_full = duration(rate.seconds_until(rate.per_minute, left))
+    values = (str(rate.per_minute), str(int(left)), until_full)
+    return dict(zip(RATE_HEADERS, values, strict=True))
 
 
 def duration(seconds: float) -> str:

@@ -148,10 +148,18 @@ def test_accepted_and_ignored(strict):
         parallel_tool_calls=True,
         prediction={"type": "content", "content": "x"},
         prompt_cache_key="k",
+        prompt_cache_retention="24h",
+        stream_options=None,
         safety_identifier="s",
         web_search_options={},
         response_format={"type": "text"},
-        extra_body={"tools": None, "functions": [], "num_ctx": 4096, "thinking": {"a": [1]}},
+        extra_body={
+            "tools": None,
+            "functions": [],
+            "num_ctx": 4096,
+            "moderation": {"model": "x"},
+            "thinking": {"a": [1]},
+        },
     )
     assert answer.choices[0].message.content == HELLO
     assert answer.metadata == {"a": "b"}
