@@ -11,11 +11,22 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Scope
 
 from serve import errors, logs
-from serve.api import chat, completions, docs, edits, engines, health, models, pages, tokens
+from serve.api import (
+    chat,
+    completions,
+    docs,
+    edits,
+    embeddings,
+    engines,
+    health,
+    models,
+    pages,
+    tokens,
+)
 from serve.api.openapi import described
 from serve.headers import ResponseHeaders
 from serve.keys import KeyRing
-from serve.limits import Admission, RequestRate
+from serve.limits import RATE_HEADERS, Admission, RequestRate
 from serve.metrics import Metrics
 from serve.registry import Registry
 from serve.security import ApiKeys, BodyLimit, HostAndOrigin
@@ -58,7 +69,7 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
                 allow_origins=settings.allowed_origins,
                 allow_methods=["*"],
                 allow_headers=["*"],
-                expose_headers=["x-request-id", "openai-processing-ms"],
+                expose_headers=["x-request-id", "openai-processing-ms", *RATE_HEADERS],
             ),
             Middleware(ApiKeys, keys=KeyRing(settings.api_keys, settings.home)),
             Middleware(Admission, rate=rate, is_draining=lambda: app.state.is_draining),
@@ -71,6 +82,7 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
         "/metrics", metrics.page, methods=["GET"], summary="Numbers for Prometheus", **described()
     )
     # Paths with an engine's name in them match greedily: the longer ones first, the bare one last.
-    for route in (health, models, chat, completions, edits, engines, tokens, docs, pages):
+    routes = (health, models, chat, completions, edits, embeddings, engines, tokens, docs, pages)
+    for route in routes:
         app.include_router(route.router)
     return app

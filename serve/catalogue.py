@@ -17,8 +17,9 @@ BUILT_IN = Path(__file__).with_name("models.toml")
 T = TypeVar("T")
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # also a folder name, so no slash
+_FILE = re.compile(rf"({_ID.pattern}/)*{_ID.pattern}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_KINDS = ("decoder",)
+_KINDS = ("decoder", "encoder", "speech")
 _SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
 
 
@@ -34,10 +35,18 @@ class Part:
     size: int
     sha256: str
 
+    @property
+    def download(self) -> str:
+        """What is downloaded; the rest of the source says which member of it is meant."""
+        return self.source.partition("!")[0]
+
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A file of a model: its parts joined in order have this size and this SHA-256."""
+    """A file of a model: its parts joined in order have this size and this SHA-256.
+
+    Its name may lead into folders of the model's.
+    """
 
     name: str
     size: int
@@ -67,8 +76,8 @@ class Model:
 
     @property
     def download_size(self) -> int:
-        """Bytes to fetch."""
-        return sum(part.size for file in self.files for part in file.parts)
+        """Bytes to fetch. A download that several files are taken from counts once."""
+        return sum({part.download: part.size for f in self.files for part in f.parts}.values())
 
 
 @dataclass(frozen=True)
@@ -171,14 +180,14 @@ def _model(id: str, table: _Table) -> Model:
         ),
     )
     table.done()
-    if len(model.files) != 1:
-        raise CatalogueError(f"{table.where}files has {len(model.files)} entries: use one")
+    if not model.files:
+        raise CatalogueError(f"{table.where}files has no entries: use one or more")
     return model
 
 
 def _file(table: _Table) -> ModelFile:
     name = table.take("name", str)
-    if not _ID.fullmatch(name):
+    if not _FILE.fullmatch(name):
         raise CatalogueError(f"{table.where}name is {name!r}: use a plain file name")
     parts = []
     for i, part in enumerate(table.take("parts", list)):

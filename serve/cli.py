@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 import typer.core
 
-from serve import catalogue, keys_command, measured, settings, terminal
+from serve import catalogue, embed_command, keys_command, measured, settings, terminal
 from serve.failures import Corrupt, Failure, NotFound, WrongUsage
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(keys_command.app, name="keys")
+app.command()(embed_command.embed)
 
 
 def main() -> None:
@@ -418,7 +419,8 @@ def _offered(
     from serve import offers
     from serve.registry import CannotLoad, Registry
 
-    share = chosen.cache_budget // len(places)
+    generating = sum(map(offers.is_decoder, places))
+    share = chosen.cache_budget // max(generating, 1)
     cards = []
     for place in places:
         try:

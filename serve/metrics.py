@@ -24,6 +24,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from serve.calls import call_of
+from serve.engine import ServedModel
 from serve.registry import Registry
 
 disable_created_metrics()  # a second series beside each, which nobody asks for
@@ -141,6 +142,8 @@ class _Engines(Collector):
             "restarts": counter("restarts", "Rows that gave their cache back and started over."),
         }
         for model in self._registry.loaded():
+            if not isinstance(model, ServedModel):
+                continue  # an encoder has no engine
             stats = model.engine.stats()
             for name, family in families.items():
                 family.add_metric([model.id], getattr(stats, name))

@@ -10,13 +10,24 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from audio.checkpoint import is_whisper
 from serve import measured
-from serve.engine import ServedModel, load_model
+from serve.engine import (
+    EmbeddingModel,
+    ServedModel,
+    SpeechModel,
+    load_embedder,
+    load_model,
+    load_speech,
+)
+from serve.engine.embedder import FORMATS as EMBEDDING_FORMATS
 from serve.engine.formats import FORMATS, weight_bytes
 from serve.engine.load import weights_file
+from serve.engine.speech import FORMATS as SPEECH_FORMATS
 from serve.registry import Offer
 from serve.sources import Located
 from transformer import checkpoint
+from transformer.checkpoint import bert
 
 MAX_ROWS = 16  # of a decoding step, on a server
 RECORD_SECONDS = 60.0  # between two notes of a model's speed
@@ -30,7 +41,7 @@ def offer(
     Args:
         place: its files.
         cache_budget: bytes for the keys and values of its conversations.
-        dtype: see `load_model`.
+        dtype: see `load_model`. An encoder that cannot be had in it takes its own choice.
         home: the data folder, where its speed is noted.
         notify: told a line for each thing that takes long.
 
@@ -38,6 +49,10 @@ def offer(
         OSError: a file cannot be read.
         ValueError: a file is damaged or of an unknown kind.
     """
+    if is_encoder(place):
+        return _offer_of_encoder(place, dtype, notify)
+    if is_speech(place):
+        return _offer_of_speech(place, dtype)
     cfg = checkpoint.read_config(place.path)
     # What is chosen for "auto" is known when it is loaded; the smallest may be it.
     smallest = next((format for format in FORMATS if format == dtype), FORMATS[0])
@@ -72,4 +87,66 @@ def offer(
         owned_by=place.publisher,
         memory=weight_bytes(cfg, smallest) + cache_budget,
         load=load,
+    )
+
+
+def is_encoder(place: Located) -> bool:
+    """Whether a model makes embeddings: as the catalogue says, or its own config.json."""
+    if place.model is not None:
+        return place.model.kind == "encoder"
+    return place.path.is_dir() and bert.is_bert(place.path)
+
+
+def is_speech(place: Located) -> bool:
+    """Whether a model writes down speech: as the catalogue says, or its own config.json."""
+    if place.model is not None:
+        return place.model.kind == "speech"
+    return place.path.is_dir() and is_whisper(place.path)
+
+
+def is_decoder(place: Located) -> bool:
+    """Whether a model generates text."""
+    return not (is_encoder(place) or is_speech(place))
+
+
+def _offer_of_speech(place: Located, dtype: str) -> Offer:
+    weights = [place.path / name for name in ("model.bin", "model.safetensors")]
+
+    def load() -> SpeechModel:
+        return load_speech(
+            place.id,
+            place.path,
+            owned_by=place.publisher,
+            dtype=dtype if dtype in SPEECH_FORMATS else "auto",
+        )
+
+    return Offer(
+        id=place.id,
+        created=int(weights_file(place.path).stat().st_mtime),
+        owned_by=place.publisher,
+        memory=sum(path.stat().st_size for path in weights if path.is_file()),
+        load=load,
+        kind="speech",
+    )
+
+
+def _offer_of_encoder(place: Located, dtype: str, notify: Callable[[str], None]) -> Offer:
+    bert.read_config(place.path)  # raises now, not when somebody asks
+
+    def load() -> EmbeddingModel:
+        return load_embedder(
+            place.id,
+            place.path,
+            owned_by=place.publisher,
+            dtype=dtype if dtype in EMBEDDING_FORMATS else "auto",
+            notify=notify,
+        )
+
+    return Offer(
+        id=place.id,
+        created=int(weights_file(place.path).stat().st_mtime),
+        owned_by=place.publisher,
+        memory=(place.path / "model.safetensors").stat().st_size,
+        load=load,
+        kind="encoder",
     )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from serve.failures import Failure
 
 if TYPE_CHECKING:  # the engine brings JAX along
-    from serve.engine import ServedModel
+    from serve.engine import EmbeddingModel, ServedModel, SpeechModel
 
 
 class UnknownModel(Exception):
@@ -51,6 +51,7 @@ class Offer:
 
     Attributes:
         id, created, owned_by: as of the model it becomes.
+        kind: "decoder", "encoder" or "speech".
         memory: bytes it will take, about.
         load: loads it; blocks for seconds.
     """
@@ -59,7 +60,8 @@ class Offer:
     created: int
     owned_by: str
     memory: int
-    load: Callable[[], ServedModel]
+    load: Callable[[], ServedModel | EmbeddingModel | SpeechModel]
+    kind: str = "decoder"
 
 
 class Registry:
@@ -75,7 +77,7 @@ class Registry:
 
     def __init__(
         self,
-        models: Sequence[ServedModel | Offer],
+        models: Sequence[ServedModel | EmbeddingModel | SpeechModel | Offer],
         aliases: Mapping[str, str],
         *,
         memory_limit: int | None = None,
@@ -92,7 +94,7 @@ class Registry:
         self._requests = itertools.count(1)
         self._aliases = dict(aliases)
         self._memory_limit = memory_limit
-        self._loading: dict[str, asyncio.Task[ServedModel]] = {}
+        self._loading: dict[str, asyncio.Task[ServedModel | EmbeddingModel | SpeechModel]] = {}
         self._one_at_a_time = threading.Lock()
 
     @property
@@ -107,11 +109,11 @@ class Registry:
 
         return default_device().is_alive
 
-    def list(self) -> list[ServedModel | Offer]:
+    def list(self) -> list[ServedModel | EmbeddingModel | SpeechModel | Offer]:
         """What is offered, as its card: the loaded model, or how it would be loaded."""
         return [self._loaded.get(id, card) for id, card in self._cards.items()]
 
-    def loaded(self) -> list[ServedModel]:
+    def loaded(self) -> list[ServedModel | EmbeddingModel | SpeechModel]:
         """What is in memory, in the order of `list`."""
         found = [self._loaded.get(id) for id in self._cards]
         return [model for model in found if model is not None]
@@ -120,7 +122,7 @@ class Registry:
         """The names that stand for a model."""
         return [name for name, target in self._aliases.items() if target == id]
 
-    def resolve(self, name: str) -> ServedModel | Offer:
+    def resolve(self, name: str) -> ServedModel | EmbeddingModel | SpeechModel | Offer:
         """The card of the model with this id or alias. An id is looked up first.
 
         Raises:
@@ -131,7 +133,7 @@ class Registry:
             raise UnknownModel(name)
         return self._loaded.get(id, self._cards[id])
 
-    async def get(self, name: str) -> ServedModel:
+    async def get(self, name: str) -> ServedModel | EmbeddingModel | SpeechModel:
         """The model with this id or alias, loaded by now.
 
         Raises:
@@ -149,7 +151,7 @@ class Registry:
             task.add_done_callback(lambda _: self._loading.pop(id))
         return await asyncio.shield(task)  # who leaves while it loads does not stop it for others
 
-    def load(self, id: str) -> ServedModel:
+    def load(self, id: str) -> ServedModel | EmbeddingModel | SpeechModel:
         """Loads an offered model, if it is not, and lets others go for it where need be. Blocks.
 
         Raises:

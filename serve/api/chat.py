@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from bpe import Encoding
 from serve.api.context import MESSAGES, Wording, refuse_hopeless, room
 from serve.api.generation import Generation, Prompt
-from serve.api.models import registry_of
+from serve.api.models import generator_of
 from serve.api.openapi import described
 from serve.api.pieces import Placed, finite, token_text
 from serve.api.replies import ChatChunk, ChatCompletion
@@ -39,7 +39,7 @@ async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation."""
     body = await read_json(request, ChatBody)
     _refuse_unsupported(body)
-    model = await registry_of(request).get(body.model)
+    model = await generator_of(request, body.model)
     generation = await asyncio.to_thread(_plan, body, model, call_of(request.scope))
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",

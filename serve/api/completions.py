@@ -26,7 +26,7 @@ from serve.api.context import PROMPT, refuse_hopeless, room
 from serve.api.generation import Choice, Generation, Prompt
 from serve.api.ids import native_ids
 from serve.api.insertion import insertion
-from serve.api.models import registry_of
+from serve.api.models import generator_of
 from serve.api.openapi import described
 from serve.api.pieces import Piece, Placed, finite, token_text
 from serve.api.replies import Completion, CompletionChunk
@@ -47,7 +47,7 @@ async def create_completion(request: Request) -> Response:
     """Continue a text, score it, or fill in what stands between two."""
     body = await read_json(request, CompletionBody)
     _refuse_contradictions(body)
-    model = await registry_of(request).get(body.model)
+    model = await generator_of(request, body.model)
     # Megabytes of text take seconds to encode: not on the loop that serves everybody.
     generation = await asyncio.to_thread(_plan, body, model, call_of(request.scope))
     head = {

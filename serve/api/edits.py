@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from serve.api.chat import encode_chat
 from serve.api.context import EDIT, room
 from serve.api.generation import Generation, Prompt
-from serve.api.models import registry_of
+from serve.api.models import generator_of
 from serve.api.openapi import described
 from serve.api.replies import Edit
 from serve.api.schemas import GenerationBody, read_json
@@ -50,7 +50,7 @@ class EditBody(GenerationBody):
 async def create_edit(request: Request) -> Response:
     """Change a text as an instruction says (the endpoint of 2023)."""
     body = await read_json(request, EditBody)
-    model = await registry_of(request).get(body.model)
+    model = await generator_of(request, body.model)
     generation = await asyncio.to_thread(_plan, body, model, call_of(request.scope))
     choices = await unless_disconnected(request.receive, generation.choices())
     return JSONResponse(

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from serve import made
 from serve.api.openapi import described
 from serve.api.replies import Deleted, Model, Models
-from serve.engine import ServedModel
+from serve.engine import EmbeddingModel, ServedModel, SpeechModel
 from serve.errors import APIError
 from serve.registry import Offer, Registry, UnknownModel
 
@@ -25,12 +25,50 @@ def registry_of(request: Request) -> Registry:
     return request.app.state.registry
 
 
-def card(model: ServedModel | Offer) -> dict[str, Any]:
+async def generator_of(request: Request, name: str) -> ServedModel:
+    """The model called ``name``, loaded, which must be one that generates text."""
+    model = await _of_kind(request, name, "decoder", "does not generate text")
+    assert isinstance(model, ServedModel)
+    return model
+
+
+async def embedder_of(request: Request, name: str) -> EmbeddingModel:
+    """The model called ``name``, loaded, which must be one that makes embeddings."""
+    model = await _of_kind(request, name, "encoder", "does not make embeddings")
+    assert isinstance(model, EmbeddingModel)
+    return model
+
+
+async def listener_of(request: Request, name: str) -> SpeechModel:
+    """The model called ``name``, loaded, which must be one that writes down speech."""
+    model = await _of_kind(request, name, "speech", "does not write down speech")
+    assert isinstance(model, SpeechModel)
+    return model
+
+
+async def _of_kind(
+    request: Request, name: str, kind: str, otherwise: str
+) -> ServedModel | EmbeddingModel | SpeechModel:
+    registry = registry_of(request)
+    if (found := registry.resolve(name)).kind != kind:  # before it is loaded for nothing
+        fitting = [other.id for other in registry.list() if other.kind == kind]
+        what = f"`{fitting[0]}` does." if fitting else "No model here does."
+        raise APIError(
+            404,
+            f"The model `{found.id}` {otherwise}. {what}",
+            param="model",
+            code="model_not_found",
+        )
+    return await registry.get(name)
+
+
+def card(model: ServedModel | EmbeddingModel | SpeechModel | Offer) -> dict[str, Any]:
     return {
         "id": model.id,
         "object": "model",
         "created": model.created,
         "owned_by": model.owned_by,
+        "kind": model.kind,  # ours: who shows a list of models wants to know what they are for
     }
 
 

@@ -37,6 +37,7 @@ class Model(Reply):
     object: Literal["model"]
     created: int
     owned_by: str
+    kind: Literal["decoder", "encoder", "speech"]
 
 
 class Models(Reply):
@@ -241,3 +242,24 @@ class Status(Reply):
 
 class Version(Reply):
     version: str
+
+
+# --- embeddings -------------------------------------------------------------------------------
+
+
+class Embedding(Reply):
+    object: Literal["embedding"]
+    index: Count
+    embedding: list[float] | str  # base64 of little-endian float32, if that was asked for
+
+
+class EmbeddingsUsage(Reply):
+    prompt_tokens: Count
+    total_tokens: Count
+
+
+class Embeddings(Reply):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingsUsage

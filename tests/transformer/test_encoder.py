@@ -245,7 +245,7 @@ def test_minilm_agrees_with_sentence_transformers_on_200_texts(
 ) -> None:
     texts = json.loads((GOLDEN / "texts.json").read_text("utf-8"))
     assert len(texts) == 200
-    vectors = embedded(model_file("all-minilm-l6-v2").parent, texts, format)
+    vectors = embedded(model_file("all-minilm-l6-v2"), texts, format)
     expected = np.load(GOLDEN / "minilm.npz")["vectors"]
     assert cosines(vectors, expected).min() > least
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
@@ -258,7 +258,7 @@ def test_minilm_beside_sentence_transformers(
 ) -> None:
     from sentence_transformers import SentenceTransformer
 
-    path = model_file("all-minilm-l6-v2").parent
+    path = model_file("all-minilm-l6-v2")
     texts = json.loads((GOLDEN / "texts.json").read_text("utf-8"))
     expected = SentenceTransformer(str(path), device="cpu").encode(texts)
     assert cosines(embedded(path, texts, format), expected).min() > least

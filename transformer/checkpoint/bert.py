@@ -53,7 +53,23 @@ def load(
     folder = Path(folder)
     if format not in _DTYPES:
         raise ValueError(f"format must be one of {', '.join(_DTYPES)}, got {format!r}")
-    metadata, tensors = safetensors.read(folder, ignore=_DERIVED)
+    cfg = read_config(folder, pooling=pooling, normalize=normalize)
+    _, tensors = safetensors.read(folder, ignore=_DERIVED)
+    return _fill(tensors, cfg, folder, _DTYPES[format]), cfg
+
+
+def is_bert(folder: Path) -> bool:
+    """Whether a Hugging Face folder is of the kind that is loaded here."""
+    return safetensors.read_object(folder / "config.json").get("model_type") == "bert"
+
+
+def read_config(
+    folder: Path,
+    *,
+    pooling: Literal["mean", "cls"] | None = None,
+    normalize: bool | None = None,
+) -> Config:
+    """The config of an encoder, as `load` would have it, without its weights."""
     if (folder / "modules.json").exists():
         stated_pooling, stated_normalize = _read_modules(folder)
         pooling = stated_pooling if pooling is None else pooling
@@ -63,10 +79,12 @@ def load(
             f"{folder}: has no modules.json to say how a text's vector comes from those of its "
             "tokens: give pooling ('mean' or 'cls') and normalize (True or False)"
         )
-    cfg = Config.from_hf(
-        metadata, max_tokens=_read_max_tokens(folder), pooling=pooling, normalize=normalize
+    return Config.from_hf(
+        safetensors.read_object(folder / "config.json"),
+        max_tokens=_read_max_tokens(folder),
+        pooling=pooling,
+        normalize=normalize,
     )
-    return _fill(tensors, cfg, folder, _DTYPES[format]), cfg
 
 
 def save(folder: Path, params: Params, cfg: Config) -> None:

@@ -1,0 +1,177 @@
+"""An encoder that answers requests: token ids in, vectors out, a batch a turn of the device.
+
+The texts of a request are packed together and with nobody else's, so that the same request gives
+the same bits under any load; other requests, and the decoders, take turns between its batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+
+import bpe
+from serve import settings
+from serve.engine import fingerprint
+from serve.engine.device import Lane, default_device
+from serve.engine.load import keep_compiled_programs
+from transformer import encoder, packing
+from transformer.checkpoint import bert
+from transformer.encoder import Config, Params
+
+FORMATS: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+# A narrower format serves if each vector of the probe points nearly where float32's does.
+MIN_COSINE = 0.9999
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingModel:
+    """An encoder in memory. Its sibling for generation is `ServedModel`."""
+
+    kind: ClassVar[str] = "encoder"
+
+    id: str
+    created: int  # seconds since 1970
+    owned_by: str
+    words: bpe.WordPiece
+    cfg: Config
+    params: Params = field(repr=False)
+    fingerprint: str
+    format: str
+    lane: Lane = field(default_factory=lambda: Lane(default_device()))
+
+    @property
+    def context(self) -> int:
+        """Tokens an input may have, [CLS] and [SEP] included."""
+        return self.cfg.max_tokens
+
+    @property
+    def memory(self) -> int:
+        """Bytes of weights."""
+        return encoder.num_bytes(self.params)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody waits for it."""
+        return not len(self.lane)
+
+    async def embed(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
+        """The vectors of token ids, special tokens included: float32 [len(texts), D].
+
+        Raises:
+            Busy: too many batches wait.
+        """
+        vectors = np.empty((len(texts), self.cfg.d_model), np.float32)
+        for batch in packing.pack(texts, self.cfg.max_tokens):
+            vectors[batch.texts] = await self.lane.run(lambda batch=batch: self._compute(batch))
+        return vectors
+
+    def embed_now(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
+        """The same, for ordinary code."""
+        vectors = np.empty((len(texts), self.cfg.d_model), np.float32)
+        for batch in packing.pack(texts, self.cfg.max_tokens):
+            vectors[batch.texts] = self.lane.call(lambda batch=batch: self._compute(batch))
+        return vectors
+
+    def close(self, *, drain: bool = True, timeout: float = 30.0) -> None:
+        """Nothing to end: a batch in hand is short, and who waits is answered."""
+
+    def _compute(self, batch: packing.Batch) -> np.ndarray:
+        found = encoder.embed_batch(
+            self.params, self.cfg, batch.ids, batch.segments, batch.max_texts
+        )
+        return np.asarray(found)[batch.rows, batch.slots]
+
+
+def load_embedder(
+    id: str,
+    path: Path,
+    *,
+    owned_by: str,
+    dtype: str = "auto",
+    notify: Callable[[str], None] = lambda line: None,
+) -> EmbeddingModel:
+    """Loads an encoder.
+
+    Args:
+        path: a sentence-transformers folder with its tokenizer.
+        dtype: "float32", "bfloat16", or "auto" for the faster that is good enough here.
+        notify: told one line for each thing that takes long.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file is damaged or of an unknown kind, or the tokenizer is of another model.
+    """
+    settings.private_folder(settings.data_folder())
+    keep_compiled_programs()
+    if dtype not in ("auto", *FORMATS):
+        raise ValueError(f"dtype must be auto or one of {', '.join(FORMATS)}: {dtype!r}")
+    words = bpe.load_wordpiece(path)
+    weights = fingerprint.of_weights(path)
+    chosen = _choose(id, path, words, weights, notify) if dtype == "auto" else dtype
+    params, cfg = bert.load(path, format=chosen)
+    if len(words) > cfg.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has ids up to {len(words) - 1}, the model only "
+            f"{cfg.vocab_size} tokens: they do not belong together"
+        )
+    return EmbeddingModel(
+        id=id,
+        created=int((path / "config.json").stat().st_mtime),
+        owned_by=owned_by,
+        words=words,
+        cfg=cfg,
+        params=params,
+        fingerprint=fingerprint.of_model(weights, chosen),
+        format=chosen,
+    )
+
+
+def _choose(
+    id: str,
+    path: Path,
+    words: bpe.WordPiece,
+    weights: str,
+    notify: Callable[[str], None],
+) -> Literal["float32", "bfloat16"]:
+    """The faster format on this machine whose vectors are those of float32; remembered."""
+    from serve.engine.formats import PASSAGE
+
+    remembered = settings.data_folder() / "formats.json"
+    name = fingerprint.on_machine(weights)
+    try:
+        known = json.loads(remembered.read_text("utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if known.get(name) in FORMATS:
+        return known[name]
+    notify(f"measuring which number format is faster for {id} (once) ...")
+    found: dict[str, tuple[float, np.ndarray]] = {}
+    for format in FORMATS:
+        params, cfg = bert.load(path, format=format)
+        ids = [words.encode(PASSAGE, max_length=cfg.max_tokens), words.encode(PASSAGE[:80])]
+        best = float("inf")
+        for _ in range(4):  # the first one compiles
+            started = time.perf_counter()
+            vectors = encoder.embed_all(params, cfg, ids)
+            best = min(best, time.perf_counter() - started)
+        found[format] = best, vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    (wide, expected), (narrow, got) = (found[format] for format in FORMATS)
+    cosine = float((expected * got).sum(1).min())
+    chosen = "bfloat16" if narrow < wide and cosine >= MIN_COSINE else "float32"
+    notify(
+        f"  float32 {wide * 1e3:.1f} ms, bfloat16 {narrow * 1e3:.1f} ms for two texts, "
+        f"cosine {cosine:.5f}: serving {id} in {chosen}"
+    )
+    with contextlib.suppress(OSError):  # a folder we may not write to: not remembered
+        temporary = remembered.with_name(f".formats-{os.getpid()}")
+        temporary.write_text(json.dumps(known | {name: chosen}, indent=1), "utf-8")
+        os.replace(temporary, remembered)
+    return chosen

@@ -1,0 +1,145 @@
+"""A Whisper that answers requests: sound in, segments out, its pieces of work among everybody's.
+
+`audio.transcribe` is ordinary code that a worker thread runs; what it has a device for (a window
+encoded, a step of the decoder) it hands through `lane.call`, and so takes turns with all models.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import jax
+import numpy as np
+
+import audio
+from audio.transcribe import Plan, Segment, find_language, find_spans, listen
+from audio.vad import Span
+from serve import settings
+from serve.engine import fingerprint
+from serve.engine.device import Lane, default_device
+from serve.engine.load import keep_compiled_programs, weights_file
+
+# What "auto" means. The narrow weights of the decoder are read again for every token; of the
+# encoder's, large products in bfloat16 are the quickest where the processor has them.
+FORMATS: tuple[Literal["int8", "bfloat16", "float32"], ...] = ("int8", "bfloat16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechModel:
+    """A Whisper in memory. Its siblings are `ServedModel` and `EmbeddingModel`."""
+
+    kind: ClassVar[str] = "speech"
+
+    id: str
+    created: int  # seconds since 1970
+    owned_by: str
+    whisper: audio.Whisper = field(repr=False)
+    fingerprint: str
+    format: str
+    lane: Lane = field(default_factory=lambda: Lane(default_device()))
+    _users: list[object] = field(default_factory=list, repr=False)
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and text of a window together."""
+        return self.whisper.cfg.max_text_len
+
+    @property
+    def memory(self) -> int:
+        """Bytes of weights."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.whisper.params))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody is being answered by it."""
+        return not self._users
+
+    def language(
+        self, samples: np.ndarray, given: str | None, plan: Plan
+    ) -> tuple[str, Sequence[Span]]:
+        """The language of a sound, heard if not given, and where in it anybody speaks. Blocks.
+
+        Raises:
+            ValueError: the model does not know the language.
+            Busy: too much waits for the device.
+        """
+        spans = find_spans(samples, plan)
+        with self._used():
+            code = find_language(self.whisper, samples, given, spans, run=self.lane.call)
+        return code, spans
+
+    def listen(
+        self,
+        samples: np.ndarray,
+        options: audio.Options,
+        plan: Plan,
+        spans: Sequence[Span],
+        *,
+        stop: threading.Event,
+    ) -> Iterator[Segment]:
+        """Yields the segments of a sound as they are written, until `stop` is set. Blocks.
+
+        Raises:
+            ValueError: the model does not know the language or task.
+            Busy: too much waits for the device.
+        """
+
+        def run(piece):
+            if stop.is_set():
+                raise Stopped
+            return self.lane.call(piece)
+
+        with self._used():
+            try:
+                yield from listen(
+                    self.whisper, samples, options=options, plan=plan, spans=spans, run=run
+                )
+            except Stopped:
+                return
+
+    def close(self, *, drain: bool = True, timeout: float = 30.0) -> None:
+        """Nothing to end: a piece in hand is short, and who waits is answered."""
+
+    @contextmanager
+    def _used(self) -> Iterator[None]:
+        user = object()
+        self._users.append(user)
+        try:
+            yield
+        finally:
+            self._users.remove(user)
+
+
+class Stopped(Exception):
+    """Nobody waits for the rest of a transcript."""
+
+
+def load_speech(id: str, path: Path, *, owned_by: str, dtype: str = "auto") -> SpeechModel:
+    """Loads a Whisper.
+
+    Args:
+        path: a folder of Hugging Face's or CTranslate2's layout, with a tokenizer.json.
+        dtype: one of `FORMATS`, or "auto" for the first of them.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file is damaged or of an unknown kind.
+    """
+    settings.private_folder(settings.data_folder())
+    keep_compiled_programs()
+    if dtype not in ("auto", *FORMATS):
+        raise ValueError(f"dtype must be auto or one of {', '.join(FORMATS)}: {dtype!r}")
+    format = next((format for format in FORMATS if format == dtype), FORMATS[0])
+    return SpeechModel(
+        id=id,
+        created=int(weights_file(path).stat().st_mtime),
+        owned_by=owned_by,
+        whisper=audio.load_model(path, format=format),
+        fingerprint=fingerprint.of_model(fingerprint.of_weights(path), format),
+        format=format,
+    )

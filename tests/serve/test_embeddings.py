@@ -1,0 +1,246 @@
+"""POST /v1/embeddings and `pellucid embed`, with all-MiniLM-L6-v2, over a real socket."""
+
+import base64
+import json
+import subprocess
+import sys
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from openai import OpenAI
+
+import bpe
+from serve import offers
+from serve.app import create_app
+from serve.registry import Registry
+from serve.settings import Settings
+from serve.sources import Located
+from tests.serve import scripted
+
+MODEL = "all-minilm-l6-v2"
+ALIASES = {
+    "text-embedding-3-small": MODEL,
+    "text-embedding-ada-002": MODEL,
+    "my-vectors": MODEL,
+    "gpt-4": "scripted",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(model_file):
+    return model_file(MODEL)
+
+
+@pytest.fixture(scope="module")
+def embedding_address(folder, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    place = Located(MODEL, folder, "sentence-transformers")
+    offer = offers.offer(place, cache_budget=2**20, dtype="float32", home=home, notify=print)
+    assert offer.kind == "encoder"
+    registry = Registry([scripted.model(), offer], ALIASES)
+    with scripted.served(create_app(Settings(home=home), registry)) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(embedding_address):
+    with OpenAI(base_url=f"{embedding_address}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def words(folder):
+    return bpe.load_wordpiece(folder)
+
+
+def post(address, **body):
+    return httpx.post(f"{address}/v1/embeddings", json={"model": MODEL} | body, timeout=60)
+
+
+def vectors(answer):
+    return np.array([item.embedding for item in answer.data], np.float32)
+
+
+def test_the_official_client_gets_vectors_of_length_1_in_order(client):
+    texts = ["A cat sits on the mat.", "Stocks fell sharply today.", "A kitten rests on a rug."]
+    answer = client.embeddings.create(model=MODEL, input=texts)
+    found = vectors(answer)
+    assert found.shape == (3, 384)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    assert found[0] @ found[2] > found[0] @ found[1] + 0.3
+    assert answer.model == MODEL
+    assert [item.index for item in answer.data] == [0, 1, 2]
+    for text, vector in zip(texts, found, strict=True):
+        alone = vectors(client.embeddings.create(model=MODEL, input=text))
+        np.testing.assert_allclose(alone[0], vector, atol=1e-5)
+
+
+def test_floats_are_as_openais_schema_says(embedding_address):
+    strict = OpenAI(
+        base_url=f"{embedding_address}/v1", api_key="any", _strict_response_validation=True
+    )
+    with strict:  # in base64 not even OpenAI's own answers would pass
+        strict.embeddings.create(model=MODEL, input=["a", "b"], encoding_format="float")
+
+
+def test_base64_and_float_are_the_same_numbers(embedding_address):
+    floats = post(embedding_address, input="hello").json()
+    packed = post(embedding_address, input="hello", encoding_format="base64").json()
+    assert floats["usage"] == packed["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
+    text = packed["data"][0]["embedding"]
+    np.testing.assert_array_equal(
+        np.frombuffer(base64.b64decode(text), "<f4"),
+        np.array(floats["data"][0]["embedding"], np.float32),
+    )
+
+
+def test_the_same_request_has_the_same_bits(embedding_address):
+    first = post(embedding_address, input=["one", "two words"]).content
+    assert post(embedding_address, input=["one", "two words"]).content == first
+
+
+def test_token_ids_are_the_models_own_with_or_without_their_frame(client, words):
+    texts = ["Hamburgers and pears.", "naïve"]
+    expected = vectors(client.embeddings.create(model=MODEL, input=texts))
+    framed = [words.encode(text) for text in texts]
+    bare = [words.encode(text, add_special_tokens=False) for text in texts]
+    for ids in (framed, bare):
+        answer = client.embeddings.create(model=MODEL, input=ids)
+        np.testing.assert_array_equal(vectors(answer), expected)
+        assert answer.usage.total_tokens == sum(map(len, framed))
+    one = client.embeddings.create(model=MODEL, input=bare[0])
+    np.testing.assert_allclose(vectors(one)[0], expected[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("alias", ["text-embedding-3-small", "text-embedding-ada-002"])
+def test_ids_under_an_alias_are_of_the_model_it_imitates(client, alias):
+    text = "Hamburgers and pears."
+    expected = vectors(client.embeddings.create(model=alias, input=[text]))
+    ids = bpe.get_encoding("cl100k_base").encode(text)
+    answer = client.embeddings.create(model=alias, input=[ids])
+    np.testing.assert_array_equal(vectors(answer), expected)
+    assert answer.model == MODEL
+
+
+def test_an_alias_of_the_users_own_imitates_nobody(client, words):
+    expected = vectors(client.embeddings.create(model=MODEL, input="pears"))
+    same = client.embeddings.create(model="my-vectors", input=words.encode("pears"))
+    np.testing.assert_array_equal(vectors(same), expected)
+
+
+def test_an_id_of_nobodys_is_refused_under_an_alias(client):
+    with pytest.raises(openai.BadRequestError, match="whose encoding is cl100k_base"):
+        client.embeddings.create(model="text-embedding-3-small", input=[[10], [10**6]])
+
+
+def test_fewer_dimensions_are_the_first_ones_scaled(client):
+    whole = vectors(client.embeddings.create(model=MODEL, input="hello"))[0]
+    few = vectors(client.embeddings.create(model=MODEL, input="hello", dimensions=64))[0]
+    np.testing.assert_allclose(few, whole[:64] / np.linalg.norm(whole[:64]), atol=1e-6)
+    assert np.linalg.norm(few) == pytest.approx(1, abs=1e-5)
+
+
+def test_what_is_too_long_is_refused_unless_truncation_is_asked_for(embedding_address, words):
+    long = "word " * 300
+    answer = post(embedding_address, input=["short", long])
+    error = answer.json()["error"]
+    assert answer.status_code == 400
+    assert "maximum context length is 256 tokens" in error["message"]
+    assert "302" in error["message"] and '"truncate": true' in error["message"]
+    assert (error["param"], error["code"]) == ("input[1]", "context_length_exceeded")
+
+    cut = post(embedding_address, input=long, truncate=True).json()
+    same = post(embedding_address, input="word " * 254).json()
+    assert cut == same and cut["usage"]["total_tokens"] == 256
+    assert post(embedding_address, input=long, truncate_prompt_tokens=-1).json() == cut
+    ten = post(embedding_address, input=long, truncate_prompt_tokens=10).json()
+    assert ten == post(embedding_address, input="word " * 8).json()
+    ids = [words.vocab["word"]] * 300
+    assert post(embedding_address, input=ids, truncate=True).json() == cut
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words_of_it"),
+    [
+        ({"input": ""}, "input", "empty string"),
+        ({"input": ["a", ""]}, "input[1]", "empty string"),
+        ({"input": []}, "input", "empty array"),
+        ({"input": [[]]}, "input[0]", "empty array"),
+        ({"input": 3}, "input", "but got an integer"),
+        ({"input": None}, "input", "Missing required parameter"),
+        ({"input": ["a", 1]}, "input[1]", "expected a string, but got an integer"),
+        ({"input": ["a"] * 2049}, "input", "maximum length 2048"),
+        ({"input": [30522]}, "input[0]", "ids go from 0 to 30521"),
+        ({"input": [[1], [2, -1]]}, "input[1][1]", "-1 is not a token id"),
+        ({"input": "a", "dimensions": 0}, "dimensions", "integer below minimum value"),
+        ({"input": "a", "dimensions": 385}, "dimensions", "a value <= 384, but got 385"),
+        ({"input": "a", "encoding_format": "hex"}, "encoding_format", "'float' and 'base64'"),
+        ({"input": "a", "truncate_prompt_tokens": 2}, "truncate_prompt_tokens", "from 3 to 256"),
+        ({"input": "a", "truncate_prompt_tokens": 257}, "truncate_prompt_tokens", "got 257"),
+        ({"input": ["word " * 250] * 1200}, "input", "maximum request size is 300000 tokens"),
+    ],
+)
+def test_mistakes_are_named(embedding_address, body, param, words_of_it):
+    answer = post(embedding_address, **body)
+    error = answer.json()["error"]
+    assert answer.status_code == 400, error
+    assert words_of_it in error["message"]
+    assert error["param"] == param
+
+
+def test_models_are_asked_for_what_they_do(client):
+    with pytest.raises(openai.NotFoundError, match=f"does not make.*`{MODEL}` does"):
+        client.embeddings.create(model="gpt-4", input="x")
+    with pytest.raises(openai.NotFoundError, match="does not generate.*`scripted` does"):
+        client.completions.create(model=MODEL, prompt="x")
+    with pytest.raises(openai.NotFoundError, match="does not generate"):
+        client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "x"}])
+    with pytest.raises(openai.NotFoundError, match="`text-embedding-4` does not exist"):
+        client.embeddings.create(model="text-embedding-4", input="x")
+
+
+def test_the_older_path_and_the_metrics_know_it(embedding_address):
+    answer = httpx.post(
+        f"{embedding_address}/v1/engines/{MODEL}/embeddings", json={"input": "hello"}, timeout=60
+    )
+    assert answer.json() == post(embedding_address, input="hello").json()
+    page = httpx.get(f"{embedding_address}/metrics").text
+    assert f'pellucid_prompt_tokens_total{{model="{MODEL}"}}' in page
+
+
+def run(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "serve", "embed", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+
+
+def test_the_command_prints_a_line_a_text_or_the_apis_answer(embedding_address, tmp_path):
+    expected = post(embedding_address, input=["hello", "two words"]).json()
+    said = run("hello", "two words", "--dtype", "float32", "--json", "-o", str(tmp_path / "v.npy"))
+    assert said.returncode == 0, said.stderr
+    found = json.loads(said.stdout)
+    matrix = np.load(tmp_path / "v.npy")
+    for index in range(2):
+        numbers = expected["data"][index].pop("embedding")
+        np.testing.assert_allclose(found["data"][index].pop("embedding"), numbers, atol=1e-6)
+        np.testing.assert_allclose(matrix[index], numbers, atol=1e-6)
+    assert found == expected
+
+    lines = run("--dtype", "float32", input="hello\ntwo words\n").stdout.splitlines()
+    got = np.array([[float(x) for x in line.split()] for line in lines])
+    np.testing.assert_allclose(got, matrix, atol=1e-6)
+
+
+def test_the_command_says_what_it_cannot_do(tmp_path):
+    said = run("word " * 300)
+    assert said.returncode != 0
+    assert "text 1 has 302 tokens, all-minilm-l6-v2 reads 256" in said.stderr
+    assert run("x", "-o", "v.txt").stderr.count("ends in .npy") == 1
+    assert "there is no text" in run(stdin=subprocess.DEVNULL).stderr
+    assert "does not make embeddings" in run("x", "-m", "smollm2-135m-instruct").stderr
