@@ -210,6 +210,7 @@ def _train(args: argparse.Namespace) -> None:
 
     for path in args.output:
         check_name(path)  # before the work, not after it
+    pattern: str = args.pattern
     started = time.perf_counter()
     noted = -1.0
 
@@ -224,7 +225,7 @@ def _train(args: argparse.Namespace) -> None:
     encoding = train(
         read_files(args.files),
         vocab_size=args.vocab_size,
-        pattern=PATTERNS.get(args.pattern, args.pattern),
+        pattern=PATTERNS.get(pattern, pattern),
         special_tokens=args.special or ["<|endoftext|>"],
         min_frequency=args.min_frequency,
         name=args.output[0].stem,

@@ -108,21 +108,29 @@ def from_tiktoken(
         special_tokens: spelling to id.
 
     Raises:
-        ValueError: if the file is damaged, or lacks a byte.
+        ValueError: if the file is damaged, has gaps in its ranks, or lacks a byte.
     """
     path = Path(path)
     ranks: dict[bytes, int] = {}
+    line_of: dict[int, int] = {}  # rank to the number of its line
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line:
             continue
+        here = f"{path}: line {number}"
         try:
             encoded, rank_text = line.split()
             token, rank = base64.b64decode(encoded, validate=True), int(rank_text)
         except (ValueError, binascii.Error):
-            raise ValueError(f"{path}: line {number} is not 'base64 rank': {line[:80]!r}") from None
+            raise ValueError(f"{here} is not 'base64 rank': {line[:80]!r}") from None
         if token in ranks:
-            raise ValueError(f"{path}: line {number} repeats the token {token!r}")
+            raise ValueError(f"{here} repeats the token {token!r} of line {line_of[ranks[token]]}")
+        if line_of.setdefault(rank, number) != number:
+            raise ValueError(f"{here} repeats the rank {rank} of line {line_of[rank]}")
         ranks[token] = rank
+    for rank, number in line_of.items():
+        # p50k_base leaves out the id of <|endoftext|>; any other gap is a line that was lost.
+        if rank > 0 and rank - 1 not in line_of and rank - 1 not in special_tokens.values():
+            raise ValueError(f"{path}: line {number} has the rank {rank}, but none has {rank - 1}")
     try:
         encoding = Encoding(path.stem, pattern=pattern, ranks=ranks, special_tokens=special_tokens)
     except ValueError as error:

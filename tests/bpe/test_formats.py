@@ -355,8 +355,10 @@ def test_tiktoken(tiktoken_file):
         ("YQ==", "line 268 is not"),
         ("YQ 300", "line 268 is not"),
         ("YQ== x", "line 268 is not"),
-        ("YQ== 300", "repeats the token b'a'"),
-        ("enp6 3", "both have the id 3"),
+        ("YQ== 300", "line 268 repeats the token b'a' of line 98"),
+        ("enp6 3", "line 268 repeats the rank 3 of line 4"),
+        ("enp6 268", "line 268 has the rank 268, but none has 267"),
+        ("enp6 -1", "token id -1 is negative"),
     ],
 )
 def test_a_damaged_tiktoken_file_is_named(tiktoken_file, line, message):
@@ -368,6 +370,13 @@ def test_a_damaged_tiktoken_file_is_named(tiktoken_file, line, message):
     path = tiktoken_file(tiny.TOKENS[1:])
     with pytest.raises(ValueError, match="no token for the bytes"):
         bpe.from_tiktoken(path, pattern=GPT2, special_tokens={})
+
+
+def test_a_special_token_may_fill_a_gap_in_the_ranks(tiktoken_file):
+    path = tiktoken_file(tiny.TOKENS)
+    path.write_text(path.read_text() + "enp6 268\n")
+    tokenizer = bpe.from_tiktoken(path, pattern=GPT2, special_tokens={"<|endoftext|>": 267})
+    assert tokenizer.encoding.encode("zzz") == [268]
 
 
 # Anything else
