@@ -195,12 +195,12 @@ def _white_space(
 
 
 def _words_take_one_before(start: Bools, classes: Classes, other: Bools) -> None:
-    """`[^\r\n\p{L}\p{N}]?\p{L}+`: a blank, or a symbol that no other piece has taken."""
+    r"""`[^\r\n\p{L}\p{N}]?\p{L}+`: a blank, or a symbol that no other piece has taken."""
     _clear(start, (classes == WORD) & _before((classes == BLANK) | (other & start)))
 
 
 def _digits(start: Bools, number: Bools, digits: int) -> None:
-    """`\p{N}{1,digits}`"""
+    r"""`\p{N}{1,digits}`"""
     if digits == 1:
         start |= number
         return
@@ -227,7 +227,7 @@ def _is(codes: Ints, character: str) -> Bools:
 
 
 def _capitals(start: Bools, case: Classes, word: Bools, restarts: Ints) -> None:
-    """Within words: `[\p{Lu}..]*[\p{Ll}..]+`, else `[\p{Lu}..]+[\p{Ll}..]*`; the dots: either case.
+    r"""Within words: `[\p{Lu}..]*[\p{Ll}..]+`, else `[\p{Lu}..]+[\p{Ll}..]*`; the dots: either case.
 
     Args:
         restarts: where a word begins after a contraction.
@@ -247,7 +247,7 @@ def _capitals(start: Bools, case: Classes, word: Bools, restarts: Ints) -> None:
 
 
 def _marks_among_symbols(classes: Classes, codes: Codes) -> Ints:
-    """The combining marks that ` ?[^\s\p{L}\p{N}]+` takes.
+    r"""The combining marks that ` ?[^\s\p{L}\p{N}]+` takes.
 
     A mark after a symbol makes a word with it, unless two symbols in a row came before, or a space
     and a symbol: then all symbols and marks from there on are one piece.

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import regex
 
-from bpe.boundaries import cut
+from bpe.boundaries import CUTS, cut
 
 if TYPE_CHECKING:
     from bpe.encoding import Encoding
@@ -61,6 +61,11 @@ class Bulk:
         self._lock = threading.Lock()
         self._known = _Known(encoding)
         self._pairs: _Pairs | None = None
+
+    @staticmethod
+    def knows(patterns: Sequence[str]) -> bool:
+        """Whether text that is cut by these patterns can be encoded here."""
+        return len(patterns) == 1 and patterns[0] in CUTS
 
     def encode(self, texts: Sequence[str]) -> tuple[Ids, Ints]:
         """Encodes texts, none of which affects another.

@@ -2,6 +2,7 @@
 
 Three steps forward: find the special tokens that the caller allows (they stand for themselves), cut
 the rest into pieces (`pretokenize`), cover each piece with tokens (`merge`). Backward is a table.
+Long texts take another way to the same ids (`bulk`).
 
 Two kinds of vocabulary are in use, and they disagree on what orders the merges:
 
@@ -14,19 +15,35 @@ Two kinds of vocabulary are in use, and they disagree on what orders the merges:
 
 from __future__ import annotations
 
+import bisect
 import functools
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Literal, NoReturn
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+import regex
 
 from bpe.merge import NEVER, merge
 from bpe.pretokenize import compile_pattern, split
 
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from bpe.bulk import Bulk
+
+Allowed = Literal["all"] | AbstractSet[str]
+Disallowed = Literal["all"] | Collection[str]
+
 # Text repeats its words. One entry is some 300 bytes; a cache that is full starts anew.
 _CACHE_ENTRIES = 1 << 15
 _CACHE_PIECE = 64  # characters; longer pieces hardly come again
+
+# From so many characters on, `bulk` is faster; its tables take some 0.3 s to make, once.
+_MUCH = 1 << 15
 
 
 class Encoding:
@@ -37,6 +54,10 @@ class Encoding:
         ranks: token bytes to id, without the special tokens.
         special_tokens: spelling to id.
         max_token_value: the highest id.
+        patterns: the split patterns, applied in turn.
+        merges: the pairs that may be joined, and their priority; None if ids are the priorities.
+        whole_pieces: whether a piece that is a token as a whole is always that token.
+        normalization: the Unicode form that text is brought into first.
         dropped_bytes: the bytes that have no token; encoding loses them.
     """
 
@@ -51,12 +72,15 @@ class Encoding:
         ignore_merges: bool = False,
         normalization: Literal["NFC"] | None = None,
         dropped_bytes: bytes = b"",
+        explicit_n_vocab: int | None = None,
     ):
         """
         Args:
             name: free to choose.
-            pattern: the split pattern, or several to apply in turn (see `bpe.pretokenize`).
-            ranks: token bytes to id. Without `merges` the id is also the token's merge priority.
+            pattern: the split pattern, or several to apply in turn (see `bpe.pretokenize`);
+                tiktoken's `pat_str`.
+            ranks: token bytes to id, tiktoken's `mergeable_ranks`. Without `merges` the id is also
+                the token's merge priority.
             special_tokens: spelling to id of the tokens that no ordinary text can produce.
             merges: the pairs that may be joined, highest priority first.
             ignore_merges: only with `merges`: a piece that is a token as a whole is that token even
@@ -65,9 +89,12 @@ class Encoding:
                 leaves text as it is, and only then does decoding always give it back.
             dropped_bytes: exactly the bytes that `ranks` lacks, to say that the loss is known:
                 SmolLM2 has no token for \\x04, and Hugging Face's tokenizer skips it too.
+            explicit_n_vocab: how many tokens there must be, if that is to be checked; they then
+                have the ids below it.
 
         Raises:
-            ValueError: if ids repeat, bytes are missing, or a merge names no token.
+            ValueError: if ids repeat, bytes are missing, a merge names no token, or the number of
+                tokens is not `explicit_n_vocab`.
         """
         self.name = name
         self.ranks = dict(ranks)
@@ -95,6 +122,11 @@ class Encoding:
             raise ValueError(f"encoding {name!r}: token id {min(self._decoder)} is negative")
         self.max_token_value = max(self._decoder)
         self._special_ids = frozenset(self.special_tokens.values())
+        if explicit_n_vocab and not len(self._decoder) == self.n_vocab == explicit_n_vocab:
+            raise ValueError(
+                f"encoding {name!r}: explicit_n_vocab is {explicit_n_vocab}, but there are "
+                f"{len(self._decoder)} tokens and the highest id is {self.max_token_value}"
+            )
 
         self.merges: dict[tuple[bytes, bytes], int] | None = None
         if merges is not None:
@@ -119,8 +151,8 @@ class Encoding:
         self,
         text: str,
         *,
-        allowed_special: Literal["all"] | AbstractSet[str] = frozenset(),
-        disallowed_special: Literal["all"] | Collection[str] = "all",
+        allowed_special: Allowed = frozenset(),
+        disallowed_special: Disallowed = "all",
     ) -> list[int]:
         """Encodes text into token ids.
 
@@ -136,38 +168,112 @@ class Encoding:
         >>> encoding.encode("<|endoftext|>", disallowed_special=())
         [44, 108, 486, 1168, 2658, 108, 46]
 
+        Surrogate pairs count as the character they stand for; lone surrogates, which have no UTF-8,
+        as U+FFFD.
+
         Raises:
             ValueError: if the text spells a disallowed special token.
         """
-        if allowed_special == "all":
-            allowed_special = self.special_tokens_set
-        if disallowed_special == "all":
-            disallowed_special = self.special_tokens_set - allowed_special
-        if disallowed_special and (
-            match := special_pattern(frozenset(disallowed_special)).search(text)
-        ):
-            _raise_disallowed(match.group())
-
-        allowed = self.special_tokens.keys() & allowed_special
-        if not allowed:
-            return self.encode_ordinary(text)
-        ids = []
-        # The group in the pattern makes `split` return the special tokens at the odd places.
-        for i, part in enumerate(special_pattern(frozenset(allowed)).split(text)):
-            if i % 2:
-                ids.append(self.special_tokens[part])
-            elif part:
-                ids += self.encode_ordinary(part)
-        return ids
+        allowed, disallowed = self._special_sets(allowed_special, disallowed_special)
+        _check_special(text, disallowed)
+        return self._encode(text, allowed)
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Encodes text, seeing no special token in it: `encode(text, disallowed_special=())`."""
-        try:
-            return self._encode_ordinary(text)
-        except UnicodeEncodeError:
-            # As tiktoken does: join surrogate pairs; lone ones, which have no UTF-8, become U+FFFD.
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            return self._encode_ordinary(text)
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a string, not {text!r:.80}")
+        return self._encode(text, frozenset())
+
+    def encode_to_numpy(
+        self,
+        text: str,
+        *,
+        allowed_special: Allowed = frozenset(),
+        disallowed_special: Disallowed = "all",
+    ) -> npt.NDArray[np.uint32]:
+        """What `encode` gives, as an array, which is the faster way for much text.
+
+        Raises:
+            ValueError: if the text spells a disallowed special token.
+        """
+        import numpy as np
+
+        allowed, disallowed = self._special_sets(allowed_special, disallowed_special)
+        _check_special(text, disallowed)
+        if self._is_much([text]):
+            return self._encode_many([text], allowed)[0]
+        return np.array(self._encode(text, allowed), np.uint32)
+
+    def encode_batch(
+        self,
+        text: Sequence[str],
+        *,
+        num_threads: int = 8,
+        allowed_special: Allowed = frozenset(),
+        disallowed_special: Disallowed = "all",
+    ) -> list[list[int]]:
+        """Encodes several texts; see `encode`.
+
+        `num_threads` is there because tiktoken has it, and changes nothing: threads of Python do
+        not help here, but texts that are long enough together are encoded all at once.
+
+        Raises:
+            ValueError: if a text spells a disallowed special token.
+        """
+        allowed, disallowed = self._special_sets(allowed_special, disallowed_special)
+        texts = list(text)
+        for one in texts:
+            _check_special(one, disallowed)
+        return self._encode_batch(texts, allowed)
+
+    def encode_ordinary_batch(
+        self, text: Sequence[str], *, num_threads: int = 8
+    ) -> list[list[int]]:
+        """Encodes several texts, seeing no special token in them; `num_threads` changes nothing."""
+        texts = list(text)
+        for one in texts:
+            if not isinstance(one, str):
+                raise TypeError(f"a text must be a string, not {one!r:.80}")
+        return self._encode_batch(texts, frozenset())
+
+    def encode_with_unstable(
+        self,
+        text: str,
+        *,
+        allowed_special: Allowed = frozenset(),
+        disallowed_special: Disallowed = "all",
+    ) -> tuple[list[int], list[list[int]]]:
+        """Encodes text that is not complete: its ids so far, and how it may go on.
+
+        More text can change the last ids: "hello fanta" ends in other tokens than "hello fantastic"
+        begins with. So the last piece (all of them, if they are white space) is taken away again,
+        and all the ways are given in which tokens can cover it and perhaps more. Which they are
+        follows tiktoken, approximations and all.
+
+        >>> encoding.encode_with_unstable("hello fanta")
+        ([31373], [[277, 4910], [5113, 265], ..., [8842]])
+
+        Returns:
+            The ids that stay, and the completions, sorted; none if the text ends in a special
+            token.
+
+        Raises:
+            ValueError: if the text spells a disallowed special token.
+        """
+        allowed, disallowed = self._special_sets(allowed_special, disallowed_special)
+        _check_special(text, disallowed)
+        parts = self._split_special(_well_formed(text), allowed)
+        pieces = split(self._patterns, self._normalize(parts[-1]))
+        if not pieces:
+            return self._encode(text, allowed), []
+        ids = self._encode("".join(parts[:-1]), allowed)
+        for piece in pieces[:-1]:  # one by one: without the last, they might be cut otherwise
+            ids += self.encode_piece(piece.encode())
+        last = self.encode_piece(pieces[-1].encode())
+        if last and self._is_blank(last[0]):
+            while ids and self._is_blank(ids[-1]):
+                last.insert(0, ids.pop())
+        return ids, sorted(map(list, self._completions(self.decode_bytes(last))))
 
     def encode_single_token(self, text_or_bytes: str | bytes) -> int:
         """The id of one token, special or not.
@@ -176,6 +282,8 @@ class Encoding:
             KeyError: if the vocabulary has no such token.
         """
         token = text_or_bytes.encode() if isinstance(text_or_bytes, str) else text_or_bytes
+        if not isinstance(token, bytes):
+            raise TypeError(f"a token must be a string or bytes, not {token!r:.80}")
         if (id := self.ranks.get(token)) is not None:
             return id
         try:
@@ -183,12 +291,35 @@ class Encoding:
         except (KeyError, UnicodeDecodeError):
             raise KeyError(token) from None
 
+    def _special_sets(
+        self, allowed: Allowed, disallowed: Disallowed
+    ) -> tuple[AbstractSet[str], Collection[str]]:
+        if allowed == "all":
+            allowed = self.special_tokens_set
+        if disallowed == "all":
+            disallowed = self.special_tokens_set - allowed
+        return allowed, disallowed
+
+    def _split_special(self, text: str, allowed: AbstractSet[str]) -> list[str]:
+        """Ordinary text and special tokens by turns, beginning and ending with ordinary text."""
+        present = frozenset(self.special_tokens.keys() & allowed)
+        return special_pattern(present).split(text) if present else [text]
+
+    def _encode(self, text: str, allowed: AbstractSet[str]) -> list[int]:
+        if self._is_much([text]):
+            return self._encode_many([text], allowed)[0].tolist()
+        ids: list[int] = []
+        for i, part in enumerate(self._split_special(_well_formed(text), allowed)):
+            if i % 2:
+                ids.append(self.special_tokens[part])
+            else:
+                ids += self._encode_ordinary(part)
+        return ids
+
     def _encode_ordinary(self, text: str) -> list[int]:
-        if self.normalization and not text.isascii():
-            text = unicodedata.normalize(self.normalization, text)
         cache = self._cache
         ids: list[int] = []
-        for piece in split(self._patterns, text):
+        for piece in split(self._patterns, self._normalize(text)):
             if (found := cache.get(piece)) is None:
                 found = self.encode_piece(piece.encode())
                 if len(piece) <= _CACHE_PIECE:
@@ -198,11 +329,20 @@ class Encoding:
             ids += found
         return ids
 
+    def _normalize(self, text: str) -> str:
+        if self.normalization and not text.isascii():
+            return unicodedata.normalize(self.normalization, text)
+        return text
+
     def encode_piece(self, piece: bytes) -> list[int]:
+        """Encodes one piece as `bpe.pretokenize` cuts them: nothing is cut here."""
         if self.whole_pieces and (id := self.ranks.get(piece)) is not None:
             return [id]
         if self.dropped_bytes:
             piece = piece.translate(None, self.dropped_bytes)
+        return self._merge(piece)
+
+    def _merge(self, piece: bytes) -> list[int]:
         rank = self._rank_of_token if self.merges is None else self._rank_of_pair
         return [self.ranks[token] for token in merge(piece, rank)]
 
@@ -213,30 +353,114 @@ class Encoding:
         assert self.merges is not None
         return self.merges.get((left, right), NEVER)
 
+    # Much text
+
+    @functools.cached_property
+    def _bulk(self) -> Bulk | None:
+        from bpe.bulk import Bulk
+
+        return Bulk(self) if Bulk.knows(self.patterns) else None
+
+    def _is_much(self, texts: Sequence[str]) -> bool:
+        return sum(map(len, texts)) >= _MUCH and self._bulk is not None
+
+    def _encode_batch(self, texts: list[str], allowed: AbstractSet[str]) -> list[list[int]]:
+        if self._is_much(texts):
+            return [ids.tolist() for ids in self._encode_many(texts, allowed)]
+        return [self._encode(text, allowed) for text in texts]
+
+    def _encode_many(
+        self, texts: Sequence[str], allowed: AbstractSet[str]
+    ) -> list[npt.NDArray[np.uint32]]:
+        import numpy as np
+
+        assert self._bulk is not None
+        parts = [self._split_special(_well_formed(text), allowed) for text in texts]
+        ordinary = [self._normalize(part) for text in parts for part in text[::2]]
+        ids, counts = self._bulk.encode(ordinary)
+        special = [[self.special_tokens[token] for token in text[1::2]] for text in parts]
+        # Each special token goes in behind the ordinary ids before it.
+        ends = np.cumsum(counts)
+        last = np.array(list(accumulate(len(text) // 2 + 1 for text in parts)), np.intp) - 1
+        behind = np.delete(ends, last) if any(special) else np.empty(0, np.intp)
+        ids = np.insert(ids, behind, [id for text in special for id in text])
+        borders = ends[last] + np.cumsum([len(text) for text in special], dtype=np.intp)
+        return np.split(ids, borders[:-1])
+
+    # What encode_with_unstable needs
+
+    def _is_blank(self, id: int) -> bool:
+        token = self._decoder[id]
+        return id not in self._special_ids and not token.strip(b" \n\t")
+
+    @functools.cached_property
+    def _sorted_tokens(self) -> list[bytes]:
+        return sorted(self.ranks)
+
+    def _tokens_from(self, prefix: bytes) -> list[bytes]:
+        """The tokens that begin with `prefix`."""
+        tokens = self._sorted_tokens
+        start = end = bisect.bisect_left(tokens, prefix)
+        while end < len(tokens) and tokens[end].startswith(prefix):
+            end += 1
+        return tokens[start:end]
+
+    def _completions(self, begun: bytes) -> set[tuple[int, ...]]:
+        """Ids that cover the bytes `begun`, the last of them perhaps more than these."""
+        if not begun:
+            return set()
+        found = {(self.ranks[token],) for token in self._tokens_from(begun)}
+        texts: list[str] = []
+        encoded: list[list[int]] = []
+        for i in range(1, len(begun)):
+            for token in self._tokens_from(begun[i:]):
+                try:
+                    texts.append((begun[:i] + token).decode())
+                except UnicodeDecodeError:
+                    encoded.append(self._merge(begun[:i] + token))
+        for ids in encoded + self.encode_ordinary_batch(texts):
+            ends = accumulate(len(self._decoder[id]) for id in ids)
+            enough = next(i for i, end in enumerate(ends, 1) if end >= len(begun))
+            found.add(tuple(ids[:enough]))
+        # White space may be cut before its last character once something follows.
+        if (last := _LAST_BLANK.search(begun.decode(errors="replace"))) and begun != (
+            blank := last.group().encode()
+        ):
+            found.add(tuple(self._merge(begun[: -len(blank)]) + self._merge(blank)))
+        return found
+
     # Decoding
 
-    def decode(self, ids: Sequence[int], errors: str = "replace") -> str:
+    def decode(self, tokens: Sequence[int], errors: str = "replace") -> str:
         """Decodes ids into text.
 
         Args:
-            ids: the tokens.
+            tokens: the ids.
             errors: what to do with bytes that are no UTF-8, as `bytes.decode` has it.
 
         Raises:
             KeyError: if the vocabulary has no such id.
         """
-        return self.decode_bytes(ids).decode("utf-8", errors=errors)
+        return self.decode_bytes(tokens).decode("utf-8", errors=errors)
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+    def decode_bytes(self, tokens: Sequence[int]) -> bytes:
         """Decodes ids into the bytes they stand for.
 
         Raises:
             KeyError: if the vocabulary has no such id.
         """
+        if isinstance(tokens, str) or not hasattr(tokens, "__getitem__"):
+            raise TypeError(f"ids must be a sequence of integers, not {tokens!r:.80}")
+        if (tolist := getattr(tokens, "tolist", None)) is not None:
+            tokens = tolist()  # an array: its own integers would make slow keys
         try:
-            return b"".join([self._decoder[id] for id in ids])
-        except KeyError as error:
-            raise KeyError(f"Invalid token for decoding: {error.args[0]}") from None
+            return b"".join(map(self._decoder.__getitem__, tokens))
+        except (KeyError, TypeError):
+            pass
+        for token in tokens:
+            if _checked_id(token) not in self._decoder:
+                raise KeyError(f"Invalid token for decoding: {token}")
+        raise AssertionError("one of the ids could not be decoded")
 
     def decode_single_token_bytes(self, token: int) -> bytes:
         """The bytes of one token, special or not; they may end inside a character.
@@ -244,20 +468,19 @@ class Encoding:
         Raises:
             KeyError: if the vocabulary has no such id.
         """
-        try:
-            return self._decoder[token]
-        except KeyError:
-            raise KeyError(str(token)) from None
+        if (found := self._decoder.get(_checked_id(token))) is None:
+            raise KeyError(str(token))
+        return found
 
-    def decode_tokens_bytes(self, ids: Sequence[int]) -> list[bytes]:
+    def decode_tokens_bytes(self, tokens: Sequence[int]) -> list[bytes]:
         """The bytes of each token.
 
         Raises:
             KeyError: if the vocabulary has no such id.
         """
-        return [self.decode_single_token_bytes(id) for id in ids]
+        return [self.decode_single_token_bytes(token) for token in tokens]
 
-    def decode_with_offsets(self, ids: Sequence[int]) -> tuple[str, list[int]]:
+    def decode_with_offsets(self, tokens: Sequence[int]) -> tuple[str, list[int]]:
         """Decodes ids into text, and where in it (in characters) each token begins.
 
         A token that begins inside a character begins where that character does.
@@ -267,11 +490,31 @@ class Encoding:
             UnicodeDecodeError: if the bytes are no UTF-8.
         """
         offsets, length = [], 0
-        tokens = self.decode_tokens_bytes(ids)
-        for token in tokens:
-            offsets.append(max(0, length - _continues(token[0])))
-            length += sum(not _continues(byte) for byte in token)
-        return b"".join(tokens).decode("utf-8"), offsets
+        pieces = self.decode_tokens_bytes(tokens)
+        for piece in pieces:
+            offsets.append(max(0, length - _continues(piece[0])))
+            length += sum(not _continues(byte) for byte in piece)
+        return b"".join(pieces).decode("utf-8"), offsets
+
+    def decode_batch(
+        self, batch: Sequence[Sequence[int]], *, errors: str = "replace", num_threads: int = 8
+    ) -> list[str]:
+        """Decodes several sequences of ids into texts; `num_threads` changes nothing.
+
+        Raises:
+            KeyError: if the vocabulary has no such id.
+        """
+        return [self.decode(tokens, errors) for tokens in batch]
+
+    def decode_bytes_batch(
+        self, batch: Sequence[Sequence[int]], *, num_threads: int = 8
+    ) -> list[bytes]:
+        """Decodes several sequences of ids into bytes; `num_threads` changes nothing.
+
+        Raises:
+            KeyError: if the vocabulary has no such id.
+        """
+        return [self.decode_bytes(tokens) for tokens in batch]
 
     # About the vocabulary
 
@@ -279,6 +522,10 @@ class Encoding:
     def n_vocab(self) -> int:
         """One more than the highest id. Ids below it may be unused."""
         return self.max_token_value + 1
+
+    def token_byte_values(self) -> list[bytes]:
+        """The bytes of all tokens but the special ones, sorted."""
+        return list(self._sorted_tokens)
 
     @functools.cached_property
     def special_tokens_set(self) -> set[str]:
@@ -298,6 +545,53 @@ class Encoding:
             KeyError: if the vocabulary has no such token.
         """
         return self.special_tokens["<|endoftext|>"]
+
+    # Pickling: a named encoding as its name, another with what it was made from.
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from bpe import vocabularies
+
+        if self.name in vocabularies.VOCABULARIES and self is vocabularies.get_encoding(self.name):
+            return vocabularies.get_encoding, (self.name,)
+        arguments = {
+            "pattern": self.patterns,
+            "ranks": self.ranks,
+            "special_tokens": self.special_tokens,
+            "merges": None if self.merges is None else list(self.merges),
+            "ignore_merges": self.merges is not None and self.whole_pieces,
+            "normalization": self.normalization,
+            "dropped_bytes": self.dropped_bytes,
+        }
+        return _make, (self.name, arguments)
+
+
+def _make(name: str, arguments: dict[str, Any]) -> Encoding:
+    return Encoding(name, **arguments)
+
+
+def _well_formed(text: str) -> str:
+    """The text without surrogates: pairs are joined, lone ones become U+FFFD, as in tiktoken."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _check_special(text: str, disallowed: Collection[str]) -> None:
+    if disallowed and (match := special_pattern(frozenset(disallowed)).search(text)):
+        _raise_disallowed(match.group())
+
+
+def _checked_id(token: int) -> int:
+    if not isinstance(token, int) and not hasattr(token, "__index__"):
+        raise TypeError(f"a token id must be an integer, not {token!r:.80}")
+    if not 0 <= token < 1 << 32:
+        raise OverflowError(f"the token id {token} is not from 0 to {(1 << 32) - 1}")
+    return token
+
+
+_LAST_BLANK = regex.compile(r"\s\Z")
 
 
 @functools.lru_cache(maxsize=128)

@@ -97,7 +97,8 @@ def test_offsets():
 def test_unknown_tokens_are_key_errors():
     for call in (
         lambda: ENCODING.decode([10**6]),
-        lambda: ENCODING.decode_bytes([-1]),
+        lambda: ENCODING.decode_tokens_bytes([10**6]),
+        lambda: ENCODING.decode_batch([[0], [10**6]]),
         lambda: ENCODING.decode_single_token_bytes(10**6),
         lambda: ENCODING.decode_with_offsets([10**6]),
         lambda: ENCODING.encode_single_token("lowlow"),
