@@ -39,6 +39,7 @@ def welcome(address: str, registry: Registry, *, has_keys: bool) -> str:
     return "\n".join(
         [
             f"listening on {address}/v1 (Ctrl-C stops)",
+            f"open {address}/ in a browser to chat, {address}/docs for the API",
             *lines,
             "",
             f'curl {address}/v1/{route} -H "Content-Type: application/json"{header} \\',

@@ -33,7 +33,8 @@ addEventListener("hashchange", () => turnTo(shown()));
 
 try {
   const { data } = await call("/v1/models");
-  $("model").append(...data.map(({ id }) => h("option", {}, id)));
+  const generators = data.filter(({ kind }) => kind === "decoder");
+  $("model").append(...generators.map(({ id }) => h("option", {}, id)));
   $("model").addEventListener("change", () => shown() === "tokens" && tokenPage.refresh());
 } catch (problem) {
   report(problem.message);

@@ -82,7 +82,7 @@ def open_page(browser, address):
     """Opens the page; fails if it asks anybody else or reports an error."""
     contexts, wrong = [], []
 
-    def open(at=address, hash="", **options):
+    def open(at=address, path="/", ready="body[data-ready]", **options):
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
         contexts.append(context)
         page = context.new_page()
@@ -90,8 +90,8 @@ def open_page(browser, address):
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
         page.on("request", lambda r: None if r.url.startswith(at) else wrong.append(r.url))
-        page.goto(f"{at}/{hash}")
-        page.wait_for_selector("body[data-ready]")
+        page.goto(at + path)
+        page.wait_for_selector(ready)
         return page
 
     yield open
@@ -202,7 +202,7 @@ def test_an_error_is_shown_and_the_next_question_works(open_page):
 
 @in_browser
 def test_a_text_as_tokens_with_what_might_follow(open_page):
-    page = open_page(hash="#tokens")
+    page = open_page(path="/#tokens")
     page.fill("#text", "aö\n<b>")
     page.locator("#counts", has_text="7 tokens").wait_for()
     assert "6 characters · 7 bytes" in page.text_content("#counts")
@@ -226,13 +226,23 @@ def test_a_text_as_tokens_with_what_might_follow(open_page):
     ["<img src=x onerror=alert(1)>", "\u202e\u200b\x1b[31m", "x" * 100_000, "\U0001f468\u200d"],
 )
 def test_hostile_text_is_only_text(open_page, text):
-    page = open_page(hash="#tokens")
+    page = open_page(path="/#tokens")
     page.uncheck("#score")
     page.fill("#text", text)
     page.locator("#counts", has_text=f"{len(text.encode())} bytes").wait_for()
     assert page.locator("#strip img").count() == 0
     assert "\u202e" not in page.text_content("#strip")
     assert page.locator("#strip .token").count() <= 1500
+
+
+@in_browser
+def test_the_description_of_the_api_is_a_page_to_try_it(open_page):
+    page = open_page(path="/docs", ready=".opblock-summary-path")
+    page.click("[data-path='/tokenize']")
+    page.click(".try-out__btn")
+    page.fill(".body-param textarea", '{"text": "hé"}')
+    page.click(".execute")
+    page.locator(".response-col_description code", has_text='"count": 3').first.wait_for()
 
 
 @in_browser
