@@ -305,11 +305,8 @@ class Engine(Source):
         if row.generated < len(row.known):  # it started over: what it said before stands
             token = row.known[row.generated]
         if token in request.stop_ids:
-            end = (
-                None
-                if request.top_logprobs is None
-                else _token(token, drawn, i, request.top_logprobs)
-            )
+            is_told = request.top_logprobs is not None
+            end = _token(token, drawn, i, request.top_logprobs) if is_told else None
             self._end(row, Done("stop", end))
             return
         row.ids.append(token)
