@@ -55,7 +55,7 @@ def _check(ids: Sequence[int], encoding: Encoding, name: str, path: str) -> None
     for index, id in enumerate(ids):
         try:
             encoding.decode_single_token_bytes(id)
-        except KeyError:
+        except (KeyError, OverflowError):
             raise APIError(
                 400,
                 f"Invalid '{path}[{index}]': {str(id)[:20]} is not a token id of `{name}`. "
@@ -78,7 +78,7 @@ def native_bias(bias: Mapping[str, float], name: str, model: ServedModel) -> dic
         is_number = key.isascii() and key.isdigit() and len(key) < 10
         try:
             token = encoding.decode_single_token_bytes(int(key) if is_number else -1)
-        except KeyError:
+        except (KeyError, OverflowError):
             raise _bad_bias(
                 f"{key[:80]}. Keys are token ids of `{name}`, from 0 to {encoding.n_vocab - 1}."
             ) from None
