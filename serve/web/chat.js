@@ -6,6 +6,7 @@ import { pieces } from "./pieces.js";
 import { Strip } from "./strip.js";
 
 const ALTERNATIVES = 5;
+const PATIENCE = 2000; // milliseconds before a word on why nothing comes
 
 let turns = []; // {role, content} as the API takes them
 let running = null; // an AbortController while an answer comes
@@ -55,6 +56,10 @@ export function start({ model, report }) {
     said.setAttribute("aria-label", "Answer, token by token");
     running = new AbortController();
     refresh();
+    const patience = h("p", { class: "note", hidden: true });
+    patience.textContent = "Waiting for the first token: the model is being loaded, or is busy.";
+    element.append(patience);
+    const waitingLong = setTimeout(() => (patience.hidden = false), PATIENCE);
     const began = performance.now();
     let first = null;
     let [text, count, reason] = ["", 0, ""];
@@ -77,7 +82,11 @@ export function start({ model, report }) {
         if (!choice) continue;
         reason = choice.finish_reason ?? reason;
         if (!choice.delta.content) continue;
-        first ??= performance.now();
+        if (first === null) {
+          first = performance.now();
+          clearTimeout(waitingLong);
+          patience.remove();
+        }
         text += choice.delta.content;
         for (const piece of pieces(choice.logprobs.content)) {
           count += piece.tokens.length;
@@ -89,6 +98,8 @@ export function start({ model, report }) {
       reason = problem.name === "AbortError" ? "stopped" : "failed";
       if (reason === "failed") report(problem.message);
     }
+    clearTimeout(waitingLong);
+    patience.remove();
     cancelAnimationFrame(frame);
     draw();
     running = null;
@@ -100,6 +111,7 @@ export function start({ model, report }) {
       $("said").textContent = `Answer of ${count} tokens: ${text}`;
     } else {
       element.remove();
+      if (reason === "stop") report("The model ended its answer before the first word.");
     }
     keepUp();
     refresh();
