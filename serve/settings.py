@@ -81,7 +81,8 @@ class Settings:
         home: The data folder.
 
     Raises:
-        ValueError: A field is out of range, or the server would be open to others without a key.
+        ValueError: A field is out of range, the file of keys is damaged, or the server would be
+            open to others without a key.
     """
 
     host: str = "127.0.0.1"
@@ -110,7 +111,7 @@ class Settings:
             )
         if not self.answer_timeout > 0:
             raise ValueError(f"answer_timeout is {self.answer_timeout}: use more than 0 seconds")
-        if not is_loopback(self.host) and not self.asks_for_keys:
+        if not self.asks_for_keys and not is_loopback(self.host):
             raise ValueError(
                 f"host is {self.host}, which others on the network can reach, and there is no API "
                 "key: anybody could use this machine. Make a key (pellucid keys create NAME), give "

@@ -61,6 +61,8 @@ def test_a_damaged_file_opens_nothing(tmp_path):
     (tmp_path / keys.FILE).write_text("[{")
     with pytest.raises(ValueError, match="is damaged"):
         keys.KeyRing([], tmp_path)
+    with pytest.raises(ValueError, match="is damaged"):
+        Settings(home=tmp_path)
 
 
 def test_keys_come_and_go_while_a_server_runs(tmp_path):
