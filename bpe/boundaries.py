@@ -227,7 +227,7 @@ def _is(codes: Ints, character: str) -> Bools:
 
 
 def _capitals(start: Bools, case: Classes, word: Bools, restarts: Ints) -> None:
-    r"""Within words: `[\p{Lu}..]*[\p{Ll}..]+`, else `[\p{Lu}..]+[\p{Ll}..]*`; the dots: either case.
+    r"""Within words: `[\p{Lu}..]*[\p{Ll}..]+`, else `[\p{Lu}..]+[\p{Ll}..]*`. The dots: no case.
 
     Args:
         restarts: where a word begins after a contraction.
@@ -268,7 +268,8 @@ def _slashes_among_lines(classes: Classes, codes: Codes) -> Ints:
     line, other, slash = classes == LINE, classes == OTHER, codes == _SLASH
     both = line | slash
     place = np.flatnonzero(line & _before(other))
-    length = _next(both & ~_after(both), place) + 1 - place
+    end, first = np.unique(_next(both & ~_after(both), place) + 1, return_index=True)
+    place, length = place[first], end - place[first]  # those after such a slash begin nothing new
     taken = np.repeat(place, length) + _count(length)
     return taken[slash[taken]]
 

@@ -409,7 +409,7 @@ class Encoding:
         """Ids that cover the bytes `begun`, the last of them perhaps more than these."""
         if not begun:
             return set()
-        found = {(self.ranks[token],) for token in self._tokens_from(begun)}
+        found: set[tuple[int, ...]] = {(self.ranks[t],) for t in self._tokens_from(begun)}
         texts: list[str] = []
         encoded: list[list[int]] = []
         for i in range(1, len(begun)):
