@@ -28,7 +28,7 @@ def attend(
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     q = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k)
     visible = jnp.tril(jnp.ones((length, length), bool))  # [T, S]
     if window is not None:
         visible = jnp.triu(visible, 1 - window)

@@ -8,9 +8,9 @@ Attention walks the blocks of a row one by one and keeps a running maximum and a
 online softmax of Milakov & Gimelshein 2018, arXiv:1805.02867): it touches only blocks the row has
 filled, and the result for a row does not depend on what other rows stand beside it.
 
-The layout is private to this file; everyone else uses `init`, `append`, `attend`. Keys stand with
-positions last, so that scores are a plain row-major product (measured 1.1 to 1.4 times as fast).
-Block 0 belongs to no one: padding rows of a batch write there.
+The layout is private to this file and `kernels/cached_attention.py`; everyone else uses `init`,
+`append`, `attend`. Keys stand with positions last, so that scores are a plain row-major product
+(measured 1.1 to 1.4 times as fast). Block 0 belongs to no one: padding rows of a batch write there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from transformer import kernels
 from transformer.config import Config
 
 BLOCK = 256  # positions in a block
@@ -64,7 +65,7 @@ def init(cfg: Config, num_blocks: int, dtype: jnp.dtype = jnp.float32) -> Cache:
 
 
 def copy_block(memory: Cache, source: jax.Array, target: jax.Array) -> Cache:
-    """Copies one block, of every layer, onto another: a row may then write behind what another read.
+    """Copies one block of every layer onto another: a row may then write behind what another read.
 
     Args:
         memory: donate it.
@@ -74,6 +75,7 @@ def copy_block(memory: Cache, source: jax.Array, target: jax.Array) -> Cache:
     return jax.tree.map(copy, memory)
 
 
+@jax.named_scope("append")
 def append(
     keys: jax.Array,
     values: jax.Array,
@@ -116,13 +118,6 @@ def _narrow(x: jax.Array, stored: jnp.dtype) -> jax.Array:
     return x.astype(stored)
 
 
-def _widen(x: jax.Array) -> jax.Array:
-    """What a pool stores to float32."""
-    if x.dtype == jnp.uint16:
-        x = jax.lax.bitcast_convert_type(x, jnp.bfloat16)
-    return x.astype(jnp.float32)
-
-
 def attend(
     q: jax.Array,
     keys: jax.Array,
@@ -145,47 +140,4 @@ def attend(
     Returns:
         float32 [B, T, N, H].
     """
-    row = lambda args: _attend_row(*args, keys, values, window)  # noqa: E731
-    if q.shape[0] == 1:
-        return row((q[0], tables[0], starts[0]))[None]
-    return jax.lax.map(row, (q, tables, starts))
-
-
-def _attend_row(q, table, start, keys, values, window):
-    num_new, num_heads, head_dim = q.shape
-    num_kv_heads = keys.shape[1]
-    group = num_heads // num_kv_heads
-    # Queries that share a key head become rows of one matrix product: R = G * T.
-    q = (q * head_dim**-0.5).reshape(num_new, num_kv_heads, group, head_dim)
-    q = q.transpose(1, 2, 0, 3).reshape(num_kv_heads, group * num_new, head_dim)  # [K, R, H]
-    position = start + jnp.arange(group * num_new) % num_new  # [R]
-
-    def block(i, carry):
-        top, total, out = carry  # [K, R, 1], [K, R, 1], [K, R, H]
-        k = _widen(keys[table[i]])  # [K, H, BLOCK]
-        v = _widen(values[table[i]])  # [K, BLOCK, H]
-        scores = jnp.einsum("krh,khs->krs", q, k)
-        at = i * BLOCK + jnp.arange(BLOCK)
-        visible = at <= position[:, None]  # [R, BLOCK]
-        if window is not None:
-            visible &= at > position[:, None] - window
-        scores = jnp.where(visible, scores, -jnp.inf)
-        new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
-        weight = jnp.exp(scores - new_top)  # [K, R, BLOCK]
-        shrink = jnp.exp(top - new_top)
-        total = total * shrink + weight.sum(-1, keepdims=True)
-        out = out * shrink + jnp.einsum("krs,ksh->krh", weight, v)
-        return new_top, total, out
-
-    rows = (num_kv_heads, group * num_new)
-    # A finite start keeps exp(top - new_top) from being exp(-inf + inf) on rows with no key yet.
-    carry = (
-        jnp.full((*rows, 1), -1e30, jnp.float32),
-        jnp.zeros((*rows, 1), jnp.float32),
-        jnp.zeros((*rows, head_dim), jnp.float32),
-    )
-    num_blocks = (start + num_new - 1) // BLOCK + 1
-    first = 0 if window is None else jnp.maximum(start - window + 1, 0) // BLOCK
-    _, total, out = jax.lax.fori_loop(first, num_blocks, block, carry)
-    out = (out / total).reshape(num_kv_heads, group, num_new, head_dim)
-    return out.transpose(2, 0, 1, 3).reshape(num_new, num_heads, head_dim)  # [T, N, H]
+    return kernels.attend_cached(q, keys, values, tables, starts, window=window)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from transformer import attention, cache, rope
+from transformer import attention, cache, kernels, rope
 from transformer.config import Config
 from transformer.layers import Linear, Norm, embed, linear, norm
 
@@ -168,7 +168,7 @@ def self_attention(y: jax.Array, layer: Layer, cfg: Config, angles, attend) -> j
     value = linear(y, layer.v).reshape(batch, length, k, h)  # [B, T, K, H]
     query, key = _norm(query, layer.q_norm, cfg), _norm(key, layer.k_norm, cfg)
     if angles is not None:
-        query, key = rope.rotate(query, *angles), rope.rotate(key, *angles)
+        query, key = kernels.rotate(query, *angles), kernels.rotate(key, *angles)
     if cfg.query_scalar is not None:  # `attend` divides by the root of H
         query = query * (h / cfg.query_scalar) ** 0.5
     y = attend(query, key, value)  # [B, T, N, H]
@@ -181,12 +181,8 @@ def mlp(y: jax.Array, layer: Layer, cfg: Config) -> jax.Array:
     With a gate it is a gated linear unit (Shazeer 2020, arXiv:2002.05202).
     """
     if layer.gate is None:
-        y = jax.nn.gelu(linear(y, layer.up), approximate=True)  # [B, T, F]
-    elif cfg.mlp == "swiglu":
-        y = jax.nn.silu(linear(y, layer.gate)) * linear(y, layer.up)  # [B, T, F]
-    else:
-        y = jax.nn.gelu(linear(y, layer.gate), approximate=True) * linear(y, layer.up)  # [B, T, F]
-    return linear(y, layer.down)
+        return linear(jax.nn.gelu(linear(y, layer.up), approximate=True), layer.down)
+    return kernels.gated_mlp(y, layer.gate, layer.up, layer.down, cfg.mlp)
 
 
 def _norm(x: jax.Array, p: Norm | None, cfg: Config) -> jax.Array:
@@ -244,6 +240,8 @@ def forward(
     for i, layer in enumerate(params.layers):
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, i: int = i) -> jax.Array:
+            if "attention" not in taps:
+                return kernels.attend(q, k, v, window=cfg.window(i))
             out, w = attention.attend(q, k, v, window=cfg.window(i))
             weights.append(w)
             return out

@@ -3,7 +3,7 @@
 Each pair of channels of a query or key is turned by an angle that grows with its position, so that
 the dot product of a query and a key depends on their distance alone. Pairs are (i, i + H/2), the
 layout of Hugging Face checkpoints; GGUF files of the Llama family interleave them, and the loader
-undoes that.
+undoes that. Here are the angles; `kernels.rotate` turns.
 
 A model that shall read further than it was trained for has its slow frequencies lowered, so that
 no pair turns further than it ever did in training, while the fast ones, which tell neighbours
@@ -66,9 +66,3 @@ def angles(
     if scaling is not None and scaling.attention_factor is not None:
         return cos * scaling.attention_factor, sin * scaling.attention_factor
     return cos, sin
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns the channel pairs of `x` [B, T, N, H] by the given angles; same shape and dtype."""
-    first, second = jnp.split(x, 2, axis=-1)  # [B, T, N, H/2] each
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -8,8 +8,7 @@ the batch. The order is: bias and penalties, temperature, top-k, top-p, min-p, d
   arXiv:2407.01082; the repetition penalty is CTRL, Keskar et al. 2019, arXiv:1909.05858.
 - The draw is the Gumbel-max trick: the argmax of logits plus Gumbel noise is a sample of their
   softmax, with no cumulative sum.
-- Truncation needs no sort: the cut is found by bisection over the 2^32 ordered bit patterns of a
-  float, so ties at the cut all stay in.
+- Truncation (`kernels.truncate`) needs no sort; ties at the cut all stay in.
 
 Presence and frequency penalties count generated tokens; the repetition penalty counts the prompt
 too. Log-probabilities are those of the model, before any of this.
@@ -18,13 +17,15 @@ too. Log-probabilities are those of the model, before any of this.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+
+from transformer import kernels
 
 MAX_TOP = 20  # alternatives reported beside a token, at most
 
@@ -156,6 +157,7 @@ def begin(past: History, slot: jax.Array, is_in_prompt: jax.Array, bias: jax.Arr
     )
 
 
+@jax.named_scope("sample")
 def sample(
     logits: jax.Array, past: History, rows: Settings, *, num_ids: int
 ) -> tuple[Drawn, History]:
@@ -214,40 +216,11 @@ def _draw(logits: jax.Array, own: Settings) -> jax.Array:
     # Differences first: a tiny temperature must not make infinities of several tokens.
     logits = (logits - logits.max()) / own.temperature
     is_cut = (own.top_k > 0) | (own.top_p < 1) | (own.min_p > 0)
-    logits = jax.lax.cond(is_cut, _truncate, lambda x, _: x, logits, own)
+    logits = jax.lax.cond(
+        is_cut,
+        lambda: kernels.truncate(logits, own.top_k, own.top_p, own.min_p),
+        lambda: logits,
+    )
     key = jax.random.wrap_key_data(own.seed)
     key = jax.random.fold_in(jax.random.fold_in(key, own.choice), own.step)
     return jnp.argmax(logits + jax.random.gumbel(key, logits.shape)).astype(jnp.int32)
-
-
-def _truncate(logits: jax.Array, own: Settings) -> jax.Array:
-    """Puts -inf where top-k, top-p or min-p leave a token out."""
-    ones = jnp.ones_like(logits)
-    wanted = jnp.where(own.top_k > 0, own.top_k, logits.size).astype(jnp.float32)
-    # A dot is a vectorised sum; `jnp.sum` of float32 adds one by one.
-    kept = _highest(logits, lambda is_kept: jnp.dot(is_kept.astype(jnp.float32), ones) >= wanted)
-    logits = jnp.where(kept, logits, -jnp.inf)
-    weights = jnp.exp(logits - logits.max())
-    mass = own.top_p * jnp.dot(weights, ones)
-    kept = _highest(logits, lambda is_kept: jnp.dot(is_kept.astype(jnp.float32), weights) >= mass)
-    kept = (kept | (own.top_p >= 1)) & (weights >= own.min_p)
-    return jnp.where(kept | (logits == logits.max()), logits, -jnp.inf)
-
-
-def _highest(x: jax.Array, is_enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The mask of the highest entries of `x`, as few as satisfy `is_enough` (ties stay together).
-
-    Bit patterns of floats, read as integers, are in the order of the floats (negative ones
-    flipped), so 32 halvings find the exact cut.
-    """
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    order = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # [V]
-
-    def halve(_, bounds):
-        low, high = bounds  # keeping everything >= low is enough; >= high may not be
-        middle = low + (high - low) // 2 + (high - low) % 2
-        enough = is_enough(order >= middle)
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
-
-    low, _ = jax.lax.fori_loop(0, 32, halve, (jnp.uint32(0), jnp.uint32(2**32 - 1)))
-    return order >= low

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer import sampling
+from transformer import kernels, sampling
 from transformer.sampling import Sampling
 
 draw = jax.jit(sampling.sample, static_argnames="num_ids")
-truncate = jax.jit(sampling._truncate)
+truncate = jax.jit(lambda x, own: kernels.truncate(x, own.top_k, own.top_p, own.min_p))
 
 
 def drawn(logits, rows, *, past=None, choices=None, steps=None, num_ids=None):

@@ -46,6 +46,7 @@ FORMS: dict[str, dict[str, str]] = {
     "matmul": {
         "reference": "products.reference",
         "dot": "products.dot",
+        "batched": "products.batched",
         "slices": "products.slices",
         "pair": "products.pair",
         "integers": "products.integers",
@@ -80,9 +81,9 @@ FORMS: dict[str, dict[str, str]] = {
 # What is taken when `impl` is None. The best product depends on the weight's dtype and on the rows.
 CHOSEN: dict[str, dict[str, str]] = {
     "cpu": {
-        "matmul float32": "dot",
+        "matmul float32": "batched",
         "matmul float32, one row": "slices",
-        "matmul bfloat16": "dot",
+        "matmul bfloat16": "batched",
         "matmul bfloat16, one row": "pair",
         "matmul int8": "integers",
         "matmul int8, one row": "integers",

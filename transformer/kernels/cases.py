@@ -275,7 +275,7 @@ def prefill(cfg: Config, format: str) -> Case:
         flops=2 * PROMPT * _layer_weights(cfg)
         + 2 * cfg.vocab_size * cfg.d_model
         + 4 * width * attended * cfg.num_layers,
-        bytes=_model_bytes(cfg, format) + PROMPT * _position_bytes(cfg, format),
+        bytes=_model_bytes(cfg, format) + PROMPT * position_bytes(cfg, format),
         dtype=format,
         expected=None if cfg.rope_scaling else lambda *_: _exact_prefill(cfg, ids.tobytes()),
         result=lambda out: out[0],
@@ -312,7 +312,7 @@ def decode(cfg: Config, format: str, rows: int, context: int) -> Case:
         inputs=inputs,
         flops=2 * rows * (_layer_weights(cfg) + cfg.vocab_size * cfg.d_model)
         + 4 * rows * width * (context + 1) * cfg.num_layers,
-        bytes=_model_bytes(cfg, format) + rows * (context + 1) * _position_bytes(cfg, format),
+        bytes=_model_bytes(cfg, format) + rows * (context + 1) * position_bytes(cfg, format),
         dtype=format,
         expected=None if cfg.rope_scaling else expected,
         result=lambda out: out[0].top_logprobs,
@@ -440,6 +440,6 @@ def _model_bytes(cfg: Config, format: str) -> float:
     return total
 
 
-def _position_bytes(cfg: Config, format: str) -> int:
+def position_bytes(cfg: Config, format: str) -> int:
     """Keys and values of one position in all layers."""
     return cache.bytes_per_block(cfg, jnp.dtype(_stored(format))) // cache.BLOCK

@@ -17,7 +17,11 @@ def reference(x: jax.Array, gate: Linear, up: Linear, down: Linear, kind: str) -
 
     def apply(x: jax.Array, p: Linear) -> jax.Array:
         y = forms.reference(x, p.weight, p.scale)
-        return y if p.bias is None else y + p.bias
+        if p.bias is not None:
+            y = y + p.bias
+        if p.lora is not None:
+            y = y + forms.reference(forms.reference(x, p.lora.a), p.lora.b) * p.lora.scale
+        return y
 
     return apply(activation(kind)(apply(x, gate)) * apply(x, up), down)
 

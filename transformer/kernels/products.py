@@ -23,7 +23,7 @@ _CORES = 2 ** int(math.log2(min(os.cpu_count() or 1, 8)))
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
 
 
-def reference(rows: jax.Array, weight: jax.Array, scale: jax.Array | None) -> jax.Array:
+def reference(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
     """The definition: the weight widened to the precision of the rows, then one exact product."""
     wide = weight.astype(rows.dtype)
     if scale is not None:
@@ -31,28 +31,40 @@ def reference(rows: jax.Array, weight: jax.Array, scale: jax.Array | None) -> ja
     return jnp.matmul(rows, wide.T, precision=jax.lax.Precision.HIGHEST)
 
 
-def dot(rows: jax.Array, weight: jax.Array, scale: jax.Array | None) -> jax.Array:
+def dot(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
     """One product in the dtype of the weight."""
     _refuse_integers("dot", weight)
     rows = rows.astype(weight.dtype)
     return jax.lax.dot_general(rows, weight, _CONTRACT_LAST, preferred_element_type=jnp.float32)
 
 
-def slices(rows: jax.Array, weight: jax.Array, scale: jax.Array | None) -> jax.Array:
+def batched(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+    """The same as a batch of one, whose result XLA's CPU backend lays out the other way round.
+
+    For few rows that was up to 2.4 times as fast as `dot`, from a hundred on slower.
+    """
+    _refuse_integers("batched", weight)
+    return _in_slices(rows, weight, 1)
+
+
+def slices(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
     """A batch of products, each with a slice of the weight's rows.
 
     XLA's CPU backend reads the weight of a one-row float32 product on one core. The same product as
     a batch reads a slice a core: measured 1.3 times as fast.
     """
     _refuse_integers("slices", weight)
-    num_slices = math.gcd(weight.shape[0], _CORES)
+    return _in_slices(rows, weight, math.gcd(weight.shape[0], _CORES))
+
+
+def _in_slices(rows: jax.Array, weight: jax.Array, num_slices: int) -> jax.Array:
     cut = weight.reshape(num_slices, -1, weight.shape[1])  # [P, out/P, in]
     copies = jnp.broadcast_to(rows.astype(weight.dtype), (num_slices, *rows.shape))  # [P, R, in]
     y = jnp.einsum("pri,poi->rpo", copies, cut, preferred_element_type=jnp.float32)
     return y.reshape(rows.shape[0], -1)
 
 
-def pair(rows: jax.Array, weight: jax.Array, scale: jax.Array | None) -> jax.Array:
+def pair(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
     """One row beside a row of zeros.
 
     XLA's CPU backend has no one-row kernel for narrow types: it would widen the whole weight on
@@ -60,10 +72,11 @@ def pair(rows: jax.Array, weight: jax.Array, scale: jax.Array | None) -> jax.Arr
     """
     if len(rows) != 1:
         raise Unavailable(f"matmul pair is for one row, not {len(rows)}")
-    return dot(_two(rows), weight, scale)[:1]
+    _refuse_integers("pair", weight)
+    return batched(_two(rows), weight)[:1]
 
 
-def integers(rows: jax.Array, weight: jax.Array, scale: jax.Array | None) -> jax.Array:
+def integers(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
     """int8 rows, rounded with one scale each, by int8 weights: exact integer arithmetic between."""
     if weight.dtype != jnp.int8 or scale is None:
         raise Unavailable(f"matmul integers needs int8 weights and scales, not {weight.dtype}")
