@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,20 +192,27 @@ def save(folder: Path, adapter: Adapter, cfg: Config, *, base: str | None = None
     Raises:
         ValueError: ranks or scales differ, or GPT-2's queries, keys and values do not share A.
     """
-    tensors: dict[str, list[np.ndarray]] = {}
+    tensors: dict[str, np.ndarray] = {}
     adapted, everywhere, kinds = set(), set(), set()
-    for places, own in zip(_places(cfg), adapter, strict=True):
-        everywhere |= {_module(source) for source in places.values()}
+    layers = _places(cfg)
+    for places, own in zip(layers, adapter, strict=True):
+        sharing: dict[Source, list[str]] = {}  # parts of one module: GPT-2's q, k and v
         for part, source in places.items():
-            if part not in own:
+            sharing.setdefault(replace(source, first_row=0), []).append(part)
+        everywhere |= {_module(source) for source in sharing}
+        for source, parts in sharing.items():
+            found = [own[part] for part in parts if part in own]
+            if not found:
                 continue
-            a, b = np.asarray(own[part].a), np.asarray(own[part].b)
-            kinds.add((len(a), own[part].scale))
+            if len(found) < len(parts) or any((lora.a != found[0].a).any() for lora in found[1:]):
+                raise ValueError(
+                    f"{source.name} has one A for {', '.join(parts)}; an adapter of some of them, "
+                    "or with several, cannot be written: merge it"
+                )
+            tensors[_tensor_name(source, "A")] = np.asarray(found[0].a)
+            tensors[_tensor_name(source, "B")] = np.concatenate([lora.b for lora in found])
+            kinds |= {(len(lora.a), lora.scale) for lora in found}
             adapted.add(_module(source))
-            first = tensors.setdefault(_tensor_name(source, "A"), [a])[0]
-            if not np.array_equal(first, a):
-                raise ValueError(f"{source.name} has one A for q, k and v, here they differ: merge")
-            tensors.setdefault(_tensor_name(source, "B"), []).append(b)
     if len(kinds) != 1:
         raise ValueError(f"all parts must have one rank and one scale, got {sorted(kinds)}")
     ((rank, scale),) = kinds
@@ -219,13 +227,10 @@ def save(folder: Path, adapter: Adapter, cfg: Config, *, base: str | None = None
         "lora_alpha": int(scale * rank) if float(scale * rank).is_integer() else scale * rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": any(source.is_transposed for source in _places(cfg)[0].values()),
+        "fan_in_fan_out": any(source.is_transposed for source in layers[0].values()),
         "target_modules": short if is_enough else sorted(adapted),
     }
-    arrays = {name: np.ascontiguousarray(np.concatenate(parts)) for name, parts in tensors.items()
-              if name.endswith("lora_B.weight")}  # fmt: skip
-    arrays |= {name: parts[0] for name, parts in tensors.items() if name not in arrays}
-    safetensors.write(Path(folder), config, arrays, names=_FILES)
+    safetensors.write(Path(folder), config, tensors, names=_FILES)
 
 
 def _places(cfg: Config) -> list[dict[str, Source]]:
