@@ -16,7 +16,6 @@ rewrites the places where its pair occurs, all at once, and nothing else. To fin
 
 The places of a token that has been joined to the one before it are dead. `after` and `before` lead
 from each living place to its neighbours.
-
 """
 
 from __future__ import annotations
@@ -53,6 +52,8 @@ def count_pieces(
         special_tokens: where a text spells one, it is cut there.
         progress: told every few million characters.
     """
+    if not isinstance(pattern, str) and len(pattern) == 1:
+        pattern = pattern[0]
     if not isinstance(pattern, str) or pattern not in CUTS:
         return train.count_pieces(texts, pattern, special_tokens, progress)
     special = special_pattern(frozenset(special_tokens)) if special_tokens else None

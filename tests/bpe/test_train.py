@@ -119,7 +119,7 @@ def test_counting_in_batches(monkeypatch):
     seen = []
     monkeypatch.setattr(train_fast, "_BATCH", 20)
     progress = lambda *what: seen.append(what)  # noqa: E731
-    assert train_fast.count_pieces(texts, GPT2, (), progress) == whole
+    assert train_fast.count_pieces(texts, [GPT2], (), progress) == whole
     assert len(seen) > 3 and all(stage == "counting pieces" for stage, _, _ in seen)
     assert seen == sorted(seen) and seen[-1][1] <= sum(map(len, texts))
 
