@@ -102,4 +102,6 @@ def _too_long(
     else:
         total = int(prompt) + completion
         sentence += wording.together.format(total=total, prompt=prompt, completion=completion)
-    return APIError(400, sentence, param=wording.param, code="context_length_exceeded")
+    # The code in the text, too: LangChain looks for it in str(error), where openai 3 puts the text.
+    code = "context_length_exceeded"
+    return APIError(400, f"{sentence} ({code})", param=wording.param, code=code)

@@ -324,7 +324,9 @@ def context_error(response):
     error = error_of(response, 400)
     assert error["code"] == "context_length_exceeded"
     assert error["type"] == "invalid_request_error"
-    return error["message"], error["param"]
+    sentence, _, code = error["message"].rpartition(" ")
+    assert code == "(context_length_exceeded)", "LangChain looks for it in the text"
+    return sentence, error["param"]
 
 
 def test_messages_too_long(http):
