@@ -33,8 +33,9 @@ Ids = npt.NDArray[np.uint32]
 
 # The arrays of a stretch should stay in the processor's cache. New pieces are merged at the end of
 # a block: the more there are, the less each one costs.
-STRETCH = 1 << 16  # characters
+STRETCH = 1 << 17  # characters
 BLOCK = 1 << 22
+BATCH = 1 << 16  # bytes of pieces that are merged side by side
 
 # Where a text can be cut without a change to its pieces: a letter or number is the last of its
 # piece if one of these follows, and none of these asks what came before, if that was no symbol.
@@ -216,8 +217,8 @@ class _Table:
         """Adds keys that are different from each other and from those that the table has."""
         number = np.arange(len(keys[0])) + len(self.keys[0])
         self.keys = [np.append(old, new) for old, new in zip(self.keys, keys, strict=True)]
-        if 4 * len(self.keys[0]) > len(self._slots):
-            self._bits = (8 * len(self.keys[0])).bit_length()
+        if 2 * len(self.keys[0]) > len(self._slots):
+            self._bits = (4 * len(self.keys[0])).bit_length()
             self._slots = np.full(1 << self._bits, -1, np.int32)
             number = np.arange(len(self.keys[0]))
         slot = self._slot(tuple(column[number] for column in self.keys))
@@ -259,8 +260,7 @@ _LENGTHS = np.arange(KEY_BYTES + 2, dtype=np.uint64) << np.uint64(56)
 
 def _keys(data: bytes, begin: Ints, length: Ints) -> tuple[Words, Words]:
     """The keys of the pieces data[begin : begin + length]; longer than 15 bytes, all have one."""
-    eight = np.ndarray(len(data) + 9, "<u8", data + bytes(16), strides=(1,))
-    eight = np.ascontiguousarray(eight, np.uint64)  # [i]: the eight bytes from i on
+    eight = _eight_bytes(data)
     length = np.minimum(length, KEY_BYTES + 1)
     low = eight.take(begin, mode="clip")
     low &= _MASKS[0].take(length)
@@ -268,6 +268,12 @@ def _keys(data: bytes, begin: Ints, length: Ints) -> tuple[Words, Words]:
     high &= _MASKS[1].take(length)
     high |= _LENGTHS.take(length)
     return low, high
+
+
+def _eight_bytes(data: bytes) -> Words:
+    """[i]: the eight bytes from i on, the first of them the lowest; zeros after the end."""
+    shifted = np.ndarray(len(data) + 9, "<u8", data + bytes(16), strides=(1,))
+    return np.ascontiguousarray(shifted, np.uint64)
 
 
 class _Pairs:
@@ -283,22 +289,22 @@ class _Pairs:
         ranks = encoding.ranks
         if encoding.merges is None:  # any two tokens that are a third together
             left, right, self._ranks = _splits(ranks)
-            self.made = np.arange(encoding.max_token_value + 1, dtype=np.uint64)
+            self.made = np.arange(encoding.max_token_value + 1, dtype=np.uint32)
         else:
             left, right, made = np.array(
                 [(ranks[a], ranks[b], ranks[a + b]) for a, b in encoding.merges], np.uint64
             ).T
             self._ranks = np.arange(len(left))
-            self.made = made
+            self.made = made.astype(np.uint32)
         self._table = _Table(words=1)
         self._table.add(left << np.uint64(32) | right)
         self._ranks = np.append(self._ranks, -1)  # what the table finds for the number -1
-        self.byte_ids = np.array([ranks.get(bytes([b]), 0) for b in range(256)], np.uint64)
+        self.byte_ids = np.array([ranks.get(bytes([b]), 0) for b in range(256)], np.uint32)
         self.byte_ranks = self.ranks(np.repeat(self.byte_ids, 256), np.tile(self.byte_ids, 256))
 
-    def ranks(self, left: Words, right: Words) -> Ints:
+    def ranks(self, left: Ids, right: Ids) -> Ints:
         """The priority of joining tokens, -1 where they may not be joined."""
-        return self._ranks[self._table.find(left << np.uint64(32) | right)]
+        return self._ranks[self._table.find(left.astype(np.uint64) << np.uint64(32) | right)]
 
 
 def _splits(ranks: Mapping[bytes, int]) -> tuple[Words, Words, Ints]:
@@ -317,11 +323,7 @@ def _splits(ranks: Mapping[bytes, int]) -> tuple[Words, Words, Ints]:
 
 
 def _merge_many(pieces: Sequence[bytes], pairs: _Pairs) -> tuple[Ids, Ints]:
-    """Merges pieces side by side: in each round, every piece joins its best pair.
-
-    The state is that of `merge.merge_heap`, for all pieces in one row: a part is known by the
-    place of its first byte. A pair's rank and place, in this order, are one number; so the least
-    of a piece's numbers is the pair to join next, the leftmost of those with the lowest rank.
+    """Merges many pieces.
 
     Args:
         pieces: none of them empty.
@@ -330,12 +332,35 @@ def _merge_many(pieces: Sequence[bytes], pairs: _Pairs) -> tuple[Ids, Ints]:
     Returns:
         The ids of all pieces, one after the other, and how many each has.
     """
-    # Longest first: those that are done early are then at the end, mostly, and can be cut off.
+    # Pieces of about one length take about as many rounds.
     order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i]))
-    data = np.frombuffer(b"\0".join([pieces[i] for i in order]) + b"\0", np.uint8)
-    end = np.cumsum([len(pieces[i]) + 1 for i in order])  # with a wall after each piece
+    batches: list[list[bytes]] = [[]]
+    size = 0
+    for i in order:
+        if size > BATCH:
+            batches.append([])
+            size = 0
+        batches[-1].append(pieces[i])
+        size += len(pieces[i])
+    merged = [_side_by_side(batch, pairs) for batch in batches]
+    ids = np.concatenate([ids for ids, _ in merged])
+    count = np.concatenate([count for _, count in merged])
+    first = np.cumsum(count) - count
+    back = np.argsort(order)
+    return ids[_places(first[back], count[back])], count[back]
+
+
+def _side_by_side(pieces: Sequence[bytes], pairs: _Pairs) -> tuple[Ids, Ints]:
+    """Merges pieces, the longest first: in each round, every piece joins its best pair.
+
+    The state is that of `merge.merge_heap`, for all pieces in one row: a part is known by the
+    place of its first byte. A pair's rank and place, in this order, are one number; so the least
+    of a piece's numbers is the pair to join next, the leftmost of those with the lowest rank.
+    """
+    data = np.frombuffer(b"\0".join(pieces) + b"\0", np.uint8)
+    end = np.cumsum([len(piece) + 1 for piece in pieces])  # with a wall after each piece
     begin = np.append(0, end[:-1])
-    place = np.arange(len(data))
+    place = np.arange(len(data), dtype=np.int32)
 
     token = pairs.byte_ids.take(data)
     token[end - 1] = _NONE
@@ -345,7 +370,7 @@ def _merge_many(pieces: Sequence[bytes], pairs: _Pairs) -> tuple[Ids, Ints]:
     rank[end - 1] = rank[end - 2] = -1
     best = np.where(rank < 0, _NEVER, rank << 32 | place)
 
-    live = len(pieces)  # the pieces before this one may have pairs left
+    live = len(pieces)  # only the pieces before this one may have pairs left
     while live:
         least = np.minimum.reduceat(best[: end[live - 1]], begin[:live])
         going = np.flatnonzero(least != _NEVER)
@@ -362,21 +387,63 @@ def _merge_many(pieces: Sequence[bytes], pairs: _Pairs) -> tuple[Ids, Ints]:
         left, right = np.append(h, i), np.append(i, k)
         rank = pairs.ranks(token.take(left), token.take(right))
         best[left] = np.where(rank < 0, _NEVER, rank << 32 | left)
-
     part = token != _NONE
-    count = np.add.reduceat(part, begin, dtype=np.intp)
-    first = np.cumsum(count) - count
-    back = np.argsort(order)
-    return token[part][_places(first[back], count[back])].astype(np.uint32), count[back]
+    return token[part], np.add.reduceat(part, begin, dtype=np.intp)
 
 
-_NONE = np.uint64(0xFFFFFFFF)  # no token: a wall, or a part that was joined to the one before
+_NONE = np.uint32(0xFFFFFFFF)  # no token: a wall, or a part that was joined to the one before
 
 
 def _places(first: Ints, count: Ints) -> Ints:
     """The places of ranges, one after the other: ([5, 2], [2, 3]) gives 5 6 2 3 4."""
     end = np.cumsum(count)
     return np.arange(end[-1] if len(end) else 0) + np.repeat(first - end + count, count)
+
+
+# Decoding
+
+
+class Decoder:
+    """Decodes many ids at once: their bytes, one token after the other.
+
+    A token is written as words of eight bytes, of which the last may reach into the next token. So
+    first come the words of long tokens but their first ones, and then the first words of all, in
+    order: what reached too far is overwritten.
+    """
+
+    def __init__(self, tokens: Mapping[int, bytes], n_vocab: int):
+        """
+        Args:
+            tokens: bytes by id.
+            n_vocab: one more than the highest id.
+        """
+        self._length = np.array([len(tokens.get(id, b"")) or -1 for id in range(n_vocab)], np.intp)
+        bounds = np.cumsum(np.maximum(self._length, 0))
+        self._first = bounds - np.maximum(self._length, 0)
+        data = b"".join([tokens.get(id, b"") for id in range(n_vocab)])
+        self._eight = _eight_bytes(data)
+        self._words = self._eight.take(self._first)
+
+    def __call__(self, ids: Ints) -> bytes | None:
+        """The bytes; None if one of the ids is not that of a token.
+
+        Args:
+            ids: none of them below 0.
+        """
+        length = self._length.take(ids, mode="clip")
+        if not len(ids) or length.min() < 0 or ids.max() >= len(self._length):
+            return None if len(ids) else b""
+        end = np.cumsum(length)
+        begin = end - length
+        data = np.empty(end[-1] + 8, np.uint8)
+        words = np.ndarray((end[-1] + 1,), "<u8", data, strides=(1,))  # one from every byte on
+        done, more = 8, np.flatnonzero(length > 8)
+        while len(more):
+            words[begin[more] + done] = self._eight.take(self._first.take(ids[more]) + done)
+            done += 8
+            more = more[length[more] > done]
+        words[begin] = self._words.take(ids)
+        return data[: end[-1]].tobytes()
 
 
 # Cutting text into portions

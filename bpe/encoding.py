@@ -15,6 +15,7 @@ Two kinds of vocabulary are in use, and they disagree on what orders the merges:
 
 from __future__ import annotations
 
+import array
 import bisect
 import functools
 import re
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from bpe.bulk import Bulk
+    from bpe.bulk import Bulk, Decoder
 
 Allowed = Literal["all"] | AbstractSet[str]
 Disallowed = Literal["all"] | Collection[str]
@@ -44,6 +45,7 @@ _CACHE_PIECE = 64  # characters; longer pieces hardly come again
 
 # From so many characters on, `bulk` is faster; its tables take some 0.3 s to make, once.
 _MUCH = 1 << 15
+_MANY = 1 << 10  # ids to decode
 
 
 class Encoding:
@@ -451,16 +453,44 @@ class Encoding:
         """
         if isinstance(tokens, str) or not hasattr(tokens, "__getitem__"):
             raise TypeError(f"ids must be a sequence of integers, not {tokens!r:.80}")
-        if (tolist := getattr(tokens, "tolist", None)) is not None:
-            tokens = tolist()  # an array: its own integers would make slow keys
+        if len(tokens) >= _MANY and self.max_token_value < 1 << 24:
+            return self._decode_many(tokens)
         try:
-            return b"".join(map(self._decoder.__getitem__, tokens))
+            return b"".join([self._decoder[token] for token in tokens])
         except (KeyError, TypeError):
-            pass
+            raise self._decoding_error(tokens) from None
+
+    def _decode_many(self, tokens: Sequence[int]) -> bytes:
+        import numpy as np
+
+        if (dtype := getattr(tokens, "dtype", None)) is None:
+            try:
+                tokens = array.array("I", tokens)  # several times as fast as NumPy's own way
+            except (OverflowError, TypeError):
+                raise self._decoding_error(tokens) from None
+            dtype = np.uint32
+        if np.dtype(dtype).kind not in "iu":
+            raise self._decoding_error(tokens)
+        ids = np.asarray(tokens, dtype).astype(np.intp)
+        if ids.min() < 0 or (found := self._decode_words(ids)) is None:
+            raise self._decoding_error(tokens)
+        return found
+
+    @functools.cached_property
+    def _decode_words(self) -> Decoder:
+        from bpe.bulk import Decoder
+
+        return Decoder(self._decoder, self.n_vocab)
+
+    def _decoding_error(self, tokens: Iterable[int]) -> Exception:
+        """What is wrong with the first of the ids that cannot be decoded."""
         for token in tokens:
-            if _checked_id(token) not in self._decoder:
-                raise KeyError(f"Invalid token for decoding: {token}")
-        raise AssertionError("one of the ids could not be decoded")
+            try:
+                if _checked_id(token) not in self._decoder:
+                    return KeyError(f"Invalid token for decoding: {token}")
+            except (TypeError, OverflowError) as error:
+                return error
+        raise AssertionError("all of these ids can be decoded")
 
     def decode_single_token_bytes(self, token: int) -> bytes:
         """The bytes of one token, special or not; they may end inside a character.
