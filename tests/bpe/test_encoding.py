@@ -4,6 +4,7 @@ import pickle
 import random
 import string
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -303,3 +304,103 @@ def _reference(model, path):
 
         _REFERENCES[model] = make_bpe.load(model, path.resolve())
     return _REFERENCES[model]
+
+
+def test_batches():
+    texts = ["low lower", "", "<|im_end|>", "😀"]
+    options = {"allowed_special": "all"}
+    assert ENCODING.encode_batch(texts, **options) == [ENCODING.encode(t, **options) for t in texts]
+    assert ENCODING.encode_ordinary_batch(texts) == [ENCODING.encode_ordinary(t) for t in texts]
+    with pytest.raises(ValueError, match="disallowed"):
+        ENCODING.encode_batch(texts, num_threads=2)
+    ids = ENCODING.encode_ordinary_batch(texts, num_threads=1)
+    assert ENCODING.decode_batch(ids, errors="strict", num_threads=1) == texts
+    assert ENCODING.decode_bytes_batch(ids) == [text.encode() for text in texts]
+    assert ENCODING.encode_to_numpy("low 😀").tolist() == ENCODING.encode("low 😀")
+    assert str(ENCODING.encode_to_numpy("").dtype) == "uint32"
+    assert ENCODING.token_byte_values() == sorted(tiny.IDS)
+
+
+def test_more_may_follow():
+    """`low` can become ` lower` only with a space before it; `low` itself stays unstable."""
+    stable, completions = ENCODING.encode_with_unstable("low low", allowed_special="all")
+    assert ENCODING.decode(stable) == "low"
+    expected = [[tiny.IDS[b" low"]], [tiny.IDS[b" lower"]]]
+    assert [ids for ids in completions if len(ids) == 1] == sorted(expected)
+    assert all(ENCODING.decode_bytes(ids).startswith(b" low") for ids in completions)
+    assert ENCODING.encode_with_unstable("low<|im_end|>", allowed_special="all") == (
+        [*ENCODING.encode("low"), 2],
+        [],
+    )
+    assert ENCODING.encode_with_unstable("") == ([], [])
+
+
+@pytest.mark.parametrize("number", [3, 5000])
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [(10**6, KeyError), (-1, OverflowError), (1 << 40, OverflowError), (1.5, TypeError)]
+    + [(None, TypeError), ("a", TypeError), ([1], TypeError)],
+)
+def test_wrong_ids(wrong, error, number):
+    """Few ids and many are decoded in different ways; the errors are the same."""
+    ids = [tiny.IDS[b"a"]] * number
+    with pytest.raises(error, match=None if error is not KeyError else "1000000"):
+        ENCODING.decode([*ids, wrong])
+    for call in (ENCODING.decode_tokens_bytes, ENCODING.decode_with_offsets):
+        with pytest.raises(error):
+            call([*ids, wrong])
+
+
+@pytest.mark.parametrize("tokens", [5, None, "abc", {1, 2}])
+def test_what_is_no_sequence_of_ids(tokens):
+    with pytest.raises(TypeError):
+        ENCODING.decode(tokens)
+
+
+def test_gaps_in_the_numbering():
+    encoding = tiny.encoding(special_tokens={"<|a|>": 5000})
+    for number in (1, 5000):
+        assert encoding.decode([5000] * number) == "<|a|>" * number
+        with pytest.raises(KeyError, match="Invalid token for decoding: 4000"):
+            encoding.decode([5000] * number + [4000])
+
+
+@given(st.lists(st.integers(0, ENCODING.max_token_value), min_size=20), st.integers(1, 100))
+def test_many_ids(ids, times):
+    """Tokens of all lengths in every order, as a list and as arrays."""
+    ids = ids * (times + 1000 // len(ids))
+    expected = b"".join(map(ENCODING.decode_single_token_bytes, ids))
+    assert ENCODING.decode_bytes(ids) == expected
+    for dtype in (np.uint32, np.int64, np.uint16):
+        assert ENCODING.decode_bytes(np.array(ids, dtype)) == expected
+
+
+def test_explicit_n_vocab():
+    tiny.encoding(explicit_n_vocab=3 + 256 + len(tiny.MERGES))
+    for wrong in (1, 3 + 256 + len(tiny.MERGES) + 1):
+        with pytest.raises(ValueError, match=f"explicit_n_vocab is {wrong}"):
+            tiny.encoding(explicit_n_vocab=wrong)
+    with pytest.raises(ValueError, match="explicit_n_vocab"):
+        tiny.encoding(special_tokens={**tiny.SPECIAL, "<x>": 999}, explicit_n_vocab=1000)
+
+
+@pytest.mark.parametrize("changes", [{}, {"merges": None}, {"normalization": "NFC"}])
+def test_pickles_hold_what_was_given(changes):
+    encoding = tiny.encoding(**changes)
+    encoding.encode("low" * 20_000)  # tables that are made when needed are not part of it
+    copy = pickle.loads(pickle.dumps(encoding))
+    for name in ("name", "patterns", "ranks", "special_tokens", "merges", "normalization"):
+        assert getattr(copy, name) == getattr(encoding, name)
+    assert copy.encode("low lower 😀") == encoding.encode("low lower 😀")
+
+
+def test_only_strings_are_encoded():
+    for wrong in (5, None, b"a", ["a"]):
+        for call in (ENCODING.encode, ENCODING.encode_ordinary, ENCODING.encode_to_numpy):
+            with pytest.raises(TypeError):
+                call(wrong)
+        with pytest.raises(TypeError):
+            ENCODING.encode_ordinary_batch([wrong])
+    for wrong in (5, None, bytearray(b"a")):
+        with pytest.raises(TypeError):
+            ENCODING.encode_single_token(wrong)
