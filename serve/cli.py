@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 import typer.core
 
-from serve import catalogue, embed_command, keys_command, measured, settings, terminal
+from serve import (
+    catalogue,
+    embed_command,
+    inspect_command,
+    keys_command,
+    measured,
+    settings,
+    terminal,
+)
 from serve.failures import Corrupt, Failure, NotFound, WrongUsage
 
 if TYPE_CHECKING:
@@ -80,6 +88,7 @@ app = typer.Typer(
 )
 app.add_typer(keys_command.app, name="keys")
 app.command()(embed_command.embed)
+app.command()(inspect_command.inspect)
 
 
 def main() -> None:

@@ -1,0 +1,96 @@
+"""`pellucid inspect`: look inside a model while it reads a text; four pictures."""
+
+import contextlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from serve import catalogue, settings, terminal
+from serve.failures import Failure, WrongUsage
+
+
+def inspect(
+    text: Annotated[str, typer.Argument(help="What the model reads, without a chat template.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="ID", help="A model of `pellucid models`."),
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="Whose attention to draw, from 0. [default: the middle]")
+    ] = None,
+    heads: Annotated[
+        bool, typer.Option("--heads", help="Draw what each head is worth too; this takes longer.")
+    ] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path(
+        "inspect"
+    ),
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Draw attention, the logit lens and the alternatives of each token."""
+    import bpe
+    from serve import offers, sources
+    from serve.engine.load import keep_compiled_programs
+
+    known = catalogue.load(settings.config_folder())
+    name = model or known.default
+    with terminal.Download(name) as progress:
+        place = sources.locate(
+            name, known, settings.data_folder(), say=terminal.say, progress=progress
+        )
+    if offers.is_encoder(place):
+        raise WrongUsage(f"{place.id} is an encoder: only models that generate are looked into")
+    settings.private_folder(settings.data_folder())
+    keep_compiled_programs()
+
+    import numpy as np
+
+    from transformer import checkpoint, pictures
+    from transformer import inspect as looking
+
+    try:
+        params, cfg, _ = checkpoint.load(place.path)
+        tokenizer = bpe.load(place.path)
+    except (ValueError, OSError) as error:
+        raise Failure(f"cannot load {place.path}: {error}") from None
+    encoding = tokenizer.encoding
+    ids = encoding.encode(text, allowed_special="all")
+    if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
+        ids = [tokenizer.bos_id, *ids]
+    if len(ids) < 2:
+        raise WrongUsage(f"{text!r} is {len(ids)} tokens: there must be two to look at")
+
+    def label(id: int) -> str:
+        with contextlib.suppress(KeyError):
+            return encoding.decode_single_token_bytes(id).decode("utf-8", "replace")
+        return f"#{id}"  # a row of the table that stands for nothing
+
+    tokens = [label(id) for id in ids]
+    layer = cfg.num_layers // 2 if layer is None else layer
+    output.mkdir(parents=True, exist_ok=True)
+    paths = [output / f"attention-{layer}.png", output / "lens.png", output / "alternatives.png"]
+    try:
+        pictures.attention(np.asarray(looking.attention(params, cfg, ids)), tokens, layer, paths[0])
+        seen = looking.lens(params, cfg, ids)
+        said = [[label(id) for id in row] for row in np.asarray(seen.ids)[..., 0].tolist()]
+        pictures.lens(seen, tokens, said, paths[1])
+        others = looking.alternatives(params, cfg, ids)
+        likely = [[label(id) for id in row] for row in others.ids.tolist()]
+        pictures.alternatives(others, tokens, likely, paths[2])
+        if heads:
+            paths.append(output / "heads.png")
+            pictures.head_effects(np.asarray(looking.head_effects(params, cfg, ids)), paths[-1])
+    except ValueError as error:
+        raise WrongUsage(str(error)) from None
+    if json:
+        found = zip(ids[1:], tokens[1:], np.exp(others.chosen).tolist(), others.rank.tolist(),
+                    others.entropy.tolist(), strict=True)  # fmt: skip
+        rows = [
+            {"id": id, "text": token, "probability": chance, "rank": rank, "entropy": bits}
+            for id, token, chance, rank, bits in found
+        ]
+        files = [str(path) for path in paths]
+        terminal.answer_json({"model": place.id, "tokens": rows, "pictures": files})
+    else:
+        for path in paths:
+            terminal.answer(str(path))
