@@ -69,6 +69,15 @@ def load(folder: Path, *, format: Format = "float32") -> tuple[Params, Config]:
     return _fill(arrays, cfg, format, folder), cfg
 
 
+def is_whisper(folder: Path) -> bool:
+    """Whether a folder holds a Whisper, by its config.json."""
+    try:
+        config = safetensors.read_object(Path(folder) / "config.json")
+    except (OSError, ValueError):
+        return False
+    return config.get("model_type") == "whisper" or "suppress_ids_begin" in config
+
+
 def save(folder: Path, params: Params, cfg: Config) -> None:
     """Writes float32 weights as a Hugging Face folder that `load` and other tools read back.
 

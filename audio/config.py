@@ -140,7 +140,7 @@ class Config:
             num_audio_layers=2,
             num_text_layers=2,
             num_heads=4,
-            d_model=32,
+            d_model=24,
             d_ff=48,
             vocab_size=320,
             num_mels=8,

@@ -61,26 +61,27 @@ def load(source: str | Path | bytes, *, max_seconds: float | None = None) -> np.
             f"{name}: not a sound file of a known format; flac, m4a, mp3, mp4, mpeg, mpga, ogg, "
             "opus, wav and webm can be read"
         )
-    blocks, seconds, rate = [], 0.0, RATE
+    blocks, seconds, to_rate = [], 0.0, None
     try:
         decoded = _sndfile(data) if reader == "sndfile" else _ffmpeg(data, reader)
         for block, rate in decoded:
             seconds += len(block) / rate
             if max_seconds is not None and seconds > max_seconds:
                 break
-            blocks.append(block)
+            to_rate = to_rate or _Resampler(rate)  # at once: a high rate takes much memory
+            blocks.append(to_rate(block))
     except ImportError as error:
         raise ValueError(f"{name}: reading this format needs the package av: {error}") from error
     except _decoding_errors() as error:
         raise ValueError(f"{name}: damaged or truncated ({error})") from error
     if max_seconds is not None and seconds > max_seconds:
         raise ValueError(f"{name}: longer than {max_seconds:g} seconds")
-    samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
-    if not len(samples):
+    if to_rate is None:
         raise ValueError(f"{name}: holds no sound")
+    samples = np.concatenate([*blocks, to_rate.end()])
     if not np.isfinite(samples).all():
         raise ValueError(f"{name}: holds samples that are not numbers")
-    return resample(samples, rate)
+    return samples
 
 
 def sniff(data: bytes) -> str | None:
@@ -95,13 +96,23 @@ def sniff(data: bytes) -> str | None:
     return None
 
 
-def resample(samples: np.ndarray, rate: float) -> np.ndarray:
-    """Brings float32 [samples] at `rate` a second to `RATE`."""
-    if rate == RATE:
-        return samples
-    import soxr
+class _Resampler:
+    """Brings blocks of float32 samples at `rate` a second to `RATE`."""
 
-    return soxr.resample(samples, rate, RATE, quality="HQ")
+    def __init__(self, rate: int):
+        self._stream = None
+        if rate != RATE:
+            import soxr
+
+            self._stream = soxr.ResampleStream(rate, RATE, 1, dtype="float32", quality="HQ")
+
+    def __call__(self, block: np.ndarray) -> np.ndarray:
+        return block if self._stream is None else self._stream.resample_chunk(block)
+
+    def end(self) -> np.ndarray:
+        """What is still inside."""
+        nothing = np.zeros(0, np.float32)
+        return nothing if self._stream is None else self._stream.resample_chunk(nothing, last=True)
 
 
 def _sndfile(data: bytes) -> Iterator[tuple[np.ndarray, int]]:

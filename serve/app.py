@@ -12,6 +12,7 @@ from starlette.types import Scope
 
 from serve import errors, logs
 from serve.api import (
+    audio,
     chat,
     completions,
     docs,
@@ -73,7 +74,7 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
             ),
             Middleware(ApiKeys, keys=KeyRing(settings.api_keys, settings.home)),
             Middleware(Admission, rate=rate, is_draining=lambda: app.state.is_draining),
-            Middleware(BodyLimit, limit=settings.max_body_bytes),
+            Middleware(BodyLimit, limit=settings.max_body_bytes, uploads=audio.UPLOADS),
         ],
     )
     app.state.registry, app.state.home, app.state.is_draining = registry, settings.home, False
@@ -82,7 +83,8 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
         "/metrics", metrics.page, methods=["GET"], summary="Numbers for Prometheus", **described()
     )
     # Paths with an engine's name in them match greedily: the longer ones first, the bare one last.
-    routes = (health, models, chat, completions, edits, embeddings, engines, tokens, docs, pages)
+    routes = (health, models, chat, completions, edits, embeddings, audio)
+    routes += (engines, tokens, docs, pages)
     for route in routes:
         app.include_router(route.router)
     return app

@@ -24,6 +24,7 @@ from serve import (
     measured,
     settings,
     terminal,
+    transcribe_command,
 )
 from serve.failures import Corrupt, Failure, NotFound, WrongUsage
 
@@ -88,6 +89,7 @@ app = typer.Typer(
 )
 app.add_typer(keys_command.app, name="keys")
 app.command()(embed_command.embed)
+app.command()(transcribe_command.transcribe)
 app.command()(inspect_command.inspect)
 
 

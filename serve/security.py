@@ -12,7 +12,8 @@ and the client's disconnect pass through untouched.
 
 import asyncio
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -150,18 +151,27 @@ class _TooSlow(Exception):
 class BodyLimit:
     """Refuses a request body over ``limit`` bytes with 413, announced or not, unread.
 
+    ``uploads`` gives paths that take more than others.
+
     One that does not arrive in time is a 408: whoever sends a byte a minute holds no connection.
     """
 
-    def __init__(self, app: ASGIApp, limit: int, seconds: float = UPLOAD_SECONDS):
-        self.app, self.limit, self.seconds = app, limit, seconds
+    def __init__(
+        self,
+        app: ASGIApp,
+        limit: int,
+        seconds: float = UPLOAD_SECONDS,
+        uploads: Mapping[str, int] = MappingProxyType({}),
+    ):
+        self.app, self.limit, self.seconds, self.uploads = app, limit, seconds, uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        limit = max(self.limit, self.uploads.get(scope["path"], 0))
         announced = Headers(scope=scope).get("content-length", "")
-        if announced.isdecimal() and int(announced[:20]) > self.limit:
-            return await self._refuse(receive, send)
+        if announced.isdecimal() and int(announced[:20]) > limit:
+            return await self._refuse(limit, receive, send)
         seen, is_whole = 0, False
         end = asyncio.get_running_loop().time() + self.seconds
 
@@ -175,7 +185,7 @@ class BodyLimit:
             except TimeoutError:
                 raise _TooSlow from None
             seen += len(message.get("body", b""))
-            if seen > self.limit:
+            if seen > limit:
                 raise _TooLarge
             is_whole = not message.get("more_body", False)
             return message
@@ -183,7 +193,7 @@ class BodyLimit:
         try:
             await self.app(scope, counted, send)
         except _TooLarge:
-            await self._refuse(receive, send)
+            await self._refuse(limit, receive, send)
         except _TooSlow:
             error = APIError(
                 408,
@@ -193,7 +203,7 @@ class BodyLimit:
             )
             await error.response()(scope, receive, send)
 
-    async def _refuse(self, receive: Receive, send: Send) -> None:
+    async def _refuse(self, limit: int, receive: Receive, send: Send) -> None:
         """Answers, then lingers: most clients read no answer before they have sent their body.
 
         What still arrives is dropped for a moment. Closing at once would reset the connection, and
@@ -201,7 +211,7 @@ class BodyLimit:
         """
         error = APIError(
             413,
-            f"Maximum content size limit ({self.limit}) exceeded",
+            f"Maximum content size limit ({limit}) exceeded",
             code="request_too_large",
             headers={"connection": "close"},
         ).response()

@@ -1,0 +1,295 @@
+"""POST /v1/audio/transcriptions and /v1/audio/translations: what is said in a sound file.
+
+The body is a form with a file of at most 25 MB; its bytes say what it is, its name and type are not
+looked at. Temperature 0, or none, means: greedy, and hotter again where the result looks wrong.
+Windows are opened only where somebody speaks, so silence and noise yield no text.
+
+``stream`` sends a ``transcript.text.delta`` for each segment and ``transcript.text.done`` at the
+end. OpenAI ignores it for whisper-1; here it works for every model. ``keywords`` are words likely
+to occur. Speakers are not told apart: ``diarized_json`` is refused.
+"""
+
+import asyncio
+import math
+import threading
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter
+from pydantic import Field, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+import audio
+from audio import subtitles
+from audio.load import RATE
+from audio.transcribe import Segment, Transcript
+from serve.api.models import listener_of
+from serve.api.openapi import described
+from serve.api.schemas import Body
+from serve.api.sse import Event, event_stream, unless_disconnected
+from serve.calls import call_of
+from serve.engine import SpeechModel
+from serve.errors import APIError, from_validation, unsupported
+
+router = APIRouter(prefix="/v1/audio")
+
+MAX_BYTES = 25 * 2**20  # of a file
+UPLOADS = {  # what a body may take: the file, and the form around it
+    f"/v1/audio/{route}": MAX_BYTES + 2**20 for route in ("transcriptions", "translations")
+}
+MAX_SECONDS = 2 * 3600.0  # of sound: a small file can hold days of silence
+BATCH = 4  # windows of a long sound decoded at once
+LONG = 60.0  # seconds from which a sound is long
+
+_FORMATS = "['flac', 'm4a', 'mp3', 'mp4', 'mpeg', 'mpga', 'oga', 'ogg', 'wav', 'webm']"
+_LISTS = ("timestamp_granularities", "include", "keywords")
+
+
+class SpeechBody(Body):
+    """The fields of both forms, beside the file."""
+
+    model: str
+    prompt: str = ""
+    response_format: Literal["json", "text", "srt", "verbose_json", "vtt", "diarized_json"] = "json"
+    temperature: Annotated[float, Field(ge=0, le=1)] = 0.0
+    language: str | None = None
+    timestamp_granularities: list[Literal["word", "segment"]] = ["segment"]
+    include: list[Literal["logprobs"]] = []
+    keywords: list[str] = []
+    stream: bool = False
+
+
+@router.post("/transcriptions", **described())
+async def create_transcription(request: Request) -> Response:
+    """Write down what is said in a sound file."""
+    return await _answer(request, "transcribe")
+
+
+@router.post("/translations", **described())
+async def create_translation(request: Request) -> Response:
+    """Write down in English what is said in a sound file."""
+    return await _answer(request, "translate")
+
+
+async def _answer(request: Request, task: Literal["transcribe", "translate"]) -> Response:
+    body, data = await _read_form(request)
+    model = await listener_of(request, body.model)
+    _check(body, model, task)
+    call_of(request.scope).model = model.id
+    samples = await asyncio.to_thread(_decoded, data)
+    plan = audio.Plan(
+        initial_prompt=body.prompt,
+        words="word" in body.timestamp_granularities,
+        batch=BATCH if len(samples) > LONG * RATE else 1,
+        fallback=audio.Fallback(temperatures=(body.temperature,))
+        if body.temperature
+        else audio.Fallback(),
+    )
+    options = audio.Options(task=task, hotwords=", ".join(body.keywords))
+    hearing = _Hearing(model, samples, body.language, options, plan)
+    if body.stream:
+        return await event_stream(request, _events(hearing, body))
+    found = await unless_disconnected(request.receive, hearing.whole())
+    return _written(found, body, task, hearing)
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+async def _read_form(request: Request) -> tuple[SpeechBody, bytes]:
+    """The fields of the form, and the bytes of its file."""
+    try:
+        async with request.form(max_files=1, max_fields=100) as form:
+            file, fields = form.get("file"), _fields(form.multi_items())
+            if not isinstance(file, UploadFile):
+                raise APIError(
+                    400,
+                    "Missing required parameter: 'file'. Send a form (multipart/form-data) with "
+                    "a sound file in the field 'file'.",
+                    param="file",
+                    code="missing_required_parameter",
+                )
+            data = await file.read()
+    except HTTPException as error:  # not a form after all
+        raise APIError(400, f"Invalid form: {error.detail}", code="invalid_form") from None
+    if len(data) > MAX_BYTES:
+        raise APIError(413, f"Maximum content size limit ({MAX_BYTES}) exceeded", param="file")
+    try:
+        return SpeechBody.model_validate(fields), data
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+def _fields(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A form's texts as the JSON they stand for; lists are sent as `name[]`, once an item."""
+    fields: dict[str, Any] = {}
+    for name, value in items:
+        if isinstance(value, UploadFile):
+            continue
+        bare = name.removesuffix("[]")
+        if bare in _LISTS:
+            fields.setdefault(bare, []).append(value)
+        elif bare == "temperature":
+            fields[bare] = _number(value)
+        elif bare == "stream":
+            fields[bare] = {"true": True, "false": False}.get(value.lower(), value)
+        else:
+            fields[bare] = value
+    return fields
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text  # so that the error can show it
+
+
+def _check(body: SpeechBody, model: SpeechModel, task: str) -> None:
+    """Refuses what this model, or this server, cannot do."""
+    tokens = model.whisper.tokens
+    if body.response_format == "diarized_json":
+        raise unsupported(
+            "response_format",
+            body.response_format,
+            "Speakers are not told apart here: use json, text, srt, verbose_json or vtt.",
+        )
+    if "word" in body.timestamp_granularities and body.response_format != "verbose_json":
+        raise APIError(
+            400,
+            "Times of words are in 'verbose_json' only: set response_format to verbose_json, or "
+            "leave 'word' out of timestamp_granularities.",
+            param="timestamp_granularities",
+            code="invalid_value",
+        )
+    if body.include and body.response_format != "json":
+        raise unsupported("include", body.include[0], "Logprobs are in 'json' only.")
+    if task == "translate" and not tokens.is_multilingual:
+        raise unsupported("model", model.id, "It knows English only, and cannot translate.")
+    if body.language is not None:
+        try:
+            tokens.language_code(body.language)
+        except ValueError as error:
+            raise APIError(
+                400, f"Invalid 'language': {error}.", param="language", code="invalid_value"
+            ) from None
+
+
+def _decoded(data: bytes) -> np.ndarray:
+    try:
+        return audio.load(data, max_seconds=MAX_SECONDS)
+    except ValueError as error:
+        reason = str(error).removeprefix("sound: ")
+        raise APIError(
+            400,
+            f"Invalid file format. Supported formats: {_FORMATS} ({reason})",
+            param="file",
+        ) from None
+
+
+# --- listening --------------------------------------------------------------------------------
+
+
+class _Hearing:
+    """One sound on its way to text. Its work ends soon after nobody waits for it any more."""
+
+    def __init__(
+        self,
+        model: SpeechModel,
+        samples: np.ndarray,
+        language: str | None,
+        options: audio.Options,
+        plan: audio.Plan,
+    ):
+        self._model, self._samples, self._language = model, samples, language
+        self._options, self._plan, self.tokens = options, plan, model.whisper.tokens
+        self._stop = threading.Event()
+        self.language = "en"
+        self.segments: list[Segment] = []
+
+    async def whole(self) -> Transcript:
+        """All of it."""
+        async for _ in self.one_by_one():
+            pass
+        return self.transcript
+
+    @property
+    def transcript(self) -> Transcript:
+        """What was heard so far."""
+        return Transcript(
+            language=self.language,
+            duration=len(self._samples) / RATE,
+            text="".join(segment.text for segment in self.segments).strip(),
+            segments=tuple(self.segments),
+        )
+
+    async def one_by_one(self) -> AsyncGenerator[Segment, None]:
+        """Segment after segment, as they are written."""
+        segments = self._listen()
+        try:
+            while (segment := await asyncio.to_thread(next, segments, None)) is not None:
+                self.segments.append(segment)
+                yield segment
+        finally:
+            self._stop.set()
+
+    def _listen(self) -> Iterator[Segment]:
+        self.language, spans = self._model.language(self._samples, self._language, self._plan)
+        options = replace(self._options, language=self.language)
+        yield from self._model.listen(self._samples, options, self._plan, spans, stop=self._stop)
+
+
+async def _events(hearing: _Hearing, body: SpeechBody) -> AsyncGenerator[Event, None]:
+    extra = ["logprobs"] if body.include else []
+    async for segment in hearing.one_by_one():
+        text = segment.text if len(hearing.segments) > 1 else segment.text.lstrip()
+        event: Event = {"type": "transcript.text.delta", "delta": text}
+        yield event | {name: _logprobs(hearing, [segment]) for name in extra}
+    done: Event = {"type": "transcript.text.done", "text": hearing.transcript.text}
+    yield (
+        done
+        | {name: _logprobs(hearing, hearing.segments) for name in extra}
+        | {"usage": _usage(hearing.transcript)}
+    )
+
+
+# --- writing ----------------------------------------------------------------------------------
+
+
+def _written(found: Transcript, body: SpeechBody, task: str, hearing: _Hearing) -> Response:
+    if body.response_format in ("text", "srt", "vtt"):
+        return PlainTextResponse(subtitles.write(found, body.response_format))
+    if body.response_format == "json":
+        answer = {"text": found.text, "usage": _usage(found)}
+        if body.include:
+            answer["logprobs"] = _logprobs(hearing, found.segments)
+        return JSONResponse(answer)
+    answer = subtitles.verbose(found, task=task)
+    if task == "translate":
+        answer["language"] = "english"
+    if "word" in body.timestamp_granularities:
+        answer.setdefault("words", [])
+    if "segment" not in body.timestamp_granularities:
+        del answer["segments"]
+    return JSONResponse(answer | {"usage": _usage(found)})
+
+
+def _usage(found: Transcript) -> dict[str, Any]:
+    return {"type": "duration", "seconds": math.ceil(found.duration)}
+
+
+def _logprobs(hearing: _Hearing, segments: Sequence[Segment]) -> list[dict[str, Any]]:
+    """The tokens of text with their log-probabilities."""
+    tokens, found = hearing.tokens, []
+    for segment in segments:
+        for id, logprob in zip(segment.ids, segment.logprobs, strict=True):
+            if id < tokens.eot:
+                data = tokens.encoding.decode_single_token_bytes(id)
+                text = data.decode("utf-8", "replace")
+                found.append({"token": text, "logprob": logprob, "bytes": list(data)})
+    return found

@@ -1,0 +1,139 @@
+"""`pellucid transcribe`: what is said in sound files.
+
+Text goes to stdout segment by segment, as it is written; how far it got, to stderr. The other
+formats are whole documents: with several files, `--output-dir` writes one beside the other.
+"""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from serve import catalogue, settings, terminal
+from serve.failures import Failure, NotFound, WrongUsage
+
+if TYPE_CHECKING:
+    from serve.engine import SpeechModel
+
+DEFAULT = "whisper-base"
+FORMATS = ("text", "json", "srt", "vtt", "tsv")  # as `audio.subtitles` has them
+_SUFFIX = {"text": "txt"}
+
+
+def transcribe(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Sound files.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="ID",
+            help="A speech model of `pellucid models`, or NAME=PATH for a folder.",
+        ),
+    ] = DEFAULT,
+    language: Annotated[
+        str | None, typer.Option(help="A code or a name; heard if not given.")
+    ] = None,
+    format: Annotated[
+        str, typer.Option("--format", "-f", help=f"One of {', '.join(FORMATS)}.")
+    ] = "text",
+    words: Annotated[
+        bool, typer.Option("--words", help="Find the time of every word; a cue for each.")
+    ] = False,
+    translate: Annotated[bool, typer.Option("--translate", help="Into English.")] = False,
+    prompt: Annotated[str, typer.Option(help="What was said before: sets names and style.")] = "",
+    beams: Annotated[
+        int | None, typer.Option(min=1, help="Texts continued side by side; slower, better.")
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Windows at once; 1 goes through the sound in turn.")
+    ] = 4,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", "-o", help="Write a file for each sound here.")
+    ] = None,
+    spectrogram: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw the sound with its words.")
+    ] = None,
+    alignment: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw where each word was found.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, int8, or auto.")] = "auto",
+    stats: Annotated[bool, typer.Option("--stats", help="Print speed to stderr.")] = False,
+) -> None:
+    """Write down what is said in sound files."""
+    if format not in FORMATS:
+        raise WrongUsage(f"--format {format}: use one of {', '.join(FORMATS)}")
+    if len(files) > 1 and format != "text" and output_dir is None:
+        raise WrongUsage("several documents do not fit on stdout: give --output-dir")
+    if len(files) > 1 and (spectrogram or alignment):
+        raise WrongUsage("a picture shows one file")
+    if absent := [file for file in files if not file.is_file()]:
+        raise NotFound(f"there is no file {absent[0]}")
+    import audio
+    from audio import inspect, subtitles
+    from audio.load import RATE
+    from audio.transcribe import Transcript, find_language, find_spans, listen
+
+    served = _loaded(model, dtype)
+    whisper = served.whisper
+    plan = audio.Plan(initial_prompt=prompt, words=words or bool(spectrogram), batch=batch)
+    for file in files:
+        try:
+            samples = audio.load(file)
+            started, duration = time.perf_counter(), len(samples) / RATE
+            spans = find_spans(samples, plan)
+            code = find_language(whisper, samples, language, spans)
+            task = "translate" if translate else "transcribe"
+            options = audio.Options(task=task, language=code, beam_size=beams)
+            to_stdout = output_dir is None and format == "text"
+            segments = []
+            for segment in listen(whisper, samples, options=options, plan=plan, spans=spans):
+                segments.append(segment)
+                if to_stdout:
+                    terminal.answer(segment.text.strip())
+                else:
+                    terminal.say(f"{file.name}: {segment.end:.0f} of {duration:.0f} s")
+        except ValueError as error:
+            raise WrongUsage(str(error)) from None
+        text = "".join(segment.text for segment in segments).strip()
+        found = Transcript(language=code, duration=duration, text=text, segments=tuple(segments))
+        document = subtitles.write(found, format, words=words)
+        if output_dir is not None:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            target = output_dir / f"{file.stem}.{_SUFFIX.get(format, format)}"
+            target.write_text(document, "utf-8")
+            terminal.say(str(target))
+        elif not to_stdout:
+            terminal.answer(document, end="")
+        if stats:
+            seconds = time.perf_counter() - started
+            terminal.say(
+                f"[{duration:.1f} s of sound · {seconds:.1f} s · {duration / seconds:.1f} times as "
+                f"fast as it was said · {served.format}]"
+            )
+        try:
+            if spectrogram:
+                spoken = [word for segment in segments for word in segment.words]
+                inspect.spectrogram(spectrogram, samples, spoken)
+            if alignment:
+                inspect.alignment(alignment, whisper, samples, found)
+        except ValueError as error:
+            raise Failure(str(error)) from None
+
+
+def _loaded(name: str, dtype: str) -> "SpeechModel":
+    from serve import offers, sources
+    from serve.engine import load_speech
+
+    known = catalogue.load(settings.config_folder())
+    with terminal.Download(name) as progress:
+        place = sources.locate(
+            name, known, settings.data_folder(), say=terminal.say, progress=progress
+        )
+    if not offers.is_speech(place):
+        raise WrongUsage(f"{place.id} does not write down speech: {DEFAULT} does")
+    try:
+        return load_speech(place.id, place.path, owned_by=place.publisher, dtype=dtype)
+    except (ValueError, OSError) as error:
+        raise Failure(f"cannot load {place.path}: {error}") from None
