@@ -1,9 +1,9 @@
 """Keys, limits, numbers and lines of a server: what who runs one needs."""
 
+import asyncio
 import json
 import logging
 import os
-import socket
 import stat
 import subprocess
 import sys
@@ -17,6 +17,7 @@ from serve import keys, limits, logs
 from serve.app import create_app
 from serve.limits import RequestRate
 from serve.registry import Offer, Registry
+from serve.security import BodyLimit
 from serve.settings import Settings
 from tests.serve import scripted
 
@@ -180,19 +181,27 @@ def test_an_answer_that_takes_too_long(http):
     assert streamed.status_code == 504, "before the first token it is not a stream yet"
 
 
-def test_a_body_that_never_ends_arriving(tmp_path, monkeypatch):
-    from serve import security
+def test_a_body_that_never_ends_arriving():
+    """On the ASGI channel: the layer reads a body that comes to a halt."""
 
-    monkeypatch.setattr(security.BodyLimit.__init__, "__defaults__", (0.2,))
-    with scripted.running(scripted.model()) as address:
-        host, port = address.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=5) as connection:
-            connection.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n"
-                b"Content-Type: application/json\r\n\r\n{"
-            )
-            answer = connection.recv(4096)
-    assert answer.startswith(b"HTTP/1.1 408") and b"did not arrive within 0.2 seconds" in answer
+    async def app(scope, receive, send):
+        while (await receive())["more_body"]:
+            pass
+
+    async def play():
+        arrived, sent = asyncio.Queue(), []
+        arrived.put_nowait({"type": "http.request", "body": b"{", "more_body": True})
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "path": "/", "method": "POST", "headers": []}
+        await BodyLimit(app, limit=100, seconds=0.05)(scope, arrived.get, send)
+        return sent
+
+    start, body = asyncio.run(play())
+    assert start["status"] == 408 and (b"connection", b"close") in start["headers"]
+    assert b"did not arrive within 0.05 seconds" in body["body"]
 
 
 # --- on the way out -------------------------------------------------------------------------------
