@@ -14,6 +14,7 @@ one by one; the longest are left to `merge.merge`.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -61,7 +62,9 @@ class Bulk:
         self._encoding = encoding
         self._lock = threading.Lock()
         self._known = _Known(encoding)
+        # All pairs take as long to collect as it takes to merge so many pieces one by one.
         self._pairs: _Pairs | None = None
+        self._merged_alone = 0
 
     @staticmethod
     def knows(patterns: Sequence[str]) -> bool:
@@ -100,8 +103,9 @@ class Bulk:
             entry = known.find(data, begin)
             entry[ends[:-1]] = known.nothing
             missing = np.flatnonzero(entry < 0)
-            for i, a, b in zip(missing, begin[missing], begin[missing + 1], strict=True):
-                entry[i] = new.setdefault(data[a:b], known.size + len(new))
+            bounds = zip(begin[missing].tolist(), begin[missing + 1].tolist(), strict=True)
+            pieces = [data[a:b] for a, b in bounds]
+            entry[missing] = [new.setdefault(p, known.size + len(new)) for p in pieces]
             looked_up.append((entry, ends))
         known.add(list(new), *self._merge(list(new)))
         for entry, ends in looked_up:
@@ -110,27 +114,29 @@ class Bulk:
 
     def _merge(self, pieces: list[bytes]) -> tuple[Ids, Ints]:
         """The ids of pieces, one after the other, and how many each has."""
-        dropped = self._encoding.dropped_bytes
-        together = [
-            i
-            for i, piece in enumerate(pieces)
-            if len(piece) < LONG and not (dropped and piece.translate(None, dropped) != piece)
-        ]
-        if len(together) < FEW:
-            together = []
-        alone = set(range(len(pieces))).difference(together) if together else range(len(pieces))
-        lists = {i: self._encoding.encode_piece(pieces[i]) for i in alone}
+        length = np.fromiter(map(len, pieces), np.intp, len(pieces))
+        together = length < LONG
+        if dropped := self._encoding.dropped_bytes:
+            whole = [piece.translate(None, dropped) == piece for piece in pieces]
+            together &= np.array(whole, np.bool_)
+        number = np.count_nonzero(together)
+        if self._pairs is None and self._merged_alone + number > len(self._encoding.ranks) // 16:
+            self._pairs = _Pairs(self._encoding)
+        if number < FEW or self._pairs is None:
+            self._merged_alone += len(pieces)
+            together[:] = False
+        alone = np.flatnonzero(~together).tolist()
+        lists = [self._encoding.encode_piece(pieces[i]) for i in alone]
         count = np.zeros(len(pieces), np.intp)
-        count[list(lists)] = [len(ids) for ids in lists.values()]
+        count[alone] = [len(ids) for ids in lists]
         merged = np.empty(0, np.uint32)
-        if together:
-            if self._pairs is None:
-                self._pairs = _Pairs(self._encoding)
-            merged, count[together] = _merge_many([pieces[i] for i in together], self._pairs)
+        if self._pairs is not None and together.any():
+            chosen = list(itertools.compress(pieces, together.tolist()))
+            merged, count[together] = _merge_many(chosen, self._pairs)
         first = np.cumsum(count) - count
         ids = np.empty(count.sum(), np.uint32)
         ids[_places(first[together], count[together])] = merged
-        for i, own in lists.items():
+        for i, own in zip(alone, lists, strict=True):
             ids[first[i] : first[i] + len(own)] = own
         return ids, count
 
@@ -332,17 +338,13 @@ def _merge_many(pieces: Sequence[bytes], pairs: _Pairs) -> tuple[Ids, Ints]:
     Returns:
         The ids of all pieces, one after the other, and how many each has.
     """
-    # Pieces of about one length take about as many rounds.
-    order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i]))
-    batches: list[list[bytes]] = [[]]
-    size = 0
-    for i in order:
-        if size > BATCH:
-            batches.append([])
-            size = 0
-        batches[-1].append(pieces[i])
-        size += len(pieces[i])
-    merged = [_side_by_side(batch, pairs) for batch in batches]
+    # Pieces of about one length take about as many rounds; the longest first.
+    length = np.fromiter(map(len, pieces), np.intp, len(pieces))
+    order = np.argsort(-length, kind="stable")
+    total = np.cumsum(length[order])
+    borders = np.searchsorted(total, np.arange(BATCH, total[-1], BATCH))
+    batches = [[pieces[i] for i in part.tolist()] for part in np.split(order, borders)]
+    merged = [_side_by_side(batch, pairs) for batch in batches if batch]
     ids = np.concatenate([ids for ids, _ in merged])
     count = np.concatenate([count for _, count in merged])
     first = np.cumsum(count) - count
