@@ -14,6 +14,7 @@ FAMILIES = ("gpt2", "llama3", "qwen2", "qwen3", "gemma3")
 NAMES = [*(f"llama-{name}" for name in FORMATS), *FAMILIES]
 GOLDENS = np.load(GOLDEN / "gguf" / "golden.npz")
 forward = jax.jit(decoder.forward, static_argnums=1)
+extend = jax.jit(decoder.extend, static_argnums=1)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -24,9 +25,7 @@ def test_logits_are_those_of_transformers_and_the_likeliest_those_of_llama_cpp(n
     np.testing.assert_allclose(logits[0], GOLDENS[f"{name}.logits"], rtol=0, atol=1e-4)
     np.testing.assert_array_equal(logits[0].argmax(-1), GOLDENS[f"{name}.top"])
 
-    x, _ = jax.jit(decoder.extend, static_argnums=1)(
-        params, cfg, cache.init(cfg, 1), ids, np.array([[1]]), np.array([0])
-    )
+    x, _ = extend(params, cfg, cache.init(cfg, 1), ids, np.array([[1]]), np.array([0]))
     through_cache = decoder.unembed(params, cfg, x[0])
     np.testing.assert_allclose(through_cache, GOLDENS[f"{name}.logits"], rtol=0, atol=1e-4)
 
