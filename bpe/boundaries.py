@@ -68,7 +68,7 @@ def cut(pattern: str, texts: Sequence[str]) -> Pieces:
         codes = np.frombuffer(data, np.uint8)
         classes = np.frombuffer(bytearray(data.translate(_ascii(pattern))), np.uint8)
     else:
-        codes = np.frombuffer(joined.encode("utf-32-le"), np.uint32)
+        codes = np.frombuffer(joined.encode("utf-32-le"), "<u4")
         classes = _table(pattern).take(codes)
     classes[ends] = END
     if (start := CUTS[pattern].find(classes, codes)) is None:

@@ -8,8 +8,11 @@ Three steps, each an operation on all pieces of a stretch of text:
 - write down the ids that belong to each piece, one after the other.
 
 The table begins with the vocabulary and learns. Pieces that it lacks are merged side by side
-(`_merge_many`): `merge.merge_list` with another order of loops. Longer pieces are found in a dict,
-one by one; the longest are left to `merge.merge`.
+(`_side_by_side`): the algorithm of `merge`, with its loop over the pairs of a piece turned into a
+loop of rounds in which every piece joins one pair. Longer pieces are found in a dict, one by one;
+the longest are left to `merge.merge`.
+
+Back from ids to text, `Decoder` does the same for many tokens.
 """
 
 from __future__ import annotations
@@ -96,20 +99,20 @@ class Bulk:
         known = self._known
         if known.learned > MAX_LEARNED:
             known = self._known = _Known(self._encoding)
-        new: dict[bytes, int] = {}  # to the entries they are going to have
+        new: dict[bytes, int] = {}  # to the numbers they are going to have
         looked_up = []
         for stretch in stretches:
             data, begin, ends = cut(self._pattern, stretch)
-            entry = known.find(data, begin)
-            entry[ends[:-1]] = known.nothing
-            missing = np.flatnonzero(entry < 0)
+            number = known.find(data, begin)
+            number[ends[:-1]] = known.nothing
+            missing = np.flatnonzero(number < 0)
             bounds = zip(begin[missing].tolist(), begin[missing + 1].tolist(), strict=True)
             pieces = [data[a:b] for a, b in bounds]
-            entry[missing] = [new.setdefault(p, known.size + len(new)) for p in pieces]
-            looked_up.append((entry, ends))
+            number[missing] = [new.setdefault(p, known.size + len(new)) for p in pieces]
+            looked_up.append((number, ends))
         known.add(list(new), *self._merge(list(new)))
-        for entry, ends in looked_up:
-            ids, counts = known.ids(entry)
+        for number, ends in looked_up:
+            ids, counts = known.ids(number)
             yield ids, np.add.reduceat(counts, ends[:-1])
 
     def _merge(self, pieces: list[bytes]) -> tuple[Ids, Ints]:
