@@ -354,8 +354,9 @@ def models(json: Json = False) -> None:
     ]
     print(terminal.table(head, rows))
     terminal.say(
-        "* the default. MEMORY is for weights and conversations as answers here took it; ~ is weights "
-        f"in float32, until one of {measured.ENOUGH_TOKENS} tokens has measured it and TOK/S.\n"
+        "* the default. MEMORY is for weights and conversations as answers here took it; ~ is "
+        f"weights in float32, until one of {measured.ENOUGH_TOKENS} tokens has measured it and "
+        "TOK/S.\n"
         f"Models are in {home}, your own models.toml belongs in {config}."
     )
 

@@ -55,7 +55,7 @@ def offer(
         return _offer_of_speech(place, dtype)
     cfg = checkpoint.read_config(place.path)
     # What is chosen for "auto" is known when it is loaded; the smallest may be it.
-    smallest = next((format for format in FORMATS if format == dtype), FORMATS[0])
+    smallest = FORMATS[FORMATS.index(dtype) if dtype in FORMATS else 0]
 
     def load() -> ServedModel:
         noted = 0.0

@@ -3,8 +3,10 @@
 import json
 from typing import Any
 
-from serve.engine import EmbeddingModel
+from serve.engine import EmbeddingModel, SpeechModel
 from serve.registry import Offer, Registry
+
+QUESTION = "What is the capital of France?"
 
 
 def welcome(address: str, registry: Registry, *, has_keys: bool) -> str:
@@ -20,35 +22,38 @@ def welcome(address: str, registry: Registry, *, has_keys: bool) -> str:
             how = f"{card.context:,} tokens of context, in {card.format}, {card.fingerprint}"
         lines.append(f"  {card.id}: {how}{also}")
     (model, *_), key = registry.loaded(), "YOUR_KEY" if has_keys else "any"
-    header = ' -H "Authorization: Bearer YOUR_KEY"' if has_keys else ""
-    content: dict[str, Any]
-    question = "What is the capital of France?"
-    if isinstance(model, EmbeddingModel):
-        route, content = "embeddings", {"input": question}
-        call, result = "embeddings", "data[0].embedding[:8]"
+    fields: dict[str, Any] = {"model": model.id}
+    if isinstance(model, SpeechModel):
+        route, call, result = "audio/transcriptions", "audio.transcriptions", "text"
+    elif isinstance(model, EmbeddingModel):
+        route, call, result = "embeddings", "embeddings", "data[0].embedding[:8]"
+        fields |= {"input": QUESTION}
     elif model.tokenizer.chat_template:
-        route = "chat/completions"
-        content = {"messages": [{"role": "user", "content": question}]}
-        call, result = "chat.completions", "choices[0].message.content"
+        route, call, result = "chat/completions", "chat.completions", "choices[0].message.content"
+        fields |= {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
     else:
-        route, content = "completions", {"prompt": "The capital of France is"}
-        call, result = "completions", "choices[0].text"
-    if not isinstance(model, EmbeddingModel):
-        content["temperature"] = 0
-    arguments = [f"    {field}={json.dumps(value)}," for field, value in content.items()]
+        route, call, result = "completions", "completions", "choices[0].text"
+        fields |= {"prompt": "The capital of France is", "temperature": 0}
+    curl = [f"curl {address}/v1/{route}"]
+    arguments = [f"    {field}={json.dumps(value)}," for field, value in fields.items()]
+    if has_keys:
+        curl.append('-H "Authorization: Bearer YOUR_KEY"')
+    if isinstance(model, SpeechModel):
+        curl.append(f'-F model={model.id} -F "file=@speech.wav"')
+        arguments.append('    file=open("speech.wav", "rb"),')
+    else:
+        curl.append(f"-H \"Content-Type: application/json\" \\\n  -d '{json.dumps(fields)}'")
     return "\n".join(
         [
             f"listening on {address}/v1 (Ctrl-C stops)",
             f"open {address}/ in a browser to chat, {address}/docs for the API",
             *lines,
             "",
-            f'curl {address}/v1/{route} -H "Content-Type: application/json"{header} \\',
-            f"  -d '{json.dumps({'model': model.id, **content})}'",
+            " ".join(curl),
             "",
             "from openai import OpenAI",
             f'client = OpenAI(base_url="{address}/v1", api_key="{key}")',
             f"answer = client.{call}.create(",
-            f'    model="{model.id}",',
             *arguments,
             ")",
             f"print(answer.{result})",
