@@ -179,11 +179,12 @@ def measure(server: Server, before: Server | None, rounds: int, progress: Consol
 
     for number in range(rounds):
         progress.print(f"round {number + 1} of {rounds}")
-        one = server.ask(server.prompt(PROMPT), NEW)
-        note("one, tok/s", NEW / one.seconds)
-        if before is not None:
-            note("stream before, tok/s", before.ask(before.prompt(PROMPT), NEW).rate)
-        note("stream, tok/s", one.rate)
+        for each in (server, before)[:: 1 if number % 2 else -1]:  # nobody is always second
+            if each is not None:
+                answer = each.ask(each.prompt(PROMPT), NEW)
+                note("stream, tok/s" if each is server else "stream before, tok/s", answer.rate)
+                if each is server:
+                    note("one, tok/s", NEW / answer.seconds)
         if before is not None:
             note("stream / before", found["stream, tok/s"][-1] / found["stream before, tok/s"][-1])
         _, seconds = server.ask_all([server.prompt(PROMPT) for _ in range(8)], NEW)
