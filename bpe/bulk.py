@@ -65,7 +65,6 @@ class Bulk:
         self._encoding = encoding
         self._lock = threading.Lock()
         self._known = _Known(encoding)
-        # All pairs take as long to collect as it takes to merge so many pieces one by one.
         self._pairs: _Pairs | None = None
         self._merged_alone = 0
 
@@ -103,7 +102,7 @@ class Bulk:
         looked_up = []
         for stretch in stretches:
             data, begin, ends = cut(self._pattern, stretch)
-            number = known.find(data, begin)
+            number = known.find(data, begin[:-1], np.diff(begin))
             number[ends[:-1]] = known.nothing
             missing = np.flatnonzero(number < 0)
             bounds = zip(begin[missing].tolist(), begin[missing + 1].tolist(), strict=True)
@@ -123,7 +122,8 @@ class Bulk:
             whole = [piece.translate(None, dropped) == piece for piece in pieces]
             together &= np.array(whole, np.bool_)
         number = np.count_nonzero(together)
-        if self._pairs is None and self._merged_alone + number > len(self._encoding.ranks) // 16:
+        # To collect all pairs takes as long as to merge about so many pieces one by one.
+        if self._pairs is None and self._merged_alone + number > len(self._encoding.ranks) // 32:
             self._pairs = _Pairs(self._encoding)
         if number < FEW or self._pairs is None:
             self._merged_alone += len(pieces)
@@ -169,15 +169,13 @@ class _Known:
     def learned(self) -> int:
         return len(self._ids) - self._given
 
-    def find(self, data: bytes, begin: Ints) -> Ints:
-        """The numbers of the pieces data[begin[i] : begin[i + 1]], -1 if unknown."""
-        end, begin = begin[1:], begin[:-1]
-        length = end - begin
+    def find(self, data: bytes, begin: Ints, length: Ints) -> Ints:
+        """The numbers of the pieces data[begin : begin + length], -1 if unknown."""
         number = self._table.find(*_keys(data, begin, length))
         long = np.flatnonzero(length > KEY_BYTES)
         if len(long):
-            get = self._long.get
-            bounds = zip(begin[long].tolist(), end[long].tolist(), strict=True)
+            get, first = self._long.get, begin[long]
+            bounds = zip(first.tolist(), (first + length[long]).tolist(), strict=True)
             number[long] = [get(data[a:b], -1) for a, b in bounds]
         return number
 
@@ -297,7 +295,7 @@ class _Pairs:
     def __init__(self, encoding: Encoding):
         ranks = encoding.ranks
         if encoding.merges is None:  # any two tokens that are a third together
-            left, right, self._ranks = _splits(ranks)
+            left, right, self._ranks = _splits(encoding)
             self.made = np.arange(encoding.max_token_value + 1, dtype=np.uint32)
         else:
             left, right, made = np.array(
@@ -316,19 +314,26 @@ class _Pairs:
         return self._ranks[self._table.find(left.astype(np.uint64) << np.uint64(32) | right)]
 
 
-def _splits(ranks: Mapping[bytes, int]) -> tuple[Words, Words, Ints]:
-    """All pairs of tokens that are a token together: the ids of the two and of the one."""
-    tokens = [token for token in ranks if len(token) > 1]
-    left, right, whole = [], [], []
-    get = ranks.get
-    for token in tokens:
-        id = ranks[token]
-        for i in range(1, len(token)):
-            if (a := get(token[:i])) is not None and (b := get(token[i:])) is not None:
-                left.append(a)
-                right.append(b)
-                whole.append(id)
-    return np.array(left, np.uint64), np.array(right, np.uint64), np.array(whole, np.intp)
+def _splits(encoding: Encoding) -> tuple[Words, Words, Ints]:
+    """All pairs of tokens that are a token together: the ids of the two, and of the one."""
+    known, tokens = _Known(encoding), list(encoding.ranks)
+    ids = np.fromiter([0, *encoding.ranks.values()], np.intp)  # by number in `known`
+    found = []
+    for start in range(0, len(tokens), 1 << 16):  # to save memory
+        some = tokens[start : start + (1 << 16)]
+        length = np.fromiter(map(len, some), np.intp)
+        begin = np.cumsum(length) - length
+        data = b"".join(some)
+        token = np.repeat(np.arange(len(some)), length - 1)
+        left_length = _places(np.ones_like(length), length - 1)  # every token cut at every place
+        left = known.find(data, begin[token], left_length)
+        good = left >= 0
+        token, left, left_length = token[good], left[good], left_length[good]
+        right = known.find(data, begin[token] + left_length, length[token] - left_length)
+        good = right >= 0
+        found.append(ids[np.stack([left, right, token + start + 1])[:, good]])
+    left, right, made = np.concatenate(found, axis=1)
+    return left.astype(np.uint64), right.astype(np.uint64), made
 
 
 def _merge_many(pieces: Sequence[bytes], pairs: _Pairs) -> tuple[Ids, Ints]:
@@ -429,15 +434,18 @@ class Decoder:
         self._eight = _eight_bytes(data)
         self._words = self._eight.take(self._first)
 
-    def __call__(self, ids: Ints) -> bytes | None:
-        """The bytes; None if one of the ids is not that of a token.
+    def __call__(self, ids: npt.NDArray[np.integer]) -> bytes | None:
+        """The bytes of tokens; None if one of the ids is not that of a token."""
+        portions = [self._decode(ids[i : i + STRETCH]) for i in range(0, len(ids), STRETCH)]
+        return None if None in portions else b"".join(portions)  # type: ignore[arg-type]
 
-        Args:
-            ids: none of them below 0.
-        """
+    def _decode(self, ids: npt.NDArray[np.integer]) -> bytes | None:
+        if ids.min() < 0 or ids.max() >= len(self._length):
+            return None
+        ids = ids.astype(np.intp)
         length = self._length.take(ids, mode="clip")
-        if not len(ids) or length.min() < 0 or ids.max() >= len(self._length):
-            return None if len(ids) else b""
+        if length.min() < 0:
+            return None
         end = np.cumsum(length)
         begin = end - length
         data = np.empty(end[-1] + 8, np.uint8)
@@ -447,7 +455,7 @@ class Decoder:
             words[begin[more] + done] = self._eight.take(self._first.take(ids[more]) + done)
             done += 8
             more = more[length[more] > done]
-        words[begin] = self._words.take(ids)
+        words[begin] = self._words.take(ids, mode="clip")
         return data[: end[-1]].tobytes()
 
 

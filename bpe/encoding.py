@@ -471,8 +471,7 @@ class Encoding:
             dtype = np.uint32
         if np.dtype(dtype).kind not in "iu":
             raise self._decoding_error(tokens)
-        ids = np.asarray(tokens, dtype).astype(np.intp)
-        if ids.min() < 0 or (found := self._decode_words(ids)) is None:
+        if (found := self._decode_words(np.asarray(tokens, dtype))) is None:
             raise self._decoding_error(tokens)
         return found
 
