@@ -96,6 +96,79 @@ def broken_tokens(answer: Callable[[list[bytes]], list[int]]) -> None:
         assert got == expected, f"of {tokens} expected {expected}, got {got}"
 
 
+def window_mask(answer: Callable[[int, int], list[list[bool]]]) -> None:
+    """Which positions a sliding window lets each position read."""
+    y, n = True, False
+    for length, window, expected in (
+        (1, 1, [[y]]),
+        (3, 5, [[y, n, n], [y, y, n], [y, y, y]]),
+        (4, 2, [[y, n, n, n], [y, y, n, n], [n, y, y, n], [n, n, y, y]]),
+    ):
+        got = answer(length, window)
+        assert got == expected, f"of {length} and {window} expected {expected}, got {got}"
+
+
+def online_average(answer: Callable[[list[tuple[list[float], list[float]]]], float]) -> None:
+    """Blocks of scores and values to the softmax-weighted average."""
+    rng = random.Random(0)
+    for _ in range(20):
+        blocks = []
+        for _ in range(rng.randrange(1, 6)):
+            size = rng.randrange(1, 5)
+            scores = [rng.gauss(0, 3) for _ in range(size)]
+            blocks.append((scores, [rng.gauss(0, 1) for _ in range(size)]))
+        flat = [pair for block in blocks for pair in zip(*block, strict=True)]
+        total = sum(math.exp(score) for score, _ in flat)
+        expected = sum(math.exp(score) * value for score, value in flat) / total
+        _close([answer(blocks)], [expected], "the average")
+    huge = [([1000.0], [1.0]), ([1001.0], [2.0])]
+    _close([answer(huge)], [(1 + 2 * math.e) / (1 + math.e)], "large scores")
+
+
+def cache_bytes(answer: Callable[[int, int, int, int, int], int]) -> None:
+    """Positions, layers, key heads, width and bytes of a number to bytes in all."""
+    for sizes, expected in (((1, 1, 1, 1, 1), 2), ((8192, 30, 3, 64, 2), 188_743_680)):
+        got = answer(*sizes)
+        assert got == expected, f"of {sizes} expected {expected}, got {got}"
+
+
+def rms_norm(answer: Callable[[list[float], list[float], float], list[float]]) -> None:
+    """A vector, a scale and a small number to the normed vector."""
+    _close(answer([3.0, 4.0], [1.0, 2.0], 0.0), [3 / 12.5**0.5, 8 / 12.5**0.5], "3 and 4")
+    _close(answer([0.0, 0.0], [1.0, 1.0], 1e-6), [0.0, 0.0], "zeros")
+    _close(answer([1.0], [1.0], 3.0), [0.5], "a large eps")
+
+
+def cosine(answer: Callable[[list[float], list[float]], float]) -> None:
+    """Two vectors to their cosine."""
+    for a, b, expected in (
+        ([1.0, 0.0], [0.0, 2.0], 0.0),
+        ([1.0, 1.0], [3.0, 3.0], 1.0),
+        ([1.0, 0.0], [-5.0, 0.0], -1.0),
+        ([3.0, 4.0], [4.0, 3.0], 0.96),
+        ([0.0, 0.0], [1.0, 0.0], 0.0),
+    ):
+        _close([answer(a, b)], [expected], f"of {a} and {b}")
+
+
+def mean_pool(
+    answer: Callable[[list[list[list[float]]], list[list[int]]], list[list[float]]],
+) -> None:
+    """Vectors of tokens and which of them are there to one vector a row."""
+    rows = [[[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]], [[5.0, 6.0], [7.0, 7.0], [8.0, 8.0]]]
+    got = answer(rows, [[1, 1, 0], [1, 0, 0]])
+    assert isinstance(got, list) and len(got) == 2, f"expected two rows, got {got}"
+    _close(got[0], [2.0, 3.0], "the first row")
+    _close(got[1], [5.0, 6.0], "the second row")
+
+
+def recall(answer: Callable[[list[list[int]], list[int], int], float]) -> None:
+    """What was found and what is right to the share found among the first k."""
+    found = [[1, 2, 3], [3, 1, 2], [2, 3, 1], [1, 3, 2]]
+    for k, expected in ((1, 0.5), (2, 0.5), (3, 1.0)):
+        _close([answer(found, [1, 2, 1, 1], k)], [expected], f"at {k}")
+
+
 def _close(got: object, expected: list[float], what: str) -> None:
     is_list = isinstance(got, list | tuple) and len(got) == len(expected)
     near = is_list and all(
