@@ -78,15 +78,20 @@ FORMS: dict[str, dict[str, str]] = {
     },
 }
 
+MANY = 128  # rows of a product from which on it counts how fast one multiplies, not how one reads
+
 # What is taken when `impl` is None. The best product depends on the weight's dtype and on the rows.
 CHOSEN: dict[str, dict[str, str]] = {
     "cpu": {
         "matmul float32": "batched",
         "matmul float32, one row": "slices",
+        "matmul float32, many rows": "dot",
         "matmul bfloat16": "batched",
         "matmul bfloat16, one row": "pair",
+        "matmul bfloat16, many rows": "dot",
         "matmul int8": "integers",
         "matmul int8, one row": "integers",
+        "matmul int8, many rows": "integers",
         "norm": "ones",
         "rotate": "halves",
         "attend": "reference",
@@ -97,10 +102,13 @@ CHOSEN: dict[str, dict[str, str]] = {
     "elsewhere": {
         "matmul float32": "dot",
         "matmul float32, one row": "dot",
+        "matmul float32, many rows": "dot",
         "matmul bfloat16": "dot",
         "matmul bfloat16, one row": "pair",
+        "matmul bfloat16, many rows": "dot",
         "matmul int8": "integers",
         "matmul int8, one row": "integers",
+        "matmul int8, many rows": "integers",
         "norm": "ones",
         "rotate": "halves",
         "attend": "reference",
@@ -127,9 +135,9 @@ def matmul(
         weight: float32, bfloat16 or int8 [out, in]; its dtype is the format of the product.
         scale: [out], of int8 weights.
     """
-    kind = f"matmul {weight.dtype}" + (", one row" if len(rows) == 1 else "")
+    count = ", one row" if len(rows) == 1 else ", many rows" if len(rows) >= MANY else ""
     with jax.named_scope("matmul"):
-        return _form("matmul", kind, impl)(rows, weight, scale)
+        return _form("matmul", f"matmul {weight.dtype}{count}", impl)(rows, weight, scale)
 
 
 def norm(
@@ -290,7 +298,8 @@ def chosen(kind: str) -> str:
     """The form that a line of `CHOSEN` names for this platform, or that is being tried.
 
     Args:
-        kind: an operation, or for products "matmul DTYPE" or "matmul DTYPE, one row".
+        kind: an operation; for products "matmul DTYPE", "matmul DTYPE, one row" or "matmul DTYPE,
+            many rows".
     """
     operation = kind.partition(" ")[0]
     if operation in _tried:

@@ -41,7 +41,8 @@ def dot(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> j
 def batched(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
     """The same as a batch of one, whose result XLA's CPU backend lays out the other way round.
 
-    For few rows that was up to 2.4 times as fast as `dot`, from a hundred on slower.
+    For few rows up to 2.4 times as fast as `dot`; from a hundred on slower, by 1.3 times in float32
+    and 1.5 in bfloat16 where a whole prompt of 256 tokens was read.
     """
     _refuse_integers("batched", weight)
     return _in_slices(rows, weight, 1)

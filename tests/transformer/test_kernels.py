@@ -1,0 +1,211 @@
+"""Every form of every operation against its reference in float64, and how a form is chosen."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transformer import cache, decoder, kernels
+from transformer.bench import in_float64
+from transformer.config import Config
+from transformer.kernels import cases
+from transformer.layers import Linear, Lora
+
+RNG = np.random.default_rng(0)
+FORMS = [(operation, form) for operation, forms in kernels.FORMS.items() for form in forms]
+ROUNDING = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 3e-2}  # relative to the largest value
+
+
+def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+
+
+def agrees(operation: str, form: str, arguments: tuple, tolerance: float = 1e-5, **named) -> None:
+    """Compares a form with the reference, both traced; skips nothing: an unfit form raises."""
+    function = getattr(kernels, operation)
+    expected = in_float64(lambda *a: function(*a, **named, impl="reference"))(*arguments)
+    found = jax.jit(lambda *a: function(*a, **named, impl=form))(*arguments)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("operation", "form"), FORMS)
+def test_a_form_is_there_and_takes_what_its_reference_takes(operation, form):
+    names = [
+        list(inspect.signature(kernels.find(operation, name)).parameters)
+        for name in (form, "reference")
+    ]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("rows", [1, 2, 7, kernels.MANY])
+def test_products(rows, dtype):
+    p = cases.as_format(Linear(weight=normal(48, 96)), dtype)
+    arguments = (normal(rows, 96), p.weight, p.scale)
+    ran = []
+    for form in (None, *kernels.FORMS["matmul"]):
+        try:
+            agrees("matmul", form, arguments, ROUNDING[dtype])
+            ran.append(form)
+        except kernels.Unavailable as error:
+            assert str(error).startswith(f"matmul {form} ")
+    expected = [None, "reference"]
+    expected += ["integers"] if dtype == "int8" else ["dot", "batched", "slices"]
+    expected += ["pair"] if rows == 1 and dtype != "int8" else []
+    assert ran == expected
+
+
+def test_each_number_of_rows_and_dtype_has_its_form():
+    weights = {
+        "float32": ("slices", "batched", "dot"),
+        "bfloat16": ("pair", "batched", "dot"),
+        "int8": ("integers",) * 3,
+    }
+    for dtype, names in weights.items():
+        for count, name in zip((", one row", "", ", many rows"), names, strict=True):
+            assert kernels.CHOSEN["cpu"][f"matmul {dtype}{count}"] == name
+    with pytest.raises(kernels.Unavailable, match="no form for 'matmul float16, one row' on"):
+        kernels.matmul(normal(1, 8), normal(4, 8).astype(jnp.float16))
+
+
+@pytest.mark.parametrize("form", kernels.FORMS["norm"])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_norms(form, has_bias):
+    bias = normal(96) if has_bias else None
+    agrees("norm", form, (2 + normal(2, 5, 96), normal(96), bias), eps=1e-5)
+
+
+@pytest.mark.parametrize("form", kernels.FORMS["rotate"])
+def test_rotation(form):
+    angle = normal(2, 5, 1, 8)
+    agrees("rotate", form, (normal(2, 5, 3, 16), jnp.cos(angle), jnp.sin(angle)))
+
+
+@pytest.mark.parametrize("form", kernels.FORMS["attend"])
+@pytest.mark.parametrize("window", [None, 1, 40, 300])
+@pytest.mark.parametrize("length", [20, 768])
+def test_attention(form, window, length):
+    heads = (normal(2, length, 4, 8), normal(2, length, 2, 8), normal(2, length, 2, 8))
+    agrees("attend", form, heads, window=window)
+
+
+def test_attention_in_blocks_says_what_it_cannot_take():
+    with pytest.raises(kernels.Unavailable, match="multiple of 256 positions, not 300"):
+        kernels.attend(*[normal(1, 300, 2, 8)] * 3, impl="blocks")
+
+
+@pytest.mark.parametrize("form", kernels.FORMS["attend_cached"])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("num_new", "starts"), [(1, [300, 0, 511]), (64, [256, 0, 192])])
+def test_attention_over_a_cache(form, window, stored, num_new, starts):
+    cfg = Config.debug(num_heads=4, num_kv_heads=2, head_dim=8)
+    empty = cache.init(cfg, 9, jnp.dtype(stored))
+    tables = np.array([[7, 2, 1], [4, 8, 9], [5, 3, 6]], np.int32)
+    keys, values = cache.append(
+        empty.keys[0],
+        empty.values[0],
+        *(normal(3, 768, 2, 8) for _ in range(2)),
+        tables,
+        np.zeros(3, np.int32),
+    )
+    arguments = (normal(3, num_new, 4, 8), keys, values, tables, np.array(starts, np.int32))
+    agrees("attend_cached", form, arguments, window=window)
+
+
+@pytest.mark.parametrize("form", kernels.FORMS["gated_mlp"])
+@pytest.mark.parametrize("kind", ["swiglu", "geglu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_gated_mlp(form, kind, dtype):
+    lora = Lora(a=normal(2, 32), b=normal(64, 2), scale=0.5)
+    parts = {
+        "gate": Linear(normal(64, 32), normal(64)),
+        "up": Linear(normal(64, 32), lora=lora),
+        "down": Linear(normal(32, 64), normal(32)),
+    }
+    p = cases.as_format(parts, dtype)
+    arguments = (normal(2, 3, 32), p["gate"], p["up"], p["down"])
+    tolerance = 1e-5 if form == "reference" else ROUNDING[dtype]
+    agrees("gated_mlp", form, arguments, tolerance, kind=kind)
+
+
+@pytest.mark.parametrize("form", kernels.FORMS["truncate"])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p", "kept"),
+    [
+        (0, 1.0, 0.0, [5, 4, 3, 2, 1, 0]),
+        (2, 1.0, 0.0, [5, 4]),
+        (3, 1.0, 0.0, [5, 4, 3, 2]),  # 3 and 2 are as likely
+        (0, 0.5, 0.0, [5]),
+        (0, 0.0, 0.0, [5]),
+        (0, 0.7, 0.0, [5, 4]),
+        (0, 1.0, 0.2, [5, 4]),
+        (3, 0.99, 0.2, [5, 4]),
+        (100, 1.0, 1.0, [5]),
+    ],
+)
+def test_truncation(form, top_k, top_p, min_p, kept):
+    weights = np.array([0.01, 0.03, 0.06, 0.06, 0.24, 0.6], np.float32)
+    logits = kernels.truncate(
+        jnp.log(weights), jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p), impl=form
+    )
+    np.testing.assert_array_equal(
+        logits, [np.log(weights[i]) if i in kept else -np.inf for i in range(6)]
+    )
+
+
+def test_a_form_that_is_not_there_raises():
+    with pytest.raises(ValueError, match="norm has the forms reference, ones, got 'fused'"):
+        kernels.norm(normal(2, 8), normal(8), None, 1e-5, impl="fused")
+    with pytest.raises(ValueError, match="norm 'nowhere.fused' cannot be found: No module named"):
+        kernels.norm(normal(2, 8), normal(8), None, 1e-5, impl="nowhere.fused")
+    with (
+        pytest.raises(ValueError, match="operation must be one of matmul, .*, got 'add'"),
+        kernels.trying(add="fast"),
+    ):
+        pass
+
+
+def test_a_form_may_stand_in_any_module(tmp_path, monkeypatch):
+    (tmp_path / "my_kernels.py").write_text(
+        "def doubled(x, scale, bias, eps):\n    return x * scale * 2\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    x, scale = normal(2, 8), normal(8)
+    found = kernels.norm(x, scale, None, 1e-5, impl="my_kernels.doubled")
+    np.testing.assert_array_equal(found, x * scale * 2)
+
+
+def test_trying_a_form_reaches_programs_that_were_compiled_before(tmp_path, monkeypatch):
+    """A layer is jitted inside `extend`: what it was traced with must not outlive the choice."""
+    (tmp_path / "zero_kernels.py").write_text(
+        "def nothing(q, keys, values, tables, starts, *, window):\n    return q * 0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = Config.debug()
+    params = decoder.init(jax.random.key(0), cfg)
+    tables, starts = np.array([[1]], np.int32), np.array([0], np.int32)
+
+    @jax.jit
+    def run(ids):
+        x, _ = decoder.extend(params, cfg, cache.init(cfg, 1), ids, tables, starts)
+        return x
+
+    ids = np.array([[5]], np.int32)
+    before = run(ids)
+    with kernels.trying(attend_cached="zero_kernels.nothing"):
+        assert not np.array_equal(run(ids), before)
+    np.testing.assert_array_equal(run(ids), before)
+
+
+def test_forward_chooses_the_form_of_attention_too():
+    cfg = Config.debug()
+    params = decoder.init(jax.random.key(0), cfg)
+    ids = RNG.integers(0, cfg.vocab_size, (2, 20)).astype(np.int32)
+    logits = decoder.forward(params, cfg, ids)[0]
+    with kernels.trying(attend="blocks"):
+        other = decoder.forward(params, cfg, ids)[0]
+    assert not np.array_equal(other, logits)  # the last bits differ
+    np.testing.assert_allclose(other, logits, atol=1e-5)
