@@ -163,7 +163,13 @@ def test_models(empty: dict[str, str]) -> None:
     done = run("models", "--json", **empty)
     listed = json.loads(done.stdout)
     assert done.stdout.count("\n") == 1 and done.stderr == ""
-    assert [card["id"] for card in listed["models"]] == [SMALL, "qwen2.5-coder-0.5b-instruct"]
+    assert [card["id"] for card in listed["models"]] == [
+        SMALL,
+        "qwen2.5-coder-0.5b-instruct",
+        "all-minilm-l6-v2",
+        "whisper-tiny.en",
+        "whisper-base",
+    ]
     assert "gpt-4o-mini" in listed["models"][0]["aliases"]
     table = run("models", **empty).stdout
     assert "98 MB" in table and "8,192" in table and "Apache-2.0" in table
