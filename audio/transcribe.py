@@ -29,6 +29,7 @@ from audio.tokens import SECONDS_PER_STEP, Tokens
 from audio.vad import Span
 from audio.whisper import Run, Whisper, at_once
 
+_PASSED_OVER = 1.5  # seconds of speech that a window must not leave unwritten
 _STEPS = round(SECONDS_PER_STEP * FRAMES_PER_SECOND)  # frames between two points in time
 
 
@@ -174,7 +175,8 @@ def listen(
         active = [job for job in jobs if not job.is_done][: plan.batch]
         for job in active:
             job.seek = _next_speech(job.seek, spans, job.end)
-        _go_on(whisper, spectrogram, [j for j in active if not j.is_done], options, plan, run)
+        active = [job for job in active if not job.is_done]
+        _go_on(whisper, spectrogram, active, spans, options, plan, run)
         while jobs and (jobs[0].segments or jobs[0].is_done):  # in the order of the sound
             yield from jobs[0].segments
             jobs[0].segments = []
@@ -202,6 +204,7 @@ def _go_on(
     whisper: Whisper,
     spectrogram: np.ndarray,
     jobs: Sequence[_Job],
+    spans: Sequence[Span],
     options: Options,
     plan: Plan,
     run: Run,
@@ -228,6 +231,11 @@ def _go_on(
             # The last segment goes on behind the window: the next window begins with it.
             parts = parts[:-1]
             step = (parts[-1][0][-1] - tokens.timestamp_begin) * _STEPS
+        elif not is_open and plan.skip_silence:
+            # It says that nothing follows. Where somebody seems to speak, it is asked again.
+            last = (parts[-1][0][-1] - tokens.timestamp_begin) * _STEPS
+            if _speech_between(job.seek + last, job.seek + size, spans) > _PASSED_OVER:
+                step = last
         segments = _segments(parts, result, job.seek, size, tokens)
         if plan.words:
             sound = sounds[i : i + 1]
@@ -244,6 +252,12 @@ def _go_on(
             # What came of much chance is no good context.
             written = tuple(id for segment in segments for id in segment.ids)
             job.before = (*job.before, *written) if result.temperature <= 0.5 else ()
+
+
+def _speech_between(start: int, end: int, spans: Sequence[Span]) -> float:
+    """Seconds of speech between two frames."""
+    start, end = start / FRAMES_PER_SECOND, end / FRAMES_PER_SECOND
+    return sum(max(0.0, min(b, end) - max(a, start)) for a, b in spans)
 
 
 def _next_speech(seek: int, spans: Sequence[Span], end: int) -> int:

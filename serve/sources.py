@@ -123,6 +123,8 @@ def local_model(path: Path) -> Path:
         names = sorted(entry.name for entry in path.iterdir())
         if "config.json" in names and any(name.endswith(".safetensors") for name in names):
             return path
+        if "config.json" in names and is_whisper(path / "model.bin"):
+            return path
         if pickles := [name for name in names if name.endswith(_PICKLES)]:
             raise WrongUsage(refuse_pickle(str(path / pickles[0])))
         raise WrongUsage(f"{path} holds no config.json with .safetensors weights beside it")
@@ -134,6 +136,14 @@ def local_model(path: Path) -> Path:
         if file.read(4) != b"GGUF":
             raise WrongUsage(f"{path} is no GGUF file: it does not begin with the letters GGUF")
     return path
+
+
+def is_whisper(path: Path) -> bool:
+    """Whether a file begins as the weights of a Whisper do in CTranslate2's layout: no pickle."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(18)[6:] == b"WhisperSpec\0"  # behind a version and a length
 
 
 def refuse_pickle(name: str) -> str:

@@ -1,0 +1,81 @@
+"""Every stage against openai-whisper with the same weights: mel, encoder, decoder, text, words."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from audio import Fallback, Options, Plan, decode, model, transcribe
+from audio.mel import log_mel
+from tests.audio.conftest import CASES, window
+from tests.golden.audio.make_audio import LOGIT_STEP, MEL_STEP, SOUND_STEP
+
+cases = pytest.mark.parametrize(("id", "name", "language"), CASES)
+ONCE = Fallback(temperatures=(0.0,))
+
+
+@cases
+def test_mel(id, name, language, clip, golden):
+    error = np.abs(log_mel(clip(name))[::MEL_STEP] - golden(id, name)["mel"])
+    assert error.max() < 1e-4
+    assert np.median(error) < 1e-6
+
+
+@cases
+def test_encoder_and_decoder(id, name, language, clip, golden, whisper):
+    loaded, expected = whisper(id), golden(id, name)
+    sound, _ = model.encode(loaded.params, loaded.cfg, window(log_mel(clip(name))))
+    assert np.abs(np.asarray(sound)[0, ::SOUND_STEP] - expected["sound"]).max() < 1e-3
+    logits, _ = model.forward(loaded.params, loaded.cfg, sound, expected["ids"][None])
+    assert np.abs(np.asarray(logits)[0, :, ::LOGIT_STEP] - expected["logits"]).max() < 1e-3
+
+
+@cases
+def test_text(id, name, language, clip, golden, whisper):
+    loaded, expected = whisper(id), golden(id, name)
+    sound, _ = model.encode(loaded.params, loaded.cfg, window(log_mel(clip(name))))
+    options = Options(language=language)
+    (greedy,) = decode.decode(loaded, sound, options)
+    assert list(greedy.ids) == expected["greedy"].tolist()
+    assert greedy.text == expected["text"]
+    scores = [greedy.avg_logprob, greedy.no_speech_prob, greedy.compression_ratio]
+    np.testing.assert_allclose(scores, expected["scores"], atol=1e-4)
+    assert len(greedy.logprobs) == len(greedy.ids)
+    (beams,) = decode.decode(loaded, sound, replace(options, beam_size=3))
+    assert list(beams.ids) == expected["beams"].tolist()
+
+
+@cases
+def test_words(id, name, language, clip, golden, whisper):
+    plan = Plan(words=True, skip_silence=False, fallback=ONCE)
+    found = transcribe(whisper(id), clip(name), language=language, plan=plan)
+    expected = golden(id, name)
+    words = [word for segment in found.segments for word in segment.words]
+    assert [word.text for word in words] == expected["words"].tolist()
+    # A path through equal cells may turn a step of 20 ms earlier or later.
+    times = np.array([[word.start, word.end] for word in words])
+    assert np.abs(times - expected["times"]).max() < 0.03
+
+
+def test_the_language_is_heard(clip, whisper):
+    loaded = whisper("whisper-base")
+    for name, language in (("austen-0880", "en"), ("coffee-fr", "fr")):
+        assert transcribe(loaded, clip(name)).language == language
+
+
+def test_translation_is_english(clip, whisper):
+    found = transcribe(
+        whisper("whisper-base"), clip("coffee-fr"), options=Options(task="translate")
+    )
+    assert found.language == "fr"
+    assert "Good morning" in found.text
+
+
+@pytest.mark.parametrize("format", ["bfloat16", "int8"])
+def test_narrow_formats_hear_the_same_words(format, clip, golden, model_file):
+    import audio
+
+    loaded = audio.load_model(model_file("whisper-tiny.en"), format=format)
+    for name in ("austen-0880", "austen-0890"):
+        found = transcribe(loaded, clip(name))
+        assert found.text == golden("whisper-tiny.en", name)["text"]

@@ -1,0 +1,162 @@
+"""The model against itself: cached equals whole, rows do not mix, every size is wired in."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from audio import checkpoint, model
+from audio.config import Config
+
+CFG = Config.debug()
+
+
+@pytest.fixture(scope="module")
+def params() -> model.Params:
+    noise = np.random.default_rng(0)
+    fresh = model.init(jax.random.key(0), CFG)
+    return jax.tree.map(lambda x: x + noise.normal(0, 0.2, x.shape).astype(np.float32), fresh)
+
+
+@pytest.fixture(scope="module")
+def sound(params) -> jax.Array:
+    mel = np.random.default_rng(1).normal(size=(2, CFG.num_frames, CFG.num_mels))
+    return model.encode(params, CFG, mel.astype(np.float32))[0]
+
+
+IDS = np.random.default_rng(2).integers(0, CFG.vocab_size, (2, 12)).astype(np.int32)
+
+
+def test_debug_is_small():
+    params = model.init(jax.random.key(0), CFG)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) < 50_000
+
+
+def test_a_token_at_a_time_equals_the_whole(params, sound):
+    whole, _ = model.forward(params, CFG, sound, IDS)
+    cache = model.start(params, CFG, sound, size=8)
+    for i in range(IDS.shape[1]):
+        if i == cache.size:
+            cache = model.grow(cache, 16)
+        logits, cache, _ = model.extend(
+            params, CFG, IDS[:, i : i + 1], cache, np.int32(i), np.zeros(1, np.int32)
+        )
+        np.testing.assert_allclose(logits[:, 0], whole[:, i], atol=1e-4)
+
+
+def test_padding_behind_the_text_is_not_seen(params, sound):
+    at = np.array([2, 4], np.int32)
+    cache = model.start(params, CFG, sound, size=16)
+    logits, cache, _ = model.extend(params, CFG, IDS, cache, np.int32(0), at)  # 5 of 12 count
+    whole, _ = model.forward(params, CFG, sound, IDS)
+    np.testing.assert_allclose(logits, whole[:, at], atol=1e-4)
+    logits, _, _ = model.extend(params, CFG, IDS[:, 5:6], cache, np.int32(5), np.zeros(1, np.int32))
+    np.testing.assert_allclose(logits[:, 0], whole[:, 5], atol=1e-4)
+
+
+def test_rows_that_share_a_sound(params, sound):
+    texts = np.concatenate([IDS, IDS[::-1]])[[0, 3, 1, 2]]  # rows 0, 1 hear sound 0; 2, 3 sound 1
+    cache = model.start(params, CFG, sound, size=12, rows_per_sound=2)
+    everywhere = np.arange(12)
+    logits, _, _ = model.extend(params, CFG, texts, cache, np.int32(0), everywhere)
+    apart, _ = model.forward(params, CFG, sound[np.array([0, 0, 1, 1])], texts)
+    np.testing.assert_allclose(logits, apart, atol=1e-4)
+
+
+def test_taken_rows(params, sound):
+    cache = model.start(params, CFG, sound, size=8, rows_per_sound=2)
+    ids = np.arange(4, dtype=np.int32)[:, None]
+    _, cache, _ = model.extend(params, CFG, ids, cache, np.int32(0), np.zeros(1, np.int32))
+    taken = model.take_rows(cache, np.array([1, 1, 2, 2]))
+    for i, row in enumerate([1, 1, 2, 2]):
+        np.testing.assert_array_equal(taken.keys[0][i], cache.keys[0][row])
+
+
+def test_the_encoder_looks_both_ways_and_the_decoder_back(params, sound):
+    mel = np.zeros((1, CFG.num_frames, CFG.num_mels), np.float32)
+    late = mel.copy()
+    late[0, -1] = 1
+    a, b = (model.encode(params, CFG, x)[0] for x in (mel, late))
+    assert np.abs(a[0, 0] - b[0, 0]).max() > 1e-5
+    other = IDS.copy()
+    other[:, -1] += 1
+    a, b = (model.forward(params, CFG, sound, ids)[0] for ids in (IDS, other % CFG.vocab_size))
+    np.testing.assert_allclose(a[:, :-1], b[:, :-1], atol=1e-5)
+
+
+def test_taps(params, sound):
+    mel = np.ones((1, CFG.num_frames, CFG.num_mels), np.float32)
+    out, found = model.encode(params, CFG, mel, taps=("residual", "attention"))
+    assert found["residual"].shape == (3, 1, 50, 24)
+    assert found["attention"].shape == (2, 1, 4, 50, 50)
+    np.testing.assert_allclose(found["attention"].sum(-1), 1, atol=1e-5)
+    np.testing.assert_array_equal(out, model.encode(params, CFG, mel)[0])
+    cfg = dataclasses.replace(CFG, alignment_heads=((1, 3), (0, 2)))
+    _, found = model.forward(params, cfg, sound, IDS, taps=("alignment",))
+    _, every = model.forward(params, CFG, sound, IDS, taps=("alignment",))  # those of layer 1
+    assert found["alignment"].shape == (2, 2, 12, 50)
+    np.testing.assert_allclose(found["alignment"][:, 0], every["alignment"][:, 3], atol=1e-6)
+    with pytest.raises(ValueError, match="taps"):
+        model.encode(params, CFG, mel, taps=("logits",))
+
+
+def test_a_wrong_window(params):
+    with pytest.raises(ValueError, match=r"\[B, 100, 8\]"):
+        model.encode(params, CFG, np.zeros((1, 99, 8), np.float32))
+
+
+def test_every_size_changes_the_tree():
+    base = {id(x): x.shape for x in jax.tree.leaves(model.abstract(CFG))}.values()
+    for field in ("num_audio_layers", "num_text_layers", "d_ff", "vocab_size", "num_mels"):
+        other = dataclasses.replace(CFG, **{field: getattr(CFG, field) + 1})
+        shapes = [x.shape for x in jax.tree.leaves(model.abstract(other))]
+        assert shapes != [x.shape for x in jax.tree.leaves(model.abstract(CFG))], field
+    assert base
+
+
+def test_config():
+    assert Config.from_hf(CFG.to_hf()) == CFG
+    tiny = Config.of_size("tiny.en", alignment_heads=((1, 0),))
+    assert Config.from_hf(tiny.to_hf()) == tiny
+    assert Config.of_size("large-v3-turbo").num_mels == 128
+    with pytest.raises(ValueError, match="size must be one of"):
+        Config.of_size("huge")
+    with pytest.raises(ValueError, match="unknown key 'colour'"):
+        Config.from_hf({**CFG.to_hf(), "colour": "red"})
+    with pytest.raises(ValueError, match="activation_function must be 'gelu'"):
+        Config.from_hf({**CFG.to_hf(), "activation_function": "relu"})
+    with pytest.raises(ValueError, match="alignment_heads"):
+        Config.debug(alignment_heads=((2, 0),))
+    with pytest.raises(ValueError, match="num_heads must be a positive integer, got 0"):
+        Config.debug(num_heads=0)
+
+
+def test_saved_and_loaded(params, tmp_path):
+    checkpoint.save(tmp_path, params, CFG)
+    again, cfg = checkpoint.load(tmp_path)
+    assert cfg == CFG
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    narrow, _ = checkpoint.load(tmp_path, format="int8")
+    assert narrow.decoder.layers[0].attn.q.weight.dtype == np.int8
+    assert narrow.decoder.layers[0].cross.k.weight.dtype == jax.numpy.bfloat16
+    assert narrow.encoder.layers[0].attn.q.weight.dtype == jax.numpy.bfloat16
+    with pytest.raises(ValueError, match="int8"):
+        checkpoint.save(tmp_path, narrow, cfg)
+
+
+def test_a_folder_that_lacks_or_adds_a_tensor(params, tmp_path):
+    from transformer.checkpoint import safetensors
+
+    checkpoint.save(tmp_path, params, CFG)
+    _, tensors = safetensors.read(tmp_path)
+    arrays = {name: np.array(tensor.read(0, tensor.shape[0])) for name, tensor in tensors.items()}
+    bias = arrays.pop("model.encoder.conv1.bias")
+    safetensors.write(tmp_path, CFG.to_hf(), arrays)
+    with pytest.raises(ValueError, match="lacks model.encoder.conv1.bias"):
+        checkpoint.load(tmp_path)
+    safetensors.write(
+        tmp_path, CFG.to_hf(), {**arrays, "model.encoder.conv1.bias": bias, "extra": bias}
+    )
+    with pytest.raises(ValueError, match="holds extra"):
+        checkpoint.load(tmp_path)

@@ -1,0 +1,314 @@
+"""What needs no weights: vocabulary, rules, warping, speech spans, subtitles, model.bin."""
+
+import itertools
+import struct
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from audio import Options, ctranslate2, decode, subtitles, timing, vad
+from audio.decode import Fallback, Result
+from audio.timing import Word
+from audio.tokens import load as load_tokens
+from audio.transcribe import Segment, Transcript, cut
+
+RATE = 16_000
+
+
+@pytest.fixture(scope="module")
+def tokens(model_file):
+    return load_tokens(model_file("whisper-base"), 51865)
+
+
+# tokens
+
+
+def test_special_tokens(tokens):
+    assert tokens.is_multilingual and len(tokens.languages) == 99
+    assert (tokens.eot, tokens.sot, tokens.timestamp_begin) == (50257, 50258, 50364)
+    assert tokens.language_id("en") == 50259 and tokens.language_id("German") == 50261
+    opening = tokens.opening("fr", "translate", timestamps=False)
+    assert opening == (50258, 50265, 50358, 50363)
+    with pytest.raises(ValueError, match="'klingon' is not known"):
+        tokens.language_id("klingon")
+
+
+def test_what_is_never_written_is_what_the_model_file_says(model_file):
+    import json
+
+    for id, size in (("whisper-base", 51865), ("whisper-tiny.en", 51864)):
+        folder = model_file(id)
+        listed = json.loads((folder / "config.json").read_text())["suppress_ids"]
+        assert set(load_tokens(folder, size).suppressed) == set(listed)
+
+
+def test_words(tokens):
+    text = " Don't 12:30, café 😀!"
+    words = tokens.split_words(tokens.encode(text), "en")
+    assert [word for word, _ in words] == [" Don't", " 12", ":30", ",", " café", " 😀", "!"]
+    assert [id for _, ids in words for id in ids] == list(tokens.encode(text))
+    assert [word for word, _ in tokens.split_words(tokens.encode("日本語"), "ja")] == [*"日本語"]
+
+
+def test_a_vocabulary_of_another_size(model_file):
+    with pytest.raises(ValueError, match="points in time"):
+        load_tokens(model_file("whisper-base"), 51864)
+
+
+# rules
+
+
+def probabilities(tokens, ids, boost=None):
+    """What may follow some ids, when all words are alike but for `boost`."""
+    logits = np.zeros((1, 51865), np.float32)
+    for id, value in (boost or {}).items():
+        logits[0, id] = value
+    is_first = not ids
+    blocked = decode._blocked(tokens, Options(), 51865, is_first)
+    begin = tokens.timestamp_begin
+    ranges = (begin, begin, begin + 51) if is_first else decode._after(ids, tokens, 51865)
+    return np.asarray(
+        decode._constrain(logits, blocked, np.array([ranges], np.int32), np.int32(begin), True)
+    )[0]
+
+
+def test_a_window_begins_with_a_point_in_its_first_second(tokens):
+    allowed = np.flatnonzero(np.isfinite(probabilities(tokens, [])))
+    assert allowed.tolist() == list(range(50364, 50364 + 51))
+
+
+def test_points_come_in_pairs_and_never_run_backwards(tokens):
+    begin, word = tokens.timestamp_begin, tokens.encode(" hello")[0]
+    after_start = np.isfinite(probabilities(tokens, [begin + 5], boost={word: 20}))
+    assert after_start[word] and not after_start[begin:].any()
+    after_word = np.isfinite(probabilities(tokens, [begin + 5, word], boost={word: 20}))
+    assert after_word[word] and after_word[tokens.eot]
+    assert not after_word[begin : begin + 6].any() and after_word[begin + 6 :].all()
+    after_end = np.isfinite(
+        probabilities(tokens, [begin + 5, word, begin + 9], boost={tokens.eot: 20})
+    )
+    assert after_end[tokens.eot] and not after_end[word]
+    assert not after_end[begin : begin + 9].any() and after_end[begin + 9 :].all()
+    after_pair = np.isfinite(
+        probabilities(tokens, [begin, word, begin + 9, begin + 9], boost={word: 20})
+    )
+    assert after_pair[word] and not after_pair[begin:].any()
+
+
+def test_points_together_outweigh_a_word(tokens):
+    begin, word = tokens.timestamp_begin, tokens.encode(" hello")[0]
+    ids = [begin, word]
+    # 1500 points of weight 1 stand against one word of weight e^7 = 1097, then e^8 = 2981.
+    assert not np.isfinite(probabilities(tokens, ids, boost={word: 7}))[:begin].any()
+    assert np.isfinite(probabilities(tokens, ids, boost={word: 8}))[word]
+
+
+def test_suppressed_and_blank(tokens):
+    first = replace(Options(), timestamps=False)
+    blank = tokens.encode(" ")[0]
+    assert decode._blocked(tokens, first, 51865, True)[[blank, tokens.eot]].all()
+    assert not decode._blocked(tokens, first, 51865, False)[[blank, tokens.eot]].any()
+    everything = replace(first, suppress_non_speech=False, suppress_blank=False)
+    assert not decode._blocked(tokens, everything, 51865, True).any()
+
+
+def test_opening(tokens):
+    from audio.config import Config
+
+    cfg = Config.of_size("base")
+    options = Options(prompt=tuple(range(300)), hotwords="Pellucid", prefix="Well,")
+    opening = decode._opening(tokens, cfg, options)
+    hot, prefix = tokens.encode(" Pellucid"), tokens.encode(" Well,")
+    assert opening[0] == tokens.sot_prev
+    assert opening[1 : 1 + len(hot)] == hot
+    sot = opening.index(tokens.sot)
+    assert sot == 224 and opening[sot - 1] == 299  # the end of the prompt counts
+    assert opening[-len(prefix) :] == prefix
+
+
+@pytest.mark.parametrize(
+    "fields", [{"temperature": 3}, {"beam_size": 0}, {"best_of": 2}, {"patience": 0}]
+)
+def test_options_out_of_range(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        Options(**fields)
+
+
+def result(ids=(), logprobs=(), **fields):
+    known = dict(
+        text="", avg_logprob=-0.1, no_speech_prob=0.0, temperature=0.0, compression_ratio=1.0
+    )
+    return Result(ids=tuple(ids), logprobs=tuple(logprobs), **(known | fields))
+
+
+def test_fallback():
+    ladder = Fallback()
+    assert not ladder.fails(result())
+    assert ladder.fails(result(compression_ratio=3.0))
+    assert ladder.fails(result(avg_logprob=-2.0))
+    assert not ladder.fails(result(avg_logprob=-2.0, no_speech_prob=0.9))
+    assert ladder.is_silence(result(avg_logprob=-2.0, no_speech_prob=0.9))
+    assert not ladder.is_silence(result(no_speech_prob=0.9))
+
+
+def test_cut(tokens):
+    begin = tokens.timestamp_begin
+    ids = (begin, 5, 6, begin + 10, begin + 12, 7, begin + 20)
+    parts = cut(result(ids, [0.0] * 7), tokens)
+    assert [part[0] for part in parts] == [ids[:4], ids[4:]]
+    assert cut(result(), tokens) == []
+
+
+# timing
+
+
+def test_warping_finds_the_cheapest_path():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        cost = rng.normal(size=(3, 4))
+        rows, columns = timing.warp(cost)
+        steps = set(zip(np.diff(rows).tolist(), np.diff(columns).tolist(), strict=True))
+        assert (rows[0], columns[0], rows[-1], columns[-1]) == (0, 0, 2, 3)
+        assert steps <= {(0, 1), (1, 0), (1, 1)}
+        assert cost[rows, columns].sum() == pytest.approx(cheapest(cost, 2, 3))
+
+
+def cheapest(cost, i, j):
+    """By trying everything."""
+    if i == j == 0:
+        return cost[0, 0]
+    ways = [(i - 1, j), (i, j - 1), (i - 1, j - 1)]
+    return cost[i, j] + min(cheapest(cost, a, b) for a, b in ways if a >= 0 and b >= 0)
+
+
+def test_median_filter():
+    x = np.random.default_rng(0).normal(size=(2, 20))
+    padded = np.pad(x, [(0, 0), (3, 3)], mode="reflect")
+    expected = [np.median(padded[:, i : i + 7], axis=-1) for i in range(20)]
+    np.testing.assert_allclose(timing.median_filter(x), np.transpose(expected))
+    short = x[:, :3]
+    assert timing.median_filter(short) is short
+
+
+def test_punctuation_joins_its_word():
+    texts = [" Well", ",", ' "', "yes", '."']
+    words = [Word(text, i, i + 1.0, 1.0, (i,)) for i, text in enumerate(texts)]
+    ((own, _),) = timing.place(words, [(0.0, 5.0)], [5], last_end=0.0)
+    assert [word.text for word in own] == [" Well,", ' "yes', '."']
+    assert [word.ids for word in own] == [(0, 1), (2, 3), (4,)]
+
+
+# voice activity
+
+
+def speechlike(seconds, seed=0):
+    """Noise in syllables, four a second."""
+    t = np.arange(int(seconds * RATE)) / RATE
+    noise = np.random.default_rng(seed).normal(size=len(t))
+    return (0.1 * noise * np.clip(np.sin(2 * np.pi * 4 * t), 0, 1)).astype(np.float32)
+
+
+def quiet(seconds, level=1e-4, seed=1):
+    return np.random.default_rng(seed).normal(0, level, int(seconds * RATE)).astype(np.float32)
+
+
+@pytest.mark.parametrize("level", [0.0, 1e-4, 2e-3])
+def test_spans(level):
+    sound = np.concatenate([quiet(2), speechlike(3), quiet(2), speechlike(4), quiet(1)])
+    sound = sound + quiet(12, level, 2)
+    spans = vad.speech_spans(sound)
+    assert len(spans) == 2
+    np.testing.assert_allclose(spans, [(2, 5), (7, 11)], atol=0.35)
+
+
+@pytest.mark.parametrize("level", [0.0, 1e-5, 1e-3, 0.1, 0.5])
+def test_noise_is_no_speech(level):
+    assert vad.speech_spans(quiet(20, level)) == []
+
+
+def test_windows_hold_whole_spans():
+    sound = np.concatenate([speechlike(50), quiet(2), speechlike(10), quiet(1), speechlike(5)])
+    spans = vad.speech_spans(sound)
+    windows = vad.windows(sound, spans)
+    assert all(end - start <= 30 for start, end in windows)
+    assert windows[0][0] == spans[0][0] and windows[-1][1] == spans[-1][1]
+    for (_, a), (b, _) in itertools.pairwise(windows):
+        assert a <= b
+    assert vad.windows(sound, []) == []
+
+
+# subtitles
+
+WORDS = (Word(" So", 1.0, 1.2, 1.0, (1,)), Word(" a <b> -->", 3661.5, 3662.0, 0.5, (2,)))
+SEGMENT = Segment(
+    start=1.0,
+    end=3662.0,
+    text=" So a <b> -->",
+    ids=(1, 2),
+    logprobs=(-0.1, -0.2),
+    seek=0,
+    temperature=0.0,
+    avg_logprob=-0.1,
+    compression_ratio=1.0,
+    no_speech_prob=0.0,
+    words=WORDS,
+)
+FOUND = Transcript(language="en", duration=3663.0, text="So a <b> -->", segments=(SEGMENT,))
+
+
+def test_subtitles():
+    srt = subtitles.write(FOUND, "srt")
+    assert srt == "1\n00:00:01,000 --> 01:01:02,000\nSo a <b> ->\n"
+    vtt = subtitles.write(FOUND, "vtt")
+    assert vtt == "WEBVTT\n\n00:00:01.000 --> 01:01:02.000\nSo a &lt;b&gt; -&gt;\n"
+    tsv = subtitles.write(FOUND, "tsv", words=True)
+    assert tsv.splitlines() == ["start\tend\ttext", "1000\t1200\tSo", "3661500\t3662000\ta <b> -->"]
+    assert subtitles.write(FOUND, "text") == "So a <b> -->\n"
+    verbose = subtitles.verbose(FOUND)
+    assert verbose["language"] == "english" and verbose["words"][0]["word"] == "So"
+    assert subtitles.clock(59.9996) == "00:01:00.000"
+    with pytest.raises(ValueError, match="format must be one of"):
+        subtitles.write(FOUND, "docx")
+
+
+# model.bin
+
+
+def packed(variables, aliases=()):
+    def string(text):
+        return struct.pack("<H", len(text) + 1) + text.encode() + b"\0"
+
+    kinds = {"float32": 0, "int8": 1, "float16": 4}
+    data = struct.pack("<I", 6) + string("WhisperSpec") + struct.pack("<II", 3, len(variables))
+    for name, array in variables.items():
+        data += string(name) + struct.pack(f"<B{array.ndim}I", array.ndim, *array.shape)
+        data += struct.pack("<BI", kinds[str(array.dtype)], array.nbytes) + array.tobytes()
+    data += struct.pack("<I", len(aliases))
+    return data + b"".join(string(a) + string(b) for a, b in aliases)
+
+
+def test_a_model_file(tmp_path):
+    path = tmp_path / "model.bin"
+    half = np.arange(6, dtype=np.float16).reshape(2, 3)
+    narrow = np.array([[127, -64], [1, 0]], np.int8)
+    scale = np.array([127.0, 2.0], np.float32)
+    variables = {"a": half, "b/weight": narrow, "b/weight_scale": scale}
+    path.write_bytes(packed(variables, [("c", "a")]))
+    spec, arrays = ctranslate2.read(path)
+    assert spec == "WhisperSpec" and set(arrays) == {"a", "b/weight", "c"}
+    np.testing.assert_array_equal(arrays["c"], half)
+    np.testing.assert_allclose(arrays["b/weight"], [[1, -64 / 127], [0.5, 0]])
+
+
+def test_a_damaged_model_file(tmp_path):
+    path, whole = tmp_path / "model.bin", packed({"a": np.zeros((2, 3), np.float32)}, [("c", "a")])
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="cut short|empty"):
+            ctranslate2.read(path)
+    huge = whole.replace(struct.pack("<II", 2, 3), struct.pack("<II", 2**31, 2**31))
+    for data, says in ((huge, "has 24 bytes"), (b"\x07" + whole[1:], "version 7")):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=says):
+            ctranslate2.read(path)

@@ -1,0 +1,209 @@
+"""POST /v1/audio/transcriptions and translations, and `pellucid transcribe`, over a real socket."""
+
+import io
+import json
+import subprocess
+import sys
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import soundfile
+from openai import OpenAI
+
+from serve import offers
+from serve.app import create_app
+from serve.registry import Registry
+from serve.settings import Settings
+from serve.sources import Located
+from tests.audio.conftest import GOLDEN
+from tests.serve import scripted
+
+MODEL = "whisper-tiny.en"
+CLIP = GOLDEN / "austen-0890.flac"
+TEXT = "Unless to be rather cold-hearted and rather selfish is to be ill-disposed."
+
+
+@pytest.fixture(scope="module")
+def speech_address(model_file, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    place = Located(MODEL, model_file(MODEL), "openai")
+    offer = offers.offer(place, cache_budget=2**20, dtype="float32", home=home, notify=print)
+    assert offer.kind == "speech"
+    registry = Registry([scripted.model(), offer], {"whisper-1": MODEL})
+    with scripted.served(create_app(Settings(home=home), registry)) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(speech_address):
+    with OpenAI(base_url=f"{speech_address}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+def transcribe(client, file=CLIP, **how):
+    return client.audio.transcriptions.create(**{"model": "whisper-1", "file": file} | how)
+
+
+def wav(samples, rate=16_000):
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="WAV")
+    return ("sound.wav", file.getvalue())
+
+
+def post(address, file=("a.wav", b"RIFF"), route="transcriptions", **fields):
+    files = {"file": file} if file else None
+    url = f"{address}/v1/audio/{route}"
+    return httpx.post(url, data={"model": MODEL} | fields, files=files, timeout=120)
+
+
+def test_json(client):
+    answer = transcribe(client)
+    assert answer.text == TEXT
+    assert answer.usage.type == "duration"
+    assert answer.usage.seconds == 6
+    assert answer.logprobs is None
+
+
+def test_logprobs(client):
+    answer = transcribe(client, include=["logprobs"])
+    assert "".join(item.token for item in answer.logprobs).strip() == TEXT
+    assert all(item.logprob <= 0 for item in answer.logprobs)
+    assert bytes(int(b) for item in answer.logprobs for b in item.bytes).decode().strip() == TEXT
+
+
+def test_text_and_subtitles(client):
+    assert transcribe(client, response_format="text") == TEXT + "\n"
+    srt = transcribe(client, response_format="srt")
+    assert srt.startswith("1\n00:00:00,") and " --> 00:00:0" in srt and TEXT in srt
+    vtt = transcribe(client, response_format="vtt")
+    assert vtt.startswith("WEBVTT\n\n00:00:00.")
+
+
+def test_verbose(client):
+    answer = transcribe(client, response_format="verbose_json")
+    assert (answer.language, answer.duration, answer.text) == ("english", 5.3, TEXT)
+    (segment,) = answer.segments
+    assert segment.id == 0 and segment.text.strip() == TEXT
+    assert 0 <= segment.start < 0.5 and 4.5 < segment.end <= 5.3
+    assert answer.words is None
+
+
+def test_words(client):
+    answer = transcribe(
+        client, response_format="verbose_json", timestamp_granularities=["word", "segment"]
+    )
+    assert "".join(word.word for word in answer.words) == TEXT.replace(" ", "")
+    assert all(
+        a.end <= b.start + 0.01 for a, b in zip(answer.words, answer.words[1:], strict=False)
+    )
+    assert answer.segments
+    only = transcribe(client, response_format="verbose_json", timestamp_granularities=["word"])
+    assert only.segments is None and len(only.words) == len(answer.words)
+
+
+def test_streamed_equals_whole(client):
+    *deltas, done = transcribe(client, stream=True)
+    assert {event.type for event in deltas} == {"transcript.text.delta"}
+    assert "".join(event.delta for event in deltas) == TEXT
+    assert done.type == "transcript.text.done" and done.text == TEXT
+
+
+def test_a_long_sound_in_batches(client):
+    samples, rate = soundfile.read(CLIP)
+    pause = np.zeros(rate * 4)
+    many = np.concatenate([part for _ in range(7) for part in (samples, pause)])  # 65 s
+    answer = transcribe(client, wav(many), response_format="verbose_json")
+    assert answer.text.count("rather selfish") == 7
+    starts = np.array([s.start for s in answer.segments if "Unless" in s.text])
+    assert np.abs(starts - 9.3 * np.arange(7)).max() < 1.0
+
+
+@pytest.mark.parametrize("loud", [0.0, 0.001, 0.1])
+def test_silence_and_noise_yield_no_text(client, loud):
+    noise = np.random.default_rng(0).normal(0, loud, 16_000 * 10) if loud else np.zeros(160_000)
+    answer = transcribe(client, wav(np.clip(noise, -1, 1)), response_format="verbose_json")
+    assert (answer.text, answer.segments) == ("", [])
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        (("a.wav", b""), "the file is empty"),
+        (("a.mp3", b"I am no sound"), "not a sound file of a known format"),
+        (("a.flac", CLIP.read_bytes()[:60]), "damaged or truncated"),
+    ],
+    ids=["empty", "text", "truncated"],
+)
+def test_what_is_not_sound(client, file, says):
+    with pytest.raises(openai.BadRequestError, match="Invalid file format") as error:
+        transcribe(client, file)
+    assert says in str(error.value)
+    assert error.value.param == "file"
+
+
+def test_one_sample_and_odd_shapes(client):
+    assert transcribe(client, wav(np.zeros(1))).text == ""
+    samples, rate = soundfile.read(CLIP)
+    eight = np.repeat(samples, 12)[:, None].repeat(8, axis=1)[: 192_000 * 2]
+    assert transcribe(client, wav(eight, 192_000)).text != ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"temperature": "warm"}, "temperature", "expected a decimal, but got a string"),
+        ({"temperature": "1.5"}, "temperature", "<= 1"),
+        ({"response_format": "docx"}, "response_format", "Supported values"),
+        ({"response_format": "diarized_json"}, "response_format", "Speakers"),
+        ({"language": "klingon"}, "language", "klingon"),
+        ({"language": "de"}, "language", "it knows en"),
+        ({"timestamp_granularities[]": "word"}, "timestamp_granularities", "verbose_json"),
+        ({"stream": "maybe"}, "stream", "a boolean"),
+    ],
+)
+def test_fields_that_cannot_be_meant(speech_address, fields, param, says):
+    answer = post(speech_address, **fields)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param
+    assert says in answer.json()["error"]["message"]
+
+
+def test_other_requests_that_cannot_be_answered(speech_address):
+    assert post(speech_address, file=None).json()["error"]["param"] == "file"
+    answer = post(speech_address, model="scripted")
+    assert answer.status_code == 404 and MODEL in answer.json()["error"]["message"]
+    answer = post(speech_address, route="translations")
+    assert answer.status_code == 400 and "English only" in answer.json()["error"]["message"]
+    answer = post(speech_address, file=("a.wav", bytes(25 * 2**20 + 1)))
+    assert answer.status_code == 413
+    assert "Maximum content size limit (26214400) exceeded" in answer.text
+    answer = httpx.post(f"{speech_address}/v1/audio/transcriptions", json={"model": MODEL})
+    assert answer.status_code == 400
+
+
+def pellucid(*args):
+    command = [sys.executable, "-m", "serve", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+def test_the_command_writes_every_format(tmp_path, model_file):
+    speech = f"tiny={model_file(MODEL)}"
+    done = pellucid("transcribe", CLIP, "--model", speech, "--dtype", "float32", "--stats")
+    assert (done.returncode, done.stdout) == (0, TEXT + "\n"), done.stderr
+    assert "times as fast as it was said" in done.stderr
+    done = pellucid(
+        *("transcribe", CLIP, GOLDEN / "austen-0880.flac", "--model", speech),
+        *("--dtype", "float32", "--format", "json", "--words", "--output-dir", tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "austen-0890.json").read_text())
+    assert written["text"] == TEXT and len(written["words"]) > 10
+    assert (tmp_path / "austen-0880.json").exists()
+
+
+def test_the_command_says_what_is_wrong(tmp_path):
+    assert "no file nothing.wav" in pellucid("transcribe", "nothing.wav").stderr
+    wrong = pellucid("transcribe", CLIP, "--format", "docx")
+    assert wrong.returncode == 2 and "text, json, srt, vtt, tsv" in wrong.stderr
