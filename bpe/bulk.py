@@ -66,7 +66,6 @@ class Bulk:
         self._lock = threading.Lock()
         self._known = _Known(encoding)
         self._pairs: _Pairs | None = None
-        self._merged_alone = 0
 
     @staticmethod
     def knows(patterns: Sequence[str]) -> bool:
@@ -121,13 +120,10 @@ class Bulk:
         if dropped := self._encoding.dropped_bytes:
             whole = [piece.translate(None, dropped) == piece for piece in pieces]
             together &= np.array(whole, np.bool_)
-        number = np.count_nonzero(together)
-        # To collect all pairs takes as long as to merge about so many pieces one by one.
-        if self._pairs is None and self._merged_alone + number > len(self._encoding.ranks) // 32:
-            self._pairs = _Pairs(self._encoding)
-        if number < FEW or self._pairs is None:
-            self._merged_alone += len(pieces)
+        if np.count_nonzero(together) < FEW:
             together[:] = False
+        elif self._pairs is None:
+            self._pairs = _Pairs(self._encoding)
         alone = np.flatnonzero(~together).tolist()
         lists = [self._encoding.encode_piece(pieces[i]) for i in alone]
         count = np.zeros(len(pieces), np.intp)
