@@ -16,7 +16,7 @@ serve: ## install, fetch the chat model (93 MB), serve it on 127.0.0.1:8000
 	@$(BIN)/pellucid pull >/dev/null
 	@exec $(BIN)/pellucid serve $(ARGS)
 
-test: .models ## install, fetch the models (570 MB), run the tests
+test: .models ## install, fetch the models (860 MB), run the tests
 	@$(BIN)/pytest -q $(ARGS)
 
 slow: .models ## the tests that take long, notebooks among them, then the comparisons
