@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -148,22 +148,22 @@ class _Known:
     def __init__(self, encoding: Encoding):
         self._table = _Table(words=2)
         self._long: dict[bytes, int] = {}
-        self._ids = np.empty(0, np.uint32)
-        self._first = np.empty(0, np.intp)  # where in _ids those of a piece begin
-        self._count = np.empty(0, np.intp)
-        self.add([b""], self._ids, np.zeros(1, np.intp))
+        self._ids = _Column(np.uint32)
+        self._first = _Column(np.intp)  # where in _ids those of a piece begin
+        self._count = _Column(np.intp)
+        self.add([b""], np.empty(0, np.uint32), np.zeros(1, np.intp))
         if encoding.whole_pieces:
             ids = np.fromiter(encoding.ranks.values(), np.uint32)
             self.add(list(encoding.ranks), ids, np.ones(len(ids), np.intp))
-        self._given = len(self._ids)
+        self._given = self._ids.size
 
     @property
     def size(self) -> int:
-        return len(self._count)
+        return self._count.size
 
     @property
     def learned(self) -> int:
-        return len(self._ids) - self._given
+        return self._ids.size - self._given
 
     def find(self, data: bytes, begin: Ints, length: Ints) -> Ints:
         """The numbers of the pieces data[begin : begin + length], -1 if unknown."""
@@ -183,21 +183,38 @@ class _Known:
         low[long] = long + self.size  # some key that no piece has, to take up the number
         self._table.add(low, high)
         self._long.update((pieces[i], self.size + i) for i in long.tolist())
-        self._first = np.append(self._first, np.cumsum(count) - count + len(self._ids))
-        self._count = np.append(self._count, count)
-        self._ids = np.append(self._ids, ids)
+        self._first.append(np.cumsum(count) - count + self._ids.size)
+        self._count.append(count)
+        self._ids.append(ids)
 
     def ids(self, number: Ints) -> tuple[Ids, Ints]:
         """The ids of pieces, one after the other, and how many each has."""
         count = self._count.take(number)
-        return self._ids.take(_places(self._first.take(number), count), mode="clip"), count
+        return self._ids.take(_places(self._first.take(number), count)), count
+
+
+class _Column:
+    """An array that can grow at its end."""
+
+    def __init__(self, dtype: npt.DTypeLike):
+        self._data = np.empty(1, dtype)
+        self.size = 0
+
+    def append(self, items: npt.NDArray[Any]) -> None:
+        begin, self.size = self.size, self.size + len(items)
+        if self.size > len(self._data):
+            self._data = np.concatenate([self._data, np.empty(2 * self.size, self._data.dtype)])
+        self._data[begin : self.size] = items
+
+    def take(self, places: Ints) -> npt.NDArray[Any]:
+        return self._data.take(places, mode="clip")  # NumPy's fastest mode
 
 
 class _Table:
     """A hash table with open addressing that numbers keys of one or more words from 0 on."""
 
     def __init__(self, *, words: int):
-        self.keys = [np.empty(0, np.uint64) for _ in range(words)]
+        self._keys = [_Column(np.uint64) for _ in range(words)]
         self._bits = 1  # there are 2^bits slots
         self._slots = np.full(2, -1, np.int32)  # the number of a key; -1: free
 
@@ -218,13 +235,15 @@ class _Table:
 
     def add(self, *keys: Words) -> None:
         """Adds keys that are different from each other and from those that the table has."""
-        number = np.arange(len(keys[0])) + len(self.keys[0])
-        self.keys = [np.append(old, new) for old, new in zip(self.keys, keys, strict=True)]
-        if 2 * len(self.keys[0]) > len(self._slots):
-            self._bits = (4 * len(self.keys[0])).bit_length()
+        size = self._keys[0].size + len(keys[0])
+        number = np.arange(self._keys[0].size, size)
+        for column, new in zip(self._keys, keys, strict=True):
+            column.append(new)
+        if 2 * size > len(self._slots):
+            self._bits = (4 * size).bit_length()
             self._slots = np.full(1 << self._bits, -1, np.int32)
-            number = np.arange(len(self.keys[0]))
-        slot = self._slot(tuple(column[number] for column in self.keys))
+            number = np.arange(size)
+        slot = self._slot(tuple(column.take(number) for column in self._keys))
         while len(number):
             free = np.flatnonzero(self._slots[slot] < 0)[::-1]
             self._slots[slot[free]] = number[free]  # of several for one slot, the first stays
@@ -241,9 +260,9 @@ class _Table:
 
     def _differs(self, number: Ints, keys: tuple[Words, ...]) -> npt.NDArray[np.bool_]:
         """Whether the numbers belong to other keys (or are -1)."""
-        differs = self.keys[0].take(number, mode="clip") != keys[0]
-        for column, key in zip(self.keys[1:], keys[1:], strict=True):
-            differs |= column.take(number, mode="clip") != key
+        differs = self._keys[0].take(number) != keys[0]
+        for column, key in zip(self._keys[1:], keys[1:], strict=True):
+            differs |= column.take(number) != key
         return differs
 
 
@@ -258,7 +277,6 @@ _MASKS = np.array(
     ],
     np.uint64,
 )
-_LENGTHS = np.arange(KEY_BYTES + 2, dtype=np.uint64) << np.uint64(56)
 
 
 def _keys(data: bytes, begin: Ints, length: Ints) -> tuple[Words, Words]:
@@ -269,7 +287,7 @@ def _keys(data: bytes, begin: Ints, length: Ints) -> tuple[Words, Words]:
     low &= _MASKS[0].take(length)
     high = eight.take(begin + 8, mode="clip")
     high &= _MASKS[1].take(length)
-    high |= _LENGTHS.take(length)
+    high |= length.astype(np.uint64) << np.uint64(56)
     return low, high
 
 
