@@ -17,6 +17,7 @@ import typer
 import typer.core
 
 from serve import (
+    bench_command,
     catalogue,
     embed_command,
     inspect_command,
@@ -88,6 +89,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(keys_command.app, name="keys")
+app.command()(bench_command.bench)
 app.command()(embed_command.embed)
 app.command()(transcribe_command.transcribe)
 app.command()(inspect_command.inspect)

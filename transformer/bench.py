@@ -443,7 +443,7 @@ def roofline(results: Sequence[Result], about: Mapping[str, Any], path: Path) ->
     colours = dict(zip(peaks, ("#1b6ca8", "#c8553d", "#3c7a3c", "#7a4fa3"), strict=False))
     intensity = [one.flops / one.bytes for one in results]
     low, high = min([0.1, *intensity]) / 2, max([1e3, *intensity]) * 2
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    figure = Figure(figsize=(11, max(6.5, 0.16 * len(results))), layout="constrained")
     axes = figure.add_subplot()
     x = np.geomspace(low, high, 200)
     for dtype, peak in peaks.items():

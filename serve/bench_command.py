@@ -1,0 +1,102 @@
+"""`pellucid bench`: times what a model is made of, against what this machine can do.
+
+The measuring is `transformer/bench.py`, which `python -m transformer.bench` runs by itself; here a
+model may be named by its id. Only its sizes are read: weights are random.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from serve import catalogue, settings, terminal
+from serve.failures import WrongUsage
+
+
+def bench(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="Beginnings of cases' names. [default: all]"),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="ID",
+            help="Take the sizes of a pulled model, or of NAME=PATH. [default: SmolLM2-135M's]",
+        ),
+    ] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens that stand in the cache.")] = 512,
+    forms: Annotated[
+        bool, typer.Option("--forms", help="Every form of each operation, in turns.")
+    ] = False,
+    tried: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--try",
+            metavar="OPERATION=FORM",
+            help="Measure with this form too, in turns. Repeatable.",
+        ),
+    ] = None,
+    where: Annotated[
+        bool, typer.Option("--where", help="Say where a decoded token's time goes, and leave.")
+    ] = False,
+    names_only: Annotated[
+        bool, typer.Option("--list", help="Print the names of the cases, and leave.")
+    ] = False,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Of samples, a case.")] = 1.0,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the results there, as JSON lines.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Compare with what --save wrote.")
+    ] = None,
+    roofline: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the results under the roofs.")
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print JSON lines instead of a table.")
+    ] = False,
+) -> None:
+    """Time what a model is made of, against what this machine can do."""
+    path = None
+    if model is not None:
+        from serve import sources
+
+        known = catalogue.load(settings.config_folder())
+        with terminal.Download(model) as progress:
+            path = sources.locate(
+                model, known, settings.data_folder(), say=terminal.say, progress=progress
+            ).path
+
+    from transformer import bench
+    from transformer.kernels import cases
+
+    try:
+        old = bench.read(compare) if compare else None
+        sizes = cases.Sizes.of(path, context=context)
+        plan = bench.Plan(
+            names=names or (),
+            forms=forms,
+            tried=bench.parse_forms(tried or ()),
+            seconds=seconds,
+        )
+        chosen = plan.select(cases.cases(sizes))
+    except ValueError as error:
+        raise WrongUsage(str(error)) from None
+    if names_only:
+        print("\n".join(case.name for case in chosen))
+        return
+    status = bench.report(
+        plan,
+        chosen,
+        where=sizes if where else None,
+        as_json=json,
+        save=save,
+        old=old,
+        picture=roofline,
+        say=terminal.say,
+    )
+    if status:
+        raise typer.Exit(status)

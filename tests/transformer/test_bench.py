@@ -1,0 +1,275 @@
+"""The bench: its arithmetic on numbers made up, its honesty on real functions, its command."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transformer import bench, encoder, kernels
+from transformer.bench import Case, Contender, Plan, Result, Roofs
+from transformer.config import Config
+from transformer.kernels import cases, exact, where
+
+ROOFS = Roofs(10e9, {"float32": 100e9, "bfloat16": 200e9, "int8": 400e9}, 1e-6)
+TINY = cases.Sizes(Config.debug(max_seq_len=1024), 100, encoder.Config.debug(max_seq_len=256))
+RESULT = Result(
+    case="norm 1x8",
+    form="chosen",
+    dtype="float32",
+    min=1e-6,
+    median=2e-6,
+    p80=3e-6,
+    n=5,
+    flops=32.0,
+    bytes=96.0,
+    gflops=0.016,
+    gbs=0.048,
+    roof=9.6e-9,
+    bound="memory",
+    percent=0.48,
+    max_error=None,
+    relative_error=None,
+    compile=0.1,
+)
+ABOUT = {"processor": "one", "jax": "0", "roofs": {"gbs": 10.0, "gflops": {"float32": 100.0}}}
+
+
+def one(**changes) -> Case:
+    """y = x @ w, whose work is known."""
+    fields = dict(
+        name="product",
+        function=jnp.matmul,
+        inputs=lambda: (jnp.ones((4, 8)), jnp.ones((8, 16))),
+        flops=2 * 4 * 8 * 16,
+        expected=bench.in_float64(jnp.matmul),
+    )
+    return Case(**(fields | changes))
+
+
+def test_the_roof_is_the_longer_of_reading_and_computing():
+    assert ROOFS.seconds(100e9, 1e9, "float32") == (1.0, "arithmetic")
+    assert ROOFS.seconds(100e9, 20e9, "float32") == (2.0, "memory")
+    assert ROOFS.seconds(100e9, 1e9, "int8") == (0.25, "arithmetic")
+
+
+def test_a_result_follows_from_its_times():
+    (found,) = bench.measure([Contender(case=one())], ROOFS, seconds=0)
+    assert found.n == 5 and 0 < found.min <= found.median <= found.p80
+    assert found.bytes == 4 * (4 * 8 + 8 * 16 + 4 * 16)  # each argument and the outcome, once
+    assert found.gflops == pytest.approx(found.flops / found.median / 1e9)
+    assert found.gbs == pytest.approx(found.bytes / found.median / 1e9)
+    assert found.roof == pytest.approx(found.bytes / 10e9) and found.bound == "memory"
+    assert found.percent == pytest.approx(100 * found.roof / found.median)
+    assert found.max_error == 0 and found.ratio == 1 and found.compile > 0
+
+
+def test_a_wrong_function_shows():
+    wrong = one(function=lambda x, w: jnp.matmul(x, w) + 0.5)
+    (found,) = bench.measure([Contender(case=wrong)], ROOFS, seconds=0)
+    assert found.max_error == 0.5 and found.relative_error == 0.5 / 8
+    cut = one(function=lambda x, w: jnp.matmul(x, w)[:2])
+    with pytest.raises(ValueError, match=r"shape \(2, 16\), that in float64 \(4, 16\)"):
+        bench.measure([Contender(case=cut)], ROOFS, seconds=0)
+
+
+def test_a_reference_that_falls_back_to_float32_is_refused():
+    narrow = bench.in_float64(lambda x: x.astype(jnp.float32))
+    with pytest.raises(TypeError, match="narrower type"):
+        narrow(jnp.ones(3))
+
+
+def test_contenders_take_turns_and_the_slower_one_shows():
+    def slow(x, w):
+        return jax.lax.fori_loop(0, 300, lambda _, y: jnp.tanh(y @ w.T @ w), jnp.matmul(x, w))
+
+    slow_case = one(function=slow, expected=None)
+    results = bench.measure([Contender(case=one()), Contender(case=slow_case)], ROOFS, seconds=0.01)
+    assert results[0].n == results[1].n
+    assert results[0].ratio == 1 and results[1].ratio < 0.9
+
+
+def test_cold_arguments_are_new_ones_at_every_call():
+    case = one(cold=(1,), sweep=5 * 8 * 16 * 4)
+    arguments = bench._arguments(case)
+    assert len(arguments) == 5
+    assert len({args[1].unsafe_buffer_pointer() for args in arguments}) == 5
+    assert len({args[0].unsafe_buffer_pointer() for args in arguments}) == 1
+
+
+def test_donated_arguments_are_replaced_by_the_outcome():
+    case = one(
+        function=lambda x, w: (x + 1, w),
+        expected=lambda x, w: np.ones((4, 8)) + 1,
+        result=lambda out: out[0],
+        donated=(0,),
+        again=lambda before, out: (out[0], before[1]),
+    )
+    (found,) = bench.measure([Contender(case=case)], ROOFS, seconds=0)
+    assert found.max_error == 0
+
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "int8": 5e-2}
+
+
+def test_whole_programs_are_right_in_every_format():
+    """On tiny sizes, against float64; times mean nothing here."""
+    plan = Plan(names=["prefill", "decode 1x1", "embed"], seconds=0)
+    seen = []
+    for (found,) in bench.run(plan, plan.select(cases.cases(TINY)), ROOFS, say=seen.append):
+        seen.append(found.case.split()[0])
+        assert found.relative_error < TOLERANCE[found.dtype], found.case
+    assert seen == ["prefill"] * 3 + ["decode"] * 3 + ["embed"] * 2
+
+
+@pytest.mark.slow
+def test_every_case_is_right_and_every_form_of_it():
+    plan, said, seen = Plan(forms=True, seconds=0), [], set()
+    for group in bench.run(plan, cases.cases(TINY), ROOFS, say=said.append):
+        for found in group:
+            seen.add((found.case.partition(" ")[0], found.form))
+            assert found.relative_error is not None
+            assert found.relative_error < TOLERANCE[found.dtype], (found.case, found.form)
+    for operation, forms in kernels.FORMS.items():
+        assert {(operation, form) for form in ("chosen", *forms)} <= seen
+    assert {("prefill", "chosen"), ("decode", "chosen"), ("embed", "chosen")} <= seen
+    assert any("matmul pair is for one row, not 8" in line for line in said)
+
+
+def test_float64_knows_every_form_of_decoder():
+    from tests.transformer.conftest import FORMS, noise
+    from transformer import decoder
+
+    ids = np.random.default_rng(0).integers(0, 320, (2, 12)).astype(np.int32)
+    for name, forms in FORMS.items():
+        cfg = Config.debug(**forms)
+        params = noise(decoder.init(jax.random.key(0), cfg))
+        logits = jax.jit(decoder.forward, static_argnums=1)(params, cfg, ids)[0][:, -1]
+        np.testing.assert_allclose(logits, exact.decoder(params, cfg, ids), atol=1e-4, err_msg=name)
+
+
+def test_results_are_saved_read_and_compared(tmp_path):
+    path = tmp_path / "a.jsonl"
+    bench.write(path, ABOUT, [RESULT])
+    assert [list(json.loads(line))[0] for line in path.read_text().splitlines()] == [
+        "machine",
+        "case",
+    ]
+    about, results = bench.read(path)
+    assert about == ABOUT and results == [RESULT]
+    faster = dataclasses.replace(RESULT, median=1e-6, percent=0.96)
+    other = dataclasses.replace(RESULT, case="rotate 1x8")
+    head, line = bench.compare(results, [faster, other]).splitlines()
+    assert head.split()[:5] == ["CASE", "FORM", "OLD", "NEW", "SPEED"]
+    assert line.split()[3:8] == ["2", "us", "1", "us", "x2.00"]
+    (tmp_path / "b.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="b.jsonl holds no results of this bench"):
+        bench.read(tmp_path / "b.jsonl")
+
+
+def test_the_table_says_what_was_found():
+    rival = dataclasses.replace(RESULT, form="fused", ratio=0.5)
+    head, first, second = bench.table([RESULT, rival], has_turns=True).splitlines()
+    assert head.split()[0] == "CASE" and head.split()[-1] == "SPEED"
+    assert first.split()[:10] == ["norm", "1x8", "chosen", "2", "us", "1", "us", "3", "us", "5"]
+    assert second.split()[-1] == "x0.50"
+
+
+def test_the_roofline_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    bench.roofline([RESULT], ABOUT, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plans():
+    found = [one(name="matmul 1x2 float32", operation="matmul"), one(name="decode 1x1 float32")]
+    assert Plan(names=["dec"]).select(found) == found[1:]
+    with pytest.raises(ValueError, match="no case is called 'add': there are matmul, decode"):
+        Plan(names=["add"]).select(found)
+    with pytest.raises(ValueError, match="norm has the forms"):
+        Plan(tried={"norm": "fused"})
+    with pytest.raises(ValueError, match="OPERATION=FORM, got 'norm'"):
+        bench.parse_forms(["norm"])
+    forms = [rival.form for rival in Plan(forms=True).contenders(found[0])]
+    assert forms == ["chosen", *kernels.FORMS["matmul"]]
+    rivals = Plan(tried={"norm": "reference"}).contenders(found[1])
+    assert [rival.form for rival in rivals] == ["chosen", "norm=reference"]
+
+
+def test_a_context_must_fit_the_model():
+    with pytest.raises(ValueError, match="context must be from 1 to 8191, got 8192"):
+        cases.Sizes.of(None, context=8192)
+
+
+HLO = """
+ENTRY %main (a: f32[2]) -> f32[2] {
+  %w.1 = f32[8,8]{1,0} parameter(0), metadata={op_name="params.layers[3].gate.weight"}
+  %x.2 = f32[8]{0} add(%a, %a), metadata={op_name="jit(f)/mlp/add"}
+  %dot.3 = f32[8]{0} dot(%w.1, %x.2), lhs_contracting_dims={1}
+  ROOT %y = f32[8]{0} fusion(%dot.3), metadata={op_name="jit(f)/attention/attend_cached/exp"}
+}
+"""
+
+
+def test_instructions_are_traced_to_what_they_came_from():
+    names = where.labels(HLO)
+    assert names["dot.3"] == "params.layers[3].gate.weight jit(f)/mlp/add"
+    assert where._stage(names["dot.3"]) == "products gate, up, down"
+    assert where._stage(names["y"]) == "attention over the cache"
+    assert where._stage("jit(f)/add") == where.OTHER
+
+
+def test_a_loop_is_not_counted_twice():
+    def event(name, at, taken):
+        return {"ts": at, "dur": taken, "args": {"hlo_op": name}}
+
+    events = [event("dot", 2, 3), event("while", 0, 10), event("add", 5, 1), event("out", 10, 4)]
+    assert dict(where._own_times(events)) == {"while": 6, "dot": 3, "add": 1, "out": 4}
+
+
+def test_where_a_token_goes():
+    found = where.where(TINY, ROOFS, formats=("float32", "int8"), say=lambda line: None)
+    for table in found:
+        spent = {stage["stage"]: stage["seconds"] for stage in table["stages"]}
+        must_read = {stage["stage"] for stage in table["stages"] if stage["bytes"] is not None}
+        assert len(must_read) == 4 and must_read <= where.STAGES.keys()
+        assert sum(spent.values()) == pytest.approx(table["profiled"], rel=0.5)
+    assert "attention over the cache" in where.show(found)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "transformer.bench", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent.parent,
+    )
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    arguments = ("norm rms 1x", "--forms", "--seconds", "0", "--save", str(tmp_path / "a.jsonl"))
+    first = run(*arguments)
+    assert first.returncode == 0 and "of roof" in first.stdout.lower()
+    again = run("norm rms 1x", "--seconds", "0", "--compare", str(tmp_path / "a.jsonl"))
+    assert "OF ROOF, OLD" in again.stdout
+    as_json = run("rotate 1x", "--seconds", "0", "--json")
+    machine, result = map(json.loads, as_json.stdout.splitlines())
+    assert machine["machine"]["roofs"]["gbs"] > 0 and result["case"].startswith("rotate 1x")
+
+
+def test_mistakes_of_the_command():
+    for arguments, sentence in (
+        (["add"], "no case is called 'add'"),
+        (["--try", "norm=fused"], "norm has the forms"),
+        (["--compare", "/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["--context", "0"], "context must be from 1"),
+    ):
+        done = run(*arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert sentence in done.stderr and "Traceback" not in done.stderr
