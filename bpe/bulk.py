@@ -81,14 +81,21 @@ class Bulk:
         Returns:
             The ids of all texts, one after the other; and how many each text has.
         """
+        with self._lock:
+            try:
+                return self._encode(texts)
+            except BaseException:  # Ctrl-C too may have left half of what was learned
+                self._known = _Known(self._encoding)
+                raise
+
+    def _encode(self, texts: Sequence[str]) -> tuple[Ids, Ints]:
         ids, counts = [np.empty(0, np.uint32)], [np.empty(0, np.intp)]
         owners: list[int] = []
-        with self._lock:
-            for block in _blocks(texts):
-                for stretch_ids, stretch_counts in self._encode_block([s for _, s in block]):
-                    ids.append(stretch_ids)
-                    counts.append(stretch_counts)
-                owners += (owner for stretch_owners, _ in block for owner in stretch_owners)
+        for block in _blocks(texts):
+            for stretch_ids, stretch_counts in self._encode_block([s for _, s in block]):
+                ids.append(stretch_ids)
+                counts.append(stretch_counts)
+            owners += (owner for stretch_owners, _ in block for owner in stretch_owners)
         totals = np.bincount(owners, np.concatenate(counts), len(texts)).astype(np.intp)
         return np.concatenate(ids), totals
 
@@ -310,7 +317,7 @@ class _Pairs:
         ranks = encoding.ranks
         if encoding.merges is None:  # any two tokens that are a third together
             left, right, self._ranks = _splits(encoding)
-            self.made = np.arange(encoding.max_token_value + 1, dtype=np.uint32)
+            self.made = np.arange(max(ranks.values()) + 1, dtype=np.uint32)
         else:
             left, right, made = np.array(
                 [(ranks[a], ranks[b], ranks[a + b]) for a, b in encoding.merges], np.uint64

@@ -115,13 +115,17 @@ class Encoding:
         if "" in self.special_tokens or b"" in self.ranks:
             raise ValueError(f"encoding {name!r}: a token must not be empty")
 
+        for token, id in [*self.ranks.items(), *self.special_tokens.items()]:
+            if not isinstance(id, int) or not 0 <= id < 1 << 32:
+                raise ValueError(
+                    f"encoding {name!r}: the id of {token!r} must be a number from 0 to "
+                    f"{(1 << 32) - 1}, got {id!r}"
+                )
         # A special token may have two spellings (o200k_harmony); decoding gives the first.
         special = {id: token.encode() for token, id in reversed(self.special_tokens.items())}
         self._decoder = {id: token for token, id in self.ranks.items()} | special
         if len(self._decoder) != len(self.ranks) + len(special):
             raise ValueError(f"encoding {name!r}: {_repeated(self.ranks, self.special_tokens)}")
-        if min(self._decoder) < 0:
-            raise ValueError(f"encoding {name!r}: token id {min(self._decoder)} is negative")
         self.max_token_value = max(self._decoder)
         self._special_ids = frozenset(self.special_tokens.values())
         if explicit_n_vocab and not len(self._decoder) == self.n_vocab == explicit_n_vocab:
@@ -453,7 +457,9 @@ class Encoding:
         """
         if isinstance(tokens, str) or not hasattr(tokens, "__getitem__"):
             raise TypeError(f"ids must be a sequence of integers, not {tokens!r:.80}")
-        if len(tokens) >= _MANY and self.max_token_value < 1 << 24:
+        # Of bytes, an array would take four for one number.
+        is_bytes = isinstance(tokens, bytes | bytearray | memoryview)
+        if len(tokens) >= _MANY and self.max_token_value < 1 << 24 and not is_bytes:
             return self._decode_many(tokens)
         try:
             return b"".join([self._decoder[token] for token in tokens])
@@ -608,6 +614,8 @@ def _well_formed(text: str) -> str:
 
 
 def _check_special(text: str, disallowed: Collection[str]) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a string, not {text!r:.80}")
     if disallowed and (match := special_pattern(frozenset(disallowed)).search(text)):
         _raise_disallowed(match.group())
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Any, Literal
 from bpe.chat import ChatTemplate
 from bpe.encoding import Encoding
 from bpe.pretokenize import GPT2, LLAMA3, QWEN2, SMOLLM
-from bpe.vocabularies import VOCABULARIES
+from bpe.vocabularies import PUBLISHED, VOCABULARIES
 from bpe.wordpiece import WordPiece
 
 # What ends a turn or a text, in the vocabularies we know. Whichever of them a vocabulary has as a
@@ -81,12 +82,17 @@ def load(path: str | Path) -> Tokenizer:
         return from_tokenizer_json(path)
     if path.suffix == ".tiktoken":
         # OpenAI's files hold only the ranks; pattern and special tokens go by the name.
-        if (known := VOCABULARIES.get(path.stem)) is None:
+        if (expected := PUBLISHED.get(path.stem)) is None:
             raise ValueError(
                 f"{path}: a .tiktoken file holds no split pattern, and only those of "
-                f"{', '.join(VOCABULARIES)} are known by name; call "
+                f"{', '.join(PUBLISHED)} are known by name; call "
                 "bpe.from_tiktoken(path, pattern=..., special_tokens=...)"
             )
+        if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != expected:
+            raise ValueError(
+                f"{path}: its SHA-256 is {found}, that of OpenAI's file of this name is {expected}"
+            )
+        known = VOCABULARIES[path.stem]
         return from_tiktoken(path, pattern=known.pattern, special_tokens=known.special_tokens)
     raise ValueError(
         f"{path}: unknown kind of vocabulary; a .gguf, a .tiktoken, a tokenizer.json or a folder "

@@ -46,6 +46,14 @@ class Vocabulary:
     skipped: int | None = None  # the rank that no token of the file has
 
 
+# The SHA-256 of the files as OpenAI publishes them; other bytes under these names are damaged.
+PUBLISHED = {
+    "r50k_base": "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
+    "p50k_base": "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069",
+    "cl100k_base": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+    "o200k_base": "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+}
+
 _END = "<|endoftext|>"
 _FILL = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 _GPT2 = Vocabulary(pattern=GPT2, file="p50k_base", num_tokens=50256, special_tokens={_END: 50256})

@@ -26,6 +26,7 @@ Leaves out: more than one device, and pieces that can be interrupted.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import functools
 import logging
 import threading
@@ -157,7 +158,10 @@ class Device:
 @functools.cache
 def default_device() -> Device:
     """The device thread of this process, started when first asked for."""
-    return Device()
+    device = Device()
+    # A process that ends while this thread is inside XLA would abort instead.
+    atexit.register(device.close)
+    return device
 
 
 class Lane(Source):

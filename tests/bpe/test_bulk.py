@@ -1,5 +1,6 @@
 """Much text at once: the same ids as piece by piece, on every kind of vocabulary."""
 
+import contextlib
 import random
 import threading
 import time
@@ -203,7 +204,8 @@ def test_special_tokens_among_much_text():
 
 def test_threads_share_an_encoding():
     encoding = tiny.encoding()
-    work = [("".join(texts(seed, 300)), []) for seed in range(4)]
+    work = [("".join(texts(seed, 600)), []) for seed in range(4)]
+    assert all(encoding._is_much([text]) for text, _ in work)
     threads = [
         threading.Thread(target=lambda text=text, out=out: out.append(encoding.encode(text)))
         for text, out in work
@@ -214,6 +216,28 @@ def test_threads_share_an_encoding():
         thread.join()
     for text, (ids,) in work:
         assert ids == encoding._encode_ordinary(text)
+
+
+@pytest.mark.parametrize("at", range(1, 8))
+def test_an_interruption_loses_what_was_learned_and_nothing_else(at, monkeypatch):
+    """An exception while pieces were being added left the tables out of step for good."""
+    encoding = tiny.encoding()
+    text = "".join(texts(1, 600))
+    append, calls = bulk._Column.append, 0
+
+    def interrupted(self, values):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise KeyboardInterrupt
+        append(self, values)
+
+    encoding.encode_to_numpy("".join(texts(2, 600)))
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk._Column, "append", interrupted)
+        with contextlib.suppress(KeyboardInterrupt):
+            encoding.encode_to_numpy(text)
+    assert encoding.encode_to_numpy(text).tolist() == encoding._encode_ordinary(text)
 
 
 SLOW = pytest.mark.slow

@@ -134,7 +134,7 @@ def test_pickle():
         ),
         ({"dropped_bytes": b"a"}, "no token for the bytes b''"),
         ({"special_tokens": {"<x>": 3}}, r"b'\\x00' and '<x>' both have the id 3"),
-        ({"special_tokens": {"<x>": -1}}, "-1 is negative"),
+        ({"special_tokens": {"<x>": -1}}, "the id of '<x>' must be a number from 0"),
         ({"special_tokens": {"": 500}}, "must not be empty"),
         ({"merges": [(b"zz", b"a")]}, "joins what is no token"),
         ({"merges": [(b"z", b"z")]}, "makes what is no token"),
@@ -355,6 +355,28 @@ def test_wrong_ids(wrong, error, number):
 def test_what_is_no_sequence_of_ids(tokens):
     with pytest.raises(TypeError):
         ENCODING.decode(tokens)
+
+
+@pytest.mark.parametrize("number", [1, 500])
+def test_bytes_are_ids_too(number):
+    """Many of them were taken four for one."""
+    ids = b"abcd" * number
+    assert ENCODING.decode(ids) == ENCODING.decode(list(ids))
+
+
+@pytest.mark.parametrize("id", [-1, 1 << 32, 1.5, "7", None])
+def test_ids_are_numbers_of_32_bits(id):
+    with pytest.raises(ValueError, match="the id of '<x>' must be a number from 0 to 4294967295"):
+        tiny.encoding(special_tokens={"<x>": id})
+
+
+@pytest.mark.parametrize("text", [b"bytes", ["list"], None, b"much" * 20_000])
+def test_only_strings_are_text(text):
+    for call in (ENCODING.encode, ENCODING.encode_to_numpy):
+        with pytest.raises(TypeError):
+            call(text, disallowed_special=())
+    with pytest.raises(TypeError):
+        ENCODING.encode_ordinary(text)
 
 
 def test_gaps_in_the_numbering():

@@ -345,8 +345,8 @@ def test_tiktoken(tiktoken_file):
     assert (tokenizer.eos_id, tokenizer.stop_ids) == (1000, {1000})
     with pytest.raises(ValueError, match="holds no split pattern"):
         bpe.load(path)
-    known = bpe.load(tiktoken_file(tiny.TOKENS, "cl100k_base.tiktoken"))
-    assert known.encoding.special_tokens["<|fim_prefix|>"] == 100258
+    with pytest.raises(ValueError, match="its SHA-256 is"):
+        bpe.load(tiktoken_file(tiny.TOKENS, "cl100k_base.tiktoken"))
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_tiktoken(tiktoken_file):
         ("YQ== 300", "line 268 repeats the token b'a' of line 98"),
         ("enp6 3", "line 268 repeats the rank 3 of line 4"),
         ("enp6 268", "line 268 has the rank 268, but none has 267"),
-        ("enp6 -1", "token id -1 is negative"),
+        ("enp6 -1", "must be a number from 0 to 4294967295, got -1"),
     ],
 )
 def test_a_damaged_tiktoken_file_is_named(tiktoken_file, line, message):

@@ -13,20 +13,13 @@ from bpe import vocabularies
 from bpe.save import tiktoken_lines
 from tests.bpe.tiktoken_cache import fill, gpt2_files
 
-# What tiktoken expects of the files it fetches.
-PUBLISHED = {
-    "r50k_base": "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
-    "p50k_base": "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069",
-    "cl100k_base": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
-    "o200k_base": "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
-}
 NAMES = bpe.list_encoding_names()
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", vocabularies.PUBLISHED)
 def test_the_published_file_comes_back_to_the_byte(name):
     text = tiktoken_lines(bpe.get_encoding(name))
-    assert hashlib.sha256(text.encode()).hexdigest() == PUBLISHED[name]
+    assert hashlib.sha256(text.encode()).hexdigest() == vocabularies.PUBLISHED[name]
 
 
 def test_so_do_the_files_gpt2_was_published_as():
@@ -102,6 +95,17 @@ def test_a_damaged_table_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(vocabularies, "files", lambda package: tmp_path)
     with pytest.raises(ValueError, match="o200k_base.xz: its SHA-256 is not the expected one"):
         vocabularies.ranks("o200k_base")
+
+
+def test_a_file_of_openais_is_read_and_one_cut_short_is_not(tmp_path):
+    """A vocabulary with half its tokens loaded without a word, and encoded differently."""
+    path = tmp_path / "r50k_base.tiktoken"
+    lines = tiktoken_lines(bpe.get_encoding("r50k_base"))
+    path.write_text(lines)
+    assert bpe.load(path).encoding.encode("hello world") == [31373, 995]
+    path.write_text(lines[: len(lines) // 2])
+    with pytest.raises(ValueError, match="r50k_base.tiktoken: its SHA-256 is .* of this name is"):
+        bpe.load(path)
 
 
 def test_it_can_be_pickled():
