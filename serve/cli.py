@@ -220,7 +220,10 @@ def serve(
                     terminal.answer_json({"url": address, "models": models, "formats": formats})
 
             def stopping() -> None:
-                terminal.say("stopping after the running answers (Ctrl-C again: at once)")
+                terminal.say(
+                    f"stopping after the running answers, at most {listen.DRAIN_SECONDS} s "
+                    "(Ctrl-C again: at once)"
+                )
 
             app = create_app(chosen, registry)
             if not listen.run(app, taken, log_format=log_format, ready=ready, stopping=stopping):

@@ -5,6 +5,7 @@ after, so that a client is refused rather than kept waiting. The first Ctrl-C le
 finish, the second does not wait.
 """
 
+import asyncio
 import contextlib
 import logging
 import signal
@@ -60,6 +61,10 @@ def address(taken: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and record.exc_info[0] is asyncio.CancelledError)
+
+
 def run(
     app: "FastAPI",
     taken: socket.socket,
@@ -95,6 +100,8 @@ def run(
                 logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             else:
                 app.state.is_draining = True
+                # What does not end in time is cut off, which needs a line and no traceback.
+                logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
                 stopping()
             super().handle_exit(sig, frame)
 

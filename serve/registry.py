@@ -115,7 +115,7 @@ class Registry:
 
     def loaded(self) -> list[ServedModel | EmbeddingModel | SpeechModel]:
         """What is in memory, in the order of `list`."""
-        found = [self._loaded.get(id) for id in self._cards]
+        found = [self._loaded.get(id) for id in list(self._cards)]
         return [model for model in found if model is not None]
 
     def aliases_of(self, id: str) -> list[str]:
@@ -160,7 +160,8 @@ class Registry:
         with self._one_at_a_time:
             if (model := self._loaded.get(id)) is not None:
                 return model
-            offer = self._cards[id]
+            if (offer := self._cards.get(id)) is None:
+                raise UnknownModel(id)
             assert isinstance(offer, Offer)
             self._make_room(offer)
             try:
@@ -169,15 +170,17 @@ class Registry:
                 raise CannotLoad(id, str(error), is_busy=bool(self._loaded)) from error
             except (OSError, ValueError, Failure) as error:
                 raise CannotLoad(id, str(error), is_busy=False) from error
+            if id not in self._cards:  # removed meanwhile
+                raise UnknownModel(id)
             self._loaded[id] = model
             return model
 
     def unload(self, id: str) -> bool:
         """Lets a loaded model go. Gives whether it did: not one that works or came loaded."""
         model = self._loaded.get(id)
-        if model is None or not isinstance(self._cards[id], Offer) or not model.is_idle:
+        if model is None or not isinstance(self._cards.get(id), Offer) or not model.is_idle:
             return False
-        del self._loaded[id]
+        self._loaded.pop(id, None)
         del model
         gc.collect()
         return True
@@ -203,22 +206,29 @@ class Registry:
     def _make_room(self, offer: Offer) -> None:
         """Lets go of what has not been asked for the longest, until an offered model fits."""
         from serve import memory
+        from serve.engine.formats import WORKING_MEMORY
 
         def is_short() -> bool:
             held = sum(model.memory for model in self.loaded())
             over = self._memory_limit is not None and held + offer.memory > self._memory_limit
-            return over or offer.memory > memory.available()
+            return over or offer.memory + WORKING_MEMORY > memory.available()
 
+        if self._memory_limit is not None and offer.memory > self._memory_limit:
+            raise CannotLoad(  # letting others go would not help
+                offer.id,
+                f"it needs {offer.memory / 2**20:.0f} MB of the "
+                f"{self._memory_limit / 2**20:.0f} MB that models may take together",
+                is_busy=False,
+            )
         while is_short():
             by_age = sorted(self._loaded, key=lambda id: self._asked.get(id, 0))
             if not any(self.unload(id) for id in by_age):
-                limit = self._memory_limit
-                if limit is None or (not self._loaded and offer.memory <= limit):
+                if self._memory_limit is None or not self._loaded:
                     return  # the load itself will say what is missing
                 raise CannotLoad(
                     offer.id,
-                    f"it needs {offer.memory / 2**20:.0f} MB of the {limit / 2**20:.0f} MB that "
-                    "models may take together"
-                    + (", and those loaded are working" if self._loaded else ""),
-                    is_busy=bool(self._loaded) and offer.memory <= limit,
+                    f"it needs {offer.memory / 2**20:.0f} MB of the "
+                    f"{self._memory_limit / 2**20:.0f} MB that models may take together, and those "
+                    "loaded are working",
+                    is_busy=True,
                 )

@@ -118,6 +118,7 @@ class Generation:
                 code="invalid_value",
             )
         sampling = sampling_of(body, model)
+        wants_scores = getattr(body, "logprobs", None) is not None
         self.model, self.stops, self.copies, self.call = model, body.stops, copies, call
         self.usage = Usage(prompt_tokens=sum(len(prompt.ids) for prompt in prompts))
         call.model, call.prompt_tokens = model.id, self.usage.prompt_tokens
@@ -129,7 +130,8 @@ class Generation:
                 sampling=sampling,
                 stop_ids=model.tokenizer.stop_ids | prompt.stop_ids,
                 top_logprobs=top_logprobs,
-                prompt_logprobs=top_logprobs if prompt.echo else None,
+                # Not where the best are chosen by logprobs that nobody asked to see.
+                prompt_logprobs=top_logprobs if prompt.echo and wants_scores else None,
                 choice=index,
                 client=call.client,
                 timeout=call.timeout,

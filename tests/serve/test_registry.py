@@ -191,9 +191,29 @@ def test_what_is_too_large_or_broken_says_so_and_does_no_harm() -> None:
         with pytest.raises(CannotLoad, match="9 MB of the 4 MB") as raised:
             await registry.get("large")
         assert not raised.value.is_busy
+        assert registry.loaded() == [small], "nobody has to go for what can never fit"
         with pytest.raises(CannotLoad, match="half of it is missing"):
             await registry.get("broken")
         assert (await registry.get("small")).id == small.id
+
+    asyncio.run(main())
+
+
+def test_a_model_that_is_removed_while_it_loads_does_not_stay() -> None:
+    """It stayed where nothing could find it, and every later load stumbled over it."""
+    shelf = Shelf(one=3, two=3)
+    shelf.hold.clear()
+    registry = Registry(shelf.offers, {}, memory_limit=4 * 2**20)
+
+    async def main() -> None:
+        loading = asyncio.create_task(registry.get("one"))
+        await asyncio.sleep(0.05)
+        registry.remove("one")
+        shelf.hold.set()
+        with pytest.raises(UnknownModel):
+            await loading
+        assert (await registry.get("two")).id == "two"
+        assert [model.id for model in registry.loaded()] == ["two"]
 
     asyncio.run(main())
 
