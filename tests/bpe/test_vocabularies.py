@@ -5,8 +5,11 @@ import json
 import lzma
 import pickle
 import random
+from collections.abc import Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import bpe
 from bpe import vocabularies
@@ -14,6 +17,16 @@ from bpe.save import tiktoken_lines
 from tests.bpe.tiktoken_cache import fill, gpt2_files
 
 NAMES = bpe.list_encoding_names()
+
+
+def hard_texts(count: int) -> Iterator[str]:
+    """Characters of all planes, mostly near one another, as in a script."""
+    rng = random.Random(1)
+    for _ in range(count):
+        start = rng.choice([0x20, 0x20, 0xA0, 0x370, 0x400, 0x900, 0x3040, 0x4E00, 0x1F300])
+        letters = [chr(start + rng.randrange(96)) for _ in range(12)]
+        letters += list(" \n\t\r'sS0123!/.") + ["  ", "\r\n", "'ll", "'RE"]
+        yield "".join(rng.choices(letters, k=rng.randrange(60)))
 
 
 @pytest.mark.parametrize("name", vocabularies.PUBLISHED)
@@ -113,6 +126,26 @@ def test_it_can_be_pickled():
     assert encoding.encode("hello world") == [31373, 995]
 
 
+@given(st.binary(max_size=60), st.sampled_from(NAMES))
+def test_any_bytes_come_back(data, name):
+    encoding = bpe.get_encoding(name)
+    assert encoding.decode_bytes(encoding.encode_piece(data)) == data
+
+
+@pytest.mark.parity
+def test_gpt2_is_that_of_tokenizers(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    merges, table = gpt2_files()
+    (tmp_path / "merges.txt").write_bytes(merges)
+    (tmp_path / "vocab.json").write_bytes(table)
+    theirs = tokenizers.ByteLevelBPETokenizer(
+        str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")
+    )
+    ours = bpe.get_encoding("gpt2")
+    for text in hard_texts(2000):
+        assert ours.encode(text) == theirs.encode(text).ids, text
+
+
 @pytest.mark.parity
 def test_names_and_models_are_those_of_tiktoken(tmp_path, monkeypatch):
     tiktoken = pytest.importorskip("tiktoken")
@@ -137,11 +170,5 @@ def test_every_encoding_is_tiktokens(name, tmp_path, monkeypatch):
     assert ours.special_tokens == theirs._special_tokens
     assert ours.special_tokens_set == theirs.special_tokens_set
     assert ours.ranks == theirs._mergeable_ranks
-    rng = random.Random(1)
-    for _ in range(2000):
-        # Characters of all planes, mostly near one another, as in a script.
-        start = rng.choice([0x20, 0x20, 0xA0, 0x370, 0x400, 0x900, 0x3040, 0x4E00, 0x1F300])
-        letters = [chr(start + rng.randrange(96)) for _ in range(12)]
-        letters += list(" \n\t\r'sS0123!/.") + ["  ", "\r\n", "'ll", "'RE"]
-        text = "".join(rng.choices(letters, k=rng.randrange(60)))
+    for text in hard_texts(2000):
         assert ours.encode(text) == theirs.encode(text), text
