@@ -387,8 +387,12 @@ def _listen(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Ar
     (b, n, t, h), a = q.shape, len(k)
     # To a sound, the rows that listen to it are so many more queries.
     together = q.reshape(a, b // a, n, t, h).swapaxes(1, 2).reshape(a, n, b // a * t, h)
+    if together.shape[2] == 1 and k.dtype != jnp.float32:
+        # As in `layers.linear`: XLA's CPU backend would widen all keys and values for one row.
+        together = jnp.concatenate([together, jnp.zeros_like(together)], axis=2)
     scores = _scores(together.astype(k.dtype), k)  # [A, N, B/A * T, S]
     y, _ = _weigh(scores, v)
+    y, scores = y[:, :, : b // a * t], scores[:, :, : b // a * t]
 
     def apart(x: jax.Array) -> jax.Array:
         return x.reshape(a, n, b // a, t, -1).swapaxes(1, 2).reshape(b, n, t, -1)
