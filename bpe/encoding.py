@@ -115,12 +115,12 @@ class Encoding:
         if "" in self.special_tokens or b"" in self.ranks:
             raise ValueError(f"encoding {name!r}: a token must not be empty")
 
-        for token, id in [*self.ranks.items(), *self.special_tokens.items()]:
-            if not isinstance(id, int) or not 0 <= id < 1 << 32:
-                raise ValueError(
-                    f"encoding {name!r}: the id of {token!r} must be a number from 0 to "
-                    f"{(1 << 32) - 1}, got {id!r}"
-                )
+        for ids in (self.ranks, self.special_tokens):
+            # A look at all of them at once: there may be 200,000, and this is start-up.
+            if set(map(type, ids.values())) - {int} or (
+                ids and not 0 <= min(ids.values()) <= max(ids.values()) < 1 << 32
+            ):
+                _refuse_ids(name, ids)
         # A special token may have two spellings (o200k_harmony); decoding gives the first.
         special = {id: token.encode() for token, id in reversed(self.special_tokens.items())}
         self._decoder = {id: token for token, id in self.ranks.items()} | special
@@ -268,7 +268,7 @@ class Encoding:
         """
         allowed, disallowed = self._special_sets(allowed_special, disallowed_special)
         _check_special(text, disallowed)
-        parts = self._split_special(_well_formed(text), allowed)
+        parts = self._split_special(well_formed(text), allowed)
         pieces = split(self._patterns, self._normalize(parts[-1]))
         if not pieces:
             return self._encode(text, allowed), []
@@ -315,7 +315,7 @@ class Encoding:
         if self._is_much([text]):
             return self._encode_many([text], allowed)[0].tolist()
         ids: list[int] = []
-        for i, part in enumerate(self._split_special(_well_formed(text), allowed)):
+        for i, part in enumerate(self._split_special(well_formed(text), allowed)):
             if i % 2:
                 ids.append(self.special_tokens[part])
             else:
@@ -381,7 +381,7 @@ class Encoding:
         import numpy as np
 
         assert self._bulk is not None
-        parts = [self._split_special(_well_formed(text), allowed) for text in texts]
+        parts = [self._split_special(well_formed(text), allowed) for text in texts]
         ordinary = [self._normalize(part) for text in parts for part in text[::2]]
         ids, counts = self._bulk.encode(ordinary)
         special = [[self.special_tokens[token] for token in text[1::2]] for text in parts]
@@ -604,13 +604,22 @@ def _make(name: str, arguments: dict[str, Any]) -> Encoding:
     return Encoding(name, **arguments)
 
 
-def _well_formed(text: str) -> str:
+def well_formed(text: str) -> str:
     """The text without surrogates: pairs are joined, lone ones become U+FFFD, as in tiktoken."""
     try:
         text.encode()
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def _refuse_ids(name: str, ids: Mapping[Any, Any]) -> None:
+    for token, id in ids.items():
+        if not isinstance(id, int) or not 0 <= id < 1 << 32:
+            raise ValueError(
+                f"encoding {name!r}: the id of {token!r} must be a number from 0 to "
+                f"{(1 << 32) - 1}, got {id!r}"
+            )
 
 
 def _check_special(text: str, disallowed: Collection[str]) -> None:

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from bpe.encoding import Encoding, special_pattern
+from bpe.encoding import Encoding, special_pattern, well_formed
 from bpe.formats import byte_characters
 from bpe.pretokenize import GPT2, compile_pattern, split
 
@@ -126,7 +126,7 @@ def count_pieces(
     pieces: list[str] = []
     characters = 0
     for text in texts:
-        text = without_surrogates(text)
+        text = well_formed(text)
         for part in cut.split(text)[::2] if cut else [text]:
             pieces += split(patterns, part)
         characters += len(text)
@@ -189,12 +189,3 @@ def vocabulary(merges: Iterable[Pair]) -> dict[bytes, int]:
     for left, right in merges:
         tokens.append(tokens[left] + tokens[right])
     return {token: id for id, token in enumerate(tokens)}
-
-
-def without_surrogates(text: str) -> str:
-    """The text with surrogate pairs joined and lone ones replaced by U+FFFD, as `Encoding` does."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text

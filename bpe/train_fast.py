@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from bpe import train
 from bpe.boundaries import CUTS, cut
-from bpe.encoding import special_pattern
+from bpe.encoding import special_pattern, well_formed
 from bpe.train import BYTE_ORDER, Pair, Progress
 
 _BATCH = 1 << 22  # characters to count at once
@@ -77,7 +77,7 @@ def count_pieces(
 
 
 def _count_batch(pattern: str, texts: list[str], short: Counter[int], long: Counter[bytes]) -> None:
-    data, begin, ends = cut(pattern, [train.without_surrogates(text) for text in texts])
+    data, begin, ends = cut(pattern, [well_formed(text) for text in texts])
     is_piece = np.ones(len(begin), bool)
     is_piece[ends] = False  # the bytes between the texts
     piece = np.flatnonzero(is_piece)

@@ -141,7 +141,9 @@ def _prompt(body: CompletionBody, model: ServedModel, start: list[int], ids: lis
     else:
         prompt = Prompt(ids=[*start, *ids], max_tokens=0)
     limit = room(PROMPT, model.context, len(prompt.ids), body.max_tokens, DEFAULT_MAX_TOKENS)
-    return replace(prompt, max_tokens=limit, echo=ids if body.echo else ())
+    echo = ids if body.echo else []
+    is_scored = bool(echo) and body.logprobs is not None
+    return replace(prompt, max_tokens=limit, echo=echo, is_scored=is_scored)
 
 
 def _encoded(body: CompletionBody, model: ServedModel) -> list[tuple[list[int], list[int]]]:

@@ -64,6 +64,7 @@ class Prompt:
         ids: what the model reads.
         max_tokens: the most tokens a choice may have.
         echo: ids the choice's text begins with: the last of `ids`, or with a suffix, others.
+        is_scored: whether echoed tokens come with logprobs.
         stop_ids: ids that end a choice, beside the model's own.
         stops: strings that end a choice, beside the request's own.
     """
@@ -71,6 +72,7 @@ class Prompt:
     ids: Sequence[int]
     max_tokens: int
     echo: Sequence[int] = ()
+    is_scored: bool = False
     stop_ids: frozenset[int] = frozenset()
     stops: tuple[str, ...] = ()
 
@@ -118,7 +120,6 @@ class Generation:
                 code="invalid_value",
             )
         sampling = sampling_of(body, model)
-        wants_scores = getattr(body, "logprobs", None) is not None
         self.model, self.stops, self.copies, self.call = model, body.stops, copies, call
         self.usage = Usage(prompt_tokens=sum(len(prompt.ids) for prompt in prompts))
         call.model, call.prompt_tokens = model.id, self.usage.prompt_tokens
@@ -130,8 +131,7 @@ class Generation:
                 sampling=sampling,
                 stop_ids=model.tokenizer.stop_ids | prompt.stop_ids,
                 top_logprobs=top_logprobs,
-                # Not where the best are chosen by logprobs that nobody asked to see.
-                prompt_logprobs=top_logprobs if prompt.echo and wants_scores else None,
+                prompt_logprobs=top_logprobs if prompt.is_scored else None,
                 choice=index,
                 client=call.client,
                 timeout=call.timeout,

@@ -174,7 +174,7 @@ def test_no_two_pieces_have_one_key():
 def test_encode_takes_this_way_for_long_texts():
     encoding = bpe.get_encoding("cl100k_base")
     text = "".join(texts(6, 900)) + "\ud83d\ude00 \ud83d <|endoftext|>"
-    plain = encoding._encode_ordinary(bpe.encoding._well_formed(text))
+    plain = encoding._encode_ordinary(bpe.encoding.well_formed(text))
     assert encoding._is_much([text])
     assert encoding.encode_ordinary(text) == plain
     assert encoding.encode(text, disallowed_special=()) == plain

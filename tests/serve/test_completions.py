@@ -268,6 +268,13 @@ def test_best_of_keeps_the_likeliest(strict, engine):
     assert two[0].logprobs.token_logprobs == [-1.0, -0.25]
 
 
+def test_best_of_echoed_around_a_suffix(strict, engine):
+    """What was echoed came from the order in which the model reads, not from the prompt."""
+    answer = create(strict, "It said: ", suffix=" Bye.\nThe end.", echo=True, best_of=2)
+    assert answer.choices[0].text == "It said: Hello, wörld! 😀 "
+    assert engine.requests[-1].prompt_logprobs is None
+
+
 def test_best_of_echoed(strict):
     assert create(strict, "best", best_of=4, echo=True).choices[0].text == "best2"
 
