@@ -278,10 +278,11 @@ def measure(workers: list[Worker], prompt: list[int], rounds: int, progress: Con
     for number in range(rounds):
         progress.print(f"round {number + 1} of {rounds}")
         first = number % len(workers)  # nobody always runs behind the same neighbour
+        fresh = [prompt[number + 1], *prompt[1:]]  # begins as no prompt did: serve remembers those
         for worker in workers[first:] + workers[:first]:
             time.sleep(PAUSE)
-            worker.prefill.append(worker.run(prompt, 1)["times"][0])
-            times = worker.run(prompt, NEW_TOKENS)["times"]
+            worker.prefill.append(worker.run(fresh, 1)["times"][0])
+            times = worker.run(fresh, NEW_TOKENS)["times"]
             worker.decode.append(times[DECODE_STEPS] - times[0])
 
 
