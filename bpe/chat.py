@@ -5,7 +5,7 @@ call follow `apply_chat_template` of transformers. Beyond rendering, this module
 questions that text alone cannot:
 
 - Which special tokens did the template write, and which did a user type? (`ChatTemplate.encode`)
-- Which part of the text did the assistant say? (`ChatTemplate.spans`)
+- Which part of the text did the assistant say? (`ChatTemplate.spans`, in tokens `encode_turns`)
 
 Both use noncharacters: 32 code points (U+FDD0 to U+FDEF) that Unicode promises never to assign, so
 they can travel through a template as marks and be taken out again.
@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
@@ -93,22 +94,70 @@ class ChatTemplate:
         Raises:
             ValueError: as `render` does.
         """
+        ids: list[int] = []
+        for part, is_special in self._parts(encoding, messages, tools, add_generation_prompt):
+            if is_special:
+                ids.append(encoding.special_tokens[part])
+            else:
+                ids += encoding.encode_ordinary(part)
+        return ids
+
+    def encode_turns(
+        self,
+        encoding: Encoding,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """A finished conversation as token ids, and where among them the assistant speaks.
+
+        The text is cut where a turn begins and where it ends, and what stands between is encoded by
+        itself: so the ids before a turn are those that the model reads before it answers.
+
+        Returns:
+            The ids, and (start, end) in tokens for each assistant message, as `spans` gives them.
+
+        Raises:
+            ValueError: as `spans` does.
+        """
+        spans = self.spans(messages, tools=tools)
+        cuts = sorted({at for span in spans for at in span})
+        ids: list[int] = []
+        token_at: dict[int, int] = {}  # where in the text each part begins, and where among the ids
+        start = 0
+        for part, is_special in self._parts(encoding, messages, tools, False):
+            end = start + len(part)
+            inside = [] if is_special else [at for at in cuts if start < at < end]
+            for left, right in itertools.pairwise([start, *inside, end]):
+                token_at[left] = len(ids)
+                if is_special:
+                    ids.append(encoding.special_tokens[part])
+                else:
+                    ids += encoding.encode_ordinary(part[left - start : right - start])
+            start = end
+        token_at[start] = len(ids)
+        if not token_at.keys() >= set(cuts):
+            raise ValueError("the template lets a turn begin or end within a special token")
+        return ids, [(token_at[start], token_at[end]) for start, end in spans]
+
+    def _parts(
+        self, encoding: Encoding, messages: Any, tools: Any, add_generation_prompt: bool
+    ) -> Iterator[tuple[str, bool]]:
+        """The rendered text in parts: (text, whether it is one special token of the template)."""
         messages, tools = self._prepare(messages, tools)
         specials = frozenset(encoding.special_tokens)
         if not specials:
-            return encoding.encode_ordinary(self._run(messages, tools, add_generation_prompt))
+            yield self._run(messages, tools, add_generation_prompt), False
+            return
         (mark,) = self._unused_marks((messages, tools), 1)
         spelled = _spelled_pattern(specials)
         messages, tools = _map_strings(lambda s: spelled.sub(mark, s), (messages, tools))
         rendered = self._run(messages, tools, add_generation_prompt)
-
-        ids: list[int] = []
         for i, part in enumerate(_unmarked_pattern(specials, mark).split(rendered)):
             if i % 2:
-                ids.append(encoding.special_tokens[part])
-            elif part:
-                ids += encoding.encode_ordinary(part.replace(mark, ""))
-        return ids
+                yield part, True
+            elif part := part.replace(mark, ""):
+                yield part, False
 
     def spans(
         self,

@@ -227,6 +227,30 @@ def test_spans_of_tool_calls(load_model, golden):
     assert text[slice(*second)] == "21 and 25 degrees.<|im_end|>"
 
 
+def test_turns_in_tokens_are_spans_of_text_cut_where_a_turn_begins():
+    """Merging "\n" of the template with "\n" of an answer would teach what is never asked."""
+    messages = [user("<|im_end|>low"), assistant("\nlow 12"), user("a"), assistant("")]
+    ids, turns = CHATML.encode_turns(ENCODING, messages)
+    assert ENCODING.decode(ids) == CHATML.render(messages, add_generation_prompt=False)
+    assert [ENCODING.decode(ids[a:b]) for a, b in turns] == spoken(CHATML, messages)
+    assert [specials(ids[a:b]) for a, b in turns] == [[2], [2]]
+    for i, (start, _) in zip((1, 3), turns, strict=True):
+        assert ids[:start] == CHATML.encode(ENCODING, messages[:i])
+
+
+def test_turns_in_tokens_without_special_tokens():
+    plain = tiny.encoding(special_tokens={})
+    messages = [user("a"), assistant("aa"), user("aaaa"), assistant("<|im_end|>")]
+    ids, turns = CHATML.encode_turns(plain, messages)
+    assert [plain.decode(ids[a:b]) for a, b in turns] == spoken(CHATML, messages)
+
+
+def test_a_turn_within_a_special_token_is_an_error():
+    template = ChatTemplate("{{ '<|im_' }}{% generation %}{{ 'end|>' }}{% endgeneration %}")
+    with pytest.raises(ValueError, match="within a special token"):
+        template.encode_turns(ENCODING, [assistant("")])
+
+
 def test_a_turn_that_cannot_be_found_is_an_error():
     with pytest.raises(ValueError, match="message 0"):
         ChatTemplate("{{ messages[0].content * 2 }}").spans([assistant("a")])
