@@ -13,7 +13,12 @@ import jax.numpy as jnp
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    window: int | None = None,
+    segments: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Causal softmax attention.
 
@@ -21,6 +26,8 @@ def attend(
         q: float32 [B, T, N, H].
         k, v: float32 [B, T, K, H].
         window: how many positions a query sees, its own among them; None: all before it.
+        segments: int32 [B, T], which of several texts in a row a position belongs to; it sees those
+            of its own. None: a row is one text.
 
     Returns:
         The attended values [B, T, N, H] and the attention weights [B, N, T, T].
@@ -32,6 +39,9 @@ def attend(
     visible = jnp.tril(jnp.ones((length, length), bool))  # [T, S]
     if window is not None:
         visible = jnp.triu(visible, 1 - window)
+    if segments is not None:
+        together = segments[:, :, None] == segments[:, None, :]  # [B, T, S]
+        visible = (visible & together)[:, None, None]
     scores = jnp.where(visible, scores * head_dim**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)  # [B, K, G, T, S]
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v)

@@ -4,7 +4,8 @@ Read `block` first: norm, attention, add; norm, MLP, add. Everything else arrang
 One function serves every family; where they differ, the config says which form is meant, or a part
 of a layer is None.
 
-- `forward` reads whole sequences at once, with no cache: training, scoring, looking inside.
+- `forward` reads whole sequences at once, with no cache: scoring, looking inside. `hidden` is the
+  same up to the last block, for training, whose loss must not hold the logits of a whole batch.
 - `extend` reads the next tokens of sequences whose past stands in a cache. With one row and many
   tokens it is prefill, with many rows and one token it is a decoding step: the same function.
 
@@ -217,12 +218,19 @@ def unembed(params: Params, cfg: Config, x: jax.Array) -> jax.Array:
 
 
 def forward(
-    params: Params, cfg: Config, ids: jax.Array, *, taps: Collection[str] = ()
+    params: Params,
+    cfg: Config,
+    ids: jax.Array,
+    *,
+    segments: jax.Array | None = None,
+    taps: Collection[str] = (),
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Logits for every position of whole sequences, without a cache.
 
     Args:
         ids: int32 [B, T].
+        segments: int32 [B, T], which of several texts in a row a token belongs to: 1, 2, ... and 0
+            for padding. Texts neither see nor shift each other. None: a row is one text.
         taps: names of intermediates to return: "residual" (the stream entering each block and
             leaving the last, [L + 1, B, T, D]), "attention" (weights, [L, B, N, T, T]) and
             "logits" (of each block's stream through the final norm and head, [L + 1, B, T, V]:
@@ -233,16 +241,15 @@ def forward(
     """
     if unknown := set(taps) - {"residual", "attention", "logits"}:
         raise ValueError(f"taps must be among residual, attention, logits; got {sorted(unknown)}")
-    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    x, angles = embed_tokens(params, cfg, ids, positions)
+    x, angles = embed_tokens(params, cfg, ids, _positions(ids, segments))
     residual, weights = [x], []
 
     for i, layer in enumerate(params.layers):
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, i: int = i) -> jax.Array:
             if "attention" not in taps:
-                return kernels.attend(q, k, v, window=cfg.window(i))
-            out, w = attention.attend(q, k, v, window=cfg.window(i))
+                return kernels.attend(q, k, v, window=cfg.window(i), segments=segments)
+            out, w = attention.attend(q, k, v, window=cfg.window(i), segments=segments)
             weights.append(w)
             return out
 
@@ -256,6 +263,49 @@ def forward(
     if "logits" in taps:
         found["logits"] = jnp.stack([unembed(params, cfg, x) for x in residual])
     return unembed(params, cfg, x), found
+
+
+def hidden(
+    params: Params,
+    cfg: Config,
+    ids: jax.Array,
+    segments: jax.Array | None = None,
+    *,
+    remat: bool = False,
+) -> jax.Array:
+    """The stream after the last block: what `unembed` makes logits of.
+
+    Args:
+        ids: int32 [B, T].
+        segments: as in `forward`.
+        remat: when differentiated, keep of each block only what entered it and compute the rest
+            again: a third more arithmetic for a fraction of the memory (Chen et al. 2016,
+            arXiv:1604.06174).
+
+    Returns:
+        float32 [B, T, D].
+    """
+    x, angles = embed_tokens(params, cfg, ids, _positions(ids, segments))
+    for i, layer in enumerate(params.layers):
+        read = partial(_read_layer, cfg=cfg, window=cfg.window(i))
+        x = (jax.checkpoint(read) if remat else read)(x, layer, angles[i], segments)
+    return x
+
+
+# Jitted inside, so that layers that are alike are traced, and differentiated, once.
+@partial(jax.jit, static_argnames=("cfg", "window"))
+def _read_layer(x, layer, angles, segments, *, cfg, window):
+    return block(x, layer, cfg, angles, partial(kernels.attend, window=window, segments=segments))
+
+
+def _positions(ids: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """The place of each token within its text: int32 [B, T]."""
+    places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    if segments is None:
+        return places
+    before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    starts = jnp.where(segments != before, places, 0)  # where a text begins, else 0
+    return places - jax.lax.cummax(starts, axis=1)
 
 
 def extend(

@@ -168,6 +168,7 @@ def attend(
     v: jax.Array,
     *,
     window: int | None = None,
+    segments: jax.Array | None = None,
     impl: str | None = None,
 ) -> jax.Array:
     """Causal attention of whole sequences: [B, T, N, H].
@@ -176,9 +177,11 @@ def attend(
         q: [B, T, N, H].
         k, v: [B, T, K, H].
         window: how many positions a query sees, its own among them; None: all before it.
+        segments: int32 [B, T], which of several texts in a row a position belongs to; it sees those
+            of its own. None: a row is one text.
     """
     with jax.named_scope("attend"):
-        return _form("attend", "attend", impl)(q, k, v, window=window)
+        return _form("attend", "attend", impl)(q, k, v, window=window, segments=segments)
 
 
 def attend_cached(

@@ -11,12 +11,12 @@ from transformer.kernels import Unavailable
 _SPAN = 256  # queries, and keys, looked at together
 
 
-def reference(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None) -> jax.Array:
+def reference(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax.Array:
     """The definition: all scores at once."""
-    return attention.attend(q, k, v, window=window)[0]
+    return attention.attend(q, k, v, window=window, segments=segments)[0]
 
 
-def blocks(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None) -> jax.Array:
+def blocks(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax.Array:
     """Blocks of queries over blocks of keys with an online softmax; none in the future is touched.
 
     After Rabe & Staats 2021, arXiv:2112.05682, and FlashAttention (Dao et al. 2022,
@@ -27,6 +27,8 @@ def blocks(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None) -> j
     num_kv_heads, span = k.shape[2], min(_SPAN, length)
     if length % span:
         raise Unavailable(f"attend blocks needs a multiple of {span} positions, not {length}")
+    if segments is not None:
+        raise Unavailable("attend blocks is for rows of one text")
     group = num_heads // num_kv_heads
     # Heads first, and queries that share a key head as rows of one product: R = G * span.
     q = (q * head_dim**-0.5).reshape(batch, length // span, span, num_kv_heads, group, head_dim)
@@ -58,7 +60,10 @@ def blocks(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None) -> j
     return y.transpose(0, 1, 4, 2, 3, 5).reshape(batch, length, num_heads, head_dim)
 
 
-def library(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None) -> jax.Array:
+def library(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax.Array:
     """JAX's own function, for comparison."""
     sight = None if window is None else (window - 1, 0)
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=sight)
+    mask = None
+    if segments is not None:
+        mask = (segments[:, :, None] == segments[:, None, :])[:, None]  # [B, 1, T, S]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, local_window_size=sight)
