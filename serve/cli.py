@@ -448,7 +448,8 @@ def _offered(
             )
         except (ValueError, OSError) as error:
             raise Failure(f"cannot load {place.path}: {error}") from None
-    registry = Registry(cards, aliases, memory_limit=chosen.memory_limit)
+    shelf = offers.Shelf(chosen.home, share, {place.id: place.path for place in places})
+    registry = Registry(cards, aliases, memory_limit=chosen.memory_limit, shelf=shelf)
     try:
         registry.load(registry.default)
         yield registry

@@ -6,16 +6,19 @@ server listens; weights are read when somebody asks.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from audio.checkpoint import is_whisper
-from serve import measured
+from serve import made, measured
 from serve.engine import (
     EmbeddingModel,
     ServedModel,
     SpeechModel,
+    fingerprint,
+    load_adapter,
     load_embedder,
     load_model,
     load_speech,
@@ -28,6 +31,8 @@ from serve.registry import Offer
 from serve.sources import Located
 from transformer import checkpoint
 from transformer.checkpoint import bert
+
+log = logging.getLogger(__name__)
 
 MAX_ROWS = 16  # of a decoding step, on a server
 RECORD_SECONDS = 60.0  # between two notes of a model's speed
@@ -87,7 +92,63 @@ def offer(
         owned_by=place.publisher,
         memory=weight_bytes(cfg, smallest) + cache_budget,
         load=load,
+        path=place.path,
     )
+
+
+class Shelf:
+    """What the user has made, as offers; to be asked again whenever somebody wants to know.
+
+    Args:
+        home: the data folder.
+        cache_budget: bytes for the keys and values of each model's conversations.
+        bases: files of the models that can be a base, by id.
+    """
+
+    def __init__(self, home: Path, cache_budget: int, bases: Mapping[str, Path]):
+        self._home, self._cache_budget, self._bases = home, cache_budget, bases
+        self._offers: dict[str, Offer | None] = {}  # by the name of the folder
+        self._known: Mapping[str, Offer] = {}  # by id
+
+    def __call__(self) -> Mapping[str, Offer]:
+        """By id; the same object until something is made or deleted."""
+        if (names := made.names(self._home)) == self._offers.keys():
+            return self._known
+        for name in sorted(names - self._offers.keys()):
+            self._offers[name] = None
+            try:
+                self._offers[name] = self._offer(self._home / "made" / name)
+            except (OSError, ValueError) as error:  # deleted since, or not of our making
+                log.warning("%s is passed over: %s", name, error)
+        for name in self._offers.keys() - names:
+            del self._offers[name]
+        found = [offer for offer in self._offers.values() if offer is not None]
+        by_age = sorted(found, key=lambda offer: offer.created)
+        self._known = {offer.id: offer for offer in by_age}
+        return self._known
+
+    def _offer(self, folder: Path) -> Offer:
+        card = made.read(folder)
+
+        def load(base: ServedModel) -> ServedModel:
+            if (found := fingerprint.of_weights(self._bases[card.base])) != card.weights:
+                raise ValueError(
+                    f"it was trained on other weights than {card.base} has now: "
+                    f"SHA-256 {card.weights[:12]}..., not {found[:12]}..."
+                )
+            return load_adapter(
+                card.id, folder, base, created=card.created, owned_by="local", max_rows=MAX_ROWS
+            )
+
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        return Offer(
+            id=card.id,
+            created=card.created,
+            owned_by="local",
+            memory=size + self._cache_budget,
+            load=load,
+            base=card.base,
+        )
 
 
 def is_encoder(place: Located) -> bool:

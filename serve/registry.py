@@ -6,6 +6,9 @@ an id nor an alias of an offered model is an error, never another model's answer
 A model is loaded when it is first asked for. When memory is short, those that were not asked for
 the longest are let go first, if nobody is being answered by them. Letting go is only forgetting:
 who still holds a model (a handler between finding it and asking it) may use it to the end.
+
+What the user makes (fine-tuned models) comes and goes while a server runs. Who asks for a list or a
+name is told of what is there now: the shelf is looked at each time, which is reading one folder.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve.failures import Failure
@@ -53,15 +57,19 @@ class Offer:
         id, created, owned_by: as of the model it becomes.
         kind: "decoder", "encoder" or "speech".
         memory: bytes it will take, about.
-        load: loads it; blocks for seconds.
+        load: loads it; blocks for seconds. Given the loaded base, where there is one.
+        base: the id of the model whose weights it shares.
+        path: its files, where it can be trained further.
     """
 
     id: str
     created: int
     owned_by: str
     memory: int
-    load: Callable[[], ServedModel | EmbeddingModel | SpeechModel]
+    load: Callable[..., ServedModel | EmbeddingModel | SpeechModel]
     kind: str = "decoder"
+    base: str | None = None
+    path: Path | None = None
 
 
 class Registry:
@@ -73,6 +81,7 @@ class Registry:
         models: At least one, loaded or not; the first is the default. Ids must differ.
         aliases: Other names by the id they stand for. One whose model is not offered is unknown.
         memory_limit: Bytes that loaded models may take together; None for what there is.
+        shelf: What the user has made by now, by id. Those whose base is not offered are not either.
     """
 
     def __init__(
@@ -81,6 +90,7 @@ class Registry:
         aliases: Mapping[str, str],
         *,
         memory_limit: int | None = None,
+        shelf: Callable[[], Mapping[str, Offer]] = dict,
     ):
         if not models:
             raise ValueError("models is empty: a server needs at least one")
@@ -95,7 +105,9 @@ class Registry:
         self._aliases = dict(aliases)
         self._memory_limit = memory_limit
         self._loading: dict[str, asyncio.Task[ServedModel | EmbeddingModel | SpeechModel]] = {}
-        self._one_at_a_time = threading.Lock()
+        self._one_at_a_time = threading.RLock()  # again by the same thread: the base of a model
+        self._shelf = shelf
+        self._shelved: Mapping[str, Offer] = {}
 
     @property
     def default(self) -> str:
@@ -111,6 +123,7 @@ class Registry:
 
     def list(self) -> list[ServedModel | EmbeddingModel | SpeechModel | Offer]:
         """What is offered, as its card: the loaded model, or how it would be loaded."""
+        self._look()
         return [self._loaded.get(id, card) for id, card in self._cards.items()]
 
     def loaded(self) -> list[ServedModel | EmbeddingModel | SpeechModel]:
@@ -128,10 +141,32 @@ class Registry:
         Raises:
             UnknownModel: There is none.
         """
+        self._look()
         id = name if name in self._cards else self._aliases.get(name, "")
         if id not in self._cards:
             raise UnknownModel(name)
         return self._loaded.get(id, self._cards[id])
+
+    def offer(self, name: str) -> Offer | None:
+        """How the model with this id or alias is loaded; None for one that came loaded.
+
+        Raises:
+            UnknownModel: There is none.
+        """
+        card = self._cards[self.resolve(name).id]
+        return card if isinstance(card, Offer) else None
+
+    def _look(self) -> None:
+        """Takes note of what was put on the shelf or taken from it since the last time."""
+        if (found := self._shelf()) == self._shelved:
+            return
+        for id in self._shelved.keys() - found.keys():
+            self._cards.pop(id, None)
+            self._loaded.pop(id, None)
+        for id, offer in found.items():
+            if offer.base in self._cards:
+                self._cards.setdefault(id, offer)
+        self._shelved = found
 
     async def get(self, name: str) -> ServedModel | EmbeddingModel | SpeechModel:
         """The model with this id or alias, loaded by now.
@@ -163,9 +198,10 @@ class Registry:
             if (offer := self._cards.get(id)) is None:
                 raise UnknownModel(id)
             assert isinstance(offer, Offer)
+            base = [] if offer.base is None else [self.load(offer.base)]
             self._make_room(offer)
             try:
-                model = offer.load()
+                model = offer.load(*base)
             except MemoryError as error:
                 raise CannotLoad(id, str(error), is_busy=bool(self._loaded)) from error
             except (OSError, ValueError, Failure) as error:
@@ -176,9 +212,15 @@ class Registry:
             return model
 
     def unload(self, id: str) -> bool:
-        """Lets a loaded model go. Gives whether it did: not one that works or came loaded."""
+        """Lets a loaded model go.
+
+        Returns:
+            Whether it did: not one that works, came loaded, or whose weights a loaded one shares.
+        """
         model = self._loaded.get(id)
         if model is None or not isinstance(self._cards.get(id), Offer) or not model.is_idle:
+            return False
+        if any(getattr(self._cards.get(other), "base", None) == id for other in list(self._loaded)):
             return False
         self._loaded.pop(id, None)
         del model
@@ -222,7 +264,7 @@ class Registry:
             )
         while is_short():
             by_age = sorted(self._loaded, key=lambda id: self._asked.get(id, 0))
-            if not any(self.unload(id) for id in by_age):
+            if not any(self.unload(id) for id in by_age if id != offer.base):
                 if self._memory_limit is None or not self._loaded:
                     return  # the load itself will say what is missing
                 raise CannotLoad(

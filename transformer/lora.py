@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from transformer import rotation
 from transformer.checkpoint import safetensors
 from transformer.checkpoint.names import Source, sources
 from transformer.config import Config
@@ -33,7 +34,8 @@ from transformer.layers import Linear, Lora
 
 Adapter = tuple[dict[str, Lora], ...]
 PARTS = ("q", "k", "v", "out", "gate", "up", "down")
-_FILES = ("adapter_config.json", "adapter_model.safetensors")
+WEIGHTS = "adapter_model.safetensors"
+_FILES = ("adapter_config.json", WEIGHTS)
 # Keys of adapter_config.json, with the values for which we are right.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -102,6 +104,12 @@ def init(
 
 def apply(params: Params, adapter: Adapter) -> Params:
     """The model with the adapter beside its weights, of any format; replaces one that is there."""
+    if params.gains is not None:
+        gains = np.asarray(params.gains)
+        adapter = tuple(
+            {part: rotation.turned(lora, part, gains[i]) for part, lora in own.items()}
+            for i, own in enumerate(adapter)
+        )
     return _with_parts(params, adapter, lambda linear, lora: linear.replace(lora=lora))
 
 

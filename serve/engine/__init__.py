@@ -8,7 +8,7 @@ them), `load.py` (how a model gets here); `embedder.py` is all of it for encoder
 from serve.engine.device import Device, Lane, default_device
 from serve.engine.embedder import EmbeddingModel, load_embedder
 from serve.engine.engine import Engine, Stats
-from serve.engine.load import ServedModel, load_model
+from serve.engine.load import ServedModel, load_adapter, load_model
 from serve.engine.requests import Began, Busy, Done, Event, Failed, Request, Scored, Token
 from serve.engine.speech import SpeechModel, load_speech
 
@@ -29,6 +29,7 @@ __all__ = [
     "Stats",
     "Token",
     "default_device",
+    "load_adapter",
     "load_embedder",
     "load_model",
     "load_speech",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import math
 import platform
@@ -23,7 +24,7 @@ from serve.engine import fingerprint, formats
 from serve.engine.engine import Engine
 from serve.engine.runner import BUCKETS, CHUNK, NUM_SLOTS, Runner
 from serve.engine.scheduler import Scheduler
-from transformer import cache, checkpoint
+from transformer import cache, checkpoint, lora
 from transformer.checkpoint import Format
 from transformer.decoder import Params
 
@@ -45,7 +46,8 @@ class ServedModel:
     engine: Engine
     fingerprint: str  # changes with weights, format and library versions
     format: Format = "float32"
-    memory: int = 0  # bytes of weights and cache
+    memory: int = 0  # bytes of weights and cache; of an adapted model, of what is its own
+    runner: Runner | None = None  # what computes; adapters share its weights
 
     @functools.cached_property
     def ids(self) -> frozenset[int]:
@@ -116,26 +118,66 @@ def load_model(
     num_blocks = min(num_blocks, NUM_SLOTS * cache.blocks_for(cfg.max_seq_len))
     context = min(cfg.max_seq_len, num_blocks * cache.BLOCK)
     runner = Runner(params, cfg, tokenizer.encoding.n_vocab, num_blocks, cache_dtype, notify)
-    runner.warm_up()  # one conversation needs this; the rest can wait
-    _give_back_memory()
-    scheduler = Scheduler(NUM_SLOTS, num_blocks, cache.BLOCK, CHUNK, MAX_WAITING)
-    engine = Engine(runner, scheduler, context, on_speed=on_speed)
-    if later := [size for size in BUCKETS[1:] if size <= max_rows]:
-        # Not a daemon: a process that ends in the middle of compiling would crash. Its references
-        # are weak: a model that is let go meanwhile shall not stay for its sake.
-        arguments = (weakref.ref(runner), weakref.ref(engine), [*later, "score"])
-        threading.Thread(target=_compile, args=arguments, name="compile").start()
     return ServedModel(
         id=id,
         created=int(weights_file(path).stat().st_mtime),
         owned_by=owned_by,
         tokenizer=tokenizer,
         context=context,
-        engine=engine,
+        engine=_engine(runner, context, max_rows, on_speed),
         fingerprint=fingerprint.of_model(weights, chosen),
         format=chosen,
         memory=runner.num_bytes,
+        runner=runner,
     )
+
+
+def load_adapter(
+    id: str, folder: Path, base: ServedModel, *, created: int, owned_by: str, max_rows: int = 2
+) -> ServedModel:
+    """A loaded model with an adapter beside its weights, and a cache and an engine of its own.
+
+    The arrays of the weights are the base's, not copies; they stay as long as either model does.
+
+    Args:
+        folder: the adapter, in PEFT's layout; see `transformer/lora.py`.
+        base: the model that it was trained on.
+        max_rows: as of `load_model`.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: the adapter is damaged, or of another model.
+    """
+    assert base.runner is not None
+    adapter = lora.load(folder, base.runner.cfg)
+    runner = base.runner.adapted(adapter)
+    weights = f"{base.fingerprint} {fingerprint.of_weights(folder / lora.WEIGHTS)}"
+    return dataclasses.replace(
+        base,
+        id=id,
+        created=created,
+        owned_by=owned_by,
+        engine=_engine(runner, base.context, max_rows, lambda tokens, seconds: None),
+        fingerprint=fingerprint.of_model(weights, base.format),
+        memory=runner.num_bytes - base.runner.weight_bytes,
+        runner=runner,
+    )
+
+
+def _engine(
+    runner: Runner, context: int, max_rows: int, on_speed: Callable[[int, float], None]
+) -> Engine:
+    """An engine that can hold one conversation now; programs for more are compiled meanwhile."""
+    runner.warm_up()
+    _give_back_memory()
+    scheduler = Scheduler(NUM_SLOTS, runner.num_blocks, cache.BLOCK, CHUNK, MAX_WAITING)
+    engine = Engine(runner, scheduler, context, on_speed=on_speed)
+    if later := [size for size in BUCKETS[1:] if size <= max_rows]:
+        # Not a daemon: a process that ends in the middle of compiling would crash. Its references
+        # are weak: a model that is let go meanwhile shall not stay for its sake.
+        arguments = (weakref.ref(runner), weakref.ref(engine), [*later, "score"])
+        threading.Thread(target=_compile, args=arguments, name="compile").start()
+    return engine
 
 
 def weights_file(path: Path) -> Path:

@@ -17,7 +17,7 @@ import numpy as np
 
 from serve.engine.requests import Request
 from serve.engine.scheduler import Sequence as Row
-from transformer import cache, generate, sampling
+from transformer import cache, generate, lora, sampling
 from transformer.config import Config
 from transformer.decoder import Params
 from transformer.sampling import Drawn, Sampling
@@ -49,8 +49,8 @@ class Runner:
         cache_dtype,
         notify: Callable[[str], None] = lambda line: None,
     ):
-        self._params, self._cfg, self._num_ids = params, cfg, num_ids
-        self._num_blocks, self._cache_dtype, self._notify = num_blocks, cache_dtype, notify
+        self._params, self.cfg, self._num_ids = params, cfg, num_ids
+        self.num_blocks, self._cache_dtype, self._notify = num_blocks, cache_dtype, notify
         self._table_width = min(cache.blocks_for(cfg.max_seq_len), num_blocks)
         self._programs: dict[str | int, Callable] = {}
         self._compiling = threading.Lock()
@@ -61,9 +61,9 @@ class Runner:
         )
 
     def _forget(self) -> None:
-        self._memory = cache.init(self._cfg, self._num_blocks, self._cache_dtype)
+        self._memory = cache.init(self.cfg, self.num_blocks, self._cache_dtype)
         # The last slot is for padding rows.
-        self._past = sampling.history(NUM_SLOTS + 1, self._cfg.vocab_size)
+        self._past = sampling.history(NUM_SLOTS + 1, self.cfg.vocab_size)
 
     def recover(self) -> bool:
         """After a failed call: whether it took the cache with it, which is then made anew.
@@ -79,7 +79,23 @@ class Runner:
     def num_bytes(self) -> int:
         """Memory of weights and cache."""
         cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._shapes))
-        return cache_bytes + sum(leaf.nbytes for leaf in jax.tree.leaves(self._params))
+        return cache_bytes + self.weight_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of weights alone."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._params))
+
+    def adapted(self, adapter: lora.Adapter) -> Runner:
+        """The same model with an adapter beside its weights, whose arrays both then have."""
+        return Runner(
+            lora.apply(self._params, adapter),
+            self.cfg,
+            self._num_ids,
+            self.num_blocks,
+            self._cache_dtype,
+            self._notify,
+        )
 
     # -- programs ------------------------------------------------------------------------------
 
@@ -117,17 +133,17 @@ class Runner:
         tables = np.zeros((1, self._table_width), np.int32)
         chunk, one = np.zeros((1, CHUNK), np.int32), np.zeros(1, np.int32)
         if name == "read":
-            lowered = generate.prefill.lower(self._params, self._cfg, memory, chunk, tables, one, 0)
+            lowered = generate.prefill.lower(self._params, self.cfg, memory, chunk, tables, one, 0)
             what = "reading prompts"
         elif name == "score":
             lowered = generate.score.lower(
-                self._params, self._cfg, memory, chunk, chunk[0], tables, one, 0,
+                self._params, self.cfg, memory, chunk, chunk[0], tables, one, 0,
                 num_ids=self._num_ids,
             )  # fmt: skip
             what = "scoring prompts"
         else:
             lowered = generate.decode.lower(
-                self._params, self._cfg, memory, past, *self._step([], name), num_ids=self._num_ids
+                self._params, self.cfg, memory, past, *self._step([], name), num_ids=self._num_ids
             )
             what = f"steps of {name} rows"
         program = lowered.compile()
@@ -164,7 +180,7 @@ class Runner:
         if row.is_reading:
             logits.block_until_ready()  # a piece of work is over when it is over
             return None
-        history = generate.prompt_history(prompt, row.request.sampling, self._cfg.vocab_size)
+        history = generate.prompt_history(prompt, row.request.sampling, self.cfg.vocab_size)
         self._past = generate.begin(self._past, row.slot, *history)
         drawn, self._past = generate.draw(
             logits, self._past, self._settings([row]), num_ids=self._num_ids

@@ -1,0 +1,165 @@
+"""Models that the user made: on disk, on offer without a restart, on weights that are shared."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from serve import made, offers
+from serve.engine import Done, Request, Token, fingerprint, load_model
+from serve.engine.load import keep_compiled_programs
+from serve.registry import CannotLoad, Offer, Registry, UnknownModel
+from serve.sources import Located
+from tests.serve import tiny
+from transformer import lora
+from transformer.sampling import Sampling
+
+BUDGET = 2 * 2**20
+FT = "ft:tiny:pellucid:mine:abc123"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """No more of them than one conversation needs."""
+    keep_compiled_programs()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offers, "MAX_ROWS", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """An adapter that changes a lot."""
+    fresh = lora.init(jax.random.key(1), tiny.CFG, rank=4, alpha=64)
+    noise = jax.random.key(2)
+    strong = jax.tree.map(lambda leaf: leaf + jax.random.normal(noise, leaf.shape), fresh)
+    folder = tmp_path_factory.mktemp("adapter")
+    lora.save(folder, strong, tiny.CFG)
+    return folder
+
+
+def card(weights, id=FT, of="tiny", **changes):
+    fields = {"base": of, "created": 5, "job": "ftjob-1", "step": 3}
+    return made.Card(id=id, weights=fingerprint.of_weights(weights), **{**fields, **changes})
+
+
+def registry(home, base):
+    place = Located("tiny", base, "me")
+    offer = offers.offer(
+        place, cache_budget=BUDGET, dtype="float32", home=home, notify=lambda line: None
+    )
+    return Registry([offer], {}, shelf=offers.Shelf(home, BUDGET, {"tiny": base}))
+
+
+def load(models, id):
+    return models.load(models.resolve(id).id)
+
+
+def said(model, prompt="hello"):
+    ids = model.tokenizer.encoding.encode(prompt)
+    request = Request(prompt=tuple(ids), max_tokens=12, sampling=Sampling(temperature=0.0))
+    events = list(model.engine.generate(request))
+    assert isinstance(events[-1], Done)
+    return [event.id for event in events if isinstance(event, Token)]
+
+
+def test_it_is_offered_at_once_and_shares_the_weights(tmp_path, base, adapter):
+    models = registry(tmp_path, base)
+    assert [card.id for card in models.list()] == ["tiny"]
+    before = said(load(models, "tiny"))
+    made.put(tmp_path, card(base), adapter)
+    assert [card.id for card in models.list()] == ["tiny", FT]
+    assert models.resolve(FT).owned_by == "local" and models.resolve(FT).created == 5
+    tuned = load(models, FT)
+    assert said(tuned) != before and said(load(models, "tiny")) == before
+    own, shared = (load(models, id).runner._params.layers[0].q for id in (FT, "tiny"))
+    assert own.weight is shared.weight and own.lora is not None and shared.lora is None
+    assert tuned.memory < load(models, "tiny").memory
+    assert tuned.fingerprint != load(models, "tiny").fingerprint
+    assert models.offer(FT).base == "tiny" and models.offer("tiny").path == base
+    models.close()
+
+
+def test_it_answers_as_the_merged_model_does(tmp_path, base, adapter):
+    made.put(tmp_path, card(base), adapter)
+    models = registry(tmp_path, base)
+    tuned = load(models, FT)
+    params, cfg, _ = tiny.checkpoint.load(base)
+    merged = tmp_path / "merged"
+    tiny.model(merged)
+    tiny.checkpoint.save(merged, lora.merge(params, lora.load(adapter, cfg)), cfg)
+    whole = load_model(
+        "merged", merged, owned_by="me", cache_budget=BUDGET, dtype="float32", max_rows=1
+    )
+    assert said(tuned) == said(whole)
+    whole.close()
+    models.close()
+
+
+def test_a_base_stays_while_a_model_shares_its_weights(tmp_path, base, adapter):
+    made.put(tmp_path, card(base), adapter)
+    models = registry(tmp_path, base)
+    load(models, FT)
+    assert [model.id for model in models.loaded()] == ["tiny", FT], "its base came along"
+    assert not models.unload("tiny")
+    assert models.unload(FT) and models.unload("tiny")
+
+
+def test_what_is_deleted_or_has_no_base_here_is_not_offered(tmp_path, base, adapter):
+    made.put(tmp_path, card(base), adapter)
+    made.put(tmp_path, card(base, "ft:other:pellucid::xyz", of="other"), adapter)
+    models = registry(tmp_path, base)
+    assert [card.id for card in models.list()] == ["tiny", FT]
+    load(models, FT)
+    made.delete(tmp_path, FT)  # by another process
+    assert [card.id for card in models.list()] == ["tiny"]
+    with pytest.raises(UnknownModel):
+        models.resolve(FT)
+    assert [model.id for model in models.loaded()] == ["tiny"]
+
+
+def test_an_adapter_of_other_weights_is_refused(tmp_path, base, adapter):
+    made.put(tmp_path, card(tiny.model(tmp_path / "changed", seed=9)), adapter)
+    models = registry(tmp_path, base)
+    with pytest.raises(CannotLoad, match="was trained on other weights than tiny has now"):
+        load(models, FT)
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path, base, adapter, monkeypatch):
+    copy = made.shutil.copyfile
+
+    def broken(source, target):
+        if source.name == lora.WEIGHTS:
+            raise OSError("no space left on device")
+        copy(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(made.shutil, "copyfile", broken)
+        with pytest.raises(OSError, match="no space"):
+            made.put(tmp_path, card(base), adapter)
+    assert not made.exists(tmp_path, FT) and made.names(tmp_path) == frozenset()
+    made.put(tmp_path, card(base), adapter)
+    made.put(tmp_path, card(base, created=99), adapter)
+    assert made.read(made.folder(tmp_path, FT)) == card(base), "what is there stays"
+    assert [file.name for file in (tmp_path / "made").iterdir()] == list(made.names(tmp_path))
+
+
+def test_a_damaged_folder_is_passed_over_with_a_word(tmp_path, base, adapter, caplog):
+    made.put(tmp_path, card(base), adapter)
+    (tmp_path / "made" / "junk").mkdir()
+    models = registry(tmp_path, base)
+    for _ in range(3):
+        assert [card.id for card in models.list()] == ["tiny", FT]
+    assert len(caplog.records) == 1 and "junk is passed over" in caplog.text
+
+
+def test_the_shelf_costs_nothing_while_it_stays_as_it_is(tmp_path, base, adapter):
+    made.put(tmp_path, card(base), adapter)
+    shelf = offers.Shelf(tmp_path, BUDGET, {"tiny": base})
+    first = shelf()
+    assert shelf() is first and isinstance(first[FT], Offer)
+    assert first[FT].memory > BUDGET + jnp.float32(0).nbytes
