@@ -227,10 +227,12 @@ def as_api_error(error: Exception) -> APIError:
                 headers={"retry-after": "5"} if error.is_busy else {"x-should-retry": "false"},
             )
         case Busy():
+            reason = "That model is currently overloaded with other requests."
+            if error.waiting is not None:
+                reason = f"{error.waiting} of your requests wait already, as many as may."
             return APIError(
                 429,
-                "That model is currently overloaded with other requests. "
-                f"Please try again in {math.ceil(error.retry_after)}s.",
+                f"{reason} Please try again in {math.ceil(error.retry_after)}s.",
                 type="requests",
                 code="rate_limit_exceeded",
                 headers={"retry-after": str(max(math.ceil(error.retry_after), 1))},

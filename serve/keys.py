@@ -9,13 +9,14 @@ deleted stops working at once.
 import hashlib
 import hmac
 import json
-import os
 import re
 import secrets
 import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from serve import notes
 
 PREFIX = "sk-pellucid-"
 FILE = "keys.json"
@@ -84,13 +85,7 @@ def delete(home: Path, name: str) -> None:
 
 
 def _write(home: Path, keys: list[Key]) -> None:
-    temporary = home / f".keys-{os.getpid()}"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump([asdict(key) for key in keys], file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, home / FILE)
+    notes.replace(home / FILE, json.dumps([asdict(key) for key in keys], indent=1))
 
 
 class KeyRing:

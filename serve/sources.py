@@ -15,7 +15,6 @@ import difflib
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -29,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from serve import hub
+from serve import hub, notes
 from serve.catalogue import Catalogue, Model, ModelFile, Part
 from serve.failures import Corrupt, DoesNotFit, Failure, NotFound, Unreachable, WrongUsage
 from serve.settings import private_folder
@@ -417,22 +416,11 @@ def _stamp(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _notes(folder: Path) -> dict[str, object]:
-    try:
-        notes = json.loads((folder / "verified.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return {}  # then the files are hashed, which is always right
-    return notes if isinstance(notes, dict) else {}
-
-
 def _is_noted(folder: Path, file: ModelFile) -> bool:
-    return _notes(folder).get(file.name) == [file.sha256, *_stamp(folder / file.name)]
+    noted = notes.read(folder / "verified.json").get(file.name)
+    return noted == [file.sha256, *_stamp(folder / file.name)]
 
 
 def _note(folder: Path, file: ModelFile) -> None:
-    notes = {**_notes(folder), file.name: [file.sha256, *_stamp(folder / file.name)]}
-    temporary = folder / f".verified-{os.getpid()}"
-    # A folder we may not write to (a shared one) costs a hash at each start, no more.
-    with contextlib.suppress(OSError):
-        temporary.write_text(json.dumps(notes))
-        os.replace(temporary, folder / "verified.json")
+    stamp = _stamp(folder / file.name)
+    notes.add(folder / "verified.json", file.name, [file.sha256, *stamp])

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 import secrets
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -120,6 +121,7 @@ class Generation:
                 code="invalid_value",
             )
         sampling = sampling_of(body, model)
+        deadline = None if call.timeout is None else time.monotonic() + call.timeout
         self.model, self.stops, self.copies, self.call = model, body.stops, copies, call
         self.usage = Usage(prompt_tokens=sum(len(prompt.ids) for prompt in prompts))
         call.model, call.prompt_tokens = model.id, self.usage.prompt_tokens
@@ -134,7 +136,8 @@ class Generation:
                 prompt_logprobs=top_logprobs if prompt.is_scored else None,
                 choice=index,
                 client=call.client,
-                timeout=call.timeout,
+                is_later=index > 0,
+                deadline=deadline,
             )
             for index, prompt in enumerate(self.prompts)
         ]
@@ -191,9 +194,10 @@ class Generation:
         prompt, request = self.prompts[index], self.requests[index]
         assembler = Assembler(self.model.tokenizer.encoding, [*self.stops, *prompt.stops])
         unseen = len(prompt.ids) - len(prompt.echo)  # tokens of the prompt that are not echoed
-        if prompt.echo and request.prompt_logprobs is None:
-            yield assembler.echo([Token(id) for id in prompt.echo])
+        echo = [] if request.prompt_logprobs is not None else [Token(id) for id in prompt.echo]
         if request.max_tokens == 0 and request.prompt_logprobs is None:  # nothing to compute
+            if echo:
+                yield assembler.echo(echo)
             yield assembler.finish("length")
             return
         async with aclosing(self.model.engine.stream(request)) as events:
@@ -208,6 +212,8 @@ class Generation:
                         if index % self.copies == 0:  # each prompt counts once
                             self.usage.cached_tokens += cached_tokens
                             self.call.cached_tokens += cached_tokens
+                        if echo:
+                            yield assembler.echo(echo)
                     case Token():
                         self.call.generated()
                         piece = assembler.push(event)
@@ -219,7 +225,7 @@ class Generation:
                         piece = assembler.finish(reason, token)
                         break
                     case Done(reason="timeout"):
-                        raise _too_long(request.timeout)
+                        raise _too_long(self.call.timeout)
                     case Done():
                         raise APIError(
                             503,
@@ -265,15 +271,16 @@ async def interleave(
 ) -> AsyncGenerator[tuple[int, T], None]:
     """Reads ``at_a_time`` of ``streams`` at once; yields items with their stream's index.
 
-    The first error of any stream is raised here after the others are closed; closing this iterator
-    closes them too.
+    They are read no faster than this is. The first error of any stream is raised here after the
+    others are closed; closing this iterator closes them too.
     """
     queue: asyncio.Queue[tuple[int, T] | None] = asyncio.Queue()
-    gate = asyncio.Semaphore(at_a_time)
+    gate, room = asyncio.Semaphore(at_a_time), asyncio.Semaphore(at_a_time)
 
     async def read(index: int, stream: AsyncGenerator[T, None]) -> None:
         async with gate, aclosing(stream):
             async for item in stream:
+                await room.acquire()
                 queue.put_nowait((index, item))
 
     async def read_all() -> None:
@@ -287,6 +294,7 @@ async def interleave(
     reading = asyncio.create_task(read_all())
     try:
         while (item := await queue.get()) is not None:
+            room.release()
             yield item
         try:
             await reading

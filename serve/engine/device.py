@@ -27,12 +27,13 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import functools
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -176,10 +177,26 @@ class Lane(Source):
     def __init__(self, device: Device, *, weight: float = 1.0, max_waiting: int = 256) -> None:
         self._device, self.weight, self._max_waiting = device, weight, max_waiting
         self._waiting: deque[tuple[Future, Callable[[], Any]]] = deque()
+        self._users: set[object] = set()
 
     def __len__(self) -> int:
         """How many pieces wait."""
         return len(self._waiting)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody is `using` it."""
+        return not self._users
+
+    @contextlib.contextmanager
+    def using(self) -> Iterator[None]:
+        """Holds it for work of several pieces: between two of them it is not idle."""
+        user = object()
+        self._users.add(user)
+        try:
+            yield
+        finally:
+            self._users.remove(user)
 
     async def run(self, piece: Callable[[], T]) -> T:
         """Has `piece` computed; gives what it returns. A cancelled one that waits is not begun.

@@ -6,9 +6,6 @@ the same bits under any load; other requests, and the decoders, take turns betwe
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +15,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 import bpe
-from serve import settings
+from serve import notes, settings
 from serve.engine import fingerprint
 from serve.engine.device import Lane, default_device
 from serve.engine.load import keep_compiled_programs
@@ -60,7 +57,7 @@ class EmbeddingModel:
     @property
     def is_idle(self) -> bool:
         """Whether nobody waits for it."""
-        return not len(self.lane)
+        return self.lane.is_idle
 
     async def embed(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
         """The vectors of token ids, special tokens included: float32 [len(texts), D].
@@ -69,15 +66,17 @@ class EmbeddingModel:
             Busy: too many batches wait.
         """
         vectors = np.empty((len(texts), self.cfg.d_model), np.float32)
-        for batch in packing.pack(texts, self.cfg.max_tokens):
-            vectors[batch.texts] = await self.lane.run(lambda batch=batch: self._compute(batch))
+        with self.lane.using():
+            for batch in packing.pack(texts, self.cfg.max_tokens):
+                vectors[batch.texts] = await self.lane.run(lambda batch=batch: self._compute(batch))
         return vectors
 
     def embed_now(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
         """The same, for ordinary code."""
         vectors = np.empty((len(texts), self.cfg.d_model), np.float32)
-        for batch in packing.pack(texts, self.cfg.max_tokens):
-            vectors[batch.texts] = self.lane.call(lambda batch=batch: self._compute(batch))
+        with self.lane.using():
+            for batch in packing.pack(texts, self.cfg.max_tokens):
+                vectors[batch.texts] = self.lane.call(lambda batch=batch: self._compute(batch))
         return vectors
 
     def close(self, *, drain: bool = True, timeout: float = 30.0) -> None:
@@ -146,12 +145,8 @@ def _choose(
 
     remembered = settings.data_folder() / "formats.json"
     name = fingerprint.on_machine(weights)
-    try:
-        known = json.loads(remembered.read_text("utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    if known.get(name) in FORMATS:
-        return known[name]
+    if (known := notes.read(remembered).get(name)) in FORMATS:
+        return known
     notify(f"measuring which number format is faster for {id} (once) ...")
     found: dict[str, tuple[float, np.ndarray]] = {}
     for format in FORMATS:
@@ -170,8 +165,5 @@ def _choose(
         f"  float32 {wide * 1e3:.1f} ms, bfloat16 {narrow * 1e3:.1f} ms for two texts, "
         f"cosine {cosine:.5f}: serving {id} in {chosen}"
     )
-    with contextlib.suppress(OSError):  # a folder we may not write to: not remembered
-        temporary = remembered.with_name(f".formats-{os.getpid()}")
-        temporary.write_text(json.dumps(known | {name: chosen}, indent=1), "utf-8")
-        os.replace(temporary, remembered)
+    notes.add(remembered, name, chosen)
     return chosen

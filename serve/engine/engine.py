@@ -25,6 +25,8 @@ from serve.engine.scheduler import Decode, Prefill, Scheduler, Sequence
 log = logging.getLogger(__name__)
 
 FAILED = "The server had an error while processing your request."
+UNREAD = "The answer was not read as it came, and was given up."
+MAX_UNREAD = 4096  # events that may wait for who asked; most have read one before the next comes
 ENOUGH_TOKENS = 32  # of a row that was alone, for its speed to mean something
 LONGEST_RETRY = 60.0  # seconds; what a client is told at most when the queue is full
 
@@ -102,6 +104,7 @@ class Engine(Source):
         self._is_closing = False
         self._counts: Counter[str] = Counter()  # fields of Stats
         self._ends: Counter[str] = Counter()  # how requests ended
+        self._speeds: list[tuple[int, float]] = []  # that `on_speed` was not told yet
         self._ended = time.monotonic()  # when a request last did
         self._pace = 1.0  # seconds from the end of one request to that of the next, on average
 
@@ -110,6 +113,8 @@ class Engine(Source):
     async def stream(self, request: Request) -> AsyncGenerator[Event, None]:
         """Yields the events of a request; always ends in Done or Failed.
 
+        Who does not read on for `MAX_UNREAD` events is given up: memory is for those who do.
+
         Raises:
             Busy: too many requests wait.
             ValueError: the request does not fit the model's context.
@@ -117,9 +122,16 @@ class Engine(Source):
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
 
+        def put(event: Event) -> None:
+            if events.qsize() == MAX_UNREAD:
+                self._cancel(sequence)
+                event = Failed(UNREAD)
+            if events.qsize() <= MAX_UNREAD:
+                events.put_nowait(event)
+
         def deliver(event: Event) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
-                loop.call_soon_threadsafe(events.put_nowait, event)
+                loop.call_soon_threadsafe(put, event)
 
         sequence = self._submit(request, deliver)
         try:
@@ -196,8 +208,6 @@ class Engine(Source):
                 f"more than the context of {self._context}"
             )
         sequence = Sequence(request, deliver)
-        if request.timeout is not None:
-            sequence.deadline = time.monotonic() + request.timeout
         with self._changed:
             if not self.is_alive:
                 deliver(Done("cancelled") if self._is_closing else Failed(FAILED))
@@ -206,8 +216,9 @@ class Engine(Source):
                 self._ended = time.monotonic()
             try:
                 self._scheduler.submit(sequence)
-            except Busy:
-                raise Busy(min(max(self._pace, 1.0), LONGEST_RETRY)) from None
+            except Busy as busy:
+                retry_after = min(max(self._pace, 1.0), LONGEST_RETRY)
+                raise Busy(retry_after, busy.waiting) from None
             self._device.wake(self)
         return sequence
 
@@ -226,7 +237,7 @@ class Engine(Source):
         for sequence in [*scheduler.waiting, *scheduler.active]:
             if sequence.is_cancelled:
                 self._end(sequence, Done("cancelled"))
-            elif sequence.deadline is not None and now >= sequence.deadline:
+            elif (deadline := sequence.request.deadline) is not None and now >= deadline:
                 self._end(sequence, Done("timeout"))
         work = scheduler.next(self._computer.max_rows)
         if work is None:
@@ -270,6 +281,9 @@ class Engine(Source):
             if drawn is not None:
                 for i, row in enumerate(rows):
                     self._take(row, drawn, i)
+            speeds, self._speeds = self._speeds, []
+        for speed in speeds:  # outside the lock: whoever is told may take his time
+            self._on_speed(*speed)
 
     def _tell_reading(self, row: Sequence) -> None:
         """Delivers what a chunk says of the prompt, and that it was read, once each."""
@@ -324,7 +338,7 @@ class Engine(Source):
         self._pace, self._ended = 0.8 * self._pace + 0.2 * (now - self._ended), now
         self._ends[event.reason if isinstance(event, Done) else "failed"] += 1
         if row.was_alone and row.delivered > ENOUGH_TOKENS:
-            self._on_speed(row.delivered - 1, now - row.began)
+            self._speeds.append((row.delivered - 1, now - row.began))
         if self.is_idle:
             self._changed.notify_all()
 

@@ -8,10 +8,8 @@ and time of change.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import json
 import os
 import platform
 from pathlib import Path
@@ -19,7 +17,7 @@ from pathlib import Path
 import jax
 
 import transformer
-from serve import settings
+from serve import notes, settings
 
 
 def of_weights(path: Path) -> str:
@@ -57,10 +55,7 @@ def _code() -> str:
 
 def _of_file(path: Path) -> str:
     remembered = settings.data_folder() / "hashes.json"
-    try:
-        known = json.loads(remembered.read_text("utf-8"))
-    except (OSError, ValueError):
-        known = {}
+    known = notes.read(remembered)
     status = path.stat()
     stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     key = str(path.resolve())
@@ -68,10 +63,7 @@ def _of_file(path: Path) -> str:
         return known[key][0]
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    with contextlib.suppress(OSError):  # a folder we may not write to: hashed again next time
-        temporary = remembered.with_name(f".hashes-{os.getpid()}")
-        temporary.write_text(json.dumps(known | {key: [digest, *stamp]}, indent=1), "utf-8")
-        os.replace(temporary, remembered)
+    notes.add(remembered, key, [digest, *stamp])
     return digest
 
 

@@ -9,11 +9,17 @@ from transformer.sampling import Sampling
 
 
 class Busy(Exception):
-    """The queue of waiting requests is full; there may be room again in `retry_after` seconds."""
+    """No room in the queue of waiting requests.
 
-    def __init__(self, retry_after: float = 1.0) -> None:
+    Args:
+        retry_after: seconds until there may be room again.
+        waiting: how many of the client's own wait, if that is as many as one client's may; None if
+            the queue is full.
+    """
+
+    def __init__(self, retry_after: float = 1.0, waiting: int | None = None) -> None:
         super().__init__(f"the queue is full; try again in {retry_after:.0f} s")
-        self.retry_after = retry_after
+        self.retry_after, self.waiting = retry_after, waiting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +35,8 @@ class Request:
         prompt_logprobs: the same for the tokens of the prompt, which then come back as `Scored`.
         choice: which of the n choices of a request this is; it varies the dice under one seed.
         client: who asks; requests of different clients are admitted in turn.
-        timeout: seconds from when it is handed in until it ends, finished or not; None for no end.
+        is_later: it belongs to what was let in with an earlier one, so it is never turned away.
+        deadline: when it ends, finished or not, on the clock of `time.monotonic`; None for no end.
         reuse: whether what others have read of the same prompt is used, and this kept for others.
             It changes how long the answer takes, never the answer. Scored prompts are read anew.
     """
@@ -42,7 +49,8 @@ class Request:
     prompt_logprobs: int | None = None
     choice: int = 0
     client: str = ""
-    timeout: float | None = None
+    is_later: bool = False
+    deadline: float | None = None
     reuse: bool = True
 
 

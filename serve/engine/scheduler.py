@@ -8,7 +8,7 @@ rule can be tested by hand.
 A sequence waits, is admitted to a slot, has its prompt read chunk by chunk, then decodes.
 
 - Clients are admitted in turn: each one's next sequence before anybody's second next. Within that,
-  first come, first admitted; what waits for blocks is not overtaken.
+  first come, first admitted; what waits for blocks is not overtaken. No client fills the queue.
 - A chunk of reading alternates with a step of decoding, so neither starves the other. Chunks go by
   turns to the prompt with the least left, so that a short one need not wait for a long one, and to
   the oldest, so that the long one gets there too.
@@ -36,7 +36,6 @@ class Sequence:
 
     request: Request
     deliver: Callable[[Event], None]
-    deadline: float | None = None  # when it ends, finished or not; seconds of time.monotonic
     ids: list[int] = field(default_factory=list)  # the prompt, then what was generated
     length: int = 0  # how many of them stand in the cache
     blocks: list[int] = field(default_factory=list)
@@ -92,13 +91,14 @@ class Scheduler:
         num_blocks: blocks of the cache, numbered from 1.
         block: positions in a block.
         chunk: positions of a prompt read at once; divides `block`.
-        max_waiting: sequences that may wait.
+        max_waiting: sequences that may wait; a quarter of them one client's.
     """
 
     def __init__(
         self, num_slots: int, num_blocks: int, block: int, chunk: int, max_waiting: int
     ) -> None:
-        self.block, self.chunk, self.max_waiting = block, chunk, max_waiting
+        self.block, self.chunk = block, chunk
+        self.max_waiting, self.max_of_one = max_waiting, max(max_waiting // 4, 1)
         self.num_slots = num_slots
         self.free_slots = list(range(num_slots))[::-1]
         self.blocks = Blocks(num_blocks)
@@ -121,12 +121,15 @@ class Scheduler:
         is being admitted.
 
         Raises:
-            Busy: the queue is full.
+            Busy: the queue is full, or the client's part of it.
         """
-        if len(self.waiting) >= self.max_waiting:
-            raise Busy
         client = sequence.request.client
         turns = [other.turn for other in self.waiting if other.request.client == client]
+        if not sequence.request.is_later:
+            if len(self.waiting) >= self.max_waiting:
+                raise Busy
+            if len(turns) >= self.max_of_one:
+                raise Busy(waiting=len(turns))
         sequence.turn = max(self._turn, max(turns, default=-1) + 1)
         if sequence.request.reuse and sequence.request.prompt_logprobs is None:
             sequence.names = chunk_names(sequence.request.prompt, self.chunk)

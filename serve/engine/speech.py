@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -42,7 +41,6 @@ class SpeechModel:
     fingerprint: str
     format: str
     lane: Lane = field(default_factory=lambda: Lane(default_device()))
-    _users: list[object] = field(default_factory=list, repr=False)
 
     @property
     def context(self) -> int:
@@ -57,7 +55,7 @@ class SpeechModel:
     @property
     def is_idle(self) -> bool:
         """Whether nobody is being answered by it."""
-        return not self._users
+        return self.lane.is_idle
 
     def language(
         self, samples: np.ndarray, given: str | None, plan: Plan
@@ -69,7 +67,7 @@ class SpeechModel:
             Busy: too much waits for the device.
         """
         spans = find_spans(samples, plan)
-        with self._used():
+        with self.lane.using():
             code = find_language(self.whisper, samples, given, spans, run=self.lane.call)
         return code, spans
 
@@ -94,7 +92,7 @@ class SpeechModel:
                 raise Stopped
             return self.lane.call(piece)
 
-        with self._used():
+        with self.lane.using():
             try:
                 yield from listen(
                     self.whisper, samples, options=options, plan=plan, spans=spans, run=run
@@ -104,15 +102,6 @@ class SpeechModel:
 
     def close(self, *, drain: bool = True, timeout: float = 30.0) -> None:
         """Nothing to end: a piece in hand is short, and who waits is answered."""
-
-    @contextmanager
-    def _used(self) -> Iterator[None]:
-        user = object()
-        self._users.append(user)
-        try:
-            yield
-        finally:
-            self._users.remove(user)
 
 
 class Stopped(Exception):

@@ -133,6 +133,24 @@ def test_a_lane_is_bounded(device):
         assert running.result() and waiting.result() == 5
 
 
+def test_a_lane_is_idle_when_nobody_uses_it_not_when_nothing_waits(device):
+    """A model whose last piece was being computed counted as idle, and was let go for another."""
+    gate, lane = threading.Event(), Lane(device)
+
+    def work():
+        with lane.using():
+            return lane.call(gate.wait), lane.call(lambda: lane.is_idle)
+
+    with ThreadPoolExecutor() as pool:
+        assert lane.is_idle
+        working = pool.submit(work)
+        wait_until(lambda: device._awake and not len(lane))
+        assert not lane.is_idle
+        gate.set()
+        assert working.result() == (True, False)
+    assert lane.is_idle
+
+
 def test_a_cancelled_piece_is_not_begun(device):
     gate, lane, begun = threading.Event(), Lane(device), []
 

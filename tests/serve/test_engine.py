@@ -7,6 +7,7 @@ every draw that the blocks of a row hold exactly the row's tokens, whoever wrote
 import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -102,12 +103,16 @@ def ask(*prompt, max_tokens=5, **more):
     return Request(prompt=prompt, max_tokens=max_tokens, sampling=Sampling(), **more)
 
 
+def soon(seconds):
+    return time.monotonic() + seconds
+
+
 def tokens(events):
     return [event.id for event in events if isinstance(event, Token)]
 
 
 class Setup:
-    def __init__(self, slots=4, blocks=10, waiting=50):
+    def __init__(self, slots=4, blocks=10, waiting=200):
         self.mock = Mock()
         self.device = Device()
         self.scheduler = Scheduler(slots, blocks, BLOCK, CHUNK, waiting)
@@ -227,7 +232,7 @@ def test_a_full_queue_is_busy_and_room_comes_back():
     setup.mock.gate.clear()
     running = setup.start(ask(1))
     wait_until(lambda: setup.mock.is_waiting)
-    waiting = [setup.start(ask(2)), setup.start(ask(3))]
+    waiting = [setup.start(ask(i, client=str(i))) for i in (2, 3)]
     wait_until(lambda: setup.num_accepted() == 3)
     with pytest.raises(Busy) as full:
         next(setup.engine.generate(ask(4)))
@@ -426,7 +431,7 @@ def test_what_nobody_holds_is_forgotten_when_its_memory_is_needed():
 
 def test_a_request_ends_when_its_time_is_up(setup):
     setup.mock.seconds = 0.02
-    events = [*setup.engine.generate(ask(1, max_tokens=60, timeout=0.2))]
+    events = [*setup.engine.generate(ask(1, max_tokens=60, deadline=soon(0.2)))]
     assert events[-1] == Done("timeout") and 3 < len(tokens(events)) < 12
     assert tokens(events) == expected((1,), len(tokens(events)))
     assert setup.is_free()
@@ -437,9 +442,25 @@ def test_time_runs_out_in_the_queue_too():
     setup.mock.seconds = 0.01
     running = setup.start(ask(1, max_tokens=60))
     wait_until(lambda: setup.mock.works)
-    assert [*setup.engine.generate(ask(2, timeout=0.1))] == [Done("timeout")]
+    assert [*setup.engine.generate(ask(2, deadline=soon(0.1)))] == [Done("timeout")]
     wait_until(lambda: len(running) == 62)
     setup.close()
+
+
+def test_who_does_not_read_is_given_up(setup, monkeypatch):
+    """What a client did not read was kept for it without end."""
+    monkeypatch.setattr("serve.engine.engine.MAX_UNREAD", 10)
+
+    async def main():
+        stream = setup.engine.stream(ask(1, max_tokens=60))
+        first = await anext(stream)
+        await asyncio.to_thread(wait_until, setup.is_free)
+        await asyncio.sleep(0)
+        return [first, *[event async for event in stream]]
+
+    events = asyncio.run(main())
+    assert tokens(events) == expected((1,), 10)
+    assert isinstance(events[-1], Failed) and "not read" in events[-1].message
 
 
 def test_steps_are_taken_in_parts_while_large_ones_are_not_compiled(setup):
@@ -470,11 +491,18 @@ def test_what_it_did_is_counted(setup):
 def test_speed_is_that_of_a_request_alone():
     told = []
     setup = Setup()
-    setup.engine._on_speed = lambda tokens, seconds: told.append((tokens, seconds))
+
+    def on_speed(tokens, seconds):  # it writes a file: nobody should have to wait for that
+        with ThreadPoolExecutor() as pool:
+            assert pool.submit(setup.engine.stats).result(5)
+        told.append((tokens, seconds))
+
+    setup.engine._on_speed = on_speed
     setup.mock.seconds = 0.004
     list(setup.engine.generate(ask(1, max_tokens=20)))
     assert told == []  # too short to say anything
     list(setup.engine.generate(ask(1, max_tokens=41)))
+    wait_until(lambda: told)  # after the end of the request, outside the lock
     (tokens_, seconds), *more = told
     assert tokens_ == 40 and 0.16 < seconds < 1 and not more
     together = [setup.start(ask(i, max_tokens=41)) for i in range(2)]

@@ -19,14 +19,16 @@ CHUNK = 2
 UNIQUE = itertools.count(1000)
 
 
-def sequence(prompt=3, max_tokens=5, client="", ids=None):
+def sequence(prompt=3, max_tokens=5, client="", ids=None, is_later=False):
     """A prompt of so many ids that nobody else has, or of those given."""
     ids = tuple(ids or (next(UNIQUE) for _ in range(prompt)))
-    request = Request(prompt=ids, max_tokens=max_tokens, sampling=Sampling(), client=client)
+    request = Request(
+        prompt=ids, max_tokens=max_tokens, sampling=Sampling(), client=client, is_later=is_later
+    )
     return Sequence(request, deliver=lambda event: None)
 
 
-def scheduler(slots=4, blocks=20, waiting=50):
+def scheduler(slots=4, blocks=20, waiting=200):
     return Scheduler(slots, blocks, BLOCK, CHUNK, waiting)
 
 
@@ -198,8 +200,34 @@ def test_slots_bound_what_runs():
 def test_a_full_queue_is_busy():
     s = scheduler(waiting=1)
     s.submit(sequence())
+    with pytest.raises(Busy) as busy:
+        s.submit(sequence(client="another"))
+    assert busy.value.waiting is None
+
+
+def test_one_client_fills_a_quarter_of_the_queue():
+    """A single client could fill it, and everybody else was turned away."""
+    s = scheduler(waiting=8)
+    for _ in range(2):
+        s.submit(sequence(client="greedy"))
+    with pytest.raises(Busy) as busy:
+        s.submit(sequence(client="greedy"))
+    assert busy.value.waiting == 2
+    s.submit(sequence(client="modest"))
+    s.next()
+    s.submit(sequence(client="greedy"))  # none of its own waits any more
+
+
+def test_what_belongs_to_a_request_that_was_let_in_is_not_turned_away():
+    """A full queue ended a running request whose seventeenth choice found no room in it."""
+    s = scheduler(waiting=4)
+    s.submit(sequence(client="a"))
     with pytest.raises(Busy):
-        s.submit(sequence())
+        s.submit(sequence(client="a"))
+    for _ in range(4):
+        s.submit(sequence(client="a", is_later=True))
+    with pytest.raises(Busy):
+        s.submit(sequence(client="b"))
 
 
 def test_finish_frees_everything_and_may_be_called_again():
@@ -335,7 +363,7 @@ IDS = st.tuples(st.integers(0, 12), st.sampled_from([0, 1]), st.integers(0, 3)).
 @given(st.integers(1, 4), st.integers(8, 11), st.integers(1, 4), st.data())
 def test_whatever_happens_nothing_leaks_and_everybody_ends(slots, blocks, max_rows, data):
     """Requests come, are cancelled and run in a random order; a row alone always fits."""
-    s = scheduler(slots=slots, blocks=blocks, waiting=6)
+    s = scheduler(slots=slots, blocks=blocks, waiting=8)
     ended = Counter()
     accepted = []
     for action in data.draw(st.lists(st.sampled_from("sswwwwc"), max_size=60)):
@@ -343,13 +371,14 @@ def test_whatever_happens_nothing_leaks_and_everybody_ends(slots, blocks, max_ro
             row = sequence(
                 ids=data.draw(IDS),
                 max_tokens=data.draw(st.integers(1, 12)),
-                client=data.draw(st.sampled_from("abc")),
+                client=data.draw(st.sampled_from("abcdef")),
             )
             try:
                 s.submit(row)
                 accepted.append(row)
             except Busy:
-                assert len(s.waiting) >= 6
+                own = [other for other in s.waiting if other.request.client == row.request.client]
+                assert len(s.waiting) >= 8 or len(own) >= 2
         elif action == "c" and not s.is_idle:
             row = data.draw(st.sampled_from([*s.waiting, *s.active]))
             s.finish(row)
