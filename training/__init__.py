@@ -1,4 +1,13 @@
-"""Examples to weights: the package for data, losses, optimisers, LoRA and recipes.
+"""Examples to weights: a plain loop over pure steps.
 
-Nothing is here yet: this version of Pellucid cannot train.
+Read `config.py` (what there is to choose), `task.py` (what the loop knows of a model), `step.py`
+(one step, a pure function), then `loop.py`, which calls it. `optim.py`, `loss.py`, `state.py` and
+`checkpoint.py` are what their names say; `recipes/` is where models come in.
 """
+
+from training.config import Config
+from training.loop import Outcome, train
+from training.state import State
+from training.task import Task
+
+__all__ = ["Config", "Outcome", "State", "Task", "train"]

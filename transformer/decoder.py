@@ -5,7 +5,7 @@ One function serves every family; where they differ, the config says which form 
 of a layer is None.
 
 - `forward` reads whole sequences at once, with no cache: scoring, looking inside. `hidden` is the
-  same up to the last block, for training, whose loss must not hold the logits of a whole batch.
+  same up to the head, for training, whose loss must not hold the logits of a whole batch.
 - `extend` reads the next tokens of sequences whose past stands in a cache. With one row and many
   tokens it is prefill, with many rows and one token it is a decoding step: the same function.
 
@@ -61,6 +61,7 @@ class Params:
     layers: tuple[Layer, ...]
     final_norm: Norm
     head: Linear | None  # [V, D]; None where the embedding table serves
+    gains: jax.Array | None = None  # [L, 2, D] of a model whose stream is turned; see rotation.py
 
 
 @dataclass(frozen=True)
@@ -213,8 +214,12 @@ def embed_tokens(params: Params, cfg: Config, ids: jax.Array, positions: jax.Arr
 def unembed(params: Params, cfg: Config, x: jax.Array) -> jax.Array:
     """Logits of the stream after the last block: float32 [..., D] -> float32 [..., V]."""
     with jax.named_scope("unembed"):
-        x = _norm(x, params.final_norm, cfg)
-        return linear(x, params.embed if params.head is None else params.head)
+        return linear(_norm(x, params.final_norm, cfg), head(params))
+
+
+def head(params: Params) -> Linear:
+    """What makes logits of the stream, once it is normed: [V, D]."""
+    return params.embed if params.head is None else params.head
 
 
 def forward(
@@ -273,7 +278,7 @@ def hidden(
     *,
     remat: bool = False,
 ) -> jax.Array:
-    """The stream after the last block: what `unembed` makes logits of.
+    """The stream after the last block and the final norm: what `head` is multiplied with.
 
     Args:
         ids: int32 [B, T].
@@ -289,7 +294,7 @@ def hidden(
     for i, layer in enumerate(params.layers):
         read = partial(_read_layer, cfg=cfg, window=cfg.window(i))
         x = (jax.checkpoint(read) if remat else read)(x, layer, angles[i], segments)
-    return x
+    return _norm(x, params.final_norm, cfg)
 
 
 # Jitted inside, so that layers that are alike are traced, and differentiated, once.

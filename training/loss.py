@@ -1,0 +1,136 @@
+"""Next-token cross-entropy, plainly and without ever holding the logits of a batch.
+
+A model with a small width and a large vocabulary spends its memory on logits: 1,024 tokens of
+SmolLM2 make 200 MB of them, and as much again for their gradient. `cross_entropy` is the
+definition. `chunked` takes the rows some hundred at a time, and computes in the same breath what
+the backward pass will want: the gradient of a row's loss, softmax minus one-hot, needs the logits
+that are at hand. It is the idea of "Cut your losses" (Wijmans et al. 2024, arXiv:2411.09009),
+without its kernel. Rows of weight 0 are never multiplied with the table at all.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+CHUNK = 256  # rows whose logits are held at a time
+
+
+def cross_entropy(
+    x: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The definition.
+
+    Args:
+        x: the normed stream [R, D].
+        table: [V, D], float32 or bfloat16: the format of the product.
+        targets: int32 [R].
+        weights: float32 [R], how much each row counts.
+
+    Returns:
+        The weighted sum of the losses and of the rows whose likeliest token is the target.
+    """
+    logits = _logits(x, table)  # [R, V]
+    losses, is_right = _look(logits, targets)
+    return jnp.sum(losses * weights), jnp.sum(is_right * weights)
+
+
+def _logits(x: jax.Array, table: jax.Array) -> jax.Array:
+    return jnp.einsum("rd,vd->rv", x.astype(table.dtype), table, preferred_element_type=jnp.float32)
+
+
+def _look(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+    losses = jax.nn.logsumexp(logits, axis=1) - chosen  # [R]
+    return losses, chosen >= logits.max(axis=1)
+
+
+def chunked(
+    x: jax.Array,
+    table: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    dtype: str | None = None,
+    chunk: int = CHUNK,
+) -> tuple[jax.Array, jax.Array]:
+    """The same as `cross_entropy`, `chunk` rows at a time.
+
+    Args:
+        weights: are data: to differentiate by them raises ValueError.
+        dtype: of the product; None: that of the table.
+    """
+    chunk = min(chunk, len(x))
+    return _chunked(x, table, targets, weights, jnp.dtype(dtype or table.dtype), chunk)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _chunked(x, table, targets, weights, dtype, chunk):
+    loss, right, _, _ = _walk(x, table, targets, weights, dtype, chunk, False, False)
+    return loss, right
+
+
+def _forward(x, table, targets, weights, dtype, chunk):
+    if weights.perturbed:
+        raise ValueError("the weights of a loss are data: it cannot be differentiated by them")
+    loss, right, dx, dtable = _walk(
+        x.value, table.value, targets.value, weights.value, dtype, chunk,
+        x.perturbed, table.perturbed,
+    )  # fmt: skip
+    return (loss, right), (dx, dtable)
+
+
+def _backward(dtype, chunk, gradients, cotangents):
+    loss, _ = cotangents  # of what is right there is no gradient
+    dx, dtable = (g if g is None else g * loss for g in gradients)
+    return dx, dtable, None, None
+
+
+_chunked.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _walk(x, table, targets, weights, dtype, chunk, wants_dx, wants_dtable):
+    """Sums of losses and of right answers, and the gradients of the first that are wanted."""
+    num_rows = len(x)
+    # Rows that count go first; the loop ends with the last of them.
+    order = jnp.argsort(weights == 0)  # [R], stable
+    num_chunks = (jnp.count_nonzero(weights) + chunk - 1) // chunk
+    padding = -num_rows % chunk
+    rows = jnp.pad(x[order].astype(dtype), ((0, padding), (0, 0)))
+    targets = jnp.pad(targets[order], (0, padding))
+    weights = jnp.pad(weights[order], (0, padding))
+    narrow = table.astype(dtype)
+
+    def read(i, carry):
+        loss, right, dx, dtable = carry
+        at = i * chunk
+        part, target, weight = (
+            jax.lax.dynamic_slice_in_dim(array, at, chunk) for array in (rows, targets, weights)
+        )
+        logits = _logits(part, narrow)  # [C, V]
+        losses, is_right = _look(logits, target)
+        loss += jnp.sum(losses * weight)
+        right += jnp.sum(is_right * weight)
+        if wants_dx or wants_dtable:
+            chosen = jnp.take_along_axis(logits, target[:, None], axis=1)
+            # d loss / d logits: softmax minus one-hot. losses + chosen is the log of all exps.
+            slope = jnp.exp(logits - (losses[:, None] + chosen)) * weight[:, None]
+            is_target = jnp.arange(logits.shape[1]) == target[:, None]
+            slope = (slope - is_target * weight[:, None]).astype(dtype)  # [C, V]
+        if wants_dx:
+            change = jnp.einsum("rv,vd->rd", slope, narrow, preferred_element_type=jnp.float32)
+            dx = jax.lax.dynamic_update_slice_in_dim(dx, change, at, axis=0)
+        if wants_dtable:
+            dtable += jnp.einsum("rv,rd->vd", slope, part, preferred_element_type=jnp.float32)
+        return loss, right, dx, dtable
+
+    zero = jnp.zeros((), jnp.float32)
+    dx = jnp.zeros(rows.shape, jnp.float32) if wants_dx else None
+    dtable = jnp.zeros(table.shape, jnp.float32) if wants_dtable else None
+    carry = (zero, zero, dx, dtable)
+    loss, right, dx, dtable = jax.lax.fori_loop(0, num_chunks, read, carry)
+    if wants_dx:
+        dx = dx[jnp.argsort(order)].astype(x.dtype)
+    return loss, right, dx, dtable if dtable is None else dtable.astype(table.dtype)
