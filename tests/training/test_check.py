@@ -1,0 +1,195 @@
+"""Files that cannot be learned from are refused with line and reason; what can be mended is."""
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from tests.training.tokens import TOKENIZER, chat
+from training import check, examples, mend
+
+ROWS = [chat(f"q{i}", f"a{i}") for i in range(12)]
+LINES = [json.dumps(row).encode() for row in ROWS]
+GOOD = b"\n".join(LINES) + b"\n"
+
+
+def checked(tmp_path: Path, content: bytes, **options) -> check.Report:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    return check.check(path, TOKENIZER, **({"max_tokens": 60} | options))
+
+
+def replaced(number: int, line: bytes) -> bytes:
+    """The good file with another line in this place."""
+    return b"\n".join([*LINES[: number - 1], line, *LINES[number:]])
+
+
+def test_a_good_file(tmp_path):
+    report = checked(tmp_path, GOOD)
+    assert report.ok and not report.problems and report.kind == "chat"
+    whole = [examples.encode(row, "chat", TOKENIZER) for row in ROWS]
+    assert report.examples == 12 and report.tokens == sum(map(len, whole))
+    assert report.learned == sum(int(example.weights.sum()) for example in whole)
+    assert report.longest == max(map(len, whole)) and report.lengths.total() == 12
+    assert all(report.longest <= upper for upper in report.lengths)
+    _, found = check.read(tmp_path / "data.jsonl", TOKENIZER, max_tokens=60)
+    assert [example.line for example in found] == list(range(1, 13))
+    assert all((a.ids == b.ids).all() for a, b in zip(found, whole, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "code", "words"),
+    [
+        (b"", None, "empty_file", "holds no example"),
+        (b"\n\n", None, "empty_file", "holds no example"),
+        (LINES[0], None, "invalid_n_examples", "has 1 example(s), but must have at least 10"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" * 99, 3, "binary", "zero bytes"),
+        (b"\xff\xfe" + GOOD.decode().encode("utf-16-le"), 1, "not_utf8", "UTF-16"),
+        (json.dumps(ROWS).encode(), 1, "json_array", 'line starts with: "["'),
+        (json.dumps(ROWS, indent=2).encode(), 1, "json_array", 'line starts with: "["'),
+        (json.dumps(ROWS[0], indent=2).encode(), 1, "invalid_json", "Example 1 cannot be parsed"),
+        (b"\xef\xbb\xbf" + GOOD, 1, "byte_order_mark", "byte order mark"),
+        (replaced(7, '{"a": "caf\u00e9"}'.encode("latin-1")), 7, "not_utf8", "0xe9"),
+        (replaced(5, b"{oops"), 5, "invalid_json", "Example 5 cannot be parsed"),
+        (replaced(5, b'"text"'), 5, "not_an_object", "Example 5 is not a dictionary"),
+        (replaced(3, LINES[0]), 3, "duplicate", "Example 3 repeats example 1"),
+        (
+            replaced(3, LINES[0].replace(b": ", b" :  ")),
+            3,
+            "duplicate",
+            "Example 3 repeats example 1",
+        ),
+        (
+            replaced(4, b'{"prompt": "a", "completion": "b"}'),
+            4,
+            "missing_key",
+            'Example 4 is missing key "messages"',
+        ),
+        (
+            replaced(9, LINES[8].replace(b"assistant", b"bot")),
+            9,
+            "invalid_role",
+            "Example 9, message 2 has the role 'bot'",
+        ),
+        (replaced(2, json.dumps(chat("q" * 99, "a")).encode()), 2, "too_long", "is 60"),
+        (
+            b'{"input": {}, "preferred_output": [], "non_preferred_output": []}\n' * 10,
+            1,
+            "unknown_format",
+            "method dpo",
+        ),
+        (b'{"text": "a"}\n' * 10, 1, "unknown_format", "prompt/completion pairs or chat"),
+    ],
+)
+def test_a_bad_file(tmp_path, content, line, code, words):
+    report = checked(tmp_path, content)
+    assert not report.ok
+    problem = report.problems[0]
+    assert (problem.line, problem.code) == (line, code) and words in problem.message
+    error = report.error()
+    assert error["param"] == "training_file" and problem.message in error["message"]
+    assert error["code"] in ("invalid_training_file", "invalid_n_examples")
+
+
+def test_what_a_job_says(tmp_path):
+    error = checked(tmp_path, replaced(9, LINES[8].replace(b'"role": "user", ', b""))).error()
+    assert error["message"] == (
+        "The job failed due to an invalid training file. Invalid file format. "
+        'Example 9, message 1 is missing key "role".'
+    )
+    error = checked(tmp_path, b"\n".join([b"{"] * 12)).error("validation_file")
+    assert error["code"] == "invalid_validation_file" and "(11 more problems" in error["message"]
+
+
+def test_what_a_template_refuses(tmp_path, monkeypatch):
+    monkeypatch.setattr(TOKENIZER.chat_template, "source", "{{ raise_exception('no') }}")
+    TOKENIZER.chat_template.__dict__.pop("_template", None)
+    try:
+        report = checked(tmp_path, GOOD)
+        assert report.counts == {"refused_by_template": 12} and report.problems[2].line == 3
+    finally:
+        TOKENIZER.chat_template.__dict__.pop("_template", None)
+
+
+def test_a_file_too_large_is_not_read(tmp_path):
+    path = tmp_path / "huge.jsonl"
+    with open(path, "wb") as file:
+        file.truncate(300_000_000)
+    tracemalloc.start()
+    report = check.check(path, TOKENIZER, max_tokens=60)
+    assert report.problems[0].code == "file_too_large" and "286 MB" in report.problems[0].message
+    assert tracemalloc.get_traced_memory()[1] < 100_000
+    tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    """Of a file whose every line is bad the first hundred are told, all are counted."""
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"messages": 1}\n' * 100_000)
+    tracemalloc.start()
+    report = check.check(path, TOKENIZER, max_tokens=60)
+    assert report.counts == {"invalid_type": 100_000} and len(report.problems) == check.MAX_LISTED
+    assert tracemalloc.get_traced_memory()[1] < 500_000
+    tracemalloc.stop()
+
+
+def test_what_does_no_harm_is_a_note(tmp_path):
+    report = checked(tmp_path, GOOD.replace(b"\n", b"\r\n") + b"\r\n")
+    assert report.ok and report.notes == {"carriage_return": 13, "blank_line": 1}
+
+
+def test_a_validation_file_may_be_short(tmp_path):
+    assert checked(tmp_path, LINES[0], minimum=1).ok
+
+
+# Mending
+
+
+@pytest.mark.parametrize(
+    ("content", "deeds"),
+    [
+        (b"\xef\xbb\xbf" + GOOD, ["remove the byte order mark"]),
+        (GOOD.replace(b"\n", b"\r\n"), ["end 12 line(s) without a carriage return"]),
+        (GOOD + LINES[0] + b"\n\n" + LINES[3], ["drop 1 blank line(s)", "drop 2 repeated example(s)"]),
+        (json.dumps(ROWS, indent=1).encode(), ["write the array as lines"]),
+        (b"\xff\xfe" + GOOD.decode().encode("utf-16-le"), ["write the file in UTF-8"]),
+    ],
+)  # fmt: skip
+def test_what_can_be_mended_without_a_guess(tmp_path, content, deeds):
+    report = checked(tmp_path, content)
+    assert mend.proposals(report) == deeds
+    target = tmp_path / "mended.jsonl"
+    assert mend.mend(report.path, target, TOKENIZER, max_tokens=60) == deeds
+    after = check.check(target, TOKENIZER, max_tokens=60)
+    assert after.ok and not after.notes and after.examples == 12
+    assert [json.loads(line) for line in target.read_bytes().splitlines()] == ROWS
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "mended.jsonl"]
+
+
+def test_examples_too_long_lose_their_last_turns_or_go(tmp_path):
+    long = chat("q", "a", "q", "b", "q" * 60, "c")
+    report = checked(tmp_path, GOOD + json.dumps(long).encode() + b"\n"
+                     + json.dumps(chat("q" * 99, "a")).encode(), max_tokens=70)  # fmt: skip
+    assert [problem.line for problem in report.problems] == [13, 14]
+    deeds = ["cut, or drop, 2 example(s) that are too long"]
+    assert mend.proposals(report) == deeds
+    assert mend.mend(report.path, report.path, TOKENIZER, max_tokens=70) == deeds
+    rows = [json.loads(line) for line in report.path.read_bytes().splitlines()]
+    assert rows == [*ROWS, {"messages": long["messages"][:4]}]
+
+
+def test_what_needs_a_guess_stays_as_it_is(tmp_path):
+    bad = [b"{oops", LINES[0].replace(b"user", b"usr"), '{"prompt": "é"}'.encode("latin-1")]
+    report = checked(tmp_path, b"\n".join([*LINES, *bad]))
+    assert mend.proposals(report) == []
+    assert mend.mend(report.path, tmp_path / "b", TOKENIZER, max_tokens=60) == []
+    assert (tmp_path / "b").read_bytes().splitlines() == [*LINES, *bad]
+
+
+def test_half_an_array_is_an_error_and_leaves_nothing(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(json.dumps(ROWS).encode()[:-1])
+    with pytest.raises(ValueError, match="begins as an array"):
+        mend.mend(path, tmp_path / "b", TOKENIZER, max_tokens=60)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

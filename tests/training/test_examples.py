@@ -1,0 +1,185 @@
+"""Lines to examples: what is learned of each kind, and what is wrong with a line."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from tests.training.tokens import TOKENIZER, chat
+from training import examples
+from training.examples import Fault
+
+ENCODING = TOKENIZER.encoding
+
+
+def learned(row: dict, kind: str, tokenizer=TOKENIZER) -> str:
+    """The text of the tokens that have a weight."""
+    example = examples.encode(row, kind, tokenizer)
+    assert example.weights.shape == example.ids.shape and not example.weights[0]
+    return ENCODING.decode(example.ids[example.weights > 0].tolist())
+
+
+def test_of_a_conversation_the_assistants_turns_are_learned_and_that_they_end():
+    assert learned(chat("q", "one", "r", "two"), "chat") == "one<|im_end|>two<|im_end|>"
+
+
+def test_a_turn_of_weight_0_is_read_and_not_learned():
+    row = chat("q", "one", "r", "two")
+    row["messages"][1]["weight"], row["messages"][3]["weight"] = 0, 1
+    assert learned(row, "chat") == "two<|im_end|>"
+    plain = examples.encode(chat("q", "one", "r", "two"), "chat", TOKENIZER)
+    assert (examples.encode(row, "chat", TOKENIZER).ids == plain.ids).all()
+
+
+def test_the_prompt_is_what_the_model_reads_when_asked():
+    """A template's newline must not be merged with an answer's."""
+    example = examples.encode(chat("q", "\n\nlow"), "chat", TOKENIZER)
+    prompt = TOKENIZER.chat_template.encode(ENCODING, chat("q")["messages"])
+    assert example.ids[: len(prompt)].tolist() == prompt
+    assert example.weights[: len(prompt)].sum() == 0 and example.weights[len(prompt) :][0] == 1
+
+
+def test_what_a_user_types_is_no_special_token():
+    example = examples.encode(chat("<|im_end|>", "a"), "chat", TOKENIZER)
+    assert example.ids.tolist().count(ENCODING.special_tokens["<|im_end|>"]) == 2
+
+
+def test_content_in_parts_and_a_developer():
+    parts = [{"type": "text", "text": "lo"}, {"type": "text", "text": "w"}]
+    row = chat("q", "a")
+    row["messages"][1]["content"] = parts
+    assert not examples.faults(row, "chat") and learned(row, "chat") == "low<|im_end|>"
+    row = {"messages": [{"role": "developer", "content": "be brief"}, *chat("q", "a")["messages"]]}
+    assert not examples.faults(row, "chat")
+    ids = examples.encode(row, "chat", TOKENIZER).ids.tolist()
+    assert ENCODING.decode(ids).startswith("<|im_start|>system\nbe brief")
+
+
+def test_of_a_pair_the_completion_is_learned_and_that_it_ends():
+    row = {"prompt": "low", "completion": "er"}
+    assert learned(row, "completion") == "er<|im_end|>"
+    # Each by itself: "lower" would be other tokens.
+    ids = examples.encode(row, "completion", TOKENIZER).ids.tolist()
+    assert ids == ENCODING.encode("low") + ENCODING.encode("er") + [2]
+    begun = dataclasses.replace(TOKENIZER, bos_id=0, add_bos=True)
+    assert examples.encode(row, "completion", begun).ids.tolist() == [0, *ids]
+
+
+def test_nothing_stands_before_the_first_token():
+    row = {"prompt": "", "completion": "aab"}
+    example = examples.encode(row, "completion", TOKENIZER)
+    assert example.weights.tolist() == [0] + [1] * (len(example) - 1)
+
+
+def test_of_a_text_all_is_learned():
+    assert learned({"text": "1 low"}, "text") == " low<|im_end|>"
+
+
+def test_a_model_without_a_template_cannot_learn_conversations():
+    without = dataclasses.replace(TOKENIZER, chat_template=None)
+    with pytest.raises(ValueError, match="no chat template"):
+        examples.encode(chat("q", "a"), "chat", without)
+
+
+MESSAGE = {"role": "user", "content": "q"}
+ANSWER = {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("row", "code", "param"),
+    [
+        ({}, "missing_key", "messages"),
+        ({"messages": []}, "invalid_type", "messages"),
+        ({"messages": {}}, "invalid_type", "messages"),
+        ({"messages": ["q"]}, "invalid_type", "messages[0]"),
+        ({"messages": [MESSAGE]}, "nothing_to_learn", "messages"),
+        ({"messages": [MESSAGE, ANSWER | {"weight": 0}]}, "nothing_to_learn", "messages"),
+        ({"messages": [MESSAGE | {"weight": 0}, ANSWER]}, "invalid_weight", "messages[0].weight"),
+        ({"messages": [ANSWER | {"weight": 0.5}]}, "invalid_weight", "messages[0].weight"),
+        ({"messages": [ANSWER | {"weight": True}]}, "invalid_weight", "messages[0].weight"),
+        ({"messages": [{"content": "q"}, ANSWER]}, "missing_role", "messages[0].role"),
+        ({"messages": [MESSAGE | {"role": "assistent"}]}, "invalid_role", "messages[0].role"),
+        ({"messages": [MESSAGE | {"role": ["user"]}]}, "invalid_role", "messages[0].role"),
+        ({"messages": [MESSAGE | {"role": "tool"}]}, "unsupported_tools", "messages[0].role"),
+        ({"messages": [{"role": "user"}, ANSWER]}, "missing_content", "messages[0].content"),
+        ({"messages": [MESSAGE | {"content": None}]}, "missing_content", "messages[0].content"),
+        ({"messages": [MESSAGE | {"content": 1}]}, "invalid_type", "messages[0].content"),
+        (
+            {"messages": [MESSAGE | {"content": [{"type": "image_url"}]}]},
+            "unsupported_content",
+            "messages[0].content[0]",
+        ),
+        (
+            {"messages": [MESSAGE | {"content": [{"type": "text"}]}]},
+            "missing_content",
+            "messages[0].content[0].text",
+        ),
+        ({"messages": [MESSAGE | {"name": 1}, ANSWER]}, "invalid_type", "messages[0].name"),
+        ({"messages": [MESSAGE | {"wait": 1}, ANSWER]}, "extra_key", "messages[0].wait"),
+        (
+            {"messages": [MESSAGE, {"role": "assistant", "tool_calls": [{}]}]},
+            "unsupported_tools",
+            "messages[1].tool_calls",
+        ),
+        ({"messages": [MESSAGE, ANSWER], "tools": []}, "unsupported_tools", "tools"),
+        ({"messages": [MESSAGE, ANSWER], "id": 1}, "extra_key", "id"),
+    ],
+)
+def test_what_can_be_wrong_with_a_conversation(row, code, param):
+    assert [(fault.code, fault.param) for fault in examples.faults(row, "chat")] == [(code, param)]
+
+
+def test_all_that_is_wrong_is_told():
+    row = {"messages": [{"role": "usr"}, {"content": 3}], "a": 1, "b": 2}
+    found = [fault.code for fault in examples.faults(row, "chat")]
+    assert found == [
+        "extra_key", "extra_key", "invalid_role", "missing_content", "missing_role", "invalid_type"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "code"),
+    [
+        ({"prompt": "a"}, "completion", "missing_key"),
+        ({"prompt": "a", "completion": ""}, "completion", "nothing_to_learn"),
+        ({"prompt": 1, "completion": "a"}, "completion", "invalid_type"),
+        ({"prompt": "a", "completion": "b", "c": 1}, "completion", "extra_key"),
+        ({"text": ""}, "text", "nothing_to_learn"),
+        ({"text": ["a"]}, "text", "invalid_type"),
+    ],
+)
+def test_what_can_be_wrong_with_a_pair_or_a_text(row, kind, code):
+    assert [fault.code for fault in examples.faults(row, kind)] == [code]
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "text"),
+    [
+        (b'{"a": 1', "invalid_json", "invalid json"),
+        (b"{'a': 1}", "invalid_json", "invalid json"),
+        (b'{"a": NaN}', "invalid_json", "NaN"),
+        (b"[1]", "not_an_object", 'starts with: "[1]'),
+        (b'{"a": "\xff"}', "not_utf8", "byte 8 of the line is 0xff"),
+        (b"[" * 100_000, "invalid_json", "nested too deeply"),
+        (b"a" * (examples.MAX_LINE + 1), "line_too_long", "16 MB"),
+    ],
+)
+def test_a_line_that_is_no_object(line, code, text):
+    found = examples.parse(line)
+    assert isinstance(found, Fault) and found.code == code and text in found.message
+
+
+def test_lines_are_numbered_and_a_huge_one_does_not_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(examples, "MAX_LINE", 10)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"one\n\n" + b"x" * 35 + b"\nend\r\nlast")
+    assert list(examples.lines(path)) == [
+        (1, b"one"), (2, b""), (3, b"x" * 11), (4, b"end\r"), (5, b"last")
+    ]  # fmt: skip
+
+
+def test_half_a_surrogate_pair_is_text_like_any_other():
+    row = json.loads('{"prompt": "\\ud83d", "completion": "a"}')
+    assert not examples.faults(row, "completion")
+    assert isinstance(examples.encode(row, "completion", TOKENIZER).ids, np.ndarray)

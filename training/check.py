@@ -1,0 +1,258 @@
+"""Whether a file can be learned from: everything that is wrong with it, line by line.
+
+A file is read once, a line at a time; of a line only what counts is kept. So the memory needed is
+that of the longest line, and some bytes for each example, which tell a repeated one.
+
+`mend.py` puts right what can be put right without guessing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from training import examples
+from training.examples import Example, Fault, Kind, Tokenizer
+
+MAX_BYTES = 256 * 2**20
+MAX_EXAMPLES = 500_000
+MIN_EXAMPLES = 10
+MAX_LISTED = 100  # problems that a report names; all are counted
+BOM, BOM_UTF16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that keeps a file from being learned from.
+
+    Attributes:
+        line: from 1; None if it concerns the whole file.
+        code: a word for programs.
+        message: a sentence for people, which names the line as "Example 7".
+        param: where in the line, as in "messages[1].role".
+    """
+
+    line: int | None
+    code: str
+    message: str
+    param: str | None = None
+
+
+@dataclass
+class Report:
+    """What a file holds and what is wrong with it.
+
+    Attributes:
+        kind: of its examples; None if not even that could be told.
+        examples: lines without a fault.
+        tokens: of them together.
+        learned: tokens among those that have a weight.
+        longest: tokens of the longest.
+        lengths: how many examples have up to 2 ** n tokens, by that number.
+        problems: the first `MAX_LISTED`, in order.
+        counts: of all problems, by their codes.
+        notes: what is odd and does no harm.
+    """
+
+    path: Path
+    bytes: int
+    kind: Kind | None = None
+    examples: int = 0
+    tokens: int = 0
+    learned: int = 0
+    longest: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
+    problems: list[Problem] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def ok(self) -> bool:
+        """Whether it can be learned from."""
+        return not self.counts
+
+    def add(self, line: int | None, code: str, message: str, param: str | None = None) -> None:
+        """Notes a problem."""
+        self.counts[code] += 1
+        if len(self.problems) < MAX_LISTED:
+            self.problems.append(Problem(line, code, message, param))
+
+    def error(self, param: str = "training_file") -> dict[str, str]:
+        """The first problem as the `error` of a fine-tuning job has it.
+
+        Args:
+            param: which of the job's files this is.
+        """
+        problem, more = self.problems[0], self.counts.total() - 1
+        if problem.code == "invalid_n_examples":
+            return {"code": problem.code, "message": problem.message, "param": param}
+        name = param.replace("_", " ")
+        message = f"The job failed due to an invalid {name}. {problem.message}"
+        if problem.line is not None:
+            message = message.replace(". ", ". Invalid file format. ", 1)
+        if more:
+            message += f" ({more} more problem{'s' if more > 1 else ''} in this file.)"
+        return {"code": f"invalid_{param}", "message": message, "param": param}
+
+
+def check(
+    path: Path,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    kind: Kind | None = None,
+    minimum: int = MIN_EXAMPLES,
+) -> Report:
+    """Reads a file of examples and says all that is wrong with it.
+
+    Args:
+        path: JSON lines; see `examples`.
+        tokenizer: the model's.
+        max_tokens: of the longest example that can be learned.
+        kind: what the lines must be; None for what the first of them is, "chat" or "completion".
+        minimum: of examples, as many as OpenAI's API asks for; 1 for a validation file.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    report, _ = read(path, tokenizer, max_tokens=max_tokens, kind=kind, minimum=minimum, keep=False)
+    return report
+
+
+def read(
+    path: Path,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    kind: Kind | None = None,
+    minimum: int = MIN_EXAMPLES,
+    keep: bool = True,
+) -> tuple[Report, list[Example]]:
+    """As `check`, with the examples, in their order; only those without a fault.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    report = Report(path, path.stat().st_size, kind)
+    found: list[Example] = []
+    if not _looks_like_lines(report):
+        return report, found
+    seen: dict[bytes, int] = {}  # digest of an example to its line
+    for number, line in examples.lines(path):
+        if number == 1 and line.startswith(BOM):
+            report.add(1, "byte_order_mark", "Example 1 begins with a byte order mark.")
+            line = line.removeprefix(BOM)
+        if line.endswith(b"\r"):
+            report.notes["carriage_return"] += 1
+        if not line.strip():
+            report.notes["blank_line"] += 1
+            continue
+        example = _read_line(report, number, line, tokenizer, max_tokens, seen)
+        if example is None:
+            continue
+        if report.examples == MAX_EXAMPLES:
+            report.add(
+                None, "too_many_examples", f"The file has more than {MAX_EXAMPLES} examples."
+            )
+            break
+        _count(report, example)
+        if keep:
+            found.append(example)
+    if not report.examples and report.ok:
+        report.add(None, "empty_file", "The file holds no example.")
+    elif report.examples < minimum and report.ok:
+        what = "Training file" if minimum > 1 else "File"
+        report.add(
+            None,
+            "invalid_n_examples",
+            f"{what} has {report.examples} example(s), but must have at least {minimum} examples",
+        )
+    return report, found
+
+
+def _looks_like_lines(report: Report) -> bool:
+    """Whether it is worth reading line by line; what is wrong as a whole is told once."""
+    if report.bytes > MAX_BYTES:
+        size, most = (number / 2**20 for number in (report.bytes, MAX_BYTES))
+        reason = f"The file has {size:.0f} MB; the most that can be learned from is {most:.0f} MB."
+        report.add(None, "file_too_large", reason)
+        return False
+    with open(report.path, "rb") as file:
+        start = file.read(4096)
+    if start.startswith(BOM_UTF16):
+        report.add(1, "not_utf8", "Example 1 is not UTF-8: the file begins as UTF-16 does.")
+    elif b"\0" in start:
+        line = start[: start.index(b"\0")].count(b"\n") + 1
+        reason = "The file is binary: it holds zero bytes. Expected file to have JSONL format."
+        report.add(line, "binary", reason)
+    elif start.removeprefix(BOM).lstrip()[:1] == b"[":
+        report.add(
+            1,
+            "json_array",
+            "Expected file to have JSONL format, where every line is a JSON dictionary. Line 1 is "
+            'not a dictionary (HINT: line starts with: "["; the file is one JSON array).',
+        )
+    return report.ok
+
+
+def _read_line(
+    report: Report,
+    number: int,
+    line: bytes,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    seen: dict[bytes, int],
+) -> Example | None:
+    """The example of a line, or None, with the reasons in the report."""
+
+    def refuse(*faults: Fault) -> None:
+        for fault in faults:
+            who = f"Example {number}" + (f", {fault.where}" if fault.where else "")
+            report.add(number, fault.code, f"{who} {fault.message}", fault.param)
+
+    if isinstance(row := examples.parse(line), Fault):
+        return refuse(row)
+    if report.kind is None:
+        report.kind = examples.kind_of(row)
+        if report.kind in (None, "text"):
+            reason = (
+                "Unexpected file format, expected either prompt/completion pairs or chat messages."
+            )
+            if {"preferred_output", "preferred_completion"} & row.keys():
+                reason += " Preference pairs are for method dpo, which is not supported."
+            report.kind = None
+            report.add(number, "unknown_format", reason)
+            return None
+    if faults := examples.faults(row, report.kind):
+        return refuse(*faults)
+    key = digest(row)
+    if first := seen.get(key):
+        return refuse(Fault("duplicate", f"repeats example {first}."))
+    seen[key] = number
+    try:
+        example = examples.encode(row, report.kind, tokenizer, number)
+    except ValueError as error:
+        return refuse(Fault("refused_by_template", f"cannot be written for this model: {error}."))
+    if len(example) > max_tokens:
+        reason = f"has {len(example)} tokens; the most that can be learned is {max_tokens}."
+        return refuse(Fault("too_long", reason))
+    return example
+
+
+def _count(report: Report, example: Example) -> None:
+    report.examples += 1
+    report.tokens += len(example)
+    report.learned += int((example.weights > 0).sum())
+    report.longest = max(report.longest, len(example))
+    report.lengths[1 << (len(example) - 1).bit_length()] += 1
+
+
+def digest(row: dict[str, Any]) -> bytes:
+    """The same for two lines that say the same, however they are written."""
+    text = json.dumps(row, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=12).digest()
