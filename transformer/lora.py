@@ -105,10 +105,9 @@ def init(
 def apply(params: Params, adapter: Adapter) -> Params:
     """The model with the adapter beside its weights, of any format; replaces one that is there."""
     if params.gains is not None:
-        gains = np.asarray(params.gains)
         adapter = tuple(
-            {part: rotation.turned(lora, part, gains[i]) for part, lora in own.items()}
-            for i, own in enumerate(adapter)
+            {part: rotation.turned(lora, part, gains) for part, lora in own.items()}
+            for gains, own in zip(params.gains, adapter, strict=True)
         )
     return _with_parts(params, adapter, lambda linear, lora: linear.replace(lora=lora))
 

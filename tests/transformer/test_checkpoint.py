@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as Q
 from safetensors.numpy import load_file, save_file
 
 from tests.transformer.conftest import GOLDEN, TINY, noise
-from transformer import checkpoint, decoder
+from transformer import checkpoint, decoder, lora, rotation
 from transformer.checkpoint import gguf as reader
 from transformer.config import Config
 from transformer.layers import quantize
@@ -62,10 +62,23 @@ def test_formats(tiny):
     np.testing.assert_array_equal(
         narrow.layers[0].down.weight, layer.down.weight.astype(jnp.bfloat16)
     )
-    expected = quantize(layer.gate)
-    np.testing.assert_allclose(int8.layers[0].gate.scale, expected.scale, rtol=1e-6)
+    assert int8.layers[0].attn_norm.scale.tolist() == [1] * len(layer.attn_norm.scale)
+    for part in (*lora.PARTS, "head"):
+        owner = int8 if part == "head" else int8.layers[0]
+        assert getattr(owner, part).weight.dtype == jnp.int8
+    gain = layer.mlp_norm.scale
+    expected = quantize(layer.gate.replace(weight=rotation.reading(layer.gate.weight, gain)))
+    np.testing.assert_allclose(int8.layers[0].gate.scale, expected.scale, rtol=1e-5)
     steps = np.asarray(int8.layers[0].gate.weight, int) - np.asarray(expected.weight, int)
     assert np.abs(steps).max() <= 1 and (steps == 0).mean() > 0.99
+
+
+def test_int8_of_a_stream_that_cannot_be_turned(tiny):
+    params, cfg, _ = tiny("gpt2")
+    assert not rotation.can_turn(cfg)
+    int8, _, _ = checkpoint.load(GOLDEN / "gpt2", format="int8")
+    narrow, _, _ = checkpoint.load(GOLDEN / "gpt2", format="bfloat16")
+    np.testing.assert_array_equal(int8.layers[0].up.weight, quantize(params.layers[0].up).weight)
     for part in ("out", "down"):  # these write to the residual stream and stay bfloat16
         kept = getattr(int8.layers[0], part)
         assert kept.scale is None

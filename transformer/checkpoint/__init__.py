@@ -8,7 +8,7 @@ that of the weights in their final format and little more.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer import families
+from transformer import families, rotation
 from transformer.checkpoint import gguf, safetensors
 from transformer.checkpoint.gguf import Tensor
 from transformer.checkpoint.names import Source, rows_of, sources
@@ -28,9 +28,10 @@ Format = Literal["float32", "bfloat16", "int8"]
 
 # Rotary tables and masks that some exporters store though they follow from the config.
 _DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-# The maps that write to the residual stream read activations with outliers, which one scale a token
-# cannot hold: in int8 they cost SmolLM2 4 % of perplexity instead of 1 %. They stay bfloat16.
-_WIDE_IN_INT8 = ("out", "down")
+# Which norm each map reads behind, and which maps write to the residual stream.
+_READING = {"q": "attn_norm", "k": "attn_norm", "v": "attn_norm"}
+_READING |= {"gate": "mlp_norm", "up": "mlp_norm", "head": "final_norm"}
+_WRITING = ("out", "down")
 _SLAB_BYTES = 32 * 2**20  # of float32 rows held at once
 
 
@@ -41,8 +42,9 @@ def load(
 
     Args:
         path: a `.gguf` file, or a folder with config.json and safetensors.
-        format: what the weight matrices become; norms and biases stay float32, and in "int8"
-            the maps that write to the residual stream are bfloat16.
+        format: what the weight matrices become; norms and biases stay float32. In "int8" the
+            stream is turned (`rotation.py`), or, where it cannot be, the maps that write to it
+            are bfloat16.
         notify: called with the fraction loaded so far.
 
     Returns:
@@ -116,20 +118,39 @@ def fill(
             raise ValueError(f"{path}: {source.name} must have shape {expected}, got {shape}")
 
     done = 0
+    turns = format == "int8" and rotation.can_turn(cfg)
 
     def load_part(place: tuple[Any, ...], part: Any, info: Any) -> Any:
         nonlocal done
-        if isinstance(part, Linear):
-            own = "bfloat16" if format == "int8" and place[-1].name in _WIDE_IN_INT8 else format
-            loaded = _load_linear(part, info, tensors, cfg, own)
-        else:
-            loaded = jnp.asarray(_read(part, info.shape, tensors, cfg))
         done += 1
         notify(min(done / len(wanted), 1.0))
-        return loaded
+        if not isinstance(part, Linear):
+            return jnp.asarray(_read(part, info.shape, tensors, cfg))
+        name = place[-1].name
+        slabs = _slabs(part.weight, info.weight.shape, tensors, cfg)
+        bias = None if part.bias is None else _read(part.bias, info.bias.shape, tensors, cfg)
+        own = "bfloat16" if format == "int8" and not turns and name in _WRITING else format
+        if turns and name in _WRITING:
+            slabs = [(0, rotation.writing(np.concatenate([rows for _, rows in slabs])))]
+            bias = None if bias is None else rotation.writing(bias[:, None])[:, 0]
+        elif turns:
+            gain = gain_of(place)
+            slabs = ((start, rotation.reading(rows, gain)) for start, rows in slabs)
+        return _make_linear(info.weight.shape, slabs, bias, own)
+
+    def gain_of(place: tuple[Any, ...]) -> np.ndarray | None:
+        """The scale of the norm that a map reads behind; None for the token table."""
+        if place[-1].name == "embed":
+            return None
+        owner = tree if place[0].name != "layers" else tree.layers[place[1].idx]
+        return _read(getattr(owner, _READING[place[-1].name]).scale, (cfg.d_model,), tensors, cfg)
 
     is_part = lambda node: isinstance(node, Linear)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(load_part, tree, infos, is_leaf=is_part)
+    params = jax.tree_util.tree_map_with_path(load_part, tree, infos, is_leaf=is_part)
+    if turns and params.head is None:
+        head = (jax.tree_util.GetAttrKey("head"),)
+        params = params.replace(head=load_part(head, tree.embed, infos.embed))
+    return rotation.without_gains(params) if turns else params
 
 
 def save(folder: Path, params: Params, cfg: Config) -> None:
@@ -158,16 +179,16 @@ def save(folder: Path, params: Params, cfg: Config) -> None:
     safetensors.write(Path(folder), config, tensors)
 
 
-def _load_linear(
-    part: Linear, info: Linear, tensors: Mapping[str, Tensor], cfg: Config, format: Format
+def _make_linear(
+    shape: tuple[int, ...],
+    slabs: Iterable[tuple[int, np.ndarray]],
+    bias: np.ndarray | None,
+    format: Format,
 ) -> Linear:
-    bias = (
-        None if part.bias is None else jnp.asarray(_read(part.bias, info.bias.shape, tensors, cfg))
-    )
     dtype = {"float32": np.float32, "bfloat16": jnp.bfloat16, "int8": np.int8}[format]
-    weight = np.empty(info.weight.shape, dtype)
-    scale = np.empty(info.weight.shape[:1], np.float32) if format == "int8" else None
-    for start, rows in _slabs(part.weight, info.weight.shape, tensors, cfg):
+    weight = np.empty(shape, dtype)
+    scale = np.empty(shape[:1], np.float32) if format == "int8" else None
+    for start, rows in slabs:
         stop = start + len(rows)
         if scale is not None:
             # Same arithmetic as `layers.quantize`, in place and without a second copy.
@@ -176,7 +197,9 @@ def _load_linear(
         else:
             weight[start:stop] = rows
     return Linear(
-        weight=jnp.asarray(weight), bias=bias, scale=None if scale is None else jnp.asarray(scale)
+        weight=jnp.asarray(weight),
+        bias=None if bias is None else jnp.asarray(bias),
+        scale=None if scale is None else jnp.asarray(scale),
     )
 
 
