@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import io
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         what = f"{error.filename}: {error.strerror}" if error.filename else error
         print(f"python -m bpe: {what}", file=sys.stderr)
         return 1
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         print(f"python -m bpe: {error}", file=sys.stderr)
         return 1
     return 0
@@ -166,7 +168,7 @@ def _decode(args: argparse.Namespace) -> None:
             raise ValueError(f"{word!r} is not an id") from None
     try:
         data = encoding.decode_bytes(ids)
-    except KeyError as error:
+    except (KeyError, OverflowError) as error:
         raise ValueError(f"{encoding.name}: {error.args[0]}") from None
     sys.stdout.flush()
     sys.stdout.buffer.write(data)
@@ -210,7 +212,7 @@ def _train(args: argparse.Namespace) -> None:
 
     for path in args.output:
         check_name(path)  # before the work, not after it
-    pattern: str = args.pattern
+    pattern = _pattern(args.pattern)
     started = time.perf_counter()
     noted = -1.0
 
@@ -225,7 +227,7 @@ def _train(args: argparse.Namespace) -> None:
     encoding = train(
         read_files(args.files),
         vocab_size=args.vocab_size,
-        pattern=PATTERNS.get(pattern, pattern),
+        pattern=pattern,
         special_tokens=args.special or ["<|endoftext|>"],
         min_frequency=args.min_frequency,
         name=args.output[0].stem,
@@ -251,7 +253,28 @@ def _text(args: argparse.Namespace) -> str:
             parts.append(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8: {error}") from None
-    return "".join(parts) if parts else sys.stdin.read()
+    text = "".join(parts) if parts else sys.stdin.read()
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # so Python hands over bytes that it could not decode
+        raise ValueError(
+            f"the text is not UTF-8: character {error.start} is {text[error.start]!r}"
+        ) from None
+    return text
+
+
+def _pattern(name: str) -> str:
+    """A split pattern: one of ours by its name, or a regular expression as it is."""
+    if name in PATTERNS:
+        return PATTERNS[name]
+    if re.fullmatch(r"[\w-]+", name):  # as a pattern, it would find this word and nothing else
+        close = difflib.get_close_matches(name, PATTERNS, 1)
+        raise ValueError(
+            f"--pattern {name}: no pattern has this name"
+            + (f"; did you mean {close[0]}?" if close else f"; there are {', '.join(PATTERNS)}")
+            + f" (a regular expression for just this word is (?:{name}))"
+        )
+    return name
 
 
 def _encoding(name: str) -> bpe.Encoding:

@@ -169,10 +169,11 @@ class Encoding:
         - in neither set: it is encoded as the ordinary text it is;
         - in `disallowed_special` ("all": every one that is not allowed): an error.
 
-        >>> encoding.encode("<|endoftext|>", allowed_special={"<|endoftext|>"})
-        [0]
-        >>> encoding.encode("<|endoftext|>", disallowed_special=())
-        [44, 108, 486, 1168, 2658, 108, 46]
+        >>> gpt2 = bpe.get_encoding("gpt2")
+        >>> gpt2.encode("<|endoftext|>", allowed_special={"<|endoftext|>"})
+        [50256]
+        >>> gpt2.encode("<|endoftext|>", disallowed_special=())
+        [27, 91, 437, 1659, 5239, 91, 29]
 
         Surrogate pairs count as the character they stand for; lone surrogates, which have no UTF-8,
         as U+FFFD.
@@ -256,8 +257,9 @@ class Encoding:
         and all the ways are given in which tokens can cover it and perhaps more. Which they are
         follows tiktoken, approximations and all.
 
-        >>> encoding.encode_with_unstable("hello fanta")
-        ([31373], [[277, 4910], [5113, 265], ..., [8842]])
+        >>> stable, completions = bpe.get_encoding("gpt2").encode_with_unstable("hello fanta")
+        >>> stable, completions[0], completions[-1], len(completions)
+        ([31373], [277, 4910], [30162], 1432)
 
         Returns:
             The ids that stay, and the completions, sorted; none if the text ends in a special
@@ -457,6 +459,7 @@ class Encoding:
         """
         if isinstance(tokens, str) or not hasattr(tokens, "__getitem__"):
             raise TypeError(f"ids must be a sequence of integers, not {tokens!r:.80}")
+        tokens = _checked_array(tokens)
         # Of bytes, an array would take four for one number.
         is_bytes = isinstance(tokens, bytes | bytearray | memoryview)
         if len(tokens) >= _MANY and self.max_token_value < 1 << 24 and not is_bytes:
@@ -469,15 +472,14 @@ class Encoding:
     def _decode_many(self, tokens: Sequence[int]) -> bytes:
         import numpy as np
 
-        if (dtype := getattr(tokens, "dtype", None)) is None:
-            try:
-                tokens = array.array("I", tokens)  # several times as fast as NumPy's own way
+        if isinstance(tokens, np.ndarray):
+            ids = tokens
+        else:
+            try:  # several times as fast as NumPy's own way
+                ids = np.frombuffer(array.array("I", tokens), np.uint32)
             except (OverflowError, TypeError):
                 raise self._decoding_error(tokens) from None
-            dtype = np.uint32
-        if np.dtype(dtype).kind not in "iu":
-            raise self._decoding_error(tokens)
-        if (found := self._decode_words(np.asarray(tokens, dtype))) is None:
+        if (found := self._decode_words(ids)) is None:
             raise self._decoding_error(tokens)
         return found
 
@@ -513,7 +515,7 @@ class Encoding:
         Raises:
             KeyError: if the vocabulary has no such id.
         """
-        return [self.decode_single_token_bytes(token) for token in tokens]
+        return [self.decode_single_token_bytes(token) for token in _checked_array(tokens)]
 
     def decode_with_offsets(self, tokens: Sequence[int]) -> tuple[str, list[int]]:
         """Decodes ids into text, and where in it (in characters) each token begins.
@@ -627,6 +629,21 @@ def _check_special(text: str, disallowed: Collection[str]) -> None:
         raise TypeError(f"text must be a string, not {text!r:.80}")
     if disallowed and (match := special_pattern(frozenset(disallowed)).search(text)):
         _raise_disallowed(match.group())
+
+
+def _checked_array(tokens: Any) -> Any:
+    """An array of ids, of whichever library, as one of NumPy's; what is no array as it is."""
+    if not hasattr(tokens, "dtype"):
+        return tokens
+    import numpy as np
+
+    ids = np.asarray(tokens)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise TypeError(
+            f"ids must be a sequence of integers, not an array of {ids.dtype} "
+            f"with the shape {ids.shape}"
+        )
+    return ids
 
 
 def _checked_id(token: int) -> int:

@@ -19,7 +19,7 @@ import unicodedata
 from dataclasses import dataclass
 from itertools import pairwise
 
-from bpe.encoding import Encoding
+from bpe.encoding import Encoding, well_formed
 from bpe.merge import NEVER
 from bpe.pretokenize import compile_pattern, split
 
@@ -99,8 +99,9 @@ def steps(encoding: Encoding, piece: bytes) -> list[Step]:
 def explain(encoding: Encoding, text: str) -> str:
     """Text to tokens in words and pictures: the pieces of a text, then the merges of each.
 
-    Special tokens are read as the ordinary text they are spelled with.
+    Special tokens are read as the ordinary text they are spelled with, lone surrogates as U+FFFD.
     """
+    text = well_formed(text)
     if encoding.normalization:
         text = unicodedata.normalize(encoding.normalization, text)
     ids = encoding.encode_ordinary(text)
@@ -119,7 +120,7 @@ def explain(encoding: Encoding, text: str) -> str:
 
 def drawing(encoding: Encoding, piece: str) -> str:
     """The merges of one piece: a line each, its bytes in columns."""
-    data = piece.encode().translate(None, encoding.dropped_bytes)
+    data = well_formed(piece).encode().translate(None, encoding.dropped_bytes)
     ids = encoding.encode_ordinary(piece)
     tokens = encoding.decode_tokens_bytes(ids)
     if len(data) > LONGEST:

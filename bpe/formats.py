@@ -208,11 +208,11 @@ def _from_tokenizer_json(
     _only(model, known, where)
     _one_of(_get(spec, "decoder", dict, str(path)), "type", ["ByteLevel"], f"{path}: decoder")
 
-    special = _added_tokens(spec, str(path))
     vocab = _get(model, "vocab", dict, where)
     for token, id in vocab.items():
         if not isinstance(id, int):
             raise ValueError(f"{where}: vocab[{token!r}] is {_short(id)}, not an id")
+    special = _added_tokens(spec, vocab, str(path))
     merges = [  # strings in old files
         merge.split(" ") if isinstance(merge, str) else merge
         for merge in _get(model, "merges", list, where)
@@ -248,7 +248,7 @@ def _from_tokenizer_json(
     )
 
 
-def _added_tokens(spec: Mapping[str, Any], where: str) -> dict[str, int]:
+def _added_tokens(spec: Mapping[str, Any], vocab: Mapping[str, Any], where: str) -> dict[str, int]:
     special: dict[str, int] = {}
     for i, token in enumerate(_get(spec, "added_tokens", list, where)):
         here = f"{where}: added_tokens[{i}]"
@@ -264,9 +264,14 @@ def _added_tokens(spec: Mapping[str, Any], where: str) -> dict[str, int]:
         )
         if special.setdefault(text, id) != id:
             raise ValueError(f"{here}: {text!r} has the ids {special[text]} and {id}")
-    spelling = {id: text for text, id in special.items()}
+    spelling: dict[int, str] = {}
     for text, id in special.items():
-        if spelling[id] != text:
+        if (known := vocab.get(text, id)) != id:
+            raise ValueError(
+                f"{where}: {text!r} is {id} in added_tokens and {known} in model.vocab"
+            )
+        # Two spellings of one token, as o200k_harmony has, are damage unless the vocabulary agrees.
+        if spelling.setdefault(id, text) != text and text not in vocab:
             raise ValueError(f"{where}: the tokens {text!r} and {spelling[id]!r} have the id {id}")
     return special
 
@@ -308,7 +313,7 @@ def _split_patterns(spec: Any, where: str) -> str | list[str]:
                     patterns.append(GPT2)
                 if patterns == [r"\p{N}", GPT2]:
                     return SMOLLM  # the same in one pass
-                return patterns or [r"(?s:.+)"]
+                return patterns or [r"[\s\S]+"]
             case _:
                 raise ValueError(f"{where}: {_short(step)} is not known")
     raise ValueError(f"{where}: the last step must be ByteLevel, not {_short(steps[-1:])}")
@@ -413,7 +418,7 @@ def _wordpiece_json(path: Path) -> WordPiece:
     splitter = _get(spec, "pre_tokenizer", dict, str(path))
     _one_of(splitter, "type", ["BertPreTokenizer"], f"{path}: pre_tokenizer")
 
-    special = _added_tokens(spec, str(path))
+    special = _added_tokens(spec, vocab, str(path))
     for token, id in special.items():
         if vocab.get(token) != id:
             raise ValueError(f"{path}: added_tokens gives {token!r} the id {id}, not as in vocab")
@@ -561,7 +566,13 @@ def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> 
 
 
 def _read_gguf(path: Path) -> dict[str, Any]:
-    import gguf  # some 0.2 s, and then seconds for a large vocabulary
+    try:
+        import gguf  # some 0.2 s, and then seconds for a large vocabulary
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{path}: GGUF files are read by the package gguf, but {error}; pip install gguf",
+            name=error.name,
+        ) from None
 
     try:
         reader = gguf.GGUFReader(path)

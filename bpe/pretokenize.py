@@ -8,6 +8,13 @@ Face's `tokenizers` on every assigned character of Unicode.
 
 The `regex` module is needed because the standard library's `re` knows neither `\p{L}` (a letter of
 any script) nor `\p{N}` (a number of any script: digits, but also ½, ² and Ⅷ).
+
+A second plus, as in `\p{L}++`, makes a repetition *possessive*: what it has taken, it keeps. Where
+the rest of an alternative fails, a plain `\s+` gives back its last character and lets the rest try
+again, then one more, and so on. `\s+(?!\S)` is there for that: it gives back one space, which the
+next word takes along. Nothing is gained so by `\s++$`: if white space does not reach the end of the
+text, less of it does not either, and to find that out again from each of a million spaces takes
+time that grows with the square. `?+` and `{1,3}+` are possessive in the same way.
 """
 
 from __future__ import annotations

@@ -52,12 +52,16 @@ def tiktoken_lines(encoding: Encoding) -> str:
             f"{encoding!r} cannot be a .tiktoken file: its ids are no merge priorities; "
             "save it as tokenizer.json"
         )
-    by_rank = sorted(encoding.ranks.items(), key=lambda item: item[1])
-    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in by_rank)
+    return "".join(
+        f"{base64.b64encode(token).decode()} {encoding.ranks[token]}\n"
+        for token in _by_rank(encoding.ranks)
+    )
 
 
 def tokenizer_json(encoding: Encoding) -> str:
     """A `tokenizer.json` as Hugging Face's tokenizers reads it.
+
+    Where a special token has two spellings, as in o200k_harmony, tokenizers knows only the last.
 
     Raises:
         ValueError: if the split pattern has a form that tokenizers reads otherwise.
@@ -67,7 +71,20 @@ def tokenizer_json(encoding: Encoding) -> str:
     def spelled(token: bytes) -> str:
         return "".join(characters[byte] for byte in token)
 
-    pairs = merges_of(encoding.ranks) if encoding.merges is None else encoding.merges
+    # A token that no merge makes can still be a whole piece, and "ignore_merges" says just that.
+    pairs = encoding.merges
+    if pairs is None:
+        pairs = [
+            pair for token in _by_rank(encoding.ranks) if (pair := _pair(token, encoding.ranks))
+        ]
+    # Special tokens are in the vocabulary too: tokenizers would number others one after the other.
+    vocab = {spelled(token): id for token, id in encoding.ranks.items()}
+    for token, id in encoding.special_tokens.items():
+        if vocab.setdefault(token, id) != id:
+            raise ValueError(
+                f"{encoding!r} cannot be a tokenizer.json: there the special token {token!r} is "
+                f"spelled as the token {vocab[token]} is"
+            )
     splits = [
         {
             "type": "Split",
@@ -111,7 +128,7 @@ def tokenizer_json(encoding: Encoding) -> str:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": encoding.whole_pieces,
-            "vocab": {spelled(token): id for token, id in encoding.ranks.items()},
+            "vocab": vocab,
             "merges": [[spelled(left), spelled(right)] for left, right in pairs],
         },
     }
@@ -121,22 +138,37 @@ def tokenizer_json(encoding: Encoding) -> str:
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The pairs that a vocabulary of ranks was made from, in order.
 
-    The pair of a token is what its bytes come to with only the tokens of lower rank. A token that
-    does not come to two parts cannot be made by merging (it was put in by hand) and has none.
+    Raises:
+        ValueError: if no pair makes one of the tokens, as where it was put in by hand.
     """
     pairs = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) == 1:
-            continue
-
-        def lower(left: bytes, right: bytes, rank: int = rank) -> int:
-            joined = ranks.get(left + right, NEVER)
-            return joined if joined < rank else NEVER
-
-        parts = merge(token, lower)
-        if len(parts) == 2:
-            pairs.append((parts[0], parts[1]))
+    for token in _by_rank(ranks):
+        if (pair := _pair(token, ranks)) is not None:
+            pairs.append(pair)
+        elif len(token) > 1:
+            raise ValueError(f"no merge makes the token {ranks[token]}, {token!r}")
     return pairs
+
+
+def _by_rank(ranks: Mapping[bytes, int]) -> list[bytes]:
+    return sorted(ranks, key=ranks.__getitem__)
+
+
+def _pair(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
+    """The two tokens that are joined to make one; None if none are.
+
+    They are what is left of its bytes when all is merged but the token itself is not to be made.
+    If that is more than two, no merge makes the token, alone or within a text.
+    """
+
+    def others(left: bytes, right: bytes) -> int:
+        return NEVER if len(left) + len(right) == len(token) else ranks.get(left + right, NEVER)
+
+    match merge(token, others):
+        case [left, right]:
+            return left, right
+        case _:
+            return None
 
 
 def to_oniguruma(pattern: str) -> str:
@@ -145,9 +177,18 @@ def to_oniguruma(pattern: str) -> str:
     It reads two things otherwise: `$` is the end of a line there, and `{1,3}+` repeats instead of
     refusing to give back.
 
+    Raises:
+        ValueError: if there is such a `{1,3}+` after a group, or an inline flag but `i`, of which
+            it knows no other by the same letter.
+
     >>> to_oniguruma(r"\p{N}{1,3}+|\s++$")
     '(?>\\p{N}{1,3})|\\s++\\z'
     """
+    if flags := re.search(r"(?<!\\)\(\?[a-zA-Z-]*[^\W\dPi][a-zA-Z-]*[:)]", pattern):
+        raise ValueError(
+            f"split pattern {pattern!r}: tokenizers reads the flags {flags.group()} otherwise; "
+            "write it without them, such as [\\s\\S] for a dot that matches line ends"
+        )
     atom = r"\\[pP]\{\^?\w+\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\.|\w"
     pattern = re.sub(rf"({atom})(\{{\d+(?:,\d*)?\}})\+", r"(?>\1\2)", pattern)
     if re.search(r"\)\{\d+(?:,\d*)?\}\+", pattern):

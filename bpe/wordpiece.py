@@ -237,7 +237,8 @@ class WordPiece:
     def words(self, text: str) -> list[str]:
         """The words and punctuation marks of a text, normalised.
 
-        >>> wordpiece.words("Don't naïvely 数える!")
+        >>> vocab = {token: id for id, token in enumerate(["[UNK]", "[CLS]", "[SEP]", "[PAD]"])}
+        >>> WordPiece(vocab).words("Don't naïvely 数える!")
         ['don', "'", 't', 'naively', '数', 'える', '!']
         """
         return self.normalize(text).split()

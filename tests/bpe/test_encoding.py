@@ -335,6 +335,20 @@ def test_more_may_follow():
     assert ENCODING.encode_with_unstable("") == ([], [])
 
 
+def test_of_white_space_at_the_end_all_may_change():
+    """Also that of the piece before: in "a\\n\\n  ", blanks follow line ends. As in tiktoken."""
+    encoding = bpe.get_encoding("o200k_base")
+    assert [len(token) for token in encoding.decode_tokens_bytes(encoding.encode("a\n\n  "))] == [
+        1,
+        2,
+        2,
+    ]
+    stable, completions = encoding.encode_with_unstable("a\n\n  ")
+    assert encoding.decode(stable) == "a"
+    assert encoding.encode("\n\n  ") in completions
+    assert all(encoding.decode(ids).startswith("\n\n  ") for ids in completions)
+
+
 @pytest.mark.parametrize("number", [3, 5000])
 @pytest.mark.parametrize(
     ("wrong", "error"),
@@ -355,6 +369,18 @@ def test_wrong_ids(wrong, error, number):
 def test_what_is_no_sequence_of_ids(tokens):
     with pytest.raises(TypeError):
         ENCODING.decode(tokens)
+
+
+@pytest.mark.parametrize("number", [3, 5000])
+@pytest.mark.parametrize("dtype", ["float64", "bool", "object"])
+def test_arrays_of_what_is_no_id(dtype, number):
+    """Many floats were an AssertionError, few bools were the ids 0 and 1."""
+    for call in (ENCODING.decode, ENCODING.decode_tokens_bytes, ENCODING.decode_with_offsets):
+        with pytest.raises(TypeError, match=f"an array of {dtype} with the shape .{number},"):
+            call(np.ones(number, dtype))
+        with pytest.raises(TypeError, match="an array of int64 with the shape"):
+            call(np.ones((number, 1), np.int64))
+    assert ENCODING.decode(np.array([])) == "", "of no numbers, NumPy makes floats"
 
 
 @pytest.mark.parametrize("number", [1, 500])

@@ -151,6 +151,10 @@ def at(path: str, value):
     return change
 
 
+def both(*changes):
+    return lambda spec: [change(spec) for change in changes]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -188,8 +192,11 @@ def at(path: str, value):
         (at("added_tokens/0/lstrip", True), r"added_tokens\[0\]: lstrip is True"),
         (at("added_tokens/0/id", "x"), r"added_tokens\[0\]: id is a str"),
         (at("added_tokens/1/content", "<|endoftext|>"), "has the ids 0 and 1"),
-        (at("added_tokens/0/id", 3), "both have the id 3"),
-        (at("added_tokens/1/id", 0), "the tokens '<.endoftext.>' and .* have the id 0"),
+        (at("added_tokens/0/id", 3), "'<.endoftext.>' is 3 in added_tokens and 0 in model.vocab"),
+        (
+            both(at("added_tokens/1/id", 0), at("model/vocab/<|im_start|>", ...)),
+            "the tokens '<.im_start.>' and '<.endoftext.>' have the id 0",
+        ),
         (at("model/vocab/a", ...), "no token for the bytes b'a'"),
         (at("model/vocab/a b", 5000), "has the character ' '"),
         (at("model/vocab/zz", 3), "both have the id 3"),

@@ -94,11 +94,24 @@ def test_decoding_gives_the_bytes_whatever_they_are(vocab, capsysbinary):
 
 
 @pytest.mark.parametrize(
-    ("ids", "message"), [(["1", "x"], "'x' is not an id"), (["99999"], "99999")]
+    ("ids", "message"),
+    [
+        (["1", "x"], "'x' is not an id"),
+        (["99999"], "99999"),
+        (["-1"], "the token id -1 is not from 0"),
+    ],
 )
 def test_ids_that_are_none(run, vocab, ids, message):
     status, out, err = run("decode", "--vocab", vocab, *ids)
     assert status == 1 and not out and message in err
+
+
+@pytest.mark.parametrize("command", ["show", "encode", "count", "compare", "explain"])
+def test_arguments_that_are_no_text(run, vocab, command):
+    """Bytes that are no UTF-8 arrive as lone surrogates; one way ended in a traceback."""
+    status, out, err = run(command, "--vocab", vocab, "low \udcff")
+    assert (status, out) == (1, "")
+    assert err == "python -m bpe: the text is not UTF-8: character 4 is '\\udcff'\n"
 
 
 # Measuring
@@ -134,6 +147,15 @@ def test_compare(run, vocab, tmp_path):
 def test_explain(run, vocab):
     status, out, _ = run("explain", "--vocab", vocab, "lower")
     assert status == 0 and "l───o───w   e───r     er = e + r" in out
+
+
+def test_without_the_package_for_gguf(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF")
+    status, out, err = run("--vocab", str(path), "x")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "GGUF files are read by the package gguf" in err and "pip install gguf" in err
 
 
 # Training
@@ -177,6 +199,16 @@ def test_train_refuses_before_it_works(run, tmp_path):
     status, out, err = run("train", str(tmp_path / "no.txt"), "-o", str(tmp_path / "x.json"))
     assert status == 1 and "no.txt: No such file or directory" in err
     assert not (tmp_path / "x.json").exists()
+
+
+def test_a_misspelled_pattern_is_no_regular_expression(run, tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "x.json"
+    text.write_text("ab ab", encoding="utf-8")
+    train = lambda pattern: run("train", "-q", str(text), "-o", str(out), "--pattern", pattern)  # noqa: E731
+    assert "--pattern gtp2: no pattern has this name; did you mean gpt2?" in train("gtp2")[2]
+    assert "no pattern has this name; there are gpt2, smollm, cl100k" in train("nonsense")[2]
+    assert not out.exists()
+    assert train(r"\w+|\W+")[0] == train("(?:ab)")[0] == 0
 
 
 # The program

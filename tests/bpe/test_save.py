@@ -1,5 +1,7 @@
 """Writing vocabularies: what is read back, and what tiktoken and tokenizers make of it."""
 
+import random
+
 import pytest
 
 import bpe
@@ -51,9 +53,42 @@ def test_merges_of_their_own_are_written_as_they_are(tmp_path):
     assert not (tmp_path / "x.tiktoken").exists()
 
 
-def test_a_token_that_no_merge_makes_stays_a_token():
+def test_a_token_that_no_merge_makes_stays_a_token(tmp_path):
     ranks = {bytes([b]): b for b in range(256)} | {b"ab": 256, b"whole": 257}
-    assert merges_of(ranks) == [(b"a", b"b")]
+    with pytest.raises(ValueError, match="no merge makes the token 257, b'whole'"):
+        merges_of(ranks)
+    encoding = bpe.Encoding("w", pattern=r"\w+|\W+", ranks=ranks, special_tokens={})
+    save(encoding, tmp_path / "tokenizer.json")
+    again = bpe.load(tmp_path / "tokenizer.json").encoding
+    for text in ("whole", "ab", "wholeab"):
+        assert again.encode(text) == encoding.encode(text)
+    assert again.encode("whole") == [257]
+
+
+def test_ranks_in_any_order_are_merged_in_that_order():
+    """A token may have a lower rank than its parts: "abc" is 256, "ab" is 257."""
+    ranks = {bytes([b]): b for b in range(256)} | {b"abc": 256, b"ab": 257}
+    assert merges_of(ranks) == [(b"ab", b"c"), (b"a", b"b")]
+
+
+@pytest.mark.parametrize("name", ["p50k_edit", "cl100k_base", "o200k_harmony"])
+def test_special_tokens_keep_their_ids(name, tmp_path):
+    """Ids have gaps, a token of o200k_harmony has two spellings; that could not be read back."""
+    encoding = bpe.get_encoding(name)
+    few = dict(list(encoding.ranks.items())[:400])  # all of them take seconds
+    encoding = bpe.Encoding(
+        name, pattern=encoding.patterns, ranks=few, special_tokens=encoding.special_tokens
+    )
+    save(encoding, tmp_path / "tokenizer.json")
+    again = bpe.load(tmp_path / "tokenizer.json").encoding
+    assert again.special_tokens == encoding.special_tokens
+    assert again.decode([200018] if name == "o200k_harmony" else []) in ("", "<|endofprompt|>")
+
+
+def test_a_special_token_that_is_spelled_as_another_token_is(tmp_path):
+    encoding = tiny.encoding(special_tokens={"low": 5000})
+    with pytest.raises(ValueError, match="the special token 'low' is spelled as the token"):
+        tokenizer_json(encoding)
 
 
 def test_names(tmp_path):
@@ -72,6 +107,12 @@ def test_names(tmp_path):
 )
 def test_the_dialect_of_tokenizers(pattern, expected):
     assert to_oniguruma(pattern) == expected
+
+
+@pytest.mark.parametrize("pattern", ["(?s:.+)", "(?m)^x", "(?i-s:a.)"])
+def test_flags_that_mean_something_else_are_refused(pattern):
+    with pytest.raises(ValueError, match="tokenizers reads the flags"):
+        to_oniguruma(pattern)
 
 
 def test_a_possessive_group_is_refused():
@@ -99,3 +140,32 @@ def test_tokenizers_and_tiktoken_read_it(name, texts, tmp_path):
         ids = encoding.encode(text, allowed_special="all")
         assert huggingface.encode(text).ids == ids
         assert openai.encode(text, allowed_special="all") == ids
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["gpt2", "p50k_edit", "cl100k_base"])
+def test_tokenizers_reads_the_named_encodings(name, texts):
+    """Special tokens whose ids have gaps were numbered one after the other."""
+    tokenizers = pytest.importorskip("tokenizers")
+    encoding = bpe.get_encoding(name)
+    huggingface = tokenizers.Tokenizer.from_str(tokenizer_json(encoding))
+    for text in [*texts, "x".join(encoding.special_tokens)]:
+        ids = encoding.encode(text, allowed_special="all")
+        assert huggingface.encode(text).ids == ids
+        assert huggingface.decode(ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.parity
+def test_tokenizers_reads_vocabularies_that_no_training_made():
+    """Random tokens in random order, some of which only a whole piece can be."""
+    tokenizers = pytest.importorskip("tokenizers")
+    for seed in range(100):
+        rng = random.Random(seed)
+        tokens = {bytes(rng.choices(b"abc", k=rng.randint(2, 5))) for _ in range(20)}
+        order = [*(bytes([b]) for b in range(256)), *rng.sample(sorted(tokens), len(tokens))]
+        ranks = {token: id for id, token in enumerate(order)}
+        encoding = bpe.Encoding("r", pattern=r"[\s\S]+", ranks=ranks, special_tokens={})
+        huggingface = tokenizers.Tokenizer.from_str(tokenizer_json(encoding))
+        for _ in range(50):
+            text = "".join(rng.choices("abc", k=rng.randint(1, 12)))
+            assert huggingface.encode(text).ids == encoding.encode(text), (seed, text)
