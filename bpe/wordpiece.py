@@ -237,8 +237,9 @@ class WordPiece:
     def words(self, text: str) -> list[str]:
         """The words and punctuation marks of a text, normalised.
 
-        >>> vocab = {token: id for id, token in enumerate(["[UNK]", "[CLS]", "[SEP]", "[PAD]"])}
-        >>> WordPiece(vocab).words("Don't naïvely 数える!")
+        >>> special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        >>> bert = WordPiece({token: id for id, token in enumerate(special)})
+        >>> bert.words("Don't naïvely 数える!")
         ['don', "'", 't', 'naively', '数', 'える', '!']
         """
         return self.normalize(text).split()
