@@ -19,6 +19,7 @@ from serve.api import (
     edits,
     embeddings,
     engines,
+    files,
     health,
     models,
     pages,
@@ -32,6 +33,7 @@ from serve.metrics import Metrics
 from serve.registry import Registry
 from serve.security import ApiKeys, BodyLimit, HostAndOrigin
 from serve.settings import Settings
+from serve.store import Store
 
 
 def create_app(settings: Settings, registry: Registry) -> FastAPI:
@@ -74,16 +76,20 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
             ),
             Middleware(ApiKeys, keys=KeyRing(settings.api_keys, settings.home)),
             Middleware(Admission, rate=rate, is_draining=lambda: app.state.is_draining),
-            Middleware(BodyLimit, limit=settings.max_body_bytes, uploads=audio.UPLOADS),
+            Middleware(
+                BodyLimit, limit=settings.max_body_bytes, uploads=audio.UPLOADS | files.UPLOADS
+            ),
         ],
     )
     app.state.registry, app.state.home, app.state.is_draining = registry, settings.home, False
+    app.state.store = Store(settings.home)
+    files.drop_expired(app.state.store)
     errors.install(app)
     app.add_api_route(
         "/metrics", metrics.page, methods=["GET"], summary="Numbers for Prometheus", **described()
     )
     # Paths with an engine's name in them match greedily: the longer ones first, the bare one last.
-    routes = (health, models, chat, completions, edits, embeddings, audio)
+    routes = (health, models, chat, completions, edits, embeddings, audio, files)
     routes += (engines, tokens, docs, pages)
     for route in routes:
         app.include_router(route.router)

@@ -1,9 +1,9 @@
 """What outlives a server: objects in SQLite, and blobs as files beside it.
 
-An object is a kind, an id and a JSON body; some have a parent, as the events of a job do. Objects of
-a kind have an order, that of their making, by which clients page through them. One table holds them
-all: whoever needs another database has six methods to write. One writer at a time, and what a method
-has returned from is on the disk (a write-ahead log, flushed at each commit).
+An object is a kind, an id and a JSON body; some have a parent, as the events of a job do. Objects
+of a kind have an order, that of their making, by which clients page through them. One table holds
+them all: whoever needs another database has six methods to write. One writer at a time, and what a
+method has returned from is on the disk (a write-ahead log, flushed at each commit).
 
 A blob is written under a temporary name, flushed, renamed, and only then told of by an object: a
 kill at any moment leaves nothing half-written to be seen. What it leaves behind is swept up at the

@@ -263,3 +263,32 @@ class Embeddings(Reply):
     data: list[Embedding]
     model: str
     usage: EmbeddingsUsage
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+class FileReply(Reply):
+    id: str
+    object: Literal["file"]
+    bytes: Count
+    created_at: int
+    expires_at: int | None = None
+    filename: str
+    purpose: str
+    status: Literal["processed"]
+    status_details: None
+
+
+class Files(Reply):
+    object: Literal["list"]
+    data: list[FileReply]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class FileDeleted(Reply):
+    id: str
+    object: Literal["file"]
+    deleted: Literal[True]

@@ -1,0 +1,182 @@
+"""/v1/files: bytes that a client leaves here, to learn from them, say.
+
+What is uploaded goes to the disk as it arrives, is told of when it is all there, and is never
+looked into or run: what is wrong with a training file, its job says. It comes back as it was, as a
+download of a type that this server chose.
+"""
+
+import asyncio
+import time
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter
+from pydantic import Field, ValidationError
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+
+from serve.api.forms import FILE, read_form
+from serve.api.listing import OrderedPageQuery, listing, read_query
+from serve.api.openapi import described
+from serve.api.replies import FileDeleted, FileReply, Files
+from serve.api.schemas import Body
+from serve.errors import APIError, from_validation
+from serve.store import Store, new_id
+
+router = APIRouter(prefix="/v1")
+
+MAX_BYTES = 512 * 2**20
+UPLOADS = {"/v1/files": MAX_BYTES + 2**20}  # what a body may take: the file, and the form around it
+PURPOSES = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
+
+_TYPES = {  # by purpose; the rest is bytes
+    "fine-tune": "application/jsonl",
+    "batch": "application/jsonl",
+    "batch_output": "application/jsonl",
+    "fine-tune-results": "text/csv; charset=utf-8",
+}
+
+
+class ExpiresAfter(Body):
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=3600, le=2_592_000)]
+
+
+class FileBody(Body):
+    """The fields of the form, beside the file."""
+
+    purpose: PURPOSES
+    expires_after: ExpiresAfter | None = None
+
+
+class FilesQuery(OrderedPageQuery):
+    purpose: str | None = None
+
+
+def store_of(request: Request) -> Store:
+    """The store of the application that serves ``request``."""
+    return request.app.state.store
+
+
+@router.post("/files", **described(FileReply))
+async def create_file(request: Request) -> dict[str, Any]:
+    """Upload a file (a form: `file` and `purpose`)."""
+    store, id = store_of(request), new_id("file-")
+    with store.receiving(id) as incoming:
+        form = await read_form(request, incoming, MAX_BYTES)
+        if form.filename is None:
+            raise APIError(
+                400,
+                "Missing required parameter: 'file'. Send a form (multipart/form-data) with the "
+                "file in the field 'file'.",
+                param=FILE,
+                code="missing_required_parameter",
+            )
+        body = _read_fields(form.fields)
+        if not incoming.size:
+            raise APIError(400, "File is empty.", param=FILE, code="invalid_file")
+        record = file_record(id, form.filename, incoming.size, body.purpose)
+        if body.expires_after is not None:
+            record["expires_at"] = record["created_at"] + body.expires_after.seconds
+        await asyncio.to_thread(incoming.keep, record)
+    return record
+
+
+@router.get("/files", **described(Files))
+async def list_files(request: Request) -> dict[str, Any]:
+    """List the files, or those of a purpose."""
+    query = read_query(request, FilesQuery)
+    return await listing(
+        store_of(request),
+        "file",
+        query,
+        dict,
+        order=query.order,
+        keep=lambda file: _is_alive(file) and query.purpose in (None, file["purpose"]),
+    )
+
+
+@router.get("/files/{file_id}", **described(FileReply))
+async def get_file(request: Request, file_id: str) -> dict[str, Any]:
+    """Look up a file."""
+    return await asyncio.to_thread(find_file, store_of(request), file_id)
+
+
+@router.get("/files/{file_id}/content", **described(media_type="application/octet-stream"))
+async def get_content(request: Request, file_id: str) -> Response:
+    """Download what is in a file."""
+    store = store_of(request)
+    file = await asyncio.to_thread(find_file, store, file_id)
+    return FileResponse(
+        store.blob(file_id),
+        media_type=_TYPES.get(file["purpose"], "application/octet-stream"),
+        filename=file["filename"],  # as an attachment
+        headers={"x-content-type-options": "nosniff", "content-security-policy": "sandbox"},
+    )
+
+
+@router.delete("/files/{file_id}", **described(FileDeleted))
+async def delete_file(request: Request, file_id: str) -> dict[str, Any]:
+    """Delete a file. A job that was made with it keeps what it needs."""
+    store = store_of(request)
+    if not await asyncio.to_thread(store.drop, file_id):
+        raise no_such_file(file_id)
+    return {"id": file_id, "object": "file", "deleted": True}
+
+
+def file_record(id: str, filename: str, size: int, purpose: str) -> dict[str, Any]:
+    """What is kept of a file, which is what clients are shown of it."""
+    return {
+        "id": id,
+        "object": "file",
+        "bytes": size,
+        "created_at": int(time.time()),
+        "filename": filename,
+        "purpose": purpose,
+        "status": "processed",
+        "status_details": None,
+    }
+
+
+def find_file(store: Store, id: str, param: str = "id") -> dict[str, Any]:
+    """The record of a file.
+
+    Args:
+        param: where the id came in, for the error.
+
+    Raises:
+        APIError: 404 where there is none.
+    """
+    file = store.get("file", id)
+    if file is None or not _is_alive(file):
+        raise no_such_file(id, param)
+    return file
+
+
+def drop_expired(store: Store) -> None:
+    """Removes files whose time is over: nobody is shown them any more."""
+    expired, _ = store.page("file", keep=lambda file: not _is_alive(file))
+    for file in expired:
+        store.drop(file["id"])
+
+
+def no_such_file(id: str, param: str = "id") -> APIError:
+    return APIError(404, f"No such File object: {id[:80]}", param=param, code="not_found")
+
+
+def _is_alive(file: dict[str, Any]) -> bool:
+    return file.get("expires_at", float("inf")) > time.time()
+
+
+def _read_fields(fields: dict[str, str]) -> FileBody:
+    data: dict[str, Any] = {name: fields[name] for name in ("purpose",) if name in fields}
+    expiry = {
+        key: fields[f"expires_after[{key}]"]
+        for key in ("anchor", "seconds")
+        if f"expires_after[{key}]" in fields
+    }
+    if expiry:
+        data["expires_after"] = expiry
+    try:
+        return FileBody.model_validate(data, strict=False)
+    except ValidationError as error:
+        raise from_validation(error) from None

@@ -1,0 +1,341 @@
+"""/v1/files, through the official clients and against what hostile or dying ones do."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import httpx
+import psutil
+import pytest
+from openai import NotFoundError, OpenAI
+
+from serve.api import files
+from serve.api.forms import bare_name
+from tests.serve import scripted
+from tests.serve.old_client import OldClient, install
+
+LINES = b'{"messages": []}\n' * 3
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def address(home):
+    with scripted.running(scripted.model(), home=home) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def openai(address):
+    with OpenAI(
+        base_url=f"{address}/v1", api_key="any", max_retries=0, _strict_response_validation=True
+    ) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def http(address):
+    with httpx.Client(base_url=address, timeout=20) as client:
+        yield client
+
+
+def upload(http, name="a.jsonl", data=LINES, purpose="fine-tune", **fields):
+    return http.post("/v1/files", files={"file": (name, data)}, data={"purpose": purpose} | fields)
+
+
+def test_a_file_there_and_back(openai, http):
+    before = time.time()
+    file = openai.files.create(file=("train.jsonl", LINES), purpose="fine-tune")
+    assert file.id.startswith("file-") and file.object == "file" and file.status == "processed"
+    assert (file.bytes, file.filename, file.purpose) == (len(LINES), "train.jsonl", "fine-tune")
+    assert before - 1 <= file.created_at <= time.time()
+    assert openai.files.retrieve(file.id) == file
+    assert openai.files.wait_for_processing(file.id) == file
+    assert openai.files.content(file.id).read() == LINES
+    response = http.get(f"/v1/files/{file.id}/content")
+    assert response.headers["content-type"] == "application/jsonl"
+    assert response.headers["content-disposition"] == 'attachment; filename="train.jsonl"'
+    assert response.headers["x-content-type-options"] == "nosniff"
+    deleted = openai.files.delete(file.id)
+    assert deleted.id == file.id and deleted.deleted
+    for call in (openai.files.retrieve, openai.files.content, openai.files.delete):
+        with pytest.raises(NotFoundError, match="No such File object: file-"):
+            call(file.id)
+
+
+def test_lists_pages_and_purposes(openai):
+    made = [openai.files.create(file=(f"{i}", b"x"), purpose="batch").id for i in range(5)]
+    other = openai.files.create(file=("o", b"x"), purpose="user_data").id
+    page = openai.files.list(purpose="batch")
+    assert [file.id for file in page.data] == made[::-1] and not page.has_more
+    assert openai.files.list().data[0].id == other, "newest first"
+    assert [file.id for file in openai.files.list(purpose="batch", order="asc", limit=2)] == made
+    page = openai.files.list(purpose="batch", limit=2, after=made[3])
+    assert [file.id for file in page.data] == [made[2], made[1]] and page.has_more
+    for file in openai.files.list(purpose="batch", limit=2):
+        openai.files.delete(file.id)  # while the pages are being turned
+    assert openai.files.list(purpose="batch").data == []
+    openai.files.delete(other)
+
+
+def test_a_file_that_expires(http, home, monkeypatch):
+    expiry = {"expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
+    file = upload(http, **expiry).json()
+    assert file["expires_at"] == file["created_at"] + 3600
+    blob = home / "files" / file["id"]
+    assert http.get(f"/v1/files/{file['id']}").status_code == 200
+    late = time.time() + 3601
+    monkeypatch.setattr(files.time, "time", lambda: late)
+    assert http.get(f"/v1/files/{file['id']}").status_code == 404
+    assert file["id"] not in http.get("/v1/files").text and blob.exists()
+    with scripted.running(scripted.model("other"), home=home):
+        assert not blob.exists(), "the next start clears it away"
+
+
+@pytest.mark.parametrize(
+    ("form", "status", "sentence"),
+    [
+        ({"data": {"purpose": "fine-tune"}, "files": {"other": b"x"}}, 400, "parameter: 'file'"),
+        ({"files": {"file": b"x"}}, 400, "Missing required parameter: 'purpose'"),
+        (
+            {"files": {"file": b"x"}, "data": {"purpose": "fun"}},
+            400,
+            "Invalid value: 'fun'. Supported values are: 'assistants',",
+        ),
+        ({"files": {"file": b""}, "data": {"purpose": "batch"}}, 400, "File is empty."),
+        ({"files": [("file", b"x")] * 2, "data": {"purpose": "batch"}}, 400, "it has two files"),
+        (
+            {"files": {"file": b"x"}, "data": {"purpose": "x" * 70_000}},
+            400,
+            "'purpose' is longer than 65536 bytes",
+        ),
+        ({"json": {"purpose": "batch"}}, 400, "multipart/form-data"),
+        (
+            {"content": b"--b\r\nContent-Disp", "headers": {"content-type": "multipart/form-data"}},
+            400,
+            "multipart/form-data",
+        ),
+        (
+            {
+                "content": b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n'
+                b"\r\nhalf of it",
+                "headers": {"content-type": "multipart/form-data; boundary=b"},
+            },
+            400,
+            "it is cut short",
+        ),
+        (
+            {
+                "content": b"nonsense",
+                "headers": {"content-type": "multipart/form-data; boundary=b"},
+            },
+            400,
+            "Invalid form",
+        ),
+        (
+            {
+                "files": {"file": b"x"},
+                "data": {
+                    "purpose": "batch",
+                    "expires_after[anchor]": "created_at",
+                    "expires_after[seconds]": "60",
+                },
+            },
+            400,
+            "Expected a value >= 3600, but got 60",
+        ),
+    ],
+)
+def test_forms_that_are_refused_leave_nothing(http, home, form, status, sentence):
+    before = http.get("/v1/files").json()
+    response = http.post("/v1/files", **form)
+    assert response.status_code == status and sentence in response.json()["error"]["message"]
+    assert http.get("/v1/files").json() == before
+    assert len(os.listdir(home / "files")) == len(before["data"])
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=x", "order=up", "after=file-nobody"])
+def test_queries_that_are_refused(http, query):
+    response = http.get(f"/v1/files?{query}")
+    assert response.status_code in (400, 404)
+    assert response.json()["error"]["param"] == query.partition("=")[0]
+
+
+def test_names_are_only_names(http):
+    r"""A browser sends folders in a name, an attacker more."""
+    for name, kept in [
+        ("../../etc/passwd", "passwd"),
+        ("C:\\data\\töne 😀.jsonl", "töne 😀.jsonl"),
+        ('a".html', None),
+        ("x" * 500, "x" * 255),
+    ]:
+        file = upload(http, name).json()
+        assert kept in (None, file["filename"]) and "/" not in file["filename"]
+        response = http.get(f"/v1/files/{file['id']}/content")
+        assert response.content == LINES
+        assert response.headers["content-disposition"].startswith("attachment; filename")
+        http.delete(f"/v1/files/{file['id']}")
+    assert bare_name("a\r\nSet-Cookie: b") == "aSet-Cookie: b"
+
+
+def test_a_page_that_is_uploaded_is_no_page(http):
+    file = upload(http, "x.html", b"<script>alert(1)</script>", "user_data").json()
+    response = http.get(f"/v1/files/{file['id']}/content")
+    assert response.headers["content-type"] == "application/octet-stream"
+    assert response.headers["content-security-policy"] == "sandbox"
+    http.delete(f"/v1/files/{file['id']}")
+
+
+def test_paths_that_lead_elsewhere(http, home):
+    (home / "secret").write_text("secret")
+    for id in ("../secret", "..%2Fsecret", "%2E%2E%2Fsecret", ".new-x", "file-"):
+        for path in (f"/v1/files/{id}", f"/v1/files/{id}/content"):
+            response = http.get(path)
+            assert response.status_code == 404 and response.text != "secret"
+
+
+def test_too_much_is_refused_on_the_way_and_not_kept(http, home, monkeypatch):
+    monkeypatch.setattr(files, "MAX_BYTES", 100_000)
+    response = upload(http, data=b"x" * 200_000)
+    assert response.status_code == 413
+    assert response.json()["error"]["message"] == "Maximum content size limit (100000) exceeded"
+    assert not [name for name in os.listdir(home / "files") if name.startswith(".")]
+
+
+def test_the_old_client_and_its_command(address, tmp_path):
+    old = OldClient(install(), address)
+    path = tmp_path / "old.jsonl"
+    path.write_bytes(LINES)
+    answer = old.run(
+        f"made = openai.File.create(file=open({str(path)!r}, 'rb'), purpose='fine-tune')\n"
+        "found = openai.File.retrieve(made.id)\n"
+        "text = openai.File.download(made.id).decode()\n"
+        "listed = [file.id for file in openai.File.list().data]\n"
+        "gone = openai.File.delete(made.id)\n"
+        "answer = [made, found, text, listed, gone]"
+    )
+    made, found, text, listed, gone = answer
+    assert made == found and made["filename"] == "file" and text.encode() == LINES
+    assert made["id"] in listed and gone["deleted"]
+    assert '"purpose": "fine-tune"' in old.command(
+        "api", "files.create", "-f", str(path), "-p", "fine-tune"
+    )
+
+
+SERVER = """
+    import sys
+    from pathlib import Path
+    from tests.serve import scripted
+
+    with scripted.running(scripted.model(), home=Path(sys.argv[1])) as address:
+        print(address, flush=True)
+        sys.stdin.read()
+"""
+
+
+def start(home):
+    """A server in a process of its own, which can be killed; and its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(SERVER), str(home)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+    return process, process.stdout.readline().strip()
+
+
+def half_an_upload(address, megabytes):
+    """A connection on which the form of a large file has begun to arrive."""
+    host, port = address.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)))
+    head = (
+        '--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+        '--b\r\nContent-Disposition: form-data; name="file"; filename="big"\r\n\r\n'
+    )
+    size = len(head) + megabytes * 2**20 + 7
+    connection.sendall(
+        f"POST /v1/files HTTP/1.1\r\nHost: {host}\r\nContent-Length: {size}\r\n"
+        f"Content-Type: multipart/form-data; boundary=b\r\n\r\n{head}".encode()
+    )
+    return connection
+
+
+def test_a_server_killed_in_an_upload(tmp_path):
+    """What it had acknowledged is there; of what it had not, nothing is to be seen."""
+    process, address = start(tmp_path)
+    with httpx.Client(base_url=address) as http:
+        kept = [upload(http, f"{i}", LINES * (i + 1)).json() for i in range(3)]
+    done = threading.Event()
+    late = []
+
+    def hasty():
+        with httpx.Client(base_url=address) as http:
+            while not done.is_set():
+                try:
+                    late.append(upload(http, "late", b"y" * 300_000).json())
+                except httpx.HTTPError:
+                    return
+
+    thread = threading.Thread(target=hasty)
+    thread.start()
+    with half_an_upload(address, 50) as connection:
+        for _ in range(20):
+            connection.sendall(b"x" * 2**20)
+        folder = tmp_path / "files"
+        scripted.wait_until(
+            lambda: any(
+                path.stat().st_size > 10 * 2**20 for path in folder.iterdir() if path.name[0] == "."
+            )
+        )
+        assert psutil.Process(process.pid).memory_info().rss < 2**30
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done.set()
+    thread.join()
+    process, address = start(tmp_path)
+    try:
+        with httpx.Client(base_url=address) as http:
+            listed = http.get("/v1/files").json()["data"]
+            assert [file for file in listed if file["filename"] != "late"] == kept[::-1]
+            told = [file for file in listed if file["filename"] == "late"]
+            assert told[-len(late) :] == late[::-1] and len(told) - len(late) in (0, 1)
+            assert {path.name for path in folder.iterdir()} == {file["id"] for file in listed}
+            for file in listed:
+                content = http.get(f"/v1/files/{file['id']}/content").content
+                assert len(content) == file["bytes"]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_client_that_leaves_in_an_upload_leaves_nothing(address, home):
+    before = sorted(os.listdir(home / "files"))
+    with half_an_upload(address, 8) as connection:
+        connection.sendall(b"x" * 2**20)
+        scripted.wait_until(lambda: len(os.listdir(home / "files")) == len(before) + 1)
+    scripted.wait_until(lambda: sorted(os.listdir(home / "files")) == before)
+
+
+def test_a_large_file_is_not_held_in_memory(address):
+    """Through the whole server: 200 MB come in while it grows by a fraction of that."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    highest = before
+    with half_an_upload(address, 200) as connection:
+        block = b"x" * 2**20
+        for _ in range(200):
+            connection.sendall(block)
+            highest = max(highest, process.memory_info().rss)
+        connection.sendall(b"\r\n--b--")
+        head = connection.recv(4096)
+    assert head.startswith(b"HTTP/1.1 200")
+    assert highest - before < 60 * 2**20
