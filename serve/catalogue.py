@@ -10,16 +10,18 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 BUILT_IN = Path(__file__).with_name("models.toml")
 
 T = TypeVar("T")
+Format = Literal["int8", "bfloat16", "float32"]
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # also a folder name, so no slash
 _FILE = re.compile(rf"({_ID.pattern}/)*{_ID.pattern}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _KINDS = ("decoder", "encoder", "speech")
+_FORMATS: tuple[Format, ...] = ("int8", "bfloat16", "float32")
 _SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
 
 
@@ -67,6 +69,7 @@ class Model:
     context: int
     good_at: str
     sampling: Mapping[str, float]
+    formats: tuple[Format, ...]
     files: tuple[ModelFile, ...]
 
     @property
@@ -164,6 +167,12 @@ def _model(id: str, table: _Table) -> Model:
                 f"{table.where}sampling.{key} is {value!r}: use a number for one of "
                 f"{', '.join(sorted(_SAMPLING))}"
             )
+    formats = table.take("formats", list, [])
+    for format in formats:
+        if format not in _FORMATS:
+            raise CatalogueError(
+                f"{table.where}formats has {format!r}: use some of {', '.join(_FORMATS)}"
+            )
     model = Model(
         id=id,
         kind=kind,
@@ -174,6 +183,7 @@ def _model(id: str, table: _Table) -> Model:
         context=table.take("context", int),
         good_at=table.take("good_at", str),
         sampling=sampling,
+        formats=tuple(formats),
         files=tuple(
             _file(_Table(f"{table.where}files[{i}].", file))
             for i, file in enumerate(table.take("files", list))

@@ -10,7 +10,7 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -157,8 +157,9 @@ def serve(
         typer.Option(help="A web origin whose pages may use this server. Repeatable."),
     ] = None,
     cache_mb: Annotated[
-        int, typer.Option(min=1, help="Memory for the conversations of all models, in MB.")
-    ] = 512,
+        int,
+        typer.Option(min=1, help="Memory for the conversations of each loaded model, in MB."),
+    ] = 256,
     memory_mb: Annotated[
         int | None,
         typer.Option(
@@ -203,9 +204,11 @@ def serve(
         places = [_located(name, known) for name in model or [known.default]]
         if len({place.id for place in places}) < len(places):
             raise WrongUsage(f"a model is named twice: {', '.join(p.id for p in places)}")
+        absent: Collection[str] = ()
         if not model:
             places += _others(known, places)
-        with _offered(places, chosen, dtype, known.aliases) as registry:
+            absent = known.models.keys() - {place.id for place in places}
+        with _offered(places, chosen, dtype, known.aliases, absent) as registry:
             from serve.app import create_app
             from serve.welcome import welcome
 
@@ -430,26 +433,39 @@ def _others(known: catalogue.Catalogue, places: "list[Located]") -> "list[Locate
 
 @contextlib.contextmanager
 def _offered(
-    places: "list[Located]", chosen: settings.Settings, dtype: str, aliases: Mapping[str, str]
+    places: "list[Located]",
+    chosen: settings.Settings,
+    dtype: str,
+    aliases: Mapping[str, str],
+    absent: Collection[str],
 ) -> "Iterator[Registry]":
     """The models of a server, the first of them loaded. What runs at the end is cancelled."""
     from serve import offers
     from serve.registry import CannotLoad, Registry
 
-    generating = sum(map(offers.is_decoder, places))
-    share = chosen.cache_budget // max(generating, 1)
     cards = []
     for place in places:
         try:
             cards.append(
                 offers.offer(
-                    place, cache_budget=share, dtype=dtype, home=chosen.home, notify=terminal.say
+                    place,
+                    cache_budget=chosen.cache_budget,
+                    dtype=dtype,
+                    home=chosen.home,
+                    notify=terminal.say,
+                    memory_limit=chosen.memory_limit,
                 )
             )
         except (ValueError, OSError) as error:
             raise Failure(f"cannot load {place.path}: {error}") from None
-    shelf = offers.Shelf(chosen.home, share, {place.id: place.path for place in places})
-    registry = Registry(cards, aliases, memory_limit=chosen.memory_limit, shelf=shelf)
+    paths = {place.id: place.path for place in places}
+    registry = Registry(
+        cards,
+        aliases,
+        memory_limit=chosen.memory_limit,
+        absent=absent,
+        shelf=offers.Shelf(chosen.home, chosen.cache_budget, paths),
+    )
     try:
         registry.load(registry.default)
         yield registry

@@ -211,10 +211,16 @@ def as_api_error(error: Exception) -> APIError:
         case APIError():
             return error
         case UnknownModel():
+            hint = "GET /v1/models lists what is served here."
+            if error.absent is not None:
+                hint = (
+                    f"It is {error.absent} here, which `pellucid pull {error.absent}` fetches; "
+                    "then start the server again."
+                )
             return APIError(
                 404,
                 f"The model `{_clip(error.name)}` does not exist or you do not have access to it. "
-                "GET /v1/models lists what is served here.",
+                f"{hint}",
                 param="model",
                 code="model_not_found",
             )

@@ -91,13 +91,17 @@ def put(home: Path, card: Card, adapter: Path) -> None:
     _flush(place.parent)
 
 
-def delete(home: Path, id: str) -> None:
-    """Removes a model's files: out of sight first, then for good."""
+def put_away(home: Path, id: str) -> Path:
+    """Takes a model out of sight, at once and for good. Gives the folder that is left to remove.
+
+    Raises:
+        OSError: it could not be done; the model is there as before.
+    """
     path = folder(home, id)
     doomed = path.with_name(f".deleted-{path.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    return doomed
 
 
 def _flush(path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from audio.checkpoint import is_whisper
@@ -18,13 +19,14 @@ from serve.engine import (
     ServedModel,
     SpeechModel,
     fingerprint,
+    formats,
     load_adapter,
     load_embedder,
     load_model,
     load_speech,
 )
 from serve.engine.embedder import FORMATS as EMBEDDING_FORMATS
-from serve.engine.formats import FORMATS, weight_bytes
+from serve.engine.formats import FORMATS
 from serve.engine.load import weights_file
 from serve.engine.speech import FORMATS as SPEECH_FORMATS
 from serve.registry import Offer
@@ -39,7 +41,13 @@ RECORD_SECONDS = 60.0  # between two notes of a model's speed
 
 
 def offer(
-    place: Located, *, cache_budget: int, dtype: str, home: Path, notify: Callable[[str], None]
+    place: Located,
+    *,
+    cache_budget: int,
+    dtype: str,
+    home: Path,
+    notify: Callable[[str], None],
+    memory_limit: int | None = None,
 ) -> Offer:
     """A model to be loaded when asked for.
 
@@ -49,6 +57,7 @@ def offer(
         dtype: see `load_model`. An encoder that cannot be had in it takes its own choice.
         home: the data folder, where its speed is noted.
         notify: told a line for each thing that takes long.
+        memory_limit: bytes that it may take at most; None for what is free.
 
     Raises:
         OSError: a file cannot be read.
@@ -59,8 +68,14 @@ def offer(
     if is_speech(place):
         return _offer_of_speech(place, dtype)
     cfg = checkpoint.read_config(place.path)
-    # What is chosen for "auto" is known when it is loaded; the smallest may be it.
-    smallest = FORMATS[FORMATS.index(dtype) if dtype in FORMATS else 0]
+    sha256 = place.model.files[0].sha256 if place.model else None
+    good = place.model.formats if place.model else ()
+
+    def memory() -> int:
+        name = fingerprint.on_machine(sha256 or fingerprint.of_weights(place.path))
+        format = next((format for format in FORMATS if format == dtype), None)
+        format = format or formats.expected(cfg, name, cache_budget, good, memory_limit)
+        return formats.weight_bytes(cfg, format) + cache_budget
 
     def load() -> ServedModel:
         noted = 0.0
@@ -80,7 +95,9 @@ def offer(
             cache_budget=cache_budget,
             dtype=dtype,
             max_rows=MAX_ROWS,
-            sha256=place.model.files[0].sha256 if place.model else None,
+            sha256=sha256,
+            good=good,
+            memory_limit=memory_limit,
             notify=notify,
             on_speed=on_speed,
         )
@@ -90,8 +107,9 @@ def offer(
         id=place.id,
         created=int(weights_file(place.path).stat().st_mtime),
         owned_by=place.publisher,
-        memory=weight_bytes(cfg, smallest) + cache_budget,
+        memory=memory,
         load=load,
+        stamp=partial(_stamp, place.path),
         path=place.path,
     )
 
@@ -145,8 +163,9 @@ class Shelf:
             id=card.id,
             created=card.created,
             owned_by="local",
-            memory=size + self._cache_budget,
+            memory=lambda: size + self._cache_budget,
             load=load,
+            stamp=partial(_stamp, folder, self._bases.get(card.base)),
             base=card.base,
         )
 
@@ -165,11 +184,6 @@ def is_speech(place: Located) -> bool:
     return place.path.is_dir() and is_whisper(place.path)
 
 
-def is_decoder(place: Located) -> bool:
-    """Whether a model generates text."""
-    return not (is_encoder(place) or is_speech(place))
-
-
 def _offer_of_speech(place: Located, dtype: str) -> Offer:
     weights = [place.path / name for name in ("model.bin", "model.safetensors")]
 
@@ -185,8 +199,9 @@ def _offer_of_speech(place: Located, dtype: str) -> Offer:
         id=place.id,
         created=int(weights_file(place.path).stat().st_mtime),
         owned_by=place.publisher,
-        memory=sum(path.stat().st_size for path in weights if path.is_file()),
+        memory=lambda: sum(path.stat().st_size for path in weights if path.is_file()),
         load=load,
+        stamp=partial(_stamp, place.path),
         kind="speech",
     )
 
@@ -207,7 +222,19 @@ def _offer_of_encoder(place: Located, dtype: str, notify: Callable[[str], None])
         id=place.id,
         created=int(weights_file(place.path).stat().st_mtime),
         owned_by=place.publisher,
-        memory=(place.path / "model.safetensors").stat().st_size,
+        memory=lambda: (place.path / "model.safetensors").stat().st_size,
         load=load,
+        stamp=partial(_stamp, place.path),
         kind="encoder",
     )
+
+
+def _stamp(*paths: Path | None) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the files; another list when one of them changes."""
+    files = [
+        file
+        for path in paths
+        if path is not None
+        for file in (sorted(path.iterdir()) if path.is_dir() else [path])
+    ]
+    return [(str(file), (found := file.stat()).st_size, found.st_mtime_ns) for file in files]

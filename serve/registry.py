@@ -17,7 +17,8 @@ import asyncio
 import gc
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,11 +30,16 @@ if TYPE_CHECKING:  # the engine brings JAX along
 
 
 class UnknownModel(Exception):
-    """No offered model has this id or alias; `name` is what was asked for."""
+    """No offered model has this id or alias.
 
-    def __init__(self, name: str):
+    Attributes:
+        name: what was asked for.
+        absent: the id of the model that it means, where that is known but was not pulled.
+    """
+
+    def __init__(self, name: str, absent: str | None = None):
         super().__init__(f"no model is called {name!r} here")
-        self.name = name
+        self.name, self.absent = name, absent
 
 
 class CannotLoad(Exception):
@@ -56,8 +62,10 @@ class Offer:
     Attributes:
         id, created, owned_by: as of the model it becomes.
         kind: "decoder", "encoder" or "speech".
-        memory: bytes it will take, about.
+        memory: says how many bytes it will take, about; of a model that was not measured yet, at
+            most.
         load: loads it; blocks for seconds. Given the loaded base, where there is one.
+        stamp: gives another value when its files have changed.
         base: the id of the model whose weights it shares.
         path: its files, where it can be trained further.
     """
@@ -65,8 +73,9 @@ class Offer:
     id: str
     created: int
     owned_by: str
-    memory: int
+    memory: Callable[[], int]
     load: Callable[..., ServedModel | EmbeddingModel | SpeechModel]
+    stamp: Callable[[], object] = lambda: None
     kind: str = "decoder"
     base: str | None = None
     path: Path | None = None
@@ -81,6 +90,7 @@ class Registry:
         models: At least one, loaded or not; the first is the default. Ids must differ.
         aliases: Other names by the id they stand for. One whose model is not offered is unknown.
         memory_limit: Bytes that loaded models may take together; None for what there is.
+        absent: Ids of models that could be pulled.
         shelf: What the user has made by now, by id. Those whose base is not offered are not either.
     """
 
@@ -90,6 +100,7 @@ class Registry:
         aliases: Mapping[str, str],
         *,
         memory_limit: int | None = None,
+        absent: Collection[str] = (),
         shelf: Callable[[], Mapping[str, Offer]] = dict,
     ):
         if not models:
@@ -103,9 +114,12 @@ class Registry:
         self._asked = dict.fromkeys(self._loaded, 0)  # when, in requests
         self._requests = itertools.count(1)
         self._aliases = dict(aliases)
-        self._memory_limit = memory_limit
-        self._loading: dict[str, asyncio.Task[ServedModel | EmbeddingModel | SpeechModel]] = {}
+        self._memory_limit, self._absent = memory_limit, frozenset(absent)
+        self._loading: dict[str, asyncio.Future[ServedModel | EmbeddingModel | SpeechModel]] = {}
+        # A thread of its own: loads that wait must not take those which requests are prepared on.
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._one_at_a_time = threading.RLock()  # again by the same thread: the base of a model
+        self._damaged: dict[str, tuple[object, str]] = {}  # the stamp of its files, what is wrong
         self._shelf = shelf
         self._shelved: Mapping[str, Offer] = {}
 
@@ -142,9 +156,9 @@ class Registry:
             UnknownModel: There is none.
         """
         self._look()
-        id = name if name in self._cards else self._aliases.get(name, "")
+        id = name if name in self._cards else self._aliases.get(name, name)
         if id not in self._cards:
-            raise UnknownModel(name)
+            raise UnknownModel(name, id if id in self._absent else None)
         return self._loaded.get(id, self._cards[id])
 
     def offer(self, name: str) -> Offer | None:
@@ -181,7 +195,7 @@ class Registry:
             return model
         task = self._loading.get(id)
         if task is None:
-            task = asyncio.create_task(asyncio.to_thread(self.load, id))
+            task = asyncio.get_running_loop().run_in_executor(self._loader, self.load, id)
             self._loading[id] = task
             task.add_done_callback(lambda _: self._loading.pop(id))
         return await asyncio.shield(task)  # who leaves while it loads does not stop it for others
@@ -198,13 +212,19 @@ class Registry:
             if (offer := self._cards.get(id)) is None:
                 raise UnknownModel(id)
             assert isinstance(offer, Offer)
-            base = [] if offer.base is None else [self.load(offer.base)]
-            self._make_room(offer)
+            stamp = None
             try:
+                stamp = offer.stamp()
+                if (damage := self._damaged.get(id)) is not None and damage[0] == stamp:
+                    raise CannotLoad(id, damage[1], is_busy=False)  # it would be no different
+                base = [] if offer.base is None else [self.load(offer.base)]
+                self._make_room(offer)
                 model = offer.load(*base)
             except MemoryError as error:
                 raise CannotLoad(id, str(error), is_busy=bool(self._loaded)) from error
             except (OSError, ValueError, Failure) as error:
+                if not isinstance(error, OSError):  # which may pass
+                    self._damaged[id] = stamp, str(error)
                 raise CannotLoad(id, str(error), is_busy=False) from error
             if id not in self._cards:  # removed meanwhile
                 raise UnknownModel(id)
@@ -241,7 +261,8 @@ class Registry:
         self._loaded.pop(id, None)
 
     def close(self, *, drain: bool = True, timeout: float = 30.0) -> None:
-        """Ends what is being answered, by all models; see `Engine.close`."""
+        """Ends what is being answered, by all models, and loads no more; see `Engine.close`."""
+        self._loader.shutdown(wait=False, cancel_futures=True)
         for model in self.loaded():
             model.close(drain=drain, timeout=timeout)
 
@@ -250,15 +271,17 @@ class Registry:
         from serve import memory
         from serve.engine.formats import WORKING_MEMORY
 
+        needed = offer.memory()
+
         def is_short() -> bool:
             held = sum(model.memory for model in self.loaded())
-            over = self._memory_limit is not None and held + offer.memory > self._memory_limit
-            return over or offer.memory + WORKING_MEMORY > memory.available()
+            over = self._memory_limit is not None and held + needed > self._memory_limit
+            return over or needed + WORKING_MEMORY > memory.available()
 
-        if self._memory_limit is not None and offer.memory > self._memory_limit:
+        if self._memory_limit is not None and needed > self._memory_limit:
             raise CannotLoad(  # letting others go would not help
                 offer.id,
-                f"it needs {offer.memory / 2**20:.0f} MB of the "
+                f"it needs {needed / 2**20:.0f} MB of the "
                 f"{self._memory_limit / 2**20:.0f} MB that models may take together",
                 is_busy=False,
             )
@@ -269,7 +292,7 @@ class Registry:
                     return  # the load itself will say what is missing
                 raise CannotLoad(
                     offer.id,
-                    f"it needs {offer.memory / 2**20:.0f} MB of the "
+                    f"it needs {needed / 2**20:.0f} MB of the "
                     f"{self._memory_limit / 2**20:.0f} MB that models may take together, and those "
                     "loaded are working",
                     is_busy=True,

@@ -74,8 +74,8 @@ class Settings:
         max_body_bytes: Largest accepted request body, in bytes.
         requests_per_minute: How many requests a client may make; 0 for no limit.
         answer_timeout: Longest time that an answer may take to compute, in seconds.
-        cache_budget: Memory for keys and values of the conversations of all models, in bytes; each
-            model that is offered has an equal share.
+        cache_budget: Memory for keys and values of the conversations of each loaded model, in
+            bytes. What programs are compiled for depends on it, and on nothing else that changes.
         memory_limit: Memory for all loaded models, caches included, in bytes; None for what is
             free.
         home: The data folder.
@@ -93,7 +93,7 @@ class Settings:
     max_body_bytes: int = 4 * 2**20
     requests_per_minute: int = 0
     answer_timeout: float = 600.0
-    cache_budget: int = 512 * 2**20
+    cache_budget: int = 256 * 2**20
     memory_limit: int | None = None
     home: Path = field(default_factory=data_folder)
 

@@ -78,7 +78,16 @@ def refuse_hopeless(wording: Wording, context: int, encoding: Encoding, text: st
     size = len(text.encode().translate(None, encoding.dropped_bytes))
     least = -(-size // longest_token(encoding))
     if least > context:
-        raise _too_long(wording, context, f"at least {least}", None)
+        about = max(least, _estimate(encoding, text))
+        raise _too_long(wording, context, f"about {about}", None)
+
+
+def _estimate(encoding: Encoding, text: str, samples: int = 16, length: int = 1024) -> int:
+    """The tokens of a long text, from samples all over it."""
+    starts = range(0, len(text), -(-len(text) // samples))
+    sampled = [text[start : start + length] for start in starts]
+    tokens = sum(len(encoding.encode_ordinary(sample)) for sample in sampled)
+    return tokens * len(text) // sum(map(len, sampled))
 
 
 @functools.lru_cache(maxsize=64)

@@ -5,6 +5,8 @@ models only. What the user made can be deleted; other models belong to whoever r
 """
 
 import asyncio
+import shutil
+from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter
@@ -100,9 +102,16 @@ async def delete_model(request: Request, model_id: str) -> dict[str, Any]:
             param="model",
             code="not_deletable",
         )
-    try:
+    if len(registry.list()) == 1:
+        raise APIError(
+            400,
+            f"The model `{model_id}` is the only one here, and a server needs one.",
+            param="model",
+            code="invalid_value",
+        )
+    # The files first: a model whose files stayed would be back at the next start.
+    left = await asyncio.to_thread(made.put_away, home, model_id)
+    with suppress(UnknownModel):  # the registry may have noticed by itself
         registry.remove(model_id)
-    except ValueError as error:
-        raise APIError(400, f"{error}.", param="model", code="invalid_value") from None
-    await asyncio.to_thread(made.delete, home, model_id)
+    await asyncio.to_thread(shutil.rmtree, left)
     return {"id": model_id, "object": "model", "deleted": True}

@@ -2,38 +2,32 @@
 
 Which is fastest depends on the machine (one processor multiplies bytes, another converts them
 first), which is good enough depends on the model, and which fits depends on what else is running.
-So the first start measures those that fit, remembers the answer beside the models, and says what it
-chose and why.
+So the first start measures those that fit (`probe.py`), remembers the answer beside the models, and
+says what it chose and why. Of the catalogue's models it is known which formats are good enough, so
+only speed is measured: seconds instead of a minute.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import time
-from collections.abc import Callable
-from dataclasses import replace
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-import bpe
-from serve import memory, settings
-from transformer import cache, checkpoint, generate, sampling
+from serve import memory, notes, settings
 from transformer.checkpoint import Format
 from transformer.config import Config
-from transformer.decoder import Params, forward
-from transformer.sampling import Sampling
 
 FORMATS: tuple[Format, ...] = ("int8", "bfloat16", "float32")
-# int8 keeps the maps that write to the stream, about a third of the weights, in bfloat16.
-BYTES_PER_WEIGHT = {"int8": 1.4, "bfloat16": 2.0, "float32": 4.0}
+# int8 needs a token table apart from the head, or keeps a third of the weights in bfloat16.
+BYTES_PER_WEIGHT = {"int8": 1.3, "bfloat16": 2.0, "float32": 4.0}
 # What loading, compiling and computing take beside the weights.
 WORKING_MEMORY = 300 * 2**20
+REMEMBERED = "formats.json"  # in the data folder
 # A format serves if it makes the passage below at most this much harder to predict.
 MAX_PERPLEXITY_RATIO = 1.03
 PASSAGE = (
@@ -53,14 +47,23 @@ def weight_bytes(cfg: Config, format: Format) -> int:
 
 
 def that_fit(
-    id: str, cfg: Config, extra: int, wanted: tuple[Format, ...] = FORMATS
+    id: str,
+    cfg: Config,
+    extra: int,
+    wanted: Sequence[Format] = FORMATS,
+    limit: int | None = None,
 ) -> tuple[Format, ...]:
     """The formats whose weights fit into the memory that is free, with `extra` bytes beside them.
+
+    Args:
+        limit: bytes that weights and `extra` may take at most; None for what is free.
 
     Raises:
         MemoryError: none does.
     """
     free = memory.available()
+    if limit is not None:
+        free = min(free, limit + WORKING_MEMORY)
     extra += WORKING_MEMORY
     fitting = tuple(format for format in wanted if weight_bytes(cfg, format) + extra <= free)
     if not fitting:
@@ -72,6 +75,22 @@ def that_fit(
     return fitting
 
 
+def expected(
+    cfg: Config, name: str, extra: int, good: Sequence[Format] = (), limit: int | None = None
+) -> Format:
+    """The format that `choose` will choose; before it has measured, the widest it may be.
+
+    Args:
+        cfg, name, extra, good, limit: as of `choose`.
+    """
+    within = [f for f in FORMATS if limit is None or weight_bytes(cfg, f) + extra <= limit]
+    if not within:
+        return FORMATS[0]  # which will be refused
+    if (known := _remembered(name, good)) in within:
+        return known
+    return ([format for format in within if format in good] or within)[-1]
+
+
 def choose(
     id: str,
     path: Path,
@@ -79,6 +98,8 @@ def choose(
     name: str,
     extra: int,
     notify: Callable[[str], None],
+    good: Sequence[Format] = (),
+    limit: int | None = None,
 ) -> Format:
     """The fastest format that predicts `PASSAGE` about as well as the widest that fits.
 
@@ -89,84 +110,87 @@ def choose(
         name: of these weights on this machine, for what is remembered.
         extra: bytes that will be needed beside the weights.
         notify: told one line for each thing that takes long.
+        good: the formats that are known to predict well enough; none to find out.
+        limit: bytes that weights and `extra` may take at most; None for what is free.
 
     Raises:
         MemoryError: it fits in no format.
+        OSError: it could not be measured.
         ValueError: the weights are damaged.
     """
-    fitting = that_fit(id, cfg, extra)
-    remembered = settings.data_folder() / "formats.json"
-    try:
-        known = json.loads(remembered.read_text("utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    if known.get(name) in fitting:
-        return known[name]
+    fitting = that_fit(id, cfg, extra, limit=limit)
+    if (known := _remembered(name, good)) in fitting:
+        return known
 
-    *narrow, widest = fitting  # the others are compared with it
     for format in FORMATS[len(fitting) :]:
         notify(
             f"{id}: {format} would need {_gigabytes(weight_bytes(cfg, format) + extra)} of memory, "
             f"{_gigabytes(memory.available())} are free: not tried"
         )
-    if not narrow:
-        notify(f"serving {id} in {widest}, the only format that fits")
-        return widest
-    notify(f"measuring which number format is fastest and good enough for {id} (once) ...")
-    found: dict[Format, tuple[float, float]] = {}
-    ids: list[int] = []
-    for format in (widest, *reversed(narrow)):
-        params, cfg, metadata = checkpoint.load(path, format=format)
-        if not ids:
-            tokenizer = bpe.load(path) if path.is_dir() else bpe.from_gguf(metadata)
-            ids = tokenizer.encoding.encode_ordinary(PASSAGE)[: cfg.max_seq_len]
-        found[format] = _milliseconds(params, cfg), _perplexity(params, cfg, ids)
-        del params  # before the next one comes
-        milliseconds, perplexity = found[format]
-        if format == widest and not math.isfinite(perplexity):
-            raise ValueError(f"{path}: the model's predictions are not numbers: damaged weights?")
-        ratio = perplexity / found[widest][1]
-        verdict = "" if ratio <= MAX_PERPLEXITY_RATIO else " (too far off)"
+    tried = [format for format in fitting if not good or format in good] or [fitting[-1]]
+    if len(tried) == 1:
+        is_good = not good or tried[0] in good
         notify(
-            f"  {format:8} {milliseconds:6.2f} ms for four layers and the head, "
-            f"perplexity x{ratio:.3f}{verdict}"
+            f"serving {id} in {tried[0]}, the only format that fits"
+            + ("" if is_good else ", though it answers worse in it")
         )
-    limit = found[widest][1] * MAX_PERPLEXITY_RATIO
-    good = [format for format in fitting if found[format][1] <= limit]
-    chosen = min(good, key=lambda format: found[format][0])
+        return tried[0]
+    notify(f"measuring which number format is fastest for {id} (once) ...")
+    found: dict[Format, float] = {}  # milliseconds, of those that are good enough
+    widest = 0.0  # the perplexity to compare with
+    for line in _probe(path, tried[::-1], quality=not good):
+        format, ratio = line["format"], 1.0
+        verdict = f"  {format:8} {line['milliseconds']:6.2f} ms for four layers and the head"
+        if (perplexity := line.get("perplexity")) is not None:
+            widest = widest or perplexity
+            if not math.isfinite(widest):
+                raise ValueError(f"{path}: the model predicts what is no number: damaged weights?")
+            ratio = perplexity / widest
+            verdict += f", perplexity x{ratio:.3f}"
+        if ratio <= MAX_PERPLEXITY_RATIO:  # which NaN is not
+            found[format] = line["milliseconds"]
+        notify(verdict if format in found else verdict + " (too far off)")
+    chosen = min(found, key=found.__getitem__)
     notify(f"serving {id} in {chosen}")
     if fitting == FORMATS:  # with more memory, another answer might come out
-        with contextlib.suppress(OSError):  # a folder we may not write to: not remembered
-            temporary = remembered.with_name(f".formats-{os.getpid()}")
-            temporary.write_text(json.dumps(known | {name: chosen}, indent=1), "utf-8")
-            os.replace(temporary, remembered)
+        notes.add(settings.data_folder() / REMEMBERED, _key(name, good), chosen)
     return chosen
 
 
-def _milliseconds(params: Params, cfg: Config, repeats: int = 12) -> float:
-    """The fastest of some decoding steps of the first four layers and the head, two rows."""
-    few = replace(cfg, num_layers=min(cfg.num_layers, 4))
-    params = params.replace(layers=params.layers[: few.num_layers])
-    pool = cache.init(few, 1, jnp.bfloat16)
-    past = sampling.history(1, cfg.vocab_size)
-    rows = sampling.settings([Sampling(temperature=0.0)] * 2, [0] * 2, [0] * 2, [0] * 2)
-    ids, tables = np.zeros(2, np.int32), np.ones((2, 1), np.int32)
-    best = math.inf
-    for _ in range(repeats):
-        started = time.perf_counter()
-        drawn, pool, past = generate.decode(
-            params, few, pool, past, ids, tables, np.zeros(2, np.int32), rows,
-            num_ids=cfg.vocab_size,
-        )  # fmt: skip
-        drawn.ids.block_until_ready()
-        best = min(best, time.perf_counter() - started)
-    return best * 1e3
+def _remembered(name: str, good: Sequence[Format]) -> Format | None:
+    return notes.read(settings.data_folder() / REMEMBERED).get(_key(name, good))
 
 
-def _perplexity(params: Params, cfg: Config, ids: list[int]) -> float:
-    logits, _ = jax.jit(forward, static_argnums=1)(params, cfg, np.array([ids], np.int32))
-    logprobs = jax.nn.log_softmax(logits[0, :-1])
-    return float(jnp.exp(-jnp.mean(logprobs[jnp.arange(len(ids) - 1), jnp.array(ids[1:])])))
+def _key(name: str, good: Sequence[Format]) -> str:
+    """What a choice is remembered under: among which formats it was made is part of it."""
+    return " ".join([name, *good])
+
+
+def _probe(path: Path, formats: Sequence[Format], *, quality: bool) -> Iterator[dict[str, Any]]:
+    """What a process of its own measures, format by format; see `probe.py`."""
+    command = [sys.executable, "-m", "serve.engine.probe", str(path), *formats]
+    root = Path(__file__).parent.parent.parent  # where `serve` is, installed or not
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with subprocess.Popen(
+        command + ["--quality"] * quality,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                found = json.loads(line)
+                if "error" in found:
+                    raise ValueError(found["error"])
+                yield found
+            if status := process.wait():
+                raise OSError(
+                    f"measuring number formats ended with status {status}: choose one with --dtype"
+                )
+        finally:
+            process.kill()  # who asks no further wants no more
 
 
 def _gigabytes(size: int) -> str:

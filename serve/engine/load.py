@@ -9,7 +9,7 @@ import math
 import platform
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -73,6 +73,8 @@ def load_model(
     dtype: str = "auto",
     max_rows: int = 2,
     sha256: str | None = None,
+    good: Sequence[Format] = (),
+    memory_limit: int | None = None,
     notify: Callable[[str], None] = lambda line: None,
     on_speed: Callable[[int, float], None] = lambda tokens, seconds: None,
 ) -> ServedModel:
@@ -85,6 +87,8 @@ def load_model(
         max_rows: steps of more rows than this are taken in parts; those up to it are compiled while
             the first requests are answered.
         sha256: of the file, if somebody has checked it already.
+        good: the formats that are known to be good enough, if that is known.
+        memory_limit: bytes that weights and cache may take at most; None for what is free.
         notify: told one line for each thing that takes long.
         on_speed: told (tokens, seconds) of requests that had the model for themselves.
 
@@ -101,7 +105,7 @@ def load_model(
     weights = sha256 or fingerprint.of_weights(path)
     if dtype == "auto":
         name = fingerprint.on_machine(weights)
-        chosen = formats.choose(id, path, cfg, name, cache_budget, notify)
+        chosen = formats.choose(id, path, cfg, name, cache_budget, notify, good, memory_limit)
     else:
         (chosen,) = formats.that_fit(id, cfg, cache_budget, (dtype,))  # type: ignore[arg-type]
     params, cfg, metadata = checkpoint.load(path, format=chosen)

@@ -26,7 +26,17 @@ CHUNK = 64  # prompt tokens read at once: well under a third of a second on two 
 BUCKETS = (2, 4, 8, 16)  # rows of a decoding step
 NUM_SLOTS = BUCKETS[-1]
 _GREEDY = Sampling(temperature=0.0)
+SLOW = 2.0  # seconds; a program that took longer is told of
+_fetched = threading.local()  # count: programs that this thread had from disk and not compiled
 _copy_block = jax.jit(cache.copy_block, donate_argnames="memory")
+
+
+def _listen(event: str, **_: str | int) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _fetched.count = getattr(_fetched, "count", 0) + 1
+
+
+jax.monitoring.register_event_listener(_listen)
 
 
 class Runner:
@@ -146,9 +156,11 @@ class Runner:
                 self._params, self.cfg, memory, past, *self._step([], name), num_ids=self._num_ids
             )
             what = f"steps of {name} rows"
+        _fetched.count = 0
         program = lowered.compile()
-        if (seconds := time.perf_counter() - started) > 2:
-            self._notify(f"{what}: compiled in {seconds:.1f} s, kept for the next start")
+        if (seconds := time.perf_counter() - started) > SLOW:
+            how = "fetched from disk in" if _fetched.count else "compiled, and kept, in"
+            self._notify(f"{what}: {how} {seconds:.1f} s")
         return program
 
     # -- work ----------------------------------------------------------------------------------

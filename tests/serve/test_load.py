@@ -9,11 +9,23 @@ import numpy as np
 import pytest
 
 import bpe
-from serve import memory
-from serve.engine import Device, Done, Engine, Request, Token, fingerprint, formats, load_model
+from serve import catalogue, memory, notes
+from serve.engine import (
+    Device,
+    Done,
+    Engine,
+    Request,
+    Token,
+    fingerprint,
+    formats,
+    load_model,
+    probe,
+)
+from serve.engine import runner as runner_module
 from serve.engine.load import keep_compiled_programs, known_ids, without_gaps
 from serve.engine.runner import CHUNK, NUM_SLOTS, Runner
 from serve.engine.scheduler import Scheduler
+from tests.serve import tiny
 from transformer import cache, checkpoint
 from transformer.config import Config
 from transformer.decoder import init
@@ -86,6 +98,55 @@ def test_the_only_format_that_fits_needs_no_measuring(home, model_file, monkeypa
     assert [line.split()[1] for line in said[:2]] == ["bfloat16", "float32"]
     assert "the only format that fits" in said[2]
     assert not (home / "formats.json").exists(), "with more memory, another answer might come out"
+
+
+def test_what_is_measured_is_remembered(home, tmp_path):
+    """By a process of its own: what measuring had touched stayed in the server's memory."""
+    path, said = tiny.model(tmp_path), []
+    cfg = checkpoint.read_config(path)
+    chosen = formats.choose("tiny", path, cfg, "fp", 2**20, said.append)
+    assert [line.split()[0] for line in said[1:4]] == ["float32", "bfloat16", "int8"]
+    assert all("perplexity x" in line for line in said[1:4]) and chosen in said[4]
+    assert notes.read(home / "formats.json") == {"fp": chosen}
+    said.clear()
+    assert formats.choose("tiny", path, cfg, "fp", 2**20, said.append) == chosen and not said
+    # Where it is known which are good enough, no weights are read to find out.
+    good = ("bfloat16", "float32")
+    chosen = formats.choose("tiny", path, cfg, "fp", 2**20, said.append, good)
+    assert chosen in good and "perplexity" not in "".join(said)
+    assert notes.read(home / "formats.json")["fp bfloat16 float32"] == chosen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("id", [CHAT, "qwen2.5-coder-0.5b-instruct"])
+def test_the_catalogue_knows_which_formats_are_good(model_file, id):
+    found = {format: probe.perplexity(model_file(id), format) for format in formats.FORMATS}
+    limit = found["float32"] * formats.MAX_PERPLEXITY_RATIO
+    good = tuple(format for format, perplexity in found.items() if perplexity <= limit)
+    assert catalogue.load().models[id].formats == good
+
+
+def test_what_cannot_be_measured_says_so(home, tmp_path):
+    path = tiny.model(tmp_path)
+    cfg = checkpoint.read_config(path)
+    (path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="safetensors"):
+        formats.choose("tiny", path, cfg, "fp", 2**20, lambda line: None)
+
+
+def test_how_much_memory_is_counted(home, monkeypatch):
+    """The smallest format was counted, and the widest one loaded."""
+    cfg = Config.debug(num_layers=2, vocab_size=2**20, d_model=256)
+    need = {format: formats.weight_bytes(cfg, format) for format in formats.FORMATS}
+    assert formats.expected(cfg, "fp", 0) == "float32", "not measured yet: the most it may be"
+    assert formats.expected(cfg, "fp", 0, ("int8", "bfloat16")) == "bfloat16"
+    assert formats.expected(cfg, "fp", 1, limit=need["bfloat16"] + 1) == "bfloat16"
+    assert formats.expected(cfg, "fp", 1, limit=need["bfloat16"]) == "int8"
+    assert formats.expected(cfg, "fp", 1, limit=1) == "int8", "and will be refused"
+    notes.add(home / "formats.json", "fp", "bfloat16")
+    assert formats.expected(cfg, "fp", 0) == "bfloat16"
+    free(monkeypatch, 20)
+    assert formats.that_fit("m", cfg, 0, limit=need["bfloat16"]) == ("int8", "bfloat16")
 
 
 # -- gaps ------------------------------------------------------------------------------------------
@@ -177,6 +238,17 @@ def test_a_file_is_hashed_once(home, tmp_path, monkeypatch):
 
 
 # -- the runner ------------------------------------------------------------------------------------
+
+
+def test_a_program_from_disk_is_not_called_compiled(monkeypatch):
+    """On a slow disk each start said that programs were compiled, and kept for the next."""
+    monkeypatch.setattr(runner_module, "SLOW", 0.0)
+    cfg, said = Config.debug(num_layers=3), []
+    for _ in range(2):
+        runner = Runner(init(jax.random.key(0), cfg), cfg, 64, 2, jnp.float32, said.append)
+        runner.compile(16)
+        jax.clear_caches()  # those in memory
+    assert "steps of 16 rows: fetched from disk in" in said[1]
 
 
 def test_larger_steps_come_when_they_are_compiled():

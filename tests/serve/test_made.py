@@ -115,7 +115,7 @@ def test_what_is_deleted_or_has_no_base_here_is_not_offered(tmp_path, base, adap
     models = registry(tmp_path, base)
     assert [card.id for card in models.list()] == ["tiny", FT]
     load(models, FT)
-    made.delete(tmp_path, FT)  # by another process
+    made.put_away(tmp_path, FT)  # by another process
     assert [card.id for card in models.list()] == ["tiny"]
     with pytest.raises(UnknownModel):
         models.resolve(FT)
@@ -162,4 +162,4 @@ def test_the_shelf_costs_nothing_while_it_stays_as_it_is(tmp_path, base, adapter
     shelf = offers.Shelf(tmp_path, BUDGET, {"tiny": base})
     first = shelf()
     assert shelf() is first and isinstance(first[FT], Offer)
-    assert first[FT].memory > BUDGET + jnp.float32(0).nbytes
+    assert first[FT].memory() > BUDGET + jnp.float32(0).nbytes

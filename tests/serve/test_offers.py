@@ -29,7 +29,7 @@ def test_an_offer_says_what_a_model_is_without_loading_it(model_file, tmp_path):
     card = offered(model_file(CHAT), "mine", tmp_path)
     assert (card.id, card.owned_by) == ("mine", "me")
     assert card.created == int(model_file(CHAT).stat().st_mtime)
-    assert 200 * 2**20 < card.memory < 300 * 2**20
+    assert 200 * 2**20 < card.memory() < 300 * 2**20
 
 
 def test_a_damaged_file_is_known_before_a_server_listens(tmp_path):

@@ -121,6 +121,7 @@ class Shelf:
 
     def __init__(self, **megabytes: int) -> None:
         self.log: list[str] = []
+        self.stamp = 0  # of the files
         self.hold = threading.Event()
         self.hold.set()
         self.offers = [self.offer(id, size) for id, size in megabytes.items()]
@@ -133,7 +134,14 @@ class Shelf:
                 raise ValueError("half of it is missing")
             return served(id, size * 2**20)
 
-        return Offer(id=id, created=1, owned_by="me", memory=size * 2**20, load=load)
+        return Offer(
+            id=id,
+            created=1,
+            owned_by="me",
+            memory=lambda: size * 2**20,
+            load=load,
+            stamp=lambda: self.stamp,
+        )
 
 
 def test_a_model_is_loaded_when_it_is_asked_for_and_once() -> None:
@@ -197,6 +205,49 @@ def test_what_is_too_large_or_broken_says_so_and_does_no_harm() -> None:
         assert (await registry.get("small")).id == small.id
 
     asyncio.run(main())
+
+
+def test_a_damaged_model_is_not_read_again_until_its_files_change() -> None:
+    """Each request read half a gigabyte to find the same damage again, while others waited."""
+    shelf = Shelf(broken=1, fine=1)
+    registry = Registry(shelf.offers, {})
+
+    async def main() -> None:
+        for stamp, reads in ((0, 1), (0, 1), (1, 2), (1, 2)):
+            shelf.stamp = stamp
+            with pytest.raises(CannotLoad, match="half of it is missing"):
+                await registry.get("broken")
+            assert shelf.log == ["broken"] * reads
+        assert (await registry.get("fine")).id == "fine"
+
+    asyncio.run(main())
+
+
+def test_loads_that_wait_leave_the_threads_of_others_alone() -> None:
+    """They took the threads that requests are prepared on: with many, nobody was answered."""
+    shelf = Shelf(**{f"m{i}": 1 for i in range(40)})
+    shelf.hold.clear()
+    registry = Registry(shelf.offers, {})
+
+    async def main() -> None:
+        loading = [asyncio.create_task(registry.get(f"m{i}")) for i in range(40)]
+        await asyncio.sleep(0)
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "prepared"), 5) == "prepared"
+        shelf.hold.set()
+        assert len(await asyncio.gather(*loading)) == 40
+
+    asyncio.run(main())
+
+
+def test_what_could_be_pulled_is_known_by_its_names() -> None:
+    registry = Registry([served("one")], {"gpt-5": "two", "gpt-6": "three"}, absent={"two"})
+    for name in ("two", "gpt-5"):
+        with pytest.raises(UnknownModel) as raised:
+            registry.resolve(name)
+        assert (raised.value.name, raised.value.absent) == (name, "two")
+    with pytest.raises(UnknownModel) as raised:
+        registry.resolve("gpt-6")
+    assert raised.value.absent is None
 
 
 def test_a_model_that_is_removed_while_it_loads_does_not_stay() -> None:

@@ -135,6 +135,22 @@ def test_deleting_models(tmp_path):
         assert list((tmp_path / "made").iterdir()) == []
 
 
+def test_a_model_whose_files_cannot_be_deleted_stays(tmp_path, monkeypatch):
+    """It vanished from the list, and was back at the next start."""
+    own = "ft:scripted:me::x"
+    made.folder(tmp_path, own).mkdir(parents=True)
+    models = [scripted.model(), scripted.model(own)]
+    with (
+        scripted.running(*models, home=tmp_path) as address,
+        httpx.Client(base_url=address) as http,
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
+            assert http.delete(f"/v1/models/{own}").status_code == 500
+        assert own in [model["id"] for model in http.get("/v1/models").json()["data"]]
+        assert http.delete(f"/v1/models/{own}").json()["deleted"]
+
+
 def test_every_id_has_a_folder_of_its_own(tmp_path):
     ids = ["a", "A", "a/b", "a%2Fb", "..", ".", "a.b", "x" * 60]
     folders = [made.folder(tmp_path, id) for id in ids]

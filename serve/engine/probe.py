@@ -1,0 +1,85 @@
+"""Measures number formats for one model, in a process of its own: `formats.py` decides.
+
+    python -m serve.engine.probe PATH FORMAT... [--quality]
+
+A line of JSON for each format, as it is known: the milliseconds of a decoding step of four layers
+and the head, with random weights of the model's sizes (how fast a product is does not depend on the
+numbers in it), and with `--quality` the model's perplexity on a passage, which reads all weights.
+The process takes its memory along when it ends; inside the server, what measuring had touched
+stayed with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import bpe
+from serve.engine.formats import PASSAGE
+from serve.engine.load import keep_compiled_programs
+from transformer import cache, checkpoint, generate, sampling
+from transformer.checkpoint import Format
+from transformer.config import Config
+from transformer.decoder import forward
+from transformer.kernels import cases
+from transformer.sampling import Sampling
+
+
+def milliseconds(cfg: Config, format: Format, repeats: int = 12) -> float:
+    """The fastest of some decoding steps of the first four layers and the head, two rows."""
+    few = replace(cfg, num_layers=min(cfg.num_layers, 4))
+    params = cases.weights(few, format)
+    pool = cache.init(few, 1, jnp.bfloat16)
+    past = sampling.history(1, cfg.vocab_size)
+    rows = sampling.settings([Sampling(temperature=0.0)] * 2, [0] * 2, [0] * 2, [0] * 2)
+    ids, tables = np.zeros(2, np.int32), np.ones((2, 1), np.int32)
+    best = math.inf
+    for _ in range(repeats):
+        started = time.perf_counter()
+        drawn, pool, past = generate.decode(
+            params, few, pool, past, ids, tables, np.zeros(2, np.int32), rows,
+            num_ids=cfg.vocab_size,
+        )  # fmt: skip
+        drawn.ids.block_until_ready()
+        best = min(best, time.perf_counter() - started)
+    return best * 1e3
+
+
+def perplexity(path: Path, format: Format) -> float:
+    """How hard the passage is for a model to predict."""
+    params, cfg, metadata = checkpoint.load(path, format=format)
+    tokenizer = bpe.load(path) if path.is_dir() else bpe.from_gguf(metadata)
+    ids = tokenizer.encoding.encode_ordinary(PASSAGE)[: cfg.max_seq_len]
+    logits, _ = jax.jit(forward, static_argnums=1)(params, cfg, np.array([ids], np.int32))
+    logprobs = jax.nn.log_softmax(logits[0, :-1])
+    return float(jnp.exp(-jnp.mean(logprobs[jnp.arange(len(ids) - 1), jnp.array(ids[1:])])))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("path", type=Path)
+    parser.add_argument("formats", nargs="+")
+    parser.add_argument("--quality", action="store_true")
+    options = parser.parse_args()
+    keep_compiled_programs()
+    try:
+        cfg = checkpoint.read_config(options.path)
+        for format in options.formats:
+            found = {"format": format, "milliseconds": milliseconds(cfg, format)}
+            if options.quality:
+                found["perplexity"] = perplexity(options.path, format)
+            print(json.dumps(found), flush=True)
+    except (OSError, ValueError) as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
