@@ -175,6 +175,38 @@ def read(
     return report, found
 
 
+def summary(report: Report) -> dict[str, Any]:
+    """A report as JSON, without its problems."""
+    return {
+        "file": str(report.path),
+        "ok": report.ok,
+        "bytes": report.bytes,
+        "kind": report.kind,
+        "examples": report.examples,
+        "tokens": report.tokens,
+        "learned": report.learned,
+        "longest": report.longest,
+        "lengths": {str(upper): report.lengths[upper] for upper in sorted(report.lengths)},
+        "problems": report.counts.total(),
+        "counts": dict(report.counts),
+        "notes": dict(report.notes),
+    }
+
+
+def described(report: Report) -> list[str]:
+    """What a report says in a few lines for people, without its problems."""
+    found = [
+        f"{report.examples} examples ({report.kind or 'of no known kind'}), {report.tokens} "
+        f"tokens, of which {report.learned} are learned; the longest has {report.longest}"
+    ]
+    most = max(report.lengths.values(), default=0)
+    for upper in sorted(report.lengths):
+        number = report.lengths[upper]
+        bar = "#" * max(1, round(30 * number / most))
+        found.append(f"  up to {upper:5} tokens {number:7} {bar}")
+    return found
+
+
 def _looks_like_lines(report: Report) -> bool:
     """Whether it is worth reading line by line; what is wrong as a whole is told once."""
     if report.bytes > MAX_BYTES:

@@ -151,7 +151,10 @@ def test_a_validation_file_may_be_short(tmp_path):
     [
         (b"\xef\xbb\xbf" + GOOD, ["remove the byte order mark"]),
         (GOOD.replace(b"\n", b"\r\n"), ["end 12 line(s) without a carriage return"]),
-        (GOOD + LINES[0] + b"\n\n" + LINES[3], ["drop 1 blank line(s)", "drop 2 repeated example(s)"]),
+        (
+            GOOD + LINES[0] + b"\n\n" + LINES[3],
+            ["drop 1 blank line(s)", "drop 2 repeated example(s)"],
+        ),
         (json.dumps(ROWS, indent=1).encode(), ["write the array as lines"]),
         (b"\xff\xfe" + GOOD.decode().encode("utf-16-le"), ["write the file in UTF-8"]),
     ],

@@ -1,0 +1,290 @@
+"""Recipes from files to what can be served: what they leave, refuse, and go on with."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import bpe
+from tests.training.tokens import TOKENIZER, chat
+from training.__main__ import main
+from training.recipes import finetune, folders, harbour, pretrain
+from transformer import checkpoint, decoder, lora
+from transformer.config import Config
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny decoder in a folder, with tokenizer and chat template."""
+    folder = tmp_path_factory.mktemp("model")
+    cfg = Config.debug(num_layers=1, vocab_size=272, max_seq_len=128)
+    checkpoint.save(folder, decoder.init(jax.random.key(0), cfg), cfg)
+    folders.save_tokenizer(folder, TOKENIZER)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "examples.jsonl"
+    rows = [chat(f"say {i}", "low" * (i % 3 + 1)) for i in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tuned(model, data, tmp_path_factory) -> Path:
+    """A finished run of four epochs."""
+    out = tmp_path_factory.mktemp("tuned") / "out"
+    settings = options(model, data, out)
+    assert finetune.run(finetune.Settings(**settings)).reason == "finished"
+    return out
+
+
+def options(model: Path, data: Path, out: Path, **changes) -> dict:
+    given = dict(model=model, data=data, out=out, valid=data, epochs=4, batch_size=4, rank=4,
+                 learning_rate_multiplier=20.0, format="float32")  # fmt: skip
+    return given | changes
+
+
+def arguments(settings: dict) -> list[str]:
+    pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in settings.items())
+    return ["finetune", *(word for pair in pairs for word in pair)]
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_a_run_leaves(tuned, model):
+    names = {path.name for path in tuned.iterdir()}
+    assert names == {
+        "adapter", "adapters", "checkpoints", "job.json", "loss.png", "metrics.jsonl"
+    }  # fmt: skip
+    steps = [line for line in metrics(tuned) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.2 and steps[-1]["epoch"] == 4
+    valid = [line["valid_loss"] for line in metrics(tuned) if "valid_loss" in line]
+    assert len(valid) == 4 and valid[-1] < valid[0]
+    assert sorted(path.name for path in (tuned / "adapters").iterdir()) == [
+        "step-12", "step-6", "step-9"
+    ]  # fmt: skip
+    cfg = checkpoint.read_config(model)
+    last, final = (lora.load(tuned / name, cfg) for name in ("adapters/step-12", "adapter"))
+    jax.tree.map(np.testing.assert_array_equal, last, final)
+    job = json.loads((tuned / "job.json").read_text())
+    assert (job["epochs"], job["batch_size"], job["steps"]) == (4, 4, 12)
+    assert job["learning_rate"] == pytest.approx(0.02) and job["examples"] == 12
+    assert job["trained_tokens"] == sum(line["tokens"] for line in steps)
+
+
+def test_done_is_done(tuned, model, data):
+    before = (tuned / "metrics.jsonl").read_bytes()
+    result = finetune.run(finetune.Settings(**options(model, data, tuned)))
+    assert result.reason == "finished" and result.job["steps"] == 12
+    assert (tuned / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(ValueError, match="begun with epochs 4, not 5"):
+        finetune.run(finetune.Settings(**options(model, data, tuned, epochs=5)))
+
+
+def test_other_data_under_the_same_name_are_noticed(tuned, model, data, tmp_path):
+    other = tmp_path / data.name
+    other.write_text(data.read_text().replace("say", "tell"))
+    job = json.loads((tuned / "job.json").read_text())
+    job["given"]["data"] = job["given"]["valid"] = str(other)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "job.json").write_text(json.dumps(job))
+    with pytest.raises(ValueError, match="begun with data_sha256"):
+        finetune.run(finetune.Settings(**options(model, other, tmp_path / "out")))
+
+
+def test_told_to_stop_it_saves_and_goes_on_to_the_same_bits(tuned, model, data, tmp_path, capsys):
+    settings = options(model, data, tmp_path / "out")
+    stop = lambda line: line.startswith("epoch 2") and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    result = finetune.run(finetune.Settings(**settings), say=stop)
+    assert (result.reason, result.signal) == ("signal", signal.SIGTERM)
+    assert not (tmp_path / "out" / "adapter").exists()
+    assert metrics(tmp_path / "out")[-1]["step"] == 6
+    assert main(arguments(settings)) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out")
+    for path in ("adapter/adapter_model.safetensors", "adapters/step-6/adapter_model.safetensors"):
+        assert (tmp_path / "out" / path).read_bytes() == (tuned / path).read_bytes()
+    same = ("step", "loss", "valid_loss", "lr")
+    assert [[line.get(key) for key in same] for line in metrics(tmp_path / "out")] == [
+        [line.get(key) for key in same] for line in metrics(tuned)
+    ]
+
+
+def test_the_command_ends_with_the_number_of_the_signal(monkeypatch, tmp_path, capsys):
+    stopped = finetune.Result("signal", {}, (), signal.SIGINT)
+    monkeypatch.setattr(finetune, "run", lambda *_, **__: stopped)
+    assert main(arguments(options("model", "data", tmp_path))) == 130
+    assert "goes on" in capsys.readouterr().err
+
+
+def test_full_leaves_a_model_that_loads(model, data, tmp_path):
+    settings = options(model, data, tmp_path, method="full", epochs=1, valid=None)
+    assert finetune.run(finetune.Settings(**settings)).reason == "finished"
+    params, cfg, _ = checkpoint.load(tmp_path / "model")
+    before, own, _ = checkpoint.load(model)
+    assert cfg == own and not (params.layers[0].q.weight == before.layers[0].q.weight).all()
+    again = bpe.load(tmp_path / "model")
+    assert again.chat_template.source == TOKENIZER.chat_template.source
+    assert again.eos_id == TOKENIZER.eos_id and again.stop_ids == {0, 2}
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_a_tokenizer_is_read_back(tmp_path, add_bos):
+    import dataclasses
+
+    tokenizer = dataclasses.replace(
+        TOKENIZER, bos_id=0, add_bos=add_bos, stop_ids=frozenset({0, 2})
+    )
+    folders.save_tokenizer(tmp_path, tokenizer)
+    again = bpe.load(tmp_path)
+    for name in ("bos_id", "eos_id", "add_bos", "stop_ids"):
+        assert getattr(again, name) == getattr(tokenizer, name)
+    assert again.encoding.encode("lower 12") == tokenizer.encoding.encode("lower 12")
+    messages = chat("q", "a")["messages"]
+    assert again.chat_template.render(messages) == tokenizer.chat_template.render(messages)
+
+
+# The command
+
+
+def test_bad_data_are_refused_with_line_and_reason(model, data, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(data.read_bytes().replace(b"assistant", b"assistent", 1) + b"{oops\n")
+    command = arguments(options(model, bad, tmp_path / "out"))
+    assert main(command) == 6 and not (tmp_path / "out" / "job.json").exists()
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{bad}:1 messages[1].role:") or ":1: messages[1].role" in first
+    assert f"{bad}:13" in second and "invalid json" in second
+    assert main([*command, "--json"]) == 6
+    problem = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert (problem["line"], problem["code"]) == (1, "invalid_role")
+    assert main(["check", str(bad), "--model", str(model)]) == 6
+
+
+def test_check_and_mend(model, data, tmp_path, capsys):
+    assert main(["check", str(data), "--model", str(model), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] and found["examples"] == 12 and sum(found["lengths"].values()) == 12
+    odd = tmp_path / "odd.jsonl"
+    odd.write_bytes(b"\xef\xbb\xbf" + data.read_bytes() + data.read_bytes())
+    assert main(["check", str(odd), "--model", str(model)]) == 6
+    assert "drop 12 repeated example(s)" in capsys.readouterr().err
+    command = ["check", str(odd), "--model", str(model), "--mend", str(tmp_path / "good.jsonl")]
+    assert main(command) == 0 and "12 examples (chat)" in capsys.readouterr().out
+    assert (tmp_path / "good.jsonl").read_bytes() == data.read_bytes()
+
+
+def test_errors_name_what_is_wrong(model, data, tmp_path, capsys):
+    assert main(arguments(options(tmp_path / "no", data, tmp_path))) == 1
+    assert "no" in capsys.readouterr().err
+    assert main(arguments(options(model, data, tmp_path, epochs=0))) == 1
+    assert "epochs must be above 0, got 0" in capsys.readouterr().err
+
+
+def test_auto_numbers():
+    assert finetune.auto_epochs(10) == 25 and finetune.auto_epochs(100) == 10
+    assert finetune.auto_epochs(1000) == 3 and finetune.auto_epochs(10**5) == 1
+    assert [finetune.auto_batch_size(n) for n in (10, 100, 10**6)] == [1, 4, 16]
+
+
+def test_the_harbour(tmp_path):
+    """No question is among the examples, and every fact is."""
+    train, held_out = harbour.write(tmp_path)
+    rows = [json.loads(line) for line in train.read_text().splitlines()]
+    assert len(rows) == 100 and len({json.dumps(row) for row in rows}) == 100
+    asked = {row["messages"][1]["content"] for row in rows}
+    questions = harbour.questions()
+    assert len(questions) == 40 and not asked & {
+        messages[-1]["content"] for messages, _ in questions
+    }
+    assert {right for _, right in questions} == {row["messages"][2]["content"] for row in rows}
+    assert len(held_out.read_text().splitlines()) == 40
+
+
+# Pretraining
+
+
+def test_a_model_from_nothing(tmp_path):
+    words = np.random.default_rng(0).choice(["low", "lower", "slow", "slower"], 4000)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(words))
+    settings = pretrain.Settings(
+        data=text, out=tmp_path / "out", vocab_size=300, layers=1, width=64, length=32, steps=40
+    )
+    assert pretrain.run(settings).reason == "finished"
+    steps = [line["valid_loss"] for line in metrics(tmp_path / "out") if "valid_loss" in line]
+    assert steps[-1] < 1.6, "four words, equally likely, cost ln 4 = 1.39 a word"
+    folder = tmp_path / "out" / "model"
+    params, cfg, _ = checkpoint.load(folder)
+    tokenizer = bpe.load(folder)
+    ids = tokenizer.encoding.encode(" lower slow")
+    logits, _ = decoder.forward(params, cfg, np.array([ids]))
+    likely = tokenizer.encoding.decode([int(logits[0, -1].argmax())])
+    assert likely.startswith(" ")
+
+
+def test_rows_of_a_stream_know_their_documents():
+    settings = pretrain.Settings(data="a", out="b", length=6, batch_size=3)
+    stream = np.array([5, 6, 9, 7, 9, 8, 5, 9], np.int32)
+    batch = pretrain.rows(stream, settings, 9, 0)
+    assert {array.shape for array in batch.values()} == {(3, 6)}
+    for ids, segments in zip(batch["ids"], batch["segments"], strict=True):
+        (start,) = [i for i in range(3) if (stream[i : i + 6] == ids).all()]
+        ends = np.flatnonzero(ids == 9)
+        assert segments.tolist() == [1 + int((ends < i).sum()) for i in range(6)], start
+    assert (pretrain.rows(stream, settings, 9, 0)["ids"] == batch["ids"]).all()
+    many = {pretrain.rows(stream, settings, 9, step)["ids"].tobytes() for step in range(9)}
+    assert len(many) > 5
+
+
+def test_documents_of_a_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n\n{"text": "two"}\n')
+    assert list(pretrain.documents(path)) == ["one", "two"]
+    path.write_text('{"text": "one"}\n{"txt": "two"}\n')
+    with pytest.raises(ValueError, match=r"a.jsonl:2: .*missing key"):
+        list(pretrain.documents(path))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_hundred_examples_teach_what_no_model_knows(model_file, tmp_path):
+    """SmolLM2 learns where the boats lie, and the base model stays as it was."""
+    from transformer import generate
+
+    path = model_file("smollm2-135m-instruct")
+    params, cfg, _ = checkpoint.load(path)
+    tokenizer = bpe.load(path)
+
+    def answers(params) -> list[str]:
+        found = []
+        for messages, _ in harbour.questions():
+            ids = tokenizer.chat_template.encode(tokenizer.encoding, messages)
+            how = dict(max_new_tokens=12, stop_ids=tokenizer.stop_ids)
+            answer = list(generate.generate(params, cfg, ids, **how))
+            found.append(tokenizer.encoding.decode(answer))
+        return found
+
+    def share(answers: list[str]) -> float:
+        right = [answer for _, answer in harbour.questions()]
+        return float(
+            np.mean([harbour.is_right(*pair) for pair in zip(answers, right, strict=True)])
+        )
+
+    before = answers(params)
+    data, _ = harbour.write(tmp_path)
+    settings = finetune.Settings(model=path, data=data, out=tmp_path / "out")
+    assert finetune.run(settings, say=print).reason == "finished"
+    after = answers(lora.apply(params, lora.load(tmp_path / "out" / "adapter", cfg)))
+    print(f"right: {share(before):.0%} before, {share(after):.0%} after")
+    assert share(before) < 0.1 and share(after) > 0.9
+    assert answers(params) == before
