@@ -20,6 +20,8 @@ from serve.api import (
     embeddings,
     engines,
     files,
+    fine_tunes,
+    fine_tuning,
     health,
     models,
     pages,
@@ -27,6 +29,8 @@ from serve.api import (
 )
 from serve.api.openapi import described
 from serve.headers import ResponseHeaders
+from serve.jobs import Jobs
+from serve.jobs_keeper import Keeper
 from serve.keys import KeyRing
 from serve.limits import RATE_HEADERS, Admission, RequestRate
 from serve.metrics import Metrics
@@ -39,7 +43,8 @@ from serve.store import Store
 def create_app(settings: Settings, registry: Registry) -> FastAPI:
     """Builds the ASGI application.
 
-    Set ``app.state.is_draining`` to have it finish what it has and take nothing new.
+    Set ``app.state.is_draining`` to have it finish what it has and take nothing new; at the end,
+    close ``app.state.keeper``, which stops fine-tuning.
 
     Args:
         settings: who may use it, and how.
@@ -83,13 +88,17 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
     )
     app.state.registry, app.state.home, app.state.is_draining = registry, settings.home, False
     app.state.store = Store(settings.home)
+    app.state.jobs = Jobs(app.state.store, settings.home)
+    app.state.keeper = Keeper(app.state.jobs)
     files.drop_expired(app.state.store)
+    app.state.keeper.wake()  # jobs that were not over when the last server ended
     errors.install(app)
     app.add_api_route(
         "/metrics", metrics.page, methods=["GET"], summary="Numbers for Prometheus", **described()
     )
     # Paths with an engine's name in them match greedily: the longer ones first, the bare one last.
     routes = (health, models, chat, completions, edits, embeddings, audio, files)
+    routes += (fine_tuning, fine_tunes)
     routes += (engines, tokens, docs, pages)
     for route in routes:
         app.include_router(route.router)

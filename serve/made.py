@@ -6,6 +6,7 @@ all. A model of the catalogue, or one given by its path on the command line, is 
 request can delete it.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -102,6 +103,12 @@ def put_away(home: Path, id: str) -> Path:
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
     return doomed
+
+
+def delete(home: Path, id: str) -> None:
+    """Removes a model and its files; there may be none."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(put_away(home, id))
 
 
 def _flush(path: Path) -> None:

@@ -292,3 +292,145 @@ class FileDeleted(Reply):
     id: str
     object: Literal["file"]
     deleted: Literal[True]
+
+
+# --- fine-tuning ------------------------------------------------------------------------------
+
+Auto = Literal["auto"]
+
+
+class JobError(Reply):
+    code: str
+    message: str
+    param: str | None
+
+
+class JobNumbers(Reply):
+    n_epochs: int | Auto
+    batch_size: int | Auto
+    learning_rate_multiplier: float | Auto
+
+
+class JobSupervised(Reply):
+    hyperparameters: JobNumbers
+
+
+class JobMethod(Reply):
+    type: Literal["supervised"]
+    supervised: JobSupervised
+
+
+class JobReply(Reply):
+    id: str
+    object: Literal["fine_tuning.job"]
+    created_at: int
+    finished_at: int | None
+    status: Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
+    error: JobError | None
+    model: str
+    fine_tuned_model: str | None
+    hyperparameters: JobNumbers
+    method: JobMethod
+    seed: int
+    training_file: str
+    validation_file: str | None
+    result_files: list[str]
+    trained_tokens: int | None
+    estimated_finish: int | None
+    organization_id: str
+    integrations: list[str]
+    metadata: dict[str, str] | None
+
+
+class Jobs(Reply):
+    object: Literal["list"]
+    data: list[JobReply]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class JobMetrics(Reply):
+    step: Count | None = None
+    train_loss: float | None = None
+    train_mean_token_accuracy: float | None = None
+    valid_loss: float | None = None
+    valid_mean_token_accuracy: float | None = None
+    full_valid_loss: float | None = None
+    full_valid_mean_token_accuracy: float | None = None
+
+
+class JobEvent(Reply):
+    id: str
+    object: Literal["fine_tuning.job.event"]
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    message: str
+    type: Literal["message", "metrics"]
+    data: JobMetrics
+
+
+class JobEvents(Reply):
+    object: Literal["list"]
+    data: list[JobEvent]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class JobCheckpoint(Reply):
+    id: str
+    object: Literal["fine_tuning.job.checkpoint"]
+    created_at: int
+    fine_tuned_model_checkpoint: str
+    step_number: Count
+    metrics: JobMetrics
+    fine_tuning_job_id: str
+
+
+class JobCheckpoints(Reply):
+    object: Literal["list"]
+    data: list[JobCheckpoint]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class FineTuneEvent(Reply):
+    object: Literal["fine-tune-event"]
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    message: str
+
+
+class FineTuneEvents(Reply):
+    object: Literal["list"]
+    data: list[FineTuneEvent]
+
+
+class FineTuneNumbers(Reply):
+    n_epochs: int | None
+    batch_size: int | None
+    learning_rate_multiplier: float | None
+    prompt_loss_weight: float
+
+
+class FineTune(Reply):
+    id: str
+    object: Literal["fine-tune"]
+    created_at: int
+    updated_at: int
+    model: str
+    fine_tuned_model: str | None
+    organization_id: str
+    status: Literal["pending", "running", "succeeded", "failed", "cancelled"]
+    hyperparams: FineTuneNumbers
+    training_files: list[FileReply]
+    validation_files: list[FileReply]
+    result_files: list[FileReply]
+    events: list[FineTuneEvent] = []
+
+
+class FineTunes(Reply):
+    object: Literal["list"]
+    data: list[FineTune]

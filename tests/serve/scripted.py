@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import uvicorn
@@ -177,7 +177,7 @@ def running(*models: ServedModel | Offer, **settings: object) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as home:  # not the user's own, which may hold keys
         settings = {"home": Path(home), **settings}
         app = create_app(Settings(**settings), registry)  # type: ignore[arg-type]
-        with served(app) as address:
+        with served(app) as address, closing(app.state.keeper):
             yield address
 
 

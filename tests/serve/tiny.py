@@ -1,13 +1,20 @@
 """A whole model in a folder that takes milliseconds to make and to train: bytes in, bytes out."""
 
 import json
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import jax
 
 import bpe
 from bpe.formats import byte_characters
-from tests.serve.scripted import TEMPLATE
+from serve import offers
+from serve.app import create_app
+from serve.registry import Registry
+from serve.settings import Settings
+from serve.sources import Located
+from tests.serve.scripted import TEMPLATE, served
 from transformer import checkpoint
 from transformer.config import Config
 from transformer.decoder import init
@@ -40,3 +47,41 @@ def model(folder: Path, seed: int = 0) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     assert bpe.load(folder).encoding.n_vocab == 259
     return folder
+
+
+@contextmanager
+def serving(home: Path, folder: Path, **settings) -> Iterator[str]:
+    """A whole server of the model `tiny` in `folder`, but for its command; gives its address."""
+    budget = 2 * 2**20
+    offer = offers.offer(
+        Located("tiny", folder, "me"),
+        cache_budget=budget,
+        dtype="float32",
+        home=home,
+        notify=lambda line: None,
+    )
+    shelf = offers.Shelf(home, budget, {"tiny": folder})
+    registry = Registry([offer], {"curie": "tiny", "gpt-3.5-turbo": "tiny"}, shelf=shelf)
+    app = create_app(Settings(home=home, **settings), registry)
+    with served(app) as address, closing(registry), closing(app.state.keeper):
+        yield address
+
+
+def examples(number: int = 12) -> bytes:
+    """A file to learn from: chats with short answers."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{i}?"},
+                {"role": "assistant", "content": f"{'abc'[i % 3]}!"},
+            ]
+        }
+        for i in range(number)
+    ]
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def pairs(number: int = 12) -> bytes:
+    """The same as prompts and completions."""
+    rows = [{"prompt": f"{i} ->", "completion": f" {'abc'[i % 3]}"} for i in range(number)]
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)

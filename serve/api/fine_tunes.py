@@ -1,0 +1,166 @@
+"""/v1/fine-tunes: the same jobs, as clients of 2023 ask for them.
+
+``openai api fine_tunes.create`` and ``follow`` of the 0.27 client work. The default is four epochs,
+as it was. What no trainer here does is refused: a weight for prompts, metrics of classification.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from serve.api.fine_tuning import (
+    BatchSize,
+    Epochs,
+    Multiplier,
+    cancelled,
+    events_of,
+    find_job,
+    jobs_of,
+    make_job,
+)
+from serve.api.listing import read_query
+from serve.api.openapi import described
+from serve.api.replies import FineTune, FineTuneEvent, FineTuneEvents, FineTunes
+from serve.api.schemas import Body, read_json
+from serve.api.sse import Event, event_stream
+from serve.errors import unsupported
+from serve.jobs import PENDING, Job
+from serve.jobs import Jobs as JobStore
+
+router = APIRouter(prefix="/v1")
+
+DEFAULT_MODEL = "curie"
+
+
+class FineTuneBody(Body):
+    """POST /v1/fine-tunes."""
+
+    training_file: str
+    validation_file: str | None = None
+    model: str = DEFAULT_MODEL
+    n_epochs: Epochs = 4
+    batch_size: BatchSize | None = None
+    learning_rate_multiplier: Multiplier | None = None
+    prompt_loss_weight: float = 0.0
+    compute_classification_metrics: bool = False
+    suffix: Annotated[str, Field(min_length=1, max_length=40)] | None = None
+
+
+class EventsQuery(Body):
+    stream: bool = False
+
+
+@router.post("/fine-tunes", **described(FineTune, FineTuneBody))
+async def create_fine_tune(request: Request) -> dict[str, Any]:
+    """Fine-tune a model (as of 2021)."""
+    body = await read_json(request, FineTuneBody)
+    if body.prompt_loss_weight:
+        raise unsupported(
+            "prompt_loss_weight",
+            body.prompt_loss_weight,
+            "Prompts are read and not learned: leave it out, or send 0.",
+        )
+    if body.compute_classification_metrics:
+        raise unsupported(
+            "compute_classification_metrics", True, "Losses and accuracies are computed, no more."
+        )
+    job = await make_job(
+        request,
+        body.model,
+        body.training_file,
+        body.validation_file,
+        n_epochs=body.n_epochs,
+        batch_size=body.batch_size,
+        learning_rate_multiplier=body.learning_rate_multiplier,
+        suffix=body.suffix,
+        prefix="ft-",
+    )
+    return await _shown_with_events(request, job)
+
+
+@router.get("/fine-tunes", **described(FineTunes))
+async def list_fine_tunes(request: Request) -> dict[str, Any]:
+    """List the jobs (as of 2021)."""
+    jobs = jobs_of(request)
+    found, _ = await asyncio.to_thread(jobs.store.page, "job")
+    data = await asyncio.to_thread(lambda: [_shown(jobs, job) for job in found])
+    return {"object": "list", "data": data}
+
+
+@router.get("/fine-tunes/{job_id}", **described(FineTune))
+async def get_fine_tune(request: Request, job_id: str) -> dict[str, Any]:
+    """Look up a job (as of 2021)."""
+    return await _shown_with_events(request, await find_job(request, job_id))
+
+
+@router.post("/fine-tunes/{job_id}/cancel", **described(FineTune))
+async def cancel_fine_tune(request: Request, job_id: str) -> dict[str, Any]:
+    """Stop a job (as of 2021)."""
+    return await _shown_with_events(request, await cancelled(request, job_id))
+
+
+@router.get("/fine-tunes/{job_id}/events", **described(FineTuneEvents, events=FineTuneEvent))
+async def list_fine_tune_events(request: Request, job_id: str) -> Response:
+    """What happened to a job, oldest first; with ``stream=true``, also what will (as of 2021)."""
+    await find_job(request, job_id)
+    if read_query(request, EventsQuery).stream:
+        return await event_stream(request, _streamed(request, job_id))
+    return JSONResponse({"object": "list", "data": await _events(request, job_id)})
+
+
+async def _streamed(request: Request, id: str) -> AsyncGenerator[Event, None]:
+    async for event in events_of(request, id):
+        yield _shown_event(event)
+
+
+async def _events(request: Request, id: str) -> list[dict[str, Any]]:
+    found, _ = await asyncio.to_thread(jobs_of(request).store.page, "event", parent=id)
+    return [_shown_event(event) for event in found]
+
+
+async def _shown_with_events(request: Request, job: Job) -> dict[str, Any]:
+    shown = await asyncio.to_thread(_shown, jobs_of(request), job)
+    return shown | {"events": await _events(request, job["id"])}
+
+
+def _shown(jobs: JobStore, job: Job) -> dict[str, Any]:
+    """A job as it was shown in 2023; files are shown whole, as far as they are still there."""
+    ids = {
+        "training_files": [job["training_file"]],
+        "validation_files": [job["validation_file"]] if job["validation_file"] else [],
+        "result_files": job["result_files"],
+    }
+    files = {
+        name: [file for id in own if (file := jobs.store.get("file", id)) is not None]
+        for name, own in ids.items()
+    }
+    status = "pending" if job["status"] in PENDING else job["status"]
+    numbers = {
+        name: None if value == "auto" else value for name, value in job["hyperparameters"].items()
+    }
+    return {
+        "id": job["id"],
+        "object": "fine-tune",
+        "created_at": job["created_at"],
+        "updated_at": job["finished_at"] or job["created_at"],
+        "model": job["model"],
+        "fine_tuned_model": job["fine_tuned_model"],
+        "organization_id": "pellucid",
+        "status": status,
+        "hyperparams": {**numbers, "prompt_loss_weight": 0.0},
+        **files,
+    }
+
+
+def _shown_event(event: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "object": "fine-tune-event",
+        "created_at": event["created_at"],
+        "level": event["level"],
+        "message": event["message"],
+    }

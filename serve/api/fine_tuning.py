@@ -1,0 +1,317 @@
+"""/v1/fine_tuning/jobs: a model that has learned from a file of examples.
+
+Supervised fine-tuning of a low-rank adapter, which is what a machine can do beside serving; other
+methods are refused by name. ``hyperparameters`` may stand at the top, as in 2023, or in ``method``.
+A job is made and answered for here, and done elsewhere (`serve/jobs.py`). ``stream=true`` on its
+events gives those so far and then each as it comes, until the job is over.
+"""
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter
+from pydantic import Discriminator, Field, Tag
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from serve.api.files import find_file
+from serve.api.listing import PageQuery, listing, read_query
+from serve.api.models import registry_of
+from serve.api.openapi import described
+from serve.api.replies import JobCheckpoints, JobEvent, JobEvents, JobReply, Jobs
+from serve.api.schemas import Body, read_json, tag
+from serve.api.sse import Event, event_stream
+from serve.errors import APIError, unsupported
+from serve.jobs import UNFINISHED, Job, JobIsOver
+from serve.jobs import Jobs as JobStore
+from serve.registry import Offer
+
+router = APIRouter(prefix="/v1")
+
+TICK = 0.25  # seconds between two looks for new events
+_SUFFIX = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+
+
+def auto_or(number: Any, kind: str) -> Any:
+    """The type of a hyperparameter: "auto" or a number."""
+    return Annotated[
+        Annotated[Literal["auto"], Tag("a string")] | Annotated[number, Tag(kind)],
+        Discriminator(lambda value: tag(value) if isinstance(value, str) else kind),
+    ]
+
+
+Epochs = Annotated[int, Field(ge=1, le=50)]
+BatchSize = Annotated[int, Field(ge=1, le=256)]
+Multiplier = Annotated[float, Field(gt=0)]
+
+
+class Hyperparameters(Body):
+    n_epochs: auto_or(Epochs, "an integer") = "auto"  # type: ignore[valid-type]
+    batch_size: auto_or(BatchSize, "an integer") = "auto"  # type: ignore[valid-type]
+    learning_rate_multiplier: auto_or(Multiplier, "a decimal") = "auto"  # type: ignore[valid-type]
+
+
+class Supervised(Body):
+    hyperparameters: Hyperparameters | None = None
+
+
+class Method(Body):
+    type: Literal["supervised", "dpo", "reinforcement"]
+    supervised: Supervised = Supervised()
+
+
+class JobBody(Body):
+    """POST /v1/fine_tuning/jobs."""
+
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    hyperparameters: Hyperparameters | None = None
+    method: Method = Method(type="supervised")
+    suffix: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    integrations: list[Any] = []
+
+
+class EventsQuery(PageQuery):
+    stream: bool = False
+
+
+class CheckpointsQuery(PageQuery):
+    limit: Annotated[int, Field(ge=1, le=100)] = 10
+
+
+def jobs_of(request: Request) -> JobStore:
+    """The jobs of the application that serves ``request``."""
+    return request.app.state.jobs
+
+
+@router.post("/fine_tuning/jobs", **described(JobReply, JobBody))
+async def create_job(request: Request) -> dict[str, Any]:
+    """Fine-tune a model on a file that was uploaded."""
+    body = await read_json(request, JobBody)
+    if body.method.type != "supervised":
+        raise unsupported("method.type", body.method.type, "Only 'supervised' is done here.")
+    if body.integrations:
+        raise unsupported("integrations", body.integrations, "Nothing is reported elsewhere.")
+    given = body.method.supervised.hyperparameters or body.hyperparameters or Hyperparameters()
+    numbers = {name: _number(value) for name, value in given.model_dump().items()}
+    job = await make_job(
+        request,
+        body.model,
+        body.training_file,
+        body.validation_file,
+        suffix=body.suffix,
+        seed=body.seed,
+        metadata=body.metadata,
+        **numbers,
+    )
+    return shown(job)
+
+
+async def make_job(
+    request: Request, model: str, training: str, validation: str | None, **fields: Any
+) -> Job:
+    """Makes a job, and has it begun when its turn comes.
+
+    Args:
+        model: an id or alias, as the client sent it.
+        training, validation: ids of files.
+        fields: what else `jobs.Jobs.create` takes.
+
+    Raises:
+        APIError: 404 for a model or file that is not there, 400 for one that will not do.
+    """
+    jobs, offer = jobs_of(request), trainable(request, model)
+    suffix = fields.get("suffix")
+    if suffix is not None and not _SUFFIX.fullmatch(suffix):
+        raise APIError(
+            400,
+            f"Invalid 'suffix': '{suffix}' has characters that a model's name cannot have. Use "
+            "letters, digits, '.', '_' and '-', with a letter or digit at both ends.",
+            param="suffix",
+            code="invalid_value",
+        )
+    for param, id in (("training_file", training), ("validation_file", validation)):
+        if id is not None:
+            file = await asyncio.to_thread(find_file, jobs.store, id, param)
+            if file["purpose"] != "fine-tune":
+                raise APIError(
+                    400,
+                    f"Invalid '{param}': {id} was uploaded with purpose '{file['purpose']}'. "
+                    "Upload it with purpose 'fine-tune'.",
+                    param=param,
+                    code="invalid_file_purpose",
+                )
+    job = await asyncio.to_thread(
+        jobs.create,
+        model=offer.id,
+        path=offer.path,
+        training_file=training,
+        validation_file=validation,
+        **fields,
+    )
+    request.app.state.keeper.wake()
+    return job
+
+
+def trainable(request: Request, name: str) -> Offer:
+    """How the model called ``name`` is loaded, if it can be trained further.
+
+    Raises:
+        APIError: 400 saying why it cannot.
+        UnknownModel: there is none.
+    """
+    registry = registry_of(request)
+    offer = registry.offer(name)
+    if offer is not None and offer.path is not None:
+        return offer
+    fitting = [card.id for card in registry.list() if _is_trainable(registry.offer(card.id))]
+    hint = f"Use one of: {', '.join(fitting)}." if fitting else "No model here can be."
+    if offer is not None and offer.base is not None:
+        hint = f"It was fine-tuned already: begin with `{offer.base}`, and all examples."
+    raise APIError(
+        400,
+        f"Model {registry.resolve(name).id} is not available for fine-tuning. {hint}",
+        param="model",
+        code="model_not_available",
+    )
+
+
+def _is_trainable(offer: Offer | None) -> bool:
+    return offer is not None and offer.path is not None
+
+
+@router.get("/fine_tuning/jobs", **described(Jobs))
+async def list_jobs(request: Request) -> dict[str, Any]:
+    """List the jobs, newest first; ``metadata[key]=value`` keeps those that have it."""
+    query = read_query(request, PageQuery)
+    wanted = {
+        name[9:-1]: value
+        for name, value in request.query_params.items()
+        if name.startswith("metadata[") and name.endswith("]")
+    }
+
+    def keep(job: Job) -> bool:
+        return wanted.items() <= (job["metadata"] or {}).items()
+
+    return await listing(jobs_of(request).store, "job", query, shown, keep=keep)
+
+
+@router.get("/fine_tuning/jobs/{job_id}", **described(JobReply))
+async def get_job(request: Request, job_id: str) -> dict[str, Any]:
+    """Look up a job."""
+    return shown(await find_job(request, job_id))
+
+
+@router.post("/fine_tuning/jobs/{job_id}/cancel", **described(JobReply))
+async def cancel_job(request: Request, job_id: str) -> dict[str, Any]:
+    """Stop a job."""
+    return shown(await cancelled(request, job_id))
+
+
+@router.get("/fine_tuning/jobs/{job_id}/events", **described(JobEvents, events=JobEvent))
+async def list_events(request: Request, job_id: str) -> Response:
+    """What happened to a job, newest first; streamed, oldest first and as it happens."""
+    await find_job(request, job_id)
+    query = read_query(request, EventsQuery)
+    if query.stream:
+        return await event_stream(request, _streamed(request, job_id))
+    page = await listing(jobs_of(request).store, "event", query, shown_event, parent=job_id)
+    return JSONResponse(page)
+
+
+async def _streamed(request: Request, id: str) -> AsyncGenerator[Event, None]:
+    async for event in events_of(request, id):
+        yield shown_event(event)
+
+
+@router.get("/fine_tuning/jobs/{job_id}/checkpoints", **described(JobCheckpoints))
+async def list_checkpoints(request: Request, job_id: str) -> dict[str, Any]:
+    """The models after each of the last epochs, newest first."""
+    await find_job(request, job_id)
+    query = read_query(request, CheckpointsQuery)
+
+    def show(checkpoint: dict[str, Any]) -> dict[str, Any]:
+        return {"object": "fine_tuning.job.checkpoint", **checkpoint}
+
+    return await listing(jobs_of(request).store, "checkpoint", query, show, parent=job_id)
+
+
+async def find_job(request: Request, id: str) -> Job:
+    """A job by its id.
+
+    Raises:
+        APIError: 404 where there is none.
+    """
+    job = await asyncio.to_thread(jobs_of(request).get, id)
+    if job is None:
+        raise APIError(404, f"No such fine-tune job: {id[:80]}", param="id", code="not_found")
+    return job
+
+
+async def cancelled(request: Request, id: str) -> Job:
+    """A job by its id, which is cancelled now.
+
+    Raises:
+        APIError: 404 where there is none, 400 where it is over.
+    """
+    job = await find_job(request, id)
+    try:
+        return await asyncio.to_thread(jobs_of(request).cancel, id)
+    except JobIsOver:
+        raise APIError(
+            400,
+            f"Job has already completed: {id} has status '{job['status']}'.",
+            code="invalid_job_status",
+        ) from None
+
+
+async def events_of(request: Request, id: str) -> AsyncGenerator[Event, None]:
+    """A job's events, oldest first; ends when the job is over and all are told."""
+    jobs, after = jobs_of(request), None
+    while True:
+        job = await find_job(request, id)  # before its events: the last ones come before its end
+        found, _ = await asyncio.to_thread(jobs.store.page, "event", parent=id, after=after)
+        for event in found:
+            yield event
+        after = found[-1]["id"] if found else after
+        if job["status"] not in UNFINISHED:
+            return
+        if request.app.state.is_draining:
+            raise APIError(
+                503, "The server is shutting down; the job goes on later.", type="server_error"
+            )
+        await asyncio.sleep(TICK)
+
+
+# --- what clients see -------------------------------------------------------------------------
+
+
+def shown(job: Job) -> dict[str, Any]:
+    """A job in OpenAI's shape."""
+    names = (
+        *("id", "created_at", "finished_at", "status", "error", "model", "fine_tuned_model"),
+        *("hyperparameters", "seed", "training_file", "validation_file", "result_files"),
+        *("trained_tokens", "estimated_finish", "metadata"),
+    )
+    method = {"type": "supervised", "supervised": {"hyperparameters": job["hyperparameters"]}}
+    return {
+        "object": "fine_tuning.job",
+        **{name: job[name] for name in names},
+        "organization_id": "pellucid",
+        "integrations": [],
+        "method": method,
+    }
+
+
+def shown_event(event: dict[str, Any]) -> dict[str, Any]:
+    """An event in OpenAI's shape."""
+    return {"object": "fine_tuning.job.event", **event}
+
+
+def _number(value: Any) -> Any:
+    return None if value == "auto" else value

@@ -1,0 +1,199 @@
+"""Fine-tuning jobs: what is kept of them, and what can be asked for.
+
+A job is validating_files, queued, running, and then succeeded, failed or cancelled. All of that is
+in the store (`store.py`), so that any process can look at it and a crash forgets nothing; who does
+the work is `jobs_keeper.py`. Beside it each job has a folder: its data (a second name of the
+uploaded file, which may be deleted), what the trainer writes, and what it had to say.
+"""
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from serve.store import Store, new_id
+
+Job = dict[str, Any]
+
+PENDING = ("validating_files", "queued")
+UNFINISHED = (*PENDING, "running")
+DATA, VALID, OUT = "data.jsonl", "valid.jsonl", "out"  # in a job's folder
+
+
+class JobIsOver(Exception):
+    """A job that is over cannot be cancelled."""
+
+
+class Jobs:
+    """The jobs of a data folder.
+
+    Args:
+        store: holds them.
+        home: the data folder.
+    """
+
+    def __init__(self, store: Store, home: Path):
+        self.store, self.home = store, home
+
+    def folder(self, id: str) -> Path:
+        """Where a job's files are."""
+        return self.home / "jobs" / id
+
+    def create(
+        self,
+        *,
+        model: str,
+        path: Path,
+        training_file: str,
+        validation_file: str | None = None,
+        n_epochs: int | None = None,
+        batch_size: int | None = None,
+        learning_rate_multiplier: float | None = None,
+        suffix: str | None = None,
+        seed: int | None = None,
+        metadata: dict[str, str] | None = None,
+        prefix: str = "ftjob-",
+    ) -> Job:
+        """Makes a job, to be done when its turn comes.
+
+        Args:
+            model: the id of the model to begin with; `path` are its files.
+            training_file, validation_file: ids of files in the store.
+            n_epochs, batch_size, learning_rate_multiplier: None for "auto".
+            suffix: becomes part of the new model's name.
+            seed: None for any.
+            prefix: of its id.
+        """
+        id = new_id(prefix)
+        folder = self.folder(id)
+        folder.mkdir(parents=True, mode=0o700)
+        for file, name in ((training_file, DATA), (validation_file, VALID)):
+            if file is not None:
+                _second_name(self.store.blob(file), folder / name)
+        asked = {
+            "n_epochs": n_epochs or "auto",
+            "batch_size": batch_size or "auto",
+            "learning_rate_multiplier": learning_rate_multiplier or "auto",
+        }
+        job: Job = {
+            "id": id,
+            "created_at": int(time.time()),
+            "finished_at": None,
+            "status": "validating_files",
+            "error": None,
+            "model": model,
+            "path": str(path),
+            "name": f"ft:{model}:pellucid:{suffix or ''}:{new_id('', 8)}",
+            "fine_tuned_model": None,
+            "asked": asked,
+            "hyperparameters": asked,  # what "auto" became, once it is known
+            "seed": new_seed() if seed is None else seed,
+            "training_file": training_file,
+            "validation_file": validation_file,
+            "result_file": new_id("file-"),  # once it is there
+            "result_files": [],
+            "trained_tokens": None,
+            "estimated_finish": None,
+            "metadata": metadata,
+            "steps": None,  # in all
+            "step": 0,  # the last one told of
+            "validated": 0,  # the last step whose validation was told of
+            "died": 0,  # processes ended by a signal, one after the other ...
+            "died_at": -1,  # ... with this step reached
+        }
+        with self.store.writing():
+            self.store.add("job", id, job)
+            self.tell(id, f"Created fine-tuning job: {id}")
+            self.tell(id, f"Validating training file: {training_file}")
+            if validation_file is not None:
+                self.tell(id, f"Validating validation file: {validation_file}")
+        return job
+
+    def get(self, id: str) -> Job | None:
+        """A job; None if there is none."""
+        return self.store.get("job", id)
+
+    def unfinished(self) -> list[Job]:
+        """Jobs that are not over, oldest first."""
+        return self.store.page("job", keep=lambda job: job["status"] in UNFINISHED)[0]
+
+    def move(
+        self, id: str, status: str, *messages: str, level: str = "info", **fields: Any
+    ) -> bool:
+        """Gives a job another status, and says so; unless it is over.
+
+        Returns:
+            Whether it was not over.
+        """
+        with self.store.writing():
+            job = self.store.get("job", id)
+            if job is None or job["status"] not in UNFINISHED:
+                return False
+            if status not in UNFINISHED:
+                fields |= {"finished_at": int(time.time()), "estimated_finish": None}
+            self.store.change("job", id, status=status, **fields)
+            for message in messages:
+                self.tell(id, message, level=level)
+        return True
+
+    def cancel(self, id: str) -> Job:
+        """Ends a job that is not over; its process is stopped within a second.
+
+        Raises:
+            KeyError: there is none.
+            JobIsOver: it is over.
+        """
+        with self.store.writing():
+            if (job := self.get(id)) is None:
+                raise KeyError(id)
+            if not self.move(id, "cancelled", "The job was cancelled"):
+                raise JobIsOver(id)
+        if job["status"] in PENDING:  # else who trains it clears up when its process has ended
+            self.clear(id)
+        return {**job, **(self.get(id) or {})}
+
+    def fail(self, id: str, code: str, message: str, param: str | None = None) -> None:
+        """Ends a job with an error."""
+        error = {"code": code, "message": message, "param": param}
+        self.move(id, "failed", message, level="error", error=error)
+        self.clear(id)
+
+    def tell(
+        self, id: str, message: str, *, level: str = "info", data: dict[str, Any] | None = None
+    ) -> None:
+        """Adds an event to a job.
+
+        Args:
+            level: "info", "warn" or "error".
+            data: the numbers that it is about.
+        """
+        event = {
+            "id": new_id("ftevent-"),
+            "created_at": int(time.time()),
+            "level": level,
+            "message": message,
+            "type": "message" if data is None else "metrics",
+            "data": data or {},
+        }
+        self.store.add("event", event["id"], event, parent=id)
+
+    def clear(self, id: str) -> None:
+        """Removes what only a job that is not over needs; its numbers and its log stay."""
+        folder = self.folder(id)
+        for name in (DATA, VALID):
+            (folder / name).unlink(missing_ok=True)
+        for name in ("checkpoints", "adapters", "adapter"):
+            shutil.rmtree(folder / OUT / name, ignore_errors=True)
+
+
+def new_seed() -> int:
+    """A seed that nobody chose."""
+    return int.from_bytes(os.urandom(4), "big") >> 1
+
+
+def _second_name(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system that has no such thing
+        shutil.copyfile(source, target)

@@ -1,0 +1,34 @@
+"""Whether a job's files can be learned from, as a program: ``python -m serve.jobs_check``.
+
+A file of a million lines takes minutes to read, so it is read in a niced process, not in the
+server. What it prints is a job's `error`, as JSON, or null.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from training import check
+from training.recipes.finetune import read_tokenizer
+
+
+def error_of(model: Path, data: Path, valid: Path | None = None) -> dict[str, str] | None:
+    """What is wrong with a job's files, in the words of OpenAI's API; None if nothing is.
+
+    Args:
+        model: the files of the model to be trained.
+        data, valid: the training file and the validation file.
+    """
+    tokenizer, max_tokens = read_tokenizer(model)
+    report = check.check(data, tokenizer, max_tokens=max_tokens)
+    if not report.ok:
+        return report.error("training_file")
+    if valid is not None:
+        other = check.check(valid, tokenizer, max_tokens=max_tokens, kind=report.kind, minimum=1)
+        if not other.ok:
+            return other.error("validation_file")
+    return None
+
+
+if __name__ == "__main__":
+    print(json.dumps(error_of(*map(Path, sys.argv[1:]))))

@@ -1,0 +1,620 @@
+"""Fine-tuning jobs on a model of some thousand weights, which are real jobs and take seconds.
+
+Through the official clients of today and of 2023, over a socket; and with what trains them, or who
+serves them, killed.
+"""
+
+import csv
+import io
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import httpx
+import pytest
+from openai import BadRequestError, NotFoundError, OpenAI
+
+from serve import jobs_keeper, made, offers
+from serve.jobs import Jobs
+from serve.jobs_keeper import Keeper, Lines, Process, results, take_lock
+from serve.store import Store
+from tests.serve import tiny
+from tests.serve.old_client import OldClient, install
+from tests.serve.scripted import wait_until
+
+LONG = {"n_epochs": 50, "batch_size": 1}  # some 3000 steps
+OVER = ("succeeded", "failed", "cancelled")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Few programs to compile, and nobody waits for a busy machine's idle moments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offers, "MAX_ROWS", 2)
+        patch.setattr(jobs_keeper, "NICENESS", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def address(home, folder):
+    with tiny.serving(home, folder) as address:
+        yield address
+
+
+def client(address):
+    return OpenAI(
+        base_url=f"{address}/v1", api_key="any", max_retries=0, _strict_response_validation=True
+    )
+
+
+@pytest.fixture(scope="module")
+def openai(address):
+    with client(address) as openai:
+        yield openai
+
+
+def upload(openai, data=None, name="train.jsonl"):
+    data = tiny.examples() if data is None else data
+    return openai.files.create(file=(name, data), purpose="fine-tune").id
+
+
+def ended(openai, id, seconds=60):
+    jobs = openai.fine_tuning.jobs
+    wait_until(lambda: jobs.retrieve(id).status in OVER, seconds)
+    return jobs.retrieve(id)
+
+
+def messages(openai, id):
+    return [event.message for event in openai.fine_tuning.jobs.list_events(id, limit=100)][::-1]
+
+
+def chat(openai, model, text="1?"):
+    answer = openai.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": text}], temperature=0, max_tokens=4
+    )
+    return answer.choices[0].message.content
+
+
+@pytest.fixture(scope="module")
+def trained(openai):
+    """A job that is done, as it was at first and at last."""
+    first = openai.fine_tuning.jobs.create(
+        model="gpt-3.5-turbo",
+        training_file=upload(openai),
+        validation_file=upload(openai, tiny.examples(15)[-200:].split(b"\n", 1)[1]),
+        suffix="letters",
+        seed=7,
+        metadata={"who": "me"},
+        method={
+            "type": "supervised",
+            "supervised": {
+                "hyperparameters": {
+                    "n_epochs": 6,
+                    "batch_size": 4,
+                    "learning_rate_multiplier": 50.0,
+                }
+            },
+        },
+    )
+    return first, ended(openai, first.id)
+
+
+def test_a_job_from_file_to_model(openai, trained):
+    first, job = trained
+    assert first.status == "validating_files" and first.model == "tiny" and first.seed == 7
+    assert first.fine_tuned_model is None and first.result_files == [] and first.error is None
+    assert job.status == "succeeded", messages(openai, job.id)
+    assert job.id == first.id and job.id.startswith("ftjob-")
+    name = job.fine_tuned_model
+    assert name.startswith("ft:tiny:pellucid:letters:") and len(name.rsplit(":", 1)[1]) == 8
+    assert job.finished_at >= job.created_at and job.trained_tokens > 500
+    assert job.hyperparameters.n_epochs == 6 and job.hyperparameters.batch_size == 4
+    assert job.method.type == "supervised" and job.metadata == {"who": "me"}
+    told = messages(openai, job.id)
+    assert told[:2] == [
+        f"Created fine-tuning job: {job.id}",
+        f"Validating training file: {job.training_file}",
+    ]
+    assert told[3:5] == ["Files validated, moving job to queued state", "Fine-tuning job started"]
+    assert told[-2:] == [
+        f"New fine-tuned model created: {name}",
+        "The job has successfully completed",
+    ]
+
+
+def test_its_events_tell_every_step_once(openai, trained):
+    job = trained[1]
+    found = list(openai.fine_tuning.jobs.list_events(job.id, limit=7))  # page by page
+    assert [event.created_at for event in found] == sorted(
+        (event.created_at for event in found), reverse=True
+    )
+    steps = [e for e in found[::-1] if e.type == "metrics" and "train_loss" in e.data]
+    assert [event.data["step"] for event in steps] == list(range(1, 19))
+    losses = [event.data["train_loss"] for event in steps]
+    assert losses[-1] < losses[0] - 1 and steps[0].message.startswith("Step 1/18: training loss=")
+    assert 0 <= steps[0].data["train_mean_token_accuracy"] <= 1
+    looks = [e for e in found if e.type == "metrics" and "full_valid_loss" in e.data]
+    assert [event.data["step"] for event in looks] == [18, 15, 12, 9, 6, 3]
+
+
+def test_its_checkpoints(openai, trained):
+    job = trained[1]
+    page = openai.fine_tuning.jobs.checkpoints.list(job.id)
+    assert [checkpoint.step_number for checkpoint in page.data] == [18, 15, 12], "the last three"
+    for checkpoint in page.data:
+        assert checkpoint.fine_tuning_job_id == job.id and checkpoint.id.startswith("ftckpt_")
+        expected = f"{job.fine_tuned_model}:ckpt-step-{checkpoint.step_number}"
+        assert checkpoint.fine_tuned_model_checkpoint == expected
+        assert checkpoint.metrics.step == checkpoint.step_number
+        assert checkpoint.metrics.train_loss > 0 and checkpoint.metrics.full_valid_loss > 0
+    one = openai.fine_tuning.jobs.checkpoints.list(job.id, limit=1, after=page.data[0].id)
+    assert one.data[0] == page.data[1] and one.has_more
+
+
+def test_its_results(openai, trained):
+    job = trained[1]
+    file = openai.files.retrieve(job.result_files[0])
+    assert file.purpose == "fine-tune-results" and file.filename == "step_metrics.csv"
+    rows = list(csv.DictReader(io.StringIO(openai.files.content(file.id).text)))
+    assert list(rows[0]) == [
+        *("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+    ]
+    assert [int(row["step"]) for row in rows] == list(range(1, 19))
+    assert rows[0]["valid_loss"] == "" and float(rows[2]["valid_loss"]) > 0
+    assert file.bytes == len(openai.files.content(file.id).content)
+
+
+def test_its_models_answer_beside_their_base(openai, trained, home):
+    job = trained[1]
+    ids = [model.id for model in openai.models.list()]
+    checkpoints = [f"{job.fine_tuned_model}:ckpt-step-{step}" for step in (12, 15, 18)]
+    assert set(ids) >= {"tiny", job.fine_tuned_model, *checkpoints}
+    assert openai.models.retrieve(job.fine_tuned_model).owned_by == "local"
+    before = chat(openai, "tiny")
+    answers = [chat(openai, job.fine_tuned_model, f"{i}?") for i in range(6)]
+    assert all(answer[:2] in ("a!", "b!", "c!") for answer in answers), answers
+    assert chat(openai, checkpoints[-1]) == chat(openai, job.fine_tuned_model)
+    assert chat(openai, "tiny") == before and before[:2] not in ("a!", "b!", "c!")
+    assert (made.folder(home, job.fine_tuned_model) / "adapter_config.json").is_file()
+
+
+def test_a_model_that_was_made_can_be_deleted_and_not_trained(openai, trained):
+    job = trained[1]
+    with pytest.raises(BadRequestError, match="was fine-tuned already: begin with `tiny`"):
+        openai.fine_tuning.jobs.create(model=job.fine_tuned_model, training_file=upload(openai))
+    victim = f"{job.fine_tuned_model}:ckpt-step-12"
+    assert openai.models.delete(victim).deleted
+    with pytest.raises(NotFoundError):
+        chat(openai, victim)
+    assert victim not in [model.id for model in openai.models.list()]
+
+
+def test_jobs_are_listed(openai, trained):
+    job = trained[1]
+    other = openai.fine_tuning.jobs.create(model="tiny", training_file=upload(openai))
+    assert [found.id for found in openai.fine_tuning.jobs.list()][:2] == [other.id, job.id]
+    page = openai.fine_tuning.jobs.list(limit=1)
+    assert [found.id for found in page.data] == [other.id] and page.has_more
+    mine = openai.fine_tuning.jobs.list(metadata={"who": "me"})
+    assert [found.id for found in mine] == [job.id]
+    assert openai.fine_tuning.jobs.cancel(other.id).status == "cancelled"
+
+
+def test_cancelling(openai, home):
+    """Of what waits and of what runs; the process is gone, and the next job has its turn."""
+    file = upload(openai, tiny.examples(60))
+    running, waiting = (
+        openai.fine_tuning.jobs.create(model="tiny", training_file=file, hyperparameters=LONG)
+        for _ in range(2)
+    )
+    jobs = openai.fine_tuning.jobs
+    wait_until(lambda: any("Step 5/" in line for line in messages(openai, running.id)), 60)
+    pid = int((home / "jobs" / running.id / "train.pid").read_text())
+    assert os.getpriority(os.PRIO_PROCESS, pid) == 1
+    wait_until(lambda: jobs.retrieve(waiting.id).status == "queued", 30)
+    estimate = jobs.retrieve(running.id).estimated_finish
+    assert estimate is not None and estimate >= time.time() - 1
+    assert jobs.cancel(waiting.id).status == "cancelled"
+    assert jobs.cancel(running.id).finished_at is not None
+    wait_until(lambda: not alive(pid), 30)
+    assert messages(openai, running.id)[-1] == "The job was cancelled"
+    with pytest.raises(BadRequestError, match="Job has already completed"):
+        jobs.cancel(running.id)
+    wait_until(lambda: not (home / "jobs" / running.id / "out" / "checkpoints").exists(), 10)
+    assert not (home / "jobs" / waiting.id / "data.jsonl").exists()
+    assert jobs.retrieve(running.id).fine_tuned_model is None
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "sentences"),
+    [
+        (b"\x00\x01\xff" * 100, "invalid_training_file", ["binary"]),
+        (
+            tiny.examples(12) + b'{"messages": [{"role": "assistent", "content": "x"}]}\n',
+            "invalid_training_file",
+            ["Example 13, message 1", "assistent"],
+        ),
+        (tiny.examples(3), "invalid_n_examples", ["has 3 example(s), but must have at least 10"]),
+        (
+            tiny.examples(12) + b'{"messages": "caf\xe9"}\n',
+            "invalid_training_file",
+            ["Example 13", "not UTF-8"],
+        ),
+    ],
+)
+def test_files_that_cannot_be_learned_from(openai, data, code, sentences):
+    job = openai.fine_tuning.jobs.create(model="tiny", training_file=upload(openai, data))
+    job = ended(openai, job.id)
+    assert job.status == "failed" and job.error.code == code
+    assert job.error.param == "training_file" and job.fine_tuned_model is None
+    assert all(sentence in job.error.message for sentence in sentences), job.error.message
+    last = openai.fine_tuning.jobs.list_events(job.id, limit=1).data[0]
+    assert last.level == "error" and last.message == job.error.message
+
+
+def test_a_bad_validation_file_is_the_one_that_is_named(openai):
+    job = openai.fine_tuning.jobs.create(
+        model="tiny", training_file=upload(openai), validation_file=upload(openai, b"{}\n")
+    )
+    job = ended(openai, job.id)
+    assert job.status == "failed" and job.error.param == "validation_file"
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "param"),
+    [
+        ({"model": "nobody"}, 404, "model"),
+        ({"training_file": "file-nobody"}, 404, "training_file"),
+        ({"validation_file": "file-nobody"}, 404, "validation_file"),
+        ({"training_file": None}, 400, "training_file"),
+        ({"suffix": "x" * 65}, 400, "suffix"),
+        ({"suffix": "a:b"}, 400, "suffix"),
+        ({"suffix": "../x"}, 400, "suffix"),
+        ({"seed": -1}, 400, "seed"),
+        ({"hyperparameters": {"n_epochs": 0}}, 400, "hyperparameters.n_epochs"),
+        ({"hyperparameters": {"n_epochs": "all"}}, 400, "hyperparameters.n_epochs"),
+        ({"hyperparameters": {"n_epochs": 1.5}}, 400, "hyperparameters.n_epochs"),
+        ({"hyperparameters": {"batch_size": 257}}, 400, "hyperparameters.batch_size"),
+        (
+            {"hyperparameters": {"learning_rate_multiplier": 0}},
+            400,
+            "hyperparameters.learning_rate_multiplier",
+        ),
+        ({"method": {"type": "dpo"}}, 400, "method.type"),
+        ({"method": {"type": "magic"}}, 400, "method.type"),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, 400, "integrations"),
+        ({"metadata": {"a": 1}}, 400, "metadata.a"),
+    ],
+)
+def test_requests_that_are_refused(address, openai, changes, status, param):
+    body = {"model": "tiny", "training_file": upload(openai), **changes}
+    response = httpx.post(f"{address}/v1/fine_tuning/jobs", json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (status, param), error
+    assert error["message"]
+
+
+def test_a_file_of_another_purpose_is_refused(openai):
+    file = openai.files.create(file=("x", b"x"), purpose="batch")
+    with pytest.raises(BadRequestError, match="was uploaded with purpose 'batch'"):
+        openai.fine_tuning.jobs.create(model="tiny", training_file=file.id)
+
+
+def test_what_is_not_there(address):
+    for method, path in [
+        ("GET", "fine_tuning/jobs/ft-x"),
+        ("POST", "fine_tuning/jobs/ft-x/cancel"),
+        ("GET", "fine_tuning/jobs/ft-x/events"),
+        ("GET", "fine_tuning/jobs/ft-x/checkpoints"),
+        ("GET", "fine-tunes/ft-x"),
+        ("GET", "fine-tunes/ft-x/events?stream=true"),
+    ]:
+        response = httpx.request(method, f"{address}/v1/{path}")
+        assert response.status_code == 404
+        assert response.json()["error"]["message"] == "No such fine-tune job: ft-x"
+
+
+# --- the client of 2023 ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def old(address):
+    return OldClient(install(), address)
+
+
+def test_the_command_of_2023(old, tmp_path):
+    """`fine_tunes.create` uploads, makes the job and follows it to its end."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(tiny.pairs())
+    text = old.command("api", "fine_tunes.create", "-t", str(path), "--suffix", "old")
+    id = text.split("Created fine-tune: ")[1].split()[0]
+    assert id.startswith("ft-") and "Streaming events until fine-tuning is complete" in text
+    assert f"] Created fine-tuning job: {id}" in text and "] Step 1/48: training loss=" in text
+    assert "Job complete! Status: succeeded" in text
+    name = text.split("openai api completions.create -m ")[1].split()[0]
+    assert name.startswith("ft:tiny:pellucid:old:")
+    again = old.command("api", "fine_tunes.follow", "-i", id)
+    assert again.count("] Step") == 48 and "Job complete!" in again
+    assert "step,train_loss" in old.command("api", "fine_tunes.results", "-i", id)
+    found = old.run(
+        f"job = openai.FineTune.retrieve({id!r})\n"
+        "listed = [job.id for job in openai.FineTune.list().data]\n"
+        f"events = openai.FineTune.list_events({id!r})\n"
+        f"said = openai.Completion.create(model={name!r}, prompt='1 ->', max_tokens=3)\n"
+        "answer = [job, listed, len(events.data), said.choices[0].text]"
+    )
+    job, listed, count, said = found
+    assert job["object"] == "fine-tune" and job["status"] == "succeeded"
+    assert job["hyperparams"]["n_epochs"] == 4 and job["fine_tuned_model"] == name
+    assert job["training_files"][0]["filename"] == "pairs.jsonl"
+    assert job["result_files"][0]["purpose"] == "fine-tune-results"
+    assert id in listed and len(job["events"]) == count > 50
+    assert isinstance(said, str)
+
+
+def test_the_jobs_of_2023_in_todays_words_and_back(old, openai):
+    answer = old.run(
+        f"file = {upload(openai)!r}\n"
+        "job = openai.FineTuningJob.create(model='tiny', training_file=file,"
+        " hyperparameters={'n_epochs': 1})\n"
+        "same = openai.FineTune.retrieve(job.id)\n"
+        "gone = openai.FineTune.cancel(job.id)\n"
+        "events = openai.FineTuningJob.list_events(job.id, limit=2)\n"
+        "answer = [job.id, same.status, gone.status, len(events.data)]"
+    )
+    assert answer[0].startswith("ftjob-") and answer[1:] == ["pending", "cancelled", 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"prompt_loss_weight": 0.1}, "prompt_loss_weight"),
+        ({"compute_classification_metrics": True}, "compute_classification_metrics"),
+        ({"suffix": "x" * 41}, "suffix"),
+        ({"n_epochs": 0}, "n_epochs"),
+    ],
+)
+def test_what_no_trainer_here_does(address, openai, changes, param):
+    body = {"training_file": upload(openai), **changes}
+    response = httpx.post(f"{address}/v1/fine-tunes", json=body)
+    assert response.status_code == 400 and response.json()["error"]["param"] == param
+
+
+# --- kills ----------------------------------------------------------------------------------------
+
+SERVER = """
+    import sys
+    from pathlib import Path
+    from serve import jobs_keeper, offers
+    from tests.serve import tiny
+
+    offers.MAX_ROWS, jobs_keeper.NICENESS = 2, 1
+    with tiny.serving(Path(sys.argv[1]), Path(sys.argv[2])) as address:
+        print(address, flush=True)
+        sys.stdin.read()
+"""
+
+
+class Server:
+    """A server in a process of its own."""
+
+    def __init__(self, home, folder):
+        command = [sys.executable, "-c", textwrap.dedent(SERVER), str(home), str(folder)]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.getcwd()},
+        )
+        self.openai = client(self.process.stdout.readline().strip())
+
+    def kill(self):
+        self.openai.close()
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self):
+        self.openai.close()
+        self.process.stdin.close()
+        assert self.process.wait(60) == 0
+
+
+def make(openai, **hyperparameters):
+    return openai.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=upload(openai, tiny.examples(30)),
+        seed=3,
+        hyperparameters={"n_epochs": 10, "batch_size": 1, **hyperparameters},
+    ).id
+
+
+def stepped(openai, id):
+    return openai.fine_tuning.jobs.list_events(id, limit=1).data[0].data.get("step", 0)
+
+
+def adapter(home, job):
+    return (made.folder(home, job.fine_tuned_model) / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(openai, home):
+    """The weights of the same job when nothing happens to it."""
+    job = ended(openai, make(openai), 120)
+    assert job.status == "succeeded"
+    return adapter(home, job)
+
+
+def test_killed_again_and_again(undisturbed, folder, tmp_path):
+    """Trainer, server, both, and an orderly stop: the weights are the same to the bit."""
+    server = Server(tmp_path, folder)
+    id = make(server.openai)
+
+    def pid():
+        return int((tmp_path / "jobs" / id / "train.pid").read_text())
+
+    wait_until(lambda: stepped(server.openai, id) > 60, 60)
+    first = pid()
+    os.kill(first, signal.SIGKILL)  # the trainer
+    wait_until(lambda: (tmp_path / "jobs" / id / "train.pid").exists() and pid() != first, 20)
+    wait_until(lambda: stepped(server.openai, id) > 100, 60)
+    orphan = pid()
+    server.kill()  # the server: its trainer goes on, and the next server finds it
+    assert alive(orphan)
+    server = Server(tmp_path, folder)
+    wait_until(lambda: stepped(server.openai, id) > 150, 60)
+    assert pid() == orphan or not alive(orphan)
+    server.kill()  # both
+    if alive(pid()):
+        os.kill(pid(), signal.SIGKILL)
+    server = Server(tmp_path, folder)
+    wait_until(lambda: stepped(server.openai, id) > 200, 60)
+    server.stop()  # in good order: nothing is left running
+    assert not alive(pid())
+    server = Server(tmp_path, folder)
+    job = ended(server.openai, id, 60)
+    told = messages(server.openai, id)
+    assert job.status == "succeeded", told[-3:]
+    assert [line for line in told if line.startswith("Step")] == sorted(
+        {line for line in told if line.startswith("Step")}, key=told.index
+    )
+    steps = [int(line.split()[1].split("/")[0]) for line in told if line.startswith("Step")]
+    assert steps == list(range(1, 301)), "each is told once, in order"
+    assert told.count("Fine-tuning job started") == 1
+    assert "was ended by signal 9; it goes on from its last checkpoint" in " ".join(told)
+    assert adapter(tmp_path, job) == undisturbed
+    assert chat(server.openai, job.fine_tuned_model)
+    server.stop()
+
+
+def test_a_job_that_was_orphaned_can_be_cancelled(folder, tmp_path):
+    server = Server(tmp_path, folder)
+    id = make(server.openai, n_epochs=50)
+    wait_until(lambda: stepped(server.openai, id) > 5, 60)
+    server.kill()
+    pid = int((tmp_path / "jobs" / id / "train.pid").read_text())
+    server = Server(tmp_path, folder)
+    server.openai.fine_tuning.jobs.cancel(id)
+    wait_until(lambda: not alive(pid), 40)
+    server.stop()
+
+
+def test_of_two_servers_one_is_the_keeper(openai, address, home, folder):
+    """Both answer for the same jobs, and each job is trained once."""
+    with tiny.serving(home, folder) as second, client(second) as other:
+        jobs = [make(one, n_epochs=1, batch_size=4) for one in (openai, other, openai)]
+        for id in jobs:
+            job = ended(other, id)
+            assert job.status == "succeeded"
+            assert messages(openai, id).count("Fine-tuning job started") == 1
+            assert job.fine_tuned_model in [model.id for model in openai.models.list()]
+            assert job.fine_tuned_model in [model.id for model in other.models.list()]
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    store = Store(tmp_path)
+    with store.receiving("file-1") as incoming:
+        incoming.write(tiny.examples())
+        incoming.keep({"id": "file-1"})
+    yield Jobs(store, tmp_path)
+    store.close()
+
+
+def test_a_job_keeps_its_data_when_the_file_is_deleted(jobs, folder):
+    id = jobs.create(model="tiny", path=folder, training_file="file-1")["id"]
+    jobs.store.drop("file-1")
+    assert (jobs.folder(id) / "data.jsonl").read_bytes() == tiny.examples()
+
+
+def test_a_job_whose_process_always_dies_is_given_up(jobs, folder, monkeypatch):
+    """As one does for which there is not enough memory."""
+    id = jobs.create(model="tiny", path=folder, training_file="file-1")["id"]
+    jobs.move(id, "running", weights="x")
+    monkeypatch.setattr("serve.jobs_keeper.TICK", 0.01)
+    dies = ["-c", "import os; os.kill(os.getpid(), 9)"]
+    monkeypatch.setattr("serve.jobs_keeper._program", lambda module: [sys.executable, *dies])
+    keeper = Keeper(jobs)
+    keeper.wake()
+    wait_until(lambda: jobs.get(id)["status"] == "failed", 10)
+    keeper.close()
+    assert "was ended 3 times by a signal, the last time 9" in jobs.get(id)["error"]["message"]
+
+
+def test_a_job_whose_model_is_gone_fails_and_says_so(jobs, tmp_path):
+    id = jobs.create(model="tiny", path=tmp_path / "gone", training_file="file-1")["id"]
+    keeper = Keeper(jobs)
+    keeper.wake()
+    wait_until(lambda: jobs.get(id)["status"] == "failed", 30)
+    keeper.close()
+    assert "gone" in jobs.get(id)["error"]["message"]
+
+
+def test_only_one_can_end_a_job(jobs, folder):
+    id = jobs.create(model="tiny", path=folder, training_file="file-1")["id"]
+    jobs.cancel(id)
+    assert not jobs.move(id, "succeeded", fine_tuned_model="x")
+    jobs.fail(id, "server_error", "too late")
+    assert jobs.get(id)["status"] == "cancelled" and jobs.get(id)["error"] is None
+
+
+def test_lines_of_a_file_that_grows_and_is_written_anew(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = Lines(path)
+    assert lines.new() == []
+    path.write_text('{"step": 1}\n{"ste')
+    assert lines.new() == [{"step": 1}]
+    with path.open("a") as file:
+        file.write('p": 2}\n')
+    assert lines.new() == [{"step": 2}] and lines.new() == []
+    (tmp_path / "new").write_text('{"step": 1}\n{"step": 2}\n')
+    (tmp_path / "new").rename(path)
+    assert lines.new() == [{"step": 1}, {"step": 2}]
+
+
+def test_results_as_a_table():
+    lines = [
+        {"step": 1, "loss": 2.123456789, "accuracy": 0.5},
+        {"step": 2, "loss": 1.0},
+        {"step": 2, "valid_loss": 1.5, "valid_accuracy": 0.25},
+    ]
+    assert results(lines) == (
+        "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n"
+        "1,2.12346,0.5,,\n"
+        "2,1.0,,1.5,0.25\n"
+    )
+
+
+def test_a_lock_is_the_process_s_that_has_it(tmp_path):
+    lock = take_lock(tmp_path / "x.lock")
+    assert lock is not None and take_lock(tmp_path / "x.lock") is None
+    os.close(lock)
+    process = Process.start("job", tmp_path, "x", ["json.tool", "/dev/stdin"])
+    assert process.job == "job"
+    wait_until(lambda: process.is_over)
+    assert Process.left_behind("job", tmp_path, "x") is None
+    assert process.code == 1 and "Expecting value" in process.last_words()
