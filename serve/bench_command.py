@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from serve import catalogue, settings, terminal
+from serve import terminal
 from serve.failures import WrongUsage
 
 
@@ -62,13 +62,9 @@ def bench(
     """Time what a model is made of, against what this machine can do."""
     path = None
     if model is not None:
-        from serve import sources
+        from serve import local
 
-        known = catalogue.load(settings.config_folder())
-        with terminal.Download(model) as progress:
-            path = sources.locate(
-                model, known, settings.data_folder(), say=terminal.say, progress=progress
-            ).path
+        path = local.located(model).path
 
     from transformer import bench
     from transformer.kernels import cases

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serve import catalogue, settings, terminal
-from serve.failures import DoesNotFit, Failure, WrongUsage
+from serve import terminal
+from serve.failures import DoesNotFit, WrongUsage
 
 if TYPE_CHECKING:
     from serve.engine import EmbeddingModel
@@ -85,22 +85,16 @@ def embed(
 
 
 def _loaded(name: str, dtype: str) -> "EmbeddingModel":
-    from serve import offers, sources
+    from serve import local, offers
     from serve.engine import load_embedder
 
-    known = catalogue.load(settings.config_folder())
-    with terminal.Download(name) as progress:
-        place = sources.locate(
-            name, known, settings.data_folder(), say=terminal.say, progress=progress
-        )
+    place = local.located(name)
     if not offers.is_encoder(place):
         raise WrongUsage(f"{place.id} does not make embeddings: {DEFAULT} does")
-    try:
+    with local.loading(place):
         return load_embedder(
             place.id, place.path, owned_by=place.publisher, dtype=dtype, notify=terminal.say
         )
-    except (ValueError, OSError) as error:
-        raise Failure(f"cannot load {place.path}: {error}") from None
 
 
 def _lines() -> list[str]:

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from serve import catalogue, settings, terminal
-from serve.failures import Failure, WrongUsage
+from serve import settings, terminal
+from serve.failures import WrongUsage
 
 
 def inspect(
@@ -29,15 +29,10 @@ def inspect(
 ) -> None:
     """Draw attention, the logit lens and the alternatives of each token."""
     import bpe
-    from serve import offers, sources
+    from serve import local, offers
     from serve.engine.load import keep_compiled_programs
 
-    known = catalogue.load(settings.config_folder())
-    name = model or known.default
-    with terminal.Download(name) as progress:
-        place = sources.locate(
-            name, known, settings.data_folder(), say=terminal.say, progress=progress
-        )
+    place = local.located(model)
     if offers.is_encoder(place):
         raise WrongUsage(f"{place.id} is an encoder: only models that generate are looked into")
     settings.private_folder(settings.data_folder())
@@ -48,11 +43,9 @@ def inspect(
     from transformer import checkpoint, pictures
     from transformer import inspect as looking
 
-    try:
+    with local.loading(place):
         params, cfg, _ = checkpoint.load(place.path)
         tokenizer = bpe.load(place.path)
-    except (ValueError, OSError) as error:
-        raise Failure(f"cannot load {place.path}: {error}") from None
     encoding = tokenizer.encoding
     ids = encoding.encode(text, allowed_special="all")
     if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serve import catalogue, settings, terminal
+from serve import terminal
 from serve.failures import Failure, NotFound, WrongUsage
 
 if TYPE_CHECKING:
@@ -123,17 +123,11 @@ def transcribe(
 
 
 def _loaded(name: str, dtype: str) -> "SpeechModel":
-    from serve import offers, sources
+    from serve import local, offers
     from serve.engine import load_speech
 
-    known = catalogue.load(settings.config_folder())
-    with terminal.Download(name) as progress:
-        place = sources.locate(
-            name, known, settings.data_folder(), say=terminal.say, progress=progress
-        )
+    place = local.located(name)
     if not offers.is_speech(place):
         raise WrongUsage(f"{place.id} does not write down speech: {DEFAULT} does")
-    try:
+    with local.loading(place):
         return load_speech(place.id, place.path, owned_by=place.publisher, dtype=dtype)
-    except (ValueError, OSError) as error:
-        raise Failure(f"cannot load {place.path}: {error}") from None

@@ -3,8 +3,8 @@
     python -m serve.engine.probe PATH FORMAT... [--quality]
 
 A line of JSON for each format, as it is known: the milliseconds of a decoding step of four layers
-and the head, with random weights of the model's sizes (how fast a product is does not depend on the
-numbers in it), and with `--quality` the model's perplexity on a passage, which reads all weights.
+and the head, with made-up weights of the model's sizes (how fast a product is does not depend on
+the numbers in it), and with `--quality` the model's perplexity on a passage, which reads all weights.
 The process takes its memory along when it ends; inside the server, what measuring had touched
 stayed with it.
 """
@@ -28,7 +28,7 @@ from serve.engine.load import keep_compiled_programs
 from transformer import cache, checkpoint, generate, sampling
 from transformer.checkpoint import Format
 from transformer.config import Config
-from transformer.decoder import forward
+from transformer.decoder import abstract, forward
 from transformer.kernels import cases
 from transformer.sampling import Sampling
 
@@ -36,7 +36,9 @@ from transformer.sampling import Sampling
 def milliseconds(cfg: Config, format: Format, repeats: int = 12) -> float:
     """The fastest of some decoding steps of the first four layers and the head, two rows."""
     few = replace(cfg, num_layers=min(cfg.num_layers, 4))
-    params = cases.weights(few, format)
+    wide = jax.tree.map(lambda info: jnp.full(info.shape, 0.01, jnp.float32), abstract(few))
+    params = cases.as_format(wide, format)
+    del wide
     pool = cache.init(few, 1, jnp.bfloat16)
     past = sampling.history(1, cfg.vocab_size)
     rows = sampling.settings([Sampling(temperature=0.0)] * 2, [0] * 2, [0] * 2, [0] * 2)
