@@ -197,11 +197,11 @@ def serve(
         )
     except ValueError as error:
         raise WrongUsage(str(error)) from None
-    from serve import listen
+    from serve import listen, local
 
     with listen.take_port(chosen.host, chosen.port) as taken:
         known = catalogue.load(settings.config_folder())
-        places = [_located(name, known) for name in model or [known.default]]
+        places = [local.located(name) for name in model or [known.default]]
         if len({place.id for place in places}) < len(places):
             raise WrongUsage(f"a model is named twice: {', '.join(p.id for p in places)}")
         absent: Collection[str] = ()
@@ -317,12 +317,11 @@ def tokenize(
         raise WrongUsage("there is no text: give it as an argument, or pipe it in")
     whole = (_utf8(text) or "") + (piped or "")
     import bpe
+    from serve import local
 
-    place = _located(model, catalogue.load(settings.config_folder()))
-    try:
+    place = local.located(model)
+    with local.loading(place):
         encoding = bpe.load(place.path).encoding
-    except (ValueError, OSError) as error:
-        raise Failure(f"cannot read the tokenizer of {place.path}: {error}") from None
     allowed = "all" if special else set()
     ids = encoding.encode(whole, allowed_special=allowed, disallowed_special=())
     parts = [encoding.decode_single_token_bytes(id) for id in ids]
@@ -408,16 +407,6 @@ def pull(
             print(entry["path"])
 
 
-def _located(name: str | None, known: catalogue.Catalogue) -> "Located":
-    from serve import sources
-
-    name = name or known.default
-    with terminal.Download(name) as progress:
-        return sources.locate(
-            name, known, settings.data_folder(), say=terminal.say, progress=progress
-        )
-
-
 def _others(known: catalogue.Catalogue, places: "list[Located]") -> "list[Located]":
     """The other models of the catalogue that were pulled: offered, and loaded when asked for."""
     from serve import sources
@@ -440,24 +429,21 @@ def _offered(
     absent: Collection[str],
 ) -> "Iterator[Registry]":
     """The models of a server, the first of them loaded. What runs at the end is cancelled."""
-    from serve import offers
+    from serve import local, offers
     from serve.registry import CannotLoad, Registry
 
     cards = []
     for place in places:
-        try:
-            cards.append(
-                offers.offer(
-                    place,
-                    cache_budget=chosen.cache_budget,
-                    dtype=dtype,
-                    home=chosen.home,
-                    notify=terminal.say,
-                    memory_limit=chosen.memory_limit,
-                )
+        with local.loading(place):
+            card = offers.offer(
+                place,
+                cache_budget=chosen.cache_budget,
+                dtype=dtype,
+                home=chosen.home,
+                notify=terminal.say,
+                memory_limit=chosen.memory_limit,
             )
-        except (ValueError, OSError) as error:
-            raise Failure(f"cannot load {place.path}: {error}") from None
+        cards.append(card)
     paths = {place.id: place.path for place in places}
     registry = Registry(
         cards,
@@ -478,19 +464,19 @@ def _offered(
 @contextlib.contextmanager
 def _loaded(place: "Located", cache_budget: int) -> Iterator["ServedModel"]:
     """A model and its engine in this process. What still runs at the end is cancelled."""
+    from serve import local
     from serve.engine import load_model
 
-    try:
+    with local.loading(place):
         served = load_model(
             place.id,
             place.path,
             owned_by=place.publisher,
             cache_budget=cache_budget,
             sha256=place.model.files[0].sha256 if place.model else None,
+            good=place.model.formats if place.model else (),
             notify=terminal.say,
         )
-    except (ValueError, OSError, MemoryError) as error:
-        raise Failure(f"cannot load {place.path}: {error}") from None
     try:
         yield served
     finally:
@@ -500,7 +486,9 @@ def _loaded(place: "Located", cache_budget: int) -> Iterator["ServedModel"]:
 @contextlib.contextmanager
 def _ready(name: str | None) -> Iterator["tuple[Located, ServedModel, float]"]:
     """A model in this process, and the seconds it took to load."""
-    place = _located(name, catalogue.load(settings.config_folder()))
+    from serve import local
+
+    place = local.located(name)
     started = time.perf_counter()
     with _loaded(place, settings.Settings().cache_budget) as served:
         yield place, served, time.perf_counter() - started
