@@ -2,8 +2,8 @@
 
 This is the equation of "Attention is all you need" (Vaswani et al. 2017, arXiv:1706.03762) with
 grouped key-value heads (Ainslie et al. 2023, arXiv:2305.13245): N query heads share K key heads,
-G = N / K each. It is the reference that the blockwise walk of `cache.attend` is compared with, and
-what training uses.
+G = N / K each. It is the reference that the faster forms of `kernels.attend` and the blockwise walk
+of `cache.attend` are compared with, and what looking inside uses: it alone has all weights at once.
 """
 
 from __future__ import annotations

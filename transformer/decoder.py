@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -127,13 +128,18 @@ def abstract(cfg: Config) -> Params:
 
 def init(key: jax.Array, cfg: Config) -> Params:
     """Fresh float32 weights."""
-    infos, tree = jax.tree.flatten(abstract(cfg))
+    return initialize(key, abstract(cfg))
+
+
+def initialize(key: jax.Array, tree: Any) -> Any:
+    """The arrays that a tree of `ArrayInfo` describes, each from a key of its own."""
+    infos, structure = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(infos))
     arrays = [
         info.initializer(key, info.shape, jnp.float32)
         for key, info in zip(keys, infos, strict=True)
     ]
-    return jax.tree.unflatten(tree, arrays)
+    return jax.tree.unflatten(structure, arrays)
 
 
 def block(
@@ -248,18 +254,12 @@ def forward(
         raise ValueError(f"taps must be among residual, attention, logits; got {sorted(unknown)}")
     x, angles = embed_tokens(params, cfg, ids, _positions(ids, segments))
     residual, weights = [x], []
-
     for i, layer in enumerate(params.layers):
-
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array, i: int = i) -> jax.Array:
-            if "attention" not in taps:
-                return kernels.attend(q, k, v, window=cfg.window(i), segments=segments)
-            out, w = attention.attend(q, k, v, window=cfg.window(i), segments=segments)
-            weights.append(w)
-            return out
-
-        x = block(x, layer, cfg, angles[i], attend)
+        x, seen = _read_layer(
+            x, layer, angles[i], segments, cfg=cfg, window=cfg.window(i), watch="attention" in taps
+        )
         residual.append(x)
+        weights.append(seen)
     found: dict[str, jax.Array] = {}
     if "residual" in taps:
         found["residual"] = jnp.stack(residual)
@@ -293,24 +293,38 @@ def hidden(
     x, angles = embed_tokens(params, cfg, ids, _positions(ids, segments))
     for i, layer in enumerate(params.layers):
         read = partial(_read_layer, cfg=cfg, window=cfg.window(i))
-        x = (jax.checkpoint(read) if remat else read)(x, layer, angles[i], segments)
-    return _norm(x, params.final_norm, cfg)
+        x, _ = (jax.checkpoint(read) if remat else read)(x, layer, angles[i], segments)
+    return x
 
 
 # Jitted inside, so that layers that are alike are traced, and differentiated, once.
-@partial(jax.jit, static_argnames=("cfg", "window"))
-def _read_layer(x, layer, angles, segments, *, cfg, window):
-    return block(x, layer, cfg, angles, partial(kernels.attend, window=window, segments=segments))
+@partial(jax.jit, static_argnames=("cfg", "window", "watch"))
+def _read_layer(x, layer, angles, segments, *, cfg, window, watch=False):
+    """The stream behind a block, and with `watch` its attention weights [B, N, T, T], else None."""
+    weights = None
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        nonlocal weights
+        if not watch:
+            return kernels.attend(q, k, v, window=window, segments=segments)
+        out, weights = attention.attend(q, k, v, window=window, segments=segments)
+        return out
+
+    return block(x, layer, cfg, angles, attend), weights
 
 
 def _positions(ids: jax.Array, segments: jax.Array | None) -> jax.Array:
-    """The place of each token within its text: int32 [B, T]."""
-    places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     if segments is None:
-        return places
+        return jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    return places(segments)
+
+
+def places(segments: jax.Array) -> jax.Array:
+    """The place of each token within its text: int32 [B, T], of segments as `forward` has them."""
+    place = jnp.arange(segments.shape[1])
     before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    starts = jnp.where(segments != before, places, 0)  # where a text begins, else 0
-    return places - jax.lax.cummax(starts, axis=1)
+    starts = jnp.where(segments != before, place, 0)  # where a text begins, else 0
+    return place - jax.lax.cummax(starts, axis=1)
 
 
 def extend(

@@ -27,7 +27,7 @@ import numpy as np
 from flax import struct
 
 from transformer import packing
-from transformer.decoder import ArrayInfo
+from transformer.decoder import ArrayInfo, initialize, places
 from transformer.layers import Linear, Norm, embed, linear, norm
 
 # config.json's name of each field, and the keys that say nothing about what is computed here.
@@ -224,13 +224,7 @@ def abstract(cfg: Config) -> Params:
 
 def init(key: jax.Array, cfg: Config) -> Params:
     """Fresh float32 weights."""
-    infos, tree = jax.tree.flatten(abstract(cfg))
-    keys = jax.random.split(key, len(infos))
-    arrays = [
-        info.initializer(key, info.shape, jnp.float32)
-        for key, info in zip(keys, infos, strict=True)
-    ]
-    return jax.tree.unflatten(tree, arrays)
+    return initialize(key, abstract(cfg))
 
 
 def forward(
@@ -258,7 +252,7 @@ def forward(
     if unknown := set(taps) - {"residual", "attention"}:
         raise ValueError(f"taps must be among residual, attention; got {sorted(unknown)}")
     with jax.named_scope("embed"):
-        x = embed(params.embed, ids) + params.positions[_positions(segments)] + params.types[0]
+        x = embed(params.embed, ids) + params.positions[places(segments)] + params.types[0]
         x = norm(x, params.embed_norm, cfg.norm_eps)  # [B, T, D]
     residual, weights = [x], []
     for layer in params.layers:
@@ -288,7 +282,7 @@ def pool(x: jax.Array, cfg: Config, segments: jax.Array, num_texts: int) -> jax.
         numbers = jnp.arange(1, num_texts + 1)[:, None]  # [num_texts, 1]
         belongs = segments[:, None, :] == numbers  # [B, num_texts, T]
         if cfg.pooling == "cls":
-            belongs &= (_positions(segments) == 0)[:, None, :]
+            belongs &= (places(segments) == 0)[:, None, :]
         share = belongs.astype(jnp.float32)
         share = share / jnp.maximum(share.sum(-1, keepdims=True), 1.0)
         y = jnp.einsum("bpt,btd->bpd", share, x, preferred_element_type=jnp.float32)
@@ -334,14 +328,6 @@ def check_ids(cfg: Config, texts: Sequence[Sequence[int]]) -> None:
                 raise ValueError(
                     f"text {number} has the id {id}: ids go from 0 to {cfg.vocab_size - 1}"
                 )
-
-
-def _positions(segments: jax.Array) -> jax.Array:
-    """The place of each token within its text: int32 [B, T]."""
-    places = jnp.arange(segments.shape[1])
-    before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    starts = jnp.where(segments != before, places, 0)  # where a text begins, else 0
-    return places - jax.lax.cummax(starts, axis=1)
 
 
 @partial(jax.jit, static_argnames="cfg")  # so that the layers, all alike, are traced once

@@ -85,15 +85,59 @@ def test_rotation(form):
 
 @pytest.mark.parametrize("form", kernels.FORMS["attend"])
 @pytest.mark.parametrize("window", [None, 1, 40, 300])
-@pytest.mark.parametrize("length", [20, 768])
+@pytest.mark.parametrize("length", [20, 300, 1100])
 def test_attention(form, window, length):
     heads = (normal(2, length, 4, 8), normal(2, length, 2, 8), normal(2, length, 2, 8))
     agrees("attend", form, heads, window=window)
 
 
-def test_attention_in_blocks_says_what_it_cannot_take():
-    with pytest.raises(kernels.Unavailable, match="multiple of 256 positions, not 300"):
-        kernels.attend(*[normal(1, 300, 2, 8)] * 3, impl="blocks")
+def segments_of(*lengths: int) -> np.ndarray:
+    return np.repeat(np.arange(1, len(lengths) + 1), lengths)
+
+
+@pytest.mark.parametrize("form", kernels.FORMS["attend"])
+@pytest.mark.parametrize("window", [None, 40])
+def test_attention_of_texts_that_share_a_row(form, window):
+    segments = np.stack([segments_of(1, 129, 170), segments_of(250, 50)])
+    heads = [normal(2, 300, 4, 8), normal(2, 300, 2, 8), normal(2, 300, 2, 8)]
+    agrees("attend", form, tuple(heads), window=window, segments=segments)
+    together = kernels.attend(*heads, window=window, segments=segments, impl=form)
+    alone = kernels.attend(*(x[:1, 130:] for x in heads), window=window, impl=form)
+    np.testing.assert_allclose(together[:1, 130:], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", kernels.FORMS["attend"])
+@pytest.mark.parametrize("window", [None, 40])
+def test_gradients_of_attention(form, window):
+    segments = segments_of(1, 129, 170)[None]
+    heads = (normal(1, 300, 4, 8), normal(1, 300, 2, 8), normal(1, 300, 2, 8))
+    weights = np.asarray(normal(1, 300, 4, 8))
+
+    def gradients(impl):
+        def loss(*heads):
+            y = kernels.attend(*heads, window=window, segments=segments, impl=impl)
+            return (y * weights).sum()
+
+        return lambda *heads: jnp.concatenate(jax.grad(loss, (0, 1, 2))(*heads), axis=2)
+
+    expected = in_float64(gradients("reference"))(*heads)
+    found = jax.jit(gradients(form))(*heads)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_attention_in_blocks_never_holds_all_scores():
+    """What makes long texts possible: a fraction of the memory, in the gradient too."""
+
+    def loss(impl):
+        return lambda q: kernels.attend(q, q, q, impl=impl).sum()
+
+    for change in (lambda f: f, jax.grad):
+        need = {
+            form: jax.jit(change(loss(form))).lower(normal(1, 1024, 4, 8)).compile()
+            .memory_analysis().temp_size_in_bytes
+            for form in ("reference", "blocks")
+        }  # fmt: skip
+        assert need["blocks"] < 0.5 * need["reference"]
 
 
 @pytest.mark.parametrize("form", kernels.FORMS["attend_cached"])
@@ -204,8 +248,10 @@ def test_forward_chooses_the_form_of_attention_too():
     cfg = Config.debug()
     params = decoder.init(jax.random.key(0), cfg)
     ids = RNG.integers(0, cfg.vocab_size, (2, 20)).astype(np.int32)
-    logits = decoder.forward(params, cfg, ids)[0]
-    with kernels.trying(attend="blocks"):
-        other = decoder.forward(params, cfg, ids)[0]
-    assert not np.array_equal(other, logits)  # the last bits differ
-    np.testing.assert_allclose(other, logits, atol=1e-5)
+    for function in (decoder.forward, decoder.hidden):
+        read = jax.jit(function, static_argnums=1)
+        found = jax.tree.leaves(read(params, cfg, ids))[0]
+        with kernels.trying(attend="reference"):
+            other = jax.tree.leaves(read(params, cfg, ids))[0]
+        assert not np.array_equal(other, found)  # the last bits differ
+        np.testing.assert_allclose(other, found, atol=1e-5)

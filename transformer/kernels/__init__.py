@@ -94,7 +94,7 @@ CHOSEN: dict[str, dict[str, str]] = {
         "matmul int8, many rows": "integers",
         "norm": "ones",
         "rotate": "halves",
-        "attend": "reference",
+        "attend": "blocks",
         "attend_cached": "blocks",
         "gated_mlp": "products",
         "truncate": "bisection",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from transformer import attention
-from transformer.kernels import Unavailable
 
-_SPAN = 256  # queries, and keys, looked at together
+_SPAN = 128  # queries looked at together, at least
+_MOST_BLOCKS = 8  # each is compiled by itself
 
 
 def reference(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax.Array:
@@ -17,47 +18,48 @@ def reference(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax
 
 
 def blocks(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax.Array:
-    """Blocks of queries over blocks of keys with an online softmax; none in the future is touched.
+    """A block of queries at a time, over no more keys than the last of them sees.
 
-    After Rabe & Staats 2021, arXiv:2112.05682, and FlashAttention (Dao et al. 2022,
-    arXiv:2205.14135): memory grows with the length, not with its square, and half of the work, all
-    that the mask would throw away, is not done.
+    After Rabe & Staats 2021, arXiv:2112.05682, without their blocks of keys: the scores of one
+    block are in memory, not those of all, and most of what the mask would throw away is never
+    computed. Differentiated, a block's scores are computed again rather than kept.
     """
     batch, length, num_heads, head_dim = q.shape
-    num_kv_heads, span = k.shape[2], min(_SPAN, length)
-    if length % span:
-        raise Unavailable(f"attend blocks needs a multiple of {span} positions, not {length}")
-    if segments is not None:
-        raise Unavailable("attend blocks is for rows of one text")
+    num_kv_heads = k.shape[2]
     group = num_heads // num_kv_heads
-    # Heads first, and queries that share a key head as rows of one product: R = G * span.
-    q = (q * head_dim**-0.5).reshape(batch, length // span, span, num_kv_heads, group, head_dim)
-    q = q.transpose(1, 0, 3, 4, 2, 5).reshape(-1, batch, num_kv_heads, group * span, head_dim)
-    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # [B, K, H, T], [B, K, T, H]
-    row = jnp.arange(group * span) % span  # [R], place within the block of queries
+    # Heads first: products over the two last axes are the fast ones.
+    q = (q * head_dim**-0.5).reshape(batch, length, num_kv_heads, group, head_dim)
+    q, k, v = q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, ..., T, H]
+    span = max(_SPAN, -(-length // _MOST_BLOCKS))
     out = []
-    for i, queries in enumerate(q):
-        position = i * span + row
-        first = 0 if window is None else max(i * span - window + 1, 0) // span
-        top = jnp.full((batch, num_kv_heads, group * span, 1), -1e30, q.dtype)
-        total, mixed = jnp.zeros_like(top), jnp.zeros_like(queries)
-        for j in range(first, i + 1):
-            at = slice(j * span, (j + 1) * span)
-            scores = jnp.einsum("bkrh,bkhs->bkrs", queries, k[..., at])
-            if j == i or window is not None:
-                key = j * span + jnp.arange(span)
-                visible = key <= position[:, None]  # [R, span]
-                if window is not None:
-                    visible &= key > position[:, None] - window
-                scores = jnp.where(visible, scores, -jnp.inf)
-            new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
-            weight, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
-            total = total * shrink + weight.sum(-1, keepdims=True)
-            mixed = mixed * shrink + jnp.einsum("bkrs,bksh->bkrh", weight, v[:, :, at])
-            top = new_top
-        out.append((mixed / total).reshape(batch, num_kv_heads, group, span, head_dim))
-    y = jnp.stack(out, axis=1)  # [B, T/span, K, G, span, H]
-    return y.transpose(0, 1, 4, 2, 3, 5).reshape(batch, length, num_heads, head_dim)
+    for start in range(0, length, span):
+        stop = min(start + span, length)
+        first = 0 if window is None else max(start - window + 1, 0)
+        query, key = np.arange(start, stop)[:, None], np.arange(first, stop)
+        visible = key <= query  # [span, S]
+        if window is not None:
+            visible &= key > query - window
+        if segments is not None:
+            together = segments[:, start:stop, None] == segments[:, None, first:stop]
+            visible = (visible & together)[:, None, None]  # [B, 1, 1, span, S]
+        own = q[:, :, :, start:stop], k[:, :, first:stop], v[:, :, first:stop]
+        out.append(_attend_block(*own, visible))
+    y = jnp.concatenate(out, axis=3)  # [B, K, G, T, H]
+    return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_dim)
+
+
+@jax.checkpoint
+def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+    """Softmax attention of some queries: q [B, K, G, T, H], k and v [B, K, S, H]."""
+    *heads, group, length, head_dim = q.shape
+    # Queries that share a key head are rows of one product: R = G * T.
+    scores = jnp.einsum("bkrh,bksh->bkrs", q.reshape(*heads, group * length, head_dim), k)
+    scores = jnp.where(visible, scores.reshape(*heads, group, length, -1), -jnp.inf)
+    # What is subtracted cancels out, so it needs no gradient.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    total = weights.sum(-1, keepdims=True)
+    y = jnp.einsum("bkrs,bksh->bkrh", weights.reshape(*heads, group * length, -1), v)
+    return y.reshape(q.shape) / total  # H numbers a query to divide, not S
 
 
 def library(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax.Array:
