@@ -1,9 +1,13 @@
 """POST /v1/completions through the official client, on a real socket."""
 
+import asyncio
+from contextlib import aclosing
+
 import pytest
 from openai import BadRequestError
 
 import bpe
+from serve.api.generation import interleave
 from tests.serve.scripted import CONTEXT, END_OF_TEXT, HELLO, IM_START, encoding
 
 LENGTH = len(HELLO.encode())  # in tokens: its vocabulary is bytes
@@ -358,3 +362,34 @@ def test_an_alias_that_imitates_nobody_has_the_models_ids(strict, engine):
     strict.completions.create(model="mine", prompt=list(b"emoji"), logit_bias={"65": 1})
     assert engine.requests[-1].prompt == tuple(b"emoji")
     assert engine.requests[-1].sampling.logit_bias == {65: 1}
+
+
+def test_choices_are_let_in_together_and_have_one_deadline(strict, engine):
+    """Each had the whole time for itself, and a full queue ended a request half-way."""
+    before = len(engine.requests)
+    strict.completions.create(model="scripted", prompt=["a", "b"], n=2)
+    asked = engine.requests[before:]
+    assert [request.is_later for request in asked] == [False, True, True, True]
+    assert len({request.deadline for request in asked}) == 1
+
+
+def test_choices_are_read_no_faster_than_the_client_reads():
+    """What a slow client had not read was kept for it without end."""
+    made = 0
+
+    async def endless():
+        nonlocal made
+        while True:
+            made += 1
+            yield made
+            await asyncio.sleep(0)
+
+    async def main():
+        async with aclosing(interleave([endless() for _ in range(5)], at_a_time=2)) as merged:
+            async for _ in merged:
+                await asyncio.sleep(0.02)  # a hundred turns of the loop and more
+                if made > 2:
+                    break
+        return made
+
+    assert asyncio.run(main()) <= 5

@@ -5,6 +5,9 @@ import re
 
 import pytest
 
+from serve.engine import Busy
+from serve.errors import as_api_error
+from serve.registry import UnknownModel
 from tests.serve.scripted import CONTEXT
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -409,6 +412,25 @@ def test_a_full_queue_is_429(http, stream):
     response = http.post(CHAT, json=body)
     error = error_of(response, 429)
     assert error["code"] == "rate_limit_exceeded" and response.headers["retry-after"] == "1"
+
+
+def test_a_full_queue_is_429_even_where_the_prompt_is_echoed(http):
+    """The echo went out first, and with it a 200."""
+    body = {"model": "scripted", "prompt": "busy", "echo": True, "stream": True}
+    error_of(http.post(COMPLETIONS, json=body), 429)
+
+
+def test_a_client_with_too_much_in_the_queue_is_told_so():
+    error = as_api_error(Busy(2.5, waiting=64))
+    assert error.status == 429 and error.headers["retry-after"] == "3"
+    assert error.message.startswith("64 of your requests wait already")
+
+
+def test_a_model_that_was_not_pulled_says_how():
+    error = as_api_error(UnknownModel("gpt-4o", absent="other-model"))
+    assert error.status == 404 and error.code == "model_not_found"
+    assert "`gpt-4o` does not exist" in error.message
+    assert "`pellucid pull other-model`" in error.message
 
 
 @pytest.mark.parametrize("stream", [False, True])
