@@ -89,21 +89,23 @@ class Fallback:
 
     def fails(self, result: Result) -> bool:
         """Whether to try again."""
-        if self.is_silence(result):
-            return False
-        too_regular = (
-            self.compression_ratio is not None and result.compression_ratio > self.compression_ratio
-        )
-        return too_regular or self._is_guess(result)
+        return self._is_doubtful(result) and not self.is_silence(result)
 
     def is_silence(self, result: Result) -> bool:
-        """Whether what was written is not to be believed, because nobody speaks."""
+        """Whether what was written is not to be believed, because nobody speaks.
+
+        The reference lets a text pass that repeats itself with confidence; over music it does.
+        """
         if self.no_speech_prob is None or result.no_speech_prob <= self.no_speech_prob:
             return False
-        return self.avg_logprob is None or self._is_guess(result)
+        return self.avg_logprob is None or self._is_doubtful(result)
 
-    def _is_guess(self, result: Result) -> bool:
-        return self.avg_logprob is not None and result.avg_logprob < self.avg_logprob
+    def _is_doubtful(self, result: Result) -> bool:
+        is_guess = self.avg_logprob is not None and result.avg_logprob < self.avg_logprob
+        repeats = (
+            self.compression_ratio is not None and result.compression_ratio > self.compression_ratio
+        )
+        return is_guess or repeats
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,16 @@ the decoder as context. At once: windows are cut at pauses, independent of each 
 share each step of the decoder, whose weights are then read once for all of them. The first way
 keeps names and style consistent; the second is quicker, and an error does not carry over.
 
+Either way pauses are shortened to a second before anybody listens (`skip_silence`): in a long one
+the decoder loses its sense of time, or starts to invent. Times are set right afterwards.
+
 Leaves out: telling speakers apart, and the reference's heuristic for skipping suspicious words in
-long silences, for which `skip_silence` (no window is opened where nobody speaks) stands in.
+long silences, of which there are none.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +34,7 @@ from audio.vad import Span
 from audio.whisper import Run, Whisper, at_once
 
 _PASSED_OVER = 1.5  # seconds of speech that a window must not leave unwritten
+_BREAK = 0.7  # seconds of pause that no segment lies across
 _STEPS = round(SECONDS_PER_STEP * FRAMES_PER_SECOND)  # frames between two points in time
 
 
@@ -67,7 +72,7 @@ class Plan:
     Attributes:
         condition: give what was written before to the next window (with `batch` 1).
         initial_prompt: text given to the first window (with `batch`, to every window).
-        skip_silence: open no window where nobody speaks.
+        skip_silence: leave out what no speech is near to.
         words: find the time of every word.
         batch: windows decoded at once; 1 goes through the sound in turn.
         fallback: when a window is tried again.
@@ -163,26 +168,49 @@ def listen(
     """Yields segments as soon as they are written; arguments as of `transcribe`."""
     spans = find_spans(samples, plan) if spans is None else spans
     spectrogram = log_mel(samples, whisper.cfg.num_mels)
-    prompt = plan.initial_prompt.strip()
-    before = whisper.tokens.encode(" " + prompt) if prompt else ()
+    kept = np.arange(len(spectrogram))
+    if plan.skip_silence:
+        # From here on time stands still in long pauses, until `_in_place` sets a segment right.
+        kept = vad.kept_frames(spans, len(spectrogram))
+        spectrogram = spectrogram[kept]
+    heard = vad.moved(spans, kept)
     regions = [(0.0, len(spectrogram) / FRAMES_PER_SECOND)]
     if plan.batch > 1:
         longest = whisper.cfg.num_frames / FRAMES_PER_SECOND
-        regions = vad.windows(samples, list(spans), longest=longest)
-    regions = [tuple(int(t * FRAMES_PER_SECOND) for t in region) for region in regions]
+        regions = vad.windows(vad.loudness(samples)[kept], heard, longest=longest)
+    prompt = plan.initial_prompt.strip()
+    before = whisper.tokens.encode(" " + prompt) if prompt else ()
+    regions = [tuple(round(t * FRAMES_PER_SECOND) for t in region) for region in regions]
     jobs = deque(_Job(start, end, before) for start, end in regions)
     while jobs:
         active = [job for job in jobs if not job.is_done][: plan.batch]
-        for job in active:
-            job.seek = _next_speech(job.seek, spans, job.end)
-        active = [job for job in active if not job.is_done]
-        _go_on(whisper, spectrogram, active, spans, options, plan, run)
+        _go_on(whisper, spectrogram, active, heard, options, plan, run)
         while jobs and (jobs[0].segments or jobs[0].is_done):  # in the order of the sound
-            yield from jobs[0].segments
+            for segment in jobs[0].segments:
+                yield _in_place(segment, kept, spans) if plan.skip_silence else segment
             jobs[0].segments = []
             if not jobs[0].is_done:
                 break
             jobs.popleft()
+
+
+def _in_place(segment: Segment, kept: np.ndarray, spans: Sequence[Span]) -> Segment:
+    """A segment with its times in the whole sound, none of them in the midst of a pause."""
+
+    def placed(start: float, end: float) -> tuple[float, float]:
+        first, last = (min(round(t * FRAMES_PER_SECOND), len(kept)) for t in (start, end))
+        start = float(kept[min(first, len(kept) - 1)]) / FRAMES_PER_SECOND
+        end = float(kept[max(last, 1) - 1] + 1) / FRAMES_PER_SECOND
+        return vad.to_speech(start, max(start, end), spans)
+
+    words = tuple(
+        replace(word, start=start, end=end)
+        for word in segment.words
+        for start, end in [placed(word.start, word.end)]
+    )
+    start, end = placed(segment.start, segment.end)
+    seek = int(kept[segment.seek])
+    return replace(segment, start=start, end=end, seek=seek, words=words)
 
 
 @dataclass
@@ -237,7 +265,9 @@ def _go_on(
             if _speech_between(job.seek + last, job.seek + size, spans) > _PASSED_OVER:
                 step = last
         segments = _segments(parts, result, job.seek, size, tokens)
-        if plan.words:
+        # A segment that lies across a pause is cut there, for which its words must be found.
+        parts_of_speech = vad.apart(spans, _BREAK) if plan.skip_silence else ()
+        if plan.words or any(_lies_across(segment, parts_of_speech) for segment in segments):
             sound = sounds[i : i + 1]
             segments = _with_words(whisper, sound, segments, size, options, job.last_end, run)
             words = [word for segment in segments for word in segment.words]
@@ -245,6 +275,11 @@ def _go_on(
                 job.last_end = words[-1].end
                 heard = round(job.last_end * FRAMES_PER_SECOND) - job.seek
                 step = heard if is_open and heard > 0 else step
+            segments = [
+                part if plan.words else replace(part, words=())
+                for segment in segments
+                for part in _split(segment, parts_of_speech, tokens)
+            ]
         segments = [s for s in segments if s.text.strip() and s.end > s.start]
         job.segments += segments
         job.seek += step
@@ -254,18 +289,49 @@ def _go_on(
             job.before = (*job.before, *written) if result.temperature <= 0.5 else ()
 
 
+def _lies_across(segment: Segment, spans: Sequence[Span]) -> bool:
+    """Whether a segment takes in a pause and speech on both sides of it."""
+    start, end = vad.to_speech(segment.start, segment.end, spans)
+    return any(start < a[1] and b[0] < end for a, b in itertools.pairwise(spans))
+
+
+def _split(segment: Segment, spans: Sequence[Span], tokens: Tokens) -> list[Segment]:
+    """A segment cut at pauses: each of its words goes with the span that is nearest to it."""
+
+    def nearest(word: Word) -> int:
+        middle = (word.start + word.end) / 2
+        return min(range(len(spans)), key=lambda i: max(spans[i][0] - middle, middle - spans[i][1]))
+
+    if not spans or not segment.words:
+        return [segment]
+    groups = [list(words) for _, words in itertools.groupby(segment.words, nearest)]
+    # Where each part's words begin among the ids; a point in time goes with the words beside it.
+    counts = itertools.accumulate(sum(len(word.ids) for word in words) for words in groups)
+    texts = [i for i, id in enumerate(segment.ids) if id < tokens.eot]
+    cuts = [0, *(texts[count] for count in itertools.islice(counts, len(groups) - 1)), None]
+    parts = []
+    for words, a, b in zip(groups, cuts, cuts[1:], strict=False):
+        ids = segment.ids[a:b]
+        start = segment.start if a == 0 else words[0].start
+        end = segment.end if b is None else words[-1].end
+        parts.append(
+            replace(
+                segment,
+                start=start,
+                end=end,
+                text=tokens.decode(ids),
+                ids=ids,
+                logprobs=segment.logprobs[a:b],
+                words=tuple(words),
+            )
+        )
+    return parts
+
+
 def _speech_between(start: int, end: int, spans: Sequence[Span]) -> float:
     """Seconds of speech between two frames."""
     start, end = start / FRAMES_PER_SECOND, end / FRAMES_PER_SECOND
     return sum(max(0.0, min(b, end) - max(a, start)) for a, b in spans)
-
-
-def _next_speech(seek: int, spans: Sequence[Span], end: int) -> int:
-    """The first frame from `seek` on that lies in a span; `end` if none before it does."""
-    for start, stop in spans:
-        if seek < int(stop * FRAMES_PER_SECOND):
-            return min(max(seek, int(start * FRAMES_PER_SECOND)), end)
-    return end
 
 
 def _encode(whisper: Whisper, windows: Sequence[np.ndarray], run: Run) -> jax.Array:

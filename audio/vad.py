@@ -2,15 +2,19 @@
 
 Speech comes in syllables, several a second, loud against what lies between them; noise and hum stay
 level. So the loudness of the band of speech is compared, every 10 ms, with the quietest of its
-surroundings: what stands out is speech. After the oldest detectors there are (Rabiner & Sambur
-1975), with two thresholds, so that a span begins at what is clearly speech and reaches to where
-nothing is left of it.
+surroundings: what stands out may be speech, and is taken for it if it moves. After the oldest
+detectors there are (Rabiner & Sambur 1975), with two thresholds, so that a span begins at what is
+clearly louder and reaches to where nothing is left of it.
 
-Leaves out: telling speech from music or a slammed door, which takes a trained model. A wrong span
-costs time, not truth: Whisper listens to it and may still hear nothing.
+Leaves out: telling speech from a melody, from footsteps, or from typing, which takes a trained
+model. A wrong span costs time, not truth: Whisper listens to it and still hears nothing.
 """
 
 from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,10 +25,15 @@ Span = tuple[float, float]  # start and end in seconds
 
 _WINDOW = 512  # samples a loudness is measured over
 _BAND = (150.0, 4000.0)  # hertz
+_SMOOTH = 5  # frames over which powers are averaged, so that noise is level
 _NEIGHBOURHOOD = 10.0  # seconds within which the quietest is looked for
-_OPEN, _CLOSE = 12.0, 6.0  # decibels above the quietest at which a span begins and ends
+_OPEN, _CLOSE = 6.0, 3.0  # decibels above the quietest at which a span begins and ends
+_MOVES = 6.0  # decibels between the quiet and the loud tenth of a span; noise has up to 4
 _SILENCE = -65.0  # decibels below full scale; nothing below it is speech
-_SHORTEST_SPEECH, _SHORTEST_PAUSE, _MARGIN = 0.1, 0.5, 0.2  # seconds
+_SHORTEST_SPEECH, _SHORTEST_PAUSE = 0.1, 0.5  # seconds
+_SHORT = 0.4  # seconds; a shorter span is one syllable, which need not move
+_PAUSE_KEPT = 0.5  # seconds on either side of speech
+_NEARLY = 0.3  # seconds by which a time may miss a pause
 
 
 def speech_spans(samples: np.ndarray) -> list[Span]:
@@ -34,7 +43,7 @@ def speech_spans(samples: np.ndarray) -> list[Span]:
         samples: float32 [samples] at 16 kHz.
 
     Returns:
-        Spans in order, apart from each other by at least half a second less two margins.
+        Spans in order, without the silence around them, at least half a second apart.
     """
     loud = loudness(samples)
     if not len(loud):
@@ -43,27 +52,21 @@ def speech_spans(samples: np.ndarray) -> list[Span]:
     opened = loud > np.maximum(floor + _OPEN, _SILENCE)
     held = loud > np.maximum(floor + _CLOSE, _SILENCE)
     # Runs of frames above the lower threshold that reach the upper one somewhere.
-    edges = np.flatnonzero(np.diff(held.astype(np.int8), prepend=0, append=0))
-    runs = edges.reshape(-1, 2) / FRAMES_PER_SECOND
+    runs = np.flatnonzero(np.diff(held.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
     counts = np.concatenate([[0], np.cumsum(opened)])
-    long_enough = counts[edges[1::2]] - counts[edges[::2]] >= 3
-    merged: list[list[float]] = []
-    for start, end in runs[long_enough].tolist():
-        if merged and start - merged[-1][1] < _SHORTEST_PAUSE:
-            merged[-1][1] = end
-        else:
-            merged.append([start, end])
-    seconds = len(samples) / RATE
+    runs = runs[counts[runs[:, 1]] - counts[runs[:, 0]] >= 3] / FRAMES_PER_SECOND
     return [
-        (max(start - _MARGIN, 0.0), min(end + _MARGIN, seconds))
-        for start, end in merged
-        if end - start >= _SHORTEST_SPEECH
+        (start, end)
+        for start, end in apart([tuple(run) for run in runs.tolist()], _SHORTEST_PAUSE)
+        if end - start >= _SHORTEST_SPEECH and _moves(loud[_frames(start) : _frames(end)])
     ]
 
 
 def loudness(samples: np.ndarray) -> np.ndarray:
     """The power of the band of speech in decibels of full scale, every 10 ms: float32 [T]."""
     num_frames = len(samples) // HOP
+    if not num_frames:
+        return np.zeros(0, np.float32)
     padded = np.pad(samples.astype(np.float32), (_WINDOW // 2, _WINDOW))
     frames = np.lib.stride_tricks.sliding_window_view(padded, _WINDOW)[::HOP][:num_frames]
     window = np.hanning(_WINDOW).astype(np.float32)
@@ -72,7 +75,8 @@ def loudness(samples: np.ndarray) -> np.ndarray:
         np.square(np.abs(np.fft.rfft(frames[i : i + 3000] * window)[:, band])).sum(axis=1)
         for i in range(0, num_frames, 3000)
     ]
-    power = np.concatenate(powers) if powers else np.zeros(0, np.float32)
+    around = np.pad(np.concatenate(powers), _SMOOTH // 2, mode="edge")
+    power = np.convolve(around, np.full(_SMOOTH, 1 / _SMOOTH, np.float32), mode="valid")
     full_scale = window.sum() ** 2 / 4  # of a sine
     return 10 * np.log10(np.maximum(power / full_scale, 1e-12))
 
@@ -85,24 +89,81 @@ def _quietest(loud: np.ndarray) -> np.ndarray:
     return np.interp(np.arange(len(loud)), centres, levels)
 
 
-def windows(samples: np.ndarray, spans: list[Span], *, longest: float = 30.0) -> list[Span]:
-    """Packs spans into windows of at most `longest` seconds, cut where it is quietest.
+def _frames(seconds: float) -> int:
+    return round(seconds * FRAMES_PER_SECOND)
 
-    A span that is longer alone is cut at the quietest moment of the last third of its window.
-    """
-    loud = loudness(samples)
-    pieces: list[Span] = []
+
+def _moves(loud: np.ndarray) -> bool:
+    """Whether a span goes up and down as syllables do, its rise and fall not counted."""
+    if len(loud) < _frames(_SHORT):
+        return True
+    low, high = np.percentile(loud[_SMOOTH:-_SMOOTH], (10, 90))
+    return bool(high - low >= _MOVES)
+
+
+# Leaving pauses out
+
+
+def kept_frames(spans: Sequence[Span], num_frames: int) -> np.ndarray:
+    """The frames of a sound that are left when no pause is longer than a second: int [T]."""
+    is_kept = np.zeros(num_frames, bool)
     for start, end in spans:
-        while end - start > longest:
-            first = int((start + longest * 2 / 3) * FRAMES_PER_SECOND)
-            last = int((start + longest) * FRAMES_PER_SECOND)
+        is_kept[max(_frames(start - _PAUSE_KEPT), 0) : _frames(end + _PAUSE_KEPT)] = True
+    return np.flatnonzero(is_kept)
+
+
+def moved(spans: Sequence[Span], kept: np.ndarray) -> list[Span]:
+    """Where the spans lie when only the kept frames are left."""
+    frames = np.round(np.array(spans).reshape(-1, 2) * FRAMES_PER_SECOND)
+    return [tuple(pair) for pair in (np.searchsorted(kept, frames) / FRAMES_PER_SECOND).tolist()]
+
+
+def to_speech(start: float, end: float, spans: Sequence[Span]) -> Span:
+    """Takes what begins or ends in a pause to where speech begins behind it, or ended before it.
+
+    The last moments before a pause, and the first behind it, count as the pause.
+    """
+    behind = bisect.bisect(spans, start + _NEARLY, key=lambda span: span[1])  # the first not over
+    if behind < len(spans) and start < spans[behind][0] < end:
+        start = spans[behind][0]
+    before = bisect.bisect(spans, end - _NEARLY, key=lambda span: span[0]) - 1  # the last begun
+    if before >= 0 and start < spans[before][1] < end:
+        end = spans[before][1]
+    return start, end
+
+
+def apart(spans: Sequence[Span], pause: float) -> list[Span]:
+    """Spans joined where the pause between them is shorter."""
+    joined: list[Span] = []
+    for start, end in spans:
+        if joined and start - joined[-1][1] < pause:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def windows(loud: np.ndarray, spans: Sequence[Span], *, longest: float = 30.0) -> list[Span]:
+    """Cuts a sound into windows of at most `longest` seconds, in the middle of pauses.
+
+    A stretch without a pause is cut at the quietest moment of the last third of its window.
+
+    Args:
+        loud: the `loudness` of its frames.
+        spans: where anybody speaks.
+    """
+    if not spans:
+        return []
+    cuts = [0.0]
+    ends = [(a[1] + b[0]) / 2 for a, b in itertools.pairwise(spans)]
+    for end in [*ends, len(loud) / FRAMES_PER_SECOND]:
+        while end - cuts[-1] > longest:
+            first, last = _frames(cuts[-1] + longest * 2 / 3), _frames(cuts[-1] + longest)
             smooth = np.convolve(loud[first:last], np.ones(20) / 20, mode="same")
-            cut = (first + int(smooth.argmin())) / FRAMES_PER_SECOND
-            pieces.append((start, cut))
-            start = cut
-        pieces.append((start, end))
+            cuts.append((first + int(smooth.argmin())) / FRAMES_PER_SECOND)
+        cuts.append(end)
     packed: list[Span] = []
-    for start, end in pieces:
+    for start, end in itertools.pairwise(cuts):
         if packed and end - packed[-1][0] <= longest:
             packed[-1] = (packed[-1][0], end)
         else:

@@ -11,7 +11,8 @@ from audio import Options, ctranslate2, decode, subtitles, timing, vad
 from audio.decode import Fallback, Result
 from audio.timing import Word
 from audio.tokens import load as load_tokens
-from audio.transcribe import Segment, Transcript, cut
+from audio.transcribe import Segment, Transcript, _lies_across, _split, cut
+from tests.audio.ten_minutes import hum, pink, white
 
 RATE = 16_000
 
@@ -150,6 +151,10 @@ def test_fallback():
     assert not ladder.fails(result(avg_logprob=-2.0, no_speech_prob=0.9))
     assert ladder.is_silence(result(avg_logprob=-2.0, no_speech_prob=0.9))
     assert not ladder.is_silence(result(no_speech_prob=0.9))
+    # A text that repeats itself where hardly anybody speaks is made up.
+    looping = result(compression_ratio=3.0, no_speech_prob=0.9)
+    assert ladder.is_silence(looping) and not ladder.fails(looping)
+    assert not ladder.is_silence(result(compression_ratio=3.0, no_speech_prob=0.3))
 
 
 def test_cut(tokens):
@@ -219,7 +224,7 @@ def test_spans(level):
     sound = sound + quiet(12, level, 2)
     spans = vad.speech_spans(sound)
     assert len(spans) == 2
-    np.testing.assert_allclose(spans, [(2, 5), (7, 11)], atol=0.35)
+    np.testing.assert_allclose(spans, [(2, 5), (7, 11)], atol=0.1)
 
 
 @pytest.mark.parametrize("level", [0.0, 1e-5, 1e-3, 0.1, 0.5])
@@ -227,15 +232,82 @@ def test_noise_is_no_speech(level):
     assert vad.speech_spans(quiet(20, level)) == []
 
 
-def test_windows_hold_whole_spans():
+@pytest.mark.parametrize("kind", [white, pink, hum])
+@pytest.mark.parametrize("decibels", [-50, -15])
+def test_what_comes_and_goes_but_does_not_move_is_no_speech(kind, decibels):
+    rng = np.random.default_rng(0)
+    sound = quiet(12)
+    sound[4 * RATE : 8 * RATE] += kind(rng, 4 * RATE) * 10 ** (decibels / 20)
+    assert vad.speech_spans(sound) == []
+
+
+@pytest.mark.parametrize("kind", [white, pink, hum])
+def test_speech_is_found_in_noise_almost_as_loud(kind, clip):
+    sound = np.concatenate([quiet(3), clip("austen-0890"), quiet(3)])
+    power = np.mean(clip("austen-0890") ** 2)
+    noise = kind(np.random.default_rng(0), len(sound)) * np.sqrt(power / 10 ** (5 / 10))
+    found = sum(end - start for start, end in vad.speech_spans(sound + noise))
+    assert 4.3 < found < 5.5  # of 5.0 seconds
+
+
+def test_pauses_are_shortened_and_times_set_right():
+    spans = [(5.0, 6.0), (6.8, 8.0), (20.0, 21.5)]
+    kept = vad.kept_frames(spans, 3000)
+    assert len(kept) == (8.5 - 4.5 + 22 - 19.5) * 100
+    assert vad.moved(spans, kept) == [(0.5, 1.5), (2.3, 3.5), (4.5, 6.0)]
+    assert kept[[0, 399, 400]].tolist() == [450, 849, 1950]
+    assert vad.moved(spans, np.arange(3000)) == spans
+    assert vad.kept_frames([], 3000).size == 0
+
+
+def test_no_time_lies_in_a_pause():
+    spans = [(1.0, 2.0), (4.0, 5.0)]
+    for given, placed in (
+        ((1.2, 1.8), (1.2, 1.8)),
+        ((0.2, 3.0), (1.0, 2.0)),
+        ((2.5, 6.0), (4.0, 5.0)),
+        ((1.9, 4.5), (4.0, 4.5)),  # the last moment before a pause is part of it
+        ((1.2, 4.1), (1.2, 2.0)),
+        ((2.5, 3.5), (2.5, 3.5)),  # nothing was found there: it stays
+    ):
+        assert vad.to_speech(*given, spans) == placed
+    assert vad.to_speech(1.0, 2.0, []) == (1.0, 2.0)
+
+
+def test_windows_are_cut_in_pauses():
     sound = np.concatenate([speechlike(50), quiet(2), speechlike(10), quiet(1), speechlike(5)])
-    spans = vad.speech_spans(sound)
-    windows = vad.windows(sound, spans)
+    spans, loud = vad.speech_spans(sound), vad.loudness(sound)
+    windows = vad.windows(loud, spans)
     assert all(end - start <= 30 for start, end in windows)
-    assert windows[0][0] == spans[0][0] and windows[-1][1] == spans[-1][1]
-    for (_, a), (b, _) in itertools.pairwise(windows):
-        assert a <= b
-    assert vad.windows(sound, []) == []
+    assert windows[0][0] == 0 and windows[-1][1] == len(loud) / 100
+    assert all(a == b for (_, a), (b, _) in itertools.pairwise(windows))
+    assert 50 < windows[1][1] < 52 and len(windows) == 3
+    assert vad.windows(loud, []) == []
+
+
+# segments at pauses
+
+
+def test_a_segment_is_cut_where_it_lies_across_a_pause(tokens):
+    begin = tokens.timestamp_begin
+    texts = [" One", " two", ".", " Three"]
+    ids = [tokens.encode(text) for text in texts]
+    words = [
+        Word(" One", 1.0, 1.4, 1.0, ids[0]),
+        Word(" two.", 1.4, 2.2, 1.0, ids[1] + ids[2]),
+        Word(" Three", 3.1, 4.4, 1.0, ids[3]),
+    ]
+    ids = (begin, *itertools.chain(*ids), begin + 50)
+    whole = replace(SEGMENT, ids=ids, logprobs=(-0.5,) * len(ids), words=tuple(words), end=4.4)
+    whole = replace(whole, text=tokens.decode(ids))
+    spans = [(1.0, 2.0), (3.4, 4.5)]
+    first, second = _split(whole, spans, tokens)
+    assert (first.text, first.start, first.end) == (" One two.", 1.0, 2.2)
+    assert (second.text, second.start, second.end) == (" Three", 3.1, 4.4)
+    assert first.ids + second.ids == whole.ids and second.ids[-1] == begin + 50
+    assert len(first.logprobs) == len(first.ids) and first.words == tuple(words[:2])
+    assert _lies_across(whole, spans) and not _lies_across(first, spans)
+    assert _split(whole, [(1.0, 4.5)], tokens) == [whole]
 
 
 # subtitles

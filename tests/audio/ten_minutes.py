@@ -1,0 +1,264 @@
+"""A file of ten minutes whose truth is known: who says what, when, between silences and noise.
+
+    python -m tests.audio.ten_minutes FILE.flac      writes it, to listen to
+
+It is joined from recordings (`tests/golden/audio`) and sentences of `tests/bench/passage.txt`
+spoken by espeak-ng's voices, which tell when each word begins. Between them stand pauses, most of a
+second or two, every eighth of ten seconds and more; under them lies first nothing, then noise of
+three kinds, and some of the long pauses are loud with it. The same bytes every time, for one
+version of espeak-ng. It comes from the PyPI package espeakng-loader, which holds library and voices.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+import audio
+from audio.load import RATE
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "audio"
+PASSAGE = Path(__file__).parent.parent / "bench" / "passage.txt"
+SECONDS = 600
+VOICES = ("en-us", "en+f2", "en-us+m3", "en", "en-us+f4", "en-gb-x-rp")
+
+AUSTEN = {
+    "austen-0870": "And Mr. John Dashwood had then leisure to consider how much there might be "
+    "prudently in his power to do for them.",
+    "austen-0880": "He was not an ill-disposed young man.",
+    "austen-0890": "Unless to be rather cold-hearted and rather selfish is to be ill-disposed.",
+    "austen-0920": "Had he married a more amiable woman, he might have been made still more "
+    "respectable than he was.",
+    "austen-0930": "He might even have been made amiable himself.",
+}
+# Where the pauses of sonnet-1.ogg lie: what is between them, in seconds, and its words.
+SONNET = (
+    (2.67, 5.38, "From fairest creatures we desire increase,"),
+    (5.89, 8.60, "That thereby beauty's rose might never die,"),
+    (9.23, 14.32, "But as the riper should by time decease, His tender heir might bear his memory:"),
+    (15.23, 22.43, "But thou contracted to thine own bright eyes, Feed'st thy light's flame with "
+     "self-substantial fuel,"),
+    (22.77, 25.45, "Making a famine where abundance lies,"),
+    (25.69, 30.34, "Thy self thy foe, to thy sweet self too cruel:"),
+    (31.21, 36.49, "Thou that art now the world's fresh ornament, And only herald to the gaudy "
+     "spring,"),
+    (36.98, 40.34, "Within thine own bud buriest thy content,"),
+    (40.62, 43.62, "And tender churl mak'st waste in niggarding:"),
+    (44.54, 47.99, "Pity the world, or else this glutton be,"),
+    (48.53, 52.18, "To eat the world's due, by the grave and thee."),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Utterance:
+    """Something said in one go. Times in seconds."""
+
+    text: str
+    start: float
+    end: float
+    samples: np.ndarray
+    is_read: bool = False  # by a person
+    word_starts: tuple[float, ...] = ()  # of all words of `text`, where they are known
+
+
+def build() -> tuple[np.ndarray, list[Utterance]]:
+    """The samples, float32 [600 * 16,000], and what is said in them, in order."""
+    rng = np.random.default_rng(7)
+    sound, truth, at = np.zeros(SECONDS * RATE, np.float32), [], 1.0
+    for number, said in enumerate(_in_turn()):
+        pause = rng.uniform(0.8, 2.2)
+        if number % 8 == 7:
+            pause = rng.uniform(8, 20)
+            if number % 16 == 15:
+                _loud_noise(sound, rng, at + 1, at + pause - 2)
+        at += pause
+        length = len(said.samples) / RATE
+        if at + length > SECONDS - 1:
+            break
+        loudness = 10 ** (rng.uniform(-28, -18) / 20)
+        samples = said.samples * (loudness / np.sqrt(np.mean(said.samples**2)))
+        begin = round(at * RATE)
+        sound[begin : begin + len(samples)] += samples
+        starts = tuple(begin / RATE + t for t in said.word_starts)
+        truth.append(
+            replace(said, start=begin / RATE, end=begin / RATE + length, word_starts=starts)
+        )
+        at += length
+    _background(sound, rng)
+    return np.clip(sound, -1, 1), truth
+
+
+def read_aloud() -> list[Utterance]:
+    """What people read, cut at its pauses."""
+    found = []
+    for name, text in AUSTEN.items():
+        found.append(_said(text, _trimmed(audio.load(GOLDEN / f"{name}.flac")), is_read=True))
+    sonnet = audio.load(GOLDEN / "sonnet-1.ogg")
+    for start, end, text in SONNET:
+        samples = sonnet[round(start * RATE) : round(end * RATE)]
+        found.append(_said(text, samples, is_read=True))
+    return found
+
+
+def spoken() -> Iterator[Utterance]:
+    """The passage, a sentence a voice, again and again with other voices."""
+    text = " ".join(PASSAGE.read_text("utf-8").split())
+    sentences = [s for s in re.split(r"(?<=[.])\s+", text) if 20 < len(s) < 160 and s[-1] == "."]
+    number = 0
+    while True:
+        for sentence in sentences:
+            yield speak(sentence, VOICES[number % len(VOICES)])
+            number += 1
+
+
+def _in_turn() -> Iterator[Utterance]:
+    """Two sentences of the passage, then one that a person read."""
+    machine, people, number = spoken(), read_aloud(), 0
+    while True:
+        yield next(machine)
+        yield next(machine)
+        yield people[number % len(people)]
+        number += 1
+
+
+def _said(text: str, samples: np.ndarray, **known) -> Utterance:
+    return Utterance(text=text, start=0.0, end=len(samples) / RATE, samples=samples, **known)
+
+
+def _trimmed(samples: np.ndarray) -> np.ndarray:
+    """Without what is more than 35 dB below the loudest at both ends."""
+    step = RATE // 100
+    levels = np.sqrt(np.mean(samples[: len(samples) // step * step].reshape(-1, step) ** 2, axis=1))
+    heard = np.flatnonzero(levels > levels.max() * 10 ** (-35 / 20))
+    return samples[heard[0] * step : (heard[-1] + 1) * step]
+
+
+# Noise
+
+
+def white(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Noise with the same power at every frequency; float32 [count], RMS 1."""
+    return rng.normal(size=count).astype(np.float32)
+
+
+def pink(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Noise whose power falls with the frequency, as that of rooms and engines does."""
+    spectrum = np.fft.rfft(rng.normal(size=count))
+    spectrum /= np.sqrt(np.maximum(np.arange(len(spectrum)), 1))
+    noise = np.fft.irfft(spectrum, count)
+    return (noise / noise.std()).astype(np.float32)
+
+
+def hum(rng: np.random.Generator, count: int) -> np.ndarray:
+    """The mains, with its harmonics."""
+    t = np.arange(count) / RATE
+    noise = sum(np.sin(2 * np.pi * 50 * k * t + rng.uniform(0, 6)) / k for k in range(1, 12))
+    return (noise / noise.std()).astype(np.float32)
+
+
+def _background(sound: np.ndarray, rng: np.random.Generator) -> None:
+    """Two minutes of nothing, then white noise, pink noise, and a hum."""
+    for start, end, kind, level in (
+        (120, 270, white, -62),
+        (270, 450, pink, -52),
+        (450, SECONDS, hum, -50),
+    ):
+        part = slice(start * RATE, end * RATE)
+        sound[part] += kind(rng, (end - start) * RATE) * 10 ** (level / 20)
+
+
+def _loud_noise(sound: np.ndarray, rng: np.random.Generator, start: float, end: float) -> None:
+    first, last = round(start * RATE), round(end * RATE)
+    sound[first:last] += pink(rng, last - first) * 10 ** (-30 / 20)
+
+
+# espeak-ng
+
+
+class _Event(ctypes.Structure):
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("unique", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("milliseconds", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", ctypes.c_char * 8),
+    ]
+
+
+_CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
+)
+_AT_ONCE, _UTF8, _BY_CHARACTER, _SPEED = 2, 1, 1, 1  # constants of speak_lib.h
+_END, _WORD = 0, 1
+
+
+@functools.cache
+def _espeak() -> tuple[ctypes.CDLL, int]:
+    """The library, and the samples a second it makes."""
+    import espeakng_loader
+
+    library = ctypes.CDLL(espeakng_loader.get_library_path())
+    rate = library.espeak_Initialize(_AT_ONCE, 0, espeakng_loader.get_data_path().encode(), 0)
+    if rate <= 0:
+        raise OSError("espeak-ng finds no voices")
+    return library, rate
+
+
+def speak(text: str, voice: str, speed: int = 150) -> Utterance:
+    """A text spoken by a voice of espeak-ng, with the time at which each word begins.
+
+    Raises:
+        ImportError: the package espeakng-loader is not installed.
+        ValueError: there is no such voice.
+    """
+    library, rate = _espeak()
+    sound: list[np.ndarray] = []
+    starts: dict[int, float] = {}  # by the place of the word in the text
+
+    @_CALLBACK
+    def take(samples, count, events):
+        if count > 0:
+            sound.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        while events[0].type != _END:
+            if events[0].type == _WORD:
+                starts.setdefault(events[0].text_position - 1, events[0].milliseconds / 1000)
+            events = ctypes.cast(ctypes.addressof(events[0]) + ctypes.sizeof(_Event), type(events))
+        return 0
+
+    library.espeak_SetSynthCallback(take)
+    if library.espeak_SetVoiceByName(voice.encode()):
+        raise ValueError(f"espeak-ng has no voice {voice!r}")
+    library.espeak_SetParameter(_SPEED, speed, 0)
+    data = text.encode()
+    library.espeak_Synth(data, len(data) + 1, 0, _BY_CHARACTER, 0, _UTF8, None, None)
+    library.espeak_Synchronize()
+    samples = np.concatenate(sound).astype(np.float32) / 32768
+    samples = soxr.resample(samples, rate, RATE).astype(np.float32)
+    whole = _trimmed(samples)
+    # What was cut from the beginning, found again.
+    cut = next(i for i in range(len(samples)) if samples[i : i + 800].tobytes()
+               == whole[:800].tobytes()) / RATE  # fmt: skip
+    places = [match.start() for match in re.finditer(r"\S+", text)]
+    known = all(place in starts for place in places)
+    return _said(
+        text, whole, word_starts=tuple(max(starts[p] - cut, 0.0) for p in places) if known else ()
+    )
+
+
+if __name__ == "__main__":
+    samples, truth = build()
+    soundfile.write(sys.argv[1], samples, RATE)
+    for said in truth:
+        print(f"{said.start:7.2f} {said.end:7.2f}  {said.text}")
