@@ -1,7 +1,10 @@
 """The client of 2023 and its command line, unmodified, through every endpoint it has of these."""
 
 import pytest
+from openai import OpenAI
 
+from serve import made
+from tests.serve import scripted
 from tests.serve.old_client import OldClient, install
 from tests.serve.scripted import HELLO
 
@@ -105,6 +108,47 @@ def test_models_and_engines(old):
     assert engines["object"] == "list" and [one["id"] for one in engines["data"]] == ids
     assert old.run("answer = openai.Engine.retrieve('scripted')")["ready"] is True
     assert old.run("answer = openai.Engine.retrieve('org/with-slash').id") == "org/with-slash"
+
+
+def test_deleting_a_model(tmp_path):
+    own = "ft:scripted:me::old"
+    made.folder(tmp_path, own).mkdir(parents=True)
+    with scripted.running(scripted.model(), scripted.model(own), home=tmp_path) as address:
+        old = OldClient(install(), address)
+        answer = old.run(f"answer = openai.Model.delete({own!r})")
+        assert answer == {"id": own, "object": "model", "deleted": True}
+        assert old.run("answer = [model.id for model in openai.Model.list().data]") == ["scripted"]
+
+
+def test_what_the_client_has_no_name_for(old, address):
+    """The tokenizer's routes are no part of OpenAI's API; clients reach them by their paths."""
+    both = old.run(
+        "ask = openai.api_requestor.APIRequestor(api_base=openai.api_base[:-3]).request\n"
+        "cut = ask('post', '/tokenize', {'model': 'scripted', 'prompt': 'höher'})[0].data\n"
+        "back = {'model': 'scripted', 'tokens': cut['tokens']}\n"
+        "text = ask('post', '/detokenize', back)[0].data\n"
+        "info = ask('get', '/tokenizer_info', {'model': 'scripted'})[0].data\n"
+        "answer = [cut, text, info]"
+    )
+    with OpenAI(base_url=f"{address}/v1", api_key="any") as new:
+        cut = new.post(
+            f"{address}/tokenize", body={"model": "scripted", "prompt": "höher"}, cast_to=object
+        )
+        text = new.post(
+            f"{address}/detokenize",
+            body={"model": "scripted", "tokens": cut["tokens"]},
+            cast_to=object,
+        )
+        info = new.get(
+            f"{address}/tokenizer_info",
+            options={"params": {"model": "scripted"}},
+            cast_to=object,
+        )
+        edits = new.post("/edits", body={"model": "scripted", "instruction": "x"}, cast_to=object)
+        engines = new.get("/engines", cast_to=object)
+    assert both == [cut, text, info]
+    assert cut["tokens"] == list("höher".encode()) and text["prompt"] == "höher"
+    assert edits["object"] == "edit" and engines["object"] == "list"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from serve.registry import Registry
 from serve.settings import Settings
 from serve.sources import Located
 from tests.serve import scripted
+from tests.serve.old_client import OldClient, install
 
 MODEL = "all-minilm-l6-v2"
 ALIASES = {
@@ -75,6 +76,16 @@ def test_the_official_client_gets_vectors_of_length_1_in_order(client):
     for text, vector in zip(texts, found, strict=True):
         alone = vectors(client.embeddings.create(model=MODEL, input=text))
         np.testing.assert_allclose(alone[0], vector, atol=1e-5)
+
+
+def test_the_client_of_2023(embedding_address, client):
+    old = OldClient(install(), embedding_address)
+    answer = old.run(
+        f"answer = openai.Embedding.create(model={MODEL!r}, input=['one', 'two', 'three'])"
+    )
+    found = np.array([item["embedding"] for item in answer["data"]], np.float32)
+    expected = vectors(client.embeddings.create(model=MODEL, input=["one", "two", "three"]))
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_floats_are_as_openais_schema_says(embedding_address):
