@@ -229,7 +229,11 @@ def serve(
                 )
 
             app = create_app(chosen, registry)
-            if not listen.run(app, taken, log_format=log_format, ready=ready, stopping=stopping):
+            with contextlib.closing(app.state.keeper):  # a job that runs is saved, to go on later
+                orderly = listen.run(
+                    app, taken, log_format=log_format, ready=ready, stopping=stopping
+                )
+            if not orderly:
                 raise typer.Exit(130)
 
 
