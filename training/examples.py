@@ -142,7 +142,7 @@ def faults(row: Mapping[str, Any], kind: Kind) -> list[Fault]:
     for key in _KEYS[kind]:
         if key not in row:
             found.append(Fault("missing_key", f'is missing key "{key}".', key))
-    for key in sorted(row.keys() - set(_KEYS[kind])):
+    for key in sorted(key for key in row.keys() - set(_KEYS[kind]) if row[key] is not None):
         if kind == "chat" and key in _TOOL_KEYS:
             found.append(Fault("unsupported_tools", _NO_TOOLS, key))
         else:
@@ -179,11 +179,11 @@ def encode(row: Mapping[str, Any], kind: Kind, tokenizer: Tokenizer, line: int =
 def _encode_chat(messages: list[dict[str, Any]], tokenizer: Tokenizer, line: int) -> Example:
     if tokenizer.chat_template is None:
         raise ValueError("this model has no chat template; give it prompt and completion pairs")
-    plain = [
-        {key: value for key, value in message.items() if key not in ("content", "weight")}
-        | {"content": text_of(message["content"])}
-        for message in messages
-    ]
+    plain = []
+    for message in messages:
+        plain.append({"role": message["role"], "content": text_of(message["content"])})
+        if message.get("name") is not None:
+            plain[-1]["name"] = message["name"]
     ids, turns = tokenizer.chat_template.encode_turns(tokenizer.encoding, plain)
     weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
     return _example(
@@ -235,9 +235,10 @@ def _message_faults(message: Any, i: int) -> list[Fault]:
             fault("invalid_role", f"has the role {role!r}; it must be one of {wanted}.", ".role")
         )
     for key, value in message.items():
+        if value is None:
+            continue  # as answers of the API have keys that do not apply; see below for content
         if key in _TOOL_MESSAGE_KEYS:
-            if value is not None:
-                found.append(fault("unsupported_tools", _NO_TOOLS, f".{key}"))
+            found.append(fault("unsupported_tools", _NO_TOOLS, f".{key}"))
         elif key == "name":
             if not isinstance(value, str):
                 found.append(fault("invalid_type", "has a name that is not a string.", ".name"))

@@ -21,7 +21,7 @@ from training.examples import Example
 STEP = 32  # widths are multiples of it
 WIDEST = 1024  # tokens of a row, unless one example is longer
 ATTENTION = 4096  # the width at which attention costs a small model as much as all the rest
-PART_TOKENS = 2048  # of a batch that are computed at once; more are read in parts
+PART_TOKENS = 1024  # of a batch that are computed at once; more are read in parts
 
 
 class Batches:

@@ -56,6 +56,13 @@ def test_content_in_parts_and_a_developer():
     assert ENCODING.decode(ids).startswith("<|im_start|>system\nbe brief")
 
 
+def test_a_message_may_come_as_the_api_answered_it():
+    """With keys that are null; they reach no template."""
+    row = chat("q", "low", refusal=None, audio=None, tool_calls=None, name=None)
+    assert not examples.faults(row | {"tools": None}, "chat")
+    assert learned(row, "chat") == "low<|im_end|>"
+
+
 def test_of_a_pair_the_completion_is_learned_and_that_it_ends():
     row = {"prompt": "low", "completion": "er"}
     assert learned(row, "completion") == "er<|im_end|>"

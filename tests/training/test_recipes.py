@@ -191,7 +191,7 @@ def test_errors_name_what_is_wrong(model, data, tmp_path, capsys):
 
 
 def test_auto_numbers():
-    assert finetune.auto_epochs(10) == 25 and finetune.auto_epochs(100) == 10
+    assert finetune.auto_epochs(10) == 25 and finetune.auto_epochs(100) == 8
     assert finetune.auto_epochs(1000) == 3 and finetune.auto_epochs(10**5) == 1
     assert [finetune.auto_batch_size(n) for n in (10, 100, 10**6)] == [1, 4, 16]
 

@@ -139,14 +139,9 @@ def run(
         f"{batches.steps_per_epoch} steps, each {rows} x {width} tokens, in {job['format']}"
     )
 
-    params, cfg, _ = checkpoint.load(settings.model)
-    remat = rows // batches.parts * width > packing.PART_TOKENS
-    shared = {"cfg": cfg, "format": job["format"], "remat": remat}
-    if settings.method == "lora":
-        task: Full | LowRank = LowRank(rank=job["rank"], alpha=job["alpha"], **shared)
-        frozen = as_format(params, job["format"])
-    else:
-        task, frozen = Full(start=params, **shared), None
+    cfg = checkpoint.read_config(settings.model)
+    remat = rows // batches.parts * width > packing.PART_TOKENS  # one very long example
+    task, frozen = _task(settings, job, cfg, remat)
     config = Config(
         steps=batches.steps,
         learning_rate=job["learning_rate"],
@@ -196,6 +191,17 @@ def run(
     return Result("finished", job, tuple(reports))
 
 
+def _task(settings: Settings, job: dict[str, Any], cfg: Model, remat: bool):
+    """What is trained, and the weights that stay as they are."""
+    params, *_ = checkpoint.load(settings.model)
+    if settings.method == "full":
+        return Full(cfg=cfg, start=params, format=job["format"], remat=remat), None
+    adapter = LowRank(
+        cfg=cfg, rank=job["rank"], alpha=job["alpha"], format=job["format"], remat=remat
+    )
+    return adapter, as_format(params, job["format"])
+
+
 def read_tokenizer(model: Path, max_tokens: int | None = None) -> tuple[Tokenizer, int]:
     """A model's tokenizer, and how many tokens an example for it may have."""
     cfg = checkpoint.read_config(model)
@@ -204,7 +210,7 @@ def read_tokenizer(model: Path, max_tokens: int | None = None) -> tuple[Tokenize
 
 def auto_epochs(examples: int) -> int:
     """How often to read few examples: often, and a large set once."""
-    return max(1, min(25, round(1000 / examples) if examples < 333 else 3, 25_000 // examples))
+    return max(1, min(25, max(3, round(800 / examples)), 25_000 // examples))
 
 
 def auto_batch_size(examples: int) -> int:
