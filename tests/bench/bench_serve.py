@@ -1,6 +1,7 @@
 """What a server makes of several requests: throughput, waiting, and prompts that begin alike.
 
     python tests/bench/bench_serve.py [--rounds 5] [--dtype auto] [--before REVISION]
+    python tests/bench/bench_serve.py --memory
 
 One `pellucid serve` in a process of its own is asked over HTTP, streamed, greedily. Rounds repeat
 all measurements one after the other, so that a machine that slows down slows all of them, and the
@@ -19,7 +20,12 @@ cut from one text, so that none is easier than another.
 The text of a request must be the same alone, among eight, and with its prefix known: it is compared
 before anything is timed.
 
-Left out: several models at once, the sampler's settings, long contexts, memory.
+`--memory` is a run of its own: a server in a data folder where nothing was measured or compiled
+yet, then again in the same folder; each answers four conversations of 2,048 tokens at once. Printed
+are the seconds until it listens, and the most memory that its process held, and that it held
+together with those it had started.
+
+Left out: several models at once, the sampler's settings, long contexts.
 """
 
 from __future__ import annotations
@@ -35,10 +41,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,6 +87,7 @@ class Server:
     format: str
     client: httpx.Client
     ids: list[int]  # ids that stand for common words, to make prompts of
+    listened: float  # when it did, on the clock of time.perf_counter
     random: random.Random = field(default_factory=lambda: random.Random(0))
 
     def prompt(self, length: int) -> list[int]:
@@ -116,24 +124,34 @@ class Server:
 
 
 @contextmanager
-def serving(name: str, folder: Path, dtype: str) -> Iterator[Server]:
+def serving(
+    name: str,
+    folder: Path,
+    dtype: str,
+    env: dict[str, str] | None = None,
+    started: Callable[[int], object] = lambda pid: None,
+) -> Iterator[Server]:
     process = subprocess.Popen(
         [sys.executable, "-m", "serve", "serve", "--port", "0", "-m", MODEL, "--json"]
         + ["--dtype", dtype],
         cwd=folder,
+        env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
     try:
+        started(process.pid)
         line = process.stdout.readline()
+        listened = time.perf_counter()
         if not line:
             raise SystemExit(f"{name} did not start")
         said = json.loads(line)
         wait_until_idle(process.pid)
         formats = said.get("formats", {})
         with httpx.Client(timeout=120, limits=httpx.Limits(max_connections=32)) as client:
-            yield Server(name, said["url"], formats.get(MODEL, dtype), client, word_ids())
+            url, format = said["url"], formats.get(MODEL, dtype)
+            yield Server(name, url, format, client, word_ids(), listened)
     finally:
         process.terminate()
         process.wait()
@@ -147,6 +165,52 @@ def wait_until_idle(pid: int) -> None:
     while (spent := sum(process.cpu_times()[:2])) - before > 0.05:
         before = spent
         time.sleep(3.5)
+
+
+def measure_memory(dtype: str) -> None:
+    """Two starts in one fresh data folder, in which only the models are found."""
+    import psutil
+
+    from serve import settings
+
+    class Watch(threading.Thread):
+        """Looks ten times a second at how much a process and its children hold together."""
+
+        def __init__(self, pid: int) -> None:
+            super().__init__(daemon=True)
+            self.pid, self.most, self.ended = pid, 0, threading.Event()
+            self.start()
+
+        def run(self) -> None:
+            while not self.ended.wait(0.1):
+                with suppress(psutil.Error):
+                    own = psutil.Process(self.pid)
+                    held = [p.memory_info().rss for p in [own, *own.children(recursive=True)]]
+                    self.most = max(self.most, sum(held))
+
+    with tempfile.TemporaryDirectory() as home:
+        (Path(home) / "models").symlink_to(settings.data_folder() / "models")
+        for start in ("first", "second"):
+            began = time.perf_counter()
+            with ExitStack() as stack:
+                watch = []
+                server = stack.enter_context(
+                    serving(
+                        start,
+                        ROOT,
+                        dtype,
+                        env={**os.environ, "PELLUCID_HOME": home},
+                        started=lambda pid, watch=watch: watch.append(Watch(pid)),
+                    )
+                )
+                seconds = server.listened - began
+                server.ask_all([server.prompt(2048 - NEW) for _ in range(4)], NEW)
+                status = Path(f"/proc/{watch[0].pid}/status").read_text()
+                watch[0].ended.set()
+            peak = next(int(line.split()[1]) for line in status.splitlines() if "VmHWM" in line)
+            figures = {"listens after, s": round(seconds, 1), "format": server.format}
+            figures |= {"peak, MB": peak // 1024, "with children, MB": watch[0].most // 2**20}
+            print(json.dumps({"case": f"{start} start", **figures}))
 
 
 def word_ids() -> list[int]:
@@ -230,7 +294,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--before", metavar="REVISION", help="compare one stream with this one's")
+    parser.add_argument("--memory", action="store_true", help="measure memory, and nothing else")
     options = parser.parse_args()
+    if options.memory:
+        return measure_memory(options.dtype)
 
     progress = Console(stderr=True)
     with ExitStack() as stack:
