@@ -50,8 +50,10 @@ def inspect(
     ids = encoding.encode(text, allowed_special="all")
     if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
         ids = [tokenizer.bos_id, *ids]
-    if len(ids) < 2:
-        raise WrongUsage(f"{text!r} is {len(ids)} tokens: there must be two to look at")
+    if not 2 <= len(ids) <= pictures.MAX_TOKENS:
+        raise WrongUsage(
+            f"the text is {len(ids)} tokens: between 2 and {pictures.MAX_TOKENS} can be drawn"
+        )
 
     def label(id: int) -> str:
         with contextlib.suppress(KeyError):
@@ -60,7 +62,6 @@ def inspect(
 
     tokens = [label(id) for id in ids]
     layer = cfg.num_layers // 2 if layer is None else layer
-    output.mkdir(parents=True, exist_ok=True)
     paths = [output / f"attention-{layer}.png", output / "lens.png", output / "alternatives.png"]
     try:
         pictures.attention(np.asarray(looking.attention(params, cfg, ids)), tokens, layer, paths[0])

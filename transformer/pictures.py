@@ -1,7 +1,7 @@
 """Pictures of what `inspect.py` returns, as PNG files or on axes of your own.
 
-Tokens are labelled with whatever strings are given: this package knows ids, not text. matplotlib is
-imported when a picture is drawn.
+Tokens are labelled with whatever strings are given: this package knows ids, not text. A folder that
+is not there is made, once there is a picture to put in it. matplotlib is imported when one is drawn.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from transformer.inspect import Alternatives, Lens
 
-_MAX_TOKENS = 48  # more do not fit into a picture that one can read
+MAX_TOKENS = 48  # more do not fit into a picture that one can read
 
 
 def attention(maps: np.ndarray, tokens: Sequence[str], layer: int, path: str | Path) -> None:
@@ -168,6 +168,7 @@ def _plt() -> Any:
 
 
 def _save(figure: Any, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     _plt().close(figure)
 
@@ -175,8 +176,8 @@ def _save(figure: Any, path: str | Path) -> None:
 def _check(tokens: Sequence[str], expected: int) -> None:
     if len(tokens) != expected:
         raise ValueError(f"there must be {expected} labels, one a token; got {len(tokens)}")
-    if expected > _MAX_TOKENS:
-        raise ValueError(f"{expected} tokens cannot be drawn legibly: take at most {_MAX_TOKENS}")
+    if expected > MAX_TOKENS:
+        raise ValueError(f"{expected} tokens cannot be drawn legibly: take at most {MAX_TOKENS}")
 
 
 def _label(axis: Any, tokens: Sequence[str]) -> None:

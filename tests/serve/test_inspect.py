@@ -1,0 +1,73 @@
+"""`pellucid inspect` as people run it: what it prints and draws is what the library computes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from tests.serve import tiny
+from transformer import checkpoint, pictures
+from transformer import inspect as looking
+
+ROOT = str(Path(__file__).parent.parent.parent)
+TEXT = "a bad $cab"
+IDS = list(TEXT.encode())  # the tiny model's tokens are bytes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny.model(tmp_path_factory.mktemp("tiny"))
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "serve", "inspect", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
+        env=os.environ | {"PELLUCID_HOME": str(cwd / "home"), "PYTHONPATH": ROOT},
+    )
+
+
+def test_pictures_and_numbers_are_those_of_the_library(folder, tmp_path):
+    said = run(TEXT, "-m", f"tiny={folder}", "--layer", "1", "--heads", "--json", cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    found = json.loads(said.stdout)
+    names = ["attention-1", "lens", "alternatives", "heads"]
+    assert found["model"] == "tiny"
+    assert found["pictures"] == [f"inspect/{name}.png" for name in names]
+
+    params, cfg, _ = checkpoint.load(folder)
+    others = looking.alternatives(params, cfg, IDS)
+    assert [row["id"] for row in found["tokens"]] == IDS[1:]
+    assert [row["text"] for row in found["tokens"]] == list(TEXT[1:])
+    assert [row["rank"] for row in found["tokens"]] == others.rank.tolist()
+    for name, expected in (("probability", np.exp(others.chosen)), ("entropy", others.entropy)):
+        np.testing.assert_allclose([row[name] for row in found["tokens"]], expected, rtol=1e-4)
+
+    maps, effects = looking.attention(params, cfg, IDS), looking.head_effects(params, cfg, IDS)
+    pictures.attention(np.asarray(maps), list(TEXT), 1, tmp_path / "own" / "attention-1.png")
+    pictures.head_effects(np.asarray(effects), tmp_path / "own" / "heads.png")
+    for name in names:
+        drawn = imread(tmp_path / "inspect" / f"{name}.png")
+        assert drawn.std() > 0.05
+        if (own := tmp_path / "own" / f"{name}.png").exists():
+            np.testing.assert_allclose(drawn, imread(own), atol=0.02)
+
+
+def test_what_cannot_be_drawn_is_said_and_leaves_no_folder(folder, tmp_path):
+    for arguments, sentence in (
+        (["a"], "the text is 1 tokens: between 2 and 48 can be drawn"),
+        (["a" * 49], "the text is 49 tokens: between 2 and 48 can be drawn"),
+        (["ab", "--layer", "2"], "there is no layer 2: they go from 0 to 1"),
+    ):
+        said = run(*arguments, "-m", f"tiny={folder}", cwd=tmp_path)
+        assert (said.returncode, said.stdout) == (2, "")
+        assert sentence in said.stderr and "Traceback" not in said.stderr
+    assert not (tmp_path / "inspect").exists()
