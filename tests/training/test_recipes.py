@@ -153,6 +153,24 @@ def test_a_tokenizer_is_read_back(tmp_path, add_bos):
     assert again.chat_template.render(messages) == tokenizer.chat_template.render(messages)
 
 
+@pytest.mark.parity
+def test_transformers_opens_what_full_leaves(model):
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    messages = chat("low", "lower 12")["messages"]
+    ids, _ = TOKENIZER.chat_template.encode_turns(TOKENIZER.encoding, messages)
+    assert tokenizer.apply_chat_template(messages, return_dict=False) == ids
+    assert tokenizer.eos_token_id == TOKENIZER.eos_id
+    peer = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    params, cfg, _ = checkpoint.load(model)
+    with torch.no_grad():
+        theirs = peer(torch.tensor([ids])).logits.numpy()
+    ours, _ = decoder.forward(params, cfg, np.array([ids]))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
 # The command
 
 
