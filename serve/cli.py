@@ -20,6 +20,7 @@ from serve import (
     bench_command,
     catalogue,
     embed_command,
+    finetune_command,
     inspect_command,
     keys_command,
     measured,
@@ -89,6 +90,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(keys_command.app, name="keys")
+app.add_typer(finetune_command.app, name="finetune")
 app.command()(bench_command.bench)
 app.command()(embed_command.embed)
 app.command()(transcribe_command.transcribe)

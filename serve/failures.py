@@ -1,7 +1,8 @@
 """What can go wrong in a command, each with the exit code a script can rely on.
 
 0 it worked, 1 the request failed, 2 wrong usage, 3 model or file not found, 4 source unreachable or
-checksum wrong, 5 does not fit (context, disk), 130 interrupted. A message says what would work.
+checksum wrong, 5 does not fit (context, disk), 6 a check failed, 130 interrupted. A message says
+what would work.
 """
 
 
@@ -39,3 +40,9 @@ class DoesNotFit(Failure):
     """Too much for the model's context or for the disk."""
 
     exit_code = 5
+
+
+class CheckFailed(Failure):
+    """Something was looked at, and is not in order."""
+
+    exit_code = 6

@@ -7,6 +7,7 @@ uploaded file, which may be deleted), what the trainer writes, and what it had t
 """
 
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ Job = dict[str, Any]
 
 PENDING = ("validating_files", "queued")
 UNFINISHED = (*PENDING, "running")
+_SUFFIX = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 DATA, VALID, OUT = "data.jsonl", "valid.jsonl", "out"  # in a job's folder
 
 
@@ -185,6 +187,19 @@ class Jobs:
             (folder / name).unlink(missing_ok=True)
         for name in ("checkpoints", "adapters", "adapter"):
             shutil.rmtree(folder / OUT / name, ignore_errors=True)
+
+
+def check_suffix(suffix: str) -> None:
+    """Whether a suffix can be part of a model's name.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if len(suffix) > 64 or not _SUFFIX.fullmatch(suffix):
+        raise ValueError(
+            f"Invalid 'suffix': '{suffix[:80]}' cannot be part of a model's name. Use at most 64 "
+            "letters, digits, '.', '_' and '-', with a letter or digit at both ends."
+        )
 
 
 def new_seed() -> int:

@@ -7,6 +7,7 @@ server. What it prints is a job's `error`, as JSON, or null.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from training import check
 from training.recipes.finetune import read_tokenizer
@@ -19,6 +20,7 @@ def error_of(model: Path, data: Path, valid: Path | None = None) -> dict[str, st
         model: the files of the model to be trained.
         data, valid: the training file and the validation file.
     """
+    tokenizer: Any
     tokenizer, max_tokens = read_tokenizer(model)
     report = check.check(data, tokenizer, max_tokens=max_tokens)
     if not report.ok:

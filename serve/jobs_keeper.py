@@ -303,6 +303,8 @@ class Training:
             return
         with self._jobs.store.writing():
             job = self._get()
+            if job["status"] != "running":  # cancelled a moment ago: that was the last word
+                return
             step, validated, seconds = job["step"], job["validated"], 0.0
             for line in lines:
                 number = line["step"]
@@ -333,9 +335,9 @@ class Training:
         told, _ = self._jobs.store.page("checkpoint", parent=self.job)
         last = told[-1]["step_number"] if told else 0
         for step in sorted(_steps(self._out / "adapters")):
-            if step <= last:
-                continue
             job = self._get()
+            if step <= last or job["status"] != "running":
+                continue
             name = f"{job['name']}:ckpt-step-{step}"
             try:
                 self._make(job, name, step, self._out / "adapters" / f"step-{step}")

@@ -7,8 +7,8 @@ events gives those so far and then each as it comes, until the job is over.
 """
 
 import asyncio
-import re
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
@@ -24,14 +24,13 @@ from serve.api.replies import JobCheckpoints, JobEvent, JobEvents, JobReply, Job
 from serve.api.schemas import Body, read_json, tag
 from serve.api.sse import Event, event_stream
 from serve.errors import APIError, unsupported
-from serve.jobs import UNFINISHED, Job, JobIsOver
+from serve.jobs import UNFINISHED, Job, JobIsOver, check_suffix
 from serve.jobs import Jobs as JobStore
 from serve.registry import Offer
 
 router = APIRouter(prefix="/v1")
 
 TICK = 0.25  # seconds between two looks for new events
-_SUFFIX = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 
 
 def auto_or(number: Any, kind: str) -> Any:
@@ -125,31 +124,28 @@ async def make_job(
     Raises:
         APIError: 404 for a model or file that is not there, 400 for one that will not do.
     """
-    jobs, offer = jobs_of(request), trainable(request, model)
-    suffix = fields.get("suffix")
-    if suffix is not None and not _SUFFIX.fullmatch(suffix):
-        raise APIError(
-            400,
-            f"Invalid 'suffix': '{suffix}' has characters that a model's name cannot have. Use "
-            "letters, digits, '.', '_' and '-', with a letter or digit at both ends.",
-            param="suffix",
-            code="invalid_value",
-        )
-    for param, id in (("training_file", training), ("validation_file", validation)):
-        if id is not None:
-            file = await asyncio.to_thread(find_file, jobs.store, id, param)
+    jobs = jobs_of(request)
+    id, path = trainable(request, model)
+    if (suffix := fields.get("suffix")) is not None:
+        try:
+            check_suffix(suffix)
+        except ValueError as error:
+            raise APIError(400, str(error), param="suffix", code="invalid_value") from None
+    for param, file_id in (("training_file", training), ("validation_file", validation)):
+        if file_id is not None:
+            file = await asyncio.to_thread(find_file, jobs.store, file_id, param)
             if file["purpose"] != "fine-tune":
                 raise APIError(
                     400,
-                    f"Invalid '{param}': {id} was uploaded with purpose '{file['purpose']}'. "
+                    f"Invalid '{param}': {file_id} was uploaded with purpose '{file['purpose']}'. "
                     "Upload it with purpose 'fine-tune'.",
                     param=param,
                     code="invalid_file_purpose",
                 )
     job = await asyncio.to_thread(
         jobs.create,
-        model=offer.id,
-        path=offer.path,
+        model=id,
+        path=path,
         training_file=training,
         validation_file=validation,
         **fields,
@@ -158,8 +154,8 @@ async def make_job(
     return job
 
 
-def trainable(request: Request, name: str) -> Offer:
-    """How the model called ``name`` is loaded, if it can be trained further.
+def trainable(request: Request, name: str) -> tuple[str, Path]:
+    """The id and the files of the model called ``name``, which must be one that can be trained.
 
     Raises:
         APIError: 400 saying why it cannot.
@@ -168,7 +164,7 @@ def trainable(request: Request, name: str) -> Offer:
     registry = registry_of(request)
     offer = registry.offer(name)
     if offer is not None and offer.path is not None:
-        return offer
+        return offer.id, offer.path
     fitting = [card.id for card in registry.list() if _is_trainable(registry.offer(card.id))]
     hint = f"Use one of: {', '.join(fitting)}." if fitting else "No model here can be."
     if offer is not None and offer.base is not None:

@@ -35,6 +35,7 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(offers, "MAX_ROWS", 2)
         patch.setattr(jobs_keeper, "NICENESS", 1)
+        patch.setattr(jobs_keeper, "TICK", 0.1)
         yield
 
 
@@ -102,9 +103,9 @@ def trained(openai):
             "type": "supervised",
             "supervised": {
                 "hyperparameters": {
-                    "n_epochs": 6,
+                    "n_epochs": 20,
                     "batch_size": 4,
-                    "learning_rate_multiplier": 50.0,
+                    "learning_rate_multiplier": 20.0,
                 }
             },
         },
@@ -121,7 +122,7 @@ def test_a_job_from_file_to_model(openai, trained):
     name = job.fine_tuned_model
     assert name.startswith("ft:tiny:pellucid:letters:") and len(name.rsplit(":", 1)[1]) == 8
     assert job.finished_at >= job.created_at and job.trained_tokens > 500
-    assert job.hyperparameters.n_epochs == 6 and job.hyperparameters.batch_size == 4
+    assert job.hyperparameters.n_epochs == 20 and job.hyperparameters.batch_size == 4
     assert job.method.type == "supervised" and job.metadata == {"who": "me"}
     told = messages(openai, job.id)
     assert told[:2] == [
@@ -142,18 +143,18 @@ def test_its_events_tell_every_step_once(openai, trained):
         (event.created_at for event in found), reverse=True
     )
     steps = [e for e in found[::-1] if e.type == "metrics" and "train_loss" in e.data]
-    assert [event.data["step"] for event in steps] == list(range(1, 19))
+    assert [event.data["step"] for event in steps] == list(range(1, 61))
     losses = [event.data["train_loss"] for event in steps]
-    assert losses[-1] < losses[0] - 1 and steps[0].message.startswith("Step 1/18: training loss=")
+    assert losses[-1] < losses[0] - 1 and steps[0].message.startswith("Step 1/60: training loss=")
     assert 0 <= steps[0].data["train_mean_token_accuracy"] <= 1
     looks = [e for e in found if e.type == "metrics" and "full_valid_loss" in e.data]
-    assert [event.data["step"] for event in looks] == [18, 15, 12, 9, 6, 3]
+    assert [event.data["step"] for event in looks] == list(range(60, 0, -3))
 
 
 def test_its_checkpoints(openai, trained):
     job = trained[1]
     page = openai.fine_tuning.jobs.checkpoints.list(job.id)
-    assert [checkpoint.step_number for checkpoint in page.data] == [18, 15, 12], "the last three"
+    assert [checkpoint.step_number for checkpoint in page.data] == [60, 57, 54], "the last three"
     for checkpoint in page.data:
         assert checkpoint.fine_tuning_job_id == job.id and checkpoint.id.startswith("ftckpt_")
         expected = f"{job.fine_tuned_model}:ckpt-step-{checkpoint.step_number}"
@@ -172,7 +173,7 @@ def test_its_results(openai, trained):
     assert list(rows[0]) == [
         *("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
     ]
-    assert [int(row["step"]) for row in rows] == list(range(1, 19))
+    assert [int(row["step"]) for row in rows] == list(range(1, 61))
     assert rows[0]["valid_loss"] == "" and float(rows[2]["valid_loss"]) > 0
     assert file.bytes == len(openai.files.content(file.id).content)
 
@@ -180,14 +181,13 @@ def test_its_results(openai, trained):
 def test_its_models_answer_beside_their_base(openai, trained, home):
     job = trained[1]
     ids = [model.id for model in openai.models.list()]
-    checkpoints = [f"{job.fine_tuned_model}:ckpt-step-{step}" for step in (12, 15, 18)]
+    checkpoints = [f"{job.fine_tuned_model}:ckpt-step-{step}" for step in (54, 57, 60)]
     assert set(ids) >= {"tiny", job.fine_tuned_model, *checkpoints}
     assert openai.models.retrieve(job.fine_tuned_model).owned_by == "local"
     before = chat(openai, "tiny")
-    answers = [chat(openai, job.fine_tuned_model, f"{i}?") for i in range(6)]
-    assert all(answer[:2] in ("a!", "b!", "c!") for answer in answers), answers
-    assert chat(openai, checkpoints[-1]) == chat(openai, job.fine_tuned_model)
-    assert chat(openai, "tiny") == before and before[:2] not in ("a!", "b!", "c!")
+    assert {chat(openai, job.fine_tuned_model, f"{i}?") for i in range(6)} == {tiny.ANSWER}
+    assert chat(openai, checkpoints[-1]) == tiny.ANSWER
+    assert chat(openai, "tiny") == before != tiny.ANSWER
     assert (made.folder(home, job.fine_tuned_model) / "adapter_config.json").is_file()
 
 
@@ -195,7 +195,7 @@ def test_a_model_that_was_made_can_be_deleted_and_not_trained(openai, trained):
     job = trained[1]
     with pytest.raises(BadRequestError, match="was fine-tuned already: begin with `tiny`"):
         openai.fine_tuning.jobs.create(model=job.fine_tuned_model, training_file=upload(openai))
-    victim = f"{job.fine_tuned_model}:ckpt-step-12"
+    victim = f"{job.fine_tuned_model}:ckpt-step-54"
     assert openai.models.delete(victim).deleted
     with pytest.raises(NotFoundError):
         chat(openai, victim)
@@ -246,31 +246,32 @@ def alive(pid):
     return True
 
 
-@pytest.mark.parametrize(
-    ("data", "code", "sentences"),
-    [
-        (b"\x00\x01\xff" * 100, "invalid_training_file", ["binary"]),
-        (
-            tiny.examples(12) + b'{"messages": [{"role": "assistent", "content": "x"}]}\n',
-            "invalid_training_file",
-            ["Example 13, message 1", "assistent"],
-        ),
-        (tiny.examples(3), "invalid_n_examples", ["has 3 example(s), but must have at least 10"]),
-        (
-            tiny.examples(12) + b'{"messages": "caf\xe9"}\n',
-            "invalid_training_file",
-            ["Example 13", "not UTF-8"],
-        ),
-    ],
-)
-def test_files_that_cannot_be_learned_from(openai, data, code, sentences):
-    job = openai.fine_tuning.jobs.create(model="tiny", training_file=upload(openai, data))
-    job = ended(openai, job.id)
-    assert job.status == "failed" and job.error.code == code
-    assert job.error.param == "training_file" and job.fine_tuned_model is None
-    assert all(sentence in job.error.message for sentence in sentences), job.error.message
-    last = openai.fine_tuning.jobs.list_events(job.id, limit=1).data[0]
-    assert last.level == "error" and last.message == job.error.message
+BAD = [
+    (b"\x00\x01\xff" * 100, "invalid_training_file", ["binary"]),
+    (
+        tiny.examples(12) + b'{"messages": [{"role": "assistent", "content": "x"}]}\n',
+        "invalid_training_file",
+        ["Example 13, message 1", "assistent"],
+    ),
+    (tiny.examples(3), "invalid_n_examples", ["has 3 example(s), but must have at least 10"]),
+    (
+        tiny.examples(12) + b'{"messages": "caf\xe9"}\n',
+        "invalid_training_file",
+        ["Example 13", "not UTF-8"],
+    ),
+]
+
+
+def test_files_that_cannot_be_learned_from(openai):
+    create = openai.fine_tuning.jobs.create
+    jobs = [create(model="tiny", training_file=upload(openai, data)).id for data, _, _ in BAD]
+    for id, (_, code, sentences) in zip(jobs, BAD, strict=True):
+        job = ended(openai, id)
+        assert job.status == "failed" and job.error.code == code
+        assert job.error.param == "training_file" and job.fine_tuned_model is None
+        assert all(sentence in job.error.message for sentence in sentences), job.error.message
+        last = openai.fine_tuning.jobs.list_events(job.id, limit=1).data[0]
+        assert last.level == "error" and last.message == job.error.message
 
 
 def test_a_bad_validation_file_is_the_one_that_is_named(openai):
@@ -409,7 +410,7 @@ SERVER = """
     from serve import jobs_keeper, offers
     from tests.serve import tiny
 
-    offers.MAX_ROWS, jobs_keeper.NICENESS = 2, 1
+    offers.MAX_ROWS, jobs_keeper.NICENESS, jobs_keeper.TICK = 2, 1, 0.1
     with tiny.serving(Path(sys.argv[1]), Path(sys.argv[2])) as address:
         print(address, flush=True)
         sys.stdin.read()
@@ -444,14 +445,20 @@ class Server:
 def make(openai, **hyperparameters):
     return openai.fine_tuning.jobs.create(
         model="tiny",
-        training_file=upload(openai, tiny.examples(30)),
+        training_file=upload(openai, tiny.examples(60)),
         seed=3,
-        hyperparameters={"n_epochs": 10, "batch_size": 1, **hyperparameters},
+        hyperparameters={"n_epochs": 25, "batch_size": 1, **hyperparameters},
     ).id
 
 
-def stepped(openai, id):
-    return openai.fine_tuning.jobs.list_events(id, limit=1).data[0].data.get("step", 0)
+def stepped(openai, id, step):
+    """Waits for a step."""
+
+    def has_come():
+        events = openai.fine_tuning.jobs.list_events(id, limit=3).data
+        return any((event.data or {}).get("step", 0) >= step for event in events)
+
+    wait_until(has_come, 90)
 
 
 def adapter(home, job):
@@ -466,52 +473,55 @@ def undisturbed(openai, home):
     return adapter(home, job)
 
 
-def test_killed_again_and_again(undisturbed, folder, tmp_path):
-    """Trainer, server, both, and an orderly stop: the weights are the same to the bit."""
-    server = Server(tmp_path, folder)
+def killed(kills, folder, home):
+    """What the job was in the end, after its trainer and its servers came to grief."""
+    server = Server(home, folder)
     id = make(server.openai)
 
     def pid():
-        return int((tmp_path / "jobs" / id / "train.pid").read_text())
+        return int((home / "jobs" / id / "train.pid").read_text())
 
-    wait_until(lambda: stepped(server.openai, id) > 60, 60)
-    first = pid()
-    os.kill(first, signal.SIGKILL)  # the trainer
-    wait_until(lambda: (tmp_path / "jobs" / id / "train.pid").exists() and pid() != first, 20)
-    wait_until(lambda: stepped(server.openai, id) > 100, 60)
-    orphan = pid()
-    server.kill()  # the server: its trainer goes on, and the next server finds it
-    assert alive(orphan)
-    server = Server(tmp_path, folder)
-    wait_until(lambda: stepped(server.openai, id) > 150, 60)
-    assert pid() == orphan or not alive(orphan)
-    server.kill()  # both
-    if alive(pid()):
-        os.kill(pid(), signal.SIGKILL)
-    server = Server(tmp_path, folder)
-    wait_until(lambda: stepped(server.openai, id) > 200, 60)
-    server.stop()  # in good order: nothing is left running
-    assert not alive(pid())
-    server = Server(tmp_path, folder)
-    job = ended(server.openai, id, 60)
+    for number, kill in enumerate(kills, 1):
+        stepped(server.openai, id, number * 200)
+        before = pid()
+        if kill in ("trainer", "both"):
+            os.kill(before, signal.SIGKILL)
+        if kill == "stop":  # in good order: nothing is left running
+            server.stop()
+            assert not alive(before)
+        if kill in ("server", "both"):
+            server.kill()
+        if kill == "server":  # its trainer goes on, and the next server finds it
+            assert alive(before)
+        if kill != "trainer":
+            server = Server(home, folder)
+    job = ended(server.openai, id, 120)
     told = messages(server.openai, id)
     assert job.status == "succeeded", told[-3:]
-    assert [line for line in told if line.startswith("Step")] == sorted(
-        {line for line in told if line.startswith("Step")}, key=told.index
-    )
     steps = [int(line.split()[1].split("/")[0]) for line in told if line.startswith("Step")]
-    assert steps == list(range(1, 301)), "each is told once, in order"
+    assert steps == list(range(1, 1501)), "each is told once, in order"
     assert told.count("Fine-tuning job started") == 1
-    assert "was ended by signal 9; it goes on from its last checkpoint" in " ".join(told)
-    assert adapter(tmp_path, job) == undisturbed
+    assert ("ended by signal 9; it goes on from its" in " ".join(told)) == ("trainer" in kills)
     assert chat(server.openai, job.fine_tuned_model)
     server.stop()
+    return job
+
+
+def test_killed_and_gone_on_with(undisturbed, folder, tmp_path):
+    job = killed(["trainer", "server"], folder, tmp_path)
+    assert adapter(tmp_path, job) == undisturbed, "to the bit"
+
+
+@pytest.mark.slow  # a minute of servers that start
+def test_killed_again_and_again(undisturbed, folder, tmp_path):
+    job = killed(["server", "both", "trainer", "stop", "both"], folder, tmp_path)
+    assert adapter(tmp_path, job) == undisturbed, "to the bit"
 
 
 def test_a_job_that_was_orphaned_can_be_cancelled(folder, tmp_path):
     server = Server(tmp_path, folder)
-    id = make(server.openai, n_epochs=50)
-    wait_until(lambda: stepped(server.openai, id) > 5, 60)
+    id = make(server.openai, n_epochs=50)  # 3000 steps
+    stepped(server.openai, id, 5)
     server.kill()
     pid = int((tmp_path / "jobs" / id / "train.pid").read_text())
     server = Server(tmp_path, folder)

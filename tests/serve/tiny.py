@@ -20,6 +20,7 @@ from transformer.config import Config
 from transformer.decoder import init
 
 CFG = Config.debug(max_seq_len=512)
+ANSWER = "zzzz"
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
 
@@ -68,12 +69,12 @@ def serving(home: Path, folder: Path, **settings) -> Iterator[str]:
 
 
 def examples(number: int = 12) -> bytes:
-    """A file to learn from: chats with short answers."""
+    """A file to learn from: chats in which every answer is the same."""
     rows = [
         {
             "messages": [
                 {"role": "user", "content": f"{i}?"},
-                {"role": "assistant", "content": f"{'abc'[i % 3]}!"},
+                {"role": "assistant", "content": ANSWER},
             ]
         }
         for i in range(number)
@@ -83,5 +84,5 @@ def examples(number: int = 12) -> bytes:
 
 def pairs(number: int = 12) -> bytes:
     """The same as prompts and completions."""
-    rows = [{"prompt": f"{i} ->", "completion": f" {'abc'[i % 3]}"} for i in range(number)]
+    rows = [{"prompt": f"{i} ->", "completion": ANSWER} for i in range(number)]
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)

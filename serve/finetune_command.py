@@ -1,0 +1,313 @@
+"""`pellucid finetune`: look at a file, learn from it, watch, list and cancel jobs.
+
+Jobs are of this machine's data folder, which its servers share: what is made here a server lists,
+and serves as soon as it is done. Where no server works on them, `create` and `follow` do, and stay
+until it is done. With `--host` a server is asked instead, over its API.
+"""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import typer
+
+from serve import settings, terminal
+from serve.failures import CheckFailed, Failure, NotFound, WrongUsage
+
+if TYPE_CHECKING:
+    from serve.jobs import Jobs
+
+app = typer.Typer(no_args_is_help=True, help="Fine-tune a model on examples.")
+
+Host = Annotated[
+    str | None,
+    typer.Option(
+        envvar="PELLUCID_HOST", metavar="URL", help="Ask this server instead of working here."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="As `pellucid finetune list` shows it.")]
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="ID", help="What to begin with. [default: the default]"),
+]
+UNTIL_TOLD = 0.25  # seconds between two looks
+OVER = ("succeeded", "failed", "cancelled")
+
+
+class Desk(Protocol):
+    """Where jobs are asked for: here, or at a server. Jobs are as the API shows them."""
+
+    where: str
+
+    def create(self, model: str | None, data: Path, valid: Path | None, **fields: Any) -> dict: ...
+    def jobs(self) -> list[dict]: ...
+    def job(self, id: str) -> dict: ...
+    def cancel(self, id: str) -> dict: ...
+    def events(self, id: str) -> Iterator[dict]: ...
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="JSON lines: chats, or prompts and completions.")],
+    model: ModelName = None,
+    mend: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write what can be mended into this file.")
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object for each problem, and one for all.")
+    ] = False,
+) -> None:
+    """Say what is wrong with a file of examples, line by line."""
+    from serve import local
+    from training.__main__ import main
+
+    if not file.is_file():
+        raise NotFound(f"there is no file {file}")
+    arguments = ["check", str(file), "--model", str(local.located(model).path)]
+    arguments += ["--mend", str(mend)] if mend else []
+    raise typer.Exit(main([*arguments, *(["--json"] if json else [])]))
+
+
+@app.command()
+def create(
+    file: Annotated[Path, typer.Argument(help="JSON lines: chats, or prompts and completions.")],
+    model: ModelName = None,
+    valid: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Examples that are only looked at.")
+    ] = None,
+    suffix: Annotated[str | None, typer.Option(help="Part of the new model's name.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, max=50, help="[default: auto]")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, max=256, help="[default: auto]")] = None,
+    learning_rate_multiplier: Annotated[float | None, typer.Option(help="[default: auto]")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**31 - 1, help="[default: any]")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show what it learns.")] = False,
+    host: Host = None,
+    json: Json = False,
+) -> None:
+    """Make a job of a file of examples, and print the name of what it made."""
+    for path in filter(None, (file, valid)):
+        if not path.is_file():
+            raise NotFound(f"there is no file {path}")
+    with _desk(host) as desk:
+        job = desk.create(
+            model,
+            file,
+            valid,
+            suffix=suffix,
+            seed=seed,
+            n_epochs=epochs,
+            batch_size=batch_size,
+            learning_rate_multiplier=learning_rate_multiplier,
+        )
+        terminal.say(f"{job['id']}, {desk.where}")
+        if follow or host is None:  # nobody else may be there to work
+            _follow(desk, job["id"], json=json, quiet=not follow)
+        elif json:
+            terminal.answer_json(job)
+        else:
+            terminal.answer(job["id"])
+
+
+@app.command()
+def follow(job: JobId, host: Host = None, json: Json = False) -> None:
+    """Show what a job learns, until it is over; here, also go on with one that was stopped."""
+    with _desk(host) as desk:
+        _follow(desk, job, json=json, quiet=False)
+
+
+@app.command("list")
+def list_(host: Host = None, json: Json = False) -> None:
+    """List the jobs, newest first."""
+    with _desk(host) as desk:
+        jobs = desk.jobs()
+    if json:
+        terminal.answer_json({"jobs": jobs})
+        return
+    rows = [
+        (
+            job["id"],
+            job["status"],
+            job["model"],
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(job["created_at"])),
+            job["fine_tuned_model"] or (job["error"] or {}).get("message", "")[:60] or "-",
+        )
+        for job in jobs
+    ]
+    terminal.answer(terminal.table(("JOB", "STATUS", "MODEL", "MADE", "RESULT"), rows))
+
+
+@app.command()
+def cancel(job: JobId, host: Host = None, json: Json = False) -> None:
+    """Stop a job."""
+    with _desk(host) as desk:
+        found = desk.cancel(job)
+    if json:
+        terminal.answer_json(found)
+    else:
+        terminal.answer(f"{found['id']} {found['status']}")
+
+
+def _follow(desk: Desk, id: str, *, json: bool, quiet: bool) -> None:
+    """Shows a job's events until it is over, and then what came of it.
+
+    Raises:
+        CheckFailed: its files cannot be learned from.
+        Failure: it failed otherwise, or was cancelled.
+    """
+    with contextlib.closing(_Loss()) as loss:
+        for event in desk.events(id):
+            if not quiet or event["level"] != "info":
+                loss.show(event)
+    job = desk.job(id)
+    if job["status"] == "failed":
+        raised = CheckFailed if job["error"]["code"].startswith("invalid_") else Failure
+        raise raised(job["error"]["message"])
+    if job["status"] == "cancelled":
+        raise Failure(f"{id} was cancelled")
+    if json:
+        terminal.answer_json(job)
+    else:
+        terminal.answer(job["fine_tuned_model"])
+        base = "" if os.environ.get("PELLUCID_HOST") else " (any server here offers it by now)"
+        terminal.say(f"ask it: pellucid serve, and model={job['fine_tuned_model']!r}{base}")
+
+
+class _Loss:
+    """What happens, on stderr: on a terminal steps go by on one line, else every tenth is kept."""
+
+    def __init__(self) -> None:
+        self._is_live = not terminal.is_plain(sys.stderr)
+        self._tenth, self._is_open = -1, False
+
+    def show(self, event: dict) -> None:
+        line, step = event["message"], (event.get("data") or {}).get("step")
+        if step is None:
+            self.close()
+            terminal.say(line)
+        elif self._is_live:
+            print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
+            self._is_open = True
+        elif (tenth := _tenth(line)) != self._tenth or "validation" in line:
+            self._tenth = tenth
+            terminal.say(line)
+
+    def close(self) -> None:
+        if self._is_open:
+            print(file=sys.stderr)
+            self._is_open = False
+
+
+def _tenth(line: str) -> int:
+    """How many tenths are done, of `Step 12/100: ...`."""
+    done, _, rest = line.removeprefix("Step ").partition("/")
+    total = rest.partition(":")[0]
+    return int(done) * 10 // int(total) if done.isdecimal() and total.isdecimal() else -1
+
+
+# --- here -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _desk(host: str | None) -> Iterator[Desk]:
+    if host is not None:
+        from serve.remote import Remote
+
+        yield Remote(host, os.environ.get("PELLUCID_API_KEY", "").partition(" ")[0])
+        return
+    from serve.jobs import Jobs
+    from serve.store import Store
+
+    home = settings.data_folder()
+    with contextlib.closing(Store(home)) as store, contextlib.closing(Here(Jobs(store, home))) as d:
+        yield d
+
+
+class Here:
+    """The jobs of this machine's data folder, with the files and the models that are here.
+
+    Args:
+        jobs: of that folder.
+    """
+
+    where = "on this machine (Ctrl-C saves it; `pellucid finetune follow` goes on)"
+
+    def __init__(self, jobs: "Jobs"):
+        from serve.jobs_keeper import Keeper
+
+        self._jobs, self._keeper = jobs, Keeper(jobs)
+
+    def close(self) -> None:
+        """Stops what this process trains."""
+        self._keeper.close()
+
+    def create(self, model: str | None, data: Path, valid: Path | None, **fields: Any) -> dict:
+        from serve import local
+        from serve.jobs import check_suffix
+
+        if fields["suffix"] is not None:
+            try:
+                check_suffix(fields["suffix"])
+            except ValueError as error:
+                raise WrongUsage(str(error)) from None
+        place = local.located(model)
+        files = [None if path is None else self._kept(path) for path in (data, valid)]
+        job = self._jobs.create(
+            model=place.id,
+            path=place.path,
+            training_file=str(files[0]),
+            validation_file=files[1],
+            **fields,
+        )
+        return self._shown(job)
+
+    def _kept(self, path: Path) -> str:
+        """Uploads a file, so to speak; gives its id."""
+        from serve.api.files import file_record
+        from serve.store import new_id
+
+        id = new_id("file-")
+        with self._jobs.store.receiving(id) as incoming, path.open("rb") as file:
+            while data := file.read(2**20):
+                incoming.write(data)
+            incoming.keep(file_record(id, path.name, incoming.size, "fine-tune"))
+        return id
+
+    def jobs(self) -> list[dict]:
+        found, _ = self._jobs.store.page("job", newest_first=True)
+        return [self._shown(job) for job in found]
+
+    def job(self, id: str) -> dict:
+        if (job := self._jobs.get(id)) is None:
+            raise NotFound(f"there is no job {id}: `pellucid finetune list` shows those there are")
+        return self._shown(job)
+
+    def cancel(self, id: str) -> dict:
+        from serve.jobs import JobIsOver
+
+        status = self.job(id)["status"]
+        try:
+            return self._shown(self._jobs.cancel(id))
+        except JobIsOver:
+            raise Failure(f"{id} is over: it {status}") from None
+
+    def events(self, id: str) -> Iterator[dict]:
+        self._keeper.wake()
+        after = None
+        while True:
+            status = self.job(id)["status"]  # before its events: the last ones come before its end
+            found, _ = self._jobs.store.page("event", parent=id, after=after)
+            yield from found
+            after = found[-1]["id"] if found else after
+            if status in OVER:
+                return
+            time.sleep(UNTIL_TOLD)
+
+    def _shown(self, job: dict) -> dict:
+        from serve.api.fine_tuning import shown
+
+        return shown(job)

@@ -1,0 +1,156 @@
+"""`pellucid finetune`, as its own process: here, and by a server."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from serve import made
+from tests.serve import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(tiny.examples())
+    return path
+
+
+class Command:
+    """Runs `pellucid finetune` with a data folder of its own."""
+
+    def __init__(self, home, folder):
+        self.model = ["--model", f"tiny={folder}"]
+        self.home = home
+        self.environment = {
+            **os.environ,
+            "PELLUCID_HOME": str(home),
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "COLUMNS": "200",
+        }
+
+    def __call__(self, *arguments, code=0):
+        done = self.start(*arguments)
+        out, errors = done.communicate(timeout=120)
+        assert done.returncode == code, (out, errors)
+        return out, errors
+
+    def start(self, *arguments):
+        return subprocess.Popen(
+            [sys.executable, "-m", "serve", "finetune", *map(str, arguments)],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+@pytest.fixture
+def finetune(tmp_path, folder):
+    return Command(tmp_path / "home", folder)
+
+
+def test_check_names_lines_and_mends(finetune, file, tmp_path):
+    out, _ = finetune("check", file, *finetune.model)
+    assert out.startswith("12 examples (chat), ")
+    lines = tiny.examples().splitlines()
+    lines.insert(1, lines[0])
+    lines[5] = lines[5].replace(b"assistant", b"assistent")
+    file.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    out, errors = finetune("check", file, *finetune.model, code=6)
+    assert f"{file}:6: messages[1].role: Example 6, message 2" in out and "'assistent'" in out
+    assert f"{file}:2: Example 2 repeats example 1." in out
+    assert "--mend FILE would write a copy, and remove the byte order mark; " in errors
+    mended = tmp_path / "mended.jsonl"
+    out, _ = finetune("check", file, *finetune.model, "--mend", mended, code=6)
+    assert "'assistent'" in out and "repeats" not in out, "what would be a guess is left alone"
+    out, _ = finetune("check", file, *finetune.model, "--json", code=6)
+    assert [json.loads(line)["code"] for line in out.splitlines()[:-1]] == [
+        *("byte_order_mark", "duplicate", "invalid_role")
+    ]
+    finetune("check", tmp_path / "none.jsonl", *finetune.model, code=3)
+
+
+def test_here_from_file_to_model(finetune, file):
+    options = ["--epochs", 2, "--batch-size", 4, "--suffix", "mine", "--seed", 1]
+    out, errors = finetune("create", file, *finetune.model, *options, "--follow")
+    name = out.strip()
+    assert name.startswith("ft:tiny:pellucid:mine:") and made.exists(finetune.home, name)
+    assert "Step 1/6: training loss=" in errors and "Fine-tuning job started" in errors
+    id = errors.split(",")[0]
+    listed = json.loads(finetune("list", "--json")[0])["jobs"]
+    assert [(job["id"], job["status"], job["fine_tuned_model"]) for job in listed] == [
+        (id, "succeeded", name)
+    ]
+    table = finetune("list")[0].splitlines()
+    assert table[0].split() == ["JOB", "STATUS", "MODEL", "MADE", "RESULT"] and name in table[1]
+    assert "it succeeded" in finetune("cancel", id, code=1)[1]
+    again, errors = finetune("follow", id)
+    assert again.strip() == name and "Step 6/6" in errors
+
+
+def test_here_what_goes_wrong(finetune, file, tmp_path):
+    file.write_bytes(tiny.examples(12) + b"{}\n")
+    errors = finetune("create", file, *finetune.model, code=6)[1]
+    assert "The job failed due to an invalid training file." in errors and "Example 13" in errors
+    errors = finetune("create", file, *finetune.model, "--suffix", "a:b", code=2)[1]
+    assert "'a:b' cannot be part of a model's name" in errors
+    finetune("create", tmp_path / "none", *finetune.model, code=3)
+    finetune("follow", "ftjob-x", code=3)
+    finetune("cancel", "ftjob-x", code=3)
+    finetune("list", "--host", "http://127.0.0.1:9", code=4)
+    finetune("list", "--host", "ftp://x", code=2)
+
+
+@pytest.mark.slow  # a job that is long enough to be stopped
+def test_here_stopped_gone_on_with_and_cancelled(finetune, file):
+    file.write_bytes(tiny.examples(60))
+    options = [*finetune.model, "--epochs", 50, "--batch-size", 1, "--follow"]
+    process = finetune.start("create", file, *options)
+    id = process.stderr.readline().split(",")[0]
+    while "Step" not in (line := process.stderr.readline()):
+        assert line
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    pid = int((finetune.home / "jobs" / id / "train.pid").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    process = finetune.start("follow", id)
+    deadline = time.monotonic() + 60
+    while not (step := _step(process.stderr.readline())):
+        assert time.monotonic() < deadline
+    assert step >= 1
+    assert finetune("cancel", id)[0] == f"{id} cancelled\n"
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and f"{id} was cancelled" in errors
+
+
+def _step(line):
+    return int(line.split()[1].split("/")[0]) if line.startswith("Step") else 0
+
+
+def test_by_a_server(finetune, file, folder, tmp_path):
+    with tiny.serving(tmp_path / "server", folder, api_keys=("secret",)) as address:
+        finetune.environment |= {"PELLUCID_HOST": address, "PELLUCID_API_KEY": "secret"}
+        out, errors = finetune("create", file, "--epochs", 1, "--batch-size", 4)
+        id = out.strip()
+        assert errors.startswith(f"{id}, at {address}")
+        out, errors = finetune("follow", id)
+        assert out.startswith("ft:tiny:pellucid::") and "The job has successfully" in errors
+        assert id in finetune("list")[0]
+        assert "Job has already completed" in finetune("cancel", id, code=1)[1]
+        assert "No such fine-tune job" in finetune("follow", "ftjob-x", code=3)[1]
+        finetune.environment["PELLUCID_API_KEY"] = "wrong"
+        assert "Incorrect API key" in finetune("list", code=1)[1]
+    assert not (finetune.home / "jobs").exists(), "nothing was done here"
