@@ -35,8 +35,9 @@ Classes = npt.NDArray[np.uint8]
 Codes = npt.NDArray[Any]  # the characters: uint8 if all are ASCII, else uint32
 
 # The classes of characters. END stands before and after every text and is no character of it.
-LOWER, UPPER, CASELESS, MARK, NUMBER, OTHER, BLANK, LINE, END = range(9)
-WORD = MARK  # where case and marks don't matter, all that words are made of
+# What words are made of differs in the lowest two bits only: where that doesn't matter, it is WORD.
+LOWER, UPPER, CASELESS, MARK, NUMBER, OTHER, BLANK, LINE, END = 0, 1, 2, 3, 7, 11, 15, 19, 23
+WORD = MARK
 _SPACE, _APOSTROPHE, _SLASH = b" '/"
 
 
@@ -153,7 +154,7 @@ def o200k(classes: Classes, codes: Codes) -> Bools | None:
         if len(marks):
             return None
         classes[_slashes_among_lines(classes, codes)] = LINE
-    case, classes = classes, np.maximum(classes, WORD)  # LOWER, UPPER, CASELESS, MARK: WORD
+    case, classes = classes, classes | np.uint8(WORD)
 
     start = _changes(classes)
     number, other, word = classes == NUMBER, classes == OTHER, classes == WORD
@@ -186,8 +187,9 @@ def _white_space(
     _clear(start, other & _before(codes == _SPACE))  # ` ?[^\s\p{L}\p{N}]+`
     _clear(start, line & _before(other | blank))  # `[\r\n]*` after symbols, and `\s*[\r\n]+`
     # Blanks between two line ends belong with them, unless symbols have taken the line ends before.
-    close = np.flatnonzero(_before(blank) & ((line | (classes == END)) if whole_tail else line))
-    if len(close):
+    close = _before(blank) & ((line | (classes == END)) if whole_tail else line)
+    if close.any():
+        close = np.flatnonzero(close)
         first_blank = _last(blank & ~_before(blank), close)
         after_line = first_blank[line[first_blank - 1]]
         first_line = _last(line & ~_before(line), after_line)
@@ -234,9 +236,10 @@ def _capitals(start: Bools, case: Classes, word: Bools, restarts: Ints) -> None:
     """
     lower, upper = case == LOWER, case == UPPER
     start |= upper & _before(lower)
-    place = np.flatnonzero(upper & _before(word & ~(lower | upper)))
-    if not len(place):
+    place = upper & _before(word & ~(lower | upper))
+    if not place.any():
         return
+    place = np.flatnonzero(place)
     # A capital after letters without case begins a piece if there is a small letter among these...
     halt = ~word | upper
     halt[restarts - 1] = True
@@ -252,7 +255,10 @@ def _marks_among_symbols(classes: Classes, codes: Codes) -> Ints:
     A mark after a symbol makes a word with it, unless two symbols in a row came before, or a space
     and a symbol: then all symbols and marks from there on are one piece.
     """
-    mark, other = classes == MARK, classes == OTHER
+    mark = classes == MARK
+    if not mark.any():
+        return np.empty(0, np.intp)
+    other = classes == OTHER
     place = np.flatnonzero(mark & _before(other))
     if not len(place):
         return place
@@ -329,7 +335,7 @@ class Cut(NamedTuple):
     """How to find the pieces of a pattern.
 
     Attributes:
-        classes: what each of the classes counts as, from LOWER to LINE.
+        classes: what LOWER, UPPER, CASELESS, MARK, NUMBER, OTHER, BLANK and LINE count as.
         find: classes and characters to where pieces begin; None if it cannot tell.
     """
 
@@ -337,9 +343,10 @@ class Cut(NamedTuple):
     find: Callable[[Classes, Codes], Bools | None]
 
 
+_KINDS = (LOWER, UPPER, CASELESS, MARK, NUMBER, OTHER, BLANK, LINE)
 _GPT2 = (WORD, WORD, WORD, OTHER, NUMBER, OTHER, BLANK, BLANK)
 _CL100K = (WORD, WORD, WORD, OTHER, NUMBER, OTHER, BLANK, LINE)
-_O200K = (LOWER, UPPER, CASELESS, MARK, NUMBER, OTHER, BLANK, LINE)
+_O200K = _KINDS
 
 CUTS = {
     GPT2: Cut(_GPT2, gpt2),
@@ -352,10 +359,10 @@ CUTS = {
 
 
 @functools.cache
-def _every_class() -> Classes:
-    """[0x110000], the class of every character."""
+def _every_kind() -> Classes:
+    """[0x110000], for every character its place in `Cut.classes`."""
     everything = np.arange(0x110000, dtype=np.uint32).tobytes().decode("utf-32-le", "surrogatepass")
-    table = np.full(0x110000, OTHER, np.uint8)
+    table = np.full(0x110000, _KINDS.index(OTHER), np.uint8)
     for value, members in {
         CASELESS: r"\p{L}",
         UPPER: r"[\p{Lu}\p{Lt}]",
@@ -366,13 +373,13 @@ def _every_class() -> Classes:
         LINE: r"[\r\n]",
     }.items():
         for match in regex.finditer(f"{members}+", everything):
-            table[match.start() : match.end()] = value
+            table[match.start() : match.end()] = _KINDS.index(value)
     return table
 
 
 @functools.cache
 def _table(pattern: str) -> Classes:
-    return np.array(CUTS[pattern].classes, np.uint8).take(_every_class())
+    return np.array(CUTS[pattern].classes, np.uint8).take(_every_kind())
 
 
 @functools.cache

@@ -17,22 +17,23 @@ Back from ids to text, `Decoder` does the same for many tokens.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import regex
 
 from bpe.boundaries import CUTS, cut
+from bpe.seams import Seams
+from bpe.tables import Column, Ints, Table, Words, eight_bytes, places
 
 if TYPE_CHECKING:
     from bpe.encoding import Encoding
 
-Ints = npt.NDArray[np.intp]
-Words = npt.NDArray[np.uint64]
 Ids = npt.NDArray[np.uint32]
 
 # The arrays of a stretch should stay in the processor's cache. New pieces are merged at the end of
@@ -50,7 +51,8 @@ FEW = 256  # to merge so few pieces one by one is faster
 LONG = 512  # bytes; a piece that long would keep the others waiting
 MAX_LEARNED = 1 << 21  # ids; then all that was learned is forgotten
 
-_NEVER = np.iinfo(np.int64).max
+_NEVER = np.uint32(0xFFFFFFFF)  # the priority of what is not to be joined
+_NONE = np.uint32(0xFFFFFFFF)  # no token: a wall, or a part that was joined to the one before
 
 
 class Bulk:
@@ -105,20 +107,28 @@ class Bulk:
         if known.learned > MAX_LEARNED:
             known = self._known = _Known(self._encoding)
         new: dict[bytes, int] = {}  # to the numbers they are going to have
+        size = known.size
         looked_up = []
         for stretch in stretches:
             data, begin, ends = cut(self._pattern, stretch)
-            number = known.find(data, begin[:-1], np.diff(begin))
+            eight = eight_bytes(data)
+            if not data.isascii():
+                begin, ends = self._seams.cut(data, eight, begin, ends)
+            number = known.find(data, eight, begin[:-1], np.diff(begin))
             number[ends[:-1]] = known.nothing
             missing = np.flatnonzero(number < 0)
             bounds = zip(begin[missing].tolist(), begin[missing + 1].tolist(), strict=True)
             pieces = [data[a:b] for a, b in bounds]
-            number[missing] = [new.setdefault(p, known.size + len(new)) for p in pieces]
+            number[missing] = [new.setdefault(piece, size + len(new)) for piece in pieces]
             looked_up.append((number, ends))
         known.add(list(new), *self._merge(list(new)))
         for number, ends in looked_up:
             ids, counts = known.ids(number)
             yield ids, np.add.reduceat(counts, ends[:-1])
+
+    @functools.cached_property
+    def _seams(self) -> Seams:
+        return Seams(self._encoding)
 
     def _merge(self, pieces: list[bytes]) -> tuple[Ids, Ints]:
         """The ids of pieces, one after the other, and how many each has."""
@@ -141,7 +151,7 @@ class Bulk:
             merged, count[together] = _merge_many(chosen, self._pairs)
         first = np.cumsum(count) - count
         ids = np.empty(count.sum(), np.uint32)
-        ids[_places(first[together], count[together])] = merged
+        ids[places(first[together], count[together])] = merged
         for i, own in zip(alone, lists, strict=True):
             ids[first[i] : first[i] + len(own)] = own
         return ids, count
@@ -153,11 +163,12 @@ class _Known:
     nothing = 0  # the number of what is no piece and has no ids
 
     def __init__(self, encoding: Encoding):
-        self._table = _Table(words=2)
+        self._table = Table(words=2)
         self._long: dict[bytes, int] = {}
-        self._ids = _Column(np.uint32)
-        self._first = _Column(np.intp)  # where in _ids those of a piece begin
-        self._count = _Column(np.intp)
+        self._ids = Column(np.uint32)
+        self._head = Column(np.uint32)  # the first id of each piece
+        self._first = Column(np.intp)  # where in _ids those of a piece begin
+        self._count = Column(np.intp)
         self.add([b""], np.empty(0, np.uint32), np.zeros(1, np.intp))
         if encoding.whole_pieces:
             ids = np.fromiter(encoding.ranks.values(), np.uint32)
@@ -172,9 +183,9 @@ class _Known:
     def learned(self) -> int:
         return self._ids.size - self._given
 
-    def find(self, data: bytes, begin: Ints, length: Ints) -> Ints:
+    def find(self, data: bytes, eight: Words, begin: Ints, length: Ints) -> Ints:
         """The numbers of the pieces data[begin : begin + length], -1 if unknown."""
-        number = self._table.find(*_keys(data, begin, length))
+        number = self._table.find(*_keys(eight, begin, length))
         long = np.flatnonzero(length > KEY_BYTES)
         if len(long):
             get, first = self._long.get, begin[long]
@@ -186,122 +197,51 @@ class _Known:
         """Adds pieces that are not known, as numbers `size`, `size` + 1, ..."""
         length = np.fromiter(map(len, pieces), np.intp, len(pieces))
         long = np.flatnonzero(length > KEY_BYTES)
-        low, high = _keys(b"".join(pieces), np.cumsum(length) - length, length)
+        low, high = _keys(eight_bytes(b"".join(pieces)), np.cumsum(length) - length, length)
         low[long] = long + self.size  # some key that no piece has, to take up the number
+        high[long] = (KEY_BYTES + 1) << 56
         self._table.add(low, high)
         self._long.update((pieces[i], self.size + i) for i in long.tolist())
-        self._first.append(np.cumsum(count) - count + self._ids.size)
+        first = np.cumsum(count) - count
+        self._first.append(first + self._ids.size)
+        self._head.append(np.append(ids, np.uint32(0)).take(first))
         self._count.append(count)
         self._ids.append(ids)
 
     def ids(self, number: Ints) -> tuple[Ids, Ints]:
         """The ids of pieces, one after the other, and how many each has."""
         count = self._count.take(number)
-        return self._ids.take(_places(self._first.take(number), count)), count
-
-
-class _Column:
-    """An array that can grow at its end."""
-
-    def __init__(self, dtype: npt.DTypeLike):
-        self._data = np.empty(1, dtype)
-        self.size = 0
-
-    def append(self, items: npt.NDArray[Any]) -> None:
-        begin, self.size = self.size, self.size + len(items)
-        if self.size > len(self._data):
-            self._data = np.concatenate([self._data, np.empty(2 * self.size, self._data.dtype)])
-        self._data[begin : self.size] = items
-
-    def take(self, places: Ints) -> npt.NDArray[Any]:
-        return self._data.take(places, mode="clip")  # NumPy's fastest mode
-
-
-class _Table:
-    """A hash table with open addressing that numbers keys of one or more words from 0 on."""
-
-    def __init__(self, *, words: int):
-        self._keys = [_Column(np.uint64) for _ in range(words)]
-        self._bits = 1  # there are 2^bits slots
-        self._slots = np.full(2, -1, np.int32)  # the number of a key; -1: free
-
-    def find(self, *keys: Words) -> Ints:
-        """The number of each key, -1 where there is none."""
-        slot = self._slot(keys)
-        found = self._slots.take(slot, mode="clip").astype(np.intp)
-        wrong = np.flatnonzero(self._differs(found, keys) & (found >= 0))
-        if len(wrong):
-            slot, keys = slot[wrong], tuple(key[wrong] for key in keys)
-        while len(wrong):  # another key has the slot: look into the next one
-            slot = (slot + 1) & (len(self._slots) - 1)
-            number = self._slots.take(slot, mode="clip").astype(np.intp)
-            found[wrong] = number
-            more = np.flatnonzero(self._differs(number, keys) & (number >= 0))
-            wrong, slot, keys = wrong[more], slot[more], tuple(key[more] for key in keys)
-        return found
-
-    def add(self, *keys: Words) -> None:
-        """Adds keys that are different from each other and from those that the table has."""
-        size = self._keys[0].size + len(keys[0])
-        number = np.arange(self._keys[0].size, size)
-        for column, new in zip(self._keys, keys, strict=True):
-            column.append(new)
-        if 2 * size > len(self._slots):
-            self._bits = (4 * size).bit_length()
-            self._slots = np.full(1 << self._bits, -1, np.int32)
-            number = np.arange(size)
-        slot = self._slot(tuple(column.take(number) for column in self._keys))
-        while len(number):
-            free = np.flatnonzero(self._slots[slot] < 0)[::-1]
-            self._slots[slot[free]] = number[free]  # of several for one slot, the first stays
-            left = self._slots[slot] != number
-            number, slot = number[left], (slot[left] + 1) & (len(self._slots) - 1)
-
-    def _slot(self, keys: tuple[Words, ...]) -> Ints:
-        """The slot at which to look first: the high bits of a sum of products."""
-        total = keys[0] * _FACTORS[0]
-        for key, factor in zip(keys[1:], _FACTORS[1:], strict=False):
-            total += key * factor
-        total >>= np.uint64(64 - self._bits)
-        return total.view(np.intp)
-
-    def _differs(self, number: Ints, keys: tuple[Words, ...]) -> npt.NDArray[np.bool_]:
-        """Whether the numbers belong to other keys (or are -1)."""
-        differs = self._keys[0].take(number) != keys[0]
-        for column, key in zip(self._keys[1:], keys[1:], strict=True):
-            differs |= column.take(number) != key
-        return differs
-
-
-_FACTORS = np.array([0x9E3779B97F4A7C15, 0xD1B54A32D192ED03], np.uint64)  # any odd numbers
+        other = np.flatnonzero(count != 1)
+        if 4 * len(other) > len(count):
+            return self._ids.take(places(self._first.take(number), count)), count
+        # Most pieces are one token: write that down, then the others in their places.
+        ids = np.repeat(self._head.take(number), count)
+        own = count.take(other)
+        end = np.cumsum(own - 1) + other + 1
+        ids[places(end - own, own)] = self._ids.take(
+            places(self._first.take(number.take(other)), own)
+        )
+        return ids, count
 
 
 # The words of a key hold up to 8 and up to 7 bytes; the last byte of the second is the length.
 _MASKS = np.array(
     [
-        [(1 << 8 * min(n, 8)) - 1 for n in range(KEY_BYTES + 1)] + [0],
-        [(1 << 8 * max(n - 8, 0)) - 1 for n in range(KEY_BYTES + 1)] + [0],
+        [(1 << 8 * min(n, 8)) - 1 for n in range(KEY_BYTES + 1)],
+        [(1 << 8 * max(n - 8, 0)) - 1 for n in range(KEY_BYTES + 1)],
     ],
     np.uint64,
 )
 
 
-def _keys(data: bytes, begin: Ints, length: Ints) -> tuple[Words, Words]:
-    """The keys of the pieces data[begin : begin + length]; longer than 15 bytes, all have one."""
-    eight = _eight_bytes(data)
-    length = np.minimum(length, KEY_BYTES + 1)
+def _keys(eight: Words, begin: Ints, length: Ints) -> tuple[Words, Words]:
+    """The keys of pieces that begin at some of the `eight`; of a longer one it says nothing."""
     low = eight.take(begin, mode="clip")
-    low &= _MASKS[0].take(length)
-    high = eight.take(begin + 8, mode="clip")
-    high &= _MASKS[1].take(length)
+    low &= _MASKS[0].take(length, mode="clip")
+    high = eight[8:].take(begin, mode="clip")
+    high &= _MASKS[1].take(length, mode="clip")
     high |= length.astype(np.uint64) << np.uint64(56)
     return low, high
-
-
-def _eight_bytes(data: bytes) -> Words:
-    """[i]: the eight bytes from i on, the first of them the lowest; zeros after the end."""
-    shifted = np.ndarray(len(data) + 9, "<u8", data + bytes(16), strides=(1,))
-    return np.ascontiguousarray(shifted, np.uint64)
 
 
 class _Pairs:
@@ -309,30 +249,31 @@ class _Pairs:
 
     Attributes:
         byte_ids: [256], the token of each byte.
-        byte_ranks: [256 * 256], the priority of joining two bytes; -1 if they may not be joined.
+        byte_ranks: [256 * 256], the priority of joining two bytes, `_NEVER` if they never are.
         made: what the joined pair becomes, by priority.
     """
 
     def __init__(self, encoding: Encoding):
         ranks = encoding.ranks
         if encoding.merges is None:  # any two tokens that are a third together
-            left, right, self._ranks = _splits(encoding)
+            left, right, ranks_of_pairs = _splits(encoding)
             self.made = np.arange(max(ranks.values()) + 1, dtype=np.uint32)
         else:
             left, right, made = np.array(
                 [(ranks[a], ranks[b], ranks[a + b]) for a, b in encoding.merges], np.uint64
             ).T
-            self._ranks = np.arange(len(left))
+            ranks_of_pairs = np.arange(len(left))
             self.made = made.astype(np.uint32)
-        self._table = _Table(words=1)
+        self._table = Table(words=1)
         self._table.add(left << np.uint64(32) | right)
-        self._ranks = np.append(self._ranks, -1)  # what the table finds for the number -1
+        self._ranks = np.append(_NEVER, ranks_of_pairs.astype(np.uint32))  # by number + 1
         self.byte_ids = np.array([ranks.get(bytes([b]), 0) for b in range(256)], np.uint32)
         self.byte_ranks = self.ranks(np.repeat(self.byte_ids, 256), np.tile(self.byte_ids, 256))
 
-    def ranks(self, left: Ids, right: Ids) -> Ints:
-        """The priority of joining tokens, -1 where they may not be joined."""
-        return self._ranks[self._table.find(left.astype(np.uint64) << np.uint64(32) | right)]
+    def ranks(self, left: Ids, right: Ids) -> Ids:
+        """The priority of joining tokens, `_NEVER` where they may not be joined."""
+        key = left.astype(np.uint64) << np.uint64(32) | right
+        return self._ranks.take(self._table.find(key) + 1, mode="clip")
 
 
 def _splits(encoding: Encoding) -> tuple[Words, Words, Ints]:
@@ -346,11 +287,12 @@ def _splits(encoding: Encoding) -> tuple[Words, Words, Ints]:
         begin = np.cumsum(length) - length
         data = b"".join(some)
         token = np.repeat(np.arange(len(some)), length - 1)
-        left_length = _places(np.ones_like(length), length - 1)  # every token cut at every place
-        left = known.find(data, begin[token], left_length)
+        left_length = places(np.ones_like(length), length - 1)  # every token cut at every place
+        eight = eight_bytes(data)
+        left = known.find(data, eight, begin[token], left_length)
         good = left >= 0
         token, left, left_length = token[good], left[good], left_length[good]
-        right = known.find(data, begin[token] + left_length, length[token] - left_length)
+        right = known.find(data, eight, begin[token] + left_length, length[token] - left_length)
         good = right >= 0
         found.append(ids[np.stack([left, right, token + start + 1])[:, good]])
     left, right, made = np.concatenate(found, axis=1)
@@ -378,7 +320,7 @@ def _merge_many(pieces: Sequence[bytes], pairs: _Pairs) -> tuple[Ids, Ints]:
     count = np.concatenate([count for _, count in merged])
     first = np.cumsum(count) - count
     back = np.argsort(order)
-    return ids[_places(first[back], count[back])], count[back]
+    return ids[places(first[back], count[back])], count[back]
 
 
 def _side_by_side(pieces: Sequence[bytes], pairs: _Pairs) -> tuple[Ids, Ints]:
@@ -389,46 +331,46 @@ def _side_by_side(pieces: Sequence[bytes], pairs: _Pairs) -> tuple[Ids, Ints]:
     of a piece's numbers is the pair to join next, the leftmost of those with the lowest rank.
     """
     data = np.frombuffer(b"\0".join(pieces) + b"\0", np.uint8)
-    end = np.cumsum([len(piece) + 1 for piece in pieces])  # with a wall after each piece
+    end = np.cumsum(np.fromiter(map(len, pieces), np.intp, len(pieces)) + 1)  # a wall after each
     begin = np.append(0, end[:-1])
-    place = np.arange(len(data), dtype=np.int32)
+    place = np.arange(len(data))
 
     token = pairs.byte_ids.take(data)
     token[end - 1] = _NONE
     before, after = place - 1, place + 1
-    rank = np.full(len(data), -1)
-    rank[:-1] = pairs.byte_ranks.take(data[:-1].astype(np.intp) << 8 | data[1:])
-    rank[end - 1] = rank[end - 2] = -1
-    best = np.where(rank < 0, _NEVER, rank << 32 | place)
+    two_bytes = data.astype(np.intp) << 8
+    two_bytes[:-1] |= data[1:]
+    rank = pairs.byte_ranks.take(two_bytes)
+    rank[end - 1] = rank[end - 2] = _NEVER
+    best = _in_order(rank, place)
 
     live = len(pieces)  # only the pieces before this one may have pairs left
     while live:
         least = np.minimum.reduceat(best[: end[live - 1]], begin[:live])
-        going = np.flatnonzero(least != _NEVER)
+        going = np.flatnonzero(least < _LAST)
         live = int(going[-1]) + 1 if len(going) else 0
         least = least.take(going)
-        i = least & 0xFFFFFFFF
-        j = after.take(i)  # the part to join to i
-        h, k = before.take(i), after.take(j)  # their neighbours
-        token[i] = pairs.made.take(least >> 32)
+        i = (least & np.uint64(0xFFFFFFFF)).view(np.intp)
+        j = after.take(i, mode="clip")  # the part to join to i
+        h, k = before.take(i, mode="clip"), after.take(j, mode="clip")  # their neighbours
+        token[i] = pairs.made.take((least >> np.uint64(32)).view(np.intp), mode="clip")
         token[j] = _NONE
-        best[j] = _NEVER
+        best[j] = _LAST
         after[i] = k
         before[k] = i
         left, right = np.append(h, i), np.append(i, k)
-        rank = pairs.ranks(token.take(left), token.take(right))
-        best[left] = np.where(rank < 0, _NEVER, rank << 32 | left)
+        rank = pairs.ranks(token.take(left, mode="clip"), token.take(right, mode="clip"))
+        best[left] = _in_order(rank, left)
     part = token != _NONE
     return token[part], np.add.reduceat(part, begin, dtype=np.intp)
 
 
-_NONE = np.uint32(0xFFFFFFFF)  # no token: a wall, or a part that was joined to the one before
+def _in_order(rank: Ids, place: Ints) -> Words:
+    """One number for a rank and a place: the least has the lowest rank, and is the leftmost."""
+    return rank.astype(np.uint64) << np.uint64(32) | place.view(np.uint64)
 
 
-def _places(first: Ints, count: Ints) -> Ints:
-    """The places of ranges, one after the other: ([5, 2], [2, 3]) gives 5 6 2 3 4."""
-    end = np.cumsum(count)
-    return np.arange(end[-1] if len(end) else 0) + np.repeat(first - end + count, count)
+_LAST = np.uint64(_NEVER) << np.uint64(32)  # less than this are those that are to be joined
 
 
 # Decoding
@@ -452,7 +394,7 @@ class Decoder:
         bounds = np.cumsum(np.maximum(self._length, 0))
         self._first = bounds - np.maximum(self._length, 0)
         data = b"".join([tokens.get(id, b"") for id in range(n_vocab)])
-        self._eight = _eight_bytes(data)
+        self._eight = eight_bytes(data)
         self._words = self._eight.take(self._first)
 
     def __call__(self, ids: npt.NDArray[np.integer]) -> bytes | None:

@@ -386,6 +386,8 @@ class Encoding:
         parts = [self._split_special(well_formed(text), allowed) for text in texts]
         ordinary = [self._normalize(part) for text in parts for part in text[::2]]
         ids, counts = self._bulk.encode(ordinary)
+        if len(ordinary) == 1:  # no special tokens, and one text
+            return [ids]
         special = [[self.special_tokens[token] for token in text[1::2]] for text in parts]
         # Each special token goes in behind the ordinary ids before it.
         ends = np.cumsum(counts)

@@ -155,6 +155,20 @@ def test_texts_are_cut_at_safe_places_only(name, monkeypatch):
         assert ids.tolist() == encoding._encode_ordinary(text), text
 
 
+def test_what_was_learned_is_bounded(monkeypatch):
+    """Text that never repeats itself must not fill the memory."""
+    monkeypatch.setattr(bulk, "MAX_LEARNED", 300)
+    monkeypatch.setattr(bulk, "BLOCK", 100)
+    monkeypatch.setattr(bulk, "STRETCH", 50)
+    worker = Bulk(tiny.encoding())
+    words = [f" {i:x}z" for i in range(2000)]
+    given = worker._known.learned
+    for start in range(0, len(words), 20):
+        worker.encode(["".join(words[start : start + 20])])
+        assert worker._known.learned <= given + 300 + 4 * 100
+    assert worker.encode([words[0]])[0].tolist() == tiny.encoding().encode(words[0])
+
+
 def test_nothing():
     worker = Bulk(tiny.encoding())
     for these in ([], [""], ["", ""], ["", "a", ""]):
@@ -223,7 +237,7 @@ def test_an_interruption_loses_what_was_learned_and_nothing_else(at, monkeypatch
     """An exception while pieces were being added left the tables out of step for good."""
     encoding = tiny.encoding()
     text = "".join(texts(1, 600))
-    append, calls = bulk._Column.append, 0
+    append, calls = bulk.Column.append, 0
 
     def interrupted(self, values):
         nonlocal calls
@@ -234,7 +248,7 @@ def test_an_interruption_loses_what_was_learned_and_nothing_else(at, monkeypatch
 
     encoding.encode_to_numpy("".join(texts(2, 600)))
     with monkeypatch.context() as patch:
-        patch.setattr(bulk._Column, "append", interrupted)
+        patch.setattr(bulk.Column, "append", interrupted)
         with contextlib.suppress(KeyboardInterrupt):
             encoding.encode_to_numpy(text)
     assert encoding.encode_to_numpy(text).tolist() == encoding._encode_ordinary(text)

@@ -1,0 +1,113 @@
+"""Tables of arrays: columns that grow, and a hash table that looks up a million keys at once.
+
+A key is one or two numbers of 64 bits. The table keeps keys in the order in which they came and
+numbers them so; its slots hold only those numbers. The hash of a key leads to two slots, next to
+each other, of which it takes the first that is free. The few that find both taken stand in a dict:
+they are looked up one by one, which costs less than more passes over arrays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.intp]
+Words = npt.NDArray[np.uint64]
+
+
+class Column:
+    """An array that can grow at its end."""
+
+    def __init__(self, dtype: npt.DTypeLike):
+        self._data = np.empty(1, dtype)
+        self.size = 0
+
+    def append(self, items: npt.NDArray[Any]) -> None:
+        begin, self.size = self.size, self.size + len(items)
+        if self.size > len(self._data):
+            self._data = np.concatenate([self._data, np.empty(2 * self.size, self._data.dtype)])
+        self._data[begin : self.size] = items
+
+    def take(self, places: Ints) -> npt.NDArray[Any]:
+        return self._data.take(places, mode="clip")  # NumPy's fastest mode
+
+
+class Table:
+    """A hash table that numbers keys of one or two words from 0 on."""
+
+    def __init__(self, *, words: int):
+        self._keys = [Column(np.uint64) for _ in range(words)]
+        self._bits = 1  # there are 2^bits slots
+        self._slots = np.full(2, -1, np.int32)  # the number of a key; -1: free
+        self._others: dict[tuple[int, ...], int] = {}  # the keys that found no slot
+
+    def find(self, *keys: Words) -> Ints:
+        """The number of each key, -1 where there is none."""
+        slot = self._slot(keys)
+        number = self._slots.take(slot, mode="clip").astype(np.intp)
+        other = self._taken_by_others(number, keys)
+        if len(other):
+            slot, keys = slot.take(other) ^ 1, tuple(key.take(other) for key in keys)
+            second = self._slots.take(slot, mode="clip").astype(np.intp)
+            third = self._taken_by_others(second, keys)
+            if len(third):
+                rest = zip(*(key.take(third).tolist() for key in keys), strict=True)
+                second[third] = [self._others.get(key, -1) for key in rest]
+            number[other] = second
+        return number
+
+    def add(self, *keys: Words) -> None:
+        """Adds keys that are different from each other and from those that the table has."""
+        size = self._keys[0].size + len(keys[0])
+        number = np.arange(self._keys[0].size, size)
+        for column, new in zip(self._keys, keys, strict=True):
+            column.append(new)
+        if 4 * size > len(self._slots):
+            self._bits = (8 * size).bit_length()
+            self._slots = np.full(1 << self._bits, -1, np.int32)
+            self._others.clear()
+            number = np.arange(size)
+        slot = self._slot(tuple(column.take(number) for column in self._keys))
+        for _ in range(2):
+            free = np.flatnonzero(self._slots[slot] < 0)[::-1]
+            self._slots[slot[free]] = number[free]  # of several for one slot, the first stays
+            left = self._slots[slot] != number
+            number, slot = number[left], slot[left] ^ 1
+        rest = zip(*(column.take(number).tolist() for column in self._keys), strict=True)
+        self._others.update(zip(rest, number.tolist(), strict=True))
+
+    def _slot(self, keys: tuple[Words, ...]) -> Ints:
+        """The slot at which to look first: the high bits of a sum of products."""
+        total = keys[0] * _FACTORS[0]
+        for key, factor in zip(keys[1:], _FACTORS[1:], strict=False):
+            total += key * factor
+        total >>= np.uint64(64 - self._bits)
+        return total.view(np.intp)
+
+    def _taken_by_others(self, number: Ints, keys: tuple[Words, ...]) -> Ints:
+        """At which places `number` is that of another key."""
+        differs = self._keys[0].take(number) != keys[0]
+        for column, key in zip(self._keys[1:], keys[1:], strict=True):
+            differs |= column.take(number) != key
+        differs &= number >= 0
+        return np.flatnonzero(differs)
+
+
+_FACTORS = np.array([0x9E3779B97F4A7C15, 0xD1B54A32D192ED03], np.uint64)  # any odd numbers
+
+
+def eight_bytes(data: bytes) -> Words:
+    """[i]: the eight bytes from i on, the first of them the lowest; zeros after the end."""
+    shifted = np.ndarray(len(data) + 9, "<u8", data + bytes(16), strides=(1,))
+    return np.ascontiguousarray(shifted, np.uint64)
+
+
+def places(first: Ints, count: Ints) -> Ints:
+    """The places of ranges, one after the other: ([5, 2], [2, 3]) gives 5 6 2 3 4."""
+    shift = first + count
+    shift -= np.cumsum(count)
+    at = np.repeat(shift, count)
+    at += np.arange(len(at))
+    return at
