@@ -28,6 +28,7 @@ from flax import struct
 from transformer import attention, cache, kernels, rope
 from transformer.config import Config
 from transformer.layers import Linear, Norm, embed, linear, norm
+from transformer.remat import recompute
 
 
 @struct.dataclass
@@ -284,8 +285,7 @@ def hidden(
         ids: int32 [B, T].
         segments: as in `forward`.
         remat: when differentiated, keep of each block only what entered it and compute the rest
-            again: a third more arithmetic for a fraction of the memory (Chen et al. 2016,
-            arXiv:1604.06174).
+            again: a third more arithmetic for a fraction of the memory.
 
     Returns:
         float32 [B, T, D].
@@ -293,8 +293,8 @@ def hidden(
     x, angles = embed_tokens(params, cfg, ids, _positions(ids, segments))
     for i, layer in enumerate(params.layers):
         read = partial(_read_layer, cfg=cfg, window=cfg.window(i))
-        x, _ = (jax.checkpoint(read) if remat else read)(x, layer, angles[i], segments)
-    return x
+        x, _ = (recompute(read) if remat else read)(x, layer, angles[i], segments)
+    return _norm(x, params.final_norm, cfg)
 
 
 # Jitted inside, so that layers that are alike are traced, and differentiated, once.

@@ -10,6 +10,7 @@ import jax
 
 from transformer.kernels import products as forms
 from transformer.layers import Linear, linear
+from transformer.remat import recompute
 
 
 def reference(x: jax.Array, gate: Linear, up: Linear, down: Linear, kind: str) -> jax.Array:
@@ -27,8 +28,16 @@ def reference(x: jax.Array, gate: Linear, up: Linear, down: Linear, kind: str) -
 
 
 def products(x: jax.Array, gate: Linear, up: Linear, down: Linear, kind: str) -> jax.Array:
-    """Three products, each in the form that is chosen for its weight."""
-    return linear(activation(kind)(linear(x, gate)) * linear(x, up), down)
+    """Three products, each in the form that is chosen for its weight.
+
+    Differentiated, only what gate and up gave is remembered, of all that is F wide.
+    """
+
+    @recompute
+    def mix(gate: jax.Array, up: jax.Array, down: Linear) -> jax.Array:
+        return linear(activation(kind)(gate) * up, down)
+
+    return mix(linear(x, gate), linear(x, up), down)
 
 
 def activation(kind: str):
