@@ -5,10 +5,12 @@ import asyncio
 import psutil
 import pytest
 
-from serve import offers
+from serve import cli, offers
 from serve.engine import Done, Request, Token
 from serve.registry import Registry
+from serve.settings import Settings
 from serve.sources import Located
+from tests.serve import tiny
 from transformer.sampling import Sampling
 
 CHAT = "smollm2-135m-instruct"
@@ -36,6 +38,18 @@ def test_a_damaged_file_is_known_before_a_server_listens(tmp_path):
     (tmp_path / "half.gguf").write_bytes(b"GGUF\x03")
     with pytest.raises(ValueError, match="half.gguf"):
         offered(tmp_path / "half.gguf", "mine", tmp_path)
+
+
+def test_what_programs_are_compiled_for_does_not_depend_on_the_other_models(tmp_path, monkeypatch):
+    """Pulling a model halved the caches of the others: all was compiled again at the next start."""
+    monkeypatch.setattr(offers, "MAX_ROWS", 2)
+    chosen = Settings(home=tmp_path, cache_budget=2**20)
+    places = [Located(id, tiny.model(tmp_path / id), "me") for id in ("one", "two", "three")]
+    blocks = []
+    for some in (places[:1], places):
+        with cli._offered(some, chosen, "float32", {}, ()) as registry:
+            blocks.append(registry.loaded()[0].engine.stats().blocks)
+    assert blocks[0] == blocks[1] > 1
 
 
 @pytest.mark.slow

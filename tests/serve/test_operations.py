@@ -46,6 +46,18 @@ def test_a_key_is_shown_once_and_kept_as_a_digest(tmp_path):
     assert keys.create(tmp_path, "bob") != key
 
 
+def test_nothing_is_written_through_what_somebody_planted(tmp_path):
+    """Keys went through a file of a name that could be foretold, or a link that stood there."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / f".keys-{os.getpid()}").symlink_to(victim)
+    (tmp_path / f".keys.json-{os.getpid()}").symlink_to(victim)
+    keys.create(tmp_path, "ann")
+    assert victim.read_text() == "mine"
+    assert (tmp_path / keys.FILE).stat().st_mode & 0o777 == 0o600
+    assert [key.name for key in keys.read(tmp_path)] == ["ann"]
+
+
 def test_names_of_keys(tmp_path):
     keys.create(tmp_path, "ann@example.org")
     with pytest.raises(ValueError, match="there is a key"):
