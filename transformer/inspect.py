@@ -198,6 +198,8 @@ def _weighed(params: Params, cfg: Config, weights: jax.Array) -> Params:
     for layer, row in zip(params.layers, weights, strict=True):
         columns = jnp.repeat(row, cfg.head_dim)  # [N * H]
         out = layer.out.replace(weight=layer.out.weight * columns.astype(layer.out.weight.dtype))
+        if (lora := out.lora) is not None:  # it reads the heads too
+            out = out.replace(lora=lora.replace(a=lora.a * columns.astype(lora.a.dtype)))
         layers.append(layer.replace(out=out))
     return params.replace(layers=tuple(layers))
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tests.transformer.conftest import GOLDEN as TINY
-from transformer import checkpoint, inspect, pictures
+from tests.transformer.conftest import noise
+from transformer import checkpoint, inspect, lora, pictures
 from transformer.config import Config
 from transformer.decoder import forward, init
 
@@ -80,6 +81,19 @@ def test_several_heads_are_taken_out_together_and_none_changes_nothing():
     both = inspect.ablate(params, cfg, [(0, 1), (1, 3)])
     jax.tree.map(np.testing.assert_array_equal, one, both)
     jax.tree.map(np.testing.assert_array_equal, inspect.ablate(params, cfg, []), params)
+
+
+def test_a_head_is_taken_out_of_an_adapter_too():
+    """Bug: what an applied adapter of `out` made of the head was still written."""
+    cfg = Config.debug()
+    params = init(jax.random.key(0), cfg)
+    adapter = noise(lora.init(jax.random.key(1), cfg, rank=4, alpha=8))
+    compute = jax.jit(forward, static_argnums=1)
+    applied, merged = (
+        compute(inspect.ablate(change(params, adapter), cfg, [(0, 2)]), cfg, np.arange(9)[None])[0]
+        for change in (lora.apply, lora.merge)
+    )
+    np.testing.assert_allclose(applied, merged, atol=1e-5)
 
 
 @pytest.mark.parametrize(

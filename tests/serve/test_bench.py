@@ -1,0 +1,55 @@
+"""`pellucid bench` as people run it; what it measures is tested in `tests/transformer`."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from matplotlib.image import imread
+
+from tests.serve import tiny
+from transformer.kernels import cases
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "serve", "bench", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+def test_cases_have_the_sizes_of_the_model_that_is_named(tmp_path):
+    folder = tiny.model(tmp_path / "tiny")
+    said = run("-m", f"tiny={folder}", "--context", "300", "--list")
+    assert said.returncode == 0, said.stderr
+    expected = [case.name for case in cases.cases(cases.Sizes(tiny.CFG, 300))]
+    assert said.stdout.splitlines() == expected
+    assert "attend_cached 1x1 behind 300 float32" in expected
+
+
+def test_mistakes_are_named():
+    for arguments, status, sentence in (
+        (["add"], 2, "no case is called 'add'"),
+        (["--try", "norm=fused"], 2, "norm has the forms reference, ones, got 'fused'"),
+        (["--compare", "/nowhere.jsonl"], 1, "/nowhere.jsonl"),
+    ):
+        said = run(*arguments)
+        assert (said.returncode, said.stdout) == (status, "")
+        assert sentence in said.stderr and "Traceback" not in said.stderr
+
+
+@pytest.mark.slow
+def test_a_run_is_printed_saved_compared_and_drawn(tmp_path):
+    saved, picture = tmp_path / "a.jsonl", tmp_path / "roof.png"
+    case = ("norm rms 1x", "--seconds", "0")
+    said = run(*case, "--json", "--save", str(saved), "--roofline", str(picture))
+    assert said.returncode == 0, said.stderr
+    assert said.stdout == saved.read_text()
+    machine, result = map(json.loads, said.stdout.splitlines())
+    assert machine["machine"]["roofs"]["gbs"] > 0
+    assert result["case"] == "norm rms 1x576" and result["n"] >= 5
+    assert imread(picture).std() > 0.05
+    again = run(*case, "--compare", str(saved))
+    assert again.returncode == 0 and "OF ROOF, OLD" in again.stdout
