@@ -42,11 +42,7 @@ def _finetune(args: argparse.Namespace) -> int:
         _print_problems(report, args.json)
     if result.reason == "refused":
         return REFUSED
-    if result.reason == "signal":
-        _say("stopped and saved; the same command goes on")
-        return 128 + (result.signal or 0)
-    _print_job(args.out, result.job, args.json)
-    return 0
+    return _ended(args, result)
 
 
 def _pretrain(args: argparse.Namespace) -> int:
@@ -54,10 +50,14 @@ def _pretrain(args: argparse.Namespace) -> int:
 
     settings = pretrain.Settings(**_fields(args, pretrain.Settings))
     result = pretrain.run(settings, say=_say, progress=not args.json)
+    return _ended(args, result)
+
+
+def _ended(args: argparse.Namespace, result: Any) -> int:
     if result.reason == "signal":
         _say("stopped and saved; the same command goes on")
-        return 128 + (result.signal or 0)
-    _print_job(args.out, result.job, args.json)
+        return 128 + result.signal
+    print(json.dumps(result.job) if args.json else args.out)
     return 0
 
 
@@ -92,13 +92,6 @@ def _print_problems(report: Any, as_json: bool) -> None:
             print(f"{place}:{param} {problem.message}")
     if more := report.counts.total() - len(report.problems):
         _say(f"and {more} more problems")
-
-
-def _print_job(out: Path, job: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(job))
-    else:
-        print(out)
 
 
 def _say(line: str) -> None:

@@ -197,9 +197,23 @@ def _task(settings: Settings, job: dict[str, Any], cfg: Model, remat: bool):
     if settings.method == "full":
         return Full(cfg=cfg, start=params, format=job["format"], remat=remat), None
     adapter = LowRank(
-        cfg=cfg, rank=job["rank"], alpha=job["alpha"], format=job["format"], remat=remat
+        cfg=cfg,
+        rank=job["rank"],
+        alpha=job["alpha"],
+        parts=parts_of(cfg),
+        format=job["format"],
+        remat=remat,
     )
     return adapter, as_format(params, job["format"])
+
+
+def parts_of(cfg: Model) -> tuple[str, ...]:
+    """What an adapter adapts: every linear map that PEFT's layout can hold one of.
+
+    GPT-2's files hold queries, keys and values as one matrix, whose adapter would have one A.
+    """
+    shared = ("q", "k", "v") if cfg.to_hf()["model_type"] == "gpt2" else ()
+    return tuple(part for part in lora.PARTS if part not in shared)
 
 
 def read_tokenizer(model: Path, max_tokens: int | None = None) -> tuple[Tokenizer, int]:
