@@ -249,8 +249,8 @@ def test_a_model_from_nothing(tmp_path):
     words = np.random.default_rng(0).choice(["low", "lower", "slow", "slower"], 4000)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(words))
-    sizes = "--vocab-size 300 --layers 1 --width 64 --length 32 --steps 40".split()
-    assert main(["pretrain", "--data", str(text), "--out", str(tmp_path / "out"), *sizes]) == 0
+    sizes = ["--vocab-size=300", "--layers=1", "--width=64", "--length=32", "--steps=40"]
+    assert main(["pretrain", f"--data={text}", f"--out={tmp_path / 'out'}", *sizes]) == 0
     steps = [line["valid_loss"] for line in metrics(tmp_path / "out") if "valid_loss" in line]
     assert steps[-1] < 1.6, "four words, equally likely, cost ln 4 = 1.39 a word"
     folder = tmp_path / "out" / "model"
