@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from transformer import attention
+from transformer.remat import recompute
 
 _SPAN = 128  # queries looked at together, at least
 _MOST_BLOCKS = 8  # each is compiled by itself
@@ -48,7 +49,7 @@ def blocks(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax.Ar
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_dim)
 
 
-@jax.checkpoint
+@recompute
 def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
     """Softmax attention of some queries: q [B, K, G, T, H], k and v [B, K, S, H]."""
     *heads, group, length, head_dim = q.shape
