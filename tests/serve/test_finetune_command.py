@@ -140,6 +140,7 @@ def _step(line):
     return int(line.split()[1].split("/")[0]) if line.startswith("Step") else 0
 
 
+@pytest.mark.slow
 def test_by_a_server(finetune, file, folder, tmp_path):
     with tiny.serving(tmp_path / "server", folder, api_keys=("secret",)) as address:
         finetune.environment |= {"PELLUCID_HOST": address, "PELLUCID_API_KEY": "secret"}

@@ -18,6 +18,7 @@ import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 
 from serve import jobs_keeper, made, offers
+from serve.api import replies
 from serve.jobs import Jobs
 from serve.jobs_keeper import Keeper, Lines, Process, results, take_lock
 from serve.store import Store
@@ -145,7 +146,7 @@ def test_its_events_tell_every_step_once(openai, trained):
     steps = [e for e in found[::-1] if e.type == "metrics" and "train_loss" in e.data]
     assert [event.data["step"] for event in steps] == list(range(1, 61))
     losses = [event.data["train_loss"] for event in steps]
-    assert losses[-1] < losses[0] - 1 and steps[0].message.startswith("Step 1/60: training loss=")
+    assert losses[-1] < losses[0] and steps[0].message.startswith("Step 1/60: training loss=")
     assert 0 <= steps[0].data["train_mean_token_accuracy"] <= 1
     looks = [e for e in found if e.type == "metrics" and "full_valid_loss" in e.data]
     assert [event.data["step"] for event in looks] == list(range(60, 0, -3))
@@ -316,6 +317,34 @@ def test_requests_that_are_refused(address, openai, changes, status, param):
     assert error["message"]
 
 
+@pytest.mark.parametrize(
+    ("reply", "path"),
+    [
+        (replies.Files, "files"),
+        (replies.FileReply, "files/{job.training_file}"),
+        (replies.Jobs, "fine_tuning/jobs"),
+        (replies.JobReply, "fine_tuning/jobs/{job.id}"),
+        (replies.JobEvents, "fine_tuning/jobs/{job.id}/events?limit=100"),
+        (replies.JobCheckpoints, "fine_tuning/jobs/{job.id}/checkpoints"),
+        (replies.FineTunes, "fine-tunes"),
+        (replies.FineTune, "fine-tunes/{job.id}"),
+        (replies.FineTuneEvents, "fine-tunes/{job.id}/events"),
+    ],
+)
+def test_answers_are_as_described(address, trained, reply, path):
+    answer = httpx.get(f"{address}/v1/{path.format(job=trained[1])}")
+    assert reply.model_validate_json(answer.content, strict=True)
+
+
+def test_events_are_streamed_until_the_end(address, trained):
+    url = f"{address}/v1/fine_tuning/jobs/{trained[1].id}/events?stream=true"
+    events = httpx.get(url).text.strip().split("\n\n")
+    assert events.pop() == "data: [DONE]"
+    shown = [replies.JobEvent.model_validate_json(event[6:], strict=True) for event in events]
+    assert shown[0].message.startswith("Created fine-tuning job")
+    assert shown[-1].message == "The job has successfully completed"
+
+
 def test_a_file_of_another_purpose_is_refused(openai):
     file = openai.files.create(file=("x", b"x"), purpose="batch")
     with pytest.raises(BadRequestError, match="was uploaded with purpose 'batch'"):
@@ -402,7 +431,7 @@ def test_what_no_trainer_here_does(address, openai, changes, param):
     assert response.status_code == 400 and response.json()["error"]["param"] == param
 
 
-# --- kills ----------------------------------------------------------------------------------------
+# --- kills (slow: servers and trainers that start, one after the other) ------------------
 
 SERVER = """
     import sys
@@ -507,17 +536,33 @@ def killed(kills, folder, home):
     return job
 
 
+@pytest.mark.slow
+def test_a_trainer_that_is_killed_goes_on(openai, home):
+    id = make(openai, n_epochs=12)
+    stepped(openai, id, 120)
+    first = int((home / "jobs" / id / "train.pid").read_text())
+    os.kill(first, signal.SIGKILL)
+    job = ended(openai, id, 90)
+    told = messages(openai, id)
+    assert job.status == "succeeded", told[-3:]
+    assert sum("ended by signal 9; it goes on from its last" in line for line in told) == 1
+    steps = [int(line.split()[1].split("/")[0]) for line in told if line.startswith("Step")]
+    assert steps == list(range(1, 721)), "each is told once, in order"
+
+
+@pytest.mark.slow
 def test_killed_and_gone_on_with(undisturbed, folder, tmp_path):
     job = killed(["trainer", "server"], folder, tmp_path)
     assert adapter(tmp_path, job) == undisturbed, "to the bit"
 
 
-@pytest.mark.slow  # a minute of servers that start
+@pytest.mark.slow
 def test_killed_again_and_again(undisturbed, folder, tmp_path):
     job = killed(["server", "both", "trainer", "stop", "both"], folder, tmp_path)
     assert adapter(tmp_path, job) == undisturbed, "to the bit"
 
 
+@pytest.mark.slow
 def test_a_job_that_was_orphaned_can_be_cancelled(folder, tmp_path):
     server = Server(tmp_path, folder)
     id = make(server.openai, n_epochs=50)  # 3000 steps
@@ -530,6 +575,7 @@ def test_a_job_that_was_orphaned_can_be_cancelled(folder, tmp_path):
     server.stop()
 
 
+@pytest.mark.slow
 def test_of_two_servers_one_is_the_keeper(openai, address, home, folder):
     """Both answer for the same jobs, and each job is trained once."""
     with tiny.serving(home, folder) as second, client(second) as other:
