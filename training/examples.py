@@ -185,10 +185,13 @@ def _encode_chat(messages: list[dict[str, Any]], tokenizer: Tokenizer, line: int
         if message.get("name") is not None:
             plain[-1]["name"] = message["name"]
     ids, turns = tokenizer.chat_template.encode_turns(tokenizer.encoding, plain)
-    weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
-    return _example(
-        ids, [turn for turn, weight in zip(turns, weights, strict=True) if weight], line
-    )
+    spoken = [message for message in messages if message["role"] == "assistant"]
+    learned = [turn for turn, message in zip(turns, spoken, strict=True) if _is_learned(message)]
+    return _example(ids, learned, line)
+
+
+def _is_learned(message: dict[str, Any]) -> bool:
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def _example(ids: list[int], learned: list[tuple[int, int]], line: int) -> Example:
@@ -209,9 +212,7 @@ def _chat_faults(messages: Any) -> list[Fault]:
         message = 'has "messages" that are not a list with a message or more.'
         return [Fault("invalid_type", message, "messages")]
     found = [fault for i, message in enumerate(messages) for fault in _message_faults(message, i)]
-    if not found and not any(
-        message["role"] == "assistant" and message.get("weight", 1) for message in messages
-    ):
+    if not found and not any(map(_is_learned, messages)):
         reason = "has no message of the assistant to learn from."
         found.append(Fault("nothing_to_learn", reason, "messages"))
     return found

@@ -58,7 +58,7 @@ def test_content_in_parts_and_a_developer():
 
 def test_a_message_may_come_as_the_api_answered_it():
     """With keys that are null; they reach no template."""
-    row = chat("q", "low", refusal=None, audio=None, tool_calls=None, name=None)
+    row = chat("q", "low", refusal=None, audio=None, tool_calls=None, name=None, weight=None)
     assert not examples.faults(row | {"tools": None}, "chat")
     assert learned(row, "chat") == "low<|im_end|>"
 
