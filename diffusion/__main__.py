@@ -1,0 +1,64 @@
+"""Draws: `python -m diffusion --model FOLDER --encoder FOLDER "a red apple" --out apple.png`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from diffusion import painter as painters
+from diffusion import sample
+from diffusion.painter import Plan
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0, or 1 if something could not be read."""
+    parser = argparse.ArgumentParser(
+        prog="python -m diffusion", description="Draws small pictures."
+    )
+    parser.add_argument("--model", required=True, type=Path, help="denoiser/ and upscaler/")
+    parser.add_argument("--encoder", required=True, type=Path, help="all-minilm-l6-v2")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-n", type=int, default=1, metavar="N", help="pictures of each prompt")
+    parser.add_argument("--steps", type=int, default=Plan.steps)
+    parser.add_argument("--rule", choices=sample.RULES, default=Plan.rule)
+    parser.add_argument("--guidance", type=float, default=Plan.guidance)
+    parser.add_argument(
+        "--strip", action="store_true", help="how the picture comes: noisy above, predicted below"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="PNG")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
+    args = parser.parse_args(argv)
+    try:
+        plan = Plan(steps=args.steps, rule=args.rule, guidance=args.guidance)
+        painter = painters.load(args.model, args.encoder)
+        rows = []
+        for prompt in args.prompts:
+            keys = sample.keys_of(args.seed, args.n)
+            steps = list(painter.steps([prompt] * args.n, keys, plan))
+            if args.strip:
+                shown = [
+                    steps[round(i)] for i in np.linspace(0, len(steps) - 1, min(8, plan.steps))
+                ]
+                for kind in (0, 1):
+                    rows.append(painter.finish(np.concatenate([step[kind][:1] for step in shown])))
+            else:
+                rows.append(painter.finish(steps[-1][0]))
+        save(painters.grid(np.concatenate(rows), len(rows[0])), args.out)
+    except (OSError, ValueError) as error:
+        print(f"python -m diffusion: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def save(picture: np.ndarray, path: Path) -> None:
+    """Writes a picture file, whose kind its name says."""
+    from PIL import Image
+
+    Image.fromarray(picture).save(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

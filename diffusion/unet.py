@@ -1,0 +1,204 @@
+"""A U-Net: from a noisy picture, a time and a prompt to the clean picture.
+
+On the way down the picture gets smaller and its channels more; on the way up what was left behind
+is added again, stage by stage (Ronneberger et al. 2015, arXiv:1505.04597; for diffusion Ho et al.
+2020, arXiv:2006.11239). Time and prompt scale and shift the channels of every block (Perez et al.
+2018, arXiv:1709.07871; Dhariwal & Nichol 2021, arXiv:2105.05233). The coarse stages also attend: a
+pixel's query meets the keys of all pixels and of all words at once. And the prompt draws a plan of
+its own, a map at the coarsest size that is added at the bottom: where a picture is only a few
+pixels wide, a linear map from prompt to picture is small, and it is quickly learnt.
+
+The sizes are chosen for a CPU. Every stage costs the same (half the height and width, twice the
+channels), and the first one folds blocks of 2 x 2 pixels into channels, since XLA's convolutions,
+above all the gradients of their kernels, are slow where a picture is large and its channels few.
+
+Leaves out: dropout, and attention at full size.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from diffusion import layers
+from diffusion.config import UNetConfig
+from diffusion.layers import Condition, fold, matrix, normed, unfold
+from diffusion.text import Text
+from transformer.decoder import ArrayInfo
+from transformer.layers import Linear, linear
+
+
+@struct.dataclass
+class Block:
+    """A residual block: two convolutions, what lies between them scaled and shifted."""
+
+    first: Linear  # [C, 9 C]: a convolution is a linear map of 3 x 3 pixels
+    film: Linear  # [2 C, d_cond]
+    second: Linear  # [C, 9 C]
+
+
+@struct.dataclass
+class Attention:
+    """Pixels attending to pixels and words."""
+
+    q: Linear  # [C, C], as are k, v and out
+    k: Linear
+    v: Linear
+    text_k: Linear  # [C, E], as is text_v
+    text_v: Linear
+    q_scale: jax.Array  # [H]
+    k_scale: jax.Array
+    out: Linear
+
+
+@struct.dataclass
+class Stage:
+    """What happens at one size."""
+
+    down: tuple[Block, ...]
+    up: tuple[Block, ...]
+    attention_down: Attention | None
+    attention_up: Attention | None
+    # To the next coarser stage and back; None at the coarsest.
+    shrink: Linear | None  # [C', 4 C]
+    grow: Linear | None  # [4 C, C']
+    skip: Linear | None  # [C, C]
+
+
+@struct.dataclass
+class Params:
+    """Weights of the U-Net."""
+
+    condition: Condition
+    plan: Linear  # [y x C, d_cond], y and x those of the coarsest stage
+    first: Linear  # [C, 9 x 12]
+    stages: tuple[Stage, ...]
+    last: Linear  # [12, 9 C]
+
+
+def abstract(cfg: UNetConfig) -> Params:
+    """The tree of `Params` with an `ArrayInfo` at each leaf; every leaf is float32."""
+    ones = jax.nn.initializers.ones
+
+    def block(width: int) -> Block:
+        return Block(
+            first=matrix(width, 9 * width),
+            film=matrix(2 * width, cfg.d_cond, is_zero=True),
+            second=matrix(width, 9 * width, is_zero=True),
+        )
+
+    def attention(width: int) -> Attention:
+        square = matrix(width, width, bias=False)
+        from_text = matrix(width, cfg.text_dim, bias=False)
+        scale = ArrayInfo((cfg.head_dim,), ("head",), ones)
+        return Attention(
+            q=square,
+            k=square,
+            v=square,
+            text_k=from_text,
+            text_v=from_text,
+            q_scale=scale,
+            k_scale=scale,
+            out=matrix(width, width, bias=False, is_zero=True),
+        )
+
+    stages = []
+    for i, (width, count) in enumerate(zip(cfg.channels, cfg.blocks, strict=True)):
+        coarser = cfg.channels[i + 1] if i + 1 < len(cfg.channels) else None
+        attends = attention(width) if cfg.attention[i] else None
+        stages.append(
+            Stage(
+                down=(block(width),) * count,
+                up=(block(width),) * count,
+                attention_down=attends,
+                attention_up=attends,
+                shrink=None if coarser is None else matrix(coarser, 4 * width),
+                grow=None if coarser is None else matrix(4 * width, coarser),
+                skip=None if coarser is None else matrix(width, width, bias=False),
+            )
+        )
+    coarsest = cfg.image_size // 2 ** len(cfg.channels)
+    return Params(
+        condition=layers.abstract_condition(cfg.d_cond, cfg.text_dim),
+        plan=matrix(coarsest**2 * cfg.channels[-1], cfg.d_cond),
+        first=matrix(cfg.channels[0], 9 * 12),
+        stages=tuple(stages),
+        last=matrix(12, 9 * cfg.channels[0], is_zero=True),
+    )
+
+
+def forward(
+    params: Params, cfg: UNetConfig, x: jax.Array, t: jax.Array, text: Text, keep: jax.Array
+) -> jax.Array:
+    """What the network says of a noisy picture; `model.denoise` makes the clean one of it.
+
+    Args:
+        x: float32 [B, Y, X, 3], the noisy picture, of variance 1.
+        t: float32 [B], how much of it is picture: 0 is noise, 1 the clean picture.
+        text: the prompts.
+        keep: bool [B], False where the prompt is not to be seen.
+
+    Returns:
+        float32 [B, Y, X, 3].
+    """
+    with jax.named_scope("condition"):
+        cond, words, mask = layers.condition(params.condition, t, text, keep)
+    x = conv(fold(x), params.first)  # [B, Y/2, X/2, C]
+    skips = []
+    for stage in params.stages:
+        with jax.named_scope("down"):
+            if stage.shrink is None:
+                x = x + linear(cond, params.plan).reshape(x.shape)
+            for block in stage.down:
+                x = residual(x, block, cond)
+            if stage.attention_down is not None:
+                x = attend(x, stage.attention_down, cfg, words, mask)
+            skips.append(x)
+            if stage.shrink is not None:
+                x = linear(fold(x), stage.shrink)  # [B, Y/2, X/2, C']
+    for stage, skip in zip(reversed(params.stages), reversed(skips), strict=True):
+        with jax.named_scope("up"):
+            if stage.grow is not None:
+                x = unfold(linear(x, stage.grow)) + linear(skip, stage.skip)
+            for block in stage.up:
+                x = residual(x, block, cond)
+            if stage.attention_up is not None:
+                x = attend(x, stage.attention_up, cfg, words, mask)
+    return unfold(conv(jax.nn.silu(normed(x)), params.last))
+
+
+def residual(x: jax.Array, p: Block, cond: jax.Array) -> jax.Array:
+    """A residual block: [B, Y, X, C] -> the same."""
+    scale, shift = jnp.split(linear(cond, p.film)[:, None, None], 2, -1)
+    y = conv(jax.nn.silu(normed(x)), p.first)
+    y = conv(jax.nn.silu(normed(y) * (1 + scale) + shift), p.second)
+    return x + y
+
+
+def attend(
+    x: jax.Array, p: Attention, cfg: UNetConfig, words: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Every pixel looks at all pixels and at all words: [B, Y, X, C] -> the same."""
+    b, height, width, c = x.shape
+    y = normed(x).reshape(b, height * width, c)  # [B, T, C]
+
+    def split(a: jax.Array) -> jax.Array:
+        return a.reshape(b, -1, c // cfg.head_dim, cfg.head_dim)
+
+    query = normed(split(linear(y, p.q))) * p.q_scale  # [B, T, N, H]
+    keys = jnp.concatenate([linear(y, p.k), linear(words, p.text_k)], 1)
+    keys = normed(split(keys)) * p.k_scale  # [B, T + S, N, H]
+    values = split(jnp.concatenate([linear(y, p.v), linear(words, p.text_v)], 1))
+    seen = jnp.concatenate([jnp.ones((b, height * width), bool), mask], 1)
+    y = layers.attend(query, keys, values, seen).reshape(x.shape)
+    return x + linear(y, p.out)
+
+
+def conv(x: jax.Array, p: Linear) -> jax.Array:
+    """A convolution that keeps height and width: [B, Y, X, I] -> [B, Y, X, O]."""
+    kernel = p.weight.reshape(-1, 3, 3, x.shape[-1]).transpose(1, 2, 3, 0)  # [3, 3, I, O]
+    y = jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return y + p.bias

@@ -1,0 +1,231 @@
+"""Both networks: shapes, what they heed, what they begin as; and that they learn."""
+
+from dataclasses import fields, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from diffusion import checkpoint, dit, layers, model
+from diffusion.config import DiTConfig, UNetConfig
+from diffusion.text import Text
+from transformer import rope
+
+CONFIGS = [UNetConfig.debug(), DiTConfig.debug()]
+both = pytest.mark.parametrize("cfg", CONFIGS, ids=["unet", "dit"])
+
+
+def random_params(cfg, seed=0):
+    """Weights none of which are zero, so that nothing is hidden behind a gate."""
+    leaves, tree = jax.tree.flatten(model.init(jax.random.key(0), cfg))
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(
+        tree,
+        [
+            leaf + 0.1 * jax.random.normal(key, leaf.shape)
+            for key, leaf in zip(keys, leaves, strict=True)
+        ],
+    )
+
+
+def inputs(cfg, rows=3, words=4, seed=1):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    text = Text(
+        states=jax.random.normal(keys[0], (rows, words, cfg.text_dim)),
+        mask=jnp.arange(words) < jnp.arange(1, rows + 1)[:, None],
+        pooled=jax.random.normal(keys[1], (rows, cfg.text_dim)),
+    )
+    z = jax.random.normal(keys[2], (rows, cfg.image_size, cfg.image_size, 3))
+    return z, jnp.linspace(0.1, 0.9, rows), text, jnp.ones(rows, bool)
+
+
+@both
+def test_debug_presets_are_small(cfg):
+    leaves = jax.tree.leaves(model.init(jax.random.key(0), cfg))
+    assert sum(leaf.size for leaf in leaves) < 50_000
+
+
+@both
+def test_a_fresh_network_makes_the_best_linear_guess(cfg):
+    """It says nothing yet; what is left is c_skip z, which at t = 1 is the picture itself."""
+    z, t, text, keep = inputs(cfg)
+    params = model.init(jax.random.key(0), cfg)
+    found = model.denoise(params, cfg, z, t, text, keep)
+    gain = t * cfg.spread**2 / ((t * cfg.spread) ** 2 + (1 - t) ** 2)
+    np.testing.assert_allclose(found, gain[:, None, None, None] * z, atol=1e-6)
+    np.testing.assert_allclose(model.denoise(params, cfg, z, t * 0 + 1, text, keep), z, atol=1e-6)
+
+
+@both
+def test_everything_that_goes_in_is_heeded(cfg):
+    z, t, text, keep = inputs(cfg)
+    params = random_params(cfg)
+    found = model.denoise(params, cfg, z, t, text, keep)
+    assert found.shape == z.shape and found.dtype == jnp.float32
+    for other in (
+        (z + 0.1, t, text, keep),
+        (z, t + 0.05, text, keep),
+        (z, t, replace(text, states=text.states + 0.3), keep),
+        (z, t, replace(text, pooled=text.pooled + 0.3), keep),
+        (z, t, replace(text, mask=~text.mask), keep),
+        (z, t, text, ~keep),
+    ):
+        assert float(jnp.abs(model.denoise(params, cfg, *other) - found).max()) > 1e-4
+
+
+@both
+def test_padding_and_a_prompt_not_shown_change_nothing(cfg):
+    z, t, text, keep = inputs(cfg)
+    params = random_params(cfg)
+    found = model.denoise(params, cfg, z, t, text, keep)
+    states = jnp.where(text.mask[..., None], text.states, 1e3)
+    masked = model.denoise(params, cfg, z, t, replace(text, states=states), keep)
+    np.testing.assert_allclose(masked, found, atol=1e-5)
+    other = Text(text.states + 1, ~text.mask, text.pooled - 1)
+    np.testing.assert_allclose(
+        model.denoise(params, cfg, z, t, text, ~keep),
+        model.denoise(params, cfg, z, t, other, ~keep),
+        atol=1e-5,
+    )
+
+
+@both
+def test_rows_do_not_see_each_other(cfg):
+    z, t, text, keep = inputs(cfg)
+    params = random_params(cfg)
+    found = model.denoise(params, cfg, z, t, text, keep)
+    first = jax.tree.map(lambda a: a[:1], (z, t, text, keep))
+    np.testing.assert_allclose(model.denoise(params, cfg, *first), found[:1], atol=1e-5)
+
+
+@both
+def test_every_field_of_the_config_does_something(cfg):
+    others = {
+        "image_size": 16, "channels": (8, 24), "blocks": (1, 2), "attention": (True, True),
+        "head_dim": 4, "spread": 0.5, "d_cond": 24, "text_dim": 8, "patch": 4, "num_layers": 1,
+        "num_heads": 4, "d_model": 24, "d_ff": 40, "rope_theta": 10.0,
+    }  # fmt: skip
+    z, t, text, keep = inputs(cfg)
+    before = model.denoise(random_params(cfg), cfg, z, t, text, keep)
+    for name in (field.name for field in fields(cfg)):
+        changed = replace(cfg, **{name: others[name]})
+        shapes = [
+            [leaf.shape for leaf in jax.tree.leaves(model.init(jax.random.key(0), c))]
+            for c in (cfg, changed)
+        ]
+        if shapes[0] == shapes[1] and name != "image_size":
+            after = model.denoise(random_params(changed), changed, z, t, text, keep)
+            assert float(jnp.abs(after - before).max()) > 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "problem"),
+    [
+        (UNetConfig.debug, {"image_size": 10}, "image_size must be a multiple of 4"),
+        (UNetConfig.debug, {"head_dim": 5}, "multiple of head_dim"),
+        (UNetConfig.debug, {"blocks": (1,)}, "same stages"),
+        (UNetConfig.debug, {"channels": (8, 0)}, "channels must be a positive integer, got 0"),
+        (UNetConfig.debug, {"spread": 0.0}, "spread must be a positive number"),
+        (DiTConfig.debug, {"patch": 3}, "multiple of patch"),
+        (DiTConfig.debug, {"num_heads": 3}, "multiple of 4 num_heads"),
+        (DiTConfig.debug, {"num_layers": True}, "num_layers must be a positive integer, got True"),
+    ],
+)
+def test_configs_refuse_what_cannot_be(make, changes, problem):
+    with pytest.raises(ValueError, match=problem):
+        make(**changes)
+
+
+def test_positions_of_the_transformer_are_relative_and_two_dimensional():
+    """A query and a key meet alike wherever the pair stands, not where its direction differs."""
+    cfg = DiTConfig.debug(num_heads=1, d_model=16)
+    cos, sin = dit.positions(4, 4, 2, cfg)
+    assert cos.shape == (1, 18, 1, 8)
+    np.testing.assert_array_equal(np.asarray(cos[0, 16:]), 1)  # words are not turned
+    np.testing.assert_array_equal(np.asarray(sin[0, 16:]), 0)
+    frequency = rope.frequencies(8, cfg.rope_theta)
+    np.testing.assert_allclose(cos[0, 4 * 2 + 3, 0, :4], np.cos(2 * frequency), rtol=1e-6)
+    np.testing.assert_allclose(sin[0, 4 * 2 + 3, 0, 4:], np.sin(3 * frequency), rtol=1e-6)
+
+
+def test_folding_keeps_blocks_together():
+    x = jnp.arange(4 * 4).reshape(1, 4, 4, 1)
+    assert layers.fold(x)[0, 0, 1].tolist() == [2, 3, 6, 7]
+    x = jnp.arange(2 * 8 * 8 * 3).reshape(2, 8, 8, 3)
+    for by in (2, 4):
+        np.testing.assert_array_equal(layers.unfold(layers.fold(x, by), by), x)
+
+
+@both
+def test_the_flow_loss_is_that_of_the_velocity(cfg):
+    x, t, text, keep = inputs(cfg)
+    e = jax.random.normal(jax.random.key(5), x.shape)
+    params = random_params(cfg)
+    time = t[:, None, None, None]
+    z = time * x + (1 - time) * e
+    seen = model.denoise(params, cfg, z, t, text, keep)
+    velocity = (seen - z) / (1 - time)
+    expected = jnp.mean((velocity - (x - e)) ** 2, (1, 2, 3))
+    found = model.flow_loss(params, cfg, x, e, t, text, keep)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@both
+def test_a_prompt_is_learnt(cfg):
+    """Two prompts, two colours: after some steps each prompt gives its own."""
+    _, _, text, keep = inputs(cfg, rows=2)
+    x = jnp.stack([jnp.full((8, 8, 3), 0.8), jnp.full((8, 8, 3), -0.8)])
+    params = model.init(jax.random.key(0), cfg)
+    optimizer = optax.adam(3e-3)
+
+    @jax.jit
+    def step(params, state, key):
+        def loss(params):
+            t_key, e_key = jax.random.split(key)
+            t = jax.random.uniform(t_key, (2,), maxval=0.95)
+            e = jax.random.normal(e_key, x.shape)
+            return model.flow_loss(params, cfg, x, e, t, text, keep).mean()
+
+        updates, state = optimizer.update(jax.grad(loss)(params), state)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for number in range(150):
+        params, state = step(params, state, jax.random.key(number))
+    noise = jax.random.normal(jax.random.key(9), x.shape)
+    found = model.denoise(params, cfg, noise, jnp.zeros(2), text, keep)
+    assert float(found[0].mean()) > 0.5 and float(found[1].mean()) < -0.5
+
+
+@both
+def test_a_denoiser_comes_back_from_disk(cfg, tmp_path):
+    params = random_params(cfg)
+    checkpoint.save(tmp_path, params, cfg)
+    found, found_cfg = checkpoint.load(tmp_path)
+    assert found_cfg == cfg
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    checkpoint.save(tmp_path, params, cfg, format="float16")
+    half, _ = checkpoint.load(tmp_path)
+    for a, b in zip(jax.tree.leaves(half), jax.tree.leaves(params), strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    cfg = UNetConfig.debug()
+    checkpoint.save(tmp_path, model.init(jax.random.key(0), cfg), cfg)
+    config = tmp_path / "config.json"
+    text = config.read_text()
+    for change, problem in (
+        (('"unet"', '"gan"'), "kind must be one of unet, dit, got 'gan'"),
+        (('"head_dim"', '"head_dims"'), "head_dims"),
+        (('"d_cond": 16', '"d_cond": 24'), "must have shape"),
+        (("16\n  ],", "16,\n  32\n  ],"), "same stages"),
+        (('"attention": [\n    false', '"attention": [\n    true'), "lacks 'stages.0.attention"),
+    ):
+        assert change[0] in text
+        config.write_text(text.replace(*change))
+        with pytest.raises(ValueError, match=problem):
+            checkpoint.load(tmp_path)

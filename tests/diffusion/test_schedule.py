@@ -1,0 +1,107 @@
+"""Notations of noise, and what a network may say: algebra, and diffusers' numbers."""
+
+import numpy as np
+import pytest
+
+from diffusion import schedule
+from diffusion.schedule import Level
+from tests.diffusion.conftest import GOLDEN
+
+RANDOM = np.random.default_rng(0)
+X, E = RANDOM.standard_normal((2, 3, 4))
+LEVELS = [
+    *(schedule.from_flow(t) for t in (0.1, 0.5, 0.9)),
+    *(schedule.from_alpha_bar(a) for a in (0.01, 0.5, 0.99)),
+    *(schedule.from_sigma(s) for s in (0.002, 1.0, 80.0)),
+]
+
+
+@pytest.mark.parametrize("level", LEVELS, ids=str)
+@pytest.mark.parametrize("kind", schedule.PREDICTIONS)
+def test_every_prediction_gives_picture_and_noise_back(kind, level):
+    z = level.alpha * X + level.sigma * E
+    said = schedule.target(kind, X, E, level)
+    x = schedule.clean(kind, said, z, level)
+    np.testing.assert_allclose(x, X, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(schedule.noise(x, z, level), E, rtol=1e-6, atol=1e-6)
+
+
+def test_an_unknown_prediction_is_named():
+    for call in (schedule.target, schedule.clean):
+        with pytest.raises(ValueError, match="'score'"):
+            call("score", X, E, Level(0.5, 0.5))
+
+
+@pytest.mark.parametrize("level", LEVELS, ids=str)
+def test_the_notations_name_the_same_ratio(level):
+    for other in (
+        schedule.from_flow(schedule.to_flow(level)),
+        schedule.from_alpha_bar(schedule.to_alpha_bar(level)),
+        schedule.from_sigma(level.ratio),
+    ):
+        assert other.ratio == pytest.approx(level.ratio)
+        z = schedule.rescale(level.alpha * X + level.sigma * E, level, other)
+        np.testing.assert_allclose(z, other.alpha * X + other.sigma * E, rtol=1e-9)
+
+
+def test_a_flow_is_straight():
+    """A quarter of the way is a quarter of the picture, and the velocity is the same all along."""
+    quarter, half = (schedule.from_flow(t) for t in (0.25, 0.5))
+    z = quarter.alpha * X + quarter.sigma * E
+    velocity = schedule.target("flow", X, E, quarter)
+    np.testing.assert_allclose(z + 0.25 * velocity, half.alpha * X + half.sigma * E)
+
+
+def test_betas_are_those_of_diffusers():
+    for name, betas in (
+        ("linear", schedule.linear_betas()),
+        ("cosine", schedule.cosine_betas()),
+    ):
+        np.testing.assert_allclose(schedule.alpha_bars(betas), GOLDEN[name], rtol=1e-4, atol=1e-7)
+
+
+def test_mixtures_and_velocities_are_those_of_diffusers():
+    x, e = GOLDEN["picture"], GOLDEN["start"]
+    bars = schedule.alpha_bars(schedule.linear_betas())
+    for number, step in enumerate(GOLDEN["mixed"]):
+        level = schedule.from_alpha_bar(bars[step])
+        noisy = level.alpha * x + level.sigma * e
+        np.testing.assert_allclose(noisy, GOLDEN["noisy"][number], atol=1e-5)
+        velocity = schedule.target("v", x, e, level)
+        np.testing.assert_allclose(velocity, GOLDEN["velocity"][number], atol=1e-5)
+    for sigma, expected in zip(GOLDEN["mixed_flow"], GOLDEN["flow_noisy"], strict=True):
+        level = schedule.from_flow(1 - sigma)
+        np.testing.assert_allclose(level.alpha * x + level.sigma * e, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("epsilon", "epsilon"), ("x0", "sample"), ("v", "v_prediction")]
+)
+def test_the_clean_picture_is_that_of_diffusers(ours, theirs):
+    bars = schedule.alpha_bars(schedule.linear_betas())
+    z = GOLDEN["start"]
+    x = schedule.clean(ours, 0.3 * z + 0.1, z, schedule.from_alpha_bar(bars[500]))
+    np.testing.assert_allclose(x, GOLDEN[theirs], rtol=1e-5, atol=1e-5)
+
+
+def test_karras_levels_fall_from_largest_to_smallest_to_nothing():
+    sigmas = [level.sigma for level in schedule.karras_levels(8)]
+    assert sigmas[0] == pytest.approx(80) and sigmas[-2] == pytest.approx(0.002)
+    assert sigmas[-1] == 0 and sigmas == sorted(sigmas, reverse=True)
+
+
+def test_steps_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="steps must divide 1000, got 7"):
+        schedule.ddpm_levels(schedule.linear_betas(), 7)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.8, 0.99])
+def test_preconditioning_leaves_a_task_of_variance_one(t):
+    """Whatever the level: what goes in, and what there is left to say, have variance 1."""
+    spread = 0.6
+    x, e = RANDOM.standard_normal((2, 200_000))
+    x = spread * x
+    z = t * x + (1 - t) * e
+    c_in, c_skip, c_out = (np.float64(c) for c in schedule.precondition(t, spread))
+    assert (c_in * z).var() == pytest.approx(1, rel=0.02)
+    assert ((x - c_skip * z) / c_out).var() == pytest.approx(1, rel=0.02)

@@ -1,0 +1,361 @@
+"""emoji-64: text to small pictures, trained on a CPU in a few hours.
+
+    python -m training.recipes.emoji pack --packages DIR --encoder ENCODER --out PACK
+    python -m training.recipes.emoji denoiser --pack PACK --encoder ENCODER --out RUN
+    python -m training.recipes.emoji upscaler --pack PACK --out RUN2
+    python -m training.recipes.emoji export --run RUN --out MODEL/denoiser
+    python -m training.recipes.emoji export --run RUN2 --out MODEL/upscaler
+
+A U-Net learns pictures of 32 x 32 pixels by flow matching; the step to 64 x 64 is learnt apart, on
+real pictures that were made half as large. Everything here was chosen for two cores and a few
+hours: the encoder is frozen and its states are computed once; what people ask for is drawn more
+often than what Unicode has most of; AdamW, because Muon's products of matrices cost more than the
+network itself; a constant learning rate, so that a run may be stopped anywhere, and a short second
+run in which it falls (`denoiser --start MODEL/denoiser --schedule linear --steps 3000`).
+
+Like all recipes a short file to be copied and changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion import checkpoint, data, layers, model, painter, sample, schedule, upscale
+from diffusion.config import UNetConfig, UpscalerConfig
+from diffusion.data import Pack
+from diffusion.text import Reader, Text
+from training import checkpoint as checkpoints
+from training import loop, tree
+from training.config import Config as Run
+
+SHOWN = (
+    "apple", "cat", "heart", "sun", "car", "tree", "pizza", "dog", "house", "fish", "banana",
+    "star", "smiling face", "moon", "flower", "book", "bird", "boat", "guitar", "umbrella",
+)  # fmt: skip
+UNET = UNetConfig(
+    image_size=32, channels=(64, 128, 256), blocks=(1, 2, 1), attention=(False, True, True)
+)
+UPSCALER = UpscalerConfig(width=64, num_blocks=2)
+VALIDATION = 40  # pictures in a batch of those held out
+LOOK_EVERY = 250  # steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What there is to choose."""
+
+    pack: Path
+    out: Path
+    start: Path | None = None  # a denoiser to begin from
+    steps: int = 100_000
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "linear"] = "constant"
+    styles: tuple[float, ...] = (0.3, 0.5, 0.2)  # how often each is drawn
+    common: float = 5.0  # how much more often what has a common name is drawn
+    dropped: float = 0.1  # share of pictures whose prompt is not shown, for guidance
+    middle: float = -0.4  # of the times: a normal distribution with this mean, squashed
+    seed: int = 0
+
+
+# What is drawn how often
+
+
+def common_words(encoder: Path, count: int = 10_000) -> Callable[[str], bool]:
+    """Whether a caption is a single common word: BERT's vocabulary begins with the commonest."""
+    words = (encoder / "vocab.txt").read_text("utf-8").splitlines()[:count]
+    return frozenset(words).__contains__
+
+
+def draw_weights(pack: Pack, settings: Settings, is_common: Callable[[str], bool]) -> np.ndarray:
+    """How often each picture is drawn, as shares; never one that is held out."""
+    weights = np.array([concept.weight for concept in pack.concepts])
+    for number, concept in enumerate(pack.concepts):
+        is_thing = data.GROUPS[concept.group][0] not in ("people", "symbols")
+        asked_for = [text for text, share in concept.captions.items() if share >= 0.16]
+        kind = concept.name.lower().split()[-1]
+        is_thing &= "face" not in concept.name
+        if is_thing and any(map(is_common, (*asked_for, kind))):
+            weights[number] *= settings.common
+    found = weights[pack.concept] * np.array(settings.styles)[pack.style] * ~pack.held_out
+    return found / found.sum()
+
+
+def batches(
+    pack: Pack, settings: Settings, shares: np.ndarray, size: int
+) -> Callable[[int], dict[str, np.ndarray]]:
+    """The batch of a step: pictures drawn by their shares, each with a caption."""
+    cumulative = np.cumsum(shares)
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        random = np.random.default_rng((settings.seed, step))
+        which = np.searchsorted(cumulative, random.random(settings.batch_size) * cumulative[-1])
+        heard = pack.heard([pack.draw_caption(random, picture) for picture in which])
+        keep = random.random(settings.batch_size) >= settings.dropped
+        return {"x": pack.pictures(which, size), "keep": keep, **heard}
+
+    return batch
+
+
+def held_out(pack: Pack, size: int) -> list[dict[str, np.ndarray]]:
+    """Batches of the pictures that are never learnt, each asked for by name and style."""
+    random = np.random.default_rng(0)
+    which = random.permutation(np.flatnonzero(pack.held_out))
+    found = []
+    for start in range(0, len(which) - VALIDATION + 1, VALIDATION):
+        rows = which[start : start + VALIDATION]
+        captions = [
+            data.spoken(next(iter(pack.concepts[pack.concept[i]].captions)), int(pack.style[i]))
+            for i in rows
+        ]
+        keep = np.ones(VALIDATION, bool)
+        found.append({"x": pack.pictures(rows, size), "keep": keep, **pack.heard(captions)})
+    return found
+
+
+# The denoiser
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """Flow matching, as a task for the loop (Lipman et al. 2022, arXiv:2210.02747)."""
+
+    cfg: model.Config
+    middle: float = 0.0
+    start: Any = None
+
+    def init(self, key: jax.Array) -> model.Params:
+        if self.start is None:
+            return model.init(key, self.cfg)
+        return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), self.start)
+
+    def loss(self, weights: model.Params, frozen: None, batch, key: jax.Array):
+        x = batch["x"]
+        for_time, for_noise = jax.random.split(key)
+        e = jax.random.normal(for_noise, x.shape)
+        # Each row draws from a slice of its own of the distribution: the mean varies less.
+        count = x.shape[0]
+        share = (jnp.arange(count) + jax.random.uniform(for_time, (count,))) / count
+        t = jax.nn.sigmoid(self.middle + jax.scipy.special.ndtri(jnp.clip(share, 1e-3, 1 - 1e-3)))
+        text = Text(batch["states"], batch["mask"], batch["pooled"])
+        losses = model.flow_loss(weights, self.cfg, x, e, t, text, batch["keep"])
+        return losses.sum(), jnp.float32(count), {}
+
+
+def train_denoiser(settings: Settings, encoder: Path) -> loop.Outcome:
+    """Trains, or goes on with it; draws a grid of pictures now and then."""
+    pack = Pack(settings.pack)
+    start, cfg = (None, UNET) if settings.start is None else checkpoint.load(settings.start)
+    shares = draw_weights(pack, settings, common_words(encoder))
+    config = Run(
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+        schedule=settings.schedule,
+        final_fraction=0.02,
+        warmup_steps=200 if start is None else 0,
+        b2=0.99,
+        average_decay=0.999,
+        validate_every=500,
+        save_every=250,
+    )
+    write_config(settings.out, {"kind": "unet"})
+    prompts = Reader(encoder)([*SHOWN, *(data.spoken(prompt, 1) for prompt in SHOWN)])
+
+    def look(state, line: dict[str, Any]) -> None:
+        if line["step"] % LOOK_EVERY == 0 or line["step"] == settings.steps:
+            drawn = draw(state.average, cfg, prompts, seed=0)
+            save(painter.grid(drawn, 10), settings.out / f"grid-{line['step']:06d}.png")
+
+    return loop.train(
+        Denoising(cfg, settings.middle, start),
+        None,
+        batches(pack, settings, shares, cfg.image_size),
+        config,
+        settings.out,
+        validate=held_out(pack, cfg.image_size),
+        on_step=look,
+    )
+
+
+def draw(
+    weights: model.Params, cfg: model.Config, text: Text, *, seed: int, guidance: float = 3.0
+) -> np.ndarray:
+    """A picture a prompt, all from the same noise: uint8 [B, Y, X, 3], not yet doubled."""
+    text = jax.tree.map(jnp.asarray, text)
+    z = sample.normal(sample.keys_of(seed, 1), (cfg.image_size, cfg.image_size, 3))
+    z = jnp.repeat(z, len(text.mask), 0)
+
+    def denoise(z: jax.Array, level: schedule.Level) -> jax.Array:
+        return painter.guided(weights, cfg, z, schedule.to_flow(level), text, guidance)
+
+    return painter.to_bytes(sample.sample(denoise, z, schedule.flow_levels(20), "dpmpp"))
+
+
+# The upscaler
+
+
+@dataclass(frozen=True)
+class Doubling:
+    """From pictures made half as large, a little noisy, to the pictures."""
+
+    cfg: UpscalerConfig
+
+    def init(self, key: jax.Array) -> upscale.Params:
+        return layers.init(key, upscale.abstract(self.cfg))
+
+    def loss(self, weights: upscale.Params, frozen: None, batch, key: jax.Array):
+        large = batch["x"]
+        b, height, width, c = large.shape
+        small = large.reshape(b, height // 2, 2, width // 2, 2, c).mean((2, 4))
+        for_amount, for_noise = jax.random.split(key)
+        amount = 0.1 * jax.random.uniform(for_amount, (b, 1, 1, 1)) ** 2
+        small = small + amount * jax.random.normal(for_noise, small.shape)
+        found = upscale.double(weights, self.cfg, small)
+        # Absolute errors: their best guess at an edge is one side of it, squares blur it.
+        return jnp.abs(found - large).mean((1, 2, 3)).sum(), jnp.float32(b), {}
+
+
+def train_upscaler(settings: Settings) -> loop.Outcome:
+    """Trains the network that doubles, or goes on with it."""
+    pack = Pack(settings.pack)
+    seen, unseen = np.flatnonzero(~pack.held_out), np.flatnonzero(pack.held_out)
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        random = np.random.default_rng((settings.seed, step))
+        return {"x": pack.pictures(random.choice(seen, settings.batch_size), data.SIZE)}
+
+    config = Run(
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+        schedule="cosine",
+        warmup_steps=50,
+        b2=0.99,
+        average_decay=0.998,
+        validate_every=500,
+        save_every=250,
+    )
+    write_config(settings.out, {"kind": "upscaler"})
+    return loop.train(
+        Doubling(UPSCALER),
+        None,
+        batch,
+        config,
+        settings.out,
+        validate=[{"x": pack.pictures(unseen[:VALIDATION], data.SIZE)}],
+    )
+
+
+# Files
+
+
+def write_config(run: Path, values: dict[str, Any]) -> None:
+    """Notes in a run's folder what it trains, for `export`."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "network.json").write_text(json.dumps(values) + "\n", "utf-8")
+
+
+def export(run: Path, target: Path) -> None:
+    """Writes the running mean of a run's weights, in float16."""
+    from safetensors.numpy import load_file
+
+    kind = json.loads((run / "network.json").read_text("utf-8"))["kind"]
+    cfg, abstract = (UNET, None) if kind == "unet" else (UPSCALER, upscale.abstract)
+    task = Denoising(cfg) if abstract is None else Doubling(cfg)
+    steps = checkpoints.numbers(run / "checkpoints")
+    if not steps:
+        raise ValueError(f"{run}: has no checkpoint")
+    file = run / "checkpoints" / f"step-{steps[-1]:06d}" / "state.safetensors"
+    mine = "average."
+    arrays = {
+        name.removeprefix(mine): array
+        for name, array in load_file(file).items()
+        if name.startswith(mine)
+    }
+    weights = tree.from_named(arrays, jax.eval_shape(task.init, jax.random.key(0)))
+    checkpoint.save(target, weights, cfg, format="float16")
+
+
+def save(picture: np.ndarray, path: Path) -> None:
+    """Writes a PNG."""
+    from PIL import Image
+
+    Image.fromarray(picture).save(path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns its exit status."""
+    args = _parser().parse_args(argv)
+    return args.run(args)
+
+
+def _pack(args: argparse.Namespace) -> int:
+    data.fetch(args.packages)
+    data.pack(args.packages, Reader(args.encoder), args.out)
+    return 0
+
+
+def _denoiser(args: argparse.Namespace) -> int:
+    return _status(train_denoiser(_settings(args), args.encoder))
+
+
+def _upscaler(args: argparse.Namespace) -> int:
+    return _status(train_upscaler(_settings(args)))
+
+
+def _export(args: argparse.Namespace) -> int:
+    export(args.run_folder, args.out)
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    names = Settings.__dataclass_fields__
+    given = {name: value for name, value in vars(args).items() if name in names}
+    return Settings(**{name: value for name, value in given.items() if value is not None})
+
+
+def _status(outcome: loop.Outcome) -> int:
+    return 0 if outcome.signal is None else 128 + outcome.signal
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m training.recipes.emoji")
+    commands = parser.add_subparsers(required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], help: str):
+        made = commands.add_parser(name, help=help)
+        made.add_argument("--out", type=Path, required=True)
+        made.set_defaults(run=run)
+        return made
+
+    pack = command("pack", _pack, "fetch pictures and read captions")
+    pack.add_argument("--packages", type=Path, required=True)
+    pack.add_argument("--encoder", type=Path, required=True)
+    for name, run in (("denoiser", _denoiser), ("upscaler", _upscaler)):
+        train = command(name, run, "train it, or go on with it")
+        train.add_argument("--pack", type=Path, required=True)
+        train.add_argument("--steps", type=int)
+        train.add_argument("--batch-size", type=int)
+        train.add_argument("--learning-rate", type=float)
+        if name == "denoiser":
+            train.add_argument("--encoder", type=Path, required=True)
+            train.add_argument("--start", type=Path)
+            train.add_argument("--schedule", choices=("constant", "linear"))
+    made = command("export", _export, "write the weights of a run")
+    made.add_argument("--run", dest="run_folder", type=Path, required=True)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
