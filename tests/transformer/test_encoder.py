@@ -104,15 +104,18 @@ def test_a_text_that_is_empty_or_too_long_or_of_another_vocabulary_is_refused() 
     assert encoder.embed_all(params, cfg, []).shape == (0, 32)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"num_heads": 2},
-        {"norm_eps": 0.1},
-        {"pooling": "cls"},
-        {"normalize": False},
-    ],
-)
+NUMBERS = [{"num_heads": 2}, {"norm_eps": 0.1}, {"pooling": "cls"}, {"normalize": False}]
+SHAPES = [
+    {"num_layers": 3},
+    {"d_model": 40},
+    {"d_ff": 72},
+    {"vocab_size": 330},
+    {"max_seq_len": 130},
+    {"num_types": 3},
+]
+
+
+@pytest.mark.parametrize("change", NUMBERS, ids=str)
 def test_a_changed_field_changes_the_vectors(change: dict) -> None:
     cfg = Config.debug()
     params = noise(encoder.init(jax.random.key(0), cfg))
@@ -120,6 +123,20 @@ def test_a_changed_field_changes_the_vectors(change: dict) -> None:
     before = encoder.embed_all(params, cfg, texts)
     after = encoder.embed_all(params, dataclasses.replace(cfg, **change), texts)
     assert np.abs(before - after).max() > 1e-3
+
+
+@pytest.mark.parametrize("change", SHAPES, ids=str)
+def test_a_changed_size_changes_the_weights(change: dict) -> None:
+    def shapes(cfg: Config) -> list[tuple[int, ...]]:
+        return [leaf.shape for leaf in jax.tree.leaves(encoder.abstract(cfg))]
+
+    assert shapes(Config.debug()) != shapes(dataclasses.replace(Config.debug(), **change))
+
+
+def test_every_field_is_wired() -> None:
+    """`max_tokens` has tests of its own: what is longer is refused, and no row is wider."""
+    wired = {name for change in NUMBERS + SHAPES for name in change} | {"max_tokens"}
+    assert wired == {field.name for field in dataclasses.fields(Config)}
 
 
 @pytest.mark.parametrize(
