@@ -73,8 +73,9 @@ def offer(
 
     def memory() -> int:
         name = fingerprint.on_machine(sha256 or fingerprint.of_weights(place.path))
-        format = next((format for format in FORMATS if format == dtype), None)
-        format = format or formats.expected(cfg, name, cache_budget, good, memory_limit)
+        format = formats.expected(cfg, name, cache_budget, good, memory_limit)
+        if dtype in FORMATS:
+            format = FORMATS[FORMATS.index(dtype)]
         return formats.weight_bytes(cfg, format) + cache_budget
 
     def load() -> ServedModel:

@@ -86,9 +86,9 @@ def expected(
     within = [f for f in FORMATS if limit is None or weight_bytes(cfg, f) + extra <= limit]
     if not within:
         return FORMATS[0]  # which will be refused
-    if (known := _remembered(name, good)) in within:
-        return known
-    return ([format for format in within if format in good] or within)[-1]
+    wanted = _wanted(within, good)
+    known = (_remembered(name, wanted[:count]) for count in range(len(wanted), 1, -1))
+    return next(filter(None, known), wanted[-1])
 
 
 def choose(
@@ -119,7 +119,8 @@ def choose(
         ValueError: the weights are damaged.
     """
     fitting = that_fit(id, cfg, extra, limit=limit)
-    if (known := _remembered(name, good)) in fitting:
+    tried = _wanted(fitting, good)
+    if (known := _remembered(name, tried)) in tried:
         return known
 
     for format in FORMATS[len(fitting) :]:
@@ -127,7 +128,6 @@ def choose(
             f"{id}: {format} would need {_gigabytes(weight_bytes(cfg, format) + extra)} of memory, "
             f"{_gigabytes(memory.available())} are free: not tried"
         )
-    tried = [format for format in fitting if not good or format in good] or [fitting[-1]]
     if len(tried) == 1:
         is_good = not good or tried[0] in good
         notify(
@@ -152,18 +152,22 @@ def choose(
         notify(verdict if format in found else verdict + " (too far off)")
     chosen = min(found, key=found.__getitem__)
     notify(f"serving {id} in {chosen}")
-    if fitting == FORMATS:  # with more memory, another answer might come out
-        notes.add(settings.data_folder() / REMEMBERED, _key(name, good), chosen)
+    notes.add(settings.data_folder() / REMEMBERED, _key(name, tried), chosen)
     return chosen
 
 
-def _remembered(name: str, good: Sequence[Format]) -> Format | None:
-    return notes.read(settings.data_folder() / REMEMBERED).get(_key(name, good))
+def _wanted(fitting: Sequence[Format], good: Sequence[Format]) -> list[Format]:
+    """Those that are good enough, or may be; if none is, the best there is."""
+    return [format for format in fitting if not good or format in good] or [fitting[-1]]
 
 
-def _key(name: str, good: Sequence[Format]) -> str:
-    """What a choice is remembered under: among which formats it was made is part of it."""
-    return " ".join([name, *good])
+def _remembered(name: str, tried: Sequence[Format]) -> Format | None:
+    return notes.read(settings.data_folder() / REMEMBERED).get(_key(name, tried))
+
+
+def _key(name: str, tried: Sequence[Format]) -> str:
+    """What a choice is remembered under: with more memory, another might have come out."""
+    return " ".join([name, *tried])
 
 
 def _probe(path: Path, formats: Sequence[Format], *, quality: bool) -> Iterator[dict[str, Any]]:

@@ -4,9 +4,9 @@
 
 A line of JSON for each format, as it is known: the milliseconds of a decoding step of four layers
 and the head, with made-up weights of the model's sizes (how fast a product is does not depend on
-the numbers in it), and with `--quality` the model's perplexity on a passage, which reads all weights.
-The process takes its memory along when it ends; inside the server, what measuring had touched
-stayed with it.
+the numbers in it), and with `--quality` the model's perplexity on a passage, which reads all of its
+weights. The process takes its memory along when it ends; inside the server, what measuring had
+touched stayed with it.
 """
 
 from __future__ import annotations

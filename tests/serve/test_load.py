@@ -107,7 +107,7 @@ def test_what_is_measured_is_remembered(home, tmp_path):
     chosen = formats.choose("tiny", path, cfg, "fp", 2**20, said.append)
     assert [line.split()[0] for line in said[1:4]] == ["float32", "bfloat16", "int8"]
     assert all("perplexity x" in line for line in said[1:4]) and chosen in said[4]
-    assert notes.read(home / "formats.json") == {"fp": chosen}
+    assert notes.read(home / "formats.json") == {"fp int8 bfloat16 float32": chosen}
     said.clear()
     assert formats.choose("tiny", path, cfg, "fp", 2**20, said.append) == chosen and not said
     # Where it is known which are good enough, no weights are read to find out.
@@ -143,7 +143,9 @@ def test_how_much_memory_is_counted(home, monkeypatch):
     assert formats.expected(cfg, "fp", 1, limit=need["bfloat16"] + 1) == "bfloat16"
     assert formats.expected(cfg, "fp", 1, limit=need["bfloat16"]) == "int8"
     assert formats.expected(cfg, "fp", 1, limit=1) == "int8", "and will be refused"
-    notes.add(home / "formats.json", "fp", "bfloat16")
+    notes.add(home / "formats.json", "fp int8 bfloat16", "int8")
+    assert formats.expected(cfg, "fp", 0) == "int8", "the widest did not fit, it was said"
+    notes.add(home / "formats.json", "fp int8 bfloat16 float32", "bfloat16")
     assert formats.expected(cfg, "fp", 0) == "bfloat16"
     free(monkeypatch, 20)
     assert formats.that_fit("m", cfg, 0, limit=need["bfloat16"]) == ("int8", "bfloat16")
