@@ -250,10 +250,13 @@ def forward(
 
     Returns:
         Logits float32 [B, T, V], and a dictionary with exactly the named taps.
+
+    Raises:
+        ValueError: an unknown tap, or more tokens than learned positions.
     """
     if unknown := set(taps) - {"residual", "attention", "logits"}:
         raise ValueError(f"taps must be among residual, attention, logits; got {sorted(unknown)}")
-    x, angles = embed_tokens(params, cfg, ids, _positions(ids, segments))
+    x, angles = embed_tokens(params, cfg, ids, _positions(cfg, ids, segments))
     residual, weights = [x], []
     for i, layer in enumerate(params.layers):
         x, seen = _read_layer(
@@ -290,7 +293,7 @@ def hidden(
     Returns:
         float32 [B, T, D].
     """
-    x, angles = embed_tokens(params, cfg, ids, _positions(ids, segments))
+    x, angles = embed_tokens(params, cfg, ids, _positions(cfg, ids, segments))
     for i, layer in enumerate(params.layers):
         read = partial(_read_layer, cfg=cfg, window=cfg.window(i))
         x, _ = (recompute(read) if remat else read)(x, layer, angles[i], segments)
@@ -313,8 +316,13 @@ def _read_layer(x, layer, angles, segments, *, cfg, window, watch=False):
     return block(x, layer, cfg, angles, attend), weights
 
 
-def _positions(ids: jax.Array, segments: jax.Array | None) -> jax.Array:
+def _positions(cfg: Config, ids: jax.Array, segments: jax.Array | None) -> jax.Array:
     if segments is None:
+        if cfg.position == "learned" and ids.shape[1] > cfg.max_seq_len:
+            raise ValueError(
+                f"a row may have {cfg.max_seq_len} tokens, as many as positions were learned, "
+                f"got {ids.shape[1]}"
+            )
         return jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     return places(segments)
 

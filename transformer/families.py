@@ -292,13 +292,16 @@ def _take_rope(given: dict[str, Any], fields: dict[str, Any]) -> None:
     if nested and nested.keys() <= _LAYER_TYPES:
         if "rope_local_base_freq" not in given:
             raise ValueError("rope_parameters differ by layer, which this model type does not do")
-        local = dict(nested.get(_LOCAL) or {})
+        for key, value in nested.items():
+            if not isinstance(value, Mapping):
+                raise ValueError(f"rope_parameters of {key} must be an object, got {value!r}")
+        local = dict(nested.get(_LOCAL, {}))
         if (kind := local.pop("rope_type", "default")) != "default":
             raise ValueError(f"rope_parameters of {_LOCAL} must be 'default', got {kind!r}")
         given["rope_local_base_freq"] = local.pop("rope_theta", given["rope_local_base_freq"])
         if local:
             raise ValueError(f"rope_parameters of {_LOCAL} hold unknown keys: {sorted(local)}")
-        nested = nested.get(_GLOBAL) or {}
+        nested = nested.get(_GLOBAL, {})
     everywhere |= nested
     fields["rope_theta"] = everywhere.pop("rope_theta")
     fields["rope_scaling"] = _scaling(everywhere)
@@ -314,7 +317,7 @@ def _scaling(given: dict[str, Any]) -> RopeScaling | None:
         if given:
             raise ValueError(f"rope_type 'default' has no keys {sorted(given)}")
         return None
-    if kind not in SCALING_FIELDS:
+    if not isinstance(kind, str) or kind not in SCALING_FIELDS:
         known = ", ".join(["default", *SCALING_FIELDS])
         raise ValueError(f"rope_type must be one of {known}, got {kind!r}")
     if kind == "yarn":

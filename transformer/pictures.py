@@ -1,7 +1,7 @@
 """Pictures of what `inspect.py` returns, as PNG files or on axes of your own.
 
-Tokens are labelled with whatever strings are given: this package knows ids, not text. A folder that
-is not there is made, once there is a picture to put in it. matplotlib is imported when one is drawn.
+Tokens are labelled with whatever strings are given: this package knows ids, not text. A missing
+folder is made once there is a picture to put in it. matplotlib is imported when one is drawn.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -79,7 +80,6 @@ def zero_shot(vectors: jax.Array, labels: jax.Array, temperature: float = 0.05) 
     return jax.nn.softmax(cosine(vectors, labels) / temperature, axis=-1)
 
 
-@partial(jax.jit, static_argnames=("num_classes", "max_steps"))
 def fit_probe(
     vectors: jax.Array,
     labels: jax.Array,
@@ -95,11 +95,25 @@ def fit_probe(
 
     Args:
         vectors: float32 [n, D].
-        labels: int32 [n], from 0 to num_classes - 1.
+        labels: int [n], from 0 to num_classes - 1.
         penalty: larger ones keep the weights smaller; needed where classes can be parted perfectly.
         max_steps: it stops earlier once the gradient is below 1e-5.
-    """
 
+    Raises:
+        ValueError: there is not one label a vector, or one is not among the classes.
+    """
+    labels = np.asarray(labels)
+    if labels.shape != (len(vectors),) or not len(labels):
+        raise ValueError(
+            f"there must be a label for each of {len(vectors)} vectors, got {labels.shape}"
+        )
+    if (strange := labels[(labels < 0) | (labels >= num_classes)]).size:
+        raise ValueError(f"labels go from 0 to {num_classes - 1}, got {strange[0]}")
+    return _fit(vectors, labels, num_classes, penalty, max_steps)
+
+
+@partial(jax.jit, static_argnames=("num_classes", "max_steps"))
+def _fit(vectors, labels, num_classes: int, penalty: jax.Array, max_steps: int) -> Probe:
     def loss(probe: Probe) -> jax.Array:
         logits = _logits(probe, vectors)
         fit = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()

@@ -32,6 +32,14 @@ GEMMA_FORMS = dict(
 FORMS = {"llama": {}, "gpt2": GPT2_FORMS, "gemma": GEMMA_FORMS}
 
 
+# Values of types that a key of a config does not have.
+ODD = (
+    None, True, 0, -1, 2**70, 0.5, float("nan"), float("inf"), "", "x", [], [1], ["x"], [[1]], {},
+    {"x": 1}, {"rope_type": [1]}, {"full_attention": 5}, {"sliding_attention": 5},
+    {"sliding_attention": {"rope_theta": "x"}}, {"type": {}}, {"rope_type": "yarn", "factor": [1]},
+)  # fmt: skip
+
+
 class Loaded(NamedTuple):
     params: Params
     cfg: Config

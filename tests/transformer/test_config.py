@@ -1,11 +1,12 @@
 """Config: what it refuses, and the way to and from a Hugging Face config.json."""
 
+import contextlib
 import dataclasses
 import json
 
 import pytest
 
-from tests.transformer.conftest import GEMMA_FORMS, GOLDEN, GPT2_FORMS, TINY
+from tests.transformer.conftest import GEMMA_FORMS, GOLDEN, GPT2_FORMS, ODD, TINY
 from transformer.config import Config, RopeScaling
 
 LINEAR = RopeScaling(kind="linear", factor=8.0)
@@ -194,6 +195,16 @@ def test_what_no_model_type_has_is_not_written(change):
 def test_an_unknown_meaning_is_refused(name, change, said):
     with pytest.raises(ValueError, match=said):
         Config.from_hf(hf(name, **change))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_value_of_any_type_is_read_or_refused(name):
+    """Bug: a list where a name of a scaling belongs was a TypeError."""
+    more = ("rope_scaling", "rope_parameters", "sliding_window_pattern", "rope_local_base_freq")
+    for key in (*hf(name), *more):
+        for value in ODD:
+            with contextlib.suppress(ValueError):  # any other exception fails the test
+                Config.from_hf(hf(name, **{key: value}))
 
 
 def test_qwen2_may_state_a_window_that_is_off():

@@ -247,6 +247,14 @@ def test_an_unknown_tap_is_refused():
         decoder.forward(random_params(cfg), cfg, IDS, taps=("atention",))
 
 
+def test_more_tokens_than_learned_positions_are_refused():
+    """Bug: they were looked up at the last position, all of them."""
+    cfg = Config.debug(**GPT2_FORMS | dict(max_seq_len=11))
+    for read in (decoder.forward, decoder.hidden):
+        with pytest.raises(ValueError, match="a row may have 11 tokens, .* got 12"):
+            read(random_params(cfg), cfg, IDS)
+
+
 @pytest.mark.parametrize("forms", FORMS)
 def test_stacking_layers_is_undone_by_unstacking(forms):
     cfg = Config.debug(num_layers=3, **FORMS[forms])

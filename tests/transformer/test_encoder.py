@@ -1,5 +1,6 @@
 """The encoder: equal to transformers and sentence-transformers, whatever shares its rows."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import bpe
-from tests.transformer.conftest import noise
+from tests.transformer.conftest import ODD, noise
 from transformer import encoder, packing
 from transformer.checkpoint import bert
 from transformer.encoder import Config
@@ -176,6 +177,13 @@ def test_a_config_json_with_another_meaning_is_refused(change: dict, message: st
         Config.from_hf(Config.debug().to_hf() | change)
 
 
+@pytest.mark.parametrize("key", Config.debug().to_hf())
+def test_a_value_of_any_type_is_read_or_refused(key: str) -> None:
+    for value in ODD:
+        with contextlib.suppress(ValueError):  # any other exception fails the test
+            Config.from_hf(Config.debug().to_hf() | {key: value})
+
+
 def test_a_config_json_without_a_size_is_refused() -> None:
     config = Config.debug().to_hf()
     del config["intermediate_size"]
@@ -245,6 +253,9 @@ def test_the_longest_input_is_read_where_it_stands(tmp_path: Path) -> None:
     assert bert.load(tmp_path)[1].max_tokens == 40
     (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 20}')
     assert bert.load(tmp_path)[1].max_tokens == 20
+    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": "20"}')
+    with pytest.raises(ValueError, match="max_seq_length must be a positive integer, got '20'"):
+        bert.load(tmp_path)
 
 
 # --- all-MiniLM-L6-v2 -------------------------------------------------------------------------

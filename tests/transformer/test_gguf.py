@@ -1,12 +1,15 @@
 """GGUF files that llama.cpp made, tiny ones of each format and family (tests/golden)."""
 
+import contextlib
+
 import gguf
 import jax
 import numpy as np
 import pytest
 
-from tests.transformer.conftest import GOLDEN
-from transformer import cache, checkpoint, decoder
+from tests.transformer.conftest import GOLDEN, ODD
+from transformer import cache, checkpoint, decoder, families
+from transformer.checkpoint import gguf as reader
 from transformer.config import RopeScaling
 
 FORMATS = ("f16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_1", "q4_0")
@@ -51,6 +54,16 @@ def test_what_the_keys_of_a_family_mean():
     assert cfg["qwen3"].qk_norm and not cfg["qwen2"].qk_norm and cfg["qwen2"].qkv_bias
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_metadata_of_any_type_is_read_or_refused(name):
+    metadata, _ = reader.read(GOLDEN / "gguf" / f"{name}.gguf")
+    kind = metadata["general.architecture"]
+    for key in (*metadata, f"{kind}.rope.scaling.type", f"{kind}.rope.scaling.factor"):
+        for value in ODD:
+            with contextlib.suppress(ValueError):  # any other exception fails the test
+                families.from_gguf(metadata | {key: value}, has_head=False)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_gguf_file_can_be_saved_for_transformers(tmp_path, name):
     params, cfg, _ = checkpoint.load(GOLDEN / "gguf" / f"{name}.gguf")
@@ -67,4 +80,15 @@ def test_a_table_of_factors_that_is_not_llama_3s_is_refused(tmp_path):
     data[table.data_offset : table.data_offset + 4] = np.float32(6).tobytes()
     (tmp_path / "m.gguf").write_bytes(data)
     with pytest.raises(ValueError, match="rope_freqs.weight is not the table that Llama 3's"):
+        checkpoint.load(tmp_path / "m.gguf")
+
+
+def test_a_table_of_factors_with_two_axes_is_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("rope_freqs.weight", np.ones((2, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"rope_freqs.weight must have one axis, got \(2, 4\)"):
         checkpoint.load(tmp_path / "m.gguf")

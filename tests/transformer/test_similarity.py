@@ -40,6 +40,19 @@ def test_impossible_numbers_are_refused(k):
         similarity.cluster(jax.random.key(0), vectors, k)
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, 0], r"a label for each of 4 vectors, got \(3,\)"),
+        ([0, 1, 2, 0], "labels go from 0 to 1, got 2"),
+        ([0, -1, 1, 0], "labels go from 0 to 1, got -1"),
+    ],
+)
+def test_labels_of_no_class_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        similarity.fit_probe(jnp.ones((4, 2)), labels, 2)
+
+
 def test_zero_shot_is_a_softmax_of_cosines():
     labels = jnp.eye(2)
     found = similarity.zero_shot(jnp.array([[2.0, 0.0], [1.0, 1.0]]), labels, temperature=0.5)

@@ -81,6 +81,8 @@ def _open(
     else:
         metadata, tensors = gguf.read(path)
         factors = tensors.pop("rope_freqs.weight", None)
+        if factors is not None and len(factors.shape) != 1:
+            raise ValueError(f"{path}: rope_freqs.weight must have one axis, got {factors.shape}")
         cfg = families.from_gguf(
             metadata,
             has_head="output.weight" in tensors,

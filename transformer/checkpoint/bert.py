@@ -192,7 +192,7 @@ def _read_pooling(path: Path) -> Literal["mean", "cls"]:
     modes = {key.removeprefix("pooling_mode_") for key, on in value.items()
              if key.startswith("pooling_mode_") and on}  # fmt: skip
     if "pooling_mode" in value:
-        modes |= {value["pooling_mode"]}
+        modes |= {str(value["pooling_mode"])}
     known = {"mean_tokens": "mean", "mean": "mean", "cls_token": "cls", "cls": "cls"}
     if len(modes) != 1 or not modes <= known.keys():
         raise ValueError(f"{path}: pooling must be by mean or cls alone, got {sorted(modes)}")
@@ -208,8 +208,11 @@ def _read_max_tokens(folder: Path) -> int | None:
         path = folder / name
         value = safetensors.read_object(path).get(key) if path.exists() else None
         # Tokenizers without a limit of their own state one of thirty digits.
-        if value is not None and value < 2**31:
-            return value
+        if value is None or (isinstance(value, int | float) and value >= 2**31):
+            continue
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{path}: {key} must be a positive integer, got {value!r}")
+        return value
     return None
 
 
