@@ -69,8 +69,8 @@ class Model:
     context: int
     good_at: str
     sampling: Mapping[str, float]
-    formats: tuple[Format, ...]
     files: tuple[ModelFile, ...]
+    formats: tuple[Format, ...] = ()
 
     @property
     def size(self) -> int:
