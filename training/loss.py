@@ -62,8 +62,8 @@ def chunked(
         weights: are data: to differentiate by them raises ValueError.
         dtype: of the product; None: that of the table.
     """
-    chunk = min(chunk, len(x))
-    return _chunked(x, table, targets, weights, jnp.dtype(dtype or table.dtype), chunk)
+    x, table, targets, weights = map(jnp.asarray, (x, table, targets, weights))
+    return _chunked(x, table, targets, weights, jnp.dtype(dtype or table.dtype), min(chunk, len(x)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -99,8 +99,9 @@ def _walk(x, table, targets, weights, dtype, chunk, wants_dx, wants_dtable):
     num_chunks = (jnp.count_nonzero(weights) + chunk - 1) // chunk
     padding = -num_rows % chunk
     rows = jnp.pad(x[order].astype(dtype), ((0, padding), (0, 0)))
-    targets = jnp.pad(targets[order], (0, padding))
     weights = jnp.pad(weights[order], (0, padding))
+    # A row of no weight may share a chunk with others; whatever its target is, it must be a number.
+    targets = jnp.where(weights == 0, 0, jnp.pad(targets[order], (0, padding)))
     narrow = table.astype(dtype)
 
     def read(i, carry):

@@ -5,8 +5,8 @@ only, and computes the rest again when the gradient is wanted: more arithmetic, 
 
 `jax.checkpoint` means the same, and keeps its word on accelerators. XLA's CPU backend drops the
 barriers it relies on before it decides what is computed when, and then computes everything "again"
-early, beside the first time: a decoder of eight layers needed 685 MB instead of 735. Here the second
-time depends on the gradient that comes in, truly, and so cannot begin before there is one.
+early, beside the first time: a decoder of eight layers needed 685 MB instead of 735. Here the
+second time truly depends on the gradient that comes in, and so cannot begin before there is one.
 """
 
 from __future__ import annotations

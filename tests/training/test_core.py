@@ -1,0 +1,564 @@
+"""The trainer: gradients and curves like torch's, exact sums, checkpoints, and kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from training import Config, State, metrics, optim, state, step, train, tree
+from training import checkpoint as checkpoints
+from training.recipes.decoder import Full, LowRank, as_format, next_token_loss
+from transformer import checkpoint, decoder
+from transformer import config as decoders
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+CFG = decoders.Config.debug(vocab_size=64, num_layers=2)
+
+
+def batch_of(ids, weights=None, segments=None) -> dict[str, np.ndarray]:
+    ids = np.asarray(ids, np.int32)
+    ones = np.ones(ids.shape)
+    return {
+        "ids": ids,
+        "weights": np.asarray(ones if weights is None else weights, np.float32),
+        "segments": np.asarray(ones if segments is None else segments, np.int32),
+    }
+
+
+def draw(number: int, rows: int = 4, length: int = 24) -> dict[str, np.ndarray]:
+    """The batch of a step: counting up by 1 or 2, with a mask, two texts in a row, and padding."""
+    rng = np.random.default_rng([7, number])
+    ids = np.cumsum(rng.integers(1, 3, (rows, length)), axis=1) % CFG.vocab_size
+    segments = np.repeat([[1] * 10 + [2] * 11 + [0] * 3], rows, axis=0)
+    return batch_of(ids, rng.random(ids.shape) > 0.3, segments)
+
+
+def same(a, b) -> bool:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) for x, y in pairs)
+
+
+def close(found, expected, tolerance: float) -> None:
+    """Leaf by leaf, relative to the leaf's largest number."""
+    names = tree.named(expected)
+    for name, leaf in tree.named(found).items():
+        scale = np.abs(names[name]).max()
+        np.testing.assert_allclose(leaf, names[name], rtol=0, atol=tolerance * scale, err_msg=name)
+
+
+# --- against torch --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
+def test_gradients_are_those_of_transformers(family):
+    params, cfg, _ = checkpoint.load(GOLDEN / "transformer" / family)
+    expected, _, _ = checkpoint.load(GOLDEN / "training" / family)
+    golden = np.load(GOLDEN / "training" / family / "batch.npz")
+    batch = batch_of(golden["ids"], golden["weights"])
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        return next_token_loss(params, cfg, batch, "float32")[0]
+
+    found, gradients = loss(params)
+    np.testing.assert_allclose(found, golden["loss"], rtol=1e-5)
+    close(gradients, expected, 1e-4)
+
+
+def test_twenty_steps_are_those_of_torch(tmp_path):
+    """Warm-up and cosine, clipping, AdamW, decay of matrices only, masks: all in one curve."""
+    params, cfg, _ = checkpoint.load(GOLDEN / "transformer" / "llama")
+    expected, _, _ = checkpoint.load(GOLDEN / "training" / "curve")
+    golden = np.load(GOLDEN / "training" / "curve" / "curve.npz")
+    config = Config(
+        steps=20, learning_rate=3e-3, warmup_steps=4, final_fraction=0.1, weight_decay=0.1,
+        b2=0.95, clip_norm=1.0, save_every=100,
+    )  # fmt: skip
+    outcome = train(
+        Full(cfg=cfg, start=params),
+        None,
+        lambda number: batch_of(golden["ids"][number], golden["weights"][number]),
+        config,
+        tmp_path,
+    )
+    lines = metrics.read(tmp_path / "metrics.jsonl")
+    for name, key in (("loss", "losses"), ("grad_norm", "norms"), ("lr", "rates")):
+        np.testing.assert_allclose([line[name] for line in lines], golden[key], rtol=1e-4)
+    close(outcome.state.weights, expected, 1e-4)
+
+
+# --- the loss and its gradient --------------------------------------------------------------------
+
+
+def test_gradients_are_finite_differences():
+    """In float64, along random directions through all weights at once."""
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), decoder.init(jax.random.key(0), CFG))
+        batch = draw(0)
+        segments = batch["segments"]
+        counts = batch["weights"][:, 1:] * (segments[:, 1:] == segments[:, :-1])
+        counts = counts * (segments[:, 1:] > 0)
+
+        def loss(params):
+            logits, _ = decoder.forward(params, CFG, batch["ids"], segments=segments)
+            chosen = jnp.take_along_axis(
+                jax.nn.log_softmax(logits[:, :-1]), batch["ids"][:, 1:, None], axis=2
+            )
+            return -(chosen[..., 0] * counts).sum()
+
+        def ours(params):
+            return next_token_loss(params, CFG, batch, "float32")[0]
+
+        rng = np.random.default_rng(0)
+        gradient = jax.grad(ours)(jax.tree.map(lambda x: x.astype(jnp.float32), params))
+        for _ in range(3):
+            way = jax.tree.map(lambda x: rng.normal(size=x.shape), params)
+            at = lambda t, way=way: loss(jax.tree.map(lambda x, w: x + t * w, params, way))  # noqa: E731
+            slope = (at(1e-4) - at(-1e-4)) / 2e-4
+            along = sum(jax.tree.leaves(jax.tree.map(lambda g, w: (g * w).sum(), gradient, way)))
+            np.testing.assert_allclose(along, slope, rtol=1e-4)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_bfloat16_products_have_about_the_same_gradients(remat):
+    params, batch = decoder.init(jax.random.key(0), CFG), draw(0)
+
+    def gradient(format, remat):
+        return jax.jit(
+            jax.grad(lambda p: next_token_loss(p, CFG, batch, format, remat=remat)[0])
+        )(params)  # fmt: skip
+
+    exact = gradient("float32", False)
+    close(gradient("bfloat16", remat), exact, 0.03)
+    close(gradient("float32", remat), exact, 1e-5)
+
+
+def test_texts_of_a_row_do_not_see_each_other():
+    """Each text alone in a row has the loss, and the gradient, that it has beside others."""
+    params, rng = decoder.init(jax.random.key(0), CFG), np.random.default_rng(0)
+    texts = [rng.integers(0, 64, n) for n in (7, 1, 12)]
+    row = np.concatenate([*texts, np.zeros(4, int)])
+    packed = batch_of([row], segments=[[1] * 7 + [2] + [3] * 12 + [0] * 4])
+
+    @jax.jit
+    def look(batch):
+        loss = lambda p: next_token_loss(p, CFG, batch, "float32")[:2]  # noqa: E731
+        (total, weight), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        return total, weight, gradient
+
+    alone = [look(batch_of([text])) for text in texts]
+    total = jax.tree.map(lambda *leaves: sum(leaves), *alone)
+    found = look(packed)
+    assert found[1] == total[1] == 6 + 0 + 11
+    np.testing.assert_allclose(found[0], total[0], rtol=1e-6)
+    close(found[2], total[2], 1e-5)
+
+
+def test_the_fixed_weights_of_an_adapter_have_no_gradient():
+    """A gradient of every weight would cost as much again as reading the batch."""
+    cfg = decoders.Config.debug(d_model=128, d_ff=512, num_layers=3, vocab_size=64)
+    params, batch = decoder.init(jax.random.key(0), cfg), draw(0)
+    config = Config(steps=10, learning_rate=1e-3)
+
+    def flops(task, frozen) -> float:
+        start = jax.eval_shape(lambda: state.init(task, config))
+        take = step.make_step(task, config)
+        return take.lower(start, frozen, batch).compile().cost_analysis()["flops"]
+
+    adapter, full = flops(LowRank(cfg=cfg, rank=2), params), flops(Full(cfg=cfg), None)
+    read = jax.jit(lambda p: decoder.hidden(p, cfg, batch["ids"], batch["segments"]))
+    forward = read.lower(params).compile().cost_analysis()["flops"]
+    assert adapter < 2.5 * forward
+    assert full > 2.8 * forward
+
+
+def test_recomputing_needs_less_memory():
+    """`jax.checkpoint` does not on a CPU: XLA drops its barriers and computes all of it early."""
+    cfg = decoders.Config.debug(num_layers=8, d_model=64, d_ff=256)
+    config, batch = Config(steps=10, learning_rate=1e-3), draw(0, rows=8, length=24)
+
+    def need(remat: bool) -> int:
+        task = Full(cfg=cfg, remat=remat)
+        start = jax.eval_shape(lambda: state.init(task, config))
+        compiled = step.make_step(task, config).lower(start, None, batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert need(True) < 0.7 * need(False)
+
+
+def test_int8_weights_are_not_trained_through():
+    params = decoder.init(jax.random.key(0), CFG)
+    layers = tuple(layer.replace(q=decoder_int8(layer.q)) for layer in params.layers)
+    with pytest.raises(ValueError, match="int8 weights cannot be trained"):
+        as_format(params.replace(layers=layers), "float32")
+
+
+def decoder_int8(linear):
+    from transformer.layers import quantize
+
+    return quantize(linear)
+
+
+# --- a step ---------------------------------------------------------------------------------------
+
+
+def test_parts_of_a_batch_add_up_to_the_whole():
+    """Also where the parts hold different numbers of tokens: sums are added, not means."""
+    batch = draw(0)
+    batch["weights"][0] = 0  # the first part has less to learn
+    task = Full(cfg=CFG)
+    whole, parts = (Config(steps=5, learning_rate=1e-2, micro_batches=n) for n in (1, 4))
+    found = []
+    for config in (whole, parts):
+        after, sums = step.make_step(task, config)(state.init(task, config), None, batch)
+        found.append((after.optimizer, {k: sums[k] for k in ("loss", "weight", "correct")}))
+    close(found[1], found[0], 1e-5)
+    with pytest.raises(ValueError, match="micro_batches must divide the batch: .* 4 rows, which 3"):
+        config = Config(steps=5, learning_rate=1e-2, micro_batches=3)
+        step.make_step(task, config)(state.init(task, config), None, batch)
+
+
+def test_a_batch_in_which_nothing_counts_moves_nothing():
+    task, config = Full(cfg=CFG), Config(steps=5, learning_rate=1e-2)
+    before, batch = task.init(jax.random.key(0)), draw(0)
+    batch["weights"][:] = 0
+    after, sums = step.make_step(task, config)(state.init(task, config), None, batch)
+    assert float(sums["grad_norm"]) == 0
+    assert same(after.weights, before)
+
+
+def test_the_running_mean_follows_slower_and_slower():
+    task = Full(cfg=CFG)
+    config = Config(steps=5, learning_rate=1e-2, average_decay=0.99)
+    take, now = step.make_step(task, config), state.init(task, config)
+    mean = np.asarray(now.average.embed.weight)
+    for number in range(3):
+        now, _ = take(now, None, draw(number))
+        decay = min(0.99, (1 + number) / (10 + number))
+        mean = decay * mean + (1 - decay) * np.asarray(now.weights.embed.weight)
+        np.testing.assert_allclose(now.average.embed.weight, mean, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_optimizers_learn(optimizer, tmp_path):
+    config = Config(steps=60, learning_rate=1e-2, optimizer=optimizer, weight_decay=0.1)
+    train(Full(cfg=CFG), None, draw, config, tmp_path)
+    lines = metrics.read(tmp_path / "metrics.jsonl")
+    assert lines[0]["loss"] > 4 and lines[-1]["loss"] < 1.2  # a coin decides between two
+
+
+def test_muon_moves_hidden_matrices_evenly_and_leaves_tables_to_adam():
+    task = Full(cfg=CFG)
+    config = Config(steps=9, learning_rate=1e-2, optimizer="muon", schedule="constant")
+    before = task.init(jax.random.key(0))
+    after, _ = step.make_step(task, config)(state.init(task, config), None, draw(0))
+    change = np.asarray(after.weights.layers[0].up.weight - before.layers[0].up.weight)
+    values = np.linalg.svd(change, compute_uv=False)
+    assert values.min() > 0.4 * values.max()
+    size = 0.2 * 1e-2  # as AdamW's, root mean square
+    np.testing.assert_allclose(np.sqrt((change**2).mean()), size, rtol=0.35)
+    table = np.abs(np.asarray(after.weights.embed.weight - before.embed.weight))
+    np.testing.assert_allclose(table[table > 0].max(), 1e-2, rtol=1e-2)  # Adam's first step
+
+
+def test_schedules():
+    def rates(**more):
+        config = Config(steps=10, learning_rate=1.0, warmup_steps=4, final_fraction=0.2, **more)
+        return [float(optim.schedule(config)(number)) for number in range(11)]
+
+    rise = [0.2, 0.4, 0.6, 0.8, 1.0]
+    for name, last in (("cosine", 0.2), ("linear", 0.2), ("constant", 1.0)):
+        found = rates(schedule=name)
+        np.testing.assert_allclose(found[:5], rise, rtol=1e-6)
+        np.testing.assert_allclose(found[10], last, rtol=1e-6)
+    np.testing.assert_allclose(rates(schedule="linear")[7], 0.6, rtol=1e-6)
+    np.testing.assert_allclose(rates(schedule="cosine")[7], 0.6, rtol=1e-6)
+
+
+def test_only_matrices_decay():
+    params = decoder.init(jax.random.key(0), CFG)
+    mask = optim.decays(params)
+    assert mask.layers[0].q.weight and mask.embed.weight
+    assert not mask.layers[0].attn_norm.scale and not mask.final_norm.scale
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(steps=0), "steps must be a positive integer, got 0"),
+        (dict(learning_rate=0.0), "learning_rate must be a finite number, positive, got 0.0"),
+        (dict(learning_rate=float("nan")), "learning_rate must be a finite number"),
+        (dict(warmup_steps=10), r"warmup_steps must be fewer than steps \(10\), got 10"),
+        (dict(optimizer="sgd"), "optimizer must be one of .*, got 'sgd'"),
+        (dict(b2=1.0), "b2 must be below 1, got 1.0"),
+        (dict(final_fraction=2), "final_fraction must be a finite number, from 0 to 1.0, got 2"),
+        (dict(patience=2), "patience needs validate_every"),
+        (dict(micro_batches=True), "micro_batches must be a positive integer, got True"),
+    ],
+)
+def test_settings_out_of_range(change, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**(dict(steps=10, learning_rate=1e-3) | change))
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+SMALL = Config(steps=14, learning_rate=1e-2, average_decay=0.9, save_every=3, micro_batches=2,
+               validate_every=5, steps_per_epoch=7, clip_norm=0.5)  # fmt: skip
+
+
+def run(folder: Path, config: Config = SMALL, **more):
+    return train(Full(cfg=CFG), None, draw, config, folder, validate=[draw(1000)], **more)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nobody disturbed: its folder and its last state."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(folder).state
+
+
+def told(folder: Path) -> list[dict]:
+    """The metrics, without what depends on the clock."""
+    clock = ("tokens_per_second", "seconds", "time")
+    lines = metrics.read(folder / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+
+
+def test_what_a_run_leaves(whole):
+    folder, last = whole
+    assert sorted(p.name for p in folder.iterdir()) == ["checkpoints", "loss.png", "metrics.jsonl"]
+    assert checkpoints.numbers(folder / "checkpoints") == [12, 14]
+    lines = metrics.read(folder / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 15))
+    assert set(steps[0]) == {
+        "step", "epoch", "loss", "accuracy", "lr", "grad_norm", "tokens", "tokens_per_second",
+        "seconds", "time",
+    }  # fmt: skip
+    assert steps[6]["epoch"] == 1.0 and steps[0]["tokens"] == 4 * 21
+    assert 0 <= steps[-1]["accuracy"] <= 1
+    checks = [line for line in lines if "valid_loss" in line]
+    assert [line["step"] for line in checks] == [5, 10, 14]
+    assert set(checks[0]) == {"step", "valid_loss", "valid_accuracy", "time"}
+    loss, weight, _ = next_token_loss(last.average, CFG, draw(1000), "float32")
+    np.testing.assert_allclose(checks[-1]["valid_loss"], loss / weight, rtol=1e-5)
+
+
+def test_a_finished_run_is_left_alone(whole):
+    folder, last = whole
+    before = (folder / "metrics.jsonl").read_bytes()
+    outcome = run(folder)
+    assert outcome.reason == "finished" and same(outcome.state, last)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [4, 9])
+def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(whole, tmp_path, number):
+    def on_step(now: State, line: dict) -> None:
+        if int(now.step) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    outcome = run(tmp_path, on_step=on_step)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert (outcome.reason, outcome.signal) == ("signal", signal.SIGTERM)
+    assert checkpoints.numbers(tmp_path / "checkpoints")[-1] == number
+    heard = []
+    outcome = run(tmp_path, on_step=lambda now, line: heard.append(line["step"]))
+    assert heard == list(range(number + 1, 15))
+    assert same(outcome.state, whole[1])
+    assert told(tmp_path) == told(whole[0])
+
+
+def test_killed_at_random_and_begun_again(whole, tmp_path):
+    """kill -9, in the middle of whatever it is doing, until it gets through."""
+    code = (
+        "import sys, time; from pathlib import Path; from tests.training import test_core\n"
+        "test_core.run(Path(sys.argv[1]), on_step=lambda now, line: time.sleep(0.05))"
+    )
+    rng, kills = np.random.default_rng(), 0
+    root = Path(__file__).parent.parent.parent
+    while True:
+        process = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=root)
+        if kills < 3:
+            lines = tmp_path / "metrics.jsonl"
+            began = lines.stat().st_mtime_ns if lines.exists() else 0
+            while process.poll() is None and (
+                not lines.exists() or lines.stat().st_mtime_ns == began
+            ):
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.5))
+            process.kill()
+            kills += 1
+        if process.wait() == 0:
+            break
+    assert kills == 3
+    outcome = run(tmp_path)
+    assert outcome.reason == "finished" and same(outcome.state, whole[1])
+    assert told(tmp_path) == told(whole[0])
+    assert checkpoints.numbers(tmp_path / "checkpoints") == [12, 14]
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_it_stops_when_validation_gets_no_better(tmp_path):
+    config = Config(steps=50, learning_rate=1e-9, validate_every=2, patience=3, save_every=100)
+    batch = draw(0)
+    outcome = train(Full(cfg=CFG), None, draw, config, tmp_path, validate=[batch])
+    assert outcome.reason == "stopped early"
+    assert int(outcome.state.step) < 50
+    again = train(Full(cfg=CFG), None, draw, config, tmp_path, validate=[batch])
+    assert again.reason == "stopped early" and same(again.state, outcome.state)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    class Broken:
+        def init(self, key):
+            return {"w": jnp.ones((2,))}
+
+        def loss(self, weights, frozen, batch, key):
+            scale = jnp.where(batch["x"][0] >= 2, jnp.nan, 1.0)
+            return (weights["w"] ** 2).sum() * scale, jnp.float32(1), {}
+
+    config = Config(steps=9, learning_rate=1e-3, save_every=1)
+    with pytest.raises(FloatingPointError, match="step 3: loss is nan"):
+        train(Broken(), None, lambda n: {"x": np.full(1, n)}, config, tmp_path)
+    assert checkpoints.numbers(tmp_path / "checkpoints") == [1, 2]
+    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_keys_differ_between_steps_and_parts(tmp_path):
+    """What a loss draws is new in each step and in each part of a batch, and the same again."""
+
+    class Noise:
+        def init(self, key):
+            return {"w": jnp.zeros(())}
+
+        def loss(self, weights, frozen, batch, key):
+            n = jax.random.uniform(key)
+            return weights["w"] * 0 + n, jnp.float32(1), {"squares": n * n}
+
+    config = Config(steps=3, learning_rate=1e-3, micro_batches=2)
+    lines = []
+    for name in ("a", "b"):
+        train(Noise(), None, lambda n: {"x": np.zeros(2)}, config, tmp_path / name)
+        lines.append([x["loss"] for x in metrics.read(tmp_path / name / "metrics.jsonl")])
+        for line in metrics.read(tmp_path / name / "metrics.jsonl"):
+            assert line["squares"] - line["loss"] ** 2 > 1e-6  # the two parts differ
+    assert lines[0] == lines[1] and len(set(lines[0])) == 3
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_files_that_other_tools_read(whole):
+    from safetensors.numpy import load_file
+
+    folder, last = whole
+    path = folder / "checkpoints" / "step-000014"
+    assert sorted(p.name for p in path.iterdir()) == ["checkpoint.json", "state.safetensors"]
+    arrays = load_file(path / "state.safetensors")
+    np.testing.assert_array_equal(arrays["weights.layers.1.q.weight"], last.weights.layers[1].q.weight)  # fmt: skip
+    assert arrays["average.embed.weight"].dtype == np.float32
+    assert {name.split(".")[0] for name in arrays} == {"step", "weights", "optimizer", "average"}
+    assert json.loads((path / "checkpoint.json").read_text())["config"]["learning_rate"] == 1e-2
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint of a fresh state: the folder, the state."""
+    now = state.init(Full(cfg=CFG), SMALL)
+    checkpoints.save(tmp_path, now, SMALL, {"best": 1.5, "since": 2})
+    return tmp_path, now
+
+
+def test_a_state_comes_back(saved):
+    folder, now = saved
+    found, progress = checkpoints.load(folder, now, SMALL)
+    assert same(found, now) and progress == {"best": 1.5, "since": 2}
+    assert jax.tree.structure(found) == jax.tree.structure(now)
+
+
+def test_only_the_last_checkpoints_stay(saved):
+    folder, now = saved
+    for number in (3, 6, 9):
+        checkpoints.save(folder, now.replace(step=jnp.int32(number)), SMALL, {})
+    assert checkpoints.numbers(folder) == [6, 9]
+
+
+def test_half_a_checkpoint_is_swept_away(saved):
+    folder, now = saved
+    (folder / ".step-000003").mkdir()
+    (folder / ".step-000003" / "state.safetensors").write_bytes(b"half")
+    assert checkpoints.load(folder, now, SMALL)[0].step == 0
+    checkpoints.save(folder, now.replace(step=jnp.int32(3)), SMALL, {})
+    assert sorted(p.name for p in folder.iterdir()) == ["step-000000", "step-000003"]
+
+
+def test_a_run_with_other_settings_does_not_go_on(saved):
+    folder, now = saved
+    with pytest.raises(ValueError, match=r"was made with learning_rate=0.01, not 0.02"):
+        checkpoints.load(folder, now, replace(SMALL, learning_rate=0.02))
+    checkpoints.load(folder, now, replace(SMALL, save_every=7, keep=5))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda a: a.pop("weights.embed.weight"), "lacks 'weights.embed.weight', and 0 others"),
+        (lambda a: a.update(more=np.ones(2)), "holds 'more', for which there is no place"),
+        (
+            lambda a: a.update({"weights.embed.weight": np.ones((64, 31), np.float32)}),
+            r"'weights.embed.weight' must be float32 \(64, 32\), got float32 \(64, 31\)",
+        ),
+        (
+            lambda a: a.update({"step": np.float32(1)}),
+            r"'step' must be int32 \(\), got float32 \(\)",
+        ),
+    ],
+)
+def test_a_checkpoint_must_fit(saved, change, message):
+    from safetensors.numpy import load_file, save_file
+
+    folder, now = saved
+    path = folder / "step-000000" / "state.safetensors"
+    arrays = load_file(path)
+    change(arrays)
+    save_file(arrays, path)
+    with pytest.raises(ValueError, match=message):
+        checkpoints.load(folder, now, SMALL)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("state.safetensors", b"\x80\x04pickle", "not a readable safetensors file"),
+        ("checkpoint.json", b"{", "cannot be read"),
+        ("checkpoint.json", b'{"format": 1}', "must be an object with exactly"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(saved, name, content, message):
+    folder, now = saved
+    (folder / "step-000000" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        checkpoints.load(folder, now, SMALL)
+
+
+def test_unknown_settings_in_a_checkpoint_are_refused(saved):
+    folder, now = saved
+    path = folder / "step-000000" / "checkpoint.json"
+    rest = json.loads(path.read_text())
+    rest["config"]["momentum"] = 0.9
+    path.write_text(json.dumps(rest))
+    with pytest.raises(ValueError, match="config has the key 'momentum'"):
+        checkpoints.load(folder, now, SMALL)
