@@ -59,7 +59,14 @@ def main(ids: list[str], as_json: bool) -> None:
         path = sources.find(known.models[id], home)
         if path is None:
             sys.exit(f"{id} is not here: pellucid pull {id}")
-        model = load_model(id, path, owned_by="bench", cache_budget=64 * 2**20, max_rows=1)
+        model = load_model(
+            id,
+            path,
+            owned_by="bench",
+            cache_budget=64 * 2**20,
+            max_rows=1,
+            good=known.models[id].formats,
+        )
         try:
             answers = [edited(model, instruction, text) for instruction, text, _ in CASES]
         finally:
