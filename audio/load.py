@@ -20,6 +20,7 @@ RATE = 16_000  # samples a second, what Whisper listens to
 
 _BLOCK = 2**18  # frames decoded at a time
 _MAX_CHANNELS = 64
+_RATES = (1_000, 768_000)  # samples a second that a file may have
 
 # What a file begins with: offset, bytes, who reads it (FFmpeg under the given name, or libsndfile).
 _SIGNS: tuple[tuple[int, bytes, str], ...] = (
@@ -119,7 +120,7 @@ def _sndfile(data: bytes) -> Iterator[tuple[np.ndarray, int]]:
     import soundfile
 
     with soundfile.SoundFile(io.BytesIO(data)) as file:
-        _check_channels(file.channels)
+        _check(file.channels, file.samplerate)
         while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
             yield block.mean(axis=1), file.samplerate
 
@@ -131,7 +132,9 @@ def _ffmpeg(data: bytes, format: str) -> Iterator[tuple[np.ndarray, int]]:
         if not container.streams.audio:
             raise ValueError("it has no sound track")
         stream = container.streams.audio[0]
-        _check_channels(stream.codec_context.channels)
+        if stream.codec_context is None:
+            raise ValueError("its sound track is of no known codec")
+        _check(stream.codec_context.channels, stream.codec_context.sample_rate)
         # FFmpeg mixes channels and widens samples; the rate is left to one resampler for all.
         rate = stream.codec_context.sample_rate
         to_float = av.AudioResampler(format="flt", layout="mono", rate=rate)
@@ -142,9 +145,13 @@ def _ffmpeg(data: bytes, format: str) -> Iterator[tuple[np.ndarray, int]]:
             yield part.to_ndarray().reshape(-1), rate
 
 
-def _check_channels(channels: int) -> None:
+def _check(channels: int, rate: int) -> None:
     if not 1 <= channels <= _MAX_CHANNELS:
         raise ValueError(f"{channels} channels, at most {_MAX_CHANNELS} can be read")
+    if not _RATES[0] <= rate <= _RATES[1]:
+        raise ValueError(
+            f"{rate} samples a second, only from {_RATES[0]} to {_RATES[1]} can be read"
+        )
 
 
 def _decoding_errors() -> tuple[type[Exception], ...]:

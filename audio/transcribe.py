@@ -6,7 +6,7 @@ the decoder as context. At once: windows are cut at pauses, independent of each 
 share each step of the decoder, whose weights are then read once for all of them. The first way
 keeps names and style consistent; the second is quicker, and an error does not carry over.
 
-Either way pauses are shortened to a second before anybody listens (`skip_silence`): in a long one
+Either way a long pause is shortened to three seconds before anybody listens (`skip_silence`): in it
 the decoder loses its sense of time, or starts to invent. Times are set right afterwards.
 
 Leaves out: telling speakers apart, and the reference's heuristic for skipping suspicious words in

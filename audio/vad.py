@@ -32,7 +32,7 @@ _MOVES = 6.0  # decibels between the quiet and the loud tenth of a span; noise h
 _SILENCE = -65.0  # decibels below full scale; nothing below it is speech
 _SHORTEST_SPEECH, _SHORTEST_PAUSE = 0.1, 0.5  # seconds
 _SHORT = 0.4  # seconds; a shorter span is one syllable, which need not move
-_PAUSE_KEPT = 0.5  # seconds on either side of speech
+_PAUSE_KEPT = 1.5  # seconds on either side of speech
 _NEARLY = 0.3  # seconds by which a time may miss a pause
 
 
@@ -105,7 +105,7 @@ def _moves(loud: np.ndarray) -> bool:
 
 
 def kept_frames(spans: Sequence[Span], num_frames: int) -> np.ndarray:
-    """The frames of a sound that are left when no pause is longer than a second: int [T]."""
+    """The frames that are left when no pause is longer than three seconds: int [T]."""
     is_kept = np.zeros(num_frames, bool)
     for start, end in spans:
         is_kept[max(_frames(start - _PAUSE_KEPT), 0) : _frames(end + _PAUSE_KEPT)] = True

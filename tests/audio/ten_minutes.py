@@ -6,7 +6,7 @@ It is joined from recordings (`tests/golden/audio`) and sentences of `tests/benc
 spoken by espeak-ng's voices, which tell when each word begins. Between them stand pauses, most of a
 second or two, every eighth of ten seconds and more; under them lies first nothing, then noise of
 three kinds, and some of the long pauses are loud with it. The same bytes every time, for one
-version of espeak-ng. It comes from the PyPI package espeakng-loader, which holds library and voices.
+version of espeak-ng, which comes from the PyPI package espeakng-loader with library and voices.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ AUSTEN = {
 SONNET = (
     (2.67, 5.38, "From fairest creatures we desire increase,"),
     (5.89, 8.60, "That thereby beauty's rose might never die,"),
-    (9.23, 14.32, "But as the riper should by time decease, His tender heir might bear his memory:"),
+    (9.23, 14.32, "But as the riper should by time decease, His tender heir might bear his "
+     "memory:"),
     (15.23, 22.43, "But thou contracted to thine own bright eyes, Feed'st thy light's flame with "
      "self-substantial fuel,"),
     (22.77, 25.45, "Making a famine where abundance lies,"),

@@ -18,7 +18,9 @@ from serve.registry import Registry
 from serve.settings import Settings
 from serve.sources import Located
 from tests.audio.conftest import GOLDEN
+from tests.audio.ten_minutes import hum, pink, white
 from tests.serve import scripted
+from tests.serve.old_client import OldClient, install
 
 MODEL = "whisper-tiny.en"
 CLIP = GOLDEN / "austen-0890.flac"
@@ -120,10 +122,42 @@ def test_a_long_sound_in_batches(client):
     assert np.abs(starts - 9.3 * np.arange(7)).max() < 1.0
 
 
-@pytest.mark.parametrize("loud", [0.0, 0.001, 0.1])
-def test_silence_and_noise_yield_no_text(client, loud):
-    noise = np.random.default_rng(0).normal(0, loud, 16_000 * 10) if loud else np.zeros(160_000)
-    answer = transcribe(client, wav(np.clip(noise, -1, 1)), response_format="verbose_json")
+def bursts(kind):
+    """Noise that comes and goes, in a quiet room."""
+    rng = np.random.default_rng(0)
+    sound = rng.normal(0, 1e-4, 12 * 16_000)
+    for second in (2, 7):
+        sound[second * 16_000 :][: 3 * 16_000] += 0.05 * kind(rng, 3 * 16_000)
+    return sound
+
+
+def notes():
+    """A melody on a piano that has only overtones, with rests: it moves as speech does."""
+    rng, t = np.random.default_rng(0), np.arange(4800) / 16_000
+    parts = []
+    for _ in range(12):
+        pitch = 220 * 2 ** (rng.integers(0, 24) / 12)
+        parts.append(sum(np.sin(2 * np.pi * pitch * k * t) / k for k in range(1, 6)))
+        parts[-1] = 0.1 * parts[-1] * np.exp(-8 * t)
+        parts.append(np.zeros(int(rng.uniform(0, 1.0) * 16_000)))
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize(
+    "sound",
+    [
+        np.zeros(160_000),
+        np.random.default_rng(0).normal(0, 0.001, 160_000),
+        np.random.default_rng(0).normal(0, 0.1, 160_000),
+        bursts(white),
+        bursts(pink),
+        bursts(hum),
+        notes(),
+    ],
+    ids=["silence", "hiss", "noise", "white bursts", "pink bursts", "hum bursts", "notes"],
+)
+def test_silence_and_noise_yield_no_text(client, sound):
+    answer = transcribe(client, wav(np.clip(sound, -1, 1)), response_format="verbose_json")
     assert (answer.text, answer.segments) == ("", [])
 
 
@@ -141,6 +175,48 @@ def test_what_is_not_sound(client, file, says):
         transcribe(client, file)
     assert says in str(error.value)
     assert error.value.param == "file"
+
+
+def test_a_film_under_another_name(client):
+    """PyAV writes AAC into MP4; the name says mp3, and nobody believes it."""
+    av = pytest.importorskip("av")
+    samples, rate = soundfile.read(CLIP, dtype="float32")
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
+        frame.rate = rate
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    assert "rather selfish" in transcribe(client, ("a.mp3", file.getvalue())).text
+
+
+@pytest.fixture(scope="module")
+def old(speech_address):
+    return OldClient(install(), speech_address)
+
+
+def test_the_client_of_2023(old):
+    call = f"answer = openai.Audio.transcribe('whisper-1', open({str(CLIP)!r}, 'rb')"
+    assert old.run(f"{call})")["text"] == TEXT
+    assert old.run(f"{call}, response_format='text')") == TEXT + "\n"
+    assert old.run(f"{call}, response_format='srt', prompt='Dear Sir')").startswith("1\n00:00:00,")
+    verbose = old.run(f"{call}, response_format='verbose_json', temperature=0, language='en')")
+    assert verbose["language"] == "english" and verbose["segments"][0]["text"].strip() == TEXT
+    said = old.command("api", "audio.transcribe", "-m", "whisper-1", "-f", str(CLIP))
+    assert json.loads(said)["text"] == TEXT
+
+
+def test_errors_are_the_old_clients_own(old):
+    for call, words in (
+        (f"transcribe('whisper-1', open({str(GOLDEN / 'README.md')!r}, 'rb'))", "Invalid file"),
+        (f"translate('whisper-1', open({str(CLIP)!r}, 'rb'))", "English only"),
+        (f"transcribe('nobody', open({str(CLIP)!r}, 'rb'))", "`nobody` does not exist"),
+    ):
+        found = old.run(
+            f"try:\n    openai.Audio.{call}\nexcept openai.error.InvalidRequestError as error:\n"
+            "    answer = str(error)"
+        )
+        assert words in found
 
 
 def test_one_sample_and_odd_shapes(client):
