@@ -2,15 +2,15 @@
 
 Three steps, each an operation on all pieces of a stretch of text:
 
-- cut the text into pieces (`boundaries`);
+- cut the text into pieces (`boundaries`), and long ones where no token reaches across (`seams`);
 - look every piece up in one hash table. A piece of up to 15 bytes together with its length is a
   number of 128 bits, so comparing keys is comparing pieces, and no two are ever confused;
 - write down the ids that belong to each piece, one after the other.
 
-The table begins with the vocabulary and learns. Pieces that it lacks are merged side by side
-(`_side_by_side`): the algorithm of `merge`, with its loop over the pairs of a piece turned into a
-loop of rounds in which every piece joins one pair. Longer pieces are found in a dict, one by one;
-the longest are left to `merge.merge`.
+The table (`tables`) begins with the vocabulary and learns. Pieces that it lacks are merged side by
+side (`_side_by_side`): the algorithm of `merge`, with its loop over the pairs of a piece turned
+into a loop of rounds in which every piece joins one pair. Longer pieces are found in a dict, one by
+one; the longest are left to `merge.merge`.
 
 Back from ids to text, `Decoder` does the same for many tokens.
 """
@@ -28,7 +28,6 @@ import numpy.typing as npt
 import regex
 
 from bpe.boundaries import CUTS, cut
-from bpe.seams import Seams
 from bpe.tables import Column, Ints, Table, Words, eight_bytes, places
 
 if TYPE_CHECKING:
@@ -41,14 +40,16 @@ Ids = npt.NDArray[np.uint32]
 STRETCH = 1 << 17  # characters
 BLOCK = 1 << 22
 BATCH = 1 << 16  # bytes of pieces that are merged side by side
+PORTION = 1 << 14  # ids to decode at once
 
 # Where a text can be cut without a change to its pieces: a letter or number is the last of its
 # piece if one of these follows, and none of these asks what came before, if that was no symbol.
 _SAFE = regex.compile(r"[\p{L}\p{N}](?=[ \n，。、।])")
 
 KEY_BYTES = 15
-FEW = 256  # to merge so few pieces one by one is faster
-LONG = 512  # bytes; a piece that long would keep the others waiting
+FEW = 64  # to merge so few pieces one by one is faster
+LONG = 512  # bytes; a piece longer than that is merged alone
+MIN_TOGETHER = 8  # pieces in a round
 MAX_LEARNED = 1 << 21  # ids; then all that was learned is forgotten
 
 _NEVER = np.uint32(0xFFFFFFFF)  # the priority of what is not to be joined
@@ -67,7 +68,6 @@ class Bulk:
         self._encoding = encoding
         self._lock = threading.Lock()
         self._known = _Known(encoding)
-        self._pairs: _Pairs | None = None
 
     @staticmethod
     def knows(patterns: Sequence[str]) -> bool:
@@ -113,7 +113,7 @@ class Bulk:
             data, begin, ends = cut(self._pattern, stretch)
             eight = eight_bytes(data)
             if not data.isascii():
-                begin, ends = self._seams.cut(data, eight, begin, ends)
+                begin, ends = self._encoding.seams.cut(data, eight, begin, ends)
             number = known.find(data, eight, begin[:-1], np.diff(begin))
             number[ends[:-1]] = known.nothing
             missing = np.flatnonzero(number < 0)
@@ -126,27 +126,32 @@ class Bulk:
             ids, counts = known.ids(number)
             yield ids, np.add.reduceat(counts, ends[:-1])
 
+    def prepare(self) -> None:
+        """Makes the tables that else are made when the first text needs them."""
+        with self._lock:
+            self._merge([b"12"] * FEW)
+            list(self._encode_block([["世界"]]))
+
     @functools.cached_property
-    def _seams(self) -> Seams:
-        return Seams(self._encoding)
+    def _pairs(self) -> _Pairs:
+        return _Pairs(self._encoding)
 
     def _merge(self, pieces: list[bytes]) -> tuple[Ids, Ints]:
         """The ids of pieces, one after the other, and how many each has."""
         length = np.fromiter(map(len, pieces), np.intp, len(pieces))
-        together = length < LONG
+        # A round costs the same for one piece as for ten: the few longest are not waited for.
+        together = length <= min(LONG, np.sort(length)[-MIN_TOGETHER:][0] if len(length) else 0)
         if dropped := self._encoding.dropped_bytes:
             whole = [piece.translate(None, dropped) == piece for piece in pieces]
             together &= np.array(whole, np.bool_)
         if np.count_nonzero(together) < FEW:
             together[:] = False
-        elif self._pairs is None:
-            self._pairs = _Pairs(self._encoding)
         alone = np.flatnonzero(~together).tolist()
         lists = [self._encoding.encode_piece(pieces[i]) for i in alone]
         count = np.zeros(len(pieces), np.intp)
         count[alone] = [len(ids) for ids in lists]
         merged = np.empty(0, np.uint32)
-        if self._pairs is not None and together.any():
+        if together.any():
             chosen = list(itertools.compress(pieces, together.tolist()))
             merged, count[together] = _merge_many(chosen, self._pairs)
         first = np.cumsum(count) - count
@@ -399,7 +404,7 @@ class Decoder:
 
     def __call__(self, ids: npt.NDArray[np.integer]) -> bytes | None:
         """The bytes of tokens; None if one of the ids is not that of a token."""
-        portions = [self._decode(ids[i : i + STRETCH]) for i in range(0, len(ids), STRETCH)]
+        portions = [self._decode(ids[i : i + PORTION]) for i in range(0, len(ids), PORTION)]
         return None if None in portions else b"".join(portions)  # type: ignore[arg-type]
 
     def _decode(self, ids: npt.NDArray[np.integer]) -> bytes | None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from bpe.bulk import Bulk, Decoder
+    from bpe.seams import Seams
 
 Allowed = Literal["all"] | AbstractSet[str]
 Disallowed = Literal["all"] | Collection[str]
@@ -42,6 +43,7 @@ Disallowed = Literal["all"] | Collection[str]
 # Text repeats its words. One entry is some 300 bytes; a cache that is full starts anew.
 _CACHE_ENTRIES = 1 << 15
 _CACHE_PIECE = 64  # characters; longer pieces hardly come again
+_LONG_PIECE = 12  # characters; longer pieces that are not ASCII are cut further (`seams`)
 
 # From so many characters on, `bulk` is faster; its tables take some 0.3 s to make, once.
 _MUCH = 1 << 15
@@ -327,7 +329,10 @@ class Encoding:
     def _encode_ordinary(self, text: str) -> list[int]:
         cache = self._cache
         ids: list[int] = []
-        for piece in split(self._patterns, self._normalize(text)):
+        pieces = split(self._patterns, self._normalize(text))
+        if not text.isascii() and max(map(len, pieces)) > _LONG_PIECE:
+            pieces = [part for piece in pieces for part in self._segments(piece)]
+        for piece in pieces:
             if (found := cache.get(piece)) is None:
                 found = self.encode_piece(piece.encode())
                 if len(piece) <= _CACHE_PIECE:
@@ -336,6 +341,16 @@ class Encoding:
                     cache[piece] = found
             ids += found
         return ids
+
+    def _segments(self, piece: str) -> Sequence[str]:
+        return self.seams.split(piece) if len(piece) > _LONG_PIECE else (piece,)
+
+    @functools.cached_property
+    def seams(self) -> Seams:
+        """Where long pieces can be cut without a change to their ids."""
+        from bpe.seams import Seams
+
+        return Seams(self)
 
     def _normalize(self, text: str) -> str:
         if self.normalization and not text.isascii():

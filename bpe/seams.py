@@ -6,16 +6,19 @@ the left and right of a place stand together in no token, no merge can ever join
 it made would be such a token. So the piece can be cut there, and the ids stay the same. What is
 left is short, and comes again: it need not be merged, it is known.
 
-Only characters from U+3000 on are looked at, which is where the scripts without spaces, Hangul and
-emoji are; within a Latin or Cyrillic word there is a token for nearly any two letters.
+Only characters from U+3000 on are looked at, where the scripts without spaces, Hangul and emoji
+are; within a Latin or Cyrillic word there is a token for nearly any two letters.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
+from operator import add
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from bpe.tables import Ints, Table, Words
 
@@ -60,19 +63,32 @@ class Seams:
         Args:
             encoding: the vocabulary.
         """
-        together: set[int] = set()
-        self._partly = np.zeros(1 << 16, np.bool_)  # by the two bytes that meet
-        for both, whole in neighbours(encoding.ranks):
-            if whole:
-                together.add(int.from_bytes(both, "little"))
-            else:
-                self._partly[int.from_bytes(both, "little")] = True
-        self._together = Table(words=1)
-        self._together.add(np.fromiter(together, np.uint64, len(together)))
         self._exact = _is_exact(encoding)
+        found = set(neighbours(encoding.ranks)) if self._exact else set()
+        self._together = {both for both, whole in found if whole}
+        self._partly = {meet for meet, whole in found if not whole}
+        self._known: dict[str, bool] = {}  # two characters: whether there is a seam between them
+
+    def split(self, piece: str) -> list[str]:
+        """Cuts one piece at its seams."""
+        if not self._exact:
+            return [piece]
+        is_seam, segments, begin = self._known, [], 0
+        for i, both in enumerate(map(add, piece, piece[1:]), 1):
+            if (found := is_seam.get(both)) is None:
+                found = is_seam[both] = self._is_seam(*both)
+            if found:
+                segments.append(piece[begin:i])
+                begin = i
+        return [*segments, piece[begin:]]
+
+    def _is_seam(self, left: str, right: str) -> bool:
+        a, b = left.encode(), right.encode()
+        looked_at = _FIRST <= a[0] <= _LAST and _FIRST <= b[0] <= _LAST
+        return looked_at and a + b not in self._together and a[-1:] + b[:1] not in self._partly
 
     def cut(self, data: bytes, eight: Words, begin: Ints, ends: Ints) -> tuple[Ints, Ints]:
-        """Cuts pieces at their seams.
+        """Cuts many pieces at their seams.
 
         Args:
             data, begin, ends: as `boundaries.cut` returns them.
@@ -85,17 +101,28 @@ class Seams:
         place = np.flatnonzero((byte >= _FIRST) & (byte <= _LAST))
         if not self._exact or len(place) < 2:
             return begin, ends
+        together, partly = self._arrays
         size = np.where(byte.take(place) == 0xF0, 4, 3)
         first = np.flatnonzero(place[:-1] + size[:-1] == place[1:])  # of two side by side
-        key = eight.take(place.take(first)) & _MASKS.take(size.take(first) + size.take(first + 1))
+        both = eight.take(place.take(first)) & _MASKS.take(size.take(first) + size.take(first + 1))
         second = place.take(first + 1)
         meet = eight.take(second - 1) & np.uint64(0xFFFF)
-        joined = (self._together.find(key) >= 0) | self._partly.take(meet.view(np.intp))
+        joined = (together.find(both) >= 0) | partly.take(meet.view(np.intp))
         start = np.zeros(len(data), np.bool_)
         start[begin] = True
         start[second[~joined]] = True
         new = np.flatnonzero(start)
         return new, np.searchsorted(new, begin.take(ends))
+
+    @functools.cached_property
+    def _arrays(self) -> tuple[Table, npt.NDArray[np.bool_]]:
+        """Two characters that stand together in a token, and two bytes that stand so in a part."""
+        together = Table(words=1)
+        numbers = [int.from_bytes(both, "little") for both in self._together]
+        together.add(np.array(numbers, np.uint64))
+        partly = np.zeros(1 << 16, np.bool_)
+        partly[[int.from_bytes(meet, "little") for meet in self._partly]] = True
+        return together, partly
 
 
 _MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # that many bytes

@@ -98,10 +98,19 @@ def _hindi() -> str:
         with path.open("rb") as file:
             catalogue = gettext.GNUTranslations(file)._catalog  # type: ignore[attr-defined]
         lines |= dict.fromkeys(text for key, text in catalogue.items() if key)
-    for path in sorted(_package("libreoffice-help-hi").glob("**/*.html")):
-        text = re.sub(r"(?s)<script.*?</script>|<[^>]*>", "\n", path.read_text(errors="replace"))
+    return _lines("\n".join(lines) + _help("hi"), 0.3)
+
+
+def _help(language: str) -> str:
+    """The help of LibreOffice: what a page says, and each line once."""
+    lines: dict[str, None] = {}
+    for path in sorted(_package(f"libreoffice-help-{language}").glob("**/*.html")):
+        text = re.sub(
+            r"</?(?:a|b|i|em|span|code|strong)\b[^>]*>", "", path.read_text(errors="replace")
+        )
+        text = re.sub(r"(?s)<script.*?</script>|<[^>]*>", "\n", text)
         lines |= dict.fromkeys(html.unescape(text).split("\n"))
-    return _lines("\n".join(lines), 0.3)
+    return "\n".join(lines)
 
 
 def _emoji() -> str:
@@ -126,7 +135,7 @@ def _locale() -> str:
 
 
 KINDS: dict[str, Callable[[], str]] = {
-    "english": _bible,
+    "english": lambda: _bible() + _help("en-us"),
     "dictionary": _dictionary,
     "python": _python,
     "russian": lambda: _manual_pages("ru", 0.3),

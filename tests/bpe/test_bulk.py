@@ -60,7 +60,7 @@ def check(encoding: bpe.Encoding, these: list[str], twice: bool = True) -> None:
         assert ids.dtype == np.uint32 and len(counts) == len(these)
         parts = np.split(ids, np.cumsum(counts)[:-1])
         for text, part in zip(these, parts, strict=True):
-            assert part.tolist() == encoding._encode_ordinary(text), text
+            assert part.tolist() == tiny.plainly(encoding, text), text
 
 
 ENCODINGS = {
@@ -134,7 +134,7 @@ def test_stretches_blocks_and_forgetting(monkeypatch):
     """Small portions make every border that large ones have now and then."""
     encoding = bpe.get_encoding("cl100k_base")
     these = texts(4, 30, 400)
-    expected = [encoding._encode_ordinary(text) for text in these]
+    expected = [tiny.plainly(encoding, text) for text in these]
     monkeypatch.setattr(bulk, "STRETCH", 37)
     monkeypatch.setattr(bulk, "BLOCK", 300)
     monkeypatch.setattr(bulk, "MAX_LEARNED", 50)
@@ -152,7 +152,7 @@ def test_texts_are_cut_at_safe_places_only(name, monkeypatch):
     for _ in range(300):
         text = "".join(rng.choices("aB1 \n'!。，।中é\u0301/\t", k=40))
         ids, _ = worker.encode([text])
-        assert ids.tolist() == encoding._encode_ordinary(text), text
+        assert ids.tolist() == tiny.plainly(encoding, text), text
 
 
 def test_what_was_learned_is_bounded(monkeypatch):
@@ -188,7 +188,7 @@ def test_no_two_pieces_have_one_key():
 def test_encode_takes_this_way_for_long_texts():
     encoding = bpe.get_encoding("cl100k_base")
     text = "".join(texts(6, 900)) + "\ud83d\ude00 \ud83d <|endoftext|>"
-    plain = encoding._encode_ordinary(bpe.encoding.well_formed(text))
+    plain = tiny.plainly(encoding, bpe.encoding.well_formed(text))
     assert encoding._is_much([text])
     assert encoding.encode_ordinary(text) == plain
     assert encoding.encode(text, disallowed_special=()) == plain
@@ -229,7 +229,7 @@ def test_threads_share_an_encoding():
     for thread in threads:
         thread.join()
     for text, (ids,) in work:
-        assert ids == encoding._encode_ordinary(text)
+        assert ids == tiny.plainly(encoding, text)
 
 
 @pytest.mark.parametrize("at", range(1, 8))
@@ -251,7 +251,7 @@ def test_an_interruption_loses_what_was_learned_and_nothing_else(at, monkeypatch
         patch.setattr(bulk.Column, "append", interrupted)
         with contextlib.suppress(KeyboardInterrupt):
             encoding.encode_to_numpy(text)
-    assert encoding.encode_to_numpy(text).tolist() == encoding._encode_ordinary(text)
+    assert encoding.encode_to_numpy(text).tolist() == tiny.plainly(encoding, text)
 
 
 SLOW = pytest.mark.slow

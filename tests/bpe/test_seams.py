@@ -10,6 +10,7 @@ import bpe
 from bpe.bulk import Bulk
 from bpe.seams import Seams, neighbours
 from bpe.tables import eight_bytes
+from tests.bpe import tiny
 from tests.bpe.conftest import MODELS
 
 BYTES = {bytes([b]): b for b in range(256)}
@@ -20,9 +21,12 @@ def segments(encoding: bpe.Encoding, text: str) -> list[str]:
     """The pieces into which one piece is cut."""
     data = f"\n{text}\n".encode()
     begin, ends = np.array([0, 1, len(data) - 1]), np.array([0, 2])
-    begin, ends = Seams(encoding).cut(data, eight_bytes(data), begin, ends)
+    seams = Seams(encoding)
+    begin, ends = seams.cut(data, eight_bytes(data), begin, ends)
     assert begin[ends].tolist() == [0, len(data) - 1]
-    return [data[a:b].decode() for a, b in itertools.pairwise(begin[1:].tolist())]
+    found = [data[a:b].decode() for a, b in itertools.pairwise(begin[1:].tolist())]
+    assert seams.split(text) == found
+    return found
 
 
 def encoding(*tokens: bytes, **options) -> bpe.Encoding:
@@ -102,7 +106,8 @@ def test_random_vocabularies():
         ids, counts = Bulk(encoding).encode(texts)
         found = np.split(ids, np.cumsum(counts)[:-1])
         for text, ours in zip(texts, found, strict=True):
-            assert ours.tolist() == encoding._encode_ordinary(text), (seed, text)
+            assert ours.tolist() == tiny.plainly(encoding, text), (seed, text)
+            assert encoding.encode_ordinary(text * 3) == tiny.plainly(encoding, text * 3)
         cut += len(segments(encoding, HAN)) > 1
     assert cut > 20, "else nothing was tested"
 
@@ -115,7 +120,7 @@ def test_every_two_characters_that_a_token_holds(name):
     texts = ["".join(rng.choices(held, k=8)) for _ in range(600)]
     ids, counts = Bulk(encoding).encode(texts)
     for text, ours in zip(texts, np.split(ids, np.cumsum(counts)[:-1]), strict=True):
-        assert ours.tolist() == encoding._encode_ordinary(text), text
+        assert ours.tolist() == tiny.plainly(encoding, text), text
     assert len(segments(encoding, "".join(held[:500]))) > 40
 
 
@@ -125,4 +130,4 @@ def test_models(model, load_model):
     texts = ["".join(chr(rng.randrange(0x3000, 0x9FFF)) for _ in range(20)) for _ in range(300)]
     ids, counts = Bulk(encoding).encode([encoding._normalize(text) for text in texts])
     for text, ours in zip(texts, np.split(ids, np.cumsum(counts)[:-1]), strict=True):
-        assert ours.tolist() == encoding._encode_ordinary(text), text
+        assert ours.tolist() == tiny.plainly(encoding, text), text

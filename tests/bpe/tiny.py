@@ -2,7 +2,7 @@
 
 import bpe
 from bpe.formats import byte_characters
-from bpe.pretokenize import GPT2
+from bpe.pretokenize import GPT2, split
 
 # Priority order. "lo" + "w" and "l" + "ow" both make "low"; only the second is listed.
 MERGES = [
@@ -18,6 +18,12 @@ IDS = {token: i + len(SPECIAL) for i, token in enumerate(TOKENS)}
 def encoding(**changes) -> bpe.Encoding:
     arguments = {"pattern": GPT2, "ranks": IDS, "special_tokens": SPECIAL, "merges": MERGES}
     return bpe.Encoding("tiny", **(arguments | changes))
+
+
+def plainly(encoding: bpe.Encoding, text: str) -> list[int]:
+    """The ids of a text by cutting it and merging every piece, and nothing else."""
+    pieces = split(encoding._patterns, encoding._normalize(text))
+    return [id for piece in pieces for id in encoding.encode_piece(piece.encode())]
 
 
 def as_text(token: bytes) -> str:
