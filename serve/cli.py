@@ -204,6 +204,8 @@ def serve(
     with listen.take_port(chosen.host, chosen.port) as taken:
         known = catalogue.load(settings.config_folder())
         places = [local.located(name) for name in model or [known.default]]
+        if adapted := [place.id for place in places if place.adapter]:
+            raise WrongUsage(f"{adapted[0]} is offered beside its base: serve that one")
         if len({place.id for place in places}) < len(places):
             raise WrongUsage(f"a model is named twice: {', '.join(p.id for p in places)}")
         absent: Collection[str] = ()
@@ -470,7 +472,7 @@ def _offered(
 @contextlib.contextmanager
 def _loaded(place: "Located", cache_budget: int) -> Iterator["ServedModel"]:
     """A model and its engine in this process. What still runs at the end is cancelled."""
-    from serve import local
+    from serve import local, offers
     from serve.engine import load_model
 
     with local.loading(place):
@@ -483,6 +485,8 @@ def _loaded(place: "Located", cache_budget: int) -> Iterator["ServedModel"]:
             good=place.model.formats if place.model else (),
             notify=terminal.say,
         )
+        if place.adapter is not None:
+            served = offers.adapted(place.adapter, served, place.path)
     try:
         yield served
     finally:

@@ -35,6 +35,7 @@ ModelName = Annotated[
     str | None,
     typer.Option("--model", "-m", metavar="ID", help="What to begin with. [default: the default]"),
 ]
+NICENESS = 5  # of what is trained here: somebody waits for it, and nobody else
 UNTIL_TOLD = 0.25  # seconds between two looks
 OVER = ("succeeded", "failed", "cancelled")
 
@@ -239,7 +240,7 @@ class Here:
     def __init__(self, jobs: "Jobs"):
         from serve.jobs_keeper import Keeper
 
-        self._jobs, self._keeper = jobs, Keeper(jobs)
+        self._jobs, self._keeper = jobs, Keeper(jobs, NICENESS)
 
     def close(self) -> None:
         """Stops what this process trains."""
@@ -255,6 +256,8 @@ class Here:
             except ValueError as error:
                 raise WrongUsage(str(error)) from None
         place = local.located(model)
+        if place.adapter is not None:
+            raise WrongUsage(f"{place.id} was fine-tuned already: begin with its base")
         files = [None if path is None else self._kept(path) for path in (data, valid)]
         job = self._jobs.create(
             model=place.id,

@@ -42,7 +42,7 @@ TICK = 0.5  # seconds between two looks
 PATIENCE = 3  # processes that may die in a row without a new step
 STOP_SECONDS = 20.0  # for a process to save and end
 KEPT = 3  # checkpoints of a job that are served
-NICENESS = 19  # as nice as can be: who is answered by this server comes first
+NICENESS = 19  # as nice as can be: whoever is answered by this server comes first
 REFUSED = 6  # exit code: the data cannot be learned from
 OPTIONS = {  # of the trainer, by what the API calls them
     "--epochs": "n_epochs",
@@ -57,10 +57,12 @@ class Keeper:
 
     Args:
         jobs: whose they are.
+        niceness: of its processes; None for `NICENESS`.
     """
 
-    def __init__(self, jobs: Jobs):
+    def __init__(self, jobs: Jobs, niceness: int | None = None):
         self._jobs = jobs
+        self._niceness = NICENESS if niceness is None else niceness
         self._folder = jobs.home / "jobs"
         self._guard = threading.Lock()  # of the next
         self._thread: threading.Thread | None = None
@@ -155,7 +157,7 @@ class Keeper:
             return left
         files = [folder / DATA, *([folder / VALID] if new[0]["validation_file"] else [])]
         command = ["serve.jobs_check", new[0]["path"], *map(str, files)]
-        return Process.start(id, folder, "check", command)
+        return Process.start(id, folder, "check", command, self._niceness)
 
     # -- training ------------------------------------------------------------------------------
 
@@ -194,7 +196,8 @@ class Keeper:
             weights = fingerprint.of_weights(Path(job["path"]))
             if not self._jobs.move(id, "running", "Fine-tuning job started", weights=weights):
                 return None
-        return Training(self._jobs, id, Process.start(id, folder, "train", _command(job, folder)))
+        process = Process.start(id, folder, "train", _command(job, folder), self._niceness)
+        return Training(self._jobs, id, process)
 
     def _end(self, training: "Training") -> None:
         id, process = training.job, training.process
@@ -390,6 +393,7 @@ class Training:
         card = made.Card(
             id=name,
             base=job["model"],
+            path=job["path"],
             weights=job["weights"],
             created=int(time.time()),
             job=self.job,
@@ -410,7 +414,9 @@ class Process:
         self.job, self._folder, self._name, self._ours = job, folder, name, ours
 
     @classmethod
-    def start(cls, job: str, folder: Path, name: str, module: Iterable[str]) -> "Process":
+    def start(
+        cls, job: str, folder: Path, name: str, module: Iterable[str], niceness: int = 0
+    ) -> "Process":
         """Starts a module as a program.
 
         Args:
@@ -430,7 +436,7 @@ class Process:
                 open(folder / f"{name}.log", "ab") as errors,
             ):
                 ours = subprocess.Popen(
-                    _program(module),
+                    _program(module, niceness),
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=errors,
@@ -576,8 +582,8 @@ def take_lock(path: Path) -> int | None:
     return descriptor
 
 
-def _program(module: Iterable[str]) -> list[str]:
-    return ["nice", "-n", str(NICENESS), sys.executable, "-m", *module]
+def _program(module: Iterable[str], niceness: int) -> list[str]:
+    return ["nice", "-n", str(niceness), sys.executable, "-m", *module]
 
 
 def _environment() -> dict[str, str]:

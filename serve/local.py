@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
-from serve import catalogue, settings, sources, terminal
-from serve.failures import Failure
+from serve import catalogue, made, settings, sources, terminal
+from serve.failures import Corrupt, Failure
 
 
 def located(name: str | None) -> sources.Located:
@@ -15,12 +17,22 @@ def located(name: str | None) -> sources.Located:
     Raises:
         Failure: what `sources.locate` raises.
     """
-    known = catalogue.load(settings.config_folder())
+    known, home = catalogue.load(settings.config_folder()), settings.data_folder()
     name = name or known.default
+    if made.exists(home, name):
+        return _made(made.folder(home, name), known)
     with terminal.Download(name) as progress:
-        return sources.locate(
-            name, known, settings.data_folder(), say=terminal.say, progress=progress
-        )
+        return sources.locate(name, known, home, say=terminal.say, progress=progress)
+
+
+def _made(folder: Path, known: catalogue.Catalogue) -> sources.Located:
+    """A model that the user fine-tuned: the files of its base, and its own."""
+    try:
+        card = made.read(folder)
+    except (OSError, ValueError) as error:
+        raise Corrupt(str(error)) from None
+    name = card.base if known.get(card.base) else f"{card.base}={card.path}"
+    return replace(located(name), id=card.id, publisher="local", adapter=folder)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,8 @@ class Card:
     Attributes:
         id: what it is called.
         base: the id of the model it was trained on.
-        weights: SHA-256 of that model's weights, in hex: an id can come to mean other ones.
+        path: where its files were.
+        weights: SHA-256 of them, in hex: an id, or a path, can come to mean other ones.
         created: seconds since 1970.
         job: the id of the job that made it.
         step: after how many steps.
@@ -32,6 +33,7 @@ class Card:
 
     id: str
     base: str
+    path: str
     weights: str
     created: int
     job: str

@@ -150,14 +150,7 @@ class Shelf:
         card = made.read(folder)
 
         def load(base: ServedModel) -> ServedModel:
-            if (found := fingerprint.of_weights(self._bases[card.base])) != card.weights:
-                raise ValueError(
-                    f"it was trained on other weights than {card.base} has now: "
-                    f"SHA-256 {card.weights[:12]}..., not {found[:12]}..."
-                )
-            return load_adapter(
-                card.id, folder, base, created=card.created, owned_by="local", max_rows=MAX_ROWS
-            )
+            return adapted(folder, base, self._bases[card.base], max_rows=MAX_ROWS)
 
         size = sum(file.stat().st_size for file in folder.iterdir())
         return Offer(
@@ -169,6 +162,28 @@ class Shelf:
             stamp=partial(_stamp, folder, self._bases.get(card.base)),
             base=card.base,
         )
+
+
+def adapted(folder: Path, base: ServedModel, path: Path, *, max_rows: int = 2) -> ServedModel:
+    """A model that was made here, from its folder and its base.
+
+    Args:
+        base: loaded, from the files at `path`.
+        max_rows: see `load_adapter`.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: it is damaged, or was made of other weights.
+    """
+    card = made.read(folder)
+    if (found := fingerprint.of_weights(path)) != card.weights:
+        raise ValueError(
+            f"it was trained on other weights than {card.base} has now: "
+            f"SHA-256 {card.weights[:12]}..., not {found[:12]}..."
+        )
+    return load_adapter(
+        card.id, folder, base, created=card.created, owned_by="local", max_rows=max_rows
+    )
 
 
 def is_encoder(place: Located) -> bool:

@@ -56,12 +56,14 @@ class Located:
         path: A GGUF file, or a folder of several files.
         publisher: Who made it, as `owned_by` of the API says.
         model: What the catalogue says of it, if it is in there.
+        adapter: What was made of it here: the folder of a model that the user fine-tuned.
     """
 
     id: str
     path: Path
     publisher: str
     model: Model | None = None
+    adapter: Path | None = None
 
 
 def locate(

@@ -39,14 +39,17 @@ class Command:
         }
 
     def __call__(self, *arguments, code=0):
+        return self.pellucid("finetune", *arguments, code=code)
+
+    def pellucid(self, *arguments, code=0):
         done = self.start(*arguments)
-        out, errors = done.communicate(timeout=120)
+        out, errors = done.communicate(timeout=300)
         assert done.returncode == code, (out, errors)
         return out, errors
 
     def start(self, *arguments):
         return subprocess.Popen(
-            [sys.executable, "-m", "serve", "finetune", *map(str, arguments)],
+            [sys.executable, "-m", "serve", *map(str, arguments)],
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -92,6 +95,10 @@ def test_here_from_file_to_model(finetune, file):
     assert [(job["id"], job["status"], job["fine_tuned_model"]) for job in listed] == [
         (id, "succeeded", name)
     ]
+    said = finetune.pellucid("chat", "1?", "-m", name, "--temperature", 0, "--max-tokens", 4)
+    assert said[0].strip() and name not in said[0]
+    assert "begin with its base" in finetune("create", file, "-m", name, code=2)[1]
+    assert "beside its base" in finetune.pellucid("serve", "-m", name, code=2)[1]
     table = finetune("list")[0].splitlines()
     assert table[0].split() == ["JOB", "STATUS", "MODEL", "MADE", "RESULT"] and name in table[1]
     assert "it succeeded" in finetune("cancel", id, code=1)[1]
@@ -116,7 +123,7 @@ def test_here_what_goes_wrong(finetune, file, tmp_path):
 def test_here_stopped_gone_on_with_and_cancelled(finetune, file):
     file.write_bytes(tiny.examples(60))
     options = [*finetune.model, "--epochs", 50, "--batch-size", 1, "--follow"]
-    process = finetune.start("create", file, *options)
+    process = finetune.start("finetune", "create", file, *options)
     id = process.stderr.readline().split(",")[0]
     while "Step" not in (line := process.stderr.readline()):
         assert line
@@ -126,7 +133,7 @@ def test_here_stopped_gone_on_with_and_cancelled(finetune, file):
     pid = int((finetune.home / "jobs" / id / "train.pid").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-    process = finetune.start("follow", id)
+    process = finetune.start("finetune", "follow", id)
     deadline = time.monotonic() + 60
     while not (step := _step(process.stderr.readline())):
         assert time.monotonic() < deadline

@@ -45,7 +45,7 @@ def openai(model_file, tmp_path):
     ) as client:
         yield client
     process.terminate()
-    assert process.wait(60) in (0, 130)
+    assert process.wait(300) in (0, 130)  # what is being compiled is finished first
 
 
 def said(openai, model, messages, **options):

@@ -613,7 +613,7 @@ def test_a_job_whose_process_always_dies_is_given_up(jobs, folder, monkeypatch):
     jobs.move(id, "running", weights="x")
     monkeypatch.setattr("serve.jobs_keeper.TICK", 0.01)
     dies = ["-c", "import os; os.kill(os.getpid(), 9)"]
-    monkeypatch.setattr("serve.jobs_keeper._program", lambda module: [sys.executable, *dies])
+    monkeypatch.setattr("serve.jobs_keeper._program", lambda *_: [sys.executable, *dies])
     keeper = Keeper(jobs)
     keeper.wake()
     wait_until(lambda: jobs.get(id)["status"] == "failed", 10)

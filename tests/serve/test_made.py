@@ -43,7 +43,7 @@ def adapter(tmp_path_factory):
 
 
 def card(weights, id=FT, of="tiny", **changes):
-    fields = {"base": of, "created": 5, "job": "ftjob-1", "step": 3}
+    fields = {"base": of, "path": str(weights), "created": 5, "job": "ftjob-1", "step": 3}
     return made.Card(id=id, weights=fingerprint.of_weights(weights), **{**fields, **changes})
 
 
