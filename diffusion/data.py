@@ -132,6 +132,7 @@ class Concept:
     Attributes:
         code: code points in lower-case hexadecimal, "1f34e".
         name: "red apple".
+        plain: the one word for it, "apple", if there is one; it may mean other concepts too.
         captions: how one might ask for it, the name first, with shares that sum to 1.
         group: a key of `GROUPS`.
         weight: how often it is drawn, relative to others.
@@ -140,6 +141,7 @@ class Concept:
 
     code: str
     name: str
+    plain: str | None
     captions: dict[str, float]
     group: int
     weight: float
@@ -200,11 +202,14 @@ def _concept(entry: dict, shortcodes: list[str] | str, shared: Counter, heads: C
     captions: Counter[str] = Counter({name.lower(): 4.0})
     first = name.split()[0]
     captions[f"{'an' if first[0].lower() in 'aeiou' else 'a'} {name.lower()}"] += 1.0
-    codes = [shortcodes] if isinstance(shortcodes, str) else shortcodes
-    for code in codes[:2]:
-        words = re.sub(r"\d+$", "", code.replace("_", " ").replace("-", " ")).strip()
-        if words:
-            captions[words.lower()] += 1.5
+    codes = [shortcodes] if isinstance(shortcodes, str) else shortcodes[:2]
+    codes = [re.sub(r"\d+$", "", code.replace("_", " ").replace("-", " ")) for code in codes]
+    for code in codes:
+        if words := code.strip().lower():
+            captions[words] += 1.5
+    known = {name.lower(), *name.lower().split(), *entry.get("tags", ())}
+    single = [text for text in (name.lower(), *codes) if text in known and len(text.split()) == 1]
+    plain = single[0] if single else None
     # A noun or a keyword names this concept as far as it names few others.
     if len(name.split()) > 1 and heads[_head(entry["label"])] < 10:
         captions[_head(name).lower()] += 2.0 / heads[_head(entry["label"])]
@@ -218,6 +223,7 @@ def _concept(entry: dict, shortcodes: list[str] | str, shared: Counter, heads: C
     return Concept(
         code=entry["hexcode"].lower(),
         name=name,
+        plain=plain,
         captions={text: share / total for text, share in captions.items()},
         group=group,
         weight=GROUPS[group][1] * (0.3 if sign else 1.0),

@@ -1,0 +1,137 @@
+"""What the image model learns from: which emoji, under which captions, and how they are cut out."""
+
+import io
+import json
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion import data
+from diffusion.text import Text
+
+ENTRIES = [
+    {"label": "red apple", "hexcode": "1F34E", "group": 4, "tags": ["apple", "food", "fruit"]},
+    {"label": "green apple", "hexcode": "1F34F", "group": 4, "tags": ["apple", "food", "fruit"]},
+    {"label": "cat", "hexcode": "1F408", "group": 3, "tags": ["pet"]},
+    {"label": "red heart", "hexcode": "2764", "group": 0, "tags": ["heart", "love"]},
+    {"label": "man cook", "hexcode": "1F468-200D-1F373", "group": 1, "tags": ["cook"]},
+    {"label": "flag: Malta", "hexcode": "1F1F2-1F1F9", "group": 9, "tags": []},
+    {"label": "one o’clock", "hexcode": "1F550", "group": 5, "tags": ["clock"]},
+    {"label": "right arrow", "hexcode": "27A1", "group": 8, "tags": ["arrow"]},
+]
+SHORTCODES = {"1F34E": "apple", "1F408": ["cat2"], "2764": "heart", "27A1": "arrow_right"}
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """A folder of packages as npm gives them, with a few emoji in them."""
+    picture = io.BytesIO()
+    rgba = np.zeros((64, 64, 4), np.uint8)
+    rgba[:32] = (200, 0, 0, 255)
+    Image.fromarray(rgba).save(picture, "PNG")
+
+    def write(package, files):
+        with tarfile.open(tmp_path / package.file, "w:gz") as archive:
+            for name, content in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+    write(
+        data.NAMES,
+        {
+            "package/en/data.json": json.dumps(ENTRIES).encode(),
+            "package/en/shortcodes/iamcal.json": json.dumps(SHORTCODES).encode(),
+        },
+    )
+    styles = tuple(replace(style, suffix=".png") for style in data.STYLES)
+    monkeypatch.setattr(data, "STYLES", styles)
+    for style in styles:
+        codes = ["1f34e", "1f408", "2764-fe0f", "1f1f2-1f1f9", "1f34f"]
+        if style is styles[2]:
+            codes.remove("1f34f")
+        write(style.package, {f"{style.folder}{code}.png": picture.getvalue() for code in codes})
+    return tmp_path
+
+
+def test_variants_flags_and_clocks_are_left_out(packages):
+    names = [concept.name for concept in data.concepts(packages)]
+    assert names == ["red apple", "green apple", "cat", "red heart", "right arrow"]
+
+
+def test_captions_are_names_shortcodes_and_what_names_little_else(packages):
+    apple, _, cat, heart, arrow = data.concepts(packages)
+    assert list(apple.captions)[:3] == ["red apple", "a red apple", "apple"]
+    assert sum(apple.captions.values()) == pytest.approx(1)
+    assert apple.captions["apple"] > apple.captions["food"]
+    assert (apple.plain, cat.plain, heart.plain, arrow.plain) == ("apple", "cat", "heart", None)
+    assert arrow.directed and not cat.directed
+    assert arrow.weight < cat.weight
+
+
+def test_pictures_are_found_with_and_without_the_sign_for_colour(packages):
+    found = data.concepts(packages)
+    drawn = data.pictures(packages, data.STYLES[0], found)
+    assert sorted(drawn) == ["1f34e", "1f34f", "1f408", "2764"]
+    assert drawn["2764"].shape == (64, 64, 3) and drawn["2764"].dtype == np.uint8
+
+
+def test_what_is_hidden_does_not_bleed_into_edges():
+    """Green under full transparency: a plain resize would mix it into the red."""
+    rgba = np.zeros((128, 128, 4), np.uint8)
+    rgba[:, :64] = (255, 0, 0, 255)
+    rgba[:, 64:] = (0, 255, 0, 0)
+    file = io.BytesIO()
+    Image.fromarray(rgba).save(file, "PNG")
+    found = data.on_white(file.getvalue(), 64).astype(int)
+    assert (found[:, :28] == (255, 0, 0)).all() and (found[:, 36:] == 255).all()
+    assert (np.abs(found[..., 1] - found[..., 2]) <= 1).all()  # never greener than bluer
+
+
+def test_a_pack_holds_every_picture_and_caption(packages, tmp_path):
+    asked = []
+
+    def read(texts):
+        asked.extend(texts)
+        count = len(texts)
+        states = np.arange(count, dtype=np.float32)[:, None, None] * np.ones((1, 4, 6), np.float32)
+        return Text(states, np.ones((count, 4), bool), states[:, 0])
+
+    data.pack(packages, read, tmp_path / "pack")
+    pack = data.Pack(tmp_path / "pack")
+    assert len(pack.images) == 4 + 4 + 3 and len(asked) == len(set(asked))
+    assert pack.held_out.tolist() == [
+        data.is_held_out(pack.concepts[c], data.STYLES[s])
+        for c, s in zip(pack.concept, pack.style, strict=True)
+    ]
+    assert [asdict.captions for asdict in pack.concepts] == [
+        concept.captions for concept in data.concepts(packages)
+    ]
+    small = pack.pictures(np.array([0, 1]), 32)
+    assert small.shape == (2, 32, 32, 3)
+    assert small.min() >= -1 and small[0, -1, 0].tolist() == [1, 1, 1]
+    heard = pack.heard(["red apple", "red apple, flat style"])
+    assert heard["states"][:, 0, 0].tolist() == [
+        asked.index("red apple"),
+        asked.index("red apple, flat style"),
+    ]
+    random = np.random.default_rng(0)
+    said = {pack.draw_caption(random, 0) for _ in range(200)}
+    name = pack.concepts[pack.concept[0]].name
+    assert {name, f"{name}, shaded style"} <= said
+    assert not any("flat" in caption for caption in said)
+
+
+def test_other_bytes_are_refused(packages):
+    with pytest.raises(ValueError, match="sha256 is .*, expected d01d0e2c"):
+        data.fetch(packages)
+
+
+def test_few_pictures_are_held_out():
+    concept = data.Concept("", "", None, {}, 3, 1.0, False)
+    codes = [replace(concept, code=f"{n:x}") for n in range(2000)]
+    share = np.mean([data.is_held_out(c, s) for c in codes for s in data.STYLES])
+    assert 0.02 < share < 0.045
