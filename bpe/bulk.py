@@ -171,9 +171,8 @@ class _Known:
         self._table = Table(words=2)
         self._long: dict[bytes, int] = {}
         self._ids = Column(np.uint32)
-        self._head = Column(np.uint32)  # the first id of each piece
+        self._head = Column(np.uint32, 2)  # the first id of each piece, and how many it has
         self._first = Column(np.intp)  # where in _ids those of a piece begin
-        self._count = Column(np.intp)
         self.add([b""], np.empty(0, np.uint32), np.zeros(1, np.intp))
         if encoding.whole_pieces:
             ids = np.fromiter(encoding.ranks.values(), np.uint32)
@@ -182,7 +181,7 @@ class _Known:
 
     @property
     def size(self) -> int:
-        return self._count.size
+        return self._head.size
 
     @property
     def learned(self) -> int:
@@ -209,18 +208,18 @@ class _Known:
         self._long.update((pieces[i], self.size + i) for i in long.tolist())
         first = np.cumsum(count) - count
         self._first.append(first + self._ids.size)
-        self._head.append(np.append(ids, np.uint32(0)).take(first))
-        self._count.append(count)
+        self._head.append(np.stack([np.append(ids, np.uint32(0)).take(first), count], axis=1))
         self._ids.append(ids)
 
     def ids(self, number: Ints) -> tuple[Ids, Ints]:
         """The ids of pieces, one after the other, and how many each has."""
-        count = self._count.take(number)
+        head = self._head.take(number)
+        count = head[:, 1].astype(np.intp)
         other = np.flatnonzero(count != 1)
         if 4 * len(other) > len(count):
             return self._ids.take(places(self._first.take(number), count)), count
         # Most pieces are one token: write that down, then the others in their places.
-        ids = np.repeat(self._head.take(number), count)
+        ids = np.repeat(head[:, 0], count)
         own = count.take(other)
         end = np.cumsum(own - 1) + other + 1
         ids[places(end - own, own)] = self._ids.take(

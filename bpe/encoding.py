@@ -2,7 +2,7 @@
 
 Three steps forward: find the special tokens that the caller allows (they stand for themselves), cut
 the rest into pieces (`pretokenize`), cover each piece with tokens (`merge`). Backward is a table.
-Long texts take another way to the same ids (`bulk`).
+Long texts take another way to the same ids (`bulk`), long Chinese pieces are cut further (`seams`).
 
 Two kinds of vocabulary are in use, and they disagree on what orders the merges:
 

@@ -25,6 +25,10 @@ Rank = Callable[[bytes, bytes], int]
 def merge(piece: bytes, rank: Rank) -> list[bytes]:
     """The tokens of one piece, as bytes, in order.
 
+    >>> ranks = {b"ow": 0, b"low": 1, b"er": 2, b"lo": 3}  # what a join makes, and its priority
+    >>> merge(b"lower", lambda left, right: ranks.get(left + right, NEVER))
+    [b'low', b'er']
+
     Args:
         piece: the bytes to cover.
         rank: the priority of joining two neighbouring parts.

@@ -9,12 +9,15 @@ Face's `tokenizers` on every assigned character of Unicode.
 The `regex` module is needed because the standard library's `re` knows neither `\p{L}` (a letter of
 any script) nor `\p{N}` (a number of any script: digits, but also ½, ² and Ⅷ).
 
-A second plus, as in `\p{L}++`, makes a repetition *possessive*: what it has taken, it keeps. Where
-the rest of an alternative fails, a plain `\s+` gives back its last character and lets the rest try
-again, then one more, and so on. `\s+(?!\S)` is there for that: it gives back one space, which the
-next word takes along. Nothing is gained so by `\s++$`: if white space does not reach the end of the
-text, less of it does not either, and to find that out again from each of a million spaces takes
-time that grows with the square. `?+` and `{1,3}+` are possessive in the same way.
+Two things in them are not in every introduction to regular expressions:
+
+- `(?!\S)` takes nothing, it looks ahead: the next character must not be one that is no white space.
+  In "a   b", `\s+(?!\S)` first takes all three spaces, sees the b, gives one space back, and then
+  sees that space. So it ends with two, and ` ?\p{L}++` takes the third along with the b.
+- A second plus, as in `\p{L}++`, forbids that giving back (the repetition is *possessive*; so are
+  `?+` and `{1,3}+`). Take `\s++$`, white space up to the end of the text. Where a b follows, fewer
+  spaces do not reach the end either, and a plain `\s+$` would find that out for each shorter run,
+  from each space on: on a million spaces, a trillion steps.
 """
 
 from __future__ import annotations
@@ -129,6 +132,9 @@ def compile_pattern(pattern: str) -> regex.Pattern[str]:
 
 def split(patterns: Sequence[regex.Pattern[str]], text: str) -> list[str]:
     """Cuts `text` into pieces; joined together they are `text` again.
+
+    >>> split([compile_pattern(GPT2)], "I'm 12 dogs,   ok?")
+    ['I', "'m", ' 12', ' dogs', ',', '  ', ' ok', '?']
 
     Several patterns are applied in turn, each to the pieces that the one before it left. What a
     pattern does not match becomes a piece of its own (Hugging Face calls it "isolated"), so that no

@@ -8,6 +8,8 @@ they are looked up one by one, which costs less than more passes over arrays.
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import numpy as np
@@ -18,27 +20,28 @@ Words = npt.NDArray[np.uint64]
 
 
 class Column:
-    """An array that can grow at its end."""
+    """An array of numbers, or of rows of `width` numbers, that can grow at its end."""
 
-    def __init__(self, dtype: npt.DTypeLike):
-        self._data = np.empty(1, dtype)
+    def __init__(self, dtype: npt.DTypeLike, width: int | None = None):
+        self._data = np.empty(1 if width is None else (1, width), dtype)
         self.size = 0
 
     def append(self, items: npt.NDArray[Any]) -> None:
         begin, self.size = self.size, self.size + len(items)
         if self.size > len(self._data):
-            self._data = np.concatenate([self._data, np.empty(2 * self.size, self._data.dtype)])
+            room = np.empty((2 * self.size, *self._data.shape[1:]), self._data.dtype)
+            self._data = np.concatenate([self._data, room])
         self._data[begin : self.size] = items
 
     def take(self, places: Ints) -> npt.NDArray[Any]:
-        return self._data.take(places, mode="clip")  # NumPy's fastest mode
+        return self._data.take(places, axis=0, mode="clip")  # NumPy's fastest mode
 
 
 class Table:
     """A hash table that numbers keys of one or two words from 0 on."""
 
     def __init__(self, *, words: int):
-        self._keys = [Column(np.uint64) for _ in range(words)]
+        self._keys = Column(np.uint64, words)  # all of a key in one place: one wait for memory
         self._bits = 1  # there are 2^bits slots
         self._slots = np.full(2, -1, np.int32)  # the number of a key; -1: free
         self._others: dict[tuple[int, ...], int] = {}  # the keys that found no slot
@@ -60,22 +63,21 @@ class Table:
 
     def add(self, *keys: Words) -> None:
         """Adds keys that are different from each other and from those that the table has."""
-        size = self._keys[0].size + len(keys[0])
-        number = np.arange(self._keys[0].size, size)
-        for column, new in zip(self._keys, keys, strict=True):
-            column.append(new)
+        size = self._keys.size + len(keys[0])
+        number = np.arange(self._keys.size, size)
+        self._keys.append(np.stack(keys, axis=1))
         if 4 * size > len(self._slots):
             self._bits = (8 * size).bit_length()
             self._slots = np.full(1 << self._bits, -1, np.int32)
             self._others.clear()
             number = np.arange(size)
-        slot = self._slot(tuple(column.take(number) for column in self._keys))
+        slot = self._slot(tuple(self._keys.take(number).T))
         for _ in range(2):
             free = np.flatnonzero(self._slots[slot] < 0)[::-1]
             self._slots[slot[free]] = number[free]  # of several for one slot, the first stays
             left = self._slots[slot] != number
             number, slot = number[left], slot[left] ^ 1
-        rest = zip(*(column.take(number).tolist() for column in self._keys), strict=True)
+        rest = map(tuple, self._keys.take(number).tolist())
         self._others.update(zip(rest, number.tolist(), strict=True))
 
     def _slot(self, keys: tuple[Words, ...]) -> Ints:
@@ -88,10 +90,9 @@ class Table:
 
     def _taken_by_others(self, number: Ints, keys: tuple[Words, ...]) -> Ints:
         """At which places `number` is that of another key."""
-        differs = self._keys[0].take(number) != keys[0]
-        for column, key in zip(self._keys[1:], keys[1:], strict=True):
-            differs |= column.take(number) != key
-        differs &= number >= 0
+        differs = number >= 0
+        same = [own == key for own, key in zip(self._keys.take(number).T, keys, strict=True)]
+        differs &= ~functools.reduce(operator.and_, same)
         return np.flatnonzero(differs)
 
 

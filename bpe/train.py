@@ -47,6 +47,13 @@ Progress = Callable[[str, int, int | None], None]
 def learn(counts: Mapping[bytes, int], num_merges: int, min_frequency: int = 2) -> list[Pair]:
     """The merges, from how often each piece occurs.
 
+    In "low" five times and "lower" twice, "lo" and "ow" both occur seven times. The smaller ids are
+    merged, then what has become of the other pair:
+
+    >>> merges = learn({b"low": 5, b"lower": 2}, 2)
+    >>> merges, list(vocabulary(merges))[256:]
+    ([(75, 78), (256, 86)], [b'lo', b'low'])
+
     Args:
         counts: pieces and how often each occurs.
         num_merges: how many merges at most.
