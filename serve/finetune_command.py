@@ -248,7 +248,7 @@ class Here:
 
     def create(self, model: str | None, data: Path, valid: Path | None, **fields: Any) -> dict:
         from serve import local
-        from serve.jobs import check_suffix
+        from serve.jobs import check_suffix, shown
 
         if fields["suffix"] is not None:
             try:
@@ -266,12 +266,11 @@ class Here:
             validation_file=files[1],
             **fields,
         )
-        return self._shown(job)
+        return shown(job)
 
     def _kept(self, path: Path) -> str:
         """Uploads a file, so to speak; gives its id."""
-        from serve.api.files import file_record
-        from serve.store import new_id
+        from serve.store import file_record, new_id
 
         id = new_id("file-")
         with self._jobs.store.receiving(id) as incoming, path.open("rb") as file:
@@ -281,20 +280,24 @@ class Here:
         return id
 
     def jobs(self) -> list[dict]:
+        from serve.jobs import shown
+
         found, _ = self._jobs.store.page("job", newest_first=True)
-        return [self._shown(job) for job in found]
+        return [shown(job) for job in found]
 
     def job(self, id: str) -> dict:
+        from serve.jobs import shown
+
         if (job := self._jobs.get(id)) is None:
             raise NotFound(f"there is no job {id}: `pellucid finetune list` shows those there are")
-        return self._shown(job)
+        return shown(job)
 
     def cancel(self, id: str) -> dict:
-        from serve.jobs import JobIsOver
+        from serve.jobs import JobIsOver, shown
 
         status = self.job(id)["status"]
         try:
-            return self._shown(self._jobs.cancel(id))
+            return shown(self._jobs.cancel(id))
         except JobIsOver:
             raise Failure(f"{id} is over: it {status}") from None
 
@@ -309,8 +312,3 @@ class Here:
             if status in OVER:
                 return
             time.sleep(UNTIL_TOLD)
-
-    def _shown(self, job: dict) -> dict:
-        from serve.api.fine_tuning import shown
-
-        return shown(job)

@@ -189,6 +189,23 @@ class Jobs:
             shutil.rmtree(folder / OUT / name, ignore_errors=True)
 
 
+def shown(job: Job) -> dict[str, Any]:
+    """A job in OpenAI's shape."""
+    names = (
+        *("id", "created_at", "finished_at", "status", "error", "model", "fine_tuned_model"),
+        *("hyperparameters", "seed", "training_file", "validation_file", "result_files"),
+        *("trained_tokens", "estimated_finish", "metadata"),
+    )
+    method = {"type": "supervised", "supervised": {"hyperparameters": job["hyperparameters"]}}
+    return {
+        "object": "fine_tuning.job",
+        **{name: job[name] for name in names},
+        "organization_id": "pellucid",
+        "integrations": [],
+        "method": method,
+    }
+
+
 def check_suffix(suffix: str) -> None:
     """Whether a suffix can be part of a model's name.
 

@@ -34,7 +34,7 @@ from typing import Any
 
 from serve import made, settings
 from serve.jobs import DATA, OUT, VALID, Job, Jobs
-from serve.store import new_id
+from serve.store import file_record, new_id
 
 log = logging.getLogger(__name__)
 
@@ -369,8 +369,6 @@ class Training:
         name, file = job["name"], job["result_file"]
         self._make(job, name, job["steps"], self._out / "adapter")
         if self._jobs.store.get("file", file) is None:
-            from serve.api.files import file_record
-
             data = results(Lines(self._lines.path).new()).encode()
             with self._jobs.store.receiving(file) as incoming:
                 incoming.write(data)

@@ -18,6 +18,7 @@ import secrets
 import sqlite3
 import string
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,6 +48,20 @@ _NEW = ".new-"
 def new_id(prefix: str, length: int = 24) -> str:
     """An id that nobody can guess: `file-` and 24 letters and digits, for one."""
     return prefix + "".join(secrets.choice(_LETTERS) for _ in range(length))
+
+
+def file_record(id: str, filename: str, size: int, purpose: str) -> dict[str, Any]:
+    """The body of an object of kind "file", which is what clients are shown of it."""
+    return {
+        "id": id,
+        "object": "file",
+        "bytes": size,
+        "created_at": int(time.time()),
+        "filename": filename,
+        "purpose": purpose,
+        "status": "processed",
+        "status_details": None,
+    }
 
 
 class Store:

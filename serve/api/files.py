@@ -20,7 +20,7 @@ from serve.api.openapi import described
 from serve.api.replies import FileDeleted, FileReply, Files
 from serve.api.schemas import Body
 from serve.errors import APIError, from_validation
-from serve.store import Store, new_id
+from serve.store import Store, file_record, new_id
 
 router = APIRouter(prefix="/v1")
 
@@ -121,20 +121,6 @@ async def delete_file(request: Request, file_id: str) -> dict[str, Any]:
     if not await asyncio.to_thread(store.drop, file_id):
         raise no_such_file(file_id)
     return {"id": file_id, "object": "file", "deleted": True}
-
-
-def file_record(id: str, filename: str, size: int, purpose: str) -> dict[str, Any]:
-    """What is kept of a file, which is what clients are shown of it."""
-    return {
-        "id": id,
-        "object": "file",
-        "bytes": size,
-        "created_at": int(time.time()),
-        "filename": filename,
-        "purpose": purpose,
-        "status": "processed",
-        "status_details": None,
-    }
 
 
 def find_file(store: Store, id: str, param: str = "id") -> dict[str, Any]:

@@ -24,7 +24,7 @@ from serve.api.replies import JobCheckpoints, JobEvent, JobEvents, JobReply, Job
 from serve.api.schemas import Body, read_json, tag
 from serve.api.sse import Event, event_stream
 from serve.errors import APIError, unsupported
-from serve.jobs import UNFINISHED, Job, JobIsOver, check_suffix
+from serve.jobs import UNFINISHED, Job, JobIsOver, check_suffix, shown
 from serve.jobs import Jobs as JobStore
 from serve.registry import Offer
 
@@ -44,6 +44,8 @@ def auto_or(number: Any, kind: str) -> Any:
 Epochs = Annotated[int, Field(ge=1, le=50)]
 BatchSize = Annotated[int, Field(ge=1, le=256)]
 Multiplier = Annotated[float, Field(gt=0)]
+Name = Annotated[str, Field(max_length=64)]
+Value = Annotated[str, Field(max_length=512)]
 
 
 class Hyperparameters(Body):
@@ -71,7 +73,7 @@ class JobBody(Body):
     method: Method = Method(type="supervised")
     suffix: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[Name, Value], Field(max_length=16)] | None = None
     integrations: list[Any] = []
 
 
@@ -285,23 +287,6 @@ async def events_of(request: Request, id: str) -> AsyncGenerator[Event, None]:
 
 
 # --- what clients see -------------------------------------------------------------------------
-
-
-def shown(job: Job) -> dict[str, Any]:
-    """A job in OpenAI's shape."""
-    names = (
-        *("id", "created_at", "finished_at", "status", "error", "model", "fine_tuned_model"),
-        *("hyperparameters", "seed", "training_file", "validation_file", "result_files"),
-        *("trained_tokens", "estimated_finish", "metadata"),
-    )
-    method = {"type": "supervised", "supervised": {"hyperparameters": job["hyperparameters"]}}
-    return {
-        "object": "fine_tuning.job",
-        **{name: job[name] for name in names},
-        "organization_id": "pellucid",
-        "integrations": [],
-        "method": method,
-    }
 
 
 def shown_event(event: dict[str, Any]) -> dict[str, Any]:
