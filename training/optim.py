@@ -22,7 +22,7 @@ _TABLES = frozenset({"embed", "positions", "head"})
 
 
 def schedule(config: Config) -> optax.Schedule:
-    """The learning rate of each step, the first being 0."""
+    """The learning rate of each step, counted from 0."""
     peak, warmup = config.learning_rate, config.warmup_steps
     steps, last = config.steps - warmup, peak * config.final_fraction
     if config.schedule == "cosine":
@@ -41,24 +41,19 @@ def schedule(config: Config) -> optax.Schedule:
 def optimizer(config: Config) -> optax.GradientTransformation:
     """What turns gradients, already clipped, into updates."""
     rate = schedule(config)
+    adamw = optax.adamw(
+        rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decays
+    )
     if config.optimizer == "adamw":
-        return optax.adamw(
-            rate, config.b1, config.b2, config.eps,
-            weight_decay=config.weight_decay, mask=decays,
-        )  # fmt: skip
-    return contrib.muon(
+        return adamw
+    muon = contrib.muon(
         rate,
         beta=config.b1,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        weight_decay_mask=decays,
-        adam_b1=config.b1,
-        adam_b2=config.b2,
-        adam_eps_root=0.0,
-        adam_weight_decay=config.weight_decay,
-        muon_weight_dimension_numbers=_orthogonal,
         consistent_rms=_RMS,
     )
+    return optax.partition({"adamw": adamw, "muon": muon}, _whose)
 
 
 def decays(weights: Any) -> Any:
@@ -66,13 +61,11 @@ def decays(weights: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.ndim >= 2, weights)
 
 
-def _orthogonal(weights: Any) -> Any:
-    """For each leaf that is Muon's, which axis is read and which is written: [out, in]."""
+def _whose(weights: Any) -> Any:
+    """For each leaf, by which of the two it moves when the optimiser is Muon."""
 
-    def numbers(path: tuple, leaf: jax.Array):
+    def name(path: tuple, leaf: jax.Array) -> str:
         steps = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
-        if leaf.ndim != 2 or _TABLES.intersection(steps):
-            return None
-        return contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=0)
+        return "muon" if leaf.ndim == 2 and not _TABLES.intersection(steps) else "adamw"
 
-    return jax.tree_util.tree_map_with_path(numbers, weights)
+    return jax.tree_util.tree_map_with_path(name, weights)

@@ -37,7 +37,7 @@ def make_step(task: Task, config: Config) -> Callable[[State, Any, Batch], tuple
         with jax.named_scope("update"):
             # A batch in which nothing counts moves nothing.
             share = 1.0 / jnp.maximum(sums["weight"], 1e-30)
-            norm = optax.global_norm(gradients) * share
+            norm = optax.tree.norm(gradients) * share
             if config.clip_norm is not None:
                 share *= jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-30))
             gradients = jax.tree.map(lambda g: g * share, gradients)

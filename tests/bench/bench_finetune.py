@@ -10,7 +10,8 @@ float32 and of torch's float32 differ by more than 1e-3 at any of the steps, the
 A contender is a process of its own (this script with --worker), which waits without computing
 while another takes its step; every step is taken by each in turn, so that what slows the machine
 slows all. Speeds are from the median of a contender's steps, ratios are taken within a step and
-their median is told. The peer is torch as a Trainer runs it, eager, with the fused AdamW, in
+their median is told. The least time of all cores together that a step took is reported too, for
+machines that are never quiet. The peer is torch as a Trainer runs it, eager, with the fused AdamW, in
 float32 and in bfloat16 by autocast. Memory is the peak of resident memory from before the first
 step, compiling included; what stands before that (libraries, weights) counts, loading does not.
 
@@ -133,9 +134,10 @@ def worker(args: argparse.Namespace) -> None:
         if not line.strip():
             break
         ids = np.array(json.loads(line), np.int32)
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         loss = step(ids)
         answer = {"loss": loss, "seconds": time.perf_counter() - started}
+        answer["cpu_seconds"] = time.process_time() - used
         print(json.dumps(answer), file=answers, flush=True)
     status = Path("/proc/self/status").read_text()
     peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
@@ -156,6 +158,7 @@ def compare(args: argparse.Namespace, method: str, adapter: Path) -> dict:
     batch, length = map(int, args.batch.split("x"))
     losses: dict[str, list[float]] = {name: [] for name in workers}
     seconds: dict[str, list[float]] = {name: [] for name in workers}
+    used: dict[str, list[float]] = {name: [] for name in workers}
     source = batches(args.model, batch, length)
     for step in range(args.steps):
         ids = json.dumps(next(source).tolist())
@@ -165,6 +168,7 @@ def compare(args: argparse.Namespace, method: str, adapter: Path) -> dict:
             answer = _answer(process)
             losses[name].append(answer["loss"])
             seconds[name].append(answer["seconds"])
+            used[name].append(answer["cpu_seconds"])
             if step in (0, args.steps - 1) or args.verbose:
                 print(f"{method} step {step + 1:3} {name:18} loss {answer['loss']:.5f} "
                       f"{answer['seconds']:6.2f} s", flush=True)  # fmt: skip
@@ -185,6 +189,7 @@ def compare(args: argparse.Namespace, method: str, adapter: Path) -> dict:
         "tokens_per_second_best": {
             name: round(tokens / min(times), 1) for name, times in timed.items()
         },
+        "cpu_seconds_least": {name: round(min(times[1:]), 2) for name, times in used.items()},
         "peak_gb": {name: round(peak / 1e9, 2) for name, peak in peaks.items()},
     }
     for own, other in (("pellucid float32", "torch float32"),

@@ -1,7 +1,6 @@
 """The trainer: gradients and curves like torch's, exact sums, checkpoints, and kills."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from training import checkpoint as checkpoints
 from training.recipes.decoder import Full, LowRank, as_format, next_token_loss
 from transformer import checkpoint, decoder
 from transformer import config as decoders
+from transformer.kernels import exact
+from transformer.layers import quantize
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CFG = decoders.Config.debug(vocab_size=64, num_layers=2)
@@ -48,10 +49,15 @@ def same(a, b) -> bool:
 
 
 def close(found, expected, tolerance: float) -> None:
-    """Leaf by leaf, relative to the leaf's largest number."""
+    """Leaf by leaf, relative to its largest number.
+
+    Or to a thousandth of the largest of all: what is zero but for rounding (the gradient of a bias
+    of keys, say: softmax ignores it) has no digits to compare.
+    """
     names = tree.named(expected)
+    floor = 1e-3 * max(np.abs(leaf).max() for leaf in names.values())
     for name, leaf in tree.named(found).items():
-        scale = np.abs(names[name]).max()
+        scale = max(np.abs(names[name]).max(), floor)
         np.testing.assert_allclose(leaf, names[name], rtol=0, atol=tolerance * scale, err_msg=name)
 
 
@@ -101,32 +107,27 @@ def test_twenty_steps_are_those_of_torch(tmp_path):
 
 
 def test_gradients_are_finite_differences():
-    """In float64, along random directions through all weights at once."""
-    with jax.enable_x64(True):
-        params = jax.tree.map(lambda x: x.astype(jnp.float64), decoder.init(jax.random.key(0), CFG))
-        batch = draw(0)
-        segments = batch["segments"]
-        counts = batch["weights"][:, 1:] * (segments[:, 1:] == segments[:, :-1])
-        counts = counts * (segments[:, 1:] > 0)
+    """Of the decoder in NumPy float64, along random directions through all weights at once."""
+    params, batch = decoder.init(jax.random.key(0), CFG), batch_of(draw(0, 2, 6)["ids"])
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
-        def loss(params):
-            logits, _ = decoder.forward(params, CFG, batch["ids"], segments=segments)
-            chosen = jnp.take_along_axis(
-                jax.nn.log_softmax(logits[:, :-1]), batch["ids"][:, 1:, None], axis=2
-            )
-            return -(chosen[..., 0] * counts).sum()
+    def loss(params) -> float:
+        total = 0.0
+        for length in range(1, 6):
+            logits = exact.decoder(params, CFG, batch["ids"][:, :length])  # of the last position
+            likely = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            total -= likely[np.arange(2), batch["ids"][:, length]].sum()
+        return total
 
-        def ours(params):
-            return next_token_loss(params, CFG, batch, "float32")[0]
-
-        rng = np.random.default_rng(0)
-        gradient = jax.grad(ours)(jax.tree.map(lambda x: x.astype(jnp.float32), params))
-        for _ in range(3):
-            way = jax.tree.map(lambda x: rng.normal(size=x.shape), params)
-            at = lambda t, way=way: loss(jax.tree.map(lambda x, w: x + t * w, params, way))  # noqa: E731
-            slope = (at(1e-4) - at(-1e-4)) / 2e-4
-            along = sum(jax.tree.leaves(jax.tree.map(lambda g, w: (g * w).sum(), gradient, way)))
-            np.testing.assert_allclose(along, slope, rtol=1e-4)
+    gradient = jax.grad(lambda p: next_token_loss(p, CFG, batch, "float32")[0])(params)
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        way = jax.tree.map(lambda x: rng.normal(size=x.shape), wide)
+        there, back = (
+            loss(jax.tree.map(lambda x, w, t=t: x + t * w, wide, way)) for t in (1e-5, -1e-5)
+        )
+        along = sum(jax.tree.leaves(jax.tree.map(lambda g, w: (g * w).sum(), gradient, way)))
+        np.testing.assert_allclose(along, (there - back) / 2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -198,15 +199,9 @@ def test_recomputing_needs_less_memory():
 
 def test_int8_weights_are_not_trained_through():
     params = decoder.init(jax.random.key(0), CFG)
-    layers = tuple(layer.replace(q=decoder_int8(layer.q)) for layer in params.layers)
+    layers = tuple(layer.replace(q=quantize(layer.q)) for layer in params.layers)
     with pytest.raises(ValueError, match="int8 weights cannot be trained"):
         as_format(params.replace(layers=layers), "float32")
-
-
-def decoder_int8(linear):
-    from transformer.layers import quantize
-
-    return quantize(linear)
 
 
 # --- a step ---------------------------------------------------------------------------------------
@@ -260,15 +255,15 @@ def test_optimizers_learn(optimizer, tmp_path):
 def test_muon_moves_hidden_matrices_evenly_and_leaves_tables_to_adam():
     task = Full(cfg=CFG)
     config = Config(steps=9, learning_rate=1e-2, optimizer="muon", schedule="constant")
-    before = task.init(jax.random.key(0))
+    before = jax.device_get(task.init(jax.random.key(0)))
     after, _ = step.make_step(task, config)(state.init(task, config), None, draw(0))
     change = np.asarray(after.weights.layers[0].up.weight - before.layers[0].up.weight)
     values = np.linalg.svd(change, compute_uv=False)
     assert values.min() > 0.4 * values.max()
     size = 0.2 * 1e-2  # as AdamW's, root mean square
     np.testing.assert_allclose(np.sqrt((change**2).mean()), size, rtol=0.35)
-    table = np.abs(np.asarray(after.weights.embed.weight - before.embed.weight))
-    np.testing.assert_allclose(table[table > 0].max(), 1e-2, rtol=1e-2)  # Adam's first step
+    table = np.abs(after.weights.embed.weight - before.embed.weight)
+    np.testing.assert_allclose(np.median(table), 1e-2, rtol=1e-2)  # Adam's first step
 
 
 def test_schedules():
@@ -367,7 +362,7 @@ def test_a_finished_run_is_left_alone(whole):
 def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(whole, tmp_path, number):
     def on_step(now: State, line: dict) -> None:
         if int(now.step) == number:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # to this thread: `os.kill` may take its time
 
     handler = signal.getsignal(signal.SIGTERM)
     outcome = run(tmp_path, on_step=on_step)
@@ -468,7 +463,8 @@ def test_a_checkpoint_is_files_that_other_tools_read(whole):
     path = folder / "checkpoints" / "step-000014"
     assert sorted(p.name for p in path.iterdir()) == ["checkpoint.json", "state.safetensors"]
     arrays = load_file(path / "state.safetensors")
-    np.testing.assert_array_equal(arrays["weights.layers.1.q.weight"], last.weights.layers[1].q.weight)  # fmt: skip
+    weight = last.weights.layers[1].q.weight
+    np.testing.assert_array_equal(arrays["weights.layers.1.q.weight"], weight)
     assert arrays["average.embed.weight"].dtype == np.float32
     assert {name.split(".")[0] for name in arrays} == {"step", "weights", "optimizer", "average"}
     assert json.loads((path / "checkpoint.json").read_text())["config"]["learning_rate"] == 1e-2
@@ -522,7 +518,7 @@ def test_a_run_with_other_settings_does_not_go_on(saved):
             r"'weights.embed.weight' must be float32 \(64, 32\), got float32 \(64, 31\)",
         ),
         (
-            lambda a: a.update({"step": np.float32(1)}),
+            lambda a: a.update({"step": np.array(1, np.float32)}),
             r"'step' must be int32 \(\), got float32 \(\)",
         ),
     ],
