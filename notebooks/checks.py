@@ -169,6 +169,78 @@ def recall(answer: Callable[[list[list[int]], list[int], int], float]) -> None:
         _close([answer(found, [1, 2, 1, 1], k)], [expected], f"at {k}")
 
 
+def loss_mask(answer: Callable[[int, list[tuple[int, int]], list[int]], list[int]]) -> None:
+    """Turns of the assistant and their weights to which tokens are learned."""
+    for length, turns, weights, expected in (
+        (5, [(2, 4)], [1], [0, 0, 1, 1, 0]),
+        (6, [(1, 2), (4, 6)], [0, 1], [0, 0, 0, 0, 1, 1]),
+        (3, [(0, 3)], [1], [0, 1, 1]),
+        (2, [], [], [0, 0]),
+    ):
+        got = answer(length, turns, weights)
+        assert got == expected, f"of {length}, {turns}, {weights} expected {expected}, got {got}"
+
+
+def first_fit(answer: Callable[[list[int], int], list[list[int]]]) -> None:
+    """Lengths and a width to rows, compared with the library's."""
+    from training.packing import first_fit as ours
+
+    rng = random.Random(0)
+    cases = [[5, 4, 3, 6, 2, 1], [8], []]
+    for lengths in cases + [[rng.randrange(1, 9) for _ in range(30)] for _ in range(20)]:
+        got = answer(list(lengths), 8)
+        assert got == ours(lengths, 8), f"of {lengths} expected {ours(lengths, 8)}, got {got}"
+
+
+def adam(answer: Callable[[list[float], float, float, float], float]) -> None:
+    """Gradients to how far a weight moved, compared with optax."""
+    import jax.numpy as jnp
+    import optax
+
+    for gradients in ([3.0], [1.0, -1.0, 1.0], [0.1, 0.2, 4.0, -2.0]):
+        optimizer = optax.adam(0.1, b1=0.8, b2=0.9, eps=0.0)
+        place = jnp.zeros(())
+        state = optimizer.init(place)
+        for gradient in gradients:
+            change, state = optimizer.update(jnp.asarray(gradient), state)
+            place = place + change
+        got = answer(list(gradients), 0.1, 0.8, 0.9)
+        is_near = isinstance(got, float) and math.isclose(got, float(place), rel_tol=1e-4)
+        assert is_near, f"of {gradients} expected {float(place):.5f}, got {got}"
+
+
+def mels(answer: Callable[[float], float]) -> None:
+    """A frequency to Slaney's mel scale."""
+    for hertz, expected in ((0.0, 0.0), (500.0, 7.5), (1000.0, 15.0), (6400.0, 42.0)):
+        _close([answer(hertz)], [expected], f"of {hertz} Hz")
+
+
+def cheapest_path(answer: Callable[[list[list[float]]], float]) -> None:
+    """A rectangle of costs to the cost of the cheapest path through it."""
+    for cost, expected in (
+        ([[3.0]], 3.0),
+        ([[1.0, 2.0, 3.0]], 6.0),
+        ([[1.0], [2.0]], 3.0),
+        ([[1.0, 9.0], [9.0, 1.0]], 2.0),
+        ([[0.0, 5.0, 5.0], [1.0, 1.0, 5.0], [5.0, 1.0, -2.0]], -1.0),
+        ([[2.0, -1.0, -1.0], [0.0, 0.0, 1.0]], 1.0),
+    ):
+        _close([answer([list(row) for row in cost])], [expected], f"of {cost}")
+
+
+def word_error_rate(answer: Callable[[str, str], float]) -> None:
+    """What was written and what was said to the share of words that are wrong."""
+    for written, said, expected in (
+        ("to be or not", "to be or not", 0.0),
+        ("", "to be", 1.0),
+        ("to bee or not", "to be or not", 0.25),
+        ("be or not to", "to be or not", 0.5),
+        ("to be or or not", "to be or not", 0.25),
+        ("a b c d", "e", 4.0),
+    ):
+        _close([answer(written, said)], [expected], f"of {written!r} and {said!r}")
+
+
 def _close(got: object, expected: list[float], what: str) -> None:
     is_list = isinstance(got, list | tuple) and len(got) == len(expected)
     near = is_list and all(
