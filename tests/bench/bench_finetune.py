@@ -10,9 +10,9 @@ float32 and of torch's float32 differ by more than 1e-3 at any of the steps, the
 A contender is a process of its own (this script with --worker), which waits without computing
 while another takes its step; every step is taken by each in turn, so that what slows the machine
 slows all. Speeds are from the median of a contender's steps, ratios are taken within a step and
-their median is told. The least time of all cores together that a step took is reported too, for
-machines that are never quiet. The peer is torch as a Trainer runs it, eager, with the fused AdamW, in
-float32 and in bfloat16 by autocast. Memory is the peak of resident memory from before the first
+their median is told. The least time that a step took of all cores together is reported too, for
+machines that are never quiet. The peer is torch as a Trainer runs it, eager, with the fused AdamW,
+in float32 and in bfloat16 by autocast. Memory is the peak of resident memory from before the first
 step, compiling included; what stands before that (libraries, weights) counts, loading does not.
 
 Left out: torch.compile, more than one machine, packing (the rows are full).
