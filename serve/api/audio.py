@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, WithJsonSchema
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -30,6 +30,7 @@ from audio.load import RATE
 from audio.transcribe import Segment, Transcript
 from serve.api.models import listener_of
 from serve.api.openapi import described
+from serve.api.replies import Reply
 from serve.api.schemas import Body
 from serve.api.sse import Event, event_stream, unless_disconnected
 from serve.calls import call_of
@@ -64,13 +65,92 @@ class SpeechBody(Body):
     stream: bool = False
 
 
-@router.post("/transcriptions", **described())
+class Logprob(Reply):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class SpeechUsage(Reply):
+    type: Literal["duration"]
+    seconds: int
+
+
+class Transcription(Reply):
+    """What `json` gives."""
+
+    text: str
+    logprobs: list[Logprob] | None = None
+    usage: SpeechUsage
+
+
+class SpeechSegment(Reply):
+    id: int
+    seek: int
+    start: float
+    end: float
+    text: str
+    tokens: list[int]
+    temperature: float
+    avg_logprob: float
+    compression_ratio: float
+    no_speech_prob: float
+
+
+class SpeechWord(Reply):
+    word: str
+    start: float
+    end: float
+
+
+class VerboseTranscription(Reply):
+    """What `verbose_json` gives."""
+
+    task: Literal["transcribe", "translate"]
+    language: str
+    duration: float
+    text: str
+    segments: list[SpeechSegment] | None = None
+    words: list[SpeechWord] | None = None
+    usage: SpeechUsage
+
+
+class SpeechForm(SpeechBody):
+    """A form with a sound file: what `_read_form` takes."""
+
+    file: Annotated[bytes, WithJsonSchema({"type": "string", "format": "binary"})]
+
+
+class SpeechEvent(Reply):
+    """`transcript.text.delta` with `delta`, or `transcript.text.done` with `text` and `usage`."""
+
+    type: Literal["transcript.text.delta", "transcript.text.done"]
+    delta: str | None = None
+    text: str | None = None
+    logprobs: list[Logprob] | None = None
+    usage: SpeechUsage | None = None
+
+
+def _described(*, events: type[Reply] | None = None) -> dict[str, Any]:
+    """A route that takes a form and answers with JSON, brief or verbose, or with text."""
+    arguments = described(Transcription, SpeechForm, events=events)
+    request = arguments["openapi_extra"]["requestBody"]["content"]
+    request["multipart/form-data"] = request.pop("application/json")
+    content = arguments["responses"][200]["content"]
+    brief = content["application/json"]["schema"]
+    verbose = described(VerboseTranscription)["responses"][200]["content"]["application/json"]
+    content["application/json"] = {"schema": {"anyOf": [brief, verbose["schema"]]}}
+    content["text/plain"] = {"schema": {"type": "string"}}
+    return arguments
+
+
+@router.post("/transcriptions", **_described(events=SpeechEvent))
 async def create_transcription(request: Request) -> Response:
     """Write down what is said in a sound file."""
     return await _answer(request, "transcribe")
 
 
-@router.post("/translations", **described())
+@router.post("/translations", **_described(events=SpeechEvent))
 async def create_translation(request: Request) -> Response:
     """Write down in English what is said in a sound file."""
     return await _answer(request, "translate")

@@ -23,9 +23,9 @@ from serve.engine import fingerprint
 from serve.engine.device import Lane, default_device
 from serve.engine.load import keep_compiled_programs, weights_file
 
-# What "auto" means. The narrow weights of the decoder are read again for every token; of the
-# encoder's, large products in bfloat16 are the quickest where the processor has them.
-FORMATS: tuple[Literal["int8", "bfloat16", "float32"], ...] = ("int8", "bfloat16", "float32")
+# "auto" is the first. int8 takes the decoder a little less time for each token; but of 179 words
+# that people read, whisper-tiny.en wrote 7 otherwise than in float32, and 1 in bfloat16.
+FORMATS: tuple[Literal["bfloat16", "float32", "int8"], ...] = ("bfloat16", "float32", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)

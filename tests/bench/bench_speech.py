@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=10, help="of the long file; 0: none")
-    parser.add_argument("--formats", nargs="+", default=["int8", "bfloat16"], help="of ours")
+    parser.add_argument("--formats", nargs="+", default=["bfloat16"], help="of ours")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         compare(args, for_ctranslate2(args.folder.resolve(), Path(scratch)))

@@ -13,6 +13,7 @@ import soundfile
 from openai import OpenAI
 
 from serve import offers
+from serve.api.audio import SpeechEvent, Transcription, VerboseTranscription
 from serve.app import create_app
 from serve.registry import Registry
 from serve.settings import Settings
@@ -73,6 +74,28 @@ def test_logprobs(client):
     assert "".join(item.token for item in answer.logprobs).strip() == TEXT
     assert all(item.logprob <= 0 for item in answer.logprobs)
     assert bytes(int(b) for item in answer.logprobs for b in item.bytes).decode().strip() == TEXT
+
+
+def test_answers_are_as_described(speech_address, client):
+    description = httpx.get(f"{speech_address}/openapi.json").json()
+    for route in ("transcriptions", "translations"):
+        operation = description["paths"][f"/v1/audio/{route}"]["post"]
+        (form,) = operation["requestBody"]["content"].items()
+        assert form[0] == "multipart/form-data" and "SpeechForm" in form[1]["schema"]["$ref"]
+        assert {"application/json", "text/plain"} <= set(operation["responses"]["200"]["content"])
+    form = description["components"]["schemas"]["SpeechForm"]
+    assert {"file", "model"} <= set(form["required"])
+    assert form["properties"]["file"] == {"type": "string", "format": "binary", "title": "File"}
+    file = ("a.flac", CLIP.read_bytes())
+    brief = post(speech_address, file, **{"include[]": "logprobs"}).json()
+    Transcription.model_validate(brief, strict=True)
+    asked = {"response_format": "verbose_json", "timestamp_granularities[]": ["word", "segment"]}
+    VerboseTranscription.model_validate(post(speech_address, file, **asked).json(), strict=True)
+    events = post(speech_address, file, stream="true").text.split("\n\n")
+    datas = [event.removeprefix("data: ") for event in events if event.startswith("data: {")]
+    assert len(datas) > 1
+    for data in datas:
+        SpeechEvent.model_validate_json(data, strict=True)
 
 
 def test_text_and_subtitles(client):
