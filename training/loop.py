@@ -64,16 +64,21 @@ def train(
     SIGTERM and SIGINT finish the step, save, and return.
 
     Raises:
-        ValueError: the folder holds a run with other settings or of another model.
+        ValueError: the folder holds a run with other settings or of another model, or `patience` is
+            set and there is nothing to validate with.
         FloatingPointError: the loss or the gradient is no number any more.
     """
+    if config.patience is not None and not validate:
+        raise ValueError(f"patience is {config.patience}, and there is nothing to validate with")
     folder.mkdir(parents=True, exist_ok=True)
     state, seen = _begin(task, config, folder)
     done = int(state.step)
-    take_step, evaluate = make_step(task, config), make_evaluate(task)
     if _is_over(done, seen, config):
+        if not (folder / "loss.png").exists():  # killed just before it was drawn
+            pictures.draw(folder / "metrics.jsonl", folder / "loss.png")
         return Outcome(state, "finished" if done == config.steps else "stopped early")
 
+    take_step, evaluate = make_step(task, config), make_evaluate(task)
     roof = bench.roof(dtype) if flops_per_token is not None else None
     log = metrics.Log(folder / "metrics.jsonl", done)
     bar = metrics.Bar(config.steps, done, shown=progress)

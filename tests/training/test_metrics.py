@@ -1,0 +1,102 @@
+"""What a run says of itself: lines, pictures, a bar, and how much of the machine it used."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from training import Config, bench, metrics, pictures, train
+
+ROOT = Path(__file__).parent.parent.parent
+SUMS = {"loss": 6.0, "weight": 4.0, "correct": 3.0, "tokens": 10, "grad_norm": 2.0, "lr": 0.5}
+
+
+def test_the_line_of_a_step():
+    config = Config(steps=9, learning_rate=1.0, steps_per_epoch=4)
+    line = metrics.record(3, SUMS | {"squares": 8.0}, 2.0, config, 100.0, 5000.0)
+    assert line.pop("time") > 1.7e9
+    assert line == {
+        "step": 3, "epoch": 0.75, "loss": 1.5, "accuracy": 0.75, "squares": 2.0, "lr": 0.5,
+        "grad_norm": 2.0, "tokens": 10, "tokens_per_second": 5.0, "mfu": 0.1, "seconds": 2.0,
+    }  # fmt: skip
+
+
+def test_what_means_nothing_is_left_out():
+    sums = {name: SUMS[name] for name in ("loss", "weight", "grad_norm", "lr")}
+    line = metrics.record(3, sums, 2.0, Config(steps=9, learning_rate=1.0), None, None)
+    assert line.keys() == {
+        "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds", "time",
+    }  # fmt: skip
+    assert line["tokens"] == 4
+
+
+def test_a_log_forgets_what_comes_after_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "valid_loss": 1}\n{"step": 3}\n{"ste')
+    assert len(metrics.read(path)) == 4  # the line that is being written is nobody's yet
+    log = metrics.Log(path, 2)
+    log.write({"step": 3, "loss": 0.5})
+    assert metrics.read(path)[2:] == [{"step": 2, "valid_loss": 1}, {"step": 3, "loss": 0.5}]
+    log.close()
+    metrics.Log(path, 0).close()
+    assert metrics.read(path) == []
+
+
+def test_the_curve_is_a_picture(tmp_path):
+    path, target = tmp_path / "metrics.jsonl", tmp_path / "loss.png"
+    path.write_text("")
+    pictures.draw(path, target)
+    assert not target.exists()
+    path.write_text("".join(f'{{"step": {n}, "loss": {1 / n}}}\n' for n in range(1, 60)))
+    pictures.draw(path, target)
+    plain = target.read_bytes()
+    assert plain.startswith(b"\x89PNG")
+    with path.open("a") as file:
+        file.write('{"step": 59, "valid_loss": 0.5}\n')
+    pictures.draw(path, target)
+    assert target.read_bytes() != plain
+
+
+def test_smoothing_keeps_a_line_a_line():
+    line = np.arange(100.0)
+    np.testing.assert_allclose(pictures.smooth(line)[5:-5], line[5:-5])
+    np.testing.assert_allclose(pictures.smooth(np.ones(100)), 1)
+
+
+def test_the_roof_is_above_what_one_core_adds_up():
+    assert bench.roof("float32") > 1e9
+
+
+def test_patience_needs_something_to_validate_with(tmp_path):
+    config = Config(steps=9, learning_rate=1.0, validate_every=2, patience=1)
+    with pytest.raises(ValueError, match="patience is 1, and there is nothing to validate with"):
+        train(None, None, lambda step: {}, config, tmp_path)
+
+
+def test_a_bar_where_there_is_a_terminal(tmp_path):
+    """On a pseudo-terminal: how far it is, the loss, and tokens a second."""
+    code = (
+        "from training import metrics\n"
+        "bar = metrics.Bar(8, 2, shown=True)\n"
+        "bar.update({'step': 5, 'loss': 1.5, 'tokens_per_second': 1234.5, 'mfu': 0.42})\n"
+        "bar.close()\n"
+    )
+    parent, child = pty.openpty()
+    environment = os.environ | {"COLUMNS": "100", "TERM": "xterm"}
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stderr=child, check=True, env=environment
+    )
+    os.close(child)
+    shown = os.read(parent, 10_000).decode()
+    os.close(parent)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
+    assert "5/8" in text and "loss 1.5000  1,234 tok/s  42% of the machine" in text
+    silent = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True
+    )  # fmt: skip
+    assert not silent.stderr
