@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # The first bytes, in UTF-8, of the characters looked at: U+3000 to U+3FFFF.
 _FIRST, _LAST = 0xE3, 0xF0
+_MAX_KNOWN = 1 << 16  # pairs of characters to remember
 
 
 def _size(first: int) -> int:
@@ -76,6 +77,8 @@ class Seams:
         is_seam, segments, begin = self._known, [], 0
         for i, both in enumerate(map(add, piece, piece[1:]), 1):
             if (found := is_seam.get(both)) is None:
+                if len(is_seam) >= _MAX_KNOWN:
+                    is_seam.clear()
                 found = is_seam[both] = self._is_seam(*both)
             if found:
                 segments.append(piece[begin:i])

@@ -46,6 +46,14 @@ def test_a_place_is_a_seam_if_no_token_reaches_across():
     assert segments(encoding(*parts("中文人")), "文人中文人中") == ["文人", "中文人", "中"]
 
 
+def test_what_is_remembered_is_bounded(monkeypatch):
+    monkeypatch.setattr("bpe.seams._MAX_KNOWN", 5)
+    seams = Seams(encoding(*parts("中文")))
+    text = "".join(map(chr, range(0x4E00, 0x4E40))) + "中文"
+    assert seams.split(text) == [*text[:-2], "中文"]
+    assert len(seams._known) <= 5
+
+
 def test_other_characters_are_left_alone():
     """Also next to those that are not: " 中" and "中。a" are in one piece as before."""
     assert segments(encoding(), "hello мир नमस्ते") == ["hello мир नमस्ते"]
