@@ -53,7 +53,7 @@ class OldClient:
 
     def _run(self, command: list[str]) -> str:
         done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=60
+            command, env=self.environment, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -73,7 +73,7 @@ def upload(openai, data=None, name="train.jsonl"):
     return openai.files.create(file=(name, data), purpose="fine-tune").id
 
 
-def ended(openai, id, seconds=60):
+def ended(openai, id, seconds=300):
     jobs = openai.fine_tuning.jobs
     wait_until(lambda: jobs.retrieve(id).status in OVER, seconds)
     return jobs.retrieve(id)
@@ -222,19 +222,19 @@ def test_cancelling(openai, home):
         for _ in range(2)
     )
     jobs = openai.fine_tuning.jobs
-    wait_until(lambda: any("Step 5/" in line for line in messages(openai, running.id)), 60)
+    wait_until(lambda: any("Step 5/" in line for line in messages(openai, running.id)), 300)
     pid = int((home / "jobs" / running.id / "train.pid").read_text())
     assert os.getpriority(os.PRIO_PROCESS, pid) == 1
-    wait_until(lambda: jobs.retrieve(waiting.id).status == "queued", 30)
+    wait_until(lambda: jobs.retrieve(waiting.id).status == "queued", 120)
     estimate = jobs.retrieve(running.id).estimated_finish
     assert estimate is not None and estimate >= time.time() - 1
     assert jobs.cancel(waiting.id).status == "cancelled"
     assert jobs.cancel(running.id).finished_at is not None
-    wait_until(lambda: not alive(pid), 30)
+    wait_until(lambda: not alive(pid), 120)
     assert messages(openai, running.id)[-1] == "The job was cancelled"
     with pytest.raises(BadRequestError, match="Job has already completed"):
         jobs.cancel(running.id)
-    wait_until(lambda: not (home / "jobs" / running.id / "out" / "checkpoints").exists(), 10)
+    wait_until(lambda: not (home / "jobs" / running.id / "out" / "checkpoints").exists(), 60)
     assert not (home / "jobs" / waiting.id / "data.jsonl").exists()
     assert jobs.retrieve(running.id).fine_tuned_model is None
 
@@ -468,7 +468,7 @@ class Server:
     def stop(self):
         self.openai.close()
         self.process.stdin.close()
-        assert self.process.wait(60) == 0
+        assert self.process.wait(120) == 0
 
 
 def make(openai, **hyperparameters):
@@ -487,7 +487,7 @@ def stepped(openai, id, step):
         events = openai.fine_tuning.jobs.list_events(id, limit=3).data
         return any((event.data or {}).get("step", 0) >= step for event in events)
 
-    wait_until(has_come, 90)
+    wait_until(has_come, 300)
 
 
 def adapter(home, job):
@@ -497,7 +497,7 @@ def adapter(home, job):
 @pytest.fixture(scope="module")
 def undisturbed(openai, home):
     """The weights of the same job when nothing happens to it."""
-    job = ended(openai, make(openai), 120)
+    job = ended(openai, make(openai))
     assert job.status == "succeeded"
     return adapter(home, job)
 
@@ -524,7 +524,7 @@ def killed(kills, folder, home):
             assert alive(before)
         if kill != "trainer":
             server = Server(home, folder)
-    job = ended(server.openai, id, 120)
+    job = ended(server.openai, id)
     told = messages(server.openai, id)
     assert job.status == "succeeded", told[-3:]
     steps = [int(line.split()[1].split("/")[0]) for line in told if line.startswith("Step")]
@@ -542,7 +542,7 @@ def test_a_trainer_that_is_killed_goes_on(openai, home):
     stepped(openai, id, 120)
     first = int((home / "jobs" / id / "train.pid").read_text())
     os.kill(first, signal.SIGKILL)
-    job = ended(openai, id, 90)
+    job = ended(openai, id)
     told = messages(openai, id)
     assert job.status == "succeeded", told[-3:]
     assert sum("ended by signal 9; it goes on from its last" in line for line in told) == 1
@@ -571,7 +571,7 @@ def test_a_job_that_was_orphaned_can_be_cancelled(folder, tmp_path):
     pid = int((tmp_path / "jobs" / id / "train.pid").read_text())
     server = Server(tmp_path, folder)
     server.openai.fine_tuning.jobs.cancel(id)
-    wait_until(lambda: not alive(pid), 40)
+    wait_until(lambda: not alive(pid), 120)
     server.stop()
 
 
@@ -616,7 +616,7 @@ def test_a_job_whose_process_always_dies_is_given_up(jobs, folder, monkeypatch):
     monkeypatch.setattr("serve.jobs_keeper._program", lambda *_: [sys.executable, *dies])
     keeper = Keeper(jobs)
     keeper.wake()
-    wait_until(lambda: jobs.get(id)["status"] == "failed", 10)
+    wait_until(lambda: jobs.get(id)["status"] == "failed", 60)
     keeper.close()
     assert "was ended 3 times by a signal, the last time 9" in jobs.get(id)["error"]["message"]
 
@@ -625,7 +625,7 @@ def test_a_job_whose_model_is_gone_fails_and_says_so(jobs, tmp_path):
     id = jobs.create(model="tiny", path=tmp_path / "gone", training_file="file-1")["id"]
     keeper = Keeper(jobs)
     keeper.wake()
-    wait_until(lambda: jobs.get(id)["status"] == "failed", 30)
+    wait_until(lambda: jobs.get(id)["status"] == "failed", 120)
     keeper.close()
     assert "gone" in jobs.get(id)["error"]["message"]
 
