@@ -81,8 +81,10 @@ class Keeper:
 
     def close(self) -> None:
         """Stops work; what runs is told to save and to end. Waits for it."""
-        self._closing.set()
-        if (thread := self._thread) is not None:
+        with self._guard:
+            thread = self._thread
+            self._closing.set()
+        if thread is not None:
             thread.join()
 
     def _run(self) -> None:
