@@ -1,7 +1,8 @@
 """`pellucid bench`: times what a model is made of, against what this machine can do.
 
 The measuring is `transformer/bench.py`, which `python -m transformer.bench` runs by itself; here a
-model may be named by its id. Only its sizes are read: weights are random.
+model may be named by its id. Only its sizes are read: weights are random. The cases are those of
+`transformer/kernels/cases.py` and of `audio/bench.py`.
 """
 
 from pathlib import Path
@@ -66,6 +67,7 @@ def bench(
 
         path = local.located(model).path
 
+    import audio.bench
     from transformer import bench
     from transformer.kernels import cases
 
@@ -78,7 +80,7 @@ def bench(
             tried=bench.parse_forms(tried or ()),
             seconds=seconds,
         )
-        chosen = plan.select(cases.cases(sizes))
+        chosen = plan.select([*cases.cases(sizes), *audio.bench.cases()])
     except ValueError as error:
         raise WrongUsage(str(error)) from None
     if names_only:
