@@ -294,12 +294,18 @@ class Here:
 
     def cancel(self, id: str) -> dict:
         from serve.jobs import JobIsOver, shown
+        from serve.jobs_keeper import Process
 
         status = self.job(id)["status"]
         try:
-            return shown(self._jobs.cancel(id))
+            job = self._jobs.cancel(id)
         except JobIsOver:
             raise Failure(f"{id} is over: it {status}") from None
+        # Whoever keeps it stops its process; but that may be one which a killed server left.
+        if (left := Process.left_behind(id, self._jobs.folder(id))) is not None:
+            left.stop()
+            self._jobs.clear(id)
+        return shown(job)
 
     def events(self, id: str) -> Iterator[dict]:
         self._keeper.wake()
