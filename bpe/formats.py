@@ -419,9 +419,8 @@ def _wordpiece_json(path: Path) -> WordPiece:
     _one_of(splitter, "type", ["BertPreTokenizer"], f"{path}: pre_tokenizer")
 
     special = _added_tokens(spec, vocab, str(path))
-    for token, id in special.items():
-        if vocab.get(token) != id:
-            raise ValueError(f"{path}: added_tokens gives {token!r} the id {id}, not as in vocab")
+    if missing := special.keys() - vocab.keys():
+        raise ValueError(f"{path}: model.vocab lacks {min(missing)!r}, one of added_tokens")
     cls, sep = _cls_and_sep(spec.get("post_processor"), f"{path}: post_processor")
     return _wordpiece(
         vocab,
