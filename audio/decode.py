@@ -186,9 +186,10 @@ def decode_with_fallback(
         own = replace(options, temperature=temperature, best_of=None)
         if temperature:
             own = replace(options, temperature=temperature, beam_size=None, best_of=best_of)
-        part = sound if len(waiting) == len(sound) else sound[np.array(waiting)]
-        for i, result in zip(waiting, decode(whisper, part, own, run=run), strict=True):
-            results[i] = result
+        # All windows at first; then one by one, so that any number of them takes one program.
+        for group in [[i] for i in waiting] if results else [waiting]:
+            part = sound if len(group) == len(sound) else sound[np.array(group)]
+            results |= zip(group, decode(whisper, part, own, run=run), strict=True)
         waiting = [i for i in waiting if fallback.fails(results[i])]
         if not waiting:
             break

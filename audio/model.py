@@ -245,7 +245,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Attention of a window to itself, [B, N, T, H] each and back."""
     if jax.default_backend() != "cpu":
         return _weigh(_scores(q, k), v)[0]
-    # Half of a head's queries at a time: their 4.5 MB of scores stay near the processor on their way
+    # Half of a head's queries at a time: their 4.5 MB of scores stay near the processor on the way
     # through the softmax. Measured 2.2 times as fast by heads as all at once, and 1.4 times again
     # by halves.
     b, n, t, h = q.shape
