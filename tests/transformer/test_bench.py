@@ -15,6 +15,7 @@ from transformer import bench, encoder, kernels
 from transformer.bench import Case, Contender, Plan, Result, Roofs
 from transformer.config import Config
 from transformer.kernels import cases, exact, where
+from transformer.layers import Linear
 
 ROOFS = Roofs(10e9, {"float32": 100e9, "bfloat16": 200e9, "int8": 400e9}, 1e-6)
 TINY = cases.Sizes(Config.debug(max_seq_len=1024), 100, encoder.Config.debug(max_seq_len=256))
@@ -139,6 +140,26 @@ def test_every_case_is_right_and_every_form_of_it():
         assert {(operation, form) for form in ("chosen", *forms)} <= seen
     assert {("prefill", "chosen"), ("decode", "chosen"), ("embed", "chosen")} <= seen
     assert any("matmul pair is for one row, not 8" in line for line in said)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_measured_format_is_the_loaded_one(name):
+    """Bug: `out` and `down` were measured in bfloat16 when models had them in int8."""
+    from tests.transformer.conftest import GOLDEN
+    from transformer import checkpoint
+
+    for format in cases.FORMATS:
+        loaded, cfg, _ = checkpoint.load(GOLDEN / name, format=format)
+        made = cases.weights(cfg, format)
+        dtypes = [jax.tree.map(lambda leaf: leaf.dtype, p.layers) for p in (loaded, made)]
+        assert dtypes[0] == dtypes[1]
+        head = loaded.embed if loaded.head is None else loaded.head
+        read = [part.weight for layer in loaded.layers for part in _maps(layer)] + [head.weight]
+        assert cases._model_bytes(cfg, format) == sum(weight.nbytes for weight in read)
+
+
+def _maps(layer) -> list[Linear]:
+    return [part for part in vars(layer).values() if isinstance(part, Linear)]
 
 
 def test_float64_knows_every_form_of_decoder():

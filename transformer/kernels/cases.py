@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer import cache, decoder, encoder, generate, kernels, layers, rope, sampling
+from transformer import (
+    cache,
+    decoder,
+    encoder,
+    generate,
+    kernels,
+    layers,
+    rope,
+    rotation,
+    sampling,
+)
 from transformer.bench import Case, in_float64
 from transformer.config import Config
 from transformer.kernels import exact
@@ -163,7 +173,7 @@ def _gated_mlp(cfg: Config) -> Iterator[Case]:
                 gate, up = (_normal(cfg.d_ff, cfg.d_model, seed=i, scale=0.02) for i in (1, 2))
                 down = _normal(cfg.d_model, cfg.d_ff, seed=3, scale=0.02)
                 weights = {"gate": Linear(gate), "up": Linear(up), "down": Linear(down)}
-                p = as_format(weights, format)
+                p = as_format(weights, format, wide=wide_in_int8(cfg))
                 return _normal(1, rows, cfg.d_model), p["gate"], p["up"], p["down"]
 
             def function(x, gate, up, down, *, impl=None):
@@ -350,22 +360,34 @@ def _embed(cfg: encoder.Config, format: str) -> Case:
 # --- inputs -------------------------------------------------------------------------------------
 
 
-def as_format(tree, format: str):
+def as_format(tree, format: str, *, wide: Collection[str] = ()):
     """Every linear map of a tree in a format, as loading a checkpoint would make it.
 
-    In "int8" the maps that write to the residual stream are bfloat16.
+    Args:
+        wide: names of maps that are bfloat16 in "int8"; see `wide_in_int8`.
     """
 
     def change(path, part):
         if not isinstance(part, Linear) or format == "float32":
             return part
-        place = str(getattr(path[-1], "name", getattr(path[-1], "key", ""))) if path else ""
-        if format == "int8" and place not in ("out", "down"):
+        if format == "int8" and not (path and _name(path) in wide):
             return layers.quantize(part)
         return part.replace(weight=part.weight.astype(jnp.bfloat16))
 
-    is_part = lambda node: isinstance(node, Linear)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(change, tree, is_leaf=is_part)
+    return jax.tree_util.tree_map_with_path(change, tree, is_leaf=_is_linear)
+
+
+def wide_in_int8(cfg: Config) -> tuple[str, ...]:
+    """The maps that loading in int8 leaves bfloat16: those that write to a stream not turned."""
+    return () if rotation.can_turn(cfg) else ("out", "down")
+
+
+def _name(path: tuple) -> str:
+    return str(getattr(path[-1], "name", getattr(path[-1], "key", "")))
+
+
+def _is_linear(node) -> bool:
+    return isinstance(node, Linear)
 
 
 @functools.lru_cache(maxsize=3)
@@ -373,7 +395,7 @@ def weights(cfg: Config, format: str) -> decoder.Params:
     """Random weights; the same numbers in each format."""
     if format == "float32":
         return decoder.init(jax.random.key(0), cfg)
-    return as_format(weights(cfg, "float32"), format)
+    return as_format(weights(cfg, "float32"), format, wide=wide_in_int8(cfg))
 
 
 @functools.lru_cache(maxsize=1)  # the three formats ask for the same
@@ -429,13 +451,13 @@ def _layer_weights(cfg: Config) -> int:
 def _model_bytes(cfg: Config, format: str) -> float:
     """What a decoding step reads of the weights: every product's, the head's included."""
     params = decoder.abstract(cfg)
-    total = 0.0
     head = params.embed if params.head is None else params.head
-    is_part = lambda node: isinstance(node, Linear)  # noqa: E731
-    for path, part in jax.tree_util.tree_flatten_with_path((params.layers, head), is_part)[0]:
-        if isinstance(part, Linear):
-            is_wide = getattr(path[-1], "name", "") in ("out", "down")
-            own = "bfloat16" if format == "int8" and is_wide else format
+    parts = jax.tree_util.tree_leaves_with_path((params.layers, head), is_leaf=_is_linear)
+    total = 0.0
+    for path, part in parts:
+        if _is_linear(part):
+            is_wide = format == "int8" and _name(path) in wide_in_int8(cfg)
+            own = "bfloat16" if is_wide else format
             total += np.prod(part.weight.shape) * jnp.dtype(own).itemsize
     return total
 
