@@ -11,11 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
-from optax import contrib
 
 from training.config import Config
 
+_A, _B, _C, _TURNS = 3.4445, -4.775, 2.0315, 5  # of Jordan's iteration
 _RMS = 0.2  # about the root mean square of AdamW's updates
 # Matrices that are tables of vectors, or read out by rows: parts of their names.
 _TABLES = frozenset({"embed", "positions", "head"})
@@ -46,14 +47,35 @@ def optimizer(config: Config) -> optax.GradientTransformation:
     )
     if config.optimizer == "adamw":
         return adamw
-    muon = contrib.muon(
-        rate,
-        beta=config.b1,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        consistent_rms=_RMS,
+    muon = optax.chain(
+        optax.trace(config.b1, nesterov=True),
+        optax.stateless(lambda updates, _: jax.tree.map(orthogonal, updates)),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(rate),
     )
     return optax.partition({"adamw": adamw, "muon": muon}, _whose)
+
+
+def orthogonal(gradient: jax.Array) -> jax.Array:
+    """The nearly orthogonal matrix next to a gradient, with entries about as large as `_RMS`.
+
+    Newton-Schulz: X becomes Q X with Q = a I + b X X' + c (X X')^2, five times, which brings all
+    singular values near 1. Only X X' decides what Q is; so that small square matrix goes through
+    the five rounds, and X, which may be many times as wide, is multiplied once at the end.
+    """
+    is_tall = gradient.shape[0] > gradient.shape[1]
+    x = gradient.T if is_tall else gradient
+    x = x / jnp.maximum(jnp.linalg.norm(x), 1e-30)
+    identity = jnp.eye(len(x))
+
+    def turn(_, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        total, gram = carry
+        q = _A * identity + _B * gram + _C * (gram @ gram)
+        return q @ total, q @ gram @ q
+
+    total, _ = jax.lax.fori_loop(0, _TURNS, turn, (identity, x @ x.T))
+    x = total @ x * (_RMS * max(x.shape) ** 0.5)
+    return x.T if is_tall else x
 
 
 def decays(weights: Any) -> Any:

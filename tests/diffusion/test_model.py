@@ -219,7 +219,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     config = tmp_path / "config.json"
     text = config.read_text()
     for change, problem in (
-        (('"unet"', '"gan"'), "kind must be one of unet, dit, got 'gan'"),
+        (('"unet"', '"gan"'), "kind must be one of unet, dit, upscaler, got 'gan'"),
         (('"head_dim"', '"head_dims"'), "head_dims"),
         (('"d_cond": 16', '"d_cond": 24'), "must have shape"),
         (("16\n  ],", "16,\n  32\n  ],"), "same stages"),
