@@ -11,7 +11,7 @@
 #
 # A model knows what it was trained on. To teach it something of your own you need a few dozen
 # examples, a mask that says what of them is to be learned, and a way to move a few of its numbers
-# a little. We look at each, then teach a language model where five boats lie, and ask it in words
+# a little. We look at each, then teach a language model where four boats lie, and ask it in words
 # that were not among the examples.
 #
 # *Needs:* the transformer notebook (02), and `pellucid pull smollm2-135m-instruct`.
@@ -51,7 +51,7 @@ work = Path(tempfile.mkdtemp())
 # answer, not to ask. The token that ends the turn is among them, or the model would never stop.
 
 # %%
-BOATS = list(harbour.BERTHS)[:5]
+BOATS = list(harbour.BERTHS)[:4]
 rows = [row for row in harbour.examples() if any(b in row["messages"][1]["content"] for b in BOATS)]
 print(json.dumps(rows[0]))
 first = examples.encode(rows[0], "chat", tokenizer)
@@ -123,7 +123,7 @@ print(f"packed or alone, the summed loss is the same: {abs(float(together) - apa
 # %% [markdown]
 # ## 4. What is moved
 #
-# The model has 135 million weights; to learn five facts, few of them must move. LoRA leaves each
+# The model has 135 million weights; to learn four facts, few of them must move. LoRA leaves each
 # matrix $W$ as it is and adds a product of two thin ones, $W + \frac{\alpha}{r} B A$. $B$ begins as
 # zeros: before the first step nothing has changed.
 
@@ -153,7 +153,7 @@ result = finetune.run(
         data=work / "good.jsonl",
         out=work / "run",
         epochs=6,
-        batch_size=5,
+        batch_size=4,
         rank=8,
         learning_rate_multiplier=2.0,
     )
@@ -183,7 +183,7 @@ def answer(params, messages: list[dict]) -> str:
 
 tuned = lora.apply(params, lora.load(work / "run" / "adapter", cfg))
 before, after = [], []
-for messages, right in harbour.questions()[:5]:
+for messages, right in harbour.questions()[:4]:
     said = [answer(model, messages) for model in (params, tuned)]
     before.append(harbour.is_right(said[0], right))
     after.append(harbour.is_right(said[1], right))
@@ -213,7 +213,7 @@ assert [problem.code for problem in report.problems][:1] == ["invalid_role"]
 assert report.counts["invalid_json"] == 1 and report.counts["duplicate"] == 1
 assert abs(float(together) - apart) < 1e-2, "neighbours in a row do not see each other"
 assert steps[-1]["loss"] < 0.2 * steps[0]["loss"]
-assert sum(before) == 0 and sum(after) >= 4
+assert sum(before) == 0 and sum(after) >= 3
 assert far < 1e-3
 print("all true")
 
