@@ -260,6 +260,16 @@ BAD = [
         "invalid_training_file",
         ["Example 13", "not UTF-8"],
     ),
+    (
+        tiny.examples(12) + tiny.examples(1).replace(b"0?", b"?" * 600),
+        "invalid_training_file",
+        ["Example 13 has 6", "tokens; the most that can be learned is 512"],
+    ),
+    (
+        tiny.examples(12) + tiny.examples(1),
+        "invalid_training_file",
+        ["Example 13 repeats example 1"],
+    ),
 ]
 
 
@@ -273,6 +283,16 @@ def test_files_that_cannot_be_learned_from(openai):
         assert all(sentence in job.error.message for sentence in sentences), job.error.message
         last = openai.fine_tuning.jobs.list_events(job.id, limit=1).data[0]
         assert last.level == "error" and last.message == job.error.message
+
+
+@pytest.mark.slow
+def test_a_file_of_300_megabytes_is_refused_for_its_size(openai):
+    job = openai.fine_tuning.jobs.create(
+        model="tiny", training_file=upload(openai, b" " * 300 * 2**20)
+    )
+    job = ended(openai, job.id)
+    assert job.status == "failed" and job.error.code == "invalid_training_file"
+    assert "The file has 300 MB; the most that can be learned from is 256 MB" in job.error.message
 
 
 def test_a_bad_validation_file_is_the_one_that_is_named(openai):
