@@ -253,9 +253,9 @@ def test_speech_is_found_in_noise_almost_as_loud(kind, clip):
 def test_pauses_are_shortened_and_times_set_right():
     spans = [(5.0, 6.0), (6.8, 8.0), (20.0, 21.5)]
     kept = vad.kept_frames(spans, 3000)
-    assert len(kept) == (8.5 - 4.5 + 22 - 19.5) * 100
-    assert vad.moved(spans, kept) == [(0.5, 1.5), (2.3, 3.5), (4.5, 6.0)]
-    assert kept[[0, 399, 400]].tolist() == [450, 849, 1950]
+    assert len(kept) == (9.5 - 3.5 + 23 - 18.5) * 100
+    assert vad.moved(spans, kept) == [(1.5, 2.5), (3.3, 4.5), (7.5, 9.0)]
+    assert kept[[0, 599, 600]].tolist() == [350, 949, 1850]
     assert vad.moved(spans, np.arange(3000)) == spans
     assert vad.kept_frames([], 3000).size == 0
 
