@@ -46,7 +46,8 @@ golden: .models ## make the golden files of tests/golden again (installs torch)
 
 bench: .models ## measure, and compare with peers (installs torch)
 	@sh scripts/setup.sh parity
-	@for bench in tests/bench/bench_*.py; do echo "$$bench"; $(BIN)/python "$$bench" || exit 1; done
+	@for bench in tests/bench/bench_*.py; do echo "$$bench"; \
+	$(BIN)/python -m "tests.bench.$$(basename "$$bench" .py)" || exit 1; done
 
 notebooks: .models ## run notebooks/*.py and write the .ipynb beside each
 	@$(BIN)/python scripts/notebooks.py $(ARGS)

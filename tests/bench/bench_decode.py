@@ -1,6 +1,6 @@
 """How fast one stream is: Pellucid beside transformers with torch, and llama.cpp.
 
-    python tests/bench/bench_decode.py [--rounds 7]
+    python -m tests.bench.bench_decode [--rounds 7]
 
 Every contender reads the same 512 ids with the same weights and continues them greedily by 64.
 First they must agree: transformers and our float32 on every id, else nothing is timed and the exit
@@ -8,7 +8,7 @@ status is 1; the other formats round differently, so how long they agree is only
 every round, each contender in turn is timed once, so that a machine that slows down slows all of
 them, and the ratios are taken within a round.
 
-A contender is a process of its own (this script with --worker), so that the thread pools of torch
+A contender is a process of its own (this module with --worker), so that the thread pools of torch
 and XLA never compete. It answers one JSON line for each one it is sent, and waits without computing
 while another is timed. It notes when each id is known to it:
 
@@ -45,6 +45,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from tests.bench.pulled import pulled
 
 ROOT = Path(__file__).parent.parent.parent
 PASSAGE = Path(__file__).with_name("passage.txt")
@@ -237,9 +239,10 @@ class Worker:
 
 @contextmanager
 def started(name: str, path: Path, threads: int) -> Iterator[Worker]:
-    command = [sys.executable, __file__, "--worker", name, "--file", str(path)]
+    command = [sys.executable, "-m", "tests.bench.bench_decode", "--worker", name]
     process = subprocess.Popen(
-        [*command, "--threads", str(threads)],
+        [*command, "--file", str(path.resolve()), "--threads", str(threads)],
+        cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -365,15 +368,6 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def model_file() -> Path:
-    from serve import catalogue, settings, sources
-
-    path = sources.find(catalogue.load().models[MODEL], settings.data_folder())
-    if path is None:
-        raise SystemExit(f"this needs a model: run `pellucid pull {MODEL}` first")
-    return path
-
-
 def physical_cores() -> int:
     import psutil
 
@@ -390,7 +384,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
-    path = options.file or model_file()
+    path = options.file or pulled(MODEL)
     threads = options.threads or physical_cores()
     if options.worker:
         work(options.worker, path, threads)

@@ -1,6 +1,6 @@
 """Documents a second beside sentence-transformers, on the same weights, texts and machine.
 
-    python -m tests.bench.bench_embed MODEL_FOLDER [--threads 2] [--rounds 5] [--batches 16 32 64]
+    python -m tests.bench.bench_embed [MODEL_FOLDER] [--threads 2] [--rounds 5] [--batches 16 32 64]
 
 256 documents of 10 to 120 English words (the setting of the published figures), from text to
 vector, tokenizing included. First the vectors are compared; then the two take turns, round by round
@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+from tests.bench.pulled import pulled
 
 PASSAGE = Path(__file__).with_name("passage.txt")
 
@@ -66,11 +68,12 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", help="default all-minilm-l6-v2, pulled")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[32])
     args = parser.parse_args()
+    args.folder = args.folder or pulled("all-minilm-l6-v2")
     import torch
 
     torch.set_num_threads(args.threads)

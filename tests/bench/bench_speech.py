@@ -1,6 +1,6 @@
 """Speech to text beside faster-whisper, on the same weights, sounds and machine.
 
-    python -m tests.bench.bench_speech MODEL_FOLDER [--threads 2] [--rounds 3] [--minutes 10]
+    python -m tests.bench.bench_speech [MODEL_FOLDER] [--threads 2] [--rounds 3] [--minutes 10]
 
 The folder is CTranslate2's (config.json, tokenizer.json, model.bin), as `pellucid pull
 whisper-tiny.en` leaves it. Two cases, each from samples to text, each encoding the full window of
@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.audio import ten_minutes
+from tests.bench.pulled import pulled
 
 Listener = Callable[[np.ndarray], str]
 
@@ -88,12 +89,13 @@ def differing(text: str, other: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", help="default whisper-tiny.en, pulled")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=10, help="of the long file; 0: none")
     parser.add_argument("--formats", nargs="+", default=["bfloat16"], help="of ours")
     args = parser.parse_args()
+    args.folder = args.folder or pulled("whisper-tiny.en")
     with tempfile.TemporaryDirectory() as scratch:
         compare(args, for_ctranslate2(args.folder.resolve(), Path(scratch)))
 

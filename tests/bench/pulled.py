@@ -1,0 +1,13 @@
+"""Where a pulled model lies, for benches that are started without a path."""
+
+from pathlib import Path
+
+
+def pulled(id: str) -> Path:
+    """Raises SystemExit, with the command that helps, if the model is not here."""
+    from serve import catalogue, settings, sources
+
+    path = sources.find(catalogue.load().models[id], settings.data_folder())
+    if path is None:
+        raise SystemExit(f"this needs a model: run `pellucid pull {id}` first")
+    return path
