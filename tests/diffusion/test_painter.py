@@ -149,7 +149,8 @@ def pack(tmp_path, encoder):
     return folder
 
 
-def test_the_recipe_trains_goes_on_and_exports(pack, encoder, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_the_recipe_trains_and_exports(pack, encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(emoji, "UNET", CFG)
     monkeypatch.setattr(emoji, "UPSCALER", UPSCALER)
     monkeypatch.setattr(emoji, "SHOWN", ("cat", "dog"))
@@ -186,6 +187,7 @@ def test_pictures_held_out_are_never_drawn_and_plain_words_more_often(pack):
     assert (batch(5)["x"] != batch(6)["x"]).any()
 
 
+@pytest.mark.slow
 def test_measures(pack, tmp_path):
     checkpoint.save(tmp_path / "denoiser", random_params(CFG), CFG)
     found = emoji.measure(tmp_path / "denoiser", data.Pack(pack))
