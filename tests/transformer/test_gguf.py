@@ -16,7 +16,7 @@ FORMATS = ("f16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_1", "q4_0")
 FAMILIES = ("gpt2", "llama3", "qwen2", "qwen3", "gemma3")
 NAMES = [*(f"llama-{name}" for name in FORMATS), *FAMILIES]
 GOLDENS = np.load(GOLDEN / "gguf" / "golden.npz")
-forward = jax.jit(decoder.forward, static_argnums=1)
+forward = jax.jit(decoder.forward, static_argnums=1, static_argnames="taps")
 extend = jax.jit(decoder.extend, static_argnums=1)
 
 
@@ -24,7 +24,9 @@ extend = jax.jit(decoder.extend, static_argnums=1)
 def test_logits_are_those_of_transformers_and_the_likeliest_those_of_llama_cpp(name):
     params, cfg, _ = checkpoint.load(GOLDEN / "gguf" / f"{name}.gguf")
     ids = GOLDENS[f"{name}.ids"][None]
-    logits, _ = forward(params, cfg, ids)
+    # With attention looked at, so all scores at once, as transformers does it: one position of
+    # llama-f16 magnifies last bits so much that transformers is itself 1.1e-4 from float64 there.
+    logits, _ = forward(params, cfg, ids, taps=("attention",))
     np.testing.assert_allclose(logits[0], GOLDENS[f"{name}.logits"], rtol=0, atol=1e-4)
     np.testing.assert_array_equal(logits[0].argmax(-1), GOLDENS[f"{name}.top"])
 
