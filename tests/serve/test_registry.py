@@ -72,7 +72,7 @@ def test_user_file_goes_over_the_built_in_one(tmp_path: Path) -> None:
         ("[models.mine]", "models.mine.kind is missing"),
         ("[models]\nmine = 1", "models.mine is 1"),
         (MODEL.replace("decoder", "oracle"), "models.mine.kind is 'oracle'"),
-        (MODEL.replace("context = 2", 'context = 2\nformats = ["int4"]'), "formats has 'int4': use"),
+        (MODEL.replace("context = 2", 'context = 2\nformats = ["int4"]'), "formats has 'int4'"),
         (MODEL.replace("context", "contexts"), "models.mine.context is missing"),
         (MODEL.replace("context = 2", 'context = "2"'), "models.mine.context is '2': use a int"),
         (MODEL.replace("mine.gguf", "../mine"), "name is '../mine'"),
