@@ -17,7 +17,7 @@ serve: ## install, fetch the chat model (93 MB), serve it on 127.0.0.1:8000
 	@exec $(BIN)/pellucid serve $(ARGS)
 
 test: .models ## install, fetch the models (860 MB), run the tests
-	@$(BIN)/pytest -q $(ARGS)
+	@$(BIN)/pytest -q -n 2 --dist loadfile $(ARGS)
 
 slow: .models ## the tests that take long, notebooks among them, then the comparisons
 	@sh scripts/setup.sh parity

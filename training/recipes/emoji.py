@@ -10,7 +10,7 @@
 A U-Net learns pictures of 32 x 32 pixels by flow matching; the step to 64 x 64 is learnt apart, on
 real pictures that were made half as large. Everything here was chosen for two cores and a few
 hours: the encoder is frozen and its states are computed once; what people ask for is drawn more
-often than what Unicode has most of; Muon, with which shapes come in half the steps; a constant
+often than what Unicode has most of; Muon, with which the loss falls sooner; a constant
 learning rate, so that a run may be stopped anywhere, and a short second run in which it falls
 (`denoiser --start MODEL/denoiser --schedule linear --steps 3000`).
 
