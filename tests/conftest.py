@@ -1,11 +1,15 @@
 """What tests of all packages share."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from serve import catalogue, settings, sources
+
+# A shell that starts the tests in the background ignores Ctrl-C, and what we start inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
