@@ -76,20 +76,23 @@ def test_most_words_are_heard_and_none_in_noise(heard, long):
 
 @pytest.mark.slow
 def test_peak_memory(long, model_file, tmp_path):
-    """Under 1 GB for tiny, the interpreter and XLA with it, in the way the server listens."""
+    """Under 1 GB for tiny, the interpreter and XLA with it, in the way the server listens.
+
+    Not `ru_maxrss`: it goes on counting the process that started this one, the tests themselves.
+    """
     np.save(tmp_path / "long.npy", long[0])
     code = (
-        "import resource, sys, numpy, audio\n"
+        "import re, sys, numpy, audio\n"
         "whisper = audio.load_model(sys.argv[1], format='bfloat16')\n"
         "audio.transcribe(whisper, numpy.load(sys.argv[2]), plan=audio.Plan(batch=4))\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+        "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
     )
     arguments = [model_file("whisper-tiny.en"), tmp_path / "long.npy"]
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
-    assert float(done.stdout) < 1000
+    assert int(done.stdout) < 1_000_000  # kB
 
 
 @pytest.fixture(scope="module")
