@@ -255,7 +255,7 @@ print(" ".join(drawn.split()))
 # ## 7. What we have seen, as assertions
 
 # %%
-assert ready["models"] == [MODEL]
+assert MODEL in ready["models"]
 assert "Paris" in answer.choices[0].message.content
 assert aliased.model == MODEL
 assert "".join(pieces) == answer.choices[0].message.content, "streamed and not: the same text"
