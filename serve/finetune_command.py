@@ -304,7 +304,7 @@ class Here:
         # Whoever keeps it stops its process; but that may be one which a killed server left.
         if (left := Process.left_behind(id, self._jobs.folder(id))) is not None:
             left.stop()
-            self._jobs.clear(id)
+        self._jobs.clear(id)
         return shown(job)
 
     def events(self, id: str) -> Iterator[dict]:

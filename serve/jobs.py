@@ -70,9 +70,13 @@ class Jobs:
         id = new_id(prefix)
         folder = self.folder(id)
         folder.mkdir(parents=True, mode=0o700)
-        for file, name in ((training_file, DATA), (validation_file, VALID)):
-            if file is not None:
-                _second_name(self.store.blob(file), folder / name)
+        try:
+            for file, name in ((training_file, DATA), (validation_file, VALID)):
+                if file is not None:
+                    _second_name(self.store.blob(file), folder / name)
+        except OSError:  # it was deleted this moment, or the disk is full
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         asked = {
             "n_epochs": n_epochs or "auto",
             "batch_size": batch_size or "auto",
@@ -227,5 +231,7 @@ def new_seed() -> int:
 def _second_name(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
+    except FileNotFoundError:
+        raise
     except OSError:  # a file system that has no such thing
         shutil.copyfile(source, target)

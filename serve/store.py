@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from serve.failures import Corrupt
+from serve.failures import Corrupt, Failure
 from serve.settings import private_folder
 
 VERSION = 1
@@ -81,6 +81,8 @@ class Store:
         self._lock = threading.RLock()
         try:
             self._open()
+        except sqlite3.OperationalError as error:  # locked, or no room: nothing is wrong with it
+            raise Failure(f"{self._path} cannot be opened now: {error}") from None
         except sqlite3.DatabaseError as error:
             raise Corrupt(
                 f"{self._path} cannot be read ({error}): move it out of the way"

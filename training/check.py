@@ -76,7 +76,8 @@ class Report:
         return not self.counts
 
     def add(self, line: int | None, code: str, message: str, param: str | None = None) -> None:
-        """Notes a problem."""
+        """Notes a problem, in words that can be shown to anybody."""
+        message, param = _shown(message), param and _shown(param)
         self.counts[code] += 1
         if len(self.problems) < MAX_LISTED:
             self.problems.append(Problem(line, code, message, param))
@@ -97,6 +98,11 @@ class Report:
         if more:
             message += f" ({more} more problem{'s' if more > 1 else ''} in this file.)"
         return {"code": f"invalid_{param}", "message": message, "param": param}
+
+
+def _shown(text: str) -> str:
+    """Not too long, and no half of a surrogate pair, which no answer could carry."""
+    return text[:500].encode("utf-8", "backslashreplace").decode()
 
 
 def check(

@@ -99,6 +99,7 @@ def train(
             if validate and _is_time(done, config.validate_every, config.steps):
                 weights = state.weights if state.average is None else state.average
                 found = _evaluate(evaluate, weights, frozen, validate)
+                metrics.check_finite({"step": done, **found}, ["valid_loss"])
                 log.write({"step": done, **found, "time": round(time.time(), 3)})
                 seen = _compare(seen, found["valid_loss"])
             if on_step is not None:

@@ -152,7 +152,7 @@ async def make_job(
         validation_file=validation,
         **fields,
     )
-    request.app.state.keeper.wake()
+    await asyncio.to_thread(request.app.state.keeper.wake)
     return job
 
 
@@ -248,6 +248,8 @@ async def find_job(request: Request, id: str) -> Job:
     job = await asyncio.to_thread(jobs_of(request).get, id)
     if job is None:
         raise APIError(404, f"No such fine-tune job: {id[:80]}", param="id", code="not_found")
+    if job["status"] in UNFINISHED:  # its keeper may have ended since, in another process
+        await asyncio.to_thread(request.app.state.keeper.wake)
     return job
 
 

@@ -578,7 +578,7 @@ def test_killed_and_gone_on_with(undisturbed, folder, tmp_path):
 
 @pytest.mark.slow
 def test_killed_again_and_again(undisturbed, folder, tmp_path):
-    job = killed(["server", "both", "trainer", "stop", "both"], folder, tmp_path)
+    job = killed(["trainer", "server", "both", "stop", "both"], folder, tmp_path)
     assert adapter(tmp_path, job) == undisturbed, "to the bit"
 
 
@@ -593,6 +593,17 @@ def test_a_job_that_was_orphaned_can_be_cancelled(folder, tmp_path):
     server.openai.fine_tuning.jobs.cancel(id)
     wait_until(lambda: not alive(pid), 120)
     server.stop()
+
+
+@pytest.mark.slow
+def test_a_server_with_nothing_to_do_takes_over(folder, tmp_path):
+    """Its keeper had ended before the job was made; nobody woke it when the other was killed."""
+    idle, first = Server(tmp_path, folder), Server(tmp_path, folder)
+    id = make(first.openai, n_epochs=10)
+    stepped(first.openai, id, 3)
+    first.kill()
+    assert ended(idle.openai, id).status == "succeeded"
+    idle.stop()
 
 
 @pytest.mark.slow

@@ -196,3 +196,13 @@ def test_half_an_array_is_an_error_and_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="begins as an array"):
         mend.mend(path, tmp_path / "b", TOKENIZER, max_tokens=60)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_is_said_of_a_line_can_be_shown_to_anybody(tmp_path):
+    """Half of a surrogate pair in a key made every answer that told of the job a 500."""
+    bad = [b'{"messages": [], "\\ud800": 1}', json.dumps({"messages": [], "k" * 10**6: 1}).encode()]
+    report = checked(tmp_path, b"\n".join([*LINES, *bad]))
+    assert not report.ok
+    for problem in report.problems:
+        assert len(problem.message.encode("utf-8")) < 2000
+    assert any("\\ud800" in problem.message for problem in report.problems)

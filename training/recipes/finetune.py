@@ -260,7 +260,7 @@ def faster_format() -> Literal["float32", "bfloat16"]:
 def _drop_old(adapters: Path) -> None:
     steps = sorted(int(path.name[5:]) for path in adapters.glob("step-*"))
     for step in steps[:-KEPT]:
-        shutil.rmtree(adapters / f"step-{step}")
+        folders.remove(adapters / f"step-{step}")
 
 
 def _save_adapter(folder: Path, adapter: lora.Adapter, cfg: Model, settings: Settings) -> None:

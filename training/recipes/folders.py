@@ -64,8 +64,17 @@ def publish(folder: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     write(draft)
-    shutil.rmtree(folder, ignore_errors=True)  # of the same step, before a stop
+    if folder.exists():  # of the same step, before a stop
+        remove(folder)
     draft.rename(folder)
+
+
+def remove(folder: Path) -> None:
+    """Takes a folder out of sight before its files go, so that nobody finds half of it."""
+    doomed = folder.with_name(f".removed-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
