@@ -27,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 
 TICK = 0.5  # seconds between two looks
 PATIENCE = 3  # processes that may die in a row without a new step
+TRIES = 120  # looks that may fail in a row, of one job: a minute of a full disk, say
 STOP_SECONDS = 20.0  # for a process to save and end
 KEPT = 3  # checkpoints of a job that are served
 NICENESS = 19  # as nice as can be: whoever is answered by this server comes first
@@ -70,6 +72,7 @@ class Keeper:
         self._checking: Process | None = None
         self._training: Training | None = None
         self._at: str | None = None  # the job that is being seen to
+        self._failed: Counter[str | None] = Counter()  # looks in a row, by job
 
     def wake(self) -> None:
         """Starts work, if there is any and nobody in this process works."""
@@ -119,13 +122,20 @@ class Keeper:
             self._at = None
             try:
                 work()
-            except Exception:  # a full disk, say: no job waits for ever, and the next has its turn
-                log.exception("the fine-tuning job %s failed", self._at)
-                if self._at is not None:
+            except Exception:  # a full disk, say: all of it can be done again at the next look
+                self._failed[self._at] += 1
+                if self._failed[self._at] == 1:
+                    log.exception("the fine-tuning job %s is stuck", self._at)
+                if (
+                    self._at is not None and self._failed[self._at] >= TRIES
+                ):  # the next has its turn
+                    log.exception("the fine-tuning job %s failed", self._at)
                     with contextlib.suppress(Exception):
                         self._jobs.fail(
                             self._at, "server_error", "The server failed; its log says why."
                         )
+            else:
+                self._failed.pop(self._at, None)
 
     # -- looking at files ----------------------------------------------------------------------
 
@@ -146,8 +156,10 @@ class Keeper:
                     self._jobs.move(id, "queued", "Files validated, moving job to queued state")
                 else:
                     self._jobs.fail(id, error["code"], error["message"], error["param"])
-            elif process.code is not None and process.code > 0:  # else it was killed: once more
+            elif process.code is not None and process.code > 0:
                 self._jobs.fail(id, "server_error", process.last_words())
+            elif process.code is not None:  # it was killed: once more
+                self._begin_again(id, -process.code)
 
     def _begin_check(self) -> "Process | None":
         new = [job for job in self._jobs.unfinished() if job["status"] == "validating_files"]
@@ -227,7 +239,7 @@ class Keeper:
             self._jobs.fail(
                 id,
                 "server_error",
-                f"The training process was ended {died} times by a signal, the last time {number}, "
+                f"The job's process was ended {died} times by a signal, the last time {number}, "
                 f"without getting past step {job['step']}. Memory may be short.",
             )
             return
@@ -235,7 +247,7 @@ class Keeper:
             self._jobs.store.change("job", id, died=died, died_at=job["step"])
             self._jobs.tell(
                 id,
-                f"The training process was ended by signal {number}; it goes on from its last "
+                f"The job's process was ended by signal {number}; it goes on from its last "
                 "checkpoint",
                 level="warn",
             )
@@ -430,13 +442,17 @@ class Process:
         lock = take_lock(folder / f"{name}.lock")
         if lock is None:
             raise BlockingIOError(f"a process holds {folder / name}.lock")
+        pid = folder / f"{name}.pid"
+        pid.unlink(missing_ok=True)  # its predecessor's number may be a stranger's by now
+        # It writes its number itself, before it is the program: we may be killed at any point.
+        write = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(pid)]
         try:
             with (
                 open(folder / f"{name}.out", "wb") as out,
                 open(folder / f"{name}.log", "ab") as errors,
             ):
                 ours = subprocess.Popen(
-                    _program(module, niceness),
+                    [*write, *_program(module, niceness)],
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=errors,
@@ -448,7 +464,6 @@ class Process:
                 )
         finally:
             os.close(lock)
-        (folder / f"{name}.pid").write_text(str(ours.pid), "utf-8")
         return cls(job, folder, name, ours)
 
     @classmethod

@@ -33,10 +33,23 @@ from transformer.config import Config
 from transformer.decoder import Params
 from transformer.layers import Lora, Norm
 
+# Which norm each map reads behind, and which maps write to the stream.
+READING = dict.fromkeys(("q", "k", "v"), "attn_norm") | dict.fromkeys(("gate", "up"), "mlp_norm")
+READING["head"] = "final_norm"
+WRITING = ("out", "down")
+
 
 def can_turn(cfg: Config) -> bool:
     """Whether this decoder computes the same in turned coordinates."""
     return cfg.norm == "rms" and not cfg.post_norms and cfg.position == "rope"
+
+
+def wide_in_int8(cfg: Config) -> tuple[str, ...]:
+    """The maps that stay bfloat16 in int8: those that write to a stream that cannot be turned.
+
+    Their inputs have outliers too, and one scale a token cannot hold those.
+    """
+    return () if can_turn(cfg) else WRITING
 
 
 def reading(weight: np.ndarray, gain: np.ndarray | None = None) -> np.ndarray:
@@ -81,9 +94,9 @@ def turned(lora: Lora, part: str, gains: jax.Array) -> Lora:
     Args:
         gains: float32 [2, D], of the norms before attention and MLP.
     """
-    if part in ("out", "down"):
+    if part in WRITING:
         return lora.replace(b=writing(lora.b))
-    return lora.replace(a=reading(lora.a, gains[0 if part in ("q", "k", "v") else 1]))
+    return lora.replace(a=reading(lora.a, gains[("attn_norm", "mlp_norm").index(READING[part])]))
 
 
 def _short_side(width: int) -> int:

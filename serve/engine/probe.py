@@ -25,7 +25,7 @@ import numpy as np
 import bpe
 from serve.engine.formats import PASSAGE
 from serve.engine.load import keep_compiled_programs
-from transformer import cache, checkpoint, generate, sampling
+from transformer import cache, checkpoint, generate, rotation, sampling
 from transformer.checkpoint import Format
 from transformer.config import Config
 from transformer.decoder import Params, abstract, forward
@@ -60,7 +60,7 @@ def _made_up(cfg: Config, format: Format) -> Params:
     def fill(place: tuple, part):
         name = getattr(place[-1], "name", "")
         part = jax.tree.map(lambda info: jnp.full(info.shape, 0.01, jnp.float32), part)
-        return cases.as_format({name: part}, format, wide=cases.wide_in_int8(cfg))[name]
+        return cases.as_format({name: part}, format, wide=rotation.wide_in_int8(cfg))[name]
 
     is_map = lambda node: isinstance(node, Linear)  # noqa: E731
     return jax.tree_util.tree_map_with_path(fill, abstract(cfg), is_leaf=is_map)

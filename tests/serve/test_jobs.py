@@ -638,10 +638,11 @@ def test_a_job_keeps_its_data_when_the_file_is_deleted(jobs, folder):
     assert (jobs.folder(id) / "data.jsonl").read_bytes() == tiny.examples()
 
 
-def test_a_job_whose_process_always_dies_is_given_up(jobs, folder, monkeypatch):
-    """As one does for which there is not enough memory."""
+@pytest.mark.parametrize("status", ["validating_files", "running"])
+def test_a_job_whose_process_always_dies_is_given_up(jobs, folder, monkeypatch, status):
+    """As one does for which there is not enough memory. A check was begun again for ever."""
     id = jobs.create(model="tiny", path=folder, training_file="file-1")["id"]
-    jobs.move(id, "running", weights="x")
+    jobs.move(id, status, weights="x")
     monkeypatch.setattr("serve.jobs_keeper.TICK", 0.01)
     dies = ["-c", "import os; os.kill(os.getpid(), 9)"]
     monkeypatch.setattr("serve.jobs_keeper._program", lambda *_: [sys.executable, *dies])
@@ -650,6 +651,39 @@ def test_a_job_whose_process_always_dies_is_given_up(jobs, folder, monkeypatch):
     wait_until(lambda: jobs.get(id)["status"] == "failed", 60)
     keeper.close()
     assert "was ended 3 times by a signal, the last time 9" in jobs.get(id)["error"]["message"]
+
+
+def test_what_passes_is_tried_again(jobs, folder, monkeypatch):
+    """One moment without room on the disk ended the job, and deleted its checkpoints."""
+    id = jobs.create(model="tiny", path=folder, training_file="file-1")["id"]
+    start, failures = Process.start, [OSError("no space left")] * 3
+
+    def begin(*arguments, **options):
+        if failures:
+            raise failures.pop()
+        return start(*arguments, **options)
+
+    monkeypatch.setattr("serve.jobs_keeper.TICK", 0.01)
+    monkeypatch.setattr(Process, "start", begin)
+    keeper = Keeper(jobs)
+    keeper.wake()
+    wait_until(lambda: jobs.get(id)["status"] not in ("validating_files",), 60)
+    keeper.close()
+    assert not failures and jobs.get(id)["status"] in ("queued", "running")
+
+
+def test_what_never_passes_ends_the_job(jobs, folder, monkeypatch):
+    id = jobs.create(model="tiny", path=folder, training_file="file-1")["id"]
+
+    def begin(*arguments, **options):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("serve.jobs_keeper.TICK", 0.001)
+    monkeypatch.setattr(Process, "start", begin)
+    keeper = Keeper(jobs)
+    keeper.wake()
+    wait_until(lambda: jobs.get(id)["status"] == "failed", 60)
+    keeper.close()
 
 
 def test_a_job_whose_model_is_gone_fails_and_says_so(jobs, tmp_path):

@@ -28,10 +28,6 @@ Format = Literal["float32", "bfloat16", "int8"]
 
 # Rotary tables and masks that some exporters store though they follow from the config.
 _DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-# Which norm each map reads behind, and which maps write to the residual stream.
-_READING = {"q": "attn_norm", "k": "attn_norm", "v": "attn_norm"}
-_READING |= {"gate": "mlp_norm", "up": "mlp_norm", "head": "final_norm"}
-_WRITING = ("out", "down")
 _SLAB_BYTES = 32 * 2**20  # of float32 rows held at once
 
 
@@ -131,8 +127,9 @@ def fill(
         name = place[-1].name
         slabs = _slabs(part.weight, info.weight.shape, tensors, cfg)
         bias = None if part.bias is None else _read(part.bias, info.bias.shape, tensors, cfg)
-        own = "bfloat16" if format == "int8" and not turns and name in _WRITING else format
-        if turns and name in _WRITING:
+        is_wide = format == "int8" and name in rotation.wide_in_int8(cfg)
+        own = "bfloat16" if is_wide else format
+        if turns and name in rotation.WRITING:
             slabs = [(0, rotation.writing(np.concatenate([rows for _, rows in slabs])))]
             bias = None if bias is None else rotation.writing(bias[:, None])[:, 0]
         elif turns:
@@ -145,7 +142,8 @@ def fill(
         if place[-1].name == "embed":
             return None
         owner = tree if place[0].name != "layers" else tree.layers[place[1].idx]
-        return _read(getattr(owner, _READING[place[-1].name]).scale, (cfg.d_model,), tensors, cfg)
+        norm = getattr(owner, rotation.READING[place[-1].name])
+        return _read(norm.scale, (cfg.d_model,), tensors, cfg)
 
     is_part = lambda node: isinstance(node, Linear)  # noqa: E731
     params = jax.tree_util.tree_map_with_path(load_part, tree, infos, is_leaf=is_part)

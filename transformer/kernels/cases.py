@@ -173,7 +173,7 @@ def _gated_mlp(cfg: Config) -> Iterator[Case]:
                 gate, up = (_normal(cfg.d_ff, cfg.d_model, seed=i, scale=0.02) for i in (1, 2))
                 down = _normal(cfg.d_model, cfg.d_ff, seed=3, scale=0.02)
                 weights = {"gate": Linear(gate), "up": Linear(up), "down": Linear(down)}
-                p = as_format(weights, format, wide=wide_in_int8(cfg))
+                p = as_format(weights, format, wide=rotation.wide_in_int8(cfg))
                 return _normal(1, rows, cfg.d_model), p["gate"], p["up"], p["down"]
 
             def function(x, gate, up, down, *, impl=None):
@@ -364,7 +364,7 @@ def as_format(tree, format: str, *, wide: Collection[str] = ()):
     """Every linear map of a tree in a format, as loading a checkpoint would make it.
 
     Args:
-        wide: names of maps that are bfloat16 in "int8"; see `wide_in_int8`.
+        wide: names of maps that are bfloat16 in "int8"; see `rotation.wide_in_int8`.
     """
 
     def change(path, part):
@@ -375,11 +375,6 @@ def as_format(tree, format: str, *, wide: Collection[str] = ()):
         return part.replace(weight=part.weight.astype(jnp.bfloat16))
 
     return jax.tree_util.tree_map_with_path(change, tree, is_leaf=_is_linear)
-
-
-def wide_in_int8(cfg: Config) -> tuple[str, ...]:
-    """The maps that loading in int8 leaves bfloat16: those that write to a stream not turned."""
-    return () if rotation.can_turn(cfg) else ("out", "down")
 
 
 def _name(path: tuple) -> str:
@@ -395,7 +390,7 @@ def weights(cfg: Config, format: str) -> decoder.Params:
     """Random weights; the same numbers in each format."""
     if format == "float32":
         return decoder.init(jax.random.key(0), cfg)
-    return as_format(weights(cfg, "float32"), format, wide=wide_in_int8(cfg))
+    return as_format(weights(cfg, "float32"), format, wide=rotation.wide_in_int8(cfg))
 
 
 @functools.lru_cache(maxsize=1)  # the three formats ask for the same
@@ -456,7 +451,7 @@ def _model_bytes(cfg: Config, format: str) -> float:
     total = 0.0
     for path, part in parts:
         if _is_linear(part):
-            is_wide = format == "int8" and _name(path) in wide_in_int8(cfg)
+            is_wide = format == "int8" and _name(path) in rotation.wide_in_int8(cfg)
             own = "bfloat16" if is_wide else format
             total += np.prod(part.weight.shape) * jnp.dtype(own).itemsize
     return total
