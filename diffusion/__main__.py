@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusion import painter as painters
-from diffusion import sample
+from diffusion import picture, sample
 from diffusion.painter import Plan
 
 
@@ -46,18 +46,11 @@ def main(argv: list[str] | None = None) -> int:
                     rows.append(painter.finish(np.concatenate([step[kind][:1] for step in shown])))
             else:
                 rows.append(painter.finish(steps[-1][0]))
-        save(painters.grid(np.concatenate(rows), len(rows[0])), args.out)
+        picture.save(painters.grid(np.concatenate(rows), len(rows[0])), args.out)
     except (OSError, ValueError) as error:
         print(f"python -m diffusion: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def save(picture: np.ndarray, path: Path) -> None:
-    """Writes a picture file, whose kind its name says."""
-    from PIL import Image
-
-    Image.fromarray(picture).save(path)
 
 
 if __name__ == "__main__":

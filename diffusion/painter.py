@@ -92,12 +92,15 @@ class Painter:
             of the denoiser. Either can be shown, by `finish`; the last noisy ones are the result.
         """
         size = self.cfg.image_size
-        text = jax.tree.map(jnp.asarray, self.reader(prompts))
         z = sample.normal(keys, (size, size, 3))
-        denoise = self.guided(text, plan.guidance)
+        denoise = self.guided(self.read(prompts), plan.guidance)
         levels = schedule.flow_levels(plan.steps, plan.shift)
         for step in sample.steps(denoise, z, levels, plan.rule, keys=keys):
             yield step.noisy, step.clean
+
+    def read(self, prompts: Sequence[str]) -> Text:
+        """What the prompts mean."""
+        return jax.tree.map(jnp.asarray, self.reader(prompts))
 
     def guided(self, text: Text, guidance: float) -> sample.Denoise:
         """The denoiser as a sampler wants it, for these prompts."""

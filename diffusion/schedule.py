@@ -124,12 +124,13 @@ def karras_levels(
     return [from_sigma(float(sigma)) for sigma in sigmas] + [Level(1.0, 0.0)]
 
 
-def flow_levels(steps: int, shift: float = 1.0) -> list[Level]:
+def flow_levels(steps: int, shift: float = 1.0, *, begin: float = 0.0) -> list[Level]:
     """Times from 0 to 1, evenly; a shift above 1 spends more steps where much noise is left.
 
     The shift multiplies every ratio of noise to picture (Esser et al. 2024, arXiv:2403.03206).
+    `begin` leaves out that part of the way: at 0 it starts from noise.
     """
-    times = [t / (t + shift * (1 - t)) for t in np.linspace(0, 1, steps + 1).tolist()]
+    times = [t / (t + shift * (1 - t)) for t in np.linspace(begin, 1, steps + 1).tolist()]
     return [from_flow(t) for t in times]
 
 

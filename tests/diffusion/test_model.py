@@ -11,25 +11,11 @@ import pytest
 from diffusion import checkpoint, dit, layers, model
 from diffusion.config import DiTConfig, UNetConfig
 from diffusion.text import Text
+from tests.diffusion.conftest import random_params, shapes
 from transformer import rope
 
 CONFIGS = [UNetConfig.debug(), DiTConfig.debug()]
 both = pytest.mark.parametrize("cfg", CONFIGS, ids=["unet", "dit"])
-
-
-def random_params(cfg, seed=0):
-    """Weights none of which are zero, so that nothing is hidden behind a gate."""
-    random = np.random.default_rng(seed)
-
-    def draw(leaf):  # matrices keep the size of what goes through them
-        size = leaf.shape[-1] ** -0.5 if leaf.ndim == 2 else 0.3
-        return jnp.asarray(size * random.standard_normal(leaf.shape), jnp.float32)
-
-    return jax.tree.map(draw, shapes(cfg))
-
-
-def shapes(cfg):
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), cfg))
 
 
 @pytest.fixture(scope="module")

@@ -11,29 +11,10 @@ from PIL import Image
 import diffusion
 from diffusion import __main__ as command
 from diffusion import checkpoint, data, layers, model, painter, sample, upscale
-from diffusion.config import UNetConfig, UpscalerConfig
 from diffusion.painter import Plan
 from diffusion.text import MAX_TOKENS, Reader
-from tests.diffusion.test_model import random_params
+from tests.diffusion.conftest import CFG, UPSCALER, random_params
 from training.recipes import emoji
-
-CFG = UNetConfig.debug(text_dim=384)
-UPSCALER = UpscalerConfig(width=8, num_blocks=1)
-
-
-@pytest.fixture(scope="module")
-def encoder(model_file):
-    return model_file("all-minilm-l6-v2")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model of random weights."""
-    path = tmp_path_factory.mktemp("model")
-    checkpoint.save(path / "denoiser", random_params(CFG), CFG)
-    weights = layers.init(jax.random.key(0), upscale.abstract(UPSCALER))
-    checkpoint.save(path / "upscaler", weights, UPSCALER)
-    return path
 
 
 def test_a_prompt_is_read_as_the_encoder_reads_it(encoder):

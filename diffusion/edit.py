@@ -1,0 +1,165 @@
+"""Pictures drawn from pictures: variations, and edits of a part.
+
+A variation begins not at noise but at the picture with noise over it, and denoises from there: what
+the noise has hidden is drawn anew, what it has left decides the rest (SDEdit; Meng et al. 2021,
+arXiv:2108.01073). How much of the way from picture to noise it goes back is its strength.
+
+An edit holds a part fixed: at every level the known part of the noisy picture is replaced by the
+original with as much noise (RePaint; Lugmayr et al. 2022, arXiv:2201.09865). The samplers here ask
+for the clean picture at each level, so it is enough to tell them the known part of it: with the
+noise kept, each of their rules then leaves in that part exactly the original under the noise of
+the level, and the network sees it beside what it draws.
+
+The network works on few pixels, the picture may have many. So what was not to be changed is at the
+end taken from the original itself (`paste`), bit by bit.
+
+Leaves out: networks trained to fill holes, which see where the hole is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion import sample, schedule
+from diffusion.painter import Painter, Plan
+from diffusion.picture import opaque
+from diffusion.schedule import Level
+
+
+def steps(
+    painter: Painter,
+    prompts: Sequence[str],
+    keys: jax.Array,
+    plan: Plan,
+    *,
+    pictures: np.ndarray | jax.Array,
+    masks: np.ndarray | jax.Array | None = None,
+    strength: float = 1.0,
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """Draws from pictures, a step at a time, like `Painter.steps`.
+
+    Args:
+        painter: the model.
+        prompts: one a picture: what is to be seen at the end, not what is to change.
+        keys: [B], one a picture.
+        plan: of its steps, `strength` times as many are taken.
+        pictures: float [B, Y, X, 3] from -1 to 1, at the size of the denoiser; see `fit`.
+        masks: float [B, Y, X, 1], 1 where the picture changes and 0 where it is kept; None for
+            pictures that change everywhere.
+        strength: above 0, up to 1: how much of the way to noise to go back. At 1 nothing is left of
+            the picture but what the mask keeps.
+
+    Yields:
+        The noisy pictures and the clean ones predicted, each float32 [B, Y, X, 3].
+
+    Raises:
+        ValueError: an argument is out of range or of the wrong shape.
+    """
+    size = painter.cfg.image_size
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must be above 0 and at most 1, got {strength!r}")
+    _check("pictures", pictures, (len(prompts), size, size, 3))
+    pictures = jnp.asarray(pictures, jnp.float32)
+    denoise = painter.guided(painter.read(prompts), plan.guidance)
+    if masks is not None:
+        _check("masks", masks, (len(prompts), size, size, 1))
+        denoise = keep(denoise, pictures, jnp.asarray(masks, jnp.float32))
+    count = max(1, round(strength * plan.steps))
+    levels = schedule.flow_levels(count, plan.shift, begin=1 - strength)
+    noise = sample.normal(keys, (size, size, 3))
+    z = levels[0].alpha * pictures + levels[0].sigma * noise
+    for step in sample.steps(denoise, z, levels, plan.rule, keys=keys):
+        yield step.noisy, step.clean
+
+
+def keep(denoise: sample.Denoise, pictures: jax.Array, masks: jax.Array) -> sample.Denoise:
+    """A denoiser that knows the pictures where the masks are 0."""
+
+    def informed(z: jax.Array, level: Level) -> jax.Array:
+        return pictures + masks * (denoise(z, level) - pictures)
+
+    return informed
+
+
+def fit(picture: np.ndarray, size: int) -> np.ndarray:
+    """A picture as the network sees it: uint8 [Y, X, 3 or 4] -> float32 [size, size, 3], -1 to 1.
+
+    What is transparent becomes white, and so does what a picture lacks of a square, on both sides.
+    Every pixel is the mean of those it stands for.
+    """
+    return _mean(_square(opaque(picture), 255), size) / np.float32(127.5) - 1
+
+
+def fit_mask(mask: np.ndarray, size: int) -> np.ndarray:
+    """A mask for a picture that was fitted: float [Y, X, 1] -> float32 [size, size, 1], 0 or 1.
+
+    A pixel of the network changes if any that it stands for does.
+    """
+    return (_mean(_square(mask, 0), size) > 0).astype(np.float32)
+
+
+def transparent(picture: np.ndarray) -> np.ndarray:
+    """The mask that a picture's transparency says: uint8 [Y, X, 4] -> float32 [Y, X, 1].
+
+    1 where nothing is to be seen, which is what changes; in between at soft edges.
+    """
+    return 1 - picture[..., 3:] / np.float32(255)
+
+
+def paste(original: np.ndarray, drawn: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """What was drawn, laid into the original; where the mask is 0 that stays bit by bit.
+
+    Args:
+        original: uint8 [Y, X, 3 or 4]. If its transparency was the mask, hand over three channels,
+            because that is used up.
+        drawn: uint8 [S, S, 3], from the original fitted.
+        mask: float [Y, X, 1], 1 where the original is replaced.
+
+    Returns:
+        Of the original's shape.
+    """
+    from PIL import Image
+
+    height, width, channels = original.shape
+    side = max(height, width)
+    image = Image.fromarray(drawn).resize((side, side), Image.Resampling.LANCZOS)
+    top, left = _margins(height, width)
+    layer = np.full_like(original, 255)
+    layer[..., :3] = np.asarray(image)[top : top + height, left : left + width]
+    mixed = original + np.asarray(mask, np.float32) * (layer.astype(np.float32) - original)
+    return np.where(mask > 0, np.round(mixed).astype(np.uint8), original)
+
+
+def _margins(height: int, width: int) -> tuple[int, int]:
+    """Rows above and columns left of a picture in the middle of the square it fits into."""
+    side = max(height, width)
+    return (side - height) // 2, (side - width) // 2
+
+
+def _square(picture: np.ndarray, value: float) -> np.ndarray:
+    height, width, channels = picture.shape
+    side = max(height, width)
+    top, left = _margins(height, width)
+    square = np.full((side, side, channels), value, picture.dtype)
+    square[top : top + height, left : left + width] = picture
+    return square
+
+
+def _mean(square: np.ndarray, size: int) -> np.ndarray:
+    """A square in another size, each of its pixels the mean of an area: float32 [size, size, C]."""
+    from PIL import Image
+
+    shrunk = [
+        Image.fromarray(channel).resize((size, size), Image.Resampling.BOX)
+        for channel in np.moveaxis(square.astype(np.float32), -1, 0)
+    ]
+    return np.stack(shrunk, axis=-1)
+
+
+def _check(name: str, array: np.ndarray | jax.Array, shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(array.shape)}")
