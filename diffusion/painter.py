@@ -122,12 +122,14 @@ class Painter:
 def guided(params: Any, cfg: model.Config, z, t, text: Text, guidance) -> jax.Array:
     """The clean pictures, guided; with and without the prompt are read as one batch.
 
+    A row whose prompt says nothing is read twice without.
+
     Args:
         t: float, the time of a flow, the same for all rows.
     """
     rows = len(z)
     twice = jax.tree.map(lambda a: jnp.concatenate([a, a]), (z, text))
-    keep = jnp.arange(2 * rows) < rows
+    keep = (jnp.arange(2 * rows) < rows) & twice[1].mask.any(1)
     both = model.denoise(params, cfg, twice[0], jnp.full(2 * rows, t), twice[1], keep)
     return sample.guide(both[:rows], both[rows:], guidance)
 

@@ -33,7 +33,7 @@ class Text:
 
     Attributes:
         states: float [B, S, E], of each token.
-        mask: bool [B, S], False for padding.
+        mask: bool [B, S], False for padding; all of it where nothing is said.
         pooled: float [B, E], of each prompt as a whole, of length 1.
     """
 
@@ -56,13 +56,16 @@ class Reader:
         self.width = self._cfg.d_model
 
     def __call__(self, prompts: Sequence[str]) -> Text:
-        """The states of some prompts; float32, padded to `MAX_TOKENS`."""
+        """The states of some prompts; float32, padded to `MAX_TOKENS`.
+
+        An empty prompt says nothing, which is not the same as what the encoder makes of no words.
+        """
         ids = np.zeros((len(prompts), MAX_TOKENS), np.int32)
         mask = np.zeros((len(prompts), MAX_TOKENS), bool)
         for row, prompt in enumerate(prompts):
             found = self._words.encode(prompt, max_length=MAX_TOKENS)
             ids[row, : len(found)] = found
-            mask[row, : len(found)] = True
+            mask[row, : len(found)] = bool(prompt.strip())
         parts = []
         for start in range(0, len(prompts), _ROWS):
             rows = slice(start, start + _ROWS)

@@ -103,6 +103,15 @@ def test_the_network_sees_what_is_kept(tiny, sources):
     assert np.abs(drawn[0] - drawn[1])[mask[..., 0] == 1].max() > 1e-3
 
 
+def test_more_noise_is_as_much_as_the_level_has():
+    here, there = schedule.from_flow(0.6), schedule.from_flow(0.3)
+    x = jnp.linspace(-1, 1, 8)
+    e, fresh = RANDOM.standard_normal((2, 50_000, 8)).astype(np.float32)
+    found = edit.noisier(here.alpha * x + here.sigma * e, here, there, fresh)
+    np.testing.assert_allclose(found.mean(0), there.alpha * x, atol=0.02)
+    np.testing.assert_allclose(found.std(0), there.sigma, atol=0.01)
+
+
 def test_errors_say_what_is_wrong(tiny, sources):
     keys = sample.keys_of(0, 1)
     for given, said in (

@@ -69,6 +69,17 @@ def test_guidance_of_one_is_the_network_with_the_prompt(folder, encoder):
     )
 
 
+def test_an_empty_prompt_is_none(tiny):
+    z, t = sample.normal(sample.keys_of(0, 2), (8, 8, 3)), jnp.full(2, 0.4)
+    text = tiny.read([" ", "a cat"])
+    assert text.mask.any(1).tolist() == [False, True]
+    given = (tiny.denoiser, tiny.cfg, z)
+    unseen = model.denoise(*given, t, text, jnp.zeros(2, bool))
+    found = painter.guided(*given, 0.4, text, 3.0)
+    np.testing.assert_allclose(found[0], unseen[0], atol=1e-5)
+    assert np.abs(found[1] - unseen[1]).max() > 1e-3
+
+
 def test_plans_refuse_what_cannot_be():
     for field, value in {"steps": 0, "rule": "plms", "guidance": -1.0, "shift": 100.0}.items():
         with pytest.raises(ValueError, match=f"{field} must be"):
