@@ -23,6 +23,7 @@ from serve.api import (
     fine_tunes,
     fine_tuning,
     health,
+    images,
     models,
     pages,
     tokens,
@@ -34,6 +35,7 @@ from serve.jobs_keeper import Keeper
 from serve.keys import KeyRing
 from serve.limits import RATE_HEADERS, Admission, RequestRate
 from serve.metrics import Metrics
+from serve.passing import Passing
 from serve.registry import Registry
 from serve.security import ApiKeys, BodyLimit, HostAndOrigin
 from serve.settings import Settings
@@ -82,7 +84,9 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
             Middleware(ApiKeys, keys=KeyRing(settings.api_keys, settings.home)),
             Middleware(Admission, rate=rate, is_draining=lambda: app.state.is_draining),
             Middleware(
-                BodyLimit, limit=settings.max_body_bytes, uploads=audio.UPLOADS | files.UPLOADS
+                BodyLimit,
+                limit=settings.max_body_bytes,
+                uploads=audio.UPLOADS | files.UPLOADS | images.UPLOADS,
             ),
         ],
     )
@@ -90,6 +94,7 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
     app.state.store = Store(settings.home)
     app.state.jobs = Jobs(app.state.store, settings.home)
     app.state.keeper = Keeper(app.state.jobs)
+    app.state.passing = Passing(settings.home / "pictures")
     files.drop_expired(app.state.store)
     app.state.keeper.wake()  # jobs that were not over when the last server ended
     errors.install(app)
@@ -97,8 +102,8 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
         "/metrics", metrics.page, methods=["GET"], summary="Numbers for Prometheus", **described()
     )
     # Paths with an engine's name in them match greedily: the longer ones first, the bare one last.
-    routes = (health, models, chat, completions, edits, embeddings, audio, files)
-    routes += (fine_tuning, fine_tunes)
+    routes = (health, models, chat, completions, edits, embeddings, audio, images)
+    routes += (files, fine_tuning, fine_tunes)
     routes += (engines, tokens, docs, pages)
     for route in routes:
         app.include_router(route.router)

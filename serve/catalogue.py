@@ -8,11 +8,12 @@ models a running server holds are `registry.py`.
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
 BUILT_IN = Path(__file__).with_name("models.toml")
+PACKAGES = Path(__file__).parents[1]  # the folder that Pellucid's packages stand in
 
 T = TypeVar("T")
 Format = Literal["int8", "bfloat16", "float32"]
@@ -20,7 +21,7 @@ Format = Literal["int8", "bfloat16", "float32"]
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # also a folder name, so no slash
 _FILE = re.compile(rf"({_ID.pattern}/)*{_ID.pattern}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_KINDS = ("decoder", "encoder", "speech")
+_KINDS = ("decoder", "encoder", "speech", "images")
 _FORMATS: tuple[Format, ...] = ("int8", "bfloat16", "float32")
 _SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
 
@@ -71,16 +72,22 @@ class Model:
     sampling: Mapping[str, float]
     files: tuple[ModelFile, ...]
     formats: tuple[Format, ...] = ()
+    encoder: "Model | None" = None
+    folder: Path | None = None
 
     @property
     def size(self) -> int:
-        """Bytes on disk."""
+        """Bytes on disk, without the encoder's."""
+        if self.folder is not None:
+            return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
         return sum(file.size for file in self.files)
 
     @property
     def download_size(self) -> int:
-        """Bytes to fetch. A download that several files are taken from counts once."""
-        return sum({part.download: part.size for f in self.files for part in f.parts}.values())
+        """Bytes to fetch, with the encoder's. A download that several files are taken from counts
+        once."""
+        downloads = {part.download: part.size for f in self.files for part in f.parts}
+        return sum(downloads.values()) + (self.encoder.download_size if self.encoder else 0)
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,7 @@ def load(config: Path | None = None) -> Catalogue:
     """
     default = ""
     models: dict[str, Model] = {}
+    encoders: dict[str, str] = {}
     aliases: dict[str, str] = {}
     files = [BUILT_IN]
     if config is not None and (config / "models.toml").is_file():
@@ -115,12 +123,25 @@ def load(config: Path | None = None) -> Catalogue:
             raise CatalogueError(f"{path}: {error}") from None
         default = top.take("default", str, default)
         for id, table in top.take("models", dict, {}).items():
-            models[id] = _model(id, _Table(f"{path}: models.{id}.", table))
+            row = _Table(f"{path}: models.{id}.", table)
+            encoders[id] = row.take("encoder", str, "")
+            models[id] = _model(id, row)
         for name, id in top.take("aliases", dict, {}).items():
             if not isinstance(id, str):
                 raise CatalogueError(f"{path}: aliases.{name} is {id!r}: use a model's id")
             aliases[name] = id
         top.done()
+    for id, name in encoders.items():
+        if name and (name not in models or models[name].kind != "encoder"):
+            raise CatalogueError(
+                f"{files[-1]}: models.{id}.encoder is {name!r}: use a model of kind 'encoder'"
+            )
+        if bool(name) != (models[id].kind == "images"):
+            raise CatalogueError(
+                f"{files[-1]}: models.{id}: a model of kind 'images' has an encoder, and no other"
+            )
+        if name:
+            models[id] = replace(models[id], encoder=models[name])
     for name, id in {**aliases, "default": default}.items():
         if id not in models:
             raise CatalogueError(
@@ -173,6 +194,7 @@ def _model(id: str, table: _Table) -> Model:
             raise CatalogueError(
                 f"{table.where}formats has {format!r}: use some of {', '.join(_FORMATS)}"
             )
+    folder = table.take("folder", str, "")
     model = Model(
         id=id,
         kind=kind,
@@ -186,12 +208,13 @@ def _model(id: str, table: _Table) -> Model:
         formats=tuple(formats),
         files=tuple(
             _file(_Table(f"{table.where}files[{i}].", file))
-            for i, file in enumerate(table.take("files", list))
+            for i, file in enumerate(table.take("files", list, []))
         ),
+        folder=PACKAGES / folder if folder else None,
     )
     table.done()
-    if not model.files:
-        raise CatalogueError(f"{table.where}files has no entries: use one or more")
+    if bool(model.files) == bool(folder):
+        raise CatalogueError(f"{table.where}files: name one or more, or else a folder")
     return model
 
 

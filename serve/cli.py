@@ -422,9 +422,9 @@ def _others(known: catalogue.Catalogue, places: "list[Located]") -> "list[Locate
     found = []
     for model in known.models.values():
         with contextlib.suppress(Corrupt):  # `pellucid models` says which
-            path = sources.find(model, settings.data_folder())
-            if path and model.id not in [place.id for place in places]:
-                found.append(sources.Located(model.id, path, model.publisher, model))
+            place = sources.located(model, settings.data_folder())
+            if place and model.id not in [place.id for place in places]:
+                found.append(place)
     return found
 
 
@@ -481,7 +481,7 @@ def _loaded(place: "Located", cache_budget: int) -> Iterator["ServedModel"]:
             place.path,
             owned_by=place.publisher,
             cache_budget=cache_budget,
-            sha256=place.model.files[0].sha256 if place.model else None,
+            sha256=place.model.files[0].sha256 if place.model and place.model.files else None,
             good=place.model.formats if place.model else (),
             notify=terminal.say,
         )

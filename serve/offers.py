@@ -15,6 +15,7 @@ from pathlib import Path
 from audio.checkpoint import is_whisper
 from serve import made, measured
 from serve.engine import (
+    DrawingModel,
     EmbeddingModel,
     ServedModel,
     SpeechModel,
@@ -23,6 +24,7 @@ from serve.engine import (
     load_adapter,
     load_embedder,
     load_model,
+    load_painter,
     load_speech,
 )
 from serve.engine.embedder import FORMATS as EMBEDDING_FORMATS
@@ -30,9 +32,10 @@ from serve.engine.formats import FORMATS
 from serve.engine.load import weights_file
 from serve.engine.speech import FORMATS as SPEECH_FORMATS
 from serve.registry import Offer
-from serve.sources import Located
+from serve.sources import Located, draws
 from transformer import checkpoint
 from transformer.checkpoint import bert
+from transformer.checkpoint.safetensors import read_object
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +66,8 @@ def offer(
         OSError: a file cannot be read.
         ValueError: a file is damaged or of an unknown kind.
     """
+    if is_painter(place):
+        return _offer_of_painter(place, notify)
     if is_encoder(place):
         return _offer_of_encoder(place, dtype, notify)
     if is_speech(place):
@@ -219,6 +224,35 @@ def _offer_of_speech(place: Located, dtype: str) -> Offer:
         load=load,
         stamp=partial(_stamp, place.path),
         kind="speech",
+    )
+
+
+def is_painter(place: Located) -> bool:
+    """Whether a model draws: as the catalogue says, or what is in its folder."""
+    if place.model is not None:
+        return place.model.kind == "images"
+    return place.path.is_dir() and draws(place.path)
+
+
+def _offer_of_painter(place: Located, notify: Callable[[str], None]) -> Offer:
+    assert place.encoder is not None
+    encoder = place.encoder
+    parts = [place.path / "denoiser", place.path / "upscaler", encoder]
+    weights = [part / "model.safetensors" for part in parts]
+    for part in parts:
+        read_object(part / "config.json")  # raises now, not when somebody asks
+
+    def load() -> DrawingModel:
+        return load_painter(place.id, place.path, encoder, owned_by=place.publisher, notify=notify)
+
+    return Offer(
+        id=place.id,
+        created=int((parts[0] / "config.json").stat().st_mtime),
+        owned_by=place.publisher,
+        memory=lambda: 2 * sum(path.stat().st_size for path in weights),  # stored in half as much
+        load=load,
+        stamp=partial(_stamp, *parts),
+        kind="images",
     )
 
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from serve.failures import Failure
 
 if TYPE_CHECKING:  # the engine brings JAX along
-    from serve.engine import EmbeddingModel, ServedModel, SpeechModel
+    from serve.engine import AnyModel
 
 
 class UnknownModel(Exception):
@@ -61,7 +61,7 @@ class Offer:
 
     Attributes:
         id, created, owned_by: as of the model it becomes.
-        kind: "decoder", "encoder" or "speech".
+        kind: "decoder", "encoder", "speech" or "images".
         memory: says how many bytes it will take, about; of a model that was not measured yet, at
             most.
         load: loads it; blocks for seconds. Given the loaded base, where there is one.
@@ -74,7 +74,7 @@ class Offer:
     created: int
     owned_by: str
     memory: Callable[[], int]
-    load: Callable[..., ServedModel | EmbeddingModel | SpeechModel]
+    load: Callable[..., AnyModel]
     stamp: Callable[[], object] = lambda: None
     kind: str = "decoder"
     base: str | None = None
@@ -96,7 +96,7 @@ class Registry:
 
     def __init__(
         self,
-        models: Sequence[ServedModel | EmbeddingModel | SpeechModel | Offer],
+        models: Sequence[AnyModel | Offer],
         aliases: Mapping[str, str],
         *,
         memory_limit: int | None = None,
@@ -115,7 +115,7 @@ class Registry:
         self._requests = itertools.count(1)
         self._aliases = dict(aliases)
         self._memory_limit, self._absent = memory_limit, frozenset(absent)
-        self._loading: dict[str, asyncio.Future[ServedModel | EmbeddingModel | SpeechModel]] = {}
+        self._loading: dict[str, asyncio.Future[AnyModel]] = {}
         # A thread of its own: loads that wait must not take those which requests are prepared on.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._one_at_a_time = threading.RLock()  # again by the same thread: the base of a model
@@ -135,12 +135,12 @@ class Registry:
 
         return default_device().is_alive
 
-    def list(self) -> list[ServedModel | EmbeddingModel | SpeechModel | Offer]:
+    def list(self) -> list[AnyModel | Offer]:
         """What is offered, as its card: the loaded model, or how it would be loaded."""
         self._look()
         return [self._loaded.get(id, card) for id, card in self._cards.items()]
 
-    def loaded(self) -> list[ServedModel | EmbeddingModel | SpeechModel]:
+    def loaded(self) -> list[AnyModel]:
         """What is in memory, in the order of `list`."""
         found = [self._loaded.get(id) for id in list(self._cards)]
         return [model for model in found if model is not None]
@@ -149,7 +149,7 @@ class Registry:
         """The names that stand for a model."""
         return [name for name, target in self._aliases.items() if target == id]
 
-    def resolve(self, name: str) -> ServedModel | EmbeddingModel | SpeechModel | Offer:
+    def resolve(self, name: str) -> AnyModel | Offer:
         """The card of the model with this id or alias. An id is looked up first.
 
         Raises:
@@ -182,7 +182,7 @@ class Registry:
                 self._cards.setdefault(id, offer)
         self._shelved = found
 
-    async def get(self, name: str) -> ServedModel | EmbeddingModel | SpeechModel:
+    async def get(self, name: str) -> AnyModel:
         """The model with this id or alias, loaded by now.
 
         Raises:
@@ -200,7 +200,7 @@ class Registry:
             task.add_done_callback(lambda _: self._loading.pop(id))
         return await asyncio.shield(task)  # who leaves while it loads does not stop it for others
 
-    def load(self, id: str) -> ServedModel | EmbeddingModel | SpeechModel:
+    def load(self, id: str) -> AnyModel:
         """Loads an offered model, if it is not, and lets others go for it where need be. Blocks.
 
         Raises:

@@ -26,6 +26,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 HEALTH_PATHS = ("/health", "/v1/health", "/ready")  # a supervisor asks these without a key
 PAGE_PATHS = ("/", "/docs", "/openapi.json")  # pages are shown to anybody; what they do is not
 PAGE_FOLDERS = ("/web/", "/docs/")
+NAMED_FOLDERS = ("/images/",)  # what is in there has a name that is as good as a key
 LINGER_SECONDS = 2.0
 UPLOAD_SECONDS = 300.0  # that a body may take to arrive
 
@@ -83,7 +84,7 @@ def host_name(host: str) -> str:
 
 def is_open(path: str) -> bool:
     """Whether a path is served without a key."""
-    return path in (*HEALTH_PATHS, *PAGE_PATHS) or path.startswith(PAGE_FOLDERS)
+    return path in (*HEALTH_PATHS, *PAGE_PATHS) or path.startswith(PAGE_FOLDERS + NAMED_FOLDERS)
 
 
 WHICH_KEYS = (

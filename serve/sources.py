@@ -57,6 +57,7 @@ class Located:
         publisher: Who made it, as `owned_by` of the API says.
         model: What the catalogue says of it, if it is in there.
         adapter: What was made of it here: the folder of a model that the user fine-tuned.
+        encoder: The folder of the model that reads its prompts, if it draws.
     """
 
     id: str
@@ -64,6 +65,7 @@ class Located:
     publisher: str
     model: Model | None = None
     adapter: Path | None = None
+    encoder: Path | None = None
 
 
 def locate(
@@ -87,14 +89,35 @@ def locate(
         return Located(name, hub.pull(name, home, say=say), name[3:].partition("/")[0])
     id, is_local, path = name.partition("=")
     if is_local:
-        return Located(_checked_id(id), local_model(Path(path)), "local")
+        found = local_model(Path(path))
+        encoder = None
+        if draws(found) and not (encoder := found / "encoder").is_dir():
+            read_by = next(model.encoder for model in catalogue.models.values() if model.encoder)
+            encoder = locate(read_by.id, catalogue, home, say=say, progress=progress).path
+        return Located(_checked_id(id), found, "local", encoder=encoder)
     model = catalogue.get(name)
     if model is None:
         raise NotFound(unknown(name, catalogue))
-    if found := find(model, home):
-        return Located(model.id, found, model.publisher, model)
-    say(f"{model.id} is not here yet: pulling {human_size(model.download_size)}")
-    return Located(model.id, pull(model, home, say=say, progress=progress), model.publisher, model)
+    if here := located(model, home):
+        return here
+    if model.folder is None:
+        say(f"{model.id} is not here yet: pulling {human_size(model.download_size)}")
+    pull(model, home, say=say, progress=progress)
+    here = located(model, home)
+    assert here is not None
+    return here
+
+
+def located(model: Model, home: Path) -> Located | None:
+    """A catalogue model, if it is here with all that it needs.
+
+    Raises:
+        Corrupt: It is there, and has been changed.
+    """
+    if (path := find(model, home)) is None:
+        return None
+    encoder = find(model.encoder, home) if model.encoder else None
+    return Located(model.id, path, model.publisher, model, encoder=encoder)
 
 
 def unknown(name: str, catalogue: Catalogue) -> str:
@@ -126,6 +149,8 @@ def local_model(path: Path) -> Path:
             return path
         if "config.json" in names and is_whisper(path / "model.bin"):
             return path
+        if draws(path):
+            return path
         if pickles := [name for name in names if name.endswith(_PICKLES)]:
             raise WrongUsage(refuse_pickle(str(path / pickles[0])))
         raise WrongUsage(f"{path} holds no config.json with .safetensors weights beside it")
@@ -147,6 +172,11 @@ def is_whisper(path: Path) -> bool:
         return file.read(18)[6:] == b"WhisperSpec\0"  # behind a version and a length
 
 
+def draws(path: Path) -> bool:
+    """Whether a folder holds a model that draws, in the layout of `diffusion`."""
+    return all((path / name / "config.json").is_file() for name in ("denoiser", "upscaler"))
+
+
 def refuse_pickle(name: str) -> str:
     """The sentence for weights in a format that is a program."""
     return (
@@ -163,11 +193,16 @@ def folder_of(model: Model, home: Path) -> Path:
 def find(model: Model, home: Path) -> Path | None:
     """The model's path if it was pulled, checked against the catalogue; None if it was not.
 
-    That of the file, if it is one; of their folder, if there are several.
+    That of the file, if it is one; of their folder, if there are several. An encoder that it needs
+    must have been pulled too.
 
     Raises:
         Corrupt: It is there, and has been changed.
     """
+    if model.encoder is not None and find(model.encoder, home) is None:
+        return None
+    if model.folder is not None:
+        return model.folder if draws(model.folder) else None
     folder = folder_of(model, home)
     if not all((folder / file.name).is_file() for file in model.files):
         return None
@@ -188,6 +223,10 @@ def verify(model: Model, home: Path) -> Path:
         NotFound: It was not pulled.
         Corrupt: It has been changed.
     """
+    if model.encoder is not None:
+        verify(model.encoder, home)
+    if model.folder is not None:
+        return _folder_that_came(model, model.folder)
     folder = folder_of(model, home)
     for file in model.files:
         if not (folder / file.name).is_file():
@@ -196,14 +235,35 @@ def verify(model: Model, home: Path) -> Path:
     return _path(model, folder)
 
 
+def _folder_that_came(model: Model, folder: Path) -> Path:
+    """The folder of a model that is not fetched."""
+    if not draws(folder):
+        raise NotFound(
+            f"the weights of {model.id} are missing from {folder}, and are nowhere to be fetched: "
+            "install Pellucid again, or train them (training/recipes)"
+        )
+    return folder
+
+
 def pull(model: Model, home: Path, *, say: Say, progress: Progress = _silent) -> Path:
     """Fetches the model's files that are missing or changed, and returns the model's path.
 
+    So it does for the encoder that the model needs, if any.
+
     Raises:
+        NotFound: Weights that are not fetched are not there.
         Unreachable: A part could not be had.
         Corrupt: What came is not what the catalogue promises.
         DoesNotFit: The disk is too full.
     """
+    own = _folder_that_came(model, model.folder) if model.folder is not None else None
+    if model.encoder is not None:
+        if find(model.encoder, home) is None:
+            size = human_size(model.encoder.download_size)
+            say(f"{model.id} reads with {model.encoder.id}, which is not here yet: pulling {size}")
+        pull(model.encoder, home, say=say, progress=progress)
+    if own is not None:
+        return own
     private_folder(home)
     private_folder(home / "models")
     folder = private_folder(folder_of(model, home))

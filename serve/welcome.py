@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from serve.engine import EmbeddingModel, SpeechModel
+from serve.engine import DrawingModel, EmbeddingModel, SpeechModel
 from serve.registry import Offer, Registry
 
 QUESTION = "What is the capital of France?"
@@ -25,6 +25,9 @@ def welcome(address: str, registry: Registry, *, has_keys: bool) -> str:
     fields: dict[str, Any] = {"model": model.id}
     if isinstance(model, SpeechModel):
         route, call, result = "audio/transcriptions", "audio.transcriptions", "text"
+    elif isinstance(model, DrawingModel):
+        route, call, result = "images/generations", "images", "data[0].url"
+        fields |= {"prompt": "a red apple"}
     elif isinstance(model, EmbeddingModel):
         route, call, result = "embeddings", "embeddings", "data[0].embedding[:8]"
         fields |= {"input": QUESTION}
@@ -53,7 +56,7 @@ def welcome(address: str, registry: Registry, *, has_keys: bool) -> str:
             "",
             "from openai import OpenAI",
             f'client = OpenAI(base_url="{address}/v1", api_key="{key}")',
-            f"answer = client.{call}.create(",
+            f"answer = client.{call}.{'generate' if call == 'images' else 'create'}(",
             *arguments,
             ")",
             f"print(answer.{result})",

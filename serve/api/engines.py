@@ -12,13 +12,13 @@ from starlette.requests import Request
 from serve.api.models import registry_of
 from serve.api.openapi import described
 from serve.api.replies import EngineReply, Engines
-from serve.engine import EmbeddingModel, ServedModel, SpeechModel
+from serve.engine import AnyModel
 from serve.registry import Offer
 
 router = APIRouter(prefix="/v1")
 
 
-def _engine(model: ServedModel | EmbeddingModel | SpeechModel | Offer) -> dict[str, Any]:
+def _engine(model: AnyModel | Offer) -> dict[str, Any]:
     return {
         "id": model.id,
         "object": "engine",

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from serve import made
 from serve.api.openapi import described
 from serve.api.replies import Deleted, Model, Models
-from serve.engine import EmbeddingModel, ServedModel, SpeechModel
+from serve.engine import AnyModel, DrawingModel, EmbeddingModel, ServedModel, SpeechModel
 from serve.errors import APIError
 from serve.registry import Offer, Registry, UnknownModel
 
@@ -48,9 +48,17 @@ async def listener_of(request: Request, name: str) -> SpeechModel:
     return model
 
 
-async def _of_kind(
-    request: Request, name: str, kind: str, otherwise: str
-) -> ServedModel | EmbeddingModel | SpeechModel:
+async def painter_of(request: Request, name: str | None) -> DrawingModel:
+    """The model called ``name``, or the first that draws, loaded, which must be one that does."""
+    if name is None:
+        drawing = (card.id for card in registry_of(request).list() if card.kind == "images")
+        name = next(drawing, "dall-e-2")  # of which the error says what it is and where to get it
+    model = await _of_kind(request, name, "images", "does not draw pictures")
+    assert isinstance(model, DrawingModel)
+    return model
+
+
+async def _of_kind(request: Request, name: str, kind: str, otherwise: str) -> AnyModel:
     registry = registry_of(request)
     if (found := registry.resolve(name)).kind != kind:  # before it is loaded for nothing
         fitting = [other.id for other in registry.list() if other.kind == kind]
@@ -64,7 +72,7 @@ async def _of_kind(
     return await registry.get(name)
 
 
-def card(model: ServedModel | EmbeddingModel | SpeechModel | Offer) -> dict[str, Any]:
+def card(model: AnyModel | Offer) -> dict[str, Any]:
     return {
         "id": model.id,
         "object": "model",

@@ -1,6 +1,7 @@
 """Server-sent events, and noticing that the client has gone.
 
-A streamed answer is a series of ``data: {json}`` events and ends in ``data: [DONE]``. The status
+A streamed answer is a series of ``data: {json}`` events and ends in ``data: [DONE]``. Newer routes
+name each event (``event: TYPE``), and their last one says by its name that it is. The status
 line goes out with the first event, not before: what fails until then (a full queue, an engine that
 cannot start) is still an honest 4xx or 5xx, what fails later is an event with an ``error`` object
 and the end of the stream, without [DONE].
@@ -52,10 +53,16 @@ async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
         await asyncio.gather(task, watch, return_exceptions=True)
 
 
-async def event_stream(request: Request, events: AsyncGenerator[Event, None]) -> Response:
-    """The response that streams ``events``; waits for the first, so that its errors are raised."""
+async def event_stream(
+    request: Request, events: AsyncGenerator[Event, None], *, named: bool = False
+) -> Response:
+    """The response that streams ``events``; waits for the first, so that its errors are raised.
+
+    Args:
+        named: whether each event goes under its ``type``, and without [DONE] at the end.
+    """
     first = await unless_disconnected(request.receive, anext(events))
-    return EventStream(first, events)
+    return EventStream(first, events, named=named)
 
 
 class EventStream(Response):
@@ -63,10 +70,10 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: Event, rest: AsyncGenerator[Event, None]):
+    def __init__(self, first: Event, rest: AsyncGenerator[Event, None], *, named: bool = False):
         super().__init__(headers={"cache-control": "no-cache"})
         del self.headers["content-length"]  # it is not known yet
-        self.first, self.rest = first, rest
+        self.first, self.rest, self.named = first, rest, named
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self.rest):
@@ -74,19 +81,25 @@ class EventStream(Response):
                 await unless_disconnected(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
-        async def send_data(data: bytes) -> None:
-            body = b"data: " + data + b"\n\n"
+        async def send_data(data: bytes, name: bytes = b"") -> None:
+            body = name + b"data: " + data + b"\n\n"
             await send({"type": "http.response.body", "body": body, "more_body": True})
+
+        async def send_event(event: Event) -> None:
+            name = b"event: " + event["type"].encode() + b"\n" if self.named else b""
+            await send_data(to_json(event), name)
 
         headers = self.raw_headers
         await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
-        await send_data(to_json(self.first))
+        await send_event(self.first)
         try:
             async for event in self.rest:
-                await send_data(to_json(event))
-            await send_data(b"[DONE]")
+                await send_event(event)
+            if not self.named:
+                await send_data(b"[DONE]")
         except Exception as error:
             if not isinstance(error, APIError):
                 log.exception("the stream failed")
-            await send_data(to_json(as_api_error(error).body()))
+            name = b"event: error\n" if self.named else b""
+            await send_data(to_json(as_api_error(error).body()), name)
         await send({"type": "http.response.body", "body": b""})

@@ -1,0 +1,550 @@
+"""POST /v1/images/generations, edits and variations: pictures from prompts and from pictures.
+
+The model draws small squares (`emoji-64`: 64 x 64 pixels), and ``auto`` is that size. Any other is
+the same picture enlarged: nothing here is drawn at 1024 x 1024. Answers hold URLs, as those of
+dall-e-2 did, or base64, which code written for gpt-image-* expects without asking. ``quality`` sets
+the number of denoising steps. ``seed`` is an extension: the same request gets the same bytes again.
+
+``stream`` sends ``partial_images`` pictures on the way, what the network saw behind the noise after
+some of the steps, and each finished one; ``index``, another extension, says which of ``n`` it is.
+
+An edit changes what is transparent in the mask, or in the picture where there is none, and nothing
+else: those pixels come back as they were, at the size of the upload. A variation may be steered by
+a ``prompt`` and a ``strength`` above 0 up to 1, which OpenAI has not.
+
+An upload's bytes say what it is. Pictures are taken from forms, ``data:`` URLs and uploaded files;
+no other URL is fetched. Prompts are read to their 16th token.
+"""
+
+import asyncio
+import base64
+import binascii
+import re
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+from fastapi import APIRouter
+from pydantic import Field, ValidationError, WithJsonSchema
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+
+from diffusion import Plan, edit, picture, upscale
+from serve.api.files import find_file, store_of
+from serve.api.models import painter_of
+from serve.api.openapi import described
+from serve.api.replies import Reply
+from serve.api.schemas import Body, read_json
+from serve.api.sse import Event, event_stream, unless_disconnected
+from serve.calls import Call, call_of
+from serve.engine import DrawingModel
+from serve.engine.drawing import Drawn, Order, Source
+from serve.errors import APIError, from_validation, unsupported
+from serve.passing import SECONDS, Passing
+
+router = APIRouter()
+
+MAX_BYTES = 50 * 2**20  # of a picture
+UPLOADS = {  # what a body may take: a picture, its mask, and the form around them
+    f"/v1/images/{route}": MAX_BYTES + 2 * 2**20 for route in ("edits", "variations")
+}
+SMALLEST, LARGEST = 16, 1024  # pixels of a side
+STEPS = {"low": 10, "medium": 20, "high": 40}
+_QUALITY = {"standard": "medium", "auto": "medium", "hd": "high"}
+
+AnyForm = TypeVar("AnyForm", bound="ImageOptions")
+Prompt = Annotated[str, Field(min_length=1, max_length=32_000)]
+Upload = Annotated[bytes, WithJsonSchema({"type": "string", "format": "binary"})]
+
+
+class ImageOptions(Body):
+    """What all three routes take."""
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=10)] = 1
+    size: str = "auto"
+    response_format: Literal["url", "b64_json"] | None = None
+    output_format: picture.Format = "png"
+    background: Literal["transparent", "opaque", "auto"] = "auto"
+    quality: Literal["standard", "hd", "low", "medium", "high", "auto"] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    stream: bool = False
+    partial_images: Annotated[int, Field(ge=0, le=3)] = 0
+
+
+class ImageGenerationBody(ImageOptions):
+    """POST /v1/images/generations."""
+
+    prompt: Prompt
+
+
+class ImageReference(Body):
+    """A picture in JSON: one of the two."""
+
+    image_url: str | None = None
+    file_id: str | None = None
+
+
+class ImageEditBody(ImageOptions):
+    """POST /v1/images/edits, as JSON."""
+
+    prompt: Prompt
+    images: Annotated[list[ImageReference], Field(min_length=1, max_length=16)]
+    mask: ImageReference | None = None
+
+
+class ImageEditOptions(ImageOptions):
+    """POST /v1/images/edits, as a form, without its files."""
+
+    prompt: Prompt
+
+
+class ImageEditForm(ImageEditOptions):
+    """POST /v1/images/edits, as a form; `image[]` is `image`."""
+
+    image: Upload
+    mask: Upload | None = None
+
+
+class ImageVariationOptions(ImageOptions):
+    """POST /v1/images/variations, without its file."""
+
+    prompt: Annotated[str, Field(max_length=32_000)] = ""
+    strength: Annotated[float, Field(gt=0, le=1)] = edit.VARIATION
+
+
+class ImageVariationForm(ImageVariationOptions):
+    """POST /v1/images/variations."""
+
+    image: Upload
+
+
+class ImageTokens(Reply):
+    text_tokens: int
+    image_tokens: int
+
+
+class ImageUsage(Reply):
+    """Tokens of the prompt that were read; pictures are not drawn in tokens."""
+
+    input_tokens: int
+    input_tokens_details: ImageTokens
+    output_tokens: Literal[0]
+    total_tokens: int
+
+
+class Image(Reply):
+    """One of the two."""
+
+    url: str | None = None
+    b64_json: str | None = None
+
+
+class Images(Reply):
+    created: int
+    data: list[Image]
+    background: Literal["opaque"]
+    output_format: picture.Format
+    quality: Literal["low", "medium", "high"]
+    usage: ImageUsage
+
+
+class ImageEvent(Reply):
+    """`partial_image` with `partial_image_index`, or `completed` with `usage`."""
+
+    type: Literal[
+        "image_generation.partial_image",
+        "image_generation.completed",
+        "image_edit.partial_image",
+        "image_edit.completed",
+    ]
+    b64_json: str
+    created_at: int
+    size: str
+    quality: Literal["low", "medium", "high"]
+    background: Literal["opaque"]
+    output_format: picture.Format
+    index: int
+    partial_image_index: int | None = None
+    usage: ImageUsage | None = None
+
+
+def _described(form: type[Body], json: type[Body] | None = None) -> dict[str, Any]:
+    """A route that takes a form, or JSON as well."""
+    arguments = described(Images, form, events=ImageEvent)
+    request = arguments["openapi_extra"]["requestBody"]["content"]
+    request["multipart/form-data"] = request.pop("application/json")
+    if json is not None:
+        request |= described(body=json)["openapi_extra"]["requestBody"]["content"]
+    return arguments
+
+
+@router.post("/v1/images/generations", **described(Images, ImageGenerationBody, events=ImageEvent))
+async def create_image(request: Request) -> Response:
+    """Draw what a prompt says."""
+    body = await read_json(request, ImageGenerationBody)
+    model = await painter_of(request, body.model)
+    side = _side(body, model.painter.size)
+
+    def whole(drawn: np.ndarray) -> np.ndarray:
+        return _sized(drawn, side)
+
+    return await _answer(request, _Task(model, body, body.prompt, whole, "image_generation"))
+
+
+@router.post("/v1/images/edits", **_described(ImageEditForm, ImageEditBody))
+async def create_image_edit(request: Request) -> Response:
+    """Change a part of a picture (a form: `image`, `mask`, `prompt`; or JSON)."""
+    if request.headers.get("content-type", "").lower().startswith("application/json"):
+        body = await read_json(request, ImageEditBody)
+        files = await asyncio.to_thread(_referred, request, body)
+    else:
+        body, files = await _read_form(request, ImageEditOptions)
+    model = await painter_of(request, body.model)
+    size = model.painter.cfg.image_size
+    original, mask = await asyncio.to_thread(_read_edit, files)
+    height, width = mask.shape[:2]
+    side = None if body.size == "auto" else _side(body, model.painter.size)
+    if side is not None and height != width:
+        raise APIError(
+            400,
+            f"Uploaded image must be square to come back as {body.size}: it has {width} x {height} "
+            "pixels. Leave 'size' out to get it back at its own.",
+            param="image",
+            code="invalid_image",
+        )
+
+    def whole(drawn: np.ndarray) -> np.ndarray:
+        changed = edit.paste(original, drawn, mask)
+        return changed if side is None else _sized(changed, side)
+
+    source = await asyncio.to_thread(
+        lambda: Source(edit.fit(original, size), edit.fit_mask(mask, size))
+    )
+    return await _answer(request, _Task(model, body, body.prompt, whole, "image_edit", source))
+
+
+@router.post("/v1/images/variations", **_described(ImageVariationForm))
+async def create_image_variation(request: Request) -> Response:
+    """Draw a picture again, a little differently (a form: `image`)."""
+    body, files = await _read_form(request, ImageVariationOptions)
+    model = await painter_of(request, body.model)
+    side = _side(body, model.painter.size)
+
+    def read() -> Source:
+        fitted = edit.fit(_decoded(files, "image"), model.painter.cfg.image_size)
+        return Source(fitted, strength=body.strength)
+
+    def whole(drawn: np.ndarray) -> np.ndarray:
+        return _sized(drawn, side)
+
+    source = await asyncio.to_thread(read)
+    return await _answer(request, _Task(model, body, body.prompt, whole, "image_edit", source))
+
+
+@router.get("/images/{name}", **described(media_type="image/png"))
+@router.head("/images/{name}", include_in_schema=False)
+async def get_image(request: Request, name: str) -> Response:
+    """Download a picture; its URL is in an answer, and good for an hour."""
+    found = _passing(request).find(name)
+    if found is None:
+        raise APIError(
+            404,
+            f"No such image: {name[:80]}. Images can be fetched for {SECONDS // 60} minutes.",
+            param="name",
+            code="not_found",
+        )
+    path, left = found
+    return FileResponse(
+        path,
+        media_type=f"image/{path.suffix[1:]}",
+        filename=name,  # as an attachment, which a page can still show
+        headers={
+            "x-content-type-options": "nosniff",
+            "content-security-policy": "sandbox",
+            "cache-control": f"private, max-age={left}",
+        },
+    )
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+Files = dict[str, bytes]  # "image" and "mask"
+
+
+async def _read_form(request: Request, kind: type[AnyForm]) -> tuple[AnyForm, Files]:
+    """The fields of a form, and its files."""
+    files: Files = {}
+    fields: dict[str, Any] = {}
+    try:
+        async with request.form(max_files=17, max_fields=100) as form:
+            for name, value in form.multi_items():
+                bare = name.removesuffix("[]")
+                if not isinstance(value, UploadFile):
+                    fields[bare] = value
+                elif bare in files:
+                    raise _several(bare)
+                else:
+                    files[bare] = await value.read()
+    except HTTPException as error:  # not a form after all
+        raise APIError(400, f"Invalid form: {error.detail}", code="invalid_form") from None
+    try:
+        return kind.model_validate(fields, strict=False), files
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+def _referred(request: Request, body: ImageEditBody) -> Files:
+    """The files that a JSON body names."""
+    if len(body.images) > 1:
+        raise _several("images")
+    found = {"image": _fetched(request, body.images[0], "images[0]")}
+    if body.mask is not None:
+        found["mask"] = _fetched(request, body.mask, "mask")
+    return found
+
+
+def _fetched(request: Request, reference: ImageReference, path: str) -> bytes:
+    if (reference.image_url is None) == (reference.file_id is None):
+        raise _bad(path, f"Invalid '{path}': give one of 'image_url' and 'file_id'.")
+    if reference.file_id is not None:
+        store = store_of(request)
+        file = find_file(store, reference.file_id, f"{path}.file_id")
+        _refuse_large(file["bytes"], path)
+        return store.blob(reference.file_id).read_bytes()
+    head, comma, data = (reference.image_url or "").partition(",")
+    if not (head.startswith("data:") and head.endswith(";base64") and comma):
+        raise _bad(
+            f"{path}.image_url",
+            f"Invalid '{path}.image_url': expected data:image/png;base64,..., because this server "
+            "fetches no URLs. Or upload the picture to /v1/files and give its 'file_id'.",
+        )
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error as error:
+        raise _bad(
+            f"{path}.image_url", f"Invalid '{path}.image_url': not base64 ({error})."
+        ) from None
+
+
+def _read_edit(files: Files) -> tuple[np.ndarray, np.ndarray]:
+    """What is to be changed, uint8 [Y, X, 3 or 4], and where, float32 [Y, X, 1]."""
+    image = _decoded(files, "image")
+    if "mask" not in files:
+        mask = edit.transparent(image)
+        if not mask.any():
+            raise _bad(
+                "image",
+                "Invalid 'image': it has no transparent pixels, and there is no mask. What is "
+                "transparent in either is what changes.",
+            )
+        return image[..., :3], mask
+    other = _decoded(files, "mask")
+    (height, width), (y, x) = image.shape[:2], other.shape[:2]
+    if (height, width) != (y, x):
+        raise _bad(
+            "mask",
+            f"Invalid 'mask': it has {x} x {y} pixels, and the image {width} x {height}. They must "
+            "be of the same size.",
+        )
+    mask = edit.transparent(other)
+    if not mask.any():
+        raise _bad(
+            "mask",
+            "Invalid 'mask': it has no transparent pixels, so nothing would change. Transparent "
+            "pixels are those that do, not white ones.",
+        )
+    return (image if edit.transparent(image).any() else image[..., :3]), mask
+
+
+def _decoded(files: Files, param: str) -> np.ndarray:
+    """A picture that was uploaded: uint8 [Y, X, 4]."""
+    if param not in files:
+        raise APIError(
+            400,
+            f"Missing required parameter: '{param}'. Send a form (multipart/form-data) with a "
+            f"picture in the field '{param}'.",
+            param=param,
+            code="missing_required_parameter",
+        )
+    _refuse_large(len(files[param]), param)
+    try:
+        return picture.read(files[param])
+    except ValueError as error:
+        reason = str(error).rstrip(".") if files[param] else "the file is empty"
+        raise _bad(param, f"Invalid '{param}': {reason}.") from None
+
+
+def _refuse_large(size: int, param: str) -> None:
+    if size > MAX_BYTES:
+        raise _bad(
+            param,
+            f"Invalid '{param}': it has {size} bytes, and at most {MAX_BYTES} are read.",
+            "image_too_large",
+        )
+
+
+def _side(body: ImageOptions, own: int) -> int:
+    """Pixels of a side of what is asked for; `own` are those of what the model draws."""
+    if body.size == "auto":
+        return own
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", body.size)
+    if match is None or match[1] != match[2] or not SMALLEST <= int(match[1]) <= LARGEST:
+        raise APIError(
+            400,
+            f"Invalid value: '{body.size[:80]}'. Supported values are: 'auto', '{own}x{own}', "
+            "which is what the model draws, and, enlarged, '256x256', '512x512', '1024x1024' or "
+            f"any square from '{SMALLEST}x{SMALLEST}' to '{LARGEST}x{LARGEST}'.",
+            param="size",
+            code="invalid_value",
+        )
+    return int(match[1])
+
+
+def _several(param: str) -> APIError:
+    return unsupported(param, "several pictures", "One picture can be edited at a time.")
+
+
+def _bad(param: str, message: str, code: str = "invalid_image") -> APIError:
+    return APIError(400, message, param=param, code=code)
+
+
+# --- drawing ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is to be drawn, and what becomes of it.
+
+    Attributes:
+        whole: makes what the client gets of what the model has drawn.
+        event: how the events of its stream begin.
+    """
+
+    model: DrawingModel
+    body: ImageOptions
+    prompt: str
+    whole: Callable[[np.ndarray], np.ndarray]
+    event: str
+    source: Source | None = None
+
+    @property
+    def quality(self) -> str:
+        return _QUALITY.get(self.body.quality, self.body.quality)
+
+    def order(self, client: str) -> Order:
+        body = self.body
+        return Order(
+            prompt=self.prompt,
+            count=body.n,
+            seed=body.seed,
+            plan=Plan(steps=STEPS[self.quality]),
+            shown=body.partial_images if body.stream else 0,
+            source=self.source,
+            client=client,
+        )
+
+    def usage(self) -> dict[str, Any]:
+        count = self.model.tokens(self.prompt)
+        return {
+            "input_tokens": count,
+            "input_tokens_details": {"text_tokens": count, "image_tokens": 0},
+            "output_tokens": 0,
+            "total_tokens": count,
+        }
+
+
+async def _answer(request: Request, task: _Task) -> Response:
+    body, call = task.body, call_of(request.scope)
+    if body.background == "transparent":
+        raise unsupported("background", "transparent", "Its pictures are opaque: use 'opaque'.")
+    call.model, call.prompt_tokens = task.model.id, task.model.tokens(task.prompt)
+    if body.stream:
+        return await event_stream(request, _events(task, call), named=True)
+    passing = _passing(request)
+    as_base64 = body.response_format == "b64_json" or (
+        body.response_format is None and "gpt-image" in (body.model or "")
+    )
+    base = str(request.base_url)
+
+    def written(pixels: np.ndarray) -> dict[str, str]:
+        data = picture.encode(task.whole(pixels), body.output_format)
+        if as_base64:
+            return {"b64_json": base64.b64encode(data).decode()}
+        return {"url": f"{base}images/{passing.put(data, body.output_format)}"}
+
+    async def draw() -> list[dict[str, str]]:
+        found = {drawn.index: drawn.pixels async for drawn in _drawn(task, call)}
+        return [await asyncio.to_thread(written, found[index]) for index in sorted(found)]
+
+    data = await unless_disconnected(request.receive, draw())
+    if not as_base64:
+        asyncio.get_running_loop().call_later(SECONDS + 1, passing.sweep)
+    return JSONResponse(
+        {
+            "created": int(time.time()),
+            "data": data,
+            "background": "opaque",
+            "output_format": body.output_format,
+            "quality": task.quality,
+            "usage": task.usage(),
+        }
+    )
+
+
+async def _events(task: _Task, call: Call) -> AsyncGenerator[Event, None]:
+    async for drawn in _drawn(task, call):
+        whole = await asyncio.to_thread(task.whole, drawn.pixels)
+        data = await asyncio.to_thread(picture.encode, whole, task.body.output_format)
+        height, width = whole.shape[:2]
+        event: Event = {
+            "type": f"{task.event}.{'completed' if drawn.shown is None else 'partial_image'}",
+            "b64_json": base64.b64encode(data).decode(),
+            "created_at": int(time.time()),
+            "size": f"{width}x{height}",
+            "quality": task.quality,
+            "background": "opaque",
+            "output_format": task.body.output_format,
+            "index": drawn.index,
+        }
+        if drawn.shown is None:
+            yield event | {"usage": task.usage()}
+        else:
+            yield event | {"partial_image_index": drawn.shown}
+
+
+async def _drawn(task: _Task, call: Call) -> AsyncGenerator[Drawn, None]:
+    """The pictures as they come, within the time that an answer may take."""
+    pictures = task.model.draw(task.order(call.client))
+    end = None if call.timeout is None else asyncio.get_running_loop().time() + call.timeout
+    try:
+        while True:
+            try:
+                async with asyncio.timeout_at(end):
+                    drawn = await anext(pictures, None)
+            except TimeoutError:
+                raise APIError(
+                    504,
+                    f"The pictures took longer than the {call.timeout:g} seconds this server "
+                    "allows. Ask for fewer.",
+                    type="server_error",
+                    code="timeout",
+                    headers={"x-should-retry": "false"},  # it would take as long again
+                ) from None
+            if drawn is None:
+                return
+            yield drawn
+    finally:
+        await pictures.aclose()
+
+
+def _sized(pixels: np.ndarray, side: int) -> np.ndarray:
+    return pixels if len(pixels) == side else upscale.enlarge(pixels, side)
+
+
+def _passing(request: Request) -> Passing:
+    return request.app.state.passing

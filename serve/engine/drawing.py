@@ -1,0 +1,335 @@
+"""A model that draws for requests: prompts in, pictures out, a denoising step a turn of the device.
+
+Pictures are drawn in batches, of one request or of several, because that is cheaper: on two cores a
+step takes 22 ms of processor time alone, and 8 ms for each of eight side by side. A batch is begun
+when there is something to draw, with as many as wait and go together, and walks its levels to the
+end; who comes later waits for the next one. Two take turns, so that a picture can begin while
+others are half done. Those of one request wait one a turn, behind others' first ones.
+
+A batch is filled up to 1, 2, 4 or 8 rows, so that there are few programs; those of 1 are compiled
+when the model is loaded, others at first use, beside the device's thread. Another size rounds the
+last bits otherwise, which shows in a few bytes of a picture, by one. So a request with a seed
+shares its batches with nobody: it gets the same bytes again under any load.
+
+Leaves out: pictures that join a batch on its way, for which a batch would have to hold many levels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import functools
+import math
+import secrets
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import bpe
+import diffusion
+from diffusion import Painter, Plan, edit
+from diffusion.text import MAX_TOKENS
+from serve import settings
+from serve.engine import fingerprint
+from serve.engine.device import Lane, default_device
+from serve.engine.load import keep_compiled_programs
+from serve.engine.requests import Busy
+
+SIZES = (1, 2, 4, 8)  # of a batch
+MAX_BATCHES = 2  # at a time
+MAX_WAITING = 128  # pictures; a quarter of them one client's
+_SECONDS = 2.0  # that a batch takes, until one was seen
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What a picture is drawn from; see `diffusion.edit.steps`.
+
+    Attributes:
+        picture: float32 [Y, X, 3], at the size of the denoiser.
+        mask: float32 [Y, X, 1]; None for all of it.
+        strength: how far back to noise it goes.
+    """
+
+    picture: np.ndarray
+    mask: np.ndarray | None = None
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Order:
+    """What a request wants to have drawn.
+
+    Attributes:
+        count: how many pictures.
+        seed: for the same pictures again; None for any.
+        shown: how many pictures on the way are wanted of each.
+        source: what they are drawn from, if not from noise alone.
+        client: who asks.
+    """
+
+    prompt: str
+    count: int = 1
+    seed: int | None = None
+    plan: Plan = field(default_factory=Plan)
+    shown: int = 0
+    source: Source | None = None
+    client: str = ""
+
+    @property
+    def steps(self) -> int:
+        """How many steps it takes."""
+        strength = self.source.strength if self.source else 1.0
+        return max(1, round(strength * self.plan.steps))
+
+
+class Drawn(NamedTuple):
+    """A picture of an order.
+
+    Attributes:
+        index: which of them.
+        shown: which of those on the way, from 0: what the network then saw behind the noise. None
+            for the finished one.
+        pixels: uint8 [Y, X, 3].
+    """
+
+    index: int
+    shown: int | None
+    pixels: np.ndarray
+
+
+@dataclass(eq=False)
+class _Row:
+    """One picture of an order."""
+
+    order: Order
+    index: int
+    seed: int
+    drawn: asyncio.Queue[Drawn | Exception]
+    turn: int
+    is_wanted: bool = True
+
+    @functools.cached_property
+    def group(self) -> object:
+        """Rows of the same group can be drawn side by side."""
+        if self.order.seed is not None:
+            return id(self.order)
+        source = self.order.source
+        return self.order.plan, source and (source.strength, source.mask is None)
+
+    @functools.cached_property
+    def moments(self) -> dict[int, int]:
+        """After which steps it is shown, and as which picture on the way."""
+        order = self.order
+        steps = {round(order.steps * (k + 1) / (order.shown + 1)) for k in range(order.shown)}
+        return {step: k for k, step in enumerate(sorted(steps - {0, order.steps}))}
+
+
+@dataclass(kw_only=True, eq=False)
+class DrawingModel:
+    """A painter in memory. Its siblings are `ServedModel`, `EmbeddingModel` and `SpeechModel`.
+
+    To be asked from one event loop.
+    """
+
+    kind: ClassVar[str] = "images"
+
+    id: str
+    created: int  # seconds since 1970
+    owned_by: str
+    painter: Painter = field(repr=False)
+    words: bpe.WordPiece = field(repr=False)  # of the encoder that reads prompts
+    memory: int  # bytes of weights
+    fingerprint: str
+    format: str = "float32"
+    notify: Callable[[str], None] = lambda line: None  # told a line when something takes long
+    lane: Lane = field(default_factory=lambda: Lane(default_device()))
+    _waiting: list[_Row] = field(default_factory=list)
+    _batches: set[asyncio.Task[None]] = field(default_factory=set)
+    _compiled: set[object] = field(default_factory=set)
+    _compiling: threading.Lock = field(default_factory=threading.Lock)
+    _seconds: float = _SECONDS  # that the last batch took
+
+    @property
+    def context(self) -> int:
+        """Tokens of a prompt that are read."""
+        return MAX_TOKENS
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody waits for it."""
+        return not (self._waiting or self._batches) and self.lane.is_idle
+
+    def tokens(self, prompt: str) -> int:
+        """How many tokens of a prompt are read."""
+        return len(self.words.encode(prompt, max_length=MAX_TOKENS))
+
+    async def draw(self, order: Order) -> AsyncGenerator[Drawn, None]:
+        """Yields pictures of an order as they come: those on the way, and the finished ones.
+
+        Closing it ends the work soon.
+
+        Raises:
+            Busy: too many pictures wait, or too many of this client's.
+            Exception: what went wrong with them.
+        """
+        rows = self._admit(order)
+        try:
+            left = order.count
+            while left:
+                drawn = await rows[0].drawn.get()
+                if isinstance(drawn, Exception):
+                    raise drawn
+                left -= drawn.shown is None
+                yield drawn
+        finally:
+            for row in rows:
+                row.is_wanted = False
+            self._waiting = [row for row in self._waiting if row.is_wanted]
+
+    def compile(self, size: int, order: Order) -> None:
+        """Sees to it that orders like this can be drawn so many at a time. Blocks, for seconds."""
+        kind = size, order.source and order.source.mask is None
+        with self._compiling:  # others wait for it
+            if kind in self._compiled:
+                return
+            if self._compiled:
+                self.notify(f"compiling {self.id} for {size} pictures at a time (once) ...")
+            # So few that every kind of step is among them, whatever the strength.
+            strength = order.source.strength if order.source else 1.0
+            short = replace(order, plan=replace(order.plan, steps=math.ceil(6 / strength)))
+            row = _Row(short, 0, 0, asyncio.Queue(), 0)
+            for noisy, _ in self._steps([row], size):
+                self.painter.finish(noisy)
+            self._compiled.add(kind)
+
+    def close(self, *, drain: bool = True, timeout: float = 30.0) -> None:
+        """Nothing to end: a step in hand is short, and who waits is answered."""
+
+    # -- whose turn it is ----------------------------------------------------------------------
+
+    def _admit(self, order: Order) -> list[_Row]:
+        own = sum(row.order.client == order.client for row in self._waiting)
+        wait = math.ceil(len(self._waiting) / SIZES[-1] / MAX_BATCHES) * self._seconds
+        if own + order.count > MAX_WAITING // 4:
+            raise Busy(wait, own)
+        if len(self._waiting) + order.count > MAX_WAITING:
+            raise Busy(wait)
+        seed = secrets.randbits(31) if order.seed is None else order.seed
+        first = self._waiting[0].turn if self._waiting else 0
+        drawn: asyncio.Queue[Drawn | Exception] = asyncio.Queue()
+        rows = [_Row(order, index, seed, drawn, first + index) for index in range(order.count)]
+        for row in rows:
+            bisect.insort_right(self._waiting, row, key=lambda other: other.turn)
+        self._begin()
+        return rows
+
+    def _begin(self) -> None:
+        """Makes batches of who waits, as many as may be drawn at a time."""
+        while self._waiting and len(self._batches) < MAX_BATCHES:
+            group = self._waiting[0].group
+            rows = [row for row in self._waiting if row.group == group][: SIZES[-1]]
+            self._waiting = [row for row in self._waiting if row not in rows]
+            task = asyncio.create_task(self._draw(rows))
+            self._batches.add(task)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._batches.discard(task)
+        self._begin()
+
+    # -- drawing -------------------------------------------------------------------------------
+
+    async def _draw(self, rows: Sequence[_Row]) -> None:
+        """A batch, from its first step to the last, or until nobody wants it any more."""
+        try:
+            size = next(size for size in SIZES if size >= len(rows))
+            await asyncio.to_thread(self.compile, size, rows[0].order)
+            began = time.monotonic()
+            with self.lane.using():
+                steps = self._steps(rows, size)
+                for number in range(1, rows[0].order.steps + 1):
+                    if not any(row.is_wanted for row in rows):
+                        return
+                    noisy, clean = await self.lane.run(functools.partial(next, steps))
+                    if any(number in row.moments for row in rows):
+                        pixels = await self.lane.run(functools.partial(self.painter.finish, clean))
+                        for row, own in zip(rows, pixels, strict=False):
+                            if number in row.moments:
+                                row.drawn.put_nowait(Drawn(row.index, row.moments[number], own))
+                pixels = await self.lane.run(functools.partial(self.painter.finish, noisy))
+            for row, own in zip(rows, pixels, strict=False):  # the rest only filled the batch up
+                row.drawn.put_nowait(Drawn(row.index, None, own))
+            self._seconds = time.monotonic() - began
+        except Exception as error:
+            for row in rows:
+                row.drawn.put_nowait(error)
+
+    def _steps(self, rows: Sequence[_Row], size: int) -> Iterator[tuple[jax.Array, jax.Array]]:
+        """A batch of so many rows, a step at a time, each computed when it is yielded."""
+        filled = [*rows, *[rows[-1]] * (size - len(rows))]
+        prompts = [row.order.prompt for row in filled]
+        # As `sample.keys_of`, whose number i does not depend on how many there are.
+        keys = [jax.random.fold_in(jax.random.key(row.seed), row.index) for row in filled]
+        order = rows[0].order
+        if order.source is None:
+            steps = self.painter.steps(prompts, jnp.stack(keys), order.plan)
+        else:
+            sources = [row.order.source for row in filled if row.order.source]
+            masks = [source.mask for source in sources if source.mask is not None]
+            steps = edit.steps(
+                self.painter,
+                prompts,
+                jnp.stack(keys),
+                order.plan,
+                pictures=np.stack([source.picture for source in sources]),
+                masks=np.stack(masks) if masks else None,
+                strength=order.source.strength,
+            )
+        for step in steps:
+            yield jax.block_until_ready(step)
+
+
+def load_painter(
+    id: str,
+    path: Path,
+    encoder: Path,
+    *,
+    owned_by: str,
+    notify: Callable[[str], None] = lambda line: None,
+) -> DrawingModel:
+    """Loads a model that draws, and compiles what draws one picture.
+
+    Args:
+        path: a folder with `denoiser` and `upscaler`.
+        encoder: the folder of the encoder that its denoiser was trained with.
+        notify: told one line for each thing that takes long.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file is damaged or of an unknown kind, or the encoder is another one.
+    """
+    settings.private_folder(settings.data_folder())
+    keep_compiled_programs()
+    painter = diffusion.load(path, encoder)
+    parts = [path / "denoiser", path / "upscaler", encoder]
+    arrays = jax.tree.leaves((painter.denoiser, painter.upscaler))
+    model = DrawingModel(
+        id=id,
+        created=int((path / "denoiser" / "config.json").stat().st_mtime),
+        owned_by=owned_by,
+        painter=painter,
+        words=bpe.load_wordpiece(encoder),
+        memory=sum(a.nbytes for a in arrays) + (encoder / "model.safetensors").stat().st_size,
+        fingerprint=fingerprint.of_model(" ".join(map(fingerprint.of_weights, parts)), "float32"),
+        notify=notify,
+    )
+    model.compile(1, Order(prompt=""))
+    return model

@@ -1,0 +1,57 @@
+"""Files that are here for an hour, under names that nobody can guess.
+
+What is drawn can be fetched by its URL, without a key: whoever has the URL has been given it. The
+time that a file was written is all there is to know of it, so an hour ends as well while no server
+runs: at the next start what is left over is gone.
+"""
+
+import os
+import re
+import time
+from pathlib import Path
+
+from serve.settings import private_folder
+from serve.store import new_id
+
+SECONDS = 3600
+
+_NAME = re.compile(r"img-[A-Za-z0-9]{24}\.[a-z]{3,4}")
+
+
+class Passing:
+    """Such files, in a folder of their own. Any thread may use it.
+
+    Args:
+        folder: where they are; made if it is not there.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = private_folder(folder)
+        self.sweep()
+
+    def put(self, data: bytes, format: str) -> str:
+        """Keeps bytes for an hour, and gives their name, which ends in `.format`."""
+        name = f"{new_id('img-')}.{format}"
+        descriptor = os.open(self._folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        return name
+
+    def find(self, name: str) -> tuple[Path, int] | None:
+        """Where a file is, and for how many seconds more; None if it is not, or not any more."""
+        path = self._folder / name
+        left = _left(path) if _NAME.fullmatch(name) else 0
+        return (path, left) if left > 0 else None
+
+    def sweep(self) -> None:
+        """Removes the files whose hour is over."""
+        for path in self._folder.iterdir():
+            if _left(path) <= 0:
+                path.unlink(missing_ok=True)
+
+
+def _left(path: Path) -> int:
+    try:
+        return int(path.stat().st_mtime + SECONDS - time.time())
+    except FileNotFoundError:  # another server has swept it up
+        return 0
