@@ -22,7 +22,9 @@ import binascii
 import re
 import time
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
@@ -48,14 +50,19 @@ from serve.passing import SECONDS, Passing
 
 router = APIRouter()
 
-MAX_BYTES = 50 * 2**20  # of a picture
+MAX_BYTES = 20 * 2**20  # of a picture
+MAX_PIXELS = 2048 * 2048
 UPLOADS = {  # what a body may take: a picture, its mask, and the form around them
-    f"/v1/images/{route}": MAX_BYTES + 2 * 2**20 for route in ("edits", "variations")
+    f"/v1/images/{route}": 2 * MAX_BYTES for route in ("edits", "variations")
 }
 SMALLEST, LARGEST = 16, 1024  # pixels of a side
 STEPS = {"low": 10, "medium": 20, "high": 40}
 _QUALITY = {"standard": "medium", "auto": "medium", "hd": "high"}
 
+# For work on whole pictures: a large one takes 200 MB meanwhile, so at most two are worked on.
+_workers = ThreadPoolExecutor(2, thread_name_prefix="pictures")
+
+T = TypeVar("T")
 AnyForm = TypeVar("AnyForm", bound="ImageOptions")
 Prompt = Annotated[str, Field(min_length=1, max_length=32_000)]
 Upload = Annotated[bytes, WithJsonSchema({"type": "string", "format": "binary"})]
@@ -201,12 +208,12 @@ async def create_image_edit(request: Request) -> Response:
     """Change a part of a picture (a form: `image`, `mask`, `prompt`; or JSON)."""
     if request.headers.get("content-type", "").lower().startswith("application/json"):
         body = await read_json(request, ImageEditBody)
-        files = await asyncio.to_thread(_referred, request, body)
+        files = await _aside(_referred, request, body)
     else:
         body, files = await _read_form(request, ImageEditOptions)
     model = await painter_of(request, body.model)
     size = model.painter.cfg.image_size
-    original, mask = await asyncio.to_thread(_read_edit, files)
+    original, mask = await _aside(_read_edit, files)
     height, width = mask.shape[:2]
     side = None if body.size == "auto" else _side(body, model.painter.size)
     if side is not None and height != width:
@@ -222,9 +229,7 @@ async def create_image_edit(request: Request) -> Response:
         changed = edit.paste(original, drawn, mask)
         return changed if side is None else _sized(changed, side)
 
-    source = await asyncio.to_thread(
-        lambda: Source(edit.fit(original, size), edit.fit_mask(mask, size))
-    )
+    source = await _aside(lambda: Source(edit.fit(original, size), edit.fit_mask(mask, size)))
     return await _answer(request, _Task(model, body, body.prompt, whole, "image_edit", source))
 
 
@@ -242,7 +247,7 @@ async def create_image_variation(request: Request) -> Response:
     def whole(drawn: np.ndarray) -> np.ndarray:
         return _sized(drawn, side)
 
-    source = await asyncio.to_thread(read)
+    source = await _aside(read)
     return await _answer(request, _Task(model, body, body.prompt, whole, "image_edit", source))
 
 
@@ -373,7 +378,7 @@ def _decoded(files: Files, param: str) -> np.ndarray:
         )
     _refuse_large(len(files[param]), param)
     try:
-        return picture.read(files[param])
+        return picture.read(files[param], max_pixels=MAX_PIXELS)
     except ValueError as error:
         reason = str(error).rstrip(".") if files[param] else "the file is empty"
         raise _bad(param, f"Invalid '{param}': {reason}.") from None
@@ -448,8 +453,12 @@ class _Task:
             client=client,
         )
 
+    @cached_property
+    def tokens(self) -> int:
+        return self.model.tokens(self.prompt)
+
     def usage(self) -> dict[str, Any]:
-        count = self.model.tokens(self.prompt)
+        count = self.tokens
         return {
             "input_tokens": count,
             "input_tokens_details": {"text_tokens": count, "image_tokens": 0},
@@ -462,7 +471,7 @@ async def _answer(request: Request, task: _Task) -> Response:
     body, call = task.body, call_of(request.scope)
     if body.background == "transparent":
         raise unsupported("background", "transparent", "Its pictures are opaque: use 'opaque'.")
-    call.model, call.prompt_tokens = task.model.id, task.model.tokens(task.prompt)
+    call.model, call.prompt_tokens = task.model.id, task.tokens
     if body.stream:
         return await event_stream(request, _events(task, call), named=True)
     passing = _passing(request)
@@ -479,7 +488,7 @@ async def _answer(request: Request, task: _Task) -> Response:
 
     async def draw() -> list[dict[str, str]]:
         found = {drawn.index: drawn.pixels async for drawn in _drawn(task, call)}
-        return [await asyncio.to_thread(written, found[index]) for index in sorted(found)]
+        return [await _aside(written, found[index]) for index in sorted(found)]
 
     data = await unless_disconnected(request.receive, draw())
     if not as_base64:
@@ -498,8 +507,8 @@ async def _answer(request: Request, task: _Task) -> Response:
 
 async def _events(task: _Task, call: Call) -> AsyncGenerator[Event, None]:
     async for drawn in _drawn(task, call):
-        whole = await asyncio.to_thread(task.whole, drawn.pixels)
-        data = await asyncio.to_thread(picture.encode, whole, task.body.output_format)
+        whole = await _aside(task.whole, drawn.pixels)
+        data = await _aside(picture.encode, whole, task.body.output_format)
         height, width = whole.shape[:2]
         event: Event = {
             "type": f"{task.event}.{'completed' if drawn.shown is None else 'partial_image'}",
@@ -540,6 +549,11 @@ async def _drawn(task: _Task, call: Call) -> AsyncGenerator[Drawn, None]:
             yield drawn
     finally:
         await pictures.aclose()
+
+
+async def _aside(work: Callable[..., T], *arguments: Any) -> T:
+    """Has work on whole pictures done where it holds nobody up."""
+    return await asyncio.get_running_loop().run_in_executor(_workers, work, *arguments)
 
 
 def _sized(pixels: np.ndarray, side: int) -> np.ndarray:

@@ -2,9 +2,9 @@
 
 Pictures are drawn in batches, of one request or of several, because that is cheaper: on two cores a
 step takes 22 ms of processor time alone, and 8 ms for each of eight side by side. A batch is begun
-when there is something to draw, with as many as wait and go together, and walks its levels to the
-end; who comes later waits for the next one. Two take turns, so that a picture can begin while
-others are half done. Those of one request wait one a turn, behind others' first ones.
+a moment after there is something to draw, with as many as wait and go together, and walks its
+levels to the end; who comes later waits for the next one. Two take turns, so that a picture can
+begin while others are half done. Those of one request wait one a turn, behind others' first ones.
 
 A batch is filled up to 1, 2, 4 or 8 rows, so that there are few programs; those of 1 are compiled
 when the model is loaded, others at first use, beside the device's thread. Another size rounds the
@@ -43,7 +43,9 @@ from serve.engine.load import keep_compiled_programs
 from serve.engine.requests import Busy
 
 SIZES = (1, 2, 4, 8)  # of a batch
+MAX_EDITED = 4  # with masks: a step of theirs looks several times, and must stay short
 MAX_BATCHES = 2  # at a time
+GATHERING = 0.02  # seconds that a picture waits for others to begin with
 MAX_WAITING = 128  # pictures; a quarter of them one client's
 _SECONDS = 2.0  # that a batch takes, until one was seen
 
@@ -197,11 +199,13 @@ class DrawingModel:
     def compile(self, size: int, order: Order) -> None:
         """Sees to it that orders like this can be drawn so many at a time. Blocks, for seconds."""
         kind = size, order.source and order.source.mask is None
-        with self._compiling:  # others wait for it
-            if kind in self._compiled:
+        if kind in self._compiled:
+            return
+        with self._compiling:
+            if kind in self._compiled:  # by whom we waited for
                 return
             if self._compiled:
-                self.notify(f"compiling {self.id} for {size} pictures at a time (once) ...")
+                self.notify(f"compiling {self.id} for batches of {size} (once) ...")
             # So few that every kind of step is among them, whatever the strength.
             strength = order.source.strength if order.source else 1.0
             short = replace(order, plan=replace(order.plan, steps=math.ceil(6 / strength)))
@@ -228,14 +232,16 @@ class DrawingModel:
         rows = [_Row(order, index, seed, drawn, first + index) for index in range(order.count)]
         for row in rows:
             bisect.insort_right(self._waiting, row, key=lambda other: other.turn)
-        self._begin()
+        asyncio.get_running_loop().call_later(GATHERING, self._begin)
         return rows
 
     def _begin(self) -> None:
         """Makes batches of who waits, as many as may be drawn at a time."""
         while self._waiting and len(self._batches) < MAX_BATCHES:
             group = self._waiting[0].group
-            rows = [row for row in self._waiting if row.group == group][: SIZES[-1]]
+            rows = [row for row in self._waiting if row.group == group]
+            source = rows[0].order.source
+            rows = rows[: MAX_EDITED if source and source.mask is not None else SIZES[-1]]
             self._waiting = [row for row in self._waiting if row not in rows]
             task = asyncio.create_task(self._draw(rows))
             self._batches.add(task)

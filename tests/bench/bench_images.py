@@ -1,0 +1,146 @@
+"""What pictures cost a server, and what they cost the others.
+
+    python -m tests.bench.bench_images [--rounds 5] [--tokens 64]
+
+A server of emoji-64 and the default chat model, over a real socket, in these cases:
+
+- one request for 1, 4 and 8 pictures;
+- eight requests at once, which share batches, beside eight with seeds, which share them with
+  nobody: the ratio is what drawing side by side is worth;
+- a streamed chat alone, and while four pictures at a time are being drawn: the median and the
+  longest time between two tokens.
+
+All take turns in one run; the fastest round of each counts. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from openai import AsyncOpenAI, OpenAI
+
+from serve import catalogue, offers, settings, sources
+from serve.app import create_app
+from serve.registry import Registry
+from serve.settings import Settings
+from tests.serve import scripted
+
+MODELS = ("smollm2-135m-instruct", "emoji-64")
+_seeds = itertools.count()
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def draw(address: str, count: int) -> None:
+    """One request for some pictures."""
+    with OpenAI(base_url=f"{address}/v1", api_key="any") as client:
+        client.images.generate(prompt="a red apple", n=count)
+
+
+def draw_at_once(address: str, count: int, *, alone: bool) -> None:
+    """So many requests for a picture each."""
+
+    async def main() -> None:
+        async with AsyncOpenAI(base_url=f"{address}/v1", api_key="any") as client:
+            own = [{"seed": next(_seeds)} if alone else {} for _ in range(count)]
+            await asyncio.gather(
+                *[client.images.generate(prompt="a red apple", extra_body=body) for body in own]
+            )
+
+    asyncio.run(main())
+
+
+def gaps(address: str, tokens: int) -> np.ndarray:
+    """Milliseconds between the tokens of a streamed answer."""
+    with OpenAI(base_url=f"{address}/v1", api_key="any") as client:
+        stream = client.chat.completions.create(
+            model=MODELS[0],
+            messages=[{"role": "user", "content": "Tell me a long story about a fox."}],
+            max_tokens=tokens,
+            stream=True,
+        )
+        times = [time.perf_counter() for part in stream if part.choices[0].delta.content]
+    return np.diff(times) * 1e3
+
+
+def gaps_meanwhile(address: str, tokens: int) -> np.ndarray:
+    """The same while pictures are being drawn."""
+    stop = threading.Event()
+
+    def keep_drawing() -> None:
+        while not stop.is_set():
+            draw(address, 4)
+
+    thread = threading.Thread(target=keep_drawing)
+    thread.start()
+    try:
+        return gaps(address, tokens)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=64)
+    args = parser.parse_args()
+    known, home = catalogue.load(), settings.data_folder()
+    places = [sources.locate(id, known, home, say=print) for id in MODELS]
+    with tempfile.TemporaryDirectory() as scratch:
+        cards = [
+            offers.offer(p, cache_budget=2**28, dtype="auto", home=Path(scratch), notify=print)
+            for p in places
+        ]
+        registry = Registry(cards, known.aliases)
+        registry.load(registry.default)
+        app = create_app(Settings(home=Path(scratch)), registry)
+        with scripted.served(app) as address:
+            best = measure(address, args.rounds, args.tokens)
+        registry.close(drain=False)
+    print(json.dumps({name: round(value, 3) for name, value in best.items()}))
+
+
+def measure(address: str, rounds: int, tokens: int) -> dict[str, float]:
+    cases: dict[str, Callable[[], object]] = {
+        "1 picture": lambda: draw(address, 1),
+        "4 pictures": lambda: draw(address, 4),
+        "8 pictures": lambda: draw(address, 8),
+        "8 requests that share": lambda: draw_at_once(address, 8, alone=False),
+        "8 requests with seeds": lambda: draw_at_once(address, 8, alone=True),
+    }
+    for work in cases.values():  # compiles
+        work()
+    gaps(address, 4)
+    best: dict[str, float] = {}
+    for _ in range(rounds):
+        for name, work in cases.items():
+            best[name] = min(seconds(work), best.get(name, float("inf")))
+        for name, found in (
+            ("chat alone", gaps(address, tokens)),
+            ("chat meanwhile", gaps_meanwhile(address, tokens)),
+        ):
+            for what, value in (("median", np.median(found)), ("longest", found.max())):
+                key = f"{name}, {what} ms"
+                best[key] = min(float(value), best.get(key, float("inf")))
+    for name, value in best.items():
+        print(f"{name:32} {value:8.2f}" + ("" if name.endswith("ms") else " s"))
+    print(f"side by side: x{best['8 requests with seeds'] / best['8 requests that share']:.2f}")
+    return best
+
+
+if __name__ == "__main__":
+    main()
