@@ -122,6 +122,14 @@ _TIME = re.compile(r"o’clock|-thirty")
 _SIGN = re.compile(
     r"button|keycap|^(input|Japanese|squared)|arrow|mark\b|symbol for", re.IGNORECASE
 )
+# Pictures whose mirror image says something else, or nothing: the moon's phases, what rises or
+# falls, maps, hands, and whatever bears letters, figures or notes.
+_DIRECTED = re.compile(
+    r"\b(hands?|left|right|moon|globe|map|chart|departure|arrival|clock|watch|stopwatch|calendar|"
+    r"medal|banknote|coin|money bag|credit card|newspaper|dvd|dna|musical (note|notes|score)|ZZZ|"
+    r"hundred points|stop|hospital|bank|hotel|convenience store|Statue of Liberty|pool 8 ball|"
+    r"slot machine|joker|mahjong|cards)\b"
+)
 _SPOKEN = re.compile(r"[a-z0-9 ]+")
 
 
@@ -136,7 +144,7 @@ class Concept:
         captions: how one might ask for it, the name first, with shares that sum to 1.
         group: a key of `GROUPS`.
         weight: how often it is drawn, relative to others.
-        directed: whether its mirror image would be wrong (letters, hands, arrows).
+        directed: whether its mirror image would be wrong (letters, hands, arrows, the moon).
     """
 
     code: str
@@ -148,15 +156,18 @@ class Concept:
     directed: bool
 
 
-def fetch(folder: Path) -> None:
+def fetch(folder: Path, packages: Sequence[Package] | None = None) -> None:
     """Downloads the packages that `folder` lacks, with npm, and checks every hash.
+
+    Args:
+        packages: those that `pack` reads, if none are named.
 
     Raises:
         ValueError: a package has other bytes than expected.
         subprocess.CalledProcessError: npm failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for package in (NAMES, *(style.package for style in STYLES)):
+    for package in packages or (NAMES, *(style.package for style in STYLES)):
         path = folder / package.file
         if not path.exists():
             command = ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
@@ -227,12 +238,20 @@ def _concept(entry: dict, shortcodes: list[str] | str, shared: Counter, heads: C
         captions={text: share / total for text, share in captions.items()},
         group=group,
         weight=GROUPS[group][1] * (0.3 if sign else 1.0),
-        directed=sign or group in (1, 8) or any(w in name for w in ("hand", "left", "right")),
+        directed=sign or group in (1, 8) or bool(_DIRECTED.search(name)),
     )
 
 
-def pictures(folder: Path, style: Style, wanted: list[Concept]) -> dict[str, np.ndarray]:
+def pictures(
+    folder: Path,
+    style: Style,
+    wanted: list[Concept],
+    decode: Callable[[bytes, int], np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
     """The pictures of one style, by the concept's code; a concept that it lacks is left out.
+
+    Args:
+        decode: makes pixels of a file's bytes, as `on_white` does, which it is if not given.
 
     Returns:
         uint8 [SIZE, SIZE, 3] each, on white.
@@ -247,7 +266,7 @@ def pictures(folder: Path, style: Style, wanted: list[Concept]) -> dict[str, np.
                 continue
             code = codes.get(_plain(name[len(style.folder) : -len(style.suffix)]))
             if code is not None:
-                found[code] = on_white(archive.extractfile(member).read(), SIZE)
+                found[code] = (decode or on_white)(archive.extractfile(member).read(), SIZE)
     return found
 
 
@@ -269,6 +288,20 @@ def on_white(data: bytes, size: int) -> np.ndarray:
             image = image.resize((size, size), Image.Resampling.LANCZOS)
         rgba = np.asarray(image, np.int32)  # [size, size, 4]
     return np.clip(rgba[..., :3] + 255 - rgba[..., 3:], 0, 255).astype(np.uint8)
+
+
+def scaled(images: np.ndarray, size: int) -> np.ndarray:
+    """Pictures as networks see them, at a size that divides theirs.
+
+    Args:
+        images: uint8 [n, Y, Y, 3].
+
+    Returns:
+        float32 [n, size, size, 3], -1 to 1.
+    """
+    by = images.shape[1] // size
+    x = images.reshape(-1, size, by, size, by, 3).astype(np.float32)
+    return x.mean((2, 4)) / 127.5 - 1
 
 
 # The pack: everything that training reads
@@ -343,9 +376,7 @@ class Pack:
 
     def pictures(self, which: np.ndarray, size: int) -> np.ndarray:
         """Some pictures at a size that divides `SIZE`: float32 [n, size, size, 3], -1 to 1."""
-        by = SIZE // size
-        x = self.images[which].reshape(-1, size, by, size, by, 3).astype(np.float32)
-        return x.mean((2, 4)) / 127.5 - 1
+        return scaled(self.images[which], size)
 
     def heard(self, captions: Sequence[str]) -> dict[str, Any]:
         """What some captions of the pack mean; the fields of a `Text`."""

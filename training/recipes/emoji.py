@@ -5,7 +5,6 @@
     python -m training.recipes.emoji upscaler --pack PACK --out RUN2
     python -m training.recipes.emoji export --run RUN --out MODEL/denoiser
     python -m training.recipes.emoji export --run RUN2 --out MODEL/upscaler
-    python -m training.recipes.emoji measure --model MODEL/denoiser --pack PACK --out measures.json
 
 A U-Net learns pictures of 32 x 32 pixels by flow matching; the step to 64 x 64 is learnt apart, on
 real pictures that were made half as large. Everything here was chosen for two cores and a few
@@ -14,7 +13,8 @@ often than what Unicode has most of; Muon, with which the loss falls sooner; a c
 learning rate, so that a run may be stopped anywhere, and a short second run in which it falls
 (`denoiser --start MODEL/denoiser --schedule linear --steps 3000`).
 
-Like all recipes a short file to be copied and changed.
+What comes of it is measured by `emoji_measures`. Like all recipes a short file to be copied and
+changed.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion import checkpoint, data, layers, model, painter, sample, schedule, upscale
+from diffusion import checkpoint, data, layers, model, painter, picture, sample, schedule, upscale
 from diffusion.config import UNetConfig, UpscalerConfig
 from diffusion.data import Pack
 from diffusion.text import Reader, Text
 from training import checkpoint as checkpoints
 from training import loop, tree
 from training.config import Config as Run
+from training.task import Task
 
 SHOWN = (
     "apple", "cat", "heart", "sun", "car", "tree", "pizza", "dog", "house", "fish", "banana",
@@ -65,6 +66,7 @@ class Settings:
     styles: tuple[float, ...] = (0.2, 0.6, 0.2)  # how often each is drawn
     common: float = 6.0  # how much more often what has a plain name is drawn
     dropped: float = 0.1  # share of pictures whose prompt is not shown, for guidance
+    mirror: bool = False  # half of the pictures, but none that has a left and a right
     # Times come from a normal distribution, squashed to 0 to 1. Below 0 is more noise than picture:
     # there it is decided what is drawn.
     middle: float = -0.8
@@ -100,13 +102,18 @@ def batches(
 ) -> Callable[[int], dict[str, np.ndarray]]:
     """The batch of a step: pictures drawn by their shares, each with a caption."""
     cumulative = np.cumsum(shares)
+    directed = np.array([concept.directed for concept in pack.concepts])[pack.concept]
 
     def batch(step: int) -> dict[str, np.ndarray]:
         random = np.random.default_rng((settings.seed, step))
         which = np.searchsorted(cumulative, random.random(settings.batch_size) * cumulative[-1])
         heard = pack.heard([pack.draw_caption(random, picture) for picture in which])
         keep = random.random(settings.batch_size) >= settings.dropped
-        return {"x": pack.pictures(which, size), "keep": keep, **heard}
+        x = pack.pictures(which, size)
+        if settings.mirror:
+            turned = (random.random(settings.batch_size) < 0.5) & ~directed[which]
+            x[turned] = x[turned, :, ::-1]
+        return {"x": x, "keep": keep, **heard}
 
     return batch
 
@@ -188,7 +195,7 @@ def train_denoiser(settings: Settings, encoder: Path) -> loop.Outcome:
         if line["step"] % LOOK_EVERY == 0 or line["step"] == settings.steps:
             keys = jnp.repeat(sample.keys_of(0, 1), len(prompts.mask), 0)  # the same noise
             drawn = draw(state.average, cfg, prompts, keys)
-            save(painter.grid(drawn, 10), settings.out / f"grid-{line['step']:06d}.png")
+            picture.save(painter.grid(drawn, 10), settings.out / f"grid-{line['step']:06d}.png")
 
     return loop.train(
         Denoising(cfg, settings.middle, settings.width, start),
@@ -269,57 +276,6 @@ def train_upscaler(settings: Settings) -> loop.Outcome:
     )
 
 
-# Measures
-
-
-def loss_by_time(
-    weights: model.Params, cfg: model.Config, batches: list[dict[str, np.ndarray]]
-) -> dict[str, float]:
-    """The flow loss at fixed times; the noise is the same whatever the weights."""
-    found: dict[str, float] = {}
-    for t in (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95):
-        losses = []
-        for number, batch in enumerate(batches):
-            e = jax.random.normal(jax.random.key(number), batch["x"].shape)
-            text = Text(batch["states"], batch["mask"], batch["pooled"])
-            times = jnp.full(len(e), t)
-            losses.append(model.flow_loss(weights, cfg, batch["x"], e, times, text, batch["keep"]))
-        found[f"{t}"] = float(jnp.concatenate(losses).mean())
-    return found
-
-
-def nearest(pictures: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """How far each picture is from the nearest of others: root mean square, [n]."""
-    x, y = pictures.reshape(len(pictures), -1), others.reshape(len(others), -1)
-    squares = (x**2).sum(1)[:, None] - 2 * x @ y.T + (y**2).sum(1)
-    return np.sqrt(np.maximum(squares.min(1), 0) / x.shape[1])
-
-
-def measure(folder: Path, pack: Pack) -> dict[str, Any]:
-    """What can be said of a denoiser without looking at its pictures.
-
-    Returns:
-        "held_out" and "seen": the flow loss by time, of pictures that were never learnt and of as
-        many that were. "memorisation": how far drawn pictures are from the nearest that was
-        learnt, compared with real pictures that were not; far below 1, it copies.
-    """
-    weights, cfg = checkpoint.load(folder)
-    unseen = held_out(pack, cfg.image_size)
-    seen = held_out(pack, cfg.image_size, which=np.flatnonzero(~pack.held_out))[: len(unseen)]
-    learnt = pack.pictures(np.flatnonzero(~pack.held_out), cfg.image_size)
-    drawn, real = [], []
-    for number, batch in enumerate(unseen):
-        text = Text(batch["states"], batch["mask"], batch["pooled"])
-        bytes_ = draw(weights, cfg, text, sample.keys_of(number, len(batch["x"])))
-        drawn.append(nearest(bytes_ / np.float32(127.5) - 1, learnt))
-        real.append(nearest(batch["x"], learnt))
-    return {
-        "held_out": loss_by_time(weights, cfg, unseen),
-        "seen": loss_by_time(weights, cfg, seen),
-        "memorisation": float(np.mean(drawn) / np.mean(real)),
-    }
-
-
 # Files
 
 
@@ -329,13 +285,10 @@ def write_config(run: Path, values: dict[str, Any]) -> None:
     (run / "network.json").write_text(json.dumps(values) + "\n", "utf-8")
 
 
-def export(run: Path, target: Path) -> None:
-    """Writes the running mean of a run's weights, in float16."""
+def learnt(run: Path, task: Task) -> Any:
+    """The running mean of a run's weights."""
     from safetensors.numpy import load_file
 
-    kind = json.loads((run / "network.json").read_text("utf-8"))["kind"]
-    cfg, abstract = (UNET, None) if kind == "unet" else (UPSCALER, upscale.abstract)
-    task = Denoising(cfg) if abstract is None else Doubling(cfg)
     steps = checkpoints.numbers(run / "checkpoints")
     if not steps:
         raise ValueError(f"{run}: has no checkpoint")
@@ -346,15 +299,14 @@ def export(run: Path, target: Path) -> None:
         for name, array in load_file(file).items()
         if name.startswith(mine)
     }
-    weights = tree.from_named(arrays, jax.eval_shape(task.init, jax.random.key(0)))
-    checkpoint.save(target, weights, cfg, format="float16")
+    return tree.from_named(arrays, jax.eval_shape(task.init, jax.random.key(0)))
 
 
-def save(picture: np.ndarray, path: Path) -> None:
-    """Writes a PNG."""
-    from PIL import Image
-
-    Image.fromarray(picture).save(path)
+def export(run: Path, target: Path) -> None:
+    """Writes the running mean of a run's weights, in float16."""
+    kind = json.loads((run / "network.json").read_text("utf-8"))["kind"]
+    cfg, task = (UNET, Denoising(UNET)) if kind == "unet" else (UPSCALER, Doubling(UPSCALER))
+    checkpoint.save(target, learnt(run, task), cfg, format="float16")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -382,12 +334,6 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(args: argparse.Namespace) -> int:
-    found = measure(args.model, Pack(args.pack))
-    args.out.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
-    return 0
-
-
 def _settings(args: argparse.Namespace) -> Settings:
     names = Settings.__dataclass_fields__
     given = {name: value for name, value in vars(args).items() if name in names}
@@ -396,6 +342,9 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 def _status(outcome: loop.Outcome) -> int:
     return 0 if outcome.signal is None else 128 + outcome.signal
+
+
+_MIRROR = "half of the pictures from the other side, but none that has a left and a right"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -421,11 +370,9 @@ def _parser() -> argparse.ArgumentParser:
             train.add_argument("--encoder", type=Path, required=True)
             train.add_argument("--start", type=Path)
             train.add_argument("--schedule", choices=("constant", "linear"))
+            train.add_argument("--mirror", action="store_true", help=_MIRROR)
     made = command("export", _export, "write the weights of a run")
     made.add_argument("--run", dest="run_folder", type=Path, required=True)
-    measured = command("measure", _measure, "loss by time, and whether it copies")
-    measured.add_argument("--model", type=Path, required=True, help="denoiser/")
-    measured.add_argument("--pack", type=Path, required=True)
     return parser
 
 
