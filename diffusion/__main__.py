@@ -1,4 +1,4 @@
-"""Draws: `python -m diffusion --model FOLDER --encoder FOLDER "a red apple" --out apple.png`."""
+"""Draws: `python -m diffusion --encoder FOLDER "a red apple" --out apple.png`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusion import painter as painters
-from diffusion import picture, sample
+from diffusion import picture, sample, weights
 from diffusion.painter import Plan
 
 
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m diffusion", description="Draws small pictures."
     )
-    parser.add_argument("--model", required=True, type=Path, help="denoiser/ and upscaler/")
+    parser.add_argument("--model", type=Path, help="denoiser/ and upscaler/ [default: emoji-64]")
     parser.add_argument("--encoder", required=True, type=Path, help="all-minilm-l6-v2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-n", type=int, default=1, metavar="N", help="pictures of each prompt")
@@ -33,17 +33,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         plan = Plan(steps=args.steps, rule=args.rule, guidance=args.guidance)
-        painter = painters.load(args.model, args.encoder)
+        painter = painters.load(args.model or weights(), args.encoder)
         rows = []
         for prompt in args.prompts:
             keys = sample.keys_of(args.seed, args.n)
             steps = list(painter.steps([prompt] * args.n, keys, plan))
             if args.strip:
-                shown = [
-                    steps[round(i)] for i in np.linspace(0, len(steps) - 1, min(8, plan.steps))
-                ]
-                for kind in (0, 1):
-                    rows.append(painter.finish(np.concatenate([step[kind][:1] for step in shown])))
+                rows += np.split(painter.strip(steps), 2)
             else:
                 rows.append(painter.finish(steps[-1][0]))
         picture.save(painters.grid(np.concatenate(rows), len(rows[0])), args.out)

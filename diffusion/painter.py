@@ -117,6 +117,23 @@ class Painter:
         pictures = upscale.double(self.upscaler, self.upscaler_cfg, jnp.clip(pictures, -1, 1))
         return to_bytes(pictures)
 
+    def strip(
+        self, steps: Sequence[tuple[jax.Array, jax.Array]], row: int = 0, *, most: int = 8
+    ) -> np.ndarray:
+        """How a picture came, finished: uint8 [2 n, size, size, 3].
+
+        Args:
+            steps: all that `steps` has yielded.
+            row: which picture.
+            most: so many of the steps are shown, evenly spaced.
+
+        Returns:
+            n noisy pictures, then the n clean ones predicted from what was before each.
+        """
+        which = np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int)
+        pictures = [steps[i][kind][row] for kind in (0, 1) for i in which]
+        return self.finish(jnp.stack(pictures))
+
 
 @partial(jax.jit, static_argnames="cfg")
 def guided(params: Any, cfg: model.Config, z, t, text: Text, guidance) -> jax.Array:

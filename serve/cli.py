@@ -21,6 +21,7 @@ from serve import (
     catalogue,
     embed_command,
     finetune_command,
+    image_command,
     inspect_command,
     keys_command,
     measured,
@@ -94,6 +95,7 @@ app.add_typer(finetune_command.app, name="finetune")
 app.command()(bench_command.bench)
 app.command()(embed_command.embed)
 app.command()(transcribe_command.transcribe)
+app.command()(image_command.image)
 app.command()(inspect_command.inspect)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 import diffusion
 from diffusion import __main__ as command
-from diffusion import checkpoint, data, layers, model, painter, sample, upscale
+from diffusion import data, layers, model, painter, sample, upscale
 from diffusion.painter import Plan
 from diffusion.text import MAX_TOKENS, Reader
 from tests.diffusion.conftest import CFG, UPSCALER, random_params
@@ -177,15 +177,3 @@ def test_pictures_held_out_are_never_drawn_and_plain_words_more_often(pack):
     for name, array in batch(5).items():
         np.testing.assert_array_equal(array, again(5)[name])
     assert (batch(5)["x"] != batch(6)["x"]).any()
-
-
-@pytest.mark.slow
-def test_measures(pack, tmp_path):
-    checkpoint.save(tmp_path / "denoiser", random_params(CFG), CFG)
-    found = emoji.measure(tmp_path / "denoiser", data.Pack(pack))
-    assert found["held_out"].keys() == found["seen"].keys() and found["memorisation"] > 0
-    assert all(loss > 0 for loss in found["held_out"].values())
-    pictures = np.random.default_rng(0).random((3, 2, 2, 3), np.float32)
-    np.testing.assert_allclose(emoji.nearest(pictures, pictures[:2])[:2], 0, atol=1e-3)
-    far = np.sqrt(((pictures[2] - pictures[:2]) ** 2).mean((1, 2, 3)).min())
-    np.testing.assert_allclose(emoji.nearest(pictures, pictures[:2])[2], far, rtol=1e-4)

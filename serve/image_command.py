@@ -1,0 +1,335 @@
+"""`pellucid image`: pictures from words, and from pictures.
+
+Each picture becomes a file, whose path goes to stdout; a file that is there already is overwritten
+only if `--output` names it. What the model draws is small (emoji-64: 64 x 64 pixels), and `--size`
+enlarges it and says so. In a terminal with colour one sees the pictures come.
+
+They are drawn side by side, in the batches that a server makes (`engine.drawing`), for which
+programs are compiled once and kept. So pictures of one prompt and a seed have the same bytes here
+and there.
+"""
+
+import re
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from serve import settings, terminal
+from serve.failures import NotFound, WrongUsage
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from diffusion import Painter, Plan
+    from serve.preview import Preview
+    from serve.sources import Located
+
+DEFAULT = "emoji-64"
+STYLES = ("shaded", "flat", "3d")  # as the captions of `diffusion.data` say them
+
+
+def image(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT...", help='As in "a happy cat".')
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="ID",
+            help="A model of `pellucid models` that draws, or NAME=PATH for a folder.",
+        ),
+    ] = DEFAULT,
+    count: Annotated[int, typer.Option("-n", min=1, max=100, help="Pictures of each.")] = 1,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=2**31 - 1, help="The same seed gives the same pictures."),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=16, max=1024, help="Pixels of a side, resized. [default: 256; 128 on a sheet]"
+        ),
+    ] = None,
+    style: Annotated[str | None, typer.Option(help=f"One of {', '.join(STYLES)}.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of denoising. [default: 20]")] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="euler, ddim, ddpm, heun or dpmpp. [default: dpmpp]")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Above 1: more as the prompt says. [default: 3]")
+    ] = None,
+    edit: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw what is transparent in this picture."),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --edit: a picture that is transparent there."),
+    ] = None,
+    vary: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw others like this picture.")
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="Of the change, up to 1. [default: 1 to edit, 0.8 to vary]"),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "--out", "-o", help="A file or a folder. [default: here]"),
+    ] = None,
+    grid: Annotated[bool, typer.Option("--grid", help="One file, with a row a prompt.")] = False,
+    strip: Annotated[
+        bool,
+        typer.Option(
+            "--strip", help="How each comes: noisy above, what the model sees in it below."
+        ),
+    ] = False,
+    preview: Annotated[
+        bool, typer.Option(help="Show the pictures in the terminal as they come.")
+    ] = True,
+    stats: Annotated[bool, typer.Option("--stats", help="Print speed to stderr.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Draw small pictures."""
+    given = prompts or ([""] if vary else [])
+    if not given or not (all(map(str.strip, given)) or vary):
+        raise WrongUsage('there is no prompt: say what to draw, as in "a happy cat"')
+    if style is not None and style not in STYLES:
+        raise WrongUsage(f"--style {style}: use one of {', '.join(STYLES)}")
+    if edit and vary:
+        raise WrongUsage("--edit changes a part and --vary all: use one of them")
+    if mask and not edit:
+        raise WrongUsage("--mask says what of --edit FILE is to change: give both")
+    if strength is not None and not (edit or vary):
+        raise WrongUsage("--strength is for --edit and --vary")
+    if strength is not None and not 0 < strength <= 1:
+        raise WrongUsage(f"--strength {strength}: use a number above 0, up to 1")
+    if edit and size:
+        raise WrongUsage("what is edited keeps the size of its file: leave --size out")
+    if grid and strip:
+        raise WrongUsage("use one of --grid and --strip")
+    if output and _is_file(output) and len(given) * count > 1 and not grid:
+        raise WrongUsage(
+            f"{len(given) * count} files cannot all be {output}: let --output name a folder"
+            + ("" if strip else ", or make one sheet with --grid")
+        )
+    if absent := [file for file in (edit, mask, vary) if file and not file.is_file()]:
+        raise NotFound(f"there is no file {absent[0]}")
+    seed = secrets.randbits(31) if seed is None else seed
+    started = time.perf_counter()
+    import numpy as np
+
+    from diffusion import Plan, picture, upscale
+    from diffusion.edit import paste
+    from diffusion.painter import grid as sheet_of
+    from serve.preview import Preview
+
+    wishes = {"steps": steps, "rule": rule, "guidance": guidance}
+    try:
+        plan = Plan(**{name: value for name, value in wishes.items() if value is not None})
+        source = _source(edit, mask, vary, strength)
+        format = picture.format_of(output) if output and _is_file(output) else "png"
+    except ValueError as error:
+        raise WrongUsage(str(error)) from None
+    place, painter = _loaded(model)
+    ending = f", {style} style" if style else ""
+    rows = [(prompt + ending, number) for prompt in given for number in range(count)]
+    side = painter.size if edit else size or (128 if grid or strip else 256)
+    paths: list[Path] = []
+
+    def finish(one: "np.ndarray") -> "np.ndarray":
+        if source is not None and source.mask is not None and not strip:
+            return paste(source.original, one, source.mask)
+        return one if side == painter.size else upscale.enlarge(one, side)
+
+    def write(sheet: "np.ndarray", prompt: str) -> None:
+        path = _target(output, prompt if source is None else source.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture.encode(sheet, format))
+        paths.append(path)
+        if not json:
+            terminal.answer(str(path))
+
+    drawn: list[np.ndarray] = []
+    loaded = time.perf_counter()
+    show = Preview(sys.stderr) if preview else None
+    for prompt, pictures in _draw(painter, rows, seed, plan, source, is_strip=strip, show=show):
+        pictures = np.stack([finish(one) for one in pictures])
+        drawn += list(pictures)
+        if not grid:
+            write(sheet_of(pictures, -(-len(pictures) // 2)), prompt)
+    if grid:
+        write(sheet_of(np.stack(drawn), count), rows[0][0])
+    seconds = time.perf_counter() - loaded
+    if json:
+        names = [str(path) for path in paths]
+        terminal.answer_json({"model": place.id, "seed": seed, "paths": names})
+    resized = "" if side == painter.size else f", resized to {side} x {side}"
+    terminal.say(f"seed {seed}; drawn at {painter.size} x {painter.size}{resized}")
+    if stats:
+        terminal.say(
+            f"[load {loaded - started:.1f} s · {len(rows)} pictures in {seconds:.2f} s · "
+            f"{plan.steps} steps of {plan.rule}]"
+        )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What pictures are drawn from.
+
+    Attributes:
+        original: uint8 [Y, X, 3 or 4].
+        mask: float32 [Y, X, 1], 1 where it changes; None where all does.
+        name: how the files begin that are made of it.
+    """
+
+    original: "np.ndarray"
+    mask: "np.ndarray | None"
+    strength: float
+    name: str
+
+
+def _loaded(name: str) -> "tuple[Located, Painter]":
+    from serve import local
+
+    place = local.located(name)
+    if place.encoder is None:
+        raise WrongUsage(f"{place.id} does not draw: {DEFAULT} does")
+    settings.private_folder(settings.data_folder())
+    import diffusion
+    from serve.engine.load import keep_compiled_programs
+
+    keep_compiled_programs()
+    with local.loading(place):
+        return place, diffusion.load(place.path, place.encoder)
+
+
+def _source(
+    edit: Path | None, mask: Path | None, vary: Path | None, strength: float | None
+) -> _Source | None:
+    """What the options say of pictures to draw from.
+
+    Raises:
+        ValueError: a file is no picture.
+    """
+    from diffusion.edit import VARIATION, transparent
+
+    if vary:
+        chosen = VARIATION if strength is None else strength
+        return _Source(_read(vary), None, chosen, f"{vary.stem}-varied")
+    if not edit:
+        return None
+    original = _read(edit)
+    hole = transparent(original if mask is None else _read(mask))
+    if hole.shape[:2] != original.shape[:2]:
+        (height, width), (rows, columns) = original.shape[:2], hole.shape[:2]
+        raise WrongUsage(
+            f"{mask} is {columns} x {rows} pixels and {edit} {width} x {height}: "
+            "a mask has the size of its picture"
+        )
+    if not hole.any():
+        raise WrongUsage(
+            f"nothing in {mask or edit} is transparent: what is to change must be"
+            + ("" if mask else ", here or in --mask FILE")
+        )
+    if mask is None or (original[..., 3] == 255).all():
+        original = original[..., :3]
+    return _Source(original, hole, 1.0 if strength is None else strength, f"{edit.stem}-edited")
+
+
+def _read(file: Path) -> "np.ndarray":
+    from diffusion import picture
+
+    try:
+        return picture.read(file.read_bytes())
+    except ValueError as error:
+        raise WrongUsage(f"{file}: {error}") from None
+
+
+def _draw(
+    painter: "Painter",
+    rows: Sequence[tuple[str, int]],
+    seed: int,
+    plan: "Plan",
+    source: _Source | None,
+    *,
+    is_strip: bool,
+    show: "Preview | None",
+) -> "Iterator[tuple[str, np.ndarray]]":
+    """Draws pictures in batches.
+
+    Args:
+        rows: prompts, and for each which of its pictures it is.
+        show: gets what the model sees after each step.
+
+    Yields:
+        A prompt and its picture, uint8 [1, Y, X, 3]; or a strip of how it came, [2 n, Y, X, 3].
+    """
+    import jax.numpy as jnp
+    import numpy as np
+
+    from diffusion import edit, sample
+    from diffusion.painter import to_bytes
+    from serve.engine.drawing import MAX_EDITED, SIZES
+
+    is_masked = source is not None and source.mask is not None
+    most = MAX_EDITED if is_masked else SIZES[-1]
+    for start in range(0, len(rows), most):
+        part = rows[start : start + most]
+        count = next(size for size in SIZES if size >= len(part))
+        filled = [*part, *[part[-1]] * (count - len(part))]
+        prompts = [prompt for prompt, _ in filled]
+        numbers = [number for _, number in filled]
+        keys = sample.keys_of(seed, max(numbers) + 1)[jnp.array(numbers)]
+        if source is None:
+            walk = painter.steps(prompts, keys, plan)
+        else:
+            size = painter.cfg.image_size
+            masks = None if source.mask is None else [edit.fit_mask(source.mask, size)] * count
+            walk = edit.steps(
+                painter,
+                prompts,
+                keys,
+                plan,
+                pictures=np.stack([edit.fit(source.original, size)] * count),
+                masks=None if masks is None else np.stack(masks),
+                strength=source.strength,
+            )
+        steps = []
+        for step in walk:
+            steps.append(step)
+            if show:
+                show(to_bytes(step[1][: len(part)]))
+        if show:
+            show.done()
+        if len(rows) > most:
+            terminal.say(f"{start + len(part)} of {len(rows)}")
+        finished = painter.finish(steps[-1][0])
+        for row, (prompt, _) in enumerate(part):
+            yield prompt, painter.strip(steps, row) if is_strip else finished[row][None]
+
+
+def _is_file(path: Path) -> bool:
+    """Whether `--output` names a file, not a folder."""
+    return path.suffix != "" and not path.is_dir()
+
+
+def _target(output: Path | None, name: str) -> Path:
+    """The file that `--output` names, or a new one there, named after the prompt."""
+    if output is not None and _is_file(output):
+        return output
+    folder = output or Path()
+    stem = re.sub(r"[\W_]+", "-", name.lower()).strip("-")[:40].strip("-") or "picture"
+    path, number = folder / f"{stem}.png", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{stem}-{number}.png"
+    return path
