@@ -490,8 +490,10 @@ def _constrain(
 def _top(logits: jax.Array, *rules) -> tuple[jax.Array, jax.Array]:
     """The likeliest token under the rules, and its log-probability."""
     logprobs = _constrain(logits, *rules)
-    ids = jnp.argmax(logprobs, axis=-1)
-    return ids, jnp.take_along_axis(logprobs, ids[:, None], axis=-1)[:, 0]
+    best = logprobs.max(axis=-1)
+    # As argmax, which XLA's CPU backend does not vectorise: half the time of all of this.
+    ids = jnp.arange(logits.shape[-1])
+    return jnp.where(logprobs == best[:, None], ids, len(ids)).min(axis=-1), best
 
 
 @jax.jit
@@ -500,7 +502,11 @@ def _draw(logits: jax.Array, *rest) -> tuple[jax.Array, jax.Array]:
     *rules, keys, step, temperature = rest
     logprobs = _constrain(logits, *rules)
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-    ids = jax.vmap(jax.random.categorical)(keys, logprobs / temperature)
+    # Where one random number falls on the probabilities, laid end to end. A random number for each
+    # token (jax.random.categorical) takes four times as long.
+    places = jax.vmap(jax.random.uniform)(keys)
+    ends = jnp.cumsum(jax.nn.softmax(logprobs / temperature, axis=-1), axis=-1)
+    ids = (ends <= (places * ends[:, -1])[:, None]).sum(axis=-1)
     return ids, jnp.take_along_axis(logprobs, ids[:, None], axis=-1)[:, 0]
 
 

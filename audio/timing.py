@@ -52,6 +52,7 @@ def align(
     num_frames: int,
     language: str = "en",
     task: str = "transcribe",
+    scored: bool = True,
     run: Run = at_once,
 ) -> list[Word]:
     """Finds the words of a text within a window.
@@ -60,6 +61,7 @@ def align(
         sound: float32 [1, max_audio_len, D], the encoded window.
         ids: the text of the window, without points in time.
         num_frames: columns of spectrogram that hold sound; behind them is padding.
+        scored: find the words' probabilities, half of the work; else they are not numbers (nan).
 
     Returns:
         The words in order, punctuation apart; times count from the start of the window.
@@ -67,7 +69,14 @@ def align(
     if not ids:
         return []
     scores, probabilities = attention(
-        whisper, sound, ids, num_frames=num_frames, language=language, task=task, run=run
+        whisper,
+        sound,
+        ids,
+        num_frames=num_frames,
+        language=language,
+        task=task,
+        scored=scored,
+        run=run,
     )
     rows, columns = warp(-picture(scores, len(ids)))
     steps = np.flatnonzero(np.diff(rows, prepend=-1))  # where the path comes to a new token
@@ -88,6 +97,7 @@ def attention(
     num_frames: int,
     language: str = "en",
     task: str = "transcribe",
+    scored: bool = True,
     run: Run = at_once,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where the aligned heads look while they write a text.
@@ -95,7 +105,7 @@ def attention(
     Returns:
         Scores before the softmax, float32 [heads, opening + T + 1, S], a row for each token read,
         the opening's and the end among them, S steps of 20 ms; and the probability of each of the
-        T tokens among all words, float32 [T].
+        T tokens among all words, float32 [T], nan if not `scored`.
     """
     tokens, cfg = whisper.tokens, whisper.cfg
     opening = tokens.opening(language, task, timestamps=False)
@@ -107,7 +117,7 @@ def attention(
     padded[0, : len(whole)] = whole
     scores, probabilities = run(
         lambda: jax.block_until_ready(
-            _read(whisper.params, cfg, sound, padded, np.int32(tokens.eot))
+            _read(whisper.params, cfg, sound, padded, np.int32(tokens.eot), scored)
         )
     )
     scores = np.asarray(scores)[:, : len(whole), : max(num_frames // 2, 1)]
@@ -115,10 +125,14 @@ def attention(
     return scores, np.asarray(probabilities)[len(opening) - 1 :][: len(ids)]
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def _read(params: Params, cfg: Config, sound, ids, eot) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("cfg", "scored"))
+def _read(
+    params: Params, cfg: Config, sound: jax.Array, ids: jax.Array, eot: jax.Array, scored: bool
+) -> tuple[jax.Array, jax.Array]:
     """Scores [heads, T, S], and the probability that the token at each place precedes the next."""
     logits, found = model.forward(params, cfg, sound, ids, taps=("alignment",))
+    if not scored:
+        return found["alignment"][0], jnp.full(ids.shape[1], jnp.nan)
     is_word = jnp.arange(cfg.vocab_size) < eot
     shares = jax.nn.softmax(jnp.where(is_word, logits[0], -jnp.inf), axis=-1)  # [T, V]
     following = jnp.roll(ids[0], -1)

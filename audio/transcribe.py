@@ -2,9 +2,10 @@
 
 In turn (Radford et al. 2022, section 3.8): a window of 30 seconds is written down; the next begins
 at the last point in time that was written, so that no word is cut; what was said before is given to
-the decoder as context. At once: windows are cut at pauses, independent of each other, and several
-share each step of the decoder, whose weights are then read once for all of them. The first way
-keeps names and style consistent; the second is quicker, and an error does not carry over.
+the decoder as context. At once: the sound is cut into regions at pauses, independent of each other;
+a window of each shares the steps of the decoder, whose weights are then read once for all of them.
+The first way keeps names and style consistent; the second is quicker, and an error does not carry
+over.
 
 Either way a long pause is shortened to three seconds before anybody listens (`skip_silence`): in it
 the decoder loses its sense of time, or starts to invent. Times are set right afterwards.
@@ -16,6 +17,7 @@ long silences, of which there are none.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +36,8 @@ from audio.vad import Span
 from audio.whisper import Run, Whisper, at_once
 
 _PASSED_OVER = 1.5  # seconds of speech that a window must not leave unwritten
+_REGION = 150.0  # seconds, about as long as what is gone through in turn beside other regions
+_SLACK = 5.0  # seconds by which a region may be longer, to end in a pause
 _BREAK = 0.7  # seconds of pause that no segment lies across
 _STEPS = round(SECONDS_PER_STEP * FRAMES_PER_SECOND)  # frames between two points in time
 
@@ -174,10 +178,14 @@ def listen(
         kept = vad.kept_frames(spans, len(spectrogram))
         spectrogram = spectrogram[kept]
     heard = vad.moved(spans, kept)
-    regions = [(0.0, len(spectrogram) / FRAMES_PER_SECOND)]
+    whole = len(spectrogram) / FRAMES_PER_SECOND
+    regions = [(0.0, whole)]
     if plan.batch > 1:
-        longest = whisper.cfg.num_frames / FRAMES_PER_SECOND
-        regions = vad.windows(vad.loudness(samples)[kept], heard, longest=longest)
+        # A multiple of the batch, of about the same length, so that they come to an end together.
+        share = whole / plan.batch / math.ceil(whole / plan.batch / _REGION)
+        window = whisper.cfg.num_frames / FRAMES_PER_SECOND
+        longest = max(share + _SLACK, window)
+        regions = vad.windows(spectrogram.mean(axis=1), heard, longest=longest)
     prompt = plan.initial_prompt.strip()
     before = whisper.tokens.encode(" " + prompt) if prompt else ()
     regions = [tuple(round(t * FRAMES_PER_SECOND) for t in region) for region in regions]
@@ -241,7 +249,7 @@ def _go_on(
     if not jobs:
         return
     tokens = whisper.tokens
-    sizes = [min(whisper.cfg.num_frames, job.end - job.seek) for job in jobs]
+    sizes = [_reach(job, whisper.cfg.num_frames, spans if plan.batch > 1 else ()) for job in jobs]
     sounds = _encode(
         whisper,
         [spectrogram[job.seek : job.seek + size] for job, size in zip(jobs, sizes, strict=True)],
@@ -269,7 +277,9 @@ def _go_on(
         parts_of_speech = vad.apart(spans, _BREAK) if plan.skip_silence else ()
         if plan.words or any(_lies_across(segment, parts_of_speech) for segment in segments):
             sound = sounds[i : i + 1]
-            segments = _with_words(whisper, sound, segments, size, options, job.last_end, run)
+            segments = _with_words(
+                whisper, sound, segments, size, options, plan.words, job.last_end, run
+            )
             words = [word for segment in segments for word in segment.words]
             if words:
                 job.last_end = words[-1].end
@@ -287,6 +297,15 @@ def _go_on(
             # What came of much chance is no good context.
             written = tuple(id for segment in segments for id in segment.ids)
             job.before = (*job.before, *written) if result.temperature <= 0.5 else ()
+
+
+def _reach(job: _Job, most: int, spans: Sequence[Span]) -> int:
+    """How many frames the next window of a job has: up to its last pause, if it is not the last."""
+    if job.end - job.seek <= most:
+        return job.end - job.seek
+    pauses = (round((a[1] + b[0]) / 2 * FRAMES_PER_SECOND) for a, b in itertools.pairwise(spans))
+    fitting = [p - job.seek for p in pauses if most // 2 < p - job.seek <= most]
+    return fitting[-1] if fitting else most
 
 
 def _lies_across(segment: Segment, spans: Sequence[Span]) -> bool:
@@ -403,6 +422,7 @@ def _with_words(
     segments: Sequence[Segment],
     size: int,
     options: Options,
+    scored: bool,
     last_end: float,
     run: Run,
 ) -> list[Segment]:
@@ -418,6 +438,7 @@ def _with_words(
         num_frames=size,
         language=options.language,
         task=options.task,
+        scored=scored,
         run=run,
     )
     words = [

@@ -149,7 +149,7 @@ def windows(loud: np.ndarray, spans: Sequence[Span], *, longest: float = 30.0) -
     A stretch without a pause is cut at the quietest moment of the last third of its window.
 
     Args:
-        loud: the `loudness` of its frames.
+        loud: a measure of the loudness of its frames.
         spans: where anybody speaks.
     """
     if not spans:
