@@ -96,7 +96,7 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
     app.state.keeper = Keeper(app.state.jobs)
     app.state.passing = Passing(settings.home / "pictures")
     files.drop_expired(app.state.store)
-    app.state.keeper.wake()  # jobs that were not over when the last server ended
+    app.state.keeper.watch()  # jobs that were not over when the last server ended, here or there
     errors.install(app)
     app.add_api_route(
         "/metrics", metrics.page, methods=["GET"], summary="Numbers for Prometheus", **described()

@@ -24,6 +24,7 @@ from serve import (
     image_command,
     inspect_command,
     keys_command,
+    made,
     measured,
     settings,
     terminal,
@@ -352,6 +353,7 @@ def models(json: Json = False) -> None:
     known = catalogue.load(config)
     here = measured.read(home)
     cards = [_card(model, known, here) for model in known.models.values()]
+    cards += [_made_card(card, cards, here) for card in made.cards(home)]
     if json:
         terminal.answer_json({"home": str(home), "default": known.default, "models": cards})
         return
@@ -360,9 +362,9 @@ def models(json: Json = False) -> None:
         (
             card["id"] + (" *" if card["id"] == known.default else ""),
             _size(card["size"]),
-            _size(card["memory"]) if card["memory"] else "~" + _size(4 * card["parameters"]),
-            f"{card['context']:,}",
-            card["licence"],
+            _memory(card),
+            f"{card['context']:,}" if card["context"] else "-",
+            card["licence"] or "-",
             card["state"],
             f"{card['tokens_per_second']:.0f}" if card["tokens_per_second"] else "-",
             card["good_at"],
@@ -628,6 +630,12 @@ def _size(size: int) -> str:
     return human_size(size)
 
 
+def _memory(card: dict[str, Any]) -> str:
+    if card["memory"]:
+        return _size(card["memory"])
+    return "~" + _size(4 * card["parameters"]) if card["parameters"] else "-"
+
+
 def _card(
     model: catalogue.Model, known: catalogue.Catalogue, here: dict[str, measured.Measured]
 ) -> dict[str, Any]:
@@ -654,4 +662,27 @@ def _card(
         "path": str(path) if path else None,
         "tokens_per_second": run["tokens_per_second"] if run else None,
         "aliases": [name for name, id in known.aliases.items() if id == model.id],
+    }
+
+
+def _made_card(
+    card: made.Card, others: list[dict[str, Any]], here: dict[str, measured.Measured]
+) -> dict[str, Any]:
+    """The same of one that was fine-tuned here, of which its base says the rest."""
+    base = next((other for other in others if other["id"] == card.base), None) or {}
+    path, run = made.folder(settings.data_folder(), card.id), here.get(card.id)
+    unknown = dict.fromkeys(("serves", "parameters", "context", "licence"))
+    return {
+        **unknown,
+        **base,
+        "id": card.id,
+        "base": card.base,
+        "size": sum(file.stat().st_size for file in path.iterdir()),
+        "memory": run["memory"] if run else None,
+        "publisher": "local",
+        "good_at": f"fine-tuned from {card.base}",
+        "state": "made",
+        "path": str(path),
+        "tokens_per_second": run["tokens_per_second"] if run else None,
+        "aliases": [],
     }

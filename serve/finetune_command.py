@@ -9,9 +9,10 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from urllib.parse import unquote
 
 import typer
 
@@ -20,6 +21,7 @@ from serve.failures import CheckFailed, Failure, NotFound, WrongUsage
 
 if TYPE_CHECKING:
     from serve.jobs import Jobs
+    from serve.sources import Located
 
 app = typer.Typer(no_args_is_help=True, help="Fine-tune a model on examples.")
 
@@ -36,20 +38,40 @@ ModelName = Annotated[
     typer.Option("--model", "-m", metavar="ID", help="What to begin with. [default: the default]"),
 ]
 NICENESS = 5  # of what is trained here: somebody waits for it, and nobody else
+AUTO = "[default: auto]"
+LATER = "`pellucid finetune follow {0}` goes on, `pellucid finetune cancel {0}` ends it"
 UNTIL_TOLD = 0.25  # seconds between two looks
-OVER = ("succeeded", "failed", "cancelled")
+
+
+def _number(kind: type, least: float, most: float) -> Callable[[str], Any]:
+    """What reads a hyperparameter: a number, or "auto", which is None."""
+
+    def read(text: str) -> Any:
+        if text == "auto":
+            return None
+        with contextlib.suppress(ValueError):
+            if least <= (number := kind(text)) <= most:
+                return number
+        raise typer.BadParameter(f"{text!r} is neither 'auto' nor from {least:g} to {most:g}")
+
+    return read
 
 
 class Desk(Protocol):
     """Where jobs are asked for: here, or at a server. Jobs are as the API shows them."""
 
-    where: str
+    where: str  # that a job is
 
     def create(self, model: str | None, data: Path, valid: Path | None, **fields: Any) -> dict: ...
     def jobs(self) -> list[dict]: ...
+    def models(self) -> frozenset[str]: ...
     def job(self, id: str) -> dict: ...
     def cancel(self, id: str) -> dict: ...
+    def delete(self, name: str) -> list[str]: ...
+    def without_follow(self, id: str) -> str: ...
     def events(self, id: str) -> Iterator[dict]: ...
+    def leave(self, id: str) -> None: ...
+    def hint(self, model: str) -> str: ...
 
 
 @app.command()
@@ -64,17 +86,16 @@ def check(
     ] = False,
 ) -> None:
     """Say what is wrong with a file of examples, line by line."""
-    from serve import local
     from training.__main__ import main
 
     if not file.is_file():
         raise NotFound(f"there is no file {file}")
-    arguments = ["check", str(file), "--model", str(local.located(model).path)]
+    arguments = ["check", str(file), "--model", str(_decoder(model).path)]
     arguments += ["--mend", str(mend)] if mend else []
     raise typer.Exit(main([*arguments, *(["--json"] if json else [])]))
 
 
-@app.command()
+@app.command(context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})
 def create(
     file: Annotated[Path, typer.Argument(help="JSON lines: chats, or prompts and completions.")],
     model: ModelName = None,
@@ -82,9 +103,16 @@ def create(
         Path | None, typer.Option(metavar="FILE", help="Examples that are only looked at.")
     ] = None,
     suffix: Annotated[str | None, typer.Option(help="Part of the new model's name.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, max=50, help="[default: auto]")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, max=256, help="[default: auto]")] = None,
-    learning_rate_multiplier: Annotated[float | None, typer.Option(help="[default: auto]")] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option("--n-epochs", "--epochs", parser=_number(int, 1, 50), help=AUTO, metavar="N"),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(parser=_number(int, 1, 256), help=AUTO, metavar="N")
+    ] = None,
+    learning_rate_multiplier: Annotated[
+        float | None, typer.Option(parser=_number(float, 1e-6, 1e6), help=AUTO, metavar="X")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**31 - 1, help="[default: any]")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Show what it learns.")] = False,
     host: Host = None,
@@ -106,6 +134,8 @@ def create(
             learning_rate_multiplier=learning_rate_multiplier,
         )
         terminal.say(f"{job['id']}, {desk.where}")
+        if not follow:
+            terminal.say(desk.without_follow(job["id"]))
         if follow or host is None:  # nobody else may be there to work
             _follow(desk, job["id"], json=json, quiet=not follow)
         elif json:
@@ -126,6 +156,7 @@ def list_(host: Host = None, json: Json = False) -> None:
     """List the jobs, newest first."""
     with _desk(host) as desk:
         jobs = desk.jobs()
+        models = desk.models() if not json else frozenset()
     if json:
         terminal.answer_json({"jobs": jobs})
         return
@@ -135,11 +166,18 @@ def list_(host: Host = None, json: Json = False) -> None:
             job["status"],
             job["model"],
             time.strftime("%Y-%m-%d %H:%M", time.localtime(job["created_at"])),
-            job["fine_tuned_model"] or (job["error"] or {}).get("message", "")[:60] or "-",
+            _result(job, models),
         )
         for job in jobs
     ]
     terminal.answer(terminal.table(("JOB", "STATUS", "MODEL", "MADE", "RESULT"), rows))
+
+
+def _result(job: dict, models: Collection[str]) -> str:
+    """What came of a job, in a few words."""
+    if (model := job["fine_tuned_model"]) is None:
+        return (job["error"] or {}).get("message", "")[:60] or "-"
+    return model if model in models else f"{model} (deleted)"
 
 
 @app.command()
@@ -153,6 +191,23 @@ def cancel(job: JobId, host: Host = None, json: Json = False) -> None:
         terminal.answer(f"{found['id']} {found['status']}")
 
 
+@app.command()
+def delete(
+    name: Annotated[
+        str, typer.Argument(metavar="JOB|MODEL", help="A job that is over: its model.")
+    ],
+    host: Host = None,
+    json: Json = False,
+) -> None:
+    """Delete a model that was fine-tuned, with its checkpoints."""
+    with _desk(host) as desk:
+        deleted = desk.delete(name)
+    if json:
+        terminal.answer_json({"deleted": deleted})
+    else:
+        terminal.answer("\n".join(deleted))
+
+
 def _follow(desk: Desk, id: str, *, json: bool, quiet: bool) -> None:
     """Shows a job's events until it is over, and then what came of it.
 
@@ -161,9 +216,14 @@ def _follow(desk: Desk, id: str, *, json: bool, quiet: bool) -> None:
         Failure: it failed otherwise, or was cancelled.
     """
     with contextlib.closing(_Loss()) as loss:
-        for event in desk.events(id):
-            if not quiet or event["level"] != "info":
-                loss.show(event)
+        try:
+            for event in desk.events(id):
+                if event["level"] != "error" and (event["level"] == "warn" or not quiet):
+                    loss.show(event)  # an error is the job's, which is said below
+        except KeyboardInterrupt:
+            loss.close()
+            desk.leave(id)
+            raise
     job = desk.job(id)
     if job["status"] == "failed":
         raised = CheckFailed if job["error"]["code"].startswith("invalid_") else Failure
@@ -174,8 +234,7 @@ def _follow(desk: Desk, id: str, *, json: bool, quiet: bool) -> None:
         terminal.answer_json(job)
     else:
         terminal.answer(job["fine_tuned_model"])
-        base = "" if os.environ.get("PELLUCID_HOST") else " (any server here offers it by now)"
-        terminal.say(f"ask it: pellucid serve, and model={job['fine_tuned_model']!r}{base}")
+        terminal.say(desk.hint(job["fine_tuned_model"]))
 
 
 class _Loss:
@@ -213,6 +272,28 @@ def _tenth(line: str) -> int:
 # --- here -----------------------------------------------------------------------------------------
 
 
+def _decoder(name: str | None) -> "Located":
+    """The files of a model that generates text.
+
+    Raises:
+        WrongUsage: it does something else.
+        Failure: what `local.located` raises.
+    """
+    from serve import local, offers
+
+    place = local.located(name)
+    others = (
+        (offers.is_painter, "draws pictures"),
+        (offers.is_encoder, "makes embeddings"),
+        (offers.is_speech, "writes down speech"),
+    )
+    with local.loading(place):
+        for is_such, what in others:
+            if is_such(place):
+                raise WrongUsage(f"{place.id} {what}: what can be fine-tuned generates text")
+    return place
+
+
 @contextlib.contextmanager
 def _desk(host: str | None) -> Iterator[Desk]:
     if host is not None:
@@ -235,7 +316,7 @@ class Here:
         jobs: of that folder.
     """
 
-    where = "on this machine (Ctrl-C saves it; `pellucid finetune follow` goes on)"
+    where = "on this machine"
 
     def __init__(self, jobs: "Jobs"):
         from serve.jobs_keeper import Keeper
@@ -247,26 +328,42 @@ class Here:
         self._keeper.close()
 
     def create(self, model: str | None, data: Path, valid: Path | None, **fields: Any) -> dict:
-        from serve import local
-        from serve.jobs import check_suffix, shown
+        from serve.jobs import check_name, check_suffix, shown
 
-        if fields["suffix"] is not None:
-            try:
-                check_suffix(fields["suffix"])
-            except ValueError as error:
-                raise WrongUsage(str(error)) from None
-        place = local.located(model)
+        place = _decoder(model)
         if place.adapter is not None:
             raise WrongUsage(f"{place.id} was fine-tuned already: begin with its base")
+        try:
+            check_name(place.id)
+            if fields["suffix"] is not None:
+                check_suffix(place.id, fields["suffix"])
+        except ValueError as error:
+            raise WrongUsage(str(error)) from None
+        self._look(place, data, valid)
         files = [None if path is None else self._kept(path) for path in (data, valid)]
         job = self._jobs.create(
             model=place.id,
             path=place.path,
             training_file=str(files[0]),
             validation_file=files[1],
+            is_checked=True,
             **fields,
         )
         return shown(job)
+
+    def _look(self, place: "Located", data: Path, valid: Path | None) -> None:
+        """Refuses files that cannot be learned from, before anything is made of them."""
+        from serve import local
+        from serve.jobs_check import refusal
+
+        with local.loading(place):
+            refused = refusal(place.path, data, *filter(None, [valid]))
+        if refused is not None:
+            _, report = refused
+            first, more = report.problems[0], report.counts.total() - 1
+            place_of = f"{report.path}:{first.line}" if first.line else report.path
+            rest = f" ({more} more: `pellucid finetune check {report.path}` lists them)"
+            raise CheckFailed(f"{place_of}: {first.message}{rest if more else ''}")
 
     def _kept(self, path: Path) -> str:
         """Uploads a file, so to speak; gives its id."""
@@ -280,10 +377,21 @@ class Here:
         return id
 
     def jobs(self) -> list[dict]:
-        from serve.jobs import shown
+        from serve.jobs import UNFINISHED, shown
+        from serve.jobs_keeper import Process, is_kept
 
         found, _ = self._jobs.store.page("job", newest_first=True)
+        for job in found:
+            if job["status"] not in UNFINISHED or is_kept(self._jobs):
+                continue
+            if Process.left_behind(job["id"], self._jobs.folder(job["id"])) is None:
+                job["status"] = "stopped"  # nobody works on it; whoever follows it will
         return [shown(job) for job in found]
+
+    def models(self) -> frozenset[str]:
+        from serve import made
+
+        return frozenset(map(unquote, made.names(self._jobs.home)))
 
     def job(self, id: str) -> dict:
         from serve.jobs import shown
@@ -307,7 +415,39 @@ class Here:
         self._jobs.clear(id)
         return shown(job)
 
+    def delete(self, name: str) -> list[str]:
+        from serve.jobs import check_is_over
+
+        model, job = name, self._jobs.get(name)
+        if job is not None:
+            check_is_over(job)
+            model = job["name"]
+        if deleted := self._jobs.delete_model(model):
+            return deleted
+        if job is not None:
+            raise NotFound(f"there is no model of {name}: it {job['status']}, or was deleted")
+        raise NotFound(f"no model {name} was made here: `pellucid finetune list` shows them")
+
+    def without_follow(self, id: str) -> str:
+        return (
+            f"it learns until it is done; --follow shows how. Ctrl-C stops it ({LATER.format(id)})"
+        )
+
+    def leave(self, id: str) -> None:
+        from serve.jobs_keeper import Process, is_kept
+
+        terminal.say(f"\nstopping {id} ...")
+        self._keeper.close()
+        others = is_kept(self._jobs) or Process.left_behind(id, self._jobs.folder(id)) is not None
+        state = "goes on: another process here works on it" if others else "is stopped and saved"
+        terminal.say(f"{id} {state} ({LATER.format(id)})")
+
+    def hint(self, model: str) -> str:
+        return f"ask it: pellucid chat -m {model} (any server here offers it, too)"
+
     def events(self, id: str) -> Iterator[dict]:
+        from serve.jobs import OVER
+
         self._keeper.wake()
         after = None
         while True:

@@ -13,14 +13,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+from serve import made
+from serve.failures import Failure
 from serve.store import Store, new_id
 
 Job = dict[str, Any]
 
 PENDING = ("validating_files", "queued")
 UNFINISHED = (*PENDING, "running")
+OVER = ("succeeded", "failed", "cancelled")
 _SUFFIX = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+VALIDATED = "Files validated, moving job to queued state"
 DATA, VALID, OUT = "data.jsonl", "valid.jsonl", "out"  # in a job's folder
+_PARTS = ("checkpoints", "adapters", "adapter")  # in `OUT`, for as long as the job is not over
 
 
 class JobIsOver(Exception):
@@ -55,6 +60,7 @@ class Jobs:
         suffix: str | None = None,
         seed: int | None = None,
         metadata: dict[str, str] | None = None,
+        is_checked: bool = False,
         prefix: str = "ftjob-",
     ) -> Job:
         """Makes a job, to be done when its turn comes.
@@ -65,6 +71,7 @@ class Jobs:
             n_epochs, batch_size, learning_rate_multiplier: None for "auto".
             suffix: becomes part of the new model's name.
             seed: None for any.
+            is_checked: whether the files are known to be such as can be learned from.
             prefix: of its id.
         """
         id = new_id(prefix)
@@ -86,11 +93,11 @@ class Jobs:
             "id": id,
             "created_at": int(time.time()),
             "finished_at": None,
-            "status": "validating_files",
+            "status": "queued" if is_checked else "validating_files",
             "error": None,
             "model": model,
             "path": str(path),
-            "name": f"ft:{model}:pellucid:{suffix or ''}:{new_id('', 8)}",
+            "name": _name(model, suffix),
             "fine_tuned_model": None,
             "asked": asked,
             "hyperparameters": asked,  # what "auto" became, once it is known
@@ -105,6 +112,7 @@ class Jobs:
             "steps": None,  # in all
             "step": 0,  # the last one told of
             "validated": 0,  # the last step whose validation was told of
+            "published": 0,  # the last step whose checkpoint was
             "died": 0,  # processes ended by a signal, one after the other ...
             "died_at": -1,  # ... with this step reached
         }
@@ -114,6 +122,8 @@ class Jobs:
             self.tell(id, f"Validating training file: {training_file}")
             if validation_file is not None:
                 self.tell(id, f"Validating validation file: {validation_file}")
+            if is_checked:
+                self.tell(id, VALIDATED)
         return job
 
     def get(self, id: str) -> Job | None:
@@ -165,6 +175,24 @@ class Jobs:
         self.move(id, "failed", message, level="error", error=error)
         self.clear(id)
 
+    def delete_model(self, id: str) -> list[str]:
+        """Deletes a model that a job made, with its checkpoints; or one of the checkpoints.
+
+        Returns:
+            The ids of what is gone: empty if there was no such model.
+        """
+        ids = made.with_checkpoints(self.home, id)
+        for one in ids:
+            made.delete(self.home, one)
+        key = "fine_tuned_model_checkpoint"
+        whose = id.partition(made.CHECKPOINT)[0]
+        with self.store.writing():
+            for job in self.store.page("job", keep=lambda job: job["name"] == whose)[0]:
+                for checkpoint in self.store.page("checkpoint", parent=job["id"])[0]:
+                    if checkpoint[key] in ids:
+                        self.store.remove("checkpoint", checkpoint["id"])
+        return ids
+
     def tell(
         self, id: str, message: str, *, level: str = "info", data: dict[str, Any] | None = None
     ) -> None:
@@ -189,8 +217,14 @@ class Jobs:
         folder = self.folder(id)
         for name in (DATA, VALID):
             (folder / name).unlink(missing_ok=True)
-        for name in ("checkpoints", "adapters", "adapter"):
+        for name in _PARTS:
             shutil.rmtree(folder / OUT / name, ignore_errors=True)
+
+    def is_cleared(self, id: str) -> bool:
+        """Whether nothing is left of what `clear` removes."""
+        folder = self.folder(id)
+        parts = (folder / OUT / name for name in _PARTS)
+        return not any(os.path.lexists(path) for path in (folder / DATA, folder / VALID, *parts))
 
 
 def shown(job: Job) -> dict[str, Any]:
@@ -210,8 +244,31 @@ def shown(job: Job) -> dict[str, Any]:
     }
 
 
-def check_suffix(suffix: str) -> None:
-    """Whether a suffix can be part of a model's name.
+def check_is_over(job: Job) -> None:
+    """Whether what a job made can be deleted.
+
+    Raises:
+        Failure: it works on it.
+    """
+    if job["status"] not in OVER:
+        raise Failure(f"{job['id']} is not over: `pellucid finetune cancel {job['id']}` ends it")
+
+
+def check_name(model: str) -> None:
+    """Whether what is made of a model can have a name.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not made.fits(_name(model, None)):
+        raise ValueError(
+            f"Invalid 'model': what is made of '{model[:80]}' would have too long a name for the "
+            "file system. Offer it under a shorter name."
+        )
+
+
+def check_suffix(model: str, suffix: str) -> None:
+    """Whether a suffix can be part of the name of what is made of a model.
 
     Raises:
         ValueError: it cannot.
@@ -221,6 +278,16 @@ def check_suffix(suffix: str) -> None:
             f"Invalid 'suffix': '{suffix[:80]}' cannot be part of a model's name. Use at most 64 "
             "letters, digits, '.', '_' and '-', with a letter or digit at both ends."
         )
+    if not made.fits(_name(model, suffix)):
+        raise ValueError(
+            f"Invalid 'suffix': with '{suffix}' the new model's name would be too long for the "
+            "file system, where '.' counts three times. Use a shorter one."
+        )
+
+
+def _name(model: str, suffix: str | None) -> str:
+    """A new name for what is made of a model."""
+    return f"ft:{model}:pellucid:{suffix or ''}:{new_id('', 8)}"
 
 
 def new_seed() -> int:

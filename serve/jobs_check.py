@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from training import check
+from training.check import Report
 from training.recipes.finetune import read_tokenizer
 
 
-def error_of(model: Path, data: Path, valid: Path | None = None) -> dict[str, str] | None:
-    """What is wrong with a job's files, in the words of OpenAI's API; None if nothing is.
+def refusal(model: Path, data: Path, valid: Path | None = None) -> tuple[str, Report] | None:
+    """The first of a job's files that cannot be learned from, and why; None if they all can.
 
     Args:
         model: the files of the model to be trained.
@@ -24,12 +25,18 @@ def error_of(model: Path, data: Path, valid: Path | None = None) -> dict[str, st
     tokenizer, max_tokens = read_tokenizer(model)
     report = check.check(data, tokenizer, max_tokens=max_tokens)
     if not report.ok:
-        return report.error("training_file")
+        return "training_file", report
     if valid is not None:
         other = check.check(valid, tokenizer, max_tokens=max_tokens, kind=report.kind, minimum=1)
         if not other.ok:
-            return other.error("validation_file")
+            return "validation_file", other
     return None
+
+
+def error_of(*files: Path) -> dict[str, str] | None:
+    """What `refusal` says of files, in the words of OpenAI's API."""
+    found = refusal(*files)
+    return None if found is None else found[1].error(found[0])
 
 
 if __name__ == "__main__":

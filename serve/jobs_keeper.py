@@ -34,12 +34,14 @@ from pathlib import Path
 from typing import Any
 
 from serve import made, settings
-from serve.jobs import DATA, OUT, VALID, Job, Jobs
+from serve.jobs import DATA, OUT, OVER, VALID, VALIDATED, Job, Jobs
 from serve.store import file_record, new_id
 
 log = logging.getLogger(__name__)
 
+LOCK = "keeper.lock"
 TICK = 0.5  # seconds between two looks
+WATCH = 15.0  # seconds between two looks of an idle server: for jobs that a dead one left
 PATIENCE = 3  # processes that may die in a row without a new step
 TRIES = 120  # looks that may fail in a row, of one job: a minute of a full disk, say
 STOP_SECONDS = 20.0  # for a process to save and end
@@ -55,7 +57,7 @@ STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGKILL)
 
 
 class Keeper:
-    """Does what jobs there are, from `wake` until none is left or `close`.
+    """Does what jobs there are, from `wake` until none is left or `close`; or always, by `watch`.
 
     Args:
         jobs: whose they are.
@@ -74,11 +76,28 @@ class Keeper:
         self._at: str | None = None  # the job that is being seen to
         self._failed: Counter[str | None] = Counter()  # looks in a row, by job
 
+    def watch(self) -> None:
+        """Starts work now and whenever there is any, whoever made it, until `close`."""
+        if self._folder.exists():
+            self._start()  # even if no job is to be done: what one left behind may be
+        threading.Thread(target=self._watch, name="watch jobs", daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self._closing.wait(WATCH):
+            try:
+                self.wake()
+            except Exception:  # a busy disk, say
+                log.exception("fine-tuning jobs cannot be looked for")
+
     def wake(self) -> None:
         """Starts work, if there is any and nobody in this process works."""
+        if self._jobs.unfinished():
+            self._start()
+
+    def _start(self) -> None:
         with self._guard:
             works = self._thread is not None and self._thread.is_alive()
-            if not works and not self._closing.is_set() and self._jobs.unfinished():
+            if not works and not self._closing.is_set():
                 self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
                 self._thread.start()
 
@@ -94,9 +113,11 @@ class Keeper:
         self._folder.mkdir(exist_ok=True, mode=0o700)
         lock = None
         try:
-            while self._is_needed():
-                if lock is None:
-                    lock = take_lock(self._folder / "keeper.lock")
+            while True:
+                if lock is None and (lock := take_lock(self._folder / LOCK)) is not None:
+                    self._tidy()
+                if not self._is_needed():
+                    break
                 if lock is not None:
                     self._look()
                 self._closing.wait(TICK)
@@ -137,6 +158,25 @@ class Keeper:
             else:
                 self._failed.pop(self._at, None)
 
+    def _tidy(self) -> None:
+        """Ends and removes what is left of jobs that are over: a server was killed meanwhile."""
+        try:
+            made.sweep(self._jobs.home)
+            over, _ = self._jobs.store.page("job", keep=lambda job: job["status"] in OVER)
+            for job in over:
+                id, folder = job["id"], self._jobs.folder(job["id"])
+                if self._jobs.is_cleared(id):
+                    continue
+                for name in ("check", "train"):
+                    if (left := Process.left_behind(id, folder, name)) is not None:
+                        left.stop()
+                if job["status"] != "succeeded":  # its model was made, and never told of
+                    made.delete(self._jobs.home, job["name"])
+                    self._jobs.store.drop(job["result_file"])
+                self._jobs.clear(id)
+        except Exception:  # the jobs that are to be done do not depend on it
+            log.exception("what is left of fine-tuning jobs cannot be removed")
+
     # -- looking at files ----------------------------------------------------------------------
 
     def _check(self) -> None:
@@ -153,7 +193,7 @@ class Keeper:
             self._checking = None
             if process.code == 0:
                 if (error := json.loads(process.output())) is None:
-                    self._jobs.move(id, "queued", "Files validated, moving job to queued state")
+                    self._jobs.move(id, "queued", VALIDATED)
                 else:
                     self._jobs.fail(id, error["code"], error["message"], error["param"])
             elif process.code is not None and process.code > 0:
@@ -307,13 +347,18 @@ class Training:
             "batch_size": found["batch_size"],
             "learning_rate_multiplier": found["learning_rate_multiplier"],
         }
-        self._jobs.store.change(
-            "job",
-            self.job,
-            hyperparameters=numbers,
-            steps=found["steps"],
-            tokens=found["trained_tokens"],
-        )
+        with self._jobs.store.writing():
+            self._jobs.store.change(
+                "job",
+                self.job,
+                hyperparameters=numbers,
+                steps=found["steps"],
+                tokens=found["trained_tokens"],
+            )
+            if job["status"] == "running":
+                self._jobs.tell(
+                    self.job, f"Compiling the training step; then {found['steps']} of them"
+                )
 
     def _tell(self, lines: list[dict[str, Any]]) -> None:
         if not lines:
@@ -350,12 +395,11 @@ class Training:
     def _publish_checkpoints(self) -> None:
         """Makes models of the adapters that are there after each epoch."""
         told, _ = self._jobs.store.page("checkpoint", parent=self.job)
-        last = told[-1]["step_number"] if told else 0
         for step in sorted(_steps(self._out / "adapters")):
             job = self._get()
-            if step <= last or job["status"] != "running":
+            if step <= job["published"] or job["status"] != "running":
                 continue
-            name = f"{job['name']}:ckpt-step-{step}"
+            name = f"{job['name']}{made.CHECKPOINT}{step}"
             try:
                 self._make(job, name, step, self._out / "adapters" / f"step-{step}")
             except FileNotFoundError:  # the trainer keeps the last few, and was faster
@@ -371,6 +415,7 @@ class Training:
             }
             with self._jobs.store.writing():
                 self._jobs.store.add("checkpoint", checkpoint["id"], checkpoint, parent=self.job)
+                self._jobs.store.change("job", self.job, published=step)
                 self._jobs.tell(self.job, f"Checkpoint created at step {step}")
             told.append(checkpoint)
         for checkpoint in told[:-KEPT]:
@@ -595,6 +640,14 @@ def take_lock(path: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def is_kept(jobs: Jobs) -> bool:
+    """Whether a process, this one or another, works on the jobs of a data folder."""
+    if (lock := take_lock(jobs.home / "jobs" / LOCK)) is None:
+        return True
+    os.close(lock)
+    return False
 
 
 def _program(module: Iterable[str], niceness: int) -> list[str]:

@@ -12,9 +12,12 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 CARD = "card.json"
+CHECKPOINT = ":ckpt-step-"  # between a model's id and a number: the model as it was after that step
+LONGEST = 255  # bytes of a file's name, on nearly every file system
+_NEW, _DELETED = ".new-", ".deleted-"
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,20 @@ def folder(home: Path, id: str) -> Path:
 
 def exists(home: Path, id: str) -> bool:
     """Whether the user made a model with this id."""
-    return folder(home, id).is_dir()
+    return os.path.isdir(folder(home, id))  # unlike Path's, also where the name is far too long
+
+
+def fits(id: str) -> bool:
+    """Whether a folder can be named after a model, and after its checkpoints."""
+    longest = folder(Path(), f"{id}{CHECKPOINT}{10**9}")
+    return len(f"{_DELETED}{longest.name}") <= LONGEST
+
+
+def with_checkpoints(home: Path, id: str) -> list[str]:
+    """Those of a model and its checkpoints that are here, by their ids."""
+    prefix = folder(home, id + CHECKPOINT).name
+    steps = sorted(name for name in names(home) if name.startswith(prefix))
+    return [id] * exists(home, id) + [unquote(name) for name in steps]
 
 
 def names(home: Path) -> frozenset[str]:
@@ -71,6 +87,15 @@ def read(folder: Path) -> Card:
         raise ValueError(f"{folder / CARD} is damaged: {error}") from None
 
 
+def cards(home: Path) -> list[Card]:
+    """The cards of all models that are here, oldest first; without what is damaged."""
+    found: list[Card] = []
+    for name in names(home):
+        with contextlib.suppress(OSError, ValueError):  # deleted this moment, or not of our making
+            found.append(read(home / "made" / name))
+    return sorted(found, key=lambda card: (card.created, card.step, card.id))
+
+
 def put(home: Path, card: Card, adapter: Path) -> None:
     """Makes a model of an adapter: copies its files, flushes them, and only then shows them.
 
@@ -82,7 +107,7 @@ def put(home: Path, card: Card, adapter: Path) -> None:
     place = folder(home, card.id)
     if place.exists():
         return
-    fresh = place.with_name(f".new-{place.name}")
+    fresh = place.with_name(_NEW + place.name)
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     for file in sorted(adapter.iterdir()):
@@ -101,7 +126,7 @@ def put_away(home: Path, id: str) -> Path:
         OSError: it could not be done; the model is there as before.
     """
     path = folder(home, id)
-    doomed = path.with_name(f".deleted-{path.name}")
+    doomed = path.with_name(_DELETED + path.name)
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
     return doomed
@@ -111,6 +136,14 @@ def delete(home: Path, id: str) -> None:
     """Removes a model and its files; there may be none."""
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(put_away(home, id))
+
+
+def sweep(home: Path) -> None:
+    """Removes what a kill left half made or half deleted, while nobody makes a model."""
+    with contextlib.suppress(FileNotFoundError):
+        for path in (home / "made").iterdir():
+            if path.name.startswith((_NEW, _DELETED)):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

@@ -5,11 +5,15 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from serve import terminal
 from serve.failures import Failure, NotFound, Unreachable, WrongUsage
+from serve.jobs import check_is_over
+from serve.made import CHECKPOINT
 
 CHUNK = 2**20
 
@@ -55,6 +59,10 @@ class Remote:
                 return found
             after = f"&after={quote(page['last_id'])}"
 
+    def models(self) -> frozenset[str]:
+        """The ids of the models that are offered."""
+        return frozenset(model["id"] for model in self._ask("GET", "models")["data"])
+
     def job(self, id: str) -> dict:
         """A job."""
         return self._ask("GET", f"fine_tuning/jobs/{quote(id, safe='')}")
@@ -63,20 +71,55 @@ class Remote:
         """A job, which is cancelled now."""
         return self._ask("POST", f"fine_tuning/jobs/{quote(id, safe='')}/cancel", {})
 
+    def delete(self, name: str) -> list[str]:
+        """Deletes a model, or what a job made; gives the ids of what is gone."""
+        offered = self.models()
+        if name.startswith(("ftjob-", "ft-")):
+            job = self.job(name)
+            check_is_over(job)
+            path = f"fine_tuning/jobs/{quote(name, safe='')}/checkpoints?limit=100"
+            left = [one["fine_tuned_model_checkpoint"] for one in self._ask("GET", path)["data"]]
+            doomed = [id for id in (job["fine_tuned_model"], *left) if id in offered]
+            if not doomed:
+                raise NotFound(f"there is no model of {name}: it {job['status']}, or was deleted")
+        else:
+            doomed = [name, *(id for id in offered if id.startswith(name + CHECKPOINT))]
+        doomed.sort(reverse=True)  # the model last: its checkpoints would go with it
+        for id in doomed:
+            self._ask("DELETE", f"models/{quote(id, safe='')}")
+        return doomed
+
+    def without_follow(self, id: str) -> str:
+        """Says what happens to a job that was made and is not followed."""
+        return f"`pellucid finetune follow {id}` shows what it learns"
+
+    def leave(self, id: str) -> None:
+        """Says what becomes of a job that is followed no longer."""
+        terminal.say(
+            f"\n{id} goes on {self.where}: `pellucid finetune follow {id}` shows it again, "
+            f"`pellucid finetune cancel {id}` ends it (both with --host, as here)"
+        )
+
+    def hint(self, model: str) -> str:
+        """How a model is asked that a job has made."""
+        return f"ask it {self.where}: model={model!r}"
+
     def events(self, id: str) -> Iterator[dict]:
         """What happened to a job and what happens, until it is over."""
-        with self._open(
-            "GET", f"fine_tuning/jobs/{quote(id, safe='')}/events?stream=true"
-        ) as lines:
-            for line in lines:
-                data = line.decode().strip().removeprefix("data: ")
-                if data == "[DONE]":
-                    return
-                if data:
-                    event = json.loads(data)
-                    if "error" in event:
-                        raise Unreachable(event["error"]["message"])
-                    yield event
+        path = f"fine_tuning/jobs/{quote(id, safe='')}/events?stream=true"
+        try:
+            with self._open("GET", path) as lines:
+                for line in lines:
+                    name, _, data = line.decode().strip().partition(": ")
+                    if data == "[DONE]":
+                        return
+                    if name == "data":  # else the end of an event, or a sign of life
+                        event = json.loads(data)
+                        if "error" in event:
+                            raise Unreachable(event["error"]["message"])
+                        yield event
+        except (OSError, HTTPException) as error:
+            raise Unreachable(f"the connection broke ({error}); the job may go on") from None
         raise Unreachable(f"{self._base} ended the connection; the job may go on")
 
     def _upload(self, path: Path) -> str:

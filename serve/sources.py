@@ -122,7 +122,7 @@ def located(model: Model, home: Path) -> Located | None:
 
 def unknown(name: str, catalogue: Catalogue) -> str:
     """The sentence for a name that is in no catalogue, with the nearest one that is."""
-    if Path(name).exists():
+    if os.path.exists(name):  # no error where the name is far too long
         return f"{name!r} is a path: give it a name, as in --model my-model={name}"
     near = difflib.get_close_matches(name, [*catalogue.models, *catalogue.aliases], 1)
     hint = f"did you mean {near[0]!r}? " if near else ""

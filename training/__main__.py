@@ -68,9 +68,13 @@ def _check(args: argparse.Namespace) -> int:
     tokenizer, max_tokens = read_tokenizer(args.model, args.max_tokens)
     path = args.data
     if args.mend is not None:
-        for deed in mend.mend(path, args.mend, tokenizer, max_tokens=max_tokens):
+        deeds = mend.mend(path, args.mend, tokenizer, max_tokens=max_tokens)
+        for deed in deeds:
             _say(deed)
-        path = args.mend
+        if deeds:
+            path = args.mend
+        else:
+            _say(f"there is nothing to mend without a guess: {args.mend} was not written")
     report = check.check(path, tokenizer, max_tokens=max_tokens)
     _print_problems(report, args.json)
     if args.json:

@@ -53,7 +53,7 @@ def mend(
 
     Args:
         path: what to mend; it is not changed, unless it is the target too.
-        target: appears when it is complete.
+        target: appears when it is complete, and only if anything was done.
         tokenizer, max_tokens, kind: as for `check`.
 
     Returns:
@@ -91,7 +91,8 @@ def mend(
                 file.write(line + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(target)
+        if done:
+            temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
     return _told(done)

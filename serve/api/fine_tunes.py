@@ -5,7 +5,6 @@ as it was. What no trainer here does is refused: a weight for prompts, metrics o
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -27,7 +26,7 @@ from serve.api.listing import read_query
 from serve.api.openapi import described
 from serve.api.replies import FineTune, FineTuneEvent, FineTuneEvents, FineTunes
 from serve.api.schemas import Body, read_json
-from serve.api.sse import Event, event_stream
+from serve.api.sse import Events, event_stream
 from serve.errors import unsupported
 from serve.jobs import PENDING, Job
 from serve.jobs import Jobs as JobStore
@@ -113,9 +112,9 @@ async def list_fine_tune_events(request: Request, job_id: str) -> Response:
     return JSONResponse({"object": "list", "data": await _events(request, job_id)})
 
 
-async def _streamed(request: Request, id: str) -> AsyncGenerator[Event, None]:
+async def _streamed(request: Request, id: str) -> Events:
     async for event in events_of(request, id):
-        yield _shown_event(event)
+        yield event and _shown_event(event)
 
 
 async def _events(request: Request, id: str) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ events gives those so far and then each as it comes, until the job is over.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,15 +22,16 @@ from serve.api.models import registry_of
 from serve.api.openapi import described
 from serve.api.replies import JobCheckpoints, JobEvent, JobEvents, JobReply, Jobs
 from serve.api.schemas import Body, read_json, tag
-from serve.api.sse import Event, event_stream
+from serve.api.sse import Events, event_stream
 from serve.errors import APIError, unsupported
-from serve.jobs import UNFINISHED, Job, JobIsOver, check_suffix, shown
+from serve.jobs import UNFINISHED, Job, JobIsOver, check_name, check_suffix, shown
 from serve.jobs import Jobs as JobStore
 from serve.registry import Offer
 
 router = APIRouter(prefix="/v1")
 
 TICK = 0.25  # seconds between two looks for new events
+SILENCE = 15.0  # seconds without an event until a stream gives a sign of life
 
 
 def auto_or(number: Any, kind: str) -> Any:
@@ -128,11 +129,14 @@ async def make_job(
     """
     jobs = jobs_of(request)
     id, path = trainable(request, model)
-    if (suffix := fields.get("suffix")) is not None:
-        try:
-            check_suffix(suffix)
-        except ValueError as error:
-            raise APIError(400, str(error), param="suffix", code="invalid_value") from None
+    param = "model"
+    try:
+        check_name(id)
+        if (suffix := fields.get("suffix")) is not None:
+            param = "suffix"
+            check_suffix(id, suffix)
+    except ValueError as error:
+        raise APIError(400, str(error), param=param, code="invalid_value") from None
     for param, file_id in (("training_file", training), ("validation_file", validation)):
         if file_id is not None:
             file = await asyncio.to_thread(find_file, jobs.store, file_id, param)
@@ -222,9 +226,9 @@ async def list_events(request: Request, job_id: str) -> Response:
     return JSONResponse(page)
 
 
-async def _streamed(request: Request, id: str) -> AsyncGenerator[Event, None]:
+async def _streamed(request: Request, id: str) -> Events:
     async for event in events_of(request, id):
-        yield shown_event(event)
+        yield event and shown_event(event)
 
 
 @router.get("/fine_tuning/jobs/{job_id}/checkpoints", **described(JobCheckpoints))
@@ -270,14 +274,18 @@ async def cancelled(request: Request, id: str) -> Job:
         ) from None
 
 
-async def events_of(request: Request, id: str) -> AsyncGenerator[Event, None]:
-    """A job's events, oldest first; ends when the job is over and all are told."""
-    jobs, after = jobs_of(request), None
+async def events_of(request: Request, id: str) -> Events:
+    """A job's events, oldest first; ends when the job is over and all are told.
+
+    None when there has been none for `SILENCE` seconds.
+    """
+    jobs, after, told = jobs_of(request), None, time.monotonic()
     while True:
         job = await find_job(request, id)  # before its events: the last ones come before its end
         found, _ = await asyncio.to_thread(jobs.store.page, "event", parent=id, after=after)
-        for event in found:
+        for event in found or [None] * (time.monotonic() - told > SILENCE):
             yield event
+            told = time.monotonic()
         after = found[-1]["id"] if found else after
         if job["status"] not in UNFINISHED:
             return

@@ -5,7 +5,6 @@ models only. What the user made can be deleted; other models belong to whoever r
 """
 
 import asyncio
-import shutil
 from contextlib import suppress
 from typing import Any
 
@@ -98,7 +97,7 @@ async def get_model(request: Request, model_id: str) -> dict[str, Any]:
 
 @router.delete("/models/{model_id:path}", **described(Deleted))
 async def delete_model(request: Request, model_id: str) -> dict[str, Any]:
-    """Delete a model that the user made."""
+    """Delete a model that the user made, with its checkpoints."""
     registry, home = registry_of(request), request.app.state.home
     if registry.resolve(model_id).id != model_id:
         raise UnknownModel(model_id)  # an alias is no model of its own
@@ -118,8 +117,7 @@ async def delete_model(request: Request, model_id: str) -> dict[str, Any]:
             code="invalid_value",
         )
     # The files first: a model whose files stayed would be back at the next start.
-    left = await asyncio.to_thread(made.put_away, home, model_id)
-    with suppress(UnknownModel):  # the registry may have noticed by itself
-        registry.remove(model_id)
-    await asyncio.to_thread(shutil.rmtree, left)
+    for id in await asyncio.to_thread(request.app.state.jobs.delete_model, model_id):
+        with suppress(UnknownModel):  # the registry may have noticed by itself
+            registry.remove(id)
     return {"id": model_id, "object": "model", "deleted": True}

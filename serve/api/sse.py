@@ -4,7 +4,8 @@ A streamed answer is a series of ``data: {json}`` events and ends in ``data: [DO
 name each event (``event: TYPE``), and their last one says by its name that it is. The status
 line goes out with the first event, not before: what fails until then (a full queue, an engine that
 cannot start) is still an honest 4xx or 5xx, what fails later is an event with an ``error`` object
-and the end of the stream, without [DONE].
+and the end of the stream, without [DONE]. Where nothing is to be told for long, a comment is sent,
+so that nobody on the way takes the connection for a dead one.
 """
 
 import asyncio
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Event = dict[str, Any]
+Events = AsyncGenerator[Event | None, None]  # None: nothing yet, but somebody is there
 
 
 async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
@@ -53,15 +55,15 @@ async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
         await asyncio.gather(task, watch, return_exceptions=True)
 
 
-async def event_stream(
-    request: Request, events: AsyncGenerator[Event, None], *, named: bool = False
-) -> Response:
+async def event_stream(request: Request, events: Events, *, named: bool = False) -> Response:
     """The response that streams ``events``; waits for the first, so that its errors are raised.
 
     Args:
+        events: the first must not be None.
         named: whether each event goes under its ``type``, and without [DONE] at the end.
     """
     first = await unless_disconnected(request.receive, anext(events))
+    assert first is not None
     return EventStream(first, events, named=named)
 
 
@@ -70,7 +72,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: Event, rest: AsyncGenerator[Event, None], *, named: bool = False):
+    def __init__(self, first: Event, rest: Events, *, named: bool = False):
         super().__init__(headers={"cache-control": "no-cache"})
         del self.headers["content-length"]  # it is not known yet
         self.first, self.rest, self.named = first, rest, named
@@ -81,9 +83,11 @@ class EventStream(Response):
                 await unless_disconnected(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
-        async def send_data(data: bytes, name: bytes = b"") -> None:
-            body = name + b"data: " + data + b"\n\n"
+        async def send_body(body: bytes) -> None:
             await send({"type": "http.response.body", "body": body, "more_body": True})
+
+        async def send_data(data: bytes, name: bytes = b"") -> None:
+            await send_body(name + b"data: " + data + b"\n\n")
 
         async def send_event(event: Event) -> None:
             name = b"event: " + event["type"].encode() + b"\n" if self.named else b""
@@ -94,7 +98,10 @@ class EventStream(Response):
         await send_event(self.first)
         try:
             async for event in self.rest:
-                await send_event(event)
+                if event is None:
+                    await send_body(b": still here\n\n")
+                else:
+                    await send_event(event)
             if not self.named:
                 await send_data(b"[DONE]")
         except Exception as error:

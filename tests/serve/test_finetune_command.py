@@ -84,13 +84,26 @@ def test_check_names_lines_and_mends(finetune, file, tmp_path):
     finetune("check", tmp_path / "none.jsonl", *finetune.model, code=3)
 
 
+def test_check_says_when_there_is_nothing_to_do_or_nobody_to_learn(finetune, file, tmp_path):
+    _, errors = finetune("check", file, *finetune.model, "--mend", tmp_path / "mended.jsonl")
+    assert "nothing to mend" in errors and not (tmp_path / "mended.jsonl").exists()
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    (encoder / "config.json").write_text('{"model_type": "bert"}')
+    (encoder / "model.safetensors").write_bytes(b"never read")
+    for command in ("check", "create"):
+        errors = finetune(command, file, "-m", f"other={encoder}", code=2)[1]
+        assert "other makes embeddings: what can be fine-tuned generates text" in errors
+
+
 def test_here_from_file_to_model(finetune, file):
-    options = ["--epochs", 20, "--batch-size", 4, "--suffix", "mine", "--seed", 1]
+    options = ["--n_epochs", 20, "--batch_size", 4, "--suffix", "mine", "--seed", 1]
     options += ["--learning-rate-multiplier", 20]
     out, errors = finetune("create", file, *finetune.model, *options, "--follow")
     name = out.strip()
     assert name.startswith("ft:tiny:pellucid:mine:") and made.exists(finetune.home, name)
     assert "Step 1/60: training loss=" in errors and "Fine-tuning job started" in errors
+    assert "Compiling" in errors and f"ask it: pellucid chat -m {name}" in errors
     id = errors.split(",")[0]
     listed = json.loads(finetune("list", "--json")[0])["jobs"]
     assert [(job["id"], job["status"], job["fine_tuned_model"]) for job in listed] == [
@@ -105,15 +118,28 @@ def test_here_from_file_to_model(finetune, file):
     assert "it succeeded" in finetune("cancel", id, code=1)[1]
     again, errors = finetune("follow", id)
     assert again.strip() == name and "Step 60/60" in errors
+    assert name in finetune.pellucid("models")[0]
+    assert finetune("delete", id)[0].split() == [
+        name,
+        *(f"{name}:ckpt-step-{step}" for step in (54, 57, 60)),
+    ]
+    assert made.names(finetune.home) == frozenset()
+    assert f"{name} (deleted)" in finetune("list")[0]
+    assert "or was deleted" in finetune("delete", id, code=3)[1]
+    assert "no model x was made here" in finetune("delete", "x", code=3)[1]
 
 
 def test_here_what_goes_wrong(finetune, file, tmp_path):
     file.write_bytes(tiny.examples(12) + b"{}\n")
     errors = finetune("create", file, *finetune.model, code=6)[1]
-    assert "The job failed due to an invalid training file." in errors and "Example 13" in errors
+    assert errors.count("Example 13") == 1 and f"{file}:13: " in errors
+    assert not (finetune.home / "jobs").exists() and len(finetune("list")[0].splitlines()) == 1
     errors = finetune("create", file, *finetune.model, "--suffix", "a:b", code=2)[1]
     assert "'a:b' cannot be part of a model's name" in errors
+    errors = finetune("create", file, *finetune.model, "--batch-size", "0", code=2)[1]
+    assert "'0' is neither 'auto' nor from 1 to 256" in errors
     finetune("create", tmp_path / "none", *finetune.model, code=3)
+    finetune.pellucid("chat", "1?", "-m", "x" * 300, code=3)
     finetune("follow", "ftjob-x", code=3)
     finetune("cancel", "ftjob-x", code=3)
     finetune("list", "--host", "http://127.0.0.1:9", code=4)
@@ -129,8 +155,11 @@ def test_here_stopped_gone_on_with_and_cancelled(finetune, file):
     while "Step" not in (line := process.stderr.readline()):
         assert line
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130
+    assert f"{id} is stopped and saved (`pellucid finetune follow {id}` goes on" in errors
+    assert json.loads(finetune("list", "--json")[0])["jobs"][0]["status"] == "stopped"
+    assert "is not over" in finetune("delete", id, code=1)[1]
     pid = int((finetune.home / "jobs" / id / "train.pid").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
@@ -154,10 +183,18 @@ def test_by_a_server(finetune, file, folder, tmp_path):
         finetune.environment |= {"PELLUCID_HOST": address, "PELLUCID_API_KEY": "secret"}
         out, errors = finetune("create", file, "--epochs", 1, "--batch-size", 4)
         id = out.strip()
-        assert errors.startswith(f"{id}, at {address}")
+        assert errors.startswith(f"{id}, at {address}") and f"finetune follow {id}" in errors
         out, errors = finetune("follow", id)
         assert out.startswith("ft:tiny:pellucid::") and "The job has successfully" in errors
+        name = out.strip()
         assert id in finetune("list")[0]
+        assert finetune("delete", name)[0].split() == [f"{name}:ckpt-step-3", name]
+        assert f"{name} (deleted)" in finetune("list")[0]
+        assert "or was deleted" in finetune("delete", id, code=3)[1]
+        assert "was not made here" in finetune("delete", "tiny", code=1)[1]
+        file.write_bytes(tiny.examples(12) + b"{}\n")
+        errors = finetune("create", file, "--follow", code=6)[1]
+        assert errors.count("Example 13") == 1
         assert "Job has already completed" in finetune("cancel", id, code=1)[1]
         assert "No such fine-tune job" in finetune("follow", "ftjob-x", code=3)[1]
         finetune.environment["PELLUCID_API_KEY"] = "wrong"

@@ -12,14 +12,15 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import closing
 
 import httpx
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 
 from serve import jobs_keeper, made, offers
-from serve.api import replies
-from serve.jobs import Jobs
+from serve.api import fine_tuning, replies
+from serve.jobs import Jobs, check_name, check_suffix
 from serve.jobs_keeper import Keeper, Lines, Process, results, take_lock
 from serve.store import Store
 from tests.serve import tiny
@@ -201,6 +202,27 @@ def test_a_model_that_was_made_can_be_deleted_and_not_trained(openai, trained):
     with pytest.raises(NotFoundError):
         chat(openai, victim)
     assert victim not in [model.id for model in openai.models.list()]
+    left = openai.fine_tuning.jobs.checkpoints.list(job.id).data
+    assert [checkpoint.step_number for checkpoint in left] == [60, 57]
+
+
+def test_checkpoints_go_with_their_model(openai, home):
+    """They stayed: listed, served, and on the disk."""
+    body = {"n_epochs": 2, "batch_size": 4}
+    job = openai.fine_tuning.jobs.create(
+        model="tiny", training_file=upload(openai), hyperparameters=body
+    )
+    job = ended(openai, job.id)
+    name = job.fine_tuned_model
+    mine = sorted(model.id for model in openai.models.list() if model.id.startswith(name))
+    assert mine == made.with_checkpoints(home, name) and len(mine) == 3
+    assert chat(openai, mine[1])
+    assert openai.models.delete(name).deleted
+    assert not {model.id for model in openai.models.list()} & set(mine)
+    assert made.with_checkpoints(home, name) == []
+    assert openai.fine_tuning.jobs.checkpoints.list(job.id).data == []
+    with pytest.raises(NotFoundError):
+        chat(openai, mine[1])
 
 
 def test_jobs_are_listed(openai, trained):
@@ -337,6 +359,29 @@ def test_requests_that_are_refused(address, openai, changes, status, param):
     assert error["message"]
 
 
+def test_names_too_long_for_the_file_system_are_refused(openai, monkeypatch, tmp_path):
+    """Such a job was trained to its end, and failed when its model should have been made."""
+    check_suffix("tiny", f"a{'.' * 62}z")
+    with pytest.raises(ValueError, match="'suffix': with .* too long for the file system"):
+        check_suffix("smollm2-135m-instruct", f"a{'.' * 62}z")
+    check_suffix("smollm2-135m-instruct", "a" * 64)
+    with pytest.raises(ValueError, match="'model': what is made of .* too long"):
+        check_name("x" * 200)
+    assert not made.exists(tmp_path, "x" * 300)
+    monkeypatch.setattr(made, "LONGEST", 75)
+    with pytest.raises(
+        BadRequestError, match="with 'abcdefghijklmn' the new model's name"
+    ) as error:
+        openai.fine_tuning.jobs.create(
+            model="tiny", training_file=upload(openai), suffix="abcdefghijklmn"
+        )
+    assert error.value.param == "suffix"
+    monkeypatch.setattr(made, "LONGEST", 40)
+    with pytest.raises(BadRequestError, match="what is made of 'tiny' would have") as error:
+        openai.fine_tuning.jobs.create(model="tiny", training_file=upload(openai))
+    assert error.value.param == "model"
+
+
 @pytest.mark.parametrize(
     ("reply", "path"),
     [
@@ -363,6 +408,21 @@ def test_events_are_streamed_until_the_end(address, trained):
     shown = [replies.JobEvent.model_validate_json(event[6:], strict=True) for event in events]
     assert shown[0].message.startswith("Created fine-tuning job")
     assert shown[-1].message == "The job has successfully completed"
+
+
+@pytest.mark.parametrize("path", ["fine_tuning/jobs", "fine-tunes"])
+def test_a_stream_without_news_gives_a_sign_of_life(openai, address, monkeypatch, path):
+    """A job that waited for ten minutes broke off who followed it."""
+    monkeypatch.setattr(fine_tuning, "SILENCE", 0.02)
+    create, cancel = openai.fine_tuning.jobs.create, openai.fine_tuning.jobs.cancel
+    ids = [create(model="tiny", training_file=upload(openai)).id for _ in range(3)]
+    url = f"{address}/v1/{path}/{ids[-1]}/events?stream=true"
+    with httpx.stream("GET", url, timeout=30) as answer:
+        lines = answer.iter_lines()
+        assert next(line for line in lines if line.startswith(":")) == ": still here"
+        for id in ids[::-1]:
+            cancel(id)
+        assert list(lines)[-2:] == ["data: [DONE]", ""]
 
 
 def test_a_file_of_another_purpose_is_refused(openai):
@@ -651,6 +711,36 @@ def test_a_job_whose_process_always_dies_is_given_up(jobs, folder, monkeypatch, 
     wait_until(lambda: jobs.get(id)["status"] == "failed", 60)
     keeper.close()
     assert "was ended 3 times by a signal, the last time 9" in jobs.get(id)["error"]["message"]
+
+
+def test_an_idle_server_finds_jobs_by_itself(jobs, folder, monkeypatch):
+    """Who made one was killed: it was begun when somebody looked at it, and not before."""
+    monkeypatch.setattr("serve.jobs_keeper.WATCH", 0.05)
+    monkeypatch.setattr("serve.jobs_keeper.TICK", 0.01)
+    says_no = ["-c", "raise SystemExit('no')"]
+    monkeypatch.setattr("serve.jobs_keeper._program", lambda *_: [sys.executable, *says_no])
+    with closing(Keeper(jobs)) as keeper:
+        keeper.watch()
+        id = jobs.create(model="tiny", path=folder, training_file="file-1")["id"]
+        wait_until(lambda: jobs.get(id)["status"] == "failed", 60)
+        assert jobs.get(id)["error"]["message"] == "The job failed: no"
+
+
+def test_what_was_left_of_a_cancelled_job_is_removed(jobs, folder, monkeypatch):
+    """Its server was killed before it stopped the trainer, which went on and kept its files."""
+    id = jobs.create(model="tiny", path=folder, training_file="file-1")["id"]
+    jobs.move(id, "running")
+    waits = ["-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr("serve.jobs_keeper._program", lambda *_: [sys.executable, *waits])
+    left = Process.start(id, jobs.folder(id), "train", [])
+    (jobs.folder(id) / "out" / "checkpoints").mkdir(parents=True)
+    (jobs.home / "made" / ".new-x").mkdir(parents=True)
+    jobs.cancel(id)
+    assert not left.is_over and not jobs.is_cleared(id)
+    with closing(Keeper(jobs)) as keeper:
+        keeper.watch()
+        wait_until(lambda: left.is_over and jobs.is_cleared(id), 60)
+    assert not (jobs.home / "made" / ".new-x").exists()
 
 
 def test_what_passes_is_tried_again(jobs, folder, monkeypatch):

@@ -187,6 +187,11 @@ def test_what_needs_a_guess_stays_as_it_is(tmp_path):
     report = checked(tmp_path, b"\n".join([*LINES, *bad]))
     assert mend.proposals(report) == []
     assert mend.mend(report.path, tmp_path / "b", TOKENIZER, max_tokens=60) == []
+    assert not (tmp_path / "b").exists(), "nothing was done: there is nothing to be had"
+    report.path.write_bytes(b"\n".join([*LINES, b"", *bad]))
+    assert mend.mend(report.path, tmp_path / "b", TOKENIZER, max_tokens=60) == [
+        "drop 1 blank line(s)"
+    ]
     assert (tmp_path / "b").read_bytes().splitlines() == [*LINES, *bad]
 
 

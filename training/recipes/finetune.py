@@ -167,6 +167,7 @@ def run(
             )
             _drop_old(out / "adapters")
 
+    say("compiling the training step ...")
     outcome = loop.train(
         task,
         frozen,

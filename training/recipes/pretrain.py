@@ -120,6 +120,7 @@ def run(
         validate_every=max(1, settings.steps // 10),
     )
     end = encoding.special_tokens[END]
+    say("compiling the training step ...")
     outcome = loop.train(
         task,
         None,
