@@ -206,6 +206,17 @@ def test_a_model_that_was_made_can_be_deleted_and_not_trained(openai, trained):
     assert [checkpoint.step_number for checkpoint in left] == [60, 57]
 
 
+def test_jobs_are_listed(openai, trained):
+    job = trained[1]
+    other = openai.fine_tuning.jobs.create(model="tiny", training_file=upload(openai))
+    assert [found.id for found in openai.fine_tuning.jobs.list()][:2] == [other.id, job.id]
+    page = openai.fine_tuning.jobs.list(limit=1)
+    assert [found.id for found in page.data] == [other.id] and page.has_more
+    mine = openai.fine_tuning.jobs.list(metadata={"who": "me"})
+    assert [found.id for found in mine] == [job.id]
+    assert openai.fine_tuning.jobs.cancel(other.id).status == "cancelled"
+
+
 def test_checkpoints_go_with_their_model(openai, home):
     """They stayed: listed, served, and on the disk."""
     body = {"n_epochs": 2, "batch_size": 4}
@@ -223,17 +234,6 @@ def test_checkpoints_go_with_their_model(openai, home):
     assert openai.fine_tuning.jobs.checkpoints.list(job.id).data == []
     with pytest.raises(NotFoundError):
         chat(openai, mine[1])
-
-
-def test_jobs_are_listed(openai, trained):
-    job = trained[1]
-    other = openai.fine_tuning.jobs.create(model="tiny", training_file=upload(openai))
-    assert [found.id for found in openai.fine_tuning.jobs.list()][:2] == [other.id, job.id]
-    page = openai.fine_tuning.jobs.list(limit=1)
-    assert [found.id for found in page.data] == [other.id] and page.has_more
-    mine = openai.fine_tuning.jobs.list(metadata={"who": "me"})
-    assert [found.id for found in mine] == [job.id]
-    assert openai.fine_tuning.jobs.cancel(other.id).status == "cancelled"
 
 
 def test_cancelling(openai, home):
