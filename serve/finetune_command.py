@@ -1,4 +1,4 @@
-"""`pellucid finetune`: look at a file, learn from it, watch, list and cancel jobs.
+"""`pellucid finetune`: look at a file, learn from it, watch, list and cancel jobs, delete models.
 
 Jobs are of this machine's data folder, which its servers share: what is made here a server lists,
 and serves as soon as it is done. Where no server works on them, `create` and `follow` do, and stay
