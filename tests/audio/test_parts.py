@@ -4,6 +4,7 @@ import itertools
 import struct
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,7 +12,7 @@ from audio import Options, ctranslate2, decode, subtitles, timing, vad
 from audio.decode import Fallback, Result
 from audio.timing import Word
 from audio.tokens import load as load_tokens
-from audio.transcribe import Segment, Transcript, _lies_across, _split, cut
+from audio.transcribe import Segment, Transcript, _Job, _lies_across, _reach, _split, cut
 from tests.audio.ten_minutes import hum, pink, white
 
 RATE = 16_000
@@ -103,6 +104,20 @@ def test_points_together_outweigh_a_word(tokens):
     # 1500 points of weight 1 stand against one word of weight e^7 = 1097, then e^8 = 2981.
     assert not np.isfinite(probabilities(tokens, ids, boost={word: 7}))[:begin].any()
     assert np.isfinite(probabilities(tokens, ids, boost={word: 8}))[word]
+
+
+def test_drawing_follows_the_probabilities_and_the_rules():
+    logits = np.tile(np.log(np.float32([0.1, 0.2, 0.3, 0.4, 1.0])), (4000, 1))
+    blocked = np.array([True, False, False, False, False])
+    ranges = np.tile(np.int32([0, 4, 4]), (4000, 1))  # the last id is a point in time: not now
+    keys = jax.random.split(jax.random.key(0), 4000)
+    rules = (blocked, ranges, np.int32(4), True)
+    ids, logprobs = decode._draw(logits, *rules, keys, np.int32(3), np.float32(0.5))
+    squares = np.square([0, 2, 3, 4, 0]) / 29  # half the temperature squares the odds
+    np.testing.assert_allclose(np.bincount(ids, minlength=5) / 4000, squares, atol=0.03)
+    np.testing.assert_allclose(np.exp(logprobs), np.array([0, 2, 3, 4, 0])[ids] / 9, rtol=1e-5)
+    top, _ = decode._top(np.zeros((1, 5), np.float32), blocked, ranges[:1], np.int32(4), True)
+    assert top.tolist() == [1]  # the first of equals
 
 
 def test_suppressed_and_blank(tokens):
@@ -283,6 +298,14 @@ def test_windows_are_cut_in_pauses():
     assert all(a == b for (_, a), (b, _) in itertools.pairwise(windows))
     assert 50 < windows[1][1] < 52 and len(windows) == 3
     assert vad.windows(loud, []) == []
+
+
+def test_a_window_ends_in_the_last_pause_that_fits():
+    spans = [(0.0, 10.0), (11.0, 20.0), (22.0, 29.5), (31.0, 80.0)]
+    assert _reach(_Job(0, 9000, ()), 3000, spans) == 2100  # 30.25 s would be too late
+    assert _reach(_Job(3100, 9000, ()), 3000, spans) == 3000  # no pause: a whole window
+    assert _reach(_Job(7000, 9000, ()), 3000, spans) == 2000  # the rest
+    assert _reach(_Job(0, 9000, ()), 3000, ()) == 3000
 
 
 # segments at pauses
