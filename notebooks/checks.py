@@ -241,6 +241,36 @@ def word_error_rate(answer: Callable[[str, str], float]) -> None:
         _close([answer(written, said)], [expected], f"of {written!r} and {said!r}")
 
 
+def flow_time(answer: Callable[[float], float]) -> None:
+    """DDPM's alpha-bar to the time of a flow."""
+    for alpha_bar, expected in ((1.0, 1.0), (0.5, 0.5), (0.64, 4 / 7), (0.0, 0.0)):
+        _close([answer(alpha_bar)], [expected], f"of {alpha_bar}")
+
+
+def posterior_mean(answer: Callable[[float, float, list[float]], float]) -> None:
+    """A noisy number, a time and what was possible to the mean of it."""
+    odds = math.exp(2.0)  # of 1 to -1, at z = 0.5, t = 0.5: (1 - 0) / (2 * 0.25)
+    for z, t, known, expected in (
+        (3.0, 0.2, [7.0], 7.0),
+        (5.0, 0.0, [1.0, 2.0, 6.0], 3.0),
+        (0.5, 0.5, [-1.0, 1.0], (odds - 1) / (odds + 1)),
+        (0.9, 0.999, [0.0, 1.0], 1.0),
+    ):
+        _close([answer(z, t, list(known))], [expected], f"of {z} at {t} among {known}")
+
+
+def heun(answer: Callable[[Callable[[float, float], float], float, int], float]) -> None:
+    """A velocity, a begin and a number of steps to the end."""
+    for velocity, z, steps, expected in (
+        (lambda z, t: 2.0, 1.0, 3, 3.0),
+        (lambda z, t: 2 * t, 1.0, 4, 2.0),
+        (lambda z, t: z, 1.0, 1, 2.5),
+        (lambda z, t: z, 1.0, 2, 1.625**2),
+        (lambda z, t: z * t, 1.0, 1, 1.5),
+    ):
+        _close([answer(velocity, z, steps)], [expected], f"from {z} in {steps} steps")
+
+
 def _close(got: object, expected: list[float], what: str) -> None:
     is_list = isinstance(got, list | tuple) and len(got) == len(expected)
     near = is_list and all(
