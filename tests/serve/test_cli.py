@@ -169,6 +169,7 @@ def test_models(empty: dict[str, str]) -> None:
         "all-minilm-l6-v2",
         "whisper-tiny.en",
         "whisper-base",
+        "emoji-64",
     ]
     assert "gpt-4o-mini" in listed["models"][0]["aliases"]
     table = run("models", **empty).stdout
