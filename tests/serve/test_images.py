@@ -126,10 +126,13 @@ def test_urls_expire_after_an_hour(client, home, painting_address):
     os.utime(home / "pictures" / name, (0, time.time() - 3601))
     gone = httpx.get(url)
     assert gone.status_code == 404 and gone.json()["error"]["code"] == "not_found"
+    kept = home / "pictures" / "mine.png"  # somebody else's file, which is not ours to remove
+    kept.write_bytes(b"mine")
+    os.utime(kept, (0, 0))
     for other in ("img-x.png", "..%2Fstore.db", "%2e%2e%2fstore.db"):
         assert httpx.get(f"{painting_address}/images/{other}").status_code == 404, other
     create_app(Settings(home=home), Registry([scripted.model()], {}))  # the next start
-    assert not (home / "pictures" / name).exists()
+    assert not (home / "pictures" / name).exists() and kept.exists()
 
 
 def test_pictures_need_no_key_where_the_rest_does(folder, tmp_path):
@@ -341,6 +344,7 @@ GOOD = png(holed(upload()))
         ({"image": b"%PDF-1.4 " + bytes(100)}, "image", "use PNG"),
         ({"image": GOOD[: len(GOOD) // 2]}, "image", "damaged or cut off"),
         ({"image": bomb(3_000)}, "image", "3000 x 3000 pixels"),
+        ({"image": png(holed(upload(2)).repeat(2_500, 1))}, "image", "5000 x 2 pixels"),
         ({"image": png(upload())}, "image", "no transparent pixels, and there is no mask"),
         ({"image": png(upload()), "mask": png(upload())}, "mask", "not white ones"),
         ({"image": GOOD, "mask": png(holed(upload(20)))}, "mask", "20 x 20 pixels, and the image"),
@@ -409,6 +413,7 @@ def reference(**fields):
         (reference(), 400, "images[0]"),
         (reference(image_url="http://169.254.169.254/latest"), 400, "images[0].image_url"),
         (reference(image_url="data:image/png;base64,????"), 400, "images[0].image_url"),
+        (reference(image_url="data:image/png;base64,é"), 400, "images[0].image_url"),
         (reference(image_url="data:image/png,abc"), 400, "images[0].image_url"),
         (reference(image_url="data:image/png;base64,"), 400, "image"),
         (reference(file_id="file-none"), 404, "images[0].file_id"),
@@ -421,6 +426,18 @@ def reference(**fields):
 def test_json_edits_that_cannot_be_answered(painting_address, body, status, param):
     answer = httpx.post(f"{painting_address}/v1/images/edits", json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
+
+
+def test_variations_have_a_least_strength(painting_address):
+    """One that numbers cannot tell from none ended in a 500: its noise did not fall."""
+    answer = httpx.post(
+        f"{painting_address}/v1/images/variations",
+        data={"strength": "1e-20", "quality": "low"},
+        files={"image": png(upload())},
+        timeout=60,
+    )
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "strength"), error
 
 
 def test_other_requests_that_cannot_be_answered(painting_address, tmp_path):
@@ -580,6 +597,12 @@ def test_the_queue_has_an_end(painter):
         await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(main())
+
+
+def test_weak_variations_are_compiled_too(painter):
+    """A plan of more steps than a plan may have was made to compile them."""
+    source = Source(np.zeros((8, 8, 3), np.float32), strength=0.001)
+    assert len(asyncio.run(all_of(painter, order(source=source)))) == 1
 
 
 def test_what_goes_wrong_with_one_batch_goes_wrong_with_no_other(painter):
