@@ -1,7 +1,8 @@
 """Picture files: bytes that somebody sent become an array, and arrays become bytes.
 
 What a file is, its first bytes say, never its name. Its size is read from its header and checked
-before any of it is decoded: a PNG of some kilobytes can unfold to gigabytes. Of an animation the
+before any of it is decoded: a PNG of some kilobytes can unfold to gigabytes, and so can a line of
+pixels once somebody needs the square around it. Of an animation the
 first frame counts, and a photograph is turned the way its camera was held (EXIF).
 
 Leaves out: colour profiles, and all formats but four; each decoder is one more thing to attack.
@@ -10,6 +11,7 @@ Leaves out: colour profiles, and all formats but four; each decoder is one more 
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -25,7 +27,8 @@ def read(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """A PNG, JPEG, WebP or GIF file, upright, with its transparency: uint8 [Y, X, 4].
 
     Raises:
-        ValueError: it is none of these, larger than `max_pixels`, cut off or damaged.
+        ValueError: it is none of these, cut off, damaged, larger than `max_pixels`, or longer than
+            the side of a square of four times as many.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -35,6 +38,11 @@ def read(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             if width * height > max_pixels:
                 raise _TooLarge(
                     f"the picture is {width} x {height} pixels: at most {max_pixels:,} are read"
+                )
+            longest = 2 * math.isqrt(max_pixels)
+            if max(width, height) > longest:
+                raise _TooLarge(
+                    f"the picture is {width} x {height} pixels: a side may have {longest:,} at most"
                 )
             image.seek(0)
             image.load()

@@ -163,8 +163,9 @@ def image(
     show = Preview(sys.stderr) if preview else None
     for prompt, pictures in _draw(painter, rows, seed, plan, source, is_strip=strip, show=show):
         pictures = np.stack([finish(one) for one in pictures])
-        drawn += list(pictures)
-        if not grid:
+        if grid:
+            drawn += list(pictures)
+        else:
             write(sheet_of(pictures, -(-len(pictures) // 2)), prompt)
     if grid:
         write(sheet_of(np.stack(drawn), count), rows[0][0])

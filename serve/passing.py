@@ -43,10 +43,14 @@ class Passing:
         left = _left(path) if _NAME.fullmatch(name) else 0
         return (path, left) if left > 0 else None
 
+    def drop(self, name: str) -> None:
+        """Removes a file, if it is still there."""
+        (self._folder / name).unlink(missing_ok=True)
+
     def sweep(self) -> None:
-        """Removes the files whose hour is over."""
+        """Removes the files whose hour is over, and no others: those in there are not all ours."""
         for path in self._folder.iterdir():
-            if _left(path) <= 0:
+            if _NAME.fullmatch(path.name) and _left(path) <= 0:
                 path.unlink(missing_ok=True)
 
 

@@ -10,7 +10,7 @@ some of the steps, and each finished one; ``index``, another extension, says whi
 
 An edit changes what is transparent in the mask, or in the picture where there is none, and nothing
 else: those pixels come back as they were, at the size of the upload. A variation may be steered by
-a ``prompt`` and a ``strength`` above 0 up to 1, which OpenAI has not.
+a ``prompt`` and a ``strength`` from 0.01 to 1, which OpenAI has not.
 
 An upload's bytes say what it is. Pictures are taken from forms, ``data:`` URLs and uploaded files;
 no other URL is fetched. Prompts are read to their 16th token.
@@ -18,11 +18,11 @@ no other URL is fetched. Prompts are read to their 16th token.
 
 import asyncio
 import base64
-import binascii
 import re
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
@@ -121,7 +121,7 @@ class ImageVariationOptions(ImageOptions):
     """POST /v1/images/variations, without its file."""
 
     prompt: Annotated[str, Field(max_length=32_000)] = ""
-    strength: Annotated[float, Field(gt=0, le=1)] = edit.VARIATION
+    strength: Annotated[float, Field(ge=0.01, le=1)] = edit.VARIATION
 
 
 class ImageVariationForm(ImageVariationOptions):
@@ -229,6 +229,7 @@ async def create_image_edit(request: Request) -> Response:
         changed = edit.paste(original, drawn, mask)
         return changed if side is None else _sized(changed, side)
 
+    files.clear()  # many requests may wait, each with megabytes of them
     source = await _aside(lambda: Source(edit.fit(original, size), edit.fit_mask(mask, size)))
     return await _answer(request, _Task(model, body, body.prompt, whole, "image_edit", source))
 
@@ -248,6 +249,7 @@ async def create_image_variation(request: Request) -> Response:
         return _sized(drawn, side)
 
     source = await _aside(read)
+    files.clear()  # as above
     return await _answer(request, _Task(model, body, body.prompt, whole, "image_edit", source))
 
 
@@ -330,7 +332,7 @@ def _fetched(request: Request, reference: ImageReference, path: str) -> bytes:
         )
     try:
         return base64.b64decode(data, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii's, or the one for what is not ASCII
         raise _bad(
             f"{path}.image_url", f"Invalid '{path}.image_url': not base64 ({error})."
         ) from None
@@ -478,21 +480,22 @@ async def _answer(request: Request, task: _Task) -> Response:
     as_base64 = body.response_format == "b64_json" or (
         body.response_format is None and "gpt-image" in (body.model or "")
     )
-    base = str(request.base_url)
+    base, loop = str(request.base_url), asyncio.get_running_loop()
 
     def written(pixels: np.ndarray) -> dict[str, str]:
         data = picture.encode(task.whole(pixels), body.output_format)
         if as_base64:
             return {"b64_json": base64.b64encode(data).decode()}
-        return {"url": f"{base}images/{passing.put(data, body.output_format)}"}
+        name = passing.put(data, body.output_format)
+        # Each by itself: to look at every file there is once a request would be ever more work.
+        loop.call_soon_threadsafe(loop.call_later, SECONDS + 1, passing.drop, name)
+        return {"url": f"{base}images/{name}"}
 
     async def draw() -> list[dict[str, str]]:
         found = {drawn.index: drawn.pixels async for drawn in _drawn(task, call)}
         return [await _aside(written, found[index]) for index in sorted(found)]
 
     data = await unless_disconnected(request.receive, draw())
-    if not as_base64:
-        asyncio.get_running_loop().call_later(SECONDS + 1, passing.sweep)
     return JSONResponse(
         {
             "created": int(time.time()),
@@ -506,24 +509,27 @@ async def _answer(request: Request, task: _Task) -> Response:
 
 
 async def _events(task: _Task, call: Call) -> AsyncGenerator[Event, None]:
-    async for drawn in _drawn(task, call):
-        whole = await _aside(task.whole, drawn.pixels)
-        data = await _aside(picture.encode, whole, task.body.output_format)
+    def written(pixels: np.ndarray) -> dict[str, str]:
+        whole = task.whole(pixels)
+        data = picture.encode(whole, task.body.output_format)
         height, width = whole.shape[:2]
-        event: Event = {
-            "type": f"{task.event}.{'completed' if drawn.shown is None else 'partial_image'}",
-            "b64_json": base64.b64encode(data).decode(),
-            "created_at": int(time.time()),
-            "size": f"{width}x{height}",
-            "quality": task.quality,
-            "background": "opaque",
-            "output_format": task.body.output_format,
-            "index": drawn.index,
-        }
-        if drawn.shown is None:
-            yield event | {"usage": task.usage()}
-        else:
-            yield event | {"partial_image_index": drawn.shown}
+        return {"b64_json": base64.b64encode(data).decode(), "size": f"{width}x{height}"}
+
+    async with aclosing(_drawn(task, call)) as pictures:
+        async for drawn in pictures:
+            event: Event = {
+                "type": f"{task.event}.{'completed' if drawn.shown is None else 'partial_image'}",
+                **await _aside(written, drawn.pixels),
+                "created_at": int(time.time()),
+                "quality": task.quality,
+                "background": "opaque",
+                "output_format": task.body.output_format,
+                "index": drawn.index,
+            }
+            if drawn.shown is None:
+                yield event | {"usage": task.usage()}
+            else:
+                yield event | {"partial_image_index": drawn.shown}
 
 
 async def _drawn(task: _Task, call: Call) -> AsyncGenerator[Drawn, None]:

@@ -206,9 +206,9 @@ class DrawingModel:
                 return
             if self._compiled:
                 self.notify(f"compiling {self.id} for batches of {size} (once) ...")
-            # So few that every kind of step is among them, whatever the strength.
-            strength = order.source.strength if order.source else 1.0
-            short = replace(order, plan=replace(order.plan, steps=math.ceil(6 / strength)))
+            # Few, but every kind of step is among them; the strength changes numbers, not programs.
+            source = order.source and replace(order.source, strength=1.0)
+            short = replace(order, plan=replace(order.plan, steps=6), source=source)
             row = _Row(short, 0, 0, asyncio.Queue(), 0)
             for noisy, _ in self._steps([row], size):
                 self.painter.finish(noisy)

@@ -249,6 +249,7 @@ def test_what_is_no_picture_or_too_large_is_refused():
         (file_of(SMOOTH, "TIFF"), "not a picture"),
         (png(60_000, 60_000), "too large"),
         (png(5_000, 5_000), "5000 x 5000"),
+        (png(100_000, 1), "100000 x 1 pixels: a side"),
         (png(100, 100), "damaged or cut off"),
     ):
         with pytest.raises(ValueError, match=said):

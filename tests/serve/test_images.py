@@ -22,6 +22,7 @@ from PIL import Image
 import diffusion
 from diffusion import Plan, edit, picture, sample
 from serve import catalogue, offers, settings, sources
+from serve.api import images
 from serve.api.images import ImageEvent, Images
 from serve.app import create_app
 from serve.engine import Busy, Device, Lane, load_painter
@@ -133,6 +134,16 @@ def test_urls_expire_after_an_hour(client, home, painting_address):
         assert httpx.get(f"{painting_address}/images/{other}").status_code == 404, other
     create_app(Settings(home=home), Registry([scripted.model()], {}))  # the next start
     assert not (home / "pictures" / name).exists() and kept.exists()
+
+
+def test_what_has_expired_leaves_the_disk(client, home, monkeypatch):
+    monkeypatch.setattr(images, "SECONDS", -1)
+    left = set((home / "pictures").iterdir())
+    assert len(generate(client, n=2).data) == 2
+    until = time.monotonic() + 10
+    while set((home / "pictures").iterdir()) != left and time.monotonic() < until:
+        time.sleep(0.01)
+    assert set((home / "pictures").iterdir()) == left
 
 
 def test_pictures_need_no_key_where_the_rest_does(folder, tmp_path):
