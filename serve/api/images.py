@@ -154,7 +154,7 @@ class Image(Reply):
 class Images(Reply):
     created: int
     data: list[Image]
-    background: Literal["opaque"]
+    background: Literal["transparent", "opaque"]
     output_format: picture.Format
     quality: Literal["low", "medium", "high"]
     usage: ImageUsage
@@ -173,7 +173,7 @@ class ImageEvent(Reply):
     created_at: int
     size: str
     quality: Literal["low", "medium", "high"]
-    background: Literal["opaque"]
+    background: Literal["transparent", "opaque"]
     output_format: picture.Format
     index: int
     partial_image_index: int | None = None
@@ -231,7 +231,11 @@ async def create_image_edit(request: Request) -> Response:
 
     files.clear()  # many requests may wait, each with megabytes of them
     source = await _aside(lambda: Source(edit.fit(original, size), edit.fit_mask(mask, size)))
-    return await _answer(request, _Task(model, body, body.prompt, whole, "image_edit", source))
+    background = "opaque"
+    if original.shape[2] == 4 and body.output_format != "jpeg":
+        background = "transparent"  # where the original is, outside the mask
+    task = _Task(model, body, body.prompt, whole, "image_edit", source, background)
+    return await _answer(request, task)
 
 
 @router.post("/v1/images/variations", **_described(ImageVariationForm))
@@ -297,8 +301,9 @@ async def _read_form(request: Request, kind: type[AnyForm]) -> tuple[AnyForm, Fi
                     raise _several(bare)
                 else:
                     files[bare] = await value.read()
-    except HTTPException as error:  # not a form after all
-        raise APIError(400, f"Invalid form: {error.detail}", code="invalid_form") from None
+    except (HTTPException, ValueError) as error:  # not a form after all, or in an odd charset
+        reason = error.detail if isinstance(error, HTTPException) else error
+        raise APIError(400, f"Invalid form: {reason}", code="invalid_form") from None
     try:
         return kind.model_validate(fields, strict=False), files
     except ValidationError as error:
@@ -430,6 +435,7 @@ class _Task:
     Attributes:
         whole: makes what the client gets of what the model has drawn.
         event: how the events of its stream begin.
+        background: what the answer says of it.
     """
 
     model: DrawingModel
@@ -438,6 +444,7 @@ class _Task:
     whole: Callable[[np.ndarray], np.ndarray]
     event: str
     source: Source | None = None
+    background: str = "opaque"
 
     @property
     def quality(self) -> str:
@@ -500,7 +507,7 @@ async def _answer(request: Request, task: _Task) -> Response:
         {
             "created": int(time.time()),
             "data": data,
-            "background": "opaque",
+            "background": task.background,
             "output_format": body.output_format,
             "quality": task.quality,
             "usage": task.usage(),
@@ -522,7 +529,7 @@ async def _events(task: _Task, call: Call) -> AsyncGenerator[Event, None]:
                 **await _aside(written, drawn.pixels),
                 "created_at": int(time.time()),
                 "quality": task.quality,
-                "background": "opaque",
+                "background": task.background,
                 "output_format": task.body.output_format,
                 "index": drawn.index,
             }

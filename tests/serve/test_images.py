@@ -285,6 +285,20 @@ def test_transparency_of_the_picture_is_a_mask_too(client):
     assert (changed[:, 15:] != image[:, 15:]).any()
 
 
+def test_what_was_transparent_outside_the_mask_stays_so(client):
+    image = holed(upload())
+    mask = image[:, ::-1]  # transparent on the left
+    for format, kind, background in (("png", "RGBA", "transparent"), ("jpeg", "RGB", "opaque")):
+        how = {"response_format": "b64_json", "output_format": format}
+        answer = change(client, png(image), mask=png(mask), **how)
+        found = Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json)))
+        assert (found.mode, answer.background) == (kind, background)
+    kept = change(client, png(image), mask=png(mask), response_format="b64_json")
+    changed = pixels(kept.data[0].b64_json)
+    np.testing.assert_array_equal(changed[:, 12:], image[:, 12:])
+    assert (changed[:, :12, 3] == 255).all()
+
+
 def test_another_size_and_a_photograph(client):
     image = upload(32)
     photo = picture.encode(image, "jpeg")
@@ -460,6 +474,11 @@ def test_other_requests_that_cannot_be_answered(painting_address, tmp_path):
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "image"
     answer = httpx.post(f"{url}/variations", content=b"abc", headers={"content-type": "text/plain"})
     assert answer.status_code == 400
+    form = b'--x\r\nContent-Disposition: form-data; name="n"\r\n\r\n1\r\n--x--\r\n'
+    for charset in ("undefined", "idna"):  # no codecs for a form, but Python has them
+        kind = f"multipart/form-data; boundary=x; charset={charset}"
+        answer = httpx.post(f"{url}/variations", content=form, headers={"content-type": kind})
+        assert answer.status_code == 400, answer.text
     answer = httpx.post(f"{url}/variations", content=bytes(41 * 2**20))
     assert answer.status_code == 413
     with scripted.running(scripted.model(), home=tmp_path) as address:
