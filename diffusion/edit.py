@@ -178,8 +178,8 @@ def _mean(square: np.ndarray, size: int) -> np.ndarray:
     from PIL import Image
 
     shrunk = [
-        Image.fromarray(channel).resize((size, size), Image.Resampling.BOX)
-        for channel in np.moveaxis(square.astype(np.float32), -1, 0)
+        Image.fromarray(channel.astype(np.float32)).resize((size, size), Image.Resampling.BOX)
+        for channel in np.moveaxis(square, -1, 0)  # one at a time: floats of all are a lot
     ]
     return np.stack(shrunk, axis=-1)
 
