@@ -15,6 +15,8 @@ CASES = [  # model, clip, language
     ("whisper-tiny.en", "austen-0890", "en"),
     ("whisper-base", "austen-0880", "en"),
     ("whisper-base", "coffee-fr", "fr"),
+    ("whisper-base", "train-de", "de"),
+    ("whisper-base", "bread-es", "es"),
 ]
 
 

@@ -60,7 +60,7 @@ def test_words(id, name, language, clip, golden, whisper):
 
 def test_the_language_is_heard(clip, whisper):
     loaded = whisper("whisper-base")
-    for name, language in (("austen-0880", "en"), ("coffee-fr", "fr")):
+    for name, language in (("austen-0880", "en"), ("coffee-fr", "fr"), ("train-de", "de")):
         assert transcribe(loaded, clip(name)).language == language
 
 

@@ -18,7 +18,7 @@ from tests.audio.reference import reference
 HERE = Path(__file__).parent
 CLIPS = {
     "whisper-tiny.en": {"austen-0880": "en", "austen-0890": "en"},
-    "whisper-base": {"austen-0880": "en", "coffee-fr": "fr"},
+    "whisper-base": {"austen-0880": "en", "coffee-fr": "fr", "train-de": "de", "bread-es": "es"},
 }
 MEL_STEP, SOUND_STEP, LOGIT_STEP = 21, 291, 303  # rows, rows, tokens
 
