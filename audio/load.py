@@ -1,148 +1,212 @@
 """Sound from files: bytes of any common format to one channel of float32 at 16,000 Hz.
 
-The first bytes say what a file is; its name is not trusted. WAV, FLAC, Ogg (Vorbis, Opus), MP3 and
-AIFF are decoded by libsndfile, the containers of films and phones (MP4, M4A, WebM, MPEG, AAC) by
-FFmpeg's libraries. Only formats recognised here reach FFmpeg, since some of those it knows
-(playlists) are texts that name other files to open.
+The bytes say what a file is; its name is a hint for the few formats that have no signature. Files
+joined into one are split (`container`) and decoded one after the other. libsndfile decodes what it
+is proven to read whole: plain WAV, AIFF, FLAC, Ogg (Vorbis, Opus) and MP3. Everything else goes to
+FFmpeg's libraries, which go on behind damaged packets. Some formats that FFmpeg knows (playlists)
+are texts that name other files to open: only demuxers of one file's sound are admitted, and no
+protocol is.
 
-Leaves out: video, and choosing among several sound tracks (the first is read).
+Leaves out: video, and choosing among several sound tracks (FFmpeg's choice is taken).
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from audio import container
+
 RATE = 16_000  # samples a second, what Whisper listens to
 
 _BLOCK = 2**18  # frames decoded at a time
 _MAX_CHANNELS = 64
+_MAX_PARTS = 1000
 _RATES = (1_000, 768_000)  # samples a second that a file may have
-
-# What a file begins with: offset, bytes, who reads it (FFmpeg under the given name, or libsndfile).
-_SIGNS: tuple[tuple[int, bytes, str], ...] = (
-    (8, b"WAVE", "sndfile"),
-    (8, b"AIFF", "sndfile"),
-    (8, b"AIFC", "sndfile"),
-    (0, b"fLaC", "sndfile"),
-    (0, b"OggS", "sndfile"),
-    (0, b"ID3", "sndfile"),
-    (4, b"ftyp", "mov"),
-    (0, b"\x1a\x45\xdf\xa3", "matroska"),
-    (0, b"\x00\x00\x01\xba", "mpeg"),
+_DEMUXERS = (
+    "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dsf,dts,dtshd,eac3,flac,flv,g722,gsm,iff,"
+    "ircam,loas,matroska,mlp,mov,mp3,mpc,mpc8,mpeg,mpegts,nistsphere,ogg,oma,qcp,rm,shn,sox,tak,"
+    "truehd,tta,voc,w64,wav,wtv,wv,xwma"
 )
 
+Block = tuple[np.ndarray, int]  # float32 samples of one channel, and how many a second
 
-def load(source: str | Path | bytes, *, max_seconds: float | None = None) -> np.ndarray:
-    """Decodes a sound file and brings it to 16 kHz mono.
+
+class _NotPlain(Exception):
+    """libsndfile is not proven to read these bytes whole."""
+
+
+class _TooLong(Exception):
+    """The sound lasts longer than it may."""
+
+
+def load(
+    source: str | Path | bytes, *, name: str | None = None, max_seconds: float | None = None
+) -> np.ndarray:
+    """Decode a sound file to 16 kHz mono.
 
     Args:
         source: a path, or the bytes of the file.
+        name: the file's name, of which the suffix counts; None for that of the path.
         max_seconds: longer sounds are refused, before they fill the memory.
 
     Returns:
-        float32 [samples], mostly between -1 and 1; channels are averaged.
+        float32 [samples], mostly between -1 and 1; channels are mixed.
 
     Raises:
         FileNotFoundError: nothing at the path.
-        ValueError: the file is empty, of no known format, damaged, silent for want of samples, or
-            longer than `max_seconds`.
+        ValueError: the file is empty, of no known format, damaged beyond reading, without a sample,
+            or longer than `max_seconds`; or its format needs the packages of the extra `audio`.
     """
-    name, data = ("sound", source) if isinstance(source, bytes) else (str(source), None)
+    label, data = ("sound", source) if isinstance(source, bytes) else (str(source), None)
     if data is None:
         data = Path(source).read_bytes()
     if not data:
-        raise ValueError(f"{name}: the file is empty")
-    reader = sniff(data)
-    if reader is None:
-        raise ValueError(
-            f"{name}: not a sound file of a known format; flac, m4a, mp3, mp4, mpeg, mpga, ogg, "
-            "opus, wav and webm can be read"
-        )
-    blocks, seconds, to_rate = [], 0.0, None
+        raise ValueError(f"{label}: the file is empty")
+    suffix = Path(name if name is not None else label).suffix
+    limit = float("inf") if max_seconds is None else max_seconds
+    found: list[np.ndarray] = []
     try:
-        decoded = _sndfile(data) if reader == "sndfile" else _ffmpeg(data, reader)
-        for block, rate in decoded:
-            seconds += len(block) / rate
-            if max_seconds is not None and seconds > max_seconds:
-                break
-            to_rate = to_rate or _Resampler(rate)  # at once: a high rate takes much memory
-            blocks.append(to_rate(block))
+        parts = container.split(data) or [data]
+        if len(parts) > _MAX_PARTS:
+            raise ValueError(f"{len(parts)} files joined, at most {_MAX_PARTS} can be read")
+        for part in parts:
+            left = limit - sum(map(len, found)) / RATE
+            try:
+                found.append(_resampled(_sndfile(part), left))
+            except _NotPlain:
+                found.append(_resampled(_ffmpeg(part, suffix), left))
+    except _TooLong:
+        raise ValueError(f"{label}: longer than {limit:g} seconds") from None
     except ImportError as error:
-        raise ValueError(f"{name}: reading this format needs the package av: {error}") from error
-    except _decoding_errors() as error:
-        raise ValueError(f"{name}: damaged or truncated ({error})") from error
-    if max_seconds is not None and seconds > max_seconds:
-        raise ValueError(f"{name}: longer than {max_seconds:g} seconds")
-    if to_rate is None:
-        raise ValueError(f"{name}: holds no sound")
-    samples = np.concatenate([*blocks, to_rate.end()])
+        raise ValueError(
+            f"{label}: this file needs the package {error.name}: pip install 'pellucid[audio]'"
+        ) from error
+    except ValueError as error:
+        which = f"part {len(found) + 1} of {len(parts)}: " if len(parts) > 1 else ""
+        raise ValueError(f"{label}: {which}{error}") from error
+    samples = found[0] if len(found) == 1 else np.concatenate(found)
+    if not len(samples):
+        raise ValueError(f"{label}: holds no sound")
     if not np.isfinite(samples).all():
-        raise ValueError(f"{name}: holds samples that are not numbers")
+        raise ValueError(f"{label}: holds samples that are not numbers")
     return samples
 
 
-def sniff(data: bytes) -> str | None:
-    """Who can read these bytes: "sndfile", or the name of an FFmpeg demuxer; None for nobody."""
-    for offset, sign, reader in _SIGNS:
-        if data[offset : offset + len(sign)] == sign:
-            return reader
-    # MPEG audio without a header begins with a frame: eleven ones, then version and layer.
-    if len(data) > 2 and data[0] == 0xFF and data[1] & 0xE0 == 0xE0:
-        layer = data[1] >> 1 & 3
-        return "sndfile" if layer else "aac"
-    return None
+def _resampled(blocks: Iterator[Block], max_seconds: float) -> np.ndarray:
+    """All blocks at `RATE`, float32 [samples]; each has its own rate.
 
-
-class _Resampler:
-    """Brings blocks of float32 samples at `rate` a second to `RATE`."""
-
-    def __init__(self, rate: int):
-        self._stream = None
+    Raises:
+        _TooLong: they last longer than `max_seconds`.
+    """
+    done, seconds = [np.zeros(0, np.float32)], 0.0
+    for rate, run in itertools.groupby(blocks, key=lambda block: block[1]):
+        stream = None
         if rate != RATE:
             import soxr
 
-            self._stream = soxr.ResampleStream(rate, RATE, 1, dtype="float32", quality="HQ")
+            stream = soxr.ResampleStream(rate, RATE, 1, dtype="float32", quality="HQ")
+        for samples, _ in run:
+            seconds += len(samples) / rate
+            if seconds > max_seconds:
+                raise _TooLong
+            # Block by block: at a high rate the whole would fill the memory.
+            done.append(samples if stream is None else stream.resample_chunk(samples))
+        if stream is not None:
+            done.append(stream.resample_chunk(np.zeros(0, np.float32), last=True))
+    return np.concatenate(done)
 
-    def __call__(self, block: np.ndarray) -> np.ndarray:
-        return block if self._stream is None else self._stream.resample_chunk(block)
 
-    def end(self) -> np.ndarray:
-        """What is still inside."""
-        nothing = np.zeros(0, np.float32)
-        return nothing if self._stream is None else self._stream.resample_chunk(nothing, last=True)
+def _sndfile(part: bytes) -> Iterator[Block]:
+    """Decode with libsndfile.
 
-
-def _sndfile(data: bytes) -> Iterator[tuple[np.ndarray, int]]:
+    Raises:
+        _NotPlain: the structure is not one of those that it reads whole, or it fails.
+    """
     import soundfile
 
-    with soundfile.SoundFile(io.BytesIO(data)) as file:
-        _check(file.channels, file.samplerate)
-        while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
-            yield block.mean(axis=1), file.samplerate
+    is_plain = {
+        "wav": container.is_plain_wav,
+        "ogg": container.is_plain_ogg,
+        "": container.is_plain_mp3,
+        "flac": bool,
+        "aiff": bool,
+    }.get(container.name(part))
+    if is_plain is None or not is_plain(part):
+        raise _NotPlain
+    try:
+        with soundfile.SoundFile(io.BytesIO(part)) as file:
+            _check(file.channels, file.samplerate)
+            num_frames = 0
+            while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
+                num_frames += len(block)
+                yield block.mean(axis=1), file.samplerate
+            if num_frames == 0 or num_frames != file.frames:
+                raise _NotPlain
+    except soundfile.SoundFileError:
+        raise _NotPlain from None
 
 
-def _ffmpeg(data: bytes, format: str) -> Iterator[tuple[np.ndarray, int]]:
+def _ffmpeg(part: bytes, suffix: str) -> Iterator[Block]:
+    """Decode with FFmpeg, behind damaged packets too.
+
+    Raises:
+        ImportError: the package av is not installed.
+        ValueError: no known format, no sound track, or more packets damaged than read.
+    """
     import av
 
-    with av.open(io.BytesIO(data), format=format) as container:
-        if not container.streams.audio:
+    file = io.BytesIO(part)
+    file.name = f"sound{suffix}"  # a hint for FFmpeg's probe
+    limits = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "none"}
+    try:
+        media = av.open(file, options=limits)
+    except (av.FFmpegError, ValueError):
+        raise ValueError(
+            "not a sound file of a known format, or damaged at its start; flac, m4a, mp3, mp4, "
+            "mpeg, mpga, ogg, opus, wav, webm and most others that FFmpeg reads are known"
+        ) from None
+    with media:
+        stream = media.streams.best("audio")
+        if stream is None:
             raise ValueError("it has no sound track")
-        stream = container.streams.audio[0]
         if stream.codec_context is None:
             raise ValueError("its sound track is of no known codec")
-        _check(stream.codec_context.channels, stream.codec_context.sample_rate)
-        # FFmpeg mixes channels and widens samples; the rate is left to one resampler for all.
-        rate = stream.codec_context.sample_rate
-        to_float = av.AudioResampler(format="flt", layout="mono", rate=rate)
-        for frame in container.decode(stream):
-            for part in to_float.resample(frame):
-                yield part.to_ndarray().reshape(-1), rate
-        for part in to_float.resample(None):
-            yield part.to_ndarray().reshape(-1), rate
+        resamplers: dict[tuple, av.AudioResampler] = {}
+        num_read = num_damaged = 0
+        for packet in _packets(media, stream):
+            try:
+                frames = packet.decode()
+            except av.FFmpegError:
+                num_damaged += 1
+                continue
+            num_read += 1
+            for frame in frames:
+                form = (frame.format.name, frame.layout.name, frame.rate)
+                if form not in resamplers:
+                    _check(frame.layout.nb_channels, frame.rate)
+                    # It mixes channels and widens samples; the rate is left to one resampler.
+                    resamplers[form] = av.AudioResampler("flt", "mono", frame.rate)
+                for mixed in resamplers[form].resample(frame):
+                    yield mixed.to_ndarray().reshape(-1), frame.rate
+        if num_damaged > num_read:
+            raise ValueError(f"damaged: {num_damaged} of {num_damaged + num_read} packets")
+
+
+def _packets(media, stream) -> Iterator:
+    """The packets of a stream, up to the end or to where the file is cut."""
+    import av
+
+    packets = media.demux(stream)
+    while True:
+        try:
+            yield next(packets)
+        except (StopIteration, av.FFmpegError):
+            return
 
 
 def _check(channels: int, rate: int) -> None:
@@ -152,14 +216,3 @@ def _check(channels: int, rate: int) -> None:
         raise ValueError(
             f"{rate} samples a second, only from {_RATES[0]} to {_RATES[1]} can be read"
         )
-
-
-def _decoding_errors() -> tuple[type[Exception], ...]:
-    import soundfile
-
-    errors: tuple[type[Exception], ...] = (soundfile.SoundFileError, ValueError, EOFError)
-    try:
-        import av
-    except ImportError:
-        return errors
-    return (*errors, av.FFmpegError)

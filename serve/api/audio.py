@@ -1,8 +1,9 @@
 """POST /v1/audio/transcriptions and /v1/audio/translations: what is said in a sound file.
 
-The body is a form with a file of at most 25 MB; its bytes say what it is, its name and type are not
-looked at. Temperature 0, or none, means: greedy, and hotter again where the result looks wrong.
-Windows are opened only where somebody speaks, so silence and noise yield no text.
+The body is a form with a file of at most 25 MB. Its bytes say what it is; its suffix counts only
+where they do not. At temperature 0, the default, decoding is greedy, and goes on at higher
+temperatures where the result looks wrong. Windows are opened only where somebody speaks, so silence
+and noise yield no text.
 
 ``stream`` sends a ``transcript.text.delta`` for each segment and ``transcript.text.done`` at the
 end. OpenAI ignores it for whisper-1; here it works for every model. ``keywords`` are words likely
@@ -157,11 +158,11 @@ async def create_translation(request: Request) -> Response:
 
 
 async def _answer(request: Request, task: Literal["transcribe", "translate"]) -> Response:
-    body, data = await _read_form(request)
+    body, data, name = await _read_form(request)
     model = await listener_of(request, body.model)
     _check(body, model, task)
     call_of(request.scope).model = model.id
-    samples = await asyncio.to_thread(_decoded, data)
+    samples = await asyncio.to_thread(_decoded, data, name)
     plan = audio.Plan(
         initial_prompt=body.prompt,
         words="word" in body.timestamp_granularities,
@@ -181,8 +182,8 @@ async def _answer(request: Request, task: Literal["transcribe", "translate"]) ->
 # --- reading ----------------------------------------------------------------------------------
 
 
-async def _read_form(request: Request) -> tuple[SpeechBody, bytes]:
-    """The fields of the form, and the bytes of its file."""
+async def _read_form(request: Request) -> tuple[SpeechBody, bytes, str]:
+    """The fields of the form, the bytes of its file, and the name that it was sent under."""
     try:
         async with request.form(max_files=1, max_fields=100) as form:
             file, fields = form.get("file"), _fields(form.multi_items())
@@ -194,13 +195,13 @@ async def _read_form(request: Request) -> tuple[SpeechBody, bytes]:
                     param="file",
                     code="missing_required_parameter",
                 )
-            data = await file.read()
+            data, name = await file.read(), file.filename or ""
     except HTTPException as error:  # not a form after all
         raise APIError(400, f"Invalid form: {error.detail}", code="invalid_form") from None
     if len(data) > MAX_BYTES:
         raise APIError(413, f"Maximum content size limit ({MAX_BYTES}) exceeded", param="file")
     try:
-        return SpeechBody.model_validate(fields), data
+        return SpeechBody.model_validate(fields), data, name
     except ValidationError as error:
         raise from_validation(error) from None
 
@@ -260,9 +261,9 @@ def _check(body: SpeechBody, model: SpeechModel, task: str) -> None:
             ) from None
 
 
-def _decoded(data: bytes) -> np.ndarray:
+def _decoded(data: bytes, name: str) -> np.ndarray:
     try:
-        return audio.load(data, max_seconds=MAX_SECONDS)
+        return audio.load(data, name=name, max_seconds=MAX_SECONDS)
     except ValueError as error:
         reason = str(error).removeprefix("sound: ")
         raise APIError(

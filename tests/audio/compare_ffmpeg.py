@@ -1,0 +1,133 @@
+"""Odd sound files, as ffmpeg decodes them and as we do: python -m tests.audio.compare_ffmpeg
+
+Makes 147 files from two clips with the program ffmpeg: every container and codec that it writes,
+files joined, cut, with something in front or behind, with a wrong name. Prints both durations side
+by side, and with `--text MODEL_FOLDER` both texts. Marks durations that differ by more than 50 ms;
+of most joined formats ffmpeg reads the first file only, which is told apart.
+"""
+
+import argparse
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+import audio
+from audio.load import RATE
+
+CLIPS = [
+    Path(__file__).parent.parent / "golden" / "audio" / f"austen-{number}.flac"
+    for number in ("0880", "0930")
+]
+WRITTEN = """
+wav: -c:a pcm_u8 | -c:a pcm_s16le | -c:a pcm_s24le | -c:a pcm_s32le | -c:a pcm_f32le
+wav: -c:a pcm_f64le | -c:a pcm_mulaw | -c:a pcm_alaw | -c:a adpcm_ima_wav | -c:a adpcm_ms
+wav: -c:a libgsm_ms -ar 8000 | -c:a g722 | -c:a g726 -ar 8000 | -c:a libmp3lame | -ac 6
+wav: -ar 8000 | -ar 11025 | -ar 22050 | -ar 44100 -ac 2 | -ar 96000 | -ar 192000 | -rf64 always
+w64: | -c:a pcm_s24le
+aiff: | -c:a pcm_f32be | -c:a pcm_mulaw
+caf: | -c:a pcm_alaw
+au: | -c:a pcm_mulaw
+voc:
+flac: | -ac 6 | -ar 96000 -sample_fmt s32
+ogg: -c:a libvorbis | -c:a libopus | -c:a flac | -c:a libspeex
+mp3: | -ar 8000 | -write_xing 0 | -b:a 320k -ar 48000 -ac 2 | -q:a 9 -ar 44100
+mp2: -ar 44100
+m4a: | -c:a alac
+mp4: -c:a aac -movflags frag_keyframe+empty_moov | -c:a libopus | -c:a libmp3lame
+mov: -c:a pcm_s16le
+3gp: -c:a aac
+aac:
+latm: -c:a aac
+webm: | -c:a libvorbis
+mka: | -c:a flac
+wma: | -c:a wmav1
+ac3:
+eac3:
+dts: -strict -2 -ar 48000
+tta:
+wv:
+ts: -c:a aac
+mpg:
+avi:
+flv: -c:a aac -ar 44100
+wtv:
+rm: -c:a ac3
+"""
+JOINED = ("wav", "flac", "mp3", "ogg", "m4a", "aac", "webm", "aiff", "caf", "w64", "wma", "ts")
+
+
+def ffmpeg(*arguments: str | Path) -> bytes:
+    """What ffmpeg writes to stdout; it writes some even where it finds fault."""
+    command = ["ffmpeg", "-v", "error", "-nostdin", "-y", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, check=False).stdout
+
+
+def written(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Two files for each line of `WRITTEN`: of one clip and of the other."""
+    for line in WRITTEN.strip().splitlines():
+        suffix, _, options = line.partition(":")
+        for option in options.split("|"):
+            label = "_".join(option.replace("-", " ").replace(":", " ").split()) or "default"
+            pair = [folder / f"{label}-{i}.{suffix}" for i in range(2)]
+            for clip, path in zip(CLIPS, pair, strict=True):
+                ffmpeg("-i", clip, *option.split(), path)
+            if all(path.is_file() and path.stat().st_size for path in pair):
+                yield pair[0], pair[1]
+
+
+def files(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """The files, and whether ffmpeg is known to read only a part of them."""
+    pairs = list(written(folder))
+    yield from ((first, False) for first, _ in pairs)
+    seen = set()
+    for first, other in pairs:
+        suffix, data = first.suffix[1:], first.read_bytes()
+        if suffix not in JOINED or (suffix in seen and suffix != "ogg"):
+            continue
+        seen.add(suffix)
+        middle = len(data) // 2
+        for name, changed in {
+            "joined": data + other.read_bytes(),
+            "cut": data[:middle],
+            "begins-inside": data[len(data) // 3 :],
+            "zeros-behind": data + bytes(2000),
+            "id3-in-front": b"ID3\x04\0\0\0\0\x02\0" + bytes(256) + data,
+        }.items():
+            path = folder / f"{name}-{first.stem}.{suffix}"
+            path.write_bytes(changed)
+            yield path, name == "joined"
+    wrong = folder / "a-flac-called.mp3"
+    wrong.write_bytes(CLIPS[0].read_bytes())
+    yield wrong, False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--text", metavar="FOLDER", help="transcribe with this Whisper")
+    whisper = audio.load_model(folder) if (folder := parser.parse_args().text) else None
+    num, num_apart = 0, 0
+    with tempfile.TemporaryDirectory() as name:
+        for path, is_partial in files(Path(name)):
+            raw = ffmpeg("-i", path, "-f", "s16le", "-ac", "1", "-ar", str(RATE), "-")
+            theirs = np.frombuffer(raw, "<i2").astype(np.float32) / 2**15
+            try:
+                ours, fault = audio.load(path), ""
+            except ValueError as error:
+                ours, fault = np.zeros(0, np.float32), str(error).rpartition(": ")[2]
+            apart = abs(len(ours) - len(theirs)) > 0.05 * RATE
+            num, num_apart = num + 1, num_apart + (apart and not is_partial)
+            mark = ("first part" if is_partial else "APART") if apart else ""
+            durations = f"{len(theirs) / RATE:7.3f} {len(ours) / RATE:7.3f}"
+            print(f"{path.name:42} {durations} {mark:10} {fault}", flush=True)
+            if whisper is not None:
+                for label, samples in (("ffmpeg", theirs), ("ours", ours)):
+                    text = audio.transcribe(whisper, samples).text if len(samples) else ""
+                    print(f"    {label:7} {text}", flush=True)
+    print(f"{num} files, {num_apart} durations apart by more than 50 ms")
+
+
+if __name__ == "__main__":
+    main()
