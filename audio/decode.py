@@ -100,12 +100,24 @@ class Fallback:
             return False
         return self.avg_logprob is None or self._is_doubtful(result)
 
+    def best(self, results: Sequence[Result]) -> Result:
+        """The result to keep of all attempts at a window: the last, unless it fails too.
+
+        Then it is the likeliest, if possible of those that do not repeat themselves.
+        """
+        if not self.fails(results[-1]):
+            return results[-1]
+        return max(
+            [r for r in results if not self._repeats(r)] or results, key=lambda r: r.avg_logprob
+        )
+
     def _is_doubtful(self, result: Result) -> bool:
         is_guess = self.avg_logprob is not None and result.avg_logprob < self.avg_logprob
-        repeats = (
-            self.compression_ratio is not None and result.compression_ratio > self.compression_ratio
-        )
-        return is_guess or repeats
+        return is_guess or self._repeats(result)
+
+    def _repeats(self, result: Result) -> bool:
+        limit = self.compression_ratio
+        return limit is not None and result.compression_ratio > limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,26 +186,30 @@ def decode_with_fallback(
     best_of: int | None = 5,
     run: Run = at_once,
 ) -> list[Result]:
-    """`decode`, again and hotter for the windows whose result looks wrong.
+    """`decode`, again at higher temperatures for the windows whose result looks wrong.
+
+    If every attempt looks wrong, the best is kept (`Fallback.best`), as in faster-whisper;
+    openai-whisper keeps the last, the one with the most chance in it.
 
     Args:
         options: its temperature is replaced by the fallback's; its beams count at temperature 0.
         best_of: tries at temperatures above 0.
     """
-    results: dict[int, Result] = {}
+    attempts: list[list[Result]] = [[] for _ in range(len(sound))]
     waiting = list(range(len(sound)))
     for temperature in fallback.temperatures:
         own = replace(options, temperature=temperature, best_of=None)
         if temperature:
             own = replace(options, temperature=temperature, beam_size=None, best_of=best_of)
         # All windows at first; then one by one, so that any number of them takes one program.
-        for group in [[i] for i in waiting] if results else [waiting]:
+        for group in [[i] for i in waiting] if attempts[0] else [waiting]:
             part = sound if len(group) == len(sound) else sound[np.array(group)]
-            results |= zip(group, decode(whisper, part, own, run=run), strict=True)
-        waiting = [i for i in waiting if fallback.fails(results[i])]
+            for i, result in zip(group, decode(whisper, part, own, run=run), strict=True):
+                attempts[i].append(result)
+        waiting = [i for i in waiting if fallback.fails(attempts[i][-1])]
         if not waiting:
             break
-    return [results[i] for i in range(len(sound))]
+    return [fallback.best(results) for results in attempts]
 
 
 def detect_language(

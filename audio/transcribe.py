@@ -2,8 +2,8 @@
 
 In turn (Radford et al. 2022, section 3.8): a window of 30 seconds is written down; the next begins
 at the last point in time that was written, so that no word is cut; what was said before is given to
-the decoder as context. At once: the sound is cut into regions at pauses, independent of each other;
-a window of each shares the steps of the decoder, whose weights are then read once for all of them.
+the decoder as context. At once: the sound is cut at pauses into regions of a window at most, independent of each other;
+several share the steps of the decoder, whose weights are then read once for all of them.
 The first way keeps names and style consistent; the second is quicker, and an error does not carry
 over.
 
@@ -17,7 +17,6 @@ long silences, of which there are none.
 from __future__ import annotations
 
 import itertools
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,8 +35,6 @@ from audio.vad import Span
 from audio.whisper import Run, Whisper, at_once
 
 _PASSED_OVER = 1.5  # seconds of speech that a window must not leave unwritten
-_REGION = 150.0  # seconds, about as long as what is gone through in turn beside other regions
-_SLACK = 5.0  # seconds by which a region may be longer, to end in a pause
 _BREAK = 0.7  # seconds of pause that no segment lies across
 _STEPS = round(SECONDS_PER_STEP * FRAMES_PER_SECOND)  # frames between two points in time
 
@@ -177,15 +174,14 @@ def listen(
         # From here on time stands still in long pauses, until `_in_place` sets a segment right.
         kept = vad.kept_frames(spans, len(spectrogram))
         spectrogram = spectrogram[kept]
+    if not len(spectrogram):  # nobody speaks
+        return
     heard = vad.moved(spans, kept)
-    whole = len(spectrogram) / FRAMES_PER_SECOND
-    regions = [(0.0, whole)]
+    regions = [(0.0, len(spectrogram) / FRAMES_PER_SECOND)]
     if plan.batch > 1:
-        # A multiple of the batch, of about the same length, so that they come to an end together.
-        share = whole / plan.batch / math.ceil(whole / plan.batch / _REGION)
+        # Of a window each: the text of a long sound comes as its windows are finished.
         window = whisper.cfg.num_frames / FRAMES_PER_SECOND
-        longest = max(share + _SLACK, window)
-        regions = vad.windows(spectrogram.mean(axis=1), heard, longest=longest)
+        regions = vad.windows(spectrogram.mean(axis=1), heard, longest=window)
     prompt = plan.initial_prompt.strip()
     before = whisper.tokens.encode(" " + prompt) if prompt else ()
     regions = [tuple(round(t * FRAMES_PER_SECOND) for t in region) for region in regions]
@@ -294,9 +290,10 @@ def _go_on(
         job.segments += segments
         job.seek += step
         if plan.condition and plan.batch == 1:
-            # What came of much chance is no good context.
+            # A text with much chance in it, or one that looks wrong, is no good context.
             written = tuple(id for segment in segments for id in segment.ids)
-            job.before = (*job.before, *written) if result.temperature <= 0.5 else ()
+            is_context = result.temperature <= 0.5 and not plan.fallback.fails(result)
+            job.before = (*job.before, *written) if is_context else ()
 
 
 def _reach(job: _Job, most: int, spans: Sequence[Span]) -> int:

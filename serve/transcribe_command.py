@@ -4,9 +4,11 @@ Text goes to stdout segment by segment, as it is written; how far it got, to std
 formats are whole documents: with several files, `--output-dir` writes one beside the other.
 """
 
+import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,6 +16,9 @@ from serve import terminal
 from serve.failures import Failure, NotFound, WrongUsage
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from audio import Options, Plan, Transcript
     from serve.engine import SpeechModel
 
 DEFAULT = "whisper-base"
@@ -68,40 +73,48 @@ def transcribe(
         raise WrongUsage("several documents do not fit on stdout: give --output-dir")
     if len(files) > 1 and (spectrogram or alignment):
         raise WrongUsage("a picture shows one file")
-    if absent := [file for file in files if not file.is_file()]:
-        raise NotFound(f"there is no file {absent[0]}")
+    if output_dir is not None and (clash := _same_target(files)):
+        raise WrongUsage(
+            f"{clash[0]} and {clash[1]} would both be written to {_target(clash[0], format)}: "
+            "transcribe them one by one, with an --output-dir each"
+        )
     import audio
     from audio import inspect, subtitles
-    from audio.load import RATE
-    from audio.transcribe import Transcript, find_language, find_spans, listen
 
-    served = _loaded(model, dtype)
-    whisper = served.whisper
-    plan = audio.Plan(initial_prompt=prompt, words=words or bool(spectrogram), batch=batch)
+    failures: list[Failure] = []
+
+    def fail(failure: Failure) -> None:
+        terminal.complain(str(failure))
+        failures.append(failure)
+
+    present = [file for file in files if file.is_file()]
     for file in files:
+        if file not in present:
+            fail(NotFound(f"there is no file {file}"))
+    if not present:
+        raise typer.Exit(failures[0].exit_code)
+    served = _loaded(model, dtype)
+    task: Literal["transcribe", "translate"] = "translate" if translate else "transcribe"
+    options = audio.Options(task=task, language=language or "en", beam_size=beams)
+    try:
+        served.whisper.tokens.opening(options.language, task, timestamps=True)
+    except ValueError as error:
+        raise WrongUsage(f"{served.id}: {error}") from None
+    plan = audio.Plan(initial_prompt=prompt, words=words or bool(spectrogram), batch=batch)
+    to_stdout = output_dir is None and format == "text"
+    for file in present:
+        started = time.perf_counter()
         try:
-            samples = audio.load(file)
-            started, duration = time.perf_counter(), len(samples) / RATE
-            spans = find_spans(samples, plan)
-            code = find_language(whisper, samples, language, spans)
-            task = "translate" if translate else "transcribe"
-            options = audio.Options(task=task, language=code, beam_size=beams)
-            to_stdout = output_dir is None and format == "text"
-            segments = []
-            for segment in listen(whisper, samples, options=options, plan=plan, spans=spans):
-                segments.append(segment)
-                if to_stdout:
-                    terminal.answer(segment.text.strip())
-                else:
-                    terminal.say(f"{file.name}: {segment.end:.0f} of {duration:.0f} s")
-        except ValueError as error:
-            raise WrongUsage(str(error)) from None
-        text = "".join(segment.text for segment in segments).strip()
-        found = Transcript(language=code, duration=duration, text=text, segments=tuple(segments))
+            samples, found = _transcribe(served, file, language, options, plan, to_stdout)
+        except Failure as failure:
+            fail(failure)
+            continue
+        if not found.segments:
+            terminal.say(f"{file.name}: no speech in {found.duration:.1f} s")
         document = subtitles.write(found, format, words=words)
         if output_dir is not None:
             output_dir.mkdir(parents=True, exist_ok=True)
-            target = output_dir / f"{file.stem}.{_SUFFIX.get(format, format)}"
+            target = output_dir / _target(file, format)
             target.write_text(document, "utf-8")
             terminal.say(str(target))
         elif not to_stdout:
@@ -109,17 +122,69 @@ def transcribe(
         if stats:
             seconds = time.perf_counter() - started
             terminal.say(
-                f"[{duration:.1f} s of sound · {seconds:.1f} s · {duration / seconds:.1f} times as "
-                f"fast as it was said · {served.format}]"
+                f"[{found.duration:.1f} s of sound · {seconds:.1f} s · "
+                f"{found.duration / seconds:.1f} times as fast as it was said · {served.format}]"
             )
         try:
             if spectrogram:
-                spoken = [word for segment in segments for word in segment.words]
+                spoken = [word for segment in found.segments for word in segment.words]
                 inspect.spectrogram(spectrogram, samples, spoken)
             if alignment:
-                inspect.alignment(alignment, whisper, samples, found)
+                inspect.alignment(alignment, served.whisper, samples, found)
         except ValueError as error:
             raise Failure(str(error)) from None
+    if failures:
+        raise typer.Exit(failures[0].exit_code)
+
+
+def _transcribe(
+    served: "SpeechModel",
+    file: Path,
+    language: str | None,
+    options: "Options",
+    plan: "Plan",
+    to_stdout: bool,
+) -> "tuple[np.ndarray, Transcript]":
+    """The samples of a file and its transcript; text reaches stdout as it is written."""
+    import audio
+    from audio.load import RATE
+    from audio.transcribe import find_language, find_spans, listen
+
+    try:
+        samples = audio.load(file)
+    except OSError as error:
+        raise Failure(f"{file}: {error.strerror}") from None
+    except ValueError as error:
+        raise WrongUsage(str(error)) from None
+    duration = len(samples) / RATE
+    spans = find_spans(samples, plan)
+    code = find_language(served.whisper, samples, language, spans)
+    options = dataclasses.replace(options, language=code)
+    segments = []
+    for segment in listen(served.whisper, samples, options=options, plan=plan, spans=spans):
+        segments.append(segment)
+        if to_stdout:
+            terminal.answer(segment.text.strip())
+        else:
+            terminal.say(f"{file.name}: {segment.end:.0f} of {duration:.0f} s")
+    text = "".join(segment.text for segment in segments).strip()
+    found = audio.Transcript(language=code, duration=duration, text=text, segments=tuple(segments))
+    return samples, found
+
+
+def _target(file: Path, format: str) -> str:
+    """The name of the document of a sound file."""
+    return f"{file.stem}.{_SUFFIX.get(format, format)}"
+
+
+def _same_target(files: Sequence[Path]) -> tuple[Path, Path] | None:
+    """Two files whose documents would have one name, if there are any."""
+    stems: dict[str, Path] = {}
+    for file in files:
+        if file.stem in stems:
+            return stems[file.stem], file
+        stems[file.stem] = file
+    return None
 
 
 def _loaded(name: str, dtype: str) -> "SpeechModel":

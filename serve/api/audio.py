@@ -28,6 +28,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 import audio
 from audio import subtitles
 from audio.load import RATE
+from audio.tokens import SECONDS_PER_STEP
 from audio.transcribe import Segment, Transcript
 from serve.api.models import listener_of
 from serve.api.openapi import described
@@ -75,6 +76,19 @@ class Logprob(Reply):
 class SpeechUsage(Reply):
     type: Literal["duration"]
     seconds: int
+
+
+class InputTokenDetails(Reply):
+    audio_tokens: int
+    text_tokens: int
+
+
+class TokenUsage(Reply):
+    type: Literal["tokens"]
+    input_tokens: int
+    input_token_details: InputTokenDetails
+    output_tokens: int
+    total_tokens: int
 
 
 class Transcription(Reply):
@@ -129,7 +143,7 @@ class SpeechEvent(Reply):
     delta: str | None = None
     text: str | None = None
     logprobs: list[Logprob] | None = None
-    usage: SpeechUsage | None = None
+    usage: TokenUsage | None = None
 
 
 def _described(*, events: type[Reply] | None = None) -> dict[str, Any]:
@@ -335,7 +349,7 @@ async def _events(hearing: _Hearing, body: SpeechBody) -> AsyncGenerator[Event, 
     yield (
         done
         | {name: _logprobs(hearing, hearing.segments) for name in extra}
-        | {"usage": _usage(hearing.transcript)}
+        | {"usage": _token_usage(hearing, body)}
     )
 
 
@@ -362,6 +376,20 @@ def _written(found: Transcript, body: SpeechBody, task: str, hearing: _Hearing) 
 
 def _usage(found: Transcript) -> dict[str, Any]:
     return {"type": "duration", "seconds": math.ceil(found.duration)}
+
+
+def _token_usage(hearing: _Hearing, body: SpeechBody) -> dict[str, Any]:
+    """What went in and came out, an audio token being a position of the encoder: 50 a second."""
+    heard = math.ceil(hearing.transcript.duration / SECONDS_PER_STEP)
+    read = sum(len(hearing.tokens.encode(text)) for text in (body.prompt, *body.keywords) if text)
+    written = sum(len(segment.ids) for segment in hearing.segments)
+    return {
+        "type": "tokens",
+        "input_tokens": heard + read,
+        "input_token_details": {"audio_tokens": heard, "text_tokens": read},
+        "output_tokens": written,
+        "total_tokens": heard + read + written,
+    }
 
 
 def _logprobs(hearing: _Hearing, segments: Sequence[Segment]) -> list[dict[str, Any]]:

@@ -172,6 +172,18 @@ def test_fallback():
     assert not ladder.is_silence(result(compression_ratio=3.0, no_speech_prob=0.3))
 
 
+def test_fallback_keeps_the_likeliest_attempt():
+    """The last attempt was kept, drawn at temperature 1: a German clip became nonsense at -2.97."""
+    ladder, likely = Fallback(), result(avg_logprob=-1.1, temperature=0.2)
+    guess = result(avg_logprob=-2.9, temperature=1.0)
+    assert ladder.best([result(avg_logprob=-1.4), likely, guess]) is likely
+    looping = result(avg_logprob=-0.2, compression_ratio=3.0)
+    assert ladder.best([looping, likely, guess]) is likely
+    assert ladder.best([looping, replace(looping, avg_logprob=-0.1)]).avg_logprob == -0.1
+    fine = result(avg_logprob=-0.9, temperature=0.4)
+    assert ladder.best([looping, likely, fine]) is fine
+
+
 def test_cut(tokens):
     begin = tokens.timestamp_begin
     ids = (begin, 5, 6, begin + 10, begin + 12, 7, begin + 20)
