@@ -212,6 +212,28 @@ def decode_with_fallback(
     return [fallback.best(results) for results in attempts]
 
 
+def score(
+    whisper: Whisper, sound: jax.Array, ids: Sequence[int], options: Options, *, run: Run = at_once
+) -> np.ndarray:
+    """The logits before each of the given ids and behind the last (teacher forcing).
+
+    Args:
+        sound: float32 [1, max_audio_len, D].
+        ids: what is written, fewer than half of the decoder's positions.
+
+    Returns:
+        float32 [len(ids) + 1, V].
+    """
+    writer = _Writer(
+        whisper, sound, _opening(whisper.tokens, whisper.cfg, options), options, 1, run
+    )
+    logits = [writer.logits]
+    for id in ids:
+        writer.advance([id])
+        logits.append(writer.logits)
+    return np.concatenate([np.asarray(part) for part in logits])
+
+
 def detect_language(
     whisper: Whisper, sound: jax.Array, *, run: Run = at_once
 ) -> list[dict[str, float]]:

@@ -2,10 +2,10 @@
 
 In turn (Radford et al. 2022, section 3.8): a window of 30 seconds is written down; the next begins
 at the last point in time that was written, so that no word is cut; what was said before is given to
-the decoder as context. At once: the sound is cut at pauses into regions of a window at most, independent of each other;
-several share the steps of the decoder, whose weights are then read once for all of them.
-The first way keeps names and style consistent; the second is quicker, and an error does not carry
-over.
+the decoder as context. At once: the sound is cut at pauses into regions of a window at most,
+independent of each other; several share the steps of the decoder, whose weights are then read once
+for all of them. The first way keeps names and style consistent; the second is quicker, and an error
+does not carry over.
 
 Either way a long pause is shortened to three seconds before anybody listens (`skip_silence`): in it
 the decoder loses its sense of time, or starts to invent. Times are set right afterwards.

@@ -71,7 +71,7 @@ def offer(
     if is_encoder(place):
         return _offer_of_encoder(place, dtype, notify)
     if is_speech(place):
-        return _offer_of_speech(place, dtype)
+        return _offer_of_speech(place, dtype, notify)
     cfg = checkpoint.read_config(place.path)
     sha256 = place.model.files[0].sha256 if place.model else None
     good = place.model.formats if place.model else ()
@@ -205,7 +205,7 @@ def is_speech(place: Located) -> bool:
     return place.path.is_dir() and is_whisper(place.path)
 
 
-def _offer_of_speech(place: Located, dtype: str) -> Offer:
+def _offer_of_speech(place: Located, dtype: str, notify: Callable[[str], None]) -> Offer:
     weights = [place.path / name for name in ("model.bin", "model.safetensors")]
 
     def load() -> SpeechModel:
@@ -214,6 +214,7 @@ def _offer_of_speech(place: Located, dtype: str) -> Offer:
             place.path,
             owned_by=place.publisher,
             dtype=dtype if dtype in SPEECH_FORMATS else "auto",
+            notify=notify,
         )
 
     return Offer(

@@ -195,4 +195,6 @@ def _loaded(name: str, dtype: str) -> "SpeechModel":
     if not offers.is_speech(place):
         raise WrongUsage(f"{place.id} does not write down speech: {DEFAULT} does")
     with local.loading(place):
-        return load_speech(place.id, place.path, owned_by=place.publisher, dtype=dtype)
+        return load_speech(
+            place.id, place.path, owned_by=place.publisher, dtype=dtype, notify=terminal.say
+        )

@@ -6,6 +6,7 @@ the same bits under any load; other requests, and the decoders, take turns betwe
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +16,8 @@ from typing import ClassVar, Literal
 import numpy as np
 
 import bpe
-from serve import notes, settings
-from serve.engine import fingerprint
+from serve import settings
+from serve.engine import fingerprint, formats
 from serve.engine.device import Lane, default_device
 from serve.engine.load import keep_compiled_programs
 from transformer import encoder, packing
@@ -25,7 +26,7 @@ from transformer.encoder import Config, Params
 
 FORMATS: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
 # A narrower format serves if each vector of the probe points nearly where float32's does.
-MIN_COSINE = 0.9999
+MAX_DISTANCE = 1e-4  # one minus the cosine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,29 +142,23 @@ def _choose(
     notify: Callable[[str], None],
 ) -> Literal["float32", "bfloat16"]:
     """The faster format on this machine whose vectors are those of float32; remembered."""
-    from serve.engine.formats import PASSAGE
 
-    remembered = settings.data_folder() / "formats.json"
-    name = fingerprint.on_machine(weights)
-    if (known := notes.read(remembered).get(name)) in FORMATS:
-        return known
-    notify(f"measuring which number format is faster for {id} (once) ...")
-    found: dict[str, tuple[float, np.ndarray]] = {}
-    for format in FORMATS:
+    def measure(format: Literal["float32", "bfloat16"]) -> tuple[float, np.ndarray]:
         params, cfg = bert.load(path, format=format)
-        ids = [words.encode(PASSAGE, max_length=cfg.max_tokens), words.encode(PASSAGE[:80])]
-        best = float("inf")
+        ids = [
+            words.encode(formats.PASSAGE, max_length=cfg.max_tokens),
+            words.encode(formats.PASSAGE[:80]),
+        ]
+        best, vectors = math.inf, np.zeros(0)
         for _ in range(4):  # the first one compiles
             started = time.perf_counter()
             vectors = encoder.embed_all(params, cfg, ids)
             best = min(best, time.perf_counter() - started)
-        found[format] = best, vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    (wide, expected), (narrow, got) = (found[format] for format in FORMATS)
-    cosine = float((expected * got).sum(1).min())
-    chosen = "bfloat16" if narrow < wide and cosine >= MIN_COSINE else "float32"
-    notify(
-        f"  float32 {wide * 1e3:.1f} ms, bfloat16 {narrow * 1e3:.1f} ms for two texts, "
-        f"cosine {cosine:.5f}: serving {id} in {chosen}"
-    )
-    notes.add(remembered, name, chosen)
-    return chosen
+        return best, vectors
+
+    def distance(a: np.ndarray, b: np.ndarray) -> float:
+        cosines = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+        return 1 - float(cosines.min())
+
+    name = fingerprint.on_machine(weights)
+    return formats.fastest(id, name, FORMATS, measure, distance, MAX_DISTANCE, notify)

@@ -35,7 +35,8 @@ def of_weights(path: Path) -> str:
 
 def on_machine(weights: str) -> str:
     """Names weights with this hash on this machine, for what is measured here; hex."""
-    parts = [weights, jax.__version__, platform.machine(), _processor(), os.cpu_count()]
+    flags = os.environ.get("XLA_FLAGS", "")  # may limit the instructions that are used
+    parts = [weights, jax.__version__, platform.machine(), _processor(), os.cpu_count(), flags]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

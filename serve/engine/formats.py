@@ -16,11 +16,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from serve import memory, notes, settings
 from transformer.checkpoint import Format
 from transformer.config import Config
+
+F = TypeVar("F", bound=str)
 
 FORMATS: tuple[Format, ...] = ("int8", "bfloat16", "float32")
 # int8 needs a token table apart from the head, or keeps a third of the weights in bfloat16.
@@ -156,16 +160,56 @@ def choose(
     return chosen
 
 
+def fastest(
+    id: str,
+    name: str,
+    formats: Sequence[F],
+    measure: Callable[[F], tuple[float, np.ndarray]],
+    distance: Callable[[np.ndarray, np.ndarray], float],
+    limit: float,
+    notify: Callable[[str], None],
+) -> F:
+    """The fastest format on this machine whose results are near those of the first; remembered.
+
+    Args:
+        id: what to call the model.
+        name: of these weights on this machine, under which the choice is remembered.
+        formats: the first is the one to compare with.
+        measure: the seconds that a format takes, and its results.
+        distance: of other results from those of the first format.
+        limit: the largest distance that is near.
+        notify: told one line for each thing that takes long.
+    """
+    known = _remembered(name, formats)
+    if known in formats:
+        return known
+    notify(f"measuring which number format is fastest for {id} (once) ...")
+    found: dict[F, float] = {}
+    expected = None
+    for format in formats:
+        seconds, results = measure(format)
+        expected = results if expected is None else expected
+        apart = distance(expected, results)
+        if apart <= limit:
+            found[format] = seconds
+        verdict = "" if format in found else " (too far off)"
+        notify(f"  {format:8} {seconds * 1e3:8.1f} ms, distance {apart:.5f}{verdict}")
+    chosen = min(found, key=found.__getitem__)
+    notify(f"serving {id} in {chosen}")
+    notes.add(settings.data_folder() / REMEMBERED, _key(name, formats), chosen)
+    return chosen
+
+
 def _wanted(fitting: Sequence[Format], good: Sequence[Format]) -> list[Format]:
     """Those that are good enough, or may be; if none is, the best there is."""
     return [format for format in fitting if not good or format in good] or [fitting[-1]]
 
 
-def _remembered(name: str, tried: Sequence[Format]) -> Format | None:
+def _remembered(name: str, tried: Sequence[str]) -> Any:
     return notes.read(settings.data_folder() / REMEMBERED).get(_key(name, tried))
 
 
-def _key(name: str, tried: Sequence[Format]) -> str:
+def _key(name: str, tried: Sequence[str]) -> str:
     """What a choice is remembered under: with more memory, another might have come out."""
     return " ".join([name, *tried])
 

@@ -6,8 +6,11 @@ encoded, a step of the decoder) it hands through `lane.call`, and so takes turns
 
 from __future__ import annotations
 
+import functools
+import math
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -16,16 +19,22 @@ import jax
 import numpy as np
 
 import audio
+from audio import decode, model
 from audio.transcribe import Plan, Segment, find_language, find_spans, listen
 from audio.vad import Span
 from serve import settings
-from serve.engine import fingerprint
+from serve.engine import fingerprint, formats
 from serve.engine.device import Lane, default_device
 from serve.engine.load import keep_compiled_programs, weights_file
 
-# "auto" is the first. int8 takes the decoder a little less time for each token; but of 179 words
-# that people read, whisper-tiny.en wrote 7 otherwise than in float32, and 1 in bfloat16.
-FORMATS: tuple[Literal["bfloat16", "float32", "int8"], ...] = ("bfloat16", "float32", "int8")
+# int8 takes the decoder a little less time for each token; but of 179 words that people read,
+# whisper-tiny.en wrote 7 otherwise than in float32, and 1 in bfloat16. So "auto" is one of two.
+FORMATS: tuple[Literal["float32", "bfloat16", "int8"], ...] = ("float32", "bfloat16", "int8")
+_AUTO = FORMATS[:2]
+_PROBE_TOKENS = 24  # about a sentence
+# A narrower format serves if what may come next is as in float32. Measured: tiny.en and base in
+# bfloat16 0.0001 to 0.001, in int8 0.004 to 0.07.
+MAX_DIVERGENCE = 0.002
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +117,20 @@ class Stopped(Exception):
     """Nobody waits for the rest of a transcript."""
 
 
-def load_speech(id: str, path: Path, *, owned_by: str, dtype: str = "auto") -> SpeechModel:
+def load_speech(
+    id: str,
+    path: Path,
+    *,
+    owned_by: str,
+    dtype: str = "auto",
+    notify: Callable[[str], None] = lambda line: None,
+) -> SpeechModel:
     """Loads a Whisper.
 
     Args:
         path: a folder of Hugging Face's or CTranslate2's layout, with a tokenizer.json.
-        dtype: one of `FORMATS`, or "auto" for the first of them.
+        dtype: one of `FORMATS`, or "auto" for the faster of float32 and bfloat16 on this machine.
+        notify: told one line for each thing that takes long.
 
     Raises:
         OSError: a file cannot be read.
@@ -123,12 +140,40 @@ def load_speech(id: str, path: Path, *, owned_by: str, dtype: str = "auto") -> S
     keep_compiled_programs()
     if dtype not in ("auto", *FORMATS):
         raise ValueError(f"dtype must be auto or one of {', '.join(FORMATS)}: {dtype!r}")
-    format = next((format for format in FORMATS if format == dtype), FORMATS[0])
+    weights = fingerprint.of_weights(path)
+    format = next((format for format in FORMATS if format == dtype), None)
+    if format is None:
+        name = fingerprint.on_machine(weights)
+        format = formats.fastest(
+            id, name, _AUTO, functools.partial(_measure, path), _divergence, MAX_DIVERGENCE, notify
+        )
     return SpeechModel(
         id=id,
         created=int(weights_file(path).stat().st_mtime),
         owned_by=owned_by,
         whisper=audio.load_model(path, format=format),
-        fingerprint=fingerprint.of_model(fingerprint.of_weights(path), format),
+        fingerprint=fingerprint.of_model(weights, format),
         format=format,
     )
+
+
+def _measure(
+    path: Path, format: Literal["float32", "bfloat16", "int8"]
+) -> tuple[float, np.ndarray]:
+    """Seconds of a window with a sentence, and the log-probabilities before each of its tokens."""
+    whisper = audio.load_model(path, format=format)
+    rng = np.random.default_rng(0)
+    mel = rng.normal(size=(1, whisper.cfg.num_frames, whisper.cfg.num_mels)).astype(np.float32)
+    ids = rng.integers(0, whisper.tokens.eot, _PROBE_TOKENS).tolist()
+    best, logits = math.inf, np.zeros(0)
+    for _ in range(3):  # the first one compiles
+        started = time.perf_counter()
+        sound = model.encode(whisper.params, whisper.cfg, mel)[0]
+        logits = decode.score(whisper, sound, ids, audio.Options())
+        best = min(best, time.perf_counter() - started)
+    return best, np.asarray(jax.nn.log_softmax(logits, axis=-1))
+
+
+def _divergence(expected: np.ndarray, found: np.ndarray) -> float:
+    """The mean Kullback-Leibler divergence of log-probabilities [T, V], in nats."""
+    return float((np.exp(expected) * (expected - found)).sum(axis=-1).mean())

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
@@ -70,6 +71,27 @@ def test_translation_is_english(clip, whisper):
     )
     assert found.language == "fr"
     assert "Good morning" in found.text
+
+
+def test_a_doubtful_translation_is_the_likeliest_attempt(clip, whisper):
+    """The last attempt was kept: nonsense at temperature 1, average log-probability -2.8."""
+    found = transcribe(whisper("whisper-base"), clip("train-de"), options=Options(task="translate"))
+    assert "Good morning" in found.text and "Berlin" in found.text
+    assert found.segments[0].temperature < 1 and found.segments[0].avg_logprob > -1.3
+
+
+def test_scores_of_what_was_written_are_its_log_probabilities(clip, whisper):
+    loaded = whisper("whisper-base")
+    options = Options(
+        timestamps=False, language="fr", suppress_blank=False, suppress_non_speech=False
+    )
+    mel = log_mel(clip("coffee-fr"), loaded.cfg.num_mels)
+    sound, _ = model.encode(loaded.params, loaded.cfg, window(mel))
+    (written,) = decode.decode(loaded, sound, options)
+    logits = decode.score(loaded, sound, written.ids, options)
+    assert logits.shape == (len(written.ids) + 1, loaded.cfg.vocab_size)
+    logprobs = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(written.ids)), written.ids]
+    np.testing.assert_allclose(logprobs, written.logprobs, atol=1e-4)
 
 
 @pytest.mark.parametrize(("format", "most"), [("bfloat16", 0), ("int8", 4)])

@@ -126,6 +126,30 @@ def test_the_catalogue_knows_which_formats_are_good(model_file, id):
     assert catalogue.load().models[id].formats == good
 
 
+def test_the_fastest_format_that_agrees_is_taken_and_remembered(home):
+    """Speech was bfloat16 everywhere, also on processors that multiply it slowly."""
+    results = {"float32": (3.0, 0.0), "bfloat16": (2.0, 0.001), "int8": (1.0, 0.1)}
+    asked = []
+
+    def measure(format):
+        asked.append(format)
+        seconds, apart = results[format]
+        return seconds, np.full((2, 3), apart)
+
+    def distance(a, b):
+        return float(np.abs(a - b).max())
+
+    def fastest(name):
+        return formats.fastest("m", name, tuple(results), measure, distance, 0.01, asked.append)
+
+    assert fastest("fp") == "bfloat16"
+    assert set(results) <= set(asked)
+    asked.clear()
+    assert fastest("fp") == "bfloat16" and not asked
+    results["float32"] = (1.5, 0.0)
+    assert fastest("of another machine") == "float32"
+
+
 def test_what_cannot_be_measured_says_so(home, tmp_path):
     path = tiny.model(tmp_path)
     cfg = checkpoint.read_config(path)
