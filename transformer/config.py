@@ -5,7 +5,7 @@ One frozen dataclass describes GPT-2, Llama, Mistral, Qwen2, Qwen3 and Gemma 3. 
 family writes these fields in its files is in `families.py`.
 
 Leaves out: mixtures of experts, soft caps on scores and logits, rotary positions for a part of each
-head. A checkpoint that asks for one of them is refused by name rather than run wrongly.
+head. A checkpoint that asks for one of them is refused by name (`config_keys.py`).
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class RopeScaling:
     beta_fast: float | None = None  # yarn: the same two bounds; fast stays,
     beta_slow: float | None = None  # slow is stretched
     attention_factor: float | None = None  # yarn: multiplies cosines and sines
+    truncate: bool = True  # yarn: the two bounds are moved outwards to whole pairs of channels
 
     def __post_init__(self) -> None:
         if self.kind not in SCALING_FIELDS:
@@ -91,6 +92,8 @@ class RopeScaling:
                 _check_positive(f"rope scaling {self.kind}: {name}", value)
             elif value is not None:
                 raise ValueError(f"rope scaling {self.kind} has no {name}, got {value!r}")
+        if not isinstance(self.truncate, bool) or not (self.truncate or self.kind == "yarn"):
+            raise ValueError(f"rope scaling {self.kind}: truncate must be True")
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             if getattr(self, low) is not None and getattr(self, low) >= getattr(self, high):
                 raise ValueError(f"rope scaling {self.kind}: {low} must be less than {high}")

@@ -1,9 +1,9 @@
 """How each published family of decoders writes its config: `config.json` and GGUF metadata.
 
-One row of `FAMILIES` a family: the forms that define it, and what its keys are called. Reading is
-strict: a key whose meaning is not known, or a value for which this decoder would be wrong, raises.
-Follows the configuration classes of transformers 5 (and what older files wrote) and the key list of
-ggml's docs/gguf.md.
+One row of `FAMILIES` a family: the forms that define it, and what its keys are called. A key that
+changes the forward pass in a way the family lacks raises; other unknown keys are passed over and
+logged (`config_keys.py` has the list). Follows the configuration classes of transformers 5 (and
+what older files wrote) and the key list of ggml's docs/gguf.md.
 
 Leaves out: the vision towers of larger Gemma 3 models, mixtures of experts, and scaling of rotary
 positions other than linear, Llama 3's and YaRN.
@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformer import config_keys
 from transformer.config import MAX_LAYERS, SCALING_FIELDS, Config, RopeScaling, check_size
 
 _GPT2_FORMS: dict[str, Any] = dict(
@@ -50,7 +51,23 @@ _LLAMA_KEYS = {
     "tie_word_embeddings": "tie_embeddings",
 }
 _LLAMA_ASSUMED = dict(rope_theta=10_000.0, tie_word_embeddings=False, rms_norm_eps=1e-6)
-_SILU = ("hidden_act", "silu")
+_SILU = ("hidden_act", ("silu", "swish"))
+_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate")  # one function
+# What keys outside a family's own must say, where the forms make other values neutral than in
+# `config_keys.CONFIG`, which takes a Llama for granted.
+_ABSOLUTE = ("absolute", "learned", "learned_absolute")
+LAYER_NORM_NEUTRAL: dict[str, tuple] = {
+    "position_embedding_type": _ABSOLUTE,
+    "norm_type": ("layer", "layernorm", "layer_norm", "LayerNorm"),
+    "rmsnorm": (False,),
+    **dict.fromkeys(("learned_pos_emb", "use_learned_position_embeddings"), (True,)),
+    **dict.fromkeys(("use_bias", "bias", "enable_bias", "add_bias_linear", "norm_bias"), (True,)),
+    **dict.fromkeys(("attention_bias", "attention_out_bias", "use_attention_bias"), (True,)),
+    **dict.fromkeys(("qkv_bias", "use_qkv_bias", "add_qkv_bias", "mlp_bias"), (True,)),
+    "no_bias": (False,),
+}
+_QK_NORM = dict.fromkeys(("qk_norm", "use_qk_norm"), (True,))
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +79,9 @@ class Family:
     forms: Mapping[str, Any]
     keys: Mapping[str, str]  # key of config.json -> field
     assumed: Mapping[str, Any]  # what transformers takes where config.json is silent
-    activation: tuple[str, str]  # key and value
+    activation: tuple[str, tuple[str, ...]]  # key, and the names of the one function
     derived: frozenset[str] = frozenset({"head_dim"})  # fields that may follow from others
-    fixed: Mapping[str, tuple] = field(default_factory=dict)  # keys, and where we are right
+    neutral: Mapping[str, tuple] = field(default_factory=dict)  # instead of `config_keys.CONFIG`'s
 
 
 FAMILIES = {
@@ -74,14 +91,9 @@ FAMILIES = {
         forms=_GPT2_FORMS,
         keys=_GPT2_KEYS,
         assumed=dict(tie_word_embeddings=True, layer_norm_epsilon=1e-5),
-        activation=("activation_function", "gelu_new"),
+        activation=("activation_function", _TANH_GELU),
         derived=frozenset({"head_dim", "num_kv_heads", "d_ff"}),
-        fixed={
-            "scale_attn_weights": (True,),
-            "scale_attn_by_inverse_layer_idx": (False,),
-            "reorder_and_upcast_attn": (False,),
-            "add_cross_attention": (False,),
-        },
+        neutral=LAYER_NORM_NEUTRAL,
     ),
     "llama": Family(  # Llama 2 and 3, TinyLlama, SmolLM2
         architecture="LlamaForCausalLM",
@@ -91,12 +103,6 @@ FAMILIES = {
         assumed=_LLAMA_ASSUMED,
         activation=_SILU,
         derived=frozenset({"head_dim", "num_kv_heads"}),
-        fixed={
-            "attention_bias": (False,),
-            "mlp_bias": (False,),
-            "rope_interleaved": (False,),
-            "sliding_window": (None,),
-        },
     ),
     "mistral": Family(  # its GGUF files do not record the window and are read as llama
         architecture="MistralForCausalLM",
@@ -114,7 +120,8 @@ FAMILIES = {
         assumed=_LLAMA_ASSUMED
         | dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28),
         activation=_SILU,
-        fixed={"use_mrope": (False,)},
+        # Its queries, keys and values have biases whatever these say.
+        neutral=dict.fromkeys(("attention_bias", "qkv_bias", "use_qkv_bias"), (True, False)),
     ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
@@ -125,7 +132,7 @@ FAMILIES = {
         | dict(head_dim=128, use_sliding_window=False, sliding_window=4096, max_window_layers=28),
         activation=_SILU,
         derived=frozenset(),
-        fixed={"attention_bias": (False,)},
+        neutral=_QK_NORM,
     ),
     "gemma3_text": Family(
         architecture="Gemma3ForCausalLM",
@@ -144,28 +151,12 @@ FAMILIES = {
             sliding_window_pattern=6,
             tie_word_embeddings=True,
         ),
-        activation=("hidden_activation", "gelu_pytorch_tanh"),
+        activation=("hidden_activation", ("gelu_pytorch_tanh", *_TANH_GELU)),
         derived=frozenset(),
-        fixed={
-            "attention_bias": (False,),
-            "attn_logit_softcapping": (None,),
-            "final_logit_softcapping": (None,),
-            "use_bidirectional_attention": (None, False),
-        },
+        neutral=_QK_NORM,
     ),
 }
 
-# Keys of a config.json that say nothing about what the forward pass computes.
-_SILENT_KEYS = frozenset(
-    """
-    _name_or_path architectures attention_dropout attn_pdrop bos_token_id cache_implementation
-    chunk_size_feed_forward dtype embd_pdrop eos_token_id id2label initializer_range
-    is_llama_config label2id model_type output_attentions output_hidden_states pad_token_id
-    pretraining_tp problem_type resid_pdrop return_dict summary_activation summary_first_dropout
-    summary_proj_to_labels summary_type summary_use_proj task_specific_params torch_dtype
-    transformers.js_config transformers_version use_cache
-    """.split()  # noqa: SIM905 (a list of words reads better than forty quotes)
-)
 _SCALING_KEYS = {
     "factor": "factor",
     "original_max_position_embeddings": "original_max_seq_len",
@@ -182,17 +173,21 @@ _LAYER_TYPES = {_LOCAL, _GLOBAL}
 def from_hf(config: Mapping[str, Any]) -> Config:
     """Reads the dictionary of a Hugging Face `config.json`.
 
+    A key that is null counts as absent, but for `sliding_window`: null there means no window.
+
     Raises:
-        ValueError: the model type, a key, or a value is one whose meaning this decoder lacks, or a
-            key is missing.
+        ValueError: the model type is unknown, a key is missing or has a value that cannot be, or a
+            key changes the forward pass in a way this model type lacks.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"model_type must be one of {sorted(FAMILIES)}, got {kind!r}")
     family = FAMILIES[kind]
-    given = {**family.assumed, **config}
-    if (context := given.pop("n_ctx", given.get("n_positions"))) != given.get("n_positions"):
-        raise ValueError(f"n_ctx must equal n_positions, got {context!r}")  # GPT-2 says it twice
+    stated = {k: v for k, v in config.items() if v is not None or k == "sliding_window"}
+    given = {**family.assumed, **stated}
+    key, names = family.activation
+    if given.setdefault(key, names[0]) not in names:
+        raise ValueError(f"{key} must be {' or '.join(map(repr, names))}, got {given[key]!r}")
 
     fields: dict[str, Any] = dict(family.forms)
     if family.forms["position"] == "rope":
@@ -200,16 +195,9 @@ def from_hf(config: Mapping[str, Any]) -> Config:
         layers = given.get("num_hidden_layers")
         check_size("num_hidden_layers", layers, MAX_LAYERS)
         fields["windows"] = _take_windows(given, family, layers)
-    fixed = {family.activation[0]: (family.activation[1],), **family.fixed}
-    for key, value in given.items():
-        if key in family.keys:
-            fields[family.keys[key]] = value
-        elif key in fixed:
-            if value not in fixed[key]:
-                allowed = " or ".join(map(repr, fixed[key]))
-                raise ValueError(f"{key} must be {allowed} for {kind}, got {value!r}")
-        elif key not in _SILENT_KEYS:
-            raise ValueError(f"config.json has the key {key!r}, whose meaning is not known")
+    for key, name in family.keys.items():
+        if key in given:
+            fields[name] = given.pop(key)
 
     lacking = {name: key for key, name in family.keys.items() if fields.get(name) is None}
     if missing := [key for name, key in lacking.items() if name not in family.derived]:
@@ -226,7 +214,13 @@ def from_hf(config: Mapping[str, Any]) -> Config:
             fields[name] = follows[name]
     if fields.get("query_scalar") == fields["head_dim"]:
         fields["query_scalar"] = None  # which is what it means by default
-    return Config(**fields)
+    cfg = Config(**fields)
+    window = given.get("sliding_window")
+    if given.get("use_sliding_window") is False or _covers(window, cfg):
+        given.pop("sliding_window", None)  # as in a Qwen2 that was rewritten as a Llama
+    own = dict.fromkeys(_ACTIVATIONS, names) | dict(family.neutral)
+    config_keys.check(given, cfg, kind, own=own)
+    return cfg
 
 
 def to_hf(cfg: Config) -> dict[str, Any]:
@@ -246,7 +240,7 @@ def to_hf(cfg: Config) -> dict[str, Any]:
     kind = kinds[0] if len(kinds) == 1 or cfg.windows == (None,) else "mistral"
     family = FAMILIES[kind]
     out = {"model_type": kind, "architectures": [family.architecture]}
-    out |= dict([family.activation])
+    out |= {family.activation[0]: family.activation[1][0]}
     out |= {key: getattr(cfg, name) for key, name in family.keys.items()}
     if "query_pre_attn_scalar" in out and cfg.query_scalar is None:
         out["query_pre_attn_scalar"] = cfg.head_dim
@@ -259,6 +253,8 @@ def to_hf(cfg: Config) -> dict[str, Any]:
                 for key, name in _SCALING_KEYS.items()
                 if scaling[name] is not None
             }
+            if not cfg.rope_scaling.truncate:
+                out["rope_scaling"]["truncate"] = False
     window = next((window for window in cfg.windows if window is not None), None)
     if "sliding_window" in family.assumed:
         out["sliding_window"] = window
@@ -277,60 +273,91 @@ def to_hf(cfg: Config) -> dict[str, Any]:
 
 
 def _take_rope(given: dict[str, Any], fields: dict[str, Any]) -> None:
-    """Moves what `given` says of rotary positions to `fields`.
+    """Moves what `given` says of rotary positions to `fields`; keys that go unused stay in `given`.
 
     transformers 4 wrote `rope_theta` beside `rope_scaling`; 5 writes both into `rope_parameters`,
-    or, where they differ, one such object for each kind of layer.
+    or, where they differ, one such object for each kind of layer. An older key wins.
     """
     objects = {}
     for key in ("rope_scaling", "rope_parameters"):
-        objects[key] = {} if (value := given.pop(key, None)) is None else value
-        if not isinstance(objects[key], Mapping):
+        objects[key] = value = given.pop(key, {})
+        if not isinstance(value, Mapping):
             raise ValueError(f"{key} must be an object, got {value!r}")
-    everywhere = {"rope_theta": given.pop("rope_theta"), **objects["rope_scaling"]}
-    nested = objects["rope_parameters"]
-    if nested and nested.keys() <= _LAYER_TYPES:
+    rope = objects["rope_scaling"] or objects["rope_parameters"]
+    if rope and rope.keys() <= _LAYER_TYPES:
         if "rope_local_base_freq" not in given:
             raise ValueError("rope_parameters differ by layer, which this model type does not do")
-        for key, value in nested.items():
+        for key, value in rope.items():
             if not isinstance(value, Mapping):
                 raise ValueError(f"rope_parameters of {key} must be an object, got {value!r}")
-        local = dict(nested.get(_LOCAL, {}))
+        local = dict(rope.get(_LOCAL, {}))
         if (kind := local.pop("rope_type", "default")) != "default":
             raise ValueError(f"rope_parameters of {_LOCAL} must be 'default', got {kind!r}")
         given["rope_local_base_freq"] = local.pop("rope_theta", given["rope_local_base_freq"])
-        if local:
-            raise ValueError(f"rope_parameters of {_LOCAL} hold unknown keys: {sorted(local)}")
-        nested = nested.get(_GLOBAL, {})
-    everywhere |= nested
-    fields["rope_theta"] = everywhere.pop("rope_theta")
-    fields["rope_scaling"] = _scaling(everywhere)
+        given |= local
+        rope = rope.get(_GLOBAL, {})
+    rope = {"rope_theta": given.pop("rope_theta")} | {
+        key: value for key, value in rope.items() if value is not None or key == "factor"
+    }
+    fields["rope_theta"] = rope.pop("rope_theta")
+    original = given.pop("original_max_position_embeddings", None)  # as Phi-3 writes it; it wins
+    if original is not None:
+        rope["original_max_position_embeddings"] = original
+    fields["rope_scaling"], unused = _scaling(rope, given.get("max_position_embeddings"))
+    for key, value in unused.items():
+        given.setdefault(key if key in config_keys.CONFIG else f"rope_scaling.{key}", value)
 
 
-def _scaling(given: dict[str, Any]) -> RopeScaling | None:
-    """The scaling that `rope_scaling` or `rope_parameters` asks for; a null says nothing."""
-    given = {key: value for key, value in given.items() if value is not None}
-    kind = given.pop("rope_type", given.pop("type", None)) or ("default" if not given else None)
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor must be 1: each head is rotated whole")
+def _scaling(
+    given: dict[str, Any], max_seq_len: Any
+) -> tuple[RopeScaling | None, Mapping[str, Any]]:
+    """The scaling that a `rope_scaling` object asks for, and the keys that it does not use.
+
+    Reads YaRN's optional keys as transformers does (`modeling_rope_utils.py`): the original length
+    is by default `max_seq_len`, a factor of null is the ratio of the two, and `mscale` and
+    `mscale_all_dim` count where both are given and `attention_factor` is not.
+    """
+    given = dict(given)
+    old_name = given.pop("type", None)
+    kind = given.pop("rope_type", old_name)
+    factor = given.get("factor")
+    if kind is None and factor is None:
+        kind = "default"
     if kind == "default":
-        if given:
-            raise ValueError(f"rope_type 'default' has no keys {sorted(given)}")
-        return None
+        if factor not in (None, 1):
+            raise ValueError(f"rope_type 'default' has no factor, got {factor!r}")
+        return None, given
     if not isinstance(kind, str) or kind not in SCALING_FIELDS:
         known = ", ".join(["default", *SCALING_FIELDS])
         raise ValueError(f"rope_type must be one of {known}, got {kind!r}")
-    if kind == "yarn":
-        given = {"beta_fast": 32.0, "beta_slow": 1.0, **given}
-        factor = given.get("factor")
-        if "attention_factor" not in given and isinstance(factor, int | float):
-            given["attention_factor"] = 0.1 * math.log(max(factor, 1)) + 1.0
     wanted = {key for key, name in _SCALING_KEYS.items() if name in SCALING_FIELDS[kind]}
-    if unknown := sorted(given.keys() - wanted):
-        raise ValueError(f"rope_type {kind!r} has keys whose meaning is not known: {unknown}")
+    more: dict[str, Any] = {}
+    if "original_max_position_embeddings" in wanted:
+        given.setdefault("original_max_position_embeddings", max_seq_len)
+    if kind == "yarn" and "factor" in given:
+        if factor is None:
+            original = given["original_max_position_embeddings"]
+            check_size("original_max_position_embeddings", original)
+            check_size("max_position_embeddings", max_seq_len)
+            given["factor"] = factor = max_seq_len / original
+        mscales = [given.pop(key, None) for key in ("mscale", "mscale_all_dim")]
+        if "attention_factor" not in given and isinstance(factor, int | float):
+            if not all(isinstance(m, int | float | None) for m in mscales):
+                raise ValueError(f"mscale and mscale_all_dim must be numbers, got {mscales}")
+            top, bottom = mscales if all(mscales) else (1.0, 0.0)
+            given["attention_factor"] = yarn_mscale(factor, top) / yarn_mscale(factor, bottom)
+        for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+            given[key] = given.get(key) or default
+        more["truncate"] = given.pop("truncate", True)
     if missing := [key for key in _SCALING_KEYS if key in wanted - given.keys()]:
         raise ValueError(f"rope_type {kind!r} lacks {', '.join(missing)}")
-    return RopeScaling(kind=kind, **{_SCALING_KEYS[key]: value for key, value in given.items()})
+    more |= {_SCALING_KEYS[key]: given.pop(key) for key in wanted}
+    return RopeScaling(kind=kind, **more), given
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """How much YaRN sharpens scores for a context `factor` times as long (arXiv:2309.00071)."""
+    return 0.1 * mscale * math.log(max(factor, 1)) + 1.0
 
 
 def _take_windows(given: dict[str, Any], family: Family, num_layers: int) -> tuple[int | None, ...]:
@@ -364,6 +391,11 @@ def _take_windows(given: dict[str, Any], family: Family, num_layers: int) -> tup
     return tuple(size if kind == _LOCAL else None for kind in types)
 
 
+def _covers(window: Any, cfg: Config) -> bool:
+    """Whether a sliding window is as long as the longest text, and so changes nothing."""
+    return isinstance(window, int) and window >= cfg.max_seq_len
+
+
 def from_gguf(
     metadata: Mapping[str, Any], *, has_head: bool, rope_factors: Sequence[float] | None = None
 ) -> Config:
@@ -379,6 +411,7 @@ def from_gguf(
         ValueError: an unknown architecture, a missing key, or a key that changes the forward pass
             in a way this decoder lacks.
     """
+    _check_one_model(metadata)
     kind = metadata.get("general.architecture")
     known = {family.gguf: family for family in reversed(FAMILIES.values())}
     if not isinstance(kind, str) or kind not in known:
@@ -418,7 +451,7 @@ def from_gguf(
         fields["rope_theta"] = take("rope.freq_base", 10_000.0)
         if (rotated := take("rope.dimension_count", fields["head_dim"])) != fields["head_dim"]:
             raise ValueError(f"{kind}.rope.dimension_count must be head_dim, got {rotated}")
-        fields["rope_scaling"] = _gguf_scaling(own, kind, fields, rope_factors)
+        fields["rope_scaling"] = _gguf_scaling(own, fields, rope_factors)
     if kind == "gemma3":
         fields["local_rope_theta"] = take("rope.freq_base_swa", 10_000.0)
         fields["windows"] = _gguf_windows(own, take("attention.sliding_window"))
@@ -426,9 +459,27 @@ def from_gguf(
             fields["query_scalar"] = d_model // heads
     if (width := take("attention.value_length", fields["head_dim"])) != fields["head_dim"]:
         raise ValueError(f"{kind}.attention.value_length must be head_dim, got {width}")
-    if own:
-        raise ValueError(f"GGUF keys whose meaning is not known: {sorted(own)}")
-    return Config(**fields)
+    cfg = Config(**fields)
+    if _covers(own.get("attention.sliding_window"), cfg):
+        del own["attention.sliding_window"]
+    config_keys.check_gguf(own, cfg, kind)
+    return cfg
+
+
+def _check_one_model(metadata: Mapping[str, Any]) -> None:
+    """Refuse an adapter, a projector or a part of a split model; log keys of unknown sections."""
+    if (content := metadata.get("general.type", "model")) != "model":
+        raise ValueError(f"general.type must be 'model', got {content!r}")
+    count = metadata.get("split.count", 1)
+    if not isinstance(count, int) or count > 1:
+        raise ValueError(
+            f"split.count is {count!r}: this file is one part of a split model; join the parts "
+            "with llama-gguf-split --merge"
+        )
+    sections = {"general", "tokenizer", "split", "quantize", "imatrix", "GGUF"}
+    sections.add(str(metadata.get("general.architecture")))
+    others = sorted(key for key in metadata if key.partition(".")[0] not in sections)
+    config_keys.note("GGUF metadata", tuple(others))
 
 
 def _gguf_windows(own: dict[str, Any], size: int) -> tuple[int | None, ...]:
@@ -441,30 +492,45 @@ def _gguf_windows(own: dict[str, Any], size: int) -> tuple[int | None, ...]:
 
 
 def _gguf_scaling(
-    own: dict[str, Any], kind: str, fields: dict[str, Any], factors: Sequence[float] | None
+    own: dict[str, Any], fields: dict[str, Any], factors: Sequence[float] | None
 ) -> RopeScaling | None:
-    """The scaling that the keys `rope.scaling.*`, or Llama 3's table of factors, ask for."""
+    """The scaling that the keys `rope.scaling.*`, or Llama 3's table of factors, ask for.
+
+    Reads them as llama.cpp does: the type is by default linear, a factor of 0 means 1.
+    """
+    kind = own.pop("rope.scaling.type", "linear")
+    factor = own.pop("rope.scaling.factor", 0) or 1
+    given: dict[str, Any] = {"rope_type": kind, "factor": factor}
+    for key, name in (
+        ("original_context_length", "original_max_position_embeddings"),
+        ("yarn_beta_fast", "beta_fast"),
+        ("yarn_beta_slow", "beta_slow"),
+    ):
+        if value := own.pop(f"rope.scaling.{key}", None):
+            given[name] = value
+    if kind == "none" or (kind == "linear" and factor == 1):
+        return None if factors is None else _llama3_scaling(factors, fields)
     if factors is not None:
-        return _llama3_scaling(factors, fields["head_dim"], fields["rope_theta"])
-    own.pop("rope.scaling.finetuned", None)
-    scaling = own.pop("rope.scaling.type", "none")
-    given = {}
-    for key in ("factor", "original_context_length", "yarn_beta_fast", "yarn_beta_slow"):
-        if (value := own.pop(f"rope.scaling.{key}", None)) is not None and scaling != "none":
-            given[key.removeprefix("yarn_")] = value
-    if "original_context_length" in given:
-        given["original_max_position_embeddings"] = given.pop("original_context_length")
-    if scaling == "linear":
-        given.pop("original_max_position_embeddings", None)  # stated, but not used
-    return _scaling({"rope_type": "default" if scaling == "none" else scaling, **given})
+        raise ValueError(f"rope.scaling.type must be none beside rope_freqs.weight, got {kind!r}")
+    if kind == "yarn" and isinstance(factor, int | float):
+        sharpening = own.pop("rope.scaling.attn_factor", 1)
+        if not isinstance(sharpening, int | float):
+            raise ValueError(f"rope.scaling.attn_factor must be a number, got {sharpening!r}")
+        given["attention_factor"] = yarn_mscale(factor) * sharpening
+        # Without effect in llama.cpp where it is 1 or what YaRN says by itself.
+        stated = own.get("rope.scaling.yarn_attn_factor")
+        if isinstance(stated, float) and math.isclose(stated, yarn_mscale(factor), rel_tol=1e-6):
+            del own["rope.scaling.yarn_attn_factor"]
+    return _scaling(given, fields["max_seq_len"])[0]
 
 
-def _llama3_scaling(factors: Sequence[float], head_dim: int, theta: float) -> RopeScaling:
+def _llama3_scaling(factors: Sequence[float], fields: Mapping[str, Any]) -> RopeScaling:
     """Recognises Llama 3's scaling by the table that it makes.
 
     GGUF files hold the table and not the numbers behind it; all published models used the same
     three, and a factor that is the largest in the table.
     """
+    head_dim, theta = fields["head_dim"], fields["rope_theta"]
     scaling = RopeScaling(
         kind="llama3",
         factor=round(max(factors), 3),  # from a float32 that may be a hair off

@@ -33,14 +33,16 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None)
         turns = scaling.original_max_seq_len * frequency / (2 * math.pi)  # in the first context
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    else:  # YaRN draws the same ramp over the pairs' numbers, between whole ones
+    else:  # YaRN draws the same ramp over the pairs' numbers
 
         def pair(turns: float) -> float:  # the pair that makes so many turns in the first context
             wavelength = scaling.original_max_seq_len / turns
             return head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(theta))
 
-        first = max(math.floor(pair(scaling.beta_fast)), 0)
-        last = min(math.ceil(pair(scaling.beta_slow)), head_dim - 1)
+        first, last = pair(scaling.beta_fast), pair(scaling.beta_slow)
+        if scaling.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
         ramp = (jnp.arange(head_dim // 2) - first) / max(last - first, 0.001)
         kept = 1.0 - jnp.clip(ramp, 0.0, 1.0)
     return frequency * (kept + (1.0 - kept) / scaling.factor)

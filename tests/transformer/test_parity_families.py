@@ -1,7 +1,10 @@
 """Every family beside transformers itself, on sequences longer than the golden files hold."""
 
 import dataclasses
+import json
+import re
 from functools import cache as once
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,7 +12,8 @@ import pytest
 
 from tests.transformer.conftest import TINY
 from tests.transformer.parts import check_parts
-from transformer import cache, checkpoint, decoder, rope
+from transformer import cache, checkpoint, config_keys, decoder, rope
+from transformer.config import Config
 
 pytestmark = pytest.mark.parity
 LENGTH = 352  # beyond the first block of the cache, every window, and every context before scaling
@@ -112,3 +116,113 @@ def test_rotary_frequencies_and_angles(name, tmp_path):
         for ours, theirs in zip(angles, turned, strict=True):
             half = theirs[..., : own.head_dim // 2]
             np.testing.assert_allclose(ours[:, :, 0], half, rtol=0, atol=1e-4)
+
+
+TOLERATED = {  # of every family
+    "unsloth_fixed": True,
+    "_num_labels": 1,
+    "gradient_checkpointing": True,
+    "quantization_config": None,
+    "temperature": 0.9,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "num_experts": 0,
+    "partial_rotary_factor": None,
+    "frobnicate": {"x": [1]},
+}
+TOLERATED_OF = {
+    "gpt2": {
+        "reorder_and_upcast_attn": True,
+        "activation_function": "gelu_pytorch_tanh",
+        "n_ctx": 7,
+    },
+    "llama": {"sliding_window": 7, "use_sliding_window": False, "max_window_layers": 1},
+    "qwen2": {"attention_bias": False, "use_mrope": False},
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_key_that_is_passed_over_changes_nothing_in_transformers(name, tmp_path):
+    import torch
+    import transformers
+
+    model, ids = reference(name)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    keys = TOLERATED | TOLERATED_OF.get(name, {})
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    params, cfg, _ = checkpoint.load(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager"
+    )
+    with torch.inference_mode():
+        expected = theirs.eval()(ids[:, :64]).logits.numpy()
+    logits, _ = decoder.forward(params, cfg, ids[:, :64].numpy())
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "more"),
+    [
+        (dict(type="yarn", factor=4.0, finetuned=True), {}),
+        (dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64), {}),
+        (dict(type="yarn", factor=4.0), dict(original_max_position_embeddings=64)),
+        (dict(type="yarn", factor=None, original_max_position_embeddings=64), {}),
+        (dict(type="yarn", factor=8.0, mscale=0.7, mscale_all_dim=1.2), {}),
+        (dict(type="yarn", factor=8.0, mscale=0.7, mscale_all_dim=None), {}),
+        (dict(type="yarn", factor=8.0, mscale=0.7, attention_factor=1.5), {}),
+        (dict(type="yarn", factor=8.0, beta_fast=0, beta_slow=None), {}),
+        (dict(type="yarn", factor=8.0, truncate=False, beta_fast=4), {}),
+        (dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0), {}),
+        (dict(rope_type="linear", type="yarn", factor=8.0, beta_fast=4, frobnicate=1), {}),
+        ({}, {}),
+        (dict(rope_type="default", original_max_position_embeddings=64), {}),
+    ],
+    ids=str,
+)
+def test_rope_scaling_is_read_as_transformers_reads_it(scaling, more):
+    import torch
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    sizes = dict(
+        hidden_size=128,
+        num_attention_heads=4,
+        num_hidden_layers=1,
+        intermediate_size=64,
+        max_position_embeddings=256,
+        rope_theta=5e4,
+        **more,
+    )
+    cfg = Config.from_hf({"model_type": "llama", "vocab_size": 9, "rope_scaling": scaling} | sizes)
+    module = LlamaRotaryEmbedding(LlamaConfig(rope_scaling=dict(scaling), **sizes))
+    found = rope.frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+    np.testing.assert_allclose(found, module.inv_freq, rtol=1e-5)
+    positions = torch.arange(300)[None]
+    cos, _ = rope.angles(positions.numpy(), cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+    theirs, _ = module(torch.zeros(1), positions)
+    np.testing.assert_allclose(cos[:, :, 0], theirs[..., : cfg.head_dim // 2], rtol=0, atol=1e-4)
+    assert Config.from_hf(cfg.to_hf()) == cfg
+
+
+def test_the_table_of_keys_covers_the_configs_of_transformers():
+    """Every number of a model with a causal head that scales, caps or rotates is in the table."""
+    transformers = pytest.importorskip("transformers")
+    name = re.compile(
+        r"multiplier|soft_?cap|logits?_scal|scale_emb|scale_depth|rotary|alibi$|clip_qkv|"
+        r"no_rope|parallel_(attn|residual)|qk_(norm|layernorm|ln)|(qkv|mlp|attention|use)_bias$|"
+        r"(num|n)_(routed_|local_)?experts$|chunk_size$|temperature_tuning|bidirectional_att"
+    )
+    elsewhere = {  # refinements of a key in the table, sound, pictures, state-space layers
+        "ssm_in_multiplier", "ssm_multipliers", "ssm_out_multiplier", "mamba_chunk_size",
+        "chunk_size", "moe_router_logit_softcapping", "block_ffn_dim_multiplier", "conv_bias",
+        "conf_attention_chunk_size", "num_ln_in_parallel_attn", "depthwise_multiplier",
+        "channel_multiplier", "logit_scale_init_value", "use_rotary_embedding",
+    }  # fmt: skip
+    found = set()
+    for path in Path(transformers.__file__).parent.glob("models/*/configuration_*.py"):
+        if any("ForCausalLM" in p.read_text("utf-8") for p in path.parent.glob("modeling_*.py")):
+            text = path.read_text("utf-8")
+            found |= {key for key in re.findall(r"^    (\w+):", text, re.M) if name.search(key)}
+    assert len(found) > 30
+    assert found - config_keys.CONFIG.keys() - elsewhere == set()

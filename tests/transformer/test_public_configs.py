@@ -1,0 +1,600 @@
+"""The config.json and GGUF metadata of public models, remade: the right Config or refusal.
+
+What a public file says beside its sizes comes from transformers of many versions, from trainers
+and from people; this is the kind of thing that must not stand in the way, or must.
+"""
+
+import json
+import logging
+
+import pytest
+
+from tests.transformer.conftest import TINY
+from tests.transformer.test_config import hf
+from transformer import config_keys, families
+from transformer.config import Config, RopeScaling
+
+LLAMA = dict(
+    attention_bias=False, bos_token_id=1, eos_token_id=2, hidden_act="silu", initializer_range=0.02,
+    model_type="llama", pretraining_tp=1, rms_norm_eps=1e-5, rope_scaling=None, use_cache=True,
+    tie_word_embeddings=False, torch_dtype="bfloat16", transformers_version="4.40.0",
+)  # fmt: skip
+QWEN = LLAMA | dict(
+    attention_dropout=0.0, rms_norm_eps=1e-6, rope_theta=1e6, use_sliding_window=False
+)
+del QWEN["attention_bias"], QWEN["pretraining_tp"], QWEN["rope_scaling"]
+MISTRAL = {key: value for key, value in QWEN.items() if key != "use_sliding_window"}
+MISTRAL["model_type"] = "mistral"
+GEMMA = dict(
+    attention_bias=False, attention_dropout=0.0, attn_logit_softcapping=None, bos_token_id=2,
+    cache_implementation="hybrid", eos_token_id=[1, 106], final_logit_softcapping=None,
+    head_dim=256, hidden_activation="gelu_pytorch_tanh", initializer_range=0.02,
+    max_position_embeddings=32768, model_type="gemma3_text", num_attention_heads=4,
+    num_key_value_heads=1, pad_token_id=0, query_pre_attn_scalar=256, rms_norm_eps=1e-6,
+    rope_local_base_freq=10000, rope_scaling=None, rope_theta=1000000, sliding_window=512,
+    use_cache=True, vocab_size=262144,
+)  # fmt: skip
+
+
+def sized(base, width, inner, layers, heads, kv_heads, vocab, context, **more) -> dict:
+    return base | dict(
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, vocab_size=vocab,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=context,
+    ) | more  # fmt: skip
+
+
+# What published config.json files say, and how many weights their models are known to have.
+PUBLISHED = {
+    "gpt2": (
+        dict(
+            activation_function="gelu_new", architectures=["GPT2LMHeadModel"], attn_pdrop=0.1,
+            bos_token_id=50256, embd_pdrop=0.1, eos_token_id=50256, initializer_range=0.02,
+            layer_norm_epsilon=1e-5, model_type="gpt2", n_ctx=1024, n_embd=768, n_head=12,
+            n_layer=12, n_positions=1024, resid_pdrop=0.1, summary_activation=None,
+            summary_first_dropout=0.1, summary_proj_to_labels=True, summary_type="cls_index",
+            summary_use_proj=True, vocab_size=50257,
+            task_specific_params={"text-generation": {"do_sample": True, "max_length": 50}},
+        ),
+        124_439_808,
+    ),
+    "Llama-2-7b": (sized(LLAMA, 4096, 11008, 32, 32, 32, 32000, 4096), 6_738_415_616),
+    "Llama-3.2-1B": (
+        sized(
+            LLAMA, 2048, 8192, 16, 32, 8, 128256, 131072, head_dim=64, mlp_bias=False,
+            rope_theta=5e5, tie_word_embeddings=True, rope_scaling=dict(
+                factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0, rope_type="llama3",
+                original_max_position_embeddings=8192,
+            ),
+        ),
+        1_235_814_400,
+    ),
+    "TinyLlama-1.1B": (sized(LLAMA, 2048, 5632, 22, 32, 4, 32000, 2048), 1_100_048_384),
+    "SmolLM2-135M": (
+        sized(
+            LLAMA, 576, 1536, 30, 9, 3, 49152, 8192, is_llama_config=True, rope_interleaved=False,
+            rope_theta=100000, tie_word_embeddings=True,
+        ),
+        134_515_008,
+    ),
+    "Mistral-7B-v0.1": (
+        sized(
+            MISTRAL, 4096, 14336, 32, 32, 8, 32000, 32768, sliding_window=4096,
+        ),
+        7_241_732_096,
+    ),
+    "Qwen2.5-0.5B": (
+        sized(
+            QWEN, 896, 4864, 24, 14, 2, 151936, 32768, model_type="qwen2", sliding_window=32768,
+            max_window_layers=24, use_mrope=False, tie_word_embeddings=True,
+        ),
+        494_032_768,
+    ),
+    "Qwen3-0.6B": (
+        sized(
+            QWEN, 1024, 3072, 28, 16, 8, 151936, 40960, model_type="qwen3", sliding_window=None,
+            max_window_layers=28, attention_bias=False, head_dim=128, rope_scaling=None,
+            tie_word_embeddings=True,
+        ),
+        596_049_920,
+    ),
+    "gemma-3-1b": (
+        GEMMA
+        | dict(hidden_size=1152, intermediate_size=6912, num_hidden_layers=26)
+        | dict(sliding_window_pattern=6),
+        999_885_952,
+    ),
+    "gemma-3-270m": (
+        GEMMA
+        | dict(hidden_size=640, intermediate_size=2048, num_hidden_layers=18)
+        | dict(_sliding_window_pattern=6, use_bidirectional_attention=False)
+        | dict(layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 3),
+        268_098_176,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read(name):
+    config, num_params = PUBLISHED[name]
+    cfg = Config.from_hf(config)
+    assert cfg.num_params == num_params
+    assert Config.from_hf(json.loads(json.dumps(cfg.to_hf()))) == cfg
+    expected = {"gemma-3-1b": (512,) * 5 + (None,), "gemma-3-270m": (512,) * 5 + (None,)}
+    expected["Mistral-7B-v0.1"] = (4096,)
+    assert cfg.windows == expected.get(name, (None,))
+    assert cfg.query_scalar is None
+
+
+def changed(name: str, **changes) -> dict:
+    """A published config with keys replaced; `...` removes one."""
+    config = PUBLISHED[name][0] | changes
+    return {key: value for key, value in config.items() if value is not ...}
+
+
+GPT2_SMALL = PUBLISHED["gpt2"][0]
+TINYLLAMA, LLAMA32 = "TinyLlama-1.1B", "Llama-3.2-1B"
+YARN = dict(type="yarn", factor=16.0, original_max_position_embeddings=4096, finetuned=True)
+BNB = dict(
+    _load_in_4bit=True, _load_in_8bit=False, bnb_4bit_compute_dtype="bfloat16",
+    bnb_4bit_quant_type="nf4", load_in_4bit=True, load_in_8bit=False, quant_method="bitsandbytes",
+)  # fmt: skip
+GPTQ = dict(bits=4, group_size=128, desc_act=False, quant_method="gptq", sym=True)
+AWQ = dict(bits=4, group_size=128, quant_method="awq", version="gemm", zero_point=True)
+FP8 = dict(quant_method="compressed-tensors", format="float-quantized", config_groups={})
+GRANITE = dict(
+    attention_multiplier=0.015625, embedding_multiplier=12.0, logits_scaling=8.0,
+    residual_multiplier=0.22,
+)  # fmt: skip
+
+# Name -> config.json, and a field of the Config with its value.
+ACCEPTED = {
+    "distilgpt2": (GPT2_SMALL | dict(_num_labels=1, n_layer=6), "num_layers", 6),
+    "gpt2-medium": (
+        GPT2_SMALL
+        | dict(n_embd=1024, n_head=16, n_layer=24, n_special=0, predict_special_tokens=True),
+        "num_params",
+        354_823_168,
+    ),
+    "gpt2-xl": (
+        GPT2_SMALL | dict(n_embd=1600, n_head=25, n_layer=48, output_past=True),
+        "head_dim",
+        64,
+    ),
+    "DialoGPT-small": (
+        GPT2_SMALL | dict(task_specific_params={"conversational": {"max_length": 1000}}),
+        "d_ff",
+        3072,
+    ),
+    "gpt2-chinese-cluecorpussmall": (
+        GPT2_SMALL
+        | dict(vocab_size=21128, gradient_checkpointing=False, tokenizer_class="BertTokenizer"),
+        "vocab_size",
+        21128,
+    ),
+    "gpt2 fine-tuned with upcast attention": (
+        GPT2_SMALL | dict(reorder_and_upcast_attn=True, n_inner=None, scale_attn_weights=True),
+        "d_ff",
+        3072,
+    ),
+    "gpt2 with another name of its activation": (
+        GPT2_SMALL | dict(activation_function="gelu_pytorch_tanh"),
+        "mlp",
+        "gelu",
+    ),
+    "vicuna-7b": (
+        changed(
+            "Llama-2-7b",
+            _name_or_path="vicuna-7b-v1.5",
+            max_sequence_length=4096,
+            pad_token_id=0,
+            temperature=0.9,
+            top_p=0.6,
+        ),
+        "num_layers",
+        32,
+    ),
+    "CodeLlama-7b": (
+        changed(
+            "Llama-2-7b",
+            rope_theta=1_000_000,
+            vocab_size=32016,
+            max_position_embeddings=16384,
+            auto_map={},
+        ),
+        "rope_theta",
+        1_000_000,
+    ),
+    "Yarn-Llama-2-7b-64k": (
+        changed(
+            "Llama-2-7b",
+            rope_scaling=YARN,
+            max_position_embeddings=65536,
+            use_flash_attention=False,
+        ),
+        "rope_scaling",
+        RopeScaling(
+            kind="yarn",
+            factor=16.0,
+            original_max_seq_len=4096,
+            beta_fast=32.0,
+            beta_slow=1.0,
+            attention_factor=families.yarn_mscale(16.0),
+        ),
+    ),
+    "Llama-3.1-8B": (
+        changed(
+            LLAMA32,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            head_dim=...,
+            tie_word_embeddings=False,
+            rope_scaling=dict(PUBLISHED[LLAMA32][0]["rope_scaling"], factor=8.0),
+            eos_token_id=[128001, 128008, 128009],
+        ),
+        "num_params",
+        8_030_261_248,
+    ),
+    "unsloth/Llama-3.2-1B": (
+        changed(LLAMA32, unsloth_fixed=True, unsloth_version="2024.9", pad_token_id=128004),
+        "max_seq_len",
+        131072,
+    ),
+    "Llama-3.2-1B saved after training with torch": (
+        changed(
+            LLAMA32, _attn_implementation_autoset=True, use_cache=False, gradient_checkpointing=True
+        ),
+        "tie_embeddings",
+        True,
+    ),
+    "Llama 3.2 as transformers 5 writes it": (
+        changed(
+            LLAMA32,
+            rope_theta=...,
+            rope_scaling=...,
+            dtype="bfloat16",
+            torch_dtype=...,
+            rope_parameters=dict(PUBLISHED[LLAMA32][0]["rope_scaling"], rope_theta=5e5),
+        ),
+        "rope_theta",
+        5e5,
+    ),
+    "TinyLlama merged by PEFT": (
+        changed(TINYLLAMA, _name_or_path="./merged", quantization_config=None, rope_scaling={}),
+        "rope_scaling",
+        None,
+    ),
+    "TinyLlama exported by axolotl": (
+        changed(
+            TINYLLAMA,
+            use_cache=False,
+            rope_theta=10000.0,
+            axolotl_config_path="x.yml",
+            quantization_config={},
+            _commit_hash="x",
+        ),
+        "num_kv_heads",
+        4,
+    ),
+    "Qwen2.5 rewritten as a Llama": (
+        changed(
+            TINYLLAMA,
+            use_sliding_window=False,
+            sliding_window=131072,
+            max_window_layers=22,
+            layer_types=["full_attention"] * 22,
+        ),
+        "windows",
+        (None,),
+    ),
+    "SmolLM-135M": (
+        changed(
+            "SmolLM2-135M",
+            rope_theta=10000.0,
+            max_position_embeddings=2048,
+            rope_interleaved=...,
+            is_llama_config=...,
+        ),
+        "max_seq_len",
+        2048,
+    ),
+    "SmolLM2-135M-Instruct": (
+        changed("SmolLM2-135M", **{"transformers.js_config": {"dtype": "q4"}}),
+        "num_heads",
+        9,
+    ),
+    "Mistral-7B-v0.3": (
+        changed("Mistral-7B-v0.1", sliding_window=None, vocab_size=32768, rope_theta=1e6),
+        "windows",
+        (None,),
+    ),
+    "Mistral-Nemo": (
+        changed(
+            "Mistral-7B-v0.1",
+            sliding_window=None,
+            head_dim=128,
+            hidden_size=5120,
+            num_hidden_layers=40,
+            max_position_embeddings=131072,
+            attention_dropout=0.0,
+        ),
+        "head_dim",
+        128,
+    ),
+    "Qwen2-0.5B": (changed("Qwen2.5-0.5B", use_mrope=..., sliding_window=131072), "qkv_bias", True),
+    "Qwen2.5 extended with YaRN": (
+        changed(
+            "Qwen2.5-0.5B",
+            rope_scaling=dict(factor=4.0, original_max_position_embeddings=32768, type="yarn"),
+        ),
+        "rope_scaling",
+        RopeScaling(
+            kind="yarn",
+            factor=4.0,
+            original_max_seq_len=32768,
+            beta_fast=32.0,
+            beta_slow=1.0,
+            attention_factor=families.yarn_mscale(4.0),
+        ),
+    ),
+    "Qwen3-0.6B-Base": (
+        changed(
+            "Qwen3-0.6B",
+            max_position_embeddings=32768,
+            use_sliding_window=False,
+            sliding_window=None,
+        ),
+        "qk_norm",
+        True,
+    ),
+    "gemma-3-270m-it by unsloth": (
+        changed(
+            "gemma-3-270m", unsloth_fixed=True, torch_dtype="bfloat16", _sliding_window_pattern=6
+        ),
+        "query_scalar",
+        None,
+    ),
+    "a MoE key that says there are none": (
+        changed(TINYLLAMA, num_local_experts=0, num_experts_per_tok=None, n_routed_experts=None),
+        "mlp",
+        "swiglu",
+    ),
+    "neutral multipliers": (
+        changed(
+            TINYLLAMA,
+            attention_multiplier=0.125,
+            embedding_multiplier=1.0,
+            residual_multiplier=1,
+            logits_scaling=1.0,
+            mlp_bias=False,
+            partial_rotary_factor=1.0,
+        ),
+        "head_dim",
+        64,
+    ),
+    "SmolLM3's keys where each layer has positions": (
+        changed(TINYLLAMA, no_rope_layers=[1] * 22, layer_types=["full_attention"] * 22),
+        "num_layers",
+        22,
+    ),
+}
+
+# Name -> config.json, and the key that the message must name, with what else it must say.
+REFUSED = {
+    "Granite written as a Llama": (changed(TINYLLAMA, **GRANITE), "attention_multiplier"),
+    "Granite's residual multiplier alone": (
+        changed(TINYLLAMA, residual_multiplier=0.22),
+        "residual_multiplier is 0.22",
+    ),
+    "Phi written as a Llama": (
+        changed(TINYLLAMA, partial_rotary_factor=0.4),
+        "partial_rotary_factor is 0.4",
+    ),
+    "Mixtral written as a Mistral": (
+        changed("Mistral-7B-v0.1", num_local_experts=8, num_experts_per_tok=2),
+        "num_local_experts is 8",
+    ),
+    "Qwen3 MoE written as a Qwen3": (changed("Qwen3-0.6B", num_experts=128), "num_experts is 128"),
+    "Gemma 2's caps": (
+        changed("gemma-3-1b", attn_logit_softcapping=50.0),
+        "attn_logit_softcapping is 50.0",
+    ),
+    "SmolLM3's layers without positions": (
+        changed(TINYLLAMA, no_rope_layers=[1, 1, 1, 0] * 5 + [1, 1]),
+        "no_rope_layers",
+    ),
+    "a Llama with a window": (changed(TINYLLAMA, sliding_window=512), "sliding_window is 512"),
+    "a Llama with biases": (changed(TINYLLAMA, attention_bias=True), "attention_bias is True"),
+    "Llama 4's chunks": (changed(TINYLLAMA, attention_chunk_size=8192), "attention_chunk_size"),
+    "OLMo's clipping": (changed(TINYLLAMA, clip_qkv=8.0), "clip_qkv is 8.0"),
+    "MiniCPM's scales": (changed(TINYLLAMA, scale_emb=12), "scale_emb is 12"),
+    "a GPT-2 with scaled layers (stanford-crfm)": (
+        GPT2_SMALL | dict(scale_attn_by_inverse_layer_idx=True),
+        "scale_attn_by_inverse_layer_idx",
+    ),
+    "a GPT-2 with a gelu of its own": (
+        GPT2_SMALL | dict(activation_function="relu"),
+        "activation_function",
+    ),
+    "a GPT-2 with ALiBi": (
+        GPT2_SMALL | dict(position_embedding_type="alibi"),
+        "position_embedding_type is 'alibi'",
+    ),
+    "LongRoPE": (
+        changed(
+            TINYLLAMA, rope_scaling=dict(type="longrope", short_factor=[1.0], long_factor=[2.0])
+        ),
+        "'longrope'",
+    ),
+    "dynamic NTK": (changed(TINYLLAMA, rope_scaling=dict(type="dynamic", factor=2.0)), "'dynamic'"),
+    "embedding model (LLM2Vec)": (
+        changed("Mistral-7B-v0.1", use_bidirectional_attention=True),
+        "use_bidirectional_attention",
+    ),
+    "bitsandbytes": (
+        changed(TINYLLAMA, quantization_config=BNB),
+        r"quantization_config is bitsandbytes \(4 bit\)",
+    ),
+    "GPTQ": (changed(LLAMA32, quantization_config=GPTQ), r"quantization_config is gptq \(4 bit\)"),
+    "AWQ": (
+        changed("Qwen2.5-0.5B", quantization_config=AWQ),
+        r"quantization_config is awq \(4 bit\)",
+    ),
+    "FP8": (
+        changed("Qwen3-0.6B", quantization_config=FP8),
+        "quantization_config is compressed-tensors",
+    ),
+    "quantised by an old tool": (changed(TINYLLAMA, compression_config=FP8), "compression_config"),
+    "Falcon": (dict(model_type="falcon"), "model_type"),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_a_public_config_is_read(name):
+    config, field, value = ACCEPTED[name]
+    assert getattr(Config.from_hf(config), field) == value
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_public_config_that_would_run_wrongly_is_refused_by_its_key(name):
+    config, key = REFUSED[name]
+    with pytest.raises(ValueError, match=key):
+        Config.from_hf(config)
+
+
+@pytest.mark.parametrize("key", config_keys.CONFIG)
+def test_no_key_of_the_table_passes_with_another_value(key):
+    """Whatever the family: its own key (then any Config or error will do), or a refusal by name."""
+    for name in TINY:
+        family = families.FAMILIES[hf(name)["model_type"]]
+        own = {*family.keys, *family.assumed, family.activation[0], "layer_types", "rope_scaling"}
+        if key in own | {"rope_parameters", "is_decoder"} or key in family.neutral:
+            continue
+        with pytest.raises(ValueError, match=f"^{key} is 'x'"):
+            Config.from_hf(hf(name, **{key: "x"}))
+        neutral = Config.from_hf(hf(name, **{key: None}))
+        assert neutral == Config.from_hf(hf(name))
+
+
+def test_keys_without_effect_are_logged_once_for_a_set_of_keys(caplog):
+    config_keys._note.cache_clear()
+    config = hf("llama", frobnicate=1, unsloth_fixed=True)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert Config.from_hf(config) == Config.from_hf(hf("llama"))
+    (record,) = caplog.records
+    assert "'frobnicate', 'unsloth_fixed'" in record.getMessage()
+
+
+# GGUF
+
+LLAMA_GGUF = {
+    "general.architecture": "llama",
+    "general.type": "model",
+    "general.name": "Llama 3.2 1B Instruct",
+    "general.file_type": 15,
+    "general.quantization_version": 2,
+    "general.base_model.count": 1,
+    "general.languages": ["en"],
+    "llama.block_count": 16,
+    "llama.context_length": 131072,
+    "llama.embedding_length": 2048,
+    "llama.feed_forward_length": 8192,
+    "llama.attention.head_count": 32,
+    "llama.attention.head_count_kv": 8,
+    "llama.attention.key_length": 64,
+    "llama.attention.value_length": 64,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.rope.freq_base": 500000.0,
+    "llama.rope.dimension_count": 64,
+    "llama.vocab_size": 128256,
+}
+GGUF_NEUTRAL = {
+    "experts of old converters": {"llama.expert_count": 0, "llama.expert_used_count": 0},
+    "rope.scaling of old converters": {
+        "llama.rope.scaling.type": "none",
+        "llama.rope.scaling.attn_factor": 1.0,
+        "llama.rope.scaling.finetuned": False,
+        "llama.rope.scale_linear": 1.0,
+    },
+    "a factor of 0": {"llama.rope.scaling.factor": 0.0},
+    "neutral numbers": {
+        "llama.attention.causal": True,
+        "llama.logit_scale": 1.0,
+        "llama.residual_scale": 1.0,
+        "llama.embedding_scale": 1.0,
+        "llama.attention.scale": 0.125,
+        "llama.attention.clamp_kqv": 0.0,
+        "llama.attention.max_alibi_bias": 0.0,
+        "llama.use_parallel_residual": False,
+        "llama.attn_logit_softcapping": 0.0,
+    },
+    "a window as long as the context": {"llama.attention.sliding_window": 131072},
+    "layout of Meta's files": {"llama.tensor_data_layout": "Meta AI original pth"},
+    "of an importance matrix": {
+        "quantize.imatrix.file": "imatrix.dat",
+        "quantize.imatrix.entries_count": 112,
+    },
+    "of the only part": {"split.no": 0, "split.count": 1, "split.tensors.count": 147},
+    "unknown": {"llama.frobnicate": 1, "mradermacher.quantized_by": "x", "general.url": "x"},
+}
+GGUF_REFUSED = {
+    "llama.expert_count": 8,
+    "llama.rope.scaling.attn_factor": 1.19,
+    "llama.attention.causal": False,
+    "llama.logit_scale": 0.0625,
+    "llama.residual_scale": 0.22,
+    "llama.embedding_scale": 12.0,
+    "llama.attention.scale": 0.015625,
+    "llama.attn_logit_softcapping": 50.0,
+    "llama.final_logit_softcapping": 30.0,
+    "llama.attention.clamp_kqv": 8.0,
+    "llama.attention.max_alibi_bias": 8.0,
+    "llama.attention.sliding_window": 4096,
+    "llama.use_parallel_residual": True,
+    "llama.rope.dimension_count": 32,
+    "split.count": 2,
+    "general.type": "adapter",
+}
+
+
+@pytest.mark.parametrize("name", GGUF_NEUTRAL)
+def test_gguf_keys_that_change_nothing(name):
+    expected = families.from_gguf(LLAMA_GGUF, has_head=False)
+    assert families.from_gguf(LLAMA_GGUF | GGUF_NEUTRAL[name], has_head=False) == expected
+    assert expected.num_params == 1_235_814_400
+
+
+@pytest.mark.parametrize("key", GGUF_REFUSED)
+def test_gguf_keys_that_change_the_result_are_refused_by_name(key):
+    with pytest.raises(ValueError, match=key):
+        families.from_gguf(LLAMA_GGUF | {key: GGUF_REFUSED[key]}, has_head=False)
+
+
+@pytest.mark.parametrize("key", config_keys.GGUF)
+def test_no_gguf_key_of_the_table_passes_with_another_value(key):
+    with pytest.raises(ValueError, match=f"llama.{key} "):
+        families.from_gguf(LLAMA_GGUF | {f"llama.{key}": "x"}, has_head=False)
+
+
+def test_gguf_scaling_is_read_as_llama_cpp_reads_it():
+    """The type is by default linear; YaRN's original length is by default the context."""
+
+    def scaling(**keys) -> RopeScaling | None:
+        keys = {f"llama.rope.scaling.{key}": value for key, value in keys.items()}
+        return families.from_gguf(LLAMA_GGUF | keys, has_head=False).rope_scaling
+
+    assert scaling(factor=4.0) == RopeScaling(kind="linear", factor=4.0)
+    assert scaling(type="linear") is None and scaling(type="none", factor=4.0) is None
+    yarn = dict(type="yarn", factor=4.0, finetuned=True)
+    expected = dict(kind="yarn", factor=4.0, beta_fast=32.0, beta_slow=1.0)
+    sharp = families.yarn_mscale(4.0)
+    assert scaling(**yarn) == RopeScaling(
+        **expected, original_max_seq_len=131072, attention_factor=sharp
+    )
+    assert scaling(
+        **yarn, attn_factor=0.5, original_context_length=4096, yarn_attn_factor=sharp
+    ) == RopeScaling(**expected, original_max_seq_len=4096, attention_factor=sharp / 2)
+    with pytest.raises(ValueError, match="yarn_attn_factor"):
+        scaling(**yarn, yarn_attn_factor=1.5)

@@ -1,0 +1,466 @@
+"""Keys of a model file that no field of ours reads: which of them change the forward pass.
+
+transformers passes over every key of `config.json` that a model's class does not know. That is
+right for `unsloth_fixed`, and silently wrong for Granite's `residual_multiplier` in a file that
+calls itself a Llama. So the table below holds each key that changes the forward pass in some
+family, with the values under which it changes nothing:
+
+- A key in the table with another value is refused by name.
+- A key outside the table is passed over, as transformers does, and logged once.
+
+Keys that only refine a feature (`num_experts_per_tok`) are left out: the key that switches the
+feature on (`num_experts`) is listed. Weights are checked by name and shape elsewhere, so a feature
+that has tensors of its own is refused even where its key is not.
+
+Compiled from the configuration and modelling files of transformers 5, from models whose code comes
+with their weights (MiniCPM, Qwen 1, BTLM, ChatGLM, MPT), and for GGUF from the key names of
+llama.cpp (`llama-arch.cpp`, gguf-py's `constants.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+def _inverse_root_of_head_dim(cfg: Any) -> float:
+    return cfg.head_dim**-0.5
+
+
+def _head_dim(cfg: Any) -> int:
+    return cfg.head_dim
+
+
+def _d_model(cfg: Any) -> int:
+    return cfg.d_model
+
+
+def _root_of_num_layers(cfg: Any) -> float:
+    return cfg.num_layers**0.5
+
+
+def _rope_theta(cfg: Any) -> float | None:
+    return getattr(cfg, "rope_theta", None)
+
+
+# What a group of keys does -> each key -> its neutral values: constants, or functions of the
+# config. null is neutral for every key, and so is a list of neutral values.
+_GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "multiplies embeddings, the residual stream or logits by a constant": {
+        "embedding_multiplier": (1,),  # Granite, Falcon-H1
+        "residual_multiplier": (1,),
+        "logits_scaling": (1,),  # divides
+        "logit_scale": (1,),  # Cohere
+        "lm_head_multiplier": (1,),
+        "attention_in_multiplier": (1,),
+        "attention_out_multiplier": (1,),
+        "mlp_multipliers": (1,),
+        "scale_emb": (1,),  # MiniCPM
+        "scale_depth": (_root_of_num_layers,),  # divided by that root
+        "dim_model_base": (_d_model,),  # logits are divided by d_model / dim_model_base
+        "embedding_scale": (1,),
+        "scale_embedding": (False,),  # BART, Whisper: by the root of d_model
+        "scale_embeddings": (False,),
+        "rescale_embeddings": (False,),
+        "embeddings_scale": (1,),  # BTLM, Jais
+        "width_scale": (1,),
+        "output_alpha": (1,),
+        "mup_embeddings_scale": (1,),
+        "mup_width_scale": (1,),
+        "mup_output_alpha": (1,),
+        "mup_enabled": (False,),
+        "mup_use_scaling": (False,),  # Phi-3-small
+        "mup_width_multiplier": (1,),
+        "mup_embedding_multiplier": (1,),
+        "logits_mup_width_multiplier": (1,),
+        "full_attn_alpha_factor": (1,),  # MiniMax
+        "full_attn_beta_factor": (1,),
+        "linear_attn_alpha_factor": (1,),
+        "linear_attn_beta_factor": (1,),
+        "mlp_alpha_factor": (1,),
+        "mlp_beta_factor": (1,),
+        "rescale_every": (0,),  # RWKV
+        "residual_scale": (1,),
+    },
+    "scales attention scores or values": {
+        "attention_multiplier": (_inverse_root_of_head_dim,),  # Granite
+        "softmax_scale": (_inverse_root_of_head_dim,),
+        "query_pre_attn_scalar": (_head_dim,),  # Gemma
+        "key_multiplier": (1,),
+        "attention_value_scale": (1,),
+        "scale_attn_weights": (True,),  # GPT-2
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "scale_qk_dot_by_d": (False,),  # BTLM
+        "mup_scale_qk_dot_by_d": (False,),
+        "mup_attn_multiplier": (1,),
+        "use_logn_attn": (False,),  # Qwen 1
+        "log_scaling_alpha": (0,),
+        "attn_temperature_tuning": (False, 0),  # Llama 4
+        "attn_scale": (0,),
+    },
+    "caps or clips values": {
+        "attn_logit_softcapping": (),  # Gemma 2
+        "final_logit_softcapping": (),
+        "logits_soft_cap": (),
+        "output_logit_soft_cap": (),
+        "gate_soft_cap": (),
+        "mlp_gate_softcap": (),
+        "mlp_up_softcap": (),
+        "swiglu_limit": (),  # gpt-oss
+        "clip_qkv": (),  # OLMo
+        "qk_l2_clip_threshold": (),
+        "activation_sparsity_pattern": (0,),  # Gemma 3n
+    },
+    "rotates a part of each head only, or otherwise than by rope_theta": {
+        "partial_rotary_factor": (1,),  # Phi, StableLM
+        "rotary_pct": (1,),
+        "rope_pct": (1,),
+        "rotary_percent": (1,),
+        "rotary_percentage": (1,),
+        "rotary_dim": (_head_dim,),  # GPT-J
+        "rotary_emb_base": (_rope_theta,),  # GPT-NeoX
+        "rotary_emb_scale_base": (),  # xPos
+        "rope_ratio": (1,),  # ChatGLM
+        "rope_interleave": (False,),
+        "rope_interleaved": (False,),
+        "rotary_interleaved": (False,),
+        "rotary_value": (False,),
+        "use_dynamic_ntk": (False,),
+        "use_mrope": (False,),
+        "mrope_section": (),
+        "layer_rope_theta": (_rope_theta,),
+        "global_rope_theta": (_rope_theta,),
+        "no_rope_layers": (1,),  # SmolLM3, Llama 4: 0 where a layer has no positions
+        "no_rope_layer_interval": (0,),
+        "nope_layer_interval": (0,),
+        "qk_rope_head_dim": (_head_dim,),
+        "short_factor": (),  # of rope_scaling: LongRoPE
+        "long_factor": (),
+        "llama_4_scaling_beta": (0,),
+    },
+    "encodes positions in another way": {
+        "position_embedding_type": ("rope", "rotary"),
+        "alibi": (False,),
+        "use_alibi": (False,),
+        "learned_pos_emb": (False,),
+        "use_learned_position_embeddings": (False,),
+        "relative_attention": (False,),
+        "rope_scaling": ({},),  # where positions are learned
+        "rope_parameters": ({},),
+    },
+    "changes which positions a query sees": {
+        "sliding_window": (),
+        "sliding_window_size": (),
+        "attention_window_size": (),
+        "window_size": (),
+        "local_attention": (),
+        "attention_chunk_size": (),  # Llama 4
+        "attention_types": (),  # GPT-Neo
+        "attention_type": ("original_full",),  # BigBird
+        "attn_type": ("multihead_attention",),
+        "attention_k_eq_v": (False,),
+        "layer_types": ("full_attention", "attention"),
+        "layers_block_type": ("attention",),
+        "block_types": ("attention",),
+        "use_bidirectional_attention": (False,),
+        "is_causal": (True,),
+        "prefix_lm": (False,),
+        "is_decoder": (True, False),  # a decoder is causal either way
+        "is_encoder_decoder": (False,),
+        "add_cross_attention": (False,),
+        "cross_attention_layers": (),
+        "num_kv_shared_layers": (0,),
+        "cla_share_factor": (1,),
+        "index_topk": (0,),  # DeepSeek 3.2
+    },
+    "adds biases": {
+        "attention_bias": (False,),
+        "attention_out_bias": (False,),
+        "use_attention_bias": (False,),
+        "qkv_bias": (False,),
+        "use_qkv_bias": (False,),
+        "add_qkv_bias": (False,),
+        "mlp_bias": (False,),
+        "use_bias": (False,),
+        "bias": (False,),
+        "enable_bias": (False,),
+        "add_bias_linear": (False,),
+        "no_bias": (True,),
+        "norm_bias": (False,),
+        "lm_head_bias": (False,),
+    },
+    "adds, moves or changes norms": {
+        "use_qk_norm": (False,),  # Cohere
+        "qk_norm": (False,),
+        "qk_layernorm": (False,),  # Phi, StableLM
+        "use_qk_layernorm": (False,),
+        "qk_ln": (False,),
+        "parallel_attn": (False,),  # Falcon
+        "parallel_residual": (False,),
+        "use_parallel_residual": (False,),  # GPT-NeoX
+        "apply_residual_connection_post_layernorm": (False,),
+        "do_layer_norm_before": (True,),  # OPT
+        "pre_norm": (True,),
+        "use_post_norm": (False,),
+        "use_sandwich_norm": (False,),
+        "post_layer_norm": (True,),  # ChatGLM: a norm behind the last layer
+        "_remove_final_layer_norm": (False,),
+        "layernorm_embedding": (False,),
+        "layer_norm_elementwise_affine": (True,),
+        "norm_type": ("rms", "rmsnorm", "rms_norm", "RMSNorm"),
+        "rmsnorm": (True,),
+    },
+    "changes the activation of the MLP": {
+        "hidden_act": (),
+        "hidden_activation": (),
+        "activation_function": (),
+        "activation": (),
+        "mlp_hidden_act": (),
+    },
+    "replaces or adds blocks": {
+        "num_experts": (0, 1),  # Qwen MoE
+        "num_local_experts": (0, 1),  # Mixtral
+        "n_routed_experts": (0, 1),  # DeepSeek
+        "moe_num_experts": (0, 1),
+        "n_shared_experts": (0,),
+        "num_shared_experts": (0,),
+        "enable_moe_block": (False,),
+        "is_moe": (False,),
+        "kv_lora_rank": (0,),  # multi-head latent attention
+        "q_lora_rank": (0,),
+        "v_head_dim": (_head_dim,),
+        "multi_query": (False,),  # Falcon
+        "multi_query_attention": (False,),
+        "new_decoder_architecture": (False,),
+        "num_attention_heads_per_layer": (),
+        "per_layer_config": ({},),
+        "block_configs": (),  # Nemotron NAS
+        "pruned_heads": ({},),
+        "embedding_size": (_d_model,),  # ELECTRA
+        "word_embed_proj_dim": (_d_model,),  # OPT
+        "hidden_size_per_layer_input": (0,),  # Gemma 3n
+        "altup_num_inputs": (0, 1),
+        "laurel_rank": (0,),
+        "mamba_d_state": (0,),
+        "ssm_state_size": (0,),
+        "state_size": (0,),
+        "H_cycles": (1,),
+        "attn_config": (),  # MPT, DBRX
+        "ffn_config": (),
+        "text_config": (),  # of a model that also sees or hears
+        "vision_config": (),
+        "audio_config": (),
+        "use_weighted_layer_sum": (False,),
+    },
+}
+_GGUF_GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "multiplies embeddings, the residual stream or logits by a constant": {
+        "embedding_scale": (0, 1),
+        "residual_scale": (0, 1),
+        "logit_scale": (0, 1),
+        "rescale_every_n_layers": (0,),
+    },
+    "scales attention scores or values": {
+        "attention.scale": (0, _inverse_root_of_head_dim),
+        "attention.output_scale": (0, 1),
+        "attention.value_scale": (0, 1),
+        "attention.temperature_scale": (0,),
+        "attention.temperature_length": (0,),
+    },
+    "caps or clips values": {
+        "attn_logit_softcapping": (0,),
+        "final_logit_softcapping": (0,),
+        "attention.clamp_kqv": (0,),
+        "swiglu_clamp_exp": (0,),
+        "swiglu_clamp_shexp": (0,),
+        "activation_sparsity_scale": (0,),
+    },
+    "rotates a part of each head only, or otherwise than by rope.freq_base": {
+        "rope.dimension_sections": (0,),
+        "rope.dimension_count_swa": (_head_dim,),
+        "rope.freq_base_swa": (_rope_theta,),
+        "rope.scale_linear": (0, 1),
+        "rope.scaling.alpha": (0,),
+        "rope.scaling.attn_factor": (1,),
+        "rope.scaling.yarn_attn_factor": (1,),
+        "rope.scaling.yarn_ext_factor": (-1, 1),
+        "rope.scaling.yarn_log_multiplier": (0,),
+        "attention.rope_pattern": (True, 1),
+        "attention.compress_rope_freq_base": (),
+    },
+    "encodes positions in another way": {
+        "attention.max_alibi_bias": (0,),
+        "attention.relative_buckets_count": (0,),
+    },
+    "changes which positions a query sees": {
+        "attention.causal": (True,),
+        "attention.sliding_window": (0,),
+        "attention.shared_kv_layers": (0,),
+        "attention.recurrent_layers": (False, 0),
+        "attention.indexer.top_k": (0,),
+        "full_attention_interval": (0, 1),
+    },
+    "changes the layout of a block": {
+        "use_parallel_residual": (False,),
+        "swin_norm": (False,),
+        "hidden_activation": (),
+        "attention.group_norm_groups": (0,),
+        "attention.q_lora_rank": (0,),
+        "attention.kv_lora_rank": (0,),
+        "attention.key_length_mla": (0,),
+        "attention.key_length_swa": (_head_dim,),
+        "attention.value_length_swa": (_head_dim,),
+        "embedding_length_per_layer_input": (0,),
+        "embedding_length_out": (0, _d_model),
+        "altup.num_inputs": (0, 1),
+        "num_loops": (0, 1),
+        "hyper_connection.count": (0, 1),
+        "adapters.count": (0,),
+        "n_deepstack_layers": (0,),
+    },
+    "replaces or adds blocks": {
+        "expert_count": (0, 1),
+        "expert_shared_count": (0,),
+        "interleave_moe_layer_step": (0,),
+        "moe_every_n_layers": (0,),
+        "ssm.state_size": (0,),
+        "wkv.head_size": (0,),
+        "shortconv.l_cache": (0,),
+        "decoder_block_count": (0,),
+    },
+}
+CONFIG = {key: (what, values) for what, keys in _GROUPS.items() for key, values in keys.items()}
+GGUF = {key: (what, values) for what, keys in _GGUF_GROUPS.items() for key, values in keys.items()}
+
+# Keys that transformers itself writes into the files of all models, and that compute nothing here:
+# training, heads for classification, defaults of generation. They are not worth a line in the log.
+_EXPECTED = frozenset(
+    """
+    _name_or_path name_or_path _commit_hash architectures auto_map model_type task_specific_params
+    transformers_version torch_dtype dtype use_cache tie_word_embeddings initializer_range
+    attention_dropout attention_probs_dropout_prob attn_pdrop embd_pdrop resid_pdrop hidden_dropout
+    hidden_dropout_prob classifier_dropout chunk_size_feed_forward gradient_checkpointing
+    pretraining_tp bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id
+    decoder_start_token_id num_labels id2label label2id problem_type finetuning_task
+    output_attentions output_hidden_states return_dict torchscript use_bfloat16 tokenizer_class
+    prefix cache_implementation is_llama_config transformers.js_config summary_activation
+    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj n_ctx
+    reorder_and_upcast_attn max_window_layers use_sliding_window sliding_window_pattern
+    _sliding_window_pattern _attn_implementation_autoset attn_implementation _attn_implementation
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
+    return_dict_in_generate forced_bos_token_id forced_eos_token_id forced_decoder_ids
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    tf_legacy_loss tie_encoder_decoder cross_attention_hidden_size rope_scaling.finetuned
+    """.split()  # noqa: SIM905 (a list of words reads better than eighty quotes)
+)
+_GGUF_EXPECTED = frozenset(
+    """
+    expert_used_count tensor_data_layout rope.scaling.finetuned
+    """.split()  # noqa: SIM905
+)
+
+
+def check(
+    rest: Mapping[str, Any],
+    cfg: Any,
+    kind: str,
+    *,
+    own: Mapping[str, tuple[Any, ...]] | None = None,
+) -> None:
+    """Check the keys of a `config.json` that nothing has read.
+
+    Args:
+        rest: the keys and their values.
+        cfg: the config that the other keys make, for neutral values that depend on it.
+        kind: the model type, for messages.
+        own: neutral values of this model type that differ from those of the table.
+
+    Raises:
+        ValueError: the weights are quantised in a format that cannot be read, or a key changes the
+            forward pass in a way that this model type lacks.
+    """
+    rest = dict(rest)
+    for key in ("quantization_config", "compression_config"):
+        if value := rest.pop(key, None):
+            raise ValueError(f"{key} is {_method(value)}: {_HOW_TO_DEQUANTISE}")
+    table = CONFIG | {key: (CONFIG[key][0], values) for key, values in (own or {}).items()}
+    _check(rest, table, _EXPECTED, cfg, kind, "config.json")
+
+
+def check_gguf(rest: Mapping[str, Any], cfg: Any, kind: str) -> None:
+    """Check the keys of GGUF metadata, without the architecture in front, that nothing has read.
+
+    Raises:
+        ValueError: as `check` does.
+    """
+    _check(rest, GGUF, _GGUF_EXPECTED, cfg, kind, "GGUF metadata", prefix=f"{kind}.")
+
+
+def note(source: str, keys: tuple[str, ...]) -> None:
+    """Log, once for each set of keys, that they are passed over."""
+    if keys:
+        _note(source, keys)
+
+
+@functools.lru_cache(maxsize=256)
+def _note(source: str, keys: tuple[str, ...]) -> None:
+    names = ", ".join(map(repr, keys[:20])) + (f" and {len(keys) - 20} more" * (len(keys) > 20))
+    log.warning("%s: passing over keys that change nothing here: %s", source, names)
+
+
+def _check(
+    rest: Mapping[str, Any],
+    table: Mapping[str, tuple[str, tuple[Any, ...]]],
+    expected: frozenset[str],
+    cfg: Any,
+    kind: str,
+    source: str,
+    prefix: str = "",
+) -> None:
+    for key, value in rest.items():
+        if key not in table:
+            continue
+        what, values = table[key]
+        neutral = [item(cfg) if callable(item) else item for item in values]
+        if not _is_neutral(value, neutral):
+            allowed = " or ".join([*(repr(item) for item in neutral), "absent"])
+            raise ValueError(
+                f"{prefix}{key} is {value!r}. It {what}, which is not implemented for {kind}; "
+                f"it must be {allowed}"
+            )
+    unknown = sorted(str(key) for key in rest.keys() - table.keys() - expected)
+    note(source, tuple(prefix + key for key in unknown))
+
+
+def _is_neutral(value: Any, neutral: list[Any]) -> bool:
+    if value is None or any(_same(value, item) for item in neutral):
+        return True
+    return isinstance(value, list) and all(_is_neutral(item, neutral) for item in value)
+
+
+def _same(value: Any, other: Any) -> bool:
+    if isinstance(value, float) and isinstance(other, int | float):
+        return math.isclose(value, other, rel_tol=1e-6)  # a float32 in a file may be a hair off
+    return value == other
+
+
+_HOW_TO_DEQUANTISE = (
+    "weights quantised in this format cannot be read; give unquantised safetensors or a GGUF file "
+    "(if the weights are merged and unquantised, remove the key)"
+)
+
+
+def _method(value: Any) -> str:
+    """The name of a quantisation method, as a `quantization_config` gives it."""
+    if not isinstance(value, Mapping):
+        return repr(value)
+    method = str(value.get("quant_method") or "of an unnamed method")
+    bits = next((n for n in (4, 8) if value.get(f"load_in_{n}bit")), value.get("bits"))
+    return f"{method} ({bits} bit)" if bits else method
