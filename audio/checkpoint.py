@@ -19,7 +19,7 @@ import numpy as np
 from audio import ctranslate2
 from audio.config import Config
 from audio.model import Attention, AudioLayer, Decoder, Encoder, Mlp, Params, TextLayer, abstract
-from transformer.checkpoint import safetensors
+from transformer.checkpoint import check_tied, safetensors
 from transformer.layers import Linear, Norm
 
 Format = Literal["float32", "bfloat16", "int8"]
@@ -63,8 +63,11 @@ def load(folder: Path, *, format: Format = "float32") -> tuple[Params, Config]:
     if (folder / "model.bin").is_file():
         arrays, cfg = _ctranslate2(folder)
     else:
-        config, tensors = safetensors.read(folder, ignore=("proj_out.weight",))
+        config, tensors = safetensors.read(folder)
         cfg = _hf_config(folder, config)
+        if "proj_out.weight" in tensors:  # some exporters write the tied table twice
+            check_tied(tensors, "proj_out.weight", "model.decoder.embed_tokens.weight", folder)
+            del tensors["proj_out.weight"]
         arrays = {name: tensor.read(0, tensor.shape[0]) for name, tensor in tensors.items()}
     return _fill(arrays, cfg, format, folder), cfg
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from transformer import config_keys
 from transformer.config import MAX_LAYERS, check_size
 
 _SIZES = (
@@ -44,16 +45,6 @@ _FIXED = {
     "tie_word_embeddings": True,
     "use_weighted_layer_sum": False,
 }
-# Keys that say nothing about the function computed: how it was trained, and how it may be used.
-_IGNORED = {
-    "_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache",
-    "dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop",
-    "init_std", "apply_spec_augment", "mask_time_prob", "mask_time_length", "mask_time_min_masks",
-    "mask_feature_prob", "mask_feature_length", "mask_feature_min_masks", "max_length",
-    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "suppress_tokens",
-    "begin_suppress_tokens", "forced_decoder_ids", "classifier_proj_size", "num_hidden_layers",
-    "median_filter_width", "alignment_heads", "lang_ids", "suppress_ids", "suppress_ids_begin",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,9 +145,10 @@ class Config:
         """Reads the dictionary of a Hugging Face `config.json`.
 
         Raises:
-            ValueError: a key is missing, unknown, or has a value this model cannot follow.
+            ValueError: a key is missing or has a value this model cannot follow, or one changes
+                the forward pass in a way Whisper lacks; see `config_keys`.
         """
-        given = dict(config)
+        given = {key: value for key, value in config.items() if value is not None}
         for key, value in _FIXED.items():
             if given.pop(key, value) != value:
                 raise ValueError(f"{key} must be {value!r}, got {config[key]!r}")
@@ -179,10 +171,15 @@ class Config:
         for key, field in (("decoder_attention_heads", "num_heads"), ("decoder_ffn_dim", "d_ff")):
             if (value := given.pop(key, fields[field])) != fields[field]:
                 raise ValueError(f"{key} must equal that of the encoder, got {value!r}")
-        if unknown := sorted(given.keys() - _IGNORED):
-            raise ValueError(f"config has the unknown key {unknown[0]!r}")
-        heads = given.get("alignment_heads") or ()
-        return cls(**fields, alignment_heads=tuple((layer, head) for layer, head in heads))
+        heads = given.pop("alignment_heads", None) or ()
+        if not isinstance(heads, list | tuple) or not all(
+            isinstance(pair, list | tuple) and [type(i) for i in pair] == [int, int]
+            for pair in heads
+        ):
+            raise ValueError(f"alignment_heads must be pairs of layer and head, got {heads!r}")
+        cfg = cls(**fields, alignment_heads=tuple((layer, head) for layer, head in heads))
+        config_keys.check(given, cfg, "whisper", own=config_keys.LAYER_NORM)
+        return cfg
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` dictionary that `from_hf` reads back to this very config."""

@@ -337,6 +337,20 @@ _GGUF_GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
 CONFIG = {key: (what, values) for what, keys in _GROUPS.items() for key, values in keys.items()}
 GGUF = {key: (what, values) for what, keys in _GGUF_GROUPS.items() for key, values in keys.items()}
 
+# Neutral values of a model with layer norms, biases and learned positions, as GPT-2 and BERT are;
+# the table takes a Llama for granted.
+LAYER_NORM: dict[str, tuple[Any, ...]] = {
+    "position_embedding_type": ("absolute", "learned", "learned_absolute"),
+    "norm_type": ("layer", "layernorm", "layer_norm", "LayerNorm"),
+    "rmsnorm": (False,),
+    **dict.fromkeys(("learned_pos_emb", "use_learned_position_embeddings"), (True,)),
+    **dict.fromkeys(("use_bias", "bias", "enable_bias", "add_bias_linear", "norm_bias"), (True,)),
+    **dict.fromkeys(("attention_bias", "attention_out_bias", "use_attention_bias"), (True,)),
+    **dict.fromkeys(("qkv_bias", "use_qkv_bias", "add_qkv_bias", "mlp_bias"), (True,)),
+    "no_bias": (False,),
+}
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+
 # Keys that transformers itself writes into the files of all models, and that compute nothing here:
 # training, heads for classification, defaults of generation. They are not worth a line in the log.
 _EXPECTED = frozenset(
@@ -358,7 +372,11 @@ _EXPECTED = frozenset(
     return_dict_in_generate forced_bos_token_id forced_eos_token_id forced_decoder_ids
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
     tf_legacy_loss tie_encoder_decoder cross_attention_hidden_size rope_scaling.finetuned
-    """.split()  # noqa: SIM905 (a list of words reads better than eighty quotes)
+    dropout activation_dropout encoder_layerdrop decoder_layerdrop init_std apply_spec_augment
+    mask_time_prob mask_time_length mask_time_min_masks mask_feature_prob mask_feature_length
+    mask_feature_min_masks classifier_proj_size num_hidden_layers median_filter_width lang_ids
+    suppress_ids suppress_ids_begin
+    """.split()  # noqa: SIM905 (a list of words reads better than a hundred quotes)
 )
 _GGUF_EXPECTED = frozenset(
     """

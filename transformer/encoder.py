@@ -26,11 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from transformer import packing
+from transformer import config_keys, packing
 from transformer.decoder import ArrayInfo, initialize, places
 from transformer.layers import Linear, Norm, embed, linear, norm
 
-# config.json's name of each field, and the keys that say nothing about what is computed here.
+# config.json's name of each field.
 _HF_FIELDS = {
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_heads",
@@ -41,21 +41,17 @@ _HF_FIELDS = {
     "type_vocab_size": "num_types",
     "layer_norm_eps": "norm_eps",
 }
-_FIXED_KEYS: dict[str, tuple[Any, ...]] = {
-    "model_type": ("bert",),
-    "hidden_act": ("gelu",),
-    "position_embedding_type": ("absolute", None),
+# What transformers takes where config.json is silent, as Google's first files are.
+_ASSUMED = {"layer_norm_eps": 1e-12, "type_vocab_size": 2, "hidden_act": "gelu"}
+_GELU = ("gelu", "gelu_python")  # one function: the exact one, by erf
+_NEUTRAL = config_keys.LAYER_NORM | {
+    **dict.fromkeys(config_keys.ACTIVATIONS, _GELU),
     "is_decoder": (False,),
-    "add_cross_attention": (False,),
+    "is_causal": (False,),
+    "use_bidirectional_attention": (True,),
+    "pre_norm": (False,),
+    "do_layer_norm_before": (False,),
 }
-_SILENT_KEYS = frozenset(
-    """
-    _name_or_path architectures attention_probs_dropout_prob bos_token_id chunk_size_feed_forward
-    classifier_dropout dtype eos_token_id gradient_checkpointing hidden_dropout_prob id2label
-    initializer_range label2id output_attentions output_hidden_states pad_token_id problem_type
-    return_dict tie_word_embeddings torch_dtype transformers_version use_cache
-    """.split()  # noqa: SIM905 (a list of words reads better than forty quotes)
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,23 +130,19 @@ class Config:
         max_tokens is by default what the position table holds.
 
         Raises:
-            ValueError: a key or a value is one whose meaning this encoder lacks, or one is missing.
+            ValueError: a key is missing or has a value that cannot be, or one changes the forward
+                pass in a way this encoder lacks; see `config_keys`.
         """
-        if config.get("model_type") not in _FIXED_KEYS["model_type"]:
-            raise ValueError(f"model_type must be 'bert', got {config.get('model_type')!r}")
-        fields: dict[str, Any] = {}
-        for key, value in config.items():
-            if key in _HF_FIELDS:
-                fields[_HF_FIELDS[key]] = value
-            elif key in _FIXED_KEYS:
-                if value not in _FIXED_KEYS[key]:
-                    raise ValueError(f"{key} must be {_FIXED_KEYS[key][0]!r}, got {value!r}")
-            elif key not in _SILENT_KEYS:
-                raise ValueError(f"config.json has the key {key!r}, whose meaning is not known")
-        if missing := [key for key, name in _HF_FIELDS.items() if name not in fields]:
+        if (kind := config.get("model_type")) != "bert":
+            raise ValueError(f"model_type must be 'bert', got {kind!r}")
+        rest = _ASSUMED | {key: value for key, value in config.items() if value is not None}
+        if missing := [key for key in _HF_FIELDS if key not in rest]:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
+        fields = {name: rest.pop(key) for key, name in _HF_FIELDS.items()}
         max_tokens = fields["max_seq_len"] if max_tokens is None else max_tokens
-        return cls(**fields, max_tokens=max_tokens, pooling=pooling, normalize=normalize)
+        cfg = cls(**fields, max_tokens=max_tokens, pooling=pooling, normalize=normalize)
+        config_keys.check(rest, cfg, "bert", own=_NEUTRAL)
+        return cfg
 
     def to_hf(self) -> dict[str, Any]:
         """The inverse of `from_hf`: a `config.json`, without what has files of its own."""

@@ -53,21 +53,7 @@ _LLAMA_KEYS = {
 _LLAMA_ASSUMED = dict(rope_theta=10_000.0, tie_word_embeddings=False, rms_norm_eps=1e-6)
 _SILU = ("hidden_act", ("silu", "swish"))
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate")  # one function
-# What keys outside a family's own must say, where the forms make other values neutral than in
-# `config_keys.CONFIG`, which takes a Llama for granted.
-_ABSOLUTE = ("absolute", "learned", "learned_absolute")
-LAYER_NORM_NEUTRAL: dict[str, tuple] = {
-    "position_embedding_type": _ABSOLUTE,
-    "norm_type": ("layer", "layernorm", "layer_norm", "LayerNorm"),
-    "rmsnorm": (False,),
-    **dict.fromkeys(("learned_pos_emb", "use_learned_position_embeddings"), (True,)),
-    **dict.fromkeys(("use_bias", "bias", "enable_bias", "add_bias_linear", "norm_bias"), (True,)),
-    **dict.fromkeys(("attention_bias", "attention_out_bias", "use_attention_bias"), (True,)),
-    **dict.fromkeys(("qkv_bias", "use_qkv_bias", "add_qkv_bias", "mlp_bias"), (True,)),
-    "no_bias": (False,),
-}
 _QK_NORM = dict.fromkeys(("qk_norm", "use_qk_norm"), (True,))
-_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +79,7 @@ FAMILIES = {
         assumed=dict(tie_word_embeddings=True, layer_norm_epsilon=1e-5),
         activation=("activation_function", _TANH_GELU),
         derived=frozenset({"head_dim", "num_kv_heads", "d_ff"}),
-        neutral=LAYER_NORM_NEUTRAL,
+        neutral=config_keys.LAYER_NORM,
     ),
     "llama": Family(  # Llama 2 and 3, TinyLlama, SmolLM2
         architecture="LlamaForCausalLM",
@@ -218,7 +204,7 @@ def from_hf(config: Mapping[str, Any]) -> Config:
     window = given.get("sliding_window")
     if given.get("use_sliding_window") is False or _covers(window, cfg):
         given.pop("sliding_window", None)  # as in a Qwen2 that was rewritten as a Llama
-    own = dict.fromkeys(_ACTIVATIONS, names) | dict(family.neutral)
+    own = dict.fromkeys(config_keys.ACTIVATIONS, names) | dict(family.neutral)
     config_keys.check(given, cfg, kind, own=own)
     return cfg
 

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from audio import checkpoint, model
 from audio.config import Config
@@ -122,14 +123,72 @@ def test_config():
     assert Config.of_size("large-v3-turbo").num_mels == 128
     with pytest.raises(ValueError, match="size must be one of"):
         Config.of_size("huge")
-    with pytest.raises(ValueError, match="unknown key 'colour'"):
-        Config.from_hf({**CFG.to_hf(), "colour": "red"})
     with pytest.raises(ValueError, match="activation_function must be 'gelu'"):
         Config.from_hf({**CFG.to_hf(), "activation_function": "relu"})
     with pytest.raises(ValueError, match="alignment_heads"):
         Config.debug(alignment_heads=((2, 0),))
     with pytest.raises(ValueError, match="num_heads must be a positive integer, got 0"):
         Config.debug(num_heads=0)
+
+
+WHISPER_TINY = dict(
+    _name_or_path="openai/whisper-tiny", activation_dropout=0.0, activation_function="gelu",
+    apply_spec_augment=False, architectures=["WhisperForConditionalGeneration"],
+    attention_dropout=0.0, begin_suppress_tokens=[220, 50257], bos_token_id=50257, d_model=384,
+    decoder_attention_heads=6, decoder_ffn_dim=1536, decoder_layerdrop=0.0, decoder_layers=4,
+    decoder_start_token_id=50258, dropout=0.0, encoder_attention_heads=6, encoder_ffn_dim=1536,
+    encoder_layerdrop=0.0, encoder_layers=4, eos_token_id=50257, init_std=0.02, max_length=448,
+    forced_decoder_ids=[[1, 50259], [2, 50359], [3, 50363]], is_encoder_decoder=True,
+    max_source_positions=1500, max_target_positions=448, model_type="whisper", num_hidden_layers=4,
+    num_mel_bins=80, pad_token_id=50257, scale_embedding=False, suppress_tokens=[1, 2, 7],
+    transformers_version="4.27.0.dev0", use_cache=True, vocab_size=51865,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        dict(torch_dtype="float32", use_weighted_layer_sum=False, median_filter_width=7),
+        dict(suppress_tokens=[], forced_decoder_ids=None, _attn_implementation_autoset=True),
+        dict(unsloth_fixed=True, quantization_config=None, tie_word_embeddings=None),
+        dict(is_decoder=False, add_cross_attention=False, layer_types=None, dtype="bfloat16"),
+    ],
+)
+def test_a_public_config_json_is_read(change):
+    """Bug: keys that change nothing, and keys that are null, were refused."""
+    assert Config.from_hf(WHISPER_TINY | change) == Config.of_size("tiny")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"activation_function": "relu"},
+        {"scale_embedding": True},
+        {"tie_word_embeddings": False},
+        {"decoder_ffn_dim": 7},
+        {"position_embedding_type": "alibi"},
+        {"final_logit_softcapping": 30.0},
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        {"alignment_heads": [1]},
+    ],
+)
+def test_a_config_json_with_another_meaning_is_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        Config.from_hf(WHISPER_TINY | change)
+
+
+def test_a_second_table_is_read_if_it_is_the_same(params, tmp_path):
+    checkpoint.save(tmp_path, params, CFG)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    table = tensors["model.decoder.embed_tokens.weight"]
+    save_file(tensors | {"proj_out.weight": table.copy()}, path)
+    again, _ = checkpoint.load(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    save_file(tensors | {"proj_out.weight": table + 1}, path)
+    with pytest.raises(ValueError, match="proj_out.weight"):
+        checkpoint.load(tmp_path)
 
 
 def test_saved_and_loaded(params, tmp_path):

@@ -118,6 +118,93 @@ def test_shards_and_progress(tiny, tmp_path):
         checkpoint.load(tmp_path)
 
 
+def rewritten(name: str, folder: Path, change) -> Path:
+    """The folder of a golden model, in one file, with `change` applied to its tensors."""
+    shutil.copy(GOLDEN / name / "config.json", folder)
+    tensors = {}
+    for shard in (GOLDEN / name).glob("*.safetensors"):
+        tensors |= load_file(shard)
+    save_file(change(tensors), folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "index", ['{"weight_map": {"x": "gone.safetensors"}}', '{"weight_map": 5}', "{", ""]
+)
+def test_a_single_file_counts_beside_a_stale_index(tiny, tmp_path, index):
+    """Bug: an index that names shards which are gone hid the good file beside it."""
+    rewritten("mistral", tmp_path, dict)
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    assert_same(checkpoint.load(tmp_path)[0], tiny("mistral").params)
+
+
+def without_prefix(prefix: str):
+    return lambda tensors: {name.removeprefix(prefix): t for name, t in tensors.items()}
+
+
+def with_masks(tensors: dict) -> dict:
+    masks = {
+        "transformer.h.0.attn.bias": np.ones((1, 1, 4, 4), bool),
+        "transformer.h.1.attn.bias": np.ones((1, 1, 4, 4), np.uint8),
+        "transformer.h.0.attn.masked_bias": np.array(-1e4, np.float32),
+        "lm_head.weight": tensors["transformer.wte.weight"].copy(),
+    }
+    return tensors | masks
+
+
+def in_three_dtypes(tensors: dict) -> dict:
+    """Each weight in a dtype that holds it, by its place; the float32 ones are bfloat16 numbers."""
+    dtypes = ("f4", jnp.bfloat16, "f4")
+    return {
+        name: tensor.astype(jnp.bfloat16).astype(dtypes[i % 3])
+        for i, (name, tensor) in enumerate(tensors.items())
+    }
+
+
+PUBLIC_TENSORS = {
+    "masks and a second table of GPT-2": ("gpt2", with_masks),
+    "GPT-2 saved without its head": ("gpt2", without_prefix("transformer.")),
+    "a Llama saved without its head": ("qwen2", without_prefix("model.")),
+    "a Llama without prefix, with a head": ("llama", without_prefix("model.")),
+    "rotary tables": (
+        "llama",
+        lambda t: (
+            t
+            | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(6, "f2") for i in (0, 1)}
+        ),
+    ),
+    "a second table": (
+        "qwen3",
+        lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].copy()},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC_TENSORS)
+def test_tensors_of_public_files_that_change_nothing(tiny, tmp_path, name):
+    model, change = PUBLIC_TENSORS[name]
+    assert_same(checkpoint.load(rewritten(model, tmp_path, change))[0], tiny(model).params)
+
+
+def test_dtypes_may_differ_within_a_file(tiny, tmp_path):
+    params, _, _ = checkpoint.load(rewritten("llama", tmp_path, in_three_dtypes))
+    expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype("f4"), tiny("llama").params)
+    assert_same(params, expected)
+
+
+@pytest.mark.parametrize(
+    "head", [lambda table: table + 1, lambda table: table[1:].copy(), lambda table: table.T.copy()]
+)
+def test_a_head_that_differs_from_the_table_it_is_tied_to_is_refused(tmp_path, head):
+    """transformers then has a head of its own; leaving it out would change the logits."""
+
+    def change(tensors):
+        return tensors | {"lm_head.weight": head(tensors["model.embed_tokens.weight"])}
+
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
+        checkpoint.load(rewritten("qwen3", tmp_path, change))
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [

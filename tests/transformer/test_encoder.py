@@ -165,11 +165,16 @@ def test_to_hf_and_from_hf_are_inverses() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_act": "relu"}, "hidden_act must be 'gelu', got 'relu'"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'"),
+        ({"is_decoder": True}, "is_decoder is True"),
+        ({"add_cross_attention": True}, "add_cross_attention is True"),
+        ({"embedding_size": 16}, "embedding_size is 16"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is fp8"),
         ({"model_type": "xlm-roberta"}, "model_type must be 'bert', got 'xlm-roberta'"),
-        ({"position_embedding_type": "relative_key"}, "position_embedding_type must be"),
-        ({"rope_theta": 1e4}, "the key 'rope_theta', whose meaning is not known"),
-        ({"hidden_size": None}, "d_model must be a positive integer, got None"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"hidden_size": None}, "config.json lacks hidden_size"),
     ],
 )
 def test_a_config_json_with_another_meaning_is_refused(change: dict, message: str) -> None:
@@ -182,6 +187,38 @@ def test_a_value_of_any_type_is_read_or_refused(key: str) -> None:
     for value in ODD:
         with contextlib.suppress(ValueError):  # any other exception fails the test
             Config.from_hf(Config.debug().to_hf() | {key: value})
+
+
+BERT = dict(
+    architectures=["BertModel"], attention_probs_dropout_prob=0.1, gradient_checkpointing=False,
+    hidden_act="gelu", hidden_dropout_prob=0.1, initializer_range=0.02, layer_norm_eps=1e-12,
+    max_position_embeddings=512, model_type="bert", num_attention_heads=12, pad_token_id=0,
+    position_embedding_type="absolute", transformers_version="4.8.2", type_vocab_size=2,
+    use_cache=True, vocab_size=30522, num_hidden_layers=12, hidden_size=384, intermediate_size=1536,
+)  # fmt: skip
+GOOGLE = dict(  # bert-base-chinese
+    directionality="bidi", pooler_fc_size=768, pooler_num_attention_heads=12,
+    pooler_num_fc_layers=3, pooler_size_per_head=128, pooler_type="first_token_transform",
+    vocab_size=21128, layer_norm_eps=None,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(num_hidden_layers=6, _name_or_path="nreimers/MiniLM-L6-H384-uncased"),
+        dict(
+            classifier_dropout=None, id2label={"0": "LABEL_0"}, torch_dtype="float32"
+        ),  # bge-small
+        dict(torch_dtype="float16", _name_or_path="/mnt/models/gte-small"),
+        dict(tokenizer_class="BertTokenizer", _attn_implementation_autoset=True),  # e5-small
+        GOOGLE,
+        dict(quantization_config=None, dtype="float32", is_decoder=False, bos_token_id=None),
+    ],
+)
+def test_a_public_config_json_is_read(change: dict) -> None:
+    cfg = Config.from_hf(BERT | change)
+    assert (cfg.d_model, cfg.norm_eps, cfg.max_tokens) == (384, 1e-12, 512)
 
 
 def test_a_config_json_without_a_size_is_refused() -> None:
@@ -208,8 +245,8 @@ def test_a_missing_superfluous_or_misshapen_tensor_is_named(tmp_path: Path) -> N
     save_file({k: v for k, v in whole.items() if k != name}, path)
     with pytest.raises(ValueError, match=f"lacks {name}"):
         bert.load(tmp_path)
-    save_file(whole | {"cls.predictions.bias": np.zeros(3, np.float32)}, path)
-    with pytest.raises(ValueError, match="holds cls.predictions.bias, which this model has no"):
+    save_file(whole | {"classifier.bias": np.zeros(3, np.float32)}, path)
+    with pytest.raises(ValueError, match="holds classifier.bias"):
         bert.load(tmp_path)
     save_file(whole | {name: whole[name].T.copy()}, path)
     with pytest.raises(ValueError, match=rf"{name} must have shape \(32, 56\), got \(56, 32\)"):
@@ -219,6 +256,26 @@ def test_a_missing_superfluous_or_misshapen_tensor_is_named(tmp_path: Path) -> N
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         bert.load(tmp_path)
+
+
+def as_google_named(name: str) -> str:
+    name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+    return "bert." + name.replace("LayerNorm.bias", "LayerNorm.beta")
+
+
+def test_a_bert_with_its_heads_of_pretraining_is_read(tmp_path: Path) -> None:
+    """As bert-base-uncased is published; transformers opens it as the bare encoder, too."""
+    path = folder("mean", tmp_path) / "model.safetensors"
+    expected, _ = bert.load(tmp_path)
+    whole = {as_google_named(name): tensor for name, tensor in load_file(path).items()}
+    heads = {
+        "cls.predictions.bias": np.zeros(3, np.float32),
+        "cls.seq_relationship.weight": np.zeros((2, 32), np.float32),
+        "bert.embeddings.position_ids": np.arange(40)[None],
+    }
+    save_file(whole | heads, path)
+    params, _ = bert.load(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
 def test_a_folder_that_does_not_say_how_to_pool_needs_to_be_told(tmp_path: Path) -> None:

@@ -28,6 +28,9 @@ Format = Literal["float32", "bfloat16", "int8"]
 
 # Rotary tables and masks that some exporters store though they follow from the config.
 _DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+# What names begin with, but for the head's; a model saved without its head lacks it.
+_PREFIXES = {"gpt2": "transformer."}
+_PREFIX = "model."  # of the other families
 _SLAB_BYTES = 32 * 2**20  # of float32 rows held at once
 
 
@@ -65,10 +68,14 @@ def _open(
 ) -> tuple[Mapping[str, Any], Mapping[str, Tensor], Config, str, str]:
     """Reads the header: metadata, tensors by name, config, scheme of names, architecture."""
     if path.is_dir():
-        metadata, tensors = safetensors.read(path)
+        metadata, tensors = safetensors.read(path, ignore=_DERIVED)
         cfg, scheme, architecture = Config.from_hf(metadata), "hf", metadata["model_type"]
-        if architecture == "gpt2" and "wte.weight" in tensors:  # as the first files were published
-            tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+        prefix = _PREFIXES.get(architecture, _PREFIX)
+        if not any(name.startswith(prefix) for name in tensors):  # as GPT-2's first files
+            tensors = {
+                name if name.startswith("lm_head.") else prefix + name: tensor
+                for name, tensor in tensors.items()
+            }
     elif path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"):
         raise ValueError(
             f"{path}: pickled weights are never opened, because unpickling runs code from the "
@@ -103,8 +110,9 @@ def fill(
     tree, infos = sources(cfg, scheme, architecture=architecture), abstract(cfg)
     wanted = rows_of(tree, infos)
     given = {name for name in tensors if not name.endswith(_DERIVED)}
-    if cfg.tie_embeddings:
-        given.discard("lm_head.weight")  # some exporters write the tied table twice
+    if cfg.tie_embeddings and "lm_head.weight" in given:  # some exporters write the table twice
+        given.discard("lm_head.weight")
+        check_tied(tensors, "lm_head.weight", tree.embed.weight.name, path)
     if missing := sorted(wanted.keys() - given):
         raise ValueError(f"{path}: lacks {_some(missing)}")
     if unknown := sorted(given - wanted.keys()):
@@ -151,6 +159,28 @@ def fill(
         head = (jax.tree_util.GetAttrKey("head"),)
         params = params.replace(head=load_part(head, tree.embed, infos.embed))
     return rotation.without_gains(params) if turns else params
+
+
+def check_tied(tensors: Mapping[str, Tensor], head: str, table: str, path: Path) -> None:
+    """Refuse a head that differs from the token table that it is said to be.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if table not in tensors:
+        return  # which is an error of its own
+    (rows, *rest), same = tensors[head].shape, tensors[head].shape == tensors[table].shape
+    slab = max(_SLAB_BYTES // (4 * max(math.prod(rest), 1)), 1)
+    for start in range(0, rows if same else 0, slab):
+        stop = min(start + slab, rows)
+        same = np.array_equal(tensors[head].read(start, stop), tensors[table].read(start, stop))
+        if not same:
+            break
+    if not same:
+        raise ValueError(
+            f"{path}: {head} differs from {table}, but the config ties them; set "
+            "tie_word_embeddings to false in config.json if the model has a head of its own"
+        )
 
 
 def save(folder: Path, params: Params, cfg: Config) -> None:

@@ -6,8 +6,10 @@ A sentence-transformers folder is a Hugging Face folder with a list of steps bes
 `sentence_bert_config.json` with the longest input. A folder without `modules.json` is a bare BERT,
 of which nobody has said how it makes one vector of many: the caller must.
 
-Loading is strict both ways, as for decoders. Two kinds of tensor are known and not wanted: the
-pooler (a map of the first token's vector, from pretraining) and the table of position numbers.
+Loading is strict both ways, as for decoders. Three kinds of tensor are known and not wanted: the
+pooler (a map of the first token's vector, from pretraining), the heads of pretraining (`cls.`), and
+the table of position numbers. A model saved with such a head has `bert.` in front of its names, and
+the first files call the scale and shift of a norm gamma and beta.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from transformer.encoder import Config, Layer, Params, abstract
 from transformer.layers import Linear, Norm
 
 _UNUSED = ("pooler.dense.weight", "pooler.dense.bias")
+_HEADS = ("cls.predictions.", "cls.seq_relationship.")
 _DERIVED = ("embeddings.position_ids",)  # 0, 1, 2, ...
 _DTYPES = {"float32": np.float32, "bfloat16": jnp.bfloat16}
 
@@ -55,7 +58,7 @@ def load(
         raise ValueError(f"format must be one of {', '.join(_DTYPES)}, got {format!r}")
     cfg = read_config(folder, pooling=pooling, normalize=normalize)
     _, tensors = safetensors.read(folder, ignore=_DERIVED)
-    return _fill(tensors, cfg, folder, _DTYPES[format]), cfg
+    return _fill(_renamed(tensors), cfg, folder, _DTYPES[format]), cfg
 
 
 def is_bert(folder: Path) -> bool:
@@ -146,6 +149,19 @@ def _names(cfg: Config) -> Params:
         embed_norm=norm("embeddings"),
         layers=tuple(layer(f"encoder.layer.{i}") for i in range(cfg.num_layers)),
     )
+
+
+def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under today's names, without heads of pretraining."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix("bert.")
+        for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
+            if name.endswith(f"LayerNorm{old}"):
+                name = name.removesuffix(old) + new
+        if not name.startswith(_HEADS):
+            renamed[name] = tensor
+    return renamed
 
 
 def _fill(tensors: Mapping[str, Tensor], cfg: Config, folder: Path, dtype: Any) -> Params:

@@ -1,6 +1,6 @@
 """Reading and writing safetensors folders, the layout of Hugging Face checkpoints.
 
-A folder holds `config.json` and `model.safetensors`, or several shards listed in
+A folder holds `config.json` and `model.safetensors`, or else several shards listed in
 `model.safetensors.index.json`. The `safetensors` package maps the files and checks their headers.
 Pickled weights (`pytorch_model.bin`, `.pt`) are refused: unpickling runs whatever code a file says.
 """
@@ -24,34 +24,14 @@ def read(folder: Path, *, ignore: Collection[str] = ()) -> tuple[dict[str, Any],
     """Reads `config.json` and opens the tensors of a folder.
 
     Args:
-        ignore: names of tensors that may be there, of any type, and are not wanted.
+        ignore: endings of names of tensors that may be there, of any type, and are not wanted.
 
     Raises:
         FileNotFoundError: no config.json, or no safetensors file.
         ValueError: only pickled weights, or an index that names what is not there.
     """
     config = read_object(folder / "config.json")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        places = read_object(index).get("weight_map")
-        if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
-            raise ValueError(f"{index}: weight_map must give a file name for each tensor")
-        names = sorted(set(places.values()))
-        if bad := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"{index}: shards must lie in the same folder, got {bad[0]!r}")
-        if absent := [name for name in names if not (folder / name).is_file()]:
-            raise FileNotFoundError(f"{index}: names {absent[0]!r}, which is not in the folder")
-        shards = [folder / name for name in names]
-    elif (folder / "model.safetensors").exists():
-        shards = [folder / "model.safetensors"]
-    elif pickles := [p.name for glob in _PICKLES for p in folder.glob(glob)]:
-        raise ValueError(
-            f"{folder}: holds only pickled weights ({pickles[0]}), which are never opened because "
-            "unpickling runs code from the file; convert them to safetensors first"
-        )
-    else:
-        raise FileNotFoundError(f"{folder}: no model.safetensors")
-
+    shards = _weight_files(folder)
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         found = read_tensors(shard, ignore=ignore)
@@ -59,6 +39,32 @@ def read(folder: Path, *, ignore: Collection[str] = ()) -> tuple[dict[str, Any],
             raise ValueError(f"{shard}: the tensor {twice[0]!r} stands in two shards")
         tensors |= found
     return config, tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """`model.safetensors`, or else the shards that the index names; the order of transformers.
+
+    So a single file counts where an index of earlier shards was left beside it.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        if pickles := [p.name for glob in _PICKLES for p in folder.glob(glob)]:
+            raise ValueError(
+                f"{folder}: holds only pickled weights ({pickles[0]}), which are never opened "
+                "because unpickling runs code from the file; convert them to safetensors first"
+            )
+        raise FileNotFoundError(f"{folder}: no model.safetensors")
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
+        raise ValueError(f"{index}: weight_map must give a file name for each tensor")
+    names = sorted(set(places.values()))
+    if bad := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index}: shards must lie in the same folder, got {bad[0]!r}")
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{index}: names {absent[0]!r}, which is not in the folder")
+    return [folder / name for name in names]
 
 
 def read_tensors(path: Path, *, ignore: Collection[str] = ()) -> dict[str, Tensor]:
@@ -73,7 +79,7 @@ def read_tensors(path: Path, *, ignore: Collection[str] = ()) -> dict[str, Tenso
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
     tensors: dict[str, Tensor] = {}
     for name in file.keys():  # noqa: SIM118 (not a dict)
-        if name in ignore:
+        if name.endswith(tuple(ignore)):
             continue
         rows = file.get_slice(name)
         if (dtype := rows.get_dtype()) not in _FLOATS:
