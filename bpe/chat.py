@@ -39,12 +39,21 @@ class ChatTemplate:
         source: the Jinja source.
         bos_token: what the template gets as `bos_token`.
         eos_token: what the template gets as `eos_token`.
+        stop_tokens: the tokens that end a turn, `eos_token` among them.
     """
 
-    def __init__(self, source: str, *, bos_token: str = "", eos_token: str = ""):
+    def __init__(
+        self,
+        source: str,
+        *,
+        bos_token: str = "",
+        eos_token: str = "",
+        stop_tokens: Collection[str] = (),
+    ):
         self.source = source
         self.bos_token = bos_token
         self.eos_token = eos_token
+        self.stop_tokens = frozenset({eos_token, *stop_tokens} - {""})
 
     def __repr__(self) -> str:
         return f"<ChatTemplate of {len(self.source)} characters>"
@@ -213,7 +222,7 @@ class ChatTemplate:
             prompt = self._run(messages[:i], tools, True)
             if text.startswith(prompt):
                 start = min(start, len(prompt))
-        return start, end + _end_of_turn(text[end:], self.eos_token)
+        return start, end + _end_of_turn(text[end:], self.stop_tokens)
 
     def _prepare(self, messages: Any, tools: Any) -> tuple[list[Any], list[Any] | None]:
         """Plain copies of the arguments: lists and dicts of JSON's types, nothing with methods."""
@@ -314,12 +323,12 @@ def _marked_spans(marked: str, open_mark: str, close_mark: str) -> list[tuple[in
     return spans
 
 
-def _end_of_turn(text: str, eos_token: str) -> int:
+def _end_of_turn(text: str, stop_tokens: Collection[str]) -> int:
     """Length of the end-of-turn token at the beginning of `text`, 0 if there is none.
 
-    That is `eos_token`, perhaps after white space, or else what looks like one special token.
+    That is a stop token, perhaps after white space, or else what looks like one special token.
     """
-    if eos_token and (match := re.match(rf"\s*{re.escape(eos_token)}", text)):
+    if stop_tokens and (match := re.match(rf"\s*(?:{_any_of(stop_tokens)})", text)):
         return match.end()
     match = re.match(r"<[^<>\s]+>", text)
     return match.end() if match else 0

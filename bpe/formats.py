@@ -20,22 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from bpe import stop
 from bpe.chat import ChatTemplate
 from bpe.encoding import Encoding
 from bpe.pretokenize import GPT2, LLAMA3, QWEN2, SMOLLM
 from bpe.vocabularies import PUBLISHED, VOCABULARIES
 from bpe.wordpiece import WordPiece
-
-# What ends a turn or a text, in the vocabularies we know. Whichever of them a vocabulary has as a
-# special token stops generation, besides its declared eos.
-_STOP_TOKENS = (
-    "<|endoftext|>",  # GPT-2, Qwen2, SmolLM2
-    "<|im_end|>",  # ChatML
-    "<|end_of_text|>",  # Llama 3: of a text,
-    "<|eot_id|>",  # of a turn,
-    "<|eom_id|>",  # of a message that waits for a tool
-    "<|end|>",  # Phi 3
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +39,7 @@ class Tokenizer:
         eos_id: the token that ends a text or turn, if there is one.
         add_bos: whether plain text (not a rendered chat template, which writes its own) must be
             given to the model with `bos_id` in front.
-        stop_ids: the tokens after which generation ends.
+        stop_ids: the tokens after which generation ends; `stop.py` says which.
     """
 
     encoding: Encoding
@@ -142,7 +132,8 @@ def from_tiktoken(
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     eos_id = special_tokens.get("<|endoftext|>")
-    return Tokenizer(encoding=encoding, eos_id=eos_id, stop_ids=_stop_ids(encoding, eos_id))
+    stop_ids = stop.spelled_ids(encoding)
+    return Tokenizer(encoding=encoding, eos_id=eos_id, stop_ids=stop_ids)
 
 
 # Hugging Face
@@ -174,7 +165,8 @@ def from_folder(path: str | Path) -> Tokenizer:
             f"{config_path}: chat_template is a {type(template).__name__}, not a string"
         )
 
-    return _from_tokenizer_json(path / "tokenizer.json", path.name, bos, eos, template)
+    declared = list(stop.declared_in_folder(path))
+    return _from_tokenizer_json(path / "tokenizer.json", path.name, bos, eos, template, declared)
 
 
 def from_tokenizer_json(path: str | Path) -> Tokenizer:
@@ -188,7 +180,12 @@ def from_tokenizer_json(path: str | Path) -> Tokenizer:
 
 
 def _from_tokenizer_json(
-    path: Path, name: str, bos: str | None, eos: str | None, template: str | None
+    path: Path,
+    name: str,
+    bos: str | None,
+    eos: str | None,
+    template: str | None,
+    declared: Sequence[tuple[str, Any]] = (),
 ) -> Tokenizer:
     spec = _read_json(path)
     # `truncation` and `padding` are settings of a call that the file happens to keep.
@@ -237,14 +234,18 @@ def _from_tokenizer_json(
     for key, token in {"bos_token": bos, "eos_token": eos}.items():
         if token is not None and token not in special:
             raise ValueError(f"{path}: added_tokens lacks the {key} {token!r}")
-    eos_id = None if eos is None else special[eos]
+    if eos is None:  # special_tokens_map.json may name it
+        eos = next((v for _, v in declared if isinstance(v, str) and v in special), None)
+    declared_ids = stop.known_ids(encoding, declared)
+    stop_ids = stop.spelled_ids(encoding).union(declared_ids)
     return Tokenizer(
         encoding=encoding,
-        chat_template=_chat_template(template, bos, eos),
+        chat_template=_chat_template(template, bos, eos, encoding, stop_ids),
         bos_id=None if bos is None else special[bos],
-        eos_id=eos_id,
+        # Where the tokenizer's files name none, the first that the model's name.
+        eos_id=special[eos] if eos is not None else next(iter(declared_ids), None),
         add_bos=begin is not None,
-        stop_ids=_stop_ids(encoding, eos_id),
+        stop_ids=stop_ids,
     )
 
 
@@ -542,6 +543,8 @@ def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> 
     def token_id(name: str) -> int | None:
         id = meta.get(f"{ggml}{name}_token_id")
         if id is not None and not 0 <= int(id) < len(tokens):
+            if name == "eos":
+                return None  # noted with the other tokens that end a generation
             raise ValueError(f"{source}: {ggml}{name}_token_id is {id}, of {len(tokens)} tokens")
         return None if id is None else int(id)
 
@@ -550,17 +553,21 @@ def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> 
         add_bos = bool(declared)
     if add_bos and bos_id is None:
         raise ValueError(f"{source}: {ggml}add_bos_token is set, but {ggml}bos_token_id is missing")
+    declared = stop.declared_in_gguf(meta, source)
+    stop_ids = stop.spelled_ids(encoding).union(stop.known_ids(encoding, declared))
     return Tokenizer(
         encoding=encoding,
         chat_template=_chat_template(
             _text(meta.get("tokenizer.chat_template")) or None,
             None if bos_id is None else tokens[bos_id],
             None if eos_id is None else tokens[eos_id],
+            encoding,
+            stop_ids,
         ),
         bos_id=bos_id,
         eos_id=eos_id,
         add_bos=add_bos,
-        stop_ids=_stop_ids(encoding, eos_id, token_id("eot"), token_id("eom")),
+        stop_ids=stop_ids,
     )
 
 
@@ -650,13 +657,17 @@ def _from_byte_level(
         raise ValueError(f"{where}: {error}") from error
 
 
-def _chat_template(source: str | None, bos: str | None, eos: str | None) -> ChatTemplate | None:
-    return ChatTemplate(source, bos_token=bos or "", eos_token=eos or "") if source else None
-
-
-def _stop_ids(encoding: Encoding, *ids: int | None) -> frozenset[int]:
-    stops = {encoding.special_tokens.get(token) for token in _STOP_TOKENS} | set(ids)
-    return frozenset(id for id in stops if id is not None)
+def _chat_template(
+    source: str | None,
+    bos: str | None,
+    eos: str | None,
+    encoding: Encoding,
+    stop_ids: Collection[int],
+) -> ChatTemplate | None:
+    if not source:
+        return None
+    ends = [encoding.decode_single_token_bytes(id).decode(errors="replace") for id in stop_ids]
+    return ChatTemplate(source, bos_token=bos or "", eos_token=eos or "", stop_tokens=ends)
 
 
 # Checks of structure

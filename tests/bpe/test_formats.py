@@ -298,7 +298,6 @@ def test_gguf_llama3():
         ("tokens", ["a"] * (len(tiny.IDS) + 4), "at 0 and at 1"),
         ("merges", ["o w", "o w"], "listed twice"),
         ("merges", ["o  w"], "does not join two tokens"),
-        ("eos_token_id", 10**6, "eos_token_id is 1000000"),
         ("bos_token_id", -1, "bos_token_id is -1"),
     ],
 )

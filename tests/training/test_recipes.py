@@ -156,7 +156,7 @@ def test_a_tokenizer_is_read_back(tmp_path, add_bos):
     import dataclasses
 
     tokenizer = dataclasses.replace(
-        TOKENIZER, bos_id=0, add_bos=add_bos, stop_ids=frozenset({0, 2})
+        TOKENIZER, bos_id=0, add_bos=add_bos, stop_ids=frozenset({0, 1, 2})
     )
     folders.save_tokenizer(tmp_path, tokenizer)
     again = bpe.load(tmp_path)

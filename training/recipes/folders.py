@@ -78,7 +78,7 @@ def remove(folder: Path) -> None:
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Writes tokenizer.json and tokenizer_config.json, as a Hugging Face folder has them."""
+    """Writes the tokenizer and what ends a generation, as a Hugging Face folder has them."""
     encoding = tokenizer.encoding
     spelling = {id: token for token, id in encoding.special_tokens.items()}
     bos, eos = spelling.get(tokenizer.bos_id), spelling.get(tokenizer.eos_id)
@@ -100,6 +100,9 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
         "eos_token": eos,
         "chat_template": None if template is None else template.source,
     }
-    for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
+    files = {"tokenizer.json": spec, "tokenizer_config.json": config}
+    if ends := sorted(tokenizer.stop_ids):
+        files["generation_config.json"] = {"eos_token_id": ends}
+    for name, content in files.items():
         text = json.dumps(content, ensure_ascii=False, indent=1)
         (folder / name).write_text(text + "\n", "utf-8")
