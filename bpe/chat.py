@@ -40,6 +40,7 @@ class ChatTemplate:
         bos_token: what the template gets as `bos_token`.
         eos_token: what the template gets as `eos_token`.
         stop_tokens: the tokens that end a turn, `eos_token` among them.
+        tool_use: the template that takes its place where tools are given, if there is one.
     """
 
     def __init__(
@@ -49,11 +50,13 @@ class ChatTemplate:
         bos_token: str = "",
         eos_token: str = "",
         stop_tokens: Collection[str] = (),
+        tool_use: ChatTemplate | None = None,
     ):
         self.source = source
         self.bos_token = bos_token
         self.eos_token = eos_token
         self.stop_tokens = frozenset({eos_token, *stop_tokens} - {""})
+        self.tool_use = tool_use
 
     def __repr__(self) -> str:
         return f"<ChatTemplate of {len(self.source)} characters>"
@@ -78,6 +81,10 @@ class ChatTemplate:
         Raises:
             ValueError: if the template fails, refuses the messages, or exceeds its limits.
         """
+        if tools is not None and self.tool_use is not None:
+            return self.tool_use.render(
+                messages, add_generation_prompt=add_generation_prompt, tools=tools
+            )
         messages, tools = self._prepare(messages, tools)
         return self._run(messages, tools, add_generation_prompt)
 
@@ -153,6 +160,9 @@ class ChatTemplate:
         self, encoding: Encoding, messages: Any, tools: Any, add_generation_prompt: bool
     ) -> Iterator[tuple[str, bool]]:
         """The rendered text in parts: (text, whether it is one special token of the template)."""
+        if tools is not None and self.tool_use is not None:
+            yield from self.tool_use._parts(encoding, messages, tools, add_generation_prompt)
+            return
         messages, tools = self._prepare(messages, tools)
         specials = frozenset(encoding.special_tokens)
         if not specials:
@@ -187,6 +197,8 @@ class ChatTemplate:
         Raises:
             ValueError: as `render` does, or if a turn cannot be found in the rendered text.
         """
+        if tools is not None and self.tool_use is not None:
+            return self.tool_use.spans(messages, tools=tools)
         messages, tools = self._prepare(messages, tools)
         text = self._run(messages, tools, False)
         open_mark, close_mark = marks = self._unused_marks((messages, tools), 2)

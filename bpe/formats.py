@@ -1,8 +1,11 @@
 """Reading vocabularies: `.tiktoken` files, Hugging Face's `tokenizer.json`, and GGUF metadata.
 
-Each reader is strict. A vocabulary read half right still encodes, only differently from what the
-model was trained on, and nobody notices but the model. So whatever a file says that we do not know
-raises a ValueError naming the file and the key.
+Each reader is strict where the ids change. A vocabulary read half right still encodes, only
+differently from what the model was trained on, and nobody notices but the model. So a step or a
+value that cannot be followed raises a ValueError naming the file and the key. A key that neither
+`tokenizers` nor llama.cpp reads is passed over, as they do, and logged once.
+
+SentencePiece vocabularies (Llama 2, Mistral, Gemma) cannot be read.
 
 Two of the formats write bytes as text, in GPT-2's way: each of the 256 bytes has a printable
 character that stands for it. The 188 printable ones of Latin-1 stand for themselves, the others,
@@ -13,19 +16,23 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import hashlib
 import json
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from bpe import stop
+from bpe import stop, template_files
 from bpe.chat import ChatTemplate
 from bpe.encoding import Encoding
-from bpe.pretokenize import GPT2, LLAMA3, QWEN2, SMOLLM
+from bpe.pretokenize import GPT2, LLAMA3, O200K, QWEN2, SMOLLM
 from bpe.vocabularies import PUBLISHED, VOCABULARIES
 from bpe.wordpiece import WordPiece
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +42,7 @@ class Tokenizer:
     Attributes:
         encoding: text to ids and back.
         chat_template: how a conversation becomes text, if the model knows conversations.
+        named_templates: the model's other templates ("tool_use", "rag"), by name.
         bos_id: the token that begins a text, if there is one.
         eos_id: the token that ends a text or turn, if there is one.
         add_bos: whether plain text (not a rendered chat template, which writes its own) must be
@@ -44,6 +52,7 @@ class Tokenizer:
 
     encoding: Encoding
     chat_template: ChatTemplate | None = None
+    named_templates: Mapping[str, ChatTemplate] = field(default_factory=dict)
     bos_id: int | None = None
     eos_id: int | None = None
     add_bos: bool = False
@@ -55,7 +64,7 @@ def load(path: str | Path) -> Tokenizer:
 
     Args:
         path: a `.gguf` file, a `.tiktoken` file of OpenAI's, a `tokenizer.json`, or a Hugging Face
-            folder (`tokenizer.json`, `tokenizer_config.json`, perhaps `chat_template.jinja`).
+            folder (`tokenizer.json`, `tokenizer_config.json`, chat templates).
 
     Raises:
         FileNotFoundError: if there is nothing at `path`, or no tokenizer in the folder.
@@ -140,33 +149,24 @@ def from_tiktoken(
 
 
 def from_folder(path: str | Path) -> Tokenizer:
-    """Reads `tokenizer.json`, `tokenizer_config.json` and the chat template of a model folder.
+    """Reads `tokenizer.json`, `tokenizer_config.json` and the chat templates of a model folder.
 
     Raises:
         FileNotFoundError: if there is no `tokenizer.json`.
-        ValueError: if a file is damaged or says what we do not know.
+        ValueError: if a file is damaged or says what cannot be followed.
     """
     path = Path(path)
     if not (path / "tokenizer.json").exists():
+        if _is_sentencepiece_model(path / "tokenizer.model"):
+            raise ValueError(f"{path / 'tokenizer.model'}: {_SENTENCEPIECE}")
         raise FileNotFoundError(f"{path}: no tokenizer.json in this folder")
     config_path = path / "tokenizer_config.json"
     config = _read_json(config_path) if config_path.exists() else {}
     bos = _token_text(config.get("bos_token"), f"{config_path}: bos_token")
     eos = _token_text(config.get("eos_token"), f"{config_path}: eos_token")
-
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
-        template = named[0].get("template") if named else None
-    if (path / "chat_template.jinja").exists():  # newer, and what transformers prefers
-        template = (path / "chat_template.jinja").read_text(encoding="utf-8")
-    if template is not None and not isinstance(template, str):
-        raise ValueError(
-            f"{config_path}: chat_template is a {type(template).__name__}, not a string"
-        )
-
+    templates = template_files.read(path, config)
     declared = list(stop.declared_in_folder(path))
-    return _from_tokenizer_json(path / "tokenizer.json", path.name, bos, eos, template, declared)
+    return _from_tokenizer_json(path / "tokenizer.json", path.name, bos, eos, templates, declared)
 
 
 def from_tokenizer_json(path: str | Path) -> Tokenizer:
@@ -176,7 +176,7 @@ def from_tokenizer_json(path: str | Path) -> Tokenizer:
         ValueError: if the file is damaged or says what we do not know.
     """
     path = Path(path)
-    return _from_tokenizer_json(path, path.stem, None, None, None)
+    return _from_tokenizer_json(path, path.stem, None, None, {})
 
 
 def _from_tokenizer_json(
@@ -184,15 +184,17 @@ def _from_tokenizer_json(
     name: str,
     bos: str | None,
     eos: str | None,
-    template: str | None,
+    templates: Mapping[str, str],
     declared: Sequence[tuple[str, Any]] = (),
 ) -> Tokenizer:
     spec = _read_json(path)
     # `truncation` and `padding` are settings of a call that the file happens to keep.
     known = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer"}
-    _only(spec, known | {"post_processor", "decoder", "model"}, str(path))
+    _note_others(spec, known | {"post_processor", "decoder", "model"}, "tokenizer.json")
     model = _get(spec, "model", dict, str(path))
     where = f"{path}: model"
+    if _is_sentencepiece(spec):
+        raise ValueError(f"{path}: {_SENTENCEPIECE}")
     _one_of(model, "type", ["BPE"], where)
     _one_of(model, "dropout", [None, 0, 0.0], where)
     _one_of(model, "continuing_subword_prefix", [None, ""], where)
@@ -202,7 +204,7 @@ def _from_tokenizer_json(
     ignore_merges = _one_of(model, "ignore_merges", [None, False, True], where)
     known = {"type", "dropout", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk"}
     known |= {"byte_fallback", "ignore_merges", "unk_token", "vocab", "merges"}
-    _only(model, known, where)
+    _note_others(model, known, "tokenizer.json: model")
     _one_of(_get(spec, "decoder", dict, str(path)), "type", ["ByteLevel"], f"{path}: decoder")
 
     vocab = _get(model, "vocab", dict, where)
@@ -238,15 +240,44 @@ def _from_tokenizer_json(
         eos = next((v for _, v in declared if isinstance(v, str) and v in special), None)
     declared_ids = stop.known_ids(encoding, declared)
     stop_ids = stop.spelled_ids(encoding).union(declared_ids)
+    template, named = _chat_templates(templates, bos, eos, encoding, stop_ids)
     return Tokenizer(
         encoding=encoding,
-        chat_template=_chat_template(template, bos, eos, encoding, stop_ids),
+        chat_template=template,
+        named_templates=named,
         bos_id=None if bos is None else special[bos],
         # Where the tokenizer's files name none, the first that the model's name.
         eos_id=special[eos] if eos is not None else next(iter(declared_ids), None),
         add_bos=begin is not None,
         stop_ids=stop_ids,
     )
+
+
+_SENTENCEPIECE = (
+    "a SentencePiece vocabulary, which cannot be read; byte-level BPE vocabularies, as of GPT-2, "
+    "Llama 3 and Qwen, can"
+)
+
+
+def _is_sentencepiece(spec: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json was made of a SentencePiece model: bytes apart, spaces as U+2581."""
+    model = spec["model"]
+    if model.get("type") == "Unigram" or model.get("byte_fallback") is True:
+        return True
+    steps = [spec.get("normalizer"), spec.get("pre_tokenizer"), spec.get("decoder")]
+    return any('"Metaspace"' in text or "\u2581" in text for text in map(_json_text, steps))
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _is_sentencepiece_model(path: Path) -> bool:
+    """Whether a file begins as the protocol buffer of SentencePiece: with the field of pieces."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(1) == b"\n"
 
 
 def _added_tokens(spec: Mapping[str, Any], vocab: Mapping[str, Any], where: str) -> dict[str, int]:
@@ -256,13 +287,10 @@ def _added_tokens(spec: Mapping[str, Any], vocab: Mapping[str, Any], where: str)
         text, id = _get(token, "content", str, here), _get(token, "id", int, here)
         for key in ("single_word", "lstrip", "rstrip"):
             _one_of(token, key, [None, False], here)
-        if spec.get("normalizer") is not None:
+        if spec.get("normalizer") is not None and not text.isascii():  # which NFC leaves alone
             _one_of(token, "normalized", [None, False], here)
-        _only(
-            token,
-            {"content", "id", "special", "single_word", "lstrip", "rstrip", "normalized"},
-            here,
-        )
+        known = {"content", "id", "special", "single_word", "lstrip", "rstrip", "normalized"}
+        _note_others(token, known, "tokenizer.json: added_tokens")
         if special.setdefault(text, id) != id:
             raise ValueError(f"{here}: {text!r} has the ids {special[text]} and {id}")
     spelling: dict[int, str] = {}
@@ -401,11 +429,11 @@ def _wordpiece_txt(path: Path) -> WordPiece:
 def _wordpiece_json(path: Path) -> WordPiece:
     spec = _read_json(path)
     known = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer"}
-    _only(spec, known | {"post_processor", "decoder", "model"}, str(path))
+    _note_others(spec, known | {"post_processor", "decoder", "model"}, "tokenizer.json")
     model, where = _get(spec, "model", dict, str(path)), f"{path}: model"
     _one_of(model, "type", ["WordPiece"], where)
     known = {"type", "unk_token", "continuing_subword_prefix", "max_input_chars_per_word", "vocab"}
-    _only(model, known, where)
+    _note_others(model, known, "tokenizer.json: model")
     vocab = _get(model, "vocab", dict, where)
     for token, id in vocab.items():
         if not isinstance(id, int):
@@ -415,7 +443,7 @@ def _wordpiece_json(path: Path) -> WordPiece:
     _one_of(normalizer, "type", ["BertNormalizer"], where)
     _one_of(normalizer, "clean_text", [True], where)
     known = {"type", "clean_text", "handle_chinese_chars", "strip_accents", "lowercase"}
-    _only(normalizer, known, where)
+    _note_others(normalizer, known, "tokenizer.json: normalizer")
     splitter = _get(spec, "pre_tokenizer", dict, str(path))
     _one_of(splitter, "type", ["BertPreTokenizer"], f"{path}: pre_tokenizer")
 
@@ -471,14 +499,43 @@ def _cls_and_sep(spec: Any, where: str) -> tuple[str, str]:
 
 # GGUF
 
-# tokenizer.ggml.pre: pattern, ignore_merges, normalization, and whether a text begins with bos
-# unless the file says otherwise. A GGUF file does not say that Qwen2 normalizes (llama.cpp does
-# not); Hugging Face's tokenizer, with which the model was trained, does.
-_GGUF_PRE: dict[str, tuple[str, bool, Literal["NFC"] | None, bool]] = {
-    "gpt-2": (GPT2, False, None, False),
-    "smollm": (SMOLLM, False, None, False),
-    "llama-bpe": (LLAMA3, True, None, True),
-    "qwen2": (QWEN2, False, "NFC", False),
+# tokenizer.ggml.pre -> pattern, ignore_merges, normalization, and whether a text begins with bos
+# unless the file says otherwise. The groups are those of llama.cpp (`llama-vocab.cpp`), of which
+# left out are those that add a separator or belong to vocabularies with tokens of white space. A
+# GGUF file does not say that Qwen2 normalizes (llama.cpp does not); Hugging Face's tokenizer, with
+# which the model was trained, does.
+_Pre = tuple[str, bool, Literal["NFC"] | None, bool]
+_GGUF_PRE_GROUPS: dict[str, _Pre] = {
+    "gpt-2 phi-2 gigachat a.x-4.0 mellum exaone4 jais trillion granite-docling"
+    " jina-es jina-de jina-v2-es jina-v2-de": (GPT2, False, None, False),
+    "smollm starcoder refact codeshell exaone minerva-7b mellum2":
+        (SMOLLM, False, None, False),
+    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2": (LLAMA3, True, None, True),
+    "dbrx smaug-bpe chatglm-bpe": (LLAMA3, False, None, False),
+    "glm4 glm5": (LLAMA3, True, None, False),
+    "qwen2 deepseek-r1-qwen": (QWEN2, False, "NFC", False),
+    "megrez kormo stablelm2 hunyuan solar-open grok-2": (QWEN2, False, None, False),
+    "gpt-4o llama4 kanana2 talkie minimax-m2": (O200K, False, None, False),
+}  # fmt: skip
+_GGUF_PRE = {name: rule for names, rule in _GGUF_PRE_GROUPS.items() for name in names.split()}
+# What tokenizer.ggml.* may say beside the vocabulary: keys that change the ids of a text where they
+# have another value, and keys that do not change them.
+_GGUF_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_eos_token": (None, False),
+    "add_sep_token": (None, False),
+    "add_space_prefix": (None, False),
+    "remove_extra_whitespaces": (None, False),
+    "precompiled_charsmap": (None, []),
+    "normalizer.lowercase": (None, False),
+    "normalizer.strip_accents": (None, False),
+}
+_GGUF_READ = {"model", "pre", "tokens", "token_type", "merges", "add_bos_token"}
+_GGUF_UNUSED = {"scores", "token_type_count"}
+_GGUF_MODELS = {  # of tokenizer.ggml.model, but for gpt2
+    "bert": "a WordPiece vocabulary, which only encoders have",
+    "rwkv": "a vocabulary of RWKV",
+    "no_vocab": "no vocabulary",
+    "none": "no vocabulary",
 }
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
 
@@ -498,19 +555,30 @@ def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> 
     """
     meta = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
     ggml = "tokenizer.ggml."
-    known = {"model", "pre", "tokens", "token_type", "merges", "scores", "add_bos_token"}
-    known |= {"add_eos_token", "add_space_prefix"}
-    for key in meta:
-        if key.startswith("tokenizer.chat_template") or key.endswith("_token_id"):
-            continue  # other templates by name, and the ids of tokens for special purposes
-        if key.removeprefix(ggml) not in known:
-            raise ValueError(f"{source}: {key} is not known")
-    _one_of({ggml + "model": _text(meta.get(ggml + "model"))}, ggml + "model", ["gpt2"], source)
+    model = _text(meta.get(ggml + "model"))
+    if model in ("llama", "t5", "gemma4"):
+        raise ValueError(f"{source}: {ggml}model is {model!r}: {_SENTENCEPIECE}")
+    if model != "gpt2":
+        what = _GGUF_MODELS.get(model, "of an unknown kind")
+        raise ValueError(
+            f"{source}: {ggml}model is {model!r}, {what}; byte-level BPE ('gpt2') can be read"
+        )
     pre = _text(meta.get(ggml + "pre"))
     _one_of({ggml + "pre": pre}, ggml + "pre", list(_GGUF_PRE), source)
     pattern, ignore_merges, normalization, add_bos = _GGUF_PRE[pre]
-    _one_of(meta, ggml + "add_eos_token", [None, False], source)
-    _one_of(meta, ggml + "add_space_prefix", [None, False], source)
+    for key, values in _GGUF_NEUTRAL.items():
+        _one_of(meta, ggml + key, values, source)
+    known = {ggml + key for key in _GGUF_READ | _GGUF_UNUSED | _GGUF_NEUTRAL.keys()}
+    known.add("tokenizer.huggingface.json")  # the tokenizer.json that the rest was made from
+    _note_others(
+        {
+            key: value
+            for key, value in meta.items()
+            if not key.startswith("tokenizer.chat_template") and not key.endswith("_token_id")
+        },
+        known,
+        "GGUF metadata",
+    )
 
     tokens = [_text(token) for token in _get_array(meta, ggml + "tokens", source)]
     types = [int(t) for t in _get_array(meta, ggml + "token_type", source)]
@@ -555,15 +623,22 @@ def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> 
         raise ValueError(f"{source}: {ggml}add_bos_token is set, but {ggml}bos_token_id is missing")
     declared = stop.declared_in_gguf(meta, source)
     stop_ids = stop.spelled_ids(encoding).union(stop.known_ids(encoding, declared))
+    first = "tokenizer.chat_template"
+    template, named = _chat_templates(
+        {
+            key.removeprefix(first).removeprefix(".") or "default": _text(value)
+            for key, value in meta.items()
+            if key == first or key.startswith(f"{first}.")
+        },
+        None if bos_id is None else tokens[bos_id],
+        None if eos_id is None else tokens[eos_id],
+        encoding,
+        stop_ids,
+    )
     return Tokenizer(
         encoding=encoding,
-        chat_template=_chat_template(
-            _text(meta.get("tokenizer.chat_template")) or None,
-            None if bos_id is None else tokens[bos_id],
-            None if eos_id is None else tokens[eos_id],
-            encoding,
-            stop_ids,
-        ),
+        chat_template=template,
+        named_templates=named,
         bos_id=bos_id,
         eos_id=eos_id,
         add_bos=add_bos,
@@ -620,6 +695,9 @@ def _from_byte_level(
     normalization: Literal["NFC"] | None,
     where: str,
 ) -> Encoding:
+    if spaces := [token for token in special_tokens if token.isspace()]:
+        # As in GPT-NeoX and Phi-2. They are matched in every text, unlike special tokens.
+        raise ValueError(f"{where}: added tokens of white space, as {spaces[0]!r}, cannot be read")
     byte_of = {character: byte for byte, character in byte_characters().items()}
     as_bytes: dict[str, bytes] = {}
     for token, id in tokens.items():
@@ -657,17 +735,22 @@ def _from_byte_level(
         raise ValueError(f"{where}: {error}") from error
 
 
-def _chat_template(
-    source: str | None,
+def _chat_templates(
+    sources: Mapping[str, str],
     bos: str | None,
     eos: str | None,
     encoding: Encoding,
     stop_ids: Collection[int],
-) -> ChatTemplate | None:
-    if not source:
-        return None
+) -> tuple[ChatTemplate | None, dict[str, ChatTemplate]]:
+    """The template called "default", and the others by name."""
     ends = [encoding.decode_single_token_bytes(id).decode(errors="replace") for id in stop_ids]
-    return ChatTemplate(source, bos_token=bos or "", eos_token=eos or "", stop_tokens=ends)
+    make = functools.partial(
+        ChatTemplate, bos_token=bos or "", eos_token=eos or "", stop_tokens=ends
+    )
+    named = {name: make(source) for name, source in sources.items() if source}
+    if (default := named.pop("default", None)) is not None:
+        default.tool_use = named.get("tool_use")
+    return default, named
 
 
 # Checks of structure
@@ -708,9 +791,17 @@ def _one_of(mapping: Mapping[str, Any], key: str, values: Sequence[Any], where: 
     return value
 
 
-def _only(mapping: Mapping[str, Any], known: set[str], where: str) -> None:
-    if unknown := mapping.keys() - known:
-        raise ValueError(f"{where}: {sorted(unknown)[0]} is not known")
+def _note_others(mapping: Mapping[str, Any], known: Collection[str], source: str) -> None:
+    """Log, once for each set of keys, that keys which change nothing are passed over."""
+    if others := sorted(str(key) for key, value in mapping.items() if value is not None):
+        _note(source, tuple(key for key in others if key not in known))
+
+
+@functools.lru_cache(maxsize=256)
+def _note(source: str, keys: tuple[str, ...]) -> None:
+    if keys:
+        names = ", ".join(map(repr, keys[:20]))
+        log.warning("%s: passing over keys that change nothing here: %s", source, names)
 
 
 def _text(value: Any) -> str:

@@ -8,6 +8,7 @@ hash means exact bytes; a branch name means whatever it was when it was pulled.
 import re
 import tempfile
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
 from serve.failures import NotFound, Unreachable, WrongUsage
@@ -63,7 +64,9 @@ def wanted(repo: str, names: Iterable[str]) -> list[str]:
     Raises:
         WrongUsage: There are no safetensors among them.
     """
+    names = list(names)
     top = [name for name in names if "/" not in name and name.endswith(_WANTED)]
+    top += [name for name in names if fnmatch(name, "additional_chat_templates/*.jinja")]
     if not any(name.endswith(".safetensors") for name in top):
         raise WrongUsage(
             f"{repo} holds no .safetensors weights. Pickles (.bin, .pt) are refused: "

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 import bpe
+from bpe import formats
 from bpe.formats import byte_characters
-from bpe.pretokenize import GPT2, LLAMA3, QWEN2, SMOLLM
+from bpe.pretokenize import GPT2, LLAMA3, O200K, QWEN2, SMOLLM
 from tests.bpe import tiny
 from tests.bpe.conftest import MODELS
 
@@ -159,12 +160,8 @@ def both(*changes):
     ("change", "message"),
     [
         (at("model", ...), "model is missing"),
-        (at("model/type", "Unigram"), "type is 'Unigram'"),
         (at("model/dropout", 0.1), "dropout is 0.1"),
-        (at("model/byte_fallback", True), "byte_fallback is True"),
         (at("model/end_of_word_suffix", "</w>"), "end_of_word_suffix"),
-        (at("model/surprise", 1), "surprise is not known"),
-        (at("surprise", 1), "surprise is not known"),
         (at("normalizer", {"type": "Lowercase"}), "normalizer: .*Lowercase"),
         (at("pre_tokenizer", None), "pre_tokenizer"),
         (at("pre_tokenizer", {"type": "Whitespace"}), "pre_tokenizer: .*Whitespace"),
@@ -192,6 +189,10 @@ def both(*changes):
         (at("added_tokens/0/lstrip", True), r"added_tokens\[0\]: lstrip is True"),
         (at("added_tokens/0/id", "x"), r"added_tokens\[0\]: id is a str"),
         (at("added_tokens/1/content", "<|endoftext|>"), "has the ids 0 and 1"),
+        (
+            both(at("added_tokens/1/content", "  "), at("model/vocab/<|im_start|>", ...)),
+            "added tokens of white space, as '  '",
+        ),
         (at("added_tokens/0/id", 3), "'<.endoftext.>' is 3 in added_tokens and 0 in model.vocab"),
         (
             both(at("added_tokens/1/id", 0), at("model/vocab/<|im_start|>", ...)),
@@ -228,6 +229,152 @@ def test_bytes_of_no_text_may_be_missing(write_json):
     spec["model"]["unk_token"] = "<|endoftext|>"
     with pytest.raises(ValueError, match="unk_token"):
         bpe.load(write_json(spec))
+
+
+SENTENCEPIECE = [
+    at("model/byte_fallback", True),
+    at("model/type", "Unigram"),
+    at("pre_tokenizer", {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}),
+    at("normalizer", {"type": "Prepend", "prepend": "\u2581"}),
+    at("normalizer", {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}),
+]
+
+
+@pytest.mark.parametrize("change", SENTENCEPIECE)
+def test_a_sentencepiece_vocabulary_is_called_by_its_name(write_json, change):
+    spec = tiny.tokenizer_json()
+    change(spec)
+    with pytest.raises(ValueError, match="tokenizer.json: a SentencePiece vocabulary"):
+        bpe.load(write_json(spec))
+
+
+def test_a_sentencepiece_model_is_called_by_its_name(tmp_path):
+    for model in ("llama", "t5"):
+        meta = tiny.gguf_metadata() | {"tokenizer.ggml.model": model}
+        with pytest.raises(ValueError, match="m.gguf: .*SentencePiece"):
+            bpe.from_gguf(meta, source="m.gguf")
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    with pytest.raises(ValueError, match="tokenizer.model: a SentencePiece vocabulary"):
+        bpe.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        at("surprise", 1),
+        at("model/surprise", 1),
+        at("added_tokens/0/surprise", 1),
+        at("padding", {"strategy": "BatchLongest", "pad_id": 0}),
+        at("truncation", {"max_length": 8, "strategy": "LongestFirst"}),
+        at("added_tokens/0/normalized", True),
+        at("added_tokens/0/special", False),
+        both(at("normalizer", {"type": "NFC"}), at("added_tokens/0/normalized", True)),
+        at("model/unk_token", "<|endoftext|>"),
+        at("model/dropout", 0.0),
+    ],
+)
+def test_what_changes_nothing_is_passed_over(tmp_path, write_json, change):
+    """Bug: a key that `tokenizers` does not read was an error."""
+    spec = tiny.tokenizer_json()
+    change(spec)
+    write_json(spec)
+    config = {
+        "add_prefix_space": False,
+        "added_tokens_decoder": {"0": {"content": "<|endoftext|>", "special": True}},
+        "clean_up_tokenization_spaces": True,
+        "extra_special_tokens": {},
+        "model_max_length": 10**30,
+        "processor_class": "x",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unsloth_fixed": True,
+    }
+    write_json(config, "tokenizer_config.json")
+    assert bpe.load(tmp_path).encoding.encode(TEXT, allowed_special="all") == IDS
+
+
+def test_a_key_that_changes_nothing_is_logged_once(write_json, caplog):
+    formats._note.cache_clear()
+    path = write_json(tiny.tokenizer_json() | {"surprise": 1, "another": None})
+    for _ in range(2):
+        check(bpe.load(path))
+    (record,) = caplog.records
+    assert "'surprise'" in record.getMessage() and "another" not in record.getMessage()
+
+
+# Chat templates
+
+
+def templates(folder) -> dict[str, str]:
+    """Each template's source by its name."""
+    tokenizer = bpe.load(folder)
+    named = {name: template.source for name, template in tokenizer.named_templates.items()}
+    default = tokenizer.chat_template
+    return named | ({} if default is None else {"default": default.source})
+
+
+@pytest.fixture
+def model_folder(tmp_path, write_json):
+    write_json(tiny.tokenizer_json())
+    return tmp_path
+
+
+def test_chat_templates_are_read_in_the_order_of_transformers(model_folder, write_json):
+    write_json({"chat_template": "old"}, "chat_template.json")
+    assert templates(model_folder) == {"default": "old"}
+    listed = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
+    write_json({"chat_template": listed}, "chat_template.json")
+    assert templates(model_folder) == {"default": "d", "tool_use": "t"}
+    write_json({"chat_template": "config"}, "tokenizer_config.json")
+    assert templates(model_folder) == {"default": "config"}
+    listed.append({"name": "rag", "template": "r"})
+    write_json({"chat_template": listed}, "tokenizer_config.json")
+    assert templates(model_folder) == {"default": "d", "tool_use": "t", "rag": "r"}
+    (model_folder / "chat_template.jinja").write_text("newer")
+    assert templates(model_folder) == {"default": "newer"}
+    (model_folder / "additional_chat_templates").mkdir()
+    (model_folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    assert templates(model_folder) == {"default": "newer", "tool_use": "{{ tools }}"}
+    (model_folder / "chat_template.jinja").unlink()
+    assert templates(model_folder) == {"tool_use": "{{ tools }}"}
+    assert bpe.load(model_folder).chat_template is None
+
+
+def test_a_template_for_tools_counts_where_there_are_tools(model_folder, write_json):
+    said = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    listed = {"default": said, "tool_use": "{{ tools[0].name }}" + said}
+    write_json({"chat_template": listed, "eos_token": "<|im_end|>"}, "tokenizer_config.json")
+    tokenizer = bpe.load(model_folder)
+    template, tools = tokenizer.chat_template, [{"name": "low"}]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    plain, with_tools = "a<|im_end|>b<|im_end|>", "lowa<|im_end|>b<|im_end|>"
+    assert template.render(messages) == plain
+    assert template.render(messages, tools=tools) == with_tools
+    encoding = tokenizer.encoding
+    assert encoding.decode(template.encode(encoding, messages, tools=tools)) == with_tools
+    (span,) = template.spans(messages, tools=tools)
+    assert with_tools[slice(*span)] == "b<|im_end|>"
+    ids, turns = template.encode_turns(encoding, messages, tools=tools)
+    assert [encoding.decode(ids[a:b]) for a, b in turns] == ["b<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("chat_template.json", "{"),
+        ("chat_template.json", "[]"),
+        ("chat_template.json", "{}"),
+        ("chat_template.json", '{"chat_template": 5}'),
+        ("tokenizer_config.json", '{"chat_template": 5}'),
+        ("tokenizer_config.json", '{"chat_template": [5]}'),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "default"}]}'),
+        ("tokenizer_config.json", '{"chat_template": [{"template": "x"}]}'),
+        ("chat_template.jinja", "\udcff"),
+    ],
+)
+def test_a_damaged_chat_template_is_named(model_folder, name, content):
+    (model_folder / name).write_text(content, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(ValueError, match=name):
+        bpe.load(model_folder)
 
 
 # GGUF
@@ -282,13 +429,60 @@ def test_gguf_llama3():
 
 
 @pytest.mark.parametrize(
+    ("names", "pattern", "bos"),
+    [
+        ("gpt-2 phi-2 exaone4 gigachat jina-es", GPT2, False),
+        ("smollm starcoder refact codeshell", SMOLLM, False),
+        ("llama-bpe llama3 llama-v3 falcon3 lfm2", LLAMA3, True),
+        ("smaug-bpe dbrx glm4 chatglm-bpe", LLAMA3, False),
+        ("qwen2 deepseek-r1-qwen megrez stablelm2 hunyuan", QWEN2, False),
+        ("gpt-4o llama4", O200K, False),
+    ],
+)
+def test_gguf_names_of_one_rule(names, pattern, bos):
+    """Bug: only the first name of a rule was known."""
+    for name in names.split():
+        meta = tiny.gguf_metadata() | {"tokenizer.ggml.pre": name}
+        del meta["tokenizer.ggml.add_bos_token"]
+        tokenizer = bpe.from_gguf(meta)
+        assert [rule.pattern for rule in tokenizer.encoding._patterns] == [pattern]
+        assert tokenizer.add_bos == bos
+
+
+def test_gguf_keys_that_change_nothing():
+    """Bug: a converter's flags that are off, and its copy of tokenizer.json, were errors."""
+    more = {
+        "tokenizer.ggml.add_sep_token": False,
+        "tokenizer.ggml.add_eos_token": False,
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.remove_extra_whitespaces": False,
+        "tokenizer.ggml.token_type_count": 1,
+        "tokenizer.ggml.scores": [0.0],
+        "tokenizer.ggml.seperator_token_id": 2,
+        "tokenizer.ggml.fim_pre_token_id": 1,
+        "tokenizer.ggml.surprise": 1,
+        "tokenizer.huggingface.json": "{}",
+        "tokenizer.chat_templates": ["tool_use"],
+        "tokenizer.chat_template.tool_use": "t",
+        "general.type": "model",
+    }
+    tokenizer = bpe.from_gguf(tiny.gguf_metadata() | more)
+    check(tokenizer)
+    assert tokenizer.chat_template.render([], tools=[]) == "t"
+    assert tokenizer.named_templates["tool_use"].source == "t"
+
+
+@pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("model", "llama", "model is 'llama'"),
+        ("model", "bert", "model is 'bert'"),
+        ("add_sep_token", True, "add_sep_token is True"),
+        ("remove_extra_whitespaces", True, "remove_extra_whitespaces is True"),
+        ("normalizer.lowercase", True, "normalizer.lowercase is True"),
+        ("precompiled_charsmap", [1, 2], "precompiled_charsmap"),
         ("model", ..., "model is ''"),
         ("pre", "surprise", "pre is 'surprise'"),
         ("pre", ..., "pre is ''"),
-        ("surprise", 1, "tokenizer.ggml.surprise is not known"),
         ("add_eos_token", True, "add_eos_token is True"),
         ("add_space_prefix", True, "add_space_prefix is True"),
         ("tokens", ..., "tokens is missing"),
@@ -406,3 +600,38 @@ def test_importing_is_light():
     """`import bpe` is on the way of every command; what it does not need, it must not load."""
     code = "import sys, bpe; print(sys.modules.keys() & {'jax', 'numpy', 'jinja2', 'gguf'})"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config.json": "config"},
+        {"tokenizer_config.json": [{"name": "default", "template": "d"}]},
+        {
+            "tokenizer_config.json": [
+                {"name": "default", "template": "d"},
+                {"name": "rag", "template": "r"},
+            ]
+        },
+        {"tokenizer_config.json": "config", "chat_template.jinja": "jinja"},
+        {"tokenizer_config.json": "config", "additional_chat_templates/rag.jinja": "r"},
+        {"chat_template.jinja": "jinja", "additional_chat_templates/tool_use.jinja": "t"},
+        {"chat_template.json": "old", "tokenizer_config.json": "config"},
+    ],
+    ids=str,
+)
+def test_chat_templates_are_those_of_transformers(model_folder, write_json, files):
+    from transformers import PreTrainedTokenizerFast
+
+    spec = tiny.tokenizer_json()
+    spec["decoder"] |= {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    write_json(spec)
+    (model_folder / "additional_chat_templates").mkdir()
+    for name, content in files.items():
+        if name.endswith(".json"):
+            write_json({"chat_template": content}, name)
+        else:
+            (model_folder / name).write_text(content)
+    theirs = PreTrainedTokenizerFast.from_pretrained(model_folder).chat_template
+    assert templates(model_folder) == (theirs if isinstance(theirs, dict) else {"default": theirs})

@@ -149,7 +149,6 @@ def test_damaged_vocab_txt(tmp_path, lines, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"surprise": 1}, "tokenizer.json: surprise is not known"),
         ({"model": {"type": "BPE"}}, "model: type is 'BPE'"),
         ({"normalizer": None}, "normalizer is missing"),
         ({"normalizer": SPEC["normalizer"] | {"clean_text": False}}, "clean_text is False"),

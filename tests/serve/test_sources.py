@@ -243,6 +243,7 @@ def test_names_are_located(tmp_path: Path, home: Path) -> None:
 
 def test_pickles_of_the_hub_are_refused() -> None:
     safe = ["config.json", "model.safetensors", "tokenizer.json"]
+    safe.append("additional_chat_templates/tool_use.jinja")
     assert hub.wanted("a/b", [*safe, "pytorch_model.bin", "README.md", "x/y.json"]) == safe
     with pytest.raises(WrongUsage, match="Pickles"):
         hub.wanted("a/b", ["config.json", "pytorch_model.bin"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -126,6 +127,10 @@ def test_the_command_ends_with_the_number_of_the_signal(monkeypatch, tmp_path, c
 
 
 def test_full_leaves_a_model_that_loads(model, data, tmp_path):
+    model = shutil.copytree(model, tmp_path / "base")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    (model / "chat_template.jinja").write_text(TOKENIZER.chat_template.source)
     settings = options(model, data, tmp_path, method="full", epochs=1, valid=None)
     assert finetune.run(finetune.Settings(**settings)).reason == "finished"
     params, cfg, _ = checkpoint.load(tmp_path / "model")
@@ -133,6 +138,7 @@ def test_full_leaves_a_model_that_loads(model, data, tmp_path):
     assert cfg == own and not (params.layers[0].q.weight == before.layers[0].q.weight).all()
     again = bpe.load(tmp_path / "model")
     assert again.chat_template.source == TOKENIZER.chat_template.source
+    assert again.named_templates["tool_use"].source == "{{ tools }}"
     assert again.eos_id == TOKENIZER.eos_id and again.stop_ids == {0, 2}
     assert not (tmp_path / "adapter").exists()
 
@@ -156,7 +162,11 @@ def test_a_tokenizer_is_read_back(tmp_path, add_bos):
     import dataclasses
 
     tokenizer = dataclasses.replace(
-        TOKENIZER, bos_id=0, add_bos=add_bos, stop_ids=frozenset({0, 1, 2})
+        TOKENIZER,
+        bos_id=0,
+        add_bos=add_bos,
+        stop_ids=frozenset({0, 1, 2}),
+        named_templates={"tool_use": bpe.ChatTemplate("{{ tools }}")},
     )
     folders.save_tokenizer(tmp_path, tokenizer)
     again = bpe.load(tmp_path)
@@ -165,6 +175,7 @@ def test_a_tokenizer_is_read_back(tmp_path, add_bos):
     assert again.encoding.encode("lower 12") == tokenizer.encoding.encode("lower 12")
     messages = chat("q", "a")["messages"]
     assert again.chat_template.render(messages) == tokenizer.chat_template.render(messages)
+    assert again.named_templates["tool_use"].source == "{{ tools }}"
 
 
 @pytest.mark.parity

@@ -272,8 +272,12 @@ def _save_model(folder: Path, params: Any, cfg: Model, tokenizer: Tokenizer, sou
     """The weights, and beside them the tokenizer, so that the folder can be served."""
     checkpoint.save(folder, params, cfg)
     if source.is_dir():
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        names = ["tokenizer.json", "tokenizer_config.json"]
+        names += ["chat_template.jinja", "chat_template.json"]
+        for name in names:
             if (source / name).exists():
                 shutil.copy(source / name, folder / name)
+        if (templates := source / "additional_chat_templates").is_dir():
+            shutil.copytree(templates, folder / templates.name, dirs_exist_ok=True)
         return
     folders.save_tokenizer(folder, tokenizer)

@@ -93,12 +93,17 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
             "pair": [begin, text, pair],
             "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
         }
-    template = tokenizer.chat_template
+    named = {"default": tokenizer.chat_template, **tokenizer.named_templates}
+    templates = [
+        {"name": name, "template": template.source}
+        for name, template in named.items()
+        if template is not None
+    ]
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
         "eos_token": eos,
-        "chat_template": None if template is None else template.source,
+        "chat_template": templates or None,
     }
     files = {"tokenizer.json": spec, "tokenizer_config.json": config}
     if ends := sorted(tokenizer.stop_ids):
