@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import time
 from dataclasses import replace
@@ -82,6 +83,7 @@ def main() -> None:
     parser.add_argument("formats", nargs="+")
     parser.add_argument("--quality", action="store_true")
     options = parser.parse_args()
+    logging.disable(logging.WARNING)  # the process that asked says the same of these files
     keep_compiled_programs()
     try:
         cfg = checkpoint.read_config(options.path)
