@@ -792,16 +792,16 @@ def _one_of(mapping: Mapping[str, Any], key: str, values: Sequence[Any], where: 
 
 
 def _note_others(mapping: Mapping[str, Any], known: Collection[str], source: str) -> None:
-    """Log, once for each set of keys, that keys which change nothing are passed over."""
-    if others := sorted(str(key) for key, value in mapping.items() if value is not None):
-        _note(source, tuple(key for key in others if key not in known))
+    """Log, once for each set of keys, that keys which nothing reads are passed over."""
+    others = (key for key, value in mapping.items() if value is not None and key not in known)
+    _note(source, tuple(sorted(others)))
 
 
 @functools.lru_cache(maxsize=256)
 def _note(source: str, keys: tuple[str, ...]) -> None:
     if keys:
         names = ", ".join(map(repr, keys[:20]))
-        log.warning("%s: passing over keys that change nothing here: %s", source, names)
+        log.warning("%s: passing over keys not known to change the ids: %s", source, names)
 
 
 def _text(value: Any) -> str:

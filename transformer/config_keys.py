@@ -430,7 +430,7 @@ def note(source: str, keys: tuple[str, ...]) -> None:
 @functools.lru_cache(maxsize=256)
 def _note(source: str, keys: tuple[str, ...]) -> None:
     names = ", ".join(map(repr, keys[:20])) + (f" and {len(keys) - 20} more" * (len(keys) > 20))
-    log.warning("%s: passing over keys that change nothing here: %s", source, names)
+    log.warning("%s: passing over keys not known to change the result: %s", source, names)
 
 
 def _check(

@@ -159,7 +159,8 @@ _LAYER_TYPES = {_LOCAL, _GLOBAL}
 def from_hf(config: Mapping[str, Any]) -> Config:
     """Reads the dictionary of a Hugging Face `config.json`.
 
-    A key that is null counts as absent, but for `sliding_window`: null there means no window.
+    A key that is null counts as absent, but for two: a `sliding_window` of null means no window,
+    `num_key_value_heads` of null means as many as heads.
 
     Raises:
         ValueError: the model type is unknown, a key is missing or has a value that cannot be, or a
@@ -171,6 +172,8 @@ def from_hf(config: Mapping[str, Any]) -> Config:
     family = FAMILIES[kind]
     stated = {k: v for k, v in config.items() if v is not None or k == "sliding_window"}
     given = {**family.assumed, **stated}
+    if config.get("num_key_value_heads", 0) is None:  # unlike absent, where the default may differ
+        given["num_key_value_heads"] = config.get("num_attention_heads")
     key, names = family.activation
     if given.setdefault(key, names[0]) not in names:
         raise ValueError(f"{key} must be {' or '.join(map(repr, names))}, got {given[key]!r}")
@@ -307,7 +310,7 @@ def _scaling(
     old_name = given.pop("type", None)
     kind = given.pop("rope_type", old_name)
     factor = given.get("factor")
-    if kind is None and factor is None:
+    if kind is None and factor in (None, 1):
         kind = "default"
     if kind == "default":
         if factor not in (None, 1):

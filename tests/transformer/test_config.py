@@ -177,7 +177,6 @@ def test_what_no_model_type_has_is_not_written(change):
         ("llama", {"sliding_window": 64}, "sliding_window"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("mistral", {"sliding_window": 0}, "sliding_window must be a positive integer, got 0"),
-        ("mistral", {"num_key_value_heads": None}, "lacks num_key_value_heads"),
         ("qwen3", {"attention_bias": True}, "attention_bias"),
         ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),

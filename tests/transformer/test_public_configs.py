@@ -148,6 +148,12 @@ GRANITE = dict(
 
 # Name -> config.json, and a field of the Config with its value.
 ACCEPTED = {
+    "a Mistral without groups of heads": (
+        changed("Mistral-7B-v0.1", num_key_value_heads=None),
+        "num_kv_heads",
+        32,
+    ),
+    "a factor of 1": (changed(TINYLLAMA, rope_scaling={"factor": 1.0}), "rope_scaling", None),
     "distilgpt2": (GPT2_SMALL | dict(_num_labels=1, n_layer=6), "num_layers", 6),
     "gpt2-medium": (
         GPT2_SMALL
