@@ -287,7 +287,9 @@ def _added_tokens(spec: Mapping[str, Any], vocab: Mapping[str, Any], where: str)
         text, id = _get(token, "content", str, here), _get(token, "id", int, here)
         for key in ("single_word", "lstrip", "rstrip"):
             _one_of(token, key, [None, False], here)
-        if spec.get("normalizer") is not None and not text.isascii():  # which NFC leaves alone
+        # Of BPE it is NFC, which leaves ASCII alone; of WordPiece, it may lower case.
+        is_changed = spec["model"]["type"] != "BPE" or not text.isascii()
+        if spec.get("normalizer") is not None and is_changed:
             _one_of(token, "normalized", [None, False], here)
         known = {"content", "id", "special", "single_word", "lstrip", "rstrip", "normalized"}
         _note_others(token, known, "tokenizer.json: added_tokens")

@@ -155,6 +155,10 @@ def test_damaged_vocab_txt(tmp_path, lines, message):
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer: type is 'Whitespace'"),
         ({"post_processor": None}, "post_processor: None is not known"),
         ({"added_tokens": [{"id": 5, "content": "[PAD]"}]}, r"'\[PAD\]' is 5 in added_tokens and"),
+        (
+            {"added_tokens": [{"id": 0, "content": "[PAD]", "normalized": True}]},
+            "normalized is True",
+        ),
         ({"added_tokens": [{"id": 99, "content": "[X]"}]}, r"model.vocab lacks '\[X\]'"),
         ({"model": SPEC["model"] | {"vocab": {"a": "b"}}}, r"vocab\['a'\] is 'b', not an id"),
         ({"model": SPEC["model"] | {"max_input_chars_per_word": None}}, "max_input_chars_per"),
