@@ -95,7 +95,7 @@ STORY = [{"role": "user", "content": "Write a sentence about the sea."}]
 def say(temperature: float, seed: int) -> str:
     """One answer of at most 16 tokens, on one line."""
     reply = client.chat.completions.create(
-        model=MODEL, messages=STORY, temperature=temperature, seed=seed, max_tokens=16
+        model=MODEL, messages=STORY, temperature=temperature, top_p=1, seed=seed, max_tokens=16
     )
     return " ".join(reply.choices[0].message.content.split())
 

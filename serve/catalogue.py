@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from serve.sampling import fault
+
 BUILT_IN = Path(__file__).with_name("models.toml")
 PACKAGES = Path(__file__).parents[1]  # the folder that Pellucid's packages stand in
 
@@ -23,7 +25,6 @@ _FILE = re.compile(rf"({_ID.pattern}/)*{_ID.pattern}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _KINDS = ("decoder", "encoder", "speech", "images")
 _FORMATS: tuple[Format, ...] = ("int8", "bfloat16", "float32")
-_SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
 
 
 class CatalogueError(Exception):
@@ -183,11 +184,8 @@ def _model(id: str, table: _Table) -> Model:
         raise CatalogueError(f"{table.where}kind is {kind!r}: use one of {', '.join(_KINDS)}")
     sampling = table.take("sampling", dict, {})
     for key, value in sampling.items():
-        if key not in _SAMPLING or not isinstance(value, int | float):
-            raise CatalogueError(
-                f"{table.where}sampling.{key} is {value!r}: use a number for one of "
-                f"{', '.join(sorted(_SAMPLING))}"
-            )
+        if problem := fault(key, value):
+            raise CatalogueError(f"{table.where}sampling.{key} is {value!r}: {problem}")
     formats = table.take("formats", list, [])
     for format in formats:
         if format not in _FORMATS:

@@ -11,6 +11,7 @@ import stat
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -26,6 +27,7 @@ from serve import (
     keys_command,
     made,
     measured,
+    sampling,
     settings,
     terminal,
     transcribe_command,
@@ -176,6 +178,13 @@ def serve(
     dtype: Annotated[
         str, typer.Option(help="Number format of the weights; auto picks the fastest good one.")
     ] = "auto",
+    sampling_defaults: Annotated[
+        Literal["model", "openai"],
+        typer.Option(
+            help="Temperature and the like of a request that gives none: the model's own, or "
+            "OpenAI's (temperature 1)."
+        ),
+    ] = "model",
     rate_limit: Annotated[
         int, typer.Option(min=0, help="Requests a minute for each key or address; 0 for any.")
     ] = 0,
@@ -215,7 +224,7 @@ def serve(
         if not model:
             places += _others(known, places)
             absent = known.models.keys() - {place.id for place in places}
-        with _offered(places, chosen, dtype, known.aliases, absent) as registry:
+        with _offered(places, chosen, dtype, known.aliases, absent, sampling_defaults) as registry:
             from serve.app import create_app
             from serve.welcome import welcome
 
@@ -267,8 +276,8 @@ def chat(
     at_terminal = sys.stdin is not None and sys.stdin.isatty()
     if question is None and (json or not at_terminal):
         raise WrongUsage("there is no question: give one as an argument, or pipe one in")
-    with _ready(model) as (place, served, seconds):
-        options = _options(place, temperature, top_p, max_tokens, seed, stop)
+    with _ready(model) as (served, seconds):
+        options = _options(temperature, top_p, max_tokens, seed, stop)
         if question is None:
             from serve import repl
 
@@ -305,8 +314,8 @@ def complete(
     beginning = _joined(text, _piped())
     if not beginning:
         raise WrongUsage("there is no text to go on with: give it as an argument, or pipe it in")
-    with _ready(model) as (place, served, seconds):
-        options = _options(place, temperature, top_p, max_tokens, seed, stop)
+    with _ready(model) as (served, seconds):
+        options = _options(temperature, top_p, max_tokens, seed, stop)
         reply = talk.Reply(served, talk.completion_prompt(served, beginning), options)
         _print_reply(served, reply, "text_completion", seconds, stats=stats, json=json)
 
@@ -357,7 +366,7 @@ def models(json: Json = False) -> None:
     if json:
         terminal.answer_json({"home": str(home), "default": known.default, "models": cards})
         return
-    head = ("ID", "SIZE", "MEMORY", "CONTEXT", "LICENCE", "HERE", "TOK/S", "GOOD AT")
+    head = ("ID", "SIZE", "MEMORY", "CONTEXT", "LICENCE", "HERE", "TOK/S", "GOOD AT", "SAMPLING")
     rows = [
         (
             card["id"] + (" *" if card["id"] == known.default else ""),
@@ -368,6 +377,7 @@ def models(json: Json = False) -> None:
             card["state"],
             f"{card['tokens_per_second']:.0f}" if card["tokens_per_second"] else "-",
             card["good_at"],
+            sampling.text(card["sampling"]) if card["sampling"] else "-",
         )
         for card in cards
     ]
@@ -375,7 +385,7 @@ def models(json: Json = False) -> None:
     terminal.say(
         "* the default. MEMORY is for weights and conversations as answers here took it; ~ is "
         f"weights in float32, until one of {measured.ENOUGH_TOKENS} tokens has measured it and "
-        "TOK/S.\n"
+        "TOK/S. SAMPLING is for requests that give none.\n"
         f"Models are in {home}, your own models.toml belongs in {config}."
     )
 
@@ -439,6 +449,7 @@ def _offered(
     dtype: str,
     aliases: Mapping[str, str],
     absent: Collection[str],
+    sampling_defaults: sampling.Defaults = "model",
 ) -> "Iterator[Registry]":
     """The models of a server, the first of them loaded. What runs at the end is cancelled."""
     from serve import local, offers
@@ -454,6 +465,7 @@ def _offered(
                 home=chosen.home,
                 notify=terminal.say,
                 memory_limit=chosen.memory_limit,
+                sampling_defaults=sampling_defaults,
             )
         cards.append(card)
     paths = {place.id: place.path for place in places}
@@ -487,6 +499,7 @@ def _loaded(place: "Located", cache_budget: int) -> Iterator["ServedModel"]:
             cache_budget=cache_budget,
             sha256=place.model.files[0].sha256 if place.model and place.model.files else None,
             good=place.model.formats if place.model else (),
+            sampling=offers.sampling_of(place, terminal.say),
             notify=terminal.say,
         )
         if place.adapter is not None:
@@ -498,30 +511,28 @@ def _loaded(place: "Located", cache_budget: int) -> Iterator["ServedModel"]:
 
 
 @contextlib.contextmanager
-def _ready(name: str | None) -> Iterator["tuple[Located, ServedModel, float]"]:
+def _ready(name: str | None) -> Iterator["tuple[ServedModel, float]"]:
     """A model in this process, and the seconds it took to load."""
     from serve import local
 
     place = local.located(name)
     started = time.perf_counter()
     with _loaded(place, settings.Settings().cache_budget) as served:
-        yield place, served, time.perf_counter() - started
+        yield served, time.perf_counter() - started
 
 
 def _options(
-    place: "Located",
     temperature: float | None,
     top_p: float | None,
     max_tokens: int | None,
     seed: int | None,
     stop: Sequence[str] | None,
 ) -> "talk.Options":
-    """The model's recommended sampling, with what the user asked for over it."""
+    """What the user asked for; the rest is the model's."""
     from serve import talk
 
-    sampling = dict(place.model.sampling) if place.model else {}
     asked = {"temperature": temperature, "top_p": top_p}
-    sampling |= {name: value for name, value in asked.items() if value is not None}
+    sampling = {name: value for name, value in asked.items() if value is not None}
     if not all(stop or ()):
         raise WrongUsage("--stop is empty: it would end every answer before it begins")
     return talk.Options(sampling=sampling, max_tokens=max_tokens, stop=tuple(stop or ()), seed=seed)
@@ -658,11 +669,17 @@ def _card(
         "publisher": model.publisher,
         "licence": model.licence,
         "good_at": model.good_at,
+        "sampling": _sampling(model.sampling, path) if model.kind == "decoder" else None,
         "state": state,
         "path": str(path) if path else None,
         "tokens_per_second": run["tokens_per_second"] if run else None,
         "aliases": [name for name, id in known.aliases.items() if id == model.id],
     }
+
+
+def _sampling(row: Mapping[str, float], path: Path | None) -> dict[str, Any]:
+    """The sampling settings of a request that gives none."""
+    return sampling.resolve({}, sampling.of_model(row, path, terminal.say))
 
 
 def _made_card(
@@ -674,6 +691,7 @@ def _made_card(
     unknown = dict.fromkeys(("serves", "parameters", "context", "licence"))
     return {
         **unknown,
+        "sampling": _sampling({}, Path(card.path)) if not base else None,
         **base,
         "id": card.id,
         "base": card.base,

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from audio.checkpoint import is_whisper
-from serve import made, measured
+from serve import made, measured, sampling
 from serve.engine import (
     DrawingModel,
     EmbeddingModel,
@@ -51,6 +51,7 @@ def offer(
     home: Path,
     notify: Callable[[str], None],
     memory_limit: int | None = None,
+    sampling_defaults: sampling.Defaults = "model",
 ) -> Offer:
     """A model to be loaded when asked for.
 
@@ -61,6 +62,7 @@ def offer(
         home: the data folder, where its speed is noted.
         notify: told a line for each thing that takes long.
         memory_limit: bytes that it may take at most; None for what is free.
+        sampling_defaults: whose hold for requests that give none.
 
     Raises:
         OSError: a file cannot be read.
@@ -75,6 +77,7 @@ def offer(
     cfg = checkpoint.read_config(place.path)
     sha256 = place.model.files[0].sha256 if place.model else None
     good = place.model.formats if place.model else ()
+    defaults = sampling_of(place, notify) if sampling_defaults == "model" else {}
 
     def memory() -> int:
         name = fingerprint.on_machine(sha256 or fingerprint.of_weights(place.path))
@@ -104,6 +107,7 @@ def offer(
             sha256=sha256,
             good=good,
             memory_limit=memory_limit,
+            sampling=defaults,
             notify=notify,
             on_speed=on_speed,
         )
@@ -117,7 +121,13 @@ def offer(
         load=load,
         stamp=partial(_stamp, place.path),
         path=place.path,
+        sampling=defaults,
     )
+
+
+def sampling_of(place: Located, notify: Callable[[str], None]) -> dict[str, float]:
+    """The sampling defaults of a decoder; see `sampling.of_model`."""
+    return sampling.of_model(place.model.sampling if place.model else {}, place.path, notify)
 
 
 class Shelf:

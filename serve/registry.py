@@ -19,7 +19,7 @@ import itertools
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +68,7 @@ class Offer:
         stamp: gives another value when its files have changed.
         base: the id of the model whose weights it shares.
         path: its files, where it can be trained further.
+        sampling: its defaults, where it generates text.
     """
 
     id: str
@@ -79,6 +80,7 @@ class Offer:
     kind: str = "decoder"
     base: str | None = None
     path: Path | None = None
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
 
 class Registry:
@@ -178,8 +180,9 @@ class Registry:
             self._cards.pop(id, None)
             self._loaded.pop(id, None)
         for id, offer in found.items():
-            if offer.base in self._cards:
-                self._cards.setdefault(id, offer)
+            if (base := self._cards.get(offer.base or "")) is not None:
+                sampling = getattr(base, "sampling", {})
+                self._cards.setdefault(id, replace(offer, sampling=sampling))
         self._shelved = found
 
     async def get(self, name: str) -> AnyModel:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from serve import sampling
 from serve.failures import DoesNotFit, Failure, WrongUsage
 
 if TYPE_CHECKING:  # the engine brings JAX along
@@ -21,7 +22,7 @@ Message = Mapping[str, str]  # {"role": ..., "content": ...}
 
 @dataclass(kw_only=True)
 class Options:
-    """How to answer. `sampling` holds what differs from the sampler's own defaults."""
+    """How to answer. `sampling` holds what the user asked for; the model's defaults fill it up."""
 
     sampling: dict[str, Any] = field(default_factory=dict)
     max_tokens: int | None = None  # None: as many as the context holds
@@ -63,7 +64,7 @@ class Reply:
             self._request = Request(
                 prompt=tuple(prompt),
                 max_tokens=wanted,
-                sampling=Sampling(seed=seed, **options.sampling),
+                sampling=Sampling(seed=seed, **sampling.resolve(options.sampling, model.sampling)),
                 stop_ids=model.tokenizer.stop_ids,
                 top_logprobs=None,
             )

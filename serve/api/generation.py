@@ -16,6 +16,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from serve import sampling
 from serve.api.ids import native_bias
 from serve.api.pieces import Assembler, FinishReason, Piece, Placed, finite
 from serve.api.schemas import GenerationBody
@@ -98,6 +99,7 @@ class Generation:
         copies: choices to generate for each prompt.
         top_logprobs: alternatives to report per token, echoed ones too; None for no logprobs.
         call: who asks; told what comes of it.
+        is_judged: whether answers are scored or ranked; see `sampling.resolve`.
 
     Raises:
         APIError: 400 for a logit_bias that does not fit the vocabulary, or too many choices.
@@ -111,6 +113,7 @@ class Generation:
         copies: int,
         top_logprobs: int | None,
         call: Call,
+        is_judged: bool = False,
     ):
         if len(prompts) * copies > MAX_CHOICES:
             raise APIError(
@@ -120,7 +123,7 @@ class Generation:
                 param="n",
                 code="invalid_value",
             )
-        sampling = sampling_of(body, model)
+        settings = sampling_of(body, model, is_judged=is_judged)
         deadline = None if call.timeout is None else time.monotonic() + call.timeout
         self.model, self.stops, self.copies, self.call = model, body.stops, copies, call
         self.usage = Usage(prompt_tokens=sum(len(prompt.ids) for prompt in prompts))
@@ -130,7 +133,7 @@ class Generation:
             Request(
                 prompt=tuple(prompt.ids),
                 max_tokens=prompt.max_tokens,
-                sampling=sampling,
+                sampling=settings,
                 stop_ids=model.tokenizer.stop_ids | prompt.stop_ids,
                 top_logprobs=top_logprobs,
                 prompt_logprobs=top_logprobs if prompt.is_scored else None,
@@ -251,16 +254,10 @@ def _too_long(seconds: float | None) -> APIError:
     )
 
 
-def sampling_of(body: GenerationBody, model: ServedModel) -> Sampling:
+def sampling_of(body: GenerationBody, model: ServedModel, *, is_judged: bool) -> Sampling:
     """The sampling settings of a request; without a seed, one is drawn."""
     return Sampling(
-        temperature=body.temperature,
-        top_p=body.top_p,
-        top_k=max(body.top_k, 0),
-        min_p=body.min_p,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        repetition_penalty=body.repetition_penalty,
+        **sampling.resolve(body.sampling, model.sampling, is_judged=is_judged),
         logit_bias=native_bias(body.logit_bias, body.model, model),
         seed=secrets.randbits(63) if body.seed is None else body.seed,
     )

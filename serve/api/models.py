@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.requests import Request
 
-from serve import made
+from serve import made, sampling
 from serve.api.openapi import described
 from serve.api.replies import Deleted, Model, Models
 from serve.engine import AnyModel, DrawingModel, EmbeddingModel, ServedModel, SpeechModel
@@ -72,12 +72,15 @@ async def _of_kind(request: Request, name: str, kind: str, otherwise: str) -> An
 
 
 def card(model: AnyModel | Offer) -> dict[str, Any]:
+    defaults = getattr(model, "sampling", {})
     return {
         "id": model.id,
         "object": "model",
         "created": model.created,
         "owned_by": model.owned_by,
-        "kind": model.kind,  # ours: who shows a list of models wants to know what they are for
+        # Ours: what a model is for, and how it samples where a request does not say.
+        "kind": model.kind,
+        "sampling": sampling.resolve({}, defaults) if model.kind == "decoder" else None,
     }
 
 

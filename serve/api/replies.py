@@ -38,6 +38,7 @@ class Model(Reply):
     created: int
     owned_by: str
     kind: Literal["decoder", "encoder", "speech", "images"]
+    sampling: dict[str, float] | None
 
 
 class Models(Reply):

@@ -25,6 +25,7 @@ from pydantic_core import from_json
 from starlette.requests import Request
 
 from serve.errors import APIError, from_validation, kind
+from serve.sampling import BOUNDS
 
 # --- reading a body ---------------------------------------------------------------------------
 
@@ -105,7 +106,12 @@ Stop = Annotated[
     Discriminator(tag),
 ]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+def within(name: str) -> Any:
+    """The bounds of a sampling setting."""
+    low, high = BOUNDS[name]
+    return Field(ge=low, le=high)
 
 
 class StreamOptions(Body):
@@ -113,22 +119,31 @@ class StreamOptions(Body):
 
 
 class GenerationBody(Body):
-    """What completions and chat have in common."""
+    """What completions and chat have in common.
+
+    A sampling setting that is left out is the model's own default; see `serve/sampling.py`.
+    """
 
     model: str
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] = 0  # 0 and -1: all
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    presence_penalty: Penalty = 0.0
-    frequency_penalty: Penalty = 0.0
-    repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
+    temperature: Annotated[float, within("temperature")] | None = None
+    top_p: Annotated[float, within("top_p")] | None = None
+    top_k: Annotated[int, within("top_k")] | None = None
+    min_p: Annotated[float, within("min_p")] | None = None
+    presence_penalty: Annotated[float, within("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, within("frequency_penalty")] | None = None
+    repetition_penalty: Annotated[float, within("repetition_penalty")] | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=300)] = {}
     n: Annotated[int, Field(ge=1, le=128)] = 1
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Stop = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The sampling settings that are given."""
+        values = {name: getattr(self, name) for name in BOUNDS}
+        return {name: value for name, value in values.items() if value is not None}
 
     @property
     def stops(self) -> Sequence[str]:

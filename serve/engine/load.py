@@ -9,8 +9,8 @@ import math
 import platform
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -48,6 +48,7 @@ class ServedModel:
     format: Format = "float32"
     memory: int = 0  # bytes of weights and cache; of an adapted model, of what is its own
     runner: Runner | None = None  # what computes; adapters share its weights
+    sampling: Mapping[str, float] = field(default_factory=dict)  # defaults, see `serve/sampling.py`
 
     @functools.cached_property
     def ids(self) -> frozenset[int]:
@@ -75,6 +76,7 @@ def load_model(
     sha256: str | None = None,
     good: Sequence[Format] = (),
     memory_limit: int | None = None,
+    sampling: Mapping[str, float] | None = None,
     notify: Callable[[str], None] = lambda line: None,
     on_speed: Callable[[int, float], None] = lambda tokens, seconds: None,
 ) -> ServedModel:
@@ -89,6 +91,7 @@ def load_model(
         sha256: of the file, if somebody has checked it already.
         good: the formats that are known to be good enough, if that is known.
         memory_limit: bytes that weights and cache may take at most; None for what is free.
+        sampling: defaults of requests, beside OpenAI's.
         notify: told one line for each thing that takes long.
         on_speed: told (tokens, seconds) of requests that had the model for themselves.
 
@@ -133,6 +136,7 @@ def load_model(
         format=chosen,
         memory=runner.num_bytes,
         runner=runner,
+        sampling=sampling or {},
     )
 
 

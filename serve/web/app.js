@@ -35,7 +35,12 @@ try {
   const { data } = await call("/v1/models");
   const generators = data.filter(({ kind }) => kind === "decoder");
   $("model").append(...generators.map(({ id }) => h("option", {}, id)));
-  $("model").addEventListener("change", () => shown() === "tokens" && tokenPage.refresh());
+  const showDefaults = () => chat.showDefaults(data.find(({ id }) => id === model())?.sampling);
+  $("model").addEventListener("change", () => {
+    showDefaults();
+    if (shown() === "tokens") tokenPage.refresh();
+  });
+  showDefaults();
 } catch (problem) {
   report(problem.message);
 }

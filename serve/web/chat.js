@@ -204,6 +204,14 @@ export function start({ model, report }) {
   refresh();
 }
 
+/** What a model samples with where a setting is left empty. */
+export function showDefaults(sampling = {}) {
+  $("temperature").placeholder = sampling.temperature ?? "";
+  $("top-p").placeholder = sampling.top_p ?? "";
+  const all = Object.entries(sampling).map(([name, value]) => `${name} ${value}`);
+  $("defaults").textContent = all.length ? `Left empty, the model's own: ${all.join(", ")}` : "";
+}
+
 /** A token of /tokenize with_pieces, as `pieces` takes it. */
 export function fromPiece({ id, piece, special }) {
   const isText = typeof piece === "string";

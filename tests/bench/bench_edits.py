@@ -1,17 +1,19 @@
 """How well the chat models edit: 21 small edits, each with the answers that count as right.
 
-The first is OpenAI's own example of the endpoint. Greedy, through the prompt that /v1/edits uses;
-compared exactly but for white space. Usage: python -m tests.bench.bench_edits [--json] [ID...]
+The first is OpenAI's own example of the endpoint. With the prompt and the sampling defaults of
+/v1/edits, once for each of `SEEDS`; compared exactly but for white space.
+Usage: python -m tests.bench.bench_edits [--json] [ID...]
 """
 
 import json
 import sys
 
-from serve import catalogue, settings, sources
+from serve import catalogue, sampling, settings, sources
 from serve.api.edits import messages
 from serve.engine import Request, Token, load_model
 from transformer.sampling import Sampling
 
+SEEDS = range(4)
 CASES = [  # instruction, text, right answers
     ("Fix the spelling mistakes", "What day of the wek is it?", ["What day of the week is it?"]),
     (
@@ -66,31 +68,36 @@ def main(ids: list[str], as_json: bool) -> None:
             cache_budget=64 * 2**20,
             max_rows=1,
             good=known.models[id].formats,
+            sampling=known.models[id].sampling,
         )
         try:
-            answers = [edited(model, instruction, text) for instruction, text, _ in CASES]
+            answers = [[edited(model, *case[:2], seed) for seed in SEEDS] for case in CASES]
         finally:
             model.engine.close(drain=False)
         right = [
-            answer.split() in [wanted.split() for wanted in case[2]]
-            for answer, case in zip(answers, CASES, strict=True)
+            [answer.split() in [wanted.split() for wanted in case[2]] for answer in tries]
+            for tries, case in zip(answers, CASES, strict=True)
         ]
+        by_seed = [sum(column) for column in zip(*right, strict=True)]
         if as_json:
-            print(json.dumps({"model": id, "right": sum(right), "of": len(CASES)}))
+            print(json.dumps({"model": id, "right": by_seed, "of": len(CASES)}))
             continue
-        print(f"\n{id} ({model.format}): {sum(right)} of {len(CASES)}")
-        for case, answer, is_right in zip(CASES, answers, right, strict=True):
-            print(f"  {'right' if is_right else 'WRONG'}  {case[0]}: {case[1]!r} -> {answer!r}")
+        print(f"\n{id} ({model.format}), seeds {[*SEEDS]}: {by_seed} of {len(CASES)}")
+        for case, tries, marks in zip(CASES, answers, right, strict=True):
+            wrong = [answer for answer, is_right in zip(tries, marks, strict=True) if not is_right]
+            print(
+                f"  {sum(marks)}/{len(SEEDS)}  {case[0]}: {case[1]!r}" + f" -> {wrong}" * any(wrong)
+            )
 
 
-def edited(model, instruction: str, text: str) -> str:
-    """What the likeliest tokens make of a text."""
+def edited(model, instruction: str, text: str, seed: int) -> str:
+    """What a model makes of a text."""
     encoding = model.tokenizer.encoding
     prompt = model.tokenizer.chat_template.encode(encoding, messages(instruction, text))
     request = Request(
         prompt=tuple(prompt),
         max_tokens=60,
-        sampling=Sampling(temperature=0),
+        sampling=Sampling(seed=seed, **sampling.resolve({}, model.sampling)),
         stop_ids=model.tokenizer.stop_ids,
     )
     events = model.engine.generate(request)

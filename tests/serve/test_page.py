@@ -1,5 +1,6 @@
 """The page at /: what it is made of, and, in Debian's Chromium, what it does."""
 
+import dataclasses
 import re
 import shutil
 
@@ -186,6 +187,23 @@ def test_the_settings_and_the_conversation_reach_the_server(open_page, engine):
     page.click("#show-prompt")
     page.wait_for_selector("#prompt-strip .special")
     assert "Be brief." in page.text_content("#prompt-strip")
+
+
+@in_browser
+def test_settings_that_are_left_empty_are_the_models(open_page):
+    defaults = {"temperature": 0.25, "top_p": 0.5, "top_k": 7}
+    model = dataclasses.replace(scripted.model(), sampling=defaults)
+    with scripted.running(model, scripted.model("other")) as address:
+        page = open_page(address)
+        page.click(".settings summary")
+        assert page.get_attribute("#temperature", "placeholder") == "0.25"
+        assert page.get_attribute("#top-p", "placeholder") == "0.5"
+        assert "top_k 7" in page.text_content("#defaults")
+        ask(page, "Say hello")
+        sampling = model.engine.requests[-1].sampling
+        assert {name: getattr(sampling, name) for name in defaults} == defaults
+        page.select_option("#model", "other")
+        assert page.get_attribute("#temperature", "placeholder") == "1"
 
 
 @in_browser

@@ -1,0 +1,146 @@
+"""Sampling defaults: the settings of a request that does not give its own.
+
+Each setting is taken from the first that has it: the request, the `sampling` of the model's row in
+the catalogue, the model's own files, OpenAI's API. A model's own files are a folder's
+generation_config.json, of which the same keys count as in vLLM, whatever `do_sample` says, and a
+GGUF file's `general.sampling.*`, as in llama.cpp. `max_new_tokens`, which vLLM takes for a limit,
+is left to the request.
+
+A penalty that nobody asked for changes the likeliest answer, so no default penalty applies at
+temperature 0, where a text is scored (`echo` with `logprobs`), or where answers are ranked by their
+likelihood (`best_of`).
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+BOUNDS = {  # of a request's values, ends included
+    "temperature": (0, 2),
+    "top_p": (0, 1),
+    "top_k": (-1, 2**31 - 1),  # 0 and -1: all
+    "min_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (1e-3, 1e3),
+}
+OPENAI: Mapping[str, float] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+}
+PENALTIES = frozenset({"presence_penalty", "frequency_penalty", "repetition_penalty"})
+Defaults = Literal["model", "openai"]
+
+_GGUF_KEYS = {
+    "temperature": "temp",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
+# What generation_config.json holds beside sampling; everything else in it would change the answer.
+_HARMLESS = {
+    *("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id"),
+    *("cache_implementation", "use_cache", "do_sample", "transformers_version"),
+    *("output_attentions", "output_hidden_states", "output_logits", "output_scores"),
+    *("return_dict_in_generate", "trust_remote_code", "chat_format", "max_window_size"),
+}
+
+
+def resolve(
+    asked: Mapping[str, Any], defaults: Mapping[str, float], *, is_judged: bool = False
+) -> dict[str, Any]:
+    """The settings of one request.
+
+    Args:
+        asked: what the request gives.
+        defaults: those of the model, see `of_model`.
+        is_judged: whether the answer's likelihood counts: it is scored, or ranked among others.
+    """
+    settings: dict[str, Any] = {**OPENAI, **defaults, **asked}
+    if is_judged or settings["temperature"] == 0:
+        settings |= {name: OPENAI[name] for name in PENALTIES - asked.keys()}
+    settings["top_k"] = max(int(settings["top_k"]), 0)
+    return settings
+
+
+def of_model(
+    row: Mapping[str, float], path: Path | None, notify: Callable[[str], None]
+) -> dict[str, float]:
+    """The defaults of a model, without those that are OpenAI's anyway.
+
+    Args:
+        row: the `sampling` of its row in the catalogue; empty where it has none.
+        path: its GGUF file or folder, if it is here. A GGUF file is read only without a row: a
+            row is about exact bytes.
+        notify: called with a line for each value that cannot be used.
+    """
+    own: dict[str, float] = {}
+    if path is not None and path.is_dir():
+        own = _of_folder(path, notify)
+    elif path is not None and path.suffix == ".gguf" and path.is_file() and not row:
+        own = _of_gguf(path, notify)
+    both = own | dict(row)
+    return {name: value for name, value in both.items() if value != OPENAI[name]}
+
+
+def fault(name: str, value: object) -> str | None:
+    """What is wrong with a default, if anything."""
+    if name not in BOUNDS:
+        return f"use some of {', '.join(BOUNDS)}"
+    low, high = BOUNDS[name]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "use a number"
+    if not low <= value <= high:  # NaN neither
+        return f"use a number from {low} to {high}"
+    return "use a whole number" if name == "top_k" and value != int(value) else None
+
+
+def text(settings: Mapping[str, float]) -> str:
+    """Settings in one line: the temperature, and those that differ from OpenAI's."""
+    shown = [n for n in BOUNDS if n == "temperature" or settings[n] != OPENAI[n]]
+    return ", ".join(f"{name} {settings[name]:g}" for name in shown)
+
+
+def _of_folder(folder: Path, notify: Callable[[str], None]) -> dict[str, float]:
+    from bpe.stop import read_optional
+
+    path = folder / "generation_config.json"
+    content = {key: value for key, value in read_optional(path).items() if value is not None}
+    others = content.keys() - BOUNDS.keys() - _HARMLESS
+    if unused := sorted(key for key in others if not key.startswith("_")):
+        notify(f"{path}: not used here: {', '.join(unused)}")
+    return _checked({name: content[name] for name in BOUNDS if name in content}, path, notify)
+
+
+def _of_gguf(path: Path, notify: Callable[[str], None]) -> dict[str, float]:
+    from transformer.checkpoint import gguf  # brings JAX along
+
+    metadata, _ = gguf.read(path)
+    prefix = "general.sampling."
+    content = {key: value for key, value in metadata.items() if key.startswith(prefix)}
+    found = {
+        name: content.pop(prefix + key)
+        for name, key in _GGUF_KEYS.items()
+        if prefix + key in content
+    }
+    if content:
+        notify(f"{path}: not used here: {', '.join(sorted(content))}")
+    return _checked(found, path, notify)
+
+
+def _checked(
+    values: Mapping[str, Any], path: Path, notify: Callable[[str], None]
+) -> dict[str, float]:
+    good = {}
+    for name, value in values.items():
+        if problem := fault(name, value):
+            notify(f"{path}: {name} is {value!r} and is not used: {problem}")
+        else:
+            good[name] = float(f"{value:.7g}")  # what a float32 of a GGUF file was written as
+    return good
