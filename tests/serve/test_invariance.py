@@ -49,7 +49,9 @@ WATCHED = [
     Request(
         prompt=prompt(250, 2),  # crosses into its second block of cache
         max_tokens=12,
-        sampling=Sampling(seed=7, temperature=1.2, top_p=0.95, frequency_penalty=0.3),
+        sampling=Sampling(
+            seed=7, temperature=1.2, top_p=0.95, frequency_penalty=0.3, repetition_penalty=1.1
+        ),
         top_logprobs=20,
         choice=2,
     ),
