@@ -1,7 +1,9 @@
 """What tests of all packages share."""
 
+import os
 import signal
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,10 @@ from serve import catalogue, settings, sources
 
 # A shell that starts the tests in the background ignores Ctrl-C, and what we start inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The user's own server and key are not to be asked, and not by the processes of the tests either.
+for name in ("PELLUCID_HOST", "PELLUCID_API_KEY"):
+    os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +31,11 @@ def model_file() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    """The address of a port that refuses connections: it is taken, and nobody listens on it."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"

@@ -23,7 +23,7 @@ SMALL = "smollm2-135m-instruct"
 ENVIRONMENT = {
     name: value
     for name, value in os.environ.items()
-    if name not in ("NO_COLOR", "FORCE_COLOR", "TERM", "PELLUCID_API_KEY")
+    if name not in ("NO_COLOR", "FORCE_COLOR", "TERM")
 }
 Pulled = Callable[[str], Path]
 
@@ -121,10 +121,10 @@ def test_a_model_can_be_served_once(tmp_path: Path) -> None:
     assert done.returncode == 2 and "named twice: a, a" in done.stderr
 
 
-def test_an_unreachable_index_is_exit_code_4(empty: dict[str, str]) -> None:
+def test_an_unreachable_index_is_exit_code_4(empty: dict[str, str], refusing: str) -> None:
     nowhere = {
         "PIP_CONFIG_FILE": os.devnull,
-        "PIP_INDEX_URL": "http://127.0.0.1:9/",
+        "PIP_INDEX_URL": refusing,
         "PIP_EXTRA_INDEX_URL": "",
         "PIP_FIND_LINKS": "",
         "PIP_RETRIES": "0",

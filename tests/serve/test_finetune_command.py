@@ -112,7 +112,8 @@ def test_here_from_file_to_model(finetune, file):
     said = finetune.pellucid("chat", "1?", "-m", name, "--temperature", 0, "--max-tokens", 4)
     assert said[0] == f"{tiny.ANSWER}\n", "it has learned, and is asked without a server"
     assert "begin with its base" in finetune("create", file, "-m", name, code=2)[1]
-    assert "beside its base" in finetune.pellucid("serve", "-m", name, code=2)[1]
+    serve = ("serve", "--port", 0, "-m", name)
+    assert "beside its base" in finetune.pellucid(*serve, code=2)[1]
     table = finetune("list")[0].splitlines()
     assert table[0].split() == ["JOB", "STATUS", "MODEL", "MADE", "RESULT"] and name in table[1]
     assert "it succeeded" in finetune("cancel", id, code=1)[1]
@@ -129,7 +130,7 @@ def test_here_from_file_to_model(finetune, file):
     assert "no model x was made here" in finetune("delete", "x", code=3)[1]
 
 
-def test_here_what_goes_wrong(finetune, file, tmp_path):
+def test_here_what_goes_wrong(finetune, file, tmp_path, refusing):
     file.write_bytes(tiny.examples(12) + b"{}\n")
     errors = finetune("create", file, *finetune.model, code=6)[1]
     assert errors.count("Example 13") == 1 and f"{file}:13: " in errors
@@ -142,7 +143,7 @@ def test_here_what_goes_wrong(finetune, file, tmp_path):
     finetune.pellucid("chat", "1?", "-m", "x" * 300, code=3)
     finetune("follow", "ftjob-x", code=3)
     finetune("cancel", "ftjob-x", code=3)
-    finetune("list", "--host", "http://127.0.0.1:9", code=4)
+    finetune("list", "--host", refusing, code=4)
     finetune("list", "--host", "ftp://x", code=2)
 
 
