@@ -210,7 +210,7 @@ print(f"beside or merged, the logits are the same to 1e-3: {far < 1e-3}")
 spoken = encoding.decode(first.ids[first.weights > 0].tolist())
 assert spoken == rows[0]["messages"][2]["content"] + "<|im_end|>", "the answer, and its end"
 assert [problem.code for problem in report.problems][:1] == ["invalid_role"]
-assert report.counts["invalid_json"] == 1 and report.counts["duplicate"] == 1
+assert report.counts["invalid_json"] == 1 and report.notes["duplicate"] == 1
 assert abs(float(together) - apart) < 1e-2, "neighbours in a row do not see each other"
 assert steps[-1]["loss"] < 0.2 * steps[0]["loss"]
 assert sum(before) == 0 and sum(after) >= 3

@@ -339,7 +339,7 @@ class Here:
                 check_suffix(place.id, fields["suffix"])
         except ValueError as error:
             raise WrongUsage(str(error)) from None
-        self._look(place, data, valid)
+        warnings = self._look(place, data, valid)
         files = [None if path is None else self._kept(path) for path in (data, valid)]
         job = self._jobs.create(
             model=place.id,
@@ -347,23 +347,25 @@ class Here:
             training_file=str(files[0]),
             validation_file=files[1],
             is_checked=True,
+            warnings=warnings,
             **fields,
         )
         return shown(job)
 
-    def _look(self, place: "Located", data: Path, valid: Path | None) -> None:
-        """Refuses files that cannot be learned from, before anything is made of them."""
-        from serve import local
-        from serve.jobs_check import refusal
+    def _look(self, place: "Located", data: Path, valid: Path | None) -> list[str]:
+        """Refuse files that cannot be learned from; return what to warn of."""
+        from serve import jobs_check, local
 
         with local.loading(place):
-            refused = refusal(place.path, data, *filter(None, [valid]))
-        if refused is not None:
-            _, report = refused
+            found = jobs_check.reports(place.path, data, valid)
+        for report in found.values():
+            if report.ok:
+                continue
             first, more = report.problems[0], report.counts.total() - 1
             place_of = f"{report.path}:{first.line}" if first.line else report.path
             rest = f" ({more} more: `pellucid finetune check {report.path}` lists them)"
             raise CheckFailed(f"{place_of}: {first.message}{rest if more else ''}")
+        return jobs_check.warnings(found)
 
     def _kept(self, path: Path) -> str:
         """Uploads a file, so to speak; gives its id."""

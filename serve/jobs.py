@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class Jobs:
         seed: int | None = None,
         metadata: dict[str, str] | None = None,
         is_checked: bool = False,
+        warnings: Iterable[str] = (),
         prefix: str = "ftjob-",
     ) -> Job:
         """Makes a job, to be done when its turn comes.
@@ -72,6 +74,7 @@ class Jobs:
             suffix: becomes part of the new model's name.
             seed: None for any.
             is_checked: whether the files are known to be such as can be learned from.
+            warnings: of files that were checked.
             prefix: of its id.
         """
         id = new_id(prefix)
@@ -123,7 +126,7 @@ class Jobs:
             if validation_file is not None:
                 self.tell(id, f"Validating validation file: {validation_file}")
             if is_checked:
-                self.tell(id, VALIDATED)
+                self._tell_checked(id, warnings)
         return job
 
     def get(self, id: str) -> Job | None:
@@ -152,6 +155,17 @@ class Jobs:
             for message in messages:
                 self.tell(id, message, level=level)
         return True
+
+    def queue(self, id: str, warnings: Iterable[str]) -> None:
+        """Queue a job whose files were checked; unless it is over."""
+        with self.store.writing():
+            if self.move(id, "queued"):
+                self._tell_checked(id, warnings)
+
+    def _tell_checked(self, id: str, warnings: Iterable[str]) -> None:
+        for warning in warnings:
+            self.tell(id, warning, level="warn")
+        self.tell(id, VALIDATED)
 
     def cancel(self, id: str) -> Job:
         """Ends a job that is not over; its process is stopped within a second.

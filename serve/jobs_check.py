@@ -1,11 +1,12 @@
 """Whether a job's files can be learned from, as a program: ``python -m serve.jobs_check``.
 
 A file of a million lines takes minutes to read, so it is read in a niced process, not in the
-server. What it prints is a job's `error`, as JSON, or null.
+server. It prints a JSON object: a job's `error`, or null, and the `warnings` to tell of.
 """
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +15,37 @@ from training.check import Report
 from training.recipes.finetune import read_tokenizer
 
 
-def refusal(model: Path, data: Path, valid: Path | None = None) -> tuple[str, Report] | None:
-    """The first of a job's files that cannot be learned from, and why; None if they all can.
+def reports(model: Path, data: Path, valid: Path | None = None) -> dict[str, Report]:
+    """A report of each of a job's files, up to the first that cannot be learned from.
 
     Args:
         model: the files of the model to be trained.
         data, valid: the training file and the validation file.
+
+    Returns:
+        The reports, by the names that the job has for the files.
     """
     tokenizer: Any
     tokenizer, max_tokens = read_tokenizer(model)
     report = check.check(data, tokenizer, max_tokens=max_tokens)
-    if not report.ok:
-        return "training_file", report
-    if valid is not None:
-        other = check.check(valid, tokenizer, max_tokens=max_tokens, kind=report.kind, minimum=1)
-        if not other.ok:
-            return "validation_file", other
-    return None
+    found = {"training_file": report}
+    if report.ok and valid is not None:
+        found["validation_file"] = check.check(
+            valid, tokenizer, max_tokens=max_tokens, kind=report.kind, minimum=1
+        )
+    return found
 
 
-def error_of(*files: Path) -> dict[str, str] | None:
-    """What `refusal` says of files, in the words of OpenAI's API."""
-    found = refusal(*files)
-    return None if found is None else found[1].error(found[0])
+def warnings(found: Mapping[str, Report]) -> list[str]:
+    """What a job's events warn of."""
+    return [
+        f"{name.replace('_', ' ').capitalize()}: {warning.message}"
+        for name, report in found.items()
+        for warning in report.warnings
+    ]
 
 
 if __name__ == "__main__":
-    print(json.dumps(error_of(*map(Path, sys.argv[1:]))))
+    found = reports(*map(Path, sys.argv[1:]))
+    errors = [report.error(name) for name, report in found.items() if not report.ok]
+    print(json.dumps({"error": errors[0] if errors else None, "warnings": warnings(found)}))

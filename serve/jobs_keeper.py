@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from serve import made, settings
-from serve.jobs import DATA, OUT, OVER, VALID, VALIDATED, Job, Jobs
+from serve.jobs import DATA, OUT, OVER, VALID, Job, Jobs
 from serve.store import file_record, new_id
 
 log = logging.getLogger(__name__)
@@ -192,8 +192,9 @@ class Keeper:
         elif process.is_over:
             self._checking = None
             if process.code == 0:
-                if (error := json.loads(process.output())) is None:
-                    self._jobs.move(id, "queued", VALIDATED)
+                found = json.loads(process.output())
+                if (error := found["error"]) is None:
+                    self._jobs.queue(id, found["warnings"])
                 else:
                     self._jobs.fail(id, error["code"], error["message"], error["param"])
             elif process.code is not None and process.code > 0:

@@ -1,7 +1,8 @@
 """Whether a file can be learned from: everything that is wrong with it, line by line.
 
 A file is read once, a line at a time; of a line only what counts is kept. So the memory needed is
-that of the longest line, and some bytes for each example, which tell a repeated one.
+that of the longest line, and some bytes for each example, which tell a repeated one. An example
+that repeats an earlier one is a warning, not a problem: that is how people weight examples.
 
 `mend.py` puts right what can be put right without guessing.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ class Report:
         lengths: how many examples have up to 2 ** n tokens, by that number.
         problems: the first `MAX_LISTED`, in order.
         counts: of all problems, by their codes.
-        notes: what is odd and does no harm.
+        notes: what is odd and does no harm, by a word for each kind.
+        repeat: the line of the first example that repeats an earlier one, and the line of that one.
     """
 
     path: Path
@@ -69,6 +71,20 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+    repeat: tuple[int, int] | None = None
+
+    @property
+    def warnings(self) -> list[Problem]:
+        """What the file can be learned from in spite of, and its author may not have meant."""
+        if self.repeat is None:
+            return []
+        line, first = self.repeat
+        message = (
+            f"{self.notes['duplicate']} of {self.examples} example(s) repeat an earlier one and "
+            f"are learned each time they occur. The first is example {line}, which repeats "
+            f"example {first}."
+        )
+        return [Problem(line, "duplicate", message)]
 
     @property
     def ok(self) -> bool:
@@ -151,14 +167,14 @@ def read(
     seen: dict[bytes, int] = {}  # digest of an example to its line
     for number, line in examples.lines(path):
         if number == 1 and line.startswith(BOM):
-            report.add(1, "byte_order_mark", "Example 1 begins with a byte order mark.")
+            report.notes["byte_order_mark"] += 1
             line = line.removeprefix(BOM)
         if line.endswith(b"\r"):
             report.notes["carriage_return"] += 1
         if not line.strip():
             report.notes["blank_line"] += 1
             continue
-        example = _read_line(report, number, line, tokenizer, max_tokens, seen)
+        example, key = _read_line(report, number, line, tokenizer, max_tokens)
         if example is None:
             continue
         if report.examples == MAX_EXAMPLES:
@@ -167,6 +183,9 @@ def read(
             )
             break
         _count(report, example)
+        if (first := seen.setdefault(key, number)) != number:
+            report.notes["duplicate"] += 1
+            report.repeat = report.repeat or (number, first)
         if keep:
             found.append(example)
     if not report.examples and report.ok:
@@ -196,6 +215,7 @@ def summary(report: Report) -> dict[str, Any]:
         "problems": report.counts.total(),
         "counts": dict(report.counts),
         "notes": dict(report.notes),
+        "warnings": [asdict(warning) for warning in report.warnings],
     }
 
 
@@ -210,7 +230,7 @@ def described(report: Report) -> list[str]:
         number = report.lengths[upper]
         bar = "#" * max(1, round(30 * number / most))
         found.append(f"  up to {upper:5} tokens {number:7} {bar}")
-    return found
+    return [*found, *(f"warning: {warning.message}" for warning in report.warnings)]
 
 
 def _looks_like_lines(report: Report) -> bool:
@@ -244,14 +264,14 @@ def _read_line(
     line: bytes,
     tokenizer: Tokenizer,
     max_tokens: int,
-    seen: dict[bytes, int],
-) -> Example | None:
-    """The example of a line, or None, with the reasons in the report."""
+) -> tuple[Example | None, bytes]:
+    """The example of a line and its digest; or None, with the reasons in the report."""
 
-    def refuse(*faults: Fault) -> None:
+    def refuse(*faults: Fault) -> tuple[None, bytes]:
         for fault in faults:
             who = f"Example {number}" + (f", {fault.where}" if fault.where else "")
             report.add(number, fault.code, f"{who} {fault.message}", fault.param)
+        return None, b""
 
     if isinstance(row := examples.parse(line), Fault):
         return refuse(row)
@@ -265,13 +285,9 @@ def _read_line(
                 reason += " Preference pairs are for method dpo, which is not supported."
             report.kind = None
             report.add(number, "unknown_format", reason)
-            return None
+            return None, b""
     if faults := examples.faults(row, report.kind):
         return refuse(*faults)
-    key = digest(row)
-    if first := seen.get(key):
-        return refuse(Fault("duplicate", f"repeats example {first}."))
-    seen[key] = number
     try:
         example = examples.encode(row, report.kind, tokenizer, number)
     except ValueError as error:
@@ -279,7 +295,7 @@ def _read_line(
     if len(example) > max_tokens:
         reason = f"has {len(example)} tokens; the most that can be learned is {max_tokens}."
         return refuse(Fault("too_long", reason))
-    return example
+    return example, _digest(row)
 
 
 def _count(report: Report, example: Example) -> None:
@@ -290,7 +306,7 @@ def _count(report: Report, example: Example) -> None:
     report.lengths[1 << (len(example) - 1).bit_length()] += 1
 
 
-def digest(row: dict[str, Any]) -> bytes:
+def _digest(row: dict[str, Any]) -> bytes:
     """The same for two lines that say the same, however they are written."""
     text = json.dumps(row, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=12).digest()

@@ -39,7 +39,7 @@ _KEYS: dict[Kind, tuple[str, ...]] = {
     "completion": ("prompt", "completion"),
     "text": ("text",),
 }
-_TOOL_KEYS = ("tools", "parallel_tool_calls", "functions")
+_TOOL_KEYS = ("tools", "functions")
 _TOOL_MESSAGE_KEYS = ("tool_calls", "function_call", "tool_call_id")
 _NO_TOOLS = "has tools or tool calls, which cannot be learned yet."
 
@@ -142,7 +142,9 @@ def faults(row: Mapping[str, Any], kind: Kind) -> list[Fault]:
     for key in _KEYS[kind]:
         if key not in row:
             found.append(Fault("missing_key", f'is missing key "{key}".', key))
-    for key in sorted(key for key in row.keys() - set(_KEYS[kind]) if row[key] is not None):
+    for key in sorted(key for key in row.keys() - set(_KEYS[kind]) if not _is_absent(row[key])):
+        if kind == "chat" and key == "parallel_tool_calls":
+            continue  # says nothing without tools, which are refused
         if kind == "chat" and key in _TOOL_KEYS:
             found.append(Fault("unsupported_tools", _NO_TOOLS, key))
         else:
@@ -236,7 +238,7 @@ def _message_faults(message: Any, i: int) -> list[Fault]:
             fault("invalid_role", f"has the role {role!r}; it must be one of {wanted}.", ".role")
         )
     for key, value in message.items():
-        if value is None:
+        if _is_absent(value):
             continue  # as answers of the API have keys that do not apply; see below for content
         if key in _TOOL_MESSAGE_KEYS:
             found.append(fault("unsupported_tools", _NO_TOOLS, f".{key}"))
@@ -244,7 +246,7 @@ def _message_faults(message: Any, i: int) -> list[Fault]:
             if not isinstance(value, str):
                 found.append(fault("invalid_type", "has a name that is not a string.", ".name"))
         elif key == "weight":
-            if role != "assistant" or type(value) is not int or value not in (0, 1):
+            if role != "assistant" or isinstance(value, bool) or value not in (0, 1):
                 reason = f"has the weight {value!r}; only the assistant's have one, 0 or 1."
                 found.append(fault("invalid_weight", reason, ".weight"))
         elif key not in ("role", "content"):
@@ -264,6 +266,11 @@ def _message_faults(message: Any, i: int) -> list[Fault]:
     elif not isinstance(content, str):
         found.append(fault("invalid_type", "has a content that is not a string.", ".content"))
     return found
+
+
+def _is_absent(value: Any) -> bool:
+    """Whether a key is there and holds nothing, as in answers of the API and exported tables."""
+    return value is None or value == [] or value == {}
 
 
 def _refuse_constant(name: str) -> None:

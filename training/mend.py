@@ -1,8 +1,9 @@
 """A file that can be learned from, made of one that nearly can.
 
 Only what needs no guess: marks and line ends that editors leave behind, another encoding of
-Unicode, one JSON array instead of lines, blank and repeated lines, examples that are too long. A
-line with another fault stays as it is, for whoever wrote it to put right; `check` names it.
+Unicode, one JSON array instead of lines, blank lines, examples that are too long. A line with
+another fault stays as it is, for whoever wrote it to put right; `check` names it. Repeated examples
+stay: repeating an example is how people give it more weight.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from training import check, examples
+from training import examples
 from training.check import BOM, BOM_UTF16, Report
 from training.examples import Fault, Kind, Tokenizer
 
@@ -27,7 +28,6 @@ _DEEDS = {
     "not_utf8": "write the file in UTF-8",
     "json_array": "write the array as lines",
     "blank_line": "drop {n} blank line(s)",
-    "duplicate": "drop {n} repeated example(s)",
     "too_long": "cut, or drop, {n} example(s) that are too long",
 }
 
@@ -65,7 +65,6 @@ def mend(
     """
     path, target = Path(path), Path(target)
     done: Counter[str] = Counter()
-    seen: set[bytes] = set()
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -78,10 +77,6 @@ def mend(
                     continue
                 kind = kind or examples.kind_of(row)
                 if kind is not None and not examples.faults(row, kind):
-                    if (key := check.digest(row)) in seen:
-                        done["duplicate"] += 1
-                        continue
-                    seen.add(key)
                     short = _shortened(row, kind, tokenizer, max_tokens)
                     if short is not row:
                         done["too_long"] += 1

@@ -72,15 +72,16 @@ def test_check_names_lines_and_mends(finetune, file, tmp_path):
     file.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
     out, errors = finetune("check", file, *finetune.model, code=6)
     assert f"{file}:6: messages[1].role: Example 6, message 2" in out and "'assistent'" in out
-    assert f"{file}:2: Example 2 repeats example 1." in out
+    assert "warning: 1 of 12 example(s)" in out and "example 2, which repeats example 1" in out
     assert "--mend FILE would write a copy, and remove the byte order mark; " in errors
     mended = tmp_path / "mended.jsonl"
     out, _ = finetune("check", file, *finetune.model, "--mend", mended, code=6)
-    assert "'assistent'" in out and "repeats" not in out, "what would be a guess is left alone"
+    assert "'assistent'" in out, "what would be a guess is left alone"
+    assert "example 2, which repeats example 1" in out, "so is what may be meant"
     out, _ = finetune("check", file, *finetune.model, "--json", code=6)
-    assert [json.loads(line)["code"] for line in out.splitlines()[:-1]] == [
-        *("byte_order_mark", "duplicate", "invalid_role")
-    ]
+    *problems, whole = map(json.loads, out.splitlines())
+    assert [problem["code"] for problem in problems] == ["invalid_role"]
+    assert [warning["code"] for warning in whole["warnings"]] == ["duplicate"]
     finetune("check", tmp_path / "none.jsonl", *finetune.model, code=3)
 
 
@@ -97,12 +98,14 @@ def test_check_says_when_there_is_nothing_to_do_or_nobody_to_learn(finetune, fil
 
 
 def test_here_from_file_to_model(finetune, file):
+    file.write_bytes(tiny.examples() + tiny.examples(2))  # two are to count twice
     options = ["--n_epochs", 20, "--batch_size", 4, "--suffix", "mine", "--seed", 1]
     options += ["--learning-rate-multiplier", 20]
     out, errors = finetune("create", file, *finetune.model, *options, "--follow")
     name = out.strip()
     assert name.startswith("ft:tiny:pellucid:mine:") and made.exists(finetune.home, name)
-    assert "Step 1/60: training loss=" in errors and "Fine-tuning job started" in errors
+    assert "Training file: 2 of 14 example(s) repeat" in errors
+    assert "Step 1/80: training loss=" in errors and "Fine-tuning job started" in errors
     assert "Compiling" in errors and f"ask it: pellucid chat -m {name}" in errors
     id = errors.split(",")[0]
     listed = json.loads(finetune("list", "--json")[0])["jobs"]
@@ -118,11 +121,11 @@ def test_here_from_file_to_model(finetune, file):
     assert table[0].split() == ["JOB", "STATUS", "MODEL", "MADE", "RESULT"] and name in table[1]
     assert "it succeeded" in finetune("cancel", id, code=1)[1]
     again, errors = finetune("follow", id)
-    assert again.strip() == name and "Step 60/60" in errors
+    assert again.strip() == name and "Step 80/80" in errors
     assert name in finetune.pellucid("models")[0]
     assert finetune("delete", id)[0].split() == [
         name,
-        *(f"{name}:ckpt-step-{step}" for step in (54, 57, 60)),
+        *(f"{name}:ckpt-step-{step}" for step in (72, 76, 80)),
     ]
     assert made.names(finetune.home) == frozenset()
     assert f"{name} (deleted)" in finetune("list")[0]

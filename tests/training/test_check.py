@@ -49,17 +49,9 @@ def test_a_good_file(tmp_path):
         (json.dumps(ROWS).encode(), 1, "json_array", 'line starts with: "["'),
         (json.dumps(ROWS, indent=2).encode(), 1, "json_array", 'line starts with: "["'),
         (json.dumps(ROWS[0], indent=2).encode(), 1, "invalid_json", "Example 1 cannot be parsed"),
-        (b"\xef\xbb\xbf" + GOOD, 1, "byte_order_mark", "byte order mark"),
         (replaced(7, '{"a": "caf\u00e9"}'.encode("latin-1")), 7, "not_utf8", "0xe9"),
         (replaced(5, b"{oops"), 5, "invalid_json", "Example 5 cannot be parsed"),
         (replaced(5, b'"text"'), 5, "not_an_object", "Example 5 is not a dictionary"),
-        (replaced(3, LINES[0]), 3, "duplicate", "Example 3 repeats example 1"),
-        (
-            replaced(3, LINES[0].replace(b": ", b" :  ")),
-            3,
-            "duplicate",
-            "Example 3 repeats example 1",
-        ),
         (
             replaced(4, b'{"prompt": "a", "completion": "b"}'),
             4,
@@ -135,8 +127,35 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 
 
 def test_what_does_no_harm_is_a_note(tmp_path):
-    report = checked(tmp_path, GOOD.replace(b"\n", b"\r\n") + b"\r\n")
-    assert report.ok and report.notes == {"carriage_return": 13, "blank_line": 1}
+    report = checked(tmp_path, b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n") + b"\r\n")
+    assert report.ok and report.examples == 12 and not report.warnings
+    assert report.notes == {"byte_order_mark": 1, "carriage_return": 13, "blank_line": 1}
+
+
+def test_repeated_examples_are_learned_as_often_as_they_occur(tmp_path):
+    """They were refused; OpenAI's service takes them, and people weight examples by repeating."""
+    spaced = LINES[4].replace(b": ", b" :  ")  # the same, written otherwise
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(GOOD + b"\n".join([LINES[4], LINES[0], spaced]))
+    report, found = check.read(path, TOKENIZER, max_tokens=60)
+    assert report.ok and not report.problems and report.examples == len(found) == 15
+    assert (found[12].ids == found[14].ids).all() and (found[12].ids == found[4].ids).all()
+    assert report.notes == {"duplicate": 3}
+    (warning,) = report.warnings
+    assert (warning.code, warning.line) == ("duplicate", 13)
+    assert check.described(report)[-1] == f"warning: {warning.message}"
+    assert check.summary(report)["warnings"][0]["line"] == 13
+
+
+def test_one_example_repeated_is_enough(tmp_path):
+    assert checked(tmp_path, b"\n".join(LINES[:1] * 10)).ok
+    assert not checked(tmp_path, b"\n".join(LINES[:1] * 9)).ok, "OpenAI asks for ten"
+
+
+def test_a_line_that_is_refused_is_no_repetition(tmp_path):
+    long = json.dumps(chat("q" * 99, "a")).encode()
+    report = checked(tmp_path, b"\n".join([*LINES, long, long, b"{}", b"{}"]))
+    assert not report.warnings and report.counts["too_long"] == 2
 
 
 def test_a_validation_file_may_be_short(tmp_path):
@@ -152,8 +171,8 @@ def test_a_validation_file_may_be_short(tmp_path):
         (b"\xef\xbb\xbf" + GOOD, ["remove the byte order mark"]),
         (GOOD.replace(b"\n", b"\r\n"), ["end 12 line(s) without a carriage return"]),
         (
-            GOOD + LINES[0] + b"\n\n" + LINES[3],
-            ["drop 1 blank line(s)", "drop 2 repeated example(s)"],
+            GOOD + b"\n\n",
+            ["drop 2 blank line(s)"],
         ),
         (json.dumps(ROWS, indent=1).encode(), ["write the array as lines"]),
         (b"\xff\xfe" + GOOD.decode().encode("utf-16-le"), ["write the file in UTF-8"]),
@@ -168,6 +187,15 @@ def test_what_can_be_mended_without_a_guess(tmp_path, content, deeds):
     assert after.ok and not after.notes and after.examples == 12
     assert [json.loads(line) for line in target.read_bytes().splitlines()] == ROWS
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "mended.jsonl"]
+
+
+def test_mending_keeps_repeated_examples(tmp_path):
+    """It dropped them, and with them the weight that their author gave them."""
+    report = checked(tmp_path, GOOD + LINES[0] + b"\n\n" + LINES[3])
+    target = tmp_path / "mended.jsonl"
+    assert mend.mend(report.path, target, TOKENIZER, max_tokens=60) == ["drop 1 blank line(s)"]
+    rows = [json.loads(line) for line in target.read_bytes().splitlines()]
+    assert rows == [*ROWS, ROWS[0], ROWS[3]]
 
 
 def test_examples_too_long_lose_their_last_turns_or_go(tmp_path):

@@ -63,6 +63,16 @@ def test_a_message_may_come_as_the_api_answered_it():
     assert learned(row, "chat") == "low<|im_end|>"
 
 
+def test_keys_that_change_nothing_are_taken():
+    """Exports write empty lists for what is absent, and numbers as floats."""
+    row = chat("q", "low", tool_calls=[], annotations=[], weight=1.0)
+    row |= {"tools": [], "functions": [], "parallel_tool_calls": False}
+    assert not examples.faults(row, "chat") and learned(row, "chat") == "low<|im_end|>"
+    row = chat("q", "low", "q", "er", weight=0.0)
+    row["messages"][1]["weight"] = 1
+    assert not examples.faults(row, "chat") and learned(row, "chat") == "low<|im_end|>"
+
+
 def test_of_a_pair_the_completion_is_learned_and_that_it_ends():
     row = {"prompt": "low", "completion": "er"}
     assert learned(row, "completion") == "er<|im_end|>"
@@ -129,7 +139,7 @@ ANSWER = {"role": "assistant", "content": "a"}
             "unsupported_tools",
             "messages[1].tool_calls",
         ),
-        ({"messages": [MESSAGE, ANSWER], "tools": []}, "unsupported_tools", "tools"),
+        ({"messages": [MESSAGE, ANSWER], "tools": [{}]}, "unsupported_tools", "tools"),
         ({"messages": [MESSAGE, ANSWER], "id": 1}, "extra_key", "id"),
     ],
 )

@@ -219,11 +219,11 @@ def test_check_and_mend(model, data, tmp_path, capsys):
     assert found["ok"] and found["examples"] == 12 and sum(found["lengths"].values()) == 12
     odd = tmp_path / "odd.jsonl"
     odd.write_bytes(b"\xef\xbb\xbf" + data.read_bytes() + data.read_bytes())
-    assert main(["check", str(odd), "--model", str(model)]) == 6
-    assert "drop 12 repeated example(s)" in capsys.readouterr().err
+    assert main(["check", str(odd), "--model", str(model)]) == 0
+    assert "warning: 12 of 24 example(s)" in capsys.readouterr().out
     command = ["check", str(odd), "--model", str(model), "--mend", str(tmp_path / "good.jsonl")]
-    assert main(command) == 0 and "12 examples (chat)" in capsys.readouterr().out
-    assert (tmp_path / "good.jsonl").read_bytes() == data.read_bytes()
+    assert main(command) == 0 and "24 examples (chat)" in capsys.readouterr().out
+    assert (tmp_path / "good.jsonl").read_bytes() == data.read_bytes() * 2
 
 
 def test_errors_name_what_is_wrong(model, data, tmp_path, capsys):

@@ -121,6 +121,9 @@ def run(
         reports.append(other)
     if not all(report.ok for report in reports):
         return Result("refused", {}, tuple(reports))
+    for checked in reports:
+        for warning in checked.warnings:
+            say(f"{checked.path}: {warning.message}")
 
     if job is None:
         job = {"given": given, **_resolve(settings, report, max_tokens)}
