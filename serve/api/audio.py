@@ -30,6 +30,7 @@ from audio import subtitles
 from audio.load import RATE
 from audio.tokens import SECONDS_PER_STEP
 from audio.transcribe import Segment, Transcript
+from serve.api.forms import given
 from serve.api.models import listener_of
 from serve.api.openapi import described
 from serve.api.replies import Reply
@@ -221,20 +222,13 @@ async def _read_form(request: Request) -> tuple[SpeechBody, bytes, str]:
 
 
 def _fields(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A form's texts as the JSON they stand for; lists are sent as `name[]`, once an item."""
-    fields: dict[str, Any] = {}
-    for name, value in items:
-        if isinstance(value, UploadFile):
-            continue
-        bare = name.removesuffix("[]")
-        if bare in _LISTS:
-            fields.setdefault(bare, []).append(value)
-        elif bare == "temperature":
-            fields[bare] = _number(value)
-        elif bare == "stream":
-            fields[bare] = {"true": True, "false": False}.get(value.lower(), value)
-        else:
-            fields[bare] = value
+    """A form's texts as the JSON they stand for."""
+    fields = given(items, _LISTS)
+    if "temperature" in fields:
+        fields["temperature"] = _number(fields["temperature"])
+    if "stream" in fields:
+        stream = fields["stream"]
+        fields["stream"] = {"true": True, "false": False}.get(stream.lower(), stream)
     return fields
 
 

@@ -1,15 +1,19 @@
-"""Reading a form with a file in it, which goes to the disk as it arrives.
+"""Reading forms: their fields, and a file that goes to the disk as it arrives.
 
-The file is never in memory, and is written once: to where it will stay. Its type and the folders in
-its name are not looked at.
+An empty field means "not given" on every route (`given`). The file of `read_form` is never in
+memory, and is written once: to where it will stay. Its type and the folders in its name are not
+looked at.
 """
 
 import asyncio
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
+from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
 from serve.errors import APIError
@@ -25,12 +29,38 @@ class Form:
     """What a form held.
 
     Attributes:
-        fields: the text of each field that is no file.
+        items: name and text of each field that is no file, in order.
         filename: of the file, without folders; None if there was no file.
     """
 
-    fields: dict[str, str] = field(default_factory=dict)
+    items: list[tuple[str, str]] = field(default_factory=list)
     filename: str | None = None
+
+
+def given(items: Iterable[tuple[str, Any]], lists: Collection[str] = ()) -> dict[str, Any]:
+    """The texts of a form by the names of their fields; a blank one is not given.
+
+    HTML forms and some clients send all their fields, those left empty too. So a required field
+    that is blank is one that is missing. Of a field that comes twice the last text counts.
+
+    Args:
+        items: name and value of each field; files are passed over.
+        lists: names of the fields that hold a list, sent as `name[]` or `name`, once an item.
+
+    >>> given([("n", ""), ("seed", " "), ("size", "64x64"), ("include[]", "a"), ("include[]", "")],
+    ...       lists=("include",))
+    {'size': '64x64', 'include': ['a']}
+    """
+    fields: dict[str, Any] = {}
+    for name, value in items:
+        bare = name.removesuffix("[]")
+        if isinstance(value, UploadFile) or not value.strip():
+            continue
+        if bare in lists:
+            fields.setdefault(bare, []).append(value)
+        else:
+            fields[bare] = value
+    return fields
 
 
 async def read_form(request: Request, incoming: Incoming, max_bytes: int) -> Form:
@@ -126,7 +156,7 @@ class _Reader:
 
     def _end(self) -> None:
         if not self._is_file:
-            self.form.fields[self._name] = self._value.decode("utf-8", "replace")
+            self.form.items.append((self._name, self._value.decode("utf-8", "replace")))
 
     def _whole(self) -> None:
         self.is_whole = True

@@ -322,6 +322,21 @@ def test_fields_that_cannot_be_meant(speech_address, fields, param, says):
     assert says in answer.json()["error"]["message"]
 
 
+def test_empty_fields_are_not_given(speech_address):
+    """`language=` and the like were 400s; web pages send all fields of a form."""
+    names = ("prompt", "response_format", "temperature", "language", "stream", "user")
+    lists = ("timestamp_granularities[]", "include[]", "keywords[]", "timestamp_granularities")
+    for text in ("", "  "):
+        fields = dict.fromkeys((*names, *lists), text)
+        answer = post(speech_address, file=("a.flac", CLIP.read_bytes()), **fields)
+        assert answer.status_code == 200 and answer.json()["text"] == TEXT, answer.text
+        error = post(speech_address, **{"model": text}).json()["error"]
+        assert error["param"] == "model" and error["code"] == "missing_required_parameter", error
+    fields = {"timestamp_granularities[]": ["", "word"], "response_format": "verbose_json"}
+    answer = post(speech_address, file=("a.flac", CLIP.read_bytes()), **fields)
+    assert answer.status_code == 200 and "segments" not in answer.json()
+
+
 def test_other_requests_that_cannot_be_answered(speech_address):
     assert post(speech_address, file=None).json()["error"]["param"] == "file"
     answer = post(speech_address, model="scripted")

@@ -71,6 +71,14 @@ def test_a_file_there_and_back(openai, http):
             call(file.id)
 
 
+def test_empty_fields_are_not_given(http):
+    """`expires_after[seconds]=` was a 400."""
+    empty = {"expires_after[anchor]": "", "expires_after[seconds]": " ", "user": ""}
+    answer = upload(http, **empty)
+    assert answer.status_code == 200 and "expires_at" not in answer.json(), answer.text
+    http.delete(f"/v1/files/{answer.json()['id']}")
+
+
 def test_lists_pages_and_purposes(openai):
     made = [openai.files.create(file=(f"{i}", b"x"), purpose="batch").id for i in range(5)]
     other = openai.files.create(file=("o", b"x"), purpose="user_data").id
@@ -109,6 +117,23 @@ def test_a_file_that_expires(http, home, monkeypatch):
             {"files": {"file": b"x"}, "data": {"purpose": "fun"}},
             400,
             "Invalid value: 'fun'. Supported values are: 'assistants',",
+        ),
+        (
+            {"files": {"file": b"x"}, "data": {"purpose": ""}},
+            400,
+            "Missing required parameter: 'purpose'",
+        ),
+        (
+            {
+                "files": {"file": b"x"},
+                "data": {
+                    "purpose": "batch",
+                    "expires_after[anchor]": "created_at",
+                    "expires_after[seconds]": "",
+                },
+            },
+            400,
+            "Missing required parameter: 'expires_after.seconds'",
         ),
         ({"files": {"file": b""}, "data": {"purpose": "batch"}}, 400, "File is empty."),
         ({"files": [("file", b"x")] * 2, "data": {"purpose": "batch"}}, 400, "it has two files"),
