@@ -8,9 +8,16 @@ the number of denoising steps. ``seed`` is an extension: the same request gets t
 ``stream`` sends ``partial_images`` pictures on the way, what the network saw behind the noise after
 some of the steps, and each finished one; ``index``, another extension, says which of ``n`` it is.
 
-An edit changes what is transparent in the mask, or in the picture where there is none, and nothing
-else: those pixels come back as they were, at the size of the upload. A variation may be steered by
-a ``prompt`` and a ``strength`` from 0.01 to 1, which OpenAI has not.
+An edit changes what is transparent in the mask, or in the picture where there is no mask, and
+nothing else: the other pixels come back as they were, at the size of the upload. An opaque picture
+without a mask is an error, as with dall-e-2; under a name of gpt-image-* all of it is redrawn, from
+the picture and the prompt. A variation may be steered by a ``prompt`` and a ``strength`` from 0.01
+to 1, which OpenAI has not.
+
+``output_compression`` is the quality of JPEG and WebP, 0 to 100, 95 by default; PNG has none.
+
+Nothing holds the event loop for long: pictures are decoded, drawn into and encoded on two threads,
+base64 is made and read in pieces, and answers in base64 are sent a picture at a time.
 
 An upload's bytes say what it is. Pictures are taken from forms, ``data:`` URLs and uploaded files;
 no other URL is fetched. Prompts are read to their 16th token.
@@ -33,15 +40,16 @@ from pydantic import Field, ValidationError, WithJsonSchema
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
 from diffusion import Plan, edit, picture, upscale
 from serve.api.files import find_file, store_of
+from serve.api.forms import given
 from serve.api.models import painter_of
 from serve.api.openapi import described
 from serve.api.replies import Reply
 from serve.api.schemas import Body, read_json
-from serve.api.sse import Event, event_stream, unless_disconnected
+from serve.api.sse import Event, between_base64, event_stream, unless_disconnected
 from serve.calls import Call, call_of
 from serve.engine import DrawingModel
 from serve.engine.drawing import Drawn, Order, Source
@@ -56,6 +64,7 @@ UPLOADS = {  # what a body may take: a picture, its mask, and the form around th
     f"/v1/images/{route}": 2 * MAX_BYTES for route in ("edits", "variations")
 }
 SMALLEST, LARGEST = 16, 1024  # pixels of a side
+PIECE = 2**15  # groups of 3 bytes, or of 4 characters of base64, that are handled at once
 STEPS = {"low": 10, "medium": 20, "high": 40}
 _QUALITY = {"standard": "medium", "auto": "medium", "hd": "high"}
 
@@ -76,6 +85,7 @@ class ImageOptions(Body):
     size: str = "auto"
     response_format: Literal["url", "b64_json"] | None = None
     output_format: picture.Format = "png"
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
     background: Literal["transparent", "opaque", "auto"] = "auto"
     quality: Literal["standard", "hd", "low", "medium", "high", "auto"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
@@ -213,8 +223,8 @@ async def create_image_edit(request: Request) -> Response:
         body, files = await _read_form(request, ImageEditOptions)
     model = await painter_of(request, body.model)
     size = model.painter.cfg.image_size
-    original, mask = await _aside(_read_edit, files)
-    height, width = mask.shape[:2]
+    original, mask = await _aside(_read_edit, files, _is_gpt_image(body))
+    height, width = original.shape[:2]
     side = None if body.size == "auto" else _side(body, model.painter.size)
     if side is not None and height != width:
         raise APIError(
@@ -226,11 +236,18 @@ async def create_image_edit(request: Request) -> Response:
         )
 
     def whole(drawn: np.ndarray) -> np.ndarray:
-        changed = edit.paste(original, drawn, mask)
+        hole = np.ones((height, width, 1)) if mask is None else mask / np.float32(255)
+        changed = edit.paste(original, drawn, hole)
         return changed if side is None else _sized(changed, side)
 
+    def read() -> Source:
+        fitted = edit.fit(original, size)
+        if mask is None:
+            return Source(fitted, strength=edit.VARIATION)
+        return Source(fitted, edit.fit_mask(mask, size))
+
     files.clear()  # many requests may wait, each with megabytes of them
-    source = await _aside(lambda: Source(edit.fit(original, size), edit.fit_mask(mask, size)))
+    source = await _aside(read)
     background = "opaque"
     if original.shape[2] == 4 and body.output_format != "jpeg":
         background = "transparent"  # where the original is, outside the mask
@@ -290,17 +307,20 @@ Files = dict[str, bytes]  # "image" and "mask"
 async def _read_form(request: Request, kind: type[AnyForm]) -> tuple[AnyForm, Files]:
     """The fields of a form, and its files."""
     files: Files = {}
-    fields: dict[str, Any] = {}
     try:
         async with request.form(max_files=17, max_fields=100) as form:
             for name, value in form.multi_items():
                 bare = name.removesuffix("[]")
                 if not isinstance(value, UploadFile):
-                    fields[bare] = value
+                    if bare in ("image", "mask") and value.strip():
+                        raise _bad(bare, f"Invalid '{bare}': expected a file, got a text.")
+                elif not (value.size or value.filename):
+                    continue  # a file input of an HTML form that was left empty
                 elif bare in files:
                     raise _several(bare)
                 else:
                     files[bare] = await value.read()
+            fields = given(form.multi_items())
     except (HTTPException, ValueError) as error:  # not a form after all, or in an odd charset
         reason = error.detail if isinstance(error, HTTPException) else error
         raise APIError(400, f"Invalid form: {reason}", code="invalid_form") from None
@@ -336,23 +356,34 @@ def _fetched(request: Request, reference: ImageReference, path: str) -> bytes:
             "fetches no URLs. Or upload the picture to /v1/files and give its 'file_id'.",
         )
     try:
-        return base64.b64decode(data, validate=True)
+        return _from_base64(data)
     except ValueError as error:  # binascii's, or the one for what is not ASCII
         raise _bad(
             f"{path}.image_url", f"Invalid '{path}.image_url': not base64 ({error})."
         ) from None
 
 
-def _read_edit(files: Files) -> tuple[np.ndarray, np.ndarray]:
-    """What is to be changed, uint8 [Y, X, 3 or 4], and where, float32 [Y, X, 1]."""
+def _read_edit(files: Files, may_be_opaque: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read what is to be changed, and where.
+
+    Args:
+        may_be_opaque: whether all of an opaque picture changes where there is no mask.
+
+    Returns:
+        The picture, uint8 [Y, X, 3 or 4], and the mask, uint8 [Y, X, 1]: 255 where the picture
+        changes, 0 where it is kept, in between at soft edges; None for all of an opaque picture.
+    """
     image = _decoded(files, "image")
     if "mask" not in files:
-        mask = edit.transparent(image)
+        mask = _hole(image)
         if not mask.any():
+            if may_be_opaque:
+                return image[..., :3], None
             raise _bad(
                 "image",
                 "Invalid 'image': it has no transparent pixels, and there is no mask. What is "
-                "transparent in either is what changes.",
+                "transparent in either is what changes. Under the name gpt-image-1 all of it is "
+                "redrawn.",
             )
         return image[..., :3], mask
     other = _decoded(files, "mask")
@@ -363,14 +394,19 @@ def _read_edit(files: Files) -> tuple[np.ndarray, np.ndarray]:
             f"Invalid 'mask': it has {x} x {y} pixels, and the image {width} x {height}. They must "
             "be of the same size.",
         )
-    mask = edit.transparent(other)
+    mask = _hole(other)
     if not mask.any():
         raise _bad(
             "mask",
             "Invalid 'mask': it has no transparent pixels, so nothing would change. Transparent "
             "pixels are those that do, not white ones.",
         )
-    return (image if edit.transparent(image).any() else image[..., :3]), mask
+    return (image if _hole(image).any() else image[..., :3]), mask
+
+
+def _hole(pixels: np.ndarray) -> np.ndarray:
+    """How transparent a picture is: uint8 [Y, X, 4] -> [Y, X, 1]."""
+    return 255 - pixels[..., 3:]
 
 
 def _decoded(files: Files, param: str) -> np.ndarray:
@@ -389,6 +425,23 @@ def _decoded(files: Files, param: str) -> np.ndarray:
     except ValueError as error:
         reason = str(error).rstrip(".") if files[param] else "the file is empty"
         raise _bad(param, f"Invalid '{param}': {reason}.") from None
+
+
+def _from_base64(text: str) -> bytes:
+    """The bytes that base64 spells. In pieces, because each holds Python's lock.
+
+    Raises:
+        ValueError: it is not base64.
+    """
+    if "=" in text[:-2]:
+        raise ValueError("padding in the middle")
+    starts = range(0, len(text), 4 * PIECE)
+    return b"".join(base64.b64decode(text[i : i + 4 * PIECE], validate=True) for i in starts)
+
+
+def to_base64(data: bytes) -> list[bytes]:
+    """The base64 of bytes in pieces, because each holds Python's lock."""
+    return [base64.b64encode(data[i : i + 3 * PIECE]) for i in range(0, len(data), 3 * PIECE)]
 
 
 def _refuse_large(size: int, param: str) -> None:
@@ -415,6 +468,11 @@ def _side(body: ImageOptions, own: int) -> int:
             code="invalid_value",
         )
     return int(match[1])
+
+
+def _is_gpt_image(body: ImageOptions) -> bool:
+    """Whether the request was written for one of OpenAI's newer models."""
+    return "gpt-image" in (body.model or "")
 
 
 def _several(param: str) -> APIError:
@@ -462,6 +520,15 @@ class _Task:
             client=client,
         )
 
+    def encode(self, pixels: np.ndarray) -> bytes:
+        """The file of what the client gets."""
+        quality = self.body.output_compression
+        return picture.encode(pixels, self.body.output_format, 95 if quality is None else quality)
+
+    def base64(self, pixels: np.ndarray) -> list[bytes]:
+        """The file of what the client gets of what was drawn, in pieces of base64."""
+        return to_base64(self.encode(self.whole(pixels)))
+
     @cached_property
     def tokens(self) -> int:
         return self.model.tokens(self.prompt)
@@ -480,47 +547,66 @@ async def _answer(request: Request, task: _Task) -> Response:
     body, call = task.body, call_of(request.scope)
     if body.background == "transparent":
         raise unsupported("background", "transparent", "Its pictures are opaque: use 'opaque'.")
+    if body.output_format == "png" and body.output_compression not in (None, 100):
+        raise APIError(
+            400,
+            "Compression less than 100 is not supported for PNG output format: choose 'jpeg' or "
+            "'webp' as 'output_format'.",
+            param="output_compression",
+            code="invalid_value",
+        )
     call.model, call.prompt_tokens = task.model.id, task.tokens
     if body.stream:
         return await event_stream(request, _events(task, call), named=True)
     passing = _passing(request)
     as_base64 = body.response_format == "b64_json" or (
-        body.response_format is None and "gpt-image" in (body.model or "")
+        body.response_format is None and _is_gpt_image(body)
     )
     base, loop = str(request.base_url), asyncio.get_running_loop()
 
     def written(pixels: np.ndarray) -> dict[str, str]:
-        data = picture.encode(task.whole(pixels), body.output_format)
-        if as_base64:
-            return {"b64_json": base64.b64encode(data).decode()}
+        data = task.encode(task.whole(pixels))
         name = passing.put(data, body.output_format)
         # Each by itself: to look at every file there is once a request would be ever more work.
         loop.call_soon_threadsafe(loop.call_later, SECONDS + 1, passing.drop, name)
         return {"url": f"{base}images/{name}"}
 
-    async def draw() -> list[dict[str, str]]:
+    async def draw() -> tuple[list[np.ndarray], Any]:
         found = {drawn.index: drawn.pixels async for drawn in _drawn(task, call)}
-        return [await _aside(written, found[index]) for index in sorted(found)]
+        drawn = [found[index] for index in sorted(found)]
+        if as_base64:
+            return drawn, await _aside(task.base64, drawn[0])
+        return drawn, [await _aside(written, pixels) for pixels in drawn]
 
-    data = await unless_disconnected(request.receive, draw())
-    return JSONResponse(
-        {
-            "created": int(time.time()),
-            "data": data,
-            "background": task.background,
-            "output_format": body.output_format,
-            "quality": task.quality,
-            "usage": task.usage(),
-        }
-    )
+    drawn, found = await unless_disconnected(request.receive, draw())
+    answer = {
+        "created": int(time.time()),
+        "data": [{"b64_json": ""}] * len(drawn) if as_base64 else found,
+        "background": task.background,
+        "output_format": body.output_format,
+        "quality": task.quality,
+        "usage": task.usage(),
+    }
+    if not as_base64:
+        return JSONResponse(answer)
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        """The answer with one picture in memory at a time, the first of which is there."""
+        for number, between in enumerate(between_base64(answer)):
+            if number:
+                encoded = found if number == 1 else await _aside(task.base64, drawn[number - 1])
+                for piece in encoded:
+                    yield piece
+            yield between
+
+    return StreamingResponse(pieces(), media_type="application/json")
 
 
 async def _events(task: _Task, call: Call) -> AsyncGenerator[Event, None]:
-    def written(pixels: np.ndarray) -> dict[str, str]:
+    def written(pixels: np.ndarray) -> dict[str, Any]:
         whole = task.whole(pixels)
-        data = picture.encode(whole, task.body.output_format)
         height, width = whole.shape[:2]
-        return {"b64_json": base64.b64encode(data).decode(), "size": f"{width}x{height}"}
+        return {"b64_json": to_base64(task.encode(whole)), "size": f"{width}x{height}"}
 
     async with aclosing(_drawn(task, call)) as pictures:
         async for drawn in pictures:

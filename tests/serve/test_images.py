@@ -6,6 +6,7 @@ import io
 import json
 import os
 import struct
+import threading
 import time
 import zlib
 from contextlib import aclosing
@@ -344,6 +345,148 @@ def test_variations_differ_the_less_the_weaker(client):
     assert 0 < far[0] < far[1]
 
 
+def blank(*names):
+    """Fields of a form that were left empty, as a page or a program sends them."""
+    return {name: "" if number % 2 else " " for number, name in enumerate(names)}
+
+
+OPTIONAL = (
+    *("n", "size", "response_format", "output_format", "output_compression", "background", "user"),
+    *("quality", "seed", "stream", "partial_images", "mask", "model", "input_fidelity"),
+)
+
+
+def test_empty_fields_are_not_given(painting_address):
+    """`n=`, `seed=` and the like were 400s; browsers send all fields of a form."""
+    url = f"{painting_address}/v1/images"
+    files = {"image": ("a.png", GOOD), "mask": ("", b"")}
+    fields = blank(*OPTIONAL) | {"prompt": "a cat"}
+    answer = httpx.post(f"{url}/edits", data=fields, files=files, timeout=120)
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["data"]) == 1 and answer.json()["data"][0]["url"]
+    fields = blank(*OPTIONAL, "prompt", "strength") | {"n": ["2", ""], "quality": "low"}
+    answer = httpx.post(f"{url}/variations", data=fields, files={"image": GOOD}, timeout=120)
+    assert answer.status_code == 200 and len(answer.json()["data"]) == 2, answer.text
+
+
+def with_alpha(image):
+    return np.concatenate([image, np.full((*image.shape[:2], 1), 255, np.uint8)], -1)
+
+
+@pytest.mark.parametrize("picture_of", [np.asarray, with_alpha], ids=["no alpha", "opaque alpha"])
+def test_an_opaque_picture_is_redrawn_whole_under_a_newer_name(client, picture_of):
+    """It was a 400, and code for gpt-image-1 sends no masks."""
+    image = picture_of(upload(40)[:30])
+    how = {"model": "gpt-image-1", "response_format": "b64_json"}
+    found = change(client, png(image), extra_body={"seed": 3}, **how)
+    changed = pixels(found.data[0].b64_json)
+    assert changed.shape == (30, 40, 3) and (changed != image[..., :3]).mean() > 0.5
+    other = client.images.edit(
+        image=png(image), prompt="a red apple", quality="low", extra_body={"seed": 3}, **how
+    )
+    assert other.data[0].b64_json != found.data[0].b64_json, "the prompt counts"
+    far = pixels(change(client, png(255 - image[..., :3]), extra_body={"seed": 3}, **how)
+                 .data[0].b64_json)  # fmt: skip
+    assert (far != changed).any(), "so does the picture"
+    for name in ("dall-e-2", "tiny"):
+        with pytest.raises(openai.BadRequestError) as caught:
+            change(client, png(image), model=name)
+        assert caught.value.body["param"] == "image"
+
+
+def test_the_mask_wins_over_the_pictures_transparency(client):
+    image = upload()
+    clear = holed(image)[:, ::-1]  # transparent on the left
+    how = {"model": "gpt-image-1", "response_format": "b64_json"}
+    found = pixels(change(client, png(clear), mask=png(holed(image)), **how).data[0].b64_json)
+    np.testing.assert_array_equal(found[:, :12], clear[:, :12])
+    assert (found[:, 12:, 3] == 255).all()
+
+
+@pytest.mark.parametrize("format", ["jpeg", "webp"])
+def test_compression_changes_the_size(client, format):
+    """It was taken and changed nothing."""
+    sizes = []
+    for quality in (0, 50, 100):
+        answer = client.images.generate(
+            prompt="a cat", quality="low", size="256x256", response_format="b64_json",
+            output_format=format, output_compression=quality, extra_body={"seed": 1},
+        )  # fmt: skip
+        sizes.append(len(answer.data[0].b64_json))
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
+def test_base64_in_pieces_is_base64():
+    for size in (0, 1, 3 * images.PIECE, 3 * images.PIECE + 1, 7 * images.PIECE):
+        data = np.random.default_rng(size).bytes(size)
+        pieces = images.to_base64(data)
+        assert b"".join(pieces) == base64.b64encode(data)
+        assert all(len(piece) <= 4 * images.PIECE for piece in pieces)
+
+
+def in_json(data):
+    return {"image_url": "data:image/png;base64," + base64.b64encode(data).decode()}
+
+
+def test_a_slow_picture_holds_nobody_up(painting_address, client):
+    """It is decoded beside the event loop: others are answered long before it is done."""
+    generate(client)  # the model is loaded
+    image, file = upload(2048).copy(), io.BytesIO()
+    image[:, :512] = np.random.default_rng(0).integers(0, 256, (2048, 512, 3), np.uint8)
+    Image.fromarray(image).save(file, "JPEG", progressive=True)
+    photo = file.getvalue()
+    last = photo[photo.rindex(b"\xff\xda") : -2]
+    slow = photo[:-2] + last * (picture.MAX_SCANS - photo.count(b"\xff\xda")) + photo[-2:]
+    body = {"prompt": "a cat", "images": [in_json(slow)], "mask": in_json(GOOD)}
+    answers, waits = [], []
+
+    def ask():
+        answers.append(httpx.post(f"{painting_address}/v1/images/edits", json=body, timeout=300))
+
+    thread = threading.Thread(target=ask)
+    started = time.monotonic()
+    thread.start()
+    while thread.is_alive():
+        began = time.monotonic()
+        assert httpx.get(f"{painting_address}/health").status_code == 200
+        waits.append(time.monotonic() - began)
+    seconds = time.monotonic() - started
+    assert answers[0].json()["error"]["param"] == "mask", "it was read, and is of another size"
+    assert max(waits) < seconds / 2, (max(waits), seconds)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_large_answers_are_sent_in_pieces(folder, home, stream):
+    """Ten edits of 2,048 pixels in base64 were one JSON text, made on the event loop in seconds."""
+    place = sources.locate(f"tiny={folder}", catalogue.load(), settings.data_folder(), say=print)
+    offer = offers.offer(place, cache_budget=2**20, dtype="float32", home=home, notify=print)
+    app = create_app(Settings(home=home), Registry([offer], {}))
+    sizes = []
+
+    async def watched(scope, receive, send):
+        async def send_and_note(message):
+            sizes.append(len(message.get("body", b"")))
+            await send(message)
+
+        await app(scope, receive, send_and_note)
+
+    image = np.random.default_rng(0).integers(0, 256, (480, 480, 3), np.uint8)
+    body = {"prompt": "a cat", "quality": "low", "response_format": "b64_json", "n": 10}
+    body |= {"images": [in_json(png(holed(image)))], "stream": stream, "partial_images": 0}
+    with scripted.served(watched) as address:
+        answer = httpx.post(f"{address}/v1/images/edits", json=body, timeout=300)
+    assert answer.status_code == 200
+    if stream:
+        lines = [line for line in answer.text.splitlines() if line.startswith("data: ")]
+        found = [json.loads(line.removeprefix("data: ")) for line in lines]
+    else:
+        found = answer.json()["data"]
+    assert len(found) == 10 and len(answer.content) > 5 * 2**20
+    for one in found:
+        np.testing.assert_array_equal(pixels(one["b64_json"])[:, :240], image[:, :240])
+    assert max(sizes) <= 4 * images.PIECE
+
+
 # --- what cannot be answered ------------------------------------------------------------------
 
 
@@ -376,7 +519,14 @@ GOOD = png(holed(upload()))
         ({"image": GOOD, "mask": b"no"}, "mask", "use PNG"),
         ({"image": GOOD, "mask": bomb(50_000)}, "mask", "too large"),
         ({"image": png(holed(upload(30)[:20])), "size": "256x256"}, "image", "must be square"),
-        ({"image": GOOD, "prompt": ""}, "prompt", "empty string"),
+        ({"image": GOOD, "prompt": ""}, "prompt", "Missing required parameter: 'prompt'"),
+        ({"image": GOOD, "prompt": " \n"}, "prompt", "Missing required parameter: 'prompt'"),
+        ({"image": "a text"}, "image", "expected a file"),
+        ({"image": GOOD, "mask": "a text"}, "mask", "expected a file"),
+        ({"image": GOOD, "output_compression": "101"}, "output_compression", "<= 100"),
+        ({"image": GOOD, "output_compression": "-1"}, "output_compression", ">= 0"),
+        ({"image": GOOD, "output_compression": "50.5"}, "output_compression", "integer"),
+        ({"image": GOOD, "output_compression": "50"}, "output_compression", "PNG"),
         ({"image": GOOD, "prompt": None}, "prompt", "Missing required parameter: 'prompt'"),
         ({"image": GOOD, "n": "11"}, "n", "<= 10"),
         ({"image": GOOD, "n": "many"}, "n", "integer"),
@@ -418,6 +568,10 @@ def test_edits_that_cannot_be_answered(painting_address, files, param, says):
         ({"seed": -1}, "seed", ">= 0"),
         ({"quality": "best"}, "quality", "Supported values"),
         ({"background": "transparent"}, "background", "opaque"),
+        ({"output_compression": 101, "output_format": "jpeg"}, "output_compression", "<= 100"),
+        ({"output_compression": 50.5, "output_format": "jpeg"}, "output_compression", "integer"),
+        ({"output_compression": "50", "output_format": "jpeg"}, "output_compression", "integer"),
+        ({"output_compression": 99}, "output_compression", "PNG"),
     ],
 )
 def test_generations_that_cannot_be_answered(painting_address, body, param, says):
