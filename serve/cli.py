@@ -185,6 +185,9 @@ def serve(
             "OpenAI's (temperature 1)."
         ),
     ] = "model",
+    max_embedding_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help=embed_command.MAX_TOKENS_HELP)
+    ] = None,
     rate_limit: Annotated[
         int, typer.Option(min=0, help="Requests a minute for each key or address; 0 for any.")
     ] = 0,
@@ -206,6 +209,7 @@ def serve(
             allowed_origins=tuple(allowed_origin or ()),
             cache_budget=cache_mb * 2**20,
             memory_limit=None if memory_mb is None else memory_mb * 2**20,
+            max_embedding_tokens=max_embedding_tokens,
             requests_per_minute=rate_limit,
             answer_timeout=answer_timeout,
         )
@@ -466,6 +470,7 @@ def _offered(
                 notify=terminal.say,
                 memory_limit=chosen.memory_limit,
                 sampling_defaults=sampling_defaults,
+                max_embedding_tokens=chosen.max_embedding_tokens,
             )
         cards.append(card)
     paths = {place.id: place.path for place in places}

@@ -2,12 +2,13 @@
 
 Texts are arguments, or lines piped in. One text a line of output: its numbers, separated by spaces,
 or with `--json` OpenAI's answer as one object. `--output FILE.npy` writes the matrix for NumPy.
+A text that is too long is an error, unless `--long-text-mode` says to cut it or to average chunks.
 """
 
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from serve.engine import EmbeddingModel
 
 DEFAULT = "all-minilm-l6-v2"
+MAX_TOKENS_HELP = (
+    "Longest text to embed, in tokens, up to the positions of the model: 512 for "
+    "all-minilm-l6-v2. [default: what the model is made for, 256]"
+)
 
 
 def embed(
@@ -35,8 +40,18 @@ def embed(
         ),
     ] = DEFAULT,
     truncate: Annotated[
-        bool, typer.Option("--truncate", help="Cut the end off a text that is too long.")
+        bool, typer.Option("--truncate", help="The same as --long-text-mode truncate.")
     ] = False,
+    long_text_mode: Annotated[
+        Literal["truncate", "mean"] | None,
+        typer.Option(
+            help="What to do with a text that is too long: cut its end off, or average the vectors "
+            "of its chunks."
+        ),
+    ] = None,
+    max_embedding_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help=MAX_TOKENS_HELP)
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write a matrix for NumPy to this file.")
     ] = None,
@@ -54,19 +69,26 @@ def embed(
         raise WrongUsage("there is no text: give some as arguments, or pipe lines in")
     if output is not None and output.suffix != ".npy":
         raise WrongUsage(f"{output}: the name of a NumPy file ends in .npy")
-    served = _loaded(model, dtype)
+    if truncate and long_text_mode == "mean":
+        raise WrongUsage("--truncate and --long-text-mode mean exclude each other: choose one")
+    served = _loaded(model, dtype, max_embedding_tokens)
+    from serve.engine import long_texts
+
     started = time.perf_counter()
     ids = [served.words.encode(text) for text in lines]
+    mode = "truncate" if truncate else long_text_mode
     for number, found in enumerate(ids):
-        if len(found) > served.context:
-            if not truncate:
-                raise DoesNotFit(
-                    f"text {number + 1} has {len(found)} tokens, {served.id} reads "
-                    f"{served.context}: shorten it, or let --truncate cut its end off"
-                )
-            ids[number] = [*found[: served.context - 1], served.words.sep_id]
-    vectors = served.embed_now(ids)
-    seconds, tokens = time.perf_counter() - started, sum(map(len, ids))
+        if len(found) > served.context and mode is None:
+            raise DoesNotFit(
+                f"text {number + 1} has {len(found)} tokens, {served.id} reads {served.context}: "
+                "shorten it, or give --long-text-mode truncate or mean"
+            )
+    cut = long_texts.truncated if mode == "truncate" else long_texts.split
+    chunks = [cut(found, served.context) for found in ids]
+    vectors = served.embed_now([chunk for text in chunks for chunk in text])
+    vectors = long_texts.average(vectors, chunks, normalize=served.cfg.normalize)
+    seconds = time.perf_counter() - started
+    tokens = sum(len(chunk) for text in chunks for chunk in text)
     if output is not None:
         import numpy as np
 
@@ -84,7 +106,7 @@ def embed(
         )
 
 
-def _loaded(name: str, dtype: str) -> "EmbeddingModel":
+def _loaded(name: str, dtype: str, max_tokens: int | None) -> "EmbeddingModel":
     from serve import local, offers
     from serve.engine import load_embedder
 
@@ -93,7 +115,12 @@ def _loaded(name: str, dtype: str) -> "EmbeddingModel":
         raise WrongUsage(f"{place.id} does not make embeddings: {DEFAULT} does")
     with local.loading(place):
         return load_embedder(
-            place.id, place.path, owned_by=place.publisher, dtype=dtype, notify=terminal.say
+            place.id,
+            place.path,
+            owned_by=place.publisher,
+            dtype=dtype,
+            max_tokens=max_tokens,
+            notify=terminal.say,
         )
 
 

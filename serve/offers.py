@@ -28,6 +28,7 @@ from serve.engine import (
     load_speech,
 )
 from serve.engine.embedder import FORMATS as EMBEDDING_FORMATS
+from serve.engine.embedder import with_max_tokens
 from serve.engine.formats import FORMATS
 from serve.engine.load import weights_file
 from serve.engine.speech import FORMATS as SPEECH_FORMATS
@@ -52,6 +53,7 @@ def offer(
     notify: Callable[[str], None],
     memory_limit: int | None = None,
     sampling_defaults: sampling.Defaults = "model",
+    max_embedding_tokens: int | None = None,
 ) -> Offer:
     """A model to be loaded when asked for.
 
@@ -63,15 +65,16 @@ def offer(
         notify: told a line for each thing that takes long.
         memory_limit: bytes that it may take at most; None for what is free.
         sampling_defaults: whose hold for requests that give none.
+        max_embedding_tokens: of the longest input of an encoder; None for its own limit.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: a file is damaged or of an unknown kind.
+        ValueError: a file is damaged or of an unknown kind, or an encoder has fewer positions.
     """
     if is_painter(place):
         return _offer_of_painter(place, notify)
     if is_encoder(place):
-        return _offer_of_encoder(place, dtype, notify)
+        return _offer_of_encoder(place, dtype, max_embedding_tokens, notify)
     if is_speech(place):
         return _offer_of_speech(place, dtype, notify)
     cfg = checkpoint.read_config(place.path)
@@ -267,8 +270,10 @@ def _offer_of_painter(place: Located, notify: Callable[[str], None]) -> Offer:
     )
 
 
-def _offer_of_encoder(place: Located, dtype: str, notify: Callable[[str], None]) -> Offer:
-    bert.read_config(place.path)  # raises now, not when somebody asks
+def _offer_of_encoder(
+    place: Located, dtype: str, max_tokens: int | None, notify: Callable[[str], None]
+) -> Offer:
+    with_max_tokens(bert.read_config(place.path), max_tokens)  # raises now, not at a request
 
     def load() -> EmbeddingModel:
         return load_embedder(
@@ -276,6 +281,7 @@ def _offer_of_encoder(place: Located, dtype: str, notify: Callable[[str], None])
             place.path,
             owned_by=place.publisher,
             dtype=dtype if dtype in EMBEDDING_FORMATS else "auto",
+            max_tokens=max_tokens,
             notify=notify,
         )
 

@@ -78,6 +78,8 @@ class Settings:
             bytes. What programs are compiled for depends on it, and on nothing else that changes.
         memory_limit: Memory for all loaded models, caches included, in bytes; None for what is
             free.
+        max_embedding_tokens: Longest input of embedding models, in tokens; None for what each is
+            made for.
         home: The data folder.
 
     Raises:
@@ -95,6 +97,7 @@ class Settings:
     answer_timeout: float = 600.0
     cache_budget: int = 256 * 2**20
     memory_limit: int | None = None
+    max_embedding_tokens: int | None = None
     home: Path = field(default_factory=data_folder)
 
     def __post_init__(self) -> None:

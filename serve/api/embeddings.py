@@ -8,9 +8,14 @@ default). Every official client asks for base64 when its user says nothing: litt
 ``dimensions`` keeps the first so many numbers of a vector and scales it to its old length. Models
 that were not trained for that (Matryoshka) lose more by it than those that were.
 
-An input that is longer than the model reads is a 400 that says so, unless ``truncate`` is true or
-``truncate_prompt_tokens`` says how many tokens to keep (-1: as many as the model reads); OpenAI has
-neither. The ends of texts are cut then.
+An input that is longer than the model reads is a 400 that says so, unless the request says what to
+do with it; OpenAI has none of these parameters:
+
+- ``long_text_mode``, as in Nomic's API: "truncate" cuts the ends of texts off, "mean" averages the
+  vectors of chunks (`serve/engine/long_texts.py`). ``usage`` counts the tokens that were computed.
+- ``truncate``: true, as in Text Embeddings Inference, is "truncate".
+- ``truncate_prompt_tokens``, as in vLLM, says how many tokens to keep (-1: as many as the model
+  reads).
 """
 
 import asyncio
@@ -31,7 +36,7 @@ from serve.api.replies import Embeddings
 from serve.api.schemas import Body, Ids, read_json, tag
 from serve.api.sse import unless_disconnected
 from serve.calls import call_of
-from serve.engine import EmbeddingModel
+from serve.engine import EmbeddingModel, long_texts
 from serve.errors import APIError
 
 router = APIRouter(prefix="/v1")
@@ -57,6 +62,7 @@ class EmbeddingsBody(Body):
     input: Input
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = None
+    long_text_mode: Literal["truncate", "mean"] | None = None
     truncate: bool = False
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
 
@@ -78,10 +84,12 @@ async def create_embeddings(request: Request) -> Response:
         )
     # Megabytes of text take seconds to encode: not on the loop that serves everybody.
     texts = await asyncio.to_thread(_encoded, body, model)
-    tokens = sum(map(len, texts))
+    chunks = [chunk for text in texts for chunk in text]
+    tokens = sum(map(len, chunks))
     call = call_of(request.scope)
     call.model, call.prompt_tokens = model.id, tokens
-    vectors = await unless_disconnected(request.receive, model.embed(texts))
+    vectors = await unless_disconnected(request.receive, model.embed(chunks))
+    vectors = long_texts.average(vectors, texts, normalize=model.cfg.normalize)
     found = await asyncio.to_thread(_written, body, vectors)
     return JSONResponse(
         {
@@ -96,13 +104,13 @@ async def create_embeddings(request: Request) -> Response:
     )
 
 
-def _encoded(body: EmbeddingsBody, model: EmbeddingModel) -> list[list[int]]:
-    """The inputs as the model's token ids, each between [CLS] and [SEP]."""
+def _encoded(body: EmbeddingsBody, model: EmbeddingModel) -> list[list[list[int]]]:
+    """The chunks of each input, mostly one: the model's token ids between [CLS] and [SEP]."""
     words, limit = model.words, _limit(body, model)
     single = isinstance(body.input, str) or isinstance(body.input[0], int)
     inputs = cast("list[str | list[int]]", [body.input] if single else body.input)
     foreign = _encoding_of(body.model, model)
-    encoded: list[list[int]] = []
+    encoded: list[list[list[int]]] = []
     total = 0
     for number, given in enumerate(inputs):
         path = "input" if single else f"input[{number}]"
@@ -112,18 +120,21 @@ def _encoded(body: EmbeddingsBody, model: EmbeddingModel) -> list[list[int]]:
             ids = _own_ids(given, words, model.id, path)
         else:
             ids = words.encode(_decoded(given, foreign, body.model, path))
-        if limit is not None and len(ids) > limit:
-            ids = [*ids[: limit - 1], words.sep_id]
-        if len(ids) > model.context:
+        if body.long_text_mode == "mean":
+            chunks = long_texts.split(ids, model.context)
+        else:
+            chunks = long_texts.truncated(ids, limit or len(ids))
+        if len(chunks[0]) > model.context:
             raise APIError(
                 400,
                 f"This model's maximum context length is {model.context} tokens, however you "
                 f"requested {len(ids)} tokens ({len(ids)} in your input; 0 for the completion). "
-                'Please reduce your input, or send "truncate": true to have its end cut off.',
+                'Please reduce your input, or send "long_text_mode": "truncate" to have its end '
+                'cut off, or "mean" to average the vectors of its chunks.',
                 param=path,
                 code="context_length_exceeded",
             )
-        total += len(ids)
+        total += sum(map(len, chunks))
         if total > MAX_TOKENS:
             raise APIError(
                 400,
@@ -132,7 +143,7 @@ def _encoded(body: EmbeddingsBody, model: EmbeddingModel) -> list[list[int]]:
                 param="input",
                 code="max_tokens_per_request",
             )
-        encoded.append(ids)
+        encoded.append(chunks)
     return encoded
 
 
@@ -162,8 +173,17 @@ def _decoded(ids: list[int], encoding: bpe.Encoding, name: str, path: str) -> st
 def _limit(body: EmbeddingsBody, model: EmbeddingModel) -> int | None:
     """To how many tokens an input is to be cut; None for not at all."""
     asked = body.truncate_prompt_tokens
+    truncates = body.truncate or body.long_text_mode == "truncate"
+    if body.long_text_mode == "mean" and (body.truncate or asked is not None):
+        other = "truncate" if body.truncate else "truncate_prompt_tokens"
+        raise APIError(
+            400,
+            f"Invalid 'long_text_mode': 'mean' and '{other}' exclude each other.",
+            param="long_text_mode",
+            code="invalid_value",
+        )
     if asked in (None, -1):
-        return model.context if asked == -1 or body.truncate else None
+        return model.context if asked == -1 or truncates else None
     if not 3 <= asked <= model.context:
         raise APIError(
             400,

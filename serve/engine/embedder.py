@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -96,12 +96,14 @@ def load_embedder(
     *,
     owned_by: str,
     dtype: str = "auto",
+    max_tokens: int | None = None,
     notify: Callable[[str], None] = lambda line: None,
 ) -> EmbeddingModel:
     """Loads an encoder.
 
     Args:
         path: a sentence-transformers folder with its tokenizer.
+        max_tokens: of the longest input; None for what the folder says. See `with_max_tokens`.
         dtype: "float32", "bfloat16", or "auto" for the faster that is good enough here.
         notify: told one line for each thing that takes long.
 
@@ -117,6 +119,7 @@ def load_embedder(
     weights = fingerprint.of_weights(path)
     chosen = _choose(id, path, words, weights, notify) if dtype == "auto" else dtype
     params, cfg = bert.load(path, format=chosen)
+    cfg = with_max_tokens(cfg, max_tokens)
     if len(words) > cfg.vocab_size:
         raise ValueError(
             f"{path}: the tokenizer has ids up to {len(words) - 1}, the model only "
@@ -132,6 +135,25 @@ def load_embedder(
         fingerprint=fingerprint.of_model(weights, chosen),
         format=chosen,
     )
+
+
+def with_max_tokens(cfg: Config, max_tokens: int | None) -> Config:
+    """A configuration with another longest input; the same for None.
+
+    A model may have more positions than its authors let it read (all-MiniLM: 512, and 256). Those
+    beyond were learned in pretraining, not for vectors of texts.
+
+    Raises:
+        ValueError: the model has fewer positions, or nothing fits between [CLS] and [SEP].
+    """
+    if max_tokens is None:
+        return cfg
+    if not 3 <= max_tokens <= cfg.max_seq_len:
+        raise ValueError(
+            f"max_embedding_tokens must be from 3 to {cfg.max_seq_len}, the model's positions: "
+            f"got {max_tokens}"
+        )
+    return replace(cfg, max_tokens=max_tokens)
 
 
 def _choose(

@@ -14,6 +14,7 @@ from openai import OpenAI
 import bpe
 from serve import offers
 from serve.app import create_app
+from serve.engine import load_embedder
 from serve.registry import Registry
 from serve.settings import Settings
 from serve.sources import Located
@@ -159,7 +160,7 @@ def test_what_is_too_long_is_refused_unless_truncation_is_asked_for(embedding_ad
     error = answer.json()["error"]
     assert answer.status_code == 400
     assert "maximum context length is 256 tokens" in error["message"]
-    assert "302" in error["message"] and '"truncate": true' in error["message"]
+    assert "302" in error["message"]
     assert (error["param"], error["code"]) == ("input[1]", "context_length_exceeded")
 
     cut = post(embedding_address, input=long, truncate=True).json()
@@ -170,6 +171,71 @@ def test_what_is_too_long_is_refused_unless_truncation_is_asked_for(embedding_ad
     assert ten == post(embedding_address, input="word " * 8).json()
     ids = [words.vocab["word"]] * 300
     assert post(embedding_address, input=ids, truncate=True).json() == cut
+    assert post(embedding_address, input=ids, long_text_mode="truncate").json() == cut
+
+
+def test_chunks_of_a_long_text_are_averaged(embedding_address, words):
+    """As OpenAI's cookbook does it: weighted by tokens, brought to length 1."""
+    parts = ["the cat sat on a mat. " * 40, "stocks fell on monday. " * 50, "snow in may. " * 9]
+    ids = [words.encode(part)[1:-1] for part in parts]
+    ids = [ids[0][:254], (ids[1] * 2)[:254], ids[2]]  # as they are cut
+    assert list(map(len, ids[:2])) == [254, 254]
+    whole = [id for part in ids for id in part]
+    answer = post(embedding_address, input=["short", whole], long_text_mode="mean")
+    assert answer.status_code == 400, "texts and ids do not mix"
+    short = words.encode("short")
+    answer = post(embedding_address, input=[short, whole], long_text_mode="mean").json()
+    alone = post(embedding_address, input=[short, *ids]).json()
+    found, single = (
+        np.array([item["embedding"] for item in one["data"]]) for one in (answer, alone)
+    )
+    expected = np.array([254, 254, len(ids[2])]) @ single[1:]
+    np.testing.assert_allclose(found[1], expected / np.linalg.norm(expected), atol=1e-5)
+    np.testing.assert_allclose(found[0], single[0], atol=1e-5)
+    count = len(short) + 254 + 254 + len(ids[2]) + 3 * 2
+    assert answer["usage"] == {"prompt_tokens": count, "total_tokens": count} == alone["usage"]
+    few = post(embedding_address, input=[whole], long_text_mode="mean", dimensions=64).json()
+    vector = np.array(few["data"][0]["embedding"])
+    assert len(vector) == 64 and np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
+    np.testing.assert_allclose(vector * np.linalg.norm(found[1][:64]), found[1][:64], atol=1e-5)
+
+
+def test_a_short_text_is_the_same_in_every_mode(embedding_address):
+    whole = post(embedding_address, input=["hello", "two words"]).json()
+    for mode in ("mean", "truncate", None):
+        same = post(embedding_address, input=["hello", "two words"], long_text_mode=mode).json()
+        assert same == whole
+
+
+def test_longer_texts_are_read_when_the_server_is_told_to(folder, tmp_path):
+    """all-MiniLM's table has 512 positions, of which its authors let it read 256."""
+    place = Located(MODEL, folder, "sentence-transformers")
+    how = dict(cache_budget=2**20, dtype="float32", home=tmp_path, notify=print)
+    offer = offers.offer(place, max_embedding_tokens=512, **how)
+    with scripted.served(create_app(Settings(home=tmp_path), Registry([offer], {}))) as address:
+        long = post(address, input="word " * 510).json()
+        assert long["usage"]["total_tokens"] == 512
+        error = post(address, input="word " * 511).json()["error"]
+        assert error["code"] == "context_length_exceeded" and "512 tokens" in error["message"]
+        cut = post(address, input="word " * 511, truncate_prompt_tokens=512).json()
+        assert cut == long
+    for wrong in (0, 2, 513):
+        with pytest.raises(ValueError, match="from 3 to 512"):
+            offers.offer(place, max_embedding_tokens=wrong, **how)
+
+
+@pytest.mark.parity
+def test_texts_of_512_tokens_are_those_of_sentence_transformers(folder):
+    from sentence_transformers import SentenceTransformer
+
+    texts = ["the cat sat on a mat, and " * 70, "word " * 600, "short"]
+    peer = SentenceTransformer(str(folder), device="cpu")
+    peer.max_seq_length = 512
+    served = load_embedder(MODEL, folder, owned_by="me", dtype="float32", max_tokens=512)
+    ids = [served.words.encode(text, max_length=512) for text in texts]
+    assert len(ids[1]) == 512
+    found = served.embed_now(ids)
+    assert (found * peer.encode(texts, normalize_embeddings=True)).sum(1).min() > 0.99999
 
 
 @pytest.mark.parametrize(
@@ -188,6 +254,22 @@ def test_what_is_too_long_is_refused_unless_truncation_is_asked_for(embedding_ad
         ({"input": "a", "dimensions": 0}, "dimensions", "integer below minimum value"),
         ({"input": "a", "dimensions": 385}, "dimensions", "a value <= 384, but got 385"),
         ({"input": "a", "encoding_format": "hex"}, "encoding_format", "'float' and 'base64'"),
+        ({"input": "a", "long_text_mode": "max"}, "long_text_mode", "Supported values"),
+        (
+            {"input": "a", "long_text_mode": "mean", "truncate": True},
+            "long_text_mode",
+            "'truncate' exclude",
+        ),
+        (
+            {"input": "a", "long_text_mode": "mean", "truncate_prompt_tokens": 9},
+            "long_text_mode",
+            "exclude",
+        ),
+        (
+            {"input": "word " * 300_001, "long_text_mode": "mean"},
+            "input",
+            "maximum request size is 300000 tokens",
+        ),
         ({"input": "a", "truncate_prompt_tokens": 2}, "truncate_prompt_tokens", "from 3 to 256"),
         ({"input": "a", "truncate_prompt_tokens": 257}, "truncate_prompt_tokens", "got 257"),
         ({"input": ["word " * 250] * 1200}, "input", "maximum request size is 300000 tokens"),
@@ -248,10 +330,25 @@ def test_the_command_prints_a_line_a_text_or_the_apis_answer(embedding_address, 
     np.testing.assert_allclose(got, matrix, atol=1e-6)
 
 
+def test_the_command_reads_long_texts(embedding_address):
+    long = "word " * 300
+    expected = post(embedding_address, input=long, long_text_mode="mean").json()
+    found = json.loads(run(long, "--dtype", "float32", "--json", "--long-text-mode", "mean").stdout)
+    assert found["usage"] == expected["usage"]
+    vector, other = (np.array(one["data"][0]["embedding"]) for one in (found, expected))
+    np.testing.assert_allclose(vector, other, atol=1e-6)
+    whole = run(long, "--dtype", "float32", "--json", "--max-embedding-tokens", "512").stdout
+    assert json.loads(whole)["usage"]["total_tokens"] == 302
+
+
 def test_the_command_says_what_it_cannot_do(tmp_path):
     said = run("word " * 300)
     assert said.returncode != 0
     assert "text 1 has 302 tokens, all-minilm-l6-v2 reads 256" in said.stderr
+    said = run("word " * 300, "--truncate", "--long-text-mode", "mean")
+    assert said.returncode == 2 and "choose one" in said.stderr
+    said = run("x", "--max-embedding-tokens", "513")
+    assert said.returncode == 1 and "from 3 to 512" in said.stderr
     assert run("x", "-o", "v.txt").stderr.count("ends in .npy") == 1
     assert "there is no text" in run(stdin=subprocess.DEVNULL).stderr
     assert "does not make embeddings" in run("x", "-m", "smollm2-135m-instruct").stderr

@@ -1,0 +1,68 @@
+"""Vectors of texts that are longer than a model reads: of chunks of them, averaged.
+
+As OpenAI's cookbook does it ("Embedding texts that are longer than the model's maximum context
+length"): a text is cut into chunks as long as they can be, each is embedded, and the mean of their
+vectors, each weighted by its tokens, is brought to length 1. Nomic's API calls it
+``long_text_mode: mean``.
+
+Leaves out: chunks that overlap or end where sentences do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def split(ids: Sequence[int], limit: int) -> list[list[int]]:
+    """The chunks of a text, each between the special tokens that the text is between.
+
+    Args:
+        ids: of the text, [CLS] first and [SEP] last.
+        limit: tokens of a chunk, special ones included; at least 3.
+
+    >>> split([101, 1, 2, 3, 4, 5, 102], 4)
+    [[101, 1, 2, 102], [101, 3, 4, 102], [101, 5, 102]]
+    """
+    if len(ids) <= limit:
+        return [list(ids)]
+    first, *inner, last = ids
+    step = limit - 2
+    return [[first, *inner[i : i + step], last] for i in range(0, len(inner), step)]
+
+
+def truncated(ids: Sequence[int], limit: int) -> list[list[int]]:
+    """The one chunk that is left of a text whose end is cut off.
+
+    >>> truncated([101, 1, 2, 3, 102], 4)
+    [[101, 1, 2, 102]]
+    """
+    return [list(ids) if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]]
+
+
+def average(
+    vectors: np.ndarray, chunks: Sequence[Sequence[Sequence[int]]], *, normalize: bool
+) -> np.ndarray:
+    """A vector for each text from those of its chunks.
+
+    Args:
+        vectors: float32 [N, D], of all chunks of all texts, in order.
+        chunks: the chunks of each text.
+        normalize: whether to bring the mean of several to length 1, as the model does its vectors.
+
+    Returns:
+        float32 [len(chunks), D]. A text of one chunk has the vector of that, bit by bit.
+    """
+    found = np.empty((len(chunks), vectors.shape[1]), np.float32)
+    start = 0
+    for number, text in enumerate(chunks):
+        own = vectors[start : start + len(text)]
+        start += len(text)
+        if len(text) == 1:
+            found[number] = own[0]
+            continue
+        weights = np.array([len(chunk) - 2 for chunk in text], np.float32)
+        mean = weights @ own / weights.sum()
+        found[number] = mean / max(float(np.linalg.norm(mean)), 1e-12) if normalize else mean
+    return found

@@ -1,0 +1,119 @@
+"""How well all-MiniLM finds long texts: cut at 256 or 512 tokens, or averaged over chunks.
+
+    python tests/bench/bench_long_texts.py
+
+The texts are the topics of Python's own help (`pydoc_data.topics`: chapters of the language
+reference) and the docstrings of its library's modules, those of more than 256 tokens, so that they
+are the same everywhere with a version of Python. Two kinds of queries, each with one right text:
+
+    title       the heading of a text (of a docstring the first line), which is taken out of it
+    sentence    a sentence from behind the first 256 tokens, which is taken out of the text (the
+                inverse cloze task; Lee et al. 2019, arXiv:1906.00300)
+
+A title is about the whole text, a sentence about a part that the first 256 tokens do not hold.
+"""
+
+import argparse
+import ast
+import platform
+import re
+import sys
+import sysconfig
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import bpe
+from serve import catalogue, settings, sources
+from serve.engine import long_texts
+from transformer import encoder
+from transformer.checkpoint import bert
+
+MODEL = "all-minilm-l6-v2"
+SHORT, LONG = 256, 512
+
+
+def topics(words: bpe.WordPiece) -> dict[str, str]:
+    """Long texts by their headings; a text that several topics share is there once."""
+    from pydoc_data.topics import topics as found
+
+    texts: dict[str, str] = {}
+    for text in found.values():
+        heading, _, rest = text.partition("\n")
+        underline, _, body = rest.partition("\n")
+        if underline and set(underline) <= set("*=-^~\"'+") and len(underline) >= len(heading):
+            body = re.sub(r"\n[*=\-^~\"'+.]{4,}\n", "\n", body).strip()
+            texts[heading.strip()] = body
+    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        heading, _, body = docstring.partition("\n")
+        texts[heading.strip()] = body.strip()
+    return {title: text for title, text in texts.items() if len(words.encode(text)) > SHORT}
+
+
+def sentences(texts: dict[str, str], words: bpe.WordPiece) -> tuple[list[str], list[str]]:
+    """A sentence from behind the first tokens of each text, and the text without it."""
+    queries, rest = [], []
+    random = np.random.default_rng(0)
+    for text in texts.values():
+        found = [m for m in re.finditer(r"[A-Z][^.:\n]*(?:\n[^.:\n]+)*\.(?=\s)", text)
+                 if 8 <= len(m[0].split()) <= 40
+                 and len(words.encode(text[: m.start()])) > SHORT]  # fmt: skip
+        chosen = found[random.integers(len(found))] if found else None
+        queries.append(" ".join(chosen[0].split()) if chosen else "")
+        rest.append(text[: chosen.start()] + text[chosen.end() :] if chosen else text)
+    return queries, rest
+
+
+def measures(queries: np.ndarray, texts: np.ndarray, right: np.ndarray) -> tuple[float, float]:
+    """Recall of the first, and the mean reciprocal rank."""
+    scores = queries @ texts.T
+    ranks = 1 + (scores > scores[np.arange(len(right)), right][:, None]).sum(1)
+    return float((ranks == 1).mean()), float((1 / ranks).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.parse_args()
+    folder = sources.find(catalogue.load().models[MODEL], settings.data_folder())
+    words = bpe.load_wordpiece(folder)
+    params, short = bert.load(folder)
+    cfgs = {SHORT: short, LONG: replace(short, max_tokens=LONG)}
+    texts = topics(words)
+    asked, rest = sentences(texts, words)
+    numbers = np.array([i for i, query in enumerate(asked) if query])
+    sets = {
+        "title": (list(texts), list(texts.values()), np.arange(len(texts))),
+        "sentence": ([asked[i] for i in numbers], rest, numbers),
+    }
+    lengths = [len(words.encode(text)) for text in texts.values()]
+    print(
+        f"{len(texts)} texts of {min(lengths)} to {max(lengths)} tokens, median "
+        f"{int(np.median(lengths))}; {len(numbers)} sentences; Python {platform.python_version()}"
+    )
+    print("| | " + " | ".join(f"{name}: recall@1, MRR" for name in sets) + " |")
+
+    ways = {
+        "cut at 256": (SHORT, lambda ids: long_texts.truncated(ids, SHORT)),
+        "cut at 512": (LONG, lambda ids: long_texts.truncated(ids, LONG)),
+        "mean of chunks of 256": (SHORT, lambda ids: long_texts.split(ids, SHORT)),
+        "mean of chunks of 512": (LONG, lambda ids: long_texts.split(ids, LONG)),
+    }
+    for name, (limit, divide) in ways.items():
+        cells = []
+        for queries, passages, right in sets.values():
+            asked_for = encoder.embed_all(
+                params, cfgs[limit], [words.encode(query, max_length=limit) for query in queries]
+            )
+            chunks = [divide(words.encode(passage)) for passage in passages]
+            vectors = encoder.embed_all(params, cfgs[limit], [c for text in chunks for c in text])
+            found = long_texts.average(vectors, chunks, normalize=True)
+            cells.append("{:.2f}, {:.3f}".format(*measures(asked_for, found, right)))
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
