@@ -2,65 +2,137 @@
 
 Files that were joined byte by byte are common: a recorder that appends, a long recording put
 together with `cat`, a radio stream whose every track is an Ogg stream of its own (RFC 3533,
-section 4: chaining). Most decoders read the first file and report success. `split` finds the
-signatures that formats begin with, so that each part is decoded by itself.
+section 4: chaining). Most decoders read the first file and report success. `split` finds the end of
+each file, from the lengths in its structure or else at the signature of the next one, so that each
+part is decoded by itself.
 
 MPEG audio (ISO 11172-3) has no signature and no end: a decoder goes from frame to frame.
 `is_plain_mp3` proves that frames fill the whole file.
 
-Leaves out: a part without a signature behind one that has no length (raw AAC behind FLAC).
+Leaves out: two files of different formats of which the first states no length and the second has
+no signature (raw AAC behind FLAC or MP3).
 """
 
 from __future__ import annotations
 
+import bisect
+import functools
 import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+MAX_PARTS = 1000  # a file of more is refused; bounds the work
 
 # What files begin with: six fixed bytes or more, which samples do not spell by chance.
-_SIGNATURES = rb"""
+_SIGNATURE = re.compile(
+    rb"""
     (?P<wav> (?: RIFF | RIFX | RF64 | BW64 ) .{4} WAVE )
+  | (?P<avi> RIFF .{4} AVI\x20LIST )
   | (?P<w64> riff \x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1 )
   | (?P<aiff> FORM .{4} AIF[FC] )
   | (?P<caf> caff \x00\x01\x00\x00 desc )
   | (?P<flac> fLaC [\x00\x80] \x00\x00\x22 )
   | (?P<amr> \#!AMR (?: -WB )? \n )
+  | (?P<voc> Creative\x20Voice\x20File\x1a )
+  | (?P<tta> TTA1 [\x01\x02] \x00 )
+  | (?P<ape> MAC\x20 [\x80-\xff] \x0f )
+  | (?P<wv> wvpk .{4} [\x02-\x10] \x04 .{6} \x00{4} )
+  | (?P<dsf> DSD\x20 \x1c \x00{7} )
+  | (?P<flv> FLV \x01 [\x01\x04\x05] \x00\x00\x00\x09 )
   | (?P<ogg> OggS \x00 [\x02\x03] \x00{8} )
   | (?P<mp4> \x00\x00 .{2} ftyp [\x20-\x7e]{4} )
   | (?P<matroska> \x1a\x45\xdf\xa3 .{0,48}? \x42\x82 [\x84\x88] (?: webm | matroska ) )
   | (?P<asf> \x30\x26\xb2\x75\x8e\x66\xcf\x11\xa6\xd9\x00\xaa\x00\x62\xce\x6c )
-  | (?P<avi> RIFF .{4} AVI\x20LIST )
-"""
-_SIGNATURE = re.compile(_SIGNATURES, re.VERBOSE | re.DOTALL)
-_NESTING = {"matroska", "asf", "avi"}  # may hold files of other formats
+  | (?P<id3> ID3 [\x02-\x04] \x00 [\x00-\xf0] [\x00-\x7f]{4} )
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+# The first bytes of each, which `bytes.find` looks for at memory speed, and where they stand.
+_PREFIXES = (
+    *((prefix, 0) for prefix in (b"RIFF", b"RIFX", b"RF64", b"BW64", b"riff\x2e\x91", b"FORM")),
+    *((prefix, 0) for prefix in (b"caff\0\1", b"fLaC", b"#!AMR", b"Creative Voice", b"TTA1")),
+    *((prefix, 0) for prefix in (b"MAC ", b"wvpk", b"DSD \x1c", b"FLV\1", b"OggS\0")),
+    *((prefix, 0) for prefix in (b"\x1a\x45\xdf\xa3", b"\x30\x26\xb2\x75", b"ID3")),
+    (b"ftyp", 4),
+)
+_NESTING = {"matroska", "asf", "avi", "mp4", "flv"}  # may hold files of other formats
 _UNKNOWN_SIZES = (0, 2**32 - 1)  # of a header that its writer never finished
+_MAX_STEPS = 10_000  # chunks of a file that are followed; bounds the work for each part
+
+
+class Part(NamedTuple):
+    """One of the files that were joined.
+
+    Attributes:
+        data: its bytes, without ID3v2 tags in front.
+        is_certain: whether it is the first or begins with a signature. Else it stands behind the
+            end of another file, and may be anything: sound, a tag, padding.
+    """
+
+    data: bytes
+    is_certain: bool
 
 
 def name(data: bytes) -> str:
-    """The format by its signature: wav, w64, aiff, caf, flac, amr, ogg, ...; else ""."""
+    """Return the format by its signature: wav, w64, aiff, caf, flac, ogg, ...; or ""."""
     match = _SIGNATURE.match(data)
     return (match.lastgroup or "") if match else ""
 
 
-def split(data: bytes) -> list[bytes]:
+def split(data: bytes) -> list[Part]:
     """Split joined files.
 
     Returns:
-        The parts in order, without ID3v2 tags in front. A part of zeros is left out.
+        The parts in order; one of zeros only is left out.
+
+    Raises:
+        ValueError: there are more than `MAX_PARTS`.
     """
-    starts, kind, position = [0], "", _id3_end(data, 0)
-    while match := _SIGNATURE.search(data, position):
-        found, start, position = match.lastgroup or "", match.start(), match.end()
-        if kind in _NESTING and found != kind:
-            continue
-        kind = found
-        starts.append(start)
-        if kind in _ENDS:
-            position = _ENDS[kind](data, start)
-        if kind == "wav" and frame_length(data[_id3_end(data, position) :][:4]):
-            starts.append(position)  # MPEG audio has no signature
-            kind = ""
-    ends = [*starts[1:], len(data)]
-    parts = [data[_id3_end(data, a) : b] for a, b in zip(starts, ends, strict=True)]
-    return [part for part in parts if part.strip(b"\0")]
+    signatures = functools.cache(lambda: _signatures(data))  # most files state where they end
+    parts: list[Part] = []
+    position = 0
+    while position < len(data):
+        start = _id3_end(data, position)
+        match = _SIGNATURE.match(data, start)
+        kind = (match.lastgroup or "") if match else ""
+        end = _ENDS[kind](data, start) if kind in _ENDS else None
+        if end is None:
+            after = start + 1
+            if kind == "flac":
+                after = _flac_metadata_end(data, start)
+            end = _next_file(signatures(), after, kind, len(data))
+        end = max(end, position + 1)
+        if data[start:end].strip(b"\0"):
+            parts.append(Part(data[start:end], not parts or bool(kind)))
+        if len(parts) > MAX_PARTS:
+            raise ValueError(f"more than {MAX_PARTS} files joined")
+        position = end
+    return parts
+
+
+def _signatures(data: bytes) -> list[tuple[int, str]]:
+    """Every signature in the bytes: its position and its format, in order."""
+    signatures: list[tuple[int, str]] = []
+    for prefix, offset in _PREFIXES:
+        position = data.find(prefix, offset)
+        while position >= 0:
+            match = _SIGNATURE.match(data, position - offset)
+            if match is not None:
+                signatures.append((position - offset, match.lastgroup or ""))
+            if len(signatures) > 10 * MAX_PARTS:
+                raise ValueError(f"more than {MAX_PARTS} files joined")
+            position = data.find(prefix, position + 1)
+    return sorted(signatures)
+
+
+def _next_file(signatures: list[tuple[int, str]], after: int, kind: str, size: int) -> int:
+    """Where the next file begins behind one of unknown length."""
+    for i in range(bisect.bisect_left(signatures, (after, "")), len(signatures)):
+        position, other = signatures[i]
+        # Among MPEG frames, a tag stands between two files of which FFmpeg makes one.
+        if other == kind or (kind not in _NESTING and not (kind == "" and other == "id3")):
+            return position
+    return size
 
 
 def _id3_end(data: bytes, start: int) -> int:
@@ -71,7 +143,177 @@ def _id3_end(data: bytes, start: int) -> int:
             size = size << 7 | byte & 0x7F
         has_footer = data[start + 5] & 0x10
         start += 10 + size + (10 if has_footer else 0)
-    return start
+    return min(start, len(data))
+
+
+# Where a file ends by its own structure, its signature being at `start`; None if it does not say,
+# or says more than there is.
+
+
+def _wav_end(data: bytes, start: int) -> int | None:
+    """The end of the chunk of samples, or of the whole as the header has it, if that is later."""
+    order = "big" if data.startswith(b"RIFX", start) else "little"
+    size = int.from_bytes(data[start + 4 : start + 8], order)
+    long_sizes = data[start + 12 : start + 16] == b"ds64"  # RF64: EBU Tech 3306
+    if long_sizes:
+        size = int.from_bytes(data[start + 20 : start + 28], "little")
+    position, is_found = start + 12, False
+    for _ in range(_MAX_STEPS):
+        if is_found or position + 8 > len(data):
+            break
+        length = int.from_bytes(data[position + 4 : position + 8], order)
+        is_found = data[position : position + 4] == b"data"
+        if is_found and long_sizes and length == _UNKNOWN_SIZES[1]:
+            length = int.from_bytes(data[start + 28 : start + 36], "little")
+        if is_found and length in _UNKNOWN_SIZES:
+            return None
+        position = _padded(data, position + 8 + length)
+    if not is_found or position > len(data):
+        return None
+    end = _padded(data, start + 8 + size)
+    return end if position <= end <= len(data) else position
+
+
+def _padded(data: bytes, end: int) -> int:
+    """The end of a RIFF chunk of odd length, whose byte of padding some writers forget."""
+    return end + 1 if end % 2 and data[end : end + 1] == b"\0" else end
+
+
+def _form_end(data: bytes, start: int) -> int | None:
+    """AIFF."""
+    size = int.from_bytes(data[start + 4 : start + 8], "big")
+    end = _padded(data, start + 8 + size)
+    return None if size in _UNKNOWN_SIZES or end > len(data) else end
+
+
+def _w64_end(data: bytes, start: int) -> int | None:
+    """Sony Wave64, whose sizes have eight bytes."""
+    size = int.from_bytes(data[start + 16 : start + 24], "little")
+    return start + size if 24 < size <= len(data) - start else None
+
+
+def _caf_end(data: bytes, start: int) -> int | None:
+    """The end of the chunks of Apple's Core Audio Format."""
+    position = start + 8
+    for _ in range(_MAX_STEPS):
+        if position + 12 > len(data) or not data[position : position + 4].isalpha():
+            return position
+        size = int.from_bytes(data[position + 4 : position + 12], "big", signed=True)
+        if size < 0 or position + 12 + size > len(data):
+            return None if data[position : position + 4] == b"data" else position
+        position += 12 + size
+    return None
+
+
+def _ogg_end(data: bytes, start: int) -> int:
+    """The end of a link of the chain.
+
+    Streams that are multiplexed begin with a page each, all of them before any other page.
+    """
+    position, last, is_in_headers = start, len(data), True
+    while position + 27 <= len(data):
+        if data[position : position + 4] != b"OggS":
+            # Behind damage, a decoder goes on at the next page.
+            position = data.find(b"OggS", position)
+            if position < 0 or position + 27 > len(data):
+                break
+        begins_stream = bool(data[position + 5] & 2)
+        if begins_stream and not is_in_headers:
+            break
+        is_in_headers = begins_stream
+        position += _page_length(data, position)
+        last = position
+    return min(last, len(data))
+
+
+def _page_length(data: bytes, start: int) -> int:
+    """Bytes of the Ogg page at `start`."""
+    num_segments = data[start + 26]
+    return 27 + num_segments + sum(data[start + 27 : start + 27 + num_segments])
+
+
+def _mp4_end(data: bytes, start: int) -> int | None:
+    """The end of the boxes, or a second file type among them (ISO 14496-12, section 4.2)."""
+    position = start
+    for _ in range(_MAX_STEPS):
+        kind = data[position + 4 : position + 8]
+        if len(kind) < 4 or (kind == b"ftyp" and position > start):
+            return position
+        size = int.from_bytes(data[position : position + 4], "big")
+        if size == 1:
+            size = int.from_bytes(data[position + 8 : position + 16], "big")
+        if size < 8 or position + size > len(data):
+            return None if kind in _MP4_BOXES else position
+        position += size
+    return None
+
+
+_MP4_BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"moof", b"sidx", b"styp"}
+
+
+def _avi_end(data: bytes, start: int) -> int | None:
+    """The end of the last of its RIFFs: those behind the first are AVIX (OpenDML 1.02)."""
+    position, kind = start, b"AVI "
+    while data[position : position + 4] == b"RIFF" and data[position + 8 : position + 12] == kind:
+        size = int.from_bytes(data[position + 4 : position + 8], "little")
+        if size in _UNKNOWN_SIZES or position + 8 + size > len(data):
+            return None
+        position, kind = _padded(data, position + 8 + size), b"AVIX"
+    return position
+
+
+def _asf_end(data: bytes, start: int) -> int | None:
+    """The end of the objects, of which the header is the first."""
+    position = start
+    for _ in range(_MAX_STEPS):
+        kind = data[position : position + 4]
+        if kind not in _ASF_OBJECTS or (position > start and kind == data[start : start + 4]):
+            return position
+        size = int.from_bytes(data[position + 16 : position + 24], "little")
+        if size < 24 or position + size > len(data):
+            return None
+        position += size
+    return None
+
+
+_ASF_OBJECTS = {  # header, data, index, simple index: the first bytes of their GUIDs
+    b"\x30\x26\xb2\x75",
+    b"\x36\x26\xb2\x75",
+    b"\xd3\x29\xe2\xd6",
+    b"\x90\x08\x00\x33",
+}
+
+
+def _matroska_end(data: bytes, start: int) -> int | None:
+    """The end of the segment behind the header (RFC 8794, section 4)."""
+    header = _element_end(data, start)
+    if header is None or data[header : header + 4] != b"\x18\x53\x80\x67":
+        return None
+    return _element_end(data, header)
+
+
+def _element_end(data: bytes, start: int) -> int | None:
+    """The end of an EBML element whose id has four bytes; None if its size is unknown."""
+    first = data[start + 4] if start + 4 < len(data) else 0
+    if not first:
+        return None
+    length = 9 - first.bit_length()  # bytes of the size, by its leading zeros
+    size = int.from_bytes(data[start + 4 : start + 4 + length], "big") - (1 << 7 * length)
+    end = start + 4 + length + size
+    return None if size == (1 << 7 * length) - 1 or end > len(data) else end
+
+
+_ENDS: dict[str, Callable[[bytes, int], int | None]] = {
+    "wav": _wav_end,
+    "aiff": _form_end,
+    "w64": _w64_end,
+    "caf": _caf_end,
+    "ogg": _ogg_end,
+    "mp4": _mp4_end,
+    "avi": _avi_end,
+    "asf": _asf_end,
+    "matroska": _matroska_end,
+}
 
 
 def _flac_metadata_end(data: bytes, start: int) -> int:
@@ -83,57 +325,11 @@ def _flac_metadata_end(data: bytes, start: int) -> int:
     return position
 
 
-def _ogg_end(data: bytes, start: int) -> int:
-    """Where the pages of a link of an Ogg chain end.
-
-    Streams that are multiplexed begin with a page each, all of them before any other page.
-    """
-    is_in_headers = True
-    while data[start : start + 4] == b"OggS" and start + 27 <= len(data):
-        begins_stream = bool(data[start + 5] & 2)
-        if begins_stream and not is_in_headers:
-            break
-        is_in_headers = begins_stream
-        start += _page_length(data, start)
-    return start
-
-
-def _page_length(data: bytes, start: int) -> int:
-    """Bytes of the Ogg page at `start`."""
-    num_segments = data[start + 26]
-    return 27 + num_segments + sum(data[start + 27 : start + 27 + num_segments])
-
-
-def _mp4_end(data: bytes, start: int) -> int:
-    """Where the boxes of an MP4 end, or a second file type begins (ISO 14496-12, section 4.2)."""
-    position = start
-    while position + 8 <= len(data) and (
-        position == start or data[position + 4 : position + 8] != b"ftyp"
-    ):
-        size = int.from_bytes(data[position : position + 4], "big")
-        if size == 1:
-            size = int.from_bytes(data[position + 8 : position + 16], "big")
-        if size == 0:  # to the end of the file
-            return len(data)
-        if size < 8 or position + size > len(data):
-            break
-        position += size
-    return max(position, start + 12)
-
-
-def _wav_end(data: bytes, start: int) -> int:
-    """Where a WAV ends by its own header, or where to look for the next if that does not say."""
-    order = "big" if data.startswith(b"RIFX", start) else "little"
-    size = int.from_bytes(data[start + 4 : start + 8], order)
-    end = start + 8 + size + size % 2
-    return start + 12 if size in _UNKNOWN_SIZES or end > len(data) else end
-
-
-_ENDS = {"wav": _wav_end, "flac": _flac_metadata_end, "ogg": _ogg_end, "mp4": _mp4_end}
+# What libsndfile is proven to read whole
 
 
 def is_plain_wav(data: bytes) -> bool:
-    """Whether a WAV holds one chunk of samples, whose length is stated and right."""
+    """Return whether a WAV is chunks to its end, one of them samples, whose length is stated."""
     order = "big" if data.startswith(b"RIFX") else "little"
     lengths, position = [], 12
     while position + 8 <= len(data):
@@ -142,12 +338,12 @@ def is_plain_wav(data: bytes) -> bool:
             lengths.append(size)
             if size in _UNKNOWN_SIZES or position + 8 + size > len(data):
                 return False
-        position += 8 + size + size % 2
-    return len(lengths) == 1
+        position = _padded(data, position + 8 + size)
+    return len(lengths) == 1 and position == len(data)
 
 
 def is_plain_ogg(data: bytes) -> bool:
-    """Whether an Ogg file is one stream of Vorbis or Opus, page after page to the end."""
+    """Return whether an Ogg file is one stream of Vorbis or Opus, page after page to the end."""
     serials, position = set(), 0
     is_known = data[28:].startswith((b"\x01vorbis", b"OpusHead"))
     while data[position : position + 4] == b"OggS" and position + 27 <= len(data):
@@ -166,7 +362,7 @@ _RATES = (44_100, 48_000, 32_000)
 
 
 def frame_length(header: bytes) -> int:
-    """Bytes of the MPEG layer III frame that begins with these four; 0 if none does."""
+    """Return the bytes of the MPEG layer III frame that these four begin; 0 if they begin none."""
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
         return 0
     version = header[1] >> 3 & 3  # 3: MPEG 1, 2: MPEG 2, 0: MPEG 2.5
@@ -180,7 +376,7 @@ def frame_length(header: bytes) -> int:
 
 
 def is_plain_mp3(data: bytes) -> bool:
-    """Whether frames of one kind fill an MP3, up to an ID3v1 tag, and their count is as stated.
+    """Return whether frames of one kind fill an MP3, but for an ID3v1 tag, as many as stated.
 
     The first frame may hold no sound but a table of contents (Xing's and LAME's header), with the
     number of frames behind it. A decoder that believes it stops there.
@@ -194,7 +390,7 @@ def is_plain_mp3(data: bytes) -> bool:
             return False
         if is_table:
             mark = max(frame.find(b"Xing"), frame.find(b"Info"))
-            if mark < 0 or not frame[mark + 7] & 1:  # no count of frames
+            if mark < 0 or len(frame) < mark + 12 or not frame[mark + 7] & 1:  # states no count
                 return False
             stated = int.from_bytes(frame[mark + 8 : mark + 12], "big")
         count += 1

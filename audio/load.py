@@ -25,12 +25,13 @@ RATE = 16_000  # samples a second, what Whisper listens to
 
 _BLOCK = 2**18  # frames decoded at a time
 _MAX_CHANNELS = 64
-_MAX_PARTS = 1000
 _RATES = (1_000, 768_000)  # samples a second that a file may have
+# Of FFmpeg's demuxers, those that read sound from one file and open no other.
 _DEMUXERS = (
-    "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dsf,dts,dtshd,eac3,flac,flv,g722,gsm,iff,"
-    "ircam,loas,matroska,mlp,mov,mp3,mpc,mpc8,mpeg,mpegts,nistsphere,ogg,oma,qcp,rm,shn,sox,tak,"
-    "truehd,tta,voc,w64,wav,wtv,wv,xwma"
+    "aac,ac3,act,adx,aea,aiff,amr,amrnb,amrwb,apac,ape,asf,ast,au,avi,bfstm,brstm,caf,dsf,dss,dts,"
+    "dtshd,eac3,flac,flv,g722,g729,gsm,hca,iff,ilbc,ircam,lc3,loas,matroska,mlp,mmf,mov,mp3,mpc,"
+    "mpc8,mpeg,mpegts,mxf,nistsphere,nsv,nut,ogg,oma,osq,pvf,qcp,qoa,rm,rso,sbc,shn,siff,sox,spdif,"
+    "swf,tak,truehd,tta,voc,vqf,w64,wav,wtv,wv,wve,xvag,xwma"
 )
 
 Block = tuple[np.ndarray, int]  # float32 samples of one channel, and how many a second
@@ -38,6 +39,10 @@ Block = tuple[np.ndarray, int]  # float32 samples of one channel, and how many a
 
 class _NotPlain(Exception):
     """libsndfile is not proven to read these bytes whole."""
+
+
+class _NoSound(ValueError):
+    """FFmpeg knows no format that begins so, or finds no sound in it."""
 
 
 class _TooLong(Exception):
@@ -55,7 +60,7 @@ def load(
         max_seconds: longer sounds are refused, before they fill the memory.
 
     Returns:
-        float32 [samples], mostly between -1 and 1; channels are mixed.
+        float32 [samples], mostly between -1 and 1; channels are averaged.
 
     Raises:
         FileNotFoundError: nothing at the path.
@@ -69,17 +74,20 @@ def load(
         raise ValueError(f"{label}: the file is empty")
     suffix = Path(name if name is not None else label).suffix
     limit = float("inf") if max_seconds is None else max_seconds
-    found: list[np.ndarray] = []
+    decoded: list[np.ndarray] = []
+    parts: list[container.Part] = []
     try:
-        parts = container.split(data) or [data]
-        if len(parts) > _MAX_PARTS:
-            raise ValueError(f"{len(parts)} files joined, at most {_MAX_PARTS} can be read")
-        for part in parts:
-            left = limit - sum(map(len, found)) / RATE
+        parts = container.split(data) or [container.Part(data, True)]
+        for part, is_certain in parts:
+            left = limit - sum(map(len, decoded)) / RATE
             try:
-                found.append(_resampled(_sndfile(part), left))
+                decoded.append(_resampled(_sndfile(part), left))
             except _NotPlain:
-                found.append(_resampled(_ffmpeg(part, suffix), left))
+                try:
+                    decoded.append(_resampled(_ffmpeg(part, suffix), left))
+                except _NoSound:
+                    if is_certain:
+                        raise
     except _TooLong:
         raise ValueError(f"{label}: longer than {limit:g} seconds") from None
     except ImportError as error:
@@ -87,9 +95,9 @@ def load(
             f"{label}: this file needs the package {error.name}: pip install 'pellucid[audio]'"
         ) from error
     except ValueError as error:
-        which = f"part {len(found) + 1} of {len(parts)}: " if len(parts) > 1 else ""
+        which = f"part {len(decoded) + 1} of {len(parts)}: " if len(parts) > 1 else ""
         raise ValueError(f"{label}: {which}{error}") from error
-    samples = found[0] if len(found) == 1 else np.concatenate(found)
+    samples = np.concatenate([np.zeros(0, np.float32), *decoded])
     if not len(samples):
         raise ValueError(f"{label}: holds no sound")
     if not np.isfinite(samples).all():
@@ -164,19 +172,20 @@ def _ffmpeg(part: bytes, suffix: str) -> Iterator[Block]:
     file.name = f"sound{suffix}"  # a hint for FFmpeg's probe
     limits = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "none"}
     try:
-        media = av.open(file, options=limits)
+        # Tags in an old encoding are no reason to refuse the sound.
+        media = av.open(file, options=limits, metadata_errors="replace")
     except (av.FFmpegError, ValueError):
-        raise ValueError(
+        raise _NoSound(
             "not a sound file of a known format, or damaged at its start; flac, m4a, mp3, mp4, "
             "mpeg, mpga, ogg, opus, wav, webm and most others that FFmpeg reads are known"
         ) from None
     with media:
         stream = media.streams.best("audio")
         if stream is None:
-            raise ValueError("it has no sound track")
+            raise _NoSound("it has no sound track")
         if stream.codec_context is None:
             raise ValueError("its sound track is of no known codec")
-        resamplers: dict[tuple, av.AudioResampler] = {}
+        to_float: dict[tuple, av.AudioResampler] = {}
         num_read = num_damaged = 0
         for packet in _packets(media, stream):
             try:
@@ -187,12 +196,13 @@ def _ffmpeg(part: bytes, suffix: str) -> Iterator[Block]:
             num_read += 1
             for frame in frames:
                 form = (frame.format.name, frame.layout.name, frame.rate)
-                if form not in resamplers:
+                if form not in to_float:
                     _check(frame.layout.nb_channels, frame.rate)
-                    # It mixes channels and widens samples; the rate is left to one resampler.
-                    resamplers[form] = av.AudioResampler("flt", "mono", frame.rate)
-                for mixed in resamplers[form].resample(frame):
-                    yield mixed.to_ndarray().reshape(-1), frame.rate
+                    # Layout and rate stay. Interleaved: PyAV reads no more than eight planes.
+                    to_float[form] = av.AudioResampler("flt")
+                for wide in to_float[form].resample(frame):
+                    samples = wide.to_ndarray().reshape(-1, wide.layout.nb_channels)
+                    yield samples.mean(axis=1), frame.rate
         if num_damaged > num_read:
             raise ValueError(f"damaged: {num_damaged} of {num_damaged + num_read} packets")
 
