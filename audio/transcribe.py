@@ -1,11 +1,11 @@
 """Sounds of any length: window after window, or several windows at once.
 
 In turn (Radford et al. 2022, section 3.8): a window of 30 seconds is written down; the next begins
-at the last point in time that was written, so that no word is cut; what was said before is given to
-the decoder as context. At once: the sound is cut at pauses into regions of a window at most,
-independent of each other; several share the steps of the decoder, whose weights are then read once
-for all of them. The first way keeps names and style consistent; the second is quicker, and an error
-does not carry over.
+at the last point in time that was written, so that no word is cut; what was said before may be
+given to the decoder as context. At once: the sound is cut into regions at pauses, independent of
+each other; a window of each shares the steps of the decoder, whose weights are then read once for
+all of them. The first way keeps names and style consistent, and its text arrives in order as
+windows are finished; the second is quicker, and an error does not carry over.
 
 Either way a long pause is shortened to three seconds before anybody listens (`skip_silence`): in it
 the decoder loses its sense of time, or starts to invent. Times are set right afterwards.
@@ -17,6 +17,7 @@ long silences, of which there are none.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,8 @@ from audio.vad import Span
 from audio.whisper import Run, Whisper, at_once
 
 _PASSED_OVER = 1.5  # seconds of speech that a window must not leave unwritten
+_REGION = 150.0  # seconds, about as long as what is gone through in turn beside other regions
+_SLACK = 5.0  # seconds by which a region may be longer, to end in a pause
 _BREAK = 0.7  # seconds of pause that no segment lies across
 _STEPS = round(SECONDS_PER_STEP * FRAMES_PER_SECOND)  # frames between two points in time
 
@@ -177,11 +180,14 @@ def listen(
     if not len(spectrogram):  # nobody speaks
         return
     heard = vad.moved(spans, kept)
-    regions = [(0.0, len(spectrogram) / FRAMES_PER_SECOND)]
+    whole = len(spectrogram) / FRAMES_PER_SECOND
+    regions = [(0.0, whole)]
     if plan.batch > 1:
-        # Of a window each: the text of a long sound comes as its windows are finished.
+        # A multiple of the batch, of about the same length, so that they come to an end together.
+        share = whole / plan.batch / math.ceil(whole / plan.batch / _REGION)
         window = whisper.cfg.num_frames / FRAMES_PER_SECOND
-        regions = vad.windows(spectrogram.mean(axis=1), heard, longest=window)
+        longest = max(share + _SLACK, window)
+        regions = vad.windows(spectrogram.mean(axis=1), heard, longest=longest)
     prompt = plan.initial_prompt.strip()
     before = whisper.tokens.encode(" " + prompt) if prompt else ()
     regions = [tuple(round(t * FRAMES_PER_SECOND) for t in region) for region in regions]

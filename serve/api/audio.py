@@ -6,8 +6,10 @@ temperatures where the result looks wrong. Windows are opened only where somebod
 and noise yield no text.
 
 ``stream`` sends a ``transcript.text.delta`` for each segment and ``transcript.text.done`` at the
-end. OpenAI ignores it for whisper-1; here it works for every model. ``keywords`` are words likely
-to occur. Speakers are not told apart: ``diarized_json`` is refused.
+end. A sound of over a minute is then gone through in turn, so a few words may differ from the
+answer that is not streamed, whose windows are decoded four at a time. OpenAI ignores ``stream`` for
+whisper-1; here it works for every model. ``keywords`` are words likely to occur. Speakers are not
+told apart: ``diarized_json`` is refused.
 """
 
 import asyncio
@@ -178,10 +180,14 @@ async def _answer(request: Request, task: Literal["transcribe", "translate"]) ->
     _check(body, model, task)
     call_of(request.scope).model = model.id
     samples = await asyncio.to_thread(_decoded, data, name)
+    is_long = len(samples) > LONG * RATE
     plan = audio.Plan(
+        # In turn where the text is wanted as it is written: at once, the text of all regions but
+        # the first arrives at the end.
+        batch=BATCH if is_long and not body.stream else 1,
+        condition=not is_long,
         initial_prompt=body.prompt,
         words="word" in body.timestamp_granularities,
-        batch=BATCH if len(samples) > LONG * RATE else 1,
         fallback=audio.Fallback(temperatures=(body.temperature,))
         if body.temperature
         else audio.Fallback(),

@@ -12,7 +12,6 @@ import pytest
 
 import audio
 from audio import Plan, Transcript, transcribe
-from audio.transcribe import listen
 from tests.audio import ten_minutes
 from tests.audio.ten_minutes import Utterance
 
@@ -99,24 +98,6 @@ def test_peak_memory(long, model_file, tmp_path):
 @pytest.fixture(scope="module")
 def whisper(model_file) -> audio.Whisper:
     return audio.load_model(model_file("whisper-tiny.en"))
-
-
-def test_text_arrives_as_windows_finish(whisper):
-    """Of a sound of four regions gone through beside each other, three arrived at the end."""
-    clip, pause = audio.load(ten_minutes.GOLDEN / "austen-0890.flac"), np.zeros(16_000, np.float32)
-    sound = np.concatenate([clip, pause] * 15)  # 95 seconds: four windows, two at once
-    num_pieces, arrived = 0, []
-
-    def run(piece):
-        nonlocal num_pieces
-        num_pieces += 1
-        return piece()
-
-    options = audio.Options()
-    for segment in listen(whisper, sound, options=options, plan=Plan(batch=2), run=run):
-        arrived.append((segment.start, num_pieces))
-    half = [at for start, at in arrived if start < len(sound) / ten_minutes.RATE / 2]
-    assert half[-1] < 0.75 * num_pieces
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 
 import httpx
 import numpy as np
@@ -143,6 +144,16 @@ def test_streamed_equals_whole(client):
     assert usage.input_tokens == details.audio_tokens + details.text_tokens
     assert details.audio_tokens == 265 and usage.output_tokens > 10  # 50 positions a second
     assert type(done).model_validate(done.model_dump(), strict=True)
+
+
+def test_text_of_a_long_stream_arrives_as_windows_finish(client):
+    """Four windows were decoded at once, and all text arrived at the end."""
+    samples, rate = soundfile.read(CLIP)
+    sound = np.concatenate([samples, np.zeros(rate)] * 15)  # 95 seconds: four windows
+    started, arrivals = time.perf_counter(), []
+    for _ in transcribe(client, wav(sound), stream=True):
+        arrivals.append(time.perf_counter() - started)
+    assert len(arrivals) > 8 and arrivals[3] < 0.7 * arrivals[-1], arrivals
 
 
 def test_a_long_sound_in_batches(client):
