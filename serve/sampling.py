@@ -36,13 +36,6 @@ OPENAI: Mapping[str, float] = {
 PENALTIES = frozenset({"presence_penalty", "frequency_penalty", "repetition_penalty"})
 Defaults = Literal["model", "openai"]
 
-_GGUF_KEYS = {
-    "temperature": "temp",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "penalty_repeat",
-}
 # What generation_config.json holds beside sampling; everything else in it would change the answer.
 _HARMLESS = {
     *("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id"),
@@ -122,16 +115,10 @@ def _of_gguf(path: Path, notify: Callable[[str], None]) -> dict[str, float]:
     from transformer.checkpoint import gguf  # brings JAX along
 
     metadata, _ = gguf.read(path)
-    prefix = "general.sampling."
-    content = {key: value for key, value in metadata.items() if key.startswith(prefix)}
-    found = {
-        name: content.pop(prefix + key)
-        for name, key in _GGUF_KEYS.items()
-        if prefix + key in content
-    }
-    if content:
-        notify(f"{path}: not used here: {', '.join(sorted(content))}")
-    return _checked(found, path, notify)
+    settings, others = gguf.sampling_settings(metadata)
+    if others:
+        notify(f"{path}: not used here: {', '.join(sorted(others))}")
+    return _checked(settings, path, notify)
 
 
 def _checked(
@@ -142,5 +129,5 @@ def _checked(
         if problem := fault(name, value):
             notify(f"{path}: {name} is {value!r} and is not used: {problem}")
         else:
-            good[name] = float(f"{value:.7g}")  # what a float32 of a GGUF file was written as
+            good[name] = int(value) if name == "top_k" else float(value)
     return good

@@ -7,11 +7,13 @@ import gguf
 import httpx
 import pytest
 
+import transformer.sampling
 from serve import catalogue, cli, made, offers, sampling, talk
 from serve.engine import fingerprint
 from serve.settings import Settings
 from serve.sources import Located
 from tests.serve import scripted, tiny
+from transformer.sampling import Sampling
 
 OWN = {"temperature": 0.5, "top_p": 0.75, "top_k": 7, "min_p": 0.125, "repetition_penalty": 1.5}
 OWN |= {"presence_penalty": 0.25, "frequency_penalty": -0.5}
@@ -75,6 +77,15 @@ def test_null_is_not_given_and_what_means_all_is_openais(tmp_path):
     assert of_folder(tmp_path, {"top_k": 40.0}) == ({"top_k": 40}, [])
     found, _ = of_folder(tmp_path, {"top_k": -1})
     assert sampling.resolve({}, found)["top_k"] == 0
+
+
+@pytest.mark.parametrize("value", [2**31 - 1, 12_345_678, 40.0])
+def test_a_large_top_k_stays_that_integer(tmp_path, value):
+    """It was rounded to seven digits: 2147484000 is no int32, and each request failed."""
+    found, _ = of_folder(tmp_path, {"top_k": value})
+    assert found == {"top_k": value} and isinstance(found["top_k"], int)
+    settings = [Sampling(**sampling.resolve({}, found))]
+    assert transformer.sampling.settings(settings, [0], [0], [0]).top_k.tolist() == [value]
 
 
 def test_what_would_change_the_answer_and_is_not_done_is_noted(tmp_path):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,13 @@ _SCALARS = {
     10: "<Q", 11: "<q", 12: "<d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
+_SAMPLING_KEYS = {  # of `general.sampling.` -> of generation_config.json
+    "temp": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
 
 
 @dataclass(frozen=True)
@@ -139,6 +146,27 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             shape, _row_reader(raw.reshape(num_rows, row_bytes), shape, quantisation)
         )
     return metadata, tensors
+
+
+def sampling_settings(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of `general.sampling.*` by the keys of generation_config.json.
+
+    A float32 becomes the shortest decimal that it was written as: 0.7, not 0.699999988.
+
+    Returns:
+        The settings, unchecked; and the keys of that section without a counterpart.
+    """
+    settings, others = {}, {}
+    for key, value in metadata.items():
+        if not key.startswith("general.sampling."):
+            continue
+        if isinstance(value, float):
+            value = float(f"{value:.7g}")
+        if (name := _SAMPLING_KEYS.get(key.removeprefix("general.sampling."))) is None:
+            others[key] = value
+        else:
+            settings[name] = value
+    return settings, others
 
 
 def _row_reader(raw: np.ndarray, shape: tuple[int, ...], quantisation: Any):
