@@ -1,11 +1,13 @@
 """Recipes from files to what can be served: what they leave, refuse, and go on with."""
 
+import dataclasses
 import json
 import os
 import shutil
 import signal
 from pathlib import Path
 
+import gguf
 import jax
 import numpy as np
 import pytest
@@ -131,6 +133,10 @@ def test_full_leaves_a_model_that_loads(model, data, tmp_path):
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     (model / "chat_template.jinja").write_text(TOKENIZER.chat_template.source)
+    sampling = {"temperature": 0.5, "top_k": 7, "do_sample": True}
+    content = json.dumps({**sampling, "eos_token_id": [1]})
+    (model / "generation_config.json").write_text(content)
+    (model / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
     settings = options(model, data, tmp_path, method="full", epochs=1, valid=None)
     assert finetune.run(finetune.Settings(**settings)).reason == "finished"
     params, cfg, _ = checkpoint.load(tmp_path / "model")
@@ -139,8 +145,34 @@ def test_full_leaves_a_model_that_loads(model, data, tmp_path):
     again = bpe.load(tmp_path / "model")
     assert again.chat_template.source == TOKENIZER.chat_template.source
     assert again.named_templates["tool_use"].source == "{{ tools }}"
-    assert again.eos_id == TOKENIZER.eos_id and again.stop_ids == {0, 2}
+    assert again.eos_id == TOKENIZER.eos_id and again.stop_ids == {0, 1, 2}
+    # Stop ids and sampling defaults were lost with generation_config.json.
+    generation = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert generation == {**sampling, "eos_token_id": [2, 0, 1]}
+    assert (tmp_path / "model" / "special_tokens_map.json").exists()
     assert not (tmp_path / "adapter").exists()
+
+
+def test_full_keeps_the_stop_ids_and_sampling_defaults_of_a_gguf_file(tmp_path):
+    """A folder has no place for `general.sampling.*` but its generation_config.json."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_float32("general.sampling.temp", 0.7)
+    writer.add_float32("general.sampling.penalty_repeat", 1.1)
+    writer.add_int32("general.sampling.top_k", 2**31 - 1)
+    writer.add_float32("general.sampling.xtc_threshold", 0.1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    cfg = Config.debug(num_layers=1, vocab_size=272)
+    tokenizer = dataclasses.replace(TOKENIZER, stop_ids=frozenset({0, 1, 2}))
+    out = tmp_path / "model"
+    out.mkdir()
+    params = decoder.init(jax.random.key(0), cfg)
+    finetune._save_model(out, params, cfg, tokenizer, tmp_path / "m.gguf")
+    generation = json.loads((out / "generation_config.json").read_text())
+    expected = {"temperature": 0.7, "repetition_penalty": 1.1, "top_k": 2**31 - 1}
+    assert generation == {**expected, "eos_token_id": [2, 0, 1]}
+    assert bpe.load(out).stop_ids == {0, 1, 2}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -159,8 +191,6 @@ def test_an_adapter_of_any_family_can_be_written(tmp_path, family):
 
 @pytest.mark.parametrize("add_bos", [False, True])
 def test_a_tokenizer_is_read_back(tmp_path, add_bos):
-    import dataclasses
-
     tokenizer = dataclasses.replace(
         TOKENIZER,
         bos_id=0,
@@ -176,6 +206,15 @@ def test_a_tokenizer_is_read_back(tmp_path, add_bos):
     messages = chat("q", "a")["messages"]
     assert again.chat_template.render(messages) == tokenizer.chat_template.render(messages)
     assert again.named_templates["tool_use"].source == "{{ tools }}"
+
+
+def test_a_chat_template_alone_is_saved_as_a_string(tmp_path):
+    """It was a list of one, and many readers expect a string."""
+    folders.save_tokenizer(tmp_path, TOKENIZER)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == TOKENIZER.chat_template.source
+    folders.save_tokenizer(tmp_path, dataclasses.replace(TOKENIZER, chat_template=None))
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"] is None
 
 
 @pytest.mark.parity

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from bpe import formats
 from bpe.formats import Tokenizer
+from bpe.stop import read_optional
 from training import bench, check, loop, packing
 from training.check import Report
 from training.config import Config
@@ -33,6 +34,7 @@ from training.packing import Batches
 from training.recipes import folders
 from training.recipes.decoder import Full, LowRank, as_format
 from transformer import checkpoint, lora
+from transformer.checkpoint import gguf
 from transformer.config import Config as Model
 
 # What a learning_rate_multiplier of 1 means. An adapter begins at nothing and takes larger steps.
@@ -272,15 +274,19 @@ def _save_adapter(folder: Path, adapter: lora.Adapter, cfg: Model, settings: Set
 
 
 def _save_model(folder: Path, params: Any, cfg: Model, tokenizer: Tokenizer, source: Path) -> None:
-    """The weights, and beside them the tokenizer, so that the folder can be served."""
+    """Write the weights, the tokenizer and the generation config, so that it can be served."""
     checkpoint.save(folder, params, cfg)
     if source.is_dir():
-        names = ["tokenizer.json", "tokenizer_config.json"]
+        names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
         names += ["chat_template.jinja", "chat_template.json"]
         for name in names:
             if (source / name).exists():
                 shutil.copy(source / name, folder / name)
         if (templates := source / "additional_chat_templates").is_dir():
             shutil.copytree(templates, folder / templates.name, dirs_exist_ok=True)
-        return
-    folders.save_tokenizer(folder, tokenizer)
+        settings = read_optional(source / "generation_config.json")
+    else:
+        folders.save_tokenizer(folder, tokenizer)
+        metadata, _ = gguf.read(source)
+        settings, _ = gguf.sampling_settings(metadata)
+    folders.save_generation_config(folder, tokenizer, settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -93,21 +93,32 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
             "pair": [begin, text, pair],
             "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
         }
-    named = {"default": tokenizer.chat_template, **tokenizer.named_templates}
-    templates = [
-        {"name": name, "template": template.source}
-        for name, template in named.items()
-        if template is not None
-    ]
+    template = tokenizer.chat_template
+    templates: Any = None if template is None else template.source
+    if named := tokenizer.named_templates:
+        sources = {name: other.source for name, other in named.items()}
+        if template is not None:
+            sources = {"default": template.source, **sources}
+        templates = [{"name": name, "template": source} for name, source in sources.items()]
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
         "eos_token": eos,
-        "chat_template": templates or None,
+        "chat_template": templates,
     }
-    files = {"tokenizer.json": spec, "tokenizer_config.json": config}
-    if ends := sorted(tokenizer.stop_ids):
-        files["generation_config.json"] = {"eos_token_id": ends}
-    for name, content in files.items():
-        text = json.dumps(content, ensure_ascii=False, indent=1)
-        (folder / name).write_text(text + "\n", "utf-8")
+    _write(folder / "tokenizer.json", spec)
+    _write(folder / "tokenizer_config.json", config)
+    save_generation_config(folder, tokenizer, {})
+
+
+def save_generation_config(folder: Path, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
+    """Write generation_config.json: `settings`, and as `eos_token_id` the tokenizer's stop ids.
+
+    The end token of the tokenizer comes first, as readers of a list take the first for padding.
+    """
+    ids = sorted(tokenizer.stop_ids, key=lambda id: (id != tokenizer.eos_id, id))
+    _write(folder / "generation_config.json", {**settings, "eos_token_id": ids or None})
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
