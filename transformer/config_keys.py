@@ -40,8 +40,9 @@ def _d_model(cfg: Any) -> int:
     return cfg.d_model
 
 
-def _root_of_num_layers(cfg: Any) -> float:
-    return cfg.num_layers**0.5
+def _root_of_num_layers(cfg: Any) -> float | None:
+    num_layers = getattr(cfg, "num_layers", None)  # Whisper has two such numbers
+    return None if num_layers is None else num_layers**0.5
 
 
 def _rope_theta(cfg: Any) -> float | None:
@@ -112,7 +113,7 @@ _GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "mlp_gate_softcap": (),
         "mlp_up_softcap": (),
         "swiglu_limit": (),  # gpt-oss
-        "clip_qkv": (),  # OLMo
+        "clip_qkv": (0,),  # OLMo; 0 as MPT reads it
         "qk_l2_clip_threshold": (),
         "activation_sparsity_pattern": (0,),  # Gemma 3n
     },
@@ -150,14 +151,14 @@ _GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "learned_pos_emb": (False,),
         "use_learned_position_embeddings": (False,),
         "relative_attention": (False,),
-        "rope_scaling": ({},),  # where positions are learned
+        "rope_scaling": ({}, False),  # where positions are learned
         "rope_parameters": ({},),
     },
     "changes which positions a query sees": {
-        "sliding_window": (),
+        "sliding_window": (0, -1),  # no window, where a family has none of its own
         "sliding_window_size": (),
         "attention_window_size": (),
-        "window_size": (),
+        "window_size": (-1,),  # [-1, -1] is flash attention's spelling of no window
         "local_attention": (),
         "attention_chunk_size": (),  # Llama 4
         "attention_types": (),  # GPT-Neo
@@ -220,7 +221,7 @@ _GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "hidden_activation": (),
         "activation_function": (),
         "activation": (),
-        "mlp_hidden_act": (),
+        "mlp_hidden_act": (),  # Nemotron-H
     },
     "replaces or adds blocks": {
         "num_experts": (0, 1),  # Qwen MoE
@@ -250,11 +251,11 @@ _GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "ssm_state_size": (0,),
         "state_size": (0,),
         "H_cycles": (1,),
-        "attn_config": (),  # MPT, DBRX
-        "ffn_config": (),
-        "text_config": (),  # of a model that also sees or hears
-        "vision_config": (),
-        "audio_config": (),
+        "attn_config": ({},),  # MPT, DBRX
+        "ffn_config": ({},),
+        "text_config": ({},),  # of a model that also sees or hears
+        "vision_config": ({},),
+        "audio_config": ({},),
         "use_weighted_layer_sum": (False,),
     },
 }
@@ -349,7 +350,7 @@ LAYER_NORM: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("qkv_bias", "use_qkv_bias", "add_qkv_bias", "mlp_bias"), (True,)),
     "no_bias": (False,),
 }
-ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+ACTIVATIONS = tuple(_GROUPS["changes the activation of the MLP"])
 
 # Keys that transformers itself writes into the files of all models, and that compute nothing here:
 # training, heads for classification, defaults of generation. They are not worth a line in the log.
@@ -406,8 +407,10 @@ def check(
     """
     rest = dict(rest)
     for key in ("quantization_config", "compression_config"):
-        if value := rest.pop(key, None):
+        if (value := rest.pop(key, None)) and not _is_switched_off(value):
             raise ValueError(f"{key} is {_method(value)}: {_HOW_TO_DEQUANTISE}")
+    if rest.get("attn_temperature_tuning") in (False, 0):
+        rest.pop("attn_scale", None)  # which only that multiplies
     table = CONFIG | {key: (CONFIG[key][0], values) for key, values in (own or {}).items()}
     _check(rest, table, _EXPECTED, cfg, kind, "config.json")
 
@@ -446,7 +449,8 @@ def _check(
         if key not in table:
             continue
         what, values = table[key]
-        neutral = [item(cfg) if callable(item) else item for item in values]
+        items = (item(cfg) if callable(item) else item for item in values)
+        neutral = [item for item in items if item is not None]
         if not _is_neutral(value, neutral):
             allowed = " or ".join([*(repr(item) for item in neutral), "absent"])
             raise ValueError(
@@ -473,6 +477,15 @@ _HOW_TO_DEQUANTISE = (
     "weights quantised in this format cannot be read; give unquantised safetensors or a GGUF file "
     "(if the weights are merged and unquantised, remove the key)"
 )
+
+
+def _is_switched_off(value: Any) -> bool:
+    """Whether a `quantization_config` is of bitsandbytes and quantises nothing."""
+    return (
+        isinstance(value, Mapping)
+        and value.get("quant_method") == "bitsandbytes"
+        and value.get("load_in_4bit") is value.get("load_in_8bit") is False
+    )
 
 
 def _method(value: Any) -> str:

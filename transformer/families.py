@@ -267,6 +267,8 @@ def _take_rope(given: dict[str, Any], fields: dict[str, Any]) -> None:
     transformers 4 wrote `rope_theta` beside `rope_scaling`; 5 writes both into `rope_parameters`,
     or, where they differ, one such object for each kind of layer. An older key wins.
     """
+    if given.get("rope_scaling") is False:  # none, as in transformers
+        del given["rope_scaling"]
     objects = {}
     for key in ("rope_scaling", "rope_parameters"):
         objects[key] = value = given.pop(key, {})
@@ -311,6 +313,8 @@ def _scaling(
     kind = given.pop("rope_type", old_name)
     factor = given.get("factor")
     if kind is None and factor in (None, 1):
+        kind = "default"
+    if kind == "dynamic" and factor == 1:  # leaves the trained length as it is, and adds none
         kind = "default"
     if kind == "default":
         if factor not in (None, 1):

@@ -182,7 +182,7 @@ def test_what_no_model_type_has_is_not_written(change):
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma3", {"layer_types": ["full_attention"]}, "for each of 3 layers"),
         ("gemma3", {"hidden_activation": "gelu"}, "hidden_activation must be 'gelu_pytorch_tanh'"),
-        ("gemma3", {"vision_config": {}}, "vision_config"),
+        ("gemma3", {"vision_config": {"hidden_size": 8}}, "vision_config"),
         ("llama", {"hidden_size": None}, "lacks hidden_size"),
         ("llama", {"num_hidden_layers": None}, "num_hidden_layers must be a positive integer"),
         ("llama", {"hidden_size": "32"}, "must be a positive integer, got '32'"),

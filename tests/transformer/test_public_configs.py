@@ -9,9 +9,10 @@ import logging
 
 import pytest
 
+import audio.config
 from tests.transformer.conftest import TINY
 from tests.transformer.test_config import hf
-from transformer import config_keys, families
+from transformer import config_keys, encoder, families
 from transformer.config import Config, RopeScaling
 
 LLAMA = dict(
@@ -469,18 +470,77 @@ def test_a_public_config_that_would_run_wrongly_is_refused_by_its_key(name):
         Config.from_hf(config)
 
 
+NEUTRAL = {
+    "no window": dict(sliding_window=0),
+    "no window, of old": dict(sliding_window=-1),
+    "flash attention without a window": dict(window_size=[-1, -1]),
+    "MPT without clipping": dict(clip_qkv=0),
+    "no vision": dict(vision_config={}, audio_config={}, text_config={}),
+    "no options of MPT": dict(attn_config={}, ffn_config={}),
+    "the activation by Nemotron's name": dict(mlp_hidden_act="silu"),
+    "no scaling": dict(rope_scaling=False),
+    "dynamic NTK by 1": dict(rope_scaling=dict(type="dynamic", factor=1.0)),
+    "bitsandbytes, switched off": dict(
+        quantization_config=BNB | dict(load_in_4bit=False, load_in_8bit=False)
+    ),
+    "Llama 4's tuning, switched off": dict(attn_temperature_tuning=False, attn_scale=0.1),
+}
+NOT_NEUTRAL = {
+    "sliding_window": dict(sliding_window=1),
+    "window_size": dict(window_size=[-1, 0]),
+    "clip_qkv": dict(clip_qkv=0.5),
+    "vision_config": dict(vision_config={"hidden_size": 8}),
+    "attn_config": dict(attn_config={"alibi": True}),
+    "mlp_hidden_act": dict(mlp_hidden_act="relu2"),
+    "rope_scaling": dict(rope_scaling=True),
+    "rope_type": dict(rope_scaling=dict(type="dynamic", factor=1.5)),
+    "quantization_config": dict(quantization_config=dict(quant_method="bitsandbytes")),
+    "attn_scale": dict(attn_scale=0.1),
+    "attn_temperature_tuning": dict(attn_temperature_tuning=True),
+}
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_a_neutral_value_is_passed_over(name):
+    """These were refused, though a Llama computes the same with and without them."""
+    assert Config.from_hf(changed(TINYLLAMA, **NEUTRAL[name])) == Config.from_hf(changed(TINYLLAMA))
+
+
+@pytest.mark.parametrize("key", NOT_NEUTRAL)
+def test_a_value_beside_the_neutral_one_is_refused(key):
+    with pytest.raises(ValueError, match=rf"\b{key}\b"):
+        Config.from_hf(changed(TINYLLAMA, **NOT_NEUTRAL[key]))
+
+
+# Kind -> the reader of its config.json, and one that it reads.
+OTHERS = {
+    "bert": (encoder.Config.from_hf, encoder.Config.debug().to_hf()),
+    "whisper": (audio.config.Config.from_hf, audio.config.Config.debug().to_hf()),
+}
+
+
 @pytest.mark.parametrize("key", config_keys.CONFIG)
 def test_no_key_of_the_table_passes_with_another_value(key):
     """Whatever the family: its own key (then any Config or error will do), or a refusal by name."""
     for name in TINY:
         family = families.FAMILIES[hf(name)["model_type"]]
         own = {*family.keys, *family.assumed, family.activation[0], "layer_types", "rope_scaling"}
-        if key in own | {"rope_parameters", "is_decoder"} or key in family.neutral:
+        if key in own | {"rope_parameters"}:
             continue
         with pytest.raises(ValueError, match=f"^{key} is 'x'"):
             Config.from_hf(hf(name, **{key: "x"}))
         neutral = Config.from_hf(hf(name, **{key: None}))
         assert neutral == Config.from_hf(hf(name))
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("key", config_keys.CONFIG)
+def test_no_key_of_the_table_passes_in_another_kind_of_model(kind, key):
+    """`scale_depth` of a Whisper was an AttributeError."""
+    from_hf, config = OTHERS[kind]
+    for value in ("x", 7, [7], {"x": 7}):
+        with pytest.raises(ValueError, match=rf"\b{key}\b"):
+            from_hf(config | {key: value})
 
 
 def test_keys_without_effect_are_logged_once_for_a_set_of_keys(caplog):
