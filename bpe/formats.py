@@ -28,6 +28,7 @@ from typing import Any, Literal
 from bpe import stop, template_files
 from bpe.chat import ChatTemplate
 from bpe.encoding import Encoding
+from bpe.log_once import warn_once
 from bpe.pretokenize import GPT2, LLAMA3, O200K, QWEN2, SMOLLM
 from bpe.vocabularies import PUBLISHED, VOCABULARIES
 from bpe.wordpiece import WordPiece
@@ -795,15 +796,10 @@ def _one_of(mapping: Mapping[str, Any], key: str, values: Sequence[Any], where: 
 
 def _note_others(mapping: Mapping[str, Any], known: Collection[str], source: str) -> None:
     """Log, once for each set of keys, that keys which nothing reads are passed over."""
-    others = (key for key, value in mapping.items() if value is not None and key not in known)
-    _note(source, tuple(sorted(others)))
-
-
-@functools.lru_cache(maxsize=256)
-def _note(source: str, keys: tuple[str, ...]) -> None:
-    if keys:
-        names = ", ".join(map(repr, keys[:20]))
-        log.warning("%s: passing over keys not known to change the ids: %s", source, names)
+    others = sorted(key for key, value in mapping.items() if value is not None and key not in known)
+    if others:
+        names = ", ".join(map(repr, others[:20]))
+        warn_once(log, f"{source}: passing over keys not known to change the ids: {names}")
 
 
 def _text(value: Any) -> str:

@@ -17,7 +17,6 @@ that the vocabulary lacks is noted and passed over: it can never be generated.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bpe.encoding import Encoding
+from bpe.log_once import warn_once
 
 log = logging.getLogger(__name__)
 
@@ -66,16 +66,16 @@ def known_ids(encoding: Encoding, declared: Iterable[tuple[str, Any]]) -> list[i
         encoding: the vocabulary.
         declared: a name for notes, and an id, the text of a token, or a list of them; or None.
     """
-    found: dict[int, None] = {}
+    ids: dict[int, None] = {}  # an ordered set
     for where, value in declared:
         for item in value if isinstance(value, list) else [value]:
             if item is None:
                 continue
             if (id := _known_id(encoding, item)) is None:
-                _note(f"{where} is {item!r}, which the vocabulary lacks: it ends nothing")
+                warn_once(log, f"{where} is {item!r}, which the vocabulary lacks: it ends nothing")
             else:
-                found[id] = None
-    return list(found)
+                ids[id] = None
+    return list(ids)
 
 
 def spelled_ids(encoding: Encoding) -> frozenset[int]:
@@ -113,10 +113,10 @@ def read_optional(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        _note(f"{path} is not used, because it cannot be read: {error}")
+        warn_once(log, f"{path} is not used, because it cannot be read: {error}")
         return {}
     if not isinstance(content, dict):
-        _note(f"{path} is not used: it holds a {type(content).__name__}, not an object")
+        warn_once(log, f"{path} is not used: it holds a {type(content).__name__}, not an object")
         return {}
     return content
 
@@ -132,8 +132,3 @@ def _known_id(encoding: Encoding, item: Any) -> int | None:
     except (KeyError, OverflowError):
         pass
     return None
-
-
-@functools.cache  # a file that is read twice is noted once
-def _note(message: str) -> None:
-    log.warning("%s", message)

@@ -29,8 +29,8 @@ def read(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     Raises:
         ValueError: a file is damaged, or a template is no string.
     """
-    found = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    files = {path.stem: path for path in found}
+    paths = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    files = {path.stem: path for path in paths}
     if (single := folder / "chat_template.jinja").is_file():
         files["default"] = single
     if files:

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 import bpe
-from bpe import formats
 from bpe.formats import byte_characters
+from bpe.log_once import warn_once
 from bpe.pretokenize import GPT2, LLAMA3, O200K, QWEN2, SMOLLM
 from tests.bpe import tiny
 from tests.bpe.conftest import MODELS
@@ -293,7 +293,7 @@ def test_what_changes_nothing_is_passed_over(tmp_path, write_json, change):
 
 
 def test_a_key_that_changes_nothing_is_logged_once(write_json, caplog):
-    formats._note.cache_clear()
+    warn_once.cache_clear()
     path = write_json(tiny.tokenizer_json() | {"surprise": 1, "another": None})
     for _ in range(2):
         check(bpe.load(path))
