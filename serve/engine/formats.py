@@ -169,7 +169,7 @@ def fastest(
     limit: float,
     notify: Callable[[str], None],
 ) -> F:
-    """The fastest format on this machine whose results are near those of the first; remembered.
+    """Return the fastest format here whose results are near those of the first; remember it.
 
     Args:
         id: what to call the model.
@@ -179,22 +179,29 @@ def fastest(
         distance: of other results from those of the first format.
         limit: the largest distance that is near.
         notify: told one line for each thing that takes long.
+
+    Raises:
+        ValueError: the first format itself computes values that are not finite.
     """
     known = _remembered(name, formats)
     if known in formats:
         return known
     notify(f"measuring which number format is fastest for {id} (once) ...")
-    found: dict[F, float] = {}
+    seconds: dict[F, float] = {}  # of each format that is near
     expected = None
     for format in formats:
-        seconds, results = measure(format)
+        time, results = measure(format)
         expected = results if expected is None else expected
-        apart = distance(expected, results)
-        if apart <= limit:
-            found[format] = seconds
-        verdict = "" if format in found else " (too far off)"
-        notify(f"  {format:8} {seconds * 1e3:8.1f} ms, distance {apart:.5f}{verdict}")
-    chosen = min(found, key=found.__getitem__)
+        difference = distance(expected, results)
+        if expected is results and not math.isfinite(difference):
+            raise ValueError(
+                f"{id} computes values that are not finite in {format}: damaged weights?"
+            )
+        if difference <= limit:
+            seconds[format] = time
+        verdict = "" if format in seconds else " (too far off)"
+        notify(f"  {format:8} {time * 1e3:8.1f} ms, distance {difference:.5f}{verdict}")
+    chosen = min(seconds, key=seconds.__getitem__)
     notify(f"serving {id} in {chosen}")
     notes.add(settings.data_folder() / REMEMBERED, _key(name, formats), chosen)
     return chosen

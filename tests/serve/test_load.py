@@ -150,6 +150,24 @@ def test_the_fastest_format_that_agrees_is_taken_and_remembered(home):
     assert fastest("of another machine") == "float32"
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_whose_reference_values_are_not_finite_is_refused(home, value):
+    """NaN is at no distance from itself, so no format was left to choose from."""
+    measured, lines = [], []
+
+    def measure(format):
+        measured.append(format)
+        return 1.0, np.full((2, 3), value, np.float32)
+
+    def distance(a, b):
+        with np.errstate(invalid="ignore"):  # inf - inf
+            return float(np.abs(a - b).max())
+
+    with pytest.raises(ValueError, match="not finite"):
+        formats.fastest("m", "fp", ("float32", "bfloat16"), measure, distance, 1.0, lines.append)
+    assert measured == ["float32"], "nothing is compared with it"
+
+
 def test_what_cannot_be_measured_says_so(home, tmp_path):
     path = tiny.model(tmp_path)
     cfg = checkpoint.read_config(path)
