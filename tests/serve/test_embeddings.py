@@ -159,8 +159,6 @@ def test_what_is_too_long_is_refused_unless_truncation_is_asked_for(embedding_ad
     answer = post(embedding_address, input=["short", long])
     error = answer.json()["error"]
     assert answer.status_code == 400
-    assert "maximum context length is 256 tokens" in error["message"]
-    assert "302" in error["message"]
     assert (error["param"], error["code"]) == ("input[1]", "context_length_exceeded")
 
     cut = post(embedding_address, input=long, truncate=True).json()
@@ -216,11 +214,11 @@ def test_longer_texts_are_read_when_the_server_is_told_to(folder, tmp_path):
         long = post(address, input="word " * 510).json()
         assert long["usage"]["total_tokens"] == 512
         error = post(address, input="word " * 511).json()["error"]
-        assert error["code"] == "context_length_exceeded" and "512 tokens" in error["message"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "input")
         cut = post(address, input="word " * 511, truncate_prompt_tokens=512).json()
         assert cut == long
     for wrong in (0, 2, 513):
-        with pytest.raises(ValueError, match="from 3 to 512"):
+        with pytest.raises(ValueError, match=rf"max_embedding_tokens .* {wrong}$"):
             offers.offer(place, max_embedding_tokens=wrong, **how)
 
 
@@ -346,9 +344,9 @@ def test_the_command_says_what_it_cannot_do(tmp_path):
     assert said.returncode != 0
     assert "text 1 has 302 tokens, all-minilm-l6-v2 reads 256" in said.stderr
     said = run("word " * 300, "--truncate", "--long-text-mode", "mean")
-    assert said.returncode == 2 and "choose one" in said.stderr
+    assert said.returncode == 2 and "--long-text-mode" in said.stderr
     said = run("x", "--max-embedding-tokens", "513")
-    assert said.returncode == 1 and "from 3 to 512" in said.stderr
+    assert said.returncode == 1 and "max_embedding_tokens" in said.stderr
     assert run("x", "-o", "v.txt").stderr.count("ends in .npy") == 1
     assert "there is no text" in run(stdin=subprocess.DEVNULL).stderr
     assert "does not make embeddings" in run("x", "-m", "smollm2-135m-instruct").stderr

@@ -306,17 +306,15 @@ def test_files_that_cannot_be_learned_from(openai):
 def test_a_file_with_repeated_examples_is_trained_with_a_warning(openai):
     """The job failed; OpenAI's service takes such files."""
     repeating = upload(openai, tiny.examples(10) + tiny.examples(3))
-    options = {"n_epochs": 1, "batch_size": 13}
+    options = {"n_epochs": 1, "batch_size": 12}
     id = openai.fine_tuning.jobs.create(
         model="tiny", training_file=repeating, validation_file=repeating, hyperparameters=options
     ).id
     assert ended(openai, id).status == "succeeded"
     events = openai.fine_tuning.jobs.list_events(id, limit=50).data
-    warnings = [event.message for event in events if event.level == "warn"]
-    assert len(warnings) == 2, "one a file"
-    assert all("3 of 13 example(s)" in warning for warning in warnings)
-    step = next(event for event in events if event.type == "metrics" and event.data["step"] == 1)
-    assert step.message.startswith("Step 1/1:"), "thirteen examples, not ten"
+    assert sum(event.level == "warn" for event in events) == 2, "one a file"
+    steps = [event.data["step"] for event in events if event.type == "metrics"]
+    assert max(steps) == 2, "thirteen examples, not ten"
 
 
 @pytest.mark.slow

@@ -258,10 +258,12 @@ def test_check_and_mend(model, data, tmp_path, capsys):
     assert found["ok"] and found["examples"] == 12 and sum(found["lengths"].values()) == 12
     odd = tmp_path / "odd.jsonl"
     odd.write_bytes(b"\xef\xbb\xbf" + data.read_bytes() + data.read_bytes())
-    assert main(["check", str(odd), "--model", str(model)]) == 0
-    assert "warning: 12 of 24 example(s)" in capsys.readouterr().out
+    assert main(["check", str(odd), "--model", str(model), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["examples"] == 24 and report["notes"]["duplicate"] == 12
+    assert [warning["code"] for warning in report["warnings"]] == ["duplicate"]
     command = ["check", str(odd), "--model", str(model), "--mend", str(tmp_path / "good.jsonl")]
-    assert main(command) == 0 and "24 examples (chat)" in capsys.readouterr().out
+    assert main(command) == 0
     assert (tmp_path / "good.jsonl").read_bytes() == data.read_bytes() * 2
 
 
