@@ -353,19 +353,23 @@ class Here:
         return shown(job)
 
     def _look(self, place: "Located", data: Path, valid: Path | None) -> list[str]:
-        """Refuse files that cannot be learned from; return what to warn of."""
+        """Check the files; return warnings.
+
+        Raises:
+            CheckFailed: training on one of them is impossible.
+        """
         from serve import jobs_check, local
 
         with local.loading(place):
-            found = jobs_check.reports(place.path, data, valid)
-        for report in found.values():
+            reports = jobs_check.reports(place.path, data, valid)
+        for report in reports.values():
             if report.ok:
                 continue
             first, more = report.problems[0], report.counts.total() - 1
             place_of = f"{report.path}:{first.line}" if first.line else report.path
             rest = f" ({more} more: `pellucid finetune check {report.path}` lists them)"
             raise CheckFailed(f"{place_of}: {first.message}{rest if more else ''}")
-        return jobs_check.warnings(found)
+        return jobs_check.warnings(reports)
 
     def _kept(self, path: Path) -> str:
         """Uploads a file, so to speak; gives its id."""

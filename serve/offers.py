@@ -64,7 +64,7 @@ def offer(
         home: the data folder, where its speed is noted.
         notify: told a line for each thing that takes long.
         memory_limit: bytes that it may take at most; None for what is free.
-        sampling_defaults: whose hold for requests that give none.
+        sampling_defaults: "model" for its own defaults, "openai" for those of OpenAI's API.
         max_embedding_tokens: of the longest input of an encoder; None for its own limit.
 
     Raises:

@@ -73,12 +73,12 @@ def of_model(
             row is about exact bytes.
         notify: called with a line for each value that cannot be used.
     """
-    own: dict[str, float] = {}
+    settings: dict[str, float] = {}
     if path is not None and path.is_dir():
-        own = _of_folder(path, notify)
+        settings = _of_folder(path, notify)
     elif path is not None and path.suffix == ".gguf" and path.is_file() and not row:
-        own = _of_gguf(path, notify)
-    both = own | dict(row)
+        settings = _of_gguf(path, notify)
+    both = settings | dict(row)
     return {name: value for name, value in both.items() if value != OPENAI[name]}
 
 

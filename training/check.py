@@ -75,7 +75,7 @@ class Report:
 
     @property
     def warnings(self) -> list[Problem]:
-        """What the file can be learned from in spite of, and its author may not have meant."""
+        """Return warnings: properties that do not prevent training but may be a mistake."""
         if self.repeat is None:
             return []
         line, first = self.repeat

@@ -32,7 +32,7 @@ from audio import subtitles
 from audio.load import RATE
 from audio.tokens import SECONDS_PER_STEP
 from audio.transcribe import Segment, Transcript
-from serve.api.forms import given
+from serve.api.forms import form_fields
 from serve.api.models import listener_of
 from serve.api.openapi import described
 from serve.api.replies import Reply
@@ -229,7 +229,7 @@ async def _read_form(request: Request) -> tuple[SpeechBody, bytes, str]:
 
 def _fields(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """A form's texts as the JSON they stand for."""
-    fields = given(items, _LISTS)
+    fields = form_fields(items, _LISTS)
     if "temperature" in fields:
         fields["temperature"] = _number(fields["temperature"])
     if "stream" in fields:

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
-from serve.api.forms import FILE, given, read_form
+from serve.api.forms import FILE, form_fields, read_form
 from serve.api.listing import OrderedPageQuery, listing, read_query
 from serve.api.openapi import described
 from serve.api.replies import FileDeleted, FileReply, Files
@@ -71,7 +71,7 @@ async def create_file(request: Request) -> dict[str, Any]:
                 param=FILE,
                 code="missing_required_parameter",
             )
-        body = _read_fields(given(form.items))
+        body = _read_fields(form_fields(form.items))
         if not incoming.size:
             raise APIError(400, "File is empty.", param=FILE, code="invalid_file")
         record = file_record(id, form.filename, incoming.size, body.purpose)

@@ -1,6 +1,6 @@
 """Reading forms: their fields, and a file that goes to the disk as it arrives.
 
-An empty field means "not given" on every route (`given`). The file of `read_form` is never in
+An empty field means "not given" on every route (`form_fields`). The file of `read_form` is never in
 memory, and is written once: to where it will stay. Its type and the folders in its name are not
 looked at.
 """
@@ -37,8 +37,8 @@ class Form:
     filename: str | None = None
 
 
-def given(items: Iterable[tuple[str, Any]], lists: Collection[str] = ()) -> dict[str, Any]:
-    """The texts of a form by the names of their fields; a blank one is not given.
+def form_fields(items: Iterable[tuple[str, Any]], lists: Collection[str] = ()) -> dict[str, Any]:
+    """Return the texts of a form by the names of their fields; a blank one counts as absent.
 
     HTML forms and some clients send all their fields, those left empty too. So a required field
     that is blank is one that is missing. Of a field that comes twice the last text counts.
@@ -47,8 +47,10 @@ def given(items: Iterable[tuple[str, Any]], lists: Collection[str] = ()) -> dict
         items: name and value of each field; files are passed over.
         lists: names of the fields that hold a list, sent as `name[]` or `name`, once an item.
 
-    >>> given([("n", ""), ("seed", " "), ("size", "64x64"), ("include[]", "a"), ("include[]", "")],
-    ...       lists=("include",))
+    >>> form_fields(
+    ...     [("n", ""), ("seed", " "), ("size", "64x64"), ("include[]", "a"), ("include[]", "")],
+    ...     lists=("include",),
+    ... )
     {'size': '64x64', 'include': ['a']}
     """
     fields: dict[str, Any] = {}

@@ -44,7 +44,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 
 from diffusion import Plan, edit, picture, upscale
 from serve.api.files import find_file, store_of
-from serve.api.forms import given
+from serve.api.forms import form_fields
 from serve.api.models import painter_of
 from serve.api.openapi import described
 from serve.api.replies import Reply
@@ -320,7 +320,7 @@ async def _read_form(request: Request, kind: type[AnyForm]) -> tuple[AnyForm, Fi
                     raise _several(bare)
                 else:
                     files[bare] = await value.read()
-            fields = given(form.multi_items())
+            fields = form_fields(form.multi_items())
     except (HTTPException, ValueError) as error:  # not a form after all, or in an odd charset
         reason = error.detail if isinstance(error, HTTPException) else error
         raise APIError(400, f"Invalid form: {reason}", code="invalid_form") from None

@@ -1,4 +1,4 @@
-"""Vectors of texts that are longer than a model reads: of chunks of them, averaged.
+"""Embed texts that are longer than a model reads, as averages over their chunks.
 
 As OpenAI's cookbook does it ("Embedding texts that are longer than the model's maximum context
 length"): a text is cut into chunks as long as they can be, each is embedded, and the mean of their
@@ -16,7 +16,7 @@ import numpy as np
 
 
 def split(ids: Sequence[int], limit: int) -> list[list[int]]:
-    """The chunks of a text, each between the special tokens that the text is between.
+    """Return the chunks of a text, each between the special tokens that the text is between.
 
     Args:
         ids: of the text, [CLS] first and [SEP] last.
@@ -33,7 +33,7 @@ def split(ids: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def truncated(ids: Sequence[int], limit: int) -> list[list[int]]:
-    """The one chunk that is left of a text whose end is cut off.
+    """Return the one chunk of a text whose end is cut off.
 
     >>> truncated([101, 1, 2, 3, 102], 4)
     [[101, 1, 2, 102]]
@@ -44,7 +44,7 @@ def truncated(ids: Sequence[int], limit: int) -> list[list[int]]:
 def average(
     vectors: np.ndarray, chunks: Sequence[Sequence[Sequence[int]]], *, normalize: bool
 ) -> np.ndarray:
-    """A vector for each text from those of its chunks.
+    """Return a vector for each text, from those of its chunks.
 
     Args:
         vectors: float32 [N, D], of all chunks of all texts, in order.
@@ -54,15 +54,15 @@ def average(
     Returns:
         float32 [len(chunks), D]. A text of one chunk has the vector of that, bit by bit.
     """
-    found = np.empty((len(chunks), vectors.shape[1]), np.float32)
+    means = np.empty((len(chunks), vectors.shape[1]), np.float32)
     start = 0
     for number, text in enumerate(chunks):
-        own = vectors[start : start + len(text)]
+        parts = vectors[start : start + len(text)]
         start += len(text)
         if len(text) == 1:
-            found[number] = own[0]
+            means[number] = parts[0]
             continue
         weights = np.array([len(chunk) - 2 for chunk in text], np.float32)
-        mean = weights @ own / weights.sum()
-        found[number] = mean / max(float(np.linalg.norm(mean)), 1e-12) if normalize else mean
-    return found
+        mean = weights @ parts / weights.sum()
+        means[number] = mean / max(float(np.linalg.norm(mean)), 1e-12) if normalize else mean
+    return means

@@ -174,6 +174,6 @@ def _measure(
     return best, np.asarray(jax.nn.log_softmax(logits, axis=-1))
 
 
-def _divergence(expected: np.ndarray, found: np.ndarray) -> float:
-    """The mean Kullback-Leibler divergence of log-probabilities [T, V], in nats."""
-    return float((np.exp(expected) * (expected - found)).sum(axis=-1).mean())
+def _divergence(expected: np.ndarray, actual: np.ndarray) -> float:
+    """Return the mean Kullback-Leibler divergence of log-probabilities [T, V], in nats."""
+    return float((np.exp(expected) * (expected - actual)).sum(axis=-1).mean())
