@@ -84,7 +84,9 @@ def load(
                 decoded.append(_resampled(_sndfile(part), left))
             except _NotPlain:
                 try:
-                    decoded.append(_resampled(_ffmpeg(part, suffix), left))
+                    # What stands behind a file has no name.
+                    hint = suffix if is_certain else ""
+                    decoded.append(_resampled(_ffmpeg(part, hint), left))
                 except _NoSound:
                     if is_certain:
                         raise
