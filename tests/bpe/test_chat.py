@@ -6,8 +6,10 @@ import time
 import pytest
 
 from bpe import ChatTemplate
+from bpe.sandbox import MAX_SIZE
 from tests.bpe import tiny
 from tests.bpe.conftest import MODELS
+from tests.naming import naming
 
 ENCODING = tiny.encoding()
 CHATML = ChatTemplate(
@@ -74,8 +76,8 @@ def test_what_a_template_refuses_is_a_value_error():
 
 
 def test_only_plain_data_reaches_a_template():
-    with pytest.raises(ValueError, match="not object"):
-        CHATML.render([{"role": "user", "content": object()}])
+    with pytest.raises(ValueError, match=naming("complex")):
+        CHATML.render([{"role": "user", "content": 1j}])
 
 
 def test_strftime_now():
@@ -145,7 +147,7 @@ def test_harmless_text_is_encoded_as_the_rendered_text_is():
 
 
 def test_messages_with_every_noncharacter_are_refused():
-    with pytest.raises(ValueError, match="noncharacters"):
+    with pytest.raises(ValueError, match=naming("U+FDD0", "U+FDEF")):
         CHATML.encode(ENCODING, [user("".join(map(chr, range(0xFDD0, 0xFDF0))))])
 
 
@@ -247,14 +249,14 @@ def test_turns_in_tokens_without_special_tokens():
 
 def test_a_turn_within_a_special_token_is_an_error():
     template = ChatTemplate("{{ '<|im_' }}{% generation %}{{ 'end|>' }}{% endgeneration %}")
-    with pytest.raises(ValueError, match="within a special token"):
+    with pytest.raises(ValueError, match="special token"):
         template.encode_turns(ENCODING, [assistant("")])
 
 
 def test_a_turn_that_cannot_be_found_is_an_error():
-    with pytest.raises(ValueError, match="message 0"):
+    with pytest.raises(ValueError, match=naming("message 0", 2)):
         ChatTemplate("{{ messages[0].content * 2 }}").spans([assistant("a")])
-    with pytest.raises(ValueError, match="message 0"):
+    with pytest.raises(ValueError, match=naming("message 0", 0)):
         ChatTemplate("nothing").spans([assistant("a")])
 
 
@@ -387,12 +389,12 @@ def test_a_long_conversation_is_no_runaway():
 
 
 def test_messages_may_not_be_longer_than_a_template_may_write():
-    with pytest.raises(ValueError, match="hold more than 4194304 characters"):
+    with pytest.raises(ValueError, match=naming(MAX_SIZE)):
         CHATML.render([user("x" * 5_000_000)])
 
 
 def test_a_template_works_after_a_failure():
     template = ChatTemplate("{{ messages[0].content * messages[0].times }}")
-    with pytest.raises(ValueError, match="more than"):
+    with pytest.raises(ValueError, match=naming(MAX_SIZE)):
         template.render([{"content": "a", "times": 10**12}])
     assert template.render([{"content": "a", "times": 3}]) == "aaa"

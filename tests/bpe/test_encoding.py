@@ -13,6 +13,7 @@ import bpe
 from bpe.pretokenize import LLAMA3, O200K
 from tests.bpe import tiny
 from tests.bpe.conftest import MODELS
+from tests.naming import naming
 
 ENCODING = tiny.encoding()
 
@@ -44,14 +45,14 @@ def test_the_pair_counts_not_the_bytes_it_makes():
 
 def test_special_tokens():
     text = "low<|im_end|>low"
-    with pytest.raises(ValueError, match=r"disallowed special token '<\|im_end\|>'"):
+    with pytest.raises(ValueError, match=naming("'<|im_end|>'")):
         ENCODING.encode(text)
     assert ENCODING.encode(text, allowed_special={"<|im_end|>"})[1] == 2
     assert ENCODING.encode(text, allowed_special="all") == [tiny.IDS[b"low"], 2, tiny.IDS[b"low"]]
     ordinary = ENCODING.encode(text, disallowed_special=())
     assert ordinary == ENCODING.encode_ordinary(text)
     assert not any(map(ENCODING.is_special_token, ordinary))
-    with pytest.raises(ValueError, match="disallowed"):
+    with pytest.raises(ValueError, match=naming("'<|im_end|>'")):
         ENCODING.encode(text, allowed_special={"<|im_start|>"})
     assert ENCODING.encode(text, disallowed_special={"<|im_start|>"}) == ordinary
     with pytest.raises(ValueError, match="'ow'"):
@@ -126,24 +127,21 @@ def test_pickle():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "facts"),
     [
-        (
-            {"ranks": {k: v for k, v in tiny.IDS.items() if k != b"a"}},
-            "no token for the bytes b'a'",
-        ),
-        ({"dropped_bytes": b"a"}, "no token for the bytes b''"),
-        ({"special_tokens": {"<x>": 3}}, r"b'\\x00' and '<x>' both have the id 3"),
-        ({"special_tokens": {"<x>": -1}}, "the id of '<x>' must be a number from 0"),
-        ({"special_tokens": {"": 500}}, "must not be empty"),
-        ({"merges": [(b"zz", b"a")]}, "joins what is no token"),
-        ({"merges": [(b"z", b"z")]}, "makes what is no token"),
-        ({"merges": [(b"o", b"w"), (b"o", b"w")]}, "listed twice"),
-        ({"pattern": "("}, "not a regular expression"),
+        ({"ranks": {k: v for k, v in tiny.IDS.items() if k != b"a"}}, ["b'a'"]),
+        ({"dropped_bytes": b"a"}, ["dropped_bytes", "b'a'"]),
+        ({"special_tokens": {"<x>": 3}}, [r"b'\x00'", "'<x>'", 3]),
+        ({"special_tokens": {"<x>": -1}}, ["'<x>'", "-1"]),
+        ({"special_tokens": {"": 500}}, ["empty"]),
+        ({"merges": [(b"zz", b"a")]}, ["(b'zz', b'a')"]),
+        ({"merges": [(b"z", b"z")]}, ["(b'z', b'z')"]),
+        ({"merges": [(b"o", b"w"), (b"o", b"w")]}, ["(b'o', b'w')"]),
+        ({"pattern": "("}, ["pattern", "'('"]),
     ],
 )
-def test_inconsistent_vocabularies_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
+def test_inconsistent_vocabularies_are_refused(changes, facts):
+    with pytest.raises(ValueError, match=naming(*facts)):
         tiny.encoding(**changes)
 
 
@@ -311,7 +309,7 @@ def test_batches():
     options = {"allowed_special": "all"}
     assert ENCODING.encode_batch(texts, **options) == [ENCODING.encode(t, **options) for t in texts]
     assert ENCODING.encode_ordinary_batch(texts) == [ENCODING.encode_ordinary(t) for t in texts]
-    with pytest.raises(ValueError, match="disallowed"):
+    with pytest.raises(ValueError, match=naming("'<|im_end|>'")):
         ENCODING.encode_batch(texts, num_threads=2)
     ids = ENCODING.encode_ordinary_batch(texts, num_threads=1)
     assert ENCODING.decode_batch(ids, errors="strict", num_threads=1) == texts
@@ -371,9 +369,9 @@ def test_what_is_no_sequence_of_ids(tokens):
 def test_arrays_of_what_is_no_id(dtype, number):
     """Many floats were an AssertionError, few bools were the ids 0 and 1."""
     for call in (ENCODING.decode, ENCODING.decode_tokens_bytes, ENCODING.decode_with_offsets):
-        with pytest.raises(TypeError, match=f"an array of {dtype} with the shape .{number},"):
+        with pytest.raises(TypeError, match=naming(dtype, f"({number},)")):
             call(np.ones(number, dtype))
-        with pytest.raises(TypeError, match="an array of int64 with the shape"):
+        with pytest.raises(TypeError, match=naming("int64", f"({number}, 1)")):
             call(np.ones((number, 1), np.int64))
     assert ENCODING.decode(np.array([])) == "", "of no numbers, NumPy makes floats"
 
@@ -387,7 +385,7 @@ def test_bytes_are_ids_too(number):
 
 @pytest.mark.parametrize("id", [-1, 1 << 32, 1.5, "7", None])
 def test_ids_are_numbers_of_32_bits(id):
-    with pytest.raises(ValueError, match="the id of '<x>' must be a number from 0 to 4294967295"):
+    with pytest.raises(ValueError, match=naming("'<x>'", 2**32 - 1, repr(id))):
         tiny.encoding(special_tokens={"<x>": id})
 
 
@@ -404,7 +402,7 @@ def test_gaps_in_the_numbering():
     encoding = tiny.encoding(special_tokens={"<|a|>": 5000})
     for number in (1, 5000):
         assert encoding.decode([5000] * number) == "<|a|>" * number
-        with pytest.raises(KeyError, match="Invalid token for decoding: 4000"):
+        with pytest.raises(KeyError, match=naming(4000)):
             encoding.decode([5000] * number + [4000])
 
 
@@ -421,9 +419,9 @@ def test_many_ids(ids, times):
 def test_explicit_n_vocab():
     tiny.encoding(explicit_n_vocab=3 + 256 + len(tiny.MERGES))
     for wrong in (1, 3 + 256 + len(tiny.MERGES) + 1):
-        with pytest.raises(ValueError, match=f"explicit_n_vocab is {wrong}"):
+        with pytest.raises(ValueError, match=naming("explicit_n_vocab", wrong)):
             tiny.encoding(explicit_n_vocab=wrong)
-    with pytest.raises(ValueError, match="explicit_n_vocab"):
+    with pytest.raises(ValueError, match=naming("explicit_n_vocab", 1000)):
         tiny.encoding(special_tokens={**tiny.SPECIAL, "<x>": 999}, explicit_n_vocab=1000)
 
 

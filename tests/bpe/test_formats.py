@@ -13,6 +13,7 @@ from bpe.log_once import warn_once
 from bpe.pretokenize import GPT2, LLAMA3, O200K, QWEN2, SMOLLM
 from tests.bpe import tiny
 from tests.bpe.conftest import MODELS
+from tests.naming import naming
 
 TEXT = "low lower 😀<|im_end|>é\x00\xff 12"
 IDS = tiny.encoding().encode(TEXT, allowed_special="all")
@@ -58,7 +59,7 @@ def test_old_files_write_merges_as_strings(write_json):
 
 
 def test_folder(tmp_path, write_json):
-    with pytest.raises(FileNotFoundError, match="no tokenizer.json"):
+    with pytest.raises(FileNotFoundError, match=naming(tmp_path, "tokenizer.json")):
         bpe.load(tmp_path)
     write_json(tiny.tokenizer_json())
     check(bpe.load(tmp_path))
@@ -77,7 +78,7 @@ def test_folder(tmp_path, write_json):
     (tmp_path / "chat_template.jinja").write_text("newer")
     assert bpe.load(tmp_path).chat_template.render([]) == "newer"
     write_json({"eos_token": "</s>"}, "tokenizer_config.json")
-    with pytest.raises(ValueError, match="eos_token '</s>'"):
+    with pytest.raises(ValueError, match=naming("eos_token", "'</s>'")):
         bpe.load(tmp_path)
 
 
@@ -157,16 +158,16 @@ def both(*changes):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "facts"),
     [
-        (at("model", ...), "model is missing"),
-        (at("model/dropout", 0.1), "dropout is 0.1"),
-        (at("model/end_of_word_suffix", "</w>"), "end_of_word_suffix"),
-        (at("normalizer", {"type": "Lowercase"}), "normalizer: .*Lowercase"),
-        (at("pre_tokenizer", None), "pre_tokenizer"),
-        (at("pre_tokenizer", {"type": "Whitespace"}), "pre_tokenizer: .*Whitespace"),
-        (at("pre_tokenizer/add_prefix_space", True), "pre_tokenizer: .*add_prefix_space"),
-        (at("pre_tokenizer", a_split("a")), "the last step must be ByteLevel"),
+        (at("model", ...), ["model"]),
+        (at("model/dropout", 0.1), ["model", "dropout", 0.1]),
+        (at("model/end_of_word_suffix", "</w>"), ["model", "end_of_word_suffix", "'</w>'"]),
+        (at("normalizer", {"type": "Lowercase"}), ["normalizer", "Lowercase"]),
+        (at("pre_tokenizer", None), ["pre_tokenizer"]),
+        (at("pre_tokenizer", {"type": "Whitespace"}), ["pre_tokenizer", "Whitespace"]),
+        (at("pre_tokenizer/add_prefix_space", True), ["pre_tokenizer", "add_prefix_space"]),
+        (at("pre_tokenizer", a_split("a")), ["pre_tokenizer", "ByteLevel"]),
         (
             at(
                 "pre_tokenizer",
@@ -175,50 +176,49 @@ def both(*changes):
                     "pretokenizers": [a_split("a", behavior="Removed"), BYTE_LEVEL],
                 },
             ),
-            "Removed",
+            ["pre_tokenizer", "'Removed'"],
         ),
         (
             at(
                 "pre_tokenizer",
                 {"type": "Sequence", "pretokenizers": [a_split("("), BYTE_LEVEL]},
             ),
-            "not a regular expression",
+            ["pattern", "'('"],
         ),
-        (at("post_processor", {"type": "BertProcessing"}), "post_processor: .*BertProcessing"),
-        (at("decoder", {"type": "WordPiece"}), "decoder: type is 'WordPiece'"),
-        (at("added_tokens/0/lstrip", True), r"added_tokens\[0\]: lstrip is True"),
-        (at("added_tokens/0/id", "x"), r"added_tokens\[0\]: id is a str"),
-        (at("added_tokens/1/content", "<|endoftext|>"), "has the ids 0 and 1"),
+        (at("post_processor", {"type": "BertProcessing"}), ["post_processor", "BertProcessing"]),
+        (at("decoder", {"type": "WordPiece"}), ["decoder", "type", "'WordPiece'"]),
+        (at("added_tokens/0/lstrip", True), ["added_tokens[0]", "lstrip", True]),
+        (at("added_tokens/0/id", "x"), ["added_tokens[0]", "id", "str"]),
+        (at("added_tokens/1/content", "<|endoftext|>"), ["'<|endoftext|>'", 0, 1]),
         (
             both(at("added_tokens/1/content", "  "), at("model/vocab/<|im_start|>", ...)),
-            "added tokens of white space, as '  '",
+            ["'  '"],
         ),
-        (at("added_tokens/0/id", 3), "'<.endoftext.>' is 3 in added_tokens and 0 in model.vocab"),
+        (at("added_tokens/0/id", 3), ["'<|endoftext|>'", 3, "added_tokens", 0, "model.vocab"]),
         (
             both(at("added_tokens/1/id", 0), at("model/vocab/<|im_start|>", ...)),
-            "the tokens '<.im_start.>' and '<.endoftext.>' have the id 0",
+            ["'<|im_start|>'", "'<|endoftext|>'", 0],
         ),
-        (at("model/vocab/a", ...), "no token for the bytes b'a'"),
-        (at("model/vocab/a b", 5000), "has the character ' '"),
-        (at("model/vocab/zz", 3), "both have the id 3"),
-        (at("model/merges/0", ["o", "nothing"]), "merge 0, .*does not join two tokens"),
-        (at("model/merges/0", ["o", "w", "l"]), "merge 0, .*does not join two tokens"),
-        (at("model/merges/0", ["z", "z"]), "makes what is no token"),
-        (at("model/merges/1", ["o", "w"]), "listed twice"),
-        (at("model/merges/0", 7), "merge 0, 7, does not join two tokens"),
-        (at("model/merges/0", [["o"], "w"]), "merge 0, .*does not join two tokens"),
-        (at("model/merges", None), "merges is missing"),
-        (at("model/vocab/a", "x"), r"vocab\['a'\] is 'x', not an id"),
-        (at("normalizer", {"type": "Sequence"}), "normalizers is missing"),
+        (at("model/vocab/a", ...), ["b'a'"]),
+        (at("model/vocab/a b", 5000), [5000, "'a b'", "' '"]),
+        (at("model/vocab/zz", 3), [r"b'\x00'", "b'zz'", 3]),
+        (at("model/merges/0", ["o", "nothing"]), ["merge 0", "['o', 'nothing']"]),
+        (at("model/merges/0", ["o", "w", "l"]), ["merge 0", "['o', 'w', 'l']"]),
+        (at("model/merges/0", ["z", "z"]), ["(b'z', b'z')"]),
+        (at("model/merges/1", ["o", "w"]), ["(b'o', b'w')"]),
+        (at("model/merges/0", 7), ["merge 0", 7]),
+        (at("model/merges/0", [["o"], "w"]), ["merge 0", "[['o'], 'w']"]),
+        (at("model/merges", None), ["model", "merges"]),
+        (at("model/vocab/a", "x"), ["model", "vocab['a']", "'x'"]),
+        (at("normalizer", {"type": "Sequence"}), ["normalizer", "normalizers"]),
     ],
 )
-def test_what_we_do_not_know_is_refused(write_json, change, message):
+def test_what_we_do_not_know_is_refused(write_json, change, facts):
     spec = tiny.tokenizer_json()
     change(spec)
     path = write_json(spec)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=naming(path, *facts)):
         bpe.load(path)
-    assert str(path) in str(error.value)
 
 
 def test_bytes_of_no_text_may_be_missing(write_json):
@@ -244,17 +244,17 @@ SENTENCEPIECE = [
 def test_a_sentencepiece_vocabulary_is_called_by_its_name(write_json, change):
     spec = tiny.tokenizer_json()
     change(spec)
-    with pytest.raises(ValueError, match="tokenizer.json: a SentencePiece vocabulary"):
+    with pytest.raises(ValueError, match=naming("tokenizer.json", "SentencePiece")):
         bpe.load(write_json(spec))
 
 
 def test_a_sentencepiece_model_is_called_by_its_name(tmp_path):
     for model in ("llama", "t5"):
         meta = tiny.gguf_metadata() | {"tokenizer.ggml.model": model}
-        with pytest.raises(ValueError, match="m.gguf: .*SentencePiece"):
+        with pytest.raises(ValueError, match=naming("m.gguf", repr(model), "SentencePiece")):
             bpe.from_gguf(meta, source="m.gguf")
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
-    with pytest.raises(ValueError, match="tokenizer.model: a SentencePiece vocabulary"):
+    with pytest.raises(ValueError, match=naming("tokenizer.model", "SentencePiece")):
         bpe.load(tmp_path)
 
 
@@ -473,36 +473,35 @@ def test_gguf_keys_that_change_nothing():
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("key", "value", "facts"),
     [
-        ("model", "bert", "model is 'bert'"),
-        ("add_sep_token", True, "add_sep_token is True"),
-        ("remove_extra_whitespaces", True, "remove_extra_whitespaces is True"),
-        ("normalizer.lowercase", True, "normalizer.lowercase is True"),
-        ("precompiled_charsmap", [1, 2], "precompiled_charsmap"),
-        ("model", ..., "model is ''"),
-        ("pre", "surprise", "pre is 'surprise'"),
-        ("pre", ..., "pre is ''"),
-        ("add_eos_token", True, "add_eos_token is True"),
-        ("add_space_prefix", True, "add_space_prefix is True"),
-        ("tokens", ..., "tokens is missing"),
-        ("tokens", "abc", "tokens is a str"),
-        ("token_type", [1, 2], "token_type 2"),
-        ("token_type", [6] * (len(tiny.IDS) + 4), r"token_type\[0\] is 6"),
-        ("tokens", ["a"] * (len(tiny.IDS) + 4), "at 0 and at 1"),
-        ("merges", ["o w", "o w"], "listed twice"),
-        ("merges", ["o  w"], "does not join two tokens"),
-        ("bos_token_id", -1, "bos_token_id is -1"),
+        ("model", "bert", ["model", "'bert'"]),
+        ("add_sep_token", True, ["add_sep_token"]),
+        ("remove_extra_whitespaces", True, ["remove_extra_whitespaces"]),
+        ("normalizer.lowercase", True, ["normalizer.lowercase"]),
+        ("precompiled_charsmap", [1, 2], ["precompiled_charsmap"]),
+        ("model", ..., ["model", "''"]),
+        ("pre", "surprise", ["pre", "'surprise'"]),
+        ("pre", ..., ["pre", "''"]),
+        ("add_eos_token", True, ["add_eos_token", True]),
+        ("add_space_prefix", True, ["add_space_prefix", True]),
+        ("tokens", ..., ["tokens"]),
+        ("tokens", "abc", ["tokens", "str"]),
+        ("token_type", [1, 2], ["tokens", len(tiny.IDS) + 4, 2]),
+        ("token_type", [6] * (len(tiny.IDS) + 4), ["token_type[0]", 6]),
+        ("tokens", ["a"] * (len(tiny.IDS) + 4), ["tokens", "'a'", 0, 1]),
+        ("merges", ["o w", "o w"], ["(b'o', b'w')"]),
+        ("merges", ["o  w"], ["merge 0", "['o', '', 'w']"]),
+        ("bos_token_id", -1, ["bos_token_id", "-1"]),
     ],
 )
-def test_gguf_metadata_that_we_do_not_know_is_refused(key, value, message):
+def test_gguf_metadata_that_we_do_not_know_is_refused(key, value, facts):
     meta = tiny.gguf_metadata()
     meta["tokenizer.ggml." + key] = value
     if value is ...:
         del meta["tokenizer.ggml." + key]
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=naming("model.gguf", *facts)):
         bpe.from_gguf(meta, source="model.gguf")
-    assert "model.gguf" in str(error.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 100, b"\0" * 1000])
@@ -543,32 +542,31 @@ def test_tiktoken(tiktoken_file):
     tokenizer = bpe.from_tiktoken(path, pattern=GPT2, special_tokens=special)
     assert tokenizer.encoding.ranks == {token: i for i, token in enumerate(tiny.TOKENS)}
     assert (tokenizer.eos_id, tokenizer.stop_ids) == (1000, {1000})
-    with pytest.raises(ValueError, match="holds no split pattern"):
+    with pytest.raises(ValueError, match=naming(path, "pattern", "cl100k_base")):
         bpe.load(path)
-    with pytest.raises(ValueError, match="its SHA-256 is"):
+    with pytest.raises(ValueError, match=naming("cl100k_base.tiktoken", "SHA-256")):
         bpe.load(tiktoken_file(tiny.TOKENS, "cl100k_base.tiktoken"))
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "facts"),
     [
-        ("YQ==", "line 268 is not"),
-        ("YQ 300", "line 268 is not"),
-        ("YQ== x", "line 268 is not"),
-        ("YQ== 300", "line 268 repeats the token b'a' of line 98"),
-        ("enp6 3", "line 268 repeats the rank 3 of line 4"),
-        ("enp6 268", "line 268 has the rank 268, but none has 267"),
-        ("enp6 -1", "must be a number from 0 to 4294967295, got -1"),
+        ("YQ==", ["line 268", "b'YQ=='"]),
+        ("YQ 300", ["line 268", "b'YQ 300'"]),
+        ("YQ== x", ["line 268", "b'YQ== x'"]),
+        ("YQ== 300", ["line 268", "b'a'", "line 98"]),
+        ("enp6 3", ["line 268", "rank 3", "line 4"]),
+        ("enp6 268", ["line 268", "rank 268", 267]),
+        ("enp6 -1", [2**32 - 1, "-1"]),
     ],
 )
-def test_a_damaged_tiktoken_file_is_named(tiktoken_file, line, message):
+def test_a_damaged_tiktoken_file_is_named(tiktoken_file, line, facts):
     path = tiktoken_file(tiny.TOKENS)
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=naming(path, *facts)):
         bpe.from_tiktoken(path, pattern=GPT2, special_tokens={})
-    assert str(path) in str(error.value)
     path = tiktoken_file(tiny.TOKENS[1:])
-    with pytest.raises(ValueError, match="no token for the bytes"):
+    with pytest.raises(ValueError, match=naming(path, r"b'\x00'")):
         bpe.from_tiktoken(path, pattern=GPT2, special_tokens={})
 
 
@@ -586,13 +584,13 @@ def test_other_paths(tmp_path):
     with pytest.raises(FileNotFoundError):
         bpe.load(tmp_path / "nothing.gguf")
     (tmp_path / "vocab.pkl").write_bytes(b"")
-    with pytest.raises(ValueError, match="unknown kind"):
+    with pytest.raises(ValueError, match=naming(tmp_path / "vocab.pkl")):
         bpe.load(tmp_path / "vocab.pkl")
     (tmp_path / "tokenizer.json").write_text("[1]")
-    with pytest.raises(ValueError, match="holds a list"):
+    with pytest.raises(ValueError, match=naming(tmp_path / "tokenizer.json", "list")):
         bpe.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="not a JSON file"):
+    with pytest.raises(ValueError, match=naming(tmp_path / "tokenizer.json", "JSON")):
         bpe.load(tmp_path)
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,9 @@ import pytest
 
 import bpe
 from bpe.__main__ import coloured, main, plain
+from bpe.pretokenize import PATTERNS
 from tests.bpe import tiny
+from tests.naming import names
 
 
 @pytest.fixture
@@ -55,7 +58,7 @@ def test_texts_come_from_arguments_files_or_standard_input(run, vocab, tmp_path)
     assert run("encode", "--vocab", vocab, "low", "-f", str(two)) == expected
     two.write_bytes(b"\xff")
     status, out, err = run("encode", "--vocab", vocab, "-f", str(two))
-    assert status == 1 and not out and f"{two}: not UTF-8" in err
+    assert status == 1 and not out and names(err, two, "UTF-8")
 
 
 def test_colours(run, vocab, monkeypatch):
@@ -155,7 +158,7 @@ def test_without_the_package_for_gguf(run, tmp_path, monkeypatch):
     path.write_bytes(b"GGUF")
     status, out, err = run("--vocab", str(path), "x")
     assert (status, out, err.count("\n")) == (1, "", 1)
-    assert "GGUF files are read by the package gguf" in err and "pip install gguf" in err
+    assert str(path) in err and "pip install gguf" in err
 
 
 # Training
@@ -170,7 +173,7 @@ def test_train(run, tmp_path):
         "--pattern", "cl100k", "--special", "<a>", "--special", "<b>",
     )  # fmt: skip
     assert status == 0 and out.splitlines() == [str(as_json), str(ranks)]
-    assert err.startswith("265 tokens in ") and "\r" not in err, "no progress without a terminal"
+    assert names(err, 265) and "\r" not in err, "no progress without a terminal"
     encoding = bpe.load(as_json).encoding
     assert encoding.n_vocab == 265 and encoding.special_tokens == {"<a>": 263, "<b>": 264}
     assert encoding.decode_tokens_bytes(encoding.encode("1234")) == [b"1", b"2", b"3", b"4"]
@@ -184,7 +187,7 @@ def test_train_shows_progress_on_a_terminal(run, tmp_path, monkeypatch):
     text.write_text(" ".join(f"{i:x}" for i in range(50_000)), encoding="utf-8")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     _, _, err = run("train", str(text), "-o", str(tmp_path / "x.json"), "--vocab-size", "900")
-    assert "\r\x1b[Klearning merges: 256 of 643" in err
+    assert re.search(r"\r\x1b\[K.*\b256\b.*\b643\b", err)
     _, _, err = run("train", "-q", str(text), "-o", str(tmp_path / "x.json"))
     assert err == ""
 
@@ -193,11 +196,11 @@ def test_train_refuses_before_it_works(run, tmp_path):
     text = tmp_path / "text.txt"
     text.write_bytes(b"fine\nnot \xe4\n")
     status, out, err = run("train", str(text), "-o", str(tmp_path / "x.bin"))
-    assert status == 1 and "x.bin: the name must end in .tiktoken or .json" in err
+    assert status == 1 and names(err, "x.bin", ".tiktoken", ".json")
     status, out, err = run("train", str(text), "-o", str(tmp_path / "x.json"))
-    assert status == 1 and f"{text}: line 2 is not UTF-8: byte 0xe4" in err
+    assert status == 1 and names(err, text, "line 2", "UTF-8", "0xe4")
     status, out, err = run("train", str(tmp_path / "no.txt"), "-o", str(tmp_path / "x.json"))
-    assert status == 1 and "no.txt: No such file or directory" in err
+    assert status == 1 and str(tmp_path / "no.txt") in err
     assert not (tmp_path / "x.json").exists()
 
 
@@ -205,8 +208,11 @@ def test_a_misspelled_pattern_is_no_regular_expression(run, tmp_path):
     text, out = tmp_path / "text.txt", tmp_path / "x.json"
     text.write_text("ab ab", encoding="utf-8")
     train = lambda pattern: run("train", "-q", str(text), "-o", str(out), "--pattern", pattern)  # noqa: E731
-    assert "--pattern gtp2: no pattern has this name; did you mean gpt2?" in train("gtp2")[2]
-    assert "no pattern has this name; there are gpt2, smollm, cl100k" in train("nonsense")[2]
+    status, _, err = train("gtp2")
+    assert status == 1 and names(err, "--pattern", "gtp2", "gpt2")
+    assert not names(err, "cl100k"), "one name is near, so the others are not listed"
+    status, _, err = train("nonsense")
+    assert status == 1 and names(err, "--pattern", "nonsense", *PATTERNS)
     assert not out.exists()
     assert train(r"\w+|\W+")[0] == train("(?:ab)")[0] == 0
 
@@ -216,9 +222,9 @@ def test_a_misspelled_pattern_is_no_regular_expression(run, tmp_path):
 
 def test_a_missing_vocabulary_is_an_error_on_stderr(run, tmp_path):
     status, out, err = run("--vocab", str(tmp_path / "no.gguf"), "x")
-    assert status == 1 and out == "" and "no.gguf: no such file" in err
+    assert status == 1 and out == "" and str(tmp_path / "no.gguf") in err
     status, out, err = run("--vocab", "gpt-nonsense", "x")
-    assert status == 1 and "neither an encoding (" in err and "o200k_base" in err
+    assert status == 1 and names(err, "--vocab", "gpt-nonsense", "o200k_base")
 
 
 def test_encodings_and_models_by_name(run):

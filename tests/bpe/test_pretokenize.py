@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bpe.pretokenize import GPT2, LLAMA3, PATTERNS, QWEN2, SMOLLM, compile_pattern, split
+from tests.naming import naming
 
 TEXT = st.text(st.characters() | st.sampled_from(" \n\r\t'12sStTlLvVdD.é中"))
 
@@ -59,7 +60,7 @@ def test_a_bad_pattern_is_named():
 
 def test_an_exponential_pattern_ends(monkeypatch):
     monkeypatch.setattr("bpe.pretokenize.MIN_SECONDS", 0.5)
-    with pytest.raises(ValueError, match="took more than 0.5 s"):
+    with pytest.raises(ValueError, match=naming("0.5 s", r"(?:a|a|aa)+\\d$")):
         pieces(r"(?:a|a|aa)+\d$", "a" * 60)
 
 

@@ -9,6 +9,7 @@ from bpe.pretokenize import PATTERNS
 from bpe.save import merges_of, save, tiktoken_lines, to_oniguruma, tokenizer_json
 from bpe.train import train
 from tests.bpe import tiny
+from tests.naming import naming
 
 SPECIAL = ("<|endoftext|>", "<|im_end|>")
 
@@ -48,14 +49,14 @@ def test_merges_of_their_own_are_written_as_they_are(tmp_path):
     for text in ("low lower lo low<|im_end|> aaaa 12", "loow"):
         ids = encoding.encode(text, allowed_special="all")
         assert again.encode(text, allowed_special="all") == ids
-    with pytest.raises(ValueError, match="its ids are no merge priorities"):
+    with pytest.raises(ValueError, match=naming(".tiktoken", "tokenizer.json")):
         save(encoding, tmp_path / "x.tiktoken")
     assert not (tmp_path / "x.tiktoken").exists()
 
 
 def test_a_token_that_no_merge_makes_stays_a_token(tmp_path):
     ranks = {bytes([b]): b for b in range(256)} | {b"ab": 256, b"whole": 257}
-    with pytest.raises(ValueError, match="no merge makes the token 257, b'whole'"):
+    with pytest.raises(ValueError, match=naming(257, "b'whole'")):
         merges_of(ranks)
     encoding = bpe.Encoding("w", pattern=r"\w+|\W+", ranks=ranks, special_tokens={})
     save(encoding, tmp_path / "tokenizer.json")
@@ -87,12 +88,12 @@ def test_special_tokens_keep_their_ids(name, tmp_path):
 
 def test_a_special_token_that_is_spelled_as_another_token_is(tmp_path):
     encoding = tiny.encoding(special_tokens={"low": 5000})
-    with pytest.raises(ValueError, match="the special token 'low' is spelled as the token"):
+    with pytest.raises(ValueError, match=naming("special token", "'low'", tiny.IDS[b"low"])):
         tokenizer_json(encoding)
 
 
 def test_names(tmp_path):
-    with pytest.raises(ValueError, match=r"out.txt: the name must end in .tiktoken or .json"):
+    with pytest.raises(ValueError, match=naming("out.txt", ".tiktoken", ".json")):
         save(tiny.encoding(), tmp_path / "out.txt")
 
 
@@ -111,12 +112,12 @@ def test_the_dialect_of_tokenizers(pattern, expected):
 
 @pytest.mark.parametrize("pattern", ["(?s:.+)", "(?m)^x", "(?i-s:a.)"])
 def test_flags_that_mean_something_else_are_refused(pattern):
-    with pytest.raises(ValueError, match="tokenizers reads the flags"):
+    with pytest.raises(ValueError, match=naming(repr(pattern), "flags")):
         to_oniguruma(pattern)
 
 
 def test_a_possessive_group_is_refused():
-    with pytest.raises(ValueError, match="atomic group"):
+    with pytest.raises(ValueError, match=naming("(?>...)")):
         to_oniguruma(r"(?:ab){1,3}+")
 
 

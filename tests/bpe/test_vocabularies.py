@@ -15,6 +15,7 @@ import bpe
 from bpe import vocabularies
 from bpe.save import tiktoken_lines
 from tests.bpe.tiktoken_cache import fill, gpt2_files
+from tests.naming import naming
 
 NAMES = bpe.list_encoding_names()
 
@@ -94,11 +95,11 @@ def test_a_model_has_its_encoding(model, name):
 
 
 def test_unknown_names_say_what_there_is():
-    with pytest.raises(ValueError, match="unknown encoding 'cl100k'; there are gpt2, .*o200k_har"):
+    with pytest.raises(ValueError, match=naming("'cl100k'", *bpe.list_encoding_names())):
         bpe.get_encoding("cl100k")
-    with pytest.raises(ValueError, match="must be a string"):
+    with pytest.raises(ValueError, match=naming(100)):
         bpe.get_encoding(100)  # type: ignore[arg-type]
-    with pytest.raises(KeyError, match="no encoding is known for the model 'llama'"):
+    with pytest.raises(KeyError, match=naming("'llama'")):
         bpe.encoding_for_model("llama")
 
 
@@ -106,7 +107,7 @@ def test_a_damaged_table_is_refused(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "o200k_base.xz").write_bytes(lzma.compress(b"\1a"))
     monkeypatch.setattr(vocabularies, "files", lambda package: tmp_path)
-    with pytest.raises(ValueError, match="o200k_base.xz: its SHA-256 is not the expected one"):
+    with pytest.raises(ValueError, match=naming("o200k_base.xz", "SHA-256")):
         vocabularies.ranks("o200k_base")
 
 
@@ -117,7 +118,7 @@ def test_a_file_of_openais_is_read_and_one_cut_short_is_not(tmp_path):
     path.write_text(lines)
     assert bpe.load(path).encoding.encode("hello world") == [31373, 995]
     path.write_text(lines[: len(lines) // 2])
-    with pytest.raises(ValueError, match="r50k_base.tiktoken: its SHA-256 is .* of this name is"):
+    with pytest.raises(ValueError, match=naming(path, "SHA-256")):
         bpe.load(path)
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import bpe
 from tests.bpe.conftest import GOLDEN
+from tests.naming import naming
 
 FILE = GOLDEN / "wordpiece-tokenizer.json"
 SPEC = json.loads(FILE.read_text(encoding="utf-8"))
@@ -66,9 +67,9 @@ def test_truncation():
     assert pieces("pears pears", max_length=4) == ["[CLS]", "pear", "##s", "[SEP]"]
     assert pieces("pears", max_length=1, add_special_tokens=False) == ["pear"]
     assert pieces("pears", max_length=2) == ["[CLS]", "[SEP]"]
-    with pytest.raises(ValueError, match="max_length=1 is less than the 2 special tokens"):
+    with pytest.raises(ValueError, match=naming("max_length=1", 2)):
         TINY.encode("pears", max_length=1)
-    with pytest.raises(ValueError, match="max_length=2 is less than the 3 special tokens"):
+    with pytest.raises(ValueError, match=naming("max_length=2", 3)):
         TINY.encode_pair("pears", "pears", max_length=2)
 
 
@@ -86,9 +87,9 @@ def test_back_to_words():
 
 
 def test_what_a_vocabulary_must_have():
-    with pytest.raises(ValueError, match=r"lacks the special token '\[SEP\]'"):
+    with pytest.raises(ValueError, match=naming("'[SEP]'")):
         bpe.WordPiece({"[UNK]": 0, "[CLS]": 1})
-    with pytest.raises(ValueError, match="the same id"):
+    with pytest.raises(ValueError, match=naming("id")):
         bpe.WordPiece({"[UNK]": 0, "[CLS]": 0, "[SEP]": 1})
 
 
@@ -134,48 +135,54 @@ def test_tokenizer_json_and_vocab_txt_of_one_vocabulary_agree(tmp_path, golden):
 
 
 @pytest.mark.parametrize(
-    ("lines", "message"),
+    ("lines", "facts"),
     [
-        ([*PIECES, "pear"], r"vocab.txt: line 17 repeats 'pear' of line 10"),
-        ([*PIECES[:6], "", *PIECES[6:]], r"vocab.txt: line 7 is empty"),
-        (PIECES[3:], r"vocab.txt: .*lacks the special token '\[UNK\]'"),
+        ([*PIECES, "pear"], ["line 17", "'pear'", "line 10"]),
+        ([*PIECES[:6], "", *PIECES[6:]], ["line 7"]),
+        (PIECES[3:], ["'[UNK]'"]),
     ],
 )
-def test_damaged_vocab_txt(tmp_path, lines, message):
-    with pytest.raises(ValueError, match=message):
+def test_damaged_vocab_txt(tmp_path, lines, facts):
+    with pytest.raises(ValueError, match=naming("vocab.txt", *facts)):
         bpe.load_wordpiece(write_folder(tmp_path, lines))
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "facts"),
     [
-        ({"model": {"type": "BPE"}}, "model: type is 'BPE'"),
-        ({"normalizer": None}, "normalizer is missing"),
-        ({"normalizer": SPEC["normalizer"] | {"clean_text": False}}, "clean_text is False"),
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer: type is 'Whitespace'"),
-        ({"post_processor": None}, "post_processor: None is not known"),
-        ({"added_tokens": [{"id": 5, "content": "[PAD]"}]}, r"'\[PAD\]' is 5 in added_tokens and"),
+        ({"model": {"type": "BPE"}}, ["model", "type", "'BPE'"]),
+        ({"normalizer": None}, ["normalizer"]),
+        (
+            {"normalizer": SPEC["normalizer"] | {"clean_text": False}},
+            ["normalizer", "clean_text", False],
+        ),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, ["pre_tokenizer", "type", "'Whitespace'"]),
+        ({"post_processor": None}, ["post_processor", None]),
+        ({"added_tokens": [{"id": 5, "content": "[PAD]"}]}, ["'[PAD]'", 5, "added_tokens"]),
         (
             {"added_tokens": [{"id": 0, "content": "[PAD]", "normalized": True}]},
-            "normalized is True",
+            ["normalized", True],
         ),
-        ({"added_tokens": [{"id": 99, "content": "[X]"}]}, r"model.vocab lacks '\[X\]'"),
-        ({"model": SPEC["model"] | {"vocab": {"a": "b"}}}, r"vocab\['a'\] is 'b', not an id"),
-        ({"model": SPEC["model"] | {"max_input_chars_per_word": None}}, "max_input_chars_per"),
+        ({"added_tokens": [{"id": 99, "content": "[X]"}]}, ["model.vocab", "'[X]'"]),
+        ({"model": SPEC["model"] | {"vocab": {"a": "b"}}}, ["vocab['a']", "'b'"]),
+        (
+            {"model": SPEC["model"] | {"max_input_chars_per_word": None}},
+            ["max_input_chars_per_word"],
+        ),
     ],
 )
-def test_damaged_tokenizer_json(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
+def test_damaged_tokenizer_json(tmp_path, changes, facts):
+    with pytest.raises(ValueError, match=naming(*facts)):
         load(tmp_path, **changes)
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer.json or vocab.txt"):
+    with pytest.raises(FileNotFoundError, match=naming(tmp_path, "tokenizer.json", "vocab.txt")):
         bpe.load_wordpiece(tmp_path)
-    with pytest.raises(FileNotFoundError, match="vocab.txt: no such file"):
+    with pytest.raises(FileNotFoundError, match=naming(tmp_path / "vocab.txt")):
         bpe.load_wordpiece(tmp_path / "vocab.txt")
     (tmp_path / "vocab.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match="a WordPiece vocabulary is"):
+    with pytest.raises(ValueError, match=naming(tmp_path / "vocab.bin", "WordPiece")):
         bpe.load_wordpiece(tmp_path / "vocab.bin")
 
 
