@@ -1,0 +1,11 @@
+"""What most tests of errors stand on."""
+
+from tests.naming import names
+
+
+def test_all_facts_are_found_in_any_order_and_as_whole_words():
+    text = "a.json: num_heads must be a multiple of num_kv_heads,\ngot -4 and 'x'"
+    assert names(text, "'x'", "-4", "num_kv_heads", "a.json") and names(text)
+    for missing in ("kv_heads", 3, "'y'", "num_kv_head", "a_json", "json:num"):
+        assert not names(text, "num_heads", missing)
+    assert not names("got 43 and 3.5 and [24]", 4) and names("got 43 and [24]", "[24]")
