@@ -31,7 +31,8 @@ from IPython.display import display
 from openai import OpenAI
 
 import bpe
-from serve import catalogue, settings, sources
+from serve import settings
+from serve.models import catalogue, download
 from transformer import checkpoint, decoder
 from transformer.generate import generate
 from transformer.sampling import Sampling
@@ -142,7 +143,7 @@ class Tokens:
         return f'<div style="line-height:2">{" ".join(boxes)}</div>'
 
 
-path = sources.find(catalogue.load().models[MODEL], settings.data_folder())
+path = download.find(catalogue.load().models[MODEL], settings.data_folder())
 tokenizer = bpe.load(path)
 encoding = tokenizer.encoding
 display(Tokens(encoding, encoding.encode("The hamburger costs 12 euros, indubitably. 🍔")))

@@ -28,7 +28,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import bpe
-from serve import catalogue, settings, sources
+from serve import settings
+from serve.models import catalogue, download
 from transformer import attention, cache, checkpoint, decoder, generate, inspect, kernels, rope
 from transformer.config import Config
 
@@ -127,7 +128,7 @@ print(f"along each diagonal all scores are alike to within 1e-4: {max(along) < 1
 # SmolLM2 has 30 layers of 9 heads. `inspect.attention` reads a sequence and returns all 270 maps.
 
 # %%
-path = sources.find(catalogue.load().models["smollm2-135m-instruct"], settings.data_folder())
+path = download.find(catalogue.load().models["smollm2-135m-instruct"], settings.data_folder())
 params, cfg, metadata = checkpoint.load(path)
 encoding = bpe.from_gguf(metadata).encoding
 TEXT = "The cat sat down because it was tired. The cat sat"

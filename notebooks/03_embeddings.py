@@ -24,13 +24,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import bpe
-from serve import catalogue, settings, sources
+from serve import settings
+from serve.models import catalogue, download
 from transformer import encoder, packing, similarity
 from transformer.checkpoint import bert
 
 jax.config.update("jax_compilation_cache_dir", str(settings.data_folder() / "compiled"))
 
-folder = sources.find(catalogue.load().models["all-minilm-l6-v2"], settings.data_folder())
+folder = download.find(catalogue.load().models["all-minilm-l6-v2"], settings.data_folder())
 params, cfg = bert.load(folder)
 words = bpe.load_wordpiece(folder)
 

@@ -31,7 +31,8 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 import audio
 from audio import decode, mel, model, timing, vad
 from audio.load import RATE
-from serve import catalogue, settings, sources
+from serve import settings
+from serve.models import catalogue, download
 
 jax.config.update("jax_compilation_cache_dir", str(settings.data_folder() / "compiled"))
 
@@ -39,7 +40,7 @@ set_matplotlib_formats("jpeg", pil_kwargs={"quality": 38})  # spectrograms make 
 
 clips = Path("../tests/golden/audio")
 samples = audio.load(clips / "austen-0890.flac")
-folder = sources.find(catalogue.load().models["whisper-tiny.en"], settings.data_folder())
+folder = download.find(catalogue.load().models["whisper-tiny.en"], settings.data_folder())
 whisper = audio.load_model(folder)
 tokens, cfg = whisper.tokens, whisper.cfg
 print(

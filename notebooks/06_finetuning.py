@@ -30,7 +30,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import bpe
-from serve import catalogue, settings, sources
+from serve import settings
+from serve.models import catalogue, download
 from training import check, examples, metrics, packing
 from training.recipes import finetune, harbour
 from training.recipes.decoder import LowRank
@@ -38,7 +39,7 @@ from transformer import checkpoint, decoder, generate, lora
 
 jax.config.update("jax_compilation_cache_dir", str(settings.data_folder() / "compiled"))
 
-path = sources.find(catalogue.load().models["smollm2-135m-instruct"], settings.data_folder())
+path = download.find(catalogue.load().models["smollm2-135m-instruct"], settings.data_folder())
 tokenizer = bpe.load(path)
 encoding, template = tokenizer.encoding, tokenizer.chat_template
 work = Path(tempfile.mkdtemp())

@@ -30,7 +30,8 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 import diffusion
 from diffusion import edit, painter, sample, schedule
 from diffusion.schedule import Level
-from serve import catalogue, settings, sources
+from serve import settings
+from serve.models import catalogue, download
 
 jax.config.update("jax_compilation_cache_dir", str(settings.data_folder() / "compiled"))
 set_matplotlib_formats("jpeg", pil_kwargs={"quality": 26})  # clouds of points make large PNGs
@@ -364,7 +365,7 @@ plt.show()
 # general, in glaring colours, then this one.
 
 # %%
-folder = sources.find(catalogue.load().models["all-minilm-l6-v2"], settings.data_folder())
+folder = download.find(catalogue.load().models["all-minilm-l6-v2"], settings.data_folder())
 emoji = diffusion.load(diffusion.weights("emoji-64"), folder)
 WORDS = ("red apple", "cat", "sun", "heart", "pizza", "tree", "fish", "smiling face")
 prompts = [f"{word}, flat style" for word in WORDS]
@@ -532,4 +533,4 @@ checks.report(checks.heun, heun)
 # </details>
 #
 # Read next: `diffusion/unet.py` for the network, `training/recipes/emoji.py` for how it learnt,
-# then `serve/engine/drawing.py` for many who draw at a time.
+# then `serve/models/images.py` for many who draw at a time.

@@ -35,8 +35,8 @@ from serve.jobs_keeper import Keeper
 from serve.keys import KeyRing
 from serve.limits import RATE_HEADERS, Admission, RequestRate
 from serve.metrics import Metrics
+from serve.models.registry import Registry
 from serve.passing import Passing
-from serve.registry import Registry
 from serve.security import ApiKeys, BodyLimit, HostAndOrigin
 from serve.settings import Settings
 from serve.store import Store

@@ -19,26 +19,23 @@ import typer.core
 
 from serve import (
     bench_command,
-    catalogue,
     embed_command,
     finetune_command,
     image_command,
     inspect_command,
     keys_command,
-    made,
-    measured,
-    sampling,
     settings,
     terminal,
     transcribe_command,
 )
 from serve.failures import Corrupt, Failure, NotFound, WrongUsage
+from serve.models import adapters, benchmarks, catalogue, sampling
 
 if TYPE_CHECKING:
     from serve import talk
-    from serve.engine import ServedModel
-    from serve.registry import Registry
-    from serve.sources import Located
+    from serve.models.decoder import ServedModel
+    from serve.models.download import Located
+    from serve.models.registry import Registry
 
 STOP_SECONDS = 5.0  # for the engines to finish the step they are in
 
@@ -364,9 +361,9 @@ def models(json: Json = False) -> None:
     """List the models: what they need, how fast they ran."""
     home, config = settings.data_folder(), settings.config_folder()
     known = catalogue.load(config)
-    here = measured.read(home)
+    here = benchmarks.read(home)
     cards = [_card(model, known, here) for model in known.models.values()]
-    cards += [_made_card(card, cards, here) for card in made.cards(home)]
+    cards += [_made_card(card, cards, here) for card in adapters.cards(home)]
     if json:
         terminal.answer_json({"home": str(home), "default": known.default, "models": cards})
         return
@@ -388,7 +385,7 @@ def models(json: Json = False) -> None:
     print(terminal.table(head, rows))
     terminal.say(
         "* the default. MEMORY is for weights and conversations as answers here took it; ~ is "
-        f"weights in float32, until one of {measured.ENOUGH_TOKENS} tokens has measured it and "
+        f"weights in float32, until one of {benchmarks.ENOUGH_TOKENS} tokens has measured it and "
         "TOK/S. SAMPLING is for requests that give none.\n"
         f"Models are in {home}, your own models.toml belongs in {config}."
     )
@@ -407,7 +404,7 @@ def pull(
     json: Json = False,
 ) -> None:
     """Fetch models, checked; print where they are."""
-    from serve import hub, sources
+    from serve.models import download, hub
 
     if all and ids:
         raise WrongUsage("--all already means every model: leave the ids out")
@@ -419,12 +416,12 @@ def pull(
         if id.startswith("hf:") and not verify:
             path = hub.pull(id, home, say=terminal.say)
         elif model is None:
-            raise NotFound(sources.unknown(id, known))
+            raise NotFound(download.unknown(id, known))
         elif verify:
-            path = sources.verify(model, home)
+            path = download.verify(model, home)
         else:
             with terminal.Download(model.id) as progress:
-                path = sources.pull(model, home, say=terminal.say, progress=progress)
+                path = download.pull(model, home, say=terminal.say, progress=progress)
         done.append({"id": model.id if model else id, "path": str(path)})
     if json:
         terminal.answer_json({"models": done})
@@ -435,12 +432,12 @@ def pull(
 
 def _others(known: catalogue.Catalogue, places: "list[Located]") -> "list[Located]":
     """The other models of the catalogue that were pulled: offered, and loaded when asked for."""
-    from serve import sources
+    from serve.models import download
 
     found = []
     for model in known.models.values():
         with contextlib.suppress(Corrupt):  # `pellucid models` says which
-            place = sources.located(model, settings.data_folder())
+            place = download.located(model, settings.data_folder())
             if place and model.id not in [place.id for place in places]:
                 found.append(place)
     return found
@@ -456,13 +453,14 @@ def _offered(
     sampling_defaults: sampling.Defaults = "model",
 ) -> "Iterator[Registry]":
     """The models of a server, the first of them loaded. What runs at the end is cancelled."""
-    from serve import local, offers
-    from serve.registry import CannotLoad, Registry
+    from serve import local
+    from serve.models import resolve
+    from serve.models.registry import CannotLoad, Registry
 
     cards = []
     for place in places:
         with local.loading(place):
-            card = offers.offer(
+            card = resolve.offer(
                 place,
                 cache_budget=chosen.cache_budget,
                 dtype=dtype,
@@ -479,7 +477,7 @@ def _offered(
         aliases,
         memory_limit=chosen.memory_limit,
         absent=absent,
-        shelf=offers.Shelf(chosen.home, chosen.cache_budget, paths),
+        shelf=resolve.Shelf(chosen.home, chosen.cache_budget, paths),
     )
     try:
         registry.load(registry.default)
@@ -493,8 +491,9 @@ def _offered(
 @contextlib.contextmanager
 def _loaded(place: "Located", cache_budget: int) -> Iterator["ServedModel"]:
     """A model and its engine in this process. What still runs at the end is cancelled."""
-    from serve import local, offers
-    from serve.engine import load_model
+    from serve import local
+    from serve.models import resolve
+    from serve.models.decoder import load_model
 
     with local.loading(place):
         served = load_model(
@@ -504,11 +503,11 @@ def _loaded(place: "Located", cache_budget: int) -> Iterator["ServedModel"]:
             cache_budget=cache_budget,
             sha256=place.model.files[0].sha256 if place.model and place.model.files else None,
             good=place.model.formats if place.model else (),
-            sampling=offers.sampling_of(place, terminal.say),
+            sampling=resolve.sampling_of(place, terminal.say),
             notify=terminal.say,
         )
         if place.adapter is not None:
-            served = offers.adapted(place.adapter, served, place.path)
+            served = resolve.adapted(place.adapter, served, place.path)
     try:
         yield served
     finally:
@@ -576,7 +575,7 @@ def _print_reply(
 def _figures(model: "ServedModel", reply: "talk.Reply", load_seconds: float | None = None) -> str:
     """Notes the run's speed for `pellucid models`, and puts it into one line."""
     home = settings.data_folder()
-    measured.record(
+    benchmarks.record(
         home, model.id, tokens=reply.tokens - 1, seconds=reply.decoding, memory=model.memory
     )
     figures = ["in-process"]
@@ -641,7 +640,7 @@ def _token(id: int, part: bytes) -> dict[str, Any]:
 
 
 def _size(size: int) -> str:
-    from serve.sources import human_size
+    from serve.models.download import human_size
 
     return human_size(size)
 
@@ -653,13 +652,13 @@ def _memory(card: dict[str, Any]) -> str:
 
 
 def _card(
-    model: catalogue.Model, known: catalogue.Catalogue, here: dict[str, measured.Measured]
+    model: catalogue.Model, known: catalogue.Catalogue, here: dict[str, benchmarks.Measured]
 ) -> dict[str, Any]:
     """What `pellucid models` says of one model."""
-    from serve import sources
+    from serve.models import download
 
     try:
-        path = sources.find(model, settings.data_folder())
+        path = download.find(model, settings.data_folder())
         state = "pulled" if path else "-"
     except Corrupt:
         path, state = None, "changed"
@@ -688,11 +687,11 @@ def _sampling(row: Mapping[str, float], path: Path | None) -> dict[str, Any]:
 
 
 def _made_card(
-    card: made.Card, others: list[dict[str, Any]], here: dict[str, measured.Measured]
+    card: adapters.Card, others: list[dict[str, Any]], here: dict[str, benchmarks.Measured]
 ) -> dict[str, Any]:
     """The same of one that was fine-tuned here, of which its base says the rest."""
     base = next((other for other in others if other["id"] == card.base), None) or {}
-    path, run = made.folder(settings.data_folder(), card.id), here.get(card.id)
+    path, run = adapters.folder(settings.data_folder(), card.id), here.get(card.id)
     unknown = dict.fromkeys(("serves", "parameters", "context", "licence"))
     return {
         **unknown,

@@ -16,7 +16,7 @@ from serve import terminal
 from serve.failures import DoesNotFit, WrongUsage
 
 if TYPE_CHECKING:
-    from serve.engine import EmbeddingModel
+    from serve.models.encoder import EmbeddingModel
 
 DEFAULT = "all-minilm-l6-v2"
 MAX_TOKENS_HELP = (
@@ -72,7 +72,7 @@ def embed(
     if truncate and long_text_mode == "mean":
         raise WrongUsage("--truncate and --long-text-mode mean exclude each other: choose one")
     served = _loaded(model, dtype, max_embedding_tokens)
-    from serve.engine import long_texts
+    from serve.models import long_texts
 
     started = time.perf_counter()
     ids = [served.words.encode(text) for text in lines]
@@ -107,11 +107,12 @@ def embed(
 
 
 def _loaded(name: str, dtype: str, max_tokens: int | None) -> "EmbeddingModel":
-    from serve import local, offers
-    from serve.engine import load_embedder
+    from serve import local
+    from serve.models import resolve
+    from serve.models.encoder import load_embedder
 
     place = local.located(name)
-    if not offers.is_encoder(place):
+    if not resolve.is_encoder(place):
         raise WrongUsage(f"{place.id} does not make embeddings: {DEFAULT} does")
     with local.loading(place):
         return load_embedder(

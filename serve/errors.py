@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from serve.engine import Busy
-from serve.registry import CannotLoad, UnknownModel
+from serve.models.registry import CannotLoad, UnknownModel
 
 
 class APIError(Exception):

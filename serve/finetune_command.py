@@ -21,7 +21,7 @@ from serve.failures import CheckFailed, Failure, NotFound, WrongUsage
 
 if TYPE_CHECKING:
     from serve.jobs import Jobs
-    from serve.sources import Located
+    from serve.models.download import Located
 
 app = typer.Typer(no_args_is_help=True, help="Fine-tune a model on examples.")
 
@@ -279,13 +279,14 @@ def _decoder(name: str | None) -> "Located":
         WrongUsage: it does something else.
         Failure: what `local.located` raises.
     """
-    from serve import local, offers
+    from serve import local
+    from serve.models import resolve
 
     place = local.located(name)
     others = (
-        (offers.is_painter, "draws pictures"),
-        (offers.is_encoder, "makes embeddings"),
-        (offers.is_speech, "writes down speech"),
+        (resolve.is_painter, "draws pictures"),
+        (resolve.is_encoder, "makes embeddings"),
+        (resolve.is_speech, "writes down speech"),
     )
     with local.loading(place):
         for is_such, what in others:
@@ -395,9 +396,9 @@ class Here:
         return [shown(job) for job in found]
 
     def models(self) -> frozenset[str]:
-        from serve import made
+        from serve.models import adapters
 
-        return frozenset(map(unquote, made.names(self._jobs.home)))
+        return frozenset(map(unquote, adapters.names(self._jobs.home)))
 
     def job(self, id: str) -> dict:
         from serve.jobs import shown

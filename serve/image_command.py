@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from diffusion import Painter, Plan
+    from serve.models.download import Located
     from serve.preview import Preview
-    from serve.sources import Located
 
 DEFAULT = "emoji-64"
 STYLES = ("shaded", "flat", "3d")  # as the captions of `diffusion.data` say them
@@ -206,7 +206,7 @@ def _loaded(name: str) -> "tuple[Located, Painter]":
         raise WrongUsage(f"{place.id} does not draw: {DEFAULT} does")
     settings.private_folder(settings.data_folder())
     import diffusion
-    from serve.engine.load import keep_compiled_programs
+    from serve.models.decoder import keep_compiled_programs
 
     keep_compiled_programs()
     with local.loading(place):
@@ -279,7 +279,7 @@ def _draw(
 
     from diffusion import edit, sample
     from diffusion.painter import to_bytes
-    from serve.engine.drawing import MAX_EDITED, SIZES
+    from serve.models.images import MAX_EDITED, SIZES
 
     is_masked = source is not None and source.mask is not None
     most = MAX_EDITED if is_masked else SIZES[-1]

@@ -29,11 +29,12 @@ def inspect(
 ) -> None:
     """Draw attention, the logit lens and the alternatives of each token."""
     import bpe
-    from serve import local, offers
-    from serve.engine.load import keep_compiled_programs
+    from serve import local
+    from serve.models import resolve
+    from serve.models.decoder import keep_compiled_programs
 
     place = local.located(model)
-    if offers.is_encoder(place):
+    if resolve.is_encoder(place):
         raise WrongUsage(f"{place.id} is an encoder: only models that generate are looked into")
     settings.private_folder(settings.data_folder())
     keep_compiled_programs()

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from serve import made
 from serve.failures import Failure
+from serve.models import adapters
 from serve.store import Store, new_id
 
 Job = dict[str, Any]
@@ -195,11 +195,11 @@ class Jobs:
         Returns:
             The ids of what is gone: empty if there was no such model.
         """
-        ids = made.with_checkpoints(self.home, id)
+        ids = adapters.with_checkpoints(self.home, id)
         for one in ids:
-            made.delete(self.home, one)
+            adapters.delete(self.home, one)
         key = "fine_tuned_model_checkpoint"
-        whose = id.partition(made.CHECKPOINT)[0]
+        whose = id.partition(adapters.CHECKPOINT)[0]
         with self.store.writing():
             for job in self.store.page("job", keep=lambda job: job["name"] == whose)[0]:
                 for checkpoint in self.store.page("checkpoint", parent=job["id"])[0]:
@@ -274,7 +274,7 @@ def check_name(model: str) -> None:
     Raises:
         ValueError: it cannot.
     """
-    if not made.fits(_name(model, None)):
+    if not adapters.fits(_name(model, None)):
         raise ValueError(
             f"Invalid 'model': what is made of '{model[:80]}' would have too long a name for the "
             "file system. Offer it under a shorter name."
@@ -292,7 +292,7 @@ def check_suffix(model: str, suffix: str) -> None:
             f"Invalid 'suffix': '{suffix[:80]}' cannot be part of a model's name. Use at most 64 "
             "letters, digits, '.', '_' and '-', with a letter or digit at both ends."
         )
-    if not made.fits(_name(model, suffix)):
+    if not adapters.fits(_name(model, suffix)):
         raise ValueError(
             f"Invalid 'suffix': with '{suffix}' the new model's name would be too long for the "
             "file system, where '.' counts three times. Use a shorter one."

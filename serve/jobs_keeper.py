@@ -33,8 +33,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from serve import made, settings
+from serve import settings
 from serve.jobs import DATA, OUT, OVER, VALID, Job, Jobs
+from serve.models import adapters
 from serve.store import file_record, new_id
 
 log = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ class Keeper:
     def _tidy(self) -> None:
         """Ends and removes what is left of jobs that are over: a server was killed meanwhile."""
         try:
-            made.sweep(self._jobs.home)
+            adapters.sweep(self._jobs.home)
             over, _ = self._jobs.store.page("job", keep=lambda job: job["status"] in OVER)
             for job in over:
                 id, folder = job["id"], self._jobs.folder(job["id"])
@@ -171,7 +172,7 @@ class Keeper:
                     if (left := Process.left_behind(id, folder, name)) is not None:
                         left.stop()
                 if job["status"] != "succeeded":  # its model was made, and never told of
-                    made.delete(self._jobs.home, job["name"])
+                    adapters.delete(self._jobs.home, job["name"])
                     self._jobs.store.drop(job["result_file"])
                 self._jobs.clear(id)
         except Exception:  # the jobs that are to be done do not depend on it
@@ -246,7 +247,7 @@ class Keeper:
         if (left := Process.left_behind(id, folder)) is not None:
             return Training(self._jobs, id, left)
         if job["status"] == "queued":
-            from serve.engine import fingerprint
+            from serve.models import fingerprint
 
             weights = fingerprint.of_weights(Path(job["path"]))
             if not self._jobs.move(id, "running", "Fine-tuning job started", weights=weights):
@@ -400,7 +401,7 @@ class Training:
             job = self._get()
             if step <= job["published"] or job["status"] != "running":
                 continue
-            name = f"{job['name']}{made.CHECKPOINT}{step}"
+            name = f"{job['name']}{adapters.CHECKPOINT}{step}"
             try:
                 self._make(job, name, step, self._out / "adapters" / f"step-{step}")
             except FileNotFoundError:  # the trainer keeps the last few, and was faster
@@ -420,7 +421,7 @@ class Training:
                 self._jobs.tell(self.job, f"Checkpoint created at step {step}")
             told.append(checkpoint)
         for checkpoint in told[:-KEPT]:
-            made.delete(self._jobs.home, checkpoint["fine_tuned_model_checkpoint"])
+            adapters.delete(self._jobs.home, checkpoint["fine_tuned_model_checkpoint"])
             self._jobs.store.remove("checkpoint", checkpoint["id"])
 
     def publish(self) -> None:
@@ -444,11 +445,11 @@ class Training:
             trained_tokens=job["tokens"],
         )
         if not succeeded:  # it was cancelled a moment ago
-            made.delete(self._jobs.home, name)
+            adapters.delete(self._jobs.home, name)
             self._jobs.store.drop(file)
 
     def _make(self, job: Job, name: str, step: int, adapter: Path) -> None:
-        card = made.Card(
+        card = adapters.Card(
             id=name,
             base=job["model"],
             path=job["path"],
@@ -457,7 +458,7 @@ class Training:
             job=self.job,
             step=step,
         )
-        made.put(self._jobs.home, card, adapter)
+        adapters.put(self._jobs.home, card, adapter)
 
     def _get(self) -> Job:
         job = self._jobs.get(self.job)
@@ -628,8 +629,8 @@ def _rounded(value: float | str) -> float | str:
     return round(value, 5) if isinstance(value, float) else value
 
 
-def _steps(adapters: Path) -> list[int]:
-    return [int(path.name[5:]) for path in adapters.glob("step-*") if path.name[5:].isdecimal()]
+def _steps(folder: Path) -> list[int]:
+    return [int(path.name[5:]) for path in folder.glob("step-*") if path.name[5:].isdecimal()]
 
 
 def take_lock(path: Path) -> int | None:

@@ -16,7 +16,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from serve import notes
+from serve.models import json_cache
 
 PREFIX = "sk-pellucid-"
 FILE = "keys.json"
@@ -85,7 +85,7 @@ def delete(home: Path, name: str) -> None:
 
 
 def _write(home: Path, keys: list[Key]) -> None:
-    notes.replace(home / FILE, json.dumps([asdict(key) for key in keys], indent=1))
+    json_cache.replace(home / FILE, json.dumps([asdict(key) for key in keys], indent=1))
 
 
 class KeyRing:

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from serve import catalogue, made, settings, sources, terminal
+from serve import settings, terminal
 from serve.failures import Corrupt, Failure
+from serve.models import adapters, catalogue, download
 
 
-def located(name: str | None) -> sources.Located:
+def located(name: str | None) -> download.Located:
     """The files that a `--model` option means, pulled if they are not here; the default for None.
 
     Raises:
@@ -19,16 +20,16 @@ def located(name: str | None) -> sources.Located:
     """
     known, home = catalogue.load(settings.config_folder()), settings.data_folder()
     name = name or known.default
-    if made.exists(home, name):
-        return _made(made.folder(home, name), known)
+    if adapters.exists(home, name):
+        return _made(adapters.folder(home, name), known)
     with terminal.Download(name) as progress:
-        return sources.locate(name, known, home, say=terminal.say, progress=progress)
+        return download.locate(name, known, home, say=terminal.say, progress=progress)
 
 
-def _made(folder: Path, known: catalogue.Catalogue) -> sources.Located:
+def _made(folder: Path, known: catalogue.Catalogue) -> download.Located:
     """A model that the user fine-tuned: the files of its base, and its own."""
     try:
-        card = made.read(folder)
+        card = adapters.read(folder)
     except (OSError, ValueError) as error:
         raise Corrupt(str(error)) from None
     name = card.base if known.get(card.base) else f"{card.base}={card.path}"
@@ -36,7 +37,7 @@ def _made(folder: Path, known: catalogue.Catalogue) -> sources.Located:
 
 
 @contextlib.contextmanager
-def loading(place: sources.Located) -> Iterator[None]:
+def loading(place: download.Located) -> Iterator[None]:
     """Around what reads a model's files: what goes wrong becomes one line that names them."""
     try:
         yield

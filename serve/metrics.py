@@ -24,8 +24,8 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from serve.calls import call_of
-from serve.engine import ServedModel
-from serve.registry import Registry
+from serve.models.decoder import ServedModel
+from serve.models.registry import Registry
 
 disable_created_metrics()  # a second series beside each, which nobody asks for
 

@@ -13,7 +13,7 @@ from serve import talk, terminal
 from serve.failures import Failure
 
 if TYPE_CHECKING:
-    from serve.engine import ServedModel
+    from serve.models.decoder import ServedModel
 
 HELP = """\
 /help                this list

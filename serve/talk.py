@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from serve import sampling
 from serve.failures import DoesNotFit, Failure, WrongUsage
+from serve.models import sampling
 
 if TYPE_CHECKING:  # the engine brings JAX along
-    from serve.engine import ServedModel
+    from serve.models.decoder import ServedModel
 
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from audio import Options, Plan, Transcript
-    from serve.engine import SpeechModel
+    from serve.models.speech import SpeechModel
 
 DEFAULT = "whisper-base"
 FORMATS = ("text", "json", "srt", "vtt", "tsv")  # as `audio.subtitles` has them
@@ -188,11 +188,12 @@ def _same_target(files: Sequence[Path]) -> tuple[Path, Path] | None:
 
 
 def _loaded(name: str, dtype: str) -> "SpeechModel":
-    from serve import local, offers
-    from serve.engine import load_speech
+    from serve import local
+    from serve.models import resolve
+    from serve.models.speech import load_speech
 
     place = local.located(name)
-    if not offers.is_speech(place):
+    if not resolve.is_speech(place):
         raise WrongUsage(f"{place.id} does not write down speech: {DEFAULT} does")
     with local.loading(place):
         return load_speech(

@@ -3,8 +3,10 @@
 import json
 from typing import Any
 
-from serve.engine import DrawingModel, EmbeddingModel, SpeechModel
-from serve.registry import Offer, Registry
+from serve.models.encoder import EmbeddingModel
+from serve.models.images import DrawingModel
+from serve.models.registry import Offer, Registry
+from serve.models.speech import SpeechModel
 
 QUESTION = "What is the capital of France?"
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from serve import catalogue, settings, sources
+from serve import settings
+from serve.models import catalogue, download
 
 # A shell that starts the tests in the background ignores Ctrl-C, and what we start inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -25,7 +26,7 @@ def model_file() -> Callable[[str], Path]:
     home = settings.data_folder()
 
     def find(id: str) -> Path:
-        path = sources.find(known.models[id], home)
+        path = download.find(known.models[id], home)
         if path is None:
             pytest.fail(f"this test needs a model: run `pellucid pull {id}` first")
         return path

@@ -39,8 +39,8 @@ from serve.api.replies import Reply
 from serve.api.schemas import Body
 from serve.api.sse import Event, event_stream, unless_disconnected
 from serve.calls import call_of
-from serve.engine import SpeechModel
 from serve.errors import APIError, from_validation, unsupported
+from serve.models.speech import SpeechModel
 
 router = APIRouter(prefix="/v1/audio")
 

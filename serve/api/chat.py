@@ -27,8 +27,8 @@ from serve.api.replies import ChatChunk, ChatCompletion
 from serve.api.schemas import ChatBody, Message, read_json
 from serve.api.sse import event_stream, unless_disconnected
 from serve.calls import Call, call_of
-from serve.engine import ServedModel
 from serve.errors import APIError, unsupported
+from serve.models.decoder import ServedModel
 
 router = APIRouter(prefix="/v1")
 

@@ -33,8 +33,8 @@ from serve.api.replies import Completion, CompletionChunk
 from serve.api.schemas import CompletionBody, read_json
 from serve.api.sse import event_stream, unless_disconnected
 from serve.calls import Call, call_of
-from serve.engine import ServedModel
 from serve.errors import APIError
+from serve.models.decoder import ServedModel
 
 router = APIRouter(prefix="/v1")
 

@@ -26,7 +26,7 @@ from serve.api.replies import Edit
 from serve.api.schemas import GenerationBody, read_json
 from serve.api.sse import unless_disconnected
 from serve.calls import Call, call_of
-from serve.engine import ServedModel
+from serve.models.decoder import ServedModel
 
 router = APIRouter(prefix="/v1")
 

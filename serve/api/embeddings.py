@@ -12,7 +12,7 @@ An input that is longer than the model reads is a 400 that says so, unless the r
 do with it; OpenAI has none of these parameters:
 
 - ``long_text_mode``, as in Nomic's API: "truncate" cuts the ends of texts off, "mean" averages the
-  vectors of chunks (`serve/engine/long_texts.py`). ``usage`` counts the tokens that were computed.
+  vectors of chunks (`serve/models/long_texts.py`). ``usage`` counts the tokens that were computed.
 - ``truncate``: true, as in Text Embeddings Inference, is "truncate".
 - ``truncate_prompt_tokens``, as in vLLM, says how many tokens to keep (-1: as many as the model
   reads).
@@ -36,8 +36,9 @@ from serve.api.replies import Embeddings
 from serve.api.schemas import Body, Ids, read_json, tag
 from serve.api.sse import unless_disconnected
 from serve.calls import call_of
-from serve.engine import EmbeddingModel, long_texts
 from serve.errors import APIError
+from serve.models import long_texts
+from serve.models.encoder import EmbeddingModel
 
 router = APIRouter(prefix="/v1")
 

@@ -12,8 +12,7 @@ from starlette.requests import Request
 from serve.api.models import registry_of
 from serve.api.openapi import described
 from serve.api.replies import EngineReply, Engines
-from serve.engine import AnyModel
-from serve.registry import Offer
+from serve.models.registry import AnyModel, Offer
 
 router = APIRouter(prefix="/v1")
 

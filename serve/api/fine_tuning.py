@@ -26,7 +26,7 @@ from serve.api.sse import Events, event_stream
 from serve.errors import APIError, unsupported
 from serve.jobs import UNFINISHED, Job, JobIsOver, check_name, check_suffix, shown
 from serve.jobs import Jobs as JobStore
-from serve.registry import Offer
+from serve.models.registry import Offer
 
 router = APIRouter(prefix="/v1")
 

@@ -16,13 +16,14 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from serve import sampling
 from serve.api.ids import native_bias
 from serve.api.pieces import Assembler, FinishReason, Piece, Placed, finite
 from serve.api.schemas import GenerationBody
 from serve.calls import Call
-from serve.engine import Began, Done, Failed, Request, Scored, ServedModel, Token
+from serve.engine import Began, Done, Failed, Request, Scored, Token
 from serve.errors import APIError, server_error
+from serve.models import sampling
+from serve.models.decoder import ServedModel
 from transformer.sampling import Sampling
 
 log = logging.getLogger(__name__)

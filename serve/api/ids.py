@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import bpe
 from bpe import Encoding
-from serve.engine import ServedModel
 from serve.errors import APIError
+from serve.models.decoder import ServedModel
 
 
 def native_ids(ids: Sequence[int], name: str, model: ServedModel, path: str) -> list[int]:

@@ -51,9 +51,8 @@ from serve.api.replies import Reply
 from serve.api.schemas import Body, read_json
 from serve.api.sse import Event, between_base64, event_stream, unless_disconnected
 from serve.calls import Call, call_of
-from serve.engine import DrawingModel
-from serve.engine.drawing import Drawn, Order, Source
 from serve.errors import APIError, from_validation, unsupported
+from serve.models.images import DrawingModel, Drawn, Order, Source
 from serve.passing import SECONDS, Passing
 
 router = APIRouter()

@@ -11,12 +11,15 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.requests import Request
 
-from serve import made, sampling
 from serve.api.openapi import described
 from serve.api.replies import Deleted, Model, Models
-from serve.engine import AnyModel, DrawingModel, EmbeddingModel, ServedModel, SpeechModel
 from serve.errors import APIError
-from serve.registry import Offer, Registry, UnknownModel
+from serve.models import adapters, sampling
+from serve.models.decoder import ServedModel
+from serve.models.encoder import EmbeddingModel
+from serve.models.images import DrawingModel
+from serve.models.registry import AnyModel, Offer, Registry, UnknownModel
+from serve.models.speech import SpeechModel
 
 router = APIRouter(prefix="/v1")
 
@@ -104,7 +107,7 @@ async def delete_model(request: Request, model_id: str) -> dict[str, Any]:
     registry, home = registry_of(request), request.app.state.home
     if registry.resolve(model_id).id != model_id:
         raise UnknownModel(model_id)  # an alias is no model of its own
-    if not made.exists(home, model_id):
+    if not adapters.exists(home, model_id):
         raise APIError(
             403,
             f"The model `{model_id}` was not made here, so it cannot be deleted: only fine-tuned "

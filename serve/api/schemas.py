@@ -25,7 +25,7 @@ from pydantic_core import from_json
 from starlette.requests import Request
 
 from serve.errors import APIError, from_validation, kind
-from serve.sampling import BOUNDS
+from serve.models.sampling import BOUNDS
 
 # --- reading a body ---------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ class StreamOptions(Body):
 class GenerationBody(Body):
     """What completions and chat have in common.
 
-    A sampling setting that is left out is the model's own default; see `serve/sampling.py`.
+    A sampling setting that is left out is the model's own default; see `serve/models/sampling.py`.
     """
 
     model: str

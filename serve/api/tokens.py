@@ -22,8 +22,8 @@ from serve.api.openapi import described
 from serve.api.pieces import token_text
 from serve.api.replies import Text, TokenizerInfo, Tokens
 from serve.api.schemas import Body, read_json
-from serve.engine import ServedModel
 from serve.errors import APIError
+from serve.models.decoder import ServedModel
 
 router = APIRouter()
 

@@ -8,9 +8,11 @@ Usage: python -m tests.bench.bench_edits [--json] [ID...]
 import json
 import sys
 
-from serve import catalogue, sampling, settings, sources
+from serve import settings
 from serve.api.edits import messages
-from serve.engine import Request, Token, load_model
+from serve.engine import Request, Token
+from serve.models import catalogue, download, sampling
+from serve.models.decoder import load_model
 from transformer.sampling import Sampling
 
 SEEDS = range(4)
@@ -58,7 +60,7 @@ CASES = [  # instruction, text, right answers
 def main(ids: list[str], as_json: bool) -> None:
     known, home = catalogue.load(), settings.data_folder()
     for id in ids or [id for id, model in known.models.items() if "chat" in model.serves]:
-        path = sources.find(known.models[id], home)
+        path = download.find(known.models[id], home)
         if path is None:
             sys.exit(f"{id} is not here: pellucid pull {id}")
         model = load_model(

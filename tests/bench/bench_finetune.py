@@ -225,9 +225,10 @@ def main() -> int:
         worker(args)
         return 0
     if args.model is None:
-        from serve import catalogue, settings, sources
+        from serve import settings
+        from serve.models import catalogue, download
 
-        args.model = sources.find(catalogue.load().models[MODEL], settings.data_folder())
+        args.model = download.find(catalogue.load().models[MODEL], settings.data_folder())
     if args.model is None:
         raise SystemExit(f"run `pellucid pull {MODEL}` first")
     status = 0

@@ -28,9 +28,10 @@ from pathlib import Path
 import numpy as np
 from openai import AsyncOpenAI, OpenAI
 
-from serve import catalogue, offers, settings, sources
+from serve import settings
 from serve.app import create_app
-from serve.registry import Registry
+from serve.models import catalogue, download, resolve
+from serve.models.registry import Registry
 from serve.settings import Settings
 from tests.serve import scripted
 
@@ -99,10 +100,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     args = parser.parse_args()
     known, home = catalogue.load(), settings.data_folder()
-    places = [sources.locate(id, known, home, say=print) for id in MODELS]
+    places = [download.locate(id, known, home, say=print) for id in MODELS]
     with tempfile.TemporaryDirectory() as scratch:
         cards = [
-            offers.offer(p, cache_budget=2**28, dtype="auto", home=Path(scratch), notify=print)
+            resolve.offer(p, cache_budget=2**28, dtype="auto", home=Path(scratch), notify=print)
             for p in places
         ]
         registry = Registry(cards, known.aliases)

@@ -27,8 +27,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import bpe
-from serve import catalogue, settings, sources
-from serve.engine import long_texts
+from serve import settings
+from serve.models import catalogue, download, long_texts
 from transformer import encoder
 from transformer.checkpoint import bert
 
@@ -78,7 +78,7 @@ def measures(queries: np.ndarray, texts: np.ndarray, right: np.ndarray) -> tuple
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.parse_args()
-    folder = sources.find(catalogue.load().models[MODEL], settings.data_folder())
+    folder = download.find(catalogue.load().models[MODEL], settings.data_folder())
     words = bpe.load_wordpiece(folder)
     params, short = bert.load(folder)
     cfgs = {SHORT: short, LONG: replace(short, max_tokens=LONG)}

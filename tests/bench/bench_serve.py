@@ -215,9 +215,10 @@ def measure_memory(dtype: str) -> None:
 
 def word_ids() -> list[int]:
     import bpe
-    from serve import catalogue, settings, sources
+    from serve import settings
+    from serve.models import catalogue, download
 
-    path = sources.find(catalogue.load().models[MODEL], settings.data_folder())
+    path = download.find(catalogue.load().models[MODEL], settings.data_folder())
     if path is None:
         raise SystemExit(f"this needs a model: run `pellucid pull {MODEL}` first")
     encoding = bpe.load(path).encoding

@@ -7,7 +7,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from serve.engine import ServedModel
+from serve.models.decoder import ServedModel
 from tests.serve import scripted
 
 

@@ -18,19 +18,9 @@ from fastapi import FastAPI
 
 import bpe
 from serve.app import create_app
-from serve.engine import (
-    Began,
-    Busy,
-    Done,
-    Event,
-    Failed,
-    Request,
-    Scored,
-    ServedModel,
-    Stats,
-    Token,
-)
-from serve.registry import Offer, Registry
+from serve.engine import Began, Busy, Done, Event, Failed, Request, Scored, Stats, Token
+from serve.models.decoder import ServedModel
+from serve.models.registry import Offer, Registry
 from serve.settings import Settings
 
 HELLO = "Hello, wörld! 😀 Bye."  # what it says unless told otherwise

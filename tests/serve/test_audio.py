@@ -13,12 +13,12 @@ import pytest
 import soundfile
 from openai import OpenAI
 
-from serve import offers
 from serve.api.audio import SpeechEvent, Transcription, VerboseTranscription
 from serve.app import create_app
-from serve.registry import Registry
+from serve.models import resolve
+from serve.models.download import Located
+from serve.models.registry import Registry
 from serve.settings import Settings
-from serve.sources import Located
 from tests.audio.conftest import GOLDEN
 from tests.audio.ten_minutes import hum, pink, white
 from tests.serve import scripted
@@ -34,10 +34,10 @@ TEXT = "Unless to be rather cold-hearted and rather selfish is to be ill-dispose
 def speech_address(model_file, tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     place = Located(MODEL, model_file(MODEL), "openai")
-    offer = offers.offer(place, cache_budget=2**20, dtype="float32", home=home, notify=print)
+    offer = resolve.offer(place, cache_budget=2**20, dtype="float32", home=home, notify=print)
     assert offer.kind == "speech"
     several = Located(MULTILINGUAL, model_file(MULTILINGUAL), "openai")
-    other = offers.offer(several, cache_budget=2**20, dtype="float32", home=home, notify=print)
+    other = resolve.offer(several, cache_budget=2**20, dtype="float32", home=home, notify=print)
     registry = Registry([scripted.model(), offer, other], {"whisper-1": MODEL})
     with scripted.served(create_app(Settings(home=home), registry)) as address:
         yield address

@@ -3,7 +3,7 @@
 import pytest
 from openai import OpenAI
 
-from serve import made
+from serve.models import adapters
 from tests.serve import scripted
 from tests.serve.old_client import OldClient, install
 from tests.serve.scripted import HELLO
@@ -112,7 +112,7 @@ def test_models_and_engines(old):
 
 def test_deleting_a_model(tmp_path):
     own = "ft:scripted:me::old"
-    made.folder(tmp_path, own).mkdir(parents=True)
+    adapters.folder(tmp_path, own).mkdir(parents=True)
     with scripted.running(scripted.model(), scripted.model(own), home=tmp_path) as address:
         old = OldClient(install(), address)
         answer = old.run(f"answer = openai.Model.delete({own!r})")

@@ -6,9 +6,8 @@ import httpx
 import jax
 import pytest
 
-from serve import made, offers
-from serve.engine import fingerprint
-from serve.engine.load import keep_compiled_programs
+from serve.models import adapters, fingerprint, resolve
+from serve.models.decoder import keep_compiled_programs
 from tests.serve import tiny
 from transformer import lora
 
@@ -28,11 +27,11 @@ def address(tmp_path_factory):
     adapter = tmp_path_factory.mktemp("adapter")
     lora.save(adapter, lora.init(jax.random.key(1), tiny.CFG, rank=2, alpha=4), tiny.CFG)
     weights = fingerprint.of_weights(folder)
-    card = made.Card(FINE_TUNED, "tiny", str(folder), weights, created=5, job="ftjob-1", step=3)
-    made.put(home, card, adapter)
+    card = adapters.Card(FINE_TUNED, "tiny", str(folder), weights, created=5, job="ftjob-1", step=3)
+    adapters.put(home, card, adapter)
     keep_compiled_programs()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(offers, "MAX_ROWS", 2)
+        patch.setattr(resolve, "MAX_ROWS", 2)
         with tiny.serving(home, folder) as address:
             yield address
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from openai import BadRequestError, OpenAI
 
-from serve.engine import load_model
+from serve.models.decoder import load_model
 from tests.serve import scripted
 from transformer import checkpoint, decoder
 

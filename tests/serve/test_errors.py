@@ -7,7 +7,7 @@ import pytest
 
 from serve.engine import Busy
 from serve.errors import as_api_error
-from serve.registry import UnknownModel
+from serve.models.registry import UnknownModel
 from tests.serve.scripted import CONTEXT
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from serve import made
+from serve.models import adapters
 from tests.serve import tiny
 
 
@@ -103,7 +103,7 @@ def test_here_from_file_to_model(finetune, file):
     options += ["--learning-rate-multiplier", 20]
     out, errors = finetune("create", file, *finetune.model, *options, "--follow")
     name = out.strip()
-    assert name.startswith("ft:tiny:pellucid:mine:") and made.exists(finetune.home, name)
+    assert name.startswith("ft:tiny:pellucid:mine:") and adapters.exists(finetune.home, name)
     assert "Step 1/80: training loss=" in errors and "Fine-tuning job started" in errors
     assert "Compiling" in errors and f"ask it: pellucid chat -m {name}" in errors
     id = errors.split(",")[0]
@@ -126,7 +126,7 @@ def test_here_from_file_to_model(finetune, file):
         name,
         *(f"{name}:ckpt-step-{step}" for step in (72, 76, 80)),
     ]
-    assert made.names(finetune.home) == frozenset()
+    assert adapters.names(finetune.home) == frozenset()
     assert f"{name} (deleted)" in finetune("list")[0]
     assert "or was deleted" in finetune("delete", id, code=3)[1]
     assert "no model x was made here" in finetune("delete", "x", code=3)[1]

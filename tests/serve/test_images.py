@@ -22,14 +22,15 @@ from PIL import Image
 
 import diffusion
 from diffusion import Plan, edit, picture, sample
-from serve import catalogue, offers, settings, sources
+from serve import settings
 from serve.api import images
 from serve.api.images import ImageEvent, Images
 from serve.app import create_app
-from serve.engine import Busy, Device, Lane, load_painter
-from serve.engine.drawing import MAX_WAITING, Order, Source
+from serve.engine import Busy, Device, Lane
 from serve.failures import NotFound
-from serve.registry import Registry
+from serve.models import catalogue, download, resolve
+from serve.models.images import MAX_WAITING, Order, Source, load_painter
+from serve.models.registry import Registry
 from serve.settings import Settings
 from tests.diffusion.conftest import save_tiny
 from tests.serve import scripted
@@ -55,8 +56,8 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def painting_address(folder, home):
-    place = sources.locate(f"tiny={folder}", catalogue.load(), settings.data_folder(), say=print)
-    offer = offers.offer(place, cache_budget=2**20, dtype="float32", home=home, notify=print)
+    place = download.locate(f"tiny={folder}", catalogue.load(), settings.data_folder(), say=print)
+    offer = resolve.offer(place, cache_budget=2**20, dtype="float32", home=home, notify=print)
     assert offer.kind == "images"
     names = {"dall-e-2": "tiny", "gpt-image-1": "tiny"}
     registry = Registry([scripted.model(), offer], names)
@@ -458,8 +459,8 @@ def test_a_slow_picture_holds_nobody_up(painting_address, client):
 @pytest.mark.parametrize("stream", [False, True])
 def test_large_answers_are_sent_in_pieces(folder, home, stream):
     """Ten edits of 2,048 pixels in base64 were one JSON text, made on the event loop in seconds."""
-    place = sources.locate(f"tiny={folder}", catalogue.load(), settings.data_folder(), say=print)
-    offer = offers.offer(place, cache_budget=2**20, dtype="float32", home=home, notify=print)
+    place = download.locate(f"tiny={folder}", catalogue.load(), settings.data_folder(), say=print)
+    offer = resolve.offer(place, cache_budget=2**20, dtype="float32", home=home, notify=print)
     app = create_app(Settings(home=home), Registry([offer], {}))
     sizes = []
 
@@ -807,8 +808,8 @@ def test_weights_that_are_missing_are_said_to_be(tmp_path):
     model = known.models["emoji-64"]
     assert model.folder is not None and model.encoder is known.models["all-minilm-l6-v2"]
     gone = replace(model, folder=tmp_path)
-    assert sources.find(gone, settings.data_folder()) is None
-    for look in (sources.verify, lambda *where: sources.pull(*where, say=print)):
+    assert download.find(gone, settings.data_folder()) is None
+    for look in (download.verify, lambda *where: download.pull(*where, say=print)):
         with pytest.raises(NotFound, match="weights of emoji-64 are missing"):
             look(gone, settings.data_folder())
 
@@ -816,18 +817,18 @@ def test_weights_that_are_missing_are_said_to_be(tmp_path):
 def test_it_is_offered_only_with_its_encoder(folder, tmp_path):
     """Else a request would wait for a download that nobody has agreed to."""
     model = replace(catalogue.load().models["emoji-64"], folder=folder)
-    assert sources.find(model, tmp_path) is None
-    place = sources.located(model, settings.data_folder())
+    assert download.find(model, tmp_path) is None
+    place = download.located(model, settings.data_folder())
     assert place is not None and place.path == folder
-    assert place.encoder == sources.find(model.encoder, settings.data_folder())
+    assert place.encoder == download.find(model.encoder, settings.data_folder())
     assert model.size == sum(file.stat().st_size for file in folder.glob("*/*"))
 
 
 @pytest.mark.slow  # the real weights
 def test_emoji_64(home, tmp_path):
-    place = sources.located(catalogue.load().models["emoji-64"], settings.data_folder())
+    place = download.located(catalogue.load().models["emoji-64"], settings.data_folder())
     assert place is not None
-    offer = offers.offer(place, cache_budget=2**20, dtype="auto", home=tmp_path, notify=print)
+    offer = resolve.offer(place, cache_budget=2**20, dtype="auto", home=tmp_path, notify=print)
     registry = Registry([offer], catalogue.load().aliases)
     with (
         scripted.served(create_app(Settings(home=tmp_path), registry)) as address,

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from openai import OpenAI
 
-from serve.engine import Began, Done, Engine, Request, Token, load_model
-from serve.engine.load import keep_compiled_programs
+from serve.engine import Began, Done, Engine, Request, Token
 from serve.engine.runner import BUCKETS, CHUNK, NUM_SLOTS, Runner
 from serve.engine.scheduler import Scheduler
+from serve.models.decoder import keep_compiled_programs, load_model
 from tests.serve import scripted
 from tests.serve.scripted import wait_until
 from transformer import cache, checkpoint

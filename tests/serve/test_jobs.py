@@ -18,10 +18,11 @@ import httpx
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 
-from serve import jobs_keeper, made, offers
+from serve import jobs_keeper
 from serve.api import fine_tuning, replies
 from serve.jobs import Jobs, check_name, check_suffix
 from serve.jobs_keeper import Keeper, Lines, Process, results, take_lock
+from serve.models import adapters, resolve
 from serve.store import Store
 from tests.serve import tiny
 from tests.serve.old_client import OldClient, install
@@ -35,7 +36,7 @@ OVER = ("succeeded", "failed", "cancelled")
 def quick():
     """Few programs to compile, and nobody waits for a busy machine's idle moments."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(offers, "MAX_ROWS", 2)
+        patch.setattr(resolve, "MAX_ROWS", 2)
         patch.setattr(jobs_keeper, "NICENESS", 1)
         patch.setattr(jobs_keeper, "TICK", 0.1)
         yield
@@ -190,7 +191,7 @@ def test_its_models_answer_beside_their_base(openai, trained, home):
     assert {chat(openai, job.fine_tuned_model, f"{i}?") for i in range(6)} == {tiny.ANSWER}
     assert chat(openai, checkpoints[-1]) == tiny.ANSWER
     assert chat(openai, "tiny") == before != tiny.ANSWER
-    assert (made.folder(home, job.fine_tuned_model) / "adapter_config.json").is_file()
+    assert (adapters.folder(home, job.fine_tuned_model) / "adapter_config.json").is_file()
 
 
 def test_a_model_that_was_made_can_be_deleted_and_not_trained(openai, trained):
@@ -226,11 +227,11 @@ def test_checkpoints_go_with_their_model(openai, home):
     job = ended(openai, job.id)
     name = job.fine_tuned_model
     mine = sorted(model.id for model in openai.models.list() if model.id.startswith(name))
-    assert mine == made.with_checkpoints(home, name) and len(mine) == 3
+    assert mine == adapters.with_checkpoints(home, name) and len(mine) == 3
     assert chat(openai, mine[1])
     assert openai.models.delete(name).deleted
     assert not {model.id for model in openai.models.list()} & set(mine)
-    assert made.with_checkpoints(home, name) == []
+    assert adapters.with_checkpoints(home, name) == []
     assert openai.fine_tuning.jobs.checkpoints.list(job.id).data == []
     with pytest.raises(NotFoundError):
         chat(openai, mine[1])
@@ -377,8 +378,8 @@ def test_names_too_long_for_the_file_system_are_refused(openai, monkeypatch, tmp
     check_suffix("smollm2-135m-instruct", "a" * 64)
     with pytest.raises(ValueError, match="'model': what is made of .* too long"):
         check_name("x" * 200)
-    assert not made.exists(tmp_path, "x" * 300)
-    monkeypatch.setattr(made, "LONGEST", 75)
+    assert not adapters.exists(tmp_path, "x" * 300)
+    monkeypatch.setattr(adapters, "LONGEST", 75)
     with pytest.raises(
         BadRequestError, match="with 'abcdefghijklmn' the new model's name"
     ) as error:
@@ -386,7 +387,7 @@ def test_names_too_long_for_the_file_system_are_refused(openai, monkeypatch, tmp
             model="tiny", training_file=upload(openai), suffix="abcdefghijklmn"
         )
     assert error.value.param == "suffix"
-    monkeypatch.setattr(made, "LONGEST", 40)
+    monkeypatch.setattr(adapters, "LONGEST", 40)
     with pytest.raises(BadRequestError, match="what is made of 'tiny' would have") as error:
         openai.fine_tuning.jobs.create(model="tiny", training_file=upload(openai))
     assert error.value.param == "model"
@@ -581,7 +582,7 @@ def stepped(openai, id, step):
 
 
 def adapter(home, job):
-    return (made.folder(home, job.fine_tuned_model) / "adapter_model.safetensors").read_bytes()
+    return (adapters.folder(home, job.fine_tuned_model) / "adapter_model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -9,22 +9,12 @@ import numpy as np
 import pytest
 
 import bpe
-from serve import catalogue, memory, notes
-from serve.engine import (
-    Device,
-    Done,
-    Engine,
-    Request,
-    Token,
-    fingerprint,
-    formats,
-    load_model,
-    probe,
-)
+from serve.engine import Device, Done, Engine, Request, Token
 from serve.engine import runner as runner_module
-from serve.engine.load import keep_compiled_programs, known_ids, without_gaps
 from serve.engine.runner import CHUNK, NUM_SLOTS, Runner
 from serve.engine.scheduler import Scheduler
+from serve.models import catalogue, dtype_probe, dtypes, fingerprint, json_cache, memory
+from serve.models.decoder import keep_compiled_programs, known_ids, load_model, without_gaps
 from tests.serve import tiny
 from transformer import cache, checkpoint
 from transformer.config import Config
@@ -62,22 +52,22 @@ def test_the_estimate_is_near_what_loading_takes(model_file):
     params, loaded, _ = checkpoint.load(path, format="int8")
     assert loaded == cfg
     taken = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    assert 0.8 * taken < formats.weight_bytes(cfg, "int8") < 1.2 * taken
+    assert 0.8 * taken < dtypes.weight_bytes(cfg, "int8") < 1.2 * taken
 
 
 def test_only_what_fits_is_tried(monkeypatch):
     cfg = Config.debug(num_layers=2, vocab_size=2**20, d_model=256)  # 256 M weights and some
     free(monkeypatch, 20)
-    assert formats.that_fit("m", cfg, GIGA) == formats.FORMATS
+    assert dtypes.that_fit("m", cfg, GIGA) == dtypes.FORMATS
     free(monkeypatch, 2)
-    assert formats.that_fit("m", cfg, GIGA) == ("int8", "bfloat16")
+    assert dtypes.that_fit("m", cfg, GIGA) == ("int8", "bfloat16")
     free(monkeypatch, 1.7)
-    assert formats.that_fit("m", cfg, GIGA) == ("int8",)
+    assert dtypes.that_fit("m", cfg, GIGA) == ("int8",)
     with pytest.raises(MemoryError, match=r"m needs 2\.\d GB of memory in float32, 1\.3 GB of it"):
-        formats.that_fit("m", cfg, GIGA, ("float32",))
+        dtypes.that_fit("m", cfg, GIGA, ("float32",))
     free(monkeypatch, 1.5)
     with pytest.raises(MemoryError, match=r"in int8, .* 1\.5 GB are free"):
-        formats.that_fit("m", cfg, GIGA)
+        dtypes.that_fit("m", cfg, GIGA)
 
 
 def test_a_model_that_fits_nowhere_is_refused_before_it_is_read(home, model_file, monkeypatch):
@@ -93,7 +83,7 @@ def test_the_only_format_that_fits_needs_no_measuring(home, model_file, monkeypa
     path, said = model_file(CHAT), []
     free(monkeypatch, 0.75)
     cfg = checkpoint.read_config(path)
-    chosen = formats.choose(CHAT, path, cfg, "fp", GIGA // 4, said.append)
+    chosen = dtypes.choose(CHAT, path, cfg, "fp", GIGA // 4, said.append)
     assert chosen == "int8"
     assert [line.split()[1] for line in said[:2]] == ["bfloat16", "float32"]
     assert "the only format that fits" in said[2]
@@ -104,24 +94,24 @@ def test_what_is_measured_is_remembered(home, tmp_path):
     """By a process of its own: what measuring had touched stayed in the server's memory."""
     path, said = tiny.model(tmp_path), []
     cfg = checkpoint.read_config(path)
-    chosen = formats.choose("tiny", path, cfg, "fp", 2**20, said.append)
+    chosen = dtypes.choose("tiny", path, cfg, "fp", 2**20, said.append)
     assert [line.split()[0] for line in said[1:4]] == ["float32", "bfloat16", "int8"]
     assert all("perplexity x" in line for line in said[1:4]) and chosen in said[4]
-    assert notes.read(home / "formats.json") == {"fp int8 bfloat16 float32": chosen}
+    assert json_cache.read(home / "formats.json") == {"fp int8 bfloat16 float32": chosen}
     said.clear()
-    assert formats.choose("tiny", path, cfg, "fp", 2**20, said.append) == chosen and not said
+    assert dtypes.choose("tiny", path, cfg, "fp", 2**20, said.append) == chosen and not said
     # Where it is known which are good enough, no weights are read to find out.
     good = ("bfloat16", "float32")
-    chosen = formats.choose("tiny", path, cfg, "fp", 2**20, said.append, good)
+    chosen = dtypes.choose("tiny", path, cfg, "fp", 2**20, said.append, good)
     assert chosen in good and "perplexity" not in "".join(said)
-    assert notes.read(home / "formats.json")["fp bfloat16 float32"] == chosen
+    assert json_cache.read(home / "formats.json")["fp bfloat16 float32"] == chosen
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("id", [CHAT, "qwen2.5-coder-0.5b-instruct"])
 def test_the_catalogue_knows_which_formats_are_good(model_file, id):
-    found = {format: probe.perplexity(model_file(id), format) for format in formats.FORMATS}
-    limit = found["float32"] * formats.MAX_PERPLEXITY_RATIO
+    found = {format: dtype_probe.perplexity(model_file(id), format) for format in dtypes.FORMATS}
+    limit = found["float32"] * dtypes.MAX_PERPLEXITY_RATIO
     good = tuple(format for format, perplexity in found.items() if perplexity <= limit)
     assert catalogue.load().models[id].formats == good
 
@@ -140,7 +130,7 @@ def test_the_fastest_format_that_agrees_is_taken_and_remembered(home):
         return float(np.abs(a - b).max())
 
     def fastest(name):
-        return formats.fastest("m", name, tuple(results), measure, distance, 0.01, asked.append)
+        return dtypes.fastest("m", name, tuple(results), measure, distance, 0.01, asked.append)
 
     assert fastest("fp") == "bfloat16"
     assert set(results) <= set(asked)
@@ -164,7 +154,7 @@ def test_a_model_whose_reference_values_are_not_finite_is_refused(home, value):
             return float(np.abs(a - b).max())
 
     with pytest.raises(ValueError, match="not finite"):
-        formats.fastest("m", "fp", ("float32", "bfloat16"), measure, distance, 1.0, lines.append)
+        dtypes.fastest("m", "fp", ("float32", "bfloat16"), measure, distance, 1.0, lines.append)
     assert measured == ["float32"], "nothing is compared with it"
 
 
@@ -173,24 +163,24 @@ def test_what_cannot_be_measured_says_so(home, tmp_path):
     cfg = checkpoint.read_config(path)
     (path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="safetensors"):
-        formats.choose("tiny", path, cfg, "fp", 2**20, lambda line: None)
+        dtypes.choose("tiny", path, cfg, "fp", 2**20, lambda line: None)
 
 
 def test_how_much_memory_is_counted(home, monkeypatch):
     """The smallest format was counted, and the widest one loaded."""
     cfg = Config.debug(num_layers=2, vocab_size=2**20, d_model=256)
-    need = {format: formats.weight_bytes(cfg, format) for format in formats.FORMATS}
-    assert formats.expected(cfg, "fp", 0) == "float32", "not measured yet: the most it may be"
-    assert formats.expected(cfg, "fp", 0, ("int8", "bfloat16")) == "bfloat16"
-    assert formats.expected(cfg, "fp", 1, limit=need["bfloat16"] + 1) == "bfloat16"
-    assert formats.expected(cfg, "fp", 1, limit=need["bfloat16"]) == "int8"
-    assert formats.expected(cfg, "fp", 1, limit=1) == "int8", "and will be refused"
-    notes.add(home / "formats.json", "fp int8 bfloat16", "int8")
-    assert formats.expected(cfg, "fp", 0) == "int8", "the widest did not fit, it was said"
-    notes.add(home / "formats.json", "fp int8 bfloat16 float32", "bfloat16")
-    assert formats.expected(cfg, "fp", 0) == "bfloat16"
+    need = {format: dtypes.weight_bytes(cfg, format) for format in dtypes.FORMATS}
+    assert dtypes.expected(cfg, "fp", 0) == "float32", "not measured yet: the most it may be"
+    assert dtypes.expected(cfg, "fp", 0, ("int8", "bfloat16")) == "bfloat16"
+    assert dtypes.expected(cfg, "fp", 1, limit=need["bfloat16"] + 1) == "bfloat16"
+    assert dtypes.expected(cfg, "fp", 1, limit=need["bfloat16"]) == "int8"
+    assert dtypes.expected(cfg, "fp", 1, limit=1) == "int8", "and will be refused"
+    json_cache.add(home / "formats.json", "fp int8 bfloat16", "int8")
+    assert dtypes.expected(cfg, "fp", 0) == "int8", "the widest did not fit, it was said"
+    json_cache.add(home / "formats.json", "fp int8 bfloat16 float32", "bfloat16")
+    assert dtypes.expected(cfg, "fp", 0) == "bfloat16"
     free(monkeypatch, 20)
-    assert formats.that_fit("m", cfg, 0, limit=need["bfloat16"]) == ("int8", "bfloat16")
+    assert dtypes.that_fit("m", cfg, 0, limit=need["bfloat16"]) == ("int8", "bfloat16")
 
 
 # -- gaps ------------------------------------------------------------------------------------------

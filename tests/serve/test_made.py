@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from serve import made, offers
-from serve.engine import Done, Request, Token, fingerprint, load_model
-from serve.engine.load import keep_compiled_programs
-from serve.registry import CannotLoad, Offer, Registry, UnknownModel
-from serve.sources import Located
+from serve.engine import Done, Request, Token
+from serve.models import adapters, fingerprint, resolve
+from serve.models.decoder import keep_compiled_programs, load_model
+from serve.models.download import Located
+from serve.models.registry import CannotLoad, Offer, Registry, UnknownModel
 from tests.serve import tiny
 from transformer import lora
 from transformer.sampling import Sampling
@@ -22,7 +22,7 @@ def programs():
     """No more of them than one conversation needs."""
     keep_compiled_programs()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(offers, "MAX_ROWS", 2)
+        patch.setattr(resolve, "MAX_ROWS", 2)
         yield
 
 
@@ -44,15 +44,15 @@ def adapter(tmp_path_factory):
 
 def card(weights, id=FT, of="tiny", **changes):
     fields = {"base": of, "path": str(weights), "created": 5, "job": "ftjob-1", "step": 3}
-    return made.Card(id=id, weights=fingerprint.of_weights(weights), **{**fields, **changes})
+    return adapters.Card(id=id, weights=fingerprint.of_weights(weights), **{**fields, **changes})
 
 
 def registry(home, base):
     place = Located("tiny", base, "me")
-    offer = offers.offer(
+    offer = resolve.offer(
         place, cache_budget=BUDGET, dtype="float32", home=home, notify=lambda line: None
     )
-    return Registry([offer], {}, shelf=offers.Shelf(home, BUDGET, {"tiny": base}))
+    return Registry([offer], {}, shelf=resolve.Shelf(home, BUDGET, {"tiny": base}))
 
 
 def load(models, id):
@@ -71,7 +71,7 @@ def test_it_is_offered_at_once_and_shares_the_weights(tmp_path, base, adapter):
     models = registry(tmp_path, base)
     assert [card.id for card in models.list()] == ["tiny"]
     before = said(load(models, "tiny"))
-    made.put(tmp_path, card(base), adapter)
+    adapters.put(tmp_path, card(base), adapter)
     assert [card.id for card in models.list()] == ["tiny", FT]
     assert models.resolve(FT).owned_by == "local" and models.resolve(FT).created == 5
     tuned = load(models, FT)
@@ -85,7 +85,7 @@ def test_it_is_offered_at_once_and_shares_the_weights(tmp_path, base, adapter):
 
 
 def test_it_answers_as_the_merged_model_does(tmp_path, base, adapter):
-    made.put(tmp_path, card(base), adapter)
+    adapters.put(tmp_path, card(base), adapter)
     models = registry(tmp_path, base)
     tuned = load(models, FT)
     params, cfg, _ = tiny.checkpoint.load(base)
@@ -101,7 +101,7 @@ def test_it_answers_as_the_merged_model_does(tmp_path, base, adapter):
 
 
 def test_a_base_stays_while_a_model_shares_its_weights(tmp_path, base, adapter):
-    made.put(tmp_path, card(base), adapter)
+    adapters.put(tmp_path, card(base), adapter)
     models = registry(tmp_path, base)
     load(models, FT)
     assert [model.id for model in models.loaded()] == ["tiny", FT], "its base came along"
@@ -110,12 +110,12 @@ def test_a_base_stays_while_a_model_shares_its_weights(tmp_path, base, adapter):
 
 
 def test_what_is_deleted_or_has_no_base_here_is_not_offered(tmp_path, base, adapter):
-    made.put(tmp_path, card(base), adapter)
-    made.put(tmp_path, card(base, "ft:other:pellucid::xyz", of="other"), adapter)
+    adapters.put(tmp_path, card(base), adapter)
+    adapters.put(tmp_path, card(base, "ft:other:pellucid::xyz", of="other"), adapter)
     models = registry(tmp_path, base)
     assert [card.id for card in models.list()] == ["tiny", FT]
     load(models, FT)
-    made.put_away(tmp_path, FT)  # by another process
+    adapters.put_away(tmp_path, FT)  # by another process
     assert [card.id for card in models.list()] == ["tiny"]
     with pytest.raises(UnknownModel):
         models.resolve(FT)
@@ -123,14 +123,14 @@ def test_what_is_deleted_or_has_no_base_here_is_not_offered(tmp_path, base, adap
 
 
 def test_an_adapter_of_other_weights_is_refused(tmp_path, base, adapter):
-    made.put(tmp_path, card(tiny.model(tmp_path / "changed", seed=9)), adapter)
+    adapters.put(tmp_path, card(tiny.model(tmp_path / "changed", seed=9)), adapter)
     models = registry(tmp_path, base)
     with pytest.raises(CannotLoad, match="was trained on other weights than tiny has now"):
         load(models, FT)
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path, base, adapter, monkeypatch):
-    copy = made.shutil.copyfile
+    copy = adapters.shutil.copyfile
 
     def broken(source, target):
         if source.name == lora.WEIGHTS:
@@ -138,18 +138,18 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path, base, adapter, monkeypat
         copy(source, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(made.shutil, "copyfile", broken)
+        patched.setattr(adapters.shutil, "copyfile", broken)
         with pytest.raises(OSError, match="no space"):
-            made.put(tmp_path, card(base), adapter)
-    assert not made.exists(tmp_path, FT) and made.names(tmp_path) == frozenset()
-    made.put(tmp_path, card(base), adapter)
-    made.put(tmp_path, card(base, created=99), adapter)
-    assert made.read(made.folder(tmp_path, FT)) == card(base), "what is there stays"
-    assert [file.name for file in (tmp_path / "made").iterdir()] == list(made.names(tmp_path))
+            adapters.put(tmp_path, card(base), adapter)
+    assert not adapters.exists(tmp_path, FT) and adapters.names(tmp_path) == frozenset()
+    adapters.put(tmp_path, card(base), adapter)
+    adapters.put(tmp_path, card(base, created=99), adapter)
+    assert adapters.read(adapters.folder(tmp_path, FT)) == card(base), "what is there stays"
+    assert [file.name for file in (tmp_path / "made").iterdir()] == list(adapters.names(tmp_path))
 
 
 def test_a_damaged_folder_is_passed_over_with_a_word(tmp_path, base, adapter, caplog):
-    made.put(tmp_path, card(base), adapter)
+    adapters.put(tmp_path, card(base), adapter)
     (tmp_path / "made" / "junk").mkdir()
     models = registry(tmp_path, base)
     for _ in range(3):
@@ -158,8 +158,8 @@ def test_a_damaged_folder_is_passed_over_with_a_word(tmp_path, base, adapter, ca
 
 
 def test_the_shelf_costs_nothing_while_it_stays_as_it_is(tmp_path, base, adapter):
-    made.put(tmp_path, card(base), adapter)
-    shelf = offers.Shelf(tmp_path, BUDGET, {"tiny": base})
+    adapters.put(tmp_path, card(base), adapter)
+    shelf = resolve.Shelf(tmp_path, BUDGET, {"tiny": base})
     first = shelf()
     assert shelf() is first and isinstance(first[FT], Offer)
     assert first[FT].memory() > BUDGET + jnp.float32(0).nbytes

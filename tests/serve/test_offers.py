@@ -5,11 +5,12 @@ import asyncio
 import psutil
 import pytest
 
-from serve import cli, offers
+from serve import cli
 from serve.engine import Done, Request, Token
-from serve.registry import Registry
+from serve.models import resolve
+from serve.models.download import Located
+from serve.models.registry import Registry
 from serve.settings import Settings
-from serve.sources import Located
 from tests.serve import tiny
 from transformer.sampling import Sampling
 
@@ -18,7 +19,7 @@ ASKED = Request(prompt=(1, 2, 3), max_tokens=4, sampling=Sampling(temperature=0)
 
 
 def offered(path, id, tmp_path):
-    return offers.offer(
+    return resolve.offer(
         Located(id, path, "me"),
         cache_budget=64 * 2**20,
         dtype="int8",
@@ -42,7 +43,7 @@ def test_a_damaged_file_is_known_before_a_server_listens(tmp_path):
 
 def test_what_programs_are_compiled_for_does_not_depend_on_the_other_models(tmp_path, monkeypatch):
     """Pulling a model halved the caches of the others: all was compiled again at the next start."""
-    monkeypatch.setattr(offers, "MAX_ROWS", 2)
+    monkeypatch.setattr(resolve, "MAX_ROWS", 2)
     chosen = Settings(home=tmp_path, cache_budget=2**20)
     places = [Located(id, tiny.model(tmp_path / id), "me") for id in ("one", "two", "three")]
     blocks = []

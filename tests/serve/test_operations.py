@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve import keys, limits, logs
 from serve.app import create_app
 from serve.limits import RequestRate
-from serve.registry import Offer, Registry
+from serve.models.registry import Offer, Registry
 from serve.security import BodyLimit
 from serve.settings import Settings
 from tests.serve import scripted

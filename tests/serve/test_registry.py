@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from serve import catalogue
-from serve.registry import CannotLoad, Offer, Registry, UnknownModel
+from serve.models import catalogue
+from serve.models.registry import CannotLoad, Offer, Registry, UnknownModel
 from serve.settings import Settings, allowed_hosts, is_loopback
 
 MODEL = """

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from serve import repl, talk
-from serve.engine import Done, Failed, Request, ServedModel, Token
+from serve.engine import Done, Failed, Request, Token
 from serve.failures import DoesNotFit, Failure, WrongUsage
+from serve.models.decoder import ServedModel
 from tests.serve import scripted
 
 

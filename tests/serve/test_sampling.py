@@ -8,10 +8,10 @@ import httpx
 import pytest
 
 import transformer.sampling
-from serve import catalogue, cli, made, offers, sampling, talk
-from serve.engine import fingerprint
+from serve import cli, talk
+from serve.models import adapters, catalogue, fingerprint, resolve, sampling
+from serve.models.download import Located
 from serve.settings import Settings
-from serve.sources import Located
 from tests.serve import scripted, tiny
 from transformer.sampling import Sampling
 
@@ -216,12 +216,14 @@ def test_a_server_offers_and_shows_defaults(tmp_path, whose):
     folder = tiny.model(tmp_path / "tiny")
     of_folder(folder, OWN)
     name = "ft:tiny:pellucid:mine:abc123"
-    card = made.Card(name, "tiny", "", fingerprint.of_weights(folder), created=5, job="j", step=3)
+    card = adapters.Card(
+        name, "tiny", "", fingerprint.of_weights(folder), created=5, job="j", step=3
+    )
     (tmp_path / "adapter").mkdir()
-    made.put(tmp_path, card, tmp_path / "adapter")
+    adapters.put(tmp_path, card, tmp_path / "adapter")
     expected = sampling.resolve({}, OWN if whose == "model" else {})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(offers, "MAX_ROWS", 2)
+        patch.setattr(resolve, "MAX_ROWS", 2)
         places, chosen = (
             [Located("tiny", folder, "me")],
             Settings(home=tmp_path, cache_budget=2**20),

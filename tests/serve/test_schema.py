@@ -11,8 +11,8 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from serve import made
 from serve.api import replies
+from serve.models import adapters
 from tests.serve import scripted
 
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "emoji"}]}
@@ -115,7 +115,7 @@ def test_the_page_asks_nobody_else(http):
 
 def test_deleting_models(tmp_path):
     own = "ft:scripted:me::Ab/1..2"
-    (made.folder(tmp_path, own) / "checkpoints").mkdir(parents=True)
+    (adapters.folder(tmp_path, own) / "checkpoints").mkdir(parents=True)
     models = [scripted.model(), scripted.model(own)]
     with (
         scripted.running(*models, home=tmp_path) as address,
@@ -138,7 +138,7 @@ def test_deleting_models(tmp_path):
 def test_a_model_whose_files_cannot_be_deleted_stays(tmp_path, monkeypatch):
     """It vanished from the list, and was back at the next start."""
     own = "ft:scripted:me::x"
-    made.folder(tmp_path, own).mkdir(parents=True)
+    adapters.folder(tmp_path, own).mkdir(parents=True)
     models = [scripted.model(), scripted.model(own)]
     with (
         scripted.running(*models, home=tmp_path) as address,
@@ -153,7 +153,7 @@ def test_a_model_whose_files_cannot_be_deleted_stays(tmp_path, monkeypatch):
 
 def test_every_id_has_a_folder_of_its_own(tmp_path):
     ids = ["a", "A", "a/b", "a%2Fb", "..", ".", "a.b", "x" * 60]
-    folders = [made.folder(tmp_path, id) for id in ids]
+    folders = [adapters.folder(tmp_path, id) for id in ids]
     assert len(set(folders)) == len(ids)
     assert all(folder.parent == tmp_path / "made" and ".." not in folder.name for folder in folders)
 

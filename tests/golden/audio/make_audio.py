@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from audio import load
-from serve import catalogue, settings, sources
+from serve import settings
+from serve.models import catalogue, download
 from tests.audio.reference import reference
 
 HERE = Path(__file__).parent
@@ -28,7 +29,7 @@ def main() -> None:
     import whisper
 
     for id, clips in CLIPS.items():
-        folder = sources.find(catalogue.load().models[id], settings.data_folder())
+        folder = download.find(catalogue.load().models[id], settings.data_folder())
         if folder is None:
             raise SystemExit(f"run `pellucid pull {id}` first")
         with tempfile.TemporaryDirectory() as scratch:

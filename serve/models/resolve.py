@@ -13,27 +13,16 @@ from functools import partial
 from pathlib import Path
 
 from audio.checkpoint import is_whisper
-from serve import made, measured, sampling
-from serve.engine import (
-    DrawingModel,
-    EmbeddingModel,
-    ServedModel,
-    SpeechModel,
-    fingerprint,
-    formats,
-    load_adapter,
-    load_embedder,
-    load_model,
-    load_painter,
-    load_speech,
-)
-from serve.engine.embedder import FORMATS as EMBEDDING_FORMATS
-from serve.engine.embedder import with_max_tokens
-from serve.engine.formats import FORMATS
-from serve.engine.load import weights_file
-from serve.engine.speech import FORMATS as SPEECH_FORMATS
-from serve.registry import Offer
-from serve.sources import Located, draws
+from serve.models import adapters, benchmarks, dtypes, fingerprint, sampling
+from serve.models.decoder import ServedModel, load_adapter, load_model, weights_file
+from serve.models.download import Located, draws
+from serve.models.dtypes import FORMATS
+from serve.models.encoder import FORMATS as EMBEDDING_FORMATS
+from serve.models.encoder import EmbeddingModel, load_embedder, with_max_tokens
+from serve.models.images import DrawingModel, load_painter
+from serve.models.registry import Offer
+from serve.models.speech import FORMATS as SPEECH_FORMATS
+from serve.models.speech import SpeechModel, load_speech
 from transformer import checkpoint
 from transformer.checkpoint import bert
 from transformer.checkpoint.safetensors import read_object
@@ -84,10 +73,10 @@ def offer(
 
     def memory() -> int:
         name = fingerprint.on_machine(sha256 or fingerprint.of_weights(place.path))
-        format = formats.expected(cfg, name, cache_budget, good, memory_limit)
+        format = dtypes.expected(cfg, name, cache_budget, good, memory_limit)
         if dtype in FORMATS:
             format = FORMATS[FORMATS.index(dtype)]
-        return formats.weight_bytes(cfg, format) + cache_budget
+        return dtypes.weight_bytes(cfg, format) + cache_budget
 
     def load() -> ServedModel:
         noted = 0.0
@@ -96,7 +85,7 @@ def offer(
             nonlocal noted
             if (now := time.monotonic()) - noted > RECORD_SECONDS or not noted:
                 noted = now
-                measured.record(
+                benchmarks.record(
                     home, place.id, tokens=tokens, seconds=seconds, memory=served.memory
                 )
 
@@ -149,7 +138,7 @@ class Shelf:
 
     def __call__(self) -> Mapping[str, Offer]:
         """By id; the same object until something is made or deleted."""
-        if (names := made.names(self._home)) == self._offers.keys():
+        if (names := adapters.names(self._home)) == self._offers.keys():
             return self._known
         for name in sorted(names - self._offers.keys()):
             self._offers[name] = None
@@ -165,7 +154,7 @@ class Shelf:
         return self._known
 
     def _offer(self, folder: Path) -> Offer:
-        card = made.read(folder)
+        card = adapters.read(folder)
 
         def load(base: ServedModel) -> ServedModel:
             return adapted(folder, base, self._bases[card.base], max_rows=MAX_ROWS)
@@ -193,7 +182,7 @@ def adapted(folder: Path, base: ServedModel, path: Path, *, max_rows: int = 2) -
         OSError: a file cannot be read.
         ValueError: it is damaged, or was made of other weights.
     """
-    card = made.read(folder)
+    card = adapters.read(folder)
     if (found := fingerprint.of_weights(path)) != card.weights:
         raise ValueError(
             f"it was trained on other weights than {card.base} has now: "

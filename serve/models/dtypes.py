@@ -2,7 +2,7 @@
 
 Which is fastest depends on the machine (one processor multiplies bytes, another converts them
 first), which is good enough depends on the model, and which fits depends on what else is running.
-So the first start measures those that fit (`probe.py`), remembers the answer beside the models, and
+So the first start measures those that fit (`dtype_probe.py`), remembers the answer beside the models, and
 says what it chose and why. Of the catalogue's models it is known which formats are good enough, so
 only speed is measured: seconds instead of a minute.
 """
@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from serve import memory, notes, settings
+from serve import settings
+from serve.models import json_cache, memory
 from transformer.checkpoint import Format
 from transformer.config import Config
 
@@ -156,7 +157,7 @@ def choose(
         notify(verdict if format in found else verdict + " (too far off)")
     chosen = min(found, key=found.__getitem__)
     notify(f"serving {id} in {chosen}")
-    notes.add(settings.data_folder() / REMEMBERED, _key(name, tried), chosen)
+    json_cache.add(settings.data_folder() / REMEMBERED, _key(name, tried), chosen)
     return chosen
 
 
@@ -203,7 +204,7 @@ def fastest(
         notify(f"  {format:8} {time * 1e3:8.1f} ms, distance {difference:.5f}{verdict}")
     chosen = min(seconds, key=seconds.__getitem__)
     notify(f"serving {id} in {chosen}")
-    notes.add(settings.data_folder() / REMEMBERED, _key(name, formats), chosen)
+    json_cache.add(settings.data_folder() / REMEMBERED, _key(name, formats), chosen)
     return chosen
 
 
@@ -213,7 +214,7 @@ def _wanted(fitting: Sequence[Format], good: Sequence[Format]) -> list[Format]:
 
 
 def _remembered(name: str, tried: Sequence[str]) -> Any:
-    return notes.read(settings.data_folder() / REMEMBERED).get(_key(name, tried))
+    return json_cache.read(settings.data_folder() / REMEMBERED).get(_key(name, tried))
 
 
 def _key(name: str, tried: Sequence[str]) -> str:
@@ -222,9 +223,9 @@ def _key(name: str, tried: Sequence[str]) -> str:
 
 
 def _probe(path: Path, formats: Sequence[Format], *, quality: bool) -> Iterator[dict[str, Any]]:
-    """What a process of its own measures, format by format; see `probe.py`."""
-    command = [sys.executable, "-m", "serve.engine.probe", str(path), *formats]
-    root = Path(__file__).parent.parent.parent  # where `serve` is, installed or not
+    """What a process of its own measures, format by format; see `dtype_probe.py`."""
+    command = [sys.executable, "-m", "serve.models.dtype_probe", str(path), *formats]
+    root = Path(__file__).parents[2]  # where `serve` is, installed or not
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     with subprocess.Popen(
         command + ["--quality"] * quality,

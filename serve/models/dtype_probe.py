@@ -1,6 +1,6 @@
-"""Measures number formats for one model, in a process of its own: `formats.py` decides.
+"""Measures number formats for one model, in a process of its own: `dtypes.py` decides.
 
-    python -m serve.engine.probe PATH FORMAT... [--quality]
+    python -m serve.models.dtype_probe PATH FORMAT... [--quality]
 
 A line of JSON for each format, as it is known: the milliseconds of a decoding step of four layers
 and the head, with made-up weights of the model's sizes (how fast a product is does not depend on
@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import bpe
-from serve.engine.formats import PASSAGE
-from serve.engine.load import keep_compiled_programs
+from serve.models.decoder import keep_compiled_programs
+from serve.models.dtypes import PASSAGE
 from transformer import cache, checkpoint, generate, rotation, sampling
 from transformer.checkpoint import Format
 from transformer.config import Config

@@ -7,7 +7,7 @@ A run of 32 tokens or more leaves its rate in `measured.json` of the data folder
 from pathlib import Path
 from typing import TypedDict
 
-from serve import notes
+from serve.models import json_cache
 
 FILE = "measured.json"
 ENOUGH_TOKENS = 32
@@ -22,7 +22,7 @@ class Measured(TypedDict):
 
 def read(home: Path) -> dict[str, Measured]:
     """The measurements by model id; empty where there are none."""
-    return notes.read(home / FILE)
+    return json_cache.read(home / FILE)
 
 
 def record(home: Path, id: str, *, tokens: int, seconds: float, memory: int) -> None:
@@ -30,4 +30,4 @@ def record(home: Path, id: str, *, tokens: int, seconds: float, memory: int) -> 
     if tokens < ENOUGH_TOKENS or seconds <= 0 or not home.is_dir():
         return
     run = Measured(tokens_per_second=round(tokens / seconds, 1), memory=memory)
-    notes.add(home / FILE, id, run)
+    json_cache.add(home / FILE, id, run)

@@ -17,9 +17,9 @@ import numpy as np
 
 import bpe
 from serve import settings
-from serve.engine import fingerprint, formats
 from serve.engine.device import Lane, default_device
-from serve.engine.load import keep_compiled_programs
+from serve.models import dtypes, fingerprint
+from serve.models.decoder import keep_compiled_programs
 from transformer import encoder, packing
 from transformer.checkpoint import bert
 from transformer.encoder import Config, Params
@@ -168,8 +168,8 @@ def _choose(
     def measure(format: Literal["float32", "bfloat16"]) -> tuple[float, np.ndarray]:
         params, cfg = bert.load(path, format=format)
         ids = [
-            words.encode(formats.PASSAGE, max_length=cfg.max_tokens),
-            words.encode(formats.PASSAGE[:80]),
+            words.encode(dtypes.PASSAGE, max_length=cfg.max_tokens),
+            words.encode(dtypes.PASSAGE[:80]),
         ]
         best, vectors = math.inf, np.zeros(0)
         for _ in range(4):  # the first one compiles
@@ -183,4 +183,4 @@ def _choose(
         return 1 - float(cosines.min())
 
     name = fingerprint.on_machine(weights)
-    return formats.fastest(id, name, FORMATS, measure, distance, MAX_DISTANCE, notify)
+    return dtypes.fastest(id, name, FORMATS, measure, distance, MAX_DISTANCE, notify)

@@ -1,7 +1,7 @@
 """The catalogue: which models Pellucid knows by name, and which names stand for them.
 
 It is read from `models.toml` beside this file and then from the user's own file of the same form
-in the configuration folder. An id in it means exact bytes. Fetching them is `sources.py`; the
+in the configuration folder. An id in it means exact bytes. Fetching them is `download.py`; the
 models a running server holds are `registry.py`.
 """
 
@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from serve.sampling import fault
+from serve.models.sampling import fault
 
 BUILT_IN = Path(__file__).with_name("models.toml")
-PACKAGES = Path(__file__).parents[1]  # the folder that Pellucid's packages stand in
+PACKAGES = Path(__file__).parents[2]  # the folder that Pellucid's packages stand in
 
 T = TypeVar("T")
 Format = Literal["int8", "bfloat16", "float32"]

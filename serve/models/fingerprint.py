@@ -17,7 +17,8 @@ from pathlib import Path
 import jax
 
 import transformer
-from serve import notes, settings
+from serve import engine, settings
+from serve.models import json_cache
 
 
 def of_weights(path: Path) -> str:
@@ -49,14 +50,18 @@ def of_model(weights: str, format: str) -> str:
 @functools.cache
 def _code() -> str:
     """Everything between token ids in and token ids out."""
-    folders = [Path(transformer.__file__).parent, Path(__file__).parent]
+    folders = [
+        Path(transformer.__file__).parent,
+        Path(__file__).parent,
+        Path(engine.__file__).parent,
+    ]
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _of_file(path: Path) -> str:
     remembered = settings.data_folder() / "hashes.json"
-    known = notes.read(remembered)
+    known = json_cache.read(remembered)
     status = path.stat()
     stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     key = str(path.resolve())
@@ -64,7 +69,7 @@ def _of_file(path: Path) -> str:
         return known[key][0]
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    notes.add(remembered, key, [digest, *stamp])
+    json_cache.add(remembered, key, [digest, *stamp])
     return digest
 
 

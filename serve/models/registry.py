@@ -21,12 +21,17 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from serve.failures import Failure
 
 if TYPE_CHECKING:  # the engine brings JAX along
-    from serve.engine import AnyModel
+    from serve.models.decoder import ServedModel
+    from serve.models.encoder import EmbeddingModel
+    from serve.models.images import DrawingModel
+    from serve.models.speech import SpeechModel
+
+AnyModel: TypeAlias = "ServedModel | EmbeddingModel | SpeechModel | DrawingModel"
 
 
 class UnknownModel(Exception):
@@ -271,8 +276,8 @@ class Registry:
 
     def _make_room(self, offer: Offer) -> None:
         """Lets go of what has not been asked for the longest, until an offered model fits."""
-        from serve import memory
-        from serve.engine.formats import WORKING_MEMORY
+        from serve.models import memory
+        from serve.models.dtypes import WORKING_MEMORY
 
         needed = offer.memory()
 

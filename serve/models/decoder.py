@@ -20,10 +20,10 @@ import numpy as np
 
 import bpe
 from serve import settings
-from serve.engine import fingerprint, formats
 from serve.engine.engine import Engine
 from serve.engine.runner import BUCKETS, CHUNK, NUM_SLOTS, Runner
 from serve.engine.scheduler import Scheduler
+from serve.models import dtypes, fingerprint
 from transformer import cache, checkpoint, lora
 from transformer.checkpoint import Format
 from transformer.decoder import Params
@@ -48,7 +48,7 @@ class ServedModel:
     format: Format = "float32"
     memory: int = 0  # bytes of weights and cache; of an adapted model, of what is its own
     runner: Runner | None = None  # what computes; adapters share its weights
-    sampling: Mapping[str, float] = field(default_factory=dict)  # defaults, see `serve/sampling.py`
+    sampling: Mapping[str, float] = field(default_factory=dict)  # defaults, see `sampling.py`
 
     @functools.cached_property
     def ids(self) -> frozenset[int]:
@@ -102,15 +102,15 @@ def load_model(
     """
     settings.private_folder(settings.data_folder())
     keep_compiled_programs()
-    if dtype not in ("auto", *formats.FORMATS):
-        raise ValueError(f"dtype must be auto or one of {', '.join(formats.FORMATS)}: {dtype!r}")
+    if dtype not in ("auto", *dtypes.FORMATS):
+        raise ValueError(f"dtype must be auto or one of {', '.join(dtypes.FORMATS)}: {dtype!r}")
     cfg = checkpoint.read_config(path)
     weights = sha256 or fingerprint.of_weights(path)
     if dtype == "auto":
         name = fingerprint.on_machine(weights)
-        chosen = formats.choose(id, path, cfg, name, cache_budget, notify, good, memory_limit)
+        chosen = dtypes.choose(id, path, cfg, name, cache_budget, notify, good, memory_limit)
     else:
-        (chosen,) = formats.that_fit(id, cfg, cache_budget, (dtype,))  # type: ignore[arg-type]
+        (chosen,) = dtypes.that_fit(id, cfg, cache_budget, (dtype,))  # type: ignore[arg-type]
     params, cfg, metadata = checkpoint.load(path, format=chosen)
     tokenizer = bpe.load(path) if path.is_dir() else bpe.from_gguf(metadata, source=str(path))
     params = without_gaps(params, tokenizer.encoding)

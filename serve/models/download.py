@@ -28,9 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from serve import hub, notes
-from serve.catalogue import Catalogue, Model, ModelFile, Part
 from serve.failures import Corrupt, DoesNotFit, Failure, NotFound, Unreachable, WrongUsage
+from serve.models import hub, json_cache
+from serve.models.catalogue import Catalogue, Model, ModelFile, Part
 from serve.settings import private_folder
 
 CHUNK = 2**20  # bytes read at a time
@@ -479,10 +479,10 @@ def _stamp(path: Path) -> list[int]:
 
 
 def _is_noted(folder: Path, file: ModelFile) -> bool:
-    noted = notes.read(folder / "verified.json").get(file.name)
+    noted = json_cache.read(folder / "verified.json").get(file.name)
     return noted == [file.sha256, *_stamp(folder / file.name)]
 
 
 def _note(folder: Path, file: ModelFile) -> None:
     stamp = _stamp(folder / file.name)
-    notes.add(folder / "verified.json", file.name, [file.sha256, *stamp])
+    json_cache.add(folder / "verified.json", file.name, [file.sha256, *stamp])
