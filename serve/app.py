@@ -30,8 +30,9 @@ from serve.api import (
 )
 from serve.api.openapi import described
 from serve.headers import ResponseHeaders
-from serve.jobs import Jobs
-from serve.jobs_keeper import Keeper
+from serve.jobs.jobs import Jobs
+from serve.jobs.runner import Keeper
+from serve.jobs.store import Store
 from serve.keys import KeyRing
 from serve.limits import RATE_HEADERS, Admission, RequestRate
 from serve.metrics import Metrics
@@ -39,7 +40,6 @@ from serve.models.registry import Registry
 from serve.passing import Passing
 from serve.security import ApiKeys, BodyLimit, HostAndOrigin
 from serve.settings import Settings
-from serve.store import Store
 
 
 def create_app(settings: Settings, registry: Registry) -> FastAPI:

@@ -20,7 +20,7 @@ from serve import settings, terminal
 from serve.failures import CheckFailed, Failure, NotFound, WrongUsage
 
 if TYPE_CHECKING:
-    from serve.jobs import Jobs
+    from serve.jobs.jobs import Jobs
     from serve.models.download import Located
 
 app = typer.Typer(no_args_is_help=True, help="Fine-tune a model on examples.")
@@ -302,8 +302,8 @@ def _desk(host: str | None) -> Iterator[Desk]:
 
         yield Remote(host, os.environ.get("PELLUCID_API_KEY", "").partition(" ")[0])
         return
-    from serve.jobs import Jobs
-    from serve.store import Store
+    from serve.jobs.jobs import Jobs
+    from serve.jobs.store import Store
 
     home = settings.data_folder()
     with contextlib.closing(Store(home)) as store, contextlib.closing(Here(Jobs(store, home))) as d:
@@ -320,7 +320,7 @@ class Here:
     where = "on this machine"
 
     def __init__(self, jobs: "Jobs"):
-        from serve.jobs_keeper import Keeper
+        from serve.jobs.runner import Keeper
 
         self._jobs, self._keeper = jobs, Keeper(jobs, NICENESS)
 
@@ -329,7 +329,7 @@ class Here:
         self._keeper.close()
 
     def create(self, model: str | None, data: Path, valid: Path | None, **fields: Any) -> dict:
-        from serve.jobs import check_name, check_suffix, shown
+        from serve.jobs.jobs import check_name, check_suffix, shown
 
         place = _decoder(model)
         if place.adapter is not None:
@@ -359,10 +359,11 @@ class Here:
         Raises:
             CheckFailed: training on one of them is impossible.
         """
-        from serve import jobs_check, local
+        from serve import local
+        from serve.jobs import validate
 
         with local.loading(place):
-            reports = jobs_check.reports(place.path, data, valid)
+            reports = validate.reports(place.path, data, valid)
         for report in reports.values():
             if report.ok:
                 continue
@@ -370,11 +371,11 @@ class Here:
             place_of = f"{report.path}:{first.line}" if first.line else report.path
             rest = f" ({more} more: `pellucid finetune check {report.path}` lists them)"
             raise CheckFailed(f"{place_of}: {first.message}{rest if more else ''}")
-        return jobs_check.warnings(reports)
+        return validate.warnings(reports)
 
     def _kept(self, path: Path) -> str:
         """Uploads a file, so to speak; gives its id."""
-        from serve.store import file_record, new_id
+        from serve.jobs.store import file_record, new_id
 
         id = new_id("file-")
         with self._jobs.store.receiving(id) as incoming, path.open("rb") as file:
@@ -384,8 +385,8 @@ class Here:
         return id
 
     def jobs(self) -> list[dict]:
-        from serve.jobs import UNFINISHED, shown
-        from serve.jobs_keeper import Process, is_kept
+        from serve.jobs.jobs import UNFINISHED, shown
+        from serve.jobs.runner import Process, is_kept
 
         found, _ = self._jobs.store.page("job", newest_first=True)
         for job in found:
@@ -401,15 +402,15 @@ class Here:
         return frozenset(map(unquote, adapters.names(self._jobs.home)))
 
     def job(self, id: str) -> dict:
-        from serve.jobs import shown
+        from serve.jobs.jobs import shown
 
         if (job := self._jobs.get(id)) is None:
             raise NotFound(f"there is no job {id}: `pellucid finetune list` shows those there are")
         return shown(job)
 
     def cancel(self, id: str) -> dict:
-        from serve.jobs import JobIsOver, shown
-        from serve.jobs_keeper import Process
+        from serve.jobs.jobs import JobIsOver, shown
+        from serve.jobs.runner import Process
 
         status = self.job(id)["status"]
         try:
@@ -423,7 +424,7 @@ class Here:
         return shown(job)
 
     def delete(self, name: str) -> list[str]:
-        from serve.jobs import check_is_over
+        from serve.jobs.jobs import check_is_over
 
         model, job = name, self._jobs.get(name)
         if job is not None:
@@ -441,7 +442,7 @@ class Here:
         )
 
     def leave(self, id: str) -> None:
-        from serve.jobs_keeper import Process, is_kept
+        from serve.jobs.runner import Process, is_kept
 
         terminal.say(f"\nstopping {id} ...")
         self._keeper.close()
@@ -453,7 +454,7 @@ class Here:
         return f"ask it: pellucid chat -m {model} (any server here offers it, too)"
 
     def events(self, id: str) -> Iterator[dict]:
-        from serve.jobs import OVER
+        from serve.jobs.jobs import OVER
 
         self._keeper.wake()
         after = None

@@ -10,8 +10,8 @@ import re
 import time
 from pathlib import Path
 
+from serve.jobs.store import new_id
 from serve.settings import private_folder
-from serve.store import new_id
 
 SECONDS = 3600
 

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from serve import terminal
 from serve.failures import Failure, NotFound, Unreachable, WrongUsage
-from serve.jobs import check_is_over
+from serve.jobs.jobs import check_is_over
 from serve.models.adapters import CHECKPOINT
 
 CHUNK = 2**20

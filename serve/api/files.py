@@ -20,7 +20,7 @@ from serve.api.openapi import described
 from serve.api.replies import FileDeleted, FileReply, Files
 from serve.api.schemas import Body
 from serve.errors import APIError, from_validation
-from serve.store import Store, file_record, new_id
+from serve.jobs.store import Store, file_record, new_id
 
 router = APIRouter(prefix="/v1")
 

@@ -28,8 +28,8 @@ from serve.api.replies import FineTune, FineTuneEvent, FineTuneEvents, FineTunes
 from serve.api.schemas import Body, read_json
 from serve.api.sse import Events, event_stream
 from serve.errors import unsupported
-from serve.jobs import PENDING, Job
-from serve.jobs import Jobs as JobStore
+from serve.jobs.jobs import PENDING, Job
+from serve.jobs.jobs import Jobs as JobStore
 
 router = APIRouter(prefix="/v1")
 

@@ -2,8 +2,8 @@
 
 Supervised fine-tuning of a low-rank adapter, which is what a machine can do beside serving; other
 methods are refused by name. ``hyperparameters`` may stand at the top, as in 2023, or in ``method``.
-A job is made and answered for here, and done elsewhere (`serve/jobs.py`). ``stream=true`` on its
-events gives those so far and then each as it comes, until the job is over.
+A job is made and answered for here, and done elsewhere (`serve/jobs/jobs.py`). ``stream=true``
+on its events gives those so far and then each as it comes, until the job is over.
 """
 
 import asyncio
@@ -24,8 +24,8 @@ from serve.api.replies import JobCheckpoints, JobEvent, JobEvents, JobReply, Job
 from serve.api.schemas import Body, read_json, tag
 from serve.api.sse import Events, event_stream
 from serve.errors import APIError, unsupported
-from serve.jobs import UNFINISHED, Job, JobIsOver, check_name, check_suffix, shown
-from serve.jobs import Jobs as JobStore
+from serve.jobs.jobs import UNFINISHED, Job, JobIsOver, check_name, check_suffix, shown
+from serve.jobs.jobs import Jobs as JobStore
 from serve.models.registry import Offer
 
 router = APIRouter(prefix="/v1")

@@ -17,7 +17,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
 from serve.errors import APIError
-from serve.store import Incoming
+from serve.jobs.store import Incoming
 
 MAX_FIELD = 64 * 2**10  # bytes of a field that is no file
 MAX_PARTS = 100

@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from serve.api.schemas import Body
 from serve.errors import APIError, from_validation
-from serve.store import Store
+from serve.jobs.store import Store
 
 
 class PageQuery(Body):

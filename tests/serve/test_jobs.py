@@ -18,12 +18,12 @@ import httpx
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 
-from serve import jobs_keeper
 from serve.api import fine_tuning, replies
-from serve.jobs import Jobs, check_name, check_suffix
-from serve.jobs_keeper import Keeper, Lines, Process, results, take_lock
+from serve.jobs import runner
+from serve.jobs.jobs import Jobs, check_name, check_suffix
+from serve.jobs.runner import Keeper, Lines, Process, results, take_lock
+from serve.jobs.store import Store
 from serve.models import adapters, resolve
-from serve.store import Store
 from tests.serve import tiny
 from tests.serve.old_client import OldClient, install
 from tests.serve.scripted import wait_until
@@ -37,8 +37,8 @@ def quick():
     """Few programs to compile, and nobody waits for a busy machine's idle moments."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resolve, "MAX_ROWS", 2)
-        patch.setattr(jobs_keeper, "NICENESS", 1)
-        patch.setattr(jobs_keeper, "TICK", 0.1)
+        patch.setattr(runner, "NICENESS", 1)
+        patch.setattr(runner, "TICK", 0.1)
         yield
 
 
@@ -527,10 +527,11 @@ def test_what_no_trainer_here_does(address, openai, changes, param):
 SERVER = """
     import sys
     from pathlib import Path
-    from serve import jobs_keeper, offers
+    from serve.jobs import runner
+    from serve.models import resolve
     from tests.serve import tiny
 
-    offers.MAX_ROWS, jobs_keeper.NICENESS, jobs_keeper.TICK = 2, 1, 0.1
+    resolve.MAX_ROWS, runner.NICENESS, runner.TICK = 2, 1, 0.1
     with tiny.serving(Path(sys.argv[1]), Path(sys.argv[2])) as address:
         print(address, flush=True)
         sys.stdin.read()
@@ -714,9 +715,9 @@ def test_a_job_whose_process_always_dies_is_given_up(jobs, folder, monkeypatch, 
     """As one does for which there is not enough memory. A check was begun again for ever."""
     id = jobs.create(model="tiny", path=folder, training_file="file-1")["id"]
     jobs.move(id, status, weights="x")
-    monkeypatch.setattr("serve.jobs_keeper.TICK", 0.01)
+    monkeypatch.setattr("serve.jobs.runner.TICK", 0.01)
     dies = ["-c", "import os; os.kill(os.getpid(), 9)"]
-    monkeypatch.setattr("serve.jobs_keeper._program", lambda *_: [sys.executable, *dies])
+    monkeypatch.setattr("serve.jobs.runner._program", lambda *_: [sys.executable, *dies])
     keeper = Keeper(jobs)
     keeper.wake()
     wait_until(lambda: jobs.get(id)["status"] == "failed", 60)
@@ -726,10 +727,10 @@ def test_a_job_whose_process_always_dies_is_given_up(jobs, folder, monkeypatch, 
 
 def test_an_idle_server_finds_jobs_by_itself(jobs, folder, monkeypatch):
     """Who made one was killed: it was begun when somebody looked at it, and not before."""
-    monkeypatch.setattr("serve.jobs_keeper.WATCH", 0.05)
-    monkeypatch.setattr("serve.jobs_keeper.TICK", 0.01)
+    monkeypatch.setattr("serve.jobs.runner.WATCH", 0.05)
+    monkeypatch.setattr("serve.jobs.runner.TICK", 0.01)
     says_no = ["-c", "raise SystemExit('no')"]
-    monkeypatch.setattr("serve.jobs_keeper._program", lambda *_: [sys.executable, *says_no])
+    monkeypatch.setattr("serve.jobs.runner._program", lambda *_: [sys.executable, *says_no])
     with closing(Keeper(jobs)) as keeper:
         keeper.watch()
         id = jobs.create(model="tiny", path=folder, training_file="file-1")["id"]
@@ -742,7 +743,7 @@ def test_what_was_left_of_a_cancelled_job_is_removed(jobs, folder, monkeypatch):
     id = jobs.create(model="tiny", path=folder, training_file="file-1")["id"]
     jobs.move(id, "running")
     waits = ["-c", "import time; time.sleep(600)"]
-    monkeypatch.setattr("serve.jobs_keeper._program", lambda *_: [sys.executable, *waits])
+    monkeypatch.setattr("serve.jobs.runner._program", lambda *_: [sys.executable, *waits])
     left = Process.start(id, jobs.folder(id), "train", [])
     (jobs.folder(id) / "out" / "checkpoints").mkdir(parents=True)
     (jobs.home / "made" / ".new-x").mkdir(parents=True)
@@ -764,7 +765,7 @@ def test_what_passes_is_tried_again(jobs, folder, monkeypatch):
             raise failures.pop()
         return start(*arguments, **options)
 
-    monkeypatch.setattr("serve.jobs_keeper.TICK", 0.01)
+    monkeypatch.setattr("serve.jobs.runner.TICK", 0.01)
     monkeypatch.setattr(Process, "start", begin)
     keeper = Keeper(jobs)
     keeper.wake()
@@ -779,7 +780,7 @@ def test_what_never_passes_ends_the_job(jobs, folder, monkeypatch):
     def begin(*arguments, **options):
         raise OSError("no space left")
 
-    monkeypatch.setattr("serve.jobs_keeper.TICK", 0.001)
+    monkeypatch.setattr("serve.jobs.runner.TICK", 0.001)
     monkeypatch.setattr(Process, "start", begin)
     keeper = Keeper(jobs)
     keeper.wake()

@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from serve.failures import Corrupt
-from serve.store import Store, new_id
+from serve.jobs.store import Store, new_id
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_a_sweep_takes_what_a_kill_left_and_nothing_else(store, tmp_path):
 KILLED = """
     import sys
     from pathlib import Path
-    from serve.store import Store
+    from serve.jobs.store import Store
 
     store = Store(Path(sys.argv[1]))
     number = 0

@@ -2,7 +2,7 @@
 
 A job is validating_files, queued, running, and then succeeded, failed or cancelled. All of that is
 in the store (`store.py`), so that any process can look at it and a crash forgets nothing; who does
-the work is `jobs_keeper.py`. Beside it each job has a folder: its data (a second name of the
+the work is `runner.py`. Beside it each job has a folder: its data (a second name of the
 uploaded file, which may be deleted), what the trainer writes, and what it had to say.
 """
 
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from serve.failures import Failure
+from serve.jobs.store import Store, new_id
 from serve.models import adapters
-from serve.store import Store, new_id
 
 Job = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""Whether a job's files can be learned from, as a program: ``python -m serve.jobs_check``.
+"""Whether a job's files can be learned from, as a program: ``python -m serve.jobs.validate``.
 
 A file of a million lines takes minutes to read, so it is read in a niced process, not in the
 server. It prints a JSON object: a job's `error`, or null, and the `warnings` to tell of.

@@ -34,9 +34,9 @@ from pathlib import Path
 from typing import Any
 
 from serve import settings
-from serve.jobs import DATA, OUT, OVER, VALID, Job, Jobs
+from serve.jobs.jobs import DATA, OUT, OVER, VALID, Job, Jobs
+from serve.jobs.store import file_record, new_id
 from serve.models import adapters
-from serve.store import file_record, new_id
 
 log = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ class Keeper:
         if (left := Process.left_behind(id, folder, "check")) is not None:
             return left
         files = [folder / DATA, *([folder / VALID] if new[0]["validation_file"] else [])]
-        command = ["serve.jobs_check", new[0]["path"], *map(str, files)]
+        command = ["serve.jobs.validate", new[0]["path"], *map(str, files)]
         return Process.start(id, folder, "check", command, self._niceness)
 
     # -- training ------------------------------------------------------------------------------
