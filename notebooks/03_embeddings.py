@@ -287,4 +287,4 @@ checks.report(checks.recall, recall)
 # ```
 # </details>
 #
-# Read next: `transformer/encoder.py`, then `serve/api/embeddings.py` for the same over HTTP.
+# Read next: `transformer/encoder.py`, then `serve/api/routes/embeddings.py` for the same over HTTP.

@@ -317,5 +317,5 @@ checks.report(checks.word_error_rate, word_error_rate)
 # ```
 # </details>
 #
-# Read next: `audio/transcribe.py` for sounds of any length, then `serve/api/audio.py` for the same
-# over HTTP.
+# Read next: `audio/transcribe.py` for sounds of any length, then
+# `serve/api/routes/audio.py` for the same over HTTP.

@@ -212,9 +212,10 @@ def serve(
         )
     except ValueError as error:
         raise WrongUsage(str(error)) from None
-    from serve import listen, local
+    from serve import local
+    from serve.api import server
 
-    with listen.take_port(chosen.host, chosen.port) as taken:
+    with server.take_port(chosen.host, chosen.port) as taken:
         known = catalogue.load(settings.config_folder())
         places = [local.located(name) for name in model or [known.default]]
         if adapted := [place.id for place in places if place.adapter]:
@@ -226,10 +227,10 @@ def serve(
             places += _others(known, places)
             absent = known.models.keys() - {place.id for place in places}
         with _offered(places, chosen, dtype, known.aliases, absent, sampling_defaults) as registry:
-            from serve.app import create_app
+            from serve.api.app import create_app
             from serve.welcome import welcome
 
-            address = listen.address(taken)
+            address = server.address(taken)
 
             def ready() -> None:
                 text = welcome(address, registry, has_keys=chosen.asks_for_keys)
@@ -241,13 +242,13 @@ def serve(
 
             def stopping() -> None:
                 terminal.say(
-                    f"stopping after the running answers, at most {listen.DRAIN_SECONDS} s "
+                    f"stopping after the running answers, at most {server.DRAIN_SECONDS} s "
                     "(Ctrl-C again: at once)"
                 )
 
             app = create_app(chosen, registry)
             with contextlib.closing(app.state.keeper):  # a job that runs is saved, to go on later
-                orderly = listen.run(
+                orderly = server.run(
                     app, taken, log_format=log_format, ready=ready, stopping=stopping
                 )
             if not orderly:

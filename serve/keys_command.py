@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from serve import keys, settings, terminal
+from serve import settings, terminal
+from serve.api import auth
 from serve.failures import Corrupt, NotFound, WrongUsage
 
 app = typer.Typer(no_args_is_help=True, help="Make, list and delete API keys.")
@@ -18,9 +19,9 @@ Name = Annotated[str, typer.Argument(help="Who or what the key is for.")]
 def create(name: Name, json: Json = False) -> None:
     """Make a key and print it, this once. From then on, servers here ask for one."""
     home = settings.private_folder(settings.data_folder())
-    is_first = not keys.read(home)
+    is_first = not auth.read(home)
     try:
-        key = keys.create(home, name)
+        key = auth.create(home, name)
     except ValueError as error:
         raise WrongUsage(str(error)) from None
     if json:
@@ -36,7 +37,7 @@ def create(name: Name, json: Json = False) -> None:
 def list_(json: Json = False) -> None:
     """List the keys' names."""
     try:
-        found = keys.read(settings.data_folder())
+        found = auth.read(settings.data_folder())
     except ValueError as error:
         raise Corrupt(str(error)) from None
     if json:
@@ -54,6 +55,6 @@ def list_(json: Json = False) -> None:
 def delete(name: Name) -> None:
     """Forget a key: it stops working at once."""
     try:
-        keys.delete(settings.data_folder(), name)
+        auth.delete(settings.data_folder(), name)
     except LookupError as error:
         raise NotFound(error.args[0]) from None

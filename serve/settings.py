@@ -12,7 +12,7 @@ from pathlib import Path
 
 import platformdirs
 
-from serve import keys
+from serve.api import auth
 
 
 def data_folder() -> Path:
@@ -124,4 +124,4 @@ class Settings:
     @property
     def asks_for_keys(self) -> bool:
         """Whether a server started now would ask for a key."""
-        return bool(self.api_keys or keys.read(self.home))
+        return bool(self.api_keys or auth.read(self.home))

@@ -78,7 +78,7 @@ class Reply:
 
     def __iter__(self) -> Iterator[str]:
         """Yields the text piece by piece, never half a character. Leaving early stops the model."""
-        from serve.api.pieces import Assembler
+        from serve.api.detokenize import Assembler
         from serve.engine import Done, Failed, Token
 
         assembler = Assembler(self._model.tokenizer.encoding, self._stop)

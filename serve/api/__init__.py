@@ -1,12 +1,11 @@
-"""The routes: one file a route, and what the routes share.
+"""The HTTP shim: `app` puts layers, routes and errors together, `server` holds the port.
 
-OpenAI's are `models.py`, `chat.py`, `completions.py` (with `insertion.py` for its suffix) and
-`embeddings.py`, and of 2023 `edits.py` and `engines.py`; harnesses ask `tokens.py`, supervisors
-`health.py`, people `pages.py` and `docs.py`. What outlives a request: `files.py`, and jobs as today
-(`fine_tuning.py`) and in 2023 (`fine_tunes.py`).
+Layers, from the outermost: `headers`, `middleware` (hosts, origins, body size), `auth`,
+`rate_limit`; `request_context` is what they and the routes know of a request, `logs` and `metrics`
+what is told of it, `errors` the one shape of every failure.
 
-Shared: `schemas.py` is what a request may say, `ids.py` what its token ids mean, `context.py`
-whether it fits the model, `generation.py` and `pieces.py` how token events become text, `sse.py`
-how an answer is streamed, `forms.py` how a file arrives, `listing.py` how a list is paged through,
-`replies.py` and `openapi.py` how all of it is described.
+Shared by the routes: `requests` is what a request may say, `token_ids` what its ids mean,
+`context_window` whether it fits the model, `generation` and `detokenize` how token events become
+text, `infill` how text is inserted, `sse` how an answer is streamed, `multipart` how a file
+arrives, `pagination` how a list is paged through, `responses` and `openapi` how it is described.
 """

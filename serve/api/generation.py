@@ -16,12 +16,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from serve.api.ids import native_bias
-from serve.api.pieces import Assembler, FinishReason, Piece, Placed, finite
-from serve.api.schemas import GenerationBody
-from serve.calls import Call
+from serve.api.detokenize import Assembler, FinishReason, Piece, Placed, finite
+from serve.api.errors import APIError, server_error
+from serve.api.request_context import Call
+from serve.api.requests import GenerationBody
+from serve.api.token_ids import native_bias
 from serve.engine import Began, Done, Failed, Request, Scored, Token
-from serve.errors import APIError, server_error
 from serve.models import sampling
 from serve.models.decoder import ServedModel
 from transformer.sampling import Sampling

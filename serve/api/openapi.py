@@ -1,6 +1,6 @@
 """The description of this API that /openapi.json and /docs show, made from the code itself.
 
-Bodies are pydantic models that `schemas.read_json` reads, and answers are dictionaries; FastAPI
+Bodies are pydantic models that `requests.read_json` reads, and answers are dictionaries; FastAPI
 sees neither. So each route names its models by `described`, and `schema` puts them where OpenAPI
 wants them. That answers are as described here is held by a test, not by the code that answers.
 """
@@ -12,7 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from serve.api.replies import Error
+from serve.api.responses import Error
 
 _models: dict[str, type[BaseModel]] = {}  # all that a route has named, by name
 

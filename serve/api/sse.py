@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serve.errors import APIError, ClientDisconnected, as_api_error
+from serve.api.errors import APIError, ClientDisconnected, as_api_error
 
 log = logging.getLogger(__name__)
 

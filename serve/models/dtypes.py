@@ -3,8 +3,8 @@
 Which is fastest depends on the machine (one processor multiplies bytes, another converts them
 first), which is good enough depends on the model, and which fits depends on what else is running.
 So the first start measures those that fit (`dtype_probe.py`), remembers the answer beside the
-models, and says what it chose and why. Of the catalogue's models it is known which formats are good enough, so
-only speed is measured: seconds instead of a minute.
+models, and says what it chose and why. Of the catalogue's models it is known which formats are good
+enough, so only speed is measured: seconds instead of a minute.
 """
 
 from __future__ import annotations

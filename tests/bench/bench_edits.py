@@ -9,7 +9,7 @@ import json
 import sys
 
 from serve import settings
-from serve.api.edits import messages
+from serve.api.routes.legacy.edits import messages
 from serve.engine import Request, Token
 from serve.models import catalogue, download, sampling
 from serve.models.decoder import load_model

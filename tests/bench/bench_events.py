@@ -34,10 +34,10 @@ from pydantic_core import to_json
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from serve.api.completions import _chunks  # noqa: E402
 from serve.api.generation import Generation, Prompt  # noqa: E402
-from serve.api.schemas import CompletionBody  # noqa: E402
-from serve.calls import Call  # noqa: E402
+from serve.api.request_context import Call  # noqa: E402
+from serve.api.requests import CompletionBody  # noqa: E402
+from serve.api.routes.completions import _chunks  # noqa: E402
 from serve.engine import Device, Engine, Request  # noqa: E402
 from serve.engine.scheduler import Scheduler  # noqa: E402
 from tests.serve import scripted  # noqa: E402

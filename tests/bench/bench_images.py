@@ -29,7 +29,7 @@ import numpy as np
 from openai import AsyncOpenAI, OpenAI
 
 from serve import settings
-from serve.app import create_app
+from serve.api.app import create_app
 from serve.models import catalogue, download, resolve
 from serve.models.registry import Registry
 from serve.settings import Settings

@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 import bpe
-from serve.app import create_app
+from serve.api.app import create_app
 from serve.engine import Began, Busy, Done, Event, Failed, Request, Scored, Stats, Token
 from serve.models.decoder import ServedModel
 from serve.models.registry import Offer, Registry

@@ -13,8 +13,8 @@ import pytest
 import soundfile
 from openai import OpenAI
 
-from serve.api.audio import SpeechEvent, Transcription, VerboseTranscription
-from serve.app import create_app
+from serve.api.app import create_app
+from serve.api.routes.audio import SpeechEvent, Transcription, VerboseTranscription
 from serve.models import resolve
 from serve.models.download import Located
 from serve.models.registry import Registry

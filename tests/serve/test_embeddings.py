@@ -12,7 +12,7 @@ import pytest
 from openai import OpenAI
 
 import bpe
-from serve.app import create_app
+from serve.api.app import create_app
 from serve.models import resolve
 from serve.models.download import Located
 from serve.models.encoder import load_embedder

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
+from serve.api.errors import as_api_error
 from serve.engine import Busy
-from serve.errors import as_api_error
 from serve.models.registry import UnknownModel
 from tests.serve.scripted import CONTEXT
 
@@ -444,7 +444,7 @@ def test_a_crash_says_nothing_about_its_cause_and_is_logged(http, caplog):
     response = http.post(COMPLETIONS, json={"model": "scripted", "prompt": "crash"})
     error = error_of(response, 500)
     assert "secret" not in response.text and error["type"] == "server_error"
-    record = next(record for record in caplog.records if record.name == "serve.headers")
+    record = next(record for record in caplog.records if record.name == "serve.api.headers")
     assert "POST /v1/completions failed" in record.getMessage() and record.exc_info
 
 

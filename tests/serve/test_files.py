@@ -14,8 +14,8 @@ import psutil
 import pytest
 from openai import NotFoundError, OpenAI
 
-from serve.api import files
-from serve.api.forms import bare_name
+from serve.api.multipart import bare_name
+from serve.api.routes import files
 from tests.serve import scripted
 from tests.serve.old_client import OldClient, install
 

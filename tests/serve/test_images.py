@@ -23,9 +23,9 @@ from PIL import Image
 import diffusion
 from diffusion import Plan, edit, picture, sample
 from serve import settings
-from serve.api import images
-from serve.api.images import ImageEvent, Images
-from serve.app import create_app
+from serve.api.app import create_app
+from serve.api.routes import images
+from serve.api.routes.images import ImageEvent, Images
 from serve.engine import Busy, Device, Lane
 from serve.failures import NotFound
 from serve.models import catalogue, download, resolve

@@ -18,7 +18,8 @@ import httpx
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 
-from serve.api import fine_tuning, replies
+from serve.api import responses
+from serve.api.routes import fine_tuning
 from serve.jobs import runner
 from serve.jobs.jobs import Jobs, check_name, check_suffix
 from serve.jobs.runner import Keeper, Lines, Process, results, take_lock
@@ -396,15 +397,15 @@ def test_names_too_long_for_the_file_system_are_refused(openai, monkeypatch, tmp
 @pytest.mark.parametrize(
     ("reply", "path"),
     [
-        (replies.Files, "files"),
-        (replies.FileReply, "files/{job.training_file}"),
-        (replies.Jobs, "fine_tuning/jobs"),
-        (replies.JobReply, "fine_tuning/jobs/{job.id}"),
-        (replies.JobEvents, "fine_tuning/jobs/{job.id}/events?limit=100"),
-        (replies.JobCheckpoints, "fine_tuning/jobs/{job.id}/checkpoints"),
-        (replies.FineTunes, "fine-tunes"),
-        (replies.FineTune, "fine-tunes/{job.id}"),
-        (replies.FineTuneEvents, "fine-tunes/{job.id}/events"),
+        (responses.Files, "files"),
+        (responses.FileReply, "files/{job.training_file}"),
+        (responses.Jobs, "fine_tuning/jobs"),
+        (responses.JobReply, "fine_tuning/jobs/{job.id}"),
+        (responses.JobEvents, "fine_tuning/jobs/{job.id}/events?limit=100"),
+        (responses.JobCheckpoints, "fine_tuning/jobs/{job.id}/checkpoints"),
+        (responses.FineTunes, "fine-tunes"),
+        (responses.FineTune, "fine-tunes/{job.id}"),
+        (responses.FineTuneEvents, "fine-tunes/{job.id}/events"),
     ],
 )
 def test_answers_are_as_described(address, trained, reply, path):
@@ -416,7 +417,7 @@ def test_events_are_streamed_until_the_end(address, trained):
     url = f"{address}/v1/fine_tuning/jobs/{trained[1].id}/events?stream=true"
     events = httpx.get(url).text.strip().split("\n\n")
     assert events.pop() == "data: [DONE]"
-    shown = [replies.JobEvent.model_validate_json(event[6:], strict=True) for event in events]
+    shown = [responses.JobEvent.model_validate_json(event[6:], strict=True) for event in events]
     assert shown[0].message.startswith("Created fine-tuning job")
     assert shown[-1].message == "The job has successfully completed"
 

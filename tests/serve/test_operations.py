@@ -13,11 +13,11 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve import keys, limits, logs
-from serve.app import create_app
-from serve.limits import RequestRate
+from serve.api import auth, logs, rate_limit
+from serve.api.app import create_app
+from serve.api.middleware import BodyLimit
+from serve.api.rate_limit import RequestRate
 from serve.models.registry import Offer, Registry
-from serve.security import BodyLimit
 from serve.settings import Settings
 from tests.serve import scripted
 
@@ -36,14 +36,14 @@ def bearer(key):
 
 
 def test_a_key_is_shown_once_and_kept_as_a_digest(tmp_path):
-    key = keys.create(tmp_path, "ann")
-    file = tmp_path / keys.FILE
+    key = auth.create(tmp_path, "ann")
+    file = tmp_path / auth.FILE
     assert key.startswith("sk-pellucid-") and len(key) > 50
     assert key not in file.read_text() and key.removeprefix("sk-pellucid-") not in file.read_text()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    (kept,) = keys.read(tmp_path)
+    (kept,) = auth.read(tmp_path)
     assert kept.name == "ann" and key.endswith(kept.hint)
-    assert keys.create(tmp_path, "bob") != key
+    assert auth.create(tmp_path, "bob") != key
 
 
 def test_nothing_is_written_through_what_somebody_planted(tmp_path):
@@ -52,28 +52,28 @@ def test_nothing_is_written_through_what_somebody_planted(tmp_path):
     victim.write_text("mine")
     (tmp_path / f".keys-{os.getpid()}").symlink_to(victim)
     (tmp_path / f".keys.json-{os.getpid()}").symlink_to(victim)
-    keys.create(tmp_path, "ann")
+    auth.create(tmp_path, "ann")
     assert victim.read_text() == "mine"
-    assert (tmp_path / keys.FILE).stat().st_mode & 0o777 == 0o600
-    assert [key.name for key in keys.read(tmp_path)] == ["ann"]
+    assert (tmp_path / auth.FILE).stat().st_mode & 0o777 == 0o600
+    assert [key.name for key in auth.read(tmp_path)] == ["ann"]
 
 
 def test_names_of_keys(tmp_path):
-    keys.create(tmp_path, "ann@example.org")
+    auth.create(tmp_path, "ann@example.org")
     with pytest.raises(ValueError, match="there is a key"):
-        keys.create(tmp_path, "ann@example.org")
+        auth.create(tmp_path, "ann@example.org")
     with pytest.raises(ValueError, match="cannot name a key"):
-        keys.create(tmp_path, "no spaces")
+        auth.create(tmp_path, "no spaces")
     with pytest.raises(LookupError, match="no key is called 'bob'; there are: ann@example.org"):
-        keys.delete(tmp_path, "bob")
-    keys.delete(tmp_path, "ann@example.org")
-    assert keys.read(tmp_path) == []
+        auth.delete(tmp_path, "bob")
+    auth.delete(tmp_path, "ann@example.org")
+    assert auth.read(tmp_path) == []
 
 
 def test_a_damaged_file_opens_nothing(tmp_path):
-    (tmp_path / keys.FILE).write_text("[{")
+    (tmp_path / auth.FILE).write_text("[{")
     with pytest.raises(ValueError, match="is damaged"):
-        keys.KeyRing([], tmp_path)
+        auth.KeyRing([], tmp_path)
     with pytest.raises(ValueError, match="is damaged"):
         Settings(home=tmp_path)
 
@@ -84,15 +84,15 @@ def test_keys_come_and_go_while_a_server_runs(tmp_path):
         httpx.Client(base_url=address) as http,
     ):
         assert post(http).status_code == 200, "no key: any request is welcome"
-        ann, bob = keys.create(tmp_path, "ann"), keys.create(tmp_path, "bob")
+        ann, bob = auth.create(tmp_path, "ann"), auth.create(tmp_path, "bob")
         assert post(http).status_code == 401
         for key, status in ((ann, 200), (bob, 200), (ann[:-1], 401), ("-", 401)):
             response = http.post("/v1/completions", json=BODY, headers=bearer(key))
             assert response.status_code == status
-        keys.delete(tmp_path, "ann")
+        auth.delete(tmp_path, "ann")
         assert http.get("/v1/models", headers=bearer(ann)).status_code == 401
         assert http.get("/v1/models", headers=bearer(bob)).status_code == 200
-        keys.delete(tmp_path, "bob")
+        auth.delete(tmp_path, "bob")
         assert post(http).status_code == 401, "deleting the last key opens no door"
         assert http.get("/health").status_code == http.get("/ready").status_code == 200
 
@@ -100,7 +100,7 @@ def test_keys_come_and_go_while_a_server_runs(tmp_path):
 def test_a_stored_key_is_enough_to_be_reachable(tmp_path):
     with pytest.raises(ValueError, match="pellucid keys create"):
         Settings(host="0.0.0.0", home=tmp_path)
-    keys.create(tmp_path, "ann")
+    auth.create(tmp_path, "ann")
     assert Settings(host="0.0.0.0", home=tmp_path).api_keys == ()
 
 
@@ -115,7 +115,7 @@ def test_the_keys_command(tmp_path):
 
     made = command("create", "ann")
     key = made.stdout.strip()
-    assert keys.KeyRing([], tmp_path).owner(key.encode()) == "ann"
+    assert auth.KeyRing([], tmp_path).owner(key.encode()) == "ann"
     assert "now refuse requests without a key" in made.stderr and key not in made.stderr
     assert json.loads(command("create", "bob", "--json").stdout)["name"] == "bob"
     again = command("create", "bob")
@@ -126,7 +126,7 @@ def test_the_keys_command(tmp_path):
         "bob",
     ]
     assert command("delete", "ann").returncode == 0 and command("delete", "ann").returncode == 3
-    (tmp_path / keys.FILE).write_text("[1]")
+    (tmp_path / auth.FILE).write_text("[1]")
     damaged = command("list")
     assert damaged.returncode == 4 and "is damaged" in damaged.stderr
 
@@ -148,7 +148,7 @@ def test_a_bucket_fills_again_and_each_client_has_one():
 
 
 def test_idle_clients_are_forgotten(monkeypatch):
-    monkeypatch.setattr(limits, "MANY", 3)
+    monkeypatch.setattr(rate_limit, "MANY", 3)
     now = 0.0
     rate = RequestRate(60, clock=lambda: now)
     for client in "abc":

@@ -7,8 +7,8 @@ import shutil
 import httpx
 import pytest
 
-from serve import keys
-from serve.api import pages
+from serve.api import auth
+from serve.api.routes import pages
 from tests.serve import scripted
 from tests.serve.scripted import HELLO
 
@@ -49,7 +49,7 @@ def test_its_scripts_neither_ask_others_nor_parse_what_a_model_says():
 
 
 def test_it_is_shown_without_a_key_but_does_nothing_without(tmp_path):
-    keys.create(tmp_path, "ann")
+    auth.create(tmp_path, "ann")
     with (
         scripted.running(scripted.model(), home=tmp_path) as address,
         httpx.Client(base_url=address) as http,
@@ -265,7 +265,7 @@ def test_the_description_of_the_api_is_a_page_to_try_it(open_page):
 
 @in_browser
 def test_a_key_is_asked_for(browser, tmp_path):
-    key = keys.create(tmp_path, "ann")
+    key = auth.create(tmp_path, "ann")
     with scripted.running(scripted.model(), home=tmp_path) as address:
         page = browser.new_page()
         page.goto(address)

@@ -6,7 +6,7 @@ import random
 import pytest
 
 import bpe
-from serve.api.pieces import Assembler, finite, token_text
+from serve.api.detokenize import Assembler, finite, token_text
 from serve.engine import Token
 from tests.serve.scripted import encoding
 

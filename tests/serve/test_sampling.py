@@ -229,7 +229,7 @@ def test_a_server_offers_and_shows_defaults(tmp_path, whose):
             Settings(home=tmp_path, cache_budget=2**20),
         )
         with cli._offered(places, chosen, "float32", {}, (), whose) as registry:
-            from serve.api.models import card as shown
+            from serve.api.routes.models import card as shown
 
             assert [shown(card)["sampling"] for card in registry.list()] == [expected] * 2
             (loaded,) = registry.loaded()

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from serve.api import replies
+from serve.api import responses
 from serve.models import adapters
 from tests.serve import scripted
 
@@ -58,29 +58,29 @@ def test_every_reference_leads_somewhere(description):
 @pytest.mark.parametrize(
     ("reply", "method", "path", "body"),
     [
-        (replies.Models, "GET", "/v1/models", None),
-        (replies.Model, "GET", "/v1/models/gpt-4", None),
-        (replies.Engines, "GET", "/v1/engines", None),
-        (replies.EngineReply, "GET", "/v1/engines/scripted", None),
-        (replies.ChatCompletion, "POST", "/v1/chat/completions", CHAT),
+        (responses.Models, "GET", "/v1/models", None),
+        (responses.Model, "GET", "/v1/models/gpt-4", None),
+        (responses.Engines, "GET", "/v1/engines", None),
+        (responses.EngineReply, "GET", "/v1/engines/scripted", None),
+        (responses.ChatCompletion, "POST", "/v1/chat/completions", CHAT),
         (
-            replies.ChatCompletion,
+            responses.ChatCompletion,
             "POST",
             "/v1/chat/completions",
             {**CHAT, "logprobs": True, "top_logprobs": 3, "n": 2, "metadata": {"a": "b"}},
         ),
-        (replies.Completion, "POST", "/v1/completions", TEXT),
-        (replies.Completion, "POST", "/v1/completions", {**TEXT, "logprobs": None}),
-        (replies.Edit, "POST", "/v1/edits", {"model": "scripted", "instruction": "x"}),
-        (replies.Tokens, "POST", "/tokenize", {"text": "ö", "return_token_strs": True}),
-        (replies.Tokens, "POST", "/tokenize", {"text": "ö", "with_pieces": True}),
-        (replies.Text, "POST", "/detokenize", {"tokens": [65]}),
-        (replies.TokenizerInfo, "GET", "/tokenizer_info", None),
-        (replies.Status, "GET", "/health", None),
-        (replies.Status, "GET", "/ready", None),
-        (replies.Version, "GET", "/version", None),
-        (replies.Error, "GET", "/no/such/path", None),
-        (replies.Error, "POST", "/v1/edits", {}),
+        (responses.Completion, "POST", "/v1/completions", TEXT),
+        (responses.Completion, "POST", "/v1/completions", {**TEXT, "logprobs": None}),
+        (responses.Edit, "POST", "/v1/edits", {"model": "scripted", "instruction": "x"}),
+        (responses.Tokens, "POST", "/tokenize", {"text": "ö", "return_token_strs": True}),
+        (responses.Tokens, "POST", "/tokenize", {"text": "ö", "with_pieces": True}),
+        (responses.Text, "POST", "/detokenize", {"tokens": [65]}),
+        (responses.TokenizerInfo, "GET", "/tokenizer_info", None),
+        (responses.Status, "GET", "/health", None),
+        (responses.Status, "GET", "/ready", None),
+        (responses.Version, "GET", "/version", None),
+        (responses.Error, "GET", "/no/such/path", None),
+        (responses.Error, "POST", "/v1/edits", {}),
     ],
 )
 def test_answers_are_as_described(http, reply, method, path, body):
@@ -91,8 +91,12 @@ def test_answers_are_as_described(http, reply, method, path, body):
 @pytest.mark.parametrize(
     ("reply", "path", "body"),
     [
-        (replies.ChatChunk, "/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 1}),
-        (replies.CompletionChunk, "/v1/completions", TEXT),
+        (
+            responses.ChatChunk,
+            "/v1/chat/completions",
+            {**CHAT, "logprobs": True, "top_logprobs": 1},
+        ),
+        (responses.CompletionChunk, "/v1/completions", TEXT),
     ],
 )
 @pytest.mark.parametrize("include_usage", [False, True])

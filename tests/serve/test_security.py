@@ -3,7 +3,7 @@
 import httpx
 import pytest
 
-from serve.security import host_name, mask
+from serve.api.middleware import host_name, mask
 from tests.serve import scripted
 
 BODY = {"model": "scripted", "prompt": "hello"}

@@ -9,7 +9,7 @@ import jax
 
 import bpe
 from bpe.formats import byte_characters
-from serve.app import create_app
+from serve.api.app import create_app
 from serve.models import resolve
 from serve.models.download import Located
 from serve.models.registry import Registry

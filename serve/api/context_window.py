@@ -9,7 +9,7 @@ import unicodedata
 from typing import NamedTuple
 
 from bpe import Encoding
-from serve.errors import APIError
+from serve.api.errors import APIError
 
 
 class Wording(NamedTuple):

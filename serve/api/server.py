@@ -19,7 +19,7 @@ from serve.failures import Failure, WrongUsage
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from serve.logs import LogFormat
+    from serve.api.logs import LogFormat
 
 DRAIN_SECONDS = 30  # for running answers after the first Ctrl-C
 
@@ -87,7 +87,7 @@ def run(
     """
     import uvicorn
 
-    from serve import logs
+    from serve.api import logs
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -32,14 +32,14 @@ from audio import subtitles
 from audio.load import RATE
 from audio.tokens import SECONDS_PER_STEP
 from audio.transcribe import Segment, Transcript
-from serve.api.forms import form_fields
-from serve.api.models import listener_of
+from serve.api.errors import APIError, from_validation, unsupported
+from serve.api.multipart import form_fields
 from serve.api.openapi import described
-from serve.api.replies import Reply
-from serve.api.schemas import Body
+from serve.api.request_context import call_of
+from serve.api.requests import Body
+from serve.api.responses import Reply
+from serve.api.routes.models import listener_of
 from serve.api.sse import Event, event_stream, unless_disconnected
-from serve.calls import call_of
-from serve.errors import APIError, from_validation, unsupported
 from serve.models.speech import SpeechModel
 
 router = APIRouter(prefix="/v1/audio")

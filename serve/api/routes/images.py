@@ -43,17 +43,17 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
 from diffusion import Plan, edit, picture, upscale
-from serve.api.files import find_file, store_of
-from serve.api.forms import form_fields
-from serve.api.models import painter_of
+from serve.api.errors import APIError, from_validation, unsupported
+from serve.api.multipart import form_fields
 from serve.api.openapi import described
-from serve.api.replies import Reply
-from serve.api.schemas import Body, read_json
+from serve.api.request_context import Call, call_of
+from serve.api.requests import Body, read_json
+from serve.api.responses import Reply
+from serve.api.routes.files import find_file, store_of
+from serve.api.routes.models import painter_of
 from serve.api.sse import Event, between_base64, event_stream, unless_disconnected
-from serve.calls import Call, call_of
-from serve.errors import APIError, from_validation, unsupported
+from serve.api.temp_files import SECONDS, Passing
 from serve.models.images import DrawingModel, Drawn, Order, Source
-from serve.passing import SECONDS, Passing
 
 router = APIRouter()
 

@@ -6,9 +6,9 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from serve.api.models import registry_of
 from serve.api.openapi import described
-from serve.api.replies import Status, Version
+from serve.api.responses import Status, Version
+from serve.api.routes.models import registry_of
 
 router = APIRouter()
 

@@ -16,7 +16,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
-from serve.errors import APIError
+from serve.api.errors import APIError
 from serve.jobs.store import Incoming
 
 MAX_FIELD = 64 * 2**10  # bytes of a field that is no file

@@ -30,13 +30,13 @@ from starlette.responses import JSONResponse, Response
 
 import bpe
 from bpe import WordPiece
-from serve.api.models import embedder_of
+from serve.api.errors import APIError
 from serve.api.openapi import described
-from serve.api.replies import Embeddings
-from serve.api.schemas import Body, Ids, read_json, tag
+from serve.api.request_context import call_of
+from serve.api.requests import Body, Ids, read_json, tag
+from serve.api.responses import Embeddings
+from serve.api.routes.models import embedder_of
 from serve.api.sse import unless_disconnected
-from serve.calls import call_of
-from serve.errors import APIError
 from serve.models import long_texts
 from serve.models.encoder import EmbeddingModel
 

@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic_core import from_json
 from starlette.requests import Request
 
-from serve.errors import APIError, from_validation, kind
+from serve.api.errors import APIError, from_validation, kind
 from serve.models.sampling import BOUNDS
 
 # --- reading a body ---------------------------------------------------------------------------

@@ -14,15 +14,15 @@ from pydantic import Field
 from starlette.requests import Request
 
 from bpe import Encoding
-from serve.api.chat import Message, encode_chat, plain
-from serve.api.context import MESSAGES
-from serve.api.ids import native_ids
-from serve.api.models import generator_of, registry_of
+from serve.api.context_window import MESSAGES
+from serve.api.detokenize import token_text
+from serve.api.errors import APIError
 from serve.api.openapi import described
-from serve.api.pieces import token_text
-from serve.api.replies import Text, TokenizerInfo, Tokens
-from serve.api.schemas import Body, read_json
-from serve.errors import APIError
+from serve.api.requests import Body, read_json
+from serve.api.responses import Text, TokenizerInfo, Tokens
+from serve.api.routes.chat import Message, encode_chat, plain
+from serve.api.routes.models import generator_of, registry_of
+from serve.api.token_ids import native_ids
 from serve.models.decoder import ServedModel
 
 router = APIRouter()

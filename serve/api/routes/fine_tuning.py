@@ -16,14 +16,14 @@ from pydantic import Discriminator, Field, Tag
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from serve.api.files import find_file
-from serve.api.listing import PageQuery, listing, read_query
-from serve.api.models import registry_of
+from serve.api.errors import APIError, unsupported
 from serve.api.openapi import described
-from serve.api.replies import JobCheckpoints, JobEvent, JobEvents, JobReply, Jobs
-from serve.api.schemas import Body, read_json, tag
+from serve.api.pagination import PageQuery, listing, read_query
+from serve.api.requests import Body, read_json, tag
+from serve.api.responses import JobCheckpoints, JobEvent, JobEvents, JobReply, Jobs
+from serve.api.routes.files import find_file
+from serve.api.routes.models import registry_of
 from serve.api.sse import Events, event_stream
-from serve.errors import APIError, unsupported
 from serve.jobs.jobs import UNFINISHED, Job, JobIsOver, check_name, check_suffix, shown
 from serve.jobs.jobs import Jobs as JobStore
 from serve.models.registry import Offer

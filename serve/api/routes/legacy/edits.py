@@ -17,15 +17,15 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from serve.api.chat import encode_chat
-from serve.api.context import EDIT, room
+from serve.api.context_window import EDIT, room
 from serve.api.generation import Generation, Prompt
-from serve.api.models import generator_of
 from serve.api.openapi import described
-from serve.api.replies import Edit
-from serve.api.schemas import GenerationBody, read_json
+from serve.api.request_context import Call, call_of
+from serve.api.requests import GenerationBody, read_json
+from serve.api.responses import Edit
+from serve.api.routes.chat import encode_chat
+from serve.api.routes.models import generator_of
 from serve.api.sse import unless_disconnected
-from serve.calls import Call, call_of
 from serve.models.decoder import ServedModel
 
 router = APIRouter(prefix="/v1")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import bpe
 from bpe import Encoding
-from serve.errors import APIError
+from serve.api.errors import APIError
 from serve.models.decoder import ServedModel
 
 

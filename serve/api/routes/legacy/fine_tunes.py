@@ -12,7 +12,12 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from serve.api.fine_tuning import (
+from serve.api.errors import unsupported
+from serve.api.openapi import described
+from serve.api.pagination import read_query
+from serve.api.requests import Body, read_json
+from serve.api.responses import FineTune, FineTuneEvent, FineTuneEvents, FineTunes
+from serve.api.routes.fine_tuning import (
     BatchSize,
     Epochs,
     Multiplier,
@@ -22,12 +27,7 @@ from serve.api.fine_tuning import (
     jobs_of,
     make_job,
 )
-from serve.api.listing import read_query
-from serve.api.openapi import described
-from serve.api.replies import FineTune, FineTuneEvent, FineTuneEvents, FineTunes
-from serve.api.schemas import Body, read_json
 from serve.api.sse import Events, event_stream
-from serve.errors import unsupported
 from serve.jobs.jobs import PENDING, Job
 from serve.jobs.jobs import Jobs as JobStore
 

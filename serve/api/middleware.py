@@ -18,9 +18,9 @@ from types import MappingProxyType
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.calls import call_of
-from serve.errors import APIError
-from serve.keys import KeyRing
+from serve.api.auth import KeyRing
+from serve.api.errors import APIError
+from serve.api.request_context import call_of
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 HEALTH_PATHS = ("/health", "/v1/health", "/ready")  # a supervisor asks these without a key

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve import logs
-from serve.calls import Call
-from serve.errors import server_error
+from serve.api import logs
+from serve.api.errors import server_error
+from serve.api.request_context import Call
 
 log = logging.getLogger(__name__)
 

@@ -18,16 +18,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bpe import Encoding
-from serve.api.context import MESSAGES, Wording, refuse_hopeless, room
+from serve.api.context_window import MESSAGES, Wording, refuse_hopeless, room
+from serve.api.detokenize import Placed, finite, token_text
+from serve.api.errors import APIError, unsupported
 from serve.api.generation import Generation, Prompt
-from serve.api.models import generator_of
 from serve.api.openapi import described
-from serve.api.pieces import Placed, finite, token_text
-from serve.api.replies import ChatChunk, ChatCompletion
-from serve.api.schemas import ChatBody, Message, read_json
+from serve.api.request_context import Call, call_of
+from serve.api.requests import ChatBody, Message, read_json
+from serve.api.responses import ChatChunk, ChatCompletion
+from serve.api.routes.models import generator_of
 from serve.api.sse import event_stream, unless_disconnected
-from serve.calls import Call, call_of
-from serve.errors import APIError, unsupported
 from serve.models.decoder import ServedModel
 
 router = APIRouter(prefix="/v1")

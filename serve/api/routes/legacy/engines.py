@@ -1,7 +1,7 @@
 """GET /v1/engines: the models, as they were called before 2022.
 
 Clients of 2023 still call ``/v1/engines/ID/completions`` when they are given ``engine=`` instead of
-``model=``; each generation route answers under that path too, see `schemas.read_json`.
+``model=``; each generation route answers under that path too, see `requests.read_json`.
 """
 
 from typing import Any
@@ -9,9 +9,9 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.requests import Request
 
-from serve.api.models import registry_of
 from serve.api.openapi import described
-from serve.api.replies import EngineReply, Engines
+from serve.api.responses import EngineReply, Engines
+from serve.api.routes.models import registry_of
 from serve.models.registry import AnyModel, Offer
 
 router = APIRouter(prefix="/v1")

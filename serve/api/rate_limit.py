@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.calls import call_of
-from serve.errors import APIError
+from serve.api.errors import APIError
+from serve.api.request_context import call_of
 
 MANY = 10_000  # clients that are remembered before those with full buckets are forgotten
 DRAIN_RETRY_SECONDS = 5

@@ -22,18 +22,18 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bpe import Encoding, Tokenizer
-from serve.api.context import PROMPT, refuse_hopeless, room
+from serve.api.context_window import PROMPT, refuse_hopeless, room
+from serve.api.detokenize import Piece, Placed, finite, token_text
+from serve.api.errors import APIError
 from serve.api.generation import Choice, Generation, Prompt
-from serve.api.ids import native_ids
-from serve.api.insertion import insertion
-from serve.api.models import generator_of
+from serve.api.infill import insertion
 from serve.api.openapi import described
-from serve.api.pieces import Piece, Placed, finite, token_text
-from serve.api.replies import Completion, CompletionChunk
-from serve.api.schemas import CompletionBody, read_json
+from serve.api.request_context import Call, call_of
+from serve.api.requests import CompletionBody, read_json
+from serve.api.responses import Completion, CompletionChunk
+from serve.api.routes.models import generator_of
 from serve.api.sse import event_stream, unless_disconnected
-from serve.calls import Call, call_of
-from serve.errors import APIError
+from serve.api.token_ids import native_ids
 from serve.models.decoder import ServedModel
 
 router = APIRouter(prefix="/v1")

@@ -11,9 +11,9 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.requests import Request
 
+from serve.api.errors import APIError
 from serve.api.openapi import described
-from serve.api.replies import Deleted, Model, Models
-from serve.errors import APIError
+from serve.api.responses import Deleted, Model, Models
 from serve.models import adapters, sampling
 from serve.models.decoder import ServedModel
 from serve.models.encoder import EmbeddingModel

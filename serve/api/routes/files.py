@@ -14,12 +14,12 @@ from pydantic import Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
-from serve.api.forms import FILE, form_fields, read_form
-from serve.api.listing import OrderedPageQuery, listing, read_query
+from serve.api.errors import APIError, from_validation
+from serve.api.multipart import FILE, form_fields, read_form
 from serve.api.openapi import described
-from serve.api.replies import FileDeleted, FileReply, Files
-from serve.api.schemas import Body
-from serve.errors import APIError, from_validation
+from serve.api.pagination import OrderedPageQuery, listing, read_query
+from serve.api.requests import Body
+from serve.api.responses import FileDeleted, FileReply, Files
 from serve.jobs.store import Store, file_record, new_id
 
 router = APIRouter(prefix="/v1")

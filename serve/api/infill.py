@@ -12,8 +12,8 @@ Leaves out: the order suffix, prefix, middle, and whole repositories as context.
 from collections.abc import Sequence
 
 from bpe import Tokenizer
+from serve.api.errors import unsupported
 from serve.api.generation import Prompt
-from serve.errors import unsupported
 
 SPELLINGS = (  # of the tokens before prefix, suffix and middle
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma

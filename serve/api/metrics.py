@@ -23,7 +23,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Scope
 
-from serve.calls import call_of
+from serve.api.request_context import call_of
 from serve.models.decoder import ServedModel
 from serve.models.registry import Registry
 

@@ -10,17 +10,20 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Scope
 
-from serve import errors, logs
-from serve.api import (
+from serve.api import errors, logs
+from serve.api.auth import KeyRing
+from serve.api.headers import ResponseHeaders
+from serve.api.metrics import Metrics
+from serve.api.middleware import ApiKeys, BodyLimit, HostAndOrigin
+from serve.api.openapi import described
+from serve.api.rate_limit import RATE_HEADERS, Admission, RequestRate
+from serve.api.routes import (
     audio,
     chat,
     completions,
     docs,
-    edits,
     embeddings,
-    engines,
     files,
-    fine_tunes,
     fine_tuning,
     health,
     images,
@@ -28,17 +31,12 @@ from serve.api import (
     pages,
     tokens,
 )
-from serve.api.openapi import described
-from serve.headers import ResponseHeaders
+from serve.api.routes.legacy import edits, engines, fine_tunes
+from serve.api.temp_files import Passing
 from serve.jobs.jobs import Jobs
 from serve.jobs.runner import Keeper
 from serve.jobs.store import Store
-from serve.keys import KeyRing
-from serve.limits import RATE_HEADERS, Admission, RequestRate
-from serve.metrics import Metrics
 from serve.models.registry import Registry
-from serve.passing import Passing
-from serve.security import ApiKeys, BodyLimit, HostAndOrigin
 from serve.settings import Settings
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from starlette.types import Scope
 
-from serve.calls import call_of
+from serve.api.request_context import call_of
 
 LogFormat = Literal["text", "json"]
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, ValidationError
 from starlette.requests import Request
 
-from serve.api.schemas import Body
-from serve.errors import APIError, from_validation
+from serve.api.errors import APIError, from_validation
+from serve.api.requests import Body
 from serve.jobs.store import Store
 
 

@@ -1,0 +1,1 @@
+"""The routes: one file a resource of the API, the pages and the docs among them."""
