@@ -1,6 +1,6 @@
 """`python -m serve` is the `pellucid` command."""
 
-from serve.cli import main
+from serve.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from serve.failures import Failure, WrongUsage
+from serve.exceptions import Failure, WrongUsage
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

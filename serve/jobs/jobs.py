@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from serve.failures import Failure
+from serve.exceptions import Failure
 from serve.jobs.store import Store, new_id
 from serve.models import adapters
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from serve.failures import Corrupt, Failure
+from serve.exceptions import Corrupt, Failure
 from serve.settings import private_folder
 
 VERSION = 1

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from serve.failures import Corrupt, DoesNotFit, Failure, NotFound, Unreachable, WrongUsage
+from serve.exceptions import Corrupt, DoesNotFit, Failure, NotFound, Unreachable, WrongUsage
 from serve.models import hub, json_cache
 from serve.models.catalogue import Catalogue, Model, ModelFile, Part
 from serve.settings import private_folder

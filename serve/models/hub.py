@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
-from serve.failures import NotFound, Unreachable, WrongUsage
+from serve.exceptions import NotFound, Unreachable, WrongUsage
 from serve.settings import private_folder
 
 _NAME = re.compile(r"hf:(?P<owner>[\w.-]+)/(?P<repo>[\w.-]+)@(?P<revision>[\w.-]+)")

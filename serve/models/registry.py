@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from serve.failures import Failure
+from serve.exceptions import Failure
 
 if TYPE_CHECKING:  # the engine brings JAX along
     from serve.models.decoder import ServedModel

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 import diffusion
 from diffusion import edit, painter, picture, sample, upscale
-from serve import preview
-from serve.cli import app
+from serve.cli import preview
+from serve.cli.main import app
 from tests.diffusion.conftest import save_tiny
 
 SIZE = 16  # pixels of what the tiny model draws

@@ -27,7 +27,7 @@ from serve.api.app import create_app
 from serve.api.routes import images
 from serve.api.routes.images import ImageEvent, Images
 from serve.engine import Busy, Device, Lane
-from serve.failures import NotFound
+from serve.exceptions import NotFound
 from serve.models import catalogue, download, resolve
 from serve.models.images import MAX_WAITING, Order, Source, load_painter
 from serve.models.registry import Registry

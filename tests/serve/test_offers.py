@@ -5,7 +5,7 @@ import asyncio
 import psutil
 import pytest
 
-from serve import cli
+from serve.cli import main as cli
 from serve.engine import Done, Request, Token
 from serve.models import resolve
 from serve.models.download import Located

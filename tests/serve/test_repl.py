@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from serve import repl, talk
+from serve.cli import repl, talk
 from serve.engine import Done, Failed, Request, Token
-from serve.failures import DoesNotFit, Failure, WrongUsage
+from serve.exceptions import DoesNotFit, Failure, WrongUsage
 from serve.models.decoder import ServedModel
 from tests.serve import scripted
 

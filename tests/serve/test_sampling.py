@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 import transformer.sampling
-from serve import cli, talk
+from serve.cli import main, talk
 from serve.models import adapters, catalogue, fingerprint, resolve, sampling
 from serve.models.download import Located
 from serve.settings import Settings
@@ -228,7 +228,7 @@ def test_a_server_offers_and_shows_defaults(tmp_path, whose):
             [Located("tiny", folder, "me")],
             Settings(home=tmp_path, cache_budget=2**20),
         )
-        with cli._offered(places, chosen, "float32", {}, (), whose) as registry:
+        with main._offered(places, chosen, "float32", {}, (), whose) as registry:
             from serve.api.routes.models import card as shown
 
             assert [shown(card)["sampling"] for card in registry.list()] == [expected] * 2
@@ -244,10 +244,10 @@ def test_the_model_card_names_its_defaults(model):
 
 def test_the_catalogue_and_its_table_name_defaults(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PELLUCID_HOME", str(tmp_path))
-    cli.models(json=True)
+    main.models(json=True)
     cards = {card["id"]: card for card in json.loads(capsys.readouterr().out)["models"]}
     chat = cards["smollm2-135m-instruct"]["sampling"]
     assert chat == sampling.resolve({}, {"temperature": 0.2, "top_p": 0.9})
     assert cards["all-minilm-l6-v2"]["sampling"] is None
-    cli.models(json=False)
+    main.models(json=False)
     assert "temperature 0.2, top_p 0.9" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.failures import Corrupt, DoesNotFit, NotFound, Unreachable, WrongUsage
+from serve.exceptions import Corrupt, DoesNotFit, NotFound, Unreachable, WrongUsage
 from serve.models import catalogue, download, hub
 from serve.models.catalogue import Model, ModelFile, Part
 

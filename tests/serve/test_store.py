@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from serve.failures import Corrupt
+from serve.exceptions import Corrupt
 from serve.jobs.store import Store, new_id
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from serve import talk, terminal
-from serve.failures import Failure
+from serve.cli import console, talk
+from serve.exceptions import Failure
 
 if TYPE_CHECKING:
     from serve.models.decoder import ServedModel
@@ -99,18 +99,18 @@ def run(
         read: Shows a prompt and returns a line, like `input`; raises EOFError at the end.
         figures: The line of figures after an answer.
     """
-    terminal.say(f"{model.id}: /help lists the commands, /bye leaves")
+    console.say(f"{model.id}: /help lists the commands, /bye leaves")
     while True:
         try:
             line = _whole(read(">>> "), read)
         except EOFError:
-            terminal.say("")
+            console.say("")
             return
         except KeyboardInterrupt:
-            terminal.say("\n/bye or Ctrl-D leaves")
+            console.say("\n/bye or Ctrl-D leaves")
             continue
         except UnicodeDecodeError:
-            terminal.say("that was not UTF-8")
+            console.say("that was not UTF-8")
             continue
         if not line.strip():
             continue
@@ -121,30 +121,30 @@ def run(
         elif word in ("/bye", "/exit"):
             return
         elif word in ("/help", "/?"):
-            terminal.say(HELP)
+            console.say(HELP)
         elif word == "/system":
             conversation.system = rest or None
-            terminal.say("the system message is set" if rest else "there is no system message")
+            console.say("the system message is set" if rest else "there is no system message")
         elif word == "/clear":
             conversation.turns.clear()
-            terminal.say("the conversation is forgotten")
+            console.say("the conversation is forgotten")
         elif word in ("/undo", "/retry"):
             if not conversation.turns:
-                terminal.say("nothing was said yet")
+                console.say("nothing was said yet")
                 continue
             question, _ = conversation.turns.pop()
             if word == "/retry":
                 _ask(model, conversation, question, figures)
             else:
-                terminal.say(f"taken back: {terminal.visible(question[:60])}")
+                console.say(f"taken back: {console.visible(question[:60])}")
         elif word == "/set":
             name, _, value = rest.partition(" ")
-            terminal.say(conversation.set(name, value.strip()))
+            console.say(conversation.set(name, value.strip()))
         elif word == "/stats":
             conversation.stats = not conversation.stats
-            terminal.say(f"figures are {'shown' if conversation.stats else 'hidden'}")
+            console.say(f"figures are {'shown' if conversation.stats else 'hidden'}")
         else:
-            terminal.say(f"{word} is no command: /help lists them (begin with a space to say it)")
+            console.say(f"{word} is no command: /help lists them (begin with a space to say it)")
 
 
 def _whole(line: str, read: Callable[[str], str]) -> str:
@@ -168,12 +168,12 @@ def _ask(
         reply = talk.Reply(model, prompt, conversation.options)
         with contextlib.suppress(KeyboardInterrupt):
             for text in reply:
-                terminal.answer(text, end="")
-        terminal.answer("")
+                console.answer(text, end="")
+        console.answer("")
     except Failure as error:
-        terminal.complain(str(error))
+        console.complain(str(error))
         return
     conversation.turns.append((question, reply.text))
     line = figures(reply)
     if conversation.stats:
-        terminal.say(line)
+        console.say(line)

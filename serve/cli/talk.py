@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from serve.failures import DoesNotFit, Failure, WrongUsage
+from serve.exceptions import DoesNotFit, Failure, WrongUsage
 from serve.models import sampling
 
 if TYPE_CHECKING:  # the engine brings JAX along

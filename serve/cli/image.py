@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serve import settings, terminal
-from serve.failures import NotFound, WrongUsage
+from serve import settings
+from serve.cli import console
+from serve.exceptions import NotFound, WrongUsage
 
 if TYPE_CHECKING:
     import numpy as np
 
     from diffusion import Painter, Plan
+    from serve.cli.preview import Preview
     from serve.models.download import Located
-    from serve.preview import Preview
 
 DEFAULT = "emoji-64"
 STYLES = ("shaded", "flat", "3d")  # as the captions of `diffusion.data` say them
@@ -130,7 +131,7 @@ def image(
     from diffusion import Plan, picture, upscale
     from diffusion.edit import paste
     from diffusion.painter import grid as sheet_of
-    from serve.preview import Preview
+    from serve.cli.preview import Preview
 
     wishes = {"steps": steps, "rule": rule, "guidance": guidance}
     try:
@@ -156,7 +157,7 @@ def image(
         path.write_bytes(picture.encode(sheet, format))
         paths.append(path)
         if not json:
-            terminal.answer(str(path))
+            console.answer(str(path))
 
     drawn: list[np.ndarray] = []
     loaded = time.perf_counter()
@@ -172,11 +173,11 @@ def image(
     seconds = time.perf_counter() - loaded
     if json:
         names = [str(path) for path in paths]
-        terminal.answer_json({"model": place.id, "seed": seed, "paths": names})
+        console.answer_json({"model": place.id, "seed": seed, "paths": names})
     resized = "" if side == painter.size else f", resized to {side} x {side}"
-    terminal.say(f"seed {seed}; drawn at {painter.size} x {painter.size}{resized}")
+    console.say(f"seed {seed}; drawn at {painter.size} x {painter.size}{resized}")
     if stats:
-        terminal.say(
+        console.say(
             f"[load {loaded - started:.1f} s · {len(rows)} pictures in {seconds:.2f} s · "
             f"{plan.steps} steps of {plan.rule}]"
         )
@@ -199,7 +200,7 @@ class _Source:
 
 
 def _loaded(name: str) -> "tuple[Located, Painter]":
-    from serve import local
+    from serve.cli import local
 
     place = local.located(name)
     if place.encoder is None:
@@ -312,7 +313,7 @@ def _draw(
         if show:
             show.done()
         if len(rows) > most:
-            terminal.say(f"{start + len(part)} of {len(rows)}")
+            console.say(f"{start + len(part)} of {len(rows)}")
         finished = painter.finish(steps[-1][0])
         for row, (prompt, _) in enumerate(part):
             yield prompt, painter.strip(steps, row) if is_strip else finished[row][None]

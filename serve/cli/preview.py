@@ -11,7 +11,7 @@ from typing import TextIO
 
 import numpy as np
 
-from serve import terminal
+from serve.cli import console
 
 
 class Preview:
@@ -23,7 +23,7 @@ class Preview:
 
     def __init__(self, stream: TextIO):
         self._stream, self._lines = stream, 0
-        self.is_shown = not terminal.is_plain(stream)
+        self.is_shown = not console.is_plain(stream)
 
     def __call__(self, pictures: np.ndarray) -> None:
         """Shows uint8 [B, Y, X, 3]."""

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from serve import settings, terminal
-from serve.failures import Corrupt, Failure
+from serve import settings
+from serve.cli import console
+from serve.exceptions import Corrupt, Failure
 from serve.models import adapters, catalogue, download
 
 
@@ -22,8 +23,8 @@ def located(name: str | None) -> download.Located:
     name = name or known.default
     if adapters.exists(home, name):
         return _made(adapters.folder(home, name), known)
-    with terminal.Download(name) as progress:
-        return download.locate(name, known, home, say=terminal.say, progress=progress)
+    with console.Download(name) as progress:
+        return download.locate(name, known, home, say=console.say, progress=progress)
 
 
 def _made(folder: Path, known: catalogue.Catalogue) -> download.Located:

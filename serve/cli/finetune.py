@@ -16,8 +16,9 @@ from urllib.parse import unquote
 
 import typer
 
-from serve import settings, terminal
-from serve.failures import CheckFailed, Failure, NotFound, WrongUsage
+from serve import settings
+from serve.cli import console
+from serve.exceptions import CheckFailed, Failure, NotFound, WrongUsage
 
 if TYPE_CHECKING:
     from serve.jobs.jobs import Jobs
@@ -133,15 +134,15 @@ def create(
             batch_size=batch_size,
             learning_rate_multiplier=learning_rate_multiplier,
         )
-        terminal.say(f"{job['id']}, {desk.where}")
+        console.say(f"{job['id']}, {desk.where}")
         if not follow:
-            terminal.say(desk.without_follow(job["id"]))
+            console.say(desk.without_follow(job["id"]))
         if follow or host is None:  # nobody else may be there to work
             _follow(desk, job["id"], json=json, quiet=not follow)
         elif json:
-            terminal.answer_json(job)
+            console.answer_json(job)
         else:
-            terminal.answer(job["id"])
+            console.answer(job["id"])
 
 
 @app.command()
@@ -158,7 +159,7 @@ def list_(host: Host = None, json: Json = False) -> None:
         jobs = desk.jobs()
         models = desk.models() if not json else frozenset()
     if json:
-        terminal.answer_json({"jobs": jobs})
+        console.answer_json({"jobs": jobs})
         return
     rows = [
         (
@@ -170,7 +171,7 @@ def list_(host: Host = None, json: Json = False) -> None:
         )
         for job in jobs
     ]
-    terminal.answer(terminal.table(("JOB", "STATUS", "MODEL", "MADE", "RESULT"), rows))
+    console.answer(console.table(("JOB", "STATUS", "MODEL", "MADE", "RESULT"), rows))
 
 
 def _result(job: dict, models: Collection[str]) -> str:
@@ -186,9 +187,9 @@ def cancel(job: JobId, host: Host = None, json: Json = False) -> None:
     with _desk(host) as desk:
         found = desk.cancel(job)
     if json:
-        terminal.answer_json(found)
+        console.answer_json(found)
     else:
-        terminal.answer(f"{found['id']} {found['status']}")
+        console.answer(f"{found['id']} {found['status']}")
 
 
 @app.command()
@@ -203,9 +204,9 @@ def delete(
     with _desk(host) as desk:
         deleted = desk.delete(name)
     if json:
-        terminal.answer_json({"deleted": deleted})
+        console.answer_json({"deleted": deleted})
     else:
-        terminal.answer("\n".join(deleted))
+        console.answer("\n".join(deleted))
 
 
 def _follow(desk: Desk, id: str, *, json: bool, quiet: bool) -> None:
@@ -231,30 +232,30 @@ def _follow(desk: Desk, id: str, *, json: bool, quiet: bool) -> None:
     if job["status"] == "cancelled":
         raise Failure(f"{id} was cancelled")
     if json:
-        terminal.answer_json(job)
+        console.answer_json(job)
     else:
-        terminal.answer(job["fine_tuned_model"])
-        terminal.say(desk.hint(job["fine_tuned_model"]))
+        console.answer(job["fine_tuned_model"])
+        console.say(desk.hint(job["fine_tuned_model"]))
 
 
 class _Loss:
     """What happens, on stderr: on a terminal steps go by on one line, else every tenth is kept."""
 
     def __init__(self) -> None:
-        self._is_live = not terminal.is_plain(sys.stderr)
+        self._is_live = not console.is_plain(sys.stderr)
         self._tenth, self._is_open = -1, False
 
     def show(self, event: dict) -> None:
         line, step = event["message"], (event.get("data") or {}).get("step")
         if step is None:
             self.close()
-            terminal.say(line)
+            console.say(line)
         elif self._is_live:
             print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
             self._is_open = True
         elif (tenth := _tenth(line)) != self._tenth or "validation" in line:
             self._tenth = tenth
-            terminal.say(line)
+            console.say(line)
 
     def close(self) -> None:
         if self._is_open:
@@ -279,7 +280,7 @@ def _decoder(name: str | None) -> "Located":
         WrongUsage: it does something else.
         Failure: what `local.located` raises.
     """
-    from serve import local
+    from serve.cli import local
     from serve.models import resolve
 
     place = local.located(name)
@@ -298,7 +299,7 @@ def _decoder(name: str | None) -> "Located":
 @contextlib.contextmanager
 def _desk(host: str | None) -> Iterator[Desk]:
     if host is not None:
-        from serve.remote import Remote
+        from serve.cli.remote import Remote
 
         yield Remote(host, os.environ.get("PELLUCID_API_KEY", "").partition(" ")[0])
         return
@@ -359,7 +360,7 @@ class Here:
         Raises:
             CheckFailed: training on one of them is impossible.
         """
-        from serve import local
+        from serve.cli import local
         from serve.jobs import validate
 
         with local.loading(place):
@@ -444,11 +445,11 @@ class Here:
     def leave(self, id: str) -> None:
         from serve.jobs.runner import Process, is_kept
 
-        terminal.say(f"\nstopping {id} ...")
+        console.say(f"\nstopping {id} ...")
         self._keeper.close()
         others = is_kept(self._jobs) or Process.left_behind(id, self._jobs.folder(id)) is not None
         state = "goes on: another process here works on it" if others else "is stopped and saved"
-        terminal.say(f"{id} {state} ({LATER.format(id)})")
+        console.say(f"{id} {state} ({LATER.format(id)})")
 
     def hint(self, model: str) -> str:
         return f"ask it: pellucid chat -m {model} (any server here offers it, too)"

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from serve import terminal
-from serve.failures import DoesNotFit, WrongUsage
+from serve.cli import console
+from serve.exceptions import DoesNotFit, WrongUsage
 
 if TYPE_CHECKING:
     from serve.models.encoder import EmbeddingModel
@@ -93,21 +93,21 @@ def embed(
         import numpy as np
 
         np.save(output, vectors)
-        terminal.say(f"{output}: {len(vectors)} x {vectors.shape[1]}, float32")
+        console.say(f"{output}: {len(vectors)} x {vectors.shape[1]}, float32")
     if json:
-        terminal.answer_json(_as_response(served.id, vectors.tolist(), tokens))
+        console.answer_json(_as_response(served.id, vectors.tolist(), tokens))
     elif output is None:
         for vector in vectors:
-            terminal.answer(" ".join(f"{x:.7g}" for x in vector.tolist()))
+            console.answer(" ".join(f"{x:.7g}" for x in vector.tolist()))
     if stats:
-        terminal.say(
+        console.say(
             f"[{len(lines)} texts · {tokens} tokens · {len(lines) / seconds:.0f} texts/s · "
             f"{tokens / seconds:.0f} tok/s · {served.format}]"
         )
 
 
 def _loaded(name: str, dtype: str, max_tokens: int | None) -> "EmbeddingModel":
-    from serve import local
+    from serve.cli import local
     from serve.models import resolve
     from serve.models.encoder import load_embedder
 
@@ -121,7 +121,7 @@ def _loaded(name: str, dtype: str, max_tokens: int | None) -> "EmbeddingModel":
             owned_by=place.publisher,
             dtype=dtype,
             max_tokens=max_tokens,
-            notify=terminal.say,
+            notify=console.say,
         )
 
 

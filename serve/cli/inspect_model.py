@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from serve import settings, terminal
-from serve.failures import WrongUsage
+from serve import settings
+from serve.cli import console
+from serve.exceptions import WrongUsage
 
 
 def inspect(
@@ -29,7 +30,7 @@ def inspect(
 ) -> None:
     """Draw attention, the logit lens and the alternatives of each token."""
     import bpe
-    from serve import local
+    from serve.cli import local
     from serve.models import resolve
     from serve.models.decoder import keep_compiled_programs
 
@@ -85,7 +86,7 @@ def inspect(
             for id, token, chance, rank, bits in found
         ]
         files = [str(path) for path in paths]
-        terminal.answer_json({"model": place.id, "tokens": rows, "pictures": files})
+        console.answer_json({"model": place.id, "tokens": rows, "pictures": files})
     else:
         for path in paths:
-            terminal.answer(str(path))
+            console.answer(str(path))

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from serve import terminal
-from serve.failures import Failure, NotFound, WrongUsage
+from serve.cli import console
+from serve.exceptions import Failure, NotFound, WrongUsage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,7 +84,7 @@ def transcribe(
     failures: list[Failure] = []
 
     def fail(failure: Failure) -> None:
-        terminal.complain(str(failure))
+        console.complain(str(failure))
         failures.append(failure)
 
     present = [file for file in files if file.is_file()]
@@ -110,18 +110,18 @@ def transcribe(
             fail(failure)
             continue
         if not found.segments:
-            terminal.say(f"{file.name}: no speech in {found.duration:.1f} s")
+            console.say(f"{file.name}: no speech in {found.duration:.1f} s")
         document = subtitles.write(found, format, words=words)
         if output_dir is not None:
             output_dir.mkdir(parents=True, exist_ok=True)
             target = output_dir / _target(file, format)
             target.write_text(document, "utf-8")
-            terminal.say(str(target))
+            console.say(str(target))
         elif not to_stdout:
-            terminal.answer(document, end="")
+            console.answer(document, end="")
         if stats:
             seconds = time.perf_counter() - started
-            terminal.say(
+            console.say(
                 f"[{found.duration:.1f} s of sound · {seconds:.1f} s · "
                 f"{found.duration / seconds:.1f} times as fast as it was said · {served.format}]"
             )
@@ -164,9 +164,9 @@ def _transcribe(
     for segment in listen(served.whisper, samples, options=options, plan=plan, spans=spans):
         segments.append(segment)
         if to_stdout:
-            terminal.answer(segment.text.strip())
+            console.answer(segment.text.strip())
         else:
-            terminal.say(f"{file.name}: {segment.end:.0f} of {duration:.0f} s")
+            console.say(f"{file.name}: {segment.end:.0f} of {duration:.0f} s")
     text = "".join(segment.text for segment in segments).strip()
     found = audio.Transcript(language=code, duration=duration, text=text, segments=tuple(segments))
     return samples, found
@@ -188,7 +188,7 @@ def _same_target(files: Sequence[Path]) -> tuple[Path, Path] | None:
 
 
 def _loaded(name: str, dtype: str) -> "SpeechModel":
-    from serve import local
+    from serve.cli import local
     from serve.models import resolve
     from serve.models.speech import load_speech
 
@@ -197,5 +197,5 @@ def _loaded(name: str, dtype: str) -> "SpeechModel":
         raise WrongUsage(f"{place.id} does not write down speech: {DEFAULT} does")
     with local.loading(place):
         return load_speech(
-            place.id, place.path, owned_by=place.publisher, dtype=dtype, notify=terminal.say
+            place.id, place.path, owned_by=place.publisher, dtype=dtype, notify=console.say
         )

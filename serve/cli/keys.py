@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from serve import settings, terminal
+from serve import settings
 from serve.api import auth
-from serve.failures import Corrupt, NotFound, WrongUsage
+from serve.cli import console
+from serve.exceptions import Corrupt, NotFound, WrongUsage
 
 app = typer.Typer(no_args_is_help=True, help="Make, list and delete API keys.")
 
@@ -25,12 +26,12 @@ def create(name: Name, json: Json = False) -> None:
     except ValueError as error:
         raise WrongUsage(str(error)) from None
     if json:
-        terminal.answer_json({"name": name, "key": key})
+        console.answer_json({"name": name, "key": key})
     else:
-        terminal.answer(key)
-    terminal.say("Keep it now: only its digest is stored here.")
+        console.answer(key)
+    console.say("Keep it now: only its digest is stored here.")
     if is_first:
-        terminal.say("It is the first: servers on this machine now refuse requests without a key.")
+        console.say("It is the first: servers on this machine now refuse requests without a key.")
 
 
 @app.command("list")
@@ -42,13 +43,13 @@ def list_(json: Json = False) -> None:
         raise Corrupt(str(error)) from None
     if json:
         listed = [{"name": key.name, "hint": key.hint, "created": key.created} for key in found]
-        terminal.answer_json({"keys": listed})
+        console.answer_json({"keys": listed})
         return
     rows = [
         (key.name, f"...{key.hint}", time.strftime("%Y-%m-%d", time.localtime(key.created)))
         for key in found
     ]
-    print(terminal.table(("NAME", "ENDS IN", "MADE"), rows))
+    print(console.table(("NAME", "ENDS IN", "MADE"), rows))
 
 
 @app.command()

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from serve import terminal
-from serve.failures import Failure, NotFound, Unreachable, WrongUsage
+from serve.cli import console
+from serve.exceptions import Failure, NotFound, Unreachable, WrongUsage
 from serve.jobs.jobs import check_is_over
 from serve.models.adapters import CHECKPOINT
 
@@ -95,7 +95,7 @@ class Remote:
 
     def leave(self, id: str) -> None:
         """Says what becomes of a job that is followed no longer."""
-        terminal.say(
+        console.say(
             f"\n{id} goes on {self.where}: `pellucid finetune follow {id}` shows it again, "
             f"`pellucid finetune cancel {id}` ends it (both with --host, as here)"
         )

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from serve import terminal
-from serve.failures import WrongUsage
+from serve.cli import console
+from serve.exceptions import WrongUsage
 
 
 def bench(
@@ -63,7 +63,7 @@ def bench(
     """Time what a model is made of, against what this machine can do."""
     path = None
     if model is not None:
-        from serve import local
+        from serve.cli import local
 
         path = local.located(model).path
 
@@ -94,7 +94,7 @@ def bench(
         save=save,
         old=old,
         picture=roofline,
-        say=terminal.say,
+        say=console.say,
     )
     if status:
         raise typer.Exit(status)

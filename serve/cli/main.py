@@ -1,7 +1,7 @@
 """The `pellucid` command: serve, keys, chat, complete, tokenize, models, pull.
 
 Answers go to stdout and everything else to stderr; `--json` makes the answer one JSON object; exit
-codes are those of `failures.py`. A command imports what is heavy when it runs: help is immediate.
+codes are those of `exceptions.py`. A command imports what is heavy when it runs: help is immediate.
 """
 
 import contextlib
@@ -17,22 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 import typer.core
 
-from serve import (
-    bench_command,
-    embed_command,
-    finetune_command,
-    image_command,
-    inspect_command,
-    keys_command,
-    settings,
-    terminal,
-    transcribe_command,
-)
-from serve.failures import Corrupt, Failure, NotFound, WrongUsage
+from serve import settings
+from serve.cli import bench, console, embed, finetune, image, inspect_model, keys, transcribe
+from serve.exceptions import Corrupt, Failure, NotFound, WrongUsage
 from serve.models import adapters, benchmarks, catalogue, sampling
 
 if TYPE_CHECKING:
-    from serve import talk
+    from serve.cli import talk
     from serve.models.decoder import ServedModel
     from serve.models.download import Located
     from serve.models.registry import Registry
@@ -68,7 +59,7 @@ class Commands(typer.core.TyperGroup):
             sys.stdout.flush()
             return result
         except (Failure, catalogue.CatalogueError) as error:
-            terminal.complain(str(error))
+            console.complain(str(error))
             raise typer.Exit(getattr(error, "exit_code", 1)) from None
         except KeyboardInterrupt:
             print(file=sys.stderr)
@@ -78,7 +69,7 @@ class Commands(typer.core.TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except OSError as error:  # names the file: a folder that is not ours, a full disk
-            terminal.complain(str(error))
+            console.complain(str(error))
             raise typer.Exit(1) from None
 
 
@@ -90,13 +81,13 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.add_typer(keys_command.app, name="keys")
-app.add_typer(finetune_command.app, name="finetune")
-app.command()(bench_command.bench)
-app.command()(embed_command.embed)
-app.command()(transcribe_command.transcribe)
-app.command()(image_command.image)
-app.command()(inspect_command.inspect)
+app.add_typer(keys.app, name="keys")
+app.add_typer(finetune.app, name="finetune")
+app.command()(bench.bench)
+app.command()(embed.embed)
+app.command()(transcribe.transcribe)
+app.command()(image.image)
+app.command()(inspect_model.inspect)
 
 
 def main() -> None:
@@ -183,7 +174,7 @@ def serve(
         ),
     ] = "model",
     max_embedding_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help=embed_command.MAX_TOKENS_HELP)
+        int | None, typer.Option(metavar="N", help=embed.MAX_TOKENS_HELP)
     ] = None,
     rate_limit: Annotated[
         int, typer.Option(min=0, help="Requests a minute for each key or address; 0 for any.")
@@ -212,8 +203,8 @@ def serve(
         )
     except ValueError as error:
         raise WrongUsage(str(error)) from None
-    from serve import local
     from serve.api import server
+    from serve.cli import local
 
     with server.take_port(chosen.host, chosen.port) as taken:
         known = catalogue.load(settings.config_folder())
@@ -228,7 +219,7 @@ def serve(
             absent = known.models.keys() - {place.id for place in places}
         with _offered(places, chosen, dtype, known.aliases, absent, sampling_defaults) as registry:
             from serve.api.app import create_app
-            from serve.welcome import welcome
+            from serve.cli.banner import welcome
 
             address = server.address(taken)
 
@@ -238,10 +229,10 @@ def serve(
                 if json:
                     models = [card.id for card in registry.list()]
                     formats = {served.id: served.format for served in registry.loaded()}
-                    terminal.answer_json({"url": address, "models": models, "formats": formats})
+                    console.answer_json({"url": address, "models": models, "formats": formats})
 
             def stopping() -> None:
-                terminal.say(
+                console.say(
                     f"stopping after the running answers, at most {server.DRAIN_SECONDS} s "
                     "(Ctrl-C again: at once)"
                 )
@@ -271,7 +262,7 @@ def chat(
     json: Json = False,
 ) -> None:
     """Ask one question, or, without one, hold a conversation."""
-    from serve import talk
+    from serve.cli import talk
 
     piped, system = _piped(), _utf8(system)
     question = _joined(prompt, piped.removesuffix("\n") if piped else None)
@@ -281,7 +272,7 @@ def chat(
     with _ready(model) as (served, seconds):
         options = _options(temperature, top_p, max_tokens, seed, stop)
         if question is None:
-            from serve import repl
+            from serve.cli import repl
 
             conversation = repl.Conversation(default=options, system=system, stats=stats)
 
@@ -311,7 +302,7 @@ def complete(
     json: Json = False,
 ) -> None:
     """Go on with a text, without any chat template."""
-    from serve import talk
+    from serve.cli import talk
 
     beginning = _joined(text, _piped())
     if not beginning:
@@ -339,7 +330,7 @@ def tokenize(
         raise WrongUsage("there is no text: give it as an argument, or pipe it in")
     whole = (_utf8(text) or "") + (piped or "")
     import bpe
-    from serve import local
+    from serve.cli import local
 
     place = local.located(model)
     with local.loading(place):
@@ -350,11 +341,11 @@ def tokenize(
     size = len(whole.encode())
     if json:
         tokens = [_token(id, part) for id, part in zip(ids, parts, strict=True)]
-        terminal.answer_json({"model": place.id, "bytes": size, "tokens": tokens})
+        console.answer_json({"model": place.id, "bytes": size, "tokens": tokens})
         return
-    print(terminal.pieces(parts))
+    print(console.pieces(parts))
     print(*ids)
-    terminal.say(f"{len(ids)} tokens, {size} bytes, {place.id}")
+    console.say(f"{len(ids)} tokens, {size} bytes, {place.id}")
 
 
 @app.command()
@@ -366,7 +357,7 @@ def models(json: Json = False) -> None:
     cards = [_card(model, known, here) for model in known.models.values()]
     cards += [_made_card(card, cards, here) for card in adapters.cards(home)]
     if json:
-        terminal.answer_json({"home": str(home), "default": known.default, "models": cards})
+        console.answer_json({"home": str(home), "default": known.default, "models": cards})
         return
     head = ("ID", "SIZE", "MEMORY", "CONTEXT", "LICENCE", "HERE", "TOK/S", "GOOD AT", "SAMPLING")
     rows = [
@@ -383,8 +374,8 @@ def models(json: Json = False) -> None:
         )
         for card in cards
     ]
-    print(terminal.table(head, rows))
-    terminal.say(
+    print(console.table(head, rows))
+    console.say(
         "* the default. MEMORY is for weights and conversations as answers here took it; ~ is "
         f"weights in float32, until one of {benchmarks.ENOUGH_TOKENS} tokens has measured it and "
         "TOK/S. SAMPLING is for requests that give none.\n"
@@ -415,17 +406,17 @@ def pull(
     for id in known.models if all else ids or [known.default]:
         model = known.get(id)
         if id.startswith("hf:") and not verify:
-            path = hub.pull(id, home, say=terminal.say)
+            path = hub.pull(id, home, say=console.say)
         elif model is None:
             raise NotFound(download.unknown(id, known))
         elif verify:
             path = download.verify(model, home)
         else:
-            with terminal.Download(model.id) as progress:
-                path = download.pull(model, home, say=terminal.say, progress=progress)
+            with console.Download(model.id) as progress:
+                path = download.pull(model, home, say=console.say, progress=progress)
         done.append({"id": model.id if model else id, "path": str(path)})
     if json:
-        terminal.answer_json({"models": done})
+        console.answer_json({"models": done})
     else:
         for entry in done:
             print(entry["path"])
@@ -454,7 +445,7 @@ def _offered(
     sampling_defaults: sampling.Defaults = "model",
 ) -> "Iterator[Registry]":
     """The models of a server, the first of them loaded. What runs at the end is cancelled."""
-    from serve import local
+    from serve.cli import local
     from serve.models import resolve
     from serve.models.registry import CannotLoad, Registry
 
@@ -466,7 +457,7 @@ def _offered(
                 cache_budget=chosen.cache_budget,
                 dtype=dtype,
                 home=chosen.home,
-                notify=terminal.say,
+                notify=console.say,
                 memory_limit=chosen.memory_limit,
                 sampling_defaults=sampling_defaults,
                 max_embedding_tokens=chosen.max_embedding_tokens,
@@ -492,7 +483,7 @@ def _offered(
 @contextlib.contextmanager
 def _loaded(place: "Located", cache_budget: int) -> Iterator["ServedModel"]:
     """A model and its engine in this process. What still runs at the end is cancelled."""
-    from serve import local
+    from serve.cli import local
     from serve.models import resolve
     from serve.models.decoder import load_model
 
@@ -504,8 +495,8 @@ def _loaded(place: "Located", cache_budget: int) -> Iterator["ServedModel"]:
             cache_budget=cache_budget,
             sha256=place.model.files[0].sha256 if place.model and place.model.files else None,
             good=place.model.formats if place.model else (),
-            sampling=resolve.sampling_of(place, terminal.say),
-            notify=terminal.say,
+            sampling=resolve.sampling_of(place, console.say),
+            notify=console.say,
         )
         if place.adapter is not None:
             served = resolve.adapted(place.adapter, served, place.path)
@@ -518,7 +509,7 @@ def _loaded(place: "Located", cache_budget: int) -> Iterator["ServedModel"]:
 @contextlib.contextmanager
 def _ready(name: str | None) -> Iterator["tuple[ServedModel, float]"]:
     """A model in this process, and the seconds it took to load."""
-    from serve import local
+    from serve.cli import local
 
     place = local.located(name)
     started = time.perf_counter()
@@ -534,7 +525,7 @@ def _options(
     stop: Sequence[str] | None,
 ) -> "talk.Options":
     """What the user asked for; the rest is the model's."""
-    from serve import talk
+    from serve.cli import talk
 
     asked = {"temperature": temperature, "top_p": top_p}
     sampling = {name: value for name, value in asked.items() if value is not None}
@@ -553,22 +544,22 @@ def _print_reply(
     json: bool,
 ) -> None:
     """Prints an answer as it comes, or whole as JSON in the API's shape."""
-    from serve import talk
+    from serve.cli import talk
 
     interrupted = False
     try:
         for text in reply:
             if not json:
-                terminal.answer(text, end="")
+                console.answer(text, end="")
     except KeyboardInterrupt:
         interrupted = True  # keep what came
     figures = _figures(model, reply, load_seconds)
     if json:
-        terminal.answer_json(talk.as_response(model, reply, kind))
+        console.answer_json(talk.as_response(model, reply, kind))
     else:
-        terminal.answer("")
+        console.answer("")
     if stats:
-        terminal.say(figures)
+        console.say(figures)
     if interrupted:
         raise typer.Exit(130)
 
@@ -684,7 +675,7 @@ def _card(
 
 def _sampling(row: Mapping[str, float], path: Path | None) -> dict[str, Any]:
     """The sampling settings of a request that gives none."""
-    return sampling.resolve({}, sampling.of_model(row, path, terminal.say))
+    return sampling.resolve({}, sampling.of_model(row, path, console.say))
 
 
 def _made_card(
