@@ -32,12 +32,12 @@ from serve.api.routes import (
     tokens,
 )
 from serve.api.routes.legacy import edits, engines, fine_tunes
+from serve.api.settings import Settings
 from serve.api.temp_files import Passing
 from serve.jobs.jobs import Jobs
 from serve.jobs.runner import Keeper
 from serve.jobs.store import Store
 from serve.models.registry import Registry
-from serve.settings import Settings
 
 
 def create_app(settings: Settings, registry: Registry) -> FastAPI:

@@ -18,6 +18,7 @@ import typer
 import typer.core
 
 from serve import settings
+from serve.api.settings import Settings, allowed_hosts
 from serve.cli import bench, console, embed, finetune, image, inspect_model, keys, transcribe
 from serve.exceptions import Corrupt, Failure, NotFound, WrongUsage
 from serve.models import adapters, benchmarks, catalogue, sampling
@@ -189,11 +190,11 @@ def serve(
 ) -> None:
     """Serve models over OpenAI's API until Ctrl-C."""
     try:
-        chosen = settings.Settings(
+        chosen = Settings(
             host=host,
             port=port,
             api_keys=tuple(api_key or ()),
-            allowed_hosts=(*settings.allowed_hosts(host), *(allowed_host or ())),
+            allowed_hosts=(*allowed_hosts(host), *(allowed_host or ())),
             allowed_origins=tuple(allowed_origin or ()),
             cache_budget=cache_mb * 2**20,
             memory_limit=None if memory_mb is None else memory_mb * 2**20,
@@ -438,7 +439,7 @@ def _others(known: catalogue.Catalogue, places: "list[Located]") -> "list[Locate
 @contextlib.contextmanager
 def _offered(
     places: "list[Located]",
-    chosen: settings.Settings,
+    chosen: Settings,
     dtype: str,
     aliases: Mapping[str, str],
     absent: Collection[str],
@@ -513,7 +514,7 @@ def _ready(name: str | None) -> Iterator["tuple[ServedModel, float]"]:
 
     place = local.located(name)
     started = time.perf_counter()
-    with _loaded(place, settings.Settings().cache_budget) as served:
+    with _loaded(place, Settings().cache_budget) as served:
         yield served, time.perf_counter() - started
 
 

@@ -30,9 +30,9 @@ from openai import AsyncOpenAI, OpenAI
 
 from serve import settings
 from serve.api.app import create_app
+from serve.api.settings import Settings
 from serve.models import catalogue, download, resolve
 from serve.models.registry import Registry
-from serve.settings import Settings
 from tests.serve import scripted
 
 MODELS = ("smollm2-135m-instruct", "emoji-64")

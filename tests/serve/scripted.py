@@ -18,10 +18,10 @@ from fastapi import FastAPI
 
 import bpe
 from serve.api.app import create_app
+from serve.api.settings import Settings
 from serve.engine import Began, Busy, Done, Event, Failed, Request, Scored, Stats, Token
 from serve.models.decoder import ServedModel
 from serve.models.registry import Offer, Registry
-from serve.settings import Settings
 
 HELLO = "Hello, wörld! 😀 Bye."  # what it says unless told otherwise
 CONTEXT = 512

@@ -15,10 +15,10 @@ from openai import OpenAI
 
 from serve.api.app import create_app
 from serve.api.routes.audio import SpeechEvent, Transcription, VerboseTranscription
+from serve.api.settings import Settings
 from serve.models import resolve
 from serve.models.download import Located
 from serve.models.registry import Registry
-from serve.settings import Settings
 from tests.audio.conftest import GOLDEN
 from tests.audio.ten_minutes import hum, pink, white
 from tests.serve import scripted

@@ -13,11 +13,11 @@ from openai import OpenAI
 
 import bpe
 from serve.api.app import create_app
+from serve.api.settings import Settings
 from serve.models import resolve
 from serve.models.download import Located
 from serve.models.encoder import load_embedder
 from serve.models.registry import Registry
-from serve.settings import Settings
 from tests.serve import scripted
 from tests.serve.old_client import OldClient, install
 

@@ -5,12 +5,12 @@ import asyncio
 import psutil
 import pytest
 
+from serve.api.settings import Settings
 from serve.cli import main as cli
 from serve.engine import Done, Request, Token
 from serve.models import resolve
 from serve.models.download import Located
 from serve.models.registry import Registry
-from serve.settings import Settings
 from tests.serve import tiny
 from transformer.sampling import Sampling
 

@@ -17,8 +17,8 @@ from serve.api import auth, logs, rate_limit
 from serve.api.app import create_app
 from serve.api.middleware import BodyLimit
 from serve.api.rate_limit import RequestRate
+from serve.api.settings import Settings
 from serve.models.registry import Offer, Registry
-from serve.settings import Settings
 from tests.serve import scripted
 
 BODY = {"model": "scripted", "prompt": "hello", "max_tokens": 100}

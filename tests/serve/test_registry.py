@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from serve.api.settings import Settings, allowed_hosts, is_loopback
 from serve.models import catalogue
 from serve.models.registry import CannotLoad, Offer, Registry, UnknownModel
-from serve.settings import Settings, allowed_hosts, is_loopback
 
 MODEL = """
 [models.mine]

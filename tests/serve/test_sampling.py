@@ -8,10 +8,10 @@ import httpx
 import pytest
 
 import transformer.sampling
+from serve.api.settings import Settings
 from serve.cli import main, talk
 from serve.models import adapters, catalogue, fingerprint, resolve, sampling
 from serve.models.download import Located
-from serve.settings import Settings
 from tests.serve import scripted, tiny
 from transformer.sampling import Sampling
 

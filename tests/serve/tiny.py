@@ -10,10 +10,10 @@ import jax
 import bpe
 from bpe.formats import byte_characters
 from serve.api.app import create_app
+from serve.api.settings import Settings
 from serve.models import resolve
 from serve.models.download import Located
 from serve.models.registry import Registry
-from serve.settings import Settings
 from tests.serve.scripted import TEMPLATE, served
 from transformer import checkpoint
 from transformer.config import Config

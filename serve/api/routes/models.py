@@ -4,6 +4,8 @@ An alias ("gpt-4") can be asked for by name and answers with the model it stands
 models only. What the user made can be deleted; other models belong to whoever runs the server.
 """
 
+from __future__ import annotations
+
 import asyncio
 from contextlib import suppress
 from typing import Any

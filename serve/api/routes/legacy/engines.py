@@ -4,6 +4,8 @@ Clients of 2023 still call ``/v1/engines/ID/completions`` when they are given ``
 ``model=``; each generation route answers under that path too, see `requests.read_json`.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 from fastapi import APIRouter
