@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import bpe
 from diffusion import checkpoint, data, layers, model, painter, picture, sample, schedule, upscale
 from diffusion.config import UNetConfig, UpscalerConfig
 from diffusion.data import Pack
@@ -79,7 +80,7 @@ class Settings:
 
 def known_words(encoder: Path) -> frozenset[str]:
     """Words that BERT's vocabulary has whole: the 20,000 or so that English uses most."""
-    return frozenset((encoder / "vocab.txt").read_text("utf-8").splitlines())
+    return frozenset(bpe.load_wordpiece(encoder).vocab)
 
 
 def draw_weights(pack: Pack, settings: Settings, known: frozenset[str]) -> np.ndarray:
