@@ -408,7 +408,7 @@ def test_killed_at_random_and_begun_again(whole, tmp_path):
         "import sys, time; from pathlib import Path; from tests.training import test_core\n"
         "test_core.run(Path(sys.argv[1]), on_step=lambda now, line: time.sleep(0.05))"
     )
-    rng, kills = np.random.default_rng(), 0
+    rng, kills = np.random.default_rng(0), 0
     root = Path(__file__).parent.parent.parent
     while True:
         process = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=root)
