@@ -57,6 +57,10 @@ class Blocks:
         """How many are held by nobody and still remember something."""
         return len(self._idle)
 
+    def holders(self, block: int) -> int:
+        """How many hold a block."""
+        return self._holders[block]
+
     def take(self) -> int:
         """A block for one new holder; if it remembered something, it forgets that."""
         if self._free:

@@ -1,5 +1,6 @@
 """The scheduler's rules by hand, and what must hold whatever happens, by random stories."""
 
+import copy
 import itertools
 from collections import Counter
 
@@ -55,15 +56,20 @@ def do(scheduler, work):
 
 def check(scheduler, slots, blocks):
     """Nothing is lost: slots have one owner, blocks as many as hold them; rows have their room."""
-    kept = scheduler.blocks
+    everything = range(1, blocks + 1)
     holders = Counter(block for row in scheduler.active for block in row.blocks)
-    assert Counter(kept._holders) == holders, "every holder is known"
-    assert sorted([*kept._free, *kept._idle, *holders]) == list(range(1, blocks + 1))
-    assert {name: block for block, names in kept._names_in.items() for name in names} == {
-        **kept._block_of
-    }
-    assert all(kept._names_in[block] for block in kept._idle), "those without names are free"
-    assert not kept._names_in.keys() & set(kept._free)
+    assert [scheduler.blocks.holders(block) for block in everything] == [
+        holders[block] for block in everything
+    ]
+    # Take all there are from a copy: each is there once, and only those in use are remembered.
+    spare = copy.deepcopy(scheduler.blocks)
+    taken = [spare.take() for _ in range(spare.available)]
+    assert sorted([*taken, *holders]) == [*everything]
+    assert spare.remembering == spare.available == 0
+    for row in (*scheduler.waiting, *scheduler.active):
+        for i in range(len(row.names)):
+            found = spare.find(row.names[i : i + 1])
+            assert found is None or found[0] in holders
     assert sorted([*scheduler.free_slots, *(row.slot for row in scheduler.active)]) == [
         *range(slots)
     ]
@@ -137,8 +143,9 @@ def test_a_short_prompt_does_not_wait_for_a_long_one_nor_the_other_way_round():
     while long.is_reading:  # short ones keep coming
         if len(s.active) == 1:
             s.submit(next(others))
-        do(s, s.next())
-    assert s._steps == 0
+        work = s.next()
+        assert isinstance(work, Prefill)
+        do(s, work)
 
 
 def test_clients_are_admitted_in_turn():
@@ -321,16 +328,17 @@ def test_what_is_read_while_it_waits_for_its_turn_is_used_too():
     check(s, 4, 20)
 
 
-def test_the_longest_unused_goes_first_and_ends_before_beginnings():
+@pytest.mark.parametrize("ids, blocks", [(range(9), 1), (range(100, 109), 2), (range(200, 205), 1)])
+def test_the_longest_unused_goes_first_and_ends_before_beginnings(ids, blocks):
     s = scheduler(slots=1, blocks=5)
-    for ids in (range(8), range(100, 108), range(200, 204)):  # 3, 3 and 2 blocks
-        row = sequence(ids=ids, max_tokens=1)
+    for earlier in (range(8), range(100, 108), range(200, 204)):  # 3, 3 and 2 blocks
+        row = sequence(ids=earlier, max_tokens=1)
         s.submit(row)
         read(s, row)
-    known = [sequence(ids=ids) for ids in (range(9), range(100, 109), range(200, 205))]
-    for row in known:
-        row.names = chunk_names(row.request.prompt, CHUNK)
-    assert [len(s._share(row)) for row in known] == [1, 2, 1]
+    row = sequence(ids=ids)
+    s.submit(row)
+    s.next()
+    assert row.cached == blocks * BLOCK
 
 
 def test_names_stand_for_all_before_them():
@@ -390,7 +398,7 @@ def test_whatever_happens_nothing_leaks_and_everybody_ends(slots, blocks, max_ro
                 assert all(len(row.blocks) * BLOCK > row.length for row in work.sequences)
                 # Nobody writes where others read: the next position is in a block of one's own.
                 for row in work.sequences:
-                    assert s.blocks._holders[row.blocks[row.length // BLOCK]] == 1
+                    assert s.blocks.holders(row.blocks[row.length // BLOCK]) == 1
             ended.update(do(s, work))
         check(s, slots, blocks)
     for _ in range(10_000):  # an end is in sight: no two rows chase each other for ever
