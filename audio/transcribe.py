@@ -251,7 +251,8 @@ def _go_on(
     if not jobs:
         return
     tokens = whisper.tokens
-    sizes = [_reach(job, whisper.cfg.num_frames, spans if plan.batch > 1 else ()) for job in jobs]
+    pauses = spans if plan.batch > 1 else ()
+    sizes = [reach(job.seek, job.end, whisper.cfg.num_frames, pauses) for job in jobs]
     sounds = _encode(
         whisper,
         [spectrogram[job.seek : job.seek + size] for job, size in zip(jobs, sizes, strict=True)],
@@ -277,7 +278,7 @@ def _go_on(
         segments = _segments(parts, result, job.seek, size, tokens)
         # A segment that lies across a pause is cut there, for which its words must be found.
         parts_of_speech = vad.apart(spans, _BREAK) if plan.skip_silence else ()
-        if plan.words or any(_lies_across(segment, parts_of_speech) for segment in segments):
+        if plan.words or any(lies_across(segment, parts_of_speech) for segment in segments):
             sound = sounds[i : i + 1]
             segments = _with_words(
                 whisper, sound, segments, size, options, plan.words, job.last_end, run
@@ -290,7 +291,7 @@ def _go_on(
             segments = [
                 part if plan.words else replace(part, words=())
                 for segment in segments
-                for part in _split(segment, parts_of_speech, tokens)
+                for part in split(segment, parts_of_speech, tokens)
             ]
         segments = [s for s in segments if s.text.strip() and s.end > s.start]
         job.segments += segments
@@ -302,22 +303,29 @@ def _go_on(
             job.before = (*job.before, *written) if is_context else ()
 
 
-def _reach(job: _Job, most: int, spans: Sequence[Span]) -> int:
-    """How many frames the next window of a job has: up to its last pause, if it is not the last."""
-    if job.end - job.seek <= most:
-        return job.end - job.seek
+def reach(seek: int, end: int, most: int, spans: Sequence[Span]) -> int:
+    """Return the length of the window that begins at `seek`, in frames.
+
+    Args:
+        seek, end: where the rest of the region begins and ends, in frames.
+        most: the length of a whole window, in frames.
+        spans: of speech. A window that is not the last of its region ends in the last pause
+            between two of them that is more than half a window away.
+    """
+    if end - seek <= most:
+        return end - seek
     pauses = (round((a[1] + b[0]) / 2 * FRAMES_PER_SECOND) for a, b in itertools.pairwise(spans))
-    fitting = [p - job.seek for p in pauses if most // 2 < p - job.seek <= most]
+    fitting = [p - seek for p in pauses if most // 2 < p - seek <= most]
     return fitting[-1] if fitting else most
 
 
-def _lies_across(segment: Segment, spans: Sequence[Span]) -> bool:
+def lies_across(segment: Segment, spans: Sequence[Span]) -> bool:
     """Whether a segment takes in a pause and speech on both sides of it."""
     start, end = vad.to_speech(segment.start, segment.end, spans)
     return any(start < a[1] and b[0] < end for a, b in itertools.pairwise(spans))
 
 
-def _split(segment: Segment, spans: Sequence[Span], tokens: Tokens) -> list[Segment]:
+def split(segment: Segment, spans: Sequence[Span], tokens: Tokens) -> list[Segment]:
     """A segment cut at pauses: each of its words goes with the span that is nearest to it."""
 
     def nearest(word: Word) -> int:

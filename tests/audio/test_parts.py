@@ -12,7 +12,7 @@ from audio import Options, ctranslate2, decode, subtitles, timing, vad
 from audio.decode import Fallback, Result
 from audio.timing import Word
 from audio.tokens import load as load_tokens
-from audio.transcribe import Segment, Transcript, _Job, _lies_across, _reach, _split, cut
+from audio.transcribe import Segment, Transcript, cut, lies_across, reach, split
 from tests.audio.ten_minutes import hum, pink, white
 
 RATE = 16_000
@@ -314,10 +314,10 @@ def test_windows_are_cut_in_pauses():
 
 def test_a_window_ends_in_the_last_pause_that_fits():
     spans = [(0.0, 10.0), (11.0, 20.0), (22.0, 29.5), (31.0, 80.0)]
-    assert _reach(_Job(0, 9000, ()), 3000, spans) == 2100  # 30.25 s would be too late
-    assert _reach(_Job(3100, 9000, ()), 3000, spans) == 3000  # no pause: a whole window
-    assert _reach(_Job(7000, 9000, ()), 3000, spans) == 2000  # the rest
-    assert _reach(_Job(0, 9000, ()), 3000, ()) == 3000
+    assert reach(0, 9000, 3000, spans) == 2100  # 30.25 s would be too late
+    assert reach(3100, 9000, 3000, spans) == 3000  # no pause: a whole window
+    assert reach(7000, 9000, 3000, spans) == 2000  # the rest
+    assert reach(0, 9000, 3000, ()) == 3000
 
 
 # segments at pauses
@@ -336,13 +336,13 @@ def test_a_segment_is_cut_where_it_lies_across_a_pause(tokens):
     whole = replace(SEGMENT, ids=ids, logprobs=(-0.5,) * len(ids), words=tuple(words), end=4.4)
     whole = replace(whole, text=tokens.decode(ids))
     spans = [(1.0, 2.0), (3.4, 4.5)]
-    first, second = _split(whole, spans, tokens)
+    first, second = split(whole, spans, tokens)
     assert (first.text, first.start, first.end) == (" One two.", 1.0, 2.2)
     assert (second.text, second.start, second.end) == (" Three", 3.1, 4.4)
     assert first.ids + second.ids == whole.ids and second.ids[-1] == begin + 50
     assert len(first.logprobs) == len(first.ids) and first.words == tuple(words[:2])
-    assert _lies_across(whole, spans) and not _lies_across(first, spans)
-    assert _split(whole, [(1.0, 4.5)], tokens) == [whole]
+    assert lies_across(whole, spans) and not lies_across(first, spans)
+    assert split(whole, [(1.0, 4.5)], tokens) == [whole]
 
 
 # subtitles
