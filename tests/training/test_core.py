@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.naming import naming
 from training import Config, State, metrics, optim, state, step, train, tree
 from training import checkpoint as checkpoints
 from training.loss import chunked
@@ -226,7 +227,7 @@ def test_recomputing_needs_less_memory():
 def test_int8_weights_are_not_trained_through():
     params = decoder.init(jax.random.key(0), CFG)
     layers = tuple(layer.replace(q=quantize(layer.q)) for layer in params.layers)
-    with pytest.raises(ValueError, match="int8 weights cannot be trained"):
+    with pytest.raises(ValueError, match=naming("int8")):
         as_format(params.replace(layers=layers), "float32")
 
 
@@ -244,7 +245,7 @@ def test_parts_of_a_batch_add_up_to_the_whole():
         after, sums = step.make_step(task, config)(state.init(task, config), None, batch)
         found.append((after.optimizer, {k: sums[k] for k in ("loss", "weight", "correct")}))
     close(found[1], found[0], 1e-5)
-    with pytest.raises(ValueError, match="micro_batches must divide the batch: .* 4 rows, which 3"):
+    with pytest.raises(ValueError, match=naming("micro_batches", 4, 3)):
         config = Config(steps=5, learning_rate=1e-2, micro_batches=3)
         step.make_step(task, config)(state.init(task, config), None, batch)
 
@@ -314,21 +315,21 @@ def test_only_matrices_decay():
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "change, facts",
     [
-        (dict(steps=0), "steps must be a positive integer, got 0"),
-        (dict(learning_rate=0.0), "learning_rate must be a finite number, positive, got 0.0"),
-        (dict(learning_rate=float("nan")), "learning_rate must be a finite number"),
-        (dict(warmup_steps=10), r"warmup_steps must be fewer than steps \(10\), got 10"),
-        (dict(optimizer="sgd"), "optimizer must be one of .*, got 'sgd'"),
-        (dict(b2=1.0), "b2 must be below 1, got 1.0"),
-        (dict(final_fraction=2), "final_fraction must be a finite number, from 0 to 1.0, got 2"),
-        (dict(patience=2), "patience needs validate_every"),
-        (dict(micro_batches=True), "micro_batches must be a positive integer, got True"),
+        (dict(steps=0), ["steps", 0]),
+        (dict(learning_rate=0.0), ["learning_rate", 0.0]),
+        (dict(learning_rate=float("nan")), ["learning_rate", "nan"]),
+        (dict(warmup_steps=10), ["warmup_steps", "steps", 10]),
+        (dict(optimizer="sgd"), ["optimizer", "'adamw'", "'sgd'"]),
+        (dict(b2=1.0), ["b2", 1.0]),
+        (dict(final_fraction=2), ["final_fraction", 1.0, 2]),
+        (dict(patience=2), ["patience", "validate_every"]),
+        (dict(micro_batches=True), ["micro_batches", True]),
     ],
 )
-def test_settings_out_of_range(change, message):
-    with pytest.raises(ValueError, match=message):
+def test_settings_out_of_range(change, facts):
+    with pytest.raises(ValueError, match=naming(*facts)):
         Config(**(dict(steps=10, learning_rate=1e-3) | change))
 
 
@@ -452,7 +453,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
             return (weights["w"] ** 2).sum() * scale, jnp.float32(1), {}
 
     config = Config(steps=9, learning_rate=1e-3, save_every=1)
-    with pytest.raises(FloatingPointError, match="step 3: loss is nan"):
+    with pytest.raises(FloatingPointError, match=naming("step 3", "loss", "nan")):
         train(Broken(), None, lambda n: {"x": np.full(1, n)}, config, tmp_path)
     assert checkpoints.numbers(tmp_path / "checkpoints") == [1, 2]
     assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2]
@@ -528,27 +529,27 @@ def test_half_a_checkpoint_is_swept_away(saved):
 
 def test_a_run_with_other_settings_does_not_go_on(saved):
     folder, now = saved
-    with pytest.raises(ValueError, match=r"was made with learning_rate=0.01, not 0.02"):
+    with pytest.raises(ValueError, match=naming("learning_rate", 0.01, 0.02)):
         checkpoints.load(folder, now, replace(SMALL, learning_rate=0.02))
     checkpoints.load(folder, now, replace(SMALL, save_every=7, keep=5))
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "change, facts",
     [
-        (lambda a: a.pop("weights.embed"), "lacks 'weights.embed', and 0 others"),
-        (lambda a: a.update(more=np.ones(2)), "holds 'more', for which there is no place"),
+        (lambda a: a.pop("weights.embed"), ["'weights.embed'"]),
+        (lambda a: a.update(more=np.ones(2)), ["'more'"]),
         (
             lambda a: a.update({"weights.embed": np.ones((64, 15), np.float32)}),
-            r"'weights.embed' must be float32 \(64, 16\), got float32 \(64, 15\)",
+            ["'weights.embed'", "float32 (64, 16)", "float32 (64, 15)"],
         ),
         (
             lambda a: a.update({"step": np.array(1, np.float32)}),
-            r"'step' must be int32 \(\), got float32 \(\)",
+            ["'step'", "int32 ()", "float32 ()"],
         ),
     ],
 )
-def test_a_checkpoint_must_fit(saved, change, message):
+def test_a_checkpoint_must_fit(saved, change, facts):
     from safetensors.numpy import load_file, save_file
 
     folder, now = saved
@@ -556,22 +557,22 @@ def test_a_checkpoint_must_fit(saved, change, message):
     arrays = load_file(path)
     change(arrays)
     save_file(arrays, path)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=naming(path, *facts)):
         checkpoints.load(folder, now, SMALL)
 
 
 @pytest.mark.parametrize(
-    "name, content, message",
+    "name, content, facts",
     [
-        ("state.safetensors", b"\x80\x04pickle", "not a readable safetensors file"),
-        ("checkpoint.json", b"{", "cannot be read"),
-        ("checkpoint.json", b'{"format": 1}', "must be an object with exactly"),
+        ("state.safetensors", b"\x80\x04pickle", []),
+        ("checkpoint.json", b"{", []),
+        ("checkpoint.json", b'{"format": 1}', ["config", "format", "progress", "step"]),
     ],
 )
-def test_a_damaged_checkpoint_is_named(saved, name, content, message):
+def test_a_damaged_checkpoint_is_named(saved, name, content, facts):
     folder, now = saved
     (folder / "step-000000" / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+    with pytest.raises(ValueError, match=naming(name, *facts)):
         checkpoints.load(folder, now, SMALL)
 
 
@@ -581,5 +582,5 @@ def test_unknown_settings_in_a_checkpoint_are_refused(saved):
     rest = json.loads(path.read_text())
     rest["config"]["momentum"] = 0.9
     path.write_text(json.dumps(rest))
-    with pytest.raises(ValueError, match="config has the key 'momentum'"):
+    with pytest.raises(ValueError, match=naming("'momentum'")):
         checkpoints.load(folder, now, SMALL)

@@ -95,7 +95,7 @@ def test_of_a_text_all_is_learned():
 
 def test_a_model_without_a_template_cannot_learn_conversations():
     without = dataclasses.replace(TOKENIZER, chat_template=None)
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(ValueError, match="chat template"):
         examples.encode(chat("q", "a"), "chat", without)
 
 

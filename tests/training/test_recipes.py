@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import bpe
+from tests.naming import names, naming
 from tests.training.tokens import TOKENIZER, chat
 from training.__main__ import main
 from training.recipes import finetune, folders, harbour, pretrain
@@ -89,7 +90,7 @@ def test_done_is_done(tuned, model, data):
     result = finetune.run(finetune.Settings(**options(model, data, tuned)))
     assert result.reason == "finished" and result.job["steps"] == 12
     assert (tuned / "metrics.jsonl").read_bytes() == before
-    with pytest.raises(ValueError, match="begun with epochs 4, not 5"):
+    with pytest.raises(ValueError, match=naming("epochs", 4, 5)):
         finetune.run(finetune.Settings(**options(model, data, tuned, epochs=5)))
 
 
@@ -100,7 +101,7 @@ def test_other_data_under_the_same_name_are_noticed(tuned, model, data, tmp_path
     job["given"]["data"] = job["given"]["valid"] = str(other)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "job.json").write_text(json.dumps(job))
-    with pytest.raises(ValueError, match="begun with data_sha256"):
+    with pytest.raises(ValueError, match=naming("data_sha256")):
         finetune.run(finetune.Settings(**options(model, other, tmp_path / "out")))
 
 
@@ -125,7 +126,7 @@ def test_the_command_ends_with_the_number_of_the_signal(monkeypatch, tmp_path, c
     stopped = finetune.Result("signal", {}, (), signal.SIGINT)
     monkeypatch.setattr(finetune, "run", lambda *_, **__: stopped)
     assert main(arguments(options("model", "data", tmp_path))) == 130
-    assert "goes on" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_full_leaves_a_model_that_loads(model, data, tmp_path):
@@ -244,8 +245,7 @@ def test_bad_data_are_refused_with_line_and_reason(model, data, tmp_path, capsys
     command = arguments(options(model, bad, tmp_path / "out"))
     assert main(command) == 6 and not (tmp_path / "out" / "job.json").exists()
     first, second, *_ = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"{bad}:1 messages[1].role:") or ":1: messages[1].role" in first
-    assert f"{bad}:13" in second and "invalid json" in second
+    assert names(first, f"{bad}:1", "messages[1].role") and names(second, f"{bad}:13")
     assert main([*command, "--json"]) == 6
     problem = json.loads(capsys.readouterr().out.splitlines()[0])
     assert (problem["line"], problem["code"]) == (1, "invalid_role")
@@ -263,15 +263,15 @@ def test_check_and_mend(model, data, tmp_path, capsys):
     assert report["examples"] == 24 and report["notes"]["duplicate"] == 12
     assert [warning["code"] for warning in report["warnings"]] == ["duplicate"]
     command = ["check", str(odd), "--model", str(model), "--mend", str(tmp_path / "good.jsonl")]
-    assert main(command) == 0
+    assert main(command) == 0 and names(capsys.readouterr().out, 24, "chat")
     assert (tmp_path / "good.jsonl").read_bytes() == data.read_bytes() * 2
 
 
 def test_errors_name_what_is_wrong(model, data, tmp_path, capsys):
     assert main(arguments(options(tmp_path / "no", data, tmp_path))) == 1
-    assert "no" in capsys.readouterr().err
+    assert str(tmp_path / "no") in capsys.readouterr().err
     assert main(arguments(options(model, data, tmp_path, epochs=0))) == 1
-    assert "epochs must be above 0, got 0" in capsys.readouterr().err
+    assert names(capsys.readouterr().err, "epochs", 0)
 
 
 def test_auto_numbers():
@@ -333,7 +333,7 @@ def test_documents_of_a_file(tmp_path):
     path.write_text('{"text": "one"}\n\n{"text": "two"}\n')
     assert list(pretrain.documents(path)) == ["one", "two"]
     path.write_text('{"text": "one"}\n{"txt": "two"}\n')
-    with pytest.raises(ValueError, match=r"a.jsonl:2: .*missing key"):
+    with pytest.raises(ValueError, match=naming("a.jsonl:2", '"text"')):
         list(pretrain.documents(path))
 
 
