@@ -46,3 +46,29 @@ class CheckFailed(Failure):
     """Something was looked at, and is not in order."""
 
     exit_code = 6
+
+
+class UnknownModel(Exception):
+    """No offered model has this id or alias.
+
+    Attributes:
+        name: what was asked for.
+        absent: the id of the model that it means, where that is known but was not pulled.
+    """
+
+    def __init__(self, name: str, absent: str | None = None):
+        super().__init__(f"no model is called {name!r} here")
+        self.name, self.absent = name, absent
+
+
+class CannotLoad(Exception):
+    """A model that is offered could not be loaded.
+
+    Attributes:
+        id: which.
+        is_busy: whether it may go better later: others are being answered, and hold the memory.
+    """
+
+    def __init__(self, id: str, reason: str, *, is_busy: bool):
+        super().__init__(f"{id} cannot be loaded: {reason}")
+        self.id, self.is_busy = id, is_busy

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from bpe import Encoding, StopMatcher, StreamDecoder
-from serve.engine import Token
+from transformer.engine import Token
 
 FinishReason = Literal["stop", "length"]
 

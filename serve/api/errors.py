@@ -7,9 +7,8 @@ queue) the same shape. The texts follow what the live API says, because programs
 a message names the field, the value, and what would work.
 """
 
-import math
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 from fastapi import FastAPI
 from pydantic import ValidationError
@@ -17,8 +16,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from serve.engine import Busy
-from serve.models.registry import CannotLoad, UnknownModel
+from serve.exceptions import CannotLoad, UnknownModel
+
+E = TypeVar("E", bound=Exception)
 
 
 class APIError(Exception):
@@ -205,6 +205,22 @@ def _clip(value: object, limit: int = 80) -> str:
 # --- everything else --------------------------------------------------------------------------
 
 
+_translations: dict[type[Exception], Callable[[Any], APIError]] = {}
+
+
+def translate(kind: type[E]) -> Callable[[Callable[[E], APIError]], Callable[[E], APIError]]:
+    """Decorate the function that makes an APIError of an exception this file does not know.
+
+    So this file imports neither the engine nor JAX.
+    """
+
+    def register(function: Callable[[E], APIError]) -> Callable[[E], APIError]:
+        _translations[kind] = function
+        return function
+
+    return register
+
+
 def as_api_error(error: Exception) -> APIError:
     """What a client is told about any exception, before a response starts or in mid-stream."""
     match error:
@@ -232,17 +248,9 @@ def as_api_error(error: Exception) -> APIError:
                 code="model_not_ready",
                 headers={"retry-after": "5"} if error.is_busy else {"x-should-retry": "false"},
             )
-        case Busy():
-            reason = "That model is currently overloaded with other requests."
-            if error.waiting is not None:
-                reason = f"{error.waiting} of your requests wait already, as many as may."
-            return APIError(
-                429,
-                f"{reason} Please try again in {math.ceil(error.retry_after)}s.",
-                type="requests",
-                code="rate_limit_exceeded",
-                headers={"retry-after": str(max(math.ceil(error.retry_after), 1))},
-            )
+    for kind, translate in _translations.items():
+        if isinstance(error, kind):
+            return translate(error)
     return server_error()
 
 
@@ -258,7 +266,7 @@ def install(app: FastAPI) -> None:
     async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nginx's number; the client is not there to see it
 
-    for exception in (APIError, UnknownModel, CannotLoad, Busy):
+    for exception in (APIError, UnknownModel, CannotLoad, *_translations):
         app.add_exception_handler(exception, known)
     app.add_exception_handler(HTTPException, routing)
     for exception in (ClientDisconnected, ClientDisconnect):  # waiting for us, or still sending

@@ -21,9 +21,9 @@ from serve.api.errors import APIError, server_error
 from serve.api.request_context import Call
 from serve.api.requests import GenerationBody
 from serve.api.token_ids import native_bias
-from serve.engine import Began, Done, Failed, Request, Scored, Token
 from serve.models import sampling
 from serve.models.decoder import ServedModel
+from transformer.engine import Began, Done, Failed, Request, Scored, Token
 from transformer.sampling import Sampling
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class Generation:
 
         Raises:
             APIError: 500 when the engine fails, 503 when it is shutting down.
-            serve.engine.Busy: the queue is full.
+            transformer.engine.Busy: the queue is full.
         """
         streams = [self._choice(index) for index in range(len(self.requests))]
         async with aclosing(interleave(streams, SIDE_BY_SIDE)) as merged:

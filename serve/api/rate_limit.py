@@ -15,12 +15,29 @@ from dataclasses import dataclass
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.api.errors import APIError
+from serve.api.errors import APIError, translate
 from serve.api.request_context import call_of
+from transformer.engine import Busy
 
 MANY = 10_000  # clients that are remembered before those with full buckets are forgotten
 DRAIN_RETRY_SECONDS = 5
 RATE_HEADERS = tuple(f"x-ratelimit-{what}-requests" for what in ("limit", "remaining", "reset"))
+
+
+@translate(Busy)
+def overloaded(error: Busy) -> APIError:
+    """Return the 429 of a full queue, or of a client's full part of it."""
+    reason = "That model is currently overloaded with other requests."
+    if error.waiting is not None:
+        reason = f"{error.waiting} of your requests wait already, as many as may."
+    seconds = math.ceil(error.retry_after)
+    return APIError(
+        429,
+        f"{reason} Please try again in {seconds}s.",
+        type="requests",
+        code="rate_limit_exceeded",
+        headers={"retry-after": str(max(seconds, 1))},
+    )
 
 
 @dataclass

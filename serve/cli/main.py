@@ -447,8 +447,9 @@ def _offered(
 ) -> "Iterator[Registry]":
     """The models of a server, the first of them loaded. What runs at the end is cancelled."""
     from serve.cli import local
+    from serve.exceptions import CannotLoad
     from serve.models import resolve
-    from serve.models.registry import CannotLoad, Registry
+    from serve.models.registry import Registry
 
     cards = []
     for place in places:

@@ -49,7 +49,7 @@ class Reply:
             DoesNotFit: They don't.
             WrongUsage: A sampling option is out of range.
         """
-        from serve.engine import Request
+        from transformer.engine import Request
         from transformer.sampling import Sampling
 
         room = model.context - len(prompt)
@@ -79,7 +79,7 @@ class Reply:
     def __iter__(self) -> Iterator[str]:
         """Yields the text piece by piece, never half a character. Leaving early stops the model."""
         from serve.api.detokenize import Assembler
-        from serve.engine import Done, Failed, Token
+        from transformer.engine import Done, Failed, Token
 
         assembler = Assembler(self._model.tokenizer.encoding, self._stop)
         started = time.perf_counter()

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
-import math
-import platform
-import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,16 +15,13 @@ import numpy as np
 
 import bpe
 from serve import settings
-from serve.engine.engine import Engine
-from serve.engine.runner import BUCKETS, CHUNK, NUM_SLOTS, Runner
-from serve.engine.scheduler import Scheduler
 from serve.models import dtypes, fingerprint
-from transformer import cache, checkpoint, lora
+from transformer import checkpoint, lora
 from transformer.checkpoint import Format
 from transformer.decoder import Params
-
-_one_at_a_time = threading.Lock()  # compiling ahead, of all models: it takes memory and a core
-MAX_WAITING = 256  # requests in the queue before others are turned away
+from transformer.engine.build import build_runner, start_engine
+from transformer.engine.engine import Engine
+from transformer.engine.runner import Runner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,23 +107,15 @@ def load_model(
     tokenizer = bpe.load(path) if path.is_dir() else bpe.from_gguf(metadata, source=str(path))
     params = without_gaps(params, tokenizer.encoding)
     cache_dtype = jnp.float32 if chosen == "float32" else jnp.bfloat16
-    num_blocks = cache_budget // cache.bytes_per_block(cfg, cache_dtype)
-    if num_blocks < 1:
-        raise ValueError(
-            f"a cache of {cache_budget / 2**20:.0f} MB holds no block of {cache.BLOCK} tokens of "
-            f"{id}: give it {math.ceil(cache.bytes_per_block(cfg, cache_dtype) / 2**20)} MB or more"
-        )
-    # Never more than every slot could fill.
-    num_blocks = min(num_blocks, NUM_SLOTS * cache.blocks_for(cfg.max_seq_len))
-    context = min(cfg.max_seq_len, num_blocks * cache.BLOCK)
-    runner = Runner(params, cfg, tokenizer.encoding.n_vocab, num_blocks, cache_dtype, notify)
+    vocab_size = tokenizer.encoding.n_vocab
+    runner = build_runner(params, cfg, vocab_size, cache_budget, cache_dtype, notify=notify)
     return ServedModel(
         id=id,
         created=int(weights_file(path).stat().st_mtime),
         owned_by=owned_by,
         tokenizer=tokenizer,
-        context=context,
-        engine=_engine(runner, context, max_rows, on_speed),
+        context=runner.context,
+        engine=start_engine(runner, max_rows=max_rows, on_speed=on_speed),
         fingerprint=fingerprint.of_model(weights, chosen),
         format=chosen,
         memory=runner.num_bytes,
@@ -165,27 +149,11 @@ def load_adapter(
         id=id,
         created=created,
         owned_by=owned_by,
-        engine=_engine(runner, base.context, max_rows, lambda tokens, seconds: None),
+        engine=start_engine(runner, max_rows=max_rows),
         fingerprint=fingerprint.of_model(weights, base.format),
         memory=runner.num_bytes - base.runner.weight_bytes,
         runner=runner,
     )
-
-
-def _engine(
-    runner: Runner, context: int, max_rows: int, on_speed: Callable[[int, float], None]
-) -> Engine:
-    """An engine that can hold one conversation now; programs for more are compiled meanwhile."""
-    runner.warm_up()
-    _give_back_memory()
-    scheduler = Scheduler(NUM_SLOTS, runner.num_blocks, cache.BLOCK, CHUNK, MAX_WAITING)
-    engine = Engine(runner, scheduler, context, on_speed=on_speed)
-    if later := [size for size in BUCKETS[1:] if size <= max_rows]:
-        # Not a daemon: a process that ends in the middle of compiling would crash. Its references
-        # are weak: a model that is let go meanwhile shall not stay for its sake.
-        arguments = (weakref.ref(runner), weakref.ref(engine), [*later, "score"])
-        threading.Thread(target=_compile, args=arguments, name="compile").start()
-    return engine
 
 
 def weights_file(path: Path) -> Path:
@@ -230,22 +198,3 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-
-
-def _compile(
-    runner: weakref.ref[Runner], engine: weakref.ref[Engine], names: list[str | int]
-) -> None:
-    for name in names:
-        with _one_at_a_time:
-            if (alive := engine()) is None or not alive.is_alive or (own := runner()) is None:
-                return
-            del alive
-            own.compile(name)
-            del own
-            _give_back_memory()
-
-
-def _give_back_memory() -> None:
-    """Returns what the compiler freed to the system: glibc would keep some 100 MB of it."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)

@@ -17,12 +17,12 @@ import numpy as np
 
 import bpe
 from serve import settings
-from serve.engine.device import Lane, default_device
 from serve.models import dtypes, fingerprint
 from serve.models.decoder import keep_compiled_programs
 from transformer import encoder, packing
 from transformer.checkpoint import bert
 from transformer.encoder import Config, Params
+from transformer.engine.device import Lane, default_device
 
 FORMATS: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
 # A narrower format serves if each vector of the probe points nearly where float32's does.

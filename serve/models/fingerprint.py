@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 
 import transformer
-from serve import engine, settings
+from serve import settings
 from serve.models import json_cache
 
 
@@ -50,11 +50,7 @@ def of_model(weights: str, format: str) -> str:
 @functools.cache
 def _code() -> str:
     """Everything between token ids in and token ids out."""
-    folders = [
-        Path(transformer.__file__).parent,
-        Path(__file__).parent,
-        Path(engine.__file__).parent,
-    ]
+    folders = [Path(transformer.__file__).parent, Path(__file__).parent]
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 

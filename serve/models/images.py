@@ -37,10 +37,10 @@ import diffusion
 from diffusion import Painter, Plan, edit
 from diffusion.text import MAX_TOKENS
 from serve import settings
-from serve.engine.device import Lane, default_device
-from serve.engine.requests import Busy
 from serve.models import fingerprint
 from serve.models.decoder import keep_compiled_programs
+from transformer.engine.device import Lane, default_device
+from transformer.engine.requests import Busy
 
 SIZES = (1, 2, 4, 8)  # of a batch
 MAX_EDITED = 4  # with masks: a step of theirs looks several times, and must stay short

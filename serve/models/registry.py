@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from serve.exceptions import Failure
+from serve.exceptions import CannotLoad, Failure, UnknownModel
 
 if TYPE_CHECKING:  # the engine brings JAX along
     from serve.models.decoder import ServedModel
@@ -32,32 +32,6 @@ if TYPE_CHECKING:  # the engine brings JAX along
     from serve.models.speech import SpeechModel
 
 AnyModel: TypeAlias = "ServedModel | EmbeddingModel | SpeechModel | DrawingModel"
-
-
-class UnknownModel(Exception):
-    """No offered model has this id or alias.
-
-    Attributes:
-        name: what was asked for.
-        absent: the id of the model that it means, where that is known but was not pulled.
-    """
-
-    def __init__(self, name: str, absent: str | None = None):
-        super().__init__(f"no model is called {name!r} here")
-        self.name, self.absent = name, absent
-
-
-class CannotLoad(Exception):
-    """A model that is offered could not be loaded.
-
-    Attributes:
-        id: which.
-        is_busy: whether it may go better later: others are being answered, and hold the memory.
-    """
-
-    def __init__(self, id: str, reason: str, *, is_busy: bool):
-        super().__init__(f"{id} cannot be loaded: {reason}")
-        self.id, self.is_busy = id, is_busy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +112,7 @@ class Registry:
     @property
     def is_alive(self) -> bool:
         """Whether the thread that computes for all models still does."""
-        from serve.engine.device import default_device
+        from transformer.engine.device import default_device
 
         return default_device().is_alive
 

@@ -23,9 +23,9 @@ from audio import decode, model
 from audio.transcribe import Plan, Segment, find_language, find_spans, listen
 from audio.vad import Span
 from serve import settings
-from serve.engine.device import Lane, default_device
 from serve.models import dtypes, fingerprint
 from serve.models.decoder import keep_compiled_programs, weights_file
+from transformer.engine.device import Lane, default_device
 
 # int8 takes the decoder a little less time for each token; but of 179 words that people read,
 # whisper-tiny.en wrote 7 otherwise than in float32, and 1 in bfloat16. So "auto" is one of two.

@@ -10,9 +10,9 @@ import sys
 
 from serve import settings
 from serve.api.routes.legacy.edits import messages
-from serve.engine import Request, Token
 from serve.models import catalogue, download, sampling
 from serve.models.decoder import load_model
+from transformer.engine import Request, Token
 from transformer.sampling import Sampling
 
 SEEDS = range(4)

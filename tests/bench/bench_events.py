@@ -38,9 +38,9 @@ from serve.api.generation import Generation, Prompt  # noqa: E402
 from serve.api.request_context import Call  # noqa: E402
 from serve.api.requests import CompletionBody  # noqa: E402
 from serve.api.routes.completions import _chunks  # noqa: E402
-from serve.engine import Device, Engine, Request  # noqa: E402
-from serve.engine.scheduler import Scheduler  # noqa: E402
 from tests.serve import scripted  # noqa: E402
+from transformer.engine import Device, Engine, Request  # noqa: E402
+from transformer.engine.scheduler import Scheduler  # noqa: E402
 from transformer.sampling import Drawn, Sampling  # noqa: E402
 
 STEP = 0.003  # seconds that a step sleeps

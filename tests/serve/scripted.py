@@ -8,7 +8,6 @@ a character outside ASCII takes several tokens, and three special tokens.
 import asyncio
 import tempfile
 import threading
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -19,9 +18,10 @@ from fastapi import FastAPI
 import bpe
 from serve.api.app import create_app
 from serve.api.settings import Settings
-from serve.engine import Began, Busy, Done, Event, Failed, Request, Scored, Stats, Token
 from serve.models.decoder import ServedModel
 from serve.models.registry import Offer, Registry
+from tests.waiting import wait_until
+from transformer.engine import Began, Busy, Done, Event, Failed, Request, Scored, Stats, Token
 
 HELLO = "Hello, wörld! 😀 Bye."  # what it says unless told otherwise
 CONTEXT = 512
@@ -184,11 +184,3 @@ def served(app: FastAPI) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
-
-
-def wait_until(condition, seconds: float = 5.0) -> None:
-    """Polls until ``condition()`` holds; fails when it does not in time."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)

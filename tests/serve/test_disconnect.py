@@ -17,13 +17,13 @@ from openai import AsyncOpenAI
 
 import bpe
 from serve.api.generation import SIDE_BY_SIDE, interleave
-from serve.engine import Engine
-from serve.engine.runner import BUCKETS, CHUNK, NUM_SLOTS, Runner
-from serve.engine.scheduler import Scheduler
 from serve.models.decoder import keep_compiled_programs
 from tests.serve import scripted
-from tests.serve.scripted import wait_until
+from tests.waiting import wait_until
 from transformer import cache, checkpoint
+from transformer.engine import Engine
+from transformer.engine.runner import BUCKETS, CHUNK, NUM_SLOTS, Runner
+from transformer.engine.scheduler import Scheduler
 
 
 def send(address, body):

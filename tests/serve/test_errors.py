@@ -6,9 +6,9 @@ import re
 import pytest
 
 from serve.api.errors import as_api_error
-from serve.engine import Busy
-from serve.models.registry import UnknownModel
+from serve.exceptions import UnknownModel
 from tests.serve.scripted import CONTEXT
+from transformer.engine import Busy
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]

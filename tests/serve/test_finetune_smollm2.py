@@ -14,7 +14,7 @@ import pytest
 from openai import OpenAI
 
 from serve import settings
-from tests.serve.scripted import wait_until
+from tests.waiting import wait_until
 from training.recipes import harbour
 
 BASE = "smollm2-135m-instruct"

@@ -1,6 +1,6 @@
 """What supervisors ask: a server whose device thread has ended must be restarted."""
 
-from serve.engine import device
+from transformer.engine import device
 
 
 def test_health_follows_the_device_thread(http, monkeypatch):

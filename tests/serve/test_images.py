@@ -27,7 +27,6 @@ from serve.api.app import create_app
 from serve.api.routes import images
 from serve.api.routes.images import ImageEvent, Images
 from serve.api.settings import Settings
-from serve.engine import Busy, Device, Lane
 from serve.exceptions import NotFound
 from serve.models import catalogue, download, resolve
 from serve.models.images import MAX_WAITING, Order, Source, load_painter
@@ -35,6 +34,7 @@ from serve.models.registry import Registry
 from tests.diffusion.conftest import save_tiny
 from tests.serve import scripted
 from tests.serve.old_client import OldClient, install
+from transformer.engine import Busy, Device, Lane
 
 SIZE = 16  # pixels of what the tiny model draws
 

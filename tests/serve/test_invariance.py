@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from openai import OpenAI
 
-from serve.engine import Began, Done, Engine, Request, Token
-from serve.engine.runner import BUCKETS, CHUNK, NUM_SLOTS, Runner
-from serve.engine.scheduler import Scheduler
 from serve.models.decoder import keep_compiled_programs, load_model
 from tests.serve import scripted
-from tests.serve.scripted import wait_until
+from tests.waiting import wait_until
 from transformer import cache, checkpoint
+from transformer.engine import Began, Done, Engine, Request, Token
+from transformer.engine.runner import BUCKETS, CHUNK, NUM_SLOTS, Runner
+from transformer.engine.scheduler import Scheduler
 from transformer.sampling import Sampling
 
 CHAT = "smollm2-135m-instruct"

@@ -27,7 +27,7 @@ from serve.jobs.store import Store
 from serve.models import adapters, resolve
 from tests.serve import tiny
 from tests.serve.old_client import OldClient, install
-from tests.serve.scripted import wait_until
+from tests.waiting import wait_until
 
 LONG = {"n_epochs": 50, "batch_size": 1}  # some 3000 steps
 OVER = ("succeeded", "failed", "cancelled")

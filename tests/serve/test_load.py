@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 import bpe
-from serve.engine import Device, Done, Engine, Request, Token
-from serve.engine import runner as runner_module
-from serve.engine.runner import CHUNK, NUM_SLOTS, Runner
-from serve.engine.scheduler import Scheduler
 from serve.models import catalogue, dtype_probe, dtypes, fingerprint, json_cache, memory
 from serve.models.decoder import keep_compiled_programs, known_ids, load_model, without_gaps
 from tests.serve import tiny
 from transformer import cache, checkpoint
 from transformer.config import Config
 from transformer.decoder import init
+from transformer.engine import Device, Done, Engine, Request, Token
+from transformer.engine import runner as runner_module
+from transformer.engine.runner import CHUNK, NUM_SLOTS, Runner
+from transformer.engine.scheduler import Scheduler
 from transformer.sampling import Sampling
 
 CHAT = "smollm2-135m-instruct"

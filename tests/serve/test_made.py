@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from serve.engine import Done, Request, Token
+from serve.exceptions import CannotLoad, UnknownModel
 from serve.models import adapters, fingerprint, resolve
 from serve.models.decoder import keep_compiled_programs, load_model
 from serve.models.download import Located
-from serve.models.registry import CannotLoad, Offer, Registry, UnknownModel
+from serve.models.registry import Offer, Registry
 from tests.serve import tiny
 from transformer import lora
+from transformer.engine import Done, Request, Token
 from transformer.sampling import Sampling
 
 BUDGET = 2 * 2**20

@@ -7,11 +7,11 @@ import pytest
 
 from serve.api.settings import Settings
 from serve.cli import main as cli
-from serve.engine import Done, Request, Token
 from serve.models import resolve
 from serve.models.download import Located
 from serve.models.registry import Registry
 from tests.serve import tiny
+from transformer.engine import Done, Request, Token
 from transformer.sampling import Sampling
 
 CHAT = "smollm2-135m-instruct"

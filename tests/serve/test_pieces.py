@@ -7,8 +7,8 @@ import pytest
 
 import bpe
 from serve.api.detokenize import Assembler, finite, token_text
-from serve.engine import Token
 from tests.serve.scripted import encoding
+from transformer.engine import Token
 
 MERGED = bpe.Encoding(
     "merged",

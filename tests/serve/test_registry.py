@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from serve.api.settings import Settings, allowed_hosts, is_loopback
+from serve.exceptions import CannotLoad, UnknownModel
 from serve.models import catalogue
-from serve.models.registry import CannotLoad, Offer, Registry, UnknownModel
+from serve.models.registry import Offer, Registry
 
 MODEL = """
 [models.mine]

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from serve.cli import repl, talk
-from serve.engine import Done, Failed, Request, Token
 from serve.exceptions import DoesNotFit, Failure, WrongUsage
 from serve.models.decoder import ServedModel
 from tests.serve import scripted
+from transformer.engine import Done, Failed, Request, Token
 
 
 class Echo:

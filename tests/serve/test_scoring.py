@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from serve.engine import Done, Engine, Request, Scored, Token
-from serve.engine.runner import CHUNK, NUM_SLOTS, Runner
-from serve.engine.scheduler import Scheduler
 from transformer import cache, checkpoint, decoder
+from transformer.engine import Done, Engine, Request, Scored, Token
+from transformer.engine.runner import CHUNK, NUM_SLOTS, Runner
+from transformer.engine.scheduler import Scheduler
 from transformer.sampling import Sampling
 
 TINY = Path(__file__).parents[1] / "golden/transformer/llama"

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import bpe
+from bpe import formats
 from diffusion import checkpoint, data, layers, model, painter, picture, sample, schedule, upscale
 from diffusion.config import UNetConfig, UpscalerConfig
 from diffusion.data import Pack
@@ -80,7 +80,7 @@ class Settings:
 
 def known_words(encoder: Path) -> frozenset[str]:
     """Words that BERT's vocabulary has whole: the 20,000 or so that English uses most."""
-    return frozenset(bpe.load_wordpiece(encoder).vocab)
+    return frozenset(formats.load_wordpiece(encoder).vocab)
 
 
 def draw_weights(pack: Pack, settings: Settings, known: frozenset[str]) -> np.ndarray:

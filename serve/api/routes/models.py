@@ -16,11 +16,12 @@ from starlette.requests import Request
 from serve.api.errors import APIError
 from serve.api.openapi import described
 from serve.api.responses import Deleted, Model, Models
+from serve.exceptions import UnknownModel
 from serve.models import adapters, sampling
 from serve.models.decoder import ServedModel
 from serve.models.encoder import EmbeddingModel
 from serve.models.images import DrawingModel
-from serve.models.registry import AnyModel, Offer, Registry, UnknownModel
+from serve.models.registry import AnyModel, Offer, Registry
 from serve.models.speech import SpeechModel
 
 router = APIRouter(prefix="/v1")

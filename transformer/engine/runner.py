@@ -8,18 +8,19 @@ the same bits as a step of all. JAX keeps compiled programs on disk for the next
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 
-from serve.engine.requests import Request
-from serve.engine.scheduler import Sequence as Row
 from transformer import cache, generate, lora, sampling
 from transformer.config import Config
 from transformer.decoder import Params
+from transformer.engine.requests import Request
+from transformer.engine.scheduler import Sequence as Row
 from transformer.sampling import Drawn, Sampling
 
 CHUNK = 64  # prompt tokens read at once: well under a third of a second on two cores
@@ -27,16 +28,7 @@ BUCKETS = (2, 4, 8, 16)  # rows of a decoding step
 NUM_SLOTS = BUCKETS[-1]
 _GREEDY = Sampling(temperature=0.0)
 SLOW = 2.0  # seconds; a program that took longer is told of
-_fetched = threading.local()  # count: programs that this thread had from disk and not compiled
 _copy_block = jax.jit(cache.copy_block, donate_argnames="memory")
-
-
-def _listen(event: str, **_: str | int) -> None:
-    if event == "/jax/compilation_cache/cache_hits":
-        _fetched.count = getattr(_fetched, "count", 0) + 1
-
-
-jax.monitoring.register_event_listener(_listen)
 
 
 class Runner:
@@ -84,6 +76,11 @@ class Runner:
         if is_lost:
             self._forget()
         return is_lost
+
+    @property
+    def context(self) -> int:
+        """Positions that a sequence may have: those of the model, or of the cache if it is less."""
+        return min(self.cfg.max_seq_len, self.num_blocks * cache.BLOCK)
 
     @property
     def num_bytes(self) -> int:
@@ -156,10 +153,10 @@ class Runner:
                 self._params, self.cfg, memory, past, *self._step([], name), num_ids=self._num_ids
             )
             what = f"steps of {name} rows"
-        _fetched.count = 0
-        program = lowered.compile()
+        with _cache_hits() as hits:
+            program = lowered.compile()
         if (seconds := time.perf_counter() - started) > SLOW:
-            how = "fetched from disk in" if _fetched.count else "compiled, and kept, in"
+            how = "fetched from disk in" if hits else "compiled, and kept, in"
             self._notify(f"{what}: {how} {seconds:.1f} s")
         return program
 
@@ -229,6 +226,22 @@ class Runner:
             [row.generated for row in rows] + [0] * pad,
             [row.slot for row in rows] + [NUM_SLOTS] * pad,
         )
+
+
+@contextlib.contextmanager
+def _cache_hits() -> Iterator[list[str]]:
+    """Collect the programs that this thread has from JAX's cache on disk meanwhile."""
+    hits, thread = [], threading.get_ident()
+
+    def listen(event: str, **_: str | int) -> None:
+        if event == "/jax/compilation_cache/cache_hits" and threading.get_ident() == thread:
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield hits
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
 
 
 def _on_host(drawn: Drawn) -> Drawn:

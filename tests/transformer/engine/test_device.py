@@ -6,9 +6,9 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 
-from serve.engine import Busy
-from serve.engine.device import Device, Lane, Source
-from tests.serve.scripted import wait_until
+from tests.waiting import wait_until
+from transformer.engine import Busy
+from transformer.engine.device import Device, Lane, Source
 
 
 class Clock:

@@ -92,4 +92,21 @@ class Failed:
     message: str
 
 
+@dataclass(frozen=True)
+class Completion:
+    """A finished answer of `Engine.generate_batch`.
+
+    Attributes:
+        ids: the generated token ids, without the stop id.
+        reason: why it ended.
+        tokens: the same tokens, with log-probabilities where they were asked for.
+        scored: the tokens of the prompt, where `prompt_logprobs` were asked for.
+    """
+
+    ids: tuple[int, ...]
+    reason: Literal["stop", "length", "cancelled", "timeout"]
+    tokens: tuple[Token, ...] = ()
+    scored: tuple[Token, ...] = ()
+
+
 Event = Scored | Began | Token | Done | Failed

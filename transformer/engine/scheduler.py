@@ -26,8 +26,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.engine.blocks import Blocks, chunk_names
-from serve.engine.requests import Busy, Event, Request
+from transformer.engine.blocks import Blocks, chunk_names
+from transformer.engine.requests import Busy, Event, Request
 
 
 @dataclass(eq=False)

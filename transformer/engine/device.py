@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from serve.engine.requests import Busy
+from transformer.engine.requests import Busy
 
 log = logging.getLogger(__name__)
 

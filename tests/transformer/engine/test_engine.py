@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.engine import Began, Busy, Device, Done, Engine, Failed, Request, Token
-from serve.engine.scheduler import Scheduler
-from tests.serve.scripted import wait_until
+from tests.waiting import wait_until
+from transformer.engine import Began, Busy, Device, Done, Engine, Failed, Request, Token
+from transformer.engine.scheduler import Scheduler
 from transformer.sampling import Drawn, Sampling
 
 CONTEXT = 64
@@ -449,7 +449,7 @@ def test_time_runs_out_in_the_queue_too():
 
 def test_who_does_not_read_is_given_up(setup, monkeypatch):
     """What a client did not read was kept for it without end."""
-    monkeypatch.setattr("serve.engine.engine.MAX_UNREAD", 10)
+    monkeypatch.setattr("transformer.engine.engine.MAX_UNREAD", 10)
 
     async def main():
         stream = setup.engine.stream(ask(1, max_tokens=60))

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.engine import Busy, Request
-from serve.engine.blocks import chunk_names
-from serve.engine.scheduler import Decode, Prefill, Scheduler, Sequence
+from transformer.engine import Busy, Request
+from transformer.engine.blocks import chunk_names
+from transformer.engine.scheduler import Decode, Prefill, Scheduler, Sequence
 from transformer.sampling import Sampling
 
 BLOCK = 4

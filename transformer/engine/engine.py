@@ -9,18 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import queue
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Generator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
-from serve.engine.device import Device, Piece, Source, default_device
-from serve.engine.requests import Began, Busy, Done, Event, Failed, Request, Scored, Token
-from serve.engine.scheduler import Decode, Prefill, Scheduler, Sequence
+from transformer.engine.device import Device, Piece, Source, default_device
+from transformer.engine.requests import (
+    Began,
+    Busy,
+    Completion,
+    Done,
+    Event,
+    Failed,
+    Request,
+    Scored,
+    Token,
+)
+from transformer.engine.scheduler import Decode, Prefill, Scheduler, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +97,7 @@ class Engine(Source):
         scheduler: who computes next.
         context: positions a sequence may have.
         device: where it computes; the process's own if not given.
+        clock: seconds, as of `Request.deadline`.
         on_speed: told (tokens, seconds) when a request that had the model for itself ends.
     """
 
@@ -95,17 +107,19 @@ class Engine(Source):
         scheduler: Scheduler,
         context: int,
         device: Device | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
         on_speed: Callable[[int, float], None] = lambda tokens, seconds: None,
     ) -> None:
         self._computer, self._scheduler, self._context = computer, scheduler, context
         self._device = device or default_device()
         self._changed = self._device.changed  # guards everything below, and the scheduler
-        self._on_speed = on_speed
+        self._clock, self._on_speed = clock, on_speed
         self._is_closing = False
         self._counts: Counter[str] = Counter()  # fields of Stats
         self._ends: Counter[str] = Counter()  # how requests ended
         self._speeds: list[tuple[int, float]] = []  # that `on_speed` was not told yet
-        self._ended = time.monotonic()  # when a request last did
+        self._ended = self._clock()  # when a request last did
         self._pace = 1.0  # seconds from the end of one request to that of the next, on average
 
     # -- doors ---------------------------------------------------------------------------------
@@ -155,6 +169,51 @@ class Engine(Source):
                     return
         finally:
             self._cancel(sequence)
+
+    def generate_batch(self, requests: Iterable[Request]) -> list[Completion]:
+        """Return the answers to many requests, in their order.
+
+        Requests are taken from the iterable as there is room for them, so it may be long.
+
+        Raises:
+            Busy: too many requests of others wait.
+            RuntimeError: an answer could not be finished.
+            ValueError: a request does not fit the model's context.
+        """
+        room = 2 * self._scheduler.num_slots  # running, and enough waiting to replace them
+        events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+        submitted: list[Sequence] = []
+        tokens: list[list[Token]] = []
+        scored: list[list[Token]] = []
+        completions: dict[int, Completion] = {}
+        todo = iter(requests)
+        try:
+            while True:
+                for request in itertools.islice(todo, room + len(completions) - len(submitted)):
+                    number, later = len(submitted), len(submitted) > len(completions)
+                    request = replace(request, is_later=request.is_later or later)
+                    tokens.append([])
+                    scored.append([])
+                    deliver = partial(_tagged, events.put, number)
+                    submitted.append(self._submit(request, deliver))
+                if len(completions) == len(submitted):
+                    return [completions[number] for number in range(len(submitted))]
+                number, event = events.get()
+                match event:
+                    case Token():
+                        tokens[number].append(event)
+                    case Scored():
+                        scored[number] += event.tokens
+                    case Done():
+                        answer = tuple(tokens[number])
+                        ids = tuple(token.id for token in answer)
+                        completion = Completion(ids, event.reason, answer, tuple(scored[number]))
+                        completions[number] = completion
+                    case Failed():
+                        raise RuntimeError(event.message)
+        finally:
+            for sequence in submitted:
+                self._cancel(sequence)
 
     def close(self, *, drain: bool = True, timeout: float = 30.0) -> None:
         """Ends what was accepted, and accepts no more. May be called again.
@@ -213,7 +272,7 @@ class Engine(Source):
                 deliver(Done("cancelled") if self._is_closing else Failed(FAILED))
                 return sequence
             if self._scheduler.is_idle:
-                self._ended = time.monotonic()
+                self._ended = self._clock()
             try:
                 self._scheduler.submit(sequence)
             except Busy as busy:
@@ -233,7 +292,7 @@ class Engine(Source):
 
     def next(self) -> Piece | None:
         """A chunk or a step, whichever the scheduler says."""
-        scheduler, now = self._scheduler, time.monotonic()
+        scheduler, now = self._scheduler, self._clock()
         for sequence in [*scheduler.waiting, *scheduler.active]:
             if sequence.is_cancelled:
                 self._end(sequence, Done("cancelled"))
@@ -290,7 +349,7 @@ class Engine(Source):
         if row.scores is not None:
             self._tell_scores(row)
         if not row.is_reading and not row.has_begun:
-            row.has_begun, row.began = True, time.monotonic()
+            row.has_begun, row.began = True, self._clock()
             row.deliver(Began(row.cached))
             self._counts["prompt_tokens"] += len(row.request.prompt)
             self._counts["cached_tokens"] += row.cached
@@ -334,13 +393,17 @@ class Engine(Source):
     def _end(self, row: Sequence, event: Done | Failed) -> None:
         self._scheduler.finish(row)
         row.deliver(event)
-        now = time.monotonic()
+        now = self._clock()
         self._pace, self._ended = 0.8 * self._pace + 0.2 * (now - self._ended), now
         self._ends[event.reason if isinstance(event, Done) else "failed"] += 1
         if row.was_alone and row.delivered > ENOUGH_TOKENS:
             self._speeds.append((row.delivered - 1, now - row.began))
         if self.is_idle:
             self._changed.notify_all()
+
+
+def _tagged(put: Callable[[tuple[int, Event]], None], number: int, event: Event) -> None:
+    put((number, event))
 
 
 def _token(token: int, drawn, i: int, top_logprobs: int | None) -> Token:

@@ -1,0 +1,22 @@
+"""Generate 64 texts as one batch, without a server: python examples/batch.py MODEL.gguf"""
+
+import sys
+from pathlib import Path
+
+import bpe
+from transformer import checkpoint
+from transformer.engine import Request, build_engine
+from transformer.sampling import Sampling
+
+params, cfg, metadata = checkpoint.load(Path(sys.argv[1]), format="bfloat16")
+encoding = bpe.from_gguf(metadata).encoding
+engine = build_engine(params, cfg)
+prompts = [f"The number that comes after {n} is" for n in range(64)]
+greedy = Sampling(temperature=0)
+requests = [
+    Request(prompt=tuple(encoding.encode(prompt)), max_tokens=16, sampling=greedy)
+    for prompt in prompts
+]
+for prompt, completion in zip(prompts, engine.generate_batch(requests), strict=True):
+    print(repr(prompt + encoding.decode(completion.ids)))
+engine.close()

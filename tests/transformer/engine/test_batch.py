@@ -1,0 +1,91 @@
+"""The engine as a library: many requests, without a server."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from transformer import decoder
+from transformer.config import Config
+from transformer.engine import Device, Done, Request, Token, build_engine
+from transformer.sampling import Sampling
+
+ROOT = Path(__file__).parents[3]
+CFG = Config.debug(vocab_size=64, num_layers=1, max_seq_len=128)
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    params = decoder.init(jax.random.key(0), CFG)
+    device = Device()
+    engine = build_engine(params, CFG, cache_bytes=2**22, max_rows=4, device=device)
+    yield engine
+    engine.close()
+    device.close()
+
+
+def requests(count: int) -> list[Request]:
+    rng = np.random.default_rng(0)
+    prompts = [tuple(rng.integers(0, 64, rng.integers(1, 9)).tolist()) for _ in range(count)]
+    return [Request(prompt=prompt, max_tokens=5, sampling=GREEDY) for prompt in prompts]
+
+
+def test_batch_answers_equal_those_of_single_requests_in_their_order(engine):
+    asked = requests(300)  # more than the queue holds of one client, and than the queue holds
+    found = engine.generate_batch(iter(asked))
+    assert len(found) == 300 and {completion.reason for completion in found} == {"length"}
+    for request, completion in zip(asked[::50], found[::50], strict=True):
+        *events, end = engine.generate(request)
+        assert end == Done("length")
+        assert completion.ids == tuple(e.id for e in events if isinstance(e, Token))
+
+
+def test_batch_log_probabilities_of_prompt_and_answer(engine):
+    request = Request(
+        prompt=(1, 2, 3), max_tokens=2, sampling=GREEDY, top_logprobs=2, prompt_logprobs=1
+    )
+    (completion,) = engine.generate_batch([request])
+    assert [token.id for token in completion.scored] == [1, 2, 3]
+    assert completion.scored[0].logprob is None and completion.scored[1].logprob < 0
+    assert [len(token.top) for token in completion.tokens] == [2, 2]
+
+
+def test_batch_of_nothing(engine):
+    assert engine.generate_batch([]) == []
+
+
+def test_batch_request_beyond_the_context_cancels_the_others(engine):
+    asked = [*requests(3), Request(prompt=(1,) * 200, max_tokens=5, sampling=GREEDY)]
+    with pytest.raises(ValueError):
+        engine.generate_batch(asked)
+    assert len(engine.generate_batch(requests(3))) == 3
+
+
+RUN = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0])
+assert "serve" not in sys.modules
+"""
+
+
+def test_example_generates_64_prompts_without_serve(model_file):
+    command = [sys.executable, "-c", RUN, ROOT / "examples/batch.py"]
+    done = subprocess.run(
+        [*command, model_file("smollm2-135m-instruct")],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    texts = [ast.literal_eval(line) for line in done.stdout.splitlines()]
+    prompts = [f"The number that comes after {n} is" for n in range(64)]
+    assert [text[: len(prompt)] for text, prompt in zip(texts, prompts, strict=True)] == prompts
+    assert all(len(text) > len(prompt) for text, prompt in zip(texts, prompts, strict=True))
