@@ -5,7 +5,10 @@ ids, headers and counting on everything, then who may talk to us at all, then ke
 then how much.
 """
 
+from typing import cast
+
 from fastapi import FastAPI
+from starlette.datastructures import State
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Scope
@@ -33,6 +36,7 @@ from serve.api.routes import (
 )
 from serve.api.routes.legacy import edits, engines, fine_tunes
 from serve.api.settings import Settings
+from serve.api.state import ServerState
 from serve.api.temp_files import Passing
 from serve.jobs.jobs import Jobs
 from serve.jobs.runner import Keeper
@@ -80,7 +84,7 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
                 expose_headers=["x-request-id", "openai-processing-ms", *RATE_HEADERS],
             ),
             Middleware(ApiKeys, keys=KeyRing(settings.api_keys, settings.home)),
-            Middleware(Admission, rate=rate, is_draining=lambda: app.state.is_draining),
+            Middleware(Admission, rate=rate, is_draining=lambda: state.is_draining),
             Middleware(
                 BodyLimit,
                 limit=settings.max_body_bytes,
@@ -88,13 +92,19 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
             ),
         ],
     )
-    app.state.registry, app.state.home, app.state.is_draining = registry, settings.home, False
-    app.state.store = Store(settings.home)
-    app.state.jobs = Jobs(app.state.store, settings.home)
-    app.state.keeper = Keeper(app.state.jobs)
-    app.state.passing = Passing(settings.home / "pictures")
-    files.drop_expired(app.state.store)
-    app.state.keeper.watch()  # jobs that were not over when the last server ended, here or there
+    store = Store(settings.home)
+    jobs = Jobs(store, settings.home)
+    state = ServerState(
+        registry=registry,
+        home=settings.home,
+        store=store,
+        jobs=jobs,
+        keeper=Keeper(jobs),
+        passing=Passing(settings.home / "pictures"),
+    )
+    app.state = cast(State, state)
+    files.drop_expired(store)
+    state.keeper.watch()  # jobs that were not over when the last server ended, here or there
     errors.install(app)
     app.add_api_route(
         "/metrics", metrics.page, methods=["GET"], summary="Numbers for Prometheus", **described()

@@ -1,14 +1,10 @@
 """What a server prints once it listens: its models, and two snippets ready to paste."""
 
 import json
-from typing import Any
 
-from serve.models.encoder import EmbeddingModel
-from serve.models.images import DrawingModel
-from serve.models.registry import Offer, Registry
-from serve.models.speech import SpeechModel
-
-QUESTION = "What is the capital of France?"
+from serve.models.kinds import KINDS
+from serve.models.registry import Registry
+from serve.models.spec import ModelSpec
 
 
 def welcome(address: str, registry: Registry, *, has_keys: bool) -> str:
@@ -20,32 +16,19 @@ def welcome(address: str, registry: Registry, *, has_keys: bool) -> str:
             f", also called {', '.join(names[:3])} and {len(names) - 3} more" if names[3:] else ""
         )
         how = "loaded when first asked for"
-        if not isinstance(card, Offer):
+        if not isinstance(card, ModelSpec):
             how = f"{card.context:,} tokens of context, in {card.format}, {card.fingerprint}"
         lines.append(f"  {card.id}: {how}{also}")
     (model, *_), key = registry.loaded(), "YOUR_KEY" if has_keys else "any"
-    fields: dict[str, Any] = {"model": model.id}
-    if isinstance(model, SpeechModel):
-        route, call, result = "audio/transcriptions", "audio.transcriptions", "text"
-    elif isinstance(model, DrawingModel):
-        route, call, result = "images/generations", "images", "data[0].url"
-        fields |= {"prompt": "a red apple"}
-    elif isinstance(model, EmbeddingModel):
-        route, call, result = "embeddings", "embeddings", "data[0].embedding[:8]"
-        fields |= {"input": QUESTION}
-    elif model.tokenizer.chat_template:
-        route, call, result = "chat/completions", "chat.completions", "choices[0].message.content"
-        fields |= {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
-    else:
-        route, call, result = "completions", "completions", "choices[0].text"
-        fields |= {"prompt": "The capital of France is", "temperature": 0}
-    curl = [f"curl {address}/v1/{route}"]
+    example = KINDS[model.kind].example(model)
+    fields = {"model": model.id, **example.fields}
+    curl = [f"curl {address}/v1/{example.route}"]
     arguments = [f"    {field}={json.dumps(value)}," for field, value in fields.items()]
     if has_keys:
         curl.append('-H "Authorization: Bearer YOUR_KEY"')
-    if isinstance(model, SpeechModel):
-        curl.append(f'-F model={model.id} -F "file=@speech.wav"')
-        arguments.append('    file=open("speech.wav", "rb"),')
+    if example.file:
+        curl.append(f'-F model={model.id} -F "file=@{example.file}"')
+        arguments.append(f'    file=open("{example.file}", "rb"),')
     else:
         curl.append(f"-H \"Content-Type: application/json\" \\\n  -d '{json.dumps(fields)}'")
     return "\n".join(
@@ -58,10 +41,10 @@ def welcome(address: str, registry: Registry, *, has_keys: bool) -> str:
             "",
             "from openai import OpenAI",
             f'client = OpenAI(base_url="{address}/v1", api_key="{key}")',
-            f"answer = client.{call}.{'generate' if call == 'images' else 'create'}(",
+            f"answer = client.{example.call}(",
             *arguments,
             ")",
-            f"print(answer.{result})",
+            f"print(answer.{example.result})",
             "",
         ]
     )

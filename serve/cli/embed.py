@@ -108,11 +108,11 @@ def embed(
 
 def _loaded(name: str, dtype: str, max_tokens: int | None) -> "EmbeddingModel":
     from serve.cli import local
-    from serve.models import resolve
+    from serve.models import kinds
     from serve.models.encoder import load_embedder
 
     place = local.located(name)
-    if not resolve.is_encoder(place):
+    if kinds.kind_of(place).name != "encoder":
         raise WrongUsage(f"{place.id} does not make embeddings: {DEFAULT} does")
     with local.loading(place):
         return load_embedder(

@@ -22,7 +22,7 @@ from serve.exceptions import CheckFailed, Failure, NotFound, WrongUsage
 
 if TYPE_CHECKING:
     from serve.jobs.jobs import Jobs
-    from serve.models.download import Located
+    from serve.models.spec import ModelFiles
 
 app = typer.Typer(no_args_is_help=True, help="Fine-tune a model on examples.")
 
@@ -273,7 +273,7 @@ def _tenth(line: str) -> int:
 # --- here -----------------------------------------------------------------------------------------
 
 
-def _decoder(name: str | None) -> "Located":
+def _decoder(name: str | None) -> "ModelFiles":
     """The files of a model that generates text.
 
     Raises:
@@ -281,18 +281,13 @@ def _decoder(name: str | None) -> "Located":
         Failure: what `local.located` raises.
     """
     from serve.cli import local
-    from serve.models import resolve
+    from serve.models import kinds
 
     place = local.located(name)
-    others = (
-        (resolve.is_painter, "draws pictures"),
-        (resolve.is_encoder, "makes embeddings"),
-        (resolve.is_speech, "writes down speech"),
-    )
-    with local.loading(place):
-        for is_such, what in others:
-            if is_such(place):
-                raise WrongUsage(f"{place.id} {what}: what can be fine-tuned generates text")
+    if (kind := kinds.kind_of(place)).name != "decoder":
+        raise WrongUsage(
+            f"{place.id} is there to {kind.does}: what can be fine-tuned generates text"
+        )
     return place
 
 
@@ -354,7 +349,7 @@ class Here:
         )
         return shown(job)
 
-    def _look(self, place: "Located", data: Path, valid: Path | None) -> list[str]:
+    def _look(self, place: "ModelFiles", data: Path, valid: Path | None) -> list[str]:
         """Check the files; return warnings.
 
         Raises:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from diffusion import Painter, Plan
     from serve.cli.preview import Preview
-    from serve.models.download import Located
+    from serve.models.spec import ModelFiles
 
 DEFAULT = "emoji-64"
 STYLES = ("shaded", "flat", "3d")  # as the captions of `diffusion.data` say them
@@ -199,7 +199,7 @@ class _Source:
     name: str
 
 
-def _loaded(name: str) -> "tuple[Located, Painter]":
+def _loaded(name: str) -> "tuple[ModelFiles, Painter]":
     from serve.cli import local
 
     place = local.located(name)

@@ -31,12 +31,12 @@ def inspect(
     """Draw attention, the logit lens and the alternatives of each token."""
     import bpe
     from serve.cli import local
-    from serve.models import resolve
+    from serve.models import kinds
     from serve.models.decoder import keep_compiled_programs
 
     place = local.located(model)
-    if resolve.is_encoder(place):
-        raise WrongUsage(f"{place.id} is an encoder: only models that generate are looked into")
+    if kinds.kind_of(place).name != "decoder":
+        raise WrongUsage(f"{place.id} does not generate text: only models that do are looked into")
     settings.private_folder(settings.data_folder())
     keep_compiled_programs()
 

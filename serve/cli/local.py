@@ -11,9 +11,10 @@ from serve import settings
 from serve.cli import console
 from serve.exceptions import Corrupt, Failure
 from serve.models import adapters, catalogue, download
+from serve.models.spec import ModelFiles
 
 
-def located(name: str | None) -> download.Located:
+def located(name: str | None) -> ModelFiles:
     """The files that a `--model` option means, pulled if they are not here; the default for None.
 
     Raises:
@@ -27,7 +28,7 @@ def located(name: str | None) -> download.Located:
         return download.locate(name, known, home, say=console.say, progress=progress)
 
 
-def _made(folder: Path, known: catalogue.Catalogue) -> download.Located:
+def _made(folder: Path, known: catalogue.Catalogue) -> ModelFiles:
     """A model that the user fine-tuned: the files of its base, and its own."""
     try:
         card = adapters.read(folder)
@@ -38,7 +39,7 @@ def _made(folder: Path, known: catalogue.Catalogue) -> download.Located:
 
 
 @contextlib.contextmanager
-def loading(place: download.Located) -> Iterator[None]:
+def loading(place: ModelFiles) -> Iterator[None]:
     """Around what reads a model's files: what goes wrong becomes one line that names them."""
     try:
         yield

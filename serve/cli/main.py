@@ -26,8 +26,8 @@ from serve.models import adapters, benchmarks, catalogue, sampling
 if TYPE_CHECKING:
     from serve.cli import talk
     from serve.models.decoder import ServedModel
-    from serve.models.download import Located
     from serve.models.registry import Registry
+    from serve.models.spec import ModelFiles
 
 STOP_SECONDS = 5.0  # for the engines to finish the step they are in
 
@@ -423,7 +423,7 @@ def pull(
             print(entry["path"])
 
 
-def _others(known: catalogue.Catalogue, places: "list[Located]") -> "list[Located]":
+def _others(known: catalogue.Catalogue, places: "list[ModelFiles]") -> "list[ModelFiles]":
     """The other models of the catalogue that were pulled: offered, and loaded when asked for."""
     from serve.models import download
 
@@ -438,7 +438,7 @@ def _others(known: catalogue.Catalogue, places: "list[Located]") -> "list[Locate
 
 @contextlib.contextmanager
 def _offered(
-    places: "list[Located]",
+    places: "list[ModelFiles]",
     chosen: Settings,
     dtype: str,
     aliases: Mapping[str, str],
@@ -450,21 +450,21 @@ def _offered(
     from serve.exceptions import CannotLoad
     from serve.models import resolve
     from serve.models.registry import Registry
+    from serve.models.spec import LoadOptions
 
+    options = LoadOptions(
+        cache_budget=chosen.cache_budget,
+        dtype=dtype,
+        home=chosen.home,
+        notify=console.say,
+        memory_limit=chosen.memory_limit,
+        sampling_defaults=sampling_defaults,
+        max_embedding_tokens=chosen.max_embedding_tokens,
+    )
     cards = []
     for place in places:
         with local.loading(place):
-            card = resolve.offer(
-                place,
-                cache_budget=chosen.cache_budget,
-                dtype=dtype,
-                home=chosen.home,
-                notify=console.say,
-                memory_limit=chosen.memory_limit,
-                sampling_defaults=sampling_defaults,
-                max_embedding_tokens=chosen.max_embedding_tokens,
-            )
-        cards.append(card)
+            cards.append(resolve.describe(place, options))
     paths = {place.id: place.path for place in places}
     registry = Registry(
         cards,
@@ -483,11 +483,11 @@ def _offered(
 
 
 @contextlib.contextmanager
-def _loaded(place: "Located", cache_budget: int) -> Iterator["ServedModel"]:
+def _loaded(place: "ModelFiles", cache_budget: int) -> Iterator["ServedModel"]:
     """A model and its engine in this process. What still runs at the end is cancelled."""
     from serve.cli import local
     from serve.models import resolve
-    from serve.models.decoder import load_model
+    from serve.models.decoder import load_model, sampling_of
 
     with local.loading(place):
         served = load_model(
@@ -497,7 +497,7 @@ def _loaded(place: "Located", cache_budget: int) -> Iterator["ServedModel"]:
             cache_budget=cache_budget,
             sha256=place.model.files[0].sha256 if place.model and place.model.files else None,
             good=place.model.formats if place.model else (),
-            sampling=resolve.sampling_of(place, console.say),
+            sampling=sampling_of(place, console.say),
             notify=console.say,
         )
         if place.adapter is not None:

@@ -189,11 +189,11 @@ def _same_target(files: Sequence[Path]) -> tuple[Path, Path] | None:
 
 def _loaded(name: str, dtype: str) -> "SpeechModel":
     from serve.cli import local
-    from serve.models import resolve
+    from serve.models import kinds
     from serve.models.speech import load_speech
 
     place = local.located(name)
-    if not resolve.is_speech(place):
+    if kinds.kind_of(place).name != "speech":
         raise WrongUsage(f"{place.id} does not write down speech: {DEFAULT} does")
     with local.loading(place):
         return load_speech(

@@ -277,7 +277,7 @@ def check_name(model: str) -> None:
     if not adapters.fits(_name(model, None)):
         raise ValueError(
             f"Invalid 'model': what is made of '{model[:80]}' would have too long a name for the "
-            "file system. Offer it under a shorter name."
+            "file system. ModelSpec it under a shorter name."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +16,18 @@ import numpy as np
 
 import bpe
 from serve import settings
-from serve.models import dtypes, fingerprint
+from serve.models import benchmarks, dtypes, fingerprint
+from serve.models import sampling as sampling_defaults
+from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec, stamp_of
 from transformer import checkpoint, lora
 from transformer.checkpoint import Format
 from transformer.decoder import Params
 from transformer.engine.build import build_runner, start_engine
 from transformer.engine.engine import Engine
 from transformer.engine.runner import Runner
+
+MAX_ROWS = 16  # of a decoding step, on a server
+RECORD_SECONDS = 60.0  # between two notes of a model's speed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,3 +204,97 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
+    """See `Kind.describe`."""
+    cfg = checkpoint.read_config(files.path)
+    sha256 = files.model.files[0].sha256 if files.model else None
+    good = files.model.formats if files.model else ()
+    defaults = {}
+    if options.sampling_defaults == "model":
+        defaults = sampling_of(files, options.notify)
+
+    def memory() -> int:
+        name = fingerprint.on_machine(sha256 or fingerprint.of_weights(files.path))
+        format = dtypes.expected(cfg, name, options.cache_budget, good, options.memory_limit)
+        if options.dtype in dtypes.FORMATS:
+            format = dtypes.FORMATS[dtypes.FORMATS.index(options.dtype)]
+        return dtypes.weight_bytes(cfg, format) + options.cache_budget
+
+    def load() -> ServedModel:
+        noted = 0.0
+
+        def on_speed(tokens: int, seconds: float) -> None:
+            nonlocal noted
+            if (now := time.monotonic()) - noted > RECORD_SECONDS or not noted:
+                noted, held = now, served.memory
+                benchmarks.record(
+                    options.home, files.id, tokens=tokens, seconds=seconds, memory=held
+                )
+
+        served = load_model(
+            files.id,
+            files.path,
+            owned_by=files.publisher,
+            cache_budget=options.cache_budget,
+            dtype=options.dtype,
+            max_rows=MAX_ROWS,
+            sha256=sha256,
+            good=good,
+            memory_limit=options.memory_limit,
+            sampling=defaults,
+            notify=options.notify,
+            on_speed=on_speed,
+        )
+        return served
+
+    return ModelSpec(
+        id=files.id,
+        created=int(weights_file(files.path).stat().st_mtime),
+        owned_by=files.publisher,
+        memory=memory,
+        load=load,
+        stamp=functools.partial(stamp_of, files.path),
+        path=files.path,
+        sampling=defaults,
+    )
+
+
+def sampling_of(files: ModelFiles, notify: Callable[[str], None]) -> dict[str, float]:
+    """The sampling defaults of a decoder; see `sampling.of_model`."""
+    own = files.model.sampling if files.model else {}
+    return sampling_defaults.of_model(own, files.path, notify)
+
+
+def _recognizes(path: Path) -> bool:
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+
+
+def _example(model: ServedModel) -> Example:
+    if model.tokenizer.chat_template:
+        question = [{"role": "user", "content": "What is the capital of France?"}]
+        return Example(
+            route="chat/completions",
+            call="chat.completions.create",
+            result="choices[0].message.content",
+            fields={"messages": question, "temperature": 0},
+        )
+    return Example(
+        route="completions",
+        call="completions.create",
+        result="choices[0].text",
+        fields={"prompt": "The capital of France is", "temperature": 0},
+    )
+
+
+KIND = Kind(
+    name="decoder",
+    does="generate text",
+    recognizes=_recognizes,
+    describe=describe,
+    example=_example,
+)

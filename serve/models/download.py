@@ -24,13 +24,13 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from serve.exceptions import Corrupt, DoesNotFit, Failure, NotFound, Unreachable, WrongUsage
 from serve.models import hub, json_cache
 from serve.models.catalogue import Catalogue, Model, ModelFile, Part
+from serve.models.spec import ModelFiles
 from serve.settings import private_folder
 
 CHUNK = 2**20  # bytes read at a time
@@ -47,30 +47,9 @@ def _silent(done: int, total: int) -> None:
     pass
 
 
-@dataclass(frozen=True)
-class Located:
-    """A model's files on this disk.
-
-    Attributes:
-        id: The name it is served under.
-        path: A GGUF file, or a folder of several files.
-        publisher: Who made it, as `owned_by` of the API says.
-        model: What the catalogue says of it, if it is in there.
-        adapter: What was made of it here: the folder of a model that the user fine-tuned.
-        encoder: The folder of the model that reads its prompts, if it draws.
-    """
-
-    id: str
-    path: Path
-    publisher: str
-    model: Model | None = None
-    adapter: Path | None = None
-    encoder: Path | None = None
-
-
 def locate(
     name: str, catalogue: Catalogue, home: Path, *, say: Say, progress: Progress = _silent
-) -> Located:
+) -> ModelFiles:
     """Finds the model that a `--model` option means, and pulls it if it is not here yet.
 
     Args:
@@ -86,15 +65,18 @@ def locate(
         Unreachable, Corrupt, DoesNotFit: It could not be pulled, or was changed on disk.
     """
     if name.startswith("hf:"):
-        return Located(name, hub.pull(name, home, say=say), name[3:].partition("/")[0])
+        return ModelFiles(name, hub.pull(name, home, say=say), name[3:].partition("/")[0])
     id, is_local, path = name.partition("=")
     if is_local:
+        from serve.models import kinds  # brings JAX along
+
         found = local_model(Path(path))
         encoder = None
-        if draws(found) and not (encoder := found / "encoder").is_dir():
+        kind = kinds.recognize(found)
+        if kind and kind.has_encoder and not (encoder := found / "encoder").is_dir():
             read_by = next(model.encoder for model in catalogue.models.values() if model.encoder)
             encoder = locate(read_by.id, catalogue, home, say=say, progress=progress).path
-        return Located(_checked_id(id), found, "local", encoder=encoder)
+        return ModelFiles(_checked_id(id), found, "local", encoder=encoder)
     model = catalogue.get(name)
     if model is None:
         raise NotFound(unknown(name, catalogue))
@@ -108,7 +90,7 @@ def locate(
     return here
 
 
-def located(model: Model, home: Path) -> Located | None:
+def located(model: Model, home: Path) -> ModelFiles | None:
     """A catalogue model, if it is here with all that it needs.
 
     Raises:
@@ -117,7 +99,7 @@ def located(model: Model, home: Path) -> Located | None:
     if (path := find(model, home)) is None:
         return None
     encoder = find(model.encoder, home) if model.encoder else None
-    return Located(model.id, path, model.publisher, model, encoder=encoder)
+    return ModelFiles(model.id, path, model.publisher, model, encoder=encoder)
 
 
 def unknown(name: str, catalogue: Catalogue) -> str:
@@ -142,14 +124,12 @@ def local_model(path: Path) -> Path:
         NotFound: Nothing is there.
         WrongUsage: It is a pickle, or neither a GGUF file nor a Hugging Face folder.
     """
+    from serve.models import kinds  # brings JAX along
+
     path = path.expanduser()
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir())
-        if "config.json" in names and any(name.endswith(".safetensors") for name in names):
-            return path
-        if "config.json" in names and is_whisper(path / "model.bin"):
-            return path
-        if draws(path):
+        if kinds.recognize(path):
             return path
         if pickles := [name for name in names if name.endswith(_PICKLES)]:
             raise WrongUsage(refuse_pickle(str(path / pickles[0])))
@@ -158,23 +138,9 @@ def local_model(path: Path) -> Path:
         raise NotFound(f"there is no file or folder {path}")
     if path.suffix in _PICKLES:
         raise WrongUsage(refuse_pickle(str(path)))
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise WrongUsage(f"{path} is no GGUF file: it does not begin with the letters GGUF")
-    return path
-
-
-def is_whisper(path: Path) -> bool:
-    """Whether a file begins as the weights of a Whisper do in CTranslate2's layout: no pickle."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(18)[6:] == b"WhisperSpec\0"  # behind a version and a length
-
-
-def draws(path: Path) -> bool:
-    """Whether a folder holds a model that draws, in the layout of `diffusion`."""
-    return all((path / name / "config.json").is_file() for name in ("denoiser", "upscaler"))
+    if kinds.recognize(path):
+        return path
+    raise WrongUsage(f"{path} is no GGUF file: it does not begin with the letters GGUF")
 
 
 def refuse_pickle(name: str) -> str:
@@ -202,7 +168,7 @@ def find(model: Model, home: Path) -> Path | None:
     if model.encoder is not None and find(model.encoder, home) is None:
         return None
     if model.folder is not None:
-        return model.folder if draws(model.folder) else None
+        return model.folder if _has_files(model.folder) else None
     folder = folder_of(model, home)
     if not all((folder / file.name).is_file() for file in model.files):
         return None
@@ -235,9 +201,13 @@ def verify(model: Model, home: Path) -> Path:
     return _path(model, folder)
 
 
+def _has_files(folder: Path) -> bool:
+    return next(folder.rglob("config.json"), None) is not None
+
+
 def _folder_that_came(model: Model, folder: Path) -> Path:
     """The folder of a model that is not fetched."""
-    if not draws(folder):
+    if not _has_files(folder):
         raise NotFound(
             f"the weights of {model.id} are missing from {folder}, and are nowhere to be fetched: "
             "install Pellucid again, or train them (training/recipes)"

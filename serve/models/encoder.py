@@ -6,6 +6,7 @@ the same bits under any load; other requests, and the decoders, take turns betwe
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,8 @@ import numpy as np
 import bpe
 from serve import settings
 from serve.models import dtypes, fingerprint
-from serve.models.decoder import keep_compiled_programs
+from serve.models.decoder import keep_compiled_programs, weights_file
+from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec, stamp_of
 from transformer import encoder, packing
 from transformer.checkpoint import bert
 from transformer.encoder import Config, Params
@@ -184,3 +186,50 @@ def _choose(
 
     name = fingerprint.on_machine(weights)
     return dtypes.fastest(id, name, FORMATS, measure, distance, MAX_DISTANCE, notify)
+
+
+def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
+    """See `Kind.describe`."""
+    max_tokens = options.max_embedding_tokens
+    with_max_tokens(bert.read_config(files.path), max_tokens)  # raises now, not at a request
+
+    def load() -> EmbeddingModel:
+        return load_embedder(
+            files.id,
+            files.path,
+            owned_by=files.publisher,
+            dtype=options.dtype if options.dtype in FORMATS else "auto",
+            max_tokens=max_tokens,
+            notify=options.notify,
+        )
+
+    return ModelSpec(
+        id=files.id,
+        created=int(weights_file(files.path).stat().st_mtime),
+        owned_by=files.publisher,
+        memory=lambda: (files.path / "model.safetensors").stat().st_size,
+        load=load,
+        stamp=functools.partial(stamp_of, files.path),
+        kind="encoder",
+    )
+
+
+def _recognizes(path: Path) -> bool:
+    try:
+        return bert.is_bert(path)
+    except (OSError, ValueError):
+        return False
+
+
+KIND = Kind(
+    name="encoder",
+    does="make embeddings",
+    recognizes=_recognizes,
+    describe=describe,
+    example=lambda model: Example(
+        route="embeddings",
+        call="embeddings.create",
+        result="data[0].embedding[:8]",
+        fields={"input": "What is the capital of France?"},
+    ),
+)

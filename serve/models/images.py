@@ -39,6 +39,8 @@ from diffusion.text import MAX_TOKENS
 from serve import settings
 from serve.models import fingerprint
 from serve.models.decoder import keep_compiled_programs
+from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec, stamp_of
+from transformer.checkpoint.safetensors import read_object
 from transformer.engine.device import Lane, default_device
 from transformer.engine.requests import Busy
 
@@ -339,3 +341,48 @@ def load_painter(
     )
     model.compile(1, Order(prompt=""))
     return model
+
+
+def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
+    """See `Kind.describe`."""
+    assert files.encoder is not None
+    encoder = files.encoder
+    parts = [files.path / "denoiser", files.path / "upscaler", encoder]
+    weights = [part / "model.safetensors" for part in parts]
+    for part in parts:
+        read_object(part / "config.json")  # raises now, not when somebody asks
+
+    def load() -> DrawingModel:
+        return load_painter(
+            files.id, files.path, encoder, owned_by=files.publisher, notify=options.notify
+        )
+
+    return ModelSpec(
+        id=files.id,
+        created=int((parts[0] / "config.json").stat().st_mtime),
+        owned_by=files.publisher,
+        memory=lambda: 2 * sum(path.stat().st_size for path in weights),  # stored in half as much
+        load=load,
+        stamp=functools.partial(stamp_of, *parts),
+        kind="images",
+    )
+
+
+def _recognizes(path: Path) -> bool:
+    """Whether a folder has the layout of `diffusion`."""
+    return all((path / name / "config.json").is_file() for name in ("denoiser", "upscaler"))
+
+
+KIND = Kind(
+    name="images",
+    does="draw pictures",
+    recognizes=_recognizes,
+    describe=describe,
+    example=lambda model: Example(
+        route="images/generations",
+        call="images.generate",
+        result="data[0].url",
+        fields={"prompt": "a red apple"},
+    ),
+    has_encoder=True,
+)

@@ -19,47 +19,10 @@ import itertools
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import replace
 
 from serve.exceptions import CannotLoad, Failure, UnknownModel
-
-if TYPE_CHECKING:  # the engine brings JAX along
-    from serve.models.decoder import ServedModel
-    from serve.models.encoder import EmbeddingModel
-    from serve.models.images import DrawingModel
-    from serve.models.speech import SpeechModel
-
-AnyModel: TypeAlias = "ServedModel | EmbeddingModel | SpeechModel | DrawingModel"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Offer:
-    """A model that is loaded when somebody asks for it.
-
-    Attributes:
-        id, created, owned_by: as of the model it becomes.
-        kind: "decoder", "encoder", "speech" or "images".
-        memory: says how many bytes it will take, about; of a model that was not measured yet, at
-            most.
-        load: loads it; blocks for seconds. Given the loaded base, where there is one.
-        stamp: gives another value when its files have changed.
-        base: the id of the model whose weights it shares.
-        path: its files, where it can be trained further.
-        sampling: its defaults, where it generates text.
-    """
-
-    id: str
-    created: int
-    owned_by: str
-    memory: Callable[[], int]
-    load: Callable[..., AnyModel]
-    stamp: Callable[[], object] = lambda: None
-    kind: str = "decoder"
-    base: str | None = None
-    path: Path | None = None
-    sampling: Mapping[str, float] = field(default_factory=dict)
+from serve.models.spec import LoadedModel, ModelSpec
 
 
 class Registry:
@@ -77,12 +40,12 @@ class Registry:
 
     def __init__(
         self,
-        models: Sequence[AnyModel | Offer],
+        models: Sequence[LoadedModel | ModelSpec],
         aliases: Mapping[str, str],
         *,
         memory_limit: int | None = None,
         absent: Collection[str] = (),
-        shelf: Callable[[], Mapping[str, Offer]] = dict,
+        shelf: Callable[[], Mapping[str, ModelSpec]] = dict,
     ):
         if not models:
             raise ValueError("models is empty: a server needs at least one")
@@ -91,18 +54,18 @@ class Registry:
             raise ValueError(f"models has an id twice: {', '.join(m.id for m in models)}")
         # Read by the event loop while the thread that loads adds and deletes: no step of either
         # needs two looks at it.
-        self._loaded = {m.id: m for m in models if not isinstance(m, Offer)}
+        self._loaded = {m.id: m for m in models if not isinstance(m, ModelSpec)}
         self._asked = dict.fromkeys(self._loaded, 0)  # when, in requests
         self._requests = itertools.count(1)
         self._aliases = dict(aliases)
         self._memory_limit, self._absent = memory_limit, frozenset(absent)
-        self._loading: dict[str, asyncio.Future[AnyModel]] = {}
+        self._loading: dict[str, asyncio.Future[LoadedModel]] = {}
         # A thread of its own: loads that wait must not take those which requests are prepared on.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._one_at_a_time = threading.RLock()  # again by the same thread: the base of a model
         self._damaged: dict[str, tuple[object, str]] = {}  # the stamp of its files, what is wrong
         self._shelf = shelf
-        self._shelved: Mapping[str, Offer] = {}
+        self._shelved: Mapping[str, ModelSpec] = {}
 
     @property
     def default(self) -> str:
@@ -116,12 +79,12 @@ class Registry:
 
         return default_device().is_alive
 
-    def list(self) -> list[AnyModel | Offer]:
+    def list(self) -> list[LoadedModel | ModelSpec]:
         """What is offered, as its card: the loaded model, or how it would be loaded."""
         self._look()
         return [self._loaded.get(id, card) for id, card in self._cards.items()]
 
-    def loaded(self) -> list[AnyModel]:
+    def loaded(self) -> list[LoadedModel]:
         """What is in memory, in the order of `list`."""
         found = [self._loaded.get(id) for id in list(self._cards)]
         return [model for model in found if model is not None]
@@ -130,7 +93,7 @@ class Registry:
         """The names that stand for a model."""
         return [name for name, target in self._aliases.items() if target == id]
 
-    def resolve(self, name: str) -> AnyModel | Offer:
+    def resolve(self, name: str) -> LoadedModel | ModelSpec:
         """The card of the model with this id or alias. An id is looked up first.
 
         Raises:
@@ -142,14 +105,14 @@ class Registry:
             raise UnknownModel(name, id if id in self._absent else None)
         return self._loaded.get(id, self._cards[id])
 
-    def offer(self, name: str) -> Offer | None:
+    def offer(self, name: str) -> ModelSpec | None:
         """How the model with this id or alias is loaded; None for one that came loaded.
 
         Raises:
             UnknownModel: There is none.
         """
         card = self._cards[self.resolve(name).id]
-        return card if isinstance(card, Offer) else None
+        return card if isinstance(card, ModelSpec) else None
 
     def _look(self) -> None:
         """Takes note of what was put on the shelf or taken from it since the last time."""
@@ -164,7 +127,7 @@ class Registry:
                 self._cards.setdefault(id, replace(offer, sampling=sampling))
         self._shelved = found
 
-    async def get(self, name: str) -> AnyModel:
+    async def get(self, name: str) -> LoadedModel:
         """The model with this id or alias, loaded by now.
 
         Raises:
@@ -182,7 +145,7 @@ class Registry:
             task.add_done_callback(lambda _: self._loading.pop(id))
         return await asyncio.shield(task)  # who leaves while it loads does not stop it for others
 
-    def load(self, id: str) -> AnyModel:
+    def load(self, id: str) -> LoadedModel:
         """Loads an offered model, if it is not, and lets others go for it where need be. Blocks.
 
         Raises:
@@ -193,7 +156,7 @@ class Registry:
                 return model
             if (offer := self._cards.get(id)) is None:
                 raise UnknownModel(id)
-            assert isinstance(offer, Offer)
+            assert isinstance(offer, ModelSpec)
             stamp = None
             try:
                 stamp = offer.stamp()
@@ -220,7 +183,7 @@ class Registry:
             Whether it did: not one that works, came loaded, or whose weights a loaded one shares.
         """
         model = self._loaded.get(id)
-        if model is None or not isinstance(self._cards.get(id), Offer) or not model.is_idle:
+        if model is None or not isinstance(self._cards.get(id), ModelSpec) or not model.is_idle:
             return False
         if any(getattr(self._cards.get(other), "base", None) == id for other in list(self._loaded)):
             return False
@@ -248,7 +211,7 @@ class Registry:
         for model in self.loaded():
             model.close(drain=drain, timeout=timeout)
 
-    def _make_room(self, offer: Offer) -> None:
+    def _make_room(self, offer: ModelSpec) -> None:
         """Lets go of what has not been asked for the longest, until an offered model fits."""
         from serve.models import memory
         from serve.models.dtypes import WORKING_MEMORY

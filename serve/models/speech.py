@@ -20,11 +20,13 @@ import numpy as np
 
 import audio
 from audio import decode, model
+from audio.checkpoint import is_whisper
 from audio.transcribe import Plan, Segment, find_language, find_spans, listen
 from audio.vad import Span
 from serve import settings
 from serve.models import dtypes, fingerprint
 from serve.models.decoder import keep_compiled_programs, weights_file
+from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec, stamp_of
 from transformer.engine.device import Lane, default_device
 
 # int8 takes the decoder a little less time for each token; but of 179 words that people read,
@@ -177,3 +179,53 @@ def _measure(
 def _divergence(expected: np.ndarray, actual: np.ndarray) -> float:
     """Return the mean Kullback-Leibler divergence of log-probabilities [T, V], in nats."""
     return float((np.exp(expected) * (expected - actual)).sum(axis=-1).mean())
+
+
+def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
+    """See `Kind.describe`."""
+    weights = [files.path / name for name in ("model.bin", "model.safetensors")]
+
+    def load() -> SpeechModel:
+        return load_speech(
+            files.id,
+            files.path,
+            owned_by=files.publisher,
+            dtype=options.dtype if options.dtype in FORMATS else "auto",
+            notify=options.notify,
+        )
+
+    return ModelSpec(
+        id=files.id,
+        created=int(weights_file(files.path).stat().st_mtime),
+        owned_by=files.publisher,
+        memory=lambda: sum(path.stat().st_size for path in weights if path.is_file()),
+        load=load,
+        stamp=functools.partial(stamp_of, files.path),
+        kind="speech",
+    )
+
+
+def _recognizes(path: Path) -> bool:
+    if not is_whisper(path):
+        return False
+    if any(path.glob("*.safetensors")):
+        return True
+    try:
+        with (path / "model.bin").open("rb") as file:  # CTranslate2's layout: no pickle
+            return file.read(18)[6:] == b"WhisperSpec\0"  # behind a version and a length
+    except FileNotFoundError:
+        return False
+
+
+KIND = Kind(
+    name="speech",
+    does="write down speech",
+    recognizes=_recognizes,
+    describe=describe,
+    example=lambda model: Example(
+        route="audio/transcriptions",
+        call="audio.transcriptions.create",
+        result="text",
+        file="speech.wav",
+    ),
+)

@@ -33,6 +33,7 @@ from serve.api.app import create_app
 from serve.api.settings import Settings
 from serve.models import catalogue, download, resolve
 from serve.models.registry import Registry
+from serve.models.spec import LoadOptions
 from tests.serve import scripted
 
 MODELS = ("smollm2-135m-instruct", "emoji-64")
@@ -103,7 +104,9 @@ def main() -> None:
     places = [download.locate(id, known, home, say=print) for id in MODELS]
     with tempfile.TemporaryDirectory() as scratch:
         cards = [
-            resolve.offer(p, cache_budget=2**28, dtype="auto", home=Path(scratch), notify=print)
+            resolve.describe(
+                p, LoadOptions(cache_budget=2**28, dtype="auto", home=Path(scratch), notify=print)
+            )
             for p in places
         ]
         registry = Registry(cards, known.aliases)

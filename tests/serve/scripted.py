@@ -19,7 +19,8 @@ import bpe
 from serve.api.app import create_app
 from serve.api.settings import Settings
 from serve.models.decoder import ServedModel
-from serve.models.registry import Offer, Registry
+from serve.models.registry import Registry
+from serve.models.spec import ModelSpec
 from tests.waiting import wait_until
 from transformer.engine import Began, Busy, Done, Event, Failed, Request, Scored, Stats, Token
 
@@ -161,7 +162,7 @@ def model(
 
 
 @contextmanager
-def running(*models: ServedModel | Offer, **settings: object) -> Iterator[str]:
+def running(*models: ServedModel | ModelSpec, **settings: object) -> Iterator[str]:
     """Serves ``models`` from a thread on a free port; gives the address, without /v1."""
     registry = Registry([*models], {"gpt-4": models[0].id, "mine": models[0].id})
     with tempfile.TemporaryDirectory() as home:  # not the user's own, which may hold keys

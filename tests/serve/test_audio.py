@@ -17,8 +17,8 @@ from serve.api.app import create_app
 from serve.api.routes.audio import SpeechEvent, Transcription, VerboseTranscription
 from serve.api.settings import Settings
 from serve.models import resolve
-from serve.models.download import Located
 from serve.models.registry import Registry
+from serve.models.spec import LoadOptions, ModelFiles
 from tests.audio.conftest import GOLDEN
 from tests.audio.ten_minutes import hum, pink, white
 from tests.serve import scripted
@@ -33,11 +33,15 @@ TEXT = "Unless to be rather cold-hearted and rather selfish is to be ill-dispose
 @pytest.fixture(scope="module")
 def speech_address(model_file, tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
-    place = Located(MODEL, model_file(MODEL), "openai")
-    offer = resolve.offer(place, cache_budget=2**20, dtype="float32", home=home, notify=print)
+    place = ModelFiles(MODEL, model_file(MODEL), "openai")
+    offer = resolve.describe(
+        place, LoadOptions(cache_budget=2**20, dtype="float32", home=home, notify=print)
+    )
     assert offer.kind == "speech"
-    several = Located(MULTILINGUAL, model_file(MULTILINGUAL), "openai")
-    other = resolve.offer(several, cache_budget=2**20, dtype="float32", home=home, notify=print)
+    several = ModelFiles(MULTILINGUAL, model_file(MULTILINGUAL), "openai")
+    other = resolve.describe(
+        several, LoadOptions(cache_budget=2**20, dtype="float32", home=home, notify=print)
+    )
     registry = Registry([scripted.model(), offer, other], {"whisper-1": MODEL})
     with scripted.served(create_app(Settings(home=home), registry)) as address:
         yield address

@@ -15,9 +15,9 @@ import bpe
 from serve.api.app import create_app
 from serve.api.settings import Settings
 from serve.models import resolve
-from serve.models.download import Located
 from serve.models.encoder import load_embedder
 from serve.models.registry import Registry
+from serve.models.spec import LoadOptions, ModelFiles
 from tests.serve import scripted
 from tests.serve.old_client import OldClient, install
 
@@ -38,8 +38,10 @@ def folder(model_file):
 @pytest.fixture(scope="module")
 def embedding_address(folder, tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
-    place = Located(MODEL, folder, "sentence-transformers")
-    offer = resolve.offer(place, cache_budget=2**20, dtype="float32", home=home, notify=print)
+    place = ModelFiles(MODEL, folder, "sentence-transformers")
+    offer = resolve.describe(
+        place, LoadOptions(cache_budget=2**20, dtype="float32", home=home, notify=print)
+    )
     assert offer.kind == "encoder"
     registry = Registry([scripted.model(), offer], ALIASES)
     with scripted.served(create_app(Settings(home=home), registry)) as address:
@@ -207,9 +209,9 @@ def test_a_short_text_is_the_same_in_every_mode(embedding_address):
 
 def test_longer_texts_are_read_when_the_server_is_told_to(folder, tmp_path):
     """all-MiniLM's table has 512 positions, of which its authors let it read 256."""
-    place = Located(MODEL, folder, "sentence-transformers")
+    place = ModelFiles(MODEL, folder, "sentence-transformers")
     how = dict(cache_budget=2**20, dtype="float32", home=tmp_path, notify=print)
-    offer = resolve.offer(place, max_embedding_tokens=512, **how)
+    offer = resolve.describe(place, LoadOptions(max_embedding_tokens=512, **how))
     with scripted.served(create_app(Settings(home=tmp_path), Registry([offer], {}))) as address:
         long = post(address, input="word " * 510).json()
         assert long["usage"]["total_tokens"] == 512
@@ -219,7 +221,7 @@ def test_longer_texts_are_read_when_the_server_is_told_to(folder, tmp_path):
         assert cut == long
     for wrong in (0, 2, 513):
         with pytest.raises(ValueError, match=rf"max_embedding_tokens .* {wrong}$"):
-            resolve.offer(place, max_embedding_tokens=wrong, **how)
+            resolve.describe(place, LoadOptions(max_embedding_tokens=wrong, **how))
 
 
 @pytest.mark.parity

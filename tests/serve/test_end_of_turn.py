@@ -6,7 +6,7 @@ import httpx
 import jax
 import pytest
 
-from serve.models import adapters, fingerprint, resolve
+from serve.models import adapters, decoder, fingerprint
 from serve.models.decoder import keep_compiled_programs
 from tests.serve import tiny
 from transformer import lora
@@ -31,7 +31,7 @@ def address(tmp_path_factory):
     adapters.put(home, card, adapter)
     keep_compiled_programs()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resolve, "MAX_ROWS", 2)
+        patch.setattr(decoder, "MAX_ROWS", 2)
         with tiny.serving(home, folder) as address:
             yield address
 

@@ -31,6 +31,7 @@ from serve.exceptions import NotFound
 from serve.models import catalogue, download, resolve
 from serve.models.images import MAX_WAITING, Order, Source, load_painter
 from serve.models.registry import Registry
+from serve.models.spec import LoadOptions
 from tests.diffusion.conftest import save_tiny
 from tests.serve import scripted
 from tests.serve.old_client import OldClient, install
@@ -57,7 +58,9 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def painting_address(folder, home):
     place = download.locate(f"tiny={folder}", catalogue.load(), settings.data_folder(), say=print)
-    offer = resolve.offer(place, cache_budget=2**20, dtype="float32", home=home, notify=print)
+    offer = resolve.describe(
+        place, LoadOptions(cache_budget=2**20, dtype="float32", home=home, notify=print)
+    )
     assert offer.kind == "images"
     names = {"dall-e-2": "tiny", "gpt-image-1": "tiny"}
     registry = Registry([scripted.model(), offer], names)
@@ -460,7 +463,9 @@ def test_a_slow_picture_holds_nobody_up(painting_address, client):
 def test_large_answers_are_sent_in_pieces(folder, home, stream):
     """Ten edits of 2,048 pixels in base64 were one JSON text, made on the event loop in seconds."""
     place = download.locate(f"tiny={folder}", catalogue.load(), settings.data_folder(), say=print)
-    offer = resolve.offer(place, cache_budget=2**20, dtype="float32", home=home, notify=print)
+    offer = resolve.describe(
+        place, LoadOptions(cache_budget=2**20, dtype="float32", home=home, notify=print)
+    )
     app = create_app(Settings(home=home), Registry([offer], {}))
     sizes = []
 
@@ -828,7 +833,9 @@ def test_it_is_offered_only_with_its_encoder(folder, tmp_path):
 def test_emoji_64(home, tmp_path):
     place = download.located(catalogue.load().models["emoji-64"], settings.data_folder())
     assert place is not None
-    offer = resolve.offer(place, cache_budget=2**20, dtype="auto", home=tmp_path, notify=print)
+    offer = resolve.describe(
+        place, LoadOptions(cache_budget=2**20, dtype="auto", home=tmp_path, notify=print)
+    )
     registry = Registry([offer], catalogue.load().aliases)
     with (
         scripted.served(create_app(Settings(home=tmp_path), registry)) as address,

@@ -24,7 +24,7 @@ from serve.jobs import runner
 from serve.jobs.jobs import Jobs, check_name, check_suffix
 from serve.jobs.runner import Keeper, Lines, Process, results, take_lock
 from serve.jobs.store import Store
-from serve.models import adapters, resolve
+from serve.models import adapters, decoder
 from tests.serve import tiny
 from tests.serve.old_client import OldClient, install
 from tests.waiting import wait_until
@@ -37,7 +37,7 @@ OVER = ("succeeded", "failed", "cancelled")
 def quick():
     """Few programs to compile, and nobody waits for a busy machine's idle moments."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resolve, "MAX_ROWS", 2)
+        patch.setattr(decoder, "MAX_ROWS", 2)
         patch.setattr(runner, "NICENESS", 1)
         patch.setattr(runner, "TICK", 0.1)
         yield
@@ -529,10 +529,10 @@ SERVER = """
     import sys
     from pathlib import Path
     from serve.jobs import runner
-    from serve.models import resolve
+    from serve.models import decoder
     from tests.serve import tiny
 
-    resolve.MAX_ROWS, runner.NICENESS, runner.TICK = 2, 1, 0.1
+    decoder.MAX_ROWS, runner.NICENESS, runner.TICK = 2, 1, 0.1
     with tiny.serving(Path(sys.argv[1]), Path(sys.argv[2])) as address:
         print(address, flush=True)
         sys.stdin.read()

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import pytest
 
 from serve.exceptions import CannotLoad, UnknownModel
-from serve.models import adapters, fingerprint, resolve
+from serve.models import adapters, decoder, fingerprint, resolve
 from serve.models.decoder import keep_compiled_programs, load_model
-from serve.models.download import Located
-from serve.models.registry import Offer, Registry
+from serve.models.registry import Registry
+from serve.models.spec import LoadOptions, ModelFiles, ModelSpec
 from tests.serve import tiny
 from transformer import lora
 from transformer.engine import Done, Request, Token
@@ -23,7 +23,7 @@ def programs():
     """No more of them than one conversation needs."""
     keep_compiled_programs()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resolve, "MAX_ROWS", 2)
+        patch.setattr(decoder, "MAX_ROWS", 2)
         yield
 
 
@@ -49,9 +49,10 @@ def card(weights, id=FT, of="tiny", **changes):
 
 
 def registry(home, base):
-    place = Located("tiny", base, "me")
-    offer = resolve.offer(
-        place, cache_budget=BUDGET, dtype="float32", home=home, notify=lambda line: None
+    place = ModelFiles("tiny", base, "me")
+    offer = resolve.describe(
+        place,
+        LoadOptions(cache_budget=BUDGET, dtype="float32", home=home, notify=lambda line: None),
     )
     return Registry([offer], {}, shelf=resolve.Shelf(home, BUDGET, {"tiny": base}))
 
@@ -162,5 +163,5 @@ def test_the_shelf_costs_nothing_while_it_stays_as_it_is(tmp_path, base, adapter
     adapters.put(tmp_path, card(base), adapter)
     shelf = resolve.Shelf(tmp_path, BUDGET, {"tiny": base})
     first = shelf()
-    assert shelf() is first and isinstance(first[FT], Offer)
+    assert shelf() is first and isinstance(first[FT], ModelSpec)
     assert first[FT].memory() > BUDGET + jnp.float32(0).nbytes

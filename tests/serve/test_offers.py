@@ -7,9 +7,9 @@ import pytest
 
 from serve.api.settings import Settings
 from serve.cli import main as cli
-from serve.models import resolve
-from serve.models.download import Located
+from serve.models import decoder, resolve
 from serve.models.registry import Registry
+from serve.models.spec import LoadOptions, ModelFiles
 from tests.serve import tiny
 from transformer.engine import Done, Request, Token
 from transformer.sampling import Sampling
@@ -19,12 +19,9 @@ ASKED = Request(prompt=(1, 2, 3), max_tokens=4, sampling=Sampling(temperature=0)
 
 
 def offered(path, id, tmp_path):
-    return resolve.offer(
-        Located(id, path, "me"),
-        cache_budget=64 * 2**20,
-        dtype="int8",
-        home=tmp_path,
-        notify=lambda line: None,
+    return resolve.describe(
+        ModelFiles(id, path, "me"),
+        LoadOptions(cache_budget=64 * 2**20, dtype="int8", home=tmp_path, notify=lambda line: None),
     )
 
 
@@ -43,9 +40,9 @@ def test_a_damaged_file_is_known_before_a_server_listens(tmp_path):
 
 def test_what_programs_are_compiled_for_does_not_depend_on_the_other_models(tmp_path, monkeypatch):
     """Pulling a model halved the caches of the others: all was compiled again at the next start."""
-    monkeypatch.setattr(resolve, "MAX_ROWS", 2)
+    monkeypatch.setattr(decoder, "MAX_ROWS", 2)
     chosen = Settings(home=tmp_path, cache_budget=2**20)
-    places = [Located(id, tiny.model(tmp_path / id), "me") for id in ("one", "two", "three")]
+    places = [ModelFiles(id, tiny.model(tmp_path / id), "me") for id in ("one", "two", "three")]
     blocks = []
     for some in (places[:1], places):
         with cli._offered(some, chosen, "float32", {}, ()) as registry:

@@ -18,7 +18,8 @@ from serve.api.app import create_app
 from serve.api.middleware import BodyLimit
 from serve.api.rate_limit import RequestRate
 from serve.api.settings import Settings
-from serve.models.registry import Offer, Registry
+from serve.models.registry import Registry
+from serve.models.spec import ModelSpec
 from tests.serve import scripted
 
 BODY = {"model": "scripted", "prompt": "hello", "max_tokens": 100}
@@ -243,7 +244,7 @@ def test_a_draining_server_finishes_and_takes_nothing_new(tmp_path):
 
 @pytest.fixture
 def counted(tmp_path):
-    later = Offer(id="later", created=0, owned_by="x", memory=1, load=scripted.model)
+    later = ModelSpec(id="later", created=0, owned_by="x", memory=1, load=scripted.model)
     with (
         scripted.running(scripted.model(), later, home=tmp_path) as address,
         httpx.Client(base_url=address) as http,

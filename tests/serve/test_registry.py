@@ -13,7 +13,8 @@ import pytest
 from serve.api.settings import Settings, allowed_hosts, is_loopback
 from serve.exceptions import CannotLoad, UnknownModel
 from serve.models import catalogue
-from serve.models.registry import Offer, Registry
+from serve.models.registry import Registry
+from serve.models.spec import ModelSpec
 
 MODEL = """
 [models.mine]
@@ -128,7 +129,7 @@ class Shelf:
         self.hold.set()
         self.offers = [self.offer(id, size) for id, size in megabytes.items()]
 
-    def offer(self, id: str, size: int) -> Offer:
+    def offer(self, id: str, size: int) -> ModelSpec:
         def load() -> Any:
             assert self.hold.wait(10)
             self.log.append(id)
@@ -136,7 +137,7 @@ class Shelf:
                 raise ValueError("half of it is missing")
             return served(id, size * 2**20)
 
-        return Offer(
+        return ModelSpec(
             id=id,
             created=1,
             owned_by="me",

@@ -10,8 +10,8 @@ import pytest
 import transformer.sampling
 from serve.api.settings import Settings
 from serve.cli import main, talk
-from serve.models import adapters, catalogue, fingerprint, resolve, sampling
-from serve.models.download import Located
+from serve.models import adapters, catalogue, decoder, fingerprint, sampling
+from serve.models.spec import ModelFiles
 from tests.serve import scripted, tiny
 from transformer.sampling import Sampling
 
@@ -223,9 +223,9 @@ def test_a_server_offers_and_shows_defaults(tmp_path, whose):
     adapters.put(tmp_path, card, tmp_path / "adapter")
     expected = sampling.resolve({}, OWN if whose == "model" else {})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resolve, "MAX_ROWS", 2)
+        patch.setattr(decoder, "MAX_ROWS", 2)
         places, chosen = (
-            [Located("tiny", folder, "me")],
+            [ModelFiles("tiny", folder, "me")],
             Settings(home=tmp_path, cache_budget=2**20),
         )
         with main._offered(places, chosen, "float32", {}, (), whose) as registry:

@@ -16,6 +16,7 @@ import pytest
 from serve.exceptions import Corrupt, DoesNotFit, NotFound, Unreachable, WrongUsage
 from serve.models import catalogue, download, hub
 from serve.models.catalogue import Model, ModelFile, Part
+from serve.models.spec import ModelFiles
 
 CONTENT = b"GGUF" + bytes(range(256)) * 500
 
@@ -225,12 +226,12 @@ def test_local_models(tmp_path: Path) -> None:
 def test_names_are_located(tmp_path: Path, home: Path) -> None:
     known = catalogue.load()
 
-    def locate(name: str) -> download.Located:
+    def locate(name: str) -> ModelFiles:
         return download.locate(name, known, home, say=print)
 
     gguf = tmp_path / "a.gguf"
     gguf.write_bytes(CONTENT)
-    assert locate(f"org/mine={gguf}") == download.Located("org/mine", gguf, "local")
+    assert locate(f"org/mine={gguf}") == ModelFiles("org/mine", gguf, "local")
     with pytest.raises(NotFound, match=r"--model my-model="):
         locate(str(gguf))
     with pytest.raises(NotFound, match="did you mean 'smollm2-135m-instruct'"):

@@ -12,8 +12,8 @@ from bpe.formats import byte_characters
 from serve.api.app import create_app
 from serve.api.settings import Settings
 from serve.models import resolve
-from serve.models.download import Located
 from serve.models.registry import Registry
+from serve.models.spec import LoadOptions, ModelFiles
 from tests.serve.scripted import TEMPLATE, served
 from transformer import checkpoint
 from transformer.config import Config
@@ -54,12 +54,9 @@ def model(folder: Path, seed: int = 0) -> Path:
 def serving(home: Path, folder: Path, **settings) -> Iterator[str]:
     """A whole server of the model `tiny` in `folder`, but for its command; gives its address."""
     budget = 2 * 2**20
-    offer = resolve.offer(
-        Located("tiny", folder, "me"),
-        cache_budget=budget,
-        dtype="float32",
-        home=home,
-        notify=lambda line: None,
+    offer = resolve.describe(
+        ModelFiles("tiny", folder, "me"),
+        LoadOptions(cache_budget=budget, dtype="float32", home=home, notify=lambda line: None),
     )
     shelf = resolve.Shelf(home, budget, {"tiny": folder})
     registry = Registry([offer], {"curie": "tiny", "gpt-3.5-turbo": "tiny"}, shelf=shelf)

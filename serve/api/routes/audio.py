@@ -38,8 +38,8 @@ from serve.api.openapi import described
 from serve.api.request_context import call_of
 from serve.api.requests import Body
 from serve.api.responses import Reply
-from serve.api.routes.models import listener_of
 from serve.api.sse import Event, event_stream, unless_disconnected
+from serve.api.state import loaded
 from serve.models.speech import SpeechModel
 
 router = APIRouter(prefix="/v1/audio")
@@ -176,7 +176,7 @@ async def create_translation(request: Request) -> Response:
 
 async def _answer(request: Request, task: Literal["transcribe", "translate"]) -> Response:
     body, data, name = await _read_form(request)
-    model = await listener_of(request, body.model)
+    model = await loaded(request, body.model, SpeechModel)
     _check(body, model, task)
     call_of(request.scope).model = model.id
     samples = await asyncio.to_thread(_decoded, data, name)

@@ -26,8 +26,8 @@ from serve.api.openapi import described
 from serve.api.request_context import Call, call_of
 from serve.api.requests import ChatBody, Message, read_json
 from serve.api.responses import ChatChunk, ChatCompletion
-from serve.api.routes.models import generator_of
 from serve.api.sse import event_stream, unless_disconnected
+from serve.api.state import loaded
 from serve.models.decoder import ServedModel
 
 router = APIRouter(prefix="/v1")
@@ -39,7 +39,7 @@ async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation."""
     body = await read_json(request, ChatBody)
     _refuse_unsupported(body)
-    model = await generator_of(request, body.model)
+    model = await loaded(request, body.model, ServedModel)
     generation = await asyncio.to_thread(_plan, body, model, call_of(request.scope))
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",

@@ -31,8 +31,8 @@ from serve.api.openapi import described
 from serve.api.request_context import Call, call_of
 from serve.api.requests import CompletionBody, read_json
 from serve.api.responses import Completion, CompletionChunk
-from serve.api.routes.models import generator_of
 from serve.api.sse import event_stream, unless_disconnected
+from serve.api.state import loaded
 from serve.api.token_ids import native_ids
 from serve.models.decoder import ServedModel
 
@@ -47,7 +47,7 @@ async def create_completion(request: Request) -> Response:
     """Continue a text, score it, or fill in what stands between two."""
     body = await read_json(request, CompletionBody)
     _refuse_contradictions(body)
-    model = await generator_of(request, body.model)
+    model = await loaded(request, body.model, ServedModel)
     # Megabytes of text take seconds to encode: not on the loop that serves everybody.
     generation = await asyncio.to_thread(_plan, body, model, call_of(request.scope))
     head = {

@@ -35,8 +35,8 @@ from serve.api.openapi import described
 from serve.api.request_context import call_of
 from serve.api.requests import Body, Ids, read_json, tag
 from serve.api.responses import Embeddings
-from serve.api.routes.models import embedder_of
 from serve.api.sse import unless_disconnected
+from serve.api.state import loaded
 from serve.models import long_texts
 from serve.models.encoder import EmbeddingModel
 
@@ -73,7 +73,7 @@ class EmbeddingsBody(Body):
 async def create_embeddings(request: Request) -> Response:
     """Turn texts into vectors, to be searched, sorted and compared."""
     body = await read_json(request, EmbeddingsBody)
-    model = await embedder_of(request, body.model)
+    model = await loaded(request, body.model, EmbeddingModel)
     width = model.cfg.d_model
     if body.dimensions is not None and body.dimensions > width:
         raise APIError(

@@ -20,6 +20,7 @@ from serve.api.openapi import described
 from serve.api.pagination import OrderedPageQuery, listing, read_query
 from serve.api.requests import Body
 from serve.api.responses import FileDeleted, FileReply, Files
+from serve.api.state import state_of
 from serve.jobs.store import Store, file_record, new_id
 
 router = APIRouter(prefix="/v1")
@@ -54,7 +55,7 @@ class FilesQuery(OrderedPageQuery):
 
 def store_of(request: Request) -> Store:
     """The store of the application that serves ``request``."""
-    return request.app.state.store
+    return state_of(request).store
 
 
 @router.post("/files", **described(FileReply))

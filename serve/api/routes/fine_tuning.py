@@ -22,11 +22,11 @@ from serve.api.pagination import PageQuery, listing, read_query
 from serve.api.requests import Body, read_json, tag
 from serve.api.responses import JobCheckpoints, JobEvent, JobEvents, JobReply, Jobs
 from serve.api.routes.files import find_file
-from serve.api.routes.models import registry_of
 from serve.api.sse import Events, event_stream
+from serve.api.state import state_of
 from serve.jobs.jobs import UNFINISHED, Job, JobIsOver, check_name, check_suffix, shown
 from serve.jobs.jobs import Jobs as JobStore
-from serve.models.registry import Offer
+from serve.models.spec import ModelSpec
 
 router = APIRouter(prefix="/v1")
 
@@ -88,7 +88,7 @@ class CheckpointsQuery(PageQuery):
 
 def jobs_of(request: Request) -> JobStore:
     """The jobs of the application that serves ``request``."""
-    return request.app.state.jobs
+    return state_of(request).jobs
 
 
 @router.post("/fine_tuning/jobs", **described(JobReply, JobBody))
@@ -156,7 +156,7 @@ async def make_job(
         validation_file=validation,
         **fields,
     )
-    await asyncio.to_thread(request.app.state.keeper.wake)
+    await asyncio.to_thread(state_of(request).keeper.wake)
     return job
 
 
@@ -167,7 +167,7 @@ def trainable(request: Request, name: str) -> tuple[str, Path]:
         APIError: 400 saying why it cannot.
         UnknownModel: there is none.
     """
-    registry = registry_of(request)
+    registry = state_of(request).registry
     offer = registry.offer(name)
     if offer is not None and offer.path is not None:
         return offer.id, offer.path
@@ -183,7 +183,7 @@ def trainable(request: Request, name: str) -> tuple[str, Path]:
     )
 
 
-def _is_trainable(offer: Offer | None) -> bool:
+def _is_trainable(offer: ModelSpec | None) -> bool:
     return offer is not None and offer.path is not None
 
 
@@ -253,7 +253,7 @@ async def find_job(request: Request, id: str) -> Job:
     if job is None:
         raise APIError(404, f"No such fine-tune job: {id[:80]}", param="id", code="not_found")
     if job["status"] in UNFINISHED:  # its keeper may have ended since, in another process
-        await asyncio.to_thread(request.app.state.keeper.wake)
+        await asyncio.to_thread(state_of(request).keeper.wake)
     return job
 
 
@@ -289,7 +289,7 @@ async def events_of(request: Request, id: str) -> Events:
         after = found[-1]["id"] if found else after
         if job["status"] not in UNFINISHED:
             return
-        if request.app.state.is_draining:
+        if state_of(request).is_draining:
             raise APIError(
                 503, "The server is shutting down; the job goes on later.", type="server_error"
             )

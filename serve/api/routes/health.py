@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 from serve.api.openapi import described
 from serve.api.responses import Status, Version
-from serve.api.routes.models import registry_of
+from serve.api.state import state_of
 
 router = APIRouter()
 
@@ -19,7 +19,7 @@ router = APIRouter()
 @router.get("/health", **described(Status))
 async def health(request: Request) -> Response:
     """Say whether the server can answer: 503 if the thread that computes has ended."""
-    if not registry_of(request).is_alive:
+    if not state_of(request).registry.is_alive:
         return JSONResponse({"status": "the device thread has ended"}, 503)
     return JSONResponse({"status": "ok"})
 
@@ -28,7 +28,7 @@ async def health(request: Request) -> Response:
 @router.get("/ready", **described(Status))
 async def ready(request: Request) -> Response:
     """Say whether the server takes new work: 200, or 503 while it is being stopped."""
-    if request.app.state.is_draining:
+    if state_of(request).is_draining:
         return JSONResponse({"status": "draining"}, 503, headers={"retry-after": "5"})
     return JSONResponse({"status": "ready"})
 

@@ -50,8 +50,8 @@ from serve.api.request_context import Call, call_of
 from serve.api.requests import Body, read_json
 from serve.api.responses import Reply
 from serve.api.routes.files import find_file, store_of
-from serve.api.routes.models import painter_of
 from serve.api.sse import Event, between_base64, event_stream, unless_disconnected
+from serve.api.state import loaded, state_of
 from serve.api.temp_files import SECONDS, Passing
 from serve.models.images import DrawingModel, Drawn, Order, Source
 
@@ -203,7 +203,7 @@ def _described(form: type[Body], json: type[Body] | None = None) -> dict[str, An
 async def create_image(request: Request) -> Response:
     """Draw what a prompt says."""
     body = await read_json(request, ImageGenerationBody)
-    model = await painter_of(request, body.model)
+    model = await _model(request, body.model)
     side = _side(body, model.painter.size)
 
     def whole(drawn: np.ndarray) -> np.ndarray:
@@ -220,7 +220,7 @@ async def create_image_edit(request: Request) -> Response:
         files = await _aside(_referred, request, body)
     else:
         body, files = await _read_form(request, ImageEditOptions)
-    model = await painter_of(request, body.model)
+    model = await _model(request, body.model)
     size = model.painter.cfg.image_size
     original, mask = await _aside(_read_edit, files, _is_gpt_image(body))
     height, width = original.shape[:2]
@@ -258,7 +258,7 @@ async def create_image_edit(request: Request) -> Response:
 async def create_image_variation(request: Request) -> Response:
     """Draw a picture again, a little differently (a form: `image`)."""
     body, files = await _read_form(request, ImageVariationOptions)
-    model = await painter_of(request, body.model)
+    model = await _model(request, body.model)
     side = _side(body, model.painter.size)
 
     def read() -> Source:
@@ -301,6 +301,14 @@ async def get_image(request: Request, name: str) -> Response:
 # --- reading ----------------------------------------------------------------------------------
 
 Files = dict[str, bytes]  # "image" and "mask"
+
+
+async def _model(request: Request, name: str | None) -> DrawingModel:
+    """The model called ``name``, or the first that draws."""
+    if name is None:
+        drawing = (spec.id for spec in state_of(request).registry.list() if spec.kind == "images")
+        name = next(drawing, "dall-e-2")  # of which the error says what it is and where to get it
+    return await loaded(request, name, DrawingModel)
 
 
 async def _read_form(request: Request, kind: type[AnyForm]) -> tuple[AnyForm, Files]:
@@ -659,4 +667,4 @@ def _sized(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 def _passing(request: Request) -> Passing:
-    return request.app.state.passing
+    return state_of(request).passing

@@ -21,7 +21,7 @@ from serve.api.openapi import described
 from serve.api.requests import Body, read_json
 from serve.api.responses import Text, TokenizerInfo, Tokens
 from serve.api.routes.chat import Message, encode_chat, plain
-from serve.api.routes.models import generator_of, registry_of
+from serve.api.state import loaded, state_of
 from serve.api.token_ids import native_ids
 from serve.models.decoder import ServedModel
 
@@ -106,7 +106,7 @@ async def tokenizer_info(request: Request, model: str = "") -> dict[str, Any]:
 
 
 async def _model(request: Request, name: str) -> ServedModel:
-    return await generator_of(request, name or registry_of(request).default)
+    return await loaded(request, name or state_of(request).registry.default, ServedModel)
 
 
 def _encode(body: TokenizeBody, model: ServedModel) -> list[int]:

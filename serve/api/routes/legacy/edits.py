@@ -24,8 +24,8 @@ from serve.api.request_context import Call, call_of
 from serve.api.requests import GenerationBody, read_json
 from serve.api.responses import Edit
 from serve.api.routes.chat import encode_chat
-from serve.api.routes.models import generator_of
 from serve.api.sse import unless_disconnected
+from serve.api.state import loaded
 from serve.models.decoder import ServedModel
 
 router = APIRouter(prefix="/v1")
@@ -52,7 +52,7 @@ class EditBody(GenerationBody):
 async def create_edit(request: Request) -> Response:
     """Change a text as an instruction says (the endpoint of 2023)."""
     body = await read_json(request, EditBody)
-    model = await generator_of(request, body.model)
+    model = await loaded(request, body.model, ServedModel)
     generation = await asyncio.to_thread(_plan, body, model, call_of(request.scope))
     choices = await unless_disconnected(request.receive, generation.choices())
     return JSONResponse(

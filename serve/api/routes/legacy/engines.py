@@ -13,13 +13,13 @@ from starlette.requests import Request
 
 from serve.api.openapi import described
 from serve.api.responses import EngineReply, Engines
-from serve.api.routes.models import registry_of
-from serve.models.registry import AnyModel, Offer
+from serve.api.state import state_of
+from serve.models.spec import LoadedModel, ModelSpec
 
 router = APIRouter(prefix="/v1")
 
 
-def _engine(model: AnyModel | Offer) -> dict[str, Any]:
+def _engine(model: LoadedModel | ModelSpec) -> dict[str, Any]:
     return {
         "id": model.id,
         "object": "engine",
@@ -33,10 +33,13 @@ def _engine(model: AnyModel | Offer) -> dict[str, Any]:
 @router.get("/engines", **described(Engines))
 async def list_engines(request: Request) -> dict[str, Any]:
     """List the models (as of 2021)."""
-    return {"object": "list", "data": [_engine(model) for model in registry_of(request).list()]}
+    return {
+        "object": "list",
+        "data": [_engine(model) for model in state_of(request).registry.list()],
+    }
 
 
 @router.get("/engines/{engine:path}", **described(EngineReply))
 async def get_engine(request: Request, engine: str) -> dict[str, Any]:
     """Look up a model (as of 2021)."""
-    return _engine(registry_of(request).resolve(engine))
+    return _engine(state_of(request).registry.resolve(engine))

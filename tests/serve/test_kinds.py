@@ -1,0 +1,51 @@
+"""A new kind of model is one file and one route: found, listed, loaded, shown, and refused."""
+
+import json
+
+import httpx
+import pytest
+
+from serve.api.app import create_app
+from serve.api.settings import Settings
+from serve.cli.banner import welcome
+from serve.exceptions import WrongUsage
+from serve.models import catalogue, download, kinds, resolve
+from serve.models.registry import Registry
+from serve.models.spec import LoadOptions
+from tests.serve import scripted, toy_kind
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "toy"
+    path.mkdir()
+    (path / "toy.json").write_text(json.dumps({"word": "hello"}))
+    return path
+
+
+def test_toy_kind_is_served_with_one_file_and_one_route(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(kinds.KINDS, "toy", toy_kind.KIND)
+    files = download.locate(f"mine={folder}", catalogue.load(), tmp_path, say=print)
+    options = LoadOptions(cache_budget=2**20, dtype="auto", home=tmp_path, notify=print)
+    spec = resolve.describe(files, options)
+    registry = Registry([spec, scripted.model()], {"word-1": "mine"})
+    app = create_app(Settings(home=tmp_path / "home"), registry)
+    app.include_router(toy_kind.router)
+    with scripted.served(app) as address:
+        listed = httpx.get(f"{address}/v1/models").json()["data"]
+        assert [entry["kind"] for entry in listed] == ["toy", "decoder"]
+        asked = httpx.post(f"{address}/v1/words", json={"model": "word-1"}).json()
+        assert asked == {"object": "word", "model": "mine", "word": "hello"}
+        other = httpx.post(f"{address}/v1/words", json={"model": listed[1]["id"]})
+        assert (other.status_code, other.json()["error"]["param"]) == (404, "model")
+        chat = {"model": "mine", "messages": [{"role": "user", "content": "hi"}]}
+        refused = httpx.post(f"{address}/v1/chat/completions", json=chat)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
+    text = welcome("http://here", registry, has_keys=False)
+    assert "/v1/words" in text and "client.words.create(" in text
+    app.state.keeper.close()
+
+
+def test_folder_of_no_kind_is_refused(folder, tmp_path):
+    with pytest.raises(WrongUsage):
+        download.locate(f"mine={folder}", catalogue.load(), tmp_path, say=print)
