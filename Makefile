@@ -6,7 +6,7 @@ export PYTHON
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test slow setup lint parity notebooks bench golden clean
+.PHONY: help serve test slow setup lint parity notebooks bench golden lines clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,10 @@ bench: .models ## measure, and compare with peers (installs torch)
 
 notebooks: .models ## run notebooks/*.py and write the .ipynb beside each
 	@$(BIN)/python scripts/notebooks.py $(ARGS)
+
+lines: ## count the lines of the library by package
+	@for package in audio bpe diffusion serve training transformer; do \
+	printf '%7d %s\n' "$$(find $$package -name '*.py' -exec cat {} + | wc -l)" $$package; done
 
 clean: ## remove .venv and caches; models stay in the data folder
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .import_linter_cache

@@ -16,7 +16,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from serve.models import json_cache
+from serve.models import disk
 
 PREFIX = "sk-pellucid-"
 FILE = "keys.json"
@@ -85,7 +85,7 @@ def delete(home: Path, name: str) -> None:
 
 
 def _write(home: Path, keys: list[Key]) -> None:
-    json_cache.replace(home / FILE, json.dumps([asdict(key) for key in keys], indent=1))
+    disk.replace_text(home / FILE, json.dumps([asdict(key) for key in keys], indent=1))
 
 
 class KeyRing:

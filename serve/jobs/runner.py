@@ -17,7 +17,6 @@ again does nothing.
 
 import contextlib
 import csv
-import fcntl
 import io
 import json
 import logging
@@ -36,7 +35,7 @@ from typing import Any
 from serve import settings
 from serve.jobs.jobs import DATA, OUT, OVER, VALID, Job, Jobs
 from serve.jobs.store import file_record, new_id
-from serve.models import adapters
+from serve.models import adapters, disk
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +114,7 @@ class Keeper:
         lock = None
         try:
             while True:
-                if lock is None and (lock := take_lock(self._folder / LOCK)) is not None:
+                if lock is None and (lock := disk.try_lock(self._folder / LOCK)) is not None:
                     self._tidy()
                 if not self._is_needed():
                     break
@@ -486,7 +485,7 @@ class Process:
         Raises:
             BlockingIOError: there is one of this name already.
         """
-        lock = take_lock(folder / f"{name}.lock")
+        lock = disk.try_lock(folder / f"{name}.lock")
         if lock is None:
             raise BlockingIOError(f"a process holds {folder / name}.lock")
         pid = folder / f"{name}.pid"
@@ -524,7 +523,7 @@ class Process:
         """Whether it has ended."""
         if self._ours is not None:
             return self._ours.poll() is not None
-        lock = take_lock(self._folder / f"{self._name}.lock")
+        lock = disk.try_lock(self._folder / f"{self._name}.lock")
         if lock is None:
             return False
         os.close(lock)
@@ -633,20 +632,9 @@ def _steps(folder: Path) -> list[int]:
     return [int(path.name[5:]) for path in folder.glob("step-*") if path.name[5:].isdecimal()]
 
 
-def take_lock(path: Path) -> int | None:
-    """The descriptor of a locked file, which is locked until it is closed; None if it is now."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
 def is_kept(jobs: Jobs) -> bool:
     """Whether a process, this one or another, works on the jobs of a data folder."""
-    if (lock := take_lock(jobs.home / "jobs" / LOCK)) is None:
+    if (lock := disk.try_lock(jobs.home / "jobs" / LOCK)) is None:
         return True
     os.close(lock)
     return False

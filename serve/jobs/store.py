@@ -11,7 +11,6 @@ next start; a lock on the file tells what another process is still writing.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from serve.exceptions import Corrupt, Failure
+from serve.models import disk
 from serve.settings import private_folder
 
 VERSION = 1
@@ -237,10 +237,11 @@ class Store:
         for path in self._blobs.iterdir():
             if not path.name.startswith(_NEW) and self.get("file", path.name) is not None:
                 continue
-            with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self.get("file", path.name) is None:  # nor was it told of a moment ago
-                    path.unlink()
+            if not path.exists() or (lock := disk.try_lock(path)) is None:
+                continue
+            if self.get("file", path.name) is None:  # nor was it told of a moment ago
+                path.unlink(missing_ok=True)
+            os.close(lock)
 
 
 class Incoming:
@@ -261,11 +262,7 @@ class Incoming:
         os.fsync(self._file.fileno())
         path = self._store.blob(self.id)
         path.with_name(_NEW + path.name).rename(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        disk.flush(path.parent)
         self._store.add("file", self.id, body)  # the lock on the blob holds until it is in there
 
     def close(self) -> None:
@@ -278,8 +275,8 @@ class Incoming:
 def _locked_new(path: Path) -> BinaryIO:
     """A new file to write, locked before a sweep could take it for left behind."""
     while True:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        descriptor = disk.lock(path)
         if os.fstat(descriptor).st_nlink:
+            os.ftruncate(descriptor, 0)
             return os.fdopen(descriptor, "wb")
         os.close(descriptor)

