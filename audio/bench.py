@@ -1,6 +1,6 @@
 """What this package has to measure: a window encoded, and a step of the decoder beside it.
 
-`pellucid bench listen` runs these with the harness of `transformer/bench.py`. Sizes are those of
+`pellucid bench listen` runs these with the harness of `transformer/bench`. Sizes are those of
 whisper-tiny.en; weights are random, so nothing need be downloaded. How it stands beside others,
 from samples to text, is in `tests/bench/bench_speech.py`.
 """

@@ -1,8 +1,8 @@
 """`pellucid bench`: times what a model is made of, against what this machine can do.
 
-The measuring is `transformer/bench.py`, which `python -m transformer.bench` runs by itself; here a
+The measuring is `transformer/bench`, which `python -m transformer.bench` runs by itself; here a
 model may be named by its id. Only its sizes are read: weights are random. The cases are those of
-`transformer/kernels/cases.py` and of `audio/bench.py`.
+`transformer/bench/decoder_cases.py` and of `audio/bench.py`.
 """
 
 from pathlib import Path
@@ -69,7 +69,8 @@ def bench(
 
     import audio.bench
     from transformer import bench
-    from transformer.kernels import cases
+    from transformer.bench import decoder_cases as cases
+    from transformer.bench import profile
 
     try:
         old = bench.read(compare) if compare else None
@@ -86,10 +87,12 @@ def bench(
     if names_only:
         print("\n".join(case.name for case in chosen))
         return
+    if where:
+        profile.report(sizes, as_json=json, say=console.say)
+        return
     status = bench.report(
         plan,
         chosen,
-        where=sizes if where else None,
         as_json=json,
         save=save,
         old=old,

@@ -27,10 +27,10 @@ import bpe
 from serve.models.decoder import keep_compiled_programs
 from serve.models.dtypes import PASSAGE
 from transformer import cache, checkpoint, generate, rotation, sampling
+from transformer.bench import decoder_cases as cases
 from transformer.checkpoint import Format
 from transformer.config import Config
 from transformer.decoder import Params, abstract, forward
-from transformer.kernels import cases
 from transformer.layers import Linear
 from transformer.sampling import Sampling
 

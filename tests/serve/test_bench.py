@@ -9,7 +9,7 @@ from matplotlib.image import imread
 
 from audio import bench
 from tests.serve import tiny
-from transformer.kernels import cases
+from transformer.bench import decoder_cases as cases
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -13,8 +13,11 @@ import pytest
 
 from transformer import bench, encoder, kernels
 from transformer.bench import Case, Contender, Plan, Result, Roofs
+from transformer.bench import decoder_cases as cases
+from transformer.bench import profile as where
+from transformer.bench.measure import fresh_arguments
 from transformer.config import Config
-from transformer.kernels import cases, exact, where
+from transformer.kernels import exact
 from transformer.layers import Linear
 
 ROOFS = Roofs(10e9, {"float32": 100e9, "bfloat16": 200e9, "int8": 400e9}, 1e-6)
@@ -97,7 +100,7 @@ def test_contenders_take_turns_and_the_slower_one_shows():
 
 def test_cold_arguments_are_new_ones_at_every_call():
     case = one(cold=(1,), sweep=5 * 8 * 16 * 4)
-    arguments = bench._arguments(case)
+    arguments = fresh_arguments(case)
     assert len(arguments) == 5
     assert len({args[1].unsafe_buffer_pointer() for args in arguments}) == 5
     assert len({args[0].unsafe_buffer_pointer() for args in arguments}) == 1

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from transformer import cache, decoder, kernels
+from transformer.bench import decoder_cases as cases
 from transformer.bench import in_float64
 from transformer.config import Config
-from transformer.kernels import cases
 from transformer.layers import Linear, Lora
 
 RNG = np.random.default_rng(0)

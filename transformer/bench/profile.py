@@ -24,8 +24,9 @@ from typing import Any
 
 import jax
 
-from transformer.bench import Roofs, columns, duration
-from transformer.kernels import cases
+from transformer.bench import decoder_cases as cases
+from transformer.bench.peaks import Roofs
+from transformer.bench.report import announce, columns, duration
 from transformer.layers import Linear
 
 _STEPS = 12  # profiled; JAX keeps at most a million events
@@ -208,3 +209,11 @@ def show(found: list[dict[str, Any]]) -> str:
         head = ["OPERATION", "A STEP", "SHARE", "MUST READ", "GB/S", "ROOF", "OF ROOF"]
         parts.append(f"{title}\n{columns(head, rows)}")
     return "\n\n".join(parts)
+
+
+def report(sizes: cases.Sizes, *, as_json: bool, say: Callable[[str], None]) -> int:
+    """Prints where a decoded token's time goes; returns an exit status."""
+    found, about = announce(say)
+    rows = where(sizes, found, say=say)
+    print(json.dumps({"machine": about, "where": rows}) if as_json else show(rows))
+    return 0

@@ -27,7 +27,7 @@ from transformer import (
     rotation,
     sampling,
 )
-from transformer.bench import Case, in_float64
+from transformer.bench.case import Case, in_float64
 from transformer.config import Config
 from transformer.kernels import exact
 from transformer.layers import Linear
