@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.naming import naming
 from tests.transformer.conftest import GEMMA_FORMS, GPT2_FORMS, noise
 from transformer import cache, decoder
 from transformer.config import Config
@@ -127,7 +128,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 
 def test_a_chunk_that_does_not_fit_blocks_is_refused():
-    with pytest.raises(ValueError, match="192 new positions neither divide a block"):
+    with pytest.raises(ValueError, match=naming(192, cache.BLOCK)):
         read(LLAMA, cache.init(LLAMA, 2), IDS[:1, :192], [[1, 2]], [0])
 
 

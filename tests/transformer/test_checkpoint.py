@@ -14,6 +14,7 @@ import pytest
 from gguf import GGMLQuantizationType as Q
 from safetensors.numpy import load_file, save_file
 
+from tests.naming import naming
 from tests.transformer.conftest import GOLDEN, TINY, noise
 from transformer import checkpoint, decoder, lora, rotation
 from transformer.checkpoint import gguf as reader
@@ -49,7 +50,7 @@ def test_what_is_saved_is_loaded_bit_by_bit(tiny, tmp_path, name):
 
 def test_int8_weights_are_not_saved(tmp_path):
     params, cfg, _ = checkpoint.load(GOLDEN / "llama", format="int8")
-    with pytest.raises(ValueError, match="int8 weights are a serving format"):
+    with pytest.raises(ValueError, match=naming("int8")):
         checkpoint.save(tmp_path / "new", params, cfg)
 
 
@@ -108,13 +109,13 @@ def test_shards_and_progress(tiny, tmp_path):
     assert_same(params, tiny("llama").params)
     assert seen == sorted(seen) and seen[0] > 0 and seen[-1] <= 1
     index.write_text(json.dumps({"weight_map": places | {"x": "../model.safetensors"}}))
-    with pytest.raises(ValueError, match="shards must lie in the same folder"):
+    with pytest.raises(ValueError, match=naming(index, "'../model.safetensors'")):
         checkpoint.load(tmp_path)
     index.write_text(json.dumps({"weight_map": places | {"x": "gone.safetensors"}}))
     with pytest.raises(FileNotFoundError, match="gone.safetensors"):
         checkpoint.load(tmp_path)
     index.write_text(json.dumps({"weight_map": 5}))
-    with pytest.raises(ValueError, match="weight_map must give"):
+    with pytest.raises(ValueError, match=naming(index, "weight_map")):
         checkpoint.load(tmp_path)
 
 
@@ -206,64 +207,63 @@ def test_a_head_that_differs_from_the_table_it_is_tied_to_is_refused(tmp_path, h
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "facts"),
     [
-        (lambda t: t.pop("model.norm.weight"), "lacks model.norm.weight"),
-        (lambda t: t.update(extra=np.zeros(3, "f4")), "holds extra, which this model has no"),
+        (lambda t: t.pop("model.norm.weight"), ["model.norm.weight"]),
+        (lambda t: t.update(extra=np.zeros(3, "f4")), ["extra"]),
         (
             lambda t: t.update({"model.norm.weight": np.zeros(31, "f4")}),
-            r"model.norm.weight must have shape \(32,\), got \(31,\)",
+            ["model.norm.weight", "(32,)", "(31,)"],
         ),
         (
             lambda t: t.update({"lm_head.weight": t["lm_head.weight"].T.copy()}),
-            r"lm_head.weight must have shape \(96, 32\)",
+            ["lm_head.weight", "(96, 32)", "(32, 96)"],
         ),
         (
             lambda t: t.update({"model.norm.weight": np.zeros(32, "i4")}),
-            "'model.norm.weight' must be one of .* got I32",
+            ["'model.norm.weight'", "F32", "I32"],
         ),
     ],
 )
-def test_strict_both_ways(tmp_path, spoil, said):
+def test_strict_both_ways(tmp_path, spoil, facts):
     shutil.copy(GOLDEN / "llama" / "config.json", tmp_path)
     tensors = load_file(GOLDEN / "llama" / "model.safetensors")
     spoil(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=naming(tmp_path, *facts)):
         checkpoint.load(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "error", "said"),
+    ("name", "content", "error"),
     [
-        ("config.json", b"[1]", ValueError, "must hold a JSON object"),
-        ("config.json", b"{", ValueError, "not JSON"),
-        ("config.json", b"[" * 100_000, ValueError, "not JSON"),
-        ("config.json", b"\xff\xfe", ValueError, "not JSON"),
-        ("config.json", None, FileNotFoundError, "config.json"),
-        ("model.safetensors", None, FileNotFoundError, "no model.safetensors"),
-        ("model.safetensors", b"", ValueError, "not a readable safetensors file"),
-        ("model.safetensors", b"\xff" * 8 + b"{}", ValueError, "not a readable safetensors file"),
-        ("model.safetensors", struct.pack("<Q", 9) + b"{", ValueError, "not a readable"),
+        ("config.json", b"[1]", ValueError),
+        ("config.json", b"{", ValueError),
+        ("config.json", b"[" * 100_000, ValueError),
+        ("config.json", b"\xff\xfe", ValueError),
+        ("config.json", None, FileNotFoundError),
+        ("model.safetensors", None, FileNotFoundError),
+        ("model.safetensors", b"", ValueError),
+        ("model.safetensors", b"\xff" * 8 + b"{}", ValueError),
+        ("model.safetensors", struct.pack("<Q", 9) + b"{", ValueError),
         (
             "model.safetensors",
             struct.pack("<Q", 64)
             + b'{"x":{"dtype":"F32","shape":[999999999],"data_offsets":[0,4]}}  '
             + b"1234",
             ValueError,
-            "not a readable safetensors file",
         ),
     ],
     ids=str,
 )
-def test_damaged_folders(tmp_path, name, content, error, said):
+def test_damaged_folders(tmp_path, name, content, error):
     for file in ("config.json", "model.safetensors"):
         shutil.copy(GOLDEN / "llama" / file, tmp_path)
     if content is None:
         (tmp_path / name).unlink()
     else:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=naming(name)):
         checkpoint.load(tmp_path)
 
 
@@ -272,7 +272,7 @@ def test_safetensors_cut_short(tmp_path):
     whole = (GOLDEN / "llama" / "model.safetensors").read_bytes()
     for size in [1, 7, 8, 9, 500, 2000, len(whole) // 2, len(whole) - 1]:
         (tmp_path / "model.safetensors").write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="not a readable safetensors file"):
+        with pytest.raises(ValueError, match=naming(tmp_path / "model.safetensors")):
             checkpoint.load(tmp_path)
 
 
@@ -280,7 +280,7 @@ def test_a_shard_cut_short_or_gone(tmp_path):
     shutil.copytree(GOLDEN / "mistral", tmp_path / "m")
     shard = tmp_path / "m" / "model-00002-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="00002-of-00003.safetensors: not a readable"):
+    with pytest.raises(ValueError, match=naming(shard)):
         checkpoint.load(tmp_path / "m")
     shard.unlink()
     with pytest.raises(FileNotFoundError, match="00002-of-00003.safetensors"):
@@ -289,22 +289,22 @@ def test_a_shard_cut_short_or_gone(tmp_path):
 
 def test_pickles_are_refused_unopened(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(ValueError, match="pickled weights are never opened"):
+    with pytest.raises(ValueError, match=naming(tmp_path / "weights.bin")):
         checkpoint.load(tmp_path / "weights.bin")
     shutil.copy(GOLDEN / "llama" / "config.json", tmp_path)
-    with pytest.raises(ValueError, match="holds only pickled weights"):
+    with pytest.raises(ValueError, match=naming(tmp_path, "weights.bin")):
         checkpoint.load(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("claimed", "said"),
-    [(2**40, "at most 4096, got 1099511627776"), (4096, "tensors cannot make 4096 layers")],
+    ("claimed", "facts"),
+    [(2**40, ["num_hidden_layers", 4096, 2**40]), (4096, ["21 tensors", "4096 layers"])],
 )
-def test_more_layers_than_tensors(tmp_path, claimed, said):
+def test_more_layers_than_tensors(tmp_path, claimed, facts):
     config = json.loads((GOLDEN / "llama" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": claimed}))
     shutil.copy(GOLDEN / "llama" / "model.safetensors", tmp_path)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=naming(*facts)):
         checkpoint.load(tmp_path)
 
 
@@ -430,7 +430,7 @@ def test_gguf_cut_short_anywhere(small):
     sizes = [*range(0, 1400, 7), *range(1400, len(whole), len(whole) // 20), len(whole) - 40]
     for size in sizes:
         small.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="GGUF|cut short|damaged"):
+        with pytest.raises(ValueError, match=naming(small)):
             checkpoint.load(small)
     assert time.monotonic() - began < 20
 
@@ -468,67 +468,67 @@ def tensor(name: bytes, shape=(32,), kind=0, offset=0) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "facts"),
     [
-        (b"", "not a GGUF file"),
-        (b"\x80\x04\x95pickle", "not a GGUF file"),
-        (raw_gguf(version=1), "version must be 2 or 3, got 1"),
-        (raw_gguf(version=0x03000000), "version must be 2 or 3"),
-        (raw_gguf(counts=(2**63, 0)), "tensors cannot fit in the file"),
-        (raw_gguf(counts=(0, 2**64 - 1)), "metadata keys cannot fit in the file"),
-        (raw_gguf([struct.pack("<Q", 2**62)]), "key needs 4611686018427387904 bytes"),
-        (raw_gguf([text(b"k") + struct.pack("<I", 99)]), "k has the unknown value type 99"),
+        (b"", ["GGUF"]),
+        (b"\x80\x04\x95pickle", ["GGUF"]),
+        (raw_gguf(version=1), ["version", 1]),
+        (raw_gguf(version=0x03000000), ["version", 0x03000000]),
+        (raw_gguf(counts=(2**63, 0)), ["tensors", 2**63]),
+        (raw_gguf(counts=(0, 2**64 - 1)), ["metadata", 2**64 - 1]),
+        (raw_gguf([struct.pack("<Q", 2**62)]), ["key", 2**62]),
+        (raw_gguf([text(b"k") + struct.pack("<I", 99)]), ["k", 99]),
         (
             raw_gguf([text(b"k") + struct.pack("<IIQ", 9, 4, 2**61)]),
-            "2305843009213693952 k cannot fit",
+            ["k", 2**61],
         ),
-        (raw_gguf([text(b"k") + struct.pack("<IIQ", 9, 9, 1)]), "array of the unknown value type"),
-        (raw_gguf([text(b"k") + struct.pack("<II", 4, 1)] * 2), "'k' stands twice"),
-        (raw_gguf([], [tensor(b"x")] * 2), "tensor 'x' stands twice"),
-        (raw_gguf([], [tensor(b"x", kind=77)]), "unknown format 77"),
-        (raw_gguf([], [tensor(b"x", kind=2, shape=(33,))]), "not whole blocks of 32"),
-        (raw_gguf([], [tensor(b"x", shape=(2**40, 2**20))]), "ends behind the file's end"),
-        (raw_gguf([], [tensor(b"x", offset=2**40)]), "ends behind the file's end"),
-        (raw_gguf([], [tensor(b"x", offset=1)]), "damaged"),
-        (raw_gguf([], [tensor(b"x", shape=())]), "has 0 axes"),
-        (raw_gguf([], [tensor(b"x", shape=(0, 2**63))]), "has the shape"),
-        (raw_gguf([], [tensor(b"x", shape=(2, 2, 2))]), "tensors of 3 axes"),
+        (raw_gguf([text(b"k") + struct.pack("<IIQ", 9, 9, 1)]), ["k", "array", 9]),
+        (raw_gguf([text(b"k") + struct.pack("<II", 4, 1)] * 2), ["'k'"]),
+        (raw_gguf([], [tensor(b"x")] * 2), ["'x'"]),
+        (raw_gguf([], [tensor(b"x", kind=77)]), ["'x'", 77]),
+        (raw_gguf([], [tensor(b"x", kind=2, shape=(33,))]), ["'x'", 32]),
+        (raw_gguf([], [tensor(b"x", shape=(2**40, 2**20))]), ["'x'"]),
+        (raw_gguf([], [tensor(b"x", offset=2**40)]), ["'x'"]),
+        (raw_gguf([], [tensor(b"x", offset=1)]), ["'x'"]),
+        (raw_gguf([], [tensor(b"x", shape=())]), ["'x'", 0]),
+        (raw_gguf([], [tensor(b"x", shape=(0, 2**63))]), ["'x'", f"({2**63}, 0)"]),
+        (raw_gguf([], [tensor(b"x", shape=(2, 2, 2))]), ["3 axes"]),
         (
             raw_gguf([text(b"general.alignment") + struct.pack("<II", 4, 0)]),
-            "general.alignment must be a multiple of 8, got 0",
+            ["general.alignment", 0],
         ),
-        (raw_gguf(), "general.architecture must be one of"),
+        (raw_gguf(), ["general.architecture", None]),
     ],
-    ids=lambda value: value[:40] if isinstance(value, str) else "",
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
-def test_hostile_gguf(tmp_path, content, said):
+def test_hostile_gguf(tmp_path, content, facts):
     (tmp_path / "m.gguf").write_bytes(content)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=naming(*facts)):
         checkpoint.load(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "facts"),
     [
-        ({"llama.block_count": 2**32 - 1}, "num_layers must be at most 4096, got 4294967295"),
-        ({"llama.block_count": 2}, "lacks blk.1"),
-        ({"llama.vocab_size": 2**31}, "token_embd.weight must have shape"),
-        ({"llama.attention.head_count": 0}, "must be a positive integer, got 0"),
-        ({"llama.attention.head_count": 2.5}, "must be a positive integer, got 2.5"),
-        ({"llama.rope.scaling.type": "longrope"}, "rope_type must be one of .*got 'longrope'"),
-        ({"llama.rope.scaling.factor": -2.0}, "factor"),
-        ({"llama.rope.scaling.attn_factor": 2.0}, "llama.rope.scaling.attn_factor"),
-        ({"llama.expert_count": 8}, "llama.expert_count"),
-        ({"llama.rope.dimension_count": 4}, "rope.dimension_count must be head_dim"),
+        ({"llama.block_count": 2**32 - 1}, ["num_layers", 4096, 2**32 - 1]),
+        ({"llama.block_count": 2}, ["blk.1"]),
+        ({"llama.vocab_size": 2**31}, ["token_embd.weight", 2**31]),
+        ({"llama.attention.head_count": 0}, ["attention.head_count", 0]),
+        ({"llama.attention.head_count": 2.5}, ["attention.head_count", 2.5]),
+        ({"llama.rope.scaling.type": "longrope"}, ["rope_type", "'longrope'"]),
+        ({"llama.rope.scaling.factor": -2.0}, ["factor", "-2.0"]),
+        ({"llama.rope.scaling.attn_factor": 2.0}, ["llama.rope.scaling.attn_factor"]),
+        ({"llama.expert_count": 8}, ["llama.expert_count"]),
+        ({"llama.rope.dimension_count": 4}, ["rope.dimension_count", "head_dim"]),
     ],
     ids=str,
 )
-def test_gguf_metadata_that_does_not_fit(tmp_path, change, said):
+def test_gguf_metadata_that_does_not_fit(tmp_path, change, facts):
     cfg = Config.debug(num_layers=1)
     params = decoder.init(jax.random.key(0), cfg)
     path = tmp_path / "m.gguf"
     write_gguf(path, llama_tensors(params, cfg), llama_metadata(cfg) | change)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=naming(*facts)):
         checkpoint.load(path)
 
 
@@ -537,11 +537,11 @@ def test_gguf_is_strict_both_ways(tmp_path):
     tensors = llama_tensors(decoder.init(jax.random.key(0), cfg), cfg)
     path = tmp_path / "m.gguf"
     write_gguf(path, tensors | {"blk.0.attn_sinks": np.zeros(4, "f4")}, llama_metadata(cfg))
-    with pytest.raises(ValueError, match="holds blk.0.attn_sinks"):
+    with pytest.raises(ValueError, match=naming(path, "blk.0.attn_sinks")):
         checkpoint.load(path)
     del tensors["blk.0.ffn_up.weight"]
     write_gguf(path, tensors, llama_metadata(cfg))
-    with pytest.raises(ValueError, match="lacks blk.0.ffn_up.weight"):
+    with pytest.raises(ValueError, match=naming(path, "blk.0.ffn_up.weight")):
         checkpoint.load(path)
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.naming import naming
 from tests.transformer.conftest import GOLDEN as TINY
 from tests.transformer.conftest import noise
 from transformer import checkpoint, inspect, lora, pictures
@@ -97,20 +98,20 @@ def test_a_head_is_taken_out_of_an_adapter_too():
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "facts"),
     [
-        (lambda p, c: inspect.attention(p, c, []), "from 1 to 1024 tokens, got 0"),
-        (lambda p, c: inspect.alternatives(p, c, [1]), "from 2 to 1024 tokens, got 1"),
-        (lambda p, c: inspect.lens(p, c, [1] * 1025), "from 1 to 1024 tokens, got 1025"),
-        (lambda p, c: inspect.lens(p, c, [320]), "ids go from 0 to 319, got 320"),
-        (lambda p, c: inspect.lens(p, c, [1], 0), "k must be between 1 and 320, got 0"),
-        (lambda p, c: inspect.ablate(p, c, [(2, 0)]), "no head 0 in layer 2: layers go from 0"),
-        (lambda p, c: inspect.ablate(p, c, [(0, -1)]), "no head -1 in layer 0"),
+        (lambda p, c: inspect.attention(p, c, []), [1, 1024, 0]),
+        (lambda p, c: inspect.alternatives(p, c, [1]), [2, 1024, 1]),
+        (lambda p, c: inspect.lens(p, c, [1] * 1025), [1, 1024, 1025]),
+        (lambda p, c: inspect.lens(p, c, [320]), ["ids", 319, 320]),
+        (lambda p, c: inspect.lens(p, c, [1], 0), ["k", 320, 0]),
+        (lambda p, c: inspect.ablate(p, c, [(2, 0)]), ["head 0", "layer 2"]),
+        (lambda p, c: inspect.ablate(p, c, [(0, -1)]), ["head -1", "layer 0"]),
     ],
 )
-def test_what_cannot_be_looked_at_is_named(call, message):
+def test_what_cannot_be_looked_at_is_named(call, facts):
     cfg = Config.debug()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=naming(*facts)):
         call(init(jax.random.key(0), cfg), cfg)
 
 
@@ -137,11 +138,11 @@ def test_pictures_show_what_they_are_given(tiny, tmp_path):
     pictures.head_effects(effects, tmp_path / "e.png")
     for letter in "cde":
         assert png(tmp_path / f"{letter}.png").std() > 0.05
-    with pytest.raises(ValueError, match="there is no layer 2: they go from 0 to 1"):
+    with pytest.raises(ValueError, match=naming("layer 2", 1)):
         pictures.attention(maps, names, 2, tmp_path / "f.png")
-    with pytest.raises(ValueError, match="must be 5 labels, one a token; got 4"):
+    with pytest.raises(ValueError, match=naming("labels", 5, 4)):
         pictures.lens(seen, names[1:], [names] * 3, tmp_path / "f.png")
-    with pytest.raises(ValueError, match="49 tokens cannot be drawn legibly"):
+    with pytest.raises(ValueError, match=naming(49, pictures.MAX_TOKENS)):
         pictures.attention(np.ones((1, 1, 49, 49)), ["x"] * 49, 0, tmp_path / "f.png")
     assert not (tmp_path / "f.png").exists()
 

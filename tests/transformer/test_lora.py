@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.naming import naming
 from tests.transformer.conftest import GOLDEN, noise
 from transformer import decoder, generate, lora
 from transformer.config import Config
@@ -92,7 +93,7 @@ def test_beside_narrow_weights(format):
     plain, _ = forward(params, cfg, ids)
     assert np.abs(found - expected).max() < 0.15 * np.abs(plain - expected).max()
     if format == "int8":
-        with pytest.raises(ValueError, match="cannot be merged into int8 weights"):
+        with pytest.raises(ValueError, match=naming("int8")):
             lora.merge(small, adapter)
 
 
@@ -106,27 +107,27 @@ def test_generation_reads_an_applied_adapter():
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "facts"),
     [
-        ({"frobnicate": 1}, "'frobnicate', whose meaning is not known"),
-        ({"peft_type": "IA3"}, "peft_type must be 'LORA', got 'IA3'"),
-        ({"use_dora": True}, "use_dora must be False or None, got True"),
-        ({"bias": "all"}, "bias must be 'none', got 'all'"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern must be .* got .'q_proj': 2"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights must be .* got 'pissa'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save must be"),
-        ({"r": 0}, "r must be a positive integer, got 0"),
-        ({"r": 5}, r"lora_B.weight must have shape \(48, 5\), got \(48, 4\)"),
-        ({"lora_alpha": "6"}, "lora_alpha must be a number, got '6'"),
-        ({"r": None}, "r must be a positive integer, got None"),
+        ({"frobnicate": 1}, ["'frobnicate'"]),
+        ({"peft_type": "IA3"}, ["peft_type", "'LORA'", "'IA3'"]),
+        ({"use_dora": True}, ["use_dora", True]),
+        ({"bias": "all"}, ["bias", "'none'", "'all'"]),
+        ({"rank_pattern": {"q_proj": 2}}, ["rank_pattern", "{'q_proj': 2}"]),
+        ({"init_lora_weights": "pissa"}, ["init_lora_weights", "'pissa'"]),
+        ({"modules_to_save": ["lm_head"]}, ["modules_to_save", "['lm_head']"]),
+        ({"r": 0}, ["r", 0]),
+        ({"r": 5}, ["lora_B.weight", "(48, 5)", "(48, 4)"]),
+        ({"lora_alpha": "6"}, ["lora_alpha", "'6'"]),
+        ({"r": None}, ["r", None]),
     ],
     ids=str,
 )
-def test_configs_that_are_refused(tiny, tmp_path, change, said):
+def test_configs_that_are_refused(tiny, tmp_path, change, facts):
     shutil.copytree(FOLDER / "llama", tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | change))
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=naming(tmp_path / "a", *facts)):
         lora.load(tmp_path / "a", tiny("llama").cfg)
 
 
@@ -137,15 +138,15 @@ def test_files_that_are_refused(tiny, tmp_path):
     tensors = load_file(weights)
     first = next(name for name in tensors if "layers.1" in name)
     save_file({name: array for name, array in tensors.items() if name != first}, weights)
-    with pytest.raises(ValueError, match=f"lacks {first}"):
+    with pytest.raises(ValueError, match=naming(folder, first)):
         lora.load(folder, cfg)
     save_file(tensors | {"extra": np.zeros(3, "f4")}, weights)
-    with pytest.raises(ValueError, match="holds extra, which this model has no place for"):
+    with pytest.raises(ValueError, match=naming(folder, "extra")):
         lora.load(folder, cfg)
-    with pytest.raises(ValueError, match="holds .*layers.1.* no place for"):
+    with pytest.raises(ValueError, match=naming(FOLDER / "llama", "layers.1")):
         lora.load(FOLDER / "llama", Config(**vars(cfg) | {"num_layers": 1}))
     weights.write_bytes((FOLDER / "llama" / weights.name).read_bytes()[:2000])
-    with pytest.raises(ValueError, match="not a readable safetensors file"):
+    with pytest.raises(ValueError, match=naming(weights)):
         lora.load(folder, cfg)
     weights.unlink()
     with pytest.raises(FileNotFoundError, match="adapter_model.safetensors"):
@@ -155,20 +156,20 @@ def test_files_that_are_refused(tiny, tmp_path):
 def test_adapters_that_cannot_be_written(tiny, tmp_path):
     cfg = tiny("gpt2").cfg
     for parts in (lora.PARTS, ("q",)):
-        with pytest.raises(ValueError, match="c_attn.weight has one A for q, k, v"):
+        with pytest.raises(ValueError, match=naming("c_attn.weight", "q", "k", "v")):
             lora.save(tmp_path, random_adapter(cfg, parts=parts), cfg)
     cfg = tiny("llama").cfg
     first, second = random_adapter(cfg)[0], random_adapter(cfg, rank=2)[1]
-    with pytest.raises(ValueError, match="one rank and one scale"):
+    with pytest.raises(ValueError, match=naming("rank", 2, 4)):
         lora.save(tmp_path, (first, second), cfg)
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
-    [({"rank": 0}, "rank must be at least 1, got 0"), ({"parts": ("q", "x")}, "got 'x'")],
+    ("how", "facts"),
+    [({"rank": 0}, ["rank", 0]), ({"parts": ("q", "x")}, ["parts", "'x'"])],
 )
-def test_adapters_that_cannot_be(how, said):
-    with pytest.raises(ValueError, match=said):
+def test_adapters_that_cannot_be(how, facts):
+    with pytest.raises(ValueError, match=naming(*facts)):
         random_adapter(Config.debug(), **how)
 
 

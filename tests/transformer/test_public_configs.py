@@ -10,6 +10,7 @@ import logging
 import pytest
 
 import audio.config
+from tests.naming import naming
 from tests.transformer.conftest import TINY
 from tests.transformer.test_config import hf
 from transformer import config_keys, encoder, families
@@ -392,30 +393,34 @@ REFUSED = {
     "Granite written as a Llama": (changed(TINYLLAMA, **GRANITE), "attention_multiplier"),
     "Granite's residual multiplier alone": (
         changed(TINYLLAMA, residual_multiplier=0.22),
-        "residual_multiplier is 0.22",
+        "residual_multiplier",
+        "0.22",
     ),
     "Phi written as a Llama": (
         changed(TINYLLAMA, partial_rotary_factor=0.4),
-        "partial_rotary_factor is 0.4",
+        "partial_rotary_factor",
+        "0.4",
     ),
     "Mixtral written as a Mistral": (
         changed("Mistral-7B-v0.1", num_local_experts=8, num_experts_per_tok=2),
-        "num_local_experts is 8",
+        "num_local_experts",
+        "8",
     ),
-    "Qwen3 MoE written as a Qwen3": (changed("Qwen3-0.6B", num_experts=128), "num_experts is 128"),
+    "Qwen3 MoE written as a Qwen3": (changed("Qwen3-0.6B", num_experts=128), "num_experts", "128"),
     "Gemma 2's caps": (
         changed("gemma-3-1b", attn_logit_softcapping=50.0),
-        "attn_logit_softcapping is 50.0",
+        "attn_logit_softcapping",
+        "50.0",
     ),
     "SmolLM3's layers without positions": (
         changed(TINYLLAMA, no_rope_layers=[1, 1, 1, 0] * 5 + [1, 1]),
         "no_rope_layers",
     ),
-    "a Llama with a window": (changed(TINYLLAMA, sliding_window=512), "sliding_window is 512"),
-    "a Llama with biases": (changed(TINYLLAMA, attention_bias=True), "attention_bias is True"),
+    "a Llama with a window": (changed(TINYLLAMA, sliding_window=512), "sliding_window", "512"),
+    "a Llama with biases": (changed(TINYLLAMA, attention_bias=True), "attention_bias", "True"),
     "Llama 4's chunks": (changed(TINYLLAMA, attention_chunk_size=8192), "attention_chunk_size"),
-    "OLMo's clipping": (changed(TINYLLAMA, clip_qkv=8.0), "clip_qkv is 8.0"),
-    "MiniCPM's scales": (changed(TINYLLAMA, scale_emb=12), "scale_emb is 12"),
+    "OLMo's clipping": (changed(TINYLLAMA, clip_qkv=8.0), "clip_qkv", "8.0"),
+    "MiniCPM's scales": (changed(TINYLLAMA, scale_emb=12), "scale_emb", "12"),
     "a GPT-2 with scaled layers (stanford-crfm)": (
         GPT2_SMALL | dict(scale_attn_by_inverse_layer_idx=True),
         "scale_attn_by_inverse_layer_idx",
@@ -426,7 +431,8 @@ REFUSED = {
     ),
     "a GPT-2 with ALiBi": (
         GPT2_SMALL | dict(position_embedding_type="alibi"),
-        "position_embedding_type is 'alibi'",
+        "position_embedding_type",
+        "'alibi'",
     ),
     "LongRoPE": (
         changed(
@@ -441,16 +447,19 @@ REFUSED = {
     ),
     "bitsandbytes": (
         changed(TINYLLAMA, quantization_config=BNB),
-        r"quantization_config is bitsandbytes \(4 bit\)",
+        "quantization_config",
+        "bitsandbytes",
     ),
-    "GPTQ": (changed(LLAMA32, quantization_config=GPTQ), r"quantization_config is gptq \(4 bit\)"),
+    "GPTQ": (changed(LLAMA32, quantization_config=GPTQ), "quantization_config", "gptq"),
     "AWQ": (
         changed("Qwen2.5-0.5B", quantization_config=AWQ),
-        r"quantization_config is awq \(4 bit\)",
+        "quantization_config",
+        "awq",
     ),
     "FP8": (
         changed("Qwen3-0.6B", quantization_config=FP8),
-        "quantization_config is compressed-tensors",
+        "quantization_config",
+        "compressed-tensors",
     ),
     "quantised by an old tool": (changed(TINYLLAMA, compression_config=FP8), "compression_config"),
     "Falcon": (dict(model_type="falcon"), "model_type"),
@@ -465,8 +474,8 @@ def test_a_public_config_is_read(name):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_public_config_that_would_run_wrongly_is_refused_by_its_key(name):
-    config, key = REFUSED[name]
-    with pytest.raises(ValueError, match=key):
+    config, *facts = REFUSED[name]
+    with pytest.raises(ValueError, match=naming(*facts)):
         Config.from_hf(config)
 
 
@@ -527,7 +536,7 @@ def test_no_key_of_the_table_passes_with_another_value(key):
         own = {*family.keys, *family.assumed, family.activation[0], "layer_types", "rope_scaling"}
         if key in own | {"rope_parameters"}:
             continue
-        with pytest.raises(ValueError, match=f"^{key} is 'x'"):
+        with pytest.raises(ValueError, match=naming(key, "'x'")):
             Config.from_hf(hf(name, **{key: "x"}))
         neutral = Config.from_hf(hf(name, **{key: None}))
         assert neutral == Config.from_hf(hf(name))
@@ -640,7 +649,7 @@ def test_gguf_keys_that_change_the_result_are_refused_by_name(key):
 
 @pytest.mark.parametrize("key", config_keys.GGUF)
 def test_no_gguf_key_of_the_table_passes_with_another_value(key):
-    with pytest.raises(ValueError, match=f"llama.{key} "):
+    with pytest.raises(ValueError, match=naming(f"llama.{key}", "'x'")):
         families.from_gguf(LLAMA_GGUF | {f"llama.{key}": "x"}, has_head=False)
 
 

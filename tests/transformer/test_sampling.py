@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.naming import naming
 from transformer import kernels, sampling
 from transformer.sampling import Sampling
 
@@ -269,5 +270,5 @@ def test_a_row_has_the_same_bits_in_every_batch_size():
 )
 def test_settings_out_of_range_name_the_field_and_the_value(name, value):
     shown = value[3] if isinstance(value, dict) else value
-    with pytest.raises(ValueError, match=f"{name} must be .*{shown}"):
+    with pytest.raises(ValueError, match=naming(name, shown)):
         Sampling(**{name: value})

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
+from tests.naming import naming
 from transformer import similarity
 
 
@@ -34,22 +35,22 @@ def test_nearest_does_not_care_for_lengths_and_keeps_the_order_of_equals():
 @pytest.mark.parametrize("k", [0, 5])
 def test_impossible_numbers_are_refused(k):
     vectors = jnp.ones((4, 2))
-    with pytest.raises(ValueError, match=f"k must be between 1 and 4, got {k}"):
+    with pytest.raises(ValueError, match=naming("k", 4, k)):
         similarity.nearest(vectors, vectors, k)
-    with pytest.raises(ValueError, match=f"k must be between 1 and 4, got {k}"):
+    with pytest.raises(ValueError, match=naming("k", 4, k)):
         similarity.cluster(jax.random.key(0), vectors, k)
 
 
 @pytest.mark.parametrize(
-    ("labels", "message"),
+    ("labels", "facts"),
     [
-        ([0, 1, 0], r"a label for each of 4 vectors, got \(3,\)"),
-        ([0, 1, 2, 0], "labels go from 0 to 1, got 2"),
-        ([0, -1, 1, 0], "labels go from 0 to 1, got -1"),
+        ([0, 1, 0], ["label", 4, "(3,)"]),
+        ([0, 1, 2, 0], ["labels", 1, 2]),
+        ([0, -1, 1, 0], ["labels", 1, "-1"]),
     ],
 )
-def test_labels_of_no_class_are_refused(labels, message):
-    with pytest.raises(ValueError, match=message):
+def test_labels_of_no_class_are_refused(labels, facts):
+    with pytest.raises(ValueError, match=naming(*facts)):
         similarity.fit_probe(jnp.ones((4, 2)), labels, 2)
 
 
