@@ -10,7 +10,6 @@ head. A checkpoint that asks for one of them is refused by name (`config_keys.py
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -201,19 +200,6 @@ class Config:
         tables = self.vocab_size * d * (1 if self.tie_embeddings else 2)
         tables += self.max_seq_len * d * (self.position == "learned")
         return self.num_layers * (attn + mlp + bias + norms) + norm + tables
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Config:
-        """Reads the dictionary of a Hugging Face `config.json`; see `families.from_hf`."""
-        from transformer import families  # which needs this module
-
-        return families.from_hf(config)
-
-    def to_hf(self) -> dict[str, Any]:
-        """The `config.json` dictionary that `from_hf` reads back to this very config."""
-        from transformer import families
-
-        return families.to_hf(self)
 
 
 def _shortest(pattern: tuple, length: int) -> tuple:

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer import rotation
+from transformer import families, rotation
 from transformer.checkpoint import safetensors
 from transformer.checkpoint.names import Source, sources
 from transformer.config import Config
@@ -242,7 +242,7 @@ def save(folder: Path, adapter: Adapter, cfg: Config, *, base: str | None = None
 
 def _places(cfg: Config) -> list[dict[str, Source]]:
     """For each layer, where the weights of its parts stand in Hugging Face's layout."""
-    tree = sources(cfg, "hf", architecture=cfg.to_hf()["model_type"])
+    tree = sources(cfg, "hf", architecture=families.to_hf(cfg)["model_type"])
     return [
         {part: getattr(layer, part).weight for part in PARTS if getattr(layer, part) is not None}
         for layer in tree.layers

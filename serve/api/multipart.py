@@ -41,11 +41,15 @@ def form_fields(items: Iterable[tuple[str, Any]], lists: Collection[str] = ()) -
     """Return the texts of a form by the names of their fields; a blank one counts as absent.
 
     HTML forms and some clients send all their fields, those left empty too. So a required field
-    that is blank is one that is missing. Of a field that comes twice the last text counts.
+    that is blank is one that is missing. A field that comes twice with two texts is refused: which
+    one is meant cannot be known.
 
     Args:
         items: name and value of each field; files are passed over.
         lists: names of the fields that hold a list, sent as `name[]` or `name`, once an item.
+
+    Raises:
+        APIError: 400, a field comes twice.
 
     >>> form_fields(
     ...     [("n", ""), ("seed", " "), ("size", "64x64"), ("include[]", "a"), ("include[]", "")],
@@ -60,8 +64,13 @@ def form_fields(items: Iterable[tuple[str, Any]], lists: Collection[str] = ()) -
             continue
         if bare in lists:
             fields.setdefault(bare, []).append(value)
-        else:
-            fields[bare] = value
+        elif fields.setdefault(bare, value) != value:
+            raise APIError(
+                400,
+                f"The field '{bare}' comes twice, as {fields[bare]!r} and {value!r}: give it once.",
+                param=bare,
+                code="invalid_form",
+            )
     return fields
 
 

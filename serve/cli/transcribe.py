@@ -129,8 +129,10 @@ def transcribe(
             if spectrogram:
                 spoken = [word for segment in found.segments for word in segment.words]
                 inspect.spectrogram(spectrogram, samples, spoken)
-            if alignment:
+            if alignment and found.segments:
                 inspect.alignment(alignment, served.whisper, samples, found)
+            elif alignment:
+                console.say(f"{alignment} is not drawn: nothing was heard")
         except ValueError as error:
             raise Failure(str(error)) from None
     if failures:

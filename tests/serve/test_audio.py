@@ -150,6 +150,7 @@ def test_streamed_equals_whole(client):
     assert type(done).model_validate(done.model_dump(), strict=True)
 
 
+@pytest.mark.slow
 def test_text_of_a_long_stream_arrives_as_windows_finish(client):
     """Four windows were decoded at once, and all text arrived at the end."""
     samples, rate = soundfile.read(CLIP)
@@ -337,6 +338,17 @@ def test_fields_that_cannot_be_meant(speech_address, fields, param, says):
     assert says in answer.json()["error"]["message"]
 
 
+def test_field_given_twice_is_refused(speech_address):
+    """The last one counted, and the first was dropped in silence."""
+    form = {"model": [MODEL, MULTILINGUAL], "language": ["en", "en"]}
+    with CLIP.open("rb") as file:
+        answer = httpx.post(
+            f"{speech_address}/v1/audio/transcriptions", data=form, files={"file": file}
+        )
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (400, "model", "invalid_form")
+
+
 def test_empty_fields_are_not_given(speech_address):
     """`language=` and the like were 400s; web pages send all fields of a form."""
     names = ("prompt", "response_format", "temperature", "language", "stream", "user")
@@ -401,6 +413,9 @@ def test_the_command_reports_each_file_and_goes_on(tmp_path, model_file):
         done = pellucid("transcribe", silent, *speech, "--format", format)
         assert done.returncode == 0, done.stderr
     assert pellucid("transcribe", text, *speech).returncode == 2
+    picture = tmp_path / "alignment.png"
+    done = pellucid("transcribe", silent, *speech, "--alignment", picture)
+    assert done.returncode == 0 and not picture.exists() and picture.name in done.stderr
 
 
 def test_the_command_overwrites_no_document(tmp_path):

@@ -97,6 +97,7 @@ def test_check_says_when_there_is_nothing_to_do_or_nobody_to_learn(finetune, fil
         assert "other" in errors
 
 
+@pytest.mark.slow
 def test_here_from_file_to_model(finetune, file):
     file.write_bytes(tiny.examples() + tiny.examples(2))  # two are to count twice
     options = ["--n_epochs", 20, "--batch_size", 4, "--suffix", "mine", "--seed", 1]

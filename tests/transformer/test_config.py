@@ -8,6 +8,7 @@ import pytest
 
 from tests.naming import naming
 from tests.transformer.conftest import GEMMA_FORMS, GOLDEN, GPT2_FORMS, ODD, TINY
+from transformer import families
 from transformer.config import Config, RopeScaling
 
 LINEAR = RopeScaling(kind="linear", factor=8.0)
@@ -118,13 +119,13 @@ def test_a_pattern_of_windows_is_kept_in_one_way(windows, shortest):
     ids=str,
 )
 def test_to_hf_is_undone_by_from_hf(cfg):
-    assert Config.from_hf(json.loads(json.dumps(cfg.to_hf()))) == cfg
+    assert families.from_hf(json.loads(json.dumps(families.to_hf(cfg)))) == cfg
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_what_transformers_writes_is_read(name):
-    cfg = Config.from_hf(hf(name))
-    assert Config.from_hf(cfg.to_hf()) == cfg
+    cfg = families.from_hf(hf(name))
+    assert families.from_hf(families.to_hf(cfg)) == cfg
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_what_transformers_writes_is_read(name):
 def test_what_no_model_type_has_is_not_written(change):
     cfg = Config.debug(**change)
     with pytest.raises(ValueError, match=naming(cfg)):
-        cfg.to_hf()
+        families.to_hf(cfg)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_what_no_model_type_has_is_not_written(change):
 )
 def test_an_unknown_meaning_is_refused(name, change, facts):
     with pytest.raises(ValueError, match=naming(*facts)):
-        Config.from_hf(hf(name, **change))
+        families.from_hf(hf(name, **change))
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -216,20 +217,20 @@ def test_a_value_of_any_type_is_read_or_refused(name):
     for key in (*hf(name), *more):
         for value in ODD:
             with contextlib.suppress(ValueError):  # any other exception fails the test
-                Config.from_hf(hf(name, **{key: value}))
+                families.from_hf(hf(name, **{key: value}))
 
 
 def test_qwen2_may_state_a_window_that_is_off():
     off = dict(use_sliding_window=False, layer_types=["full_attention"] * 2)
-    stated = Config.from_hf(hf("qwen2", sliding_window=4096, **off))
-    assert stated == Config.from_hf(hf("qwen2", **off)) and stated.windows == (None,)
+    stated = families.from_hf(hf("qwen2", sliding_window=4096, **off))
+    assert stated == families.from_hf(hf("qwen2", **off)) and stated.windows == (None,)
 
 
 def older(name: str, **changes) -> Config:
     """Reads a config as transformers 4 spelt it."""
     config = hf(name, **changes)
     del config["rope_parameters"]
-    return Config.from_hf(config)
+    return families.from_hf(config)
 
 
 def test_older_spellings_mean_the_same():
@@ -238,23 +239,23 @@ def test_older_spellings_mean_the_same():
     assert found.rope_theta == 500 and found.rope_scaling == LINEAR
     llama3 = {"original_max_position_embeddings": 16, "rope_type": "llama3", "factor": 8.0}
     llama3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    assert older("llama", rope_theta=500.0, rope_scaling=llama3) == Config.from_hf(hf("llama"))
+    assert older("llama", rope_theta=500.0, rope_scaling=llama3) == families.from_hf(hf("llama"))
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0}
     yarn["beta_slow"] = None  # as if it were not there
-    assert older("qwen3", rope_scaling=yarn) == Config.from_hf(hf("qwen3"))
+    assert older("qwen3", rope_scaling=yarn) == families.from_hf(hf("qwen3"))
     gemma = older("gemma3", rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling=linear)
-    assert gemma == Config.from_hf(hf("gemma3"))
+    assert gemma == families.from_hf(hf("gemma3"))
 
 
 def test_where_a_config_is_silent_it_means_what_transformers_takes():
     config = hf("gemma3")
     for key in ("layer_types", "_sliding_window_pattern", "rope_parameters", "sliding_window"):
         del config[key]
-    found = Config.from_hf(config)
+    found = families.from_hf(config)
     assert found.windows == (4096, 4096, None)
     assert (found.rope_theta, found.local_rope_theta) == (1e6, 1e4)
     silent = {k: v for k, v in hf("mistral").items() if k != "sliding_window"}
-    assert Config.from_hf(silent).windows == (4096,)
+    assert families.from_hf(silent).windows == (4096,)
     qwen = hf("qwen2", max_window_layers=1, sliding_window=9)
     del qwen["layer_types"]
-    assert Config.from_hf(qwen).windows == (None, 9)
+    assert families.from_hf(qwen).windows == (None, 9)

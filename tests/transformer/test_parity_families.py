@@ -12,8 +12,7 @@ import pytest
 
 from tests.transformer.conftest import TINY
 from tests.transformer.parts import check_parts
-from transformer import cache, checkpoint, config_keys, decoder, rope
-from transformer.config import Config
+from transformer import cache, checkpoint, config_keys, decoder, families, rope
 
 pytestmark = pytest.mark.parity
 LENGTH = 352  # beyond the first block of the cache, every window, and every context before scaling
@@ -194,7 +193,9 @@ def test_rope_scaling_is_read_as_transformers_reads_it(scaling, more):
         rope_theta=5e4,
         **more,
     )
-    cfg = Config.from_hf({"model_type": "llama", "vocab_size": 9, "rope_scaling": scaling} | sizes)
+    cfg = families.from_hf(
+        {"model_type": "llama", "vocab_size": 9, "rope_scaling": scaling} | sizes
+    )
     module = LlamaRotaryEmbedding(LlamaConfig(rope_scaling=dict(scaling), **sizes))
     found = rope.frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
     np.testing.assert_allclose(found, module.inv_freq, rtol=1e-5)
@@ -202,7 +203,7 @@ def test_rope_scaling_is_read_as_transformers_reads_it(scaling, more):
     cos, _ = rope.angles(positions.numpy(), cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
     theirs, _ = module(torch.zeros(1), positions)
     np.testing.assert_allclose(cos[:, :, 0], theirs[..., : cfg.head_dim // 2], rtol=0, atol=1e-4)
-    assert Config.from_hf(cfg.to_hf()) == cfg
+    assert families.from_hf(families.to_hf(cfg)) == cfg
 
 
 def test_the_table_of_keys_covers_the_configs_of_transformers():

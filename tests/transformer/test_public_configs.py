@@ -14,7 +14,7 @@ from tests.naming import naming
 from tests.transformer.conftest import TINY
 from tests.transformer.test_config import hf
 from transformer import config_keys, encoder, families
-from transformer.config import Config, RopeScaling
+from transformer.config import RopeScaling
 
 LLAMA = dict(
     attention_bias=False, bos_token_id=1, eos_token_id=2, hidden_act="silu", initializer_range=0.02,
@@ -118,9 +118,9 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_are_read(name):
     config, num_params = PUBLISHED[name]
-    cfg = Config.from_hf(config)
+    cfg = families.from_hf(config)
     assert cfg.num_params == num_params
-    assert Config.from_hf(json.loads(json.dumps(cfg.to_hf()))) == cfg
+    assert families.from_hf(json.loads(json.dumps(families.to_hf(cfg)))) == cfg
     expected = {"gemma-3-1b": (512,) * 5 + (None,), "gemma-3-270m": (512,) * 5 + (None,)}
     expected["Mistral-7B-v0.1"] = (4096,)
     assert cfg.windows == expected.get(name, (None,))
@@ -469,14 +469,14 @@ REFUSED = {
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_a_public_config_is_read(name):
     config, field, value = ACCEPTED[name]
-    assert getattr(Config.from_hf(config), field) == value
+    assert getattr(families.from_hf(config), field) == value
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_public_config_that_would_run_wrongly_is_refused_by_its_key(name):
     config, *facts = REFUSED[name]
     with pytest.raises(ValueError, match=naming(*facts)):
-        Config.from_hf(config)
+        families.from_hf(config)
 
 
 NEUTRAL = {
@@ -512,13 +512,15 @@ NOT_NEUTRAL = {
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_a_neutral_value_is_passed_over(name):
     """These were refused, though a Llama computes the same with and without them."""
-    assert Config.from_hf(changed(TINYLLAMA, **NEUTRAL[name])) == Config.from_hf(changed(TINYLLAMA))
+    assert families.from_hf(changed(TINYLLAMA, **NEUTRAL[name])) == families.from_hf(
+        changed(TINYLLAMA)
+    )
 
 
 @pytest.mark.parametrize("key", NOT_NEUTRAL)
 def test_a_value_beside_the_neutral_one_is_refused(key):
     with pytest.raises(ValueError, match=rf"\b{key}\b"):
-        Config.from_hf(changed(TINYLLAMA, **NOT_NEUTRAL[key]))
+        families.from_hf(changed(TINYLLAMA, **NOT_NEUTRAL[key]))
 
 
 # Kind -> the reader of its config.json, and one that it reads.
@@ -537,9 +539,9 @@ def test_no_key_of_the_table_passes_with_another_value(key):
         if key in own | {"rope_parameters"}:
             continue
         with pytest.raises(ValueError, match=naming(key, "'x'")):
-            Config.from_hf(hf(name, **{key: "x"}))
-        neutral = Config.from_hf(hf(name, **{key: None}))
-        assert neutral == Config.from_hf(hf(name))
+            families.from_hf(hf(name, **{key: "x"}))
+        neutral = families.from_hf(hf(name, **{key: None}))
+        assert neutral == families.from_hf(hf(name))
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -557,7 +559,7 @@ def test_keys_without_effect_are_logged_once_for_a_set_of_keys(caplog):
     config = hf("llama", frobnicate=1, unsloth_fixed=True)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            assert Config.from_hf(config) == Config.from_hf(hf("llama"))
+            assert families.from_hf(config) == families.from_hf(hf("llama"))
     (record,) = caplog.records
     assert "'frobnicate', 'unsloth_fixed'" in record.getMessage()
 

@@ -33,7 +33,7 @@ from training.config import Config
 from training.packing import Batches
 from training.recipes import folders
 from training.recipes.decoder import Full, LowRank, as_format
-from transformer import checkpoint, lora
+from transformer import checkpoint, families, lora
 from transformer.checkpoint import gguf
 from transformer.config import Config as Model
 
@@ -218,7 +218,7 @@ def parts_of(cfg: Model) -> tuple[str, ...]:
 
     GPT-2's files hold queries, keys and values as one matrix, whose adapter would have one A.
     """
-    shared = ("q", "k", "v") if cfg.to_hf()["model_type"] == "gpt2" else ()
+    shared = ("q", "k", "v") if families.to_hf(cfg)["model_type"] == "gpt2" else ()
     return tuple(part for part in lora.PARTS if part not in shared)
 
 

@@ -69,7 +69,7 @@ def _open(
     """Reads the header: metadata, tensors by name, config, scheme of names, architecture."""
     if path.is_dir():
         metadata, tensors = safetensors.read(path, ignore=_DERIVED)
-        cfg, scheme, architecture = Config.from_hf(metadata), "hf", metadata["model_type"]
+        cfg, scheme, architecture = families.from_hf(metadata), "hf", metadata["model_type"]
         prefix = _PREFIXES.get(architecture, _PREFIX)
         if not any(name.startswith(prefix) for name in tensors):  # as GPT-2's first files
             tensors = {
@@ -191,7 +191,7 @@ def save(folder: Path, params: Params, cfg: Config) -> None:
     """
     if params.embed.scale is not None:
         raise ValueError("int8 weights are a serving format; save the weights they were made from")
-    config = cfg.to_hf()
+    config = families.to_hf(cfg)
     parts: dict[str, list[np.ndarray]] = {}
 
     def put(source: Source, array: jax.Array) -> None:

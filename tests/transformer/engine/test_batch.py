@@ -75,6 +75,7 @@ assert "serve" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_example_generates_64_prompts_without_serve(model_file):
     command = [sys.executable, "-c", RUN, ROOT / "examples/batch.py"]
     done = subprocess.run(
