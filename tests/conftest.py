@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import platformdirs
 import pytest
 
 from serve import settings
@@ -17,6 +18,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # The user's own server and key are not to be asked, and not by the processes of the tests either.
 for name in ("PELLUCID_HOST", "PELLUCID_API_KEY"):
     os.environ.pop(name, None)
+
+# Most of the time goes into compiling small programs, again and again: workers, the processes they
+# start, and later runs share them on disk.
+for name, value in {
+    "JAX_COMPILATION_CACHE_DIR": str(platformdirs.user_cache_path("pellucid") / "tests"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+}.items():
+    os.environ.setdefault(name, value)
 
 
 @pytest.fixture(scope="session")
