@@ -1,10 +1,10 @@
 """Text to token ids and back: byte-pair encoding, chat templates, and text that arrives in pieces.
 
 Read in this order: `pretokenize` (cutting text into pieces), `merge` (the algorithm), `train`
-(where merges come from), `encoding` (all of it together). Then `vocabularies` and `formats` (those
-in use), `save`, `stream` and `chat`; `boundaries`, `seams`, `tables`, `bulk` and `train_fast` (the
-same for much text, with NumPy); `wordpiece` (the other way to cut a word). `python -m bpe "some
-text"` shows tokens, `explain` how they came about.
+(where merges come from), `vocab` and `encoding` (all of it together). Then `vocabularies` and
+`formats` (those in use), `save`, `stream` and `chat`; `boundaries`, `seams`, `tables`, `bulk` and
+`train_fast` (the same for much text, with NumPy), `trainer`; `wordpiece` (the other way to cut a
+word). `python -m bpe "some text"` shows tokens, `explain` how they came about.
 
     import bpe
 

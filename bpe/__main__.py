@@ -208,7 +208,8 @@ def _explain(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     from bpe.save import check_name, save
-    from bpe.train import read_files, train
+    from bpe.train import read_files
+    from bpe.trainer import train
 
     for path in args.output:
         check_name(path)  # before the work, not after it

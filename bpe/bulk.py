@@ -21,17 +21,15 @@ import functools
 import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import regex
 
 from bpe.boundaries import CUTS, cut
+from bpe.seams import Seams
 from bpe.tables import Column, Ints, Table, Words, eight_bytes, places
-
-if TYPE_CHECKING:
-    from bpe.encoding import Encoding
+from bpe.vocab import Vocab
 
 Ids = npt.NDArray[np.uint32]
 
@@ -59,15 +57,16 @@ _NONE = np.uint32(0xFFFFFFFF)  # no token: a wall, or a part that was joined to 
 class Bulk:
     """Encodes much text with one vocabulary. One thread works at a time, others wait."""
 
-    def __init__(self, encoding: Encoding):
+    def __init__(self, vocab: Vocab, seams: Seams | None = None):
         """
         Args:
-            encoding: the vocabulary; its only pattern is in `boundaries.CUTS`.
+            vocab: the vocabulary; its only pattern is in `boundaries.CUTS`.
+            seams: where its long pieces can be cut; None to find that out.
         """
-        (self._pattern,) = encoding.patterns
-        self._encoding = encoding
+        (self._pattern,) = vocab.patterns
+        self._vocab, self._seams = vocab, seams or Seams(vocab)
         self._lock = threading.Lock()
-        self._known = _Known(encoding)
+        self._known = _Known(vocab)
 
     @staticmethod
     def knows(patterns: Sequence[str]) -> bool:
@@ -87,7 +86,7 @@ class Bulk:
             try:
                 return self._encode(texts)
             except BaseException:  # Ctrl-C too may have left half of what was learned
-                self._known = _Known(self._encoding)
+                self._known = _Known(self._vocab)
                 raise
 
     def _encode(self, texts: Sequence[str]) -> tuple[Ids, Ints]:
@@ -105,7 +104,7 @@ class Bulk:
         """For each stretch the ids, and how many each of its texts has."""
         known = self._known
         if known.learned > MAX_LEARNED:
-            known = self._known = _Known(self._encoding)
+            known = self._known = _Known(self._vocab)
         new: dict[bytes, int] = {}  # to the numbers they are going to have
         size = known.size
         looked_up = []
@@ -113,7 +112,7 @@ class Bulk:
             data, begin, ends = cut(self._pattern, stretch)
             eight = eight_bytes(data)
             if not data.isascii():
-                begin, ends = self._encoding.seams.cut(data, eight, begin, ends)
+                begin, ends = self._seams.cut(data, eight, begin, ends)
             number = known.find(data, eight, begin[:-1], np.diff(begin))
             number[ends[:-1]] = known.nothing
             missing = np.flatnonzero(number < 0)
@@ -126,28 +125,22 @@ class Bulk:
             ids, counts = known.ids(number)
             yield ids, np.add.reduceat(counts, ends[:-1])
 
-    def prepare(self) -> None:
-        """Makes the tables that else are made when the first text needs them."""
-        with self._lock:
-            self._merge([b"12"] * FEW)
-            list(self._encode_block([["世界"]]))
-
     @functools.cached_property
     def _pairs(self) -> _Pairs:
-        return _Pairs(self._encoding)
+        return _Pairs(self._vocab)
 
     def _merge(self, pieces: list[bytes]) -> tuple[Ids, Ints]:
         """The ids of pieces, one after the other, and how many each has."""
         length = np.fromiter(map(len, pieces), np.intp, len(pieces))
         # A round costs the same for one piece as for ten: the few longest are not waited for.
         together = length <= min(LONG, np.sort(length)[-MIN_TOGETHER:][0] if len(length) else 0)
-        if dropped := self._encoding.dropped_bytes:
+        if dropped := self._vocab.dropped_bytes:
             whole = [piece.translate(None, dropped) == piece for piece in pieces]
             together &= np.array(whole, np.bool_)
         if np.count_nonzero(together) < FEW:
             together[:] = False
         alone = np.flatnonzero(~together).tolist()
-        lists = [self._encoding.encode_piece(pieces[i]) for i in alone]
+        lists = [self._vocab.encode_piece(pieces[i]) for i in alone]
         count = np.zeros(len(pieces), np.intp)
         count[alone] = [len(ids) for ids in lists]
         merged = np.empty(0, np.uint32)
@@ -167,16 +160,16 @@ class _Known:
 
     nothing = 0  # the number of what is no piece and has no ids
 
-    def __init__(self, encoding: Encoding):
+    def __init__(self, vocab: Vocab):
         self._table = Table(words=2)
         self._long: dict[bytes, int] = {}
         self._ids = Column(np.uint32)
         self._head = Column(np.uint32, 2)  # the first id of each piece, and how many it has
         self._first = Column(np.intp)  # where in _ids those of a piece begin
         self.add([b""], np.empty(0, np.uint32), np.zeros(1, np.intp))
-        if encoding.whole_pieces:
-            ids = np.fromiter(encoding.ranks.values(), np.uint32)
-            self.add(list(encoding.ranks), ids, np.ones(len(ids), np.intp))
+        if vocab.whole_pieces:
+            ids = np.fromiter(vocab.ranks.values(), np.uint32)
+            self.add(list(vocab.ranks), ids, np.ones(len(ids), np.intp))
         self._given = self._ids.size
 
     @property
@@ -257,14 +250,14 @@ class _Pairs:
         made: what the joined pair becomes, by priority.
     """
 
-    def __init__(self, encoding: Encoding):
-        ranks = encoding.ranks
-        if encoding.merges is None:  # any two tokens that are a third together
-            left, right, ranks_of_pairs = _splits(encoding)
+    def __init__(self, vocab: Vocab):
+        ranks = vocab.ranks
+        if vocab.merges is None:  # any two tokens that are a third together
+            left, right, ranks_of_pairs = _splits(vocab)
             self.made = np.arange(max(ranks.values()) + 1, dtype=np.uint32)
         else:
             left, right, made = np.array(
-                [(ranks[a], ranks[b], ranks[a + b]) for a, b in encoding.merges], np.uint64
+                [(ranks[a], ranks[b], ranks[a + b]) for a, b in vocab.merges], np.uint64
             ).T
             ranks_of_pairs = np.arange(len(left))
             self.made = made.astype(np.uint32)
@@ -280,10 +273,10 @@ class _Pairs:
         return self._ranks.take(self._table.find(key) + 1, mode="clip")
 
 
-def _splits(encoding: Encoding) -> tuple[Words, Words, Ints]:
+def _splits(vocab: Vocab) -> tuple[Words, Words, Ints]:
     """All pairs of tokens that are a token together: the ids of the two, and of the one."""
-    known, tokens = _Known(encoding), list(encoding.ranks)
-    ids = np.fromiter([0, *encoding.ranks.values()], np.intp)  # by number in `known`
+    known, tokens = _Known(vocab), list(vocab.ranks)
+    ids = np.fromiter([0, *vocab.ranks.values()], np.intp)  # by number in `known`
     found = []
     for start in range(0, len(tokens), 1 << 16):  # to save memory
         some = tokens[start : start + (1 << 16)]

@@ -3,14 +3,6 @@
 Three steps forward: find the special tokens that the caller allows (they stand for themselves), cut
 the rest into pieces (`pretokenize`), cover each piece with tokens (`merge`). Backward is a table.
 Long texts take another way to the same ids (`bulk`), long Chinese pieces are cut further (`seams`).
-
-Two kinds of vocabulary are in use, and they disagree on what orders the merges:
-
-- tiktoken: any two neighbours whose bytes together are a token may be joined, and that token's id
-  is the priority. A piece that is a token as a whole is that token.
-- GPT-2, Hugging Face and GGUF: a list names the pairs that may be joined, in order of priority. An
-  id is just a number (SmolLM2 begins with 17 special tokens). The *pair* matters: if ("a", "bc")
-  is listed, ("ab", "c") gives the same bytes but may not be joined.
 """
 
 from __future__ import annotations
@@ -20,15 +12,15 @@ import bisect
 import functools
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import regex
 
-from bpe.merge import NEVER, merge
 from bpe.pretokenize import compile_pattern, split
+from bpe.vocab import Vocab
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,19 +42,11 @@ _MUCH = 1 << 15
 _MANY = 1 << 10  # ids to decode
 
 
-class Encoding:
+class Encoding(Vocab):
     """A vocabulary with its rules: `encode` and `decode` as tiktoken's `Encoding` has them.
 
     Attributes:
-        name: what it is called in messages.
-        ranks: token bytes to id, without the special tokens.
-        special_tokens: spelling to id.
-        max_token_value: the highest id.
-        patterns: the split patterns, applied in turn.
-        merges: the pairs that may be joined, and their priority; None if ids are the priorities.
-        whole_pieces: whether a piece that is a token as a whole is always that token.
-        normalization: the Unicode form that text is brought into first.
-        dropped_bytes: the bytes that have no token; encoding loses them.
+        max_token_value: the highest id; the other attributes are those of `Vocab`.
     """
 
     def __init__(
@@ -80,49 +64,26 @@ class Encoding:
     ):
         """
         Args:
-            name: free to choose.
-            pattern: the split pattern, or several to apply in turn (see `bpe.pretokenize`);
-                tiktoken's `pat_str`.
-            ranks: token bytes to id, tiktoken's `mergeable_ranks`. Without `merges` the id is also
-                the token's merge priority.
-            special_tokens: spelling to id of the tokens that no ordinary text can produce.
-            merges: the pairs that may be joined, highest priority first.
-            ignore_merges: only with `merges`: a piece that is a token as a whole is that token even
-                where no merges lead to it (Llama 3).
-            normalization: the Unicode form that text is brought into first (Qwen2: "NFC"); None
-                leaves text as it is, and only then does decoding always give it back.
-            dropped_bytes: exactly the bytes that `ranks` lacks, to say that the loss is known:
-                SmolLM2 has no token for \\x04, and Hugging Face's tokenizer skips it too.
+            name, pattern, ranks, special_tokens, merges, ignore_merges, normalization,
+                dropped_bytes: as of `Vocab`.
             explicit_n_vocab: how many tokens there must be, if that is to be checked; they then
                 have the ids below it.
 
         Raises:
-            ValueError: if ids repeat, bytes are missing, a merge names no token, or the number of
-                tokens is not `explicit_n_vocab`.
+            ValueError: what `Vocab` raises; ids repeat; or the number of tokens is not
+                `explicit_n_vocab`.
         """
-        self.name = name
-        self.ranks = dict(ranks)
-        self.special_tokens = dict(special_tokens)
-        self.normalization: Literal["NFC"] | None = normalization
-        self.dropped_bytes = bytes(dropped_bytes)
-        self.patterns = (pattern,) if isinstance(pattern, str) else tuple(pattern)
+        super().__init__(
+            name,
+            pattern=pattern,
+            ranks=ranks,
+            special_tokens=special_tokens,
+            merges=merges,
+            ignore_merges=ignore_merges,
+            normalization=normalization,
+            dropped_bytes=dropped_bytes,
+        )
         self._patterns = tuple(map(compile_pattern, self.patterns))
-
-        missing = bytes(b for b in range(256) if bytes([b]) not in self.ranks)
-        if missing != self.dropped_bytes:
-            raise ValueError(
-                f"encoding {name!r}: no token for the bytes {missing!r}, "
-                f"but dropped_bytes is {self.dropped_bytes!r}"
-            )
-        if "" in self.special_tokens or b"" in self.ranks:
-            raise ValueError(f"encoding {name!r}: a token must not be empty")
-
-        for ids in (self.ranks, self.special_tokens):
-            # A look at all of them at once: there may be 200,000, and this is start-up.
-            if set(map(type, ids.values())) - {int} or (
-                ids and not 0 <= min(ids.values()) <= max(ids.values()) < 1 << 32
-            ):
-                _refuse_ids(name, ids)
         # A special token may have two spellings (o200k_harmony); decoding gives the first.
         special = {id: token.encode() for token, id in reversed(self.special_tokens.items())}
         self._decoder = {id: token for token, id in self.ranks.items()} | special
@@ -135,20 +96,9 @@ class Encoding:
                 f"encoding {name!r}: explicit_n_vocab is {explicit_n_vocab}, but there are "
                 f"{len(self._decoder)} tokens and the highest id is {self.max_token_value}"
             )
-
-        self.merges: dict[tuple[bytes, bytes], int] | None = None
-        if merges is not None:
-            self.merges = {}
-            for pair in merges:
-                if not (pair[0] in self.ranks and pair[1] in self.ranks):
-                    raise ValueError(f"encoding {name!r}: merge {pair} joins what is no token")
-                if pair[0] + pair[1] not in self.ranks:
-                    raise ValueError(f"encoding {name!r}: merge {pair} makes what is no token")
-                if pair in self.merges:
-                    raise ValueError(f"encoding {name!r}: merge {pair} is listed twice")
-                self.merges[pair] = len(self.merges)
-        self.whole_pieces = merges is None or ignore_merges
         self._cache: dict[str, list[int]] = {}
+        # How to get the same object again, for pickling; None: by what it was made from.
+        self.source: tuple[Callable[[str], Encoding], tuple[str]] | None = None
 
     def __repr__(self) -> str:
         return f"<Encoding {self.name!r}>"
@@ -357,32 +307,13 @@ class Encoding:
             return unicodedata.normalize(self.normalization, text)
         return text
 
-    def encode_piece(self, piece: bytes) -> list[int]:
-        """Encodes one piece as `bpe.pretokenize` cuts them: nothing is cut here."""
-        if self.whole_pieces and (id := self.ranks.get(piece)) is not None:
-            return [id]
-        if self.dropped_bytes:
-            piece = piece.translate(None, self.dropped_bytes)
-        return self._merge(piece)
-
-    def _merge(self, piece: bytes) -> list[int]:
-        rank = self._rank_of_token if self.merges is None else self._rank_of_pair
-        return [self.ranks[token] for token in merge(piece, rank)]
-
-    def _rank_of_token(self, left: bytes, right: bytes) -> int:
-        return self.ranks.get(left + right, NEVER)
-
-    def _rank_of_pair(self, left: bytes, right: bytes) -> int:
-        assert self.merges is not None
-        return self.merges.get((left, right), NEVER)
-
     # Much text
 
     @functools.cached_property
     def _bulk(self) -> Bulk | None:
         from bpe.bulk import Bulk
 
-        return Bulk(self) if Bulk.knows(self.patterns) else None
+        return Bulk(self, self.seams) if Bulk.knows(self.patterns) else None
 
     def _is_much(self, texts: Sequence[str]) -> bool:
         return sum(map(len, texts)) >= _MUCH and self._bulk is not None
@@ -442,7 +373,7 @@ class Encoding:
                 try:
                     texts.append((begun[:i] + token).decode())
                 except UnicodeDecodeError:
-                    encoded.append(self._merge(begun[:i] + token))
+                    encoded.append(self.merge(begun[:i] + token))
         for ids in encoded + self.encode_ordinary_batch(texts):
             ends = accumulate(len(self._decoder[id]) for id in ids)
             enough = next(i for i, end in enumerate(ends, 1) if end >= len(begun))
@@ -451,7 +382,7 @@ class Encoding:
         if (last := _LAST_BLANK.search(begun.decode(errors="replace"))) and begun != (
             blank := last.group().encode()
         ):
-            found.add(tuple(self._merge(begun[: -len(blank)]) + self._merge(blank)))
+            found.add(tuple(self.merge(begun[: -len(blank)]) + self.merge(blank)))
         return found
 
     # Decoding
@@ -603,10 +534,8 @@ class Encoding:
     # Pickling: a named encoding as its name, another with what it was made from.
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from bpe import vocabularies
-
-        if self.name in vocabularies.VOCABULARIES and self is vocabularies.get_encoding(self.name):
-            return vocabularies.get_encoding, (self.name,)
+        if self.source is not None:
+            return self.source
         arguments = {
             "pattern": self.patterns,
             "ranks": self.ranks,
@@ -630,15 +559,6 @@ def well_formed(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def _refuse_ids(name: str, ids: Mapping[Any, Any]) -> None:
-    for token, id in ids.items():
-        if not isinstance(id, int) or not 0 <= id < 1 << 32:
-            raise ValueError(
-                f"encoding {name!r}: the id of {token!r} must be a number from 0 to "
-                f"{(1 << 32) - 1}, got {id!r}"
-            )
 
 
 def _check_special(text: str, disallowed: Collection[str]) -> None:

@@ -15,15 +15,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from operator import add
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from bpe.tables import Ints, Table, Words
-
-if TYPE_CHECKING:
-    from bpe.encoding import Encoding
+from bpe.vocab import Vocab
 
 # The first bytes, in UTF-8, of the characters looked at: U+3000 to U+3FFFF.
 _FIRST, _LAST = 0xE3, 0xF0
@@ -59,13 +56,13 @@ def neighbours(tokens: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
 class Seams:
     """The seams of one vocabulary."""
 
-    def __init__(self, encoding: Encoding):
+    def __init__(self, vocab: Vocab):
         """
         Args:
-            encoding: the vocabulary.
+            vocab: the vocabulary.
         """
-        self._exact = _is_exact(encoding)
-        found = set(neighbours(encoding.ranks)) if self._exact else set()
+        self._exact = _is_exact(vocab)
+        found = set(neighbours(vocab.ranks)) if self._exact else set()
         self._together = {both for both, whole in found if whole}
         self._partly = {meet for meet, whole in found if not whole}
         self._known: dict[str, bool] = {}  # two characters: whether there is a seam between them
@@ -131,16 +128,16 @@ class Seams:
 _MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # that many bytes
 
 
-def _is_exact(encoding: Encoding) -> bool:
+def _is_exact(vocab: Vocab) -> bool:
     """Whether the two sides of a seam have the ids that they have within the piece.
 
     Not so where a side by itself is a token, as a whole piece, that no merges make; nor where bytes
     of such characters are dropped, and what they stood between comes together.
     """
-    if encoding.dropped_bytes.translate(None, _NO_BYTE):
+    if vocab.dropped_bytes.translate(None, _NO_BYTE):
         return False
-    tokens = (token for token in encoding.ranks if max(token) >= _FIRST)
-    return not encoding.whole_pieces or all(len(encoding._merge(token)) == 1 for token in tokens)
+    tokens = (token for token in vocab.ranks if max(token) >= _FIRST)
+    return not vocab.whole_pieces or all(len(vocab.merge(token)) == 1 for token in tokens)
 
 
 _NO_BYTE = bytes(byte for byte in range(256) if not 0x80 <= byte <= _LAST)

@@ -7,9 +7,9 @@ them a new token, and put it in their place everywhere. The list of merges, in o
 result: `merge` repeats it on new text.
 
 `learn` is that in half a page; what comes after it, in the order of reading, gives it pieces to
-learn from and makes an encoding of what it learned. `learn` and `count_pieces` look at every piece
+learn from and makes a vocabulary of what it learned. `learn` and `count_pieces` look at every piece
 for every merge, which is fine for a poem; those of `bpe.train_fast` give the same merges from 50
-megabytes in seconds, and `train` uses them.
+megabytes in seconds, and `bpe.trainer` uses them.
 
 Ties: of several pairs that occur equally often, the one with the smallest ids (left, then right) is
 merged. Ids of bytes are in GPT-2's order, the printable ones first. Hugging Face's `tokenizers`
@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from bpe.encoding import Encoding, special_pattern, well_formed
+from bpe.encoding import special_pattern, well_formed
 from bpe.formats import byte_characters
 from bpe.pretokenize import GPT2, compile_pattern, split
 
@@ -148,52 +148,3 @@ def read_files(paths: Iterable[str | Path]) -> Iterator[str]:
             raise ValueError(
                 f"{path}: line {line} is not UTF-8: byte 0x{data[error.start]:02x}"
             ) from None
-
-
-def train(
-    texts: Iterable[str],
-    *,
-    vocab_size: int,
-    pattern: str | Sequence[str] = GPT2,
-    special_tokens: Sequence[str] = ("<|endoftext|>",),
-    min_frequency: int = 2,
-    name: str = "trained",
-    progress: Progress | None = None,
-) -> Encoding:
-    """Trains a vocabulary.
-
-    Args:
-        texts: one after the other; no piece spans two of them. `read_files` gives those of files.
-        vocab_size: how many tokens at most: 256 bytes, the merges, and `special_tokens`. It is less
-            if the text has no more pairs that occur `min_frequency` times.
-        pattern: the split pattern, or several to apply in turn (see `bpe.pretokenize`).
-        special_tokens: get the last ids. Where a text spells one, it is cut there: no piece of
-            ordinary text can come to resemble a special token.
-        min_frequency: how often a pair must occur to be merged.
-        name: what the encoding is called in messages.
-        progress: see `Progress`.
-
-    Raises:
-        ValueError: if `vocab_size` has no room for the bytes and special tokens, `min_frequency` is
-            less than 1, or a special token is empty or repeated.
-    """
-    from bpe import train_fast  # imports this module
-
-    num_merges = vocab_size - 256 - len(special_tokens)
-    if num_merges < 0:
-        raise ValueError(
-            f"vocab_size={vocab_size} has no room for 256 bytes "
-            f"and {len(special_tokens)} special tokens"
-        )
-    if min_frequency < 1:
-        raise ValueError(f"min_frequency={min_frequency} must be at least 1")
-    if "" in special_tokens or len(set(special_tokens)) != len(special_tokens):
-        raise ValueError(f"special_tokens must differ and not be empty: {list(special_tokens)}")
-    counts = train_fast.count_pieces(texts, pattern, special_tokens, progress)
-    ranks = vocabulary(train_fast.learn(counts, num_merges, min_frequency, progress))
-    return Encoding(
-        name,
-        pattern=pattern,
-        ranks=ranks,
-        special_tokens={token: len(ranks) + i for i, token in enumerate(special_tokens)},
-    )

@@ -161,12 +161,14 @@ def get_encoding(name: str) -> Encoding:
         raise ValueError(f"the name of an encoding must be a string, got {name!r}")
     if (vocabulary := VOCABULARIES.get(name)) is None:
         raise ValueError(f"unknown encoding {name!r}; there are {', '.join(VOCABULARIES)}")
-    return Encoding(
+    encoding = Encoding(
         name,
         pattern=vocabulary.pattern,
         ranks=ranks(name),
         special_tokens=vocabulary.special_tokens,
     )
+    encoding.source = get_encoding, (name,)
+    return encoding
 
 
 def encoding_name_for_model(model: str) -> str:

@@ -31,8 +31,9 @@ from IPython.display import display
 import bpe
 from bpe.explain import drawing, measure
 from bpe.pretokenize import CL100K, GPT2, O200K, compile_pattern, split
-from bpe.train import count_pieces, join, train, vocabulary
+from bpe.train import count_pieces, join, vocabulary
 from bpe.train_fast import learn
+from bpe.trainer import train
 
 # %% [markdown]
 # ## 1. Text is bytes

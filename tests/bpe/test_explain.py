@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 import bpe
 from bpe.explain import drawing, explain, measure, shown, steps
 from bpe.pretokenize import GPT2, compile_pattern, split
-from bpe.train import train
+from bpe.trainer import train
 from tests.bpe import tiny
 from tests.naming import names
 

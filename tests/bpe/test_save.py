@@ -7,7 +7,7 @@ import pytest
 import bpe
 from bpe.pretokenize import PATTERNS
 from bpe.save import merges_of, save, tiktoken_lines, to_oniguruma, tokenizer_json
-from bpe.train import train
+from bpe.trainer import train
 from tests.bpe import tiny
 from tests.naming import naming
 

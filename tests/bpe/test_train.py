@@ -15,15 +15,8 @@ from bpe.encoding import well_formed
 from bpe.formats import byte_characters
 from bpe.pretokenize import GPT2, PATTERNS
 from bpe.save import merges_of
-from bpe.train import (
-    BYTE_ORDER,
-    count_pieces,
-    join,
-    learn,
-    read_files,
-    train,
-    vocabulary,
-)
+from bpe.train import BYTE_ORDER, count_pieces, join, learn, read_files, vocabulary
+from bpe.trainer import train
 from tests.naming import naming
 
 ID = {bytes([byte]): id for id, byte in enumerate(BYTE_ORDER)}

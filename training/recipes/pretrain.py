@@ -20,7 +20,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from bpe import train as vocabulary
+from bpe import trainer
 from bpe.encoding import Encoding
 from bpe.formats import Tokenizer
 from training import examples, loop
@@ -88,7 +88,7 @@ def run(
     job = folders.read_job(out / "job.json", given)
     if job is not None and (out / "model").exists():
         return Result("finished", job)
-    encoding = vocabulary.train(
+    encoding = trainer.train(
         documents(settings.data), vocab_size=settings.vocab_size, special_tokens=(END,)
     )
     stream = to_stream(documents(settings.data), encoding)
