@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from audio import checkpoint, model
 from audio.config import Config
+from tests.naming import naming
 
 CFG = Config.debug()
 
@@ -121,13 +122,13 @@ def test_config():
     tiny = Config.of_size("tiny.en", alignment_heads=((1, 0),))
     assert Config.from_hf(tiny.to_hf()) == tiny
     assert Config.of_size("large-v3-turbo").num_mels == 128
-    with pytest.raises(ValueError, match="size must be one of"):
+    with pytest.raises(ValueError, match=naming("size", "'huge'", "large-v3-turbo")):
         Config.of_size("huge")
-    with pytest.raises(ValueError, match="activation_function must be 'gelu'"):
+    with pytest.raises(ValueError, match=naming("activation_function", "'gelu'", "'relu'")):
         Config.from_hf({**CFG.to_hf(), "activation_function": "relu"})
-    with pytest.raises(ValueError, match="alignment_heads"):
+    with pytest.raises(ValueError, match=naming("alignment_heads", (2, 0))):
         Config.debug(alignment_heads=((2, 0),))
-    with pytest.raises(ValueError, match="num_heads must be a positive integer, got 0"):
+    with pytest.raises(ValueError, match=naming("num_heads", 0)):
         Config.debug(num_heads=0)
 
 
@@ -212,10 +213,10 @@ def test_a_folder_that_lacks_or_adds_a_tensor(params, tmp_path):
     arrays = {name: np.array(tensor.read(0, tensor.shape[0])) for name, tensor in tensors.items()}
     bias = arrays.pop("model.encoder.conv1.bias")
     safetensors.write(tmp_path, CFG.to_hf(), arrays)
-    with pytest.raises(ValueError, match="lacks model.encoder.conv1.bias"):
+    with pytest.raises(ValueError, match=naming(tmp_path, "model.encoder.conv1.bias")):
         checkpoint.load(tmp_path)
     safetensors.write(
         tmp_path, CFG.to_hf(), {**arrays, "model.encoder.conv1.bias": bias, "extra": bias}
     )
-    with pytest.raises(ValueError, match="holds extra"):
+    with pytest.raises(ValueError, match=naming(tmp_path, "extra")):
         checkpoint.load(tmp_path)
