@@ -16,6 +16,7 @@ import diffusion
 from diffusion import edit, painter, picture, sample, schedule
 from diffusion.painter import Plan
 from tests.diffusion.conftest import dummy
+from tests.naming import naming
 
 RANDOM = np.random.default_rng(0)
 PLAN = Plan(steps=6, rule="ddim")
@@ -114,13 +115,13 @@ def test_more_noise_is_as_much_as_the_level_has():
 
 def test_errors_say_what_is_wrong(tiny, sources):
     keys = sample.keys_of(0, 1)
-    for given, said in (
-        (dict(pictures=sources[:1], strength=0.0), "strength must be above 0"),
-        (dict(pictures=sources[:1], strength=1.5), "strength must be above 0 and at most 1"),
-        (dict(pictures=sources[:2]), r"pictures must have shape \[1, 8, 8, 3\], got \[2"),
-        (dict(pictures=sources[:1], masks=sources[:1]), "masks must have shape"),
+    for given, facts in (
+        (dict(pictures=sources[:1], strength=0.0), ["strength", 0.0]),
+        (dict(pictures=sources[:1], strength=1.5), ["strength", 1.5]),
+        (dict(pictures=sources[:2]), ["pictures", [1, 8, 8, 3], [2, 8, 8, 3]]),
+        (dict(pictures=sources[:1], masks=sources[:1]), ["masks", [1, 8, 8, 1], [1, 8, 8, 3]]),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=naming(*facts)):
             next(edit.steps(tiny, ["a cat"], keys, PLAN, **given))
 
 
@@ -241,20 +242,21 @@ def png(width, height):
 
 
 def test_what_is_no_picture_or_too_large_is_refused():
-    for data, said in (
-        (b"", "not a picture"),
-        (b"%PDF-1.7 something", "not a picture"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture"),
-        (file_of(SMOOTH, "BMP"), "not a picture"),
-        (file_of(SMOOTH, "TIFF"), "not a picture"),
-        (png(60_000, 60_000), "too large"),
-        (png(5_000, 5_000), "5000 x 5000"),
-        (png(100_000, 1), "100000 x 1 pixels: a side"),
-        (png(100, 100), "damaged or cut off"),
+    formats = naming("PNG", "JPEG", "WebP", "GIF")  # that can be read
+    for data, words in (
+        (b"", formats),
+        (b"%PDF-1.7 something", formats),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", formats),
+        (file_of(SMOOTH, "BMP"), formats),
+        (file_of(SMOOTH, "TIFF"), formats),
+        (png(60_000, 60_000), naming(60_000 * 60_000)),
+        (png(5_000, 5_000), naming("5000 x 5000")),
+        (png(100_000, 1), naming("100000 x 1")),
+        (png(100, 100), r"\A(?!.*(WebP|100 x 100))"),  # neither the format nor the size is wrong
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=words):
             picture.read(data)
-    with pytest.raises(ValueError, match="7 x 5 pixels: at most 34 are read"):
+    with pytest.raises(ValueError, match=naming("7 x 5", 34)):
         picture.read(file_of(PIXELS, "PNG"), max_pixels=34)
 
 
@@ -263,7 +265,7 @@ def test_files_cut_off_are_refused(format):
     noise = RANDOM.integers(0, 256, (40, 40, 3), np.uint8)
     data = file_of(noise, format)
     for share in (0.1, 0.5, 0.9):
-        with pytest.raises(ValueError, match="damaged or cut off|not a picture"):
+        with pytest.raises(ValueError):
             picture.read(data[: int(share * len(data))])
 
 
@@ -287,9 +289,9 @@ def test_what_is_written_can_be_read():
     assert (picture.read(picture.encode(clear, "jpeg"))[..., :3] > 250).all()
     assert (picture.read(picture.encode(clear, "webp"))[..., 3] == 0).all()
     for wrong in (SMOOTH.astype(np.float32), SMOOTH[0], SMOOTH[..., :2]):
-        with pytest.raises(ValueError, match="picture must be uint8"):
+        with pytest.raises(ValueError, match=naming("picture", "uint8", list(wrong.shape))):
             picture.encode(wrong, "png")
-    with pytest.raises(ValueError, match="format must be one of png, jpeg, webp, got 'gif'"):
+    with pytest.raises(ValueError, match=naming("format", *picture.FORMATS, "'gif'")):
         picture.encode(SMOOTH, "gif")
 
 
@@ -297,12 +299,12 @@ def test_a_file_is_of_the_kind_its_name_says(tmp_path):
     for name, start in {"a.png": b"\x89PNG", "a.JPG": b"\xff\xd8", "a.webp": b"RIFF"}.items():
         picture.save(SMOOTH, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(start)
-    with pytest.raises(ValueError, match="a.tiff: the name of a picture ends in .png, .jpg"):
+    with pytest.raises(ValueError, match=naming(tmp_path / "a.tiff", ".png", ".jpg", ".webp")):
         picture.save(SMOOTH, tmp_path / "a.tiff")
 
 
 def test_asking_where_the_weights_are_needs_no_jax(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing-64 are not in this copy"):
+    with pytest.raises(FileNotFoundError, match=naming("nothing-64")):
         diffusion.weights("nothing-64")
     code = (
         "import sys, diffusion; diffusion.weights; assert 'jax' not in sys.modules; diffusion.load"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion import measures
+from tests.naming import naming
 
 
 def test_a_kernel_distance_by_hand():
@@ -30,7 +31,7 @@ def test_a_coverage_by_hand():
     real = np.array([[0.0], [1.0], [2.0], [10.0]])
     for drawn, covered in (([[1.5]], 2), ([[2.0]], 3), ([[1.5], [9.0]], 3), ([[-0.5], [2.5]], 3)):
         assert measures.coverage(real, np.array(drawn), k=1) == covered / 4
-    with pytest.raises(ValueError, match="k must be from 1 to 3 for 4 real, got 4"):
+    with pytest.raises(ValueError, match=naming("k", 3, 4)):
         measures.coverage(real, real, k=4)
 
 
@@ -54,7 +55,7 @@ def test_retrieval_is_the_mean_over_all_ways_to_draw_the_wrong_captions():
             for wrong in combinations(np.delete(np.arange(7), own), among - 1):
                 hits.append((row[list(wrong)] >= row[own]).sum() < k)
         assert measures.retrieval(scores, right, k, among) == pytest.approx(np.mean(hits))
-    with pytest.raises(ValueError, match="among must be from 1 to 7 captions, got 100"):
+    with pytest.raises(ValueError, match=naming("among", 7, 100)):
         measures.retrieval(scores, right, 1)
 
 

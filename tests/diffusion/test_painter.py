@@ -14,6 +14,7 @@ from diffusion import data, layers, model, painter, sample, upscale
 from diffusion.painter import Plan
 from diffusion.text import MAX_TOKENS, Reader
 from tests.diffusion.conftest import CFG, UPSCALER, random_params
+from tests.naming import naming
 from training.recipes import emoji
 
 
@@ -82,7 +83,7 @@ def test_an_empty_prompt_is_none(tiny):
 
 def test_plans_refuse_what_cannot_be():
     for field, value in {"steps": 0, "rule": "plms", "guidance": -1.0, "shift": 100.0}.items():
-        with pytest.raises(ValueError, match=f"{field} must be"):
+        with pytest.raises(ValueError, match=naming(field, repr(value))):
             Plan(**{field: value})
 
 

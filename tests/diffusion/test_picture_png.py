@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from diffusion import picture
+from tests.naming import naming
 
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
 
@@ -181,7 +182,7 @@ def test_a_file_of_many_parts_is_refused_at_once() -> None:
         tiny[:-12] + many + tiny[-12:],
         jpeg[:2] + b"\xff\xe9\0\2" * (picture.MAX_PARTS + 1) + jpeg[2:],
     ):
-        with pytest.raises(picture._TooLarge):
+        with pytest.raises(picture._TooLarge, match=naming(f"{picture.MAX_PARTS:,}")):
             picture.read(data)
 
 
@@ -200,5 +201,5 @@ def scans(count: int, size: int = 64) -> bytes:
 def test_a_jpeg_of_many_scans_is_refused_and_one_of_some_is_read() -> None:
     """A file of 35 kB with 400 scans of 2,048 x 2,048 pixels took seconds; time had no bound."""
     assert picture.read(scans(picture.MAX_SCANS)).shape == (64, 64, 4)
-    with pytest.raises(picture._TooLarge):
+    with pytest.raises(picture._TooLarge, match=naming(picture.MAX_SCANS)):
         picture.read(scans(picture.MAX_SCANS + 1))

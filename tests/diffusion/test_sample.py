@@ -8,6 +8,7 @@ import pytest
 from diffusion import sample, schedule
 from diffusion.schedule import Level
 from tests.diffusion.conftest import GOLDEN, dummy
+from tests.naming import naming
 
 RULES = ("euler", "ddim", "ddpm", "heun", "dpmpp")
 
@@ -137,13 +138,13 @@ def test_guidance_goes_from_the_one_picture_through_the_other():
 
 def test_what_cannot_be_walked_is_refused():
     z, levels = jnp.zeros((1, 2, 2, 3)), schedule.flow_levels(2)
-    for problem, args in {
-        "rule must be one of": (levels, "euler2"),
-        "two levels": (levels[:1], "ddim"),
-        "noise must fall": (levels[::-1], "ddim"),
-        "needs keys": (levels, "ddpm"),
-    }.items():
-        with pytest.raises(ValueError, match=problem):
+    for facts, args in (
+        (["rule", "ddim", "'euler2'"], (levels, "euler2")),
+        (["levels", 1], (levels[:1], "ddim")),
+        (["noise", levels[2], levels[1]], (levels[::-1], "ddim")),
+        (["ddpm", "keys"], (levels, "ddpm")),
+    ):
+        with pytest.raises(ValueError, match=naming(*facts)):
             next(sample.steps(dummy, z, *args))
 
 

@@ -6,6 +6,7 @@ import pytest
 from diffusion import schedule
 from diffusion.schedule import Level
 from tests.diffusion.conftest import GOLDEN
+from tests.naming import naming
 
 RANDOM = np.random.default_rng(0)
 X, E = RANDOM.standard_normal((2, 3, 4))
@@ -91,7 +92,7 @@ def test_karras_levels_fall_from_largest_to_smallest_to_nothing():
 
 
 def test_steps_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="steps must divide 1000, got 7"):
+    with pytest.raises(ValueError, match=naming("steps", 1000, 7)):
         schedule.ddpm_levels(schedule.linear_betas(), 7)
 
 
