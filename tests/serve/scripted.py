@@ -21,16 +21,13 @@ from serve.api.settings import Settings
 from serve.models.decoder import ServedModel
 from serve.models.registry import Registry
 from serve.models.spec import ModelSpec
+from tests.serve.tiny_data import TEMPLATE
 from tests.waiting import wait_until
 from transformer.engine import Began, Busy, Done, Event, Failed, Request, Scored, Stats, Token
 
 HELLO = "Hello, wörld! 😀 Bye."  # what it says unless told otherwise
 CONTEXT = 512
 IM_START, IM_END, END_OF_TEXT = 256, 257, 258
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 SPECIAL = {"<|im_start|>": IM_START, "<|im_end|>": IM_END, "<|endoftext|>": END_OF_TEXT}
 FILLING = {"<|fim_prefix|>": 259, "<|fim_suffix|>": 260, "<|fim_middle|>": 261}

@@ -14,14 +14,15 @@ from serve.api.settings import Settings
 from serve.models import resolve
 from serve.models.registry import Registry
 from serve.models.spec import LoadOptions, ModelFiles
-from tests.serve.scripted import TEMPLATE, served
+from tests.serve.scripted import served
+from tests.serve.tiny_data import ANSWER, SPECIAL, TEMPLATE, examples, pairs
 from transformer import checkpoint
 from transformer.config import Config
 from transformer.decoder import init
 
+__all__ = ["ANSWER", "CFG", "SPECIAL", "examples", "model", "pairs", "serving"]
+
 CFG = Config.debug(max_seq_len=512)
-ANSWER = "zzzz"
-SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
 
 def model(folder: Path, seed: int = 0) -> Path:
@@ -63,23 +64,3 @@ def serving(home: Path, folder: Path, **settings) -> Iterator[str]:
     app = create_app(Settings(home=home, **settings), registry)
     with served(app) as address, closing(registry), closing(app.state.keeper):
         yield address
-
-
-def examples(number: int = 12) -> bytes:
-    """A file to learn from: chats in which every answer is the same."""
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"{i}?"},
-                {"role": "assistant", "content": ANSWER},
-            ]
-        }
-        for i in range(number)
-    ]
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-
-
-def pairs(number: int = 12) -> bytes:
-    """The same as prompts and completions."""
-    rows = [{"prompt": f"{i} ->", "completion": ANSWER} for i in range(number)]
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)

@@ -1,0 +1,30 @@
+"""What tiny models are given: a chat template, special tokens, and examples to learn from."""
+
+import json
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+ANSWER = "zzzz"
+
+
+def examples(number: int = 12) -> bytes:
+    """A file to learn from: chats in which every answer is the same."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{i}?"},
+                {"role": "assistant", "content": ANSWER},
+            ]
+        }
+        for i in range(number)
+    ]
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def pairs(number: int = 12) -> bytes:
+    """The same as prompts and completions."""
+    rows = [{"prompt": f"{i} ->", "completion": ANSWER} for i in range(number)]
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)

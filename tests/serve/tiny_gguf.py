@@ -1,0 +1,100 @@
+"""A decoder of 6000 weights in a GGUF file, and a catalogue of the user's that has it.
+
+The catalogue says which dtypes predict well, so that no command measures it, which takes long.
+"""
+
+from hashlib import sha256
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from bpe.formats import byte_characters
+from tests.serve.tiny_data import SPECIAL, TEMPLATE
+
+D_MODEL, D_FF, HEADS, KV_HEADS, HEAD_DIM, LAYERS, CONTEXT = 16, 24, 2, 1, 8, 1, 512
+MODELS = """default = "tiny"
+
+[models.tiny]
+kind = "decoder"
+serves = ["chat", "completions"]
+publisher = "me"
+licence = "MIT"
+parameters = {parameters}
+context = {context}
+formats = ["float32"]
+good_at = "tests"
+sampling = {{ temperature = 0.5 }}
+
+[[models.tiny.files]]
+name = "tiny.gguf"
+size = {size}
+sha256 = "{sha256}"
+parts = [{{ source = "pypi:nowhere==1.0!tiny.gguf", size = {size}, sha256 = "{sha256}" }}]
+
+[aliases]
+"gpt-3.5-turbo" = "tiny"
+"""
+
+
+def catalogue(home: Path) -> None:
+    """Write `models.toml` and the model into a data folder, as if it had been pulled."""
+    folder = home / "models" / "tiny"
+    folder.mkdir(parents=True)
+    parameters = write(folder / "tiny.gguf")
+    content = (folder / "tiny.gguf").read_bytes()
+    facts = {"size": len(content), "sha256": sha256(content).hexdigest()}
+    text = MODELS.format(parameters=parameters, context=CONTEXT, **facts)
+    (home / "models.toml").write_text(text, "utf-8")
+
+
+def write(path: Path) -> int:
+    """Write a decoder with a tokenizer of single bytes as GGUF; return the number of weights."""
+    characters = byte_characters()
+    space = characters[ord(" ")]
+    tokens = [characters[byte] for byte in range(256)]
+    tokens += [f"{space}t", *SPECIAL]  # one merge: an array in GGUF is not empty
+    kinds = [gguf.TokenType.NORMAL] * 257 + [gguf.TokenType.CONTROL] * len(SPECIAL)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(D_MODEL)
+    writer.add_feed_forward_length(D_FF)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_key_length(HEAD_DIM)
+    writer.add_value_length(HEAD_DIM)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([f"{space} t"])
+    writer.add_eos_token_id(tokens.index("<|im_end|>"))
+    writer.add_chat_template(TEMPLATE)
+    random = np.random.default_rng(0)
+    shapes = {"token_embd": (len(tokens), D_MODEL), "output_norm": (D_MODEL,)}
+    for i in range(LAYERS):
+        shapes |= {
+            f"blk.{i}.attn_norm": (D_MODEL,),
+            f"blk.{i}.attn_q": (HEADS * HEAD_DIM, D_MODEL),
+            f"blk.{i}.attn_k": (KV_HEADS * HEAD_DIM, D_MODEL),
+            f"blk.{i}.attn_v": (KV_HEADS * HEAD_DIM, D_MODEL),
+            f"blk.{i}.attn_output": (D_MODEL, HEADS * HEAD_DIM),
+            f"blk.{i}.ffn_norm": (D_MODEL,),
+            f"blk.{i}.ffn_gate": (D_FF, D_MODEL),
+            f"blk.{i}.ffn_up": (D_FF, D_MODEL),
+            f"blk.{i}.ffn_down": (D_MODEL, D_FF),
+        }
+    for name, shape in shapes.items():
+        is_norm = len(shape) == 1
+        array = np.ones(shape) if is_norm else random.normal(0, shape[-1] ** -0.5, shape)
+        writer.add_tensor(f"{name}.weight", array.astype(np.float32 if is_norm else np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sum(int(np.prod(shape)) for shape in shapes.values())
