@@ -37,7 +37,7 @@ class Model(Reply):
     object: Literal["model"]
     created: int
     owned_by: str
-    kind: str  # "decoder", "encoder", "speech" or "images"
+    kind: Literal["decoder", "encoder", "speech", "images"]
     sampling: dict[str, float] | None
 
 

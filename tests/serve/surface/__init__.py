@@ -1,0 +1,1 @@
+"""What programs that use Pellucid depend on, written down: see `record.py`."""
