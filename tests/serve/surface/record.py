@@ -296,9 +296,17 @@ def outcomes(table: dict[str, str], folder: Path) -> str:
         runs = results(lines, folder, **variables(folder, home))
         for line, (code, out) in zip(lines, runs, strict=True):
             is_json = line.endswith((" --json", " --format json"))
-            shape = shapes(map(json.loads, out.splitlines())) if is_json else ""
+            shape = shapes(documents(out)) if is_json else ""
             sections.append(f"[{home}] $ {line}\nexit code {code}\n{shape}")
     return "\n".join(sections)
+
+
+def documents(text: str) -> Iterator[Any]:
+    """JSON values that stand behind each other."""
+    while text := text.lstrip():
+        value, end = json.JSONDecoder().raw_decode(text)
+        yield value
+        text = text[end:]
 
 
 def answer(client: httpx.Client, method: str, path: str, request: dict[str, Any]) -> str:
