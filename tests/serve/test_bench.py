@@ -1,6 +1,7 @@
 """`pellucid bench` as people run it; what it measures is tested in `tests/transformer`."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from audio import bench
+from tests.naming import names
 from tests.serve import tiny
 from transformer.bench import decoder_cases as cases
 
@@ -32,14 +34,14 @@ def test_cases_have_the_sizes_of_the_model_that_is_named(tmp_path):
 
 
 def test_mistakes_are_named():
-    for arguments, status, sentence in (
-        (["add"], 2, "no case is called 'add'"),
-        (["--try", "norm=fused"], 2, "norm has the forms reference, ones, got 'fused'"),
-        (["--compare", "/nowhere.jsonl"], 1, "/nowhere.jsonl"),
+    for arguments, status, facts in (
+        (["add"], 2, ["'add'", "decode"]),
+        (["--try", "norm=fused"], 2, ["norm", "reference", "ones", "'fused'"]),
+        (["--compare", "/nowhere.jsonl"], 1, ["/nowhere.jsonl"]),
     ):
         said = run(*arguments)
         assert (said.returncode, said.stdout) == (status, "")
-        assert sentence in said.stderr and "Traceback" not in said.stderr
+        assert names(said.stderr, *facts) and "Traceback" not in said.stderr
 
 
 @pytest.mark.slow
@@ -54,4 +56,4 @@ def test_a_run_is_printed_saved_compared_and_drawn(tmp_path):
     assert result["case"] == "norm rms 1x576" and result["n"] >= 5
     assert imread(picture).std() > 0.05
     again = run(*case, "--compare", str(saved))
-    assert again.returncode == 0 and "OF ROOF, OLD" in again.stdout
+    assert again.returncode == 0 and re.search(r"\bx\d+\.\d\d\b", again.stdout), "the speedup"

@@ -197,16 +197,17 @@ def test_what_is_not_supported_yet_says_so(strict, param, options):
     with pytest.raises(BadRequestError) as caught:
         create(strict, **options)
     assert caught.value.param == param and caught.value.code == "unsupported_value"
-    assert "Unsupported value: " in str(caught.value)
 
 
 def test_a_model_without_a_chat_template(strict):
-    with pytest.raises(NotFoundError, match="This is not a chat model"):
+    # OpenAI's own sentence: there is no code for it.
+    with pytest.raises(NotFoundError, match="This is not a chat model") as caught:
         strict.chat.completions.create(model="base", messages=[{"role": "user", "content": "x"}])
+    assert (caught.value.param, caught.value.code) == ("model", None)
 
 
-@pytest.mark.parametrize(("id", "reason"), [("picky", "roles must alternate"), ("hostile", "")])
+@pytest.mark.parametrize(("id", "reason"), [("picky", "roles must alternate"), ("hostile", None)])
 def test_a_template_that_refuses_or_never_ends(strict, id, reason):
-    with pytest.raises(BadRequestError, match=f"chat template failed.*{reason}") as caught:
+    with pytest.raises(BadRequestError, match=reason) as caught:
         strict.chat.completions.create(model=id, messages=[{"role": "user", "content": "x"}])
-    assert caught.value.param == "messages"
+    assert caught.value.param == "messages" and caught.value.code == "invalid_value"

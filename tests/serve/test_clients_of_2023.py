@@ -152,43 +152,45 @@ def test_what_the_client_has_no_name_for(old, address):
 
 
 @pytest.mark.parametrize(
-    ("call", "kind", "words"),
+    ("call", "kind", "status", "type", "code"),
     [
         (
             "openai.Completion.create(model='nobody', prompt='x')",
-            "InvalidRequestError",
-            "The model `nobody` does not exist",
+            *("InvalidRequestError", 404, "invalid_request_error", "model_not_found"),
         ),
         (
             "openai.Completion.create(engine='nobody', prompt='x')",
-            "InvalidRequestError",
-            "The model `nobody` does not exist",
+            *("InvalidRequestError", 404, "invalid_request_error", "model_not_found"),
         ),
         (
             "openai.Completion.create(model='scripted', prompt='x', max_tokens=9999)",
-            "InvalidRequestError",
-            "This model's maximum context length is",
+            *("InvalidRequestError", 400, "invalid_request_error", "context_length_exceeded"),
         ),
-        ("openai.Completion.create(model='scripted', prompt='busy')", "RateLimitError", "overload"),
-        ("openai.Edit.create(model='base', instruction='x')", "InvalidRequestError", "chat model"),
+        (
+            "openai.Completion.create(model='scripted', prompt='busy')",
+            *("RateLimitError", 429, "requests", "rate_limit_exceeded"),
+        ),
+        (
+            "openai.Edit.create(model='base', instruction='x')",
+            *("InvalidRequestError", 404, "invalid_request_error", None),
+        ),
         (
             "openai.Completion.create(model='scripted', prompt='fail at once')",
-            "APIError",
-            "The server had an error while processing your request",
+            *("APIError", 500, "server_error", None),
         ),
         (
             "list(openai.Completion.create(model='scripted', prompt='fail later', stream=True))",
-            "APIError",
-            "The server had an error while processing your request",
+            *("APIError", 200, "server_error", None),
         ),
     ],
 )
-def test_errors_are_the_clients_own(old, call, kind, words):
+def test_errors_are_the_clients_own(old, call, kind, status, type, code):
     found = old.run(
         f"try:\n    {call}\nexcept openai.error.OpenAIError as error:\n"
-        "    answer = [type(error).__name__, str(error)]"
+        "    sent = error.json_body['error']\n"
+        "    answer = [type(error).__name__, error.http_status, sent['type'], sent['code']]"
     )
-    assert found[0] == kind and words in found[1]
+    assert found == [kind, status, type, code]
 
 
 def test_the_command_line(old):

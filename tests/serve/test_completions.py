@@ -8,6 +8,7 @@ from openai import BadRequestError
 
 import bpe
 from serve.api.generation import interleave
+from tests.naming import naming
 from tests.serve.scripted import CONTEXT, END_OF_TEXT, HELLO, IM_START, encoding
 
 LENGTH = len(HELLO.encode())  # in tokens: its vocabulary is bytes
@@ -290,14 +291,14 @@ def test_best_of_that_asks_for_nothing(strict, loose, best_of):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "facts"),
     [
-        ({"n": 3, "best_of": 2}, "return more choices than it will generate"),
-        ({"best_of": 2, "stream": True}, "cannot be streamed"),
+        ({"n": 3, "best_of": 2}, ["'n'", 3, "'best_of'", 2]),
+        ({"best_of": 2, "stream": True}, ["'best_of'", 2, "'stream'"]),
     ],
 )
-def test_best_of_that_cannot_be(strict, options, words):
-    with pytest.raises(BadRequestError, match=words) as caught:
+def test_best_of_that_cannot_be(strict, options, facts):
+    with pytest.raises(BadRequestError, match=naming(*facts)) as caught:
         create(strict, **options)
     assert caught.value.param == "best_of" and caught.value.code == "invalid_value"
 
@@ -313,7 +314,7 @@ def test_a_suffix_where_the_vocabulary_can_fill_in(strict, loose, engine):
     assert ask(strict, echo=True).choices[0].text == "emoji(filled in"
     chunks = ask(loose, stream=True, logprobs=1)
     assert "".join(chunk.choices[0].text for chunk in chunks) == "filled in"
-    with pytest.raises(BadRequestError, match="another order") as caught:
+    with pytest.raises(BadRequestError, match=naming("'suffix'", "logprobs")) as caught:
         ask(strict, echo=True, logprobs=1)
     assert caught.value.param == "echo"
 
@@ -330,7 +331,7 @@ def test_a_suffix_where_a_chat_model_is_told(strict, engine):
 
 
 def test_a_suffix_where_neither_works(strict):
-    with pytest.raises(BadRequestError, match="no tokens for filling in") as caught:
+    with pytest.raises(BadRequestError) as caught:
         strict.completions.create(model="base", prompt="x", suffix="y")
     assert caught.value.param == "suffix" and caught.value.code == "unsupported_value"
 
@@ -342,7 +343,7 @@ def test_ids_under_an_alias_belong_to_the_encoding_of_whom_it_imitates(strict, e
         answer = strict.completions.create(model="gpt-4", prompt=prompt, max_tokens=99, echo=True)
         assert answer.choices[0].text == "Say emoji, ö<|endoftext|>😀😀😀"
     assert engine.requests[-1].prompt == (*"Say emoji, ö".encode(), END_OF_TEXT)
-    with pytest.raises(BadRequestError, match="999999 is not a token id of `gpt-4`") as caught:
+    with pytest.raises(BadRequestError, match=naming(999999, "`gpt-4`")) as caught:
         strict.completions.create(model="gpt-4", prompt=[1, 999999])
     assert caught.value.param == "prompt[1]"
 
@@ -352,8 +353,8 @@ def test_a_bias_under_an_alias_is_translated(strict, engine):
     bias = {str(a): 5, str(end): -100}
     strict.completions.create(model="gpt-4", prompt="x", logit_bias=bias)
     assert engine.requests[-1].sampling.logit_bias == {65: 5, END_OF_TEXT: -100}
-    for key, words in ((burger, "'amburger' .* no single token"), (999999, "from 0 to 100276")):
-        with pytest.raises(BadRequestError, match=words) as caught:
+    for key, facts in ((burger, ["'amburger'"]), (999999, [999999, 100276])):
+        with pytest.raises(BadRequestError, match=naming(*facts)) as caught:
             strict.completions.create(model="gpt-4", prompt="x", logit_bias={str(key): 1})
         assert caught.value.param == "logit_bias" and caught.value.code == "invalid_value"
 

@@ -18,6 +18,7 @@ from serve.models import resolve
 from serve.models.encoder import load_embedder
 from serve.models.registry import Registry
 from serve.models.spec import LoadOptions, ModelFiles
+from tests.naming import names, naming
 from tests.serve import scripted
 from tests.serve.old_client import OldClient, install
 
@@ -145,8 +146,9 @@ def test_an_alias_of_the_users_own_imitates_nobody(client, words):
 
 
 def test_an_id_of_nobodys_is_refused_under_an_alias(client):
-    with pytest.raises(openai.BadRequestError, match="whose encoding is cl100k_base"):
+    with pytest.raises(openai.BadRequestError, match=naming("cl100k_base")) as caught:
         client.embeddings.create(model="text-embedding-3-small", input=[[10], [10**6]])
+    assert (caught.value.param, caught.value.code) == ("input[1]", "invalid_value")
 
 
 def test_fewer_dimensions_are_the_first_ones_scaled(client):
@@ -220,7 +222,7 @@ def test_longer_texts_are_read_when_the_server_is_told_to(folder, tmp_path):
         cut = post(address, input="word " * 511, truncate_prompt_tokens=512).json()
         assert cut == long
     for wrong in (0, 2, 513):
-        with pytest.raises(ValueError, match=rf"max_embedding_tokens .* {wrong}$"):
+        with pytest.raises(ValueError, match=naming("max_embedding_tokens", 3, 512, wrong)):
             resolve.describe(place, LoadOptions(max_embedding_tokens=wrong, **how))
 
 
@@ -239,59 +241,78 @@ def test_texts_of_512_tokens_are_those_of_sentence_transformers(folder):
 
 
 @pytest.mark.parametrize(
-    ("body", "param", "words_of_it"),
+    ("body", "param", "code", "facts"),
     [
-        ({"input": ""}, "input", "empty string"),
-        ({"input": ["a", ""]}, "input[1]", "empty string"),
-        ({"input": []}, "input", "empty array"),
-        ({"input": [[]]}, "input[0]", "empty array"),
-        ({"input": 3}, "input", "but got an integer"),
-        ({"input": None}, "input", "Missing required parameter"),
-        ({"input": ["a", 1]}, "input[1]", "expected a string, but got an integer"),
-        ({"input": ["a"] * 2049}, "input", "maximum length 2048"),
-        ({"input": [30522]}, "input[0]", "ids go from 0 to 30521"),
-        ({"input": [[1], [2, -1]]}, "input[1][1]", "-1 is not a token id"),
-        ({"input": "a", "dimensions": 0}, "dimensions", "integer below minimum value"),
-        ({"input": "a", "dimensions": 385}, "dimensions", "a value <= 384, but got 385"),
-        ({"input": "a", "encoding_format": "hex"}, "encoding_format", "'float' and 'base64'"),
-        ({"input": "a", "long_text_mode": "max"}, "long_text_mode", "Supported values"),
+        ({"input": ""}, "input", "empty_string", []),
+        ({"input": ["a", ""]}, "input[1]", "empty_string", []),
+        ({"input": []}, "input", "empty_array", []),
+        ({"input": [[]]}, "input[0]", "empty_array", []),
+        ({"input": 3}, "input", "invalid_type", []),
+        ({"input": None}, "input", "missing_required_parameter", []),
+        ({"input": ["a", 1]}, "input[1]", "invalid_type", []),
+        ({"input": ["a"] * 2049}, "input", "array_above_max_length", [2048, 2049]),
+        ({"input": [30522]}, "input[0]", "invalid_value", [30522, 30521]),
+        ({"input": [[1], [2, -1]]}, "input[1][1]", "invalid_value", ["-1"]),
+        ({"input": "a", "dimensions": 0}, "dimensions", "integer_below_min_value", []),
+        ({"input": "a", "dimensions": 385}, "dimensions", "integer_above_max_value", [384, 385]),
+        (
+            {"input": "a", "encoding_format": "hex"},
+            "encoding_format",
+            "invalid_value",
+            ["'hex'", "'float'", "'base64'"],
+        ),
+        ({"input": "a", "long_text_mode": "max"}, "long_text_mode", "invalid_value", ["'max'"]),
         (
             {"input": "a", "long_text_mode": "mean", "truncate": True},
             "long_text_mode",
-            "'truncate' exclude",
+            "invalid_value",
+            ["'mean'", "'truncate'"],
         ),
         (
             {"input": "a", "long_text_mode": "mean", "truncate_prompt_tokens": 9},
             "long_text_mode",
-            "exclude",
+            "invalid_value",
+            ["'mean'", "'truncate_prompt_tokens'"],
         ),
         (
             {"input": "word " * 300_001, "long_text_mode": "mean"},
             "input",
-            "maximum request size is 300000 tokens",
+            "max_tokens_per_request",
+            [300_000],
         ),
-        ({"input": "a", "truncate_prompt_tokens": 2}, "truncate_prompt_tokens", "from 3 to 256"),
-        ({"input": "a", "truncate_prompt_tokens": 257}, "truncate_prompt_tokens", "got 257"),
-        ({"input": ["word " * 250] * 1200}, "input", "maximum request size is 300000 tokens"),
+        (
+            {"input": "a", "truncate_prompt_tokens": 2},
+            "truncate_prompt_tokens",
+            "invalid_value",
+            [2, 3, 256],
+        ),
+        (
+            {"input": "a", "truncate_prompt_tokens": 257},
+            "truncate_prompt_tokens",
+            "invalid_value",
+            [257, 256],
+        ),
+        ({"input": ["word " * 250] * 1200}, "input", "max_tokens_per_request", [300_000]),
     ],
 )
-def test_mistakes_are_named(embedding_address, body, param, words_of_it):
+def test_mistakes_are_named(embedding_address, body, param, code, facts):
     answer = post(embedding_address, **body)
     error = answer.json()["error"]
-    assert answer.status_code == 400, error
-    assert words_of_it in error["message"]
-    assert error["param"] == param
+    assert (answer.status_code, error["param"], error["code"]) == (400, param, code), error
+    assert names(error["message"], *facts)
 
 
 def test_models_are_asked_for_what_they_do(client):
-    with pytest.raises(openai.NotFoundError, match=f"does not make.*`{MODEL}` does"):
+    both = naming("`scripted`", f"`{MODEL}`")  # the one that was asked, and the one to ask
+    with pytest.raises(openai.NotFoundError, match=both):
         client.embeddings.create(model="gpt-4", input="x")
-    with pytest.raises(openai.NotFoundError, match="does not generate.*`scripted` does"):
+    with pytest.raises(openai.NotFoundError, match=both):
         client.completions.create(model=MODEL, prompt="x")
-    with pytest.raises(openai.NotFoundError, match="does not generate"):
+    with pytest.raises(openai.NotFoundError, match=both):
         client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "x"}])
-    with pytest.raises(openai.NotFoundError, match="`text-embedding-4` does not exist"):
+    with pytest.raises(openai.NotFoundError, match=naming("`text-embedding-4`")) as caught:
         client.embeddings.create(model="text-embedding-4", input="x")
+    assert caught.value.code == "model_not_found"
 
 
 def test_the_older_path_and_the_metrics_know_it(embedding_address):
@@ -343,12 +364,15 @@ def test_the_command_reads_long_texts(embedding_address):
 
 def test_the_command_says_what_it_cannot_do(tmp_path):
     said = run("word " * 300)
-    assert said.returncode != 0
-    assert "text 1 has 302 tokens, all-minilm-l6-v2 reads 256" in said.stderr
+    assert said.returncode == 5 and names(said.stderr, "text 1", 302, "all-minilm-l6-v2", 256)
     said = run("word " * 300, "--truncate", "--long-text-mode", "mean")
-    assert said.returncode == 2 and "--long-text-mode" in said.stderr
+    assert said.returncode == 2 and names(said.stderr, "--truncate", "--long-text-mode")
     said = run("x", "--max-embedding-tokens", "513")
-    assert said.returncode == 1 and "max_embedding_tokens" in said.stderr
-    assert run("x", "-o", "v.txt").stderr.count("ends in .npy") == 1
-    assert "there is no text" in run(stdin=subprocess.DEVNULL).stderr
-    assert "does not make embeddings" in run("x", "-m", "smollm2-135m-instruct").stderr
+    assert said.returncode == 1 and names(said.stderr, "max_embedding_tokens", 3, 512, 513)
+    said = run("x", "-o", "v.txt")
+    assert said.returncode == 2 and names(said.stderr, "v.txt", ".npy")
+    said = run(stdin=subprocess.DEVNULL)
+    assert (said.returncode, said.stdout) == (2, "") and names(said.stderr, "text")
+    said = run("x", "-m", "smollm2-135m-instruct")
+    assert said.returncode == 2
+    assert names(said.stderr, "smollm2-135m-instruct", "all-minilm-l6-v2")

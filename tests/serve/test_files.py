@@ -16,6 +16,7 @@ from openai import NotFoundError, OpenAI
 
 from serve.api.multipart import bare_name
 from serve.api.routes import files
+from tests.naming import names
 from tests.serve import scripted
 from tests.serve.old_client import OldClient, install
 
@@ -67,8 +68,10 @@ def test_a_file_there_and_back(openai, http):
     deleted = openai.files.delete(file.id)
     assert deleted.id == file.id and deleted.deleted
     for call in (openai.files.retrieve, openai.files.content, openai.files.delete):
-        with pytest.raises(NotFoundError, match="No such File object: file-"):
+        # OpenAI's own sentence
+        with pytest.raises(NotFoundError, match=f"No such File object: {file.id}") as caught:
             call(file.id)
+        assert caught.value.code == "not_found"
 
 
 def test_empty_fields_are_not_given(http):
@@ -109,19 +112,26 @@ def test_a_file_that_expires(http, home, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("form", "status", "sentence"),
+    ("form", "param", "code", "facts"),
     [
-        ({"data": {"purpose": "fine-tune"}, "files": {"other": b"x"}}, 400, "parameter: 'file'"),
-        ({"files": {"file": b"x"}}, 400, "Missing required parameter: 'purpose'"),
+        (
+            {"data": {"purpose": "fine-tune"}, "files": {"other": b"x"}},
+            "file",
+            "missing_required_parameter",
+            [],
+        ),
+        ({"files": {"file": b"x"}}, "purpose", "missing_required_parameter", []),
         (
             {"files": {"file": b"x"}, "data": {"purpose": "fun"}},
-            400,
-            "Invalid value: 'fun'. Supported values are: 'assistants',",
+            "purpose",
+            "invalid_value",
+            ["'fun'", "'assistants'"],
         ),
         (
             {"files": {"file": b"x"}, "data": {"purpose": ""}},
-            400,
-            "Missing required parameter: 'purpose'",
+            "purpose",
+            "missing_required_parameter",
+            [],
         ),
         (
             {
@@ -132,21 +142,29 @@ def test_a_file_that_expires(http, home, monkeypatch):
                     "expires_after[seconds]": "",
                 },
             },
-            400,
-            "Missing required parameter: 'expires_after.seconds'",
+            "expires_after.seconds",
+            "missing_required_parameter",
+            [],
         ),
-        ({"files": {"file": b""}, "data": {"purpose": "batch"}}, 400, "File is empty."),
-        ({"files": [("file", b"x")] * 2, "data": {"purpose": "batch"}}, 400, "it has two files"),
+        ({"files": {"file": b""}, "data": {"purpose": "batch"}}, "file", "invalid_file", []),
+        (
+            {"files": [("file", b"x")] * 2, "data": {"purpose": "batch"}},
+            None,
+            "invalid_form",
+            ["two files"],
+        ),
         (
             {"files": {"file": b"x"}, "data": {"purpose": "x" * 70_000}},
-            400,
-            "'purpose' is longer than 65536 bytes",
+            None,
+            "invalid_form",
+            ["'purpose'", 65536],
         ),
-        ({"json": {"purpose": "batch"}}, 400, "multipart/form-data"),
+        ({"json": {"purpose": "batch"}}, None, "invalid_form", ["multipart/form-data"]),
         (
             {"content": b"--b\r\nContent-Disp", "headers": {"content-type": "multipart/form-data"}},
-            400,
-            "multipart/form-data",
+            None,
+            "invalid_form",
+            ["multipart/form-data"],
         ),
         (
             {
@@ -154,16 +172,18 @@ def test_a_file_that_expires(http, home, monkeypatch):
                 b"\r\nhalf of it",
                 "headers": {"content-type": "multipart/form-data; boundary=b"},
             },
-            400,
-            "it is cut short",
+            None,
+            "invalid_form",
+            ["boundary"],
         ),
         (
             {
                 "content": b"nonsense",
                 "headers": {"content-type": "multipart/form-data; boundary=b"},
             },
-            400,
-            "Invalid form",
+            None,
+            "invalid_form",
+            [],
         ),
         (
             {
@@ -174,15 +194,18 @@ def test_a_file_that_expires(http, home, monkeypatch):
                     "expires_after[seconds]": "60",
                 },
             },
-            400,
-            "Expected a value >= 3600, but got 60",
+            "expires_after.seconds",
+            "integer_below_min_value",
+            [3600, 60],
         ),
     ],
 )
-def test_forms_that_are_refused_leave_nothing(http, home, form, status, sentence):
+def test_forms_that_are_refused_leave_nothing(http, home, form, param, code, facts):
     before = http.get("/v1/files").json()
     response = http.post("/v1/files", **form)
-    assert response.status_code == status and sentence in response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["code"]) == (400, param, code), error
+    assert names(error["message"], *facts)
     assert http.get("/v1/files").json() == before
     assert len(os.listdir(home / "files")) == len(before["data"])
 
@@ -230,7 +253,7 @@ def test_paths_that_lead_elsewhere(http, home):
 def test_too_much_is_refused_on_the_way_and_not_kept(http, home, monkeypatch):
     monkeypatch.setattr(files, "MAX_BYTES", 100_000)
     response = upload(http, data=b"x" * 200_000)
-    assert response.status_code == 413
+    assert response.status_code == 413  # and OpenAI's own sentence
     assert response.json()["error"]["message"] == "Maximum content size limit (100000) exceeded"
     assert not [name for name in os.listdir(home / "files") if name.startswith(".")]
 

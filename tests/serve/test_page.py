@@ -121,7 +121,7 @@ def test_an_answer_streams_in_and_its_tokens_tell(open_page):
     assert "A" in page.text_content("#tip") and "8.2 %" in page.text_content("#tip")
     emoji.hover()
     assert page.locator("#tip table").count() == 4
-    assert "Answer of" in page.text_content("#said"), "for who listens: once, at the end"
+    assert HELLO in page.text_content("#said"), "for who listens: once, at the end"
 
 
 @in_browser

@@ -12,6 +12,7 @@ from serve.api.settings import Settings
 from serve.cli import main, talk
 from serve.models import adapters, catalogue, decoder, fingerprint, sampling
 from serve.models.spec import ModelFiles
+from tests.naming import names
 from tests.serve import scripted, tiny
 from transformer.sampling import Sampling
 
@@ -92,7 +93,7 @@ def test_what_would_change_the_answer_and_is_not_done_is_noted(tmp_path):
     content = {"_from_model_config": True, "bos_token_id": 1, "transformers_version": "5"}
     assert of_folder(tmp_path, content) == ({}, [])
     found, notes = of_folder(tmp_path, content | {"num_beams": 4, "max_new_tokens": 64})
-    assert found == {} and len(notes) == 1 and "max_new_tokens, num_beams" in notes[0]
+    assert found == {} and len(notes) == 1 and names(notes[0], "max_new_tokens", "num_beams")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '"x"'])
@@ -250,4 +251,4 @@ def test_the_catalogue_and_its_table_name_defaults(tmp_path, monkeypatch, capsys
     assert chat == sampling.resolve({}, {"temperature": 0.2, "top_p": 0.9})
     assert cards["all-minilm-l6-v2"]["sampling"] is None
     main.models(json=False)
-    assert "temperature 0.2, top_p 0.9" in capsys.readouterr().out
+    assert names(capsys.readouterr().out, "temperature 0.2", "top_p 0.9")

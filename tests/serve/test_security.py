@@ -121,6 +121,7 @@ def test_with_keys(keyless):
     ).is_success
     for headers in ({}, {"authorization": "Basic abc"}, {"authorization": "Bearer"}):
         error = error_of(keyless.get("/v1/models", headers=headers), 401)
+        # This sentence and the next are OpenAI's own.
         assert error["message"].startswith("You didn't provide an API key.")
         assert error["code"] is None and error["type"] == "invalid_request_error"
     headers = {"authorization": "Bearer sk-secret-of-eve-the-spy"}

