@@ -97,24 +97,20 @@ def test_decoding_gives_the_bytes_whatever_they_are(vocab, capsysbinary):
 
 
 @pytest.mark.parametrize(
-    ("ids", "message"),
-    [
-        (["1", "x"], "'x' is not an id"),
-        (["99999"], "99999"),
-        (["-1"], "the token id -1 is not from 0"),
-    ],
+    ("ids", "facts"),
+    [(["1", "x"], ["'x'"]), (["99999"], [99999]), (["-1"], ["-1", 0])],
 )
-def test_ids_that_are_none(run, vocab, ids, message):
+def test_ids_that_are_none(run, vocab, ids, facts):
     status, out, err = run("decode", "--vocab", vocab, *ids)
-    assert status == 1 and not out and message in err
+    assert status == 1 and not out and names(err, *facts)
 
 
 @pytest.mark.parametrize("command", ["show", "encode", "count", "compare", "explain"])
 def test_arguments_that_are_no_text(run, vocab, command):
     """Bytes that are no UTF-8 arrive as lone surrogates; one way ended in a traceback."""
     status, out, err = run(command, "--vocab", vocab, "low \udcff")
-    assert (status, out) == (1, "")
-    assert err == "python -m bpe: the text is not UTF-8: character 4 is '\\udcff'\n"
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert names(err, "python -m bpe", "UTF-8", "character 4", r"'\udcff'")
 
 
 # Measuring
