@@ -414,8 +414,8 @@ def server() -> dict[str, str]:
     }
 
 
-SURFACES: tuple[Callable[[], dict[str, str]], ...] = (help_pages, commands, server)
-SLOW_SURFACES = (slow_commands,)
+SURFACES: tuple[Callable[[], dict[str, str]], ...] = (help_pages, server)
+SLOW_SURFACES = (commands, slow_commands)
 
 
 def main(names: Sequence[str]) -> None:
