@@ -257,7 +257,7 @@ def test_cancelling(openai, home):
     wait_until(lambda: 5 in steps_told(openai, running.id), 300)
     pid = int((home / "jobs" / running.id / "train.pid").read_text())
     ours = os.getpriority(os.PRIO_PROCESS, 0)  # the tests may be niced themselves
-    assert os.getpriority(os.PRIO_PROCESS, pid) == ours + 1
+    assert os.getpriority(os.PRIO_PROCESS, pid) == min(ours + 1, 19)
     wait_until(lambda: jobs.retrieve(waiting.id).status == "queued", 120)
     estimate = jobs.retrieve(running.id).estimated_finish
     assert estimate is not None and estimate >= time.time() - 1
