@@ -12,14 +12,14 @@ import bisect
 import functools
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import regex
 
-from bpe.pretokenize import compile_pattern, split
+from bpe.pretokenize import split
 from bpe.vocab import Vocab
 
 if TYPE_CHECKING:
@@ -45,60 +45,11 @@ _MANY = 1 << 10  # ids to decode
 class Encoding(Vocab):
     """A vocabulary with its rules: `encode` and `decode` as tiktoken's `Encoding` has them.
 
-    Attributes:
-        max_token_value: the highest id; the other attributes are those of `Vocab`.
+    Attributes and arguments are those of `Vocab`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        pattern: str | Sequence[str],
-        ranks: Mapping[bytes, int],
-        special_tokens: Mapping[str, int],
-        merges: Iterable[tuple[bytes, bytes]] | None = None,
-        ignore_merges: bool = False,
-        normalization: Literal["NFC"] | None = None,
-        dropped_bytes: bytes = b"",
-        explicit_n_vocab: int | None = None,
-    ):
-        """
-        Args:
-            name, pattern, ranks, special_tokens, merges, ignore_merges, normalization,
-                dropped_bytes: as of `Vocab`.
-            explicit_n_vocab: how many tokens there must be, if that is to be checked; they then
-                have the ids below it.
-
-        Raises:
-            ValueError: what `Vocab` raises; ids repeat; or the number of tokens is not
-                `explicit_n_vocab`.
-        """
-        super().__init__(
-            name,
-            pattern=pattern,
-            ranks=ranks,
-            special_tokens=special_tokens,
-            merges=merges,
-            ignore_merges=ignore_merges,
-            normalization=normalization,
-            dropped_bytes=dropped_bytes,
-        )
-        self._patterns = tuple(map(compile_pattern, self.patterns))
-        # A special token may have two spellings (o200k_harmony); decoding gives the first.
-        special = {id: token.encode() for token, id in reversed(self.special_tokens.items())}
-        self._decoder = {id: token for token, id in self.ranks.items()} | special
-        if len(self._decoder) != len(self.ranks) + len(special):
-            raise ValueError(f"encoding {name!r}: {_repeated(self.ranks, self.special_tokens)}")
-        self.max_token_value = max(self._decoder)
-        self._special_ids = frozenset(self.special_tokens.values())
-        if explicit_n_vocab and not len(self._decoder) == self.n_vocab == explicit_n_vocab:
-            raise ValueError(
-                f"encoding {name!r}: explicit_n_vocab is {explicit_n_vocab}, but there are "
-                f"{len(self._decoder)} tokens and the highest id is {self.max_token_value}"
-            )
-        self._cache: dict[str, list[int]] = {}
-        # How to get the same object again, for pickling; None: by what it was made from.
-        self.source: tuple[Callable[[str], Encoding], tuple[str]] | None = None
+    # How to get the same object again, for pickling; None: by what it was made from.
+    source: tuple[Callable[[str], Encoding], tuple[str]] | None = None
 
     def __repr__(self) -> str:
         return f"<Encoding {self.name!r}>"
@@ -291,6 +242,11 @@ class Encoding(Vocab):
                     cache[piece] = found
             ids += found
         return ids
+
+    @functools.cached_property
+    def _cache(self) -> dict[str, list[int]]:
+        """Ids of pieces that were encoded before."""
+        return {}
 
     def _segments(self, piece: str) -> Sequence[str]:
         return self.seams.split(piece) if len(piece) > _LONG_PIECE else (piece,)
@@ -503,11 +459,6 @@ class Encoding(Vocab):
 
     # About the vocabulary
 
-    @property
-    def n_vocab(self) -> int:
-        """One more than the highest id. Ids below it may be unused."""
-        return self.max_token_value + 1
-
     def token_byte_values(self) -> list[bytes]:
         """The bytes of all tokens but the special ones, sorted."""
         return list(self._sorted_tokens)
@@ -516,6 +467,10 @@ class Encoding(Vocab):
     def special_tokens_set(self) -> set[str]:
         """The spellings of the special tokens."""
         return set(self.special_tokens)
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self.special_tokens.values())
 
     def is_special_token(self, token: int) -> bool:
         """Whether `token` is the id of a special token."""
@@ -604,15 +559,6 @@ def special_pattern(tokens: frozenset[str]) -> re.Pattern[str]:
 def _continues(byte: int) -> bool:
     """Whether a byte of UTF-8 continues a character that began before it."""
     return 0x80 <= byte < 0xC0
-
-
-def _repeated(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> str:
-    seen: dict[int, bytes | str] = {}
-    for token, id in [*ranks.items(), *special_tokens.items()]:
-        if id in seen:
-            return f"tokens {seen[id]!r} and {token!r} both have the id {id}"
-        seen[id] = token
-    raise AssertionError("no id is repeated")
 
 
 def _raise_disallowed(token: str) -> NoReturn:

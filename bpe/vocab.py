@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from bpe.merge import NEVER, merge
+from bpe.pretokenize import compile_pattern
 
 
 class Vocab:
@@ -26,6 +27,7 @@ class Vocab:
         name: what it is called in messages.
         ranks: token bytes to id, without the special tokens.
         special_tokens: spelling to id.
+        max_token_value: the highest id.
         patterns: the split patterns, applied in turn.
         merges: the pairs that may be joined, and their priority; None if ids are the priorities.
         whole_pieces: whether a piece that is a token as a whole is always that token.
@@ -44,6 +46,7 @@ class Vocab:
         ignore_merges: bool = False,
         normalization: Literal["NFC"] | None = None,
         dropped_bytes: bytes = b"",
+        explicit_n_vocab: int | None = None,
     ):
         """
         Args:
@@ -60,9 +63,12 @@ class Vocab:
                 leaves text as it is, and only then does decoding always give it back.
             dropped_bytes: exactly the bytes that `ranks` lacks, to say that the loss is known:
                 SmolLM2 has no token for \\x04, and Hugging Face's tokenizer skips it too.
+            explicit_n_vocab: how many tokens there must be, if that is to be checked; they then
+                have the ids below it.
 
         Raises:
-            ValueError: if ids are no numbers, bytes are missing, or a merge names no token.
+            ValueError: if ids repeat, bytes are missing, a merge names no token, or the number of
+                tokens is not `explicit_n_vocab`.
         """
         self.name = name
         self.ranks = dict(ranks)
@@ -70,6 +76,7 @@ class Vocab:
         self.normalization: Literal["NFC"] | None = normalization
         self.dropped_bytes = bytes(dropped_bytes)
         self.patterns = (pattern,) if isinstance(pattern, str) else tuple(pattern)
+        self._patterns = tuple(map(compile_pattern, self.patterns))
 
         missing = bytes(b for b in range(256) if bytes([b]) not in self.ranks)
         if missing != self.dropped_bytes:
@@ -86,6 +93,17 @@ class Vocab:
                 ids and not 0 <= min(ids.values()) <= max(ids.values()) < 1 << 32
             ):
                 _refuse_ids(name, ids)
+        # A special token may have two spellings (o200k_harmony); decoding gives the first.
+        special = {id: token.encode() for token, id in reversed(self.special_tokens.items())}
+        self._decoder = {id: token for token, id in self.ranks.items()} | special
+        if len(self._decoder) != len(self.ranks) + len(special):
+            raise ValueError(f"encoding {name!r}: {_repeated(self.ranks, self.special_tokens)}")
+        self.max_token_value = max(self._decoder)
+        if explicit_n_vocab and not len(self._decoder) == self.n_vocab == explicit_n_vocab:
+            raise ValueError(
+                f"encoding {name!r}: explicit_n_vocab is {explicit_n_vocab}, but there are "
+                f"{len(self._decoder)} tokens and the highest id is {self.max_token_value}"
+            )
         self.merges: dict[tuple[bytes, bytes], int] | None = None
         if merges is not None:
             self.merges = {}
@@ -98,6 +116,11 @@ class Vocab:
                     raise ValueError(f"encoding {name!r}: merge {pair} is listed twice")
                 self.merges[pair] = len(self.merges)
         self.whole_pieces = merges is None or ignore_merges
+
+    @property
+    def n_vocab(self) -> int:
+        """One more than the highest id. Ids below it may be unused."""
+        return self.max_token_value + 1
 
     def encode_piece(self, piece: bytes) -> list[int]:
         """Encodes one piece as `bpe.pretokenize` cuts them: nothing is cut here."""
@@ -127,3 +150,12 @@ def _refuse_ids(name: str, ids: Mapping[Any, Any]) -> None:
                 f"encoding {name!r}: the id of {token!r} must be a number from 0 to "
                 f"{(1 << 32) - 1}, got {id!r}"
             )
+
+
+def _repeated(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> str:
+    seen: dict[int, bytes | str] = {}
+    for token, id in [*ranks.items(), *special_tokens.items()]:
+        if id in seen:
+            return f"tokens {seen[id]!r} and {token!r} both have the id {id}"
+        seen[id] = token
+    raise AssertionError("no id is repeated")

@@ -1,5 +1,6 @@
 """Generate 64 texts as one batch, without a server: python examples/batch.py MODEL.gguf"""
 
+import json
 import sys
 from pathlib import Path
 
@@ -18,5 +19,5 @@ requests = [
     for prompt in prompts
 ]
 for prompt, completion in zip(prompts, engine.generate_batch(requests), strict=True):
-    print(repr(prompt + encoding.decode(completion.ids)))
+    print(json.dumps(prompt + encoding.decode(completion.ids)))
 engine.close()

@@ -64,7 +64,7 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
     app = FastAPI(
         title="Pellucid",
         description="The model stack behind the OpenAI API, from scratch, on this machine.",
-        openapi_url=None,  # `api/docs.py` has its own
+        openapi_url=None,  # `routes/docs.py` has its own
         redirect_slashes=False,
         middleware=[
             Middleware(

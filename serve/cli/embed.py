@@ -108,12 +108,9 @@ def embed(
 
 def _loaded(name: str, dtype: str, max_tokens: int | None) -> "EmbeddingModel":
     from serve.cli import local
-    from serve.models import kinds
     from serve.models.encoder import load_embedder
 
-    place = local.located(name)
-    if kinds.kind_of(place).name != "encoder":
-        raise WrongUsage(f"{place.id} does not make embeddings: {DEFAULT} does")
+    place = local.of_kind(name, "encoder", f"{DEFAULT} does")
     with local.loading(place):
         return load_embedder(
             place.id,

@@ -277,18 +277,11 @@ def _decoder(name: str | None) -> "ModelFiles":
     """The files of a model that generates text.
 
     Raises:
-        WrongUsage: it does something else.
-        Failure: what `local.located` raises.
+        Failure: what `local.of_kind` raises.
     """
     from serve.cli import local
-    from serve.models import kinds
 
-    place = local.located(name)
-    if (kind := kinds.kind_of(place)).name != "decoder":
-        raise WrongUsage(
-            f"{place.id} is there to {kind.does}: what can be fine-tuned generates text"
-        )
-    return place
+    return local.of_kind(name, "decoder", "only models that do can be fine-tuned")
 
 
 @contextlib.contextmanager

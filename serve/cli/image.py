@@ -202,9 +202,8 @@ class _Source:
 def _loaded(name: str) -> "tuple[ModelFiles, Painter]":
     from serve.cli import local
 
-    place = local.located(name)
-    if place.encoder is None:
-        raise WrongUsage(f"{place.id} does not draw: {DEFAULT} does")
+    place = local.of_kind(name, "images", f"{DEFAULT} does")
+    assert place.encoder is not None
     settings.private_folder(settings.data_folder())
     import diffusion
     from serve.models.decoder import keep_compiled_programs

@@ -31,12 +31,9 @@ def inspect(
     """Draw attention, the logit lens and the alternatives of each token."""
     import bpe
     from serve.cli import local
-    from serve.models import kinds
     from serve.models.decoder import keep_compiled_programs
 
-    place = local.located(model)
-    if kinds.kind_of(place).name != "decoder":
-        raise WrongUsage(f"{place.id} does not generate text: only models that do are looked into")
+    place = local.of_kind(model, "decoder", "only models that do can be inspected")
     settings.private_folder(settings.data_folder())
     keep_compiled_programs()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from serve import settings
 from serve.cli import console
-from serve.exceptions import Corrupt, Failure
+from serve.exceptions import Corrupt, Failure, WrongUsage
 from serve.models import adapters, catalogue, download
 from serve.models.spec import ModelFiles
 
@@ -18,7 +18,7 @@ def located(name: str | None) -> ModelFiles:
     """The files that a `--model` option means, pulled if they are not here; the default for None.
 
     Raises:
-        Failure: what `sources.locate` raises.
+        Failure: what `download.locate` raises.
     """
     known, home = catalogue.load(settings.config_folder()), settings.data_folder()
     name = name or known.default
@@ -36,6 +36,26 @@ def _made(folder: Path, known: catalogue.Catalogue) -> ModelFiles:
         raise Corrupt(str(error)) from None
     name = card.base if known.get(card.base) else f"{card.base}={card.path}"
     return replace(located(name), id=card.id, publisher="local", adapter=folder)
+
+
+def of_kind(name: str | None, kind: str, hint: str) -> ModelFiles:
+    """The files that a `--model` option means, which must be a model of a kind.
+
+    Args:
+        name: as of `located`.
+        kind: as in `kinds.KINDS`.
+        hint: what to use instead.
+
+    Raises:
+        WrongUsage: it is of another kind.
+        Failure: what `located` raises.
+    """
+    from serve.models import kinds  # brings JAX along
+
+    place = located(name)
+    if kinds.kind_of(place).name != kind:
+        raise WrongUsage(f"{place.id} does not {kinds.KINDS[kind].does}: {hint}")
+    return place
 
 
 @contextlib.contextmanager

@@ -191,12 +191,9 @@ def _same_target(files: Sequence[Path]) -> tuple[Path, Path] | None:
 
 def _loaded(name: str, dtype: str) -> "SpeechModel":
     from serve.cli import local
-    from serve.models import kinds
     from serve.models.speech import load_speech
 
-    place = local.located(name)
-    if kinds.kind_of(place).name != "speech":
-        raise WrongUsage(f"{place.id} does not write down speech: {DEFAULT} does")
+    place = local.of_kind(name, "speech", f"{DEFAULT} does")
     with local.loading(place):
         return load_speech(
             place.id, place.path, owned_by=place.publisher, dtype=dtype, notify=console.say

@@ -100,15 +100,14 @@ def load_model(
     """
     settings.private_folder(settings.data_folder())
     keep_compiled_programs()
-    if dtype not in ("auto", *dtypes.FORMATS):
-        raise ValueError(f"dtype must be auto or one of {', '.join(dtypes.FORMATS)}: {dtype!r}")
+    given = dtypes.named(dtype, dtypes.FORMATS)
     cfg = checkpoint.read_config(path)
     weights = sha256 or fingerprint.of_weights(path)
-    if dtype == "auto":
+    if given is None:
         name = fingerprint.on_machine(weights)
         chosen = dtypes.choose(id, path, cfg, name, cache_budget, notify, good, memory_limit)
     else:
-        (chosen,) = dtypes.that_fit(id, cfg, cache_budget, (dtype,))  # type: ignore[arg-type]
+        (chosen,) = dtypes.that_fit(id, cfg, cache_budget, (given,))
     params, cfg, metadata = checkpoint.load(path, format=chosen)
     tokenizer = bpe.load(path) if path.is_dir() else bpe.from_gguf(metadata, source=str(path))
     params = without_gaps(params, tokenizer.encoding)
@@ -216,10 +215,10 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
         defaults = sampling_of(files, options.notify)
 
     def memory() -> int:
-        name = fingerprint.on_machine(sha256 or fingerprint.of_weights(files.path))
-        format = dtypes.expected(cfg, name, options.cache_budget, good, options.memory_limit)
-        if options.dtype in dtypes.FORMATS:
-            format = dtypes.FORMATS[dtypes.FORMATS.index(options.dtype)]
+        format = dtypes.named(options.dtype, dtypes.FORMATS)
+        if format is None:
+            name = fingerprint.on_machine(sha256 or fingerprint.of_weights(files.path))
+            format = dtypes.expected(cfg, name, options.cache_budget, good, options.memory_limit)
         return dtypes.weight_bytes(cfg, format) + options.cache_budget
 
     def load() -> ServedModel:
@@ -228,9 +227,13 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
         def on_speed(tokens: int, seconds: float) -> None:
             nonlocal noted
             if (now := time.monotonic()) - noted > RECORD_SECONDS or not noted:
-                noted, held = now, served.memory
+                noted = now
                 benchmarks.record(
-                    options.home, files.id, tokens=tokens, seconds=seconds, memory=held
+                    options.home,
+                    files.id,
+                    tokens=tokens,
+                    seconds=seconds,
+                    memory=served.memory,
                 )
 
         served = load_model(

@@ -46,6 +46,17 @@ PASSAGE = (
 )
 
 
+def named(dtype: str, known: Sequence[F]) -> F | None:
+    """Return the one of `known` that a user named; None for "auto".
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if dtype != "auto" and dtype not in known:
+        raise ValueError(f"dtype must be auto or one of {', '.join(known)}: {dtype!r}")
+    return next((format for format in known if format == dtype), None)
+
+
 def weight_bytes(cfg: Config, format: Format) -> int:
     """About how much memory the weights take in a format."""
     return int(cfg.num_params * BYTES_PER_WEIGHT[format])

@@ -115,11 +115,11 @@ def load_embedder(
     """
     settings.private_folder(settings.data_folder())
     keep_compiled_programs()
-    if dtype not in ("auto", *FORMATS):
-        raise ValueError(f"dtype must be auto or one of {', '.join(FORMATS)}: {dtype!r}")
+    chosen = dtypes.named(dtype, FORMATS)
     words = bpe.load_wordpiece(path)
     weights = fingerprint.of_weights(path)
-    chosen = _choose(id, path, words, weights, notify) if dtype == "auto" else dtype
+    if chosen is None:
+        chosen = _choose(id, path, words, weights, notify)
     params, cfg = bert.load(path, format=chosen)
     cfg = with_max_tokens(cfg, max_tokens)
     if len(words) > cfg.vocab_size:

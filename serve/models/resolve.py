@@ -1,7 +1,7 @@
-"""From a model's files on this disk to what a server offers: how it would be loaded, and its size.
+"""From a model's files to its spec: those of the catalogue and of paths, and what was fine-tuned.
 
-The files' headers are read here, so that what is damaged or of an unknown kind is known before a
-server listens; weights are read when somebody asks.
+Headers are read at once, so that a damaged file or an unknown kind is known before a server
+listens; weights are read when somebody asks.
 """
 
 from __future__ import annotations

@@ -140,10 +140,8 @@ def load_speech(
     """
     settings.private_folder(settings.data_folder())
     keep_compiled_programs()
-    if dtype not in ("auto", *FORMATS):
-        raise ValueError(f"dtype must be auto or one of {', '.join(FORMATS)}: {dtype!r}")
+    format = dtypes.named(dtype, FORMATS)
     weights = fingerprint.of_weights(path)
-    format = next((format for format in FORMATS if format == dtype), None)
     if format is None:
         name = fingerprint.on_machine(weights)
         format = dtypes.fastest(

@@ -181,36 +181,26 @@ class Engine(Source):
             ValueError: a request does not fit the model's context.
         """
         room = 2 * self._scheduler.num_slots  # running, and enough waiting to replace them
-        events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+        arrived: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
         submitted: list[Sequence] = []
-        tokens: list[list[Token]] = []
-        scored: list[list[Token]] = []
-        completions: dict[int, Completion] = {}
+        events: list[list[Event]] = []  # of each request
+        done = 0
         todo = iter(requests)
         try:
             while True:
-                for request in itertools.islice(todo, room + len(completions) - len(submitted)):
-                    number, later = len(submitted), len(submitted) > len(completions)
-                    request = replace(request, is_later=request.is_later or later)
-                    tokens.append([])
-                    scored.append([])
-                    deliver = partial(_tagged, events.put, number)
+                for request in itertools.islice(todo, room + done - len(submitted)):
+                    # The first is admitted as any request is; those that follow belong to it.
+                    request = replace(request, is_later=request.is_later or len(submitted) > done)
+                    deliver = partial(_tagged, arrived.put, len(submitted))
+                    events.append([])
                     submitted.append(self._submit(request, deliver))
-                if len(completions) == len(submitted):
-                    return [completions[number] for number in range(len(submitted))]
-                number, event = events.get()
-                match event:
-                    case Token():
-                        tokens[number].append(event)
-                    case Scored():
-                        scored[number] += event.tokens
-                    case Done():
-                        answer = tuple(tokens[number])
-                        ids = tuple(token.id for token in answer)
-                        completion = Completion(ids, event.reason, answer, tuple(scored[number]))
-                        completions[number] = completion
-                    case Failed():
-                        raise RuntimeError(event.message)
+                if done == len(submitted):
+                    return [_completion(own) for own in events]
+                number, event = arrived.get()
+                events[number].append(event)
+                if isinstance(event, Failed):
+                    raise RuntimeError(event.message)
+                done += isinstance(event, Done)
         finally:
             for sequence in submitted:
                 self._cancel(sequence)
@@ -404,6 +394,18 @@ class Engine(Source):
 
 def _tagged(put: Callable[[tuple[int, Event]], None], number: int, event: Event) -> None:
     put((number, event))
+
+
+def _completion(events: list[Event]) -> Completion:
+    end = events[-1]
+    assert isinstance(end, Done)
+    tokens = tuple(event for event in events if isinstance(event, Token))
+    return Completion(
+        ids=tuple(token.id for token in tokens),
+        reason=end.reason,
+        tokens=tokens,
+        scored=tuple(t for event in events if isinstance(event, Scored) for t in event.tokens),
+    )
 
 
 def _token(token: int, drawn, i: int, top_logprobs: int | None) -> Token:

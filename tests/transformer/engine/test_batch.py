@@ -1,6 +1,6 @@
 """The engine as a library: many requests, without a server."""
 
-import ast
+import json
 import os
 import subprocess
 import sys
@@ -86,7 +86,7 @@ def test_example_generates_64_prompts_without_serve(model_file):
         timeout=300,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    texts = [ast.literal_eval(line) for line in done.stdout.splitlines()]
+    texts = [json.loads(line) for line in done.stdout.splitlines()]
     prompts = [f"The number that comes after {n} is" for n in range(64)]
     assert [text[: len(prompt)] for text, prompt in zip(texts, prompts, strict=True)] == prompts
     assert all(len(text) > len(prompt) for text, prompt in zip(texts, prompts, strict=True))
