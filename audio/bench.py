@@ -18,7 +18,7 @@ from audio import model
 from audio.config import Config
 from audio.model import Params
 from transformer.bench import Case
-from transformer.layers import Linear
+from transformer.weights import Linear
 
 FORMATS = ("float32", "bfloat16")
 _TEXT = 64  # positions in the cache of a step

@@ -20,7 +20,7 @@ from audio import ctranslate2
 from audio.config import Config
 from audio.model import Attention, AudioLayer, Decoder, Encoder, Mlp, Params, TextLayer, abstract
 from transformer.checkpoint import check_tied, safetensors
-from transformer.layers import Linear, Norm
+from transformer.weights import Linear, Norm
 
 Format = Literal["float32", "bfloat16", "int8"]
 

@@ -26,7 +26,8 @@ from flax import struct
 
 from audio.config import Config
 from transformer.decoder import ArrayInfo
-from transformer.layers import Linear, Norm, embed, linear, norm
+from transformer.layers import embed, linear, norm
+from transformer.weights import Linear, Norm
 
 EPS = 1e-5
 _FEW = 8  # queries

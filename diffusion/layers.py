@@ -10,7 +10,8 @@ from flax import struct
 
 from diffusion.text import Text
 from transformer.decoder import ArrayInfo
-from transformer.layers import Linear, linear
+from transformer.layers import linear
+from transformer.weights import Linear
 
 EPS = 1e-6
 _FREQUENCIES = 32  # of the features of time

@@ -26,7 +26,8 @@ from diffusion.config import UNetConfig
 from diffusion.layers import Condition, fold, matrix, normed, unfold
 from diffusion.text import Text
 from transformer.decoder import ArrayInfo
-from transformer.layers import Linear, linear
+from transformer.layers import linear
+from transformer.weights import Linear
 
 
 @struct.dataclass

@@ -22,7 +22,7 @@ from flax import struct
 from diffusion.config import UpscalerConfig
 from diffusion.layers import fold, matrix, normed, unfold
 from diffusion.unet import conv
-from transformer.layers import Linear
+from transformer.weights import Linear
 
 
 @struct.dataclass

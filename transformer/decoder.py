@@ -27,8 +27,9 @@ from flax import struct
 
 from transformer import attention, cache, kernels, rope
 from transformer.config import Config
-from transformer.layers import Linear, Norm, embed, linear, norm
+from transformer.layers import embed, linear, norm
 from transformer.remat import recompute
+from transformer.weights import Linear, Norm
 
 
 @struct.dataclass

@@ -28,7 +28,8 @@ from flax import struct
 
 from transformer import config_keys, packing
 from transformer.decoder import ArrayInfo, initialize, places
-from transformer.layers import Linear, Norm, embed, linear, norm
+from transformer.layers import embed, linear, norm
+from transformer.weights import Linear, Norm
 
 # config.json's name of each field.
 _HF_FIELDS = {

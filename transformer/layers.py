@@ -14,48 +14,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from transformer import kernels
+from transformer.kernels import linear
+from transformer.weights import Linear, Norm
 
-
-@struct.dataclass
-class Lora:
-    """What a low-rank adapter adds to a linear map: `x @ a.T @ b.T * scale`; see `lora.py`."""
-
-    a: jax.Array  # [r, in] float32 or bfloat16
-    b: jax.Array  # [out, r]
-    scale: float = struct.field(pytree_node=False)
-
-
-@struct.dataclass
-class Linear:
-    """`y = x @ weight.T * scale + bias`. Also the token table: one row a token."""
-
-    weight: jax.Array  # [out, in] float32, bfloat16 or int8
-    bias: jax.Array | None = None  # [out] float32
-    scale: jax.Array | None = None  # [out] float32, present exactly when weight is int8
-    lora: Lora | None = None
-
-
-@struct.dataclass
-class Norm:
-    """Scale of an RMS norm; with `bias`, of a layer norm."""
-
-    scale: jax.Array  # [D] float32
-    bias: jax.Array | None = None  # [D] float32
-
-
-def linear(x: jax.Array, p: Linear) -> jax.Array:
-    """Applies `p` to the last axis: float32 [..., in] -> float32 [..., out]."""
-    rows = x.reshape(-1, x.shape[-1])  # [R, in]
-    y = kernels.matmul(rows, p.weight, p.scale)  # [R, out]
-    if p.bias is not None:
-        y = y + p.bias
-    if p.lora is not None:
-        inner = kernels.matmul(rows, p.lora.a)  # [R, r]
-        y = y + kernels.matmul(inner, p.lora.b) * p.lora.scale
-    return y.reshape(*x.shape[:-1], -1)
+__all__ = ["embed", "linear", "norm", "quantize"]
 
 
 def quantize(p: Linear) -> Linear:

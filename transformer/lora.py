@@ -30,7 +30,7 @@ from transformer.checkpoint import safetensors
 from transformer.checkpoint.names import Source, sources
 from transformer.config import Config
 from transformer.decoder import Params, abstract
-from transformer.layers import Linear, Lora
+from transformer.weights import Linear, Lora
 
 Adapter = tuple[dict[str, Lora], ...]
 PARTS = ("q", "k", "v", "out", "gate", "up", "down")

@@ -31,7 +31,7 @@ import numpy as np
 
 from transformer.config import Config
 from transformer.decoder import Params
-from transformer.layers import Lora, Norm
+from transformer.weights import Lora, Norm
 
 # Which norm each map reads behind, and which maps write to the stream.
 READING = dict.fromkeys(("q", "k", "v"), "attn_norm") | dict.fromkeys(("gate", "up"), "mlp_norm")

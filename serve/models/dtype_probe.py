@@ -31,8 +31,8 @@ from transformer.bench import decoder_cases as cases
 from transformer.checkpoint import Format
 from transformer.config import Config
 from transformer.decoder import Params, abstract, forward
-from transformer.layers import Linear
 from transformer.sampling import Sampling
+from transformer.weights import Linear
 
 
 def milliseconds(cfg: Config, format: Format, repeats: int = 12) -> float:

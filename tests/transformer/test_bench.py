@@ -20,7 +20,7 @@ from transformer.bench import profile as where
 from transformer.bench.measure import fresh_arguments
 from transformer.config import Config
 from transformer.kernels import exact
-from transformer.layers import Linear
+from transformer.weights import Linear
 
 ROOFS = Roofs(10e9, {"float32": 100e9, "bfloat16": 200e9, "int8": 400e9}, 1e-6)
 TINY = cases.Sizes(Config.debug(max_seq_len=1024), 100, encoder.Config.debug(max_seq_len=256))

@@ -15,7 +15,8 @@ import pytest
 from tests.transformer.conftest import FORMS, noise
 from transformer import cache, decoder, lora
 from transformer.config import Config
-from transformer.layers import Linear, quantize
+from transformer.layers import quantize
+from transformer.weights import Linear
 
 BUCKETS = (2, 4, 8, 16)
 SIZES = dict(

@@ -12,7 +12,7 @@ from transformer import cache, decoder, kernels
 from transformer.bench import decoder_cases as cases
 from transformer.bench import in_float64
 from transformer.config import Config
-from transformer.layers import Linear, Lora
+from transformer.weights import Linear, Lora
 
 RNG = np.random.default_rng(0)
 FORMS = [(operation, form) for operation, forms in kernels.FORMS.items() for form in forms]

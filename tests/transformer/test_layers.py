@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from transformer.layers import Norm, norm
+from transformer.layers import norm
+from transformer.weights import Norm
 
 
 @pytest.mark.parametrize("width", [32, 576, 768, 896])

@@ -13,7 +13,8 @@ from tests.naming import naming
 from tests.transformer.conftest import GOLDEN, noise
 from transformer import decoder, generate, lora
 from transformer.config import Config
-from transformer.layers import Linear, quantize
+from transformer.layers import quantize
+from transformer.weights import Linear
 
 FAMILIES = ("llama", "gpt2", "gemma3")
 FOLDER = GOLDEN / "lora"

@@ -7,7 +7,8 @@ import pytest
 from tests.transformer.conftest import GOLDEN, noise
 from transformer import checkpoint, decoder, lora, rotation
 from transformer.config import Config
-from transformer.layers import Linear, linear, quantize
+from transformer.layers import linear, quantize
+from transformer.weights import Linear
 
 forward = jax.jit(decoder.forward, static_argnums=1)
 

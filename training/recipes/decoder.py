@@ -25,7 +25,7 @@ from training.loss import chunked
 from transformer import decoder, lora
 from transformer.config import Config
 from transformer.decoder import Params
-from transformer.layers import Linear
+from transformer.weights import Linear
 
 Format = Literal["float32", "bfloat16"]
 

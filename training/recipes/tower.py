@@ -37,8 +37,9 @@ from diffusion.unet import conv
 from training import loop
 from training.config import Config as Run
 from transformer.decoder import ArrayInfo
-from transformer.layers import Linear, linear
+from transformer.layers import linear
 from transformer.similarity import unit
+from transformer.weights import Linear
 
 SIZE = 32  # pixels, height and width of what the tower sees
 CHANNELS = (48, 96, 192)  # of its stages, each half as large as the one before

@@ -30,7 +30,7 @@ from transformer import (
 from transformer.bench.case import Case, in_float64
 from transformer.config import Config
 from transformer.kernels import exact
-from transformer.layers import Linear
+from transformer.weights import Linear
 
 FORMATS = ("float32", "bfloat16", "int8")
 PROMPT = 256  # tokens of a prefill

@@ -27,7 +27,7 @@ import jax
 from transformer.bench import decoder_cases as cases
 from transformer.bench.peaks import Roofs
 from transformer.bench.report import announce, columns, duration
-from transformer.layers import Linear
+from transformer.weights import Linear
 
 _STEPS = 12  # profiled; JAX keeps at most a million events
 

@@ -22,7 +22,7 @@ from transformer.checkpoint.gguf import Tensor
 from transformer.checkpoint.names import Source, rows_of, sources
 from transformer.config import Config
 from transformer.decoder import Params, abstract
-from transformer.layers import Linear
+from transformer.weights import Linear
 
 Format = Literal["float32", "bfloat16", "int8"]
 

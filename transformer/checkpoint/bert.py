@@ -26,7 +26,7 @@ import numpy as np
 from transformer.checkpoint import safetensors
 from transformer.checkpoint.gguf import Tensor
 from transformer.encoder import Config, Layer, Params, abstract
-from transformer.layers import Linear, Norm
+from transformer.weights import Linear, Norm
 
 _UNUSED = ("pooler.dense.weight", "pooler.dense.bias")
 _HEADS = ("cls.predictions.", "cls.seq_relationship.")

@@ -13,7 +13,7 @@ import jax
 
 from transformer.config import Config
 from transformer.decoder import Layer, Params
-from transformer.layers import Linear, Norm
+from transformer.weights import Linear, Norm
 
 
 @dataclass(frozen=True)

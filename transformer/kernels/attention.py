@@ -7,17 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from transformer import attention
+from transformer.kernels.table import register
 from transformer.remat import recompute
 
 _SPAN = 128  # queries looked at together, at least
 _MOST_BLOCKS = 8  # each is compiled by itself
 
 
+@register("attend")
 def reference(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax.Array:
     """The definition: all scores at once."""
     return attention.attend(q, k, v, window=window, segments=segments)[0]
 
 
+@register("attend")
 def blocks(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax.Array:
     """A block of queries at a time, over no more keys than the last of them sees.
 
@@ -63,6 +66,7 @@ def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) 
     return y.reshape(q.shape) / total  # H numbers a query to divide, not S
 
 
+@register("attend")
 def library(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax.Array:
     """JAX's own function, for comparison."""
     sight = None if window is None else (window - 1, 0)

@@ -9,7 +9,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from transformer.kernels.table import register
 
+
+@register("attend_cached")
 def reference(q, keys, values, tables, starts, *, window: int | None) -> jax.Array:
     """The definition: gather a row's blocks, then one softmax over everything it sees."""
     batch, num_new, num_heads, head_dim = q.shape
@@ -30,6 +33,7 @@ def reference(q, keys, values, tables, starts, *, window: int | None) -> jax.Arr
     return out.reshape(batch, num_new, num_heads, head_dim)
 
 
+@register("attend_cached")
 def blocks(q, keys, values, tables, starts, *, window: int | None) -> jax.Array:
     """Row by row and block by block with a running maximum and sum (the online softmax of Milakov &
     Gimelshein 2018, arXiv:1805.02867).

@@ -9,10 +9,13 @@ from __future__ import annotations
 import jax
 
 from transformer.kernels import products as forms
-from transformer.layers import Linear, linear
+from transformer.kernels.operations import linear
+from transformer.kernels.table import register
 from transformer.remat import recompute
+from transformer.weights import Linear
 
 
+@register("gated_mlp")
 def reference(x: jax.Array, gate: Linear, up: Linear, down: Linear, kind: str) -> jax.Array:
     """The definition, in the precision of `x`."""
 
@@ -27,6 +30,7 @@ def reference(x: jax.Array, gate: Linear, up: Linear, down: Linear, kind: str) -
     return apply(activation(kind)(apply(x, gate)) * apply(x, up), down)
 
 
+@register("gated_mlp")
 def products(x: jax.Array, gate: Linear, up: Linear, down: Linear, kind: str) -> jax.Array:
     """Three products, each in the form that is chosen for its weight.
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from transformer.kernels.table import register
 
+
+@register("norm")
 def reference(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
     """The definition, with means."""
     if bias is not None:
@@ -16,6 +19,7 @@ def reference(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float
     return x * scale if bias is None else x * scale + bias
 
 
+@register("norm")
 def ones(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
     """With sums that give a row the same bits in every batch; see `row_sum`."""
     width = x.shape[-1]

@@ -16,13 +16,14 @@ import os
 import jax
 import jax.numpy as jnp
 
-from transformer.kernels import Unavailable
+from transformer.kernels.table import Unavailable, register
 
 # A power of two, so that it divides the width of nearly every weight.
 _CORES = 2 ** int(math.log2(min(os.cpu_count() or 1, 8)))
 _CONTRACT_LAST = (((1,), (1,)), ((), ()))
 
 
+@register("matmul")
 def reference(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
     """The definition: the weight widened to the precision of the rows, then one exact product."""
     wide = weight.astype(rows.dtype)
@@ -31,6 +32,7 @@ def reference(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None
     return jnp.matmul(rows, wide.T, precision=jax.lax.Precision.HIGHEST)
 
 
+@register("matmul")
 def dot(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
     """One product in the dtype of the weight, forwards and backwards."""
     _refuse_integers("dot", weight)
@@ -62,6 +64,7 @@ def _dot_backward(kept, slope: jax.Array):
 _dot.defvjp(_dot_forward, _dot_backward)
 
 
+@register("matmul")
 def batched(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
     """The same as a batch of one, whose result XLA's CPU backend lays out the other way round.
 
@@ -72,6 +75,7 @@ def batched(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) 
     return _in_slices(rows, weight, 1)
 
 
+@register("matmul")
 def slices(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
     """A batch of products, each with a slice of the weight's rows.
 
@@ -89,6 +93,7 @@ def _in_slices(rows: jax.Array, weight: jax.Array, num_slices: int) -> jax.Array
     return y.reshape(rows.shape[0], -1)
 
 
+@register("matmul")
 def pair(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
     """One row beside a row of zeros.
 
@@ -101,6 +106,7 @@ def pair(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> 
     return batched(_two(rows), weight)[:1]
 
 
+@register("matmul")
 def integers(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
     """int8 rows, rounded with one scale each, by int8 weights: exact integer arithmetic between."""
     if weight.dtype != jnp.int8 or scale is None:

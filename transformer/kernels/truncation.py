@@ -11,7 +11,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from transformer.kernels.table import register
 
+
+@register("truncate")
 def reference(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
     """The definition: sort, count, add up."""
     descending = jnp.sort(logits)[::-1]
@@ -26,6 +29,7 @@ def reference(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.
     return jnp.where(kept | (logits == logits.max()), logits, -jnp.inf)
 
 
+@register("truncate")
 def bisection(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
     """Without a sort: each cut is found by halving the range of a float's bit patterns."""
     ones = jnp.ones_like(logits)
