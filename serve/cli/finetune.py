@@ -375,7 +375,8 @@ class Here:
 
     def jobs(self) -> list[dict]:
         from serve.jobs.jobs import UNFINISHED, shown
-        from serve.jobs.runner import Process, is_kept
+        from serve.jobs.process import Process
+        from serve.jobs.runner import is_kept
 
         found, _ = self._jobs.store.page("job", newest_first=True)
         for job in found:
@@ -399,7 +400,7 @@ class Here:
 
     def cancel(self, id: str) -> dict:
         from serve.jobs.jobs import JobIsOver, shown
-        from serve.jobs.runner import Process
+        from serve.jobs.process import Process
 
         status = self.job(id)["status"]
         try:
@@ -431,7 +432,8 @@ class Here:
         )
 
     def leave(self, id: str) -> None:
-        from serve.jobs.runner import Process, is_kept
+        from serve.jobs.process import Process
+        from serve.jobs.runner import is_kept
 
         console.say(f"\nstopping {id} ...")
         self._keeper.close()

@@ -22,7 +22,9 @@ from serve.api import responses
 from serve.api.routes import fine_tuning
 from serve.jobs import runner
 from serve.jobs.jobs import Jobs, check_name, check_suffix
-from serve.jobs.runner import Keeper, Lines, Process, results
+from serve.jobs.process import Process
+from serve.jobs.progress import Lines, results
+from serve.jobs.runner import Keeper
 from serve.jobs.store import Store
 from serve.models import adapters, decoder, disk
 from tests.naming import names, naming
@@ -729,7 +731,7 @@ def test_a_job_whose_process_always_dies_is_given_up(jobs, folder, monkeypatch, 
     jobs.move(id, status, weights="x")
     monkeypatch.setattr("serve.jobs.runner.TICK", 0.01)
     dies = ["-c", "import os; os.kill(os.getpid(), 9)"]
-    monkeypatch.setattr("serve.jobs.runner._program", lambda *_: [sys.executable, *dies])
+    monkeypatch.setattr("serve.jobs.process._program", lambda *_: [sys.executable, *dies])
     keeper = Keeper(jobs)
     keeper.wake()
     wait_until(lambda: jobs.get(id)["status"] == "failed", 60)
@@ -742,7 +744,7 @@ def test_an_idle_server_finds_jobs_by_itself(jobs, folder, monkeypatch):
     monkeypatch.setattr("serve.jobs.runner.WATCH", 0.05)
     monkeypatch.setattr("serve.jobs.runner.TICK", 0.01)
     fails = ["-c", "raise SystemExit('error 4711')"]
-    monkeypatch.setattr("serve.jobs.runner._program", lambda *_: [sys.executable, *fails])
+    monkeypatch.setattr("serve.jobs.process._program", lambda *_: [sys.executable, *fails])
     with closing(Keeper(jobs)) as keeper:
         keeper.watch()
         id = jobs.create(model="tiny", path=folder, training_file="file-1")["id"]
@@ -755,7 +757,7 @@ def test_what_was_left_of_a_cancelled_job_is_removed(jobs, folder, monkeypatch):
     id = jobs.create(model="tiny", path=folder, training_file="file-1")["id"]
     jobs.move(id, "running")
     waits = ["-c", "import time; time.sleep(600)"]
-    monkeypatch.setattr("serve.jobs.runner._program", lambda *_: [sys.executable, *waits])
+    monkeypatch.setattr("serve.jobs.process._program", lambda *_: [sys.executable, *waits])
     left = Process.start(id, jobs.folder(id), "train", [])
     (jobs.folder(id) / "out" / "checkpoints").mkdir(parents=True)
     (jobs.home / "made" / ".new-x").mkdir(parents=True)
