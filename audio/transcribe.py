@@ -260,47 +260,72 @@ def _go_on(
     )
     options = replace(options, prompt=jobs[0].before)  # they differ only where there is one job
     results = decode_with_fallback(whisper, sounds, options, plan.fallback, run=run)
+    speech = vad.apart(spans, _BREAK) if plan.skip_silence else ()
     for i, (job, size, result) in enumerate(zip(jobs, sizes, results, strict=True)):
         if plan.fallback.is_silence(result):
             job.seek += size
             continue
-        parts, step = cut(result, tokens), size
-        is_open = not parts or not _is_closed(parts[-1], tokens)
-        if is_open and len(parts) > 1:
-            # The last segment goes on behind the window: the next window begins with it.
-            parts = parts[:-1]
-            step = (parts[-1][0][-1] - tokens.timestamp_begin) * _STEPS
-        elif not is_open and plan.skip_silence:
-            # It says that nothing follows. Where somebody seems to speak, it is asked again.
-            last = (parts[-1][0][-1] - tokens.timestamp_begin) * _STEPS
-            if _speech_between(job.seek + last, job.seek + size, spans) > _PASSED_OVER:
-                step = last
+        parts, step, is_open = next_window(
+            cut(result, tokens), job.seek, size, spans if plan.skip_silence else (), tokens
+        )
         segments = _segments(parts, result, job.seek, size, tokens)
         # A segment that lies across a pause is cut there, for which its words must be found.
-        parts_of_speech = vad.apart(spans, _BREAK) if plan.skip_silence else ()
-        if plan.words or any(lies_across(segment, parts_of_speech) for segment in segments):
-            sound = sounds[i : i + 1]
+        if plan.words or any(lies_across(segment, speech) for segment in segments):
             segments = _with_words(
-                whisper, sound, segments, size, options, plan.words, job.last_end, run
+                whisper, sounds[i : i + 1], segments, size, options, plan.words, job.last_end, run
             )
-            words = [word for segment in segments for word in segment.words]
-            if words:
+            if words := [word for segment in segments for word in segment.words]:
                 job.last_end = words[-1].end
                 heard = round(job.last_end * FRAMES_PER_SECOND) - job.seek
                 step = heard if is_open and heard > 0 else step
-            segments = [
-                part if plan.words else replace(part, words=())
-                for segment in segments
-                for part in split(segment, parts_of_speech, tokens)
-            ]
+            segments = [part for segment in segments for part in split(segment, speech, tokens)]
+            if not plan.words:
+                segments = [replace(segment, words=()) for segment in segments]
         segments = [s for s in segments if s.text.strip() and s.end > s.start]
         job.segments += segments
         job.seek += step
         if plan.condition and plan.batch == 1:
-            # A text with much chance in it, or one that looks wrong, is no good context.
-            written = tuple(id for segment in segments for id in segment.ids)
-            is_context = result.temperature <= 0.5 and not plan.fallback.fails(result)
-            job.before = (*job.before, *written) if is_context else ()
+            job.before = _context(job.before, segments, result, plan.fallback)
+
+
+def next_window(
+    parts: list[Part], seek: int, size: int, spans: Sequence[Span], tokens: Tokens
+) -> tuple[list[Part], int, bool]:
+    """Decide which parts of a window stay, and where the next window begins.
+
+    A last part without an end goes on behind the window, so that the next window begins with it. An
+    end says that nothing follows; where somebody seems to speak, the rest is read again.
+
+    Args:
+        parts: from `cut`, of the window that begins at frame `seek` and has `size` frames.
+        spans: of speech, if they are known.
+
+    Returns:
+        The parts, the frames to go on by, and whether the last part had no end.
+    """
+
+    def end(part: Part) -> int:  # in frames of the window
+        return (part[0][-1] - tokens.timestamp_begin) * _STEPS
+
+    if parts and _is_closed(parts[-1], tokens):
+        last = end(parts[-1])
+        is_passed_over = _speech_between(seek + last, seek + size, spans) > _PASSED_OVER
+        return parts, last if is_passed_over else size, False
+    if len(parts) > 1:
+        return parts[:-1], end(parts[-2]), True
+    return parts, size, True
+
+
+def _context(
+    before: tuple[int, ...], segments: Sequence[Segment], result: Result, fallback: Fallback
+) -> tuple[int, ...]:
+    """What the next window is told was said before.
+
+    A text with much chance in it, or one that looks wrong, is no good context.
+    """
+    if result.temperature > 0.5 or fallback.fails(result):
+        return ()
+    return (*before, *(id for segment in segments for id in segment.ids))
 
 
 def reach(seek: int, end: int, most: int, spans: Sequence[Span]) -> int:

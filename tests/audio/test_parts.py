@@ -11,8 +11,17 @@ import pytest
 from audio import Options, ctranslate2, decode, subtitles, timing, vad
 from audio.decode import Fallback, Result
 from audio.timing import Word
+from audio.tokens import SECONDS_PER_STEP
 from audio.tokens import load as load_tokens
-from audio.transcribe import Segment, Transcript, cut, lies_across, reach, split
+from audio.transcribe import (
+    Segment,
+    Transcript,
+    cut,
+    lies_across,
+    next_window,
+    reach,
+    split,
+)
 from tests.audio.ten_minutes import hum, pink, white
 
 RATE = 16_000
@@ -193,6 +202,29 @@ def test_cut(tokens):
 
 
 # timing
+
+
+def test_next_window(tokens):
+    def part(*ids):
+        return ids, (0.0,) * len(ids)
+
+    def at(seconds):
+        return tokens.timestamp_begin + round(seconds / SECONDS_PER_STEP)
+
+    first, closed, opened = part(at(0), 7, at(2)), part(at(2), 8, at(4)), part(at(2), 8)
+    speech = [(0.0, 4.0), (10.0, 13.0)]
+
+    def following(parts, spans=()):
+        return next_window(parts, 0, 1000, spans, tokens)
+
+    assert following([first, closed]) == ([first, closed], 1000, False)
+    assert following([first, closed], speech[:1]) == ([first, closed], 1000, False)
+    # somebody speaks after the end: from 10 s only if the window reaches as far
+    assert following([first, closed], [(0.0, 4.0), (7.0, 9.0)]) == ([first, closed], 400, False)
+    assert following([first, closed], speech) == ([first, closed], 1000, False)
+    assert following([first, opened]) == ([first], 200, True)  # begins with what goes on behind it
+    assert following([opened]) == ([opened], 1000, True)
+    assert following([]) == ([], 1000, True)
 
 
 def test_warping_finds_the_cheapest_path():
