@@ -8,18 +8,16 @@ Long texts take another way to the same ids (`bulk`), long Chinese pieces are cu
 from __future__ import annotations
 
 import array
-import bisect
 import functools
-import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
-
-import regex
+from typing import TYPE_CHECKING, Any, Literal
 
 from bpe.pretokenize import split
+from bpe.special import check_special, special_pattern, well_formed
+from bpe.unstable import completions
 from bpe.vocab import Vocab
 
 if TYPE_CHECKING:
@@ -85,7 +83,7 @@ class Encoding(Vocab):
             ValueError: if the text spells a disallowed special token.
         """
         allowed, disallowed = self._special_sets(allowed_special, disallowed_special)
-        _check_special(text, disallowed)
+        check_special(text, disallowed)
         return self._encode(text, allowed)
 
     def encode_ordinary(self, text: str) -> list[int]:
@@ -109,7 +107,7 @@ class Encoding(Vocab):
         import numpy as np
 
         allowed, disallowed = self._special_sets(allowed_special, disallowed_special)
-        _check_special(text, disallowed)
+        check_special(text, disallowed)
         if self._is_much([text]):
             return self._encode_many([text], allowed)[0]
         return np.array(self._encode(text, allowed), np.uint32)
@@ -133,7 +131,7 @@ class Encoding(Vocab):
         allowed, disallowed = self._special_sets(allowed_special, disallowed_special)
         texts = list(text)
         for one in texts:
-            _check_special(one, disallowed)
+            check_special(one, disallowed)
         return self._encode_batch(texts, allowed)
 
     def encode_ordinary_batch(
@@ -172,7 +170,7 @@ class Encoding(Vocab):
             ValueError: if the text spells a disallowed special token.
         """
         allowed, disallowed = self._special_sets(allowed_special, disallowed_special)
-        _check_special(text, disallowed)
+        check_special(text, disallowed)
         parts = self._split_special(well_formed(text), allowed)
         pieces = split(self._patterns, self._normalize(parts[-1]))
         if not pieces:
@@ -184,7 +182,9 @@ class Encoding(Vocab):
         if last and self._is_blank(last[0]):
             while ids and self._is_blank(ids[-1]):
                 last.insert(0, ids.pop())
-        return ids, sorted(map(list, self._completions(self.decode_bytes(last))))
+        return ids, sorted(
+            map(list, completions(self, self._sorted_tokens, self.decode_bytes(last)))
+        )
 
     def encode_single_token(self, text_or_bytes: str | bytes) -> int:
         """The id of one token, special or not.
@@ -299,8 +299,6 @@ class Encoding(Vocab):
         borders = ends[last] + np.cumsum([len(text) for text in special], dtype=np.intp)
         return np.split(ids, borders[:-1])
 
-    # What encode_with_unstable needs
-
     def _is_blank(self, id: int) -> bool:
         token = self._decoder[id]
         return id not in self._special_ids and not token.strip(b" \n\t")
@@ -308,38 +306,6 @@ class Encoding(Vocab):
     @functools.cached_property
     def _sorted_tokens(self) -> list[bytes]:
         return sorted(self.ranks)
-
-    def _tokens_from(self, prefix: bytes) -> list[bytes]:
-        """The tokens that begin with `prefix`."""
-        tokens = self._sorted_tokens
-        start = end = bisect.bisect_left(tokens, prefix)
-        while end < len(tokens) and tokens[end].startswith(prefix):
-            end += 1
-        return tokens[start:end]
-
-    def _completions(self, begun: bytes) -> set[tuple[int, ...]]:
-        """Ids that cover the bytes `begun`, the last of them perhaps more than these."""
-        if not begun:
-            return set()
-        found: set[tuple[int, ...]] = {(self.ranks[t],) for t in self._tokens_from(begun)}
-        texts: list[str] = []
-        encoded: list[list[int]] = []
-        for i in range(1, len(begun)):
-            for token in self._tokens_from(begun[i:]):
-                try:
-                    texts.append((begun[:i] + token).decode())
-                except UnicodeDecodeError:
-                    encoded.append(self.merge(begun[:i] + token))
-        for ids in encoded + self.encode_ordinary_batch(texts):
-            ends = accumulate(len(self._decoder[id]) for id in ids)
-            enough = next(i for i, end in enumerate(ends, 1) if end >= len(begun))
-            found.add(tuple(ids[:enough]))
-        # White space may be cut before its last character once something follows.
-        if (last := _LAST_BLANK.search(begun.decode(errors="replace"))) and begun != (
-            blank := last.group().encode()
-        ):
-            found.add(tuple(self.merge(begun[: -len(blank)]) + self.merge(blank)))
-        return found
 
     # Decoding
 
@@ -507,22 +473,6 @@ def _make(name: str, arguments: dict[str, Any]) -> Encoding:
     return Encoding(name, **arguments)
 
 
-def well_formed(text: str) -> str:
-    """The text without surrogates: pairs are joined, lone ones become U+FFFD, as in tiktoken."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _check_special(text: str, disallowed: Collection[str]) -> None:
-    if not isinstance(text, str):
-        raise TypeError(f"text must be a string, not {text!r:.80}")
-    if disallowed and (match := special_pattern(frozenset(disallowed)).search(text)):
-        _raise_disallowed(match.group())
-
-
 def _checked_array(tokens: Any) -> Any:
     """An array of ids, of whichever library, as one of NumPy's; what is no array as it is."""
     if not hasattr(tokens, "dtype"):
@@ -546,27 +496,6 @@ def _checked_id(token: int) -> int:
     return token
 
 
-_LAST_BLANK = regex.compile(r"\s\Z")
-
-
-@functools.lru_cache(maxsize=128)
-def special_pattern(tokens: frozenset[str]) -> re.Pattern[str]:
-    """A pattern with one group that finds any of `tokens`; of several at one place, the longest."""
-    longest_first = sorted(tokens, key=lambda token: (-len(token), token))
-    return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-
-
 def _continues(byte: int) -> bool:
     """Whether a byte of UTF-8 continues a character that began before it."""
     return 0x80 <= byte < 0xC0
-
-
-def _raise_disallowed(token: str) -> NoReturn:
-    raise ValueError(
-        f"Encountered text corresponding to disallowed special token {token!r}.\n"
-        "To encode it as the special token, pass it to `allowed_special`, e.g. "
-        f"`allowed_special={{{token!r}}}`.\n"
-        "To encode it as ordinary text, disable the check for this token by passing "
-        f"`disallowed_special=(enc.special_tokens_set - {{{token!r}}})`, "
-        "or for all of them by passing `disallowed_special=()`.\n"
-    )

@@ -19,9 +19,10 @@ import unicodedata
 from dataclasses import dataclass
 from itertools import pairwise
 
-from bpe.encoding import Encoding, well_formed
+from bpe.encoding import Encoding
 from bpe.merge import NEVER
 from bpe.pretokenize import compile_pattern, split
+from bpe.special import well_formed
 
 LONGEST = 64  # bytes of a piece to draw
 _COLUMN = 4  # characters: one byte and what joins it to the next

@@ -30,9 +30,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from bpe.encoding import special_pattern, well_formed
 from bpe.formats import byte_characters
 from bpe.pretokenize import GPT2, compile_pattern, split
+from bpe.special import special_pattern, well_formed
 
 BYTE_ORDER = tuple(byte_characters())
 """The byte that each of the ids 0 to 255 stands for: printable ones first, as in GPT-2."""

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from bpe import train
 from bpe.boundaries import CUTS, cut
-from bpe.encoding import special_pattern, well_formed
+from bpe.special import special_pattern, well_formed
 from bpe.train import BYTE_ORDER, Pair, Progress
 
 _BATCH = 1 << 22  # characters to count at once

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Literal
 
-from bpe.encoding import special_pattern
+from bpe.special import special_pattern
 
 _CACHE_WORDS = 1 << 16  # a cache that is full starts anew
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 import bpe
 from bpe import train_fast
-from bpe.encoding import well_formed
 from bpe.formats import byte_characters
 from bpe.pretokenize import GPT2, PATTERNS
 from bpe.save import merges_of
+from bpe.special import well_formed
 from bpe.train import BYTE_ORDER, count_pieces, join, learn, read_files, vocabulary
 from bpe.trainer import train
 from tests.naming import naming

@@ -1,0 +1,135 @@
+"""Reading the WordPiece vocabulary of a BERT model, from `tokenizer.json` or `vocab.txt`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bpe.formats.checks import get, note_others, one_of, read_json, short
+from bpe.formats.huggingface import added_tokens
+from bpe.wordpiece import WordPiece
+
+
+def load_wordpiece(path: str | Path) -> WordPiece:
+    """Reads the WordPiece vocabulary of a BERT model.
+
+    Args:
+        path: a `tokenizer.json`, a `vocab.txt` (one piece a line, ids counted from 0), or a Hugging
+            Face folder with either; beside a `vocab.txt`, `tokenizer_config.json` says whether case
+            is kept.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or neither of them in the folder.
+        ValueError: if a file is damaged or says what we do not know.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).exists()]
+        if not found:
+            raise FileNotFoundError(f"{path}: no tokenizer.json or vocab.txt in this folder")
+        path = found[0]
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.suffix == ".json":
+        return _wordpiece_json(path)
+    if path.suffix == ".txt":
+        return _wordpiece_txt(path)
+    raise ValueError(f"{path}: a WordPiece vocabulary is a tokenizer.json or a vocab.txt")
+
+
+def _wordpiece_txt(path: Path) -> WordPiece:
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from error
+    vocab: dict[str, int] = {}
+    for id, line in enumerate(lines):
+        piece = line.removesuffix("\r")
+        if not piece:
+            raise ValueError(f"{path}: line {id + 1} is empty")
+        if vocab.setdefault(piece, id) != id:
+            raise ValueError(f"{path}: line {id + 1} repeats {piece!r} of line {vocab[piece] + 1}")
+    config_path = path.with_name("tokenizer_config.json")
+    config = read_json(config_path) if config_path.exists() else {}
+    where = str(config_path)
+    one_of(config, "do_basic_tokenize", [None, True], where)
+    return _wordpiece(
+        vocab,
+        str(path),
+        lowercase=one_of(config, "do_lower_case", [None, True, False], where) is not False,
+        strip_accents=one_of(config, "strip_accents", [None, True, False], where),
+        split_ideographs=one_of(config, "tokenize_chinese_chars", [None, True, False], where)
+        is not False,
+    )
+
+
+def _wordpiece_json(path: Path) -> WordPiece:
+    spec = read_json(path)
+    known = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer"}
+    note_others(spec, known | {"post_processor", "decoder", "model"}, "tokenizer.json")
+    model, where = get(spec, "model", dict, str(path)), f"{path}: model"
+    one_of(model, "type", ["WordPiece"], where)
+    known = {"type", "unk_token", "continuing_subword_prefix", "max_input_chars_per_word", "vocab"}
+    note_others(model, known, "tokenizer.json: model")
+    vocab = get(model, "vocab", dict, where)
+    for token, id in vocab.items():
+        if not isinstance(id, int):
+            raise ValueError(f"{where}: vocab[{token!r}] is {short(id)}, not an id")
+
+    normalizer, where = get(spec, "normalizer", dict, str(path)), f"{path}: normalizer"
+    one_of(normalizer, "type", ["BertNormalizer"], where)
+    one_of(normalizer, "clean_text", [True], where)
+    known = {"type", "clean_text", "handle_chinese_chars", "strip_accents", "lowercase"}
+    note_others(normalizer, known, "tokenizer.json: normalizer")
+    splitter = get(spec, "pre_tokenizer", dict, str(path))
+    one_of(splitter, "type", ["BertPreTokenizer"], f"{path}: pre_tokenizer")
+
+    special = added_tokens(spec, vocab, str(path))
+    if missing := special.keys() - vocab.keys():
+        raise ValueError(f"{path}: model.vocab lacks {min(missing)!r}, one of added_tokens")
+    cls, sep = _cls_and_sep(spec.get("post_processor"), f"{path}: post_processor")
+    return _wordpiece(
+        vocab,
+        str(path),
+        special_tokens=special,
+        lowercase=get(normalizer, "lowercase", bool, where),
+        strip_accents=one_of(normalizer, "strip_accents", [None, True, False], where),
+        split_ideographs=get(normalizer, "handle_chinese_chars", bool, where),
+        prefix=get(model, "continuing_subword_prefix", str, f"{path}: model"),
+        longest_word=get(model, "max_input_chars_per_word", int, f"{path}: model"),
+        unk=get(model, "unk_token", str, f"{path}: model"),
+        cls=cls,
+        sep=sep,
+    )
+
+
+def _wordpiece(vocab: Mapping[str, int], where: str, **options: Any) -> WordPiece:
+    try:
+        return WordPiece(vocab, **options)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _cls_and_sep(spec: Any, where: str) -> tuple[str, str]:
+    """The tokens that the post-processor puts before and after a text."""
+    match spec:
+        case {"type": "BertProcessing", "cls": [str(cls), int()], "sep": [str(sep), int()]}:
+            return cls, sep
+        case {
+            "type": "TemplateProcessing",
+            "single": [
+                {"SpecialToken": {"id": str(cls), "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": str(sep), "type_id": 0}},
+            ],
+            "pair": [
+                {"SpecialToken": {"id": str(cls2), "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": str(sep2), "type_id": 0}},
+                {"Sequence": {"id": "B", "type_id": 1}},
+                {"SpecialToken": {"id": str(sep3), "type_id": 1}},
+            ],
+        } if cls == cls2 and sep == sep2 == sep3:
+            return cls, sep
+    raise ValueError(f"{where}: {short(spec)} is not known")

@@ -1,0 +1,243 @@
+"""Reading Hugging Face's `tokenizer.json` and the files beside it.
+
+A step of the pipeline (normalizer, pre-tokenizer, post-processor) is either known or refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from bpe import stop, template_files
+from bpe.formats.byte_level import from_byte_level
+from bpe.formats.checks import (
+    SENTENCEPIECE,
+    get,
+    note_others,
+    one_of,
+    read_json,
+    short,
+    token_text,
+)
+from bpe.formats.tokenizer import Tokenizer, chat_templates
+from bpe.pretokenize import GPT2, SMOLLM
+
+
+def from_folder(path: str | Path) -> Tokenizer:
+    """Reads `tokenizer.json`, `tokenizer_config.json` and the chat templates of a model folder.
+
+    Raises:
+        FileNotFoundError: if there is no `tokenizer.json`.
+        ValueError: if a file is damaged or says what cannot be followed.
+    """
+    path = Path(path)
+    if not (path / "tokenizer.json").exists():
+        if _is_sentencepiece_model(path / "tokenizer.model"):
+            raise ValueError(f"{path / 'tokenizer.model'}: {SENTENCEPIECE}")
+        raise FileNotFoundError(f"{path}: no tokenizer.json in this folder")
+    config_path = path / "tokenizer_config.json"
+    config = read_json(config_path) if config_path.exists() else {}
+    bos = token_text(config.get("bos_token"), f"{config_path}: bos_token")
+    eos = token_text(config.get("eos_token"), f"{config_path}: eos_token")
+    templates = template_files.read(path, config)
+    declared = list(stop.declared_in_folder(path))
+    return _from_tokenizer_json(path / "tokenizer.json", path.name, bos, eos, templates, declared)
+
+
+def from_tokenizer_json(path: str | Path) -> Tokenizer:
+    """Reads a `tokenizer.json` alone, which names no eos and has no chat template.
+
+    Raises:
+        ValueError: if the file is damaged or says what we do not know.
+    """
+    path = Path(path)
+    return _from_tokenizer_json(path, path.stem, None, None, {})
+
+
+def _from_tokenizer_json(
+    path: Path,
+    name: str,
+    bos: str | None,
+    eos: str | None,
+    templates: Mapping[str, str],
+    declared: Sequence[tuple[str, Any]] = (),
+) -> Tokenizer:
+    spec = read_json(path)
+    # `truncation` and `padding` are settings of a call that the file happens to keep.
+    known = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer"}
+    note_others(spec, known | {"post_processor", "decoder", "model"}, "tokenizer.json")
+    model = get(spec, "model", dict, str(path))
+    where = f"{path}: model"
+    if _is_sentencepiece(spec):
+        raise ValueError(f"{path}: {SENTENCEPIECE}")
+    one_of(model, "type", ["BPE"], where)
+    one_of(model, "dropout", [None, 0, 0.0], where)
+    one_of(model, "continuing_subword_prefix", [None, ""], where)
+    one_of(model, "end_of_word_suffix", [None, ""], where)
+    one_of(model, "byte_fallback", [None, False], where)
+    one_of(model, "fuse_unk", [None, False], where)
+    ignore_merges = one_of(model, "ignore_merges", [None, False, True], where)
+    known = {"type", "dropout", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk"}
+    known |= {"byte_fallback", "ignore_merges", "unk_token", "vocab", "merges"}
+    note_others(model, known, "tokenizer.json: model")
+    one_of(get(spec, "decoder", dict, str(path)), "type", ["ByteLevel"], f"{path}: decoder")
+
+    vocab = get(model, "vocab", dict, where)
+    for token, id in vocab.items():
+        if not isinstance(id, int):
+            raise ValueError(f"{where}: vocab[{token!r}] is {short(id)}, not an id")
+    special = added_tokens(spec, vocab, str(path))
+    merges = [  # strings in old files
+        merge.split(" ") if isinstance(merge, str) else merge
+        for merge in get(model, "merges", list, where)
+    ]
+    encoding = from_byte_level(
+        name,
+        tokens={token: id for token, id in vocab.items() if token not in special},
+        special_tokens=special,
+        merges=merges,
+        patterns=_split_patterns(spec.get("pre_tokenizer"), f"{path}: pre_tokenizer"),
+        ignore_merges=bool(ignore_merges),
+        normalization=_normalization(spec.get("normalizer"), f"{path}: normalizer"),
+        where=where,
+    )
+    if encoding.dropped_bytes and model.get("unk_token") is not None:
+        raise ValueError(f"{where}: unk_token for missing bytes is not supported")
+
+    begin = _begin_token(spec.get("post_processor"), f"{path}: post_processor")
+    if begin is not None and bos is not None and begin != bos:
+        raise ValueError(f"{path}: post_processor adds {begin!r}, but bos_token is {bos!r}")
+    bos = bos or begin
+    for key, token in {"bos_token": bos, "eos_token": eos}.items():
+        if token is not None and token not in special:
+            raise ValueError(f"{path}: added_tokens lacks the {key} {token!r}")
+    if eos is None:  # special_tokens_map.json may name it
+        eos = next((v for _, v in declared if isinstance(v, str) and v in special), None)
+    declared_ids = stop.known_ids(encoding, declared)
+    stop_ids = stop.spelled_ids(encoding).union(declared_ids)
+    template, named = chat_templates(templates, bos, eos, encoding, stop_ids)
+    return Tokenizer(
+        encoding=encoding,
+        chat_template=template,
+        named_templates=named,
+        bos_id=None if bos is None else special[bos],
+        # Where the tokenizer's files name none, the first that the model's name.
+        eos_id=special[eos] if eos is not None else next(iter(declared_ids), None),
+        add_bos=begin is not None,
+        stop_ids=stop_ids,
+    )
+
+
+def _is_sentencepiece(spec: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json was made of a SentencePiece model: bytes apart, spaces as U+2581."""
+    model = spec["model"]
+    if model.get("type") == "Unigram" or model.get("byte_fallback") is True:
+        return True
+    steps = [spec.get("normalizer"), spec.get("pre_tokenizer"), spec.get("decoder")]
+    return any('"Metaspace"' in text or "\u2581" in text for text in map(_json_text, steps))
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _is_sentencepiece_model(path: Path) -> bool:
+    """Whether a file begins as the protocol buffer of SentencePiece: with the field of pieces."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(1) == b"\n"
+
+
+def added_tokens(spec: Mapping[str, Any], vocab: Mapping[str, Any], where: str) -> dict[str, int]:
+    special: dict[str, int] = {}
+    for i, token in enumerate(get(spec, "added_tokens", list, where)):
+        here = f"{where}: added_tokens[{i}]"
+        text, id = get(token, "content", str, here), get(token, "id", int, here)
+        for key in ("single_word", "lstrip", "rstrip"):
+            one_of(token, key, [None, False], here)
+        # Of BPE it is NFC, which leaves ASCII alone; of WordPiece, it may lower case.
+        is_changed = spec["model"]["type"] != "BPE" or not text.isascii()
+        if spec.get("normalizer") is not None and is_changed:
+            one_of(token, "normalized", [None, False], here)
+        known = {"content", "id", "special", "single_word", "lstrip", "rstrip", "normalized"}
+        note_others(token, known, "tokenizer.json: added_tokens")
+        if special.setdefault(text, id) != id:
+            raise ValueError(f"{here}: {text!r} has the ids {special[text]} and {id}")
+    spelling: dict[int, str] = {}
+    for text, id in special.items():
+        if (known := vocab.get(text, id)) != id:
+            raise ValueError(
+                f"{where}: {text!r} is {id} in added_tokens and {known} in model.vocab"
+            )
+        # Two spellings of one token, as o200k_harmony has, are damage unless the vocabulary agrees.
+        if spelling.setdefault(id, text) != text and text not in vocab:
+            raise ValueError(f"{where}: the tokens {text!r} and {spelling[id]!r} have the id {id}")
+    return special
+
+
+def _normalization(spec: Any, where: str) -> Literal["NFC"] | None:
+    steps = [] if spec is None else [spec]
+    if isinstance(spec, dict) and spec.get("type") == "Sequence":
+        steps = get(spec, "normalizers", list, where)
+    if not steps:
+        return None
+    if steps == [{"type": "NFC"}]:
+        return "NFC"
+    raise ValueError(f"{where}: {short(spec)} is not known; null and NFC are")
+
+
+def _split_patterns(spec: Any, where: str) -> str | list[str]:
+    """The split patterns that Hugging Face's pre-tokenizers amount to."""
+    steps = [spec]
+    if isinstance(spec, dict) and spec.get("type") == "Sequence":
+        steps = get(spec, "pretokenizers", list, where)
+    patterns: list[str] = []
+    for i, step in enumerate(steps):
+        match step:
+            case {"type": "Digits", "individual_digits": True}:
+                patterns.append(r"\p{N}")
+            case {"type": "Digits", "individual_digits": False}:
+                patterns.append(r"\p{N}+")
+            case {
+                "type": "Split",
+                "pattern": {"Regex": str(pattern)},
+                "behavior": "Isolated",
+                "invert": False,
+            }:
+                patterns.append(pattern)
+            case {"type": "ByteLevel", "add_prefix_space": False}:
+                if i != len(steps) - 1:
+                    raise ValueError(f"{where}: ByteLevel is not the last step")
+                if step.get("use_regex", True):
+                    patterns.append(GPT2)
+                if patterns == [r"\p{N}", GPT2]:
+                    return SMOLLM  # the same in one pass
+                return patterns or [r"[\s\S]+"]
+            case _:
+                raise ValueError(f"{where}: {short(step)} is not known")
+    raise ValueError(f"{where}: the last step must be ByteLevel, not {short(steps[-1:])}")
+
+
+def _begin_token(spec: Any, where: str) -> str | None:
+    """The token that the post-processor puts in front of a text, if any."""
+    begin = None
+    steps = [spec] if spec is not None else []
+    if isinstance(spec, dict) and spec.get("type") == "Sequence":
+        steps = get(spec, "processors", list, where)
+    for step in steps:
+        match step:
+            case {"type": "ByteLevel"}:
+                pass  # only moves offsets
+            case {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}]}:
+                pass  # adds nothing
+            case {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": str(begin)}}, {"Sequence": {"id": "A"}}],
+            }:
+                pass
+            case _:
+                raise ValueError(f"{where}: {short(step)} is not known")
+    return begin
