@@ -108,28 +108,14 @@ def fill(
     if cfg.num_layers > len(tensors):  # before a tree of so many layers is built
         raise ValueError(f"{path}: {len(tensors)} tensors cannot make {cfg.num_layers} layers")
     tree, infos = sources(cfg, scheme, architecture=architecture), abstract(cfg)
-    wanted = rows_of(tree, infos)
-    given = {name for name in tensors if not name.endswith(_DERIVED)}
-    if cfg.tie_embeddings and "lm_head.weight" in given:  # some exporters write the table twice
-        given.discard("lm_head.weight")
-        check_tied(tensors, "lm_head.weight", tree.embed.weight.name, path)
-    if missing := sorted(wanted.keys() - given):
-        raise ValueError(f"{path}: lacks {_some(missing)}")
-    if unknown := sorted(given - wanted.keys()):
-        raise ValueError(f"{path}: holds {_some(unknown)}, which this model has no place for")
-    for source, info in zip(jax.tree.leaves(tree), jax.tree.leaves(infos), strict=True):
-        expected = (wanted[source.name], *info.shape[1:])
-        expected = expected[::-1] if source.is_transposed else expected
-        if (shape := tensors[source.name].shape) != expected:
-            raise ValueError(f"{path}: {source.name} must have shape {expected}, got {shape}")
-
+    num_tensors = _check_tensors(tensors, tree, infos, cfg, path)
     done = 0
     turns = format == "int8" and rotation.can_turn(cfg)
 
     def load_part(place: tuple[Any, ...], part: Any, info: Any) -> Any:
         nonlocal done
         done += 1
-        notify(min(done / len(wanted), 1.0))
+        notify(min(done / num_tensors, 1.0))
         if not isinstance(part, Linear):
             return jnp.asarray(_read(part, info.shape, tensors, cfg))
         name = place[-1].name
@@ -159,6 +145,31 @@ def fill(
         head = (jax.tree_util.GetAttrKey("head"),)
         params = params.replace(head=load_part(head, tree.embed, infos.embed))
     return rotation.without_gains(params) if turns else params
+
+
+def _check_tensors(
+    tensors: Mapping[str, Tensor], tree: Any, infos: Any, cfg: Config, path: Path
+) -> int:
+    """Compare names and shapes with those of a tree of sources; return how many there must be.
+
+    Raises:
+        ValueError: a tensor is missing, left over, or of another shape.
+    """
+    wanted = rows_of(tree, infos)
+    given = {name for name in tensors if not name.endswith(_DERIVED)}
+    if cfg.tie_embeddings and "lm_head.weight" in given:  # some exporters write the table twice
+        given.discard("lm_head.weight")
+        check_tied(tensors, "lm_head.weight", tree.embed.weight.name, path)
+    if missing := sorted(wanted.keys() - given):
+        raise ValueError(f"{path}: lacks {_some(missing)}")
+    if unknown := sorted(given - wanted.keys()):
+        raise ValueError(f"{path}: holds {_some(unknown)}, which this model has no place for")
+    for source, info in zip(jax.tree.leaves(tree), jax.tree.leaves(infos), strict=True):
+        expected = (wanted[source.name], *info.shape[1:])
+        expected = expected[::-1] if source.is_transposed else expected
+        if (shape := tensors[source.name].shape) != expected:
+            raise ValueError(f"{path}: {source.name} must have shape {expected}, got {shape}")
+    return len(wanted)
 
 
 def check_tied(tensors: Mapping[str, Tensor], head: str, table: str, path: Path) -> None:
