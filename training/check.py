@@ -243,7 +243,7 @@ def _looks_like_lines(report: Report) -> bool:
     with open(report.path, "rb") as file:
         start = file.read(4096)
     if start.startswith(BOM_UTF16):
-        report.add(1, "not_utf8", "Example 1 is not UTF-8: the file begins as UTF-16 does.")
+        report.add(1, "utf16", "Example 1 is not UTF-8: the file begins as UTF-16 does.")
     elif b"\0" in start:
         line = start[: start.index(b"\0")].count(b"\n") + 1
         reason = "The file is binary: it holds zero bytes. Expected file to have JSONL format."

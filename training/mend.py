@@ -25,7 +25,7 @@ MAX_ARRAY = 64 * 2**20  # bytes of a file that is one array: it is read as a who
 _DEEDS = {
     "byte_order_mark": "remove the byte order mark",
     "carriage_return": "end {n} line(s) without a carriage return",
-    "not_utf8": "write the file in UTF-8",
+    "utf16": "write the file in UTF-8",
     "json_array": "write the array as lines",
     "blank_line": "drop {n} blank line(s)",
     "too_long": "cut, or drop, {n} example(s) that are too long",
@@ -35,9 +35,6 @@ _DEEDS = {
 def proposals(report: Report) -> list[str]:
     """What `mend` would do about a report, a phrase each; empty if it can do nothing."""
     counts = report.counts + report.notes
-    if any(problem.code == "not_utf8" and "UTF-16" not in problem.message for problem in
-           report.problems):  # fmt: skip
-        del counts["not_utf8"]  # some other encoding: which, would be a guess
     if report.counts["json_array"] and report.bytes > MAX_ARRAY:
         del counts["json_array"]
     return _told(counts)
@@ -112,7 +109,7 @@ def _lines(path: Path, done: Counter[str]) -> Iterator[bytes]:
         yield from map(_spelled, rows)
         return
     if start.startswith(BOM_UTF16):
-        done["not_utf8"] += 1
+        done["utf16"] += 1
         with open(path, encoding="utf-16", newline="\n") as text:
             lines: Iterator[bytes] = (line.rstrip("\n").encode() for line in text)
             yield from _cleaned(lines, done)

@@ -46,7 +46,7 @@ def test_a_good_file(tmp_path):
         (b"\n\n", None, "empty_file", []),
         (LINES[0], None, "invalid_n_examples", [1, 10]),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" * 99, 3, "binary", []),
-        (b"\xff\xfe" + GOOD.decode().encode("utf-16-le"), 1, "not_utf8", ["UTF-16"]),
+        (b"\xff\xfe" + GOOD.decode().encode("utf-16-le"), 1, "utf16", ["UTF-16"]),
         (json.dumps(ROWS).encode(), 1, "json_array", ['"["']),
         (json.dumps(ROWS, indent=2).encode(), 1, "json_array", ['"["']),
         (json.dumps(ROWS[0], indent=2).encode(), 1, "invalid_json", ["Example 1"]),
