@@ -6,10 +6,10 @@ export PYTHON
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test slow setup lint parity notebooks bench golden lines clean
+.PHONY: help serve test test-fast slow setup lint parity notebooks bench golden lines clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 serve: ## install, fetch the chat model (93 MB), serve it on 127.0.0.1:8000
 	@sh scripts/setup.sh serve
@@ -18,6 +18,10 @@ serve: ## install, fetch the chat model (93 MB), serve it on 127.0.0.1:8000
 
 test: .models ## install, fetch the models (860 MB), run the tests
 	@$(BIN)/pytest -q -n 2 --dist loadfile $(ARGS)
+
+test-fast: setup ## the tests that need no model, port or download (a minute)
+	@PELLUCID_HOME=.venv/no-models $(BIN)/pytest -q -n 2 --dist loadfile \
+	--disable-socket --allow-unix-socket -m "not slow and not parity and not heavy" $(ARGS)
 
 slow: .models ## the tests that take long, notebooks among them, then the comparisons
 	@sh scripts/setup.sh parity

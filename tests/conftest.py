@@ -29,6 +29,16 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 
+HEAVY = {"model_file", "address", "refusing"}  # fixtures that need a model or a port
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests as heavy by what they need; modules that compile much say so themselves."""
+    for item in items:
+        if HEAVY & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.heavy)
+
+
 @pytest.fixture(scope="session")
 def model_file() -> Callable[[str], Path]:
     """Gives the path of a pulled model by its id; fails, saying what to do, if it is not there."""

@@ -11,6 +11,8 @@ from audio import checkpoint, model
 from audio.config import Config
 from tests.naming import naming
 
+pytestmark = pytest.mark.heavy
+
 CFG = Config.debug()
 
 

@@ -44,6 +44,7 @@ def test_every_short_text(pattern):
 
 
 @EVERY
+@pytest.mark.heavy
 def test_many_longer_texts(pattern):
     rng = random.Random(0)
     for alphabet in (

@@ -18,6 +18,8 @@ from tests.bpe import tiny
 from tests.bpe.conftest import MODELS
 from tests.naming import naming
 
+pytestmark = pytest.mark.heavy
+
 WORDS = [
     "low",
     " lower",

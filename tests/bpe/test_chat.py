@@ -337,6 +337,7 @@ RUNAWAY = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("source", RUNAWAY.values(), ids=RUNAWAY)
 def test_a_runaway_template_ends_soon_and_says_so(source, monkeypatch):
     """Each would otherwise run for hours, or need gigabytes, or crash the interpreter."""

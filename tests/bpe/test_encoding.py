@@ -168,6 +168,7 @@ def test_round_trip(text):
         assert ENCODING.decode(ENCODING.encode(text, **options)) == text
 
 
+@pytest.mark.heavy
 def test_the_cache_is_bounded_and_changes_nothing():
     encoding = tiny.encoding()
     words = ["".join(random.Random(i).choices(string.ascii_letters, k=9)) for i in range(40_000)]
@@ -176,6 +177,7 @@ def test_the_cache_is_bounded_and_changes_nothing():
     assert [encoding.encode(word) for word in words] == first
 
 
+@pytest.mark.heavy
 def test_a_megabyte_that_cannot_be_split():
     text = "a" * 1_000_000
     ids = ENCODING.encode(text)

@@ -60,6 +60,7 @@ few_letters = st.lists(st.sampled_from([b"a", b"b", b"c"]), min_size=1, max_size
 
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(few_letters, st.integers(1, 5), max_size=8), st.integers(1, 3))
+@pytest.mark.heavy
 def test_the_fast_way_learns_the_same(counts, min_frequency):
     assert train_fast.learn(counts, 60, min_frequency) == learn(counts, 60, min_frequency)
 

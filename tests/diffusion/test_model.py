@@ -15,6 +15,8 @@ from tests.diffusion.conftest import random_params, shapes
 from tests.naming import naming
 from transformer import rope
 
+pytestmark = pytest.mark.heavy
+
 CONFIGS = [UNetConfig.debug(), DiTConfig.debug()]
 both = pytest.mark.parametrize("cfg", CONFIGS, ids=["unet", "dit"])
 

@@ -10,6 +10,8 @@ from diffusion.schedule import Level
 from tests.diffusion.conftest import GOLDEN, dummy
 from tests.naming import naming
 
+pytestmark = pytest.mark.heavy
+
 RULES = ("euler", "ddim", "ddpm", "heun", "dpmpp")
 
 

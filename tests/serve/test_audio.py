@@ -25,6 +25,8 @@ from tests.naming import names
 from tests.serve import scripted
 from tests.serve.old_client import OldClient, install
 
+pytestmark = pytest.mark.heavy
+
 MODEL = "whisper-tiny.en"
 MULTILINGUAL = "whisper-base"
 CLIP = GOLDEN / "austen-0890.flac"

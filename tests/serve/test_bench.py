@@ -13,6 +13,8 @@ from tests.naming import names
 from tests.serve import tiny
 from transformer.bench import decoder_cases as cases
 
+pytestmark = pytest.mark.heavy
+
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(

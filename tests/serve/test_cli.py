@@ -20,6 +20,8 @@ from openai import OpenAI
 
 from tests.naming import names
 
+pytestmark = pytest.mark.heavy
+
 COMMAND = [sys.executable, "-m", "serve"]
 SMALL = "smollm2-135m-instruct"
 # The terminal settings of whoever runs the tests must not show in them.

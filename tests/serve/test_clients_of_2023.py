@@ -8,6 +8,8 @@ from tests.serve import scripted
 from tests.serve.old_client import OldClient, install
 from tests.serve.scripted import HELLO
 
+pytestmark = pytest.mark.heavy
+
 LENGTH = len(HELLO.encode())
 
 

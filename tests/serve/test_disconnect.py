@@ -25,6 +25,8 @@ from transformer.engine import Engine
 from transformer.engine.runner import BUCKETS, CHUNK, NUM_SLOTS, Runner
 from transformer.engine.scheduler import Scheduler
 
+pytestmark = pytest.mark.heavy
+
 
 def send(address, body):
     """A request over a bare socket, which can be cut at any moment."""

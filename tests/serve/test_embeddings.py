@@ -22,6 +22,8 @@ from tests.naming import names, naming
 from tests.serve import scripted
 from tests.serve.old_client import OldClient, install
 
+pytestmark = pytest.mark.heavy
+
 MODEL = "all-minilm-l6-v2"
 ALIASES = {
     "text-embedding-3-small": MODEL,

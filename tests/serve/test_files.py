@@ -20,6 +20,8 @@ from tests.naming import names
 from tests.serve import scripted
 from tests.serve.old_client import OldClient, install
 
+pytestmark = pytest.mark.heavy
+
 LINES = b'{"messages": []}\n' * 3
 
 

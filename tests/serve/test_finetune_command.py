@@ -14,6 +14,8 @@ from serve.models import adapters
 from tests.naming import names
 from tests.serve import tiny
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

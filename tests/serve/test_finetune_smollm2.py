@@ -17,6 +17,8 @@ from serve import settings
 from tests.waiting import wait_until
 from training.recipes import harbour
 
+pytestmark = pytest.mark.heavy
+
 BASE = "smollm2-135m-instruct"
 OTHER = "Write one sentence about the sea."
 

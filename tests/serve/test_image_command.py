@@ -15,6 +15,8 @@ from serve.cli.main import app
 from tests.diffusion.conftest import save_tiny
 from tests.naming import names
 
+pytestmark = pytest.mark.heavy
+
 SIZE = 16  # pixels of what the tiny model draws
 
 

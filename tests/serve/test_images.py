@@ -38,6 +38,8 @@ from tests.serve import scripted
 from tests.serve.old_client import OldClient, install
 from transformer.engine import Busy, Device, Lane
 
+pytestmark = pytest.mark.heavy
+
 SIZE = 16  # pixels of what the tiny model draws
 
 

@@ -15,6 +15,8 @@ from tests.serve import tiny
 from transformer import checkpoint, pictures
 from transformer import inspect as looking
 
+pytestmark = pytest.mark.heavy
+
 ROOT = str(Path(__file__).parent.parent.parent)
 TEXT = "a bad $cab"
 IDS = list(TEXT.encode())  # the tiny model's tokens are bytes

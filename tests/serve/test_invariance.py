@@ -24,6 +24,8 @@ from transformer.engine.runner import BUCKETS, CHUNK, NUM_SLOTS, Runner
 from transformer.engine.scheduler import Scheduler
 from transformer.sampling import Sampling
 
+pytestmark = pytest.mark.heavy
+
 CHAT = "smollm2-135m-instruct"
 NUM_BLOCKS = 36
 NUM_IDS = 49152

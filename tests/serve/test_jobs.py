@@ -32,6 +32,8 @@ from tests.serve import tiny
 from tests.serve.old_client import OldClient, install
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.heavy
+
 LONG = {"n_epochs": 50, "batch_size": 1}  # some 3000 steps
 OVER = ("succeeded", "failed", "cancelled")
 

@@ -14,6 +14,8 @@ from serve.models.registry import Registry
 from serve.models.spec import LoadOptions
 from tests.serve import scripted, toy_kind
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture
 def folder(tmp_path):

@@ -23,6 +23,8 @@ from transformer.engine.runner import CHUNK, NUM_SLOTS, Runner
 from transformer.engine.scheduler import Scheduler
 from transformer.sampling import Sampling
 
+pytestmark = pytest.mark.heavy
+
 CHAT = "smollm2-135m-instruct"
 GIGA = 2**30
 

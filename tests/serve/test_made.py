@@ -15,6 +15,8 @@ from transformer import lora
 from transformer.engine import Done, Request, Token
 from transformer.sampling import Sampling
 
+pytestmark = pytest.mark.heavy
+
 BUDGET = 2 * 2**20
 FT = "ft:tiny:pellucid:mine:abc123"
 

@@ -14,6 +14,8 @@ from tests.serve import tiny
 from transformer.engine import Done, Request, Token
 from transformer.sampling import Sampling
 
+pytestmark = pytest.mark.heavy
+
 CHAT = "smollm2-135m-instruct"
 ASKED = Request(prompt=(1, 2, 3), max_tokens=4, sampling=Sampling(temperature=0))
 

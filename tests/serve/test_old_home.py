@@ -9,6 +9,8 @@ from tests.serve.old_home import make_old_home as old
 from tests.serve.processes import run, serving, until
 from tests.serve.tiny_data import ANSWER, examples, pairs
 
+pytestmark = pytest.mark.heavy
+
 MADE = json.loads(old.MADE.read_text("utf-8"))
 
 

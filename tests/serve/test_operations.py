@@ -23,6 +23,8 @@ from serve.models.spec import ModelSpec
 from tests.naming import names, naming
 from tests.serve import scripted
 
+pytestmark = pytest.mark.heavy
+
 BODY = {"model": "scripted", "prompt": "hello", "max_tokens": 100}
 
 

@@ -12,6 +12,8 @@ from serve.api.routes import pages
 from tests.serve import scripted
 from tests.serve.scripted import HELLO
 
+pytestmark = pytest.mark.heavy
+
 LIMIT = 60_000  # bytes of the whole page: it is read by people, too
 
 

@@ -16,6 +16,8 @@ from tests.naming import names
 from tests.serve import scripted, tiny
 from transformer.sampling import Sampling
 
+pytestmark = pytest.mark.heavy
+
 OWN = {"temperature": 0.5, "top_p": 0.75, "top_k": 7, "min_p": 0.125, "repetition_penalty": 1.5}
 OWN |= {"presence_penalty": 0.25, "frequency_penalty": -0.5}
 WITHOUT_PENALTIES = OWN | {name: sampling.OPENAI[name] for name in sampling.PENALTIES}

@@ -15,6 +15,8 @@ from serve.api import responses
 from serve.models import adapters
 from tests.serve import scripted
 
+pytestmark = pytest.mark.heavy
+
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "emoji"}]}
 TEXT = {"model": "scripted", "prompt": ["emoji", "hello"], "logprobs": 2, "echo": True}
 

@@ -13,6 +13,8 @@ from transformer.engine.runner import CHUNK, NUM_SLOTS, Runner
 from transformer.engine.scheduler import Scheduler
 from transformer.sampling import Sampling
 
+pytestmark = pytest.mark.heavy
+
 TINY = Path(__file__).parents[1] / "golden/transformer/llama"
 GREEDY = Sampling(temperature=0)
 

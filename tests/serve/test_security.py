@@ -6,6 +6,8 @@ import pytest
 from serve.api.middleware import host_name, mask
 from tests.serve import scripted
 
+pytestmark = pytest.mark.heavy
+
 BODY = {"model": "scripted", "prompt": "hello"}
 PAGE = "https://app.example"
 

@@ -19,6 +19,8 @@ from serve.models.catalogue import Model, ModelFile, Part
 from serve.models.spec import ModelFiles
 from tests.naming import names, naming
 
+pytestmark = pytest.mark.heavy
+
 CONTENT = b"GGUF" + bytes(range(256)) * 500
 
 

@@ -4,6 +4,8 @@ import pytest
 
 from tests.serve.surface import record
 
+pytestmark = pytest.mark.heavy
+
 
 def compare(surface):
     for name, text in surface().items():

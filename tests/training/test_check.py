@@ -117,6 +117,7 @@ def test_a_file_too_large_is_not_read(tmp_path):
     tracemalloc.stop()
 
 
+@pytest.mark.heavy
 def test_memory_does_not_grow_with_the_file(tmp_path):
     """Of a file whose every line is bad the first hundred are told, all are counted."""
     path = tmp_path / "bad.jsonl"

@@ -23,6 +23,8 @@ from transformer import config as decoders
 from transformer.kernels import exact
 from transformer.layers import quantize
 
+pytestmark = pytest.mark.heavy
+
 GOLDEN = Path(__file__).parent.parent / "golden"
 CFG = decoders.Config.debug(vocab_size=64, num_layers=1)
 

@@ -18,6 +18,8 @@ from diffusion.data import Concept, Pack
 from tests.diffusion.conftest import random_params
 from training.recipes import emoji, emoji_measures, tower
 
+pytestmark = pytest.mark.heavy
+
 
 def write_pack(folder, *, count=6, held_out=0.0, seed=0):
     """A pack of squares, each concept a colour of its own, left black; every second has a side."""

@@ -7,6 +7,8 @@ import pytest
 
 from training.loss import chunked, cross_entropy
 
+pytestmark = pytest.mark.heavy
+
 RNG = np.random.default_rng(0)
 ROWS, WIDTH, VOCAB = 50, 24, 96
 X = RNG.normal(0, 1, (ROWS, WIDTH)).astype(np.float32)

@@ -79,6 +79,7 @@ def test_patience_needs_something_to_validate_with(tmp_path):
         train(None, None, lambda step: {}, config, tmp_path)
 
 
+@pytest.mark.heavy
 def test_a_bar_where_there_is_a_terminal(tmp_path):
     """On a pseudo-terminal: how far it is, the loss, and tokens a second."""
     code = (

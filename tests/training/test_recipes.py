@@ -20,6 +20,8 @@ from training.recipes import finetune, folders, harbour, pretrain
 from transformer import checkpoint, decoder, lora
 from transformer.config import Config
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:

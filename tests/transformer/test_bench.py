@@ -22,6 +22,8 @@ from transformer.config import Config
 from transformer.kernels import exact
 from transformer.weights import Linear
 
+pytestmark = pytest.mark.heavy
+
 ROOFS = Roofs(10e9, {"float32": 100e9, "bfloat16": 200e9, "int8": 400e9}, 1e-6)
 TINY = cases.Sizes(Config.debug(max_seq_len=1024), 100, encoder.Config.debug(max_seq_len=256))
 RESULT = Result(

@@ -12,6 +12,8 @@ from tests.transformer.conftest import GEMMA_FORMS, GPT2_FORMS, noise
 from transformer import cache, decoder
 from transformer.config import Config
 
+pytestmark = pytest.mark.heavy
+
 LLAMA = Config.debug()
 GPT2 = Config.debug(**GPT2_FORMS)
 # Its local layers leave the first block behind at position 295.

@@ -13,6 +13,8 @@ from tests.transformer.parts import check_parts
 from transformer import attention, decoder, rope
 from transformer.config import Config, RopeScaling
 
+pytestmark = pytest.mark.heavy
+
 IDS = np.random.default_rng(1).integers(0, 320, (2, 12)).astype(np.int32)
 forward = jax.jit(decoder.forward, static_argnums=1, static_argnames="taps")
 # Compiled in less time, where it only matters whether something changes.

@@ -18,6 +18,8 @@ from transformer import encoder, packing
 from transformer.checkpoint import bert
 from transformer.encoder import Config
 
+pytestmark = pytest.mark.heavy
+
 GOLDEN = Path(__file__).parent.parent / "golden" / "encoder"
 POOLINGS = ("mean", "cls")
 

@@ -13,6 +13,8 @@ from transformer import decoder, generate
 from transformer.config import Config
 from transformer.sampling import Sampling
 
+pytestmark = pytest.mark.heavy
+
 forward = jax.jit(decoder.forward, static_argnums=1)
 
 

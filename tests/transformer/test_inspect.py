@@ -15,6 +15,8 @@ from transformer import checkpoint, inspect, lora, pictures
 from transformer.config import Config
 from transformer.decoder import forward, init
 
+pytestmark = pytest.mark.heavy
+
 GOLDEN = Path(__file__).parent.parent / "golden" / "inspect"
 NAMES = ("gpt2", "llama", "qwen2")
 

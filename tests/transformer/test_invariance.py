@@ -18,6 +18,8 @@ from transformer.config import Config
 from transformer.layers import quantize
 from transformer.weights import Linear
 
+pytestmark = pytest.mark.heavy
+
 BUCKETS = (2, 4, 8, 16)
 SIZES = dict(
     num_layers=1, d_model=256, d_ff=512, head_dim=64, vocab_size=1000, num_heads=8, max_seq_len=512

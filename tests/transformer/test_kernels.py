@@ -14,6 +14,8 @@ from transformer.bench import in_float64
 from transformer.config import Config
 from transformer.weights import Linear, Lora
 
+pytestmark = pytest.mark.heavy
+
 RNG = np.random.default_rng(0)
 FORMS = [(operation, form) for operation, forms in kernels.FORMS.items() for form in forms]
 ROUNDING = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 3e-2}  # relative to the largest value

@@ -16,6 +16,8 @@ from transformer.config import Config
 from transformer.layers import quantize
 from transformer.weights import Linear
 
+pytestmark = pytest.mark.heavy
+
 FAMILIES = ("llama", "gpt2", "gemma3")
 FOLDER = GOLDEN / "lora"
 forward = jax.jit(decoder.forward, static_argnums=1)

@@ -10,6 +10,8 @@ from transformer.config import Config
 from transformer.layers import linear, quantize
 from transformer.weights import Linear
 
+pytestmark = pytest.mark.heavy
+
 forward = jax.jit(decoder.forward, static_argnums=1)
 
 

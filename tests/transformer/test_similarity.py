@@ -9,6 +9,8 @@ from scipy.optimize import minimize
 from tests.naming import naming
 from transformer import similarity
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture
 def rng():

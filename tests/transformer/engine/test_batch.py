@@ -15,6 +15,8 @@ from transformer.config import Config
 from transformer.engine import Device, Done, Request, Token, build_engine
 from transformer.sampling import Sampling
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).parents[3]
 CFG = Config.debug(vocab_size=64, num_layers=1, max_seq_len=128)
 GREEDY = Sampling(temperature=0)
