@@ -93,9 +93,9 @@ def declared_in_folder(folder: Path) -> Iterator[tuple[str, Any]]:
         yield f"{folder / name}: eos_token", text
     for name in ("generation_config.json", "config.json"):
         content = read_optional(folder / name)
-        yield f"{folder / name}: eos_token_id", content.get("eos_token_id")
+        yield _ids(f"{folder / name}: eos_token_id", content.get("eos_token_id"))
         if isinstance(text := content.get("text_config"), Mapping):  # of a model that also sees
-            yield f"{folder / name}: text_config.eos_token_id", text.get("eos_token_id")
+            yield _ids(f"{folder / name}: text_config.eos_token_id", text.get("eos_token_id"))
 
 
 def declared_in_gguf(metadata: Mapping[str, Any], source: str) -> Iterator[tuple[str, Any]]:
@@ -119,6 +119,14 @@ def read_optional(path: Path) -> dict[str, Any]:
         warn_once(log, f"{path} is not used: it holds a {type(content).__name__}, not an object")
         return {}
     return content
+
+
+def _ids(where: str, value: Any) -> tuple[str, list[Any]]:
+    """A declaration without texts, which are no ids: "2" is a token too, and another one."""
+    items = value if isinstance(value, list) else [value]
+    for text in (item for item in items if isinstance(item, str)):
+        warn_once(log, f"{where} is {text!r}, which is a text and no id: it ends nothing")
+    return where, [item for item in items if not isinstance(item, str)]
 
 
 def _known_id(encoding: Encoding, item: Any) -> int | None:

@@ -40,6 +40,10 @@ def _d_model(cfg: Any) -> int:
     return cfg.d_model
 
 
+def _vocab_size(cfg: Any) -> int | None:
+    return getattr(cfg, "vocab_size", None)
+
+
 def _root_of_num_layers(cfg: Any) -> float | None:
     num_layers = getattr(cfg, "num_layers", None)  # Whisper has two such numbers
     return None if num_layers is None else num_layers**0.5
@@ -87,6 +91,8 @@ _GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "mlp_beta_factor": (1,),
         "rescale_every": (0,),  # RWKV
         "residual_scale": (1,),
+        "output_multiplier": (1,),
+        "residual_gate_temperature": (),
     },
     "scales attention scores or values": {
         "attention_multiplier": (_inverse_root_of_head_dim,),  # Granite
@@ -99,6 +105,7 @@ _GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "scale_qk_dot_by_d": (False,),  # BTLM
         "mup_scale_qk_dot_by_d": (False,),
         "mup_attn_multiplier": (1,),
+        "qk_scale_factor": (1,),
         "use_logn_attn": (False,),  # Qwen 1
         "log_scaling_alpha": (0,),
         "attn_temperature_tuning": (False, 0),  # Llama 4
@@ -113,6 +120,9 @@ _GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "mlp_gate_softcap": (),
         "mlp_up_softcap": (),
         "swiglu_limit": (),  # gpt-oss
+        "swiglu_alpha": (),
+        "attention_logit_cap": (),
+        "unpadded_vocab_size": (_vocab_size,),  # tokens from there on get no logit
         "clip_qkv": (0,),  # OLMo; 0 as MPT reads it
         "qk_l2_clip_threshold": (),
         "activation_sparsity_pattern": (0,),  # Gemma 3n
@@ -132,6 +142,8 @@ _GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "rotary_interleaved": (False,),
         "rotary_value": (False,),
         "use_dynamic_ntk": (False,),
+        "use_rotary_embedding": (True,),
+        "use_long_context": (False,),
         "use_mrope": (False,),
         "mrope_section": (),
         "layer_rope_theta": (_rope_theta,),
@@ -161,7 +173,10 @@ _GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "window_size": (-1,),  # [-1, -1] is flash attention's spelling of no window
         "local_attention": (),
         "attention_chunk_size": (),  # Llama 4
+        "local_attention_window_len": (),
+        "keep_window_size": (),
         "attention_types": (),  # GPT-Neo
+        "attention_layers": ("global",),
         "attention_type": ("original_full",),  # BigBird
         "attn_type": ("multihead_attention",),
         "attention_k_eq_v": (False,),
@@ -184,6 +199,7 @@ _GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "attention_out_bias": (False,),
         "use_attention_bias": (False,),
         "qkv_bias": (False,),
+        "value_bias": (False,),
         "use_qkv_bias": (False,),
         "add_qkv_bias": (False,),
         "mlp_bias": (False,),
@@ -224,6 +240,9 @@ _GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "mlp_hidden_act": (),  # Nemotron-H
     },
     "replaces or adds blocks": {
+        "gating": (False,),
+        "use_attention_gate": (False,),
+        "use_double_wide_mlp": (False,),
         "num_experts": (0, 1),  # Qwen MoE
         "num_local_experts": (0, 1),  # Mixtral
         "n_routed_experts": (0, 1),  # DeepSeek
@@ -411,6 +430,8 @@ def check(
             raise ValueError(f"{key} is {_method(value)}: {_HOW_TO_DEQUANTISE}")
     if rest.get("attn_temperature_tuning") in (False, 0):
         rest.pop("attn_scale", None)  # which only that multiplies
+    if rest.get("no_rope_layers"):
+        rest.pop("no_rope_layer_interval", None)  # of which the list is made where there is none
     table = CONFIG | {key: (CONFIG[key][0], values) for key, values in (own or {}).items()}
     _check(rest, table, _EXPECTED, cfg, kind, "config.json")
 

@@ -89,6 +89,9 @@ def _from_tokenizer_json(
         if not isinstance(id, int):
             raise ValueError(f"{where}: vocab[{token!r}] is {short(id)}, not an id")
     special = added_tokens(spec, vocab, str(path))
+    for token in (bos, eos):  # as transformers, which adds what is named
+        if token is not None and token in vocab:
+            special.setdefault(token, vocab[token])
     merges = [  # strings in old files
         merge.split(" ") if isinstance(merge, str) else merge
         for merge in get(model, "merges", list, where)
@@ -110,11 +113,10 @@ def _from_tokenizer_json(
     if begin is not None and bos is not None and begin != bos:
         raise ValueError(f"{path}: post_processor adds {begin!r}, but bos_token is {bos!r}")
     bos = bos or begin
-    for key, token in {"bos_token": bos, "eos_token": eos}.items():
-        if token is not None and token not in special:
-            raise ValueError(f"{path}: added_tokens lacks the {key} {token!r}")
-    if eos is None:  # special_tokens_map.json may name it
-        eos = next((v for _, v in declared if isinstance(v, str) and v in special), None)
+    if bos is not None and bos not in special:
+        raise ValueError(f"{path}: the vocabulary lacks the bos_token {bos!r}")
+    if eos is None or eos not in special:  # special_tokens_map.json may name it
+        eos = next((v for _, v in declared if isinstance(v, str) and v in special), eos)
     declared_ids = stop.known_ids(encoding, declared)
     stop_ids = stop.spelled_ids(encoding).union(declared_ids)
     template, named = chat_templates(templates, bos, eos, encoding, stop_ids)
@@ -124,7 +126,7 @@ def _from_tokenizer_json(
         named_templates=named,
         bos_id=None if bos is None else special[bos],
         # Where the tokenizer's files name none, the first that the model's name.
-        eos_id=special[eos] if eos is not None else next(iter(declared_ids), None),
+        eos_id=special.get(eos or "", next(iter(declared_ids), None)),
         add_bos=begin is not None,
         stop_ids=stop_ids,
     )

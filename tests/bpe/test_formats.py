@@ -13,7 +13,7 @@ from bpe.log_once import warn_once
 from bpe.pretokenize import GPT2, LLAMA3, O200K, QWEN2, SMOLLM
 from tests.bpe import tiny
 from tests.bpe.conftest import MODELS
-from tests.naming import naming
+from tests.naming import names, naming
 
 TEXT = "low lower 😀<|im_end|>é\x00\xff 12"
 IDS = tiny.encoding().encode(TEXT, allowed_special="all")
@@ -77,9 +77,38 @@ def test_folder(tmp_path, write_json):
     assert bpe.load(tmp_path).chat_template.render([]) == "d"
     (tmp_path / "chat_template.jinja").write_text("newer")
     assert bpe.load(tmp_path).chat_template.render([]) == "newer"
-    write_json({"eos_token": "</s>"}, "tokenizer_config.json")
-    with pytest.raises(ValueError, match=naming("eos_token", "'</s>'")):
+    write_json({"bos_token": "<s>"}, "tokenizer_config.json")
+    with pytest.raises(ValueError, match=naming("bos_token", "'<s>'")):
         bpe.load(tmp_path)
+
+
+def test_folder_with_an_eos_token_that_the_vocabulary_lacks_ends_at_the_others(
+    tmp_path, write_json, caplog
+):
+    """It was refused, though a model can do without: no id can be drawn for it."""
+    write_json(tiny.tokenizer_json())
+    (tmp_path / "chat_template.jinja").write_text("{{ eos_token }}")
+    write_json({"eos_token": "</s>"}, "tokenizer_config.json")
+    write_json({"eos_token_id": 2}, "generation_config.json")
+    tokenizer = bpe.load(tmp_path)
+    assert tokenizer.eos_id == 2 and 2 in tokenizer.stop_ids
+    assert tokenizer.chat_template.render([]) == "</s>"
+    assert [names(record.getMessage(), "eos_token", "'</s>'") for record in caplog.records] == [
+        True
+    ]
+
+
+def test_folder_whose_eos_token_is_in_the_vocabulary_only(tmp_path, write_json):
+    """transformers makes a special token of it, which has the id of the vocabulary."""
+    spec = tiny.tokenizer_json()
+    ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] != "<|im_end|>"]
+    spec["model"]["vocab"]["<|im_end|>"] = ids["<|im_end|>"]
+    write_json(spec)
+    write_json({"eos_token": "<|im_end|>"}, "tokenizer_config.json")
+    tokenizer = bpe.load(tmp_path)
+    assert tokenizer.eos_id == ids["<|im_end|>"] and tokenizer.eos_id in tokenizer.stop_ids
+    assert tokenizer.encoding.special_tokens["<|im_end|>"] == ids["<|im_end|>"]
 
 
 def test_a_post_processor_may_add_bos(tmp_path, write_json):

@@ -67,7 +67,7 @@ def test_the_first_declared_id_stands_in_for_a_tokenizer_that_names_none(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "value", [10**6, -1, 2**80, "</s>", 2.0, True, {"id": 2}, [10**6, IM_END]], ids=str
+    "value", [10**6, -1, 2**80, "</s>", "2", 2.0, True, {"id": 2}, [10**6, IM_END]], ids=str
 )
 @pytest.mark.parametrize("name", ["generation_config", "config"])
 def test_an_id_that_the_vocabulary_lacks_is_noted_and_passed_over(tmp_path, caplog, name, value):

@@ -487,6 +487,9 @@ NEUTRAL = {
     "no vision": dict(vision_config={}, audio_config={}, text_config={}),
     "no options of MPT": dict(attn_config={}, ffn_config={}),
     "the activation by Nemotron's name": dict(mlp_hidden_act="silu"),
+    "positions in every layer, whatever the interval": dict(
+        no_rope_layers=[1, 1], no_rope_layer_interval=4
+    ),
     "no scaling": dict(rope_scaling=False),
     "dynamic NTK by 1": dict(rope_scaling=dict(type="dynamic", factor=1.0)),
     "bitsandbytes, switched off": dict(
@@ -496,6 +499,9 @@ NEUTRAL = {
 }
 NOT_NEUTRAL = {
     "sliding_window": dict(sliding_window=1),
+    "output_multiplier": dict(output_multiplier=0.5),
+    "qk_scale_factor": dict(qk_scale_factor=2.0),
+    "no_rope_layer_interval": dict(no_rope_layer_interval=4),
     "window_size": dict(window_size=[-1, 0]),
     "clip_qkv": dict(clip_qkv=0.5),
     "vision_config": dict(vision_config={"hidden_size": 8}),
