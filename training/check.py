@@ -255,7 +255,21 @@ def _looks_like_lines(report: Report) -> bool:
             "Expected file to have JSONL format, where every line is a JSON dictionary. Line 1 is "
             'not a dictionary (HINT: line starts with: "["; the file is one JSON array).',
         )
+    elif ends_in_carriage_returns(report.path):
+        report.add(
+            1,
+            "carriage_return_only",
+            "The lines end in carriage returns only. Expected file to have JSONL format, where "
+            "lines end in line feeds.",
+        )
     return report.ok
+
+
+def ends_in_carriage_returns(path: Path) -> bool:
+    """Whether the first example ends in a carriage return without a line feed, as of old Macs."""
+    _, line = next(examples.lines(path), (1, b""))
+    first, end, rest = line.removeprefix(BOM).lstrip().partition(b"\r")
+    return bool(end and rest) and not isinstance(examples.parse(first), Fault)
 
 
 def _read_line(

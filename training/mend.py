@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from training import examples
-from training.check import BOM, BOM_UTF16, Report
+from training.check import BOM, BOM_UTF16, Report, ends_in_carriage_returns
 from training.examples import Fault, Kind, Tokenizer
 
 MAX_ARRAY = 64 * 2**20  # bytes of a file that is one array: it is read as a whole
@@ -25,6 +25,7 @@ MAX_ARRAY = 64 * 2**20  # bytes of a file that is one array: it is read as a who
 _DEEDS = {
     "byte_order_mark": "remove the byte order mark",
     "carriage_return": "end {n} line(s) without a carriage return",
+    "carriage_return_only": "end lines in line feeds instead of carriage returns",
     "utf16": "write the file in UTF-8",
     "json_array": "write the array as lines",
     "blank_line": "drop {n} blank line(s)",
@@ -113,6 +114,12 @@ def _lines(path: Path, done: Counter[str]) -> Iterator[bytes]:
         with open(path, encoding="utf-16", newline="\n") as text:
             lines: Iterator[bytes] = (line.rstrip("\n").encode() for line in text)
             yield from _cleaned(lines, done)
+        return
+    if ends_in_carriage_returns(path):
+        done["carriage_return_only"] += 1
+        with open(path, encoding="utf-8", errors="surrogateescape") as text:  # any end of a line
+            rows = (line.rstrip("\n").encode("utf-8", "surrogateescape") for line in text)
+            yield from _cleaned(rows, done)
         return
     yield from _cleaned((line for _, line in examples.lines(path)), done)
 

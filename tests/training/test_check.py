@@ -47,6 +47,7 @@ def test_a_good_file(tmp_path):
         (LINES[0], None, "invalid_n_examples", [1, 10]),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" * 99, 3, "binary", []),
         (b"\xff\xfe" + GOOD.decode().encode("utf-16-le"), 1, "utf16", ["UTF-16"]),
+        (GOOD.replace(b"\n", b"\r"), 1, "carriage_return_only", []),
         (json.dumps(ROWS).encode(), 1, "json_array", ['"["']),
         (json.dumps(ROWS, indent=2).encode(), 1, "json_array", ['"["']),
         (json.dumps(ROWS[0], indent=2).encode(), 1, "invalid_json", ["Example 1"]),
@@ -173,6 +174,8 @@ def test_a_validation_file_may_be_short(tmp_path):
     [
         (b"\xef\xbb\xbf" + GOOD, "byte order mark"),
         (GOOD.replace(b"\n", b"\r\n"), 12),
+        (GOOD.replace(b"\n", b"\r"), "carriage returns"),
+        (b"\r".join(LINES[:2]) + b"\n" + b"\n".join(LINES[2:]), "carriage returns"),
         (GOOD + b"\n\n", 2),
         (json.dumps(ROWS, indent=1).encode(), "array"),
         (b"\xff\xfe" + GOOD.decode().encode("utf-16-le"), "UTF-8"),

@@ -55,7 +55,11 @@ def _weight_files(folder: Path) -> list[Path]:
                 f"{folder}: holds only pickled weights ({pickles[0]}), which are never opened "
                 "because unpickling runs code from the file; convert them to safetensors first"
             )
-        raise FileNotFoundError(f"{folder}: no model.safetensors")
+        found = ", ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:3])
+        raise FileNotFoundError(
+            f"{folder}: no model.safetensors, and no {index.name} that says which tensors its "
+            f"shards hold{f' (found: {found})' if found else ''}"
+        )
     places = read_object(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
         raise ValueError(f"{index}: weight_map must give a file name for each tensor")
