@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from serve.cli import console
+from serve.cli.options import model_option
 from serve.exceptions import WrongUsage
 
 
@@ -21,11 +22,8 @@ def bench(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="ID",
-            help="Take the sizes of a pulled model, or of NAME=PATH. [default: SmolLM2-135M's]",
+        model_option(
+            "Take the sizes of a pulled model, or of NAME=PATH. [default: SmolLM2-135M's]"
         ),
     ] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens that stand in the cache.")] = 512,

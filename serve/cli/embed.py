@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from serve.cli import console
+from serve.cli import console, stdin
+from serve.cli.options import Json, Stats, model_option
 from serve.exceptions import DoesNotFit, WrongUsage
 
 if TYPE_CHECKING:
@@ -32,12 +33,7 @@ def embed(
     ] = None,
     model: Annotated[
         str,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="ID",
-            help="An embedding model of `pellucid models`, or NAME=PATH for a folder.",
-        ),
+        model_option("An embedding model of `pellucid models`, or NAME=PATH for a folder."),
     ] = DEFAULT,
     truncate: Annotated[
         bool, typer.Option("--truncate", help="The same as --long-text-mode truncate.")
@@ -58,10 +54,8 @@ def embed(
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, or auto for the faster good one.")
     ] = "auto",
-    stats: Annotated[
-        bool, typer.Option("--stats", help="Print speed and counts to stderr.")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    stats: Stats = False,
+    json: Json = False,
 ) -> None:
     """Turn texts into vectors."""
     lines = list(texts) if texts else _lines()
@@ -124,12 +118,7 @@ def _loaded(name: str, dtype: str, max_tokens: int | None) -> "EmbeddingModel":
 
 def _lines() -> list[str]:
     """The lines of what is piped in; a terminal is not read."""
-    if sys.stdin is None or sys.stdin.isatty():
-        return []
-    try:
-        return sys.stdin.buffer.read().decode().splitlines()
-    except UnicodeDecodeError as error:
-        raise WrongUsage(f"stdin is not UTF-8, from byte {error.start} on") from None
+    return [] if sys.stdin is None or sys.stdin.isatty() else stdin.read().splitlines()
 
 
 def _as_response(id: str, vectors: list[list[float]], tokens: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import typer
 
 from serve import settings
 from serve.cli import console
+from serve.cli.options import Json, model_option
 from serve.exceptions import CheckFailed, Failure, NotFound, WrongUsage
 
 if TYPE_CHECKING:
@@ -32,11 +33,10 @@ Host = Annotated[
         envvar="PELLUCID_HOST", metavar="URL", help="Ask this server instead of working here."
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="As `pellucid finetune list` shows it.")]
 ModelName = Annotated[
     str | None,
-    typer.Option("--model", "-m", metavar="ID", help="What to begin with. [default: the default]"),
+    model_option("What to begin with. [default: the default]"),
 ]
 NICENESS = 5  # of what is trained here: somebody waits for it, and nobody else
 AUTO = "[default: auto]"

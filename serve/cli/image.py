@@ -22,6 +22,7 @@ import typer
 
 from serve import settings
 from serve.cli import console
+from serve.cli.options import Json, model_option
 from serve.exceptions import NotFound, WrongUsage
 
 if TYPE_CHECKING:
@@ -41,12 +42,7 @@ def image(
     ] = None,
     model: Annotated[
         str,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="ID",
-            help="A model of `pellucid models` that draws, or NAME=PATH for a folder.",
-        ),
+        model_option("A model of `pellucid models` that draws, or NAME=PATH for a folder."),
     ] = DEFAULT,
     count: Annotated[int, typer.Option("-n", min=1, max=100, help="Pictures of each.")] = 1,
     seed: Annotated[
@@ -97,7 +93,7 @@ def image(
         bool, typer.Option(help="Show the pictures in the terminal as they come.")
     ] = True,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed to stderr.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Draw small pictures."""
     given = prompts or ([""] if vary else [])

@@ -8,6 +8,7 @@ import typer
 
 from serve import settings
 from serve.cli import console
+from serve.cli.options import Json, model_option
 from serve.exceptions import WrongUsage
 
 
@@ -15,7 +16,7 @@ def inspect(
     text: Annotated[str, typer.Argument(help="What the model reads, without a chat template.")],
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", metavar="ID", help="A model of `pellucid models`."),
+        model_option("A model of `pellucid models`."),
     ] = None,
     layer: Annotated[
         int | None, typer.Option(help="Whose attention to draw, from 0. [default: the middle]")
@@ -26,7 +27,7 @@ def inspect(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path(
         "inspect"
     ),
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Draw attention, the logit lens and the alternatives of each token."""
     import bpe

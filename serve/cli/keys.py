@@ -8,11 +8,11 @@ import typer
 from serve import settings
 from serve.api import auth
 from serve.cli import console
+from serve.cli.options import Json
 from serve.exceptions import Corrupt, NotFound, WrongUsage
 
 app = typer.Typer(no_args_is_help=True, help="Make, list and delete API keys.")
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Name = Annotated[str, typer.Argument(help="Who or what the key is for.")]
 
 

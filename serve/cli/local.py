@@ -6,12 +6,18 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from serve import settings
 from serve.cli import console
 from serve.exceptions import Corrupt, Failure, WrongUsage
 from serve.models import adapters, catalogue, download
 from serve.models.spec import ModelFiles
+
+if TYPE_CHECKING:
+    from serve.models.decoder import ServedModel
+
+STOP_SECONDS = 5.0  # for the engines to finish the step they are in
 
 
 def located(name: str | None) -> ModelFiles:
@@ -65,3 +71,28 @@ def loading(place: ModelFiles) -> Iterator[None]:
         yield
     except (ValueError, OSError, MemoryError) as error:
         raise Failure(f"cannot load {place.path}: {error}") from None
+
+
+@contextlib.contextmanager
+def loaded(place: ModelFiles, cache_budget: int) -> Iterator[ServedModel]:
+    """A model and its engine in this process. What still runs at the end is cancelled."""
+    from serve.models import resolve
+    from serve.models.decoder import load_model, sampling_of
+
+    with loading(place):
+        served = load_model(
+            place.id,
+            place.path,
+            owned_by=place.publisher,
+            cache_budget=cache_budget,
+            sha256=place.model.files[0].sha256 if place.model and place.model.files else None,
+            good=place.model.formats if place.model else (),
+            sampling=sampling_of(place, console.say),
+            notify=console.say,
+        )
+        if place.adapter is not None:
+            served = resolve.adapted(place.adapter, served, place.path)
+    try:
+        yield served
+    finally:
+        served.engine.close(drain=False, timeout=STOP_SECONDS)

@@ -1,4 +1,4 @@
-"""Talking to a model in this process: from a prompt to pieces of text, with the figures.
+"""Generating in this process: from a prompt to pieces of text, with the figures.
 
 The command line uses this; a server goes through `api/generation.py`. Both hand the engine the same
 request and put its tokens together with the same assembler.
@@ -11,8 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import typer
+
+from serve import settings
+from serve.api.settings import Settings
+from serve.cli import console, local
 from serve.exceptions import DoesNotFit, Failure, WrongUsage
-from serve.models import sampling
+from serve.models import benchmarks, sampling
 
 if TYPE_CHECKING:  # the engine brings JAX along
     from serve.models.decoder import ServedModel
@@ -168,3 +173,72 @@ def as_response(
             "tokens_per_second": reply.tokens_per_second,
         },
     }
+
+
+@contextlib.contextmanager
+def ready(name: str | None) -> Iterator["tuple[ServedModel, float]"]:
+    """A model in this process, and the seconds it took to load."""
+    place = local.located(name)
+    started = time.perf_counter()
+    with local.loaded(place, Settings().cache_budget) as served:
+        yield served, time.perf_counter() - started
+
+
+def options(
+    temperature: float | None,
+    top_p: float | None,
+    max_tokens: int | None,
+    seed: int | None,
+    stop: Sequence[str] | None,
+) -> Options:
+    """What the user asked for; the rest is the model's."""
+    given = {"temperature": temperature, "top_p": top_p}
+    asked = {name: value for name, value in given.items() if value is not None}
+    if not all(stop or ()):
+        raise WrongUsage("--stop is empty: it would end every answer before it begins")
+    return Options(sampling=asked, max_tokens=max_tokens, stop=tuple(stop or ()), seed=seed)
+
+
+def print_reply(
+    model: "ServedModel",
+    reply: Reply,
+    kind: Literal["chat.completion", "text_completion"],
+    load_seconds: float,
+    *,
+    stats: bool,
+    json: bool,
+) -> None:
+    """Prints an answer as it comes, or whole as JSON in the API's shape."""
+    interrupted = False
+    try:
+        for text in reply:
+            if not json:
+                console.answer(text, end="")
+    except KeyboardInterrupt:
+        interrupted = True  # keep what came
+    line = figures(model, reply, load_seconds)
+    if json:
+        console.answer_json(as_response(model, reply, kind))
+    else:
+        console.answer("")
+    if stats:
+        console.say(line)
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def figures(model: "ServedModel", reply: Reply, load_seconds: float | None = None) -> str:
+    """Notes the run's speed for `pellucid models`, and puts it into one line."""
+    home = settings.data_folder()
+    benchmarks.record(
+        home, model.id, tokens=reply.tokens - 1, seconds=reply.decoding, memory=model.memory
+    )
+    parts = ["in-process"]
+    if load_seconds is not None:
+        parts.append(f"load {load_seconds:.1f} s")
+    if reply.first_token is not None:
+        parts.append(f"first token {reply.first_token * 1000:.0f} ms")
+    if speed := reply.tokens_per_second:
+        parts.append(f"{speed:.0f} tok/s")
+    parts += [f"{reply.prompt_tokens} + {reply.tokens} tokens", reply.reason]
+    return f"[{' · '.join(parts)}]"

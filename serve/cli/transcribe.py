@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from serve.cli import console
+from serve.cli.options import model_option
 from serve.exceptions import Failure, NotFound, WrongUsage
 
 if TYPE_CHECKING:
@@ -30,12 +31,7 @@ def transcribe(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Sound files.")],
     model: Annotated[
         str,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="ID",
-            help="A speech model of `pellucid models`, or NAME=PATH for a folder.",
-        ),
+        model_option("A speech model of `pellucid models`, or NAME=PATH for a folder."),
     ] = DEFAULT,
     language: Annotated[
         str | None, typer.Option(help="A code or a name; heard if not given.")

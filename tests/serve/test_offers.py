@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from serve.api.settings import Settings
-from serve.cli import main as cli
+from serve.cli import serve
 from serve.models import decoder, resolve
 from serve.models.registry import Registry
 from serve.models.spec import LoadOptions, ModelFiles
@@ -47,7 +47,7 @@ def test_what_programs_are_compiled_for_does_not_depend_on_the_other_models(tmp_
     places = [ModelFiles(id, tiny.model(tmp_path / id), "me") for id in ("one", "two", "three")]
     blocks = []
     for some in (places[:1], places):
-        with cli._offered(some, chosen, "float32", {}, ()) as registry:
+        with serve._offered(some, chosen, "float32", {}, ()) as registry:
             blocks.append(registry.loaded()[0].engine.stats().blocks)
     assert blocks[0] == blocks[1] > 1
 

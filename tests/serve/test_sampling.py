@@ -9,7 +9,7 @@ import pytest
 
 import transformer.sampling
 from serve.api.settings import Settings
-from serve.cli import main, talk
+from serve.cli import models, serve, talk
 from serve.models import adapters, catalogue, decoder, fingerprint, sampling
 from serve.models.spec import ModelFiles
 from tests.naming import names
@@ -231,7 +231,7 @@ def test_a_server_offers_and_shows_defaults(tmp_path, whose):
             [ModelFiles("tiny", folder, "me")],
             Settings(home=tmp_path, cache_budget=2**20),
         )
-        with main._offered(places, chosen, "float32", {}, (), whose) as registry:
+        with serve._offered(places, chosen, "float32", {}, (), whose) as registry:
             from serve.api.routes.models import card as shown
 
             assert [shown(card)["sampling"] for card in registry.list()] == [expected] * 2
@@ -247,10 +247,10 @@ def test_the_model_card_names_its_defaults(model):
 
 def test_the_catalogue_and_its_table_name_defaults(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PELLUCID_HOME", str(tmp_path))
-    main.models(json=True)
+    models.models(json=True)
     cards = {card["id"]: card for card in json.loads(capsys.readouterr().out)["models"]}
     chat = cards["smollm2-135m-instruct"]["sampling"]
     assert chat == sampling.resolve({}, {"temperature": 0.2, "top_p": 0.9})
     assert cards["all-minilm-l6-v2"]["sampling"] is None
-    main.models(json=False)
+    models.models(json=False)
     assert names(capsys.readouterr().out, "temperature 0.2", "top_p 0.9")

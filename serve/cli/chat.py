@@ -1,0 +1,56 @@
+"""`pellucid chat`: one question, or a conversation at a terminal (`repl`)."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from serve.cli import stdin
+from serve.cli.options import Json, ModelName, Seed, Stats, Stop, Temperature, TopP
+from serve.exceptions import WrongUsage
+
+
+def chat(
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to ask. Text piped in follows it.")
+    ] = None,
+    model: ModelName = None,
+    system: Annotated[str | None, typer.Option("--system", "-s", help="System message.")] = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer, in tokens.")
+    ] = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    stats: Stats = False,
+    json: Json = False,
+) -> None:
+    """Ask one question, or, without one, hold a conversation."""
+    from serve.cli import repl, talk
+
+    piped, system = stdin.piped(), stdin.checked(system)
+    question = stdin.joined(prompt, piped.removesuffix("\n") if piped else None)
+    at_terminal = sys.stdin is not None and sys.stdin.isatty()
+    if question is None and (json or not at_terminal):
+        raise WrongUsage("there is no question: give one as an argument, or pipe one in")
+    with talk.ready(model) as (served, seconds):
+        options = talk.options(temperature, top_p, max_tokens, seed, stop)
+        conversation = repl.Conversation(default=options, system=system, stats=stats)
+        if question is None:
+            repl.run(
+                served, conversation, read=_read_line, figures=lambda r: talk.figures(served, r)
+            )
+            return
+        prompt_ids = talk.chat_prompt(served, conversation.messages(question))
+        reply = talk.Reply(served, prompt_ids, options)
+        talk.print_reply(served, reply, "chat.completion", seconds, stats=stats, json=json)
+
+
+def _read_line(prompt: str) -> str:
+    import readline  # noqa: F401  importing it gives `input` editing and history
+
+    if sys.stdout.isatty():
+        return input(prompt)
+    print(prompt, end="", file=sys.stderr, flush=True)  # stdout is for the answers
+    return input()
