@@ -13,7 +13,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,8 +28,9 @@ from serve.exceptions import NotFound, WrongUsage
 if TYPE_CHECKING:
     import numpy as np
 
-    from diffusion import Painter, Plan
+    from diffusion import Painter
     from serve.cli.preview import Preview
+    from serve.models.images import Order, Source
     from serve.models.spec import ModelFiles
 
 DEFAULT = "emoji-64"
@@ -97,10 +98,74 @@ def image(
 ) -> None:
     """Draw small pictures."""
     given = prompts or ([""] if vary else [])
-    if not given or not (all(map(str.strip, given)) or vary):
+    _check_words(given, style, is_vary=vary is not None)
+    _check_source(edit, mask, vary, strength, size)
+    _check_output(output, len(given) * count, grid=grid, strip=strip)
+    seed = secrets.randbits(31) if seed is None else seed
+    started = time.perf_counter()
+    from diffusion import Plan, picture
+    from serve.cli.preview import Preview
+    from serve.models.images import Order
+
+    wishes = {"steps": steps, "rule": rule, "guidance": guidance}
+    try:
+        plan = Plan(**{name: value for name, value in wishes.items() if value is not None})
+        source = _source(edit, mask, vary, strength)
+        format = picture.format_of(output) if output and _is_file(output) else "png"
+    except ValueError as error:
+        raise WrongUsage(str(error)) from None
+    place, painter = _loaded(model)
+    side = painter.size if edit else size or (128 if grid or strip else 256)
+    ending = f", {style} style" if style else ""
+    fitted = source and source.fitted(painter.cfg.image_size)
+    rows = [
+        (Order(prompt=prompt + ending, plan=plan, source=fitted), seed, number)
+        for prompt in given
+        for number in range(count)
+    ]
+    loaded = time.perf_counter()
+    show = Preview(sys.stderr) if preview else None
+    drawn = (
+        (prompt, _finished(pictures, None if strip else source, side))
+        for prompt, pictures in _draw(painter, rows, strip=strip, show=show)
+    )
+    paths: list[str] = []
+    for prompt, sheet in _sheets(drawn, columns=count if grid else None):
+        path = _target(output, prompt if source is None else source.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture.encode(sheet, format))
+        paths.append(str(path))
+        if not json:
+            console.answer(str(path))
+    seconds = time.perf_counter() - loaded
+    if json:
+        console.answer_json({"model": place.id, "seed": seed, "paths": paths})
+    resized = "" if side == painter.size else f", resized to {side} x {side}"
+    console.say(f"seed {seed}; drawn at {painter.size} x {painter.size}{resized}")
+    if stats:
+        console.say(
+            f"[load {loaded - started:.1f} s · {len(rows)} pictures in {seconds:.2f} s · "
+            f"{plan.steps} steps of {plan.rule}]"
+        )
+
+
+# --- what may be asked ----------------------------------------------------------------------------
+
+
+def _check_words(prompts: Sequence[str], style: str | None, *, is_vary: bool) -> None:
+    if not prompts or not (all(map(str.strip, prompts)) or is_vary):
         raise WrongUsage('there is no prompt: say what to draw, as in "a happy cat"')
     if style is not None and style not in STYLES:
         raise WrongUsage(f"--style {style}: use one of {', '.join(STYLES)}")
+
+
+def _check_source(
+    edit: Path | None,
+    mask: Path | None,
+    vary: Path | None,
+    strength: float | None,
+    size: int | None,
+) -> None:
     if edit and vary:
         raise WrongUsage("--edit changes a part and --vary all: use one of them")
     if mask and not edit:
@@ -111,72 +176,21 @@ def image(
         raise WrongUsage(f"--strength {strength}: use a number above 0, up to 1")
     if edit and size:
         raise WrongUsage("what is edited keeps the size of its file: leave --size out")
-    if grid and strip:
-        raise WrongUsage("use one of --grid and --strip")
-    if output and _is_file(output) and len(given) * count > 1 and not grid:
-        raise WrongUsage(
-            f"{len(given) * count} files cannot all be {output}: let --output name a folder"
-            + ("" if strip else ", or make one sheet with --grid")
-        )
     if absent := [file for file in (edit, mask, vary) if file and not file.is_file()]:
         raise NotFound(f"there is no file {absent[0]}")
-    seed = secrets.randbits(31) if seed is None else seed
-    started = time.perf_counter()
-    import numpy as np
 
-    from diffusion import Plan, picture, upscale
-    from diffusion.edit import paste
-    from diffusion.painter import grid as sheet_of
-    from serve.cli.preview import Preview
 
-    wishes = {"steps": steps, "rule": rule, "guidance": guidance}
-    try:
-        plan = Plan(**{name: value for name, value in wishes.items() if value is not None})
-        source = _source(edit, mask, vary, strength)
-        format = picture.format_of(output) if output and _is_file(output) else "png"
-    except ValueError as error:
-        raise WrongUsage(str(error)) from None
-    place, painter = _loaded(model)
-    ending = f", {style} style" if style else ""
-    rows = [(prompt + ending, number) for prompt in given for number in range(count)]
-    side = painter.size if edit else size or (128 if grid or strip else 256)
-    paths: list[Path] = []
-
-    def finish(one: "np.ndarray") -> "np.ndarray":
-        if source is not None and source.mask is not None and not strip:
-            return paste(source.original, one, source.mask)
-        return one if side == painter.size else upscale.enlarge(one, side)
-
-    def write(sheet: "np.ndarray", prompt: str) -> None:
-        path = _target(output, prompt if source is None else source.name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture.encode(sheet, format))
-        paths.append(path)
-        if not json:
-            console.answer(str(path))
-
-    drawn: list[np.ndarray] = []
-    loaded = time.perf_counter()
-    show = Preview(sys.stderr) if preview else None
-    for prompt, pictures in _draw(painter, rows, seed, plan, source, is_strip=strip, show=show):
-        pictures = np.stack([finish(one) for one in pictures])
-        if grid:
-            drawn += list(pictures)
-        else:
-            write(sheet_of(pictures, -(-len(pictures) // 2)), prompt)
-    if grid:
-        write(sheet_of(np.stack(drawn), count), rows[0][0])
-    seconds = time.perf_counter() - loaded
-    if json:
-        names = [str(path) for path in paths]
-        console.answer_json({"model": place.id, "seed": seed, "paths": names})
-    resized = "" if side == painter.size else f", resized to {side} x {side}"
-    console.say(f"seed {seed}; drawn at {painter.size} x {painter.size}{resized}")
-    if stats:
-        console.say(
-            f"[load {loaded - started:.1f} s · {len(rows)} pictures in {seconds:.2f} s · "
-            f"{plan.steps} steps of {plan.rule}]"
+def _check_output(output: Path | None, count: int, *, grid: bool, strip: bool) -> None:
+    if grid and strip:
+        raise WrongUsage("use one of --grid and --strip")
+    if output and _is_file(output) and count > 1 and not grid:
+        raise WrongUsage(
+            f"{count} files cannot all be {output}: let --output name a folder"
+            + ("" if strip else ", or make one sheet with --grid")
         )
+
+
+# --- what is drawn from ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -193,6 +207,14 @@ class _Source:
     mask: "np.ndarray | None"
     strength: float
     name: str
+
+    def fitted(self, size: int) -> "Source":
+        """Return it at the size of the denoiser."""
+        from diffusion import edit
+        from serve.models.images import Source
+
+        mask = None if self.mask is None else edit.fit_mask(self.mask, size)
+        return Source(edit.fit(self.original, size), mask, self.strength)
 
 
 def _loaded(name: str) -> "tuple[ModelFiles, Painter]":
@@ -251,57 +273,33 @@ def _read(file: Path) -> "np.ndarray":
         raise WrongUsage(f"{file}: {error}") from None
 
 
+# --- drawing --------------------------------------------------------------------------------------
+
+
 def _draw(
     painter: "Painter",
-    rows: Sequence[tuple[str, int]],
-    seed: int,
-    plan: "Plan",
-    source: _Source | None,
+    rows: "Sequence[tuple[Order, int, int]]",
     *,
-    is_strip: bool,
+    strip: bool,
     show: "Preview | None",
 ) -> "Iterator[tuple[str, np.ndarray]]":
     """Draws pictures in batches.
 
     Args:
-        rows: prompts, and for each which of its pictures it is.
+        rows: as of `batch_steps`.
         show: gets what the model sees after each step.
 
     Yields:
         A prompt and its picture, uint8 [1, Y, X, 3]; or a strip of how it came, [2 n, Y, X, 3].
     """
-    import jax.numpy as jnp
-    import numpy as np
-
-    from diffusion import edit, sample
     from diffusion.painter import to_bytes
-    from serve.models.images import MAX_EDITED, SIZES
+    from serve.models.images import batch_steps
 
-    is_masked = source is not None and source.mask is not None
-    most = MAX_EDITED if is_masked else SIZES[-1]
+    most = rows[0][0].max_batch
     for start in range(0, len(rows), most):
         part = rows[start : start + most]
-        count = next(size for size in SIZES if size >= len(part))
-        filled = [*part, *[part[-1]] * (count - len(part))]
-        prompts = [prompt for prompt, _ in filled]
-        numbers = [number for _, number in filled]
-        keys = sample.keys_of(seed, max(numbers) + 1)[jnp.array(numbers)]
-        if source is None:
-            walk = painter.steps(prompts, keys, plan)
-        else:
-            size = painter.cfg.image_size
-            masks = None if source.mask is None else [edit.fit_mask(source.mask, size)] * count
-            walk = edit.steps(
-                painter,
-                prompts,
-                keys,
-                plan,
-                pictures=np.stack([edit.fit(source.original, size)] * count),
-                masks=None if masks is None else np.stack(masks),
-                strength=source.strength,
-            )
         steps = []
-        for step in walk:
+        for step in batch_steps(painter, part):
             steps.append(step)
             if show:
                 show(to_bytes(step[1][: len(part)]))
@@ -310,8 +308,46 @@ def _draw(
         if len(rows) > most:
             console.say(f"{start + len(part)} of {len(rows)}")
         finished = painter.finish(steps[-1][0])
-        for row, (prompt, _) in enumerate(part):
-            yield prompt, painter.strip(steps, row) if is_strip else finished[row][None]
+        for row, (order, _, _) in enumerate(part):
+            yield order.prompt, painter.strip(steps, row) if strip else finished[row][None]
+
+
+def _finished(pictures: "np.ndarray", source: _Source | None, side: int) -> "np.ndarray":
+    """Enlarge pictures, uint8 [B, Y, X, 3]; one that is edited is put into the hole instead."""
+    import numpy as np
+
+    from diffusion import upscale
+    from diffusion.edit import paste
+
+    if source is not None and source.mask is not None:
+        return np.stack([paste(source.original, one, source.mask) for one in pictures])
+    if side == pictures.shape[1]:
+        return pictures
+    return np.stack([upscale.enlarge(one, side) for one in pictures])
+
+
+def _sheets(
+    drawn: "Iterable[tuple[str, np.ndarray]]", columns: int | None
+) -> "Iterator[tuple[str, np.ndarray]]":
+    """Yield pictures to be written, uint8 [Y, X, 3], and a prompt to name each after.
+
+    Args:
+        drawn: prompts with pictures, uint8 [B, Y, X, 3].
+        columns: of one sheet of them all; None for one of each, in two rows if there are several.
+    """
+    import numpy as np
+
+    from diffusion.painter import grid
+
+    if columns is None:
+        for prompt, pictures in drawn:
+            yield prompt, grid(pictures, -(-len(pictures) // 2))
+        return
+    prompts, pictures = zip(*drawn, strict=True)
+    yield prompts[0], grid(np.concatenate(pictures), columns)
+
+
+# --- where it goes --------------------------------------------------------------------------------
 
 
 def _is_file(path: Path) -> bool:

@@ -26,7 +26,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -88,13 +88,19 @@ class Order:
     client: str = ""
 
     @property
+    def max_batch(self) -> int:
+        """How many pictures of such orders are drawn side by side at most."""
+        return MAX_EDITED if self.source and self.source.mask is not None else SIZES[-1]
+
+    @property
     def steps(self) -> int:
         """How many steps it takes."""
         strength = self.source.strength if self.source else 1.0
         return max(1, round(strength * self.plan.steps))
 
 
-class Drawn(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Drawn:
     """A picture of an order.
 
     Attributes:
@@ -211,8 +217,7 @@ class DrawingModel:
             # Few, but every kind of step is among them; the strength changes numbers, not programs.
             source = order.source and replace(order.source, strength=1.0)
             short = replace(order, plan=replace(order.plan, steps=6), source=source)
-            row = _Row(short, 0, 0, asyncio.Queue(), 0)
-            for noisy, _ in self._steps([row], size):
+            for noisy, _ in batch_steps(self.painter, [(short, 0, 0)], size):
                 self.painter.finish(noisy)
             self._compiled.add(kind)
 
@@ -242,8 +247,7 @@ class DrawingModel:
         while self._waiting and len(self._batches) < MAX_BATCHES:
             group = self._waiting[0].group
             rows = [row for row in self._waiting if row.group == group]
-            source = rows[0].order.source
-            rows = rows[: MAX_EDITED if source and source.mask is not None else SIZES[-1]]
+            rows = rows[: rows[0].order.max_batch]
             self._waiting = [row for row in self._waiting if row not in rows]
             task = asyncio.create_task(self._draw(rows))
             self._batches.add(task)
@@ -258,51 +262,66 @@ class DrawingModel:
     async def _draw(self, rows: Sequence[_Row]) -> None:
         """A batch, from its first step to the last, or until nobody wants it any more."""
         try:
-            size = next(size for size in SIZES if size >= len(rows))
-            await asyncio.to_thread(self.compile, size, rows[0].order)
+            await asyncio.to_thread(self.compile, batch_size(len(rows)), rows[0].order)
             began = time.monotonic()
             with self.lane.using():
-                steps = self._steps(rows, size)
-                for number in range(1, rows[0].order.steps + 1):
+                pictures = [(row.order, row.seed, row.index) for row in rows]
+                steps = batch_steps(self.painter, pictures)
+                last = rows[0].order.steps
+                for number in range(1, last + 1):
                     if not any(row.is_wanted for row in rows):
                         return
                     noisy, clean = await self.lane.run(functools.partial(next, steps))
-                    if any(number in row.moments for row in rows):
-                        pixels = await self.lane.run(functools.partial(self.painter.finish, clean))
-                        for row, own in zip(rows, pixels, strict=False):
-                            if number in row.moments:
-                                row.drawn.put_nowait(Drawn(row.index, row.moments[number], own))
-                pixels = await self.lane.run(functools.partial(self.painter.finish, noisy))
-            for row, own in zip(rows, pixels, strict=False):  # the rest only filled the batch up
-                row.drawn.put_nowait(Drawn(row.index, None, own))
+                    shown = [row for row in rows if number == last or number in row.moments]
+                    if not shown:
+                        continue
+                    seen = noisy if number == last else clean
+                    pixels = await self.lane.run(functools.partial(self.painter.finish, seen))
+                    for row, own in zip(rows, pixels, strict=False):  # the rest filled it up
+                        if row in shown:
+                            row.drawn.put_nowait(Drawn(row.index, row.moments.get(number), own))
             self._seconds = time.monotonic() - began
         except Exception as error:
             for row in rows:
                 row.drawn.put_nowait(error)
 
-    def _steps(self, rows: Sequence[_Row], size: int) -> Iterator[tuple[jax.Array, jax.Array]]:
-        """A batch of so many rows, a step at a time, each computed when it is yielded."""
-        filled = [*rows, *[rows[-1]] * (size - len(rows))]
-        prompts = [row.order.prompt for row in filled]
-        # As `sample.keys_of`, whose number i does not depend on how many there are.
-        keys = [jax.random.fold_in(jax.random.key(row.seed), row.index) for row in filled]
-        order = rows[0].order
-        if order.source is None:
-            steps = self.painter.steps(prompts, jnp.stack(keys), order.plan)
-        else:
-            sources = [row.order.source for row in filled if row.order.source]
-            masks = [source.mask for source in sources if source.mask is not None]
-            steps = edit.steps(
-                self.painter,
-                prompts,
-                jnp.stack(keys),
-                order.plan,
-                pictures=np.stack([source.picture for source in sources]),
-                masks=np.stack(masks) if masks else None,
-                strength=order.source.strength,
-            )
-        for step in steps:
-            yield jax.block_until_ready(step)
+
+def batch_steps(
+    painter: Painter, rows: Sequence[tuple[Order, int, int]], size: int | None = None
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """Draw a batch, a step at a time, each computed when it is yielded.
+
+    Args:
+        rows: orders of one plan and strength, each with its seed and the index of its picture.
+        size: of the batch, one of `SIZES`; None for the least that holds the rows.
+    """
+    size = size or batch_size(len(rows))
+    filled = [*rows, *[rows[-1]] * (size - len(rows))]
+    prompts = [order.prompt for order, _, _ in filled]
+    # As `sample.keys_of`, whose number i does not depend on how many there are.
+    keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), index) for _, seed, index in filled])
+    plan = rows[0][0].plan
+    sources = [order.source for order, _, _ in filled if order.source]
+    if not sources:
+        steps = painter.steps(prompts, keys, plan)
+    else:
+        masks = [source.mask for source in sources if source.mask is not None]
+        steps = edit.steps(
+            painter,
+            prompts,
+            keys,
+            plan,
+            pictures=np.stack([source.picture for source in sources]),
+            masks=np.stack(masks) if masks else None,
+            strength=sources[0].strength,
+        )
+    for step in steps:
+        yield jax.block_until_ready(step)
+
+
+def batch_size(rows: int) -> int:
+    """Return the least size of a batch that holds so many rows."""
+    return next(size for size in SIZES if size >= rows)
 
 
 def load_painter(
