@@ -287,9 +287,10 @@ def _decoder(name: str | None) -> "ModelFiles":
 @contextlib.contextmanager
 def _desk(host: str | None) -> Iterator[Desk]:
     if host is not None:
-        from serve.cli.remote import Remote
+        from serve.cli.remote import remote
 
-        yield Remote(host, os.environ.get("PELLUCID_API_KEY", "").partition(" ")[0])
+        with remote(host, os.environ.get("PELLUCID_API_KEY", "").partition(" ")[0]) as desk:
+            yield desk
         return
     from serve.jobs.jobs import Jobs
     from serve.jobs.store import Store

@@ -1,75 +1,92 @@
-"""A server's fine-tuning API, as the command line asks it: nothing but the standard library."""
+"""A server's fine-tuning API, as the command line asks it: through the official client."""
 
-import json
-import os
-import urllib.error
-import urllib.request
+from __future__ import annotations
+
+import contextlib
 from collections.abc import Iterator
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
+
+import openai
 
 from serve.cli import console
 from serve.exceptions import Failure, NotFound, Unreachable, WrongUsage
-from serve.jobs.jobs import check_is_over
+from serve.jobs.jobs import OVER, check_is_over
 from serve.models.adapters import CHECKPOINT
 
-CHUNK = 2**20
+TIMEOUT = 600  # seconds until a server has answered, or sent a sign of life
 
 
-class Remote:
+@contextlib.contextmanager
+def remote(host: str, key: str) -> Iterator[Remote]:
     """The jobs of a server.
 
     Args:
         host: its address, as "http://127.0.0.1:8000" or "127.0.0.1:8000".
         key: what it asks for; empty for none.
-    """
 
-    def __init__(self, host: str, key: str):
-        host = host if "://" in host else f"http://{host}"
-        if not host.startswith(("http://", "https://")):
-            raise WrongUsage(f"{host} is no address of a server: use http://HOST:PORT")
-        self._base = host.rstrip("/").removesuffix("/v1") + "/v1/"
-        self._key = key
-        self.where = f"at {host}"
+    Raises:
+        WrongUsage: this is no address.
+        NotFound, Failure: the server said so.
+        Unreachable: it did not answer.
+    """
+    base = _base_url(host)
+    try:
+        with openai.OpenAI(
+            base_url=base,
+            api_key=key or "none",
+            default_headers=None if key else {"Authorization": ""},
+            timeout=TIMEOUT,
+            max_retries=0,  # a job must not be made twice
+        ) as client:
+            yield Remote(client, f"at {base.removesuffix('/v1/')}")
+    except openai.APIStatusError as error:
+        body = error.body if isinstance(error.body, dict) else {}
+        message = body.get("message", f"the server answered with status {error.status_code}")
+        raise (NotFound if error.status_code == 404 else Failure)(message) from None
+    except openai.APIConnectionError as error:
+        raise Unreachable(f"no server answers at {base}: {error.__cause__ or error}") from None
+    except openai.APIError as error:
+        raise Unreachable(error.message) from None
+    except ValueError as error:  # an id that cannot stand in a path, an answer that is no JSON
+        raise Failure(f"{base}: {error}") from None
+
+
+class Remote:
+    """The jobs of a server, through a client."""
+
+    def __init__(self, client: openai.OpenAI, where: str):
+        self._client, self.where = client, where
 
     def create(self, model: str | None, data: Path, valid: Path | None, **fields: Any) -> dict:
         """Uploads the files and makes a job of them."""
-        body: dict[str, Any] = {
-            "model": model or self._ask("GET", "models")["data"][0]["id"],
-            "training_file": self._upload(data),
-            "suffix": fields["suffix"],
-            "seed": fields["seed"],
-        }
-        if valid is not None:
-            body["validation_file"] = self._upload(valid)
         names = ("n_epochs", "batch_size", "learning_rate_multiplier")
-        body["hyperparameters"] = {name: fields[name] or "auto" for name in names}
-        return self._ask("POST", "fine_tuning/jobs", body)
+        job = self._client.fine_tuning.jobs.create(
+            model=model or next(iter(self._client.models.list())).id,
+            training_file=self._upload(data),
+            validation_file=None if valid is None else self._upload(valid),
+            suffix=fields["suffix"],
+            seed=fields["seed"],
+            hyperparameters={name: fields[name] or "auto" for name in names},  # type: ignore
+        )
+        return job.to_dict()
 
     def jobs(self) -> list[dict]:
         """All jobs, newest first."""
-        found: list[dict] = []
-        after = ""
-        while True:
-            page = self._ask("GET", f"fine_tuning/jobs?limit=100{after}")
-            found += page["data"]
-            if not page["has_more"]:
-                return found
-            after = f"&after={quote(page['last_id'])}"
+        return [job.to_dict() for job in self._client.fine_tuning.jobs.list(limit=100)]
 
     def models(self) -> frozenset[str]:
         """The ids of the models that are offered."""
-        return frozenset(model["id"] for model in self._ask("GET", "models")["data"])
+        return frozenset(model.id for model in self._client.models.list())
 
     def job(self, id: str) -> dict:
         """A job."""
-        return self._ask("GET", f"fine_tuning/jobs/{quote(id, safe='')}")
+        return self._client.fine_tuning.jobs.retrieve(id).to_dict()
 
     def cancel(self, id: str) -> dict:
         """A job, which is cancelled now."""
-        return self._ask("POST", f"fine_tuning/jobs/{quote(id, safe='')}/cancel", {})
+        return self._client.fine_tuning.jobs.cancel(id).to_dict()
 
     def delete(self, name: str) -> list[str]:
         """Deletes a model, or what a job made; gives the ids of what is gone."""
@@ -77,16 +94,16 @@ class Remote:
         if name.startswith(("ftjob-", "ft-")):
             job = self.job(name)
             check_is_over(job)
-            path = f"fine_tuning/jobs/{quote(name, safe='')}/checkpoints?limit=100"
-            left = [one["fine_tuned_model_checkpoint"] for one in self._ask("GET", path)["data"]]
-            doomed = [id for id in (job["fine_tuned_model"], *left) if id in offered]
+            left = self._client.fine_tuning.jobs.checkpoints.list(name, limit=100)
+            made = [job["fine_tuned_model"], *(one.fine_tuned_model_checkpoint for one in left)]
+            doomed = [id for id in made if id in offered]
             if not doomed:
                 raise NotFound(f"there is no model of {name}: it {job['status']}, or was deleted")
         else:
             doomed = [name, *(id for id in offered if id.startswith(name + CHECKPOINT))]
         doomed.sort(reverse=True)  # the model last: its checkpoints would go with it
         for id in doomed:
-            self._ask("DELETE", f"models/{quote(id, safe='')}")
+            self._client.models.delete(id)
         return doomed
 
     def without_follow(self, id: str) -> str:
@@ -106,72 +123,31 @@ class Remote:
 
     def events(self, id: str) -> Iterator[dict]:
         """What happened to a job and what happens, until it is over."""
-        path = f"fine_tuning/jobs/{quote(id, safe='')}/events?stream=true"
-        try:
-            with self._open("GET", path) as lines:
-                for line in lines:
-                    name, _, data = line.decode().strip().partition(": ")
-                    if data == "[DONE]":
-                        return
-                    if name == "data":  # else the end of an event, or a sign of life
-                        event = json.loads(data)
-                        if "error" in event:
-                            raise Unreachable(event["error"]["message"])
-                        yield event
-        except (OSError, HTTPException) as error:
-            raise Unreachable(f"the connection broke ({error}); the job may go on") from None
-        raise Unreachable(f"{self._base} ended the connection; the job may go on")
+        with self._client.get(
+            f"/fine_tuning/jobs/{quote(id, safe='')}/events",
+            cast_to=object,
+            options={"params": {"stream": True}},
+            stream=True,
+            stream_cls=openai.Stream[Any],
+        ) as events:
+            try:
+                yield from events
+            except openai.APIConnectionError as error:
+                reason = error.__cause__ or error
+                raise Unreachable(f"the connection broke ({reason}); the job may go on") from None
+        if self.job(id)["status"] not in OVER:
+            raise Unreachable("the server ended the connection; the job may go on")
 
     def _upload(self, path: Path) -> str:
         """Sends a file as it is read; gives its id."""
-        boundary = f"pellucid{os.urandom(16).hex()}"
-        head = (
-            f'--{boundary}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
-            f'--{boundary}\r\nContent-Disposition: form-data; name="file"; '
-            f'filename="{quote(path.name, safe=" ()+,")}"\r\n\r\n'
-        ).encode()
-        tail = f"\r\n--{boundary}--\r\n".encode()
-
-        def body() -> Iterator[bytes]:
-            yield head
-            with path.open("rb") as file:
-                while data := file.read(CHUNK):
-                    yield data
-            yield tail
-
-        headers = {
-            "Content-Type": f"multipart/form-data; boundary={boundary}",
-            "Content-Length": str(len(head) + path.stat().st_size + len(tail)),
-        }
-        with self._open("POST", "files", body(), headers) as answer:
-            return json.load(answer)["id"]
-
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict:
-        data = None if body is None else json.dumps(body).encode()
-        with self._open(method, path, data, {"Content-Type": "application/json"}) as answer:
-            return json.load(answer)
-
-    def _open(
-        self, method: str, path: str, data: Any = None, headers: dict[str, str] | None = None
-    ) -> Any:
-        headers = dict(headers or {}) | (
-            {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        )
-        request = urllib.request.Request(
-            self._base + path, data=data, method=method, headers=headers
-        )
-        try:
-            return urllib.request.urlopen(request, timeout=600)
-        except urllib.error.HTTPError as error:
-            message = _message(error.read(), error.code)
-            raise (NotFound if error.code == 404 else Failure)(message) from None
-        except (urllib.error.URLError, OSError) as error:
-            reason = getattr(error, "reason", error)
-            raise Unreachable(f"no server answers at {self._base}: {reason}") from None
+        with path.open("rb") as file:
+            return self._client.files.create(file=file, purpose="fine-tune").id
 
 
-def _message(body: bytes, code: int) -> str:
-    try:
-        return json.loads(body)["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        return f"the server answered with status {code}"
+def _base_url(host: str) -> str:
+    host = host if "://" in host else f"http://{host}"
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(host)
+        if parts.scheme in ("http", "https") and parts.port != -1:  # raises if it is no number
+            return host.rstrip("/").removesuffix("/v1") + "/v1/"
+    raise WrongUsage(f"{host} is no address of a server: use http://HOST:PORT")

@@ -6,10 +6,14 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import tracemalloc
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from serve.cli.remote import remote
 from serve.models import adapters
 from tests.naming import names
 from tests.serve import tiny
@@ -154,6 +158,39 @@ def test_here_what_goes_wrong(finetune, file, tmp_path, refusing):
     finetune("cancel", "ftjob-x", code=3)
     finetune("list", "--host", refusing, code=4)
     finetune("list", "--host", "ftp://x", code=2)
+
+
+class Upload(BaseHTTPRequestHandler):
+    """Takes a file and says how many bytes came."""
+
+    def do_POST(self):
+        left = size = int(self.headers["Content-Length"])
+        while left:
+            left -= len(self.rfile.read(min(left, 2**16)))
+        file = {"object": "file", "created_at": 1, "filename": "x", "purpose": "fine-tune"}
+        body = json.dumps({"id": str(size), "bytes": size, "status": "processed", **file}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_upload_is_sent_as_it_is_read(tmp_path):
+    """The official client reads a file whole when it is given a path."""
+    large = tmp_path / "large.jsonl"
+    large.write_bytes(bytes(64 * 2**20))
+    with HTTPServer(("127.0.0.1", 0), Upload) as server:
+        threading.Thread(target=server.handle_request).start()
+        with remote(f"127.0.0.1:{server.server_port}", "key") as desk:
+            tracemalloc.start()
+            sent = int(desk._upload(large))
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+    assert sent > large.stat().st_size and peak < 8 * 2**20
 
 
 @pytest.mark.slow  # a job that is long enough to be stopped
