@@ -246,14 +246,17 @@ class _Loss:
         self._tenth, self._is_open = -1, False
 
     def show(self, event: dict) -> None:
-        line, step = event["message"], (event.get("data") or {}).get("step")
-        if step is None:
+        line, data = event["message"], event.get("data") or {}
+        if (step := data.get("step")) is None:
             self.close()
             console.say(line)
-        elif self._is_live:
+            return
+        total = data.get("total_steps")
+        tenth = step * 10 // total if total else step
+        if self._is_live:
             print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
             self._is_open = True
-        elif (tenth := _tenth(line)) != self._tenth or "validation" in line:
+        elif tenth != self._tenth or "valid_loss" in data:
             self._tenth = tenth
             console.say(line)
 
@@ -261,13 +264,6 @@ class _Loss:
         if self._is_open:
             print(file=sys.stderr)
             self._is_open = False
-
-
-def _tenth(line: str) -> int:
-    """How many tenths are done, of `Step 12/100: ...`."""
-    done, _, rest = line.removeprefix("Step ").partition("/")
-    total = rest.partition(":")[0]
-    return int(done) * 10 // int(total) if done.isdecimal() and total.isdecimal() else -1
 
 
 # --- here -----------------------------------------------------------------------------------------

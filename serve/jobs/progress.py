@@ -103,7 +103,7 @@ class Training:
         self._jobs.tell(
             self.job,
             f"Step {step}/{job['steps'] or '?'}: {what} loss={loss:.4f}",
-            data=numbers([line]),
+            data=numbers([line]) | ({"total_steps": job["steps"]} if job["steps"] else {}),
         )
 
     def _publish_checkpoints(self) -> None:

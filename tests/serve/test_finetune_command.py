@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from serve.cli.finetune import _Loss
 from serve.cli.remote import remote
 from serve.models import adapters
 from tests.naming import names
@@ -104,6 +105,16 @@ def test_check_says_when_there_is_nothing_to_do_or_nobody_to_learn(finetune, fil
     for command in ("check", "create"):
         errors = finetune(command, file, "-m", f"other={encoder}", code=2)[1]
         assert names(errors, "other")
+
+
+def test_steps_are_thinned_by_their_numbers_whatever_their_words(capsys):
+    """Progress was parsed out of the sentence, "Step 12/100"."""
+    loss = _Loss()
+    for step in range(1, 41):
+        loss.show({"message": f"{step}!", "data": {"step": step, "total_steps": 40}})
+    loss.show({"message": "looked", "data": {"step": 40, "total_steps": 40, "valid_loss": 1.0}})
+    shown = ["1!", *(f"{step}!" for step in range(4, 41, 4)), "looked"]
+    assert capsys.readouterr().err.split() == shown
 
 
 @pytest.mark.slow
