@@ -1,4 +1,6 @@
-"""Token events become pieces of text, each with the tokens it came from.
+"""Events of the engine become pieces of text, each with the tokens it came from.
+
+Servers and the command line read their answers through this: see `Assembler.take`.
 
 A token is not a unit of text: one character may take several tokens, and the last characters
 of a token may be the first of a stop string. So text leaves late, and when it leaves, exactly the
@@ -12,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from bpe import Encoding, StopMatcher, StreamDecoder
-from transformer.engine import Token
+from transformer.engine import Began, Done, Event, Scored, Token
 
 FinishReason = Literal["stop", "length"]
 
@@ -51,14 +53,44 @@ class Assembler:
     Args:
         encoding: the model's vocabulary.
         stops: strings that end the choice, themselves never emitted.
+        echo: tokens that the text begins with, once the engine has begun.
+        unseen: how many of the tokens that the engine scores first are not echoed.
     """
 
-    def __init__(self, encoding: Encoding, stops: Sequence[str]):
+    def __init__(
+        self,
+        encoding: Encoding,
+        stops: Sequence[str],
+        *,
+        echo: Sequence[Token] = (),
+        unseen: int = 0,
+    ):
+        self._echo, self._unseen = echo, unseen
         self._decoder = StreamDecoder(encoding)
         self._matcher = StopMatcher(stops)
         self._spelling: list[Token] = []  # tokens whose first whole character is yet to come
         self._held: deque[tuple[int, int, list[Token]]] = deque()  # start, end, tokens
         self._decoded = self._emitted = self._generated = 0  # characters, characters, tokens
+
+    def take(self, event: Event) -> Piece | None:
+        """Take an event of the engine.
+
+        Returns:
+            The next text, which may be empty; None where the engine gave up: it `Failed`, or is
+            `Done` for another reason than "stop" and "length".
+        """
+        match event:
+            case Scored(tokens=tokens):
+                echoed = tokens[self._unseen :]
+                self._unseen = max(self._unseen - len(tokens), 0)
+                return self.echo(echoed)
+            case Began():
+                return self.echo(self._echo)
+            case Token():
+                return self.push(event)
+            case Done(reason="stop" | "length" as reason, token=token):
+                return self.finish(reason, token)
+        return None
 
     def echo(self, tokens: Sequence[Token]) -> Piece:
         """Repeats tokens of the prompt, in which no stop string is looked for.

@@ -23,7 +23,7 @@ from serve.api.requests import GenerationBody
 from serve.api.token_ids import native_bias
 from serve.models import sampling
 from serve.models.decoder import ServedModel
-from transformer.engine import Began, Done, Failed, Request, Scored, Token
+from transformer.engine import Began, Done, Event, Failed, Request, Token
 from transformer.sampling import Sampling
 
 log = logging.getLogger(__name__)
@@ -196,9 +196,13 @@ class Generation:
 
     async def _choice(self, index: int) -> AsyncGenerator[Piece, None]:
         prompt, request = self.prompts[index], self.requests[index]
-        assembler = Assembler(self.model.tokenizer.encoding, [*self.stops, *prompt.stops])
-        unseen = len(prompt.ids) - len(prompt.echo)  # tokens of the prompt that are not echoed
         echo = [] if request.prompt_logprobs is not None else [Token(id) for id in prompt.echo]
+        assembler = Assembler(
+            self.model.tokenizer.encoding,
+            [*self.stops, *prompt.stops],
+            echo=echo,
+            unseen=len(prompt.ids) - len(prompt.echo),
+        )
         if request.max_tokens == 0 and request.prompt_logprobs is None:  # nothing to compute
             if echo:
                 yield assembler.echo(echo)
@@ -207,41 +211,32 @@ class Generation:
         async with aclosing(self.model.engine.stream(request)) as events:
             async for event in events:
                 match event:
-                    case Scored(tokens=tokens):
-                        piece = assembler.echo(tokens[unseen:])
-                        unseen = max(unseen - len(tokens), 0)
-                        if piece.text:
-                            yield piece
-                    case Began(cached_tokens=cached_tokens):
-                        if index % self.copies == 0:  # each prompt counts once
-                            self.usage.cached_tokens += cached_tokens
-                            self.call.cached_tokens += cached_tokens
-                        if echo:
-                            yield assembler.echo(echo)
+                    case Began(cached_tokens=cached_tokens) if index % self.copies == 0:
+                        self.usage.cached_tokens += cached_tokens  # each prompt counts once
+                        self.call.cached_tokens += cached_tokens
                     case Token():
                         self.call.generated()
-                        piece = assembler.push(event)
-                        if piece.finish_reason:
-                            break
-                        if piece.text:
-                            yield piece
-                    case Done(reason="stop" | "length" as reason, token=token):
-                        piece = assembler.finish(reason, token)
-                        break
-                    case Done(reason="timeout"):
-                        raise _too_long(self.call.timeout)
-                    case Done():
-                        raise APIError(
-                            503,
-                            "The server is shutting down. Please try again later.",
-                            type="server_error",
-                        )
-                    case Failed(message=message):
-                        log.error("%s: generation failed: %s", self.model.id, message)
-                        raise server_error(message)
+                if (piece := assembler.take(event)) is None:
+                    raise self._failure(event)
+                if piece.finish_reason:
+                    break
+                if piece.text:
+                    yield piece
             else:
                 raise RuntimeError("the engine's stream ended without Done or Failed")
         yield piece
+
+    def _failure(self, event: Event) -> APIError:
+        """The error for an event with which the engine gave up."""
+        match event:
+            case Failed(message=message):
+                log.error("%s: generation failed: %s", self.model.id, message)
+                return server_error(message)
+            case Done(reason="timeout"):
+                return _too_long(self.call.timeout)
+        return APIError(
+            503, "The server is shutting down. Please try again later.", type="server_error"
+        )
 
 
 def _too_long(seconds: float | None) -> APIError:

@@ -1,7 +1,7 @@
 """Generating in this process: from a prompt to pieces of text, with the figures.
 
 The command line uses this; a server goes through `api/generation.py`. Both hand the engine the same
-request and put its tokens together with the same assembler.
+request, and `api/detokenize.py` makes text of its events for both.
 """
 
 import contextlib
@@ -84,28 +84,21 @@ class Reply:
     def __iter__(self) -> Iterator[str]:
         """Yields the text piece by piece, never half a character. Leaving early stops the model."""
         from serve.api.detokenize import Assembler
-        from transformer.engine import Done, Failed, Token
+        from transformer.engine import Failed
 
         assembler = Assembler(self._model.tokenizer.encoding, self._stop)
         started = time.perf_counter()
         with contextlib.closing(self._model.engine.generate(self._request)) as events:
             for event in events:
-                match event:
-                    case Token():
-                        elapsed = time.perf_counter() - started
-                        if self.first_token is None:
-                            self.first_token = elapsed
-                        self.tokens += 1
-                        self.decoding = elapsed - self.first_token
-                        piece = assembler.push(event)
-                    case Done(reason="stop" | "length" as reason):
-                        piece = assembler.finish(reason)
-                    case Done():
-                        return
-                    case Failed():
-                        raise Failure(f"{self._model.id} could not go on: {event.message}")
-                    case _:  # that its prompt was read
-                        continue
+                if isinstance(event, Failed):
+                    raise Failure(f"{self._model.id} could not go on: {event.message}")
+                if (piece := assembler.take(event)) is None:
+                    return
+                if piece.generated > self.tokens:
+                    elapsed = time.perf_counter() - started
+                    self.first_token = self.first_token or elapsed
+                    self.decoding = elapsed - self.first_token
+                self.tokens = piece.generated
                 if piece.text:
                     self.text += piece.text
                     yield piece.text
