@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serve import settings
 from serve.cli import console
 from serve.cli.options import Json, model_option
 from serve.exceptions import NotFound, WrongUsage
@@ -222,9 +221,8 @@ def _loaded(name: str) -> "tuple[ModelFiles, Painter]":
 
     place = local.of_kind(name, "images", f"{DEFAULT} does")
     assert place.encoder is not None
-    settings.private_folder(settings.data_folder())
     import diffusion
-    from serve.models.decoder import keep_compiled_programs
+    from serve.models.compiled import keep_compiled_programs
 
     keep_compiled_programs()
     with local.loading(place):

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from serve import settings
 from serve.cli import console
 from serve.cli.options import Json, model_option
 from serve.exceptions import WrongUsage
@@ -32,10 +31,9 @@ def inspect(
     """Draw attention, the logit lens and the alternatives of each token."""
     import bpe
     from serve.cli import local
-    from serve.models.decoder import keep_compiled_programs
+    from serve.models.compiled import keep_compiled_programs
 
     place = local.of_kind(model, "decoder", "only models that do can be inspected")
-    settings.private_folder(settings.data_folder())
     keep_compiled_programs()
 
     import numpy as np

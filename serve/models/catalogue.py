@@ -5,26 +5,31 @@ in the configuration folder. An id in it means exact bytes. Fetching them is `do
 models a running server holds are `registry.py`.
 """
 
+from __future__ import annotations
+
 import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from serve.models.sampling import fault
+
+if TYPE_CHECKING:  # brings JAX along
+    from transformer.checkpoint import Format
 
 BUILT_IN = Path(__file__).with_name("models.toml")
 PACKAGES = Path(__file__).parents[2]  # the folder that Pellucid's packages stand in
 
 T = TypeVar("T")
-Format = Literal["int8", "bfloat16", "float32"]
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # also a folder name, so no slash
 _FILE = re.compile(rf"({_ID.pattern}/)*{_ID.pattern}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_KINDS = ("decoder", "encoder", "speech", "images")
-_FORMATS: tuple[Format, ...] = ("int8", "bfloat16", "float32")
+# As in `kinds.KINDS`, which brings JAX along; a test compares.
+KINDS = ("decoder", "encoder", "speech", "images")
+FORMATS: tuple[Format, ...] = ("int8", "bfloat16", "float32")  # narrowest first
 
 
 class CatalogueError(Exception):
@@ -73,7 +78,7 @@ class Model:
     sampling: Mapping[str, float]
     files: tuple[ModelFile, ...]
     formats: tuple[Format, ...] = ()
-    encoder: "Model | None" = None
+    encoder: Model | None = None
     folder: Path | None = None
 
     @property
@@ -180,17 +185,17 @@ def _model(id: str, table: _Table) -> Model:
     if not _ID.fullmatch(id):
         raise CatalogueError(f"{table.where[:-1]}: an id is letters, digits, '.', '_' and '-'")
     kind = table.take("kind", str)
-    if kind not in _KINDS:
-        raise CatalogueError(f"{table.where}kind is {kind!r}: use one of {', '.join(_KINDS)}")
+    if kind not in KINDS:
+        raise CatalogueError(f"{table.where}kind is {kind!r}: use one of {', '.join(KINDS)}")
     sampling = table.take("sampling", dict, {})
     for key, value in sampling.items():
         if problem := fault(key, value):
             raise CatalogueError(f"{table.where}sampling.{key} is {value!r}: {problem}")
     formats = table.take("formats", list, [])
     for format in formats:
-        if format not in _FORMATS:
+        if format not in FORMATS:
             raise CatalogueError(
-                f"{table.where}formats has {format!r}: use some of {', '.join(_FORMATS)}"
+                f"{table.where}formats has {format!r}: use some of {', '.join(FORMATS)}"
             )
     folder = table.take("folder", str, "")
     model = Model(

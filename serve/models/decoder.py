@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 import bpe
-from serve import settings
 from serve.models import benchmarks, dtypes, fingerprint
 from serve.models import sampling as sampling_defaults
+from serve.models.compiled import keep_compiled_programs
 from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec, stamp_of
 from transformer import checkpoint, lora
 from transformer.checkpoint import Format
@@ -98,7 +97,6 @@ def load_model(
         MemoryError: the model does not fit into the memory that is free.
         ValueError: the file is damaged, of an unknown kind, or the cache budget holds no block.
     """
-    settings.private_folder(settings.data_folder())
     keep_compiled_programs()
     given = dtypes.named(dtype, dtypes.FORMATS)
     cfg = checkpoint.read_config(path)
@@ -192,17 +190,8 @@ def without_gaps(params: Params, encoding: bpe.Encoding) -> Params:
         return params
     bias = np.zeros(len(table.weight), np.float32)
     bias[gaps] = -np.inf
-    table = table.replace(bias=jnp.asarray(bias))
-    return params.replace(embed=table) if params.head is None else params.replace(head=table)
-
-
-def keep_compiled_programs() -> None:
-    """Lets JAX keep compiled programs beside the models, unless the user chose another place."""
-    if jax.config.jax_compilation_cache_dir is None:
-        folder = settings.data_folder() / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    table = dataclasses.replace(table, bias=jnp.asarray(bias))
+    return dataclasses.replace(params, **{"embed" if params.head is None else "head": table})
 
 
 def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:

@@ -2,32 +2,53 @@
 
 Which is fastest depends on the machine (one processor multiplies bytes, another converts them
 first), which is good enough depends on the model, and which fits depends on what else is running.
-So the first start measures those that fit (`dtype_probe.py`), remembers the answer beside the
-models, and says what it chose and why. Of the catalogue's models it is known which formats are good
-enough, so only speed is measured: seconds instead of a minute.
+So the first start measures those that fit, remembers the answer beside the models, and says what it
+chose and why. Of the catalogue's models it is known which formats are good enough, so only speed is
+measured: seconds instead of a minute.
+
+A decoder is measured in a process of its own, which takes its memory along when it ends; inside the
+server, what measuring had touched stayed with it. That process prints a line of JSON a format:
+
+    python -m serve.models.dtypes PATH FORMAT... [--quality]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import logging
 import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+import bpe
 from serve import settings
 from serve.models import json_cache, memory
+from serve.models.catalogue import FORMATS
+from serve.models.compiled import keep_compiled_programs
+from transformer import cache, checkpoint, generate, rotation, sampling
+from transformer.bench import decoder_cases as cases
 from transformer.checkpoint import Format
 from transformer.config import Config
+from transformer.decoder import Params, abstract, forward
+from transformer.sampling import Sampling
+from transformer.weights import Linear
 
 F = TypeVar("F", bound=str)
+Float = Literal["float32", "bfloat16"]
 
-FORMATS: tuple[Format, ...] = ("int8", "bfloat16", "float32")
+# Of models that are quickly tried in this process; the first is the one to compare with.
+FLOATS: tuple[Float, ...] = ("float32", "bfloat16")
 # int8 needs a token table apart from the head, or keeps a third of the weights in bfloat16.
 BYTES_PER_WEIGHT = {"int8": 1.3, "bfloat16": 2.0, "float32": 4.0}
 # What loading, compiling and computing take beside the weights.
@@ -81,7 +102,9 @@ def that_fit(
     if limit is not None:
         free = min(free, limit + WORKING_MEMORY)
     extra += WORKING_MEMORY
-    fitting = tuple(format for format in wanted if weight_bytes(cfg, format) + extra <= free)
+    fitting: tuple[Format, ...] = tuple(
+        format for format in wanted if weight_bytes(cfg, format) + extra <= free
+    )
     if not fitting:
         least = min(wanted, key=BYTES_PER_WEIGHT.__getitem__)
         raise MemoryError(
@@ -99,12 +122,16 @@ def expected(
     Args:
         cfg, name, extra, good, limit: as of `choose`.
     """
-    within = [f for f in FORMATS if limit is None or weight_bytes(cfg, f) + extra <= limit]
+    within: list[Format] = [
+        f for f in FORMATS if limit is None or weight_bytes(cfg, f) + extra <= limit
+    ]
     if not within:
         return FORMATS[0]  # which will be refused
     wanted = _wanted(within, good)
-    known = (_remembered(name, wanted[:count]) for count in range(len(wanted), 1, -1))
-    return next(filter(None, known), wanted[-1])
+    for count in range(len(wanted), 1, -1):
+        if known := _remembered(name, wanted[:count]):
+            return known
+    return wanted[-1]
 
 
 def choose(
@@ -234,8 +261,8 @@ def _key(name: str, tried: Sequence[str]) -> str:
 
 
 def _probe(path: Path, formats: Sequence[Format], *, quality: bool) -> Iterator[dict[str, Any]]:
-    """What a process of its own measures, format by format; see `dtype_probe.py`."""
-    command = [sys.executable, "-m", "serve.models.dtype_probe", str(path), *formats]
+    """What a process of its own measures, format by format; see `main`."""
+    command = [sys.executable, "-m", "serve.models.dtypes", str(path), *formats]
     root = Path(__file__).parents[2]  # where `serve` is, installed or not
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     with subprocess.Popen(
@@ -262,3 +289,72 @@ def _probe(path: Path, formats: Sequence[Format], *, quality: bool) -> Iterator[
 
 def _gigabytes(size: int) -> str:
     return f"{size / 2**30:.1f} GB"
+
+
+# --- measuring a decoder --------------------------------------------------------------------------
+
+
+def milliseconds(cfg: Config, format: Format, repeats: int = 12) -> float:
+    """The fastest of some decoding steps of the first four layers and the head, two rows."""
+    few = replace(cfg, num_layers=min(cfg.num_layers, 4))
+    params = _made_up(few, format)
+    pool = cache.init(few, 1, jnp.bfloat16)
+    past = sampling.history(1, cfg.vocab_size)
+    rows = sampling.settings([Sampling(temperature=0.0)] * 2, [0] * 2, [0] * 2, [0] * 2)
+    ids, tables = np.zeros(2, np.int32), np.ones((2, 1), np.int32)
+    best = math.inf
+    for _ in range(repeats):
+        started = time.perf_counter()
+        drawn, pool, past = generate.decode(
+            params, few, pool, past, ids, tables, np.zeros(2, np.int32), rows,
+            num_ids=cfg.vocab_size,
+        )  # fmt: skip
+        drawn.ids.block_until_ready()
+        best = min(best, time.perf_counter() - started)
+    return best * 1e3
+
+
+def _made_up(cfg: Config, format: Format) -> Params:
+    """Weights of a model's sizes, one map after the other: never all of them in two formats."""
+
+    def fill(place: tuple, part):
+        name = getattr(place[-1], "name", "")
+        part = jax.tree.map(lambda info: jnp.full(info.shape, 0.01, jnp.float32), part)
+        return cases.as_format({name: part}, format, wide=rotation.wide_in_int8(cfg))[name]
+
+    is_map = lambda node: isinstance(node, Linear)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(fill, abstract(cfg), is_leaf=is_map)
+
+
+def perplexity(path: Path, format: Format) -> float:
+    """How hard the passage is for a model to predict."""
+    params, cfg, metadata = checkpoint.load(path, format=format)
+    tokenizer = bpe.load(path) if path.is_dir() else bpe.from_gguf(metadata)
+    ids = tokenizer.encoding.encode_ordinary(PASSAGE)[: cfg.max_seq_len]
+    logits, _ = jax.jit(forward, static_argnums=1)(params, cfg, np.array([ids], np.int32))
+    logprobs = jax.nn.log_softmax(logits[0, :-1])
+    return float(jnp.exp(-jnp.mean(logprobs[jnp.arange(len(ids) - 1), jnp.array(ids[1:])])))
+
+
+def main() -> None:
+    """Print what a decoder's formats take: milliseconds of a step, with `--quality` perplexity."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("path", type=Path)
+    parser.add_argument("formats", nargs="+")
+    parser.add_argument("--quality", action="store_true")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)  # the process that asked says the same of these files
+    keep_compiled_programs()
+    try:
+        cfg = checkpoint.read_config(options.path)
+        for format in options.formats:
+            found = {"format": format, "milliseconds": milliseconds(cfg, format)}
+            if options.quality:
+                found["perplexity"] = perplexity(options.path, format)
+            print(json.dumps(found), flush=True)
+    except (OSError, ValueError) as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,21 +12,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 
 import bpe
-from serve import settings
 from serve.models import dtypes, fingerprint
-from serve.models.decoder import keep_compiled_programs, weights_file
+from serve.models.compiled import keep_compiled_programs
+from serve.models.decoder import weights_file
+from serve.models.dtypes import Float
 from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec, stamp_of
 from transformer import encoder, packing
 from transformer.checkpoint import bert
 from transformer.encoder import Config, Params
 from transformer.engine.device import Lane, default_device
 
-FORMATS: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
 # A narrower format serves if each vector of the probe points nearly where float32's does.
 MAX_DISTANCE = 1e-4  # one minus the cosine
 
@@ -113,9 +113,8 @@ def load_embedder(
         OSError: a file cannot be read.
         ValueError: a file is damaged or of an unknown kind, or the tokenizer is of another model.
     """
-    settings.private_folder(settings.data_folder())
     keep_compiled_programs()
-    chosen = dtypes.named(dtype, FORMATS)
+    chosen = dtypes.named(dtype, dtypes.FLOATS)
     words = bpe.load_wordpiece(path)
     weights = fingerprint.of_weights(path)
     if chosen is None:
@@ -164,10 +163,10 @@ def _choose(
     words: bpe.WordPiece,
     weights: str,
     notify: Callable[[str], None],
-) -> Literal["float32", "bfloat16"]:
+) -> Float:
     """The faster format on this machine whose vectors are those of float32; remembered."""
 
-    def measure(format: Literal["float32", "bfloat16"]) -> tuple[float, np.ndarray]:
+    def measure(format: Float) -> tuple[float, np.ndarray]:
         params, cfg = bert.load(path, format=format)
         ids = [
             words.encode(dtypes.PASSAGE, max_length=cfg.max_tokens),
@@ -185,7 +184,7 @@ def _choose(
         return 1 - float(cosines.min())
 
     name = fingerprint.on_machine(weights)
-    return dtypes.fastest(id, name, FORMATS, measure, distance, MAX_DISTANCE, notify)
+    return dtypes.fastest(id, name, dtypes.FLOATS, measure, distance, MAX_DISTANCE, notify)
 
 
 def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
@@ -198,7 +197,7 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
             files.id,
             files.path,
             owned_by=files.publisher,
-            dtype=options.dtype if options.dtype in FORMATS else "auto",
+            dtype=options.dtype if options.dtype in dtypes.FLOATS else "auto",
             max_tokens=max_tokens,
             notify=options.notify,
         )

@@ -36,9 +36,8 @@ import bpe
 import diffusion
 from diffusion import Painter, Plan, edit
 from diffusion.text import MAX_TOKENS
-from serve import settings
 from serve.models import fingerprint
-from serve.models.decoder import keep_compiled_programs
+from serve.models.compiled import keep_compiled_programs
 from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec, stamp_of
 from transformer.checkpoint.safetensors import read_object
 from transformer.engine.device import Lane, default_device
@@ -343,7 +342,6 @@ def load_painter(
         OSError: a file cannot be read.
         ValueError: a file is damaged or of an unknown kind, or the encoder is another one.
     """
-    settings.private_folder(settings.data_folder())
     keep_compiled_programs()
     painter = diffusion.load(path, encoder)
     parts = [path / "denoiser", path / "upscaler", encoder]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -23,16 +23,15 @@ from audio import decode, model
 from audio.checkpoint import is_whisper
 from audio.transcribe import Plan, Segment, find_language, find_spans, listen
 from audio.vad import Span
-from serve import settings
 from serve.models import dtypes, fingerprint
-from serve.models.decoder import keep_compiled_programs, weights_file
+from serve.models.compiled import keep_compiled_programs
+from serve.models.decoder import weights_file
 from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec, stamp_of
+from transformer.checkpoint import Format
 from transformer.engine.device import Lane, default_device
 
 # int8 takes the decoder a little less time for each token; but of 179 words that people read,
 # whisper-tiny.en wrote 7 otherwise than in float32, and 1 in bfloat16. So "auto" is one of two.
-FORMATS: tuple[Literal["float32", "bfloat16", "int8"], ...] = ("float32", "bfloat16", "int8")
-_AUTO = FORMATS[:2]
 _PROBE_TOKENS = 24  # about a sentence
 # A narrower format serves if what may come next is as in float32. Measured: tiny.en and base in
 # bfloat16 0.0001 to 0.001, in int8 0.004 to 0.07.
@@ -131,21 +130,26 @@ def load_speech(
 
     Args:
         path: a folder of Hugging Face's or CTranslate2's layout, with a tokenizer.json.
-        dtype: one of `FORMATS`, or "auto" for the faster of float32 and bfloat16 on this machine.
+        dtype: one of `dtypes.FORMATS`, or "auto" for the faster of `dtypes.FLOATS` on this machine.
         notify: told one line for each thing that takes long.
 
     Raises:
         OSError: a file cannot be read.
         ValueError: a file is damaged or of an unknown kind.
     """
-    settings.private_folder(settings.data_folder())
     keep_compiled_programs()
-    format = dtypes.named(dtype, FORMATS)
+    format = dtypes.named(dtype, dtypes.FORMATS)
     weights = fingerprint.of_weights(path)
     if format is None:
         name = fingerprint.on_machine(weights)
         format = dtypes.fastest(
-            id, name, _AUTO, functools.partial(_measure, path), _divergence, MAX_DIVERGENCE, notify
+            id,
+            name,
+            dtypes.FLOATS,
+            functools.partial(_measure, path),
+            _divergence,
+            MAX_DIVERGENCE,
+            notify,
         )
     return SpeechModel(
         id=id,
@@ -157,9 +161,7 @@ def load_speech(
     )
 
 
-def _measure(
-    path: Path, format: Literal["float32", "bfloat16", "int8"]
-) -> tuple[float, np.ndarray]:
+def _measure(path: Path, format: Format) -> tuple[float, np.ndarray]:
     """Seconds of a window with a sentence, and the log-probabilities before each of its tokens."""
     whisper = audio.load_model(path, format=format)
     rng = np.random.default_rng(0)
@@ -188,7 +190,7 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
             files.id,
             files.path,
             owned_by=files.publisher,
-            dtype=options.dtype if options.dtype in FORMATS else "auto",
+            dtype=options.dtype if options.dtype in dtypes.FORMATS else "auto",
             notify=options.notify,
         )
 

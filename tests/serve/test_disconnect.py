@@ -17,7 +17,7 @@ from openai import AsyncOpenAI
 
 import bpe
 from serve.api.generation import SIDE_BY_SIDE, interleave
-from serve.models.decoder import keep_compiled_programs
+from serve.models.compiled import keep_compiled_programs
 from tests.serve import scripted
 from tests.waiting import wait_until
 from transformer import cache, checkpoint

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from serve.models import adapters, decoder, fingerprint
-from serve.models.decoder import keep_compiled_programs
+from serve.models.compiled import keep_compiled_programs
 from tests.serve import tiny
 from transformer import lora
 

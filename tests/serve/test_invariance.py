@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from openai import OpenAI
 
-from serve.models.decoder import keep_compiled_programs, load_model
+from serve.models.compiled import keep_compiled_programs
+from serve.models.decoder import load_model
 from tests.serve import scripted
 from tests.waiting import wait_until
 from transformer import cache, checkpoint

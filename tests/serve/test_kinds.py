@@ -48,6 +48,10 @@ def test_toy_kind_is_served_with_one_file_and_one_route(folder, tmp_path, monkey
     app.state.keeper.close()
 
 
+def test_catalogue_knows_every_kind():
+    assert tuple(kinds.KINDS) == catalogue.KINDS
+
+
 def test_folder_of_no_kind_is_refused(folder, tmp_path):
     with pytest.raises(WrongUsage):
         download.locate(f"mine={folder}", catalogue.load(), tmp_path, say=print)

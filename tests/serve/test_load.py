@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import bpe
-from serve.models import catalogue, dtype_probe, dtypes, fingerprint, json_cache, memory
-from serve.models.decoder import keep_compiled_programs, known_ids, load_model, without_gaps
+from serve.models import catalogue, dtypes, fingerprint, json_cache, memory
+from serve.models.compiled import keep_compiled_programs
+from serve.models.decoder import known_ids, load_model, without_gaps
 from tests.naming import names, naming
 from tests.serve import tiny
 from transformer import cache, checkpoint
@@ -115,7 +116,7 @@ def test_what_is_measured_is_remembered(home, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("id", [CHAT, "qwen2.5-coder-0.5b-instruct"])
 def test_the_catalogue_knows_which_formats_are_good(model_file, id):
-    found = {format: dtype_probe.perplexity(model_file(id), format) for format in dtypes.FORMATS}
+    found = {format: dtypes.perplexity(model_file(id), format) for format in dtypes.FORMATS}
     limit = found["float32"] * dtypes.MAX_PERPLEXITY_RATIO
     good = tuple(format for format, perplexity in found.items() if perplexity <= limit)
     assert catalogue.load().models[id].formats == good

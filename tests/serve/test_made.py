@@ -6,7 +6,8 @@ import pytest
 
 from serve.exceptions import CannotLoad, UnknownModel
 from serve.models import adapters, decoder, fingerprint, resolve
-from serve.models.decoder import keep_compiled_programs, load_model
+from serve.models.compiled import keep_compiled_programs
+from serve.models.decoder import load_model
 from serve.models.registry import Registry
 from serve.models.spec import LoadOptions, ModelFiles, ModelSpec
 from tests.naming import names, naming
