@@ -42,8 +42,9 @@ def inspect(
     from transformer import inspect as looking
 
     with local.loading(place):
-        params, cfg, _ = checkpoint.load(place.path)
-        tokenizer = bpe.load(place.path)
+        params, cfg, metadata = checkpoint.load(place.path)
+        is_folder = place.path.is_dir()
+        tokenizer = bpe.load(place.path) if is_folder else bpe.from_gguf(metadata)
     encoding = tokenizer.encoding
     ids = encoding.encode(text, allowed_special="all")
     if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:

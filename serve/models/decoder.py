@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -99,14 +99,16 @@ def load_model(
     """
     keep_compiled_programs()
     given = dtypes.named(dtype, dtypes.FORMATS)
-    cfg = checkpoint.read_config(path)
+    header = checkpoint.read_header(path)
+    cfg = header.cfg
     weights = sha256 or fingerprint.of_weights(path)
     if given is None:
         name = fingerprint.on_machine(weights)
         chosen = dtypes.choose(id, path, cfg, name, cache_budget, notify, good, memory_limit)
     else:
         (chosen,) = dtypes.that_fit(id, cfg, cache_budget, (given,))
-    params, cfg, metadata = checkpoint.load(path, format=chosen)
+    params, cfg, metadata = checkpoint.load(path, format=chosen, header=header)
+    del header  # it keeps the files open
     tokenizer = bpe.load(path) if path.is_dir() else bpe.from_gguf(metadata, source=str(path))
     params = without_gaps(params, tokenizer.encoding)
     cache_dtype = jnp.float32 if chosen == "float32" else jnp.bfloat16
@@ -196,12 +198,13 @@ def without_gaps(params: Params, encoding: bpe.Encoding) -> Params:
 
 def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
     """See `Kind.describe`."""
-    cfg = checkpoint.read_config(files.path)
+    header = checkpoint.read_header(files.path)
+    cfg = header.cfg
     sha256 = files.model.files[0].sha256 if files.model else None
     good = files.model.formats if files.model else ()
     defaults = {}
     if options.sampling_defaults == "model":
-        defaults = sampling_of(files, options.notify)
+        defaults = sampling_of(files, options.notify, header.metadata)
 
     def memory() -> int:
         format = dtypes.named(options.dtype, dtypes.FORMATS)
@@ -253,10 +256,12 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
     )
 
 
-def sampling_of(files: ModelFiles, notify: Callable[[str], None]) -> dict[str, float]:
+def sampling_of(
+    files: ModelFiles, notify: Callable[[str], None], metadata: Mapping[str, Any] | None = None
+) -> dict[str, float]:
     """The sampling defaults of a decoder; see `sampling.of_model`."""
     own = files.model.sampling if files.model else {}
-    return sampling_defaults.of_model(own, files.path, notify)
+    return sampling_defaults.of_model(own, files.path, notify, metadata)
 
 
 def _recognizes(path: Path) -> bool:

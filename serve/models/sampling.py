@@ -63,7 +63,10 @@ def resolve(
 
 
 def of_model(
-    row: Mapping[str, float], path: Path | None, notify: Callable[[str], None]
+    row: Mapping[str, float],
+    path: Path | None,
+    notify: Callable[[str], None],
+    metadata: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """The defaults of a model, without those that are OpenAI's anyway.
 
@@ -72,12 +75,13 @@ def of_model(
         path: its GGUF file or folder, if it is here. A GGUF file is read only without a row: a
             row is about exact bytes.
         notify: called with a line for each value that cannot be used.
+        metadata: of the GGUF file, where it was read already.
     """
     settings: dict[str, float] = {}
     if path is not None and path.is_dir():
         settings = _of_folder(path, notify)
     elif path is not None and path.suffix == ".gguf" and path.is_file() and not row:
-        settings = _of_gguf(path, notify)
+        settings = _of_gguf(path, notify, metadata)
     both = settings | dict(row)
     return {name: value for name, value in both.items() if value != OPENAI[name]}
 
@@ -111,10 +115,13 @@ def _of_folder(folder: Path, notify: Callable[[str], None]) -> dict[str, float]:
     return _checked({name: content[name] for name in BOUNDS if name in content}, path, notify)
 
 
-def _of_gguf(path: Path, notify: Callable[[str], None]) -> dict[str, float]:
+def _of_gguf(
+    path: Path, notify: Callable[[str], None], metadata: Mapping[str, Any] | None
+) -> dict[str, float]:
     from transformer.checkpoint import gguf  # brings JAX along
 
-    metadata, _ = gguf.read(path)
+    if metadata is None:
+        metadata, _ = gguf.read(path)
     settings, others = gguf.sampling_settings(metadata)
     if others:
         notify(f"{path}: not used here: {', '.join(sorted(others))}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,30 @@ _PREFIX = "model."  # of the other families
 _SLAB_BYTES = 32 * 2**20  # of float32 rows held at once
 
 
+class Header(NamedTuple):
+    """What the files of a decoder say before their weights are read.
+
+    Attributes:
+        metadata: of the GGUF file, or config.json.
+        tensors: by name; they are read when asked for.
+        cfg: the sizes.
+        scheme: of the names, "hf" or "gguf".
+        architecture: as the files call it.
+    """
+
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    cfg: Config
+    scheme: str
+    architecture: str
+
+
 def load(
-    path: Path, *, format: Format = "float32", notify: Callable[[float], None] = lambda done: None
+    path: Path,
+    *,
+    format: Format = "float32",
+    notify: Callable[[float], None] = lambda done: None,
+    header: Header | None = None,
 ) -> tuple[Params, Config, Mapping[str, Any]]:
     """Loads a decoder from a GGUF file or a Hugging Face folder.
 
@@ -45,6 +67,7 @@ def load(
             stream is turned (`rotation.py`), or, where it cannot be, the maps that write to it
             are bfloat16.
         notify: called with the fraction loaded so far.
+        header: of these files, where it was read already.
 
     Returns:
         The weights, the config, and the metadata (of the GGUF file, or config.json).
@@ -54,19 +77,17 @@ def load(
         ValueError: a damaged file, a pickle, an unknown model, key, tensor or shape.
     """
     path = Path(path)
-    metadata, tensors, cfg, scheme, architecture = _open(path)
+    metadata, tensors, cfg, scheme, architecture = header or read_header(path)
     return fill(tensors, cfg, scheme, architecture, path, format, notify), cfg, metadata
 
 
 def read_config(path: Path) -> Config:
     """What `load` would return as the config, without reading weights. Raises what it raises."""
-    return _open(Path(path))[2]
+    return read_header(Path(path)).cfg
 
 
-def _open(
-    path: Path,
-) -> tuple[Mapping[str, Any], Mapping[str, Tensor], Config, str, str]:
-    """Reads the header: metadata, tensors by name, config, scheme of names, architecture."""
+def read_header(path: Path) -> Header:
+    """What `load` begins with. Raises what it raises."""
     if path.is_dir():
         metadata, tensors = safetensors.read(path, ignore=_DERIVED)
         cfg, scheme, architecture = families.from_hf(metadata), "hf", metadata["model_type"]
@@ -92,7 +113,7 @@ def _open(
             rope_factors=None if factors is None else factors.read(0, factors.shape[0]).tolist(),
         )
         scheme, architecture = "gguf", metadata["general.architecture"]
-    return metadata, tensors, cfg, scheme, architecture
+    return Header(metadata, tensors, cfg, scheme, architecture)
 
 
 def fill(
