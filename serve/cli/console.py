@@ -51,6 +51,11 @@ def answer_json(value: object) -> None:
     print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
+def result(value: object, text: str, *, json: bool) -> None:
+    """The whole answer: a value as JSON, or a text in its place."""
+    answer_json(value) if json else answer(text)
+
+
 def visible(text: str, keep: str = "") -> str:
     """Writes control characters as escapes: what a model says must not move the cursor."""
     return "".join(

@@ -25,10 +25,7 @@ def create(name: Name, json: Json = False) -> None:
         key = auth.create(home, name)
     except ValueError as error:
         raise WrongUsage(str(error)) from None
-    if json:
-        console.answer_json({"name": name, "key": key})
-    else:
-        console.answer(key)
+    console.result({"name": name, "key": key}, key, json=json)
     console.say("Keep it now: only its digest is stored here.")
     if is_first:
         console.say("It is the first: servers on this machine now refuse requests without a key.")

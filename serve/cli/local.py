@@ -64,6 +64,11 @@ def of_kind(name: str | None, kind: str, hint: str) -> ModelFiles:
     return place
 
 
+def trainable(name: str | None) -> ModelFiles:
+    """The files that a `--model` option means, which must be a model that can be fine-tuned."""
+    return of_kind(name, "decoder", "only models that do can be fine-tuned")
+
+
 @contextlib.contextmanager
 def loading(place: ModelFiles) -> Iterator[None]:
     """Around what reads a model's files: what goes wrong becomes one line that names them."""

@@ -229,7 +229,7 @@ def fastest(
     seconds: dict[F, float] = {}  # of each format that is near
     expected = None
     for format in formats:
-        time, results = measure(format)
+        took, results = measure(format)
         expected = results if expected is None else expected
         difference = distance(expected, results)
         if expected is results and not math.isfinite(difference):
@@ -237,9 +237,9 @@ def fastest(
                 f"{id} computes values that are not finite in {format}: damaged weights?"
             )
         if difference <= limit:
-            seconds[format] = time
+            seconds[format] = took
         verdict = "" if format in seconds else " (too far off)"
-        notify(f"  {format:8} {time * 1e3:8.1f} ms, distance {difference:.5f}{verdict}")
+        notify(f"  {format:8} {took * 1e3:8.1f} ms, distance {difference:.5f}{verdict}")
     chosen = min(seconds, key=seconds.__getitem__)
     notify(f"serving {id} in {chosen}")
     json_cache.add(settings.data_folder() / REMEMBERED, _key(name, formats), chosen)
