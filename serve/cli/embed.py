@@ -66,6 +66,8 @@ def embed(
     if truncate and long_text_mode == "mean":
         raise WrongUsage("--truncate and --long-text-mode mean exclude each other: choose one")
     served = _loaded(model, dtype, max_embedding_tokens)
+    import asyncio
+
     from serve.models import long_texts
 
     started = time.perf_counter()
@@ -79,7 +81,7 @@ def embed(
             )
     cut = long_texts.truncated if mode == "truncate" else long_texts.split
     chunks = [cut(found, served.context) for found in ids]
-    vectors = served.embed_now([chunk for text in chunks for chunk in text])
+    vectors = asyncio.run(served.embed([chunk for text in chunks for chunk in text]))
     vectors = long_texts.average(vectors, chunks, normalize=served.cfg.normalize)
     seconds = time.perf_counter() - started
     tokens = sum(len(chunk) for text in chunks for chunk in text)

@@ -5,6 +5,7 @@ formats are whole documents: with several files, `--output-dir` writes one besid
 """
 
 import dataclasses
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,7 +76,7 @@ def transcribe(
             "transcribe them one by one, with an --output-dir each"
         )
     import audio
-    from audio import inspect, subtitles
+    from audio import subtitles
 
     failures: list[Failure] = []
 
@@ -121,16 +122,7 @@ def transcribe(
                 f"[{found.duration:.1f} s of sound · {seconds:.1f} s · "
                 f"{found.duration / seconds:.1f} times as fast as it was said · {served.format}]"
             )
-        try:
-            if spectrogram:
-                spoken = [word for segment in found.segments for word in segment.words]
-                inspect.spectrogram(spectrogram, samples, spoken)
-            if alignment and found.segments:
-                inspect.alignment(alignment, served.whisper, samples, found)
-            elif alignment:
-                console.say(f"{alignment} is not drawn: nothing was heard")
-        except ValueError as error:
-            raise Failure(str(error)) from None
+        _draw(served, samples, found, spectrogram, alignment)
     if failures:
         raise typer.Exit(failures[0].exit_code)
 
@@ -146,7 +138,6 @@ def _transcribe(
     """The samples of a file and its transcript; text reaches stdout as it is written."""
     import audio
     from audio.load import RATE
-    from audio.transcribe import find_language, find_spans, listen
 
     try:
         samples = audio.load(file)
@@ -155,11 +146,10 @@ def _transcribe(
     except ValueError as error:
         raise WrongUsage(str(error)) from None
     duration = len(samples) / RATE
-    spans = find_spans(samples, plan)
-    code = find_language(served.whisper, samples, language, spans)
+    code, spans = served.language(samples, language, plan)
     options = dataclasses.replace(options, language=code)
     segments = []
-    for segment in listen(served.whisper, samples, options=options, plan=plan, spans=spans):
+    for segment in served.listen(samples, options, plan, spans, stop=threading.Event()):
         segments.append(segment)
         if to_stdout:
             console.answer(segment.text.strip())
@@ -168,6 +158,28 @@ def _transcribe(
     text = "".join(segment.text for segment in segments).strip()
     found = audio.Transcript(language=code, duration=duration, text=text, segments=tuple(segments))
     return samples, found
+
+
+def _draw(
+    served: "SpeechModel",
+    samples: "np.ndarray",
+    found: "Transcript",
+    spectrogram: Path | None,
+    alignment: Path | None,
+) -> None:
+    """Draw a sound, and where its words were found, into the files that are given."""
+    from audio import inspect
+
+    try:
+        if spectrogram:
+            spoken = [word for segment in found.segments for word in segment.words]
+            inspect.spectrogram(spectrogram, samples, spoken)
+        if alignment and found.segments:
+            inspect.alignment(alignment, served.whisper, samples, found)
+        elif alignment:
+            console.say(f"{alignment} is not drawn: nothing was heard")
+    except ValueError as error:
+        raise Failure(str(error)) from None
 
 
 def _target(file: Path, format: str) -> str:

@@ -74,14 +74,6 @@ class EmbeddingModel:
                 vectors[batch.texts] = await self.lane.run(lambda batch=batch: self._compute(batch))
         return vectors
 
-    def embed_now(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
-        """The same, for ordinary code."""
-        vectors = np.empty((len(texts), self.cfg.d_model), np.float32)
-        with self.lane.using():
-            for batch in packing.pack(texts, self.cfg.max_tokens):
-                vectors[batch.texts] = self.lane.call(lambda batch=batch: self._compute(batch))
-        return vectors
-
     def close(self, *, drain: bool = True, timeout: float = 30.0) -> None:
         """Nothing to end: a batch in hand is short, and who waits is answered."""
 

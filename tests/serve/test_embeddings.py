@@ -1,5 +1,6 @@
 """POST /v1/embeddings and `pellucid embed`, with all-MiniLM-L6-v2, over a real socket."""
 
+import asyncio
 import base64
 import json
 import subprocess
@@ -238,7 +239,7 @@ def test_texts_of_512_tokens_are_those_of_sentence_transformers(folder):
     served = load_embedder(MODEL, folder, owned_by="me", dtype="float32", max_tokens=512)
     ids = [served.words.encode(text, max_length=512) for text in texts]
     assert len(ids[1]) == 512
-    found = served.embed_now(ids)
+    found = asyncio.run(served.embed(ids))
     assert (found * peer.encode(texts, normalize_embeddings=True)).sum(1).min() > 0.99999
 
 
