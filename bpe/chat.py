@@ -273,6 +273,14 @@ class ChatTemplate:
             raise ValueError(f"chat template failed: {error}") from error
         return "".join(parts)
 
+    def compile(self) -> None:
+        """Compile the template now, not when a conversation is first rendered.
+
+        Raises:
+            ValueError: it has a mistake.
+        """
+        _ = self._template
+
     @functools.cached_property
     def _template(self) -> jinja2.Template:
         from bpe.sandbox import Sandbox

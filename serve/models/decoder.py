@@ -74,6 +74,7 @@ def load_model(
     good: Sequence[Format] = (),
     memory_limit: int | None = None,
     sampling: Mapping[str, float] | None = None,
+    tokenizer: bpe.Tokenizer | None = None,
     notify: Callable[[str], None] = lambda line: None,
     on_speed: Callable[[int, float], None] = lambda tokens, seconds: None,
 ) -> ServedModel:
@@ -89,6 +90,7 @@ def load_model(
         good: the formats that are known to be good enough, if that is known.
         memory_limit: bytes that weights and cache may take at most; None for what is free.
         sampling: defaults of requests, beside OpenAI's.
+        tokenizer: the model's, where it was read already.
         notify: told one line for each thing that takes long.
         on_speed: told (tokens, seconds) of requests that had the model for themselves.
 
@@ -101,15 +103,15 @@ def load_model(
     given = dtypes.named(dtype, dtypes.FORMATS)
     header = checkpoint.read_header(path)
     cfg = header.cfg
+    tokenizer = tokenizer or read_tokenizer(path, header)
     weights = sha256 or fingerprint.of_weights(path)
     if given is None:
         name = fingerprint.on_machine(weights)
         chosen = dtypes.choose(id, path, cfg, name, cache_budget, notify, good, memory_limit)
     else:
         (chosen,) = dtypes.that_fit(id, cfg, cache_budget, (given,))
-    params, cfg, metadata = checkpoint.load(path, format=chosen, header=header)
+    params, cfg, _ = checkpoint.load(path, format=chosen, header=header)
     del header  # it keeps the files open
-    tokenizer = bpe.load(path) if path.is_dir() else bpe.from_gguf(metadata, source=str(path))
     params = without_gaps(params, tokenizer.encoding)
     cache_dtype = jnp.float32 if chosen == "float32" else jnp.bfloat16
     vocab_size = tokenizer.encoding.n_vocab
@@ -171,21 +173,33 @@ def known_ids(encoding: bpe.Encoding) -> frozenset[int]:
     return frozenset(encoding.ranks.values()) | frozenset(encoding.special_tokens.values())
 
 
+def read_tokenizer(path: Path, header: checkpoint.Header) -> bpe.Tokenizer:
+    """The tokenizer of a model.
+
+    Raises:
+        ValueError: it cannot be read, a chat template has a mistake, or there are more tokens than
+            rows in the table.
+    """
+    folder = path.is_dir()
+    tokenizer = bpe.load(path) if folder else bpe.from_gguf(header.metadata, source=str(path))
+    for template in (tokenizer.chat_template, *tokenizer.named_templates.values()):
+        if template is not None:
+            template.compile()
+    if tokenizer.encoding.n_vocab > header.cfg.vocab_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {tokenizer.encoding.max_token_value}, the model's table "
+            f"of tokens only {header.cfg.vocab_size} rows: they do not belong together"
+        )
+    return tokenizer
+
+
 def without_gaps(params: Params, encoding: bpe.Encoding) -> Params:
     """Sees to it that ids which the vocabulary leaves out are never drawn.
 
     They get a bias of minus infinity in the head, which costs a step nothing, and is not there at
     all where there are no gaps. (Ids behind the last one are the sampler's business.)
-
-    Raises:
-        ValueError: the tokenizer knows ids that the model has no row for.
     """
     table = params.embed if params.head is None else params.head
-    if encoding.n_vocab > len(table.weight):
-        raise ValueError(
-            f"the tokenizer has ids up to {encoding.max_token_value}, the model's table of tokens "
-            f"only {len(table.weight)} rows: they do not belong together"
-        )
     known = known_ids(encoding)
     gaps = [id for id in range(encoding.n_vocab) if id not in known]
     if not gaps:
@@ -202,6 +216,10 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
     cfg = header.cfg
     sha256 = files.model.files[0].sha256 if files.model else None
     good = files.model.formats if files.model else ()
+    tokenizer = None
+    if files.model is None:  # a stranger: whatever is wrong with it is said before a server listens
+        checkpoint.check(files.path, header)
+        tokenizer = read_tokenizer(files.path, header)
     defaults = {}
     if options.sampling_defaults == "model":
         defaults = sampling_of(files, options.notify, header.metadata)
@@ -239,6 +257,7 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
             good=good,
             memory_limit=options.memory_limit,
             sampling=defaults,
+            tokenizer=tokenizer,
             notify=options.notify,
             on_speed=on_speed,
         )

@@ -116,6 +116,15 @@ def read_header(path: Path) -> Header:
     return Header(metadata, tensors, cfg, scheme, architecture)
 
 
+def check(path: Path, header: Header) -> None:
+    """Compare the names and shapes of tensors with those that the config asks for.
+
+    Raises:
+        ValueError: a tensor is missing, left over, or of another shape.
+    """
+    _matched(header.tensors, header.cfg, header.scheme, header.architecture, path)
+
+
 def fill(
     tensors: Mapping[str, Tensor],
     cfg: Config,
@@ -126,10 +135,7 @@ def fill(
     notify: Callable[[float], None],
 ) -> Params:
     """Builds `Params` from named tensors; see `load`."""
-    if cfg.num_layers > len(tensors):  # before a tree of so many layers is built
-        raise ValueError(f"{path}: {len(tensors)} tensors cannot make {cfg.num_layers} layers")
-    tree, infos = sources(cfg, scheme, architecture=architecture), abstract(cfg)
-    num_tensors = _check_tensors(tensors, tree, infos, cfg, path)
+    tree, infos, num_tensors = _matched(tensors, cfg, scheme, architecture, path)
     done = 0
     turns = format == "int8" and rotation.can_turn(cfg)
 
@@ -168,14 +174,17 @@ def fill(
     return rotation.without_gains(params) if turns else params
 
 
-def _check_tensors(
-    tensors: Mapping[str, Tensor], tree: Any, infos: Any, cfg: Config, path: Path
-) -> int:
-    """Compare names and shapes with those of a tree of sources; return how many there must be.
+def _matched(
+    tensors: Mapping[str, Tensor], cfg: Config, scheme: str, architecture: str, path: Path
+) -> tuple[Any, Any, int]:
+    """Return the trees of sources and of shapes that the tensors match, and the number of tensors.
 
     Raises:
         ValueError: a tensor is missing, left over, or of another shape.
     """
+    if cfg.num_layers > len(tensors):  # before a tree of so many layers is built
+        raise ValueError(f"{path}: {len(tensors)} tensors cannot make {cfg.num_layers} layers")
+    tree, infos = sources(cfg, scheme, architecture=architecture), abstract(cfg)
     wanted = rows_of(tree, infos)
     given = {name for name in tensors if not name.endswith(_DERIVED)}
     if cfg.tie_embeddings and "lm_head.weight" in given:  # some exporters write the table twice
@@ -190,7 +199,7 @@ def _check_tensors(
         expected = expected[::-1] if source.is_transposed else expected
         if (shape := tensors[source.name].shape) != expected:
             raise ValueError(f"{path}: {source.name} must have shape {expected}, got {shape}")
-    return len(wanted)
+    return tree, infos, len(wanted)
 
 
 def check_tied(tensors: Mapping[str, Tensor], head: str, table: str, path: Path) -> None:
