@@ -4,7 +4,7 @@ After OpenAI's specification; what is null there may be null here. Routes answer
 and these are not run on the way out: a test compares the two (`tests/serve/test_schema.py`).
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,6 +13,22 @@ class Reply(BaseModel):
     """An answer, or part of one. It has no other fields than these."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+Item = TypeVar("Item")
+
+
+class ListReply(Reply, Generic[Item]):
+    object: Literal["list"]
+    data: list[Item]
+
+
+class PageReply(ListReply[Item], Generic[Item]):
+    """A part of a list; see `pagination.py`."""
+
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 # --- errors -----------------------------------------------------------------------------------
@@ -41,9 +57,7 @@ class Model(Reply):
     sampling: dict[str, float] | None
 
 
-class Models(Reply):
-    object: Literal["list"]
-    data: list[Model]
+class Models(ListReply[Model]): ...
 
 
 class Deleted(Reply):
@@ -61,9 +75,7 @@ class EngineReply(Reply):
     ready: bool
 
 
-class Engines(Reply):
-    object: Literal["list"]
-    data: list[EngineReply]
+class Engines(ListReply[EngineReply]): ...
 
 
 # --- what they generate -----------------------------------------------------------------------
@@ -259,9 +271,7 @@ class EmbeddingsUsage(Reply):
     total_tokens: Count
 
 
-class Embeddings(Reply):
-    object: Literal["list"]
-    data: list[Embedding]
+class Embeddings(ListReply[Embedding]):
     model: str
     usage: EmbeddingsUsage
 
@@ -281,12 +291,7 @@ class FileReply(Reply):
     status_details: None
 
 
-class Files(Reply):
-    object: Literal["list"]
-    data: list[FileReply]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
+class Files(PageReply[FileReply]): ...
 
 
 class FileDeleted(Reply):
@@ -343,12 +348,7 @@ class JobReply(Reply):
     metadata: dict[str, str] | None
 
 
-class Jobs(Reply):
-    object: Literal["list"]
-    data: list[JobReply]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
+class Jobs(PageReply[JobReply]): ...
 
 
 class JobMetrics(Reply):
@@ -371,12 +371,7 @@ class JobEvent(Reply):
     data: JobMetrics
 
 
-class JobEvents(Reply):
-    object: Literal["list"]
-    data: list[JobEvent]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
+class JobEvents(PageReply[JobEvent]): ...
 
 
 class JobCheckpoint(Reply):
@@ -389,12 +384,7 @@ class JobCheckpoint(Reply):
     fine_tuning_job_id: str
 
 
-class JobCheckpoints(Reply):
-    object: Literal["list"]
-    data: list[JobCheckpoint]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
+class JobCheckpoints(PageReply[JobCheckpoint]): ...
 
 
 class FineTuneEvent(Reply):
@@ -404,9 +394,7 @@ class FineTuneEvent(Reply):
     message: str
 
 
-class FineTuneEvents(Reply):
-    object: Literal["list"]
-    data: list[FineTuneEvent]
+class FineTuneEvents(ListReply[FineTuneEvent]): ...
 
 
 class FineTuneNumbers(Reply):
@@ -432,6 +420,4 @@ class FineTune(Reply):
     events: list[FineTuneEvent] = []
 
 
-class FineTunes(Reply):
-    object: Literal["list"]
-    data: list[FineTune]
+class FineTunes(ListReply[FineTune]): ...
