@@ -5,6 +5,7 @@ ids, headers and counting on everything, then who may talk to us at all, then ke
 then how much.
 """
 
+import functools
 from typing import cast
 
 from fastapi import FastAPI
@@ -18,13 +19,12 @@ from serve.api.auth import KeyRing
 from serve.api.headers import ResponseHeaders
 from serve.api.metrics import Metrics
 from serve.api.middleware import ApiKeys, BodyLimit, HostAndOrigin
-from serve.api.openapi import described
+from serve.api.openapi import described, schema
 from serve.api.rate_limit import RATE_HEADERS, Admission, RequestRate
 from serve.api.routes import (
     audio,
     chat,
     completions,
-    docs,
     embeddings,
     files,
     fine_tuning,
@@ -64,7 +64,7 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
     app = FastAPI(
         title="Pellucid",
         description="The model stack behind the OpenAI API, from scratch, on this machine.",
-        openapi_url=None,  # `routes/docs.py` has its own
+        openapi_url=None,  # `routes/pages.py` has its own
         redirect_slashes=False,
         middleware=[
             Middleware(
@@ -112,7 +112,8 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
     # Paths with an engine's name in them match greedily: the longer ones first, the bare one last.
     routes = (health, models, chat, completions, edits, embeddings, audio, images)
     routes += (files, fine_tuning, fine_tunes)
-    routes += (engines, tokens, docs, pages)
+    routes += (engines, tokens, pages)
     for route in routes:
         app.include_router(route.router)
+    app.openapi = functools.cache(lambda: schema(app))
     return app

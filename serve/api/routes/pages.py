@@ -1,40 +1,73 @@
-"""GET /: the page to chat and to look at tokens, from the folder `serve/web`.
+"""GET / and /docs: the page to chat and to look at tokens, and the one that describes the API.
 
 Plain files, served as they are: no build step, and a policy that lets the browser load nothing from
-anywhere else and run no script but these. What the page can do, it does through the API.
+anywhere else and run no script but these. They are in the folder `serve/web`; the ones of Swagger
+UI, which shows /openapi.json, come with the package fastapi-offline. What the pages can do, they do
+through the API.
 """
 
+import mimetypes
 from pathlib import Path
 
 from fastapi import APIRouter
-from starlette.responses import FileResponse, Response
-
-from serve.api.errors import APIError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.staticfiles import StaticFiles
 
 router = APIRouter(include_in_schema=False)
 
 FOLDER = Path(__file__).parents[2] / "web"
-TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 HEADERS = {
-    "content-security-policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
+    "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",  # ask whether it has changed: it does when Pellucid is updated
 }
-FILES = {path.name: path for path in FOLDER.iterdir() if path.suffix in TYPES}
+# Swagger UI sets styles, and shows icons that are written in them.
+_FOR_SWAGGER = POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'").replace(
+    "img-src 'self'", "img-src 'self' data:"
+)
+_OURS = StaticFiles(directory=FOLDER)
+_SWAGGER = StaticFiles(packages=[("fastapi_offline", "static")])
+mimetypes.add_type("text/javascript", ".js")  # some systems have another
 
 
 @router.get("/")
-async def page() -> Response:
-    return FileResponse(FOLDER / "index.html", media_type="text/html", headers=HEADERS)
+async def page(request: Request) -> Response:
+    return await _file(_OURS, "index.html", request)
+
+
+@router.get("/docs")
+async def docs(request: Request) -> Response:
+    return await _file(_OURS, "docs.html", request, {"content-security-policy": _FOR_SWAGGER})
+
+
+@router.get("/openapi.json")
+async def openapi(request: Request) -> Response:
+    return JSONResponse(request.app.openapi())
 
 
 @router.get("/web/{name}")
-async def file(name: str) -> Response:
-    path = FILES.get(name)
-    if path is None:
-        raise APIError(404, f"Invalid URL (GET /web/{name[:80]})", code="unknown_url")
-    return FileResponse(path, media_type=TYPES[path.suffix], headers=HEADERS)
+async def file(request: Request, name: str) -> Response:
+    if name.endswith(".html"):
+        raise HTTPException(404)  # a page has one address, and its own policy there
+    return await _file(_OURS, name, request)
+
+
+@router.get("/docs/{name}")
+async def swagger(request: Request, name: str) -> Response:
+    return await _file(_SWAGGER, name, request)
+
+
+async def _file(
+    files: StaticFiles, name: str, request: Request, headers: dict[str, str] | None = None
+) -> Response:
+    """A file; or 304, if the browser has it as it is."""
+    response = await files.get_response(name, request.scope)
+    response.headers.update(HEADERS | (headers or {}))
+    return response
