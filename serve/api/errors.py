@@ -96,6 +96,7 @@ _EXPECTED = {
     "list_type": "an array",
     "dict_type": "an object",
     "model_type": "an object",
+    "is_instance_of": "a file",  # of a form, the only one
 }
 _BOUNDS = {  # error type -> (key of the bound, operator, words; the code is the words joined)
     "greater_than_equal": ("ge", ">=", "below minimum value", "below_min_value"),

@@ -1,115 +1,139 @@
-"""Reading forms: their fields, and a file that goes to the disk as it arrives.
+"""Reading forms: fields as a pydantic model, files as they arrive.
 
-An empty field means "not given" on every route (`form_fields`). The file of `read_form` is never in
-memory, and is written once: to where it will stay. Its type and the folders in its name are not
-looked at.
+The bytes of a file go to where the route wants them, in memory or on the disk, and are written
+once. Its type and the folders in its name are not looked at. An empty field means "not given".
 """
 
 import asyncio
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Annotated, Any, Protocol, TypeVar, get_origin
 
+from pydantic import InstanceOf, ValidationError, WithJsonSchema
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
-from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
-from serve.api.errors import APIError
-from serve.jobs.store import Incoming
+from serve.api.errors import APIError, from_validation
+from serve.api.requests import Body
 
-MAX_FIELD = 64 * 2**10  # bytes of a field that is no file
+MAX_FIELD = 128 * 2**10  # bytes of a field that is no file: the longest prompt fits
 MAX_PARTS = 100
-FILE = "file"  # the field that holds the file
+
+AnyForm = TypeVar("AnyForm", bound=Body)
 
 
-@dataclass
-class Form:
-    """What a form held.
+class Sink(Protocol):
+    """Where the bytes of a file go."""
 
-    Attributes:
-        items: name and text of each field that is no file, in order.
-        filename: of the file, without folders; None if there was no file.
+    def write(self, data: bytes, /) -> object: ...
+
+
+class Upload:
+    """A file that a form held: the name it was sent under, without folders, and its bytes."""
+
+    def __init__(self, filename: str):
+        self.filename, self.size = filename, 0
+
+
+File = Annotated[InstanceOf[Upload], WithJsonSchema({"type": "string", "format": "binary"})]
+
+
+async def read_form(
+    request: Request, model: type[AnyForm], sinks: Mapping[str, Sink], max_bytes: int | None = None
+) -> AnyForm:
+    """Read the body of a request as a form.
+
+    Args:
+        request: with a body that nobody has read.
+        model: the fields, files among them as `File`.
+        sinks: where the bytes of each file go, by field. `image[]` is `image`.
+        max_bytes: of a file; None leaves that to `BodyLimit`.
+
+    Raises:
+        APIError: 400 for what is no form, is cut short, has a field twice or is not as ``model``
+            says; 413 for a file over ``max_bytes``.
     """
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    boundary = options.get(b"boundary")
+    if kind != b"multipart/form-data" or not boundary:
+        raise _bad(f"send a form (multipart/form-data) with a file in the field '{min(sinks)}'")
+    reader = _Reader(boundary, sinks, max_bytes)
+    async for chunk in request.stream():
+        try:
+            reader.parser.write(chunk)
+        except FormParserError as error:
+            raise _bad(str(error)) from None
+        for name, data in reader.pending.items():
+            await asyncio.to_thread(sinks[name].write, bytes(data))
+        reader.pending.clear()
+    if not reader.is_whole:
+        raise _bad("it is cut short: its last boundary is missing")
+    lists = {name for name, at in model.model_fields.items() if get_origin(at.annotation) is list}
+    try:
+        return model.model_validate(form_fields(reader.items, lists), strict=False)
+    except ValidationError as error:
+        raise from_validation(error) from None
 
-    items: list[tuple[str, str]] = field(default_factory=list)
-    filename: str | None = None
 
-
-def form_fields(items: Iterable[tuple[str, Any]], lists: Collection[str] = ()) -> dict[str, Any]:
-    """Return the texts of a form by the names of their fields; a blank one counts as absent.
+def form_fields(
+    items: Iterable[tuple[str, str | Upload]], lists: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return the fields of a form by their names; a blank one counts as absent.
 
     HTML forms and some clients send all their fields, those left empty too. So a required field
     that is blank is one that is missing. A field that comes twice with two texts is refused: which
     one is meant cannot be known.
 
     Args:
-        items: name and value of each field; files are passed over.
+        items: name and value of each field.
         lists: names of the fields that hold a list, sent as `name[]` or `name`, once an item.
 
     Raises:
         APIError: 400, a field comes twice.
 
-    >>> form_fields(
-    ...     [("n", ""), ("seed", " "), ("size", "64x64"), ("include[]", "a"), ("include[]", "")],
-    ...     lists=("include",),
-    ... )
-    {'size': '64x64', 'include': ['a']}
+    >>> form_fields([("n", ""), ("seed", " "), ("size", "64x64"), ("expiry[days]", "2")])
+    {'size': '64x64', 'expiry': {'days': '2'}}
+    >>> form_fields([("include[]", "a"), ("include[]", "")], lists=["include"])
+    {'include': ['a']}
     """
     fields: dict[str, Any] = {}
     for name, value in items:
-        bare = name.removesuffix("[]")
-        if isinstance(value, UploadFile) or not value.strip():
+        if not (value.strip() if isinstance(value, str) else value.filename or value.size):
             continue
+        match = re.fullmatch(r"(.+)\[(.*)\]", name)
+        bare, key = match.groups() if match else (name, "")
         if bare in lists:
             fields.setdefault(bare, []).append(value)
-        elif fields.setdefault(bare, value) != value:
+            continue
+        place = fields.setdefault(bare, {}) if key else fields
+        if not isinstance(place, dict) or place.setdefault(key or bare, value) != value:
             raise APIError(
                 400,
-                f"The field '{bare}' comes twice, as {fields[bare]!r} and {value!r}: give it once.",
+                f"The field '{name[:80]}' comes twice: give it once.",
                 param=bare,
                 code="invalid_form",
             )
     return fields
 
 
-async def read_form(request: Request, incoming: Incoming, max_bytes: int) -> Form:
-    """Reads a request's form, the bytes of its file into ``incoming``.
-
-    Raises:
-        APIError: 400 for what is no form, or is cut short, or has two files; 413 for a file over
-            ``max_bytes``.
-    """
-    kind, options = parse_options_header(request.headers.get("content-type", ""))
-    boundary = options.get(b"boundary")
-    if kind != b"multipart/form-data" or not boundary:
-        raise _bad("send a form (multipart/form-data) with a file in the field 'file'")
-    reader = _Reader(boundary)
-    async for chunk in request.stream():
-        reader.take(chunk)
-        if incoming.size + len(reader.pending) > max_bytes:
-            raise APIError(
-                413,
-                f"Maximum content size limit ({max_bytes}) exceeded",
-                param=FILE,
-                code="file_too_large",
-            )
-        if reader.pending:
-            await asyncio.to_thread(incoming.write, reader.pending)
-            reader.pending = b""
-    if not reader.is_whole:
-        raise _bad("it is cut short: its last boundary is missing")
-    return reader.form
-
-
 class _Reader:
-    """A form, chunk by chunk; ``pending`` are bytes of its file that came with the last one."""
+    """A form, chunk by chunk.
 
-    def __init__(self, boundary: bytes):
-        self.form, self.pending, self.is_whole = Form(), b"", False
-        self._parts, self._header, self._name = 0, (b"", b""), ""
-        self._disposition, self._is_file, self._value = b"", False, b""
+    Attributes:
+        items: name and value of each field that has ended.
+        pending: bytes of files, by field, that came with the last chunk.
+        is_whole: whether the last boundary has come.
+    """
+
+    def __init__(self, boundary: bytes, sinks: Collection[str], max_bytes: int | None):
+        self.items: list[tuple[str, str | Upload]] = []
+        self.pending: dict[str, bytearray] = {}
+        self.is_whole = False
+        self._sinks, self._max_bytes = sinks, max_bytes
+        self._parts, self._header, self._disposition = 0, (b"", b""), b""
+        self._name, self._value, self._upload = "", bytearray(), None
         callbacks = {
             "on_part_begin": self._begin,
             "on_header_field": self._header_name,
@@ -120,19 +144,14 @@ class _Reader:
             "on_part_end": self._end,
             "on_end": self._whole,
         }
-        self._parser = MultipartParser(boundary, callbacks)  # type: ignore[arg-type]
-
-    def take(self, chunk: bytes) -> None:
-        try:
-            self._parser.write(chunk)
-        except FormParserError as error:
-            raise _bad(str(error)) from None
+        self.parser = MultipartParser(boundary, callbacks)  # type: ignore[arg-type]
 
     def _begin(self) -> None:
         self._parts += 1
         if self._parts > MAX_PARTS:
             raise _bad(f"it has more than {MAX_PARTS} fields")
-        self._header, self._disposition, self._value = (b"", b""), b"", b""
+        self._header, self._disposition = (b"", b""), b""
+        self._value, self._upload = bytearray(), None
 
     def _header_name(self, data: bytes, start: int, end: int) -> None:
         self._header = (self._header[0] + data[start:end], b"")
@@ -151,23 +170,33 @@ class _Reader:
         if b"name" not in options:
             raise _bad("a field has no name")
         self._name = options[b"name"].decode("utf-8", "replace")
-        self._is_file = self._name == FILE
-        if self._is_file:
-            if self.form.filename is not None:
-                raise _bad("it has two files, and one is expected")
-            self.form.filename = bare_name(options.get(b"filename", b"").decode("utf-8", "replace"))
+        if b"filename" in options and self._field in self._sinks:
+            filename = options[b"filename"].decode("utf-8", "replace")
+            self._upload = Upload(bare_name(filename) if filename else "")
+
+    @property
+    def _field(self) -> str:
+        return self._name.removesuffix("[]")
 
     def _data(self, data: bytes, start: int, end: int) -> None:
-        if self._is_file:
-            self.pending += data[start:end]
+        if self._upload is None:
+            self._value += data[start:end]
+            if len(self._value) > MAX_FIELD:
+                raise _bad(f"the field '{self._name[:80]}' is longer than {MAX_FIELD} bytes")
             return
-        self._value += data[start:end]
-        if len(self._value) > MAX_FIELD:
-            raise _bad(f"the field '{self._name[:80]}' is longer than {MAX_FIELD} bytes")
+        self._upload.size += end - start
+        if self._max_bytes is not None and self._upload.size > self._max_bytes:
+            raise APIError(
+                413,
+                f"Maximum content size limit ({self._max_bytes}) exceeded",
+                param=self._field,
+                code="file_too_large",
+            )
+        self.pending.setdefault(self._field, bytearray()).extend(data[start:end])
 
     def _end(self) -> None:
-        if not self._is_file:
-            self.form.items.append((self._name, self._value.decode("utf-8", "replace")))
+        value = self._upload or self._value.decode("utf-8", "replace")
+        self.items.append((self._name, value))
 
     def _whole(self) -> None:
         self.is_whole = True

@@ -21,6 +21,7 @@ def described(
     answer: type[BaseModel] | None = None,
     body: type[BaseModel] | None = None,
     *,
+    form: type[BaseModel] | None = None,
     events: type[BaseModel] | None = None,
     media_type: str = "text/plain",
 ) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def described(
 
     Args:
         answer: the JSON it answers with; None for text.
-        body: the JSON it takes.
+        body, form: the JSON and the form it takes.
         events: what each server-sent event holds, where it can stream.
         media_type: of an answer that is text.
     """
@@ -52,8 +53,8 @@ def described(
         "5XX": {"description": "The server failed, or takes nothing new now.", **error},
     }
     arguments: dict[str, Any] = {"responses": responses, "response_model": None}
-    if body is not None:
-        taken = {"application/json": {"schema": _reference(body)}}
+    models = {"application/json": body, "multipart/form-data": form}
+    if taken := {kind: {"schema": _reference(model)} for kind, model in models.items() if model}:
         arguments["openapi_extra"] = {"requestBody": {"required": True, "content": taken}}
     return arguments
 

@@ -333,7 +333,7 @@ def test_one_sample_and_odd_shapes(client):
 @pytest.mark.parametrize(
     ("fields", "param", "code", "facts"),
     [
-        ({"temperature": "warm"}, "temperature", "invalid_type", []),
+        ({"temperature": "warm"}, "temperature", "invalid_value", ["number"]),
         ({"temperature": "1.5"}, "temperature", "decimal_above_max_value", [1, 1.5]),
         ({"response_format": "docx"}, "response_format", "invalid_value", ["'docx'", "'srt'"]),
         ({"response_format": "diarized_json"}, "response_format", "unsupported_value", []),
@@ -345,7 +345,7 @@ def test_one_sample_and_odd_shapes(client):
             "invalid_value",
             ["verbose_json"],
         ),
-        ({"stream": "maybe"}, "stream", "invalid_type", []),
+        ({"stream": "maybe"}, "stream", "invalid_value", ["boolean"]),
     ],
 )
 def test_fields_that_cannot_be_meant(speech_address, fields, param, code, facts):
@@ -382,7 +382,9 @@ def test_empty_fields_are_not_given(speech_address):
 
 
 def test_other_requests_that_cannot_be_answered(speech_address):
-    assert post(speech_address, file=None).json()["error"]["param"] == "file"
+    assert post(speech_address, file=None).json()["error"]["code"] == "invalid_form"  # none
+    empty = post(speech_address, file=("", b"")).json()["error"]
+    assert (empty["param"], empty["code"]) == ("file", "missing_required_parameter")
     answer = post(speech_address, model="scripted")
     assert answer.status_code == 404 and MODEL in answer.json()["error"]["message"]
     answer = post(speech_address, route="translations")

@@ -546,8 +546,8 @@ MISSING = "missing_required_parameter"
         ),
         ({"image": GOOD, "prompt": ""}, "prompt", MISSING, []),
         ({"image": GOOD, "prompt": " \n"}, "prompt", MISSING, []),
-        ({"image": "a text"}, "image", "invalid_image", ["file"]),
-        ({"image": GOOD, "mask": "a text"}, "mask", "invalid_image", ["file"]),
+        ({"image": "a text"}, "image", "invalid_type", ["file"]),
+        ({"image": GOOD, "mask": "a text"}, "mask", "invalid_type", ["file"]),
         (
             {"image": GOOD, "output_compression": "101"},
             "output_compression",

@@ -13,6 +13,7 @@ told apart: ``diarized_json`` is refused.
 """
 
 import asyncio
+import io
 import math
 import threading
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -21,9 +22,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter
-from pydantic import Field, ValidationError, WithJsonSchema
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
@@ -32,8 +31,8 @@ from audio import subtitles
 from audio.load import RATE
 from audio.tokens import SECONDS_PER_STEP
 from audio.transcribe import Segment, Transcript
-from serve.api.errors import APIError, from_validation, unsupported
-from serve.api.multipart import form_fields
+from serve.api.errors import APIError, unsupported
+from serve.api.multipart import File, read_form
 from serve.api.openapi import described
 from serve.api.request_context import call_of
 from serve.api.requests import Body
@@ -53,12 +52,12 @@ BATCH = 4  # windows of a long sound decoded at once
 LONG = 60.0  # seconds from which a sound is long
 
 _FORMATS = "['flac', 'm4a', 'mp3', 'mp4', 'mpeg', 'mpga', 'oga', 'ogg', 'wav', 'webm']"
-_LISTS = ("timestamp_granularities", "include", "keywords")
 
 
-class SpeechBody(Body):
-    """The fields of both forms, beside the file."""
+class SpeechForm(Body):
+    """A form with a sound file."""
 
+    file: File
     model: str
     prompt: str = ""
     response_format: Literal["json", "text", "srt", "verbose_json", "vtt", "diarized_json"] = "json"
@@ -133,12 +132,6 @@ class VerboseTranscription(Reply):
     usage: SpeechUsage
 
 
-class SpeechForm(SpeechBody):
-    """A form with a sound file: what `_read_form` takes."""
-
-    file: Annotated[bytes, WithJsonSchema({"type": "string", "format": "binary"})]
-
-
 class SpeechEvent(Reply):
     """`transcript.text.delta` with `delta`, or `transcript.text.done` with `text` and `usage`."""
 
@@ -151,9 +144,7 @@ class SpeechEvent(Reply):
 
 def _described(*, events: type[Reply] | None = None) -> dict[str, Any]:
     """A route that takes a form and answers with JSON, brief or verbose, or with text."""
-    arguments = described(Transcription, SpeechForm, events=events)
-    request = arguments["openapi_extra"]["requestBody"]["content"]
-    request["multipart/form-data"] = request.pop("application/json")
+    arguments = described(Transcription, form=SpeechForm, events=events)
     content = arguments["responses"][200]["content"]
     brief = content["application/json"]["schema"]
     verbose = described(VerboseTranscription)["responses"][200]["content"]["application/json"]
@@ -175,11 +166,12 @@ async def create_translation(request: Request) -> Response:
 
 
 async def _answer(request: Request, task: Literal["transcribe", "translate"]) -> Response:
-    body, data, name = await _read_form(request)
+    sound = io.BytesIO()
+    body = await read_form(request, SpeechForm, {"file": sound}, MAX_BYTES)
     model = await loaded(request, body.model, SpeechModel)
     _check(body, model, task)
     call_of(request.scope).model = model.id
-    samples = await asyncio.to_thread(_decoded, data, name)
+    samples = await asyncio.to_thread(_decoded, sound.getvalue(), body.file.filename)
     is_long = len(samples) > LONG * RATE
     plan = audio.Plan(
         # In turn where the text is wanted as it is written: at once, the text of all regions but
@@ -203,49 +195,7 @@ async def _answer(request: Request, task: Literal["transcribe", "translate"]) ->
 # --- reading ----------------------------------------------------------------------------------
 
 
-async def _read_form(request: Request) -> tuple[SpeechBody, bytes, str]:
-    """The fields of the form, the bytes of its file, and the name that it was sent under."""
-    try:
-        async with request.form(max_files=1, max_fields=100) as form:
-            file, fields = form.get("file"), _fields(form.multi_items())
-            if not isinstance(file, UploadFile):
-                raise APIError(
-                    400,
-                    "Missing required parameter: 'file'. Send a form (multipart/form-data) with "
-                    "a sound file in the field 'file'.",
-                    param="file",
-                    code="missing_required_parameter",
-                )
-            data, name = await file.read(), file.filename or ""
-    except HTTPException as error:  # not a form after all
-        raise APIError(400, f"Invalid form: {error.detail}", code="invalid_form") from None
-    if len(data) > MAX_BYTES:
-        raise APIError(413, f"Maximum content size limit ({MAX_BYTES}) exceeded", param="file")
-    try:
-        return SpeechBody.model_validate(fields), data, name
-    except ValidationError as error:
-        raise from_validation(error) from None
-
-
-def _fields(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A form's texts as the JSON they stand for."""
-    fields = form_fields(items, _LISTS)
-    if "temperature" in fields:
-        fields["temperature"] = _number(fields["temperature"])
-    if "stream" in fields:
-        stream = fields["stream"]
-        fields["stream"] = {"true": True, "false": False}.get(stream.lower(), stream)
-    return fields
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text  # so that the error can show it
-
-
-def _check(body: SpeechBody, model: SpeechModel, task: str) -> None:
+def _check(body: SpeechForm, model: SpeechModel, task: str) -> None:
     """Refuses what this model, or this server, cannot do."""
     tokens = model.whisper.tokens
     if body.response_format == "diarized_json":
@@ -339,7 +289,7 @@ class _Hearing:
         yield from self._model.listen(self._samples, options, self._plan, spans, stop=self._stop)
 
 
-async def _events(hearing: _Hearing, body: SpeechBody) -> AsyncGenerator[Event, None]:
+async def _events(hearing: _Hearing, body: SpeechForm) -> AsyncGenerator[Event, None]:
     extra = ["logprobs"] if body.include else []
     async for segment in hearing.one_by_one():
         text = segment.text if len(hearing.segments) > 1 else segment.text.lstrip()
@@ -356,7 +306,7 @@ async def _events(hearing: _Hearing, body: SpeechBody) -> AsyncGenerator[Event, 
 # --- writing ----------------------------------------------------------------------------------
 
 
-def _written(found: Transcript, body: SpeechBody, task: str, hearing: _Hearing) -> Response:
+def _written(found: Transcript, body: SpeechForm, task: str, hearing: _Hearing) -> Response:
     if body.response_format in ("text", "srt", "vtt"):
         return PlainTextResponse(subtitles.write(found, body.response_format))
     if body.response_format == "json":
@@ -378,7 +328,7 @@ def _usage(found: Transcript) -> dict[str, Any]:
     return {"type": "duration", "seconds": math.ceil(found.duration)}
 
 
-def _token_usage(hearing: _Hearing, body: SpeechBody) -> dict[str, Any]:
+def _token_usage(hearing: _Hearing, body: SpeechForm) -> dict[str, Any]:
     """What went in and came out, an audio token being a position of the encoder: 50 a second."""
     heard = math.ceil(hearing.transcript.duration / SECONDS_PER_STEP)
     read = sum(len(hearing.tokens.encode(text)) for text in (body.prompt, *body.keywords) if text)

@@ -10,12 +10,12 @@ import time
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from pydantic import Field, ValidationError
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
-from serve.api.errors import APIError, from_validation
-from serve.api.multipart import FILE, form_fields, read_form
+from serve.api.errors import APIError
+from serve.api.multipart import File, read_form
 from serve.api.openapi import described
 from serve.api.pagination import OrderedPageQuery, listing, read_query
 from serve.api.requests import Body
@@ -42,9 +42,10 @@ class ExpiresAfter(Body):
     seconds: Annotated[int, Field(ge=3600, le=2_592_000)]
 
 
-class FileBody(Body):
-    """The fields of the form, beside the file."""
+class FileForm(Body):
+    """POST /v1/files."""
 
+    file: File
     purpose: PURPOSES
     expires_after: ExpiresAfter | None = None
 
@@ -63,21 +64,12 @@ async def create_file(request: Request) -> dict[str, Any]:
     """Upload a file (a form: `file` and `purpose`)."""
     store, id = store_of(request), new_id("file-")
     with store.receiving(id) as incoming:
-        form = await read_form(request, incoming, MAX_BYTES)
-        if form.filename is None:
-            raise APIError(
-                400,
-                "Missing required parameter: 'file'. Send a form (multipart/form-data) with the "
-                "file in the field 'file'.",
-                param=FILE,
-                code="missing_required_parameter",
-            )
-        body = _read_fields(form_fields(form.items))
+        form = await read_form(request, FileForm, {"file": incoming}, MAX_BYTES)
         if not incoming.size:
-            raise APIError(400, "File is empty.", param=FILE, code="invalid_file")
-        record = file_record(id, form.filename, incoming.size, body.purpose)
-        if body.expires_after is not None:
-            record["expires_at"] = record["created_at"] + body.expires_after.seconds
+            raise APIError(400, "File is empty.", param="file", code="invalid_file")
+        record = file_record(id, form.file.filename, incoming.size, form.purpose)
+        if form.expires_after is not None:
+            record["expires_at"] = record["created_at"] + form.expires_after.seconds
         await asyncio.to_thread(incoming.keep, record)
     return record
 
@@ -152,18 +144,3 @@ def no_such_file(id: str, param: str = "id") -> APIError:
 
 def _is_alive(file: dict[str, Any]) -> bool:
     return file.get("expires_at", float("inf")) > time.time()
-
-
-def _read_fields(fields: dict[str, str]) -> FileBody:
-    data: dict[str, Any] = {name: fields[name] for name in ("purpose",) if name in fields}
-    expiry = {
-        key: fields[f"expires_after[{key}]"]
-        for key in ("anchor", "seconds")
-        if f"expires_after[{key}]" in fields
-    }
-    if expiry:
-        data["expires_after"] = expiry
-    try:
-        return FileBody.model_validate(data, strict=False)
-    except ValidationError as error:
-        raise from_validation(error) from None

@@ -25,6 +25,7 @@ no other URL is fetched. Prompts are read to their 16th token.
 
 import asyncio
 import base64
+import io
 import re
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -36,15 +37,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from fastapi import APIRouter
-from pydantic import Field, ValidationError, WithJsonSchema
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
 from diffusion import Plan, edit, picture, upscale
-from serve.api.errors import APIError, from_validation, unsupported
-from serve.api.multipart import form_fields
+from serve.api.errors import APIError, unsupported
+from serve.api.multipart import File, read_form
 from serve.api.openapi import described
 from serve.api.request_context import Call, call_of
 from serve.api.requests import Body, read_json
@@ -73,7 +72,6 @@ _workers = ThreadPoolExecutor(2, thread_name_prefix="pictures")
 T = TypeVar("T")
 AnyForm = TypeVar("AnyForm", bound="ImageOptions")
 Prompt = Annotated[str, Field(min_length=1, max_length=32_000)]
-Upload = Annotated[bytes, WithJsonSchema({"type": "string", "format": "binary"})]
 
 
 class ImageOptions(Body):
@@ -113,30 +111,20 @@ class ImageEditBody(ImageOptions):
     mask: ImageReference | None = None
 
 
-class ImageEditOptions(ImageOptions):
-    """POST /v1/images/edits, as a form, without its files."""
-
-    prompt: Prompt
-
-
-class ImageEditForm(ImageEditOptions):
+class ImageEditForm(ImageOptions):
     """POST /v1/images/edits, as a form; `image[]` is `image`."""
 
-    image: Upload
-    mask: Upload | None = None
+    prompt: Prompt
+    image: File
+    mask: File | None = None
 
 
-class ImageVariationOptions(ImageOptions):
-    """POST /v1/images/variations, without its file."""
-
-    prompt: Annotated[str, Field(max_length=32_000)] = ""
-    strength: Annotated[float, Field(ge=0.01, le=1)] = edit.VARIATION
-
-
-class ImageVariationForm(ImageVariationOptions):
+class ImageVariationForm(ImageOptions):
     """POST /v1/images/variations."""
 
-    image: Upload
+    image: File
+    prompt: Annotated[str, Field(max_length=32_000)] = ""
+    strength: Annotated[float, Field(ge=0.01, le=1)] = edit.VARIATION
 
 
 class ImageTokens(Reply):
@@ -189,16 +177,6 @@ class ImageEvent(Reply):
     usage: ImageUsage | None = None
 
 
-def _described(form: type[Body], json: type[Body] | None = None) -> dict[str, Any]:
-    """A route that takes a form, or JSON as well."""
-    arguments = described(Images, form, events=ImageEvent)
-    request = arguments["openapi_extra"]["requestBody"]["content"]
-    request["multipart/form-data"] = request.pop("application/json")
-    if json is not None:
-        request |= described(body=json)["openapi_extra"]["requestBody"]["content"]
-    return arguments
-
-
 @router.post("/v1/images/generations", **described(Images, ImageGenerationBody, events=ImageEvent))
 async def create_image(request: Request) -> Response:
     """Draw what a prompt says."""
@@ -212,14 +190,16 @@ async def create_image(request: Request) -> Response:
     return await _answer(request, _Task(model, body, body.prompt, whole, "image_generation"))
 
 
-@router.post("/v1/images/edits", **_described(ImageEditForm, ImageEditBody))
+@router.post(
+    "/v1/images/edits", **described(Images, ImageEditBody, form=ImageEditForm, events=ImageEvent)
+)
 async def create_image_edit(request: Request) -> Response:
     """Change a part of a picture (a form: `image`, `mask`, `prompt`; or JSON)."""
     if request.headers.get("content-type", "").lower().startswith("application/json"):
         body = await read_json(request, ImageEditBody)
         files = await _aside(_referred, request, body)
     else:
-        body, files = await _read_form(request, ImageEditOptions)
+        body, files = await _read_form(request, ImageEditForm)
     model = await _model(request, body.model)
     size = model.painter.cfg.image_size
     original, mask = await _aside(_read_edit, files, _is_gpt_image(body))
@@ -254,10 +234,12 @@ async def create_image_edit(request: Request) -> Response:
     return await _answer(request, task)
 
 
-@router.post("/v1/images/variations", **_described(ImageVariationForm))
+@router.post(
+    "/v1/images/variations", **described(Images, form=ImageVariationForm, events=ImageEvent)
+)
 async def create_image_variation(request: Request) -> Response:
     """Draw a picture again, a little differently (a form: `image`)."""
-    body, files = await _read_form(request, ImageVariationOptions)
+    body, files = await _read_form(request, ImageVariationForm)
     model = await _model(request, body.model)
     side = _side(body, model.painter.size)
 
@@ -313,28 +295,9 @@ async def _model(request: Request, name: str | None) -> DrawingModel:
 
 async def _read_form(request: Request, kind: type[AnyForm]) -> tuple[AnyForm, Files]:
     """The fields of a form, and its files."""
-    files: Files = {}
-    try:
-        async with request.form(max_files=17, max_fields=100) as form:
-            for name, value in form.multi_items():
-                bare = name.removesuffix("[]")
-                if not isinstance(value, UploadFile):
-                    if bare in ("image", "mask") and value.strip():
-                        raise _bad(bare, f"Invalid '{bare}': expected a file, got a text.")
-                elif not (value.size or value.filename):
-                    continue  # a file input of an HTML form that was left empty
-                elif bare in files:
-                    raise _several(bare)
-                else:
-                    files[bare] = await value.read()
-            fields = form_fields(form.multi_items())
-    except (HTTPException, ValueError) as error:  # not a form after all, or in an odd charset
-        reason = error.detail if isinstance(error, HTTPException) else error
-        raise APIError(400, f"Invalid form: {reason}", code="invalid_form") from None
-    try:
-        return kind.model_validate(fields, strict=False), files
-    except ValidationError as error:
-        raise from_validation(error) from None
+    sinks = {"image": io.BytesIO(), "mask": io.BytesIO()}
+    form = await read_form(request, kind, sinks)
+    return form, {name: sink.getvalue() for name, sink in sinks.items() if getattr(form, name, 0)}
 
 
 def _referred(request: Request, body: ImageEditBody) -> Files:
@@ -418,14 +381,6 @@ def _hole(pixels: np.ndarray) -> np.ndarray:
 
 def _decoded(files: Files, param: str) -> np.ndarray:
     """A picture that was uploaded: uint8 [Y, X, 4]."""
-    if param not in files:
-        raise APIError(
-            400,
-            f"Missing required parameter: '{param}'. Send a form (multipart/form-data) with a "
-            f"picture in the field '{param}'.",
-            param=param,
-            code="missing_required_parameter",
-        )
     _refuse_large(len(files[param]), param)
     try:
         return picture.read(files[param], max_pixels=MAX_PIXELS)
