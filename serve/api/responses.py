@@ -421,3 +421,59 @@ class FineTune(Reply):
 
 
 class FineTunes(ListReply[FineTune]): ...
+
+
+# --- images -----------------------------------------------------------------------------------
+
+
+ImageFormat = Literal["png", "jpeg", "webp"]
+
+
+class ImageTokens(Reply):
+    text_tokens: int
+    image_tokens: int
+
+
+class ImageUsage(Reply):
+    """Tokens of the prompt that were read; pictures are not drawn in tokens."""
+
+    input_tokens: int
+    input_tokens_details: ImageTokens
+    output_tokens: Literal[0]
+    total_tokens: int
+
+
+class Image(Reply):
+    """One of the two."""
+
+    url: str | None = None
+    b64_json: str | None = None
+
+
+class Images(Reply):
+    created: int
+    data: list[Image]
+    background: Literal["transparent", "opaque"]
+    output_format: ImageFormat
+    quality: Literal["low", "medium", "high"]
+    usage: ImageUsage
+
+
+class ImageEvent(Reply):
+    """`partial_image` with `partial_image_index`, or `completed` with `usage`."""
+
+    type: Literal[
+        "image_generation.partial_image",
+        "image_generation.completed",
+        "image_edit.partial_image",
+        "image_edit.completed",
+    ]
+    b64_json: str
+    created_at: int
+    size: str
+    quality: Literal["low", "medium", "high"]
+    background: Literal["transparent", "opaque"]
+    output_format: ImageFormat
+    index: int
+    partial_image_index: int | None = None
+    usage: ImageUsage | None = None

@@ -24,8 +24,9 @@ import diffusion
 from diffusion import Plan, edit, picture, sample
 from serve import settings
 from serve.api.app import create_app
+from serve.api.base64_pieces import PIECE, to_base64
+from serve.api.responses import ImageEvent, Images
 from serve.api.routes import images
-from serve.api.routes.images import ImageEvent, Images
 from serve.api.settings import Settings
 from serve.exceptions import NotFound
 from serve.models import catalogue, download, resolve
@@ -424,11 +425,11 @@ def test_compression_changes_the_size(client, format):
 
 
 def test_base64_in_pieces_is_base64():
-    for size in (0, 1, 3 * images.PIECE, 3 * images.PIECE + 1, 7 * images.PIECE):
+    for size in (0, 1, 3 * PIECE, 3 * PIECE + 1, 7 * PIECE):
         data = np.random.default_rng(size).bytes(size)
-        pieces = images.to_base64(data)
+        pieces = to_base64(data)
         assert b"".join(pieces) == base64.b64encode(data)
-        assert all(len(piece) <= 4 * images.PIECE for piece in pieces)
+        assert all(len(piece) <= 4 * PIECE for piece in pieces)
 
 
 def in_json(data):
@@ -493,7 +494,7 @@ def test_large_answers_are_sent_in_pieces(folder, home, stream):
     assert len(found) == 10 and len(answer.content) > 5 * 2**20
     for one in found:
         np.testing.assert_array_equal(pixels(one["b64_json"])[:, :240], image[:, :240])
-    assert max(sizes) <= 4 * images.PIECE
+    assert max(sizes) <= 4 * PIECE
 
 
 # --- what cannot be answered ------------------------------------------------------------------

@@ -19,13 +19,10 @@ to 1, which OpenAI has not.
 Nothing holds the event loop for long: pictures are decoded, drawn into and encoded on two threads,
 base64 is made and read in pieces, and answers in base64 are sent a picture at a time.
 
-An upload's bytes say what it is. Pictures are taken from forms, ``data:`` URLs and uploaded files;
-no other URL is fetched. Prompts are read to their 16th token.
+Prompts are read to their 16th token. `image_uploads.py` reads the pictures that requests bring.
 """
 
 import asyncio
-import base64
-import io
 import re
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -33,22 +30,28 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import APIRouter
-from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
 from diffusion import Plan, edit, picture, upscale
+from serve.api.base64_pieces import to_base64
 from serve.api.errors import APIError, unsupported
-from serve.api.multipart import File, read_form
+from serve.api.image_requests import (
+    ImageEditBody,
+    ImageEditForm,
+    ImageGenerationBody,
+    ImageOptions,
+    ImageVariationForm,
+)
+from serve.api.image_uploads import MAX_BYTES, decode, read_edit, read_files, referred
 from serve.api.openapi import described
 from serve.api.request_context import Call, call_of
-from serve.api.requests import Body, read_json
-from serve.api.responses import Reply
-from serve.api.routes.files import find_file, store_of
+from serve.api.requests import read_json
+from serve.api.responses import ImageEvent, Images
 from serve.api.sse import Event, between_base64, event_stream, unless_disconnected
 from serve.api.state import loaded, state_of
 from serve.api.temp_files import SECONDS, Passing
@@ -56,13 +59,10 @@ from serve.models.images import DrawingModel, Drawn, Order, Source
 
 router = APIRouter()
 
-MAX_BYTES = 20 * 2**20  # of a picture
-MAX_PIXELS = 2048 * 2048
 UPLOADS = {  # what a body may take: a picture, its mask, and the form around them
     f"/v1/images/{route}": 2 * MAX_BYTES for route in ("edits", "variations")
 }
 SMALLEST, LARGEST = 16, 1024  # pixels of a side
-PIECE = 2**15  # groups of 3 bytes, or of 4 characters of base64, that are handled at once
 STEPS = {"low": 10, "medium": 20, "high": 40}
 _QUALITY = {"standard": "medium", "auto": "medium", "hd": "high"}
 
@@ -70,111 +70,6 @@ _QUALITY = {"standard": "medium", "auto": "medium", "hd": "high"}
 _workers = ThreadPoolExecutor(2, thread_name_prefix="pictures")
 
 T = TypeVar("T")
-AnyForm = TypeVar("AnyForm", bound="ImageOptions")
-Prompt = Annotated[str, Field(min_length=1, max_length=32_000)]
-
-
-class ImageOptions(Body):
-    """What all three routes take."""
-
-    model: str | None = None
-    n: Annotated[int, Field(ge=1, le=10)] = 1
-    size: str = "auto"
-    response_format: Literal["url", "b64_json"] | None = None
-    output_format: picture.Format = "png"
-    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
-    background: Literal["transparent", "opaque", "auto"] = "auto"
-    quality: Literal["standard", "hd", "low", "medium", "high", "auto"] = "auto"
-    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    stream: bool = False
-    partial_images: Annotated[int, Field(ge=0, le=3)] = 0
-
-
-class ImageGenerationBody(ImageOptions):
-    """POST /v1/images/generations."""
-
-    prompt: Prompt
-
-
-class ImageReference(Body):
-    """A picture in JSON: one of the two."""
-
-    image_url: str | None = None
-    file_id: str | None = None
-
-
-class ImageEditBody(ImageOptions):
-    """POST /v1/images/edits, as JSON."""
-
-    prompt: Prompt
-    images: Annotated[list[ImageReference], Field(min_length=1, max_length=16)]
-    mask: ImageReference | None = None
-
-
-class ImageEditForm(ImageOptions):
-    """POST /v1/images/edits, as a form; `image[]` is `image`."""
-
-    prompt: Prompt
-    image: File
-    mask: File | None = None
-
-
-class ImageVariationForm(ImageOptions):
-    """POST /v1/images/variations."""
-
-    image: File
-    prompt: Annotated[str, Field(max_length=32_000)] = ""
-    strength: Annotated[float, Field(ge=0.01, le=1)] = edit.VARIATION
-
-
-class ImageTokens(Reply):
-    text_tokens: int
-    image_tokens: int
-
-
-class ImageUsage(Reply):
-    """Tokens of the prompt that were read; pictures are not drawn in tokens."""
-
-    input_tokens: int
-    input_tokens_details: ImageTokens
-    output_tokens: Literal[0]
-    total_tokens: int
-
-
-class Image(Reply):
-    """One of the two."""
-
-    url: str | None = None
-    b64_json: str | None = None
-
-
-class Images(Reply):
-    created: int
-    data: list[Image]
-    background: Literal["transparent", "opaque"]
-    output_format: picture.Format
-    quality: Literal["low", "medium", "high"]
-    usage: ImageUsage
-
-
-class ImageEvent(Reply):
-    """`partial_image` with `partial_image_index`, or `completed` with `usage`."""
-
-    type: Literal[
-        "image_generation.partial_image",
-        "image_generation.completed",
-        "image_edit.partial_image",
-        "image_edit.completed",
-    ]
-    b64_json: str
-    created_at: int
-    size: str
-    quality: Literal["low", "medium", "high"]
-    background: Literal["transparent", "opaque"]
-    output_format: picture.Format
-    index: int
-    partial_image_index: int | None = None
-    usage: ImageUsage | None = None
 
 
 @router.post("/v1/images/generations", **described(Images, ImageGenerationBody, events=ImageEvent))
@@ -197,12 +92,12 @@ async def create_image_edit(request: Request) -> Response:
     """Change a part of a picture (a form: `image`, `mask`, `prompt`; or JSON)."""
     if request.headers.get("content-type", "").lower().startswith("application/json"):
         body = await read_json(request, ImageEditBody)
-        files = await _aside(_referred, request, body)
+        files = await _aside(referred, request, body)
     else:
-        body, files = await _read_form(request, ImageEditForm)
+        body, files = await read_files(request, ImageEditForm)
     model = await _model(request, body.model)
     size = model.painter.cfg.image_size
-    original, mask = await _aside(_read_edit, files, _is_gpt_image(body))
+    original, mask = await _aside(read_edit, files, _is_gpt_image(body))
     height, width = original.shape[:2]
     side = None if body.size == "auto" else _side(body, model.painter.size)
     if side is not None and height != width:
@@ -239,12 +134,12 @@ async def create_image_edit(request: Request) -> Response:
 )
 async def create_image_variation(request: Request) -> Response:
     """Draw a picture again, a little differently (a form: `image`)."""
-    body, files = await _read_form(request, ImageVariationForm)
+    body, files = await read_files(request, ImageVariationForm)
     model = await _model(request, body.model)
     side = _side(body, model.painter.size)
 
     def read() -> Source:
-        fitted = edit.fit(_decoded(files, "image"), model.painter.cfg.image_size)
+        fitted = edit.fit(decode(files, "image"), model.painter.cfg.image_size)
         return Source(fitted, strength=body.strength)
 
     def whole(drawn: np.ndarray) -> np.ndarray:
@@ -280,9 +175,7 @@ async def get_image(request: Request, name: str) -> Response:
     )
 
 
-# --- reading ----------------------------------------------------------------------------------
-
-Files = dict[str, bytes]  # "image" and "mask"
+# --- options ----------------------------------------------------------------------------------
 
 
 async def _model(request: Request, name: str | None) -> DrawingModel:
@@ -291,128 +184,6 @@ async def _model(request: Request, name: str | None) -> DrawingModel:
         drawing = (spec.id for spec in state_of(request).registry.list() if spec.kind == "images")
         name = next(drawing, "dall-e-2")  # of which the error says what it is and where to get it
     return await loaded(request, name, DrawingModel)
-
-
-async def _read_form(request: Request, kind: type[AnyForm]) -> tuple[AnyForm, Files]:
-    """The fields of a form, and its files."""
-    sinks = {"image": io.BytesIO(), "mask": io.BytesIO()}
-    form = await read_form(request, kind, sinks)
-    return form, {name: sink.getvalue() for name, sink in sinks.items() if getattr(form, name, 0)}
-
-
-def _referred(request: Request, body: ImageEditBody) -> Files:
-    """The files that a JSON body names."""
-    if len(body.images) > 1:
-        raise _several("images")
-    found = {"image": _fetched(request, body.images[0], "images[0]")}
-    if body.mask is not None:
-        found["mask"] = _fetched(request, body.mask, "mask")
-    return found
-
-
-def _fetched(request: Request, reference: ImageReference, path: str) -> bytes:
-    if (reference.image_url is None) == (reference.file_id is None):
-        raise _bad(path, f"Invalid '{path}': give one of 'image_url' and 'file_id'.")
-    if reference.file_id is not None:
-        store = store_of(request)
-        file = find_file(store, reference.file_id, f"{path}.file_id")
-        _refuse_large(file["bytes"], path)
-        return store.blob(reference.file_id).read_bytes()
-    head, comma, data = (reference.image_url or "").partition(",")
-    if not (head.startswith("data:") and head.endswith(";base64") and comma):
-        raise _bad(
-            f"{path}.image_url",
-            f"Invalid '{path}.image_url': expected data:image/png;base64,..., because this server "
-            "fetches no URLs. Or upload the picture to /v1/files and give its 'file_id'.",
-        )
-    try:
-        return _from_base64(data)
-    except ValueError as error:  # binascii's, or the one for what is not ASCII
-        raise _bad(
-            f"{path}.image_url", f"Invalid '{path}.image_url': not base64 ({error})."
-        ) from None
-
-
-def _read_edit(files: Files, may_be_opaque: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read what is to be changed, and where.
-
-    Args:
-        may_be_opaque: whether all of an opaque picture changes where there is no mask.
-
-    Returns:
-        The picture, uint8 [Y, X, 3 or 4], and the mask, uint8 [Y, X, 1]: 255 where the picture
-        changes, 0 where it is kept, in between at soft edges; None for all of an opaque picture.
-    """
-    image = _decoded(files, "image")
-    if "mask" not in files:
-        mask = _hole(image)
-        if not mask.any():
-            if may_be_opaque:
-                return image[..., :3], None
-            raise _bad(
-                "image",
-                "Invalid 'image': it has no transparent pixels, and there is no mask. What is "
-                "transparent in either is what changes. Under the name gpt-image-1 all of it is "
-                "redrawn.",
-            )
-        return image[..., :3], mask
-    other = _decoded(files, "mask")
-    (height, width), (y, x) = image.shape[:2], other.shape[:2]
-    if (height, width) != (y, x):
-        raise _bad(
-            "mask",
-            f"Invalid 'mask': it has {x} x {y} pixels, and the image {width} x {height}. They must "
-            "be of the same size.",
-        )
-    mask = _hole(other)
-    if not mask.any():
-        raise _bad(
-            "mask",
-            "Invalid 'mask': it has no transparent pixels, so nothing would change. Transparent "
-            "pixels are those that do, not white ones.",
-        )
-    return (image if _hole(image).any() else image[..., :3]), mask
-
-
-def _hole(pixels: np.ndarray) -> np.ndarray:
-    """How transparent a picture is: uint8 [Y, X, 4] -> [Y, X, 1]."""
-    return 255 - pixels[..., 3:]
-
-
-def _decoded(files: Files, param: str) -> np.ndarray:
-    """A picture that was uploaded: uint8 [Y, X, 4]."""
-    _refuse_large(len(files[param]), param)
-    try:
-        return picture.read(files[param], max_pixels=MAX_PIXELS)
-    except ValueError as error:
-        reason = str(error).rstrip(".") if files[param] else "the file is empty"
-        raise _bad(param, f"Invalid '{param}': {reason}.") from None
-
-
-def _from_base64(text: str) -> bytes:
-    """The bytes that base64 spells. In pieces, because each holds Python's lock.
-
-    Raises:
-        ValueError: it is not base64.
-    """
-    if "=" in text[:-2]:
-        raise ValueError("padding in the middle")
-    starts = range(0, len(text), 4 * PIECE)
-    return b"".join(base64.b64decode(text[i : i + 4 * PIECE], validate=True) for i in starts)
-
-
-def to_base64(data: bytes) -> list[bytes]:
-    """The base64 of bytes in pieces, because each holds Python's lock."""
-    return [base64.b64encode(data[i : i + 3 * PIECE]) for i in range(0, len(data), 3 * PIECE)]
-
-
-def _refuse_large(size: int, param: str) -> None:
-    if size > MAX_BYTES:
-        raise _bad(
-            param,
-            f"Invalid '{param}': it has {size} bytes, and at most {MAX_BYTES} are read.",
-            "image_too_large",
-        )
 
 
 def _side(body: ImageOptions, own: int) -> int:
@@ -435,14 +206,6 @@ def _side(body: ImageOptions, own: int) -> int:
 def _is_gpt_image(body: ImageOptions) -> bool:
     """Whether the request was written for one of OpenAI's newer models."""
     return "gpt-image" in (body.model or "")
-
-
-def _several(param: str) -> APIError:
-    return unsupported(param, "several pictures", "One picture can be edited at a time.")
-
-
-def _bad(param: str, message: str, code: str = "invalid_image") -> APIError:
-    return APIError(400, message, param=param, code=code)
 
 
 # --- drawing ----------------------------------------------------------------------------------
@@ -505,8 +268,8 @@ class _Task:
         }
 
 
-async def _answer(request: Request, task: _Task) -> Response:
-    body, call = task.body, call_of(request.scope)
+def _check(body: ImageOptions) -> None:
+    """Refuse what no picture of ours can have."""
     if body.background == "transparent":
         raise unsupported("background", "transparent", "Its pictures are opaque: use 'opaque'.")
     if body.output_format == "png" and body.output_compression not in (None, 100):
@@ -517,6 +280,11 @@ async def _answer(request: Request, task: _Task) -> Response:
             param="output_compression",
             code="invalid_value",
         )
+
+
+async def _answer(request: Request, task: _Task) -> Response:
+    body, call = task.body, call_of(request.scope)
+    _check(body)
     call.model, call.prompt_tokens = task.model.id, task.tokens
     if body.stream:
         return await event_stream(request, _events(task, call), named=True)

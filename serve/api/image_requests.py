@@ -1,0 +1,64 @@
+"""What the image routes take: JSON and forms, as pydantic models."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from diffusion import edit, picture
+from serve.api.multipart import File
+from serve.api.requests import Body
+
+Prompt = Annotated[str, Field(min_length=1, max_length=32_000)]
+
+
+class ImageOptions(Body):
+    """What all three routes take."""
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=10)] = 1
+    size: str = "auto"
+    response_format: Literal["url", "b64_json"] | None = None
+    output_format: picture.Format = "png"
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+    background: Literal["transparent", "opaque", "auto"] = "auto"
+    quality: Literal["standard", "hd", "low", "medium", "high", "auto"] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    stream: bool = False
+    partial_images: Annotated[int, Field(ge=0, le=3)] = 0
+
+
+class ImageGenerationBody(ImageOptions):
+    """POST /v1/images/generations."""
+
+    prompt: Prompt
+
+
+class ImageReference(Body):
+    """A picture in JSON: one of the two."""
+
+    image_url: str | None = None
+    file_id: str | None = None
+
+
+class ImageEditBody(ImageOptions):
+    """POST /v1/images/edits, as JSON."""
+
+    prompt: Prompt
+    images: Annotated[list[ImageReference], Field(min_length=1, max_length=16)]
+    mask: ImageReference | None = None
+
+
+class ImageEditForm(ImageOptions):
+    """POST /v1/images/edits, as a form; `image[]` is `image`."""
+
+    prompt: Prompt
+    image: File
+    mask: File | None = None
+
+
+class ImageVariationForm(ImageOptions):
+    """POST /v1/images/variations."""
+
+    image: File
+    prompt: Annotated[str, Field(max_length=32_000)] = ""
+    strength: Annotated[float, Field(ge=0.01, le=1)] = edit.VARIATION
