@@ -109,9 +109,10 @@ def form_fields(
             continue
         place = fields.setdefault(bare, {}) if key else fields
         if not isinstance(place, dict) or place.setdefault(key or bare, value) != value:
+            text = f" (the last is {value[:80]!r})" if isinstance(value, str) else ""
             raise APIError(
                 400,
-                f"The field '{name[:80]}' comes twice: give it once.",
+                f"The field '{name[:80]}' comes twice{text}: give it once.",
                 param=bare,
                 code="invalid_form",
             )
