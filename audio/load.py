@@ -67,7 +67,7 @@ def load(
         ValueError: the file is empty, of no known format, damaged beyond reading, without a sample,
             or longer than `max_seconds`; or its format needs the packages of the extra `audio`.
     """
-    label, data = ("sound", source) if isinstance(source, bytes) else (str(source), None)
+    label, data = (name or "sound", source) if isinstance(source, bytes) else (str(source), None)
     if data is None:
         data = Path(source).read_bytes()
     if not data:

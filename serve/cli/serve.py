@@ -186,7 +186,7 @@ def _offered(
     except CannotLoad as error:
         raise Failure(str(error)) from None
     finally:
-        registry.close(drain=False, timeout=local.STOP_SECONDS)
+        registry.close(local.STOP_SECONDS)
 
 
 def _run(

@@ -57,9 +57,9 @@ class ServedModel:
         """Whether nobody is being answered."""
         return self.engine.is_idle
 
-    def close(self, *, drain: bool = True, timeout: float = 30.0) -> None:
-        """Answers nobody any more; see `Engine.close`."""
-        self.engine.close(drain=drain, timeout=timeout)
+    def close(self, timeout: float) -> None:
+        """Cancel what is being answered, and answer nobody any more; see `Engine.close`."""
+        self.engine.close(drain=False, timeout=timeout)
 
 
 def load_model(

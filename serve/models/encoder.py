@@ -17,6 +17,7 @@ from typing import ClassVar
 import numpy as np
 
 import bpe
+from serve.exceptions import WrongUsage
 from serve.models import dtypes, fingerprint
 from serve.models.compiled import keep_compiled_programs
 from serve.models.decoder import weights_file
@@ -74,7 +75,7 @@ class EmbeddingModel:
                 vectors[batch.texts] = await self.lane.run(lambda batch=batch: self._compute(batch))
         return vectors
 
-    def close(self, *, drain: bool = True, timeout: float = 30.0) -> None:
+    def close(self, timeout: float) -> None:
         """Nothing to end: a batch in hand is short, and who waits is answered."""
 
     def _compute(self, batch: packing.Batch) -> np.ndarray:
@@ -137,13 +138,13 @@ def with_max_tokens(cfg: Config, max_tokens: int | None) -> Config:
     beyond were learned in pretraining, not for vectors of texts.
 
     Raises:
-        ValueError: the model has fewer positions, or nothing fits between [CLS] and [SEP].
+        WrongUsage: the model has fewer positions, or nothing fits between [CLS] and [SEP].
     """
     if max_tokens is None:
         return cfg
     if not 3 <= max_tokens <= cfg.max_seq_len:
-        raise ValueError(
-            f"max_embedding_tokens must be from 3 to {cfg.max_seq_len}, the model's positions: "
+        raise WrongUsage(
+            f"--max-embedding-tokens must be from 3 to {cfg.max_seq_len}, the model's positions: "
             f"got {max_tokens}"
         )
     return replace(cfg, max_tokens=max_tokens)

@@ -220,7 +220,7 @@ class DrawingModel:
                 self.painter.finish(noisy)
             self._compiled.add(kind)
 
-    def close(self, *, drain: bool = True, timeout: float = 30.0) -> None:
+    def close(self, timeout: float) -> None:
         """Nothing to end: a step in hand is short, and who waits is answered."""
 
     # -- whose turn it is ----------------------------------------------------------------------

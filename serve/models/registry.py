@@ -205,11 +205,11 @@ class Registry:
         del self._cards[id]
         self._loaded.pop(id, None)
 
-    def close(self, *, drain: bool = True, timeout: float = 30.0) -> None:
-        """Ends what is being answered, by all models, and loads no more; see `Engine.close`."""
+    def close(self, timeout: float = 5.0) -> None:
+        """Cancel what is being answered, by all models, within `timeout` seconds; load no more."""
         self._loader.shutdown(wait=False, cancel_futures=True)
         for model in self.loaded():
-            model.close(drain=drain, timeout=timeout)
+            model.close(timeout)
 
     def _make_room(self, offer: ModelSpec) -> None:
         """Lets go of what has not been asked for the longest, until an offered model fits."""

@@ -76,8 +76,8 @@ class LoadedModel(Protocol):
         """Whether nobody is being answered by it."""
         ...
 
-    def close(self, *, drain: bool = True, timeout: float = 30.0) -> None:
-        """Ends what it answers, and answers nobody any more."""
+    def close(self, timeout: float) -> None:
+        """Cancel what is being answered, within `timeout` seconds, and answer nobody any more."""
         ...
 
 

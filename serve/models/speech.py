@@ -110,7 +110,7 @@ class SpeechModel:
             except Stopped:
                 return
 
-    def close(self, *, drain: bool = True, timeout: float = 30.0) -> None:
+    def close(self, timeout: float) -> None:
         """Nothing to end: a piece in hand is short, and who waits is answered."""
 
 

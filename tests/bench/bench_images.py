@@ -114,7 +114,7 @@ def main() -> None:
         app = create_app(Settings(home=Path(scratch)), registry)
         with scripted.served(app) as address:
             best = measure(address, args.rounds, args.tokens)
-        registry.close(drain=False)
+        registry.close(5.0)
     print(json.dumps({name: round(value, 3) for name, value in best.items()}))
 
 

@@ -15,6 +15,7 @@ from openai import OpenAI
 import bpe
 from serve.api.app import create_app
 from serve.api.settings import Settings
+from serve.exceptions import WrongUsage
 from serve.models import resolve
 from serve.models.encoder import load_embedder
 from serve.models.registry import Registry
@@ -225,7 +226,7 @@ def test_longer_texts_are_read_when_the_server_is_told_to(folder, tmp_path):
         cut = post(address, input="word " * 511, truncate_prompt_tokens=512).json()
         assert cut == long
     for wrong in (0, 2, 513):
-        with pytest.raises(ValueError, match=naming("max_embedding_tokens", 3, 512, wrong)):
+        with pytest.raises(WrongUsage, match=naming("--max-embedding-tokens", 3, 512, wrong)):
             resolve.describe(place, LoadOptions(max_embedding_tokens=wrong, **how))
 
 
@@ -371,7 +372,7 @@ def test_the_command_says_what_it_cannot_do(tmp_path):
     said = run("word " * 300, "--truncate", "--long-text-mode", "mean")
     assert said.returncode == 2 and names(said.stderr, "--truncate", "--long-text-mode")
     said = run("x", "--max-embedding-tokens", "513")
-    assert said.returncode == 1 and names(said.stderr, "max_embedding_tokens", 3, 512, 513)
+    assert said.returncode == 2 and names(said.stderr, "--max-embedding-tokens", 3, 512, 513)
     said = run("x", "-o", "v.txt")
     assert said.returncode == 2 and names(said.stderr, "v.txt", ".npy")
     said = run(stdin=subprocess.DEVNULL)

@@ -215,4 +215,4 @@ def test_a_hundred_random_requests_get_the_same_text_whatever_happens_around_the
         rows, steps = after.stepped_rows - before.stepped_rows, after.steps - before.steps
         assert rows > 2 * steps, "they ran together"
     finally:
-        served.close(drain=False)
+        served.close(5.0)

@@ -1,18 +1,22 @@
 """What happens between a file and a model that answers: formats, memory, gaps, fingerprints."""
 
 import hashlib
+import json
 import os
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import bpe
-from serve.models import catalogue, dtypes, fingerprint, json_cache, memory
+from serve.models import catalogue, dtypes, fingerprint, json_cache, memory, resolve
 from serve.models.compiled import keep_compiled_programs
 from serve.models.decoder import known_ids, load_model, without_gaps
+from serve.models.spec import LoadOptions, ModelFiles
 from tests.naming import names, naming
 from tests.serve import tiny
 from transformer import cache, checkpoint
@@ -84,6 +88,46 @@ def test_a_model_that_fits_nowhere_is_refused_before_it_is_read(home, model_file
             load_model(CHAT, path, owned_by="me", cache_budget=GIGA // 4, dtype=dtype)
 
 
+def damaged_tensors(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def damaged_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{% for x in %}")
+
+
+def damaged_vocabulary(folder: Path) -> None:
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["model"]["byte_fallback"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+
+
+def too_large_vocabulary(folder: Path) -> None:
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["added_tokens"].append({**spec["added_tokens"][0], "id": 999, "content": "<far>"})
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+
+
+@pytest.mark.parametrize(
+    ("damage", "facts"),
+    [
+        (damaged_tensors, ["model.norm.weight"]),
+        (damaged_template, ["template"]),
+        (damaged_vocabulary, ["SentencePiece"]),
+        (too_large_vocabulary, [999, tiny.CFG.vocab_size]),
+    ],
+)
+def test_damaged_model_of_the_user_is_refused_when_described(home, tmp_path, damage, facts):
+    """A server listened, and each request to the model was a 503."""
+    path = tiny.model(tmp_path / "m")
+    damage(path)
+    options = LoadOptions(cache_budget=2**20, dtype="float32", home=home, notify=print)
+    with pytest.raises(ValueError, match=naming(*facts)):
+        resolve.describe(ModelFiles("m", path, "me"), options)
+
+
 def test_header_is_read_once_a_load(home, tmp_path, monkeypatch):
     """It was read twice, which takes 0.15 s of each start with a vocabulary in a GGUF file."""
     path, read = tiny.model(tmp_path), []
@@ -95,7 +139,7 @@ def test_header_is_read_once_a_load(home, tmp_path, monkeypatch):
     original = checkpoint.safetensors.read
     monkeypatch.setattr(checkpoint.safetensors, "read", counting)
     served = load_model("tiny", path, owned_by="me", cache_budget=2**20, dtype="float32")
-    served.close(drain=False)
+    served.close(5.0)
     assert len(read) == 1
 
 
@@ -251,12 +295,6 @@ def test_a_vocabulary_without_gaps_costs_nothing():
         "whole", pattern=r"[\s\S]", ranks={bytes([b]): b for b in range(256)}, special_tokens={}
     )
     assert without_gaps(params, whole) is params
-
-
-def test_a_tokenizer_of_another_model_is_refused():
-    params = init(jax.random.key(0), Config.debug(vocab_size=300))
-    with pytest.raises(ValueError, match=naming(400, 300)):
-        without_gaps(params, with_gaps())
 
 
 # -- fingerprints ----------------------------------------------------------------------------------

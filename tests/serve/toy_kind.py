@@ -27,7 +27,7 @@ class ToyModel:
     memory: int = 1
     is_idle: bool = True
 
-    def close(self, *, drain: bool = True, timeout: float = 30.0) -> None: ...
+    def close(self, timeout: float) -> None: ...
 
 
 def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:

@@ -229,10 +229,9 @@ def _decoded(data: bytes, name: str) -> np.ndarray:
     try:
         return audio.load(data, name=name, max_seconds=MAX_SECONDS)
     except ValueError as error:
-        reason = str(error).removeprefix("sound: ")
         raise APIError(
             400,
-            f"Invalid file format. Supported formats: {_FORMATS} ({reason})",
+            f"Invalid file format. Supported formats: {_FORMATS} ({error})",
             param="file",
         ) from None
 
