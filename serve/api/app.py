@@ -16,9 +16,10 @@ from starlette.types import Scope
 
 from serve.api import errors, logs
 from serve.api.auth import KeyRing
+from serve.api.body_limit import BodyLimit
 from serve.api.headers import ResponseHeaders
 from serve.api.metrics import Metrics
-from serve.api.middleware import ApiKeys, BodyLimit, HostAndOrigin
+from serve.api.middleware import ApiKeys, HostAndOrigin
 from serve.api.openapi import described, schema
 from serve.api.rate_limit import RATE_HEADERS, Admission, RequestRate
 from serve.api.routes import (

@@ -1,4 +1,4 @@
-"""Who may talk to this server: hosts, origins, keys, and how much they may send.
+"""Who may talk to this server: hosts, origins, keys.
 
 A server without keys on the loopback interface is still reachable from every page the user's
 browser shows. Two checks close that door, and both run before anything is read. The Host header
@@ -10,13 +10,11 @@ All of these are plain ASGI middlewares: they never wrap the body of a response,
 and the client's disconnect pass through untouched.
 """
 
-import asyncio
 import re
-from collections.abc import Collection, Mapping
-from types import MappingProxyType
+from collections.abc import Collection
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve.api.auth import KeyRing
 from serve.api.errors import APIError
@@ -27,8 +25,6 @@ HEALTH_PATHS = ("/health", "/v1/health", "/ready")  # a supervisor asks these wi
 PAGE_PATHS = ("/", "/docs", "/openapi.json")  # pages are shown to anybody; what they do is not
 PAGE_FOLDERS = ("/web/", "/docs/")
 NAMED_FOLDERS = ("/images/",)  # what is in there has a name that is as good as a key
-LINGER_SECONDS = 2.0
-UPLOAD_SECONDS = 300.0  # that a body may take to arrive
 
 
 class HostAndOrigin:
@@ -139,90 +135,3 @@ def mask(key: str) -> str:
     ('sk-ab***op', '***')
     """
     return f"{key[:5]}***{key[-2:]}" if len(key) >= 16 else "***"
-
-
-class _TooLarge(Exception):
-    pass
-
-
-class _TooSlow(Exception):
-    pass
-
-
-class BodyLimit:
-    """Refuses a request body over ``limit`` bytes with 413, announced or not, unread.
-
-    ``uploads`` gives paths that take more than others.
-
-    One that does not arrive in time is a 408: whoever sends a byte a minute holds no connection.
-    """
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        limit: int,
-        seconds: float = UPLOAD_SECONDS,
-        uploads: Mapping[str, int] = MappingProxyType({}),
-    ):
-        self.app, self.limit, self.seconds, self.uploads = app, limit, seconds, uploads
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        limit = max(self.limit, self.uploads.get(scope["path"], 0))
-        announced = Headers(scope=scope).get("content-length", "")
-        if announced.isdecimal() and int(announced[:20]) > limit:
-            return await self._refuse(limit, receive, send)
-        seen, is_whole = 0, False
-        end = asyncio.get_running_loop().time() + self.seconds
-
-        async def counted() -> Message:
-            nonlocal seen, is_whole
-            if is_whole:  # what comes now is the client's leaving, and that has time
-                return await receive()
-            try:
-                async with asyncio.timeout_at(end):
-                    message = await receive()
-            except TimeoutError:
-                raise _TooSlow from None
-            seen += len(message.get("body", b""))
-            if seen > limit:
-                raise _TooLarge
-            is_whole = not message.get("more_body", False)
-            return message
-
-        try:
-            await self.app(scope, counted, send)
-        except _TooLarge:
-            await self._refuse(limit, receive, send)
-        except _TooSlow:
-            error = APIError(
-                408,
-                f"The request's body did not arrive within {self.seconds:g} seconds.",
-                code="request_timeout",
-                headers={"connection": "close"},
-            )
-            await error.response()(scope, receive, send)
-
-    async def _refuse(self, limit: int, receive: Receive, send: Send) -> None:
-        """Answers, then lingers: most clients read no answer before they have sent their body.
-
-        What still arrives is dropped for a moment. Closing at once would reset the connection, and
-        the client would report that in place of the error.
-        """
-        error = APIError(
-            413,
-            f"Maximum content size limit ({limit}) exceeded",
-            code="request_too_large",
-            headers={"connection": "close"},
-        ).response()
-        start = {"type": "http.response.start", "status": 413, "headers": error.raw_headers}
-        await send(start)
-        await send({"type": "http.response.body", "body": error.body, "more_body": True})
-        try:
-            async with asyncio.timeout(LINGER_SECONDS):
-                while (await receive()).get("more_body"):
-                    pass
-        except TimeoutError:
-            pass
-        await send({"type": "http.response.body", "body": b""})

@@ -8,6 +8,8 @@ from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from serve.models.catalogue import KINDS
+
 
 class Reply(BaseModel):
     """An answer, or part of one. It has no other fields than these."""
@@ -53,7 +55,7 @@ class Model(Reply):
     object: Literal["model"]
     created: int
     owned_by: str
-    kind: Literal["decoder", "encoder", "speech", "images"]
+    kind: Literal[KINDS]  # pyright: ignore[reportInvalidTypeForm]
     sampling: dict[str, float] | None
 
 

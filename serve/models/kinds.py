@@ -1,4 +1,8 @@
-"""The kinds of model there are. A new one is a file beside this one, a line here, and a route."""
+"""The kinds of model there are.
+
+A new one is a file beside this one, a line here, its name in `catalogue.KINDS`, and a route that
+`serve/api/app.py` includes. `tests/serve/toy_kind.py` is the smallest.
+"""
 
 from pathlib import Path
 
@@ -11,7 +15,7 @@ KINDS: dict[str, Kind] = {
 
 
 def recognize(path: Path) -> Kind | None:
-    """Return the kind of a file or folder; the narrowest, for some layouts are others' too."""
+    """Return the kind of a file or folder; the narrowest, which stands last in the table."""
     return next((kind for kind in reversed(KINDS.values()) if kind.recognizes(path)), None)
 
 

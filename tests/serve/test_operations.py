@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serve.api import auth, logs, rate_limit
 from serve.api.app import create_app
-from serve.api.middleware import BodyLimit
+from serve.api.body_limit import BodyLimit
 from serve.api.rate_limit import RequestRate
 from serve.api.settings import Settings
 from serve.models.registry import Registry
