@@ -88,14 +88,22 @@ def _from_tokenizer_json(
     for token, id in vocab.items():
         if not isinstance(id, int):
             raise ValueError(f"{where}: vocab[{token!r}] is {short(id)}, not an id")
-    special = added_tokens(spec, vocab, str(path))
-    for token in (bos, eos):  # as transformers, which adds what is named
-        if token is not None and token in vocab:
-            special.setdefault(token, vocab[token])
     merges = [  # strings in old files
         merge.split(" ") if isinstance(merge, str) else merge
         for merge in get(model, "merges", list, where)
     ]
+    begin = _begin_token(spec.get("post_processor"), f"{path}: post_processor")
+    if begin is not None and bos is not None and begin != bos:
+        raise ValueError(f"{path}: post_processor adds {begin!r}, but bos_token is {bos!r}")
+    bos = bos or begin
+    special = added_tokens(spec, vocab, str(path))
+    ends = [text for _, text in declared if isinstance(text, str)]
+    for token in (bos, eos, *ends):
+        # What is named is a special token, as in transformers, unless it is a word or a byte too.
+        if token is None or token in special or token not in vocab:
+            continue
+        if not _is_ordinary(token, merges):
+            special[token] = vocab[token]
     encoding = from_byte_level(
         name,
         tokens={token: id for token, id in vocab.items() if token not in special},
@@ -109,14 +117,10 @@ def _from_tokenizer_json(
     if encoding.dropped_bytes and model.get("unk_token") is not None:
         raise ValueError(f"{where}: unk_token for missing bytes is not supported")
 
-    begin = _begin_token(spec.get("post_processor"), f"{path}: post_processor")
-    if begin is not None and bos is not None and begin != bos:
-        raise ValueError(f"{path}: post_processor adds {begin!r}, but bos_token is {bos!r}")
-    bos = bos or begin
     if bos is not None and bos not in special:
-        raise ValueError(f"{path}: the vocabulary lacks the bos_token {bos!r}")
+        raise ValueError(f"{path}: the vocabulary has no special token {bos!r}, the bos_token")
     if eos is None or eos not in special:  # special_tokens_map.json may name it
-        eos = next((v for _, v in declared if isinstance(v, str) and v in special), eos)
+        eos = next((text for text in ends if text in special), eos)
     declared_ids = stop.known_ids(encoding, declared)
     stop_ids = stop.spelled_ids(encoding).union(declared_ids)
     template, named = chat_templates(templates, bos, eos, encoding, stop_ids)
@@ -129,6 +133,15 @@ def _from_tokenizer_json(
         eos_id=special.get(eos or "", next(iter(declared_ids), None)),
         add_bos=begin is not None,
         stop_ids=stop_ids,
+    )
+
+
+def _is_ordinary(token: str, merges: Sequence[Any]) -> bool:
+    """Whether a token is a byte, or is made by merges or part of one."""
+    return len(token) == 1 or any(
+        token in merge or token == "".join(map(str, merge))
+        for merge in merges
+        if isinstance(merge, list)
     )
 
 

@@ -4,18 +4,17 @@ An upload's bytes say what it is, and no other URL is fetched. What is transpare
 in the picture where there is no mask, is what an edit changes.
 """
 
-import io
 from typing import TypeVar
 
 import numpy as np
 from starlette.requests import Request
 
 from diffusion import picture
-from serve.api.base64_pieces import from_base64
+from serve.api.base64_chunks import from_base64
 from serve.api.errors import APIError, unsupported
 from serve.api.image_requests import ImageEditBody, ImageOptions, ImageReference
-from serve.api.multipart import read_form
-from serve.api.routes.files import find_file, store_of
+from serve.api.multipart import read_form, temporary_file, whole
+from serve.api.stored_files import find_file, store_of
 
 MAX_BYTES = 20 * 2**20  # of a picture
 MAX_PIXELS = 2048 * 2048
@@ -26,12 +25,13 @@ Files = dict[str, bytes]  # "image" and "mask"
 
 async def read_files(request: Request, kind: type[AnyForm]) -> tuple[AnyForm, Files]:
     """The fields of a form, and its files."""
-    sinks = {"image": io.BytesIO(), "mask": io.BytesIO()}
-    form = await read_form(request, kind, sinks)
-    return form, {name: sink.getvalue() for name, sink in sinks.items() if getattr(form, name, 0)}
+    with temporary_file() as image, temporary_file() as mask:
+        sinks = {"image": image, "mask": mask}
+        form = await read_form(request, kind, sinks)
+        return form, {name: whole(sink) for name, sink in sinks.items() if getattr(form, name, 0)}
 
 
-def referred(request: Request, body: ImageEditBody) -> Files:
+def referenced(request: Request, body: ImageEditBody) -> Files:
     """The files that a JSON body names."""
     if len(body.images) > 1:
         raise _several("images")

@@ -5,8 +5,8 @@ once. Its type and the folders in its name are not looked at. An empty field mea
 """
 
 import asyncio
-import re
 from collections.abc import Collection, Iterable, Mapping
+from tempfile import SpooledTemporaryFile
 from typing import Annotated, Any, Protocol, TypeVar, get_origin
 
 from pydantic import InstanceOf, ValidationError, WithJsonSchema
@@ -31,10 +31,16 @@ class Sink(Protocol):
 
 
 class Upload:
-    """A file that a form held: the name it was sent under, without folders, and its bytes."""
+    """A file that a form held.
+
+    Attributes:
+        filename: the name it was sent under, without folders; "file" where it had none.
+        is_named: whether it had a name. An unnamed file without a byte is an empty field.
+        size: bytes.
+    """
 
     def __init__(self, filename: str):
-        self.filename, self.size = filename, 0
+        self.filename, self.is_named, self.size = bare_name(filename), bool(filename), 0
 
 
 File = Annotated[InstanceOf[Upload], WithJsonSchema({"type": "string", "format": "binary"})]
@@ -48,7 +54,8 @@ async def read_form(
     Args:
         request: with a body that nobody has read.
         model: the fields, files among them as `File`.
-        sinks: where the bytes of each file go, by field. `image[]` is `image`.
+        sinks: where the bytes of each file go, by field. `image[]` is `image`. A part
+            without a file name is a text there too, most likely a path without curl's @.
         max_bytes: of a file; None leaves that to `BodyLimit`.
 
     Raises:
@@ -59,7 +66,10 @@ async def read_form(
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
         raise _bad(f"send a form (multipart/form-data) with a file in the field '{min(sinks)}'")
-    reader = _Reader(boundary, sinks, max_bytes)
+    try:
+        reader = _Reader(boundary, sinks, max_bytes)
+    except FormParserError as error:
+        raise _bad(str(error)) from None
     async for chunk in request.stream():
         try:
             reader.parser.write(chunk)
@@ -75,6 +85,17 @@ async def read_form(
         return model.model_validate(form_fields(reader.items, lists), strict=False)
     except ValidationError as error:
         raise from_validation(error) from None
+
+
+def temporary_file() -> SpooledTemporaryFile[bytes]:
+    """A sink for a file that is decoded at once: on the disk from 1 MB on, and only until then."""
+    return SpooledTemporaryFile(2**20)
+
+
+def whole(sink: SpooledTemporaryFile[bytes]) -> bytes:
+    """All that was written to a sink."""
+    sink.seek(0)
+    return sink.read()
 
 
 def form_fields(
@@ -100,10 +121,10 @@ def form_fields(
     """
     fields: dict[str, Any] = {}
     for name, value in items:
-        if not (value.strip() if isinstance(value, str) else value.filename or value.size):
+        if not (value.strip() if isinstance(value, str) else value.is_named or value.size):
             continue
-        match = re.fullmatch(r"(.+)\[(.*)\]", name)
-        bare, key = match.groups() if match else (name, "")
+        at = name.rfind("[") if name.endswith("]") else -1
+        bare, key = (name[:at], name[at + 1 : -1]) if at > 0 else (name, "")
         if bare in lists:
             fields.setdefault(bare, []).append(value)
             continue
@@ -172,8 +193,7 @@ class _Reader:
             raise _bad("a field has no name")
         self._name = options[b"name"].decode("utf-8", "replace")
         if b"filename" in options and self._field in self._sinks:
-            filename = options[b"filename"].decode("utf-8", "replace")
-            self._upload = Upload(bare_name(filename) if filename else "")
+            self._upload = Upload(options[b"filename"].decode("utf-8", "replace"))
 
     @property
     def _field(self) -> str:
@@ -183,7 +203,7 @@ class _Reader:
         if self._upload is None:
             self._value += data[start:end]
             if len(self._value) > MAX_FIELD:
-                raise _bad(f"the field '{self._name[:80]}' is longer than {MAX_FIELD} bytes")
+                raise _bad(f"'{self._name[:80]}' is longer than {MAX_FIELD} bytes", self._field)
             return
         self._upload.size += end - start
         if self._max_bytes is not None and self._upload.size > self._max_bytes:
@@ -196,8 +216,10 @@ class _Reader:
         self.pending.setdefault(self._field, bytearray()).extend(data[start:end])
 
     def _end(self) -> None:
-        value = self._upload or self._value.decode("utf-8", "replace")
-        self.items.append((self._name, value))
+        try:
+            self.items.append((self._name, self._upload or self._value.decode()))
+        except UnicodeDecodeError:
+            raise _bad(f"'{self._name[:80]}' is not UTF-8", self._field) from None
 
     def _whole(self) -> None:
         self.is_whole = True
@@ -213,5 +235,5 @@ def bare_name(name: str) -> str:
     return "".join(c for c in last if c.isprintable()).strip()[:255] or "file"
 
 
-def _bad(why: str) -> APIError:
-    return APIError(400, f"Invalid form: {why}.", code="invalid_form")
+def _bad(why: str, param: str | None = None) -> APIError:
+    return APIError(400, f"Invalid form: {why}.", param=param, code="invalid_form")

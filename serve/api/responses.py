@@ -363,6 +363,10 @@ class JobMetrics(Reply):
     full_valid_mean_token_accuracy: float | None = None
 
 
+class JobEventMetrics(JobMetrics):
+    total_steps: Count | None = None
+
+
 class JobEvent(Reply):
     id: str
     object: Literal["fine_tuning.job.event"]
@@ -370,7 +374,7 @@ class JobEvent(Reply):
     level: Literal["info", "warn", "error"]
     message: str
     type: Literal["message", "metrics"]
-    data: JobMetrics
+    data: JobEventMetrics
 
 
 class JobEvents(PageReply[JobEvent]): ...

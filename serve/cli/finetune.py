@@ -235,7 +235,7 @@ class _Loss:
             console.say(line)
             return
         total = data.get("total_steps")
-        tenth = step * 10 // total if total else step
+        tenth = step * 10 // total if total else step.bit_length()  # rarer and rarer
         if self._is_live:
             print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
             self._is_open = True

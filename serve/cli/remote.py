@@ -62,8 +62,12 @@ class Remote:
     def create(self, model: str | None, data: Path, valid: Path | None, **fields: Any) -> dict:
         """Uploads the files and makes a job of them."""
         names = ("n_epochs", "batch_size", "learning_rate_multiplier")
+        if model is None:
+            if (first := next(iter(self._client.models.list()), None)) is None:
+                raise NotFound(f"the server {self.where} offers no model")
+            model = first.id
         job = self._client.fine_tuning.jobs.create(
-            model=model or next(iter(self._client.models.list())).id,
+            model=model,
             training_file=self._upload(data),
             validation_file=None if valid is None else self._upload(valid),
             suffix=fields["suffix"],

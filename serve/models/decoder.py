@@ -74,7 +74,6 @@ def load_model(
     good: Sequence[Format] = (),
     memory_limit: int | None = None,
     sampling: Mapping[str, float] | None = None,
-    tokenizer: bpe.Tokenizer | None = None,
     notify: Callable[[str], None] = lambda line: None,
     on_speed: Callable[[int, float], None] = lambda tokens, seconds: None,
 ) -> ServedModel:
@@ -90,7 +89,6 @@ def load_model(
         good: the formats that are known to be good enough, if that is known.
         memory_limit: bytes that weights and cache may take at most; None for what is free.
         sampling: defaults of requests, beside OpenAI's.
-        tokenizer: the model's, where it was read already.
         notify: told one line for each thing that takes long.
         on_speed: told (tokens, seconds) of requests that had the model for themselves.
 
@@ -103,7 +101,7 @@ def load_model(
     given = dtypes.named(dtype, dtypes.FORMATS)
     header = checkpoint.read_header(path)
     cfg = header.cfg
-    tokenizer = tokenizer or read_tokenizer(path, header)
+    tokenizer = read_tokenizer(path, header)
     weights = sha256 or fingerprint.of_weights(path)
     if given is None:
         name = fingerprint.on_machine(weights)
@@ -177,14 +175,13 @@ def read_tokenizer(path: Path, header: checkpoint.Header) -> bpe.Tokenizer:
     """The tokenizer of a model.
 
     Raises:
-        ValueError: it cannot be read, a chat template has a mistake, or there are more tokens than
-            rows in the table.
+        ValueError: it cannot be read, the chat template has a mistake, or there are more tokens
+            than rows in the table.
     """
     folder = path.is_dir()
     tokenizer = bpe.load(path) if folder else bpe.from_gguf(header.metadata, source=str(path))
-    for template in (tokenizer.chat_template, *tokenizer.named_templates.values()):
-        if template is not None:
-            template.compile()
+    if tokenizer.chat_template is not None:
+        tokenizer.chat_template.compile()
     if tokenizer.encoding.n_vocab > header.cfg.vocab_size:
         raise ValueError(
             f"the tokenizer has ids up to {tokenizer.encoding.max_token_value}, the model's table "
@@ -216,10 +213,9 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
     cfg = header.cfg
     sha256 = files.model.files[0].sha256 if files.model else None
     good = files.model.formats if files.model else ()
-    tokenizer = None
     if files.model is None:  # a stranger: whatever is wrong with it is said before a server listens
         checkpoint.check(files.path, header)
-        tokenizer = read_tokenizer(files.path, header)
+        read_tokenizer(files.path, header)
     defaults = {}
     if options.sampling_defaults == "model":
         defaults = sampling_of(files, options.notify, header.metadata)
@@ -257,7 +253,6 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
             good=good,
             memory_limit=options.memory_limit,
             sampling=defaults,
-            tokenizer=tokenizer,
             notify=options.notify,
             on_speed=on_speed,
         )

@@ -138,7 +138,8 @@ def with_max_tokens(cfg: Config, max_tokens: int | None) -> Config:
     beyond were learned in pretraining, not for vectors of texts.
 
     Raises:
-        WrongUsage: the model has fewer positions, or nothing fits between [CLS] and [SEP].
+        WrongUsage: the model has fewer positions, or nothing fits between [CLS] and [SEP]; it is
+            what a user gave.
     """
     if max_tokens is None:
         return cfg

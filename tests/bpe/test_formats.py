@@ -98,14 +98,26 @@ def test_folder_with_an_eos_token_that_the_vocabulary_lacks_ends_at_the_others(
     ]
 
 
-def test_folder_whose_eos_token_is_in_the_vocabulary_only(tmp_path, write_json):
+@pytest.mark.parametrize("token", ["low", "!"])
+def test_folder_whose_eos_token_is_a_word_or_a_byte_ends_there(tmp_path, write_json, token):
+    """The word stays one of the vocabulary: merges need it."""
+    write_json(tiny.tokenizer_json())
+    before = bpe.load(tmp_path).encoding
+    write_json({"eos_token": token}, "tokenizer_config.json")
+    tokenizer = bpe.load(tmp_path)
+    assert before.encode_single_token(token) in tokenizer.stop_ids
+    assert tokenizer.encoding.special_tokens == before.special_tokens
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_folder_whose_eos_token_is_in_the_vocabulary_only(tmp_path, write_json, file):
     """transformers makes a special token of it, which has the id of the vocabulary."""
     spec = tiny.tokenizer_json()
     ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] != "<|im_end|>"]
     spec["model"]["vocab"]["<|im_end|>"] = ids["<|im_end|>"]
     write_json(spec)
-    write_json({"eos_token": "<|im_end|>"}, "tokenizer_config.json")
+    write_json({"eos_token": "<|im_end|>"}, file)
     tokenizer = bpe.load(tmp_path)
     assert tokenizer.eos_id == ids["<|im_end|>"] and tokenizer.eos_id in tokenizer.stop_ids
     assert tokenizer.encoding.special_tokens["<|im_end|>"] == ids["<|im_end|>"]

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from openai import NotFoundError, OpenAI
 
-from serve.api.multipart import bare_name
+from serve.api.multipart import bare_name, form_fields
 from serve.api.routes import files
 from tests.naming import names
 from tests.serve import scripted
@@ -22,6 +22,7 @@ from tests.serve.old_client import OldClient, install
 
 pytestmark = pytest.mark.heavy
 
+LONG = "x" * 300  # more than a boundary may have
 LINES = b'{"messages": []}\n' * 3
 
 
@@ -106,7 +107,7 @@ def test_a_file_that_expires(http, home, monkeypatch):
     blob = home / "files" / file["id"]
     assert http.get(f"/v1/files/{file['id']}").status_code == 200
     late = time.time() + 3601
-    monkeypatch.setattr(files.time, "time", lambda: late)
+    monkeypatch.setattr("serve.api.stored_files.time.time", lambda: late)
     assert http.get(f"/v1/files/{file['id']}").status_code == 404
     assert file["id"] not in http.get("/v1/files").text and blob.exists()
     with scripted.running(scripted.model("other"), home=home):
@@ -169,11 +170,23 @@ def test_a_file_that_expires(http, home, monkeypatch):
         ),
         (
             {"files": {"file": b"x"}, "data": {"purpose": "x" * 140_000}},
-            None,
+            "purpose",
             "invalid_form",
             ["'purpose'", 131072],
         ),
         ({"json": {"purpose": "batch"}}, None, "invalid_form", ["multipart/form-data"]),
+        (
+            {"content": b"", "headers": {"content-type": f"multipart/form-data; boundary={LONG}"}},
+            None,
+            "invalid_form",
+            [256],
+        ),
+        (
+            {"files": {"file": b"x", "purpose": (None, "caf\xe9".encode("latin-1"))}},
+            "purpose",
+            "invalid_form",
+            ["'purpose'", "UTF-8"],
+        ),
         (
             {"content": b"--b\r\nContent-Disp", "headers": {"content-type": "multipart/form-data"}},
             None,
@@ -401,3 +414,11 @@ def test_a_large_file_is_not_held_in_memory(address):
         head = connection.recv(4096)
     assert head.startswith(b"HTTP/1.1 200")
     assert highest - before < 60 * 2**20
+
+
+@pytest.mark.timeout(60)
+def test_hostile_names_of_fields_take_no_time():
+    """A pattern took a minute for these, on the thread of all requests."""
+    assert len(form_fields([(f"{i}" + "[" * 3900, "x") for i in range(90)])) == 90
+    assert form_fields([("[" * 3900 + "a]", "x")]) == {"[" * 3899: {"a": "x"}}
+    assert form_fields([("[a]", "x"), ("a]", "y")]) == {"[a]": "x", "a]": "y"}

@@ -24,7 +24,7 @@ import diffusion
 from diffusion import Plan, edit, picture, sample
 from serve import settings
 from serve.api.app import create_app
-from serve.api.base64_pieces import PIECE, to_base64
+from serve.api.base64_chunks import CHUNK, to_base64
 from serve.api.responses import ImageEvent, Images
 from serve.api.routes import images
 from serve.api.settings import Settings
@@ -425,11 +425,11 @@ def test_compression_changes_the_size(client, format):
 
 
 def test_base64_in_pieces_is_base64():
-    for size in (0, 1, 3 * PIECE, 3 * PIECE + 1, 7 * PIECE):
+    for size in (0, 1, 3 * CHUNK, 3 * CHUNK + 1, 7 * CHUNK):
         data = np.random.default_rng(size).bytes(size)
         pieces = to_base64(data)
         assert b"".join(pieces) == base64.b64encode(data)
-        assert all(len(piece) <= 4 * PIECE for piece in pieces)
+        assert all(len(piece) <= 4 * CHUNK for piece in pieces)
 
 
 def in_json(data):
@@ -494,7 +494,7 @@ def test_large_answers_are_sent_in_pieces(folder, home, stream):
     assert len(found) == 10 and len(answer.content) > 5 * 2**20
     for one in found:
         np.testing.assert_array_equal(pixels(one["b64_json"])[:, :240], image[:, :240])
-    assert max(sizes) <= 4 * PIECE
+    assert max(sizes) <= 4 * CHUNK
 
 
 # --- what cannot be answered ------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_it_answers_as_the_merged_model_does(tmp_path, base, adapter):
         "merged", merged, owned_by="me", cache_budget=BUDGET, dtype="float32", max_rows=1
     )
     assert said(tuned) == said(whole)
-    whole.close()
+    whole.close(5.0)
     models.close()
 
 

@@ -8,8 +8,8 @@ The first form of each operation is its reference: the definition, written to be
 right in any precision, with no thought for speed. `python -m transformer.bench` runs it in float64
 and holds every other form to it, so a form that is fast and wrong shows as wrong.
 
-**Adding your own** takes a function with the arguments of its reference, registered. Say you found
-a better norm:
+**Adding your own** takes a function with the arguments of its reference, registered in one of the
+files that are imported below. Say you found a better norm:
 
     # transformer/kernels/norms.py
     @register("norm")

@@ -66,10 +66,16 @@ class Unavailable(ValueError):
 
 
 def register(operation: str) -> Callable[[_F], _F]:
-    """Enter a function in `FORMS[operation]` under its own name, and return it as it is."""
+    """Enter a function in `FORMS[operation]` under its own name, and return it as it is.
+
+    Raises:
+        ValueError: the operation has a form of this name.
+    """
 
     def enter(form: _F) -> _F:
-        FORMS.setdefault(operation, {})[form.__name__] = form
+        forms = FORMS.setdefault(operation, {})
+        if forms.setdefault(form.__name__, form) is not form:
+            raise ValueError(f"{operation} has a form {form.__name__!r} already")
         return form
 
     return enter

@@ -13,7 +13,6 @@ told apart: ``diarized_json`` is refused.
 """
 
 import asyncio
-import io
 import math
 import threading
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -32,7 +31,7 @@ from audio.load import RATE
 from audio.tokens import SECONDS_PER_STEP
 from audio.transcribe import Segment, Transcript
 from serve.api.errors import APIError, unsupported
-from serve.api.multipart import File, read_form
+from serve.api.multipart import File, read_form, temporary_file, whole
 from serve.api.openapi import described
 from serve.api.request_context import call_of
 from serve.api.requests import Body
@@ -166,12 +165,13 @@ async def create_translation(request: Request) -> Response:
 
 
 async def _answer(request: Request, task: Literal["transcribe", "translate"]) -> Response:
-    sound = io.BytesIO()
-    body = await read_form(request, SpeechForm, {"file": sound}, MAX_BYTES)
+    with temporary_file() as sink:
+        body = await read_form(request, SpeechForm, {"file": sink}, MAX_BYTES)
+        sound = await asyncio.to_thread(whole, sink)
     model = await loaded(request, body.model, SpeechModel)
     _check(body, model, task)
     call_of(request.scope).model = model.id
-    samples = await asyncio.to_thread(_decoded, sound.getvalue(), body.file.filename)
+    samples = await asyncio.to_thread(_decoded, sound, body.file.filename)
     is_long = len(samples) > LONG * RATE
     plan = audio.Plan(
         # In turn where the text is wanted as it is written: at once, the text of all regions but

@@ -6,7 +6,6 @@ download of a type that this server chose.
 """
 
 import asyncio
-import time
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
@@ -20,7 +19,7 @@ from serve.api.openapi import described
 from serve.api.pagination import OrderedPageQuery, listing, read_query
 from serve.api.requests import Body
 from serve.api.responses import FileDeleted, FileReply, Files
-from serve.api.state import state_of
+from serve.api.stored_files import find_file, is_alive, no_such_file, store_of
 from serve.jobs.store import Store, file_record, new_id
 
 router = APIRouter(prefix="/v1")
@@ -54,11 +53,6 @@ class FilesQuery(OrderedPageQuery):
     purpose: str | None = None
 
 
-def store_of(request: Request) -> Store:
-    """The store of the application that serves ``request``."""
-    return state_of(request).store
-
-
 @router.post("/files", **described(FileReply))
 async def create_file(request: Request) -> dict[str, Any]:
     """Upload a file (a form: `file` and `purpose`)."""
@@ -84,7 +78,7 @@ async def list_files(request: Request) -> dict[str, Any]:
         query,
         dict,
         order=query.order,
-        keep=lambda file: _is_alive(file) and query.purpose in (None, file["purpose"]),
+        keep=lambda file: is_alive(file) and query.purpose in (None, file["purpose"]),
     )
 
 
@@ -116,31 +110,8 @@ async def delete_file(request: Request, file_id: str) -> dict[str, Any]:
     return {"id": file_id, "object": "file", "deleted": True}
 
 
-def find_file(store: Store, id: str, param: str = "id") -> dict[str, Any]:
-    """The record of a file.
-
-    Args:
-        param: where the id came in, for the error.
-
-    Raises:
-        APIError: 404 where there is none.
-    """
-    file = store.get("file", id)
-    if file is None or not _is_alive(file):
-        raise no_such_file(id, param)
-    return file
-
-
 def drop_expired(store: Store) -> None:
     """Removes files whose time is over: nobody is shown them any more."""
-    expired, _ = store.page("file", keep=lambda file: not _is_alive(file))
+    expired, _ = store.page("file", keep=lambda file: not is_alive(file))
     for file in expired:
         store.drop(file["id"])
-
-
-def no_such_file(id: str, param: str = "id") -> APIError:
-    return APIError(404, f"No such File object: {id[:80]}", param=param, code="not_found")
-
-
-def _is_alive(file: dict[str, Any]) -> bool:
-    return file.get("expires_at", float("inf")) > time.time()

@@ -21,9 +21,9 @@ from serve.api.openapi import described
 from serve.api.pagination import PageQuery, listing, read_query
 from serve.api.requests import Body, read_json, tag
 from serve.api.responses import JobCheckpoints, JobEvent, JobEvents, JobReply, Jobs
-from serve.api.routes.files import find_file
 from serve.api.sse import Events, event_stream
 from serve.api.state import state_of
+from serve.api.stored_files import find_file
 from serve.jobs.jobs import UNFINISHED, Job, JobIsOver, check_name, check_suffix, shown
 from serve.jobs.jobs import Jobs as JobStore
 from serve.models.spec import ModelSpec

@@ -38,7 +38,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
 from diffusion import Plan, edit, picture, upscale
-from serve.api.base64_pieces import to_base64
+from serve.api.base64_chunks import to_base64
 from serve.api.errors import APIError, unsupported
 from serve.api.image_requests import (
     ImageEditBody,
@@ -47,7 +47,7 @@ from serve.api.image_requests import (
     ImageOptions,
     ImageVariationForm,
 )
-from serve.api.image_uploads import MAX_BYTES, decode, read_edit, read_files, referred
+from serve.api.image_uploads import MAX_BYTES, decode, read_edit, read_files, referenced
 from serve.api.openapi import described
 from serve.api.request_context import Call, call_of
 from serve.api.requests import read_json
@@ -92,7 +92,7 @@ async def create_image_edit(request: Request) -> Response:
     """Change a part of a picture (a form: `image`, `mask`, `prompt`; or JSON)."""
     if request.headers.get("content-type", "").lower().startswith("application/json"):
         body = await read_json(request, ImageEditBody)
-        files = await _aside(referred, request, body)
+        files = await _aside(referenced, request, body)
     else:
         body, files = await read_files(request, ImageEditForm)
     model = await _model(request, body.model)
