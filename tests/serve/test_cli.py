@@ -19,6 +19,7 @@ import pytest
 from openai import OpenAI
 
 from tests.naming import names
+from tests.serve import tiny_gguf
 
 pytestmark = pytest.mark.heavy
 
@@ -75,6 +76,14 @@ def in_terminal(*arguments: str, **environment: str) -> str:
 def empty(tmp_path: Path) -> dict[str, str]:
     """The environment of a new user."""
     return {"PELLUCID_HOME": str(tmp_path / "home")}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a user whose one model takes no time."""
+    home = tmp_path_factory.mktemp("tiny")
+    tiny_gguf.catalogue(home)
+    return {"PELLUCID_HOME": str(home)}
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -199,25 +208,24 @@ def test_tokenize(model_file: Pulled) -> None:
     assert [token["text"] for token in listed["tokens"]] == ["h", "amb", "urger"]
 
 
-def test_tokenize_takes_stdin_byte_for_byte(model_file: Pulled) -> None:
-    model_file(SMALL)
-    listed = json.loads(run("tokenize", "--json", input=b" a\n\xf0\x9f\xa6\x9c\n\n").stdout)
+def test_tokenize_takes_stdin_byte_for_byte(tiny: dict[str, str]) -> None:
+    listed = json.loads(run("tokenize", "--json", input=b" a\n\xf0\x9f\xa6\x9c\n\n", **tiny).stdout)
     assert (
         b"".join(bytes(token["bytes"]) for token in listed["tokens"]) == b" a\n\xf0\x9f\xa6\x9c\n\n"
     )
     assert any(token["text"] is None for token in listed["tokens"])  # half a parrot
-    listed = json.loads(run("tokenize", "a", "--json", input=b"b\n").stdout)
+    listed = json.loads(run("tokenize", "a", "--json", input=b"b\n", **tiny).stdout)
     assert b"".join(bytes(token["bytes"]) for token in listed["tokens"]) == b"ab\n"
-    done = run("tokenize", input=b"ok\xff")
+    done = run("tokenize", input=b"ok\xff", **tiny)
     assert done.returncode == 2 and names(done.stderr, "0xff", 2)
 
 
-def test_special_tokens_are_text_unless_asked_for(model_file: Pulled) -> None:
-    model_file(SMALL)
-    assert len(json.loads(run("tokenize", "<|im_end|>", "--json").stdout)["tokens"]) > 1
-    assert (
-        len(json.loads(run("tokenize", "<|im_end|>", "--special", "--json").stdout)["tokens"]) == 1
-    )
+def test_special_tokens_are_text_unless_asked_for(tiny: dict[str, str]) -> None:
+    def tokens(*options: str) -> list:
+        said = run("tokenize", "<|im_end|>", "--json", *options, **tiny).stdout
+        return json.loads(said)["tokens"]
+
+    assert len(tokens()) > 1 and len(tokens("--special")) == 1
 
 
 def test_colours_are_for_terminals(empty: dict[str, str]) -> None:
@@ -227,15 +235,13 @@ def test_colours_are_for_terminals(empty: dict[str, str]) -> None:
     assert "\x1b" not in run("models", **empty).stdout
 
 
-def test_text_cannot_steer_the_terminal(model_file: Pulled) -> None:
-    model_file(SMALL)
-    shown = in_terminal("tokenize", "ham\x1b[2Jburger")
+def test_text_cannot_steer_the_terminal(tiny: dict[str, str]) -> None:
+    shown = in_terminal("tokenize", "ham\x1b[2Jburger", **tiny)
     assert "\x1b[30;48;5;" in shown
     assert "\x1b[2J" not in shown and r"\x1b" in shown
 
 
-def test_a_closed_pipe_is_quiet(model_file: Pulled, tmp_path: Path) -> None:
-    model_file(SMALL)
+def test_a_closed_pipe_is_quiet(tiny: dict[str, str], tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("many words " * 20_000)  # more than a pipe holds
     with text.open() as stdin:
@@ -244,7 +250,7 @@ def test_a_closed_pipe_is_quiet(model_file: Pulled, tmp_path: Path) -> None:
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=ENVIRONMENT,
+            env=ENVIRONMENT | tiny,
         )
     assert process.stdout and process.stderr
     process.stdout.read(10)
@@ -274,20 +280,19 @@ def test_chat_as_json_reads_stdin_after_the_argument(model_file: Pulled) -> None
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
-def test_complete_repeats_with_its_seed_and_is_measured(model_file: Pulled) -> None:
-    model_file(SMALL)
-    options = ["--max-tokens", "40", "--temperature", "1", "--seed", "5"]
-    first, second = (run("complete", "Once upon a time", *options) for _ in range(2))
+def test_complete_repeats_with_its_seed_and_is_measured(tiny: dict[str, str]) -> None:
+    options = ["--max-tokens", "100", "--temperature", "1", "--seed", "1"]  # ends late enough
+    first, second = (run("complete", "Once upon a time", *options, **tiny) for _ in range(2))
     assert first.stdout == second.stdout and len(first.stdout) > 20
-    small = json.loads(run("models", "--json").stdout)["models"][0]
-    assert small["tokens_per_second"] > 0 and small["memory"] > 10**8
+    listed = json.loads(run("models", "--json", **tiny).stdout)["models"]
+    (known,) = (model for model in listed if model["id"] == "tiny")
+    assert known["tokens_per_second"] > 0 and known["memory"] > 0
 
 
-def test_too_long_a_prompt_is_exit_code_5(model_file: Pulled) -> None:
-    model_file(SMALL)
-    done = run("complete", input=b"word " * 9000)
+def test_too_long_a_prompt_is_exit_code_5(tiny: dict[str, str]) -> None:
+    done = run("complete", input=b"word " * 900, **tiny)
     assert (done.returncode, done.stdout) == (5, "")
-    assert names(done.stderr, SMALL, 8192)
+    assert names(done.stderr, "tiny", tiny_gguf.CONTEXT)
 
 
 def test_ctrl_c_keeps_what_came(model_file: Pulled) -> None:
@@ -316,7 +321,9 @@ def test_a_busy_port_is_known_before_a_model_is_loaded() -> None:
 
 
 @contextmanager
-def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+def serving(
+    *arguments: str, **environment: str
+) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """A server in a process of its own, its address, and the lines of its stderr."""
     process = subprocess.Popen(
         [*COMMAND, "serve", "--port", "0", "--json", *arguments],
@@ -324,7 +331,7 @@ def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, **environment},
     )
     assert process.stdout and process.stderr
     lines: list[str] = []
@@ -389,9 +396,8 @@ def test_a_second_ctrl_c_does_not_wait(model_file: Pulled) -> None:
     assert "Traceback" not in "".join(lines)
 
 
-def test_the_printed_snippet_works_as_it_is_pasted(model_file: Pulled) -> None:
-    model_file(SMALL)
-    with serving("--api-key", "secret") as (_, _, lines):
+def test_the_printed_snippet_works_as_it_is_pasted(tiny: dict[str, str]) -> None:
+    with serving("--api-key", "secret", **tiny) as (_, _, lines):
         while not any(line.startswith("print(") for line in lines):
             time.sleep(0.05)
         text = "".join(lines)
@@ -401,8 +407,7 @@ def test_the_printed_snippet_works_as_it_is_pasted(model_file: Pulled) -> None:
     assert "secret" not in text and "Bearer YOUR_KEY" in text
 
 
-def test_sigterm_is_an_orderly_end_too(model_file: Pulled) -> None:
-    model_file(SMALL)
-    with serving() as (process, _, _):
+def test_sigterm_is_an_orderly_end_too(tiny: dict[str, str]) -> None:
+    with serving(**tiny) as (process, _, _):
         process.terminate()
         assert process.wait(timeout=30) == 0
