@@ -182,9 +182,14 @@ class Encoding(Vocab):
         if last and self._is_blank(last[0]):
             while ids and self._is_blank(ids[-1]):
                 last.insert(0, ids.pop())
-        return ids, sorted(
-            map(list, completions(self, self._sorted_tokens, self.decode_bytes(last)))
+        found = completions(
+            self,
+            self._sorted_tokens,
+            self.decode_bytes(last),
+            encode=self.encode_ordinary_batch,
+            decode=self.decode_single_token_bytes,
         )
+        return ids, sorted(map(list, found))
 
     def encode_single_token(self, text_or_bytes: str | bytes) -> int:
         """The id of one token, special or not.

@@ -1,8 +1,8 @@
 """The key-value cache: what a decoder remembers of the tokens it has read.
 
 Keys and values live in blocks of `BLOCK` positions. A row (one sequence) owns a list of blocks, its
-*table*, so memory grows with what is really stored, a short row wastes less than one block, and
-any free block can serve any row ("PagedAttention", Kwon et al. 2023, arXiv:2309.06180).
+*table*, so a row holds what it really stores, wastes less than one block, and any free block can
+serve any row ("PagedAttention", Kwon et al. 2023, arXiv:2309.06180).
 
 Attention walks the blocks of a row one by one and keeps a running maximum and a running sum (the
 online softmax of Milakov & Gimelshein 2018, arXiv:1805.02867): it touches only blocks the row has

@@ -1,9 +1,9 @@
 """Generating token ids: prefill the prompt in chunks, then decode one token at a time.
 
-`prefill` and `decode` are the two compiled programs; a server that batches many sequences calls
-them directly, and `generate` strings them together for one sequence. Shapes are few and fixed, so
-each program is compiled once: prompts are read in chunks, the last of them padded, and the padding
-is overwritten by the tokens that follow.
+`prefill` and `decode` are the two compiled programs of every step; a server that batches many
+sequences calls them directly, and `generate` strings them together for one sequence. Shapes are few
+and fixed, so each program is compiled once: prompts are read in chunks, the last of them padded,
+and the padding is overwritten by the tokens that follow.
 """
 
 from __future__ import annotations

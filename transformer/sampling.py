@@ -2,7 +2,7 @@
 
 Each row of a batch has settings of its own and is sampled on its own (`jax.lax.map`), with a random
 key folded from its seed, its choice and its step: a request gets the same token whatever else is in
-the batch. The order is: bias and penalties, temperature, top-k, top-p, min-p, draw.
+the batch. The order is: penalties, bias, temperature, top-k, top-p, min-p, draw.
 
 - top-p ("nucleus sampling") is Holtzman et al. 2019, arXiv:1904.09751; min-p is Nguyen et al. 2024,
   arXiv:2407.01082; the repetition penalty is CTRL, Keskar et al. 2019, arXiv:1909.05858.

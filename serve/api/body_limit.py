@@ -22,7 +22,7 @@ class _TooSlow(Exception):
 
 
 class BodyLimit:
-    """Refuses a request body over ``limit`` bytes with 413, announced or not, unread.
+    """Refuse a request body over ``limit`` bytes with 413: unread if announced, else at the limit.
 
     ``uploads`` gives paths that take more than others.
 

@@ -1,9 +1,9 @@
 """How much one client may ask for, and that a server on its way out takes nothing new.
 
 Requests a minute are limited, for each key, or each address where there are no keys. It is a token
-bucket: a minute's worth may come at once, then as many as flow back. Each answer says in OpenAI's
-``x-ratelimit-*`` headers how many are left and when all are back; a refusal says how long to wait,
-and clients do. What computes nothing (any GET) is free. How long requests wait for the device, and
+bucket: a minute's worth may come at once, then as many as flow back. Each answer to a POST says in
+OpenAI's ``x-ratelimit-*`` headers how many are left and when all are back; a refusal says how long
+to wait, and clients do. Every other method is free. How long requests wait for the device, and
 how many may, is the engine's business; the size of a body is that of `body_limit.py`.
 """
 

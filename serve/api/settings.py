@@ -40,7 +40,7 @@ class Settings:
             all, any key, or none, is accepted.
         allowed_hosts: Names accepted in `Host` beside the loopback ones; `"*"` accepts all.
         allowed_origins: Web origins that may call the API from a browser.
-        max_body_bytes: Largest accepted request body, in bytes.
+        max_body_bytes: Largest accepted request body, in bytes; uploads of files may be larger.
         requests_per_minute: How many requests a client may make; 0 for no limit.
         answer_timeout: Longest time that an answer may take to compute, in seconds.
         cache_budget: Memory for keys and values of the conversations of each loaded model, in

@@ -28,7 +28,8 @@ from serve.models.spec import LoadedModel, ModelSpec
 class Registry:
     """Offered models by id, in the order given, and the aliases that lead to them.
 
-    To be used from one event loop; `load` and `close` are for before and after it.
+    To be used from one event loop, but for `load` and `close`, which block: they are called before
+    and after it, and on the loading thread.
 
     Args:
         models: At least one, loaded or not; the first is the default. Ids must differ.

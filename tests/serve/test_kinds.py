@@ -1,4 +1,4 @@
-"""A new kind of model is one file and one route: found, listed, loaded, shown, and refused."""
+"""A new kind of model needs one file and one route: found, listed, loaded, shown, and refused."""
 
 import json
 

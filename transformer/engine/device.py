@@ -1,10 +1,11 @@
 """The thread that computes: bounded pieces of work of all models, in turn.
 
-A device does one thing at a time well, so everything that computes shares one thread, and hands it
-work in pieces of well under a third of a second on two cores: a chunk of a prompt, a decoding step,
-a padded batch of an encoder, a window of sound, a denoising step. Whoever has had the least time of
-the device goes next ("start-time fair queueing", Goyal, Vin & Cheng 1996, SIGCOMM): a long job of
-one kind makes another wait for a piece, not for the job, and saves up nothing while it sleeps.
+A device does one thing at a time well, so everything that answers requests shares one thread, and
+hands it work in pieces of well under a third of a second on two cores: a chunk of a prompt, a
+decoding step, a padded batch of an encoder, a window of sound, a denoising step. Whoever has had
+the least time of the device goes next ("start-time fair queueing", Goyal, Vin & Cheng 1996,
+SIGCOMM): a long job of one kind makes another wait for a piece, not for the job, and saves up
+nothing while it sleeps.
 
 Two ways in:
 

@@ -1,8 +1,9 @@
 """What joins requests, scheduler and model, and the doors to it.
 
 Callers put requests in and get events out, from an event loop (`stream`) or from ordinary code
-(`generate`); leaving either early cancels the request within one piece of work. Everything that
-touches a model's arrays happens on the device thread (`device.py`), one bounded piece at a time.
+(`generate`); leaving either early cancels the request before its model's next piece of work.
+Everything that touches a model's arrays happens on the device thread (`device.py`), one bounded
+piece at a time.
 """
 
 from __future__ import annotations
@@ -272,7 +273,7 @@ class Engine(Source):
         return sequence
 
     def _cancel(self, sequence: Sequence) -> None:
-        sequence.is_cancelled = True  # looked at before the next piece of work
+        sequence.is_cancelled = True  # looked at before this engine's next piece of work
 
     def _cancel_all(self) -> None:
         for sequence in [*self._scheduler.waiting, *self._scheduler.active]:

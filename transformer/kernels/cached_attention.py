@@ -1,6 +1,6 @@
 """Attention of new queries over a cache in blocks: `kernels.attend_cached`.
 
-Beside `transformer/cache.py` this is the one file that knows how the pools are laid out: keys
+`transformer/cache.py` lays the pools out as `attend_cached` takes them: keys
 [P, K, H, BLOCK] with positions last, values [P, K, BLOCK, H], and a row's table of block numbers.
 """
 

@@ -133,7 +133,7 @@ def encode_chat(
     """The conversation as the model reads it, up to where its own turn begins.
 
     Args:
-        wording: what the route calls its input, `context.MESSAGES` or another.
+        wording: what the route calls its input, `context_window.MESSAGES` or another.
         model: a chat model.
         messages: a role and a content each.
         add_generation_prompt: whether it ends with the beginning of the model's turn.
