@@ -19,6 +19,12 @@ def special_pattern(tokens: frozenset[str]) -> re.Pattern[str]:
 
 
 def check_special(text: str, disallowed: Collection[str]) -> None:
+    """Refuse a text that spells a special token.
+
+    Raises:
+        TypeError: it is no text.
+        ValueError: it spells one of `disallowed`.
+    """
     if not isinstance(text, str):
         raise TypeError(f"text must be a string, not {text!r:.80}")
     if disallowed and (match := special_pattern(frozenset(disallowed)).search(text)):

@@ -20,6 +20,7 @@ SENTENCEPIECE = (
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON file; ValueError for anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -30,6 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def get(mapping: Any, key: str, kind: type, where: str) -> Any:
+    """Return the value of a key; ValueError where it is missing or of another type."""
     value = mapping.get(key) if isinstance(mapping, Mapping) else None
     if not isinstance(value, kind):
         found = "missing" if value is None else f"a {type(value).__name__}"
@@ -47,6 +49,7 @@ def get_array(metadata: Mapping[str, Any], key: str, where: str) -> list[Any]:
 
 
 def one_of(mapping: Mapping[str, Any], key: str, values: Sequence[Any], where: str) -> Any:
+    """Return the value of a key, None where it is missing; ValueError unless it is in `values`."""
     value = mapping.get(key)
     if value not in values:
         allowed = ", ".join(map(repr, values))
@@ -63,9 +66,10 @@ def note_others(mapping: Mapping[str, Any], known: Collection[str], source: str)
 
 
 def to_text(value: Any) -> str:
-    return (
-        value.decode("utf-8") if isinstance(value, bytes) else "" if value is None else str(value)
-    )
+    """Return a text of GGUF metadata, which readers give as text or as UTF-8; "" for None."""
+    if value is None:
+        return ""
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
 def token_text(value: Any, where: str) -> str | None:
@@ -78,5 +82,6 @@ def token_text(value: Any, where: str) -> str | None:
 
 
 def short(value: Any) -> str:
+    """Return the repr of a value, of at most 120 characters."""
     text = repr(value)
     return text if len(text) <= 120 else text[:117] + "..."

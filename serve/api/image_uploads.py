@@ -28,7 +28,8 @@ async def read_files(request: Request, kind: type[AnyForm]) -> tuple[AnyForm, Fi
     with temporary_file() as image, temporary_file() as mask:
         sinks = {"image": image, "mask": mask}
         form = await read_form(request, kind, sinks)
-        return form, {name: whole(sink) for name, sink in sinks.items() if getattr(form, name, 0)}
+        sent = [name for name in sinks if getattr(form, name, None) is not None]
+        return form, {name: await whole(sinks[name]) for name in sent}
 
 
 def referenced(request: Request, body: ImageEditBody) -> Files:

@@ -92,10 +92,14 @@ def temporary_file() -> SpooledTemporaryFile[bytes]:
     return SpooledTemporaryFile(2**20)
 
 
-def whole(sink: SpooledTemporaryFile[bytes]) -> bytes:
-    """All that was written to a sink."""
-    sink.seek(0)
-    return sink.read()
+async def whole(sink: SpooledTemporaryFile[bytes]) -> bytes:
+    """Return all that was written to a sink, read on a worker thread."""
+
+    def read() -> bytes:
+        sink.seek(0)
+        return sink.read()
+
+    return await asyncio.to_thread(read)
 
 
 def form_fields(
@@ -156,7 +160,7 @@ class _Reader:
         self._sinks, self._max_bytes = sinks, max_bytes
         self._parts, self._header, self._disposition = 0, (b"", b""), b""
         self._name, self._value, self._upload = "", bytearray(), None
-        callbacks = {
+        callbacks: Any = {
             "on_part_begin": self._begin,
             "on_header_field": self._header_name,
             "on_header_value": self._header_value,
@@ -166,7 +170,7 @@ class _Reader:
             "on_part_end": self._end,
             "on_end": self._whole,
         }
-        self.parser = MultipartParser(boundary, callbacks)  # type: ignore[arg-type]
+        self.parser = MultipartParser(boundary, callbacks)
 
     def _begin(self) -> None:
         self._parts += 1

@@ -21,6 +21,8 @@ Item = TypeVar("Item")
 
 
 class ListReply(Reply, Generic[Item]):
+    """A whole list."""
+
     object: Literal["list"]
     data: list[Item]
 

@@ -66,13 +66,14 @@ class Remote:
             if (first := next(iter(self._client.models.list()), None)) is None:
                 raise NotFound(f"the server {self.where} offers no model")
             model = first.id
+        hyperparameters: Any = {name: fields[name] or "auto" for name in names}
         job = self._client.fine_tuning.jobs.create(
             model=model,
             training_file=self._upload(data),
             validation_file=None if valid is None else self._upload(valid),
             suffix=fields["suffix"],
             seed=fields["seed"],
-            hyperparameters={name: fields[name] or "auto" for name in names},  # type: ignore
+            hyperparameters=hyperparameters,
         )
         return job.to_dict()
 
@@ -152,6 +153,7 @@ def _base_url(host: str) -> str:
     host = host if "://" in host else f"http://{host}"
     with contextlib.suppress(ValueError):
         parts = urlsplit(host)
-        if parts.scheme in ("http", "https") and parts.port != -1:  # raises if it is no number
+        # `port` raises if it is no number.
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != -1:
             return host.rstrip("/").removesuffix("/v1") + "/v1/"
     raise WrongUsage(f"{host} is no address of a server: use http://HOST:PORT")

@@ -315,7 +315,10 @@ def milliseconds(cfg: Config, format: Format, repeats: int = 12) -> float:
 
 
 def _made_up(cfg: Config, format: Format) -> Params:
-    """Weights of a model's sizes, one map after the other: never all of them in two formats."""
+    """Weights of a model's sizes, one map after the other: never all of them in two formats.
+
+    They are all alike: how fast a product is does not depend on the numbers.
+    """
 
     def fill(place: tuple, part):
         name = getattr(place[-1], "name", "")

@@ -167,7 +167,7 @@ async def create_translation(request: Request) -> Response:
 async def _answer(request: Request, task: Literal["transcribe", "translate"]) -> Response:
     with temporary_file() as sink:
         body = await read_form(request, SpeechForm, {"file": sink}, MAX_BYTES)
-        sound = await asyncio.to_thread(whole, sink)
+        sound = await whole(sink)
     model = await loaded(request, body.model, SpeechModel)
     _check(body, model, task)
     call_of(request.scope).model = model.id
