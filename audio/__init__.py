@@ -12,15 +12,15 @@ anybody speaks), `subtitles` (writing it all down).
     print(result.text)
 """
 
-from audio.decode import Fallback, Options
+from audio.decode import DecodingOptions, TemperatureFallback
 from audio.load import load
-from audio.transcribe import Plan, Segment, Transcript, transcribe
+from audio.transcribe import Segment, Transcript, TranscriptionOptions, transcribe
 from audio.whisper import Whisper, load_model
 
 __all__ = [
-    "Fallback",
-    "Options",
-    "Plan",
+    "TemperatureFallback",
+    "DecodingOptions",
+    "TranscriptionOptions",
     "Segment",
     "Transcript",
     "Whisper",

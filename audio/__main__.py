@@ -6,10 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from audio import inspect
+from audio import plots
 from audio.load import load
-from audio.subtitles import FORMATS, write
-from audio.transcribe import Plan, transcribe
+from audio.subtitles import FORMATS, render
+from audio.transcribe import TranscriptionOptions, transcribe
 from audio.whisper import load_model
 
 
@@ -42,17 +42,19 @@ def main(argv: list[str] | None = None) -> int:
     if (args.spectrogram or args.alignment) and len(args.files) > 1:
         parser.error("a picture shows one file")
     try:
-        whisper = load_model(args.model, format=args.dtype)
+        whisper = load_model(args.model, dtype=args.dtype)
         for path in args.files:
             samples = load(path)
-            plan = Plan(words=args.words or bool(args.spectrogram), batch=args.batch)
-            found = transcribe(whisper, samples, language=args.language, plan=plan)
-            sys.stdout.write(write(found, args.format, words=args.words))
+            plan = TranscriptionOptions(
+                word_timestamps=args.words or bool(args.spectrogram), batch_size=args.batch
+            )
+            found = transcribe(whisper, samples, language=args.language, transcription_options=plan)
+            sys.stdout.write(render(found, args.format, words=args.words))
             if args.spectrogram:
                 words = [word for segment in found.segments for word in segment.words]
-                inspect.spectrogram(args.spectrogram, samples, words)
+                plots.plot_spectrogram(args.spectrogram, samples, words)
             if args.alignment:
-                inspect.alignment(args.alignment, whisper, samples, found)
+                plots.plot_alignment(args.alignment, whisper, samples, found)
     except (OSError, ValueError) as error:
         print(f"python -m audio: {error}", file=sys.stderr)
         return 1

@@ -20,14 +20,14 @@ from audio.model import Params
 from transformer.bench import Case
 from transformer.weights import Linear
 
-FORMATS = ("float32", "bfloat16")
-_TEXT = 64  # positions in the cache of a step
+DTYPES = ("float32", "bfloat16")
+_TEXT_LEN = 64  # positions in the cache of a step
 
 
 def cases(cfg: Config | None = None) -> Iterator[Case]:
     """A window of 30 seconds encoded, and a step of one row and of four, each its own sound."""
     cfg = Config.of_size("tiny.en") if cfg is None else cfg
-    for format in FORMATS:
+    for format in DTYPES:
         yield _encode(cfg, format)
         for rows in (1, 4):
             yield _step(cfg, format, rows)
@@ -54,16 +54,20 @@ def _step(cfg: Config, format: str, rows: int) -> Case:
     def inputs() -> tuple:
         params = _params(cfg, format)
         sound = _normal(rows, cfg.max_audio_len, cfg.d_model)
-        cache = jax.jit(functools.partial(model.start, cfg=cfg, size=_TEXT))(params, sound=sound)
+        cache = jax.jit(functools.partial(model.init_cache, cfg=cfg, size=_TEXT_LEN))(
+            params, sound=sound
+        )
         return params, jnp.full((rows, 1), 100, jnp.int32), cache
 
     def function(params, ids, cache):
         at = jnp.zeros(1, jnp.int32)
-        logits, cache, _ = model.extend(params, cfg, ids, cache, jnp.int32(_TEXT // 2), at)
+        logits, cache, _ = model.forward_cached(
+            params, cfg, ids, cache, jnp.int32(_TEXT_LEN // 2), at
+        )
         return logits, cache
 
     d, positions = cfg.d_model, cfg.max_audio_len
-    layer = 2 * (6 * d * d + 2 * d * cfg.d_ff) + 4 * d * (positions + _TEXT)
+    layer = 2 * (6 * d * d + 2 * d * cfg.d_ff) + 4 * d * (positions + _TEXT_LEN)
     width = jnp.dtype(format).itemsize
     sound = 2 * cfg.num_text_layers * rows * positions * d * width
     return Case(
@@ -73,9 +77,9 @@ def _step(cfg: Config, format: str, rows: int) -> Case:
         flops=rows * (cfg.num_text_layers * layer + 2 * cfg.vocab_size * d),
         bytes=_bytes(cfg, format, lambda params: params.decoder) + sound,
         dtype=format,
-        cold=(0,),
-        donated=(2,),
-        again=lambda arguments, out: (*arguments[:2], out[1]),
+        cold_argnums=(0,),
+        donate_argnums=(2,),
+        next_inputs=lambda arguments, out: (*arguments[:2], out[1]),
     )
 
 

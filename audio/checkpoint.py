@@ -22,10 +22,10 @@ from audio.model import Attention, AudioLayer, Decoder, Encoder, Mlp, Params, Te
 from transformer.checkpoint import check_tied, safetensors
 from transformer.weights import Linear, Norm
 
-Format = Literal["float32", "bfloat16", "int8"]
+Dtype = Literal["float32", "bfloat16", "int8"]
 
 # Options that CTranslate2 keeps as scalars, and what they must be for a Whisper.
-_SCALARS = {
+_EXPECTED_SCALARS = {
     "decoder/activation": 3,  # GELU
     "encoder/activation": 3,
     "decoder/alibi": 0,
@@ -45,7 +45,7 @@ _UNUSED = (
 )
 
 
-def load(folder: Path, *, format: Format = "float32") -> tuple[Params, Config]:
+def load(folder: Path, *, dtype: Dtype = "float32") -> tuple[Params, Config]:
     """Loads a Whisper from a folder.
 
     Args:
@@ -69,13 +69,13 @@ def load(folder: Path, *, format: Format = "float32") -> tuple[Params, Config]:
             check_tied(tensors, "proj_out.weight", "model.decoder.embed_tokens.weight", folder)
             del tensors["proj_out.weight"]
         arrays = {name: tensor.read(0, tensor.shape[0]) for name, tensor in tensors.items()}
-    return _fill(arrays, cfg, format, folder), cfg
+    return _fill(arrays, cfg, dtype, folder), cfg
 
 
 def is_whisper(folder: Path) -> bool:
     """Whether a folder holds a Whisper, by its config.json."""
     try:
-        config = safetensors.read_object(Path(folder) / "config.json")
+        config = safetensors.read_json_object(Path(folder) / "config.json")
     except (OSError, ValueError):
         return False
     return config.get("model_type") == "whisper" or "suppress_ids_begin" in config
@@ -97,11 +97,11 @@ def save(folder: Path, params: Params, cfg: Config) -> None:
             value = value.reshape(len(value), 3, -1).swapaxes(1, 2)
         tensors[name] = np.ascontiguousarray(value)
 
-    jax.tree.map(put, names(cfg), params)
+    jax.tree.map(put, hf_names(cfg), params)
     safetensors.write(Path(folder), cfg.to_hf(), tensors)
 
 
-def names(cfg: Config) -> Params:
+def hf_names(cfg: Config) -> Params:
     """The tree of `Params` with the name in a Hugging Face file at each leaf."""
 
     def linear(name: str, bias: bool = True) -> Linear:
@@ -141,7 +141,9 @@ def names(cfg: Config) -> Params:
             positions="model.decoder.embed_positions.weight",
             layers=tuple(
                 TextLayer(
-                    attn=attention(i, "self_attn"), cross=attention(i, "encoder_attn"), mlp=mlp(i)
+                    attn=attention(i, "self_attn"),
+                    cross_attn=attention(i, "encoder_attn"),
+                    mlp=mlp(i),
                 )
                 for i in text
             ),
@@ -150,13 +152,15 @@ def names(cfg: Config) -> Params:
     )
 
 
-def _fill(arrays: dict[str, np.ndarray], cfg: Config, format: Format, folder: Path) -> Params:
-    tree, infos = names(cfg), abstract(cfg)
+def _fill(arrays: dict[str, np.ndarray], cfg: Config, format: Dtype, folder: Path) -> Params:
+    tree, infos = hf_names(cfg), abstract(cfg)
     wanted = dict(zip(jax.tree.leaves(tree), jax.tree.leaves(infos), strict=True))
     if missing := sorted(wanted.keys() - arrays.keys()):
-        raise ValueError(f"{folder}: lacks {_some(missing)}")
+        raise ValueError(f"{folder}: lacks {_join_names(missing)}")
     if unknown := sorted(arrays.keys() - wanted.keys()):
-        raise ValueError(f"{folder}: holds {_some(unknown)}, which this model has no place for")
+        raise ValueError(
+            f"{folder}: holds {_join_names(unknown)}, which this model has no place for"
+        )
     for name, info in wanted.items():
         if _is_convolution(name) and arrays[name].ndim == 3:
             arrays[name] = arrays[name].swapaxes(1, 2).reshape(len(arrays[name]), -1)
@@ -167,12 +171,12 @@ def _fill(arrays: dict[str, np.ndarray], cfg: Config, format: Format, folder: Pa
         if not isinstance(part, Linear):
             return jnp.asarray(arrays[part], jnp.float32)
         bias = None if part.bias is None else jnp.asarray(arrays[part.bias], jnp.float32)
-        return _linear(arrays[part.weight], bias, _format_of(part.weight, format))
+        return _linear(arrays[part.weight], bias, _dtype_of(part.weight, format))
 
     return jax.tree.map(fill, tree, is_leaf=lambda node: isinstance(node, Linear))
 
 
-def _format_of(name: str, format: Format) -> Format:
+def _dtype_of(name: str, format: Dtype) -> Dtype:
     """The format of one weight in a model of `format`."""
     if format != "int8":
         return format
@@ -187,7 +191,7 @@ def _format_of(name: str, format: Format) -> Format:
     return "int8" if is_narrow else "bfloat16"
 
 
-def _linear(weight: np.ndarray, bias: jax.Array | None, format: Format) -> Linear:
+def _linear(weight: np.ndarray, bias: jax.Array | None, format: Dtype) -> Linear:
     if format == "float32":
         return Linear(weight=jnp.asarray(weight, jnp.float32), bias=bias)
     if format == "bfloat16":
@@ -205,7 +209,7 @@ def _is_convolution(name: str) -> bool:
 
 def _hf_config(folder: Path, config: Mapping[str, Any]) -> Config:
     if (extra := folder / "generation_config.json").is_file():
-        heads = safetensors.read_object(extra).get("alignment_heads")
+        heads = safetensors.read_json_object(extra).get("alignment_heads")
         config = {**config, "alignment_heads": heads or config.get("alignment_heads")}
     try:
         return Config.from_hf(config)
@@ -226,10 +230,10 @@ def _ctranslate2(folder: Path) -> tuple[dict[str, np.ndarray], Config]:
     if spec != "WhisperSpec":
         raise ValueError(f"{path}: holds a {spec!r}, not a 'WhisperSpec'")
     try:
-        cfg = _ctranslate2_config(arrays, safetensors.read_object(folder / "config.json"))
+        cfg = _ctranslate2_config(arrays, safetensors.read_json_object(folder / "config.json"))
     except KeyError as error:
         raise ValueError(f"{path}: lacks {error.args[0]}") from None
-    for name, value in _SCALARS.items():
+    for name, value in _EXPECTED_SCALARS.items():
         if (found := arrays.pop(name, None)) is not None and found != value:
             raise ValueError(f"{path}: {name} must be {value}, got {found}")
     for name in _UNUSED:
@@ -239,7 +243,7 @@ def _ctranslate2(folder: Path) -> tuple[dict[str, np.ndarray], Config]:
         raise ValueError(f"{path}: a head of its own, decoder/projection/weight, is not known")
     renamed: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
-        for new, part in _rename(name, array):
+        for new, part in _to_hf_names(name, array):
             # Keys have no bias; where it is packed with others, CTranslate2 stores zeros.
             if not new.endswith("k_proj.bias"):
                 renamed[new] = part
@@ -270,7 +274,7 @@ def _ctranslate2_config(arrays: Mapping[str, np.ndarray], config: Mapping[str, A
     )
 
 
-_PARTS = {
+_SUBLAYERS = {
     "self_attention/linear_0": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "self_attention/linear_1": ("self_attn.out_proj",),
     "self_attention/layer_norm": ("self_attn_layer_norm",),
@@ -282,7 +286,7 @@ _PARTS = {
     "ffn/linear_1": ("fc2",),
     "ffn/layer_norm": ("final_layer_norm",),
 }
-_TOPS = {
+_TOP_LEVEL = {
     "conv1": "conv1",
     "conv2": "conv2",
     "layer_norm": "layer_norm",
@@ -298,20 +302,20 @@ _LEAVES = {
 }
 
 
-def _rename(name: str, array: np.ndarray) -> list[tuple[str, np.ndarray]]:
+def _to_hf_names(name: str, array: np.ndarray) -> list[tuple[str, np.ndarray]]:
     """Hugging Face names and values of one of CTranslate2's; its own where nobody knows it."""
     half, _, rest = name.partition("/")
     place, _, leaf = rest.rpartition("/")
-    if leaf in _LEAVES and place in _TOPS:
-        return [(f"model.{half}.{_TOPS[place]}.{_LEAVES[leaf]}", array)]
+    if leaf in _LEAVES and place in _TOP_LEVEL:
+        return [(f"model.{half}.{_TOP_LEVEL[place]}.{_LEAVES[leaf]}", array)]
     layer, _, part = place.partition("/")
-    if leaf not in _LEAVES or part not in _PARTS or not layer.startswith("layer_"):
+    if leaf not in _LEAVES or part not in _SUBLAYERS or not layer.startswith("layer_"):
         return [(name, array)]
-    news = [f"model.{half}.layers.{layer[6:]}.{new}.{_LEAVES[leaf]}" for new in _PARTS[part]]
+    news = [f"model.{half}.layers.{layer[6:]}.{new}.{_LEAVES[leaf]}" for new in _SUBLAYERS[part]]
     if len(array) % len(news):
         raise ValueError(f"{name} of shape {array.shape} is not {len(news)} maps on each other")
     return list(zip(news, np.split(array, len(news)), strict=True))
 
 
-def _some(names: list[str]) -> str:
+def _join_names(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

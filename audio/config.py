@@ -94,7 +94,7 @@ class Config:
         return 2 * self.max_audio_len
 
     @property
-    def aligned(self) -> tuple[tuple[int, int], ...]:
+    def timing_heads(self) -> tuple[tuple[int, int], ...]:
         """The heads that word timing looks at."""
         return self.alignment_heads or tuple(
             (layer, head)
@@ -178,7 +178,7 @@ class Config:
         ):
             raise ValueError(f"alignment_heads must be pairs of layer and head, got {heads!r}")
         cfg = cls(**fields, alignment_heads=tuple((layer, head) for layer, head in heads))
-        config_keys.check(given, cfg, "whisper", own=config_keys.LAYER_NORM)
+        config_keys.check(given, cfg, "whisper", neutral_overrides=config_keys.LAYER_NORM)
         return cfg
 
     def to_hf(self) -> dict[str, Any]:

@@ -73,13 +73,13 @@ class Part(NamedTuple):
     is_certain: bool
 
 
-def name(data: bytes) -> str:
+def detect_format(data: bytes) -> str:
     """Return the format by its signature: wav, w64, aiff, caf, flac, ogg, ...; or ""."""
     match = _SIGNATURE.match(data)
     return (match.lastgroup or "") if match else ""
 
 
-def split(data: bytes) -> list[Part]:
+def split_files(data: bytes) -> list[Part]:
     """Split joined files.
 
     Returns:
@@ -179,7 +179,7 @@ def _padded(data: bytes, end: int) -> int:
     return end + 1 if end % 2 and data[end : end + 1] == b"\0" else end
 
 
-def _form_end(data: bytes, start: int) -> int | None:
+def _aiff_end(data: bytes, start: int) -> int | None:
     """AIFF."""
     size = int.from_bytes(data[start + 4 : start + 8], "big")
     end = _padded(data, start + 8 + size)
@@ -305,7 +305,7 @@ def _element_end(data: bytes, start: int) -> int | None:
 
 _ENDS: dict[str, Callable[[bytes, int], int | None]] = {
     "wav": _wav_end,
-    "aiff": _form_end,
+    "aiff": _aiff_end,
     "w64": _w64_end,
     "caf": _caf_end,
     "ogg": _ogg_end,
@@ -361,7 +361,7 @@ _KILOBITS = (
 _RATES = (44_100, 48_000, 32_000)
 
 
-def frame_length(header: bytes) -> int:
+def mp3_frame_length(header: bytes) -> int:
     """Return the bytes of the MPEG layer III frame that these four begin; 0 if they begin none."""
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
         return 0
@@ -383,7 +383,7 @@ def is_plain_mp3(data: bytes) -> bool:
     """
     end = len(data) - 128 if data[-128:-125] == b"TAG" else len(data)
     kind, count, stated, position = data[1:2], -1, None, 0
-    while position < end and (length := frame_length(data[position : position + 4])):
+    while position < end and (length := mp3_frame_length(data[position : position + 4])):
         frame = data[position : position + length]
         is_table = any(mark in frame[:64] for mark in (b"Xing", b"Info", b"VBRI"))
         if frame[1:2] != kind or (is_table and position):

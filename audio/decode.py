@@ -28,17 +28,17 @@ import numpy as np
 from audio import model
 from audio.config import Config
 from audio.model import Cache, Params
-from audio.tokens import SECONDS_PER_STEP, Tokens
-from audio.whisper import Run, Whisper, at_once
+from audio.tokenizer import TIME_PRECISION, WhisperTokenizer
+from audio.whisper import RunOnDevice, Whisper, run_inline
 
 # Prompts are padded to one of these lengths, and the cache grows through these sizes, so that few
 # programs are compiled.
-_LENGTHS = (4, 16, 64, 256)
-_SIZES = (64, 128, 256)
+_PROMPT_BUCKETS = (4, 16, 64, 256)
+_CACHE_BUCKETS = (64, 128, 256)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class DecodingOptions:
     """How a window is decoded.
 
     Raises:
@@ -79,49 +79,52 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Fallback:
+class TemperatureFallback:
     """When a result is tried again, hotter, and when it is taken for silence."""
 
     temperatures: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-    compression_ratio: float | None = 2.4  # above: it repeats itself
-    avg_logprob: float | None = -1.0  # below: it is guessing
-    no_speech_prob: float | None = 0.6  # above, and guessing: nobody speaks
+    compression_ratio_threshold: float | None = 2.4  # above: it repeats itself
+    logprob_threshold: float | None = -1.0  # below: it is guessing
+    no_speech_threshold: float | None = 0.6  # above, and guessing: nobody speaks
 
-    def fails(self, result: Result) -> bool:
+    def needs_fallback(self, result: DecodingResult) -> bool:
         """Whether to try again."""
         return self._is_doubtful(result) and not self.is_silence(result)
 
-    def is_silence(self, result: Result) -> bool:
+    def is_silence(self, result: DecodingResult) -> bool:
         """Whether what was written is not to be believed, because nobody speaks.
 
         The reference lets a text pass that repeats itself with confidence; over music it does.
         """
-        if self.no_speech_prob is None or result.no_speech_prob <= self.no_speech_prob:
+        if self.no_speech_threshold is None or result.no_speech_prob <= self.no_speech_threshold:
             return False
-        return self.avg_logprob is None or self._is_doubtful(result)
+        return self.logprob_threshold is None or self._is_doubtful(result)
 
-    def best(self, results: Sequence[Result]) -> Result:
+    def best(self, results: Sequence[DecodingResult]) -> DecodingResult:
         """The result to keep of all attempts at a window: the last, unless it fails too.
 
         Then it is the likeliest, if possible of those that do not repeat themselves.
         """
-        if not self.fails(results[-1]):
+        if not self.needs_fallback(results[-1]):
             return results[-1]
         return max(
-            [r for r in results if not self._repeats(r)] or results, key=lambda r: r.avg_logprob
+            [r for r in results if not self._is_repetitive(r)] or results,
+            key=lambda r: r.avg_logprob,
         )
 
-    def _is_doubtful(self, result: Result) -> bool:
-        is_guess = self.avg_logprob is not None and result.avg_logprob < self.avg_logprob
-        return is_guess or self._repeats(result)
+    def _is_doubtful(self, result: DecodingResult) -> bool:
+        is_guess = (
+            self.logprob_threshold is not None and result.avg_logprob < self.logprob_threshold
+        )
+        return is_guess or self._is_repetitive(result)
 
-    def _repeats(self, result: Result) -> bool:
-        limit = self.compression_ratio
+    def _is_repetitive(self, result: DecodingResult) -> bool:
+        limit = self.compression_ratio_threshold
         return limit is not None and result.compression_ratio > limit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class DecodingResult:
     """What was heard in a window."""
 
     ids: tuple[int, ...]  # text and points in time
@@ -134,24 +137,24 @@ class Result:
 
 
 @dataclass
-class _Row:
+class _Hypothesis:
     """A text being written."""
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    total: float = 0.0  # sum of all log-probabilities, the end's included
+    sum_logprobs: float = 0.0  # sum of all log-probabilities, the end's included
     is_done: bool = False
 
-    def next(self, id: int, logprob: float, eot: int) -> _Row:
+    def extended(self, id: int, logprob: float, eot: int) -> _Hypothesis:
         """This text with one token more."""
         if id == eot:
-            return _Row(self.ids, self.logprobs, self.total + logprob, True)
-        return _Row([*self.ids, id], [*self.logprobs, logprob], self.total + logprob)
+            return _Hypothesis(self.ids, self.logprobs, self.sum_logprobs + logprob, True)
+        return _Hypothesis([*self.ids, id], [*self.logprobs, logprob], self.sum_logprobs + logprob)
 
 
 def decode(
-    whisper: Whisper, sound: jax.Array, options: Options, *, run: Run = at_once
-) -> list[Result]:
+    whisper: Whisper, sound: jax.Array, options: DecodingOptions, *, run: RunOnDevice = run_inline
+) -> list[DecodingResult]:
     """Writes down what is said in some windows.
 
     Args:
@@ -165,14 +168,14 @@ def decode(
     Raises:
         ValueError: the model does not know the language or task, or the prefix fills the window.
     """
-    tokens, cfg = whisper.tokens, whisper.cfg
-    opening = _opening(tokens, cfg, options)
+    tokens, cfg = whisper.tokenizer, whisper.cfg
+    opening = _prompt_tokens(tokens, cfg, options)
     num_rows = (options.best_of if options.temperature else options.beam_size) or 1
-    writer = _Writer(whisper, sound, opening, options, num_rows, run)
+    writer = _DecodingTask(whisper, sound, opening, options, num_rows, run)
     search = _beam_search if options.beam_size else _sample
     candidates = search(writer, options, len(sound), num_rows)
     return [
-        _result(tokens, _best(rows, options), float(writer.no_speech[i]), options)
+        _result(tokens, _best_hypothesis(rows, options), float(writer.no_speech_probs[i]), options)
         for i, rows in enumerate(candidates)
     ]
 
@@ -180,12 +183,12 @@ def decode(
 def decode_with_fallback(
     whisper: Whisper,
     sound: jax.Array,
-    options: Options,
-    fallback: Fallback,
+    options: DecodingOptions,
+    fallback: TemperatureFallback,
     *,
     best_of: int | None = 5,
-    run: Run = at_once,
-) -> list[Result]:
+    run: RunOnDevice = run_inline,
+) -> list[DecodingResult]:
     """`decode`, again at higher temperatures for the windows whose result looks wrong.
 
     If every attempt looks wrong, the best is kept (`Fallback.best`), as in faster-whisper;
@@ -195,7 +198,7 @@ def decode_with_fallback(
         options: its temperature is replaced by the fallback's; its beams count at temperature 0.
         best_of: tries at temperatures above 0.
     """
-    attempts: list[list[Result]] = [[] for _ in range(len(sound))]
+    attempts: list[list[DecodingResult]] = [[] for _ in range(len(sound))]
     waiting = list(range(len(sound)))
     for temperature in fallback.temperatures:
         own = replace(options, temperature=temperature, best_of=None)
@@ -206,14 +209,19 @@ def decode_with_fallback(
             part = sound if len(group) == len(sound) else sound[np.array(group)]
             for i, result in zip(group, decode(whisper, part, own, run=run), strict=True):
                 attempts[i].append(result)
-        waiting = [i for i in waiting if fallback.fails(attempts[i][-1])]
+        waiting = [i for i in waiting if fallback.needs_fallback(attempts[i][-1])]
         if not waiting:
             break
     return [fallback.best(results) for results in attempts]
 
 
-def score(
-    whisper: Whisper, sound: jax.Array, ids: Sequence[int], options: Options, *, run: Run = at_once
+def teacher_forced_logits(
+    whisper: Whisper,
+    sound: jax.Array,
+    ids: Sequence[int],
+    options: DecodingOptions,
+    *,
+    run: RunOnDevice = run_inline,
 ) -> np.ndarray:
     """The logits before each of the given ids and behind the last (teacher forcing).
 
@@ -224,31 +232,33 @@ def score(
     Returns:
         float32 [len(ids) + 1, V].
     """
-    writer = _Writer(
-        whisper, sound, _opening(whisper.tokens, whisper.cfg, options), options, 1, run
+    writer = _DecodingTask(
+        whisper, sound, _prompt_tokens(whisper.tokenizer, whisper.cfg, options), options, 1, run
     )
     logits = [writer.logits]
     for id in ids:
-        writer.advance([id])
+        writer.decode_step([id])
         logits.append(writer.logits)
     return np.concatenate([np.asarray(part) for part in logits])
 
 
 def detect_language(
-    whisper: Whisper, sound: jax.Array, *, run: Run = at_once
+    whisper: Whisper, sound: jax.Array, *, run: RunOnDevice = run_inline
 ) -> list[dict[str, float]]:
     """The probability of each language, for each window [A, max_audio_len, D]."""
-    tokens = whisper.tokens
+    tokens = whisper.tokenizer
     if not tokens.is_multilingual:
         return [{"en": 1.0}] * len(sound)
-    writer = _Writer(whisper, sound, (tokens.sot,), Options(), 1, run)
+    writer = _DecodingTask(whisper, sound, (tokens.sot,), DecodingOptions(), 1, run)
     first = tokens.sot + 1
     logits = writer.logits[:, first : first + len(tokens.languages)]
     shares = np.asarray(jax.nn.softmax(logits, axis=-1))
     return [dict(zip(tokens.languages, row.tolist(), strict=True)) for row in shares]
 
 
-def _opening(tokens: Tokens, cfg: Config, options: Options) -> tuple[int, ...]:
+def _prompt_tokens(
+    tokens: WhisperTokenizer, cfg: Config, options: DecodingOptions
+) -> tuple[int, ...]:
     """What stands before the first token to be chosen."""
     half = cfg.max_text_len // 2
     before = options.prompt[-(half - 1) :]
@@ -258,48 +268,50 @@ def _opening(tokens: Tokens, cfg: Config, options: Options) -> tuple[int, ...]:
     prefix = tokens.encode(" " + options.prefix.strip()) if options.prefix.strip() else ()
     if len(prefix) >= half:
         raise ValueError(f"prefix has {len(prefix)} tokens, at most {half - 1} fit")
-    opening = tokens.opening(options.language, options.task, timestamps=options.timestamps)
+    opening = tokens.sot_sequence(options.language, options.task, timestamps=options.timestamps)
     return (*((tokens.sot_prev, *before) if before else ()), *opening, *prefix)
 
 
 # Ways of choosing
 
 
-def _sample(writer: _Writer, options: Options, num_sounds: int, tries: int) -> list[list[_Row]]:
+def _sample(
+    writer: _DecodingTask, options: DecodingOptions, num_sounds: int, tries: int
+) -> list[list[_Hypothesis]]:
     """The likeliest token each time, or one drawn at random; `tries` texts for each sound."""
-    eot = writer.tokens.eot
-    rows = [_Row() for _ in range(num_sounds * tries)]
+    eot = writer.tokenizer.eot
+    rows = [_Hypothesis() for _ in range(num_sounds * tries)]
     while True:
-        ids, logprobs = writer.choose(rows, options)
+        ids, logprobs = writer.sample(rows, options)
         rows = [
-            row if row.is_done else row.next(id, logprob, eot)
+            row if row.is_done else row.extended(id, logprob, eot)
             for row, id, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True)
         ]
         if all(row.is_done for row in rows) or not writer.has_room:
             return [rows[i : i + tries] for i in range(0, len(rows), tries)]
-        writer.advance([row.ids[-1] if not row.is_done else eot for row in rows])
+        writer.decode_step([row.ids[-1] if not row.is_done else eot for row in rows])
 
 
 def _beam_search(
-    writer: _Writer, options: Options, num_sounds: int, beams: int
-) -> list[list[_Row]]:
+    writer: _DecodingTask, options: DecodingOptions, num_sounds: int, beams: int
+) -> list[list[_Hypothesis]]:
     """Continues the `beams` likeliest texts of each sound until enough have come to an end."""
-    eot, enough = writer.tokens.eot, max(1, round(beams * options.patience))
-    live = [[_Row() for _ in range(beams)] for _ in range(num_sounds)]
-    done: list[list[_Row]] = [[] for _ in range(num_sounds)]
+    eot, enough = writer.tokenizer.eot, max(1, round(beams * options.patience))
+    live = [[_Hypothesis() for _ in range(beams)] for _ in range(num_sounds)]
+    done: list[list[_Hypothesis]] = [[] for _ in range(num_sounds)]
     is_first = True
     while True:
         # One more than the beams: at most one continuation of a text is its end.
-        ids, logprobs = writer.likeliest([row for rows in live for row in rows], options, beams + 1)
+        ids, logprobs = writer.top_k([row for rows in live for row in rows], options, beams + 1)
         sources = []
         for a in range(num_sounds):
             ways = [
-                (row.next(int(id), float(logprob), eot), a * beams + b)
+                (row.extended(int(id), float(logprob), eot), a * beams + b)
                 for b, row in enumerate(live[a][: 1 if is_first else beams])  # all alike at first
                 for id, logprob in zip(ids[a * beams + b], logprobs[a * beams + b], strict=True)
             ]
-            ways.sort(key=lambda way: -way[0].total)
-            going: list[tuple[_Row, int]] = []
+            ways.sort(key=lambda way: -way[0].sum_logprobs)
+            going: list[tuple[_Hypothesis, int]] = []
             for row, source in ways:
                 if len(going) == beams:
                     break
@@ -312,32 +324,34 @@ def _beam_search(
         is_first = False
         if all(len(rows) >= enough for rows in done) or not writer.has_room:
             break
-        writer.advance([row.ids[-1] for rows in live for row in rows], sources)
+        writer.decode_step([row.ids[-1] for rows in live for row in rows], sources)
     # Of a sound with too few ends, what was going on counts as ended.
     return [
         (ended + going)[: max(beams, len(ended))] for ended, going in zip(done, live, strict=True)
     ]
 
 
-def _best(rows: list[_Row], options: Options) -> _Row:
+def _best_hypothesis(rows: list[_Hypothesis], options: DecodingOptions) -> _Hypothesis:
     """The text with the highest log-probability for its length."""
 
-    def score(row: _Row) -> float:
+    def score(row: _Hypothesis) -> float:
         length = max(len(row.ids), 1)
         if options.length_penalty is None:
-            return row.total / length
-        return row.total / ((5 + length) / 6) ** options.length_penalty
+            return row.sum_logprobs / length
+        return row.sum_logprobs / ((5 + length) / 6) ** options.length_penalty
 
     return max(rows, key=score)
 
 
-def _result(tokens: Tokens, row: _Row, no_speech_prob: float, options: Options) -> Result:
+def _result(
+    tokens: WhisperTokenizer, row: _Hypothesis, no_speech_prob: float, options: DecodingOptions
+) -> DecodingResult:
     text = tokens.decode(row.ids).strip()
-    return Result(
+    return DecodingResult(
         ids=tuple(row.ids),
         logprobs=tuple(row.logprobs),
         text=text,
-        avg_logprob=row.total / (len(row.ids) + 1),
+        avg_logprob=row.sum_logprobs / (len(row.ids) + 1),
         no_speech_prob=no_speech_prob,
         temperature=options.temperature,
         compression_ratio=compression_ratio(text),
@@ -353,7 +367,7 @@ def compression_ratio(text: str) -> float:
 # The decoder at work
 
 
-class _Writer:
+class _DecodingTask:
     """The decoder with some texts in hand: reads the opening, then a token a row and step.
 
     Attributes:
@@ -366,31 +380,33 @@ class _Writer:
         whisper: Whisper,
         sound: jax.Array,
         opening: tuple[int, ...],
-        options: Options,
+        options: DecodingOptions,
         rows_per_sound: int,
-        run: Run,
+        run: RunOnDevice,
     ):
-        self.whisper, self.tokens, self._run = whisper, whisper.tokens, run
+        self.whisper, self.tokenizer, self._run = whisper, whisper.tokenizer, run
         self._options, self._length, self._step = options, len(opening), 0
         cfg, params = whisper.cfg, whisper.params
         most = options.max_new_tokens or cfg.max_text_len // 2
         self._end = min(self._length + most, cfg.max_text_len)
         self._keys = jax.random.split(jax.random.key(options.seed), len(sound) * rows_per_sound)
-        padded = _at_least(self._length, _LENGTHS, cfg.max_text_len)
-        ids = np.full((len(sound) * rows_per_sound, padded), self.tokens.eot, np.int32)
+        padded = _bucket_size(self._length, _PROMPT_BUCKETS, cfg.max_text_len)
+        ids = np.full((len(sound) * rows_per_sound, padded), self.tokenizer.eot, np.int32)
         ids[:, : self._length] = opening
-        sot = opening.index(self.tokens.sot)
+        sot = opening.index(self.tokenizer.sot)
         at = np.array([sot, self._length - 1], np.int32)
 
         def read() -> tuple[jax.Array, Cache]:
-            size = _at_least(max(padded, self._length + 1), _SIZES, cfg.max_text_len)
-            cache = model.start(params, cfg, sound, size=size, rows_per_sound=rows_per_sound)
-            logits, cache = _extend(params, cfg, ids, cache, np.int32(0), at)
+            size = _bucket_size(max(padded, self._length + 1), _CACHE_BUCKETS, cfg.max_text_len)
+            cache = model.init_cache(params, cfg, sound, size=size, rows_per_sound=rows_per_sound)
+            logits, cache = _forward_cached(params, cfg, ids, cache, np.int32(0), at)
             return jax.block_until_ready(logits), cache
 
         logits, self._cache = run(read)
-        no_speech = jax.nn.softmax(logits[::rows_per_sound, 0], axis=-1)[:, self.tokens.no_speech]
-        self.no_speech = np.asarray(no_speech)
+        no_speech = jax.nn.softmax(logits[::rows_per_sound, 0], axis=-1)[
+            :, self.tokenizer.no_speech
+        ]
+        self.no_speech_probs = np.asarray(no_speech)
         self.logits = logits[:, 1]
 
     @property
@@ -398,7 +414,7 @@ class _Writer:
         """Whether another token may be read."""
         return self._length + 1 < self._end
 
-    def advance(self, ids: Sequence[int], sources: Sequence[int] | None = None) -> None:
+    def decode_step(self, ids: Sequence[int], sources: Sequence[int] | None = None) -> None:
         """Reads one token a row.
 
         Args:
@@ -410,11 +426,11 @@ class _Writer:
         def read() -> tuple[jax.Array, Cache]:
             cache = self._cache
             if self._length == cache.size:
-                size = _at_least(self._length + 1, _SIZES, cfg.max_text_len)
-                cache = model.grow(cache, size)
+                size = _bucket_size(self._length + 1, _CACHE_BUCKETS, cfg.max_text_len)
+                cache = model.grow_cache(cache, size)
             if sources is not None and list(sources) != list(range(len(ids))):
-                cache = _take_rows(cache, np.array(sources, np.int32))
-            logits, cache = _extend(
+                cache = _reorder_cache(cache, np.array(sources, np.int32))
+            logits, cache = _forward_cached(
                 params,
                 cfg,
                 np.array(ids, np.int32)[:, None],
@@ -429,44 +445,50 @@ class _Writer:
         self._length += 1
         self._step += 1
 
-    def choose(self, rows: Sequence[_Row], options: Options) -> tuple[np.ndarray, np.ndarray]:
+    def sample(
+        self, rows: Sequence[_Hypothesis], options: DecodingOptions
+    ) -> tuple[np.ndarray, np.ndarray]:
         """One token a row, int32 [B], and its log-probability under the rules, float32 [B]."""
-        allowed = self._allowed(rows)
+        allowed = self._constraints(rows)
         temperature = options.temperature
         if temperature:
-            ids, logprobs = _draw(
+            ids, logprobs = _sample_ids(
                 self.logits, *allowed, self._keys, np.int32(self._step), np.float32(temperature)
             )
         else:
-            ids, logprobs = _top(self.logits, *allowed)
+            ids, logprobs = _greedy_ids(self.logits, *allowed)
         return np.asarray(ids), np.asarray(logprobs)
 
-    def likeliest(
-        self, rows: Sequence[_Row], options: Options, count: int
+    def top_k(
+        self, rows: Sequence[_Hypothesis], options: DecodingOptions, count: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """The `count` likeliest tokens a row, int32 [B, count], and their log-probabilities."""
-        logprobs = np.asarray(_constrain(self.logits, *self._allowed(rows)))
+        logprobs = np.asarray(_constrained_logprobs(self.logits, *self._constraints(rows)))
         some = np.argpartition(-logprobs, count, axis=-1)[:, :count]
         values = np.take_along_axis(logprobs, some, axis=-1)
         order = np.argsort(-values, axis=-1, kind="stable")
         return np.take_along_axis(some, order, -1), np.take_along_axis(values, order, -1)
 
-    def _allowed(self, rows: Sequence[_Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    def _constraints(
+        self, rows: Sequence[_Hypothesis]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
         """The arguments of `_constrain` behind the logits."""
         is_first, options = self._step == 0, self._options
-        blocked = _blocked(self.tokens, options, self.whisper.cfg.vocab_size, is_first)
-        begin, last = self.tokens.timestamp_begin, self.whisper.cfg.vocab_size
+        blocked = _suppress_mask(self.tokenizer, options, self.whisper.cfg.vocab_size, is_first)
+        begin, last = self.tokenizer.timestamp_begin, self.whisper.cfg.vocab_size
         if not options.timestamps:
             ranges = [(0, begin, last)] * len(rows)
         elif is_first:
-            most = begin + round(options.max_initial_timestamp / SECONDS_PER_STEP)
+            most = begin + round(options.max_initial_timestamp / TIME_PRECISION)
             ranges = [(begin, begin, most + 1)] * len(rows)
         else:
-            ranges = [_after(row.ids, self.tokens, last) for row in rows]
+            ranges = [_allowed_ranges(row.ids, self.tokenizer, last) for row in rows]
         return blocked, np.array(ranges, np.int32), np.int32(begin), options.timestamps
 
 
-def _after(ids: Sequence[int], tokens: Tokens, last: int) -> tuple[int, int, int]:
+def _allowed_ranges(
+    ids: Sequence[int], tokens: WhisperTokenizer, last: int
+) -> tuple[int, int, int]:
     """What may follow some ids: words from one id on, and points in time from one up to another.
 
     After a word: any word, and any point in time behind the last one. After the point that ends a
@@ -489,9 +511,11 @@ def _mask(ids: tuple[int, ...], vocab_size: int) -> np.ndarray:
     return mask
 
 
-def _blocked(tokens: Tokens, options: Options, vocab_size: int, is_first: bool) -> np.ndarray:
+def _suppress_mask(
+    tokens: WhisperTokenizer, options: DecodingOptions, vocab_size: int, is_first: bool
+) -> np.ndarray:
     """bool [V], which tokens are not to be written whatever stands before them."""
-    ids = tokens.suppressed if options.suppress_non_speech else ()
+    ids = tokens.suppress_tokens if options.suppress_non_speech else ()
     if options.timestamps:
         ids = (*ids, tokens.no_timestamps)
     if is_first and options.suppress_blank:
@@ -500,7 +524,7 @@ def _blocked(tokens: Tokens, options: Options, vocab_size: int, is_first: bool) 
 
 
 @jax.jit
-def _constrain(
+def _constrained_logprobs(
     logits: jax.Array, blocked: jax.Array, ranges: jax.Array, begin: jax.Array, timed: bool
 ) -> jax.Array:
     """Log-probabilities under the rules, float32 [B, V]; -inf for what may not follow.
@@ -525,9 +549,9 @@ def _constrain(
 
 
 @jax.jit
-def _top(logits: jax.Array, *rules) -> tuple[jax.Array, jax.Array]:
+def _greedy_ids(logits: jax.Array, *rules) -> tuple[jax.Array, jax.Array]:
     """The likeliest token under the rules, and its log-probability."""
-    logprobs = _constrain(logits, *rules)
+    logprobs = _constrained_logprobs(logits, *rules)
     best = logprobs.max(axis=-1)
     # As argmax, which XLA's CPU backend does not vectorise: half the time of all of this.
     ids = jnp.arange(logits.shape[-1])
@@ -535,10 +559,10 @@ def _top(logits: jax.Array, *rules) -> tuple[jax.Array, jax.Array]:
 
 
 @jax.jit
-def _draw(logits: jax.Array, *rest) -> tuple[jax.Array, jax.Array]:
+def _sample_ids(logits: jax.Array, *rest) -> tuple[jax.Array, jax.Array]:
     """A token drawn under the rules, and its log-probability at temperature 1."""
     *rules, keys, step, temperature = rest
-    logprobs = _constrain(logits, *rules)
+    logprobs = _constrained_logprobs(logits, *rules)
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
     # Where one random number falls on the probabilities, laid end to end. A random number for each
     # token (jax.random.categorical) takes four times as long.
@@ -549,16 +573,18 @@ def _draw(logits: jax.Array, *rest) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
-def _extend(params: Params, cfg: Config, ids, cache: Cache, length, at) -> tuple[jax.Array, Cache]:
-    logits, cache, _ = model.extend(params, cfg, ids, cache, length, at)
+def _forward_cached(
+    params: Params, cfg: Config, ids, cache: Cache, length, at
+) -> tuple[jax.Array, Cache]:
+    logits, cache, _ = model.forward_cached(params, cfg, ids, cache, length, at)
     return logits, cache
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def _take_rows(cache: Cache, rows: jax.Array) -> Cache:
-    return model.take_rows(cache, rows)
+def _reorder_cache(cache: Cache, rows: jax.Array) -> Cache:
+    return model.reorder_cache(cache, rows)
 
 
-def _at_least(number: int, steps: Sequence[int], most: int) -> int:
+def _bucket_size(number: int, steps: Sequence[int], most: int) -> int:
     """The first of `steps` that is not below `number`, or else `most`."""
     return next((step for step in steps if number <= step <= most), most)

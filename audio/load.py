@@ -21,7 +21,7 @@ import numpy as np
 
 from audio import container
 
-RATE = 16_000  # samples a second, what Whisper listens to
+SAMPLE_RATE = 16_000  # samples a second, what Whisper listens to
 
 _BLOCK = 2**18  # frames decoded at a time
 _MAX_CHANNELS = 64
@@ -77,9 +77,9 @@ def load(
     decoded: list[np.ndarray] = []
     parts: list[container.Part] = []
     try:
-        parts = container.split(data) or [container.Part(data, True)]
+        parts = container.split_files(data) or [container.Part(data, True)]
         for part, is_certain in parts:
-            left = limit - sum(map(len, decoded)) / RATE
+            left = limit - sum(map(len, decoded)) / SAMPLE_RATE
             try:
                 decoded.append(_resampled(_sndfile(part), left))
             except _NotPlain:
@@ -116,10 +116,10 @@ def _resampled(blocks: Iterator[Block], max_seconds: float) -> np.ndarray:
     done, seconds = [np.zeros(0, np.float32)], 0.0
     for rate, run in itertools.groupby(blocks, key=lambda block: block[1]):
         stream = None
-        if rate != RATE:
+        if rate != SAMPLE_RATE:
             import soxr
 
-            stream = soxr.ResampleStream(rate, RATE, 1, dtype="float32", quality="HQ")
+            stream = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
         for samples, _ in run:
             seconds += len(samples) / rate
             if seconds > max_seconds:
@@ -145,7 +145,7 @@ def _sndfile(part: bytes) -> Iterator[Block]:
         "": container.is_plain_mp3,
         "flac": bool,
         "aiff": bool,
-    }.get(container.name(part))
+    }.get(container.detect_format(part))
     if is_plain is None or not is_plain(part):
         raise _NotPlain
     try:

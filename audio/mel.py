@@ -13,12 +13,12 @@ import functools
 
 import numpy as np
 
-from audio.load import RATE
+from audio.load import SAMPLE_RATE
 
-HOP = 160  # samples between frames: 10 ms
-WINDOW = 400  # samples a frame looks at: 25 ms
-FRAMES_PER_SECOND = RATE // HOP
-_PIECE = 3000  # frames transformed at a time, which bounds the memory
+HOP_LENGTH = 160  # samples between frames: 10 ms
+N_FFT = 400  # samples a frame looks at: 25 ms
+FRAMES_PER_SECOND = SAMPLE_RATE // HOP_LENGTH
+_CHUNK_FRAMES = 3000  # frames transformed at a time, which bounds the memory
 
 
 def log_mel(samples: np.ndarray, num_mels: int = 80) -> np.ndarray:
@@ -38,22 +38,22 @@ def log_mel(samples: np.ndarray, num_mels: int = 80) -> np.ndarray:
     """
     if samples.ndim != 1:
         raise ValueError(f"samples must have one axis, got shape {samples.shape}")
-    num_frames = len(samples) // HOP
+    num_frames = len(samples) // HOP_LENGTH
     # Frame i is centred on sample 160 i. Before the beginning the sound is mirrored, behind the end
     # it is silent; the frames in which it fades away count for the loudest band.
-    tail = WINDOW // HOP + 1
-    padded = np.zeros(HOP * (num_frames + tail) + WINDOW, np.float32)
-    padded[WINDOW // 2 :][: len(samples)] = samples
-    padded[: WINDOW // 2] = padded[WINDOW : WINDOW // 2 : -1]
-    frames = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[::HOP]
+    tail = N_FFT // HOP_LENGTH + 1
+    padded = np.zeros(HOP_LENGTH * (num_frames + tail) + N_FFT, np.float32)
+    padded[N_FFT // 2 :][: len(samples)] = samples
+    padded[: N_FFT // 2] = padded[N_FFT : N_FFT // 2 : -1]
+    frames = np.lib.stride_tricks.sliding_window_view(padded, N_FFT)[::HOP_LENGTH]
     frames = frames[: num_frames + tail]
     # Hann's window is longer by one sample than the frame, so that it repeats with its length.
-    window = np.hanning(WINDOW + 1)[:-1].astype(np.float32)
-    bands = mel_bands(num_mels).T
+    window = np.hanning(N_FFT + 1)[:-1].astype(np.float32)
+    bands = mel_filters(num_mels).T
     powers = np.concatenate(
         [
-            np.abs(np.fft.rfft(frames[start : start + _PIECE] * window)) ** 2 @ bands
-            for start in range(0, len(frames), _PIECE)
+            np.abs(np.fft.rfft(frames[start : start + _CHUNK_FRAMES] * window)) ** 2 @ bands
+            for start in range(0, len(frames), _CHUNK_FRAMES)
         ]
     )  # [T, M]
     logs = np.log10(np.maximum(powers, 1e-10))
@@ -62,14 +62,14 @@ def log_mel(samples: np.ndarray, num_mels: int = 80) -> np.ndarray:
 
 
 @functools.cache
-def mel_bands(num_mels: int) -> np.ndarray:
+def mel_filters(num_mels: int) -> np.ndarray:
     """The weight of each frequency in each band: float32 [M, WINDOW / 2 + 1].
 
     Band i is a triangle that rises from the centre of band i - 1 to its own and falls to that of
     band i + 1; all triangles have the same area.
     """
-    frequencies = np.linspace(0, RATE / 2, WINDOW // 2 + 1)
-    corners = _hertz(np.linspace(0, _mel(RATE / 2), num_mels + 2))
+    frequencies = np.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1)
+    corners = _hertz(np.linspace(0, _mel(SAMPLE_RATE / 2), num_mels + 2))
     left, centre, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]
     rising = (frequencies - left) / (centre - left)
     falling = (right - frequencies) / (right - centre)

@@ -30,7 +30,7 @@ from transformer.layers import embed, linear, norm
 from transformer.weights import Linear, Norm
 
 EPS = 1e-5
-_FEW = 8  # queries
+_MAX_DECODE_QUERIES = 8  # queries
 
 
 @struct.dataclass
@@ -66,7 +66,7 @@ class TextLayer:
     """A block of the decoder: its own past, the sound, then the MLP."""
 
     attn: Attention
-    cross: Attention
+    cross_attn: Attention
     mlp: Mlp
 
 
@@ -108,8 +108,8 @@ class Cache:
 
     keys: tuple[jax.Array, ...]  # [B, N, S, H] float32, of the text so far
     values: tuple[jax.Array, ...]
-    sound_keys: tuple[jax.Array, ...]  # [A, max_audio_len, D]
-    sound_values: tuple[jax.Array, ...]  # [A, D, max_audio_len]
+    cross_keys: tuple[jax.Array, ...]  # [A, max_audio_len, D]
+    cross_values: tuple[jax.Array, ...]  # [A, D, max_audio_len]
 
     @property
     def size(self) -> int:
@@ -153,7 +153,8 @@ def abstract(cfg: Config) -> Params:
         decoder=Decoder(
             embed=Linear(weight=ArrayInfo((cfg.vocab_size, d), ("vocab", "model"), normal)),
             positions=ArrayInfo((cfg.max_text_len, d), ("text", "model"), normal),
-            layers=(TextLayer(attn=attention, cross=attention, mlp=mlp),) * cfg.num_text_layers,
+            layers=(TextLayer(attn=attention, cross_attn=attention, mlp=mlp),)
+            * cfg.num_text_layers,
             norm=norm_,
         ),
     )
@@ -207,8 +208,8 @@ def encode(
         )
     p = params.encoder
     with jax.named_scope("convolve"):
-        x = _gelu(linear(_neighbours(mel), p.conv1))  # [B, frames, D]
-        x = _gelu(linear(_neighbours(x)[:, ::2], p.conv2))  # [B, T, D]
+        x = _gelu(linear(_conv_patches(mel), p.conv1))  # [B, frames, D]
+        x = _gelu(linear(_conv_patches(x)[:, ::2], p.conv2))  # [B, T, D]
         x = x + p.positions
     residual, weights = [x], []
     for layer in p.layers:
@@ -229,16 +230,16 @@ def _audio_block(
 ) -> tuple[jax.Array, jax.Array | None]:
     with jax.named_scope("attention"):
         y, weights = norm(x, layer.attn.norm, EPS), None
-        dtype = _wide(layer.attn.q)
+        dtype = _attention_dtype(layer.attn.q)
         q, k, v = (
-            _heads(linear(y, w), cfg).astype(dtype)
+            _split_heads(linear(y, w), cfg).astype(dtype)
             for w in (layer.attn.q, layer.attn.k, layer.attn.v)
         )
         if tapped:
-            y, weights = _weigh(_scores(q, k), v)  # [B, N, T, H], [B, N, T, T]
+            y, weights = _softmax_weighted_sum(_scores(q, k), v)  # [B, N, T, H], [B, N, T, T]
         else:
             y = _attend(q, k, v)
-        x = x + linear(_merge(y), layer.attn.out)
+        x = x + linear(_merge_heads(y), layer.attn.out)
     with jax.named_scope("mlp"):
         return _mlp(x, layer.mlp), weights
 
@@ -246,7 +247,7 @@ def _audio_block(
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Attention of a window to itself, [B, N, T, H] each and back."""
     if jax.default_backend() != "cpu":
-        return _weigh(_scores(q, k), v)[0]
+        return _softmax_weighted_sum(_scores(q, k), v)[0]
     # Half of a head's queries at a time: their 4.5 MB of scores stay near the processor on the way
     # through the softmax. Measured 2.2 times as fast by heads as all at once, and 1.4 times again
     # by halves.
@@ -257,12 +258,12 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
     def attend(item: tuple[jax.Array, jax.Array]) -> jax.Array:
         query, head = item
-        return _weigh(_scores(query, keys[head]), values[head])[0]
+        return _softmax_weighted_sum(_scores(query, keys[head]), values[head])[0]
 
     return jax.lax.map(attend, (queries, jnp.arange(b * n * parts) // parts)).reshape(q.shape)
 
 
-def _neighbours(x: jax.Array) -> jax.Array:
+def _conv_patches(x: jax.Array) -> jax.Array:
     """Each column with the one before and the one behind it: [B, T, D] -> [B, T, 3 D]."""
     x = jnp.pad(x, ((0, 0), (1, 1), (0, 0)))
     return jnp.concatenate([x[:, :-2], x[:, 1:-1], x[:, 2:]], axis=-1)
@@ -271,9 +272,9 @@ def _neighbours(x: jax.Array) -> jax.Array:
 # Text beside sound
 
 
-@partial(jax.jit, static_argnames=("cfg", "size", "rows_per_sound"))
-def start(
-    params: Params, cfg: Config, sound: jax.Array, *, size: int, rows_per_sound: int = 1
+@partial(jax.jit, static_argnames=("cfg", "size", "rows_per_audio"))
+def init_cache(
+    params: Params, cfg: Config, audio_features: jax.Array, *, size: int, rows_per_audio: int = 1
 ) -> Cache:
     """A cache for text about to be written beside encoded sound: float32 [A, max_audio_len, D].
 
@@ -283,33 +284,33 @@ def start(
     """
     sound_keys, sound_values = [], []
     for layer in params.decoder.layers:
-        dtype = _wide(layer.cross.q)
-        sound_keys.append(linear(sound, layer.cross.k).astype(dtype))
-        sound_values.append(linear(sound, layer.cross.v).astype(dtype).swapaxes(1, 2))
-    shape = (len(sound) * rows_per_sound, cfg.num_heads, size, cfg.head_dim)
+        dtype = _attention_dtype(layer.cross_attn.q)
+        sound_keys.append(linear(audio_features, layer.cross_attn.k).astype(dtype))
+        sound_values.append(linear(audio_features, layer.cross_attn.v).astype(dtype).swapaxes(1, 2))
+    shape = (len(audio_features) * rows_per_audio, cfg.num_heads, size, cfg.head_dim)
     empty = tuple(jnp.zeros(shape, jnp.float32) for _ in sound_keys)
     return Cache(
         keys=empty,
         values=tuple(jnp.zeros_like(x) for x in empty),
-        sound_keys=tuple(sound_keys),
-        sound_values=tuple(sound_values),
+        cross_keys=tuple(sound_keys),
+        cross_values=tuple(sound_values),
     )
 
 
-def grow(cache: Cache, size: int) -> Cache:
+def grow_cache(cache: Cache, size: int) -> Cache:
     """The same memory with room for `size` positions of text."""
     pad = ((0, 0), (0, 0), (0, size - cache.size), (0, 0))
     keys, values = jax.tree.map(lambda x: jnp.pad(x, pad), (cache.keys, cache.values))
     return cache.replace(keys=keys, values=values)
 
 
-def take_rows(cache: Cache, rows: jax.Array) -> Cache:
+def reorder_cache(cache: Cache, rows: jax.Array) -> Cache:
     """Row i becomes what row `rows[i]` was, int32 [B]; it must have listened to the same sound."""
     keys, values = jax.tree.map(lambda x: x[rows], (cache.keys, cache.values))
     return cache.replace(keys=keys, values=values)
 
 
-def extend(
+def forward_cached(
     params: Params,
     cfg: Config,
     ids: jax.Array,
@@ -344,17 +345,17 @@ def extend(
         with jax.named_scope("attention"):
             y = norm(x, layer.attn.norm, EPS)
             q, k, v = (
-                _heads(linear(y, w), cfg) for w in (layer.attn.q, layer.attn.k, layer.attn.v)
+                _split_heads(linear(y, w), cfg) for w in (layer.attn.q, layer.attn.k, layer.attn.v)
             )
             keys[i] = jax.lax.dynamic_update_slice_in_dim(keys[i], k, length, axis=2)
             values[i] = jax.lax.dynamic_update_slice_in_dim(values[i], v, length, axis=2)
             scores = jnp.where(is_past, _scores(q, keys[i]), -jnp.inf)  # [B, N, T, S]
-            y, _ = _weigh(scores, values[i])
-            x = x + linear(_merge(y), layer.attn.out)
+            y, _ = _softmax_weighted_sum(scores, values[i])
+            x = x + linear(_merge_heads(y), layer.attn.out)
         with jax.named_scope("listen"):
-            q = _heads(linear(norm(x, layer.cross.norm, EPS), layer.cross.q), cfg)
-            y, scores = _listen(q, cache.sound_keys[i], cache.sound_values[i])
-            x = x + linear(_merge(y), layer.cross.out)
+            q = _split_heads(linear(norm(x, layer.cross_attn.norm, EPS), layer.cross_attn.q), cfg)
+            y, scores = _cross_attend(q, cache.cross_keys[i], cache.cross_values[i])
+            x = x + linear(_merge_heads(y), layer.cross_attn.out)
             if "alignment" in taps:
                 aligned |= {(i, n): scores[:, n] for n in range(cfg.num_heads)}
         with jax.named_scope("mlp"):
@@ -363,7 +364,7 @@ def extend(
         logits = linear(norm(x[:, at], p.norm, EPS), p.embed)  # [B, P, V]
     found = {}
     if "alignment" in taps:
-        found["alignment"] = jnp.stack([aligned[pair] for pair in cfg.aligned], axis=1)
+        found["alignment"] = jnp.stack([aligned[pair] for pair in cfg.timing_heads], axis=1)
     return logits, cache.replace(keys=tuple(keys), values=tuple(values)), found
 
 
@@ -386,13 +387,13 @@ def forward(
     Returns:
         float32 [B, T, V], and a dictionary with exactly the named taps.
     """
-    cache = start(params, cfg, sound, size=ids.shape[1])
+    cache = init_cache(params, cfg, sound, size=ids.shape[1])
     zero, everywhere = jnp.zeros((), jnp.int32), jnp.arange(ids.shape[1])
-    logits, _, found = extend(params, cfg, ids, cache, zero, everywhere, taps=taps)
+    logits, _, found = forward_cached(params, cfg, ids, cache, zero, everywhere, taps=taps)
     return logits, found
 
 
-def _listen(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _cross_attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Attention of [B, N, T, H] over sounds, keys [A, S, D] and values [A, D, S].
 
     Returns:
@@ -401,7 +402,9 @@ def _listen(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Ar
     (b, n, t, h), a = q.shape, len(k)
     # To a sound, the rows that listen to it are so many more queries.
     q = q.reshape(a, b // a, n, t, h).swapaxes(1, 2).reshape(a, n, -1, h).astype(k.dtype)
-    y, scores = (_glance if q.shape[2] <= _FEW else _study)(q, k, v)  # [A, N, B/A * T, H or S]
+    y, scores = (
+        _cross_attend_decode if q.shape[2] <= _MAX_DECODE_QUERIES else _cross_attend_prefill
+    )(q, k, v)  # [A, N, B/A * T, H or S]
 
     def apart(x: jax.Array) -> jax.Array:
         return x.reshape(a, n, b // a, t, -1).swapaxes(1, 2).reshape(b, n, t, -1)
@@ -409,16 +412,16 @@ def _listen(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Ar
     return apart(y), apart(scores)
 
 
-def _study(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _cross_attend_prefill(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Attention of many queries to a sound, [A, N, T, H], head by head."""
     a, n, _, h = q.shape
     keys = k.reshape(a, -1, n, h).swapaxes(1, 2)  # [A, N, S, H]
     values = v.reshape(a, n, h, -1).swapaxes(2, 3)  # [A, N, S, H]
     scores = _scores(q, keys)
-    return _weigh(scores, values)[0], scores
+    return _softmax_weighted_sum(scores, values)[0], scores
 
 
-def _glance(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _cross_attend_decode(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The same for few queries, all heads at once: each reads all of D, the others' parts as zeros.
 
     So keys and values are multiplied as they lie. Head by head, XLA's CPU backend packs them anew
@@ -449,12 +452,12 @@ def _gelu(x: jax.Array) -> jax.Array:
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
-def _heads(x: jax.Array, cfg: Config) -> jax.Array:
+def _split_heads(x: jax.Array, cfg: Config) -> jax.Array:
     """[B, T, N * H] -> [B, N, T, H]."""
     return x.reshape(*x.shape[:2], cfg.num_heads, -1).swapaxes(1, 2)
 
 
-def _merge(x: jax.Array) -> jax.Array:
+def _merge_heads(x: jax.Array) -> jax.Array:
     """[B, N, T, H] -> [B, T, N * H]."""
     x = x.swapaxes(1, 2)
     return x.reshape(*x.shape[:2], -1)
@@ -466,7 +469,7 @@ def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
     return jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=jnp.float32)
 
 
-def _weigh(scores: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _softmax_weighted_sum(scores: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The values weighed by the softmax of the scores, float32 [B, N, T, H], and the weights."""
     # Rounded to the format of the values before they are summed, which is one pass fewer.
     unnormed = jnp.exp(scores - scores.max(-1, keepdims=True)).astype(v.dtype)
@@ -476,7 +479,7 @@ def _weigh(scores: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     return y / total, unnormed / total
 
 
-def _wide(p: Linear):
+def _attention_dtype(p: Linear):
     """The format of attention over the sound."""
     return jnp.bfloat16 if p.weight.dtype == jnp.int8 else p.weight.dtype
 

@@ -11,13 +11,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from audio.tokens import LANGUAGES
+from audio.tokenizer import LANGUAGES
 from audio.transcribe import Segment, Transcript
 
 FORMATS = ("text", "json", "srt", "vtt", "tsv")
 
 
-def write(transcript: Transcript, format: str, *, words: bool = False) -> str:
+def render(transcript: Transcript, format: str, *, words: bool = False) -> str:
     """The transcript in one of `FORMATS`, with a newline at its end.
 
     Args:
@@ -29,7 +29,7 @@ def write(transcript: Transcript, format: str, *, words: bool = False) -> str:
     if format == "text":
         return transcript.text + "\n"
     if format == "json":
-        return json.dumps(verbose(transcript), ensure_ascii=False, indent=2) + "\n"
+        return json.dumps(verbose_json(transcript), ensure_ascii=False, indent=2) + "\n"
     cues = [(s.start, s.end, s.text.strip()) for s in transcript.segments]
     if words:
         cues = [
@@ -37,11 +37,14 @@ def write(transcript: Transcript, format: str, *, words: bool = False) -> str:
         ] or cues
     if format == "srt":
         return "\n".join(
-            f"{number}\n{clock(start, ',')} --> {clock(end, ',')}\n{_cue(text)}\n"
+            f"{number}\n{format_timestamp(start, ',')} --> {format_timestamp(end, ',')}\n{_cue_text(text)}\n"
             for number, (start, end, text) in enumerate(cues, 1)
         )
     if format == "vtt":
-        blocks = (f"{clock(start)} --> {clock(end)}\n{_vtt(text)}\n" for start, end, text in cues)
+        blocks = (
+            f"{format_timestamp(start)} --> {format_timestamp(end)}\n{_escape_vtt(text)}\n"
+            for start, end, text in cues
+        )
         return "\n".join(["WEBVTT\n", *blocks])
     if format == "tsv":
         lines = (
@@ -52,7 +55,7 @@ def write(transcript: Transcript, format: str, *, words: bool = False) -> str:
     raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
 
 
-def verbose(transcript: Transcript, *, task: str = "transcribe") -> dict[str, Any]:
+def verbose_json(transcript: Transcript, *, task: str = "transcribe") -> dict[str, Any]:
     """The transcript as OpenAI's "verbose_json" has it; with words, if their times are known."""
     words = [
         {"word": word.text.strip(), "start": word.start, "end": word.end}
@@ -64,12 +67,12 @@ def verbose(transcript: Transcript, *, task: str = "transcribe") -> dict[str, An
         "language": LANGUAGES[transcript.language],
         "duration": round(transcript.duration, 2),
         "text": transcript.text,
-        "segments": segments(transcript.segments),
+        "segments": verbose_segments(transcript.segments),
         **({"words": words} if words else {}),
     }
 
 
-def segments(found: Sequence[Segment]) -> list[dict[str, Any]]:
+def verbose_segments(found: Sequence[Segment]) -> list[dict[str, Any]]:
     """Segments as "verbose_json" has them."""
     return [
         {
@@ -88,7 +91,7 @@ def segments(found: Sequence[Segment]) -> list[dict[str, Any]]:
     ]
 
 
-def clock(seconds: float, point: str = ".") -> str:
+def format_timestamp(seconds: float, point: str = ".") -> str:
     """Hours, minutes, seconds and milliseconds: 00:01:02.345."""
     minutes, milliseconds = divmod(round(seconds * 1000), 60_000)
     hours, minutes = divmod(minutes, 60)
@@ -96,9 +99,9 @@ def clock(seconds: float, point: str = ".") -> str:
     return f"{hours:02d}:{minutes:02d}:{whole:02d}{point}{rest:03d}"
 
 
-def _cue(text: str) -> str:
+def _cue_text(text: str) -> str:
     return " ".join(text.replace("-->", "->").split())
 
 
-def _vtt(text: str) -> str:
-    return _cue(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+def _escape_vtt(text: str) -> str:
+    return _cue_text(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -23,14 +23,20 @@ import numpy as np
 from audio import model
 from audio.config import Config
 from audio.model import Params
-from audio.tokens import SECONDS_PER_STEP
-from audio.whisper import Run, Whisper, at_once
+from audio.tokenizer import TIME_PRECISION
+from audio.whisper import RunOnDevice, Whisper, run_inline
 
 _SENTENCE_ENDS = ".。!！?？"
-_OPENING = "\"'“¿([{-"  # punctuation that belongs to the word behind it
-_CLOSING = "\"'.。,，!！?？:：”)]}、"  # and to the word before it
-_FILTER = 7  # steps of 20 ms that the median filter looks at
-_LENGTHS = (16, 32, 64, 128, 256)  # texts are padded to one of these: few programs to compile
+_PREPEND_PUNCTUATIONS = "\"'“¿([{-"  # punctuation that belongs to the word behind it
+_APPEND_PUNCTUATIONS = "\"'.。,，!！?？:：”)]}、"  # and to the word before it
+_MEDIAN_FILTER_WIDTH = 7  # steps of 20 ms that the median filter looks at
+_LENGTH_BUCKETS = (
+    16,
+    32,
+    64,
+    128,
+    256,
+)  # texts are padded to one of these: few programs to compile
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,8 @@ def align(
     num_frames: int,
     language: str = "en",
     task: str = "transcribe",
-    scored: bool = True,
-    run: Run = at_once,
+    with_probabilities: bool = True,
+    run: RunOnDevice = run_inline,
 ) -> list[Word]:
     """Finds the words of a text within a window.
 
@@ -68,20 +74,20 @@ def align(
     """
     if not ids:
         return []
-    scores, probabilities = attention(
+    scores, probabilities = alignment_scores(
         whisper,
         sound,
         ids,
         num_frames=num_frames,
         language=language,
         task=task,
-        scored=scored,
+        with_probabilities=with_probabilities,
         run=run,
     )
-    rows, columns = warp(-picture(scores, len(ids)))
+    rows, columns = dtw(-alignment_matrix(scores, len(ids)))
     steps = np.flatnonzero(np.diff(rows, prepend=-1))  # where the path comes to a new token
-    times = columns[steps] * SECONDS_PER_STEP
-    words = whisper.tokens.split_words([*ids, whisper.tokens.eot], language)[:-1]
+    times = columns[steps] * TIME_PRECISION
+    words = whisper.tokenizer.split_words([*ids, whisper.tokenizer.eot], language)[:-1]
     ends = list(itertools.accumulate(len(part) for _, part in words))
     return [
         Word(text, float(times[a]), float(times[b]), float(probabilities[a:b].mean()), tuple(part))
@@ -89,7 +95,7 @@ def align(
     ]
 
 
-def attention(
+def alignment_scores(
     whisper: Whisper,
     sound: jax.Array,
     ids: Sequence[int],
@@ -97,8 +103,8 @@ def attention(
     num_frames: int,
     language: str = "en",
     task: str = "transcribe",
-    scored: bool = True,
-    run: Run = at_once,
+    with_probabilities: bool = True,
+    run: RunOnDevice = run_inline,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where the aligned heads look while they write a text.
 
@@ -107,17 +113,21 @@ def attention(
         the opening's and the end among them, S steps of 20 ms; and the probability of each of the
         T tokens among all words, float32 [T], nan if not `scored`.
     """
-    tokens, cfg = whisper.tokens, whisper.cfg
-    opening = tokens.opening(language, task, timestamps=False)
+    tokens, cfg = whisper.tokenizer, whisper.cfg
+    opening = tokens.sot_sequence(language, task, timestamps=False)
     whole = [*opening, *ids, tokens.eot]
     if len(whole) > cfg.max_text_len:
         raise ValueError(f"ids has {len(ids)} tokens, which is more than a window can hold")
-    size = next((n for n in _LENGTHS if len(whole) <= n <= cfg.max_text_len), cfg.max_text_len)
+    size = next(
+        (n for n in _LENGTH_BUCKETS if len(whole) <= n <= cfg.max_text_len), cfg.max_text_len
+    )
     padded = np.full((1, size), tokens.eot, np.int32)
     padded[0, : len(whole)] = whole
     scores, probabilities = run(
         lambda: jax.block_until_ready(
-            _read(whisper.params, cfg, sound, padded, np.int32(tokens.eot), scored)
+            _forward_with_alignment(
+                whisper.params, cfg, sound, padded, np.int32(tokens.eot), with_probabilities
+            )
         )
     )
     scores = np.asarray(scores)[:, : len(whole), : max(num_frames // 2, 1)]
@@ -125,13 +135,18 @@ def attention(
     return scores, np.asarray(probabilities)[len(opening) - 1 :][: len(ids)]
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "scored"))
-def _read(
-    params: Params, cfg: Config, sound: jax.Array, ids: jax.Array, eot: jax.Array, scored: bool
+@functools.partial(jax.jit, static_argnames=("cfg", "with_probabilities"))
+def _forward_with_alignment(
+    params: Params,
+    cfg: Config,
+    sound: jax.Array,
+    ids: jax.Array,
+    eot: jax.Array,
+    with_probabilities: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Scores [heads, T, S], and the probability that the token at each place precedes the next."""
     logits, found = model.forward(params, cfg, sound, ids, taps=("alignment",))
-    if not scored:
+    if not with_probabilities:
         return found["alignment"][0], jnp.full(ids.shape[1], jnp.nan)
     is_word = jnp.arange(cfg.vocab_size) < eot
     shares = jax.nn.softmax(jnp.where(is_word, logits[0], -jnp.inf), axis=-1)  # [T, V]
@@ -139,7 +154,7 @@ def _read(
     return found["alignment"][0], jnp.take_along_axis(shares, following[:, None], axis=1)[:, 0]
 
 
-def picture(scores: np.ndarray, num_tokens: int) -> np.ndarray:
+def alignment_matrix(scores: np.ndarray, num_tokens: int) -> np.ndarray:
     """One picture of all heads: how unusual, for its time, is where each token looks.
 
     Args:
@@ -158,15 +173,15 @@ def picture(scores: np.ndarray, num_tokens: int) -> np.ndarray:
 
 def median_filter(x: np.ndarray) -> np.ndarray:
     """The median of each number and its neighbours along the last axis, mirrored at the ends."""
-    half = _FILTER // 2
+    half = _MEDIAN_FILTER_WIDTH // 2
     if x.shape[-1] <= half:
         return x
     padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(half, half)], mode="reflect")
-    windows = np.lib.stride_tricks.sliding_window_view(padded, _FILTER, axis=-1)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, _MEDIAN_FILTER_WIDTH, axis=-1)
     return np.partition(windows, half, axis=-1)[..., half]
 
 
-def warp(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def dtw(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The cheapest path from the first cell to the last: dynamic time warping.
 
     Each step goes down, right, or both. The costs of all cells on a diagonal (row + column = d)
@@ -204,7 +219,7 @@ def warp(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.array(rows), np.array(columns)
 
 
-def place(
+def assign_words(
     words: Sequence[Word],
     spans: Sequence[tuple[float, float]],
     counts: Sequence[int],
@@ -266,14 +281,14 @@ def _attach_punctuation(words: Sequence[Word]) -> list[Word]:
     """Joins punctuation to the word it belongs to; its time does not count, its tokens do."""
     joined: list[Word] = []
     for word in reversed(words):  # what opens goes to the word behind it
-        if joined and word.text.startswith(" ") and word.text.strip() in _OPENING:
+        if joined and word.text.startswith(" ") and word.text.strip() in _PREPEND_PUNCTUATIONS:
             after = joined[-1]
             joined[-1] = replace(after, text=word.text + after.text, ids=word.ids + after.ids)
         else:
             joined.append(word)
     words, joined = joined[::-1], []
     for word in words:  # what closes goes to the word before it
-        if joined and not joined[-1].text.endswith(" ") and word.text in _CLOSING:
+        if joined and not joined[-1].text.endswith(" ") and word.text in _APPEND_PUNCTUATIONS:
             before = joined[-1]
             joined[-1] = replace(before, text=before.text + word.text, ids=before.ids + word.ids)
         else:

@@ -27,19 +27,29 @@ import jax
 import numpy as np
 
 from audio import model, timing, vad
-from audio.decode import Fallback, Options, Result, decode_with_fallback, detect_language
-from audio.load import RATE, load
+from audio.decode import (
+    DecodingOptions,
+    DecodingResult,
+    TemperatureFallback,
+    decode_with_fallback,
+    detect_language,
+)
+from audio.load import SAMPLE_RATE, load
 from audio.mel import FRAMES_PER_SECOND, log_mel
 from audio.timing import Word
-from audio.tokens import SECONDS_PER_STEP, Tokens
+from audio.tokenizer import TIME_PRECISION, WhisperTokenizer
 from audio.vad import Span
-from audio.whisper import Run, Whisper, at_once
+from audio.whisper import RunOnDevice, Whisper, run_inline
 
-_PASSED_OVER = 1.5  # seconds of speech that a window must not leave unwritten
-_REGION = 150.0  # seconds, about as long as what is gone through in turn beside other regions
-_SLACK = 5.0  # seconds by which a region may be longer, to end in a pause
-_BREAK = 0.7  # seconds of pause that no segment lies across
-_STEPS = round(SECONDS_PER_STEP * FRAMES_PER_SECOND)  # frames between two points in time
+_MAX_SKIPPED_SPEECH = 1.5  # seconds of speech that a window must not leave unwritten
+_REGION_SECONDS = (
+    150.0  # seconds, about as long as what is gone through in turn beside other regions
+)
+_REGION_SLACK = 5.0  # seconds by which a region may be longer, to end in a pause
+_MIN_PAUSE = 0.7  # seconds of pause that no segment lies across
+_FRAMES_PER_TIMESTAMP = round(
+    TIME_PRECISION * FRAMES_PER_SECOND
+)  # frames between two points in time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +80,7 @@ class Transcript:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TranscriptionOptions:
     """How a sound is gone through.
 
     Attributes:
@@ -82,19 +92,19 @@ class Plan:
         fallback: when a window is tried again.
     """
 
-    condition: bool = True
+    condition_on_previous_text: bool = True
     initial_prompt: str = ""
     skip_silence: bool = True
-    words: bool = False
-    batch: int = 1
-    fallback: Fallback = Fallback()
+    word_timestamps: bool = False
+    batch_size: int = 1
+    fallback: TemperatureFallback = TemperatureFallback()
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ValueError(f"batch must be at least 1, got {self.batch}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch must be at least 1, got {self.batch_size}")
 
 
-_OPTIONS, _PLAN = Options(), Plan()
+_OPTIONS, _TRANSCRIPTION_OPTIONS = DecodingOptions(), TranscriptionOptions()
 
 
 def transcribe(
@@ -102,9 +112,9 @@ def transcribe(
     sound: str | Path | bytes | np.ndarray,
     *,
     language: str | None = None,
-    options: Options = _OPTIONS,
-    plan: Plan = _PLAN,
-    run: Run = at_once,
+    options: DecodingOptions = _OPTIONS,
+    transcription_options: TranscriptionOptions = _TRANSCRIPTION_OPTIONS,
+    run: RunOnDevice = run_inline,
 ) -> Transcript:
     """Writes down what is said in a sound.
 
@@ -118,23 +128,32 @@ def transcribe(
         ValueError: the file cannot be read, or the model does not know the language or task.
     """
     samples = sound if isinstance(sound, np.ndarray) else load(sound)
-    spans = find_spans(samples, plan)
+    spans = find_speech(samples, transcription_options)
     language = find_language(whisper, samples, language, spans, run=run)
     options = replace(options, language=language)
-    segments = tuple(listen(whisper, samples, options=options, plan=plan, spans=spans, run=run))
+    segments = tuple(
+        generate_segments(
+            whisper,
+            samples,
+            options=options,
+            transcription_options=transcription_options,
+            spans=spans,
+            run=run,
+        )
+    )
     return Transcript(
         language=language,
-        duration=len(samples) / RATE,
+        duration=len(samples) / SAMPLE_RATE,
         text="".join(segment.text for segment in segments).strip(),
         segments=segments,
     )
 
 
-def find_spans(samples: np.ndarray, plan: Plan) -> list[Span]:
+def find_speech(samples: np.ndarray, plan: TranscriptionOptions) -> list[Span]:
     """Where anybody speaks, if the plan asks; else the whole sound."""
-    if plan.skip_silence or plan.batch > 1:
+    if plan.skip_silence or plan.batch_size > 1:
         return vad.speech_spans(samples)
-    return [(0.0, len(samples) / RATE)]
+    return [(0.0, len(samples) / SAMPLE_RATE)]
 
 
 def find_language(
@@ -143,7 +162,7 @@ def find_language(
     language: str | None,
     spans: Sequence[Span],
     *,
-    run: Run = at_once,
+    run: RunOnDevice = run_inline,
 ) -> str:
     """The code of the given language, or of the one heard where speech begins.
 
@@ -151,67 +170,77 @@ def find_language(
         ValueError: the model does not know the language.
     """
     if language is not None:
-        return whisper.tokens.language_code(language)
-    if not whisper.tokens.is_multilingual or not spans:
+        return whisper.tokenizer.language_code(language)
+    if not whisper.tokenizer.is_multilingual or not spans:
         return "en"
-    begin = int(spans[0][0] * RATE)
-    window = log_mel(samples[begin : begin + 30 * RATE], whisper.cfg.num_mels)
+    begin = int(spans[0][0] * SAMPLE_RATE)
+    window = log_mel(samples[begin : begin + 30 * SAMPLE_RATE], whisper.cfg.num_mels)
     shares = detect_language(whisper, _encode(whisper, [window], run), run=run)[0]
     return max(shares, key=lambda code: shares[code])
 
 
-def listen(
+def generate_segments(
     whisper: Whisper,
     samples: np.ndarray,
     *,
-    options: Options,
-    plan: Plan,
+    options: DecodingOptions,
+    transcription_options: TranscriptionOptions,
     spans: Sequence[Span] | None = None,
-    run: Run = at_once,
+    run: RunOnDevice = run_inline,
 ) -> Iterator[Segment]:
     """Yields segments as soon as they are written; arguments as of `transcribe`."""
-    spans = find_spans(samples, plan) if spans is None else spans
+    spans = find_speech(samples, transcription_options) if spans is None else spans
     spectrogram = log_mel(samples, whisper.cfg.num_mels)
     kept = np.arange(len(spectrogram))
-    if plan.skip_silence:
+    if transcription_options.skip_silence:
         # From here on time stands still in long pauses, until `_in_place` sets a segment right.
-        kept = vad.kept_frames(spans, len(spectrogram))
+        kept = vad.retained_frames(spans, len(spectrogram))
         spectrogram = spectrogram[kept]
     if not len(spectrogram):  # nobody speaks
         return
-    heard = vad.moved(spans, kept)
+    heard = vad.remap_spans(spans, kept)
     whole = len(spectrogram) / FRAMES_PER_SECOND
     regions = [(0.0, whole)]
-    if plan.batch > 1:
+    if transcription_options.batch_size > 1:
         # A multiple of the batch, of about the same length, so that they come to an end together.
-        share = whole / plan.batch / math.ceil(whole / plan.batch / _REGION)
+        share = (
+            whole
+            / transcription_options.batch_size
+            / math.ceil(whole / transcription_options.batch_size / _REGION_SECONDS)
+        )
         window = whisper.cfg.num_frames / FRAMES_PER_SECOND
-        longest = max(share + _SLACK, window)
-        regions = vad.windows(spectrogram.mean(axis=1), heard, longest=longest)
-    prompt = plan.initial_prompt.strip()
-    before = whisper.tokens.encode(" " + prompt) if prompt else ()
+        longest = max(share + _REGION_SLACK, window)
+        regions = vad.split_into_windows(spectrogram.mean(axis=1), heard, max_seconds=longest)
+    prompt = transcription_options.initial_prompt.strip()
+    before = whisper.tokenizer.encode(" " + prompt) if prompt else ()
     regions = [tuple(round(t * FRAMES_PER_SECOND) for t in region) for region in regions]
-    jobs = deque(_Job(start, end, before) for start, end in regions)
+    jobs = deque(_Region(start, end, before) for start, end in regions)
     while jobs:
-        active = [job for job in jobs if not job.is_done][: plan.batch]
-        _go_on(whisper, spectrogram, active, heard, options, plan, run)
+        active = [job for job in jobs if not job.is_done][: transcription_options.batch_size]
+        _transcribe_windows(
+            whisper, spectrogram, active, heard, options, transcription_options, run
+        )
         while jobs and (jobs[0].segments or jobs[0].is_done):  # in the order of the sound
             for segment in jobs[0].segments:
-                yield _in_place(segment, kept, spans) if plan.skip_silence else segment
+                yield (
+                    _restore_times(segment, kept, spans)
+                    if transcription_options.skip_silence
+                    else segment
+                )
             jobs[0].segments = []
             if not jobs[0].is_done:
                 break
             jobs.popleft()
 
 
-def _in_place(segment: Segment, kept: np.ndarray, spans: Sequence[Span]) -> Segment:
+def _restore_times(segment: Segment, kept: np.ndarray, spans: Sequence[Span]) -> Segment:
     """A segment with its times in the whole sound, none of them in the midst of a pause."""
 
     def placed(start: float, end: float) -> tuple[float, float]:
         first, last = (min(round(t * FRAMES_PER_SECOND), len(kept)) for t in (start, end))
         start = float(kept[min(first, len(kept) - 1)]) / FRAMES_PER_SECOND
         end = float(kept[max(last, 1) - 1] + 1) / FRAMES_PER_SECOND
-        return vad.to_speech(start, max(start, end), spans)
+        return vad.snap_to_speech(start, max(start, end), spans)
 
     words = tuple(
         replace(word, start=start, end=end)
@@ -224,12 +253,12 @@ def _in_place(segment: Segment, kept: np.ndarray, spans: Sequence[Span]) -> Segm
 
 
 @dataclass
-class _Job:
+class _Region:
     """A region of the spectrogram that is written down window after window."""
 
     seek: int  # frames: where its next window begins
     end: int
-    before: tuple[int, ...]  # what the next window is told was said before
+    prompt: tuple[int, ...]  # what the next window is told was said before
     segments: list[Segment] = field(default_factory=list)  # written and not handed out yet
     last_end: float = 0.0  # seconds: when the last word ended
 
@@ -238,59 +267,72 @@ class _Job:
         return self.seek >= self.end
 
 
-def _go_on(
+def _transcribe_windows(
     whisper: Whisper,
     spectrogram: np.ndarray,
-    jobs: Sequence[_Job],
+    jobs: Sequence[_Region],
     spans: Sequence[Span],
-    options: Options,
-    plan: Plan,
-    run: Run,
+    options: DecodingOptions,
+    plan: TranscriptionOptions,
+    run: RunOnDevice,
 ) -> None:
     """Writes down a window of each job."""
     if not jobs:
         return
-    tokens = whisper.tokens
-    pauses = spans if plan.batch > 1 else ()
-    sizes = [reach(job.seek, job.end, whisper.cfg.num_frames, pauses) for job in jobs]
+    tokens = whisper.tokenizer
+    pauses = spans if plan.batch_size > 1 else ()
+    sizes = [window_length(job.seek, job.end, whisper.cfg.num_frames, pauses) for job in jobs]
     sounds = _encode(
         whisper,
         [spectrogram[job.seek : job.seek + size] for job, size in zip(jobs, sizes, strict=True)],
         run,
     )
-    options = replace(options, prompt=jobs[0].before)  # they differ only where there is one job
+    options = replace(options, prompt=jobs[0].prompt)  # they differ only where there is one job
     results = decode_with_fallback(whisper, sounds, options, plan.fallback, run=run)
-    speech = vad.apart(spans, _BREAK) if plan.skip_silence else ()
+    speech = vad.merge_spans(spans, _MIN_PAUSE) if plan.skip_silence else ()
     for i, (job, size, result) in enumerate(zip(jobs, sizes, results, strict=True)):
         if plan.fallback.is_silence(result):
             job.seek += size
             continue
         parts, step, is_open = next_window(
-            cut(result, tokens), job.seek, size, spans if plan.skip_silence else (), tokens
+            split_at_timestamps(result, tokens),
+            job.seek,
+            size,
+            spans if plan.skip_silence else (),
+            tokens,
         )
         segments = _segments(parts, result, job.seek, size, tokens)
         # A segment that lies across a pause is cut there, for which its words must be found.
-        if plan.words or any(lies_across(segment, speech) for segment in segments):
-            segments = _with_words(
-                whisper, sounds[i : i + 1], segments, size, options, plan.words, job.last_end, run
+        if plan.word_timestamps or any(has_inner_pause(segment, speech) for segment in segments):
+            segments = _add_word_timestamps(
+                whisper,
+                sounds[i : i + 1],
+                segments,
+                size,
+                options,
+                plan.word_timestamps,
+                job.last_end,
+                run,
             )
             if words := [word for segment in segments for word in segment.words]:
                 job.last_end = words[-1].end
                 heard = round(job.last_end * FRAMES_PER_SECOND) - job.seek
                 step = heard if is_open and heard > 0 else step
-            segments = [part for segment in segments for part in split(segment, speech, tokens)]
-            if not plan.words:
+            segments = [
+                part for segment in segments for part in split_at_pauses(segment, speech, tokens)
+            ]
+            if not plan.word_timestamps:
                 segments = [replace(segment, words=()) for segment in segments]
         segments = [s for s in segments if s.text.strip() and s.end > s.start]
         job.segments += segments
         job.seek += step
-        if plan.condition and plan.batch == 1:
-            job.before = _context(job.before, segments, result, plan.fallback)
+        if plan.condition_on_previous_text and plan.batch_size == 1:
+            job.prompt = _next_prompt(job.prompt, segments, result, plan.fallback)
 
 
 def next_window(
-    parts: list[Part], seek: int, size: int, spans: Sequence[Span], tokens: Tokens
-) -> tuple[list[Part], int, bool]:
+    parts: list[TokenSlice], seek: int, size: int, spans: Sequence[Span], tokens: WhisperTokenizer
+) -> tuple[list[TokenSlice], int, bool]:
     """Decide which parts of a window stay, and where the next window begins.
 
     A last part without an end goes on behind the window, so that the next window begins with it. An
@@ -304,31 +346,34 @@ def next_window(
         The parts, the frames to go on by, and whether the last part had no end.
     """
 
-    def end(part: Part) -> int:  # in frames of the window
-        return (part[0][-1] - tokens.timestamp_begin) * _STEPS
+    def end(part: TokenSlice) -> int:  # in frames of the window
+        return (part[0][-1] - tokens.timestamp_begin) * _FRAMES_PER_TIMESTAMP
 
-    if parts and _is_closed(parts[-1], tokens):
+    if parts and _has_end_timestamp(parts[-1], tokens):
         last = end(parts[-1])
-        is_passed_over = _speech_between(seek + last, seek + size, spans) > _PASSED_OVER
+        is_passed_over = _speech_between(seek + last, seek + size, spans) > _MAX_SKIPPED_SPEECH
         return parts, last if is_passed_over else size, False
     if len(parts) > 1:
         return parts[:-1], end(parts[-2]), True
     return parts, size, True
 
 
-def _context(
-    before: tuple[int, ...], segments: Sequence[Segment], result: Result, fallback: Fallback
+def _next_prompt(
+    before: tuple[int, ...],
+    segments: Sequence[Segment],
+    result: DecodingResult,
+    fallback: TemperatureFallback,
 ) -> tuple[int, ...]:
     """What the next window is told was said before.
 
     A text with much chance in it, or one that looks wrong, is no good context.
     """
-    if result.temperature > 0.5 or fallback.fails(result):
+    if result.temperature > 0.5 or fallback.needs_fallback(result):
         return ()
     return (*before, *(id for segment in segments for id in segment.ids))
 
 
-def reach(seek: int, end: int, most: int, spans: Sequence[Span]) -> int:
+def window_length(seek: int, end: int, most: int, spans: Sequence[Span]) -> int:
     """Return the length of the window that begins at `seek`, in frames.
 
     Args:
@@ -344,13 +389,15 @@ def reach(seek: int, end: int, most: int, spans: Sequence[Span]) -> int:
     return fitting[-1] if fitting else most
 
 
-def lies_across(segment: Segment, spans: Sequence[Span]) -> bool:
+def has_inner_pause(segment: Segment, spans: Sequence[Span]) -> bool:
     """Whether a segment takes in a pause and speech on both sides of it."""
-    start, end = vad.to_speech(segment.start, segment.end, spans)
+    start, end = vad.snap_to_speech(segment.start, segment.end, spans)
     return any(start < a[1] and b[0] < end for a, b in itertools.pairwise(spans))
 
 
-def split(segment: Segment, spans: Sequence[Span], tokens: Tokens) -> list[Segment]:
+def split_at_pauses(
+    segment: Segment, spans: Sequence[Span], tokens: WhisperTokenizer
+) -> list[Segment]:
     """A segment cut at pauses: each of its words goes with the span that is nearest to it."""
 
     def nearest(word: Word) -> int:
@@ -389,7 +436,7 @@ def _speech_between(start: int, end: int, spans: Sequence[Span]) -> float:
     return sum(max(0.0, min(b, end) - max(a, start)) for a, b in spans)
 
 
-def _encode(whisper: Whisper, windows: Sequence[np.ndarray], run: Run) -> jax.Array:
+def _encode(whisper: Whisper, windows: Sequence[np.ndarray], run: RunOnDevice) -> jax.Array:
     """Encodes windows of spectrogram [T, M], each its own piece of work; [A, max_audio_len, D]."""
     sounds = []
     for window in windows:
@@ -405,10 +452,10 @@ def _encode(whisper: Whisper, windows: Sequence[np.ndarray], run: Run) -> jax.Ar
 
 # From ids to segments
 
-Part = tuple[tuple[int, ...], tuple[float, ...]]  # ids and their log-probabilities
+TokenSlice = tuple[tuple[int, ...], tuple[float, ...]]  # ids and their log-probabilities
 
 
-def cut(result: Result, tokens: Tokens) -> list[Part]:
+def split_at_timestamps(result: DecodingResult, tokens: WhisperTokenizer) -> list[TokenSlice]:
     """Cuts what was written between two points in time that stand side by side."""
     begin, ids = tokens.timestamp_begin, result.ids
     places = [i for i in range(1, len(ids)) if ids[i - 1] >= begin and ids[i] >= begin]
@@ -418,22 +465,26 @@ def cut(result: Result, tokens: Tokens) -> list[Part]:
     ]
 
 
-def _is_closed(part: Part, tokens: Tokens) -> bool:
+def _has_end_timestamp(part: TokenSlice, tokens: WhisperTokenizer) -> bool:
     """Whether a part ends with a point in time."""
     return len(part[0]) > 1 and part[0][-1] >= tokens.timestamp_begin
 
 
 def _segments(
-    parts: Sequence[Part], result: Result, seek: int, size: int, tokens: Tokens
+    parts: Sequence[TokenSlice],
+    result: DecodingResult,
+    seek: int,
+    size: int,
+    tokens: WhisperTokenizer,
 ) -> list[Segment]:
     """Segments of the parts of a window that begins at frame `seek` and has `size` of them."""
     begin, segments = tokens.timestamp_begin, []
     for ids, logprobs in parts:
         start, end = 0.0, size / FRAMES_PER_SECOND
         if ids[0] >= begin:
-            start = (ids[0] - begin) * SECONDS_PER_STEP
+            start = (ids[0] - begin) * TIME_PRECISION
         if len(ids) > 1 and ids[-1] >= begin:
-            end = (ids[-1] - begin) * SECONDS_PER_STEP
+            end = (ids[-1] - begin) * TIME_PRECISION
         offset = seek / FRAMES_PER_SECOND
         segments.append(
             Segment(
@@ -452,20 +503,20 @@ def _segments(
     return segments
 
 
-def _with_words(
+def _add_word_timestamps(
     whisper: Whisper,
     sound: jax.Array,
     segments: Sequence[Segment],
     size: int,
-    options: Options,
+    options: DecodingOptions,
     scored: bool,
     last_end: float,
-    run: Run,
+    run: RunOnDevice,
 ) -> list[Segment]:
     """The segments of a window with the times of their words, and their own made to agree."""
     if not segments:
         return []
-    tokens, offset = whisper.tokens, segments[0].seek / FRAMES_PER_SECOND
+    tokens, offset = whisper.tokenizer, segments[0].seek / FRAMES_PER_SECOND
     texts = [[id for id in segment.ids if id < tokens.eot] for segment in segments]
     words = timing.align(
         whisper,
@@ -474,7 +525,7 @@ def _with_words(
         num_frames=size,
         language=options.language,
         task=options.task,
-        scored=scored,
+        with_probabilities=scored,
         run=run,
     )
     words = [
@@ -482,7 +533,7 @@ def _with_words(
         for word in words
     ]
     spans = [(segment.start, segment.end) for segment in segments]
-    placed = timing.place(words, spans, [len(text) for text in texts], last_end=last_end)
+    placed = timing.assign_words(words, spans, [len(text) for text in texts], last_end=last_end)
     return [
         replace(segment, words=own, start=round(start, 2), end=round(end, 2))
         for segment, (own, (start, end)) in zip(segments, placed, strict=True)

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from audio.load import RATE
-from audio.mel import FRAMES_PER_SECOND, HOP
+from audio.load import SAMPLE_RATE
+from audio.mel import FRAMES_PER_SECOND, HOP_LENGTH
 
 Span = tuple[float, float]  # start and end in seconds
 
@@ -27,13 +27,15 @@ _WINDOW = 512  # samples a loudness is measured over
 _BAND = (150.0, 4000.0)  # hertz
 _SMOOTH = 5  # frames over which powers are averaged, so that noise is level
 _NEIGHBOURHOOD = 10.0  # seconds within which the quietest is looked for
-_OPEN, _CLOSE = 6.0, 3.0  # decibels above the quietest at which a span begins and ends
-_MOVES = 6.0  # decibels between the quiet and the loud tenth of a span; noise has up to 4
+_ONSET_DB, _OFFSET_DB = 6.0, 3.0  # decibels above the quietest at which a span begins and ends
+_MIN_MODULATION_DB = (
+    6.0  # decibels between the quiet and the loud tenth of a span; noise has up to 4
+)
 _SILENCE = -65.0  # decibels below full scale; nothing below it is speech
 _SHORTEST_SPEECH, _SHORTEST_PAUSE = 0.1, 0.5  # seconds
-_SHORT = 0.4  # seconds; a shorter span is one syllable, which need not move
-_PAUSE_KEPT = 1.5  # seconds on either side of speech
-_NEARLY = 0.3  # seconds by which a time may miss a pause
+_MAX_SYLLABLE = 0.4  # seconds; a shorter span is one syllable, which need not move
+_SPEECH_PAD = 1.5  # seconds on either side of speech
+_TOLERANCE = 0.3  # seconds by which a time may miss a pause
 
 
 def speech_spans(samples: np.ndarray) -> list[Span]:
@@ -48,29 +50,29 @@ def speech_spans(samples: np.ndarray) -> list[Span]:
     loud = loudness(samples)
     if not len(loud):
         return []
-    floor = _quietest(loud)
-    opened = loud > np.maximum(floor + _OPEN, _SILENCE)
-    held = loud > np.maximum(floor + _CLOSE, _SILENCE)
+    floor = _noise_floor(loud)
+    opened = loud > np.maximum(floor + _ONSET_DB, _SILENCE)
+    held = loud > np.maximum(floor + _OFFSET_DB, _SILENCE)
     # Runs of frames above the lower threshold that reach the upper one somewhere.
     runs = np.flatnonzero(np.diff(held.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
     counts = np.concatenate([[0], np.cumsum(opened)])
     runs = runs[counts[runs[:, 1]] - counts[runs[:, 0]] >= 3] / FRAMES_PER_SECOND
     return [
         (start, end)
-        for start, end in apart([tuple(run) for run in runs.tolist()], _SHORTEST_PAUSE)
-        if end - start >= _SHORTEST_SPEECH and _moves(loud[_frames(start) : _frames(end)])
+        for start, end in merge_spans([tuple(run) for run in runs.tolist()], _SHORTEST_PAUSE)
+        if end - start >= _SHORTEST_SPEECH and _is_modulated(loud[_frames(start) : _frames(end)])
     ]
 
 
 def loudness(samples: np.ndarray) -> np.ndarray:
     """The power of the band of speech in decibels of full scale, every 10 ms: float32 [T]."""
-    num_frames = len(samples) // HOP
+    num_frames = len(samples) // HOP_LENGTH
     if not num_frames:
         return np.zeros(0, np.float32)
     padded = np.pad(samples.astype(np.float32), (_WINDOW // 2, _WINDOW))
-    frames = np.lib.stride_tricks.sliding_window_view(padded, _WINDOW)[::HOP][:num_frames]
+    frames = np.lib.stride_tricks.sliding_window_view(padded, _WINDOW)[::HOP_LENGTH][:num_frames]
     window = np.hanning(_WINDOW).astype(np.float32)
-    band = slice(*(int(hertz * _WINDOW / RATE) for hertz in _BAND))
+    band = slice(*(int(hertz * _WINDOW / SAMPLE_RATE) for hertz in _BAND))
     powers = [
         np.square(np.abs(np.fft.rfft(frames[i : i + 3000] * window)[:, band])).sum(axis=1)
         for i in range(0, num_frames, 3000)
@@ -81,7 +83,7 @@ def loudness(samples: np.ndarray) -> np.ndarray:
     return 10 * np.log10(np.maximum(power / full_scale, 1e-12))
 
 
-def _quietest(loud: np.ndarray) -> np.ndarray:
+def _noise_floor(loud: np.ndarray) -> np.ndarray:
     """The level that a tenth of the frames around each second stay below: float [T]."""
     step, reach = FRAMES_PER_SECOND, int(_NEIGHBOURHOOD * FRAMES_PER_SECOND / 2)
     centres = np.arange(0, len(loud), step)
@@ -93,46 +95,48 @@ def _frames(seconds: float) -> int:
     return round(seconds * FRAMES_PER_SECOND)
 
 
-def _moves(loud: np.ndarray) -> bool:
+def _is_modulated(loud: np.ndarray) -> bool:
     """Whether a span goes up and down as syllables do, its rise and fall not counted."""
-    if len(loud) < _frames(_SHORT):
+    if len(loud) < _frames(_MAX_SYLLABLE):
         return True
     low, high = np.percentile(loud[_SMOOTH:-_SMOOTH], (10, 90))
-    return bool(high - low >= _MOVES)
+    return bool(high - low >= _MIN_MODULATION_DB)
 
 
 # Leaving pauses out
 
 
-def kept_frames(spans: Sequence[Span], num_frames: int) -> np.ndarray:
+def retained_frames(spans: Sequence[Span], num_frames: int) -> np.ndarray:
     """The frames that are left when no pause is longer than three seconds: int [T]."""
     is_kept = np.zeros(num_frames, bool)
     for start, end in spans:
-        is_kept[max(_frames(start - _PAUSE_KEPT), 0) : _frames(end + _PAUSE_KEPT)] = True
+        is_kept[max(_frames(start - _SPEECH_PAD), 0) : _frames(end + _SPEECH_PAD)] = True
     return np.flatnonzero(is_kept)
 
 
-def moved(spans: Sequence[Span], kept: np.ndarray) -> list[Span]:
+def remap_spans(spans: Sequence[Span], kept: np.ndarray) -> list[Span]:
     """Where the spans lie when only the kept frames are left."""
     frames = np.round(np.array(spans).reshape(-1, 2) * FRAMES_PER_SECOND)
     return [tuple(pair) for pair in (np.searchsorted(kept, frames) / FRAMES_PER_SECOND).tolist()]
 
 
-def to_speech(start: float, end: float, spans: Sequence[Span]) -> Span:
+def snap_to_speech(start: float, end: float, spans: Sequence[Span]) -> Span:
     """Takes what begins or ends in a pause to where speech begins behind it, or ended before it.
 
     The last moments before a pause, and the first behind it, count as the pause.
     """
-    behind = bisect.bisect(spans, start + _NEARLY, key=lambda span: span[1])  # the first not over
+    behind = bisect.bisect(
+        spans, start + _TOLERANCE, key=lambda span: span[1]
+    )  # the first not over
     if behind < len(spans) and start < spans[behind][0] < end:
         start = spans[behind][0]
-    before = bisect.bisect(spans, end - _NEARLY, key=lambda span: span[0]) - 1  # the last begun
+    before = bisect.bisect(spans, end - _TOLERANCE, key=lambda span: span[0]) - 1  # the last begun
     if before >= 0 and start < spans[before][1] < end:
         end = spans[before][1]
     return start, end
 
 
-def apart(spans: Sequence[Span], pause: float) -> list[Span]:
+def merge_spans(spans: Sequence[Span], pause: float) -> list[Span]:
     """Spans joined where the pause between them is shorter."""
     joined: list[Span] = []
     for start, end in spans:
@@ -143,7 +147,9 @@ def apart(spans: Sequence[Span], pause: float) -> list[Span]:
     return joined
 
 
-def windows(loud: np.ndarray, spans: Sequence[Span], *, longest: float = 30.0) -> list[Span]:
+def split_into_windows(
+    loud: np.ndarray, spans: Sequence[Span], *, max_seconds: float = 30.0
+) -> list[Span]:
     """Cuts a sound into windows of at most `longest` seconds, in the middle of pauses.
 
     A stretch without a pause is cut at the quietest moment of the last third of its window.
@@ -157,14 +163,14 @@ def windows(loud: np.ndarray, spans: Sequence[Span], *, longest: float = 30.0) -
     cuts = [0.0]
     ends = [(a[1] + b[0]) / 2 for a, b in itertools.pairwise(spans)]
     for end in [*ends, len(loud) / FRAMES_PER_SECOND]:
-        while end - cuts[-1] > longest:
-            first, last = _frames(cuts[-1] + longest * 2 / 3), _frames(cuts[-1] + longest)
+        while end - cuts[-1] > max_seconds:
+            first, last = _frames(cuts[-1] + max_seconds * 2 / 3), _frames(cuts[-1] + max_seconds)
             smooth = np.convolve(loud[first:last], np.ones(20) / 20, mode="same")
             cuts.append((first + int(smooth.argmin())) / FRAMES_PER_SECOND)
         cuts.append(end)
     packed: list[Span] = []
     for start, end in itertools.pairwise(cuts):
-        if packed and end - packed[-1][0] <= longest:
+        if packed and end - packed[-1][0] <= max_seconds:
             packed[-1] = (packed[-1][0], end)
         else:
             packed.append((start, end))

@@ -24,13 +24,13 @@ from bpe.formats import (
     load,
     load_wordpiece,
 )
-from bpe.stream import StopMatcher, StreamDecoder
-from bpe.vocabularies import (
+from bpe.openai_encodings import (
     encoding_for_model,
     encoding_name_for_model,
     get_encoding,
     list_encoding_names,
 )
+from bpe.stream import StopMatcher, StreamDecoder
 from bpe.wordpiece import WordPiece
 
 __all__ = [

@@ -31,13 +31,13 @@ from bpe import explain
 from bpe.pretokenize import PATTERNS
 
 _BACKGROUNDS = (153, 223, 157, 217, 189)  # pale ones of the terminal's 256, under black text
-_DEFAULT = "o200k_base"
+_DEFAULT_VOCAB = "o200k_base"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    parser, commands = _parser()
+    parser, commands = _build_parser()
     if not argv and sys.stdin.isatty():
         parser.print_help()
         return 0
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> tuple[argparse.ArgumentParser, dict]:
+def _build_parser() -> tuple[argparse.ArgumentParser, dict]:
     parser = argparse.ArgumentParser(
         prog="python -m bpe",
         description='Tokens. `python -m bpe "some text"` shows how it is cut.',
@@ -78,10 +78,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict]:
     def vocabulary(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--vocab",
-            default=_DEFAULT,
+            default=_DEFAULT_VOCAB,
             metavar="NAME|PATH",
             help="an encoding of OpenAI's, a model of theirs, a .gguf or .tiktoken file, "
-            f"a tokenizer.json, or a folder holding one; default {_DEFAULT}",
+            f"a tokenizer.json, or a folder holding one; default {_DEFAULT_VOCAB}",
         )
 
     def text(parser: argparse.ArgumentParser) -> None:
@@ -146,20 +146,20 @@ def _parser() -> tuple[argparse.ArgumentParser, dict]:
 
 
 def _show(args: argparse.Namespace) -> None:
-    encoding = _encoding(args.vocab)
-    ids = encoding.encode(_text(args), allowed_special="all")
+    encoding = _load_encoding(args.vocab)
+    ids = encoding.encode(_read_text(args), allowed_special="all")
     pieces = encoding.decode_tokens_bytes(ids)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    print((coloured if colour else plain)(ids, pieces))
+    print((format_colored if colour else format_plain)(ids, pieces))
 
 
 def _encode(args: argparse.Namespace) -> None:
-    ids = _encoding(args.vocab).encode(_text(args), allowed_special="all")
+    ids = _load_encoding(args.vocab).encode(_read_text(args), allowed_special="all")
     print(json.dumps({"ids": ids}) if args.json else " ".join(map(str, ids)))
 
 
 def _decode(args: argparse.Namespace) -> None:
-    encoding = _encoding(args.vocab)
+    encoding = _load_encoding(args.vocab)
     ids = []
     for word in args.ids or sys.stdin.read().replace(",", " ").strip("[] \n").split():
         try:
@@ -177,7 +177,7 @@ def _decode(args: argparse.Namespace) -> None:
 
 
 def _count(args: argparse.Namespace) -> None:
-    measures = explain.measure(_encoding(args.vocab), _text(args))
+    measures = explain.measure(_load_encoding(args.vocab), _read_text(args))
     if args.json:
         print(json.dumps(_as_dict(measures)))
         return
@@ -188,9 +188,9 @@ def _count(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    text = _text(args)
+    text = _read_text(args)
     names = args.vocab or bpe.list_encoding_names()
-    found = {name: explain.measure(_encoding(name), text) for name in names}
+    found = {name: explain.measure(_load_encoding(name), text) for name in names}
     if args.json:
         print(json.dumps({name: _as_dict(measures) for name, measures in found.items()}))
         return
@@ -203,17 +203,17 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _explain(args: argparse.Namespace) -> None:
-    print(explain.explain(_encoding(args.vocab), _text(args)))
+    print(explain.explain(_load_encoding(args.vocab), _read_text(args)))
 
 
 def _train(args: argparse.Namespace) -> None:
-    from bpe.save import check_name, save
+    from bpe.save import check_output_path, save
     from bpe.train import read_files
     from bpe.trainer import train
 
     for path in args.output:
-        check_name(path)  # before the work, not after it
-    pattern = _pattern(args.pattern)
+        check_output_path(path)  # before the work, not after it
+    pattern = _resolve_pattern(args.pattern)
     started = time.perf_counter()
     noted = -1.0
 
@@ -247,7 +247,7 @@ def _train(args: argparse.Namespace) -> None:
 # What they share
 
 
-def _text(args: argparse.Namespace) -> str:
+def _read_text(args: argparse.Namespace) -> str:
     parts = [] if args.text is None else [args.text]
     for path in args.file or ():
         try:
@@ -264,7 +264,7 @@ def _text(args: argparse.Namespace) -> str:
     return text
 
 
-def _pattern(name: str) -> str:
+def _resolve_pattern(name: str) -> str:
     """A split pattern: one of ours by its name, or a regular expression as it is."""
     if name in PATTERNS:
         return PATTERNS[name]
@@ -278,7 +278,7 @@ def _pattern(name: str) -> str:
     return name
 
 
-def _encoding(name: str) -> bpe.Encoding:
+def _load_encoding(name: str) -> bpe.Encoding:
     """An encoding by its own name, from a file, or by the name of a model of OpenAI's."""
     if name in bpe.list_encoding_names():
         return bpe.get_encoding(name)
@@ -300,7 +300,7 @@ def _as_dict(measures: explain.Measures) -> dict[str, float]:
     }
 
 
-def plain(ids: Sequence[int], pieces: Sequence[bytes]) -> str:
+def format_plain(ids: Sequence[int], pieces: Sequence[bytes]) -> str:
     """One line for each token; one that holds half a character is shown as bytes: b'\\xf0\\x9f'."""
     lines = []
     for id, piece in zip(ids, pieces, strict=True):
@@ -311,7 +311,7 @@ def plain(ids: Sequence[int], pieces: Sequence[bytes]) -> str:
     return "\n".join(lines)
 
 
-def coloured(ids: Sequence[int], pieces: Sequence[bytes]) -> str:
+def format_colored(ids: Sequence[int], pieces: Sequence[bytes]) -> str:
     """The text in one paragraph of coloured pieces, and the ids in another."""
 
     def paint(i: int, text: str) -> str:

@@ -50,13 +50,13 @@ class ChatTemplate:
         bos_token: str = "",
         eos_token: str = "",
         stop_tokens: Collection[str] = (),
-        tool_use: ChatTemplate | None = None,
+        tool_use_template: ChatTemplate | None = None,
     ):
         self.source = source
         self.bos_token = bos_token
         self.eos_token = eos_token
         self.stop_tokens = frozenset({eos_token, *stop_tokens} - {""})
-        self.tool_use = tool_use
+        self.tool_use_template = tool_use_template
 
     def __repr__(self) -> str:
         return f"<ChatTemplate of {len(self.source)} characters>"
@@ -81,8 +81,8 @@ class ChatTemplate:
         Raises:
             ValueError: if the template fails, refuses the messages, or exceeds its limits.
         """
-        if tools is not None and self.tool_use is not None:
-            return self.tool_use.render(
+        if tools is not None and self.tool_use_template is not None:
+            return self.tool_use_template.render(
                 messages, add_generation_prompt=add_generation_prompt, tools=tools
             )
         messages, tools = self._prepare(messages, tools)
@@ -118,7 +118,7 @@ class ChatTemplate:
                 ids += encoding.encode_ordinary(part)
         return ids
 
-    def encode_turns(
+    def encode_with_assistant_spans(
         self,
         encoding: Encoding,
         messages: Sequence[Message],
@@ -136,7 +136,7 @@ class ChatTemplate:
         Raises:
             ValueError: as `spans` does.
         """
-        spans = self.spans(messages, tools=tools)
+        spans = self.assistant_spans(messages, tools=tools)
         cuts = sorted({at for span in spans for at in span})
         ids: list[int] = []
         token_at: dict[int, int] = {}  # where in the text each part begins, and where among the ids
@@ -160,8 +160,10 @@ class ChatTemplate:
         self, encoding: Encoding, messages: Any, tools: Any, add_generation_prompt: bool
     ) -> Iterator[tuple[str, bool]]:
         """The rendered text in parts: (text, whether it is one special token of the template)."""
-        if tools is not None and self.tool_use is not None:
-            yield from self.tool_use._parts(encoding, messages, tools, add_generation_prompt)
+        if tools is not None and self.tool_use_template is not None:
+            yield from self.tool_use_template._parts(
+                encoding, messages, tools, add_generation_prompt
+            )
             return
         messages, tools = self._prepare(messages, tools)
         specials = frozenset(encoding.special_tokens)
@@ -178,7 +180,7 @@ class ChatTemplate:
             elif part := part.replace(mark, ""):
                 yield part, False
 
-    def spans(
+    def assistant_spans(
         self,
         messages: Sequence[Message],
         *,
@@ -197,8 +199,8 @@ class ChatTemplate:
         Raises:
             ValueError: as `render` does, or if a turn cannot be found in the rendered text.
         """
-        if tools is not None and self.tool_use is not None:
-            return self.tool_use.spans(messages, tools=tools)
+        if tools is not None and self.tool_use_template is not None:
+            return self.tool_use_template.assistant_spans(messages, tools=tools)
         messages, tools = self._prepare(messages, tools)
         text = self._run(messages, tools, False)
         open_mark, close_mark = marks = self._unused_marks((messages, tools), 2)
@@ -206,12 +208,12 @@ class ChatTemplate:
         if open_mark in marked:
             return _marked_spans(marked, open_mark, close_mark)
         return [
-            self._span(messages, tools, text, i, open_mark)
+            self._assistant_span(messages, tools, text, i, open_mark)
             for i, message in enumerate(messages)
             if message.get("role") == "assistant"
         ]
 
-    def _span(
+    def _assistant_span(
         self, messages: list[Any], tools: list[Any] | None, text: str, i: int, mark: str
     ) -> tuple[int, int]:
         """The span of message `i`: replace it by a mark and see which part of `text` changes.
@@ -234,7 +236,7 @@ class ChatTemplate:
             prompt = self._run(messages[:i], tools, True)
             if text.startswith(prompt):
                 start = min(start, len(prompt))
-        return start, end + _end_of_turn(text[end:], self.stop_tokens)
+        return start, end + _end_of_turn_length(text[end:], self.stop_tokens)
 
     def _prepare(self, messages: Any, tools: Any) -> tuple[list[Any], list[Any] | None]:
         """Plain copies of the arguments: lists and dicts of JSON's types, nothing with methods."""
@@ -246,11 +248,11 @@ class ChatTemplate:
         return messages, tools
 
     def _run(self, messages: Any, tools: Any, add_generation_prompt: bool, **variables: Any) -> str:
-        from bpe.sandbox import MAX_SIZE, metered, size
+        from bpe.sandbox import MAX_SIZE, metered, value_size
 
         template = self._template
         try:
-            size([messages, tools])
+            value_size([messages, tools])
         except ValueError:
             raise ValueError(f"messages and tools hold more than {MAX_SIZE} characters") from None
         parts, length = [], 0
@@ -343,7 +345,7 @@ def _marked_spans(marked: str, open_mark: str, close_mark: str) -> list[tuple[in
     return spans
 
 
-def _end_of_turn(text: str, stop_tokens: Collection[str]) -> int:
+def _end_of_turn_length(text: str, stop_tokens: Collection[str]) -> int:
     """Length of the end-of-turn token at the beginning of `text`, 0 if there is none.
 
     That is a stop token, perhaps after white space, or else what looks like one special token.

@@ -16,7 +16,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
 from bpe.pretokenize import split
-from bpe.special import check_special, special_pattern, well_formed
+from bpe.special_tokens import check_disallowed_special, fix_surrogates, special_token_regex
 from bpe.unstable import completions
 from bpe.vocab import Vocab
 
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from bpe.bulk import Bulk, Decoder
-    from bpe.seams import Seams
+    from bpe.fast_encoder import FastDecoder, FastEncoder
+    from bpe.split_points import SplitPoints
 
 Allowed = Literal["all"] | AbstractSet[str]
 Disallowed = Literal["all"] | Collection[str]
 
 # Text repeats its words. One entry is some 300 bytes; a cache that is full starts anew.
 _CACHE_ENTRIES = 1 << 15
-_CACHE_PIECE = 64  # characters; longer pieces hardly come again
+_MAX_CACHED_PIECE = 64  # characters; longer pieces hardly come again
 _LONG_PIECE = 12  # characters; longer pieces that are not ASCII are cut further (`seams`)
 
 # From so many characters on, `bulk` is faster; its tables take some 0.3 s to make, once.
-_MUCH = 1 << 15
-_MANY = 1 << 10  # ids to decode
+_FAST_ENCODE_MIN_CHARS = 1 << 15
+_FAST_DECODE_MIN_IDS = 1 << 10  # ids to decode
 
 
 class Encoding(Vocab):
@@ -47,7 +47,7 @@ class Encoding(Vocab):
     """
 
     # How to get the same object again, for pickling; None: by what it was made from.
-    source: tuple[Callable[[str], Encoding], tuple[str]] | None = None
+    factory: tuple[Callable[[str], Encoding], tuple[str]] | None = None
 
     def __repr__(self) -> str:
         return f"<Encoding {self.name!r}>"
@@ -83,7 +83,7 @@ class Encoding(Vocab):
             ValueError: if the text spells a disallowed special token.
         """
         allowed, disallowed = self._special_sets(allowed_special, disallowed_special)
-        check_special(text, disallowed)
+        check_disallowed_special(text, disallowed)
         return self._encode(text, allowed)
 
     def encode_ordinary(self, text: str) -> list[int]:
@@ -107,9 +107,9 @@ class Encoding(Vocab):
         import numpy as np
 
         allowed, disallowed = self._special_sets(allowed_special, disallowed_special)
-        check_special(text, disallowed)
-        if self._is_much([text]):
-            return self._encode_many([text], allowed)[0]
+        check_disallowed_special(text, disallowed)
+        if self._should_use_fast_encoder([text]):
+            return self._encode_fast([text], allowed)[0]
         return np.array(self._encode(text, allowed), np.uint32)
 
     def encode_batch(
@@ -131,7 +131,7 @@ class Encoding(Vocab):
         allowed, disallowed = self._special_sets(allowed_special, disallowed_special)
         texts = list(text)
         for one in texts:
-            check_special(one, disallowed)
+            check_disallowed_special(one, disallowed)
         return self._encode_batch(texts, allowed)
 
     def encode_ordinary_batch(
@@ -170,8 +170,8 @@ class Encoding(Vocab):
             ValueError: if the text spells a disallowed special token.
         """
         allowed, disallowed = self._special_sets(allowed_special, disallowed_special)
-        check_special(text, disallowed)
-        parts = self._split_special(well_formed(text), allowed)
+        check_disallowed_special(text, disallowed)
+        parts = self._split_special(fix_surrogates(text), allowed)
         pieces = split(self._patterns, self._normalize(parts[-1]))
         if not pieces:
             return self._encode(text, allowed), []
@@ -219,13 +219,13 @@ class Encoding(Vocab):
     def _split_special(self, text: str, allowed: AbstractSet[str]) -> list[str]:
         """Ordinary text and special tokens by turns, beginning and ending with ordinary text."""
         present = frozenset(self.special_tokens.keys() & allowed)
-        return special_pattern(present).split(text) if present else [text]
+        return special_token_regex(present).split(text) if present else [text]
 
     def _encode(self, text: str, allowed: AbstractSet[str]) -> list[int]:
-        if self._is_much([text]):
-            return self._encode_many([text], allowed)[0].tolist()
+        if self._should_use_fast_encoder([text]):
+            return self._encode_fast([text], allowed)[0].tolist()
         ids: list[int] = []
-        for i, part in enumerate(self._split_special(well_formed(text), allowed)):
+        for i, part in enumerate(self._split_special(fix_surrogates(text), allowed)):
             if i % 2:
                 ids.append(self.special_tokens[part])
             else:
@@ -237,11 +237,11 @@ class Encoding(Vocab):
         ids: list[int] = []
         pieces = split(self._patterns, self._normalize(text))
         if not text.isascii() and max(map(len, pieces)) > _LONG_PIECE:
-            pieces = [part for piece in pieces for part in self._segments(piece)]
+            pieces = [part for piece in pieces for part in self._split_long_piece(piece)]
         for piece in pieces:
             if (found := cache.get(piece)) is None:
                 found = self.encode_piece(piece.encode())
-                if len(piece) <= _CACHE_PIECE:
+                if len(piece) <= _MAX_CACHED_PIECE:
                     if len(cache) >= _CACHE_ENTRIES:
                         cache.clear()
                     cache[piece] = found
@@ -253,15 +253,15 @@ class Encoding(Vocab):
         """Ids of pieces that were encoded before."""
         return {}
 
-    def _segments(self, piece: str) -> Sequence[str]:
-        return self.seams.split(piece) if len(piece) > _LONG_PIECE else (piece,)
+    def _split_long_piece(self, piece: str) -> Sequence[str]:
+        return self.split_points.split(piece) if len(piece) > _LONG_PIECE else (piece,)
 
     @functools.cached_property
-    def seams(self) -> Seams:
+    def split_points(self) -> SplitPoints:
         """Where long pieces can be cut without a change to their ids."""
-        from bpe.seams import Seams
+        from bpe.split_points import SplitPoints
 
-        return Seams(self)
+        return SplitPoints(self)
 
     def _normalize(self, text: str) -> str:
         if self.normalization and not text.isascii():
@@ -271,28 +271,28 @@ class Encoding(Vocab):
     # Much text
 
     @functools.cached_property
-    def _bulk(self) -> Bulk | None:
-        from bpe.bulk import Bulk
+    def _fast_encoder(self) -> FastEncoder | None:
+        from bpe.fast_encoder import FastEncoder
 
-        return Bulk(self, self.seams) if Bulk.knows(self.patterns) else None
+        return FastEncoder(self, self.split_points) if FastEncoder.supports(self.patterns) else None
 
-    def _is_much(self, texts: Sequence[str]) -> bool:
-        return sum(map(len, texts)) >= _MUCH and self._bulk is not None
+    def _should_use_fast_encoder(self, texts: Sequence[str]) -> bool:
+        return sum(map(len, texts)) >= _FAST_ENCODE_MIN_CHARS and self._fast_encoder is not None
 
     def _encode_batch(self, texts: list[str], allowed: AbstractSet[str]) -> list[list[int]]:
-        if self._is_much(texts):
-            return [ids.tolist() for ids in self._encode_many(texts, allowed)]
+        if self._should_use_fast_encoder(texts):
+            return [ids.tolist() for ids in self._encode_fast(texts, allowed)]
         return [self._encode(text, allowed) for text in texts]
 
-    def _encode_many(
+    def _encode_fast(
         self, texts: Sequence[str], allowed: AbstractSet[str]
     ) -> list[npt.NDArray[np.uint32]]:
         import numpy as np
 
-        assert self._bulk is not None
-        parts = [self._split_special(well_formed(text), allowed) for text in texts]
+        assert self._fast_encoder is not None
+        parts = [self._split_special(fix_surrogates(text), allowed) for text in texts]
         ordinary = [self._normalize(part) for text in parts for part in text[::2]]
-        ids, counts = self._bulk.encode(ordinary)
+        ids, counts = self._fast_encoder.encode(ordinary)
         if len(ordinary) == 1:  # no special tokens, and one text
             return [ids]
         special = [[self.special_tokens[token] for token in text[1::2]] for text in parts]
@@ -337,14 +337,14 @@ class Encoding(Vocab):
         tokens = _checked_array(tokens)
         # Of bytes, an array would take four for one number.
         is_bytes = isinstance(tokens, bytes | bytearray | memoryview)
-        if len(tokens) >= _MANY and self.max_token_value < 1 << 24 and not is_bytes:
-            return self._decode_many(tokens)
+        if len(tokens) >= _FAST_DECODE_MIN_IDS and self.max_token_value < 1 << 24 and not is_bytes:
+            return self._decode_fast(tokens)
         try:
             return b"".join([self._decoder[token] for token in tokens])
         except (KeyError, TypeError):
             raise self._decoding_error(tokens) from None
 
-    def _decode_many(self, tokens: Sequence[int]) -> bytes:
+    def _decode_fast(self, tokens: Sequence[int]) -> bytes:
         import numpy as np
 
         if isinstance(tokens, np.ndarray):
@@ -354,15 +354,15 @@ class Encoding(Vocab):
                 ids = np.frombuffer(array.array("I", tokens), np.uint32)
             except (OverflowError, TypeError):
                 raise self._decoding_error(tokens) from None
-        if (found := self._decode_words(ids)) is None:
+        if (found := self._fast_decoder(ids)) is None:
             raise self._decoding_error(tokens)
         return found
 
     @functools.cached_property
-    def _decode_words(self) -> Decoder:
-        from bpe.bulk import Decoder
+    def _fast_decoder(self) -> FastDecoder:
+        from bpe.fast_encoder import FastDecoder
 
-        return Decoder(self._decoder, self.n_vocab)
+        return FastDecoder(self._decoder, self.n_vocab)
 
     def _decoding_error(self, tokens: Iterable[int]) -> Exception:
         """What is wrong with the first of the ids that cannot be decoded."""
@@ -404,8 +404,8 @@ class Encoding(Vocab):
         offsets, length = [], 0
         pieces = self.decode_tokens_bytes(tokens)
         for piece in pieces:
-            offsets.append(max(0, length - _continues(piece[0])))
-            length += sum(not _continues(byte) for byte in piece)
+            offsets.append(max(0, length - _is_continuation_byte(piece[0])))
+            length += sum(not _is_continuation_byte(byte) for byte in piece)
         return b"".join(pieces).decode("utf-8"), offsets
 
     def decode_batch(
@@ -460,21 +460,21 @@ class Encoding(Vocab):
     # Pickling: a named encoding as its name, another with what it was made from.
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.source is not None:
-            return self.source
+        if self.factory is not None:
+            return self.factory
         arguments = {
             "pattern": self.patterns,
             "ranks": self.ranks,
             "special_tokens": self.special_tokens,
             "merges": None if self.merges is None else list(self.merges),
-            "ignore_merges": self.merges is not None and self.whole_pieces,
+            "ignore_merges": self.merges is not None and self.ignore_merges,
             "normalization": self.normalization,
             "dropped_bytes": self.dropped_bytes,
         }
-        return _make, (self.name, arguments)
+        return _rebuild, (self.name, arguments)
 
 
-def _make(name: str, arguments: dict[str, Any]) -> Encoding:
+def _rebuild(name: str, arguments: dict[str, Any]) -> Encoding:
     return Encoding(name, **arguments)
 
 
@@ -501,6 +501,6 @@ def _checked_id(token: int) -> int:
     return token
 
 
-def _continues(byte: int) -> bool:
+def _is_continuation_byte(byte: int) -> bool:
     """Whether a byte of UTF-8 continues a character that began before it."""
     return 0x80 <= byte < 0xC0

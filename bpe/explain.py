@@ -20,16 +20,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from bpe.encoding import Encoding
-from bpe.merge import NEVER
+from bpe.merge import NO_MERGE
 from bpe.pretokenize import compile_pattern, split
-from bpe.special import well_formed
+from bpe.special_tokens import fix_surrogates
 
-LONGEST = 64  # bytes of a piece to draw
-_COLUMN = 4  # characters: one byte and what joins it to the next
+MAX_DRAWN_BYTES = 64  # bytes of a piece to draw
+_COLUMN_WIDTH = 4  # characters: one byte and what joins it to the next
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class MergeStep:
     """One join.
 
     Attributes:
@@ -41,11 +41,11 @@ class Step:
     """
 
     parts: tuple[bytes, ...]
-    at: int
+    index: int
     left: bytes
     right: bytes
     rank: int
-    others: tuple[int, ...]
+    other_ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,25 +75,27 @@ def measure(encoding: Encoding, text: str) -> Measures:
     )
 
 
-def steps(encoding: Encoding, piece: bytes) -> list[Step]:
+def merge_steps(encoding: Encoding, piece: bytes) -> list[MergeStep]:
     """The joins that turn the bytes of a piece into tokens, in order."""
     merges, ranks_of_tokens = encoding.merges, encoding.ranks
     parts = [bytes([byte]) for byte in piece.translate(None, encoding.dropped_bytes)]
-    found: list[Step] = []
+    found: list[MergeStep] = []
     while True:
         if merges is None:  # two tokens may be joined if that makes a third
-            ranks = [ranks_of_tokens.get(left + right, NEVER) for left, right in pairwise(parts)]
+            ranks = [ranks_of_tokens.get(left + right, NO_MERGE) for left, right in pairwise(parts)]
         else:
-            ranks = [merges.get(pair, NEVER) for pair in pairwise(parts)]
-        lowest = min(ranks, default=NEVER)
-        if lowest == NEVER:
+            ranks = [merges.get(pair, NO_MERGE) for pair in pairwise(parts)]
+        lowest = min(ranks, default=NO_MERGE)
+        if lowest == NO_MERGE:
             return found
         i = ranks.index(lowest)
         left, right = parts[i : i + 2]
         parts[i : i + 2] = [left + right]
-        others = tuple(sorted(rank for rank in [*ranks[:i], *ranks[i + 1 :]] if rank != NEVER))
+        others = tuple(sorted(rank for rank in [*ranks[:i], *ranks[i + 1 :]] if rank != NO_MERGE))
         found.append(
-            Step(parts=tuple(parts), at=i, left=left, right=right, rank=lowest, others=others)
+            MergeStep(
+                parts=tuple(parts), index=i, left=left, right=right, rank=lowest, other_ranks=others
+            )
         )
 
 
@@ -102,70 +104,73 @@ def explain(encoding: Encoding, text: str) -> str:
 
     Special tokens are read as the ordinary text they are spelled with, lone surrogates as U+FFFD.
     """
-    text = well_formed(text)
+    text = fix_surrogates(text)
     if encoding.normalization:
         text = unicodedata.normalize(encoding.normalization, text)
     ids = encoding.encode_ordinary(text)
     pieces = split([compile_pattern(pattern) for pattern in encoding.patterns], text)
     lines = [
-        f"{text!r} is cut into {_number(len(pieces), 'piece')} "
-        f"and becomes {_number(len(ids), 'token')}."
+        f"{text!r} is cut into {_plural(len(pieces), 'piece')} "
+        f"and becomes {_plural(len(ids), 'token')}."
     ]
     seen = set()
     for piece in pieces:
         if piece not in seen:
-            lines += ["", drawing(encoding, piece)]
+            lines += ["", merge_diagram(encoding, piece)]
         seen.add(piece)
     return "\n".join(lines)
 
 
-def drawing(encoding: Encoding, piece: str) -> str:
+def merge_diagram(encoding: Encoding, piece: str) -> str:
     """The merges of one piece: a line each, its bytes in columns."""
-    data = well_formed(piece).encode().translate(None, encoding.dropped_bytes)
+    data = fix_surrogates(piece).encode().translate(None, encoding.dropped_bytes)
     ids = encoding.encode_ordinary(piece)
     tokens = encoding.decode_tokens_bytes(ids)
-    if len(data) > LONGEST:
-        return f"{len(data)} bytes are too many to draw. They become:\n{_below(tokens, ids)}"
-    taken = steps(encoding, data)
+    if len(data) > MAX_DRAWN_BYTES:
+        return f"{len(data)} bytes are too many to draw. They become:\n{_token_row(tokens, ids)}"
+    taken = merge_steps(encoding, data)
     first = tuple(bytes([byte]) for byte in data)
     if taken and tokens != list(taken[-1].parts):  # `ignore_merges`
-        why = f"{shown(data)} is a token, {ids[0]}, though no merges lead to it"
+        why = f"{render_token(data)} is a token, {ids[0]}, though no merges lead to it"
         return f"{_columns(first)}\n{why}"
 
     rows = [(_columns(first), "", "")]
     for step in taken:
-        made, left, right = map(shown, (step.parts[step.at], step.left, step.right))
+        made, left, right = map(render_token, (step.parts[step.index], step.left, step.right))
         others = ""
-        if step.others:
-            others = ", before " + ", ".join(map(str, step.others[:3]))
-            others += ", ..." if len(step.others) > 3 else ""
+        if step.other_ranks:
+            others = ", before " + ", ".join(map(str, step.other_ranks[:3]))
+            others += ", ..." if len(step.other_ranks) > 3 else ""
         join = f"{made} = {left} + {right}"
         rows.append((_columns(step.parts), join, f"rank {step.rank}{others}"))
     width = max(_width(row) for row, _, _ in rows) + 5
     join_width = max(_width(join) for _, join, _ in rows) + 2
     lines = [(_pad(row, width) + _pad(join, join_width) + why).rstrip() for row, join, why in rows]
-    return "\n".join([*lines, _below(tokens, ids)])
+    return "\n".join([*lines, _token_row(tokens, ids)])
 
 
 def _columns(parts: tuple[bytes, ...]) -> str:
     """The bytes, each in its column, with lines within a part."""
     row = ""
     for part in parts:
-        cells = [shown(bytes([byte])) for byte in part]
-        row += "".join(f"{cell:─<{_COLUMN}}" for cell in cells[:-1]) + f"{cells[-1]:{_COLUMN}}"
+        cells = [render_token(bytes([byte])) for byte in part]
+        row += (
+            "".join(f"{cell:─<{_COLUMN_WIDTH}}" for cell in cells[:-1])
+            + f"{cells[-1]:{_COLUMN_WIDTH}}"
+        )
     return row.rstrip()
 
 
-def _below(tokens: list[bytes], ids: list[int]) -> str:
+def _token_row(tokens: list[bytes], ids: list[int]) -> str:
     """The tokens and their ids: under their columns if they fit, else one after the other."""
-    labels = [f"{shown(token)} {id}" for token, id in zip(tokens, ids, strict=True)]
-    widths = [_COLUMN * len(token) for token in tokens]
+    labels = [f"{render_token(token)} {id}" for token, id in zip(tokens, ids, strict=True)]
+    widths = [_COLUMN_WIDTH * len(token) for token in tokens]
     if all(_width(label) < width for label, width in zip(labels[:-1], widths[:-1], strict=True)):
         return "".join(map(_pad, labels, widths)).rstrip()
     return "   ".join(labels)
 
 
-def shown(token: bytes) -> str:
+def render_token(token: bytes) -> str:
     """A token on one line: spaces as ·, bytes that are no text in hexadecimal.
 
     >>> shown(b" low"), shown("é".encode()), shown("é".encode()[:1])
@@ -194,5 +199,5 @@ def _pad(text: str, width: int) -> str:
     return text + " " * (width - _width(text))
 
 
-def _number(count: int, noun: str) -> str:
+def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"

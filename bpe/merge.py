@@ -15,14 +15,14 @@ import heapq
 from collections.abc import Callable
 from itertools import pairwise
 
-NEVER = 1 << 62
+NO_MERGE = 1 << 62
 """The rank of a pair that is not to be joined."""
 
-Rank = Callable[[bytes, bytes], int]
+RankFunction = Callable[[bytes, bytes], int]
 """The priority of joining two neighbours: lower goes first, `NEVER` not at all."""
 
 
-def merge(piece: bytes, rank: Rank) -> list[bytes]:
+def merge(piece: bytes, rank: RankFunction) -> list[bytes]:
     """The tokens of one piece, as bytes, in order.
 
     >>> ranks = {b"ow": 0, b"low": 1, b"er": 2, b"lo": 3}  # what a join makes, and its priority
@@ -38,11 +38,11 @@ def merge(piece: bytes, rank: Rank) -> list[bytes]:
     return merge_list(piece, rank) if len(piece) < 64 else merge_heap(piece, rank)
 
 
-def merge_list(piece: bytes, rank: Rank) -> list[bytes]:
+def merge_list(piece: bytes, rank: RankFunction) -> list[bytes]:
     """The merge as one would explain it. Each join looks at all ranks: n^2 steps for n bytes."""
     parts = [piece[i : i + 1] for i in range(len(piece))]
     ranks = [rank(left, right) for left, right in pairwise(parts)]  # ranks[i]: parts[i], parts[i+1]
-    while ranks and (lowest := min(ranks)) != NEVER:
+    while ranks and (lowest := min(ranks)) != NO_MERGE:
         i = ranks.index(lowest)  # the leftmost of the lowest
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
         del ranks[i]
@@ -53,7 +53,7 @@ def merge_list(piece: bytes, rank: Rank) -> list[bytes]:
     return parts
 
 
-def merge_heap(piece: bytes, rank: Rank) -> list[bytes]:
+def merge_heap(piece: bytes, rank: RankFunction) -> list[bytes]:
     """The same result: a heap finds the lowest rank, a doubly linked list finds the neighbours.
 
     A part is known by the position of its first byte. Joining two parts leaves the heap's entries
@@ -68,7 +68,7 @@ def merge_heap(piece: bytes, rank: Rank) -> list[bytes]:
     heap = [
         r * n + i
         for i, (left, right) in enumerate(pairwise(parts))
-        if (r := rank(left, right)) != NEVER
+        if (r := rank(left, right)) != NO_MERGE
     ]
     heapq.heapify(heap)
 
@@ -82,8 +82,8 @@ def merge_heap(piece: bytes, rank: Rank) -> list[bytes]:
         after[i] = k = after[j]
         if k < n:
             before[k] = i
-            if (r := rank(parts[i], parts[k])) != NEVER:
+            if (r := rank(parts[i], parts[k])) != NO_MERGE:
                 heapq.heappush(heap, r * n + i)
-        if (h := before[i]) >= 0 and (r := rank(parts[h], parts[i])) != NEVER:
+        if (h := before[i]) >= 0 and (r := rank(parts[h], parts[i])) != NO_MERGE:
             heapq.heappush(heap, r * n + h)
     return [part for part in parts if part]

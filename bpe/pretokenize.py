@@ -97,8 +97,8 @@ O200K = "|".join(
 )
 
 # What a pattern may take: seconds at least, and characters a second, of which our own do millions.
-MIN_SECONDS = 5.0
-MIN_SPEED = 100_000
+TIMEOUT_BASE_SECONDS = 5.0
+TIMEOUT_CHARS_PER_SECOND = 100_000
 
 PATTERNS = {
     "gpt2": GPT2,
@@ -110,7 +110,7 @@ PATTERNS = {
 }
 
 
-_OWN = frozenset(PATTERNS.values())
+_BUILTIN_PATTERNS = frozenset(PATTERNS.values())
 
 
 def compile_pattern(pattern: str) -> regex.Pattern[str]:
@@ -155,7 +155,11 @@ def split(patterns: Sequence[regex.Pattern[str]], text: str) -> list[str]:
 
 def _split_one(pattern: regex.Pattern[str], text: str) -> list[str]:
     # Our own need no limit, and do without in half the time.
-    seconds = None if pattern.pattern in _OWN else MIN_SECONDS + len(text) / MIN_SPEED
+    seconds = (
+        None
+        if pattern.pattern in _BUILTIN_PATTERNS
+        else TIMEOUT_BASE_SECONDS + len(text) / TIMEOUT_CHARS_PER_SECOND
+    )
     try:
         if pattern.groups == 0:
             pieces = pattern.findall(text, timeout=seconds)

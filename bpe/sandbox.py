@@ -92,7 +92,7 @@ def metered() -> Iterator[None]:
         _METER.reset(token)
 
 
-def size(value: Any) -> int:
+def value_size(value: Any) -> int:
     """The characters in `value`, with those in the items of containers, plus 8 for every item.
 
     Raises:
@@ -124,7 +124,7 @@ def spend(value: Any) -> Any:
         ValueError: if it is too large, or the rendering has used up what it may.
         LookupError: outside `metered` (Jinja, trying to fold constants, takes it for "cannot").
     """
-    _METER.get().spend(size(value))
+    _METER.get().spend(value_size(value))
     if isinstance(value, int) and abs(value) >= 1 << 64:
         raise ValueError("it computes with integers of more than 64 bits")
     return value
@@ -343,7 +343,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return spend(*args)
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
         if isinstance(owner, str) and name in ("replace", "join"):
-            obj = functools.partial(_replace if name == "replace" else _joined_by, owner)
+            obj = functools.partial(_replace if name == "replace" else _join_with, owner)
         return spend(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -353,11 +353,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if not numbers and operator == "*":
             times, repeated = (left, right) if isinstance(left, int) else (right, left)
             if isinstance(times, int):
-                _check_size(size(repeated) * times)
+                _check_size(value_size(repeated) * times)
         elif not numbers:
-            _check_size(size(left) + size(right))
+            _check_size(value_size(left) + value_size(right))
         return spend(super().call_binop(context, operator, left, right))
 
 
-def _joined_by(separator: str, items: Iterable[Any]) -> str:
+def _join_with(separator: str, items: Iterable[Any]) -> str:
     return _join(items, separator)

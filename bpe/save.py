@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from bpe.encoding import Encoding
-from bpe.formats import byte_characters
-from bpe.merge import NEVER, merge
+from bpe.formats import bytes_to_unicode
+from bpe.merge import NO_MERGE, merge
 
 
 def save(encoding: Encoding, path: str | Path) -> None:
@@ -27,14 +27,14 @@ def save(encoding: Encoding, path: str | Path) -> None:
         ValueError: if the name ends otherwise, or the format cannot hold this encoding.
     """
     path = Path(path)
-    check_name(path)
+    check_output_path(path)
     text = tiktoken_lines(encoding) if path.suffix == ".tiktoken" else tokenizer_json(encoding)
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
 
 
-def check_name(path: Path) -> None:
+def check_output_path(path: Path) -> None:
     """Raises ValueError if `save` would refuse a name."""
     if path.suffix not in (".tiktoken", ".json"):
         raise ValueError(f"{path}: the name must end in .tiktoken or .json")
@@ -66,7 +66,7 @@ def tokenizer_json(encoding: Encoding) -> str:
     Raises:
         ValueError: if the split pattern has a form that tokenizers reads otherwise.
     """
-    characters = byte_characters()
+    characters = bytes_to_unicode()
 
     def spelled(token: bytes) -> str:
         return "".join(characters[byte] for byte in token)
@@ -75,7 +75,9 @@ def tokenizer_json(encoding: Encoding) -> str:
     pairs = encoding.merges
     if pairs is None:
         pairs = [
-            pair for token in _by_rank(encoding.ranks) if (pair := _pair(token, encoding.ranks))
+            pair
+            for token in _by_rank(encoding.ranks)
+            if (pair := _recover_pair(token, encoding.ranks))
         ]
     # Special tokens are in the vocabulary too: tokenizers would number others one after the other.
     vocab = {spelled(token): id for token, id in encoding.ranks.items()}
@@ -127,7 +129,7 @@ def tokenizer_json(encoding: Encoding) -> str:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": encoding.whole_pieces,
+            "ignore_merges": encoding.ignore_merges,
             "vocab": vocab,
             "merges": [[spelled(left), spelled(right)] for left, right in pairs],
         },
@@ -135,7 +137,7 @@ def tokenizer_json(encoding: Encoding) -> str:
     return json.dumps(spec, ensure_ascii=False, indent=1) + "\n"
 
 
-def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+def recover_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The pairs that a vocabulary of ranks was made from, in order.
 
     Raises:
@@ -143,7 +145,7 @@ def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """
     pairs = []
     for token in _by_rank(ranks):
-        if (pair := _pair(token, ranks)) is not None:
+        if (pair := _recover_pair(token, ranks)) is not None:
             pairs.append(pair)
         elif len(token) > 1:
             raise ValueError(f"no merge makes the token {ranks[token]}, {token!r}")
@@ -154,7 +156,7 @@ def _by_rank(ranks: Mapping[bytes, int]) -> list[bytes]:
     return sorted(ranks, key=ranks.__getitem__)
 
 
-def _pair(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
+def _recover_pair(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
     """The two tokens that are joined to make one; None if none are.
 
     They are what is left of its bytes when all is merged but the token itself is not to be made.
@@ -162,7 +164,9 @@ def _pair(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | Non
     """
 
     def others(left: bytes, right: bytes) -> int:
-        return NEVER if len(left) + len(right) == len(token) else ranks.get(left + right, NEVER)
+        return (
+            NO_MERGE if len(left) + len(right) == len(token) else ranks.get(left + right, NO_MERGE)
+        )
 
     match merge(token, others):
         case [left, right]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 
-class _Decodes(Protocol):
+class _TokenDecoder(Protocol):
     def decode_single_token_bytes(self, token: int, /) -> bytes: ...
 
 
@@ -23,7 +23,7 @@ class StreamDecoder:
     for bytes that are no UTF-8 in the whole text either.
     """
 
-    def __init__(self, encoding: _Decodes):
+    def __init__(self, encoding: _TokenDecoder):
         self._encoding = encoding
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -47,7 +47,7 @@ class StopMatcher:
     stop strings end at the same character, the one that began earlier (the longer) counts.
     """
 
-    def __init__(self, stops: Sequence[str]):
+    def __init__(self, stop_strings: Sequence[str]):
         """
         Args:
             stops: the stop strings; none of them may be empty.
@@ -55,13 +55,15 @@ class StopMatcher:
         Raises:
             ValueError: if one is empty (it would match before the first character).
         """
-        if isinstance(stops, str):
-            raise ValueError(f"stops must be a sequence of strings, not the string {stops!r}")
-        if not all(stops):
+        if isinstance(stop_strings, str):
+            raise ValueError(
+                f"stops must be a sequence of strings, not the string {stop_strings!r}"
+            )
+        if not all(stop_strings):
             raise ValueError("a stop string must not be empty")
-        self._stops = tuple(stops)
+        self._stops = tuple(stop_strings)
         self._longest = max(map(len, self._stops), default=0)
-        self._held = ""
+        self._buffer = ""
         self._stopped = False
 
     def push(self, text: str) -> tuple[str, bool]:
@@ -73,23 +75,23 @@ class StopMatcher:
         """
         if self._stopped:
             return "", True
-        text = self._held + text
+        text = self._buffer + text
         found = [(start + len(s), start) for s in self._stops if (start := text.find(s)) >= 0]
         if found:
             self._stopped = True
-            self._held = ""
+            self._buffer = ""
             _, start = min(found)
             return text[:start], True
-        safe = len(text) - self._undecided(text)
-        self._held = text[safe:]
+        safe = len(text) - self._partial_match_length(text)
+        self._buffer = text[safe:]
         return text[:safe], False
 
     def flush(self) -> str:
         """What was held back: at the end of the text, an unfinished stop string is just text."""
-        held, self._held = self._held, ""
+        held, self._buffer = self._buffer, ""
         return held
 
-    def _undecided(self, text: str) -> int:
+    def _partial_match_length(self, text: str) -> int:
         """Length of the longest end of `text` with which some stop string begins."""
         for n in range(min(self._longest - 1, len(text)), 0, -1):
             if any(stop.startswith(text[-n:]) for stop in self._stops):

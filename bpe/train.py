@@ -30,11 +30,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from bpe.formats import byte_characters
+from bpe.formats import bytes_to_unicode
 from bpe.pretokenize import GPT2, compile_pattern, split
-from bpe.special import special_pattern, well_formed
+from bpe.special_tokens import fix_surrogates, special_token_regex
 
-BYTE_ORDER = tuple(byte_characters())
+BYTE_ORDER = tuple(bytes_to_unicode())
 """The byte that each of the ids 0 to 255 stands for: printable ones first, as in GPT-2."""
 
 Pair = tuple[int, int]
@@ -44,7 +44,9 @@ Progress = Callable[[str, int, int | None], None]
 """Called now and then with what is being done, how much of it is, and of how much (if known)."""
 
 
-def learn(counts: Mapping[bytes, int], num_merges: int, min_frequency: int = 2) -> list[Pair]:
+def learn_merges(
+    counts: Mapping[bytes, int], num_merges: int, min_frequency: int = 2
+) -> list[Pair]:
     """The merges, from how often each piece occurs.
 
     In "low" five times and "lower" twice, "lo" and "ow" both occur seven times. The smaller ids are
@@ -73,12 +75,12 @@ def learn(counts: Mapping[bytes, int], num_merges: int, min_frequency: int = 2) 
         best = min(frequency, key=lambda pair: (-frequency[pair], pair), default=None)
         if best is None or frequency[best] < min_frequency:
             break
-        words = [(join(word, best, 256 + len(merges)), count) for word, count in words]
+        words = [(merge_pair(word, best, 256 + len(merges)), count) for word, count in words]
         merges.append(best)
     return merges
 
 
-def join(word: Sequence[int], pair: Pair, new: int) -> list[int]:
+def merge_pair(word: Sequence[int], pair: Pair, new: int) -> list[int]:
     """The word with `new` in place of each `pair`, from left to right.
 
     >>> join([5, 7, 7, 7], (7, 7), 300)
@@ -107,12 +109,12 @@ def count_pieces(
     differ. `learn` looks at those only.
     """
     patterns = [compile_pattern(p) for p in ([pattern] if isinstance(pattern, str) else pattern)]
-    cut = special_pattern(frozenset(special_tokens)) if special_tokens else None
+    cut = special_token_regex(frozenset(special_tokens)) if special_tokens else None
     counts: Counter[str] = Counter()
     pieces: list[str] = []
     characters = 0
     for text in texts:
-        text = well_formed(text)
+        text = fix_surrogates(text)
         for part in cut.split(text)[::2] if cut else [text]:
             pieces += split(patterns, part)
         characters += len(text)
@@ -125,7 +127,7 @@ def count_pieces(
     return {piece.encode(): count for piece, count in counts.items()}
 
 
-def vocabulary(merges: Iterable[Pair]) -> dict[bytes, int]:
+def build_vocab(merges: Iterable[Pair]) -> dict[bytes, int]:
     """The bytes of every token, and its id: the 256 bytes, then what each merge makes."""
     tokens = [bytes([byte]) for byte in BYTE_ORDER]
     for left, right in merges:

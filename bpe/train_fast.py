@@ -28,13 +28,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bpe import train
-from bpe.boundaries import CUTS, cut
-from bpe.special import special_pattern, well_formed
+from bpe.fast_pretokenizer import FAST_PATTERNS, pretokenize_batch
+from bpe.special_tokens import fix_surrogates, special_token_regex
 from bpe.train import BYTE_ORDER, Pair, Progress
 
-_BATCH = 1 << 22  # characters to count at once
-_SHORT = 7  # bytes, next to which the length fits into 64 bits
-_BITS = 24  # of an id; a pair is one integer, (left << _BITS) + right, in the order of pairs
+_BATCH_CHARS = 1 << 22  # characters to count at once
+_MAX_SHORT_BYTES = 7  # bytes, next to which the length fits into 64 bits
+_ID_BITS = 24  # of an id; a pair is one integer, (left << _BITS) + right, in the order of pairs
 _GAP, _DEAD = -1, -2  # no tokens
 
 
@@ -54,9 +54,9 @@ def count_pieces(
     """
     if not isinstance(pattern, str) and len(pattern) == 1:
         pattern = pattern[0]
-    if not isinstance(pattern, str) or pattern not in CUTS:
+    if not isinstance(pattern, str) or pattern not in FAST_PATTERNS:
         return train.count_pieces(texts, pattern, special_tokens, progress)
-    special = special_pattern(frozenset(special_tokens)) if special_tokens else None
+    special = special_token_regex(frozenset(special_tokens)) if special_tokens else None
     short: Counter[int] = Counter()
     long: Counter[bytes] = Counter()
     batch: list[str] = []
@@ -64,7 +64,7 @@ def count_pieces(
     for text in texts:
         batch += special.split(text)[::2] if special else [text]
         characters += len(text)
-        if characters - counted >= _BATCH:
+        if characters - counted >= _BATCH_CHARS:
             _count_batch(pattern, batch, short, long)
             batch.clear()
             counted = characters
@@ -77,14 +77,14 @@ def count_pieces(
 
 
 def _count_batch(pattern: str, texts: list[str], short: Counter[int], long: Counter[bytes]) -> None:
-    data, begin, ends = cut(pattern, [well_formed(text) for text in texts])
+    data, begin, ends = pretokenize_batch(pattern, [fix_surrogates(text) for text in texts])
     is_piece = np.ones(len(begin), bool)
     is_piece[ends] = False  # the bytes between the texts
     piece = np.flatnonzero(is_piece)
     start, stop = begin[piece], begin[piece + 1]
     length = stop - start
 
-    is_short = length <= _SHORT
+    is_short = length <= _MAX_SHORT_BYTES
     padded = data + bytes(8)
     eight_bytes = np.ndarray(len(data), "<u8", padded, strides=(1,))  # those from each place on
     size = length[is_short].astype(np.uint64)
@@ -98,7 +98,7 @@ def _count_batch(pattern: str, texts: list[str], short: Counter[int], long: Coun
     )
 
 
-def learn(
+def learn_merges(
     counts: Mapping[bytes, int],
     num_merges: int,
     min_frequency: int = 2,
@@ -137,20 +137,20 @@ def learn(
             strict=True,
         ):
             places[pair] = at[start:end]
-            heapq.heappush(heap, (-n << 2 * _BITS) + pair)
+            heapq.heappush(heap, (-n << 2 * _ID_BITS) + pair)
 
     both = np.flatnonzero((tokens[:-1] >= 0) & (tokens[1:] >= 0)).astype(np.int32)
     if len(both):
-        remember((tokens[both].astype(np.int64) << _BITS) + tokens[both + 1], both)
+        remember((tokens[both].astype(np.int64) << _ID_BITS) + tokens[both + 1], both)
 
     merges: list[Pair] = []
     while heap and len(merges) < num_merges:
-        pair = heap[0] & ((1 << 2 * _BITS) - 1)
-        left, right = pair >> _BITS, pair & ((1 << _BITS) - 1)
+        pair = heap[0] & ((1 << 2 * _ID_BITS) - 1)
+        left, right = pair >> _ID_BITS, pair & ((1 << _ID_BITS) - 1)
         at = places[pair]
         at = at[(tokens[at] == left) & (tokens[after[at]] == right)]
         count = int(weight[at].sum())
-        if (entry := (-count << 2 * _BITS) + pair) != heap[0]:
+        if (entry := (-count << 2 * _ID_BITS) + pair) != heap[0]:
             places[pair] = at
             if count < min_frequency:
                 heapq.heappop(heap)
@@ -174,11 +174,11 @@ def learn(
         neighbour = tokens[leading].astype(np.int64)
         kept = neighbour >= 0
         if kept.any():
-            remember((neighbour[kept] << _BITS) + new, leading[kept])
+            remember((neighbour[kept] << _ID_BITS) + new, leading[kept])
         neighbour = tokens[following].astype(np.int64)
         kept = (neighbour >= 0) & (neighbour != new)  # (new, new) was seen from its right half
         if kept.any():
-            remember((new << _BITS) + neighbour[kept], at[kept])
+            remember((new << _ID_BITS) + neighbour[kept], at[kept])
         if progress and len(merges) % 256 == 0:
             progress("learning merges", len(merges), num_merges)
     return merges

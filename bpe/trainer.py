@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from bpe import train_fast
 from bpe.encoding import Encoding
 from bpe.pretokenize import GPT2
-from bpe.train import Progress, vocabulary
+from bpe.train import Progress, build_vocab
 
 
 def train(
@@ -51,7 +51,7 @@ def train(
     if "" in special_tokens or len(set(special_tokens)) != len(special_tokens):
         raise ValueError(f"special_tokens must differ and not be empty: {list(special_tokens)}")
     counts = train_fast.count_pieces(texts, pattern, special_tokens, progress)
-    ranks = vocabulary(train_fast.learn(counts, num_merges, min_frequency, progress))
+    ranks = build_vocab(train_fast.learn_merges(counts, num_merges, min_frequency, progress))
     return Encoding(
         name,
         pattern=pattern,

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from bpe.merge import NEVER, merge
+from bpe.merge import NO_MERGE, merge
 from bpe.pretokenize import compile_pattern
 
 
@@ -92,12 +92,14 @@ class Vocab:
             if set(map(type, ids.values())) - {int} or (
                 ids and not 0 <= min(ids.values()) <= max(ids.values()) < 1 << 32
             ):
-                _refuse_ids(name, ids)
+                _raise_invalid_ids(name, ids)
         # A special token may have two spellings (o200k_harmony); decoding gives the first.
         special = {id: token.encode() for token, id in reversed(self.special_tokens.items())}
         self._decoder = {id: token for token, id in self.ranks.items()} | special
         if len(self._decoder) != len(self.ranks) + len(special):
-            raise ValueError(f"encoding {name!r}: {_repeated(self.ranks, self.special_tokens)}")
+            raise ValueError(
+                f"encoding {name!r}: {_describe_duplicate(self.ranks, self.special_tokens)}"
+            )
         self.max_token_value = max(self._decoder)
         if explicit_n_vocab and not len(self._decoder) == self.n_vocab == explicit_n_vocab:
             raise ValueError(
@@ -115,7 +117,7 @@ class Vocab:
                 if pair in self.merges:
                     raise ValueError(f"encoding {name!r}: merge {pair} is listed twice")
                 self.merges[pair] = len(self.merges)
-        self.whole_pieces = merges is None or ignore_merges
+        self.ignore_merges = merges is None or ignore_merges
 
     @property
     def n_vocab(self) -> int:
@@ -124,7 +126,7 @@ class Vocab:
 
     def encode_piece(self, piece: bytes) -> list[int]:
         """Encodes one piece as `bpe.pretokenize` cuts them: nothing is cut here."""
-        if self.whole_pieces and (id := self.ranks.get(piece)) is not None:
+        if self.ignore_merges and (id := self.ranks.get(piece)) is not None:
             return [id]
         if self.dropped_bytes:
             piece = piece.translate(None, self.dropped_bytes)
@@ -136,14 +138,14 @@ class Vocab:
         return [self.ranks[token] for token in merge(piece, rank)]
 
     def _rank_of_token(self, left: bytes, right: bytes) -> int:
-        return self.ranks.get(left + right, NEVER)
+        return self.ranks.get(left + right, NO_MERGE)
 
     def _rank_of_pair(self, left: bytes, right: bytes) -> int:
         assert self.merges is not None
-        return self.merges.get((left, right), NEVER)
+        return self.merges.get((left, right), NO_MERGE)
 
 
-def _refuse_ids(name: str, ids: Mapping[Any, Any]) -> None:
+def _raise_invalid_ids(name: str, ids: Mapping[Any, Any]) -> None:
     for token, id in ids.items():
         if not isinstance(id, int) or not 0 <= id < 1 << 32:
             raise ValueError(
@@ -152,7 +154,7 @@ def _refuse_ids(name: str, ids: Mapping[Any, Any]) -> None:
             )
 
 
-def _repeated(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> str:
+def _describe_duplicate(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> str:
     seen: dict[int, bytes | str] = {}
     for token, id in [*ranks.items(), *special_tokens.items()]:
         if id in seen:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Literal
 
-from bpe.special import special_pattern
+from bpe.special_tokens import special_token_regex
 
 _CACHE_WORDS = 1 << 16  # a cache that is full starts anew
 
@@ -55,13 +55,13 @@ class WordPiece:
         special_tokens: Iterable[str] = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
         lowercase: bool = True,
         strip_accents: bool | None = None,
-        split_ideographs: bool = True,
-        prefix: str = "##",
-        longest_word: int = 100,
-        unk: str = "[UNK]",
-        cls: str = "[CLS]",
-        sep: str = "[SEP]",
-        pad: str = "[PAD]",
+        handle_chinese_chars: bool = True,
+        continuing_subword_prefix: str = "##",
+        max_input_chars_per_word: int = 100,
+        unk_token: str = "[UNK]",
+        cls_token: str = "[CLS]",
+        sep_token: str = "[SEP]",
+        pad_token: str = "[PAD]",
     ):
         """
         Args:
@@ -82,23 +82,27 @@ class WordPiece:
             ValueError: if `unk`, `cls`, `sep` or a special token is no piece, or ids repeat.
         """
         self.vocab = dict(vocab)
-        self._pieces = {id: piece for piece, id in self.vocab.items()}
-        if len(self._pieces) != len(self.vocab):
+        self._id_to_token = {id: piece for piece, id in self.vocab.items()}
+        if len(self._id_to_token) != len(self.vocab):
             raise ValueError("WordPiece vocabulary: two pieces have the same id")
-        special = dict.fromkeys([unk, cls, sep, *special_tokens])
-        if missing := [token for token in special if token not in self.vocab and token != pad]:
+        special = dict.fromkeys([unk_token, cls_token, sep_token, *special_tokens])
+        if missing := [
+            token for token in special if token not in self.vocab and token != pad_token
+        ]:
             raise ValueError(f"WordPiece vocabulary lacks the special token {missing[0]!r}")
         self.special_tokens = {token: vocab[token] for token in special if token in vocab}
-        self.unk_id, self.cls_id, self.sep_id = vocab[unk], vocab[cls], vocab[sep]
-        self.pad_id = vocab.get(pad)
-        self.prefix = prefix
-        self.longest_word = longest_word
+        self.unk_id, self.cls_id, self.sep_id = vocab[unk_token], vocab[cls_token], vocab[sep_token]
+        self.pad_id = vocab.get(pad_token)
+        self.continuing_subword_prefix = continuing_subword_prefix
+        self.max_input_chars_per_word = max_input_chars_per_word
         self.lowercase = lowercase
         self.strip_accents = lowercase if strip_accents is None else strip_accents
-        self.split_ideographs = split_ideographs
+        self.handle_chinese_chars = handle_chinese_chars
 
-        self._longest_piece = max(map(len, self.vocab))
-        self._clean = _CharacterMap(functools.partial(_clean, split_ideographs=split_ideographs))
+        self._longest_token = max(map(len, self.vocab))
+        self._clean = _CharacterMap(
+            functools.partial(_clean, handle_chinese_chars=handle_chinese_chars)
+        )
         self._fold = _CharacterMap(
             functools.partial(_fold, lowercase=lowercase, strip_accents=self.strip_accents)
         )
@@ -109,7 +113,7 @@ class WordPiece:
 
     def __len__(self) -> int:
         """One more than the highest id."""
-        return max(self._pieces) + 1
+        return max(self._id_to_token) + 1
 
     # Encoding
 
@@ -135,7 +139,7 @@ class WordPiece:
             ValueError: if `max_length` has no room for [CLS] and [SEP].
         """
         ids = self._encode_text(text, allowed_special)
-        room = _room(max_length, 2 if add_special_tokens else 0)
+        room = _max_text_length(max_length, 2 if add_special_tokens else 0)
         ids = ids[:room]
         return [self.cls_id, *ids, self.sep_id] if add_special_tokens else ids
 
@@ -164,7 +168,7 @@ class WordPiece:
             ValueError: if `max_length` has no room for the three special tokens.
         """
         a, b = self._encode_text(first, allowed_special), self._encode_text(second, allowed_special)
-        room = _room(max_length, 3)
+        room = _max_text_length(max_length, 3)
         if room is not None and len(a) + len(b) > room:
             short = min(len(a), len(b), room // 2)
             if len(a) <= len(b):
@@ -205,7 +209,7 @@ class WordPiece:
             return self._encode_ordinary(text)
         ids: list[int] = []
         # The group in the pattern makes `split` return the special tokens at the odd places.
-        for i, part in enumerate(special_pattern(frozenset(special)).split(text)):
+        for i, part in enumerate(special_token_regex(frozenset(special)).split(text)):
             if i % 2:
                 ids.append(self.special_tokens[part])
             elif part:
@@ -215,11 +219,11 @@ class WordPiece:
     def _encode_ordinary(self, text: str) -> list[int]:
         cache = self._cache
         ids: list[int] = []
-        for word in self.words(text):
+        for word in self.pre_tokenize(text):
             if (found := cache.get(word)) is None:
                 if len(cache) >= _CACHE_WORDS:
                     cache.clear()
-                found = cache[word] = tuple(self.cover(word))
+                found = cache[word] = tuple(self.encode_word(word))
             ids += found
         return ids
 
@@ -234,7 +238,7 @@ class WordPiece:
             text = unicodedata.normalize("NFD", text)  # é: e and an accent, two characters
         return text.translate(self._fold)
 
-    def words(self, text: str) -> list[str]:
+    def pre_tokenize(self, text: str) -> list[str]:
         """The words and punctuation marks of a text, normalised.
 
         >>> special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -244,14 +248,14 @@ class WordPiece:
         """
         return self.normalize(text).split()
 
-    def cover(self, word: str) -> list[int]:
+    def encode_word(self, word: str) -> list[int]:
         """The ids that cover a word: from the left, always the longest piece that fits."""
-        if len(word) > self.longest_word:
+        if len(word) > self.max_input_chars_per_word:
             return [self.unk_id]
         ids, start = [], 0
         while start < len(word):
-            prefix = self.prefix if start else ""
-            for end in range(min(len(word), start + self._longest_piece), start, -1):
+            prefix = self.continuing_subword_prefix if start else ""
+            for end in range(min(len(word), start + self._longest_token), start, -1):
                 if (id := self.vocab.get(prefix + word[start:end])) is not None:
                     break
             else:
@@ -262,13 +266,13 @@ class WordPiece:
 
     # Back
 
-    def pieces(self, ids: Iterable[int]) -> list[str]:
+    def convert_ids_to_tokens(self, ids: Iterable[int]) -> list[str]:
         """The spelling of each id, with the prefix where it continues a word.
 
         Raises:
             KeyError: if the vocabulary has no such id.
         """
-        return [self._pieces[id] for id in ids]
+        return [self._id_to_token[id] for id in ids]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The words of the ids, one space between any two; what `normalize` dropped stays lost.
@@ -277,17 +281,17 @@ class WordPiece:
             KeyError: if the vocabulary has no such id.
         """
         words: list[str] = []
-        for piece in self.pieces(ids):
+        for piece in self.convert_ids_to_tokens(ids):
             if skip_special_tokens and piece in self.special_tokens:
                 continue
-            if words and piece.startswith(self.prefix):
-                words[-1] += piece[len(self.prefix) :]
+            if words and piece.startswith(self.continuing_subword_prefix):
+                words[-1] += piece[len(self.continuing_subword_prefix) :]
             else:
                 words.append(piece)
         return " ".join(words)
 
 
-def _room(max_length: int | None, special: int) -> int | None:
+def _max_text_length(max_length: int | None, special: int) -> int | None:
     if max_length is not None and max_length < special:
         raise ValueError(f"max_length={max_length} is less than the {special} special tokens")
     return None if max_length is None else max_length - special
@@ -307,7 +311,7 @@ class _CharacterMap(dict[int, str]):
         return replaced
 
 
-def _clean(character: str, *, split_ideographs: bool) -> str:
+def _clean(character: str, *, handle_chinese_chars: bool) -> str:
     """The first pass: white space becomes a space, what cannot be seen goes."""
     if character in "\t\n\r":
         return " "
@@ -317,7 +321,7 @@ def _clean(character: str, *, split_ideographs: bool) -> str:
     # Cc: control characters; Co: private use, which has no meaning that a model could know.
     if category in ("Cc", "Co") or character == "\ufffd" or _unicode8().get(character) == "Cf":
         return ""
-    if split_ideographs and any(low <= ord(character) <= high for low, high in _IDEOGRAPHS):
+    if handle_chinese_chars and any(low <= ord(character) <= high for low, high in _IDEOGRAPHS):
         return f" {character} "
     return character
 

@@ -8,7 +8,7 @@ the network's files, `picture` those that people send.
 
     import diffusion
 
-    painter = diffusion.load(diffusion.weights(), "models/all-minilm-l6-v2")
+    painter = diffusion.load(diffusion.weights_folder(), "models/all-minilm-l6-v2")
     pictures = painter.draw(["a red apple", "a happy cat"], seed=0)  # uint8 [2, 64, 64, 3]
 
 What needs JAX is imported when it is first asked for, because a command that only wants to know
@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffusion.painter import Painter, Plan, load
+    from diffusion.pipeline import DiffusionPipeline, SamplerOptions, load
 
-__all__ = ["Painter", "Plan", "load", "weights"]
+__all__ = ["DiffusionPipeline", "SamplerOptions", "load", "weights_folder"]
 
 
-def weights(name: str = "emoji-64") -> Path:
+def weights_folder(name: str = "emoji-64") -> Path:
     """The folder of a model that comes with this package.
 
     Raises:
@@ -39,6 +39,6 @@ def weights(name: str = "emoji-64") -> Path:
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from diffusion import painter
+    from diffusion import pipeline
 
-    return getattr(painter, name)
+    return getattr(pipeline, name)

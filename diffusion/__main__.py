@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion import painter as painters
-from diffusion import picture, sample, weights
-from diffusion.painter import Plan
+from diffusion import image_io, sample, weights_folder
+from diffusion import pipeline as painters
+from diffusion.pipeline import SamplerOptions
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,9 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--encoder", required=True, type=Path, help="all-minilm-l6-v2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-n", type=int, default=1, metavar="N", help="pictures of each prompt")
-    parser.add_argument("--steps", type=int, default=Plan.steps)
-    parser.add_argument("--rule", choices=sample.RULES, default=Plan.rule)
-    parser.add_argument("--guidance", type=float, default=Plan.guidance)
+    parser.add_argument("--steps", type=int, default=SamplerOptions.steps)
+    parser.add_argument("--rule", choices=sample.SAMPLERS, default=SamplerOptions.sampler)
+    parser.add_argument("--guidance", type=float, default=SamplerOptions.guidance)
     parser.add_argument(
         "--strip", action="store_true", help="how the picture comes: noisy above, predicted below"
     )
@@ -32,17 +32,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("prompts", nargs="+", metavar="PROMPT")
     args = parser.parse_args(argv)
     try:
-        plan = Plan(steps=args.steps, rule=args.rule, guidance=args.guidance)
-        painter = painters.load(args.model or weights(), args.encoder)
+        plan = SamplerOptions(steps=args.steps, sampler=args.rule, guidance=args.guidance)
+        painter = painters.load(args.model or weights_folder(), args.encoder)
         rows = []
         for prompt in args.prompts:
-            keys = sample.keys_of(args.seed, args.n)
+            keys = sample.image_keys(args.seed, args.n)
             steps = list(painter.steps([prompt] * args.n, keys, plan))
             if args.strip:
-                rows += np.split(painter.strip(steps), 2)
+                rows += np.split(painter.trajectory_images(steps), 2)
             else:
-                rows.append(painter.finish(steps[-1][0]))
-        picture.save(painters.grid(np.concatenate(rows), len(rows[0])), args.out)
+                rows.append(painter.postprocess(steps[-1][0]))
+        image_io.save(painters.make_grid(np.concatenate(rows), len(rows[0])), args.out)
     except (OSError, ValueError) as error:
         print(f"python -m diffusion: {error}", file=sys.stderr)
         return 1

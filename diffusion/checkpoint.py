@@ -28,13 +28,13 @@ _KINDS: dict[str, tuple[type, ModuleType]] = {
 
 
 def save(
-    folder: Path, params: Any, cfg: Config, *, format: Literal["float32", "float16"] = "float32"
+    folder: Path, params: Any, cfg: Config, *, dtype: Literal["float32", "float16"] = "float32"
 ) -> None:
     """Writes a network."""
     kind = next(name for name, (known, _) in _KINDS.items() if type(cfg) is known)
     tensors = {
-        name: np.ascontiguousarray(np.asarray(leaf, dtype=format))
-        for name, leaf in _named(params).items()
+        name: np.ascontiguousarray(np.asarray(leaf, dtype=dtype))
+        for name, leaf in _leaves_by_path(params).items()
     }
     safetensors.write(folder, {"kind": kind, **asdict(cfg)}, tensors)
 
@@ -50,7 +50,7 @@ def load(folder: Path) -> tuple[Any, Config]:
     cfg, module = _read_config(folder / "config.json")
     tensors = safetensors.read_tensors(folder / "model.safetensors")
     like = jax.eval_shape(lambda: layers.init(jax.random.key(0), module.abstract(cfg)))
-    wanted = _named(like)
+    wanted = _leaves_by_path(like)
     if missing := sorted(wanted.keys() - tensors.keys()):
         raise ValueError(f"{folder}: lacks {missing[0]!r} and {len(missing) - 1} others")
     if unknown := sorted(tensors.keys() - wanted.keys()):
@@ -66,7 +66,7 @@ def load(folder: Path) -> tuple[Any, Config]:
 
 
 def _read_config(path: Path) -> tuple[Config, ModuleType]:
-    values = safetensors.read_object(path)
+    values = safetensors.read_json_object(path)
     kind = values.pop("kind", None)
     if kind not in _KINDS:
         raise ValueError(f"{path}: kind must be one of {', '.join(_KINDS)}, got {kind!r}")
@@ -78,7 +78,7 @@ def _read_config(path: Path) -> tuple[Config, ModuleType]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _named(tree: Any) -> dict[str, Any]:
+def _leaves_by_path(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by the paths to them."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

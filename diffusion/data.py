@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion.text import Text
+from diffusion.text import PromptEmbeds
 
 SIZE = 64  # of the pictures kept, in pixels
 
@@ -63,7 +63,7 @@ class Style:
     suffix: str
 
 
-NAMES = Package(
+NAMES_PACKAGE = Package(
     "emojibase-data",
     "17.0.0",
     "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
@@ -130,7 +130,7 @@ _DIRECTED = re.compile(
     r"hundred points|stop|hospital|bank|hotel|convenience store|Statue of Liberty|pool 8 ball|"
     r"slot machine|joker|mahjong|cards)\b"
 )
-_SPOKEN = re.compile(r"[a-z0-9 ]+")
+_PLAIN_TAG = re.compile(r"[a-z0-9 ]+")
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def fetch(folder: Path, packages: Sequence[Package] | None = None) -> None:
         subprocess.CalledProcessError: npm failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for package in packages or (NAMES, *(style.package for style in STYLES)):
+    for package in packages or (NAMES_PACKAGE, *(style.package for style in STYLES)):
         path = folder / package.file
         if not path.exists():
             command = ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
@@ -177,23 +177,23 @@ def fetch(folder: Path, packages: Sequence[Package] | None = None) -> None:
             raise ValueError(f"{path}: sha256 is {digest}, expected {package.sha256}")
 
 
-def concepts(folder: Path) -> list[Concept]:
+def load_concepts(folder: Path) -> list[Concept]:
     """What is drawn, in Unicode's order, from the package of names in `folder`."""
-    with tarfile.open(folder / NAMES.file) as archive:
+    with tarfile.open(folder / NAMES_PACKAGE.file) as archive:
         entries = json.load(archive.extractfile("package/en/data.json"))
         shortcodes = json.load(archive.extractfile("package/en/shortcodes/iamcal.json"))
-    kept = [entry for entry in entries if _is_kept(entry)]
+    kept = [entry for entry in entries if _is_included(entry)]
     shared = Counter(tag for entry in kept for tag in entry.get("tags", ()))
-    heads = Counter(_head(entry["label"]) for entry in kept)
+    heads = Counter(_head_noun(entry["label"]) for entry in kept)
     return [_concept(entry, shortcodes.get(entry["hexcode"], ()), shared, heads) for entry in kept]
 
 
-def _head(name: str) -> str:
+def _head_noun(name: str) -> str:
     """The noun that the others qualify: "tree" in "deciduous tree"."""
     return re.split(r"[,:]| (?:with|in|of|on|and|behind|without) ", name)[0].split()[-1]
 
 
-def _is_kept(entry: dict) -> bool:
+def _is_included(entry: dict) -> bool:
     """Whether this is a picture of something: no flag, no variant of another emoji."""
     label = entry["label"]
     if entry.get("group") not in GROUPS or _TIME.search(label):
@@ -222,11 +222,11 @@ def _concept(entry: dict, shortcodes: list[str] | str, shared: Counter, heads: C
     single = [text for text in (name.lower(), *codes) if text in known and len(text.split()) == 1]
     plain = single[0] if single else None
     # A noun or a keyword names this concept as far as it names few others.
-    if len(name.split()) > 1 and heads[_head(entry["label"])] < 10:
-        captions[_head(name).lower()] += 2.0 / heads[_head(entry["label"])]
+    if len(name.split()) > 1 and heads[_head_noun(entry["label"])] < 10:
+        captions[_head_noun(name).lower()] += 2.0 / heads[_head_noun(entry["label"])]
     tags = sorted(entry.get("tags", ()), key=lambda tag: shared[tag])[:3]
     for tag in tags:
-        if _SPOKEN.fullmatch(tag.lower()):
+        if _PLAIN_TAG.fullmatch(tag.lower()):
             captions[tag.lower()] += 1.0 / shared[tag] + (0.5 if tag in name.split() else 0.0)
     total = sum(captions.values())
     group = entry["group"]
@@ -242,7 +242,7 @@ def _concept(entry: dict, shortcodes: list[str] | str, shared: Counter, heads: C
     )
 
 
-def pictures(
+def load_images(
     folder: Path,
     style: Style,
     wanted: list[Concept],
@@ -257,20 +257,20 @@ def pictures(
         uint8 [SIZE, SIZE, 3] each, on white.
     """
     # The same emoji is spelled with or without U+FE0F, which asks for colour.
-    codes = {_plain(concept.code): concept.code for concept in wanted}
+    codes = {_normalize_code(concept.code): concept.code for concept in wanted}
     found: dict[str, np.ndarray] = {}
     with tarfile.open(folder / style.package.file) as archive:
         for member in archive:
             name = member.name
             if not (name.startswith(style.folder) and name.endswith(style.suffix)):
                 continue
-            code = codes.get(_plain(name[len(style.folder) : -len(style.suffix)]))
+            code = codes.get(_normalize_code(name[len(style.folder) : -len(style.suffix)]))
             if code is not None:
                 found[code] = (decode or on_white)(archive.extractfile(member).read(), SIZE)
     return found
 
 
-def _plain(code: str) -> str:
+def _normalize_code(code: str) -> str:
     return "-".join(part for part in code.lower().split("-") if part != "fe0f")
 
 
@@ -290,7 +290,7 @@ def on_white(data: bytes, size: int) -> np.ndarray:
     return np.clip(rgba[..., :3] + 255 - rgba[..., 3:], 0, 255).astype(np.uint8)
 
 
-def scaled(images: np.ndarray, size: int) -> np.ndarray:
+def downscale(images: np.ndarray, size: int) -> np.ndarray:
     """Pictures as networks see them, at a size that divides theirs.
 
     Args:
@@ -312,28 +312,30 @@ def is_held_out(concept: Concept, style: Style) -> bool:
     return hashlib.sha256(f"{concept.code} {style.caption}".encode()).digest()[0] < 8
 
 
-def spoken(caption: str, style: int | None) -> str:
+def styled_caption(caption: str, style: int | None) -> str:
     """A caption that asks for a style, by its number, or leaves it open."""
     return caption if style is None else f"{caption}, {STYLES[style].caption}"
 
 
-def pack(folder: Path, read: Callable[[Sequence[str]], Text], target: Path) -> None:
+def build_dataset(
+    folder: Path, read: Callable[[Sequence[str]], PromptEmbeds], target: Path
+) -> None:
     """Writes a `Pack` into the folder `target`.
 
     Args:
         folder: holds the packages; see `fetch`.
         read: what captions mean; see `text.Reader`.
     """
-    found = concepts(folder)
+    found = load_concepts(folder)
     images, rows = [], []
     for number, style in enumerate(STYLES):
-        drawn = pictures(folder, style, found)
+        drawn = load_images(folder, style, found)
         for row, concept in enumerate(found):
             if concept.code in drawn:
                 images.append(drawn[concept.code])
                 rows.append((row, number, is_held_out(concept, style)))
     texts = dict.fromkeys(
-        spoken(caption, style)
+        styled_caption(caption, style)
         for concept in found
         for caption in concept.captions
         for style in (None, *range(len(STYLES)))
@@ -352,7 +354,7 @@ def pack(folder: Path, read: Callable[[Sequence[str]], Text], target: Path) -> N
     (target / "names.json").write_text(json.dumps(names), "utf-8")
 
 
-class Pack:
+class EmojiDataset:
     """Pictures, captions, and what the captions mean.
 
     Attributes:
@@ -366,29 +368,31 @@ class Pack:
     def __init__(self, folder: Path):
         with np.load(folder / "pictures.npz") as arrays:
             self.images = arrays["images"]
-            self.concept, self.style, held_out = arrays["rows"].T
+            self.concept_ids, self.style_ids, held_out = arrays["rows"].T
             self.mask, self.pooled = arrays["mask"], arrays["pooled"]
         self.held_out = held_out.astype(bool)
         self.states = np.load(folder / "states.npy", mmap_mode="r")
         names = json.loads((folder / "names.json").read_text("utf-8"))
         self.concepts = [Concept(**concept) for concept in names["concepts"]]
-        self.texts = {text: row for row, text in enumerate(names["texts"])}
+        self.caption_rows = {text: row for row, text in enumerate(names["texts"])}
 
-    def pictures(self, which: np.ndarray, size: int) -> np.ndarray:
+    def downscaled_images(self, which: np.ndarray, size: int) -> np.ndarray:
         """Some pictures at a size that divides `SIZE`: float32 [n, size, size, 3], -1 to 1."""
-        return scaled(self.images[which], size)
+        return downscale(self.images[which], size)
 
-    def heard(self, captions: Sequence[str]) -> dict[str, Any]:
+    def caption_embeds(self, captions: Sequence[str]) -> dict[str, Any]:
         """What some captions of the pack mean; the fields of a `Text`."""
-        rows = np.array([self.texts[caption] for caption in captions])
+        rows = np.array([self.caption_rows[caption] for caption in captions])
         return {
             "states": self.states[rows],
             "mask": self.mask[rows],
             "pooled": self.pooled[rows],
         }
 
-    def draw_caption(self, random: np.random.Generator, picture: int) -> str:
+    def sample_caption(self, random: np.random.Generator, picture: int) -> str:
         """One of the ways to ask for a picture, its style named half of the time."""
-        captions = self.concepts[self.concept[picture]].captions
+        captions = self.concepts[self.concept_ids[picture]].captions
         caption = list(captions)[random.choice(len(captions), p=list(captions.values()))]
-        return spoken(caption, int(self.style[picture]) if random.random() < 0.5 else None)
+        return styled_caption(
+            caption, int(self.style_ids[picture]) if random.random() < 0.5 else None
+        )

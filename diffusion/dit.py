@@ -22,8 +22,8 @@ from flax import struct
 
 from diffusion import layers
 from diffusion.config import DiTConfig
-from diffusion.layers import Condition, fold, matrix, normed, unfold
-from diffusion.text import Text
+from diffusion.layers import Condition, abstract_linear, depth_to_space, rms_norm, space_to_depth
+from diffusion.text import PromptEmbeds
 from transformer import kernels, rope
 from transformer.decoder import ArrayInfo
 from transformer.layers import linear
@@ -61,7 +61,7 @@ class Params:
 def abstract(cfg: DiTConfig) -> Params:
     """The tree of `Params` with an `ArrayInfo` at each leaf; every leaf is float32."""
     d, f = cfg.d_model, cfg.d_ff
-    square = matrix(d, d, bias=False)
+    square = abstract_linear(d, d, bias=False)
     scale = ArrayInfo((cfg.head_dim,), ("head",), jax.nn.initializers.ones)
     layer = Layer(
         q=square,
@@ -70,42 +70,44 @@ def abstract(cfg: DiTConfig) -> Params:
         q_scale=scale,
         k_scale=scale,
         out=square,
-        gate=matrix(f, d, bias=False),
-        up=matrix(f, d, bias=False),
-        down=matrix(d, f, bias=False),
-        modulation=matrix(6 * d, cfg.d_cond, is_zero=True),
+        gate=abstract_linear(f, d, bias=False),
+        up=abstract_linear(f, d, bias=False),
+        down=abstract_linear(d, f, bias=False),
+        modulation=abstract_linear(6 * d, cfg.d_cond, is_zero=True),
     )
     return Params(
         condition=layers.abstract_condition(cfg.d_cond, cfg.text_dim),
-        patch=matrix(d, cfg.patch**2 * 3),
-        word=matrix(d, cfg.text_dim),
+        patch=abstract_linear(d, cfg.patch**2 * 3),
+        word=abstract_linear(d, cfg.text_dim),
         layers=(layer,) * cfg.num_layers,
-        modulation=matrix(2 * d, cfg.d_cond, is_zero=True),
-        last=matrix(cfg.patch**2 * 3, d, is_zero=True),
+        modulation=abstract_linear(2 * d, cfg.d_cond, is_zero=True),
+        last=abstract_linear(cfg.patch**2 * 3, d, is_zero=True),
     )
 
 
 def forward(
-    params: Params, cfg: DiTConfig, x: jax.Array, t: jax.Array, text: Text, keep: jax.Array
+    params: Params, cfg: DiTConfig, x: jax.Array, t: jax.Array, text: PromptEmbeds, keep: jax.Array
 ) -> jax.Array:
     """What the network says of a noisy picture; see `unet.forward`."""
     with jax.named_scope("condition"):
         cond, words, mask = layers.condition(params.condition, t, text, keep)
-    patches = fold(x, cfg.patch)  # [B, Y/p, X/p, p p 3]
+    patches = space_to_depth(x, cfg.patch)  # [B, Y/p, X/p, p p 3]
     b, height, width, _ = patches.shape
     count = height * width
     tokens = linear(patches.reshape(b, count, -1), params.patch)  # [B, T, D]
     h = jnp.concatenate([tokens, linear(words, params.word)], 1)  # [B, T + S, D]
     seen = jnp.concatenate([jnp.ones((b, count), bool), mask], 1)
-    angles = positions(height, width, words.shape[1], cfg)
+    angles = rotary_angles(height, width, words.shape[1], cfg)
     for layer in params.layers:
         h = block(h, layer, cfg, cond, angles, seen)
     scale, shift = jnp.split(linear(cond, params.modulation)[:, None], 2, -1)
-    said = linear(normed(h[:, :count]) * (1 + scale) + shift, params.last)
-    return unfold(said.reshape(patches.shape), cfg.patch)
+    said = linear(rms_norm(h[:, :count]) * (1 + scale) + shift, params.last)
+    return depth_to_space(said.reshape(patches.shape), cfg.patch)
 
 
-def positions(height: int, width: int, words: int, cfg: DiTConfig) -> tuple[jax.Array, jax.Array]:
+def rotary_angles(
+    height: int, width: int, words: int, cfg: DiTConfig
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines for every token, [1, T + S, 1, H/2]; words have no place: no turn.
 
     The first half of the channel pairs turns with the row, the second with the column.
@@ -135,12 +137,12 @@ def block(
         return a.reshape(b, length, cfg.num_heads, cfg.head_dim)
 
     with jax.named_scope("attention"):
-        y = normed(h) * (1 + scale) + shift
-        query = kernels.rotate(normed(split(linear(y, p.q))) * p.q_scale, *angles)
-        key = kernels.rotate(normed(split(linear(y, p.k))) * p.k_scale, *angles)
+        y = rms_norm(h) * (1 + scale) + shift
+        query = kernels.rotate(rms_norm(split(linear(y, p.q))) * p.q_scale, *angles)
+        key = kernels.rotate(rms_norm(split(linear(y, p.k))) * p.k_scale, *angles)
         y = layers.attend(query, key, split(linear(y, p.v)), seen).reshape(b, length, d)
         h = h + gate * linear(y, p.out)
     with jax.named_scope("mlp"):
-        y = normed(h) * (1 + scale_mlp) + shift_mlp
+        y = rms_norm(h) * (1 + scale_mlp) + shift_mlp
         y = jax.nn.silu(linear(y, p.gate)) * linear(y, p.up)
         return h + gate_mlp * linear(y, p.down)

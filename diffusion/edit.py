@@ -28,22 +28,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion import sample, schedule
-from diffusion.painter import Painter, Plan
-from diffusion.picture import opaque
-from diffusion.schedule import Level
+from diffusion.image_io import composite_on_white
+from diffusion.pipeline import DiffusionPipeline, SamplerOptions
+from diffusion.schedule import NoiseLevel
 
-VARIATION = 0.8  # the strength that changes a picture and leaves it recognisable
-LOOKS = 5  # at each level of an edit
-SETTLED = 0.5  # the time of the flow from which on one look is enough: outlines are drawn
+VARIATION_STRENGTH = 0.8  # the strength that changes a picture and leaves it recognisable
+RESAMPLING_STEPS = 5  # at each level of an edit
+RESAMPLE_UNTIL = 0.5  # the time of the flow from which on one look is enough: outlines are drawn
 
 
 def steps(
-    painter: Painter,
+    painter: DiffusionPipeline,
     prompts: Sequence[str],
     keys: jax.Array,
-    plan: Plan,
+    plan: SamplerOptions,
     *,
-    pictures: np.ndarray | jax.Array,
+    images: np.ndarray | jax.Array,
     masks: np.ndarray | jax.Array | None = None,
     strength: float = 1.0,
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
@@ -69,64 +69,68 @@ def steps(
     size = painter.cfg.image_size
     if not 0 < strength <= 1:
         raise ValueError(f"strength must be above 0 and at most 1, got {strength!r}")
-    _check("pictures", pictures, (len(prompts), size, size, 3))
-    pictures = jnp.asarray(pictures, jnp.float32)
-    denoise = painter.guided(painter.read(prompts), plan.guidance)
+    _check("pictures", images, (len(prompts), size, size, 3))
+    images = jnp.asarray(images, jnp.float32)
+    denoise = painter.guided_denoiser(painter.encode_prompts(prompts), plan.guidance)
     if masks is not None:
         _check("masks", masks, (len(prompts), size, size, 1))
-        denoise = keep(denoise, pictures, jnp.asarray(masks, jnp.float32))
+        denoise = inpaint_denoiser(denoise, images, jnp.asarray(masks, jnp.float32))
     count = max(1, round(strength * plan.steps))
     levels = schedule.flow_levels(count, plan.shift, begin=1 - strength)
     noise = sample.normal(keys, (size, size, 3))
-    z = levels[0].alpha * pictures + levels[0].sigma * noise
+    z = levels[0].alpha * images + levels[0].sigma * noise
     if masks is not None:
-        while len(levels) > 2 and schedule.to_flow(levels[0]) < SETTLED:
+        while len(levels) > 2 and schedule.to_flow(levels[0]) < RESAMPLE_UNTIL:
             here, there, *_ = levels
-            for look in range(LOOKS):
+            for look in range(RESAMPLING_STEPS):
                 keys = jax.vmap(jax.random.fold_in, (0, None))(keys, look)
                 if look > 0:
-                    z = noisier(z, there, here, sample.normal(keys, z.shape[1:]))
-                (step,) = sample.steps(denoise, z, (here, there), plan.rule, keys=keys)
+                    z = renoise(z, there, here, sample.normal(keys, z.shape[1:]))
+                (step,) = sample.steps(denoise, z, (here, there), plan.sampler, keys=keys)
                 z = step.noisy
             yield step.noisy, step.clean
             levels = levels[1:]
-    for step in sample.steps(denoise, z, levels, plan.rule, keys=keys):
+    for step in sample.steps(denoise, z, levels, plan.sampler, keys=keys):
         yield step.noisy, step.clean
 
 
-def noisier(z: jax.Array, here: Level, there: Level, fresh: jax.Array) -> jax.Array:
+def renoise(z: jax.Array, here: NoiseLevel, there: NoiseLevel, fresh: jax.Array) -> jax.Array:
     """A noisy picture at a level of more noise: the noise it has, and fresh noise."""
     kept = there.alpha / here.alpha
     return kept * z + (there.sigma**2 - (kept * here.sigma) ** 2) ** 0.5 * fresh
 
 
-def keep(denoise: sample.Denoise, pictures: jax.Array, masks: jax.Array) -> sample.Denoise:
+def inpaint_denoiser(
+    denoise: sample.DenoiseFn, pictures: jax.Array, masks: jax.Array
+) -> sample.DenoiseFn:
     """A denoiser that knows the pictures where the masks are 0."""
 
-    def informed(z: jax.Array, level: Level) -> jax.Array:
+    def informed(z: jax.Array, level: NoiseLevel) -> jax.Array:
         return pictures + masks * (denoise(z, level) - pictures)
 
     return informed
 
 
-def fit(picture: np.ndarray, size: int) -> np.ndarray:
+def preprocess_image(picture: np.ndarray, size: int) -> np.ndarray:
     """A picture as the network sees it: uint8 [Y, X, 3 or 4] -> float32 [size, size, 3], -1 to 1.
 
     What is transparent becomes white, and so does what a picture lacks of a square, on both sides.
     Every pixel is the mean of those it stands for.
     """
-    return _mean(_square(opaque(picture), 255), size) / np.float32(127.5) - 1
+    return (
+        _area_resize(_pad_to_square(composite_on_white(picture), 255), size) / np.float32(127.5) - 1
+    )
 
 
-def fit_mask(mask: np.ndarray, size: int) -> np.ndarray:
+def preprocess_mask(mask: np.ndarray, size: int) -> np.ndarray:
     """A mask for a picture that was fitted: float [Y, X, 1] -> float32 [size, size, 1], 0 or 1.
 
     A pixel of the network changes if any that it stands for does.
     """
-    return (_mean(_square(mask, 0), size) > 0).astype(np.float32)
+    return (_area_resize(_pad_to_square(mask, 0), size) > 0).astype(np.float32)
 
 
-def transparent(picture: np.ndarray) -> np.ndarray:
+def alpha_mask(picture: np.ndarray) -> np.ndarray:
     """The mask that a picture's transparency says: uint8 [Y, X, 4] -> float32 [Y, X, 1].
 
     1 where nothing is to be seen, which is what changes; in between at soft edges.
@@ -164,7 +168,7 @@ def _margins(height: int, width: int) -> tuple[int, int]:
     return (side - height) // 2, (side - width) // 2
 
 
-def _square(picture: np.ndarray, value: float) -> np.ndarray:
+def _pad_to_square(picture: np.ndarray, value: float) -> np.ndarray:
     height, width, channels = picture.shape
     side = max(height, width)
     top, left = _margins(height, width)
@@ -173,7 +177,7 @@ def _square(picture: np.ndarray, value: float) -> np.ndarray:
     return square
 
 
-def _mean(square: np.ndarray, size: int) -> np.ndarray:
+def _area_resize(square: np.ndarray, size: int) -> np.ndarray:
     """A square in another size, each of its pixels the mean of an area: float32 [size, size, C]."""
     from PIL import Image
 

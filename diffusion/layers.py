@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from diffusion.text import Text
+from diffusion.text import PromptEmbeds
 from transformer.decoder import ArrayInfo
 from transformer.layers import linear
 from transformer.weights import Linear
 
 EPS = 1e-6
 _FREQUENCIES = 32  # of the features of time
-_FASTEST = 50.0  # turns of the fastest of them, from noise to picture
+_MAX_FREQUENCY = 50.0  # turns of the fastest of them, from noise to picture
 
 
 @struct.dataclass
@@ -28,7 +28,7 @@ class Condition:
     null: jax.Array  # [E], stands for the prompt where there is none
 
 
-def matrix(out: int, inner: int, *, bias: bool = True, is_zero: bool = False) -> Linear:
+def abstract_linear(out: int, inner: int, *, bias: bool = True, is_zero: bool = False) -> Linear:
     """A linear map to be, [out, in]; a branch that begins with zeros adds nothing at first."""
     fan_in = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
     zeros = jax.nn.initializers.zeros
@@ -41,9 +41,9 @@ def matrix(out: int, inner: int, *, bias: bool = True, is_zero: bool = False) ->
 def abstract_condition(d_cond: int, text_dim: int) -> Condition:
     """The tree of `Condition` with an `ArrayInfo` at each leaf."""
     return Condition(
-        time=matrix(d_cond, 2 * _FREQUENCIES),
-        prompt=matrix(d_cond, text_dim),
-        mix=matrix(d_cond, d_cond),
+        time=abstract_linear(d_cond, 2 * _FREQUENCIES),
+        prompt=abstract_linear(d_cond, text_dim),
+        mix=abstract_linear(d_cond, d_cond),
         null=ArrayInfo((text_dim,), ("text",), jax.nn.initializers.normal(1.0)),
     )
 
@@ -60,7 +60,7 @@ def init(key: jax.Array, tree):
 
 
 def condition(
-    p: Condition, t: jax.Array, text: Text, keep: jax.Array
+    p: Condition, t: jax.Array, text: PromptEmbeds, keep: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What every block is told.
 
@@ -77,19 +77,19 @@ def condition(
     words = jnp.where(seen[..., None], text.states.astype(jnp.float32), p.null)
     whole = jnp.where(seen, text.pooled.astype(jnp.float32), p.null)
     mask = jnp.where(seen, text.mask, jnp.arange(text.mask.shape[1]) == 0)
-    y = linear(time_features(t), p.time) + linear(normed(whole), p.prompt)
+    y = linear(time_features(t), p.time) + linear(rms_norm(whole), p.prompt)
     cond = jax.nn.silu(linear(jax.nn.silu(y), p.mix))  # [B, d_cond]
-    return cond, normed(words), mask
+    return cond, rms_norm(words), mask
 
 
 def time_features(t: jax.Array) -> jax.Array:
     """Sines and cosines of the time at many frequencies, of variance 1: [B] -> [B, 2 x 32]."""
-    turns = jnp.exp(jnp.linspace(math.log(0.5), math.log(_FASTEST), _FREQUENCIES))
+    turns = jnp.exp(jnp.linspace(math.log(0.5), math.log(_MAX_FREQUENCY), _FREQUENCIES))
     angle = 2 * math.pi * t[:, None] * turns
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1) * math.sqrt(2)
 
 
-def normed(x: jax.Array) -> jax.Array:
+def rms_norm(x: jax.Array) -> jax.Array:
     """RMS norm over the last axis (Zhang & Sennrich 2019), without a scale of its own."""
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + EPS)
 
@@ -101,14 +101,14 @@ def attend(query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array
     return jnp.einsum("bnts,bsnh->btnh", weights, values)
 
 
-def fold(x: jax.Array, by: int = 2) -> jax.Array:
+def space_to_depth(x: jax.Array, by: int = 2) -> jax.Array:
     """Blocks of pixels to channels: [B, Y, X, C] -> [B, Y/by, X/by, by * by * C]."""
     b, height, width, c = x.shape
     x = x.reshape(b, height // by, by, width // by, by, c)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, height // by, width // by, by * by * c)
 
 
-def unfold(x: jax.Array, by: int = 2) -> jax.Array:
+def depth_to_space(x: jax.Array, by: int = 2) -> jax.Array:
     """The inverse of `fold`."""
     b, height, width, c = x.shape
     x = x.reshape(b, height, width, by, by, c // by**2)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from diffusion import dit, layers, schedule, unet
 from diffusion.config import DiTConfig, UNetConfig
-from diffusion.text import Text
+from diffusion.text import PromptEmbeds
 
 Config = UNetConfig | DiTConfig
 Params = Any
@@ -28,7 +28,7 @@ def init(key: jax.Array, cfg: Config) -> Params:
 
 @partial(jax.jit, static_argnames="cfg")
 def denoise(
-    params: Params, cfg: Config, z: jax.Array, t: jax.Array, text: Text, keep: jax.Array
+    params: Params, cfg: Config, z: jax.Array, t: jax.Array, text: PromptEmbeds, keep: jax.Array
 ) -> jax.Array:
     """The clean picture behind a noisy one.
 
@@ -52,7 +52,7 @@ def flow_loss(
     x: jax.Array,
     e: jax.Array,
     t: jax.Array,
-    text: Text,
+    text: PromptEmbeds,
     keep: jax.Array,
 ) -> jax.Array:
     """How far the flow that the network sees is from the true one, `x - e`: float32 [B].

@@ -27,11 +27,13 @@ import jax
 import jax.numpy as jnp
 
 from diffusion import schedule
-from diffusion.schedule import Level
+from diffusion.schedule import NoiseLevel
 
-Denoise = Callable[[jax.Array, Level], jax.Array]  # noisy picture, its level -> clean picture
-Rule = Literal["euler", "ddim", "ddpm", "heun", "dpmpp"]
-RULES: tuple[str, ...] = get_args(Rule)
+DenoiseFn = Callable[
+    [jax.Array, NoiseLevel], jax.Array
+]  # noisy picture, its level -> clean picture
+Sampler = Literal["euler", "ddim", "ddpm", "heun", "dpmpp"]
+SAMPLERS: tuple[str, ...] = get_args(Sampler)
 
 
 class Step(NamedTuple):
@@ -49,10 +51,10 @@ class Step(NamedTuple):
 
 
 def steps(
-    denoise: Denoise,
+    denoise: DenoiseFn,
     z: jax.Array,
-    levels: Sequence[Level],
-    rule: Rule = "dpmpp",
+    levels: Sequence[NoiseLevel],
+    rule: Sampler = "dpmpp",
     *,
     keys: jax.Array | None = None,
 ) -> Iterator[Step]:
@@ -72,8 +74,8 @@ def steps(
     Raises:
         ValueError: an unknown rule, too few levels, rising noise, or no keys where they are needed.
     """
-    if rule not in _RULES:
-        raise ValueError(f"rule must be one of {', '.join(_RULES)}, got {rule!r}")
+    if rule not in _SAMPLERS:
+        raise ValueError(f"rule must be one of {', '.join(_SAMPLERS)}, got {rule!r}")
     if len(levels) < 2:
         raise ValueError(f"there must be two levels or more, got {len(levels)}")
     for here, there in zip(levels, levels[1:], strict=False):
@@ -86,18 +88,20 @@ def steps(
         fresh = None
         if rule == "ddpm":
             fresh = normal(jax.vmap(jax.random.fold_in, (0, None))(keys, number), z.shape[1:])
-        z, clean, memory = _RULES[rule](denoise, z, here, there, memory, fresh)
+        z, clean, memory = _SAMPLERS[rule](denoise, z, here, there, memory, fresh)
         yield Step(number, z, clean)
 
 
-def sample(denoise: Denoise, z: jax.Array, levels: Sequence[Level], rule: Rule = "dpmpp", **kw):
+def sample(
+    denoise: DenoiseFn, z: jax.Array, levels: Sequence[NoiseLevel], rule: Sampler = "dpmpp", **kw
+):
     """The picture at the end of `steps`."""
     for step in steps(denoise, z, levels, rule, **kw):
         z = step.noisy
     return z
 
 
-def keys_of(seed: int, count: int) -> jax.Array:
+def image_keys(seed: int, count: int) -> jax.Array:
     """Keys for the pictures of a request: number i has the same for every `count`."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(count))
 
@@ -111,12 +115,12 @@ def normal(keys: jax.Array, shape: Sequence[int]) -> jax.Array:
 # what it wants to remember.
 
 
-def _ddim(denoise, z, here: Level, there: Level, memory, fresh):
+def _ddim(denoise, z, here: NoiseLevel, there: NoiseLevel, memory, fresh):
     x = denoise(z, here)
     return there.alpha * x + there.sigma * schedule.noise(x, z, here), x, None
 
 
-def _ddpm(denoise, z, here: Level, there: Level, memory, fresh):
+def _ddpm(denoise, z, here: NoiseLevel, there: NoiseLevel, memory, fresh):
     x = denoise(z, here)
     # Of the noise that will be left, so much is new; the rest is what was seen.
     new = there.sigma / here.sigma
@@ -125,7 +129,7 @@ def _ddpm(denoise, z, here: Level, there: Level, memory, fresh):
     return there.alpha * x + old * schedule.noise(x, z, here) + new * fresh, x, None
 
 
-def _heun(denoise, z, here: Level, there: Level, memory, fresh):
+def _heun(denoise, z, here: NoiseLevel, there: NoiseLevel, memory, fresh):
     begin, end = (schedule.from_flow(schedule.to_flow(level)) for level in (here, there))
     y = schedule.rescale(z, here, begin)
     x = denoise(z, here)
@@ -138,7 +142,7 @@ def _heun(denoise, z, here: Level, there: Level, memory, fresh):
     return schedule.rescale(ahead, end, there), x, None
 
 
-def _dpmpp(denoise, z, here: Level, there: Level, memory, fresh):
+def _dpmpp(denoise, z, here: NoiseLevel, there: NoiseLevel, memory, fresh):
     x = denoise(z, here)
     if there.sigma == 0:
         return there.alpha * x, x, None
@@ -154,7 +158,7 @@ def _dpmpp(denoise, z, here: Level, there: Level, memory, fresh):
     return z, x, (x, stride)
 
 
-_RULES: dict[str, Any] = {
+_SAMPLERS: dict[str, Any] = {
     "euler": _ddim,
     "ddim": _ddim,
     "ddpm": _ddpm,
@@ -163,6 +167,8 @@ _RULES: dict[str, Any] = {
 }
 
 
-def guide(with_prompt: jax.Array, without: jax.Array, scale: float | jax.Array) -> jax.Array:
+def classifier_free_guidance(
+    with_prompt: jax.Array, without: jax.Array, scale: float | jax.Array
+) -> jax.Array:
     """What the prompt adds, multiplied; at scale 1 the picture with the prompt itself."""
     return without + scale * (with_prompt - without)

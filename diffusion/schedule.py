@@ -28,11 +28,11 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-Prediction = Literal["x0", "epsilon", "v", "flow"]
-PREDICTIONS = ("x0", "epsilon", "v", "flow")
+PredictionType = Literal["x0", "epsilon", "v", "flow"]
+PREDICTION_TYPES = ("x0", "epsilon", "v", "flow")
 
 
-class Level(NamedTuple):
+class NoiseLevel(NamedTuple):
     """How noisy a picture is: `z = alpha * x + sigma * e`."""
 
     alpha: float | np.ndarray
@@ -47,32 +47,32 @@ class Level(NamedTuple):
 # The three notations
 
 
-def from_alpha_bar(alpha_bar) -> Level:
+def from_alpha_bar(alpha_bar) -> NoiseLevel:
     """From DDPM's alpha-bar, the share of the picture in the variance."""
-    return Level(alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
+    return NoiseLevel(alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
 
 
-def from_sigma(sigma) -> Level:
+def from_sigma(sigma) -> NoiseLevel:
     """From EDM's sigma."""
-    return Level(sigma * 0 + 1.0, sigma)
+    return NoiseLevel(sigma * 0 + 1.0, sigma)
 
 
-def from_flow(t) -> Level:
+def from_flow(t) -> NoiseLevel:
     """From the time of a straight flow: 0 is noise, 1 is the picture."""
-    return Level(t, 1 - t)
+    return NoiseLevel(t, 1 - t)
 
 
-def to_alpha_bar(level: Level):
+def to_alpha_bar(level: NoiseLevel):
     """The share of the picture in the variance; alpha-bar of the level with the same ratio."""
     return level.alpha**2 / (level.alpha**2 + level.sigma**2)
 
 
-def to_flow(level: Level):
+def to_flow(level: NoiseLevel):
     """The time at which a straight flow has the same ratio of noise to picture."""
     return level.alpha / (level.alpha + level.sigma)
 
 
-def rescale(z, here: Level, there: Level):
+def rescale(z, here: NoiseLevel, there: NoiseLevel):
     """The noisy picture in another notation; the ratios of the two levels must be equal."""
     return z * ((there.alpha + there.sigma) / (here.alpha + here.sigma))
 
@@ -100,7 +100,7 @@ def alpha_bars(betas: np.ndarray) -> np.ndarray:
     return np.cumprod(1 - betas)
 
 
-def ddpm_levels(betas: np.ndarray, steps: int) -> list[Level]:
+def ddpm_levels(betas: np.ndarray, steps: int) -> list[NoiseLevel]:
     """Evenly spaced steps of a trained schedule, the noisiest first, then the clean picture.
 
     Spaced so that the last step visited is the first of training ("leading"; n must divide).
@@ -111,20 +111,20 @@ def ddpm_levels(betas: np.ndarray, steps: int) -> list[Level]:
     if steps < 1 or len(betas) % steps:
         raise ValueError(f"steps must divide {len(betas)}, got {steps}")
     visited = alpha_bars(betas)[:: len(betas) // steps][::-1]
-    return [from_alpha_bar(float(a)) for a in visited] + [Level(1.0, 0.0)]
+    return [from_alpha_bar(float(a)) for a in visited] + [NoiseLevel(1.0, 0.0)]
 
 
 def karras_levels(
     steps: int, smallest: float = 0.002, largest: float = 80.0, rho: float = 7.0
-) -> list[Level]:
+) -> list[NoiseLevel]:
     """EDM's sigmas, which spend more steps where little noise is left, then the clean picture."""
     ramp = np.linspace(0, 1, steps) if steps > 1 else np.zeros(1)
     low, high = smallest ** (1 / rho), largest ** (1 / rho)
     sigmas = (high + ramp * (low - high)) ** rho
-    return [from_sigma(float(sigma)) for sigma in sigmas] + [Level(1.0, 0.0)]
+    return [from_sigma(float(sigma)) for sigma in sigmas] + [NoiseLevel(1.0, 0.0)]
 
 
-def flow_levels(steps: int, shift: float = 1.0, *, begin: float = 0.0) -> list[Level]:
+def flow_levels(steps: int, shift: float = 1.0, *, begin: float = 0.0) -> list[NoiseLevel]:
     """Times from 0 to 1, evenly; a shift above 1 spends more steps where much noise is left.
 
     The shift multiplies every ratio of noise to picture (Esser et al. 2024, arXiv:2403.03206).
@@ -137,7 +137,7 @@ def flow_levels(steps: int, shift: float = 1.0, *, begin: float = 0.0) -> list[L
 # What a network says
 
 
-def target(kind: Prediction, x, e, level: Level):
+def target(kind: PredictionType, x, e, level: NoiseLevel):
     """What a network of this kind should say: x, e, or a mixture of both.
 
     "v" is `alpha * e - sigma * x` (Salimans & Ho 2022, arXiv:2202.00512), "flow" the velocity
@@ -152,10 +152,10 @@ def target(kind: Prediction, x, e, level: Level):
         return alpha * e - sigma * x
     if kind == "flow":
         return x - e
-    raise ValueError(f"kind must be one of {', '.join(PREDICTIONS)}, got {kind!r}")
+    raise ValueError(f"kind must be one of {', '.join(PREDICTION_TYPES)}, got {kind!r}")
 
 
-def clean(kind: Prediction, said, z, level: Level):
+def clean(kind: PredictionType, said, z, level: NoiseLevel):
     """The clean picture that follows from what a network said of `z`.
 
     From "epsilon" it does not where alpha is 0: pure noise tells nothing of x.
@@ -169,10 +169,10 @@ def clean(kind: Prediction, said, z, level: Level):
         return (alpha * z - sigma * said) / (alpha**2 + sigma**2)
     if kind == "flow":
         return (z + sigma * said) / (alpha + sigma)
-    raise ValueError(f"kind must be one of {', '.join(PREDICTIONS)}, got {kind!r}")
+    raise ValueError(f"kind must be one of {', '.join(PREDICTION_TYPES)}, got {kind!r}")
 
 
-def noise(x, z, level: Level):
+def noise(x, z, level: NoiseLevel):
     """The noise in `z`, when the clean picture is known; sigma must not be 0."""
     return (z - level.alpha * x) / level.sigma
 

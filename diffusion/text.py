@@ -24,11 +24,11 @@ from transformer import encoder
 from transformer.checkpoint import bert
 
 MAX_TOKENS = 16  # the two special tokens included
-_ROWS = 64  # texts in a batch
+_BATCH_SIZE = 64  # texts in a batch
 
 
 @struct.dataclass
-class Text:
+class PromptEmbeds:
     """Prompts, as the model sees them.
 
     Attributes:
@@ -42,20 +42,20 @@ class Text:
     pooled: jax.Array
 
 
-class Reader:
+class TextEncoder:
     """Reads prompts.
 
     Attributes:
         width: E, of a state.
     """
 
-    def __init__(self, folder: Path, *, format: str = "float32"):
+    def __init__(self, folder: Path, *, dtype: str = "float32"):
         """Loads the encoder and its vocabulary from a sentence-transformers folder."""
-        self._words = bpe.load_wordpiece(folder)
-        self._params, self._cfg = bert.load(folder, format=format)
+        self._tokenizer = bpe.load_wordpiece(folder)
+        self._params, self._cfg = bert.load(folder, dtype=dtype)
         self.width = self._cfg.d_model
 
-    def __call__(self, prompts: Sequence[str]) -> Text:
+    def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
         """The states of some prompts; float32, padded to `MAX_TOKENS`.
 
         An empty prompt says nothing, which is not the same as what the encoder makes of no words.
@@ -63,23 +63,23 @@ class Reader:
         ids = np.zeros((len(prompts), MAX_TOKENS), np.int32)
         mask = np.zeros((len(prompts), MAX_TOKENS), bool)
         for row, prompt in enumerate(prompts):
-            found = self._words.encode(prompt, max_length=MAX_TOKENS)
+            found = self._tokenizer.encode(prompt, max_length=MAX_TOKENS)
             ids[row, : len(found)] = found
             mask[row, : len(found)] = bool(prompt.strip())
         parts = []
-        for start in range(0, len(prompts), _ROWS):
-            rows = slice(start, start + _ROWS)
-            short = _ROWS - len(ids[rows]) if len(prompts) > _ROWS else 0
+        for start in range(0, len(prompts), _BATCH_SIZE):
+            rows = slice(start, start + _BATCH_SIZE)
+            short = _BATCH_SIZE - len(ids[rows]) if len(prompts) > _BATCH_SIZE else 0
             batch = np.pad(ids[rows], ((0, short), (0, 0)))
             segments = np.pad(mask[rows], ((0, short), (0, 0))).astype(np.int32)
-            states, pooled = _read(self._params, self._cfg, batch, segments)
+            states, pooled = _encode(self._params, self._cfg, batch, segments)
             count = len(ids[rows])
             parts.append((np.asarray(states[:count]), np.asarray(pooled[:count])))
         states, pooled = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return Text(states=states, mask=mask, pooled=pooled)
+        return PromptEmbeds(states=states, mask=mask, pooled=pooled)
 
 
 @partial(jax.jit, static_argnames="cfg")
-def _read(params: encoder.Params, cfg: encoder.Config, ids, segments):
+def _encode(params: encoder.Params, cfg: encoder.Config, ids, segments):
     states, _ = encoder.forward(params, cfg, ids, segments)  # [B, S, E]
     return states, encoder.pool(states, cfg, segments, 1)[:, 0]

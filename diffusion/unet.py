@@ -23,8 +23,8 @@ from flax import struct
 
 from diffusion import layers
 from diffusion.config import UNetConfig
-from diffusion.layers import Condition, fold, matrix, normed, unfold
-from diffusion.text import Text
+from diffusion.layers import Condition, abstract_linear, depth_to_space, rms_norm, space_to_depth
+from diffusion.text import PromptEmbeds
 from transformer.decoder import ArrayInfo
 from transformer.layers import linear
 from transformer.weights import Linear
@@ -84,14 +84,14 @@ def abstract(cfg: UNetConfig) -> Params:
 
     def block(width: int) -> Block:
         return Block(
-            first=matrix(width, 9 * width),
-            film=matrix(2 * width, cfg.d_cond, is_zero=True),
-            second=matrix(width, 9 * width, is_zero=True),
+            first=abstract_linear(width, 9 * width),
+            film=abstract_linear(2 * width, cfg.d_cond, is_zero=True),
+            second=abstract_linear(width, 9 * width, is_zero=True),
         )
 
     def attention(width: int) -> Attention:
-        square = matrix(width, width, bias=False)
-        from_text = matrix(width, cfg.text_dim, bias=False)
+        square = abstract_linear(width, width, bias=False)
+        from_text = abstract_linear(width, cfg.text_dim, bias=False)
         scale = ArrayInfo((cfg.head_dim,), ("head",), ones)
         return Attention(
             q=square,
@@ -101,7 +101,7 @@ def abstract(cfg: UNetConfig) -> Params:
             text_v=from_text,
             q_scale=scale,
             k_scale=scale,
-            out=matrix(width, width, bias=False, is_zero=True),
+            out=abstract_linear(width, width, bias=False, is_zero=True),
         )
 
     stages = []
@@ -114,23 +114,23 @@ def abstract(cfg: UNetConfig) -> Params:
                 up=(block(width),) * count,
                 attention_down=attends,
                 attention_up=attends,
-                shrink=None if coarser is None else matrix(coarser, 4 * width),
-                grow=None if coarser is None else matrix(4 * width, coarser),
-                skip=None if coarser is None else matrix(width, width, bias=False),
+                shrink=None if coarser is None else abstract_linear(coarser, 4 * width),
+                grow=None if coarser is None else abstract_linear(4 * width, coarser),
+                skip=None if coarser is None else abstract_linear(width, width, bias=False),
             )
         )
     coarsest = cfg.image_size // 2 ** len(cfg.channels)
     return Params(
         condition=layers.abstract_condition(cfg.d_cond, cfg.text_dim),
-        plan=matrix(coarsest**2 * cfg.channels[-1], cfg.d_cond),
-        first=matrix(cfg.channels[0], 9 * 12),
+        plan=abstract_linear(coarsest**2 * cfg.channels[-1], cfg.d_cond),
+        first=abstract_linear(cfg.channels[0], 9 * 12),
         stages=tuple(stages),
-        last=matrix(12, 9 * cfg.channels[0], is_zero=True),
+        last=abstract_linear(12, 9 * cfg.channels[0], is_zero=True),
     )
 
 
 def forward(
-    params: Params, cfg: UNetConfig, x: jax.Array, t: jax.Array, text: Text, keep: jax.Array
+    params: Params, cfg: UNetConfig, x: jax.Array, t: jax.Array, text: PromptEmbeds, keep: jax.Array
 ) -> jax.Array:
     """What the network says of a noisy picture; `model.denoise` makes the clean one of it.
 
@@ -145,35 +145,35 @@ def forward(
     """
     with jax.named_scope("condition"):
         cond, words, mask = layers.condition(params.condition, t, text, keep)
-    x = conv(fold(x), params.first)  # [B, Y/2, X/2, C]
+    x = conv(space_to_depth(x), params.first)  # [B, Y/2, X/2, C]
     skips = []
     for stage in params.stages:
         with jax.named_scope("down"):
             if stage.shrink is None:
                 x = x + linear(cond, params.plan).reshape(x.shape)
             for block in stage.down:
-                x = residual(x, block, cond)
+                x = residual_block(x, block, cond)
             if stage.attention_down is not None:
                 x = attend(x, stage.attention_down, cfg, words, mask)
             skips.append(x)
             if stage.shrink is not None:
-                x = linear(fold(x), stage.shrink)  # [B, Y/2, X/2, C']
+                x = linear(space_to_depth(x), stage.shrink)  # [B, Y/2, X/2, C']
     for stage, skip in zip(reversed(params.stages), reversed(skips), strict=True):
         with jax.named_scope("up"):
             if stage.grow is not None:
-                x = unfold(linear(x, stage.grow)) + linear(skip, stage.skip)
+                x = depth_to_space(linear(x, stage.grow)) + linear(skip, stage.skip)
             for block in stage.up:
-                x = residual(x, block, cond)
+                x = residual_block(x, block, cond)
             if stage.attention_up is not None:
                 x = attend(x, stage.attention_up, cfg, words, mask)
-    return unfold(conv(jax.nn.silu(normed(x)), params.last))
+    return depth_to_space(conv(jax.nn.silu(rms_norm(x)), params.last))
 
 
-def residual(x: jax.Array, p: Block, cond: jax.Array) -> jax.Array:
+def residual_block(x: jax.Array, p: Block, cond: jax.Array) -> jax.Array:
     """A residual block: [B, Y, X, C] -> the same."""
     scale, shift = jnp.split(linear(cond, p.film)[:, None, None], 2, -1)
-    y = conv(jax.nn.silu(normed(x)), p.first)
-    y = conv(jax.nn.silu(normed(y) * (1 + scale) + shift), p.second)
+    y = conv(jax.nn.silu(rms_norm(x)), p.first)
+    y = conv(jax.nn.silu(rms_norm(y) * (1 + scale) + shift), p.second)
     return x + y
 
 
@@ -182,14 +182,14 @@ def attend(
 ) -> jax.Array:
     """Every pixel looks at all pixels and at all words: [B, Y, X, C] -> the same."""
     b, height, width, c = x.shape
-    y = normed(x).reshape(b, height * width, c)  # [B, T, C]
+    y = rms_norm(x).reshape(b, height * width, c)  # [B, T, C]
 
     def split(a: jax.Array) -> jax.Array:
         return a.reshape(b, -1, c // cfg.head_dim, cfg.head_dim)
 
-    query = normed(split(linear(y, p.q))) * p.q_scale  # [B, T, N, H]
+    query = rms_norm(split(linear(y, p.q))) * p.q_scale  # [B, T, N, H]
     keys = jnp.concatenate([linear(y, p.k), linear(words, p.text_k)], 1)
-    keys = normed(split(keys)) * p.k_scale  # [B, T + S, N, H]
+    keys = rms_norm(split(keys)) * p.k_scale  # [B, T + S, N, H]
     values = split(jnp.concatenate([linear(y, p.v), linear(words, p.text_v)], 1))
     seen = jnp.concatenate([jnp.ones((b, height * width), bool), mask], 1)
     y = layers.attend(query, keys, values, seen).reshape(x.shape)

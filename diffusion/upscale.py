@@ -20,7 +20,7 @@ import numpy as np
 from flax import struct
 
 from diffusion.config import UpscalerConfig
-from diffusion.layers import fold, matrix, normed, unfold
+from diffusion.layers import abstract_linear, depth_to_space, rms_norm, space_to_depth
 from diffusion.unet import conv
 from transformer.weights import Linear
 
@@ -46,28 +46,28 @@ def abstract(cfg: UpscalerConfig) -> Params:
     """The tree of `Params` with an `ArrayInfo` at each leaf; every leaf is float32."""
     width = cfg.width
     block = Block(
-        first=matrix(width, 9 * width),
-        second=matrix(width, 9 * width, is_zero=True),
+        first=abstract_linear(width, 9 * width),
+        second=abstract_linear(width, 9 * width, is_zero=True),
     )
     return Params(
-        first=matrix(width, 9 * 12),
+        first=abstract_linear(width, 9 * 12),
         blocks=(block,) * cfg.num_blocks,
-        last=matrix(48, 9 * width, is_zero=True),
+        last=abstract_linear(48, 9 * width, is_zero=True),
     )
 
 
 @partial(jax.jit, static_argnames="cfg")
-def double(params: Params, cfg: UpscalerConfig, x: jax.Array) -> jax.Array:
+def upscale_2x(params: Params, cfg: UpscalerConfig, x: jax.Array) -> jax.Array:
     """Pictures of any even size, twice as large: float32 [B, Y, X, 3] -> [B, 2 Y, 2 X, 3]."""
-    y = conv(fold(x), params.first)  # [B, Y/2, X/2, C]
+    y = conv(space_to_depth(x), params.first)  # [B, Y/2, X/2, C]
     for block in params.blocks:
-        z = conv(jax.nn.silu(normed(y)), block.first)
-        y = y + conv(jax.nn.silu(normed(z)), block.second)
-    correction = unfold(conv(jax.nn.silu(normed(y)), params.last), 4)  # [B, 2 Y, 2 X, 3]
+        z = conv(jax.nn.silu(rms_norm(y)), block.first)
+        y = y + conv(jax.nn.silu(rms_norm(z)), block.second)
+    correction = depth_to_space(conv(jax.nn.silu(rms_norm(y)), params.last), 4)  # [B, 2 Y, 2 X, 3]
     return jnp.repeat(jnp.repeat(x, 2, 1), 2, 2) + correction
 
 
-def enlarge(picture: np.ndarray, size: int) -> np.ndarray:
+def resize(picture: np.ndarray, size: int) -> np.ndarray:
     """A picture at any size, by Lanczos's filter: uint8 [Y, X, C] -> [size, size, C]."""
     from PIL import Image
 

@@ -35,7 +35,7 @@ from serve import settings
 from serve.models import catalogue, download
 from transformer import checkpoint, decoder
 from transformer.generate import generate
-from transformer.sampling import Sampling
+from transformer.sampling import SamplingParams
 
 # Compiled programs are kept where the server keeps its own: the second run need not compile them.
 jax.config.update("jax_compilation_cache_dir", str(settings.data_folder() / "compiled"))
@@ -143,7 +143,7 @@ class Tokens:
         return f'<div style="line-height:2">{" ".join(boxes)}</div>'
 
 
-path = download.find(catalogue.load().models[MODEL], settings.data_folder())
+path = download.find_path(catalogue.load().models[MODEL], settings.data_folder())
 tokenizer = bpe.load(path)
 encoding = tokenizer.encoding
 display(Tokens(encoding, encoding.encode("The hamburger costs 12 euros, indubitably. 🍔")))
@@ -207,7 +207,7 @@ plt.show()
 # *logits*), and softmax from logits to chances.
 
 # %%
-params, config, _ = checkpoint.load(path, format="float32")
+params, config, _ = checkpoint.load(path, dtype="float32")
 ids = encoding.encode(START)
 logits, _ = jax.jit(decoder.forward, static_argnums=1)(params, config, np.array([ids], np.int32))
 print(f"{config.num_params / 1e6:.1f} million weights; logits are", logits.shape, "[B, T, V]")
@@ -246,9 +246,18 @@ greedy = encoding.decode(
 print(greedy)
 
 sea = tokenizer.chat_template.encode(encoding, STORY)
-how = Sampling(temperature=0.7, seed=1)
+sampling = SamplingParams(temperature=0.7, seed=1)
 drawn = encoding.decode(
-    list(generate(params, config, sea, max_new_tokens=16, how=how, stop_ids=tokenizer.stop_ids))
+    list(
+        generate(
+            params,
+            config,
+            sea,
+            max_new_tokens=16,
+            sampling_params=sampling,
+            stop_ids=tokenizer.stop_ids,
+        )
+    )
 )
 print(" ".join(drawn.split()))
 

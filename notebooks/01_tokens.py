@@ -29,10 +29,10 @@ import matplotlib.pyplot as plt
 from IPython.display import display
 
 import bpe
-from bpe.explain import drawing, measure
+from bpe.explain import measure, merge_diagram
 from bpe.pretokenize import CL100K, GPT2, O200K, compile_pattern, split
-from bpe.train import count_pieces, join, vocabulary
-from bpe.train_fast import learn
+from bpe.train import build_vocab, count_pieces, merge_pair
+from bpe.train_fast import learn_merges
 from bpe.trainer import train
 
 # %% [markdown]
@@ -62,7 +62,7 @@ print("".join(word))
 for new in "ZYX":
     pairs = Counter(pairwise(word))
     best = max(pairs, key=lambda pair: pairs[pair])
-    word = join(word, best, new)
+    word = merge_pair(word, best, new)
     print(f"{''.join(word):<12} {new} = {' + '.join(best)}, which occurred {pairs[best]} times")
 
 # %% [markdown]
@@ -83,7 +83,7 @@ print(f"{len(corpus):,} characters, {len(corpus.encode()):,} bytes")
 
 def learned(counts: dict[bytes, int], merges: int) -> list[bytes]:
     """The tokens that merges make, without the 256 bytes, in order."""
-    return list(vocabulary(learn(counts, merges)))[256:]
+    return list(build_vocab(learn_merges(counts, merges)))[256:]
 
 
 def summarize(tokens: list[bytes]) -> None:
@@ -195,9 +195,9 @@ plt.show()
 # that was learned first. The number of a merge is its *rank*; lines show what has grown together.
 
 # %%
-print(drawing(encoding, " tokenizers"))
+print(merge_diagram(encoding, " tokenizers"))
 print()
-print(drawing(encoding, " naïve"))
+print(merge_diagram(encoding, " naïve"))
 
 # %% [markdown]
 # ## 6. And back

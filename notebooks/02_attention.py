@@ -16,7 +16,7 @@
 #
 # *Needs:* a little linear algebra, and the default model (`pellucid pull`).
 # *Takes:* half a minute to run, half an hour to read.
-# *Explains:* `transformer/attention.py`, `transformer/cache.py`, `transformer/inspect.py`.
+# *Explains:* `transformer/attention.py`, `transformer/cache.py`, `transformer/interpret.py`.
 
 # %%
 import time
@@ -30,7 +30,7 @@ import numpy as np
 import bpe
 from serve import settings
 from serve.models import catalogue, download
-from transformer import attention, cache, checkpoint, decoder, generate, inspect, kernels, rope
+from transformer import attention, cache, checkpoint, decoder, generate, interpret, kernels, rope
 from transformer.config import Config
 
 jax.config.update("jax_compilation_cache_dir", str(settings.data_folder() / "compiled"))
@@ -128,13 +128,13 @@ print(f"along each diagonal all scores are alike to within 1e-4: {max(along) < 1
 # SmolLM2 has 30 layers of 9 heads. `inspect.attention` reads a sequence and returns all 270 maps.
 
 # %%
-path = download.find(catalogue.load().models["smollm2-135m-instruct"], settings.data_folder())
+path = download.find_path(catalogue.load().models["smollm2-135m-instruct"], settings.data_folder())
 params, cfg, metadata = checkpoint.load(path)
 encoding = bpe.from_gguf(metadata).encoding
 TEXT = "The cat sat down because it was tired. The cat sat"
 ids = encoding.encode(TEXT)
 tokens = [encoding.decode([id]) for id in ids]
-maps = np.asarray(inspect.attention(params, cfg, ids))  # [L, N, T, T]
+maps = np.asarray(interpret.attention(params, cfg, ids))  # [L, N, T, T]
 print(maps.shape, "[L, N, T, T]; rows sum to 1:", bool(np.allclose(maps.sum(-1), 1, atol=1e-5)))
 
 # %% [markdown]
@@ -179,8 +179,8 @@ noise = rng.integers(1000, 40000, 12).tolist() * 2
 def surprise(heads: np.ndarray) -> float:
     """Nats a token over the second half of the noise, without some heads."""
     places = [divmod(int(head), cfg.num_heads) for head in heads]
-    found = inspect.alternatives(inspect.ablate(params, cfg, places), cfg, noise, 1)
-    return -float(found.chosen[12:].mean())
+    found = interpret.alternatives(interpret.ablate(params, cfg, places), cfg, noise, 1)
+    return -float(found.token_logprobs[12:].mean())
 
 
 whole, without_copying, without_others = surprise([]), surprise(copying), surprise(others)
@@ -214,12 +214,12 @@ def project(x: jax.Array) -> list[jax.Array]:
 
 
 all_at_once, _ = attention.attend(*project(stream))
-remembered_keys, remembered_values, one_by_one = [], [], []
+cached_keys, cached_values, one_by_one = [], [], []
 for t in range(10):
     q, k, v = project(stream[:, t : t + 1])  # of one token
-    remembered_keys.append(k)
-    remembered_values.append(v)
-    k, v = (jnp.concatenate(kept, axis=1) for kept in (remembered_keys, remembered_values))
+    cached_keys.append(k)
+    cached_values.append(v)
+    k, v = (jnp.concatenate(kept, axis=1) for kept in (cached_keys, cached_values))
     # The last row of causal attention sees everything; there are no other rows.
     padded = jnp.pad(q, ((0, 0), (t, 0), (0, 0), (0, 0)))
     one_by_one.append(attention.attend(padded, k, v)[0][:, -1:])
@@ -234,7 +234,7 @@ print(f"with a memory and without differ by less than 1e-5: "
 # memory cost, and what does it save?
 
 # %%
-per_token = cache.bytes_per_block(cfg, jnp.bfloat16) // cache.BLOCK
+per_token = cache.bytes_per_block(cfg, jnp.bfloat16) // cache.BLOCK_SIZE
 print(f"SmolLM2 remembers {per_token / 1024:.1f} kB a token in bfloat16, "
       f"{per_token * cfg.max_seq_len / 2**20:.0f} MB for {cfg.max_seq_len:,} tokens")  # fmt: skip
 kv_share = cfg.num_kv_heads / cfg.num_heads
@@ -247,7 +247,7 @@ six = Config(**{**{f: getattr(cfg, f) for f in cfg.__dataclass_fields__}, "num_l
 
 
 @jax.jit
-def next_without_memory(weights, ids, length):
+def next_without_cache(weights, ids, length):
     """The likeliest next token, having read everything again."""
     logits, _ = decoder.forward(weights, six, ids)
     return logits[0, length - 1].argmax()
@@ -256,18 +256,18 @@ def next_without_memory(weights, ids, length):
 NEW, ROOM = 24, 256
 buffer = np.zeros((1, ROOM), np.int32)
 buffer[0, : len(story)] = story
-next_without_memory(cut, buffer, len(story)).block_until_ready()  # compile
+next_without_cache(cut, buffer, len(story)).block_until_ready()  # compile
 started = time.perf_counter()
 for n in range(len(story), len(story) + NEW):
-    buffer[0, n] = next_without_memory(cut, buffer, n)
+    buffer[0, n] = next_without_cache(cut, buffer, n)
 slow = time.perf_counter() - started
 
-greedy = generate.Sampling(temperature=0.0)
-list(generate.generate(cut, six, story, max_new_tokens=2, how=greedy))  # compile
+greedy = generate.SamplingParams(temperature=0.0)
+list(generate.generate(cut, six, story, max_new_tokens=2, sampling_params=greedy))  # compile
 started = time.perf_counter()
-said = list(generate.generate(cut, six, story, max_new_tokens=NEW, how=greedy))
+generated = list(generate.generate(cut, six, story, max_new_tokens=NEW, sampling_params=greedy))
 fast = time.perf_counter() - started
-print(f"the same {NEW} tokens: {said == buffer[0, len(story) : len(story) + NEW].tolist()}")
+print(f"the same {NEW} tokens: {generated == buffer[0, len(story) : len(story) + NEW].tolist()}")
 print(f"with the cache it took less than a third of the time: {fast < slow / 3}")
 
 # %% [markdown]
@@ -281,7 +281,7 @@ assert kinds["looks at the token before"].max() > 0.5
 assert kinds["looks at what came next last time"].max() > 0.2
 assert without_copying > max(whole, without_others) + 1, "copying heads are missed"
 assert float(jnp.abs(cached - all_at_once).max()) < 1e-5, "cache = no cache"
-assert said == buffer[0, len(story) : len(story) + NEW].tolist(), "the same tokens either way"
+assert generated == buffer[0, len(story) : len(story) + NEW].tolist(), "the same tokens either way"
 print("all true")
 
 # %% [markdown]

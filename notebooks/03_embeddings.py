@@ -31,7 +31,7 @@ from transformer.checkpoint import bert
 
 jax.config.update("jax_compilation_cache_dir", str(settings.data_folder() / "compiled"))
 
-folder = download.find(catalogue.load().models["all-minilm-l6-v2"], settings.data_folder())
+folder = download.find_path(catalogue.load().models["all-minilm-l6-v2"], settings.data_folder())
 params, cfg = bert.load(folder)
 words = bpe.load_wordpiece(folder)
 
@@ -50,7 +50,7 @@ def embed(texts: list[str]) -> np.ndarray:
 # %%
 TEXT = "Unbelievably tasty hamburgers!"
 ids = words.encode(TEXT)
-print(words.pieces(ids))
+print(words.convert_ids_to_tokens(ids))
 ones = np.ones((1, len(ids)), np.int32)
 x, _ = encoder.forward(params, cfg, np.array([ids], np.int32), ones)  # [1, T, D]
 mean = np.asarray(x[0].mean(0))
@@ -196,7 +196,7 @@ plt.show()
 # this one was not.
 
 # %%
-narrow, _ = bert.load(folder, format="bfloat16")
+narrow, _ = bert.load(folder, dtype="bfloat16")
 other = encoder.embed_all(narrow, cfg, words.encode_batch(texts))
 worst = float((other * points).sum(1).min())
 print(f"bfloat16: every cosine with float32 is above 0.9999: {worst > 0.9999}")

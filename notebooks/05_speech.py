@@ -30,7 +30,7 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 import audio
 from audio import decode, mel, model, timing, vad
-from audio.load import RATE
+from audio.load import SAMPLE_RATE
 from serve import settings
 from serve.models import catalogue, download
 
@@ -40,11 +40,11 @@ set_matplotlib_formats("jpeg", pil_kwargs={"quality": 38})  # spectrograms make 
 
 clips = Path("../tests/golden/audio")
 samples = audio.load(clips / "austen-0890.flac")
-folder = download.find(catalogue.load().models["whisper-tiny.en"], settings.data_folder())
+folder = download.find_path(catalogue.load().models["whisper-tiny.en"], settings.data_folder())
 whisper = audio.load_model(folder)
-tokens, cfg = whisper.tokens, whisper.cfg
+tokens, cfg = whisper.tokenizer, whisper.cfg
 print(
-    f"{len(samples)} samples, {len(samples) / RATE} seconds, the loudest {abs(samples).max():.2f}"
+    f"{len(samples)} samples, {len(samples) / SAMPLE_RATE} seconds, the loudest {abs(samples).max():.2f}"
 )
 
 # %% [markdown]
@@ -54,7 +54,7 @@ print(
 # itself some hundred times a second, and that an *s* is noise.
 
 # %%
-seconds = np.arange(len(samples)) / RATE
+seconds = np.arange(len(samples)) / SAMPLE_RATE
 figure, axes = plt.subplots(3, 1, figsize=(10, 5), layout="constrained")
 for axis, (start, end), title in zip(
     axes,
@@ -62,7 +62,7 @@ for axis, (start, end), title in zip(
     ["Five seconds", "Forty thousandths: a vowel", "and an s"],
     strict=True,
 ):
-    part = slice(int(start * RATE), int(end * RATE))
+    part = slice(int(start * SAMPLE_RATE), int(end * SAMPLE_RATE))
     axis.plot(seconds[part], samples[part], linewidth=0.6)
     axis.set(title=title, yticks=[])
 plt.show()
@@ -75,21 +75,23 @@ plt.show()
 # frequencies by a Fourier transform.
 
 # %%
-window = np.hanning(mel.WINDOW + 1)[:-1]
+window = np.hanning(mel.N_FFT + 1)[:-1]
 
 
 def powers(centre: int) -> np.ndarray:
     """The power of each of 201 frequencies around one sample."""
-    frame = samples[centre - mel.WINDOW // 2 : centre + mel.WINDOW // 2]
+    frame = samples[centre - mel.N_FFT // 2 : centre + mel.N_FFT // 2]
     return np.abs(np.fft.rfft(frame * window)) ** 2
 
 
-at = int(0.88 * RATE) // mel.HOP * mel.HOP
-bands = mel.mel_bands(cfg.num_mels)  # [M, 201]
+at = int(0.88 * SAMPLE_RATE) // mel.HOP_LENGTH * mel.HOP_LENGTH
+bands = mel.mel_filters(cfg.num_mels)  # [M, 201]
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
-left.plot(np.fft.rfftfreq(mel.WINDOW, 1 / RATE), 10 * np.log10(powers(at) + 1e-10), linewidth=0.8)
+left.plot(
+    np.fft.rfftfreq(mel.N_FFT, 1 / SAMPLE_RATE), 10 * np.log10(powers(at) + 1e-10), linewidth=0.8
+)
 left.set(title="The vowel: peaks are its overtones", xlabel="hertz", ylabel="decibels")
-right.plot(np.fft.rfftfreq(mel.WINDOW, 1 / RATE), bands[::6].T, linewidth=0.8)
+right.plot(np.fft.rfftfreq(mel.N_FFT, 1 / SAMPLE_RATE), bands[::6].T, linewidth=0.8)
 right.set(title="Every sixth of the 80 mel bands", xlabel="hertz", yticks=[])
 plt.show()
 
@@ -103,7 +105,7 @@ plt.show()
 spectrogram = mel.log_mel(samples, cfg.num_mels)  # [T, M]
 by_hand = np.log10(np.maximum(bands @ powers(at), 1e-10))
 ours = (np.maximum(by_hand, spectrogram.max() * 4 - 4 - 8) + 4) / 4
-error = np.abs(ours - spectrogram[at // mel.HOP]).max()
+error = np.abs(ours - spectrogram[at // mel.HOP_LENGTH]).max()
 print(f"one column by hand is what the library says, to 1e-3: {error < 1e-3}")
 plt.figure(figsize=(10, 2.6), layout="constrained")
 plt.imshow(spectrogram.T, origin="lower", aspect="auto", cmap="magma", extent=(0, 5.3, 0, 80))
@@ -160,7 +162,7 @@ for _ in range(18):
 # or that the model thinks unlikely, is tried again with some chance (*temperature*). With them:
 
 # %%
-(result,) = decode.decode(whisper, sound, audio.Options())
+(result,) = decode.decode(whisper, sound, audio.DecodingOptions())
 print(result.text)
 points = [(id - tokens.timestamp_begin) * 0.02 for id in result.ids if id >= tokens.timestamp_begin]
 print(f"said from {points[0]:.2f} to {points[-1]:.2f} s; a mean log-probability of "
@@ -176,9 +178,9 @@ print(f"said from {points[0]:.2f} to {points[-1]:.2f} s; a mean log-probability 
 
 # %%
 ids = [id for id in result.ids if id < tokens.eot]
-scores, _ = timing.attention(whisper, sound, ids, num_frames=len(spectrogram))
-picture = timing.picture(scores, len(ids))
-rows, columns = timing.warp(-picture)
+scores, _ = timing.alignment_scores(whisper, sound, ids, num_frames=len(spectrogram))
+picture = timing.alignment_matrix(scores, len(ids))
+rows, columns = timing.dtw(-picture)
 plt.figure(figsize=(10, 4.2), layout="constrained")
 plt.imshow(picture, aspect="auto", vmin=0, extent=(0, 5.3, len(picture) - 0.5, -0.5))
 plt.plot((columns + 0.5) * 0.02, rows, color="white", linewidth=1)
@@ -209,9 +211,9 @@ plt.show()
 
 # %%
 rng = np.random.default_rng(0)
-room = rng.normal(0, 2e-4, 14 * RATE).astype(np.float32)
-room[2 * RATE : 2 * RATE + len(samples)] += samples
-room[9 * RATE : 12 * RATE] += rng.normal(0, 0.05, 3 * RATE).astype(np.float32)
+room = rng.normal(0, 2e-4, 14 * SAMPLE_RATE).astype(np.float32)
+room[2 * SAMPLE_RATE : 2 * SAMPLE_RATE + len(samples)] += samples
+room[9 * SAMPLE_RATE : 12 * SAMPLE_RATE] += rng.normal(0, 0.05, 3 * SAMPLE_RATE).astype(np.float32)
 spans = vad.speech_spans(room)
 loud = vad.loudness(room)
 plt.figure(figsize=(10, 2.4), layout="constrained")
@@ -221,7 +223,9 @@ for start, end in spans:
 plt.ylabel("decibels")
 plt.xlabel("seconds; shaded: speech")
 plt.show()
-transcript = audio.transcribe(whisper, room, plan=audio.Plan(words=True))
+transcript = audio.transcribe(
+    whisper, room, transcription_options=audio.TranscriptionOptions(word_timestamps=True)
+)
 for segment in transcript.segments:
     print(f"{segment.start:.1f} to {segment.end:.1f}: {segment.text}")
 
@@ -229,10 +233,10 @@ for segment in transcript.segments:
 # ## 7. What we have seen, as assertions
 
 # %%
-SAID = "Unless to be rather cold-hearted and rather selfish is to be ill-disposed."
+REFERENCE_TEXT = "Unless to be rather cold-hearted and rather selfish is to be ill-disposed."
 assert error < 1e-3, "a column of the spectrogram is four lines of NumPy"
 assert sound.shape == (1, 1500, 384)
-assert result.text == SAID
+assert result.text == REFERENCE_TEXT
 assert all(a.start <= b.start for a, b in zip(words, words[1:], strict=False))
 assert len(spans) == 1 and abs(spans[0][0] - 2) < 0.3, "speech is found, noise is not"
 assert "rather selfish" in transcript.text and abs(transcript.segments[0].start - 2) < 0.4

@@ -33,13 +33,13 @@ import bpe
 from serve import settings
 from serve.models import catalogue, download
 from training import check, examples, metrics, packing
-from training.recipes import finetune, harbour
-from training.recipes.decoder import LowRank
+from training.recipes import finetune, toy_dataset
+from training.recipes.decoder import LoraTask
 from transformer import checkpoint, decoder, generate, lora
 
 jax.config.update("jax_compilation_cache_dir", str(settings.data_folder() / "compiled"))
 
-path = download.find(catalogue.load().models["smollm2-135m-instruct"], settings.data_folder())
+path = download.find_path(catalogue.load().models["smollm2-135m-instruct"], settings.data_folder())
 tokenizer = bpe.load(path)
 encoding, template = tokenizer.encoding, tokenizer.chat_template
 work = Path(tempfile.mkdtemp())
@@ -52,8 +52,10 @@ work = Path(tempfile.mkdtemp())
 # answer, not to ask. The token that ends the turn is among them, or the model would never stop.
 
 # %%
-BOATS = list(harbour.BERTHS)[:4]
-rows = [row for row in harbour.examples() if any(b in row["messages"][1]["content"] for b in BOATS)]
+BOATS = list(toy_dataset.BERTHS)[:4]
+rows = [
+    row for row in toy_dataset.examples() if any(b in row["messages"][1]["content"] for b in BOATS)
+]
 print(json.dumps(rows[0]))
 first = examples.encode(rows[0], "chat", tokenizer)
 words = [encoding.decode([id]) for id in first.ids.tolist()]
@@ -86,7 +88,7 @@ for problem in report.problems:
     print(f"line {problem.line}: {problem.message}")
 
 (work / "good.jsonl").write_text(good)
-print(*check.described(check.check(work / "good.jsonl", tokenizer, max_tokens=2048)), sep="\n")
+print(*check.report_lines(check.check(work / "good.jsonl", tokenizer, max_tokens=2048)), sep="\n")
 
 # %% [markdown]
 # ## 3. Rows that examples share
@@ -97,10 +99,10 @@ print(*check.described(check.check(work / "good.jsonl", tokenizer, max_tokens=20
 # alone, to the last digits that float32 has.
 
 # %%
-_, learned = check.read(work / "good.jsonl", tokenizer, max_tokens=2048)
+_, learned = check.read_examples(work / "good.jsonl", tokenizer, max_tokens=2048)
 some = learned[:5]
 sharing = packing.first_fit([len(example) for example in some], 128)
-batch = packing.fill(some, sharing, (len(sharing), 128))
+batch = packing.collate(some, sharing, (len(sharing), 128))
 print(f"examples {sharing} share {len(sharing)} rows")
 figure, (top, bottom) = plt.subplots(2, 1, figsize=(10, 2.4), layout="constrained", sharex=True)
 shown = np.where(batch["segments"], batch["segments"], np.nan)
@@ -114,10 +116,10 @@ plt.show()
 
 # %%
 params, cfg, _ = checkpoint.load(path)
-adapter = LowRank(cfg=cfg, rank=8, alpha=16).init(jax.random.key(0))
-loss_of = jax.jit(LowRank(cfg=cfg, rank=8, alpha=16).loss)
+adapter = LoraTask(cfg=cfg, rank=8, alpha=16).init(jax.random.key(0))
+loss_of = jax.jit(LoraTask(cfg=cfg, rank=8, alpha=16).loss)
 together, weight, _ = loss_of(adapter, params, batch, jax.random.key(0))
-alone = [packing.fill([example], [[0]], (len(sharing), 128)) for example in some]
+alone = [packing.collate([example], [[0]], (len(sharing), 128)) for example in some]
 apart = sum(float(loss_of(adapter, params, one, jax.random.key(0))[0]) for one in alone)
 print(f"packed or alone, the summed loss is the same: {abs(float(together) - apart) < 1e-2}")
 
@@ -149,7 +151,7 @@ plt.show()
 
 # %%
 result = finetune.run(
-    finetune.Settings(
+    finetune.FinetuneConfig(
         model=path,
         data=work / "good.jsonl",
         out=work / "run",
@@ -184,10 +186,10 @@ def answer(params, messages: list[dict]) -> str:
 
 tuned = lora.apply(params, lora.load(work / "run" / "adapter", cfg))
 before, after = [], []
-for messages, right in harbour.questions()[:4]:
+for messages, right in toy_dataset.held_out_questions()[:4]:
     said = [answer(model, messages) for model in (params, tuned)]
-    before.append(harbour.is_right(said[0], right))
-    after.append(harbour.is_right(said[1], right))
+    before.append(toy_dataset.is_right(said[0], right))
+    after.append(toy_dataset.is_right(said[1], right))
     print(messages[-1]["content"])
     print(f"   before: {said[0]!r}\n   after:  {said[1]!r}")
 
@@ -197,12 +199,12 @@ for messages, right in harbour.questions()[:4]:
 # adds it in, for other programs.
 
 # %%
-question = harbour.questions()[0][0]
+question = toy_dataset.held_out_questions()[0][0]
 ids = np.array([template.encode(encoding, question)])
 beside, _ = decoder.forward(tuned, cfg, ids)
 merged, _ = decoder.forward(lora.merge(params, lora.load(work / "run" / "adapter", cfg)), cfg, ids)
-far = float(np.abs(np.asarray(beside - merged)).max())
-print(f"beside or merged, the logits are the same to 1e-3: {far < 1e-3}")
+max_difference = float(np.abs(np.asarray(beside - merged)).max())
+print(f"beside or merged, the logits are the same to 1e-3: {max_difference < 1e-3}")
 
 # %% [markdown]
 # ## 7. What we have seen, as assertions
@@ -215,7 +217,7 @@ assert report.counts["invalid_json"] == 1 and report.notes["duplicate"] == 1
 assert abs(float(together) - apart) < 1e-2, "neighbours in a row do not see each other"
 assert steps[-1]["loss"] < 0.2 * steps[0]["loss"]
 assert sum(before) == 0 and sum(after) >= 3
-assert far < 1e-3
+assert max_difference < 1e-3
 print("all true")
 
 # %% [markdown]

@@ -28,8 +28,8 @@ import optax
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 import diffusion
-from diffusion import edit, painter, sample, schedule
-from diffusion.schedule import Level
+from diffusion import edit, pipeline, sample, schedule
+from diffusion.schedule import NoiseLevel
 from serve import settings
 from serve.models import catalogue, download
 
@@ -130,7 +130,7 @@ print(f"the noisy points of the one, scaled, are those of the other: {is_same}")
 
 # %%
 errors = {}
-for kind in schedule.PREDICTIONS:
+for kind in schedule.PREDICTION_TYPES:
     said = schedule.target(kind, points, noise, ddpm)
     errors[kind] = np.abs(schedule.clean(kind, said, z, ddpm) - points).max()
 print("x from what was said, to 1e-5:", {kind: bool(e < 1e-5) for kind, e in errors.items()})
@@ -269,20 +269,20 @@ plt.show()
 
 
 # %%
-def denoiser(part: int | None = None, scale: float = 1.0) -> sample.Denoise:
+def denoiser(part: int | None = None, scale: float = 1.0) -> sample.DenoiseFn:
     """The network as a sampler asks it: for the clean points, of a part of the face or any."""
 
     @jax.jit
     def clean(z, t):
         time = jnp.full(len(z), t)
-        level = Level(t, 1 - t)
+        level = NoiseLevel(t, 1 - t)
         nothing = jnp.zeros((len(z), 3))
         without = schedule.clean("flow", velocity(params, z, time, nothing), z, level)
         if part is None:
             return without
         hint = nothing.at[:, part].set(1)
         with_part = schedule.clean("flow", velocity(params, z, time, hint), z, level)
-        return sample.guide(with_part, without, scale)
+        return sample.classifier_free_guidance(with_part, without, scale)
 
     return lambda z, level: clean(z, level.alpha)
 
@@ -319,7 +319,7 @@ plt.show()
 
 # %%
 COUNTS = (2, 4, 8, 16)
-keys = sample.keys_of(0, len(start))
+keys = sample.image_keys(0, len(start))
 far = {}
 figure, axes = plt.subplots(4, 4, figsize=(7.2, 7.4), layout="constrained")
 for row, rule in zip(axes, ("euler", "ddpm", "heun", "dpmpp"), strict=True):
@@ -365,12 +365,12 @@ plt.show()
 # general, in glaring colours, then this one.
 
 # %%
-folder = download.find(catalogue.load().models["all-minilm-l6-v2"], settings.data_folder())
-emoji = diffusion.load(diffusion.weights("emoji-64"), folder)
+folder = download.find_path(catalogue.load().models["all-minilm-l6-v2"], settings.data_folder())
+emoji = diffusion.load(diffusion.weights_folder("emoji-64"), folder)
 WORDS = ("red apple", "cat", "sun", "heart", "pizza", "tree", "fish", "smiling face")
 prompts = [f"{word}, flat style" for word in WORDS]
-keys = sample.keys_of(0, len(prompts))
-walk = list(emoji.steps(prompts, keys, diffusion.Plan(guidance=3)))
+keys = sample.image_keys(0, len(prompts))
+walk = list(emoji.steps(prompts, keys, diffusion.SamplerOptions(guidance=3)))
 
 
 def show(pictures: np.ndarray, columns: int, rows: list[str] | None = None, top=()) -> None:
@@ -378,7 +378,7 @@ def show(pictures: np.ndarray, columns: int, rows: list[str] | None = None, top=
     height, width = pictures.shape[1:3]
     lines = len(pictures) // columns
     figure, axes = plt.subplots(figsize=(10, 10 * lines * height / columns / width + 0.3))
-    axes.imshow(painter.grid(pictures, columns))
+    axes.imshow(pipeline.make_grid(pictures, columns))
     axes.set_yticks(height * (np.arange(lines) + 0.5), rows or [""] * lines)
     axes.set_xticks(width * (np.arange(columns) + 0.5), top or [""] * columns)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
@@ -386,16 +386,16 @@ def show(pictures: np.ndarray, columns: int, rows: list[str] | None = None, top=
     plt.show()
 
 
-show(emoji.strip(walk, row=0), 8, ["noisy", "seen in it"])
+show(emoji.trajectory_images(walk, row=0), 8, ["noisy", "seen in it"])
 
 # %% [markdown]
 # **Guidance**, from the same noise. With more of it, colours get stronger. The network knows these
 # plain words well, so that outlines need little of it.
 
 # %%
-drawn = {3: emoji.finish(walk[-1][0])}
+drawn = {3: emoji.postprocess(walk[-1][0])}
 for scale in (1, 7):
-    drawn[scale] = emoji.draw(prompts, seed=0, plan=diffusion.Plan(guidance=scale))
+    drawn[scale] = emoji.generate(prompts, seed=0, options=diffusion.SamplerOptions(guidance=scale))
 show(np.concatenate([drawn[scale] for scale in (1, 3, 7)]), 8, ["1", "3", "7"], WORDS)
 
 # %% [markdown]
@@ -403,8 +403,8 @@ show(np.concatenate([drawn[scale] for scale in (1, 3, 7)]), 8, ["1", "3", "7"], 
 # picture has noise of its own, it does not matter what is drawn beside it.
 
 # %%
-seeds = emoji.draw([prompts[7]] * 8, seed=7)
-again = emoji.draw([prompts[7]] * 4 + prompts[:4], seed=7)
+seeds = emoji.generate([prompts[7]] * 8, seed=7)
+again = emoji.generate([prompts[7]] * 4 + prompts[:4], seed=7)
 show(seeds, 8)
 print(f"with the same seed, the same pictures: {(seeds[:4] == again[:4]).all()}")
 
@@ -417,28 +417,28 @@ print(f"with the same seed, the same pictures: {(seeds[:4] == again[:4]).all()}"
 whole = drawn[3][7]
 half = np.concatenate([whole, np.full((64, 64, 1), 255, np.uint8)], -1)
 half[36:, :, 3] = 0
-mask = edit.transparent(half)
-WISHES = ("smiling face", "sad face", "angry face", "red apple")
+mask = edit.alpha_mask(half)
+EDIT_PROMPTS = ("smiling face", "sad face", "angry face", "red apple")
 how = {
-    "pictures": np.stack([edit.fit(half, 32)] * 8),
-    "masks": np.stack([edit.fit_mask(mask, 32)] * 8),
+    "pictures": np.stack([edit.preprocess_image(half, 32)] * 8),
+    "masks": np.stack([edit.preprocess_mask(mask, 32)] * 8),
 }
-wanted = [f"{wish}, flat style" for wish in WISHES]
-*_, (last, _) = edit.steps(emoji, 2 * wanted, keys, diffusion.Plan(), **how)
-edited = [edit.paste(whole, one, mask) for one in emoji.finish(last)]
+edit_prompts = [f"{wish}, flat style" for wish in EDIT_PROMPTS]
+*_, (last, _) = edit.steps(emoji, 2 * edit_prompts, keys, diffusion.SamplerOptions(), **how)
+edited = [edit.paste(whole, one, mask) for one in emoji.postprocess(last)]
 kept = edit.paste(whole, np.full_like(whole, 255), mask)
-show(np.stack([whole, *edited[:4], kept, *edited[4:]]), 5, top=["before, and kept", *WISHES])
+show(np.stack([whole, *edited[:4], kept, *edited[4:]]), 5, top=["before, and kept", *EDIT_PROMPTS])
 
 # %% [markdown]
 # **A variation** begins not at noise but at a picture with noise over it. How far back it goes is
 # its strength: what the noise has hidden is drawn anew, what it has left stays.
 
 # %%
-rows, others = [], sample.keys_of(1, 8)  # other noise than its own
+rows, others = [], sample.image_keys(1, 8)  # other noise than its own
 for strength in (0.4, 0.7, 0.9):
-    how = {"pictures": np.stack([edit.fit(whole, 32)] * 8), "strength": strength}
-    *_, (last, _) = edit.steps(emoji, ["face"] * 8, others, diffusion.Plan(), **how)
-    rows.append(np.concatenate([whole[None], emoji.finish(last)[:7]]))
+    how = {"pictures": np.stack([edit.preprocess_image(whole, 32)] * 8), "strength": strength}
+    *_, (last, _) = edit.steps(emoji, ["face"] * 8, others, diffusion.SamplerOptions(), **how)
+    rows.append(np.concatenate([whole[None], emoji.postprocess(last)[:7]]))
 show(np.concatenate(rows), 8, ["0.4", "0.7", "0.9"], ["from", *[""] * 7])
 
 # %% [markdown]

@@ -69,7 +69,7 @@ def count_pairs(
 
 def merge_piece(answer: Callable[[bytes, dict[bytes, int]], list[bytes]]) -> None:
     """The tokens of a piece, compared with the library's."""
-    from bpe.merge import NEVER, merge
+    from bpe.merge import NO_MERGE, merge
 
     tokens = [bytes([byte]) for byte in range(256)]
     tokens += [b"ow", b"low", b"er", b"aa", b"aaa", b"we", b"rs", b"lo"]
@@ -78,7 +78,7 @@ def merge_piece(answer: Callable[[bytes, dict[bytes, int]], list[bytes]]) -> Non
     pieces = [b"lower", b"aaaaa", b"\xf0\x9f\x99\x82", b"x", b""]
     pieces += [bytes(rng.choices(b"lowersa", k=rng.randrange(12))) for _ in range(1000)]
     for piece in pieces:
-        expected = merge(piece, lambda left, right: ranks.get(left + right, NEVER))
+        expected = merge(piece, lambda left, right: ranks.get(left + right, NO_MERGE))
         got = answer(piece, dict(ranks))
         assert got == expected, f"of {piece} expected {expected}, got {got}"
 

@@ -56,9 +56,9 @@ class UnknownModel(Exception):
         absent: the id of the model that it means, where that is known but was not pulled.
     """
 
-    def __init__(self, name: str, absent: str | None = None):
+    def __init__(self, name: str, not_pulled_id: str | None = None):
         super().__init__(f"no model is called {name!r} here")
-        self.name, self.absent = name, absent
+        self.name, self.not_pulled_id = name, not_pulled_id
 
 
 class CannotLoad(Exception):

@@ -25,7 +25,7 @@ def config_folder() -> Path:
     return platformdirs.user_config_path("pellucid", appauthor=False)
 
 
-def private_folder(path: Path) -> Path:
+def make_private_folder(path: Path) -> Path:
     """Makes `path` readable by its owner only, if it is not there yet, and returns it.
 
     A folder that exists is left as it is: it may be one the user shares on purpose.

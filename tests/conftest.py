@@ -29,7 +29,7 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 
-HEAVY = {"model_file", "address", "refusing"}  # fixtures that need a model or a port
+HEAVY = {"model_file", "address", "refused_url"}  # fixtures that need a model or a port
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,7 +46,7 @@ def model_file() -> Callable[[str], Path]:
     home = settings.data_folder()
 
     def find(id: str) -> Path:
-        path = download.find(known.models[id], home)
+        path = download.find_path(known.models[id], home)
         if path is None:
             pytest.fail(f"this test needs a model: run `pellucid pull {id}` first")
         return path
@@ -55,7 +55,7 @@ def model_file() -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def refusing() -> Iterator[str]:
+def refused_url() -> Iterator[str]:
     """The address of a port that refuses connections: it is taken, and nobody listens on it."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

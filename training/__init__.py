@@ -5,9 +5,9 @@ Read `config.py` (what there is to choose), `task.py` (what the loop knows of a 
 `checkpoint.py` are what their names say; `recipes/` is where models come in.
 """
 
-from training.config import Config
+from training.config import TrainConfig
 from training.loop import Outcome, train
 from training.state import State
 from training.task import Task
 
-__all__ = ["Config", "Outcome", "State", "Task", "train"]
+__all__ = ["TrainConfig", "Outcome", "State", "Task", "train"]

@@ -20,7 +20,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-REFUSED = 6
+EXIT_INVALID_DATA = 6
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,54 +36,54 @@ def main(argv: list[str] | None = None) -> int:
 def _finetune(args: argparse.Namespace) -> int:
     from training.recipes import finetune
 
-    settings = finetune.Settings(**_fields(args, finetune.Settings))
-    result = finetune.run(settings, say=_say, progress=not args.json)
+    settings = finetune.FinetuneConfig(**_settings_fields(args, finetune.FinetuneConfig))
+    result = finetune.run(settings, notify=_notify, progress=not args.json)
     for report in result.reports:
         _print_problems(report, args.json)
     if result.reason == "refused":
-        return REFUSED
-    return _ended(args, result)
+        return EXIT_INVALID_DATA
+    return _print_outcome(args, result)
 
 
 def _pretrain(args: argparse.Namespace) -> int:
     from training.recipes import pretrain
 
-    settings = pretrain.Settings(**_fields(args, pretrain.Settings))
-    result = pretrain.run(settings, say=_say, progress=not args.json)
-    return _ended(args, result)
+    settings = pretrain.PretrainConfig(**_settings_fields(args, pretrain.PretrainConfig))
+    result = pretrain.run(settings, notify=_notify, progress=not args.json)
+    return _print_outcome(args, result)
 
 
-def _ended(args: argparse.Namespace, result: Any) -> int:
+def _print_outcome(args: argparse.Namespace, result: Any) -> int:
     if result.reason == "signal":
-        _say("stopped and saved; the same command goes on")
+        _notify("stopped and saved; the same command goes on")
         return 128 + result.signal
     print(json.dumps(result.job) if args.json else args.out)
     return 0
 
 
 def _check(args: argparse.Namespace) -> int:
-    from training import check, mend
+    from training import check, fixes
     from training.recipes.finetune import read_tokenizer
 
     tokenizer, max_tokens = read_tokenizer(args.model, args.max_tokens)
     path = args.data
     if args.mend is not None:
-        deeds = mend.mend(path, args.mend, tokenizer, max_tokens=max_tokens)
+        deeds = fixes.fix_file(path, args.mend, tokenizer, max_tokens=max_tokens)
         for deed in deeds:
-            _say(deed)
+            _notify(deed)
         if deeds:
             path = args.mend
         else:
-            _say(f"there is nothing to mend without a guess: {args.mend} was not written")
+            _notify(f"there is nothing to mend without a guess: {args.mend} was not written")
     report = check.check(path, tokenizer, max_tokens=max_tokens)
     _print_problems(report, args.json)
     if args.json:
         print(json.dumps(check.summary(report)))
     else:
-        print("\n".join(check.described(report)))
-    if not report.ok and (able := mend.proposals(report)):
-        _say(f"--mend FILE would write a copy, and {'; '.join(able)}")
-    return 0 if report.ok else REFUSED
+        print("\n".join(check.report_lines(report)))
+    if not report.ok and (able := fixes.available_fixes(report)):
+        _notify(f"--mend FILE would write a copy, and {'; '.join(able)}")
+    return 0 if report.ok else EXIT_INVALID_DATA
 
 
 def _print_problems(report: Any, as_json: bool) -> None:
@@ -95,14 +95,14 @@ def _print_problems(report: Any, as_json: bool) -> None:
             param = f" {problem.param}:" if problem.param else ""
             print(f"{place}:{param} {problem.message}")
     if more := report.counts.total() - len(report.problems):
-        _say(f"and {more} more problems")
+        _notify(f"and {more} more problems")
 
 
-def _say(line: str) -> None:
+def _notify(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _fields(args: argparse.Namespace, settings: type) -> dict[str, Any]:
+def _settings_fields(args: argparse.Namespace, settings: type) -> dict[str, Any]:
     """The arguments that these settings have fields for."""
     given = vars(args)
     return {field.name: given[field.name] for field in fields(settings) if field.name in given}

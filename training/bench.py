@@ -19,7 +19,7 @@ _SECONDS = 0.3
 
 
 @functools.cache
-def roof(dtype: str = "float32") -> float:
+def peak_flops(dtype: str = "float32") -> float:
     """The most multiplications and additions a second, in products of this dtype."""
     x = jnp.ones((_SIDE, _SIDE), dtype)
     multiply = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32))

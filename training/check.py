@@ -65,20 +65,20 @@ class Report:
     kind: Kind | None = None
     examples: int = 0
     tokens: int = 0
-    learned: int = 0
+    target_tokens: int = 0
     longest: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
-    repeat: tuple[int, int] | None = None
+    first_duplicate: tuple[int, int] | None = None
 
     @property
     def warnings(self) -> list[Problem]:
         """Return warnings: properties that do not prevent training but may be a mistake."""
-        if self.repeat is None:
+        if self.first_duplicate is None:
             return []
-        line, first = self.repeat
+        line, first = self.first_duplicate
         message = (
             f"{self.notes['duplicate']} of {self.examples} example(s) repeat an earlier one and "
             f"are learned each time they occur. The first is example {line}, which repeats "
@@ -93,7 +93,7 @@ class Report:
 
     def add(self, line: int | None, code: str, message: str, param: str | None = None) -> None:
         """Notes a problem, in words that can be shown to anybody."""
-        message, param = _shown(message), param and _shown(param)
+        message, param = _printable(message), param and _printable(param)
         self.counts[code] += 1
         if len(self.problems) < MAX_LISTED:
             self.problems.append(Problem(line, code, message, param))
@@ -116,7 +116,7 @@ class Report:
         return {"code": f"invalid_{param}", "message": message, "param": param}
 
 
-def _shown(text: str) -> str:
+def _printable(text: str) -> str:
     """Not too long, and no half of a surrogate pair, which no answer could carry."""
     return text[:500].encode("utf-8", "backslashreplace").decode()
 
@@ -141,11 +141,13 @@ def check(
     Raises:
         OSError: the file cannot be read.
     """
-    report, _ = read(path, tokenizer, max_tokens=max_tokens, kind=kind, minimum=minimum, keep=False)
+    report, _ = read_examples(
+        path, tokenizer, max_tokens=max_tokens, kind=kind, minimum=minimum, keep=False
+    )
     return report
 
 
-def read(
+def read_examples(
     path: Path,
     tokenizer: Tokenizer,
     *,
@@ -162,7 +164,7 @@ def read(
     path = Path(path)
     report = Report(path, path.stat().st_size, kind)
     found: list[Example] = []
-    if not _looks_like_lines(report):
+    if not _looks_like_jsonl(report):
         return report, found
     seen: dict[bytes, int] = {}  # digest of an example to its line
     for number, line in examples.lines(path):
@@ -185,7 +187,7 @@ def read(
         _count(report, example)
         if (first := seen.setdefault(key, number)) != number:
             report.notes["duplicate"] += 1
-            report.repeat = report.repeat or (number, first)
+            report.first_duplicate = report.first_duplicate or (number, first)
         if keep:
             found.append(example)
     if not report.examples and report.ok:
@@ -209,7 +211,7 @@ def summary(report: Report) -> dict[str, Any]:
         "kind": report.kind,
         "examples": report.examples,
         "tokens": report.tokens,
-        "learned": report.learned,
+        "learned": report.target_tokens,
         "longest": report.longest,
         "lengths": {str(upper): report.lengths[upper] for upper in sorted(report.lengths)},
         "problems": report.counts.total(),
@@ -219,11 +221,11 @@ def summary(report: Report) -> dict[str, Any]:
     }
 
 
-def described(report: Report) -> list[str]:
+def report_lines(report: Report) -> list[str]:
     """What a report says in a few lines for people, without its problems."""
     found = [
         f"{report.examples} examples ({report.kind or 'of no known kind'}), {report.tokens} "
-        f"tokens, of which {report.learned} are learned; the longest has {report.longest}"
+        f"tokens, of which {report.target_tokens} are learned; the longest has {report.longest}"
     ]
     most = max(report.lengths.values(), default=0)
     for upper in sorted(report.lengths):
@@ -233,7 +235,7 @@ def described(report: Report) -> list[str]:
     return [*found, *(f"warning: {warning.message}" for warning in report.warnings)]
 
 
-def _looks_like_lines(report: Report) -> bool:
+def _looks_like_jsonl(report: Report) -> bool:
     """Whether it is worth reading line by line; what is wrong as a whole is told once."""
     if report.bytes > MAX_BYTES:
         size, most = (number / 2**20 for number in (report.bytes, MAX_BYTES))
@@ -283,7 +285,7 @@ def _read_line(
 
     def refuse(*faults: Fault) -> tuple[None, bytes]:
         for fault in faults:
-            who = f"Example {number}" + (f", {fault.where}" if fault.where else "")
+            who = f"Example {number}" + (f", {fault.location}" if fault.location else "")
             report.add(number, fault.code, f"{who} {fault.message}", fault.param)
         return None, b""
 
@@ -315,7 +317,7 @@ def _read_line(
 def _count(report: Report, example: Example) -> None:
     report.examples += 1
     report.tokens += len(example)
-    report.learned += int((example.weights > 0).sum())
+    report.target_tokens += int((example.weights > 0).sum())
     report.longest = max(report.longest, len(example))
     report.lengths[1 << (len(example) - 1).bit_length()] += 1
 

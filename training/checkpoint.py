@@ -23,16 +23,16 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from training import tree
-from training.config import FREE, Config
+from training import tree_io
+from training.config import MUTABLE_FIELDS, TrainConfig
 from training.state import State
 
-_TENSORS, _REST = "state.safetensors", "checkpoint.json"
+_TENSORS, _METADATA = "state.safetensors", "checkpoint.json"
 _NAME = re.compile(r"step-(\d{6,})")
-_FORMAT = 1
+_FORMAT_VERSION = 1
 
 
-def save(folder: Path, state: State, config: Config, progress: dict[str, Any]) -> Path:
+def save(folder: Path, state: State, config: TrainConfig, progress: dict[str, Any]) -> Path:
     """Writes the checkpoint of a step, then removes those beyond the last `config.keep`.
 
     Args:
@@ -43,26 +43,26 @@ def save(folder: Path, state: State, config: Config, progress: dict[str, Any]) -
         The checkpoint's own folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
+    clean_up(folder)
     step = int(state.step)
-    rest = {"format": _FORMAT, "step": step, "config": asdict(config), "progress": progress}
+    rest = {"format": _FORMAT_VERSION, "step": step, "config": asdict(config), "progress": progress}
     draft, final = folder / f".step-{step:06d}", folder / f"step-{step:06d}"
     draft.mkdir()
-    arrays = {name: np.asarray(leaf, order="C") for name, leaf in tree.named(state).items()}
+    arrays = {name: np.asarray(leaf, order="C") for name, leaf in tree_io.to_named(state).items()}
     save_file(arrays, draft / _TENSORS)
-    (draft / _REST).write_text(json.dumps(rest, indent=2) + "\n", "utf-8")
-    for path in (draft / _TENSORS, draft / _REST, draft):
+    (draft / _METADATA).write_text(json.dumps(rest, indent=2) + "\n", "utf-8")
+    for path in (draft / _TENSORS, draft / _METADATA, draft):
         _flush(path)
     if final.exists():  # of a run that was stopped at this very step and asked to save again
         shutil.rmtree(final)
     draft.rename(final)
     _flush(folder)
-    for number in numbers(folder)[: -config.keep]:
+    for number in saved_steps(folder)[: -config.keep]:
         shutil.rmtree(folder / f"step-{number:06d}")
     return final
 
 
-def numbers(folder: Path) -> list[int]:
+def saved_steps(folder: Path) -> list[int]:
     """The steps of which there is a checkpoint, in order."""
     if not folder.is_dir():
         return []
@@ -70,7 +70,7 @@ def numbers(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def load(folder: Path, like: State, config: Config) -> tuple[State, dict[str, Any]] | None:
+def load(folder: Path, like: State, config: TrainConfig) -> tuple[State, dict[str, Any]] | None:
     """Reads the last checkpoint.
 
     Args:
@@ -83,13 +83,13 @@ def load(folder: Path, like: State, config: Config) -> tuple[State, dict[str, An
     Raises:
         ValueError: it is damaged, or was made with other settings or of another model.
     """
-    if not (steps := numbers(folder)):
+    if not (steps := saved_steps(folder)):
         return None
     path = folder / f"step-{steps[-1]:06d}"
-    rest = _read_rest(path / _REST)
+    rest = _read_metadata(path / _METADATA)
     if rest["step"] != steps[-1]:
-        raise ValueError(f"{path / _REST}: is of step {rest['step']}")
-    _compare(path, Config.from_json(rest["config"]), config)
+        raise ValueError(f"{path / _METADATA}: is of step {rest['step']}")
+    _check_config(path, TrainConfig.from_json(rest["config"]), config)
     try:
         with safe_open(path / _TENSORS, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -98,19 +98,19 @@ def load(folder: Path, like: State, config: Config) -> tuple[State, dict[str, An
     except Exception as error:  # the package has no public exception for a damaged file
         raise ValueError(f"{path / _TENSORS}: not a readable safetensors file ({error})") from error
     try:
-        state = tree.from_named(arrays, like)
+        state = tree_io.from_named(arrays, like)
     except ValueError as error:
         raise ValueError(f"{path / _TENSORS}: does not fit this run: {error}") from error
     return state, rest["progress"]
 
 
-def sweep(folder: Path) -> None:
+def clean_up(folder: Path) -> None:
     """Removes what a killed run left half-written."""
     for path in folder.glob(".step-*"):
         shutil.rmtree(path)
 
 
-def _read_rest(path: Path) -> dict[str, Any]:
+def _read_metadata(path: Path) -> dict[str, Any]:
     try:
         rest = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -118,15 +118,17 @@ def _read_rest(path: Path) -> dict[str, Any]:
     keys = {"format", "step", "config", "progress"}
     if not isinstance(rest, dict) or rest.keys() != keys:
         raise ValueError(f"{path}: must be an object with exactly {', '.join(sorted(keys))}")
-    if rest["format"] != _FORMAT:
-        raise ValueError(f"{path}: has format {rest['format']!r}; this version reads {_FORMAT}")
+    if rest["format"] != _FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: has format {rest['format']!r}; this version reads {_FORMAT_VERSION}"
+        )
     return rest
 
 
-def _compare(path: Path, saved: Config, config: Config) -> None:
+def _check_config(path: Path, saved: TrainConfig, config: TrainConfig) -> None:
     saved, wanted = asdict(saved), asdict(config)
     for name, value in wanted.items():
-        if name not in FREE and value != saved[name]:
+        if name not in MUTABLE_FIELDS and value != saved[name]:
             raise ValueError(
                 f"{path}: was made with {name}={saved[name]!r}, not {value!r}; go on with the "
                 "same, or train in another folder"

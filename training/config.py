@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 _CHOICES = {"schedule": ("cosine", "linear", "constant"), "optimizer": ("adamw", "muon")}
 # Fields that do not change what a step computes: a run may go on with others.
-FREE = frozenset({"steps_per_epoch", "save_every", "keep"})
+MUTABLE_FIELDS = frozenset({"steps_per_epoch", "save_every", "keep"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class TrainConfig:
     """Settings of a run.
 
     Raises:
@@ -83,7 +83,7 @@ class Config:
             raise ValueError("patience needs validate_every, which is None")
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Config:
+    def from_json(cls, values: dict[str, Any]) -> TrainConfig:
         """The inverse of `dataclasses.asdict`; ValueError for a key that is unknown or missing."""
         names = {field.name for field in fields(cls)}
         if unknown := sorted(values.keys() - names):

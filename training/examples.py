@@ -68,7 +68,7 @@ class Fault:
     code: str
     message: str
     param: str | None = None
-    where: str = ""
+    location: str = ""
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _encode_chat(messages: list[dict[str, Any]], tokenizer: Tokenizer, line: int
         plain.append({"role": message["role"], "content": text_of(message["content"])})
         if message.get("name") is not None:
             plain[-1]["name"] = message["name"]
-    ids, turns = tokenizer.chat_template.encode_turns(tokenizer.encoding, plain)
+    ids, turns = tokenizer.chat_template.encode_with_assistant_spans(tokenizer.encoding, plain)
     spoken = [message for message in messages if message["role"] == "assistant"]
     learned = [turn for turn, message in zip(turns, spoken, strict=True) if _is_learned(message)]
     return _example(ids, learned, line)
@@ -222,7 +222,7 @@ def _chat_faults(messages: Any) -> list[Fault]:
 
 def _message_faults(message: Any, i: int) -> list[Fault]:
     def fault(code: str, message: str, inner: str = "") -> Fault:
-        return Fault(code, message, f"messages[{i}]{inner}", where=f"message {i + 1}")
+        return Fault(code, message, f"messages[{i}]{inner}", location=f"message {i + 1}")
 
     if not isinstance(message, dict):
         return [fault("invalid_type", "is not a dictionary.")]

@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 import jax
 
-from training import bench, checkpoint, metrics, pictures
+from training import bench, checkpoint, loss_plot, metrics
 from training import state as states
-from training.config import Config
+from training.config import TrainConfig
 from training.state import State
-from training.step import make_evaluate, make_step
+from training.step import make_eval_step, make_train_step
 from training.task import Batch, Task
 
 
@@ -39,10 +39,10 @@ def train(
     task: Task,
     frozen: Any,
     batches: Callable[[int], Batch],
-    config: Config,
+    config: TrainConfig,
     folder: Path,
     *,
-    validate: Sequence[Batch] = (),
+    validation_batches: Sequence[Batch] = (),
     on_step: Callable[[State, dict[str, Any]], None] | None = None,
     flops_per_token: float | None = None,
     dtype: str = "float32",
@@ -68,21 +68,21 @@ def train(
             set and there is nothing to validate with.
         FloatingPointError: the loss or the gradient is no number any more.
     """
-    if config.patience is not None and not validate:
+    if config.patience is not None and not validation_batches:
         raise ValueError(f"patience is {config.patience}, and there is nothing to validate with")
     folder.mkdir(parents=True, exist_ok=True)
-    state, seen = _begin(task, config, folder)
+    state, seen = _restore_or_init(task, config, folder)
     done = int(state.step)
     if _is_over(done, seen, config):
         if not (folder / "loss.png").exists():  # killed just before it was drawn
-            pictures.draw(folder / "metrics.jsonl", folder / "loss.png")
+            loss_plot.plot_losses(folder / "metrics.jsonl", folder / "loss.png")
         return Outcome(state, "finished" if done == config.steps else "stopped early")
 
-    take_step, evaluate = make_step(task, config), make_evaluate(task)
-    roof = bench.roof(dtype) if flops_per_token is not None else None
+    take_step, evaluate = make_train_step(task, config), make_eval_step(task)
+    roof = bench.peak_flops(dtype) if flops_per_token is not None else None
     log = metrics.Log(folder / "metrics.jsonl", done)
-    bar = metrics.Bar(config.steps, done, shown=progress)
-    with contextlib.closing(log), contextlib.closing(bar), _signals() as caught:
+    bar = metrics.ProgressBar(config.steps, done, is_enabled=progress)
+    with contextlib.closing(log), contextlib.closing(bar), _catch_signals() as caught:
         batch = batches(done)
         while not _is_over(done, seen, config):
             started = time.perf_counter()
@@ -92,16 +92,16 @@ def train(
                 batch = batches(done)
             sums = jax.device_get(sums)
             seconds = time.perf_counter() - started
-            line = metrics.record(done, sums, seconds, config, flops_per_token, roof)
+            line = metrics.step_record(done, sums, seconds, config, flops_per_token, roof)
             metrics.check_finite(line)
             log.write(line)
             bar.update(line)
-            if validate and _is_time(done, config.validate_every, config.steps):
+            if validation_batches and _is_due(done, config.validate_every, config.steps):
                 weights = state.weights if state.average is None else state.average
-                found = _evaluate(evaluate, weights, frozen, validate)
+                found = _evaluate(evaluate, weights, frozen, validation_batches)
                 metrics.check_finite({"step": done, **found}, ["valid_loss"])
                 log.write({"step": done, **found, "time": round(time.time(), 3)})
-                seen = _compare(seen, found["valid_loss"])
+                seen = _update_best(seen, found["valid_loss"])
             if on_step is not None:
                 on_step(state, line)
             is_last = _is_over(done, seen, config) or bool(caught)
@@ -109,13 +109,13 @@ def train(
                 checkpoint.save(folder / "checkpoints", state, config, seen)
             if caught:
                 break
-    pictures.draw(folder / "metrics.jsonl", folder / "loss.png")
+    loss_plot.plot_losses(folder / "metrics.jsonl", folder / "loss.png")
     if caught and not _is_over(done, seen, config):
         return Outcome(state, "signal", caught[0])
     return Outcome(state, "finished" if done == config.steps else "stopped early")
 
 
-def _begin(task: Task, config: Config, folder: Path) -> tuple[State, dict[str, Any]]:
+def _restore_or_init(task: Task, config: TrainConfig, folder: Path) -> tuple[State, dict[str, Any]]:
     """The state to go on from, and how validation went so far."""
     fresh = jax.eval_shape(lambda: states.init(task, config))
     found = checkpoint.load(folder / "checkpoints", fresh, config)
@@ -124,12 +124,12 @@ def _begin(task: Task, config: Config, folder: Path) -> tuple[State, dict[str, A
     return states.init(task, config), {"best": None, "since": 0}
 
 
-def _is_over(done: int, seen: dict[str, Any], config: Config) -> bool:
+def _is_over(done: int, seen: dict[str, Any], config: TrainConfig) -> bool:
     has_stalled = config.patience is not None and seen["since"] >= config.patience
     return done >= config.steps or has_stalled
 
 
-def _is_time(done: int, every: int | None, steps: int) -> bool:
+def _is_due(done: int, every: int | None, steps: int) -> bool:
     return done == steps or (every is not None and done % every == 0)
 
 
@@ -142,7 +142,7 @@ def _evaluate(evaluate, weights: Any, frozen: Any, batches: Sequence[Batch]) -> 
     return {f"valid_{name}": value for name, value in metrics.means(total).items()}
 
 
-def _compare(seen: dict[str, Any], loss: float) -> dict[str, Any]:
+def _update_best(seen: dict[str, Any], loss: float) -> dict[str, Any]:
     """The best loss, and how many validations there were since."""
     if seen["best"] is None or loss < seen["best"]:
         return {"best": loss, "since": 0}
@@ -150,7 +150,7 @@ def _compare(seen: dict[str, Any], loss: float) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
+def _catch_signals() -> Iterator[list[int]]:
     """A list that SIGTERM and SIGINT are put into instead of ending the process."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -33,7 +33,7 @@ def cross_entropy(
         The weighted sum of the losses and of the rows whose likeliest token is the target.
     """
     logits = _logits(x, table)  # [R, V]
-    losses, is_right = _look(logits, targets)
+    losses, is_right = _losses_and_hits(logits, targets)
     return jnp.sum(losses * weights), jnp.sum(is_right * weights)
 
 
@@ -41,13 +41,13 @@ def _logits(x: jax.Array, table: jax.Array) -> jax.Array:
     return jnp.einsum("rd,vd->rv", x.astype(table.dtype), table, preferred_element_type=jnp.float32)
 
 
-def _look(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _losses_and_hits(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
     losses = jax.nn.logsumexp(logits, axis=1) - chosen  # [R]
     return losses, chosen >= logits.max(axis=1)
 
 
-def chunked(
+def chunked_cross_entropy(
     x: jax.Array,
     table: jax.Array,
     targets: jax.Array,
@@ -63,19 +63,23 @@ def chunked(
         dtype: of the product; None: that of the table.
     """
     x, table, targets, weights = map(jnp.asarray, (x, table, targets, weights))
-    return _chunked(x, table, targets, weights, jnp.dtype(dtype or table.dtype), min(chunk, len(x)))
+    return _chunked_cross_entropy(
+        x, table, targets, weights, jnp.dtype(dtype or table.dtype), min(chunk, len(x))
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _chunked(x, table, targets, weights, dtype, chunk):
-    loss, right, _, _ = _walk(x, table, targets, weights, dtype, chunk, False, False)
+def _chunked_cross_entropy(x, table, targets, weights, dtype, chunk):
+    loss, right, _, _ = _chunked_loss_and_grads(
+        x, table, targets, weights, dtype, chunk, False, False
+    )
     return loss, right
 
 
 def _forward(x, table, targets, weights, dtype, chunk):
     if weights.perturbed:
         raise ValueError("the weights of a loss are data: it cannot be differentiated by them")
-    loss, right, dx, dtable = _walk(
+    loss, right, dx, dtable = _chunked_loss_and_grads(
         x.value, table.value, targets.value, weights.value, dtype, chunk,
         x.perturbed, table.perturbed,
     )  # fmt: skip
@@ -88,10 +92,10 @@ def _backward(dtype, chunk, gradients, cotangents):
     return dx, dtable, None, None
 
 
-_chunked.defvjp(_forward, _backward, symbolic_zeros=True)
+_chunked_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _walk(x, table, targets, weights, dtype, chunk, wants_dx, wants_dtable):
+def _chunked_loss_and_grads(x, table, targets, weights, dtype, chunk, wants_dx, wants_dtable):
     """Sums of losses and of right answers, and the gradients of the first that are wanted."""
     num_rows = len(x)
     # Rows that count go first; the loop ends with the last of them.

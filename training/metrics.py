@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from training.config import Config
+from training.config import TrainConfig
 
-_OWN = ("loss", "weight", "grad_norm", "lr", "tokens")
+_RESERVED = ("loss", "weight", "grad_norm", "lr", "tokens")
 
 
 def means(sums: Mapping[str, Any]) -> dict[str, float]:
@@ -26,7 +26,7 @@ def means(sums: Mapping[str, Any]) -> dict[str, float]:
     weight = max(float(sums["weight"]), 1e-30)
     found = {"loss": float(sums["loss"]) / weight}
     for name, value in sums.items():
-        if name not in _OWN:
+        if name not in _RESERVED:
             found["accuracy" if name == "correct" else name] = float(value) / weight
     return found
 
@@ -70,11 +70,11 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def record(
+def step_record(
     step: int,
     sums: Mapping[str, Any],
     seconds: float,
-    config: Config,
+    config: TrainConfig,
     flops_per_token: float | None,
     roof: float | None,
 ) -> dict[str, Any]:
@@ -97,12 +97,12 @@ def record(
     return found | {"seconds": round(seconds, 4), "time": round(time.time(), 3)}
 
 
-class Bar:
+class ProgressBar:
     """A progress bar on standard error, where that is a terminal; otherwise nothing."""
 
-    def __init__(self, steps: int, done: int, *, shown: bool):
+    def __init__(self, steps: int, done: int, *, is_enabled: bool):
         self._progress = None
-        if shown and sys.stderr.isatty():
+        if is_enabled and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import (
                 BarColumn,

@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from training.config import Config
+from training.config import TrainConfig
 
-_A, _B, _C, _TURNS = 3.4445, -4.775, 2.0315, 5  # of Jordan's iteration
+_A, _B, _C, _NEWTON_SCHULZ_STEPS = 3.4445, -4.775, 2.0315, 5  # of Jordan's iteration
 _RMS = 0.2  # about the root mean square of AdamW's updates
 # Matrices that are tables of vectors, or read out by rows: parts of their names.
-_TABLES = frozenset({"embed", "positions", "head"})
+_EMBEDDINGS = frozenset({"embed", "positions", "head"})
 
 
-def schedule(config: Config) -> optax.Schedule:
+def schedule(config: TrainConfig) -> optax.Schedule:
     """The learning rate of each step, counted from 0."""
     peak, warmup = config.learning_rate, config.warmup_steps
     steps, last = config.steps - warmup, peak * config.final_fraction
@@ -39,24 +39,24 @@ def schedule(config: Config) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warmup])
 
 
-def optimizer(config: Config) -> optax.GradientTransformation:
+def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """What turns gradients, already clipped, into updates."""
     rate = schedule(config)
     adamw = optax.adamw(
-        rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decays
+        rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask
     )
     if config.optimizer == "adamw":
         return adamw
     muon = optax.chain(
         optax.trace(config.b1, nesterov=True),
-        optax.stateless(lambda updates, _: jax.tree.map(orthogonal, updates)),
+        optax.stateless(lambda updates, _: jax.tree.map(orthogonalize, updates)),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(rate),
     )
-    return optax.partition({"adamw": adamw, "muon": muon}, _whose)
+    return optax.partition({"adamw": adamw, "muon": muon}, _optimizer_labels)
 
 
-def orthogonal(gradient: jax.Array) -> jax.Array:
+def orthogonalize(gradient: jax.Array) -> jax.Array:
     """The nearly orthogonal matrix next to a gradient, with entries about as large as `_RMS`.
 
     Newton-Schulz: X becomes Q X with Q = a I + b X X' + c (X X')^2, five times, which brings all
@@ -73,21 +73,21 @@ def orthogonal(gradient: jax.Array) -> jax.Array:
         q = _A * identity + _B * gram + _C * (gram @ gram)
         return q @ total, q @ gram @ q
 
-    total, _ = jax.lax.fori_loop(0, _TURNS, turn, (identity, x @ x.T))
+    total, _ = jax.lax.fori_loop(0, _NEWTON_SCHULZ_STEPS, turn, (identity, x @ x.T))
     x = total @ x * (_RMS * max(x.shape) ** 0.5)
     return x.T if is_tall else x
 
 
-def decays(weights: Any) -> Any:
+def decay_mask(weights: Any) -> Any:
     """Which leaves weight decay pulls to zero: matrices; norms and biases stay where they are."""
     return jax.tree.map(lambda leaf: leaf.ndim >= 2, weights)
 
 
-def _whose(weights: Any) -> Any:
+def _optimizer_labels(weights: Any) -> Any:
     """For each leaf, by which of the two it moves when the optimiser is Muon."""
 
     def name(path: tuple, leaf: jax.Array) -> str:
         steps = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
-        return "muon" if leaf.ndim == 2 and not _TABLES.intersection(steps) else "adamw"
+        return "muon" if leaf.ndim == 2 and not _EMBEDDINGS.intersection(steps) else "adamw"
 
     return jax.tree_util.tree_map_with_path(name, weights)

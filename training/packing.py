@@ -18,10 +18,12 @@ import numpy as np
 
 from training.examples import Example
 
-STEP = 32  # widths are multiples of it
-WIDEST = 1024  # tokens of a row, unless one example is longer
-ATTENTION = 4096  # the width at which attention costs a small model as much as all the rest
-PART_TOKENS = 1024  # of a batch that are computed at once; more are read in parts
+WIDTH_MULTIPLE = 32  # widths are multiples of it
+MAX_WIDTH = 1024  # tokens of a row, unless one example is longer
+ATTENTION_CROSSOVER = (
+    4096  # the width at which attention costs a small model as much as all the rest
+)
+MICRO_BATCH_TOKENS = 1024  # of a batch that are computed at once; more are read in parts
 
 
 class Batches:
@@ -72,14 +74,14 @@ class Batches:
         rows = max(
             len(first_fit(self._lengths[group], width)) for group in self._groups(self.steps)
         )
-        self.parts = -(-rows // max(1, PART_TOKENS // width))
-        self.shape = (-(-rows // self.parts) * self.parts, width)
+        self.micro_batches = -(-rows // max(1, MICRO_BATCH_TOKENS // width))
+        self.shape = (-(-rows // self.micro_batches) * self.micro_batches, width)
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         """The batch of a step; see `fill`."""
         group = self._group(step)
         rows = first_fit(self._lengths[group], self.shape[1])
-        return fill([self.examples[i] for i in group], rows, self.shape)
+        return collate([self.examples[i] for i in group], rows, self.shape)
 
     def _group(self, step: int) -> np.ndarray:
         """Which examples a step learns from."""
@@ -95,12 +97,12 @@ class Batches:
     def _best_width(self, longest: int) -> int:
         """The width at which a batch costs least, as far as the first epoch tells."""
         groups = list(self._groups(min(self.steps_per_epoch, 50)))
-        narrowest = -(-longest // STEP) * STEP
-        widths = [narrowest, *range(narrowest + STEP, WIDEST + 1, STEP)]
+        narrowest = -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        widths = [narrowest, *range(narrowest + WIDTH_MULTIPLE, MAX_WIDTH + 1, WIDTH_MULTIPLE)]
 
         def cost(width: int) -> float:
             rows = max(len(first_fit(self._lengths[group], width)) for group in groups)
-            return rows * width * (1 + width / ATTENTION)
+            return rows * width * (1 + width / ATTENTION_CROSSOVER)
 
         return min(widths, key=cost)
 
@@ -125,7 +127,7 @@ def first_fit(lengths: Sequence[int] | np.ndarray, width: int) -> list[list[int]
     return rows
 
 
-def fill(
+def collate(
     examples: Sequence[Example], rows: Sequence[Sequence[int]], shape: tuple[int, int]
 ) -> dict[str, np.ndarray]:
     """A batch of examples side by side.
@@ -151,7 +153,7 @@ def fill(
     return {"ids": ids, "segments": segments, "weights": weights}
 
 
-def batches_of(examples: Sequence[Example], shape: tuple[int, int]) -> list[dict[str, np.ndarray]]:
+def collate_all(examples: Sequence[Example], shape: tuple[int, int]) -> list[dict[str, np.ndarray]]:
     """All examples once, in as few batches of a shape as first fit makes of them; to validate."""
     rows = first_fit([len(example) for example in examples], shape[1])
-    return [fill(examples, rows[i : i + shape[0]], shape) for i in range(0, len(rows), shape[0])]
+    return [collate(examples, rows[i : i + shape[0]], shape) for i in range(0, len(rows), shape[0])]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from training import optim
-from training.config import Config
+from training.config import TrainConfig
 from training.task import Task
 
 
@@ -23,7 +23,7 @@ class State:
     average: Any | None  # the running mean of weights; None where none is kept
 
 
-def init(task: Task, config: Config) -> State:
+def init(task: Task, config: TrainConfig) -> State:
     """The state before the first step."""
     weights = task.init(jax.random.key(config.seed))
     return State(

@@ -15,14 +15,16 @@ import jax.numpy as jnp
 import optax
 
 from training import optim
-from training.config import Config
+from training.config import TrainConfig
 from training.state import State
 from training.task import Batch, Task
 
 Sums = dict[str, jax.Array]  # "loss", "weight", and what the task counts
 
 
-def make_step(task: Task, config: Config) -> Callable[[State, Any, Batch], tuple[State, Sums]]:
+def make_train_step(
+    task: Task, config: TrainConfig
+) -> Callable[[State, Any, Batch], tuple[State, Sums]]:
     """Compiles, at its first call, the function that takes a step.
 
     Returns:
@@ -43,14 +45,14 @@ def make_step(task: Task, config: Config) -> Callable[[State, Any, Batch], tuple
             gradients = jax.tree.map(lambda g: g * share, gradients)
             updates, memory = optimizer.update(gradients, state.optimizer, state.weights)
             weights = optax.apply_updates(state.weights, updates)
-            average = _follow(state, weights, config.average_decay)
+            average = _update_ema(state, weights, config.average_decay)
         sums |= {"grad_norm": norm, "lr": jnp.asarray(rate(state.step), jnp.float32)}
         return State(state.step + 1, weights, memory, average), sums
 
     return jax.jit(step, donate_argnums=0)
 
 
-def make_evaluate(task: Task) -> Callable[[Any, Any, Batch], Sums]:
+def make_eval_step(task: Task) -> Callable[[Any, Any, Batch], Sums]:
     """Compiles, at its first call, evaluate(weights, frozen, batch) -> sums."""
 
     def evaluate(weights: Any, frozen: Any, batch: Batch) -> Sums:
@@ -60,7 +62,7 @@ def make_evaluate(task: Task) -> Callable[[Any, Any, Batch], Sums]:
     return jax.jit(evaluate)
 
 
-def _accumulate(task: Task, config: Config, weights: Any, frozen: Any, batch: Batch, key):
+def _accumulate(task: Task, config: TrainConfig, weights: Any, frozen: Any, batch: Batch, key):
     """The gradients of the summed loss, and the sums, over all parts of the batch."""
 
     def loss(weights: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
@@ -92,7 +94,7 @@ def _accumulate(task: Task, config: Config, weights: Any, frozen: Any, batch: Ba
     return jax.lax.scan(add, zeros, (parts, keys))[0]
 
 
-def _follow(state: State, weights: Any, decay: float | None) -> Any | None:
+def _update_ema(state: State, weights: Any, decay: float | None) -> Any | None:
     """The running mean of weights, which early on forgets faster: at first they move most."""
     if decay is None:
         return None

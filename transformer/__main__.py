@@ -30,12 +30,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from transformer import checkpoint, inspect, pictures
+    from transformer import checkpoint, interpret, plots
 
     params, cfg, _ = checkpoint.load(args.model)
     ids, names = args.ids, [str(id) for id in args.ids]
     if args.what == "attention":
-        maps = np.asarray(inspect.attention(params, cfg, ids))
+        maps = np.asarray(interpret.attention(params, cfg, ids))
         if not 0 <= args.layer < cfg.num_layers:
             raise ValueError(f"--layer must be from 0 to {cfg.num_layers - 1}, got {args.layer}")
         for head, rows in enumerate(maps[args.layer]):
@@ -44,35 +44,35 @@ def _run(args: argparse.Namespace) -> None:
                 "\n".join(" ".join(f"{x:.3f}" for x in row[: i + 1]) for i, row in enumerate(rows))
             )
         if args.output:
-            pictures.attention(maps, names, args.layer, args.output)
+            plots.attention(maps, names, args.layer, args.output)
     elif args.what == "lens":
-        found = inspect.lens(params, cfg, ids)
+        found = interpret.logit_lens(params, cfg, ids)
         best = np.asarray(found.ids)[..., 0]
         for depth, row in enumerate(best):
             print(depth, *row)
         if args.output:
-            pictures.lens(found, names, best.astype(str).tolist(), args.output)
+            plots.logit_lens(found, names, best.astype(str).tolist(), args.output)
     elif args.what == "alternatives":
-        found = inspect.alternatives(params, cfg, ids, args.top)
-        chances = np.exp(np.asarray(found.logprobs))
+        found = interpret.alternatives(params, cfg, ids, args.top)
+        chances = np.exp(np.asarray(found.top_logprobs))
         for place, id in enumerate(ids[1:]):
             likely = " ".join(
                 f"{other}:{chance:.3f}"
-                for other, chance in zip(found.ids[place].tolist(), chances[place], strict=True)
+                for other, chance in zip(found.top_ids[place].tolist(), chances[place], strict=True)
             )
             print(
-                f"{id} probability {np.exp(found.chosen[place]):.4f} rank {found.rank[place]} "
+                f"{id} probability {np.exp(found.token_logprobs[place]):.4f} rank {found.rank[place]} "
                 f"entropy {found.entropy[place]:.2f} bits; {likely}"
             )
         if args.output:
-            labels = np.asarray(found.ids).astype(str).tolist()
-            pictures.alternatives(found, names, labels, args.output)
+            labels = np.asarray(found.top_ids).astype(str).tolist()
+            plots.alternatives(found, names, labels, args.output)
     else:
-        effects = np.asarray(inspect.head_effects(params, cfg, ids))
+        effects = np.asarray(interpret.head_effects(params, cfg, ids))
         for layer, row in enumerate(effects):
             print(layer, *(f"{x:+.4f}" for x in row))
         if args.output:
-            pictures.head_effects(effects, args.output)
+            plots.head_effects(effects, args.output)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -22,12 +22,12 @@ from flax import struct
 from transformer import kernels
 from transformer.config import Config
 
-BLOCK = 256  # positions in a block
-TRASH = 0  # the block that padding rows write to
+BLOCK_SIZE = 256  # positions in a block
+NULL_BLOCK = 0  # the block that padding rows write to
 
 
 @struct.dataclass
-class Cache:
+class KVCache:
     """Keys and values of every layer; one pair of arrays a layer, each updated in place.
 
     bfloat16 is stored as its bits in uint16: XLA's CPU backend would widen a whole bfloat16 array
@@ -45,26 +45,33 @@ class Cache:
 
 def bytes_per_block(cfg: Config, dtype: jnp.dtype) -> int:
     """Memory of one block over all layers."""
-    return 2 * cfg.num_layers * cfg.num_kv_heads * BLOCK * cfg.head_dim * jnp.dtype(dtype).itemsize
+    return (
+        2
+        * cfg.num_layers
+        * cfg.num_kv_heads
+        * BLOCK_SIZE
+        * cfg.head_dim
+        * jnp.dtype(dtype).itemsize
+    )
 
 
 def blocks_for(num_positions: int) -> int:
     """Blocks that hold this many positions."""
-    return -(-num_positions // BLOCK)
+    return -(-num_positions // BLOCK_SIZE)
 
 
-def init(cfg: Config, num_blocks: int, dtype: jnp.dtype = jnp.float32) -> Cache:
+def init(cfg: Config, num_blocks: int, dtype: jnp.dtype = jnp.float32) -> KVCache:
     """An empty cache of `num_blocks` usable blocks (and block 0), in float32 or bfloat16."""
     stored = jnp.uint16 if jnp.dtype(dtype) == jnp.bfloat16 else dtype
     pool, k, h = num_blocks + 1, cfg.num_kv_heads, cfg.head_dim
     layers = range(cfg.num_layers)
-    return Cache(
-        keys=tuple(jnp.zeros((pool, k, h, BLOCK), stored) for _ in layers),
-        values=tuple(jnp.zeros((pool, k, BLOCK, h), stored) for _ in layers),
+    return KVCache(
+        keys=tuple(jnp.zeros((pool, k, h, BLOCK_SIZE), stored) for _ in layers),
+        values=tuple(jnp.zeros((pool, k, BLOCK_SIZE, h), stored) for _ in layers),
     )
 
 
-def copy_block(memory: Cache, source: jax.Array, target: jax.Array) -> Cache:
+def copy_block(kv_cache: KVCache, source: jax.Array, target: jax.Array) -> KVCache:
     """Copies one block of every layer onto another: a row may then write behind what another read.
 
     Args:
@@ -72,7 +79,7 @@ def copy_block(memory: Cache, source: jax.Array, target: jax.Array) -> Cache:
         source, target: int32, numbers of blocks.
     """
     copy = lambda pool: pool.at[target].set(pool[source])  # noqa: E731
-    return jax.tree.map(copy, memory)
+    return jax.tree.map(copy, kv_cache)
 
 
 @jax.named_scope("append")
@@ -96,16 +103,18 @@ def append(
         The pools.
     """
     num_rows, num_new = k.shape[:2]
-    if num_new != 1 and BLOCK % num_new and num_new % BLOCK:
-        raise ValueError(f"{num_new} new positions neither divide a block of {BLOCK} nor fill some")
-    span = min(num_new, BLOCK)
+    if num_new != 1 and BLOCK_SIZE % num_new and num_new % BLOCK_SIZE:
+        raise ValueError(
+            f"{num_new} new positions neither divide a block of {BLOCK_SIZE} nor fill some"
+        )
+    span = min(num_new, BLOCK_SIZE)
     k = _narrow(k, keys.dtype).transpose(0, 2, 3, 1)  # [B, K, H, T]
     v = _narrow(v, values.dtype).transpose(0, 2, 1, 3)  # [B, K, T, H]
     write = jax.lax.dynamic_update_slice
     for b in range(num_rows):
         for t in range(0, num_new, span):
             position = starts[b] + t
-            block, offset = tables[b, position // BLOCK], position % BLOCK
+            block, offset = tables[b, position // BLOCK_SIZE], position % BLOCK_SIZE
             keys = write(keys, k[b : b + 1, :, :, t : t + span], (block, 0, 0, offset))
             values = write(values, v[b : b + 1, :, t : t + span], (block, 0, offset, 0))
     return keys, values

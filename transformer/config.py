@@ -39,7 +39,7 @@ _FLAGS = (
 MAX_LAYERS = 4096  # a file that claims more is damaged; also bounds lists with an item a layer
 
 # The numbers that each way of stretching rotary positions needs.
-SCALING_FIELDS = {
+ROPE_SCALING_FIELDS = {
     "linear": ("factor",),
     "llama3": ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor"),
@@ -70,7 +70,7 @@ class RopeScaling:
     `rope.frequencies` says what each kind does. Fields that a kind does not use are None.
     """
 
-    kind: Literal["linear", "llama3", "yarn"]
+    rope_type: Literal["linear", "llama3", "yarn"]
     factor: float  # how many times longer
     original_max_seq_len: int | None = None  # llama3, yarn: the context before stretching
     low_freq_factor: float | None = None  # llama3: slower than so many turns in it are stretched
@@ -81,21 +81,21 @@ class RopeScaling:
     truncate: bool = True  # yarn: the two bounds are moved outwards to whole pairs of channels
 
     def __post_init__(self) -> None:
-        if self.kind not in SCALING_FIELDS:
+        if self.rope_type not in ROPE_SCALING_FIELDS:
             raise ValueError(
-                f"rope scaling must be of kind {', '.join(SCALING_FIELDS)}, got {self.kind!r}"
+                f"rope scaling must be of kind {', '.join(ROPE_SCALING_FIELDS)}, got {self.rope_type!r}"
             )
-        for name in dict.fromkeys(field for row in SCALING_FIELDS.values() for field in row):
+        for name in dict.fromkeys(field for row in ROPE_SCALING_FIELDS.values() for field in row):
             value = getattr(self, name)
-            if name in SCALING_FIELDS[self.kind]:
-                _check_positive(f"rope scaling {self.kind}: {name}", value)
+            if name in ROPE_SCALING_FIELDS[self.rope_type]:
+                _check_positive(f"rope scaling {self.rope_type}: {name}", value)
             elif value is not None:
-                raise ValueError(f"rope scaling {self.kind} has no {name}, got {value!r}")
-        if not isinstance(self.truncate, bool) or not (self.truncate or self.kind == "yarn"):
-            raise ValueError(f"rope scaling {self.kind}: truncate must be True")
+                raise ValueError(f"rope scaling {self.rope_type} has no {name}, got {value!r}")
+        if not isinstance(self.truncate, bool) or not (self.truncate or self.rope_type == "yarn"):
+            raise ValueError(f"rope scaling {self.rope_type}: truncate must be True")
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             if getattr(self, low) is not None and getattr(self, low) >= getattr(self, high):
-                raise ValueError(f"rope scaling {self.kind}: {low} must be less than {high}")
+                raise ValueError(f"rope scaling {self.rope_type}: {low} must be less than {high}")
 
 
 @dataclass(frozen=True, kw_only=True)

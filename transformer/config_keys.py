@@ -410,7 +410,7 @@ def check(
     cfg: Any,
     kind: str,
     *,
-    own: Mapping[str, tuple[Any, ...]] | None = None,
+    neutral_overrides: Mapping[str, tuple[Any, ...]] | None = None,
 ) -> None:
     """Check the keys of a `config.json` that nothing has read.
 
@@ -432,7 +432,9 @@ def check(
         rest.pop("attn_scale", None)  # which only that multiplies
     if rest.get("no_rope_layers"):
         rest.pop("no_rope_layer_interval", None)  # of which the list is made where there is none
-    table = CONFIG | {key: (CONFIG[key][0], values) for key, values in (own or {}).items()}
+    table = CONFIG | {
+        key: (CONFIG[key][0], values) for key, values in (neutral_overrides or {}).items()
+    }
     _check(rest, table, _EXPECTED, cfg, kind, "config.json")
 
 
@@ -445,14 +447,14 @@ def check_gguf(rest: Mapping[str, Any], cfg: Any, kind: str) -> None:
     _check(rest, GGUF, _GGUF_EXPECTED, cfg, kind, "GGUF metadata", prefix=f"{kind}.")
 
 
-def note(source: str, keys: tuple[str, ...]) -> None:
+def log_ignored_keys(source: str, keys: tuple[str, ...]) -> None:
     """Log, once for each set of keys, that they are passed over."""
     if keys:
-        _note(source, keys)
+        _log_ignored_keys_once(source, keys)
 
 
 @functools.lru_cache(maxsize=256)
-def _note(source: str, keys: tuple[str, ...]) -> None:
+def _log_ignored_keys_once(source: str, keys: tuple[str, ...]) -> None:
     names = ", ".join(map(repr, keys[:20])) + (f" and {len(keys) - 20} more" * (len(keys) > 20))
     log.warning("%s: passing over keys not known to change the result: %s", source, names)
 
@@ -479,7 +481,7 @@ def _check(
                 f"it must be {allowed}"
             )
     unknown = sorted(str(key) for key in rest.keys() - table.keys() - expected)
-    note(source, tuple(prefix + key for key in unknown))
+    log_ignored_keys(source, tuple(prefix + key for key in unknown))
 
 
 def _is_neutral(value: Any, neutral: list[Any]) -> bool:

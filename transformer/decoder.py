@@ -64,7 +64,9 @@ class Params:
     layers: tuple[Layer, ...]
     final_norm: Norm
     head: Linear | None  # [V, D]; None where the embedding table serves
-    gains: jax.Array | None = None  # [L, 2, D] of a model whose stream is turned; see rotation.py
+    folded_norm_weights: jax.Array | None = (
+        None  # [L, 2, D] of a model whose stream is turned; see rotation.py
+    )
 
 
 @dataclass(frozen=True)
@@ -222,10 +224,10 @@ def embed_tokens(params: Params, cfg: Config, ids: jax.Array, positions: jax.Arr
 def unembed(params: Params, cfg: Config, x: jax.Array) -> jax.Array:
     """Logits of the stream after the last block: float32 [..., D] -> float32 [..., V]."""
     with jax.named_scope("unembed"):
-        return linear(_norm(x, params.final_norm, cfg), head(params))
+        return linear(_norm(x, params.final_norm, cfg), lm_head(params))
 
 
-def head(params: Params) -> Linear:
+def lm_head(params: Params) -> Linear:
     """What makes logits of the stream, once it is normed: [V, D]."""
     return params.embed if params.head is None else params.head
 
@@ -260,7 +262,7 @@ def forward(
     x, angles = embed_tokens(params, cfg, ids, _positions(cfg, ids, segments))
     residual, weights = [x], []
     for i, layer in enumerate(params.layers):
-        x, seen = _read_layer(
+        x, seen = _forward_layer(
             x, layer, angles[i], segments, cfg=cfg, window=cfg.window(i), watch="attention" in taps
         )
         residual.append(x)
@@ -275,7 +277,7 @@ def forward(
     return unembed(params, cfg, x), found
 
 
-def hidden(
+def hidden_states(
     params: Params,
     cfg: Config,
     ids: jax.Array,
@@ -296,20 +298,20 @@ def hidden(
     """
     x, angles = embed_tokens(params, cfg, ids, _positions(cfg, ids, segments))
     for i, layer in enumerate(params.layers):
-        read = partial(_read_layer, cfg=cfg, window=cfg.window(i))
+        read = partial(_forward_layer, cfg=cfg, window=cfg.window(i))
         x, _ = (recompute(read) if remat else read)(x, layer, angles[i], segments)
     return _norm(x, params.final_norm, cfg)
 
 
 # Jitted inside, so that layers that are alike are traced, and differentiated, once.
-@partial(jax.jit, static_argnames=("cfg", "window", "watch"))
-def _read_layer(x, layer, angles, segments, *, cfg, window, watch=False):
+@partial(jax.jit, static_argnames=("cfg", "window", "output_attentions"))
+def _forward_layer(x, layer, angles, segments, *, cfg, window, output_attentions=False):
     """The stream behind a block, and with `watch` its attention weights [B, N, T, T], else None."""
     weights = None
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         nonlocal weights
-        if not watch:
+        if not output_attentions:
             return kernels.attend(q, k, v, window=window, segments=segments)
         out, weights = attention.attend(q, k, v, window=window, segments=segments)
         return out
@@ -325,10 +327,10 @@ def _positions(cfg: Config, ids: jax.Array, segments: jax.Array | None) -> jax.A
                 f"got {ids.shape[1]}"
             )
         return jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    return places(segments)
+    return position_ids(segments)
 
 
-def places(segments: jax.Array) -> jax.Array:
+def position_ids(segments: jax.Array) -> jax.Array:
     """The place of each token within its text: int32 [B, T], of segments as `forward` has them."""
     place = jnp.arange(segments.shape[1])
     before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
@@ -336,14 +338,14 @@ def places(segments: jax.Array) -> jax.Array:
     return place - jax.lax.cummax(starts, axis=1)
 
 
-def extend(
+def forward_cached(
     params: Params,
     cfg: Config,
-    memory: cache.Cache,
+    kv_cache: cache.KVCache,
     ids: jax.Array,
     tables: jax.Array,
     starts: jax.Array,
-) -> tuple[jax.Array, cache.Cache]:
+) -> tuple[jax.Array, cache.KVCache]:
     """Reads the next tokens of each row and remembers them.
 
     Args:
@@ -360,18 +362,18 @@ def extend(
     x, angles = embed_tokens(params, cfg, ids, positions)
     keys, values = [], []
     for i, layer in enumerate(params.layers):
-        k, v = memory.keys[i], memory.values[i]
-        x, k, v = _extend_layer(
+        k, v = kv_cache.keys[i], kv_cache.values[i]
+        x, k, v = _forward_layer_cached(
             x, layer, k, v, cfg, angles[i], tables, starts, window=cfg.window(i)
         )
         keys.append(k)
         values.append(v)
-    return x, cache.Cache(keys=tuple(keys), values=tuple(values))
+    return x, cache.KVCache(keys=tuple(keys), values=tuple(values))
 
 
 # Jitted inside, so that layers that are alike are traced once.
 @partial(jax.jit, static_argnames=("cfg", "window"))
-def _extend_layer(x, layer, keys, values, cfg, angles, tables, starts, *, window):
+def _forward_layer_cached(x, layer, keys, values, cfg, angles, tables, starts, *, window):
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         nonlocal keys, values
         keys, values = cache.append(keys, values, k, v, tables, starts)

@@ -27,7 +27,7 @@ import numpy as np
 from flax import struct
 
 from transformer import config_keys, packing
-from transformer.decoder import ArrayInfo, initialize, places
+from transformer.decoder import ArrayInfo, initialize, position_ids
 from transformer.layers import embed, linear, norm
 from transformer.weights import Linear, Norm
 
@@ -43,7 +43,7 @@ _HF_FIELDS = {
     "layer_norm_eps": "norm_eps",
 }
 # What transformers takes where config.json is silent, as Google's first files are.
-_ASSUMED = {"layer_norm_eps": 1e-12, "type_vocab_size": 2, "hidden_act": "gelu"}
+_HF_DEFAULTS = {"layer_norm_eps": 1e-12, "type_vocab_size": 2, "hidden_act": "gelu"}
 _GELU = ("gelu", "gelu_python")  # one function: the exact one, by erf
 _NEUTRAL = config_keys.LAYER_NORM | {
     **dict.fromkeys(config_keys.ACTIVATIONS, _GELU),
@@ -136,13 +136,13 @@ class Config:
         """
         if (kind := config.get("model_type")) != "bert":
             raise ValueError(f"model_type must be 'bert', got {kind!r}")
-        rest = _ASSUMED | {key: value for key, value in config.items() if value is not None}
+        rest = _HF_DEFAULTS | {key: value for key, value in config.items() if value is not None}
         if missing := [key for key in _HF_FIELDS if key not in rest]:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
         fields = {name: rest.pop(key) for key, name in _HF_FIELDS.items()}
         max_tokens = fields["max_seq_len"] if max_tokens is None else max_tokens
         cfg = cls(**fields, max_tokens=max_tokens, pooling=pooling, normalize=normalize)
-        config_keys.check(rest, cfg, "bert", own=_NEUTRAL)
+        config_keys.check(rest, cfg, "bert", neutral_overrides=_NEUTRAL)
         return cfg
 
     def to_hf(self) -> dict[str, Any]:
@@ -176,7 +176,7 @@ class Params:
 
     embed: Linear  # [V, D], one row a token
     positions: jax.Array  # [max_seq_len, D] float32
-    types: jax.Array  # [num_types, D] float32; row 0 is that of a text on its own
+    token_types: jax.Array  # [num_types, D] float32; row 0 is that of a text on its own
     embed_norm: Norm
     layers: tuple[Layer, ...]
 
@@ -209,7 +209,7 @@ def abstract(cfg: Config) -> Params:
     return Params(
         embed=Linear(weight=ArrayInfo((cfg.vocab_size, cfg.d_model), ("vocab", "model"), normal)),
         positions=ArrayInfo((cfg.max_seq_len, cfg.d_model), ("seq", "model"), normal),
-        types=ArrayInfo((cfg.num_types, cfg.d_model), ("type", "model"), normal),
+        token_types=ArrayInfo((cfg.num_types, cfg.d_model), ("type", "model"), normal),
         embed_norm=norm_,
         layers=(layer,) * cfg.num_layers,
     )
@@ -245,7 +245,11 @@ def forward(
     if unknown := set(taps) - {"residual", "attention"}:
         raise ValueError(f"taps must be among residual, attention; got {sorted(unknown)}")
     with jax.named_scope("embed"):
-        x = embed(params.embed, ids) + params.positions[places(segments)] + params.types[0]
+        x = (
+            embed(params.embed, ids)
+            + params.positions[position_ids(segments)]
+            + params.token_types[0]
+        )
         x = norm(x, params.embed_norm, cfg.norm_eps)  # [B, T, D]
     residual, weights = [x], []
     for layer in params.layers:
@@ -275,7 +279,7 @@ def pool(x: jax.Array, cfg: Config, segments: jax.Array, num_texts: int) -> jax.
         numbers = jnp.arange(1, num_texts + 1)[:, None]  # [num_texts, 1]
         belongs = segments[:, None, :] == numbers  # [B, num_texts, T]
         if cfg.pooling == "cls":
-            belongs &= (places(segments) == 0)[:, None, :]
+            belongs &= (position_ids(segments) == 0)[:, None, :]
         share = belongs.astype(jnp.float32)
         share = share / jnp.maximum(share.sum(-1, keepdims=True), 1.0)
         y = jnp.einsum("bpt,btd->bpd", share, x, preferred_element_type=jnp.float32)
@@ -309,7 +313,7 @@ def embed_all(params: Params, cfg: Config, texts: Sequence[Sequence[int]]) -> np
     vectors = np.empty((len(texts), cfg.d_model), np.float32)
     for batch in packing.pack(texts, cfg.max_tokens):
         found = embed_batch(params, cfg, batch.ids, batch.segments, batch.max_texts)
-        vectors[batch.texts] = np.asarray(found)[batch.rows, batch.slots]
+        vectors[batch.text_indices] = np.asarray(found)[batch.rows, batch.slots]
     return vectors
 
 

@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformer import config_keys
-from transformer.config import MAX_LAYERS, SCALING_FIELDS, Config, RopeScaling, check_size
+from transformer.config import MAX_LAYERS, ROPE_SCALING_FIELDS, Config, RopeScaling, check_size
 
-_GPT2_FORMS: dict[str, Any] = dict(
+_GPT2_FIELDS: dict[str, Any] = dict(
     norm="layer", position="learned", mlp="gelu", qkv_bias=True, linear_bias=True,
     qk_norm=False, post_norms=False, scale_embeddings=False,
 )  # fmt: skip
-_LLAMA_FORMS: dict[str, Any] = dict(
+_LLAMA_FIELDS: dict[str, Any] = dict(
     norm="rms", position="rope", mlp="swiglu", qkv_bias=False, linear_bias=False,
     qk_norm=False, post_norms=False, scale_embeddings=False,
 )  # fmt: skip
@@ -50,7 +50,7 @@ _LLAMA_KEYS = {
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
 }
-_LLAMA_ASSUMED = dict(rope_theta=10_000.0, tie_word_embeddings=False, rms_norm_eps=1e-6)
+_LLAMA_DEFAULTS = dict(rope_theta=10_000.0, tie_word_embeddings=False, rms_norm_eps=1e-6)
 _SILU = ("hidden_act", ("silu", "swish"))
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate")  # one function
 _QK_NORM = dict.fromkeys(("qk_norm", "use_qk_norm"), (True,))
@@ -62,9 +62,9 @@ class Family:
 
     architecture: str  # the class of transformers that opens it
     gguf: str  # its name in GGUF files
-    forms: Mapping[str, Any]
+    fixed_fields: Mapping[str, Any]
     keys: Mapping[str, str]  # key of config.json -> field
-    assumed: Mapping[str, Any]  # what transformers takes where config.json is silent
+    hf_defaults: Mapping[str, Any]  # what transformers takes where config.json is silent
     activation: tuple[str, tuple[str, ...]]  # key, and the names of the one function
     derived: frozenset[str] = frozenset({"head_dim"})  # fields that may follow from others
     neutral: Mapping[str, tuple] = field(default_factory=dict)  # instead of `config_keys.CONFIG`'s
@@ -74,9 +74,9 @@ FAMILIES = {
     "gpt2": Family(
         architecture="GPT2LMHeadModel",
         gguf="gpt2",
-        forms=_GPT2_FORMS,
+        fixed_fields=_GPT2_FIELDS,
         keys=_GPT2_KEYS,
-        assumed=dict(tie_word_embeddings=True, layer_norm_epsilon=1e-5),
+        hf_defaults=dict(tie_word_embeddings=True, layer_norm_epsilon=1e-5),
         activation=("activation_function", _TANH_GELU),
         derived=frozenset({"head_dim", "num_kv_heads", "d_ff"}),
         neutral=config_keys.LAYER_NORM,
@@ -84,26 +84,26 @@ FAMILIES = {
     "llama": Family(  # Llama 2 and 3, TinyLlama, SmolLM2
         architecture="LlamaForCausalLM",
         gguf="llama",
-        forms=_LLAMA_FORMS,
+        fixed_fields=_LLAMA_FIELDS,
         keys=_LLAMA_KEYS,
-        assumed=_LLAMA_ASSUMED,
+        hf_defaults=_LLAMA_DEFAULTS,
         activation=_SILU,
         derived=frozenset({"head_dim", "num_kv_heads"}),
     ),
     "mistral": Family(  # its GGUF files do not record the window and are read as llama
         architecture="MistralForCausalLM",
         gguf="llama",
-        forms=_LLAMA_FORMS,
+        fixed_fields=_LLAMA_FIELDS,
         keys=_LLAMA_KEYS,
-        assumed=_LLAMA_ASSUMED | dict(sliding_window=4096),
+        hf_defaults=_LLAMA_DEFAULTS | dict(sliding_window=4096),
         activation=_SILU,
     ),
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
         gguf="qwen2",
-        forms=_LLAMA_FORMS | dict(qkv_bias=True),
+        fixed_fields=_LLAMA_FIELDS | dict(qkv_bias=True),
         keys=_LLAMA_KEYS,
-        assumed=_LLAMA_ASSUMED
+        hf_defaults=_LLAMA_DEFAULTS
         | dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28),
         activation=_SILU,
         # Its queries, keys and values have biases whatever these say.
@@ -112,9 +112,9 @@ FAMILIES = {
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
         gguf="qwen3",
-        forms=_LLAMA_FORMS | dict(qk_norm=True),
+        fixed_fields=_LLAMA_FIELDS | dict(qk_norm=True),
         keys=_LLAMA_KEYS,
-        assumed=_LLAMA_ASSUMED
+        hf_defaults=_LLAMA_DEFAULTS
         | dict(head_dim=128, use_sliding_window=False, sliding_window=4096, max_window_layers=28),
         activation=_SILU,
         derived=frozenset(),
@@ -123,11 +123,11 @@ FAMILIES = {
     "gemma3_text": Family(
         architecture="Gemma3ForCausalLM",
         gguf="gemma3",
-        forms=_LLAMA_FORMS
+        fixed_fields=_LLAMA_FIELDS
         | dict(norm="unit_rms", mlp="geglu", qk_norm=True, post_norms=True, scale_embeddings=True),
         keys=_LLAMA_KEYS
         | {"query_pre_attn_scalar": "query_scalar", "rope_local_base_freq": "local_rope_theta"},
-        assumed=dict(
+        hf_defaults=dict(
             head_dim=256,
             query_pre_attn_scalar=256,
             rms_norm_eps=1e-6,
@@ -171,19 +171,19 @@ def from_hf(config: Mapping[str, Any]) -> Config:
         raise ValueError(f"model_type must be one of {sorted(FAMILIES)}, got {kind!r}")
     family = FAMILIES[kind]
     stated = {k: v for k, v in config.items() if v is not None or k == "sliding_window"}
-    given = {**family.assumed, **stated}
+    given = {**family.hf_defaults, **stated}
     if config.get("num_key_value_heads", 0) is None:  # unlike absent, where the default may differ
         given["num_key_value_heads"] = config.get("num_attention_heads")
     key, names = family.activation
     if given.setdefault(key, names[0]) not in names:
         raise ValueError(f"{key} must be {' or '.join(map(repr, names))}, got {given[key]!r}")
 
-    fields: dict[str, Any] = dict(family.forms)
-    if family.forms["position"] == "rope":
-        _take_rope(given, fields)
+    fields: dict[str, Any] = dict(family.fixed_fields)
+    if family.fixed_fields["position"] == "rope":
+        _pop_rope(given, fields)
         layers = given.get("num_hidden_layers")
         check_size("num_hidden_layers", layers, MAX_LAYERS)
-        fields["windows"] = _take_windows(given, family, layers)
+        fields["windows"] = _pop_windows(given, family, layers)
     for key, name in family.keys.items():
         if key in given:
             fields[name] = given.pop(key)
@@ -208,7 +208,7 @@ def from_hf(config: Mapping[str, Any]) -> Config:
     if given.get("use_sliding_window") is False or _covers(window, cfg):
         given.pop("sliding_window", None)  # as in a Qwen2 that was rewritten as a Llama
     own = dict.fromkeys(config_keys.ACTIVATIONS, names) | dict(family.neutral)
-    config_keys.check(given, cfg, kind, own=own)
+    config_keys.check(given, cfg, kind, neutral_overrides=own)
     return cfg
 
 
@@ -221,7 +221,7 @@ def to_hf(cfg: Config) -> dict[str, Any]:
     kinds = [
         kind
         for kind, family in FAMILIES.items()
-        if all(getattr(cfg, name) == value for name, value in family.forms.items())
+        if all(getattr(cfg, name) == value for name, value in family.fixed_fields.items())
     ]
     if not kinds:
         raise ValueError(f"no Hugging Face model type has the forms of {cfg}")
@@ -237,7 +237,7 @@ def to_hf(cfg: Config) -> dict[str, Any]:
         out["rope_theta"] = cfg.rope_theta
         if cfg.rope_scaling is not None:
             scaling = dataclasses.asdict(cfg.rope_scaling)
-            out["rope_scaling"] = {"rope_type": scaling.pop("kind")} | {
+            out["rope_scaling"] = {"rope_type": scaling.pop("rope_type")} | {
                 key: scaling[name]
                 for key, name in _SCALING_KEYS.items()
                 if scaling[name] is not None
@@ -245,11 +245,11 @@ def to_hf(cfg: Config) -> dict[str, Any]:
             if not cfg.rope_scaling.truncate:
                 out["rope_scaling"]["truncate"] = False
     window = next((window for window in cfg.windows if window is not None), None)
-    if "sliding_window" in family.assumed:
+    if "sliding_window" in family.hf_defaults:
         out["sliding_window"] = window
-    if "use_sliding_window" in family.assumed:
+    if "use_sliding_window" in family.hf_defaults:
         out["use_sliding_window"] = window is not None
-    if "sliding_window" in family.assumed and kind != "mistral":
+    if "sliding_window" in family.hf_defaults and kind != "mistral":
         out["layer_types"] = [
             _GLOBAL if cfg.window(i) is None else _LOCAL for i in range(cfg.num_layers)
         ]
@@ -261,7 +261,7 @@ def to_hf(cfg: Config) -> dict[str, Any]:
     return out
 
 
-def _take_rope(given: dict[str, Any], fields: dict[str, Any]) -> None:
+def _pop_rope(given: dict[str, Any], fields: dict[str, Any]) -> None:
     """Moves what `given` says of rotary positions to `fields`; keys that go unused stay in `given`.
 
     transformers 4 wrote `rope_theta` beside `rope_scaling`; 5 writes both into `rope_parameters`,
@@ -320,10 +320,10 @@ def _scaling(
         if factor not in (None, 1):
             raise ValueError(f"rope_type 'default' has no factor, got {factor!r}")
         return None, given
-    if not isinstance(kind, str) or kind not in SCALING_FIELDS:
-        known = ", ".join(["default", *SCALING_FIELDS])
+    if not isinstance(kind, str) or kind not in ROPE_SCALING_FIELDS:
+        known = ", ".join(["default", *ROPE_SCALING_FIELDS])
         raise ValueError(f"rope_type must be one of {known}, got {kind!r}")
-    wanted = {key for key, name in _SCALING_KEYS.items() if name in SCALING_FIELDS[kind]}
+    wanted = {key for key, name in _SCALING_KEYS.items() if name in ROPE_SCALING_FIELDS[kind]}
     more: dict[str, Any] = {}
     if "original_max_position_embeddings" in wanted:
         given.setdefault("original_max_position_embeddings", max_seq_len)
@@ -345,7 +345,7 @@ def _scaling(
     if missing := [key for key in _SCALING_KEYS if key in wanted - given.keys()]:
         raise ValueError(f"rope_type {kind!r} lacks {', '.join(missing)}")
     more |= {_SCALING_KEYS[key]: given.pop(key) for key in wanted}
-    return RopeScaling(kind=kind, **more), given
+    return RopeScaling(rope_type=kind, **more), given
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
@@ -353,11 +353,11 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(max(factor, 1)) + 1.0
 
 
-def _take_windows(given: dict[str, Any], family: Family, num_layers: int) -> tuple[int | None, ...]:
+def _pop_windows(given: dict[str, Any], family: Family, num_layers: int) -> tuple[int | None, ...]:
     """Removes what `given` says of sliding windows, and returns it as a pattern over the layers."""
 
     def take(key: str, default: Any) -> Any:  # a key that this family has
-        return given.pop(key) if key in family.assumed else default
+        return given.pop(key) if key in family.hf_defaults else default
 
     size, num_full = take("sliding_window", None), take("max_window_layers", 0)
     if not take("use_sliding_window", True):
@@ -426,9 +426,9 @@ def from_gguf(
     check_size("attention.head_count", heads)
     check_size("embedding_length", d_model)
     tokens = metadata.get("tokenizer.ggml.tokens")
-    is_layer_norm = family.forms["norm"] == "layer"
+    is_layer_norm = family.fixed_fields["norm"] == "layer"
     fields = dict(
-        family.forms,
+        family.fixed_fields,
         num_layers=take("block_count"),
         num_heads=heads,
         num_kv_heads=take("attention.head_count_kv", heads),
@@ -472,7 +472,7 @@ def _check_one_model(metadata: Mapping[str, Any]) -> None:
     sections = {"general", "tokenizer", "split", "quantize", "imatrix", "GGUF"}
     sections.add(str(metadata.get("general.architecture")))
     others = sorted(key for key in metadata if key.partition(".")[0] not in sections)
-    config_keys.note("GGUF metadata", tuple(others))
+    config_keys.log_ignored_keys("GGUF metadata", tuple(others))
 
 
 def _gguf_windows(own: dict[str, Any], size: int) -> tuple[int | None, ...]:
@@ -525,7 +525,7 @@ def _llama3_scaling(factors: Sequence[float], fields: Mapping[str, Any]) -> Rope
     """
     head_dim, theta = fields["head_dim"], fields["rope_theta"]
     scaling = RopeScaling(
-        kind="llama3",
+        rope_type="llama3",
         factor=round(max(factors), 3),  # from a float32 that may be a hair off
         original_max_seq_len=8192,
         low_freq_factor=1.0,

@@ -17,22 +17,22 @@ import numpy as np
 
 from transformer import cache, sampling
 from transformer.config import Config
-from transformer.decoder import Params, extend, unembed
-from transformer.sampling import Drawn, History, Sampling, Settings
+from transformer.decoder import Params, forward_cached, unembed
+from transformer.sampling import PenaltyState, SampleOutput, SamplingMetadata, SamplingParams
 
-CHUNKS = (256, 64)  # prompt tokens read at once, the longest that still fits first
+CHUNK_SIZES = (256, 64)  # prompt tokens read at once, the longest that still fits first
 
 
-@partial(jax.jit, static_argnames="cfg", donate_argnames="memory")
+@partial(jax.jit, static_argnames="cfg", donate_argnames="kv_cache")
 def prefill(
     params: Params,
     cfg: Config,
-    memory: cache.Cache,
+    kv_cache: cache.KVCache,
     ids: jax.Array,
     tables: jax.Array,
     starts: jax.Array,
     last: jax.Array,
-) -> tuple[jax.Array, cache.Cache]:
+) -> tuple[jax.Array, cache.KVCache]:
     """Reads one chunk of one prompt.
 
     Args:
@@ -44,23 +44,23 @@ def prefill(
     Returns:
         Logits behind that token, float32 [1, V], and the cache.
     """
-    x, memory = extend(params, cfg, memory, ids, tables, starts)
-    return unembed(params, cfg, x[:, last]), memory
+    x, kv_cache = forward_cached(params, cfg, kv_cache, ids, tables, starts)
+    return unembed(params, cfg, x[:, last]), kv_cache
 
 
-@partial(jax.jit, static_argnames=("cfg", "num_ids"), donate_argnames="memory")
-def score(
+@partial(jax.jit, static_argnames=("cfg", "num_ids"), donate_argnames="kv_cache")
+def prefill_with_logprobs(
     params: Params,
     cfg: Config,
-    memory: cache.Cache,
+    kv_cache: cache.KVCache,
     ids: jax.Array,
-    following: jax.Array,
+    next_ids: jax.Array,
     tables: jax.Array,
     starts: jax.Array,
     last: jax.Array,
     *,
     num_ids: int,
-) -> tuple[jax.Array, Drawn, cache.Cache]:
+) -> tuple[jax.Array, SampleOutput, cache.KVCache]:
     """Reads one chunk of one prompt, as `prefill` does, and says how likely each next token was.
 
     Args:
@@ -71,24 +71,24 @@ def score(
         What `prefill` returns, bit for bit, and between them the log-probabilities of `following`
         with the likeliest alternatives, every leaf [T, ...].
     """
-    x, memory = extend(params, cfg, memory, ids, tables, starts)
-    scores = sampling.score(unembed(params, cfg, x[0]), following, num_ids=num_ids)
-    return unembed(params, cfg, x[:, last]), scores, memory
+    x, kv_cache = forward_cached(params, cfg, kv_cache, ids, tables, starts)
+    scores = sampling.gather_logprobs(unembed(params, cfg, x[0]), next_ids, num_ids=num_ids)
+    return unembed(params, cfg, x[:, last]), scores, kv_cache
 
 
-@partial(jax.jit, static_argnames=("cfg", "num_ids"), donate_argnames=("memory", "past"))
+@partial(jax.jit, static_argnames=("cfg", "num_ids"), donate_argnames=("kv_cache", "penalty_state"))
 def decode(
     params: Params,
     cfg: Config,
-    memory: cache.Cache,
-    past: History,
+    kv_cache: cache.KVCache,
+    penalty_state: PenaltyState,
     ids: jax.Array,
     tables: jax.Array,
     starts: jax.Array,
-    rows: Settings,
+    sampling_metadata: SamplingMetadata,
     *,
     num_ids: int,
-) -> tuple[Drawn, cache.Cache, History]:
+) -> tuple[SampleOutput, cache.KVCache, PenaltyState]:
     """Reads one token of every row and draws the next.
 
     Args:
@@ -98,18 +98,20 @@ def decode(
         rows: how each row is sampled.
         num_ids: how many ids the vocabulary has; the table may be padded beyond.
     """
-    x, memory = extend(params, cfg, memory, ids[:, None], tables, starts)
+    x, kv_cache = forward_cached(params, cfg, kv_cache, ids[:, None], tables, starts)
     logits = unembed(params, cfg, x[:, 0])  # [B, V]
-    drawn, past = sampling.sample(logits, past, rows, num_ids=num_ids)
-    return drawn, memory, past
+    drawn, penalty_state = sampling.sample(
+        logits, penalty_state, sampling_metadata, num_ids=num_ids
+    )
+    return drawn, kv_cache, penalty_state
 
 
-draw = jax.jit(sampling.sample, static_argnames="num_ids", donate_argnames="past")
-begin = jax.jit(sampling.begin, donate_argnames="past")
+sample = jax.jit(sampling.sample, static_argnames="num_ids", donate_argnames="penalty_state")
+reset_slot = jax.jit(sampling.reset_slot, donate_argnames="penalty_state")
 
 
 def chunks(
-    prompt: Sequence[int], sizes: Sequence[int] = CHUNKS
+    prompt: Sequence[int], sizes: Sequence[int] = CHUNK_SIZES
 ) -> Iterator[tuple[int, np.ndarray, int]]:
     """Cuts a prompt into chunks of the given sizes, longest first.
 
@@ -126,7 +128,7 @@ def chunks(
             start += size
 
 
-def prompt_history(prompt: Sequence[int], how: Sampling, vocab_size: int):
+def prompt_mask_and_bias(prompt: Sequence[int], sampling_params: SamplingParams, vocab_size: int):
     """What `begin` is told of a new sequence: (is_in_prompt bool [V], bias float32 [V]).
 
     Raises:
@@ -134,7 +136,7 @@ def prompt_history(prompt: Sequence[int], how: Sampling, vocab_size: int):
     """
     is_in_prompt, bias = np.zeros(vocab_size, bool), np.zeros(vocab_size, np.float32)
     is_in_prompt[list(prompt)] = True
-    for token, value in how.logit_bias.items():
+    for token, value in sampling_params.logit_bias.items():
         if not 0 <= token < vocab_size:
             raise ValueError(f"logit_bias ids must be from 0 to {vocab_size - 1}, got {token}")
         bias[token] = value
@@ -147,7 +149,7 @@ def generate(
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
-    how: Sampling = Sampling(temperature=0.0),  # noqa: B008 (frozen)
+    sampling_params: SamplingParams = SamplingParams(temperature=0.0),  # noqa: B008 (frozen)
     stop_ids: Collection[int] = (),
     cache_dtype: jnp.dtype = jnp.float32,
     num_ids: int | None = None,
@@ -168,7 +170,7 @@ def generate(
             f"{cfg.max_seq_len} positions of the model"
         )
     num_ids = num_ids or cfg.vocab_size
-    num_blocks = cache.blocks_for(len(prompt) + max_new_tokens + CHUNKS[-1])
+    num_blocks = cache.blocks_for(len(prompt) + max_new_tokens + CHUNK_SIZES[-1])
     memory = cache.init(cfg, num_blocks, cache_dtype)
     tables = np.arange(1, num_blocks + 1, dtype=np.int32)[None]
     for start, ids, last in chunks(prompt):
@@ -176,13 +178,15 @@ def generate(
             params, cfg, memory, ids, tables, np.array([start], np.int32), last
         )
 
-    def rows(step: int) -> Settings:
-        return sampling.settings([how], [0], [step], [0])
+    def rows(step: int) -> SamplingMetadata:
+        return sampling.batch_sampling_params([sampling_params], [0], [step], [0])
 
-    past = begin(
-        sampling.history(1, cfg.vocab_size), 0, *prompt_history(prompt, how, cfg.vocab_size)
+    past = reset_slot(
+        sampling.init_penalty_state(1, cfg.vocab_size),
+        0,
+        *prompt_mask_and_bias(prompt, sampling_params, cfg.vocab_size),
     )
-    drawn, past = draw(logits, past, rows(0), num_ids=num_ids)
+    drawn, past = sample(logits, past, rows(0), num_ids=num_ids)
     for step in range(1, max_new_tokens + 1):
         previous = drawn
         if step < max_new_tokens:

@@ -25,19 +25,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer import families, rotation
+from transformer import families, quarot
 from transformer.checkpoint import safetensors
-from transformer.checkpoint.names import Source, sources
+from transformer.checkpoint.names import TensorSource, tensor_sources
 from transformer.config import Config
 from transformer.decoder import Params, abstract
 from transformer.weights import Linear, Lora
 
 Adapter = tuple[dict[str, Lora], ...]
-PARTS = ("q", "k", "v", "out", "gate", "up", "down")
-WEIGHTS = "adapter_model.safetensors"
-_FILES = ("adapter_config.json", WEIGHTS)
+TARGET_MODULES = ("q", "k", "v", "out", "gate", "up", "down")
+WEIGHTS_FILE = "adapter_model.safetensors"
+_FILES = ("adapter_config.json", WEIGHTS_FILE)
 # Keys of adapter_config.json, with the values for which we are right.
-_FIXED: dict[str, tuple[Any, ...]] = {
+_SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
@@ -60,18 +60,23 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     ),
 }
 # Keys that say nothing about what the adapter computes.
-_SILENT = frozenset(
+_IGNORED_KEYS = frozenset(
     """
     auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules
     fan_in_fan_out inference_mode layers_pattern loftq_config lora_dropout lora_ga_config
     megatron_config megatron_core peft_version qalora_group_size revision runtime_config task_type
     """.split()  # noqa: SIM905 (a list of words reads better than forty quotes)
 )
-_READ = frozenset({"r", "lora_alpha", "use_rslora", "target_modules", "layers_to_transform"})
+_READ_KEYS = frozenset({"r", "lora_alpha", "use_rslora", "target_modules", "layers_to_transform"})
 
 
 def init(
-    key: jax.Array, cfg: Config, *, rank: int, alpha: float, parts: Sequence[str] = PARTS
+    key: jax.Array,
+    cfg: Config,
+    *,
+    rank: int,
+    alpha: float,
+    target_modules: Sequence[str] = TARGET_MODULES,
 ) -> Adapter:
     """A fresh adapter of every layer, which changes nothing yet.
 
@@ -85,12 +90,12 @@ def init(
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    if unknown := sorted(set(parts) - set(PARTS)):
-        raise ValueError(f"parts must be among {', '.join(PARTS)}, got {unknown[0]!r}")
+    if unknown := sorted(set(target_modules) - set(TARGET_MODULES)):
+        raise ValueError(f"parts must be among {', '.join(TARGET_MODULES)}, got {unknown[0]!r}")
     layers = []
     for layer in abstract(cfg).layers:
         own = {}
-        for part in parts:
+        for part in target_modules:
             if (linear := getattr(layer, part)) is None:
                 continue
             out, inner = linear.weight.shape
@@ -104,12 +109,12 @@ def init(
 
 def apply(params: Params, adapter: Adapter) -> Params:
     """The model with the adapter beside its weights, of any format; replaces one that is there."""
-    if params.gains is not None:
+    if params.folded_norm_weights is not None:
         adapter = tuple(
-            {part: rotation.turned(lora, part, gains) for part, lora in own.items()}
-            for gains, own in zip(params.gains, adapter, strict=True)
+            {part: quarot.rotate_lora(lora, part, gains) for part, lora in own.items()}
+            for gains, own in zip(params.folded_norm_weights, adapter, strict=True)
         )
-    return _with_parts(params, adapter, lambda linear, lora: linear.replace(lora=lora))
+    return _map_linears(params, adapter, lambda linear, lora: linear.replace(lora=lora))
 
 
 def merge(params: Params, adapter: Adapter) -> Params:
@@ -126,10 +131,10 @@ def merge(params: Params, adapter: Adapter) -> Params:
         weight = linear.weight.astype(jnp.float32) + change
         return linear.replace(weight=weight.astype(linear.weight.dtype), lora=None)
 
-    return _with_parts(params, adapter, add)
+    return _map_linears(params, adapter, add)
 
 
-def _with_parts(params: Params, adapter: Adapter, change) -> Params:
+def _map_linears(params: Params, adapter: Adapter, change) -> Params:
     layers = tuple(
         layer.replace(**{part: change(getattr(layer, part), lora) for part, lora in own.items()})
         for layer, own in zip(params.layers, adapter, strict=True)
@@ -153,7 +158,7 @@ def load(folder: Path, cfg: Config) -> Adapter:
             missing, or a shape that does not fit the model.
     """
     folder = Path(folder)
-    config = safetensors.read_object(folder / _FILES[0])
+    config = safetensors.read_json_object(folder / _FILES[0])
     rank, scale = _check(config, folder / _FILES[0])
     tensors = safetensors.read_tensors(folder / _FILES[1])
 
@@ -165,7 +170,9 @@ def load(folder: Path, cfg: Config) -> Adapter:
 
     used: set[str] = set()
     adapter, missing = [], []
-    for i, (places, layer) in enumerate(zip(_places(cfg), abstract(cfg).layers, strict=True)):
+    for i, (places, layer) in enumerate(
+        zip(_tensor_sources(cfg), abstract(cfg).layers, strict=True)
+    ):
         height: dict[str, int] = {}  # of B: GPT-2 has one for queries, keys and values together
         for part, source in places.items():
             out = getattr(layer, part).weight.shape[0]
@@ -190,7 +197,7 @@ def load(folder: Path, cfg: Config) -> Adapter:
     return tuple(adapter)
 
 
-def save(folder: Path, adapter: Adapter, cfg: Config, *, base: str | None = None) -> None:
+def save(folder: Path, adapter: Adapter, cfg: Config, *, base_model: str | None = None) -> None:
     """Writes an adapter as PEFT does.
 
     Args:
@@ -201,9 +208,9 @@ def save(folder: Path, adapter: Adapter, cfg: Config, *, base: str | None = None
     """
     tensors: dict[str, np.ndarray] = {}
     adapted, everywhere, kinds = set(), set(), set()
-    layers = _places(cfg)
+    layers = _tensor_sources(cfg)
     for places, own in zip(layers, adapter, strict=True):
-        sharing: dict[Source, list[str]] = {}  # parts of one module: GPT-2's q, k and v
+        sharing: dict[TensorSource, list[str]] = {}  # parts of one module: GPT-2's q, k and v
         for part, source in places.items():
             sharing.setdefault(replace(source, first_row=0), []).append(part)
         everywhere |= {_module(source) for source in sharing}
@@ -228,7 +235,7 @@ def save(folder: Path, adapter: Adapter, cfg: Config, *, base: str | None = None
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base_model,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": int(scale * rank) if float(scale * rank).is_integer() else scale * rank,
@@ -240,24 +247,28 @@ def save(folder: Path, adapter: Adapter, cfg: Config, *, base: str | None = None
     safetensors.write(Path(folder), config, tensors, names=_FILES)
 
 
-def _places(cfg: Config) -> list[dict[str, Source]]:
+def _tensor_sources(cfg: Config) -> list[dict[str, TensorSource]]:
     """For each layer, where the weights of its parts stand in Hugging Face's layout."""
-    tree = sources(cfg, "hf", architecture=families.to_hf(cfg)["model_type"])
+    tree = tensor_sources(cfg, "hf", architecture=families.to_hf(cfg)["model_type"])
     return [
-        {part: getattr(layer, part).weight for part in PARTS if getattr(layer, part) is not None}
+        {
+            part: getattr(layer, part).weight
+            for part in TARGET_MODULES
+            if getattr(layer, part) is not None
+        }
         for layer in tree.layers
     ]
 
 
-def _module(source: Source) -> str:
+def _module(source: TensorSource) -> str:
     return source.name.removesuffix(".weight")
 
 
-def _tensor_name(source: Source, letter: str) -> str:
+def _tensor_name(source: TensorSource, letter: str) -> str:
     return f"base_model.model.{_module(source)}.lora_{letter}.weight"
 
 
-def _is_target(source: Source, layer: int, config: Mapping[str, Any]) -> bool:
+def _is_target(source: TensorSource, layer: int, config: Mapping[str, Any]) -> bool:
     """Whether the config lists this weight as adapted; a pattern instead of a list is not read."""
     targets, layers = config["target_modules"], config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
@@ -269,11 +280,11 @@ def _is_target(source: Source, layer: int, config: Mapping[str, Any]) -> bool:
 def _check(config: Mapping[str, Any], path: Path) -> tuple[int, float]:
     """Rank and scale, if there is nothing in the config that we would get wrong."""
     for key, value in config.items():
-        if key in _FIXED:
-            if value not in _FIXED[key]:
-                allowed = " or ".join(map(repr, _FIXED[key]))
+        if key in _SUPPORTED_VALUES:
+            if value not in _SUPPORTED_VALUES[key]:
+                allowed = " or ".join(map(repr, _SUPPORTED_VALUES[key]))
                 raise ValueError(f"{path}: {key} must be {allowed}, got {value!r}")
-        elif key not in _SILENT | _READ:
+        elif key not in _IGNORED_KEYS | _READ_KEYS:
             raise ValueError(f"{path}: has the key {key!r}, whose meaning is not known")
     if missing := [
         k for k in ("peft_type", "r", "lora_alpha", "target_modules") if k not in config

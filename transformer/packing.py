@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-WIDTHS = (32, 64, 128, 256, 512)  # of rows, in tokens
+LENGTH_BUCKETS = (32, 64, 128, 256, 512)  # of rows, in tokens
 BATCH_TOKENS = 1024  # in a batch, padding included; a wider row is a batch of its own
 _MIN_TOKENS = 4  # a row holds at most a text for each four tokens of its width
 
 
 @dataclass(frozen=True)
-class Batch:
+class PackedBatch:
     """Rows to be computed together.
 
     Attributes:
@@ -34,7 +34,7 @@ class Batch:
 
     ids: np.ndarray
     segments: np.ndarray
-    texts: np.ndarray
+    text_indices: np.ndarray
     rows: np.ndarray
     slots: np.ndarray
 
@@ -49,15 +49,15 @@ def max_texts(width: int) -> int:
     return width // _MIN_TOKENS
 
 
-def widths(longest: int) -> tuple[int, ...]:
+def length_buckets(longest: int) -> tuple[int, ...]:
     """The widths of rows for a model that reads at most `longest` tokens."""
-    return (*(width for width in WIDTHS if width < longest), longest)
+    return (*(width for width in LENGTH_BUCKETS if width < longest), longest)
 
 
-def shapes(longest: int) -> list[tuple[int, int]]:
+def batch_shapes(longest: int) -> list[tuple[int, int]]:
     """All shapes [B, T] that `pack` makes of texts up to `longest` tokens, the smallest first."""
     found = []
-    for width in widths(longest):
+    for width in length_buckets(longest):
         rows = 1
         while rows == 1 or rows * width <= BATCH_TOKENS:
             found.append((rows, width))
@@ -65,7 +65,7 @@ def shapes(longest: int) -> list[tuple[int, int]]:
     return sorted(found, key=lambda shape: (shape[0] * shape[1], shape))
 
 
-def pack(texts: Sequence[Sequence[int]], longest: int) -> Iterator[Batch]:
+def pack(texts: Sequence[Sequence[int]], longest: int) -> Iterator[PackedBatch]:
     """Batches that hold all texts, the widest rows first.
 
     Args:
@@ -80,11 +80,11 @@ def pack(texts: Sequence[Sequence[int]], longest: int) -> Iterator[Batch]:
             raise ValueError(
                 f"text {number} has {len(text)} tokens: between 1 and {longest} can be packed"
             )
-    rows = _best_fit([len(text) for text in texts], widths(longest))
-    for width in reversed(widths(longest)):
+    rows = _best_fit([len(text) for text in texts], length_buckets(longest))
+    for width in reversed(length_buckets(longest)):
         left = rows[width]
         while left:
-            count = max(rows for rows, wide in shapes(longest) if wide == width
+            count = max(rows for rows, wide in batch_shapes(longest) if wide == width
                         and (rows == 1 or rows <= len(left)))  # fmt: skip
             yield _batch(texts, left[:count], width)
             left = left[count:]
@@ -110,7 +110,7 @@ def _best_fit(lengths: list[int], widths: tuple[int, ...]) -> dict[int, list[lis
     return rows
 
 
-def _batch(texts: Sequence[Sequence[int]], rows: list[list[int]], width: int) -> Batch:
+def _batch(texts: Sequence[Sequence[int]], rows: list[list[int]], width: int) -> PackedBatch:
     ids = np.zeros((len(rows), width), np.int32)
     segments = np.zeros((len(rows), width), np.int32)
     places = []
@@ -123,4 +123,4 @@ def _batch(texts: Sequence[Sequence[int]], rows: list[list[int]], width: int) ->
             places.append((text, r, slot))
             at = end
     columns = np.array(places, np.int32).T
-    return Batch(ids, segments, *columns)
+    return PackedBatch(ids, segments, *columns)

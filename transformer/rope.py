@@ -27,9 +27,9 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None)
     frequency = 1.0 / jnp.power(jnp.float32(theta), exponent)  # [H/2]
     if scaling is None:
         return frequency
-    if scaling.kind == "linear":
+    if scaling.rope_type == "linear":
         return frequency / scaling.factor
-    if scaling.kind == "llama3":
+    if scaling.rope_type == "llama3":
         turns = scaling.original_max_seq_len * frequency / (2 * math.pi)  # in the first context
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)

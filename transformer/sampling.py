@@ -27,11 +27,11 @@ from flax import struct
 
 from transformer import kernels
 
-MAX_TOP = 20  # alternatives reported beside a token, at most
+MAX_TOP_LOGPROBS = 20  # alternatives reported beside a token, at most
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingParams:
     """How to choose the tokens of one sequence.
 
     Raises:
@@ -78,7 +78,7 @@ class Sampling:
 
 
 @struct.dataclass
-class Settings:
+class SamplingMetadata:
     """The settings of the rows of a batch, and where each stands. Every leaf is [B, ...]."""
 
     temperature: jax.Array
@@ -96,7 +96,7 @@ class Settings:
 
 
 @struct.dataclass
-class History:
+class PenaltyState:
     """What penalties need to remember, one slot a sequence."""
 
     counts: jax.Array  # int32 [slots, V], how often each token was generated
@@ -105,7 +105,7 @@ class History:
 
 
 @struct.dataclass
-class Drawn:
+class SampleOutput:
     """The outcome of one step for each row."""
 
     ids: jax.Array  # int32 [B]
@@ -114,16 +114,19 @@ class Drawn:
     top_logprobs: jax.Array  # float32 [B, MAX_TOP]
 
 
-def settings(
-    rows: Sequence[Sampling], choices: Sequence[int], steps: Sequence[int], slots: Sequence[int]
-) -> Settings:
+def batch_sampling_params(
+    rows: Sequence[SamplingParams],
+    choices: Sequence[int],
+    steps: Sequence[int],
+    slots: Sequence[int],
+) -> SamplingMetadata:
     """Gathers the settings of several sequences into arrays, on the host."""
 
     def column(name: str, dtype: type) -> np.ndarray:
         return np.array([getattr(row, name) for row in rows], dtype)
 
     seeds = np.array([row.seed % 2**64 for row in rows], np.uint64)
-    return Settings(
+    return SamplingMetadata(
         temperature=column("temperature", np.float32),
         top_p=column("top_p", np.float32),
         top_k=column("top_k", np.int32),
@@ -139,28 +142,34 @@ def settings(
     )
 
 
-def history(num_slots: int, vocab_size: int) -> History:
+def init_penalty_state(num_slots: int, vocab_size: int) -> PenaltyState:
     """Empty slots."""
-    return History(
+    return PenaltyState(
         counts=jnp.zeros((num_slots, vocab_size), jnp.int32),
         is_in_prompt=jnp.zeros((num_slots, vocab_size), bool),
         bias=jnp.zeros((num_slots, vocab_size), jnp.float32),
     )
 
 
-def begin(past: History, slot: jax.Array, is_in_prompt: jax.Array, bias: jax.Array) -> History:
+def reset_slot(
+    penalty_state: PenaltyState, slot: jax.Array, is_in_prompt: jax.Array, bias: jax.Array
+) -> PenaltyState:
     """Clears a slot for a new sequence: its prompt's tokens [V] and its bias [V]."""
-    return History(
-        counts=past.counts.at[slot].set(0),
-        is_in_prompt=past.is_in_prompt.at[slot].set(is_in_prompt),
-        bias=past.bias.at[slot].set(bias),
+    return PenaltyState(
+        counts=penalty_state.counts.at[slot].set(0),
+        is_in_prompt=penalty_state.is_in_prompt.at[slot].set(is_in_prompt),
+        bias=penalty_state.bias.at[slot].set(bias),
     )
 
 
 @jax.named_scope("sample")
 def sample(
-    logits: jax.Array, past: History, rows: Settings, *, num_ids: int
-) -> tuple[Drawn, History]:
+    logits: jax.Array,
+    penalty_state: PenaltyState,
+    sampling_metadata: SamplingMetadata,
+    *,
+    num_ids: int,
+) -> tuple[SampleOutput, PenaltyState]:
     """Draws the next token of every row.
 
     Args:
@@ -171,20 +180,26 @@ def sample(
     is_token = jnp.arange(logits.shape[-1]) < num_ids
     logits = jnp.where(is_token, logits, -jnp.inf)
 
-    def row(args: tuple[jax.Array, Settings]) -> tuple[jax.Array, ...]:
+    def row(args: tuple[jax.Array, SamplingMetadata]) -> tuple[jax.Array, ...]:
         logits, own = args  # [V]
-        adjusted = jax.lax.cond(own.is_adjusted, _adjust, lambda x, *_: x, logits, past, own)
+        adjusted = jax.lax.cond(
+            own.is_adjusted, _apply_penalties, lambda x, *_: x, logits, penalty_state, own
+        )
         token = jax.lax.cond(
-            own.temperature > 0, _draw, lambda x, _: jnp.argmax(x).astype(jnp.int32), adjusted, own
+            own.temperature > 0,
+            _sample_token,
+            lambda x, _: jnp.argmax(x).astype(jnp.int32),
+            adjusted,
+            own,
         )
         return token, *_logprobs(logits, token, num_ids)
 
-    ids, logprobs, top_ids, top = jax.lax.map(row, (logits, rows))
-    counts = past.counts.at[rows.slot, ids].add(1)
-    return Drawn(ids, logprobs, top_ids, top), past.replace(counts=counts)
+    ids, logprobs, top_ids, top = jax.lax.map(row, (logits, sampling_metadata))
+    counts = penalty_state.counts.at[sampling_metadata.slot, ids].add(1)
+    return SampleOutput(ids, logprobs, top_ids, top), penalty_state.replace(counts=counts)
 
 
-def score(logits: jax.Array, ids: jax.Array, *, num_ids: int) -> Drawn:
+def gather_logprobs(logits: jax.Array, ids: jax.Array, *, num_ids: int) -> SampleOutput:
     """Log-probabilities of tokens that were not drawn but given, row by row.
 
     Args:
@@ -193,17 +208,17 @@ def score(logits: jax.Array, ids: jax.Array, *, num_ids: int) -> Drawn:
         num_ids: ids from here on are padding of the table.
     """
     logits = jnp.where(jnp.arange(logits.shape[-1]) < num_ids, logits, -jnp.inf)
-    return Drawn(ids, *jax.lax.map(lambda row: _logprobs(*row, num_ids), (logits, ids)))
+    return SampleOutput(ids, *jax.lax.map(lambda row: _logprobs(*row, num_ids), (logits, ids)))
 
 
 def _logprobs(logits: jax.Array, token: jax.Array, num_ids: int) -> tuple[jax.Array, ...]:
     """Of `token`, and the likeliest ids with theirs: float32 [], int32 and float32 [MAX_TOP]."""
     logprobs = logits - jax.nn.logsumexp(logits)
-    top, top_ids = jax.lax.top_k(logprobs, min(MAX_TOP, num_ids))
+    top, top_ids = jax.lax.top_k(logprobs, min(MAX_TOP_LOGPROBS, num_ids))
     return logprobs[token], top_ids, top
 
 
-def _adjust(logits: jax.Array, past: History, own: Settings) -> jax.Array:
+def _apply_penalties(logits: jax.Array, past: PenaltyState, own: SamplingMetadata) -> jax.Array:
     counts = past.counts[own.slot]  # [V]
     is_seen = past.is_in_prompt[own.slot] | (counts > 0)
     penalty = own.repetition_penalty
@@ -212,7 +227,7 @@ def _adjust(logits: jax.Array, past: History, own: Settings) -> jax.Array:
     return logits + past.bias[own.slot]
 
 
-def _draw(logits: jax.Array, own: Settings) -> jax.Array:
+def _sample_token(logits: jax.Array, own: SamplingMetadata) -> jax.Array:
     # Differences first: a tiny temperature must not make infinities of several tokens.
     logits = (logits - logits.max()) / own.temperature
     is_cut = (own.top_k > 0) | (own.top_p < 1) | (own.min_p > 0)

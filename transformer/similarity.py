@@ -23,7 +23,7 @@ import optax
 from flax import struct
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """The nearest vectors, the nearest first."""
 
     scores: jax.Array  # [Q, k] float32, cosines
@@ -38,18 +38,20 @@ class Probe:
     bias: jax.Array  # [C] float32
 
 
-def unit(vectors: jax.Array) -> jax.Array:
+def l2_normalize(vectors: jax.Array) -> jax.Array:
     """Vectors of length 1 in the same directions; zero stays zero. [..., D] -> [..., D]."""
     return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
     """How alike each of some vectors is to each of others: [n, D], [m, D] -> float32 [n, m]."""
-    return jnp.einsum("nd,md->nm", unit(a), unit(b), preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        "nd,md->nm", l2_normalize(a), l2_normalize(b), preferred_element_type=jnp.float32
+    )
 
 
 @partial(jax.jit, static_argnames="k")
-def nearest(queries: jax.Array, vectors: jax.Array, k: int) -> Found:
+def nearest(queries: jax.Array, vectors: jax.Array, k: int) -> SearchResult:
     """The k vectors with the largest cosine to each query; the first of equal ones comes first.
 
     Args:
@@ -62,7 +64,7 @@ def nearest(queries: jax.Array, vectors: jax.Array, k: int) -> Found:
     """
     if not 1 <= k <= len(vectors):
         raise ValueError(f"k must be between 1 and {len(vectors)}, got {k}")
-    return Found(*jax.lax.top_k(cosine(queries, vectors), k))
+    return SearchResult(*jax.lax.top_k(cosine(queries, vectors), k))
 
 
 def zero_shot(vectors: jax.Array, labels: jax.Array, temperature: float = 0.05) -> jax.Array:
@@ -176,7 +178,7 @@ def cluster(
     """
     if not 1 <= k <= len(vectors):
         raise ValueError(f"k must be between 1 and {len(vectors)}, got {k}")
-    vectors = unit(vectors)
+    vectors = l2_normalize(vectors)
 
     def draw(key: jax.Array) -> jax.Array:
         def add(i: int, centers: jax.Array) -> jax.Array:
@@ -191,7 +193,7 @@ def cluster(
     def improve(_, centers: jax.Array) -> jax.Array:
         belongs = jax.nn.one_hot(cosine(vectors, centers).argmax(-1), k)  # [n, k]
         sums = jnp.einsum("nk,nd->kd", belongs, vectors)
-        return jnp.where(belongs.sum(0)[:, None] > 0, unit(sums), centers)
+        return jnp.where(belongs.sum(0)[:, None] > 0, l2_normalize(sums), centers)
 
     def attempt(key: jax.Array) -> Clusters:
         centers = jax.lax.fori_loop(0, steps, improve, draw(key))

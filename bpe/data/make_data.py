@@ -4,7 +4,7 @@
     python bpe/data/make_data.py package
 
 In the package a rank table is lines of "! rank token token ...": tokens in base64, of which the
-first has that rank and each next one the next rank. `bpe/vocabularies.py` says what is made of it.
+first has that rank and each next one the next rank. `bpe/openai_encodings.py` says what is made of it.
 """
 
 import base64
@@ -13,7 +13,7 @@ import lzma
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
+DATA_DIR = Path(__file__).parent
 
 
 def main(package: Path) -> None:
@@ -27,7 +27,7 @@ def main(package: Path) -> None:
         ]
         packed = bytes(map(len, tokens)) + b"".join(tokens)
         compressed = lzma.compress(packed, preset=9 | lzma.PRESET_EXTREME)
-        (HERE / f"{name}.xz").write_bytes(compressed)
+        (DATA_DIR / f"{name}.xz").write_bytes(compressed)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,16 @@ import hashlib
 from pathlib import Path
 
 from bpe.formats.bert import load_wordpiece
-from bpe.formats.byte_level import byte_characters
-from bpe.formats.gguf import from_gguf, read_gguf
+from bpe.formats.byte_level import bytes_to_unicode
+from bpe.formats.gguf import from_gguf, read_gguf_metadata
 from bpe.formats.huggingface import from_folder, from_tokenizer_json
 from bpe.formats.tiktoken import from_tiktoken
 from bpe.formats.tokenizer import Tokenizer
-from bpe.vocabularies import PUBLISHED, VOCABULARIES
+from bpe.openai_encodings import ENCODING_SPECS, TIKTOKEN_SHA256
 
 __all__ = [
     "Tokenizer",
-    "byte_characters",
+    "bytes_to_unicode",
     "from_folder",
     "from_gguf",
     "from_tiktoken",
@@ -50,22 +50,22 @@ def load(path: str | Path) -> Tokenizer:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if path.suffix == ".gguf":
-        return from_gguf(read_gguf(path), source=str(path))
+        return from_gguf(read_gguf_metadata(path), source=str(path))
     if path.suffix == ".json":
         return from_tokenizer_json(path)
     if path.suffix == ".tiktoken":
         # OpenAI's files hold only the ranks; pattern and special tokens go by the name.
-        if (expected := PUBLISHED.get(path.stem)) is None:
+        if (expected := TIKTOKEN_SHA256.get(path.stem)) is None:
             raise ValueError(
                 f"{path}: a .tiktoken file holds no split pattern, and only those of "
-                f"{', '.join(PUBLISHED)} are known by name; call "
+                f"{', '.join(TIKTOKEN_SHA256)} are known by name; call "
                 "bpe.from_tiktoken(path, pattern=..., special_tokens=...)"
             )
         if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != expected:
             raise ValueError(
                 f"{path}: its SHA-256 is {found}, that of OpenAI's file of this name is {expected}"
             )
-        known = VOCABULARIES[path.stem]
+        known = ENCODING_SPECS[path.stem]
         return from_tiktoken(path, pattern=known.pattern, special_tokens=known.special_tokens)
     raise ValueError(
         f"{path}: unknown kind of vocabulary; a .gguf, a .tiktoken, a tokenizer.json or a folder "

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bpe.formats.checks import get, note_others, one_of, read_json, short
-from bpe.formats.huggingface import added_tokens
+from bpe.formats.checks import get_one_of, get_required, read_json, short_repr, warn_unknown_keys
+from bpe.formats.huggingface import read_added_tokens
 from bpe.wordpiece import WordPiece
 
 
@@ -53,13 +53,15 @@ def _wordpiece_txt(path: Path) -> WordPiece:
     config_path = path.with_name("tokenizer_config.json")
     config = read_json(config_path) if config_path.exists() else {}
     where = str(config_path)
-    one_of(config, "do_basic_tokenize", [None, True], where)
+    get_one_of(config, "do_basic_tokenize", [None, True], where)
     return _wordpiece(
         vocab,
         str(path),
-        lowercase=one_of(config, "do_lower_case", [None, True, False], where) is not False,
-        strip_accents=one_of(config, "strip_accents", [None, True, False], where),
-        split_ideographs=one_of(config, "tokenize_chinese_chars", [None, True, False], where)
+        lowercase=get_one_of(config, "do_lower_case", [None, True, False], where) is not False,
+        strip_accents=get_one_of(config, "strip_accents", [None, True, False], where),
+        handle_chinese_chars=get_one_of(
+            config, "tokenize_chinese_chars", [None, True, False], where
+        )
         is not False,
     )
 
@@ -67,25 +69,25 @@ def _wordpiece_txt(path: Path) -> WordPiece:
 def _wordpiece_json(path: Path) -> WordPiece:
     spec = read_json(path)
     known = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer"}
-    note_others(spec, known | {"post_processor", "decoder", "model"}, "tokenizer.json")
-    model, where = get(spec, "model", dict, str(path)), f"{path}: model"
-    one_of(model, "type", ["WordPiece"], where)
+    warn_unknown_keys(spec, known | {"post_processor", "decoder", "model"}, "tokenizer.json")
+    model, where = get_required(spec, "model", dict, str(path)), f"{path}: model"
+    get_one_of(model, "type", ["WordPiece"], where)
     known = {"type", "unk_token", "continuing_subword_prefix", "max_input_chars_per_word", "vocab"}
-    note_others(model, known, "tokenizer.json: model")
-    vocab = get(model, "vocab", dict, where)
+    warn_unknown_keys(model, known, "tokenizer.json: model")
+    vocab = get_required(model, "vocab", dict, where)
     for token, id in vocab.items():
         if not isinstance(id, int):
-            raise ValueError(f"{where}: vocab[{token!r}] is {short(id)}, not an id")
+            raise ValueError(f"{where}: vocab[{token!r}] is {short_repr(id)}, not an id")
 
-    normalizer, where = get(spec, "normalizer", dict, str(path)), f"{path}: normalizer"
-    one_of(normalizer, "type", ["BertNormalizer"], where)
-    one_of(normalizer, "clean_text", [True], where)
+    normalizer, where = get_required(spec, "normalizer", dict, str(path)), f"{path}: normalizer"
+    get_one_of(normalizer, "type", ["BertNormalizer"], where)
+    get_one_of(normalizer, "clean_text", [True], where)
     known = {"type", "clean_text", "handle_chinese_chars", "strip_accents", "lowercase"}
-    note_others(normalizer, known, "tokenizer.json: normalizer")
-    splitter = get(spec, "pre_tokenizer", dict, str(path))
-    one_of(splitter, "type", ["BertPreTokenizer"], f"{path}: pre_tokenizer")
+    warn_unknown_keys(normalizer, known, "tokenizer.json: normalizer")
+    splitter = get_required(spec, "pre_tokenizer", dict, str(path))
+    get_one_of(splitter, "type", ["BertPreTokenizer"], f"{path}: pre_tokenizer")
 
-    special = added_tokens(spec, vocab, str(path))
+    special = read_added_tokens(spec, vocab, str(path))
     if missing := special.keys() - vocab.keys():
         raise ValueError(f"{path}: model.vocab lacks {min(missing)!r}, one of added_tokens")
     cls, sep = _cls_and_sep(spec.get("post_processor"), f"{path}: post_processor")
@@ -93,14 +95,18 @@ def _wordpiece_json(path: Path) -> WordPiece:
         vocab,
         str(path),
         special_tokens=special,
-        lowercase=get(normalizer, "lowercase", bool, where),
-        strip_accents=one_of(normalizer, "strip_accents", [None, True, False], where),
-        split_ideographs=get(normalizer, "handle_chinese_chars", bool, where),
-        prefix=get(model, "continuing_subword_prefix", str, f"{path}: model"),
-        longest_word=get(model, "max_input_chars_per_word", int, f"{path}: model"),
-        unk=get(model, "unk_token", str, f"{path}: model"),
-        cls=cls,
-        sep=sep,
+        lowercase=get_required(normalizer, "lowercase", bool, where),
+        strip_accents=get_one_of(normalizer, "strip_accents", [None, True, False], where),
+        handle_chinese_chars=get_required(normalizer, "handle_chinese_chars", bool, where),
+        continuing_subword_prefix=get_required(
+            model, "continuing_subword_prefix", str, f"{path}: model"
+        ),
+        max_input_chars_per_word=get_required(
+            model, "max_input_chars_per_word", int, f"{path}: model"
+        ),
+        unk_token=get_required(model, "unk_token", str, f"{path}: model"),
+        cls_token=cls,
+        sep_token=sep,
     )
 
 
@@ -132,4 +138,4 @@ def _cls_and_sep(spec: Any, where: str) -> tuple[str, str]:
             ],
         } if cls == cls2 and sep == sep2 == sep3:
             return cls, sep
-    raise ValueError(f"{where}: {short(spec)} is not known")
+    raise ValueError(f"{where}: {short_repr(spec)} is not known")

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from bpe.encoding import Encoding
-from bpe.formats.checks import short
+from bpe.formats.checks import short_repr
 
 
-def byte_characters() -> dict[int, str]:
+def bytes_to_unicode() -> dict[int, str]:
     """GPT-2's character for each byte."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -24,7 +24,7 @@ def byte_characters() -> dict[int, str]:
 # What a vocabulary may do without: control characters other than tab, newline and return, bytes
 # that never occur in UTF-8, and first bytes of planes where hardly a character is assigned. A
 # vocabulary has tokens only for the bytes of its training text. One that lacks others is damaged.
-_DISPENSABLE = bytes(
+_OPTIONAL_BYTES = bytes(
     [*(b for b in range(32) if b not in b"\t\n\r"), 0x7F, 0xC0, 0xC1, *range(0xF1, 0x100)]
 )
 
@@ -43,7 +43,7 @@ def from_byte_level(
     if spaces := [token for token in special_tokens if token.isspace()]:
         # As in GPT-NeoX and Phi-2. They are matched in every text, unlike special tokens.
         raise ValueError(f"{where}: added tokens of white space, as {spaces[0]!r}, cannot be read")
-    byte_of = {character: byte for byte, character in byte_characters().items()}
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     as_bytes: dict[str, bytes] = {}
     for token, id in tokens.items():
         try:
@@ -55,7 +55,7 @@ def from_byte_level(
             ) from None
     ranks = {token_bytes: tokens[token] for token, token_bytes in as_bytes.items()}
     dropped = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
-    if lost := dropped.translate(None, _DISPENSABLE):
+    if lost := dropped.translate(None, _OPTIONAL_BYTES):
         raise ValueError(f"{where}: no token for the bytes {lost!r}")
 
     pairs: list[tuple[bytes, bytes]] = []
@@ -64,7 +64,9 @@ def from_byte_level(
             case [str(left), str(right)] if left in as_bytes and right in as_bytes:
                 pairs.append((as_bytes[left], as_bytes[right]))
             case _:
-                raise ValueError(f"{where}: merge {i}, {short(merge)}, does not join two tokens")
+                raise ValueError(
+                    f"{where}: merge {i}, {short_repr(merge)}, does not join two tokens"
+                )
     try:
         return Encoding(
             name,

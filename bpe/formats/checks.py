@@ -30,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def get(mapping: Any, key: str, kind: type, where: str) -> Any:
+def get_required(mapping: Any, key: str, kind: type, where: str) -> Any:
     """Return the value of a key; ValueError where it is missing or of another type."""
     value = mapping.get(key) if isinstance(mapping, Mapping) else None
     if not isinstance(value, kind):
@@ -48,16 +48,18 @@ def get_array(metadata: Mapping[str, Any], key: str, where: str) -> list[Any]:
     return list(value)
 
 
-def one_of(mapping: Mapping[str, Any], key: str, values: Sequence[Any], where: str) -> Any:
+def get_one_of(mapping: Mapping[str, Any], key: str, values: Sequence[Any], where: str) -> Any:
     """Return the value of a key, None where it is missing; ValueError unless it is in `values`."""
     value = mapping.get(key)
     if value not in values:
         allowed = ", ".join(map(repr, values))
-        raise ValueError(f"{where}: {key} is {short(value)}; of what we can read, it is {allowed}")
+        raise ValueError(
+            f"{where}: {key} is {short_repr(value)}; of what we can read, it is {allowed}"
+        )
     return value
 
 
-def note_others(mapping: Mapping[str, Any], known: Collection[str], source: str) -> None:
+def warn_unknown_keys(mapping: Mapping[str, Any], known: Collection[str], source: str) -> None:
     """Log, once for each set of keys, that keys which nothing reads are passed over."""
     others = sorted(key for key, value in mapping.items() if value is not None and key not in known)
     if others:
@@ -77,11 +79,11 @@ def token_text(value: Any, where: str) -> str | None:
     if isinstance(value, dict):
         value = value.get("content")
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{where} is {short(value)}, not a string")
+        raise ValueError(f"{where} is {short_repr(value)}, not a string")
     return value
 
 
-def short(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """Return the repr of a value, of at most 120 characters."""
     text = repr(value)
     return text if len(text) <= 120 else text[:117] + "..."

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from bpe import stop
+from bpe import stop_tokens
 from bpe.formats.byte_level import from_byte_level
-from bpe.formats.checks import SENTENCEPIECE, get_array, note_others, one_of, to_text
-from bpe.formats.tokenizer import Tokenizer, chat_templates
+from bpe.formats.checks import SENTENCEPIECE, get_array, get_one_of, to_text, warn_unknown_keys
+from bpe.formats.tokenizer import Tokenizer, build_chat_templates
 from bpe.pretokenize import GPT2, LLAMA3, O200K, QWEN2, SMOLLM
 
 # tokenizer.ggml.pre -> pattern, ignore_merges, normalization, and whether a text begins with bos
@@ -50,7 +50,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-_READ = {"model", "pre", "tokens", "token_type", "merges", "add_bos_token"}
+_READ_KEYS = {"model", "pre", "tokens", "token_type", "merges", "add_bos_token"}
 
 
 _UNUSED_KEYS = {"scores", "token_type_count"}
@@ -91,13 +91,13 @@ def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> 
             f"{source}: {ggml}model is {model!r}, {what}; byte-level BPE ('gpt2') can be read"
         )
     pre = to_text(meta.get(ggml + "pre"))
-    one_of({ggml + "pre": pre}, ggml + "pre", list(_PRE), source)
+    get_one_of({ggml + "pre": pre}, ggml + "pre", list(_PRE), source)
     pattern, ignore_merges, normalization, add_bos = _PRE[pre]
     for key, values in _NEUTRAL.items():
-        one_of(meta, ggml + key, values, source)
-    known = {ggml + key for key in _READ | _UNUSED_KEYS | _NEUTRAL.keys()}
+        get_one_of(meta, ggml + key, values, source)
+    known = {ggml + key for key in _READ_KEYS | _UNUSED_KEYS | _NEUTRAL.keys()}
     known.add("tokenizer.huggingface.json")  # the tokenizer.json that the rest was made from
-    note_others(
+    warn_unknown_keys(
         {
             key: value
             for key, value in meta.items()
@@ -148,10 +148,12 @@ def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> 
         add_bos = bool(declared)
     if add_bos and bos_id is None:
         raise ValueError(f"{source}: {ggml}add_bos_token is set, but {ggml}bos_token_id is missing")
-    declared = stop.declared_in_gguf(meta, source)
-    stop_ids = stop.spelled_ids(encoding).union(stop.known_ids(encoding, declared))
+    declared = stop_tokens.gguf_stop_tokens(meta, source)
+    stop_ids = stop_tokens.well_known_stop_ids(encoding).union(
+        stop_tokens.resolve_stop_ids(encoding, declared)
+    )
     first = "tokenizer.chat_template"
-    template, named = chat_templates(
+    template, named = build_chat_templates(
         {
             key.removeprefix(first).removeprefix(".") or "default": to_text(value)
             for key, value in meta.items()
@@ -173,7 +175,7 @@ def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> 
     )
 
 
-def read_gguf(path: Path) -> dict[str, Any]:
+def read_gguf_metadata(path: Path) -> dict[str, Any]:
     try:
         import gguf  # some 0.2 s, and then seconds for a large vocabulary
     except ModuleNotFoundError as error:

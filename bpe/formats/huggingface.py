@@ -10,18 +10,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from bpe import stop, template_files
+from bpe import chat_template_files, stop_tokens
 from bpe.formats.byte_level import from_byte_level
 from bpe.formats.checks import (
     SENTENCEPIECE,
-    get,
-    note_others,
-    one_of,
+    get_one_of,
+    get_required,
     read_json,
-    short,
+    short_repr,
     token_text,
+    warn_unknown_keys,
 )
-from bpe.formats.tokenizer import Tokenizer, chat_templates
+from bpe.formats.tokenizer import Tokenizer, build_chat_templates
 from bpe.pretokenize import GPT2, SMOLLM
 
 
@@ -41,8 +41,8 @@ def from_folder(path: str | Path) -> Tokenizer:
     config = read_json(config_path) if config_path.exists() else {}
     bos = token_text(config.get("bos_token"), f"{config_path}: bos_token")
     eos = token_text(config.get("eos_token"), f"{config_path}: eos_token")
-    templates = template_files.read(path, config)
-    declared = list(stop.declared_in_folder(path))
+    templates = chat_template_files.read_chat_templates(path, config)
+    declared = list(stop_tokens.folder_stop_tokens(path))
     return _from_tokenizer_json(path / "tokenizer.json", path.name, bos, eos, templates, declared)
 
 
@@ -67,36 +67,38 @@ def _from_tokenizer_json(
     spec = read_json(path)
     # `truncation` and `padding` are settings of a call that the file happens to keep.
     known = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer"}
-    note_others(spec, known | {"post_processor", "decoder", "model"}, "tokenizer.json")
-    model = get(spec, "model", dict, str(path))
+    warn_unknown_keys(spec, known | {"post_processor", "decoder", "model"}, "tokenizer.json")
+    model = get_required(spec, "model", dict, str(path))
     where = f"{path}: model"
     if _is_sentencepiece(spec):
         raise ValueError(f"{path}: {SENTENCEPIECE}")
-    one_of(model, "type", ["BPE"], where)
-    one_of(model, "dropout", [None, 0, 0.0], where)
-    one_of(model, "continuing_subword_prefix", [None, ""], where)
-    one_of(model, "end_of_word_suffix", [None, ""], where)
-    one_of(model, "byte_fallback", [None, False], where)
-    one_of(model, "fuse_unk", [None, False], where)
-    ignore_merges = one_of(model, "ignore_merges", [None, False, True], where)
+    get_one_of(model, "type", ["BPE"], where)
+    get_one_of(model, "dropout", [None, 0, 0.0], where)
+    get_one_of(model, "continuing_subword_prefix", [None, ""], where)
+    get_one_of(model, "end_of_word_suffix", [None, ""], where)
+    get_one_of(model, "byte_fallback", [None, False], where)
+    get_one_of(model, "fuse_unk", [None, False], where)
+    ignore_merges = get_one_of(model, "ignore_merges", [None, False, True], where)
     known = {"type", "dropout", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk"}
     known |= {"byte_fallback", "ignore_merges", "unk_token", "vocab", "merges"}
-    note_others(model, known, "tokenizer.json: model")
-    one_of(get(spec, "decoder", dict, str(path)), "type", ["ByteLevel"], f"{path}: decoder")
+    warn_unknown_keys(model, known, "tokenizer.json: model")
+    get_one_of(
+        get_required(spec, "decoder", dict, str(path)), "type", ["ByteLevel"], f"{path}: decoder"
+    )
 
-    vocab = get(model, "vocab", dict, where)
+    vocab = get_required(model, "vocab", dict, where)
     for token, id in vocab.items():
         if not isinstance(id, int):
-            raise ValueError(f"{where}: vocab[{token!r}] is {short(id)}, not an id")
+            raise ValueError(f"{where}: vocab[{token!r}] is {short_repr(id)}, not an id")
     merges = [  # strings in old files
         merge.split(" ") if isinstance(merge, str) else merge
-        for merge in get(model, "merges", list, where)
+        for merge in get_required(model, "merges", list, where)
     ]
     begin = _begin_token(spec.get("post_processor"), f"{path}: post_processor")
     if begin is not None and bos is not None and begin != bos:
         raise ValueError(f"{path}: post_processor adds {begin!r}, but bos_token is {bos!r}")
     bos = bos or begin
-    special = added_tokens(spec, vocab, str(path))
+    special = read_added_tokens(spec, vocab, str(path))
     ends = [text for _, text in declared if isinstance(text, str)]
     for token in (bos, eos, *ends):
         # What is named is a special token, as in transformers, unless it is a word or a byte too.
@@ -121,9 +123,9 @@ def _from_tokenizer_json(
         raise ValueError(f"{path}: the vocabulary has no special token {bos!r}, the bos_token")
     if eos is None or eos not in special:  # special_tokens_map.json may name it
         eos = next((text for text in ends if text in special), eos)
-    declared_ids = stop.known_ids(encoding, declared)
-    stop_ids = stop.spelled_ids(encoding).union(declared_ids)
-    template, named = chat_templates(templates, bos, eos, encoding, stop_ids)
+    declared_ids = stop_tokens.resolve_stop_ids(encoding, declared)
+    stop_ids = stop_tokens.well_known_stop_ids(encoding).union(declared_ids)
+    template, named = build_chat_templates(templates, bos, eos, encoding, stop_ids)
     return Tokenizer(
         encoding=encoding,
         chat_template=template,
@@ -166,19 +168,21 @@ def _is_sentencepiece_model(path: Path) -> bool:
         return file.read(1) == b"\n"
 
 
-def added_tokens(spec: Mapping[str, Any], vocab: Mapping[str, Any], where: str) -> dict[str, int]:
+def read_added_tokens(
+    spec: Mapping[str, Any], vocab: Mapping[str, Any], where: str
+) -> dict[str, int]:
     special: dict[str, int] = {}
-    for i, token in enumerate(get(spec, "added_tokens", list, where)):
+    for i, token in enumerate(get_required(spec, "added_tokens", list, where)):
         here = f"{where}: added_tokens[{i}]"
-        text, id = get(token, "content", str, here), get(token, "id", int, here)
+        text, id = get_required(token, "content", str, here), get_required(token, "id", int, here)
         for key in ("single_word", "lstrip", "rstrip"):
-            one_of(token, key, [None, False], here)
+            get_one_of(token, key, [None, False], here)
         # Of BPE it is NFC, which leaves ASCII alone; of WordPiece, it may lower case.
         is_changed = spec["model"]["type"] != "BPE" or not text.isascii()
         if spec.get("normalizer") is not None and is_changed:
-            one_of(token, "normalized", [None, False], here)
+            get_one_of(token, "normalized", [None, False], here)
         known = {"content", "id", "special", "single_word", "lstrip", "rstrip", "normalized"}
-        note_others(token, known, "tokenizer.json: added_tokens")
+        warn_unknown_keys(token, known, "tokenizer.json: added_tokens")
         if special.setdefault(text, id) != id:
             raise ValueError(f"{here}: {text!r} has the ids {special[text]} and {id}")
     spelling: dict[int, str] = {}
@@ -196,19 +200,19 @@ def added_tokens(spec: Mapping[str, Any], vocab: Mapping[str, Any], where: str) 
 def _normalization(spec: Any, where: str) -> Literal["NFC"] | None:
     steps = [] if spec is None else [spec]
     if isinstance(spec, dict) and spec.get("type") == "Sequence":
-        steps = get(spec, "normalizers", list, where)
+        steps = get_required(spec, "normalizers", list, where)
     if not steps:
         return None
     if steps == [{"type": "NFC"}]:
         return "NFC"
-    raise ValueError(f"{where}: {short(spec)} is not known; null and NFC are")
+    raise ValueError(f"{where}: {short_repr(spec)} is not known; null and NFC are")
 
 
 def _split_patterns(spec: Any, where: str) -> str | list[str]:
     """The split patterns that Hugging Face's pre-tokenizers amount to."""
     steps = [spec]
     if isinstance(spec, dict) and spec.get("type") == "Sequence":
-        steps = get(spec, "pretokenizers", list, where)
+        steps = get_required(spec, "pretokenizers", list, where)
     patterns: list[str] = []
     for i, step in enumerate(steps):
         match step:
@@ -232,8 +236,8 @@ def _split_patterns(spec: Any, where: str) -> str | list[str]:
                     return SMOLLM  # the same in one pass
                 return patterns or [r"[\s\S]+"]
             case _:
-                raise ValueError(f"{where}: {short(step)} is not known")
-    raise ValueError(f"{where}: the last step must be ByteLevel, not {short(steps[-1:])}")
+                raise ValueError(f"{where}: {short_repr(step)} is not known")
+    raise ValueError(f"{where}: the last step must be ByteLevel, not {short_repr(steps[-1:])}")
 
 
 def _begin_token(spec: Any, where: str) -> str | None:
@@ -241,7 +245,7 @@ def _begin_token(spec: Any, where: str) -> str | None:
     begin = None
     steps = [spec] if spec is not None else []
     if isinstance(spec, dict) and spec.get("type") == "Sequence":
-        steps = get(spec, "processors", list, where)
+        steps = get_required(spec, "processors", list, where)
     for step in steps:
         match step:
             case {"type": "ByteLevel"}:
@@ -254,5 +258,5 @@ def _begin_token(spec: Any, where: str) -> str | None:
             }:
                 pass
             case _:
-                raise ValueError(f"{where}: {short(step)} is not known")
+                raise ValueError(f"{where}: {short_repr(step)} is not known")
     return begin

@@ -7,7 +7,7 @@ import binascii
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bpe import stop
+from bpe import stop_tokens
 from bpe.encoding import Encoding
 from bpe.formats.tokenizer import Tokenizer
 
@@ -51,5 +51,5 @@ def from_tiktoken(
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     eos_id = special_tokens.get("<|endoftext|>")
-    stop_ids = stop.spelled_ids(encoding)
+    stop_ids = stop_tokens.well_known_stop_ids(encoding)
     return Tokenizer(encoding=encoding, eos_id=eos_id, stop_ids=stop_ids)

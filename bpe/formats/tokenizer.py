@@ -34,7 +34,7 @@ class Tokenizer:
     stop_ids: frozenset[int] = frozenset()
 
 
-def chat_templates(
+def build_chat_templates(
     sources: Mapping[str, str],
     bos: str | None,
     eos: str | None,
@@ -48,5 +48,5 @@ def chat_templates(
     )
     named = {name: make(source) for name, source in sources.items() if source}
     if (default := named.pop("default", None)) is not None:
-        default.tool_use = named.get("tool_use")
+        default.tool_use_template = named.get("tool_use")
     return default, named

@@ -20,8 +20,8 @@ from serve.api.body_limit import BodyLimit
 from serve.api.headers import ResponseHeaders
 from serve.api.metrics import Metrics
 from serve.api.middleware import ApiKeys, HostAndOrigin
-from serve.api.openapi import described, schema
-from serve.api.rate_limit import RATE_HEADERS, Admission, RequestRate
+from serve.api.openapi import openapi_schema, route_docs
+from serve.api.rate_limit import RATE_HEADERS, Admission, RateLimiter
 from serve.api.routes import (
     audio,
     chat,
@@ -36,16 +36,16 @@ from serve.api.routes import (
     tokens,
 )
 from serve.api.routes.legacy import edits, engines, fine_tunes
-from serve.api.settings import Settings
+from serve.api.settings import ServerSettings
 from serve.api.state import ServerState
-from serve.api.temp_files import Passing
-from serve.jobs.jobs import Jobs
-from serve.jobs.runner import Keeper
+from serve.api.temp_files import TempFiles
+from serve.jobs.jobs import JobStore
+from serve.jobs.runner import JobRunner
 from serve.jobs.store import Store
 from serve.models.registry import Registry
 
 
-def create_app(settings: Settings, registry: Registry) -> FastAPI:
+def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
     """Builds the ASGI application.
 
     Set ``app.state.is_draining`` to have it finish what it has and take nothing new; at the end,
@@ -58,10 +58,10 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
     metrics = Metrics(registry)
 
     def ended(scope: Scope, status: int) -> None:
-        metrics.ended(scope, status)
-        logs.request(scope, status)
+        metrics.request_ended(scope, status)
+        logs.log_request(scope, status)
 
-    rate = RequestRate(settings.requests_per_minute) if settings.requests_per_minute else None
+    rate = RateLimiter(settings.requests_per_minute) if settings.requests_per_minute else None
     app = FastAPI(
         title="Pellucid",
         description="The model stack behind the OpenAI API, from scratch, on this machine.",
@@ -71,8 +71,8 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
             Middleware(
                 ResponseHeaders,
                 timeout=settings.answer_timeout,
-                begun=metrics.begun,
-                ended=ended,
+                on_start=metrics.request_started,
+                on_end=ended,
             ),
             Middleware(
                 HostAndOrigin, hosts=settings.allowed_hosts, origins=settings.allowed_origins
@@ -85,30 +85,30 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
                 expose_headers=["x-request-id", "openai-processing-ms", *RATE_HEADERS],
             ),
             Middleware(ApiKeys, keys=KeyRing(settings.api_keys, settings.home)),
-            Middleware(Admission, rate=rate, is_draining=lambda: state.is_draining),
+            Middleware(Admission, limiter=rate, is_draining=lambda: state.is_draining),
             Middleware(
                 BodyLimit,
                 limit=settings.max_body_bytes,
-                uploads=audio.UPLOADS | files.UPLOADS | images.UPLOADS,
+                path_limits=audio.BODY_LIMITS | files.BODY_LIMITS | images.BODY_LIMITS,
             ),
         ],
     )
     store = Store(settings.home)
-    jobs = Jobs(store, settings.home)
+    jobs = JobStore(store, settings.home)
     state = ServerState(
         registry=registry,
         home=settings.home,
         store=store,
         jobs=jobs,
-        keeper=Keeper(jobs),
-        passing=Passing(settings.home / "pictures"),
+        job_runner=JobRunner(jobs),
+        temp_files=TempFiles(settings.home / "pictures"),
     )
     app.state = cast(State, state)
     files.drop_expired(store)
-    state.keeper.watch()  # jobs that were not over when the last server ended, here or there
+    state.job_runner.watch()  # jobs that were not over when the last server ended, here or there
     errors.install(app)
     app.add_api_route(
-        "/metrics", metrics.page, methods=["GET"], summary="Numbers for Prometheus", **described()
+        "/metrics", metrics.page, methods=["GET"], summary="Numbers for Prometheus", **route_docs()
     )
     # Paths with an engine's name in them match greedily: the longer ones first, the bare one last.
     routes = (health, models, chat, completions, edits, embeddings, audio, images)
@@ -116,5 +116,5 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
     routes += (engines, tokens, pages)
     for route in routes:
         app.include_router(route.router)
-    app.openapi = functools.cache(lambda: schema(app))
+    app.openapi = functools.cache(lambda: openapi_schema(app))
     return app

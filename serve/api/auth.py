@@ -99,18 +99,20 @@ class KeyRing:
         home: the data folder.
     """
 
-    def __init__(self, given: Collection[str], home: Path):
-        self._given = {digest(key.encode()): f"key {number}" for number, key in enumerate(given, 1)}
+    def __init__(self, api_keys: Collection[str], home: Path):
+        self._fixed_keys = {
+            digest(key.encode()): f"key {number}" for number, key in enumerate(api_keys, 1)
+        }
         self._home = home
         self._stamp: tuple[int, int] | None = None
         self._stored: dict[str, str] = {}
-        self._asks = bool(given)
+        self._requires_key = bool(api_keys)
         self._refresh()
 
-    def asks(self) -> bool:
+    def requires_key(self) -> bool:
         """Whether a key is needed."""
         self._refresh()
-        return self._asks
+        return self._requires_key
 
     def owner(self, key: bytes) -> str | None:
         """The name of a key; None if it is none of ours."""
@@ -118,7 +120,7 @@ class KeyRing:
         given = digest(key)
         found = None
         # All are compared, each in constant time: the answer's delay tells nothing.
-        for known, name in (*self._given.items(), *self._stored.items()):
+        for known, name in (*self._fixed_keys.items(), *self._stored.items()):
             if hmac.compare_digest(known, given):
                 found = name
         return found
@@ -132,4 +134,4 @@ class KeyRing:
         if stamp != self._stamp:
             self._stored = {key.digest: key.name for key in read(self._home)}
             self._stamp = stamp
-            self._asks = self._asks or bool(self._stored)
+            self._requires_key = self._requires_key or bool(self._stored)

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.api.errors import APIError
 
 LINGER_SECONDS = 2.0  # for which what a client still sends is read and dropped
-UPLOAD_SECONDS = 300.0  # that a body may take to arrive
+BODY_TIMEOUT_SECONDS = 300.0  # that a body may take to arrive
 
 
 class _TooLarge(Exception):
@@ -33,20 +33,20 @@ class BodyLimit:
         self,
         app: ASGIApp,
         limit: int,
-        seconds: float = UPLOAD_SECONDS,
-        uploads: Mapping[str, int] = MappingProxyType({}),
+        timeout: float = BODY_TIMEOUT_SECONDS,
+        path_limits: Mapping[str, int] = MappingProxyType({}),
     ):
-        self.app, self.limit, self.seconds, self.uploads = app, limit, seconds, uploads
+        self.app, self.limit, self.timeout, self.path_limits = app, limit, timeout, path_limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        limit = max(self.limit, self.uploads.get(scope["path"], 0))
+        limit = max(self.limit, self.path_limits.get(scope["path"], 0))
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > limit:
             return await self._refuse(limit, receive, send)
         seen, is_whole = 0, False
-        end = asyncio.get_running_loop().time() + self.seconds
+        end = asyncio.get_running_loop().time() + self.timeout
 
         async def counted() -> Message:
             nonlocal seen, is_whole
@@ -70,7 +70,7 @@ class BodyLimit:
         except _TooSlow:
             error = APIError(
                 408,
-                f"The request's body did not arrive within {self.seconds:g} seconds.",
+                f"The request's body did not arrive within {self.timeout:g} seconds.",
                 code="request_timeout",
                 headers={"connection": "close"},
             )

@@ -16,24 +16,24 @@ class Wording(NamedTuple):
     """What a route calls its input, and how it ends the sentence about too much of it."""
 
     param: str | None  # the field at fault
-    alone: str  # when the input alone is too long
-    together: str  # when input and completion are
+    prompt_too_long: str  # when the input alone is too long
+    total_too_long: str  # when input and completion are
 
 
-MESSAGES = Wording(
+CHAT_WORDING = Wording(
     "messages",
     ". However, your messages resulted in {prompt} tokens. "
     "Please reduce the length of the messages.",
     ". However, you requested {total} tokens ({prompt} in the messages, {completion} in the "
     "completion). Please reduce the length of the messages or completion.",
 )
-PROMPT = Wording(
+COMPLETION_WORDING = Wording(
     None,
     ". However, your prompt resulted in {prompt} tokens. Please reduce the length of the prompt.",
     ", however you requested {total} tokens ({prompt} in your prompt; {completion} for the "
     "completion). Please reduce your prompt; or completion length.",
 )
-EDIT = Wording(
+EDIT_WORDING = Wording(
     "input",
     ". However, your input and instruction resulted in {prompt} tokens. "
     "Please reduce the length of the input.",
@@ -41,7 +41,9 @@ EDIT = Wording(
 )
 
 
-def room(wording: Wording, context: int, prompt: int, wanted: int | None, most: int) -> int:
+def resolve_max_tokens(
+    wording: Wording, context: int, prompt: int, wanted: int | None, most: int
+) -> int:
     """How many tokens the completion may have.
 
     Args:
@@ -56,13 +58,13 @@ def room(wording: Wording, context: int, prompt: int, wanted: int | None, most: 
     """
     left = context - prompt
     if left < 0 or (left == 0 and wanted != 0):
-        raise _too_long(wording, context, prompt, None)
+        raise _context_length_error(wording, context, prompt, None)
     if wanted is not None and wanted > left:
-        raise _too_long(wording, context, prompt, wanted)
+        raise _context_length_error(wording, context, prompt, wanted)
     return min(most, left) if wanted is None else wanted
 
 
-def refuse_hopeless(wording: Wording, context: int, encoding: Encoding, text: str) -> None:
+def refuse_too_long(wording: Wording, context: int, encoding: Encoding, text: str) -> None:
     """Refuses megabytes of text before the tokenizer has to walk them.
 
     No token is longer than the longest, so a text has at least bytes / longest tokens. Counted are
@@ -79,7 +81,7 @@ def refuse_hopeless(wording: Wording, context: int, encoding: Encoding, text: st
     least = -(-size // longest_token(encoding))
     if least > context:
         about = max(least, _estimate(encoding, text))
-        raise _too_long(wording, context, f"about {about}", None)
+        raise _context_length_error(wording, context, f"about {about}", None)
 
 
 def _estimate(encoding: Encoding, text: str, samples: int = 16, length: int = 1024) -> int:
@@ -102,15 +104,15 @@ def longest_token(encoding: Encoding) -> int:
     return longest
 
 
-def _too_long(
+def _context_length_error(
     wording: Wording, context: int, prompt: int | str, completion: int | None
 ) -> APIError:
     sentence = f"This model's maximum context length is {context} tokens"
     if completion is None:
-        sentence += wording.alone.format(prompt=prompt)
+        sentence += wording.prompt_too_long.format(prompt=prompt)
     else:
         total = int(prompt) + completion
-        sentence += wording.together.format(total=total, prompt=prompt, completion=completion)
+        sentence += wording.total_too_long.format(total=total, prompt=prompt, completion=completion)
     # The code in the text, too: LangChain looks for it in str(error), where openai 3 puts the text.
     code = "context_length_exceeded"
     return APIError(400, f"{sentence} ({code})", param=wording.param, code=code)

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from bpe import Encoding, StopMatcher, StreamDecoder
-from transformer.engine import Began, Done, Event, Scored, Token
+from transformer.engine import Done, Event, PrefillDone, PromptLogprobs, Token
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class TokenWithOffset:
     """A token and where the text it belongs to begins, in characters of the choice's text."""
 
     token: Token
@@ -28,7 +28,7 @@ class Placed:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextDelta:
     """The next text of one choice.
 
     Attributes:
@@ -41,13 +41,13 @@ class Piece:
     """
 
     text: str
-    tokens: tuple[Placed, ...]
+    tokens: tuple[TokenWithOffset, ...]
     finish_reason: FinishReason | None
-    generated: int
-    end: Placed | None = None
+    num_generated: int
+    end_token: TokenWithOffset | None = None
 
 
-class Assembler:
+class Detokenizer:
     """Builds the pieces of one choice: first what is echoed of the prompt, then what is generated.
 
     Args:
@@ -60,19 +60,19 @@ class Assembler:
     def __init__(
         self,
         encoding: Encoding,
-        stops: Sequence[str],
+        stop_strings: Sequence[str],
         *,
-        echo: Sequence[Token] = (),
-        unseen: int = 0,
+        echo_tokens: Sequence[Token] = (),
+        num_unechoed: int = 0,
     ):
-        self._echo, self._unseen = echo, unseen
+        self._echo_tokens, self._num_unechoed = echo_tokens, num_unechoed
         self._decoder = StreamDecoder(encoding)
-        self._matcher = StopMatcher(stops)
-        self._spelling: list[Token] = []  # tokens whose first whole character is yet to come
+        self._matcher = StopMatcher(stop_strings)
+        self._pending: list[Token] = []  # tokens whose first whole character is yet to come
         self._held: deque[tuple[int, int, list[Token]]] = deque()  # start, end, tokens
         self._decoded = self._emitted = self._generated = 0  # characters, characters, tokens
 
-    def take(self, event: Event) -> Piece | None:
+    def update(self, event: Event) -> TextDelta | None:
         """Take an event of the engine.
 
         Returns:
@@ -80,19 +80,19 @@ class Assembler:
             `Done` for another reason than "stop" and "length".
         """
         match event:
-            case Scored(tokens=tokens):
-                echoed = tokens[self._unseen :]
-                self._unseen = max(self._unseen - len(tokens), 0)
+            case PromptLogprobs(tokens=tokens):
+                echoed = tokens[self._num_unechoed :]
+                self._num_unechoed = max(self._num_unechoed - len(tokens), 0)
                 return self.echo(echoed)
-            case Began():
-                return self.echo(self._echo)
+            case PrefillDone():
+                return self.echo(self._echo_tokens)
             case Token():
                 return self.push(event)
-            case Done(reason="stop" | "length" as reason, token=token):
+            case Done(finish_reason="stop" | "length" as reason, token=token):
                 return self.finish(reason, token)
         return None
 
-    def echo(self, tokens: Sequence[Token]) -> Piece:
+    def echo(self, tokens: Sequence[Token]) -> TextDelta:
         """Repeats tokens of the prompt, in which no stop string is looked for.
 
         Text and offsets go on from there, so a character begun in the prompt is finished by what
@@ -100,20 +100,20 @@ class Assembler:
         """
         text = ""
         for token in tokens:
-            self._spelling.append(token)
+            self._pending.append(token)
             if part := self._decoder.push(token.id):
                 self._hold(part)
                 text += part
-        return self._piece(text, None)
+        return self._delta(text, None)
 
-    def push(self, token: Token) -> Piece:
+    def push(self, token: Token) -> TextDelta:
         """Takes the next token. A piece with a finish_reason means that a stop string matched."""
         self._generated += 1
-        self._spelling.append(token)
+        self._pending.append(token)
         text, stopped = self._match(self._decoder.push(token.id))
-        return self._piece(text, "stop" if stopped else None)
+        return self._delta(text, "stop" if stopped else None)
 
-    def finish(self, reason: FinishReason, token: Token | None = None) -> Piece:
+    def finish(self, reason: FinishReason, token: Token | None = None) -> TextDelta:
         """The last piece, when the engine has ended the choice: whatever was held back.
 
         Args:
@@ -122,9 +122,9 @@ class Assembler:
         """
         text, stopped = self._match(self._decoder.flush())
         if stopped:
-            return self._piece(text, "stop")
-        piece = self._piece(text + self._matcher.flush(), reason)
-        return replace(piece, end=Placed(token, self._emitted)) if token else piece
+            return self._delta(text, "stop")
+        piece = self._delta(text + self._matcher.flush(), reason)
+        return replace(piece, end=TokenWithOffset(token, self._emitted)) if token else piece
 
     def _match(self, text: str) -> tuple[str, bool]:
         if not text:
@@ -134,23 +134,23 @@ class Assembler:
 
     def _hold(self, text: str) -> None:
         end = self._decoded + len(text)
-        self._held.append((self._decoded, end, self._spelling))
-        self._decoded, self._spelling = end, []
+        self._held.append((self._decoded, end, self._pending))
+        self._decoded, self._pending = end, []
 
-    def _piece(self, text: str, finish_reason: FinishReason | None) -> Piece:
+    def _delta(self, text: str, finish_reason: FinishReason | None) -> TextDelta:
         self._emitted += len(text)
-        tokens: list[Placed] = []
+        tokens: list[TokenWithOffset] = []
         while self._held:
             start, end, group = self._held[0]
             begun = finish_reason is not None and start < self._emitted
             if end > self._emitted and not begun:
                 break
-            tokens += [Placed(token, start) for token in group]
+            tokens += [TokenWithOffset(token, start) for token in group]
             self._held.popleft()
-        return Piece(text, tuple(tokens), finish_reason, self._generated)
+        return TextDelta(text, tuple(tokens), finish_reason, self._generated)
 
 
-def finite(logprob: float | None) -> float:
+def clamp_logprob(logprob: float | None) -> float:
     """A logprob as JSON can say it; -9999 is what the API says for "impossible"."""
     return logprob if logprob is not None and logprob > -9999.0 else -9999.0  # NaN is not >
 

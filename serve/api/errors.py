@@ -106,7 +106,7 @@ _BOUNDS = {  # error type -> (key of the bound, operator, words; the code is the
 }
 
 
-def kind(value: object) -> str:
+def json_type_name(value: object) -> str:
     """What a JSON value is, in the words of OpenAI's messages: "a string", "null", ..."""
     if value is None:
         return "null"
@@ -131,7 +131,7 @@ def from_validation(error: ValidationError) -> APIError:
             return bad(f"Missing required parameter: {name}.", "missing_required_parameter")
         case type if type in _EXPECTED or type == "union_tag_invalid":
             expected = _EXPECTED.get(type) or _one_of(context["expected_tags"])
-            got = str(value) if type == "finite_number" else kind(value)
+            got = str(value) if type == "finite_number" else json_type_name(value)
             return bad(
                 f"Invalid type for {name}: expected {expected}, but got {got} instead.",
                 "invalid_type",
@@ -152,14 +152,14 @@ def from_validation(error: ValidationError) -> APIError:
                 f"Invalid value: {_quote(value)}. Supported values are: {values}.", "invalid_value"
             )
         case "too_short" | "string_too_short":
-            noun, article = _sized(context)
+            noun, article = _noun_and_article(context)
             return bad(
                 f"Invalid {name}: empty {noun}. Expected {article} {noun} with minimum length "
                 f"{context['min_length']}, but got an empty {noun} instead.",
                 f"empty_{noun}",
             )
         case "too_long" | "string_too_long":
-            noun, article = _sized(context)
+            noun, article = _noun_and_article(context)
             return bad(
                 f"Invalid {name}: {noun} too long. Expected {article} {noun} with maximum length "
                 f"{context['max_length']}, but got {article} {noun} with length {len(value)} "
@@ -186,14 +186,14 @@ def _one_of(tags: str) -> str:
     return f"one of {', '.join(rest)} or {last}" if rest else last
 
 
-def _sized(context: Mapping[str, Any]) -> tuple[str, str]:
+def _noun_and_article(context: Mapping[str, Any]) -> tuple[str, str]:
     noun = {"List": "array", "Dictionary": "object"}.get(context.get("field_type", ""), "string")
     return noun, "a" if noun == "string" else "an"
 
 
 def _quote(value: object) -> str:
     if isinstance(value, list | dict):
-        return kind(value)
+        return json_type_name(value)
     return f"'{_clip(value)}'" if isinstance(value, str) else _clip(value)
 
 
@@ -229,9 +229,9 @@ def as_api_error(error: Exception) -> APIError:
             return error
         case UnknownModel():
             hint = "GET /v1/models lists what is served here."
-            if error.absent is not None:
+            if error.not_pulled_id is not None:
                 hint = (
-                    f"It is {error.absent} here, which `pellucid pull {error.absent}` fetches; "
+                    f"It is {error.not_pulled_id} here, which `pellucid pull {error.not_pulled_id}` fetches; "
                     "then start the server again."
                 )
             return APIError(

@@ -16,21 +16,27 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from serve.api.detokenize import Assembler, FinishReason, Piece, Placed, finite
+from serve.api.detokenize import (
+    Detokenizer,
+    FinishReason,
+    TextDelta,
+    TokenWithOffset,
+    clamp_logprob,
+)
 from serve.api.errors import APIError, server_error
-from serve.api.request_context import Call
+from serve.api.request_context import RequestContext
 from serve.api.requests import GenerationBody
 from serve.api.token_ids import native_bias
-from serve.models import sampling
-from serve.models.decoder import ServedModel
-from transformer.engine import Began, Done, Event, Failed, Request, Token
-from transformer.sampling import Sampling
+from serve.models import generation_config
+from serve.models.decoder import DecoderModel
+from transformer.engine import Done, Event, Failed, PrefillDone, SequenceRequest, Token
+from transformer.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
 
 # Choices of one request that compute at a time: one client with a long list of prompts neither
 # fills the engine's queue nor crowds out the others.
-SIDE_BY_SIDE = 16
+MAX_CONCURRENT_CHOICES = 16
 MAX_CHOICES = 2048
 
 T = TypeVar("T")
@@ -44,7 +50,7 @@ class Usage:
     cached_tokens: int = 0
     completion_tokens: int = 0
 
-    def body(self) -> dict[str, Any]:
+    def to_api(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -72,12 +78,12 @@ class Prompt:
         stops: strings that end a choice, beside the request's own.
     """
 
-    ids: Sequence[int]
+    token_ids: Sequence[int]
     max_tokens: int
-    echo: Sequence[int] = ()
-    is_scored: bool = False
+    echo_ids: Sequence[int] = ()
+    has_prompt_logprobs: bool = False
     stop_ids: frozenset[int] = frozenset()
-    stops: tuple[str, ...] = ()
+    stop_strings: tuple[str, ...] = ()
 
 
 @dataclass
@@ -85,8 +91,8 @@ class Choice:
     """One finished choice, for an answer that is not streamed."""
 
     text: str = ""
-    tokens: list[Placed] = field(default_factory=list)
-    end: Placed | None = None
+    tokens: list[TokenWithOffset] = field(default_factory=list)
+    end_token: TokenWithOffset | None = None
     finish_reason: FinishReason | None = None
 
 
@@ -108,45 +114,52 @@ class Generation:
 
     def __init__(
         self,
-        model: ServedModel,
+        model: DecoderModel,
         prompts: Sequence[Prompt],
         body: GenerationBody,
-        copies: int,
+        choices_per_prompt: int,
         top_logprobs: int | None,
-        call: Call,
+        request_context: RequestContext,
         is_judged: bool = False,
     ):
-        if len(prompts) * copies > MAX_CHOICES:
+        if len(prompts) * choices_per_prompt > MAX_CHOICES:
             raise APIError(
                 400,
-                f"Invalid 'n': {len(prompts)} prompts of {copies} choices each are more than "
+                f"Invalid 'n': {len(prompts)} prompts of {choices_per_prompt} choices each are more than "
                 f"{MAX_CHOICES} choices in one request.",
                 param="n",
                 code="invalid_value",
             )
-        settings = sampling_of(body, model, is_judged=is_judged)
-        deadline = None if call.timeout is None else time.monotonic() + call.timeout
-        self.model, self.stops, self.copies, self.call = model, body.stops, copies, call
-        self.usage = Usage(prompt_tokens=sum(len(prompt.ids) for prompt in prompts))
-        call.model, call.prompt_tokens = model.id, self.usage.prompt_tokens
-        self.prompts = [prompt for prompt in prompts for _ in range(copies)]
+        settings = sampling_params(body, model, is_judged=is_judged)
+        deadline = (
+            None if request_context.timeout is None else time.monotonic() + request_context.timeout
+        )
+        self.model, self.stop_strings, self.choices_per_prompt, self.request_context = (
+            model,
+            body.stop_strings,
+            choices_per_prompt,
+            request_context,
+        )
+        self.usage = Usage(prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts))
+        request_context.model, request_context.prompt_tokens = model.id, self.usage.prompt_tokens
+        self.prompts = [prompt for prompt in prompts for _ in range(choices_per_prompt)]
         self.requests = [
-            Request(
-                prompt=tuple(prompt.ids),
+            SequenceRequest(
+                prompt=tuple(prompt.token_ids),
                 max_tokens=prompt.max_tokens,
-                sampling=settings,
+                sampling_params=settings,
                 stop_ids=model.tokenizer.stop_ids | prompt.stop_ids,
                 top_logprobs=top_logprobs,
-                prompt_logprobs=top_logprobs if prompt.is_scored else None,
-                choice=index,
-                client=call.client,
-                is_later=index > 0,
+                prompt_logprobs=top_logprobs if prompt.has_prompt_logprobs else None,
+                index=index,
+                client=request_context.client,
+                is_accepted=index > 0,
                 deadline=deadline,
             )
             for index, prompt in enumerate(self.prompts)
         ]
 
-    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
+    async def text_deltas(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
         """The pieces of all choices as they come, each with its choice's index.
 
         Every choice ends in one piece with a finish_reason, and ``usage`` counts it by then.
@@ -155,22 +168,22 @@ class Generation:
             APIError: 500 when the engine fails, 503 when it is shutting down.
             transformer.engine.Busy: the queue is full.
         """
-        streams = [self._choice(index) for index in range(len(self.requests))]
-        async with aclosing(interleave(streams, SIDE_BY_SIDE)) as merged:
+        streams = [self._stream_choice(index) for index in range(len(self.requests))]
+        async with aclosing(interleave(streams, MAX_CONCURRENT_CHOICES)) as merged:
             async for index, piece in merged:
                 if piece.finish_reason:
-                    self.usage.completion_tokens += piece.generated
+                    self.usage.completion_tokens += piece.num_generated
                 yield index, piece
 
     async def choices(self) -> list[Choice]:
         """All choices whole, in order."""
         choices = [Choice() for _ in self.requests]
-        async with aclosing(self.pieces()) as pieces:
+        async with aclosing(self.text_deltas()) as pieces:
             async for index, piece in pieces:
                 choice = choices[index]
                 choice.text += piece.text
                 choice.tokens += piece.tokens
-                choice.end = piece.end
+                choice.end_token = piece.end_token
                 choice.finish_reason = piece.finish_reason
         return choices
 
@@ -180,13 +193,14 @@ class Generation:
 
         def mean(index: int) -> float:
             choice = choices[index]
-            own = choice.tokens[len(self.prompts[index].echo) :]
-            ended = [choice.end] if choice.end else []
-            logprobs = [finite(placed.token.logprob) for placed in [*own, *ended]]
+            own = choice.tokens[len(self.prompts[index].echo_ids) :]
+            ended = [choice.end_token] if choice.end_token else []
+            logprobs = [clamp_logprob(placed.token.logprob) for placed in [*own, *ended]]
             return sum(logprobs) / len(logprobs) if logprobs else -math.inf
 
         groups = [
-            range(start, start + self.copies) for start in range(0, len(choices), self.copies)
+            range(start, start + self.choices_per_prompt)
+            for start in range(0, len(choices), self.choices_per_prompt)
         ]
         return [
             choices[index]
@@ -194,14 +208,14 @@ class Generation:
             for index in sorted(group, key=mean, reverse=True)[:n]
         ]
 
-    async def _choice(self, index: int) -> AsyncGenerator[Piece, None]:
+    async def _stream_choice(self, index: int) -> AsyncGenerator[TextDelta, None]:
         prompt, request = self.prompts[index], self.requests[index]
-        echo = [] if request.prompt_logprobs is not None else [Token(id) for id in prompt.echo]
-        assembler = Assembler(
+        echo = [] if request.prompt_logprobs is not None else [Token(id) for id in prompt.echo_ids]
+        assembler = Detokenizer(
             self.model.tokenizer.encoding,
-            [*self.stops, *prompt.stops],
-            echo=echo,
-            unseen=len(prompt.ids) - len(prompt.echo),
+            [*self.stop_strings, *prompt.stop_strings],
+            echo_tokens=echo,
+            num_unechoed=len(prompt.token_ids) - len(prompt.echo_ids),
         )
         if request.max_tokens == 0 and request.prompt_logprobs is None:  # nothing to compute
             if echo:
@@ -211,12 +225,14 @@ class Generation:
         async with aclosing(self.model.engine.stream(request)) as events:
             async for event in events:
                 match event:
-                    case Began(cached_tokens=cached_tokens) if index % self.copies == 0:
+                    case PrefillDone(cached_tokens=cached_tokens) if (
+                        index % self.choices_per_prompt == 0
+                    ):
                         self.usage.cached_tokens += cached_tokens  # each prompt counts once
-                        self.call.cached_tokens += cached_tokens
+                        self.request_context.cached_tokens += cached_tokens
                     case Token():
-                        self.call.generated()
-                if (piece := assembler.take(event)) is None:
+                        self.request_context.record_token()
+                if (piece := assembler.update(event)) is None:
                     raise self._failure(event)
                 if piece.finish_reason:
                     break
@@ -232,14 +248,14 @@ class Generation:
             case Failed(message=message):
                 log.error("%s: generation failed: %s", self.model.id, message)
                 return server_error(message)
-            case Done(reason="timeout"):
-                return _too_long(self.call.timeout)
+            case Done(finish_reason="timeout"):
+                return _timeout_error(self.request_context.timeout)
         return APIError(
             503, "The server is shutting down. Please try again later.", type="server_error"
         )
 
 
-def _too_long(seconds: float | None) -> APIError:
+def _timeout_error(seconds: float | None) -> APIError:
     return APIError(
         504,
         f"The answer took longer than the {seconds:g} seconds this server allows. Ask for fewer "
@@ -250,10 +266,14 @@ def _too_long(seconds: float | None) -> APIError:
     )
 
 
-def sampling_of(body: GenerationBody, model: ServedModel, *, is_judged: bool) -> Sampling:
+def sampling_params(
+    body: GenerationBody, model: DecoderModel, *, is_judged: bool
+) -> SamplingParams:
     """The sampling settings of a request; without a seed, one is drawn."""
-    return Sampling(
-        **sampling.resolve(body.sampling, model.sampling, is_judged=is_judged),
+    return SamplingParams(
+        **generation_config.resolve_params(
+            body.sampling, model.default_sampling, is_likelihood_scored=is_judged
+        ),
         logit_bias=native_bias(body.logit_bias, body.model, model),
         seed=secrets.randbits(63) if body.seed is None else body.seed,
     )

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api import logs
 from serve.api.errors import server_error
-from serve.api.request_context import Call
+from serve.api.request_context import RequestContext
 
 log = logging.getLogger(__name__)
 
@@ -37,15 +37,15 @@ class ResponseHeaders:
         self,
         app: ASGIApp,
         timeout: float | None,
-        begun: Callable[[], None],
-        ended: Callable[[Scope, int], None],
+        on_start: Callable[[], None],
+        on_end: Callable[[Scope, int], None],
     ):
-        self.app, self.timeout, self.begun, self.ended = app, timeout, begun, ended
+        self.app, self.timeout, self.on_start, self.on_end = app, timeout, on_start, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        call = Call(timeout=self.timeout)
+        call = RequestContext(timeout=self.timeout)
         scope.setdefault("state", {})["call"] = call
         incoming = Headers(scope=scope)
         status = 0
@@ -62,8 +62,8 @@ class ResponseHeaders:
                     headers["openai-organization"] = organization
             await send(message)
 
-        self.begun()
-        with logs.under(call.id):
+        self.on_start()
+        with logs.bind_request_id(call.id):
             try:
                 await self.app(scope, receive, send_with_headers)
             except Exception:
@@ -77,4 +77,4 @@ class ResponseHeaders:
                     raise  # the server then cuts the connection: a truncated answer must look so
                 await server_error().response()(scope, receive, send_with_headers)
             finally:
-                self.ended(scope, status or 499)
+                self.on_end(scope, status or 499)

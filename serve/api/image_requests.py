@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from diffusion import edit, picture
+from diffusion import edit, image_io
 from serve.api.multipart import File
 from serve.api.requests import Body
 
-Prompt = Annotated[str, Field(min_length=1, max_length=32_000)]
+ImagePrompt = Annotated[str, Field(min_length=1, max_length=32_000)]
 
 
 class ImageOptions(Body):
@@ -18,7 +18,7 @@ class ImageOptions(Body):
     n: Annotated[int, Field(ge=1, le=10)] = 1
     size: str = "auto"
     response_format: Literal["url", "b64_json"] | None = None
-    output_format: picture.Format = "png"
+    output_format: image_io.ImageFormat = "png"
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
     background: Literal["transparent", "opaque", "auto"] = "auto"
     quality: Literal["standard", "hd", "low", "medium", "high", "auto"] = "auto"
@@ -30,7 +30,7 @@ class ImageOptions(Body):
 class ImageGenerationBody(ImageOptions):
     """POST /v1/images/generations."""
 
-    prompt: Prompt
+    prompt: ImagePrompt
 
 
 class ImageReference(Body):
@@ -43,7 +43,7 @@ class ImageReference(Body):
 class ImageEditBody(ImageOptions):
     """POST /v1/images/edits, as JSON."""
 
-    prompt: Prompt
+    prompt: ImagePrompt
     images: Annotated[list[ImageReference], Field(min_length=1, max_length=16)]
     mask: ImageReference | None = None
 
@@ -51,7 +51,7 @@ class ImageEditBody(ImageOptions):
 class ImageEditForm(ImageOptions):
     """POST /v1/images/edits, as a form; `image[]` is `image`."""
 
-    prompt: Prompt
+    prompt: ImagePrompt
     image: File
     mask: File | None = None
 
@@ -61,4 +61,4 @@ class ImageVariationForm(ImageOptions):
 
     image: File
     prompt: Annotated[str, Field(max_length=32_000)] = ""
-    strength: Annotated[float, Field(ge=0.01, le=1)] = edit.VARIATION
+    strength: Annotated[float, Field(ge=0.01, le=1)] = edit.VARIATION_STRENGTH

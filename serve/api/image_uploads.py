@@ -9,47 +9,47 @@ from typing import TypeVar
 import numpy as np
 from starlette.requests import Request
 
-from diffusion import picture
+from diffusion import image_io
 from serve.api.base64_chunks import from_base64
 from serve.api.errors import APIError, unsupported
 from serve.api.image_requests import ImageEditBody, ImageOptions, ImageReference
-from serve.api.multipart import read_form, temporary_file, whole
+from serve.api.multipart import read_all, read_form, temporary_file
 from serve.api.stored_files import find_file, store_of
 
 MAX_BYTES = 20 * 2**20  # of a picture
 MAX_PIXELS = 2048 * 2048
 
 AnyForm = TypeVar("AnyForm", bound=ImageOptions)
-Files = dict[str, bytes]  # "image" and "mask"
+ImageFiles = dict[str, bytes]  # "image" and "mask"
 
 
-async def read_files(request: Request, kind: type[AnyForm]) -> tuple[AnyForm, Files]:
+async def read_image_form(request: Request, kind: type[AnyForm]) -> tuple[AnyForm, ImageFiles]:
     """The fields of a form, and its files."""
     with temporary_file() as image, temporary_file() as mask:
         sinks = {"image": image, "mask": mask}
         form = await read_form(request, kind, sinks)
         sent = [name for name in sinks if getattr(form, name, None) is not None]
-        return form, {name: await whole(sinks[name]) for name in sent}
+        return form, {name: await read_all(sinks[name]) for name in sent}
 
 
-def referenced(request: Request, body: ImageEditBody) -> Files:
+def referenced_files(request: Request, body: ImageEditBody) -> ImageFiles:
     """The files that a JSON body names."""
     if len(body.images) > 1:
         raise _several("images")
-    found = {"image": _fetched(request, body.images[0], "images[0]")}
+    found = {"image": _referenced_file(request, body.images[0], "images[0]")}
     if body.mask is not None:
-        found["mask"] = _fetched(request, body.mask, "mask")
+        found["mask"] = _referenced_file(request, body.mask, "mask")
     return found
 
 
-def _fetched(request: Request, reference: ImageReference, path: str) -> bytes:
+def _referenced_file(request: Request, reference: ImageReference, path: str) -> bytes:
     if (reference.image_url is None) == (reference.file_id is None):
         raise _bad(path, f"Invalid '{path}': give one of 'image_url' and 'file_id'.")
     if reference.file_id is not None:
         store = store_of(request)
         file = find_file(store, reference.file_id, f"{path}.file_id")
         _refuse_large(file["bytes"], path)
-        return store.blob(reference.file_id).read_bytes()
+        return store.blob_path(reference.file_id).read_bytes()
     head, comma, data = (reference.image_url or "").partition(",")
     if not (head.startswith("data:") and head.endswith(";base64") and comma):
         raise _bad(
@@ -65,7 +65,7 @@ def _fetched(request: Request, reference: ImageReference, path: str) -> bytes:
         ) from None
 
 
-def read_edit(files: Files, may_be_opaque: bool) -> tuple[np.ndarray, np.ndarray | None]:
+def read_edit(files: ImageFiles, may_be_opaque: bool) -> tuple[np.ndarray, np.ndarray | None]:
     """Read what is to be changed, and where.
 
     Args:
@@ -75,9 +75,9 @@ def read_edit(files: Files, may_be_opaque: bool) -> tuple[np.ndarray, np.ndarray
         The picture, uint8 [Y, X, 3 or 4], and the mask, uint8 [Y, X, 1]: 255 where the picture
         changes, 0 where it is kept, in between at soft edges; None for all of an opaque picture.
     """
-    image = decode(files, "image")
+    image = decode_image(files, "image")
     if "mask" not in files:
-        mask = _hole(image)
+        mask = _edit_mask(image)
         if not mask.any():
             if may_be_opaque:
                 return image[..., :3], None
@@ -88,7 +88,7 @@ def read_edit(files: Files, may_be_opaque: bool) -> tuple[np.ndarray, np.ndarray
                 "redrawn.",
             )
         return image[..., :3], mask
-    other = decode(files, "mask")
+    other = decode_image(files, "mask")
     (height, width), (y, x) = image.shape[:2], other.shape[:2]
     if (height, width) != (y, x):
         raise _bad(
@@ -96,26 +96,26 @@ def read_edit(files: Files, may_be_opaque: bool) -> tuple[np.ndarray, np.ndarray
             f"Invalid 'mask': it has {x} x {y} pixels, and the image {width} x {height}. They must "
             "be of the same size.",
         )
-    mask = _hole(other)
+    mask = _edit_mask(other)
     if not mask.any():
         raise _bad(
             "mask",
             "Invalid 'mask': it has no transparent pixels, so nothing would change. Transparent "
             "pixels are those that do, not white ones.",
         )
-    return (image if _hole(image).any() else image[..., :3]), mask
+    return (image if _edit_mask(image).any() else image[..., :3]), mask
 
 
-def _hole(pixels: np.ndarray) -> np.ndarray:
+def _edit_mask(pixels: np.ndarray) -> np.ndarray:
     """How transparent a picture is: uint8 [Y, X, 4] -> [Y, X, 1]."""
     return 255 - pixels[..., 3:]
 
 
-def decode(files: Files, param: str) -> np.ndarray:
+def decode_image(files: ImageFiles, param: str) -> np.ndarray:
     """A picture that was uploaded: uint8 [Y, X, 4]."""
     _refuse_large(len(files[param]), param)
     try:
-        return picture.read(files[param], max_pixels=MAX_PIXELS)
+        return image_io.decode(files[param], max_pixels=MAX_PIXELS)
     except ValueError as error:
         reason = str(error).rstrip(".") if files[param] else "the file is empty"
         raise _bad(param, f"Invalid '{param}': {reason}.") from None

@@ -15,7 +15,7 @@ from bpe import Tokenizer
 from serve.api.errors import unsupported
 from serve.api.generation import Prompt
 
-SPELLINGS = (  # of the tokens before prefix, suffix and middle
+FIM_TOKENS = (  # of the tokens before prefix, suffix and middle
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder
 )
@@ -26,7 +26,7 @@ INSTRUCTION = (
 STOP_CHARACTERS = 40  # of the suffix: where it begins, the middle is over
 
 
-def insertion(tokenizer: Tokenizer, prefix: Sequence[int], suffix: str) -> Prompt:
+def infill_prompt(tokenizer: Tokenizer, prefix: Sequence[int], suffix: str) -> Prompt:
     """What to continue so that the middle is written; `max_tokens` is left to the caller.
 
     Raises:
@@ -34,12 +34,12 @@ def insertion(tokenizer: Tokenizer, prefix: Sequence[int], suffix: str) -> Promp
     """
     encoding = tokenizer.encoding
     specials = encoding.special_tokens
-    for names in SPELLINGS:
+    for names in FIM_TOKENS:
         if all(name in specials for name in names):
             before, after, middle = (specials[name] for name in names)
             ids = [before, *prefix, after, *encoding.encode_ordinary(suffix), middle]
             # Whatever token of structure comes next, a file's end or another's name: it is over.
-            return Prompt(ids=ids, max_tokens=0, stop_ids=frozenset(specials.values()))
+            return Prompt(token_ids=ids, max_tokens=0, stop_ids=frozenset(specials.values()))
     if tokenizer.chat_template is None:
         raise unsupported(
             "suffix",
@@ -49,4 +49,4 @@ def insertion(tokenizer: Tokenizer, prefix: Sequence[int], suffix: str) -> Promp
     messages = [{"role": "user", "content": INSTRUCTION.format(suffix=suffix.strip())}]
     head = tokenizer.chat_template.encode(encoding, messages)
     stop = suffix.strip()[:STOP_CHARACTERS].partition("\n")[0]
-    return Prompt(ids=[*head, *prefix], max_tokens=0, stops=(stop,) if stop else ())
+    return Prompt(token_ids=[*head, *prefix], max_tokens=0, stop_strings=(stop,) if stop else ())

@@ -14,17 +14,17 @@ from typing import Any, Literal
 
 from starlette.types import Scope
 
-from serve.api.request_context import call_of
+from serve.api.request_context import context_of
 
 LogFormat = Literal["text", "json"]
 
-access = logging.getLogger("serve.access")
+access_log = logging.getLogger("serve.access")
 
 _request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
 
 
 @contextlib.contextmanager
-def under(request_id: str) -> Iterator[None]:
+def bind_request_id(request_id: str) -> Iterator[None]:
     """Puts what is logged meanwhile under a request's id."""
     token = _request_id.set(request_id)
     try:
@@ -33,9 +33,9 @@ def under(request_id: str) -> Iterator[None]:
         _request_id.reset(token)
 
 
-def request(scope: Scope, status: int) -> None:
+def log_request(scope: Scope, status: int) -> None:
     """Writes the line of a request that has been answered."""
-    call = call_of(scope)
+    call = context_of(scope)
     fields: dict[str, Any] = {
         "method": scope["method"],
         "path": scope["path"],
@@ -50,12 +50,14 @@ def request(scope: Scope, status: int) -> None:
             "cached_tokens": call.cached_tokens,
             "generated_tokens": call.generated_tokens,
         }
-    if call.first_token is not None:
-        fields["first_token_milliseconds"] = round((call.first_token - call.began) * 1000, 1)
-    access.info("%s", _sentence(fields), extra={"fields": fields})
+    if call.first_token_time is not None:
+        fields["first_token_milliseconds"] = round(
+            (call.first_token_time - call.arrival_time) * 1000, 1
+        )
+    access_log.info("%s", _access_line(fields), extra={"fields": fields})
 
 
-def _sentence(fields: dict[str, Any]) -> str:
+def _access_line(fields: dict[str, Any]) -> str:
     """The same for people: `POST /v1/chat/completions 200 512 ms, smollm2, 20+31 tokens`."""
     text = f"{fields['method']} {_printable(fields['path'])} {fields['status']} "
     text += f"{fields['milliseconds']:.0f} ms"
@@ -115,7 +117,7 @@ def config(format: LogFormat) -> dict[str, Any]:
         },
         "root": {"handlers": ["stderr"], "level": "WARNING"},
         "loggers": {
-            access.name: {"level": "INFO"},
+            access_log.name: {"level": "INFO"},
             "uvicorn.error": {"level": "WARNING"},
             "uvicorn.access": {"level": "CRITICAL"},  # we write our own
         },

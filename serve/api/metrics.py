@@ -23,8 +23,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Scope
 
-from serve.api.request_context import call_of
-from serve.models.decoder import ServedModel
+from serve.api.request_context import context_of
+from serve.models.decoder import DecoderModel
 from serve.models.registry import Registry
 
 disable_created_metrics()  # a second series beside each, which nobody asks for
@@ -41,16 +41,16 @@ class Metrics:
     """
 
     def __init__(self, registry: Registry):
-        self._all = CollectorRegistry()
-        ProcessCollector(registry=self._all)
-        self._all.register(_Engines(registry))
+        self._collectors = CollectorRegistry()
+        ProcessCollector(registry=self._collectors)
+        self._collectors.register(_EngineCollector(registry))
         route = ("method", "route", "status")
         self._requests = self._counter("requests", "Requests answered.", route)
         self._request_seconds = self._histogram(
             "request_seconds", "From a request's arrival to the end of its answer.", ("route",)
         )
         self._in_progress = Gauge(
-            "pellucid_requests_in_progress", "Requests being answered.", registry=self._all
+            "pellucid_requests_in_progress", "Requests being answered.", registry=self._collectors
         )
         model = ("model",)
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts.", model)
@@ -68,14 +68,14 @@ class Metrics:
             _TOKEN_SECONDS,
         )
 
-    def begun(self) -> None:
+    def request_started(self) -> None:
         """A request has come."""
         self._in_progress.inc()
 
-    def ended(self, scope: Scope, status: int) -> None:
+    def request_ended(self, scope: Scope, status: int) -> None:
         """Its answer is through."""
         self._in_progress.dec()
-        call = call_of(scope)
+        call = context_of(scope)
         # The route, not the path: made-up paths must not become made-up series.
         route = getattr(scope.get("route"), "path", "unknown")
         method = scope["method"] if scope["method"] in _METHODS else "other"
@@ -86,18 +86,18 @@ class Metrics:
         self._prompt.labels(call.model).inc(call.prompt_tokens)
         self._cached.labels(call.model).inc(call.cached_tokens)
         self._generated.labels(call.model).inc(call.generated_tokens)
-        if call.first_token is not None and call.last_token is not None:
-            self._first_token.labels(call.model).observe(call.first_token - call.began)
+        if call.first_token_time is not None and call.last_token_time is not None:
+            self._first_token.labels(call.model).observe(call.first_token_time - call.arrival_time)
             if call.generated_tokens > 1:
-                seconds = call.last_token - call.first_token
+                seconds = call.last_token_time - call.first_token_time
                 self._per_token.labels(call.model).observe(seconds / (call.generated_tokens - 1))
 
     async def page(self, request: Request) -> Response:
         """The answer to GET /metrics."""
-        return Response(generate_latest(self._all), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(self._collectors), media_type=CONTENT_TYPE_LATEST)
 
     def _counter(self, name: str, text: str, labels: Iterable[str]) -> Counter:
-        return Counter(f"pellucid_{name}", text, labels, registry=self._all)
+        return Counter(f"pellucid_{name}", text, labels, registry=self._collectors)
 
     def _histogram(
         self,
@@ -107,14 +107,14 @@ class Metrics:
         buckets: Iterable[float] = _SECONDS,
     ) -> Histogram:
         return Histogram(
-            f"pellucid_{name}", text, labels, registry=self._all, buckets=tuple(buckets)
+            f"pellucid_{name}", text, labels, registry=self._collectors, buckets=tuple(buckets)
         )
 
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "DELETE", "PUT", "PATCH", "OPTIONS"})
 
 
-class _Engines(Collector):
+class _EngineCollector(Collector):
     """Queues, rows and caches, read from the engines of the models that are loaded."""
 
     def __init__(self, registry: Registry):
@@ -133,16 +133,16 @@ class _Engines(Collector):
             "slots": gauge("slots", "Requests that can be computed at a time."),
             "blocks": gauge("cache_blocks", "Blocks of the cache."),
             "blocks_held": gauge("cache_blocks_held", "Blocks that running requests hold."),
-            "blocks_remembering": gauge(
+            "blocks_cached": gauge(
                 "cache_blocks_remembering", "Blocks kept for prompts that begin alike."
             ),
-            "chunks": counter("prefill_chunks", "Pieces of prompts that were read."),
-            "steps": counter("decode_steps", "Steps of decoding."),
-            "stepped_rows": counter("decoded_rows", "Rows in all those steps together."),
-            "restarts": counter("restarts", "Rows that gave their cache back and started over."),
+            "prefill_chunks": counter("prefill_chunks", "Pieces of prompts that were read."),
+            "decode_steps": counter("decode_steps", "Steps of decoding."),
+            "decoded_rows": counter("decoded_rows", "Rows in all those steps together."),
+            "preemptions": counter("restarts", "Rows that gave their cache back and started over."),
         }
         for model in self._registry.loaded():
-            if not isinstance(model, ServedModel):
+            if not isinstance(model, DecoderModel):
                 continue  # an encoder has no engine
             stats = model.engine.stats()
             for name, family in families.items():

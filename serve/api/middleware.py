@@ -18,13 +18,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve.api.auth import KeyRing
 from serve.api.errors import APIError
-from serve.api.request_context import call_of
+from serve.api.request_context import context_of
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 HEALTH_PATHS = ("/health", "/v1/health", "/ready")  # a supervisor asks these without a key
 PAGE_PATHS = ("/", "/docs", "/openapi.json")  # pages are shown to anybody; what they do is not
-PAGE_FOLDERS = ("/web/", "/docs/")
-NAMED_FOLDERS = ("/images/",)  # what is in there has a name that is as good as a key
+PAGE_PREFIXES = ("/web/", "/docs/")
+CAPABILITY_PREFIXES = ("/images/",)  # what is in there has a name that is as good as a key
 
 
 class HostAndOrigin:
@@ -78,12 +78,14 @@ def host_name(host: str) -> str:
     return (match[1] or match[2]).rstrip(".") if match else ""
 
 
-def is_open(path: str) -> bool:
+def is_public(path: str) -> bool:
     """Whether a path is served without a key."""
-    return path in (*HEALTH_PATHS, *PAGE_PATHS) or path.startswith(PAGE_FOLDERS + NAMED_FOLDERS)
+    return path in (*HEALTH_PATHS, *PAGE_PATHS) or path.startswith(
+        PAGE_PREFIXES + CAPABILITY_PREFIXES
+    )
 
 
-WHICH_KEYS = (
+KEY_HINT = (
     "This server takes the keys it was started with and those of `pellucid keys`, on its machine."
 )
 
@@ -99,15 +101,15 @@ class ApiKeys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            call_of(scope).client = (scope.get("client") or ("",))[0]
-            if self.keys.asks() and not is_open(scope["path"]):
-                owner = self._admit(Headers(scope=scope))
+            context_of(scope).client = (scope.get("client") or ("",))[0]
+            if self.keys.requires_key() and not is_public(scope["path"]):
+                owner = self._authenticate(Headers(scope=scope))
                 if isinstance(owner, APIError):
                     return await owner.response()(scope, receive, send)
-                call_of(scope).client = owner
+                context_of(scope).client = owner
         await self.app(scope, receive, send)
 
-    def _admit(self, headers: Headers) -> str | APIError:
+    def _authenticate(self, headers: Headers) -> str | APIError:
         """The name of the key that came, or what is wrong with it."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         key = key.strip()
@@ -117,12 +119,12 @@ class ApiKeys:
                 401,
                 "You didn't provide an API key. You need to provide your API key in an "
                 f"Authorization header using Bearer auth (i.e. Authorization: Bearer YOUR_KEY). "
-                f"{WHICH_KEYS}",
+                f"{KEY_HINT}",
                 headers=challenge,
             )
         return self.keys.owner(key.encode("latin-1")) or APIError(
             401,
-            f"Incorrect API key provided: {mask(key)}. {WHICH_KEYS}",
+            f"Incorrect API key provided: {mask(key)}. {KEY_HINT}",
             code="invalid_api_key",
             headers=challenge,
         )

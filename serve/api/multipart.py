@@ -40,7 +40,7 @@ class Upload:
     """
 
     def __init__(self, filename: str):
-        self.filename, self.is_named, self.size = bare_name(filename), bool(filename), 0
+        self.filename, self.is_named, self.size = safe_filename(filename), bool(filename), 0
 
 
 File = Annotated[InstanceOf[Upload], WithJsonSchema({"type": "string", "format": "binary"})]
@@ -67,7 +67,7 @@ async def read_form(
     if kind != b"multipart/form-data" or not boundary:
         raise _bad(f"send a form (multipart/form-data) with a file in the field '{min(sinks)}'")
     try:
-        reader = _Reader(boundary, sinks, max_bytes)
+        reader = _FormReader(boundary, sinks, max_bytes)
     except FormParserError as error:
         raise _bad(str(error)) from None
     async for chunk in request.stream():
@@ -78,7 +78,7 @@ async def read_form(
         for name, data in reader.pending.items():
             await asyncio.to_thread(sinks[name].write, bytes(data))
         reader.pending.clear()
-    if not reader.is_whole:
+    if not reader.is_complete:
         raise _bad("it is cut short: its last boundary is missing")
     lists = {name for name, at in model.model_fields.items() if get_origin(at.annotation) is list}
     try:
@@ -92,7 +92,7 @@ def temporary_file() -> SpooledTemporaryFile[bytes]:
     return SpooledTemporaryFile(2**20)
 
 
-async def whole(sink: SpooledTemporaryFile[bytes]) -> bytes:
+async def read_all(sink: SpooledTemporaryFile[bytes]) -> bytes:
     """Return all that was written to a sink, read on a worker thread."""
 
     def read() -> bytes:
@@ -144,7 +144,7 @@ def form_fields(
     return fields
 
 
-class _Reader:
+class _FormReader:
     """A form, chunk by chunk.
 
     Attributes:
@@ -156,7 +156,7 @@ class _Reader:
     def __init__(self, boundary: bytes, sinks: Collection[str], max_bytes: int | None):
         self.items: list[tuple[str, str | Upload]] = []
         self.pending: dict[str, bytearray] = {}
-        self.is_whole = False
+        self.is_complete = False
         self._sinks, self._max_bytes = sinks, max_bytes
         self._parts, self._header, self._disposition = 0, (b"", b""), b""
         self._name, self._value, self._upload = "", bytearray(), None
@@ -168,7 +168,7 @@ class _Reader:
             "on_headers_finished": self._headers_end,
             "on_part_data": self._data,
             "on_part_end": self._end,
-            "on_end": self._whole,
+            "on_end": self._complete,
         }
         self.parser = MultipartParser(boundary, callbacks)
 
@@ -225,11 +225,11 @@ class _Reader:
         except UnicodeDecodeError:
             raise _bad(f"'{self._name[:80]}' is not UTF-8", self._field) from None
 
-    def _whole(self) -> None:
-        self.is_whole = True
+    def _complete(self) -> None:
+        self.is_complete = True
 
 
-def bare_name(name: str) -> str:
+def safe_filename(name: str) -> str:
     r"""A file's name as it may be shown and sent: no folders, nothing unprintable, not too long.
 
     >>> bare_name("C:\\data\\a.jsonl"), bare_name("../../b\n.jsonl"), bare_name("/")

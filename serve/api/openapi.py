@@ -17,8 +17,8 @@ from serve.api.responses import Error
 _models: dict[str, type[BaseModel]] = {}  # all that a route has named, by name
 
 
-def described(
-    answer: type[BaseModel] | None = None,
+def route_docs(
+    response: type[BaseModel] | None = None,
     body: type[BaseModel] | None = None,
     *,
     form: type[BaseModel] | None = None,
@@ -34,8 +34,8 @@ def described(
         media_type: of an answer that is text.
     """
     content: dict[str, Any] = {}
-    if answer is not None:
-        content["application/json"] = {"schema": _reference(answer)}
+    if response is not None:
+        content["application/json"] = {"schema": _reference(response)}
     else:
         content[media_type] = {"schema": {"type": "string"}}
     if events is not None:
@@ -59,7 +59,7 @@ def described(
     return arguments
 
 
-def schema(app: FastAPI) -> dict[str, Any]:
+def openapi_schema(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI description of an application's routes."""
     description = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes

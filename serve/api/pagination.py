@@ -44,7 +44,7 @@ def read_query(request: Request, model: type[AnyQuery]) -> AnyQuery:
         raise from_validation(error) from None
 
 
-async def listing(
+async def paginate(
     store: Store,
     kind: str,
     query: PageQuery,
@@ -71,7 +71,7 @@ async def listing(
             after=query.after,
             limit=query.limit,
             newest_first=order == "desc",
-            keep=keep,
+            predicate=keep,
         )
     except KeyError:
         raise APIError(

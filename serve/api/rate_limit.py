@@ -16,10 +16,10 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.errors import APIError, translate
-from serve.api.request_context import call_of
+from serve.api.request_context import context_of
 from transformer.engine import Busy
 
-MANY = 10_000  # clients that are remembered before those with full buckets are forgotten
+MAX_CLIENTS = 10_000  # clients that are remembered before those with full buckets are forgotten
 DRAIN_RETRY_SECONDS = 5
 RATE_HEADERS = tuple(f"x-ratelimit-{what}-requests" for what in ("limit", "remaining", "reset"))
 
@@ -28,8 +28,8 @@ RATE_HEADERS = tuple(f"x-ratelimit-{what}-requests" for what in ("limit", "remai
 def overloaded(error: Busy) -> APIError:
     """Return the 429 of a full queue, or of a client's full part of it."""
     reason = "That model is currently overloaded with other requests."
-    if error.waiting is not None:
-        reason = f"{error.waiting} of your requests wait already, as many as may."
+    if error.num_waiting is not None:
+        reason = f"{error.num_waiting} of your requests wait already, as many as may."
     seconds = math.ceil(error.retry_after)
     return APIError(
         429,
@@ -42,11 +42,11 @@ def overloaded(error: Busy) -> APIError:
 
 @dataclass
 class _Bucket:
-    left: float
-    at: float  # when that many were left
+    tokens: float
+    updated_at: float  # when that many were left
 
 
-class RequestRate:
+class RateLimiter:
     """A token bucket for each client.
 
     Args:
@@ -67,24 +67,26 @@ class RequestRate:
         now = self._clock()
         bucket = self._buckets.get(client)
         if bucket is None:
-            if len(self._buckets) >= MANY:
-                self._forget(now)
+            if len(self._buckets) >= MAX_CLIENTS:
+                self._evict(now)
             bucket = self._buckets[client] = _Bucket(float(self.per_minute), now)
-        bucket.left = self._left(bucket, now)
-        bucket.at = now
-        granted = bucket.left >= 1
-        bucket.left -= granted
-        return granted, bucket.left
+        bucket.tokens = self._refilled(bucket, now)
+        bucket.updated_at = now
+        granted = bucket.tokens >= 1
+        bucket.tokens -= granted
+        return granted, bucket.tokens
 
     def seconds_until(self, wanted: float, left: float) -> float:
         """How long it takes until `wanted` requests are there."""
         return max(wanted - left, 0) * 60 / self.per_minute
 
-    def _left(self, bucket: _Bucket, now: float) -> float:
-        return min(bucket.left + (now - bucket.at) * self.per_minute / 60, self.per_minute)
+    def _refilled(self, bucket: _Bucket, now: float) -> float:
+        return min(
+            bucket.tokens + (now - bucket.updated_at) * self.per_minute / 60, self.per_minute
+        )
 
-    def _forget(self, now: float) -> None:
-        full = [c for c, b in self._buckets.items() if self._left(b, now) >= self.per_minute]
+    def _evict(self, now: float) -> None:
+        full = [c for c, b in self._buckets.items() if self._refilled(b, now) >= self.per_minute]
         for client in full or list(self._buckets):
             del self._buckets[client]
 
@@ -98,8 +100,8 @@ class Admission:
         is_draining: whether the server finishes what it has and takes nothing new.
     """
 
-    def __init__(self, app: ASGIApp, rate: RequestRate | None, is_draining: Callable[[], bool]):
-        self.app, self.rate, self.is_draining = app, rate, is_draining
+    def __init__(self, app: ASGIApp, limiter: RateLimiter | None, is_draining: Callable[[], bool]):
+        self.app, self.limiter, self.is_draining = app, limiter, is_draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -112,10 +114,10 @@ class Admission:
                 headers={"retry-after": str(DRAIN_RETRY_SECONDS), "connection": "close"},
             )
             return await error.response()(scope, receive, send)
-        if self.rate is None:
+        if self.limiter is None:
             return await self.app(scope, receive, send)
-        granted, left = self.rate.take(call_of(scope).client)
-        headers = rate_headers(self.rate, left)
+        granted, left = self.limiter.take(context_of(scope).client)
+        headers = rate_headers(self.limiter, left)
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -124,11 +126,11 @@ class Admission:
 
         if granted:
             return await self.app(scope, receive, send_with_headers)
-        limit, wait = self.rate.per_minute, self.rate.seconds_until(1, left)
+        limit, wait = self.limiter.per_minute, self.limiter.seconds_until(1, left)
         error = APIError(
             429,
             f"Rate limit reached for requests per min (RPM): Limit {limit}, Used {limit}, "
-            f"Requested 1. Please try again in {duration(wait)}.",
+            f"Requested 1. Please try again in {format_duration(wait)}.",
             type="requests",
             code="rate_limit_exceeded",
             headers={"retry-after": str(max(math.ceil(wait), 1))},
@@ -136,14 +138,14 @@ class Admission:
         await error.response()(scope, receive, send_with_headers)
 
 
-def rate_headers(rate: RequestRate, left: float) -> dict[str, str]:
+def rate_headers(rate: RateLimiter, left: float) -> dict[str, str]:
     """What OpenAI says of a limit on requests."""
-    until_full = duration(rate.seconds_until(rate.per_minute, left))
+    until_full = format_duration(rate.seconds_until(rate.per_minute, left))
     values = (str(rate.per_minute), str(int(left)), until_full)
     return dict(zip(RATE_HEADERS, values, strict=True))
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """As OpenAI's headers spell it.
 
     >>> duration(0.017), duration(1), duration(20.5), duration(360), duration(3661)

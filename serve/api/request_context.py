@@ -12,7 +12,7 @@ from starlette.types import Scope
 
 
 @dataclass
-class Call:
+class RequestContext:
     """One request.
 
     Attributes:
@@ -30,27 +30,27 @@ class Call:
 
     timeout: float | None = None
     id: str = field(default_factory=lambda: f"req_{uuid.uuid4().hex}")
-    began: float = field(default_factory=time.perf_counter)
+    arrival_time: float = field(default_factory=time.perf_counter)
     client: str = ""
     model: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
-    first_token: float | None = None
-    last_token: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
 
     @property
     def seconds(self) -> float:
         """How long it has taken so far."""
-        return time.perf_counter() - self.began
+        return time.perf_counter() - self.arrival_time
 
-    def generated(self) -> None:
+    def record_token(self) -> None:
         """Notes that a token was drawn."""
-        self.last_token = time.perf_counter()
-        self.first_token = self.first_token or self.last_token
+        self.last_token_time = time.perf_counter()
+        self.first_token_time = self.first_token_time or self.last_token_time
         self.generated_tokens += 1
 
 
-def call_of(scope: Scope) -> Call:
+def context_of(scope: Scope) -> RequestContext:
     """The call that a request's scope belongs to."""
     return scope["state"]["call"]

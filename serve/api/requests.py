@@ -24,8 +24,8 @@ from pydantic import (
 from pydantic_core import from_json
 from starlette.requests import Request
 
-from serve.api.errors import APIError, from_validation, kind
-from serve.models.sampling import BOUNDS
+from serve.api.errors import APIError, from_validation, json_type_name
+from serve.models.generation_config import BOUNDS
 
 # --- reading a body ---------------------------------------------------------------------------
 
@@ -37,7 +37,7 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_not_given(cls, data: Any) -> Any:
+    def _drop_nulls(cls, data: Any) -> Any:
         if isinstance(data, dict):
             return {name: value for name, value in data.items() if value is not None}
         return data
@@ -85,18 +85,18 @@ async def read_json(request: Request, model: type[AnyBody]) -> AnyBody:
 def tag(value: object) -> str:
     """ "a string", "an array of integers", ...: an array is judged by its first element."""
     if isinstance(value, list) and value:
-        return f"an array of {kind(value[0]).split(' ', 1)[-1]}s"
-    return "an array of strings" if value == [] else kind(value)
+        return f"an array of {json_type_name(value[0]).split(' ', 1)[-1]}s"
+    return "an array of strings" if value == [] else json_type_name(value)
 
 
 # fail_fast: a million bad elements are one error, not a million.
 Strings = Annotated[list[str], Field(min_length=1, max_length=2048, fail_fast=True)]
-Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
-Prompt = Annotated[
+TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
+CompletionPrompt = Annotated[
     Annotated[str, Tag("a string")]
     | Annotated[Strings, Tag("an array of strings")]
-    | Annotated[Ids, Tag("an array of integers")]
-    | Annotated[list[Ids], Field(max_length=2048, fail_fast=True), Tag("an array of arrays")],
+    | Annotated[TokenIds, Tag("an array of integers")]
+    | Annotated[list[TokenIds], Field(max_length=2048, fail_fast=True), Tag("an array of arrays")],
     Discriminator(tag),
 ]
 StopString = Annotated[str, Field(min_length=1)]
@@ -121,7 +121,7 @@ class StreamOptions(Body):
 class GenerationBody(Body):
     """What completions and chat have in common.
 
-    A sampling setting that is left out is the model's own default; see `serve/models/sampling.py`.
+    A sampling setting that is left out is the model's own default; see `serve/models/generation_config.py`.
     """
 
     model: str
@@ -146,14 +146,14 @@ class GenerationBody(Body):
         return {name: value for name, value in values.items() if value is not None}
 
     @property
-    def stops(self) -> Sequence[str]:
+    def stop_strings(self) -> Sequence[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: Prompt = ""  # the start of a document
+    prompt: CompletionPrompt = ""  # the start of a document
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from serve.models.catalogue import KINDS
 
 
-class Reply(BaseModel):
+class ResponseModel(BaseModel):
     """An answer, or part of one. It has no other fields than these."""
 
     model_config = ConfigDict(extra="forbid")
@@ -20,14 +20,14 @@ class Reply(BaseModel):
 Item = TypeVar("Item")
 
 
-class ListReply(Reply, Generic[Item]):
+class ListResponse(ResponseModel, Generic[Item]):
     """A whole list."""
 
     object: Literal["list"]
     data: list[Item]
 
 
-class PageReply(ListReply[Item], Generic[Item]):
+class PageResponse(ListResponse[Item], Generic[Item]):
     """A part of a list; see `pagination.py`."""
 
     first_id: str | None
@@ -38,21 +38,21 @@ class PageReply(ListReply[Item], Generic[Item]):
 # --- errors -----------------------------------------------------------------------------------
 
 
-class ErrorDetail(Reply):
+class ErrorDetail(ResponseModel):
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class Error(Reply):
+class Error(ResponseModel):
     error: ErrorDetail
 
 
 # --- models -----------------------------------------------------------------------------------
 
 
-class Model(Reply):
+class Model(ResponseModel):
     id: str
     object: Literal["model"]
     created: int
@@ -61,16 +61,16 @@ class Model(Reply):
     sampling: dict[str, float] | None
 
 
-class Models(ListReply[Model]): ...
+class Models(ListResponse[Model]): ...
 
 
-class Deleted(Reply):
+class Deleted(ResponseModel):
     id: str
     object: Literal["model"]
     deleted: Literal[True]
 
 
-class EngineReply(Reply):
+class EngineReply(ResponseModel):
     id: str
     object: Literal["engine"]
     created: int | None
@@ -79,29 +79,29 @@ class EngineReply(Reply):
     ready: bool
 
 
-class Engines(ListReply[EngineReply]): ...
+class Engines(ListResponse[EngineReply]): ...
 
 
 # --- what they generate -----------------------------------------------------------------------
 
 FinishReason = Literal["stop", "length"]
 Count = Annotated[int, Field(ge=0)]
-Logprob = Annotated[float, Field(le=0, ge=-9999)]
+LogprobValue = Annotated[float, Field(le=0, ge=-9999)]
 
 
-class PromptTokensDetails(Reply):
+class PromptTokensDetails(ResponseModel):
     cached_tokens: Count
     audio_tokens: Count
 
 
-class CompletionTokensDetails(Reply):
+class CompletionTokensDetails(ResponseModel):
     reasoning_tokens: Count
     audio_tokens: Count
     accepted_prediction_tokens: Count
     rejected_prediction_tokens: Count
 
 
-class UsageReply(Reply):
+class UsageReply(ResponseModel):
     prompt_tokens: Count
     completion_tokens: Count
     total_tokens: Count
@@ -109,21 +109,21 @@ class UsageReply(Reply):
     completion_tokens_details: CompletionTokensDetails
 
 
-class CompletionLogprobs(Reply):
+class CompletionLogprobs(ResponseModel):
     tokens: list[str]
-    token_logprobs: list[Logprob | None]
-    top_logprobs: list[dict[str, Logprob] | None]
+    token_logprobs: list[LogprobValue | None]
+    top_logprobs: list[dict[str, LogprobValue] | None]
     text_offset: list[Count]
 
 
-class CompletionChoice(Reply):
+class CompletionChoice(ResponseModel):
     text: str
     index: Count
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
 
 
-class Completion(Reply):
+class Completion(ResponseModel):
     id: str
     object: Literal["text_completion"]
     created: int
@@ -142,9 +142,9 @@ class CompletionChunk(Completion):
     usage: UsageReply | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
-class TopLogprob(Reply):
+class TopLogprob(ResponseModel):
     token: str
-    logprob: Logprob
+    logprob: LogprobValue
     bytes: list[Annotated[int, Field(ge=0, le=255)]]
 
 
@@ -152,25 +152,25 @@ class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(Reply):
+class ChatLogprobs(ResponseModel):
     content: list[TokenLogprob]
     refusal: None
 
 
-class ChatMessage(Reply):
+class ChatMessage(ResponseModel):
     role: Literal["assistant"]
     content: str
     refusal: None
 
 
-class ChatChoice(Reply):
+class ChatChoice(ResponseModel):
     index: Count
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
 
 
-class ChatCompletion(Reply):
+class ChatCompletion(ResponseModel):
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -182,19 +182,19 @@ class ChatCompletion(Reply):
     metadata: dict[str, str] | None
 
 
-class ChatDelta(Reply):
+class ChatDelta(ResponseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
-class ChatChunkChoice(Reply):
+class ChatChunkChoice(ResponseModel):
     index: Count
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
 
 
-class ChatChunk(Reply):
+class ChatChunk(ResponseModel):
     id: str
     object: Literal["chat.completion.chunk"]
     created: int
@@ -205,14 +205,14 @@ class ChatChunk(Reply):
     usage: UsageReply | None = None
 
 
-class EditChoice(Reply):
+class EditChoice(ResponseModel):
     text: str
     index: Count
     logprobs: None
     finish_reason: FinishReason
 
 
-class Edit(Reply):
+class Edit(ResponseModel):
     object: Literal["edit"]
     created: int
     choices: list[EditChoice]
@@ -222,26 +222,26 @@ class Edit(Reply):
 # --- tokens and health ------------------------------------------------------------------------
 
 
-class PieceReply(Reply):
+class PieceReply(ResponseModel):
     id: int
     piece: str | list[int]
     special: bool
 
 
-class Tokens(Reply):
+class Tokens(ResponseModel):
     tokens: list[int] | list[PieceReply]
     count: Count
     max_model_len: int
     token_strs: list[str] | None
 
 
-class Text(Reply):
+class Text(ResponseModel):
     prompt: str
     content: str
     text: str
 
 
-class TokenizerInfo(Reply):
+class TokenizerInfo(ResponseModel):
     model: str
     tokenizer_class: str
     vocab_size: int
@@ -253,29 +253,29 @@ class TokenizerInfo(Reply):
     chat_template: str | None
 
 
-class Status(Reply):
+class Status(ResponseModel):
     status: str
 
 
-class Version(Reply):
+class Version(ResponseModel):
     version: str
 
 
 # --- embeddings -------------------------------------------------------------------------------
 
 
-class Embedding(Reply):
+class Embedding(ResponseModel):
     object: Literal["embedding"]
     index: Count
     embedding: list[float] | str  # base64 of little-endian float32, if that was asked for
 
 
-class EmbeddingsUsage(Reply):
+class EmbeddingsUsage(ResponseModel):
     prompt_tokens: Count
     total_tokens: Count
 
 
-class Embeddings(ListReply[Embedding]):
+class Embeddings(ListResponse[Embedding]):
     model: str
     usage: EmbeddingsUsage
 
@@ -283,7 +283,7 @@ class Embeddings(ListReply[Embedding]):
 # --- files ------------------------------------------------------------------------------------
 
 
-class FileReply(Reply):
+class FileReply(ResponseModel):
     id: str
     object: Literal["file"]
     bytes: Count
@@ -295,10 +295,10 @@ class FileReply(Reply):
     status_details: None
 
 
-class Files(PageReply[FileReply]): ...
+class Files(PageResponse[FileReply]): ...
 
 
-class FileDeleted(Reply):
+class FileDeleted(ResponseModel):
     id: str
     object: Literal["file"]
     deleted: Literal[True]
@@ -309,28 +309,28 @@ class FileDeleted(Reply):
 Auto = Literal["auto"]
 
 
-class JobError(Reply):
+class JobError(ResponseModel):
     code: str
     message: str
     param: str | None
 
 
-class JobNumbers(Reply):
+class JobNumbers(ResponseModel):
     n_epochs: int | Auto
     batch_size: int | Auto
     learning_rate_multiplier: float | Auto
 
 
-class JobSupervised(Reply):
+class JobSupervised(ResponseModel):
     hyperparameters: JobNumbers
 
 
-class JobMethod(Reply):
+class JobMethod(ResponseModel):
     type: Literal["supervised"]
     supervised: JobSupervised
 
 
-class JobReply(Reply):
+class JobReply(ResponseModel):
     id: str
     object: Literal["fine_tuning.job"]
     created_at: int
@@ -352,10 +352,10 @@ class JobReply(Reply):
     metadata: dict[str, str] | None
 
 
-class Jobs(PageReply[JobReply]): ...
+class Jobs(PageResponse[JobReply]): ...
 
 
-class JobMetrics(Reply):
+class JobMetrics(ResponseModel):
     step: Count | None = None
     train_loss: float | None = None
     train_mean_token_accuracy: float | None = None
@@ -369,7 +369,7 @@ class JobEventMetrics(JobMetrics):
     total_steps: Count | None = None
 
 
-class JobEvent(Reply):
+class JobEvent(ResponseModel):
     id: str
     object: Literal["fine_tuning.job.event"]
     created_at: int
@@ -379,10 +379,10 @@ class JobEvent(Reply):
     data: JobEventMetrics
 
 
-class JobEvents(PageReply[JobEvent]): ...
+class JobEvents(PageResponse[JobEvent]): ...
 
 
-class JobCheckpoint(Reply):
+class JobCheckpoint(ResponseModel):
     id: str
     object: Literal["fine_tuning.job.checkpoint"]
     created_at: int
@@ -392,27 +392,27 @@ class JobCheckpoint(Reply):
     fine_tuning_job_id: str
 
 
-class JobCheckpoints(PageReply[JobCheckpoint]): ...
+class JobCheckpoints(PageResponse[JobCheckpoint]): ...
 
 
-class FineTuneEvent(Reply):
+class FineTuneEvent(ResponseModel):
     object: Literal["fine-tune-event"]
     created_at: int
     level: Literal["info", "warn", "error"]
     message: str
 
 
-class FineTuneEvents(ListReply[FineTuneEvent]): ...
+class FineTuneEvents(ListResponse[FineTuneEvent]): ...
 
 
-class FineTuneNumbers(Reply):
+class FineTuneNumbers(ResponseModel):
     n_epochs: int | None
     batch_size: int | None
     learning_rate_multiplier: float | None
     prompt_loss_weight: float
 
 
-class FineTune(Reply):
+class FineTune(ResponseModel):
     id: str
     object: Literal["fine-tune"]
     created_at: int
@@ -428,7 +428,7 @@ class FineTune(Reply):
     events: list[FineTuneEvent] = []
 
 
-class FineTunes(ListReply[FineTune]): ...
+class FineTunes(ListResponse[FineTune]): ...
 
 
 # --- images -----------------------------------------------------------------------------------
@@ -437,12 +437,12 @@ class FineTunes(ListReply[FineTune]): ...
 ImageFormat = Literal["png", "jpeg", "webp"]
 
 
-class ImageTokens(Reply):
+class ImageTokens(ResponseModel):
     text_tokens: int
     image_tokens: int
 
 
-class ImageUsage(Reply):
+class ImageUsage(ResponseModel):
     """Tokens of the prompt that were read; pictures are not drawn in tokens."""
 
     input_tokens: int
@@ -451,14 +451,14 @@ class ImageUsage(Reply):
     total_tokens: int
 
 
-class Image(Reply):
+class Image(ResponseModel):
     """One of the two."""
 
     url: str | None = None
     b64_json: str | None = None
 
 
-class Images(Reply):
+class Images(ResponseModel):
     created: int
     data: list[Image]
     background: Literal["transparent", "opaque"]
@@ -467,7 +467,7 @@ class Images(Reply):
     usage: ImageUsage
 
 
-class ImageEvent(Reply):
+class ImageEvent(ResponseModel):
     """`partial_image` with `partial_image_index`, or `completed` with `usage`."""
 
     type: Literal[

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DRAIN_SECONDS = 30  # for running answers after the first Ctrl-C
 
 
-def take_port(host: str, port: int) -> socket.socket:
+def bind_socket(host: str, port: int) -> socket.socket:
     """Binds, without listening yet.
 
     Raises:
@@ -54,7 +54,7 @@ def take_port(host: str, port: int) -> socket.socket:
     return taken
 
 
-def address(taken: socket.socket) -> str:
+def url_of(taken: socket.socket) -> str:
     """The URL of a bound port, as a client on this machine can use it."""
     host, port = taken.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, str(host))
@@ -70,8 +70,8 @@ def run(
     taken: socket.socket,
     *,
     log_format: "LogFormat",
-    ready: Callable[[], None],
-    stopping: Callable[[], None],
+    on_ready: Callable[[], None],
+    on_stop: Callable[[], None],
 ) -> bool:
     """Serves until Ctrl-C or SIGTERM.
 
@@ -93,7 +93,7 @@ def run(
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if self.started:
-                ready()
+                on_ready()
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             if self.should_exit:  # what is cut off now is cut off on purpose: no tracebacks
@@ -102,7 +102,7 @@ def run(
                 app.state.is_draining = True
                 # What does not end in time is cut off, which needs a line and no traceback.
                 logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
-                stopping()
+                on_stop()
             super().handle_exit(sig, frame)
 
     server = Server(

@@ -30,7 +30,7 @@ def allowed_hosts(host: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class ServerSettings:
     """Everything about a server but its models.
 
     Attributes:
@@ -83,7 +83,7 @@ class Settings:
             )
         if not self.answer_timeout > 0:
             raise ValueError(f"answer_timeout is {self.answer_timeout}: use more than 0 seconds")
-        if not self.asks_for_keys and not is_loopback(self.host):
+        if not self.requires_key and not is_loopback(self.host):
             raise ValueError(
                 f"host is {self.host}, which others on the network can reach, and there is no API "
                 "key: anybody could use this machine. Make a key (pellucid keys create NAME), give "
@@ -91,6 +91,6 @@ class Settings:
             )
 
     @property
-    def asks_for_keys(self) -> bool:
+    def requires_key(self) -> bool:
         """Whether a server started now would ask for a key."""
         return bool(self.api_keys or auth.read(self.home))

@@ -28,7 +28,7 @@ Event = dict[str, Any]
 Events = AsyncGenerator[Event | None, None]  # None: nothing yet, but somebody is there
 
 
-async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
+async def cancel_on_disconnect(receive: Receive, work: Awaitable[T]) -> T:
     """Awaits ``work``, but cancels it when the client goes away.
 
     Args:
@@ -55,7 +55,7 @@ async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
         await asyncio.gather(task, watch, return_exceptions=True)
 
 
-def between_base64(answer: Any) -> list[bytes]:
+def split_at_base64(answer: Any) -> list[bytes]:
     """The JSON of an answer without its pictures: what stands before, between and behind them.
 
     A picture takes megabytes of base64, in which nothing needs escaping, and a JSON encoder would
@@ -78,7 +78,7 @@ async def event_stream(request: Request, events: Events, *, named: bool = False)
         events: the first must not be None.
         named: whether each event goes under its ``type``, and without [DONE] at the end.
     """
-    first = await unless_disconnected(request.receive, anext(events))
+    first = await cancel_on_disconnect(request.receive, anext(events))
     assert first is not None
     return EventStream(first, events, named=named)
 
@@ -96,7 +96,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self.rest):
             with suppress(ClientDisconnected):
-                await unless_disconnected(receive, self._send_all(send))
+                await cancel_on_disconnect(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
         async def send_body(body: bytes) -> None:
@@ -109,7 +109,7 @@ class EventStream(Response):
             name = b"event: " + event["type"].encode() + b"\n" if self.named else b""
             if not isinstance(encoded := event.get("b64_json"), list):
                 return await send_data(to_json(event), name)
-            before, after = between_base64(event | {"b64_json": ""})
+            before, after = split_at_base64(event | {"b64_json": ""})
             await send_body(name + b"data: " + before)
             for piece in encoded:
                 await send_body(piece)

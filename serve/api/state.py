@@ -7,9 +7,9 @@ from typing import TypeVar
 from starlette.requests import Request
 
 from serve.api.errors import APIError
-from serve.api.temp_files import Passing
-from serve.jobs.jobs import Jobs
-from serve.jobs.runner import Keeper
+from serve.api.temp_files import TempFiles
+from serve.jobs.jobs import JobStore
+from serve.jobs.runner import JobRunner
 from serve.jobs.store import Store
 from serve.models.kinds import KINDS
 from serve.models.registry import Registry
@@ -34,9 +34,9 @@ class ServerState:
     registry: Registry
     home: Path
     store: Store
-    jobs: Jobs
-    keeper: Keeper
-    passing: Passing
+    jobs: JobStore
+    job_runner: JobRunner
+    temp_files: TempFiles
     is_draining: bool = False
 
 
@@ -45,7 +45,7 @@ def state_of(request: Request) -> ServerState:
     return request.app.state
 
 
-async def loaded(request: Request, name: str, model_class: type[M]) -> M:
+async def get_loaded_model(request: Request, name: str, model_class: type[M]) -> M:
     """Return the model called ``name``, loaded, which must be of a class.
 
     Raises:
@@ -54,11 +54,11 @@ async def loaded(request: Request, name: str, model_class: type[M]) -> M:
     """
     registry, kind = state_of(request).registry, KINDS[model_class.kind]
     if (found := registry.resolve(name)).kind != kind.name:  # before it is loaded for nothing
-        fitting = [other.id for other in registry.list() if other.kind == kind.name]
+        fitting = [other.id for other in registry.list_models() if other.kind == kind.name]
         what = f"`{fitting[0]}` does." if fitting else "No model here does."
         raise APIError(
             404,
-            f"The model `{found.id}` does not {kind.does}. {what}",
+            f"The model `{found.id}` does not {kind.task}. {what}",
             param="model",
             code="model_not_found",
         )

@@ -11,14 +11,14 @@ import time
 from pathlib import Path
 
 from serve.jobs.store import new_id
-from serve.settings import private_folder
+from serve.settings import make_private_folder
 
-SECONDS = 3600
+LIFETIME_SECONDS = 3600
 
 _NAME = re.compile(r"img-[A-Za-z0-9]{24}\.[a-z]{3,4}")
 
 
-class Passing:
+class TempFiles:
     """Such files, in a folder of their own. Any thread may use it.
 
     Args:
@@ -26,8 +26,8 @@ class Passing:
     """
 
     def __init__(self, folder: Path):
-        self._folder = private_folder(folder)
-        self.sweep()
+        self._folder = make_private_folder(folder)
+        self.clean_up()
 
     def put(self, data: bytes, format: str) -> str:
         """Keeps bytes for an hour, and gives their name, which ends in `.format`."""
@@ -40,22 +40,22 @@ class Passing:
     def find(self, name: str) -> tuple[Path, int] | None:
         """Where a file is, and for how many seconds more; None if it is not, or not any more."""
         path = self._folder / name
-        left = _left(path) if _NAME.fullmatch(name) else 0
+        left = _seconds_left(path) if _NAME.fullmatch(name) else 0
         return (path, left) if left > 0 else None
 
     def drop(self, name: str) -> None:
         """Removes a file, if it is still there."""
         (self._folder / name).unlink(missing_ok=True)
 
-    def sweep(self) -> None:
+    def clean_up(self) -> None:
         """Removes the files whose hour is over, and no others: those in there are not all ours."""
         for path in self._folder.iterdir():
-            if _NAME.fullmatch(path.name) and _left(path) <= 0:
+            if _NAME.fullmatch(path.name) and _seconds_left(path) <= 0:
                 path.unlink(missing_ok=True)
 
 
-def _left(path: Path) -> int:
+def _seconds_left(path: Path) -> int:
     try:
-        return int(path.stat().st_mtime + SECONDS - time.time())
+        return int(path.stat().st_mtime + LIFETIME_SECONDS - time.time())
     except FileNotFoundError:  # another server has swept it up
         return 0

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 import bpe
 from bpe import Encoding
 from serve.api.errors import APIError
-from serve.models.decoder import ServedModel
+from serve.models.decoder import DecoderModel
 
 
-def native_ids(ids: Sequence[int], name: str, model: ServedModel, path: str) -> list[int]:
+def native_ids(ids: Sequence[int], name: str, model: DecoderModel, path: str) -> list[int]:
     """The model's ids for ids that were sent to `name`.
 
     Args:
@@ -65,7 +65,7 @@ def _check(ids: Sequence[int], encoding: Encoding, name: str, path: str) -> None
             ) from None
 
 
-def native_bias(bias: Mapping[str, float], name: str, model: ServedModel) -> dict[int, float]:
+def native_bias(bias: Mapping[str, float], name: str, model: DecoderModel) -> dict[int, float]:
     """A `logit_bias` that was sent to `name`, by the model's ids.
 
     Raises:
@@ -96,7 +96,7 @@ def native_bias(bias: Mapping[str, float], name: str, model: ServedModel) -> dic
     return native
 
 
-def _encoding_of(name: str, model: ServedModel) -> Encoding | None:
+def _encoding_of(name: str, model: DecoderModel) -> Encoding | None:
     """The encoding that ids sent to `name` belong to, if that is not the model's own."""
     if name == model.id:
         return None

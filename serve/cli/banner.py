@@ -7,17 +7,17 @@ from serve.models.registry import Registry
 from serve.models.spec import ModelSpec
 
 
-def welcome(address: str, registry: Registry, *, has_keys: bool) -> str:
+def banner(address: str, registry: Registry, *, has_keys: bool) -> str:
     """The text for a server at `address`, which has no path. Keys themselves are never printed."""
     lines = []
-    for card in registry.list():
+    for card in registry.list_models():
         names = registry.aliases_of(card.id)
         also = (
             f", also called {', '.join(names[:3])} and {len(names) - 3} more" if names[3:] else ""
         )
         how = "loaded when first asked for"
         if not isinstance(card, ModelSpec):
-            how = f"{card.context:,} tokens of context, in {card.format}, {card.fingerprint}"
+            how = f"{card.context:,} tokens of context, in {card.dtype}, {card.fingerprint}"
         lines.append(f"  {card.id}: {how}{also}")
     (model, *_), key = registry.loaded(), "YOUR_KEY" if has_keys else "any"
     example = KINDS[model.kind].example(model)

@@ -27,10 +27,10 @@ def bench(
         ),
     ] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens that stand in the cache.")] = 512,
-    forms: Annotated[
+    all_impls: Annotated[
         bool, typer.Option("--forms", help="Every form of each operation, in turns.")
     ] = False,
-    tried: Annotated[
+    impls: Annotated[
         list[str] | None,
         typer.Option(
             "--try",
@@ -38,7 +38,7 @@ def bench(
             help="Measure with this form too, in turns. Repeatable.",
         ),
     ] = None,
-    where: Annotated[
+    show_profile: Annotated[
         bool, typer.Option("--where", help="Say where a decoded token's time goes, and leave.")
     ] = False,
     names_only: Annotated[
@@ -63,30 +63,29 @@ def bench(
     if model is not None:
         from serve.cli import local
 
-        path = local.located(model).path
+        path = local.locate_model(model).path
 
     import audio.bench
     from transformer import bench
-    from transformer.bench import decoder_cases as cases
-    from transformer.bench import profile
+    from transformer.bench import decoder_cases, profile
 
     try:
         old = bench.read(compare) if compare else None
-        sizes = cases.Sizes.of(path, context=context)
-        plan = bench.Plan(
+        sizes = decoder_cases.Sizes.from_checkpoint(path, context=context)
+        plan = bench.BenchPlan(
             names=names or (),
-            forms=forms,
-            tried=bench.parse_forms(tried or ()),
+            all_impls=all_impls,
+            overrides=bench.parse_overrides(impls or ()),
             seconds=seconds,
         )
-        chosen = plan.select([*cases.cases(sizes), *audio.bench.cases()])
+        chosen = plan.select([*decoder_cases.bench_cases(sizes), *audio.bench.cases()])
     except ValueError as error:
         raise WrongUsage(str(error)) from None
     if names_only:
         print("\n".join(case.name for case in chosen))
         return
-    if where:
-        profile.report(sizes, as_json=json, say=console.say)
+    if show_profile:
+        profile.report(sizes, as_json=json, say=console.info)
         return
     status = bench.report(
         plan,
@@ -94,8 +93,8 @@ def bench(
         as_json=json,
         save=save,
         old=old,
-        picture=roofline,
-        say=console.say,
+        roofline_path=roofline,
+        say=console.info,
     )
     if status:
         raise typer.Exit(status)

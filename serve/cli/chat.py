@@ -27,24 +27,29 @@ def chat(
     json: Json = False,
 ) -> None:
     """Ask one question, or, without one, hold a conversation."""
-    from serve.cli import repl, talk
+    from serve.cli import local_completion, repl
 
-    piped, system = stdin.piped(), stdin.checked(system)
+    piped, system = stdin.piped(), stdin.require_utf8(system)
     question = stdin.joined(prompt, piped.removesuffix("\n") if piped else None)
     at_terminal = sys.stdin is not None and sys.stdin.isatty()
     if question is None and (json or not at_terminal):
         raise WrongUsage("there is no question: give one as an argument, or pipe one in")
-    with talk.ready(model) as (served, seconds):
-        options = talk.options(temperature, top_p, max_tokens, seed, stop)
+    with local_completion.open_model_timed(model) as (served, seconds):
+        options = local_completion.make_options(temperature, top_p, max_tokens, seed, stop)
         conversation = repl.Conversation(default=options, system=system, stats=stats)
         if question is None:
             repl.run(
-                served, conversation, read=_read_line, figures=lambda r: talk.figures(served, r)
+                served,
+                conversation,
+                read=_read_line,
+                stats_line=lambda r: local_completion.stats_line(served, r),
             )
             return
-        prompt_ids = talk.chat_prompt(served, conversation.messages(question))
-        reply = talk.Reply(served, prompt_ids, options)
-        talk.print_reply(served, reply, "chat.completion", seconds, stats=stats, json=json)
+        prompt_ids = local_completion.chat_prompt(served, conversation.messages(question))
+        reply = local_completion.LocalCompletion(served, prompt_ids, options)
+        local_completion.print_completion(
+            served, reply, "chat.completion", seconds, stats=stats, json=json
+        )
 
 
 def _read_line(prompt: str) -> str:

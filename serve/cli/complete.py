@@ -23,12 +23,16 @@ def complete(
     json: Json = False,
 ) -> None:
     """Go on with a text, without any chat template."""
-    from serve.cli import talk
+    from serve.cli import local_completion
 
     beginning = stdin.joined(text, stdin.piped())
     if not beginning:
         raise WrongUsage("there is no text to go on with: give it as an argument, or pipe it in")
-    with talk.ready(model) as (served, seconds):
-        options = talk.options(temperature, top_p, max_tokens, seed, stop)
-        reply = talk.Reply(served, talk.completion_prompt(served, beginning), options)
-        talk.print_reply(served, reply, "text_completion", seconds, stats=stats, json=json)
+    with local_completion.open_model_timed(model) as (served, seconds):
+        options = local_completion.make_options(temperature, top_p, max_tokens, seed, stop)
+        reply = local_completion.LocalCompletion(
+            served, local_completion.completion_prompt(served, beginning), options
+        )
+        local_completion.print_completion(
+            served, reply, "text_completion", seconds, stats=stats, json=json
+        )

@@ -19,7 +19,7 @@ from serve.exceptions import DoesNotFit, WrongUsage
 if TYPE_CHECKING:
     from serve.models.encoder import EmbeddingModel
 
-DEFAULT = "all-minilm-l6-v2"
+DEFAULT_MODEL = "all-minilm-l6-v2"
 MAX_TOKENS_HELP = (
     "Longest text to embed, in tokens, up to the positions of the model: 512 for "
     "all-minilm-l6-v2. [default: what the model is made for, 256]"
@@ -34,7 +34,7 @@ def embed(
     model: Annotated[
         str,
         model_option("An embedding model of `pellucid models`, or NAME=PATH for a folder."),
-    ] = DEFAULT,
+    ] = DEFAULT_MODEL,
     truncate: Annotated[
         bool, typer.Option("--truncate", help="The same as --long-text-mode truncate.")
     ] = False,
@@ -58,20 +58,20 @@ def embed(
     json: Json = False,
 ) -> None:
     """Turn texts into vectors."""
-    lines = list(texts) if texts else _lines()
+    lines = list(texts) if texts else _stdin_lines()
     if not lines:
         raise WrongUsage("there is no text: give some as arguments, or pipe lines in")
     if output is not None and output.suffix != ".npy":
         raise WrongUsage(f"{output}: the name of a NumPy file ends in .npy")
     if truncate and long_text_mode == "mean":
         raise WrongUsage("--truncate and --long-text-mode mean exclude each other: choose one")
-    served = _loaded(model, dtype, max_embedding_tokens)
+    served = _load_model(model, dtype, max_embedding_tokens)
     import asyncio
 
     from serve.models import long_texts
 
     started = time.perf_counter()
-    ids = [served.words.encode(text) for text in lines]
+    ids = [served.tokenizer.encode(text) for text in lines]
     mode = "truncate" if truncate else long_text_mode
     for number, found in enumerate(ids):
         if len(found) > served.context and mode is None:
@@ -89,36 +89,36 @@ def embed(
         import numpy as np
 
         np.save(output, vectors)
-        console.say(f"{output}: {len(vectors)} x {vectors.shape[1]}, float32")
+        console.info(f"{output}: {len(vectors)} x {vectors.shape[1]}, float32")
     if json:
-        console.answer_json(_as_response(served.id, vectors.tolist(), tokens))
+        console.write_json(_as_response(served.id, vectors.tolist(), tokens))
     elif output is None:
         for vector in vectors:
-            console.answer(" ".join(f"{x:.7g}" for x in vector.tolist()))
+            console.write(" ".join(f"{x:.7g}" for x in vector.tolist()))
     if stats:
-        console.say(
+        console.info(
             f"[{len(lines)} texts · {tokens} tokens · {len(lines) / seconds:.0f} texts/s · "
-            f"{tokens / seconds:.0f} tok/s · {served.format}]"
+            f"{tokens / seconds:.0f} tok/s · {served.dtype}]"
         )
 
 
-def _loaded(name: str, dtype: str, max_tokens: int | None) -> "EmbeddingModel":
+def _load_model(name: str, dtype: str, max_tokens: int | None) -> "EmbeddingModel":
     from serve.cli import local
-    from serve.models.encoder import load_embedder
+    from serve.models.encoder import load_embedding_model
 
-    place = local.of_kind(name, "encoder", f"{DEFAULT} does")
-    with local.loading(place):
-        return load_embedder(
+    place = local.locate_model_of_kind(name, "encoder", f"{DEFAULT_MODEL} does")
+    with local.report_load_errors(place):
+        return load_embedding_model(
             place.id,
             place.path,
             owned_by=place.publisher,
             dtype=dtype,
             max_tokens=max_tokens,
-            notify=console.say,
+            notify=console.info,
         )
 
 
-def _lines() -> list[str]:
+def _stdin_lines() -> list[str]:
     """The lines of what is piped in; a terminal is not read."""
     return [] if sys.stdin is None or sys.stdin.isatty() else stdin.read().splitlines()
 

@@ -33,10 +33,10 @@ ModelName = Annotated[
     str | None,
     model_option("What to begin with. [default: the default]"),
 ]
-AUTO = "[default: auto]"
+AUTO_HELP = "[default: auto]"
 
 
-def _number(kind: type, least: float, most: float) -> Callable[[str], Any]:
+def _number_or_auto(kind: type, least: float, most: float) -> Callable[[str], Any]:
     """What reads a hyperparameter: a number, or "auto", which is None."""
 
     def read(text: str) -> Any:
@@ -50,10 +50,10 @@ def _number(kind: type, least: float, most: float) -> Callable[[str], Any]:
     return read
 
 
-class Desk(Protocol):
+class JobBackend(Protocol):
     """Where jobs are asked for: here, or at a server. Jobs are as the API shows them."""
 
-    where: str  # that a job is
+    location: str  # that a job is
 
     def create(self, model: str | None, data: Path, valid: Path | None, **fields: Any) -> dict: ...
     def jobs(self) -> list[dict]: ...
@@ -61,17 +61,17 @@ class Desk(Protocol):
     def job(self, id: str) -> dict: ...
     def cancel(self, id: str) -> dict: ...
     def delete(self, name: str) -> list[str]: ...
-    def without_follow(self, id: str) -> str: ...
+    def detached_hint(self, id: str) -> str: ...
     def events(self, id: str) -> Iterator[dict]: ...
-    def leave(self, id: str) -> None: ...
-    def hint(self, model: str) -> str: ...
+    def detach(self, id: str) -> None: ...
+    def usage_hint(self, model: str) -> str: ...
 
 
 @app.command()
 def check(
     file: Annotated[Path, typer.Argument(help="JSON lines: chats, or prompts and completions.")],
     model: ModelName = None,
-    mend: Annotated[
+    fix: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write what can be mended into this file.")
     ] = None,
     json: Annotated[
@@ -84,8 +84,8 @@ def check(
 
     if not file.is_file():
         raise NotFound(f"there is no file {file}")
-    arguments = ["check", str(file), "--model", str(local.trainable(model).path)]
-    arguments += ["--mend", str(mend)] if mend else []
+    arguments = ["check", str(file), "--model", str(local.locate_trainable(model).path)]
+    arguments += ["--mend", str(fix)] if fix else []
     raise typer.Exit(main([*arguments, *(["--json"] if json else [])]))
 
 
@@ -99,13 +99,20 @@ def create(
     suffix: Annotated[str | None, typer.Option(help="Part of the new model's name.")] = None,
     epochs: Annotated[
         int | None,
-        typer.Option("--n-epochs", "--epochs", parser=_number(int, 1, 50), help=AUTO, metavar="N"),
+        typer.Option(
+            "--n-epochs",
+            "--epochs",
+            parser=_number_or_auto(int, 1, 50),
+            help=AUTO_HELP,
+            metavar="N",
+        ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(parser=_number(int, 1, 256), help=AUTO, metavar="N")
+        int | None, typer.Option(parser=_number_or_auto(int, 1, 256), help=AUTO_HELP, metavar="N")
     ] = None,
     learning_rate_multiplier: Annotated[
-        float | None, typer.Option(parser=_number(float, 1e-6, 1e6), help=AUTO, metavar="X")
+        float | None,
+        typer.Option(parser=_number_or_auto(float, 1e-6, 1e6), help=AUTO_HELP, metavar="X"),
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**31 - 1, help="[default: any]")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Show what it learns.")] = False,
@@ -116,7 +123,7 @@ def create(
     for path in filter(None, (file, valid)):
         if not path.is_file():
             raise NotFound(f"there is no file {path}")
-    with _desk(host) as desk:
+    with _open_backend(host) as desk:
         job = desk.create(
             model,
             file,
@@ -127,30 +134,30 @@ def create(
             batch_size=batch_size,
             learning_rate_multiplier=learning_rate_multiplier,
         )
-        console.say(f"{job['id']}, {desk.where}")
+        console.info(f"{job['id']}, {desk.location}")
         if not follow:
-            console.say(desk.without_follow(job["id"]))
+            console.info(desk.detached_hint(job["id"]))
         if follow or host is None:  # nobody else may be there to work
             _follow(desk, job["id"], json=json, quiet=not follow)
         else:
-            console.result(job, job["id"], json=json)
+            console.write_result(job, job["id"], json=json)
 
 
 @app.command()
 def follow(job: JobId, host: Host = None, json: Json = False) -> None:
     """Show what a job learns, until it is over; here, also go on with one that was stopped."""
-    with _desk(host) as desk:
+    with _open_backend(host) as desk:
         _follow(desk, job, json=json, quiet=False)
 
 
 @app.command("list")
 def list_(host: Host = None, json: Json = False) -> None:
     """List the jobs, newest first."""
-    with _desk(host) as desk:
+    with _open_backend(host) as desk:
         jobs = desk.jobs()
         models = desk.models() if not json else frozenset()
     if json:
-        console.answer_json({"jobs": jobs})
+        console.write_json({"jobs": jobs})
         return
     rows = [
         (
@@ -162,7 +169,7 @@ def list_(host: Host = None, json: Json = False) -> None:
         )
         for job in jobs
     ]
-    console.answer(console.table(("JOB", "STATUS", "MODEL", "MADE", "RESULT"), rows))
+    console.write(console.table(("JOB", "STATUS", "MODEL", "MADE", "RESULT"), rows))
 
 
 def _result(job: dict, models: Collection[str]) -> str:
@@ -175,9 +182,9 @@ def _result(job: dict, models: Collection[str]) -> str:
 @app.command()
 def cancel(job: JobId, host: Host = None, json: Json = False) -> None:
     """Stop a job."""
-    with _desk(host) as desk:
+    with _open_backend(host) as desk:
         found = desk.cancel(job)
-    console.result(found, f"{found['id']} {found['status']}", json=json)
+    console.write_result(found, f"{found['id']} {found['status']}", json=json)
 
 
 @app.command()
@@ -189,26 +196,26 @@ def delete(
     json: Json = False,
 ) -> None:
     """Delete a model that was fine-tuned, with its checkpoints."""
-    with _desk(host) as desk:
+    with _open_backend(host) as desk:
         deleted = desk.delete(name)
-    console.result({"deleted": deleted}, "\n".join(deleted), json=json)
+    console.write_result({"deleted": deleted}, "\n".join(deleted), json=json)
 
 
-def _follow(desk: Desk, id: str, *, json: bool, quiet: bool) -> None:
+def _follow(desk: JobBackend, id: str, *, json: bool, quiet: bool) -> None:
     """Shows a job's events until it is over, and then what came of it.
 
     Raises:
         CheckFailed: its files cannot be learned from.
         Failure: it failed otherwise, or was cancelled.
     """
-    with contextlib.closing(_Loss()) as loss:
+    with contextlib.closing(_EventPrinter()) as loss:
         try:
             for event in desk.events(id):
                 if event["level"] != "error" and (event["level"] == "warn" or not quiet):
                     loss.show(event)  # an error is the job's, which is said below
         except KeyboardInterrupt:
             loss.close()
-            desk.leave(id)
+            desk.detach(id)
             raise
     job = desk.job(id)
     if job["status"] == "failed":
@@ -216,12 +223,12 @@ def _follow(desk: Desk, id: str, *, json: bool, quiet: bool) -> None:
         raise raised(job["error"]["message"])
     if job["status"] == "cancelled":
         raise Failure(f"{id} was cancelled")
-    console.result(job, job["fine_tuned_model"], json=json)
+    console.write_result(job, job["fine_tuned_model"], json=json)
     if not json:
-        console.say(desk.hint(job["fine_tuned_model"]))
+        console.info(desk.usage_hint(job["fine_tuned_model"]))
 
 
-class _Loss:
+class _EventPrinter:
     """What happens, on stderr: on a terminal steps go by on one line, else every tenth is kept."""
 
     def __init__(self) -> None:
@@ -232,7 +239,7 @@ class _Loss:
         line, data = event["message"], event.get("data") or {}
         if (step := data.get("step")) is None:
             self.close()
-            console.say(line)
+            console.info(line)
             return
         total = data.get("total_steps")
         tenth = step * 10 // total if total else step.bit_length()  # rarer and rarer
@@ -241,7 +248,7 @@ class _Loss:
             self._is_open = True
         elif tenth != self._tenth or "valid_loss" in data:
             self._tenth = tenth
-            console.say(line)
+            console.info(line)
 
     def close(self) -> None:
         if self._is_open:
@@ -250,13 +257,13 @@ class _Loss:
 
 
 @contextlib.contextmanager
-def _desk(host: str | None) -> Iterator[Desk]:
+def _open_backend(host: str | None) -> Iterator[JobBackend]:
     if host is None:
-        from serve.cli.here import here as desk
+        from serve.cli.local_backend import open_local_backend as desk
     else:
-        from serve.cli.remote import remote
+        from serve.cli.remote_backend import open_remote_backend
 
         key = os.environ.get("PELLUCID_API_KEY", "").partition(" ")[0]
-        desk = functools.partial(remote, host, key)
+        desk = functools.partial(open_remote_backend, host, key)
     with desk() as found:
         yield found

@@ -27,12 +27,12 @@ from serve.exceptions import NotFound, WrongUsage
 if TYPE_CHECKING:
     import numpy as np
 
-    from diffusion import Painter
-    from serve.cli.preview import Preview
-    from serve.models.images import Order, Source
+    from diffusion import DiffusionPipeline
+    from serve.cli.ansi_preview import AnsiPreview
+    from serve.models.images import ImageRequest, InitImage
     from serve.models.spec import ModelFiles
 
-DEFAULT = "emoji-64"
+DEFAULT_MODEL = "emoji-64"
 STYLES = ("shaded", "flat", "3d")  # as the captions of `diffusion.data` say them
 
 
@@ -43,7 +43,7 @@ def image(
     model: Annotated[
         str,
         model_option("A model of `pellucid models` that draws, or NAME=PATH for a folder."),
-    ] = DEFAULT,
+    ] = DEFAULT_MODEL,
     count: Annotated[int, typer.Option("-n", min=1, max=100, help="Pictures of each.")] = 1,
     seed: Annotated[
         int | None,
@@ -57,7 +57,7 @@ def image(
     ] = None,
     style: Annotated[str | None, typer.Option(help=f"One of {', '.join(STYLES)}.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of denoising. [default: 20]")] = None,
-    rule: Annotated[
+    sampler: Annotated[
         str | None, typer.Option(help="euler, ddim, ddpm, heun or dpmpp. [default: dpmpp]")
     ] = None,
     guidance: Annotated[
@@ -83,7 +83,7 @@ def image(
         typer.Option("--output", "--out", "-o", help="A file or a folder. [default: here]"),
     ] = None,
     grid: Annotated[bool, typer.Option("--grid", help="One file, with a row a prompt.")] = False,
-    strip: Annotated[
+    trajectory: Annotated[
         bool,
         typer.Option(
             "--strip", help="How each comes: noisy above, what the model sees in it below."
@@ -97,68 +97,70 @@ def image(
 ) -> None:
     """Draw small pictures."""
     given = prompts or ([""] if vary else [])
-    _check_words(given, style, is_vary=vary is not None)
-    _check_source(edit, mask, vary, strength, size)
-    _check_output(output, len(given) * count, grid=grid, strip=strip)
+    _check_prompts(given, style, is_vary=vary is not None)
+    _check_init_image(edit, mask, vary, strength, size)
+    _check_output(output, len(given) * count, grid=grid, strip=trajectory)
     seed = secrets.randbits(31) if seed is None else seed
     started = time.perf_counter()
-    from diffusion import Plan, picture
-    from serve.cli.preview import Preview
-    from serve.models.images import Order
+    from diffusion import SamplerOptions, image_io
+    from serve.cli.ansi_preview import AnsiPreview
+    from serve.models.images import ImageRequest
 
-    wishes = {"steps": steps, "rule": rule, "guidance": guidance}
+    wishes = {"steps": steps, "sampler": sampler, "guidance": guidance}
     try:
-        plan = Plan(**{name: value for name, value in wishes.items() if value is not None})
-        source = _source(edit, mask, vary, strength)
-        format = picture.format_of(output) if output and _is_file(output) else "png"
+        plan = SamplerOptions(
+            **{name: value for name, value in wishes.items() if value is not None}
+        )
+        source = _read_init_image(edit, mask, vary, strength)
+        format = image_io.format_of(output) if output and _is_file_name(output) else "png"
     except ValueError as error:
         raise WrongUsage(str(error)) from None
-    place, painter = _loaded(model)
-    side = painter.size if edit else size or (128 if grid or strip else 256)
+    place, painter = _load_pipeline(model)
+    side = painter.size if edit else size or (128 if grid or trajectory else 256)
     ending = f", {style} style" if style else ""
-    fitted = source and source.fitted(painter.cfg.image_size)
+    fitted = source and source.resized_to(painter.cfg.image_size)
     rows = [
-        (Order(prompt=prompt + ending, plan=plan, source=fitted), seed, number)
+        (ImageRequest(prompt=prompt + ending, plan=plan, init_image=fitted), seed, number)
         for prompt in given
         for number in range(count)
     ]
     loaded = time.perf_counter()
-    show = Preview(sys.stderr) if preview else None
+    show = AnsiPreview(sys.stderr) if preview else None
     drawn = (
-        (prompt, _finished(pictures, None if strip else source, side))
-        for prompt, pictures in _draw(painter, rows, strip=strip, show=show)
+        (prompt, _postprocess(pictures, None if trajectory else source, side))
+        for prompt, pictures in _generate(painter, rows, strip=trajectory, show=show)
     )
     paths: list[str] = []
-    for prompt, sheet in _sheets(drawn, columns=count if grid else None):
-        path = _target(output, prompt if source is None else source.name)
+    for prompt, sheet in _output_images(drawn, columns=count if grid else None):
+        path = _output_path(output, prompt if source is None else source.name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture.encode(sheet, format))
+        path.write_bytes(image_io.encode(sheet, format))
         paths.append(str(path))
         if not json:
-            console.answer(str(path))
+            console.write(str(path))
     seconds = time.perf_counter() - loaded
     if json:
-        console.answer_json({"model": place.id, "seed": seed, "paths": paths})
+        console.write_json({"model": place.id, "seed": seed, "paths": paths})
     resized = "" if side == painter.size else f", resized to {side} x {side}"
-    console.say(f"seed {seed}; drawn at {painter.size} x {painter.size}{resized}")
+    console.info(f"seed {seed}; drawn at {painter.size} x {painter.size}{resized}")
     if stats:
-        console.say(
+        console.info(
             f"[load {loaded - started:.1f} s · {len(rows)} pictures in {seconds:.2f} s · "
-            f"{plan.steps} steps of {plan.rule}]"
+            f"{plan.steps} steps of {plan.sampler}]"
         )
 
 
 # --- what may be asked ----------------------------------------------------------------------------
 
 
-def _check_words(prompts: Sequence[str], style: str | None, *, is_vary: bool) -> None:
+def _check_prompts(prompts: Sequence[str], style: str | None, *, is_vary: bool) -> None:
     if not prompts or not (all(map(str.strip, prompts)) or is_vary):
         raise WrongUsage('there is no prompt: say what to draw, as in "a happy cat"')
     if style is not None and style not in STYLES:
         raise WrongUsage(f"--style {style}: use one of {', '.join(STYLES)}")
 
 
-def _check_source(
+def _check_init_image(
     edit: Path | None,
     mask: Path | None,
     vary: Path | None,
@@ -182,7 +184,7 @@ def _check_source(
 def _check_output(output: Path | None, count: int, *, grid: bool, strip: bool) -> None:
     if grid and strip:
         raise WrongUsage("use one of --grid and --strip")
-    if output and _is_file(output) and count > 1 and not grid:
+    if output and _is_file_name(output) and count > 1 and not grid:
         raise WrongUsage(
             f"{count} files cannot all be {output}: let --output name a folder"
             + ("" if strip else ", or make one sheet with --grid")
@@ -193,7 +195,7 @@ def _check_output(output: Path | None, count: int, *, grid: bool, strip: bool) -
 
 
 @dataclass(frozen=True)
-class _Source:
+class _InitImage:
     """What pictures are drawn from.
 
     Attributes:
@@ -207,45 +209,45 @@ class _Source:
     strength: float
     name: str
 
-    def fitted(self, size: int) -> "Source":
+    def resized_to(self, size: int) -> "InitImage":
         """Return it at the size of the denoiser."""
         from diffusion import edit
-        from serve.models.images import Source
+        from serve.models.images import InitImage
 
-        mask = None if self.mask is None else edit.fit_mask(self.mask, size)
-        return Source(edit.fit(self.original, size), mask, self.strength)
+        mask = None if self.mask is None else edit.preprocess_mask(self.mask, size)
+        return InitImage(edit.preprocess_image(self.original, size), mask, self.strength)
 
 
-def _loaded(name: str) -> "tuple[ModelFiles, Painter]":
+def _load_pipeline(name: str) -> "tuple[ModelFiles, DiffusionPipeline]":
     from serve.cli import local
 
-    place = local.of_kind(name, "images", f"{DEFAULT} does")
+    place = local.locate_model_of_kind(name, "images", f"{DEFAULT_MODEL} does")
     assert place.encoder is not None
     import diffusion
-    from serve.models.compiled import keep_compiled_programs
+    from serve.models.compilation_cache import enable_compilation_cache
 
-    keep_compiled_programs()
-    with local.loading(place):
+    enable_compilation_cache()
+    with local.report_load_errors(place):
         return place, diffusion.load(place.path, place.encoder)
 
 
-def _source(
+def _read_init_image(
     edit: Path | None, mask: Path | None, vary: Path | None, strength: float | None
-) -> _Source | None:
+) -> _InitImage | None:
     """What the options say of pictures to draw from.
 
     Raises:
         ValueError: a file is no picture.
     """
-    from diffusion.edit import VARIATION, transparent
+    from diffusion.edit import VARIATION_STRENGTH, alpha_mask
 
     if vary:
-        chosen = VARIATION if strength is None else strength
-        return _Source(_read(vary), None, chosen, f"{vary.stem}-varied")
+        chosen = VARIATION_STRENGTH if strength is None else strength
+        return _InitImage(_read_image(vary), None, chosen, f"{vary.stem}-varied")
     if not edit:
         return None
-    original = _read(edit)
-    hole = transparent(original if mask is None else _read(mask))
+    original = _read_image(edit)
+    hole = alpha_mask(original if mask is None else _read_image(mask))
     if hole.shape[:2] != original.shape[:2]:
         (height, width), (rows, columns) = original.shape[:2], hole.shape[:2]
         raise WrongUsage(
@@ -259,14 +261,14 @@ def _source(
         )
     if mask is None or (original[..., 3] == 255).all():
         original = original[..., :3]
-    return _Source(original, hole, 1.0 if strength is None else strength, f"{edit.stem}-edited")
+    return _InitImage(original, hole, 1.0 if strength is None else strength, f"{edit.stem}-edited")
 
 
-def _read(file: Path) -> "np.ndarray":
-    from diffusion import picture
+def _read_image(file: Path) -> "np.ndarray":
+    from diffusion import image_io
 
     try:
-        return picture.read(file.read_bytes())
+        return image_io.decode(file.read_bytes())
     except ValueError as error:
         raise WrongUsage(f"{file}: {error}") from None
 
@@ -274,12 +276,12 @@ def _read(file: Path) -> "np.ndarray":
 # --- drawing --------------------------------------------------------------------------------------
 
 
-def _draw(
-    painter: "Painter",
-    rows: "Sequence[tuple[Order, int, int]]",
+def _generate(
+    painter: "DiffusionPipeline",
+    rows: "Sequence[tuple[ImageRequest, int, int]]",
     *,
     strip: bool,
-    show: "Preview | None",
+    show: "AnsiPreview | None",
 ) -> "Iterator[tuple[str, np.ndarray]]":
     """Draws pictures in batches.
 
@@ -290,27 +292,30 @@ def _draw(
     Yields:
         A prompt and its picture, uint8 [1, Y, X, 3]; or a strip of how it came, [2 n, Y, X, 3].
     """
-    from diffusion.painter import to_bytes
-    from serve.models.images import batch_steps
+    from diffusion.pipeline import to_uint8
+    from serve.models.images import denoise_batch
 
-    most = rows[0][0].max_batch
+    most = rows[0][0].max_batch_size
     for start in range(0, len(rows), most):
         part = rows[start : start + most]
         steps = []
-        for step in batch_steps(painter, part):
+        for step in denoise_batch(painter, part):
             steps.append(step)
             if show:
-                show(to_bytes(step[1][: len(part)]))
+                show(to_uint8(step[1][: len(part)]))
         if show:
             show.done()
         if len(rows) > most:
-            console.say(f"{start + len(part)} of {len(rows)}")
-        finished = painter.finish(steps[-1][0])
+            console.info(f"{start + len(part)} of {len(rows)}")
+        finished = painter.postprocess(steps[-1][0])
         for row, (order, _, _) in enumerate(part):
-            yield order.prompt, painter.strip(steps, row) if strip else finished[row][None]
+            yield (
+                order.prompt,
+                painter.trajectory_images(steps, row) if strip else finished[row][None],
+            )
 
 
-def _finished(pictures: "np.ndarray", source: _Source | None, side: int) -> "np.ndarray":
+def _postprocess(pictures: "np.ndarray", source: _InitImage | None, side: int) -> "np.ndarray":
     """Enlarge pictures, uint8 [B, Y, X, 3]; one that is edited is put into the hole instead."""
     import numpy as np
 
@@ -321,10 +326,10 @@ def _finished(pictures: "np.ndarray", source: _Source | None, side: int) -> "np.
         return np.stack([paste(source.original, one, source.mask) for one in pictures])
     if side == pictures.shape[1]:
         return pictures
-    return np.stack([upscale.enlarge(one, side) for one in pictures])
+    return np.stack([upscale.resize(one, side) for one in pictures])
 
 
-def _sheets(
+def _output_images(
     drawn: "Iterable[tuple[str, np.ndarray]]", columns: int | None
 ) -> "Iterator[tuple[str, np.ndarray]]":
     """Yield pictures to be written, uint8 [Y, X, 3], and a prompt to name each after.
@@ -335,27 +340,27 @@ def _sheets(
     """
     import numpy as np
 
-    from diffusion.painter import grid
+    from diffusion.pipeline import make_grid
 
     if columns is None:
         for prompt, pictures in drawn:
-            yield prompt, grid(pictures, -(-len(pictures) // 2))
+            yield prompt, make_grid(pictures, -(-len(pictures) // 2))
         return
     prompts, pictures = zip(*drawn, strict=True)
-    yield prompts[0], grid(np.concatenate(pictures), columns)
+    yield prompts[0], make_grid(np.concatenate(pictures), columns)
 
 
 # --- where it goes --------------------------------------------------------------------------------
 
 
-def _is_file(path: Path) -> bool:
+def _is_file_name(path: Path) -> bool:
     """Whether `--output` names a file, not a folder."""
     return path.suffix != "" and not path.is_dir()
 
 
-def _target(output: Path | None, name: str) -> Path:
+def _output_path(output: Path | None, name: str) -> Path:
     """The file that `--output` names, or a new one there, named after the prompt."""
-    if output is not None and _is_file(output):
+    if output is not None and _is_file_name(output):
         return output
     folder = output or Path()
     stem = re.sub(r"[\W_]+", "-", name.lower()).strip("-")[:40].strip("-") or "picture"

@@ -31,17 +31,16 @@ def inspect(
     """Draw attention, the logit lens and the alternatives of each token."""
     import bpe
     from serve.cli import local
-    from serve.models.compiled import keep_compiled_programs
+    from serve.models.compilation_cache import enable_compilation_cache
 
-    place = local.of_kind(model, "decoder", "only models that do can be inspected")
-    keep_compiled_programs()
+    place = local.locate_model_of_kind(model, "decoder", "only models that do can be inspected")
+    enable_compilation_cache()
 
     import numpy as np
 
-    from transformer import checkpoint, pictures
-    from transformer import inspect as looking
+    from transformer import checkpoint, interpret, plots
 
-    with local.loading(place):
+    with local.report_load_errors(place):
         params, cfg, metadata = checkpoint.load(place.path)
         is_folder = place.path.is_dir()
         tokenizer = bpe.load(place.path) if is_folder else bpe.from_gguf(metadata)
@@ -49,9 +48,9 @@ def inspect(
     ids = encoding.encode(text, allowed_special="all")
     if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
         ids = [tokenizer.bos_id, *ids]
-    if not 2 <= len(ids) <= pictures.MAX_TOKENS:
+    if not 2 <= len(ids) <= plots.MAX_TOKENS:
         raise WrongUsage(
-            f"the text is {len(ids)} tokens: between 2 and {pictures.MAX_TOKENS} can be drawn"
+            f"the text is {len(ids)} tokens: between 2 and {plots.MAX_TOKENS} can be drawn"
         )
 
     def label(id: int) -> str:
@@ -63,27 +62,27 @@ def inspect(
     layer = cfg.num_layers // 2 if layer is None else layer
     paths = [output / f"attention-{layer}.png", output / "lens.png", output / "alternatives.png"]
     try:
-        pictures.attention(np.asarray(looking.attention(params, cfg, ids)), tokens, layer, paths[0])
-        seen = looking.lens(params, cfg, ids)
+        plots.attention(np.asarray(interpret.attention(params, cfg, ids)), tokens, layer, paths[0])
+        seen = interpret.logit_lens(params, cfg, ids)
         said = [[label(id) for id in row] for row in np.asarray(seen.ids)[..., 0].tolist()]
-        pictures.lens(seen, tokens, said, paths[1])
-        others = looking.alternatives(params, cfg, ids)
-        likely = [[label(id) for id in row] for row in others.ids.tolist()]
-        pictures.alternatives(others, tokens, likely, paths[2])
+        plots.logit_lens(seen, tokens, said, paths[1])
+        others = interpret.alternatives(params, cfg, ids)
+        likely = [[label(id) for id in row] for row in others.top_ids.tolist()]
+        plots.alternatives(others, tokens, likely, paths[2])
         if heads:
             paths.append(output / "heads.png")
-            pictures.head_effects(np.asarray(looking.head_effects(params, cfg, ids)), paths[-1])
+            plots.head_effects(np.asarray(interpret.head_effects(params, cfg, ids)), paths[-1])
     except ValueError as error:
         raise WrongUsage(str(error)) from None
     if json:
-        found = zip(ids[1:], tokens[1:], np.exp(others.chosen).tolist(), others.rank.tolist(),
+        found = zip(ids[1:], tokens[1:], np.exp(others.token_logprobs).tolist(), others.rank.tolist(),
                     others.entropy.tolist(), strict=True)  # fmt: skip
         rows = [
             {"id": id, "text": token, "probability": chance, "rank": rank, "entropy": bits}
             for id, token, chance, rank, bits in found
         ]
         files = [str(path) for path in paths]
-        console.answer_json({"model": place.id, "tokens": rows, "pictures": files})
+        console.write_json({"model": place.id, "tokens": rows, "pictures": files})
     else:
         for path in paths:
-            console.answer(str(path))
+            console.write(str(path))

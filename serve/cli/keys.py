@@ -19,16 +19,16 @@ Name = Annotated[str, typer.Argument(help="Who or what the key is for.")]
 @app.command()
 def create(name: Name, json: Json = False) -> None:
     """Make a key and print it, this once. From then on, servers here ask for one."""
-    home = settings.private_folder(settings.data_folder())
+    home = settings.make_private_folder(settings.data_folder())
     is_first = not auth.read(home)
     try:
         key = auth.create(home, name)
     except ValueError as error:
         raise WrongUsage(str(error)) from None
-    console.result({"name": name, "key": key}, key, json=json)
-    console.say("Keep it now: only its digest is stored here.")
+    console.write_result({"name": name, "key": key}, key, json=json)
+    console.info("Keep it now: only its digest is stored here.")
     if is_first:
-        console.say("It is the first: servers on this machine now refuse requests without a key.")
+        console.info("It is the first: servers on this machine now refuse requests without a key.")
 
 
 @app.command("list")
@@ -40,7 +40,7 @@ def list_(json: Json = False) -> None:
         raise Corrupt(str(error)) from None
     if json:
         listed = [{"name": key.name, "hint": key.hint, "created": key.created} for key in found]
-        console.answer_json({"keys": listed})
+        console.write_json({"keys": listed})
         return
     rows = [
         (key.name, f"...{key.hint}", time.strftime("%Y-%m-%d", time.localtime(key.created)))

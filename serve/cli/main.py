@@ -32,7 +32,7 @@ from serve.exceptions import Failure
 from serve.models import catalogue
 
 
-class Commands(typer.core.TyperGroup):
+class CommandGroup(typer.core.TyperGroup):
     """The group of all commands, which turns what goes wrong in one into its exit code."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -41,7 +41,7 @@ class Commands(typer.core.TyperGroup):
             sys.stdout.flush()
             return result
         except (Failure, catalogue.CatalogueError) as error:
-            console.complain(str(error))
+            console.error(str(error))
             raise typer.Exit(getattr(error, "exit_code", 1)) from None
         except KeyboardInterrupt:
             print(file=sys.stderr)
@@ -51,12 +51,12 @@ class Commands(typer.core.TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except OSError as error:  # names the file: a folder that is not ours, a full disk
-            console.complain(str(error))
+            console.error(str(error))
             raise typer.Exit(1) from None
 
 
 app = typer.Typer(
-    cls=Commands,
+    cls=CommandGroup,
     help="The model stack behind the OpenAI API, from scratch, on this machine.",
     no_args_is_help=True,
     add_completion=False,
@@ -102,7 +102,7 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def _every_command(
+def _root_options(
     version: Annotated[
         bool,
         typer.Option(

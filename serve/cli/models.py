@@ -8,9 +8,9 @@ from serve import settings
 from serve.cli import console
 from serve.cli.options import Json
 from serve.exceptions import Corrupt
-from serve.models import adapters, benchmarks, catalogue, sampling
+from serve.models import adapters, benchmarks, catalogue, generation_config
 
-Card = dict[str, Any]  # a model, as `--json` prints it
+ModelRow = dict[str, Any]  # a model, as `--json` prints it
 
 
 def models(json: Json = False) -> None:
@@ -18,26 +18,26 @@ def models(json: Json = False) -> None:
     home, config = settings.data_folder(), settings.config_folder()
     known = catalogue.load(config)
     measured = benchmarks.read(home)
-    cards = [_card(model, known) for model in known.models.values()]
-    cards += [_adapter_card(adapter, cards) for adapter in adapters.cards(home)]
+    cards = [_catalogue_row(model, known) for model in known.models.values()]
+    cards += [_adapter_row(adapter, cards) for adapter in adapters.list_metadata(home)]
     for card in cards:
         run = measured.get(card["id"])
         card["memory"] = run["memory"] if run else None
         card["tokens_per_second"] = run["tokens_per_second"] if run else None
     if json:
-        console.answer_json({"home": str(home), "default": known.default, "models": cards})
+        console.write_json({"home": str(home), "default": known.default, "models": cards})
         return
     head = ("ID", "SIZE", "MEMORY", "CONTEXT", "LICENCE", "HERE", "TOK/S", "GOOD AT", "SAMPLING")
-    print(console.table(head, [_row(card, known.default) for card in cards]))
-    console.say(
+    print(console.table(head, [_table_row(card, known.default) for card in cards]))
+    console.info(
         "* the default. MEMORY is for weights and conversations as answers here took it; ~ is "
-        f"weights in float32, until one of {benchmarks.ENOUGH_TOKENS} tokens has measured it and "
+        f"weights in float32, until one of {benchmarks.MIN_TIMED_TOKENS} tokens has measured it and "
         "TOK/S. SAMPLING is for requests that give none.\n"
         f"Models are in {home}, your own models.toml belongs in {config}."
     )
 
 
-def _row(card: Card, default: str) -> tuple[str, ...]:
+def _table_row(card: ModelRow, default: str) -> tuple[str, ...]:
     """A line of the table."""
     from serve.models.download import human_size
 
@@ -55,16 +55,16 @@ def _row(card: Card, default: str) -> tuple[str, ...]:
         card["state"],
         f"{card['tokens_per_second']:.0f}" if card["tokens_per_second"] else "-",
         card["good_at"],
-        sampling.text(card["sampling"]) if card["sampling"] else "-",
+        generation_config.format_params(card["sampling"]) if card["sampling"] else "-",
     )
 
 
-def _card(model: catalogue.Model, known: catalogue.Catalogue) -> Card:
+def _catalogue_row(model: catalogue.CatalogueEntry, known: catalogue.Catalogue) -> ModelRow:
     """The card of a model of the catalogue."""
     from serve.models import download
 
     try:
-        path = download.find(model, settings.data_folder())
+        path = download.find_path(model, settings.data_folder())
         state = "pulled" if path else "-"
     except Corrupt:
         path, state = None, "changed"
@@ -84,14 +84,14 @@ def _card(model: catalogue.Model, known: catalogue.Catalogue) -> Card:
     }
 
 
-def _adapter_card(adapter: adapters.Card, others: list[Card]) -> Card:
+def _adapter_row(adapter: adapters.AdapterMetadata, others: list[ModelRow]) -> ModelRow:
     """The card of a model that was fine-tuned here: what it does not say is its base's."""
-    unknown: Card = dict.fromkeys(("serves", "parameters", "context", "licence"))
+    unknown: ModelRow = dict.fromkeys(("serves", "parameters", "context", "licence"))
     base = next((other for other in others if other["id"] == adapter.base), None) or {
         **unknown,
         "sampling": _sampling({}, Path(adapter.path)),
     }
-    path = adapters.folder(settings.data_folder(), adapter.id)
+    path = adapters.adapter_folder(settings.data_folder(), adapter.id)
     return {
         **base,
         "id": adapter.id,
@@ -107,4 +107,6 @@ def _adapter_card(adapter: adapters.Card, others: list[Card]) -> Card:
 
 def _sampling(row: Mapping[str, float], path: Path | None) -> dict[str, Any]:
     """The sampling settings of a request that gives none."""
-    return sampling.resolve({}, sampling.of_model(row, path, console.say))
+    return generation_config.resolve_params(
+        {}, generation_config.read_defaults(row, path, console.info)
+    )

@@ -33,17 +33,17 @@ def pull(
     for id in known.models if all else ids or [known.default]:
         model = known.get(id)
         if id.startswith("hf:") and not verify:
-            path = hub.pull(id, home, say=console.say)
+            path = hub.pull(id, home, notify=console.info)
         elif model is None:
-            raise NotFound(download.unknown(id, known))
+            raise NotFound(download.unknown_model_message(id, known))
         elif verify:
             path = download.verify(model, home)
         else:
-            with console.Download(model.id) as progress:
-                path = download.pull(model, home, say=console.say, progress=progress)
+            with console.DownloadProgress(model.id) as progress:
+                path = download.pull(model, home, notify=console.info, progress=progress)
         done.append({"id": model.id if model else id, "path": str(path)})
     if json:
-        console.answer_json({"models": done})
+        console.write_json({"models": done})
     else:
         for entry in done:
             print(entry["path"])

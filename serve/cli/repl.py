@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from serve.cli import console, talk
+from serve.cli import console, local_completion
 from serve.exceptions import Failure
 
 if TYPE_CHECKING:
-    from serve.models.decoder import ServedModel
+    from serve.models.decoder import DecoderModel
 
 HELP = """\
 /help                this list
@@ -45,7 +45,7 @@ class Conversation:
     `default` is what /set goes back to.
     """
 
-    default: talk.Options
+    default: local_completion.Options
     system: str | None = None
     stats: bool = False
     turns: list[tuple[str, str]] = field(default_factory=list)  # question, answer
@@ -53,7 +53,7 @@ class Conversation:
     def __post_init__(self) -> None:
         self.options = replace(self.default, sampling=dict(self.default.sampling))
 
-    def messages(self, question: str) -> list[talk.Message]:
+    def messages(self, question: str) -> list[local_completion.Message]:
         """The conversation so far with one more question."""
         said = [{"role": "system", "content": self.system}] if self.system else []
         for asked, answered in self.turns:
@@ -85,11 +85,11 @@ class Conversation:
 
 
 def run(
-    model: "ServedModel",
+    model: "DecoderModel",
     conversation: Conversation,
     *,
     read: Callable[[str], str],
-    figures: Callable[[talk.Reply], str],
+    stats_line: Callable[[local_completion.LocalCompletion], str],
 ) -> None:
     """Reads and answers until the user leaves.
 
@@ -99,55 +99,55 @@ def run(
         read: Shows a prompt and returns a line, like `input`; raises EOFError at the end.
         figures: The line of figures after an answer.
     """
-    console.say(f"{model.id}: /help lists the commands, /bye leaves")
+    console.info(f"{model.id}: /help lists the commands, /bye leaves")
     while True:
         try:
-            line = _whole(read(">>> "), read)
+            line = _read_multiline(read(">>> "), read)
         except EOFError:
-            console.say("")
+            console.info("")
             return
         except KeyboardInterrupt:
-            console.say("\n/bye or Ctrl-D leaves")
+            console.info("\n/bye or Ctrl-D leaves")
             continue
         except UnicodeDecodeError:
-            console.say("that was not UTF-8")
+            console.info("that was not UTF-8")
             continue
         if not line.strip():
             continue
         word, _, rest = line.partition(" ")
         rest = rest.strip()
         if not word.startswith("/"):
-            _ask(model, conversation, line, figures)
+            _ask(model, conversation, line, stats_line)
         elif word in ("/bye", "/exit"):
             return
         elif word in ("/help", "/?"):
-            console.say(HELP)
+            console.info(HELP)
         elif word == "/system":
             conversation.system = rest or None
-            console.say("the system message is set" if rest else "there is no system message")
+            console.info("the system message is set" if rest else "there is no system message")
         elif word == "/clear":
             conversation.turns.clear()
-            console.say("the conversation is forgotten")
+            console.info("the conversation is forgotten")
         elif word in ("/undo", "/retry"):
             if not conversation.turns:
-                console.say("nothing was said yet")
+                console.info("nothing was said yet")
                 continue
             question, _ = conversation.turns.pop()
             if word == "/retry":
-                _ask(model, conversation, question, figures)
+                _ask(model, conversation, question, stats_line)
             else:
-                console.say(f"taken back: {console.visible(question[:60])}")
+                console.info(f"taken back: {console.escape_control(question[:60])}")
         elif word == "/set":
             name, _, value = rest.partition(" ")
-            console.say(conversation.set(name, value.strip()))
+            console.info(conversation.set(name, value.strip()))
         elif word == "/stats":
             conversation.stats = not conversation.stats
-            console.say(f"figures are {'shown' if conversation.stats else 'hidden'}")
+            console.info(f"figures are {'shown' if conversation.stats else 'hidden'}")
         else:
-            console.say(f"{word} is no command: /help lists them (begin with a space to say it)")
+            console.info(f"{word} is no command: /help lists them (begin with a space to say it)")
 
 
-def _whole(line: str, read: Callable[[str], str]) -> str:
+def _read_multiline(line: str, read: Callable[[str], str]) -> str:
     if not line.startswith('"""'):
         return line
     line = line[3:]
@@ -157,23 +157,23 @@ def _whole(line: str, read: Callable[[str], str]) -> str:
 
 
 def _ask(
-    model: "ServedModel",
+    model: "DecoderModel",
     conversation: Conversation,
     question: str,
-    figures: Callable[[talk.Reply], str],
+    figures: Callable[[local_completion.LocalCompletion], str],
 ) -> None:
     """Answers one question and adds it to the conversation; a failure leaves that as it was."""
     try:
-        prompt = talk.chat_prompt(model, conversation.messages(question))
-        reply = talk.Reply(model, prompt, conversation.options)
+        prompt = local_completion.chat_prompt(model, conversation.messages(question))
+        reply = local_completion.LocalCompletion(model, prompt, conversation.options)
         with contextlib.suppress(KeyboardInterrupt):
             for text in reply:
-                console.answer(text, end="")
-        console.answer("")
+                console.write(text, end="")
+        console.write("")
     except Failure as error:
-        console.complain(str(error))
+        console.error(str(error))
         return
     conversation.turns.append((question, reply.text))
     line = figures(reply)
     if conversation.stats:
-        console.say(line)
+        console.info(line)

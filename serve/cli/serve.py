@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from serve import settings
-from serve.api.settings import Settings, allowed_hosts
+from serve.api.settings import ServerSettings, allowed_hosts
 from serve.cli import console, embed
 from serve.cli.options import Json, model_option
 from serve.exceptions import Corrupt, Failure, WrongUsage
-from serve.models import catalogue, sampling
+from serve.models import catalogue, generation_config
 
 if TYPE_CHECKING:
     from serve.api.logs import LogFormat
@@ -84,7 +84,7 @@ def serve(
 ) -> None:
     """Serve models over OpenAI's API until Ctrl-C."""
     try:
-        chosen = Settings(
+        chosen = ServerSettings(
             host=host,
             port=port,
             api_keys=tuple(api_key or ()),
@@ -100,20 +100,22 @@ def serve(
         raise WrongUsage(str(error)) from None
     from serve.api import server
 
-    with server.take_port(chosen.host, chosen.port) as taken:
+    with server.bind_socket(chosen.host, chosen.port) as taken:
         known = catalogue.load(settings.config_folder())
-        places = _named(model or [known.default])
+        places = _locate_models(model or [known.default])
         absent: Collection[str] = ()
         if not model:
-            places += _others(known, places)
+            places += _locate_other_models(known, places)
             absent = known.models.keys() - {place.id for place in places}
-        with _offered(places, chosen, dtype, known.aliases, absent, sampling_defaults) as registry:
+        with _open_registry(
+            places, chosen, dtype, known.aliases, absent, sampling_defaults
+        ) as registry:
             orderly = _run(chosen, registry, taken, log_format, json=json)
     if not orderly:
         raise typer.Exit(130)
 
 
-def _named(names: Sequence[str]) -> "list[ModelFiles]":
+def _locate_models(names: Sequence[str]) -> "list[ModelFiles]":
     """Return the models that `--model` options mean, pulled if they are not here.
 
     Raises:
@@ -122,7 +124,7 @@ def _named(names: Sequence[str]) -> "list[ModelFiles]":
     """
     from serve.cli import local
 
-    places = [local.located(name) for name in names]
+    places = [local.locate_model(name) for name in names]
     if adapted := [place.id for place in places if place.adapter]:
         raise WrongUsage(f"{adapted[0]} is offered beside its base: serve that one")
     if len({place.id for place in places}) < len(places):
@@ -130,27 +132,29 @@ def _named(names: Sequence[str]) -> "list[ModelFiles]":
     return places
 
 
-def _others(known: catalogue.Catalogue, places: "list[ModelFiles]") -> "list[ModelFiles]":
+def _locate_other_models(
+    known: catalogue.Catalogue, places: "list[ModelFiles]"
+) -> "list[ModelFiles]":
     """The other models of the catalogue that were pulled: offered, and loaded when asked for."""
     from serve.models import download
 
     found = []
     for model in known.models.values():
         with contextlib.suppress(Corrupt):  # `pellucid models` says which
-            place = download.located(model, settings.data_folder())
+            place = download.find_pulled(model, settings.data_folder())
             if place and model.id not in [place.id for place in places]:
                 found.append(place)
     return found
 
 
 @contextlib.contextmanager
-def _offered(
+def _open_registry(
     places: "list[ModelFiles]",
-    chosen: Settings,
+    chosen: ServerSettings,
     dtype: str,
     aliases: Mapping[str, str],
     absent: Collection[str],
-    sampling_defaults: sampling.Defaults = "model",
+    sampling_defaults: generation_config.DefaultsSource = "model",
 ) -> "Iterator[Registry]":
     """The models of a server, the first of them loaded. What runs at the end is cancelled."""
     from serve.cli import local
@@ -163,22 +167,22 @@ def _offered(
         cache_budget=chosen.cache_budget,
         dtype=dtype,
         home=chosen.home,
-        notify=console.say,
+        notify=console.info,
         memory_limit=chosen.memory_limit,
         sampling_defaults=sampling_defaults,
         max_embedding_tokens=chosen.max_embedding_tokens,
     )
     cards = []
     for place in places:
-        with local.loading(place):
+        with local.report_load_errors(place):
             cards.append(resolve.describe(place, options))
     paths = {place.id: place.path for place in places}
     registry = Registry(
         cards,
         aliases,
         memory_limit=chosen.memory_limit,
-        absent=absent,
-        shelf=resolve.Shelf(chosen.home, chosen.cache_budget, paths),
+        not_pulled=absent,
+        adapter_specs=resolve.AdapterSpecs(chosen.home, chosen.cache_budget, paths),
     )
     try:
         registry.load(registry.default)
@@ -190,7 +194,7 @@ def _offered(
 
 
 def _run(
-    chosen: Settings,
+    chosen: ServerSettings,
     registry: "Registry",
     taken: socket.socket,
     log_format: "LogFormat",
@@ -200,24 +204,24 @@ def _run(
     """Serve until Ctrl-C. Return whether running answers were finished."""
     from serve.api import server
     from serve.api.app import create_app
-    from serve.cli.banner import welcome
+    from serve.cli.banner import banner
 
-    address = server.address(taken)
+    address = server.url_of(taken)
 
     def ready() -> None:
-        text = welcome(address, registry, has_keys=chosen.asks_for_keys)
+        text = banner(address, registry, has_keys=chosen.requires_key)
         print(text, file=sys.stderr, flush=True)
         if json:
-            models = [card.id for card in registry.list()]
-            formats = {served.id: served.format for served in registry.loaded()}
-            console.answer_json({"url": address, "models": models, "formats": formats})
+            models = [card.id for card in registry.list_models()]
+            formats = {served.id: served.dtype for served in registry.loaded()}
+            console.write_json({"url": address, "models": models, "formats": formats})
 
     def stopping() -> None:
-        console.say(
+        console.info(
             f"stopping after the running answers, at most {server.DRAIN_SECONDS} s "
             "(Ctrl-C again: at once)"
         )
 
     app = create_app(chosen, registry)
     with contextlib.closing(app.state.keeper):  # a job that runs is saved, to go on later
-        return server.run(app, taken, log_format=log_format, ready=ready, stopping=stopping)
+        return server.run(app, taken, log_format=log_format, on_ready=ready, on_stop=stopping)

@@ -33,10 +33,10 @@ def read() -> str:
 
 def joined(argument: str | None, piped: str | None) -> str | None:
     """Return the argument and the piped text, with an empty line between."""
-    return "\n\n".join(filter(None, [checked(argument), piped])) or None
+    return "\n\n".join(filter(None, [require_utf8(argument), piped])) or None
 
 
-def checked(argument: str | None) -> str | None:
+def require_utf8(argument: str | None) -> str | None:
     """Return an argument.
 
     Raises:

@@ -14,7 +14,7 @@ def tokenize(
         str | None, typer.Argument(help="Text. Text piped in follows it, byte for byte.")
     ] = None,
     model: ModelName = None,
-    special: Annotated[
+    parse_special: Annotated[
         bool, typer.Option("--special", help="Read <|special|> tokens as such, not as text.")
     ] = False,
     json: Json = False,
@@ -23,24 +23,24 @@ def tokenize(
     piped = stdin.piped()
     if text is None and piped is None:
         raise WrongUsage("there is no text: give it as an argument, or pipe it in")
-    whole = (stdin.checked(text) or "") + (piped or "")
+    whole = (stdin.require_utf8(text) or "") + (piped or "")
     import bpe
     from serve.cli import local
 
-    place = local.located(model)
-    with local.loading(place):
+    place = local.locate_model(model)
+    with local.report_load_errors(place):
         encoding = bpe.load(place.path).encoding
-    allowed = "all" if special else set()
+    allowed = "all" if parse_special else set()
     ids = encoding.encode(whole, allowed_special=allowed, disallowed_special=())
     parts = [encoding.decode_single_token_bytes(id) for id in ids]
     size = len(whole.encode())
     if json:
         tokens = [_token(id, part) for id, part in zip(ids, parts, strict=True)]
-        console.answer_json({"model": place.id, "bytes": size, "tokens": tokens})
+        console.write_json({"model": place.id, "bytes": size, "tokens": tokens})
         return
-    print(console.pieces(parts))
+    print(console.format_tokens(parts))
     print(*ids)
-    console.say(f"{len(ids)} tokens, {size} bytes, {place.id}")
+    console.info(f"{len(ids)} tokens, {size} bytes, {place.id}")
 
 
 def _token(id: int, part: bytes) -> dict[str, Any]:

@@ -20,10 +20,10 @@ from serve.exceptions import Failure, NotFound, WrongUsage
 if TYPE_CHECKING:
     import numpy as np
 
-    from audio import Options, Plan, Transcript
+    from audio import DecodingOptions, Transcript, TranscriptionOptions
     from serve.models.speech import SpeechModel
 
-DEFAULT = "whisper-base"
+DEFAULT_MODEL = "whisper-base"
 FORMATS = ("text", "json", "srt", "vtt", "tsv")  # as `audio.subtitles` has them
 _SUFFIX = {"text": "txt"}
 
@@ -33,22 +33,22 @@ def transcribe(
     model: Annotated[
         str,
         model_option("A speech model of `pellucid models`, or NAME=PATH for a folder."),
-    ] = DEFAULT,
+    ] = DEFAULT_MODEL,
     language: Annotated[
         str | None, typer.Option(help="A code or a name; heard if not given.")
     ] = None,
     format: Annotated[
         str, typer.Option("--format", "-f", help=f"One of {', '.join(FORMATS)}.")
     ] = "text",
-    words: Annotated[
+    word_timestamps: Annotated[
         bool, typer.Option("--words", help="Find the time of every word; a cue for each.")
     ] = False,
     translate: Annotated[bool, typer.Option("--translate", help="Into English.")] = False,
     prompt: Annotated[str, typer.Option(help="What was said before: sets names and style.")] = "",
-    beams: Annotated[
+    beam_size: Annotated[
         int | None, typer.Option(min=1, help="Texts continued side by side; slower, better.")
     ] = None,
-    batch: Annotated[
+    batch_size: Annotated[
         int, typer.Option(min=1, help="Windows at once; 1 goes through the sound in turn.")
     ] = 4,
     output_dir: Annotated[
@@ -70,9 +70,9 @@ def transcribe(
         raise WrongUsage("several documents do not fit on stdout: give --output-dir")
     if len(files) > 1 and (spectrogram or alignment):
         raise WrongUsage("a picture shows one file")
-    if output_dir is not None and (clash := _same_target(files)):
+    if output_dir is not None and (clash := _name_clash(files)):
         raise WrongUsage(
-            f"{clash[0]} and {clash[1]} would both be written to {_target(clash[0], format)}: "
+            f"{clash[0]} and {clash[1]} would both be written to {_output_name(clash[0], format)}: "
             "transcribe them one by one, with an --output-dir each"
         )
     import audio
@@ -81,7 +81,7 @@ def transcribe(
     failures: list[Failure] = []
 
     def fail(failure: Failure) -> None:
-        console.complain(str(failure))
+        console.error(str(failure))
         failures.append(failure)
 
     present = [file for file in files if file.is_file()]
@@ -90,14 +90,18 @@ def transcribe(
             fail(NotFound(f"there is no file {file}"))
     if not present:
         raise typer.Exit(failures[0].exit_code)
-    served = _loaded(model, dtype)
+    served = _load_model(model, dtype)
     task: Literal["transcribe", "translate"] = "translate" if translate else "transcribe"
-    options = audio.Options(task=task, language=language or "en", beam_size=beams)
+    options = audio.DecodingOptions(task=task, language=language or "en", beam_size=beam_size)
     try:
-        served.whisper.tokens.opening(options.language, task, timestamps=True)
+        served.whisper.tokenizer.sot_sequence(options.language, task, timestamps=True)
     except ValueError as error:
         raise WrongUsage(f"{served.id}: {error}") from None
-    plan = audio.Plan(initial_prompt=prompt, words=words or bool(spectrogram), batch=batch)
+    plan = audio.TranscriptionOptions(
+        initial_prompt=prompt,
+        word_timestamps=word_timestamps or bool(spectrogram),
+        batch_size=batch_size,
+    )
     to_stdout = output_dir is None and format == "text"
     for file in present:
         started = time.perf_counter()
@@ -107,22 +111,22 @@ def transcribe(
             fail(failure)
             continue
         if not found.segments:
-            console.say(f"{file.name}: no speech in {found.duration:.1f} s")
-        document = subtitles.write(found, format, words=words)
+            console.info(f"{file.name}: no speech in {found.duration:.1f} s")
+        document = subtitles.render(found, format, words=word_timestamps)
         if output_dir is not None:
             output_dir.mkdir(parents=True, exist_ok=True)
-            target = output_dir / _target(file, format)
+            target = output_dir / _output_name(file, format)
             target.write_text(document, "utf-8")
-            console.say(str(target))
+            console.info(str(target))
         elif not to_stdout:
-            console.answer(document, end="")
+            console.write(document, end="")
         if stats:
             seconds = time.perf_counter() - started
-            console.say(
+            console.info(
                 f"[{found.duration:.1f} s of sound · {seconds:.1f} s · "
-                f"{found.duration / seconds:.1f} times as fast as it was said · {served.format}]"
+                f"{found.duration / seconds:.1f} times as fast as it was said · {served.dtype}]"
             )
-        _draw(served, samples, found, spectrogram, alignment)
+        _plot(served, samples, found, spectrogram, alignment)
     if failures:
         raise typer.Exit(failures[0].exit_code)
 
@@ -131,13 +135,13 @@ def _transcribe(
     served: "SpeechModel",
     file: Path,
     language: str | None,
-    options: "Options",
-    plan: "Plan",
+    options: "DecodingOptions",
+    plan: "TranscriptionOptions",
     to_stdout: bool,
 ) -> "tuple[np.ndarray, Transcript]":
     """The samples of a file and its transcript; text reaches stdout as it is written."""
     import audio
-    from audio.load import RATE
+    from audio.load import SAMPLE_RATE
 
     try:
         samples = audio.load(file)
@@ -145,22 +149,22 @@ def _transcribe(
         raise Failure(f"{file}: {error.strerror}") from None
     except ValueError as error:
         raise WrongUsage(str(error)) from None
-    duration = len(samples) / RATE
-    code, spans = served.language(samples, language, plan)
+    duration = len(samples) / SAMPLE_RATE
+    code, spans = served.detect_language(samples, language, plan)
     options = dataclasses.replace(options, language=code)
     segments = []
-    for segment in served.listen(samples, options, plan, spans, stop=threading.Event()):
+    for segment in served.transcribe(samples, options, plan, spans, stop=threading.Event()):
         segments.append(segment)
         if to_stdout:
-            console.answer(segment.text.strip())
+            console.write(segment.text.strip())
         else:
-            console.say(f"{file.name}: {segment.end:.0f} of {duration:.0f} s")
+            console.info(f"{file.name}: {segment.end:.0f} of {duration:.0f} s")
     text = "".join(segment.text for segment in segments).strip()
     found = audio.Transcript(language=code, duration=duration, text=text, segments=tuple(segments))
     return samples, found
 
 
-def _draw(
+def _plot(
     served: "SpeechModel",
     samples: "np.ndarray",
     found: "Transcript",
@@ -168,26 +172,26 @@ def _draw(
     alignment: Path | None,
 ) -> None:
     """Draw a sound, and where its words were found, into the files that are given."""
-    from audio import inspect
+    from audio import plots
 
     try:
         if spectrogram:
             spoken = [word for segment in found.segments for word in segment.words]
-            inspect.spectrogram(spectrogram, samples, spoken)
+            plots.plot_spectrogram(spectrogram, samples, spoken)
         if alignment and found.segments:
-            inspect.alignment(alignment, served.whisper, samples, found)
+            plots.plot_alignment(alignment, served.whisper, samples, found)
         elif alignment:
-            console.say(f"{alignment} is not drawn: nothing was heard")
+            console.info(f"{alignment} is not drawn: nothing was heard")
     except ValueError as error:
         raise Failure(str(error)) from None
 
 
-def _target(file: Path, format: str) -> str:
+def _output_name(file: Path, format: str) -> str:
     """The name of the document of a sound file."""
     return f"{file.stem}.{_SUFFIX.get(format, format)}"
 
 
-def _same_target(files: Sequence[Path]) -> tuple[Path, Path] | None:
+def _name_clash(files: Sequence[Path]) -> tuple[Path, Path] | None:
     """Two files whose documents would have one name, if there are any."""
     stems: dict[str, Path] = {}
     for file in files:
@@ -197,12 +201,12 @@ def _same_target(files: Sequence[Path]) -> tuple[Path, Path] | None:
     return None
 
 
-def _loaded(name: str, dtype: str) -> "SpeechModel":
+def _load_model(name: str, dtype: str) -> "SpeechModel":
     from serve.cli import local
-    from serve.models.speech import load_speech
+    from serve.models.speech import load_speech_model
 
-    place = local.of_kind(name, "speech", f"{DEFAULT} does")
-    with local.loading(place):
-        return load_speech(
-            place.id, place.path, owned_by=place.publisher, dtype=dtype, notify=console.say
+    place = local.locate_model_of_kind(name, "speech", f"{DEFAULT_MODEL} does")
+    with local.report_load_errors(place):
+        return load_speech_model(
+            place.id, place.path, owned_by=place.publisher, dtype=dtype, notify=console.info
         )

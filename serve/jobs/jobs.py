@@ -22,18 +22,22 @@ Job = dict[str, Any]
 
 PENDING = ("validating_files", "queued")
 UNFINISHED = (*PENDING, "running")
-OVER = ("succeeded", "failed", "cancelled")
+FINISHED = ("succeeded", "failed", "cancelled")
 _SUFFIX = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
-VALIDATED = "Files validated, moving job to queued state"
-DATA, VALID, OUT = "data.jsonl", "valid.jsonl", "out"  # in a job's folder
-_PARTS = ("checkpoints", "adapters", "adapter")  # in `OUT`, for as long as the job is not over
+VALIDATED_MESSAGE = "Files validated, moving job to queued state"
+TRAIN_FILE, VALID_FILE, OUTPUT_FOLDER = "data.jsonl", "valid.jsonl", "out"  # in a job's folder
+_TEMPORARY_OUTPUTS = (
+    "checkpoints",
+    "adapters",
+    "adapter",
+)  # in `OUT`, for as long as the job is not over
 
 
-class JobIsOver(Exception):
+class JobFinished(Exception):
     """A job that is over cannot be cancelled."""
 
 
-class Jobs:
+class JobStore:
     """The jobs of a data folder.
 
     Args:
@@ -52,7 +56,7 @@ class Jobs:
         self,
         *,
         model: str,
-        path: Path,
+        model_path: Path,
         training_file: str,
         validation_file: str | None = None,
         n_epochs: int | None = None,
@@ -61,9 +65,9 @@ class Jobs:
         suffix: str | None = None,
         seed: int | None = None,
         metadata: dict[str, str] | None = None,
-        is_checked: bool = False,
+        is_validated: bool = False,
         warnings: Iterable[str] = (),
-        prefix: str = "ftjob-",
+        id_prefix: str = "ftjob-",
     ) -> Job:
         """Makes a job, to be done when its turn comes.
 
@@ -77,13 +81,13 @@ class Jobs:
             warnings: of files that were checked.
             prefix: of its id.
         """
-        id = new_id(prefix)
+        id = new_id(id_prefix)
         folder = self.folder(id)
         folder.mkdir(parents=True, mode=0o700)
         try:
-            for file, name in ((training_file, DATA), (validation_file, VALID)):
+            for file, name in ((training_file, TRAIN_FILE), (validation_file, VALID_FILE)):
                 if file is not None:
-                    _second_name(self.store.blob(file), folder / name)
+                    _link_or_copy(self.store.blob_path(file), folder / name)
         except OSError:  # it was deleted this moment, or the disk is full
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -96,10 +100,10 @@ class Jobs:
             "id": id,
             "created_at": int(time.time()),
             "finished_at": None,
-            "status": "queued" if is_checked else "validating_files",
+            "status": "queued" if is_validated else "validating_files",
             "error": None,
             "model": model,
-            "path": str(path),
+            "path": str(model_path),
             "name": _name(model, suffix),
             "fine_tuned_model": None,
             "asked": asked,
@@ -119,14 +123,14 @@ class Jobs:
             "died": 0,  # processes ended by a signal, one after the other ...
             "died_at": -1,  # ... with this step reached
         }
-        with self.store.writing():
+        with self.store.transaction():
             self.store.add("job", id, job)
-            self.tell(id, f"Created fine-tuning job: {id}")
-            self.tell(id, f"Validating training file: {training_file}")
+            self.add_event(id, f"Created fine-tuning job: {id}")
+            self.add_event(id, f"Validating training file: {training_file}")
             if validation_file is not None:
-                self.tell(id, f"Validating validation file: {validation_file}")
-            if is_checked:
-                self._tell_checked(id, warnings)
+                self.add_event(id, f"Validating validation file: {validation_file}")
+            if is_validated:
+                self._add_validation_events(id, warnings)
         return job
 
     def get(self, id: str) -> Job | None:
@@ -135,9 +139,9 @@ class Jobs:
 
     def unfinished(self) -> list[Job]:
         """Jobs that are not over, oldest first."""
-        return self.store.page("job", keep=lambda job: job["status"] in UNFINISHED)[0]
+        return self.store.page("job", predicate=lambda job: job["status"] in UNFINISHED)[0]
 
-    def move(
+    def set_status(
         self, id: str, status: str, *messages: str, level: str = "info", **fields: Any
     ) -> bool:
         """Gives a job another status, and says so; unless it is over.
@@ -145,27 +149,27 @@ class Jobs:
         Returns:
             Whether it was not over.
         """
-        with self.store.writing():
+        with self.store.transaction():
             job = self.store.get("job", id)
             if job is None or job["status"] not in UNFINISHED:
                 return False
             if status not in UNFINISHED:
                 fields |= {"finished_at": int(time.time()), "estimated_finish": None}
-            self.store.change("job", id, status=status, **fields)
+            self.store.update("job", id, status=status, **fields)
             for message in messages:
-                self.tell(id, message, level=level)
+                self.add_event(id, message, level=level)
         return True
 
     def queue(self, id: str, warnings: Iterable[str]) -> None:
         """Queue a job whose files were checked; unless it is over."""
-        with self.store.writing():
-            if self.move(id, "queued"):
-                self._tell_checked(id, warnings)
+        with self.store.transaction():
+            if self.set_status(id, "queued"):
+                self._add_validation_events(id, warnings)
 
-    def _tell_checked(self, id: str, warnings: Iterable[str]) -> None:
+    def _add_validation_events(self, id: str, warnings: Iterable[str]) -> None:
         for warning in warnings:
-            self.tell(id, warning, level="warn")
-        self.tell(id, VALIDATED)
+            self.add_event(id, warning, level="warn")
+        self.add_event(id, VALIDATED_MESSAGE)
 
     def cancel(self, id: str) -> Job:
         """Ends a job that is not over; its process is stopped within a second.
@@ -174,20 +178,20 @@ class Jobs:
             KeyError: there is none.
             JobIsOver: it is over.
         """
-        with self.store.writing():
+        with self.store.transaction():
             if (job := self.get(id)) is None:
                 raise KeyError(id)
-            if not self.move(id, "cancelled", "The job was cancelled"):
-                raise JobIsOver(id)
+            if not self.set_status(id, "cancelled", "The job was cancelled"):
+                raise JobFinished(id)
         if job["status"] in PENDING:  # else who trains it clears up when its process has ended
-            self.clear(id)
+            self.clean_up(id)
         return {**job, **(self.get(id) or {})}
 
     def fail(self, id: str, code: str, message: str, param: str | None = None) -> None:
         """Ends a job with an error."""
         error = {"code": code, "message": message, "param": param}
-        self.move(id, "failed", message, level="error", error=error)
-        self.clear(id)
+        self.set_status(id, "failed", message, level="error", error=error)
+        self.clean_up(id)
 
     def delete_model(self, id: str) -> list[str]:
         """Deletes a model that a job made, with its checkpoints; or one of the checkpoints.
@@ -195,19 +199,19 @@ class Jobs:
         Returns:
             The ids of what is gone: empty if there was no such model.
         """
-        ids = adapters.with_checkpoints(self.home, id)
+        ids = adapters.ids_with_checkpoints(self.home, id)
         for one in ids:
             adapters.delete(self.home, one)
         key = "fine_tuned_model_checkpoint"
-        whose = id.partition(adapters.CHECKPOINT)[0]
-        with self.store.writing():
-            for job in self.store.page("job", keep=lambda job: job["name"] == whose)[0]:
+        whose = id.partition(adapters.CHECKPOINT_INFIX)[0]
+        with self.store.transaction():
+            for job in self.store.page("job", predicate=lambda job: job["name"] == whose)[0]:
                 for checkpoint in self.store.page("checkpoint", parent=job["id"])[0]:
                     if checkpoint[key] in ids:
                         self.store.remove("checkpoint", checkpoint["id"])
         return ids
 
-    def tell(
+    def add_event(
         self, id: str, message: str, *, level: str = "info", data: dict[str, Any] | None = None
     ) -> None:
         """Adds an event to a job.
@@ -226,22 +230,24 @@ class Jobs:
         }
         self.store.add("event", event["id"], event, parent=id)
 
-    def clear(self, id: str) -> None:
+    def clean_up(self, id: str) -> None:
         """Removes what only a job that is not over needs; its numbers and its log stay."""
         folder = self.folder(id)
-        for name in (DATA, VALID):
+        for name in (TRAIN_FILE, VALID_FILE):
             (folder / name).unlink(missing_ok=True)
-        for name in _PARTS:
-            shutil.rmtree(folder / OUT / name, ignore_errors=True)
+        for name in _TEMPORARY_OUTPUTS:
+            shutil.rmtree(folder / OUTPUT_FOLDER / name, ignore_errors=True)
 
-    def is_cleared(self, id: str) -> bool:
+    def is_cleaned_up(self, id: str) -> bool:
         """Whether nothing is left of what `clear` removes."""
         folder = self.folder(id)
-        parts = (folder / OUT / name for name in _PARTS)
-        return not any(os.path.lexists(path) for path in (folder / DATA, folder / VALID, *parts))
+        parts = (folder / OUTPUT_FOLDER / name for name in _TEMPORARY_OUTPUTS)
+        return not any(
+            os.path.lexists(path) for path in (folder / TRAIN_FILE, folder / VALID_FILE, *parts)
+        )
 
 
-def shown(job: Job) -> dict[str, Any]:
+def to_api(job: Job) -> dict[str, Any]:
     """A job in OpenAI's shape."""
     names = (
         *("id", "created_at", "finished_at", "status", "error", "model", "fine_tuned_model"),
@@ -258,13 +264,13 @@ def shown(job: Job) -> dict[str, Any]:
     }
 
 
-def check_is_over(job: Job) -> None:
+def check_finished(job: Job) -> None:
     """Whether what a job made can be deleted.
 
     Raises:
         Failure: it works on it.
     """
-    if job["status"] not in OVER:
+    if job["status"] not in FINISHED:
         raise Failure(f"{job['id']} is not over: `pellucid finetune cancel {job['id']}` ends it")
 
 
@@ -274,7 +280,7 @@ def check_name(model: str) -> None:
     Raises:
         ValueError: it cannot.
     """
-    if not adapters.fits(_name(model, None)):
+    if not adapters.is_valid_id(_name(model, None)):
         raise ValueError(
             f"Invalid 'model': what is made of '{model[:80]}' would have too long a name for the "
             "file system. ModelSpec it under a shorter name."
@@ -292,7 +298,7 @@ def check_suffix(model: str, suffix: str) -> None:
             f"Invalid 'suffix': '{suffix[:80]}' cannot be part of a model's name. Use at most 64 "
             "letters, digits, '.', '_' and '-', with a letter or digit at both ends."
         )
-    if not adapters.fits(_name(model, suffix)):
+    if not adapters.is_valid_id(_name(model, suffix)):
         raise ValueError(
             f"Invalid 'suffix': with '{suffix}' the new model's name would be too long for the "
             "file system, where '.' counts three times. Use a shorter one."
@@ -309,7 +315,7 @@ def new_seed() -> int:
     return int.from_bytes(os.urandom(4), "big") >> 1
 
 
-def _second_name(source: Path, target: Path) -> None:
+def _link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except FileNotFoundError:

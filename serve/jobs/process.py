@@ -20,16 +20,16 @@ from serve.models import disk
 STOP_SECONDS = 20.0  # for a process to save and end
 
 
-class Process:
+class JobProcess:
     """A niced process of a job's. It holds a lock for as long as it lives, whoever started it."""
 
-    def __init__(self, job: str, folder: Path, name: str, ours: subprocess.Popen[bytes] | None):
-        self.job, self._folder, self._name, self._ours = job, folder, name, ours
+    def __init__(self, job: str, folder: Path, name: str, child: subprocess.Popen[bytes] | None):
+        self.job_id, self._folder, self._name, self._child = job, folder, name, child
 
     @classmethod
     def start(
-        cls, job: str, folder: Path, name: str, module: Iterable[str], niceness: int = 0
-    ) -> "Process":
+        cls, job_id: str, folder: Path, name: str, module: Iterable[str], niceness: int = 0
+    ) -> "JobProcess":
         """Starts a module as a program.
 
         Args:
@@ -65,19 +65,19 @@ class Process:
                 )
         finally:
             os.close(lock)
-        return cls(job, folder, name, ours)
+        return cls(job_id, folder, name, ours)
 
     @classmethod
-    def left_behind(cls, job: str, folder: Path, name: str = "train") -> "Process | None":
+    def find_running(cls, job_id: str, folder: Path, name: str = "train") -> "JobProcess | None":
         """The process that a server before us started and that still lives, if there is one."""
-        found = cls(job, folder, name, None)
-        return None if found.is_over else found
+        found = cls(job_id, folder, name, None)
+        return None if found.has_exited else found
 
     @property
-    def is_over(self) -> bool:
+    def has_exited(self) -> bool:
         """Whether it has ended."""
-        if self._ours is not None:
-            return self._ours.poll() is not None
+        if self._child is not None:
+            return self._child.poll() is not None
         lock = disk.try_lock(self._folder / f"{self._name}.lock")
         if lock is None:
             return False
@@ -85,23 +85,23 @@ class Process:
         return True
 
     @property
-    def code(self) -> int | None:
+    def exit_code(self) -> int | None:
         """With what code it ended, or minus the signal that ended it; None if it is not ours."""
-        return None if self._ours is None else self._ours.poll()
+        return None if self._child is None else self._child.poll()
 
     def stop(self) -> None:
         """Has it save and end; ends it, if that takes too long. Waits."""
         for number in (signal.SIGTERM, signal.SIGKILL):
-            if self.is_over:
+            if self.has_exited:
                 return
             self._send(number)
             end = time.monotonic() + STOP_SECONDS
-            while time.monotonic() < end and not self.is_over:
+            while time.monotonic() < end and not self.has_exited:
                 time.sleep(0.02)
 
     def _send(self, number: int) -> None:
-        if self._ours is not None:
-            self._ours.send_signal(number)
+        if self._child is not None:
+            self._child.send_signal(number)
             return
         # It lives, as its lock says, so that this number is its own and nobody else's.
         with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
@@ -111,7 +111,7 @@ class Process:
         """What it answered."""
         return (self._folder / f"{self._name}.out").read_text("utf-8")
 
-    def last_words(self) -> str:
+    def failure_message(self) -> str:
         """The last line it wrote about what went wrong."""
         text = (self._folder / f"{self._name}.log").read_text("utf-8", "replace")
         lines = [line for line in text.splitlines() if line.strip()]

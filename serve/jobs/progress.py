@@ -13,15 +13,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from serve.jobs.jobs import OUT, Job, Jobs
-from serve.jobs.process import Process
+from serve.jobs.jobs import OUTPUT_FOLDER, Job, JobStore
+from serve.jobs.process import JobProcess
 from serve.jobs.store import file_record, new_id
 from serve.models import adapters
 
-KEPT = 3  # checkpoints of a job that are served
+MAX_CHECKPOINTS = 3  # checkpoints of a job that are served
 
 
-class Training:
+class TrainingRun:
     """A job that is trained: its process, and how much of what it wrote has been told.
 
     Args:
@@ -30,27 +30,27 @@ class Training:
         process: ours, or one that an earlier server left.
     """
 
-    def __init__(self, jobs: Jobs, job: str, process: Process):
-        self._jobs, self.job, self.process = jobs, job, process
-        self._out = jobs.folder(job) / OUT
-        self._lines = Lines(self._out / "metrics.jsonl")
+    def __init__(self, jobs: JobStore, job: str, process: JobProcess):
+        self._jobs, self.job_id, self.process = jobs, job, process
+        self._output_folder = jobs.folder(job) / OUTPUT_FOLDER
+        self._lines = JsonlTail(self._output_folder / "metrics.jsonl")
 
-    def follow(self, is_over: bool) -> None:
+    def update(self, is_over: bool) -> None:
         """Tells what is new.
 
         Args:
             is_over: whether nothing will be written any more.
         """
-        self._resolve()
+        self._record_hyperparameters()
         if is_over:  # should a line have been missed in a file that was written anew, it is not now
-            self._lines = Lines(self._lines.path)
-        self._tell(self._lines.new())
+            self._lines = JsonlTail(self._lines.path)
+        self._add_metric_events(self._lines.read_new())
         self._publish_checkpoints()
 
-    def _resolve(self) -> None:
+    def _record_hyperparameters(self) -> None:
         """Notes what "auto" became, once it is known."""
         job = self._get()
-        path = self._out / "job.json"
+        path = self._output_folder / "job.json"
         if job["steps"] is not None or not path.exists():
             return
         found = json.loads(path.read_text("utf-8"))
@@ -61,23 +61,23 @@ class Training:
             "batch_size": found["batch_size"],
             "learning_rate_multiplier": found["learning_rate_multiplier"],
         }
-        with self._jobs.store.writing():
-            self._jobs.store.change(
+        with self._jobs.store.transaction():
+            self._jobs.store.update(
                 "job",
-                self.job,
+                self.job_id,
                 hyperparameters=numbers,
                 steps=found["steps"],
                 tokens=found["trained_tokens"],
             )
             if job["status"] == "running":
-                self._jobs.tell(
-                    self.job, f"Compiling the training step; then {found['steps']} of them"
+                self._jobs.add_event(
+                    self.job_id, f"Compiling the training step; then {found['steps']} of them"
                 )
 
-    def _tell(self, lines: list[dict[str, Any]]) -> None:
+    def _add_metric_events(self, lines: list[dict[str, Any]]) -> None:
         if not lines:
             return
-        with self._jobs.store.writing():
+        with self._jobs.store.transaction():
             job = self._get()
             if job["status"] != "running":  # cancelled a moment ago: that was the last word
                 return
@@ -86,53 +86,55 @@ class Training:
                 number = line["step"]
                 if "valid_loss" in line and number > validated:
                     validated = number
-                    self._tell_numbers(job, number, "validation", line["valid_loss"], line)
+                    self._add_metric_event(job, number, "validation", line["valid_loss"], line)
                 elif "loss" in line and number > step:
                     step, seconds = number, line.get("seconds", 0.0)
-                    self._tell_numbers(job, number, "training", line["loss"], line)
+                    self._add_metric_event(job, number, "training", line["loss"], line)
             finish = job["estimated_finish"]
             if job["steps"] and seconds:
                 finish = int(time.time() + (job["steps"] - step) * seconds)
-            self._jobs.store.change(
-                "job", self.job, step=step, validated=validated, estimated_finish=finish
+            self._jobs.store.update(
+                "job", self.job_id, step=step, validated=validated, estimated_finish=finish
             )
 
-    def _tell_numbers(
+    def _add_metric_event(
         self, job: Job, step: int, what: str, loss: float, line: dict[str, Any]
     ) -> None:
-        self._jobs.tell(
-            self.job,
+        self._jobs.add_event(
+            self.job_id,
             f"Step {step}/{job['steps'] or '?'}: {what} loss={loss:.4f}",
-            data=numbers([line]) | ({"total_steps": job["steps"]} if job["steps"] else {}),
+            data=openai_metrics([line]) | ({"total_steps": job["steps"]} if job["steps"] else {}),
         )
 
     def _publish_checkpoints(self) -> None:
         """Makes models of the adapters that are there after each epoch."""
-        told, _ = self._jobs.store.page("checkpoint", parent=self.job)
-        for step in sorted(_steps(self._out / "adapters")):
+        told, _ = self._jobs.store.page("checkpoint", parent=self.job_id)
+        for step in sorted(_steps(self._output_folder / "adapters")):
             job = self._get()
             if step <= job["published"] or job["status"] != "running":
                 continue
-            name = f"{job['name']}{adapters.CHECKPOINT}{step}"
+            name = f"{job['name']}{adapters.CHECKPOINT_INFIX}{step}"
             try:
-                self._make(job, name, step, self._out / "adapters" / f"step-{step}")
+                self._save_adapter(
+                    job, name, step, self._output_folder / "adapters" / f"step-{step}"
+                )
             except FileNotFoundError:  # the trainer keeps the last few, and was faster
                 continue
-            lines = Lines(self._lines.path).new()
+            lines = JsonlTail(self._lines.path).read_new()
             checkpoint = {
                 "id": new_id("ftckpt_"),
                 "created_at": int(time.time()),
                 "fine_tuned_model_checkpoint": name,
                 "step_number": step,
-                "metrics": numbers(line for line in lines if line["step"] == step),
-                "fine_tuning_job_id": self.job,
+                "metrics": openai_metrics(line for line in lines if line["step"] == step),
+                "fine_tuning_job_id": self.job_id,
             }
-            with self._jobs.store.writing():
-                self._jobs.store.add("checkpoint", checkpoint["id"], checkpoint, parent=self.job)
-                self._jobs.store.change("job", self.job, published=step)
-                self._jobs.tell(self.job, f"Checkpoint created at step {step}")
+            with self._jobs.store.transaction():
+                self._jobs.store.add("checkpoint", checkpoint["id"], checkpoint, parent=self.job_id)
+                self._jobs.store.update("job", self.job_id, published=step)
+                self._jobs.add_event(self.job_id, f"Checkpoint created at step {step}")
             told.append(checkpoint)
-        for checkpoint in told[:-KEPT]:
+        for checkpoint in told[:-MAX_CHECKPOINTS]:
             adapters.delete(self._jobs.home, checkpoint["fine_tuned_model_checkpoint"])
             self._jobs.store.remove("checkpoint", checkpoint["id"])
 
@@ -140,15 +142,15 @@ class Training:
         """Makes the model, writes the results, and ends the job."""
         job = self._get()
         name, file = job["name"], job["result_file"]
-        self._make(job, name, job["steps"], self._out / "adapter")
+        self._save_adapter(job, name, job["steps"], self._output_folder / "adapter")
         if self._jobs.store.get("file", file) is None:
-            data = results(Lines(self._lines.path).new()).encode()
-            with self._jobs.store.receiving(file) as incoming:
+            data = results_csv(JsonlTail(self._lines.path).read_new()).encode()
+            with self._jobs.store.open_blob(file) as incoming:
                 incoming.write(data)
                 record = file_record(file, "step_metrics.csv", len(data), "fine-tune-results")
-                incoming.keep(record)
-        succeeded = self._jobs.move(
-            self.job,
+                incoming.commit(record)
+        succeeded = self._jobs.set_status(
+            self.job_id,
             "succeeded",
             f"New fine-tuned model created: {name}",
             "The job has successfully completed",
@@ -158,48 +160,48 @@ class Training:
         )
         if not succeeded:  # it was cancelled a moment ago
             adapters.delete(self._jobs.home, name)
-            self._jobs.store.drop(file)
+            self._jobs.store.delete_file(file)
 
-    def _make(self, job: Job, name: str, step: int, adapter: Path) -> None:
-        card = adapters.Card(
+    def _save_adapter(self, job: Job, name: str, step: int, adapter: Path) -> None:
+        card = adapters.AdapterMetadata(
             id=name,
             base=job["model"],
             path=job["path"],
             weights=job["weights"],
             created=int(time.time()),
-            job=self.job,
+            job=self.job_id,
             step=step,
         )
-        adapters.put(self._jobs.home, card, adapter)
+        adapters.save(self._jobs.home, card, adapter)
 
     def _get(self) -> Job:
-        job = self._jobs.get(self.job)
+        job = self._jobs.get(self.job_id)
         assert job is not None, "jobs are not deleted"
         return job
 
 
-class Lines:
+class JsonlTail:
     """The lines of a file that grows, or is written anew, as JSON: those not given before."""
 
     def __init__(self, path: Path):
-        self.path, self._at, self._inode = path, 0, 0
+        self.path, self._offset, self._inode = path, 0, 0
 
-    def new(self) -> list[dict[str, Any]]:
+    def read_new(self) -> list[dict[str, Any]]:
         """What was added; all of it, if the file is another one now."""
         try:
             with self.path.open("rb") as file:
                 inode = os.fstat(file.fileno()).st_ino
                 if inode != self._inode:
-                    self._at, self._inode = 0, inode
-                file.seek(self._at)
+                    self._offset, self._inode = 0, inode
+                file.seek(self._offset)
                 whole, newline, _ = file.read().rpartition(b"\n")
         except FileNotFoundError:
             return []
-        self._at += len(whole) + len(newline)
+        self._offset += len(whole) + len(newline)
         return [json.loads(line) for line in whole.splitlines()]
 
 
-def numbers(lines: Iterable[dict[str, Any]]) -> dict[str, float]:
+def openai_metrics(lines: Iterable[dict[str, Any]]) -> dict[str, float]:
     """What lines of one step say, under OpenAI's names."""
     names = {
         "step": ("step",),
@@ -217,7 +219,7 @@ def numbers(lines: Iterable[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def results(lines: Iterable[dict[str, Any]]) -> str:
+def results_csv(lines: Iterable[dict[str, Any]]) -> str:
     """The file of results: a row a step, as OpenAI's."""
     columns = {
         "step": "step",
@@ -233,7 +235,7 @@ def results(lines: Iterable[dict[str, Any]]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     for own in steps.values():
-        found = numbers(own)
+        found = openai_metrics(own)
         writer.writerow([_rounded(found.get(name, "")) for name in columns.values()])
     return text.getvalue()
 

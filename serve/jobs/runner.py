@@ -22,29 +22,31 @@ import threading
 from collections import Counter
 from pathlib import Path
 
-from serve.jobs.jobs import DATA, OUT, OVER, VALID, Job, Jobs
-from serve.jobs.process import Process
-from serve.jobs.progress import Training
+from serve.jobs.jobs import FINISHED, OUTPUT_FOLDER, TRAIN_FILE, VALID_FILE, Job, JobStore
+from serve.jobs.process import JobProcess
+from serve.jobs.progress import TrainingRun
 from serve.models import adapters, disk
 
 log = logging.getLogger(__name__)
 
-LOCK = "keeper.lock"
-TICK = 0.5  # seconds between two looks
-WATCH = 15.0  # seconds between two looks of an idle server: for jobs that a dead one left
-PATIENCE = 3  # processes that may die in a row without a new step
-TRIES = 120  # looks that may fail in a row, of one job: a minute of a full disk, say
+LOCK_FILE = "keeper.lock"
+POLL_SECONDS = 0.5  # seconds between two looks
+IDLE_POLL_SECONDS = (
+    15.0  # seconds between two looks of an idle server: for jobs that a dead one left
+)
+MAX_CRASHES = 3  # processes that may die in a row without a new step
+MAX_POLL_ERRORS = 120  # looks that may fail in a row, of one job: a minute of a full disk, say
 NICENESS = 19  # as nice as can be: whoever is answered by this server comes first
-REFUSED = 6  # exit code: the data cannot be learned from
-OPTIONS = {  # of the trainer, by what the API calls them
+EXIT_INVALID_DATA = 6  # exit code: the data cannot be learned from
+TRAINER_OPTIONS = {  # of the trainer, by what the API calls them
     "--epochs": "n_epochs",
     "--batch-size": "batch_size",
     "--learning-rate-multiplier": "learning_rate_multiplier",
 }
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGKILL)
+SIGNAL_EXIT_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGKILL)
 
 
-class Keeper:
+class JobRunner:
     """Does what jobs there are, from `wake` until none is left or `close`; or always, by `watch`.
 
     Args:
@@ -52,17 +54,17 @@ class Keeper:
         niceness: of its processes; None for `NICENESS`.
     """
 
-    def __init__(self, jobs: Jobs, niceness: int | None = None):
+    def __init__(self, jobs: JobStore, niceness: int | None = None):
         self._jobs = jobs
         self._niceness = NICENESS if niceness is None else niceness
         self._folder = jobs.home / "jobs"
-        self._guard = threading.Lock()  # of the next
+        self._thread_lock = threading.Lock()  # of the next
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
-        self._checking: Process | None = None
-        self._training: Training | None = None
-        self._at: str | None = None  # the job that is being seen to
-        self._failed: Counter[str | None] = Counter()  # looks in a row, by job
+        self._validation: JobProcess | None = None
+        self._training: TrainingRun | None = None
+        self._current_job_id: str | None = None  # the job that is being seen to
+        self._error_counts: Counter[str | None] = Counter()  # looks in a row, by job
 
     def watch(self) -> None:
         """Starts work now and whenever there is any, whoever made it, until `close`."""
@@ -71,7 +73,7 @@ class Keeper:
         threading.Thread(target=self._watch, name="watch jobs", daemon=True).start()
 
     def _watch(self) -> None:
-        while not self._closing.wait(WATCH):
+        while not self._closing.wait(IDLE_POLL_SECONDS):
             try:
                 self.wake()
             except Exception:  # a busy disk, say
@@ -83,7 +85,7 @@ class Keeper:
             self._start()
 
     def _start(self) -> None:
-        with self._guard:
+        with self._thread_lock:
             works = self._thread is not None and self._thread.is_alive()
             if not works and not self._closing.is_set():
                 self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
@@ -91,7 +93,7 @@ class Keeper:
 
     def close(self) -> None:
         """Stops work; what runs is told to save and to end. Waits for it."""
-        with self._guard:
+        with self._thread_lock:
             thread = self._thread
             self._closing.set()
         if thread is not None:
@@ -102,169 +104,172 @@ class Keeper:
         lock = None
         try:
             while True:
-                if lock is None and (lock := disk.try_lock(self._folder / LOCK)) is not None:
-                    self._tidy()
+                if lock is None and (lock := disk.try_lock(self._folder / LOCK_FILE)) is not None:
+                    self._clean_up()
                 if not self._is_needed():
                     break
                 if lock is not None:
-                    self._look()
-                self._closing.wait(TICK)
+                    self._poll()
+                self._closing.wait(POLL_SECONDS)
         finally:
-            for process in (self._checking, self._training and self._training.process):
+            for process in (self._validation, self._training and self._training.process):
                 if process is not None:
                     process.stop()
-            self._checking = self._training = None
+            self._validation = self._training = None
             if lock is not None:
                 os.close(lock)
 
     def _is_needed(self) -> bool:
         """Whether to go on; from then on, `wake` knows that nobody works."""
-        with self._guard:
-            busy = self._training is not None or self._checking is not None
+        with self._thread_lock:
+            busy = self._training is not None or self._validation is not None
             if not self._closing.is_set() and (busy or self._jobs.unfinished()):
                 return True
             self._thread = None
             return False
 
-    def _look(self) -> None:
-        for work in (self._check, self._train):
-            self._at = None
+    def _poll(self) -> None:
+        for work in (self._poll_validation, self._poll_training):
+            self._current_job_id = None
             try:
                 work()
             except Exception:  # a full disk, say: all of it can be done again at the next look
-                self._failed[self._at] += 1
-                if self._failed[self._at] == 1:
-                    log.exception("the fine-tuning job %s is stuck", self._at)
+                self._error_counts[self._current_job_id] += 1
+                if self._error_counts[self._current_job_id] == 1:
+                    log.exception("the fine-tuning job %s is stuck", self._current_job_id)
                 if (
-                    self._at is not None and self._failed[self._at] >= TRIES
+                    self._current_job_id is not None
+                    and self._error_counts[self._current_job_id] >= MAX_POLL_ERRORS
                 ):  # the next has its turn
-                    log.exception("the fine-tuning job %s failed", self._at)
+                    log.exception("the fine-tuning job %s failed", self._current_job_id)
                     with contextlib.suppress(Exception):
                         self._jobs.fail(
-                            self._at, "server_error", "The server failed; its log says why."
+                            self._current_job_id,
+                            "server_error",
+                            "The server failed; its log says why.",
                         )
             else:
-                self._failed.pop(self._at, None)
+                self._error_counts.pop(self._current_job_id, None)
 
-    def _tidy(self) -> None:
+    def _clean_up(self) -> None:
         """Ends and removes what is left of jobs that are over: a server was killed meanwhile."""
         try:
-            adapters.sweep(self._jobs.home)
-            over, _ = self._jobs.store.page("job", keep=lambda job: job["status"] in OVER)
+            adapters.clean_up(self._jobs.home)
+            over, _ = self._jobs.store.page("job", predicate=lambda job: job["status"] in FINISHED)
             for job in over:
                 id, folder = job["id"], self._jobs.folder(job["id"])
-                if self._jobs.is_cleared(id):
+                if self._jobs.is_cleaned_up(id):
                     continue
                 for name in ("check", "train"):
-                    if (left := Process.left_behind(id, folder, name)) is not None:
+                    if (left := JobProcess.find_running(id, folder, name)) is not None:
                         left.stop()
                 if job["status"] != "succeeded":  # its model was made, and never told of
                     adapters.delete(self._jobs.home, job["name"])
-                    self._jobs.store.drop(job["result_file"])
-                self._jobs.clear(id)
+                    self._jobs.store.delete_file(job["result_file"])
+                self._jobs.clean_up(id)
         except Exception:  # the jobs that are to be done do not depend on it
             log.exception("what is left of fine-tuning jobs cannot be removed")
 
     # -- looking at files ----------------------------------------------------------------------
 
-    def _check(self) -> None:
+    def _poll_validation(self) -> None:
         """Has the files of the oldest new job looked at."""
-        process = self._checking
+        process = self._validation
         if process is None:
-            self._checking = self._begin_check()
+            self._validation = self._start_validation()
             return
-        self._at = id = process.job
+        self._current_job_id = id = process.job_id
         if self._status(id) != "validating_files":  # cancelled
             process.stop()
-            self._checking = None
-        elif process.is_over:
-            self._checking = None
-            if process.code == 0:
+            self._validation = None
+        elif process.has_exited:
+            self._validation = None
+            if process.exit_code == 0:
                 found = json.loads(process.output())
                 if (error := found["error"]) is None:
                     self._jobs.queue(id, found["warnings"])
                 else:
                     self._jobs.fail(id, error["code"], error["message"], error["param"])
-            elif process.code is not None and process.code > 0:
-                self._jobs.fail(id, "server_error", process.last_words())
-            elif process.code is not None:  # it was killed: once more
-                self._begin_again(id, -process.code)
+            elif process.exit_code is not None and process.exit_code > 0:
+                self._jobs.fail(id, "server_error", process.failure_message())
+            elif process.exit_code is not None:  # it was killed: once more
+                self._restart(id, -process.exit_code)
 
-    def _begin_check(self) -> Process | None:
+    def _start_validation(self) -> JobProcess | None:
         new = [job for job in self._jobs.unfinished() if job["status"] == "validating_files"]
         if not new:
             return None
-        self._at = id = new[0]["id"]
+        self._current_job_id = id = new[0]["id"]
         folder = self._jobs.folder(id)
-        if (left := Process.left_behind(id, folder, "check")) is not None:
+        if (left := JobProcess.find_running(id, folder, "check")) is not None:
             return left
-        files = [folder / DATA, *([folder / VALID] if new[0]["validation_file"] else [])]
+        files = [folder / TRAIN_FILE, *([folder / VALID_FILE] if new[0]["validation_file"] else [])]
         command = ["serve.jobs.validate", new[0]["path"], *map(str, files)]
-        return Process.start(id, folder, "check", command, self._niceness)
+        return JobProcess.start(id, folder, "check", command, self._niceness)
 
     # -- training ------------------------------------------------------------------------------
 
-    def _train(self) -> None:
+    def _poll_training(self) -> None:
         """Sees to the one job that is trained, or starts the next."""
         training = self._training
         if training is None:
-            self._training = self._begin()
+            self._training = self._start_training()
             return
-        self._at = training.job
-        if self._status(training.job) != "running":  # cancelled
+        self._current_job_id = training.job_id
+        if self._status(training.job_id) != "running":  # cancelled
             training.process.stop()
             self._training = None
-            self._jobs.clear(training.job)
+            self._jobs.clean_up(training.job_id)
             return
-        is_over = training.process.is_over  # before the last look at what it wrote
-        training.follow(is_over)
+        is_over = training.process.has_exited  # before the last look at what it wrote
+        training.update(is_over)
         if is_over:
             self._training = None
-            self._end(training)
+            self._finish_training(training)
 
-    def _begin(self) -> Training | None:
+    def _start_training(self) -> TrainingRun | None:
         jobs = self._jobs.unfinished()
         running = [job for job in jobs if job["status"] == "running"]
         queued = [job for job in jobs if job["status"] == "queued"]
         if not (running or queued):
             return None
         job = (running or queued)[0]
-        self._at = id = job["id"]
+        self._current_job_id = id = job["id"]
         folder = self._jobs.folder(id)
-        if (left := Process.left_behind(id, folder)) is not None:
-            return Training(self._jobs, id, left)
+        if (left := JobProcess.find_running(id, folder)) is not None:
+            return TrainingRun(self._jobs, id, left)
         if job["status"] == "queued":
             from serve.models import fingerprint
 
-            weights = fingerprint.of_weights(Path(job["path"]))
-            if not self._jobs.move(id, "running", "Fine-tuning job started", weights=weights):
+            weights = fingerprint.hash_weights(Path(job["path"]))
+            if not self._jobs.set_status(id, "running", "Fine-tuning job started", weights=weights):
                 return None
-        process = Process.start(id, folder, "train", _command(job, folder), self._niceness)
-        return Training(self._jobs, id, process)
+        process = JobProcess.start(id, folder, "train", _command(job, folder), self._niceness)
+        return TrainingRun(self._jobs, id, process)
 
-    def _end(self, training: Training) -> None:
-        id, process = training.job, training.process
-        code = process.code
+    def _finish_training(self, training: TrainingRun) -> None:
+        id, process = training.job_id, training.process
+        code = process.exit_code
         if code is None:  # we are not its parent: started again, it says at once if it was done
             return
         if code == 0:
             training.publish()
-            self._jobs.clear(id)
-        elif code == REFUSED:
+            self._jobs.clean_up(id)
+        elif code == EXIT_INVALID_DATA:
             first = json.loads(process.output().splitlines()[0])
             message = f"The job failed due to an invalid training file. {first['message']}"
             self._jobs.fail(id, "invalid_training_file", message, "training_file")
-        elif code < 0 or code in STOPPED:
-            self._begin_again(id, -code if code < 0 else code - 128)
+        elif code < 0 or code in SIGNAL_EXIT_CODES:
+            self._restart(id, -code if code < 0 else code - 128)
         else:
-            self._jobs.fail(id, "server_error", process.last_words())
+            self._jobs.fail(id, "server_error", process.failure_message())
 
-    def _begin_again(self, id: str, number: int) -> None:
+    def _restart(self, id: str, number: int) -> None:
         """After its process was ended by a signal: at the next look, unless it gets nowhere."""
         job = self._jobs.get(id)
         assert job is not None, "jobs are not deleted"
         died = 1 if job["step"] > job["died_at"] else job["died"] + 1
-        if died == PATIENCE:
+        if died == MAX_CRASHES:
             self._jobs.fail(
                 id,
                 "server_error",
@@ -272,9 +277,9 @@ class Keeper:
                 f"without getting past step {job['step']}. Memory may be short.",
             )
             return
-        with self._jobs.store.writing():
-            self._jobs.store.change("job", id, died=died, died_at=job["step"])
-            self._jobs.tell(
+        with self._jobs.store.transaction():
+            self._jobs.store.update("job", id, died=died, died_at=job["step"])
+            self._jobs.add_event(
                 id,
                 f"The job's process was ended by signal {number}; it goes on from its last "
                 "checkpoint",
@@ -286,9 +291,9 @@ class Keeper:
         return "" if job is None else job["status"]
 
 
-def is_kept(jobs: Jobs) -> bool:
+def has_active_runner(jobs: JobStore) -> bool:
     """Whether a process, this one or another, works on the jobs of a data folder."""
-    if (lock := disk.try_lock(jobs.home / "jobs" / LOCK)) is None:
+    if (lock := disk.try_lock(jobs.home / "jobs" / LOCK_FILE)) is None:
         return True
     os.close(lock)
     return False
@@ -296,9 +301,9 @@ def is_kept(jobs: Jobs) -> bool:
 
 def _command(job: Job, folder: Path) -> list[str]:
     command = ["training", "finetune", "--json", "--model", job["path"], "--seed", str(job["seed"])]
-    command += ["--data", str(folder / DATA), "--out", str(folder / OUT)]
+    command += ["--data", str(folder / TRAIN_FILE), "--out", str(folder / OUTPUT_FOLDER)]
     if job["validation_file"]:
-        command += ["--valid", str(folder / VALID)]
-    for option, name in OPTIONS.items():
+        command += ["--valid", str(folder / VALID_FILE)]
+    for option, name in TRAINER_OPTIONS.items():
         command += [option, str(job["asked"][name])]
     return command

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 from serve.exceptions import Corrupt, Failure
 from serve.models import disk
-from serve.settings import private_folder
+from serve.settings import make_private_folder
 
 VERSION = 1
 SCHEMA = """
@@ -39,10 +39,10 @@ CREATE TABLE IF NOT EXISTS objects (
 CREATE INDEX IF NOT EXISTS by_parent ON objects (kind, parent, position);
 """
 
-Body = dict[str, Any]
+JsonObject = dict[str, Any]
 
 _LETTERS = string.ascii_letters + string.digits
-_NEW = ".new-"
+_NEW_PREFIX = ".new-"
 
 
 def new_id(prefix: str, length: int = 24) -> str:
@@ -75,7 +75,7 @@ class Store:
     """
 
     def __init__(self, home: Path):
-        self._blobs = private_folder(private_folder(home) / "files")
+        self._blobs = make_private_folder(make_private_folder(home) / "files")
         self._path = home / "store.db"
         os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))  # what others may not read
         self._lock = threading.RLock()
@@ -87,7 +87,7 @@ class Store:
             raise Corrupt(
                 f"{self._path} cannot be read ({error}): move it out of the way"
             ) from None
-        self._sweep()
+        self._clean_up()
 
     def _open(self) -> None:
         self._database = sqlite3.connect(
@@ -110,7 +110,7 @@ class Store:
     # -- objects -------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
+    def transaction(self) -> Iterator[None]:
         """All that is written inside is written together, or not at all; nobody writes between."""
         with self._lock:
             if self._database.in_transaction:
@@ -124,15 +124,15 @@ class Store:
                 raise
             self._database.execute("COMMIT")
 
-    def add(self, kind: str, id: str, body: Body, parent: str = "") -> None:
+    def add(self, kind: str, id: str, body: JsonObject, parent: str = "") -> None:
         """Makes an object, which comes last in the order of its kind."""
-        with self.writing():
+        with self.transaction():
             self._database.execute(
                 "INSERT INTO objects (kind, id, parent, body) VALUES (?, ?, ?, ?)",
                 (kind, id, parent, json.dumps(body)),
             )
 
-    def get(self, kind: str, id: str) -> Body | None:
+    def get(self, kind: str, id: str) -> JsonObject | None:
         """The body of an object; None if there is none."""
         with self._lock:
             row = self._database.execute(
@@ -140,13 +140,13 @@ class Store:
             ).fetchone()
         return json.loads(row[0]) if row and row[0] is not None else None
 
-    def change(self, kind: str, id: str, **fields: Any) -> Body:
+    def update(self, kind: str, id: str, **fields: Any) -> JsonObject:
         """Sets fields of an object's body, and gives it.
 
         Raises:
             KeyError: there is none.
         """
-        with self.writing():
+        with self.transaction():
             if (body := self.get(kind, id)) is None:
                 raise KeyError(id)
             body |= fields
@@ -158,7 +158,7 @@ class Store:
 
     def remove(self, kind: str, id: str) -> bool:
         """Forgets an object, but not its place. Gives whether it was there."""
-        with self.writing():
+        with self.transaction():
             found = self._database.execute(
                 "UPDATE objects SET body = NULL WHERE kind = ? AND id = ? AND body IS NOT NULL",
                 (kind, id),
@@ -173,8 +173,8 @@ class Store:
         after: str | None = None,
         limit: int | None = None,
         newest_first: bool = False,
-        keep: Callable[[Body], bool] = lambda body: True,
-    ) -> tuple[list[Body], bool]:
+        predicate: Callable[[JsonObject], bool] = lambda body: True,
+    ) -> tuple[list[JsonObject], bool]:
         """Some objects of a kind, and whether more follow.
 
         Args:
@@ -202,9 +202,9 @@ class Store:
                 f" AND (? IS NULL OR position {sign} ?) ORDER BY position {order}",
                 (kind, parent, start, start),
             )
-            found: list[Body] = []
+            found: list[JsonObject] = []
             for (text,) in rows:
-                if keep(body := json.loads(text)):
+                if predicate(body := json.loads(text)):
                     if len(found) == limit:
                         return found, True
                     found.append(body)
@@ -212,30 +212,30 @@ class Store:
 
     # -- blobs ---------------------------------------------------------------------------------
 
-    def blob(self, id: str) -> Path:
+    def blob_path(self, id: str) -> Path:
         """Where the bytes of an object of kind "file" are."""
         return self._blobs / id
 
     @contextlib.contextmanager
-    def receiving(self, id: str) -> "Iterator[Incoming]":
+    def open_blob(self, id: str) -> "Iterator[BlobWriter]":
         """A blob to be written; what is not kept by the end is gone."""
-        incoming = Incoming(self, id, _locked_new(self._blobs / f"{_NEW}{id}"))
+        incoming = BlobWriter(self, id, _locked_new(self._blobs / f"{_NEW_PREFIX}{id}"))
         try:
             yield incoming
         finally:
             incoming.close()
 
-    def drop(self, id: str) -> bool:
+    def delete_file(self, id: str) -> bool:
         """Removes a file, the object first. Gives whether it was there."""
         was_there = self.remove("file", id)
         if was_there:
-            self.blob(id).unlink(missing_ok=True)
+            self.blob_path(id).unlink(missing_ok=True)
         return was_there
 
-    def _sweep(self) -> None:
+    def _clean_up(self) -> None:
         """Removes what a kill left behind: blobs that no object tells of and nobody is writing."""
         for path in self._blobs.iterdir():
-            if not path.name.startswith(_NEW) and self.get("file", path.name) is not None:
+            if not path.name.startswith(_NEW_PREFIX) and self.get("file", path.name) is not None:
                 continue
             if not path.exists() or (lock := disk.try_lock(path)) is None:
                 continue
@@ -244,7 +244,7 @@ class Store:
             os.close(lock)
 
 
-class Incoming:
+class BlobWriter:
     """The bytes of a file on their way in; see `Store.receiving`."""
 
     def __init__(self, store: Store, id: str, file: BinaryIO):
@@ -256,19 +256,19 @@ class Incoming:
         self._file.write(data)
         self.size += len(data)
 
-    def keep(self, body: Body) -> None:
+    def commit(self, body: JsonObject) -> None:
         """Makes the blob a file with this body; once this returns, it outlives a crash."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        path = self._store.blob(self.id)
-        path.with_name(_NEW + path.name).rename(path)
+        path = self._store.blob_path(self.id)
+        path.with_name(_NEW_PREFIX + path.name).rename(path)
         disk.flush(path.parent)
         self._store.add("file", self.id, body)  # the lock on the blob holds until it is in there
 
     def close(self) -> None:
         """Lets go; removes what was not kept."""
-        path = self._store.blob(self.id)
-        path.with_name(_NEW + path.name).unlink(missing_ok=True)
+        path = self._store.blob_path(self.id)
+        path.with_name(_NEW_PREFIX + path.name).unlink(missing_ok=True)
         self._file.close()
 
 

@@ -15,7 +15,7 @@ from training.check import Report
 from training.recipes.finetune import read_tokenizer
 
 
-def reports(model: Path, data: Path, valid: Path | None = None) -> dict[str, Report]:
+def validate_files(model: Path, data: Path, valid: Path | None = None) -> dict[str, Report]:
     """A report of each of a job's files, up to the first that cannot be learned from.
 
     Args:
@@ -36,16 +36,16 @@ def reports(model: Path, data: Path, valid: Path | None = None) -> dict[str, Rep
     return found
 
 
-def warnings(found: Mapping[str, Report]) -> list[str]:
+def warning_messages(reports: Mapping[str, Report]) -> list[str]:
     """What a job's events warn of."""
     return [
         f"{name.replace('_', ' ').capitalize()}: {warning.message}"
-        for name, report in found.items()
+        for name, report in reports.items()
         for warning in report.warnings
     ]
 
 
 if __name__ == "__main__":
-    found = reports(*map(Path, sys.argv[1:]))
+    found = validate_files(*map(Path, sys.argv[1:]))
     errors = [report.error(name) for name, report in found.items() if not report.ok]
-    print(json.dumps({"error": errors[0] if errors else None, "warnings": warnings(found)}))
+    print(json.dumps({"error": errors[0] if errors else None, "warnings": warning_messages(found)}))

@@ -16,14 +16,16 @@ from urllib.parse import quote, unquote
 
 from serve.models import disk
 
-CARD = "card.json"
-CHECKPOINT = ":ckpt-step-"  # between a model's id and a number: the model as it was after that step
-LONGEST = 255  # bytes of a file's name, on nearly every file system
-_NEW, _DELETED = ".new-", ".deleted-"
+METADATA_FILE = "card.json"
+CHECKPOINT_INFIX = (
+    ":ckpt-step-"  # between a model's id and a number: the model as it was after that step
+)
+MAX_NAME_BYTES = 255  # bytes of a file's name, on nearly every file system
+_NEW_PREFIX, _DELETED_PREFIX = ".new-", ".deleted-"
 
 
 @dataclass(frozen=True)
-class Card:
+class AdapterMetadata:
     """What is known of a model that was made here.
 
     Attributes:
@@ -45,30 +47,32 @@ class Card:
     step: int
 
 
-def folder(home: Path, id: str) -> Path:
+def adapter_folder(home: Path, id: str) -> Path:
     """Where the user's model with this id stands. An id may hold any character, a name may not."""
     return home / "made" / quote(id, safe="").replace(".", "%2E")
 
 
 def exists(home: Path, id: str) -> bool:
     """Whether the user made a model with this id."""
-    return os.path.isdir(folder(home, id))  # unlike Path's, also where the name is far too long
+    return os.path.isdir(
+        adapter_folder(home, id)
+    )  # unlike Path's, also where the name is far too long
 
 
-def fits(id: str) -> bool:
+def is_valid_id(id: str) -> bool:
     """Whether a folder can be named after a model, and after its checkpoints."""
-    longest = folder(Path(), f"{id}{CHECKPOINT}{10**9}")
-    return len(f"{_DELETED}{longest.name}") <= LONGEST
+    longest = adapter_folder(Path(), f"{id}{CHECKPOINT_INFIX}{10**9}")
+    return len(f"{_DELETED_PREFIX}{longest.name}") <= MAX_NAME_BYTES
 
 
-def with_checkpoints(home: Path, id: str) -> list[str]:
+def ids_with_checkpoints(home: Path, id: str) -> list[str]:
     """Those of a model and its checkpoints that are here, by their ids."""
-    prefix = folder(home, id + CHECKPOINT).name
-    steps = sorted(name for name in names(home) if name.startswith(prefix))
+    prefix = adapter_folder(home, id + CHECKPOINT_INFIX).name
+    steps = sorted(name for name in folder_names(home) if name.startswith(prefix))
     return [id] * exists(home, id) + [unquote(name) for name in steps]
 
 
-def names(home: Path) -> frozenset[str]:
+def folder_names(home: Path) -> frozenset[str]:
     """The names of the folders that hold a model."""
     try:
         return frozenset(name for name in os.listdir(home / "made") if not name.startswith("."))
@@ -76,7 +80,7 @@ def names(home: Path) -> frozenset[str]:
         return frozenset()
 
 
-def read(folder: Path) -> Card:
+def read_metadata(folder: Path) -> AdapterMetadata:
     """The card of the model in a folder.
 
     Raises:
@@ -84,21 +88,21 @@ def read(folder: Path) -> Card:
         ValueError: it is damaged.
     """
     try:
-        return Card(**json.loads((folder / CARD).read_text("utf-8")))
+        return AdapterMetadata(**json.loads((folder / METADATA_FILE).read_text("utf-8")))
     except TypeError as error:
-        raise ValueError(f"{folder / CARD} is damaged: {error}") from None
+        raise ValueError(f"{folder / METADATA_FILE} is damaged: {error}") from None
 
 
-def cards(home: Path) -> list[Card]:
+def list_metadata(home: Path) -> list[AdapterMetadata]:
     """The cards of all models that are here, oldest first; without what is damaged."""
-    found: list[Card] = []
-    for name in names(home):
+    found: list[AdapterMetadata] = []
+    for name in folder_names(home):
         with contextlib.suppress(OSError, ValueError):  # deleted this moment, or not of our making
-            found.append(read(home / "made" / name))
+            found.append(read_metadata(home / "made" / name))
     return sorted(found, key=lambda card: (card.created, card.step, card.id))
 
 
-def put(home: Path, card: Card, adapter: Path) -> None:
+def save(home: Path, metadata: AdapterMetadata, adapter: Path) -> None:
     """Makes a model of an adapter: copies its files, flushes them, and only then shows them.
 
     One that is there already stays as it is.
@@ -106,29 +110,29 @@ def put(home: Path, card: Card, adapter: Path) -> None:
     Args:
         adapter: a folder with the files of an adapter.
     """
-    place = folder(home, card.id)
+    place = adapter_folder(home, metadata.id)
     if place.exists():
         return
-    fresh = place.with_name(_NEW + place.name)
+    fresh = place.with_name(_NEW_PREFIX + place.name)
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     for file in sorted(adapter.iterdir()):
         shutil.copyfile(file, fresh / file.name)
-    (fresh / CARD).write_text(json.dumps(asdict(card), indent=1), "utf-8")
+    (fresh / METADATA_FILE).write_text(json.dumps(asdict(metadata), indent=1), "utf-8")
     for path in (*fresh.iterdir(), fresh):
         disk.flush(path)
     fresh.rename(place)
     disk.flush(place.parent)
 
 
-def put_away(home: Path, id: str) -> Path:
+def hide(home: Path, id: str) -> Path:
     """Takes a model out of sight, at once and for good. Gives the folder that is left to remove.
 
     Raises:
         OSError: it could not be done; the model is there as before.
     """
-    path = folder(home, id)
-    doomed = path.with_name(_DELETED + path.name)
+    path = adapter_folder(home, id)
+    doomed = path.with_name(_DELETED_PREFIX + path.name)
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
     return doomed
@@ -137,12 +141,12 @@ def put_away(home: Path, id: str) -> Path:
 def delete(home: Path, id: str) -> None:
     """Removes a model and its files; there may be none."""
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(put_away(home, id))
+        shutil.rmtree(hide(home, id))
 
 
-def sweep(home: Path) -> None:
+def clean_up(home: Path) -> None:
     """Removes what a kill left half made or half deleted, while nobody makes a model."""
     with contextlib.suppress(FileNotFoundError):
         for path in (home / "made").iterdir():
-            if path.name.startswith((_NEW, _DELETED)):
+            if path.name.startswith((_NEW_PREFIX, _DELETED_PREFIX)):
                 shutil.rmtree(path, ignore_errors=True)

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from serve.models.sampling import fault
+from serve.models.generation_config import validation_error
 
 if TYPE_CHECKING:  # brings JAX along
-    from transformer.checkpoint import Format
+    from transformer.checkpoint import Dtype
 
 BUILT_IN = Path(__file__).with_name("models.toml")
 PACKAGES = Path(__file__).parents[2]  # the folder that Pellucid's packages stand in
@@ -29,7 +29,7 @@ _FILE = re.compile(rf"({_ID.pattern}/)*{_ID.pattern}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # As in `kinds.KINDS`, which brings JAX along; a test compares.
 KINDS = ("decoder", "encoder", "speech", "images")
-FORMATS: tuple[Format, ...] = ("int8", "bfloat16", "float32")  # narrowest first
+DTYPES: tuple[Dtype, ...] = ("int8", "bfloat16", "float32")  # narrowest first
 
 
 class CatalogueError(Exception):
@@ -64,7 +64,7 @@ class ModelFile:
 
 
 @dataclass(frozen=True)
-class Model:
+class CatalogueEntry:
     """What the catalogue says of a model; the fields are explained in `models.toml`."""
 
     id: str
@@ -77,8 +77,8 @@ class Model:
     good_at: str
     sampling: Mapping[str, float]
     files: tuple[ModelFile, ...]
-    formats: tuple[Format, ...] = ()
-    encoder: Model | None = None
+    dtypes: tuple[Dtype, ...] = ()
+    encoder: CatalogueEntry | None = None
     folder: Path | None = None
 
     @property
@@ -101,10 +101,10 @@ class Catalogue:
     """Models by id, and the other names that stand for them."""
 
     default: str
-    models: Mapping[str, Model]
+    models: Mapping[str, CatalogueEntry]
     aliases: Mapping[str, str]
 
-    def get(self, name: str) -> Model | None:
+    def get(self, name: str) -> CatalogueEntry | None:
         """The model with this id or alias, or None."""
         return self.models.get(self.aliases.get(name, name))
 
@@ -116,7 +116,7 @@ def load(config: Path | None = None) -> Catalogue:
         CatalogueError: A file is not TOML, or a key is missing, unknown or of the wrong kind.
     """
     default = ""
-    models: dict[str, Model] = {}
+    models: dict[str, CatalogueEntry] = {}
     encoders: dict[str, str] = {}
     aliases: dict[str, str] = {}
     files = [BUILT_IN]
@@ -181,7 +181,7 @@ class _Table:
             raise CatalogueError(f"{self.where}{min(self._left)} is not a known key")
 
 
-def _model(id: str, table: _Table) -> Model:
+def _model(id: str, table: _Table) -> CatalogueEntry:
     if not _ID.fullmatch(id):
         raise CatalogueError(f"{table.where[:-1]}: an id is letters, digits, '.', '_' and '-'")
     kind = table.take("kind", str)
@@ -189,16 +189,16 @@ def _model(id: str, table: _Table) -> Model:
         raise CatalogueError(f"{table.where}kind is {kind!r}: use one of {', '.join(KINDS)}")
     sampling = table.take("sampling", dict, {})
     for key, value in sampling.items():
-        if problem := fault(key, value):
+        if problem := validation_error(key, value):
             raise CatalogueError(f"{table.where}sampling.{key} is {value!r}: {problem}")
     formats = table.take("formats", list, [])
     for format in formats:
-        if format not in FORMATS:
+        if format not in DTYPES:
             raise CatalogueError(
-                f"{table.where}formats has {format!r}: use some of {', '.join(FORMATS)}"
+                f"{table.where}formats has {format!r}: use some of {', '.join(DTYPES)}"
             )
     folder = table.take("folder", str, "")
-    model = Model(
+    model = CatalogueEntry(
         id=id,
         kind=kind,
         serves=tuple(table.take("serves", list)),
@@ -208,7 +208,7 @@ def _model(id: str, table: _Table) -> Model:
         context=table.take("context", int),
         good_at=table.take("good_at", str),
         sampling=sampling,
-        formats=tuple(formats),
+        dtypes=tuple(formats),
         files=tuple(
             _file(_Table(f"{table.where}files[{i}].", file))
             for i, file in enumerate(table.take("files", list, []))

@@ -15,22 +15,22 @@ import numpy as np
 
 import bpe
 from serve.models import benchmarks, dtypes, fingerprint
-from serve.models import sampling as sampling_defaults
-from serve.models.compiled import keep_compiled_programs
+from serve.models import generation_config as sampling_defaults
+from serve.models.compilation_cache import enable_compilation_cache
 from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec, stamp_of
 from transformer import checkpoint, lora
-from transformer.checkpoint import Format
+from transformer.checkpoint import Dtype
 from transformer.decoder import Params
 from transformer.engine.build import build_runner, start_engine
 from transformer.engine.engine import Engine
 from transformer.engine.runner import Runner
 
-MAX_ROWS = 16  # of a decoding step, on a server
+MAX_BATCH_SIZE = 16  # of a decoding step, on a server
 RECORD_SECONDS = 60.0  # between two notes of a model's speed
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServedModel:
+class DecoderModel:
     """A model that answers requests."""
 
     kind: ClassVar[str] = "decoder"
@@ -42,13 +42,15 @@ class ServedModel:
     context: int  # tokens of prompt and answer together
     engine: Engine
     fingerprint: str  # changes with weights, format and library versions
-    format: Format = "float32"
+    dtype: Dtype = "float32"
     memory: int = 0  # bytes of weights and cache; of an adapted model, of what is its own
     runner: Runner | None = None  # what computes; adapters share its weights
-    sampling: Mapping[str, float] = field(default_factory=dict)  # defaults, see `sampling.py`
+    default_sampling: Mapping[str, float] = field(
+        default_factory=dict
+    )  # defaults, see `sampling.py`
 
     @functools.cached_property
-    def ids(self) -> frozenset[int]:
+    def known_ids(self) -> frozenset[int]:
         """The ids of the vocabulary. There may be gaps among them, which mean nothing."""
         return known_ids(self.tokenizer.encoding)
 
@@ -62,21 +64,21 @@ class ServedModel:
         self.engine.close(drain=False, timeout=timeout)
 
 
-def load_model(
+def load_decoder(
     id: str,
     path: Path,
     *,
     owned_by: str,
     cache_budget: int,
     dtype: str = "auto",
-    max_rows: int = 2,
+    max_batch_size: int = 2,
     sha256: str | None = None,
-    good: Sequence[Format] = (),
+    accepted_dtypes: Sequence[Dtype] = (),
     memory_limit: int | None = None,
-    sampling: Mapping[str, float] | None = None,
+    default_sampling: Mapping[str, float] | None = None,
     notify: Callable[[str], None] = lambda line: None,
     on_speed: Callable[[int, float], None] = lambda tokens, seconds: None,
-) -> ServedModel:
+) -> DecoderModel:
     """Loads a model and makes its engine.
 
     Args:
@@ -97,41 +99,49 @@ def load_model(
         MemoryError: the model does not fit into the memory that is free.
         ValueError: the file is damaged, of an unknown kind, or the cache budget holds no block.
     """
-    keep_compiled_programs()
-    given = dtypes.named(dtype, dtypes.FORMATS)
+    enable_compilation_cache()
+    given = dtypes.parse_dtype(dtype, dtypes.DTYPES)
     header = checkpoint.read_header(path)
     cfg = header.cfg
     tokenizer = read_tokenizer(path, header)
-    weights = sha256 or fingerprint.of_weights(path)
+    weights = sha256 or fingerprint.hash_weights(path)
     if given is None:
-        name = fingerprint.on_machine(weights)
-        chosen = dtypes.choose(id, path, cfg, name, cache_budget, notify, good, memory_limit)
+        name = fingerprint.machine_key(weights)
+        chosen = dtypes.choose_dtype(
+            id, path, cfg, name, cache_budget, notify, accepted_dtypes, memory_limit
+        )
     else:
-        (chosen,) = dtypes.that_fit(id, cfg, cache_budget, (given,))
-    params, cfg, _ = checkpoint.load(path, format=chosen, header=header)
+        (chosen,) = dtypes.fitting_dtypes(id, cfg, cache_budget, (given,))
+    params, cfg, _ = checkpoint.load(path, dtype=chosen, header=header)
     del header  # it keeps the files open
-    params = without_gaps(params, tokenizer.encoding)
+    params = mask_unused_ids(params, tokenizer.encoding)
     cache_dtype = jnp.float32 if chosen == "float32" else jnp.bfloat16
     vocab_size = tokenizer.encoding.n_vocab
     runner = build_runner(params, cfg, vocab_size, cache_budget, cache_dtype, notify=notify)
-    return ServedModel(
+    return DecoderModel(
         id=id,
         created=int(weights_file(path).stat().st_mtime),
         owned_by=owned_by,
         tokenizer=tokenizer,
         context=runner.context,
-        engine=start_engine(runner, max_rows=max_rows, on_speed=on_speed),
-        fingerprint=fingerprint.of_model(weights, chosen),
-        format=chosen,
+        engine=start_engine(runner, max_batch_size=max_batch_size, on_speed=on_speed),
+        fingerprint=fingerprint.system_fingerprint(weights, chosen),
+        dtype=chosen,
         memory=runner.num_bytes,
         runner=runner,
-        sampling=sampling or {},
+        default_sampling=default_sampling or {},
     )
 
 
 def load_adapter(
-    id: str, folder: Path, base: ServedModel, *, created: int, owned_by: str, max_rows: int = 2
-) -> ServedModel:
+    id: str,
+    folder: Path,
+    base: DecoderModel,
+    *,
+    created: int,
+    owned_by: str,
+    max_batch_size: int = 2,
+) -> DecoderModel:
     """A loaded model with an adapter beside its weights, and a cache and an engine of its own.
 
     The arrays of the weights are the base's, not copies; they stay as long as either model does.
@@ -147,15 +157,15 @@ def load_adapter(
     """
     assert base.runner is not None
     adapter = lora.load(folder, base.runner.cfg)
-    runner = base.runner.adapted(adapter)
-    weights = f"{base.fingerprint} {fingerprint.of_weights(folder / lora.WEIGHTS)}"
+    runner = base.runner.with_adapter(adapter)
+    weights = f"{base.fingerprint} {fingerprint.hash_weights(folder / lora.WEIGHTS_FILE)}"
     return dataclasses.replace(
         base,
         id=id,
         created=created,
         owned_by=owned_by,
-        engine=start_engine(runner, max_rows=max_rows),
-        fingerprint=fingerprint.of_model(weights, base.format),
+        engine=start_engine(runner, max_batch_size=max_batch_size),
+        fingerprint=fingerprint.system_fingerprint(weights, base.dtype),
         memory=runner.num_bytes - base.runner.weight_bytes,
         runner=runner,
     )
@@ -190,7 +200,7 @@ def read_tokenizer(path: Path, header: checkpoint.Header) -> bpe.Tokenizer:
     return tokenizer
 
 
-def without_gaps(params: Params, encoding: bpe.Encoding) -> Params:
+def mask_unused_ids(params: Params, encoding: bpe.Encoding) -> Params:
     """Sees to it that ids which the vocabulary leaves out are never drawn.
 
     They get a bias of minus infinity in the head, which costs a step nothing, and is not there at
@@ -211,23 +221,25 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
     """See `Kind.describe`."""
     header = checkpoint.read_header(files.path)
     cfg = header.cfg
-    sha256 = files.model.files[0].sha256 if files.model else None
-    good = files.model.formats if files.model else ()
-    if files.model is None:  # a stranger: whatever is wrong with it is said before a server listens
-        checkpoint.check(files.path, header)
+    sha256 = files.entry.files[0].sha256 if files.entry else None
+    good = files.entry.dtypes if files.entry else ()
+    if files.entry is None:  # a stranger: whatever is wrong with it is said before a server listens
+        checkpoint.check_tensors(files.path, header)
         read_tokenizer(files.path, header)
     defaults = {}
     if options.sampling_defaults == "model":
-        defaults = sampling_of(files, options.notify, header.metadata)
+        defaults = load_default_sampling(files, options.notify, header.metadata)
 
     def memory() -> int:
-        format = dtypes.named(options.dtype, dtypes.FORMATS)
+        format = dtypes.parse_dtype(options.dtype, dtypes.DTYPES)
         if format is None:
-            name = fingerprint.on_machine(sha256 or fingerprint.of_weights(files.path))
-            format = dtypes.expected(cfg, name, options.cache_budget, good, options.memory_limit)
+            name = fingerprint.machine_key(sha256 or fingerprint.hash_weights(files.path))
+            format = dtypes.expected_dtype(
+                cfg, name, options.cache_budget, good, options.memory_limit
+            )
         return dtypes.weight_bytes(cfg, format) + options.cache_budget
 
-    def load() -> ServedModel:
+    def load() -> DecoderModel:
         noted = 0.0
 
         def on_speed(tokens: int, seconds: float) -> None:
@@ -242,17 +254,17 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
                     memory=served.memory,
                 )
 
-        served = load_model(
+        served = load_decoder(
             files.id,
             files.path,
             owned_by=files.publisher,
             cache_budget=options.cache_budget,
             dtype=options.dtype,
-            max_rows=MAX_ROWS,
+            max_batch_size=MAX_BATCH_SIZE,
             sha256=sha256,
-            good=good,
+            accepted_dtypes=good,
             memory_limit=options.memory_limit,
-            sampling=defaults,
+            default_sampling=defaults,
             notify=options.notify,
             on_speed=on_speed,
         )
@@ -266,16 +278,16 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
         load=load,
         stamp=functools.partial(stamp_of, files.path),
         path=files.path,
-        sampling=defaults,
+        default_sampling=defaults,
     )
 
 
-def sampling_of(
+def load_default_sampling(
     files: ModelFiles, notify: Callable[[str], None], metadata: Mapping[str, Any] | None = None
 ) -> dict[str, float]:
     """The sampling defaults of a decoder; see `sampling.of_model`."""
-    own = files.model.sampling if files.model else {}
-    return sampling_defaults.of_model(own, files.path, notify, metadata)
+    own = files.entry.sampling if files.entry else {}
+    return sampling_defaults.read_defaults(own, files.path, notify, metadata)
 
 
 def _recognizes(path: Path) -> bool:
@@ -285,7 +297,7 @@ def _recognizes(path: Path) -> bool:
     return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
 
 
-def _example(model: ServedModel) -> Example:
+def _example(model: DecoderModel) -> Example:
     if model.tokenizer.chat_template:
         question = [{"role": "user", "content": "What is the capital of France?"}]
         return Example(
@@ -304,7 +316,7 @@ def _example(model: ServedModel) -> Example:
 
 KIND = Kind(
     name="decoder",
-    does="generate text",
+    task="generate text",
     recognizes=_recognizes,
     describe=describe,
     example=_example,

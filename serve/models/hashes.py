@@ -11,7 +11,7 @@ from pathlib import Path
 
 from serve.models import json_cache
 
-FILE = "hashes.json"  # in the data folder
+CACHE_FILE = "hashes.json"  # in the data folder
 
 
 def sha256(path: Path, home: Path, *, fresh: bool = False) -> str:
@@ -26,18 +26,18 @@ def sha256(path: Path, home: Path, *, fresh: bool = False) -> str:
         OSError: the file cannot be read.
     """
     stamp = _stamp(path)
-    known = json_cache.read(home / FILE).get(str(path.resolve()))
+    known = json_cache.read(home / CACHE_FILE).get(str(path.resolve()))
     if not fresh and isinstance(known, list) and known[1:] == stamp:
         return known[0]
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    json_cache.add(home / FILE, str(path.resolve()), [digest, *stamp])
+    json_cache.add(home / CACHE_FILE, str(path.resolve()), [digest, *stamp])
     return digest
 
 
-def remember(path: Path, home: Path, digest: str) -> None:
+def record(path: Path, home: Path, digest: str) -> None:
     """Note the SHA-256 of a file that was hashed as it was written."""
-    json_cache.add(home / FILE, str(path.resolve()), [digest, *_stamp(path)])
+    json_cache.add(home / CACHE_FILE, str(path.resolve()), [digest, *_stamp(path)])
 
 
 def _stamp(path: Path) -> list[int]:

@@ -12,13 +12,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from serve.exceptions import NotFound, Unreachable, WrongUsage
-from serve.settings import private_folder
+from serve.settings import make_private_folder
 
 _NAME = re.compile(r"hf:(?P<owner>[\w.-]+)/(?P<repo>[\w.-]+)@(?P<revision>[\w.-]+)")
-_WANTED = (".safetensors", ".json", ".jinja", ".model", ".txt")
+_ALLOWED_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
 
-def pull(name: str, home: Path, *, say: Callable[[str], None]) -> Path:
+def pull(name: str, home: Path, *, notify: Callable[[str], None]) -> Path:
     """Downloads a repository's safetensors and tokenizer files, and returns their folder.
 
     Raises:
@@ -40,12 +40,12 @@ def pull(name: str, home: Path, *, say: Callable[[str], None]) -> Path:
         raise NotFound(
             f"{name} needs huggingface_hub: .venv/bin/pip install -e '.[hub]' adds it"
         ) from None
-    private_folder(home)
-    private_folder(models)
-    say(f"pulling {name} (this source is untried)")
+    make_private_folder(home)
+    make_private_folder(models)
+    notify(f"pulling {name} (this source is untried)")
     try:
         info = huggingface_hub.HfApi().model_info(repo, revision=match["revision"])
-        files = wanted(repo, [sibling.rfilename for sibling in info.siblings or []])
+        files = select_files(repo, [sibling.rfilename for sibling in info.siblings or []])
         with tempfile.TemporaryDirectory(prefix=".pull-", dir=models) as temporary:
             huggingface_hub.snapshot_download(
                 repo, revision=info.sha, allow_patterns=files, local_dir=temporary
@@ -58,14 +58,14 @@ def pull(name: str, home: Path, *, say: Callable[[str], None]) -> Path:
     return folder
 
 
-def wanted(repo: str, names: Iterable[str]) -> list[str]:
+def select_files(repo: str, names: Iterable[str]) -> list[str]:
     """The files to fetch, from all that a repository has.
 
     Raises:
         WrongUsage: There are no safetensors among them.
     """
     names = list(names)
-    top = [name for name in names if "/" not in name and name.endswith(_WANTED)]
+    top = [name for name in names if "/" not in name and name.endswith(_ALLOWED_SUFFIXES)]
     top += [name for name in names if fnmatch(name, "additional_chat_templates/*.jinja")]
     if not any(name.endswith(".safetensors") for name in top):
         raise WrongUsage(

@@ -34,25 +34,25 @@ import numpy as np
 
 import bpe
 import diffusion
-from diffusion import Painter, Plan, edit
+from diffusion import DiffusionPipeline, SamplerOptions, edit
 from diffusion.text import MAX_TOKENS
 from serve.models import fingerprint
-from serve.models.compiled import keep_compiled_programs
+from serve.models.compilation_cache import enable_compilation_cache
 from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec, stamp_of
-from transformer.checkpoint.safetensors import read_object
-from transformer.engine.device import Lane, default_device
+from transformer.checkpoint.safetensors import read_json_object
+from transformer.engine.device import WorkQueue, default_device
 from transformer.engine.requests import Busy
 
-SIZES = (1, 2, 4, 8)  # of a batch
-MAX_EDITED = 4  # with masks: a step of theirs looks several times, and must stay short
+BATCH_SIZES = (1, 2, 4, 8)  # of a batch
+MAX_MASKED_BATCH_SIZE = 4  # with masks: a step of theirs looks several times, and must stay short
 MAX_BATCHES = 2  # at a time
-GATHERING = 0.02  # seconds that a picture waits for others to begin with
+BATCH_WAIT_SECONDS = 0.02  # seconds that a picture waits for others to begin with
 MAX_WAITING = 128  # pictures; a quarter of them one client's
-_SECONDS = 2.0  # that a batch takes, until one was seen
+_INITIAL_BATCH_SECONDS = 2.0  # that a batch takes, until one was seen
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class InitImage:
     """What a picture is drawn from; see `diffusion.edit.steps`.
 
     Attributes:
@@ -61,13 +61,13 @@ class Source:
         strength: how far back to noise it goes.
     """
 
-    picture: np.ndarray
+    image: np.ndarray
     mask: np.ndarray | None = None
     strength: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Order:
+class ImageRequest:
     """What a request wants to have drawn.
 
     Attributes:
@@ -79,27 +79,31 @@ class Order:
     """
 
     prompt: str
-    count: int = 1
+    num_images: int = 1
     seed: int | None = None
-    plan: Plan = field(default_factory=Plan)
-    shown: int = 0
-    source: Source | None = None
+    plan: SamplerOptions = field(default_factory=SamplerOptions)
+    num_partial_images: int = 0
+    init_image: InitImage | None = None
     client: str = ""
 
     @property
-    def max_batch(self) -> int:
+    def max_batch_size(self) -> int:
         """How many pictures of such orders are drawn side by side at most."""
-        return MAX_EDITED if self.source and self.source.mask is not None else SIZES[-1]
+        return (
+            MAX_MASKED_BATCH_SIZE
+            if self.init_image and self.init_image.mask is not None
+            else BATCH_SIZES[-1]
+        )
 
     @property
-    def steps(self) -> int:
+    def num_steps(self) -> int:
         """How many steps it takes."""
-        strength = self.source.strength if self.source else 1.0
+        strength = self.init_image.strength if self.init_image else 1.0
         return max(1, round(strength * self.plan.steps))
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class ImageOutput:
     """A picture of an order.
 
     Attributes:
@@ -110,39 +114,42 @@ class Drawn:
     """
 
     index: int
-    shown: int | None
+    partial_index: int | None
     pixels: np.ndarray
 
 
 @dataclass(eq=False)
-class _Row:
+class _QueuedImage:
     """One picture of an order."""
 
-    order: Order
+    request: ImageRequest
     index: int
     seed: int
-    drawn: asyncio.Queue[Drawn | Exception]
-    turn: int
-    is_wanted: bool = True
+    outputs: asyncio.Queue[ImageOutput | Exception]
+    admission_round: int
+    is_active: bool = True
 
     @functools.cached_property
-    def group(self) -> object:
+    def batch_key(self) -> object:
         """Rows of the same group can be drawn side by side."""
-        if self.order.seed is not None:
-            return id(self.order)
-        source = self.order.source
-        return self.order.plan, source and (source.strength, source.mask is None)
+        if self.request.seed is not None:
+            return id(self.request)
+        source = self.request.init_image
+        return self.request.plan, source and (source.strength, source.mask is None)
 
     @functools.cached_property
-    def moments(self) -> dict[int, int]:
+    def partial_steps(self) -> dict[int, int]:
         """After which steps it is shown, and as which picture on the way."""
-        order = self.order
-        steps = {round(order.steps * (k + 1) / (order.shown + 1)) for k in range(order.shown)}
-        return {step: k for k, step in enumerate(sorted(steps - {0, order.steps}))}
+        order = self.request
+        steps = {
+            round(order.num_steps * (k + 1) / (order.num_partial_images + 1))
+            for k in range(order.num_partial_images)
+        }
+        return {step: k for k, step in enumerate(sorted(steps - {0, order.num_steps}))}
 
 
 @dataclass(kw_only=True, eq=False)
-class DrawingModel:
+class ImageModel:
     """A painter in memory. Its siblings are `ServedModel`, `EmbeddingModel` and `SpeechModel`.
 
     To be asked from one event loop.
@@ -153,18 +160,18 @@ class DrawingModel:
     id: str
     created: int  # seconds since 1970
     owned_by: str
-    painter: Painter = field(repr=False)
-    words: bpe.WordPiece = field(repr=False)  # of the encoder that reads prompts
+    pipeline: DiffusionPipeline = field(repr=False)
+    tokenizer: bpe.WordPiece = field(repr=False)  # of the encoder that reads prompts
     memory: int  # bytes of weights
     fingerprint: str
-    format: str = "float32"
+    dtype: str = "float32"
     notify: Callable[[str], None] = lambda line: None  # told a line when something takes long
-    lane: Lane = field(default_factory=lambda: Lane(default_device()))
-    _waiting: list[_Row] = field(default_factory=list)
+    work_queue: WorkQueue = field(default_factory=lambda: WorkQueue(default_device()))
+    _waiting: list[_QueuedImage] = field(default_factory=list)
     _batches: set[asyncio.Task[None]] = field(default_factory=set)
     _compiled: set[object] = field(default_factory=set)
     _compiling: threading.Lock = field(default_factory=threading.Lock)
-    _seconds: float = _SECONDS  # that the last batch took
+    _batch_seconds: float = _INITIAL_BATCH_SECONDS  # that the last batch took
 
     @property
     def context(self) -> int:
@@ -174,13 +181,13 @@ class DrawingModel:
     @property
     def is_idle(self) -> bool:
         """Whether nobody waits for it."""
-        return not (self._waiting or self._batches) and self.lane.is_idle
+        return not (self._waiting or self._batches) and self.work_queue.is_idle
 
-    def tokens(self, prompt: str) -> int:
+    def count_tokens(self, prompt: str) -> int:
         """How many tokens of a prompt are read."""
-        return len(self.words.encode(prompt, max_length=MAX_TOKENS))
+        return len(self.tokenizer.encode(prompt, max_length=MAX_TOKENS))
 
-    async def draw(self, order: Order) -> AsyncGenerator[Drawn, None]:
+    async def generate(self, request: ImageRequest) -> AsyncGenerator[ImageOutput, None]:
         """Yields pictures of an order as they come: those on the way, and the finished ones.
 
         Closing it ends the work soon.
@@ -189,23 +196,23 @@ class DrawingModel:
             Busy: too many pictures wait, or too many of this client's.
             Exception: what went wrong with them.
         """
-        rows = self._admit(order)
+        rows = self._admit(request)
         try:
-            left = order.count
+            left = request.num_images
             while left:
-                drawn = await rows[0].drawn.get()
+                drawn = await rows[0].outputs.get()
                 if isinstance(drawn, Exception):
                     raise drawn
-                left -= drawn.shown is None
+                left -= drawn.partial_index is None
                 yield drawn
         finally:
             for row in rows:
-                row.is_wanted = False
-            self._waiting = [row for row in self._waiting if row.is_wanted]
+                row.is_active = False
+            self._waiting = [row for row in self._waiting if row.is_active]
 
-    def compile(self, size: int, order: Order) -> None:
+    def compile(self, size: int, request: ImageRequest) -> None:
         """Sees to it that orders like this can be drawn so many at a time. Blocks, for seconds."""
-        kind = size, order.source and order.source.mask is None
+        kind = size, request.init_image and request.init_image.mask is None
         if kind in self._compiled:
             return
         with self._compiling:
@@ -214,10 +221,10 @@ class DrawingModel:
             if self._compiled:
                 self.notify(f"compiling {self.id} for batches of {size} (once) ...")
             # Few, but every kind of step is among them; the strength changes numbers, not programs.
-            source = order.source and replace(order.source, strength=1.0)
-            short = replace(order, plan=replace(order.plan, steps=6), source=source)
-            for noisy, _ in batch_steps(self.painter, [(short, 0, 0)], size):
-                self.painter.finish(noisy)
+            source = request.init_image and replace(request.init_image, strength=1.0)
+            short = replace(request, plan=replace(request.plan, steps=6), source=source)
+            for noisy, _ in denoise_batch(self.pipeline, [(short, 0, 0)], size):
+                self.pipeline.postprocess(noisy)
             self._compiled.add(kind)
 
     def close(self, timeout: float) -> None:
@@ -225,68 +232,77 @@ class DrawingModel:
 
     # -- whose turn it is ----------------------------------------------------------------------
 
-    def _admit(self, order: Order) -> list[_Row]:
-        own = sum(row.order.client == order.client for row in self._waiting)
-        wait = math.ceil(len(self._waiting) / SIZES[-1] / MAX_BATCHES) * self._seconds
-        if own + order.count > MAX_WAITING // 4:
+    def _admit(self, order: ImageRequest) -> list[_QueuedImage]:
+        own = sum(row.request.client == order.client for row in self._waiting)
+        wait = math.ceil(len(self._waiting) / BATCH_SIZES[-1] / MAX_BATCHES) * self._batch_seconds
+        if own + order.num_images > MAX_WAITING // 4:
             raise Busy(wait, own)
-        if len(self._waiting) + order.count > MAX_WAITING:
+        if len(self._waiting) + order.num_images > MAX_WAITING:
             raise Busy(wait)
         seed = secrets.randbits(31) if order.seed is None else order.seed
-        first = self._waiting[0].turn if self._waiting else 0
-        drawn: asyncio.Queue[Drawn | Exception] = asyncio.Queue()
-        rows = [_Row(order, index, seed, drawn, first + index) for index in range(order.count)]
+        first = self._waiting[0].admission_round if self._waiting else 0
+        drawn: asyncio.Queue[ImageOutput | Exception] = asyncio.Queue()
+        rows = [
+            _QueuedImage(order, index, seed, drawn, first + index)
+            for index in range(order.num_images)
+        ]
         for row in rows:
-            bisect.insort_right(self._waiting, row, key=lambda other: other.turn)
-        asyncio.get_running_loop().call_later(GATHERING, self._begin)
+            bisect.insort_right(self._waiting, row, key=lambda other: other.admission_round)
+        asyncio.get_running_loop().call_later(BATCH_WAIT_SECONDS, self._start_batches)
         return rows
 
-    def _begin(self) -> None:
+    def _start_batches(self) -> None:
         """Makes batches of who waits, as many as may be drawn at a time."""
         while self._waiting and len(self._batches) < MAX_BATCHES:
-            group = self._waiting[0].group
-            rows = [row for row in self._waiting if row.group == group]
-            rows = rows[: rows[0].order.max_batch]
+            group = self._waiting[0].batch_key
+            rows = [row for row in self._waiting if row.batch_key == group]
+            rows = rows[: rows[0].request.max_batch_size]
             self._waiting = [row for row in self._waiting if row not in rows]
-            task = asyncio.create_task(self._draw(rows))
+            task = asyncio.create_task(self._run_batch(rows))
             self._batches.add(task)
-            task.add_done_callback(self._ended)
+            task.add_done_callback(self._on_batch_done)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _on_batch_done(self, task: asyncio.Task[None]) -> None:
         self._batches.discard(task)
-        self._begin()
+        self._start_batches()
 
     # -- drawing -------------------------------------------------------------------------------
 
-    async def _draw(self, rows: Sequence[_Row]) -> None:
+    async def _run_batch(self, rows: Sequence[_QueuedImage]) -> None:
         """A batch, from its first step to the last, or until nobody wants it any more."""
         try:
-            await asyncio.to_thread(self.compile, batch_size(len(rows)), rows[0].order)
+            await asyncio.to_thread(self.compile, padded_batch_size(len(rows)), rows[0].request)
             began = time.monotonic()
-            with self.lane.using():
-                pictures = [(row.order, row.seed, row.index) for row in rows]
-                steps = batch_steps(self.painter, pictures)
-                last = rows[0].order.steps
+            with self.work_queue.using():
+                pictures = [(row.request, row.seed, row.index) for row in rows]
+                steps = denoise_batch(self.pipeline, pictures)
+                last = rows[0].request.num_steps
                 for number in range(1, last + 1):
-                    if not any(row.is_wanted for row in rows):
+                    if not any(row.is_active for row in rows):
                         return
-                    noisy, clean = await self.lane.run(functools.partial(next, steps))
-                    shown = [row for row in rows if number == last or number in row.moments]
+                    noisy, clean = await self.work_queue.run(functools.partial(next, steps))
+                    shown = [row for row in rows if number == last or number in row.partial_steps]
                     if not shown:
                         continue
                     seen = noisy if number == last else clean
-                    pixels = await self.lane.run(functools.partial(self.painter.finish, seen))
+                    pixels = await self.work_queue.run(
+                        functools.partial(self.pipeline.postprocess, seen)
+                    )
                     for row, own in zip(rows, pixels, strict=False):  # the rest filled it up
                         if row in shown:
-                            row.drawn.put_nowait(Drawn(row.index, row.moments.get(number), own))
-            self._seconds = time.monotonic() - began
+                            row.outputs.put_nowait(
+                                ImageOutput(row.index, row.partial_steps.get(number), own)
+                            )
+            self._batch_seconds = time.monotonic() - began
         except Exception as error:
             for row in rows:
-                row.drawn.put_nowait(error)
+                row.outputs.put_nowait(error)
 
 
-def batch_steps(
-    painter: Painter, rows: Sequence[tuple[Order, int, int]], size: int | None = None
+def denoise_batch(
+    pipeline: DiffusionPipeline,
+    rows: Sequence[tuple[ImageRequest, int, int]],
+    size: int | None = None,
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
     """Draw a batch, a step at a time, each computed when it is yielded.
 
@@ -294,23 +310,23 @@ def batch_steps(
         rows: orders of one plan and strength, each with its seed and the index of its picture.
         size: of the batch, one of `SIZES`; None for the least that holds the rows.
     """
-    size = size or batch_size(len(rows))
+    size = size or padded_batch_size(len(rows))
     filled = [*rows, *[rows[-1]] * (size - len(rows))]
     prompts = [order.prompt for order, _, _ in filled]
     # As `sample.keys_of`, whose number i does not depend on how many there are.
     keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), index) for _, seed, index in filled])
     plan = rows[0][0].plan
-    sources = [order.source for order, _, _ in filled if order.source]
+    sources = [order.init_image for order, _, _ in filled if order.init_image]
     if not sources:
-        steps = painter.steps(prompts, keys, plan)
+        steps = pipeline.steps(prompts, keys, plan)
     else:
         masks = [source.mask for source in sources if source.mask is not None]
         steps = edit.steps(
-            painter,
+            pipeline,
             prompts,
             keys,
             plan,
-            pictures=np.stack([source.picture for source in sources]),
+            images=np.stack([source.image for source in sources]),
             masks=np.stack(masks) if masks else None,
             strength=sources[0].strength,
         )
@@ -318,19 +334,19 @@ def batch_steps(
         yield jax.block_until_ready(step)
 
 
-def batch_size(rows: int) -> int:
+def padded_batch_size(rows: int) -> int:
     """Return the least size of a batch that holds so many rows."""
-    return next(size for size in SIZES if size >= rows)
+    return next(size for size in BATCH_SIZES if size >= rows)
 
 
-def load_painter(
+def load_image_model(
     id: str,
     path: Path,
     encoder: Path,
     *,
     owned_by: str,
     notify: Callable[[str], None] = lambda line: None,
-) -> DrawingModel:
+) -> ImageModel:
     """Loads a model that draws, and compiles what draws one picture.
 
     Args:
@@ -342,21 +358,23 @@ def load_painter(
         OSError: a file cannot be read.
         ValueError: a file is damaged or of an unknown kind, or the encoder is another one.
     """
-    keep_compiled_programs()
+    enable_compilation_cache()
     painter = diffusion.load(path, encoder)
     parts = [path / "denoiser", path / "upscaler", encoder]
     arrays = jax.tree.leaves((painter.denoiser, painter.upscaler))
-    model = DrawingModel(
+    model = ImageModel(
         id=id,
         created=int((path / "denoiser" / "config.json").stat().st_mtime),
         owned_by=owned_by,
-        painter=painter,
-        words=bpe.load_wordpiece(encoder),
+        pipeline=painter,
+        tokenizer=bpe.load_wordpiece(encoder),
         memory=sum(a.nbytes for a in arrays) + (encoder / "model.safetensors").stat().st_size,
-        fingerprint=fingerprint.of_model(" ".join(map(fingerprint.of_weights, parts)), "float32"),
+        fingerprint=fingerprint.system_fingerprint(
+            " ".join(map(fingerprint.hash_weights, parts)), "float32"
+        ),
         notify=notify,
     )
-    model.compile(1, Order(prompt=""))
+    model.compile(1, ImageRequest(prompt=""))
     return model
 
 
@@ -367,10 +385,10 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
     parts = [files.path / "denoiser", files.path / "upscaler", encoder]
     weights = [part / "model.safetensors" for part in parts]
     for part in parts:
-        read_object(part / "config.json")  # raises now, not when somebody asks
+        read_json_object(part / "config.json")  # raises now, not when somebody asks
 
-    def load() -> DrawingModel:
-        return load_painter(
+    def load() -> ImageModel:
+        return load_image_model(
             files.id, files.path, encoder, owned_by=files.publisher, notify=options.notify
         )
 
@@ -392,7 +410,7 @@ def _recognizes(path: Path) -> bool:
 
 KIND = Kind(
     name="images",
-    does="draw pictures",
+    task="draw pictures",
     recognizes=_recognizes,
     describe=describe,
     example=lambda model: Example(

@@ -21,6 +21,6 @@ def recognize(path: Path) -> Kind | None:
 
 def kind_of(files: ModelFiles) -> Kind:
     """Return the kind of a model: as the catalogue says, or by its files."""
-    if files.model is not None:
-        return KINDS[files.model.kind]
+    if files.entry is not None:
+        return KINDS[files.entry.kind]
     return recognize(files.path) or decoder.KIND

@@ -18,11 +18,11 @@ def available() -> int:
     with contextlib.suppress(OSError, ValueError):
         lines = (_PROC / "meminfo").read_text().splitlines()
         found = next(line for line in lines if line.startswith("MemAvailable:"))
-        return min(int(found.split()[1]) * 1024, _left_in_container())
+        return min(int(found.split()[1]) * 1024, _cgroup_available())
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _left_in_container() -> int:
+def _cgroup_available() -> int:
     try:
         limit = int((_CGROUP / "memory.max").read_text())  # "max" where there is none
         statistics = (_CGROUP / "memory.stat").read_text().split()

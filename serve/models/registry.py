@@ -45,33 +45,33 @@ class Registry:
         aliases: Mapping[str, str],
         *,
         memory_limit: int | None = None,
-        absent: Collection[str] = (),
-        shelf: Callable[[], Mapping[str, ModelSpec]] = dict,
+        not_pulled: Collection[str] = (),
+        adapter_specs: Callable[[], Mapping[str, ModelSpec]] = dict,
     ):
         if not models:
             raise ValueError("models is empty: a server needs at least one")
-        self._cards = {model.id: model for model in models}
-        if len(self._cards) < len(models):
+        self._models = {model.id: model for model in models}
+        if len(self._models) < len(models):
             raise ValueError(f"models has an id twice: {', '.join(m.id for m in models)}")
         # Read by the event loop while the thread that loads adds and deletes: no step of either
         # needs two looks at it.
         self._loaded = {m.id: m for m in models if not isinstance(m, ModelSpec)}
-        self._asked = dict.fromkeys(self._loaded, 0)  # when, in requests
-        self._requests = itertools.count(1)
+        self._last_used = dict.fromkeys(self._loaded, 0)  # when, in requests
+        self._use_counter = itertools.count(1)
         self._aliases = dict(aliases)
-        self._memory_limit, self._absent = memory_limit, frozenset(absent)
+        self._memory_limit, self._not_pulled = memory_limit, frozenset(not_pulled)
         self._loading: dict[str, asyncio.Future[LoadedModel]] = {}
         # A thread of its own: loads that wait must not take those which requests are prepared on.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
-        self._one_at_a_time = threading.RLock()  # again by the same thread: the base of a model
+        self._load_lock = threading.RLock()  # again by the same thread: the base of a model
         self._damaged: dict[str, tuple[object, str]] = {}  # the stamp of its files, what is wrong
-        self._shelf = shelf
-        self._shelved: Mapping[str, ModelSpec] = {}
+        self._adapter_specs = adapter_specs
+        self._known_adapters: Mapping[str, ModelSpec] = {}
 
     @property
     def default(self) -> str:
         """The id of the model for those who do not care."""
-        return next(iter(self._cards))
+        return next(iter(self._models))
 
     @property
     def is_alive(self) -> bool:
@@ -80,14 +80,14 @@ class Registry:
 
         return default_device().is_alive
 
-    def list(self) -> list[LoadedModel | ModelSpec]:
+    def list_models(self) -> list[LoadedModel | ModelSpec]:
         """What is offered, as its card: the loaded model, or how it would be loaded."""
-        self._look()
-        return [self._loaded.get(id, card) for id, card in self._cards.items()]
+        self._refresh_adapters()
+        return [self._loaded.get(id, card) for id, card in self._models.items()]
 
     def loaded(self) -> list[LoadedModel]:
         """What is in memory, in the order of `list`."""
-        found = [self._loaded.get(id) for id in list(self._cards)]
+        found = [self._loaded.get(id) for id in list(self._models)]
         return [model for model in found if model is not None]
 
     def aliases_of(self, id: str) -> list[str]:
@@ -100,33 +100,33 @@ class Registry:
         Raises:
             UnknownModel: There is none.
         """
-        self._look()
-        id = name if name in self._cards else self._aliases.get(name, name)
-        if id not in self._cards:
-            raise UnknownModel(name, id if id in self._absent else None)
-        return self._loaded.get(id, self._cards[id])
+        self._refresh_adapters()
+        id = name if name in self._models else self._aliases.get(name, name)
+        if id not in self._models:
+            raise UnknownModel(name, id if id in self._not_pulled else None)
+        return self._loaded.get(id, self._models[id])
 
-    def offer(self, name: str) -> ModelSpec | None:
+    def spec(self, name: str) -> ModelSpec | None:
         """How the model with this id or alias is loaded; None for one that came loaded.
 
         Raises:
             UnknownModel: There is none.
         """
-        card = self._cards[self.resolve(name).id]
+        card = self._models[self.resolve(name).id]
         return card if isinstance(card, ModelSpec) else None
 
-    def _look(self) -> None:
+    def _refresh_adapters(self) -> None:
         """Takes note of what was put on the shelf or taken from it since the last time."""
-        if (found := self._shelf()) == self._shelved:
+        if (found := self._adapter_specs()) == self._known_adapters:
             return
-        for id in self._shelved.keys() - found.keys():
-            self._cards.pop(id, None)
+        for id in self._known_adapters.keys() - found.keys():
+            self._models.pop(id, None)
             self._loaded.pop(id, None)
         for id, offer in found.items():
-            if (base := self._cards.get(offer.base or "")) is not None:
-                sampling = getattr(base, "sampling", {})
-                self._cards.setdefault(id, replace(offer, sampling=sampling))
-        self._shelved = found
+            if (base := self._models.get(offer.base or "")) is not None:
+                sampling = getattr(base, "default_sampling", {})
+                self._models.setdefault(id, replace(offer, sampling=sampling))
+        self._known_adapters = found
 
     async def get(self, name: str) -> LoadedModel:
         """The model with this id or alias, loaded by now.
@@ -136,7 +136,7 @@ class Registry:
             CannotLoad: There is no room for it, or its files are damaged.
         """
         id = self.resolve(name).id
-        self._asked[id] = next(self._requests)
+        self._last_used[id] = next(self._use_counter)
         if (model := self._loaded.get(id)) is not None:
             return model
         task = self._loading.get(id)
@@ -152,10 +152,10 @@ class Registry:
         Raises:
             CannotLoad: There is no room for it, or its files are damaged.
         """
-        with self._one_at_a_time:
+        with self._load_lock:
             if (model := self._loaded.get(id)) is not None:
                 return model
-            if (offer := self._cards.get(id)) is None:
+            if (offer := self._models.get(id)) is None:
                 raise UnknownModel(id)
             assert isinstance(offer, ModelSpec)
             stamp = None
@@ -164,7 +164,7 @@ class Registry:
                 if (damage := self._damaged.get(id)) is not None and damage[0] == stamp:
                     raise CannotLoad(id, damage[1], is_busy=False)  # it would be no different
                 base = [] if offer.base is None else [self.load(offer.base)]
-                self._make_room(offer)
+                self._evict_until_fits(offer)
                 model = offer.load(*base)
             except MemoryError as error:
                 raise CannotLoad(id, str(error), is_busy=bool(self._loaded)) from error
@@ -172,7 +172,7 @@ class Registry:
                 if not isinstance(error, OSError):  # which may pass
                     self._damaged[id] = stamp, str(error)
                 raise CannotLoad(id, str(error), is_busy=False) from error
-            if id not in self._cards:  # removed meanwhile
+            if id not in self._models:  # removed meanwhile
                 raise UnknownModel(id)
             self._loaded[id] = model
             return model
@@ -184,9 +184,11 @@ class Registry:
             Whether it did: not one that works, came loaded, or whose weights a loaded one shares.
         """
         model = self._loaded.get(id)
-        if model is None or not isinstance(self._cards.get(id), ModelSpec) or not model.is_idle:
+        if model is None or not isinstance(self._models.get(id), ModelSpec) or not model.is_idle:
             return False
-        if any(getattr(self._cards.get(other), "base", None) == id for other in list(self._loaded)):
+        if any(
+            getattr(self._models.get(other), "base", None) == id for other in list(self._loaded)
+        ):
             return False
         self._loaded.pop(id, None)
         del model
@@ -199,11 +201,11 @@ class Registry:
         Raises:
             UnknownModel: There is none with this id.
         """
-        if id not in self._cards:
+        if id not in self._models:
             raise UnknownModel(id)
-        if len(self._cards) == 1:
+        if len(self._models) == 1:
             raise ValueError(f"{id} is the only model: a server needs one")
-        del self._cards[id]
+        del self._models[id]
         self._loaded.pop(id, None)
 
     def close(self, timeout: float = 5.0) -> None:
@@ -212,12 +214,12 @@ class Registry:
         for model in self.loaded():
             model.close(timeout)
 
-    def _make_room(self, offer: ModelSpec) -> None:
+    def _evict_until_fits(self, spec: ModelSpec) -> None:
         """Lets go of what has not been asked for the longest, until an offered model fits."""
         from serve.models import memory
         from serve.models.dtypes import WORKING_MEMORY
 
-        needed = offer.memory()
+        needed = spec.memory()
 
         def is_short() -> bool:
             held = sum(model.memory for model in self.loaded())
@@ -226,18 +228,18 @@ class Registry:
 
         if self._memory_limit is not None and needed > self._memory_limit:
             raise CannotLoad(  # letting others go would not help
-                offer.id,
+                spec.id,
                 f"it needs {needed / 2**20:.0f} MB of the "
                 f"{self._memory_limit / 2**20:.0f} MB that models may take together",
                 is_busy=False,
             )
         while is_short():
-            by_age = sorted(self._loaded, key=lambda id: self._asked.get(id, 0))
-            if not any(self.unload(id) for id in by_age if id != offer.base):
+            by_age = sorted(self._loaded, key=lambda id: self._last_used.get(id, 0))
+            if not any(self.unload(id) for id in by_age if id != spec.base):
                 if self._memory_limit is None or not self._loaded:
                     return  # the load itself will say what is missing
                 raise CannotLoad(
-                    offer.id,
+                    spec.id,
                     f"it needs {needed / 2**20:.0f} MB of the "
                     f"{self._memory_limit / 2**20:.0f} MB that models may take together, and those "
                     "loaded are working",

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from serve.models import adapters, decoder, fingerprint, kinds
-from serve.models.decoder import ServedModel, load_adapter
+from serve.models.decoder import DecoderModel, load_adapter
 from serve.models.spec import LoadOptions, ModelFiles, ModelSpec, stamp_of
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
     return kinds.kind_of(files).describe(files, options)
 
 
-class Shelf:
+class AdapterSpecs:
     """What the user has made, as offers; to be asked again whenever somebody wants to know.
 
     Args:
@@ -40,31 +40,33 @@ class Shelf:
 
     def __init__(self, home: Path, cache_budget: int, bases: Mapping[str, Path]):
         self._home, self._cache_budget, self._bases = home, cache_budget, bases
-        self._offers: dict[str, ModelSpec | None] = {}  # by the name of the folder
-        self._known: Mapping[str, ModelSpec] = {}  # by id
+        self._specs_by_folder: dict[str, ModelSpec | None] = {}  # by the name of the folder
+        self._specs_by_id: Mapping[str, ModelSpec] = {}  # by id
 
     def __call__(self) -> Mapping[str, ModelSpec]:
         """By id; the same object until something is made or deleted."""
-        if (names := adapters.names(self._home)) == self._offers.keys():
-            return self._known
-        for name in sorted(names - self._offers.keys()):
-            self._offers[name] = None
+        if (names := adapters.folder_names(self._home)) == self._specs_by_folder.keys():
+            return self._specs_by_id
+        for name in sorted(names - self._specs_by_folder.keys()):
+            self._specs_by_folder[name] = None
             try:
-                self._offers[name] = self._offer(self._home / "made" / name)
+                self._specs_by_folder[name] = self._read_spec(self._home / "made" / name)
             except (OSError, ValueError) as error:  # deleted since, or not of our making
                 log.warning("%s is passed over: %s", name, error)
-        for name in self._offers.keys() - names:
-            del self._offers[name]
-        found = [offer for offer in self._offers.values() if offer is not None]
+        for name in self._specs_by_folder.keys() - names:
+            del self._specs_by_folder[name]
+        found = [offer for offer in self._specs_by_folder.values() if offer is not None]
         by_age = sorted(found, key=lambda offer: offer.created)
-        self._known = {offer.id: offer for offer in by_age}
-        return self._known
+        self._specs_by_id = {offer.id: offer for offer in by_age}
+        return self._specs_by_id
 
-    def _offer(self, folder: Path) -> ModelSpec:
-        card = adapters.read(folder)
+    def _read_spec(self, folder: Path) -> ModelSpec:
+        card = adapters.read_metadata(folder)
 
-        def load(base: ServedModel) -> ServedModel:
-            return adapted(folder, base, self._bases[card.base], max_rows=decoder.MAX_ROWS)
+        def load(base: DecoderModel) -> DecoderModel:
+            return load_adapted(
+                folder, base, self._bases[card.base], max_batch_size=decoder.MAX_BATCH_SIZE
+            )
 
         size = sum(file.stat().st_size for file in folder.iterdir())
         return ModelSpec(
@@ -78,7 +80,9 @@ class Shelf:
         )
 
 
-def adapted(folder: Path, base: ServedModel, path: Path, *, max_rows: int = 2) -> ServedModel:
+def load_adapted(
+    folder: Path, base: DecoderModel, path: Path, *, max_batch_size: int = 2
+) -> DecoderModel:
     """A model that was made here, from its folder and its base.
 
     Args:
@@ -89,12 +93,12 @@ def adapted(folder: Path, base: ServedModel, path: Path, *, max_rows: int = 2) -
         OSError: a file cannot be read.
         ValueError: it is damaged, or was made of other weights.
     """
-    card = adapters.read(folder)
-    if (found := fingerprint.of_weights(path)) != card.weights:
+    card = adapters.read_metadata(folder)
+    if (found := fingerprint.hash_weights(path)) != card.weights:
         raise ValueError(
             f"it was trained on other weights than {card.base} has now: "
             f"SHA-256 {card.weights[:12]}..., not {found[:12]}..."
         )
     return load_adapter(
-        card.id, folder, base, created=card.created, owned_by="local", max_rows=max_rows
+        card.id, folder, base, created=card.created, owned_by="local", max_batch_size=max_batch_size
     )

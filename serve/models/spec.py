@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from serve.models import sampling
-from serve.models.catalogue import Model
+from serve.models import generation_config
+from serve.models.catalogue import CatalogueEntry
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ModelFiles:
     id: str
     path: Path
     publisher: str
-    model: Model | None = None
+    entry: CatalogueEntry | None = None
     adapter: Path | None = None
     encoder: Path | None = None
 
@@ -60,7 +60,7 @@ class LoadedModel(Protocol):
         ...
 
     @property
-    def format(self) -> str:
+    def dtype(self) -> str:
         """The dtype of its weights."""
         ...
 
@@ -106,7 +106,7 @@ class ModelSpec:
     kind: str = "decoder"
     base: str | None = None
     path: Path | None = None
-    sampling: Mapping[str, float] = field(default_factory=dict)
+    default_sampling: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ class LoadOptions:
     home: Path
     notify: Callable[[str], None]
     memory_limit: int | None = None
-    sampling_defaults: sampling.Defaults = "model"
+    sampling_defaults: generation_config.DefaultsSource = "model"
     max_embedding_tokens: int | None = None
 
 
@@ -163,7 +163,7 @@ class Kind:
     """
 
     name: str
-    does: str
+    task: str
     recognizes: Callable[[Path], bool]
     describe: Callable[[ModelFiles, LoadOptions], ModelSpec]
     example: Callable[[Any], Example]

@@ -21,14 +21,20 @@ import numpy as np
 import audio
 from audio import decode, model
 from audio.checkpoint import is_whisper
-from audio.transcribe import Plan, Segment, find_language, find_spans, listen
+from audio.transcribe import (
+    Segment,
+    TranscriptionOptions,
+    find_language,
+    find_speech,
+    generate_segments,
+)
 from audio.vad import Span
 from serve.models import dtypes, fingerprint
-from serve.models.compiled import keep_compiled_programs
+from serve.models.compilation_cache import enable_compilation_cache
 from serve.models.decoder import weights_file
 from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec, stamp_of
-from transformer.checkpoint import Format
-from transformer.engine.device import Lane, default_device
+from transformer.checkpoint import Dtype
+from transformer.engine.device import WorkQueue, default_device
 
 # int8 takes the decoder a little less time for each token; but of 179 words that people read,
 # whisper-tiny.en wrote 7 otherwise than in float32, and 1 in bfloat16. So "auto" is one of two.
@@ -49,8 +55,8 @@ class SpeechModel:
     owned_by: str
     whisper: audio.Whisper = field(repr=False)
     fingerprint: str
-    format: str
-    lane: Lane = field(default_factory=lambda: Lane(default_device()))
+    dtype: str
+    work_queue: WorkQueue = field(default_factory=lambda: WorkQueue(default_device()))
 
     @property
     def context(self) -> int:
@@ -65,10 +71,10 @@ class SpeechModel:
     @property
     def is_idle(self) -> bool:
         """Whether nobody is being answered by it."""
-        return self.lane.is_idle
+        return self.work_queue.is_idle
 
-    def language(
-        self, samples: np.ndarray, given: str | None, plan: Plan
+    def detect_language(
+        self, samples: np.ndarray, language: str | None, plan: TranscriptionOptions
     ) -> tuple[str, Sequence[Span]]:
         """The language of a sound, heard if not given, and where in it anybody speaks. Blocks.
 
@@ -76,16 +82,18 @@ class SpeechModel:
             ValueError: the model does not know the language.
             Busy: too much waits for the device.
         """
-        spans = find_spans(samples, plan)
-        with self.lane.using():
-            code = find_language(self.whisper, samples, given, spans, run=self.lane.call)
+        spans = find_speech(samples, plan)
+        with self.work_queue.using():
+            code = find_language(
+                self.whisper, samples, language, spans, run=self.work_queue.run_sync
+            )
         return code, spans
 
-    def listen(
+    def transcribe(
         self,
         samples: np.ndarray,
-        options: audio.Options,
-        plan: Plan,
+        options: audio.DecodingOptions,
+        plan: TranscriptionOptions,
         spans: Sequence[Span],
         *,
         stop: threading.Event,
@@ -100,12 +108,17 @@ class SpeechModel:
         def run(piece):
             if stop.is_set():
                 raise Stopped
-            return self.lane.call(piece)
+            return self.work_queue.run_sync(piece)
 
-        with self.lane.using():
+        with self.work_queue.using():
             try:
-                yield from listen(
-                    self.whisper, samples, options=options, plan=plan, spans=spans, run=run
+                yield from generate_segments(
+                    self.whisper,
+                    samples,
+                    options=options,
+                    transcription_options=plan,
+                    spans=spans,
+                    run=run,
                 )
             except Stopped:
                 return
@@ -118,7 +131,7 @@ class Stopped(Exception):
     """Nobody waits for the rest of a transcript."""
 
 
-def load_speech(
+def load_speech_model(
     id: str,
     path: Path,
     *,
@@ -137,17 +150,17 @@ def load_speech(
         OSError: a file cannot be read.
         ValueError: a file is damaged or of an unknown kind.
     """
-    keep_compiled_programs()
-    format = dtypes.named(dtype, dtypes.FORMATS)
-    weights = fingerprint.of_weights(path)
+    enable_compilation_cache()
+    format = dtypes.parse_dtype(dtype, dtypes.DTYPES)
+    weights = fingerprint.hash_weights(path)
     if format is None:
-        name = fingerprint.on_machine(weights)
-        format = dtypes.fastest(
+        name = fingerprint.machine_key(weights)
+        format = dtypes.fastest_dtype(
             id,
             name,
-            dtypes.FLOATS,
+            dtypes.FLOAT_DTYPES,
             functools.partial(_measure, path),
-            _divergence,
+            _kl_divergence,
             MAX_DIVERGENCE,
             notify,
         )
@@ -155,28 +168,28 @@ def load_speech(
         id=id,
         created=int(weights_file(path).stat().st_mtime),
         owned_by=owned_by,
-        whisper=audio.load_model(path, format=format),
-        fingerprint=fingerprint.of_model(weights, format),
-        format=format,
+        whisper=audio.load_model(path, dtype=format),
+        fingerprint=fingerprint.system_fingerprint(weights, format),
+        dtype=format,
     )
 
 
-def _measure(path: Path, format: Format) -> tuple[float, np.ndarray]:
+def _measure(path: Path, format: Dtype) -> tuple[float, np.ndarray]:
     """Seconds of a window with a sentence, and the log-probabilities before each of its tokens."""
-    whisper = audio.load_model(path, format=format)
+    whisper = audio.load_model(path, dtype=format)
     rng = np.random.default_rng(0)
     mel = rng.normal(size=(1, whisper.cfg.num_frames, whisper.cfg.num_mels)).astype(np.float32)
-    ids = rng.integers(0, whisper.tokens.eot, _PROBE_TOKENS).tolist()
+    ids = rng.integers(0, whisper.tokenizer.eot, _PROBE_TOKENS).tolist()
     best, logits = math.inf, np.zeros(0)
     for _ in range(3):  # the first one compiles
         started = time.perf_counter()
         sound = model.encode(whisper.params, whisper.cfg, mel)[0]
-        logits = decode.score(whisper, sound, ids, audio.Options())
+        logits = decode.teacher_forced_logits(whisper, sound, ids, audio.DecodingOptions())
         best = min(best, time.perf_counter() - started)
     return best, np.asarray(jax.nn.log_softmax(logits, axis=-1))
 
 
-def _divergence(expected: np.ndarray, actual: np.ndarray) -> float:
+def _kl_divergence(expected: np.ndarray, actual: np.ndarray) -> float:
     """Return the mean Kullback-Leibler divergence of log-probabilities [T, V], in nats."""
     return float((np.exp(expected) * (expected - actual)).sum(axis=-1).mean())
 
@@ -186,11 +199,11 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
     weights = [files.path / name for name in ("model.bin", "model.safetensors")]
 
     def load() -> SpeechModel:
-        return load_speech(
+        return load_speech_model(
             files.id,
             files.path,
             owned_by=files.publisher,
-            dtype=options.dtype if options.dtype in dtypes.FORMATS else "auto",
+            dtype=options.dtype if options.dtype in dtypes.DTYPES else "auto",
             notify=options.notify,
         )
 
@@ -219,7 +232,7 @@ def _recognizes(path: Path) -> bool:
 
 KIND = Kind(
     name="speech",
-    does="write down speech",
+    task="write down speech",
     recognizes=_recognizes,
     describe=describe,
     example=lambda model: Example(

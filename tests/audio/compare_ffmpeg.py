@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import audio
-from audio.load import RATE
+from audio.load import SAMPLE_RATE
 
 CLIPS = [
     Path(__file__).parent.parent / "golden" / "audio" / f"austen-{number}.flac"
@@ -144,7 +144,7 @@ def main() -> None:
     num = num_apart = 0
     with tempfile.TemporaryDirectory() as name:
         for path, parts in files(Path(name)):
-            to_raw = ("-f", "s16le", "-ac", "1", "-ar", str(RATE), "-")
+            to_raw = ("-f", "s16le", "-ac", "1", "-ar", str(SAMPLE_RATE), "-")
             whole, *split = (ffmpeg("-i", file, *to_raw) for file in [path, *parts])
             raw = max(whole, b"".join(split), key=len)  # of an MP3 it reads all, with the padding
             theirs = np.frombuffer(raw, "<i2").astype(np.float32) / 2**15
@@ -152,9 +152,11 @@ def main() -> None:
                 ours, fault = audio.load(path), ""
             except ValueError as error:
                 ours, fault = np.zeros(0, np.float32), str(error).rpartition(": ")[2][:40]
-            is_apart = abs(len(ours) - len(theirs)) > 0.05 * RATE * len(parts) and len(theirs) > 0
+            is_apart = (
+                abs(len(ours) - len(theirs)) > 0.05 * SAMPLE_RATE * len(parts) and len(theirs) > 0
+            )
             num, num_apart = num + 1, num_apart + is_apart
-            durations = f"{len(theirs) / RATE:7.3f} {len(ours) / RATE:7.3f}"
+            durations = f"{len(theirs) / SAMPLE_RATE:7.3f} {len(ours) / SAMPLE_RATE:7.3f}"
             print(f"{path.name:50} {durations} {'APART' if is_apart else '':5} {fault}", flush=True)
             if whisper is not None:
                 for label, samples in (("ffmpeg", theirs), ("ours", ours)):

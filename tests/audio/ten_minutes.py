@@ -24,7 +24,7 @@ import soundfile
 import soxr
 
 import audio
-from audio.load import RATE
+from audio.load import SAMPLE_RATE
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "audio"
 PASSAGE = Path(__file__).parent.parent / "bench" / "passage.txt"
@@ -74,7 +74,7 @@ class Utterance:
 def build() -> tuple[np.ndarray, list[Utterance]]:
     """The samples, float32 [600 * 16,000], and what is said in them, in order."""
     rng = np.random.default_rng(7)
-    sound, truth, at = np.zeros(SECONDS * RATE, np.float32), [], 1.0
+    sound, truth, at = np.zeros(SECONDS * SAMPLE_RATE, np.float32), [], 1.0
     for number, said in enumerate(_in_turn()):
         pause = rng.uniform(0.8, 2.2)
         if number % 8 == 7:
@@ -82,16 +82,21 @@ def build() -> tuple[np.ndarray, list[Utterance]]:
             if number % 16 == 15:
                 _loud_noise(sound, rng, at + 1, at + pause - 2)
         at += pause
-        length = len(said.samples) / RATE
+        length = len(said.samples) / SAMPLE_RATE
         if at + length > SECONDS - 1:
             break
         loudness = 10 ** (rng.uniform(-28, -18) / 20)
         samples = said.samples * (loudness / np.sqrt(np.mean(said.samples**2)))
-        begin = round(at * RATE)
+        begin = round(at * SAMPLE_RATE)
         sound[begin : begin + len(samples)] += samples
-        starts = tuple(begin / RATE + t for t in said.word_starts)
+        starts = tuple(begin / SAMPLE_RATE + t for t in said.word_starts)
         truth.append(
-            replace(said, start=begin / RATE, end=begin / RATE + length, word_starts=starts)
+            replace(
+                said,
+                start=begin / SAMPLE_RATE,
+                end=begin / SAMPLE_RATE + length,
+                word_starts=starts,
+            )
         )
         at += length
     _background(sound, rng)
@@ -105,7 +110,7 @@ def read_aloud() -> list[Utterance]:
         found.append(_said(text, _trimmed(audio.load(GOLDEN / f"{name}.flac")), is_read=True))
     sonnet = audio.load(GOLDEN / "sonnet-1.ogg")
     for start, end, text in SONNET:
-        samples = sonnet[round(start * RATE) : round(end * RATE)]
+        samples = sonnet[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
         found.append(_said(text, samples, is_read=True))
     return found
 
@@ -132,12 +137,12 @@ def _in_turn() -> Iterator[Utterance]:
 
 
 def _said(text: str, samples: np.ndarray, **known) -> Utterance:
-    return Utterance(text=text, start=0.0, end=len(samples) / RATE, samples=samples, **known)
+    return Utterance(text=text, start=0.0, end=len(samples) / SAMPLE_RATE, samples=samples, **known)
 
 
 def _trimmed(samples: np.ndarray) -> np.ndarray:
     """Without what is more than 35 dB below the loudest at both ends."""
-    step = RATE // 100
+    step = SAMPLE_RATE // 100
     levels = np.sqrt(np.mean(samples[: len(samples) // step * step].reshape(-1, step) ** 2, axis=1))
     heard = np.flatnonzero(levels > levels.max() * 10 ** (-35 / 20))
     return samples[heard[0] * step : (heard[-1] + 1) * step]
@@ -161,7 +166,7 @@ def pink(rng: np.random.Generator, count: int) -> np.ndarray:
 
 def hum(rng: np.random.Generator, count: int) -> np.ndarray:
     """The mains, with its harmonics."""
-    t = np.arange(count) / RATE
+    t = np.arange(count) / SAMPLE_RATE
     noise = sum(np.sin(2 * np.pi * 50 * k * t + rng.uniform(0, 6)) / k for k in range(1, 12))
     return (noise / noise.std()).astype(np.float32)
 
@@ -173,12 +178,12 @@ def _background(sound: np.ndarray, rng: np.random.Generator) -> None:
         (270, 450, pink, -52),
         (450, SECONDS, hum, -50),
     ):
-        part = slice(start * RATE, end * RATE)
-        sound[part] += kind(rng, (end - start) * RATE) * 10 ** (level / 20)
+        part = slice(start * SAMPLE_RATE, end * SAMPLE_RATE)
+        sound[part] += kind(rng, (end - start) * SAMPLE_RATE) * 10 ** (level / 20)
 
 
 def _loud_noise(sound: np.ndarray, rng: np.random.Generator, start: float, end: float) -> None:
-    first, last = round(start * RATE), round(end * RATE)
+    first, last = round(start * SAMPLE_RATE), round(end * SAMPLE_RATE)
     sound[first:last] += pink(rng, last - first) * 10 ** (-30 / 20)
 
 
@@ -246,11 +251,11 @@ def speak(text: str, voice: str, speed: int = 150) -> Utterance:
     library.espeak_Synth(data, len(data) + 1, 0, _BY_CHARACTER, 0, _UTF8, None, None)
     library.espeak_Synchronize()
     samples = np.concatenate(sound).astype(np.float32) / 32768
-    samples = soxr.resample(samples, rate, RATE).astype(np.float32)
+    samples = soxr.resample(samples, rate, SAMPLE_RATE).astype(np.float32)
     whole = _trimmed(samples)
     # What was cut from the beginning, found again.
     cut = next(i for i in range(len(samples)) if samples[i : i + 800].tobytes()
-               == whole[:800].tobytes()) / RATE  # fmt: skip
+               == whole[:800].tobytes()) / SAMPLE_RATE  # fmt: skip
     places = [match.start() for match in re.finditer(r"\S+", text)]
     known = all(place in starts for place in places)
     return _said(
@@ -260,6 +265,6 @@ def speak(text: str, voice: str, speed: int = 150) -> Utterance:
 
 if __name__ == "__main__":
     samples, truth = build()
-    soundfile.write(sys.argv[1], samples, RATE)
+    soundfile.write(sys.argv[1], samples, SAMPLE_RATE)
     for said in truth:
         print(f"{said.start:7.2f} {said.end:7.2f}  {said.text}")

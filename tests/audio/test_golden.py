@@ -6,14 +6,22 @@ import jax
 import numpy as np
 import pytest
 
-from audio import Fallback, Options, Plan, decode, load_model, model, transcribe
+from audio import (
+    DecodingOptions,
+    TemperatureFallback,
+    TranscriptionOptions,
+    decode,
+    load_model,
+    model,
+    transcribe,
+)
 from audio.mel import log_mel
 from tests.audio.conftest import CASES, window
 from tests.bench.bench_speech import differing
 from tests.golden.audio.make_audio import LOGIT_STEP, MEL_STEP, SOUND_STEP
 
 cases = pytest.mark.parametrize(("id", "name", "language"), CASES)
-ONCE = Fallback(temperatures=(0.0,))
+ONCE = TemperatureFallback(temperatures=(0.0,))
 
 
 @cases
@@ -36,7 +44,7 @@ def test_encoder_and_decoder(id, name, language, clip, golden, whisper):
 def test_text(id, name, language, clip, golden, whisper):
     loaded, expected = whisper(id), golden(id, name)
     sound, _ = model.encode(loaded.params, loaded.cfg, window(log_mel(clip(name))))
-    options = Options(language=language)
+    options = DecodingOptions(language=language)
     (greedy,) = decode.decode(loaded, sound, options)
     assert list(greedy.ids) == expected["greedy"].tolist()
     assert greedy.text == expected["text"]
@@ -49,8 +57,8 @@ def test_text(id, name, language, clip, golden, whisper):
 
 @cases
 def test_words(id, name, language, clip, golden, whisper):
-    plan = Plan(words=True, skip_silence=False, fallback=ONCE)
-    found = transcribe(whisper(id), clip(name), language=language, plan=plan)
+    plan = TranscriptionOptions(word_timestamps=True, skip_silence=False, fallback=ONCE)
+    found = transcribe(whisper(id), clip(name), language=language, transcription_options=plan)
     expected = golden(id, name)
     words = [word for segment in found.segments for word in segment.words]
     assert [word.text for word in words] == expected["words"].tolist()
@@ -67,7 +75,7 @@ def test_the_language_is_heard(clip, whisper):
 
 def test_translation_is_english(clip, whisper):
     found = transcribe(
-        whisper("whisper-base"), clip("coffee-fr"), options=Options(task="translate")
+        whisper("whisper-base"), clip("coffee-fr"), options=DecodingOptions(task="translate")
     )
     assert found.language == "fr"
     assert "Good morning" in found.text
@@ -75,20 +83,22 @@ def test_translation_is_english(clip, whisper):
 
 def test_a_doubtful_translation_is_the_likeliest_attempt(clip, whisper):
     """The last attempt was kept: nonsense at temperature 1, average log-probability -2.8."""
-    found = transcribe(whisper("whisper-base"), clip("train-de"), options=Options(task="translate"))
+    found = transcribe(
+        whisper("whisper-base"), clip("train-de"), options=DecodingOptions(task="translate")
+    )
     assert "Good morning" in found.text and "Berlin" in found.text
     assert found.segments[0].temperature < 1 and found.segments[0].avg_logprob > -1.3
 
 
 def test_scores_of_what_was_written_are_its_log_probabilities(clip, whisper):
     loaded = whisper("whisper-base")
-    options = Options(
+    options = DecodingOptions(
         timestamps=False, language="fr", suppress_blank=False, suppress_non_speech=False
     )
     mel = log_mel(clip("coffee-fr"), loaded.cfg.num_mels)
     sound, _ = model.encode(loaded.params, loaded.cfg, window(mel))
     (written,) = decode.decode(loaded, sound, options)
-    logits = decode.score(loaded, sound, written.ids, options)
+    logits = decode.teacher_forced_logits(loaded, sound, written.ids, options)
     assert logits.shape == (len(written.ids) + 1, loaded.cfg.vocab_size)
     logprobs = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(written.ids)), written.ids]
     np.testing.assert_allclose(logprobs, written.logprobs, atol=1e-4)
@@ -97,7 +107,7 @@ def test_scores_of_what_was_written_are_its_log_probabilities(clip, whisper):
 @pytest.mark.parametrize(("format", "most"), [("bfloat16", 0), ("int8", 4)])
 def test_narrow_formats_hear_the_same_words(format, most, clip, golden, model_file):
     """Of 21 words; for int8 "cold-hearted" and "ill-disposed" are too close to other spellings."""
-    loaded = load_model(model_file("whisper-tiny.en"), format=format)
+    loaded = load_model(model_file("whisper-tiny.en"), dtype=format)
     names = ("austen-0880", "austen-0890")
     found = " ".join(transcribe(loaded, clip(name)).text for name in names)
     expected = " ".join(str(golden("whisper-tiny.en", name)["text"]) for name in names)

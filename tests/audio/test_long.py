@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import audio
-from audio import Plan, Transcript, transcribe
+from audio import Transcript, TranscriptionOptions, transcribe
 from tests.audio import ten_minutes
 from tests.audio.ten_minutes import Utterance
 
@@ -26,8 +26,10 @@ def long() -> tuple[np.ndarray, list[Utterance]]:
 
 @pytest.fixture(scope="module", params=[1, 4], ids=["in turn", "at once"])
 def heard(request, long, model_file) -> Transcript:
-    whisper = audio.load_model(model_file("whisper-tiny.en"), format="bfloat16")
-    return transcribe(whisper, long[0], plan=Plan(batch=request.param))
+    whisper = audio.load_model(model_file("whisper-tiny.en"), dtype="bfloat16")
+    return transcribe(
+        whisper, long[0], transcription_options=TranscriptionOptions(batch_size=request.param)
+    )
 
 
 def words(text: str) -> list[str]:
@@ -116,14 +118,16 @@ def test_times_of_words_are_as_good_as_the_references(long, whisper, reference):
     ours, theirs = [], []
     for first in range(0, len(truth), 4):
         group = truth[first : first + 4]
-        pause = np.zeros(RATE := ten_minutes.RATE, np.float32)
+        pause = np.zeros(RATE := ten_minutes.SAMPLE_RATE, np.float32)
         sound = np.concatenate([part for said in group for part in (said.samples, pause)])
         starts, at = [], 0.0
         for said in group:
             starts += [at + start - said.start for start in said.word_starts]
             at += len(said.samples) / RATE + 1
         spoken = [word for said in group for word in said.text.split()]
-        found = transcribe(whisper, sound, plan=Plan(words=True))
+        found = transcribe(
+            whisper, sound, transcription_options=TranscriptionOptions(word_timestamps=True)
+        )
         ours += distances(
             [(word.text, word.start) for segment in found.segments for word in segment.words],
             list(zip(spoken, starts, strict=True)),
@@ -164,7 +168,7 @@ def test_real_speech_reads_as_in_faster_whisper(whisper, model_file, tmp_path):
     )
     counts = {}
     for format in ("float32", "bfloat16"):
-        loaded = audio.load_model(model_file("whisper-tiny.en"), format=format)
+        loaded = audio.load_model(model_file("whisper-tiny.en"), dtype=format)
         text = " ".join(transcribe(loaded, sound).text for sound in sounds)
         counts[format] = differing(text, expected)
     allowed = len(words_of(expected)) / 80

@@ -39,11 +39,11 @@ def test_debug_is_small():
 
 def test_a_token_at_a_time_equals_the_whole(params, sound):
     whole, _ = model.forward(params, CFG, sound, IDS)
-    cache = model.start(params, CFG, sound, size=8)
+    cache = model.init_cache(params, CFG, sound, size=8)
     for i in range(IDS.shape[1]):
         if i == cache.size:
-            cache = model.grow(cache, 16)
-        logits, cache, _ = model.extend(
+            cache = model.grow_cache(cache, 16)
+        logits, cache, _ = model.forward_cached(
             params, CFG, IDS[:, i : i + 1], cache, np.int32(i), np.zeros(1, np.int32)
         )
         np.testing.assert_allclose(logits[:, 0], whole[:, i], atol=1e-4)
@@ -51,28 +51,32 @@ def test_a_token_at_a_time_equals_the_whole(params, sound):
 
 def test_padding_behind_the_text_is_not_seen(params, sound):
     at = np.array([2, 4], np.int32)
-    cache = model.start(params, CFG, sound, size=16)
-    logits, cache, _ = model.extend(params, CFG, IDS, cache, np.int32(0), at)  # 5 of 12 count
+    cache = model.init_cache(params, CFG, sound, size=16)
+    logits, cache, _ = model.forward_cached(
+        params, CFG, IDS, cache, np.int32(0), at
+    )  # 5 of 12 count
     whole, _ = model.forward(params, CFG, sound, IDS)
     np.testing.assert_allclose(logits, whole[:, at], atol=1e-4)
-    logits, _, _ = model.extend(params, CFG, IDS[:, 5:6], cache, np.int32(5), np.zeros(1, np.int32))
+    logits, _, _ = model.forward_cached(
+        params, CFG, IDS[:, 5:6], cache, np.int32(5), np.zeros(1, np.int32)
+    )
     np.testing.assert_allclose(logits[:, 0], whole[:, 5], atol=1e-4)
 
 
 def test_rows_that_share_a_sound(params, sound):
     texts = np.concatenate([IDS, IDS[::-1]])[[0, 3, 1, 2]]  # rows 0, 1 hear sound 0; 2, 3 sound 1
-    cache = model.start(params, CFG, sound, size=12, rows_per_sound=2)
+    cache = model.init_cache(params, CFG, sound, size=12, rows_per_sound=2)
     everywhere = np.arange(12)
-    logits, _, _ = model.extend(params, CFG, texts, cache, np.int32(0), everywhere)
+    logits, _, _ = model.forward_cached(params, CFG, texts, cache, np.int32(0), everywhere)
     apart, _ = model.forward(params, CFG, sound[np.array([0, 0, 1, 1])], texts)
     np.testing.assert_allclose(logits, apart, atol=1e-4)
 
 
 def test_taken_rows(params, sound):
-    cache = model.start(params, CFG, sound, size=8, rows_per_sound=2)
+    cache = model.init_cache(params, CFG, sound, size=8, rows_per_sound=2)
     ids = np.arange(4, dtype=np.int32)[:, None]
-    _, cache, _ = model.extend(params, CFG, ids, cache, np.int32(0), np.zeros(1, np.int32))
-    taken = model.take_rows(cache, np.array([1, 1, 2, 2]))
+    _, cache, _ = model.forward_cached(params, CFG, ids, cache, np.int32(0), np.zeros(1, np.int32))
+    taken = model.reorder_cache(cache, np.array([1, 1, 2, 2]))
     for i, row in enumerate([1, 1, 2, 2]):
         np.testing.assert_array_equal(taken.keys[0][i], cache.keys[0][row])
 
@@ -199,9 +203,9 @@ def test_saved_and_loaded(params, tmp_path):
     again, cfg = checkpoint.load(tmp_path)
     assert cfg == CFG
     jax.tree.map(np.testing.assert_array_equal, again, params)
-    narrow, _ = checkpoint.load(tmp_path, format="int8")
+    narrow, _ = checkpoint.load(tmp_path, dtype="int8")
     assert narrow.decoder.layers[0].attn.q.weight.dtype == np.int8
-    assert narrow.decoder.layers[0].cross.k.weight.dtype == jax.numpy.bfloat16
+    assert narrow.decoder.layers[0].cross_attn.k.weight.dtype == jax.numpy.bfloat16
     assert narrow.encoder.layers[0].attn.q.weight.dtype == jax.numpy.bfloat16
     with pytest.raises(ValueError, match="int8"):
         checkpoint.save(tmp_path, narrow, cfg)

@@ -8,19 +8,19 @@ import jax
 import numpy as np
 import pytest
 
-from audio import Options, ctranslate2, decode, subtitles, timing, vad
-from audio.decode import Fallback, Result
+from audio import DecodingOptions, ctranslate2, decode, subtitles, timing, vad
+from audio.decode import DecodingResult, TemperatureFallback
 from audio.timing import Word
-from audio.tokens import SECONDS_PER_STEP
-from audio.tokens import load as load_tokens
+from audio.tokenizer import TIME_PRECISION
+from audio.tokenizer import load as load_tokens
 from audio.transcribe import (
     Segment,
     Transcript,
-    cut,
-    lies_across,
+    has_inner_pause,
     next_window,
-    reach,
-    split,
+    split_at_pauses,
+    split_at_timestamps,
+    window_length,
 )
 from tests.audio.ten_minutes import hum, pink, white
 
@@ -51,7 +51,7 @@ def test_what_is_never_written_is_what_the_model_file_says(model_file):
     for id, size in (("whisper-base", 51865), ("whisper-tiny.en", 51864)):
         folder = model_file(id)
         listed = json.loads((folder / "config.json").read_text())["suppress_ids"]
-        assert set(load_tokens(folder, size).suppressed) == set(listed)
+        assert set(load_tokens(folder, size).suppress_tokens) == set(listed)
 
 
 def test_words(tokens):
@@ -76,11 +76,13 @@ def probabilities(tokens, ids, boost=None):
     for id, value in (boost or {}).items():
         logits[0, id] = value
     is_first = not ids
-    blocked = decode._blocked(tokens, Options(), 51865, is_first)
+    blocked = decode._suppress_mask(tokens, DecodingOptions(), 51865, is_first)
     begin = tokens.timestamp_begin
-    ranges = (begin, begin, begin + 51) if is_first else decode._after(ids, tokens, 51865)
+    ranges = (begin, begin, begin + 51) if is_first else decode._allowed_ranges(ids, tokens, 51865)
     return np.asarray(
-        decode._constrain(logits, blocked, np.array([ranges], np.int32), np.int32(begin), True)
+        decode._constrained_logprobs(
+            logits, blocked, np.array([ranges], np.int32), np.int32(begin), True
+        )
     )[0]
 
 
@@ -121,29 +123,31 @@ def test_drawing_follows_the_probabilities_and_the_rules():
     ranges = np.tile(np.int32([0, 4, 4]), (4000, 1))  # the last id is a point in time: not now
     keys = jax.random.split(jax.random.key(0), 4000)
     rules = (blocked, ranges, np.int32(4), True)
-    ids, logprobs = decode._draw(logits, *rules, keys, np.int32(3), np.float32(0.5))
+    ids, logprobs = decode._sample_ids(logits, *rules, keys, np.int32(3), np.float32(0.5))
     squares = np.square([0, 2, 3, 4, 0]) / 29  # half the temperature squares the odds
     np.testing.assert_allclose(np.bincount(ids, minlength=5) / 4000, squares, atol=0.03)
     np.testing.assert_allclose(np.exp(logprobs), np.array([0, 2, 3, 4, 0])[ids] / 9, rtol=1e-5)
-    top, _ = decode._top(np.zeros((1, 5), np.float32), blocked, ranges[:1], np.int32(4), True)
+    top, _ = decode._greedy_ids(
+        np.zeros((1, 5), np.float32), blocked, ranges[:1], np.int32(4), True
+    )
     assert top.tolist() == [1]  # the first of equals
 
 
 def test_suppressed_and_blank(tokens):
-    first = replace(Options(), timestamps=False)
+    first = replace(DecodingOptions(), timestamps=False)
     blank = tokens.encode(" ")[0]
-    assert decode._blocked(tokens, first, 51865, True)[[blank, tokens.eot]].all()
-    assert not decode._blocked(tokens, first, 51865, False)[[blank, tokens.eot]].any()
+    assert decode._suppress_mask(tokens, first, 51865, True)[[blank, tokens.eot]].all()
+    assert not decode._suppress_mask(tokens, first, 51865, False)[[blank, tokens.eot]].any()
     everything = replace(first, suppress_non_speech=False, suppress_blank=False)
-    assert not decode._blocked(tokens, everything, 51865, True).any()
+    assert not decode._suppress_mask(tokens, everything, 51865, True).any()
 
 
 def test_opening(tokens):
     from audio.config import Config
 
     cfg = Config.of_size("base")
-    options = Options(prompt=tuple(range(300)), hotwords="Pellucid", prefix="Well,")
-    opening = decode._opening(tokens, cfg, options)
+    options = DecodingOptions(prompt=tuple(range(300)), hotwords="Pellucid", prefix="Well,")
+    opening = decode._prompt_tokens(tokens, cfg, options)
     hot, prefix = tokens.encode(" Pellucid"), tokens.encode(" Well,")
     assert opening[0] == tokens.sot_prev
     assert opening[1 : 1 + len(hot)] == hot
@@ -157,33 +161,33 @@ def test_opening(tokens):
 )
 def test_options_out_of_range(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
-        Options(**fields)
+        DecodingOptions(**fields)
 
 
 def result(ids=(), logprobs=(), **fields):
     known = dict(
         text="", avg_logprob=-0.1, no_speech_prob=0.0, temperature=0.0, compression_ratio=1.0
     )
-    return Result(ids=tuple(ids), logprobs=tuple(logprobs), **(known | fields))
+    return DecodingResult(ids=tuple(ids), logprobs=tuple(logprobs), **(known | fields))
 
 
 def test_fallback():
-    ladder = Fallback()
-    assert not ladder.fails(result())
-    assert ladder.fails(result(compression_ratio=3.0))
-    assert ladder.fails(result(avg_logprob=-2.0))
-    assert not ladder.fails(result(avg_logprob=-2.0, no_speech_prob=0.9))
+    ladder = TemperatureFallback()
+    assert not ladder.needs_fallback(result())
+    assert ladder.needs_fallback(result(compression_ratio=3.0))
+    assert ladder.needs_fallback(result(avg_logprob=-2.0))
+    assert not ladder.needs_fallback(result(avg_logprob=-2.0, no_speech_prob=0.9))
     assert ladder.is_silence(result(avg_logprob=-2.0, no_speech_prob=0.9))
     assert not ladder.is_silence(result(no_speech_prob=0.9))
     # A text that repeats itself where hardly anybody speaks is made up.
     looping = result(compression_ratio=3.0, no_speech_prob=0.9)
-    assert ladder.is_silence(looping) and not ladder.fails(looping)
+    assert ladder.is_silence(looping) and not ladder.needs_fallback(looping)
     assert not ladder.is_silence(result(compression_ratio=3.0, no_speech_prob=0.3))
 
 
 def test_fallback_keeps_the_likeliest_attempt():
     """The last attempt was kept, drawn at temperature 1: a German clip became nonsense at -2.97."""
-    ladder, likely = Fallback(), result(avg_logprob=-1.1, temperature=0.2)
+    ladder, likely = TemperatureFallback(), result(avg_logprob=-1.1, temperature=0.2)
     guess = result(avg_logprob=-2.9, temperature=1.0)
     assert ladder.best([result(avg_logprob=-1.4), likely, guess]) is likely
     looping = result(avg_logprob=-0.2, compression_ratio=3.0)
@@ -196,9 +200,9 @@ def test_fallback_keeps_the_likeliest_attempt():
 def test_cut(tokens):
     begin = tokens.timestamp_begin
     ids = (begin, 5, 6, begin + 10, begin + 12, 7, begin + 20)
-    parts = cut(result(ids, [0.0] * 7), tokens)
+    parts = split_at_timestamps(result(ids, [0.0] * 7), tokens)
     assert [part[0] for part in parts] == [ids[:4], ids[4:]]
-    assert cut(result(), tokens) == []
+    assert split_at_timestamps(result(), tokens) == []
 
 
 # timing
@@ -209,7 +213,7 @@ def test_next_window(tokens):
         return ids, (0.0,) * len(ids)
 
     def at(seconds):
-        return tokens.timestamp_begin + round(seconds / SECONDS_PER_STEP)
+        return tokens.timestamp_begin + round(seconds / TIME_PRECISION)
 
     first, closed, opened = part(at(0), 7, at(2)), part(at(2), 8, at(4)), part(at(2), 8)
     speech = [(0.0, 4.0), (10.0, 13.0)]
@@ -231,7 +235,7 @@ def test_warping_finds_the_cheapest_path():
     rng = np.random.default_rng(0)
     for _ in range(20):
         cost = rng.normal(size=(3, 4))
-        rows, columns = timing.warp(cost)
+        rows, columns = timing.dtw(cost)
         steps = set(zip(np.diff(rows).tolist(), np.diff(columns).tolist(), strict=True))
         assert (rows[0], columns[0], rows[-1], columns[-1]) == (0, 0, 2, 3)
         assert steps <= {(0, 1), (1, 0), (1, 1)}
@@ -258,7 +262,7 @@ def test_median_filter():
 def test_punctuation_joins_its_word():
     texts = [" Well", ",", ' "', "yes", '."']
     words = [Word(text, i, i + 1.0, 1.0, (i,)) for i, text in enumerate(texts)]
-    ((own, _),) = timing.place(words, [(0.0, 5.0)], [5], last_end=0.0)
+    ((own, _),) = timing.assign_words(words, [(0.0, 5.0)], [5], last_end=0.0)
     assert [word.text for word in own] == [" Well,", ' "yes', '."']
     assert [word.ids for word in own] == [(0, 1), (2, 3), (4,)]
 
@@ -311,12 +315,12 @@ def test_speech_is_found_in_noise_almost_as_loud(kind, clip):
 
 def test_pauses_are_shortened_and_times_set_right():
     spans = [(5.0, 6.0), (6.8, 8.0), (20.0, 21.5)]
-    kept = vad.kept_frames(spans, 3000)
+    kept = vad.retained_frames(spans, 3000)
     assert len(kept) == (9.5 - 3.5 + 23 - 18.5) * 100
-    assert vad.moved(spans, kept) == [(1.5, 2.5), (3.3, 4.5), (7.5, 9.0)]
+    assert vad.remap_spans(spans, kept) == [(1.5, 2.5), (3.3, 4.5), (7.5, 9.0)]
     assert kept[[0, 599, 600]].tolist() == [350, 949, 1850]
-    assert vad.moved(spans, np.arange(3000)) == spans
-    assert vad.kept_frames([], 3000).size == 0
+    assert vad.remap_spans(spans, np.arange(3000)) == spans
+    assert vad.retained_frames([], 3000).size == 0
 
 
 def test_no_time_lies_in_a_pause():
@@ -329,27 +333,27 @@ def test_no_time_lies_in_a_pause():
         ((1.2, 4.1), (1.2, 2.0)),
         ((2.5, 3.5), (2.5, 3.5)),  # nothing was found there: it stays
     ):
-        assert vad.to_speech(*given, spans) == placed
-    assert vad.to_speech(1.0, 2.0, []) == (1.0, 2.0)
+        assert vad.snap_to_speech(*given, spans) == placed
+    assert vad.snap_to_speech(1.0, 2.0, []) == (1.0, 2.0)
 
 
 def test_windows_are_cut_in_pauses():
     sound = np.concatenate([speechlike(50), quiet(2), speechlike(10), quiet(1), speechlike(5)])
     spans, loud = vad.speech_spans(sound), vad.loudness(sound)
-    windows = vad.windows(loud, spans)
+    windows = vad.split_into_windows(loud, spans)
     assert all(end - start <= 30 for start, end in windows)
     assert windows[0][0] == 0 and windows[-1][1] == len(loud) / 100
     assert all(a == b for (_, a), (b, _) in itertools.pairwise(windows))
     assert 50 < windows[1][1] < 52 and len(windows) == 3
-    assert vad.windows(loud, []) == []
+    assert vad.split_into_windows(loud, []) == []
 
 
 def test_a_window_ends_in_the_last_pause_that_fits():
     spans = [(0.0, 10.0), (11.0, 20.0), (22.0, 29.5), (31.0, 80.0)]
-    assert reach(0, 9000, 3000, spans) == 2100  # 30.25 s would be too late
-    assert reach(3100, 9000, 3000, spans) == 3000  # no pause: a whole window
-    assert reach(7000, 9000, 3000, spans) == 2000  # the rest
-    assert reach(0, 9000, 3000, ()) == 3000
+    assert window_length(0, 9000, 3000, spans) == 2100  # 30.25 s would be too late
+    assert window_length(3100, 9000, 3000, spans) == 3000  # no pause: a whole window
+    assert window_length(7000, 9000, 3000, spans) == 2000  # the rest
+    assert window_length(0, 9000, 3000, ()) == 3000
 
 
 # segments at pauses
@@ -368,13 +372,13 @@ def test_a_segment_is_cut_where_it_lies_across_a_pause(tokens):
     whole = replace(SEGMENT, ids=ids, logprobs=(-0.5,) * len(ids), words=tuple(words), end=4.4)
     whole = replace(whole, text=tokens.decode(ids))
     spans = [(1.0, 2.0), (3.4, 4.5)]
-    first, second = split(whole, spans, tokens)
+    first, second = split_at_pauses(whole, spans, tokens)
     assert (first.text, first.start, first.end) == (" One two.", 1.0, 2.2)
     assert (second.text, second.start, second.end) == (" Three", 3.1, 4.4)
     assert first.ids + second.ids == whole.ids and second.ids[-1] == begin + 50
     assert len(first.logprobs) == len(first.ids) and first.words == tuple(words[:2])
-    assert lies_across(whole, spans) and not lies_across(first, spans)
-    assert split(whole, [(1.0, 4.5)], tokens) == [whole]
+    assert has_inner_pause(whole, spans) and not has_inner_pause(first, spans)
+    assert split_at_pauses(whole, [(1.0, 4.5)], tokens) == [whole]
 
 
 # subtitles
@@ -397,18 +401,18 @@ FOUND = Transcript(language="en", duration=3663.0, text="So a <b> -->", segments
 
 
 def test_subtitles():
-    srt = subtitles.write(FOUND, "srt")
+    srt = subtitles.render(FOUND, "srt")
     assert srt == "1\n00:00:01,000 --> 01:01:02,000\nSo a <b> ->\n"
-    vtt = subtitles.write(FOUND, "vtt")
+    vtt = subtitles.render(FOUND, "vtt")
     assert vtt == "WEBVTT\n\n00:00:01.000 --> 01:01:02.000\nSo a &lt;b&gt; -&gt;\n"
-    tsv = subtitles.write(FOUND, "tsv", words=True)
+    tsv = subtitles.render(FOUND, "tsv", words=True)
     assert tsv.splitlines() == ["start\tend\ttext", "1000\t1200\tSo", "3661500\t3662000\ta <b> -->"]
-    assert subtitles.write(FOUND, "text") == "So a <b> -->\n"
-    verbose = subtitles.verbose(FOUND)
+    assert subtitles.render(FOUND, "text") == "So a <b> -->\n"
+    verbose = subtitles.verbose_json(FOUND)
     assert verbose["language"] == "english" and verbose["words"][0]["word"] == "So"
-    assert subtitles.clock(59.9996) == "00:01:00.000"
+    assert subtitles.format_timestamp(59.9996) == "00:01:00.000"
     with pytest.raises(ValueError, match="format must be one of"):
-        subtitles.write(FOUND, "docx")
+        subtitles.render(FOUND, "docx")
 
 
 # model.bin

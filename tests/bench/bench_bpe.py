@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 import bpe  # noqa: E402
-from bpe.bulk import Bulk  # noqa: E402
+from bpe.fast_encoder import FastEncoder  # noqa: E402
 from tests.bench import corpus  # noqa: E402
 
 KINDS = ("english", "dictionary", "python", "russian", "chinese", "hindi", "emoji", "locale")
@@ -52,7 +52,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return clock() - start, result
 
 
-def in_turns(number: int, ours: Callable, theirs: Callable) -> tuple[float, float, Any]:
+def interleaved(number: int, ours: Callable, theirs: Callable) -> tuple[float, float, Any]:
     """The seconds of both, who goes first by turns, and what they returned, which must agree."""
     if number % 2:
         our_time, our_result = timed(ours)
@@ -65,7 +65,7 @@ def in_turns(number: int, ours: Callable, theirs: Callable) -> tuple[float, floa
     return our_time, their_time, our_result
 
 
-def stretches(text: str, megabytes: float, number: int) -> list[str]:
+def text_slices(text: str, megabytes: float, number: int) -> list[str]:
     """Stretches of a text, each of about so many bytes; shorter ones if it has not that many."""
     bytes_each = len(text.encode()) / len(text)
     size = min(int(megabytes * 1e6 / bytes_each), len(text) // number)
@@ -77,21 +77,21 @@ def compare(name: str, kind: str, rounds: int, megabytes: float) -> None:
     import tiktoken
 
     ours, theirs = bpe.get_encoding(name), tiktoken.get_encoding(name)
-    parts = stretches(corpus.load(kind), megabytes, rounds + 1)
-    ours._bulk = Bulk(ours, ours.seams)  # that has learned nothing
+    parts = text_slices(corpus.load(kind), megabytes, rounds + 1)
+    ours._fast_encoder = FastEncoder(ours, ours.split_points)  # that has learned nothing
     ours.encode_to_numpy("12 世界 " * 10_000)  # makes its tables
     theirs.encode_to_numpy(parts[-1][:1000], **ANY)
     encoding: list[tuple[float, float]] = []
     decoding: list[float] = []
     for i, part in enumerate(parts):
-        one, other, ids = in_turns(
+        one, other, ids = interleaved(
             i,
             lambda: ours.encode_to_numpy(part, **ANY),  # noqa: B023
             lambda: theirs.encode_to_numpy(part, **ANY),  # noqa: B023
         )
         encoding.append((len(part.encode()) / one / 1e6, len(part.encode()) / other / 1e6))
         ids = ids.tolist()
-        one, other, _ = in_turns(
+        one, other, _ = interleaved(
             i,
             lambda: ours.decode_bytes(ids),  # noqa: B023
             lambda: theirs.decode_bytes(ids),  # noqa: B023
@@ -119,7 +119,7 @@ def short(name: str, rounds: int) -> None:
     lines = [text[i : i + 100] for i in range(0, 400_000, 100)]
     times: list[tuple[float, float]] = []
     for i in range(rounds):
-        one, other, _ = in_turns(
+        one, other, _ = interleaved(
             i,
             lambda: np.concatenate([ours.encode(line, **ANY) for line in lines]),
             lambda: np.concatenate([theirs.encode(line, **ANY) for line in lines]),
@@ -129,9 +129,9 @@ def short(name: str, rounds: int) -> None:
     print(f"{name:12} 100 bytes: {mine:.1f} us, tiktoken {tiktokens:.1f} us")
 
 
-def tables(name: str) -> None:
+def report_tables(name: str) -> None:
     encoding = bpe.get_encoding(name)
-    making, worker = timed(lambda: Bulk(encoding))
+    making, worker = timed(lambda: FastEncoder(encoding))
     pairs, _ = timed(worker.prepare)
     print(f"{name:12} tables: {making:.2f} s, and {pairs:.2f} s when first merging")
 
@@ -200,7 +200,7 @@ def main() -> None:
         )
         for name in args.encodings:
             if args.only in (None, "long"):
-                tables(name)
+                report_tables(name)
                 print(f"{'':31} ours theirs  ratio (of each round)")
                 for kind in args.kinds:
                     compare(name, kind, args.rounds, args.megabytes)

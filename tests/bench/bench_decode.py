@@ -46,7 +46,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench.pulled import pulled
+from tests.bench.pulled import pulled_path
 
 ROOT = Path(__file__).parent.parent.parent
 PASSAGE = Path(__file__).with_name("passage.txt")
@@ -65,8 +65,8 @@ PACKAGES = ("jax", "torch", "transformers", "llama-cpp-python")
 # The function takes a prompt and how many ids to add, calls `arrived` with every id as soon as it
 # knows it (`serve`: with every piece of text), and begins from nothing every time it is called.
 
-Arrived = Callable[[int | str], None]
-Contender = Callable[[list[int], int, Arrived], None]
+OnToken = Callable[[int | str], None]
+Contender = Callable[[list[int], int, OnToken], None]
 
 
 def load_transformers(path: Path, threads: int) -> tuple[Contender, str]:
@@ -82,7 +82,7 @@ def load_transformers(path: Path, threads: int) -> tuple[Contender, str]:
 
     # A bare loop, which is quicker than the library's own `generate`.
     @torch.inference_mode()
-    def run(prompt: list[int], count: int, arrived: Arrived) -> None:
+    def run(prompt: list[int], count: int, arrived: OnToken) -> None:
         ids, past = torch.tensor([prompt]), None
         for _ in range(count):
             step = model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
@@ -98,10 +98,10 @@ def load_ours(path: Path, format: str) -> tuple[Contender, str]:
     from transformer import checkpoint
     from transformer.generate import generate
 
-    params, cfg, _ = checkpoint.load(path, format=format)
+    params, cfg, _ = checkpoint.load(path, dtype=format)
     cache_dtype = jnp.float32 if format == "float32" else jnp.bfloat16  # as `serve` does
 
-    def run(prompt: list[int], count: int, arrived: Arrived) -> None:
+    def run(prompt: list[int], count: int, arrived: OnToken) -> None:
         for id in generate(params, cfg, prompt, max_new_tokens=count, cache_dtype=cache_dtype):
             arrived(id)
 
@@ -116,7 +116,7 @@ def load_llama(path: Path, threads: int) -> tuple[Contender, str]:
         str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False
     )
 
-    def run(prompt: list[int], count: int, arrived: Arrived) -> None:
+    def run(prompt: list[int], count: int, arrived: OnToken) -> None:
         model.reset()
         model.eval(prompt)
         for step in range(count):
@@ -149,7 +149,7 @@ def load_serve(path: Path, stack: ExitStack) -> tuple[Contender, str]:
     (format,) = said["formats"].values()
     client = OpenAI(base_url=said["url"] + "/v1", api_key="any", max_retries=0)
 
-    def run(prompt: list[int], count: int, arrived: Arrived) -> None:
+    def run(prompt: list[int], count: int, arrived: OnToken) -> None:
         chunks = client.completions.create(
             model="bench", prompt=prompt, max_tokens=count, temperature=0, stream=True
         )
@@ -209,7 +209,7 @@ class Worker:
 
     name: str
     process: subprocess.Popen
-    how: str = ""
+    setup: str = ""
     agrees: str = ""
     prefill: list[float] = field(default_factory=list)  # seconds, one a round
     decode: list[float] = field(default_factory=list)  # seconds for DECODE_STEPS, one a round
@@ -249,7 +249,7 @@ def started(name: str, path: Path, threads: int) -> Iterator[Worker]:
     )
     try:
         worker = Worker(name, process)
-        worker.how = worker.receive()["how"]
+        worker.setup = worker.receive()["how"]
         yield worker
     finally:
         process.stdin.close()  # the end of its loop
@@ -261,7 +261,7 @@ def agree(workers: dict[str, Worker], prompt: list[int], decode: Callable[[list]
     got = {name: worker.run(prompt, NEW_TOKENS)["got"] for name, worker in workers.items()}
     for name, worker in workers.items():
         if name == SERVE:  # text, not ids: compare with the same format of `generate`
-            format = worker.how.partition(",")[0]
+            format = worker.setup.partition(",")[0]
             other = next(one for one, its in OURS.items() if its == format)
             text = "".join(got[SERVE])
             same = sum(text.startswith(decode(got[other][: i + 1])) for i in range(NEW_TOKENS))
@@ -314,7 +314,7 @@ def report(workers: dict[str, Worker], rounds: int) -> None:
     for name, worker in workers.items():
         rate = rates(worker)
         table.add_row(
-            name, worker.how, f"{rate['prefill']:.0f}", f"{rate['decode']:.1f}", worker.agrees
+            name, worker.setup, f"{rate['prefill']:.0f}", f"{rate['decode']:.1f}", worker.agrees
         )
     out.print(table, "")
 
@@ -339,7 +339,7 @@ def report(workers: dict[str, Worker], rounds: int) -> None:
     for name, worker in workers.items():
         line = {
             "contender": name,
-            "how": worker.how,
+            "how": worker.setup,
             "agrees": worker.agrees,
             "tokens_per_second": rates(worker),
             "prefill_seconds": worker.prefill,
@@ -384,7 +384,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
-    path = options.file or pulled(MODEL)
+    path = options.file or pulled_path(MODEL)
     threads = options.threads or physical_cores()
     if options.worker:
         work(options.worker, path, threads)

@@ -9,11 +9,11 @@ import json
 import sys
 
 from serve import settings
-from serve.api.routes.legacy.edits import messages
-from serve.models import catalogue, download, sampling
-from serve.models.decoder import load_model
-from transformer.engine import Request, Token
-from transformer.sampling import Sampling
+from serve.api.routes.legacy.edits import edit_messages
+from serve.models import catalogue, download, generation_config
+from serve.models.decoder import load_decoder
+from transformer.engine import SequenceRequest, Token
+from transformer.sampling import SamplingParams
 
 SEEDS = range(4)
 CASES = [  # instruction, text, right answers
@@ -60,17 +60,17 @@ CASES = [  # instruction, text, right answers
 def main(ids: list[str], as_json: bool) -> None:
     known, home = catalogue.load(), settings.data_folder()
     for id in ids or [id for id, model in known.models.items() if "chat" in model.serves]:
-        path = download.find(known.models[id], home)
+        path = download.find_path(known.models[id], home)
         if path is None:
             sys.exit(f"{id} is not here: pellucid pull {id}")
-        model = load_model(
+        model = load_decoder(
             id,
             path,
             owned_by="bench",
             cache_budget=64 * 2**20,
-            max_rows=1,
-            good=known.models[id].formats,
-            sampling=known.models[id].sampling,
+            max_batch_size=1,
+            accepted_dtypes=known.models[id].dtypes,
+            default_sampling=known.models[id].sampling,
         )
         try:
             answers = [[edited(model, *case[:2], seed) for seed in SEEDS] for case in CASES]
@@ -84,7 +84,7 @@ def main(ids: list[str], as_json: bool) -> None:
         if as_json:
             print(json.dumps({"model": id, "right": by_seed, "of": len(CASES)}))
             continue
-        print(f"\n{id} ({model.format}), seeds {[*SEEDS]}: {by_seed} of {len(CASES)}")
+        print(f"\n{id} ({model.dtype}), seeds {[*SEEDS]}: {by_seed} of {len(CASES)}")
         for case, tries, marks in zip(CASES, answers, right, strict=True):
             wrong = [answer for answer, is_right in zip(tries, marks, strict=True) if not is_right]
             print(
@@ -95,11 +95,13 @@ def main(ids: list[str], as_json: bool) -> None:
 def edited(model, instruction: str, text: str, seed: int) -> str:
     """What a model makes of a text."""
     encoding = model.tokenizer.encoding
-    prompt = model.tokenizer.chat_template.encode(encoding, messages(instruction, text))
-    request = Request(
+    prompt = model.tokenizer.chat_template.encode(encoding, edit_messages(instruction, text))
+    request = SequenceRequest(
         prompt=tuple(prompt),
         max_tokens=60,
-        sampling=Sampling(seed=seed, **sampling.resolve({}, model.sampling)),
+        sampling_params=SamplingParams(
+            seed=seed, **generation_config.resolve_params({}, model.sampling)
+        ),
         stop_ids=model.tokenizer.stop_ids,
     )
     events = model.engine.generate(request)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.bench.pulled import pulled
+from tests.bench.pulled import pulled_path
 
 PASSAGE = Path(__file__).with_name("passage.txt")
 
@@ -38,7 +38,7 @@ def ours(folder: Path, format: str) -> Callable[[list[str]], np.ndarray]:
     from transformer import encoder
     from transformer.checkpoint import bert
 
-    params, cfg = bert.load(folder, format=format)
+    params, cfg = bert.load(folder, dtype=format)
     words = bpe.load_wordpiece(folder)
     return lambda texts: encoder.embed_all(
         params, cfg, words.encode_batch(texts, max_length=cfg.max_tokens)
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[32])
     args = parser.parse_args()
-    args.folder = args.folder or pulled("all-minilm-l6-v2")
+    args.folder = args.folder or pulled_path("all-minilm-l6-v2")
     import torch
 
     torch.set_num_threads(args.threads)

@@ -35,13 +35,13 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from serve.api.generation import Generation, Prompt  # noqa: E402
-from serve.api.request_context import Call  # noqa: E402
+from serve.api.request_context import RequestContext  # noqa: E402
 from serve.api.requests import CompletionBody  # noqa: E402
 from serve.api.routes.completions import _chunks  # noqa: E402
 from tests.serve import scripted  # noqa: E402
-from transformer.engine import Device, Engine, Request  # noqa: E402
+from transformer.engine import Device, Engine, SequenceRequest  # noqa: E402
 from transformer.engine.scheduler import Scheduler  # noqa: E402
-from transformer.sampling import Drawn, Sampling  # noqa: E402
+from transformer.sampling import SampleOutput, SamplingParams  # noqa: E402
 
 STEP = 0.003  # seconds that a step sleeps
 CLIENT = """
@@ -55,27 +55,27 @@ while b"[DONE]" not in data:
 """
 
 
-class Sleeper:
+class SleepingDevice:
     """Draws an "a" for every row, after a while."""
 
     max_rows = 16
 
     def prefill(self, row, copy):
         row.length = len(row.request.prompt)
-        return self._drawn(1)
+        return self._sample_output(1)
 
     def decode(self, rows):
         time.sleep(STEP)
         for row in rows:
             row.length += 1
-        return self._drawn(len(rows))
+        return self._sample_output(len(rows))
 
     def recover(self):
         return False
 
-    def _drawn(self, count):
+    def _sample_output(self, count):
         top = np.zeros((count, 3))
-        return Drawn(np.full(count, ord("a")), np.zeros(count), top.astype(int), top)
+        return SampleOutput(np.full(count, ord("a")), np.zeros(count), top.astype(int), top)
 
 
 def main() -> None:
@@ -85,14 +85,16 @@ def main() -> None:
     options = parser.parse_args()
     count = options.tokens
     context = count + 100
-    engine = Engine(Sleeper(), Scheduler(16, 64, 256, 64, 256), context, Device())
+    engine = Engine(SleepingDevice(), Scheduler(16, 64, 256, 64, 256), context, Device())
     model = replace(scripted.model(), engine=engine, context=context)
-    request = Request(prompt=(1, 2, 3), max_tokens=count, sampling=Sampling())
+    request = SequenceRequest(prompt=(1, 2, 3), max_tokens=count, sampling_params=SamplingParams())
     fields = {"model": "scripted", "prompt": "hello", "max_tokens": count, "stream": True}
     body = CompletionBody.model_validate(fields)
 
     def generation() -> Generation:
-        return Generation(model, [Prompt(ids=[1, 2, 3], max_tokens=count)], body, 1, None, Call())
+        return Generation(
+            model, [Prompt(token_ids=[1, 2, 3], max_tokens=count)], body, 1, None, RequestContext()
+        )
 
     async def drain(events, each=lambda event: None) -> None:
         async with aclosing(events):
@@ -104,9 +106,9 @@ def main() -> None:
         await drain(_chunks(body, generation(), head), to_json)
 
     async def text() -> None:
-        await drain(generation().pieces())
+        await drain(generation().text_deltas())
 
-    with scripted.running(model) as address:
+    with scripted.serve_models(model) as address:
         data = json.dumps(fields).encode()
         head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"

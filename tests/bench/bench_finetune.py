@@ -46,25 +46,25 @@ Step = Callable[[np.ndarray], float]  # ids [B, T] -> the loss before the update
 def ours(path: Path, method: str, format: str, adapter: Path) -> Step:
     import jax
 
-    from training import Config, state
-    from training.recipes.decoder import Full, LowRank, as_format
-    from training.step import make_step
+    from training import TrainConfig, state
+    from training.recipes.decoder import DecoderTask, LoraTask, cast_params
+    from training.step import make_train_step
     from transformer import checkpoint, lora
 
-    params, cfg, _ = checkpoint.load(path, format="float32")
-    config = Config(steps=1000, learning_rate=RATES[method], schedule="constant")
+    params, cfg, _ = checkpoint.load(path, dtype="float32")
+    config = TrainConfig(steps=1000, learning_rate=RATES[method], schedule="constant")
     if method == "lora":
-        task = LowRank(cfg=cfg, rank=RANK, alpha=ALPHA, format=format)
+        task = LoraTask(cfg=cfg, rank=RANK, alpha=ALPHA, dtype=format)
         start = lora.load(adapter, cfg)
         object.__setattr__(task, "init", lambda key: jax.tree.map(jax.numpy.copy, start))
-        frozen = as_format(params, format)
+        frozen = cast_params(params, format)
     else:
-        task, frozen = Full(cfg=cfg, start=params, format=format), None
+        task, frozen = DecoderTask(cfg=cfg, init_params=params, dtype=format), None
     now = state.init(task, config)
     if method == "full":
         object.__setattr__(task, "start", None)
     del params
-    take_step = make_step(task, config)
+    take_step = make_train_step(task, config)
     ones: dict = {}
 
     def step(ids: np.ndarray) -> float:
@@ -228,7 +228,7 @@ def main() -> int:
         from serve import settings
         from serve.models import catalogue, download
 
-        args.model = download.find(catalogue.load().models[MODEL], settings.data_folder())
+        args.model = download.find_path(catalogue.load().models[MODEL], settings.data_folder())
     if args.model is None:
         raise SystemExit(f"run `pellucid pull {MODEL}` first")
     status = 0

@@ -30,7 +30,7 @@ from openai import AsyncOpenAI, OpenAI
 
 from serve import settings
 from serve.api.app import create_app
-from serve.api.settings import Settings
+from serve.api.settings import ServerSettings
 from serve.models import catalogue, download, resolve
 from serve.models.registry import Registry
 from serve.models.spec import LoadOptions
@@ -46,13 +46,13 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def draw(address: str, count: int) -> None:
+def generate(address: str, count: int) -> None:
     """One request for some pictures."""
     with OpenAI(base_url=f"{address}/v1", api_key="any") as client:
         client.images.generate(prompt="a red apple", n=count)
 
 
-def draw_at_once(address: str, count: int, *, alone: bool) -> None:
+def generate_concurrently(address: str, count: int, *, alone: bool) -> None:
     """So many requests for a picture each."""
 
     async def main() -> None:
@@ -84,7 +84,7 @@ def gaps_meanwhile(address: str, tokens: int) -> np.ndarray:
 
     def keep_drawing() -> None:
         while not stop.is_set():
-            draw(address, 4)
+            generate(address, 4)
 
     thread = threading.Thread(target=keep_drawing)
     thread.start()
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     args = parser.parse_args()
     known, home = catalogue.load(), settings.data_folder()
-    places = [download.locate(id, known, home, say=print) for id in MODELS]
+    places = [download.resolve_model(id, known, home, notify=print) for id in MODELS]
     with tempfile.TemporaryDirectory() as scratch:
         cards = [
             resolve.describe(
@@ -111,8 +111,8 @@ def main() -> None:
         ]
         registry = Registry(cards, known.aliases)
         registry.load(registry.default)
-        app = create_app(Settings(home=Path(scratch)), registry)
-        with scripted.served(app) as address:
+        app = create_app(ServerSettings(home=Path(scratch)), registry)
+        with scripted.serve_app(app) as address:
             best = measure(address, args.rounds, args.tokens)
         registry.close(5.0)
     print(json.dumps({name: round(value, 3) for name, value in best.items()}))
@@ -120,11 +120,11 @@ def main() -> None:
 
 def measure(address: str, rounds: int, tokens: int) -> dict[str, float]:
     cases: dict[str, Callable[[], object]] = {
-        "1 picture": lambda: draw(address, 1),
-        "4 pictures": lambda: draw(address, 4),
-        "8 pictures": lambda: draw(address, 8),
-        "8 requests that share": lambda: draw_at_once(address, 8, alone=False),
-        "8 requests with seeds": lambda: draw_at_once(address, 8, alone=True),
+        "1 picture": lambda: generate(address, 1),
+        "4 pictures": lambda: generate(address, 4),
+        "8 pictures": lambda: generate(address, 8),
+        "8 requests that share": lambda: generate_concurrently(address, 8, alone=False),
+        "8 requests with seeds": lambda: generate_concurrently(address, 8, alone=True),
     }
     for work in cases.values():  # compiles
         work()

@@ -78,7 +78,7 @@ def measures(queries: np.ndarray, texts: np.ndarray, right: np.ndarray) -> tuple
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.parse_args()
-    folder = download.find(catalogue.load().models[MODEL], settings.data_folder())
+    folder = download.find_path(catalogue.load().models[MODEL], settings.data_folder())
     words = bpe.load_wordpiece(folder)
     params, short = bert.load(folder)
     cfgs = {SHORT: short, LONG: replace(short, max_tokens=LONG)}

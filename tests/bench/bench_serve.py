@@ -218,7 +218,7 @@ def word_ids() -> list[int]:
     from serve import settings
     from serve.models import catalogue, download
 
-    path = download.find(catalogue.load().models[MODEL], settings.data_folder())
+    path = download.find_path(catalogue.load().models[MODEL], settings.data_folder())
     if path is None:
         raise SystemExit(f"this needs a model: run `pellucid pull {MODEL}` first")
     encoding = bpe.load(path).encoding

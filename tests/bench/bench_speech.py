@@ -32,17 +32,19 @@ from pathlib import Path
 import numpy as np
 
 from tests.audio import ten_minutes
-from tests.bench.pulled import pulled
+from tests.bench.pulled import pulled_path
 
-Listener = Callable[[np.ndarray], str]
+Transcriber = Callable[[np.ndarray], str]
 
 
-def ours(folder: Path, format: str, batch: int) -> Listener:
+def ours(folder: Path, format: str, batch: int) -> Transcriber:
     import audio
 
-    whisper = audio.load_model(folder, format=format)
-    plan = audio.Plan(batch=batch)
-    return lambda samples: audio.transcribe(whisper, samples, language="en", plan=plan).text
+    whisper = audio.load_model(folder, dtype=format)
+    plan = audio.TranscriptionOptions(batch_size=batch)
+    return lambda samples: (
+        audio.transcribe(whisper, samples, language="en", transcription_options=plan).text
+    )
 
 
 def for_ctranslate2(folder: Path, scratch: Path) -> Path:
@@ -59,7 +61,7 @@ def for_ctranslate2(folder: Path, scratch: Path) -> Path:
     return scratch
 
 
-def theirs(folder: Path, format: str, threads: int, batch: int) -> Listener:
+def theirs(folder: Path, format: str, threads: int, batch: int) -> Transcriber:
     from faster_whisper import BatchedInferencePipeline, WhisperModel
 
     model = WhisperModel(str(folder), device="cpu", compute_type=format, cpu_threads=threads)
@@ -95,7 +97,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10, help="of the long file; 0: none")
     parser.add_argument("--formats", nargs="+", default=["bfloat16"], help="of ours")
     args = parser.parse_args()
-    args.folder = args.folder or pulled("whisper-tiny.en")
+    args.folder = args.folder or pulled_path("whisper-tiny.en")
     with tempfile.TemporaryDirectory() as scratch:
         compare(args, for_ctranslate2(args.folder.resolve(), Path(scratch)))
 
@@ -104,9 +106,9 @@ def compare(args: argparse.Namespace, peer_folder: Path) -> None:
     clips = [said.samples for said in ten_minutes.read_aloud()[:5]]
     clips = [np.pad(clip, (3200, 3200)) for clip in clips]
     long, truth = ten_minutes.build()
-    long = long[: int(args.minutes * 60 * ten_minutes.RATE)]
+    long = long[: int(args.minutes * 60 * ten_minutes.SAMPLE_RATE)]
     told = " ".join(said.text for said in truth if said.end <= args.minutes * 60)
-    cases: dict[str, tuple[list[np.ndarray], dict[str, Listener]]] = {}
+    cases: dict[str, tuple[list[np.ndarray], dict[str, Transcriber]]] = {}
     for name, sounds, batch in (("clips", clips, 1), ("long", [long], 4)):
         if not len(sounds[0]):
             continue
@@ -114,7 +116,7 @@ def compare(args: argparse.Namespace, peer_folder: Path) -> None:
         runs["faster-whisper int8"] = theirs(peer_folder, "int8", args.threads, batch)
         cases[name] = sounds, runs
 
-    def text(case: str, listener: Listener) -> str:
+    def text(case: str, listener: Transcriber) -> str:
         return " ".join(listener(sound) for sound in cases[case][0])
 
     float32 = text("clips", theirs(peer_folder, "float32", args.threads, 1))
@@ -140,7 +142,7 @@ def compare(args: argparse.Namespace, peer_folder: Path) -> None:
                     best[name] = best[name].copy()
                     best[name][i] = min(best[name][i], time.perf_counter() - started)
         seconds = {name: float(times.sum()) for name, times in best.items()}
-        length = sum(len(sound) for sound in sounds) / ten_minutes.RATE
+        length = sum(len(sound) for sound in sounds) / ten_minutes.SAMPLE_RATE
         for name, taken in seconds.items():
             print(f"{case:6} {name:20} {taken:7.2f} s, {length / taken:5.1f} times real time")
         peer = seconds["faster-whisper int8"]

@@ -48,14 +48,14 @@ def read(files: list[Path], size: int) -> list[str]:
 
 def train_ours(lines: list[str], merges: int) -> list[list[str]]:
     sys.path.insert(0, str(ROOT))
-    from bpe.formats import byte_characters
+    from bpe.formats import bytes_to_unicode
     from bpe.pretokenize import GPT2
-    from bpe.train import vocabulary
-    from bpe.train_fast import count_pieces, learn
+    from bpe.train import build_vocab
+    from bpe.train_fast import count_pieces, learn_merges
 
-    learned = learn(count_pieces(lines, GPT2), merges)
-    characters = byte_characters()
-    tokens = ["".join(characters[byte] for byte in token) for token in vocabulary(learned)]
+    learned = learn_merges(count_pieces(lines, GPT2), merges)
+    characters = bytes_to_unicode()
+    tokens = ["".join(characters[byte] for byte in token) for token in build_vocab(learned)]
     return [[tokens[left], tokens[right]] for left, right in learned]
 
 

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 
-def pulled(id: str) -> Path:
+def pulled_path(id: str) -> Path:
     """Raises SystemExit, with the command that helps, if the model is not here."""
     from serve import settings
     from serve.models import catalogue, download
 
-    path = download.find(catalogue.load().models[id], settings.data_folder())
+    path = download.find_path(catalogue.load().models[id], settings.data_folder())
     if path is None:
         raise SystemExit(f"this needs a model: run `pellucid pull {id}` first")
     return path

@@ -33,7 +33,7 @@ def specials(ids: list[int]) -> list[int]:
 
 def spoken(template: ChatTemplate, messages: list[dict]) -> list[str]:
     text = template.render(messages, add_generation_prompt=False)
-    return [text[start:end] for start, end in template.spans(messages)]
+    return [text[start:end] for start, end in template.assistant_spans(messages)]
 
 
 # Rendering
@@ -48,7 +48,9 @@ def test_as_transformers_renders(golden):
         text = template.render(case["messages"], add_generation_prompt=prompt)
         assert text == case["text"], case["template"]
         if case["spans"] is not None and not prompt:
-            assert template.spans(case["messages"]) == [tuple(span) for span in case["spans"]]
+            assert template.assistant_spans(case["messages"]) == [
+                tuple(span) for span in case["spans"]
+            ]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -157,14 +159,14 @@ def test_messages_with_every_noncharacter_are_refused():
 def test_spans_include_the_end_of_turn():
     messages = [user("q"), assistant("one"), user("one"), assistant(" two \n")]
     assert spoken(CHATML, messages) == ["one<|im_end|>", " two \n<|im_end|>"]
-    assert CHATML.spans([user("q")]) == []
+    assert CHATML.assistant_spans([user("q")]) == []
 
 
 def test_spans_begin_where_the_model_takes_over():
     """Training on a span teaches what generation continues from."""
     messages = [user("q"), assistant("one"), user("r"), assistant("")]
     text = CHATML.render(messages, add_generation_prompt=False)
-    for i, (start, _) in zip((1, 3), CHATML.spans(messages), strict=True):
+    for i, (start, _) in zip((1, 3), CHATML.assistant_spans(messages), strict=True):
         assert text[:start] == CHATML.render(messages[:i])
 
 
@@ -232,7 +234,7 @@ def test_spans_of_tool_calls(load_model, golden):
 def test_turns_in_tokens_are_spans_of_text_cut_where_a_turn_begins():
     """Merging "\n" of the template with "\n" of an answer would teach what is never asked."""
     messages = [user("<|im_end|>low"), assistant("\nlow 12"), user("a"), assistant("")]
-    ids, turns = CHATML.encode_turns(ENCODING, messages)
+    ids, turns = CHATML.encode_with_assistant_spans(ENCODING, messages)
     assert ENCODING.decode(ids) == CHATML.render(messages, add_generation_prompt=False)
     assert [ENCODING.decode(ids[a:b]) for a, b in turns] == spoken(CHATML, messages)
     assert [specials(ids[a:b]) for a, b in turns] == [[2], [2]]
@@ -243,21 +245,21 @@ def test_turns_in_tokens_are_spans_of_text_cut_where_a_turn_begins():
 def test_turns_in_tokens_without_special_tokens():
     plain = tiny.encoding(special_tokens={})
     messages = [user("a"), assistant("aa"), user("aaaa"), assistant("<|im_end|>")]
-    ids, turns = CHATML.encode_turns(plain, messages)
+    ids, turns = CHATML.encode_with_assistant_spans(plain, messages)
     assert [plain.decode(ids[a:b]) for a, b in turns] == spoken(CHATML, messages)
 
 
 def test_a_turn_within_a_special_token_is_an_error():
     template = ChatTemplate("{{ '<|im_' }}{% generation %}{{ 'end|>' }}{% endgeneration %}")
     with pytest.raises(ValueError, match="special token"):
-        template.encode_turns(ENCODING, [assistant("")])
+        template.encode_with_assistant_spans(ENCODING, [assistant("")])
 
 
 def test_a_turn_that_cannot_be_found_is_an_error():
     with pytest.raises(ValueError, match=naming("message 0", 2)):
-        ChatTemplate("{{ messages[0].content * 2 }}").spans([assistant("a")])
+        ChatTemplate("{{ messages[0].content * 2 }}").assistant_spans([assistant("a")])
     with pytest.raises(ValueError, match=naming("message 0", 0)):
-        ChatTemplate("nothing").spans([assistant("a")])
+        ChatTemplate("nothing").assistant_spans([assistant("a")])
 
 
 # Templates from files that nobody vouches for

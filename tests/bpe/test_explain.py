@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bpe
-from bpe.explain import drawing, explain, measure, shown, steps
+from bpe.explain import explain, measure, merge_diagram, merge_steps, render_token
 from bpe.pretokenize import GPT2, compile_pattern, split
 from bpe.trainer import train
 from tests.bpe import tiny
@@ -17,13 +17,13 @@ RANKS = train(["low lower lowest slow slower é é 🙂 🙂"] * 2, vocab_size=3
 
 
 def test_steps():
-    first, second, third = steps(ENCODING, b"lower")
-    assert (first.left, first.right, first.rank, first.at) == (b"o", b"w", 0, 1)
+    first, second, third = merge_steps(ENCODING, b"lower")
+    assert (first.left, first.right, first.rank, first.index) == (b"o", b"w", 0, 1)
     assert first.parts == (b"l", b"ow", b"e", b"r")
-    assert first.others == (2, 5), "e + r, and l + o, which will not be possible any more"
-    assert (second.left, second.right, second.rank, second.others) == (b"l", b"ow", 1, (2,))
-    assert third.parts == (b"low", b"er") and third.others == ()
-    assert steps(ENCODING, b"x") == steps(ENCODING, b"") == []
+    assert first.other_ranks == (2, 5), "e + r, and l + o, which will not be possible any more"
+    assert (second.left, second.right, second.rank, second.other_ranks) == (b"l", b"ow", 1, (2,))
+    assert third.parts == (b"low", b"er") and third.other_ranks == ()
+    assert merge_steps(ENCODING, b"x") == merge_steps(ENCODING, b"") == []
 
 
 @settings(max_examples=200, deadline=None)
@@ -31,29 +31,29 @@ def test_steps():
 @pytest.mark.parametrize("encoding", [ENCODING, RANKS], ids=["pairs", "ranks"])
 def test_the_last_step_is_what_encoding_says(encoding, text):
     for piece in split([compile_pattern(GPT2)], text):
-        taken = steps(encoding, piece.encode())
+        taken = merge_steps(encoding, piece.encode())
         parts = list(taken[-1].parts) if taken else [bytes([b]) for b in piece.encode()]
         assert parts == encoding.decode_tokens_bytes(encoding.encode_ordinary(piece))
         assert [step.rank for step in taken] == [
-            min([step.rank, *step.others]) for step in taken
+            min([step.rank, *step.other_ranks]) for step in taken
         ], "always the lowest"
 
 
 def test_drawing():
-    assert drawing(ENCODING, "lower").split("\n") == [
+    assert merge_diagram(ENCODING, "lower").split("\n") == [
         "l   o   w   e   r",
         "l   o───w   e   r     ow = o + w    rank 0, before 2, 5",
         "l───o───w   e   r     low = l + ow  rank 1, before 2",
         "l───o───w   e───r     er = e + r    rank 2",
         f"low {tiny.IDS[b'low']}     er {tiny.IDS[b'er']}",
     ]
-    assert drawing(ENCODING, " 😀").split("\n") == [
+    assert merge_diagram(ENCODING, " 😀").split("\n") == [
         "·   F0  9F  98  80",
         "·   F0──9F  98  80     F09F = F0 + 9F      rank 6",
         "·   F0──9F──98  80     F09F98 = F09F + 98  rank 7",
         "· 35   F09F98 266   80 131",
     ]
-    assert drawing(ENCODING, "x") == f"x\nx {tiny.IDS[b'x']}"
+    assert merge_diagram(ENCODING, "x") == f"x\nx {tiny.IDS[b'x']}"
 
 
 def test_a_token_that_no_merges_lead_to():
@@ -62,13 +62,13 @@ def test_a_token_that_no_merges_lead_to():
     encoding = bpe.Encoding(
         "i", pattern=".+", ranks=ids, special_tokens={}, merges=merges, ignore_merges=True
     )
-    first, why = drawing(encoding, "low").split("\n")
+    first, why = merge_diagram(encoding, "low").split("\n")
     assert first == "l   o   w" and names(why, "low", 258)
-    assert "lo = l + o" in drawing(encoding, "lows")
+    assert "lo = l + o" in merge_diagram(encoding, "lows")
 
 
 def test_long_pieces_are_not_drawn():
-    text = drawing(ENCODING, "a" * 100)
+    text = merge_diagram(ENCODING, "a" * 100)
     assert names(text, 100) and "aaaa" in text and "─" not in text
     assert text.count("\n") == 1
 
@@ -95,7 +95,7 @@ def test_explain_normalizes_as_encoding_does():
     ],
 )  # fmt: skip
 def test_a_token_on_one_line(token, text):
-    assert shown(token) == text
+    assert render_token(token) == text
 
 
 def test_measure():

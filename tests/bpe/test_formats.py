@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import bpe
-from bpe.formats import byte_characters
+from bpe.formats import bytes_to_unicode
 from bpe.log_once import warn_once
 from bpe.pretokenize import GPT2, LLAMA3, O200K, QWEN2, SMOLLM
 from tests.bpe import tiny
@@ -35,7 +35,7 @@ def check(tokenizer: bpe.Tokenizer):
 
 
 def test_byte_characters():
-    table = byte_characters()
+    table = bytes_to_unicode()
     assert len(set(table.values())) == 256
     assert (table[ord("a")], table[ord(" ")], table[ord("\n")]) == ("a", "Ġ", "Ċ")
     assert table[0xAD] == "Ń"
@@ -392,9 +392,9 @@ def test_a_template_for_tools_counts_where_there_are_tools(model_folder, write_j
     assert template.render(messages, tools=tools) == with_tools
     encoding = tokenizer.encoding
     assert encoding.decode(template.encode(encoding, messages, tools=tools)) == with_tools
-    (span,) = template.spans(messages, tools=tools)
+    (span,) = template.assistant_spans(messages, tools=tools)
     assert with_tools[slice(*span)] == "b<|im_end|>"
-    ids, turns = template.encode_turns(encoding, messages, tools=tools)
+    ids, turns = template.encode_with_assistant_spans(encoding, messages, tools=tools)
     assert [encoding.decode(ids[a:b]) for a, b in turns] == ["b<|im_end|>"]
 
 

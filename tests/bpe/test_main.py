@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import bpe
-from bpe.__main__ import coloured, main, plain
+from bpe.__main__ import format_colored, format_plain, main
 from bpe.pretokenize import PATTERNS
 from tests.bpe import tiny
 from tests.naming import names
@@ -70,10 +70,10 @@ def test_colours(run, vocab, monkeypatch):
 
 
 def test_pieces_that_move_the_cursor_or_are_half_a_character_are_escaped():
-    shown = coloured([1, 2, 3], [b"\x1b[2J", b"a\nb", b"\xf0\x9f"])
+    shown = format_colored([1, 2, 3], [b"\x1b[2J", b"a\nb", b"\xf0\x9f"])
     assert "\x1b[2J" not in shown
     assert "\\x1b[2J" in shown and "\\xf0\\x9f" in shown and "\\n" in shown
-    assert plain([7], [b"\xf0\x9f"]) == "7\tb'\\xf0\\x9f'"
+    assert format_plain([7], [b"\xf0\x9f"]) == "7\tb'\\xf0\\x9f'"
 
 
 # Encoding and decoding

@@ -7,19 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bpe.merge import NEVER, merge, merge_heap, merge_list
+from bpe.merge import NO_MERGE, merge, merge_heap, merge_list
 
 BOTH = pytest.mark.parametrize("form", [merge_list, merge_heap])
 
 
 def of_pairs(*pairs):
     ranks = {pair: i for i, pair in enumerate(pairs)}
-    return lambda left, right: ranks.get((left, right), NEVER)
+    return lambda left, right: ranks.get((left, right), NO_MERGE)
 
 
 def of_tokens(*tokens):
     ranks = {token: i for i, token in enumerate(tokens)}
-    return lambda left, right: ranks.get(left + right, NEVER)
+    return lambda left, right: ranks.get(left + right, NO_MERGE)
 
 
 @BOTH
@@ -57,8 +57,8 @@ def test_both_forms_agree_on_random_vocabularies(seed, text):
         tokens.append(left + right)
     by_token = {left + right: rank for (left, right), rank in pairs.items()}
     for rank in (
-        lambda a, b: pairs.get((a, b), NEVER),
-        lambda a, b: by_token.get(a + b, NEVER),
+        lambda a, b: pairs.get((a, b), NO_MERGE),
+        lambda a, b: by_token.get(a + b, NO_MERGE),
     ):
         expected = merge_list(text.encode(), rank)
         assert merge_heap(text.encode(), rank) == expected

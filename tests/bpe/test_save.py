@@ -6,7 +6,7 @@ import pytest
 
 import bpe
 from bpe.pretokenize import PATTERNS
-from bpe.save import merges_of, save, tiktoken_lines, to_oniguruma, tokenizer_json
+from bpe.save import recover_merges, save, tiktoken_lines, to_oniguruma, tokenizer_json
 from bpe.trainer import train
 from tests.bpe import tiny
 from tests.naming import naming
@@ -57,7 +57,7 @@ def test_merges_of_their_own_are_written_as_they_are(tmp_path):
 def test_a_token_that_no_merge_makes_stays_a_token(tmp_path):
     ranks = {bytes([b]): b for b in range(256)} | {b"ab": 256, b"whole": 257}
     with pytest.raises(ValueError, match=naming(257, "b'whole'")):
-        merges_of(ranks)
+        recover_merges(ranks)
     encoding = bpe.Encoding("w", pattern=r"\w+|\W+", ranks=ranks, special_tokens={})
     save(encoding, tmp_path / "tokenizer.json")
     again = bpe.load(tmp_path / "tokenizer.json").encoding
@@ -69,7 +69,7 @@ def test_a_token_that_no_merge_makes_stays_a_token(tmp_path):
 def test_ranks_in_any_order_are_merged_in_that_order():
     """A token may have a lower rank than its parts: "abc" is 256, "ab" is 257."""
     ranks = {bytes([b]): b for b in range(256)} | {b"abc": 256, b"ab": 257}
-    assert merges_of(ranks) == [(b"ab", b"c"), (b"a", b"b")]
+    assert recover_merges(ranks) == [(b"ab", b"c"), (b"a", b"b")]
 
 
 @pytest.mark.parametrize("name", ["p50k_edit", "cl100k_base", "o200k_harmony"])

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 import bpe
 from bpe import train_fast
-from bpe.formats import byte_characters
+from bpe.formats import bytes_to_unicode
 from bpe.pretokenize import GPT2, PATTERNS
-from bpe.save import merges_of
-from bpe.special import well_formed
-from bpe.train import BYTE_ORDER, count_pieces, join, learn, read_files, vocabulary
+from bpe.save import recover_merges
+from bpe.special_tokens import fix_surrogates
+from bpe.train import BYTE_ORDER, build_vocab, count_pieces, learn_merges, merge_pair, read_files
 from bpe.trainer import train
 from tests.naming import naming
 
@@ -23,11 +23,11 @@ ID = {bytes([byte]): id for id, byte in enumerate(BYTE_ORDER)}
 
 
 def in_bytes(merges) -> list[tuple[bytes, bytes]]:
-    tokens = list(vocabulary(merges))
+    tokens = list(build_vocab(merges))
     return [(tokens[left], tokens[right]) for left, right in merges]
 
 
-@pytest.mark.parametrize("learn", [learn, train_fast.learn])
+@pytest.mark.parametrize("learn", [learn_merges, train_fast.learn_merges])
 def test_by_hand(learn):
     # The example of Wikipedia's article on byte-pair encoding. In "aaabdaaabac", aa occurs four
     # times; then ab comes twice, as does aa+a, and "a" is before the token made of "aa".
@@ -41,7 +41,7 @@ def test_by_hand(learn):
     assert learn({b"a": 7, b"b": 8}, 9) == []
 
 
-@pytest.mark.parametrize("learn", [learn, train_fast.learn])
+@pytest.mark.parametrize("learn", [learn_merges, train_fast.learn_merges])
 def test_of_equally_frequent_pairs_the_smallest_ids_go_first(learn):
     assert in_bytes(learn({b"zy": 2, b"ab": 2, b"b!": 2, b"a\n": 2, b"aa": 2}, 9)) == [
         (b"a", b"a"), (b"a", b"b"), (b"a", b"\n"), (b"b", b"!"), (b"z", b"y"),
@@ -50,9 +50,9 @@ def test_of_equally_frequent_pairs_the_smallest_ids_go_first(learn):
 
 
 def test_joining_goes_from_left_to_right():
-    assert join([1, 1, 1], (1, 1), 9) == [9, 1]
-    assert join([1, 1, 1, 1], (1, 1), 9) == [9, 9]
-    assert join([1, 2, 1, 2, 1], (1, 2), 9) == [9, 9, 1]
+    assert merge_pair([1, 1, 1], (1, 1), 9) == [9, 1]
+    assert merge_pair([1, 1, 1, 1], (1, 1), 9) == [9, 9]
+    assert merge_pair([1, 2, 1, 2, 1], (1, 2), 9) == [9, 9, 1]
 
 
 few_letters = st.lists(st.sampled_from([b"a", b"b", b"c"]), min_size=1, max_size=30).map(b"".join)
@@ -62,17 +62,19 @@ few_letters = st.lists(st.sampled_from([b"a", b"b", b"c"]), min_size=1, max_size
 @given(st.dictionaries(few_letters, st.integers(1, 5), max_size=8), st.integers(1, 3))
 @pytest.mark.heavy
 def test_the_fast_way_learns_the_same(counts, min_frequency):
-    assert train_fast.learn(counts, 60, min_frequency) == learn(counts, 60, min_frequency)
+    assert train_fast.learn_merges(counts, 60, min_frequency) == learn_merges(
+        counts, 60, min_frequency
+    )
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.dictionaries(few_letters, st.integers(1, 5), min_size=1, max_size=8))
 def test_no_two_merges_make_the_same_bytes_so_ranks_say_it_all(counts):
     """What the docstring of `bpe.train` claims: pairs need not be listed."""
-    merges = learn(counts, 60, 1)
-    ranks = vocabulary(merges)
+    merges = learn_merges(counts, 60, 1)
+    ranks = build_vocab(merges)
     assert len(ranks) == 256 + len(merges)
-    assert merges_of(ranks) == in_bytes(merges)
+    assert recover_merges(ranks) == in_bytes(merges)
     by_rank = bpe.Encoding("r", pattern="(?s:.+)", ranks=ranks, special_tokens={})
     by_pair = bpe.Encoding(
         "p", pattern="(?s:.+)", ranks=ranks, special_tokens={}, merges=in_bytes(merges)
@@ -80,7 +82,7 @@ def test_no_two_merges_make_the_same_bytes_so_ranks_say_it_all(counts):
     for piece in counts:
         word = [ID[bytes([byte])] for byte in piece]
         for i, pair in enumerate(merges):
-            word = join(word, pair, 256 + i)
+            word = merge_pair(word, pair, 256 + i)
         text = piece.decode()
         assert by_rank.encode(text) == by_pair.encode(text) == word, "as training left it"
 
@@ -105,14 +107,14 @@ def test_the_fast_way_counts_the_same(name, texts):
         assert train_fast.count_pieces(texts, pattern, special) == counts
         if not special:  # then nothing is lost
             size = sum(len(piece) * count for piece, count in counts.items())
-            assert size == sum(len(well_formed(text).encode()) for text in texts)
+            assert size == sum(len(fix_surrogates(text).encode()) for text in texts)
 
 
 def test_counting_in_batches(monkeypatch):
     texts = ["low lower lowest", " low\n\n", "slow", ""] * 5
     whole = count_pieces(texts)
     seen = []
-    monkeypatch.setattr(train_fast, "_BATCH", 20)
+    monkeypatch.setattr(train_fast, "_BATCH_CHARS", 20)
     progress = lambda *what: seen.append(what)  # noqa: E731
     assert train_fast.count_pieces(texts, [GPT2], (), progress) == whole
     assert len(seen) > 3 and all(stage == "counting pieces" for stage, _, _ in seen)
@@ -177,11 +179,11 @@ def test_files(tmp_path):
 
 
 def test_golden(golden):
-    characters = byte_characters()
+    characters = bytes_to_unicode()
     recorded = golden("train")
     for min_frequency, expected in recorded["merges"].items():
         counts = count_pieces(recorded["texts"])
-        merges = train_fast.learn(counts, 900 - 256, int(min_frequency))
+        merges = train_fast.learn_merges(counts, 900 - 256, int(min_frequency))
         spelled = [
             " ".join("".join(characters[byte] for byte in token) for token in pair)
             for pair in in_bytes(merges)
@@ -210,11 +212,11 @@ def test_against_tokenizers():
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         ),
     )
-    characters = byte_characters()
+    characters = bytes_to_unicode()
     ours = train(texts, vocab_size=4256, special_tokens=())
     spelled = [
         ["".join(characters[byte] for byte in token) for token in pair]
-        for pair in merges_of(ours.ranks)
+        for pair in recover_merges(ours.ranks)
     ]
     assert spelled == json.loads(theirs.to_str())["model"]["merges"]
     assert all(a < b for a, b in pairwise(ours.ranks.values()))

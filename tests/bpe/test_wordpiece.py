@@ -18,7 +18,7 @@ TINY = bpe.WordPiece({piece: id for id, piece in enumerate(PIECES)})
 
 
 def pieces(text: str, wordpiece: bpe.WordPiece = TINY, **options) -> list[str]:
-    return wordpiece.pieces(wordpiece.encode(text, **options))
+    return wordpiece.convert_ids_to_tokens(wordpiece.encode(text, **options))
 
 
 def load(tmp_path, **changes) -> bpe.WordPiece:
@@ -40,17 +40,19 @@ def test_a_word_that_cannot_be_covered_is_unknown_as_a_whole():
 
 
 def test_words():
-    assert TINY.words("Don't naïvely\t数数 Ünø!") == [
+    assert TINY.pre_tokenize("Don't naïvely\t数数 Ünø!") == [
         "don", "'", "t", "naively", "数", "数", "unø", "!",
     ]  # fmt: skip
-    assert TINY.words("\u200b\x00\ufffd\ue000 \u00a0\u2028\n") == []
-    cased = bpe.WordPiece(TINY.vocab, lowercase=False, split_ideographs=False)
-    assert cased.words("Ün 数数") == ["Ün", "数数"]
-    assert bpe.WordPiece(TINY.vocab, lowercase=False, strip_accents=True).words("Ün") == ["Un"]
+    assert TINY.pre_tokenize("\u200b\x00\ufffd\ue000 \u00a0\u2028\n") == []
+    cased = bpe.WordPiece(TINY.vocab, lowercase=False, handle_chinese_chars=False)
+    assert cased.pre_tokenize("Ün 数数") == ["Ün", "数数"]
+    assert bpe.WordPiece(TINY.vocab, lowercase=False, strip_accents=True).pre_tokenize("Ün") == [
+        "Un"
+    ]
 
 
 def test_surrogates_are_joined_and_lone_ones_go():
-    assert TINY.words("a\ud83d\ude00b \ud83dc") == ["a😀b", "c"]
+    assert TINY.pre_tokenize("a\ud83d\ude00b \ud83dc") == ["a😀b", "c"]
 
 
 def test_special_tokens_in_a_text():
@@ -123,7 +125,7 @@ def test_a_folder_with_vocab_txt(tmp_path):
     wordpiece = bpe.load_wordpiece(
         write_folder(tmp_path, PIECES, do_lower_case=False, tokenize_chinese_chars=False)
     )
-    assert not wordpiece.lowercase and not wordpiece.split_ideographs
+    assert not wordpiece.lowercase and not wordpiece.handle_chinese_chars
 
 
 def test_tokenizer_json_and_vocab_txt_of_one_vocabulary_agree(tmp_path, golden):
@@ -209,7 +211,7 @@ def test_every_character(reference):
             continue
         text = f"a{chr(code)}b {chr(code)}"
         expected = [w for w, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))]
-        assert wordpiece.words(text) == expected, hex(code)
+        assert wordpiece.pre_tokenize(text) == expected, hex(code)
 
 
 @pytest.mark.parity

@@ -9,9 +9,9 @@ import json
 import os
 from pathlib import Path
 
-from bpe import vocabularies
-from bpe.formats import byte_characters
-from bpe.save import merges_of, tiktoken_lines
+from bpe import openai_encodings
+from bpe.formats import bytes_to_unicode
+from bpe.save import recover_merges, tiktoken_lines
 
 ADDRESS = "https://openaipublic.blob.core.windows.net"
 
@@ -22,7 +22,7 @@ def fill(folder: Path) -> None:
         _put(
             folder,
             f"encodings/{name}.tiktoken",
-            tiktoken_lines(vocabularies.get_encoding(name)).encode(),
+            tiktoken_lines(openai_encodings.get_encoding(name)).encode(),
         )
     merges, table = gpt2_files()
     _put(folder, "gpt-2/encodings/main/vocab.bpe", merges)
@@ -32,9 +32,9 @@ def fill(folder: Path) -> None:
 
 def gpt2_files() -> tuple[bytes, bytes]:
     """vocab.bpe and encoder.json as GPT-2 was published: its merges in order, and its table."""
-    ranks, characters = vocabularies.ranks("gpt2"), byte_characters()
+    ranks, characters = openai_encodings.load_ranks("gpt2"), bytes_to_unicode()
     show = lambda token: "".join(characters[byte] for byte in token)  # noqa: E731
-    lines = ["#version: 0.2", *(f"{show(a)} {show(b)}" for a, b in merges_of(ranks))]
+    lines = ["#version: 0.2", *(f"{show(a)} {show(b)}" for a, b in recover_merges(ranks))]
     table = {show(token): rank for token, rank in ranks.items()} | {"<|endoftext|>": 50256}
     return ("\n".join(lines) + "\n").encode(), json.dumps(table).encode()
 

@@ -1,7 +1,7 @@
 """A vocabulary small enough to check by hand, in every form it can have."""
 
 import bpe
-from bpe.formats import byte_characters
+from bpe.formats import bytes_to_unicode
 from bpe.pretokenize import GPT2, split
 
 # Priority order. "lo" + "w" and "l" + "ow" both make "low"; only the second is listed.
@@ -20,14 +20,14 @@ def encoding(**changes) -> bpe.Encoding:
     return bpe.Encoding("tiny", **(arguments | changes))
 
 
-def plainly(encoding: bpe.Encoding, text: str) -> list[int]:
+def encode_reference(encoding: bpe.Encoding, text: str) -> list[int]:
     """The ids of a text by cutting it and merging every piece, and nothing else."""
     pieces = split(encoding._patterns, encoding._normalize(text))
     return [id for piece in pieces for id in encoding.encode_piece(piece.encode())]
 
 
 def as_text(token: bytes) -> str:
-    characters = byte_characters()
+    characters = bytes_to_unicode()
     return "".join(characters[b] for b in token)
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from diffusion import data
-from diffusion.text import Text
+from diffusion.text import PromptEmbeds
 
 ENTRIES = [
     {"label": "red apple", "hexcode": "1F34E", "group": 4, "tags": ["apple", "food", "fruit"]},
@@ -41,7 +41,7 @@ def packages(tmp_path, monkeypatch):
                 archive.addfile(member, io.BytesIO(content))
 
     write(
-        data.NAMES,
+        data.NAMES_PACKAGE,
         {
             "package/en/data.json": json.dumps(ENTRIES).encode(),
             "package/en/shortcodes/iamcal.json": json.dumps(SHORTCODES).encode(),
@@ -58,12 +58,12 @@ def packages(tmp_path, monkeypatch):
 
 
 def test_variants_flags_and_clocks_are_left_out(packages):
-    names = [concept.name for concept in data.concepts(packages)]
+    names = [concept.name for concept in data.load_concepts(packages)]
     assert names == ["red apple", "green apple", "cat", "red heart", "right arrow"]
 
 
 def test_captions_are_names_shortcodes_and_what_names_little_else(packages):
-    apple, _, cat, heart, arrow = data.concepts(packages)
+    apple, _, cat, heart, arrow = data.load_concepts(packages)
     assert list(apple.captions)[:3] == ["red apple", "a red apple", "apple"]
     assert sum(apple.captions.values()) == pytest.approx(1)
     assert apple.captions["apple"] > apple.captions["food"]
@@ -73,8 +73,8 @@ def test_captions_are_names_shortcodes_and_what_names_little_else(packages):
 
 
 def test_pictures_are_found_with_and_without_the_sign_for_colour(packages):
-    found = data.concepts(packages)
-    drawn = data.pictures(packages, data.STYLES[0], found)
+    found = data.load_concepts(packages)
+    drawn = data.load_images(packages, data.STYLES[0], found)
     assert sorted(drawn) == ["1f34e", "1f34f", "1f408", "2764"]
     assert drawn["2764"].shape == (64, 64, 3) and drawn["2764"].dtype == np.uint8
 
@@ -98,29 +98,29 @@ def test_a_pack_holds_every_picture_and_caption(packages, tmp_path):
         asked.extend(texts)
         count = len(texts)
         states = np.arange(count, dtype=np.float32)[:, None, None] * np.ones((1, 4, 6), np.float32)
-        return Text(states, np.ones((count, 4), bool), states[:, 0])
+        return PromptEmbeds(states, np.ones((count, 4), bool), states[:, 0])
 
-    data.pack(packages, read, tmp_path / "pack")
-    pack = data.Pack(tmp_path / "pack")
+    data.build_dataset(packages, read, tmp_path / "pack")
+    pack = data.EmojiDataset(tmp_path / "pack")
     assert len(pack.images) == 4 + 4 + 3 and len(asked) == len(set(asked))
     assert pack.held_out.tolist() == [
         data.is_held_out(pack.concepts[c], data.STYLES[s])
-        for c, s in zip(pack.concept, pack.style, strict=True)
+        for c, s in zip(pack.concept_ids, pack.style_ids, strict=True)
     ]
     assert [asdict.captions for asdict in pack.concepts] == [
-        concept.captions for concept in data.concepts(packages)
+        concept.captions for concept in data.load_concepts(packages)
     ]
-    small = pack.pictures(np.array([0, 1]), 32)
+    small = pack.downscaled_images(np.array([0, 1]), 32)
     assert small.shape == (2, 32, 32, 3)
     assert small.min() >= -1 and small[0, -1, 0].tolist() == [1, 1, 1]
-    heard = pack.heard(["red apple", "red apple, flat style"])
+    heard = pack.caption_embeds(["red apple", "red apple, flat style"])
     assert heard["states"][:, 0, 0].tolist() == [
         asked.index("red apple"),
         asked.index("red apple, flat style"),
     ]
     random = np.random.default_rng(0)
-    said = {pack.draw_caption(random, 0) for _ in range(200)}
-    name = pack.concepts[pack.concept[0]].name
+    said = {pack.sample_caption(random, 0) for _ in range(200)}
+    name = pack.concepts[pack.concept_ids[0]].name
     assert {name, f"{name}, shaded style"} <= said
     assert not any("flat" in caption for caption in said)
 

@@ -10,7 +10,7 @@ import pytest
 
 from diffusion import checkpoint, dit, layers, model
 from diffusion.config import DiTConfig, UNetConfig
-from diffusion.text import Text
+from diffusion.text import PromptEmbeds
 from tests.diffusion.conftest import random_params, shapes
 from tests.naming import naming
 from transformer import rope
@@ -29,7 +29,7 @@ def fresh():
 
 def inputs(cfg, rows=3, words=4, seed=1):
     keys = jax.random.split(jax.random.key(seed), 4)
-    text = Text(
+    text = PromptEmbeds(
         states=jax.random.normal(keys[0], (rows, words, cfg.text_dim)),
         mask=jnp.arange(words) < jnp.arange(1, rows + 1)[:, None],
         pooled=jax.random.normal(keys[1], (rows, cfg.text_dim)),
@@ -79,7 +79,7 @@ def test_padding_and_a_prompt_not_shown_change_nothing(cfg):
     states = jnp.where(text.mask[..., None], text.states, 1e3)
     masked = model.denoise(params, cfg, z, t, replace(text, states=states), keep)
     np.testing.assert_allclose(masked, found, atol=1e-5)
-    other = Text(text.states + 1, ~text.mask, text.pooled - 1)
+    other = PromptEmbeds(text.states + 1, ~text.mask, text.pooled - 1)
     np.testing.assert_allclose(
         model.denoise(params, cfg, z, t, text, ~keep),
         model.denoise(params, cfg, z, t, other, ~keep),
@@ -134,7 +134,7 @@ def test_configs_refuse_what_cannot_be(make, changes, facts):
 def test_positions_of_the_transformer_are_relative_and_two_dimensional():
     """A query and a key meet alike wherever the pair stands, not where its direction differs."""
     cfg = DiTConfig.debug(num_heads=1, d_model=16)
-    cos, sin = dit.positions(4, 4, 2, cfg)
+    cos, sin = dit.rotary_angles(4, 4, 2, cfg)
     assert cos.shape == (1, 18, 1, 8)
     np.testing.assert_array_equal(np.asarray(cos[0, 16:]), 1)  # words are not turned
     np.testing.assert_array_equal(np.asarray(sin[0, 16:]), 0)
@@ -145,10 +145,10 @@ def test_positions_of_the_transformer_are_relative_and_two_dimensional():
 
 def test_folding_keeps_blocks_together():
     x = jnp.arange(4 * 4).reshape(1, 4, 4, 1)
-    assert layers.fold(x)[0, 0, 1].tolist() == [2, 3, 6, 7]
+    assert layers.space_to_depth(x)[0, 0, 1].tolist() == [2, 3, 6, 7]
     x = jnp.arange(2 * 8 * 8 * 3).reshape(2, 8, 8, 3)
     for by in (2, 4):
-        np.testing.assert_array_equal(layers.unfold(layers.fold(x, by), by), x)
+        np.testing.assert_array_equal(layers.depth_to_space(layers.space_to_depth(x, by), by), x)
 
 
 @both
@@ -203,7 +203,7 @@ def test_a_denoiser_comes_back_from_disk(cfg, tmp_path):
     found, found_cfg = checkpoint.load(tmp_path)
     assert found_cfg == cfg
     jax.tree.map(np.testing.assert_array_equal, found, params)
-    checkpoint.save(tmp_path, params, cfg, format="float16")
+    checkpoint.save(tmp_path, params, cfg, dtype="float16")
     half, _ = checkpoint.load(tmp_path)
     for a, b in zip(jax.tree.leaves(half), jax.tree.leaves(params), strict=True):
         assert a.dtype == jnp.float32

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion import sample, schedule
-from diffusion.schedule import Level
+from diffusion.schedule import NoiseLevel
 from tests.diffusion.conftest import GOLDEN, dummy
 from tests.naming import naming
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.heavy
 RULES = ("euler", "ddim", "ddpm", "heun", "dpmpp")
 
 
-def _vp(ratio: float) -> Level:
+def _vp(ratio: float) -> NoiseLevel:
     return schedule.from_alpha_bar(1 / (1 + ratio**2))
 
 
@@ -29,7 +29,7 @@ def test_ddim_and_ddpm_are_those_of_diffusers(rule, monkeypatch):
     drawn = iter(GOLDEN["ddpm_noise"])
     monkeypatch.setattr(sample, "normal", lambda keys, shape: next(drawn))
     levels = schedule.ddpm_levels(schedule.linear_betas(), len(GOLDEN[rule]))
-    found = _walk(GOLDEN["start"], levels, rule, keys=sample.keys_of(0, 2))
+    found = _walk(GOLDEN["start"], levels, rule, keys=sample.image_keys(0, 2))
     np.testing.assert_allclose(found, GOLDEN[rule], atol=1e-5)
 
 
@@ -68,7 +68,7 @@ def _truth(z, level):
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_draws_from_the_distribution(rule):
     """With a perfect network and many steps, what comes out is distributed as pictures are."""
-    keys = sample.keys_of(0, 64)
+    keys = sample.image_keys(0, 64)
     levels = schedule.ddpm_levels(schedule.cosine_betas(), 100)
     levels = [level for level in levels if level.alpha > 0.01]
     z = sample.normal(keys, (8, 8, 3))
@@ -79,7 +79,7 @@ def test_every_rule_draws_from_the_distribution(rule):
 
 def test_more_steps_come_nearer_to_the_truth_and_second_order_sooner():
     """Where pictures are normal the flow is known: it moves noise e to 0.5 + 0.3 e."""
-    z = sample.normal(sample.keys_of(1, 2), (4, 4, 3))
+    z = sample.normal(sample.image_keys(1, 2), (4, 4, 3))
 
     def error(rule: str, count: int) -> float:
         found = sample.sample(_truth, z, schedule.flow_levels(count), rule)
@@ -95,7 +95,7 @@ def test_more_steps_come_nearer_to_the_truth_and_second_order_sooner():
 def test_the_notation_does_not_matter():
     """The same ratios, written as a flow, with variance 1, or with sigma: the same picture."""
     flow = schedule.flow_levels(8)[1:]
-    z = sample.normal(sample.keys_of(0, 2), (4, 4, 3))
+    z = sample.normal(sample.image_keys(0, 2), (4, 4, 3))
     for rule in ("ddim", "heun", "dpmpp"):
         found = []
         for make in (
@@ -111,7 +111,7 @@ def test_the_notation_does_not_matter():
 
 
 def test_intermediates_are_the_noisy_and_the_predicted_picture():
-    z = sample.normal(sample.keys_of(0, 1), (4, 4, 3))
+    z = sample.normal(sample.image_keys(0, 1), (4, 4, 3))
     levels = schedule.flow_levels(5)
     steps = list(sample.steps(dummy, z, levels, "euler"))
     assert [step.number for step in steps] == [1, 2, 3, 4, 5]
@@ -124,7 +124,7 @@ def test_a_picture_depends_on_its_seed_and_number_alone(rule):
     levels = schedule.flow_levels(4)
 
     def pictures(seed: int, count: int) -> np.ndarray:
-        keys = sample.keys_of(seed, count)
+        keys = sample.image_keys(seed, count)
         z = sample.normal(keys, (4, 4, 3))
         return np.asarray(sample.sample(dummy, z, levels, rule, keys=keys))
 
@@ -135,7 +135,9 @@ def test_a_picture_depends_on_its_seed_and_number_alone(rule):
 
 def test_guidance_goes_from_the_one_picture_through_the_other():
     with_prompt, without = jnp.array([3.0]), jnp.array([1.0])
-    assert [float(sample.guide(with_prompt, without, s)[0]) for s in (0, 1, 2)] == [1, 3, 5]
+    assert [
+        float(sample.classifier_free_guidance(with_prompt, without, s)[0]) for s in (0, 1, 2)
+    ] == [1, 3, 5]
 
 
 def test_what_cannot_be_walked_is_refused():
@@ -154,5 +156,5 @@ def test_keys_are_those_of_jax():
     """So that a seed means the same to whoever folds it in as the docstring says."""
     expected = jax.random.fold_in(jax.random.key(7), 2)
     assert jnp.array_equal(
-        jax.random.key_data(sample.keys_of(7, 3)[2]), jax.random.key_data(expected)
+        jax.random.key_data(sample.image_keys(7, 3)[2]), jax.random.key_data(expected)
     )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from diffusion import schedule
-from diffusion.schedule import Level
+from diffusion.schedule import NoiseLevel
 from tests.diffusion.conftest import GOLDEN
 from tests.naming import naming
 
@@ -18,7 +18,7 @@ LEVELS = [
 
 
 @pytest.mark.parametrize("level", LEVELS, ids=str)
-@pytest.mark.parametrize("kind", schedule.PREDICTIONS)
+@pytest.mark.parametrize("kind", schedule.PREDICTION_TYPES)
 def test_every_prediction_gives_picture_and_noise_back(kind, level):
     z = level.alpha * X + level.sigma * E
     said = schedule.target(kind, X, E, level)
@@ -30,7 +30,7 @@ def test_every_prediction_gives_picture_and_noise_back(kind, level):
 def test_an_unknown_prediction_is_named():
     for call in (schedule.target, schedule.clean):
         with pytest.raises(ValueError, match="'score'"):
-            call("score", X, E, Level(0.5, 0.5))
+            call("score", X, E, NoiseLevel(0.5, 0.5))
 
 
 @pytest.mark.parametrize("level", LEVELS, ids=str)

@@ -7,32 +7,32 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from serve.models.decoder import ServedModel
+from serve.models.decoder import DecoderModel
 from tests.serve import scripted
 
 
 @pytest.fixture(scope="session")
-def model() -> ServedModel:
+def model() -> DecoderModel:
     return scripted.model()
 
 
 @pytest.fixture(scope="session")
-def address(model: ServedModel) -> Iterator[str]:
+def address(model: DecoderModel) -> Iterator[str]:
     others = {
         "org/with-slash": scripted.TEMPLATE,
         "base": None,
         "picky": "{{ raise_exception('Conversation roles must alternate') }}",
         "hostile": "{% for i in range(10 ** 9) %}x{% endfor %}",
     }
-    filling = scripted.model("filling", None, scripted.filling_encoding)
-    with scripted.running(model, *starmap(scripted.model, others.items()), filling) as address:
+    filling = scripted.model("filling", None, scripted.fim_encoding)
+    with scripted.serve_models(model, *starmap(scripted.model, others.items()), filling) as address:
         yield address
 
 
 @pytest.fixture
-def engine(model: ServedModel) -> scripted.Scripted:
+def engine(model: DecoderModel) -> scripted.ScriptedEngine:
     """The engine behind the server: what it was asked is on record."""
-    assert isinstance(model.engine, scripted.Scripted)
+    assert isinstance(model.engine, scripted.ScriptedEngine)
     return model.engine
 
 

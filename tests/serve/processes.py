@@ -36,12 +36,12 @@ class Server:
         errors: lines of stderr so far; all of them, once it has ended.
     """
 
-    first: dict[str, Any]
-    errors: list[str]
+    ready_line: dict[str, Any]
+    stderr_lines: list[str]
 
     @property
     def url(self) -> str:
-        return self.first["url"]
+        return self.ready_line["url"]
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def run(*arguments: str, **variables: str) -> str:
     return done.stdout
 
 
-def until(condition: Callable[[], bool]) -> None:
+def wait_for(condition: Callable[[], bool]) -> None:
     """Wait for a condition."""
     end = time.monotonic() + 2 * TIMEOUT
     while not condition():

@@ -17,29 +17,39 @@ from fastapi import FastAPI
 
 import bpe
 from serve.api.app import create_app
-from serve.api.settings import Settings
-from serve.models.decoder import ServedModel
+from serve.api.settings import ServerSettings
+from serve.models.decoder import DecoderModel
 from serve.models.registry import Registry
 from serve.models.spec import ModelSpec
 from tests.serve.tiny_data import TEMPLATE
 from tests.waiting import wait_until
-from transformer.engine import Began, Busy, Done, Event, Failed, Request, Scored, Stats, Token
+from transformer.engine import (
+    Busy,
+    Done,
+    Event,
+    Failed,
+    PrefillDone,
+    PromptLogprobs,
+    SequenceRequest,
+    Stats,
+    Token,
+)
 
 HELLO = "Hello, wörld! 😀 Bye."  # what it says unless told otherwise
 CONTEXT = 512
 IM_START, IM_END, END_OF_TEXT = 256, 257, 258
 
 SPECIAL = {"<|im_start|>": IM_START, "<|im_end|>": IM_END, "<|endoftext|>": END_OF_TEXT}
-FILLING = {"<|fim_prefix|>": 259, "<|fim_suffix|>": 260, "<|fim_middle|>": 261}
+FIM_TOKENS = {"<|fim_prefix|>": 259, "<|fim_suffix|>": 260, "<|fim_middle|>": 261}
 
 
-def bytes_and(special_tokens: dict[str, int]) -> bpe.Encoding:
+def byte_encoding(special_tokens: dict[str, int]) -> bpe.Encoding:
     ranks = {bytes([byte]): byte for byte in range(256)}
     return bpe.Encoding("bytes", pattern=r"[\s\S]", ranks=ranks, special_tokens=special_tokens)
 
 
-encoding = bytes_and(SPECIAL)
-filling_encoding = bytes_and(SPECIAL | FILLING)
+encoding = byte_encoding(SPECIAL)
+fim_encoding = byte_encoding(SPECIAL | FIM_TOKENS)
 
 
 def tokenizer(template: str | None, encoding: bpe.Encoding = encoding) -> bpe.Tokenizer:
@@ -53,17 +63,17 @@ def tokenizer(template: str | None, encoding: bpe.Encoding = encoding) -> bpe.To
     )
 
 
-class Scripted:
+class ScriptedEngine:
     """An engine that plays a part; ``requests`` and ``running`` say what it was asked to do."""
 
     def __init__(self) -> None:
-        self.requests: list[Request] = []
+        self.requests: list[SequenceRequest] = []
         self.running = 0
         self.most_running = 0
         self.tokens = 0
 
-    async def stream(self, request: Request) -> AsyncIterator[Event]:
-        prompt = filling_encoding.decode(request.prompt)
+    async def stream(self, request: SequenceRequest) -> AsyncIterator[Event]:
+        prompt = fim_encoding.decode(request.prompt)
         if "busy" in prompt:
             raise Busy
         self.requests.append(request)
@@ -74,14 +84,16 @@ class Scripted:
                 yield Failed("the numbers went bad")
                 return
             cached = 4 if "cached" in prompt else 0
-            yield Began(cached)
+            yield PrefillDone(cached)
             if "never in time" in prompt:
                 yield Done("timeout")
                 return
             if request.prompt_logprobs is not None:
                 for start in range(0, len(request.prompt), 4):
                     ids = enumerate(request.prompt[start : start + 4], start)
-                    yield Scored(tuple(self.prompt_token(at, id, request) for at, id in ids))
+                    yield PromptLogprobs(
+                        tuple(self.prompt_token(at, id, request) for at, id in ids)
+                    )
             reply = encoding.encode_ordinary(self.reply(prompt, request))
             if prompt.startswith("half"):
                 reply = [0xA9, ord("!")]
@@ -107,18 +119,18 @@ class Scripted:
             self.running -= 1
 
     def stats(self) -> Stats:
-        return Stats(requests={}, running=self.running, generated_tokens=self.tokens, slots=16)
+        return Stats(finished={}, running=self.running, generated_tokens=self.tokens, slots=16)
 
-    def reply(self, prompt: str, request: Request) -> str:
-        sampling = request.sampling
+    def reply(self, prompt: str, request: SequenceRequest) -> str:
+        sampling = request.sampling_params
         if prompt == "<|fim_prefix|>emoji(<|fim_suffix|>) end<|fim_middle|>":
             return "filled in"
         if "endless" in prompt:
             return "abcdefghij" * 1000
         if "seed" in prompt:
-            return f"{sampling.seed}/{request.choice}"
+            return f"{sampling.seed}/{request.index}"
         if "best" in prompt:
-            return str(request.choice)
+            return str(request.index)
         if "special" in prompt:
             return f"{request.prompt[0]}"
         if "nothing hey" in prompt:
@@ -127,15 +139,15 @@ class Scripted:
             return "😀" * 3
         return HELLO
 
-    def token(self, id: int, request: Request) -> Token:
+    def token(self, id: int, request: SequenceRequest) -> Token:
         if request.top_logprobs is None:
             return Token(id, None, ())
         # Of four choices that are asked for the best, the third is.
-        likely = -1.0 - (request.choice - 2) % 4 if chr(id).isdigit() else -0.25
+        likely = -1.0 - (request.index - 2) % 4 if chr(id).isdigit() else -0.25
         top = ((id, likely), (0x41, -2.5), (0xFF, float("-inf")))
         return Token(id, likely, top[: request.top_logprobs])
 
-    def prompt_token(self, position: int, id: int, request: Request) -> Token:
+    def prompt_token(self, position: int, id: int, request: SequenceRequest) -> Token:
         if position == 0:
             return Token(id)
         top = ((id, -position / 8), (0x42, -9.5))
@@ -146,31 +158,31 @@ def model(
     id: str = "scripted",
     template: str | None = TEMPLATE,
     encoding: bpe.Encoding = encoding,
-) -> ServedModel:
-    return ServedModel(
+) -> DecoderModel:
+    return DecoderModel(
         id=id,
         created=1_700_000_000,
         owned_by="pellucid",
         tokenizer=tokenizer(template, encoding),
         context=CONTEXT,
-        engine=Scripted(),  # type: ignore[arg-type]
+        engine=ScriptedEngine(),  # type: ignore[arg-type]
         fingerprint="fp_scripted",
     )
 
 
 @contextmanager
-def running(*models: ServedModel | ModelSpec, **settings: object) -> Iterator[str]:
+def serve_models(*models: DecoderModel | ModelSpec, **settings: object) -> Iterator[str]:
     """Serves ``models`` from a thread on a free port; gives the address, without /v1."""
     registry = Registry([*models], {"gpt-4": models[0].id, "mine": models[0].id})
     with tempfile.TemporaryDirectory() as home:  # not the user's own, which may hold keys
         settings = {"home": Path(home), **settings}
-        app = create_app(Settings(**settings), registry)  # type: ignore[arg-type]
-        with served(app) as address, closing(app.state.keeper):
+        app = create_app(ServerSettings(**settings), registry)  # type: ignore[arg-type]
+        with serve_app(app) as address, closing(app.state.keeper):
             yield address
 
 
 @contextmanager
-def served(app: FastAPI) -> Iterator[str]:
+def serve_app(app: FastAPI) -> Iterator[str]:
     """Runs an application on a thread, on a free port; gives its address."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run)

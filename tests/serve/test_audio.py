@@ -15,7 +15,7 @@ from openai import OpenAI
 
 from serve.api.app import create_app
 from serve.api.routes.audio import SpeechEvent, Transcription, VerboseTranscription
-from serve.api.settings import Settings
+from serve.api.settings import ServerSettings
 from serve.models import resolve
 from serve.models.registry import Registry
 from serve.models.spec import LoadOptions, ModelFiles
@@ -46,7 +46,7 @@ def speech_address(model_file, tmp_path_factory):
         several, LoadOptions(cache_budget=2**20, dtype="float32", home=home, notify=print)
     )
     registry = Registry([scripted.model(), offer, other], {"whisper-1": MODEL})
-    with scripted.served(create_app(Settings(home=home), registry)) as address:
+    with scripted.serve_app(create_app(ServerSettings(home=home), registry)) as address:
         yield address
 
 

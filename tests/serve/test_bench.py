@@ -11,7 +11,7 @@ from matplotlib.image import imread
 from audio import bench
 from tests.naming import names
 from tests.serve import tiny
-from transformer.bench import decoder_cases as cases
+from transformer.bench import decoder_cases
 
 pytestmark = pytest.mark.heavy
 
@@ -29,7 +29,7 @@ def test_cases_have_the_sizes_of_the_model_that_is_named(tmp_path):
     folder = tiny.model(tmp_path / "tiny")
     said = run("-m", f"tiny={folder}", "--context", "300", "--list")
     assert said.returncode == 0, said.stderr
-    expected = [case.name for case in cases.cases(cases.Sizes(tiny.CFG, 300))]
+    expected = [case.name for case in decoder_cases.bench_cases(decoder_cases.Sizes(tiny.CFG, 300))]
     listening = [case.name for case in bench.cases()]
     assert said.stdout.splitlines() == expected + listening
     assert "attend_cached 1x1 behind 300 float32" in expected
@@ -38,7 +38,7 @@ def test_cases_have_the_sizes_of_the_model_that_is_named(tmp_path):
 def test_mistakes_are_named():
     for arguments, status, facts in (
         (["add"], 2, ["'add'", "decode"]),
-        (["--try", "norm=fused"], 2, ["norm", "reference", "ones", "'fused'"]),
+        (["--try", "norm=fused"], 2, ["norm", "reference", "sum_by_matmul", "'fused'"]),
         (["--compare", "/nowhere.jsonl"], 1, ["/nowhere.jsonl"]),
     ):
         said = run(*arguments)

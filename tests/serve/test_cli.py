@@ -82,7 +82,7 @@ def empty(tmp_path: Path) -> dict[str, str]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a user whose one model takes no time."""
     home = tmp_path_factory.mktemp("tiny")
-    tiny_gguf.catalogue(home)
+    tiny_gguf.write_catalogue(home)
     return {"PELLUCID_HOME": str(home)}
 
 
@@ -134,10 +134,10 @@ def test_a_model_can_be_served_once(tmp_path: Path) -> None:
     assert done.returncode == 2 and names(done.stderr, "a, a")
 
 
-def test_an_unreachable_index_is_exit_code_4(empty: dict[str, str], refusing: str) -> None:
+def test_an_unreachable_index_is_exit_code_4(empty: dict[str, str], refused_url: str) -> None:
     nowhere = {
         "PIP_CONFIG_FILE": os.devnull,
-        "PIP_INDEX_URL": refusing,
+        "PIP_INDEX_URL": refused_url,
         "PIP_EXTRA_INDEX_URL": "",
         "PIP_FIND_LINKS": "",
         "PIP_RETRIES": "0",

@@ -114,8 +114,8 @@ def test_models_and_engines(old):
 
 def test_deleting_a_model(tmp_path):
     own = "ft:scripted:me::old"
-    adapters.folder(tmp_path, own).mkdir(parents=True)
-    with scripted.running(scripted.model(), scripted.model(own), home=tmp_path) as address:
+    adapters.adapter_folder(tmp_path, own).mkdir(parents=True)
+    with scripted.serve_models(scripted.model(), scripted.model(own), home=tmp_path) as address:
         old = OldClient(install(), address)
         answer = old.run(f"answer = openai.Model.delete({own!r})")
         assert answer == {"id": own, "object": "model", "deleted": True}

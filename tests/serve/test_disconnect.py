@@ -16,13 +16,13 @@ import pytest
 from openai import AsyncOpenAI
 
 import bpe
-from serve.api.generation import SIDE_BY_SIDE, interleave
-from serve.models.compiled import keep_compiled_programs
+from serve.api.generation import MAX_CONCURRENT_CHOICES, interleave
+from serve.models.compilation_cache import enable_compilation_cache
 from tests.serve import scripted
 from tests.waiting import wait_until
 from transformer import cache, checkpoint
 from transformer.engine import Engine
-from transformer.engine.runner import BUCKETS, CHUNK, NUM_SLOTS, Runner
+from transformer.engine.runner import BUCKETS, CHUNK_SIZE, NUM_SLOTS, Runner
 from transformer.engine.scheduler import Scheduler
 
 pytestmark = pytest.mark.heavy
@@ -94,7 +94,7 @@ def test_choices_run_side_by_side_but_not_without_bound(loose, engine):
     engine.most_running = 0
     answer = loose.completions.create(model="scripted", prompt=["endless"] * 20, n=2, max_tokens=5)
     assert [choice.text for choice in answer.choices] == ["abcde"] * 40
-    assert engine.most_running == SIDE_BY_SIDE
+    assert engine.most_running == MAX_CONCURRENT_CHOICES
 
 
 def test_choices_of_a_stream_interleave(loose):
@@ -133,16 +133,16 @@ def test_one_failing_stream_closes_the_others():
 def small(model_file):
     """Two layers of the chat model behind a real engine, and a server around it."""
     path = model_file("smollm2-135m-instruct")
-    params, cfg, metadata = checkpoint.load(path, format="int8")
+    params, cfg, metadata = checkpoint.load(path, dtype="int8")
     params, cfg = params.replace(layers=params.layers[:2]), replace(cfg, num_layers=2)
-    keep_compiled_programs()
+    enable_compilation_cache()
     runner = Runner(params, cfg, 49152, 40, jnp.bfloat16)
     runner.compile("read", *BUCKETS)
     runner.warm_up()
-    engine = Engine(runner, Scheduler(NUM_SLOTS, 40, cache.BLOCK, CHUNK, 256), 8192)
+    engine = Engine(runner, Scheduler(NUM_SLOTS, 40, cache.BLOCK_SIZE, CHUNK_SIZE, 256), 8192)
     served = scripted.model("small")
     served = replace(served, tokenizer=bpe.from_gguf(metadata), context=8192, engine=engine)
-    with scripted.running(served) as address:
+    with scripted.serve_models(served) as address:
         yield served, address
     engine.close(drain=False)
 

@@ -14,10 +14,10 @@ from openai import OpenAI
 
 import bpe
 from serve.api.app import create_app
-from serve.api.settings import Settings
+from serve.api.settings import ServerSettings
 from serve.exceptions import WrongUsage
 from serve.models import resolve
-from serve.models.encoder import load_embedder
+from serve.models.encoder import load_embedding_model
 from serve.models.registry import Registry
 from serve.models.spec import LoadOptions, ModelFiles
 from tests.naming import names, naming
@@ -49,7 +49,7 @@ def embedding_address(folder, tmp_path_factory):
     )
     assert offer.kind == "encoder"
     registry = Registry([scripted.model(), offer], ALIASES)
-    with scripted.served(create_app(Settings(home=home), registry)) as address:
+    with scripted.serve_app(create_app(ServerSettings(home=home), registry)) as address:
         yield address
 
 
@@ -218,7 +218,9 @@ def test_longer_texts_are_read_when_the_server_is_told_to(folder, tmp_path):
     place = ModelFiles(MODEL, folder, "sentence-transformers")
     how = dict(cache_budget=2**20, dtype="float32", home=tmp_path, notify=print)
     offer = resolve.describe(place, LoadOptions(max_embedding_tokens=512, **how))
-    with scripted.served(create_app(Settings(home=tmp_path), Registry([offer], {}))) as address:
+    with scripted.serve_app(
+        create_app(ServerSettings(home=tmp_path), Registry([offer], {}))
+    ) as address:
         long = post(address, input="word " * 510).json()
         assert long["usage"]["total_tokens"] == 512
         error = post(address, input="word " * 511).json()["error"]
@@ -237,8 +239,8 @@ def test_texts_of_512_tokens_are_those_of_sentence_transformers(folder):
     texts = ["the cat sat on a mat, and " * 70, "word " * 600, "short"]
     peer = SentenceTransformer(str(folder), device="cpu")
     peer.max_seq_length = 512
-    served = load_embedder(MODEL, folder, owned_by="me", dtype="float32", max_tokens=512)
-    ids = [served.words.encode(text, max_length=512) for text in texts]
+    served = load_embedding_model(MODEL, folder, owned_by="me", dtype="float32", max_tokens=512)
+    ids = [served.tokenizer.encode(text, max_length=512) for text in texts]
     assert len(ids[1]) == 512
     found = asyncio.run(served.embed(ids))
     assert (found * peer.encode(texts, normalize_embeddings=True)).sum(1).min() > 0.99999

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from serve.models import adapters, decoder, fingerprint
-from serve.models.compiled import keep_compiled_programs
+from serve.models.compilation_cache import enable_compilation_cache
 from tests.serve import tiny
 from transformer import lora
 
@@ -26,12 +26,14 @@ def address(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     adapter = tmp_path_factory.mktemp("adapter")
     lora.save(adapter, lora.init(jax.random.key(1), tiny.CFG, rank=2, alpha=4), tiny.CFG)
-    weights = fingerprint.of_weights(folder)
-    card = adapters.Card(FINE_TUNED, "tiny", str(folder), weights, created=5, job="ftjob-1", step=3)
-    adapters.put(home, card, adapter)
-    keep_compiled_programs()
+    weights = fingerprint.hash_weights(folder)
+    card = adapters.AdapterMetadata(
+        FINE_TUNED, "tiny", str(folder), weights, created=5, job="ftjob-1", step=3
+    )
+    adapters.save(home, card, adapter)
+    enable_compilation_cache()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder, "MAX_ROWS", 2)
+        patch.setattr(decoder, "MAX_BATCH_SIZE", 2)
         with tiny.serving(home, folder) as address:
             yield address
 

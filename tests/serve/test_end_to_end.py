@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from openai import BadRequestError, OpenAI
 
-from serve.models.decoder import load_model
+from serve.models.decoder import load_decoder
 from tests.naming import names
 from tests.serve import scripted
 from transformer import checkpoint, decoder
@@ -26,8 +26,13 @@ FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 
 def loaded(model_file, id):
     """The format is given, so that no measuring comes first."""
-    return load_model(
-        id, model_file(id), owned_by="test", cache_budget=128 * 2**20, dtype="int8", max_rows=1
+    return load_decoder(
+        id,
+        model_file(id),
+        owned_by="test",
+        cache_budget=128 * 2**20,
+        dtype="int8",
+        max_batch_size=1,
     )
 
 
@@ -40,7 +45,7 @@ def served(model_file):
 
 @pytest.fixture(scope="module")
 def address(served):
-    with scripted.running(served) as address:
+    with scripted.serve_models(served) as address:
         yield address
 
 
@@ -184,7 +189,7 @@ def test_the_coder_completes_a_function_that_runs(model_file):
     ask = 'def is_prime(n: int) -> bool:\n    """Whether n is a prime number."""\n'
     try:
         with (
-            scripted.running(model) as address,
+            scripted.serve_models(model) as address,
             OpenAI(base_url=f"{address}/v1", api_key="any") as client,
         ):
             answer = client.completions.create(
@@ -209,12 +214,12 @@ def test_echo_scores_a_text_as_a_forward_pass_does(model_file):
     """So a harness that compares the likelihoods of answers finds what the model thinks."""
     text = "The capital of France is Paris, and the capital of Italy is Rome. " * 5
     path = model_file(CHAT)
-    model = load_model(
-        CHAT, path, owned_by="test", cache_budget=128 * 2**20, dtype="float32", max_rows=1
+    model = load_decoder(
+        CHAT, path, owned_by="test", cache_budget=128 * 2**20, dtype="float32", max_batch_size=1
     )
     try:
         with (
-            scripted.running(model) as address,
+            scripted.serve_models(model) as address,
             OpenAI(base_url=f"{address}/v1", api_key="any") as client,
         ):
             ask = {"model": CHAT, "echo": True, "max_tokens": 0, "logprobs": 5}
@@ -222,7 +227,7 @@ def test_echo_scores_a_text_as_a_forward_pass_does(model_file):
     finally:
         model.engine.close(drain=False)
     ids = model.tokenizer.encoding.encode(text)
-    params, cfg, _ = checkpoint.load(path, format="float32")
+    params, cfg, _ = checkpoint.load(path, dtype="float32")
     logits, _ = jax.jit(decoder.forward, static_argnums=1)(params, cfg, np.array([ids]))
     logprobs = np.asarray(jax.nn.log_softmax(logits[0]))
     assert len(found.tokens) == len(ids) > 64 and "".join(found.tokens) == text
@@ -240,7 +245,7 @@ def test_the_coder_fills_in_the_middle(model_file):
     after = "\n    return subtotal * (1 + tax_rate)\n"
     try:
         with (
-            scripted.running(model) as address,
+            scripted.serve_models(model) as address,
             OpenAI(base_url=f"{address}/v1", api_key="any") as client,
         ):
             answer = client.completions.create(

@@ -425,13 +425,13 @@ def test_a_full_queue_is_429_even_where_the_prompt_is_echoed(http):
 
 
 def test_a_client_with_too_much_in_the_queue_is_told_so():
-    error = as_api_error(Busy(2.5, waiting=64))
+    error = as_api_error(Busy(2.5, num_waiting=64))
     assert error.status == 429 and error.headers["retry-after"] == "3"
     assert error.code == "rate_limit_exceeded" and names(error.message, 64)
 
 
 def test_a_model_that_was_not_pulled_says_how():
-    error = as_api_error(UnknownModel("gpt-4o", absent="other-model"))
+    error = as_api_error(UnknownModel("gpt-4o", not_pulled_id="other-model"))
     assert error.status == 404 and error.code == "model_not_found"
     assert names(error.message, "`gpt-4o`", "`pellucid pull other-model`")
 

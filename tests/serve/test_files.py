@@ -14,7 +14,7 @@ import psutil
 import pytest
 from openai import NotFoundError, OpenAI
 
-from serve.api.multipart import bare_name, form_fields
+from serve.api.multipart import form_fields, safe_filename
 from serve.api.routes import files
 from tests.naming import names
 from tests.serve import scripted
@@ -33,7 +33,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(home):
-    with scripted.running(scripted.model(), home=home) as address:
+    with scripted.serve_models(scripted.model(), home=home) as address:
         yield address
 
 
@@ -110,7 +110,7 @@ def test_a_file_that_expires(http, home, monkeypatch):
     monkeypatch.setattr("serve.api.stored_files.time.time", lambda: late)
     assert http.get(f"/v1/files/{file['id']}").status_code == 404
     assert file["id"] not in http.get("/v1/files").text and blob.exists()
-    with scripted.running(scripted.model("other"), home=home):
+    with scripted.serve_models(scripted.model("other"), home=home):
         assert not blob.exists(), "the next start clears it away"
 
 
@@ -258,7 +258,7 @@ def test_names_are_only_names(http):
         assert response.content == LINES
         assert response.headers["content-disposition"].startswith("attachment; filename")
         http.delete(f"/v1/files/{file['id']}")
-    assert bare_name("a\r\nSet-Cookie: b") == "aSet-Cookie: b"
+    assert safe_filename("a\r\nSet-Cookie: b") == "aSet-Cookie: b"
 
 
 def test_a_page_that_is_uploaded_is_no_page(http):

@@ -13,8 +13,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from serve.cli.finetune import _Loss
-from serve.cli.remote import remote
+from serve.cli.finetune import _EventPrinter
+from serve.cli.remote_backend import open_remote_backend
 from serve.models import adapters
 from tests.naming import names
 from tests.serve import tiny
@@ -109,7 +109,7 @@ def test_check_says_when_there_is_nothing_to_do_or_nobody_to_learn(finetune, fil
 
 def test_steps_are_thinned_by_their_numbers_whatever_their_words(capsys):
     """Progress was parsed out of the sentence, "Step 12/100"."""
-    loss = _Loss()
+    loss = _EventPrinter()
     for step in range(1, 41):
         loss.show({"message": f"{step}!", "data": {"step": step, "total_steps": 40}})
     loss.show({"message": "looked", "data": {"step": 40, "total_steps": 40, "valid_loss": 1.0}})
@@ -148,13 +148,13 @@ def test_here_from_file_to_model(finetune, file):
         name,
         *(f"{name}:ckpt-step-{step}" for step in (72, 76, 80)),
     ]
-    assert adapters.names(finetune.home) == frozenset()
+    assert adapters.folder_names(finetune.home) == frozenset()
     assert names(finetune("list")[0], name, "deleted")
     assert names(finetune("delete", id, code=3)[1], id)
     assert names(finetune("delete", "x", code=3)[1], "x")
 
 
-def test_here_what_goes_wrong(finetune, file, tmp_path, refusing):
+def test_here_what_goes_wrong(finetune, file, tmp_path, refused_url):
     file.write_bytes(tiny.examples(12) + b"{}\n")
     errors = finetune("create", file, *finetune.model, code=6)[1]
     assert errors.count("Example 13") == 1 and f"{file}:13: " in errors
@@ -167,7 +167,7 @@ def test_here_what_goes_wrong(finetune, file, tmp_path, refusing):
     finetune.pellucid("chat", "1?", "-m", "x" * 300, code=3)
     finetune("follow", "ftjob-x", code=3)
     finetune("cancel", "ftjob-x", code=3)
-    finetune("list", "--host", refusing, code=4)
+    finetune("list", "--host", refused_url, code=4)
     finetune("list", "--host", "ftp://x", code=2)
 
 
@@ -196,7 +196,7 @@ def test_upload_is_sent_as_it_is_read(tmp_path):
     large.write_bytes(bytes(64 * 2**20))
     with HTTPServer(("127.0.0.1", 0), Upload) as server:
         threading.Thread(target=server.handle_request).start()
-        with remote(f"127.0.0.1:{server.server_port}", "key") as desk:
+        with open_remote_backend(f"127.0.0.1:{server.server_port}", "key") as desk:
             tracemalloc.start()
             sent = int(desk._upload(large))
             _, peak = tracemalloc.get_traced_memory()

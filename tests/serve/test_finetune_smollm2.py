@@ -15,7 +15,7 @@ from openai import OpenAI
 
 from serve import settings
 from tests.waiting import wait_until
-from training.recipes import harbour
+from training.recipes import toy_dataset
 
 pytestmark = pytest.mark.heavy
 
@@ -59,8 +59,10 @@ def said(openai, model, messages, **options):
 
 def share(openai, model):
     """Of held-out questions, how many are answered right."""
-    asked = harbour.questions()
-    return sum(harbour.is_right(said(openai, model, q), right) for q, right in asked) / len(asked)
+    asked = toy_dataset.held_out_questions()
+    return sum(toy_dataset.is_right(said(openai, model, q), right) for q, right in asked) / len(
+        asked
+    )
 
 
 def first_token(openai, text):
@@ -78,7 +80,7 @@ def first_token(openai, text):
 @pytest.mark.slow  # ten minutes of training
 @pytest.mark.timeout(1800)
 def test_a_hundred_examples_change_what_it_answers(openai, tmp_path):
-    path, held_out = harbour.write(tmp_path)
+    path, held_out = toy_dataset.write(tmp_path)
     assert len(path.read_bytes().splitlines()) == 100
     before = share(openai, BASE)
     kept = [said(openai, BASE, [{"role": "user", "content": OTHER}]), said(openai, BASE, QUESTION)]
@@ -113,4 +115,4 @@ def test_a_hundred_examples_change_what_it_answers(openai, tmp_path):
     assert openai.models.delete(job.fine_tuned_model).deleted
 
 
-QUESTION = harbour.questions()[0][0]
+QUESTION = toy_dataset.held_out_questions()[0][0]

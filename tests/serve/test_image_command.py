@@ -9,8 +9,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import diffusion
-from diffusion import edit, painter, picture, sample, upscale
-from serve.cli import preview
+from diffusion import edit, image_io, pipeline, sample, upscale
+from serve.cli import ansi_preview
 from serve.cli.main import app
 from tests.diffusion.conftest import save_tiny
 from tests.naming import names
@@ -51,7 +51,7 @@ def photo(tmp_path):
     alpha = np.full((24, 40, 1), 255, np.uint8)
     alpha[:, 20:] = 0
     pixels = np.concatenate([pixels, alpha], -1)
-    picture.save(pixels, tmp_path / "photo.png")
+    image_io.save(pixels, tmp_path / "photo.png")
     return tmp_path / "photo.png", pixels
 
 
@@ -68,7 +68,9 @@ def test_pictures_are_those_of_the_library_and_files_are_kept(image, tiny):
     done = image("a Red Apple!", "-n", 3, "--seed", 7, "--size", SIZE)
     assert paths(done) == ["a-red-apple.png", "a-red-apple-2.png", "a-red-apple-3.png"]
     assert names(done.stderr, "seed 7", "16 x 16")
-    drawn = tiny.draw(["a Red Apple!"] * 4, seed=7, plan=diffusion.Plan(steps=3))  # 4: as batches
+    drawn = tiny.draw(
+        ["a Red Apple!"] * 4, seed=7, plan=diffusion.SamplerOptions(steps=3)
+    )  # 4: as batches
     for path, expected in zip(paths(done), drawn, strict=False):
         np.testing.assert_array_equal(pixels(path), expected)
     assert paths(image("a red apple", "--seed", 8)) == ["a-red-apple-4.png"]
@@ -107,19 +109,19 @@ def test_options_reach_the_sampler(image, tiny):
         (("--guidance", 6), {"guidance": 6.0}),
     ):
         assert paths(image(*common, *options)) == ["x.png"]
-        expected = tiny.draw(["a cat"], seed=3, plan=diffusion.Plan(steps=3, **plan))
+        expected = tiny.draw(["a cat"], seed=3, plan=diffusion.SamplerOptions(steps=3, **plan))
         np.testing.assert_array_equal(pixels("x.png"), expected[0])
     paths(image(*common, "--style", "flat"))
-    expected = tiny.draw(["a cat, flat style"], seed=3, plan=diffusion.Plan(steps=3))
+    expected = tiny.draw(["a cat, flat style"], seed=3, plan=diffusion.SamplerOptions(steps=3))
     np.testing.assert_array_equal(pixels("x.png"), expected[0])
 
 
 def test_a_strip_shows_how_a_picture_came(image, tiny):
     assert paths(image("a cat", "--strip", "--seed", 3, "--size", SIZE)) == ["a-cat.png"]
-    plan = diffusion.Plan(steps=3)
-    steps = list(tiny.steps(["a cat"], sample.keys_of(3, 1), plan))
+    plan = diffusion.SamplerOptions(steps=3)
+    steps = list(tiny.steps(["a cat"], sample.image_keys(3, 1), plan))
     strip = pixels("a-cat.png")
-    np.testing.assert_array_equal(strip, painter.grid(tiny.strip(steps), 3))
+    np.testing.assert_array_equal(strip, pipeline.make_grid(tiny.strip(steps), 3))
     assert strip.shape == (2 * SIZE, 3 * SIZE, 3)
     np.testing.assert_array_equal(strip[:SIZE, -SIZE:], tiny.draw(["a cat"], seed=3, plan=plan)[0])
 
@@ -133,7 +135,7 @@ def test_an_edit_changes_only_what_is_transparent(image, photo):
         assert result.shape == (24, 40, 3)
         np.testing.assert_array_equal(result[:, :20], original[:, :20, :3])
     assert (results[0][:, 20:] != results[4][:, 20:]).any()
-    picture.save(original[..., :3], path.with_name("whole.png"))
+    image_io.save(original[..., :3], path.with_name("whole.png"))
     done = image("a dog", "--edit", "whole.png", "--mask", path, "--seed", 1, "-o", "masked.png")
     assert paths(done) == ["masked.png"] and pixels("masked.png").shape == (24, 40, 3)
     np.testing.assert_array_equal(pixels("masked.png")[:, :20], original[:, :20, :3])
@@ -143,10 +145,10 @@ def test_variations_are_drawn_from_a_picture(image, tiny, photo):
     path, original = photo
     done = image("--vary", path, "--strength", 0.5, "--seed", 2, "--size", SIZE, steps=6)
     assert paths(done) == ["photo-varied.png"]
-    plan = diffusion.Plan(steps=6)
-    seen = edit.fit(original, SIZE // 2)[None]
-    keys = sample.keys_of(2, 1)
-    *_, (last, _) = edit.steps(tiny, [""], keys, plan, pictures=seen, strength=0.5)
+    plan = diffusion.SamplerOptions(steps=6)
+    seen = edit.preprocess_image(original, SIZE // 2)[None]
+    keys = sample.image_keys(2, 1)
+    *_, (last, _) = edit.steps(tiny, [""], keys, plan, images=seen, strength=0.5)
     np.testing.assert_array_equal(pixels("photo-varied.png"), tiny.finish(last)[0])
     paths(image("a dog", "--vary", path, "--seed", 2, "--size", SIZE, "-o", "dog.png"))
     assert (pixels("dog.png") != pixels("photo-varied.png")).any()
@@ -176,8 +178,8 @@ def test_variations_are_drawn_from_a_picture(image, tiny, photo):
 )
 def test_what_cannot_be_is_said_before_anything_is_drawn(image, photo, tmp_path, arguments, facts):
     (tmp_path / "text.png").write_text("no picture")
-    picture.save(photo[1][..., :3], tmp_path / "whole.png")
-    picture.save(np.zeros((2, 3, 4), np.uint8), tmp_path / "small.png")
+    image_io.save(photo[1][..., :3], tmp_path / "whole.png")
+    image_io.save(np.zeros((2, 3, 4), np.uint8), tmp_path / "small.png")
     before = set(tmp_path.iterdir())
     done = image(*arguments)
     assert done.exit_code == 2 and names(done.stderr, *facts) and not done.stdout
@@ -208,16 +210,16 @@ def wide(monkeypatch):
 def test_two_rows_of_pixels_are_a_line_of_text():
     pictures = np.zeros((1, 4, 2, 3), np.uint8)
     pictures[0, 0, 0], pictures[0, 1, 1] = (255, 0, 9), 255
-    first, second = preview.half_blocks(pictures, deep=True)
+    first, second = ansi_preview.half_blocks(pictures, truecolor=True)
     assert first == ("\x1b[38;2;255;0;9;48;2;0;0;0m▀\x1b[38;2;0;0;0;48;2;255;255;255m▀\x1b[0m ")
     assert second == "\x1b[38;2;0;0;0;48;2;0;0;0m▀" * 2 + "\x1b[0m "
-    few = preview.half_blocks(pictures, deep=False)
+    few = ansi_preview.half_blocks(pictures, truecolor=False)
     assert few[0] == "\x1b[38;5;196;48;5;16m▀\x1b[38;5;16;48;5;231m▀\x1b[0m "
 
 
 def test_a_preview_is_drawn_over_the_last_one(wide):
     stream = Terminal()
-    show = preview.Preview(stream)
+    show = ansi_preview.AnsiPreview(stream)
     show(np.zeros((5, 8, 8, 3), np.uint8))
     lines = stream.getvalue().splitlines()
     assert [line.count("▀") for line in lines] == [2 * 8] * 4  # room for two of the five
@@ -236,13 +238,13 @@ def test_nothing_is_shown_where_it_would_not_fit(wide, monkeypatch, why):
     changed = {"no colour": ("NO_COLOR", "1"), "narrow": ("COLUMNS", "8"), "low": ("LINES", "4")}
     if why in changed:
         monkeypatch.setenv(*changed[why])
-    preview.Preview(stream)(np.zeros((1, 8, 8, 3), np.uint8))
+    ansi_preview.AnsiPreview(stream)(np.zeros((1, 8, 8, 3), np.uint8))
     assert stream.getvalue() == ""
 
 
 def test_pictures_are_resized_as_asked(image, tiny):
     paths(image("a cat", "--seed", 3, "--size", 40, "-o", "x.jpg"))
-    drawn = tiny.draw(["a cat"], seed=3, plan=diffusion.Plan(steps=3))[0]
-    expected = picture.encode(upscale.enlarge(drawn, 40), "jpeg")
+    drawn = tiny.draw(["a cat"], seed=3, plan=diffusion.SamplerOptions(steps=3))[0]
+    expected = image_io.encode(upscale.resize(drawn, 40), "jpeg")
     with open("x.jpg", "rb") as file:
         assert file.read() == expected

@@ -21,23 +21,23 @@ from openai import OpenAI
 from PIL import Image
 
 import diffusion
-from diffusion import Plan, edit, picture, sample
+from diffusion import SamplerOptions, edit, image_io, sample
 from serve import settings
 from serve.api.app import create_app
 from serve.api.base64_chunks import CHUNK, to_base64
 from serve.api.responses import ImageEvent, Images
 from serve.api.routes import images
-from serve.api.settings import Settings
+from serve.api.settings import ServerSettings
 from serve.exceptions import NotFound
 from serve.models import catalogue, download, resolve
-from serve.models.images import MAX_WAITING, Order, Source, load_painter
+from serve.models.images import MAX_WAITING, ImageRequest, InitImage, load_image_model
 from serve.models.registry import Registry
 from serve.models.spec import LoadOptions
 from tests.diffusion.conftest import save_tiny
 from tests.naming import names, naming
 from tests.serve import scripted
 from tests.serve.old_client import OldClient, install
-from transformer.engine import Busy, Device, Lane
+from transformer.engine import Busy, Device, WorkQueue
 
 pytestmark = pytest.mark.heavy
 
@@ -61,14 +61,16 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def painting_address(folder, home):
-    place = download.locate(f"tiny={folder}", catalogue.load(), settings.data_folder(), say=print)
+    place = download.resolve_model(
+        f"tiny={folder}", catalogue.load(), settings.data_folder(), notify=print
+    )
     offer = resolve.describe(
         place, LoadOptions(cache_budget=2**20, dtype="float32", home=home, notify=print)
     )
     assert offer.kind == "images"
     names = {"dall-e-2": "tiny", "gpt-image-1": "tiny"}
     registry = Registry([scripted.model(), offer], names)
-    with scripted.served(create_app(Settings(home=home), registry)) as address:
+    with scripted.serve_app(create_app(ServerSettings(home=home), registry)) as address:
         yield address
 
 
@@ -90,7 +92,7 @@ def pixels(data):
 
 
 def png(array):
-    return picture.encode(array, "png")
+    return image_io.encode(array, "png")
 
 
 def upload(side=24, seed=0):
@@ -141,12 +143,12 @@ def test_urls_expire_after_an_hour(client, home, painting_address):
     os.utime(kept, (0, 0))
     for other in ("img-x.png", "..%2Fstore.db", "%2e%2e%2fstore.db"):
         assert httpx.get(f"{painting_address}/images/{other}").status_code == 404, other
-    create_app(Settings(home=home), Registry([scripted.model()], {}))  # the next start
+    create_app(ServerSettings(home=home), Registry([scripted.model()], {}))  # the next start
     assert not (home / "pictures" / name).exists() and kept.exists()
 
 
 def test_what_has_expired_leaves_the_disk(client, home, monkeypatch):
-    monkeypatch.setattr(images, "SECONDS", -1)
+    monkeypatch.setattr(images, "LIFETIME_SECONDS", -1)
     left = set((home / "pictures").iterdir())
     assert len(generate(client, n=2).data) == 2
     until = time.monotonic() + 10
@@ -156,7 +158,7 @@ def test_what_has_expired_leaves_the_disk(client, home, monkeypatch):
 
 
 def test_pictures_need_no_key_where_the_rest_does(folder, tmp_path):
-    with scripted.running(scripted.model(), home=tmp_path, api_keys=("secret",)) as address:
+    with scripted.serve_models(scripted.model(), home=tmp_path, api_keys=("secret",)) as address:
         name = "img-" + "a" * 24 + ".webp"
         (tmp_path / "pictures" / name).write_bytes(b"drawn")
         found = httpx.get(f"{address}/images/{name}")
@@ -211,9 +213,9 @@ def test_the_same_seed_gives_the_same_bytes_under_load(client, folder, encoder):
 
     assert [image.b64_json for image in asyncio.run(together()).data] == quiet
     painter = diffusion.load(folder, encoder)
-    keys = sample.keys_of(7, 2)
-    *_, (drawn, _) = painter.steps(["a red apple"] * 2, keys, Plan(steps=10))
-    own = painter.finish(drawn)
+    keys = sample.image_keys(7, 2)
+    *_, (drawn, _) = painter.steps(["a red apple"] * 2, keys, SamplerOptions(steps=10))
+    own = painter.postprocess(drawn)
     np.testing.assert_array_equal([pixels(data) for data in quiet], own)
     other = generate(client, **how | {"seed": 8}).data[0]
     assert other.b64_json != quiet[0]
@@ -225,10 +227,10 @@ def test_a_stream_shows_steps_of_the_denoiser(client, folder, encoder, painting_
     assert [event.partial_image_index for event in events[:3]] == [0, 1, 2]
     assert events[-1].usage.input_tokens == 5 and events[-1].size == "16x16"
     painter = diffusion.load(folder, encoder)
-    steps = list(painter.steps(["a red apple"], sample.keys_of(3, 1), Plan(steps=10)))
+    steps = list(painter.steps(["a red apple"], sample.image_keys(3, 1), SamplerOptions(steps=10)))
     expected = [steps[1][1], steps[4][1], steps[7][1], steps[-1][0]]
     for event, step in zip(events, expected, strict=True):
-        np.testing.assert_array_equal(pixels(event.b64_json), painter.finish(step)[0])
+        np.testing.assert_array_equal(pixels(event.b64_json), painter.postprocess(step)[0])
     assert all(a.b64_json != b.b64_json for a, b in pairwise(events))
 
 
@@ -310,7 +312,7 @@ def test_what_was_transparent_outside_the_mask_stays_so(client):
 
 def test_another_size_and_a_photograph(client):
     image = upload(32)
-    photo = picture.encode(image, "jpeg")
+    photo = image_io.encode(image, "jpeg")
     answer = change(
         client, photo, mask=png(holed(image)), size="256x256", response_format="b64_json"
     )
@@ -444,7 +446,7 @@ def test_a_slow_picture_holds_nobody_up(painting_address, client):
     Image.fromarray(image).save(file, "JPEG", progressive=True)
     photo = file.getvalue()
     last = photo[photo.rindex(b"\xff\xda") : -2]
-    slow = photo[:-2] + last * (picture.MAX_SCANS - photo.count(b"\xff\xda")) + photo[-2:]
+    slow = photo[:-2] + last * (image_io.MAX_SCANS - photo.count(b"\xff\xda")) + photo[-2:]
     body = {"prompt": "a cat", "images": [in_json(slow)], "mask": in_json(GOOD)}
     answers, waits = [], []
 
@@ -466,11 +468,13 @@ def test_a_slow_picture_holds_nobody_up(painting_address, client):
 @pytest.mark.parametrize("stream", [False, True])
 def test_large_answers_are_sent_in_pieces(folder, home, stream):
     """Ten edits of 2,048 pixels in base64 were one JSON text, made on the event loop in seconds."""
-    place = download.locate(f"tiny={folder}", catalogue.load(), settings.data_folder(), say=print)
+    place = download.resolve_model(
+        f"tiny={folder}", catalogue.load(), settings.data_folder(), notify=print
+    )
     offer = resolve.describe(
         place, LoadOptions(cache_budget=2**20, dtype="float32", home=home, notify=print)
     )
-    app = create_app(Settings(home=home), Registry([offer], {}))
+    app = create_app(ServerSettings(home=home), Registry([offer], {}))
     sizes = []
 
     async def watched(scope, receive, send):
@@ -483,7 +487,7 @@ def test_large_answers_are_sent_in_pieces(folder, home, stream):
     image = np.random.default_rng(0).integers(0, 256, (480, 480, 3), np.uint8)
     body = {"prompt": "a cat", "quality": "low", "response_format": "b64_json", "n": 10}
     body |= {"images": [in_json(png(holed(image)))], "stream": stream, "partial_images": 0}
-    with scripted.served(watched) as address:
+    with scripted.serve_app(watched) as address:
         answer = httpx.post(f"{address}/v1/images/edits", json=body, timeout=300)
     assert answer.status_code == 200
     if stream:
@@ -696,7 +700,7 @@ def test_other_requests_that_cannot_be_answered(painting_address, tmp_path):
         assert answer.status_code == 400, answer.text
     answer = httpx.post(f"{url}/variations", content=bytes(41 * 2**20))
     assert answer.status_code == 413
-    with scripted.running(scripted.model(), home=tmp_path) as address:
+    with scripted.serve_models(scripted.model(), home=tmp_path) as address:
         answer = httpx.post(f"{address}/v1/images/generations", json={"prompt": "x"})
         assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
 
@@ -737,8 +741,8 @@ def test_the_client_of_2023(painting_address, tmp_path):
 @pytest.fixture(scope="module")
 def painter(folder, encoder):
     """A model with a device of its own, whose pieces can be counted."""
-    model = load_painter("tiny", folder, encoder, owned_by="me")
-    model.lane = Lane(Device())
+    model = load_image_model("tiny", folder, encoder, owned_by="me")
+    model.work_queue = WorkQueue(Device())
     return model
 
 
@@ -747,7 +751,9 @@ async def all_of(model, order):
 
 
 def order(count=1, **how):
-    return Order(**{"prompt": "a cat", "count": count, "plan": Plan(steps=6), **how})
+    return ImageRequest(
+        **{"prompt": "a cat", "count": count, "plan": SamplerOptions(steps=6), **how}
+    )
 
 
 def test_requests_are_drawn_side_by_side(painter):
@@ -779,10 +785,10 @@ def test_a_small_order_does_not_wait_for_all_of_a_large_one(painter):
 
 
 def test_others_have_their_turn_between_two_steps(painter):
-    other, turns = Lane(painter.lane._device), []
+    other, turns = WorkQueue(painter.lane._device), []
 
     async def main():
-        drawing = asyncio.create_task(all_of(painter, order(plan=Plan(steps=40))))
+        drawing = asyncio.create_task(all_of(painter, order(plan=SamplerOptions(steps=40))))
         await asyncio.sleep(0)
         while not drawing.done():
             await other.run(lambda: time.sleep(0.001))
@@ -794,12 +800,12 @@ def test_others_have_their_turn_between_two_steps(painter):
 
 def test_who_leaves_stops_the_work(painter):
     async def main():
-        wanted = order(2, plan=Plan(steps=1000), shown=3)
+        wanted = order(2, plan=SamplerOptions(steps=1000), shown=3)
         before = painter.lane._device.pieces
         async with aclosing(painter.draw(wanted)) as drawn:
             first = asyncio.create_task(anext(drawn))
-            waits = asyncio.create_task(all_of(painter, order(plan=Plan(steps=1000))))
-            later = asyncio.create_task(all_of(painter, order(plan=Plan(steps=999))))
+            waits = asyncio.create_task(all_of(painter, order(plan=SamplerOptions(steps=1000))))
+            later = asyncio.create_task(all_of(painter, order(plan=SamplerOptions(steps=999))))
             await asyncio.sleep(0.2)
             for task in (first, waits, later):
                 task.cancel()
@@ -822,21 +828,21 @@ def test_a_client_that_disconnects_frees_its_place(painting_address, client):
 
 def test_the_queue_has_an_end(painter):
     async def main():
-        endless = [order(seed=seed, plan=Plan(steps=1000)) for seed in (1, 2)]
+        endless = [order(seed=seed, plan=SamplerOptions(steps=1000)) for seed in (1, 2)]
         tasks = [asyncio.create_task(all_of(painter, wanted)) for wanted in endless]
         await asyncio.sleep(0.1)  # now they are being drawn
         tasks += [asyncio.create_task(all_of(painter, order(10, client="ann"))) for _ in range(3)]
         await asyncio.sleep(0)
         with pytest.raises(Busy) as error:
             await all_of(painter, order(10, client="ann"))
-        assert error.value.waiting == 30 and error.value.retry_after > 0
+        assert error.value.num_waiting == 30 and error.value.retry_after > 0
         for number in range((MAX_WAITING - 30) // 7):
             wanted = order(7, client=f"client {number}")
             tasks.append(asyncio.create_task(all_of(painter, wanted)))
         await asyncio.sleep(0)
         with pytest.raises(Busy) as error:
             await all_of(painter, order(client="bob"))
-        assert error.value.waiting is None
+        assert error.value.num_waiting is None
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -846,13 +852,13 @@ def test_the_queue_has_an_end(painter):
 
 def test_weak_variations_are_compiled_too(painter):
     """A plan of more steps than a plan may have was made to compile them."""
-    source = Source(np.zeros((8, 8, 3), np.float32), strength=0.001)
+    source = InitImage(np.zeros((8, 8, 3), np.float32), strength=0.001)
     assert len(asyncio.run(all_of(painter, order(source=source)))) == 1
 
 
 def test_what_goes_wrong_with_one_batch_goes_wrong_with_no_other(painter):
     async def main():
-        wrong = Source(np.zeros((3, 3, 3), np.float32))
+        wrong = InitImage(np.zeros((3, 3, 3), np.float32))
         with pytest.raises(ValueError, match=naming("pictures", [1, 8, 8, 3], [1, 3, 3, 3])):
             await all_of(painter, order(source=wrong))
         assert len(await all_of(painter, order())) == 1
@@ -868,8 +874,8 @@ def test_weights_that_are_missing_are_said_to_be(tmp_path):
     model = known.models["emoji-64"]
     assert model.folder is not None and model.encoder is known.models["all-minilm-l6-v2"]
     gone = replace(model, folder=tmp_path)
-    assert download.find(gone, settings.data_folder()) is None
-    for look in (download.verify, lambda *where: download.pull(*where, say=print)):
+    assert download.find_path(gone, settings.data_folder()) is None
+    for look in (download.verify, lambda *where: download.pull(*where, notify=print)):
         with pytest.raises(NotFound, match=naming("emoji-64", tmp_path)):
             look(gone, settings.data_folder())
 
@@ -877,23 +883,23 @@ def test_weights_that_are_missing_are_said_to_be(tmp_path):
 def test_it_is_offered_only_with_its_encoder(folder, tmp_path):
     """Else a request would wait for a download that nobody has agreed to."""
     model = replace(catalogue.load().models["emoji-64"], folder=folder)
-    assert download.find(model, tmp_path) is None
-    place = download.located(model, settings.data_folder())
+    assert download.find_path(model, tmp_path) is None
+    place = download.find_pulled(model, settings.data_folder())
     assert place is not None and place.path == folder
-    assert place.encoder == download.find(model.encoder, settings.data_folder())
+    assert place.encoder == download.find_path(model.encoder, settings.data_folder())
     assert model.size == sum(file.stat().st_size for file in folder.glob("*/*"))
 
 
 @pytest.mark.slow  # the real weights
 def test_emoji_64(home, tmp_path):
-    place = download.located(catalogue.load().models["emoji-64"], settings.data_folder())
+    place = download.find_pulled(catalogue.load().models["emoji-64"], settings.data_folder())
     assert place is not None
     offer = resolve.describe(
         place, LoadOptions(cache_budget=2**20, dtype="auto", home=tmp_path, notify=print)
     )
     registry = Registry([offer], catalogue.load().aliases)
     with (
-        scripted.served(create_app(Settings(home=tmp_path), registry)) as address,
+        scripted.serve_app(create_app(ServerSettings(home=tmp_path), registry)) as address,
         OpenAI(base_url=f"{address}/v1", api_key="any") as client,
     ):
         how = {"response_format": "b64_json", "extra_body": {"seed": 0}}
@@ -918,11 +924,11 @@ def test_strength_and_mask_are_as_the_library_has_them(folder, encoder, client):
     image = upload()
     own = diffusion.load(folder, encoder)
     hole = holed(image)
-    mask = edit.transparent(hole)
+    mask = edit.alpha_mask(hole)
     *_, (drawn, _) = edit.steps(
-        own, ["a cat"], sample.keys_of(5, 1), Plan(steps=10),
-        pictures=edit.fit(image, 8)[None], masks=edit.fit_mask(mask, 8)[None],
+        own, ["a cat"], sample.image_keys(5, 1), SamplerOptions(steps=10),
+        images=edit.preprocess_image(image, 8)[None], masks=edit.preprocess_mask(mask, 8)[None],
     )  # fmt: skip
-    expected = edit.paste(image, own.finish(drawn)[0], mask)
+    expected = edit.paste(image, own.postprocess(drawn)[0], mask)
     answer = change(client, png(hole), response_format="b64_json", extra_body={"seed": 5})
     np.testing.assert_array_equal(pixels(answer.data[0].b64_json), expected)

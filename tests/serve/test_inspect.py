@@ -12,8 +12,7 @@ from matplotlib.image import imread
 
 from tests.naming import names
 from tests.serve import tiny
-from transformer import checkpoint, pictures
-from transformer import inspect as looking
+from transformer import checkpoint, interpret, plots
 
 pytestmark = pytest.mark.heavy
 
@@ -47,16 +46,19 @@ def test_pictures_and_numbers_are_those_of_the_library(folder, tmp_path):
     assert found["pictures"] == [f"inspect/{name}.png" for name in names]
 
     params, cfg, _ = checkpoint.load(folder)
-    others = looking.alternatives(params, cfg, IDS)
+    others = interpret.alternatives(params, cfg, IDS)
     assert [row["id"] for row in found["tokens"]] == IDS[1:]
     assert [row["text"] for row in found["tokens"]] == list(TEXT[1:])
     assert [row["rank"] for row in found["tokens"]] == others.rank.tolist()
-    for name, expected in (("probability", np.exp(others.chosen)), ("entropy", others.entropy)):
+    for name, expected in (
+        ("probability", np.exp(others.token_logprobs)),
+        ("entropy", others.entropy),
+    ):
         np.testing.assert_allclose([row[name] for row in found["tokens"]], expected, rtol=1e-4)
 
-    maps, effects = looking.attention(params, cfg, IDS), looking.head_effects(params, cfg, IDS)
-    pictures.attention(np.asarray(maps), list(TEXT), 1, tmp_path / "own" / "attention-1.png")
-    pictures.head_effects(np.asarray(effects), tmp_path / "own" / "heads.png")
+    maps, effects = interpret.attention(params, cfg, IDS), interpret.head_effects(params, cfg, IDS)
+    plots.attention(np.asarray(maps), list(TEXT), 1, tmp_path / "own" / "attention-1.png")
+    plots.head_effects(np.asarray(effects), tmp_path / "own" / "heads.png")
     for name in names:
         drawn = imread(tmp_path / "inspect" / f"{name}.png")
         assert drawn.std() > 0.05

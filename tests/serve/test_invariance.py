@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from openai import OpenAI
 
-from serve.models.compiled import keep_compiled_programs
-from serve.models.decoder import load_model
+from serve.models.compilation_cache import enable_compilation_cache
+from serve.models.decoder import load_decoder
 from tests.serve import scripted
 from tests.waiting import wait_until
 from transformer import cache, checkpoint
-from transformer.engine import Began, Done, Engine, Request, Token
-from transformer.engine.runner import BUCKETS, CHUNK, NUM_SLOTS, Runner
+from transformer.engine import Done, Engine, PrefillDone, SequenceRequest, Token
+from transformer.engine.runner import BUCKETS, CHUNK_SIZE, NUM_SLOTS, Runner
 from transformer.engine.scheduler import Scheduler
-from transformer.sampling import Sampling
+from transformer.sampling import SamplingParams
 
 pytestmark = pytest.mark.heavy
 
@@ -34,9 +34,9 @@ NUM_IDS = 49152
 
 @pytest.fixture(scope="module", params=["int8", "bfloat16"])
 def runner(request, model_file):
-    keep_compiled_programs()
+    enable_compilation_cache()
     path = model_file(CHAT)
-    params, cfg, _ = checkpoint.load(path, format=request.param)
+    params, cfg, _ = checkpoint.load(path, dtype=request.param)
     params, cfg = params.replace(layers=params.layers[:2]), replace(cfg, num_layers=2)
     runner = Runner(params, cfg, NUM_IDS, NUM_BLOCKS, jnp.bfloat16)
     runner.compile("read", *BUCKETS)
@@ -48,32 +48,39 @@ def prompt(length, seed):
 
 
 WATCHED = [
-    Request(prompt=prompt(20, 1), max_tokens=12, sampling=Sampling(temperature=0), top_logprobs=5),
-    Request(
+    SequenceRequest(
+        prompt=prompt(20, 1),
+        max_tokens=12,
+        sampling_params=SamplingParams(temperature=0),
+        top_logprobs=5,
+    ),
+    SequenceRequest(
         prompt=prompt(250, 2),  # crosses into its second block of cache
         max_tokens=12,
-        sampling=Sampling(
+        sampling_params=SamplingParams(
             seed=7, temperature=1.2, top_p=0.95, frequency_penalty=0.3, repetition_penalty=1.1
         ),
         top_logprobs=20,
-        choice=2,
+        index=2,
     ),
 ]
 
 
 def other(number):
     """Requests of all sorts, longer than the watched ones, some sharing seed or prompt."""
-    return Request(
+    return SequenceRequest(
         prompt=prompt(5 + 23 * number, number),
         max_tokens=40 + number,
-        sampling=Sampling(seed=number % 3 + 6, temperature=number % 4 / 2, top_k=10 * number),
+        sampling_params=SamplingParams(
+            seed=number % 3 + 6, temperature=number % 4 / 2, top_k=10 * number
+        ),
     )
 
 
 def answers(runner, watched, num_others, num_blocks=NUM_BLOCKS):
     """The events of `watched`, started when `num_others` others are already decoding."""
-    scheduler = Scheduler(NUM_SLOTS, num_blocks, cache.BLOCK, CHUNK, 100)
-    engine = Engine(runner, scheduler, num_blocks * cache.BLOCK)
+    scheduler = Scheduler(NUM_SLOTS, num_blocks, cache.BLOCK_SIZE, CHUNK_SIZE, 100)
+    engine = Engine(runner, scheduler, num_blocks * cache.BLOCK_SIZE)
     ended = []
     try:
         others = [engine.generate(other(number)) for number in range(num_others)]
@@ -82,7 +89,7 @@ def answers(runner, watched, num_others, num_blocks=NUM_BLOCKS):
         ]
         for thread in threads:
             thread.start()
-        wait_until(lambda: len(scheduler.active) == num_others, 20)
+        wait_until(lambda: len(scheduler.running) == num_others, 20)
         events = list(engine.generate(watched))
     finally:
         engine.close(drain=False)
@@ -95,7 +102,7 @@ def answers(runner, watched, num_others, num_blocks=NUM_BLOCKS):
 @pytest.mark.parametrize("watched", WATCHED, ids=["greedy", "sampled"])
 def test_company_does_not_change_a_bit(runner, watched):
     alone = answers(runner, watched, 0)
-    assert len(alone) == 14 and isinstance(alone[0], Began)
+    assert len(alone) == 14 and isinstance(alone[0], PrefillDone)
     for num_others in (1, 3, 6, 10):  # batches of 2, 4, 8, 16
         assert answers(runner, watched, num_others) == alone, f"{num_others} others"
 
@@ -109,15 +116,17 @@ def test_starting_over_for_want_of_memory_does_not_change_a_bit(runner):
 def test_what_others_have_read_does_not_change_a_bit(runner):
     """Whole blocks shared, part of one copied, and the last chunk read again."""
     long = prompt(700, 3)
-    scheduler = Scheduler(NUM_SLOTS, NUM_BLOCKS, cache.BLOCK, CHUNK, 100)
-    engine = Engine(runner, scheduler, NUM_BLOCKS * cache.BLOCK)
+    scheduler = Scheduler(NUM_SLOTS, NUM_BLOCKS, cache.BLOCK_SIZE, CHUNK_SIZE, 100)
+    engine = Engine(runner, scheduler, NUM_BLOCKS * cache.BLOCK_SIZE)
     for length, cached in ((700, 640), (640, 576), (600, 576), (300, 256), (330, 320)):
-        request = Request(prompt=long[:length], max_tokens=8, sampling=Sampling(seed=length))
+        request = SequenceRequest(
+            prompt=long[:length], max_tokens=8, sampling_params=SamplingParams(seed=length)
+        )
         alone = list(engine.generate(replace(request, reuse=False)))
-        assert alone[0] == Began(0)
+        assert alone[0] == PrefillDone(0)
         if length == 700:
             assert list(engine.generate(request)) == alone
-        assert list(engine.generate(request)) == [Began(cached), *alone[1:]]
+        assert list(engine.generate(request)) == [PrefillDone(cached), *alone[1:]]
     engine.close()
 
 
@@ -150,13 +159,13 @@ def random_body(dice: random.Random, beginnings: list[str]) -> dict:
 @pytest.mark.slow
 def test_a_hundred_random_requests_get_the_same_text_whatever_happens_around_them(model_file):
     """Alone and among seven, with and without the prefix cache, streamed and not."""
-    served = load_model(
+    served = load_decoder(
         CHAT,
         model_file(CHAT),
         owned_by="test",
         cache_budget=256 * 2**20,
         dtype="int8",
-        max_rows=16,
+        max_batch_size=16,
     )
     tokenizer = served.tokenizer
     dice = random.Random(5)
@@ -165,13 +174,13 @@ def test_a_hundred_random_requests_get_the_same_text_whatever_happens_around_the
 
     def alone(body: dict) -> tuple[str, list[float]]:
         how = {name: body[name] for name in ("temperature", "top_p", "frequency_penalty", "seed")}
-        request = Request(
+        request = SequenceRequest(
             prompt=tuple(tokenizer.encoding.encode_ordinary(body["prompt"])),
             max_tokens=body["max_tokens"],
-            sampling=Sampling(**how),
+            sampling_params=SamplingParams(**how),
             stop_ids=tokenizer.stop_ids,
             top_logprobs=3,
-            reuse=False,
+            use_prefix_cache=False,
         )
         tokens = [event for event in served.engine.generate(request) if isinstance(event, Token)]
         text = tokenizer.encoding.decode([token.id for token in tokens])
@@ -194,7 +203,7 @@ def test_a_hundred_random_requests_get_the_same_text_whatever_happens_around_the
         assert len({text for text, _ in expected}) > 80, "the requests differ"
         before = served.engine.stats()
         with (
-            scripted.running(served) as address,
+            scripted.serve_models(served) as address,
             OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0) as client,
             ThreadPoolExecutor(8) as pool,
         ):
@@ -212,7 +221,10 @@ def test_a_hundred_random_requests_get_the_same_text_whatever_happens_around_the
                     assert answers[i][1][: len(logprobs)] == pytest.approx(logprobs, abs=0)
         after = served.engine.stats()
         assert before.cached_tokens == 0 and after.cached_tokens > 5000
-        rows, steps = after.stepped_rows - before.stepped_rows, after.steps - before.steps
+        rows, steps = (
+            after.decoded_rows - before.decoded_rows,
+            after.decode_steps - before.decode_steps,
+        )
         assert rows > 2 * steps, "they ran together"
     finally:
         served.close(5.0)

@@ -21,10 +21,10 @@ from openai import BadRequestError, NotFoundError, OpenAI
 from serve.api import responses
 from serve.api.routes import fine_tuning
 from serve.jobs import runner
-from serve.jobs.jobs import Jobs, check_name, check_suffix
-from serve.jobs.process import Process
-from serve.jobs.progress import Lines, results
-from serve.jobs.runner import Keeper
+from serve.jobs.jobs import JobStore, check_name, check_suffix
+from serve.jobs.process import JobProcess
+from serve.jobs.progress import JsonlTail, results_csv
+from serve.jobs.runner import JobRunner
 from serve.jobs.store import Store
 from serve.models import adapters, decoder, disk
 from tests.naming import names, naming
@@ -42,9 +42,9 @@ OVER = ("succeeded", "failed", "cancelled")
 def quick():
     """Few programs to compile, and nobody waits for a busy machine's idle moments."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder, "MAX_ROWS", 2)
+        patch.setattr(decoder, "MAX_BATCH_SIZE", 2)
         patch.setattr(runner, "NICENESS", 1)
-        patch.setattr(runner, "TICK", 0.1)
+        patch.setattr(runner, "POLL_SECONDS", 0.1)
         yield
 
 
@@ -203,7 +203,7 @@ def test_its_models_answer_beside_their_base(openai, trained, home):
     assert {chat(openai, job.fine_tuned_model, f"{i}?") for i in range(6)} == {tiny.ANSWER}
     assert chat(openai, checkpoints[-1]) == tiny.ANSWER
     assert chat(openai, "tiny") == before != tiny.ANSWER
-    assert (adapters.folder(home, job.fine_tuned_model) / "adapter_config.json").is_file()
+    assert (adapters.adapter_folder(home, job.fine_tuned_model) / "adapter_config.json").is_file()
 
 
 def test_a_model_that_was_made_can_be_deleted_and_not_trained(openai, trained):
@@ -240,11 +240,11 @@ def test_checkpoints_go_with_their_model(openai, home):
     job = ended(openai, job.id)
     name = job.fine_tuned_model
     mine = sorted(model.id for model in openai.models.list() if model.id.startswith(name))
-    assert mine == adapters.with_checkpoints(home, name) and len(mine) == 3
+    assert mine == adapters.ids_with_checkpoints(home, name) and len(mine) == 3
     assert chat(openai, mine[1])
     assert openai.models.delete(name).deleted
     assert not {model.id for model in openai.models.list()} & set(mine)
-    assert adapters.with_checkpoints(home, name) == []
+    assert adapters.ids_with_checkpoints(home, name) == []
     assert openai.fine_tuning.jobs.checkpoints.list(job.id).data == []
     with pytest.raises(NotFoundError):
         chat(openai, mine[1])
@@ -395,13 +395,13 @@ def test_names_too_long_for_the_file_system_are_refused(openai, monkeypatch, tmp
     with pytest.raises(ValueError, match=naming("'model'")):
         check_name("x" * 200)
     assert not adapters.exists(tmp_path, "x" * 300)
-    monkeypatch.setattr(adapters, "LONGEST", 75)
+    monkeypatch.setattr(adapters, "MAX_NAME_BYTES", 75)
     with pytest.raises(BadRequestError, match=naming("'abcdefghijklmn'")) as error:
         openai.fine_tuning.jobs.create(
             model="tiny", training_file=upload(openai), suffix="abcdefghijklmn"
         )
     assert error.value.param == "suffix"
-    monkeypatch.setattr(adapters, "LONGEST", 40)
+    monkeypatch.setattr(adapters, "MAX_NAME_BYTES", 40)
     with pytest.raises(BadRequestError, match=naming("'tiny'")) as error:
         openai.fine_tuning.jobs.create(model="tiny", training_file=upload(openai))
     assert error.value.param == "model"
@@ -439,7 +439,7 @@ def test_events_are_streamed_until_the_end(address, trained):
 @pytest.mark.parametrize("path", ["fine_tuning/jobs", "fine-tunes"])
 def test_a_stream_without_news_gives_a_sign_of_life(openai, address, monkeypatch, path):
     """A job that waited for ten minutes broke off who followed it."""
-    monkeypatch.setattr(fine_tuning, "SILENCE", 0.02)
+    monkeypatch.setattr(fine_tuning, "KEEPALIVE_SECONDS", 0.02)
     create, cancel = openai.fine_tuning.jobs.create, openai.fine_tuning.jobs.cancel
     ids = [create(model="tiny", training_file=upload(openai)).id for _ in range(3)]
     url = f"{address}/v1/{path}/{ids[-1]}/events?stream=true"
@@ -601,7 +601,9 @@ def stepped(openai, id, step):
 
 
 def adapter(home, job):
-    return (adapters.folder(home, job.fine_tuned_model) / "adapter_model.safetensors").read_bytes()
+    return (
+        adapters.adapter_folder(home, job.fine_tuned_model) / "adapter_model.safetensors"
+    ).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -713,10 +715,10 @@ def test_of_two_servers_one_is_the_keeper(openai, address, home, folder):
 @pytest.fixture
 def jobs(tmp_path):
     store = Store(tmp_path)
-    with store.receiving("file-1") as incoming:
+    with store.open_blob("file-1") as incoming:
         incoming.write(tiny.examples())
-        incoming.keep({"id": "file-1"})
-    yield Jobs(store, tmp_path)
+        incoming.commit({"id": "file-1"})
+    yield JobStore(store, tmp_path)
     store.close()
 
 
@@ -734,7 +736,7 @@ def test_a_job_whose_process_always_dies_is_given_up(jobs, folder, monkeypatch, 
     monkeypatch.setattr("serve.jobs.runner.TICK", 0.01)
     dies = ["-c", "import os; os.kill(os.getpid(), 9)"]
     monkeypatch.setattr("serve.jobs.process._program", lambda *_: [sys.executable, *dies])
-    keeper = Keeper(jobs)
+    keeper = JobRunner(jobs)
     keeper.wake()
     wait_until(lambda: jobs.get(id)["status"] == "failed", 60)
     keeper.close()
@@ -747,7 +749,7 @@ def test_an_idle_server_finds_jobs_by_itself(jobs, folder, monkeypatch):
     monkeypatch.setattr("serve.jobs.runner.TICK", 0.01)
     fails = ["-c", "raise SystemExit('error 4711')"]
     monkeypatch.setattr("serve.jobs.process._program", lambda *_: [sys.executable, *fails])
-    with closing(Keeper(jobs)) as keeper:
+    with closing(JobRunner(jobs)) as keeper:
         keeper.watch()
         id = jobs.create(model="tiny", path=folder, training_file="file-1")["id"]
         wait_until(lambda: jobs.get(id)["status"] == "failed", 60)
@@ -760,21 +762,21 @@ def test_what_was_left_of_a_cancelled_job_is_removed(jobs, folder, monkeypatch):
     jobs.move(id, "running")
     waits = ["-c", "import time; time.sleep(600)"]
     monkeypatch.setattr("serve.jobs.process._program", lambda *_: [sys.executable, *waits])
-    left = Process.start(id, jobs.folder(id), "train", [])
+    left = JobProcess.start(id, jobs.folder(id), "train", [])
     (jobs.folder(id) / "out" / "checkpoints").mkdir(parents=True)
     (jobs.home / "made" / ".new-x").mkdir(parents=True)
     jobs.cancel(id)
-    assert not left.is_over and not jobs.is_cleared(id)
-    with closing(Keeper(jobs)) as keeper:
+    assert not left.has_exited and not jobs.is_cleaned_up(id)
+    with closing(JobRunner(jobs)) as keeper:
         keeper.watch()
-        wait_until(lambda: left.is_over and jobs.is_cleared(id), 60)
+        wait_until(lambda: left.has_exited and jobs.is_cleaned_up(id), 60)
     assert not (jobs.home / "made" / ".new-x").exists()
 
 
 def test_what_passes_is_tried_again(jobs, folder, monkeypatch):
     """One moment without room on the disk ended the job, and deleted its checkpoints."""
     id = jobs.create(model="tiny", path=folder, training_file="file-1")["id"]
-    start, failures = Process.start, [OSError("no space left")] * 3
+    start, failures = JobProcess.start, [OSError("no space left")] * 3
 
     def begin(*arguments, **options):
         if failures:
@@ -782,8 +784,8 @@ def test_what_passes_is_tried_again(jobs, folder, monkeypatch):
         return start(*arguments, **options)
 
     monkeypatch.setattr("serve.jobs.runner.TICK", 0.01)
-    monkeypatch.setattr(Process, "start", begin)
-    keeper = Keeper(jobs)
+    monkeypatch.setattr(JobProcess, "start", begin)
+    keeper = JobRunner(jobs)
     keeper.wake()
     wait_until(lambda: jobs.get(id)["status"] not in ("validating_files",), 60)
     keeper.close()
@@ -797,8 +799,8 @@ def test_what_never_passes_ends_the_job(jobs, folder, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr("serve.jobs.runner.TICK", 0.001)
-    monkeypatch.setattr(Process, "start", begin)
-    keeper = Keeper(jobs)
+    monkeypatch.setattr(JobProcess, "start", begin)
+    keeper = JobRunner(jobs)
     keeper.wake()
     wait_until(lambda: jobs.get(id)["status"] == "failed", 60)
     keeper.close()
@@ -806,7 +808,7 @@ def test_what_never_passes_ends_the_job(jobs, folder, monkeypatch):
 
 def test_a_job_whose_model_is_gone_fails_and_says_so(jobs, tmp_path):
     id = jobs.create(model="tiny", path=tmp_path / "gone", training_file="file-1")["id"]
-    keeper = Keeper(jobs)
+    keeper = JobRunner(jobs)
     keeper.wake()
     wait_until(lambda: jobs.get(id)["status"] == "failed", 120)
     keeper.close()
@@ -823,16 +825,16 @@ def test_only_one_can_end_a_job(jobs, folder):
 
 def test_lines_of_a_file_that_grows_and_is_written_anew(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    lines = Lines(path)
-    assert lines.new() == []
+    lines = JsonlTail(path)
+    assert lines.read_new() == []
     path.write_text('{"step": 1}\n{"ste')
-    assert lines.new() == [{"step": 1}]
+    assert lines.read_new() == [{"step": 1}]
     with path.open("a") as file:
         file.write('p": 2}\n')
-    assert lines.new() == [{"step": 2}] and lines.new() == []
+    assert lines.read_new() == [{"step": 2}] and lines.read_new() == []
     (tmp_path / "new").write_text('{"step": 1}\n{"step": 2}\n')
     (tmp_path / "new").rename(path)
-    assert lines.new() == [{"step": 1}, {"step": 2}]
+    assert lines.read_new() == [{"step": 1}, {"step": 2}]
 
 
 def test_results_as_a_table():
@@ -841,7 +843,7 @@ def test_results_as_a_table():
         {"step": 2, "loss": 1.0},
         {"step": 2, "valid_loss": 1.5, "valid_accuracy": 0.25},
     ]
-    assert results(lines) == (
+    assert results_csv(lines) == (
         "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n"
         "1,2.12346,0.5,,\n"
         "2,1.0,,1.5,0.25\n"
@@ -852,8 +854,8 @@ def test_a_lock_is_the_process_s_that_has_it(tmp_path):
     lock = disk.try_lock(tmp_path / "x.lock")
     assert lock is not None and disk.try_lock(tmp_path / "x.lock") is None
     os.close(lock)
-    process = Process.start("job", tmp_path, "x", ["json.tool", "/dev/stdin"])
-    assert process.job == "job"
-    wait_until(lambda: process.is_over)
-    assert Process.left_behind("job", tmp_path, "x") is None
-    assert process.code == 1 and names(process.last_words(), "line 1")
+    process = JobProcess.start("job", tmp_path, "x", ["json.tool", "/dev/stdin"])
+    assert process.job_id == "job"
+    wait_until(lambda: process.has_exited)
+    assert JobProcess.find_running("job", tmp_path, "x") is None
+    assert process.exit_code == 1 and names(process.failure_message(), "line 1")

@@ -6,8 +6,8 @@ import httpx
 import pytest
 
 from serve.api.app import create_app
-from serve.api.settings import Settings
-from serve.cli.banner import welcome
+from serve.api.settings import ServerSettings
+from serve.cli.banner import banner
 from serve.exceptions import WrongUsage
 from serve.models import catalogue, download, kinds, resolve
 from serve.models.registry import Registry
@@ -27,13 +27,13 @@ def folder(tmp_path):
 
 def test_toy_kind_is_served_with_one_file_and_one_route(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(kinds.KINDS, "toy", toy_kind.KIND)
-    files = download.locate(f"mine={folder}", catalogue.load(), tmp_path, say=print)
+    files = download.resolve_model(f"mine={folder}", catalogue.load(), tmp_path, notify=print)
     options = LoadOptions(cache_budget=2**20, dtype="auto", home=tmp_path, notify=print)
     spec = resolve.describe(files, options)
     registry = Registry([spec, scripted.model()], {"word-1": "mine"})
-    app = create_app(Settings(home=tmp_path / "home"), registry)
+    app = create_app(ServerSettings(home=tmp_path / "home"), registry)
     app.include_router(toy_kind.router)
-    with scripted.served(app) as address:
+    with scripted.serve_app(app) as address:
         listed = httpx.get(f"{address}/v1/models").json()["data"]
         assert [entry["kind"] for entry in listed] == ["toy", "decoder"]
         asked = httpx.post(f"{address}/v1/words", json={"model": "word-1"}).json()
@@ -43,7 +43,7 @@ def test_toy_kind_is_served_with_one_file_and_one_route(folder, tmp_path, monkey
         chat = {"model": "mine", "messages": [{"role": "user", "content": "hi"}]}
         refused = httpx.post(f"{address}/v1/chat/completions", json=chat)
         assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
-    text = welcome("http://here", registry, has_keys=False)
+    text = banner("http://here", registry, has_keys=False)
     assert "/v1/words" in text and "client.words.create(" in text
     app.state.keeper.close()
 
@@ -54,4 +54,4 @@ def test_catalogue_knows_every_kind():
 
 def test_folder_of_no_kind_is_refused(folder, tmp_path):
     with pytest.raises(WrongUsage):
-        download.locate(f"mine={folder}", catalogue.load(), tmp_path, say=print)
+        download.resolve_model(f"mine={folder}", catalogue.load(), tmp_path, notify=print)

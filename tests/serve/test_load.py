@@ -14,19 +14,19 @@ from safetensors.numpy import load_file, save_file
 
 import bpe
 from serve.models import catalogue, dtypes, fingerprint, json_cache, memory, resolve
-from serve.models.compiled import keep_compiled_programs
-from serve.models.decoder import known_ids, load_model, without_gaps
+from serve.models.compilation_cache import enable_compilation_cache
+from serve.models.decoder import known_ids, load_decoder, mask_unused_ids
 from serve.models.spec import LoadOptions, ModelFiles
 from tests.naming import names, naming
 from tests.serve import tiny
 from transformer import cache, checkpoint
 from transformer.config import Config
 from transformer.decoder import init
-from transformer.engine import Device, Done, Engine, Request, Token
+from transformer.engine import Device, Done, Engine, SequenceRequest, Token
 from transformer.engine import runner as runner_module
-from transformer.engine.runner import CHUNK, NUM_SLOTS, Runner
+from transformer.engine.runner import CHUNK_SIZE, NUM_SLOTS, Runner
 from transformer.engine.scheduler import Scheduler
-from transformer.sampling import Sampling
+from transformer.sampling import SamplingParams
 
 pytestmark = pytest.mark.heavy
 
@@ -37,7 +37,7 @@ GIGA = 2**30
 @pytest.fixture(scope="module", autouse=True)
 def programs():
     """Kept where they always are, not in the folder of a test that loads first."""
-    keep_compiled_programs()
+    enable_compilation_cache()
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_what_is_available_is_less_than_the_machine_has():
 def test_the_estimate_is_near_what_loading_takes(model_file):
     path = model_file(CHAT)
     cfg = checkpoint.read_config(path)
-    params, loaded, _ = checkpoint.load(path, format="int8")
+    params, loaded, _ = checkpoint.load(path, dtype="int8")
     assert loaded == cfg
     taken = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert 0.8 * taken < dtypes.weight_bytes(cfg, "int8") < 1.2 * taken
@@ -67,16 +67,16 @@ def test_the_estimate_is_near_what_loading_takes(model_file):
 def test_only_what_fits_is_tried(monkeypatch):
     cfg = Config.debug(num_layers=2, vocab_size=2**20, d_model=256)  # 256 M weights and some
     free(monkeypatch, 20)
-    assert dtypes.that_fit("m", cfg, GIGA) == dtypes.FORMATS
+    assert dtypes.fitting_dtypes("m", cfg, GIGA) == dtypes.DTYPES
     free(monkeypatch, 2)
-    assert dtypes.that_fit("m", cfg, GIGA) == ("int8", "bfloat16")
+    assert dtypes.fitting_dtypes("m", cfg, GIGA) == ("int8", "bfloat16")
     free(monkeypatch, 1.7)
-    assert dtypes.that_fit("m", cfg, GIGA) == ("int8",)
+    assert dtypes.fitting_dtypes("m", cfg, GIGA) == ("int8",)
     with pytest.raises(MemoryError, match=naming("m", "float32", "1.3 GB") + r"(?=.*\b2\.\d GB)"):
-        dtypes.that_fit("m", cfg, GIGA, ("float32",))
+        dtypes.fitting_dtypes("m", cfg, GIGA, ("float32",))
     free(monkeypatch, 1.5)
     with pytest.raises(MemoryError, match=naming("m", "int8", "1.5 GB")):
-        dtypes.that_fit("m", cfg, GIGA)
+        dtypes.fitting_dtypes("m", cfg, GIGA)
 
 
 def test_a_model_that_fits_nowhere_is_refused_before_it_is_read(home, model_file, monkeypatch):
@@ -85,7 +85,7 @@ def test_a_model_that_fits_nowhere_is_refused_before_it_is_read(home, model_file
     monkeypatch.setattr(checkpoint, "load", lambda *args, **more: pytest.fail("weights were read"))
     for dtype in ("auto", "float32"):
         with pytest.raises(MemoryError, match=naming("0.5 GB")):
-            load_model(CHAT, path, owned_by="me", cache_budget=GIGA // 4, dtype=dtype)
+            load_decoder(CHAT, path, owned_by="me", cache_budget=GIGA // 4, dtype=dtype)
 
 
 def damaged_tensors(folder: Path) -> None:
@@ -138,7 +138,7 @@ def test_header_is_read_once_a_load(home, tmp_path, monkeypatch):
 
     original = checkpoint.safetensors.read
     monkeypatch.setattr(checkpoint.safetensors, "read", counting)
-    served = load_model("tiny", path, owned_by="me", cache_budget=2**20, dtype="float32")
+    served = load_decoder("tiny", path, owned_by="me", cache_budget=2**20, dtype="float32")
     served.close(5.0)
     assert len(read) == 1
 
@@ -147,7 +147,7 @@ def test_the_only_format_that_fits_needs_no_measuring(home, model_file, monkeypa
     path, said = model_file(CHAT), []
     free(monkeypatch, 0.75)
     cfg = checkpoint.read_config(path)
-    chosen = dtypes.choose(CHAT, path, cfg, "fp", GIGA // 4, said.append)
+    chosen = dtypes.choose_dtype(CHAT, path, cfg, "fp", GIGA // 4, said.append)
     assert chosen == "int8"
     assert [line.split()[1] for line in said[:2]] == ["bfloat16", "float32"]
     assert names(said[2], "int8")
@@ -158,16 +158,16 @@ def test_what_is_measured_is_remembered(home, tmp_path):
     """By a process of its own: what measuring had touched stayed in the server's memory."""
     path, said = tiny.model(tmp_path), []
     cfg = checkpoint.read_config(path)
-    chosen = dtypes.choose("tiny", path, cfg, "fp", 2**20, said.append)
+    chosen = dtypes.choose_dtype("tiny", path, cfg, "fp", 2**20, said.append)
     assert [line.split()[0] for line in said[1:4]] == ["float32", "bfloat16", "int8"]
     ratio = re.compile(r"\bx\d\.\d{3}\b")  # of perplexities
     assert all(map(ratio.search, said[1:4])) and names(said[4], chosen)
     assert json_cache.read(home / "formats.json") == {"fp int8 bfloat16 float32": chosen}
     said.clear()
-    assert dtypes.choose("tiny", path, cfg, "fp", 2**20, said.append) == chosen and not said
+    assert dtypes.choose_dtype("tiny", path, cfg, "fp", 2**20, said.append) == chosen and not said
     # Where it is known which are good enough, no weights are read to find out.
     good = ("bfloat16", "float32")
-    chosen = dtypes.choose("tiny", path, cfg, "fp", 2**20, said.append, good)
+    chosen = dtypes.choose_dtype("tiny", path, cfg, "fp", 2**20, said.append, good)
     assert chosen in good and not ratio.search("".join(said))
     assert json_cache.read(home / "formats.json")["fp bfloat16 float32"] == chosen
 
@@ -175,10 +175,10 @@ def test_what_is_measured_is_remembered(home, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("id", [CHAT, "qwen2.5-coder-0.5b-instruct"])
 def test_the_catalogue_knows_which_formats_are_good(model_file, id):
-    found = {format: dtypes.perplexity(model_file(id), format) for format in dtypes.FORMATS}
+    found = {format: dtypes.perplexity(model_file(id), format) for format in dtypes.DTYPES}
     limit = found["float32"] * dtypes.MAX_PERPLEXITY_RATIO
     good = tuple(format for format, perplexity in found.items() if perplexity <= limit)
-    assert catalogue.load().models[id].formats == good
+    assert catalogue.load().models[id].dtypes == good
 
 
 def test_the_fastest_format_that_agrees_is_taken_and_remembered(home):
@@ -195,7 +195,9 @@ def test_the_fastest_format_that_agrees_is_taken_and_remembered(home):
         return float(np.abs(a - b).max())
 
     def fastest(name):
-        return dtypes.fastest("m", name, tuple(results), measure, distance, 0.01, asked.append)
+        return dtypes.fastest_dtype(
+            "m", name, tuple(results), measure, distance, 0.01, asked.append
+        )
 
     assert fastest("fp") == "bfloat16"
     assert set(results) <= set(asked)
@@ -219,7 +221,9 @@ def test_a_model_whose_reference_values_are_not_finite_is_refused(home, value):
             return float(np.abs(a - b).max())
 
     with pytest.raises(ValueError, match=naming("m", "float32")):
-        dtypes.fastest("m", "fp", ("float32", "bfloat16"), measure, distance, 1.0, lines.append)
+        dtypes.fastest_dtype(
+            "m", "fp", ("float32", "bfloat16"), measure, distance, 1.0, lines.append
+        )
     assert measured == ["float32"], "nothing is compared with it"
 
 
@@ -228,24 +232,24 @@ def test_what_cannot_be_measured_says_so(home, tmp_path):
     cfg = checkpoint.read_config(path)
     (path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="safetensors"):
-        dtypes.choose("tiny", path, cfg, "fp", 2**20, lambda line: None)
+        dtypes.choose_dtype("tiny", path, cfg, "fp", 2**20, lambda line: None)
 
 
 def test_how_much_memory_is_counted(home, monkeypatch):
     """The smallest format was counted, and the widest one loaded."""
     cfg = Config.debug(num_layers=2, vocab_size=2**20, d_model=256)
-    need = {format: dtypes.weight_bytes(cfg, format) for format in dtypes.FORMATS}
-    assert dtypes.expected(cfg, "fp", 0) == "float32", "not measured yet: the most it may be"
-    assert dtypes.expected(cfg, "fp", 0, ("int8", "bfloat16")) == "bfloat16"
-    assert dtypes.expected(cfg, "fp", 1, limit=need["bfloat16"] + 1) == "bfloat16"
-    assert dtypes.expected(cfg, "fp", 1, limit=need["bfloat16"]) == "int8"
-    assert dtypes.expected(cfg, "fp", 1, limit=1) == "int8", "and will be refused"
+    need = {format: dtypes.weight_bytes(cfg, format) for format in dtypes.DTYPES}
+    assert dtypes.expected_dtype(cfg, "fp", 0) == "float32", "not measured yet: the most it may be"
+    assert dtypes.expected_dtype(cfg, "fp", 0, ("int8", "bfloat16")) == "bfloat16"
+    assert dtypes.expected_dtype(cfg, "fp", 1, memory_limit=need["bfloat16"] + 1) == "bfloat16"
+    assert dtypes.expected_dtype(cfg, "fp", 1, memory_limit=need["bfloat16"]) == "int8"
+    assert dtypes.expected_dtype(cfg, "fp", 1, memory_limit=1) == "int8", "and will be refused"
     json_cache.add(home / "formats.json", "fp int8 bfloat16", "int8")
-    assert dtypes.expected(cfg, "fp", 0) == "int8", "the widest did not fit, it was said"
+    assert dtypes.expected_dtype(cfg, "fp", 0) == "int8", "the widest did not fit, it was said"
     json_cache.add(home / "formats.json", "fp int8 bfloat16 float32", "bfloat16")
-    assert dtypes.expected(cfg, "fp", 0) == "bfloat16"
+    assert dtypes.expected_dtype(cfg, "fp", 0) == "bfloat16"
     free(monkeypatch, 20)
-    assert dtypes.that_fit("m", cfg, 0, limit=need["bfloat16"]) == ("int8", "bfloat16")
+    assert dtypes.fitting_dtypes("m", cfg, 0, memory_limit=need["bfloat16"]) == ("int8", "bfloat16")
 
 
 # -- gaps ------------------------------------------------------------------------------------------
@@ -271,19 +275,23 @@ def test_a_gap_in_the_vocabulary_is_never_drawn(tie_embeddings):
     assert not known & set(GAPS) and 400 in known and len(known) == 257
     params = init(jax.random.key(0), cfg)
     drawn = {}
-    for name, own in (("with", without_gaps(params, encoding)), ("without", params)):
+    for name, own in (("with", mask_unused_ids(params, encoding)), ("without", params)):
         device = Device()
         runner = Runner(own, cfg, encoding.n_vocab, 1, jnp.float32)
-        engine = Engine(runner, Scheduler(NUM_SLOTS, 1, cache.BLOCK, CHUNK, 9), 64, device)
-        how = Sampling(temperature=5.0, logit_bias={id: 50.0 for id in GAPS})
+        engine = Engine(
+            runner, Scheduler(NUM_SLOTS, 1, cache.BLOCK_SIZE, CHUNK_SIZE, 9), 64, device
+        )
+        how = SamplingParams(temperature=5.0, logit_bias={id: 50.0 for id in GAPS})
         # The prompt holds a gap too: its embedding must stay a number.
-        request = Request(prompt=(1, 120), max_tokens=40, sampling=how, top_logprobs=20)
+        request = SequenceRequest(
+            prompt=(1, 120), max_tokens=40, sampling_params=how, top_logprobs=20
+        )
         *events, end = engine.generate(request)
         assert end == Done("length")
         tokens = [event for event in events if isinstance(event, Token)]
         drawn[name] = {token.id for token in tokens}
         if name == "with":
-            assert all(id in known for token in tokens for id, _ in token.top)
+            assert all(id in known for token in tokens for id, _ in token.top_logprobs)
         device.close()
     assert drawn["with"] <= known
     assert drawn["without"] & set(GAPS), "the test would show nothing"
@@ -294,7 +302,7 @@ def test_a_vocabulary_without_gaps_costs_nothing():
     whole = bpe.Encoding(
         "whole", pattern=r"[\s\S]", ranks={bytes([b]): b for b in range(256)}, special_tokens={}
     )
-    assert without_gaps(params, whole) is params
+    assert mask_unused_ids(params, whole) is params
 
 
 # -- fingerprints ----------------------------------------------------------------------------------
@@ -305,10 +313,13 @@ def test_a_fingerprint_is_of_bytes_not_of_names_and_times(home, tmp_path):
     one.write_bytes(b"weights")
     two.write_bytes(b"weights")
     os.utime(two, (1, 1))
-    assert fingerprint.of_weights(one) == fingerprint.of_weights(two)
+    assert fingerprint.hash_weights(one) == fingerprint.hash_weights(two)
     two.write_bytes(b"weighty")
-    assert fingerprint.of_weights(one) != fingerprint.of_weights(two)
-    a, b = (fingerprint.of_model(fingerprint.of_weights(one), name) for name in ("int8", "float32"))
+    assert fingerprint.hash_weights(one) != fingerprint.hash_weights(two)
+    a, b = (
+        fingerprint.system_fingerprint(fingerprint.hash_weights(one), name)
+        for name in ("int8", "float32")
+    )
     assert a != b and a.startswith("fp_") and len(a) == 13
 
 
@@ -317,17 +328,17 @@ def test_a_folder_is_all_its_files(home, tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"weights")
-    before = fingerprint.of_weights(folder)
+    before = fingerprint.hash_weights(folder)
     (folder / "config.json").write_text('{"rope_theta": 1}')
-    assert fingerprint.of_weights(folder) != before
+    assert fingerprint.hash_weights(folder) != before
 
 
 def test_a_file_is_hashed_once(home, tmp_path, monkeypatch):
     path = tmp_path / "one.gguf"
     path.write_bytes(b"weights")
-    first = fingerprint.of_weights(path)
+    first = fingerprint.hash_weights(path)
     monkeypatch.setattr(hashlib, "file_digest", lambda *args: pytest.fail("read again"))
-    assert fingerprint.of_weights(path) == first
+    assert fingerprint.hash_weights(path) == first
 
 
 # -- the runner ------------------------------------------------------------------------------------
@@ -335,7 +346,7 @@ def test_a_file_is_hashed_once(home, tmp_path, monkeypatch):
 
 def test_a_program_from_disk_is_not_called_compiled(monkeypatch):
     """On a slow disk each start said that programs were compiled, and kept for the next."""
-    monkeypatch.setattr(runner_module, "SLOW", 0.0)
+    monkeypatch.setattr(runner_module, "SLOW_COMPILE_SECONDS", 0.0)
     cfg, said = Config.debug(num_layers=3), []
     for _ in range(2):
         runner = Runner(init(jax.random.key(0), cfg), cfg, 64, 2, jnp.float32, said.append)
@@ -347,9 +358,9 @@ def test_a_program_from_disk_is_not_called_compiled(monkeypatch):
 def test_larger_steps_come_when_they_are_compiled():
     cfg = Config.debug()
     runner = Runner(init(jax.random.key(0), cfg), cfg, cfg.vocab_size, 2, jnp.float32)
-    assert runner.max_rows == 2
+    assert runner.max_batch_size == 2
     runner.compile(8, "read")
-    assert runner.max_rows == 8
+    assert runner.max_batch_size == 8
     held = runner.num_bytes
     runner.warm_up()
     assert runner.num_bytes == held > 2 * cache.bytes_per_block(cfg, np.float32)

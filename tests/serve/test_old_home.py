@@ -6,7 +6,7 @@ import pytest
 from openai import AuthenticationError
 
 from tests.serve.old_home import make_old_home as old
-from tests.serve.processes import run, serving, until
+from tests.serve.processes import run, serving, wait_for
 from tests.serve.tiny_data import ANSWER, examples, pairs
 
 pytestmark = pytest.mark.heavy
@@ -90,7 +90,7 @@ def test_files_are_listed_and_read(openai):
 @pytest.fixture(scope="module")
 def resumed(openai):
     """The job that was half done, once it is done."""
-    until(lambda: old.status(openai, MADE["half_done"]) == "succeeded")
+    wait_for(lambda: old.status(openai, MADE["half_done"]) == "succeeded")
     return openai.fine_tuning.jobs.retrieve(MADE["half_done"])
 
 

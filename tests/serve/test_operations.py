@@ -16,8 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve.api import auth, logs, rate_limit
 from serve.api.app import create_app
 from serve.api.body_limit import BodyLimit
-from serve.api.rate_limit import RequestRate
-from serve.api.settings import Settings
+from serve.api.rate_limit import RateLimiter
+from serve.api.settings import ServerSettings
 from serve.models.registry import Registry
 from serve.models.spec import ModelSpec
 from tests.naming import names, naming
@@ -79,12 +79,12 @@ def test_a_damaged_file_opens_nothing(tmp_path):
     with pytest.raises(ValueError, match=naming(tmp_path / auth.FILE)):
         auth.KeyRing([], tmp_path)
     with pytest.raises(ValueError, match=naming(tmp_path / auth.FILE)):
-        Settings(home=tmp_path)
+        ServerSettings(home=tmp_path)
 
 
 def test_keys_come_and_go_while_a_server_runs(tmp_path):
     with (
-        scripted.running(scripted.model(), home=tmp_path) as address,
+        scripted.serve_models(scripted.model(), home=tmp_path) as address,
         httpx.Client(base_url=address) as http,
     ):
         assert post(http).status_code == 200, "no key: any request is welcome"
@@ -103,9 +103,9 @@ def test_keys_come_and_go_while_a_server_runs(tmp_path):
 
 def test_a_stored_key_is_enough_to_be_reachable(tmp_path):
     with pytest.raises(ValueError, match="pellucid keys create"):
-        Settings(host="0.0.0.0", home=tmp_path)
+        ServerSettings(host="0.0.0.0", home=tmp_path)
     auth.create(tmp_path, "ann")
-    assert Settings(host="0.0.0.0", home=tmp_path).api_keys == ()
+    assert ServerSettings(host="0.0.0.0", home=tmp_path).api_keys == ()
 
 
 def test_the_keys_command(tmp_path):
@@ -140,7 +140,7 @@ def test_the_keys_command(tmp_path):
 
 def test_a_bucket_fills_again_and_each_client_has_one():
     now = 0.0
-    rate = RequestRate(3, clock=lambda: now)
+    rate = RateLimiter(3, clock=lambda: now)
     assert [rate.take("ann") for _ in range(4)] == [(True, 2), (True, 1), (True, 0), (False, 0)]
     assert rate.take("bob") == (True, 2)
     now = 10.0
@@ -152,9 +152,9 @@ def test_a_bucket_fills_again_and_each_client_has_one():
 
 
 def test_idle_clients_are_forgotten(monkeypatch):
-    monkeypatch.setattr(rate_limit, "MANY", 3)
+    monkeypatch.setattr(rate_limit, "MAX_CLIENTS", 3)
     now = 0.0
-    rate = RequestRate(60, clock=lambda: now)
+    rate = RateLimiter(60, clock=lambda: now)
     for client in "abc":
         rate.take(client)
         now += 1
@@ -164,7 +164,7 @@ def test_idle_clients_are_forgotten(monkeypatch):
 
 def test_the_rate_limit_as_clients_see_it():
     with (
-        scripted.running(scripted.model(), requests_per_minute=2) as address,
+        scripted.serve_models(scripted.model(), requests_per_minute=2) as address,
         httpx.Client(base_url=address) as http,
     ):
         first = post(http)
@@ -213,7 +213,7 @@ def test_a_body_that_never_ends_arriving():
             sent.append(message)
 
         scope = {"type": "http", "path": "/", "method": "POST", "headers": []}
-        await BodyLimit(app, limit=100, seconds=0.05)(scope, arrived.get, send)
+        await BodyLimit(app, limit=100, timeout=0.05)(scope, arrived.get, send)
         return sent
 
     start, body = asyncio.run(play())
@@ -227,8 +227,8 @@ def test_a_body_that_never_ends_arriving():
 
 def test_a_draining_server_finishes_and_takes_nothing_new(tmp_path):
     model = scripted.model()
-    app = create_app(Settings(home=tmp_path), Registry([model], {}))
-    with scripted.served(app) as address, httpx.Client(base_url=address) as http:
+    app = create_app(ServerSettings(home=tmp_path), Registry([model], {}))
+    with scripted.serve_app(app) as address, httpx.Client(base_url=address) as http:
         assert http.get("/ready").json() == {"status": "ready"}
         body = {**BODY, "prompt": "endless", "stream": True}
         with http.stream("POST", "/v1/completions", json=body) as stream:
@@ -251,7 +251,7 @@ def test_a_draining_server_finishes_and_takes_nothing_new(tmp_path):
 def counted(tmp_path):
     later = ModelSpec(id="later", created=0, owned_by="x", memory=1, load=scripted.model)
     with (
-        scripted.running(scripted.model(), later, home=tmp_path) as address,
+        scripted.serve_models(scripted.model(), later, home=tmp_path) as address,
         httpx.Client(base_url=address) as http,
     ):
         yield http
@@ -332,10 +332,10 @@ class Kept(logging.Handler):
 def kept(request, http):
     handler, logger = Kept(request.param()), logging.getLogger("serve")
     logger.addHandler(handler)
-    logs.access.setLevel(logging.INFO)
+    logs.access_log.setLevel(logging.INFO)
     yield handler
     logger.removeHandler(handler)
-    logs.access.setLevel(logging.NOTSET)
+    logs.access_log.setLevel(logging.NOTSET)
 
 
 @pytest.mark.parametrize("kept", [logs.JsonFormatter], indirect=True)

@@ -53,7 +53,7 @@ def test_its_scripts_neither_ask_others_nor_parse_what_a_model_says():
 def test_it_is_shown_without_a_key_but_does_nothing_without(tmp_path):
     auth.create(tmp_path, "ann")
     with (
-        scripted.running(scripted.model(), home=tmp_path) as address,
+        scripted.serve_models(scripted.model(), home=tmp_path) as address,
         httpx.Client(base_url=address) as http,
     ):
         for path in ("/", "/web/app.js", "/docs", "/openapi.json"):
@@ -195,7 +195,7 @@ def test_the_settings_and_the_conversation_reach_the_server(open_page, engine):
 def test_settings_that_are_left_empty_are_the_models(open_page):
     defaults = {"temperature": 0.25, "top_p": 0.5, "top_k": 7}
     model = dataclasses.replace(scripted.model(), sampling=defaults)
-    with scripted.running(model, scripted.model("other")) as address:
+    with scripted.serve_models(model, scripted.model("other")) as address:
         page = open_page(address)
         page.click(".settings summary")
         assert page.get_attribute("#temperature", "placeholder") == "0.25"
@@ -268,7 +268,7 @@ def test_the_description_of_the_api_is_a_page_to_try_it(open_page):
 @in_browser
 def test_a_key_is_asked_for(browser, tmp_path):
     key = auth.create(tmp_path, "ann")
-    with scripted.running(scripted.model(), home=tmp_path) as address:
+    with scripted.serve_models(scripted.model(), home=tmp_path) as address:
         page = browser.new_page()
         page.goto(address)
         page.wait_for_selector("#key-dialog[open]")

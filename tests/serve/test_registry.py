@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from serve.api.settings import Settings, allowed_hosts, is_loopback
+from serve.api.settings import ServerSettings, allowed_hosts, is_loopback
 from serve.exceptions import CannotLoad, UnknownModel
 from serve.models import catalogue
 from serve.models.registry import Registry
@@ -104,7 +104,7 @@ def test_registry_finds_by_id_then_by_alias() -> None:
     assert registry.resolve("one") is one
     assert registry.resolve("gpt-4") is one
     assert registry.resolve("org/two") is two
-    assert registry.list() == registry.loaded() == [one, two]
+    assert registry.list_models() == registry.loaded() == [one, two]
     assert registry.default == "one"
     assert registry.aliases_of("one") == ["gpt-4", "org/two"]
     for name in ("two", "gpt-5", "", "GPT-4"):
@@ -153,7 +153,7 @@ class Shelf:
 def test_a_model_is_loaded_when_it_is_asked_for_and_once() -> None:
     shelf = Shelf(one=1, two=1)
     registry = Registry(shelf.offers, {"gpt-4": "two"})
-    assert registry.list() == shelf.offers and registry.loaded() == []
+    assert registry.list_models() == shelf.offers and registry.loaded() == []
 
     async def main() -> None:
         found = await asyncio.gather(*(registry.get(name) for name in ("two", "gpt-4", "two")))
@@ -163,7 +163,7 @@ def test_a_model_is_loaded_when_it_is_asked_for_and_once() -> None:
 
     asyncio.run(main())
     assert shelf.log == ["two"]
-    assert [card.id for card in registry.list()] == ["one", "two"]
+    assert [card.id for card in registry.list_models()] == ["one", "two"]
     assert registry.loaded() == [registry.resolve("gpt-4")]
 
 
@@ -246,14 +246,14 @@ def test_loads_that_wait_leave_the_threads_of_others_alone() -> None:
 
 
 def test_what_could_be_pulled_is_known_by_its_names() -> None:
-    registry = Registry([served("one")], {"gpt-5": "two", "gpt-6": "three"}, absent={"two"})
+    registry = Registry([served("one")], {"gpt-5": "two", "gpt-6": "three"}, not_pulled={"two"})
     for name in ("two", "gpt-5"):
         with pytest.raises(UnknownModel) as raised:
             registry.resolve(name)
-        assert (raised.value.name, raised.value.absent) == (name, "two")
+        assert (raised.value.name, raised.value.not_pulled_id) == (name, "two")
     with pytest.raises(UnknownModel) as raised:
         registry.resolve("gpt-6")
-    assert raised.value.absent is None
+    assert raised.value.not_pulled_id is None
 
 
 def test_a_model_that_is_removed_while_it_loads_does_not_stay() -> None:
@@ -307,23 +307,23 @@ def test_a_removed_model_is_unknown() -> None:
 def test_beyond_loopback_a_key_is_needed(host: str) -> None:
     assert not is_loopback(host)
     with pytest.raises(ValueError, match=naming(host, "--api-key")):
-        Settings(host=host)
-    assert Settings(host=host, api_keys=("secret",)).host == host
+        ServerSettings(host=host)
+    assert ServerSettings(host=host, api_keys=("secret",)).host == host
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
 def test_loopback_needs_no_key(host: str) -> None:
-    assert Settings(host=host).api_keys == ()
+    assert ServerSettings(host=host).api_keys == ()
     assert allowed_hosts(host) == ()
 
 
 def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match=naming("port", 70000)):
-        Settings(port=70000)
+        ServerSettings(port=70000)
     with pytest.raises(ValueError, match=naming("api_keys")):
-        Settings(host="0.0.0.0", api_keys=("",))
+        ServerSettings(host="0.0.0.0", api_keys=("",))
     with pytest.raises(ValueError, match=naming("cache_budget", 0)):
-        Settings(cache_budget=0)
+        ServerSettings(cache_budget=0)
 
 
 def test_a_server_may_be_called_by_the_address_it_is_bound_to() -> None:

@@ -5,22 +5,22 @@ from dataclasses import replace
 
 import pytest
 
-from serve.cli import repl, talk
+from serve.cli import local_completion, repl
 from serve.exceptions import DoesNotFit, Failure, WrongUsage
-from serve.models.decoder import ServedModel
+from serve.models.decoder import DecoderModel
 from tests.naming import names, naming
 from tests.serve import scripted
-from transformer.engine import Done, Failed, Request, Token
+from transformer.engine import Done, Failed, SequenceRequest, Token
 
 
 class Echo:
     """Answers with the last message of the user, in capitals; keeps every request."""
 
     def __init__(self) -> None:
-        self.requests: list[Request] = []
+        self.requests: list[SequenceRequest] = []
         self.closed = 0
 
-    def generate(self, request: Request) -> Iterator[Token | Done | Failed]:
+    def generate(self, request: SequenceRequest) -> Iterator[Token | Done | Failed]:
         self.requests.append(request)
         said = scripted.encoding.decode(request.prompt).split("user\n")[-1].split("<|im_end|>")[0]
         try:
@@ -40,35 +40,37 @@ class Echo:
 
 
 @pytest.fixture
-def model() -> ServedModel:
+def model() -> DecoderModel:
     return replace(scripted.model(), engine=Echo())  # type: ignore[arg-type]
 
 
-def reply(model: ServedModel, question: str, **options: object) -> talk.Reply:
-    prompt = talk.chat_prompt(model, [{"role": "user", "content": question}])
-    return talk.Reply(model, prompt, talk.Options(**options))  # type: ignore[arg-type]
+def reply(
+    model: DecoderModel, question: str, **options: object
+) -> local_completion.LocalCompletion:
+    prompt = local_completion.chat_prompt(model, [{"role": "user", "content": question}])
+    return local_completion.LocalCompletion(model, prompt, local_completion.Options(**options))  # type: ignore[arg-type]
 
 
-def test_a_reply_counts_and_ends(model: ServedModel) -> None:
+def test_a_reply_counts_and_ends(model: DecoderModel) -> None:
     answer = reply(model, "wörld 😀")
     assert "".join(answer) == answer.text == "WÖRLD 😀"
-    assert (answer.tokens, answer.reason) == (11, "stop")
-    assert answer.first_token is not None and answer.tokens_per_second
+    assert (answer.completion_tokens, answer.finish_reason) == (11, "stop")
+    assert answer.first_token_seconds is not None and answer.tokens_per_second
 
 
-def test_a_reply_never_breaks_a_character(model: ServedModel) -> None:
+def test_a_reply_never_breaks_a_character(model: DecoderModel) -> None:
     assert [*reply(model, "ö😀")] == ["Ö", "😀"]
     assert [*reply(model, "ö😀", max_tokens=4)] == ["Ö", "�"]
 
 
-def test_a_stop_string_ends_a_reply_and_the_engine(model: ServedModel) -> None:
+def test_a_stop_string_ends_a_reply_and_the_engine(model: DecoderModel) -> None:
     answer = reply(model, "one two three", stop=("TWO",))
     assert "".join(answer) == "ONE "
-    assert answer.reason == "stop"
+    assert answer.finish_reason == "stop"
     assert model.engine.closed == 1  # type: ignore[attr-defined]
 
 
-def test_a_reply_must_fit_the_context(model: ServedModel) -> None:
+def test_a_reply_must_fit_the_context(model: DecoderModel) -> None:
     with pytest.raises(DoesNotFit, match=naming(scripted.CONTEXT)):
         reply(model, "x" * scripted.CONTEXT)
     with pytest.raises(DoesNotFit):
@@ -79,16 +81,16 @@ def test_a_reply_must_fit_the_context(model: ServedModel) -> None:
     assert request.max_tokens == scripted.CONTEXT - used.prompt_tokens
 
 
-def test_failures_say_why(model: ServedModel) -> None:
+def test_failures_say_why(model: DecoderModel) -> None:
     with pytest.raises(Failure, match="the numbers went bad"):
         [*reply(model, "fail")]
     with pytest.raises(WrongUsage, match=naming("`pellucid complete`")):
-        talk.chat_prompt(scripted.model(template=None), [])
+        local_completion.chat_prompt(scripted.model(template=None), [])
     with pytest.raises(WrongUsage, match="temperature"):
         reply(model, "x", sampling={"temperature": -1.0})
 
 
-def converse(model: ServedModel, *lines: str) -> repl.Conversation:
+def converse(model: DecoderModel, *lines: str) -> repl.Conversation:
     """Runs a conversation of these lines, then Ctrl-D."""
     given = iter(lines)
 
@@ -100,12 +102,14 @@ def converse(model: ServedModel, *lines: str) -> repl.Conversation:
             raise KeyboardInterrupt
         return line
 
-    conversation = repl.Conversation(default=talk.Options(sampling={"temperature": 0.2}))
-    repl.run(model, conversation, read=read, figures=lambda reply: f"[{reply.reason}]")
+    conversation = repl.Conversation(
+        default=local_completion.Options(sampling={"temperature": 0.2})
+    )
+    repl.run(model, conversation, read=read, stats_line=lambda reply: f"[{reply.finish_reason}]")
     return conversation
 
 
-def test_a_conversation_remembers(model: ServedModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_conversation_remembers(model: DecoderModel, capsys: pytest.CaptureFixture[str]) -> None:
     conversation = converse(model, "/system Be brief.", "one", "", "^C", "two")
     assert conversation.turns == [("one", "ONE"), ("two", "TWO")]
     prompt = scripted.encoding.decode(model.engine.requests[-1].prompt)  # type: ignore[attr-defined]
@@ -115,7 +119,7 @@ def test_a_conversation_remembers(model: ServedModel, capsys: pytest.CaptureFixt
     assert names(captured.err, "/bye", "Ctrl-D")
 
 
-def test_undo_retry_clear(model: ServedModel) -> None:
+def test_undo_retry_clear(model: DecoderModel) -> None:
     assert converse(model, "/undo", "one", "two", "/undo").turns == [("one", "ONE")]
     assert converse(model, "one", "/retry").turns == [("one", "ONE")]
     conversation = converse(model, "/system x", "one", "/clear")
@@ -123,20 +127,20 @@ def test_undo_retry_clear(model: ServedModel) -> None:
     assert converse(model, "/bye", "one").turns == []
 
 
-def test_ctrl_c_keeps_what_came(model: ServedModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_keeps_what_came(model: DecoderModel, capsys: pytest.CaptureFixture[str]) -> None:
     assert converse(model, "interrupt", "go on").turns == [("interrupt", "INT"), ("go on", "GO ON")]
     assert capsys.readouterr().out == "INT\nGO ON\n"
 
 
 def test_a_failure_leaves_the_conversation_as_it_was(
-    model: ServedModel, capsys: pytest.CaptureFixture[str]
+    model: DecoderModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert converse(model, "one", "fail", "x" * 600).turns == [("one", "ONE")]
     errors = capsys.readouterr().err
     assert names(errors, "the numbers went bad", scripted.CONTEXT)
 
 
-def test_set(model: ServedModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_set(model: DecoderModel, capsys: pytest.CaptureFixture[str]) -> None:
     options = converse(model, "/set temperature 0", "/set max_tokens 2", "/set seed 7").options
     assert (options.sampling, options.max_tokens, options.seed) == ({"temperature": 0.0}, 2, 7)
     options = converse(model, "/set temperature 0", "/set temperature", "/set stop").options
@@ -147,23 +151,23 @@ def test_set(model: ServedModel, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_setting_out_of_range_is_said_when_it_is_used(
-    model: ServedModel, capsys: pytest.CaptureFixture[str]
+    model: DecoderModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert converse(model, "/set temperature -1", "one").turns == []
     assert "temperature" in capsys.readouterr().err
 
 
-def test_words_are_never_commands(model: ServedModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_words_are_never_commands(model: DecoderModel, capsys: pytest.CaptureFixture[str]) -> None:
     assert converse(model, "bye", " /help").turns == [("bye", "BYE"), (" /help", " /HELP")]
     assert converse(model, "/dance").turns == []
     assert names(capsys.readouterr().err, "/dance")
 
 
-def test_several_lines(model: ServedModel) -> None:
+def test_several_lines(model: DecoderModel) -> None:
     assert converse(model, '"""one', "two", 'three"""').turns[0][0] == "one\ntwo\nthree"
     assert converse(model, '"""one"""').turns[0][0] == "one"
 
 
-def test_stats(model: ServedModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stats(model: DecoderModel, capsys: pytest.CaptureFixture[str]) -> None:
     converse(model, "one", "/stats", "two", "/stats", "three")
     assert capsys.readouterr().err.count("[stop]") == 1

@@ -8,19 +8,21 @@ import httpx
 import pytest
 
 import transformer.sampling
-from serve.api.settings import Settings
-from serve.cli import models, serve, talk
-from serve.models import adapters, catalogue, decoder, fingerprint, sampling
+from serve.api.settings import ServerSettings
+from serve.cli import local_completion, models, serve
+from serve.models import adapters, catalogue, decoder, fingerprint, generation_config
 from serve.models.spec import ModelFiles
 from tests.naming import names
 from tests.serve import scripted, tiny
-from transformer.sampling import Sampling
+from transformer.sampling import SamplingParams
 
 pytestmark = pytest.mark.heavy
 
 OWN = {"temperature": 0.5, "top_p": 0.75, "top_k": 7, "min_p": 0.125, "repetition_penalty": 1.5}
 OWN |= {"presence_penalty": 0.25, "frequency_penalty": -0.5}
-WITHOUT_PENALTIES = OWN | {name: sampling.OPENAI[name] for name in sampling.PENALTIES}
+WITHOUT_PENALTIES = OWN | {
+    name: generation_config.OPENAI_DEFAULTS[name] for name in generation_config.PENALTIES
+}
 
 
 def of_folder(folder, content, row=()):
@@ -28,7 +30,7 @@ def of_folder(folder, content, row=()):
     text = content if isinstance(content, str) else json.dumps(content)
     (folder / "generation_config.json").write_text(text)
     notes = []
-    return sampling.of_model(dict(row), folder, notes.append), notes
+    return generation_config.read_defaults(dict(row), folder, notes.append), notes
 
 
 # --- the files of a model -------------------------------------------------------------------------
@@ -36,7 +38,7 @@ def of_folder(folder, content, row=()):
 
 def test_generation_config_is_used_whatever_do_sample_says(tmp_path):
     """As in vLLM."""
-    assert sampling.of_model({}, tmp_path, pytest.fail) == {}
+    assert generation_config.read_defaults({}, tmp_path, pytest.fail) == {}
     for do_sample in (True, False, None):
         assert of_folder(tmp_path, {**OWN, "do_sample": do_sample}) == (OWN, [])
 
@@ -79,7 +81,7 @@ def test_null_is_not_given_and_what_means_all_is_openais(tmp_path):
     assert of_folder(tmp_path, {"temperature": None, "top_p": 1, "top_k": 0}) == ({}, [])
     assert of_folder(tmp_path, {"top_k": 40.0}) == ({"top_k": 40}, [])
     found, _ = of_folder(tmp_path, {"top_k": -1})
-    assert sampling.resolve({}, found)["top_k"] == 0
+    assert generation_config.resolve_params({}, found)["top_k"] == 0
 
 
 @pytest.mark.parametrize("value", [2**31 - 1, 12_345_678, 40.0])
@@ -87,8 +89,10 @@ def test_a_large_top_k_stays_that_integer(tmp_path, value):
     """It was rounded to seven digits: 2147484000 is no int32, and each request failed."""
     found, _ = of_folder(tmp_path, {"top_k": value})
     assert found == {"top_k": value} and isinstance(found["top_k"], int)
-    settings = [Sampling(**sampling.resolve({}, found))]
-    assert transformer.sampling.settings(settings, [0], [0], [0]).top_k.tolist() == [value]
+    settings = [SamplingParams(**generation_config.resolve_params({}, found))]
+    assert transformer.sampling.batch_sampling_params(settings, [0], [0], [0]).top_k.tolist() == [
+        value
+    ]
 
 
 def test_what_would_change_the_answer_and_is_not_done_is_noted(tmp_path):
@@ -119,12 +123,12 @@ def test_a_gguf_file_may_hold_defaults(tmp_path):
     writer.write_kv_data_to_file()
     writer.close()
     notes = []
-    found = sampling.of_model({}, tmp_path / "model.gguf", notes.append)
+    found = generation_config.read_defaults({}, tmp_path / "model.gguf", notes.append)
     expected = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
     assert found == expected
     assert len(notes) == 1 and "general.sampling.xtc_threshold" in notes[0]
     row = {"temperature": 0.2}
-    assert sampling.of_model(row, tmp_path / "model.gguf", pytest.fail) == row
+    assert generation_config.read_defaults(row, tmp_path / "model.gguf", pytest.fail) == row
 
 
 @pytest.mark.parametrize("value", ["'hot'", "true", "3", "-1", "nan"])
@@ -147,7 +151,7 @@ def model():
 @pytest.fixture(scope="module")
 def ask(model):
     """Posts a request, and gives the settings that reach the engine."""
-    with scripted.running(model) as address:
+    with scripted.serve_models(model) as address:
 
         def ask(route, **body):
             texts = {"messages": [{"role": "user", "content": "hi"}], "prompt": "hi", "input": "hi"}
@@ -169,7 +173,7 @@ def test_what_a_request_leaves_out_is_the_models(ask, route):
     assert ask(route) == OWN
     assert ask(route, **dict.fromkeys(OWN)) == OWN  # null is not given
     assert ask(route, temperature=1) == OWN | {"temperature": 1}
-    assert ask(route, **sampling.OPENAI) == sampling.OPENAI
+    assert ask(route, **generation_config.OPENAI_DEFAULTS) == generation_config.OPENAI_DEFAULTS
     assert ask(route, top_k=-1)["top_k"] == 0
 
 
@@ -194,16 +198,18 @@ def test_no_default_penalty_applies_where_likelihood_counts(ask, judged):
 
 def test_no_default_penalty_applies_at_a_default_temperature_of_0():
     defaults = OWN | {"temperature": 0}
-    assert sampling.resolve({}, defaults) == WITHOUT_PENALTIES | {"temperature": 0}
-    assert sampling.resolve({"temperature": 0.5}, defaults) == OWN
+    assert generation_config.resolve_params({}, defaults) == WITHOUT_PENALTIES | {"temperature": 0}
+    assert generation_config.resolve_params({"temperature": 0.5}, defaults) == OWN
 
 
 def test_the_command_line_uses_the_same_defaults():
     model = dataclasses.replace(scripted.model(), sampling=OWN)
 
     def settings(**asked):
-        request = talk.Reply(model, [1], talk.Options(sampling=asked))._request
-        return {name: getattr(request.sampling, name) for name in OWN}
+        request = local_completion.LocalCompletion(
+            model, [1], local_completion.Options(sampling=asked)
+        )._request
+        return {name: getattr(request.sampling_params, name) for name in OWN}
 
     assert settings() == OWN
     assert settings(temperature=1.0, top_k=0) == OWN | {"temperature": 1.0, "top_k": 0}
@@ -219,28 +225,28 @@ def test_a_server_offers_and_shows_defaults(tmp_path, whose):
     folder = tiny.model(tmp_path / "tiny")
     of_folder(folder, OWN)
     name = "ft:tiny:pellucid:mine:abc123"
-    card = adapters.Card(
-        name, "tiny", "", fingerprint.of_weights(folder), created=5, job="j", step=3
+    card = adapters.AdapterMetadata(
+        name, "tiny", "", fingerprint.hash_weights(folder), created=5, job="j", step=3
     )
     (tmp_path / "adapter").mkdir()
-    adapters.put(tmp_path, card, tmp_path / "adapter")
-    expected = sampling.resolve({}, OWN if whose == "model" else {})
+    adapters.save(tmp_path, card, tmp_path / "adapter")
+    expected = generation_config.resolve_params({}, OWN if whose == "model" else {})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder, "MAX_ROWS", 2)
+        patch.setattr(decoder, "MAX_BATCH_SIZE", 2)
         places, chosen = (
             [ModelFiles("tiny", folder, "me")],
-            Settings(home=tmp_path, cache_budget=2**20),
+            ServerSettings(home=tmp_path, cache_budget=2**20),
         )
-        with serve._offered(places, chosen, "float32", {}, (), whose) as registry:
-            from serve.api.routes.models import card as shown
+        with serve._open_registry(places, chosen, "float32", {}, (), whose) as registry:
+            from serve.api.routes.models import model_to_api as shown
 
-            assert [shown(card)["sampling"] for card in registry.list()] == [expected] * 2
+            assert [shown(card)["sampling"] for card in registry.list_models()] == [expected] * 2
             (loaded,) = registry.loaded()
-            assert sampling.resolve({}, loaded.sampling) == expected
+            assert generation_config.resolve_params({}, loaded.sampling) == expected
 
 
 def test_the_model_card_names_its_defaults(model):
-    with scripted.running(model) as address:
+    with scripted.serve_models(model) as address:
         card = httpx.get(f"{address}/v1/models/gpt-4").json()
     assert card["sampling"] == OWN
 
@@ -250,7 +256,7 @@ def test_the_catalogue_and_its_table_name_defaults(tmp_path, monkeypatch, capsys
     models.models(json=True)
     cards = {card["id"]: card for card in json.loads(capsys.readouterr().out)["models"]}
     chat = cards["smollm2-135m-instruct"]["sampling"]
-    assert chat == sampling.resolve({}, {"temperature": 0.2, "top_p": 0.9})
+    assert chat == generation_config.resolve_params({}, {"temperature": 0.2, "top_p": 0.9})
     assert cards["all-minilm-l6-v2"]["sampling"] is None
     models.models(json=False)
     assert names(capsys.readouterr().out, "temperature 0.2", "top_p 0.9")

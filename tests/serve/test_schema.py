@@ -125,10 +125,10 @@ def test_the_page_asks_nobody_else(http):
 
 def test_deleting_models(tmp_path):
     own = "ft:scripted:me::Ab/1..2"
-    (adapters.folder(tmp_path, own) / "checkpoints").mkdir(parents=True)
+    (adapters.adapter_folder(tmp_path, own) / "checkpoints").mkdir(parents=True)
     models = [scripted.model(), scripted.model(own)]
     with (
-        scripted.running(*models, home=tmp_path) as address,
+        scripted.serve_models(*models, home=tmp_path) as address,
         httpx.Client(base_url=address) as http,
     ):
         refused = http.delete("/v1/models/scripted")
@@ -148,10 +148,10 @@ def test_deleting_models(tmp_path):
 def test_a_model_whose_files_cannot_be_deleted_stays(tmp_path, monkeypatch):
     """It vanished from the list, and was back at the next start."""
     own = "ft:scripted:me::x"
-    adapters.folder(tmp_path, own).mkdir(parents=True)
+    adapters.adapter_folder(tmp_path, own).mkdir(parents=True)
     models = [scripted.model(), scripted.model(own)]
     with (
-        scripted.running(*models, home=tmp_path) as address,
+        scripted.serve_models(*models, home=tmp_path) as address,
         httpx.Client(base_url=address) as http,
     ):
         with monkeypatch.context() as patch:
@@ -163,7 +163,7 @@ def test_a_model_whose_files_cannot_be_deleted_stays(tmp_path, monkeypatch):
 
 def test_every_id_has_a_folder_of_its_own(tmp_path):
     ids = ["a", "A", "a/b", "a%2Fb", "..", ".", "a.b", "x" * 60]
-    folders = [adapters.folder(tmp_path, id) for id in ids]
+    folders = [adapters.adapter_folder(tmp_path, id) for id in ids]
     assert len(set(folders)) == len(ids)
     assert all(folder.parent == tmp_path / "made" and ".." not in folder.name for folder in folders)
 

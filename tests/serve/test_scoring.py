@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 
 from transformer import cache, checkpoint, decoder
-from transformer.engine import Done, Engine, Request, Scored, Token
-from transformer.engine.runner import CHUNK, NUM_SLOTS, Runner
+from transformer.engine import Done, Engine, PromptLogprobs, SequenceRequest, Token
+from transformer.engine.runner import CHUNK_SIZE, NUM_SLOTS, Runner
 from transformer.engine.scheduler import Scheduler
-from transformer.sampling import Sampling
+from transformer.sampling import SamplingParams
 
 pytestmark = pytest.mark.heavy
 
 TINY = Path(__file__).parents[1] / "golden/transformer/llama"
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 
 
 @pytest.fixture(scope="module")
 def model():
-    params, cfg, _ = checkpoint.load(TINY, format="float32")
+    params, cfg, _ = checkpoint.load(TINY, dtype="float32")
     return params, cfg
 
 
@@ -34,7 +34,7 @@ def runner(model):
 @pytest.fixture
 def engine(model, runner):
     num_blocks = cache.blocks_for(model[1].max_seq_len)
-    scheduler = Scheduler(NUM_SLOTS, num_blocks, cache.BLOCK, CHUNK, 10)
+    scheduler = Scheduler(NUM_SLOTS, num_blocks, cache.BLOCK_SIZE, CHUNK_SIZE, 10)
     engine = Engine(runner, scheduler, model[1].max_seq_len)
     yield engine
     engine.close(drain=False)
@@ -45,15 +45,17 @@ def prompt_of(length, cfg):
 
 
 def scored(events):
-    return [token for event in events if isinstance(event, Scored) for token in event.tokens]
+    return [
+        token for event in events if isinstance(event, PromptLogprobs) for token in event.tokens
+    ]
 
 
-@pytest.mark.parametrize("length", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1])
+@pytest.mark.parametrize("length", [1, 2, CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1])
 def test_scores_are_those_of_a_forward_pass(model, engine, length):
     params, cfg = model
     prompt = prompt_of(length, cfg)
     *events, end = engine.generate(
-        Request(prompt=prompt, max_tokens=0, sampling=GREEDY, prompt_logprobs=5)
+        SequenceRequest(prompt=prompt, max_tokens=0, sampling_params=GREEDY, prompt_logprobs=5)
     )
     tokens = scored(events)
     assert end == Done("length") and not any(isinstance(event, Token) for event in events)
@@ -65,42 +67,51 @@ def test_scores_are_those_of_a_forward_pass(model, engine, length):
         row = logprobs[position]
         assert abs(token.logprob - row[token.id]) < 1e-4
         likeliest = np.sort(row)[::-1][:5]
-        np.testing.assert_allclose([value for _, value in token.top], likeliest, atol=1e-4)
-        np.testing.assert_allclose([row[id] for id, _ in token.top], likeliest, atol=1e-4)
+        np.testing.assert_allclose([value for _, value in token.top_logprobs], likeliest, atol=1e-4)
+        np.testing.assert_allclose([row[id] for id, _ in token.top_logprobs], likeliest, atol=1e-4)
 
 
 def test_scoring_does_not_change_what_follows(model, engine):
-    prompt = prompt_of(CHUNK + 5, model[1])
-    plain = Request(prompt=prompt, max_tokens=6, sampling=Sampling(seed=4), top_logprobs=3)
-    both = Request(**{**vars(plain), "prompt_logprobs": 0})
+    prompt = prompt_of(CHUNK_SIZE + 5, model[1])
+    plain = SequenceRequest(
+        prompt=prompt, max_tokens=6, sampling_params=SamplingParams(seed=4), top_logprobs=3
+    )
+    both = SequenceRequest(**{**vars(plain), "prompt_logprobs": 0})
     *events, end = engine.generate(both)
-    assert len(scored(events)) == len(prompt) and scored(events)[-1].top == ()
+    assert len(scored(events)) == len(prompt) and scored(events)[-1].top_logprobs == ()
     rest = [event for event in events if isinstance(event, Token)]
     assert [*rest, end] == [*engine.generate(plain)][1:]  # the first is Began
 
 
 def test_a_prompt_as_long_as_the_context_can_be_scored(model, engine):
     prompt = prompt_of(model[1].max_seq_len, model[1])
-    request = Request(prompt=prompt, max_tokens=0, sampling=GREEDY, prompt_logprobs=0)
+    request = SequenceRequest(
+        prompt=prompt, max_tokens=0, sampling_params=GREEDY, prompt_logprobs=0
+    )
     assert len(scored(engine.generate(request))) == len(prompt)
 
 
 def test_a_prompt_read_twice_is_told_once(model, runner):
     """A row that has to start over reads its prompt again."""
-    scheduler = Scheduler(NUM_SLOTS, cache.blocks_for(model[1].max_seq_len), cache.BLOCK, CHUNK, 10)
+    scheduler = Scheduler(
+        NUM_SLOTS, cache.blocks_for(model[1].max_seq_len), cache.BLOCK_SIZE, CHUNK_SIZE, 10
+    )
     engine = Engine(runner, scheduler, model[1].max_seq_len)
-    request = Request(
-        prompt=prompt_of(CHUNK + 5, model[1]), max_tokens=8, sampling=GREEDY, prompt_logprobs=1
+    request = SequenceRequest(
+        prompt=prompt_of(CHUNK_SIZE + 5, model[1]),
+        max_tokens=8,
+        sampling_params=GREEDY,
+        prompt_logprobs=1,
     )
     alone = [*engine.generate(request)]
-    took = engine._take
+    took = engine._append_token
 
     def start_over_once(row, drawn, i):
         took(row, drawn, i)
         if row.generated == 4 and not row.known:
-            scheduler.start_over(row)
+            scheduler.preempt(row)
 
-    engine._take = start_over_once
+    engine._append_token = start_over_once
     try:
         assert [*engine.generate(request)] == alone
     finally:
@@ -110,10 +121,10 @@ def test_a_prompt_read_twice_is_told_once(model, runner):
 def test_the_token_that_ends_an_answer_is_told_where_logprobs_are(model, engine):
     """Harnesses ask for one token more than they score, and count on finding it."""
     prompt = prompt_of(9, model[1])
-    once = Request(prompt=prompt, max_tokens=1, sampling=GREEDY, top_logprobs=2)
+    once = SequenceRequest(prompt=prompt, max_tokens=1, sampling_params=GREEDY, top_logprobs=2)
     (first,) = [event for event in engine.generate(once) if isinstance(event, Token)]
     ends = {"prompt": prompt, "sampling": GREEDY, "stop_ids": frozenset({first.id})}
-    with_logprobs = Request(**ends, max_tokens=1, top_logprobs=2, prompt_logprobs=2)
+    with_logprobs = SequenceRequest(**ends, max_tokens=1, top_logprobs=2, prompt_logprobs=2)
     *events, end = engine.generate(with_logprobs)
     assert end == Done("stop", first) and len(scored(events)) == len(prompt)
-    assert [*engine.generate(Request(**ends, max_tokens=1))][-1] == Done("stop")
+    assert [*engine.generate(SequenceRequest(**ends, max_tokens=1))][-1] == Done("stop")

@@ -18,7 +18,7 @@ def guarded():
     settings = {"api_keys": ("sk-secret-of-ann", "sk-secret-of-bob")}
     settings |= {"allowed_hosts": ("models.example",), "allowed_origins": (PAGE,)}
     with (
-        scripted.running(scripted.model(), **settings) as address,
+        scripted.serve_models(scripted.model(), **settings) as address,
         httpx.Client(
             base_url=address, headers={"authorization": "Bearer sk-secret-of-bob"}
         ) as http,
@@ -78,7 +78,7 @@ def test_a_configured_name_is(guarded):
 
 
 def test_any_name_where_any_is_allowed():
-    with scripted.running(scripted.model(), allowed_hosts=("*",)) as address:
+    with scripted.serve_models(scripted.model(), allowed_hosts=("*",)) as address:
         assert httpx.get(f"{address}/health", headers={"host": "any.example"}).status_code == 200
 
 

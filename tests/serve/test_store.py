@@ -34,7 +34,7 @@ def ids(page):
 
 
 def received(store, id, data=b"data"):
-    with store.receiving(id) as incoming:
+    with store.open_blob(id) as incoming:
         incoming.write(data)
         incoming.keep({"id": id})
 
@@ -79,13 +79,13 @@ def test_a_page_begins_after_what_was_deleted_since(store):
 
 def test_what_is_written_together_is_written_or_not(store, tmp_path):
     fill(store, "a")
-    with pytest.raises(RuntimeError), store.writing():
+    with pytest.raises(RuntimeError), store.transaction():
         store.change("thing", "a", n=1)
         store.add("thing", "b", {"id": "b"})
         raise RuntimeError("halfway")
     assert ids(store.page("thing")) == (["a"], False) and store.get("thing", "a") == {"id": "a"}
     other = Store(tmp_path)
-    with store.writing():
+    with store.transaction():
         store.add("thing", "c", {"id": "c"})
         assert other.get("thing", "c") is None, "not before it is all there"
     assert other.get("thing", "c") == {"id": "c"}
@@ -98,7 +98,7 @@ def test_many_threads_and_two_processes_count_right(store, tmp_path):
 
     def count(own):
         for _ in range(20):
-            with own.writing():
+            with own.transaction():
                 own.change("thing", "n", n=own.get("thing", "n")["n"] + 1)
 
     threads = [threading.Thread(target=count, args=(own,)) for own in (store, other, store, other)]
@@ -111,7 +111,7 @@ def test_many_threads_and_two_processes_count_right(store, tmp_path):
 
 
 def test_a_blob_is_seen_when_it_is_whole(store):
-    with store.receiving("file-1") as incoming:
+    with store.open_blob("file-1") as incoming:
         incoming.write(b"half")
         assert not store.blob("file-1").exists() and store.get("file", "file-1") is None
         incoming.write(b" and half")
@@ -119,7 +119,7 @@ def test_a_blob_is_seen_when_it_is_whole(store):
         incoming.keep({"id": "file-1"})
     assert store.blob("file-1").read_bytes() == b"half and half"
     assert store.get("file", "file-1") == {"id": "file-1"}
-    with pytest.raises(OSError, match="disk"), store.receiving("file-2") as incoming:
+    with pytest.raises(OSError, match="disk"), store.open_blob("file-2") as incoming:
         incoming.write(b"half")
         raise OSError("the disk is full")
     assert [path.name for path in store.blob("x").parent.iterdir()] == ["file-1"]
@@ -132,7 +132,7 @@ def test_a_sweep_takes_what_a_kill_left_and_nothing_else(store, tmp_path):
     folder = store.blob("x").parent
     (folder / ".new-file-dead").write_bytes(b"half")
     (folder / "file-untold").write_bytes(b"whole, but killed before it was told of")
-    with store.receiving("file-alive") as incoming:
+    with store.open_blob("file-alive") as incoming:
         incoming.write(b"half")
         Store(tmp_path).close()
         assert sorted(os.listdir(folder)) == [".new-file-alive", "file-kept"]
@@ -150,7 +150,7 @@ KILLED = """
     store = Store(Path(sys.argv[1]))
     number = 0
     while True:
-        with store.receiving(f"file-{number}") as incoming:
+        with store.open_blob(f"file-{number}") as incoming:
             incoming.write(b"x" * 200_000)
             incoming.keep({"id": f"file-{number}"})
         print(number, flush=True)
@@ -175,15 +175,15 @@ def test_killed_while_writing(tmp_path, lines):
     assert len(found) in (acknowledged, acknowledged + 1)
     names = {body["id"] for body in found}
     assert {f"file-{number}" for number in range(acknowledged)} <= names
-    assert set(os.listdir(store.blob("x").parent)) == names
-    assert all(store.blob(name).stat().st_size == 200_000 for name in names)
+    assert set(os.listdir(store.blob_path("x").parent)) == names
+    assert all(store.blob_path(name).stat().st_size == 200_000 for name in names)
     store.close()
 
 
 def test_others_may_not_read_it(tmp_path):
     store = Store(tmp_path / "home")
     received(store, "file-1")
-    places = [tmp_path / "home", store.blob("file-1").parent, store.blob("file-1")]
+    places = [tmp_path / "home", store.blob_path("file-1").parent, store.blob_path("file-1")]
     places += [tmp_path / "home" / name for name in ("store.db", "store.db-wal")]
     assert not any(stat.S_IMODE(place.stat().st_mode) & 0o077 for place in places)
     store.close()

@@ -123,7 +123,7 @@ def test_data_of_packages_is_found(installed):
     assert installed.run("python", "-m", "bpe", "encode", "hello world") == "24912 2375"
     listed = json.loads(installed.run("pellucid", "models", "--json"))["models"]
     assert MODEL in [model["id"] for model in listed]
-    code = "import diffusion; print(diffusion.weights())"
+    code = "import diffusion; print(diffusion.weights_folder())"
     weights = Path(installed.run("python", "-c", code))
     assert weights.is_relative_to(installed.site)
     for part in ("denoiser", "upscaler"):

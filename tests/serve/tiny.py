@@ -8,13 +8,13 @@ from pathlib import Path
 import jax
 
 import bpe
-from bpe.formats import byte_characters
+from bpe.formats import bytes_to_unicode
 from serve.api.app import create_app
-from serve.api.settings import Settings
+from serve.api.settings import ServerSettings
 from serve.models import resolve
 from serve.models.registry import Registry
 from serve.models.spec import LoadOptions, ModelFiles
-from tests.serve.scripted import served
+from tests.serve.scripted import serve_app
 from tests.serve.tiny_data import ANSWER, SPECIAL, TEMPLATE, examples, pairs
 from transformer import checkpoint
 from transformer.config import Config
@@ -29,7 +29,7 @@ def model(folder: Path, seed: int = 0) -> Path:
     """Writes a decoder under 50,000 weights with a tokenizer of single bytes and a template."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save(folder, init(jax.random.key(seed), CFG), CFG)
-    vocab = {character: byte for byte, character in byte_characters().items()}
+    vocab = {character: byte for byte, character in bytes_to_unicode().items()}
     added = [
         {"id": 256 + i, "content": token, "special": True, "single_word": False, "lstrip": False,
          "rstrip": False, "normalized": False}
@@ -59,8 +59,8 @@ def serving(home: Path, folder: Path, **settings) -> Iterator[str]:
         ModelFiles("tiny", folder, "me"),
         LoadOptions(cache_budget=budget, dtype="float32", home=home, notify=lambda line: None),
     )
-    shelf = resolve.Shelf(home, budget, {"tiny": folder})
-    registry = Registry([offer], {"curie": "tiny", "gpt-3.5-turbo": "tiny"}, shelf=shelf)
-    app = create_app(Settings(home=home, **settings), registry)
-    with served(app) as address, closing(registry), closing(app.state.keeper):
+    shelf = resolve.AdapterSpecs(home, budget, {"tiny": folder})
+    registry = Registry([offer], {"curie": "tiny", "gpt-3.5-turbo": "tiny"}, adapter_specs=shelf)
+    app = create_app(ServerSettings(home=home, **settings), registry)
+    with serve_app(app) as address, closing(registry), closing(app.state.keeper):
         yield address

@@ -9,7 +9,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from bpe.formats import byte_characters
+from bpe.formats import bytes_to_unicode
 from tests.serve.tiny_data import SPECIAL, TEMPLATE
 
 D_MODEL, D_FF, HEADS, KV_HEADS, HEAD_DIM, LAYERS, CONTEXT = 16, 24, 2, 1, 8, 1, 512
@@ -37,20 +37,20 @@ parts = [{{ source = "pypi:nowhere==1.0!tiny.gguf", size = {size}, sha256 = "{sh
 """
 
 
-def catalogue(home: Path) -> None:
+def write_catalogue(home: Path) -> None:
     """Write `models.toml` and the model into a data folder, as if it had been pulled."""
     folder = home / "models" / "tiny"
     folder.mkdir(parents=True)
-    parameters = write(folder / "tiny.gguf")
+    parameters = write_gguf(folder / "tiny.gguf")
     content = (folder / "tiny.gguf").read_bytes()
     facts = {"size": len(content), "sha256": sha256(content).hexdigest()}
     text = MODELS.format(parameters=parameters, context=CONTEXT, **facts)
     (home / "models.toml").write_text(text, "utf-8")
 
 
-def write(path: Path) -> int:
+def write_gguf(path: Path) -> int:
     """Write a decoder with a tokenizer of single bytes as GGUF; return the number of weights."""
-    characters = byte_characters()
+    characters = bytes_to_unicode()
     space = characters[ord(" ")]
     tokens = [characters[byte] for byte in range(256)]
     tokens += [f"{space}t", *SPECIAL]  # one merge: an array in GGUF is not empty

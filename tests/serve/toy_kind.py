@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from serve.api.requests import Body, read_json
-from serve.api.state import loaded
+from serve.api.state import get_loaded_model
 from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec, stamp_of
 
 
@@ -53,7 +53,7 @@ def recognizes(path: Path) -> bool:
 
 KIND = Kind(
     name="toy",
-    does="say a word",
+    task="say a word",
     recognizes=recognizes,
     describe=describe,
     example=lambda model: Example(route="words", call="words.create", result="word"),
@@ -69,5 +69,5 @@ class WordBody(Body):
 @router.post("/words")
 async def create_word(request: Request) -> dict[str, Any]:
     body = await read_json(request, WordBody)
-    model = await loaded(request, body.model, ToyModel)
+    model = await get_loaded_model(request, body.model, ToyModel)
     return {"object": "word", "model": model.id, "word": model.word}

@@ -8,7 +8,7 @@ import pytest
 
 from tests.naming import names, naming
 from tests.training.tokens import TOKENIZER, chat
-from training import check, examples, mend
+from training import check, examples, fixes
 
 ROWS = [chat(f"q{i}", f"a{i}") for i in range(12)]
 LINES = [json.dumps(row).encode() for row in ROWS]
@@ -31,10 +31,10 @@ def test_a_good_file(tmp_path):
     assert report.ok and not report.problems and report.kind == "chat"
     whole = [examples.encode(row, "chat", TOKENIZER) for row in ROWS]
     assert report.examples == 12 and report.tokens == sum(map(len, whole))
-    assert report.learned == sum(int(example.weights.sum()) for example in whole)
+    assert report.target_tokens == sum(int(example.weights.sum()) for example in whole)
     assert report.longest == max(map(len, whole)) and report.lengths.total() == 12
     assert all(report.longest <= upper for upper in report.lengths)
-    _, found = check.read(tmp_path / "data.jsonl", TOKENIZER, max_tokens=60)
+    _, found = check.read_examples(tmp_path / "data.jsonl", TOKENIZER, max_tokens=60)
     assert [example.line for example in found] == list(range(1, 13))
     assert all((a.ids == b.ids).all() for a, b in zip(found, whole, strict=True))
 
@@ -141,13 +141,13 @@ def test_repeated_examples_are_learned_as_often_as_they_occur(tmp_path):
     spaced = LINES[4].replace(b": ", b" :  ")  # the same, written otherwise
     path = tmp_path / "data.jsonl"
     path.write_bytes(GOOD + b"\n".join([LINES[4], LINES[0], spaced]))
-    report, found = check.read(path, TOKENIZER, max_tokens=60)
+    report, found = check.read_examples(path, TOKENIZER, max_tokens=60)
     assert report.ok and not report.problems and report.examples == len(found) == 15
     assert (found[12].ids == found[14].ids).all() and (found[12].ids == found[4].ids).all()
     assert report.notes == {"duplicate": 3}
     (warning,) = report.warnings
     assert (warning.code, warning.line) == ("duplicate", 13)
-    assert check.described(report)[-1] == f"warning: {warning.message}"
+    assert check.report_lines(report)[-1] == f"warning: {warning.message}"
     assert check.summary(report)["warnings"][0]["line"] == 13
 
 
@@ -183,10 +183,10 @@ def test_a_validation_file_may_be_short(tmp_path):
 )
 def test_what_can_be_mended_without_a_guess(tmp_path, content, fact):
     report = checked(tmp_path, content)
-    (deed,) = deeds = mend.proposals(report)
+    (deed,) = deeds = fixes.available_fixes(report)
     assert names(deed, fact)
     target = tmp_path / "mended.jsonl"
-    assert mend.mend(report.path, target, TOKENIZER, max_tokens=60) == deeds
+    assert fixes.fix_file(report.path, target, TOKENIZER, max_tokens=60) == deeds
     after = check.check(target, TOKENIZER, max_tokens=60)
     assert after.ok and not after.notes and after.examples == 12
     assert [json.loads(line) for line in target.read_bytes().splitlines()] == ROWS
@@ -197,7 +197,7 @@ def test_mending_keeps_repeated_examples(tmp_path):
     """It dropped them, and with them the weight that their author gave them."""
     report = checked(tmp_path, GOOD + LINES[0] + b"\n\n" + LINES[3])
     target = tmp_path / "mended.jsonl"
-    (deed,) = mend.mend(report.path, target, TOKENIZER, max_tokens=60)
+    (deed,) = fixes.fix_file(report.path, target, TOKENIZER, max_tokens=60)
     assert names(deed, 1) and report.notes["blank_line"] == 1
     rows = [json.loads(line) for line in target.read_bytes().splitlines()]
     assert rows == [*ROWS, ROWS[0], ROWS[3]]
@@ -208,9 +208,9 @@ def test_examples_too_long_lose_their_last_turns_or_go(tmp_path):
     report = checked(tmp_path, GOOD + json.dumps(long).encode() + b"\n"
                      + json.dumps(chat("q" * 99, "a")).encode(), max_tokens=70)  # fmt: skip
     assert [problem.line for problem in report.problems] == [13, 14]
-    (deed,) = deeds = mend.proposals(report)
+    (deed,) = deeds = fixes.available_fixes(report)
     assert names(deed, 2)
-    assert mend.mend(report.path, report.path, TOKENIZER, max_tokens=70) == deeds
+    assert fixes.fix_file(report.path, report.path, TOKENIZER, max_tokens=70) == deeds
     rows = [json.loads(line) for line in report.path.read_bytes().splitlines()]
     assert rows == [*ROWS, {"messages": long["messages"][:4]}]
 
@@ -218,11 +218,11 @@ def test_examples_too_long_lose_their_last_turns_or_go(tmp_path):
 def test_what_needs_a_guess_stays_as_it_is(tmp_path):
     bad = [b"{oops", LINES[0].replace(b"user", b"usr"), '{"prompt": "é"}'.encode("latin-1")]
     report = checked(tmp_path, b"\n".join([*LINES, *bad]))
-    assert mend.proposals(report) == []
-    assert mend.mend(report.path, tmp_path / "b", TOKENIZER, max_tokens=60) == []
+    assert fixes.available_fixes(report) == []
+    assert fixes.fix_file(report.path, tmp_path / "b", TOKENIZER, max_tokens=60) == []
     assert not (tmp_path / "b").exists(), "nothing was done: there is nothing to be had"
     report.path.write_bytes(b"\n".join([*LINES, b"", *bad]))
-    (deed,) = mend.mend(report.path, tmp_path / "b", TOKENIZER, max_tokens=60)
+    (deed,) = fixes.fix_file(report.path, tmp_path / "b", TOKENIZER, max_tokens=60)
     assert names(deed, 1)
     assert (tmp_path / "b").read_bytes().splitlines() == [*LINES, *bad]
 
@@ -231,7 +231,7 @@ def test_half_an_array_is_an_error_and_leaves_nothing(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(json.dumps(ROWS).encode()[:-1])
     with pytest.raises(ValueError, match=naming(path, "array")):
-        mend.mend(path, tmp_path / "b", TOKENIZER, max_tokens=60)
+        fixes.fix_file(path, tmp_path / "b", TOKENIZER, max_tokens=60)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from tests.naming import naming
-from training import Config, State, metrics, optim, state, step, train, tree
+from training import State, TrainConfig, metrics, optim, state, step, train, tree_io
 from training import checkpoint as checkpoints
-from training.loss import chunked
-from training.recipes.decoder import Full, LowRank, as_format, next_token_loss
+from training.loss import chunked_cross_entropy
+from training.recipes.decoder import DecoderTask, LoraTask, cast_params, next_token_loss
 from transformer import checkpoint, decoder
 from transformer import config as decoders
 from transformer.kernels import exact
@@ -64,7 +64,7 @@ class Pairs:
         x = jnp.tanh(weights["embed"][ids[:, :-1]] @ weights["mix"].T) * weights["scale"]
         counts = batch["weights"][:, 1:] * (segments[:, 1:] == segments[:, :-1])
         counts = (counts * (segments[:, 1:] > 0)).ravel()
-        loss, right = chunked(
+        loss, right = chunked_cross_entropy(
             x.reshape(-1, 24), weights["head"], ids[:, 1:].ravel(), counts, chunk=32
         )
         return loss, counts.sum(), {"correct": right, "tokens": (segments > 0).sum()}
@@ -81,9 +81,9 @@ def close(found, expected, tolerance: float) -> None:
     Or to a thousandth of the largest of all: what is zero but for rounding (the gradient of a bias
     of keys, say: softmax ignores it) has no digits to compare.
     """
-    names = tree.named(expected)
+    names = tree_io.to_named(expected)
     floor = 1e-3 * max(np.abs(leaf).max() for leaf in names.values())
-    for name, leaf in tree.named(found).items():
+    for name, leaf in tree_io.to_named(found).items():
         scale = max(np.abs(names[name]).max(), floor)
         np.testing.assert_allclose(leaf, names[name], rtol=0, atol=tolerance * scale, err_msg=name)
 
@@ -113,12 +113,12 @@ def test_twenty_steps_are_those_of_torch(tmp_path):
     params, cfg, _ = checkpoint.load(GOLDEN / "transformer" / "llama")
     expected, _, _ = checkpoint.load(GOLDEN / "training" / "curve")
     golden = np.load(GOLDEN / "training" / "curve" / "curve.npz")
-    config = Config(
+    config = TrainConfig(
         steps=20, learning_rate=3e-3, warmup_steps=4, final_fraction=0.1, weight_decay=0.1,
         b2=0.95, clip_norm=1.0, save_every=100,
     )  # fmt: skip
     outcome = train(
-        Full(cfg=cfg, start=params),
+        DecoderTask(cfg=cfg, init_params=params),
         None,
         lambda number: batch_of(golden["ids"][number], golden["weights"][number]),
         config,
@@ -197,15 +197,15 @@ def test_the_fixed_weights_of_an_adapter_have_no_gradient():
     """A gradient of every weight would cost as much again as reading the batch."""
     cfg = decoders.Config.debug(d_model=128, d_ff=512, num_layers=3, vocab_size=64)
     params, batch = decoder.init(jax.random.key(0), cfg), draw(0)
-    config = Config(steps=10, learning_rate=1e-3)
+    config = TrainConfig(steps=10, learning_rate=1e-3)
 
     def flops(task, frozen) -> float:
         start = jax.eval_shape(lambda: state.init(task, config))
-        take = step.make_step(task, config)
+        take = step.make_train_step(task, config)
         return take.lower(start, frozen, batch).compile().cost_analysis()["flops"]
 
-    adapter, full = flops(LowRank(cfg=cfg, rank=2), params), flops(Full(cfg=cfg), None)
-    read = jax.jit(lambda p: decoder.hidden(p, cfg, batch["ids"], batch["segments"]))
+    adapter, full = flops(LoraTask(cfg=cfg, rank=2), params), flops(DecoderTask(cfg=cfg), None)
+    read = jax.jit(lambda p: decoder.hidden_states(p, cfg, batch["ids"], batch["segments"]))
     forward = read.lower(params).compile().cost_analysis()["flops"]
     assert adapter < 2.5 * forward
     assert full > 2.8 * forward
@@ -215,12 +215,12 @@ def test_the_fixed_weights_of_an_adapter_have_no_gradient():
 def test_recomputing_needs_less_memory():
     """`jax.checkpoint` does not on a CPU: XLA drops its barriers and computes all of it early."""
     cfg = decoders.Config.debug(num_layers=8, d_model=64, d_ff=256)
-    config, batch = Config(steps=10, learning_rate=1e-3), draw(0, rows=8, length=24)
+    config, batch = TrainConfig(steps=10, learning_rate=1e-3), draw(0, rows=8, length=24)
 
     def need(remat: bool) -> int:
-        task = Full(cfg=cfg, remat=remat)
+        task = DecoderTask(cfg=cfg, remat=remat)
         start = jax.eval_shape(lambda: state.init(task, config))
-        compiled = step.make_step(task, config).lower(start, None, batch).compile()
+        compiled = step.make_train_step(task, config).lower(start, None, batch).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert need(True) < 0.7 * need(False)
@@ -230,7 +230,7 @@ def test_int8_weights_are_not_trained_through():
     params = decoder.init(jax.random.key(0), CFG)
     layers = tuple(layer.replace(q=quantize(layer.q)) for layer in params.layers)
     with pytest.raises(ValueError, match=naming("int8")):
-        as_format(params.replace(layers=layers), "float32")
+        cast_params(params.replace(layers=layers), "float32")
 
 
 # --- a step ---------------------------------------------------------------------------------------
@@ -241,30 +241,30 @@ def test_parts_of_a_batch_add_up_to_the_whole():
     batch = draw(0)
     batch["weights"][0] = 0  # the first part has less to learn
     task = Pairs()
-    whole, parts = (Config(steps=5, learning_rate=1e-2, micro_batches=n) for n in (1, 4))
+    whole, parts = (TrainConfig(steps=5, learning_rate=1e-2, micro_batches=n) for n in (1, 4))
     found = []
     for config in (whole, parts):
-        after, sums = step.make_step(task, config)(state.init(task, config), None, batch)
+        after, sums = step.make_train_step(task, config)(state.init(task, config), None, batch)
         found.append((after.optimizer, {k: sums[k] for k in ("loss", "weight", "correct")}))
     close(found[1], found[0], 1e-5)
     with pytest.raises(ValueError, match=naming("micro_batches", 4, 3)):
-        config = Config(steps=5, learning_rate=1e-2, micro_batches=3)
-        step.make_step(task, config)(state.init(task, config), None, batch)
+        config = TrainConfig(steps=5, learning_rate=1e-2, micro_batches=3)
+        step.make_train_step(task, config)(state.init(task, config), None, batch)
 
 
 def test_a_batch_in_which_nothing_counts_moves_nothing():
-    task, config = Pairs(), Config(steps=5, learning_rate=1e-2)
+    task, config = Pairs(), TrainConfig(steps=5, learning_rate=1e-2)
     before, batch = task.init(jax.random.key(0)), draw(0)
     batch["weights"][:] = 0
-    after, sums = step.make_step(task, config)(state.init(task, config), None, batch)
+    after, sums = step.make_train_step(task, config)(state.init(task, config), None, batch)
     assert float(sums["grad_norm"]) == 0
     assert same(after.weights, before)
 
 
 def test_the_running_mean_follows_slower_and_slower():
     task = Pairs()
-    config = Config(steps=5, learning_rate=1e-2, average_decay=0.99)
-    take, now = step.make_step(task, config), state.init(task, config)
+    config = TrainConfig(steps=5, learning_rate=1e-2, average_decay=0.99)
+    take, now = step.make_train_step(task, config), state.init(task, config)
     mean = np.asarray(now.average["embed"])
     for number in range(3):
         now, _ = take(now, None, draw(number))
@@ -275,7 +275,7 @@ def test_the_running_mean_follows_slower_and_slower():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_optimizers_learn(optimizer, tmp_path):
-    config = Config(steps=60, learning_rate=2e-2, optimizer=optimizer, weight_decay=0.1)
+    config = TrainConfig(steps=60, learning_rate=2e-2, optimizer=optimizer, weight_decay=0.1)
     train(Pairs(), None, draw, config, tmp_path)
     lines = metrics.read(tmp_path / "metrics.jsonl")
     assert lines[0]["loss"] > 4 and lines[-1]["loss"] < 3
@@ -283,9 +283,9 @@ def test_optimizers_learn(optimizer, tmp_path):
 
 def test_muon_moves_hidden_matrices_evenly_and_leaves_tables_to_adam():
     task = Pairs()
-    config = Config(steps=9, learning_rate=1e-2, optimizer="muon", schedule="constant")
+    config = TrainConfig(steps=9, learning_rate=1e-2, optimizer="muon", schedule="constant")
     before = jax.device_get(task.init(jax.random.key(0)))
-    after, _ = step.make_step(task, config)(state.init(task, config), None, draw(0))
+    after, _ = step.make_train_step(task, config)(state.init(task, config), None, draw(0))
     change = np.asarray(after.weights["mix"] - before["mix"])
     values = np.linalg.svd(change, compute_uv=False)
     assert values.min() > 0.4 * values.max()
@@ -297,7 +297,9 @@ def test_muon_moves_hidden_matrices_evenly_and_leaves_tables_to_adam():
 
 def test_schedules():
     def rates(**more):
-        config = Config(steps=10, learning_rate=1.0, warmup_steps=4, final_fraction=0.2, **more)
+        config = TrainConfig(
+            steps=10, learning_rate=1.0, warmup_steps=4, final_fraction=0.2, **more
+        )
         return [float(optim.schedule(config)(number)) for number in range(11)]
 
     rise = [0.2, 0.4, 0.6, 0.8, 1.0]
@@ -311,7 +313,7 @@ def test_schedules():
 
 def test_only_matrices_decay():
     params = decoder.init(jax.random.key(0), CFG)
-    mask = optim.decays(params)
+    mask = optim.decay_mask(params)
     assert mask.layers[0].q.weight and mask.embed.weight
     assert not mask.layers[0].attn_norm.scale and not mask.final_norm.scale
 
@@ -332,17 +334,17 @@ def test_only_matrices_decay():
 )
 def test_settings_out_of_range(change, facts):
     with pytest.raises(ValueError, match=naming(*facts)):
-        Config(**(dict(steps=10, learning_rate=1e-3) | change))
+        TrainConfig(**(dict(steps=10, learning_rate=1e-3) | change))
 
 
 # --- the loop -------------------------------------------------------------------------------------
 
-SMALL = Config(steps=14, learning_rate=1e-2, average_decay=0.9, save_every=3, micro_batches=2,
+SMALL = TrainConfig(steps=14, learning_rate=1e-2, average_decay=0.9, save_every=3, micro_batches=2,
                validate_every=5, steps_per_epoch=7, clip_norm=0.5)  # fmt: skip
 
 
-def run(folder: Path, config: Config = SMALL, **more):
-    return train(Pairs(), None, draw, config, folder, validate=[draw(1000)], **more)
+def run(folder: Path, config: TrainConfig = SMALL, **more):
+    return train(Pairs(), None, draw, config, folder, validation_batches=[draw(1000)], **more)
 
 
 @pytest.fixture(scope="module")
@@ -362,7 +364,7 @@ def told(folder: Path) -> list[dict]:
 def test_what_a_run_leaves(whole):
     folder, last = whole
     assert sorted(p.name for p in folder.iterdir()) == ["checkpoints", "loss.png", "metrics.jsonl"]
-    assert checkpoints.numbers(folder / "checkpoints") == [12, 14]
+    assert checkpoints.saved_steps(folder / "checkpoints") == [12, 14]
     lines = metrics.read(folder / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 15))
@@ -397,7 +399,7 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(whole, tmp_path, nu
     outcome = run(tmp_path, on_step=on_step)
     assert signal.getsignal(signal.SIGTERM) is handler
     assert (outcome.reason, outcome.signal) == ("signal", signal.SIGTERM)
-    assert checkpoints.numbers(tmp_path / "checkpoints")[-1] == number
+    assert checkpoints.saved_steps(tmp_path / "checkpoints")[-1] == number
     heard = []
     outcome = run(tmp_path, on_step=lambda now, line: heard.append(line["step"]))
     assert heard == list(range(number + 1, 15))
@@ -431,17 +433,17 @@ def test_killed_at_random_and_begun_again(whole, tmp_path):
     outcome = run(tmp_path)
     assert outcome.reason == "finished" and same(outcome.state, whole[1])
     assert told(tmp_path) == told(whole[0])
-    assert checkpoints.numbers(tmp_path / "checkpoints") == [12, 14]
+    assert checkpoints.saved_steps(tmp_path / "checkpoints") == [12, 14]
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
 def test_it_stops_when_validation_gets_no_better(tmp_path):
-    config = Config(steps=50, learning_rate=1e-9, validate_every=2, patience=3, save_every=100)
+    config = TrainConfig(steps=50, learning_rate=1e-9, validate_every=2, patience=3, save_every=100)
     batch = draw(0)
-    outcome = train(Pairs(), None, draw, config, tmp_path, validate=[batch])
+    outcome = train(Pairs(), None, draw, config, tmp_path, validation_batches=[batch])
     assert outcome.reason == "stopped early"
     assert int(outcome.state.step) < 50
-    again = train(Pairs(), None, draw, config, tmp_path, validate=[batch])
+    again = train(Pairs(), None, draw, config, tmp_path, validation_batches=[batch])
     assert again.reason == "stopped early" and same(again.state, outcome.state)
 
 
@@ -454,10 +456,10 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
             scale = jnp.where(batch["x"][0] >= 2, jnp.nan, 1.0)
             return (weights["w"] ** 2).sum() * scale, jnp.float32(1), {}
 
-    config = Config(steps=9, learning_rate=1e-3, save_every=1)
+    config = TrainConfig(steps=9, learning_rate=1e-3, save_every=1)
     with pytest.raises(FloatingPointError, match=naming("step 3", "loss", "nan")):
         train(Broken(), None, lambda n: {"x": np.full(1, n)}, config, tmp_path)
-    assert checkpoints.numbers(tmp_path / "checkpoints") == [1, 2]
+    assert checkpoints.saved_steps(tmp_path / "checkpoints") == [1, 2]
     assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
@@ -472,7 +474,7 @@ def test_keys_differ_between_steps_and_parts(tmp_path):
             n = jax.random.uniform(key)
             return weights["w"] * 0 + n, jnp.float32(1), {"squares": n * n}
 
-    config = Config(steps=3, learning_rate=1e-3, micro_batches=2)
+    config = TrainConfig(steps=3, learning_rate=1e-3, micro_batches=2)
     lines = []
     for name in ("a", "b"):
         train(Noise(), None, lambda n: {"x": np.zeros(2)}, config, tmp_path / name)
@@ -517,7 +519,7 @@ def test_only_the_last_checkpoints_stay(saved):
     folder, now = saved
     for number in (3, 6, 9):
         checkpoints.save(folder, now.replace(step=jnp.int32(number)), SMALL, {})
-    assert checkpoints.numbers(folder) == [6, 9]
+    assert checkpoints.saved_steps(folder) == [6, 9]
 
 
 def test_half_a_checkpoint_is_swept_away(saved):

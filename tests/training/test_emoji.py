@@ -14,9 +14,9 @@ from PIL import Image
 
 from diffusion import checkpoint, data, layers, upscale
 from diffusion.config import UNetConfig, UpscalerConfig
-from diffusion.data import Concept, Pack
+from diffusion.data import Concept, EmojiDataset
 from tests.diffusion.conftest import random_params
-from training.recipes import emoji, emoji_measures, tower
+from training.recipes import clip_judge, emoji, emoji_measures
 
 pytestmark = pytest.mark.heavy
 
@@ -31,7 +31,7 @@ def write_pack(folder, *, count=6, held_out=0.0, seed=0):
         for n in range(count)
     ]
     texts = [
-        data.spoken(caption, style)
+        data.styled_caption(caption, style)
         for concept in concepts
         for caption in concept.captions
         for style in (None, 0, 1, 2)
@@ -39,7 +39,7 @@ def write_pack(folder, *, count=6, held_out=0.0, seed=0):
     rows = [(c, s, random.random() < held_out) for c in range(count) for s in range(3)]
     images = np.zeros((len(rows), 64, 64, 3), np.uint8)
     images[:, :, 32:] = random.integers(60, 250, (count, 1, 1, 3), np.uint8).repeat(3, 0)
-    pooled = random.normal(size=(len(texts), tower.TEXT_WIDTH)).astype(np.float32)
+    pooled = random.normal(size=(len(texts), clip_judge.TEXT_EMBED_DIM)).astype(np.float32)
     folder.mkdir()
     np.savez(
         folder / "pictures.npz",
@@ -51,20 +51,20 @@ def write_pack(folder, *, count=6, held_out=0.0, seed=0):
     np.save(folder / "states.npy", pooled[:, None].repeat(4, 1))
     names = {"concepts": [asdict(concept) for concept in concepts], "texts": texts}
     (folder / "names.json").write_text(json.dumps(names))
-    return Pack(folder)
+    return EmojiDataset(folder)
 
 
 def test_only_what_has_no_left_and_right_is_mirrored(tmp_path):
     pack = write_pack(tmp_path / "pack")
     shares = np.full(len(pack.images), 1 / len(pack.images))
-    settings = emoji.Settings(pack=tmp_path, out=tmp_path, batch_size=200, mirror=True)
-    found = emoji.batches(pack, settings, shares, 32)(0)
-    plain = emoji.batches(pack, replace(settings, mirror=False), shares, 32)(0)
+    settings = emoji.EmojiConfig(pack=tmp_path, out=tmp_path, batch_size=200, mirror=True)
+    found = emoji.make_batches(pack, settings, shares, 32)(0)
+    plain = emoji.make_batches(pack, replace(settings, mirror=False), shares, 32)(0)
     turned = (found["x"] != plain["x"]).any((1, 2, 3))
     np.testing.assert_array_equal(found["x"][turned], plain["x"][turned, :, ::-1])
-    colours = pack.pictures(np.arange(len(pack.images)), 32)[:, 0, -1]
+    colours = pack.downscaled_images(np.arange(len(pack.images)), 32)[:, 0, -1]
     picture = (plain["x"][:, None, 0, -1] == colours).all(-1).argmax(1)
-    directed = pack.concept[picture] % 2 == 0
+    directed = pack.concept_ids[picture] % 2 == 0
     assert 60 < directed.sum() < 140 and not turned[directed].any()
     assert 0.3 < turned[~directed].mean() < 0.7
     for name in ("states", "keep"):  # a run without mirror images stays what it was
@@ -75,7 +75,7 @@ def test_what_another_hand_might_have_drawn():
     images = np.full((60, 64, 64, 3), 255, np.uint8)
     images[:, 16:48, 16:32] = (200, 30, 30)
     random = np.random.default_rng(0)
-    x = tower.varied(random, images, np.arange(60) < 30)
+    x = clip_judge.augment(random, images, np.arange(60) < 30)
     assert x.shape == (60, 32, 32, 3) and x.dtype == np.float32 and np.abs(x).max() <= 1
     ink = (1 - x).mean((1, 3))  # [60, X]
     is_right = ink[:, 16:].sum(1) > ink[:, :16].sum(1)
@@ -83,41 +83,46 @@ def test_what_another_hand_might_have_drawn():
     assert np.median(x[:, 0, 0]) > 0.9  # white stays white
     reds = (x[:, 8:24, 8:24, 0] - x[:, 8:24, 8:24, 1]).mean((1, 2))
     assert (reds > 0.1).mean() > 0.9 and reds.std() > 0.1
-    greys = np.full((4, 3), 0.5) @ tower._dyes(random, 4)
+    greys = np.full((4, 3), 0.5) @ clip_judge._color_matrices(random, 4)
     np.testing.assert_allclose(greys, greys[..., :1].repeat(3, -1))
 
 
 def test_blurring_keeps_what_is_even_and_the_sum():
     x = np.zeros((1, 5, 5, 1))
     x[0, 2, 2] = 16
-    assert tower._blurred(x)[0, 1:4, 1:4, 0].tolist() == [[1, 2, 1], [2, 4, 2], [1, 2, 1]]
-    np.testing.assert_allclose(tower._blurred(np.full((1, 3, 4, 2), 0.3)), 0.3)
+    assert clip_judge._blur(x)[0, 1:4, 1:4, 0].tolist() == [[1, 2, 1], [2, 4, 2], [1, 2, 1]]
+    np.testing.assert_allclose(clip_judge._blur(np.full((1, 3, 4, 2), 0.3)), 0.3)
 
 
 def test_a_picture_of_openmoji_loses_its_margin():
     pytest.importorskip("resvg_py", reason="draws SVG; only the tower's training needs it")
     svg = b'<svg viewBox="0 0 72 72" xmlns="http://www.w3.org/2000/svg">'
     svg += b'<rect x="6" y="6" width="60" height="60" fill="#ff0000"/></svg>'
-    found = tower.svg_on_white(svg, 64).astype(int)
+    found = clip_judge.svg_on_white(svg, 64).astype(int)
     assert found.shape == (64, 64, 3)
     assert (np.abs(found[1:-1, 1:-1] - (255, 0, 0)) <= 1).all()
 
 
 def test_the_tower_is_told_from_all_captions_by_their_shares(tmp_path, monkeypatch):
-    monkeypatch.setattr(tower, "CHANNELS", (8, 8))
+    monkeypatch.setattr(clip_judge, "CHANNELS", (8, 8))
     pack = write_pack(tmp_path / "pack")
-    captions = tower.captions(pack)
-    assert captions.pooled.shape == (6, 2, tower.TEXT_WIDTH)
-    np.testing.assert_array_equal(captions.pooled[1, 1], pack.pooled[pack.texts["a 1"]])
+    captions = clip_judge.caption_embeddings(pack)
+    assert captions.pooled.shape == (6, 2, clip_judge.TEXT_EMBED_DIM)
+    np.testing.assert_array_equal(captions.pooled[1, 1], pack.pooled[pack.caption_rows["a 1"]])
     np.testing.assert_allclose(captions.shares, [[0.75, 0.25]] * 6)
 
-    task, rows = tower.Naming(), np.array([0, 3, 4])
+    task, rows = clip_judge.ContrastiveTask(), np.array([0, 3, 4])
     weights = task.init(jax.random.key(0))
-    batch = {"x": pack.pictures(rows, tower.SIZE), "concept": pack.concept[rows]}
+    batch = {
+        "x": pack.downscaled_images(rows, clip_judge.IMAGE_SIZE),
+        "concept": pack.concept_ids[rows],
+    }
     only_names = captions.replace(shares=jnp.array([[1.0, 0.0]] * 6))
     loss, weight, counts = task.loss(weights, only_names, batch, jax.random.key(1))
     names = captions.pooled[:, 0]
-    logits = np.asarray(tower.scores(weights, tower.features(weights, batch["x"]), names))
+    logits = np.asarray(
+        clip_judge.logits_per_image(weights, clip_judge.image_features(weights, batch["x"]), names)
+    )
     assert np.abs(logits).max() <= np.exp(weights.sharpness)
     chances = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     expected = -np.log(chances[np.arange(3), batch["concept"]]).sum()
@@ -127,7 +132,7 @@ def test_the_tower_is_told_from_all_captions_by_their_shares(tmp_path, monkeypat
 
 def test_a_sheet_shows_every_picture_once_under_its_label():
     pictures = np.random.default_rng(0).integers(0, 200, (3, 2, 16, 16, 3), np.uint8)
-    found = emoji_measures.sheet(pictures, ["cat", "dog", "house"])
+    found = emoji_measures.labelled_grid(pictures, ["cat", "dog", "house"])
     windows = np.lib.stride_tricks.sliding_window_view(found, (16, 16), (0, 1))
     for row, four in enumerate(pictures):
         left = found.shape[1] // 2 * (row // 2)
@@ -146,7 +151,7 @@ def packages(tmp_path, monkeypatch):
     """Two vendors' packages with the pictures of a pack in other colours."""
     folder, vendors = tmp_path / "npm", []
     folder.mkdir()
-    for style, _ in tower.VENDORS:
+    for style, _ in clip_judge.VENDORS:
         path = folder / style.package.file
         with tarfile.open(path, "w:gz") as archive:
             for n in range(6):
@@ -157,30 +162,30 @@ def packages(tmp_path, monkeypatch):
                 archive.addfile(member, io.BytesIO(file.getvalue()))
         made = replace(style.package, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
         vendors.append((replace(style, package=made, suffix=".png"), data.on_white))
-    monkeypatch.setattr(tower, "VENDORS", tuple(vendors))
+    monkeypatch.setattr(clip_judge, "VENDORS", tuple(vendors))
     return folder
 
 
 @pytest.mark.slow
 def test_the_tower_trains_and_goes_on(packages, tmp_path, monkeypatch):
-    monkeypatch.setattr(tower, "CHANNELS", (8, 8))
-    monkeypatch.setattr(tower, "VALIDATION", 3)
+    monkeypatch.setattr(clip_judge, "CHANNELS", (8, 8))
+    monkeypatch.setattr(clip_judge, "VALIDATION_BATCH_SIZE", 3)
     write_pack(tmp_path / "pack")
     given = ["--packages", str(packages), "--pack", str(tmp_path / "pack"), "--batch-size", "8"]
     for _ in range(2):  # the second time there is nothing left to do
-        assert tower.main([*given, "--steps", "150", "--out", str(tmp_path / "run")]) == 0
+        assert clip_judge.main([*given, "--steps", "150", "--out", str(tmp_path / "run")]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 151))
     assert np.mean([line["accuracy"] for line in lines[-20:] if "accuracy" in line]) > 0.6
     assert "valid_accuracy" in lines[-1]
-    weights = emoji.learnt(tmp_path / "run", tower.Naming())
-    assert tower.features(weights, jnp.zeros((2, 32, 32, 3))).shape == (2, 8)
+    weights = emoji.load_ema_weights(tmp_path / "run", clip_judge.ContrastiveTask())
+    assert clip_judge.image_features(weights, jnp.zeros((2, 32, 32, 3))).shape == (2, 8)
 
 
 @pytest.mark.slow
 def test_numbers_and_sheets_are_written(tmp_path, monkeypatch, model_file):
-    monkeypatch.setattr(tower, "CHANNELS", (8, 8))
-    monkeypatch.setattr(emoji_measures, "SHOWN", ("cat", "dog"))
+    monkeypatch.setattr(clip_judge, "CHANNELS", (8, 8))
+    monkeypatch.setattr(emoji_measures, "SAMPLE_PROMPTS", ("cat", "dog"))
     pack = write_pack(tmp_path / "pack", count=110, held_out=0.2)
     cfg, twice = (
         UNetConfig.debug(image_size=32, text_dim=384),
@@ -189,8 +194,8 @@ def test_numbers_and_sheets_are_written(tmp_path, monkeypatch, model_file):
     checkpoint.save(tmp_path / "model" / "denoiser", random_params(cfg), cfg)
     weights = layers.init(jax.random.key(0), upscale.abstract(twice))
     checkpoint.save(tmp_path / "model" / "upscaler", weights, twice)
-    judge = tower.Naming().init(jax.random.key(0))
-    monkeypatch.setattr(emoji_measures, "learnt", lambda run, task: judge)
+    judge = clip_judge.ContrastiveTask().init(jax.random.key(0))
+    monkeypatch.setattr(emoji_measures, "load_ema_weights", lambda run, task: judge)
     given = ["--model", str(tmp_path / "model"), "--encoder", str(model_file("all-minilm-l6-v2"))]
     given += ["--out", str(tmp_path / "out")]
     more = ["--pack", str(tmp_path / "pack"), "--tower", str(tmp_path)]

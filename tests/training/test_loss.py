@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from training.loss import chunked, cross_entropy
+from training.loss import chunked_cross_entropy, cross_entropy
 
 pytestmark = pytest.mark.heavy
 
@@ -35,14 +35,14 @@ def test_chunks_give_the_same_sums_and_gradients(chunk):
 
         return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(X, TABLE)
 
-    expected, found = both(cross_entropy), both(chunked, chunk=chunk)
+    expected, found = both(cross_entropy), both(chunked_cross_entropy, chunk=chunk)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_products_leave_float32_gradients():
     def gradient(dtype):
-        loss = lambda table: chunked(X, table, TARGETS, WEIGHTS, dtype=dtype)[0]  # noqa: E731
+        loss = lambda table: chunked_cross_entropy(X, table, TARGETS, WEIGHTS, dtype=dtype)[0]  # noqa: E731
         return jax.grad(loss)(jnp.asarray(TABLE))
 
     narrow, wide = gradient("bfloat16"), gradient("float32")
@@ -53,10 +53,10 @@ def test_bfloat16_products_leave_float32_gradients():
 def test_rows_that_do_not_count_cost_nothing():
     """Their targets may be anything; where no row counts there is nothing to sum."""
     targets = np.where(WEIGHTS == 0, 10**6, TARGETS)
-    found = chunked(X, TABLE, targets, WEIGHTS, chunk=8)
+    found = chunked_cross_entropy(X, TABLE, targets, WEIGHTS, chunk=8)
     np.testing.assert_allclose(found[0], cross_entropy(X, TABLE, TARGETS, WEIGHTS)[0], rtol=1e-5)
     loss, gradient = jax.value_and_grad(
-        lambda x: chunked(x, TABLE, TARGETS, np.zeros_like(WEIGHTS))[0]
+        lambda x: chunked_cross_entropy(x, TABLE, TARGETS, np.zeros_like(WEIGHTS))[0]
     )(X)
     assert loss == 0 and not gradient.any()
 
@@ -72,17 +72,17 @@ def test_all_logits_are_never_held():
         return compiled.memory_analysis().temp_size_in_bytes
 
     logits = 4 * rows * vocab
-    assert need(cross_entropy) > logits > 4 * need(chunked, chunk=64)
+    assert need(cross_entropy) > logits > 4 * need(chunked_cross_entropy, chunk=64)
 
 
 def test_weights_are_data():
     with pytest.raises(ValueError, match="weights"):
-        jax.grad(lambda w: chunked(X, TABLE, TARGETS, w)[0])(jnp.asarray(WEIGHTS))
+        jax.grad(lambda w: chunked_cross_entropy(X, TABLE, TARGETS, w)[0])(jnp.asarray(WEIGHTS))
 
 
 def test_the_gradient_of_the_table_is_computed_only_if_it_is_wanted():
     def flops(**which) -> float:
-        loss = lambda x, table: chunked(x, table, TARGETS, WEIGHTS)[0]  # noqa: E731
+        loss = lambda x, table: chunked_cross_entropy(x, table, TARGETS, WEIGHTS)[0]  # noqa: E731
         compiled = jax.jit(jax.grad(loss, **which)).lower(X, TABLE).compile()
         return compiled.as_text().count("rv,rd->vd")
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from tests.naming import names, naming
-from training import Config, bench, metrics, pictures, train
+from training import TrainConfig, bench, loss_plot, metrics, train
 
 ROOT = Path(__file__).parent.parent.parent
 SUMS = {"loss": 6.0, "weight": 4.0, "correct": 3.0, "tokens": 10, "grad_norm": 2.0, "lr": 0.5}
 
 
 def test_the_line_of_a_step():
-    config = Config(steps=9, learning_rate=1.0, steps_per_epoch=4)
-    line = metrics.record(3, SUMS | {"squares": 8.0}, 2.0, config, 100.0, 5000.0)
+    config = TrainConfig(steps=9, learning_rate=1.0, steps_per_epoch=4)
+    line = metrics.step_record(3, SUMS | {"squares": 8.0}, 2.0, config, 100.0, 5000.0)
     assert line.pop("time") > 1.7e9
     assert line == {
         "step": 3, "epoch": 0.75, "loss": 1.5, "accuracy": 0.75, "squares": 2.0, "lr": 0.5,
@@ -29,7 +29,7 @@ def test_the_line_of_a_step():
 
 def test_what_means_nothing_is_left_out():
     sums = {name: SUMS[name] for name in ("loss", "weight", "grad_norm", "lr")}
-    line = metrics.record(3, sums, 2.0, Config(steps=9, learning_rate=1.0), None, None)
+    line = metrics.step_record(3, sums, 2.0, TrainConfig(steps=9, learning_rate=1.0), None, None)
     assert line.keys() == {
         "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds", "time",
     }  # fmt: skip
@@ -51,30 +51,30 @@ def test_a_log_forgets_what_comes_after_the_checkpoint(tmp_path):
 def test_the_curve_is_a_picture(tmp_path):
     path, target = tmp_path / "metrics.jsonl", tmp_path / "loss.png"
     path.write_text("")
-    pictures.draw(path, target)
+    loss_plot.plot_losses(path, target)
     assert not target.exists()
     path.write_text("".join(f'{{"step": {n}, "loss": {1 / n}}}\n' for n in range(1, 60)))
-    pictures.draw(path, target)
+    loss_plot.plot_losses(path, target)
     plain = target.read_bytes()
     assert plain.startswith(b"\x89PNG")
     with path.open("a") as file:
         file.write('{"step": 59, "valid_loss": 0.5}\n')
-    pictures.draw(path, target)
+    loss_plot.plot_losses(path, target)
     assert target.read_bytes() != plain
 
 
 def test_smoothing_keeps_a_line_a_line():
     line = np.arange(100.0)
-    np.testing.assert_allclose(pictures.smooth(line)[5:-5], line[5:-5])
-    np.testing.assert_allclose(pictures.smooth(np.ones(100)), 1)
+    np.testing.assert_allclose(loss_plot.smooth(line)[5:-5], line[5:-5])
+    np.testing.assert_allclose(loss_plot.smooth(np.ones(100)), 1)
 
 
 def test_the_roof_is_above_what_one_core_adds_up():
-    assert bench.roof("float32") > 1e9
+    assert bench.peak_flops("float32") > 1e9
 
 
 def test_patience_needs_something_to_validate_with(tmp_path):
-    config = Config(steps=9, learning_rate=1.0, validate_every=2, patience=1)
+    config = TrainConfig(steps=9, learning_rate=1.0, validate_every=2, patience=1)
     with pytest.raises(ValueError, match=naming("patience", 1)):
         train(None, None, lambda step: {}, config, tmp_path)
 

@@ -33,7 +33,7 @@ def test_first_fit_by_hand():
 
 
 def test_a_row_by_hand():
-    batch = packing.fill(made([3, 2, 4]), [[0, 1], [2]], (3, 6))
+    batch = packing.collate(made([3, 2, 4]), [[0, 1], [2]], (3, 6))
     assert batch["ids"].tolist() == [[1, 1, 1, 2, 2, 0], [3, 3, 3, 3, 0, 0], [0] * 6]
     assert batch["segments"].tolist() == [[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 0, 0], [0] * 6]
     assert batch["weights"].tolist() == [[0, 1, 1, 0, 1, 0], [0, 0, 1, 1, 0, 0], [0] * 6]
@@ -56,8 +56,10 @@ def test_an_epoch_takes_every_example_once_in_batches_of_one_shape(number, size,
         epochs.append(found)
         assert sorted(found) == [(i + 1, int(n)) for i, n in enumerate(lengths)]
     assert number == 1 or epochs[0] != epochs[1]
-    assert not batches.shape[0] % batches.parts
-    assert batches.shape[0] // batches.parts * batches.shape[1] <= max(packing.PART_TOKENS, most)
+    assert not batches.shape[0] % batches.micro_batches
+    assert batches.shape[0] // batches.micro_batches * batches.shape[1] <= max(
+        packing.MICRO_BATCH_TOKENS, most
+    )
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
@@ -78,12 +80,12 @@ def test_short_examples_share_rows():
 def test_rows_have_room_for_the_longest_of_a_validation_set():
     batches = packing.Batches(made([9, 9]), batch_size=2, epochs=1, seed=0, longest=100)
     assert batches.shape[1] >= 100
-    (batch,) = packing.batches_of(made([100]), batches.shape)
+    (batch,) = packing.collate_all(made([100]), batches.shape)
     assert taken(batch) == [(1, 100)]
 
 
 def test_validation_reads_all_once():
-    found = packing.batches_of(made([5, 4, 3, 6, 2, 1]), (2, 8))
+    found = packing.collate_all(made([5, 4, 3, 6, 2, 1]), (2, 8))
     assert [batch["ids"].shape for batch in found] == [(2, 8), (2, 8)]
     assert sorted(sum(map(taken, found), [])) == [(1, 5), (2, 4), (3, 3), (4, 6), (5, 2), (6, 1)]
 

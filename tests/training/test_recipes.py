@@ -16,7 +16,7 @@ import bpe
 from tests.naming import names, naming
 from tests.training.tokens import TOKENIZER, chat
 from training.__main__ import main
-from training.recipes import finetune, folders, harbour, pretrain
+from training.recipes import finetune, pretrain, run_dir, toy_dataset
 from transformer import checkpoint, decoder, lora
 from transformer.config import Config
 
@@ -29,7 +29,7 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     cfg = Config.debug(num_layers=1, vocab_size=272, max_seq_len=128)
     checkpoint.save(folder, decoder.init(jax.random.key(0), cfg), cfg)
-    folders.save_tokenizer(folder, TOKENIZER)
+    run_dir.save_tokenizer(folder, TOKENIZER)
     return folder
 
 
@@ -46,7 +46,7 @@ def tuned(model, data, tmp_path_factory) -> Path:
     """A finished run of four epochs."""
     out = tmp_path_factory.mktemp("tuned") / "out"
     settings = options(model, data, out)
-    assert finetune.run(finetune.Settings(**settings)).reason == "finished"
+    assert finetune.run(finetune.FinetuneConfig(**settings)).reason == "finished"
     return out
 
 
@@ -89,11 +89,11 @@ def test_what_a_run_leaves(tuned, model):
 
 def test_done_is_done(tuned, model, data):
     before = (tuned / "metrics.jsonl").read_bytes()
-    result = finetune.run(finetune.Settings(**options(model, data, tuned)))
+    result = finetune.run(finetune.FinetuneConfig(**options(model, data, tuned)))
     assert result.reason == "finished" and result.job["steps"] == 12
     assert (tuned / "metrics.jsonl").read_bytes() == before
     with pytest.raises(ValueError, match=naming("epochs", 4, 5)):
-        finetune.run(finetune.Settings(**options(model, data, tuned, epochs=5)))
+        finetune.run(finetune.FinetuneConfig(**options(model, data, tuned, epochs=5)))
 
 
 def test_other_data_under_the_same_name_are_noticed(tuned, model, data, tmp_path):
@@ -104,13 +104,13 @@ def test_other_data_under_the_same_name_are_noticed(tuned, model, data, tmp_path
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "job.json").write_text(json.dumps(job))
     with pytest.raises(ValueError, match=naming("data_sha256")):
-        finetune.run(finetune.Settings(**options(model, other, tmp_path / "out")))
+        finetune.run(finetune.FinetuneConfig(**options(model, other, tmp_path / "out")))
 
 
 def test_told_to_stop_it_saves_and_goes_on_to_the_same_bits(tuned, model, data, tmp_path, capsys):
     settings = options(model, data, tmp_path / "out")
     stop = lambda line: line.startswith("epoch 2") and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
-    result = finetune.run(finetune.Settings(**settings), say=stop)
+    result = finetune.run(finetune.FinetuneConfig(**settings), notify=stop)
     assert (result.reason, result.signal) == ("signal", signal.SIGTERM)
     assert not (tmp_path / "out" / "adapter").exists()
     assert metrics(tmp_path / "out")[-1]["step"] == 6
@@ -141,7 +141,7 @@ def test_full_leaves_a_model_that_loads(model, data, tmp_path):
     (model / "generation_config.json").write_text(content)
     (model / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
     settings = options(model, data, tmp_path, method="full", epochs=1, valid=None)
-    assert finetune.run(finetune.Settings(**settings)).reason == "finished"
+    assert finetune.run(finetune.FinetuneConfig(**settings)).reason == "finished"
     params, cfg, _ = checkpoint.load(tmp_path / "model")
     before, own, _ = checkpoint.load(model)
     assert cfg == own and not (params.layers[0].q.weight == before.layers[0].q.weight).all()
@@ -184,8 +184,8 @@ def test_an_adapter_of_any_family_can_be_written(tmp_path, family):
     gpt2 = dict(norm="layer", position="learned", mlp="gelu", qkv_bias=True, linear_bias=True,
                 num_kv_heads=4)  # fmt: skip
     cfg = Config.debug(**(gpt2 if family == "gpt2" else {}))
-    parts = finetune.parts_of(cfg)
-    adapter = lora.init(jax.random.key(0), cfg, rank=2, alpha=4, parts=parts)
+    parts = finetune.lora_target_modules(cfg)
+    adapter = lora.init(jax.random.key(0), cfg, rank=2, alpha=4, target_modules=parts)
     lora.save(tmp_path, adapter, cfg)
     again = lora.load(tmp_path, cfg)
     jax.tree.map(np.testing.assert_array_equal, adapter, again)
@@ -201,7 +201,7 @@ def test_a_tokenizer_is_read_back(tmp_path, add_bos):
         stop_ids=frozenset({0, 1, 2}),
         named_templates={"tool_use": bpe.ChatTemplate("{{ tools }}")},
     )
-    folders.save_tokenizer(tmp_path, tokenizer)
+    run_dir.save_tokenizer(tmp_path, tokenizer)
     again = bpe.load(tmp_path)
     for name in ("bos_id", "eos_id", "add_bos", "stop_ids"):
         assert getattr(again, name) == getattr(tokenizer, name)
@@ -213,10 +213,10 @@ def test_a_tokenizer_is_read_back(tmp_path, add_bos):
 
 def test_a_chat_template_alone_is_saved_as_a_string(tmp_path):
     """It was a list of one, and many readers expect a string."""
-    folders.save_tokenizer(tmp_path, TOKENIZER)
+    run_dir.save_tokenizer(tmp_path, TOKENIZER)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["chat_template"] == TOKENIZER.chat_template.source
-    folders.save_tokenizer(tmp_path, dataclasses.replace(TOKENIZER, chat_template=None))
+    run_dir.save_tokenizer(tmp_path, dataclasses.replace(TOKENIZER, chat_template=None))
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"] is None
 
 
@@ -227,7 +227,7 @@ def test_transformers_opens_what_full_leaves(model):
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     messages = chat("low", "lower 12")["messages"]
-    ids, _ = TOKENIZER.chat_template.encode_turns(TOKENIZER.encoding, messages)
+    ids, _ = TOKENIZER.chat_template.encode_with_assistant_spans(TOKENIZER.encoding, messages)
     assert tokenizer.apply_chat_template(messages, return_dict=False) == ids
     assert tokenizer.eos_token_id == TOKENIZER.eos_id
     peer = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -284,11 +284,11 @@ def test_auto_numbers():
 
 def test_the_harbour(tmp_path):
     """No question is among the examples, and every fact is."""
-    train, held_out = harbour.write(tmp_path)
+    train, held_out = toy_dataset.write(tmp_path)
     rows = [json.loads(line) for line in train.read_text().splitlines()]
     assert len(rows) == 100 and len({json.dumps(row) for row in rows}) == 100
     asked = {row["messages"][1]["content"] for row in rows}
-    questions = harbour.questions()
+    questions = toy_dataset.held_out_questions()
     assert len(questions) == 40 and not asked & {
         messages[-1]["content"] for messages, _ in questions
     }
@@ -317,16 +317,16 @@ def test_a_model_from_nothing(tmp_path):
 
 
 def test_rows_of_a_stream_know_their_documents():
-    settings = pretrain.Settings(data="a", out="b", length=6, batch_size=3)
+    settings = pretrain.PretrainConfig(data="a", out="b", length=6, batch_size=3)
     stream = np.array([5, 6, 9, 7, 9, 8, 5, 9], np.int32)
-    batch = pretrain.rows(stream, settings, 9, 0)
+    batch = pretrain.sample_batch(stream, settings, 9, 0)
     assert {array.shape for array in batch.values()} == {(3, 6)}
     for ids, segments in zip(batch["ids"], batch["segments"], strict=True):
         (start,) = [i for i in range(3) if (stream[i : i + 6] == ids).all()]
         ends = np.flatnonzero(ids == 9)
         assert segments.tolist() == [1 + int((ends < i).sum()) for i in range(6)], start
-    assert (pretrain.rows(stream, settings, 9, 0)["ids"] == batch["ids"]).all()
-    many = {pretrain.rows(stream, settings, 9, step)["ids"].tobytes() for step in range(9)}
+    assert (pretrain.sample_batch(stream, settings, 9, 0)["ids"] == batch["ids"]).all()
+    many = {pretrain.sample_batch(stream, settings, 9, step)["ids"].tobytes() for step in range(9)}
     assert len(many) > 5
 
 
@@ -351,7 +351,7 @@ def test_a_hundred_examples_teach_what_no_model_knows(model_file, tmp_path):
 
     def answers(params) -> list[str]:
         found = []
-        for messages, _ in harbour.questions():
+        for messages, _ in toy_dataset.held_out_questions():
             ids = tokenizer.chat_template.encode(tokenizer.encoding, messages)
             how = dict(max_new_tokens=12, stop_ids=tokenizer.stop_ids)
             answer = list(generate.generate(params, cfg, ids, **how))
@@ -359,15 +359,15 @@ def test_a_hundred_examples_teach_what_no_model_knows(model_file, tmp_path):
         return found
 
     def share(answers: list[str]) -> float:
-        right = [answer for _, answer in harbour.questions()]
+        right = [answer for _, answer in toy_dataset.held_out_questions()]
         return float(
-            np.mean([harbour.is_right(*pair) for pair in zip(answers, right, strict=True)])
+            np.mean([toy_dataset.is_right(*pair) for pair in zip(answers, right, strict=True)])
         )
 
     before = answers(params)
-    data, _ = harbour.write(tmp_path)
-    settings = finetune.Settings(model=path, data=data, out=tmp_path / "out")
-    assert finetune.run(settings, say=print).reason == "finished"
+    data, _ = toy_dataset.write(tmp_path)
+    settings = finetune.FinetuneConfig(model=path, data=data, out=tmp_path / "out")
+    assert finetune.run(settings, notify=print).reason == "finished"
     after = answers(lora.apply(params, lora.load(tmp_path / "out" / "adapter", cfg)))
     print(f"right: {share(before):.0%} before, {share(after):.0%} after")
     assert share(before) < 0.1 and share(after) > 0.9

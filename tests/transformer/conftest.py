@@ -15,11 +15,11 @@ from transformer.decoder import Params
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "transformer"
 TINY = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma3")
-GPT2_FORMS = dict(
+GPT2_VARIANT = dict(
     norm="layer", position="learned", mlp="gelu", qkv_bias=True, linear_bias=True, num_kv_heads=4
 )
 # Every form at once that a Llama does not have: Gemma 3, and a window.
-GEMMA_FORMS = dict(
+GEMMA_VARIANT = dict(
     norm="unit_rms",
     mlp="geglu",
     qk_norm=True,
@@ -29,11 +29,11 @@ GEMMA_FORMS = dict(
     local_rope_theta=100.0,
     windows=(5, None),
 )
-FORMS = {"llama": {}, "gpt2": GPT2_FORMS, "gemma": GEMMA_FORMS}
+VARIANTS = {"llama": {}, "gpt2": GPT2_VARIANT, "gemma": GEMMA_VARIANT}
 
 
 # Values of types that a key of a config does not have.
-ODD = (
+INVALID_VALUES = (
     None, True, 0, -1, 2**70, 0.5, float("nan"), float("inf"), "", "x", [], [1], ["x"], [[1]], {},
     {"x": 1}, {"rope_type": [1]}, {"full_attention": 5}, {"sliding_attention": 5},
     {"sliding_attention": {"rope_theta": "x"}}, {"type": {}}, {"rope_type": "yarn", "factor": [1]},
@@ -57,7 +57,7 @@ def tiny() -> Callable[[str], Loaded]:
     return cache(load)
 
 
-def noise(params: Params, seed: int = 0) -> Params:
+def randomize(params: Params, seed: int = 0) -> Params:
     """The same tree with every weight drawn at random, so that none is neutral."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(

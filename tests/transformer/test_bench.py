@@ -14,18 +14,19 @@ import pytest
 
 from tests.naming import names, naming
 from transformer import bench, encoder, kernels
-from transformer.bench import Case, Contender, Plan, Result, Roofs
-from transformer.bench import decoder_cases as cases
+from transformer.bench import BenchPlan, Case, Contender, Peaks, Result, decoder_cases
 from transformer.bench import profile as where
-from transformer.bench.measure import fresh_arguments
+from transformer.bench.measure import argument_sets
 from transformer.config import Config
 from transformer.kernels import exact
 from transformer.weights import Linear
 
 pytestmark = pytest.mark.heavy
 
-ROOFS = Roofs(10e9, {"float32": 100e9, "bfloat16": 200e9, "int8": 400e9}, 1e-6)
-TINY = cases.Sizes(Config.debug(max_seq_len=1024), 100, encoder.Config.debug(max_seq_len=256))
+ROOFS = Peaks(10e9, {"float32": 100e9, "bfloat16": 200e9, "int8": 400e9}, 1e-6)
+TINY = decoder_cases.Sizes(
+    Config.debug(max_seq_len=1024), 100, encoder.Config.debug(max_seq_len=256)
+)
 RESULT = Result(
     case="norm 1x8",
     form="chosen",
@@ -61,9 +62,9 @@ def one(**changes) -> Case:
 
 
 def test_the_roof_is_the_longer_of_reading_and_computing():
-    assert ROOFS.seconds(100e9, 1e9, "float32") == (1.0, "arithmetic")
-    assert ROOFS.seconds(100e9, 20e9, "float32") == (2.0, "memory")
-    assert ROOFS.seconds(100e9, 1e9, "int8") == (0.25, "arithmetic")
+    assert ROOFS.roofline_seconds(100e9, 1e9, "float32") == (1.0, "arithmetic")
+    assert ROOFS.roofline_seconds(100e9, 20e9, "float32") == (2.0, "memory")
+    assert ROOFS.roofline_seconds(100e9, 1e9, "int8") == (0.25, "arithmetic")
 
 
 def test_a_result_follows_from_its_times():
@@ -104,7 +105,7 @@ def test_contenders_take_turns_and_the_slower_one_shows():
 
 def test_cold_arguments_are_new_ones_at_every_call():
     case = one(cold=(1,), sweep=5 * 8 * 16 * 4)
-    arguments = fresh_arguments(case)
+    arguments = argument_sets(case)
     assert len(arguments) == 5
     assert len({args[1].unsafe_buffer_pointer() for args in arguments}) == 5
     assert len({args[0].unsafe_buffer_pointer() for args in arguments}) == 1
@@ -127,9 +128,11 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "int8": 5e-2}
 
 def test_whole_programs_are_right_in_every_format():
     """On tiny sizes, against float64; times mean nothing here."""
-    plan = Plan(names=["prefill", "decode 1x1", "embed"], seconds=0)
+    plan = BenchPlan(names=["prefill", "decode 1x1", "embed"], seconds=0)
     seen = []
-    for (found,) in bench.run(plan, plan.select(cases.cases(TINY)), ROOFS, say=seen.append):
+    for (found,) in bench.run(
+        plan, plan.select(decoder_cases.bench_cases(TINY)), ROOFS, say=seen.append
+    ):
         seen.append(found.case.split()[0])
         assert found.relative_error < TOLERANCE[found.dtype], found.case
     assert seen == ["prefill"] * 3 + ["decode"] * 3 + ["embed"] * 2
@@ -137,13 +140,13 @@ def test_whole_programs_are_right_in_every_format():
 
 @pytest.mark.slow
 def test_every_case_is_right_and_every_form_of_it():
-    plan, said, seen = Plan(forms=True, seconds=0), [], set()
-    for group in bench.run(plan, cases.cases(TINY), ROOFS, say=said.append):
+    plan, said, seen = BenchPlan(all_impls=True, seconds=0), [], set()
+    for group in bench.run(plan, decoder_cases.bench_cases(TINY), ROOFS, say=said.append):
         for found in group:
             seen.add((found.case.partition(" ")[0], found.form))
             assert found.relative_error is not None
             assert found.relative_error < TOLERANCE[found.dtype], (found.case, found.form)
-    for operation, forms in kernels.FORMS.items():
+    for operation, forms in kernels.IMPLS.items():
         assert {(operation, form) for form in ("chosen", *forms)} <= seen
     assert {("prefill", "chosen"), ("decode", "chosen"), ("embed", "chosen")} <= seen
     assert any(names(line, "matmul pair", 8) for line in said)
@@ -155,14 +158,14 @@ def test_a_measured_format_is_the_loaded_one(name):
     from tests.transformer.conftest import GOLDEN
     from transformer import checkpoint
 
-    for format in cases.FORMATS:
-        loaded, cfg, _ = checkpoint.load(GOLDEN / name, format=format)
-        made = cases.weights(cfg, format)
+    for format in decoder_cases.DTYPES:
+        loaded, cfg, _ = checkpoint.load(GOLDEN / name, dtype=format)
+        made = decoder_cases.random_params(cfg, format)
         dtypes = [jax.tree.map(lambda leaf: leaf.dtype, p.layers) for p in (loaded, made)]
         assert dtypes[0] == dtypes[1]
         head = loaded.embed if loaded.head is None else loaded.head
         read = [part.weight for layer in loaded.layers for part in _maps(layer)] + [head.weight]
-        assert cases._model_bytes(cfg, format) == sum(weight.nbytes for weight in read)
+        assert decoder_cases._model_bytes(cfg, format) == sum(weight.nbytes for weight in read)
 
 
 def _maps(layer) -> list[Linear]:
@@ -170,13 +173,13 @@ def _maps(layer) -> list[Linear]:
 
 
 def test_float64_knows_every_form_of_decoder():
-    from tests.transformer.conftest import FORMS, noise
+    from tests.transformer.conftest import VARIANTS, randomize
     from transformer import decoder
 
     ids = np.random.default_rng(0).integers(0, 320, (2, 12)).astype(np.int32)
-    for name, forms in FORMS.items():
+    for name, forms in VARIANTS.items():
         cfg = Config.debug(**forms)
-        params = noise(decoder.init(jax.random.key(0), cfg))
+        params = randomize(decoder.init(jax.random.key(0), cfg))
         logits = jax.jit(decoder.forward, static_argnums=1)(params, cfg, ids)[0][:, -1]
         np.testing.assert_allclose(logits, exact.decoder(params, cfg, ids), atol=1e-4, err_msg=name)
 
@@ -202,7 +205,7 @@ def test_results_are_saved_read_and_compared(tmp_path):
 
 def test_the_table_says_what_was_found():
     rival = dataclasses.replace(RESULT, form="fused", ratio=0.5)
-    head, first, second = bench.table([RESULT, rival], has_turns=True).splitlines()
+    head, first, second = bench.format_table([RESULT, rival], has_turns=True).splitlines()
     assert head.split()[0] == "CASE" and head.split()[-1] == "SPEED"
     assert first.split()[:10] == ["norm", "1x8", "chosen", "2", "us", "1", "us", "3", "us", "5"]
     assert second.split()[-1] == "x0.50"
@@ -216,22 +219,22 @@ def test_the_roofline_is_drawn(tmp_path):
 
 def test_plans():
     found = [one(name="matmul 1x2 float32", operation="matmul"), one(name="decode 1x1 float32")]
-    assert Plan(names=["dec"]).select(found) == found[1:]
+    assert BenchPlan(names=["dec"]).select(found) == found[1:]
     with pytest.raises(ValueError, match=naming("'add'", "matmul", "decode")):
-        Plan(names=["add"]).select(found)
-    with pytest.raises(ValueError, match=naming("norm", "'fused'", *kernels.FORMS["norm"])):
-        Plan(tried={"norm": "fused"})
+        BenchPlan(names=["add"]).select(found)
+    with pytest.raises(ValueError, match=naming("norm", "'fused'", *kernels.IMPLS["norm"])):
+        BenchPlan(overrides={"norm": "fused"})
     with pytest.raises(ValueError, match=naming("OPERATION=FORM", "'norm'")):
-        bench.parse_forms(["norm"])
-    forms = [rival.form for rival in Plan(forms=True).contenders(found[0])]
-    assert forms == ["chosen", *kernels.FORMS["matmul"]]
-    rivals = Plan(tried={"norm": "reference"}).contenders(found[1])
-    assert [rival.form for rival in rivals] == ["chosen", "norm=reference"]
+        bench.parse_overrides(["norm"])
+    forms = [rival.impl for rival in BenchPlan(all_impls=True).contenders(found[0])]
+    assert forms == ["chosen", *kernels.IMPLS["matmul"]]
+    rivals = BenchPlan(overrides={"norm": "reference"}).contenders(found[1])
+    assert [rival.impl for rival in rivals] == ["chosen", "norm=reference"]
 
 
 def test_a_context_must_fit_the_model():
     with pytest.raises(ValueError, match=naming("context", 8191, 8192)):
-        cases.Sizes.of(None, context=8192)
+        decoder_cases.Sizes.from_checkpoint(None, context=8192)
 
 
 HLO = """
@@ -245,7 +248,7 @@ ENTRY %main (a: f32[2]) -> f32[2] {
 
 
 def test_instructions_are_traced_to_what_they_came_from():
-    names = where.labels(HLO)
+    names = where.instruction_origins(HLO)
     assert names["dot.3"] == "params.layers[3].gate.weight jit(f)/mlp/add"
     assert where._stage(names["dot.3"]) == "products gate, up, down"
     assert where._stage(names["y"]) == "attention over the cache"
@@ -257,17 +260,17 @@ def test_a_loop_is_not_counted_twice():
         return {"ts": at, "dur": taken, "args": {"hlo_op": name}}
 
     events = [event("dot", 2, 3), event("while", 0, 10), event("add", 5, 1), event("out", 10, 4)]
-    assert dict(where._own_times(events)) == {"while": 6, "dot": 3, "add": 1, "out": 4}
+    assert dict(where._self_times(events)) == {"while": 6, "dot": 3, "add": 1, "out": 4}
 
 
 def test_where_a_token_goes():
-    found = where.where(TINY, ROOFS, formats=("float32", "int8"), say=lambda line: None)
+    found = where.profile_decode(TINY, ROOFS, dtypes=("float32", "int8"), say=lambda line: None)
     for table in found:
         spent = {stage["stage"]: stage["seconds"] for stage in table["stages"]}
         must_read = {stage["stage"] for stage in table["stages"] if stage["bytes"] is not None}
         assert len(must_read) == 4 and must_read <= where.STAGES.keys()
         assert sum(spent.values()) == pytest.approx(table["profiled"], rel=0.5)
-    assert "attention over the cache" in where.show(found)
+    assert "attention over the cache" in where.format_profile(found)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -283,7 +286,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_command(tmp_path):
     arguments = ("norm rms 1x", "--forms", "--seconds", "0", "--save", str(tmp_path / "a.jsonl"))
     first = run(*arguments)
-    assert first.returncode == 0 and names(first.stdout, "norm", *kernels.FORMS["norm"])
+    assert first.returncode == 0 and names(first.stdout, "norm", *kernels.IMPLS["norm"])
     again = run("norm rms 1x", "--seconds", "0", "--compare", str(tmp_path / "a.jsonl"))
     assert re.search(r"\bx\d+\.\d\d\b", again.stdout), "the speedup"
     as_json = run("rotate 1x", "--seconds", "0", "--json")

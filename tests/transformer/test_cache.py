@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from tests.naming import naming
-from tests.transformer.conftest import GEMMA_FORMS, GPT2_FORMS, noise
+from tests.transformer.conftest import GEMMA_VARIANT, GPT2_VARIANT, randomize
 from transformer import cache, decoder
 from transformer.config import Config
 
 pytestmark = pytest.mark.heavy
 
 LLAMA = Config.debug()
-GPT2 = Config.debug(**GPT2_FORMS)
+GPT2 = Config.debug(**GPT2_VARIANT)
 # Its local layers leave the first block behind at position 295.
-GEMMA = Config.debug(**GEMMA_FORMS | {"windows": (40, None)})
+GEMMA = Config.debug(**GEMMA_VARIANT | {"windows": (40, None)})
 CONFIGS = pytest.mark.parametrize("cfg", [LLAMA, GPT2, GEMMA], ids=["llama", "gpt2", "gemma"])
 LENGTH = 320  # more than one block
 IDS = np.random.default_rng(2).integers(0, 320, (3, LENGTH)).astype(np.int32)
@@ -25,7 +25,7 @@ IDS = np.random.default_rng(2).integers(0, 320, (3, LENGTH)).astype(np.int32)
 
 @functools.cache
 def weights(cfg: Config) -> decoder.Params:
-    return noise(decoder.init(jax.random.key(0), cfg))
+    return randomize(decoder.init(jax.random.key(0), cfg))
 
 
 @functools.cache
@@ -35,7 +35,7 @@ def expected(cfg: Config) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=1, donate_argnums=2)
 def step(params, cfg, memory, ids, tables, starts):
-    x, memory = decoder.extend(params, cfg, memory, ids, tables, starts)
+    x, memory = decoder.forward_cached(params, cfg, memory, ids, tables, starts)
     return decoder.unembed(params, cfg, x), memory
 
 
@@ -94,7 +94,7 @@ def test_rows_of_different_lengths_with_blocks_anywhere():
 def test_rows_without_a_sequence_write_to_the_block_of_no_one():
     memory = cache.init(LLAMA, 2)
     _, memory = read(LLAMA, memory, IDS[:1, :64], [[1, 2]], [0])
-    trash = [cache.TRASH, cache.TRASH]
+    trash = [cache.NULL_BLOCK, cache.NULL_BLOCK]
     for at in range(64, 70):
         ids = [[IDS[0, at]], [9], [7]]
         found, memory = read(LLAMA, memory, ids, [[1, 2], trash, trash], [at, 0, 0])
@@ -130,7 +130,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 
 def test_a_chunk_that_does_not_fit_blocks_is_refused():
-    with pytest.raises(ValueError, match=naming(192, cache.BLOCK)):
+    with pytest.raises(ValueError, match=naming(192, cache.BLOCK_SIZE)):
         read(LLAMA, cache.init(LLAMA, 2), IDS[:1, :192], [[1, 2]], [0])
 
 

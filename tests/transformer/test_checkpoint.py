@@ -15,8 +15,8 @@ from gguf import GGMLQuantizationType as Q
 from safetensors.numpy import load_file, save_file
 
 from tests.naming import naming
-from tests.transformer.conftest import GOLDEN, TINY, noise
-from transformer import checkpoint, decoder, lora, rotation
+from tests.transformer.conftest import GOLDEN, TINY, randomize
+from transformer import checkpoint, decoder, lora, quarot
 from transformer.checkpoint import gguf as reader
 from transformer.config import Config
 from transformer.layers import quantize
@@ -49,26 +49,28 @@ def test_what_is_saved_is_loaded_bit_by_bit(tiny, tmp_path, name):
 
 
 def test_int8_weights_are_not_saved(tmp_path):
-    params, cfg, _ = checkpoint.load(GOLDEN / "llama", format="int8")
+    params, cfg, _ = checkpoint.load(GOLDEN / "llama", dtype="int8")
     with pytest.raises(ValueError, match=naming("int8")):
         checkpoint.save(tmp_path / "new", params, cfg)
 
 
 def test_formats(tiny):
     params, _, _ = tiny("llama")
-    narrow, _, _ = checkpoint.load(GOLDEN / "llama", format="bfloat16")
-    int8, _, _ = checkpoint.load(GOLDEN / "llama", format="int8")
+    narrow, _, _ = checkpoint.load(GOLDEN / "llama", dtype="bfloat16")
+    int8, _, _ = checkpoint.load(GOLDEN / "llama", dtype="int8")
     layer = params.layers[0]
     assert narrow.layers[0].attn_norm.scale.dtype == jnp.float32
     np.testing.assert_array_equal(
         narrow.layers[0].down.weight, layer.down.weight.astype(jnp.bfloat16)
     )
     assert int8.layers[0].attn_norm.scale.tolist() == [1] * len(layer.attn_norm.scale)
-    for part in (*lora.PARTS, "head"):
+    for part in (*lora.TARGET_MODULES, "head"):
         owner = int8 if part == "head" else int8.layers[0]
         assert getattr(owner, part).weight.dtype == jnp.int8
     gain = layer.mlp_norm.scale
-    expected = quantize(layer.gate.replace(weight=rotation.reading(layer.gate.weight, gain)))
+    expected = quantize(
+        layer.gate.replace(weight=quarot.rotate_input_weight(layer.gate.weight, gain))
+    )
     np.testing.assert_allclose(int8.layers[0].gate.scale, expected.scale, rtol=1e-5)
     steps = np.asarray(int8.layers[0].gate.weight, int) - np.asarray(expected.weight, int)
     assert np.abs(steps).max() <= 1 and (steps == 0).mean() > 0.99
@@ -76,9 +78,9 @@ def test_formats(tiny):
 
 def test_int8_of_a_stream_that_cannot_be_turned(tiny):
     params, cfg, _ = tiny("gpt2")
-    assert not rotation.can_turn(cfg)
-    int8, _, _ = checkpoint.load(GOLDEN / "gpt2", format="int8")
-    narrow, _, _ = checkpoint.load(GOLDEN / "gpt2", format="bfloat16")
+    assert not quarot.can_rotate(cfg)
+    int8, _, _ = checkpoint.load(GOLDEN / "gpt2", dtype="int8")
+    narrow, _, _ = checkpoint.load(GOLDEN / "gpt2", dtype="bfloat16")
     np.testing.assert_array_equal(int8.layers[0].up.weight, quantize(params.layers[0].up).weight)
     for part in ("out", "down"):  # these write to the residual stream and stay bfloat16
         kept = getattr(int8.layers[0], part)
@@ -105,7 +107,7 @@ def test_shards_and_progress(tiny, tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": places}))
     seen = []
-    params, _, _ = checkpoint.load(tmp_path, notify=seen.append)
+    params, _, _ = checkpoint.load(tmp_path, on_progress=seen.append)
     assert_same(params, tiny("llama").params)
     assert seen == sorted(seen) and seen[0] > 0 and seen[-1] <= 1
     index.write_text(json.dumps({"weight_map": places | {"x": "../model.safetensors"}}))
@@ -376,7 +378,7 @@ def llama_tensors(params: decoder.Params, cfg: Config) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_a_gguf_file_is_loaded_bit_by_bit(tmp_path, is_tied):
     cfg = Config.debug(tie_embeddings=is_tied, num_layers=3, norm_eps=2**-16)
-    params = noise(decoder.init(jax.random.key(0), cfg))
+    params = randomize(decoder.init(jax.random.key(0), cfg))
     write_gguf(tmp_path / "m.gguf", llama_tensors(params, cfg), llama_metadata(cfg))
     loaded, found, _ = checkpoint.load(tmp_path / "m.gguf")
     assert found == cfg

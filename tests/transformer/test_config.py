@@ -7,20 +7,20 @@ import json
 import pytest
 
 from tests.naming import naming
-from tests.transformer.conftest import GEMMA_FORMS, GOLDEN, GPT2_FORMS, ODD, TINY
+from tests.transformer.conftest import GEMMA_VARIANT, GOLDEN, GPT2_VARIANT, INVALID_VALUES, TINY
 from transformer import families
 from transformer.config import Config, RopeScaling
 
-LINEAR = RopeScaling(kind="linear", factor=8.0)
+LINEAR = RopeScaling(rope_type="linear", factor=8.0)
 LLAMA3 = RopeScaling(
-    kind="llama3",
+    rope_type="llama3",
     factor=8.0,
     original_max_seq_len=8192,
     low_freq_factor=1.0,
     high_freq_factor=4.0,
 )
 YARN = RopeScaling(
-    kind="yarn",
+    rope_type="yarn",
     factor=4.0,
     original_max_seq_len=512,
     beta_fast=32.0,
@@ -107,14 +107,14 @@ def test_a_pattern_of_windows_is_kept_in_one_way(windows, shortest):
         Config.debug(windows=(64,)),
         Config.debug(qkv_bias=True, windows=(None, 64)),
         Config.debug(qk_norm=True, tie_embeddings=False),
-        Config.debug(**GEMMA_FORMS),
-        Config.debug(**GEMMA_FORMS | dict(num_layers=9, query_scalar=None, rope_scaling=LINEAR)),
+        Config.debug(**GEMMA_VARIANT),
+        Config.debug(**GEMMA_VARIANT | dict(num_layers=9, query_scalar=None, rope_scaling=LINEAR)),
         Config.debug(rope_scaling=LINEAR),
         Config.debug(rope_scaling=LLAMA3),
         Config.debug(rope_scaling=YARN, windows=(64,)),
         Config.debug(qkv_bias=True, rope_theta=1e6, norm_eps=1e-6, head_dim=12),
         Config.debug(tie_embeddings=False),
-        Config.debug(**GPT2_FORMS),
+        Config.debug(**GPT2_VARIANT),
     ],
     ids=str,
 )
@@ -133,7 +133,7 @@ def test_what_transformers_writes_is_read(name):
     [
         {"norm": "layer"},
         {"linear_bias": True},
-        GPT2_FORMS | {"num_kv_heads": 2},
+        GPT2_VARIANT | {"num_kv_heads": 2},
         {"windows": (8, 4)},
         {"windows": (8, None)},  # Mistral slides in all layers or in none
         {"query_scalar": 4},
@@ -215,7 +215,7 @@ def test_a_value_of_any_type_is_read_or_refused(name):
     """Bug: a list where a name of a scaling belongs was a TypeError."""
     more = ("rope_scaling", "rope_parameters", "sliding_window_pattern", "rope_local_base_freq")
     for key in (*hf(name), *more):
-        for value in ODD:
+        for value in INVALID_VALUES:
             with contextlib.suppress(ValueError):  # any other exception fails the test
                 families.from_hf(hf(name, **{key: value}))
 

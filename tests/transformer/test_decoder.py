@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.naming import naming
-from tests.transformer.conftest import FORMS, GPT2_FORMS, TINY, noise
+from tests.transformer.conftest import GPT2_VARIANT, TINY, VARIANTS, randomize
 from tests.transformer.parts import check_parts
 from transformer import attention, decoder, rope
 from transformer.config import Config, RopeScaling
@@ -24,7 +24,7 @@ hasty = jax.jit(
 
 
 def random_params(cfg: Config) -> decoder.Params:
-    return noise(decoder.init(jax.random.key(0), cfg))
+    return randomize(decoder.init(jax.random.key(0), cfg))
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -41,7 +41,7 @@ def test_each_part_agrees_with_transformers(tiny, name):
     check_parts(*tiny(name))
 
 
-@pytest.mark.parametrize("forms", [*FORMS.values(), {"tie_embeddings": False}])
+@pytest.mark.parametrize("forms", [*VARIANTS.values(), {"tie_embeddings": False}])
 def test_init_fills_the_abstract_tree(forms):
     cfg = Config.debug(**forms)
     params, infos = decoder.init(jax.random.key(0), cfg), decoder.abstract(cfg)
@@ -92,7 +92,7 @@ YARN = dict(
 NUMBERS = [
     {"norm_eps": 0.5},
     {"rope_theta": 100.0},
-    {"rope_scaling": RopeScaling(kind="linear", factor=8)},
+    {"rope_scaling": RopeScaling(rope_type="linear", factor=8)},
     {"rope_scaling": RopeScaling(**LLAMA3)},
     {"rope_scaling": RopeScaling(**YARN)},
     {"local_rope_theta": 50.0},
@@ -108,7 +108,7 @@ ROTARY = {"rope_theta", "rope_scaling", "local_rope_theta"}
 
 def is_change(forms, change):
     """Not what this form already is, and not of shapes: GPT-2's norms and MLP have other ones."""
-    forms = FORMS[forms]
+    forms = VARIANTS[forms]
     (name,) = change
     return forms.get(name) != change[name] and not (
         forms.get("norm") == "layer" and name in ("norm", "mlp")
@@ -118,11 +118,11 @@ def is_change(forms, change):
 # Fields that leave every shape as it is: the same weights must give other logits.
 @pytest.mark.parametrize(
     ("forms", "change"),
-    [(forms, change) for forms in FORMS for change in NUMBERS if is_change(forms, change)],
+    [(forms, change) for forms in VARIANTS for change in NUMBERS if is_change(forms, change)],
     ids=str,
 )
 def test_each_number_matters(forms, change):
-    cfg = Config.debug(**FORMS[forms])
+    cfg = Config.debug(**VARIANTS[forms])
     (name,) = change
     has_effect = not (
         (name in ROTARY and cfg.position == "learned")
@@ -194,7 +194,7 @@ def test_each_form_matters(change):
     assert np.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("forms", [*FORMS.values(), {"tie_embeddings": False}], ids=str)
+@pytest.mark.parametrize("forms", [*VARIANTS.values(), {"tie_embeddings": False}], ids=str)
 def test_every_weight_has_a_gradient(forms):
     cfg = Config.debug(**forms)
 
@@ -252,15 +252,15 @@ def test_an_unknown_tap_is_refused():
 
 def test_more_tokens_than_learned_positions_are_refused():
     """Bug: they were looked up at the last position, all of them."""
-    cfg = Config.debug(**GPT2_FORMS | dict(max_seq_len=11))
-    for read in (decoder.forward, decoder.hidden):
+    cfg = Config.debug(**GPT2_VARIANT | dict(max_seq_len=11))
+    for read in (decoder.forward, decoder.hidden_states):
         with pytest.raises(ValueError, match=naming(11, 12)):
             read(random_params(cfg), cfg, IDS)
 
 
-@pytest.mark.parametrize("forms", FORMS)
+@pytest.mark.parametrize("forms", VARIANTS)
 def test_stacking_layers_is_undone_by_unstacking(forms):
-    cfg = Config.debug(num_layers=3, **FORMS[forms])
+    cfg = Config.debug(num_layers=3, **VARIANTS[forms])
     layers = random_params(cfg).layers
     stacked = decoder.stack_layers(layers)
     assert all(len(leaf) == 3 for leaf in jax.tree.leaves(stacked))
@@ -269,7 +269,7 @@ def test_stacking_layers_is_undone_by_unstacking(forms):
     jax.tree.map(np.testing.assert_array_equal, back, layers)
 
 
-@pytest.mark.parametrize("forms", [{}, GPT2_FORMS, {"windows": (5,), "qk_norm": True}], ids=str)
+@pytest.mark.parametrize("forms", [{}, GPT2_VARIANT, {"windows": (5,), "qk_norm": True}], ids=str)
 def test_a_scan_over_stacked_layers_is_the_loop(forms):
     cfg = Config.debug(num_layers=3, **forms)
     params = random_params(cfg)

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import bpe
 from tests.naming import naming
-from tests.transformer.conftest import ODD, noise
+from tests.transformer.conftest import INVALID_VALUES, randomize
 from transformer import encoder, packing
 from transformer.checkpoint import bert
 from transformer.encoder import Config
@@ -64,7 +64,7 @@ def test_every_intermediate_equals_that_of_transformers(pooling: str) -> None:
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_texts_that_share_rows_do_not_see_each_other(pooling: str) -> None:
     cfg = Config.debug(pooling=pooling)
-    params = noise(encoder.init(jax.random.key(0), cfg))
+    params = randomize(encoder.init(jax.random.key(0), cfg))
     rng = np.random.default_rng(0)
     texts = [rng.integers(0, 320, n).tolist() for n in (1, 1, 5, 5, 17, 32, 60, 128)]
     together = encoder.embed_all(params, cfg, texts)
@@ -81,10 +81,10 @@ def test_packing_places_every_token_once_and_uses_known_shapes_only() -> None:
         texts += [[7]] * 50  # rows hold so many texts and no more
         seen = {}
         for batch in packing.pack(texts, longest):
-            assert batch.ids.shape in packing.shapes(longest)
+            assert batch.ids.shape in packing.batch_shapes(longest)
             assert not batch.ids[batch.segments == 0].any()
             assert batch.segments.max() <= batch.max_texts
-            for text, row, slot in zip(batch.texts, batch.rows, batch.slots, strict=True):
+            for text, row, slot in zip(batch.text_indices, batch.rows, batch.slots, strict=True):
                 seen[int(text)] = batch.ids[row][batch.segments[row] == slot + 1].tolist()
         assert [seen[i] for i in range(len(texts))] == texts
 
@@ -122,7 +122,7 @@ SHAPES = [
 @pytest.mark.parametrize("change", NUMBERS, ids=str)
 def test_a_changed_field_changes_the_vectors(change: dict) -> None:
     cfg = Config.debug()
-    params = noise(encoder.init(jax.random.key(0), cfg))
+    params = randomize(encoder.init(jax.random.key(0), cfg))
     texts = [[1, 2, 3, 4], [5, 6, 7]]
     before = encoder.embed_all(params, cfg, texts)
     after = encoder.embed_all(params, dataclasses.replace(cfg, **change), texts)
@@ -187,7 +187,7 @@ def test_a_config_json_with_another_meaning_is_refused(change: dict, value: obje
 
 @pytest.mark.parametrize("key", Config.debug().to_hf())
 def test_a_value_of_any_type_is_read_or_refused(key: str) -> None:
-    for value in ODD:
+    for value in INVALID_VALUES:
         with contextlib.suppress(ValueError):  # any other exception fails the test
             Config.from_hf(Config.debug().to_hf() | {key: value})
 
@@ -233,9 +233,9 @@ def test_a_config_json_without_a_size_is_refused() -> None:
 
 @pytest.mark.parametrize("format", ["float32", "bfloat16"])
 def test_saved_weights_load_bit_for_bit(format: str, tmp_path: Path) -> None:
-    params, cfg = bert.load(GOLDEN / "cls", format=format)
+    params, cfg = bert.load(GOLDEN / "cls", dtype=format)
     bert.save(tmp_path, params, cfg)
-    again, its_cfg = bert.load(tmp_path, format=format)
+    again, its_cfg = bert.load(tmp_path, dtype=format)
     assert its_cfg == cfg
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
@@ -324,7 +324,7 @@ def test_the_longest_input_is_read_where_it_stands(tmp_path: Path) -> None:
 
 
 def embedded(path: Path, texts: list[str], format: str) -> np.ndarray:
-    params, cfg = bert.load(path, format=format)
+    params, cfg = bert.load(path, dtype=format)
     words = bpe.load_wordpiece(path)
     return encoder.embed_all(params, cfg, words.encode_batch(texts, max_length=cfg.max_tokens))
 

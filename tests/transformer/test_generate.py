@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from tests.naming import naming
-from tests.transformer.conftest import noise
+from tests.transformer.conftest import randomize
 from transformer import decoder, generate
 from transformer.config import Config
-from transformer.sampling import Sampling
+from transformer.sampling import SamplingParams
 
 pytestmark = pytest.mark.heavy
 
@@ -25,7 +25,7 @@ def cfg():
 
 @pytest.fixture(scope="module")
 def params(cfg):
-    return noise(decoder.init(jax.random.key(0), cfg), seed=1)
+    return randomize(decoder.init(jax.random.key(0), cfg), seed=1)
 
 
 def prompt_of(length, cfg, seed=0):
@@ -91,8 +91,8 @@ def test_sampling_repeats_by_seed(params, cfg):
     prompt = prompt_of(10, cfg)
 
     def ids(seed):
-        how = Sampling(seed=seed, temperature=2.0)
-        return list(generate.generate(params, cfg, prompt, max_new_tokens=16, how=how))
+        how = SamplingParams(seed=seed, temperature=2.0)
+        return list(generate.generate(params, cfg, prompt, max_new_tokens=16, sampling_params=how))
 
     assert ids(1) == ids(1)
     assert ids(1) != ids(2)
@@ -100,16 +100,16 @@ def test_sampling_repeats_by_seed(params, cfg):
 
 def test_penalties_reach_back_to_the_prompt_and_bias_forces(params, cfg):
     prompt = prompt_of(10, cfg)
-    how = Sampling(temperature=0, frequency_penalty=900.0)
-    ids = list(generate.generate(params, cfg, prompt, max_new_tokens=20, how=how))
+    how = SamplingParams(temperature=0, frequency_penalty=900.0)
+    ids = list(generate.generate(params, cfg, prompt, max_new_tokens=20, sampling_params=how))
     assert len(set(ids)) == len(ids), "no token twice under so large a penalty"
-    how = Sampling(temperature=0, logit_bias={5: 1000.0})
-    assert set(generate.generate(params, cfg, prompt, max_new_tokens=5, how=how)) == {5}
+    how = SamplingParams(temperature=0, logit_bias={5: 1000.0})
+    assert set(generate.generate(params, cfg, prompt, max_new_tokens=5, sampling_params=how)) == {5}
 
 
 def test_padding_ids_are_never_given(params, cfg):
-    how = Sampling(temperature=5.0)
-    ids = generate.generate(params, cfg, [1], max_new_tokens=40, how=how, num_ids=3)
+    how = SamplingParams(temperature=5.0)
+    ids = generate.generate(params, cfg, [1], max_new_tokens=40, sampling_params=how, num_ids=3)
     assert set(ids) <= {0, 1, 2}
 
 
@@ -135,6 +135,6 @@ def test_errors_name_the_value(params, cfg, prompt, count, facts):
 def test_logit_bias_outside_the_vocabulary_is_refused(params, cfg):
     """Bug: a negative id biased the last token, silently; a large one was an IndexError."""
     for id in (-1, cfg.vocab_size):
-        how = Sampling(temperature=0, logit_bias={id: 5.0})
+        how = SamplingParams(temperature=0, logit_bias={id: 5.0})
         with pytest.raises(ValueError, match=f"logit_bias.*{id}"):
-            list(generate.generate(params, cfg, [1], max_new_tokens=2, how=how))
+            list(generate.generate(params, cfg, [1], max_new_tokens=2, sampling_params=how))

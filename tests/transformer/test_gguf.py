@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.naming import naming
-from tests.transformer.conftest import GOLDEN, ODD
+from tests.transformer.conftest import GOLDEN, INVALID_VALUES
 from transformer import cache, checkpoint, decoder, families
 from transformer.checkpoint import gguf as reader
 from transformer.config import RopeScaling
@@ -18,7 +18,7 @@ FAMILIES = ("gpt2", "llama3", "qwen2", "qwen3", "gemma3")
 NAMES = [*(f"llama-{name}" for name in FORMATS), *FAMILIES]
 GOLDENS = np.load(GOLDEN / "gguf" / "golden.npz")
 forward = jax.jit(decoder.forward, static_argnums=1, static_argnames="taps")
-extend = jax.jit(decoder.extend, static_argnums=1)
+extend = jax.jit(decoder.forward_cached, static_argnums=1)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -45,13 +45,13 @@ def test_a_file_holds_the_format_it_is_named_after(name):
 def test_what_the_keys_of_a_family_mean():
     cfg = {name: checkpoint.load(GOLDEN / "gguf" / f"{name}.gguf")[1] for name in FAMILIES}
     assert cfg["llama3"].rope_scaling == RopeScaling(
-        kind="llama3",
+        rope_type="llama3",
         factor=8.0,
         original_max_seq_len=8192,
         low_freq_factor=1.0,
         high_freq_factor=4.0,
     )
-    assert cfg["gemma3"].rope_scaling == RopeScaling(kind="linear", factor=8.0)
+    assert cfg["gemma3"].rope_scaling == RopeScaling(rope_type="linear", factor=8.0)
     assert (cfg["gemma3"].rope_theta, cfg["gemma3"].local_rope_theta) == (1e6, 1e4)
     assert cfg["gemma3"].windows == (5, 5, 5, 5, 5, None) and cfg["gemma3"].scale_embeddings
     assert cfg["qwen3"].qk_norm and not cfg["qwen2"].qk_norm and cfg["qwen2"].qkv_bias
@@ -62,7 +62,7 @@ def test_metadata_of_any_type_is_read_or_refused(name):
     metadata, _ = reader.read(GOLDEN / "gguf" / f"{name}.gguf")
     kind = metadata["general.architecture"]
     for key in (*metadata, f"{kind}.rope.scaling.type", f"{kind}.rope.scaling.factor"):
-        for value in ODD:
+        for value in INVALID_VALUES:
             with contextlib.suppress(ValueError):  # any other exception fails the test
                 families.from_gguf(metadata | {key: value}, has_head=False)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.transformer.conftest import FORMS, noise
+from tests.transformer.conftest import VARIANTS, randomize
 from transformer import cache, decoder, lora
 from transformer.config import Config
 from transformer.layers import quantize
@@ -24,14 +24,14 @@ BUCKETS = (2, 4, 8, 16)
 SIZES = dict(
     num_layers=1, d_model=256, d_ff=512, head_dim=64, vocab_size=1000, num_heads=8, max_seq_len=512
 )
-CONFIGS = {name: Config.debug(**forms | SIZES) for name, forms in FORMS.items()}
+CONFIGS = {name: Config.debug(**forms | SIZES) for name, forms in VARIANTS.items()}
 CONFIGS["gemma"] = replace(CONFIGS["gemma"], windows=(40,), query_scalar=50)
 CONFIGS["qwen3"] = replace(CONFIGS["llama"], qk_norm=True, qkv_bias=True)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def step(params, cfg, memory, ids, tables, starts):
-    x, memory = decoder.extend(params, cfg, memory, ids[:, None], tables, starts)
+    x, memory = decoder.forward_cached(params, cfg, memory, ids[:, None], tables, starts)
     return decoder.unembed(params, cfg, x[:, 0]), memory.keys[-1]
 
 
@@ -49,9 +49,9 @@ def narrow(params: decoder.Params, format: str) -> decoder.Params:
 )
 def test_a_row_has_the_same_bits_in_every_bucket(name, format):
     cfg = CONFIGS["llama" if name == "adapted" else name]
-    params = narrow(noise(decoder.init(jax.random.key(0), cfg)), format)
+    params = narrow(randomize(decoder.init(jax.random.key(0), cfg)), format)
     if name == "adapted":
-        adapter = noise(lora.init(jax.random.key(1), cfg, rank=8, alpha=16))
+        adapter = randomize(lora.init(jax.random.key(1), cfg, rank=8, alpha=16))
         params = lora.apply(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), adapter))
     rng = np.random.default_rng(0)
     memory = cache.init(cfg, 32, jnp.bfloat16)

@@ -9,15 +9,14 @@ import pytest
 
 from tests.naming import naming
 from transformer import cache, decoder, kernels
-from transformer.bench import decoder_cases as cases
-from transformer.bench import in_float64
+from transformer.bench import decoder_cases, in_float64
 from transformer.config import Config
 from transformer.weights import Linear, Lora
 
 pytestmark = pytest.mark.heavy
 
 RNG = np.random.default_rng(0)
-FORMS = [(operation, form) for operation, forms in kernels.FORMS.items() for form in forms]
+FORMS = [(operation, form) for operation, forms in kernels.IMPLS.items() for form in forms]
 ROUNDING = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 3e-2}  # relative to the largest value
 
 
@@ -36,57 +35,57 @@ def agrees(operation: str, form: str, arguments: tuple, tolerance: float = 1e-5,
 @pytest.mark.parametrize(("operation", "form"), FORMS)
 def test_a_form_is_there_and_takes_what_its_reference_takes(operation, form):
     names = [
-        list(inspect.signature(kernels.find(operation, name)).parameters)
+        list(inspect.signature(kernels.get_impl(operation, name)).parameters)
         for name in (form, "reference")
     ]
     assert names[0] == names[1]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("rows", [1, 2, 7, kernels.MANY])
+@pytest.mark.parametrize("rows", [1, 2, 7, kernels.MANY_ROWS])
 def test_products(rows, dtype):
-    p = cases.as_format(Linear(weight=normal(48, 96)), dtype)
+    p = decoder_cases.as_dtype(Linear(weight=normal(48, 96)), dtype)
     arguments = (normal(rows, 96), p.weight, p.scale)
     ran = []
-    for form in (None, *kernels.FORMS["matmul"]):
+    for form in (None, *kernels.IMPLS["matmul"]):
         try:
             agrees("matmul", form, arguments, ROUNDING[dtype])
             ran.append(form)
         except kernels.Unavailable as error:
             assert str(error).startswith(f"matmul {form} ")
     expected = [None, "reference"]
-    expected += ["integers"] if dtype == "int8" else ["dot", "batched", "slices"]
-    expected += ["pair"] if rows == 1 and dtype != "int8" else []
+    expected += ["int8"] if dtype == "int8" else ["dot", "batched", "split_weight"]
+    expected += ["pad_to_two_rows"] if rows == 1 and dtype != "int8" else []
     assert ran == expected
 
 
 def test_each_number_of_rows_and_dtype_has_its_form():
     weights = {
-        "float32": ("slices", "batched", "dot"),
-        "bfloat16": ("pair", "batched", "dot"),
-        "int8": ("integers",) * 3,
+        "float32": ("split_weight", "batched", "dot"),
+        "bfloat16": ("pad_to_two_rows", "batched", "dot"),
+        "int8": ("int8",) * 3,
     }
     for dtype, names in weights.items():
         for count, name in zip((", one row", "", ", many rows"), names, strict=True):
-            assert kernels.CHOSEN["cpu"][f"matmul {dtype}{count}"] == name
+            assert kernels.DEFAULT_IMPL["cpu"][f"matmul {dtype}{count}"] == name
     with pytest.raises(kernels.Unavailable, match=naming("'matmul float16, one row'")):
         kernels.matmul(normal(1, 8), normal(4, 8).astype(jnp.float16))
 
 
-@pytest.mark.parametrize("form", kernels.FORMS["norm"])
+@pytest.mark.parametrize("form", kernels.IMPLS["norm"])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_norms(form, has_bias):
     bias = normal(96) if has_bias else None
     agrees("norm", form, (2 + normal(2, 5, 96), normal(96), bias), eps=1e-5)
 
 
-@pytest.mark.parametrize("form", kernels.FORMS["rotate"])
+@pytest.mark.parametrize("form", kernels.IMPLS["rotate"])
 def test_rotation(form):
     angle = normal(2, 5, 1, 8)
     agrees("rotate", form, (normal(2, 5, 3, 16), jnp.cos(angle), jnp.sin(angle)))
 
 
-@pytest.mark.parametrize("form", kernels.FORMS["attend"])
+@pytest.mark.parametrize("form", kernels.IMPLS["attend"])
 @pytest.mark.parametrize("window", [None, 1, 40, 300])
 @pytest.mark.parametrize("length", [20, 300, 1100])
 def test_attention(form, window, length):
@@ -98,7 +97,7 @@ def segments_of(*lengths: int) -> np.ndarray:
     return np.repeat(np.arange(1, len(lengths) + 1), lengths)
 
 
-@pytest.mark.parametrize("form", kernels.FORMS["attend"])
+@pytest.mark.parametrize("form", kernels.IMPLS["attend"])
 @pytest.mark.parametrize("window", [None, 40])
 def test_attention_of_texts_that_share_a_row(form, window):
     segments = np.stack([segments_of(1, 129, 170), segments_of(250, 50)])
@@ -109,7 +108,7 @@ def test_attention_of_texts_that_share_a_row(form, window):
     np.testing.assert_allclose(together[:1, 130:], alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", kernels.FORMS["attend"])
+@pytest.mark.parametrize("form", kernels.IMPLS["attend"])
 @pytest.mark.parametrize("window", [None, 40])
 def test_gradients_of_attention(form, window):
     segments = segments_of(1, 129, 170)[None]
@@ -138,12 +137,12 @@ def test_attention_in_blocks_never_holds_all_scores():
         need = {
             form: jax.jit(change(loss(form))).lower(normal(1, 1024, 4, 8)).compile()
             .memory_analysis().temp_size_in_bytes
-            for form in ("reference", "blocks")
+            for form in ("reference", "blockwise")
         }  # fmt: skip
-        assert need["blocks"] < 0.5 * need["reference"]
+        assert need["blockwise"] < 0.5 * need["reference"]
 
 
-@pytest.mark.parametrize("form", kernels.FORMS["attend_cached"])
+@pytest.mark.parametrize("form", kernels.IMPLS["attend_cached"])
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("num_new", "starts"), [(1, [300, 0, 511]), (64, [256, 0, 192])])
@@ -162,7 +161,7 @@ def test_attention_over_a_cache(form, window, stored, num_new, starts):
     agrees("attend_cached", form, arguments, window=window)
 
 
-@pytest.mark.parametrize("form", kernels.FORMS["gated_mlp"])
+@pytest.mark.parametrize("form", kernels.IMPLS["gated_mlp"])
 @pytest.mark.parametrize("kind", ["swiglu", "geglu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_gated_mlp(form, kind, dtype):
@@ -172,13 +171,13 @@ def test_gated_mlp(form, kind, dtype):
         "up": Linear(normal(64, 32), lora=lora),
         "down": Linear(normal(32, 64), normal(32)),
     }
-    p = cases.as_format(parts, dtype)
+    p = decoder_cases.as_dtype(parts, dtype)
     arguments = (normal(2, 3, 32), p["gate"], p["up"], p["down"])
     tolerance = 1e-5 if form == "reference" else ROUNDING[dtype]
     agrees("gated_mlp", form, arguments, tolerance, kind=kind)
 
 
-@pytest.mark.parametrize("form", kernels.FORMS["truncate"])
+@pytest.mark.parametrize("form", kernels.IMPLS["truncate"])
 @pytest.mark.parametrize(
     ("top_k", "top_p", "min_p", "kept"),
     [
@@ -204,13 +203,13 @@ def test_truncation(form, top_k, top_p, min_p, kept):
 
 
 def test_a_form_that_is_not_there_raises():
-    with pytest.raises(ValueError, match=naming("norm", "reference", "ones", "'fused'")):
+    with pytest.raises(ValueError, match=naming("norm", "reference", "sum_by_matmul", "'fused'")):
         kernels.norm(normal(2, 8), normal(8), None, 1e-5, impl="fused")
     with pytest.raises(ValueError, match=naming("norm", "'nowhere.fused'", "'nowhere'")):
         kernels.norm(normal(2, 8), normal(8), None, 1e-5, impl="nowhere.fused")
     with (
         pytest.raises(ValueError, match=naming("operation", "matmul", "'add'")),
-        kernels.trying(add="fast"),
+        kernels.override(add="fast"),
     ):
         pass
 
@@ -237,12 +236,12 @@ def test_trying_a_form_reaches_programs_that_were_compiled_before(tmp_path, monk
 
     @jax.jit
     def run(ids):
-        x, _ = decoder.extend(params, cfg, cache.init(cfg, 1), ids, tables, starts)
+        x, _ = decoder.forward_cached(params, cfg, cache.init(cfg, 1), ids, tables, starts)
         return x
 
     ids = np.array([[5]], np.int32)
     before = run(ids)
-    with kernels.trying(attend_cached="zero_kernels.nothing"):
+    with kernels.override(attend_cached="zero_kernels.nothing"):
         assert not np.array_equal(run(ids), before)
     np.testing.assert_array_equal(run(ids), before)
 
@@ -251,10 +250,10 @@ def test_forward_chooses_the_form_of_attention_too():
     cfg = Config.debug()
     params = decoder.init(jax.random.key(0), cfg)
     ids = RNG.integers(0, cfg.vocab_size, (2, 20)).astype(np.int32)
-    for function in (decoder.forward, decoder.hidden):
+    for function in (decoder.forward, decoder.hidden_states):
         read = jax.jit(function, static_argnums=1)
         found = jax.tree.leaves(read(params, cfg, ids))[0]
-        with kernels.trying(attend="reference"):
+        with kernels.override(attend="reference"):
             other = jax.tree.leaves(read(params, cfg, ids))[0]
         assert not np.array_equal(other, found)  # the last bits differ
         np.testing.assert_allclose(other, found, atol=1e-5)

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.naming import naming
-from tests.transformer.conftest import GOLDEN, noise
+from tests.transformer.conftest import GOLDEN, randomize
 from transformer import decoder, generate, lora
 from transformer.config import Config
 from transformer.layers import quantize
@@ -24,7 +24,7 @@ forward = jax.jit(decoder.forward, static_argnums=1)
 
 
 def random_adapter(cfg: Config, **how) -> lora.Adapter:
-    return noise(lora.init(jax.random.key(1), cfg, **dict(rank=4, alpha=6) | how))
+    return randomize(lora.init(jax.random.key(1), cfg, **dict(rank=4, alpha=6) | how))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -43,7 +43,7 @@ def test_agrees_with_peft(tiny, name):
 def test_what_is_saved_is_loaded_bit_by_bit(tiny, tmp_path, name):
     _, cfg, _ = tiny(name)
     adapter = lora.load(FOLDER / name, cfg)
-    lora.save(tmp_path, adapter, cfg, base=name)
+    lora.save(tmp_path, adapter, cfg, base_model=name)
     again = lora.load(tmp_path, cfg)
     assert jax.tree.structure(again) == jax.tree.structure(adapter)
     jax.tree.map(np.testing.assert_array_equal, again, adapter)
@@ -56,7 +56,7 @@ def test_what_is_saved_is_loaded_bit_by_bit(tiny, tmp_path, name):
 
 def test_a_fresh_adapter_changes_nothing_and_trains():
     cfg = Config.debug()
-    params = noise(decoder.init(jax.random.key(0), cfg))
+    params = randomize(decoder.init(jax.random.key(0), cfg))
     adapter = lora.init(jax.random.key(1), cfg, rank=4, alpha=8)
     ids = np.arange(12)[None]
     before, _ = forward(params, cfg, ids)
@@ -66,21 +66,21 @@ def test_a_fresh_adapter_changes_nothing_and_trains():
         return decoder.forward(lora.apply(params, adapter), cfg, ids)[0].sum()
 
     gradients = jax.grad(loss)(adapter)
-    assert len(gradients) == 2 and set(gradients[0]) == set(lora.PARTS)
+    assert len(gradients) == 2 and set(gradients[0]) == set(lora.TARGET_MODULES)
     for own in gradients:  # only B moves at first: A is multiplied with its zeros
         assert all(np.abs(part.b).max() > 0 and not part.a.any() for part in own.values())
 
 
 def test_parts_that_a_layer_lacks_are_passed_over():
     cfg = Config.debug(mlp="gelu")
-    (first, _) = lora.init(jax.random.key(0), cfg, rank=1, alpha=1, parts=("gate", "up"))
+    (first, _) = lora.init(jax.random.key(0), cfg, rank=1, alpha=1, target_modules=("gate", "up"))
     assert set(first) == {"up"}
 
 
 @pytest.mark.parametrize("format", ["bfloat16", "int8"])
 def test_beside_narrow_weights(format):
     cfg = Config.debug()
-    params = noise(decoder.init(jax.random.key(0), cfg))
+    params = randomize(decoder.init(jax.random.key(0), cfg))
     adapter = random_adapter(cfg)
 
     def narrow(p):
@@ -102,7 +102,7 @@ def test_beside_narrow_weights(format):
 
 def test_generation_reads_an_applied_adapter():
     cfg = Config.debug()
-    params = noise(decoder.init(jax.random.key(0), cfg))
+    params = randomize(decoder.init(jax.random.key(0), cfg))
     adapter = random_adapter(cfg)
     applied = generate.generate(lora.apply(params, adapter), cfg, [1, 2, 3], max_new_tokens=8)
     merged = generate.generate(lora.merge(params, adapter), cfg, [1, 2, 3], max_new_tokens=8)
@@ -158,7 +158,7 @@ def test_files_that_are_refused(tiny, tmp_path):
 
 def test_adapters_that_cannot_be_written(tiny, tmp_path):
     cfg = tiny("gpt2").cfg
-    for parts in (lora.PARTS, ("q",)):
+    for parts in (lora.TARGET_MODULES, ("q",)):
         with pytest.raises(ValueError, match=naming("c_attn.weight", "q", "k", "v")):
             lora.save(tmp_path, random_adapter(cfg, parts=parts), cfg)
     cfg = tiny("llama").cfg
@@ -177,14 +177,14 @@ def test_adapters_that_cannot_be(how, facts):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("parts", [lora.PARTS, ("q", "down")], ids=["all", "some"])
+@pytest.mark.parametrize("parts", [lora.TARGET_MODULES, ("q", "down")], ids=["all", "some"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3"])
 def test_peft_opens_what_we_save(tiny, tmp_path, name, parts):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     params, cfg, golden = tiny(name)
     adapter = random_adapter(cfg, rank=3, parts=parts)
-    lora.save(tmp_path, adapter, cfg, base=str(GOLDEN / name))
+    lora.save(tmp_path, adapter, cfg, base_model=str(GOLDEN / name))
     base = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     with torch.inference_mode():

@@ -32,7 +32,7 @@ def reduce(logits: jax.Array, columns: jax.Array) -> Seen:
 
 @functools.partial(jax.jit, static_argnums=1, donate_argnums=2)
 def read_chunk(params, cfg, memory, ids, tables, starts, columns):
-    x, memory = decoder.extend(params, cfg, memory, ids, tables, starts)
+    x, memory = decoder.forward_cached(params, cfg, memory, ids, tables, starts)
     return reduce(decoder.unembed(params, cfg, x[0]), columns), memory
 
 
@@ -101,7 +101,7 @@ def test_greedy_continuations_are_identical(read):
 
 @functools.partial(jax.jit, static_argnums=1, donate_argnums=2)
 def decode(params, cfg, memory, ids, tables, starts):
-    x, memory = decoder.extend(params, cfg, memory, ids[:, None], tables, starts)
+    x, memory = decoder.forward_cached(params, cfg, memory, ids[:, None], tables, starts)
     return jnp.argmax(decoder.unembed(params, cfg, x[:, 0]), -1).astype(jnp.int32), memory
 
 

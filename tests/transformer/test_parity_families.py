@@ -57,7 +57,7 @@ def test_the_whole_without_a_cache(both):
 def test_the_whole_with_a_cache(both):
     """A prompt in chunks, then token by token over the edge of a block and out of the window."""
     (params, cfg), _, ids, expected = both
-    extend = jax.jit(decoder.extend, static_argnums=1, donate_argnums=2)
+    extend = jax.jit(decoder.forward_cached, static_argnums=1, donate_argnums=2)
     memory, tables, ids = cache.init(cfg, 2), np.array([[1, 2]]), ids.numpy()
     sizes = [64, 64, 64, *[1] * (LENGTH - 192)]
     for start, size in zip(np.cumsum([0, *sizes]), sizes, strict=False):

@@ -221,7 +221,7 @@ ACCEPTED = {
         ),
         "rope_scaling",
         RopeScaling(
-            kind="yarn",
+            rope_type="yarn",
             factor=16.0,
             original_max_seq_len=4096,
             beta_fast=32.0,
@@ -338,7 +338,7 @@ ACCEPTED = {
         ),
         "rope_scaling",
         RopeScaling(
-            kind="yarn",
+            rope_type="yarn",
             factor=4.0,
             original_max_seq_len=32768,
             beta_fast=32.0,
@@ -541,7 +541,13 @@ def test_no_key_of_the_table_passes_with_another_value(key):
     """Whatever the family: its own key (then any Config or error will do), or a refusal by name."""
     for name in TINY:
         family = families.FAMILIES[hf(name)["model_type"]]
-        own = {*family.keys, *family.assumed, family.activation[0], "layer_types", "rope_scaling"}
+        own = {
+            *family.keys,
+            *family.hf_defaults,
+            family.activation[0],
+            "layer_types",
+            "rope_scaling",
+        }
         if key in own | {"rope_parameters"}:
             continue
         with pytest.raises(ValueError, match=naming(key, "'x'")):
@@ -561,7 +567,7 @@ def test_no_key_of_the_table_passes_in_another_kind_of_model(kind, key):
 
 
 def test_keys_without_effect_are_logged_once_for_a_set_of_keys(caplog):
-    config_keys._note.cache_clear()
+    config_keys._log_ignored_keys_once.cache_clear()
     config = hf("llama", frobnicate=1, unsloth_fixed=True)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
@@ -668,7 +674,7 @@ def test_gguf_scaling_is_read_as_llama_cpp_reads_it():
         keys = {f"llama.rope.scaling.{key}": value for key, value in keys.items()}
         return families.from_gguf(LLAMA_GGUF | keys, has_head=False).rope_scaling
 
-    assert scaling(factor=4.0) == RopeScaling(kind="linear", factor=4.0)
+    assert scaling(factor=4.0) == RopeScaling(rope_type="linear", factor=4.0)
     assert scaling(type="linear") is None and scaling(type="none", factor=4.0) is None
     yarn = dict(type="yarn", factor=4.0, finetuned=True)
     expected = dict(kind="yarn", factor=4.0, beta_fast=32.0, beta_slow=1.0)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.naming import naming
 from transformer import kernels, sampling
-from transformer.sampling import Sampling
+from transformer.sampling import SamplingParams
 
 draw = jax.jit(sampling.sample, static_argnames="num_ids")
 truncate = jax.jit(lambda x, own: kernels.truncate(x, own.top_k, own.top_p, own.min_p))
@@ -19,9 +19,9 @@ def drawn(logits, rows, *, past=None, choices=None, steps=None, num_ids=None):
     """One step of `rows`, each with a slot of its own unless all share an empty one."""
     logits = np.asarray(logits, np.float32)
     own_slots = past is not None
-    past = sampling.history(1, logits.shape[1]) if past is None else past
+    past = sampling.init_penalty_state(1, logits.shape[1]) if past is None else past
     count = len(rows)
-    settings = sampling.settings(
+    settings = sampling.batch_sampling_params(
         rows,
         choices or [0] * count,
         steps or [0] * count,
@@ -32,7 +32,7 @@ def drawn(logits, rows, *, past=None, choices=None, steps=None, num_ids=None):
 
 def ids_of_seeds(logits, num_draws=4000, **settings):
     """What `num_draws` seeds draw from the same logits [V]."""
-    rows = [Sampling(seed=seed, **settings) for seed in range(num_draws)]
+    rows = [SamplingParams(seed=seed, **settings) for seed in range(num_draws)]
     return np.asarray(drawn(np.tile(logits, (num_draws, 1)), rows)[0].ids)
 
 
@@ -93,7 +93,8 @@ def test_truncation_keeps_the_same_tokens_as_sorting(how):
     for seed in range(20):
         logits = random_logits(1000, seed=seed)
         row = jax.tree.map(
-            lambda leaf: leaf[0], sampling.settings([Sampling(**how)], [0], [0], [0])
+            lambda leaf: leaf[0],
+            sampling.batch_sampling_params([SamplingParams(**how)], [0], [0], [0]),
         )
         kept = np.asarray(truncate(jnp.asarray(logits / np.float32(temperature)), row)) > -np.inf
         expected = reference(logits, **how) > 0
@@ -108,7 +109,7 @@ def test_ties_at_the_cut_stay_together():
 
 def test_temperature_zero_takes_the_likeliest_whatever_else_is_set():
     logits = random_logits(16, 100)
-    rows = [Sampling(temperature=0, top_k=50, top_p=0.1, seed=seed) for seed in range(16)]
+    rows = [SamplingParams(temperature=0, top_k=50, top_p=0.1, seed=seed) for seed in range(16)]
     np.testing.assert_array_equal(drawn(logits, rows)[0].ids, logits.argmax(1))
 
 
@@ -116,9 +117,9 @@ def test_temperature_zero_takes_the_likeliest_whatever_else_is_set():
 def test_a_tiny_temperature_is_greedy(temperature):
     """Bug: logits / 1.5e-38 overflowed, and the first of several infinities was drawn."""
     logits = random_logits(4, 100, scale=8)
-    rows = [Sampling(temperature=temperature, seed=seed) for seed in range(4)]
+    rows = [SamplingParams(temperature=temperature, seed=seed) for seed in range(4)]
     np.testing.assert_array_equal(drawn(logits, rows)[0].ids, logits.argmax(1))
-    rows = [Sampling(temperature=temperature, seed=seed, top_p=0.9) for seed in range(4)]
+    rows = [SamplingParams(temperature=temperature, seed=seed, top_p=0.9) for seed in range(4)]
     np.testing.assert_array_equal(drawn(logits, rows)[0].ids, logits.argmax(1))
 
 
@@ -126,7 +127,7 @@ def history_of(prompt, generated, vocab_size, bias=None):
     counts = np.bincount(generated, minlength=vocab_size).astype(np.int32)
     is_in_prompt = np.isin(np.arange(vocab_size), prompt)
     bias = np.zeros(vocab_size, np.float32) if bias is None else bias
-    return sampling.History(counts[None], is_in_prompt[None], bias[None])
+    return sampling.PenaltyState(counts[None], is_in_prompt[None], bias[None])
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_penalties(penalties):
             expected[i] = expected[i] / repetition if expected[i] > 0 else expected[i] * repetition
         expected -= frequency * counts + presence * (counts > 0)
         past = history_of(prompt, generated, 8)
-        outcome, _ = drawn(logits[None], [Sampling(temperature=0, **penalties)], past=past)
+        outcome, _ = drawn(logits[None], [SamplingParams(temperature=0, **penalties)], past=past)
         assert outcome.ids[0] == expected.argmax()
 
 
@@ -163,27 +164,27 @@ def test_logit_bias_forces_and_forbids_and_leaves_logprobs_alone():
     best = int(logits.argmax())
     bias = np.zeros(50, np.float32)
     bias[[7, best]] = 100, -100
-    how = Sampling(logit_bias={7: 100.0, best: -100.0})
+    how = SamplingParams(logit_bias={7: 100.0, best: -100.0})
     outcome, _ = drawn(logits, [how], past=history_of([], [], 50, bias))
     assert outcome.ids[0] == 7
     np.testing.assert_allclose(outcome.logprobs[0], np.log(softmax(logits[0])[7]), atol=1e-5)
     assert outcome.top_ids[0, 0] == best
     bias[7] = 0
-    many = [Sampling(seed=seed, logit_bias={best: -100.0}) for seed in range(500)]
+    many = [SamplingParams(seed=seed, logit_bias={best: -100.0}) for seed in range(500)]
     past = history_of([], [], 50, bias)
-    settings = sampling.settings(many, [0] * 500, [0] * 500, [0] * 500)
+    settings = sampling.batch_sampling_params(many, [0] * 500, [0] * 500, [0] * 500)
     outcome, _ = draw(np.tile(logits, (500, 1)), past, settings, num_ids=50)
     assert best not in set(outcome.ids.tolist())
 
 
 def test_begin_clears_a_slot_and_draws_are_counted():
-    past = sampling.history(2, 6)
+    past = sampling.init_penalty_state(2, 6)
     logits = np.full((2, 6), -50, np.float32)
     logits[0, 3] = logits[1, 5] = 50
     for _ in range(2):
-        _, past = drawn(logits, [Sampling(), Sampling()], past=past)
+        _, past = drawn(logits, [SamplingParams(), SamplingParams()], past=past)
     np.testing.assert_array_equal(past.counts, [[0, 0, 0, 2, 0, 0], [0, 0, 0, 0, 0, 2]])
-    past = sampling.begin(past, 1, np.arange(6) == 2, np.arange(6, dtype=np.float32))
+    past = sampling.reset_slot(past, 1, np.arange(6) == 2, np.arange(6, dtype=np.float32))
     np.testing.assert_array_equal(past.counts, [[0, 0, 0, 2, 0, 0], [0] * 6])
     np.testing.assert_array_equal(past.is_in_prompt[1], np.arange(6) == 2)
     np.testing.assert_array_equal(past.bias[1], np.arange(6))
@@ -193,7 +194,7 @@ def test_begin_clears_a_slot_and_draws_are_counted():
 def test_padding_of_the_table_is_never_drawn_nor_reported():
     logits = np.zeros((64, 32), np.float32)
     logits[:, 10:] = 100  # the padding is the likeliest by far
-    rows = [Sampling(seed=seed, temperature=0 if seed % 2 else 2) for seed in range(64)]
+    rows = [SamplingParams(seed=seed, temperature=0 if seed % 2 else 2) for seed in range(64)]
     outcome, _ = drawn(logits, rows, num_ids=10)
     assert outcome.ids.max() < 10 and outcome.top_ids.max() < 10
     np.testing.assert_allclose(outcome.logprobs, math.log(1 / 10), atol=1e-6)
@@ -205,7 +206,7 @@ def test_a_seed_repeats_and_choice_step_and_seed_each_change_the_draw():
     logits = np.zeros((1, 1000), np.float32)
 
     def one(seed=1, choice=0, step=0):
-        rows = [Sampling(seed=seed)]
+        rows = [SamplingParams(seed=seed)]
         return int(drawn(logits, rows, choices=[choice], steps=[step])[0].ids[0])
 
     assert one() == one()
@@ -216,27 +217,27 @@ def test_a_seed_repeats_and_choice_step_and_seed_each_change_the_draw():
 
 def test_logprobs_are_the_models_own_and_alternatives_are_sorted():
     logits = random_logits(4, 300)
-    rows = [Sampling(seed=seed, temperature=3.0, top_k=40, top_p=0.9) for seed in range(4)]
+    rows = [SamplingParams(seed=seed, temperature=3.0, top_k=40, top_p=0.9) for seed in range(4)]
     outcome, _ = drawn(logits, rows)
     for b in range(4):
         expected = np.log(softmax(logits[b].astype(np.float64)))
         np.testing.assert_allclose(outcome.logprobs[b], expected[outcome.ids[b]], atol=1e-5)
-        order = np.argsort(-expected)[: sampling.MAX_TOP]
+        order = np.argsort(-expected)[: sampling.MAX_TOP_LOGPROBS]
         np.testing.assert_array_equal(outcome.top_ids[b], order)
         np.testing.assert_allclose(outcome.top_logprobs[b], expected[order], atol=1e-5)
 
 
 def test_a_row_has_the_same_bits_in_every_batch_size():
     hows = [
-        Sampling(temperature=0.0),
-        Sampling(seed=5),
-        Sampling(seed=6, temperature=0.7, top_p=0.9),
-        Sampling(seed=7, top_k=30, min_p=0.02),
-        Sampling(seed=8, presence_penalty=0.5, frequency_penalty=0.2, repetition_penalty=1.2),
+        SamplingParams(temperature=0.0),
+        SamplingParams(seed=5),
+        SamplingParams(seed=6, temperature=0.7, top_p=0.9),
+        SamplingParams(seed=7, top_k=30, min_p=0.02),
+        SamplingParams(seed=8, presence_penalty=0.5, frequency_penalty=0.2, repetition_penalty=1.2),
     ]
     logits = random_logits(16, 5003, seed=3)
     rng = np.random.default_rng(1)
-    past = sampling.History(
+    past = sampling.PenaltyState(
         counts=rng.integers(0, 3, (16, 5003)).astype(np.int32),
         is_in_prompt=rng.random((16, 5003)) < 0.3,
         bias=np.zeros((16, 5003), np.float32),
@@ -271,4 +272,4 @@ def test_a_row_has_the_same_bits_in_every_batch_size():
 def test_settings_out_of_range_name_the_field_and_the_value(name, value):
     shown = value[3] if isinstance(value, dict) else value
     with pytest.raises(ValueError, match=naming(name, shown)):
-        Sampling(**{name: value})
+        SamplingParams(**{name: value})

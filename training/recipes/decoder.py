@@ -21,31 +21,31 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from training.loss import chunked
+from training.loss import chunked_cross_entropy
 from transformer import decoder, lora
 from transformer.config import Config
 from transformer.decoder import Params
 from transformer.weights import Linear
 
-Format = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Full:
+class DecoderTask:
     """All weights of a decoder."""
 
     cfg: Config
-    start: Params | None = None  # float32, copied; None: fresh weights
-    format: Format = "float32"
+    init_params: Params | None = None  # float32, copied; None: fresh weights
+    dtype: Dtype = "float32"
     remat: bool = False  # see `decoder.hidden`
 
     def init(self, key: jax.Array) -> Params:
-        if self.start is None:
+        if self.init_params is None:
             return decoder.init(key, self.cfg)
-        return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), self.start)
+        return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), self.init_params)
 
     def loss(self, weights: Params, frozen: None, batch, key: jax.Array):
-        return next_token_loss(weights, self.cfg, batch, self.format, remat=self.remat)
+        return next_token_loss(weights, self.cfg, batch, self.dtype, remat=self.remat)
 
     def flops_per_token(self, length: int) -> float:
         """Arithmetic of a step for a token of a text of this length, backwards included."""
@@ -53,22 +53,24 @@ class Full:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRank:
+class LoraTask:
     """An adapter of a decoder whose own weights, float32 or bfloat16, are the frozen tree."""
 
     cfg: Config
     rank: int = 16
     alpha: float = 32.0
-    parts: Sequence[str] = lora.PARTS
-    format: Format = "float32"
+    target_modules: Sequence[str] = lora.TARGET_MODULES
+    dtype: Dtype = "float32"
     remat: bool = False
 
     def init(self, key: jax.Array) -> lora.Adapter:
-        return lora.init(key, self.cfg, rank=self.rank, alpha=self.alpha, parts=self.parts)
+        return lora.init(
+            key, self.cfg, rank=self.rank, alpha=self.alpha, target_modules=self.target_modules
+        )
 
     def loss(self, weights: lora.Adapter, frozen: Params, batch, key: jax.Array):
         params = lora.apply(frozen, weights)
-        return next_token_loss(params, self.cfg, batch, self.format, remat=self.remat)
+        return next_token_loss(params, self.cfg, batch, self.dtype, remat=self.remat)
 
     def flops_per_token(self, length: int) -> float:
         """As for `Full`, but that no gradient of the decoder's own weights is needed."""
@@ -78,28 +80,28 @@ class LowRank:
         )
 
 
-def next_token_loss(params: Params, cfg: Config, batch, format: Format, *, remat: bool = False):
+def next_token_loss(params: Params, cfg: Config, batch, format: Dtype, *, remat: bool = False):
     """What `Task.loss` returns, with the number of right tokens and of all.
 
     Raises:
         ValueError: weights are int8, through which no gradient goes.
     """
     ids, segments = batch["ids"], batch["segments"]
-    params = as_format(params, format)
-    x = decoder.hidden(params, cfg, ids, segments, remat=remat)  # [B, T, D]
+    params = cast_params(params, format)
+    x = decoder.hidden_states(params, cfg, ids, segments, remat=remat)  # [B, T, D]
     # Position t predicts token t + 1, if that belongs to the same text; the last one predicts none.
     targets = jnp.roll(ids, -1, axis=1)
     continues = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
     weights = jnp.pad(batch["weights"][:, 1:] * continues, ((0, 0), (0, 1)))  # [B, T]
-    table = decoder.head(params).weight
+    table = decoder.lm_head(params).weight
     with jax.named_scope("loss"):
-        loss, right = chunked(
+        loss, right = chunked_cross_entropy(
             x.reshape(-1, x.shape[-1]), table, targets.ravel(), weights.ravel(), dtype=format
         )
     return loss, weights.sum(), {"correct": right, "tokens": (segments > 0).sum()}
 
 
-def as_format(params: Params, format: Format) -> Params:
+def cast_params(params: Params, format: Dtype) -> Params:
     """The decoder with the weights of its layers' products in a format.
 
     The token table stays as it is: looking up a row is no product, and the gradients of all its

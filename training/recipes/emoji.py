@@ -32,16 +32,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from bpe import formats
-from diffusion import checkpoint, data, layers, model, painter, picture, sample, schedule, upscale
+from diffusion import checkpoint, data, image_io, layers, model, pipeline, sample, schedule, upscale
 from diffusion.config import UNetConfig, UpscalerConfig
-from diffusion.data import Pack
-from diffusion.text import Reader, Text
+from diffusion.data import EmojiDataset
+from diffusion.text import PromptEmbeds, TextEncoder
 from training import checkpoint as checkpoints
-from training import loop, tree
-from training.config import Config as Run
+from training import loop, tree_io
+from training.config import TrainConfig as Run
 from training.task import Task
 
-SHOWN = (
+SAMPLE_PROMPTS = (
     "apple", "cat", "heart", "sun", "car", "tree", "pizza", "dog", "house", "fish", "banana",
     "star", "smiling face", "moon", "flower", "book", "bird", "boat", "guitar", "umbrella",
 )  # fmt: skip
@@ -49,12 +49,12 @@ UNET = UNetConfig(
     image_size=32, channels=(64, 128, 256), blocks=(1, 2, 1), attention=(False, True, True)
 )
 UPSCALER = UpscalerConfig(width=64, num_blocks=2)
-VALIDATION = 40  # pictures in a batch of those held out
-LOOK_EVERY = 250  # steps
+VALIDATION_BATCH_SIZE = 40  # pictures in a batch of those held out
+SAMPLE_EVERY = 250  # steps
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class EmojiConfig:
     """What there is to choose."""
 
     pack: Path
@@ -78,12 +78,12 @@ class Settings:
 # What is drawn how often
 
 
-def known_words(encoder: Path) -> frozenset[str]:
+def vocab_words(encoder: Path) -> frozenset[str]:
     """Words that BERT's vocabulary has whole: the 20,000 or so that English uses most."""
     return frozenset(formats.load_wordpiece(encoder).vocab)
 
 
-def draw_weights(pack: Pack, settings: Settings, known: frozenset[str]) -> np.ndarray:
+def sampling_shares(pack: EmojiDataset, settings: EmojiConfig, known: frozenset[str]) -> np.ndarray:
     """How often each picture is drawn, as shares; never one that is held out."""
     weights = np.array([concept.weight for concept in pack.concepts])
     for number, concept in enumerate(pack.concepts):
@@ -94,23 +94,23 @@ def draw_weights(pack: Pack, settings: Settings, known: frozenset[str]) -> np.nd
         is_face = group == "smileys" and "face" in concept.name
         if is_thing and not is_face and (concept.plain in known or is_kind):
             weights[number] *= settings.common
-    found = weights[pack.concept] * np.array(settings.styles)[pack.style] * ~pack.held_out
+    found = weights[pack.concept_ids] * np.array(settings.styles)[pack.style_ids] * ~pack.held_out
     return found / found.sum()
 
 
-def batches(
-    pack: Pack, settings: Settings, shares: np.ndarray, size: int
+def make_batches(
+    pack: EmojiDataset, settings: EmojiConfig, shares: np.ndarray, size: int
 ) -> Callable[[int], dict[str, np.ndarray]]:
     """The batch of a step: pictures drawn by their shares, each with a caption."""
     cumulative = np.cumsum(shares)
-    directed = np.array([concept.directed for concept in pack.concepts])[pack.concept]
+    directed = np.array([concept.directed for concept in pack.concepts])[pack.concept_ids]
 
     def batch(step: int) -> dict[str, np.ndarray]:
         random = np.random.default_rng((settings.seed, step))
         which = np.searchsorted(cumulative, random.random(settings.batch_size) * cumulative[-1])
-        heard = pack.heard([pack.draw_caption(random, picture) for picture in which])
+        heard = pack.caption_embeds([pack.sample_caption(random, picture) for picture in which])
         keep = random.random(settings.batch_size) >= settings.dropped
-        x = pack.pictures(which, size)
+        x = pack.downscaled_images(which, size)
         if settings.mirror:
             turned = (random.random(settings.batch_size) < 0.5) & ~directed[which]
             x[turned] = x[turned, :, ::-1]
@@ -119,7 +119,9 @@ def batches(
     return batch
 
 
-def held_out(pack: Pack, size: int, which: np.ndarray | None = None) -> list[dict[str, np.ndarray]]:
+def validation_batches(
+    pack: EmojiDataset, size: int, which: np.ndarray | None = None
+) -> list[dict[str, np.ndarray]]:
     """Batches of the pictures that are never learnt, each asked for by name and style.
 
     Args:
@@ -128,14 +130,18 @@ def held_out(pack: Pack, size: int, which: np.ndarray | None = None) -> list[dic
     random = np.random.default_rng(0)
     which = random.permutation(np.flatnonzero(pack.held_out) if which is None else which)
     found = []
-    for start in range(0, len(which) - VALIDATION + 1, VALIDATION):
-        rows = which[start : start + VALIDATION]
+    for start in range(0, len(which) - VALIDATION_BATCH_SIZE + 1, VALIDATION_BATCH_SIZE):
+        rows = which[start : start + VALIDATION_BATCH_SIZE]
         captions = [
-            data.spoken(next(iter(pack.concepts[pack.concept[i]].captions)), int(pack.style[i]))
+            data.styled_caption(
+                next(iter(pack.concepts[pack.concept_ids[i]].captions)), int(pack.style_ids[i])
+            )
             for i in rows
         ]
-        keep = np.ones(VALIDATION, bool)
-        found.append({"x": pack.pictures(rows, size), "keep": keep, **pack.heard(captions)})
+        keep = np.ones(VALIDATION_BATCH_SIZE, bool)
+        found.append(
+            {"x": pack.downscaled_images(rows, size), "keep": keep, **pack.caption_embeds(captions)}
+        )
     return found
 
 
@@ -143,18 +149,18 @@ def held_out(pack: Pack, size: int, which: np.ndarray | None = None) -> list[dic
 
 
 @dataclass(frozen=True)
-class Denoising:
+class DenoisingTask:
     """Flow matching, as a task for the loop (Lipman et al. 2022, arXiv:2210.02747)."""
 
     cfg: model.Config
-    middle: float = 0.0
-    width: float = 1.0
-    start: Any = None
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    init_params: Any = None
 
     def init(self, key: jax.Array) -> model.Params:
-        if self.start is None:
+        if self.init_params is None:
             return model.init(key, self.cfg)
-        return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), self.start)
+        return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), self.init_params)
 
     def loss(self, weights: model.Params, frozen: None, batch, key: jax.Array):
         x = batch["x"]
@@ -164,17 +170,17 @@ class Denoising:
         count = x.shape[0]
         share = (jnp.arange(count) + jax.random.uniform(for_time, (count,))) / count
         normal = jax.scipy.special.ndtri(jnp.clip(share, 1e-3, 1 - 1e-3))
-        t = jax.nn.sigmoid(self.middle + self.width * normal)
-        text = Text(batch["states"], batch["mask"], batch["pooled"])
+        t = jax.nn.sigmoid(self.time_mean + self.time_std * normal)
+        text = PromptEmbeds(batch["states"], batch["mask"], batch["pooled"])
         losses = model.flow_loss(weights, self.cfg, x, e, t, text, batch["keep"])
         return losses.sum(), jnp.float32(count), {}
 
 
-def train_denoiser(settings: Settings, encoder: Path) -> loop.Outcome:
+def train_denoiser(settings: EmojiConfig, encoder: Path) -> loop.Outcome:
     """Trains, or goes on with it; draws a grid of pictures now and then."""
-    pack = Pack(settings.pack)
+    pack = EmojiDataset(settings.pack)
     start, cfg = (None, UNET) if settings.start is None else checkpoint.load(settings.start)
-    shares = draw_weights(pack, settings, known_words(encoder))
+    shares = sampling_shares(pack, settings, vocab_words(encoder))
     config = Run(
         steps=settings.steps,
         learning_rate=settings.learning_rate,
@@ -190,43 +196,53 @@ def train_denoiser(settings: Settings, encoder: Path) -> loop.Outcome:
         save_every=250,
     )
     write_config(settings.out, {"kind": "unet"})
-    prompts = Reader(encoder)([*SHOWN, *(data.spoken(prompt, 1) for prompt in SHOWN)])
+    prompts = TextEncoder(encoder)(
+        [*SAMPLE_PROMPTS, *(data.styled_caption(prompt, 1) for prompt in SAMPLE_PROMPTS)]
+    )
 
     def look(state, line: dict[str, Any]) -> None:
-        if line["step"] % LOOK_EVERY == 0 or line["step"] == settings.steps:
-            keys = jnp.repeat(sample.keys_of(0, 1), len(prompts.mask), 0)  # the same noise
-            drawn = draw(state.average, cfg, prompts, keys)
-            picture.save(painter.grid(drawn, 10), settings.out / f"grid-{line['step']:06d}.png")
+        if line["step"] % SAMPLE_EVERY == 0 or line["step"] == settings.steps:
+            keys = jnp.repeat(sample.image_keys(0, 1), len(prompts.mask), 0)  # the same noise
+            drawn = generate(state.average, cfg, prompts, keys)
+            image_io.save(
+                pipeline.make_grid(drawn, 10), settings.out / f"grid-{line['step']:06d}.png"
+            )
 
     return loop.train(
-        Denoising(cfg, settings.middle, settings.width, start),
+        DenoisingTask(cfg, settings.middle, settings.width, start),
         None,
-        batches(pack, settings, shares, cfg.image_size),
+        make_batches(pack, settings, shares, cfg.image_size),
         config,
         settings.out,
-        validate=held_out(pack, cfg.image_size),
+        validation_batches=validation_batches(pack, cfg.image_size),
         on_step=look,
     )
 
 
-def draw(
-    weights: model.Params, cfg: model.Config, text: Text, keys: jax.Array, guidance: float = 3.0
+def generate(
+    weights: model.Params,
+    cfg: model.Config,
+    text: PromptEmbeds,
+    keys: jax.Array,
+    guidance: float = 3.0,
 ) -> np.ndarray:
     """A picture a prompt: uint8 [B, Y, X, 3], not yet doubled."""
     text = jax.tree.map(jnp.asarray, text)
     z = sample.normal(keys, (cfg.image_size, cfg.image_size, 3))
 
-    def denoise(z: jax.Array, level: schedule.Level) -> jax.Array:
-        return painter.guided(weights, cfg, z, schedule.to_flow(level), text, guidance)
+    def denoise(z: jax.Array, level: schedule.NoiseLevel) -> jax.Array:
+        return pipeline.denoise_with_guidance(
+            weights, cfg, z, schedule.to_flow(level), text, guidance
+        )
 
-    return painter.to_bytes(sample.sample(denoise, z, schedule.flow_levels(20), "dpmpp"))
+    return pipeline.to_uint8(sample.sample(denoise, z, schedule.flow_levels(20), "dpmpp"))
 
 
 # The upscaler
 
 
 @dataclass(frozen=True)
-class Doubling:
+class UpscalerTask:
     """From pictures made half as large, a little noisy, to the pictures."""
 
     cfg: UpscalerConfig
@@ -241,19 +257,19 @@ class Doubling:
         for_amount, for_noise = jax.random.split(key)
         amount = 0.1 * jax.random.uniform(for_amount, (b, 1, 1, 1)) ** 2
         small = small + amount * jax.random.normal(for_noise, small.shape)
-        found = upscale.double(weights, self.cfg, small)
+        found = upscale.upscale_2x(weights, self.cfg, small)
         # Absolute errors: their best guess at an edge is one side of it, squares blur it.
         return jnp.abs(found - large).mean((1, 2, 3)).sum(), jnp.float32(b), {}
 
 
-def train_upscaler(settings: Settings) -> loop.Outcome:
+def train_upscaler(settings: EmojiConfig) -> loop.Outcome:
     """Trains the network that doubles, or goes on with it."""
-    pack = Pack(settings.pack)
+    pack = EmojiDataset(settings.pack)
     seen, unseen = np.flatnonzero(~pack.held_out), np.flatnonzero(pack.held_out)
 
     def batch(step: int) -> dict[str, np.ndarray]:
         random = np.random.default_rng((settings.seed, step))
-        return {"x": pack.pictures(random.choice(seen, settings.batch_size), data.SIZE)}
+        return {"x": pack.downscaled_images(random.choice(seen, settings.batch_size), data.SIZE)}
 
     config = Run(
         steps=settings.steps,
@@ -268,12 +284,14 @@ def train_upscaler(settings: Settings) -> loop.Outcome:
     )
     write_config(settings.out, {"kind": "upscaler"})
     return loop.train(
-        Doubling(UPSCALER),
+        UpscalerTask(UPSCALER),
         None,
         batch,
         config,
         settings.out,
-        validate=[{"x": pack.pictures(unseen[:VALIDATION], data.SIZE)}],
+        validation_batches=[
+            {"x": pack.downscaled_images(unseen[:VALIDATION_BATCH_SIZE], data.SIZE)}
+        ],
     )
 
 
@@ -286,11 +304,11 @@ def write_config(run: Path, values: dict[str, Any]) -> None:
     (run / "network.json").write_text(json.dumps(values) + "\n", "utf-8")
 
 
-def learnt(run: Path, task: Task) -> Any:
+def load_ema_weights(run: Path, task: Task) -> Any:
     """The running mean of a run's weights."""
     from safetensors.numpy import load_file
 
-    steps = checkpoints.numbers(run / "checkpoints")
+    steps = checkpoints.saved_steps(run / "checkpoints")
     if not steps:
         raise ValueError(f"{run}: has no checkpoint")
     file = run / "checkpoints" / f"step-{steps[-1]:06d}" / "state.safetensors"
@@ -300,14 +318,16 @@ def learnt(run: Path, task: Task) -> Any:
         for name, array in load_file(file).items()
         if name.startswith(mine)
     }
-    return tree.from_named(arrays, jax.eval_shape(task.init, jax.random.key(0)))
+    return tree_io.from_named(arrays, jax.eval_shape(task.init, jax.random.key(0)))
 
 
 def export(run: Path, target: Path) -> None:
     """Writes the running mean of a run's weights, in float16."""
     kind = json.loads((run / "network.json").read_text("utf-8"))["kind"]
-    cfg, task = (UNET, Denoising(UNET)) if kind == "unet" else (UPSCALER, Doubling(UPSCALER))
-    checkpoint.save(target, learnt(run, task), cfg, format="float16")
+    cfg, task = (
+        (UNET, DenoisingTask(UNET)) if kind == "unet" else (UPSCALER, UpscalerTask(UPSCALER))
+    )
+    checkpoint.save(target, load_ema_weights(run, task), cfg, dtype="float16")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -318,16 +338,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def _pack(args: argparse.Namespace) -> int:
     data.fetch(args.packages)
-    data.pack(args.packages, Reader(args.encoder), args.out)
+    data.build_dataset(args.packages, TextEncoder(args.encoder), args.out)
     return 0
 
 
 def _denoiser(args: argparse.Namespace) -> int:
-    return _status(train_denoiser(_settings(args), args.encoder))
+    return _exit_status(train_denoiser(_settings(args), args.encoder))
 
 
 def _upscaler(args: argparse.Namespace) -> int:
-    return _status(train_upscaler(_settings(args)))
+    return _exit_status(train_upscaler(_settings(args)))
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -335,13 +355,13 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace) -> Settings:
-    names = Settings.__dataclass_fields__
+def _settings(args: argparse.Namespace) -> EmojiConfig:
+    names = EmojiConfig.__dataclass_fields__
     given = {name: value for name, value in vars(args).items() if name in names}
-    return Settings(**{name: value for name, value in given.items() if value is not None})
+    return EmojiConfig(**{name: value for name, value in given.items() if value is not None})
 
 
-def _status(outcome: loop.Outcome) -> int:
+def _exit_status(outcome: loop.Outcome) -> int:
     return 0 if outcome.signal is None else 128 + outcome.signal
 
 

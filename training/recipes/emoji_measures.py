@@ -24,25 +24,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion import data, measures, model, picture, sample
-from diffusion.data import Pack
-from diffusion.painter import Painter, Plan, grid, load, to_bytes
-from diffusion.text import Text
-from training.recipes import tower
-from training.recipes.emoji import SHOWN, Settings, draw_weights, held_out, known_words, learnt
+from diffusion import data, image_io, metrics, model, sample
+from diffusion.data import EmojiDataset
+from diffusion.pipeline import DiffusionPipeline, SamplerOptions, load, make_grid, to_uint8
+from diffusion.text import PromptEmbeds
+from training.recipes import clip_judge
+from training.recipes.emoji import (
+    SAMPLE_PROMPTS,
+    EmojiConfig,
+    load_ema_weights,
+    sampling_shares,
+    validation_batches,
+    vocab_words,
+)
 from transformer import similarity
 
-LEARNT, HELD_OUT = 280, 120  # pictures asked for, at most
-BATCH = 40  # pictures at a time
+MAX_LEARNT, MAX_HELD_OUT = 280, 120  # pictures asked for, at most
+BATCH_SIZE = 40  # pictures at a time
 SEEDS = (0, 1, 2, 3)  # of the sheet
-PAIRS = 24  # of real and drawn pictures in samples.png, of what was learnt and of what was not
+NUM_PAIRS = 24  # of real and drawn pictures in samples.png, of what was learnt and of what was not
 
 
 # Numbers
 
 
 def measure(
-    painter: Painter, pack: Pack, judge: tower.Params, shares: np.ndarray
+    painter: DiffusionPipeline, pack: EmojiDataset, judge: clip_judge.Params, shares: np.ndarray
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Asks for pictures of the pack by name and style, and compares them with the real ones.
 
@@ -66,54 +73,70 @@ def measure(
     """
     random = np.random.default_rng(0)
     seen = np.flatnonzero(~pack.held_out)
-    unseen = random.permutation(np.flatnonzero(pack.held_out))[:HELD_OUT]
-    count = min(LEARNT, int((shares > 0).sum()) // 2)
+    unseen = random.permutation(np.flatnonzero(pack.held_out))[:MAX_HELD_OUT]
+    count = min(MAX_LEARNT, int((shares > 0).sum()) // 2)
     asked, others = np.split(random.choice(len(shares), 2 * count, replace=False, p=shares), 2)
 
     rows = {"learnt": asked, "held_out": unseen}
-    real = {name: pack.pictures(which, tower.SIZE) for name, which in rows.items()}
+    real = {
+        name: pack.downscaled_images(which, clip_judge.IMAGE_SIZE) for name, which in rows.items()
+    }
     drawn = {
-        name: data.scaled(draw(painter, [prompt(pack, row) for row in which]), tower.SIZE)
+        name: data.downscale(
+            generate(painter, [prompt(pack, row) for row in which]), clip_judge.IMAGE_SIZE
+        )
         for name, which in rows.items()
     }
-    learnt_pictures = pack.pictures(seen, tower.SIZE)
-    styles = similarity.fit_probe(look(judge, learnt_pictures), pack.style[seen], len(data.STYLES))
-    other = look(judge, pack.pictures(others, tower.SIZE))
-    names = np.stack([pack.pooled[pack.texts[name_of(concept)]] for concept in pack.concepts])
+    learnt_pictures = pack.downscaled_images(seen, clip_judge.IMAGE_SIZE)
+    styles = similarity.fit_probe(
+        image_features(judge, learnt_pictures), pack.style_ids[seen], len(data.STYLES)
+    )
+    other = image_features(judge, pack.downscaled_images(others, clip_judge.IMAGE_SIZE))
+    names = np.stack(
+        [pack.pooled[pack.caption_rows[name_of(concept)]] for concept in pack.concepts]
+    )
     features = {
-        name: {"drawn": look(judge, drawn[name]), "real": look(judge, real[name])} for name in rows
+        name: {
+            "drawn": image_features(judge, drawn[name]),
+            "real": image_features(judge, real[name]),
+        }
+        for name in rows
     }
 
     def compare(estimate: Callable[[np.ndarray], Any], name: str) -> dict[str, Any]:
         return {who: estimate(found) for who, found in features[name].items()}
 
     def retrieved(which: np.ndarray, found: np.ndarray) -> dict[str, float]:
-        scores = np.asarray(tower.scores(judge, found, names))
-        right = pack.concept[which]
-        return {f"top{k}": measures.retrieval(scores, right, k) for k in (1, 5)}
+        scores = np.asarray(clip_judge.logits_per_image(judge, found, names))
+        right = pack.concept_ids[which]
+        return {f"top{k}": metrics.retrieval(scores, right, k) for k in (1, 5)}
 
     def in_style(found: np.ndarray) -> float:
-        return float((similarity.predict(styles, found).argmax(-1) == pack.style[unseen]).mean())
+        return float(
+            (similarity.predict(styles, found).argmax(-1) == pack.style_ids[unseen]).mean()
+        )
 
     text_match = {name: compare(partial(retrieved, rows[name]), name) for name in rows}
     for values in text_match.values():
         values["of_real"] = values["drawn"]["top5"] / values["real"]["top5"]
-    pairs = [np.stack([real[name][:PAIRS], drawn[name][:PAIRS]], 1) for name in rows]
+    pairs = [np.stack([real[name][:NUM_PAIRS], drawn[name][:NUM_PAIRS]], 1) for name in rows]
     return {
         "pictures": {name: len(which) for name, which in rows.items()},
         "flow_loss": {
-            "held_out": loss_by_time(painter, held_out(pack, painter.cfg.image_size)),
-            "learnt": loss_by_time(painter, held_out(pack, painter.cfg.image_size, which=asked)),
+            "held_out": loss_by_time(painter, validation_batches(pack, painter.cfg.image_size)),
+            "learnt": loss_by_time(
+                painter, validation_batches(pack, painter.cfg.image_size, which=asked)
+            ),
         },
         "text_match": {**text_match, "chance": {"top1": 0.01, "top5": 0.05}},
         "style": {**compare(in_style, "held_out"), "chance": 1 / len(data.STYLES)},
-        "kernel_distance": compare(partial(measures.kernel_distance, other), "learnt"),
-        "coverage": compare(partial(measures.coverage, other), "learnt"),
+        "kernel_distance": compare(partial(metrics.kernel_distance, other), "learnt"),
+        "coverage": compare(partial(metrics.coverage, other), "learnt"),
         "memorisation": {
-            name: measures.memorisation(drawn[name], real["held_out"], learnt_pictures)
+            name: metrics.memorisation(drawn[name], real["held_out"], learnt_pictures)
             for name in rows
         },
-    }, to_bytes(np.concatenate(pairs).reshape(-1, *real["learnt"].shape[1:]))
+    }, to_uint8(np.concatenate(pairs).reshape(-1, *real["learnt"].shape[1:]))
 
 
 def name_of(concept: data.Concept) -> str:
@@ -121,31 +144,35 @@ def name_of(concept: data.Concept) -> str:
     return next(iter(concept.captions))
 
 
-def prompt(pack: Pack, row: int) -> str:
+def prompt(pack: EmojiDataset, row: int) -> str:
     """Asks for a picture of the pack: "red apple, flat style"."""
-    return data.spoken(name_of(pack.concepts[pack.concept[row]]), int(pack.style[row]))
+    return data.styled_caption(
+        name_of(pack.concepts[pack.concept_ids[row]]), int(pack.style_ids[row])
+    )
 
 
-def draw(painter: Painter, prompts: Sequence[str]) -> np.ndarray:
+def generate(painter: DiffusionPipeline, prompts: Sequence[str]) -> np.ndarray:
     """A picture a prompt, each from noise of its own: uint8 [n, Y, X, 3]."""
-    keys, found = sample.keys_of(0, len(prompts)), []
-    for start in range(0, len(prompts), BATCH):
-        rows = np.arange(start, start + BATCH) % len(prompts)  # all batches have one shape
-        *_, (last, _) = painter.steps([prompts[row] for row in rows], keys[rows], Plan())
-        found.append(painter.finish(last))
+    keys, found = sample.image_keys(0, len(prompts)), []
+    for start in range(0, len(prompts), BATCH_SIZE):
+        rows = np.arange(start, start + BATCH_SIZE) % len(prompts)  # all batches have one shape
+        *_, (last, _) = painter.steps([prompts[row] for row in rows], keys[rows], SamplerOptions())
+        found.append(painter.postprocess(last))
     return np.concatenate(found)[: len(prompts)]
 
 
-def look(judge: tower.Params, pictures: np.ndarray) -> np.ndarray:
+def image_features(judge: clip_judge.Params, pictures: np.ndarray) -> np.ndarray:
     """What the tower makes of pictures of its size: float32 [n, C]."""
-    see, found = jax.jit(tower.features), []
-    for start in range(0, len(pictures), BATCH):
-        rows = np.arange(start, start + BATCH) % len(pictures)
+    see, found = jax.jit(clip_judge.image_features), []
+    for start in range(0, len(pictures), BATCH_SIZE):
+        rows = np.arange(start, start + BATCH_SIZE) % len(pictures)
         found.append(np.asarray(see(judge, pictures[rows])))
     return np.concatenate(found)[: len(pictures)]
 
 
-def loss_by_time(painter: Painter, batches: list[dict[str, np.ndarray]]) -> dict[str, float]:
+def loss_by_time(
+    painter: DiffusionPipeline, batches: list[dict[str, np.ndarray]]
+) -> dict[str, float]:
     """The flow loss at fixed times; the noise is the same whatever the weights."""
     found: dict[str, float] = {}
     for t in (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95):
@@ -153,14 +180,14 @@ def loss_by_time(painter: Painter, batches: list[dict[str, np.ndarray]]) -> dict
         for number, batch in enumerate(batches):
             x, keep = batch["x"], batch["keep"]
             e = jax.random.normal(jax.random.key(number), x.shape)
-            text = Text(batch["states"], batch["mask"], batch["pooled"])
+            text = PromptEmbeds(batch["states"], batch["mask"], batch["pooled"])
             times = jnp.full(len(x), t)
             losses.append(model.flow_loss(painter.denoiser, painter.cfg, x, e, times, text, keep))
         found[f"{t}"] = float(jnp.concatenate(losses).mean())
     return found
 
 
-def draw_losses(losses: dict[str, dict[str, float]], target: Path) -> None:
+def plot_losses(losses: dict[str, dict[str, float]], target: Path) -> None:
     """Draws the flow loss by time, what was learnt and what was held out, into a PNG."""
     from matplotlib.figure import Figure
 
@@ -177,7 +204,7 @@ def draw_losses(losses: dict[str, dict[str, float]], target: Path) -> None:
 # The sheet
 
 
-def sheet(pictures: np.ndarray, labels: Sequence[str]) -> np.ndarray:
+def labelled_grid(pictures: np.ndarray, labels: Sequence[str]) -> np.ndarray:
     """Rows of pictures, each with its label before it, in two columns of rows.
 
     Args:
@@ -204,14 +231,14 @@ def sheet(pictures: np.ndarray, labels: Sequence[str]) -> np.ndarray:
     return np.asarray(image)
 
 
-def draw_shown(painter: Painter, ending: str = "") -> np.ndarray:
+def generate_samples(painter: DiffusionPipeline, ending: str = "") -> np.ndarray:
     """What each prompt of `SHOWN` gives with each seed, alone: uint8 [prompts, seeds, Y, X, 3]."""
-    prompts = [word + ending for word in SHOWN]
+    prompts = [word + ending for word in SAMPLE_PROMPTS]
     found = []
     for seed in SEEDS:
-        keys = jnp.repeat(sample.keys_of(seed, 1), len(prompts), 0)
-        *_, (last, _) = painter.steps(prompts, keys, Plan())
-        found.append(painter.finish(last))
+        keys = jnp.repeat(sample.image_keys(seed, 1), len(prompts), 0)
+        *_, (last, _) = painter.steps(prompts, keys, SamplerOptions())
+        found.append(painter.postprocess(last))
     return np.stack(found, 1)
 
 
@@ -237,21 +264,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _numbers(args: argparse.Namespace) -> None:
-    pack = Pack(args.pack)
-    settings = Settings(pack=args.pack, out=args.out)
-    shares = draw_weights(pack, settings, known_words(args.encoder))
-    judge = learnt(args.tower, tower.Naming())
+    pack = EmojiDataset(args.pack)
+    settings = EmojiConfig(pack=args.pack, out=args.out)
+    shares = sampling_shares(pack, settings, vocab_words(args.encoder))
+    judge = load_ema_weights(args.tower, clip_judge.ContrastiveTask())
     found, pairs = measure(load(args.model, args.encoder), pack, judge, shares)
     (args.out / "measures.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
-    picture.save(grid(pairs, 16), args.out / "samples.png")
-    draw_losses(found["flow_loss"], args.out / "flow_loss.png")
+    image_io.save(make_grid(pairs, 16), args.out / "samples.png")
+    plot_losses(found["flow_loss"], args.out / "flow_loss.png")
 
 
 def _sheet(args: argparse.Namespace) -> None:
-    found = draw_shown(load(args.model, args.encoder), args.ending)
-    numbers = [str(number) for number in range(1, len(SHOWN) + 1)]
-    picture.save(sheet(found, [word + args.ending for word in SHOWN]), args.out / "grid.png")
-    picture.save(sheet(found, numbers), args.out / "grid-numbered.png")
+    found = generate_samples(load(args.model, args.encoder), args.ending)
+    numbers = [str(number) for number in range(1, len(SAMPLE_PROMPTS) + 1)]
+    image_io.save(
+        labelled_grid(found, [word + args.ending for word in SAMPLE_PROMPTS]), args.out / "grid.png"
+    )
+    image_io.save(labelled_grid(found, numbers), args.out / "grid-numbered.png")
 
 
 if __name__ == "__main__":

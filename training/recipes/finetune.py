@@ -26,24 +26,24 @@ from typing import Any, Literal
 
 from bpe import formats
 from bpe.formats import Tokenizer
-from bpe.stop import read_optional
+from bpe.stop_tokens import read_optional_json
 from training import bench, check, loop, packing
 from training.check import Report
-from training.config import Config
+from training.config import TrainConfig
 from training.packing import Batches
-from training.recipes import folders
-from training.recipes.decoder import Full, LowRank, as_format
+from training.recipes import run_dir
+from training.recipes.decoder import DecoderTask, LoraTask, cast_params
 from transformer import checkpoint, families, lora
 from transformer.checkpoint import gguf
 from transformer.config import Config as Model
 
 # What a learning_rate_multiplier of 1 means. An adapter begins at nothing and takes larger steps.
 LEARNING_RATES = {"lora": 1e-3, "full": 5e-5}
-KEPT = 3  # adapters of epochs
+MAX_EPOCH_ADAPTERS = 3  # adapters of epochs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class FinetuneConfig:
     """What there is to choose. None is "auto".
 
     Raises:
@@ -95,7 +95,10 @@ class Result:
 
 
 def run(
-    settings: Settings, *, say: Callable[[str], None] = lambda line: None, progress: bool = False
+    settings: FinetuneConfig,
+    *,
+    notify: Callable[[str], None] = lambda line: None,
+    progress: bool = False,
 ) -> Result:
     """Fine-tunes, or goes on with it.
 
@@ -108,16 +111,16 @@ def run(
         ValueError: the model is of an unknown kind, or `out` holds a run with other settings.
         FloatingPointError: the loss is no number any more.
     """
-    out, given = settings.out, folders.given(settings)
-    job = folders.read_job(out / "job.json", given)
+    out, given = settings.out, run_dir.config_record(settings)
+    job = run_dir.read_job(out / "job.json", given)
     final = out / ("adapter" if settings.method == "lora" else "model")
     if job is not None and final.exists():
         return Result("finished", job)
     tokenizer, max_tokens = read_tokenizer(settings.model, settings.max_tokens)
-    report, examples = check.read(settings.data, tokenizer, max_tokens=max_tokens)
+    report, examples = check.read_examples(settings.data, tokenizer, max_tokens=max_tokens)
     reports, held_out = [report], []
     if settings.valid is not None:
-        other, held_out = check.read(
+        other, held_out = check.read_examples(
             settings.valid, tokenizer, max_tokens=max_tokens, kind=report.kind, minimum=1
         )
         reports.append(other)
@@ -125,7 +128,7 @@ def run(
         return Result("refused", {}, tuple(reports))
     for checked in reports:
         for warning in checked.warnings:
-            say(f"{checked.path}: {warning.message}")
+            notify(f"{checked.path}: {warning.message}")
 
     if job is None:
         job = {"given": given, **_resolve(settings, report, max_tokens)}
@@ -137,22 +140,24 @@ def run(
         longest=max(map(len, held_out), default=0),
     )
     job |= {"steps": batches.steps, "steps_per_epoch": batches.steps_per_epoch}
-    folders.write_job(out / "job.json", job)
+    run_dir.write_job(out / "job.json", job)
     rows, width = batches.shape
-    say(
+    notify(
         f"{report.examples} examples, {report.tokens} tokens; {job['epochs']} epochs of "
         f"{batches.steps_per_epoch} steps, each {rows} x {width} tokens, in {job['format']}"
     )
 
     cfg = checkpoint.read_config(settings.model)
-    remat = rows // batches.parts * width > packing.PART_TOKENS  # one very long example
+    remat = (
+        rows // batches.micro_batches * width > packing.MICRO_BATCH_TOKENS
+    )  # one very long example
     task, frozen = _task(settings, job, cfg, remat)
-    config = Config(
+    config = TrainConfig(
         steps=batches.steps,
         learning_rate=job["learning_rate"],
         seed=settings.seed,
         warmup_steps=min(10, batches.steps // 10),
-        micro_batches=batches.parts,
+        micro_batches=batches.micro_batches,
         steps_per_epoch=batches.steps_per_epoch,
         validate_every=batches.steps_per_epoch,
         save_every=50 if settings.method == "lora" else 200,  # the state of "full" is gigabytes
@@ -163,23 +168,23 @@ def run(
         if line["step"] % batches.steps_per_epoch:
             return
         speed = f"{line['tokens_per_second']:.0f} tok/s"
-        say(f"epoch {line['epoch']:.0f}: loss {line['loss']:.4f}, {speed}")
+        notify(f"epoch {line['epoch']:.0f}: loss {line['loss']:.4f}, {speed}")
         if settings.method == "lora":
             name = f"step-{line['step']}"
-            folders.publish(
+            run_dir.write_dir_atomic(
                 out / "adapters" / name,
                 lambda folder: _save_adapter(folder, state.weights, cfg, settings),
             )
-            _drop_old(out / "adapters")
+            _remove_old_adapters(out / "adapters")
 
-    say("compiling the training step ...")
+    notify("compiling the training step ...")
     outcome = loop.train(
         task,
         frozen,
         batches,
         config,
         out,
-        validate=packing.batches_of(held_out, (rows // batches.parts, width)),
+        validation_batches=packing.collate_all(held_out, (rows // batches.micro_batches, width)),
         on_step=on_step,
         flops_per_token=task.flops_per_token(report.tokens // report.examples),
         dtype=job["format"],
@@ -189,37 +194,39 @@ def run(
         return Result("signal", job, tuple(reports), outcome.signal)
     weights = outcome.state.weights
     if settings.method == "lora":
-        folders.publish(final, lambda folder: _save_adapter(folder, weights, cfg, settings))
+        run_dir.write_dir_atomic(
+            final, lambda folder: _save_adapter(folder, weights, cfg, settings)
+        )
     else:
-        folders.publish(
+        run_dir.write_dir_atomic(
             final, lambda folder: _save_model(folder, weights, cfg, tokenizer, settings.model)
         )
     return Result("finished", job, tuple(reports))
 
 
-def _task(settings: Settings, job: dict[str, Any], cfg: Model, remat: bool):
+def _task(settings: FinetuneConfig, job: dict[str, Any], cfg: Model, remat: bool):
     """What is trained, and the weights that stay as they are."""
     params, *_ = checkpoint.load(settings.model)
     if settings.method == "full":
-        return Full(cfg=cfg, start=params, format=job["format"], remat=remat), None
-    adapter = LowRank(
+        return DecoderTask(cfg=cfg, init_params=params, dtype=job["format"], remat=remat), None
+    adapter = LoraTask(
         cfg=cfg,
         rank=job["rank"],
         alpha=job["alpha"],
-        parts=parts_of(cfg),
-        format=job["format"],
+        target_modules=lora_target_modules(cfg),
+        dtype=job["format"],
         remat=remat,
     )
-    return adapter, as_format(params, job["format"])
+    return adapter, cast_params(params, job["format"])
 
 
-def parts_of(cfg: Model) -> tuple[str, ...]:
+def lora_target_modules(cfg: Model) -> tuple[str, ...]:
     """What an adapter adapts: every linear map that PEFT's layout can hold one of.
 
     GPT-2's files hold queries, keys and values as one matrix, whose adapter would have one A.
     """
     shared = ("q", "k", "v") if families.to_hf(cfg)["model_type"] == "gpt2" else ()
-    return tuple(part for part in lora.PARTS if part not in shared)
+    return tuple(part for part in lora.TARGET_MODULES if part not in shared)
 
 
 def read_tokenizer(model: Path, max_tokens: int | None = None) -> tuple[Tokenizer, int]:
@@ -238,7 +245,7 @@ def auto_batch_size(examples: int) -> int:
     return max(1, min(16, examples // 25))
 
 
-def _resolve(settings: Settings, report: Report, max_tokens: int) -> dict[str, Any]:
+def _resolve(settings: FinetuneConfig, report: Report, max_tokens: int) -> dict[str, Any]:
     """What "auto" becomes."""
     number = report.examples
     epochs = settings.epochs or auto_epochs(number)
@@ -253,24 +260,30 @@ def _resolve(settings: Settings, report: Report, max_tokens: int) -> dict[str, A
         "rank": settings.rank if settings.method == "lora" else None,
         "alpha": 2 * settings.rank if settings.method == "lora" else None,
         "max_tokens": max_tokens,
-        "format": settings.format or faster_format(),
+        "format": settings.format or faster_dtype(),
         "trained_tokens": report.tokens * epochs,
     }
 
 
-def faster_format() -> Literal["float32", "bfloat16"]:
+def faster_dtype() -> Literal["float32", "bfloat16"]:
     """bfloat16 where this machine multiplies it at least half as fast again."""
-    return "bfloat16" if bench.roof("bfloat16") > 1.5 * bench.roof("float32") else "float32"
+    return (
+        "bfloat16"
+        if bench.peak_flops("bfloat16") > 1.5 * bench.peak_flops("float32")
+        else "float32"
+    )
 
 
-def _drop_old(adapters: Path) -> None:
+def _remove_old_adapters(adapters: Path) -> None:
     steps = sorted(int(path.name[5:]) for path in adapters.glob("step-*"))
-    for step in steps[:-KEPT]:
-        folders.remove(adapters / f"step-{step}")
+    for step in steps[:-MAX_EPOCH_ADAPTERS]:
+        run_dir.remove_dir_atomic(adapters / f"step-{step}")
 
 
-def _save_adapter(folder: Path, adapter: lora.Adapter, cfg: Model, settings: Settings) -> None:
-    lora.save(folder, adapter, cfg, base=settings.model.stem)
+def _save_adapter(
+    folder: Path, adapter: lora.Adapter, cfg: Model, settings: FinetuneConfig
+) -> None:
+    lora.save(folder, adapter, cfg, base_model=settings.model.stem)
 
 
 def _save_model(folder: Path, params: Any, cfg: Model, tokenizer: Tokenizer, source: Path) -> None:
@@ -284,9 +297,9 @@ def _save_model(folder: Path, params: Any, cfg: Model, tokenizer: Tokenizer, sou
                 shutil.copy(source / name, folder / name)
         if (templates := source / "additional_chat_templates").is_dir():
             shutil.copytree(templates, folder / templates.name, dirs_exist_ok=True)
-        settings = read_optional(source / "generation_config.json")
+        settings = read_optional_json(source / "generation_config.json")
     else:
-        folders.save_tokenizer(folder, tokenizer)
+        run_dir.save_tokenizer(folder, tokenizer)
         metadata, _ = gguf.read(source)
-        settings, _ = gguf.sampling_settings(metadata)
-    folders.save_generation_config(folder, tokenizer, settings)
+        settings, _ = gguf.sampling_defaults(metadata)
+    run_dir.save_generation_config(folder, tokenizer, settings)

@@ -24,19 +24,19 @@ from bpe import trainer
 from bpe.encoding import Encoding
 from bpe.formats import Tokenizer
 from training import examples, loop
-from training.config import Config
+from training.config import TrainConfig
 from training.examples import Fault
-from training.recipes import folders
-from training.recipes.decoder import Full
+from training.recipes import run_dir
+from training.recipes.decoder import DecoderTask
 from transformer import checkpoint
 from transformer.config import Config as Model
 
-END = "<|endoftext|>"  # of a document
-VALIDATION = 1 / 20  # of the stream
+END_OF_TEXT = "<|endoftext|>"  # of a document
+VALIDATION_SHARE = 1 / 20  # of the stream
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class PretrainConfig:
     """What there is to choose.
 
     Raises:
@@ -74,7 +74,10 @@ class Result:
 
 
 def run(
-    settings: Settings, *, say: Callable[[str], None] = lambda line: None, progress: bool = False
+    settings: PretrainConfig,
+    *,
+    notify: Callable[[str], None] = lambda line: None,
+    progress: bool = False,
 ) -> Result:
     """Trains, or goes on with it; leaves `model/` in Hugging Face's layout.
 
@@ -84,22 +87,22 @@ def run(
         FloatingPointError: the loss is no number any more.
     """
     out = settings.out
-    given = folders.given(settings)
-    job = folders.read_job(out / "job.json", given)
+    given = run_dir.config_record(settings)
+    job = run_dir.read_job(out / "job.json", given)
     if job is not None and (out / "model").exists():
         return Result("finished", job)
     encoding = trainer.train(
-        documents(settings.data), vocab_size=settings.vocab_size, special_tokens=(END,)
+        documents(settings.data), vocab_size=settings.vocab_size, special_tokens=(END_OF_TEXT,)
     )
     stream = to_stream(documents(settings.data), encoding)
-    cut = int(len(stream) * (1 - VALIDATION))
+    cut = int(len(stream) * (1 - VALIDATION_SHARE))
     if len(stream) - cut <= settings.length:
         raise ValueError(
             f"{settings.data}: {len(stream)} tokens are too few for rows of {settings.length}; it "
-            f"takes {int(settings.length / VALIDATION) + 20}"
+            f"takes {int(settings.length / VALIDATION_SHARE) + 20}"
         )
     cfg = model_config(settings, encoding.n_vocab)
-    task = Full(cfg=cfg)
+    task = DecoderTask(cfg=cfg)
     sizes = jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0)))
     job = {
         "given": given,
@@ -108,9 +111,9 @@ def run(
         "parameters": sum(leaf.size for leaf in sizes),
         "vocab_size": encoding.n_vocab,
     }
-    folders.write_job(out / "job.json", job)
-    say(f"{job['parameters']} weights; {len(stream)} tokens of {encoding.n_vocab} kinds")
-    config = Config(
+    run_dir.write_job(out / "job.json", job)
+    notify(f"{job['parameters']} weights; {len(stream)} tokens of {encoding.n_vocab} kinds")
+    config = TrainConfig(
         steps=settings.steps,
         learning_rate=settings.learning_rate,
         seed=settings.seed,
@@ -119,15 +122,15 @@ def run(
         weight_decay=0.1,
         validate_every=max(1, settings.steps // 10),
     )
-    end = encoding.special_tokens[END]
-    say("compiling the training step ...")
+    end = encoding.special_tokens[END_OF_TEXT]
+    notify("compiling the training step ...")
     outcome = loop.train(
         task,
         None,
-        lambda step: rows(stream[:cut], settings, end, step),
+        lambda step: sample_batch(stream[:cut], settings, end, step),
         config,
         out,
-        validate=[rows(stream[cut:], settings, end, step) for step in range(4)],
+        validation_batches=[sample_batch(stream[cut:], settings, end, step) for step in range(4)],
         flops_per_token=task.flops_per_token(settings.length),
         progress=progress,
     )
@@ -136,13 +139,13 @@ def run(
 
     def write(folder: Path) -> None:
         checkpoint.save(folder, outcome.state.weights, cfg)
-        folders.save_tokenizer(folder, Tokenizer(encoding=encoding, eos_id=end))
+        run_dir.save_tokenizer(folder, Tokenizer(encoding=encoding, eos_id=end))
 
-    folders.publish(out / "model", write)
+    run_dir.write_dir_atomic(out / "model", write)
     return Result("finished", job)
 
 
-def model_config(settings: Settings, vocab_size: int) -> Model:
+def model_config(settings: PretrainConfig, vocab_size: int) -> Model:
     """A Llama of the sizes that were asked for."""
     return Model(
         num_layers=settings.layers,
@@ -176,13 +179,15 @@ def documents(path: Path) -> Iterator[str]:
 
 def to_stream(texts: Iterator[str], encoding: Encoding) -> np.ndarray:
     """All texts one behind another, each with `END` behind it: int32 [n]."""
-    end = [encoding.special_tokens[END]]
+    end = [encoding.special_tokens[END_OF_TEXT]]
     return np.concatenate(
         [np.array(encoding.encode_ordinary(text) + end, np.int32) for text in texts]
     )
 
 
-def rows(stream: np.ndarray, settings: Settings, end: int, step: int) -> dict[str, np.ndarray]:
+def sample_batch(
+    stream: np.ndarray, settings: PretrainConfig, end: int, step: int
+) -> dict[str, np.ndarray]:
     """The batch of a step: rows that begin anywhere in the stream; see `decoder` for its keys."""
     shape = settings.batch_size, settings.length
     starts = np.random.default_rng((settings.seed, step)).integers(

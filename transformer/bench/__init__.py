@@ -29,39 +29,39 @@ Leaves out: energy, memory, several processes, several devices.
 """
 
 from transformer.bench.case import Case, Contender, in_float64
-from transformer.bench.measure import Plan, Result, measure, parse_forms, run
-from transformer.bench.peaks import Roofs, machine, roofs
+from transformer.bench.measure import BenchPlan, Result, measure, parse_overrides, run
+from transformer.bench.peaks import Peaks, machine, measure_peaks
 from transformer.bench.report import (
-    columns,
+    align_columns,
     compare,
-    duration,
-    lines,
+    format_duration,
+    format_table,
+    json_lines,
     read,
     report,
     roofline,
-    table,
     write,
 )
 
 __all__ = [
     "Case",
     "Contender",
-    "Plan",
+    "BenchPlan",
     "Result",
-    "Roofs",
-    "columns",
+    "Peaks",
+    "align_columns",
     "compare",
-    "duration",
+    "format_duration",
     "in_float64",
-    "lines",
+    "json_lines",
     "machine",
     "measure",
-    "parse_forms",
+    "parse_overrides",
     "read",
     "report",
     "roofline",
-    "roofs",
+    "measure_peaks",
     "run",
-    "table",
+    "format_table",
     "write",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transformer.bench import decoder_cases, profile
-from transformer.bench.measure import Plan, parse_forms
+from transformer.bench.measure import BenchPlan, parse_overrides
 from transformer.bench.report import read, report
 
 
@@ -36,14 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     try:
         old = read(options.compare) if options.compare else None
-        sizes = decoder_cases.Sizes.of(options.model, context=options.context)
-        plan = Plan(
+        sizes = decoder_cases.Sizes.from_checkpoint(options.model, context=options.context)
+        plan = BenchPlan(
             names=options.names,
-            forms=options.forms,
-            tried=parse_forms(options.tried),
+            all_impls=options.forms,
+            overrides=parse_overrides(options.tried),
             seconds=options.seconds,
         )
-        chosen = plan.select(decoder_cases.cases(sizes))
+        chosen = plan.select(decoder_cases.bench_cases(sizes))
     except (OSError, ValueError) as error:
         say(f"python -m transformer.bench: {error}")
         return 2
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         as_json=options.json,
         save=options.save,
         old=old,
-        picture=options.roofline,
+        roofline_path=options.roofline,
         say=say,
     )
 

@@ -24,11 +24,13 @@ class Case:
     dtype: str = "float32"  # of the products: whose roof counts
     operation: str | None = None  # of `kernels.FORMS`; None for a program made of several
     expected: Callable[..., Any] | None = None  # the right result in float64, of the same arguments
-    result: Callable[[Any], Any] = lambda out: out  # which part of the outcome that is
-    cold: tuple[int, ...] = ()  # arguments that come from memory, not from a cache
-    sweep: float = 0.0  # bytes that pass between two uses of the cold arguments
-    donated: tuple[int, ...] = ()
-    again: Callable[[tuple, Any], tuple] | None = None  # arguments after a call that donated some
+    select_output: Callable[[Any], Any] = lambda out: out  # which part of the outcome that is
+    cold_argnums: tuple[int, ...] = ()  # arguments that come from memory, not from a cache
+    reuse_distance: float = 0.0  # bytes that pass between two uses of the cold arguments
+    donate_argnums: tuple[int, ...] = ()
+    next_inputs: Callable[[tuple, Any], tuple] | None = (
+        None  # arguments after a call that donated some
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,8 @@ class Contender:
     """A case with the forms to take in it."""
 
     case: Case
-    form: str = "chosen"  # what to call it
-    tried: Mapping[str, str] = dataclasses.field(default_factory=dict)  # operation: form
+    impl: str = "chosen"  # what to call it
+    overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)  # operation: form
 
 
 def in_float64(function: Callable[..., Any]) -> Callable[..., np.ndarray]:

@@ -16,24 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer import (
-    cache,
-    decoder,
-    encoder,
-    generate,
-    kernels,
-    layers,
-    rope,
-    rotation,
-    sampling,
-)
+from transformer import cache, decoder, encoder, generate, kernels, layers, quarot, rope, sampling
 from transformer.bench.case import Case, in_float64
 from transformer.config import Config
 from transformer.kernels import exact
 from transformer.weights import Linear
 
-FORMATS = ("float32", "bfloat16", "int8")
-PROMPT = 256  # tokens of a prefill
+DTYPES = ("float32", "bfloat16", "int8")
+PROMPT_LENGTH = 256  # tokens of a prefill
 
 SMOLLM2 = Config(
     num_layers=30,
@@ -72,14 +62,14 @@ class Sizes:
             )
 
     @classmethod
-    def of(cls, path: Path | None, *, context: int = 512) -> Sizes:
+    def from_checkpoint(cls, path: Path | None, *, context: int = 512) -> Sizes:
         """The sizes of a model's file or folder, of which only the config is read."""
         from transformer import checkpoint
 
         return cls(SMOLLM2 if path is None else checkpoint.read_config(path), context)
 
 
-def cases(sizes: Sizes) -> Iterator[Case]:
+def bench_cases(sizes: Sizes) -> Iterator[Case]:
     """All cases, the operations first."""
     yield from _matmul(sizes.cfg)
     yield from _norm(sizes.cfg)
@@ -88,13 +78,13 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     yield from _attend(sizes.cfg)
     yield from _attend_cached(sizes.cfg, sizes.context)
     yield from _truncate(sizes.cfg)
-    for format in FORMATS:
-        yield prefill(sizes.cfg, format)
-    for format in FORMATS:
+    for format in DTYPES:
+        yield prefill_case(sizes.cfg, format)
+    for format in DTYPES:
         for rows in (1, 8):
-            yield decode(sizes.cfg, format, rows, sizes.context)
+            yield decode_case(sizes.cfg, format, rows, sizes.context)
     for format in ("float32", "bfloat16"):
-        yield _embed(sizes.encoder, format)
+        yield _embed_case(sizes.encoder, format)
 
 
 # --- operations ---------------------------------------------------------------------------------
@@ -103,13 +93,20 @@ def cases(sizes: Sizes) -> Iterator[Case]:
 def _matmul(cfg: Config) -> Iterator[Case]:
     shapes = {"gate": (cfg.d_ff, cfg.d_model), "down": (cfg.d_model, cfg.d_ff)}
     shapes["head"] = (cfg.vocab_size, cfg.d_model)
-    wanted = [("gate", 1), ("gate", 8), ("gate", PROMPT), ("down", 1), ("head", 1), ("head", 8)]
-    for format in FORMATS:
+    wanted = [
+        ("gate", 1),
+        ("gate", 8),
+        ("gate", PROMPT_LENGTH),
+        ("down", 1),
+        ("head", 1),
+        ("head", 8),
+    ]
+    for format in DTYPES:
         for part, rows in wanted:
             out, inner = shapes[part]
 
             def inputs(out=out, inner=inner, rows=rows, format=format) -> tuple:
-                p = as_format(Linear(weight=_normal(out, inner)), format)
+                p = as_dtype(Linear(weight=_normal(out, inner)), format)
                 return _normal(rows, inner, seed=1), p.weight, p.scale
 
             yield Case(
@@ -120,13 +117,13 @@ def _matmul(cfg: Config) -> Iterator[Case]:
                 flops=2 * rows * out * inner,
                 dtype=format,
                 expected=in_float64(functools.partial(kernels.matmul, impl="reference")),
-                cold=(1, 2),
-                sweep=_model_bytes(cfg, format),
+                cold_argnums=(1, 2),
+                reuse_distance=_model_bytes(cfg, format),
             )
 
 
 def _norm(cfg: Config) -> Iterator[Case]:
-    for rows, has_bias in ((1, False), (PROMPT, False), (PROMPT, True)):
+    for rows, has_bias in ((1, False), (PROMPT_LENGTH, False), (PROMPT_LENGTH, True)):
 
         def inputs(rows=rows, has_bias=has_bias) -> tuple:
             bias = _normal(cfg.d_model, seed=2) if has_bias else None
@@ -146,7 +143,7 @@ def _norm(cfg: Config) -> Iterator[Case]:
 
 
 def _rotate(cfg: Config) -> Iterator[Case]:
-    for length in (1, PROMPT):
+    for length in (1, PROMPT_LENGTH):
 
         def inputs(length=length) -> tuple:
             angles = rope.angles(100 + np.arange(length)[None], cfg.head_dim, 10_000.0)
@@ -166,14 +163,14 @@ def _rotate(cfg: Config) -> Iterator[Case]:
 def _gated_mlp(cfg: Config) -> Iterator[Case]:
     if cfg.mlp == "gelu":
         return
-    for format in FORMATS:
-        for rows in (1, PROMPT):
+    for format in DTYPES:
+        for rows in (1, PROMPT_LENGTH):
 
             def inputs(rows=rows, format=format) -> tuple:
                 gate, up = (_normal(cfg.d_ff, cfg.d_model, seed=i, scale=0.02) for i in (1, 2))
                 down = _normal(cfg.d_model, cfg.d_ff, seed=3, scale=0.02)
                 weights = {"gate": Linear(gate), "up": Linear(up), "down": Linear(down)}
-                p = as_format(weights, format, wide=rotation.wide_in_int8(cfg))
+                p = as_dtype(weights, format, skip_modules=quarot.int8_skip_modules(cfg))
                 return _normal(1, rows, cfg.d_model), p["gate"], p["up"], p["down"]
 
             def function(x, gate, up, down, *, impl=None):
@@ -187,13 +184,13 @@ def _gated_mlp(cfg: Config) -> Iterator[Case]:
                 flops=6 * rows * cfg.d_model * cfg.d_ff,
                 dtype=format,
                 expected=in_float64(functools.partial(function, impl="reference")),
-                cold=(1, 2, 3),
-                sweep=_model_bytes(cfg, format),
+                cold_argnums=(1, 2, 3),
+                reuse_distance=_model_bytes(cfg, format),
             )
 
 
 def _attend(cfg: Config) -> Iterator[Case]:
-    for length in (PROMPT, 4 * PROMPT):
+    for length in (PROMPT_LENGTH, 4 * PROMPT_LENGTH):
 
         def inputs(length=length) -> tuple:
             heads = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
@@ -211,19 +208,19 @@ def _attend(cfg: Config) -> Iterator[Case]:
 
 
 def _attend_cached(cfg: Config, context: int) -> Iterator[Case]:
-    chunk = -(-context // cache.BLOCK) * cache.BLOCK
+    chunk = -(-context // cache.BLOCK_SIZE) * cache.BLOCK_SIZE
     for stored, rows, length, start in (
         ("float32", 1, 1, context),
         ("bfloat16", 1, 1, context),
         ("bfloat16", 4, 1, context),
-        ("float32", 1, PROMPT, chunk),
-        ("bfloat16", 1, PROMPT, chunk),
+        ("float32", 1, PROMPT_LENGTH, chunk),
+        ("bfloat16", 1, PROMPT_LENGTH, chunk),
     ):
 
         def inputs(stored=stored, rows=rows, length=length, start=start) -> tuple:
             one = dataclasses.replace(cfg, num_layers=1)
             total = start + length
-            memory, tables, _ = _filled(one, stored, rows, total, room=1)
+            memory, tables, _ = _filled_cache(one, stored, rows, total, room=1)
             starts = jnp.full(rows, start, jnp.int32)
             q = _normal(rows, length, cfg.num_heads, cfg.head_dim)
             return q, memory.keys[0], memory.values[0], tables, starts
@@ -239,8 +236,8 @@ def _attend_cached(cfg: Config, context: int) -> Iterator[Case]:
             flops=4 * width * seen,
             bytes=kept * jnp.dtype(stored).itemsize + 8 * rows * length * width,
             expected=in_float64(functools.partial(kernels.attend_cached, impl="reference")),
-            cold=(1, 2),
-            sweep=_model_bytes(cfg, stored) if length == 1 else 0.0,
+            cold_argnums=(1, 2),
+            reuse_distance=_model_bytes(cfg, stored) if length == 1 else 0.0,
         )
 
 
@@ -261,77 +258,77 @@ def _truncate(cfg: Config) -> Iterator[Case]:
             inputs=inputs,
             flops=4 * cfg.vocab_size,
             expected=in_float64(lambda *args, f=reference: jax.nn.softmax(f(*args))),
-            result=jax.nn.softmax,
+            select_output=jax.nn.softmax,
         )
 
 
 # --- programs -----------------------------------------------------------------------------------
 
 
-def prefill(cfg: Config, format: str) -> Case:
+def prefill_case(cfg: Config, dtype: str) -> Case:
     """Reading a prompt of `PROMPT` tokens in one piece."""
-    ids = np.random.default_rng(3).integers(0, cfg.vocab_size, (1, PROMPT)).astype(np.int32)
-    starts, last = np.zeros(1, np.int32), np.int32(PROMPT - 1)
+    ids = np.random.default_rng(3).integers(0, cfg.vocab_size, (1, PROMPT_LENGTH)).astype(np.int32)
+    starts, last = np.zeros(1, np.int32), np.int32(PROMPT_LENGTH - 1)
 
     def inputs() -> tuple:
-        memory, tables, _ = _filled(cfg, _stored(format), 1, 0, room=PROMPT)
-        return weights(cfg, format), memory, ids, tables, starts, last
+        memory, tables, _ = _filled_cache(cfg, _cache_dtype(dtype), 1, 0, room=PROMPT_LENGTH)
+        return random_params(cfg, dtype), memory, ids, tables, starts, last
 
-    width, attended = cfg.num_heads * cfg.head_dim, PROMPT * (PROMPT + 1) / 2
+    width, attended = cfg.num_heads * cfg.head_dim, PROMPT_LENGTH * (PROMPT_LENGTH + 1) / 2
     return Case(
-        name=f"prefill 1x{PROMPT} {format}",
+        name=f"prefill 1x{PROMPT_LENGTH} {dtype}",
         function=lambda params, *rest: generate.prefill(params, cfg, *rest),
         inputs=inputs,
-        flops=2 * PROMPT * _layer_weights(cfg)
+        flops=2 * PROMPT_LENGTH * _num_layer_weights(cfg)
         + 2 * cfg.vocab_size * cfg.d_model
         + 4 * width * attended * cfg.num_layers,
-        bytes=_model_bytes(cfg, format) + PROMPT * position_bytes(cfg, format),
-        dtype=format,
+        bytes=_model_bytes(cfg, dtype) + PROMPT_LENGTH * kv_bytes_per_token(cfg, dtype),
+        dtype=dtype,
         expected=None if cfg.rope_scaling else lambda *_: _exact_prefill(cfg, ids.tobytes()),
-        result=lambda out: out[0],
-        donated=(1,),
-        again=lambda before, out: (before[0], out[1], *before[2:]),
+        select_output=lambda out: out[0],
+        donate_argnums=(1,),
+        next_inputs=lambda before, out: (before[0], out[1], *before[2:]),
     )
 
 
-def decode(cfg: Config, format: str, rows: int, context: int) -> Case:
+def decode_case(cfg: Config, dtype: str, rows: int, context: int) -> Case:
     """A decoding step: reading one token of each row, and choosing the likeliest next."""
     ids = np.random.default_rng(4).integers(0, cfg.vocab_size, rows).astype(np.int32)
-    settings = [sampling.Sampling(temperature=0.0)] * rows
-    how = sampling.settings(settings, [0] * rows, [1] * rows, range(rows))
+    settings = [sampling.SamplingParams(temperature=0.0)] * rows
+    how = sampling.batch_sampling_params(settings, [0] * rows, [1] * rows, range(rows))
 
     def inputs() -> tuple:
-        memory, tables, _ = _filled(cfg, _stored(format), rows, context, room=1)
-        past = sampling.history(rows, cfg.vocab_size)
+        memory, tables, _ = _filled_cache(cfg, _cache_dtype(dtype), rows, context, room=1)
+        past = sampling.init_penalty_state(rows, cfg.vocab_size)
         starts = np.full(rows, context, np.int32)
-        return weights(cfg, format), memory, past, ids, tables, starts, how
+        return random_params(cfg, dtype), memory, past, ids, tables, starts, how
 
     def function(params, *rest):
         return generate.decode(params, cfg, *rest, num_ids=cfg.vocab_size)
 
     def expected(*_) -> np.ndarray:
-        past = _filled(cfg, "float32", rows, context, room=1)[2]
-        logits = exact.decoder(weights(cfg, "float32"), cfg, ids[:, None], past)
+        past = _filled_cache(cfg, "float32", rows, context, room=1)[2]
+        logits = exact.decoder(random_params(cfg, "float32"), cfg, ids[:, None], past)
         logprobs = np.sort(exact.log_softmax(logits), axis=-1)[:, ::-1]
-        return logprobs[:, : sampling.MAX_TOP]
+        return logprobs[:, : sampling.MAX_TOP_LOGPROBS]
 
     width = cfg.num_heads * cfg.head_dim
     return Case(
-        name=f"decode {rows}x1 behind {context} {format}",
+        name=f"decode {rows}x1 behind {context} {dtype}",
         function=function,
         inputs=inputs,
-        flops=2 * rows * (_layer_weights(cfg) + cfg.vocab_size * cfg.d_model)
+        flops=2 * rows * (_num_layer_weights(cfg) + cfg.vocab_size * cfg.d_model)
         + 4 * rows * width * (context + 1) * cfg.num_layers,
-        bytes=_model_bytes(cfg, format) + rows * (context + 1) * position_bytes(cfg, format),
-        dtype=format,
+        bytes=_model_bytes(cfg, dtype) + rows * (context + 1) * kv_bytes_per_token(cfg, dtype),
+        dtype=dtype,
         expected=None if cfg.rope_scaling else expected,
-        result=lambda out: out[0].top_logprobs,
-        donated=(1, 2),
-        again=lambda before, out: (before[0], out[1], out[2], *before[3:]),
+        select_output=lambda out: out[0].top_logprobs,
+        donate_argnums=(1, 2),
+        next_inputs=lambda before, out: (before[0], out[1], out[2], *before[3:]),
     )
 
 
-def _embed(cfg: encoder.Config, format: str) -> Case:
+def _embed_case(cfg: encoder.Config, format: str) -> Case:
     """Four texts of 256 tokens to vectors."""
     shape = (4, 256)
     ids = np.random.default_rng(5).integers(0, cfg.vocab_size, shape).astype(np.int32)
@@ -340,7 +337,7 @@ def _embed(cfg: encoder.Config, format: str) -> Case:
 
     def inputs() -> tuple:
         params = encoder.init(jax.random.key(0), cfg)
-        return as_format(params, format), ids, segments
+        return as_dtype(params, format), ids, segments
 
     def expected(_, ids, segments) -> np.ndarray:
         return exact.encoder(encoder.init(jax.random.key(0), cfg), cfg, ids)
@@ -353,14 +350,14 @@ def _embed(cfg: encoder.Config, format: str) -> Case:
         bytes=matrices * jnp.dtype(format).itemsize + 4 * tokens * cfg.d_model,
         dtype=format,
         expected=expected,
-        result=lambda out: out[:, 0],
+        select_output=lambda out: out[:, 0],
     )
 
 
 # --- inputs -------------------------------------------------------------------------------------
 
 
-def as_format(tree, format: str, *, wide: Collection[str] = ()):
+def as_dtype(tree, dtype: str, *, skip_modules: Collection[str] = ()):
     """Every linear map of a tree in a format, as loading a checkpoint would make it.
 
     Args:
@@ -368,9 +365,9 @@ def as_format(tree, format: str, *, wide: Collection[str] = ()):
     """
 
     def change(path, part):
-        if not isinstance(part, Linear) or format == "float32":
+        if not isinstance(part, Linear) or dtype == "float32":
             return part
-        if format == "int8" and not (path and _name(path) in wide):
+        if dtype == "int8" and not (path and _name(path) in skip_modules):
             return layers.quantize(part)
         return part.replace(weight=part.weight.astype(jnp.bfloat16))
 
@@ -386,19 +383,21 @@ def _is_linear(node) -> bool:
 
 
 @functools.lru_cache(maxsize=3)
-def weights(cfg: Config, format: str) -> decoder.Params:
+def random_params(cfg: Config, dtype: str) -> decoder.Params:
     """Random weights; the same numbers in each format."""
-    if format == "float32":
+    if dtype == "float32":
         return decoder.init(jax.random.key(0), cfg)
-    return as_format(weights(cfg, "float32"), format, wide=rotation.wide_in_int8(cfg))
+    return as_dtype(
+        random_params(cfg, "float32"), dtype, skip_modules=quarot.int8_skip_modules(cfg)
+    )
 
 
 @functools.lru_cache(maxsize=1)  # the three formats ask for the same
 def _exact_prefill(cfg: Config, ids: bytes) -> np.ndarray:
-    return exact.decoder(weights(cfg, "float32"), cfg, np.frombuffer(ids, np.int32)[None])
+    return exact.decoder(random_params(cfg, "float32"), cfg, np.frombuffer(ids, np.int32)[None])
 
 
-def _filled(cfg: Config, stored: str, rows: int, length: int, *, room: int):
+def _filled_cache(cfg: Config, stored: str, rows: int, length: int, *, room: int):
     """A cache that holds `length` random positions for each row, and has room for more.
 
     Returns:
@@ -409,7 +408,7 @@ def _filled(cfg: Config, stored: str, rows: int, length: int, *, room: int):
     tables = np.arange(1, rows * per_row + 1, dtype=np.int32).reshape(rows, per_row)
     keys, values, past = [], [], []
     append = jax.jit(cache.append, donate_argnums=(0, 1))
-    whole = cache.blocks_for(length) * cache.BLOCK  # what is appended, in whole blocks
+    whole = cache.blocks_for(length) * cache.BLOCK_SIZE  # what is appended, in whole blocks
     for i in range(cfg.num_layers):
         k, v = (
             _normal(rows, whole, cfg.num_kv_heads, cfg.head_dim, seed=2 * i + part)
@@ -421,7 +420,7 @@ def _filled(cfg: Config, stored: str, rows: int, length: int, *, room: int):
         keys.append(pools[0])
         values.append(pools[1])
         past.append((k[:, :length], v[:, :length]))
-    return cache.Cache(keys=tuple(keys), values=tuple(values)), tables, past
+    return cache.KVCache(keys=tuple(keys), values=tuple(values)), tables, past
 
 
 def _normal(*shape: int, seed: int = 0, scale: float = 1.0) -> jax.Array:
@@ -429,7 +428,7 @@ def _normal(*shape: int, seed: int = 0, scale: float = 1.0) -> jax.Array:
     return jnp.asarray(numbers * np.float32(scale))
 
 
-def _stored(format: str) -> str:
+def _cache_dtype(format: str) -> str:
     """What keys and values are kept in beside weights of a format, as a server does."""
     return "float32" if format == "float32" else "bfloat16"
 
@@ -437,7 +436,7 @@ def _stored(format: str) -> str:
 # --- arithmetic ---------------------------------------------------------------------------------
 
 
-def _layer_weights(cfg: Config) -> int:
+def _num_layer_weights(cfg: Config) -> int:
     """Weights of all products of all layers."""
     infos = jax.tree.leaves(decoder.abstract(cfg).layers)
     return sum(int(np.prod(info.shape)) for info in infos if len(info.shape) == 2)
@@ -451,12 +450,12 @@ def _model_bytes(cfg: Config, format: str) -> float:
     total = 0.0
     for path, part in parts:
         if _is_linear(part):
-            is_wide = format == "int8" and _name(path) in rotation.wide_in_int8(cfg)
+            is_wide = format == "int8" and _name(path) in quarot.int8_skip_modules(cfg)
             own = "bfloat16" if is_wide else format
             total += np.prod(part.weight.shape) * jnp.dtype(own).itemsize
     return total
 
 
-def position_bytes(cfg: Config, format: str) -> int:
+def kv_bytes_per_token(cfg: Config, format: str) -> int:
     """Keys and values of one position in all layers."""
-    return cache.bytes_per_block(cfg, jnp.dtype(_stored(format))) // cache.BLOCK
+    return cache.bytes_per_block(cfg, jnp.dtype(_cache_dtype(format))) // cache.BLOCK_SIZE

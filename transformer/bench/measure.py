@@ -16,11 +16,11 @@ import numpy as np
 
 from transformer import kernels
 from transformer.bench.case import Case, Contender
-from transformer.bench.peaks import Roofs
+from transformer.bench.peaks import Peaks
 
 _SAMPLE_SECONDS = 1e-3  # a sample repeats its call until it takes so long
-_MOST_SAMPLES = 1000
-_FEWEST_SAMPLES = 5
+_MAX_SAMPLES = 1000
+_MIN_SAMPLES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Result:
     ratio: float = 1.0  # of the first contender's time to this one's: the median over the turns
 
 
-class _Ready:
+class _CompiledContender:
     """A contender, compiled, with its arguments.
 
     Raises:
@@ -57,8 +57,8 @@ class _Ready:
     def __init__(self, contender: Contender, arguments: list[tuple]):
         self.contender, self._case = contender, contender.case
         self._arguments, self._turn = arguments, 0
-        with kernels.trying(**contender.tried):
-            program = jax.jit(self._case.function, donate_argnums=self._case.donated)
+        with kernels.override(**contender.overrides):
+            program = jax.jit(self._case.function, donate_argnums=self._case.donate_argnums)
             started = time.perf_counter()
             self._run = program.lower(*arguments[0]).compile()
             self.compile_seconds = time.perf_counter() - started
@@ -72,8 +72,8 @@ class _Ready:
         self._turn += 1
         out = self._run(*self._arguments[i])
         jax.block_until_ready(out)
-        if self._case.again is not None:
-            self._arguments[i] = self._case.again(self._arguments[i], out)
+        if self._case.next_inputs is not None:
+            self._arguments[i] = self._case.next_inputs(self._arguments[i], out)
         return out
 
     def error(self) -> tuple[float | None, float | None]:
@@ -81,10 +81,10 @@ class _Ready:
         if self._case.expected is None:
             return None, None
         expected = np.asarray(self._case.expected(*self._arguments[0]), np.float64)
-        found = np.asarray(self._case.result(self()), np.float64)
+        found = np.asarray(self._case.select_output(self()), np.float64)
         if found.shape != expected.shape:
             raise ValueError(
-                f"{self._case.name}, {self.contender.form}: the result has shape {found.shape}, "
+                f"{self._case.name}, {self.contender.impl}: the result has shape {found.shape}, "
                 f"that in float64 {expected.shape}"
             )
         most = float(np.max(np.abs(found - expected)))
@@ -98,14 +98,14 @@ class _Ready:
         return (time.perf_counter() - started) / calls
 
 
-def fresh_arguments(case: Case) -> list[tuple]:
+def argument_sets(case: Case) -> list[tuple]:
     """The arguments of a case, so many times that the cold ones leave the caches between uses."""
     first = case.inputs()
-    cold = sum(leaf.nbytes for i in case.cold for leaf in jax.tree.leaves(first[i]))
+    cold = sum(leaf.nbytes for i in case.cold_argnums for leaf in jax.tree.leaves(first[i]))
     found = [first]
-    for _ in range(math.ceil(case.sweep / cold) - 1 if cold else 0):
+    for _ in range(math.ceil(case.reuse_distance / cold) - 1 if cold else 0):
         own = list(first)
-        for i in case.cold:
+        for i in case.cold_argnums:
             own[i] = jax.tree.map(jnp.copy, first[i])
         found.append(tuple(own))
     return jax.block_until_ready(found)
@@ -113,7 +113,7 @@ def fresh_arguments(case: Case) -> list[tuple]:
 
 def measure(
     contenders: Sequence[Contender],
-    roofs: Roofs,
+    roofs: Peaks,
     *,
     seconds: float = 1.0,
     say: Callable[[str], None] | None = None,
@@ -128,19 +128,19 @@ def measure(
     Raises:
         kernels.Unavailable: see `say`.
     """
-    ready: list[_Ready] = []
+    ready: list[_CompiledContender] = []
     shared: dict[int, list[tuple]] = {}  # arguments that no call gives away
     for contender in contenders:
         case = contender.case
-        arguments = fresh_arguments(case) if case.donated else shared.get(id(case))
+        arguments = argument_sets(case) if case.donate_argnums else shared.get(id(case))
         if arguments is None:
-            arguments = shared[id(case)] = fresh_arguments(case)
+            arguments = shared[id(case)] = argument_sets(case)
         try:
-            ready.append(_Ready(contender, arguments))
+            ready.append(_CompiledContender(contender, arguments))
         except kernels.Unavailable as error:
             if say is None:
                 raise
-            say(f"{case.name}, {contender.form}: {error}")
+            say(f"{case.name}, {contender.impl}: {error}")
     if not ready:
         return []
     errors = [one.error() for one in ready]
@@ -150,8 +150,8 @@ def measure(
         calls.append(math.ceil(_SAMPLE_SECONDS / once))
     times: list[list[float]] = [[] for _ in ready]
     started = time.perf_counter()
-    while len(times[0]) < _FEWEST_SAMPLES or (
-        time.perf_counter() - started < seconds * len(ready) and len(times[0]) < _MOST_SAMPLES
+    while len(times[0]) < _MIN_SAMPLES or (
+        time.perf_counter() - started < seconds * len(ready) and len(times[0]) < _MAX_SAMPLES
     ):
         first = len(times[0]) % len(ready)  # nobody always runs behind the same neighbour
         for i in [*range(first, len(ready)), *range(first)]:
@@ -159,13 +159,13 @@ def measure(
     results = []
     for i, one in enumerate(ready):
         case, taken = one.contender.case, sorted(times[i])
-        roof, bound = roofs.seconds(case.flops, one.bytes, case.dtype)
+        roof, bound = roofs.roofline_seconds(case.flops, one.bytes, case.dtype)
         median = statistics.median(taken)
         turns = [first / own for first, own in zip(times[0], times[i], strict=True)]
         results.append(
             Result(
                 case=case.name,
-                form=one.contender.form,
+                form=one.contender.impl,
                 dtype=case.dtype,
                 min=taken[0],
                 median=median,
@@ -188,17 +188,17 @@ def measure(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class BenchPlan:
     """What to measure, and what to do with it. Raises ValueError for a form that is not there."""
 
     names: Sequence[str] = ()  # beginnings of the names of cases; none: all
-    forms: bool = False  # every form of each operation, beside the chosen one
-    tried: Mapping[str, str] = dataclasses.field(default_factory=dict)  # operation: form
+    all_impls: bool = False  # every form of each operation, beside the chosen one
+    overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)  # operation: form
     seconds: float = 1.0
 
     def __post_init__(self) -> None:
-        for operation, form in self.tried.items():
-            kernels.find(operation, form)
+        for operation, form in self.overrides.items():
+            kernels.get_impl(operation, form)
 
     def select(self, cases: Iterable[Case]) -> list[Case]:
         """The cases that are meant.
@@ -216,17 +216,17 @@ class Plan:
     def contenders(self, case: Case) -> list[Contender]:
         """A case as the table has it, and its rivals."""
         found = [Contender(case=case)]
-        if self.tried:
-            name = ", ".join(f"{operation}={form}" for operation, form in self.tried.items())
-            found.append(Contender(case=case, form=name, tried=self.tried))
-        if self.forms and case.operation is not None:
-            for form in kernels.FORMS[case.operation]:
-                found.append(Contender(case=case, form=form, tried={case.operation: form}))
+        if self.overrides:
+            name = ", ".join(f"{operation}={form}" for operation, form in self.overrides.items())
+            found.append(Contender(case=case, impl=name, overrides=self.overrides))
+        if self.all_impls and case.operation is not None:
+            for form in kernels.IMPLS[case.operation]:
+                found.append(Contender(case=case, impl=form, overrides={case.operation: form}))
         return found
 
 
 def run(
-    plan: Plan, cases: Iterable[Case], found: Roofs, *, say: Callable[[str], None]
+    plan: BenchPlan, cases: Iterable[Case], found: Peaks, *, say: Callable[[str], None]
 ) -> Iterator[list[Result]]:
     """Measures case after case: for each, its contenders. Forms that do not run here are said."""
     for case in cases:
@@ -234,7 +234,7 @@ def run(
             yield results
 
 
-def parse_forms(pairs: Iterable[str]) -> dict[str, str]:
+def parse_overrides(pairs: Iterable[str]) -> dict[str, str]:
     """["norm=reference"] as a dictionary.
 
     Raises:

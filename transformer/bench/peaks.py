@@ -21,21 +21,21 @@ _GEMM_SIDE = 2048
 
 
 @dataclass(frozen=True)
-class Roofs:
+class Peaks:
     """What this machine can do."""
 
     bytes_per_second: float
     flops_per_second: dict[str, float]  # by dtype of the products
     call_seconds: float  # calling a compiled function that does nothing, and waiting for it
 
-    def seconds(self, flops: float, num_bytes: float, dtype: str) -> tuple[float, str]:
+    def roofline_seconds(self, flops: float, num_bytes: float, dtype: str) -> tuple[float, str]:
         """The least time some work could take, and what bounds it: "memory" or "arithmetic"."""
         reading = num_bytes / self.bytes_per_second
         computing = flops / self.flops_per_second[dtype]
         return max((reading, "memory"), (computing, "arithmetic"))
 
 
-def roofs(dtypes: Iterable[str] = ("float32", "bfloat16", "int8")) -> Roofs:
+def measure_peaks(dtypes: Iterable[str] = ("float32", "bfloat16", "int8")) -> Peaks:
     """Measures the machine: reading 1 GB in a product with one row, and square products."""
     rows = 2048
 
@@ -44,7 +44,7 @@ def roofs(dtypes: Iterable[str] = ("float32", "bfloat16", "int8")) -> Roofs:
 
     best = min(
         _best(lambda x, w, form=form: kernels.matmul(x, w, impl=form), read())
-        for form in ("dot", "slices")
+        for form in ("dot", "split_weight")
     )
     flops = {}
     for dtype in dtypes:
@@ -55,7 +55,7 @@ def roofs(dtypes: Iterable[str] = ("float32", "bfloat16", "int8")) -> Roofs:
         )
         flops[dtype] = 2 * _GEMM_SIDE**3 / seconds
     idle = _best(lambda x: x, (jnp.ones(1),))
-    return Roofs(_READ_BYTES / best, flops, idle)
+    return Peaks(_READ_BYTES / best, flops, idle)
 
 
 def _best(function: Callable[..., Any], inputs: tuple) -> float:
@@ -68,7 +68,7 @@ def _best(function: Callable[..., Any], inputs: tuple) -> float:
     return min(times)
 
 
-def machine(found: Roofs) -> dict[str, Any]:
+def machine(found: Peaks) -> dict[str, Any]:
     """What a figure must be read with."""
     return {
         "processor": _processor(),

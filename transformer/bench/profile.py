@@ -24,9 +24,9 @@ from typing import Any
 
 import jax
 
-from transformer.bench import decoder_cases as cases
-from transformer.bench.peaks import Roofs
-from transformer.bench.report import announce, columns, duration
+from transformer.bench import decoder_cases
+from transformer.bench.peaks import Peaks
+from transformer.bench.report import align_columns, format_duration, probe_machine
 from transformer.weights import Linear
 
 _STEPS = 12  # profiled; JAX keeps at most a million events
@@ -43,14 +43,14 @@ STAGES = {
     "choosing the token": r"sample",
 }
 OTHER = "additions, activations, lookups"
-BETWEEN = "between instructions"
+IDLE = "between instructions"
 
 
-def where(
-    sizes: cases.Sizes,
-    roofs: Roofs,
+def profile_decode(
+    sizes: decoder_cases.Sizes,
+    roofs: Peaks,
     *,
-    formats: tuple[str, ...] = cases.FORMATS,
+    dtypes: tuple[str, ...] = decoder_cases.DTYPES,
     rows: int = 1,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
@@ -62,22 +62,22 @@ def where(
         must be read.
     """
     found = []
-    for format in formats:
+    for format in dtypes:
         say(f"profiling a decoding step in {format}")
-        case = cases.decode(sizes.cfg, format, rows, sizes.context)
+        case = decoder_cases.decode_case(sizes.cfg, format, rows, sizes.context)
         arguments = case.inputs()
-        program = jax.jit(case.function, donate_argnums=case.donated)
+        program = jax.jit(case.function, donate_argnums=case.donate_argnums)
         compiled = program.lower(*arguments).compile()
-        names = labels(compiled.as_text())
+        names = instruction_origins(compiled.as_text())
 
         def step(run=compiled, case=case) -> None:
             nonlocal arguments
             out = jax.block_until_ready(run(*arguments))
-            arguments = case.again(arguments, out)
+            arguments = case.next_inputs(arguments, out)
 
-        plain = _seconds(step)
-        spent, profiled = profile(step, names)
-        must = _bytes(sizes, format, rows, arguments[0])
+        plain = _median_seconds(step)
+        spent, profiled = profile_step(step, names)
+        must = _required_bytes(sizes, format, rows, arguments[0])
         stages = [
             {
                 "stage": stage,
@@ -93,7 +93,7 @@ def where(
     return found
 
 
-def labels(text: str) -> dict[str, str]:
+def instruction_origins(text: str) -> dict[str, str]:
     """What each instruction of a compiled program came from, by its name.
 
     Args:
@@ -115,7 +115,7 @@ def labels(text: str) -> dict[str, str]:
     return known
 
 
-def profile(
+def profile_step(
     step: Callable[[], None], names: Mapping[str, str]
 ) -> tuple[collections.Counter, float]:
     """Seconds a step by stage, and the seconds of a whole step, under the profiler.
@@ -139,13 +139,13 @@ def profile(
         raise RuntimeError("the profiler saw no instruction of the program: is the platform known?")
     spent: collections.Counter = collections.Counter()
     for thread in threads.values():
-        for name, microseconds in _own_times(thread):
+        for name, microseconds in _self_times(thread):
             spent[_stage(names.get(name, ""))] += microseconds * 1e-6 / _STEPS
-    spent[BETWEEN] = max(whole - sum(spent.values()), 0.0)
+    spent[IDLE] = max(whole - sum(spent.values()), 0.0)
     return spent, whole
 
 
-def _own_times(events: list[dict[str, Any]]) -> list[tuple[str, float]]:
+def _self_times(events: list[dict[str, Any]]) -> list[tuple[str, float]]:
     """(instruction, microseconds) of one thread, without what stands within: a loop's body."""
     events.sort(key=lambda event: (event["ts"], -event["dur"]))
     found, open_ = [], []  # open_: (end, index) of what has begun and not ended
@@ -163,7 +163,7 @@ def _stage(label: str) -> str:
     return next((stage for stage, pattern in STAGES.items() if re.search(pattern, label)), OTHER)
 
 
-def _seconds(step: Callable[[], None]) -> float:
+def _median_seconds(step: Callable[[], None]) -> float:
     """The median of a step without a profiler."""
     times = []
     for _ in range(20):
@@ -173,7 +173,7 @@ def _seconds(step: Callable[[], None]) -> float:
     return statistics.median(times[3:])
 
 
-def _bytes(sizes: cases.Sizes, format: str, rows: int, params) -> dict[str, float]:
+def _required_bytes(sizes: decoder_cases.Sizes, format: str, rows: int, params) -> dict[str, float]:
     """What the stages must read."""
 
     def size(parts) -> int:
@@ -181,7 +181,7 @@ def _bytes(sizes: cases.Sizes, format: str, rows: int, params) -> dict[str, floa
         return sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
 
     layers = params.layers
-    cached = rows * (sizes.context + 1) * cases.position_bytes(sizes.cfg, format)
+    cached = rows * (sizes.context + 1) * decoder_cases.kv_bytes_per_token(sizes.cfg, format)
     return {
         "attention over the cache": cached,
         "products q, k, v, out": sum(size((x.q, x.k, x.v, x.out)) for x in layers),
@@ -190,30 +190,32 @@ def _bytes(sizes: cases.Sizes, format: str, rows: int, params) -> dict[str, floa
     }
 
 
-def show(found: list[dict[str, Any]]) -> str:
+def format_profile(found: list[dict[str, Any]]) -> str:
     """The tables, one a format."""
     parts = []
     for one in found:
         whole = one["profiled"]
         title = f"{one['format']}: {one['rows']} row behind {one['context']} tokens; a step takes "
-        title += f"{duration(one['step'])}, {duration(whole)} under the profiler, "
-        title += f"{duration(one['roof'])} by the roof"
+        title += f"{format_duration(one['step'])}, {format_duration(whole)} under the profiler, "
+        title += f"{format_duration(one['roof'])} by the roof"
         rows = []
         for stage in one["stages"]:
             roof, taken = stage["roof"], stage["seconds"]
             cells = ["-"] * 4
             if roof is not None:
                 cells = [f"{stage['bytes'] / 1e6:.3g} MB", f"{stage['bytes'] / taken / 1e9:.3g}"]
-                cells += [duration(roof), f"{100 * roof / taken:.0f} %"]
-            rows.append([stage["stage"], duration(taken), f"{100 * taken / whole:.0f} %", *cells])
+                cells += [format_duration(roof), f"{100 * roof / taken:.0f} %"]
+            rows.append(
+                [stage["stage"], format_duration(taken), f"{100 * taken / whole:.0f} %", *cells]
+            )
         head = ["OPERATION", "A STEP", "SHARE", "MUST READ", "GB/S", "ROOF", "OF ROOF"]
-        parts.append(f"{title}\n{columns(head, rows)}")
+        parts.append(f"{title}\n{align_columns(head, rows)}")
     return "\n\n".join(parts)
 
 
-def report(sizes: cases.Sizes, *, as_json: bool, say: Callable[[str], None]) -> int:
+def report(sizes: decoder_cases.Sizes, *, as_json: bool, say: Callable[[str], None]) -> int:
     """Prints where a decoded token's time goes; returns an exit status."""
-    found, about = announce(say)
-    rows = where(sizes, found, say=say)
-    print(json.dumps({"machine": about, "where": rows}) if as_json else show(rows))
+    found, about = probe_machine(say)
+    rows = profile_decode(sizes, found, say=say)
+    print(json.dumps({"machine": about, "where": rows}) if as_json else format_profile(rows))
     return 0

@@ -11,25 +11,30 @@ from typing import Any
 import numpy as np
 
 from transformer.bench.case import Case
-from transformer.bench.measure import Plan, Result, run
-from transformer.bench.peaks import Roofs, machine, roofs
+from transformer.bench.measure import BenchPlan, Result, run
+from transformer.bench.peaks import Peaks, machine, measure_peaks
 
 
-def table(results: Sequence[Result], *, has_turns: bool = False) -> str:
+def format_table(results: Sequence[Result], *, has_turns: bool = False) -> str:
     """The results in columns; with turns, how many times as fast as the first each one is."""
     head = ["CASE", "FORM", "MEDIAN", "MIN", "P80", "N", "GFLOP/S", "GB/S", "ROOF", "OF ROOF"]
     head += ["ERROR", "COMPILE"] + (["SPEED"] if has_turns else [])
     rows = []
     for one in results:
         error = "-" if one.relative_error is None else f"{one.relative_error:.0e}"
-        row = [one.case, one.form, *map(duration, (one.median, one.min, one.p80)), str(one.n)]
-        row += [f"{one.gflops:.3g}", f"{one.gbs:.3g}", f"{duration(one.roof)} {one.bound}"]
-        row += [f"{one.percent:.0f} %", error, duration(one.compile)]
+        row = [
+            one.case,
+            one.form,
+            *map(format_duration, (one.median, one.min, one.p80)),
+            str(one.n),
+        ]
+        row += [f"{one.gflops:.3g}", f"{one.gbs:.3g}", f"{format_duration(one.roof)} {one.bound}"]
+        row += [f"{one.percent:.0f} %", error, format_duration(one.compile)]
         rows.append(row + ([f"x{one.ratio:.2f}"] if has_turns else []))
-    return columns(head, rows, left=2)
+    return align_columns(head, rows, left=2)
 
 
-def columns(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+def align_columns(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     """Aligned columns, the first `left` of them to the left, the others to the right."""
     lines = [head, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -42,7 +47,7 @@ def columns(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1
     )
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Three digits and a unit."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
@@ -52,10 +57,10 @@ def duration(seconds: float) -> str:
 
 def write(path: Path, about: Mapping[str, Any], results: Sequence[Result]) -> None:
     """Saves JSON lines: first {"machine": ...}, then one object a result."""
-    Path(path).write_text("".join(f"{line}\n" for line in lines(about, results)), "utf-8")
+    Path(path).write_text("".join(f"{line}\n" for line in json_lines(about, results)), "utf-8")
 
 
-def lines(about: Mapping[str, Any], results: Iterable[Result]) -> Iterator[str]:
+def json_lines(about: Mapping[str, Any], results: Iterable[Result]) -> Iterator[str]:
     """The JSON lines of `write`."""
     yield json.dumps({"machine": about})
     for result in results:
@@ -86,7 +91,7 @@ def compare(old: Sequence[Result], new: Sequence[Result]) -> str:
     rows = []
     for one in new:
         if (was := before.get((one.case, one.form))) is not None:
-            row = [one.case, one.form, duration(was.median), duration(one.median)]
+            row = [one.case, one.form, format_duration(was.median), format_duration(one.median)]
             row += [
                 f"x{was.median / one.median:.2f}",
                 f"{was.percent:.0f} %",
@@ -94,7 +99,7 @@ def compare(old: Sequence[Result], new: Sequence[Result]) -> str:
             ]
             rows.append(row)
     head = ["CASE", "FORM", "OLD", "NEW", "SPEED", "OF ROOF, OLD", "NEW"]
-    return columns(head, rows, left=2)
+    return align_columns(head, rows, left=2)
 
 
 def roofline(results: Sequence[Result], about: Mapping[str, Any], path: Path) -> None:
@@ -130,28 +135,28 @@ def roofline(results: Sequence[Result], about: Mapping[str, Any], path: Path) ->
     figure.savefig(path, dpi=150)
 
 
-def announce(say: Callable[[str], None]) -> tuple[Roofs, dict[str, Any]]:
+def probe_machine(say: Callable[[str], None]) -> tuple[Peaks, dict[str, Any]]:
     """Measures the machine and says what came of it; returns that, and the same for JSON."""
     say("measuring the machine")
-    found = roofs()
+    found = measure_peaks()
     about = machine(found)
     rates = ", ".join(f"{value:.0f} {name}" for name, value in about["roofs"]["gflops"].items())
     say(
         f"{about['processor']}, {about['cores']} cores, jax {about['jax']} on {about['platform']}: "
         f"reads {about['roofs']['gbs']:.1f} GB/s; multiplies, in GFLOP/s: {rates}; "
-        f"a call takes {duration(found.call_seconds)}"
+        f"a call takes {format_duration(found.call_seconds)}"
     )
     return found, about
 
 
 def report(
-    plan: Plan,
+    plan: BenchPlan,
     chosen: Sequence[Case],
     *,
     as_json: bool = False,
     save: Path | None = None,
     old: tuple[dict[str, Any], list[Result]] | None = None,
-    picture: Path | None = None,
+    roofline_path: Path | None = None,
     say: Callable[[str], None],
 ) -> int:
     """Measures the cases and prints what comes of it; returns an exit status.
@@ -161,15 +166,17 @@ def report(
         picture: where to draw the roofline.
         say: for progress.
     """
-    found, about = announce(say)
+    found, about = probe_machine(say)
     results: list[Result] = []
     for group in run(plan, chosen, found, say=say):
         results += group
-        say(f"{group[0].case}: {', '.join(f'{one.form} {duration(one.median)}' for one in group)}")
+        say(
+            f"{group[0].case}: {', '.join(f'{one.form} {format_duration(one.median)}' for one in group)}"
+        )
     if as_json:
-        print("\n".join(lines(about, results)))
+        print("\n".join(json_lines(about, results)))
     elif results:
-        print(table(results, has_turns=plan.forms or bool(plan.tried)))
+        print(format_table(results, has_turns=plan.all_impls or bool(plan.overrides)))
     if old is not None and results:
         if old[0]["processor"] != about["processor"] or old[0]["jax"] != about["jax"]:
             say(f"the other figures are from {old[0]['processor']}, jax {old[0]['jax']}")
@@ -177,6 +184,6 @@ def report(
         say(text) if as_json else print(f"\n{text}")
     if save is not None:
         write(save, about, results)
-    if picture is not None:
-        roofline(results, about, picture)
+    if roofline_path is not None:
+        roofline(results, about, roofline_path)
     return 0 if results else 1

@@ -16,18 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer import families, rotation
+from transformer import families, quarot
 from transformer.checkpoint import gguf, safetensors
-from transformer.checkpoint.gguf import Tensor
-from transformer.checkpoint.names import Source, rows_of, sources
+from transformer.checkpoint.gguf import LazyTensor
+from transformer.checkpoint.names import TensorSource, rows_per_tensor, tensor_sources
 from transformer.config import Config
 from transformer.decoder import Params, abstract
 from transformer.weights import Linear
 
-Format = Literal["float32", "bfloat16", "int8"]
+Dtype = Literal["float32", "bfloat16", "int8"]
 
 # Rotary tables and masks that some exporters store though they follow from the config.
-_DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+_IGNORED_TENSORS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 # What names begin with, but for the head's; a model saved without its head lacks it.
 _PREFIXES = {"gpt2": "transformer."}
 _PREFIX = "model."  # of the other families
@@ -46,7 +46,7 @@ class Header(NamedTuple):
     """
 
     metadata: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, LazyTensor]
     cfg: Config
     scheme: str
     architecture: str
@@ -55,8 +55,8 @@ class Header(NamedTuple):
 def load(
     path: Path,
     *,
-    format: Format = "float32",
-    notify: Callable[[float], None] = lambda done: None,
+    dtype: Dtype = "float32",
+    on_progress: Callable[[float], None] = lambda done: None,
     header: Header | None = None,
 ) -> tuple[Params, Config, Mapping[str, Any]]:
     """Loads a decoder from a GGUF file or a Hugging Face folder.
@@ -78,7 +78,7 @@ def load(
     """
     path = Path(path)
     metadata, tensors, cfg, scheme, architecture = header or read_header(path)
-    return fill(tensors, cfg, scheme, architecture, path, format, notify), cfg, metadata
+    return build_params(tensors, cfg, scheme, architecture, path, dtype, on_progress), cfg, metadata
 
 
 def read_config(path: Path) -> Config:
@@ -89,7 +89,7 @@ def read_config(path: Path) -> Config:
 def read_header(path: Path) -> Header:
     """What `load` begins with. Raises what it raises."""
     if path.is_dir():
-        metadata, tensors = safetensors.read(path, ignore=_DERIVED)
+        metadata, tensors = safetensors.read(path, ignore=_IGNORED_TENSORS)
         cfg, scheme, architecture = families.from_hf(metadata), "hf", metadata["model_type"]
         prefix = _PREFIXES.get(architecture, _PREFIX)
         if not any(name.startswith(prefix) for name in tensors):  # as GPT-2's first files
@@ -116,46 +116,46 @@ def read_header(path: Path) -> Header:
     return Header(metadata, tensors, cfg, scheme, architecture)
 
 
-def check(path: Path, header: Header) -> None:
+def check_tensors(path: Path, header: Header) -> None:
     """Compare the names and shapes of tensors with those that the config asks for.
 
     Raises:
         ValueError: a tensor is missing, left over, or of another shape.
     """
-    _matched(header.tensors, header.cfg, header.scheme, header.architecture, path)
+    _match_tensors(header.tensors, header.cfg, header.scheme, header.architecture, path)
 
 
-def fill(
-    tensors: Mapping[str, Tensor],
+def build_params(
+    tensors: Mapping[str, LazyTensor],
     cfg: Config,
     scheme: str,
     architecture: str,
     path: Path,
-    format: Format,
-    notify: Callable[[float], None],
+    dtype: Dtype,
+    on_progress: Callable[[float], None],
 ) -> Params:
     """Builds `Params` from named tensors; see `load`."""
-    tree, infos, num_tensors = _matched(tensors, cfg, scheme, architecture, path)
+    tree, infos, num_tensors = _match_tensors(tensors, cfg, scheme, architecture, path)
     done = 0
-    turns = format == "int8" and rotation.can_turn(cfg)
+    turns = dtype == "int8" and quarot.can_rotate(cfg)
 
     def load_part(place: tuple[Any, ...], part: Any, info: Any) -> Any:
         nonlocal done
         done += 1
-        notify(min(done / num_tensors, 1.0))
+        on_progress(min(done / num_tensors, 1.0))
         if not isinstance(part, Linear):
             return jnp.asarray(_read(part, info.shape, tensors, cfg))
         name = place[-1].name
         slabs = _slabs(part.weight, info.weight.shape, tensors, cfg)
         bias = None if part.bias is None else _read(part.bias, info.bias.shape, tensors, cfg)
-        is_wide = format == "int8" and name in rotation.wide_in_int8(cfg)
-        own = "bfloat16" if is_wide else format
-        if turns and name in rotation.WRITING:
-            slabs = [(0, rotation.writing(np.concatenate([rows for _, rows in slabs])))]
-            bias = None if bias is None else rotation.writing(bias[:, None])[:, 0]
+        is_wide = dtype == "int8" and name in quarot.int8_skip_modules(cfg)
+        own = "bfloat16" if is_wide else dtype
+        if turns and name in quarot.OUTPUT_PROJECTIONS:
+            slabs = [(0, quarot.rotate_output_weight(np.concatenate([rows for _, rows in slabs])))]
+            bias = None if bias is None else quarot.rotate_output_weight(bias[:, None])[:, 0]
         elif turns:
             gain = gain_of(place)
-            slabs = ((start, rotation.reading(rows, gain)) for start, rows in slabs)
+            slabs = ((start, quarot.rotate_input_weight(rows, gain)) for start, rows in slabs)
         return _make_linear(info.weight.shape, slabs, bias, own)
 
     def gain_of(place: tuple[Any, ...]) -> np.ndarray | None:
@@ -163,7 +163,7 @@ def fill(
         if place[-1].name == "embed":
             return None
         owner = tree if place[0].name != "layers" else tree.layers[place[1].idx]
-        norm = getattr(owner, rotation.READING[place[-1].name])
+        norm = getattr(owner, quarot.INPUT_PROJECTIONS[place[-1].name])
         return _read(norm.scale, (cfg.d_model,), tensors, cfg)
 
     is_part = lambda node: isinstance(node, Linear)  # noqa: E731
@@ -171,11 +171,11 @@ def fill(
     if turns and params.head is None:
         head = (jax.tree_util.GetAttrKey("head"),)
         params = params.replace(head=load_part(head, tree.embed, infos.embed))
-    return rotation.without_gains(params) if turns else params
+    return quarot.strip_norm_weights(params) if turns else params
 
 
-def _matched(
-    tensors: Mapping[str, Tensor], cfg: Config, scheme: str, architecture: str, path: Path
+def _match_tensors(
+    tensors: Mapping[str, LazyTensor], cfg: Config, scheme: str, architecture: str, path: Path
 ) -> tuple[Any, Any, int]:
     """Return the trees of sources and of shapes that the tensors match, and the number of tensors.
 
@@ -184,16 +184,18 @@ def _matched(
     """
     if cfg.num_layers > len(tensors):  # before a tree of so many layers is built
         raise ValueError(f"{path}: {len(tensors)} tensors cannot make {cfg.num_layers} layers")
-    tree, infos = sources(cfg, scheme, architecture=architecture), abstract(cfg)
-    wanted = rows_of(tree, infos)
-    given = {name for name in tensors if not name.endswith(_DERIVED)}
+    tree, infos = tensor_sources(cfg, scheme, architecture=architecture), abstract(cfg)
+    wanted = rows_per_tensor(tree, infos)
+    given = {name for name in tensors if not name.endswith(_IGNORED_TENSORS)}
     if cfg.tie_embeddings and "lm_head.weight" in given:  # some exporters write the table twice
         given.discard("lm_head.weight")
         check_tied(tensors, "lm_head.weight", tree.embed.weight.name, path)
     if missing := sorted(wanted.keys() - given):
-        raise ValueError(f"{path}: lacks {_some(missing)}")
+        raise ValueError(f"{path}: lacks {_first_names(missing)}")
     if unknown := sorted(given - wanted.keys()):
-        raise ValueError(f"{path}: holds {_some(unknown)}, which this model has no place for")
+        raise ValueError(
+            f"{path}: holds {_first_names(unknown)}, which this model has no place for"
+        )
     for source, info in zip(jax.tree.leaves(tree), jax.tree.leaves(infos), strict=True):
         expected = (wanted[source.name], *info.shape[1:])
         expected = expected[::-1] if source.is_transposed else expected
@@ -202,7 +204,7 @@ def _matched(
     return tree, infos, len(wanted)
 
 
-def check_tied(tensors: Mapping[str, Tensor], head: str, table: str, path: Path) -> None:
+def check_tied(tensors: Mapping[str, LazyTensor], head: str, table: str, path: Path) -> None:
     """Refuse a head that differs from the token table that it is said to be.
 
     Raises:
@@ -235,12 +237,12 @@ def save(folder: Path, params: Params, cfg: Config) -> None:
     config = families.to_hf(cfg)
     parts: dict[str, list[np.ndarray]] = {}
 
-    def put(source: Source, array: jax.Array) -> None:
+    def put(source: TensorSource, array: jax.Array) -> None:
         parts.setdefault(source.name, []).append(np.asarray(array))  # in the order of their rows
         if source.is_transposed:
             parts[source.name][-1] = parts[source.name][-1].T
 
-    tree = sources(cfg, "hf", architecture=config["model_type"])
+    tree = tensor_sources(cfg, "hf", architecture=config["model_type"])
     jax.tree.map(put, tree, params)
     transposed = {source.name for source in jax.tree.leaves(tree) if source.is_transposed}
     tensors = {
@@ -254,11 +256,11 @@ def _make_linear(
     shape: tuple[int, ...],
     slabs: Iterable[tuple[int, np.ndarray]],
     bias: np.ndarray | None,
-    format: Format,
+    dtype: Dtype,
 ) -> Linear:
-    dtype = {"float32": np.float32, "bfloat16": jnp.bfloat16, "int8": np.int8}[format]
+    dtype = {"float32": np.float32, "bfloat16": jnp.bfloat16, "int8": np.int8}[dtype]
     weight = np.empty(shape, dtype)
-    scale = np.empty(shape[:1], np.float32) if format == "int8" else None
+    scale = np.empty(shape[:1], np.float32) if dtype == "int8" else None
     for start, rows in slabs:
         stop = start + len(rows)
         if scale is not None:
@@ -274,12 +276,12 @@ def _make_linear(
     )
 
 
-def _read(source: Source, shape: tuple[int, ...], tensors, cfg: Config) -> np.ndarray:
+def _read(source: TensorSource, shape: tuple[int, ...], tensors, cfg: Config) -> np.ndarray:
     return np.concatenate([rows for _, rows in _slabs(source, shape, tensors, cfg)])
 
 
 def _slabs(
-    source: Source, shape: tuple[int, ...], tensors: Mapping[str, Tensor], cfg: Config
+    source: TensorSource, shape: tuple[int, ...], tensors: Mapping[str, LazyTensor], cfg: Config
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (row to begin at, float32 rows) of the weight that `source` describes, in order."""
     read, first = tensors[source.name].read, source.first_row
@@ -301,5 +303,5 @@ def _deinterleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -24,20 +24,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from transformer.checkpoint import safetensors
-from transformer.checkpoint.gguf import Tensor
+from transformer.checkpoint.gguf import LazyTensor
 from transformer.encoder import Config, Layer, Params, abstract
 from transformer.weights import Linear, Norm
 
 _UNUSED = ("pooler.dense.weight", "pooler.dense.bias")
-_HEADS = ("cls.predictions.", "cls.seq_relationship.")
-_DERIVED = ("embeddings.position_ids",)  # 0, 1, 2, ...
+_PRETRAINING_HEADS = ("cls.predictions.", "cls.seq_relationship.")
+_IGNORED_TENSORS = ("embeddings.position_ids",)  # 0, 1, 2, ...
 _DTYPES = {"float32": np.float32, "bfloat16": jnp.bfloat16}
 
 
 def load(
     folder: Path,
     *,
-    format: Literal["float32", "bfloat16"] = "float32",
+    dtype: Literal["float32", "bfloat16"] = "float32",
     pooling: Literal["mean", "cls"] | None = None,
     normalize: bool | None = None,
 ) -> tuple[Params, Config]:
@@ -54,16 +54,16 @@ def load(
             the folder does not say how to pool and neither does the caller.
     """
     folder = Path(folder)
-    if format not in _DTYPES:
-        raise ValueError(f"format must be one of {', '.join(_DTYPES)}, got {format!r}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"format must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     cfg = read_config(folder, pooling=pooling, normalize=normalize)
-    _, tensors = safetensors.read(folder, ignore=_DERIVED)
-    return _fill(_renamed(tensors), cfg, folder, _DTYPES[format]), cfg
+    _, tensors = safetensors.read(folder, ignore=_IGNORED_TENSORS)
+    return _fill(_renamed(tensors), cfg, folder, _DTYPES[dtype]), cfg
 
 
 def is_bert(folder: Path) -> bool:
     """Whether a Hugging Face folder is of the kind that is loaded here."""
-    return safetensors.read_object(folder / "config.json").get("model_type") == "bert"
+    return safetensors.read_json_object(folder / "config.json").get("model_type") == "bert"
 
 
 def read_config(
@@ -83,7 +83,7 @@ def read_config(
             "tokens: give pooling ('mean' or 'cls') and normalize (True or False)"
         )
     return Config.from_hf(
-        safetensors.read_object(folder / "config.json"),
+        safetensors.read_json_object(folder / "config.json"),
         max_tokens=_read_max_tokens(folder),
         pooling=pooling,
         normalize=normalize,
@@ -145,13 +145,13 @@ def _names(cfg: Config) -> Params:
     return Params(
         embed=Linear(weight="embeddings.word_embeddings.weight"),
         positions="embeddings.position_embeddings.weight",
-        types="embeddings.token_type_embeddings.weight",
+        token_types="embeddings.token_type_embeddings.weight",
         embed_norm=norm("embeddings"),
         layers=tuple(layer(f"encoder.layer.{i}") for i in range(cfg.num_layers)),
     )
 
 
-def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """The tensors under today's names, without heads of pretraining."""
     renamed = {}
     for name, tensor in tensors.items():
@@ -159,20 +159,22 @@ def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
             if name.endswith(f"LayerNorm{old}"):
                 name = name.removesuffix(old) + new
-        if not name.startswith(_HEADS):
+        if not name.startswith(_PRETRAINING_HEADS):
             renamed[name] = tensor
     return renamed
 
 
-def _fill(tensors: Mapping[str, Tensor], cfg: Config, folder: Path, dtype: Any) -> Params:
+def _fill(tensors: Mapping[str, LazyTensor], cfg: Config, folder: Path, dtype: Any) -> Params:
     if cfg.num_layers > len(tensors):  # before a tree of so many layers is built
         raise ValueError(f"{folder}: {len(tensors)} tensors cannot make {cfg.num_layers} layers")
     names, infos = _names(cfg), abstract(cfg)
     wanted, given = set(jax.tree.leaves(names)), tensors.keys() - set(_UNUSED)
     if missing := sorted(wanted - given):
-        raise ValueError(f"{folder}: lacks {_some(missing)}")
+        raise ValueError(f"{folder}: lacks {_first_names(missing)}")
     if unknown := sorted(given - wanted):
-        raise ValueError(f"{folder}: holds {_some(unknown)}, which this model has no place for")
+        raise ValueError(
+            f"{folder}: holds {_first_names(unknown)}, which this model has no place for"
+        )
 
     def read(place: tuple[Any, ...], name: str, info: Any) -> jax.Array:
         tensor = tensors[name]
@@ -204,7 +206,7 @@ def _read_modules(folder: Path) -> tuple[Literal["mean", "cls"], bool]:
 
 def _read_pooling(path: Path) -> Literal["mean", "cls"]:
     """The one way of pooling that a file names, as older and newer versions write it."""
-    value = safetensors.read_object(path)
+    value = safetensors.read_json_object(path)
     modes = {key.removeprefix("pooling_mode_") for key, on in value.items()
              if key.startswith("pooling_mode_") and on}  # fmt: skip
     if "pooling_mode" in value:
@@ -222,7 +224,7 @@ def _read_max_tokens(folder: Path) -> int | None:
         ("tokenizer_config.json", "model_max_length"),
     ):
         path = folder / name
-        value = safetensors.read_object(path).get(key) if path.exists() else None
+        value = safetensors.read_json_object(path).get(key) if path.exists() else None
         # Tokenizers without a limit of their own state one of thirty digits.
         if value is None or (isinstance(value, int | float) and value >= 2**31):
             continue
@@ -232,5 +234,5 @@ def _read_max_tokens(folder: Path) -> int | None:
     return None
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

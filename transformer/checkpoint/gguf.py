@@ -32,24 +32,24 @@ _SAMPLING_KEYS = {  # of `general.sampling.` -> of generation_config.json
 
 
 @dataclass(frozen=True)
-class Tensor:
+class LazyTensor:
     """One tensor of a file: its shape, and a reader of a range of its rows."""
 
     shape: tuple[int, ...]  # outermost axis first, as NumPy has it
     read: Callable[[int, int], np.ndarray]  # (start, stop) -> float32 [stop - start, ...]
 
 
-class _Header:
+class _Reader:
     """A cursor over the mapped file that refuses to step past its end."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
-        self.data, self.path, self.at = data, path, 0
+        self.data, self.path, self.offset = data, path, 0
 
     def take(self, size: int, what: str) -> bytes:
-        if size > len(self.data) - self.at:
+        if size > len(self.data) - self.offset:
             raise ValueError(f"{self.path}: cut short or damaged: {what} needs {size} bytes more")
-        self.at += size
-        return self.data[self.at - size : self.at]
+        self.offset += size
+        return self.data[self.offset - size : self.offset]
 
     def number(self, form: str, what: str) -> Any:
         return struct.unpack(form, self.take(struct.calcsize(form), what))[0]
@@ -60,7 +60,7 @@ class _Header:
     def count(self, what: str, smallest: int) -> int:
         """A number of items, each of which takes at least `smallest` bytes of what is left."""
         count = self.number("<Q", what)
-        if count * smallest > len(self.data) - self.at:
+        if count * smallest > len(self.data) - self.offset:
             raise ValueError(f"{self.path}: damaged: {count} {what} cannot fit in the file")
         return count
 
@@ -82,7 +82,7 @@ class _Header:
         return np.frombuffer(self.take(count * form.itemsize, what), form).tolist()
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     """Reads the header of a GGUF file; tensors are read from the mapped file when asked for.
 
     Returns:
@@ -97,7 +97,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path}: not a GGUF file (it does not begin with the letters GGUF)")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    header = _Header(data, path)
+    header = _Reader(data, path)
     header.take(4, "magic")
     if (version := header.number("<I", "version")) not in (2, 3):
         raise ValueError(f"{path}: GGUF version must be 2 or 3, got {version}")
@@ -126,7 +126,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
         raise ValueError(f"{path}: general.alignment must be a multiple of 8, got {alignment!r}")
-    start = -(-header.at // alignment) * alignment
+    start = -(-header.offset // alignment) * alignment
 
     tensors = {}
     for name, (shape, kind, offset) in places.items():
@@ -142,13 +142,13 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if offset % alignment or start + offset + num_rows * row_bytes > len(data):
             raise ValueError(f"{path}: cut short or damaged: {name!r} ends behind the file's end")
         raw = np.frombuffer(data, np.uint8, num_rows * row_bytes, start + offset)
-        tensors[name] = Tensor(
+        tensors[name] = LazyTensor(
             shape, _row_reader(raw.reshape(num_rows, row_bytes), shape, quantisation)
         )
     return metadata, tensors
 
 
-def sampling_settings(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def sampling_defaults(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings of `general.sampling.*` by the keys of generation_config.json.
 
     A float32 becomes the shortest decimal that it was written as: 0.7, not 0.699999988.

@@ -17,7 +17,7 @@ from transformer.weights import Linear, Norm
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """Where one weight comes from."""
 
     name: str
@@ -84,7 +84,7 @@ _GGUF = {
 }
 
 
-def sources(cfg: Config, scheme: str, *, architecture: str) -> Params:
+def tensor_sources(cfg: Config, scheme: str, *, architecture: str) -> Params:
     """The tree of `Params` with a `Source` at each leaf.
 
     Args:
@@ -100,8 +100,8 @@ def sources(cfg: Config, scheme: str, *, architecture: str) -> Params:
     first_row = {"q": 0, "k": heads, "v": heads + kv_heads} if is_gpt2 else {}
 
     def linear(part: str, has_bias: bool, i: int = 0) -> Linear:
-        def source(kind: str) -> Source:
-            return Source(
+        def source(kind: str) -> TensorSource:
+            return TensorSource(
                 f"{table[part].format(i=i)}.{kind}",
                 first_row.get(part, 0),
                 is_transposed=is_gpt2
@@ -116,9 +116,9 @@ def sources(cfg: Config, scheme: str, *, architecture: str) -> Params:
 
     def norm(part: str, i: int = 0) -> Norm:
         name = table[part].format(i=i)
-        bias = Source(f"{name}.bias") if cfg.norm == "layer" else None
+        bias = TensorSource(f"{name}.bias") if cfg.norm == "layer" else None
         is_shifted = is_gguf and cfg.norm == "unit_rms"
-        return Norm(scale=Source(f"{name}.weight", is_shifted=is_shifted), bias=bias)
+        return Norm(scale=TensorSource(f"{name}.weight", is_shifted=is_shifted), bias=bias)
 
     def layer(i: int) -> Layer:
         return Layer(
@@ -139,14 +139,16 @@ def sources(cfg: Config, scheme: str, *, architecture: str) -> Params:
 
     return Params(
         embed=linear("embed", False),
-        positions=Source(f"{table['positions']}.weight") if cfg.position == "learned" else None,
+        positions=TensorSource(f"{table['positions']}.weight")
+        if cfg.position == "learned"
+        else None,
         layers=tuple(layer(i) for i in range(cfg.num_layers)),
         final_norm=norm("final_norm"),
         head=None if cfg.tie_embeddings else linear("head", False),
     )
 
 
-def rows_of(tree: Params, shapes: Params) -> dict[str, int]:
+def rows_per_tensor(tree: Params, shapes: Params) -> dict[str, int]:
     """How many rows each tensor must have: those of all the weights that come from it.
 
     Args:

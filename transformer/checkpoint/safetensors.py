@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from transformer.checkpoint.gguf import Tensor
+from transformer.checkpoint.gguf import LazyTensor
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def read(folder: Path, *, ignore: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(
+    folder: Path, *, ignore: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     """Reads `config.json` and opens the tensors of a folder.
 
     Args:
@@ -30,9 +32,9 @@ def read(folder: Path, *, ignore: Collection[str] = ()) -> tuple[dict[str, Any],
         FileNotFoundError: no config.json, or no safetensors file.
         ValueError: only pickled weights, or an index that names what is not there.
     """
-    config = read_object(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     shards = _weight_files(folder)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, LazyTensor] = {}
     for shard in shards:
         found = read_tensors(shard, ignore=ignore)
         if twice := sorted(found.keys() & tensors.keys()):
@@ -60,7 +62,7 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder}: no model.safetensors, and no {index.name} that says which tensors its "
             f"shards hold{f' (found: {found})' if found else ''}"
         )
-    places = read_object(index).get("weight_map")
+    places = read_json_object(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
         raise ValueError(f"{index}: weight_map must give a file name for each tensor")
     names = sorted(set(places.values()))
@@ -71,7 +73,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_tensors(path: Path, *, ignore: Collection[str] = ()) -> dict[str, Tensor]:
+def read_tensors(path: Path, *, ignore: Collection[str] = ()) -> dict[str, LazyTensor]:
     """Opens the tensors of one file; see `read`."""
     from safetensors import safe_open
 
@@ -81,18 +83,18 @@ def read_tensors(path: Path, *, ignore: Collection[str] = ()) -> dict[str, Tenso
         raise
     except Exception as error:  # the package has no public exception for a damaged header
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, LazyTensor] = {}
     for name in file.keys():  # noqa: SIM118 (not a dict)
         if name.endswith(tuple(ignore)):
             continue
         rows = file.get_slice(name)
         if (dtype := rows.get_dtype()) not in _FLOATS:
             raise ValueError(f"{path}: {name!r} must be one of {_FLOATS}, got {dtype}")
-        tensors[name] = Tensor(tuple(rows.get_shape()), _row_reader(rows))
+        tensors[name] = LazyTensor(tuple(rows.get_shape()), _row_reader(rows))
     return tensors
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object that a file holds; ValueError, naming the file, if it holds no such thing."""
     try:
         value = json.loads(path.read_text("utf-8"))

@@ -8,22 +8,22 @@ joins them), `build.py` (from weights to an engine).
 """
 
 from transformer.engine.build import build_engine
-from transformer.engine.device import Device, Lane, default_device
+from transformer.engine.device import Device, WorkQueue, default_device
 from transformer.engine.engine import Engine, Stats
 from transformer.engine.requests import (
-    Began,
     Busy,
     Completion,
     Done,
     Event,
     Failed,
-    Request,
-    Scored,
+    PrefillDone,
+    PromptLogprobs,
+    SequenceRequest,
     Token,
 )
 
 __all__ = [
-    "Began",
+    "PrefillDone",
     "Busy",
     "Completion",
     "Device",
@@ -31,9 +31,9 @@ __all__ = [
     "Engine",
     "Event",
     "Failed",
-    "Lane",
-    "Request",
-    "Scored",
+    "WorkQueue",
+    "SequenceRequest",
+    "PromptLogprobs",
     "Stats",
     "Token",
     "build_engine",

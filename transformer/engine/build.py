@@ -27,11 +27,11 @@ from transformer.config import Config
 from transformer.decoder import Params
 from transformer.engine.device import Device
 from transformer.engine.engine import Engine
-from transformer.engine.runner import BUCKETS, CHUNK, NUM_SLOTS, Runner
+from transformer.engine.runner import BUCKETS, CHUNK_SIZE, NUM_SLOTS, Runner
 from transformer.engine.scheduler import Scheduler
 
 MAX_WAITING = 256  # requests in the queue before others are turned away
-_one_at_a_time = threading.Lock()  # compiling ahead, of all models: it takes memory and a core
+_compile_lock = threading.Lock()  # compiling ahead, of all models: it takes memory and a core
 
 
 def build_engine(
@@ -41,7 +41,7 @@ def build_engine(
     num_ids: int | None = None,
     cache_bytes: int = 256 * 2**20,
     cache_dtype=jnp.float32,
-    max_rows: int = NUM_SLOTS,
+    max_batch_size: int = NUM_SLOTS,
     device: Device | None = None,
     notify: Callable[[str], None] = lambda line: None,
 ) -> Engine:
@@ -62,7 +62,7 @@ def build_engine(
     runner = build_runner(
         params, cfg, num_ids or cfg.vocab_size, cache_bytes, cache_dtype, notify=notify
     )
-    return start_engine(runner, max_rows=max_rows, device=device)
+    return start_engine(runner, max_batch_size=max_batch_size, device=device)
 
 
 def build_runner(
@@ -83,7 +83,7 @@ def build_runner(
     num_blocks = cache_bytes // block_bytes
     if num_blocks < 1:
         raise ValueError(
-            f"a cache of {cache_bytes / 2**20:.0f} MB holds no block of {cache.BLOCK} tokens: "
+            f"a cache of {cache_bytes / 2**20:.0f} MB holds no block of {cache.BLOCK_SIZE} tokens: "
             f"give it {math.ceil(block_bytes / 2**20)} MB or more"
         )
     # Never more than every slot could fill.
@@ -94,7 +94,7 @@ def build_runner(
 def start_engine(
     runner: Runner,
     *,
-    max_rows: int,
+    max_batch_size: int,
     device: Device | None = None,
     clock: Callable[[], float] = time.monotonic,
     on_speed: Callable[[int, float], None] = lambda tokens, seconds: None,
@@ -107,10 +107,10 @@ def start_engine(
         device, clock, on_speed: as of `Engine`.
     """
     runner.warm_up()
-    _give_back_memory()
-    scheduler = Scheduler(NUM_SLOTS, runner.num_blocks, cache.BLOCK, CHUNK, MAX_WAITING)
+    _trim_heap()
+    scheduler = Scheduler(NUM_SLOTS, runner.num_blocks, cache.BLOCK_SIZE, CHUNK_SIZE, MAX_WAITING)
     engine = Engine(runner, scheduler, runner.context, device, clock=clock, on_speed=on_speed)
-    if later := [size for size in BUCKETS[1:] if size <= max_rows]:
+    if later := [size for size in BUCKETS[1:] if size <= max_batch_size]:
         # Not a daemon: a process that ends in the middle of compiling would crash. Its references
         # are weak: a model that is let go meanwhile shall not stay for its sake.
         arguments = (weakref.ref(runner), weakref.ref(engine), [*later, "score"])
@@ -122,16 +122,16 @@ def _compile(
     runner: weakref.ref[Runner], engine: weakref.ref[Engine], names: list[str | int]
 ) -> None:
     for name in names:
-        with _one_at_a_time:
+        with _compile_lock:
             if (alive := engine()) is None or not alive.is_alive or (own := runner()) is None:
                 return
             del alive
             own.compile(name)
             del own
-            _give_back_memory()
+            _trim_heap()
 
 
-def _give_back_memory() -> None:
+def _trim_heap() -> None:
     """Returns what the compiler freed to the system: glibc would keep some 100 MB of it."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

@@ -43,10 +43,10 @@ from transformer.engine.requests import Busy
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Piece = Callable[[], None]
+WorkItem = Callable[[], None]
 
 
-class Source:
+class WorkSource:
     """Somebody with work for the device. What it shares with callers, `Device.changed` guards.
 
     Attributes:
@@ -54,9 +54,11 @@ class Source:
     """
 
     weight = 1.0
-    spent = 0.0  # device seconds by weight, on the clock that all sources share; the device's own
+    virtual_time = (
+        0.0  # device seconds by weight, on the clock that all sources share; the device's own
+    )
 
-    def next(self) -> Piece | None:
+    def next_item(self) -> WorkItem | None:
         """The next piece of work; None sends the source to sleep until `Device.wake`.
 
         Called by the device thread with the lock held, just before the piece is to run.
@@ -78,11 +80,11 @@ class Device:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.changed = threading.Condition()
-        self.pieces, self.seconds = 0, 0.0
+        self.condition = threading.Condition()
+        self.num_items, self.busy_seconds = 0, 0.0
         self._clock = clock
-        self._awake: list[Source] = []  # those that may have work
-        self._now = 0.0  # on the clock of `Source.spent`: where whoever runs stands
+        self._runnable: list[WorkSource] = []  # those that may have work
+        self._virtual_time = 0.0  # on the clock of `Source.spent`: where whoever runs stands
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
         self._thread.start()
@@ -92,7 +94,7 @@ class Device:
         """Whether work that is handed in will be done."""
         return self._thread.is_alive() and not self._is_closed
 
-    def wake(self, source: Source) -> None:
+    def wake(self, source: WorkSource) -> None:
         """Says that a source has work. To be called with the lock held; cheap, so call it freely.
 
         Raises:
@@ -100,59 +102,61 @@ class Device:
         """
         if not self.is_alive:
             raise RuntimeError("the device thread has ended")
-        if source not in self._awake:
-            source.spent = max(source.spent, self._now)  # no credit for time asleep
-            self._awake.append(source)
-            self.changed.notify_all()
+        if source not in self._runnable:
+            source.virtual_time = max(
+                source.virtual_time, self._virtual_time
+            )  # no credit for time asleep
+            self._runnable.append(source)
+            self.condition.notify_all()
 
     def close(self) -> None:
         """Ends the thread after the piece in hand. May be called again."""
-        with self.changed:
+        with self.condition:
             self._is_closed = True
-            self.changed.notify_all()
+            self.condition.notify_all()
         self._thread.join()
 
     def _run(self) -> None:
         try:
-            while self._turn():
+            while self._run_one():
                 pass
         finally:
-            with self.changed:
+            with self.condition:
                 self._is_closed = True
-                for source in self._awake:
+                for source in self._runnable:
                     source.fail(RuntimeError("the device thread has ended"))
-                self._awake.clear()
-                self.changed.notify_all()
+                self._runnable.clear()
+                self.condition.notify_all()
 
-    def _turn(self) -> bool:
+    def _run_one(self) -> bool:
         """One piece of one source; False when closed."""
-        with self.changed:
-            while not (self._awake or self._is_closed):
-                self.changed.wait()
+        with self.condition:
+            while not (self._runnable or self._is_closed):
+                self.condition.wait()
             if self._is_closed:
                 return False
-            source = min(self._awake, key=lambda source: source.spent)
-            self._now = source.spent
-            piece = self._guarded(source, source.next)
+            source = min(self._runnable, key=lambda source: source.virtual_time)
+            self._virtual_time = source.virtual_time
+            piece = self._guarded(source, source.next_item)
             if piece is None:
-                self._awake.remove(source)
+                self._runnable.remove(source)
                 return True
         started = self._clock()
         self._guarded(source, piece)
         seconds = self._clock() - started
-        with self.changed:
-            source.spent += seconds / source.weight
-            self.pieces += 1
-            self.seconds += seconds
+        with self.condition:
+            source.virtual_time += seconds / source.weight
+            self.num_items += 1
+            self.busy_seconds += seconds
         return True
 
-    def _guarded(self, source: Source, step: Callable[[], Any]) -> Any:
+    def _guarded(self, source: WorkSource, step: Callable[[], Any]) -> Any:
         """A source that raises loses what it has in hand; the others do not."""
         try:
             return step()
         except Exception as error:
             log.exception("work for the device failed")
-            with self.changed:
+            with self.condition:
                 source.fail(error)
             return None
 
@@ -166,7 +170,7 @@ def default_device() -> Device:
     return device
 
 
-class Lane(Source):
+class WorkQueue(WorkSource):
     """A queue of pieces, first come, first served.
 
     Args:
@@ -199,29 +203,29 @@ class Lane(Source):
         finally:
             self._users.remove(user)
 
-    async def run(self, piece: Callable[[], T]) -> T:
+    async def run(self, function: Callable[[], T]) -> T:
         """Has `piece` computed; gives what it returns. A cancelled one that waits is not begun.
 
         Raises:
             Busy: too many pieces wait.
             Exception: what `piece` raises.
         """
-        return await asyncio.wrap_future(self._submit(piece))
+        return await asyncio.wrap_future(self._submit(function))
 
-    def call(self, piece: Callable[[], T]) -> T:
+    def run_sync(self, function: Callable[[], T]) -> T:
         """The same, for ordinary code."""
-        return self._submit(piece).result()
+        return self._submit(function).result()
 
-    def _submit(self, piece: Callable[[], T]) -> Future[T]:
+    def _submit(self, function: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
-        with self._device.changed:
+        with self._device.condition:
             if len(self._waiting) >= self._max_waiting:
                 raise Busy
             self._device.wake(self)
-            self._waiting.append((future, piece))
+            self._waiting.append((future, function))
         return future
 
-    def next(self) -> Piece | None:
+    def next_item(self) -> WorkItem | None:
         while self._waiting:
             future, piece = self._waiting.popleft()
             if future.set_running_or_notify_cancel():

@@ -20,36 +20,38 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
-from transformer.engine.device import Device, Piece, Source, default_device
+from transformer.engine.device import Device, WorkItem, WorkSource, default_device
 from transformer.engine.requests import (
-    Began,
     Busy,
     Completion,
     Done,
     Event,
     Failed,
-    Request,
-    Scored,
+    PrefillDone,
+    PromptLogprobs,
+    SequenceRequest,
     Token,
 )
 from transformer.engine.scheduler import Decode, Prefill, Scheduler, Sequence
 
 log = logging.getLogger(__name__)
 
-FAILED = "The server had an error while processing your request."
-UNREAD = "The answer was not read as it came, and was given up."
-MAX_UNREAD = 4096  # events that may wait for who asked; most have read one before the next comes
-ENOUGH_TOKENS = 32  # of a row that was alone, for its speed to mean something
-LONGEST_RETRY = 60.0  # seconds; what a client is told at most when the queue is full
+FAILURE_MESSAGE = "The server had an error while processing your request."
+UNREAD_MESSAGE = "The answer was not read as it came, and was given up."
+MAX_UNREAD_EVENTS = (
+    4096  # events that may wait for who asked; most have read one before the next comes
+)
+MIN_TIMED_TOKENS = 32  # of a row that was alone, for its speed to mean something
+MAX_RETRY_AFTER = 60.0  # seconds; what a client is told at most when the queue is full
 
 
-class Computer(Protocol):
+class ModelRunner(Protocol):
     """What the engine needs of a model; `Runner` is the real one."""
 
-    max_rows: int  # that decode together just now
+    max_batch_size: int  # that decode together just now
 
-    def prefill(self, row: Sequence, copy: tuple[int, int] | None) -> object | None: ...
-    def decode(self, rows: list[Sequence]) -> object: ...
+    def prefill(self, sequence: Sequence, block_copy: tuple[int, int] | None) -> object | None: ...
+    def decode(self, sequences: list[Sequence]) -> object: ...
     def recover(self) -> bool: ...
 
 
@@ -77,20 +79,20 @@ class Stats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
-    chunks: int = 0
-    steps: int = 0
-    stepped_rows: int = 0
-    requests: dict[str, int]
-    restarts: int = 0
+    prefill_chunks: int = 0
+    decode_steps: int = 0
+    decoded_rows: int = 0
+    finished: dict[str, int]
+    preemptions: int = 0
     waiting: int = 0
     running: int = 0
     slots: int = 0
     blocks: int = 0
     blocks_held: int = 0
-    blocks_remembering: int = 0
+    blocks_cached: int = 0
 
 
-class Engine(Source):
+class Engine(WorkSource):
     """Generates for many requests at a time.
 
     Args:
@@ -104,7 +106,7 @@ class Engine(Source):
 
     def __init__(
         self,
-        computer: Computer,
+        runner: ModelRunner,
         scheduler: Scheduler,
         context: int,
         device: Device | None = None,
@@ -112,20 +114,22 @@ class Engine(Source):
         clock: Callable[[], float] = time.monotonic,
         on_speed: Callable[[int, float], None] = lambda tokens, seconds: None,
     ) -> None:
-        self._computer, self._scheduler, self._context = computer, scheduler, context
+        self._runner, self._scheduler, self._context = runner, scheduler, context
         self._device = device or default_device()
-        self._changed = self._device.changed  # guards everything below, and the scheduler
+        self._condition = self._device.condition  # guards everything below, and the scheduler
         self._clock, self._on_speed = clock, on_speed
         self._is_closing = False
         self._counts: Counter[str] = Counter()  # fields of Stats
-        self._ends: Counter[str] = Counter()  # how requests ended
-        self._speeds: list[tuple[int, float]] = []  # that `on_speed` was not told yet
-        self._ended = self._clock()  # when a request last did
-        self._pace = 1.0  # seconds from the end of one request to that of the next, on average
+        self._finished: Counter[str] = Counter()  # how requests ended
+        self._pending_speeds: list[tuple[int, float]] = []  # that `on_speed` was not told yet
+        self._last_finish = self._clock()  # when a request last did
+        self._finish_interval = (
+            1.0  # seconds from the end of one request to that of the next, on average
+        )
 
     # -- doors ---------------------------------------------------------------------------------
 
-    async def stream(self, request: Request) -> AsyncGenerator[Event, None]:
+    async def stream(self, request: SequenceRequest) -> AsyncGenerator[Event, None]:
         """Yields the events of a request; always ends in Done or Failed.
 
         Who does not read on for `MAX_UNREAD` events is given up: memory is for those who do.
@@ -138,10 +142,10 @@ class Engine(Source):
         events: asyncio.Queue[Event] = asyncio.Queue()
 
         def put(event: Event) -> None:
-            if events.qsize() == MAX_UNREAD:
+            if events.qsize() == MAX_UNREAD_EVENTS:
                 self._cancel(sequence)
-                event = Failed(UNREAD)
-            if events.qsize() <= MAX_UNREAD:
+                event = Failed(UNREAD_MESSAGE)
+            if events.qsize() <= MAX_UNREAD_EVENTS:
                 events.put_nowait(event)
 
         def deliver(event: Event) -> None:
@@ -158,7 +162,7 @@ class Engine(Source):
         finally:
             self._cancel(sequence)
 
-    def generate(self, request: Request) -> Generator[Event, None, None]:
+    def generate(self, request: SequenceRequest) -> Generator[Event, None, None]:
         """The same, for ordinary code."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         sequence = self._submit(request, events.put)
@@ -171,7 +175,7 @@ class Engine(Source):
         finally:
             self._cancel(sequence)
 
-    def generate_batch(self, requests: Iterable[Request]) -> list[Completion]:
+    def generate_batch(self, sequences: Iterable[SequenceRequest]) -> list[Completion]:
         """Return the answers to many requests, in their order.
 
         Requests are taken from the iterable as there is room for them, so it may be long.
@@ -186,13 +190,15 @@ class Engine(Source):
         submitted: list[Sequence] = []
         events: list[list[Event]] = []  # of each request
         done = 0
-        todo = iter(requests)
+        todo = iter(sequences)
         try:
             while True:
                 for request in itertools.islice(todo, room + done - len(submitted)):
                     # The first is admitted as any request is; those that follow belong to it.
-                    request = replace(request, is_later=request.is_later or len(submitted) > done)
-                    deliver = partial(_tagged, arrived.put, len(submitted))
+                    request = replace(
+                        request, is_later=request.is_accepted or len(submitted) > done
+                    )
+                    deliver = partial(_put_numbered, arrived.put, len(submitted))
                     events.append([])
                     submitted.append(self._submit(request, deliver))
                 if done == len(submitted):
@@ -214,13 +220,13 @@ class Engine(Source):
                 everything, ends in Done("cancelled").
             timeout: seconds.
         """
-        with self._changed:
+        with self._condition:
             self._is_closing = True
             if not drain:
                 self._cancel_all()
-            if not self._changed.wait_for(lambda: self.is_idle, timeout):
+            if not self._condition.wait_for(lambda: self.is_idle, timeout):
                 self._cancel_all()
-                self._changed.wait_for(lambda: self.is_idle, 5.0)  # the piece of work in hand
+                self._condition.wait_for(lambda: self.is_idle, 5.0)  # the piece of work in hand
 
     @property
     def is_alive(self) -> bool:
@@ -234,21 +240,21 @@ class Engine(Source):
 
     def stats(self) -> Stats:
         """Counts since the start, and how things stand now."""
-        with self._changed:
-            scheduler, blocks = self._scheduler, self._scheduler.blocks
+        with self._condition:
+            scheduler, blocks = self._scheduler, self._scheduler.block_pool
             return Stats(
                 **self._counts,
-                requests=dict(self._ends),
-                restarts=scheduler.restarts,
+                finished=dict(self._finished),
+                preemptions=scheduler.num_preemptions,
                 waiting=len(scheduler.waiting),
-                running=len(scheduler.active),
+                running=len(scheduler.running),
                 slots=scheduler.num_slots,
-                blocks=blocks.count,
-                blocks_held=blocks.count - blocks.available,
-                blocks_remembering=blocks.remembering,
+                blocks=blocks.num_blocks,
+                blocks_held=blocks.num_blocks - blocks.num_free_blocks,
+                blocks_cached=blocks.num_cached_blocks,
             )
 
-    def _submit(self, request: Request, deliver: Callable[[Event], None]) -> Sequence:
+    def _submit(self, request: SequenceRequest, deliver: Callable[[Event], None]) -> Sequence:
         least = 1 if request.prompt_logprobs is None else 0
         if not request.prompt or request.max_tokens < least:
             raise ValueError("a request needs a prompt and at least one token to generate or score")
@@ -258,17 +264,17 @@ class Engine(Source):
                 f"more than the context of {self._context}"
             )
         sequence = Sequence(request, deliver)
-        with self._changed:
+        with self._condition:
             if not self.is_alive:
-                deliver(Done("cancelled") if self._is_closing else Failed(FAILED))
+                deliver(Done("cancelled") if self._is_closing else Failed(FAILURE_MESSAGE))
                 return sequence
             if self._scheduler.is_idle:
-                self._ended = self._clock()
+                self._last_finish = self._clock()
             try:
                 self._scheduler.submit(sequence)
             except Busy as busy:
-                retry_after = min(max(self._pace, 1.0), LONGEST_RETRY)
-                raise Busy(retry_after, busy.waiting) from None
+                retry_after = min(max(self._finish_interval, 1.0), MAX_RETRY_AFTER)
+                raise Busy(retry_after, busy.num_waiting) from None
             self._device.wake(self)
         return sequence
 
@@ -276,124 +282,132 @@ class Engine(Source):
         sequence.is_cancelled = True  # looked at before this engine's next piece of work
 
     def _cancel_all(self) -> None:
-        for sequence in [*self._scheduler.waiting, *self._scheduler.active]:
+        for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
             sequence.is_cancelled = True
 
     # -- on the device thread ------------------------------------------------------------------
 
-    def next(self) -> Piece | None:
+    def next_item(self) -> WorkItem | None:
         """A chunk or a step, whichever the scheduler says."""
         scheduler, now = self._scheduler, self._clock()
-        for sequence in [*scheduler.waiting, *scheduler.active]:
+        for sequence in [*scheduler.waiting, *scheduler.running]:
             if sequence.is_cancelled:
-                self._end(sequence, Done("cancelled"))
+                self._finish(sequence, Done("cancelled"))
             elif (deadline := sequence.request.deadline) is not None and now >= deadline:
-                self._end(sequence, Done("timeout"))
-        work = scheduler.next(self._computer.max_rows)
+                self._finish(sequence, Done("timeout"))
+        work = scheduler.schedule(self._runner.max_batch_size)
         if work is None:
             return None
-        if len(scheduler.active) > 1:
-            for sequence in scheduler.active:
+        if len(scheduler.running) > 1:
+            for sequence in scheduler.running:
                 sequence.was_alone = False
         return partial(self._compute, work)
 
     def fail(self, error: Exception) -> None:
         """Ends every request: something went wrong that is no request's own."""
-        for sequence in [*self._scheduler.waiting, *self._scheduler.active]:
-            self._end(sequence, Failed(FAILED))
+        for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
+            self._finish(sequence, Failed(FAILURE_MESSAGE))
 
     def _compute(self, work: Prefill | Decode) -> None:
         rows = [work.sequence] if isinstance(work, Prefill) else list(work.sequences)
         try:
             if isinstance(work, Prefill):
-                drawn = self._computer.prefill(work.sequence, work.copy)
+                drawn = self._runner.prefill(work.sequence, work.block_copy)
             else:
-                drawn = self._computer.decode(rows)
+                drawn = self._runner.decode(rows)
         except Exception:
             log.exception("a computation failed; its requests end")
-            is_lost = self._computer.recover()
-            with self._changed:
+            is_lost = self._runner.recover()
+            with self._condition:
                 for row in rows:
-                    self._end(row, Failed(FAILED))
+                    self._finish(row, Failed(FAILURE_MESSAGE))
                 if is_lost:  # the cache went with the failure: the others start over
-                    for row in self._scheduler.active[::-1]:
-                        self._scheduler.start_over(row)
-                    self._scheduler.blocks.forget_all()
+                    for row in self._scheduler.running[::-1]:
+                        self._scheduler.preempt(row)
+                    self._scheduler.block_pool.reset_prefix_cache()
             return
-        with self._changed:
+        with self._condition:
             if isinstance(work, Prefill):
-                self._scheduler.file(work.sequence)
-                self._tell_reading(work.sequence)
-                self._counts["chunks"] += 1
+                self._scheduler.register(work.sequence)
+                self._report_prefill(work.sequence)
+                self._counts["prefill_chunks"] += 1
             else:
-                self._counts["steps"] += 1
-                self._counts["stepped_rows"] += len(rows)
+                self._counts["decode_steps"] += 1
+                self._counts["decoded_rows"] += len(rows)
             if drawn is not None:
                 for i, row in enumerate(rows):
-                    self._take(row, drawn, i)
-            speeds, self._speeds = self._speeds, []
+                    self._append_token(row, drawn, i)
+            speeds, self._pending_speeds = self._pending_speeds, []
         for speed in speeds:  # outside the lock: whoever is told may take his time
             self._on_speed(*speed)
 
-    def _tell_reading(self, row: Sequence) -> None:
+    def _report_prefill(self, row: Sequence) -> None:
         """Delivers what a chunk says of the prompt, and that it was read, once each."""
-        if row.scores is not None:
-            self._tell_scores(row)
-        if not row.is_reading and not row.has_begun:
-            row.has_begun, row.began = True, self._clock()
-            row.deliver(Began(row.cached))
+        if row.chunk_scores is not None:
+            self._report_prompt_logprobs(row)
+        if not row.is_prefilling and not row.is_prefill_reported:
+            row.is_prefill_reported, row.prefill_end = True, self._clock()
+            row.deliver(PrefillDone(row.num_cached_tokens))
             self._counts["prompt_tokens"] += len(row.request.prompt)
-            self._counts["cached_tokens"] += row.cached
+            self._counts["cached_tokens"] += row.num_cached_tokens
 
-    def _tell_scores(self, row: Sequence) -> None:
-        drawn, row.scores = row.scores, None
+    def _report_prompt_logprobs(self, row: Sequence) -> None:
+        drawn, row.chunk_scores = row.chunk_scores, None
         k = row.request.prompt_logprobs
-        if row.scored == 0:
-            row.scored = 1
-            row.deliver(Scored((Token(row.ids[0]),)))
-        end = min(row.length + 1, len(row.request.prompt))  # its last token foretells the next
-        first = row.length - len(drawn.ids) + 1  # the position of drawn.ids[0]
+        if row.num_scored == 0:
+            row.num_scored = 1
+            row.deliver(PromptLogprobs((Token(row.ids[0]),)))
+        end = min(
+            row.num_computed_tokens + 1, len(row.request.prompt)
+        )  # its last token foretells the next
+        first = row.num_computed_tokens - len(drawn.ids) + 1  # the position of drawn.ids[0]
         tokens = tuple(
-            _token(row.ids[at], drawn, at - first, k) for at in range(max(row.scored, first), end)
+            _token(row.ids[at], drawn, at - first, k)
+            for at in range(max(row.num_scored, first), end)
         )
         if tokens:
-            row.scored = end
-            row.deliver(Scored(tokens))
+            row.num_scored = end
+            row.deliver(PromptLogprobs(tokens))
 
-    def _take(self, row: Sequence, drawn, i: int) -> None:
+    def _append_token(self, row: Sequence, drawn, i: int) -> None:
         """Adds a drawn token to its row and tells the client."""
         token, request = int(drawn.ids[i]), row.request
         if request.max_tokens == 0:  # only the prompt was of interest
-            self._end(row, Done("length"))
+            self._finish(row, Done("length"))
             return
-        if row.generated < len(row.known):  # it started over: what it said before stands
-            token = row.known[row.generated]
+        if row.num_generated < len(
+            row.preempted_ids
+        ):  # it started over: what it said before stands
+            token = row.preempted_ids[row.num_generated]
         if token in request.stop_ids:
             is_told = request.top_logprobs is not None
             end = _token(token, drawn, i, request.top_logprobs) if is_told else None
-            self._end(row, Done("stop", end))
+            self._finish(row, Done("stop", end))
             return
         row.ids.append(token)
-        if row.generated > row.delivered:
-            row.delivered += 1
+        if row.num_generated > row.num_delivered:
+            row.num_delivered += 1
             row.deliver(_token(token, drawn, i, request.top_logprobs))
             self._counts["generated_tokens"] += 1
-        if row.generated == request.max_tokens:
-            self._end(row, Done("length"))
+        if row.num_generated == request.max_tokens:
+            self._finish(row, Done("length"))
 
-    def _end(self, row: Sequence, event: Done | Failed) -> None:
+    def _finish(self, row: Sequence, event: Done | Failed) -> None:
         self._scheduler.finish(row)
         row.deliver(event)
         now = self._clock()
-        self._pace, self._ended = 0.8 * self._pace + 0.2 * (now - self._ended), now
-        self._ends[event.reason if isinstance(event, Done) else "failed"] += 1
-        if row.was_alone and row.delivered > ENOUGH_TOKENS:
-            self._speeds.append((row.delivered - 1, now - row.began))
+        self._finish_interval, self._last_finish = (
+            0.8 * self._finish_interval + 0.2 * (now - self._last_finish),
+            now,
+        )
+        self._finished[event.finish_reason if isinstance(event, Done) else "failed"] += 1
+        if row.was_alone and row.num_delivered > MIN_TIMED_TOKENS:
+            self._pending_speeds.append((row.num_delivered - 1, now - row.prefill_end))
         if self.is_idle:
-            self._changed.notify_all()
+            self._condition.notify_all()
 
 
-def _tagged(put: Callable[[tuple[int, Event]], None], number: int, event: Event) -> None:
+def _put_numbered(put: Callable[[tuple[int, Event]], None], number: int, event: Event) -> None:
     put((number, event))
 
 
@@ -403,9 +417,11 @@ def _completion(events: list[Event]) -> Completion:
     tokens = tuple(event for event in events if isinstance(event, Token))
     return Completion(
         ids=tuple(token.id for token in tokens),
-        reason=end.reason,
+        finish_reason=end.finish_reason,
         tokens=tokens,
-        scored=tuple(t for event in events if isinstance(event, Scored) for t in event.tokens),
+        prompt_logprobs=tuple(
+            t for event in events if isinstance(event, PromptLogprobs) for t in event.tokens
+        ),
     )
 
 

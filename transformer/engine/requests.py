@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from transformer.sampling import Sampling
+from transformer.sampling import SamplingParams
 
 
 class Busy(Exception):
@@ -17,13 +17,13 @@ class Busy(Exception):
             the queue is full.
     """
 
-    def __init__(self, retry_after: float = 1.0, waiting: int | None = None) -> None:
+    def __init__(self, retry_after: float = 1.0, num_waiting: int | None = None) -> None:
         super().__init__(f"the queue is full; try again in {retry_after:.0f} s")
-        self.retry_after, self.waiting = retry_after, waiting
+        self.retry_after, self.num_waiting = retry_after, num_waiting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class SequenceRequest:
     """One sequence to generate.
 
     Attributes:
@@ -43,19 +43,19 @@ class Request:
 
     prompt: tuple[int, ...]
     max_tokens: int
-    sampling: Sampling
+    sampling_params: SamplingParams
     stop_ids: frozenset[int] = frozenset()
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
-    choice: int = 0
+    index: int = 0
     client: str = ""
-    is_later: bool = False
+    is_accepted: bool = False
     deadline: float | None = None
-    reuse: bool = True
+    use_prefix_cache: bool = True
 
 
 @dataclass(frozen=True)
-class Began:
+class PrefillDone:
     """The prompt was read, `cached_tokens` of it before, for another request."""
 
     cached_tokens: int
@@ -67,11 +67,11 @@ class Token:
 
     id: int
     logprob: float | None = None  # natural logarithm, of the model's own distribution
-    top: tuple[tuple[int, float], ...] = ()  # (id, logprob), likeliest first
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # (id, logprob), likeliest first
 
 
 @dataclass(frozen=True)
-class Scored:
+class PromptLogprobs:
     """The next tokens of the prompt, as the model expected them; the very first has no logprob."""
 
     tokens: tuple[Token, ...]
@@ -81,7 +81,7 @@ class Scored:
 class Done:
     """The end of an answer; where logprobs are asked for, with the stop id that ended it."""
 
-    reason: Literal["stop", "length", "cancelled", "timeout"]
+    finish_reason: Literal["stop", "length", "cancelled", "timeout"]
     token: Token | None = None
 
 
@@ -104,9 +104,9 @@ class Completion:
     """
 
     ids: tuple[int, ...]
-    reason: Literal["stop", "length", "cancelled", "timeout"]
+    finish_reason: Literal["stop", "length", "cancelled", "timeout"]
     tokens: tuple[Token, ...] = ()
-    scored: tuple[Token, ...] = ()
+    prompt_logprobs: tuple[Token, ...] = ()
 
 
-Event = Scored | Began | Token | Done | Failed
+Event = PromptLogprobs | PrefillDone | Token | Done | Failed

@@ -26,31 +26,31 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformer.engine.blocks import Blocks, chunk_names
-from transformer.engine.requests import Busy, Event, Request
+from transformer.engine.block_pool import BlockPool, hash_chunks
+from transformer.engine.requests import Busy, Event, SequenceRequest
 
 
 @dataclass(eq=False)
 class Sequence:
     """A request on its way through the engine."""
 
-    request: Request
+    request: SequenceRequest
     deliver: Callable[[Event], None]
     ids: list[int] = field(default_factory=list)  # the prompt, then what was generated
-    length: int = 0  # how many of them stand in the cache
-    blocks: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0  # how many of them stand in the cache
+    block_table: list[int] = field(default_factory=list)
     slot: int = -1
-    cached: int = 0  # tokens of the prompt that somebody else had read
-    names: list[bytes] = field(default_factory=list)  # of the chunks it shares
-    filed: int = 0  # how many of those are known to others
-    turn: int = 0  # of its client, see Scheduler.submit
-    stepped: int = 0  # number of the step it last took part in
-    delivered: int = 0  # generated tokens the client has
-    scored: int = 0  # tokens of the prompt whose log-probability the client has
-    scores: Any = None  # of the chunk just read, where they are asked for: sampling.Drawn
-    known: list[int] = field(default_factory=list)  # generated before it had to start over
-    has_begun: bool = False  # the client was told that its prompt was read
-    began: float = 0.0  # when that was; seconds of time.monotonic
+    num_cached_tokens: int = 0  # tokens of the prompt that somebody else had read
+    chunk_hashes: list[bytes] = field(default_factory=list)  # of the chunks it shares
+    num_registered_chunks: int = 0  # how many of those are known to others
+    admission_round: int = 0  # of its client, see Scheduler.submit
+    last_step: int = 0  # number of the step it last took part in
+    num_delivered: int = 0  # generated tokens the client has
+    num_scored: int = 0  # tokens of the prompt whose log-probability the client has
+    chunk_scores: Any = None  # of the chunk just read, where they are asked for: sampling.Drawn
+    preempted_ids: list[int] = field(default_factory=list)  # generated before it had to start over
+    is_prefill_reported: bool = False  # the client was told that its prompt was read
+    prefill_end: float = 0.0  # when that was; seconds of time.monotonic
     was_alone: bool = True  # nobody else was running when it was
     is_cancelled: bool = False
 
@@ -58,14 +58,14 @@ class Sequence:
         self.ids = list(self.request.prompt)
 
     @property
-    def generated(self) -> int:
+    def num_generated(self) -> int:
         """How many tokens were generated so far."""
         return len(self.ids) - len(self.request.prompt)
 
     @property
-    def is_reading(self) -> bool:
+    def is_prefilling(self) -> bool:
         """Whether part of the prompt is still to be read."""
-        return self.length < len(self.request.prompt)
+        return self.num_computed_tokens < len(self.request.prompt)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Prefill:
     """Read the next chunk of one prompt, after copying a block onto another (from, to) if given."""
 
     sequence: Sequence
-    copy: tuple[int, int] | None = None
+    block_copy: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,24 +95,24 @@ class Scheduler:
     """
 
     def __init__(
-        self, num_slots: int, num_blocks: int, block: int, chunk: int, max_waiting: int
+        self, num_slots: int, num_blocks: int, block_size: int, chunk_size: int, max_waiting: int
     ) -> None:
-        self.block, self.chunk = block, chunk
-        self.max_waiting, self.max_of_one = max_waiting, max(max_waiting // 4, 1)
+        self.block_size, self.chunk_size = block_size, chunk_size
+        self.max_waiting, self.max_waiting_per_client = max_waiting, max(max_waiting // 4, 1)
         self.num_slots = num_slots
         self.free_slots = list(range(num_slots))[::-1]
-        self.blocks = Blocks(num_blocks)
+        self.block_pool = BlockPool(num_blocks)
         self.waiting: list[Sequence] = []  # in the order of admission
-        self.active: list[Sequence] = []  # oldest first
-        self._turn = 0  # of the sequence that was or is to be admitted last
+        self.running: list[Sequence] = []  # oldest first
+        self._admission_round = 0  # of the sequence that was or is to be admitted last
         self._steps = 0
-        self.restarts = 0  # sequences that gave their blocks back
-        self._read_last = self._read_oldest_last = False
+        self.num_preemptions = 0  # sequences that gave their blocks back
+        self._did_prefill_last = self._did_oldest_last = False
 
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self.waiting or self.active)
+        return not (self.waiting or self.running)
 
     def submit(self, sequence: Sequence) -> None:
         """Puts a sequence into the queue.
@@ -124,153 +124,165 @@ class Scheduler:
             Busy: the queue is full, or the client's part of it.
         """
         client = sequence.request.client
-        turns = [other.turn for other in self.waiting if other.request.client == client]
-        if not sequence.request.is_later:
+        turns = [other.admission_round for other in self.waiting if other.request.client == client]
+        if not sequence.request.is_accepted:
             if len(self.waiting) >= self.max_waiting:
                 raise Busy
-            if len(turns) >= self.max_of_one:
-                raise Busy(waiting=len(turns))
-        sequence.turn = max(self._turn, max(turns, default=-1) + 1)
-        if sequence.request.reuse and sequence.request.prompt_logprobs is None:
-            sequence.names = chunk_names(sequence.request.prompt, self.chunk)
-        bisect.insort_right(self.waiting, sequence, key=lambda other: other.turn)
+            if len(turns) >= self.max_waiting_per_client:
+                raise Busy(num_waiting=len(turns))
+        sequence.admission_round = max(self._admission_round, max(turns, default=-1) + 1)
+        if sequence.request.use_prefix_cache and sequence.request.prompt_logprobs is None:
+            sequence.chunk_hashes = hash_chunks(sequence.request.prompt, self.chunk_size)
+        bisect.insort_right(self.waiting, sequence, key=lambda other: other.admission_round)
 
-    def next(self, max_rows: int | None = None) -> Prefill | Decode | None:
+    def schedule(self, max_batch_size: int | None = None) -> Prefill | Decode | None:
         """The next piece of work, with the blocks it needs already handed out.
 
         Args:
             max_rows: sequences that can decode together just now; None for all.
         """
         self._admit()
-        reading = [s for s in self.active if s.is_reading]
-        decoding = [s for s in self.active if not s.is_reading]
-        if reading and not (decoding and self._read_last):
-            self._read_last = True
-            self._read_oldest_last = not self._read_oldest_last
+        reading = [s for s in self.running if s.is_prefilling]
+        decoding = [s for s in self.running if not s.is_prefilling]
+        if reading and not (decoding and self._did_prefill_last):
+            self._did_prefill_last = True
+            self._did_oldest_last = not self._did_oldest_last
             oldest = reading[0]
-            shortest = min(reading, key=lambda s: len(s.request.prompt) - s.length)
-            sequence = oldest if self._read_oldest_last else shortest
-            return Prefill(sequence, self._adopt(sequence))
-        self._read_last = False
-        decoding = sorted(decoding, key=lambda s: s.stepped)[:max_rows]
+            shortest = min(reading, key=lambda s: len(s.request.prompt) - s.num_computed_tokens)
+            sequence = oldest if self._did_oldest_last else shortest
+            return Prefill(sequence, self._skip_cached_chunks(sequence))
+        self._did_prefill_last = False
+        decoding = sorted(decoding, key=lambda s: s.last_step)[:max_batch_size]
         for sequence in decoding:
-            if sequence in self.active:  # it may have been put back for one before it
-                self._grow(sequence)
-        decoding = [s for s in decoding if s in self.active]
+            if sequence in self.running:  # it may have been put back for one before it
+                self._append_block(sequence)
+        decoding = [s for s in decoding if s in self.running]
         self._steps += 1
         for sequence in decoding:
-            sequence.stepped = self._steps
+            sequence.last_step = self._steps
         if decoding:
             return Decode(tuple(decoding))
-        return None if self.is_idle else self.next(max_rows)  # the one there was gave way
+        return None if self.is_idle else self.schedule(max_batch_size)  # the one there was gave way
 
-    def file(self, sequence: Sequence) -> None:
+    def register(self, sequence: Sequence) -> None:
         """Lets others find the chunks of a prompt that were read by now. Call it after each."""
-        per_block = self.block // self.chunk
-        done = min(sequence.length // self.chunk, len(sequence.names))
-        for i in range(sequence.filed, done):
-            self.blocks.remember(sequence.names[i], sequence.blocks[i // per_block])
-        sequence.filed = max(sequence.filed, done)
+        per_block = self.block_size // self.chunk_size
+        done = min(sequence.num_computed_tokens // self.chunk_size, len(sequence.chunk_hashes))
+        for i in range(sequence.num_registered_chunks, done):
+            self.block_pool.cache(sequence.chunk_hashes[i], sequence.block_table[i // per_block])
+        sequence.num_registered_chunks = max(sequence.num_registered_chunks, done)
 
     def finish(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is; its slot and blocks are free again."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
-        elif sequence in self.active:
-            self.active.remove(sequence)
+        elif sequence in self.running:
+            self.running.remove(sequence)
             self._release(sequence)
 
-    def start_over(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: Sequence) -> None:
         """Takes what a sequence computed from it and puts it back into the queue, at its turn."""
-        self.restarts += 1
-        self.active.remove(sequence)
+        self.num_preemptions += 1
+        self.running.remove(sequence)
         self._release(sequence)
         generated = sequence.ids[len(sequence.request.prompt) :]
-        sequence.known = max(generated, sequence.known, key=len)
-        sequence.ids, sequence.length = list(sequence.request.prompt), 0
-        sequence.filed = sequence.cached = 0
+        sequence.preempted_ids = max(generated, sequence.preempted_ids, key=len)
+        sequence.ids, sequence.num_computed_tokens = list(sequence.request.prompt), 0
+        sequence.num_registered_chunks = sequence.num_cached_tokens = 0
         # Ahead of its turn: all that wait came later, or were put back because they are younger.
-        bisect.insort_left(self.waiting, sequence, key=lambda other: other.turn)
+        bisect.insort_left(self.waiting, sequence, key=lambda other: other.admission_round)
 
     def _release(self, sequence: Sequence) -> None:
-        for block in reversed(sequence.blocks):
-            self.blocks.release(block)
+        for block in reversed(sequence.block_table):
+            self.block_pool.release(block)
         self.free_slots.append(sequence.slot)
-        sequence.blocks, sequence.slot = [], -1
+        sequence.block_table, sequence.slot = [], -1
 
     def _blocks_for(self, num_positions: int) -> int:
-        return -(-num_positions // self.block)
+        return -(-num_positions // self.block_size)
 
     def _admit(self) -> None:
         while self.waiting and self.free_slots:
             sequence = self.waiting[0]
             # Whoever comes from now on comes after it, even if it has to wait.
-            self._turn = max(self._turn, sequence.turn)
+            self._admission_round = max(self._admission_round, sequence.admission_round)
             # Room for the prompt and for what was delivered before it had to start over.
-            known = len(sequence.request.prompt) + sequence.delivered
+            known = len(sequence.request.prompt) + sequence.num_delivered
             needed = self._blocks_for(known + (sequence.request.max_tokens > 0))
-            shared = self._share(sequence)
-            if needed - len(shared) > self.blocks.available:
+            shared = self._retain_cached_blocks(sequence)
+            if needed - len(shared) > self.block_pool.num_free_blocks:
                 for block in reversed(shared):
-                    self.blocks.release(block)
+                    self.block_pool.release(block)
                 return
             self.waiting.pop(0)
             sequence.slot = self.free_slots.pop()
-            sequence.blocks = shared + [self.blocks.take() for _ in range(needed - len(shared))]
-            sequence.length = sequence.cached = len(shared) * self.block
-            sequence.filed = sequence.length // self.chunk
-            self.active.append(sequence)
+            sequence.block_table = shared + [
+                self.block_pool.allocate() for _ in range(needed - len(shared))
+            ]
+            sequence.num_computed_tokens = sequence.num_cached_tokens = (
+                len(shared) * self.block_size
+            )
+            sequence.num_registered_chunks = sequence.num_computed_tokens // self.chunk_size
+            self.running.append(sequence)
 
-    def _share(self, sequence: Sequence) -> list[int]:
+    def _retain_cached_blocks(self, sequence: Sequence) -> list[int]:
         """Holds the whole blocks that others have read of a prompt."""
         shared: list[int] = []
-        while found := self._find(sequence, len(shared)):
+        while found := self._find_cached_block(sequence, len(shared)):
             block, length = found
-            if length < (len(shared) + 1) * self.block:
+            if length < (len(shared) + 1) * self.block_size:
                 break
-            self.blocks.hold(block)
+            self.block_pool.retain(block)
             shared.append(block)
         return shared
 
-    def _find(self, sequence: Sequence, place: int) -> tuple[int, int] | None:
+    def _find_cached_block(self, sequence: Sequence, place: int) -> tuple[int, int] | None:
         """The block to be had for one place of a prompt, and how far the prompt is read then."""
-        per_block = self.block // self.chunk
+        per_block = self.block_size // self.chunk_size
         # The last token is always read, for what it says of the next one.
-        last = (len(sequence.request.prompt) - 1) // self.chunk
+        last = (len(sequence.request.prompt) - 1) // self.chunk_size
         first = place * per_block
-        found = self.blocks.find(sequence.names[first : min(first + per_block, last)])
-        return found and (found[0], (first + found[1]) * self.chunk)
+        found = self.block_pool.find_cached(
+            sequence.chunk_hashes[first : min(first + per_block, last)]
+        )
+        return found and (found[0], (first + found[1]) * self.chunk_size)
 
-    def _adopt(self, sequence: Sequence) -> tuple[int, int] | None:
+    def _skip_cached_chunks(self, sequence: Sequence) -> tuple[int, int] | None:
         """Skips what others have read of a prompt meanwhile. Gives the copy this needs, if any.
 
         A whole block is shared. Of a block in part, the sequence needs one of its own to write on.
         """
-        start, copy = sequence.length, None
-        while copy is None and (found := self._find(sequence, sequence.length // self.block)):
+        start, copy = sequence.num_computed_tokens, None
+        while copy is None and (
+            found := self._find_cached_block(
+                sequence, sequence.num_computed_tokens // self.block_size
+            )
+        ):
             block, length = found
-            if length <= sequence.length:
+            if length <= sequence.num_computed_tokens:
                 break
-            place = sequence.length // self.block
-            own = sequence.blocks[place]
-            if length % self.block:
+            place = sequence.num_computed_tokens // self.block_size
+            own = sequence.block_table[place]
+            if length % self.block_size:
                 copy = block, own
             else:
-                self.blocks.hold(block)
-                self.blocks.release(own)
-                sequence.blocks[place] = block
-            sequence.length = length
-        sequence.cached += sequence.length - start
-        sequence.filed = max(sequence.filed, sequence.length // self.chunk)
+                self.block_pool.retain(block)
+                self.block_pool.release(own)
+                sequence.block_table[place] = block
+            sequence.num_computed_tokens = length
+        sequence.num_cached_tokens += sequence.num_computed_tokens - start
+        sequence.num_registered_chunks = max(
+            sequence.num_registered_chunks, sequence.num_computed_tokens // self.chunk_size
+        )
         return copy
 
-    def _grow(self, sequence: Sequence) -> None:
+    def _append_block(self, sequence: Sequence) -> None:
         """Makes sure the next position of a sequence has a block."""
-        while self._blocks_for(sequence.length + 1) > len(sequence.blocks):
-            if self.blocks.available:
-                sequence.blocks.append(self.blocks.take())
+        while self._blocks_for(sequence.num_computed_tokens + 1) > len(sequence.block_table):
+            if self.block_pool.num_free_blocks:
+                sequence.block_table.append(self.block_pool.allocate())
                 continue
-            youngest = self.active[-1]
-            self.start_over(youngest)
+            youngest = self.running[-1]
+            self.preempt(youngest)
             if youngest is sequence:
                 return

@@ -31,15 +31,7 @@ Arrays are float32 unless a shape says otherwise, letters are those of ARCHITECT
 rows of a product: all axes but the last, flattened.
 """
 
-from transformer.kernels import (
-    attention,
-    cached_attention,
-    mlp,
-    norms,
-    products,
-    rotation,
-    truncation,
-)
+from transformer.kernels import attention, cached_attention, matmuls, mlp, norms, rotary, truncation
 from transformer.kernels.operations import (
     attend,
     attend_cached,
@@ -50,29 +42,37 @@ from transformer.kernels.operations import (
     rotate,
     truncate,
 )
-from transformer.kernels.table import CHOSEN, FORMS, MANY, Unavailable, chosen, find, trying
+from transformer.kernels.registry import (
+    DEFAULT_IMPL,
+    IMPLS,
+    MANY_ROWS,
+    Unavailable,
+    get_impl,
+    override,
+    select_impl,
+)
 
 __all__ = [
-    "CHOSEN",
-    "FORMS",
-    "MANY",
+    "DEFAULT_IMPL",
+    "IMPLS",
+    "MANY_ROWS",
     "Unavailable",
     "attend",
     "attend_cached",
     "attention",
     "cached_attention",
-    "chosen",
-    "find",
+    "select_impl",
+    "get_impl",
     "gated_mlp",
     "linear",
     "matmul",
     "mlp",
     "norm",
     "norms",
-    "products",
+    "matmuls",
     "rotate",
-    "rotation",
+    "rotary",
     "truncate",
     "truncation",
-    "trying",
+    "override",
 ]

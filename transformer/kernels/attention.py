@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from transformer import attention
-from transformer.kernels.table import register
+from transformer.kernels.registry import register
 from transformer.remat import recompute
 
-_SPAN = 128  # queries looked at together, at least
-_MOST_BLOCKS = 8  # each is compiled by itself
+_MIN_QUERY_BLOCK = 128  # queries looked at together, at least
+_MAX_QUERY_BLOCKS = 8  # each is compiled by itself
 
 
 @register("attend")
@@ -21,7 +21,7 @@ def reference(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax
 
 
 @register("attend")
-def blocks(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax.Array:
+def blockwise(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax.Array:
     """A block of queries at a time, over no more keys than the last of them sees.
 
     After Rabe & Staats 2021, arXiv:2112.05682, without their blocks of keys: the scores of one
@@ -34,7 +34,7 @@ def blocks(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax.Ar
     # Heads first: products over the two last axes are the fast ones.
     q = (q * head_dim**-0.5).reshape(batch, length, num_kv_heads, group, head_dim)
     q, k, v = q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, ..., T, H]
-    span = max(_SPAN, -(-length // _MOST_BLOCKS))
+    span = max(_MIN_QUERY_BLOCK, -(-length // _MAX_QUERY_BLOCKS))
     out = []
     for start in range(0, length, span):
         stop = min(start + span, length)
@@ -67,7 +67,7 @@ def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) 
 
 
 @register("attend")
-def library(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax.Array:
+def jax_nn(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax.Array:
     """JAX's own function, for comparison."""
     sight = None if window is None else (window - 1, 0)
     mask = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from transformer.kernels.table import register
+from transformer.kernels.registry import register
 
 
 @register("attend_cached")
@@ -34,20 +34,20 @@ def reference(q, keys, values, tables, starts, *, window: int | None) -> jax.Arr
 
 
 @register("attend_cached")
-def blocks(q, keys, values, tables, starts, *, window: int | None) -> jax.Array:
+def blockwise(q, keys, values, tables, starts, *, window: int | None) -> jax.Array:
     """Row by row and block by block with a running maximum and sum (the online softmax of Milakov &
     Gimelshein 2018, arXiv:1805.02867).
 
     It touches only blocks the row has filled and its window reaches, and what a row gets does not
     depend on what other rows stand beside it.
     """
-    row = lambda args: _walk(*args, keys, values, window)  # noqa: E731
+    row = lambda args: _attend_row(*args, keys, values, window)  # noqa: E731
     if q.shape[0] == 1:
         return row((q[0], tables[0], starts[0]))[None]
     return jax.lax.map(row, (q, tables, starts))
 
 
-def _walk(q, table, start, keys, values, window):
+def _attend_row(q, table, start, keys, values, window):
     num_new, num_heads, head_dim = q.shape
     num_kv_heads, size = keys.shape[1], keys.shape[-1]
     group = num_heads // num_kv_heads

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import jax
 
-from transformer.kernels import products as forms
+from transformer.kernels import matmuls
 from transformer.kernels.operations import linear
-from transformer.kernels.table import register
+from transformer.kernels.registry import register
 from transformer.remat import recompute
 from transformer.weights import Linear
 
@@ -20,18 +20,18 @@ def reference(x: jax.Array, gate: Linear, up: Linear, down: Linear, kind: str) -
     """The definition, in the precision of `x`."""
 
     def apply(x: jax.Array, p: Linear) -> jax.Array:
-        y = forms.reference(x, p.weight, p.scale)
+        y = matmuls.reference(x, p.weight, p.scale)
         if p.bias is not None:
             y = y + p.bias
         if p.lora is not None:
-            y = y + forms.reference(forms.reference(x, p.lora.a), p.lora.b) * p.lora.scale
+            y = y + matmuls.reference(matmuls.reference(x, p.lora.a), p.lora.b) * p.lora.scale
         return y
 
     return apply(activation(kind)(apply(x, gate)) * apply(x, up), down)
 
 
 @register("gated_mlp")
-def products(x: jax.Array, gate: Linear, up: Linear, down: Linear, kind: str) -> jax.Array:
+def unfused(x: jax.Array, gate: Linear, up: Linear, down: Linear, kind: str) -> jax.Array:
     """Three products, each in the form that is chosen for its weight.
 
     Differentiated, only what gate and up gave is remembered, of all that is F wide.

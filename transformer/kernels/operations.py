@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax
 
-from transformer.kernels import table
+from transformer.kernels import registry
 from transformer.weights import Linear
 
 
@@ -21,9 +21,11 @@ def matmul(
         weight: float32, bfloat16 or int8 [out, in]; its dtype is the format of the product.
         scale: [out], of int8 weights.
     """
-    count = ", one row" if len(rows) == 1 else ", many rows" if len(rows) >= table.MANY else ""
+    count = (
+        ", one row" if len(rows) == 1 else ", many rows" if len(rows) >= registry.MANY_ROWS else ""
+    )
     with jax.named_scope("matmul"):
-        return _form("matmul", f"matmul {weight.dtype}{count}", impl)(rows, weight, scale)
+        return _resolve_impl("matmul", f"matmul {weight.dtype}{count}", impl)(rows, weight, scale)
 
 
 def norm(
@@ -35,7 +37,7 @@ def norm(
         scale, bias: [D].
     """
     with jax.named_scope("norm"):
-        return _form("norm", "norm", impl)(x, scale, bias, eps)
+        return _resolve_impl("norm", "norm", impl)(x, scale, bias, eps)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, impl: str | None = None) -> jax.Array:
@@ -45,7 +47,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, impl: str | None = N
         cos, sin: [B, T, 1, H/2].
     """
     with jax.named_scope("rotate"):
-        return _form("rotate", "rotate", impl)(x, cos, sin)
+        return _resolve_impl("rotate", "rotate", impl)(x, cos, sin)
 
 
 def attend(
@@ -67,7 +69,7 @@ def attend(
             of its own. None: a row is one text.
     """
     with jax.named_scope("attend"):
-        return _form("attend", "attend", impl)(q, k, v, window=window, segments=segments)
+        return _resolve_impl("attend", "attend", impl)(q, k, v, window=window, segments=segments)
 
 
 def attend_cached(
@@ -93,7 +95,7 @@ def attend_cached(
         window: as in `attend`.
     """
     with jax.named_scope("attend_cached"):
-        form = _form("attend_cached", "attend_cached", impl)
+        form = _resolve_impl("attend_cached", "attend_cached", impl)
         return form(q, keys, values, tables, starts, window=window)
 
 
@@ -110,7 +112,7 @@ def gated_mlp(
         kind: "swiglu" (SiLU) or "geglu" (GELU, by its tanh approximation).
     """
     with jax.named_scope("gated_mlp"):
-        return _form("gated_mlp", "gated_mlp", impl)(x, gate, up, down, kind)
+        return _resolve_impl("gated_mlp", "gated_mlp", impl)(x, gate, up, down, kind)
 
 
 def truncate(
@@ -131,7 +133,7 @@ def truncate(
         min_p: keep tokens at least this likely, relative to the likeliest.
     """
     with jax.named_scope("truncate"):
-        return _form("truncate", "truncate", impl)(logits, top_k, top_p, min_p)
+        return _resolve_impl("truncate", "truncate", impl)(logits, top_k, top_p, min_p)
 
 
 def linear(x: jax.Array, p: Linear) -> jax.Array:
@@ -146,5 +148,5 @@ def linear(x: jax.Array, p: Linear) -> jax.Array:
     return y.reshape(*x.shape[:-1], -1)
 
 
-def _form(operation: str, kind: str, impl: str | None) -> table.Form:
-    return table.find(operation, impl or table.chosen(kind))
+def _resolve_impl(operation: str, kind: str, impl: str | None) -> registry.Implementation:
+    return registry.get_impl(operation, impl or registry.select_impl(kind))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from transformer.kernels.table import register
+from transformer.kernels.registry import register
 
 
 @register("truncate")

@@ -27,28 +27,28 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 import audio
 from audio import subtitles
-from audio.load import RATE
-from audio.tokens import SECONDS_PER_STEP
+from audio.load import SAMPLE_RATE
+from audio.tokenizer import TIME_PRECISION
 from audio.transcribe import Segment, Transcript
 from serve.api.errors import APIError, unsupported
-from serve.api.multipart import File, read_form, temporary_file, whole
-from serve.api.openapi import described
-from serve.api.request_context import call_of
+from serve.api.multipart import File, read_all, read_form, temporary_file
+from serve.api.openapi import route_docs
+from serve.api.request_context import context_of
 from serve.api.requests import Body
-from serve.api.responses import Reply
-from serve.api.sse import Event, event_stream, unless_disconnected
-from serve.api.state import loaded
+from serve.api.responses import ResponseModel
+from serve.api.sse import Event, cancel_on_disconnect, event_stream
+from serve.api.state import get_loaded_model
 from serve.models.speech import SpeechModel
 
 router = APIRouter(prefix="/v1/audio")
 
 MAX_BYTES = 25 * 2**20  # of a file
-UPLOADS = {  # what a body may take: the file, and the form around it
+BODY_LIMITS = {  # what a body may take: the file, and the form around it
     f"/v1/audio/{route}": MAX_BYTES + 2**20 for route in ("transcriptions", "translations")
 }
 MAX_SECONDS = 2 * 3600.0  # of sound: a small file can hold days of silence
-BATCH = 4  # windows of a long sound decoded at once
-LONG = 60.0  # seconds from which a sound is long
+BATCH_SIZE = 4  # windows of a long sound decoded at once
+LONG_SECONDS = 60.0  # seconds from which a sound is long
 
 _FORMATS = "['flac', 'm4a', 'mp3', 'mp4', 'mpeg', 'mpga', 'oga', 'ogg', 'wav', 'webm']"
 
@@ -68,23 +68,23 @@ class SpeechForm(Body):
     stream: bool = False
 
 
-class Logprob(Reply):
+class Logprob(ResponseModel):
     token: str
     logprob: float
     bytes: list[int]
 
 
-class SpeechUsage(Reply):
+class SpeechUsage(ResponseModel):
     type: Literal["duration"]
     seconds: int
 
 
-class InputTokenDetails(Reply):
+class InputTokenDetails(ResponseModel):
     audio_tokens: int
     text_tokens: int
 
 
-class TokenUsage(Reply):
+class TokenUsage(ResponseModel):
     type: Literal["tokens"]
     input_tokens: int
     input_token_details: InputTokenDetails
@@ -92,7 +92,7 @@ class TokenUsage(Reply):
     total_tokens: int
 
 
-class Transcription(Reply):
+class Transcription(ResponseModel):
     """What `json` gives."""
 
     text: str
@@ -100,7 +100,7 @@ class Transcription(Reply):
     usage: SpeechUsage
 
 
-class SpeechSegment(Reply):
+class SpeechSegment(ResponseModel):
     id: int
     seek: int
     start: float
@@ -113,13 +113,13 @@ class SpeechSegment(Reply):
     no_speech_prob: float
 
 
-class SpeechWord(Reply):
+class SpeechWord(ResponseModel):
     word: str
     start: float
     end: float
 
 
-class VerboseTranscription(Reply):
+class VerboseTranscription(ResponseModel):
     """What `verbose_json` gives."""
 
     task: Literal["transcribe", "translate"]
@@ -131,7 +131,7 @@ class VerboseTranscription(Reply):
     usage: SpeechUsage
 
 
-class SpeechEvent(Reply):
+class SpeechEvent(ResponseModel):
     """`transcript.text.delta` with `delta`, or `transcript.text.done` with `text` and `usage`."""
 
     type: Literal["transcript.text.delta", "transcript.text.done"]
@@ -141,24 +141,24 @@ class SpeechEvent(Reply):
     usage: TokenUsage | None = None
 
 
-def _described(*, events: type[Reply] | None = None) -> dict[str, Any]:
+def _speech_route_docs(*, events: type[ResponseModel] | None = None) -> dict[str, Any]:
     """A route that takes a form and answers with JSON, brief or verbose, or with text."""
-    arguments = described(Transcription, form=SpeechForm, events=events)
+    arguments = route_docs(Transcription, form=SpeechForm, events=events)
     content = arguments["responses"][200]["content"]
     brief = content["application/json"]["schema"]
-    verbose = described(VerboseTranscription)["responses"][200]["content"]["application/json"]
+    verbose = route_docs(VerboseTranscription)["responses"][200]["content"]["application/json"]
     content["application/json"] = {"schema": {"anyOf": [brief, verbose["schema"]]}}
     content["text/plain"] = {"schema": {"type": "string"}}
     return arguments
 
 
-@router.post("/transcriptions", **_described(events=SpeechEvent))
+@router.post("/transcriptions", **_speech_route_docs(events=SpeechEvent))
 async def create_transcription(request: Request) -> Response:
     """Write down what is said in a sound file."""
     return await _answer(request, "transcribe")
 
 
-@router.post("/translations", **_described(events=SpeechEvent))
+@router.post("/translations", **_speech_route_docs(events=SpeechEvent))
 async def create_translation(request: Request) -> Response:
     """Write down in English what is said in a sound file."""
     return await _answer(request, "translate")
@@ -167,29 +167,29 @@ async def create_translation(request: Request) -> Response:
 async def _answer(request: Request, task: Literal["transcribe", "translate"]) -> Response:
     with temporary_file() as sink:
         body = await read_form(request, SpeechForm, {"file": sink}, MAX_BYTES)
-        sound = await whole(sink)
-    model = await loaded(request, body.model, SpeechModel)
+        sound = await read_all(sink)
+    model = await get_loaded_model(request, body.model, SpeechModel)
     _check(body, model, task)
-    call_of(request.scope).model = model.id
-    samples = await asyncio.to_thread(_decoded, sound, body.file.filename)
-    is_long = len(samples) > LONG * RATE
-    plan = audio.Plan(
+    context_of(request.scope).model = model.id
+    samples = await asyncio.to_thread(_decode_audio, sound, body.file.filename)
+    is_long = len(samples) > LONG_SECONDS * SAMPLE_RATE
+    plan = audio.TranscriptionOptions(
         # In turn where the text is wanted as it is written: at once, the text of all regions but
         # the first arrives at the end.
-        batch=BATCH if is_long and not body.stream else 1,
-        condition=not is_long,
+        batch_size=BATCH_SIZE if is_long and not body.stream else 1,
+        condition_on_previous_text=not is_long,
         initial_prompt=body.prompt,
-        words="word" in body.timestamp_granularities,
-        fallback=audio.Fallback(temperatures=(body.temperature,))
+        word_timestamps="word" in body.timestamp_granularities,
+        fallback=audio.TemperatureFallback(temperatures=(body.temperature,))
         if body.temperature
-        else audio.Fallback(),
+        else audio.TemperatureFallback(),
     )
-    options = audio.Options(task=task, hotwords=", ".join(body.keywords))
-    hearing = _Hearing(model, samples, body.language, options, plan)
+    options = audio.DecodingOptions(task=task, hotwords=", ".join(body.keywords))
+    hearing = _Transcriber(model, samples, body.language, options, plan)
     if body.stream:
         return await event_stream(request, _events(hearing, body))
-    found = await unless_disconnected(request.receive, hearing.whole())
-    return _written(found, body, task, hearing)
+    found = await cancel_on_disconnect(request.receive, hearing.run())
+    return _format_response(found, body, task, hearing)
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ async def _answer(request: Request, task: Literal["transcribe", "translate"]) ->
 
 def _check(body: SpeechForm, model: SpeechModel, task: str) -> None:
     """Refuses what this model, or this server, cannot do."""
-    tokens = model.whisper.tokens
+    tokens = model.whisper.tokenizer
     if body.response_format == "diarized_json":
         raise unsupported(
             "response_format",
@@ -225,7 +225,7 @@ def _check(body: SpeechForm, model: SpeechModel, task: str) -> None:
             ) from None
 
 
-def _decoded(data: bytes, name: str) -> np.ndarray:
+def _decode_audio(data: bytes, name: str) -> np.ndarray:
     try:
         return audio.load(data, name=name, max_seconds=MAX_SECONDS)
     except ValueError as error:
@@ -239,7 +239,7 @@ def _decoded(data: bytes, name: str) -> np.ndarray:
 # --- listening --------------------------------------------------------------------------------
 
 
-class _Hearing:
+class _Transcriber:
     """One sound on its way to text. Its work ends soon after nobody waits for it any more."""
 
     def __init__(
@@ -247,18 +247,18 @@ class _Hearing:
         model: SpeechModel,
         samples: np.ndarray,
         language: str | None,
-        options: audio.Options,
-        plan: audio.Plan,
+        options: audio.DecodingOptions,
+        plan: audio.TranscriptionOptions,
     ):
         self._model, self._samples, self._language = model, samples, language
-        self._options, self._plan, self.tokens = options, plan, model.whisper.tokens
+        self._options, self._plan, self.tokens = options, plan, model.whisper.tokenizer
         self._stop = threading.Event()
         self.language = "en"
         self.segments: list[Segment] = []
 
-    async def whole(self) -> Transcript:
+    async def run(self) -> Transcript:
         """All of it."""
-        async for _ in self.one_by_one():
+        async for _ in self.stream():
             pass
         return self.transcript
 
@@ -267,14 +267,14 @@ class _Hearing:
         """What was heard so far."""
         return Transcript(
             language=self.language,
-            duration=len(self._samples) / RATE,
+            duration=len(self._samples) / SAMPLE_RATE,
             text="".join(segment.text for segment in self.segments).strip(),
             segments=tuple(self.segments),
         )
 
-    async def one_by_one(self) -> AsyncGenerator[Segment, None]:
+    async def stream(self) -> AsyncGenerator[Segment, None]:
         """Segment after segment, as they are written."""
-        segments = self._listen()
+        segments = self._transcribe()
         try:
             while (segment := await asyncio.to_thread(next, segments, None)) is not None:
                 self.segments.append(segment)
@@ -282,15 +282,19 @@ class _Hearing:
         finally:
             self._stop.set()
 
-    def _listen(self) -> Iterator[Segment]:
-        self.language, spans = self._model.language(self._samples, self._language, self._plan)
+    def _transcribe(self) -> Iterator[Segment]:
+        self.language, spans = self._model.detect_language(
+            self._samples, self._language, self._plan
+        )
         options = replace(self._options, language=self.language)
-        yield from self._model.listen(self._samples, options, self._plan, spans, stop=self._stop)
+        yield from self._model.transcribe(
+            self._samples, options, self._plan, spans, stop=self._stop
+        )
 
 
-async def _events(hearing: _Hearing, body: SpeechForm) -> AsyncGenerator[Event, None]:
+async def _events(hearing: _Transcriber, body: SpeechForm) -> AsyncGenerator[Event, None]:
     extra = ["logprobs"] if body.include else []
-    async for segment in hearing.one_by_one():
+    async for segment in hearing.stream():
         text = segment.text if len(hearing.segments) > 1 else segment.text.lstrip()
         event: Event = {"type": "transcript.text.delta", "delta": text}
         yield event | {name: _logprobs(hearing, [segment]) for name in extra}
@@ -305,15 +309,17 @@ async def _events(hearing: _Hearing, body: SpeechForm) -> AsyncGenerator[Event, 
 # --- writing ----------------------------------------------------------------------------------
 
 
-def _written(found: Transcript, body: SpeechForm, task: str, hearing: _Hearing) -> Response:
+def _format_response(
+    found: Transcript, body: SpeechForm, task: str, hearing: _Transcriber
+) -> Response:
     if body.response_format in ("text", "srt", "vtt"):
-        return PlainTextResponse(subtitles.write(found, body.response_format))
+        return PlainTextResponse(subtitles.render(found, body.response_format))
     if body.response_format == "json":
         answer = {"text": found.text, "usage": _usage(found)}
         if body.include:
             answer["logprobs"] = _logprobs(hearing, found.segments)
         return JSONResponse(answer)
-    answer = subtitles.verbose(found, task=task)
+    answer = subtitles.verbose_json(found, task=task)
     if task == "translate":
         answer["language"] = "english"
     if "word" in body.timestamp_granularities:
@@ -327,9 +333,9 @@ def _usage(found: Transcript) -> dict[str, Any]:
     return {"type": "duration", "seconds": math.ceil(found.duration)}
 
 
-def _token_usage(hearing: _Hearing, body: SpeechForm) -> dict[str, Any]:
+def _token_usage(hearing: _Transcriber, body: SpeechForm) -> dict[str, Any]:
     """What went in and came out, an audio token being a position of the encoder: 50 a second."""
-    heard = math.ceil(hearing.transcript.duration / SECONDS_PER_STEP)
+    heard = math.ceil(hearing.transcript.duration / TIME_PRECISION)
     read = sum(len(hearing.tokens.encode(text)) for text in (body.prompt, *body.keywords) if text)
     written = sum(len(segment.ids) for segment in hearing.segments)
     return {
@@ -341,7 +347,7 @@ def _token_usage(hearing: _Hearing, body: SpeechForm) -> dict[str, Any]:
     }
 
 
-def _logprobs(hearing: _Hearing, segments: Sequence[Segment]) -> list[dict[str, Any]]:
+def _logprobs(hearing: _Transcriber, segments: Sequence[Segment]) -> list[dict[str, Any]]:
     """The tokens of text with their log-probabilities."""
     tokens, found = hearing.tokens, []
     for segment in segments:

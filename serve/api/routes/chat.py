@@ -18,29 +18,29 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bpe import Encoding
-from serve.api.context_window import MESSAGES, Wording, refuse_hopeless, room
-from serve.api.detokenize import Placed, finite, token_text
+from serve.api.context_window import CHAT_WORDING, Wording, refuse_too_long, resolve_max_tokens
+from serve.api.detokenize import TokenWithOffset, clamp_logprob, token_text
 from serve.api.errors import APIError, unsupported
 from serve.api.generation import Generation, Prompt
-from serve.api.openapi import described
-from serve.api.request_context import Call, call_of
+from serve.api.openapi import route_docs
+from serve.api.request_context import RequestContext, context_of
 from serve.api.requests import ChatBody, Message, read_json
 from serve.api.responses import ChatChunk, ChatCompletion
-from serve.api.sse import event_stream, unless_disconnected
-from serve.api.state import loaded
-from serve.models.decoder import ServedModel
+from serve.api.sse import cancel_on_disconnect, event_stream
+from serve.api.state import get_loaded_model
+from serve.models.decoder import DecoderModel
 
 router = APIRouter(prefix="/v1")
 
 
-@router.post("/chat/completions", **described(ChatCompletion, ChatBody, events=ChatChunk))
+@router.post("/chat/completions", **route_docs(ChatCompletion, ChatBody, events=ChatChunk))
 @router.post("/engines/{engine:path}/chat/completions", include_in_schema=False)
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation."""
     body = await read_json(request, ChatBody)
     _refuse_unsupported(body)
-    model = await loaded(request, body.model, ServedModel)
-    generation = await asyncio.to_thread(_plan, body, model, call_of(request.scope))
+    model = await get_loaded_model(request, body.model, DecoderModel)
+    generation = await asyncio.to_thread(_build_generation, body, model, context_of(request.scope))
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -51,7 +51,7 @@ async def create_chat_completion(request: Request) -> Response:
     }
     if body.stream:
         return await event_stream(request, _chunks(body, generation, head))
-    choices = await unless_disconnected(request.receive, generation.choices())
+    choices = await cancel_on_disconnect(request.receive, generation.choices())
     return JSONResponse(
         {
             **head,
@@ -64,7 +64,7 @@ async def create_chat_completion(request: Request) -> Response:
                 }
                 for index, choice in enumerate(choices)
             ],
-            "usage": generation.usage.body(),
+            "usage": generation.usage.to_api(),
             "metadata": body.metadata,
         }
     )
@@ -82,7 +82,7 @@ async def _chunks(
         return {**head, "choices": [choice | rest], **tail}
 
     begun: set[int] = set()
-    async with aclosing(generation.pieces()) as pieces:
+    async with aclosing(generation.text_deltas()) as pieces:
         async for index, piece in pieces:
             if index not in begun:
                 begun.add(index)
@@ -93,39 +93,40 @@ async def _chunks(
             if piece.finish_reason:
                 yield chunk(index, {}, finish_reason=piece.finish_reason)
     if include_usage:
-        yield {**head, "choices": [], "usage": generation.usage.body()}
+        yield {**head, "choices": [], "usage": generation.usage.to_api()}
 
 
 def _logprobs(
-    body: ChatBody, encoding: Encoding, tokens: Sequence[Placed]
+    body: ChatBody, encoding: Encoding, tokens: Sequence[TokenWithOffset]
 ) -> dict[str, Any] | None:
     if not body.logprobs:
         return None
 
     def entry(id: int, logprob: float | None) -> dict[str, Any]:
         data = encoding.decode_single_token_bytes(id)
-        return {"token": token_text(data), "logprob": finite(logprob), "bytes": list(data)}
+        return {"token": token_text(data), "logprob": clamp_logprob(logprob), "bytes": list(data)}
 
     content = [
-        entry(token.id, token.logprob) | {"top_logprobs": [entry(*other) for other in token.top]}
+        entry(token.id, token.logprob)
+        | {"top_logprobs": [entry(*other) for other in token.top_logprobs]}
         for token in (placed.token for placed in tokens)
     ]
     return {"content": content, "refusal": None}
 
 
-def _plan(body: ChatBody, model: ServedModel, call: Call) -> Generation:
-    messages = [plain(message, index) for index, message in enumerate(body.messages)]
-    prompt = encode_chat(MESSAGES, model, messages)
+def _build_generation(body: ChatBody, model: DecoderModel, call: RequestContext) -> Generation:
+    messages = [template_message(message, index) for index, message in enumerate(body.messages)]
+    prompt = encode_chat(CHAT_WORDING, model, messages)
     wanted = body.max_completion_tokens or body.max_tokens
-    limit = room(MESSAGES, model.context, len(prompt), wanted, model.context)
+    limit = resolve_max_tokens(CHAT_WORDING, model.context, len(prompt), wanted, model.context)
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    whole = [Prompt(ids=prompt, max_tokens=limit)]
+    whole = [Prompt(token_ids=prompt, max_tokens=limit)]
     return Generation(model, whole, body, body.n, top_logprobs, call)
 
 
 def encode_chat(
     wording: Wording,
-    model: ServedModel,
+    model: DecoderModel,
     messages: list[dict[str, str]],
     *,
     add_generation_prompt: bool = True,
@@ -153,7 +154,7 @@ def encode_chat(
     try:
         # Only what the template leaves of the messages must fit: it may drop or trim some.
         if sum(len(message["content"]) for message in messages) > model.context:
-            refuse_hopeless(wording, model.context, encoding, template.render(messages))
+            refuse_too_long(wording, model.context, encoding, template.render(messages))
         return template.encode(encoding, messages, add_generation_prompt=add_generation_prompt)
     except ValueError as error:  # many templates refuse roles they were not made for
         raise APIError(
@@ -161,7 +162,7 @@ def encode_chat(
         ) from None
 
 
-def plain(message: Message, index: int) -> dict[str, str]:
+def template_message(message: Message, index: int) -> dict[str, str]:
     """A message as templates know it: a role and one string."""
     path = f"messages[{index}]"
     if message.role in ("tool", "function"):

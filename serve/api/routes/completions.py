@@ -22,34 +22,34 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bpe import Encoding, Tokenizer
-from serve.api.context_window import PROMPT, refuse_hopeless, room
-from serve.api.detokenize import Piece, Placed, finite, token_text
+from serve.api.context_window import COMPLETION_WORDING, refuse_too_long, resolve_max_tokens
+from serve.api.detokenize import TextDelta, TokenWithOffset, clamp_logprob, token_text
 from serve.api.errors import APIError
 from serve.api.generation import Choice, Generation, Prompt
-from serve.api.infill import insertion
-from serve.api.openapi import described
-from serve.api.request_context import Call, call_of
+from serve.api.infill import infill_prompt
+from serve.api.openapi import route_docs
+from serve.api.request_context import RequestContext, context_of
 from serve.api.requests import CompletionBody, read_json
 from serve.api.responses import Completion, CompletionChunk
-from serve.api.sse import event_stream, unless_disconnected
-from serve.api.state import loaded
+from serve.api.sse import cancel_on_disconnect, event_stream
+from serve.api.state import get_loaded_model
 from serve.api.token_ids import native_ids
-from serve.models.decoder import ServedModel
+from serve.models.decoder import DecoderModel
 
 router = APIRouter(prefix="/v1")
 
 DEFAULT_MAX_TOKENS = 16
 
 
-@router.post("/completions", **described(Completion, CompletionBody, events=CompletionChunk))
+@router.post("/completions", **route_docs(Completion, CompletionBody, events=CompletionChunk))
 @router.post("/engines/{engine:path}/completions", include_in_schema=False)
 async def create_completion(request: Request) -> Response:
     """Continue a text, score it, or fill in what stands between two."""
     body = await read_json(request, CompletionBody)
     _refuse_contradictions(body)
-    model = await loaded(request, body.model, ServedModel)
+    model = await get_loaded_model(request, body.model, DecoderModel)
     # Megabytes of text take seconds to encode: not on the loop that serves everybody.
-    generation = await asyncio.to_thread(_plan, body, model, call_of(request.scope))
+    generation = await asyncio.to_thread(_build_generation, body, model, context_of(request.scope))
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
@@ -59,8 +59,10 @@ async def create_completion(request: Request) -> Response:
     }
     if body.stream:
         return await event_stream(request, _chunks(body, generation, head))
-    work = generation.best(body.n) if generation.copies > body.n else generation.choices()
-    choices = await unless_disconnected(request.receive, work)
+    work = (
+        generation.best(body.n) if generation.choices_per_prompt > body.n else generation.choices()
+    )
+    choices = await cancel_on_disconnect(request.receive, work)
     encoding = model.tokenizer.encoding
     return JSONResponse(
         {
@@ -68,7 +70,7 @@ async def create_completion(request: Request) -> Response:
             "choices": [
                 _choice(body, encoding, index, choice) for index, choice in enumerate(choices)
             ],
-            "usage": generation.usage.body(),
+            "usage": generation.usage.to_api(),
         }
     )
 
@@ -79,20 +81,20 @@ async def _chunks(
     encoding = generation.model.tokenizer.encoding
     include_usage = body.stream_options.include_usage
     tail = {"usage": None} if include_usage else {}
-    async with aclosing(generation.pieces()) as pieces:
+    async with aclosing(generation.text_deltas()) as pieces:
         async for index, piece in pieces:
             choice = _choice(body, encoding, index, piece)
             yield {**head, "choices": [choice], **tail}
     if include_usage:
-        yield {**head, "choices": [], "usage": generation.usage.body()}
+        yield {**head, "choices": [], "usage": generation.usage.to_api()}
 
 
 def _choice(
-    body: CompletionBody, encoding: Encoding, index: int, said: Choice | Piece
+    body: CompletionBody, encoding: Encoding, index: int, said: Choice | TextDelta
 ) -> dict[str, Any]:
     # The token that ended the text is named too: who scores a text with one token more than it
     # has, and drops that, must find it there.
-    tokens = [*said.tokens, said.end] if said.end else said.tokens
+    tokens = [*said.tokens, said.end_token] if said.end_token else said.tokens
     return {
         "text": said.text,
         "index": index,
@@ -101,7 +103,7 @@ def _choice(
     }
 
 
-def _logprobs(encoding: Encoding, tokens: Sequence[Placed]) -> dict[str, Any]:
+def _logprobs(encoding: Encoding, tokens: Sequence[TokenWithOffset]) -> dict[str, Any]:
     def name(token: int) -> str:
         return token_text(encoding.decode_single_token_bytes(token))
 
@@ -114,9 +116,9 @@ def _logprobs(encoding: Encoding, tokens: Sequence[Placed]) -> dict[str, Any]:
             continue
         named: dict[str, float] = {}
         # The chosen token is always among them. Of two that read the same the likelier stays.
-        for id, logprob in (*token.top, (token.id, token.logprob)):
-            named.setdefault(name(id), finite(logprob))
-        chosen.append(finite(token.logprob))
+        for id, logprob in (*token.top_logprobs, (token.id, token.logprob)):
+            named.setdefault(name(id), clamp_logprob(logprob))
+        chosen.append(clamp_logprob(token.logprob))
         alternatives.append(named)
     return {
         "tokens": [name(placed.token.id) for placed in tokens],
@@ -126,7 +128,9 @@ def _logprobs(encoding: Encoding, tokens: Sequence[Placed]) -> dict[str, Any]:
     }
 
 
-def _plan(body: CompletionBody, model: ServedModel, call: Call) -> Generation:
+def _build_generation(
+    body: CompletionBody, model: DecoderModel, call: RequestContext
+) -> Generation:
     copies = body.best_of or body.n
     # Choosing among more than are returned needs the logprobs, whether they are returned or not.
     top_logprobs = 0 if copies > body.n and body.logprobs is None else body.logprobs
@@ -135,19 +139,25 @@ def _plan(body: CompletionBody, model: ServedModel, call: Call) -> Generation:
     return Generation(model, prompts, body, copies, top_logprobs, call, is_judged)
 
 
-def _prompt(body: CompletionBody, model: ServedModel, start: list[int], ids: list[int]) -> Prompt:
+def _prompt(body: CompletionBody, model: DecoderModel, start: list[int], ids: list[int]) -> Prompt:
     """What the model reads for a prompt: its own ids, and perhaps one to start a text with."""
     if body.suffix:
-        prompt = insertion(model.tokenizer, ids, body.suffix)
+        prompt = infill_prompt(model.tokenizer, ids, body.suffix)
     else:
-        prompt = Prompt(ids=[*start, *ids], max_tokens=0)
-    limit = room(PROMPT, model.context, len(prompt.ids), body.max_tokens, DEFAULT_MAX_TOKENS)
+        prompt = Prompt(token_ids=[*start, *ids], max_tokens=0)
+    limit = resolve_max_tokens(
+        COMPLETION_WORDING,
+        model.context,
+        len(prompt.token_ids),
+        body.max_tokens,
+        DEFAULT_MAX_TOKENS,
+    )
     echo = ids if body.echo else []
     is_scored = bool(echo) and body.logprobs is not None
     return replace(prompt, max_tokens=limit, echo=echo, is_scored=is_scored)
 
 
-def _encoded(body: CompletionBody, model: ServedModel) -> list[tuple[list[int], list[int]]]:
+def _encoded(body: CompletionBody, model: DecoderModel) -> list[tuple[list[int], list[int]]]:
     """The prompts as token ids, each with the ids that a text is started with."""
     tokenizer = model.tokenizer
     single = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
@@ -155,16 +165,16 @@ def _encoded(body: CompletionBody, model: ServedModel) -> list[tuple[list[int], 
     encoded: list[tuple[list[int], list[int]]] = []
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, str):
-            refuse_hopeless(PROMPT, model.context, tokenizer.encoding, prompt)
+            refuse_too_long(COMPLETION_WORDING, model.context, tokenizer.encoding, prompt)
             ids = tokenizer.encoding.encode(prompt, allowed_special="all")
-            encoded.append((_start(tokenizer, ids), ids))
+            encoded.append((_start_ids(tokenizer, ids), ids))
         else:
             path = "prompt" if single else f"prompt[{number}]"
             encoded.append(([], native_ids(prompt, body.model, model, path)))
     return encoded
 
 
-def _start(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+def _start_ids(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     """What the model expects in front of a text that is encoded as `ids`."""
     if tokenizer.add_bos and tokenizer.bos_id is not None:
         return [] if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id]

@@ -31,12 +31,12 @@ from starlette.responses import JSONResponse, Response
 import bpe
 from bpe import WordPiece
 from serve.api.errors import APIError
-from serve.api.openapi import described
-from serve.api.request_context import call_of
-from serve.api.requests import Body, Ids, read_json, tag
+from serve.api.openapi import route_docs
+from serve.api.request_context import context_of
+from serve.api.requests import Body, TokenIds, read_json, tag
 from serve.api.responses import Embeddings
-from serve.api.sse import unless_disconnected
-from serve.api.state import loaded
+from serve.api.sse import cancel_on_disconnect
+from serve.api.state import get_loaded_model
 from serve.models import long_texts
 from serve.models.encoder import EmbeddingModel
 
@@ -50,8 +50,8 @@ Input = Annotated[
     | Annotated[
         list[Text], Field(min_length=1, max_length=2048, fail_fast=True), Tag("an array of strings")
     ]
-    | Annotated[Ids, Tag("an array of integers")]
-    | Annotated[list[Ids], Field(max_length=2048, fail_fast=True), Tag("an array of arrays")],
+    | Annotated[TokenIds, Tag("an array of integers")]
+    | Annotated[list[TokenIds], Field(max_length=2048, fail_fast=True), Tag("an array of arrays")],
     Discriminator(tag),
 ]
 
@@ -68,12 +68,12 @@ class EmbeddingsBody(Body):
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
 
 
-@router.post("/embeddings", **described(Embeddings, EmbeddingsBody))
+@router.post("/embeddings", **route_docs(Embeddings, EmbeddingsBody))
 @router.post("/engines/{engine:path}/embeddings", include_in_schema=False)
 async def create_embeddings(request: Request) -> Response:
     """Turn texts into vectors, to be searched, sorted and compared."""
     body = await read_json(request, EmbeddingsBody)
-    model = await loaded(request, body.model, EmbeddingModel)
+    model = await get_loaded_model(request, body.model, EmbeddingModel)
     width = model.cfg.d_model
     if body.dimensions is not None and body.dimensions > width:
         raise APIError(
@@ -87,11 +87,11 @@ async def create_embeddings(request: Request) -> Response:
     texts = await asyncio.to_thread(_encoded, body, model)
     chunks = [chunk for text in texts for chunk in text]
     tokens = sum(map(len, chunks))
-    call = call_of(request.scope)
+    call = context_of(request.scope)
     call.model, call.prompt_tokens = model.id, tokens
-    vectors = await unless_disconnected(request.receive, model.embed(chunks))
+    vectors = await cancel_on_disconnect(request.receive, model.embed(chunks))
     vectors = long_texts.average(vectors, texts, normalize=model.cfg.normalize)
-    found = await asyncio.to_thread(_written, body, vectors)
+    found = await asyncio.to_thread(_format_vectors, body, vectors)
     return JSONResponse(
         {
             "object": "list",
@@ -107,7 +107,7 @@ async def create_embeddings(request: Request) -> Response:
 
 def _encoded(body: EmbeddingsBody, model: EmbeddingModel) -> list[list[list[int]]]:
     """The chunks of each input, mostly one: the model's token ids between [CLS] and [SEP]."""
-    words, limit = model.words, _limit(body, model)
+    words, limit = model.tokenizer, _truncation_length(body, model)
     single = isinstance(body.input, str) or isinstance(body.input[0], int)
     inputs = cast("list[str | list[int]]", [body.input] if single else body.input)
     foreign = _encoding_of(body.model, model)
@@ -118,7 +118,7 @@ def _encoded(body: EmbeddingsBody, model: EmbeddingModel) -> list[list[list[int]
         if isinstance(given, str):
             ids = words.encode(given)
         elif foreign is None:
-            ids = _own_ids(given, words, model.id, path)
+            ids = _with_special_tokens(given, words, model.id, path)
         else:
             ids = words.encode(_decoded(given, foreign, body.model, path))
         if body.long_text_mode == "mean":
@@ -171,7 +171,7 @@ def _decoded(ids: list[int], encoding: bpe.Encoding, name: str, path: str) -> st
         ) from None
 
 
-def _limit(body: EmbeddingsBody, model: EmbeddingModel) -> int | None:
+def _truncation_length(body: EmbeddingsBody, model: EmbeddingModel) -> int | None:
     """To how many tokens an input is to be cut; None for not at all."""
     asked = body.truncate_prompt_tokens
     truncates = body.truncate or body.long_text_mode == "truncate"
@@ -196,11 +196,11 @@ def _limit(body: EmbeddingsBody, model: EmbeddingModel) -> int | None:
     return asked
 
 
-def _own_ids(ids: list[int], words: WordPiece, id: str, path: str) -> list[int]:
+def _with_special_tokens(ids: list[int], words: WordPiece, id: str, path: str) -> list[int]:
     """The model's own ids, with [CLS] and [SEP] around them if they came without."""
     for index, token in enumerate(ids):
         try:
-            words.pieces([token])
+            words.convert_ids_to_tokens([token])
         except KeyError:
             raise APIError(
                 400,
@@ -214,7 +214,7 @@ def _own_ids(ids: list[int], words: WordPiece, id: str, path: str) -> list[int]:
     return [*start, *ids, *end]
 
 
-def _written(body: EmbeddingsBody, vectors: np.ndarray) -> list[Any]:
+def _format_vectors(body: EmbeddingsBody, vectors: np.ndarray) -> list[Any]:
     """The vectors as the client wants to have them."""
     if body.dimensions is not None:
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)

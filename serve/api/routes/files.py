@@ -15,8 +15,8 @@ from starlette.responses import FileResponse, Response
 
 from serve.api.errors import APIError
 from serve.api.multipart import File, read_form
-from serve.api.openapi import described
-from serve.api.pagination import OrderedPageQuery, listing, read_query
+from serve.api.openapi import route_docs
+from serve.api.pagination import OrderedPageQuery, paginate, read_query
 from serve.api.requests import Body
 from serve.api.responses import FileDeleted, FileReply, Files
 from serve.api.stored_files import find_file, is_alive, no_such_file, store_of
@@ -25,7 +25,9 @@ from serve.jobs.store import Store, file_record, new_id
 router = APIRouter(prefix="/v1")
 
 MAX_BYTES = 512 * 2**20
-UPLOADS = {"/v1/files": MAX_BYTES + 2**20}  # what a body may take: the file, and the form around it
+BODY_LIMITS = {
+    "/v1/files": MAX_BYTES + 2**20
+}  # what a body may take: the file, and the form around it
 PURPOSES = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
 
 _TYPES = {  # by purpose; the rest is bytes
@@ -53,26 +55,26 @@ class FilesQuery(OrderedPageQuery):
     purpose: str | None = None
 
 
-@router.post("/files", **described(FileReply))
+@router.post("/files", **route_docs(FileReply))
 async def create_file(request: Request) -> dict[str, Any]:
     """Upload a file (a form: `file` and `purpose`)."""
     store, id = store_of(request), new_id("file-")
-    with store.receiving(id) as incoming:
+    with store.open_blob(id) as incoming:
         form = await read_form(request, FileForm, {"file": incoming}, MAX_BYTES)
         if not incoming.size:
             raise APIError(400, "File is empty.", param="file", code="invalid_file")
         record = file_record(id, form.file.filename, incoming.size, form.purpose)
         if form.expires_after is not None:
             record["expires_at"] = record["created_at"] + form.expires_after.seconds
-        await asyncio.to_thread(incoming.keep, record)
+        await asyncio.to_thread(incoming.commit, record)
     return record
 
 
-@router.get("/files", **described(Files))
+@router.get("/files", **route_docs(Files))
 async def list_files(request: Request) -> dict[str, Any]:
     """List the files, or those of a purpose."""
     query = read_query(request, FilesQuery)
-    return await listing(
+    return await paginate(
         store_of(request),
         "file",
         query,
@@ -82,36 +84,36 @@ async def list_files(request: Request) -> dict[str, Any]:
     )
 
 
-@router.get("/files/{file_id}", **described(FileReply))
+@router.get("/files/{file_id}", **route_docs(FileReply))
 async def get_file(request: Request, file_id: str) -> dict[str, Any]:
     """Look up a file."""
     return await asyncio.to_thread(find_file, store_of(request), file_id)
 
 
-@router.get("/files/{file_id}/content", **described(media_type="application/octet-stream"))
+@router.get("/files/{file_id}/content", **route_docs(media_type="application/octet-stream"))
 async def get_content(request: Request, file_id: str) -> Response:
     """Download what is in a file."""
     store = store_of(request)
     file = await asyncio.to_thread(find_file, store, file_id)
     return FileResponse(
-        store.blob(file_id),
+        store.blob_path(file_id),
         media_type=_TYPES.get(file["purpose"], "application/octet-stream"),
         filename=file["filename"],  # as an attachment
         headers={"x-content-type-options": "nosniff", "content-security-policy": "sandbox"},
     )
 
 
-@router.delete("/files/{file_id}", **described(FileDeleted))
+@router.delete("/files/{file_id}", **route_docs(FileDeleted))
 async def delete_file(request: Request, file_id: str) -> dict[str, Any]:
     """Delete a file. A job that was made with it keeps what it needs."""
     store = store_of(request)
-    if not await asyncio.to_thread(store.drop, file_id):
+    if not await asyncio.to_thread(store.delete_file, file_id):
         raise no_such_file(file_id)
     return {"id": file_id, "object": "file", "deleted": True}
 
 
 def drop_expired(store: Store) -> None:
     """Removes files whose time is over: nobody is shown them any more."""
-    expired, _ = store.page("file", keep=lambda file: not is_alive(file))
+    expired, _ = store.page("file", predicate=lambda file: not is_alive(file))
     for file in expired:
-        store.drop(file["id"])
+        store.delete_file(file["id"])

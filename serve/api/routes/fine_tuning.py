@@ -17,21 +17,21 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from serve.api.errors import APIError, unsupported
-from serve.api.openapi import described
-from serve.api.pagination import PageQuery, listing, read_query
+from serve.api.openapi import route_docs
+from serve.api.pagination import PageQuery, paginate, read_query
 from serve.api.requests import Body, read_json, tag
 from serve.api.responses import JobCheckpoints, JobEvent, JobEvents, JobReply, Jobs
 from serve.api.sse import Events, event_stream
 from serve.api.state import state_of
 from serve.api.stored_files import find_file
-from serve.jobs.jobs import UNFINISHED, Job, JobIsOver, check_name, check_suffix, shown
-from serve.jobs.jobs import Jobs as JobStore
+from serve.jobs.jobs import UNFINISHED, Job, JobFinished, check_name, check_suffix, to_api
+from serve.jobs.jobs import JobStore as JobStore
 from serve.models.spec import ModelSpec
 
 router = APIRouter(prefix="/v1")
 
-TICK = 0.25  # seconds between two looks for new events
-SILENCE = 15.0  # seconds without an event until a stream gives a sign of life
+POLL_SECONDS = 0.25  # seconds between two looks for new events
+KEEPALIVE_SECONDS = 15.0  # seconds without an event until a stream gives a sign of life
 
 
 def auto_or(number: Any, kind: str) -> Any:
@@ -91,7 +91,7 @@ def jobs_of(request: Request) -> JobStore:
     return state_of(request).jobs
 
 
-@router.post("/fine_tuning/jobs", **described(JobReply, JobBody))
+@router.post("/fine_tuning/jobs", **route_docs(JobReply, JobBody))
 async def create_job(request: Request) -> dict[str, Any]:
     """Fine-tune a model on a file that was uploaded."""
     body = await read_json(request, JobBody)
@@ -100,8 +100,8 @@ async def create_job(request: Request) -> dict[str, Any]:
     if body.integrations:
         raise unsupported("integrations", body.integrations, "Nothing is reported elsewhere.")
     given = body.method.supervised.hyperparameters or body.hyperparameters or Hyperparameters()
-    numbers = {name: _number(value) for name, value in given.model_dump().items()}
-    job = await make_job(
+    numbers = {name: _auto_to_none(value) for name, value in given.model_dump().items()}
+    job = await submit_job(
         request,
         body.model,
         body.training_file,
@@ -111,10 +111,10 @@ async def create_job(request: Request) -> dict[str, Any]:
         metadata=body.metadata,
         **numbers,
     )
-    return shown(job)
+    return to_api(job)
 
 
-async def make_job(
+async def submit_job(
     request: Request, model: str, training: str, validation: str | None, **fields: Any
 ) -> Job:
     """Makes a job, and has it begun when its turn comes.
@@ -128,7 +128,7 @@ async def make_job(
         APIError: 404 for a model or file that is not there, 400 for one that will not do.
     """
     jobs = jobs_of(request)
-    id, path = trainable(request, model)
+    id, path = trainable_model(request, model)
     param = "model"
     try:
         check_name(id)
@@ -151,16 +151,16 @@ async def make_job(
     job = await asyncio.to_thread(
         jobs.create,
         model=id,
-        path=path,
+        model_path=path,
         training_file=training,
         validation_file=validation,
         **fields,
     )
-    await asyncio.to_thread(state_of(request).keeper.wake)
+    await asyncio.to_thread(state_of(request).job_runner.wake)
     return job
 
 
-def trainable(request: Request, name: str) -> tuple[str, Path]:
+def trainable_model(request: Request, name: str) -> tuple[str, Path]:
     """The id and the files of the model called ``name``, which must be one that can be trained.
 
     Raises:
@@ -168,10 +168,10 @@ def trainable(request: Request, name: str) -> tuple[str, Path]:
         UnknownModel: there is none.
     """
     registry = state_of(request).registry
-    offer = registry.offer(name)
+    offer = registry.spec(name)
     if offer is not None and offer.path is not None:
         return offer.id, offer.path
-    fitting = [card.id for card in registry.list() if _is_trainable(registry.offer(card.id))]
+    fitting = [card.id for card in registry.list_models() if _is_trainable(registry.spec(card.id))]
     hint = f"Use one of: {', '.join(fitting)}." if fitting else "No model here can be."
     if offer is not None and offer.base is not None:
         hint = f"It was fine-tuned already: begin with `{offer.base}`, and all examples."
@@ -187,7 +187,7 @@ def _is_trainable(offer: ModelSpec | None) -> bool:
     return offer is not None and offer.path is not None
 
 
-@router.get("/fine_tuning/jobs", **described(Jobs))
+@router.get("/fine_tuning/jobs", **route_docs(Jobs))
 async def list_jobs(request: Request) -> dict[str, Any]:
     """List the jobs, newest first; ``metadata[key]=value`` keeps those that have it."""
     query = read_query(request, PageQuery)
@@ -200,38 +200,38 @@ async def list_jobs(request: Request) -> dict[str, Any]:
     def keep(job: Job) -> bool:
         return wanted.items() <= (job["metadata"] or {}).items()
 
-    return await listing(jobs_of(request).store, "job", query, shown, keep=keep)
+    return await paginate(jobs_of(request).store, "job", query, to_api, keep=keep)
 
 
-@router.get("/fine_tuning/jobs/{job_id}", **described(JobReply))
+@router.get("/fine_tuning/jobs/{job_id}", **route_docs(JobReply))
 async def get_job(request: Request, job_id: str) -> dict[str, Any]:
     """Look up a job."""
-    return shown(await find_job(request, job_id))
+    return to_api(await find_job(request, job_id))
 
 
-@router.post("/fine_tuning/jobs/{job_id}/cancel", **described(JobReply))
+@router.post("/fine_tuning/jobs/{job_id}/cancel", **route_docs(JobReply))
 async def cancel_job(request: Request, job_id: str) -> dict[str, Any]:
     """Stop a job."""
-    return shown(await cancelled(request, job_id))
+    return to_api(await cancel_by_id(request, job_id))
 
 
-@router.get("/fine_tuning/jobs/{job_id}/events", **described(JobEvents, events=JobEvent))
+@router.get("/fine_tuning/jobs/{job_id}/events", **route_docs(JobEvents, events=JobEvent))
 async def list_events(request: Request, job_id: str) -> Response:
     """What happened to a job, newest first; streamed, oldest first and as it happens."""
     await find_job(request, job_id)
     query = read_query(request, EventsQuery)
     if query.stream:
         return await event_stream(request, _streamed(request, job_id))
-    page = await listing(jobs_of(request).store, "event", query, shown_event, parent=job_id)
+    page = await paginate(jobs_of(request).store, "event", query, event_to_api, parent=job_id)
     return JSONResponse(page)
 
 
 async def _streamed(request: Request, id: str) -> Events:
     async for event in events_of(request, id):
-        yield event and shown_event(event)
+        yield event and event_to_api(event)
 
 
-@router.get("/fine_tuning/jobs/{job_id}/checkpoints", **described(JobCheckpoints))
+@router.get("/fine_tuning/jobs/{job_id}/checkpoints", **route_docs(JobCheckpoints))
 async def list_checkpoints(request: Request, job_id: str) -> dict[str, Any]:
     """The models after each of the last epochs, newest first."""
     await find_job(request, job_id)
@@ -240,7 +240,7 @@ async def list_checkpoints(request: Request, job_id: str) -> dict[str, Any]:
     def show(checkpoint: dict[str, Any]) -> dict[str, Any]:
         return {"object": "fine_tuning.job.checkpoint", **checkpoint}
 
-    return await listing(jobs_of(request).store, "checkpoint", query, show, parent=job_id)
+    return await paginate(jobs_of(request).store, "checkpoint", query, show, parent=job_id)
 
 
 async def find_job(request: Request, id: str) -> Job:
@@ -253,11 +253,11 @@ async def find_job(request: Request, id: str) -> Job:
     if job is None:
         raise APIError(404, f"No such fine-tune job: {id[:80]}", param="id", code="not_found")
     if job["status"] in UNFINISHED:  # its keeper may have ended since, in another process
-        await asyncio.to_thread(state_of(request).keeper.wake)
+        await asyncio.to_thread(state_of(request).job_runner.wake)
     return job
 
 
-async def cancelled(request: Request, id: str) -> Job:
+async def cancel_by_id(request: Request, id: str) -> Job:
     """A job by its id, which is cancelled now.
 
     Raises:
@@ -266,7 +266,7 @@ async def cancelled(request: Request, id: str) -> Job:
     job = await find_job(request, id)
     try:
         return await asyncio.to_thread(jobs_of(request).cancel, id)
-    except JobIsOver:
+    except JobFinished:
         raise APIError(
             400,
             f"Job has already completed: {id} has status '{job['status']}'.",
@@ -283,7 +283,7 @@ async def events_of(request: Request, id: str) -> Events:
     while True:
         job = await find_job(request, id)  # before its events: the last ones come before its end
         found, _ = await asyncio.to_thread(jobs.store.page, "event", parent=id, after=after)
-        for event in found or [None] * (time.monotonic() - told > SILENCE):
+        for event in found or [None] * (time.monotonic() - told > KEEPALIVE_SECONDS):
             yield event
             told = time.monotonic()
         after = found[-1]["id"] if found else after
@@ -293,16 +293,16 @@ async def events_of(request: Request, id: str) -> Events:
             raise APIError(
                 503, "The server is shutting down; the job goes on later.", type="server_error"
             )
-        await asyncio.sleep(TICK)
+        await asyncio.sleep(POLL_SECONDS)
 
 
 # --- what clients see -------------------------------------------------------------------------
 
 
-def shown_event(event: dict[str, Any]) -> dict[str, Any]:
+def event_to_api(event: dict[str, Any]) -> dict[str, Any]:
     """An event in OpenAI's shape."""
     return {"object": "fine_tuning.job.event", **event}
 
 
-def _number(value: Any) -> Any:
+def _auto_to_none(value: Any) -> Any:
     return None if value == "auto" else value

@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from serve.api.openapi import described
+from serve.api.openapi import route_docs
 from serve.api.responses import Status, Version
 from serve.api.state import state_of
 
@@ -16,7 +16,7 @@ router = APIRouter()
 @router.head("/health", include_in_schema=False)
 @router.head("/v1/health", include_in_schema=False)
 @router.get("/v1/health", include_in_schema=False)
-@router.get("/health", **described(Status))
+@router.get("/health", **route_docs(Status))
 async def health(request: Request) -> Response:
     """Say whether the server can answer: 503 if the thread that computes has ended."""
     if not state_of(request).registry.is_alive:
@@ -25,7 +25,7 @@ async def health(request: Request) -> Response:
 
 
 @router.head("/ready", include_in_schema=False)
-@router.get("/ready", **described(Status))
+@router.get("/ready", **route_docs(Status))
 async def ready(request: Request) -> Response:
     """Say whether the server takes new work: 200, or 503 while it is being stopped."""
     if state_of(request).is_draining:
@@ -33,7 +33,7 @@ async def ready(request: Request) -> Response:
     return JSONResponse({"status": "ready"})
 
 
-@router.get("/version", **described(Version))
+@router.get("/version", **route_docs(Version))
 async def get_version() -> dict[str, str]:
     """Say which version of Pellucid this is."""
     try:

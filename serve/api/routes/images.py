@@ -37,7 +37,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
-from diffusion import Plan, edit, picture, upscale
+from diffusion import SamplerOptions, edit, image_io, upscale
 from serve.api.base64_chunks import to_base64
 from serve.api.errors import APIError, unsupported
 from serve.api.image_requests import (
@@ -47,24 +47,30 @@ from serve.api.image_requests import (
     ImageOptions,
     ImageVariationForm,
 )
-from serve.api.image_uploads import MAX_BYTES, decode, read_edit, read_files, referenced
-from serve.api.openapi import described
-from serve.api.request_context import Call, call_of
+from serve.api.image_uploads import (
+    MAX_BYTES,
+    decode_image,
+    read_edit,
+    read_image_form,
+    referenced_files,
+)
+from serve.api.openapi import route_docs
+from serve.api.request_context import RequestContext, context_of
 from serve.api.requests import read_json
 from serve.api.responses import ImageEvent, Images
-from serve.api.sse import Event, between_base64, event_stream, unless_disconnected
-from serve.api.state import loaded, state_of
-from serve.api.temp_files import SECONDS, Passing
-from serve.models.images import DrawingModel, Drawn, Order, Source
+from serve.api.sse import Event, cancel_on_disconnect, event_stream, split_at_base64
+from serve.api.state import get_loaded_model, state_of
+from serve.api.temp_files import LIFETIME_SECONDS, TempFiles
+from serve.models.images import ImageModel, ImageOutput, ImageRequest, InitImage
 
 router = APIRouter()
 
-UPLOADS = {  # what a body may take: a picture, its mask, and the form around them
+BODY_LIMITS = {  # what a body may take: a picture, its mask, and the form around them
     f"/v1/images/{route}": 2 * MAX_BYTES for route in ("edits", "variations")
 }
-SMALLEST, LARGEST = 16, 1024  # pixels of a side
+MIN_SIDE, MAX_SIDE = 16, 1024  # pixels of a side
 STEPS = {"low": 10, "medium": 20, "high": 40}
-_QUALITY = {"standard": "medium", "auto": "medium", "hd": "high"}
+_QUALITY_ALIASES = {"standard": "medium", "auto": "medium", "hd": "high"}
 
 # For work on whole pictures: a large one takes 200 MB meanwhile, so at most two are worked on.
 _workers = ThreadPoolExecutor(2, thread_name_prefix="pictures")
@@ -72,34 +78,34 @@ _workers = ThreadPoolExecutor(2, thread_name_prefix="pictures")
 T = TypeVar("T")
 
 
-@router.post("/v1/images/generations", **described(Images, ImageGenerationBody, events=ImageEvent))
+@router.post("/v1/images/generations", **route_docs(Images, ImageGenerationBody, events=ImageEvent))
 async def create_image(request: Request) -> Response:
     """Draw what a prompt says."""
     body = await read_json(request, ImageGenerationBody)
     model = await _model(request, body.model)
-    side = _side(body, model.painter.size)
+    side = _side(body, model.pipeline.size)
 
     def whole(drawn: np.ndarray) -> np.ndarray:
-        return _sized(drawn, side)
+        return _resize(drawn, side)
 
     return await _answer(request, _Task(model, body, body.prompt, whole, "image_generation"))
 
 
 @router.post(
-    "/v1/images/edits", **described(Images, ImageEditBody, form=ImageEditForm, events=ImageEvent)
+    "/v1/images/edits", **route_docs(Images, ImageEditBody, form=ImageEditForm, events=ImageEvent)
 )
 async def create_image_edit(request: Request) -> Response:
     """Change a part of a picture (a form: `image`, `mask`, `prompt`; or JSON)."""
     if request.headers.get("content-type", "").lower().startswith("application/json"):
         body = await read_json(request, ImageEditBody)
-        files = await _aside(referenced, request, body)
+        files = await _run_in_worker(referenced_files, request, body)
     else:
-        body, files = await read_files(request, ImageEditForm)
+        body, files = await read_image_form(request, ImageEditForm)
     model = await _model(request, body.model)
-    size = model.painter.cfg.image_size
-    original, mask = await _aside(read_edit, files, _is_gpt_image(body))
+    size = model.pipeline.cfg.image_size
+    original, mask = await _run_in_worker(read_edit, files, _is_gpt_image(body))
     height, width = original.shape[:2]
-    side = None if body.size == "auto" else _side(body, model.painter.size)
+    side = None if body.size == "auto" else _side(body, model.pipeline.size)
     if side is not None and height != width:
         raise APIError(
             400,
@@ -112,16 +118,16 @@ async def create_image_edit(request: Request) -> Response:
     def whole(drawn: np.ndarray) -> np.ndarray:
         hole = np.ones((height, width, 1)) if mask is None else mask / np.float32(255)
         changed = edit.paste(original, drawn, hole)
-        return changed if side is None else _sized(changed, side)
+        return changed if side is None else _resize(changed, side)
 
-    def read() -> Source:
-        fitted = edit.fit(original, size)
+    def read() -> InitImage:
+        fitted = edit.preprocess_image(original, size)
         if mask is None:
-            return Source(fitted, strength=edit.VARIATION)
-        return Source(fitted, edit.fit_mask(mask, size))
+            return InitImage(fitted, strength=edit.VARIATION_STRENGTH)
+        return InitImage(fitted, edit.preprocess_mask(mask, size))
 
     files.clear()  # many requests may wait, each with megabytes of them
-    source = await _aside(read)
+    source = await _run_in_worker(read)
     background = "opaque"
     if original.shape[2] == 4 and body.output_format != "jpeg":
         background = "transparent"  # where the original is, outside the mask
@@ -130,35 +136,35 @@ async def create_image_edit(request: Request) -> Response:
 
 
 @router.post(
-    "/v1/images/variations", **described(Images, form=ImageVariationForm, events=ImageEvent)
+    "/v1/images/variations", **route_docs(Images, form=ImageVariationForm, events=ImageEvent)
 )
 async def create_image_variation(request: Request) -> Response:
     """Draw a picture again, a little differently (a form: `image`)."""
-    body, files = await read_files(request, ImageVariationForm)
+    body, files = await read_image_form(request, ImageVariationForm)
     model = await _model(request, body.model)
-    side = _side(body, model.painter.size)
+    side = _side(body, model.pipeline.size)
 
-    def read() -> Source:
-        fitted = edit.fit(decode(files, "image"), model.painter.cfg.image_size)
-        return Source(fitted, strength=body.strength)
+    def read() -> InitImage:
+        fitted = edit.preprocess_image(decode_image(files, "image"), model.pipeline.cfg.image_size)
+        return InitImage(fitted, strength=body.strength)
 
     def whole(drawn: np.ndarray) -> np.ndarray:
-        return _sized(drawn, side)
+        return _resize(drawn, side)
 
-    source = await _aside(read)
+    source = await _run_in_worker(read)
     files.clear()  # as above
     return await _answer(request, _Task(model, body, body.prompt, whole, "image_edit", source))
 
 
-@router.get("/images/{name}", **described(media_type="image/png"))
+@router.get("/images/{name}", **route_docs(media_type="image/png"))
 @router.head("/images/{name}", include_in_schema=False)
 async def get_image(request: Request, name: str) -> Response:
     """Download a picture; its URL is in an answer, and good for an hour."""
-    found = _passing(request).find(name)
+    found = _temp_files(request).find(name)
     if found is None:
         raise APIError(
             404,
-            f"No such image: {name[:80]}. Images can be fetched for {SECONDS // 60} minutes.",
+            f"No such image: {name[:80]}. Images can be fetched for {LIFETIME_SECONDS // 60} minutes.",
             param="name",
             code="not_found",
         )
@@ -178,12 +184,14 @@ async def get_image(request: Request, name: str) -> Response:
 # --- options ----------------------------------------------------------------------------------
 
 
-async def _model(request: Request, name: str | None) -> DrawingModel:
+async def _model(request: Request, name: str | None) -> ImageModel:
     """The model called ``name``, or the first that draws."""
     if name is None:
-        drawing = (spec.id for spec in state_of(request).registry.list() if spec.kind == "images")
+        drawing = (
+            spec.id for spec in state_of(request).registry.list_models() if spec.kind == "images"
+        )
         name = next(drawing, "dall-e-2")  # of which the error says what it is and where to get it
-    return await loaded(request, name, DrawingModel)
+    return await get_loaded_model(request, name, ImageModel)
 
 
 def _side(body: ImageOptions, own: int) -> int:
@@ -191,12 +199,12 @@ def _side(body: ImageOptions, own: int) -> int:
     if body.size == "auto":
         return own
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", body.size)
-    if match is None or match[1] != match[2] or not SMALLEST <= int(match[1]) <= LARGEST:
+    if match is None or match[1] != match[2] or not MIN_SIDE <= int(match[1]) <= MAX_SIDE:
         raise APIError(
             400,
             f"Invalid value: '{body.size[:80]}'. Supported values are: 'auto', '{own}x{own}', "
             "which is what the model draws, and, enlarged, '256x256', '512x512', '1024x1024' or "
-            f"any square from '{SMALLEST}x{SMALLEST}' to '{LARGEST}x{LARGEST}'.",
+            f"any square from '{MIN_SIDE}x{MIN_SIDE}' to '{MAX_SIDE}x{MAX_SIDE}'.",
             param="size",
             code="invalid_value",
         )
@@ -221,42 +229,42 @@ class _Task:
         background: what the answer says of it.
     """
 
-    model: DrawingModel
+    model: ImageModel
     body: ImageOptions
     prompt: str
-    whole: Callable[[np.ndarray], np.ndarray]
-    event: str
-    source: Source | None = None
+    postprocess: Callable[[np.ndarray], np.ndarray]
+    event_prefix: str
+    source: InitImage | None = None
     background: str = "opaque"
 
     @property
     def quality(self) -> str:
-        return _QUALITY.get(self.body.quality, self.body.quality)
+        return _QUALITY_ALIASES.get(self.body.quality, self.body.quality)
 
-    def order(self, client: str) -> Order:
+    def image_request(self, client: str) -> ImageRequest:
         body = self.body
-        return Order(
+        return ImageRequest(
             prompt=self.prompt,
-            count=body.n,
+            num_images=body.n,
             seed=body.seed,
-            plan=Plan(steps=STEPS[self.quality]),
-            shown=body.partial_images if body.stream else 0,
-            source=self.source,
+            plan=SamplerOptions(steps=STEPS[self.quality]),
+            num_partial_images=body.partial_images if body.stream else 0,
+            init_image=self.source,
             client=client,
         )
 
     def encode(self, pixels: np.ndarray) -> bytes:
         """The file of what the client gets."""
         quality = self.body.output_compression
-        return picture.encode(pixels, self.body.output_format, 95 if quality is None else quality)
+        return image_io.encode(pixels, self.body.output_format, 95 if quality is None else quality)
 
     def base64(self, pixels: np.ndarray) -> list[bytes]:
         """The file of what the client gets of what was drawn, in pieces of base64."""
-        return to_base64(self.encode(self.whole(pixels)))
+        return to_base64(self.encode(self.postprocess(pixels)))
 
     @cached_property
     def tokens(self) -> int:
-        return self.model.tokens(self.prompt)
+        return self.model.count_tokens(self.prompt)
 
     def usage(self) -> dict[str, Any]:
         count = self.tokens
@@ -283,32 +291,32 @@ def _check(body: ImageOptions) -> None:
 
 
 async def _answer(request: Request, task: _Task) -> Response:
-    body, call = task.body, call_of(request.scope)
+    body, call = task.body, context_of(request.scope)
     _check(body)
     call.model, call.prompt_tokens = task.model.id, task.tokens
     if body.stream:
         return await event_stream(request, _events(task, call), named=True)
-    passing = _passing(request)
+    passing = _temp_files(request)
     as_base64 = body.response_format == "b64_json" or (
         body.response_format is None and _is_gpt_image(body)
     )
     base, loop = str(request.base_url), asyncio.get_running_loop()
 
     def written(pixels: np.ndarray) -> dict[str, str]:
-        data = task.encode(task.whole(pixels))
+        data = task.encode(task.postprocess(pixels))
         name = passing.put(data, body.output_format)
         # Each by itself: to look at every file there is once a request would be ever more work.
-        loop.call_soon_threadsafe(loop.call_later, SECONDS + 1, passing.drop, name)
+        loop.call_soon_threadsafe(loop.call_later, LIFETIME_SECONDS + 1, passing.drop, name)
         return {"url": f"{base}images/{name}"}
 
     async def draw() -> tuple[list[np.ndarray], Any]:
-        found = {drawn.index: drawn.pixels async for drawn in _drawn(task, call)}
+        found = {drawn.index: drawn.pixels async for drawn in _generate(task, call)}
         drawn = [found[index] for index in sorted(found)]
         if as_base64:
-            return drawn, await _aside(task.base64, drawn[0])
-        return drawn, [await _aside(written, pixels) for pixels in drawn]
+            return drawn, await _run_in_worker(task.base64, drawn[0])
+        return drawn, [await _run_in_worker(written, pixels) for pixels in drawn]
 
-    drawn, found = await unless_disconnected(request.receive, draw())
+    drawn, found = await cancel_on_disconnect(request.receive, draw())
     answer = {
         "created": int(time.time()),
         "data": [{"b64_json": ""}] * len(drawn) if as_base64 else found,
@@ -322,9 +330,11 @@ async def _answer(request: Request, task: _Task) -> Response:
 
     async def pieces() -> AsyncGenerator[bytes, None]:
         """The answer with one picture in memory at a time, the first of which is there."""
-        for number, between in enumerate(between_base64(answer)):
+        for number, between in enumerate(split_at_base64(answer)):
             if number:
-                encoded = found if number == 1 else await _aside(task.base64, drawn[number - 1])
+                encoded = (
+                    found if number == 1 else await _run_in_worker(task.base64, drawn[number - 1])
+                )
                 for piece in encoded:
                     yield piece
             yield between
@@ -332,32 +342,32 @@ async def _answer(request: Request, task: _Task) -> Response:
     return StreamingResponse(pieces(), media_type="application/json")
 
 
-async def _events(task: _Task, call: Call) -> AsyncGenerator[Event, None]:
+async def _events(task: _Task, call: RequestContext) -> AsyncGenerator[Event, None]:
     def written(pixels: np.ndarray) -> dict[str, Any]:
-        whole = task.whole(pixels)
+        whole = task.postprocess(pixels)
         height, width = whole.shape[:2]
         return {"b64_json": to_base64(task.encode(whole)), "size": f"{width}x{height}"}
 
-    async with aclosing(_drawn(task, call)) as pictures:
+    async with aclosing(_generate(task, call)) as pictures:
         async for drawn in pictures:
             event: Event = {
-                "type": f"{task.event}.{'completed' if drawn.shown is None else 'partial_image'}",
-                **await _aside(written, drawn.pixels),
+                "type": f"{task.event_prefix}.{'completed' if drawn.partial_index is None else 'partial_image'}",
+                **await _run_in_worker(written, drawn.pixels),
                 "created_at": int(time.time()),
                 "quality": task.quality,
                 "background": task.background,
                 "output_format": task.body.output_format,
                 "index": drawn.index,
             }
-            if drawn.shown is None:
+            if drawn.partial_index is None:
                 yield event | {"usage": task.usage()}
             else:
-                yield event | {"partial_image_index": drawn.shown}
+                yield event | {"partial_image_index": drawn.partial_index}
 
 
-async def _drawn(task: _Task, call: Call) -> AsyncGenerator[Drawn, None]:
+async def _generate(task: _Task, call: RequestContext) -> AsyncGenerator[ImageOutput, None]:
     """The pictures as they come, within the time that an answer may take."""
-    pictures = task.model.draw(task.order(call.client))
+    pictures = task.model.generate(task.image_request(call.client))
     end = None if call.timeout is None else asyncio.get_running_loop().time() + call.timeout
     try:
         while True:
@@ -380,14 +390,14 @@ async def _drawn(task: _Task, call: Call) -> AsyncGenerator[Drawn, None]:
         await pictures.aclose()
 
 
-async def _aside(work: Callable[..., T], *arguments: Any) -> T:
+async def _run_in_worker(work: Callable[..., T], *arguments: Any) -> T:
     """Has work on whole pictures done where it holds nobody up."""
     return await asyncio.get_running_loop().run_in_executor(_workers, work, *arguments)
 
 
-def _sized(pixels: np.ndarray, side: int) -> np.ndarray:
-    return pixels if len(pixels) == side else upscale.enlarge(pixels, side)
+def _resize(pixels: np.ndarray, side: int) -> np.ndarray:
+    return pixels if len(pixels) == side else upscale.resize(pixels, side)
 
 
-def _passing(request: Request) -> Passing:
-    return state_of(request).passing
+def _temp_files(request: Request) -> TempFiles:
+    return state_of(request).temp_files

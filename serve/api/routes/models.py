@@ -14,18 +14,18 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from serve.api.errors import APIError
-from serve.api.openapi import described
+from serve.api.openapi import route_docs
 from serve.api.responses import Deleted, Model, Models
 from serve.api.state import state_of
 from serve.exceptions import UnknownModel
-from serve.models import adapters, sampling
+from serve.models import adapters, generation_config
 from serve.models.spec import LoadedModel, ModelSpec
 
 router = APIRouter(prefix="/v1")
 
 
-def card(model: LoadedModel | ModelSpec) -> dict[str, Any]:
-    defaults = getattr(model, "sampling", {})
+def model_to_api(model: LoadedModel | ModelSpec) -> dict[str, Any]:
+    defaults = getattr(model, "default_sampling", {})
     return {
         "id": model.id,
         "object": "model",
@@ -33,25 +33,30 @@ def card(model: LoadedModel | ModelSpec) -> dict[str, Any]:
         "owned_by": model.owned_by,
         # Ours: what a model is for, and how it samples where a request does not say.
         "kind": model.kind,
-        "sampling": sampling.resolve({}, defaults) if model.kind == "decoder" else None,
+        "sampling": generation_config.resolve_params({}, defaults)
+        if model.kind == "decoder"
+        else None,
     }
 
 
 @router.head("/models", include_in_schema=False)
-@router.get("/models", **described(Models))
+@router.get("/models", **route_docs(Models))
 async def list_models(request: Request) -> dict[str, Any]:
     """List the models."""
-    return {"object": "list", "data": [card(model) for model in state_of(request).registry.list()]}
+    return {
+        "object": "list",
+        "data": [model_to_api(model) for model in state_of(request).registry.list_models()],
+    }
 
 
 @router.head("/models/{model_id:path}", include_in_schema=False)
-@router.get("/models/{model_id:path}", **described(Model))  # ids may hold slashes
+@router.get("/models/{model_id:path}", **route_docs(Model))  # ids may hold slashes
 async def get_model(request: Request, model_id: str) -> dict[str, Any]:
     """Look up a model by its id or an alias."""
-    return card(state_of(request).registry.resolve(model_id))
+    return model_to_api(state_of(request).registry.resolve(model_id))
 
 
-@router.delete("/models/{model_id:path}", **described(Deleted))
+@router.delete("/models/{model_id:path}", **route_docs(Deleted))
 async def delete_model(request: Request, model_id: str) -> dict[str, Any]:
     """Delete a model that the user made, with its checkpoints."""
     state = state_of(request)
@@ -66,7 +71,7 @@ async def delete_model(request: Request, model_id: str) -> dict[str, Any]:
             param="model",
             code="not_deletable",
         )
-    if len(registry.list()) == 1:
+    if len(registry.list_models()) == 1:
         raise APIError(
             400,
             f"The model `{model_id}` is the only one here, and a server needs one.",

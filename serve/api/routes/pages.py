@@ -29,22 +29,24 @@ HEADERS = {
     "cache-control": "no-cache",  # ask whether it has changed: it does when Pellucid is updated
 }
 # Swagger UI sets styles, and shows icons that are written in them.
-_FOR_SWAGGER = POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'").replace(
+_SWAGGER_POLICY = POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'").replace(
     "img-src 'self'", "img-src 'self' data:"
 )
-_OURS = StaticFiles(directory=FOLDER)
-_SWAGGER = StaticFiles(packages=[("fastapi_offline", "static")])
+_WEB_FILES = StaticFiles(directory=FOLDER)
+_SWAGGER_FILES = StaticFiles(packages=[("fastapi_offline", "static")])
 mimetypes.add_type("text/javascript", ".js")  # some systems have another
 
 
 @router.get("/")
 async def page(request: Request) -> Response:
-    return await _file(_OURS, "index.html", request)
+    return await _file(_WEB_FILES, "index.html", request)
 
 
 @router.get("/docs")
 async def docs(request: Request) -> Response:
-    return await _file(_OURS, "docs.html", request, {"content-security-policy": _FOR_SWAGGER})
+    return await _file(
+        _WEB_FILES, "docs.html", request, {"content-security-policy": _SWAGGER_POLICY}
+    )
 
 
 @router.get("/openapi.json")
@@ -56,12 +58,12 @@ async def openapi(request: Request) -> Response:
 async def file(request: Request, name: str) -> Response:
     if name.endswith(".html"):
         raise HTTPException(404)  # a page has one address, and its own policy there
-    return await _file(_OURS, name, request)
+    return await _file(_WEB_FILES, name, request)
 
 
 @router.get("/docs/{name}")
 async def swagger(request: Request, name: str) -> Response:
-    return await _file(_SWAGGER, name, request)
+    return await _file(_SWAGGER_FILES, name, request)
 
 
 async def _file(

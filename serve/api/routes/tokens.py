@@ -14,16 +14,16 @@ from pydantic import Field
 from starlette.requests import Request
 
 from bpe import Encoding
-from serve.api.context_window import MESSAGES
+from serve.api.context_window import CHAT_WORDING
 from serve.api.detokenize import token_text
 from serve.api.errors import APIError
-from serve.api.openapi import described
+from serve.api.openapi import route_docs
 from serve.api.requests import Body, read_json
 from serve.api.responses import Text, TokenizerInfo, Tokens
-from serve.api.routes.chat import Message, encode_chat, plain
-from serve.api.state import loaded, state_of
+from serve.api.routes.chat import Message, encode_chat, template_message
+from serve.api.state import get_loaded_model, state_of
 from serve.api.token_ids import native_ids
-from serve.models.decoder import ServedModel
+from serve.models.decoder import DecoderModel
 
 router = APIRouter()
 
@@ -51,7 +51,7 @@ class DetokenizeBody(Body):
     tokens: Annotated[list[int], Field(fail_fast=True)]
 
 
-@router.post("/tokenize", **described(Tokens, TokenizeBody))
+@router.post("/tokenize", **route_docs(Tokens, TokenizeBody))
 async def tokenize(request: Request) -> dict[str, Any]:
     """Turn text or messages into token ids."""
     body = await read_json(request, TokenizeBody)
@@ -68,11 +68,11 @@ async def tokenize(request: Request) -> dict[str, Any]:
         "tokens": tokens,
         "count": len(ids),
         "max_model_len": model.context,
-        "token_strs": [_name(encoding, id) for id in ids] if body.return_token_strs else None,
+        "token_strs": [_token_name(encoding, id) for id in ids] if body.return_token_strs else None,
     }
 
 
-@router.post("/detokenize", **described(Text, DetokenizeBody))
+@router.post("/detokenize", **route_docs(Text, DetokenizeBody))
 async def detokenize(request: Request) -> dict[str, str]:
     """Turn token ids into text."""
     body = await read_json(request, DetokenizeBody)
@@ -82,7 +82,7 @@ async def detokenize(request: Request) -> dict[str, str]:
     return {"prompt": text, "content": text, "text": text}
 
 
-@router.get("/tokenizer_info", **described(TokenizerInfo))
+@router.get("/tokenizer_info", **route_docs(TokenizerInfo))
 async def tokenizer_info(request: Request, model: str = "") -> dict[str, Any]:
     """Say what a tokenizer is and which special tokens it has."""
     served = await _model(request, model)
@@ -90,7 +90,7 @@ async def tokenizer_info(request: Request, model: str = "") -> dict[str, Any]:
     template = tokenizer.chat_template
 
     def spelled(id: int | None) -> str | None:
-        return None if id is None else _name(tokenizer.encoding, id)
+        return None if id is None else _token_name(tokenizer.encoding, id)
 
     return {
         "model": served.id,
@@ -105,11 +105,11 @@ async def tokenizer_info(request: Request, model: str = "") -> dict[str, Any]:
     }
 
 
-async def _model(request: Request, name: str) -> ServedModel:
-    return await loaded(request, name or state_of(request).registry.default, ServedModel)
+async def _model(request: Request, name: str) -> DecoderModel:
+    return await get_loaded_model(request, name or state_of(request).registry.default, DecoderModel)
 
 
-def _encode(body: TokenizeBody, model: ServedModel) -> list[int]:
+def _encode(body: TokenizeBody, model: DecoderModel) -> list[int]:
     tokenizer = model.tokenizer
     names = ("prompt", "content", "text", "messages")
     given = [name for name in names if getattr(body, name) is not None]
@@ -121,9 +121,9 @@ def _encode(body: TokenizeBody, model: ServedModel) -> list[int]:
             code="invalid_value" if given else "missing_required_parameter",
         )
     if body.messages is not None:
-        messages = [plain(message, index) for index, message in enumerate(body.messages)]
+        messages = [template_message(message, index) for index, message in enumerate(body.messages)]
         return encode_chat(
-            MESSAGES, model, messages, add_generation_prompt=body.add_generation_prompt
+            CHAT_WORDING, model, messages, add_generation_prompt=body.add_generation_prompt
         )
     text: str = getattr(body, given[0])
     if body.parse_special:
@@ -136,7 +136,7 @@ def _encode(body: TokenizeBody, model: ServedModel) -> list[int]:
     return ids
 
 
-def _name(encoding: Encoding, id: int) -> str:
+def _token_name(encoding: Encoding, id: int) -> str:
     return token_text(encoding.decode_single_token_bytes(id))
 
 

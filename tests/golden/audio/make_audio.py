@@ -29,7 +29,7 @@ def main() -> None:
     import whisper
 
     for id, clips in CLIPS.items():
-        folder = download.find(catalogue.load().models[id], settings.data_folder())
+        folder = download.find_path(catalogue.load().models[id], settings.data_folder())
         if folder is None:
             raise SystemExit(f"run `pellucid pull {id}` first")
         with tempfile.TemporaryDirectory() as scratch:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(HERE.parent.parent.parent))
 
 import tiktoken  # noqa: E402
 
-from bpe import vocabularies  # noqa: E402
+from bpe import openai_encodings  # noqa: E402
 from tests.bpe.tiktoken_cache import fill  # noqa: E402
 from tests.golden.bpe.make_bpe import TEXTS, random_texts  # noqa: E402
 
@@ -34,7 +34,7 @@ def main() -> None:
     texts = TEXTS + random_texts(60)
     with tempfile.TemporaryDirectory() as folder:
         fill(Path(folder))
-        encodings = {name: tiktoken.get_encoding(name) for name in vocabularies.VOCABULARIES}
+        encodings = {name: tiktoken.get_encoding(name) for name in openai_encodings.ENCODING_SPECS}
     content = {
         "made with": {"tiktoken": tiktoken.__version__},
         "texts": texts,

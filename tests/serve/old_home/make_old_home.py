@@ -32,7 +32,7 @@ from typing import Any
 from openai import OpenAI
 
 from tests.serve import tiny_gguf
-from tests.serve.processes import TIMEOUT, run, serving, until
+from tests.serve.processes import TIMEOUT, run, serving, wait_for
 from tests.serve.tiny_data import examples, pairs
 
 HERE = Path(__file__).parent
@@ -43,7 +43,7 @@ SMALL_CACHE = ("--cache-mb", "1", "--dtype", "float32")
 
 def make(home: Path) -> dict[str, Any]:
     """Make a data folder as a user would; return what tests need to know of it."""
-    tiny_gguf.catalogue(home)
+    tiny_gguf.write_catalogue(home)
     variables = {
         "PELLUCID_HOME": str(home),
         "JAX_COMPILATION_CACHE_DIR": str(home.with_name("compiled")),
@@ -61,14 +61,14 @@ def make(home: Path) -> dict[str, Any]:
         openai.completions.create(model="tiny", prompt="a", max_tokens=100, logit_bias=endless)
         train = upload(openai, "train.jsonl", examples())
         done = start(openai, train, n_epochs=20, batch_size=4, learning_rate_multiplier=20.0)
-        until(lambda: status(openai, done) == "succeeded")
+        wait_for(lambda: status(openai, done) == "succeeded")
         name = openai.fine_tuning.jobs.retrieve(done).fine_tuned_model
         assert name is not None
         for checkpoint in openai.fine_tuning.jobs.checkpoints.list(done).data[1:]:
             openai.models.delete(checkpoint.fine_tuned_model_checkpoint)
         more = upload(openai, "more.jsonl", pairs())
         half_done = start(openai, more, n_epochs=50, batch_size=1, learning_rate_multiplier=1.0)
-        until(lambda: steps(openai, half_done) >= 10)
+        wait_for(lambda: steps(openai, half_done) >= 10)
     return {
         "keys": keys,
         "files": {train: "train.jsonl", more: "more.jsonl"},

@@ -395,7 +395,7 @@ def server() -> dict[str, str]:
             errors.append(f"# {LIMITS}\n")
             errors += [answer(client, *request) for request in LIMITED]
     logged: dict[str, str] = {}
-    for line in process.errors:
+    for line in process.stderr_lines:
         if line.startswith("{"):
             entry = json.loads(line)
             shape = shapes([entry])
@@ -410,7 +410,9 @@ def server() -> dict[str, str]:
         "openapi.json": json.dumps(description, indent=1, sort_keys=True) + "\n",
         "errors.txt": "".join(errors),
         "metrics.txt": "".join(sorted(samples)),
-        "logs.txt": "\n".join([f"# stdout of --json\n{shapes([process.first])}", *logged.values()]),
+        "logs.txt": "\n".join(
+            [f"# stdout of --json\n{shapes([process.ready_line])}", *logged.values()]
+        ),
     }
 
 

@@ -12,30 +12,32 @@ import pytest
 
 from transformer import decoder
 from transformer.config import Config
-from transformer.engine import Device, Done, Request, Token, build_engine
-from transformer.sampling import Sampling
+from transformer.engine import Device, Done, SequenceRequest, Token, build_engine
+from transformer.sampling import SamplingParams
 
 pytestmark = pytest.mark.heavy
 
 ROOT = Path(__file__).parents[3]
 CFG = Config.debug(vocab_size=64, num_layers=1, max_seq_len=128)
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 
 
 @pytest.fixture(scope="module")
 def engine():
     params = decoder.init(jax.random.key(0), CFG)
     device = Device()
-    engine = build_engine(params, CFG, cache_bytes=2**22, max_rows=4, device=device)
+    engine = build_engine(params, CFG, cache_bytes=2**22, max_batch_size=4, device=device)
     yield engine
     engine.close()
     device.close()
 
 
-def requests(count: int) -> list[Request]:
+def requests(count: int) -> list[SequenceRequest]:
     rng = np.random.default_rng(0)
     prompts = [tuple(rng.integers(0, 64, rng.integers(1, 9)).tolist()) for _ in range(count)]
-    return [Request(prompt=prompt, max_tokens=5, sampling=GREEDY) for prompt in prompts]
+    return [
+        SequenceRequest(prompt=prompt, max_tokens=5, sampling_params=GREEDY) for prompt in prompts
+    ]
 
 
 def test_batch_answers_equal_those_of_single_requests_in_their_order(engine):
@@ -49,8 +51,8 @@ def test_batch_answers_equal_those_of_single_requests_in_their_order(engine):
 
 
 def test_batch_log_probabilities_of_prompt_and_answer(engine):
-    request = Request(
-        prompt=(1, 2, 3), max_tokens=2, sampling=GREEDY, top_logprobs=2, prompt_logprobs=1
+    request = SequenceRequest(
+        prompt=(1, 2, 3), max_tokens=2, sampling_params=GREEDY, top_logprobs=2, prompt_logprobs=1
     )
     (completion,) = engine.generate_batch([request])
     assert [token.id for token in completion.scored] == [1, 2, 3]
@@ -63,7 +65,7 @@ def test_batch_of_nothing(engine):
 
 
 def test_batch_request_beyond_the_context_cancels_the_others(engine):
-    asked = [*requests(3), Request(prompt=(1,) * 200, max_tokens=5, sampling=GREEDY)]
+    asked = [*requests(3), SequenceRequest(prompt=(1,) * 200, max_tokens=5, sampling_params=GREEDY)]
     with pytest.raises(ValueError):
         engine.generate_batch(asked)
     assert len(engine.generate_batch(requests(3))) == 3

@@ -8,7 +8,7 @@ import pytest
 
 from tests.waiting import wait_until
 from transformer.engine import Busy
-from transformer.engine.device import Device, Lane, Source
+from transformer.engine.device import Device, WorkQueue, WorkSource
 
 
 class Clock:
@@ -32,7 +32,7 @@ def device(clock):
     device.close()
 
 
-class Steady(Source):
+class Steady(WorkSource):
     """Has `count` pieces of `seconds` each, and writes its name down for each."""
 
     def __init__(self, name, count, seconds, clock, log, weight=1.0):
@@ -57,7 +57,7 @@ def run(device, *sources):
     with device.changed:
         for source in sources:
             device.wake(source)
-    wait_until(lambda: not device._awake)
+    wait_until(lambda: not device._runnable)
 
 
 def test_equal_pieces_take_turns(device, clock):
@@ -109,11 +109,11 @@ def test_a_source_whose_next_raises(device, clock):
 
 
 def test_a_lane_gives_back_what_its_pieces_return_and_raise(device):
-    lane = Lane(device)
-    assert lane.call(lambda: 3) == 3
-    assert lane.call(threading.get_ident) == device._thread.ident
+    lane = WorkQueue(device)
+    assert lane.run_sync(lambda: 3) == 3
+    assert lane.run_sync(threading.get_ident) == device._thread.ident
     with pytest.raises(ZeroDivisionError):
-        lane.call(lambda: 1 / 0)
+        lane.run_sync(lambda: 1 / 0)
 
     async def main():
         return await asyncio.gather(*(lane.run(lambda i=i: i * i) for i in range(50)))
@@ -122,30 +122,30 @@ def test_a_lane_gives_back_what_its_pieces_return_and_raise(device):
 
 
 def test_a_lane_is_bounded(device):
-    gate, lane = threading.Event(), Lane(device, max_waiting=1)
+    gate, lane = threading.Event(), WorkQueue(device, max_waiting=1)
     with ThreadPoolExecutor() as pool:
-        running = pool.submit(lane.call, gate.wait)
-        wait_until(lambda: device._awake and not len(lane))
-        waiting = pool.submit(lane.call, lambda: 5)
+        running = pool.submit(lane.run_sync, gate.wait)
+        wait_until(lambda: device._runnable and not len(lane))
+        waiting = pool.submit(lane.run_sync, lambda: 5)
         wait_until(lambda: len(lane) == 1)
         with pytest.raises(Busy):
-            lane.call(lambda: 6)
+            lane.run_sync(lambda: 6)
         gate.set()
         assert running.result() and waiting.result() == 5
 
 
 def test_a_lane_is_idle_when_nobody_uses_it_not_when_nothing_waits(device):
     """A model whose last piece was being computed counted as idle, and was let go for another."""
-    gate, lane = threading.Event(), Lane(device)
+    gate, lane = threading.Event(), WorkQueue(device)
 
     def work():
         with lane.using():
-            return lane.call(gate.wait), lane.call(lambda: lane.is_idle)
+            return lane.run_sync(gate.wait), lane.run_sync(lambda: lane.is_idle)
 
     with ThreadPoolExecutor() as pool:
         assert lane.is_idle
         working = pool.submit(work)
-        wait_until(lambda: device._awake and not len(lane))
+        wait_until(lambda: device._runnable and not len(lane))
         assert not lane.is_idle
         gate.set()
         assert working.result() == (True, False)
@@ -153,11 +153,11 @@ def test_a_lane_is_idle_when_nobody_uses_it_not_when_nothing_waits(device):
 
 
 def test_a_cancelled_piece_is_not_begun(device):
-    gate, lane, begun = threading.Event(), Lane(device), []
+    gate, lane, begun = threading.Event(), WorkQueue(device), []
 
     async def main():
         first = asyncio.create_task(lane.run(gate.wait))
-        await asyncio.to_thread(wait_until, lambda: device._awake and not len(lane))
+        await asyncio.to_thread(wait_until, lambda: device._runnable and not len(lane))
         second = asyncio.create_task(lane.run(lambda: begun.append(2)))
         third = asyncio.create_task(lane.run(lambda: begun.append(3)))
         await asyncio.to_thread(wait_until, lambda: len(lane) == 2)
@@ -172,11 +172,11 @@ def test_a_cancelled_piece_is_not_begun(device):
 
 
 def test_a_closed_device_ends_what_waits_and_takes_no_more(device):
-    gate, lane = threading.Event(), Lane(device)
+    gate, lane = threading.Event(), WorkQueue(device)
     with ThreadPoolExecutor() as pool:
-        pool.submit(lane.call, gate.wait)
-        wait_until(lambda: device._awake and not len(lane))
-        waiting = pool.submit(lane.call, lambda: 5)
+        pool.submit(lane.run_sync, gate.wait)
+        wait_until(lambda: device._runnable and not len(lane))
+        waiting = pool.submit(lane.run_sync, lambda: 5)
         wait_until(lambda: len(lane) == 1)
         closing = pool.submit(device.close)
         wait_until(lambda: device._is_closed)
@@ -186,4 +186,4 @@ def test_a_closed_device_ends_what_waits_and_takes_no_more(device):
             waiting.result()
     assert not device.is_alive
     with pytest.raises(RuntimeError):
-        lane.call(lambda: 6)
+        lane.run_sync(lambda: 6)

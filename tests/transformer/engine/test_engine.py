@@ -16,10 +16,19 @@ from hypothesis import strategies as st
 
 from tests.naming import naming
 from tests.waiting import wait_until
-from transformer.engine import Began, Busy, Device, Done, Engine, Failed, Request, Token
-from transformer.engine.engine import UNREAD
+from transformer.engine import (
+    Busy,
+    Device,
+    Done,
+    Engine,
+    Failed,
+    PrefillDone,
+    SequenceRequest,
+    Token,
+)
+from transformer.engine.engine import UNREAD_MESSAGE
 from transformer.engine.scheduler import Scheduler
-from transformer.sampling import Drawn, Sampling
+from transformer.sampling import SampleOutput, SamplingParams
 
 CONTEXT = 64
 BLOCK = 8
@@ -55,7 +64,7 @@ class Mock:
         for position in range(row.length, end):
             self._write(row, position)
         row.length = end
-        return None if row.is_reading else self._draw([row])
+        return None if row.is_prefilling else self._draw([row])
 
     def decode(self, rows):
         self._pass("decode", rows)
@@ -91,7 +100,7 @@ class Mock:
         ids = np.array([(row.ids[-1] + row.length - 1) % 1000 for row in rows])
         top = np.stack([ids, ids + 1, ids + 2], 1)
         values = np.stack([-ids / 8, -ids / 8 - 1, -ids / 8 - 2], 1)
-        return Drawn(ids, -ids / 8, top, values)
+        return SampleOutput(ids, -ids / 8, top, values)
 
 
 def expected(prompt, count):
@@ -102,7 +111,9 @@ def expected(prompt, count):
 
 
 def ask(*prompt, max_tokens=5, **more):
-    return Request(prompt=prompt, max_tokens=max_tokens, sampling=Sampling(), **more)
+    return SequenceRequest(
+        prompt=prompt, max_tokens=max_tokens, sampling_params=SamplingParams(), **more
+    )
 
 
 def soon(seconds):
@@ -125,11 +136,11 @@ class Setup:
         return (
             self.scheduler.is_idle
             and len(self.scheduler.free_slots) == self.slots
-            and self.scheduler.blocks.available == self.blocks
+            and self.scheduler.block_pool.num_free_blocks == self.blocks
         )
 
     def num_accepted(self):
-        return len(self.scheduler.waiting) + len(self.scheduler.active)
+        return len(self.scheduler.waiting) + len(self.scheduler.running)
 
     def start(self, request):
         """Generates on a thread of its own; gives the list its events go to."""
@@ -158,7 +169,7 @@ async def collect(engine, request):
 def test_tokens_are_those_computed_by_hand(setup):
     events = list(setup.engine.generate(ask(3, 1, 4, 1, 5, max_tokens=4)))
     # 5 stands at position 4: 9; 9 at 5: 14; 14 at 6: 20; 20 at 7: 27
-    assert events == [Began(0), Token(9), Token(14), Token(20), Token(27), Done("length")]
+    assert events == [PrefillDone(0), Token(9), Token(14), Token(20), Token(27), Done("length")]
     assert setup.mock.works == [("prefill", 1)] * 2 + [("decode", 1)] * 3
     assert setup.is_free()
 
@@ -250,7 +261,7 @@ def test_leaving_early_cancels_within_one_piece_of_work(setup):
 
     async def main():
         stream = setup.engine.stream(ask(1, max_tokens=60))
-        assert isinstance(await anext(stream), Began)
+        assert isinstance(await anext(stream), PrefillDone)
         setup.mock.gate.clear()
         await asyncio.to_thread(wait_until, lambda: setup.mock.is_waiting)
         before = len(setup.mock.works)
@@ -462,7 +473,7 @@ def test_who_does_not_read_is_given_up(setup, monkeypatch):
 
     events = asyncio.run(main())
     assert tokens(events) == expected((1,), 10)
-    assert events[-1] == Failed(UNREAD)
+    assert events[-1] == Failed(UNREAD_MESSAGE)
 
 
 def test_steps_are_taken_in_parts_while_large_ones_are_not_compiled(setup):
@@ -483,11 +494,11 @@ def test_what_it_did_is_counted(setup):
     list(setup.engine.generate(ask(POISON)))
     stats = setup.engine.stats()
     assert (stats.prompt_tokens, stats.cached_tokens, stats.generated_tokens) == (20, 8, 6)
-    assert (stats.chunks, stats.steps, stats.stepped_rows) == (3 + 1, 4, 4)
+    assert (stats.chunks, stats.steps, stats.decoded_rows) == (3 + 1, 4, 4)
     assert stats.requests == {"length": 2, "failed": 1}
     assert (stats.waiting, stats.running, stats.slots) == (0, 0, 4)
     # The block whose two chunks are known is kept; the one behind it held no whole chunk.
-    assert (stats.blocks, stats.blocks_held, stats.blocks_remembering) == (10, 0, 1)
+    assert (stats.blocks, stats.blocks_held, stats.blocks_cached) == (10, 0, 1)
 
 
 def test_speed_is_that_of_a_request_alone():
@@ -569,14 +580,16 @@ def test_every_request_ends_once_with_its_own_tokens(story, slots, blocks, max_r
     for (prompt, count, leave, *_), events in zip(story, asyncio.run(main()), strict=True):
         got = tokens(events)
         assert got == expected(prompt, count)[: len(got)]
-        assert sum(isinstance(event, Began) for event in events) == (1 if got else len(events) > 0)
-        ends = [event for event in events if not isinstance(event, Began | Token)]
+        assert sum(isinstance(event, PrefillDone) for event in events) == (
+            1 if got else len(events) > 0
+        )
+        ends = [event for event in events if not isinstance(event, PrefillDone | Token)]
         if leave is not None and len(got) == leave:
             assert ends in ([], [Done("length")])
         else:
             assert ends == [Done("length")] and len(got) == count
     wait_until(setup.is_free)
-    ended = setup.engine.stats().requests
+    ended = setup.engine.stats().finished
     assert sum(ended.values()) == len(story) and ended.keys() <= {"length", "cancelled"}
     setup.close()
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformer.engine import Busy, Request
-from transformer.engine.blocks import chunk_names
+from transformer.engine import Busy, SequenceRequest
+from transformer.engine.block_pool import hash_chunks
 from transformer.engine.scheduler import Decode, Prefill, Scheduler, Sequence
-from transformer.sampling import Sampling
+from transformer.sampling import SamplingParams
 
 BLOCK = 4
 CHUNK = 2
@@ -23,8 +23,12 @@ UNIQUE = itertools.count(1000)
 def sequence(prompt=3, max_tokens=5, client="", ids=None, is_later=False):
     """A prompt of so many ids that nobody else has, or of those given."""
     ids = tuple(ids or (next(UNIQUE) for _ in range(prompt)))
-    request = Request(
-        prompt=ids, max_tokens=max_tokens, sampling=Sampling(), client=client, is_later=is_later
+    request = SequenceRequest(
+        prompt=ids,
+        max_tokens=max_tokens,
+        sampling_params=SamplingParams(),
+        client=client,
+        is_accepted=is_later,
     )
     return Sequence(request, deliver=lambda event: None)
 
@@ -37,18 +41,18 @@ def do(scheduler, work):
     """What the engine and its computer do with a piece of work; gives the rows that ended."""
     if isinstance(work, Prefill):
         row = work.sequence
-        row.length = min(row.length + CHUNK, len(row.request.prompt))
+        row.num_computed_tokens = min(row.num_computed_tokens + CHUNK, len(row.request.prompt))
         scheduler.file(row)
-        rows = [] if row.is_reading else [row]
+        rows = [] if row.is_prefilling else [row]
     else:
         rows = list(work.sequences)
         for row in rows:
             row.length += 1
     ended = []
     for row in rows:
-        row.ids.append(row.generated)
-        row.delivered = max(row.delivered, row.generated)
-        if row.generated == row.request.max_tokens:
+        row.ids.append(row.num_generated)
+        row.num_delivered = max(row.num_delivered, row.num_generated)
+        if row.num_generated == row.request.max_tokens:
             scheduler.finish(row)
             ended.append(row)
     return ended
@@ -65,7 +69,7 @@ def check(scheduler, slots, blocks):
     spare = copy.deepcopy(scheduler.blocks)
     taken = [spare.take() for _ in range(spare.available)]
     assert sorted([*taken, *holders]) == [*everything]
-    assert spare.remembering == spare.available == 0
+    assert spare.num_cached_blocks == spare.available == 0
     for row in (*scheduler.waiting, *scheduler.active):
         for i in range(len(row.names)):
             found = spare.find(row.names[i : i + 1])
@@ -83,7 +87,7 @@ def check(scheduler, slots, blocks):
 
 def test_nothing_to_do():
     idle = scheduler()
-    assert idle.is_idle and idle.next() is None
+    assert idle.is_idle and idle.schedule() is None
 
 
 def test_a_prompt_is_read_in_chunks_then_decoded():
@@ -91,24 +95,24 @@ def test_a_prompt_is_read_in_chunks_then_decoded():
     row = sequence(prompt=5, max_tokens=3)
     s.submit(row)
     for _ in range(3):
-        assert s.next() == Prefill(row)
+        assert s.schedule() == Prefill(row)
         do(s, Prefill(row))
-    assert row.generated == 1
+    assert row.num_generated == 1
     for _ in range(2):
-        assert s.next() == Decode((row,))
+        assert s.schedule() == Decode((row,))
         do(s, Decode((row,)))
-    assert s.is_idle and s.next() is None
+    assert s.is_idle and s.schedule() is None
 
 
 def test_prefill_and_decode_alternate():
     s = scheduler()
     first, second = sequence(prompt=2, max_tokens=9), sequence(prompt=8)
     s.submit(first)
-    do(s, s.next())
+    do(s, s.schedule())
     s.submit(second)
     kinds = []
     for _ in range(8):
-        work = s.next()
+        work = s.schedule()
         kinds.append(type(work))
         do(s, work)
     assert kinds == [Decode, Prefill] * 4 or kinds == [Prefill, Decode] * 4
@@ -120,8 +124,8 @@ def test_prompts_are_read_in_the_order_they_came():
     for row in rows:
         s.submit(row)
     read = []
-    while any(row.is_reading for row in rows):
-        work = s.next()
+    while any(row.is_prefilling for row in rows):
+        work = s.schedule()
         read += [work.sequence] if isinstance(work, Prefill) else []
         do(s, work)
     assert read == [rows[0]] * 2 + [rows[1]] * 2 + [rows[2]] * 2
@@ -131,19 +135,19 @@ def test_a_short_prompt_does_not_wait_for_a_long_one_nor_the_other_way_round():
     s = scheduler()
     long, short = sequence(prompt=20), sequence(prompt=3, max_tokens=1)
     s.submit(long)
-    do(s, s.next())
+    do(s, s.schedule())
     s.submit(short)
-    do(s, s.next())
-    do(s, s.next())
-    assert (long.length, short.length) in ((4, 2), (2, 4))
-    while short in s.active:
-        do(s, s.next())
-    assert long.length <= 8
+    do(s, s.schedule())
+    do(s, s.schedule())
+    assert (long.num_computed_tokens, short.num_computed_tokens) in ((4, 2), (2, 4))
+    while short in s.running:
+        do(s, s.schedule())
+    assert long.num_computed_tokens <= 8
     others = iter(lambda: sequence(prompt=2, max_tokens=1), None)
-    while long.is_reading:  # short ones keep coming
-        if len(s.active) == 1:
+    while long.is_prefilling:  # short ones keep coming
+        if len(s.running) == 1:
             s.submit(next(others))
-        work = s.next()
+        work = s.schedule()
         assert isinstance(work, Prefill)
         do(s, work)
 
@@ -153,7 +157,7 @@ def test_clients_are_admitted_in_turn():
     greedy = [sequence(client="greedy") for _ in range(4)]
     for row in greedy:
         s.submit(row)
-    s.next()  # the first is in
+    s.schedule()  # the first is in
     modest, other = sequence(client="modest"), sequence(client="other")
     s.submit(modest)
     s.submit(other)
@@ -161,9 +165,9 @@ def test_clients_are_admitted_in_turn():
     s.submit(later)
     order = []
     while not s.is_idle:
-        s.next()
-        order.append(s.active[0])
-        s.finish(s.active[0])
+        s.schedule()
+        order.append(s.running[0])
+        s.finish(s.running[0])
     assert order == [greedy[0], modest, other, greedy[1], later, greedy[2], greedy[3]]
 
 
@@ -172,12 +176,12 @@ def test_nobody_new_overtakes_what_waits_for_blocks():
     first, long = sequence(prompt=7, client="a"), sequence(prompt=11, client="a")
     for row in (first, long):
         s.submit(row)
-    s.next()
+    s.schedule()
     others = [sequence(prompt=1, client=str(i)) for i in range(3)]
     for row in others:
         s.submit(row)
-    s.next()
-    assert s.active == [first] and s.waiting == [long, *others]
+    s.schedule()
+    assert s.running == [first] and s.waiting == [long, *others]
 
 
 def test_a_short_request_does_not_overtake_one_that_waits_for_blocks():
@@ -185,11 +189,11 @@ def test_a_short_request_does_not_overtake_one_that_waits_for_blocks():
     first, long, short = sequence(prompt=7), sequence(prompt=11), sequence(prompt=1)
     for row in (first, long, short):
         s.submit(row)
-    assert s.next() == Prefill(first)
+    assert s.schedule() == Prefill(first)
     assert s.waiting == [long, short]
     s.finish(first)
-    s.next()
-    assert s.active == [long, short]
+    s.schedule()
+    assert s.running == [long, short]
 
 
 def test_slots_bound_what_runs():
@@ -197,11 +201,11 @@ def test_slots_bound_what_runs():
     rows = [sequence() for _ in range(3)]
     for row in rows:
         s.submit(row)
-    s.next()
-    assert s.active == rows[:2] and s.waiting == rows[2:]
+    s.schedule()
+    assert s.running == rows[:2] and s.waiting == rows[2:]
     s.finish(rows[0])
-    s.next()
-    assert s.active == rows[1:]
+    s.schedule()
+    assert s.running == rows[1:]
 
 
 def test_a_full_queue_is_busy():
@@ -209,7 +213,7 @@ def test_a_full_queue_is_busy():
     s.submit(sequence())
     with pytest.raises(Busy) as busy:
         s.submit(sequence(client="another"))
-    assert busy.value.waiting is None
+    assert busy.value.num_waiting is None
 
 
 def test_one_client_fills_a_quarter_of_the_queue():
@@ -219,9 +223,9 @@ def test_one_client_fills_a_quarter_of_the_queue():
         s.submit(sequence(client="greedy"))
     with pytest.raises(Busy) as busy:
         s.submit(sequence(client="greedy"))
-    assert busy.value.waiting == 2
+    assert busy.value.num_waiting == 2
     s.submit(sequence(client="modest"))
-    s.next()
+    s.schedule()
     s.submit(sequence(client="greedy"))  # none of its own waits any more
 
 
@@ -242,7 +246,7 @@ def test_finish_frees_everything_and_may_be_called_again():
     running, waiting = sequence(prompt=7), sequence(prompt=7)
     s.submit(running)
     s.submit(waiting)
-    s.next()
+    s.schedule()
     for row in (waiting, running, running, waiting):
         s.finish(row)
         check(s, 2, 3)
@@ -255,8 +259,8 @@ def test_the_youngest_gives_way_when_blocks_run_out_and_comes_back_first():
     for row in (old, young, late):
         s.submit(row)
     put_back, ended = [], []
-    while work := s.next():
-        put_back += [row for row in s.waiting if row.delivered and row not in put_back]
+    while work := s.schedule():
+        put_back += [row for row in s.waiting if row.num_delivered and row not in put_back]
         ended += do(s, work)
         check(s, 3, 3)
     # One block each: the first to need a second takes that of the youngest, and so on.
@@ -271,17 +275,17 @@ def test_a_sequence_alone_never_gives_way():
     s.submit(row)
     works = 0
     while not s.is_idle:
-        do(s, s.next())
+        do(s, s.schedule())
         works += 1
-    assert row.generated == 9 and works == 2 + 8
+    assert row.num_generated == 9 and works == 2 + 8
 
 
 def read(s, row):
     """Reads a prompt to its end; gives what had to be copied."""
     copies = []
-    while row.is_reading:
+    while row.is_prefilling:
         work = s.next()
-        copies += [work.copy] if isinstance(work, Prefill) and work.copy else []
+        copies += [work.block_copy] if isinstance(work, Prefill) and work.block_copy else []
         do(s, work)
     return copies
 
@@ -293,15 +297,18 @@ def test_whole_blocks_are_shared_and_parts_are_copied():
     assert read(s, first) == []
     second = sequence(ids=[*range(10), 99, 98], max_tokens=6)
     s.submit(second)
-    assert read(s, second) == [(first.blocks[2], second.blocks[2])]
-    assert second.blocks[:2] == first.blocks[:2] and second.blocks[2] != first.blocks[2]
-    assert second.cached == 10
+    assert read(s, second) == [(first.block_table[2], second.block_table[2])]
+    assert (
+        second.block_table[:2] == first.block_table[:2]
+        and second.block_table[2] != first.block_table[2]
+    )
+    assert second.num_cached_tokens == 10
     check(s, 4, 9)
     for row in (first, second):
         s.finish(row)
         check(s, 4, 9)
     # Remembered: two whole blocks, and the third of each, whose chunks go different ways.
-    assert (s.blocks.available, s.blocks.remembering) == (9, 4)
+    assert (s.block_pool.num_free_blocks, s.block_pool.num_cached_blocks) == (9, 4)
 
 
 def test_the_last_token_is_always_read():
@@ -310,7 +317,7 @@ def test_the_last_token_is_always_read():
     for row in (first, second):
         s.submit(row)
         read(s, row)
-    assert second.cached == 6
+    assert second.num_cached_tokens == 6
 
 
 def test_what_is_read_while_it_waits_for_its_turn_is_used_too():
@@ -318,13 +325,13 @@ def test_what_is_read_while_it_waits_for_its_turn_is_used_too():
     first, second = sequence(ids=range(12)), sequence(ids=[*range(11), 99])
     s.submit(first)
     s.submit(second)
-    s.next()
-    assert s.active == [first, second] and second.cached == 0
-    own = list(second.blocks)
+    s.schedule()
+    assert s.running == [first, second] and second.num_cached_tokens == 0
+    own = list(second.block_table)
     read(s, first)
     read(s, second)
-    assert second.cached >= 8 and second.blocks[:2] == first.blocks[:2]
-    assert not set(own[:2]) & set(second.blocks)
+    assert second.num_cached_tokens >= 8 and second.block_table[:2] == first.block_table[:2]
+    assert not set(own[:2]) & set(second.block_table)
     check(s, 4, 20)
 
 
@@ -337,15 +344,15 @@ def test_the_longest_unused_goes_first_and_ends_before_beginnings(ids, blocks):
         read(s, row)
     row = sequence(ids=ids)
     s.submit(row)
-    s.next()
-    assert row.cached == blocks * BLOCK
+    s.schedule()
+    assert row.num_cached_tokens == blocks * BLOCK
 
 
 def test_names_stand_for_all_before_them():
-    assert chunk_names(range(7), 2)[:2] == chunk_names([0, 1, 2, 3], 2)
-    assert len(chunk_names(range(7), 2)) == 3
-    assert chunk_names([5, 1, 2, 3], 2)[1] != chunk_names([0, 1, 2, 3], 2)[1]
-    assert chunk_names([], 2) == []
+    assert hash_chunks(range(7), 2)[:2] == hash_chunks([0, 1, 2, 3], 2)
+    assert len(hash_chunks(range(7), 2)) == 3
+    assert hash_chunks([5, 1, 2, 3], 2)[1] != hash_chunks([0, 1, 2, 3], 2)[1]
+    assert hash_chunks([], 2) == []
 
 
 def test_a_lost_cache_is_not_remembered():
@@ -355,11 +362,11 @@ def test_a_lost_cache_is_not_remembered():
         s.submit(each)
         read(s, each)
     s.finish(gone)
-    s.start_over(row)
-    s.blocks.forget_all()
+    s.preempt(row)
+    s.block_pool.reset_prefix_cache()
     check(s, 4, 6)
-    s.next()
-    assert row.cached == 0 and row.length == 0
+    s.schedule()
+    assert row.num_cached_tokens == 0 and row.num_computed_tokens == 0
 
 
 IDS = st.tuples(st.integers(0, 12), st.sampled_from([0, 1]), st.integers(0, 3)).map(
@@ -388,25 +395,30 @@ def test_whatever_happens_nothing_leaks_and_everybody_ends(slots, blocks, max_ro
                 own = [other for other in s.waiting if other.request.client == row.request.client]
                 assert len(s.waiting) >= 8 or len(own) >= 2
         elif action == "c" and not s.is_idle:
-            row = data.draw(st.sampled_from([*s.waiting, *s.active]))
+            row = data.draw(st.sampled_from([*s.waiting, *s.running]))
             s.finish(row)
             ended[row] += 1
-        elif action == "w" and (work := s.next(max_rows)):
+        elif action == "w" and (work := s.schedule(max_rows)):
             check(s, slots, blocks)
             if isinstance(work, Decode):
                 assert len(work.sequences) <= max_rows
-                assert all(len(row.blocks) * BLOCK > row.length for row in work.sequences)
+                assert all(
+                    len(row.block_table) * BLOCK > row.num_computed_tokens for row in work.sequences
+                )
                 # Nobody writes where others read: the next position is in a block of one's own.
                 for row in work.sequences:
-                    assert s.blocks.holders(row.blocks[row.length // BLOCK]) == 1
+                    assert (
+                        s.block_pool.ref_count(row.block_table[row.num_computed_tokens // BLOCK])
+                        == 1
+                    )
             ended.update(do(s, work))
         check(s, slots, blocks)
     for _ in range(10_000):  # an end is in sight: no two rows chase each other for ever
         if s.is_idle:
             break
-        work = s.next(max_rows)
+        work = s.schedule(max_rows)
         assert work is not None, "somebody waits and nobody works"
         ended.update(do(s, work))
         check(s, slots, blocks)
     assert ended == Counter(accepted)
-    assert len(s.free_slots) == slots and s.blocks.available == blocks
+    assert len(s.free_slots) == slots and s.block_pool.num_free_blocks == blocks

@@ -17,16 +17,16 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from serve.api.context_window import EDIT, room
+from serve.api.context_window import EDIT_WORDING, resolve_max_tokens
 from serve.api.generation import Generation, Prompt
-from serve.api.openapi import described
-from serve.api.request_context import Call, call_of
+from serve.api.openapi import route_docs
+from serve.api.request_context import RequestContext, context_of
 from serve.api.requests import GenerationBody, read_json
 from serve.api.responses import Edit
 from serve.api.routes.chat import encode_chat
-from serve.api.sse import unless_disconnected
-from serve.api.state import loaded
-from serve.models.decoder import ServedModel
+from serve.api.sse import cancel_on_disconnect
+from serve.api.state import get_loaded_model
+from serve.models.decoder import DecoderModel
 
 router = APIRouter(prefix="/v1")
 
@@ -47,14 +47,14 @@ class EditBody(GenerationBody):
     n: Annotated[int, Field(ge=1, le=20)] = 1
 
 
-@router.post("/edits", **described(Edit, EditBody))
+@router.post("/edits", **route_docs(Edit, EditBody))
 @router.post("/engines/{engine:path}/edits", include_in_schema=False)
 async def create_edit(request: Request) -> Response:
     """Change a text as an instruction says (the endpoint of 2023)."""
     body = await read_json(request, EditBody)
-    model = await loaded(request, body.model, ServedModel)
-    generation = await asyncio.to_thread(_plan, body, model, call_of(request.scope))
-    choices = await unless_disconnected(request.receive, generation.choices())
+    model = await get_loaded_model(request, body.model, DecoderModel)
+    generation = await asyncio.to_thread(_build_generation, body, model, context_of(request.scope))
+    choices = await cancel_on_disconnect(request.receive, generation.choices())
     return JSONResponse(
         {
             "object": "edit",
@@ -68,26 +68,26 @@ async def create_edit(request: Request) -> Response:
                 }
                 for index, choice in enumerate(choices)
             ],
-            "usage": generation.usage.body(),
+            "usage": generation.usage.to_api(),
         }
     )
 
 
-def _plan(body: EditBody, model: ServedModel, call: Call) -> Generation:
-    prompt = encode_chat(EDIT, model, messages(body.instruction, body.input))
+def _build_generation(body: EditBody, model: DecoderModel, call: RequestContext) -> Generation:
+    prompt = encode_chat(EDIT_WORDING, model, edit_messages(body.instruction, body.input))
     most = 2 * len(model.tokenizer.encoding.encode_ordinary(body.input)) + SPARE_TOKENS
-    limit = room(EDIT, model.context, len(prompt), None, most)
-    return Generation(model, [Prompt(ids=prompt, max_tokens=limit)], body, body.n, None, call)
+    limit = resolve_max_tokens(EDIT_WORDING, model.context, len(prompt), None, most)
+    return Generation(model, [Prompt(token_ids=prompt, max_tokens=limit)], body, body.n, None, call)
 
 
-def messages(instruction: str, text: str) -> list[dict[str, str]]:
+def edit_messages(instruction: str, text: str) -> list[dict[str, str]]:
     """The conversation in which the next answer is the edited text."""
     turns = [{"role": "system", "content": SYSTEM}]
     for told, given, edited in EXAMPLES:
-        turns.append({"role": "user", "content": _ask(told, given)})
+        turns.append({"role": "user", "content": _user_prompt(told, given)})
         turns.append({"role": "assistant", "content": edited})
-    return [*turns, {"role": "user", "content": _ask(instruction, text)}]
+    return [*turns, {"role": "user", "content": _user_prompt(instruction, text)}]
 
 
-def _ask(instruction: str, text: str) -> str:
+def _user_prompt(instruction: str, text: str) -> str:
     return f"Text: {text}\nInstruction: {instruction}"

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.requests import Request
 
-from serve.api.openapi import described
+from serve.api.openapi import route_docs
 from serve.api.responses import EngineReply, Engines
 from serve.api.state import state_of
 from serve.models.spec import LoadedModel, ModelSpec
@@ -19,7 +19,7 @@ from serve.models.spec import LoadedModel, ModelSpec
 router = APIRouter(prefix="/v1")
 
 
-def _engine(model: LoadedModel | ModelSpec) -> dict[str, Any]:
+def _engine_to_api(model: LoadedModel | ModelSpec) -> dict[str, Any]:
     return {
         "id": model.id,
         "object": "engine",
@@ -30,16 +30,16 @@ def _engine(model: LoadedModel | ModelSpec) -> dict[str, Any]:
     }
 
 
-@router.get("/engines", **described(Engines))
+@router.get("/engines", **route_docs(Engines))
 async def list_engines(request: Request) -> dict[str, Any]:
     """List the models (as of 2021)."""
     return {
         "object": "list",
-        "data": [_engine(model) for model in state_of(request).registry.list()],
+        "data": [_engine_to_api(model) for model in state_of(request).registry.list_models()],
     }
 
 
-@router.get("/engines/{engine:path}", **described(EngineReply))
+@router.get("/engines/{engine:path}", **route_docs(EngineReply))
 async def get_engine(request: Request, engine: str) -> dict[str, Any]:
     """Look up a model (as of 2021)."""
-    return _engine(state_of(request).registry.resolve(engine))
+    return _engine_to_api(state_of(request).registry.resolve(engine))

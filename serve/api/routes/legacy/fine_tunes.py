@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from serve.api.errors import unsupported
-from serve.api.openapi import described
+from serve.api.openapi import route_docs
 from serve.api.pagination import read_query
 from serve.api.requests import Body, read_json
 from serve.api.responses import FineTune, FineTuneEvent, FineTuneEvents, FineTunes
@@ -21,15 +21,15 @@ from serve.api.routes.fine_tuning import (
     BatchSize,
     Epochs,
     Multiplier,
-    cancelled,
+    cancel_by_id,
     events_of,
     find_job,
     jobs_of,
-    make_job,
+    submit_job,
 )
 from serve.api.sse import Events, event_stream
 from serve.jobs.jobs import PENDING, Job
-from serve.jobs.jobs import Jobs as JobStore
+from serve.jobs.jobs import JobStore as JobStore
 
 router = APIRouter(prefix="/v1")
 
@@ -54,7 +54,7 @@ class EventsQuery(Body):
     stream: bool = False
 
 
-@router.post("/fine-tunes", **described(FineTune, FineTuneBody))
+@router.post("/fine-tunes", **route_docs(FineTune, FineTuneBody))
 async def create_fine_tune(request: Request) -> dict[str, Any]:
     """Fine-tune a model (as of 2021)."""
     body = await read_json(request, FineTuneBody)
@@ -68,7 +68,7 @@ async def create_fine_tune(request: Request) -> dict[str, Any]:
         raise unsupported(
             "compute_classification_metrics", True, "Losses and accuracies are computed, no more."
         )
-    job = await make_job(
+    job = await submit_job(
         request,
         body.model,
         body.training_file,
@@ -79,31 +79,31 @@ async def create_fine_tune(request: Request) -> dict[str, Any]:
         suffix=body.suffix,
         prefix="ft-",
     )
-    return await _shown_with_events(request, job)
+    return await _to_api_with_events(request, job)
 
 
-@router.get("/fine-tunes", **described(FineTunes))
+@router.get("/fine-tunes", **route_docs(FineTunes))
 async def list_fine_tunes(request: Request) -> dict[str, Any]:
     """List the jobs (as of 2021)."""
     jobs = jobs_of(request)
     found, _ = await asyncio.to_thread(jobs.store.page, "job")
-    data = await asyncio.to_thread(lambda: [_shown(jobs, job) for job in found])
+    data = await asyncio.to_thread(lambda: [_to_api(jobs, job) for job in found])
     return {"object": "list", "data": data}
 
 
-@router.get("/fine-tunes/{job_id}", **described(FineTune))
+@router.get("/fine-tunes/{job_id}", **route_docs(FineTune))
 async def get_fine_tune(request: Request, job_id: str) -> dict[str, Any]:
     """Look up a job (as of 2021)."""
-    return await _shown_with_events(request, await find_job(request, job_id))
+    return await _to_api_with_events(request, await find_job(request, job_id))
 
 
-@router.post("/fine-tunes/{job_id}/cancel", **described(FineTune))
+@router.post("/fine-tunes/{job_id}/cancel", **route_docs(FineTune))
 async def cancel_fine_tune(request: Request, job_id: str) -> dict[str, Any]:
     """Stop a job (as of 2021)."""
-    return await _shown_with_events(request, await cancelled(request, job_id))
+    return await _to_api_with_events(request, await cancel_by_id(request, job_id))
 
 
-@router.get("/fine-tunes/{job_id}/events", **described(FineTuneEvents, events=FineTuneEvent))
+@router.get("/fine-tunes/{job_id}/events", **route_docs(FineTuneEvents, events=FineTuneEvent))
 async def list_fine_tune_events(request: Request, job_id: str) -> Response:
     """What happened to a job, oldest first; with ``stream=true``, also what will (as of 2021)."""
     await find_job(request, job_id)
@@ -114,20 +114,20 @@ async def list_fine_tune_events(request: Request, job_id: str) -> Response:
 
 async def _streamed(request: Request, id: str) -> Events:
     async for event in events_of(request, id):
-        yield event and _shown_event(event)
+        yield event and _event_to_api(event)
 
 
 async def _events(request: Request, id: str) -> list[dict[str, Any]]:
     found, _ = await asyncio.to_thread(jobs_of(request).store.page, "event", parent=id)
-    return [_shown_event(event) for event in found]
+    return [_event_to_api(event) for event in found]
 
 
-async def _shown_with_events(request: Request, job: Job) -> dict[str, Any]:
-    shown = await asyncio.to_thread(_shown, jobs_of(request), job)
+async def _to_api_with_events(request: Request, job: Job) -> dict[str, Any]:
+    shown = await asyncio.to_thread(_to_api, jobs_of(request), job)
     return shown | {"events": await _events(request, job["id"])}
 
 
-def _shown(jobs: JobStore, job: Job) -> dict[str, Any]:
+def _to_api(jobs: JobStore, job: Job) -> dict[str, Any]:
     """A job as it was shown in 2023; files are shown whole, as far as they are still there."""
     ids = {
         "training_files": [job["training_file"]],
@@ -156,7 +156,7 @@ def _shown(jobs: JobStore, job: Job) -> dict[str, Any]:
     }
 
 
-def _shown_event(event: dict[str, Any]) -> dict[str, Any]:
+def _event_to_api(event: dict[str, Any]) -> dict[str, Any]:
     return {
         "object": "fine-tune-event",
         "created_at": event["created_at"],

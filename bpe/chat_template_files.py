@@ -1,0 +1,75 @@
+"""Where a model keeps its chat templates: the files of a folder, by name.
+
+Follows `PreTrainedTokenizerBase.from_pretrained` of transformers 5. The first that is there counts:
+
+1. `chat_template.jinja`, which is "default", and `additional_chat_templates/NAME.jinja`;
+2. `chat_template` in tokenizer_config.json: a string, or a list of objects with `name` and
+   `template`;
+3. `chat_template.json`, which older processors wrote beside models that also see or hear, in the
+   same form.
+
+A template called "tool_use" takes the place of "default" when a request has tools.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def read_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The Jinja sources of a folder's chat templates, by name.
+
+    Args:
+        folder: holds the files.
+        config: its tokenizer_config.json.
+
+    Raises:
+        ValueError: a file is damaged, or a template is no string.
+    """
+    paths = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    files = {path.stem: path for path in paths}
+    if (single := folder / "chat_template.jinja").is_file():
+        files["default"] = single
+    if files:
+        return {name: _read_text(path) for name, path in files.items()}
+    if (value := config.get("chat_template")) is not None:
+        return parse_chat_templates(value, f"{folder / 'tokenizer_config.json'}: chat_template")
+    if (old := folder / "chat_template.json").is_file():
+        try:
+            content = json.loads(_read_text(old))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{old}: not a JSON file: {error}") from error
+        if not isinstance(content, dict) or content.get("chat_template") is None:
+            raise ValueError(f"{old}: chat_template is missing")
+        return parse_chat_templates(content["chat_template"], f"{old}: chat_template")
+    return {}
+
+
+def parse_chat_templates(value: Any, where: str) -> dict[str, str]:
+    """The templates that a JSON value holds: one, a list of named ones, or an object of them.
+
+    Raises:
+        ValueError: it has another form.
+    """
+    if isinstance(value, str):
+        return {"default": value} if value else {}
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        value = {item.get("name"): item.get("template") for item in value}
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is a {type(value).__name__}, not a string or a list of objects")
+    for name, source in value.items():
+        if not isinstance(name, str) or not isinstance(source, str):
+            raise ValueError(
+                f"{where} must hold a name and a template, two strings, in each object"
+            )
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from error

@@ -1,0 +1,14 @@
+"""Where compiled programs are kept: beside the models."""
+
+import jax
+
+from serve import settings
+
+
+def enable_compilation_cache() -> None:
+    """Let JAX keep compiled programs in the data folder, unless the user chose another place."""
+    folder = settings.make_private_folder(settings.data_folder()) / "compiled"
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

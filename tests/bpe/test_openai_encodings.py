@@ -1,0 +1,175 @@
+"""The named encodings: OpenAI's files to the byte, tiktoken's ids on golden texts and live."""
+
+import hashlib
+import json
+import lzma
+import pickle
+import random
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import bpe
+from bpe import openai_encodings
+from bpe.save import tiktoken_lines
+from tests.bpe.tiktoken_cache import fill, gpt2_files
+from tests.naming import naming
+
+NAMES = bpe.list_encoding_names()
+
+
+def hard_texts(count: int) -> Iterator[str]:
+    """Characters of all planes, mostly near one another, as in a script."""
+    rng = random.Random(1)
+    for _ in range(count):
+        start = rng.choice([0x20, 0x20, 0xA0, 0x370, 0x400, 0x900, 0x3040, 0x4E00, 0x1F300])
+        letters = [chr(start + rng.randrange(96)) for _ in range(12)]
+        letters += list(" \n\t\r'sS0123!/.") + ["  ", "\r\n", "'ll", "'RE"]
+        yield "".join(rng.choices(letters, k=rng.randrange(60)))
+
+
+@pytest.mark.parametrize("name", openai_encodings.TIKTOKEN_SHA256)
+def test_the_published_file_comes_back_to_the_byte(name):
+    text = tiktoken_lines(bpe.get_encoding(name))
+    assert hashlib.sha256(text.encode()).hexdigest() == openai_encodings.TIKTOKEN_SHA256[name]
+
+
+def test_so_do_the_files_gpt2_was_published_as():
+    merges, table = (hashlib.sha256(file).hexdigest() for file in gpt2_files())
+    assert merges == "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+    assert table == "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_are_those_of_tiktoken(name, golden):
+    encoding = bpe.get_encoding(name)
+    kept = golden("vocabularies")
+    for text, digest in zip(kept["texts"], kept["digests"][name], strict=True):
+        ids = encoding.encode(text, disallowed_special=())
+        found = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:8]
+        assert f"{len(ids)} {found}" == digest, text
+        assert encoding.decode(ids) == text
+    special = kept["special_tokens"][name]
+    assert special.items() <= encoding.special_tokens.items()
+    if name != "o200k_harmony":
+        assert encoding.special_tokens == special
+
+
+def test_harmony_has_a_token_for_every_id_and_one_with_two_spellings():
+    harmony = bpe.get_encoding("o200k_harmony")
+    assert len(harmony.special_tokens) == 1091 and harmony.n_vocab == 201088
+    for spelling in ("<|endofprompt|>", "<|reserved_200018|>"):
+        assert harmony.encode(spelling, allowed_special="all") == [200018]
+    assert harmony.decode([200018]) == "<|endofprompt|>"
+    assert len(harmony.decode(range(201088))) > 1_000_000
+
+
+def test_the_example_of_openais_guide():
+    encoding = bpe.get_encoding("gpt2")
+    assert encoding.decode_tokens_bytes(encoding.encode("hamburger")) == [b"ham", b"bur", b"ger"]
+    assert len(encoding.encode(" pear")) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    {
+        "gpt-4": "cl100k_base",
+        "gpt-4-0314": "cl100k_base",
+        "gpt-4o-mini": "o200k_base",
+        "gpt-4.1-nano": "o200k_base",
+        "gpt-5-anything": "o200k_base",
+        "gpt-oss-20b": "o200k_harmony",
+        "ft:gpt-3.5-turbo:me::1": "cl100k_base",
+        "text-davinci-003": "p50k_base",
+        "text-davinci-edit-001": "p50k_edit",
+        "text-embedding-ada-002": "cl100k_base",
+        "ada": "r50k_base",
+        "gpt-2": "gpt2",
+    }.items(),
+)
+def test_a_model_has_its_encoding(model, name):
+    assert bpe.encoding_name_for_model(model) == name
+    assert bpe.encoding_for_model(model) is bpe.get_encoding(name)
+
+
+def test_unknown_names_say_what_there_is():
+    with pytest.raises(ValueError, match=naming("'cl100k'", *bpe.list_encoding_names())):
+        bpe.get_encoding("cl100k")
+    with pytest.raises(ValueError, match=naming(100)):
+        bpe.get_encoding(100)  # type: ignore[arg-type]
+    with pytest.raises(KeyError, match=naming("'llama'")):
+        bpe.encoding_for_model("llama")
+
+
+def test_a_damaged_table_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "o200k_base.xz").write_bytes(lzma.compress(b"\1a"))
+    monkeypatch.setattr(openai_encodings, "files", lambda package: tmp_path)
+    with pytest.raises(ValueError, match=naming("o200k_base.xz", "SHA-256")):
+        openai_encodings.load_ranks("o200k_base")
+
+
+def test_a_file_of_openais_is_read_and_one_cut_short_is_not(tmp_path):
+    """A vocabulary with half its tokens loaded without a word, and encoded differently."""
+    path = tmp_path / "r50k_base.tiktoken"
+    lines = tiktoken_lines(bpe.get_encoding("r50k_base"))
+    path.write_text(lines)
+    assert bpe.load(path).encoding.encode("hello world") == [31373, 995]
+    path.write_text(lines[: len(lines) // 2])
+    with pytest.raises(ValueError, match=naming(path, "SHA-256")):
+        bpe.load(path)
+
+
+def test_it_can_be_pickled():
+    encoding = pickle.loads(pickle.dumps(bpe.get_encoding("gpt2")))
+    assert encoding.encode("hello world") == [31373, 995]
+
+
+@given(st.binary(max_size=60), st.sampled_from(NAMES))
+def test_any_bytes_come_back(data, name):
+    encoding = bpe.get_encoding(name)
+    assert encoding.decode_bytes(encoding.encode_piece(data)) == data
+
+
+@pytest.mark.parity
+def test_gpt2_is_that_of_tokenizers(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    merges, table = gpt2_files()
+    (tmp_path / "merges.txt").write_bytes(merges)
+    (tmp_path / "vocab.json").write_bytes(table)
+    theirs = tokenizers.ByteLevelBPETokenizer(
+        str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")
+    )
+    ours = bpe.get_encoding("gpt2")
+    for text in hard_texts(2000):
+        assert ours.encode(text) == theirs.encode(text).ids, text
+
+
+@pytest.mark.parity
+def test_names_and_models_are_those_of_tiktoken(tmp_path, monkeypatch):
+    tiktoken = pytest.importorskip("tiktoken")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    fill(tmp_path)
+    assert set(tiktoken.list_encoding_names()) == set(NAMES)
+    for model, name in tiktoken.model.MODEL_TO_ENCODING.items():
+        assert bpe.encoding_name_for_model(model) == name
+    assert len(tiktoken.model.MODEL_TO_ENCODING) == len(openai_encodings.MODEL_TO_ENCODING)
+    assert tiktoken.model.MODEL_PREFIX_TO_ENCODING == openai_encodings.MODEL_PREFIX_TO_ENCODING
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", NAMES)
+def test_every_encoding_is_tiktokens(name, tmp_path, monkeypatch):
+    tiktoken = pytest.importorskip("tiktoken")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    fill(tmp_path)
+    theirs, ours = tiktoken.get_encoding(name), bpe.get_encoding(name)
+    assert ours.n_vocab == theirs.n_vocab
+    assert ours.max_token_value == theirs.max_token_value
+    assert ours.special_tokens == theirs._special_tokens
+    assert ours.special_tokens_set == theirs.special_tokens_set
+    assert ours.ranks == theirs._mergeable_ranks
+    for text in hard_texts(2000):
+        assert ours.encode(text) == theirs.encode(text), text

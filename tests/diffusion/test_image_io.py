@@ -1,0 +1,205 @@
+"""Transparency of PNG files of every kind, built byte by byte, against arrays computed by hand.
+
+Pillow and ffmpeg both get several of them wrong, so neither is the reference: the expected arrays
+follow the PNG specification (third edition, 11.3.2.1 and 13.12).
+"""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+
+from diffusion import image_io
+from tests.naming import naming
+
+GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    body = kind + data
+    return len(data).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+
+
+def png(
+    depth: int,
+    kind: int,
+    rows: list[list[int]],
+    *extra: tuple[bytes, bytes],
+    channels: int,
+    interlaced: tuple[int, int] | None = None,
+) -> bytes:
+    """A PNG file of the samples of its rows, unfiltered.
+
+    Args:
+        interlaced: width and height; the rows are then those of Adam7's passes.
+    """
+    lines = b""
+    for row in rows:
+        bits = "".join(f"{sample:0{depth}b}" for sample in row)
+        bits += "0" * (-len(bits) % 8)
+        lines += b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
+    width, height = interlaced or (len(rows[0]) // channels, len(rows))
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, interlaced is not None)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + b"".join(chunk(*part) for part in extra)
+        + chunk(b"IDAT", zlib.compress(lines))
+        + chunk(b"IEND", b"")
+    )
+
+
+def grey(*pairs: tuple[int, int]) -> list[list[int]]:
+    return [[value, value, value, alpha] for value, alpha in pairs]
+
+
+def key(*samples: int) -> tuple[bytes, bytes]:
+    return b"tRNS", struct.pack(f">{len(samples)}H", *samples)
+
+
+COLOURS = (b"PLTE", bytes(range(0, 120, 10)))
+
+CASES = {
+    "grey 1": (png(1, GREY, [[1, 0, 1]], key(1), channels=1), grey((255, 0), (0, 255), (255, 0))),
+    "grey 1, black": (png(1, GREY, [[1, 0]], key(0), channels=1), grey((255, 255), (0, 0))),
+    "grey 2": (
+        png(2, GREY, [[0, 1, 2, 3]], key(1), channels=1),
+        grey((0, 255), (85, 0), (170, 255), (255, 255)),
+    ),
+    "grey 4": (
+        png(4, GREY, [[1, 15, 2]], key(15), channels=1),
+        grey((17, 255), (255, 0), (34, 255)),
+    ),
+    "grey 8": (png(8, GREY, [[1, 2]], key(2), channels=1), grey((1, 255), (2, 0))),
+    "grey 8, only low bits count": (
+        png(8, GREY, [[1, 2]], key(0x0102), channels=1),
+        grey((1, 255), (2, 0)),
+    ),
+    "grey 16": (
+        png(16, GREY, [[0x1234, 0xFEDC, 0x1235]], key(0x1234), channels=1),
+        grey((0x12, 0), (0xFE, 255), (0x12, 255)),
+    ),
+    "grey 16, white": (
+        png(16, GREY, [[0xFFFF, 0xFFFE]], key(0xFFFF), channels=1),
+        grey((255, 0), (255, 255)),
+    ),
+    "grey 16, no key": (png(16, GREY, [[0xFF00]], channels=1), grey((255, 255))),
+    "rgb 8": (
+        png(8, RGB, [[1, 2, 3, 1, 2, 4]], key(1, 2, 3), channels=3),
+        [[1, 2, 3, 0], [1, 2, 4, 255]],
+    ),
+    "rgb 16": (
+        png(16, RGB, [[0x1FF, 0x202, 0x303, 0x1FE, 0x202, 0x303]], key(0x1FF, 0x202, 0x303),
+            channels=3),  # fmt: skip
+        [[1, 2, 3, 0], [1, 2, 3, 255]],
+    ),
+    "palette 1": (
+        png(1, PALETTE, [[1, 0]], COLOURS, (b"tRNS", b"\0"), channels=1),
+        [[30, 40, 50, 255], [0, 10, 20, 0]],
+    ),
+    "palette 2": (
+        png(2, PALETTE, [[0, 1, 2]], COLOURS, (b"tRNS", b"\0\x80"), channels=1),
+        [[0, 10, 20, 0], [30, 40, 50, 128], [60, 70, 80, 255]],
+    ),
+    "palette 4": (
+        png(4, PALETTE, [[3, 1]], COLOURS, (b"tRNS", b"\xff\x01"), channels=1),
+        [[90, 100, 110, 255], [30, 40, 50, 1]],
+    ),
+    "palette 8": (
+        png(8, PALETTE, [[2, 0]], COLOURS, (b"tRNS", b"\x07\xff\0"), channels=1),
+        [[60, 70, 80, 0], [0, 10, 20, 7]],
+    ),
+    "grey and alpha 8": (
+        png(8, GREY_ALPHA, [[1, 0, 3, 200]], channels=2),
+        grey((1, 0), (3, 200)),
+    ),
+    "grey and alpha 16": (
+        png(16, GREY_ALPHA, [[0x1234, 0, 0xFEDC, 0x8001]], channels=2),
+        grey((0x12, 0), (0xFE, 0x80)),
+    ),
+    "rgba 8": (png(8, RGBA, [[1, 2, 3, 4]], channels=4), [[1, 2, 3, 4]]),
+    "rgba 16": (
+        png(16, RGBA, [[0x1234, 0xFFFF, 0, 0, 0xFEDC, 1, 0x80FF, 0xFFFF]], channels=4),
+        [[0x12, 255, 0, 0], [0xFE, 0, 0x80, 255]],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transparency_is_read_as_the_specification_says(name: str) -> None:
+    """Grey of 2, 4 and 16 bits lost its transparent colour; RGB of 16 bits took neighbours too."""
+    data, expected = CASES[name]
+    assert image_io.decode(data).tolist() == [expected]
+
+
+def test_a_transparent_colour_goes_with_orientation() -> None:
+    """What is read beside Pillow's pixels is turned with them; grey of 16 bits was not."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # show it turned a quarter to the right
+    turn = (b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+    rows = [[0x1FF, 2, 3, 0x1FE, 2, 3, 9, 9, 9]]
+    found = image_io.decode(png(16, RGB, rows, turn, key(0x1FF, 2, 3), channels=3))
+    assert found[:, 0].tolist() == [[1, 0, 0, 0], [1, 0, 0, 255], [0, 0, 0, 255]]
+    found = image_io.decode(png(16, GREY, [[0x1234, 0x1235]], turn, key(0x1235), channels=1))
+    assert found[:, 0].tolist() == grey((0x12, 255), (0x12, 0))
+
+
+def test_a_transparent_colour_goes_with_interlacing() -> None:
+    first, second, third = [0x1FF, 2, 3], [0x1FE, 2, 3], [9, 9, 9]
+    passes = [first, third, second]  # of a row of three: columns 0, 2, 1
+    data = png(16, RGB, passes, key(0x1FE, 2, 3), channels=3, interlaced=(3, 1))
+    assert image_io.decode(data).tolist() == [[[1, 0, 0, 255], [1, 0, 0, 0], [0, 0, 0, 255]]]
+
+
+def test_every_depth_agrees_on_a_larger_picture() -> None:
+    """Many rows, as bit-packed as they come: the same hole at every depth of grey."""
+    random = np.random.default_rng(0)
+    for depth in (1, 2, 4, 8, 16):
+        samples = random.integers(0, 2**depth, (23, 19))
+        hole = int(samples[11, 7])
+        found = image_io.decode(png(depth, GREY, samples.tolist(), key(hole), channels=1))
+        np.testing.assert_array_equal(found[..., 3] == 0, samples == hole)
+        scaled = samples >> 8 if depth == 16 else samples * (255 // (2**depth - 1))
+        np.testing.assert_array_equal(found[..., 0], scaled)
+
+
+def test_a_file_of_many_parts_is_refused_at_once() -> None:
+    """20 MB of empty chunks or markers took Pillow minutes, each, in Python."""
+    tiny = png(8, GREY, [[1]], channels=1)
+    start = tiny.index(b"IDAT") - 4
+    many = chunk(b"teSt", b"") * (image_io.MAX_PARTS + 1)
+    file = io.BytesIO()
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(file, "JPEG")
+    jpeg = file.getvalue()
+    for data in (
+        tiny[:start] + many + tiny[start:],
+        tiny[:-12] + many + tiny[-12:],
+        jpeg[:2] + b"\xff\xe9\0\2" * (image_io.MAX_PARTS + 1) + jpeg[2:],
+    ):
+        with pytest.raises(image_io._TooLarge, match=naming(f"{image_io.MAX_PARTS:,}")):
+            image_io.decode(data)
+
+
+def scans(count: int, size: int = 64) -> bytes:
+    """A progressive JPEG whose last scan comes again and again."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    ramp = np.linspace(0, 255, size * size * 3).reshape(size, size, 3).astype(np.uint8)
+    Image.fromarray(ramp).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + scan * (count - data.count(b"\xff\xda")) + data[-2:]
+
+
+def test_a_jpeg_of_many_scans_is_refused_and_one_of_some_is_read() -> None:
+    """A file of 35 kB with 400 scans of 2,048 x 2,048 pixels took seconds; time had no bound."""
+    assert image_io.decode(scans(image_io.MAX_SCANS)).shape == (64, 64, 4)
+    with pytest.raises(image_io._TooLarge, match=naming(image_io.MAX_SCANS)):
+        image_io.decode(scans(image_io.MAX_SCANS + 1))

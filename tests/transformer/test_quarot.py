@@ -1,0 +1,109 @@
+"""A turned stream: the same model in other coordinates, in which int8 loses less."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests.transformer.conftest import GOLDEN, randomize
+from transformer import checkpoint, decoder, lora, quarot
+from transformer.config import Config
+from transformer.layers import linear, quantize
+from transformer.weights import Linear
+
+pytestmark = pytest.mark.heavy
+
+forward = jax.jit(decoder.forward, static_argnums=1)
+
+
+def turned(params: decoder.Params) -> decoder.Params:
+    """The whole model in float32, by the definition."""
+
+    def reads(p: Linear, gain: np.ndarray | None = None) -> Linear:
+        return p.replace(weight=quarot.rotate_input_weight(p.weight, gain))
+
+    def writes(p: Linear) -> Linear:
+        bias = None if p.bias is None else quarot.rotate_output_weight(p.bias[:, None])[:, 0]
+        return p.replace(weight=quarot.rotate_output_weight(p.weight), bias=bias)
+
+    layers = tuple(
+        layer.replace(
+            **{
+                part: reads(getattr(layer, part), layer.attn_norm.scale) for part in ("q", "k", "v")
+            },
+            **{part: reads(getattr(layer, part), layer.mlp_norm.scale) for part in ("gate", "up")},
+            out=writes(layer.out),
+            down=writes(layer.down),
+        )
+        for layer in params.layers
+    )
+    head = params.embed if params.head is None else params.head
+    return quarot.strip_norm_weights(
+        params.replace(
+            embed=reads(params.embed), layers=layers, head=reads(head, params.final_norm.scale)
+        )
+    )
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 48, 64, 576, 896])
+def test_lengths_stay(width):
+    turn = quarot.rotate_input_weight(np.eye(width, dtype=np.float32))
+    np.testing.assert_allclose(turn @ turn.T, np.eye(width), atol=2e-6)
+    if width > 2:  # nothing stays where it was, and what is alike everywhere is spread too
+        assert np.abs(turn).max() < 1
+        assert np.abs(turn.sum(0)).max() < 0.9 * width**0.5
+
+
+@pytest.mark.parametrize(
+    "forms",
+    [
+        {},
+        {"tie_embeddings": False, "qkv_bias": True, "linear_bias": True},
+        {"qk_norm": True, "scale_embeddings": True, "num_kv_heads": 1},
+    ],
+    ids=str,
+)
+def test_a_turned_model_says_the_same(forms):
+    cfg = Config.debug(**forms)
+    params = randomize(decoder.init(jax.random.key(0), cfg))
+    adapter = randomize(lora.init(jax.random.key(1), cfg, rank=3, alpha=6))
+    ids = np.arange(24).reshape(2, 12)
+    for change in (lambda params: params, lambda params: lora.apply(params, adapter)):
+        expected, _ = forward(change(params), cfg, ids)
+        found, _ = forward(change(turned(params)), cfg, ids)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("forms", [{"norm": "layer"}, {"post_norms": True}, {"norm": "unit_rms"}])
+def test_what_cannot_be_turned(forms):
+    assert quarot.can_rotate(Config.debug())
+    assert not quarot.can_rotate(Config.debug(**forms))
+
+
+def test_large_coordinates_cost_int8_less():
+    """One coordinate forty times the others leaves those few of the 127 steps."""
+    draw = np.random.default_rng(0)
+    rows = draw.normal(size=(16, 64)).astype(np.float32)
+    rows[:, 3] *= 40
+    weight = Linear(weight=draw.normal(size=(32, 64)).astype(np.float32))
+    exact = linear(rows, weight)
+    plain = linear(rows, quantize(weight))
+    spread = Linear(weight=quarot.rotate_input_weight(weight.weight))
+    found = linear(quarot.rotate_input_weight(rows), quantize(spread))
+    np.testing.assert_allclose(linear(quarot.rotate_input_weight(rows), spread), exact, atol=1e-3)
+    assert np.abs(found - exact).mean() < 0.5 * np.abs(plain - exact).mean()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+def test_loading_int8_turns_every_family_that_can(name):
+    loaded, cfg, _ = checkpoint.load(GOLDEN / name, dtype="int8")
+    params, _, _ = checkpoint.load(GOLDEN / name)
+
+    def wide(p: Linear) -> Linear:
+        return p.replace(weight=p.weight * p.scale[:, None], scale=None)
+
+    ids = np.arange(16)[None]
+    is_linear = lambda node: isinstance(node, Linear)  # noqa: E731
+    widened = jax.tree.map(lambda p: wide(p) if is_linear(p) else p, loaded, is_leaf=is_linear)
+    found = forward(widened, cfg, ids)[0]
+    expected = forward(params, cfg, ids)[0]
+    assert np.abs(found - expected).mean() < 0.03 * np.std(expected)
