@@ -1,0 +1,12 @@
+"""Generate an image: python examples/image.py ALL_MINILM_FOLDER "a red apple" apple.png"""
+
+import sys
+
+from PIL import Image
+
+import diffusion
+
+encoder, prompt, path = sys.argv[1:]
+painter = diffusion.load(diffusion.weights(), encoder)
+images = painter.draw([prompt], seed=0)  # uint8 [1, 128, 128, 3]
+Image.fromarray(images[0]).save(path)
