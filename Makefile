@@ -6,7 +6,7 @@ export PYTHON
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-fast slow setup lint parity notebooks bench golden lines clean
+.PHONY: help serve test test-fast slow setup lint parity notebooks docs bench golden lines clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -55,6 +55,11 @@ bench: .models ## measure, and compare with peers (installs torch)
 
 notebooks: .models ## run notebooks/*.py and write the .ipynb beside each
 	@$(BIN)/python scripts/notebooks.py $(ARGS)
+
+docs: ## build the documentation site into build/docs (installs sphinx)
+	@sh scripts/setup.sh docs
+	@$(BIN)/python -m sphinx -c docs -b html -q -W --keep-going -j auto . build/docs $(ARGS)
+	@echo "open build/docs/index.html"
 
 lines: ## count the lines of the library by package
 	@for package in audio bpe diffusion serve training transformer; do \

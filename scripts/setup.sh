@@ -6,7 +6,7 @@
 # once. PYTHON=/path/to/python chooses the interpreter.
 set -eu
 cd "$(dirname "$0")/.."
-extra=${1:?usage: sh scripts/setup.sh serve|dev|parity}
+extra=${1:?usage: sh scripts/setup.sh serve|dev|docs|parity}
 
 say() { printf '%s\n' "$*" >&2; }
 die() {
@@ -90,7 +90,7 @@ fi
 
 # --- Disk: measured sizes of .venv, plus the downloads while pip unpacks them.
 case $extra in
-serve) needs=1500 ;;
+serve | docs) needs=1500 ;;
 parity) needs=4000 ;;
 *) needs=2500 ;;
 esac
@@ -151,11 +151,11 @@ if [ "$(cat .venv/.pip-status)" != 0 ]; then
         "If it could not reach its package index, check the network and pip's settings" \
         "(.venv/bin/pip config list), then run make again: it goes on where it stopped."
 fi
-# dev holds all of serve, parity all of both.
+# dev holds all of serve, parity all of them.
 case $extra in
 serve) stamps="serve" ;;
 dev) stamps="serve dev" ;;
-parity) stamps="serve dev parity" ;;
+parity) stamps="serve dev docs parity" ;;
 *) stamps=$extra ;;
 esac
 for one in $stamps; do printf '%s\n' "$state" >".venv/.installed-$one"; done
