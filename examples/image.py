@@ -8,5 +8,5 @@ import diffusion
 
 encoder, prompt, path = sys.argv[1:]
 painter = diffusion.load(diffusion.weights(), encoder)
-images = painter.draw([prompt], seed=0)  # uint8 [1, 128, 128, 3]
+images = painter.draw([prompt], seed=0)  # uint8 [1, 64, 64, 3]
 Image.fromarray(images[0]).save(path)

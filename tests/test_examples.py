@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_generate_continues_the_text(model_file):
 def test_transcribe_prints_times_and_words(model_file):
     recording = ROOT / "tests/golden/audio/austen-0870.flac"
     printed = run("transcribe", model_file("whisper-tiny.en"), recording)
-    assert printed.startswith("0.0-") and len(printed.split()) > 5
+    assert re.match(r"\d+\.\d-\d+\.\d s: And Mr\. John Dashwood had", printed)
 
 
 @pytest.mark.slow
@@ -71,4 +72,4 @@ def test_image_writes_an_image(model_file, tmp_path):
     run("image", model_file("all-minilm-l6-v2"), "a red apple", tmp_path / "apple.png")
     with Image.open(tmp_path / "apple.png") as image:
         red, _, blue = image.convert("RGB").resize((1, 1)).getpixel((0, 0))
-        assert image.size == (128, 128) and red > blue
+        assert image.size == (64, 64) and red > blue
