@@ -21,6 +21,7 @@ api_packages = ["bpe", "transformer", "audio", "diffusion", "training"]
 nb_execution_mode = "off"
 myst_heading_anchors = 4
 myst_enable_extensions = ["dollarmath", "fieldlist"]
+smartquotes = False
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 72
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,11 @@ class Module:
         self.lines = self.text.splitlines()
         self.tree = ast.parse(self.text)
         self.imports: dict[str, str] = {}
+        self.names = {}  # what a name means in an annotation of this file
+        for node in self.tree.body:
+            for target in node.targets if isinstance(node, ast.Assign) else ():
+                if isinstance(target, ast.Name):
+                    self.names[target.id] = f"{self.name}.{target.id}"
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
                 for alias in node.names:
@@ -40,21 +45,51 @@ class Module:
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 for alias in node.names:
                     self.imports[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+        self.names |= self.imports
+
+    def resolve_names(self, modules: dict[str, Module], documented: Collection[str]) -> None:
+        """Follow imports to the modules that define the names; forget names without a page.
+
+        Sphinx links a short name to any object of that name, so a name that something documented
+        has, too, stays qualified.
+        """
+        short = {name.rpartition(".")[2] for name in documented}
+        for name, full in list(self.names.items()):
+            package, _, last = full.rpartition(".")
+            while full not in documented and package in modules and last in modules[package].names:
+                if full == modules[package].names[last]:
+                    break
+                full = modules[package].names[last]
+                package, _, last = full.rpartition(".")
+            self.names[name] = full
+            if full not in documented and full not in modules and name not in short:
+                del self.names[name]
 
 
 class Qualify(ast.NodeTransformer):
-    """Replace imported names by their full names, so that a type links to its own page."""
+    """Replace names by their full names, so that a type links to its own page."""
 
-    def __init__(self, imports: dict[str, str]) -> None:
-        self.imports = imports
+    def __init__(self, names: dict[str, str]) -> None:
+        self.names = names
 
     def visit_Name(self, node: ast.Name) -> ast.Name:
-        return ast.Name(self.imports.get(node.id, node.id), node.ctx)
+        return ast.Name(self.names.get(node.id, node.id), node.ctx)
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        self.generic_visit(node)
+        return node
+
+    def visit_arguments(self, node: ast.arguments) -> ast.arguments:
+        """Visit the types of parameters; their default values stay as they are written."""
+        others = [argument for argument in (node.vararg, node.kwarg) if argument]
+        for argument in [*node.posonlyargs, *node.args, *node.kwonlyargs, *others]:
+            self.visit(argument)
+        return node
 
 
 def source(module: Module, node: ast.AST) -> str:
     """The source of a signature's part on one line, its names qualified."""
-    return ast.unparse(Qualify(module.imports).visit(node)).replace("\n", " ")
+    return ast.unparse(Qualify(module.names).visit(node)).replace("\n", " ")
 
 
 def signature(module: Module, node: ast.FunctionDef | ast.AsyncFunctionDef, method: bool) -> str:
@@ -72,9 +107,14 @@ def decorated(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, name:
 
 def prose(docstring: str | None) -> Iterator[str]:
     """Markdown lines of a docstring."""
-    section = None
-    for line in (docstring or "").splitlines():
-        if match := SECTION.match(line):
+    section, is_session = None, False
+    for line in [*(docstring or "").splitlines(), ""]:
+        if is_session != (line.strip() != "" and (is_session or ">>> " in line[:8])):
+            is_session = not is_session
+            yield "```pycon" if is_session else "```"
+        if is_session:
+            yield line.strip()
+        elif match := SECTION.match(line):
             section = match[1]
             yield from ("", f"**{section}**", "")
         elif section and line and not line.startswith(" "):
@@ -138,19 +178,29 @@ def constructor(module: Module, node: ast.ClassDef) -> str:
 
 def exports(module: Module, summaries: dict[str, str]) -> Iterator[str]:
     """A table of the names that a package offers, linked to the pages of their modules."""
-    names = [name for name in module.imports if not name.startswith("_")]
-    rows = [(name, module.imports[name]) for name in names if module.imports[name] in summaries]
-    if rows:
+    names = sorted(name for name in module.names if module.names[name] in summaries)
+    if names:
         yield from ("", "| name | |", "|---|---|")
-        for name, full in sorted(rows):
-            yield f"| {{py:obj}}`{name} <{full}>` | {summaries[full].replace('|', chr(92) + '|')} |"
+        for name in names:
+            full = module.names[name]
+            yield f"| {{py:obj}}`{name} <{full}>` | {summaries[full]} |"
 
 
-def page(module: Module, children: list[str], summaries: dict[str, str]) -> str:
-    lines = [f"# {module.name}", "", f"```{{py:module}} {module.name}", "```", ""]
+def page(module: Module, children: list[Module], summaries: dict[str, str]) -> str:
+    """The page of a module. Those of packages are in the sidebar, which a module would swell."""
+    package = module.name.rpartition(".")[0]
+    lines = [] if module.is_package else ["---", "orphan: true", "---", ""]
+    lines += [f"# {module.name}", "", f"```{{py:module}} {module.name}", "```", ""]
+    lines += [f"Package: [{package}]({package}.md)", ""] if package else []
     lines += [*prose(ast.get_docstring(module.tree)), "", f"Source: `{module.path}`"]
     if module.is_package:
         lines += exports(module, summaries)
+    if children:
+        lines += ["", "| module | |", "|---|---|"]
+        lines += [
+            f"| [{m.name.removeprefix(module.name + '.')}]({m.name}.md) | {summary(m.tree)} |"
+            for m in children
+        ]
     for node in module.tree.body:
         if not isinstance(node, (*FUNCTIONS, ast.ClassDef)) or node.name.startswith("_"):
             continue
@@ -161,14 +211,15 @@ def page(module: Module, children: list[str], summaries: dict[str, str]) -> str:
             title = node.name + signature(module, node, method=False)
             docstring = prose(ast.get_docstring(node))
             lines += ["", *directive("function", title, docstring, depth=1)]
-    if children:
-        lines += ["", "```{toctree}", ":maxdepth: 1", "", *children, "```"]
+    if packages := [child.name for child in children if child.is_package]:
+        lines += ["", "```{toctree}", ":hidden:", "", *packages, "```"]
     return "\n".join(lines) + "\n"
 
 
 def summary(node: ast.AST) -> str:
+    """The first paragraph of a docstring, for a cell of a table."""
     docstring = ast.get_docstring(node) or ""  # type: ignore[arg-type]
-    return docstring.split("\n\n")[0].replace("\n", " ")
+    return docstring.split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
 
 
 def pages(root: Path, packages: list[str]) -> dict[str, str]:
@@ -186,9 +237,11 @@ def pages(root: Path, packages: list[str]) -> dict[str, str]:
         for node in module.tree.body
         if isinstance(node, (*FUNCTIONS, ast.ClassDef))
     }
+    for module in modules.values():
+        module.resolve_names(modules, summaries)
     written = {}
     for name, module in modules.items():
-        children = [child for child in modules if child.rpartition(".")[0] == name]
+        children = [m for m in modules.values() if m.name.rpartition(".")[0] == name]
         written[f"{name}.md"] = page(module, children, summaries)
     rows = [f"| [{name}]({name}.md) | {summary(modules[name].tree)} |" for name in packages]
     listed = "\n".join(rows)

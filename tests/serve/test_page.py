@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import shutil
 
 import httpx
 import pytest
@@ -65,19 +64,6 @@ def test_it_is_shown_without_a_key_but_does_nothing_without(tmp_path):
 # --- what it does ---------------------------------------------------------------------------------
 
 in_browser = pytest.mark.slow  # needs Chromium: apt-get install chromium
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    assert chromium, "this test needs Chromium: apt-get install chromium"
-    with sync_playwright() as playwright:
-        options = ["--no-sandbox", "--disable-background-networking", "--disable-component-update"]
-        browser = playwright.chromium.launch(executable_path=chromium, args=options)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
