@@ -7,6 +7,6 @@ from PIL import Image
 import diffusion
 
 encoder, prompt, path = sys.argv[1:]
-painter = diffusion.load(diffusion.weights(), encoder)
-images = painter.draw([prompt], seed=0)  # uint8 [1, 64, 64, 3]
+pipeline = diffusion.load(diffusion.weights_folder(), encoder)
+images = pipeline.generate([prompt], seed=0)  # uint8 [1, 64, 64, 3]
 Image.fromarray(images[0]).save(path)

@@ -20,6 +20,6 @@ class Line:
 
 x = np.arange(1, 9, dtype=np.float32) / 8
 batch = {"x": x, "y": 3 * x}
-config = training.Config(steps=200, learning_rate=0.1)
+config = training.TrainConfig(steps=200, learning_rate=0.1)
 outcome = training.train(Line(), None, lambda step: batch, config, Path(sys.argv[1]))
 print(f"w = {float(outcome.state.weights['w']):.2f}")
