@@ -55,7 +55,7 @@ def _step(cfg: Config, format: str, rows: int) -> Case:
         params = _params(cfg, format)
         sound = _normal(rows, cfg.max_audio_len, cfg.d_model)
         cache = jax.jit(functools.partial(model.init_cache, cfg=cfg, size=_TEXT_LEN))(
-            params, sound=sound
+            params, audio_features=sound
         )
         return params, jnp.full((rows, 1), 100, jnp.int32), cache
 

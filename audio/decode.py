@@ -398,7 +398,7 @@ class _DecodingTask:
 
         def read() -> tuple[jax.Array, Cache]:
             size = _bucket_size(max(padded, self._length + 1), _CACHE_BUCKETS, cfg.max_text_len)
-            cache = model.init_cache(params, cfg, sound, size=size, rows_per_sound=rows_per_sound)
+            cache = model.init_cache(params, cfg, sound, size=size, rows_per_audio=rows_per_sound)
             logits, cache = _forward_cached(params, cfg, ids, cache, np.int32(0), at)
             return jax.block_until_ready(logits), cache
 

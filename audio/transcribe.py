@@ -101,7 +101,7 @@ class TranscriptionOptions:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise ValueError(f"batch must be at least 1, got {self.batch_size}")
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
 
 _OPTIONS, _TRANSCRIPTION_OPTIONS = DecodingOptions(), TranscriptionOptions()

@@ -44,7 +44,7 @@ class SamplerOptions:
             raise ValueError(f"steps must be an integer from 1 to 1000, got {self.steps!r}")
         if self.sampler not in sample.SAMPLERS:
             raise ValueError(
-                f"rule must be one of {', '.join(sample.SAMPLERS)}, got {self.sampler!r}"
+                f"sampler must be one of {', '.join(sample.SAMPLERS)}, got {self.sampler!r}"
             )
         if not 0 <= self.guidance <= 30:
             raise ValueError(f"guidance must be from 0 to 30, got {self.guidance!r}")

@@ -85,8 +85,9 @@ def test_peak_memory(long, model_file, tmp_path):
     np.save(tmp_path / "long.npy", long[0])
     code = (
         "import re, sys, numpy, audio\n"
-        "whisper = audio.load_model(sys.argv[1], format='bfloat16')\n"
-        "audio.transcribe(whisper, numpy.load(sys.argv[2]), plan=audio.Plan(batch=4))\n"
+        "whisper = audio.load_model(sys.argv[1], dtype='bfloat16')\n"
+        "options = audio.TranscriptionOptions(batch_size=4)\n"
+        "audio.transcribe(whisper, numpy.load(sys.argv[2]), transcription_options=options)\n"
         "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
     )
     arguments = [model_file("whisper-tiny.en"), tmp_path / "long.npy"]

@@ -65,7 +65,7 @@ def test_padding_behind_the_text_is_not_seen(params, sound):
 
 def test_rows_that_share_a_sound(params, sound):
     texts = np.concatenate([IDS, IDS[::-1]])[[0, 3, 1, 2]]  # rows 0, 1 hear sound 0; 2, 3 sound 1
-    cache = model.init_cache(params, CFG, sound, size=12, rows_per_sound=2)
+    cache = model.init_cache(params, CFG, sound, size=12, rows_per_audio=2)
     everywhere = np.arange(12)
     logits, _, _ = model.forward_cached(params, CFG, texts, cache, np.int32(0), everywhere)
     apart, _ = model.forward(params, CFG, sound[np.array([0, 0, 1, 1])], texts)
@@ -73,7 +73,7 @@ def test_rows_that_share_a_sound(params, sound):
 
 
 def test_taken_rows(params, sound):
-    cache = model.init_cache(params, CFG, sound, size=8, rows_per_sound=2)
+    cache = model.init_cache(params, CFG, sound, size=8, rows_per_audio=2)
     ids = np.arange(4, dtype=np.int32)[:, None]
     _, cache, _ = model.forward_cached(params, CFG, ids, cache, np.int32(0), np.zeros(1, np.int32))
     taken = model.reorder_cache(cache, np.array([1, 1, 2, 2]))

@@ -39,7 +39,7 @@ def test_special_tokens(tokens):
     assert tokens.is_multilingual and len(tokens.languages) == 99
     assert (tokens.eot, tokens.sot, tokens.timestamp_begin) == (50257, 50258, 50364)
     assert tokens.language_id("en") == 50259 and tokens.language_id("German") == 50261
-    opening = tokens.opening("fr", "translate", timestamps=False)
+    opening = tokens.sot_sequence("fr", "translate", timestamps=False)
     assert opening == (50258, 50265, 50358, 50363)
     with pytest.raises(ValueError, match="'klingon' is not known"):
         tokens.language_id("klingon")

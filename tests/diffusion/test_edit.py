@@ -158,7 +158,7 @@ def test_what_is_not_to_change_is_identical(tiny, shape):
     mask = np.zeros((*shape[:2], 1), np.float32)
     mask[shape[0] // 3 : shape[0] // 2, shape[1] // 4 :] = 1
     mask[-1, -1] = 0.5
-    drawn = tiny.finish(
+    drawn = tiny.postprocess(
         last(
             tiny,
             ["a cat"],

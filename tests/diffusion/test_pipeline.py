@@ -76,7 +76,7 @@ def test_guidance_of_one_is_the_network_with_the_prompt(folder, encoder):
 
 def test_an_empty_prompt_is_none(tiny):
     z, t = sample.normal(sample.image_keys(0, 2), (8, 8, 3)), jnp.full(2, 0.4)
-    text = tiny.read([" ", "a cat"])
+    text = tiny.encode_prompts([" ", "a cat"])
     assert text.mask.any(1).tolist() == [False, True]
     given = (tiny.denoiser, tiny.cfg, z)
     unseen = model.denoise(*given, t, text, jnp.zeros(2, bool))
