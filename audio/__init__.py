@@ -1,9 +1,9 @@
-"""Sound to text: Whisper, stage by stage, as pure functions over arrays.
+"""Speech to text: Whisper, stage by stage, as pure functions over arrays.
 
-Read in this order: `container` and `load` (files to samples), `mel` (samples to a spectrogram),
-`config` and `model` (spectrogram to logits), `tokens` (what the ids mean), `decode` (one window of
-30 seconds), `transcribe` (sounds of any length), `timing` (when each word was said), `vad` (where
-anybody speaks), `subtitles` (writing it all down).
+Reading order: `container` and `load` (files to samples), `mel` (samples to a spectrogram), `config`
+and `model` (spectrogram to logits), `tokenizer` (text, special and timestamp tokens), `decode` (one
+window of 30 seconds), `transcribe` (audio of any length), `timing` (word timestamps), `vad` (voice
+activity detection), `subtitles` (output formats).
 
     import audio
 

@@ -1,4 +1,4 @@
-"""Writes down what is said in sound files: `python -m audio --model FOLDER speech.mp3`."""
+"""Command line of speech to text: `python -m audio --model FOLDER speech.mp3`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from audio.whisper import load_model
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0, or 1 if something could not be read."""
+    """Run the command.
+
+    Args:
+        argv: arguments without the program name; None for those of the process.
+
+    Returns:
+        The exit status: 0, or 1 if a file or the model could not be read.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m audio", description="Writes down what is said in sound files."
     )
@@ -45,16 +52,18 @@ def main(argv: list[str] | None = None) -> int:
         whisper = load_model(args.model, dtype=args.dtype)
         for path in args.files:
             samples = load(path)
-            plan = TranscriptionOptions(
+            options = TranscriptionOptions(
                 word_timestamps=args.words or bool(args.spectrogram), batch_size=args.batch
             )
-            found = transcribe(whisper, samples, language=args.language, transcription_options=plan)
-            sys.stdout.write(render(found, args.format, words=args.words))
+            transcript = transcribe(
+                whisper, samples, language=args.language, transcription_options=options
+            )
+            sys.stdout.write(render(transcript, args.format, words=args.words))
             if args.spectrogram:
-                words = [word for segment in found.segments for word in segment.words]
+                words = [word for segment in transcript.segments for word in segment.words]
                 plots.plot_spectrogram(args.spectrogram, samples, words)
             if args.alignment:
-                plots.plot_alignment(args.alignment, whisper, samples, found)
+                plots.plot_alignment(args.alignment, whisper, samples, transcript)
     except (OSError, ValueError) as error:
         print(f"python -m audio: {error}", file=sys.stderr)
         return 1

@@ -1,14 +1,15 @@
-"""What this package has to measure: a window encoded, and a step of the decoder beside it.
+"""Bench cases of speech to text: the encoder on one window, and one step of the decoder.
 
-`pellucid bench listen` runs these with the harness of `transformer/bench`. Sizes are those of
-whisper-tiny.en; weights are random, so nothing need be downloaded. How it stands beside others,
-from samples to text, is in `tests/bench/bench_speech.py`.
+`pellucid bench listen` runs these with the harness of `transformer/bench`. The sizes are those of
+whisper-tiny.en and the weights are random, so nothing is downloaded. `tests/bench/bench_speech.py`
+compares the whole way from samples to text with faster-whisper.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,78 +26,82 @@ _TEXT_LEN = 64  # positions in the cache of a step
 
 
 def cases(cfg: Config | None = None) -> Iterator[Case]:
-    """A window of 30 seconds encoded, and a step of one row and of four, each its own sound."""
+    """Yield the bench cases of each dtype: one encoded window, and a step of one and of four rows.
+
+    Args:
+        cfg: the sizes of the model; None for whisper-tiny.en.
+    """
     cfg = Config.of_size("tiny.en") if cfg is None else cfg
-    for format in DTYPES:
-        yield _encode(cfg, format)
+    for dtype in DTYPES:
+        yield _encode(cfg, dtype)
         for rows in (1, 4):
-            yield _step(cfg, format, rows)
+            yield _step(cfg, dtype, rows)
 
 
-def _encode(cfg: Config, format: str) -> Case:
+def _encode(cfg: Config, dtype: str) -> Case:
     def inputs() -> tuple:
-        return _params(cfg, format), _normal(1, cfg.num_frames, cfg.num_mels)
+        return _params(cfg, dtype), _normal(1, cfg.num_frames, cfg.num_mels)
 
     t, d, m = cfg.max_audio_len, cfg.d_model, cfg.num_mels
     layer = 8 * t * d * d + 4 * t * d * cfg.d_ff + 4 * t * t * d
     convolutions = 2 * 3 * cfg.num_frames * m * d + 2 * 3 * t * d * d
     return Case(
-        name=f"listen encode {format}",
+        name=f"listen encode {dtype}",
         function=lambda params, mel: model.encode(params, cfg, mel)[0],
         inputs=inputs,
         flops=cfg.num_audio_layers * layer + convolutions,
-        bytes=_bytes(cfg, format, lambda params: params.encoder) + 4 * (cfg.num_frames * m + t * d),
-        dtype=format,
+        bytes=_bytes(cfg, dtype, lambda params: params.encoder) + 4 * (cfg.num_frames * m + t * d),
+        dtype=dtype,
     )
 
 
-def _step(cfg: Config, format: str, rows: int) -> Case:
+def _step(cfg: Config, dtype: str, rows: int) -> Case:
     def inputs() -> tuple:
-        params = _params(cfg, format)
-        sound = _normal(rows, cfg.max_audio_len, cfg.d_model)
+        params = _params(cfg, dtype)
+        audio_features = _normal(rows, cfg.max_audio_len, cfg.d_model)
         cache = jax.jit(functools.partial(model.init_cache, cfg=cfg, size=_TEXT_LEN))(
-            params, audio_features=sound
+            params, audio_features=audio_features
         )
         return params, jnp.full((rows, 1), 100, jnp.int32), cache
 
     def function(params, ids, cache):
-        at = jnp.zeros(1, jnp.int32)
+        positions = jnp.zeros(1, jnp.int32)
         logits, cache, _ = model.forward_cached(
-            params, cfg, ids, cache, jnp.int32(_TEXT_LEN // 2), at
+            params, cfg, ids, cache, jnp.int32(_TEXT_LEN // 2), positions
         )
         return logits, cache
 
-    d, positions = cfg.d_model, cfg.max_audio_len
-    layer = 2 * (6 * d * d + 2 * d * cfg.d_ff) + 4 * d * (positions + _TEXT_LEN)
-    width = jnp.dtype(format).itemsize
-    sound = 2 * cfg.num_text_layers * rows * positions * d * width
+    d, audio_len = cfg.d_model, cfg.max_audio_len
+    layer = 2 * (6 * d * d + 2 * d * cfg.d_ff) + 4 * d * (audio_len + _TEXT_LEN)
+    width = jnp.dtype(dtype).itemsize
+    cross_bytes = 2 * cfg.num_text_layers * rows * audio_len * d * width
     return Case(
-        name=f"listen step {rows}x1 {format}",
+        name=f"listen step {rows}x1 {dtype}",
         function=function,
         inputs=inputs,
         flops=rows * (cfg.num_text_layers * layer + 2 * cfg.vocab_size * d),
-        bytes=_bytes(cfg, format, lambda params: params.decoder) + sound,
-        dtype=format,
+        bytes=_bytes(cfg, dtype, lambda params: params.decoder) + cross_bytes,
+        dtype=dtype,
         cold_argnums=(0,),
         donate_argnums=(2,),
         next_inputs=lambda arguments, out: (*arguments[:2], out[1]),
     )
 
 
-def _params(cfg: Config, format: str) -> Params:
-    """Random weights; the format of `Linear`s is as `checkpoint.load` has it."""
+def _params(cfg: Config, dtype: str) -> Params:
+    """Random weights; the dtypes of `Linear`s are those of `checkpoint.load`."""
 
-    def narrow(part):
-        if isinstance(part, Linear):
-            return part.replace(weight=part.weight.astype(format))
-        return part
+    def cast(leaf):
+        if isinstance(leaf, Linear):
+            return leaf.replace(weight=leaf.weight.astype(dtype))
+        return leaf
 
     params = model.init(jax.random.key(0), cfg)
-    return jax.tree.map(narrow, params, is_leaf=lambda part: isinstance(part, Linear))
+    return jax.tree.map(cast, params, is_leaf=lambda leaf: isinstance(leaf, Linear))
 
 
-def _bytes(cfg: Config, format: str, part) -> int:
-    leaves = jax.tree.leaves(part(jax.eval_shape(lambda: _params(cfg, format))))
+def _bytes(cfg: Config, dtype: str, select: Callable[[Params], Any]) -> int:
+    leaves = jax.tree.leaves(select(jax.eval_shape(lambda: _params(cfg, dtype))))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 

@@ -1,8 +1,8 @@
-"""Weights from files: Hugging Face's safetensors and CTranslate2's `model.bin`, strictly.
+"""Checkpoints of Whisper: Hugging Face's safetensors and CTranslate2's `model.bin`.
 
-`names` describes once where each weight stands in a Hugging Face file; a CTranslate2 file is
-brought to those names first. A tensor that is missing, has another shape, or has a name nobody asks
-for raises. Pickles (`whisper.pt`, `pytorch_model.bin`) are refused.
+`hf_names` maps each weight to its tensor in a Hugging Face file; the tensors of a CTranslate2 file
+are renamed to those first. A missing or unknown tensor, or one of another shape, raises an error.
+Pickles (`whisper.pt`, `pytorch_model.bin`) are never opened.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformer.weights import Linear, Norm
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 
-# Options that CTranslate2 keeps as scalars, and what they must be for a Whisper.
+# Options that CTranslate2 stores as scalars, and their values for Whisper.
 _EXPECTED_SCALARS = {
     "decoder/activation": 3,  # GELU
     "encoder/activation": 3,
@@ -34,7 +34,7 @@ _EXPECTED_SCALARS = {
     "decoder/scale_embeddings": 0,
     "decoder/start_from_zero_embedding": 0,
 }
-# Of a feature of CTranslate2 that translation models have; and how it splits heads over queries.
+# Options of CTranslate2 that the forward pass does not need.
 _UNUSED = (
     "decoder/alignment_heads",
     "decoder/alignment_layer",
@@ -46,18 +46,21 @@ _UNUSED = (
 
 
 def load(folder: Path, *, dtype: Dtype = "float32") -> tuple[Params, Config]:
-    """Loads a Whisper from a folder.
+    """Load a Whisper checkpoint.
 
     Args:
         folder: holds config.json and either model.safetensors (Hugging Face) or model.bin
             (CTranslate2).
-        format: what weights become: "float32"; "bfloat16"; or "int8", in which the encoder, whose
-            products are large, stays in bfloat16, as do the maps of the decoder that write to the
-            residual stream or read the sound.
+        dtype: of the weights: "float32"; "bfloat16"; or "int8", with which the encoder, whose
+            products are large, and the decoder's output projections and cross-attention keys and
+            values stay in bfloat16. Norms, biases and positions are float32.
+
+    Returns:
+        The weights and the config.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: a damaged file, a pickle, an unknown key, tensor or shape.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged or a pickle, or has an unknown key, tensor or shape.
     """
     folder = Path(folder)
     if (folder / "model.bin").is_file():
@@ -73,7 +76,11 @@ def load(folder: Path, *, dtype: Dtype = "float32") -> tuple[Params, Config]:
 
 
 def is_whisper(folder: Path) -> bool:
-    """Whether a folder holds a Whisper, by its config.json."""
+    """Return whether a folder holds a Whisper model, by its config.json.
+
+    Args:
+        folder: the folder; False if it has no readable config.json.
+    """
     try:
         config = safetensors.read_json_object(Path(folder) / "config.json")
     except (OSError, ValueError):
@@ -82,27 +89,36 @@ def is_whisper(folder: Path) -> bool:
 
 
 def save(folder: Path, params: Params, cfg: Config) -> None:
-    """Writes float32 weights as a Hugging Face folder that `load` and other tools read back.
+    """Save weights as float32 in a Hugging Face folder.
+
+    Args:
+        folder: the folder to write config.json and model.safetensors to.
+        params: the weights, float32 or bfloat16.
+        cfg: the config.
 
     Raises:
-        ValueError: the weights are int8, which this layout has no place for.
+        ValueError: the weights are int8.
     """
     if params.decoder.embed.scale is not None:
-        raise ValueError("int8 weights are a serving format; save the weights they were made from")
+        raise ValueError("int8 weights cannot be saved; save the weights they were quantized from")
     tensors: dict[str, np.ndarray] = {}
 
-    def put(name: str, array: jax.Array) -> None:
+    def add(name: str, array: jax.Array) -> None:
         value = np.asarray(array, np.float32)
         if _is_convolution(name):
             value = value.reshape(len(value), 3, -1).swapaxes(1, 2)
         tensors[name] = np.ascontiguousarray(value)
 
-    jax.tree.map(put, hf_names(cfg), params)
+    jax.tree.map(add, hf_names(cfg), params)
     safetensors.write(Path(folder), cfg.to_hf(), tensors)
 
 
 def hf_names(cfg: Config) -> Params:
-    """The tree of `Params` with the name in a Hugging Face file at each leaf."""
+    """Return the tree of `Params` with the name in a Hugging Face file at each leaf.
+
+    Args:
+        cfg: sizes of the model.
+    """
 
     def linear(name: str, bias: bool = True) -> Linear:
         return Linear(weight=f"{name}.weight", bias=f"{name}.bias" if bias else None)
@@ -110,13 +126,13 @@ def hf_names(cfg: Config) -> Params:
     def norm(name: str) -> Norm:
         return Norm(scale=f"{name}.weight", bias=f"{name}.bias")
 
-    def attention(layer: str, kind: str) -> Attention:
+    def attention(layer: str, name: str) -> Attention:
         return Attention(
-            norm=norm(f"{layer}.{kind}_layer_norm"),
-            q=linear(f"{layer}.{kind}.q_proj"),
-            k=linear(f"{layer}.{kind}.k_proj", bias=False),
-            v=linear(f"{layer}.{kind}.v_proj"),
-            out=linear(f"{layer}.{kind}.out_proj"),
+            norm=norm(f"{layer}.{name}_layer_norm"),
+            q=linear(f"{layer}.{name}.q_proj"),
+            k=linear(f"{layer}.{name}.k_proj", bias=False),
+            v=linear(f"{layer}.{name}.v_proj"),
+            out=linear(f"{layer}.{name}.out_proj"),
         )
 
     def mlp(layer: str) -> Mlp:
@@ -126,14 +142,16 @@ def hf_names(cfg: Config) -> Params:
             down=linear(f"{layer}.fc2"),
         )
 
-    audio = [f"model.encoder.layers.{i}" for i in range(cfg.num_audio_layers)]
-    text = [f"model.decoder.layers.{i}" for i in range(cfg.num_text_layers)]
+    audio_layers = [f"model.encoder.layers.{i}" for i in range(cfg.num_audio_layers)]
+    text_layers = [f"model.decoder.layers.{i}" for i in range(cfg.num_text_layers)]
     return Params(
         encoder=Encoder(
             conv1=linear("model.encoder.conv1"),
             conv2=linear("model.encoder.conv2"),
             positions="model.encoder.embed_positions.weight",
-            layers=tuple(AudioLayer(attn=attention(i, "self_attn"), mlp=mlp(i)) for i in audio),
+            layers=tuple(
+                AudioLayer(attn=attention(i, "self_attn"), mlp=mlp(i)) for i in audio_layers
+            ),
             norm=norm("model.encoder.layer_norm"),
         ),
         decoder=Decoder(
@@ -145,42 +163,41 @@ def hf_names(cfg: Config) -> Params:
                     cross_attn=attention(i, "encoder_attn"),
                     mlp=mlp(i),
                 )
-                for i in text
+                for i in text_layers
             ),
             norm=norm("model.decoder.layer_norm"),
         ),
     )
 
 
-def _fill(arrays: dict[str, np.ndarray], cfg: Config, format: Dtype, folder: Path) -> Params:
+def _fill(arrays: dict[str, np.ndarray], cfg: Config, dtype: Dtype, folder: Path) -> Params:
+    """Return the tree of `Params` with the arrays of these names, in `dtype`."""
     tree, infos = hf_names(cfg), abstract(cfg)
-    wanted = dict(zip(jax.tree.leaves(tree), jax.tree.leaves(infos), strict=True))
-    if missing := sorted(wanted.keys() - arrays.keys()):
-        raise ValueError(f"{folder}: lacks {_join_names(missing)}")
-    if unknown := sorted(arrays.keys() - wanted.keys()):
-        raise ValueError(
-            f"{folder}: holds {_join_names(unknown)}, which this model has no place for"
-        )
-    for name, info in wanted.items():
+    expected = dict(zip(jax.tree.leaves(tree), jax.tree.leaves(infos), strict=True))
+    if missing := sorted(expected.keys() - arrays.keys()):
+        raise ValueError(f"{folder}: missing tensors: {_join_names(missing)}")
+    if unknown := sorted(arrays.keys() - expected.keys()):
+        raise ValueError(f"{folder}: unknown tensors: {_join_names(unknown)}")
+    for name, info in expected.items():
         if _is_convolution(name) and arrays[name].ndim == 3:
             arrays[name] = arrays[name].swapaxes(1, 2).reshape(len(arrays[name]), -1)
         if arrays[name].shape != info.shape:
             raise ValueError(f"{folder}: {name} must be {info.shape}, got {arrays[name].shape}")
 
-    def fill(part: Any) -> Any:
-        if not isinstance(part, Linear):
-            return jnp.asarray(arrays[part], jnp.float32)
-        bias = None if part.bias is None else jnp.asarray(arrays[part.bias], jnp.float32)
-        return _linear(arrays[part.weight], bias, _dtype_of(part.weight, format))
+    def fill(node: Any) -> Any:
+        if not isinstance(node, Linear):
+            return jnp.asarray(arrays[node], jnp.float32)
+        bias = None if node.bias is None else jnp.asarray(arrays[node.bias], jnp.float32)
+        return _linear(arrays[node.weight], bias, _dtype_of(node.weight, dtype))
 
     return jax.tree.map(fill, tree, is_leaf=lambda node: isinstance(node, Linear))
 
 
-def _dtype_of(name: str, format: Dtype) -> Dtype:
-    """The format of one weight in a model of `format`."""
-    if format != "int8":
-        return format
-    is_narrow = name.startswith("model.decoder.") and not name.endswith(
+def _dtype_of(name: str, dtype: Dtype) -> Dtype:
+    """Return the dtype of one weight in a model of `dtype`."""
+    if dtype != "int8":
+        return dtype
+    is_int8 = name.startswith("model.decoder.") and not name.endswith(
         (
             "out_proj.weight",
             "fc2.weight",
@@ -188,19 +205,19 @@ def _dtype_of(name: str, format: Dtype) -> Dtype:
             "encoder_attn.v_proj.weight",
         )
     )
-    return "int8" if is_narrow else "bfloat16"
+    return "int8" if is_int8 else "bfloat16"
 
 
-def _linear(weight: np.ndarray, bias: jax.Array | None, format: Dtype) -> Linear:
-    if format == "float32":
+def _linear(weight: np.ndarray, bias: jax.Array | None, dtype: Dtype) -> Linear:
+    if dtype == "float32":
         return Linear(weight=jnp.asarray(weight, jnp.float32), bias=bias)
-    if format == "bfloat16":
+    if dtype == "bfloat16":
         return Linear(weight=jnp.asarray(weight.astype(ml_dtypes.bfloat16)), bias=bias)
-    # The arithmetic of `layers.quantize`, without a float32 copy on the device.
+    # Equals `layers.quantize`, without a float32 copy on the device.
     weight = weight.astype(np.float32)
     scale = np.maximum(np.abs(weight).max(axis=1), 1e-30) / np.float32(127)
-    narrow = np.rint(weight / scale[:, None]).astype(np.int8)
-    return Linear(weight=jnp.asarray(narrow), bias=bias, scale=jnp.asarray(scale))
+    quantized = np.rint(weight / scale[:, None]).astype(np.int8)
+    return Linear(weight=jnp.asarray(quantized), bias=bias, scale=jnp.asarray(scale))
 
 
 def _is_convolution(name: str) -> bool:
@@ -221,39 +238,39 @@ def _hf_config(folder: Path, config: Mapping[str, Any]) -> Config:
 
 
 def _ctranslate2(folder: Path) -> tuple[dict[str, np.ndarray], Config]:
-    """The arrays of a CTranslate2 folder under Hugging Face names, and the config."""
+    """Return the arrays of a CTranslate2 folder by Hugging Face names, and the config."""
     path = folder / "model.bin"
     with path.open("rb") as file:
         if file.read(2) in (b"PK", b"\x80\x02"):
-            raise ValueError(f"{path}: a Python pickle, which is never opened; use safetensors")
+            raise ValueError(f"{path}: Python pickles are not supported; convert it to safetensors")
     spec, arrays = ctranslate2.read(path)
     if spec != "WhisperSpec":
-        raise ValueError(f"{path}: holds a {spec!r}, not a 'WhisperSpec'")
+        raise ValueError(f"{path}: the specification must be 'WhisperSpec', got {spec!r}")
     try:
         cfg = _ctranslate2_config(arrays, safetensors.read_json_object(folder / "config.json"))
     except KeyError as error:
-        raise ValueError(f"{path}: lacks {error.args[0]}") from None
+        raise ValueError(f"{path}: missing array {error.args[0]}") from None
     for name, value in _EXPECTED_SCALARS.items():
-        if (found := arrays.pop(name, None)) is not None and found != value:
-            raise ValueError(f"{path}: {name} must be {value}, got {found}")
+        if (actual := arrays.pop(name, None)) is not None and actual != value:
+            raise ValueError(f"{path}: {name} must be {value}, got {actual}")
     for name in _UNUSED:
         arrays.pop(name, None)
     projection, embed = arrays.pop("decoder/projection/weight", None), "decoder/embeddings/weight"
     if projection is not None and projection is not arrays.get(embed):
-        raise ValueError(f"{path}: a head of its own, decoder/projection/weight, is not known")
+        raise ValueError(f"{path}: decoder/projection/weight must be tied to {embed}")
     renamed: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
-        for new, part in _to_hf_names(name, array):
-            # Keys have no bias; where it is packed with others, CTranslate2 stores zeros.
-            if not new.endswith("k_proj.bias"):
-                renamed[new] = part
-            elif np.any(part):
-                raise ValueError(f"{path}: {name} gives keys a bias, which Whisper has none of")
+        for hf_name, value in _to_hf_names(name, array):
+            # Keys have no bias; CTranslate2 stores zeros where it is concatenated with others.
+            if not hf_name.endswith("k_proj.bias"):
+                renamed[hf_name] = value
+            elif np.any(value):
+                raise ValueError(f"{path}: {name} must be zero for keys, which have no bias")
     return renamed, cfg
 
 
 def _ctranslate2_config(arrays: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Config:
-    def count(half: str) -> int:
+    def num_layers(half: str) -> int:
         return len(
             {n.split("/")[1] for n in arrays if n.startswith(f"{half}/layer_")} - {"layer_norm"}
         )
@@ -261,8 +278,8 @@ def _ctranslate2_config(arrays: Mapping[str, np.ndarray], config: Mapping[str, A
     vocab_size, d_model = arrays["decoder/embeddings/weight"].shape
     heads = config.get("alignment_heads") or ()
     return Config(
-        num_audio_layers=count("encoder"),
-        num_text_layers=count("decoder"),
+        num_audio_layers=num_layers("encoder"),
+        num_text_layers=num_layers("decoder"),
         num_heads=int(arrays["encoder/num_heads"]),
         d_model=d_model,
         d_ff=len(arrays["encoder/layer_0/ffn/linear_0/weight"]),
@@ -303,18 +320,21 @@ _LEAVES = {
 
 
 def _to_hf_names(name: str, array: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Hugging Face names and values of one of CTranslate2's; its own where nobody knows it."""
+    """Split a CTranslate2 array into Hugging Face's, with their names; unknown names stay."""
     half, _, rest = name.partition("/")
-    place, _, leaf = rest.rpartition("/")
-    if leaf in _LEAVES and place in _TOP_LEVEL:
-        return [(f"model.{half}.{_TOP_LEVEL[place]}.{_LEAVES[leaf]}", array)]
-    layer, _, part = place.partition("/")
-    if leaf not in _LEAVES or part not in _SUBLAYERS or not layer.startswith("layer_"):
+    module, _, leaf = rest.rpartition("/")
+    if leaf in _LEAVES and module in _TOP_LEVEL:
+        return [(f"model.{half}.{_TOP_LEVEL[module]}.{_LEAVES[leaf]}", array)]
+    layer, _, sublayer = module.partition("/")
+    if leaf not in _LEAVES or sublayer not in _SUBLAYERS or not layer.startswith("layer_"):
         return [(name, array)]
-    news = [f"model.{half}.layers.{layer[6:]}.{new}.{_LEAVES[leaf]}" for new in _SUBLAYERS[part]]
-    if len(array) % len(news):
-        raise ValueError(f"{name} of shape {array.shape} is not {len(news)} maps on each other")
-    return list(zip(news, np.split(array, len(news)), strict=True))
+    prefix = f"model.{half}.layers.{layer[6:]}"
+    names = [f"{prefix}.{hf_module}.{_LEAVES[leaf]}" for hf_module in _SUBLAYERS[sublayer]]
+    if len(array) % len(names):
+        raise ValueError(
+            f"{name}: its first axis must be a multiple of {len(names)}, got shape {array.shape}"
+        )
+    return list(zip(names, np.split(array, len(names)), strict=True))
 
 
 def _join_names(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""What one Whisper differs in from another: sizes, and which heads look at the word being spoken.
+"""Config of a Whisper model: its sizes, and its alignment heads.
 
 One frozen dataclass describes every size from tiny to large-v3-turbo. It is hashable, so `jax.jit`
 takes it as a static argument.
@@ -36,7 +36,7 @@ _RELEASED = {
     "large-v3-turbo": (32, 4, 20, 1280),
 }
 
-# Keys of a Hugging Face config.json whose meaning is fixed here: any other value is refused.
+# Keys of a Hugging Face config.json with the only supported value.
 _FIXED = {
     "model_type": "whisper",
     "activation_function": "gelu",
@@ -49,7 +49,7 @@ _FIXED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Sizes of an encoder of sound and a decoder of text.
+    """Sizes of the audio encoder and the text decoder.
 
     Raises:
         ValueError: a field is out of range, or two fields contradict each other.
@@ -64,7 +64,7 @@ class Config:
     num_mels: int = 80  # M
     max_audio_len: int = 1500  # positions of the encoder: 30 s at 50 a second
     max_text_len: int = 448  # positions of the decoder, prompt included
-    # (layer, head) of the decoder whose attention follows the sound; empty: those of the upper half
+    # (layer, head) of the decoder for word timestamps; empty: all heads of the upper half of layers
     alignment_heads: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
@@ -85,17 +85,17 @@ class Config:
 
     @property
     def head_dim(self) -> int:
-        """H, the width of a head."""
+        """Width of a head, H."""
         return self.d_model // self.num_heads
 
     @property
     def num_frames(self) -> int:
-        """Columns of spectrogram that the encoder reads at once: two a position."""
+        """Frames of a window of spectrogram: two a position of the encoder."""
         return 2 * self.max_audio_len
 
     @property
     def timing_heads(self) -> tuple[tuple[int, int], ...]:
-        """The heads that word timing looks at."""
+        """Cross-attention heads for word timestamps, (layer, head) each."""
         return self.alignment_heads or tuple(
             (layer, head)
             for layer in range(self.num_text_layers // 2, self.num_text_layers)
@@ -104,19 +104,23 @@ class Config:
 
     @classmethod
     def of_size(cls, name: str, **changes: Any) -> Config:
-        """A released size, from tiny to large-v3-turbo; with `.en`, the one for English only.
+        """Return the config of a released size.
+
+        Args:
+            name: "tiny" to "large-v3-turbo"; with ".en" for an English-only model.
+            **changes: replace fields.
 
         Raises:
-            ValueError: there is no such size.
+            ValueError: the size is unknown.
         """
         size, _, english = name.partition(".")
         if size not in _RELEASED or english not in ("", "en"):
             raise ValueError(f"size must be one of {', '.join(_RELEASED)}, got {name!r}")
-        audio, text, heads, width = _RELEASED[size]
+        num_audio_layers, num_text_layers, num_heads, width = _RELEASED[size]
         fields: dict[str, Any] = dict(
-            num_audio_layers=audio,
-            num_text_layers=text,
-            num_heads=heads,
+            num_audio_layers=num_audio_layers,
+            num_text_layers=num_text_layers,
+            num_heads=num_heads,
             d_model=width,
             d_ff=4 * width,
             vocab_size=51864 if english else 51866 if "v3" in size else 51865,
@@ -126,8 +130,12 @@ class Config:
 
     @classmethod
     def debug(cls, **changes: Any) -> Config:
-        """A Whisper under 50,000 weights, for tests; `changes` replace its fields."""
-        small: dict[str, Any] = dict(
+        """Return the config of a model under 50,000 weights, for tests.
+
+        Args:
+            **changes: replace fields.
+        """
+        fields: dict[str, Any] = dict(
             num_audio_layers=2,
             num_text_layers=2,
             num_heads=4,
@@ -138,19 +146,22 @@ class Config:
             max_audio_len=50,
             max_text_len=64,
         )
-        return cls(**(small | changes))
+        return cls(**(fields | changes))
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Config:
-        """Reads the dictionary of a Hugging Face `config.json`.
+        """Convert the dictionary of a Hugging Face `config.json`.
+
+        Args:
+            config: the dictionary; keys that are None are ignored.
 
         Raises:
-            ValueError: a key is missing or has a value this model cannot follow, or one changes
-                the forward pass in a way Whisper lacks; see `config_keys`.
+            ValueError: a key is missing or has an unsupported value, or an unknown key changes the
+                forward pass; see `config_keys`.
         """
-        given = {key: value for key, value in config.items() if value is not None}
+        values = {key: value for key, value in config.items() if value is not None}
         for key, value in _FIXED.items():
-            if given.pop(key, value) != value:
+            if values.pop(key, value) != value:
                 raise ValueError(f"{key} must be {value!r}, got {config[key]!r}")
         names = {
             "num_audio_layers": "encoder_layers",
@@ -165,24 +176,24 @@ class Config:
         }
         fields = {}
         for field, key in names.items():
-            if key not in given:
-                raise ValueError(f"config lacks {key}")
-            fields[field] = given.pop(key)
+            if key not in values:
+                raise ValueError(f"config must have the key {key}")
+            fields[field] = values.pop(key)
         for key, field in (("decoder_attention_heads", "num_heads"), ("decoder_ffn_dim", "d_ff")):
-            if (value := given.pop(key, fields[field])) != fields[field]:
-                raise ValueError(f"{key} must equal that of the encoder, got {value!r}")
-        heads = given.pop("alignment_heads", None) or ()
+            if (value := values.pop(key, fields[field])) != fields[field]:
+                raise ValueError(f"{key} must equal the encoder's {fields[field]!r}, got {value!r}")
+        heads = values.pop("alignment_heads", None) or ()
         if not isinstance(heads, list | tuple) or not all(
             isinstance(pair, list | tuple) and [type(i) for i in pair] == [int, int]
             for pair in heads
         ):
             raise ValueError(f"alignment_heads must be pairs of layer and head, got {heads!r}")
         cfg = cls(**fields, alignment_heads=tuple((layer, head) for layer, head in heads))
-        config_keys.check(given, cfg, "whisper", neutral_overrides=config_keys.LAYER_NORM)
+        config_keys.check(values, cfg, "whisper", neutral_overrides=config_keys.LAYER_NORM)
         return cfg
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` dictionary that `from_hf` reads back to this very config."""
+        """Return a `config.json` dictionary; `from_hf` converts it back to an equal config."""
         return {
             **_FIXED,
             "encoder_layers": self.num_audio_layers,

@@ -1,16 +1,15 @@
-"""The structure of sound files: where one file ends and the next begins.
+"""Structure of audio files: where one file ends and the next begins.
 
-Files that were joined byte by byte are common: a recorder that appends, a long recording put
-together with `cat`, a radio stream whose every track is an Ogg stream of its own (RFC 3533,
-section 4: chaining). Most decoders read the first file and report success. `split` finds the end of
-each file, from the lengths in its structure or else at the signature of the next one, so that each
-part is decoded by itself.
+Files concatenated byte by byte are common: a recorder that appends, a long recording joined with
+`cat`, a radio stream with one Ogg stream a track (RFC 3533, section 4: chaining). Most decoders
+read the first file and report success. `split_files` finds the end of each file, from the lengths
+in its structure or else at the signature of the next file, so that each part is decoded separately.
 
-MPEG audio (ISO 11172-3) has no signature and no end: a decoder goes from frame to frame.
-`is_plain_mp3` proves that frames fill the whole file.
+MPEG audio (ISO 11172-3) has no signature and no stated end: a decoder goes from frame to frame.
+`is_plain_mp3` verifies that frames fill the whole file.
 
 Leaves out: two files of different formats of which the first states no length and the second has
-no signature (raw AAC behind FLAC or MP3).
+no signature (raw AAC after FLAC or MP3).
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-MAX_PARTS = 1000  # a file of more is refused; bounds the work
+MAX_PARTS = 1000  # more raise an error; bounds the work
 
-# What files begin with: six fixed bytes or more, which samples do not spell by chance.
+# Signatures of files: at least six fixed bytes, which are unlikely to occur in samples.
 _SIGNATURE = re.compile(
     rb"""
     (?P<wav> (?: RIFF | RIFX | RF64 | BW64 ) .{4} WAVE )
@@ -47,7 +46,7 @@ _SIGNATURE = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-# The first bytes of each, which `bytes.find` looks for at memory speed, and where they stand.
+# The first bytes of each signature, which `bytes.find` searches fast, and their offset.
 _PREFIXES = (
     *((prefix, 0) for prefix in (b"RIFF", b"RIFX", b"RF64", b"BW64", b"riff\x2e\x91", b"FORM")),
     *((prefix, 0) for prefix in (b"caff\0\1", b"fLaC", b"#!AMR", b"Creative Voice", b"TTA1")),
@@ -56,17 +55,17 @@ _PREFIXES = (
     (b"ftyp", 4),
 )
 _NESTING = {"matroska", "asf", "avi", "mp4", "flv"}  # may hold files of other formats
-_UNKNOWN_SIZES = (0, 2**32 - 1)  # of a header that its writer never finished
-_MAX_STEPS = 10_000  # chunks of a file that are followed; bounds the work for each part
+_UNKNOWN_SIZES = (0, 2**32 - 1)  # in a header that was never completed
+_MAX_STEPS = 10_000  # chunks of a part to follow; bounds the work
 
 
 class Part(NamedTuple):
-    """One of the files that were joined.
+    """One of several concatenated files.
 
     Attributes:
-        data: its bytes, without ID3v2 tags in front.
-        is_certain: whether it is the first or begins with a signature. Else it stands behind the
-            end of another file, and may be anything: sound, a tag, padding.
+        data: its bytes, without leading ID3v2 tags.
+        is_certain: whether it is the first file or begins with a signature. Otherwise it follows
+            the end of another file, and may be audio, a tag or padding.
     """
 
     data: bytes
@@ -74,21 +73,28 @@ class Part(NamedTuple):
 
 
 def detect_format(data: bytes) -> str:
-    """Return the format by its signature: wav, w64, aiff, caf, flac, ogg, ...; or ""."""
+    """Return the format by its signature: wav, w64, aiff, caf, flac, ogg, ...; or "".
+
+    Args:
+        data: the bytes of a file.
+    """
     match = _SIGNATURE.match(data)
     return (match.lastgroup or "") if match else ""
 
 
 def split_files(data: bytes) -> list[Part]:
-    """Split joined files.
+    """Split concatenated files.
+
+    Args:
+        data: the bytes of one or several files.
 
     Returns:
-        The parts in order; one of zeros only is left out.
+        The parts in order, without those of zeros only.
 
     Raises:
-        ValueError: there are more than `MAX_PARTS`.
+        ValueError: there are more than `MAX_PARTS` parts.
     """
-    signatures = functools.cache(lambda: _signatures(data))  # most files state where they end
+    signatures = functools.cache(lambda: _signatures(data))  # not needed if files state their end
     parts: list[Part] = []
     position = 0
     while position < len(data):
@@ -105,13 +111,13 @@ def split_files(data: bytes) -> list[Part]:
         if data[start:end].strip(b"\0"):
             parts.append(Part(data[start:end], not parts or bool(kind)))
         if len(parts) > MAX_PARTS:
-            raise ValueError(f"more than {MAX_PARTS} files joined")
+            raise ValueError(f"more than {MAX_PARTS} concatenated files")
         position = end
     return parts
 
 
 def _signatures(data: bytes) -> list[tuple[int, str]]:
-    """Every signature in the bytes: its position and its format, in order."""
+    """Return the position and the format of every signature in the bytes, in order."""
     signatures: list[tuple[int, str]] = []
     for prefix, offset in _PREFIXES:
         position = data.find(prefix, offset)
@@ -120,23 +126,23 @@ def _signatures(data: bytes) -> list[tuple[int, str]]:
             if match is not None:
                 signatures.append((position - offset, match.lastgroup or ""))
             if len(signatures) > 10 * MAX_PARTS:
-                raise ValueError(f"more than {MAX_PARTS} files joined")
+                raise ValueError(f"more than {MAX_PARTS} concatenated files")
             position = data.find(prefix, position + 1)
     return sorted(signatures)
 
 
 def _next_file(signatures: list[tuple[int, str]], after: int, kind: str, size: int) -> int:
-    """Where the next file begins behind one of unknown length."""
+    """Return the start of the file that follows one of unknown length."""
     for i in range(bisect.bisect_left(signatures, (after, "")), len(signatures)):
         position, other = signatures[i]
-        # Among MPEG frames, a tag stands between two files of which FFmpeg makes one.
+        # A tag between MPEG frames separates two files that FFmpeg decodes as one.
         if other == kind or (kind not in _NESTING and not (kind == "" and other == "id3")):
             return position
     return size
 
 
 def _id3_end(data: bytes, start: int) -> int:
-    """Where the ID3v2 tags at `start` end (ID3v2.4, section 3.1)."""
+    """Return the end of the ID3v2 tags at `start` (ID3v2.4, section 3.1)."""
     while data[start : start + 3] == b"ID3" and len(data) >= start + 10:
         size = 0
         for byte in data[start + 6 : start + 10]:  # seven bits each
@@ -146,48 +152,48 @@ def _id3_end(data: bytes, start: int) -> int:
     return min(start, len(data))
 
 
-# Where a file ends by its own structure, its signature being at `start`; None if it does not say,
-# or says more than there is.
+# The `_*_end` functions return the end of a file by its own structure, with its signature at
+# `start`; None if the structure does not state it, or states more than there is.
 
 
 def _wav_end(data: bytes, start: int) -> int | None:
-    """The end of the chunk of samples, or of the whole as the header has it, if that is later."""
+    """The end of the data chunk, or of the whole file by its header if that is later."""
     order = "big" if data.startswith(b"RIFX", start) else "little"
     size = int.from_bytes(data[start + 4 : start + 8], order)
     long_sizes = data[start + 12 : start + 16] == b"ds64"  # RF64: EBU Tech 3306
     if long_sizes:
         size = int.from_bytes(data[start + 20 : start + 28], "little")
-    position, is_found = start + 12, False
+    position, is_data = start + 12, False
     for _ in range(_MAX_STEPS):
-        if is_found or position + 8 > len(data):
+        if is_data or position + 8 > len(data):
             break
         length = int.from_bytes(data[position + 4 : position + 8], order)
-        is_found = data[position : position + 4] == b"data"
-        if is_found and long_sizes and length == _UNKNOWN_SIZES[1]:
+        is_data = data[position : position + 4] == b"data"
+        if is_data and long_sizes and length == _UNKNOWN_SIZES[1]:
             length = int.from_bytes(data[start + 28 : start + 36], "little")
-        if is_found and length in _UNKNOWN_SIZES:
+        if is_data and length in _UNKNOWN_SIZES:
             return None
         position = _padded(data, position + 8 + length)
-    if not is_found or position > len(data):
+    if not is_data or position > len(data):
         return None
     end = _padded(data, start + 8 + size)
     return end if position <= end <= len(data) else position
 
 
 def _padded(data: bytes, end: int) -> int:
-    """The end of a RIFF chunk of odd length, whose byte of padding some writers forget."""
+    """The end of a RIFF chunk with its padding byte, which some writers omit."""
     return end + 1 if end % 2 and data[end : end + 1] == b"\0" else end
 
 
 def _aiff_end(data: bytes, start: int) -> int | None:
-    """AIFF."""
+    """The end of the FORM chunk of an AIFF file."""
     size = int.from_bytes(data[start + 4 : start + 8], "big")
     end = _padded(data, start + 8 + size)
     return None if size in _UNKNOWN_SIZES or end > len(data) else end
 
 
 def _w64_end(data: bytes, start: int) -> int | None:
-    """Sony Wave64, whose sizes have eight bytes."""
+    """The end of a Sony Wave64 file, whose sizes have eight bytes."""
     size = int.from_bytes(data[start + 16 : start + 24], "little")
     return start + size if 24 < size <= len(data) - start else None
 
@@ -206,14 +212,14 @@ def _caf_end(data: bytes, start: int) -> int | None:
 
 
 def _ogg_end(data: bytes, start: int) -> int:
-    """The end of a link of the chain.
+    """The end of one link of an Ogg chain.
 
-    Streams that are multiplexed begin with a page each, all of them before any other page.
+    The first pages of multiplexed streams precede all other pages.
     """
     position, last, is_in_headers = start, len(data), True
     while position + 27 <= len(data):
         if data[position : position + 4] != b"OggS":
-            # Behind damage, a decoder goes on at the next page.
+            # After damage, a decoder continues at the next page.
             position = data.find(b"OggS", position)
             if position < 0 or position + 27 > len(data):
                 break
@@ -227,13 +233,13 @@ def _ogg_end(data: bytes, start: int) -> int:
 
 
 def _page_length(data: bytes, start: int) -> int:
-    """Bytes of the Ogg page at `start`."""
+    """Return the length in bytes of the Ogg page at `start`."""
     num_segments = data[start + 26]
     return 27 + num_segments + sum(data[start + 27 : start + 27 + num_segments])
 
 
 def _mp4_end(data: bytes, start: int) -> int | None:
-    """The end of the boxes, or a second file type among them (ISO 14496-12, section 4.2)."""
+    """The end of the boxes, or the start of a second ftyp (ISO 14496-12, section 4.2)."""
     position = start
     for _ in range(_MAX_STEPS):
         kind = data[position + 4 : position + 8]
@@ -252,7 +258,7 @@ _MP4_BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"moof", b"s
 
 
 def _avi_end(data: bytes, start: int) -> int | None:
-    """The end of the last of its RIFFs: those behind the first are AVIX (OpenDML 1.02)."""
+    """The end of the last RIFF chunk; those after the first are AVIX (OpenDML 1.02)."""
     position, kind = start, b"AVI "
     while data[position : position + 4] == b"RIFF" and data[position + 8 : position + 12] == kind:
         size = int.from_bytes(data[position + 4 : position + 8], "little")
@@ -263,7 +269,7 @@ def _avi_end(data: bytes, start: int) -> int | None:
 
 
 def _asf_end(data: bytes, start: int) -> int | None:
-    """The end of the objects, of which the header is the first."""
+    """The end of the top-level objects; the header is the first."""
     position = start
     for _ in range(_MAX_STEPS):
         kind = data[position : position + 4]
@@ -285,7 +291,7 @@ _ASF_OBJECTS = {  # header, data, index, simple index: the first bytes of their 
 
 
 def _matroska_end(data: bytes, start: int) -> int | None:
-    """The end of the segment behind the header (RFC 8794, section 4)."""
+    """The end of the segment that follows the header (RFC 8794, section 4)."""
     header = _element_end(data, start)
     if header is None or data[header : header + 4] != b"\x18\x53\x80\x67":
         return None
@@ -293,7 +299,7 @@ def _matroska_end(data: bytes, start: int) -> int | None:
 
 
 def _element_end(data: bytes, start: int) -> int | None:
-    """The end of an EBML element whose id has four bytes; None if its size is unknown."""
+    """The end of an EBML element with an id of four bytes; None if its size is unknown."""
     first = data[start + 4] if start + 4 < len(data) else 0
     if not first:
         return None
@@ -317,7 +323,7 @@ _ENDS: dict[str, Callable[[bytes, int], int | None]] = {
 
 
 def _flac_metadata_end(data: bytes, start: int) -> int:
-    """Where the frames of a FLAC begin (RFC 9639, section 8): its metadata may quote a WAV."""
+    """Return the start of the frames (RFC 9639, section 8); metadata may contain a WAV header."""
     position, is_last = start + 4, False
     while not is_last and position + 4 <= len(data):
         is_last = data[position] >= 0x80
@@ -325,11 +331,15 @@ def _flac_metadata_end(data: bytes, start: int) -> int:
     return position
 
 
-# What libsndfile is proven to read whole
+# Files that libsndfile provably reads whole
 
 
 def is_plain_wav(data: bytes) -> bool:
-    """Return whether a WAV is chunks to its end, one of them samples, whose length is stated."""
+    """Return whether a WAV consists of chunks only, one of them data with a stated length.
+
+    Args:
+        data: the bytes of a file with a WAV signature.
+    """
     order = "big" if data.startswith(b"RIFX") else "little"
     lengths, position = [], 12
     while position + 8 <= len(data):
@@ -343,7 +353,11 @@ def is_plain_wav(data: bytes) -> bool:
 
 
 def is_plain_ogg(data: bytes) -> bool:
-    """Return whether an Ogg file is one stream of Vorbis or Opus, page after page to the end."""
+    """Return whether an Ogg file is one stream of Vorbis or Opus with pages up to its end.
+
+    Args:
+        data: the bytes of a file with an Ogg signature.
+    """
     serials, position = set(), 0
     is_known = data[28:].startswith((b"\x01vorbis", b"OpusHead"))
     while data[position : position + 4] == b"OggS" and position + 27 <= len(data):
@@ -352,8 +366,8 @@ def is_plain_ogg(data: bytes) -> bool:
     return is_known and len(serials) == 1 and position == len(data)
 
 
-# Kilobits a second of layer III by the index in the header, and samples a second, for MPEG 1 and
-# for MPEG 2; MPEG 2.5 halves the rates again.
+# Layer III: kilobits a second by the index in the header, for MPEG 1 and for MPEG 2, and the sample
+# rates of MPEG 1. MPEG 2 halves the rates, MPEG 2.5 halves them again.
 _KILOBITS = (
     (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
@@ -362,24 +376,31 @@ _RATES = (44_100, 48_000, 32_000)
 
 
 def mp3_frame_length(header: bytes) -> int:
-    """Return the bytes of the MPEG layer III frame that these four begin; 0 if they begin none."""
+    """Return the length in bytes of an MPEG layer III frame; 0 if it is no such frame.
+
+    Args:
+        header: the first four bytes of the frame.
+    """
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
         return 0
     version = header[1] >> 3 & 3  # 3: MPEG 1, 2: MPEG 2, 0: MPEG 2.5
     bits, rate = header[2] >> 4, header[2] >> 2 & 3
     if version == 1 or bits in (0, 15) or rate == 3:
         return 0
-    is_first = version == 3
-    kilobits = _KILOBITS[0 if is_first else 1][bits]
+    is_mpeg1 = version == 3
+    kilobits = _KILOBITS[0 if is_mpeg1 else 1][bits]
     hertz = _RATES[rate] // {3: 1, 2: 2, 0: 4}[version]
-    return (144 if is_first else 72) * 1000 * kilobits // hertz + (header[2] >> 1 & 1)
+    return (144 if is_mpeg1 else 72) * 1000 * kilobits // hertz + (header[2] >> 1 & 1)
 
 
 def is_plain_mp3(data: bytes) -> bool:
-    """Return whether frames of one kind fill an MP3, but for an ID3v1 tag, as many as stated.
+    """Return whether an MP3 is frames of one kind, as many as stated, and an ID3v1 tag at most.
 
-    The first frame may hold no sound but a table of contents (Xing's and LAME's header), with the
-    number of frames behind it. A decoder that believes it stops there.
+    The first frame may have no audio but a table of contents (the header of Xing and LAME) with the
+    number of frames after it. A decoder that relies on it stops there.
+
+    Args:
+        data: the bytes of a file without leading ID3v2 tags.
     """
     end = len(data) - 128 if data[-128:-125] == b"TAG" else len(data)
     kind, count, stated, position = data[1:2], -1, None, 0
@@ -390,7 +411,7 @@ def is_plain_mp3(data: bytes) -> bool:
             return False
         if is_table:
             mark = max(frame.find(b"Xing"), frame.find(b"Info"))
-            if mark < 0 or len(frame) < mark + 12 or not frame[mark + 7] & 1:  # states no count
+            if mark < 0 or len(frame) < mark + 12 or not frame[mark + 7] & 1:  # no count stated
                 return False
             stated = int.from_bytes(frame[mark + 8 : mark + 12], "big")
         count += 1

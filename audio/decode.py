@@ -1,16 +1,15 @@
-"""One window of sound, at most 30 seconds, to token ids: what may be said next, and what is.
+"""Decoding of windows, at most 30 seconds each: logits to token ids under Whisper's constraints.
 
-The decoder writes token after token. Between its logits and the choice stand rules (Radford et al.
-2022, section 4.5, and the reference implementation):
+The decoder generates one token at a time. Before sampling, its logits are constrained (Radford et
+al. 2022, section 4.5, and the reference implementation):
 
-- some tokens are never written (`Tokens.suppressed`), and a window does not begin with a blank;
-- points in time come in pairs around each segment, never run backwards, and one must come first;
-- where all points in time together are likelier than any single word, it is time for one.
+- some tokens are suppressed (`WhisperTokenizer.suppress_tokens`), and the first is not a blank;
+- timestamp tokens come in pairs around each segment, never decrease, and one comes first;
+- if all timestamps together are likelier than any single text token, a timestamp is sampled.
 
-Choosing is greedy, or at random with a temperature (the best of several tries is kept), or a beam
-search, in which the likeliest few texts are continued side by side. If the result looks wrong (it
-repeats itself, so that it compresses too well, or its tokens were unlikely), `decode_with_fallback`
-tries again at a higher temperature.
+Sampling is greedy, or random at a temperature (the best of `best_of` samples is returned), or a
+beam search. If a result is repetitive (its compression ratio is high) or unlikely (its average
+log-probability is low), `decode_with_fallback` decodes again at a higher temperature.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ from audio.model import Cache, Params
 from audio.tokenizer import TIME_PRECISION, WhisperTokenizer
 from audio.whisper import RunOnDevice, Whisper, run_inline
 
-# Prompts are padded to one of these lengths, and the cache grows through these sizes, so that few
-# programs are compiled.
+# Prompts are padded to these lengths and the cache grows through these sizes, so that few programs
+# are compiled.
 _PROMPT_BUCKETS = (4, 16, 64, 256)
 _CACHE_BUCKETS = (64, 128, 256)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingOptions:
-    """How a window is decoded.
+    """Options of decoding a window.
 
     Raises:
         ValueError: a field is out of range, or two fields contradict each other.
@@ -48,13 +47,13 @@ class DecodingOptions:
     task: Literal["transcribe", "translate"] = "transcribe"
     language: str = "en"  # a code or a name
     temperature: float = 0.0
-    best_of: int | None = None  # tries at a temperature above 0
-    beam_size: int | None = None  # texts continued side by side at temperature 0
-    patience: float = 1.0  # a search ends with beam_size x patience finished texts (2204.05424)
+    best_of: int | None = None  # samples at a temperature above 0
+    beam_size: int | None = None  # hypotheses of the beam search at temperature 0
+    patience: float = 1.0  # beam search ends with beam_size x patience finished (2204.05424)
     length_penalty: float | None = None  # exponent of Wu et al. 2016; None: divide by the length
-    prompt: tuple[int, ...] = ()  # what was said before, its last 223 tokens count
-    hotwords: str = ""  # words likely to occur, put before the prompt
-    prefix: str = ""  # what this window begins with
+    prompt: tuple[int, ...] = ()  # ids of the previous text; its last 223 tokens are used
+    hotwords: str = ""  # words likely to occur; inserted before the prompt
+    prefix: str = ""  # text that this window begins with
     timestamps: bool = True
     max_initial_timestamp: float = 1.0  # seconds
     suppress_non_speech: bool = True
@@ -69,9 +68,9 @@ class DecodingOptions:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.temperature and self.beam_size is not None:
-            raise ValueError("beam_size is for temperature 0, best_of for those above")
+            raise ValueError(f"beam_size needs temperature 0, got {self.temperature}; use best_of")
         if not self.temperature and self.best_of is not None:
-            raise ValueError("best_of is for temperatures above 0, beam_size for 0")
+            raise ValueError("best_of needs a temperature above 0, got 0; use beam_size")
         if self.patience <= 0:
             raise ValueError(f"patience must be above 0, got {self.patience}")
         if self.length_penalty is not None and not 0 <= self.length_penalty <= 1:
@@ -80,30 +79,32 @@ class DecodingOptions:
 
 @dataclass(frozen=True)
 class TemperatureFallback:
-    """When a result is tried again, hotter, and when it is taken for silence."""
+    """Thresholds for decoding again at a higher temperature, and for silence."""
 
     temperatures: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-    compression_ratio_threshold: float | None = 2.4  # above: it repeats itself
-    logprob_threshold: float | None = -1.0  # below: it is guessing
-    no_speech_threshold: float | None = 0.6  # above, and guessing: nobody speaks
+    compression_ratio_threshold: float | None = 2.4  # above: repetitive
+    logprob_threshold: float | None = -1.0  # below: unlikely
+    no_speech_threshold: float | None = 0.6  # above, and unlikely: no speech
 
     def needs_fallback(self, result: DecodingResult) -> bool:
-        """Whether to try again."""
+        """Return whether to decode again at a higher temperature."""
         return self._is_doubtful(result) and not self.is_silence(result)
 
     def is_silence(self, result: DecodingResult) -> bool:
-        """Whether what was written is not to be believed, because nobody speaks.
+        """Return whether to discard a result because the window has no speech.
 
-        The reference lets a text pass that repeats itself with confidence; over music it does.
+        The reference implementation keeps repetitive text of high probability, which occurs over
+        music; here it is discarded too.
         """
         if self.no_speech_threshold is None or result.no_speech_prob <= self.no_speech_threshold:
             return False
         return self.logprob_threshold is None or self._is_doubtful(result)
 
     def best(self, results: Sequence[DecodingResult]) -> DecodingResult:
-        """The result to keep of all attempts at a window: the last, unless it fails too.
+        """Return the best result of all attempts at a window.
 
-        Then it is the likeliest, if possible of those that do not repeat themselves.
+        It is the last one, unless that needs a fallback too. Then it is the one with the highest
+        average log-probability, among those that are not repetitive if there are any.
         """
         if not self.needs_fallback(results[-1]):
             return results[-1]
@@ -113,10 +114,10 @@ class TemperatureFallback:
         )
 
     def _is_doubtful(self, result: DecodingResult) -> bool:
-        is_guess = (
+        is_unlikely = (
             self.logprob_threshold is not None and result.avg_logprob < self.logprob_threshold
         )
-        return is_guess or self._is_repetitive(result)
+        return is_unlikely or self._is_repetitive(result)
 
     def _is_repetitive(self, result: DecodingResult) -> bool:
         limit = self.compression_ratio_threshold
@@ -125,12 +126,12 @@ class TemperatureFallback:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingResult:
-    """What was heard in a window."""
+    """Text of a window, with its scores."""
 
-    ids: tuple[int, ...]  # text and points in time
-    logprobs: tuple[float, ...]  # of each id, under the rules
+    ids: tuple[int, ...]  # text and timestamp tokens
+    logprobs: tuple[float, ...]  # of each id, under the constraints
     text: str
-    avg_logprob: float  # over the ids and the end
+    avg_logprob: float  # over the ids and the end-of-text token
     no_speech_prob: float
     temperature: float
     compression_ratio: float
@@ -138,201 +139,243 @@ class DecodingResult:
 
 @dataclass
 class _Hypothesis:
-    """A text being written."""
+    """A hypothesis of the search."""
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    sum_logprobs: float = 0.0  # sum of all log-probabilities, the end's included
+    sum_logprobs: float = 0.0  # includes that of the end-of-text token
     is_done: bool = False
 
     def extended(self, id: int, logprob: float, eot: int) -> _Hypothesis:
-        """This text with one token more."""
+        """Return this hypothesis with one more token."""
         if id == eot:
             return _Hypothesis(self.ids, self.logprobs, self.sum_logprobs + logprob, True)
         return _Hypothesis([*self.ids, id], [*self.logprobs, logprob], self.sum_logprobs + logprob)
 
 
 def decode(
-    whisper: Whisper, sound: jax.Array, options: DecodingOptions, *, run: RunOnDevice = run_inline
+    whisper: Whisper,
+    audio_features: jax.Array,
+    options: DecodingOptions,
+    *,
+    run: RunOnDevice = run_inline,
 ) -> list[DecodingResult]:
-    """Writes down what is said in some windows.
+    """Decode some windows.
 
     Args:
-        sound: float32 [A, max_audio_len, D], what `model.encode` made of each window.
+        whisper: the model.
+        audio_features: float32 [A, max_audio_len, D], from `model.encode`, one window a row.
         options: the same for all windows.
-        run: does the pieces of device work, a step of all rows each.
+        run: runs the work items on the device, one step of all rows each.
 
     Returns:
         A result for each window.
 
     Raises:
-        ValueError: the model does not know the language or task, or the prefix fills the window.
+        ValueError: the model does not support the language or task, or the prefix is too long.
     """
-    tokens, cfg = whisper.tokenizer, whisper.cfg
-    opening = _prompt_tokens(tokens, cfg, options)
+    tokenizer, cfg = whisper.tokenizer, whisper.cfg
+    prompt = _prompt_tokens(tokenizer, cfg, options)
     num_rows = (options.best_of if options.temperature else options.beam_size) or 1
-    writer = _DecodingTask(whisper, sound, opening, options, num_rows, run)
+    task = _DecodingTask(whisper, audio_features, prompt, options, num_rows, run)
     search = _beam_search if options.beam_size else _sample
-    candidates = search(writer, options, len(sound), num_rows)
+    hypotheses = search(task, options, len(audio_features), num_rows)
     return [
-        _result(tokens, _best_hypothesis(rows, options), float(writer.no_speech_probs[i]), options)
-        for i, rows in enumerate(candidates)
+        _result(tokenizer, _best_hypothesis(rows, options), float(task.no_speech_probs[i]), options)
+        for i, rows in enumerate(hypotheses)
     ]
 
 
 def decode_with_fallback(
     whisper: Whisper,
-    sound: jax.Array,
+    audio_features: jax.Array,
     options: DecodingOptions,
     fallback: TemperatureFallback,
     *,
     best_of: int | None = 5,
     run: RunOnDevice = run_inline,
 ) -> list[DecodingResult]:
-    """`decode`, again at higher temperatures for the windows whose result looks wrong.
+    """Decode some windows, again at higher temperatures where the result needs a fallback.
 
-    If every attempt looks wrong, the best is kept (`Fallback.best`), as in faster-whisper;
-    openai-whisper keeps the last, the one with the most chance in it.
+    If every attempt at a window needs a fallback, the best one is returned
+    (`TemperatureFallback.best`), as in faster-whisper; openai-whisper returns the last, which has
+    the highest temperature.
 
     Args:
-        options: its temperature is replaced by the fallback's; its beams count at temperature 0.
-        best_of: tries at temperatures above 0.
+        whisper: the model.
+        audio_features: float32 [A, max_audio_len, D], from `model.encode`, one window a row.
+        options: the temperature is replaced by those of `fallback`; `beam_size` is used at 0.
+        fallback: the temperatures, and when to try the next.
+        best_of: samples at temperatures above 0.
+        run: runs the work items on the device.
+
+    Returns:
+        A result for each window.
+
+    Raises:
+        ValueError: see `decode`.
     """
-    attempts: list[list[DecodingResult]] = [[] for _ in range(len(sound))]
-    waiting = list(range(len(sound)))
+    attempts: list[list[DecodingResult]] = [[] for _ in range(len(audio_features))]
+    pending = list(range(len(audio_features)))
     for temperature in fallback.temperatures:
-        own = replace(options, temperature=temperature, best_of=None)
+        attempt_options = replace(options, temperature=temperature, best_of=None)
         if temperature:
-            own = replace(options, temperature=temperature, beam_size=None, best_of=best_of)
-        # All windows at first; then one by one, so that any number of them takes one program.
-        for group in [[i] for i in waiting] if attempts[0] else [waiting]:
-            part = sound if len(group) == len(sound) else sound[np.array(group)]
-            for i, result in zip(group, decode(whisper, part, own, run=run), strict=True):
+            attempt_options = replace(
+                options, temperature=temperature, beam_size=None, best_of=best_of
+            )
+        # All windows at first, then one at a time, so that one program serves any number of them.
+        for group in [[i] for i in pending] if attempts[0] else [pending]:
+            batch = (
+                audio_features
+                if len(group) == len(audio_features)
+                else audio_features[np.array(group)]
+            )
+            results = decode(whisper, batch, attempt_options, run=run)
+            for i, result in zip(group, results, strict=True):
                 attempts[i].append(result)
-        waiting = [i for i in waiting if fallback.needs_fallback(attempts[i][-1])]
-        if not waiting:
+        pending = [i for i in pending if fallback.needs_fallback(attempts[i][-1])]
+        if not pending:
             break
     return [fallback.best(results) for results in attempts]
 
 
 def teacher_forced_logits(
     whisper: Whisper,
-    sound: jax.Array,
+    audio_features: jax.Array,
     ids: Sequence[int],
     options: DecodingOptions,
     *,
     run: RunOnDevice = run_inline,
 ) -> np.ndarray:
-    """The logits before each of the given ids and behind the last (teacher forcing).
+    """Return the logits before each of some ids and after the last (teacher forcing).
 
     Args:
-        sound: float32 [1, max_audio_len, D].
-        ids: what is written, fewer than half of the decoder's positions.
+        whisper: the model.
+        audio_features: float32 [1, max_audio_len, D], from `model.encode`.
+        ids: the tokens to feed, fewer than half of the decoder's positions.
+        options: language, task, prompt and timestamps.
+        run: runs the work items on the device, one step each.
 
     Returns:
         float32 [len(ids) + 1, V].
+
+    Raises:
+        ValueError: see `decode`.
     """
-    writer = _DecodingTask(
-        whisper, sound, _prompt_tokens(whisper.tokenizer, whisper.cfg, options), options, 1, run
-    )
-    logits = [writer.logits]
+    prompt = _prompt_tokens(whisper.tokenizer, whisper.cfg, options)
+    task = _DecodingTask(whisper, audio_features, prompt, options, 1, run)
+    logits = [task.logits]
     for id in ids:
-        writer.decode_step([id])
-        logits.append(writer.logits)
-    return np.concatenate([np.asarray(part) for part in logits])
+        task.decode_step([id])
+        logits.append(task.logits)
+    return np.concatenate([np.asarray(step_logits) for step_logits in logits])
 
 
 def detect_language(
-    whisper: Whisper, sound: jax.Array, *, run: RunOnDevice = run_inline
+    whisper: Whisper, audio_features: jax.Array, *, run: RunOnDevice = run_inline
 ) -> list[dict[str, float]]:
-    """The probability of each language, for each window [A, max_audio_len, D]."""
-    tokens = whisper.tokenizer
-    if not tokens.is_multilingual:
-        return [{"en": 1.0}] * len(sound)
-    writer = _DecodingTask(whisper, sound, (tokens.sot,), DecodingOptions(), 1, run)
-    first = tokens.sot + 1
-    logits = writer.logits[:, first : first + len(tokens.languages)]
-    shares = np.asarray(jax.nn.softmax(logits, axis=-1))
-    return [dict(zip(tokens.languages, row.tolist(), strict=True)) for row in shares]
+    """Return the probability of each language for some windows.
+
+    Args:
+        whisper: the model; an English-only one returns {"en": 1.0}.
+        audio_features: float32 [A, max_audio_len, D], from `model.encode`, one window a row.
+        run: runs the work item on the device.
+
+    Returns:
+        For each window the probabilities by language code; they sum to 1.
+    """
+    tokenizer = whisper.tokenizer
+    if not tokenizer.is_multilingual:
+        return [{"en": 1.0}] * len(audio_features)
+    task = _DecodingTask(whisper, audio_features, (tokenizer.sot,), DecodingOptions(), 1, run)
+    first = tokenizer.sot + 1
+    logits = task.logits[:, first : first + len(tokenizer.languages)]
+    probabilities = np.asarray(jax.nn.softmax(logits, axis=-1))
+    return [dict(zip(tokenizer.languages, row.tolist(), strict=True)) for row in probabilities]
 
 
 def _prompt_tokens(
-    tokens: WhisperTokenizer, cfg: Config, options: DecodingOptions
+    tokenizer: WhisperTokenizer, cfg: Config, options: DecodingOptions
 ) -> tuple[int, ...]:
-    """What stands before the first token to be chosen."""
+    """Return the tokens before the first generated one: previous text, SOT sequence, prefix."""
     half = cfg.max_text_len // 2
-    before = options.prompt[-(half - 1) :]
+    previous = options.prompt[-(half - 1) :]
     if options.hotwords.strip():
-        hot = tokens.encode(" " + options.hotwords.strip())[: half - 1]
-        before = (*hot, *before[len(before) - max(half - 1 - len(hot), 0) :])[: half - 1]
-    prefix = tokens.encode(" " + options.prefix.strip()) if options.prefix.strip() else ()
+        hotwords = tokenizer.encode(" " + options.hotwords.strip())[: half - 1]
+        rest = previous[len(previous) - max(half - 1 - len(hotwords), 0) :]
+        previous = (*hotwords, *rest)[: half - 1]
+    prefix = tokenizer.encode(" " + options.prefix.strip()) if options.prefix.strip() else ()
     if len(prefix) >= half:
         raise ValueError(f"prefix has {len(prefix)} tokens, at most {half - 1} fit")
-    opening = tokens.sot_sequence(options.language, options.task, timestamps=options.timestamps)
-    return (*((tokens.sot_prev, *before) if before else ()), *opening, *prefix)
+    sot = tokenizer.sot_sequence(options.language, options.task, timestamps=options.timestamps)
+    return (*((tokenizer.sot_prev, *previous) if previous else ()), *sot, *prefix)
 
 
-# Ways of choosing
+# Search
 
 
 def _sample(
-    writer: _DecodingTask, options: DecodingOptions, num_sounds: int, tries: int
+    task: _DecodingTask, options: DecodingOptions, num_windows: int, best_of: int
 ) -> list[list[_Hypothesis]]:
-    """The likeliest token each time, or one drawn at random; `tries` texts for each sound."""
-    eot = writer.tokenizer.eot
-    rows = [_Hypothesis() for _ in range(num_sounds * tries)]
+    """Greedy decoding, or random sampling of `best_of` hypotheses for each window."""
+    eot = task.tokenizer.eot
+    rows = [_Hypothesis() for _ in range(num_windows * best_of)]
     while True:
-        ids, logprobs = writer.sample(rows, options)
+        ids, logprobs = task.sample(rows, options)
         rows = [
             row if row.is_done else row.extended(id, logprob, eot)
             for row, id, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True)
         ]
-        if all(row.is_done for row in rows) or not writer.has_room:
-            return [rows[i : i + tries] for i in range(0, len(rows), tries)]
-        writer.decode_step([row.ids[-1] if not row.is_done else eot for row in rows])
+        if all(row.is_done for row in rows) or not task.has_room:
+            return [rows[i : i + best_of] for i in range(0, len(rows), best_of)]
+        task.decode_step([row.ids[-1] if not row.is_done else eot for row in rows])
 
 
 def _beam_search(
-    writer: _DecodingTask, options: DecodingOptions, num_sounds: int, beams: int
+    task: _DecodingTask, options: DecodingOptions, num_windows: int, beam_size: int
 ) -> list[list[_Hypothesis]]:
-    """Continues the `beams` likeliest texts of each sound until enough have come to an end."""
-    eot, enough = writer.tokenizer.eot, max(1, round(beams * options.patience))
-    live = [[_Hypothesis() for _ in range(beams)] for _ in range(num_sounds)]
-    done: list[list[_Hypothesis]] = [[] for _ in range(num_sounds)]
+    """Extend the `beam_size` likeliest hypotheses of each window until enough are finished."""
+    eot, max_finished = task.tokenizer.eot, max(1, round(beam_size * options.patience))
+    beams = [[_Hypothesis() for _ in range(beam_size)] for _ in range(num_windows)]
+    finished: list[list[_Hypothesis]] = [[] for _ in range(num_windows)]
     is_first = True
     while True:
-        # One more than the beams: at most one continuation of a text is its end.
-        ids, logprobs = writer.top_k([row for rows in live for row in rows], options, beams + 1)
+        # One more than the beams: at most one extension of a hypothesis ends it.
+        rows = [row for beam in beams for row in beam]
+        ids, logprobs = task.top_k(rows, options, beam_size + 1)
         sources = []
-        for a in range(num_sounds):
-            ways = [
-                (row.extended(int(id), float(logprob), eot), a * beams + b)
-                for b, row in enumerate(live[a][: 1 if is_first else beams])  # all alike at first
-                for id, logprob in zip(ids[a * beams + b], logprobs[a * beams + b], strict=True)
+        for a in range(num_windows):
+            candidates = [
+                (row.extended(int(id), float(logprob), eot), a * beam_size + b)
+                for b, row in enumerate(beams[a][: 1 if is_first else beam_size])  # equal at first
+                for id, logprob in zip(
+                    ids[a * beam_size + b], logprobs[a * beam_size + b], strict=True
+                )
             ]
-            ways.sort(key=lambda way: -way[0].sum_logprobs)
-            going: list[tuple[_Hypothesis, int]] = []
-            for row, source in ways:
-                if len(going) == beams:
+            candidates.sort(key=lambda candidate: -candidate[0].sum_logprobs)
+            selected: list[tuple[_Hypothesis, int]] = []
+            for row, source in candidates:
+                if len(selected) == beam_size:
                     break
                 if not row.is_done:
-                    going.append((row, source))
-                elif len(done[a]) < enough:
-                    done[a].append(row)
-            live[a] = [row for row, _ in going]
-            sources += [source for _, source in going]
+                    selected.append((row, source))
+                elif len(finished[a]) < max_finished:
+                    finished[a].append(row)
+            beams[a] = [row for row, _ in selected]
+            sources += [source for _, source in selected]
         is_first = False
-        if all(len(rows) >= enough for rows in done) or not writer.has_room:
+        if all(len(rows) >= max_finished for rows in finished) or not task.has_room:
             break
-        writer.decode_step([row.ids[-1] for rows in live for row in rows], sources)
-    # Of a sound with too few ends, what was going on counts as ended.
+        task.decode_step([row.ids[-1] for beam in beams for row in beam], sources)
+    # A window with too few finished hypotheses is filled up with unfinished ones.
     return [
-        (ended + going)[: max(beams, len(ended))] for ended, going in zip(done, live, strict=True)
+        (done + unfinished)[: max(beam_size, len(done))]
+        for done, unfinished in zip(finished, beams, strict=True)
     ]
 
 
 def _best_hypothesis(rows: list[_Hypothesis], options: DecodingOptions) -> _Hypothesis:
-    """The text with the highest log-probability for its length."""
+    """Return the hypothesis with the highest log-probability, normalized by its length."""
 
     def score(row: _Hypothesis) -> float:
         length = max(len(row.ids), 1)
@@ -344,9 +387,9 @@ def _best_hypothesis(rows: list[_Hypothesis], options: DecodingOptions) -> _Hypo
 
 
 def _result(
-    tokens: WhisperTokenizer, row: _Hypothesis, no_speech_prob: float, options: DecodingOptions
+    tokenizer: WhisperTokenizer, row: _Hypothesis, no_speech_prob: float, options: DecodingOptions
 ) -> DecodingResult:
-    text = tokens.decode(row.ids).strip()
+    text = tokenizer.decode(row.ids).strip()
     return DecodingResult(
         ids=tuple(row.ids),
         logprobs=tuple(row.logprobs),
@@ -359,51 +402,54 @@ def _result(
 
 
 def compression_ratio(text: str) -> float:
-    """How many times smaller zlib makes a text; repetitions make it large."""
+    """Return the ratio of a text's UTF-8 size to its zlib-compressed size; repetition raises it."""
     data = text.encode()
     return len(data) / len(zlib.compress(data))
 
 
-# The decoder at work
+# Device work
 
 
 class _DecodingTask:
-    """The decoder with some texts in hand: reads the opening, then a token a row and step.
+    """Decoder state of a batch of rows: prefills the prompt, then decodes one token a row and step.
 
     Attributes:
-        logits: float32 [B, V], what may come next.
-        no_speech: float32 [A], the probability that nobody speaks.
+        logits: float32 [B, V], of the next token of each row.
+        no_speech_probs: float32 [A], the probability of no speech in each window.
     """
 
     def __init__(
         self,
         whisper: Whisper,
-        sound: jax.Array,
-        opening: tuple[int, ...],
+        audio_features: jax.Array,
+        prompt: tuple[int, ...],
         options: DecodingOptions,
-        rows_per_sound: int,
+        rows_per_audio: int,
         run: RunOnDevice,
     ):
         self.whisper, self.tokenizer, self._run = whisper, whisper.tokenizer, run
-        self._options, self._length, self._step = options, len(opening), 0
+        self._options, self._length, self._step = options, len(prompt), 0
         cfg, params = whisper.cfg, whisper.params
-        most = options.max_new_tokens or cfg.max_text_len // 2
-        self._end = min(self._length + most, cfg.max_text_len)
-        self._keys = jax.random.split(jax.random.key(options.seed), len(sound) * rows_per_sound)
+        max_new_tokens = options.max_new_tokens or cfg.max_text_len // 2
+        num_rows = len(audio_features) * rows_per_audio
+        self._end = min(self._length + max_new_tokens, cfg.max_text_len)
+        self._keys = jax.random.split(jax.random.key(options.seed), num_rows)
         padded = _bucket_size(self._length, _PROMPT_BUCKETS, cfg.max_text_len)
-        ids = np.full((len(sound) * rows_per_sound, padded), self.tokenizer.eot, np.int32)
-        ids[:, : self._length] = opening
-        sot = opening.index(self.tokenizer.sot)
+        ids = np.full((num_rows, padded), self.tokenizer.eot, np.int32)
+        ids[:, : self._length] = prompt
+        sot = prompt.index(self.tokenizer.sot)
         at = np.array([sot, self._length - 1], np.int32)
 
-        def read() -> tuple[jax.Array, Cache]:
+        def prefill() -> tuple[jax.Array, Cache]:
             size = _bucket_size(max(padded, self._length + 1), _CACHE_BUCKETS, cfg.max_text_len)
-            cache = model.init_cache(params, cfg, sound, size=size, rows_per_audio=rows_per_sound)
+            cache = model.init_cache(
+                params, cfg, audio_features, size=size, rows_per_audio=rows_per_audio
+            )
             logits, cache = _forward_cached(params, cfg, ids, cache, np.int32(0), at)
             return jax.block_until_ready(logits), cache
 
-        logits, self._cache = run(read)
-        no_speech = jax.nn.softmax(logits[::rows_per_sound, 0], axis=-1)[
+        logits, self._cache = run(prefill)
+        no_speech = jax.nn.softmax(logits[::rows_per_audio, 0], axis=-1)[
             :, self.tokenizer.no_speech
         ]
         self.no_speech_probs = np.asarray(no_speech)
@@ -411,19 +457,19 @@ class _DecodingTask:
 
     @property
     def has_room(self) -> bool:
-        """Whether another token may be read."""
+        """Whether another token fits."""
         return self._length + 1 < self._end
 
     def decode_step(self, ids: Sequence[int], sources: Sequence[int] | None = None) -> None:
-        """Reads one token a row.
+        """Decode one token a row.
 
         Args:
             ids: the token of each row.
-            sources: the row whose past each row goes on from; None: its own.
+            sources: the row whose cache each row continues; None for its own.
         """
         cfg, params = self.whisper.cfg, self.whisper.params
 
-        def read() -> tuple[jax.Array, Cache]:
+        def step() -> tuple[jax.Array, Cache]:
             cache = self._cache
             if self._length == cache.size:
                 size = _bucket_size(self._length + 1, _CACHE_BUCKETS, cfg.max_text_len)
@@ -440,7 +486,7 @@ class _DecodingTask:
             )
             return jax.block_until_ready(logits), cache
 
-        logits, self._cache = self._run(read)
+        logits, self._cache = self._run(step)
         self.logits = logits[:, 0]
         self._length += 1
         self._step += 1
@@ -448,60 +494,61 @@ class _DecodingTask:
     def sample(
         self, rows: Sequence[_Hypothesis], options: DecodingOptions
     ) -> tuple[np.ndarray, np.ndarray]:
-        """One token a row, int32 [B], and its log-probability under the rules, float32 [B]."""
-        allowed = self._constraints(rows)
+        """Sample one token a row, int32 [B], and return its log-probability too, float32 [B]."""
+        constraints = self._constraints(rows)
         temperature = options.temperature
         if temperature:
             ids, logprobs = _sample_ids(
-                self.logits, *allowed, self._keys, np.int32(self._step), np.float32(temperature)
+                self.logits, *constraints, self._keys, np.int32(self._step), np.float32(temperature)
             )
         else:
-            ids, logprobs = _greedy_ids(self.logits, *allowed)
+            ids, logprobs = _greedy_ids(self.logits, *constraints)
         return np.asarray(ids), np.asarray(logprobs)
 
     def top_k(
         self, rows: Sequence[_Hypothesis], options: DecodingOptions, count: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The `count` likeliest tokens a row, int32 [B, count], and their log-probabilities."""
+        """Return the `count` likeliest tokens a row, int32 [B, count], and log-probabilities."""
         logprobs = np.asarray(_constrained_logprobs(self.logits, *self._constraints(rows)))
-        some = np.argpartition(-logprobs, count, axis=-1)[:, :count]
-        values = np.take_along_axis(logprobs, some, axis=-1)
+        top_ids = np.argpartition(-logprobs, count, axis=-1)[:, :count]
+        values = np.take_along_axis(logprobs, top_ids, axis=-1)
         order = np.argsort(-values, axis=-1, kind="stable")
-        return np.take_along_axis(some, order, -1), np.take_along_axis(values, order, -1)
+        return np.take_along_axis(top_ids, order, -1), np.take_along_axis(values, order, -1)
 
     def _constraints(
         self, rows: Sequence[_Hypothesis]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-        """The arguments of `_constrain` behind the logits."""
+        """Return the arguments of `_constrained_logprobs` after the logits."""
         is_first, options = self._step == 0, self._options
-        blocked = _suppress_mask(self.tokenizer, options, self.whisper.cfg.vocab_size, is_first)
-        begin, last = self.tokenizer.timestamp_begin, self.whisper.cfg.vocab_size
+        suppressed = _suppress_mask(self.tokenizer, options, self.whisper.cfg.vocab_size, is_first)
+        begin, end = self.tokenizer.timestamp_begin, self.whisper.cfg.vocab_size
         if not options.timestamps:
-            ranges = [(0, begin, last)] * len(rows)
+            ranges = [(0, begin, end)] * len(rows)
         elif is_first:
-            most = begin + round(options.max_initial_timestamp / TIME_PRECISION)
-            ranges = [(begin, begin, most + 1)] * len(rows)
+            last = begin + round(options.max_initial_timestamp / TIME_PRECISION)
+            ranges = [(begin, begin, last + 1)] * len(rows)
         else:
-            ranges = [_allowed_ranges(row.ids, self.tokenizer, last) for row in rows]
-        return blocked, np.array(ranges, np.int32), np.int32(begin), options.timestamps
+            ranges = [_allowed_ranges(row.ids, self.tokenizer, end) for row in rows]
+        return suppressed, np.array(ranges, np.int32), np.int32(begin), options.timestamps
 
 
 def _allowed_ranges(
-    ids: Sequence[int], tokens: WhisperTokenizer, last: int
+    ids: Sequence[int], tokenizer: WhisperTokenizer, vocab_size: int
 ) -> tuple[int, int, int]:
-    """What may follow some ids: words from one id on, and points in time from one up to another.
+    """Return the first text token that may follow some ids, and the range of timestamp tokens.
 
-    After a word: any word, and any point in time behind the last one. After the point that ends a
-    segment: the end, or the point that begins the next. After that: a word.
+    After a text token: any text token, and any timestamp after the last one. After the timestamp
+    that ends a segment: the end of the text, or the timestamp that begins the next segment. After
+    that: a text token.
     """
-    begin = tokens.timestamp_begin
-    points = [id for id in ids if id >= begin]
-    is_point = ids[-1:] and ids[-1] >= begin
-    if is_point and (len(ids) < 2 or ids[-2] >= begin):
-        return 0, last, last
-    if is_point:
-        return tokens.eot, ids[-1], last
-    return 0, points[-1] + 1 if points else begin, last
+    begin = tokenizer.timestamp_begin
+    timestamps = [id for id in ids if id >= begin]
+    is_timestamp = ids[-1:] and ids[-1] >= begin
+    if is_timestamp and (len(ids) < 2 or ids[-2] >= begin):
+        return 0, vocab_size, vocab_size
+    if is_timestamp:
+        return tokenizer.eot, ids[-1], vocab_size
+    return 0, timestamps[-1] + 1 if timestamps else begin, vocab_size
 
 
 @functools.lru_cache(maxsize=16)
@@ -512,63 +559,68 @@ def _mask(ids: tuple[int, ...], vocab_size: int) -> np.ndarray:
 
 
 def _suppress_mask(
-    tokens: WhisperTokenizer, options: DecodingOptions, vocab_size: int, is_first: bool
+    tokenizer: WhisperTokenizer, options: DecodingOptions, vocab_size: int, is_first: bool
 ) -> np.ndarray:
-    """bool [V], which tokens are not to be written whatever stands before them."""
-    ids = tokens.suppress_tokens if options.suppress_non_speech else ()
+    """Return the tokens to suppress whatever the text before: bool [V]."""
+    ids = tokenizer.suppress_tokens if options.suppress_non_speech else ()
     if options.timestamps:
-        ids = (*ids, tokens.no_timestamps)
+        ids = (*ids, tokenizer.no_timestamps)
     if is_first and options.suppress_blank:
-        ids = (*ids, *tokens.encode(" "), tokens.eot)
+        ids = (*ids, *tokenizer.encode(" "), tokenizer.eot)
     return _mask(tuple(ids), vocab_size)
 
 
 @jax.jit
 def _constrained_logprobs(
-    logits: jax.Array, blocked: jax.Array, ranges: jax.Array, begin: jax.Array, timed: bool
+    logits: jax.Array,
+    suppressed: jax.Array,
+    ranges: jax.Array,
+    begin: jax.Array,
+    with_timestamps: bool,
 ) -> jax.Array:
-    """Log-probabilities under the rules, float32 [B, V]; -inf for what may not follow.
+    """Return log-probabilities under the constraints, float32 [B, V]; -inf for forbidden tokens.
 
     Args:
         logits: float32 [B, V].
-        blocked: bool [V].
-        ranges: int32 [B, 3]: of the ids below `begin`, those from the first number on may follow;
-            of the points in time, those from the second up to the third.
-        begin: the first point in time.
-        timed: whether points in time are being written.
+        suppressed: bool [V].
+        ranges: int32 [B, 3]: the first allowed text token, the first allowed timestamp, and the
+            end of the allowed timestamps (exclusive).
+        begin: the first timestamp token.
+        with_timestamps: whether timestamps are decoded.
     """
     ids = jnp.arange(logits.shape[-1])
     first, low, high = (ranges[:, i, None] for i in range(3))
-    is_point = ids >= begin
-    allowed = jnp.where(is_point, (ids >= low) & (ids < high), ids >= first) & ~blocked
+    is_timestamp = ids >= begin
+    allowed = jnp.where(is_timestamp, (ids >= low) & (ids < high), ids >= first) & ~suppressed
     logits = jnp.where(allowed, logits, -jnp.inf)
-    points = jax.nn.logsumexp(jnp.where(is_point, logits, -jnp.inf), axis=-1, keepdims=True)
-    word = jnp.max(jnp.where(is_point, -jnp.inf, logits), axis=-1, keepdims=True)
-    logits = jnp.where(timed & (points > word) & ~is_point, -jnp.inf, logits)
+    timestamps = jax.nn.logsumexp(jnp.where(is_timestamp, logits, -jnp.inf), axis=-1, keepdims=True)
+    best_text = jnp.max(jnp.where(is_timestamp, -jnp.inf, logits), axis=-1, keepdims=True)
+    is_excluded = with_timestamps & (timestamps > best_text) & ~is_timestamp
+    logits = jnp.where(is_excluded, -jnp.inf, logits)
     return jax.nn.log_softmax(logits, axis=-1)
 
 
 @jax.jit
-def _greedy_ids(logits: jax.Array, *rules) -> tuple[jax.Array, jax.Array]:
-    """The likeliest token under the rules, and its log-probability."""
-    logprobs = _constrained_logprobs(logits, *rules)
+def _greedy_ids(logits: jax.Array, *constraints) -> tuple[jax.Array, jax.Array]:
+    """Return the likeliest token under the constraints, and its log-probability."""
+    logprobs = _constrained_logprobs(logits, *constraints)
     best = logprobs.max(axis=-1)
-    # As argmax, which XLA's CPU backend does not vectorise: half the time of all of this.
+    # Equals argmax, which XLA's CPU backend does not vectorize: half of the time of this function.
     ids = jnp.arange(logits.shape[-1])
     return jnp.where(logprobs == best[:, None], ids, len(ids)).min(axis=-1), best
 
 
 @jax.jit
 def _sample_ids(logits: jax.Array, *rest) -> tuple[jax.Array, jax.Array]:
-    """A token drawn under the rules, and its log-probability at temperature 1."""
-    *rules, keys, step, temperature = rest
-    logprobs = _constrained_logprobs(logits, *rules)
+    """Sample a token under the constraints; return it and its log-probability at temperature 1."""
+    *constraints, keys, step, temperature = rest
+    logprobs = _constrained_logprobs(logits, *constraints)
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-    # Where one random number falls on the probabilities, laid end to end. A random number for each
-    # token (jax.random.categorical) takes four times as long.
-    places = jax.vmap(jax.random.uniform)(keys)
-    ends = jnp.cumsum(jax.nn.softmax(logprobs / temperature, axis=-1), axis=-1)
-    ids = (ends <= (places * ends[:, -1])[:, None]).sum(axis=-1)
+    # Inverse transform sampling with one random number a row. jax.random.categorical draws one for
+    # each token and takes four times as long.
+    uniforms = jax.vmap(jax.random.uniform)(keys)
+    cdf = jnp.cumsum(jax.nn.softmax(logprobs / temperature, axis=-1), axis=-1)
+    ids = (cdf <= (uniforms * cdf[:, -1])[:, None]).sum(axis=-1)
     return ids, jnp.take_along_axis(logprobs, ids[:, None], axis=-1)[:, 0]
 
 
@@ -585,6 +637,6 @@ def _reorder_cache(cache: Cache, rows: jax.Array) -> Cache:
     return model.reorder_cache(cache, rows)
 
 
-def _bucket_size(number: int, steps: Sequence[int], most: int) -> int:
-    """The first of `steps` that is not below `number`, or else `most`."""
-    return next((step for step in steps if number <= step <= most), most)
+def _bucket_size(length: int, buckets: Sequence[int], limit: int) -> int:
+    """Return the first bucket that holds `length` and does not exceed `limit`, or else `limit`."""
+    return next((bucket for bucket in buckets if length <= bucket <= limit), limit)

@@ -1,13 +1,13 @@
-"""Sound from files: bytes of any common format to one channel of float32 at 16,000 Hz.
+"""Audio decoding: files of any common format to one channel of float32 at 16,000 Hz.
 
-The bytes say what a file is; its name is a hint for the few formats that have no signature. Files
-joined into one are split (`container`) and decoded one after the other. libsndfile decodes what it
-is proven to read whole: plain WAV, AIFF, FLAC, Ogg (Vorbis, Opus) and MP3. Everything else goes to
-FFmpeg's libraries, which go on behind damaged packets. Some formats that FFmpeg knows (playlists)
-are texts that name other files to open: only demuxers of one file's sound are admitted, and no
-protocol is.
+The format is detected from the bytes; the file name is a hint for the few formats without a
+signature. Concatenated files are split (`container`) and decoded one after the other. libsndfile
+decodes files that it provably reads whole: plain WAV, AIFF, FLAC, Ogg (Vorbis, Opus) and MP3. All
+others go to FFmpeg's libraries, which continue after damaged packets. Some FFmpeg formats
+(playlists) name other files to open, so only demuxers of a single audio file are allowed, and no
+protocols.
 
-Leaves out: video, and choosing among several sound tracks (FFmpeg's choice is taken).
+Leaves out: video, and the choice among several audio tracks (FFmpeg's default is used).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import numpy as np
 
 from audio import container
 
-SAMPLE_RATE = 16_000  # samples a second, what Whisper listens to
+SAMPLE_RATE = 16_000  # samples a second of Whisper's input
 
 _BLOCK = 2**18  # frames decoded at a time
 _MAX_CHANNELS = 64
-_RATES = (1_000, 768_000)  # samples a second that a file may have
-# Of FFmpeg's demuxers, those that read sound from one file and open no other.
+_RATES = (1_000, 768_000)  # lowest and highest sample rate of a file
+# FFmpeg's demuxers that read audio from one file and open no other.
 _DEMUXERS = (
     "aac,ac3,act,adx,aea,aiff,amr,amrnb,amrwb,apac,ape,asf,ast,au,avi,bfstm,brstm,caf,dsf,dss,dts,"
     "dtshd,eac3,flac,flv,g722,g729,gsm,hca,iff,ilbc,ircam,lc3,loas,matroska,mlp,mmf,mov,mp3,mpc,"
@@ -34,42 +34,43 @@ _DEMUXERS = (
     "swf,tak,truehd,tta,voc,vqf,w64,wav,wtv,wv,wve,xvag,xwma"
 )
 
-Block = tuple[np.ndarray, int]  # float32 samples of one channel, and how many a second
+Block = tuple[np.ndarray, int]  # float32 samples of one channel, sample rate
 
 
 class _NotPlain(Exception):
-    """libsndfile is not proven to read these bytes whole."""
+    """libsndfile may not read these bytes whole."""
 
 
 class _NoSound(ValueError):
-    """FFmpeg knows no format that begins so, or finds no sound in it."""
+    """FFmpeg does not recognize the format, or finds no audio track."""
 
 
 class _TooLong(Exception):
-    """The sound lasts longer than it may."""
+    """The audio is longer than the limit."""
 
 
 def load(
     source: str | Path | bytes, *, name: str | None = None, max_seconds: float | None = None
 ) -> np.ndarray:
-    """Decode a sound file to 16 kHz mono.
+    """Decode an audio file to 16 kHz mono.
 
     Args:
         source: a path, or the bytes of the file.
-        name: the file's name, of which the suffix counts; None for that of the path.
-        max_seconds: longer sounds are refused, before they fill the memory.
+        name: the file's name, of which the suffix is used; None for that of the path.
+        max_seconds: longer audio raises an error before all of it is decoded; None for no limit.
 
     Returns:
         float32 [samples], mostly between -1 and 1; channels are averaged.
 
     Raises:
-        FileNotFoundError: nothing at the path.
-        ValueError: the file is empty, of no known format, damaged beyond reading, without a sample,
-            or longer than `max_seconds`; or its format needs the packages of the extra `audio`.
+        FileNotFoundError: there is no file at the path.
+        ValueError: the file is empty, of an unknown format, too damaged, without samples, or longer
+            than `max_seconds`; or its format needs the packages of the extra `audio`.
     """
-    label, data = (name or "sound", source) if isinstance(source, bytes) else (str(source), None)
-    if data is None:
-        data = Path(source).read_bytes()
+    if isinstance(source, bytes):
+        label, data = name or "sound", source
+    else:
+        label, data = str(source), Path(source).read_bytes()
     if not data:
         raise ValueError(f"{label}: the file is empty")
     suffix = Path(name if name is not None else label).suffix
@@ -79,14 +80,14 @@ def load(
     try:
         parts = container.split_files(data) or [container.Part(data, True)]
         for part, is_certain in parts:
-            left = limit - sum(map(len, decoded)) / SAMPLE_RATE
+            remaining = limit - sum(map(len, decoded)) / SAMPLE_RATE
             try:
-                decoded.append(_resampled(_sndfile(part), left))
+                decoded.append(_resample(_sndfile(part), remaining))
             except _NotPlain:
                 try:
-                    # What stands behind a file has no name.
+                    # The name is that of the first file; bytes after a file's end have none.
                     hint = suffix if is_certain else ""
-                    decoded.append(_resampled(_ffmpeg(part, hint), left))
+                    decoded.append(_resample(_ffmpeg(part, hint), remaining))
                 except _NoSound:
                     if is_certain:
                         raise
@@ -94,26 +95,26 @@ def load(
         raise ValueError(f"{label}: longer than {limit:g} seconds") from None
     except ImportError as error:
         raise ValueError(
-            f"{label}: this file needs the package {error.name}: pip install 'pellucid[audio]'"
+            f"{label}: this format needs the package {error.name}: pip install 'pellucid[audio]'"
         ) from error
     except ValueError as error:
-        which = f"part {len(decoded) + 1} of {len(parts)}: " if len(parts) > 1 else ""
-        raise ValueError(f"{label}: {which}{error}") from error
+        prefix = f"part {len(decoded) + 1} of {len(parts)}: " if len(parts) > 1 else ""
+        raise ValueError(f"{label}: {prefix}{error}") from error
     samples = np.concatenate([np.zeros(0, np.float32), *decoded])
     if not len(samples):
-        raise ValueError(f"{label}: holds no sound")
+        raise ValueError(f"{label}: the file has no samples")
     if not np.isfinite(samples).all():
-        raise ValueError(f"{label}: holds samples that are not numbers")
+        raise ValueError(f"{label}: the file has samples that are not finite numbers")
     return samples
 
 
-def _resampled(blocks: Iterator[Block], max_seconds: float) -> np.ndarray:
-    """All blocks at `RATE`, float32 [samples]; each has its own rate.
+def _resample(blocks: Iterator[Block], max_seconds: float) -> np.ndarray:
+    """Resample blocks, each of its own rate, to `SAMPLE_RATE`; return float32 [samples].
 
     Raises:
-        _TooLong: they last longer than `max_seconds`.
+        _TooLong: the blocks are longer than `max_seconds`.
     """
-    done, seconds = [np.zeros(0, np.float32)], 0.0
+    resampled, seconds = [np.zeros(0, np.float32)], 0.0
     for rate, run in itertools.groupby(blocks, key=lambda block: block[1]):
         stream = None
         if rate != SAMPLE_RATE:
@@ -124,18 +125,18 @@ def _resampled(blocks: Iterator[Block], max_seconds: float) -> np.ndarray:
             seconds += len(samples) / rate
             if seconds > max_seconds:
                 raise _TooLong
-            # Block by block: at a high rate the whole would fill the memory.
-            done.append(samples if stream is None else stream.resample_chunk(samples))
+            # Block by block, because the whole file at a high rate may not fit into memory.
+            resampled.append(samples if stream is None else stream.resample_chunk(samples))
         if stream is not None:
-            done.append(stream.resample_chunk(np.zeros(0, np.float32), last=True))
-    return np.concatenate(done)
+            resampled.append(stream.resample_chunk(np.zeros(0, np.float32), last=True))
+    return np.concatenate(resampled)
 
 
 def _sndfile(part: bytes) -> Iterator[Block]:
     """Decode with libsndfile.
 
     Raises:
-        _NotPlain: the structure is not one of those that it reads whole, or it fails.
+        _NotPlain: libsndfile may not read this structure whole, or it fails.
     """
     import soundfile
 
@@ -162,11 +163,11 @@ def _sndfile(part: bytes) -> Iterator[Block]:
 
 
 def _ffmpeg(part: bytes, suffix: str) -> Iterator[Block]:
-    """Decode with FFmpeg, behind damaged packets too.
+    """Decode with FFmpeg, which continues after damaged packets.
 
     Raises:
         ImportError: the package av is not installed.
-        ValueError: no known format, no sound track, or more packets damaged than read.
+        ValueError: unknown format, no audio track, or more packets damaged than decoded.
     """
     import av
 
@@ -174,43 +175,43 @@ def _ffmpeg(part: bytes, suffix: str) -> Iterator[Block]:
     file.name = f"sound{suffix}"  # a hint for FFmpeg's probe
     limits = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "none"}
     try:
-        # Tags in an old encoding are no reason to refuse the sound.
+        # Tags in an old encoding must not make the file unreadable.
         media = av.open(file, options=limits, metadata_errors="replace")
     except (av.FFmpegError, ValueError):
         raise _NoSound(
-            "not a sound file of a known format, or damaged at its start; flac, m4a, mp3, mp4, "
-            "mpeg, mpga, ogg, opus, wav, webm and most others that FFmpeg reads are known"
+            "not an audio file of a known format, or damaged at its start; flac, m4a, mp3, mp4, "
+            "mpeg, mpga, ogg, opus, wav, webm and most other formats of FFmpeg can be read"
         ) from None
     with media:
         stream = media.streams.best("audio")
         if stream is None:
-            raise _NoSound("it has no sound track")
+            raise _NoSound("the file has no audio track")
         if stream.codec_context is None:
-            raise ValueError("its sound track is of no known codec")
-        to_float: dict[tuple, av.AudioResampler] = {}
-        num_read = num_damaged = 0
+            raise ValueError("the codec of its audio track is unknown")
+        resamplers: dict[tuple, av.AudioResampler] = {}
+        num_decoded = num_damaged = 0
         for packet in _packets(media, stream):
             try:
                 frames = packet.decode()
             except av.FFmpegError:
                 num_damaged += 1
                 continue
-            num_read += 1
+            num_decoded += 1
             for frame in frames:
-                form = (frame.format.name, frame.layout.name, frame.rate)
-                if form not in to_float:
+                layout = (frame.format.name, frame.layout.name, frame.rate)
+                if layout not in resamplers:
                     _check(frame.layout.nb_channels, frame.rate)
-                    # Layout and rate stay. Interleaved: PyAV reads no more than eight planes.
-                    to_float[form] = av.AudioResampler("flt")
-                for wide in to_float[form].resample(frame):
-                    samples = wide.to_ndarray().reshape(-1, wide.layout.nb_channels)
+                    # Keeps layout and rate. Interleaved, because PyAV reads at most eight planes.
+                    resamplers[layout] = av.AudioResampler("flt")
+                for resampled in resamplers[layout].resample(frame):
+                    samples = resampled.to_ndarray().reshape(-1, resampled.layout.nb_channels)
                     yield samples.mean(axis=1), frame.rate
-        if num_damaged > num_read:
-            raise ValueError(f"damaged: {num_damaged} of {num_damaged + num_read} packets")
+        if num_damaged > num_decoded:
+            raise ValueError(f"{num_damaged} of {num_damaged + num_decoded} packets are damaged")
 
 
 def _packets(media, stream) -> Iterator:
-    """The packets of a stream, up to the end or to where the file is cut."""
+    """Yield the packets of a stream, up to its end or to where the file is truncated."""
     import av
 
     packets = media.demux(stream)
@@ -223,8 +224,6 @@ def _packets(media, stream) -> Iterator:
 
 def _check(channels: int, rate: int) -> None:
     if not 1 <= channels <= _MAX_CHANNELS:
-        raise ValueError(f"{channels} channels, at most {_MAX_CHANNELS} can be read")
+        raise ValueError(f"{channels} channels; at most {_MAX_CHANNELS} are supported")
     if not _RATES[0] <= rate <= _RATES[1]:
-        raise ValueError(
-            f"{rate} samples a second, only from {_RATES[0]} to {_RATES[1]} can be read"
-        )
+        raise ValueError(f"{rate} samples a second; {_RATES[0]} to {_RATES[1]} are supported")

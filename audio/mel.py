@@ -1,10 +1,9 @@
-"""From samples to the picture that Whisper looks at: a log-mel spectrogram, 100 columns a second.
+"""Samples to Whisper's input: a log-mel spectrogram of 100 frames a second.
 
-Every 10 ms, 25 ms of sound are weighed with a Hann window and split into frequencies by a Fourier
-transform. The powers are gathered into 80 (or 128) bands that are narrow where hearing is fine and
-wide where it is coarse (the mel scale, in Slaney's form: linear to 1 kHz, logarithmic above), and
-their logarithms are taken, since loudness is heard that way. Radford et al. 2022,
-arXiv:2212.04356, section 2.2.
+Every 10 ms, a frame of 25 ms is weighted by a Hann window and transformed by an FFT. The powers are
+summed into 80 (or 128) mel bands, narrow at low frequencies and wide at high ones as human hearing
+is (Slaney's form: linear to 1 kHz, logarithmic above), and their logarithm is taken. Radford et al.
+2022, arXiv:2212.04356, section 2.2.
 """
 
 from __future__ import annotations
@@ -16,38 +15,39 @@ import numpy as np
 from audio.load import SAMPLE_RATE
 
 HOP_LENGTH = 160  # samples between frames: 10 ms
-N_FFT = 400  # samples a frame looks at: 25 ms
+N_FFT = 400  # samples of a frame: 25 ms
 FRAMES_PER_SECOND = SAMPLE_RATE // HOP_LENGTH
-_CHUNK_FRAMES = 3000  # frames transformed at a time, which bounds the memory
+_CHUNK_FRAMES = 3000  # frames transformed at a time; bounds the memory
 
 
 def log_mel(samples: np.ndarray, num_mels: int = 80) -> np.ndarray:
-    """The log-mel spectrogram of a sound as if silence followed it.
+    """Compute the log-mel spectrogram of some audio, as if silence followed it.
 
-    The loudest band sets the scale: what is 80 dB or more below it counts as 80 dB below. So a part
-    of a sound, taken alone, can give other numbers than the same part within the whole.
+    Values are clipped to 80 dB below the loudest band of the whole input, so an excerpt can have
+    other values alone than within the whole.
 
     Args:
         samples: float32 [samples] at 16 kHz.
+        num_mels: M, the number of bands.
 
     Returns:
-        float32 [T, M], one row for each whole 10 ms.
+        float32 [T, M], one row for every whole 10 ms.
 
     Raises:
-        ValueError: `samples` has another shape.
+        ValueError: `samples` does not have one axis.
     """
     if samples.ndim != 1:
         raise ValueError(f"samples must have one axis, got shape {samples.shape}")
     num_frames = len(samples) // HOP_LENGTH
-    # Frame i is centred on sample 160 i. Before the beginning the sound is mirrored, behind the end
-    # it is silent; the frames in which it fades away count for the loudest band.
+    # Frame i is centred on sample 160 i. The signal is mirrored before its start and zero after its
+    # end. The frames of the tail count for the loudest band, as in the reference implementation.
     tail = N_FFT // HOP_LENGTH + 1
     padded = np.zeros(HOP_LENGTH * (num_frames + tail) + N_FFT, np.float32)
     padded[N_FFT // 2 :][: len(samples)] = samples
     padded[: N_FFT // 2] = padded[N_FFT : N_FFT // 2 : -1]
     frames = np.lib.stride_tricks.sliding_window_view(padded, N_FFT)[::HOP_LENGTH]
     frames = frames[: num_frames + tail]
-    # Hann's window is longer by one sample than the frame, so that it repeats with its length.
+    # The periodic Hann window: one sample longer than the frame, without its last sample.
     window = np.hanning(N_FFT + 1)[:-1].astype(np.float32)
     bands = mel_filters(num_mels).T
     powers = np.concatenate(
@@ -63,13 +63,16 @@ def log_mel(samples: np.ndarray, num_mels: int = 80) -> np.ndarray:
 
 @functools.cache
 def mel_filters(num_mels: int) -> np.ndarray:
-    """The weight of each frequency in each band: float32 [M, WINDOW / 2 + 1].
+    """Return the weight of each frequency in each band: float32 [M, N_FFT / 2 + 1].
 
-    Band i is a triangle that rises from the centre of band i - 1 to its own and falls to that of
-    band i + 1; all triangles have the same area.
+    Band i is a triangle that rises from the centre of band i - 1 to its own centre and falls to the
+    centre of band i + 1. All triangles have the same area.
+
+    Args:
+        num_mels: M, the number of bands.
     """
     frequencies = np.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1)
-    corners = _hertz(np.linspace(0, _mel(SAMPLE_RATE / 2), num_mels + 2))
+    corners = _mel_to_hz(np.linspace(0, _hz_to_mel(SAMPLE_RATE / 2), num_mels + 2))
     left, centre, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]
     rising = (frequencies - left) / (centre - left)
     falling = (right - frequencies) / (right - centre)
@@ -83,12 +86,12 @@ _BEND = 1000.0
 _RATIO = np.log(6.4) / 27
 
 
-def _mel(hertz: float) -> float:
+def _hz_to_mel(hertz: float) -> float:
     if hertz < _BEND:
         return hertz / _LINEAR
     return _BEND / _LINEAR + np.log(hertz / _BEND) / _RATIO
 
 
-def _hertz(mel: np.ndarray) -> np.ndarray:
+def _mel_to_hz(mel: np.ndarray) -> np.ndarray:
     bend = _BEND / _LINEAR
     return np.where(mel < bend, mel * _LINEAR, _BEND * np.exp(_RATIO * (mel - bend)))

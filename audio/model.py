@@ -1,17 +1,17 @@
-"""Whisper: an encoder that reads a spectrogram, and a decoder that writes text beside it.
+"""Whisper: an encoder of log-mel spectrograms and a decoder of text with cross-attention.
 
 Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision",
-arXiv:2212.04356; both halves are the transformer of Vaswani et al. 2017 with norms in front. The
-encoder's two convolutions are written as what they are, linear maps of three neighbouring columns;
-the second steps by two, so that 30 seconds become 1500 positions.
+arXiv:2212.04356; both halves are pre-norm transformers (Vaswani et al. 2017). The encoder's two
+convolutions are linear maps of three neighbouring frames; the second has stride two, so 30 seconds
+become 1500 positions.
 
-The decoder attends to its own past, kept in a `Cache` that grows with the text, and to the sound,
-whose keys and values are computed once a window. Several rows may listen to the same sound (the
-beams of a search); they share its keys and values.
+The decoder attends to its earlier tokens, through a `Cache` that grows with the text, and to the
+encoder's output (`audio_features`), whose keys and values are computed once a window. Several rows
+may share the keys and values of one window (the beams of a search).
 
-The format of a weight is the format of its product, as in `transformer.layers`. Attention over the
-sound is computed in the format of `q`'s weight, bfloat16 in place of int8; everything else between
-products is float32.
+The dtype of a weight is the dtype of its product, as in `transformer.layers`. The encoder's
+self-attention and cross-attention are computed in the dtype of `q`'s weight, bfloat16 in place of
+int8; everything else between products is float32.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from transformer.layers import embed, linear, norm
 from transformer.weights import Linear, Norm
 
 EPS = 1e-5
-_MAX_DECODE_QUERIES = 8  # queries
+_MAX_DECODE_QUERIES = 8  # up to this many queries use `_cross_attend_decode`
 
 
 @struct.dataclass
 class Attention:
-    """Weights of one attention, with the norm in front of it."""
+    """Weights of one attention sublayer with its pre-norm."""
 
     norm: Norm
     q: Linear  # [D, D], as are k, v and out
-    k: Linear  # without a bias, which the softmax would cancel
+    k: Linear  # no bias: the softmax would cancel it
     v: Linear
     out: Linear
 
 
 @struct.dataclass
 class Mlp:
-    """Weights of one MLP, with the norm in front of it."""
+    """Weights of one MLP sublayer with its pre-norm."""
 
     norm: Norm
     up: Linear  # [F, D]
@@ -55,7 +55,7 @@ class Mlp:
 
 @struct.dataclass
 class AudioLayer:
-    """A block of the encoder."""
+    """Weights of one block of the encoder."""
 
     attn: Attention
     mlp: Mlp
@@ -63,7 +63,7 @@ class AudioLayer:
 
 @struct.dataclass
 class TextLayer:
-    """A block of the decoder: its own past, the sound, then the MLP."""
+    """Weights of one block of the decoder: self-attention, cross-attention, MLP."""
 
     attn: Attention
     cross_attn: Attention
@@ -72,7 +72,7 @@ class TextLayer:
 
 @struct.dataclass
 class Encoder:
-    """Sound to vectors."""
+    """Weights of the encoder: spectrogram to audio features."""
 
     conv1: Linear  # [D, 3 M]
     conv2: Linear  # [D, 3 D]
@@ -83,9 +83,9 @@ class Encoder:
 
 @struct.dataclass
 class Decoder:
-    """Token ids and sound to logits."""
+    """Weights of the decoder: token ids and audio features to logits."""
 
-    embed: Linear  # [V, D], one row a token; also the head
+    embed: Linear  # [V, D], one row a token; also the output projection
     positions: jax.Array  # [max_text_len, D] float32
     layers: tuple[TextLayer, ...]
     norm: Norm
@@ -101,67 +101,69 @@ class Params:
 
 @struct.dataclass
 class Cache:
-    """What the decoder remembers: a tuple item a layer.
+    """Keys and values of the decoder, one tuple item a layer.
 
-    B rows listen to A sounds, B / A rows each, those of a sound side by side.
+    B rows share the audio features of A windows, B / A adjacent rows each.
     """
 
-    keys: tuple[jax.Array, ...]  # [B, N, S, H] float32, of the text so far
+    keys: tuple[jax.Array, ...]  # [B, N, S, H] float32, of self-attention
     values: tuple[jax.Array, ...]
-    cross_keys: tuple[jax.Array, ...]  # [A, max_audio_len, D]
+    cross_keys: tuple[jax.Array, ...]  # [A, max_audio_len, D], of cross-attention
     cross_values: tuple[jax.Array, ...]  # [A, D, max_audio_len]
 
     @property
     def size(self) -> int:
-        """Positions of text there is room for."""
+        """S, the number of text positions allocated."""
         return self.keys[0].shape[2]
 
 
 def abstract(cfg: Config) -> Params:
-    """The tree of `Params` with an `ArrayInfo` at each leaf; every leaf is float32."""
+    """Return the tree of `Params` with an `ArrayInfo` at each leaf; every leaf is float32."""
     normal = jax.nn.initializers.normal(0.02)
     zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
     d = cfg.d_model
 
-    def matrix(out: int, inner: int, axes: tuple[str, str], bias: bool = True) -> Linear:
+    def linear_info(out_dim: int, in_dim: int, axes: tuple[str, str], bias: bool = True) -> Linear:
         return Linear(
-            weight=ArrayInfo((out, inner), axes, normal),
-            bias=ArrayInfo((out,), axes[:1], zeros) if bias else None,
+            weight=ArrayInfo((out_dim, in_dim), axes, normal),
+            bias=ArrayInfo((out_dim,), axes[:1], zeros) if bias else None,
         )
 
-    norm_ = Norm(scale=ArrayInfo((d,), ("model",), ones), bias=ArrayInfo((d,), ("model",), zeros))
+    norm_info = Norm(
+        scale=ArrayInfo((d,), ("model",), ones), bias=ArrayInfo((d,), ("model",), zeros)
+    )
     attention = Attention(
-        norm=norm_,
-        q=matrix(d, d, ("heads", "model")),
-        k=matrix(d, d, ("heads", "model"), bias=False),
-        v=matrix(d, d, ("heads", "model")),
-        out=matrix(d, d, ("model", "heads")),
+        norm=norm_info,
+        q=linear_info(d, d, ("heads", "model")),
+        k=linear_info(d, d, ("heads", "model"), bias=False),
+        v=linear_info(d, d, ("heads", "model")),
+        out=linear_info(d, d, ("model", "heads")),
     )
     mlp = Mlp(
-        norm=norm_,
-        up=matrix(cfg.d_ff, d, ("ff", "model")),
-        down=matrix(d, cfg.d_ff, ("model", "ff")),
+        norm=norm_info,
+        up=linear_info(cfg.d_ff, d, ("ff", "model")),
+        down=linear_info(d, cfg.d_ff, ("model", "ff")),
     )
     return Params(
         encoder=Encoder(
-            conv1=matrix(d, 3 * cfg.num_mels, ("model", "mels")),
-            conv2=matrix(d, 3 * d, ("model", "model")),
+            conv1=linear_info(d, 3 * cfg.num_mels, ("model", "mels")),
+            conv2=linear_info(d, 3 * d, ("model", "model")),
             positions=ArrayInfo((cfg.max_audio_len, d), ("sound", "model"), _sinusoids),
             layers=(AudioLayer(attn=attention, mlp=mlp),) * cfg.num_audio_layers,
-            norm=norm_,
+            norm=norm_info,
         ),
         decoder=Decoder(
             embed=Linear(weight=ArrayInfo((cfg.vocab_size, d), ("vocab", "model"), normal)),
             positions=ArrayInfo((cfg.max_text_len, d), ("text", "model"), normal),
             layers=(TextLayer(attn=attention, cross_attn=attention, mlp=mlp),)
             * cfg.num_text_layers,
-            norm=norm_,
+            norm=norm_info,
         ),
     )
 
 
 def _sinusoids(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
-    """Sines, then cosines, of wavelengths from 2 pi to 10,000 times that; `key` is not used."""
+    """Sines, then cosines, of wavelengths from 2 pi to 20,000 pi; `key` is not used."""
     length, width = shape
     rates = jnp.exp(-math.log(10_000) / (width // 2 - 1) * jnp.arange(width // 2))
     angles = jnp.arange(length)[:, None] * rates
@@ -169,7 +171,7 @@ def _sinusoids(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax
 
 
 def init(key: jax.Array, cfg: Config) -> Params:
-    """Fresh float32 weights."""
+    """Return randomly initialized float32 weights."""
     infos, tree = jax.tree.flatten(abstract(cfg))
     keys = jax.random.split(key, len(infos))
     return jax.tree.unflatten(
@@ -181,22 +183,24 @@ def init(key: jax.Array, cfg: Config) -> Params:
     )
 
 
-# Sound to vectors
+# Encoder
 
 
 @partial(jax.jit, static_argnames=("cfg", "taps"))
 def encode(
     params: Params, cfg: Config, mel: jax.Array, *, taps: tuple[str, ...] = ()
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Reads one window of spectrogram a row.
+    """Encode windows of spectrogram, one a row.
 
     Args:
-        mel: float32 [B, num_frames, M], as `mel.log_mel` gives it, padded with zeros.
-        taps: names of intermediates to return: "residual" (the stream entering each block and
-            leaving the last, [L + 1, B, T, D]) and "attention" (weights, [L, B, N, T, T]).
+        params: weights of the model.
+        cfg: sizes of the model.
+        mel: float32 [B, num_frames, M], from `mel.log_mel`, padded with zeros.
+        taps: names of intermediates to return: "residual" (the residual stream entering each block
+            and leaving the last, [L + 1, B, T, D]) and "attention" (weights, [L, B, N, T, T]).
 
     Returns:
-        float32 [B, max_audio_len, D], and a dictionary with exactly the named taps.
+        Audio features, float32 [B, max_audio_len, D], and a dictionary with exactly the named taps.
 
     Raises:
         ValueError: `mel` has another shape, or a tap is unknown.
@@ -216,17 +220,17 @@ def encode(
         x, w = _audio_block(x, layer, cfg, "attention" in taps)
         residual.append(x)
         weights.append(w)
-    found = {}
+    tapped = {}
     if "residual" in taps:
-        found["residual"] = jnp.stack(residual)
+        tapped["residual"] = jnp.stack(residual)
     if "attention" in taps:
-        found["attention"] = jnp.stack(weights)
-    return norm(x, p.norm, EPS), found
+        tapped["attention"] = jnp.stack(weights)
+    return norm(x, p.norm, EPS), tapped
 
 
-@partial(jax.jit, static_argnames=("cfg", "tapped"))  # so that alike layers are traced once
+@partial(jax.jit, static_argnames=("cfg", "with_weights"))  # so that equal layers are traced once
 def _audio_block(
-    x: jax.Array, layer: AudioLayer, cfg: Config, tapped: bool
+    x: jax.Array, layer: AudioLayer, cfg: Config, with_weights: bool
 ) -> tuple[jax.Array, jax.Array | None]:
     with jax.named_scope("attention"):
         y, weights = norm(x, layer.attn.norm, EPS), None
@@ -235,7 +239,7 @@ def _audio_block(
             _split_heads(linear(y, w), cfg).astype(dtype)
             for w in (layer.attn.q, layer.attn.k, layer.attn.v)
         )
-        if tapped:
+        if with_weights:
             y, weights = _softmax_weighted_sum(_scores(q, k), v)  # [B, N, T, H], [B, N, T, T]
         else:
             y = _attend(q, k, v)
@@ -245,67 +249,77 @@ def _audio_block(
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Attention of a window to itself, [B, N, T, H] each and back."""
+    """Self-attention of the encoder without a mask: three [B, N, T, H] -> [B, N, T, H]."""
     if jax.default_backend() != "cpu":
         return _softmax_weighted_sum(_scores(q, k), v)[0]
-    # Half of a head's queries at a time: their 4.5 MB of scores stay near the processor on the way
-    # through the softmax. Measured 2.2 times as fast by heads as all at once, and 1.4 times again
-    # by halves.
+    # Half of a head's queries at a time, so that their 4.5 MB of scores stay in the CPU's cache
+    # through the softmax. Measured: one head at a time is 2.2 times as fast as all heads at once,
+    # and half a head is 1.4 times as fast as one.
     b, n, t, h = q.shape
-    parts = 2 if t % 2 == 0 else 1
-    queries = q.reshape(b * n * parts, 1, 1, t // parts, h)
+    num_chunks = 2 if t % 2 == 0 else 1
+    queries = q.reshape(b * n * num_chunks, 1, 1, t // num_chunks, h)
     keys, values = (x.reshape(b * n, 1, 1, t, h) for x in (k, v))
 
     def attend(item: tuple[jax.Array, jax.Array]) -> jax.Array:
         query, head = item
         return _softmax_weighted_sum(_scores(query, keys[head]), values[head])[0]
 
-    return jax.lax.map(attend, (queries, jnp.arange(b * n * parts) // parts)).reshape(q.shape)
+    return jax.lax.map(attend, (queries, jnp.arange(b * n * num_chunks) // num_chunks)).reshape(
+        q.shape
+    )
 
 
 def _conv_patches(x: jax.Array) -> jax.Array:
-    """Each column with the one before and the one behind it: [B, T, D] -> [B, T, 3 D]."""
+    """Concatenate each frame with its two neighbours: [B, T, D] -> [B, T, 3 D]."""
     x = jnp.pad(x, ((0, 0), (1, 1), (0, 0)))
     return jnp.concatenate([x[:, :-2], x[:, 1:-1], x[:, 2:]], axis=-1)
 
 
-# Text beside sound
+# Decoder
 
 
 @partial(jax.jit, static_argnames=("cfg", "size", "rows_per_audio"))
 def init_cache(
     params: Params, cfg: Config, audio_features: jax.Array, *, size: int, rows_per_audio: int = 1
 ) -> Cache:
-    """A cache for text about to be written beside encoded sound: float32 [A, max_audio_len, D].
+    """Return an empty cache with the cross-attention keys and values of some windows.
 
     Args:
-        size: positions of text to make room for.
-        rows_per_sound: how many texts are written beside each sound.
+        params: weights of the model.
+        cfg: sizes of the model.
+        audio_features: float32 [A, max_audio_len, D], from `encode`.
+        size: S, text positions to allocate.
+        rows_per_audio: rows of text for each window.
     """
-    sound_keys, sound_values = [], []
+    cross_keys, cross_values = [], []
     for layer in params.decoder.layers:
         dtype = _attention_dtype(layer.cross_attn.q)
-        sound_keys.append(linear(audio_features, layer.cross_attn.k).astype(dtype))
-        sound_values.append(linear(audio_features, layer.cross_attn.v).astype(dtype).swapaxes(1, 2))
+        cross_keys.append(linear(audio_features, layer.cross_attn.k).astype(dtype))
+        cross_values.append(linear(audio_features, layer.cross_attn.v).astype(dtype).swapaxes(1, 2))
     shape = (len(audio_features) * rows_per_audio, cfg.num_heads, size, cfg.head_dim)
-    empty = tuple(jnp.zeros(shape, jnp.float32) for _ in sound_keys)
+    empty = tuple(jnp.zeros(shape, jnp.float32) for _ in cross_keys)
     return Cache(
         keys=empty,
         values=tuple(jnp.zeros_like(x) for x in empty),
-        cross_keys=tuple(sound_keys),
-        cross_values=tuple(sound_values),
+        cross_keys=tuple(cross_keys),
+        cross_values=tuple(cross_values),
     )
 
 
 def grow_cache(cache: Cache, size: int) -> Cache:
-    """The same memory with room for `size` positions of text."""
+    """Return the cache with room for `size` text positions, at least as many as before."""
     pad = ((0, 0), (0, 0), (0, size - cache.size), (0, 0))
     keys, values = jax.tree.map(lambda x: jnp.pad(x, pad), (cache.keys, cache.values))
     return cache.replace(keys=keys, values=values)
 
 
 def reorder_cache(cache: Cache, rows: jax.Array) -> Cache:
-    """Row i becomes what row `rows[i]` was, int32 [B]; it must have listened to the same sound."""
+    """Return the cache with row `rows[i]` of `cache` as row i.
+
+    Args:
+        cache: the cache of B rows.
+        rows: int32 [B]; row `rows[i]` must belong to the same window as row i.
+    """
     keys, values = jax.tree.map(lambda x: x[rows], (cache.keys, cache.values))
     return cache.replace(keys=keys, values=values)
 
@@ -320,27 +334,32 @@ def forward_cached(
     *,
     taps: Collection[str] = (),
 ) -> tuple[jax.Array, Cache, dict[str, jax.Array]]:
-    """Reads more text, and says what may come next.
+    """Run the decoder on more tokens and return the logits of the next ones.
 
     Args:
-        ids: int32 [B, T], at positions `length` and on. What stands behind the text that counts
-            (padding) is neither seen by it nor, when overwritten, by what follows.
-        cache: what stands before them; to be replaced by the one returned.
+        params: weights of the model.
+        cfg: sizes of the model.
+        ids: int32 [B, T], tokens for the positions from `length` on. Padding at the end is masked
+            for the tokens before it, and later calls overwrite it.
+        cache: keys and values of the tokens before; use the returned one from then on.
         length: int32 [], positions filled so far.
-        at: int32 [P], the places among the T whose logits are wanted.
-        taps: "alignment" returns the scores of the aligned heads over the sound before the
+        at: int32 [P], indices into the T tokens whose logits to return.
+        taps: "alignment" returns the cross-attention scores of the alignment heads before the
             softmax, [B, heads, T, max_audio_len].
 
     Returns:
         Logits float32 [B, P, V], the cache, and a dictionary with exactly the named taps.
+
+    Raises:
+        ValueError: a tap is unknown.
     """
     _check_taps(taps, ("alignment",))
     p, num_new = params.decoder, ids.shape[1]
     with jax.named_scope("embed"):
-        places = length + jnp.arange(num_new)  # [T]
-        x = embed(p.embed, ids) + p.positions[places]  # [B, T, D]
-    is_past = jnp.arange(cache.size) <= places[:, None]  # [T, S]
-    keys, values, aligned = list(cache.keys), list(cache.values), {}
+        position_ids = length + jnp.arange(num_new)  # [T]
+        x = embed(p.embed, ids) + p.positions[position_ids]  # [B, T, D]
+    causal_mask = jnp.arange(cache.size) <= position_ids[:, None]  # [T, S]
+    keys, values, head_scores = list(cache.keys), list(cache.values), {}
     for i, layer in enumerate(p.layers):
         with jax.named_scope("attention"):
             y = norm(x, layer.attn.norm, EPS)
@@ -349,71 +368,73 @@ def forward_cached(
             )
             keys[i] = jax.lax.dynamic_update_slice_in_dim(keys[i], k, length, axis=2)
             values[i] = jax.lax.dynamic_update_slice_in_dim(values[i], v, length, axis=2)
-            scores = jnp.where(is_past, _scores(q, keys[i]), -jnp.inf)  # [B, N, T, S]
+            scores = jnp.where(causal_mask, _scores(q, keys[i]), -jnp.inf)  # [B, N, T, S]
             y, _ = _softmax_weighted_sum(scores, values[i])
             x = x + linear(_merge_heads(y), layer.attn.out)
-        with jax.named_scope("listen"):
+        with jax.named_scope("cross_attention"):
             q = _split_heads(linear(norm(x, layer.cross_attn.norm, EPS), layer.cross_attn.q), cfg)
             y, scores = _cross_attend(q, cache.cross_keys[i], cache.cross_values[i])
             x = x + linear(_merge_heads(y), layer.cross_attn.out)
             if "alignment" in taps:
-                aligned |= {(i, n): scores[:, n] for n in range(cfg.num_heads)}
+                head_scores |= {(i, n): scores[:, n] for n in range(cfg.num_heads)}
         with jax.named_scope("mlp"):
             x = _mlp(x, layer.mlp)
     with jax.named_scope("unembed"):
         logits = linear(norm(x[:, at], p.norm, EPS), p.embed)  # [B, P, V]
-    found = {}
+    tapped = {}
     if "alignment" in taps:
-        found["alignment"] = jnp.stack([aligned[pair] for pair in cfg.timing_heads], axis=1)
-    return logits, cache.replace(keys=tuple(keys), values=tuple(values)), found
+        tapped["alignment"] = jnp.stack([head_scores[head] for head in cfg.timing_heads], axis=1)
+    return logits, cache.replace(keys=tuple(keys), values=tuple(values)), tapped
 
 
 @partial(jax.jit, static_argnames=("cfg", "taps"))
 def forward(
     params: Params,
     cfg: Config,
-    sound: jax.Array,
+    audio_features: jax.Array,
     ids: jax.Array,
     *,
     taps: tuple[str, ...] = (),
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Logits at every place of a whole text: `extend` from nothing.
+    """Return the logits at every position of a whole text: `forward_cached` with an empty cache.
 
     Args:
-        sound: float32 [B, max_audio_len, D], encoded.
+        params: weights of the model.
+        cfg: sizes of the model.
+        audio_features: float32 [B, max_audio_len, D], from `encode`.
         ids: int32 [B, T].
-        taps: as of `extend`.
+        taps: see `forward_cached`.
 
     Returns:
         float32 [B, T, V], and a dictionary with exactly the named taps.
     """
-    cache = init_cache(params, cfg, sound, size=ids.shape[1])
-    zero, everywhere = jnp.zeros((), jnp.int32), jnp.arange(ids.shape[1])
-    logits, _, found = forward_cached(params, cfg, ids, cache, zero, everywhere, taps=taps)
-    return logits, found
+    cache = init_cache(params, cfg, audio_features, size=ids.shape[1])
+    length, at = jnp.zeros((), jnp.int32), jnp.arange(ids.shape[1])
+    logits, _, tapped = forward_cached(params, cfg, ids, cache, length, at, taps=taps)
+    return logits, tapped
 
 
 def _cross_attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Attention of [B, N, T, H] over sounds, keys [A, S, D] and values [A, D, S].
+    """Cross-attention of queries [B, N, T, H] over keys [A, S, D] and values [A, D, S].
 
     Returns:
         float32 [B, N, T, H], and the scores [B, N, T, S].
     """
     (b, n, t, h), a = q.shape, len(k)
-    # To a sound, the rows that listen to it are so many more queries.
+    # The B / A rows of a window become further queries to it.
     q = q.reshape(a, b // a, n, t, h).swapaxes(1, 2).reshape(a, n, -1, h).astype(k.dtype)
     y, scores = (
         _cross_attend_decode if q.shape[2] <= _MAX_DECODE_QUERIES else _cross_attend_prefill
     )(q, k, v)  # [A, N, B/A * T, H or S]
 
-    def apart(x: jax.Array) -> jax.Array:
+    def split_rows(x: jax.Array) -> jax.Array:
         return x.reshape(a, n, b // a, t, -1).swapaxes(1, 2).reshape(b, n, t, -1)
 
-    return apart(y), apart(scores)
+    return split_rows(y), split_rows(scores)
 
 
 def _cross_attend_prefill(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Attention of many queries to a sound, [A, N, T, H], head by head."""
+    """Cross-attention of many queries [A, N, T, H], head by head."""
     a, n, _, h = q.shape
     keys = k.reshape(a, -1, n, h).swapaxes(1, 2)  # [A, N, S, H]
     values = v.reshape(a, n, h, -1).swapaxes(2, 3)  # [A, N, S, H]
@@ -422,15 +443,15 @@ def _cross_attend_prefill(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax
 
 
 def _cross_attend_decode(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The same for few queries, all heads at once: each reads all of D, the others' parts as zeros.
+    """Cross-attention of few queries, all heads in one product: queries are block-diagonal over D.
 
-    So keys and values are multiplied as they lie. Head by head, XLA's CPU backend packs them anew
-    for every step: 2.5 times the time of a core, 4 times by the clock.
+    So keys and values are multiplied in the layout they have. Head by head, XLA's CPU backend
+    repacks them at every step, which takes 2.5 times the CPU time and 4 times the wall time.
     """
     a, n, t, h = q.shape
-    own = jnp.eye(n, dtype=q.dtype)
+    head_mask = jnp.eye(n, dtype=q.dtype)
     q = q * h**-0.5
-    wide = jnp.einsum("anth,nm->anhmt", q, own).reshape(a, n * h, n * t)  # [A, D, N * T]
+    wide = jnp.einsum("anth,nm->anhmt", q, head_mask).reshape(a, n * h, n * t)  # [A, D, N * T]
     scores = jnp.einsum("asd,adt->ast", k, wide, preferred_element_type=jnp.float32)
     unnormed = jnp.exp(scores - scores.max(1, keepdims=True)).astype(v.dtype)
     total = unnormed.sum(1, dtype=jnp.float32)  # [A, N * T]
@@ -440,7 +461,7 @@ def _cross_attend_decode(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.
     return y, scores.swapaxes(1, 2).reshape(a, n, t, -1)
 
 
-# Parts of both
+# Shared by encoder and decoder
 
 
 def _mlp(x: jax.Array, p: Mlp) -> jax.Array:
@@ -448,30 +469,30 @@ def _mlp(x: jax.Array, p: Mlp) -> jax.Array:
 
 
 def _gelu(x: jax.Array) -> jax.Array:
-    # As jax.nn.gelu(approximate=False), which takes erfc: on a CPU half as fast.
+    # Equals jax.nn.gelu(approximate=False), which uses erfc and is half as fast on a CPU.
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def _split_heads(x: jax.Array, cfg: Config) -> jax.Array:
-    """[B, T, N * H] -> [B, N, T, H]."""
+    """Split the last axis into heads: [B, T, N * H] -> [B, N, T, H]."""
     return x.reshape(*x.shape[:2], cfg.num_heads, -1).swapaxes(1, 2)
 
 
 def _merge_heads(x: jax.Array) -> jax.Array:
-    """[B, N, T, H] -> [B, T, N * H]."""
+    """Merge the heads into the last axis: [B, N, T, H] -> [B, T, N * H]."""
     x = x.swapaxes(1, 2)
     return x.reshape(*x.shape[:2], -1)
 
 
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """[B, N, T, H], [B, N, S, H] -> float32 [B, N, T, S]."""
+    """Scaled dot products: [B, N, T, H], [B, N, S, H] -> float32 [B, N, T, S]."""
     q = q * q.shape[-1] ** -0.5
     return jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=jnp.float32)
 
 
 def _softmax_weighted_sum(scores: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The values weighed by the softmax of the scores, float32 [B, N, T, H], and the weights."""
-    # Rounded to the format of the values before they are summed, which is one pass fewer.
+    """Return the softmax of the scores times the values, float32 [B, N, T, H], and the softmax."""
+    # Rounded to the dtype of the values before the sum, which saves a pass.
     unnormed = jnp.exp(scores - scores.max(-1, keepdims=True)).astype(v.dtype)
     total = unnormed.sum(-1, keepdims=True, dtype=jnp.float32)
     # Divided after the product: H numbers a query instead of S.
@@ -480,7 +501,7 @@ def _softmax_weighted_sum(scores: jax.Array, v: jax.Array) -> tuple[jax.Array, j
 
 
 def _attention_dtype(p: Linear):
-    """The format of attention over the sound."""
+    """Return the dtype that attention is computed in."""
     return jnp.bfloat16 if p.weight.dtype == jnp.int8 else p.weight.dtype
 
 

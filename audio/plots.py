@@ -1,6 +1,6 @@
-"""Pictures of listening: a spectrogram with its words, and where the decoder looked for each.
+"""Plots of speech to text: a spectrogram with its words, and the alignment of tokens and time.
 
-matplotlib is imported only when a picture is drawn.
+matplotlib is imported only when a plot is drawn.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from audio.tokenizer import TIME_PRECISION
 from audio.transcribe import Transcript
 from audio.whisper import Whisper
 
-_ROW_SECONDS = 8.0  # of sound in a row of the picture
+_ROW_SECONDS = 8.0  # seconds a row of the spectrogram
 
 
 def plot_spectrogram(path: str | Path, samples: np.ndarray, words: Sequence[Word]) -> None:
-    """Draws a log-mel spectrogram, eight seconds a row, with the words below what they sound like.
+    """Plot a log-mel spectrogram, eight seconds a row, with each word below its start.
 
     Args:
-        path: where the PNG goes.
+        path: the PNG file to write.
         samples: float32 [samples] at 16 kHz.
-        words: as `Segment.words` has them.
+        words: words with their times, from `Segment.words`.
+
+    Raises:
+        ValueError: matplotlib is not installed.
     """
     plt = _pyplot()
     mel = log_mel(samples)
@@ -37,9 +40,9 @@ def plot_spectrogram(path: str | Path, samples: np.ndarray, words: Sequence[Word
     for row, axis in enumerate(axes[:, 0]):
         begin = row * _ROW_SECONDS
         end = min(begin + _ROW_SECONDS, seconds)
-        part = mel[int(begin * FRAMES_PER_SECOND) : int(end * FRAMES_PER_SECOND)]
+        row_mel = mel[int(begin * FRAMES_PER_SECOND) : int(end * FRAMES_PER_SECOND)]
         axis.imshow(
-            part.T,
+            row_mel.T,
             origin="lower",
             aspect="auto",
             cmap="magma",
@@ -60,45 +63,46 @@ def plot_spectrogram(path: str | Path, samples: np.ndarray, words: Sequence[Word
 
 
 def plot_alignment(
-    path: str | Path, whisper: Whisper, samples: np.ndarray, found: Transcript
+    path: str | Path, whisper: Whisper, samples: np.ndarray, transcript: Transcript
 ) -> None:
-    """Draws where the aligned heads look for each token of the first window, and the path found.
+    """Plot the alignment matrix of the first window and the path through it.
 
     Args:
-        path: where the PNG goes.
+        path: the PNG file to write.
+        whisper: the model that made the transcript.
         samples: float32 [samples] at 16 kHz.
-        found: what was heard in them.
+        transcript: the transcript of the samples.
 
     Raises:
-        ValueError: nothing was heard.
+        ValueError: the transcript has no segments, or matplotlib is not installed.
     """
-    if not found.segments:
-        raise ValueError("nothing was heard, so there is nothing to align")
+    if not transcript.segments:
+        raise ValueError("the transcript has no segments, so there is nothing to align")
     plt = _pyplot()
-    tokens, cfg = whisper.tokenizer, whisper.cfg
-    seek = found.segments[0].seek
+    tokenizer, cfg = whisper.tokenizer, whisper.cfg
+    seek = transcript.segments[0].seek
     ids = [
         id
-        for segment in found.segments
+        for segment in transcript.segments
         if segment.seek == seek
         for id in segment.ids
-        if id < tokens.eot
+        if id < tokenizer.eot
     ]
     mel = log_mel(samples, cfg.num_mels)[seek : seek + cfg.num_frames]
     window = np.zeros((1, cfg.num_frames, cfg.num_mels), np.float32)
     window[0, : len(mel)] = mel
-    sound, _ = model.encode(whisper.params, cfg, window)
+    audio_features, _ = model.encode(whisper.params, cfg, window)
     scores, _ = timing.alignment_scores(
-        whisper, sound, ids, num_frames=len(mel), language=found.language
+        whisper, audio_features, ids, num_frames=len(mel), language=transcript.language
     )
-    picture = timing.alignment_matrix(scores, len(ids))
-    rows, columns = timing.dtw(-picture)
+    matrix = timing.alignment_matrix(scores, len(ids))
+    rows, columns = timing.dtw(-matrix)
     start = seek / FRAMES_PER_SECOND
-    extent = (start, start + picture.shape[1] * TIME_PRECISION, len(picture) - 0.5, -0.5)
-    figure, axis = plt.subplots(figsize=(12, max(3, 0.22 * len(picture))))
-    axis.imshow(picture, aspect="auto", cmap="viridis", vmin=0, extent=extent)
+    extent = (start, start + matrix.shape[1] * TIME_PRECISION, len(matrix) - 0.5, -0.5)
+    figure, axis = plt.subplots(figsize=(12, max(3, 0.22 * len(matrix))))
+    axis.imshow(matrix, aspect="auto", cmap="viridis", vmin=0, extent=extent)
     axis.plot(start + (columns + 0.5) * TIME_PRECISION, rows, color="white", linewidth=1)
-    labels = [tokens.encoding.decode([id]) for id in ids] + ["(end)"]
+    labels = [tokenizer.encoding.decode([id]) for id in ids] + ["(end)"]
     axis.set_yticks(range(len(labels)), labels, fontsize=7)
     axis.set(xlabel="seconds", ylabel="token")
     figure.tight_layout()
@@ -110,8 +114,8 @@ def _pyplot():
     try:
         import matplotlib
     except ImportError as error:
-        raise ValueError("drawing needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")  # no window, only a file
+        raise ValueError("plots need matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")  # renders to files without a display
     import matplotlib.pyplot as plt
 
     return plt

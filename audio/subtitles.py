@@ -1,8 +1,8 @@
-"""Writing a transcript down: plain text, SubRip, WebVTT, tab-separated values, JSON.
+"""Output formats of a transcript: plain text, SubRip, WebVTT, tab-separated values, JSON.
 
-SubRip (.srt) numbers its cues and writes times as 00:01:02,345; WebVTT (W3C) begins with its name
-and writes 00:01:02.345; both forbid an arrow within a cue. In tab-separated values times are whole
-milliseconds. JSON holds everything, in the form of OpenAI's "verbose_json".
+SubRip (.srt) numbers its cues and writes times as 00:01:02,345. WebVTT (W3C) begins with the line
+"WEBVTT" and writes 00:01:02.345. Both forbid "-->" within a cue. Times in tab-separated values are
+whole milliseconds. JSON has every field, as OpenAI's "verbose_json".
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ FORMATS = ("text", "json", "srt", "vtt", "tsv")
 
 
 def render(transcript: Transcript, format: str, *, words: bool = False) -> str:
-    """The transcript in one of `FORMATS`, with a newline at its end.
+    """Return a transcript in one of `FORMATS`, with a newline at its end.
 
     Args:
-        words: srt, vtt and tsv get a cue for each word, if the transcript has their times.
+        transcript: the transcript to format.
+        format: one of `FORMATS`.
+        words: write one cue a word in srt, vtt and tsv, if the transcript has word timestamps.
 
     Raises:
-        ValueError: there is no such format.
+        ValueError: the format is unknown.
     """
     if format == "text":
         return transcript.text + "\n"
@@ -36,10 +38,12 @@ def render(transcript: Transcript, format: str, *, words: bool = False) -> str:
             (w.start, w.end, w.text.strip()) for s in transcript.segments for w in s.words
         ] or cues
     if format == "srt":
-        return "\n".join(
-            f"{number}\n{format_timestamp(start, ',')} --> {format_timestamp(end, ',')}\n{_cue_text(text)}\n"
+        blocks = (
+            f"{number}\n{format_timestamp(start, ',')} --> {format_timestamp(end, ',')}\n"
+            f"{_cue_text(text)}\n"
             for number, (start, end, text) in enumerate(cues, 1)
         )
+        return "\n".join(blocks)
     if format == "vtt":
         blocks = (
             f"{format_timestamp(start)} --> {format_timestamp(end)}\n{_escape_vtt(text)}\n"
@@ -56,7 +60,12 @@ def render(transcript: Transcript, format: str, *, words: bool = False) -> str:
 
 
 def verbose_json(transcript: Transcript, *, task: str = "transcribe") -> dict[str, Any]:
-    """The transcript as OpenAI's "verbose_json" has it; with words, if their times are known."""
+    """Return a transcript as OpenAI's "verbose_json", with words if it has word timestamps.
+
+    Args:
+        transcript: the transcript to convert.
+        task: "transcribe" or "translate", copied into the result.
+    """
     words = [
         {"word": word.text.strip(), "start": word.start, "end": word.end}
         for segment in transcript.segments
@@ -72,8 +81,8 @@ def verbose_json(transcript: Transcript, *, task: str = "transcribe") -> dict[st
     }
 
 
-def verbose_segments(found: Sequence[Segment]) -> list[dict[str, Any]]:
-    """Segments as "verbose_json" has them."""
+def verbose_segments(segments: Sequence[Segment]) -> list[dict[str, Any]]:
+    """Return segments as in OpenAI's "verbose_json"."""
     return [
         {
             "id": number,
@@ -87,16 +96,21 @@ def verbose_segments(found: Sequence[Segment]) -> list[dict[str, Any]]:
             "compression_ratio": segment.compression_ratio,
             "no_speech_prob": segment.no_speech_prob,
         }
-        for number, segment in enumerate(found)
+        for number, segment in enumerate(segments)
     ]
 
 
 def format_timestamp(seconds: float, point: str = ".") -> str:
-    """Hours, minutes, seconds and milliseconds: 00:01:02.345."""
+    """Format a time as hours, minutes, seconds and milliseconds: 00:01:02.345.
+
+    Args:
+        seconds: the time, at least 0.
+        point: the decimal mark, "," in SubRip.
+    """
     minutes, milliseconds = divmod(round(seconds * 1000), 60_000)
     hours, minutes = divmod(minutes, 60)
-    whole, rest = divmod(milliseconds, 1000)
-    return f"{hours:02d}:{minutes:02d}:{whole:02d}{point}{rest:03d}"
+    whole_seconds, milliseconds = divmod(milliseconds, 1000)
+    return f"{hours:02d}:{minutes:02d}:{whole_seconds:02d}{point}{milliseconds:03d}"
 
 
 def _cue_text(text: str) -> str:

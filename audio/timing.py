@@ -1,12 +1,12 @@
-"""When each word was said: the decoder's attention to the sound, read as a clock.
+"""Word timestamps from the decoder's cross-attention, by dynamic time warping.
 
-Some heads of the decoder look at the very place in the sound whose word they are about to write.
-Their scores make a picture, tokens by time, with a bright band that only ever moves right. Dynamic
-time warping finds the best path along it: a chain of cells, each one step down, right or both from
-the last, with the largest sum. Where the path steps down to a new token, that token begins.
+Some cross-attention heads attend to the audio position of the token they are about to generate.
+Their scores form an alignment matrix, tokens by time, in which a band of high values moves from
+left to right. Dynamic time warping finds the path with the largest sum, each cell one step down,
+right or both from the last. A token begins where the path enters its row.
 
-After Radford et al.'s reference implementation (timing.py), with its two corrections: a word behind
-a pause, or at the end of a sentence, is not let grow into the silence beside it.
+After openai-whisper (timing.py; Radford et al. 2022), with its two corrections: a word after a
+pause or at the end of a sentence is shortened where it would extend into the silence beside it.
 """
 
 from __future__ import annotations
@@ -27,23 +27,18 @@ from audio.tokenizer import TIME_PRECISION
 from audio.whisper import RunOnDevice, Whisper, run_inline
 
 _SENTENCE_ENDS = ".。!！?？"
-_PREPEND_PUNCTUATIONS = "\"'“¿([{-"  # punctuation that belongs to the word behind it
-_APPEND_PUNCTUATIONS = "\"'.。,，!！?？:：”)]}、"  # and to the word before it
-_MEDIAN_FILTER_WIDTH = 7  # steps of 20 ms that the median filter looks at
-_LENGTH_BUCKETS = (
-    16,
-    32,
-    64,
-    128,
-    256,
-)  # texts are padded to one of these: few programs to compile
+_PREPEND_PUNCTUATIONS = "\"'“¿([{-"  # punctuation that joins the next word
+_APPEND_PUNCTUATIONS = "\"'.。,，!！?？:：”)]}、"  # punctuation that joins the previous word
+_MEDIAN_FILTER_WIDTH = 7  # steps of 20 ms
+# Texts are padded to these lengths, so that few programs are compiled.
+_LENGTH_BUCKETS = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word and when it was said."""
+    """A word and its times."""
 
-    text: str  # with the space before it, if there is one
+    text: str  # with its leading space, if any
     start: float  # seconds
     end: float
     probability: float  # mean over its tokens
@@ -52,7 +47,7 @@ class Word:
 
 def align(
     whisper: Whisper,
-    sound: jax.Array,
+    audio_features: jax.Array,
     ids: Sequence[int],
     *,
     num_frames: int,
@@ -61,22 +56,29 @@ def align(
     with_probabilities: bool = True,
     run: RunOnDevice = run_inline,
 ) -> list[Word]:
-    """Finds the words of a text within a window.
+    """Find the times of the words of a window.
 
     Args:
-        sound: float32 [1, max_audio_len, D], the encoded window.
-        ids: the text of the window, without points in time.
-        num_frames: columns of spectrogram that hold sound; behind them is padding.
-        scored: find the words' probabilities, half of the work; else they are not numbers (nan).
+        whisper: the model.
+        audio_features: float32 [1, max_audio_len, D], from `model.encode`.
+        ids: text tokens of the window, without timestamps.
+        num_frames: frames of the spectrogram before the padding.
+        language: code or name of the language.
+        task: "transcribe" or "translate".
+        with_probabilities: compute the words' probabilities, half of the work; else they are nan.
+        run: runs the work item on the device.
 
     Returns:
-        The words in order, punctuation apart; times count from the start of the window.
+        The words in order, punctuation separate; times in seconds from the start of the window.
+
+    Raises:
+        ValueError: there are too many ids, or the model does not support the language or task.
     """
     if not ids:
         return []
     scores, probabilities = alignment_scores(
         whisper,
-        sound,
+        audio_features,
         ids,
         num_frames=num_frames,
         language=language,
@@ -85,19 +87,25 @@ def align(
         run=run,
     )
     rows, columns = dtw(-alignment_matrix(scores, len(ids)))
-    steps = np.flatnonzero(np.diff(rows, prepend=-1))  # where the path comes to a new token
-    times = columns[steps] * TIME_PRECISION
+    starts = np.flatnonzero(np.diff(rows, prepend=-1))  # where the path enters a new row
+    times = columns[starts] * TIME_PRECISION
     words = whisper.tokenizer.split_words([*ids, whisper.tokenizer.eot], language)[:-1]
-    ends = list(itertools.accumulate(len(part) for _, part in words))
+    ends = list(itertools.accumulate(len(word_ids) for _, word_ids in words))
     return [
-        Word(text, float(times[a]), float(times[b]), float(probabilities[a:b].mean()), tuple(part))
-        for (text, part), a, b in zip(words, [0, *ends], ends, strict=False)
+        Word(
+            text,
+            float(times[a]),
+            float(times[b]),
+            float(probabilities[a:b].mean()),
+            tuple(word_ids),
+        )
+        for (text, word_ids), a, b in zip(words, [0, *ends], ends, strict=False)
     ]
 
 
 def alignment_scores(
     whisper: Whisper,
-    sound: jax.Array,
+    audio_features: jax.Array,
     ids: Sequence[int],
     *,
     num_frames: int,
@@ -106,63 +114,80 @@ def alignment_scores(
     with_probabilities: bool = True,
     run: RunOnDevice = run_inline,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where the aligned heads look while they write a text.
+    """Return the cross-attention scores of the alignment heads over a text.
+
+    Args:
+        whisper: the model.
+        audio_features: float32 [1, max_audio_len, D], from `model.encode`.
+        ids: T text tokens of the window, without timestamps.
+        num_frames: frames of the spectrogram before the padding.
+        language: code or name of the language.
+        task: "transcribe" or "translate".
+        with_probabilities: compute the probabilities, half of the work; else they are nan.
+        run: runs the work item on the device.
 
     Returns:
-        Scores before the softmax, float32 [heads, opening + T + 1, S], a row for each token read,
-        the opening's and the end among them, S steps of 20 ms; and the probability of each of the
-        T tokens among all words, float32 [T], nan if not `scored`.
+        Scores before the softmax, float32 [heads, P + T + 1, S], for the P tokens of the SOT
+        sequence, the T text tokens and the end, over S steps of 20 ms; and the probability of each
+        of the T tokens among all text tokens, float32 [T].
+
+    Raises:
+        ValueError: there are too many ids, or the model does not support the language or task.
     """
-    tokens, cfg = whisper.tokenizer, whisper.cfg
-    opening = tokens.sot_sequence(language, task, timestamps=False)
-    whole = [*opening, *ids, tokens.eot]
-    if len(whole) > cfg.max_text_len:
-        raise ValueError(f"ids has {len(ids)} tokens, which is more than a window can hold")
+    tokenizer, cfg = whisper.tokenizer, whisper.cfg
+    sot_sequence = tokenizer.sot_sequence(language, task, timestamps=False)
+    sequence = [*sot_sequence, *ids, tokenizer.eot]
+    if len(sequence) > cfg.max_text_len:
+        raise ValueError(
+            f"ids has {len(ids)} tokens, at most "
+            f"{cfg.max_text_len - len(sot_sequence) - 1} fit into a window"
+        )
     size = next(
-        (n for n in _LENGTH_BUCKETS if len(whole) <= n <= cfg.max_text_len), cfg.max_text_len
+        (n for n in _LENGTH_BUCKETS if len(sequence) <= n <= cfg.max_text_len), cfg.max_text_len
     )
-    padded = np.full((1, size), tokens.eot, np.int32)
-    padded[0, : len(whole)] = whole
+    padded = np.full((1, size), tokenizer.eot, np.int32)
+    padded[0, : len(sequence)] = sequence
+    eot = np.int32(tokenizer.eot)
     scores, probabilities = run(
         lambda: jax.block_until_ready(
             _forward_with_alignment(
-                whisper.params, cfg, sound, padded, np.int32(tokens.eot), with_probabilities
+                whisper.params, cfg, audio_features, padded, eot, with_probabilities
             )
         )
     )
-    scores = np.asarray(scores)[:, : len(whole), : max(num_frames // 2, 1)]
-    # The token at place i is chosen while the one at i - 1 is read.
-    return scores, np.asarray(probabilities)[len(opening) - 1 :][: len(ids)]
+    scores = np.asarray(scores)[:, : len(sequence), : max(num_frames // 2, 1)]
+    # The logits at position i - 1 predict the token at position i.
+    return scores, np.asarray(probabilities)[len(sot_sequence) - 1 :][: len(ids)]
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "with_probabilities"))
 def _forward_with_alignment(
     params: Params,
     cfg: Config,
-    sound: jax.Array,
+    audio_features: jax.Array,
     ids: jax.Array,
     eot: jax.Array,
     with_probabilities: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Scores [heads, T, S], and the probability that the token at each place precedes the next."""
-    logits, found = model.forward(params, cfg, sound, ids, taps=("alignment",))
+    """Return scores [heads, T, S], and the probability of the next token at each position, [T]."""
+    logits, tapped = model.forward(params, cfg, audio_features, ids, taps=("alignment",))
     if not with_probabilities:
-        return found["alignment"][0], jnp.full(ids.shape[1], jnp.nan)
-    is_word = jnp.arange(cfg.vocab_size) < eot
-    shares = jax.nn.softmax(jnp.where(is_word, logits[0], -jnp.inf), axis=-1)  # [T, V]
-    following = jnp.roll(ids[0], -1)
-    return found["alignment"][0], jnp.take_along_axis(shares, following[:, None], axis=1)[:, 0]
+        return tapped["alignment"][0], jnp.full(ids.shape[1], jnp.nan)
+    is_text = jnp.arange(cfg.vocab_size) < eot
+    shares = jax.nn.softmax(jnp.where(is_text, logits[0], -jnp.inf), axis=-1)  # [T, V]
+    next_ids = jnp.roll(ids[0], -1)
+    return tapped["alignment"][0], jnp.take_along_axis(shares, next_ids[:, None], axis=1)[:, 0]
 
 
 def alignment_matrix(scores: np.ndarray, num_tokens: int) -> np.ndarray:
-    """One picture of all heads: how unusual, for its time, is where each token looks.
+    """Combine the alignment heads: the mean of their attention weights, normalized over tokens.
 
     Args:
-        scores: as `attention` returns them.
-        num_tokens: of the text, T.
+        scores: from `alignment_scores`.
+        num_tokens: T, the number of text tokens.
 
     Returns:
-        float [T + 1, S], a row for the token that is chosen there; the last is that of the end.
+        float [T + 1, S], one row for each text token and one for the end-of-text token.
     """
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
@@ -172,7 +197,11 @@ def alignment_matrix(scores: np.ndarray, num_tokens: int) -> np.ndarray:
 
 
 def median_filter(x: np.ndarray) -> np.ndarray:
-    """The median of each number and its neighbours along the last axis, mirrored at the ends."""
+    """Apply a median filter of width 7 along the last axis, mirrored at the ends.
+
+    Args:
+        x: float [..., T]; returned unchanged if T is at most 3.
+    """
     half = _MEDIAN_FILTER_WIDTH // 2
     if x.shape[-1] <= half:
         return x
@@ -182,10 +211,10 @@ def median_filter(x: np.ndarray) -> np.ndarray:
 
 
 def dtw(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The cheapest path from the first cell to the last: dynamic time warping.
+    """Find the cheapest path from the first cell to the last: dynamic time warping.
 
     Each step goes down, right, or both. The costs of all cells on a diagonal (row + column = d)
-    depend on the two diagonals before it only, so they are computed at once.
+    depend on the two diagonals before it only, so they are computed together.
 
     Args:
         cost: float [T, S].
@@ -194,10 +223,11 @@ def dtw(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         The rows and the columns of the path's cells, int [cells] each.
     """
     num_rows, num_columns = cost.shape
-    # best[i + 1] is the cost of getting to row i, on this diagonal, the last, and the one before.
+    # best[i + 1] is the cost of the path to row i on this diagonal; `last` and `before` hold the
+    # costs on the previous two.
     last = np.full(num_rows + 1, np.inf)
     before = np.full(num_rows + 1, np.inf)
-    before[0] = 0.0  # the way into the first cell
+    before[0] = 0.0  # the start of the path
     moves = np.empty((num_rows + num_columns - 1, num_rows), np.int8)
     for d in range(num_rows + num_columns - 1):
         i = np.arange(max(0, d - num_columns + 1), min(d, num_rows - 1) + 1)
@@ -226,47 +256,49 @@ def assign_words(
     *,
     last_end: float,
 ) -> list[tuple[tuple[Word, ...], tuple[float, float]]]:
-    """Shares the words of a window out to its segments, and makes their times agree.
+    """Assign the words of a window to its segments, and make their times consistent.
 
     Args:
-        words: what `align` found, with times within the whole sound.
-        spans: start and end of each segment, from its points in time.
-        counts: tokens of text in each segment.
-        last_end: when the last word before this window ended.
+        words: from `align`, with times within the whole audio.
+        spans: start and end of each segment in seconds, from its timestamp tokens.
+        counts: text tokens in each segment.
+        last_end: seconds, the end of the last word before this window.
 
     Returns:
-        For each segment its words and its start and end.
+        For each segment its words, and its start and end in seconds.
     """
-    lengths = [word.end - word.start for word in words if word.end > word.start]
-    typical = min(0.7, float(np.median(lengths))) if lengths else 0.0
+    durations = [word.end - word.start for word in words if word.end > word.start]
+    typical = min(0.7, float(np.median(durations))) if durations else 0.0
     words = _attach_punctuation(_shorten_at_sentence_ends(words, 2 * typical))
-    found, at = [], 0
+    assigned, index = [], 0
     for (start, end), count in zip(spans, counts, strict=True):
-        own, seen = [], 0
-        while at < len(words) and seen < count:
-            if words[at].text:
-                own.append(words[at])
-            seen += len(words[at].ids)
-            at += 1
-        if own:
-            own = _shorten_after_pause(own, typical, last_end)
-            first, last = own[0], own[-1]
-            # A segment's own start and end win over words that reach half a second beyond them.
+        segment_words: list[Word] = []
+        num_tokens = 0
+        while index < len(words) and num_tokens < count:
+            if words[index].text:
+                segment_words.append(words[index])
+            num_tokens += len(words[index].ids)
+            index += 1
+        if segment_words:
+            segment_words = _shorten_after_pause(segment_words, typical, last_end)
+            first = segment_words[0]
+            # The segment's times win over a word that extends more than half a second beyond them.
             if start < first.end and start - 0.5 > first.start:
-                own[0] = replace(first, start=max(0.0, min(first.end - typical, start)))
+                segment_words[0] = replace(first, start=max(0.0, min(first.end - typical, start)))
             else:
                 start = first.start
-            last = own[-1]
+            last = segment_words[-1]
             if end > last.start and end + 0.5 < last.end:
-                own[-1] = replace(last, end=max(last.start + typical, end))
+                segment_words[-1] = replace(last, end=max(last.start + typical, end))
             else:
                 end = last.end
             last_end = end
-        found.append((tuple(own), (start, end)))
-    return found
+        assigned.append((tuple(segment_words), (start, end)))
+    return assigned
 
 
 def _shorten_at_sentence_ends(words: Sequence[Word], longest: float) -> list[Word]:
+    """Shorten a sentence's last punctuation mark, and the word after it, to `longest` seconds."""
     words = list(words)
     for i in range(1, len(words)):
         if words[i].end - words[i].start > longest:
@@ -278,26 +310,30 @@ def _shorten_at_sentence_ends(words: Sequence[Word], longest: float) -> list[Wor
 
 
 def _attach_punctuation(words: Sequence[Word]) -> list[Word]:
-    """Joins punctuation to the word it belongs to; its time does not count, its tokens do."""
+    """Join punctuation to its word: the tokens are added, the times of the word stay."""
     joined: list[Word] = []
-    for word in reversed(words):  # what opens goes to the word behind it
+    for word in reversed(words):  # opening punctuation joins the next word
         if joined and word.text.startswith(" ") and word.text.strip() in _PREPEND_PUNCTUATIONS:
-            after = joined[-1]
-            joined[-1] = replace(after, text=word.text + after.text, ids=word.ids + after.ids)
+            next_word = joined[-1]
+            joined[-1] = replace(
+                next_word, text=word.text + next_word.text, ids=word.ids + next_word.ids
+            )
         else:
             joined.append(word)
     words, joined = joined[::-1], []
-    for word in words:  # what closes goes to the word before it
+    for word in words:  # closing punctuation joins the previous word
         if joined and not joined[-1].text.endswith(" ") and word.text in _APPEND_PUNCTUATIONS:
-            before = joined[-1]
-            joined[-1] = replace(before, text=before.text + word.text, ids=before.ids + word.ids)
+            previous = joined[-1]
+            joined[-1] = replace(
+                previous, text=previous.text + word.text, ids=previous.ids + word.ids
+            )
         else:
             joined.append(word)
     return joined
 
 
 def _shorten_after_pause(words: list[Word], typical: float, last_end: float) -> list[Word]:
-    """The first two words behind a pause are not longer than twice the typical word."""
+    """Shorten the first two words after a pause to at most twice the typical duration."""
     longest, first = 2 * typical, words[0]
     if first.end - last_end <= 4 * typical:
         return words

@@ -1,12 +1,13 @@
-"""What Whisper's token ids mean: text, languages, tasks, and points in time.
+"""Whisper's tokenizer: text, special and timestamp tokens.
 
-The text tokens are GPT-2's, or a vocabulary made the same way over many languages. Behind them
-stand the special ones, in this order: the end; the start; one for each language; translate and
-transcribe; "language model only"; the start of what was said before; no speech; no timestamps; and
-1501 points in time, 20 ms apart, from 0 to 30 s. A window begins with the start, a language, a
-task, and perhaps "no timestamps" (an English-only model: just the start).
+The text tokens are GPT-2's, or a multilingual byte-level BPE vocabulary trained the same way. The
+special tokens follow in this order: end of text; start of transcript; one for each language;
+translate and transcribe; start of LM; start of previous text; no speech; no timestamps; and 1501
+timestamps from 0 to 30 s, 20 ms apart. A window begins with the start, a language, a task, and "no
+timestamps" if there are none (with an English-only model: the start, and "no timestamps"). Radford
+et al. 2022, arXiv:2212.04356, section 2.3.
 
-The vocabulary is read from a `tokenizer.json`; the points in time follow from the last special id.
+The vocabulary is read from a `tokenizer.json`. The timestamp tokens follow the last special id.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from bpe import Encoding
 from bpe.formats import bytes_to_unicode
 from bpe.pretokenize import GPT2
 
-TIME_PRECISION = 0.02  # between two points in time
+TIME_PRECISION = 0.02  # seconds between two timestamp tokens
 
-# Codes of the languages and their English names, as the API spells them.
+# Language codes and English names, spelled as in the API.
 _LANGUAGES = """
 en:english zh:chinese de:german es:spanish ru:russian ko:korean fr:french ja:japanese pt:portuguese
 tr:turkish pl:polish ca:catalan nl:dutch ar:arabic sv:swedish it:italian id:indonesian hi:hindi
@@ -43,7 +44,7 @@ LANGUAGES = {
     code: name.replace("_", " ") for code, name in (pair.split(":") for pair in _LANGUAGES.split())
 }
 
-# Languages written without spaces, in which a character is the nearest thing to a word.
+# Languages written without spaces; each character counts as a word.
 _WITHOUT_SPACES = frozenset({"zh", "ja", "th", "lo", "my", "yue"})
 _NO_SPEECH = ("<|nospeech|>", "<|nocaptions|>")  # two spellings of one token
 
@@ -53,7 +54,7 @@ class WhisperTokenizer:
     """A vocabulary of Whisper.
 
     Attributes:
-        encoding: text to ids and back; knows the special tokens, not the points in time.
+        encoding: text to ids and back; it has the special tokens but not the timestamps.
         is_multilingual: whether windows begin with a language and a task.
         languages: codes in the order of their tokens.
     """
@@ -61,45 +62,56 @@ class WhisperTokenizer:
     encoding: Encoding
     is_multilingual: bool
     languages: tuple[str, ...]
-    eot: int  # end of the text of a window
-    sot: int  # start of a window
+    eot: int  # end of text
+    sot: int  # start of transcript
     translate: int
     transcribe: int
-    sot_prev: int  # start of what was said before the window
+    sot_prev: int  # start of the previous text
     no_speech: int
     no_timestamps: int
 
     @property
     def timestamp_begin(self) -> int:
-        """The point in time 0.00; the others follow."""
+        """The timestamp token of 0.00 s; the others follow."""
         return self.no_timestamps + 1
 
     def language_id(self, language: str) -> int:
-        """The token of a language given by its code or its English name.
+        """Return the token of a language.
+
+        Args:
+            language: a code or an English name, in any case.
 
         Raises:
-            ValueError: this vocabulary has no such language.
+            ValueError: the model does not support the language.
         """
         return self.sot + 1 + self.languages.index(self.language_code(language))
 
     def language_code(self, language: str) -> str:
-        """The code of a language given by its code or its English name.
+        """Return the code of a language.
+
+        Args:
+            language: a code or an English name, in any case.
 
         Raises:
-            ValueError: this vocabulary has no such language.
+            ValueError: the model does not support the language.
         """
-        wanted = language.strip().lower()
-        code = next((code for code, name in LANGUAGES.items() if name == wanted), wanted)
+        normalized = language.strip().lower()
+        code = next((code for code, name in LANGUAGES.items() if name == normalized), normalized)
         if code not in self.languages or (code != "en" and not self.is_multilingual):
-            known = ", ".join(self.languages) if self.is_multilingual else "en"
-            raise ValueError(f"language {language!r} is not known to this model; it knows {known}")
+            supported = ", ".join(self.languages) if self.is_multilingual else "en"
+            raise ValueError(f"language must be one of {supported}; got {language!r}")
         return code
 
     def sot_sequence(self, language: str, task: str, *, timestamps: bool) -> tuple[int, ...]:
-        """The tokens that a window begins with.
+        """Return the tokens that a window begins with.
+
+        Args:
+            language: a code or an English name.
+            task: "transcribe" or "translate".
+            timestamps: whether timestamp tokens are to be generated.
 
         Raises:
-            ValueError: a language or task this model does not know.
+            ValueError: the model does not support the language or task.
         """
         if task not in ("transcribe", "translate"):
             raise ValueError(f"task must be 'transcribe' or 'translate', got {task!r}")
@@ -107,28 +119,30 @@ class WhisperTokenizer:
         if self.is_multilingual:
             ids += [self.language_id(language), getattr(self, task)]
         elif task == "translate" or self.language_code(language) != "en":
-            raise ValueError("this model knows English only, and cannot translate")
+            raise ValueError(
+                "this model is English-only: it cannot translate, and language must be en"
+            )
         return (*ids, *([] if timestamps else [self.no_timestamps]))
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of a text, in which nothing counts as a special token."""
+        """Encode text; special tokens in it are encoded as text."""
         return tuple(self.encoding.encode_ordinary(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; special tokens and points in time are left out."""
+        """Decode ids to text; special tokens and timestamps are skipped."""
         return self.encoding.decode([id for id in ids if id < self.eot])
 
     @functools.cached_property
     def non_speech_tokens(self) -> tuple[int, ...]:
-        """Tokens that never stand for something said, and are not to be written.
+        """Sorted ids of tokens that annotate rather than transcribe, to be suppressed.
 
-        Transcripts made by people mark music, speakers and noises with signs and brackets; a model
-        that learned from them would too. Hyphens and apostrophes are forbidden only where a word
-        would begin with one. Of a sign that takes several tokens, only notes of music are forbidden
-        (by their first token, which other symbols of that block share), or common ones would be.
+        Training transcripts mark music, speakers and noises with symbols and brackets. Hyphens and
+        apostrophes are suppressed only at the start of a word. Of symbols that take several tokens,
+        only musical notes are suppressed, by their first token, which other symbols of their
+        Unicode block share. As `non_speech_tokens` of openai-whisper.
         """
         notes = "♩♪♫♬♭♮♯"
-        signs = [
+        symbols = [
             *'"#()*+/:;<=>@[\\]^_`{|}~「」『』',
             "<<",
             ">>",
@@ -139,59 +153,68 @@ class WhisperTokenizer:
             "-(",
             "-[",
         ]
-        signs += ["('", '("', "((", "))", "(((", ")))", "[[", "]]", "{{", "}}", "♪♪", "♪♪♪"]
-        found = {self.encode(" -")[0], self.encode(" '")[0]}
-        for sign in [*signs, *notes]:
-            for ids in (self.encode(sign), self.encode(" " + sign)):
-                if len(ids) == 1 or sign in notes:
-                    found.add(ids[0])
-        return tuple(sorted(found))
+        symbols += ["('", '("', "((", "))", "(((", ")))", "[[", "]]", "{{", "}}", "♪♪", "♪♪♪"]
+        suppressed = {self.encode(" -")[0], self.encode(" '")[0]}
+        for symbol in [*symbols, *notes]:
+            for ids in (self.encode(symbol), self.encode(" " + symbol)):
+                if len(ids) == 1 or symbol in notes:
+                    suppressed.add(ids[0])
+        return tuple(sorted(suppressed))
 
     @functools.cached_property
     def suppress_tokens(self) -> tuple[int, ...]:
-        """All tokens that are never to be written inside a window."""
-        frame = range(self.eot + 1, self.no_timestamps)
+        """Sorted ids of all tokens to suppress: non-speech tokens, and special ones."""
+        special = range(self.eot + 1, self.no_timestamps)
         languages = range(self.sot + 1, self.sot + 1 + len(self.languages))
-        return tuple(sorted({*self.non_speech_tokens, *(set(frame) - set(languages))}))
+        return tuple(sorted({*self.non_speech_tokens, *(set(special) - set(languages))}))
 
     def split_words(self, ids: Sequence[int], language: str) -> list[tuple[str, list[int]]]:
-        """Cuts text ids into words, each with the space before it, punctuation apart."""
+        """Split text ids into words, each with its leading space, punctuation separate.
+
+        Args:
+            ids: text tokens, and the end of text if it is to be a word.
+            language: a code; characters are words in languages written without spaces.
+
+        Returns:
+            The text and the ids of each word, in order.
+        """
         characters = self._split_characters(ids)
         if language in _WITHOUT_SPACES:
             return characters
         words: list[tuple[str, list[int]]] = []
-        for text, part in characters:
-            is_new = part[0] >= self.eot or text.startswith(" ")
+        for text, text_ids in characters:
+            is_new = text_ids[0] >= self.eot or text.startswith(" ")
             if is_new or text.strip() in string.punctuation or not words:
-                words.append((text, part))
+                words.append((text, text_ids))
             else:
-                words[-1] = (words[-1][0] + text, words[-1][1] + part)
+                words[-1] = (words[-1][0] + text, words[-1][1] + text_ids)
         return words
 
     def _split_characters(self, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
-        """Cuts ids wherever no character is split; bytes that are no text stay with their token."""
-        whole, parts, pending, offset = self.encoding.decode(ids), [], [], 0
+        """Split ids where no character is split; invalid UTF-8 stays with its token."""
+        decoded, characters, pending, offset = self.encoding.decode(ids), [], [], 0
         for id in ids:
             pending.append(id)
             text = self.encoding.decode(pending)
-            hole = text.find("\ufffd")
-            # A hole that the whole text shows too will not be filled by more tokens.
-            if hole < 0 or whole[offset + hole : offset + hole + 1] == "\ufffd":
-                parts.append((text, pending))
+            invalid = text.find("\ufffd")
+            # A replacement character that the whole text has too is not an incomplete character.
+            if invalid < 0 or decoded[offset + invalid : offset + invalid + 1] == "\ufffd":
+                characters.append((text, pending))
                 offset += len(text)
                 pending = []
-        return parts
+        return characters
 
 
 def load(folder: Path, vocab_size: int) -> WhisperTokenizer:
-    """Reads the `tokenizer.json` of a model folder.
+    """Load the `tokenizer.json` of a model folder.
 
     Args:
-        vocab_size: the number of logits the model makes, points in time included.
+        folder: the model folder.
+        vocab_size: the size of the model's vocabulary, timestamp tokens included.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, or no vocabulary of Whisper.
+        FileNotFoundError: the folder has no tokenizer.json.
+        ValueError: the file is damaged, or does not have Whisper's special tokens.
     """
     path = Path(folder) / "tokenizer.json"
     try:
@@ -201,20 +224,20 @@ def load(folder: Path, vocab_size: int) -> WhisperTokenizer:
         ranks = {
             bytes(byte_of[c] for c in token): id
             for token, id in spec["model"]["vocab"].items()
-            if token and token not in special  # one vocabulary has an empty token, never made
+            if token and token not in special  # one vocabulary has an empty token, never used
         }
         merges = [
-            tuple(bytes(byte_of[c] for c in part) for part in _pair(merge))
+            tuple(bytes(byte_of[c] for c in token) for token in _pair(merge))
             for merge in spec["model"]["merges"]
         ]
-        # Points in time stand in newer files; they are counted from the last special one here.
+        # Only newer files have the timestamp tokens; here they follow from the last special token.
         special = {token: id for token, id in special.items() if token[2:3] not in "0123456789"}
         encoding = Encoding(
             path.parent.name, pattern=GPT2, ranks=ranks, special_tokens=special, merges=merges
         )
         sot, translate = special["<|startoftranscript|>"], special["<|translate|>"]
         names = {id: token for token, id in special.items()}
-        tokens = WhisperTokenizer(
+        tokenizer = WhisperTokenizer(
             encoding=encoding,
             is_multilingual=special["<|endoftext|>"] > 50256,
             languages=tuple(names[id].strip("<|>") for id in range(sot + 1, translate)),
@@ -229,17 +252,17 @@ def load(folder: Path, vocab_size: int) -> WhisperTokenizer:
     except FileNotFoundError:
         raise
     except (KeyError, TypeError, StopIteration, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no vocabulary of Whisper ({error!r})") from error
-    if vocab_size - tokens.timestamp_begin != 1501:
+        raise ValueError(f"{path}: not a Whisper vocabulary ({error!r})") from error
+    if vocab_size - tokenizer.timestamp_begin != 1501:
         raise ValueError(
-            f"{path}: its last special token is {tokens.no_timestamps}, which leaves "
-            f"{vocab_size - tokens.timestamp_begin} of {vocab_size} for points in time, not 1501"
+            f"{path}: the last special token must be {vocab_size - 1502} for a vocabulary of "
+            f"{vocab_size}, 1501 timestamps included; got {tokenizer.no_timestamps}"
         )
-    return tokens
+    return tokenizer
 
 
 def _pair(merge: str | list[str]) -> list[str]:
     pair = merge.split(" ") if isinstance(merge, str) else merge
     if len(pair) != 2:
-        raise ValueError(f"merge {merge!r} does not join two tokens")
+        raise ValueError(f"a merge must be two tokens, got {merge!r}")
     return pair

@@ -1,17 +1,17 @@
-"""Sounds of any length: window after window, or several windows at once.
+"""Transcription of audio of any length: window by window, or several windows in a batch.
 
-In turn (Radford et al. 2022, section 3.8): a window of 30 seconds is written down; the next begins
-at the last point in time that was written, so that no word is cut; what was said before may be
-given to the decoder as context. At once: the sound is cut into regions at pauses, independent of
-each other; a window of each shares the steps of the decoder, whose weights are then read once for
-all of them. The first way keeps names and style consistent, and its text arrives in order as
-windows are finished; the second is quicker, and an error does not carry over.
+Sequential (Radford et al. 2022, section 3.8): a window of 30 seconds is decoded, and the next one
+begins at its last timestamp, so that no word is cut. The previous text may be the prompt of the
+next window. Batched (`batch_size` above 1): the audio is split at pauses into independent regions,
+and one window of each shares the decoder's steps, which then read the weights once for all.
+Sequential decoding keeps names and style consistent; batched decoding is faster, and errors do not
+propagate.
 
-Either way a long pause is shortened to three seconds before anybody listens (`skip_silence`): in it
-the decoder loses its sense of time, or starts to invent. Times are set right afterwards.
+Both shorten pauses to three seconds before encoding (`skip_silence`), since in long pauses the
+decoder's timestamps drift and it hallucinates. The times are restored afterwards.
 
-Leaves out: telling speakers apart, and the reference's heuristic for skipping suspicious words in
-long silences, of which there are none.
+Leaves out: speaker diarization, and the reference implementation's heuristic that skips suspicious
+words in long silences, which are removed here.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from audio import model, timing, vad
@@ -41,15 +42,11 @@ from audio.tokenizer import TIME_PRECISION, WhisperTokenizer
 from audio.vad import Span
 from audio.whisper import RunOnDevice, Whisper, run_inline
 
-_MAX_SKIPPED_SPEECH = 1.5  # seconds of speech that a window must not leave unwritten
-_REGION_SECONDS = (
-    150.0  # seconds, about as long as what is gone through in turn beside other regions
-)
+_MAX_SKIPPED_SPEECH = 1.5  # seconds of speech after its last timestamp that a window may skip
+_REGION_SECONDS = 150.0  # approximate length of a region in batched decoding
 _REGION_SLACK = 5.0  # seconds by which a region may be longer, to end in a pause
-_MIN_PAUSE = 0.7  # seconds of pause that no segment lies across
-_FRAMES_PER_TIMESTAMP = round(
-    TIME_PRECISION * FRAMES_PER_SECOND
-)  # frames between two points in time
+_MIN_PAUSE = 0.7  # seconds; no segment contains a longer pause
+_FRAMES_PER_TIMESTAMP = round(TIME_PRECISION * FRAMES_PER_SECOND)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +55,10 @@ class Segment:
 
     start: float  # seconds
     end: float
-    text: str  # with the space before it
+    text: str  # with its leading space
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # of each id
-    seek: int  # the frame its window began at
+    seek: int  # first frame of its window
     temperature: float
     avg_logprob: float
     compression_ratio: float
@@ -71,9 +68,9 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Transcript:
-    """All that was heard in a sound."""
+    """The text of some audio, with its segments."""
 
-    language: str  # its code
+    language: str  # a code
     duration: float  # seconds
     text: str
     segments: tuple[Segment, ...]
@@ -81,15 +78,19 @@ class Transcript:
 
 @dataclass(frozen=True, kw_only=True)
 class TranscriptionOptions:
-    """How a sound is gone through.
+    """Options of transcribing audio of any length.
 
     Attributes:
-        condition: give what was written before to the next window (with `batch` 1).
-        initial_prompt: text given to the first window (with `batch`, to every window).
-        skip_silence: leave out what no speech is near to.
-        words: find the time of every word.
-        batch: windows decoded at once; 1 goes through the sound in turn.
-        fallback: when a window is tried again.
+        condition_on_previous_text: use the previous text as the prompt of the next window (only
+            with `batch_size` 1).
+        initial_prompt: prompt of the first window (of each region, if `batch_size` is above 1).
+        skip_silence: shorten long pauses before encoding.
+        word_timestamps: find the time of every word.
+        batch_size: windows decoded together; 1 decodes them one after the other.
+        fallback: when to decode a window again.
+
+    Raises:
+        ValueError: `batch_size` is below 1.
     """
 
     condition_on_previous_text: bool = True
@@ -109,25 +110,31 @@ _OPTIONS, _TRANSCRIPTION_OPTIONS = DecodingOptions(), TranscriptionOptions()
 
 def transcribe(
     whisper: Whisper,
-    sound: str | Path | bytes | np.ndarray,
+    source: str | Path | bytes | np.ndarray,
     *,
     language: str | None = None,
     options: DecodingOptions = _OPTIONS,
     transcription_options: TranscriptionOptions = _TRANSCRIPTION_OPTIONS,
     run: RunOnDevice = run_inline,
 ) -> Transcript:
-    """Writes down what is said in a sound.
+    """Transcribe, or translate to English, some audio.
 
     Args:
-        sound: a file, its bytes, or samples at 16 kHz.
-        language: a code or name; None to detect it. (`options.language` is not looked at.)
-        options: how each window is decoded.
-        run: does the pieces of device work.
+        whisper: the model.
+        source: a path, the bytes of a file, or float32 samples at 16 kHz.
+        language: a code or name; None to detect it. `options.language` is ignored.
+        options: options of decoding each window.
+        transcription_options: options of going through the audio.
+        run: runs the work items on the device.
+
+    Returns:
+        The transcript; its times are in seconds.
 
     Raises:
-        ValueError: the file cannot be read, or the model does not know the language or task.
+        FileNotFoundError: there is no file at the path.
+        ValueError: the file cannot be read, or the model does not support the language or task.
     """
-    samples = sound if isinstance(sound, np.ndarray) else load(sound)
+    samples = source if isinstance(source, np.ndarray) else load(source)
     spans = find_speech(samples, transcription_options)
     language = find_language(whisper, samples, language, spans, run=run)
     options = replace(options, language=language)
@@ -149,9 +156,14 @@ def transcribe(
     )
 
 
-def find_speech(samples: np.ndarray, plan: TranscriptionOptions) -> list[Span]:
-    """Where anybody speaks, if the plan asks; else the whole sound."""
-    if plan.skip_silence or plan.batch_size > 1:
+def find_speech(samples: np.ndarray, options: TranscriptionOptions) -> list[Span]:
+    """Return the spans of speech if the options need them; else one span of the whole audio.
+
+    Args:
+        samples: float32 [samples] at 16 kHz.
+        options: speech is found for `skip_silence` and for `batch_size` above 1.
+    """
+    if options.skip_silence or options.batch_size > 1:
         return vad.speech_spans(samples)
     return [(0.0, len(samples) / SAMPLE_RATE)]
 
@@ -164,10 +176,17 @@ def find_language(
     *,
     run: RunOnDevice = run_inline,
 ) -> str:
-    """The code of the given language, or of the one heard where speech begins.
+    """Return the code of a language, or detect it in the 30 seconds from the first speech on.
+
+    Args:
+        whisper: the model.
+        samples: float32 [samples] at 16 kHz.
+        language: a code or name; None to detect it.
+        spans: spans of speech; if there are none, the language is "en".
+        run: runs the work items on the device.
 
     Raises:
-        ValueError: the model does not know the language.
+        ValueError: the model does not support the language.
     """
     if language is not None:
         return whisper.tokenizer.language_code(language)
@@ -175,8 +194,8 @@ def find_language(
         return "en"
     begin = int(spans[0][0] * SAMPLE_RATE)
     window = log_mel(samples[begin : begin + 30 * SAMPLE_RATE], whisper.cfg.num_mels)
-    shares = detect_language(whisper, _encode(whisper, [window], run), run=run)[0]
-    return max(shares, key=lambda code: shares[code])
+    probabilities = detect_language(whisper, _encode(whisper, [window], run), run=run)[0]
+    return max(probabilities, key=lambda code: probabilities[code])
 
 
 def generate_segments(
@@ -188,79 +207,96 @@ def generate_segments(
     spans: Sequence[Span] | None = None,
     run: RunOnDevice = run_inline,
 ) -> Iterator[Segment]:
-    """Yields segments as soon as they are written; arguments as of `transcribe`."""
+    """Transcribe some audio, yielding segments in order as soon as they are decoded.
+
+    Args:
+        whisper: the model.
+        samples: float32 [samples] at 16 kHz.
+        options: options of decoding each window, the language included.
+        transcription_options: options of going through the audio.
+        spans: spans of speech, from `find_speech`; None to find them.
+        run: runs the work items on the device.
+
+    Raises:
+        ValueError: the model does not support the language or task.
+    """
     spans = find_speech(samples, transcription_options) if spans is None else spans
     spectrogram = log_mel(samples, whisper.cfg.num_mels)
-    kept = np.arange(len(spectrogram))
+    frames = np.arange(len(spectrogram))
     if transcription_options.skip_silence:
-        # From here on time stands still in long pauses, until `_in_place` sets a segment right.
-        kept = vad.retained_frames(spans, len(spectrogram))
-        spectrogram = spectrogram[kept]
-    if not len(spectrogram):  # nobody speaks
+        # From here on, times skip the pauses; `_restore_times` maps those of segments back.
+        frames = vad.retained_frames(spans, len(spectrogram))
+        spectrogram = spectrogram[frames]
+    if not len(spectrogram):  # no speech
         return
-    heard = vad.remap_spans(spans, kept)
-    whole = len(spectrogram) / FRAMES_PER_SECOND
-    regions = [(0.0, whole)]
-    if transcription_options.batch_size > 1:
-        # A multiple of the batch, of about the same length, so that they come to an end together.
-        share = (
-            whole
-            / transcription_options.batch_size
-            / math.ceil(whole / transcription_options.batch_size / _REGION_SECONDS)
-        )
+    speech = vad.remap_spans(spans, frames)
+    duration = len(spectrogram) / FRAMES_PER_SECOND
+    bounds = [(0.0, duration)]
+    batch_size = transcription_options.batch_size
+    if batch_size > 1:
+        # A multiple of the batch size, of about equal length, so that the regions end together.
+        share = duration / batch_size / math.ceil(duration / batch_size / _REGION_SECONDS)
         window = whisper.cfg.num_frames / FRAMES_PER_SECOND
         longest = max(share + _REGION_SLACK, window)
-        regions = vad.split_into_windows(spectrogram.mean(axis=1), heard, max_seconds=longest)
-    prompt = transcription_options.initial_prompt.strip()
-    before = whisper.tokenizer.encode(" " + prompt) if prompt else ()
-    regions = [tuple(round(t * FRAMES_PER_SECOND) for t in region) for region in regions]
-    jobs = deque(_Region(start, end, before) for start, end in regions)
-    while jobs:
-        active = [job for job in jobs if not job.is_done][: transcription_options.batch_size]
+        bounds = vad.split_into_windows(spectrogram.mean(axis=1), speech, max_seconds=longest)
+    initial_prompt = transcription_options.initial_prompt.strip()
+    prompt = whisper.tokenizer.encode(" " + initial_prompt) if initial_prompt else ()
+    regions = deque(
+        _Region(round(start * FRAMES_PER_SECOND), round(end * FRAMES_PER_SECOND), prompt)
+        for start, end in bounds
+    )
+    while regions:
+        active = [region for region in regions if not region.is_done][:batch_size]
         _transcribe_windows(
-            whisper, spectrogram, active, heard, options, transcription_options, run
+            whisper, spectrogram, active, speech, options, transcription_options, run
         )
-        while jobs and (jobs[0].segments or jobs[0].is_done):  # in the order of the sound
-            for segment in jobs[0].segments:
+        while regions and (regions[0].segments or regions[0].is_done):  # in the order of the audio
+            for segment in regions[0].segments:
                 yield (
-                    _restore_times(segment, kept, spans)
+                    _restore_times(segment, frames, spans)
                     if transcription_options.skip_silence
                     else segment
                 )
-            jobs[0].segments = []
-            if not jobs[0].is_done:
+            regions[0].segments = []
+            if not regions[0].is_done:
                 break
-            jobs.popleft()
+            regions.popleft()
 
 
-def _restore_times(segment: Segment, kept: np.ndarray, spans: Sequence[Span]) -> Segment:
-    """A segment with its times in the whole sound, none of them in the midst of a pause."""
+def _restore_times(segment: Segment, frames: np.ndarray, spans: Sequence[Span]) -> Segment:
+    """Map a segment's times back to the audio with its pauses; none lies within a pause.
 
-    def placed(start: float, end: float) -> tuple[float, float]:
-        first, last = (min(round(t * FRAMES_PER_SECOND), len(kept)) for t in (start, end))
-        start = float(kept[min(first, len(kept) - 1)]) / FRAMES_PER_SECOND
-        end = float(kept[max(last, 1) - 1] + 1) / FRAMES_PER_SECOND
+    Args:
+        segment: its times are those of the retained frames.
+        frames: int [T], the retained frames.
+        spans: spans of speech in the whole audio.
+    """
+
+    def restore(start: float, end: float) -> tuple[float, float]:
+        first, last = (min(round(t * FRAMES_PER_SECOND), len(frames)) for t in (start, end))
+        start = float(frames[min(first, len(frames) - 1)]) / FRAMES_PER_SECOND
+        end = float(frames[max(last, 1) - 1] + 1) / FRAMES_PER_SECOND
         return vad.snap_to_speech(start, max(start, end), spans)
 
     words = tuple(
         replace(word, start=start, end=end)
         for word in segment.words
-        for start, end in [placed(word.start, word.end)]
+        for start, end in [restore(word.start, word.end)]
     )
-    start, end = placed(segment.start, segment.end)
-    seek = int(kept[segment.seek])
+    start, end = restore(segment.start, segment.end)
+    seek = int(frames[segment.seek])
     return replace(segment, start=start, end=end, seek=seek, words=words)
 
 
 @dataclass
 class _Region:
-    """A region of the spectrogram that is written down window after window."""
+    """A region of the spectrogram that is decoded window by window."""
 
-    seek: int  # frames: where its next window begins
+    seek: int  # first frame of its next window
     end: int
-    prompt: tuple[int, ...]  # what the next window is told was said before
-    segments: list[Segment] = field(default_factory=list)  # written and not handed out yet
-    last_end: float = 0.0  # seconds: when the last word ended
+    prompt: tuple[int, ...]  # previous text for the next window
+    segments: list[Segment] = field(default_factory=list)  # decoded and not yielded yet
+    last_end: float = 0.0  # seconds: end of the last word
 
     @property
     def is_done(self) -> bool:
@@ -270,135 +306,161 @@ class _Region:
 def _transcribe_windows(
     whisper: Whisper,
     spectrogram: np.ndarray,
-    jobs: Sequence[_Region],
+    regions: Sequence[_Region],
     spans: Sequence[Span],
     options: DecodingOptions,
-    plan: TranscriptionOptions,
+    transcription_options: TranscriptionOptions,
     run: RunOnDevice,
 ) -> None:
-    """Writes down a window of each job."""
-    if not jobs:
+    """Decode the next window of each region, and add its segments to the region."""
+    if not regions:
         return
-    tokens = whisper.tokenizer
-    pauses = spans if plan.batch_size > 1 else ()
-    sizes = [window_length(job.seek, job.end, whisper.cfg.num_frames, pauses) for job in jobs]
-    sounds = _encode(
-        whisper,
-        [spectrogram[job.seek : job.seek + size] for job, size in zip(jobs, sizes, strict=True)],
-        run,
-    )
-    options = replace(options, prompt=jobs[0].prompt)  # they differ only where there is one job
-    results = decode_with_fallback(whisper, sounds, options, plan.fallback, run=run)
-    speech = vad.merge_spans(spans, _MIN_PAUSE) if plan.skip_silence else ()
-    for i, (job, size, result) in enumerate(zip(jobs, sizes, results, strict=True)):
-        if plan.fallback.is_silence(result):
-            job.seek += size
+    tokenizer = whisper.tokenizer
+    pauses = spans if transcription_options.batch_size > 1 else ()
+    sizes = [
+        window_length(region.seek, region.end, whisper.cfg.num_frames, pauses) for region in regions
+    ]
+    windows = [
+        spectrogram[region.seek : region.seek + size]
+        for region, size in zip(regions, sizes, strict=True)
+    ]
+    audio_features = _encode(whisper, windows, run)
+    options = replace(options, prompt=regions[0].prompt)  # the same for all if there are several
+    fallback = transcription_options.fallback
+    results = decode_with_fallback(whisper, audio_features, options, fallback, run=run)
+    speech = vad.merge_spans(spans, _MIN_PAUSE) if transcription_options.skip_silence else ()
+    for i, (region, size, result) in enumerate(zip(regions, sizes, results, strict=True)):
+        if fallback.is_silence(result):
+            region.seek += size
             continue
-        parts, step, is_open = next_window(
-            split_at_timestamps(result, tokens),
-            job.seek,
+        slices, step, is_open = next_window(
+            split_at_timestamps(result, tokenizer),
+            region.seek,
             size,
-            spans if plan.skip_silence else (),
-            tokens,
+            spans if transcription_options.skip_silence else (),
+            tokenizer,
         )
-        segments = _segments(parts, result, job.seek, size, tokens)
-        # A segment that lies across a pause is cut there, for which its words must be found.
-        if plan.word_timestamps or any(has_inner_pause(segment, speech) for segment in segments):
+        segments = _segments(slices, result, region.seek, size, tokenizer)
+        # A segment with a pause inside is split there, which needs the times of its words.
+        with_words = transcription_options.word_timestamps
+        if with_words or any(has_inner_pause(segment, speech) for segment in segments):
             segments = _add_word_timestamps(
                 whisper,
-                sounds[i : i + 1],
+                audio_features[i : i + 1],
                 segments,
                 size,
                 options,
-                plan.word_timestamps,
-                job.last_end,
+                with_words,
+                region.last_end,
                 run,
             )
             if words := [word for segment in segments for word in segment.words]:
-                job.last_end = words[-1].end
-                heard = round(job.last_end * FRAMES_PER_SECOND) - job.seek
-                step = heard if is_open and heard > 0 else step
+                region.last_end = words[-1].end
+                num_decoded = round(region.last_end * FRAMES_PER_SECOND) - region.seek
+                step = num_decoded if is_open and num_decoded > 0 else step
             segments = [
-                part for segment in segments for part in split_at_pauses(segment, speech, tokens)
+                part for segment in segments for part in split_at_pauses(segment, speech, tokenizer)
             ]
-            if not plan.word_timestamps:
+            if not with_words:
                 segments = [replace(segment, words=()) for segment in segments]
         segments = [s for s in segments if s.text.strip() and s.end > s.start]
-        job.segments += segments
-        job.seek += step
-        if plan.condition_on_previous_text and plan.batch_size == 1:
-            job.prompt = _next_prompt(job.prompt, segments, result, plan.fallback)
+        region.segments += segments
+        region.seek += step
+        if (
+            transcription_options.condition_on_previous_text
+            and transcription_options.batch_size == 1
+        ):
+            region.prompt = _next_prompt(region.prompt, segments, result, fallback)
 
 
 def next_window(
-    parts: list[TokenSlice], seek: int, size: int, spans: Sequence[Span], tokens: WhisperTokenizer
+    slices: list[TokenSlice],
+    seek: int,
+    size: int,
+    spans: Sequence[Span],
+    tokenizer: WhisperTokenizer,
 ) -> tuple[list[TokenSlice], int, bool]:
-    """Decide which parts of a window stay, and where the next window begins.
+    """Select the slices of a window to keep, and decide where the next window begins.
 
-    A last part without an end goes on behind the window, so that the next window begins with it. An
-    end says that nothing follows; where somebody seems to speak, the rest is read again.
+    A last slice without an end timestamp continues after the window, so the next window begins with
+    it. After an end timestamp the next window begins behind this one, unless there is speech left.
 
     Args:
-        parts: from `cut`, of the window that begins at frame `seek` and has `size` frames.
-        spans: of speech, if they are known.
+        slices: from `split_at_timestamps`.
+        seek: first frame of the window.
+        size: frames of the window.
+        spans: spans of speech, if they are known.
+        tokenizer: the model's tokenizer.
 
     Returns:
-        The parts, the frames to go on by, and whether the last part had no end.
+        The slices to keep, the frames to advance by, and whether the last slice had no end.
     """
 
-    def end(part: TokenSlice) -> int:  # in frames of the window
-        return (part[0][-1] - tokens.timestamp_begin) * _FRAMES_PER_TIMESTAMP
+    def end_frame(part: TokenSlice) -> int:  # within the window
+        return (part[0][-1] - tokenizer.timestamp_begin) * _FRAMES_PER_TIMESTAMP
 
-    if parts and _has_end_timestamp(parts[-1], tokens):
-        last = end(parts[-1])
-        is_passed_over = _speech_between(seek + last, seek + size, spans) > _MAX_SKIPPED_SPEECH
-        return parts, last if is_passed_over else size, False
-    if len(parts) > 1:
-        return parts[:-1], end(parts[-2]), True
-    return parts, size, True
+    if slices and _has_end_timestamp(slices[-1], tokenizer):
+        last = end_frame(slices[-1])
+        skips_speech = _speech_between(seek + last, seek + size, spans) > _MAX_SKIPPED_SPEECH
+        return slices, last if skips_speech else size, False
+    if len(slices) > 1:
+        return slices[:-1], end_frame(slices[-2]), True
+    return slices, size, True
 
 
 def _next_prompt(
-    before: tuple[int, ...],
+    prompt: tuple[int, ...],
     segments: Sequence[Segment],
     result: DecodingResult,
     fallback: TemperatureFallback,
 ) -> tuple[int, ...]:
-    """What the next window is told was said before.
+    """Return the previous text for the next window.
 
-    A text with much chance in it, or one that looks wrong, is no good context.
+    It is empty after text of a high temperature, or text that needs a fallback.
     """
     if result.temperature > 0.5 or fallback.needs_fallback(result):
         return ()
-    return (*before, *(id for segment in segments for id in segment.ids))
+    return (*prompt, *(id for segment in segments for id in segment.ids))
 
 
-def window_length(seek: int, end: int, most: int, spans: Sequence[Span]) -> int:
+def window_length(seek: int, end: int, max_length: int, spans: Sequence[Span]) -> int:
     """Return the length of the window that begins at `seek`, in frames.
 
     Args:
-        seek, end: where the rest of the region begins and ends, in frames.
-        most: the length of a whole window, in frames.
-        spans: of speech. A window that is not the last of its region ends in the last pause
-            between two of them that is more than half a window away.
+        seek: first frame of the window.
+        end: end of the region, in frames.
+        max_length: length of a full window, in frames.
+        spans: spans of speech. A window that is not the last of its region ends in the last pause
+            between two of them in its second half, if there is one.
     """
-    if end - seek <= most:
+    if end - seek <= max_length:
         return end - seek
     pauses = (round((a[1] + b[0]) / 2 * FRAMES_PER_SECOND) for a, b in itertools.pairwise(spans))
-    fitting = [p - seek for p in pauses if most // 2 < p - seek <= most]
-    return fitting[-1] if fitting else most
+    lengths = [p - seek for p in pauses if max_length // 2 < p - seek <= max_length]
+    return lengths[-1] if lengths else max_length
 
 
 def has_inner_pause(segment: Segment, spans: Sequence[Span]) -> bool:
-    """Whether a segment takes in a pause and speech on both sides of it."""
+    """Return whether a segment contains a pause with speech on both sides of it.
+
+    Args:
+        segment: the segment.
+        spans: spans of speech, in the times of the segment.
+    """
     start, end = vad.snap_to_speech(segment.start, segment.end, spans)
     return any(start < a[1] and b[0] < end for a, b in itertools.pairwise(spans))
 
 
 def split_at_pauses(
-    segment: Segment, spans: Sequence[Span], tokens: WhisperTokenizer
+    segment: Segment, spans: Sequence[Span], tokenizer: WhisperTokenizer
 ) -> list[Segment]:
-    """A segment cut at pauses: each of its words goes with the span that is nearest to it."""
+    """Split a segment at pauses: each of its words belongs to the nearest span of speech.
+
+    Args:
+        segment: the segment; returned whole if it has no words.
+        spans: spans of speech, in the times of the segment.
+        tokenizer: the model's tokenizer.
+    """
 
     def nearest(word: Word) -> int:
         middle = (word.start + word.end) / 2
@@ -407,79 +469,84 @@ def split_at_pauses(
     if not spans or not segment.words:
         return [segment]
     groups = [list(words) for _, words in itertools.groupby(segment.words, nearest)]
-    # Where each part's words begin among the ids; a point in time goes with the words beside it.
+    # The index of each group's first token among the ids; timestamps go with adjacent words.
     counts = itertools.accumulate(sum(len(word.ids) for word in words) for words in groups)
-    texts = [i for i, id in enumerate(segment.ids) if id < tokens.eot]
-    cuts = [0, *(texts[count] for count in itertools.islice(counts, len(groups) - 1)), None]
-    parts = []
+    text_indices = [i for i, id in enumerate(segment.ids) if id < tokenizer.eot]
+    cuts = [0, *(text_indices[count] for count in itertools.islice(counts, len(groups) - 1)), None]
+    segments = []
     for words, a, b in zip(groups, cuts, cuts[1:], strict=False):
         ids = segment.ids[a:b]
         start = segment.start if a == 0 else words[0].start
         end = segment.end if b is None else words[-1].end
-        parts.append(
+        segments.append(
             replace(
                 segment,
                 start=start,
                 end=end,
-                text=tokens.decode(ids),
+                text=tokenizer.decode(ids),
                 ids=ids,
                 logprobs=segment.logprobs[a:b],
                 words=tuple(words),
             )
         )
-    return parts
+    return segments
 
 
 def _speech_between(start: int, end: int, spans: Sequence[Span]) -> float:
-    """Seconds of speech between two frames."""
-    start, end = start / FRAMES_PER_SECOND, end / FRAMES_PER_SECOND
-    return sum(max(0.0, min(b, end) - max(a, start)) for a, b in spans)
+    """Return the seconds of speech between two frames."""
+    first, last = start / FRAMES_PER_SECOND, end / FRAMES_PER_SECOND
+    return sum(max(0.0, min(b, last) - max(a, first)) for a, b in spans)
 
 
 def _encode(whisper: Whisper, windows: Sequence[np.ndarray], run: RunOnDevice) -> jax.Array:
-    """Encodes windows of spectrogram [T, M], each its own piece of work; [A, max_audio_len, D]."""
-    sounds = []
+    """Encode windows of spectrogram [T, M], one work item each; return [A, max_audio_len, D]."""
+    audio_features = []
     for window in windows:
         padded = np.zeros((1, whisper.cfg.num_frames, whisper.cfg.num_mels), np.float32)
         padded[0, : len(window)] = window[: whisper.cfg.num_frames]
 
-        def read(padded: np.ndarray = padded) -> jax.Array:
+        def encode_window(padded: np.ndarray = padded) -> jax.Array:
             return jax.block_until_ready(model.encode(whisper.params, whisper.cfg, padded)[0])
 
-        sounds.append(run(read))
-    return sounds[0] if len(sounds) == 1 else jax.numpy.concatenate(sounds)
+        audio_features.append(run(encode_window))
+    return audio_features[0] if len(audio_features) == 1 else jnp.concatenate(audio_features)
 
 
-# From ids to segments
+# Token ids to segments
 
 TokenSlice = tuple[tuple[int, ...], tuple[float, ...]]  # ids and their log-probabilities
 
 
-def split_at_timestamps(result: DecodingResult, tokens: WhisperTokenizer) -> list[TokenSlice]:
-    """Cuts what was written between two points in time that stand side by side."""
-    begin, ids = tokens.timestamp_begin, result.ids
-    places = [i for i in range(1, len(ids)) if ids[i - 1] >= begin and ids[i] >= begin]
-    edges = [0, *places, len(ids)]
+def split_at_timestamps(result: DecodingResult, tokenizer: WhisperTokenizer) -> list[TokenSlice]:
+    """Split the tokens of a window between every two adjacent timestamps.
+
+    Args:
+        result: the decoded window.
+        tokenizer: the model's tokenizer.
+    """
+    begin, ids = tokenizer.timestamp_begin, result.ids
+    splits = [i for i in range(1, len(ids)) if ids[i - 1] >= begin and ids[i] >= begin]
+    edges = [0, *splits, len(ids)]
     return [
         (ids[a:b], result.logprobs[a:b]) for a, b in zip(edges, edges[1:], strict=False) if a < b
     ]
 
 
-def _has_end_timestamp(part: TokenSlice, tokens: WhisperTokenizer) -> bool:
-    """Whether a part ends with a point in time."""
-    return len(part[0]) > 1 and part[0][-1] >= tokens.timestamp_begin
+def _has_end_timestamp(part: TokenSlice, tokenizer: WhisperTokenizer) -> bool:
+    """Return whether a slice ends with a timestamp."""
+    return len(part[0]) > 1 and part[0][-1] >= tokenizer.timestamp_begin
 
 
 def _segments(
-    parts: Sequence[TokenSlice],
+    slices: Sequence[TokenSlice],
     result: DecodingResult,
     seek: int,
     size: int,
-    tokens: WhisperTokenizer,
+    tokenizer: WhisperTokenizer,
 ) -> list[Segment]:
-    """Segments of the parts of a window that begins at frame `seek` and has `size` of them."""
-    begin, segments = tokens.timestamp_begin, []
-    for ids, logprobs in parts:
+    """Return the segments of a window's slices; it begins at frame `seek` and has `size` frames."""
+    begin, segments = tokenizer.timestamp_begin, []
+    for ids, logprobs in slices:
         start, end = 0.0, size / FRAMES_PER_SECOND
         if ids[0] >= begin:
             start = (ids[0] - begin) * TIME_PRECISION
@@ -490,7 +557,7 @@ def _segments(
             Segment(
                 start=round(offset + start, 2),
                 end=round(offset + end, 2),
-                text=tokens.decode(ids),
+                text=tokenizer.decode(ids),
                 ids=ids,
                 logprobs=logprobs,
                 seek=seek,
@@ -505,27 +572,27 @@ def _segments(
 
 def _add_word_timestamps(
     whisper: Whisper,
-    sound: jax.Array,
+    audio_features: jax.Array,
     segments: Sequence[Segment],
     size: int,
     options: DecodingOptions,
-    scored: bool,
+    with_probabilities: bool,
     last_end: float,
     run: RunOnDevice,
 ) -> list[Segment]:
-    """The segments of a window with the times of their words, and their own made to agree."""
+    """Return the segments of a window with their words, and with times that agree with those."""
     if not segments:
         return []
-    tokens, offset = whisper.tokenizer, segments[0].seek / FRAMES_PER_SECOND
-    texts = [[id for id in segment.ids if id < tokens.eot] for segment in segments]
+    tokenizer, offset = whisper.tokenizer, segments[0].seek / FRAMES_PER_SECOND
+    texts = [[id for id in segment.ids if id < tokenizer.eot] for segment in segments]
     words = timing.align(
         whisper,
-        sound,
+        audio_features,
         [id for text in texts for id in text],
         num_frames=size,
         language=options.language,
         task=options.task,
-        with_probabilities=scored,
+        with_probabilities=with_probabilities,
         run=run,
     )
     words = [
@@ -533,8 +600,8 @@ def _add_word_timestamps(
         for word in words
     ]
     spans = [(segment.start, segment.end) for segment in segments]
-    placed = timing.assign_words(words, spans, [len(text) for text in texts], last_end=last_end)
+    assigned = timing.assign_words(words, spans, [len(text) for text in texts], last_end=last_end)
     return [
-        replace(segment, words=own, start=round(start, 2), end=round(end, 2))
-        for segment, (own, (start, end)) in zip(segments, placed, strict=True)
+        replace(segment, words=words, start=round(start, 2), end=round(end, 2))
+        for segment, (words, (start, end)) in zip(segments, assigned, strict=True)
     ]

@@ -1,13 +1,12 @@
-"""Where anybody speaks: a voice-activity detector from loudness alone.
+"""Voice activity detection from the energy of the speech band alone.
 
-Speech comes in syllables, several a second, loud against what lies between them; noise and hum stay
-level. So the loudness of the band of speech is compared, every 10 ms, with the quietest of its
-surroundings: what stands out may be speech, and is taken for it if it moves. After the oldest
-detectors there are (Rabiner & Sambur 1975), with two thresholds, so that a span begins at what is
-clearly louder and reaches to where nothing is left of it.
+Speech has several syllables a second that are loud against the gaps between them; noise and hum are
+level. Every 10 ms, the level of the speech band is compared with the noise floor around it. A span
+of louder frames is speech if its level is modulated. Two thresholds follow Rabiner & Sambur 1975: a
+span needs frames above the onset threshold, and extends as far as frames exceed the offset one.
 
-Leaves out: telling speech from a melody, from footsteps, or from typing, which takes a trained
-model. A wrong span costs time, not truth: Whisper listens to it and still hears nothing.
+Leaves out: distinguishing speech from melodies, footsteps or typing, which needs a trained model. A
+false span costs time but adds no text: Whisper transcribes the window and finds no speech.
 """
 
 from __future__ import annotations
@@ -23,49 +22,52 @@ from audio.mel import FRAMES_PER_SECOND, HOP_LENGTH
 
 Span = tuple[float, float]  # start and end in seconds
 
-_WINDOW = 512  # samples a loudness is measured over
+_WINDOW = 512  # samples of a frame
 _BAND = (150.0, 4000.0)  # hertz
-_SMOOTH = 5  # frames over which powers are averaged, so that noise is level
-_NEIGHBOURHOOD = 10.0  # seconds within which the quietest is looked for
-_ONSET_DB, _OFFSET_DB = 6.0, 3.0  # decibels above the quietest at which a span begins and ends
-_MIN_MODULATION_DB = (
-    6.0  # decibels between the quiet and the loud tenth of a span; noise has up to 4
-)
-_SILENCE = -65.0  # decibels below full scale; nothing below it is speech
+_SMOOTH = 5  # frames over which powers are averaged, which levels noise
+_NEIGHBOURHOOD = 10.0  # seconds in which the noise floor is estimated
+_ONSET_DB, _OFFSET_DB = 6.0, 3.0  # decibels above the noise floor
+_MIN_MODULATION_DB = 6.0  # between the 10th and 90th percentile of a span; noise has up to 4
+_SILENCE = -65.0  # dBFS; nothing below it is speech
 _SHORTEST_SPEECH, _SHORTEST_PAUSE = 0.1, 0.5  # seconds
-_MAX_SYLLABLE = 0.4  # seconds; a shorter span is one syllable, which need not move
-_SPEECH_PAD = 1.5  # seconds on either side of speech
-_TOLERANCE = 0.3  # seconds by which a time may miss a pause
+_MAX_SYLLABLE = 0.4  # seconds; a shorter span is one syllable, which need not be modulated
+_SPEECH_PAD = 1.5  # seconds of pause retained on either side of speech
+_TOLERANCE = 0.3  # seconds; times this close to a pause count as within it
 
 
 def speech_spans(samples: np.ndarray) -> list[Span]:
-    """Finds the stretches of a sound in which somebody may be speaking.
+    """Find the spans that may be speech.
 
     Args:
         samples: float32 [samples] at 16 kHz.
 
     Returns:
-        Spans in order, without the silence around them, at least half a second apart.
+        Spans in seconds, in order, at least half a second apart.
     """
-    loud = loudness(samples)
-    if not len(loud):
+    levels = loudness(samples)
+    if not len(levels):
         return []
-    floor = _noise_floor(loud)
-    opened = loud > np.maximum(floor + _ONSET_DB, _SILENCE)
-    held = loud > np.maximum(floor + _OFFSET_DB, _SILENCE)
-    # Runs of frames above the lower threshold that reach the upper one somewhere.
-    runs = np.flatnonzero(np.diff(held.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
-    counts = np.concatenate([[0], np.cumsum(opened)])
+    floor = _noise_floor(levels)
+    above_onset = levels > np.maximum(floor + _ONSET_DB, _SILENCE)
+    above_offset = levels > np.maximum(floor + _OFFSET_DB, _SILENCE)
+    # Runs of frames above the offset threshold with at least three above the onset threshold.
+    runs = np.flatnonzero(np.diff(above_offset.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
+    counts = np.concatenate([[0], np.cumsum(above_onset)])
     runs = runs[counts[runs[:, 1]] - counts[runs[:, 0]] >= 3] / FRAMES_PER_SECOND
     return [
         (start, end)
-        for start, end in merge_spans([tuple(run) for run in runs.tolist()], _SHORTEST_PAUSE)
-        if end - start >= _SHORTEST_SPEECH and _is_modulated(loud[_frames(start) : _frames(end)])
+        for start, end in merge_spans([(a, b) for a, b in runs.tolist()], _SHORTEST_PAUSE)
+        if end - start >= _SHORTEST_SPEECH
+        and _is_modulated(levels[_to_frame(start) : _to_frame(end)])
     ]
 
 
 def loudness(samples: np.ndarray) -> np.ndarray:
-    """The power of the band of speech in decibels of full scale, every 10 ms: float32 [T]."""
+    """Return the power of the speech band in dBFS, every 10 ms: float32 [T].
+
+    Args:
+        samples: float32 [samples] at 16 kHz.
+    """
     num_frames = len(samples) // HOP_LENGTH
     if not num_frames:
         return np.zeros(0, np.float32)
@@ -77,101 +79,130 @@ def loudness(samples: np.ndarray) -> np.ndarray:
         np.square(np.abs(np.fft.rfft(frames[i : i + 3000] * window)[:, band])).sum(axis=1)
         for i in range(0, num_frames, 3000)
     ]
-    around = np.pad(np.concatenate(powers), _SMOOTH // 2, mode="edge")
-    power = np.convolve(around, np.full(_SMOOTH, 1 / _SMOOTH, np.float32), mode="valid")
-    full_scale = window.sum() ** 2 / 4  # of a sine
+    padded_powers = np.pad(np.concatenate(powers), _SMOOTH // 2, mode="edge")
+    power = np.convolve(padded_powers, np.full(_SMOOTH, 1 / _SMOOTH, np.float32), mode="valid")
+    full_scale = window.sum() ** 2 / 4  # power of a full-scale sine
     return 10 * np.log10(np.maximum(power / full_scale, 1e-12))
 
 
-def _noise_floor(loud: np.ndarray) -> np.ndarray:
-    """The level that a tenth of the frames around each second stay below: float [T]."""
+def _noise_floor(levels: np.ndarray) -> np.ndarray:
+    """Return the 10th percentile of the levels around each frame, by the second: float [T]."""
     step, reach = FRAMES_PER_SECOND, int(_NEIGHBOURHOOD * FRAMES_PER_SECOND / 2)
-    centres = np.arange(0, len(loud), step)
-    levels = [np.percentile(loud[max(c - reach, 0) : c + reach], 10) for c in centres]
-    return np.interp(np.arange(len(loud)), centres, levels)
+    centres = np.arange(0, len(levels), step)
+    floors = [np.percentile(levels[max(c - reach, 0) : c + reach], 10) for c in centres]
+    return np.interp(np.arange(len(levels)), centres, floors)
 
 
-def _frames(seconds: float) -> int:
+def _to_frame(seconds: float) -> int:
     return round(seconds * FRAMES_PER_SECOND)
 
 
-def _is_modulated(loud: np.ndarray) -> bool:
-    """Whether a span goes up and down as syllables do, its rise and fall not counted."""
-    if len(loud) < _frames(_MAX_SYLLABLE):
+def _is_modulated(levels: np.ndarray) -> bool:
+    """Return whether the level of a span varies as that of syllables, its two ends excluded."""
+    if len(levels) < _to_frame(_MAX_SYLLABLE):
         return True
-    low, high = np.percentile(loud[_SMOOTH:-_SMOOTH], (10, 90))
+    low, high = np.percentile(levels[_SMOOTH:-_SMOOTH], (10, 90))
     return bool(high - low >= _MIN_MODULATION_DB)
 
 
-# Leaving pauses out
+# Shortening pauses
 
 
 def retained_frames(spans: Sequence[Span], num_frames: int) -> np.ndarray:
-    """The frames that are left when no pause is longer than three seconds: int [T]."""
-    is_kept = np.zeros(num_frames, bool)
+    """Return the frames to retain so that no pause is longer than three seconds: int [T].
+
+    Args:
+        spans: spans of speech in seconds.
+        num_frames: frames of the spectrogram.
+    """
+    is_retained = np.zeros(num_frames, bool)
     for start, end in spans:
-        is_kept[max(_frames(start - _SPEECH_PAD), 0) : _frames(end + _SPEECH_PAD)] = True
-    return np.flatnonzero(is_kept)
+        is_retained[max(_to_frame(start - _SPEECH_PAD), 0) : _to_frame(end + _SPEECH_PAD)] = True
+    return np.flatnonzero(is_retained)
 
 
-def remap_spans(spans: Sequence[Span], kept: np.ndarray) -> list[Span]:
-    """Where the spans lie when only the kept frames are left."""
-    frames = np.round(np.array(spans).reshape(-1, 2) * FRAMES_PER_SECOND)
-    return [tuple(pair) for pair in (np.searchsorted(kept, frames) / FRAMES_PER_SECOND).tolist()]
+def remap_spans(spans: Sequence[Span], frames: np.ndarray) -> list[Span]:
+    """Map spans to the times of the retained frames.
+
+    Args:
+        spans: spans in seconds of the whole audio.
+        frames: int [T], from `retained_frames`.
+    """
+    edges = np.round(np.array(spans).reshape(-1, 2) * FRAMES_PER_SECOND)
+    remapped = np.searchsorted(frames, edges) / FRAMES_PER_SECOND
+    return [(start, end) for start, end in remapped.tolist()]
 
 
 def snap_to_speech(start: float, end: float, spans: Sequence[Span]) -> Span:
-    """Takes what begins or ends in a pause to where speech begins behind it, or ended before it.
+    """Move a start within a pause to the next speech, and an end within a pause to the last speech.
 
-    The last moments before a pause, and the first behind it, count as the pause.
+    Times within 0.3 seconds of a pause count as within it. Times whose interval has no speech stay.
+
+    Args:
+        start: seconds.
+        end: seconds.
+        spans: spans of speech in seconds, in order.
+
+    Returns:
+        The start and the end in seconds.
     """
-    behind = bisect.bisect(
-        spans, start + _TOLERANCE, key=lambda span: span[1]
-    )  # the first not over
-    if behind < len(spans) and start < spans[behind][0] < end:
-        start = spans[behind][0]
-    before = bisect.bisect(spans, end - _TOLERANCE, key=lambda span: span[0]) - 1  # the last begun
-    if before >= 0 and start < spans[before][1] < end:
-        end = spans[before][1]
+    # The first span that has not ended at the start.
+    following = bisect.bisect(spans, start + _TOLERANCE, key=lambda span: span[1])
+    if following < len(spans) and start < spans[following][0] < end:
+        start = spans[following][0]
+    # The last span that has begun at the end.
+    previous = bisect.bisect(spans, end - _TOLERANCE, key=lambda span: span[0]) - 1
+    if previous >= 0 and start < spans[previous][1] < end:
+        end = spans[previous][1]
     return start, end
 
 
 def merge_spans(spans: Sequence[Span], pause: float) -> list[Span]:
-    """Spans joined where the pause between them is shorter."""
-    joined: list[Span] = []
+    """Merge adjacent spans less than `pause` seconds apart.
+
+    Args:
+        spans: spans in seconds, in order.
+        pause: seconds.
+    """
+    merged: list[Span] = []
     for start, end in spans:
-        if joined and start - joined[-1][1] < pause:
-            joined[-1] = (joined[-1][0], end)
+        if merged and start - merged[-1][1] < pause:
+            merged[-1] = (merged[-1][0], end)
         else:
-            joined.append((start, end))
-    return joined
+            merged.append((start, end))
+    return merged
 
 
 def split_into_windows(
-    loud: np.ndarray, spans: Sequence[Span], *, max_seconds: float = 30.0
+    levels: np.ndarray, spans: Sequence[Span], *, max_seconds: float = 30.0
 ) -> list[Span]:
-    """Cuts a sound into windows of at most `longest` seconds, in the middle of pauses.
+    """Split audio into windows of at most `max_seconds`, in the middle of pauses.
 
-    A stretch without a pause is cut at the quietest moment of the last third of its window.
+    Where there is no pause, a window ends at the quietest frame of its last third.
 
     Args:
-        loud: a measure of the loudness of its frames.
-        spans: where anybody speaks.
+        levels: float [T], the level of each frame.
+        spans: spans of speech in seconds.
+        max_seconds: the maximum length of a window.
+
+    Returns:
+        Adjacent windows in seconds, from 0 to the end; none if there is no speech.
     """
     if not spans:
         return []
     cuts = [0.0]
     ends = [(a[1] + b[0]) / 2 for a, b in itertools.pairwise(spans)]
-    for end in [*ends, len(loud) / FRAMES_PER_SECOND]:
+    for end in [*ends, len(levels) / FRAMES_PER_SECOND]:
         while end - cuts[-1] > max_seconds:
-            first, last = _frames(cuts[-1] + max_seconds * 2 / 3), _frames(cuts[-1] + max_seconds)
-            smooth = np.convolve(loud[first:last], np.ones(20) / 20, mode="same")
+            first = _to_frame(cuts[-1] + max_seconds * 2 / 3)
+            last = _to_frame(cuts[-1] + max_seconds)
+            smooth = np.convolve(levels[first:last], np.ones(20) / 20, mode="same")
             cuts.append((first + int(smooth.argmin())) / FRAMES_PER_SECOND)
         cuts.append(end)
-    packed: list[Span] = []
+    windows: list[Span] = []
     for start, end in itertools.pairwise(cuts):
-        if packed and end - packed[-1][0] <= max_seconds:
-            packed[-1] = (packed[-1][0], end)
+        if windows and end - windows[-1][0] <= max_seconds:
+            windows[-1] = (windows[-1][0], end)
         else:
-            packed.append((start, end))
-    return packed
+            windows.append((start, end))
+    return windows

@@ -1,4 +1,4 @@
-"""A model and its vocabulary, read from one folder, and how its work reaches a device."""
+"""A Whisper model folder: weights, config and tokenizer, and the callback that runs device work."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from audio.tokenizer import WhisperTokenizer
 
 T = TypeVar("T")
 
-# Has one bounded piece of device work done and gives what it returns. A server passes a function
-# that queues the piece behind the work of others; by default it is done on the spot.
+# Runs one bounded work item on the device and returns its result. A server passes a function that
+# queues the item behind those of other requests; the default runs it at once.
 RunOnDevice = Callable[[Callable[[], T]], T]
 
 
-def run_inline(piece: Callable[[], T]) -> T:
-    """The `Run` that does a piece of work on the spot."""
-    return piece()
+def run_inline(work_item: Callable[[], T]) -> T:
+    """Run a work item at once and return its result; the default `RunOnDevice`."""
+    return work_item()
 
 
 @dataclass(frozen=True)
 class Whisper:
-    """Weights, sizes and vocabulary of one model."""
+    """Weights, config and tokenizer of one model."""
 
     params: Params
     cfg: Config
@@ -34,11 +34,15 @@ class Whisper:
 
 
 def load_model(folder: str | Path, *, dtype: checkpoint.Dtype = "float32") -> Whisper:
-    """Reads a model folder: config.json, tokenizer.json, and model.safetensors or model.bin.
+    """Load a model from a folder.
+
+    Args:
+        folder: holds config.json, tokenizer.json, and model.safetensors or model.bin.
+        dtype: of the weights; see `checkpoint.load`.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, or not of a Whisper.
+        ValueError: a file is damaged, or does not belong to a Whisper model.
     """
     params, cfg = checkpoint.load(Path(folder), dtype=dtype)
     return Whisper(params, cfg, tokenizer.load(Path(folder), cfg.vocab_size))

@@ -23,6 +23,7 @@ from audio.transcribe import (
     window_length,
 )
 from tests.audio.ten_minutes import hum, pink, white
+from tests.naming import naming
 
 RATE = 16_000
 
@@ -41,7 +42,7 @@ def test_special_tokens(tokens):
     assert tokens.language_id("en") == 50259 and tokens.language_id("German") == 50261
     opening = tokens.sot_sequence("fr", "translate", timestamps=False)
     assert opening == (50258, 50265, 50358, 50363)
-    with pytest.raises(ValueError, match="'klingon' is not known"):
+    with pytest.raises(ValueError, match=naming("language", "'klingon'")):
         tokens.language_id("klingon")
 
 
@@ -63,7 +64,7 @@ def test_words(tokens):
 
 
 def test_a_vocabulary_of_another_size(model_file):
-    with pytest.raises(ValueError, match="points in time"):
+    with pytest.raises(ValueError, match=naming(51864, 50363)):
         load_tokens(model_file("whisper-base"), 51864)
 
 
@@ -448,10 +449,10 @@ def test_a_damaged_model_file(tmp_path):
     path, whole = tmp_path / "model.bin", packed({"a": np.zeros((2, 3), np.float32)}, [("c", "a")])
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="cut short|empty"):
+        with pytest.raises(ValueError, match="truncated|empty"):
             ctranslate2.read(path)
     huge = whole.replace(struct.pack("<II", 2, 3), struct.pack("<II", 2**31, 2**31))
-    for data, says in ((huge, "has 24 bytes"), (b"\x07" + whole[1:], "version 7")):
+    for data, message in ((huge, "has 24 bytes"), (b"\x07" + whole[1:], "version 7")):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             ctranslate2.read(path)
