@@ -1,18 +1,17 @@
 """Text to image: a small diffusion model, its schedules and its samplers.
 
-Read in this order: `schedule` (what noise is), `layers` and `unet` (a network that sees the picture
-behind it), `model` (how it is asked), `sample` (from noise to a picture), `text` (what a prompt
-means), `painter` (all of it together), `edit` (from a picture to another), `upscale`; `dit` is the
-other network, `data` the pictures that emoji-64 has learnt from, `config` the sizes, `checkpoint`
-the network's files, `picture` those that people send.
+Reading order: `schedule` (noise levels), `layers` and `unet` (the denoising network), `model`
+(preconditioning and loss), `sample` (samplers and guidance), `text` (the prompt encoder),
+`pipeline` (prompt to image), `edit` (image to image, inpainting), `upscale`. `dit` is the other
+network, `data` the training data of emoji-64, `metrics` its evaluation, `config` the sizes,
+`checkpoint` the files of the networks, `image_io` those of images.
 
     import diffusion
 
-    painter = diffusion.load(diffusion.weights_folder(), "models/all-minilm-l6-v2")
-    pictures = painter.draw(["a red apple", "a happy cat"], seed=0)  # uint8 [2, 64, 64, 3]
+    pipeline = diffusion.load(diffusion.weights_folder(), "models/all-minilm-l6-v2")
+    images = pipeline.generate(["a red apple", "a happy cat"], seed=0)  # uint8 [2, 64, 64, 3]
 
-What needs JAX is imported when it is first asked for, because a command that only wants to know
-where the weights are should not wait for it.
+JAX is imported on first use, so that commands that only need `weights_folder` start fast.
 """
 
 from pathlib import Path
@@ -25,14 +24,17 @@ __all__ = ["DiffusionPipeline", "SamplerOptions", "load", "weights_folder"]
 
 
 def weights_folder(name: str = "emoji-64") -> Path:
-    """The folder of a model that comes with this package.
+    """Return the folder of a model that is part of this package.
+
+    Args:
+        name: the name of the model.
 
     Raises:
-        FileNotFoundError: it does not come with this copy of the package.
+        FileNotFoundError: this copy of the package does not have the model.
     """
     folder = Path(__file__).parent / "weights" / name
     if not (folder / "denoiser" / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: the weights of {name} are not in this copy of Pellucid")
+        raise FileNotFoundError(f"{folder}: this copy of Pellucid has no weights of {name}")
     return folder
 
 

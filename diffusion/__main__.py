@@ -1,4 +1,7 @@
-"""Draws: `python -m diffusion --encoder FOLDER "a red apple" --out apple.png`."""
+"""Command line of image generation.
+
+python -m diffusion --encoder FOLDER "a red apple" --out apple.png
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion import image_io, sample, weights_folder
-from diffusion import pipeline as painters
+from diffusion import image_io, pipeline, sample, weights_folder
 from diffusion.pipeline import SamplerOptions
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0, or 1 if something could not be read."""
+    """Run the command.
+
+    Args:
+        argv: arguments without the program name; None for those of the process.
+
+    Returns:
+        The exit status: 0, or 1 if a file could not be read or written.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m diffusion", description="Draws small pictures."
     )
@@ -32,17 +41,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("prompts", nargs="+", metavar="PROMPT")
     args = parser.parse_args(argv)
     try:
-        plan = SamplerOptions(steps=args.steps, sampler=args.rule, guidance=args.guidance)
-        painter = painters.load(args.model or weights_folder(), args.encoder)
+        options = SamplerOptions(steps=args.steps, sampler=args.rule, guidance=args.guidance)
+        model = pipeline.load(args.model or weights_folder(), args.encoder)
         rows = []
         for prompt in args.prompts:
             keys = sample.image_keys(args.seed, args.n)
-            steps = list(painter.steps([prompt] * args.n, keys, plan))
+            steps = list(model.steps([prompt] * args.n, keys, options))
             if args.strip:
-                rows += np.split(painter.trajectory_images(steps), 2)
+                rows += np.split(model.trajectory_images(steps), 2)
             else:
-                rows.append(painter.postprocess(steps[-1][0]))
-        image_io.save(painters.make_grid(np.concatenate(rows), len(rows[0])), args.out)
+                rows.append(model.postprocess(steps[-1][0]))
+        image_io.save(pipeline.make_grid(np.concatenate(rows), len(rows[0])), args.out)
     except (OSError, ValueError) as error:
         print(f"python -m diffusion: {error}", file=sys.stderr)
         return 1

@@ -1,7 +1,7 @@
-"""Networks on disk: a folder with `config.json` and `model.safetensors`, nothing pickled.
+"""Checkpoints of the networks: a folder with `config.json` and `model.safetensors`, no pickles.
 
-Weights are stored in float16 or float32 and are float32 in memory. Names are paths in the tree of
-weights: `stages.1.down.0.first.weight`.
+Weights are stored in float16 or float32 and loaded as float32. Tensor names are paths in the tree
+of weights: `stages.1.down.0.first.weight`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,15 @@ _KINDS: dict[str, tuple[type, ModuleType]] = {
 def save(
     folder: Path, params: Any, cfg: Config, *, dtype: Literal["float32", "float16"] = "float32"
 ) -> None:
-    """Writes a network."""
-    kind = next(name for name, (known, _) in _KINDS.items() if type(cfg) is known)
+    """Save a network.
+
+    Args:
+        folder: the folder to write config.json and model.safetensors to.
+        params: the weights, a tree of arrays.
+        cfg: the config of the network.
+        dtype: the dtype to store.
+    """
+    kind = next(name for name, (config_type, _) in _KINDS.items() if type(cfg) is config_type)
     tensors = {
         name: np.ascontiguousarray(np.asarray(leaf, dtype=dtype))
         for name, leaf in _leaves_by_path(params).items()
@@ -40,29 +47,36 @@ def save(
 
 
 def load(folder: Path) -> tuple[Any, Config]:
-    """Reads a network; its weights are float32.
+    """Load a network.
+
+    Args:
+        folder: holds config.json and model.safetensors.
+
+    Returns:
+        The float32 weights and the config.
 
     Raises:
-        OSError: a file is not there.
-        ValueError: an unknown kind or key, or a tensor is missing, superfluous or misshapen.
+        OSError: a file is missing or cannot be read.
+        ValueError: the config has an unknown kind or key, or a tensor is missing, unknown or of
+            another shape.
     """
     folder = Path(folder)
     cfg, module = _read_config(folder / "config.json")
     tensors = safetensors.read_tensors(folder / "model.safetensors")
-    like = jax.eval_shape(lambda: layers.init(jax.random.key(0), module.abstract(cfg)))
-    wanted = _leaves_by_path(like)
-    if missing := sorted(wanted.keys() - tensors.keys()):
-        raise ValueError(f"{folder}: lacks {missing[0]!r} and {len(missing) - 1} others")
-    if unknown := sorted(tensors.keys() - wanted.keys()):
-        raise ValueError(f"{folder}: holds {unknown[0]!r}, which this network has no place for")
+    abstract_params = jax.eval_shape(lambda: layers.init(jax.random.key(0), module.abstract(cfg)))
+    expected = _leaves_by_path(abstract_params)
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing, {missing[0]!r} first")
+    if unknown := sorted(tensors.keys() - expected.keys()):
+        raise ValueError(f"{folder}: {len(unknown)} tensors are unknown, {unknown[0]!r} first")
     leaves = []
-    for name, leaf in wanted.items():
+    for name, leaf in expected.items():
         if tensors[name].shape != leaf.shape:
             raise ValueError(
                 f"{folder}: {name} must have shape {leaf.shape}, got {tensors[name].shape}"
             )
         leaves.append(jnp.asarray(tensors[name].read(0, leaf.shape[0])))
-    return jax.tree.unflatten(jax.tree.structure(like), leaves), cfg
+    return jax.tree.unflatten(jax.tree.structure(abstract_params), leaves), cfg
 
 
 def _read_config(path: Path) -> tuple[Config, ModuleType]:
@@ -70,15 +84,15 @@ def _read_config(path: Path) -> tuple[Config, ModuleType]:
     kind = values.pop("kind", None)
     if kind not in _KINDS:
         raise ValueError(f"{path}: kind must be one of {', '.join(_KINDS)}, got {kind!r}")
-    known, module = _KINDS[kind]
+    config_type, module = _KINDS[kind]
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     try:
-        return known(**fields), module
-    except TypeError as error:  # a key too many, or one too few
+        return config_type(**fields), module
+    except TypeError as error:  # an unknown or a missing key
         raise ValueError(f"{path}: {error}") from error
 
 
 def _leaves_by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by the paths to them."""
+    """Return the leaves of a tree by their paths."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -1,4 +1,4 @@
-"""Sizes of the two denoisers, a U-Net and a transformer over patches, and of the upscaler."""
+"""Configs of the two denoisers, a U-Net and a diffusion transformer, and of the upscaler."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 class UNetConfig:
     """Sizes of the U-Net.
 
-    Its stages halve height and width one after the other. The first works on blocks of 2 x 2
-    pixels, because a convolution over every pixel would cost more than all others together.
+    Every stage halves height and width. The first works on blocks of 2 x 2 pixels, because
+    convolutions at full size would cost more than all others together.
 
     Raises:
         ValueError: a field is out of range, or two fields contradict each other.
@@ -19,12 +19,12 @@ class UNetConfig:
 
     image_size: int  # pixels, height and width
     channels: tuple[int, ...]  # of each stage, the finest first
-    blocks: tuple[int, ...]  # residual blocks of each stage, on the way down and again up
-    attention: tuple[bool, ...]  # whether a stage attends to the text and to itself
+    blocks: tuple[int, ...]  # residual blocks of each stage, both down and up
+    attention: tuple[bool, ...]  # whether a stage has attention to pixels and text
     head_dim: int = 32  # H
-    spread: float = 0.6  # standard deviation of the pictures' values; see schedule.precondition
-    d_cond: int = 256  # width of what time and prompt are condensed to
-    text_dim: int = 384  # E
+    spread: float = 0.6  # standard deviation of image values; see schedule.precondition
+    d_cond: int = 256  # width of the embedding of time and prompt
+    text_dim: int = 384  # E, width of the text encoder's states
 
     def __post_init__(self) -> None:
         for name in ("image_size", "head_dim", "d_cond", "text_dim"):
@@ -52,8 +52,12 @@ class UNetConfig:
 
     @classmethod
     def debug(cls, **changes: Any) -> UNetConfig:
-        """A U-Net under 50,000 weights, for tests; `changes` replace its fields."""
-        small: dict[str, Any] = dict(
+        """Return the config of a U-Net under 50,000 weights, for tests.
+
+        Args:
+            **changes: replace fields.
+        """
+        fields: dict[str, Any] = dict(
             image_size=8,
             channels=(8, 16),
             blocks=(1, 1),
@@ -62,27 +66,27 @@ class UNetConfig:
             d_cond=16,
             text_dim=12,
         )
-        return cls(**(small | changes))
+        return cls(**(fields | changes))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
-    """Sizes of the transformer.
+    """Sizes of the diffusion transformer.
 
     Raises:
         ValueError: a field is out of range, or two fields contradict each other.
     """
 
     image_size: int  # pixels, height and width
-    patch: int  # pixels, height and width of what becomes a token
+    patch: int  # pixels, height and width of the patch of a token
     num_layers: int  # L
     num_heads: int  # N
     d_model: int  # D
     d_ff: int  # F
     rope_theta: float = 100.0
-    spread: float = 0.6  # standard deviation of the pictures' values; see schedule.precondition
-    d_cond: int = 256  # width of what time and prompt are condensed to
-    text_dim: int = 384  # E
+    spread: float = 0.6  # standard deviation of image values; see schedule.precondition
+    d_cond: int = 256  # width of the embedding of time and prompt
+    text_dim: int = 384  # E, width of the text encoder's states
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch", "num_layers", "num_heads", "d_model", "d_ff", "d_cond",
@@ -96,19 +100,23 @@ class DiTConfig:
             )
         if self.d_model % (4 * self.num_heads):
             raise ValueError(
-                "d_model must be a multiple of 4 num_heads, because a head's channels are paired "
-                f"for rows and for columns; got {self.d_model} and {self.num_heads}"
+                "d_model must be a multiple of 4 num_heads, because half of a head's channel pairs "
+                f"are rotated by row and half by column; got {self.d_model} and {self.num_heads}"
             )
 
     @property
     def head_dim(self) -> int:
-        """H, the width of a head."""
+        """Width of a head, H."""
         return self.d_model // self.num_heads
 
     @classmethod
     def debug(cls, **changes: Any) -> DiTConfig:
-        """A transformer under 50,000 weights, for tests; `changes` replace its fields."""
-        small: dict[str, Any] = dict(
+        """Return the config of a transformer under 50,000 weights, for tests.
+
+        Args:
+            **changes: replace fields.
+        """
+        fields: dict[str, Any] = dict(
             image_size=8,
             patch=2,
             num_layers=2,
@@ -118,12 +126,12 @@ class DiTConfig:
             d_cond=16,
             text_dim=12,
         )
-        return cls(**(small | changes))
+        return cls(**(fields | changes))
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpscalerConfig:
-    """Sizes of the network that doubles a picture.
+    """Sizes of the network that doubles an image's height and width.
 
     Raises:
         ValueError: a field is out of range.

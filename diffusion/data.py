@@ -1,20 +1,19 @@
-"""The emoji that the image model learns from: three drawn sets, their captions, and who may be fed.
+"""Training data of emoji-64: emoji of three image sets, with captions and a held-out split.
 
-Pictures come from packages with pinned hashes: Noto (emoji-datasource-google, Apache-2.0), Twemoji
-(emoji-datasource-twitter, CC-BY-4.0) and Fluent in 3D (@lobehub/fluent-emoji-3d, MIT); names and
-keywords from emojibase-data (MIT). The datasource packages exist for Apple and Facebook too; those
-pictures are not free, and nothing here reads them. A picture and the names of its concept make an
-example: "red apple", "an apple", "apple, flat style".
+Images come from packages with pinned hashes: Noto (emoji-datasource-google, Apache-2.0), Twemoji
+(emoji-datasource-twitter, CC-BY-4.0) and Fluent in 3D (@lobehub/fluent-emoji-3d, MIT). Names and
+keywords come from emojibase-data (MIT). The datasource packages also exist for Apple and Facebook;
+those images are not free and are not used. An example is an image and a caption of its concept:
+"red apple", "an apple", "apple, flat style".
 
-Emoji are an odd sample of the world: one in seven is a flag, and people come in five skins and
-three genders. So variants are left out and rare kinds are drawn less often (`WEIGHTS`), or a model
-that sees few pictures would spend most of them on flags.
+Emoji are an unbalanced sample: one in seven is a flag, and people come in five skin tones and three
+genders. So variants are excluded and rare groups have lower weights (`GROUPS`); otherwise much of a
+small model's training would go to flags.
 
-One picture in thirty is held out: a known concept in a style it is never seen in. Which, follows
-from its name, so that it stays the same when the data grow.
+One image in thirty is held out: a known concept in a style that it is never trained in. The split
+is a hash of code and style, so it does not change when data are added.
 
-Leaves out: transparency. Pictures are laid on white, because most of what a model could learn of an
-emoji's outline it sees against any one ground.
+Leaves out: transparency. Images are composited on white.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ import numpy as np
 
 from diffusion.text import PromptEmbeds
 
-SIZE = 64  # of the pictures kept, in pixels
+SIZE = 64  # pixels, height and width of the stored images
 
 
 @dataclass(frozen=True)
 class Package:
-    """An npm package of exactly these bytes."""
+    """An npm package with a pinned hash."""
 
     name: str
     version: str
@@ -49,13 +48,13 @@ class Package:
 
     @property
     def file(self) -> str:
-        """The name that `npm pack` gives it."""
+        """Name of the file that `npm pack` writes."""
         return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
 
 @dataclass(frozen=True)
 class Style:
-    """A set of pictures: how it is asked for, and where the picture of a code lies."""
+    """A set of images: its name in captions, and its files in a package."""
 
     caption: str
     package: Package
@@ -105,8 +104,8 @@ STYLES = (
     ),
 )
 
-# emojibase's numbers of groups, and how often a concept of each is drawn. Left out: 2, skin tones
-# and hair on their own; 9, flags.
+# emojibase's groups, with a name and the sampling weight of a concept. Excluded: 2, components
+# (skin tones and hair); 9, flags.
 GROUPS = {
     0: ("smileys", 1.0),
     1: ("people", 0.3),
@@ -122,8 +121,8 @@ _TIME = re.compile(r"o’clock|-thirty")
 _SIGN = re.compile(
     r"button|keycap|^(input|Japanese|squared)|arrow|mark\b|symbol for", re.IGNORECASE
 )
-# Pictures whose mirror image says something else, or nothing: the moon's phases, what rises or
-# falls, maps, hands, and whatever bears letters, figures or notes.
+# Images that must not be mirrored: phases of the moon, charts, maps, hands, and objects with
+# letters, figures or notes.
 _DIRECTED = re.compile(
     r"\b(hands?|left|right|moon|globe|map|chart|departure|arrival|clock|watch|stopwatch|calendar|"
     r"medal|banknote|coin|money bag|credit card|newspaper|dvd|dna|musical (note|notes|score)|ZZZ|"
@@ -135,16 +134,16 @@ _PLAIN_TAG = re.compile(r"[a-z0-9 ]+")
 
 @dataclass(frozen=True)
 class Concept:
-    """What an emoji shows.
+    """The concept that an emoji shows, in any style.
 
     Attributes:
         code: code points in lower-case hexadecimal, "1f34e".
         name: "red apple".
-        plain: the one word for it, "apple", if there is one; it may mean other concepts too.
-        captions: how one might ask for it, the name first, with shares that sum to 1.
+        plain: a single word for it, "apple", if there is one; other concepts may share it.
+        captions: captions with their probabilities, which sum to 1; the name is first.
         group: a key of `GROUPS`.
-        weight: how often it is drawn, relative to others.
-        directed: whether its mirror image would be wrong (letters, hands, arrows, the moon).
+        weight: sampling weight, relative to other concepts.
+        directed: whether it must not be mirrored (letters, hands, arrows, the moon).
     """
 
     code: str
@@ -157,13 +156,14 @@ class Concept:
 
 
 def fetch(folder: Path, packages: Sequence[Package] | None = None) -> None:
-    """Downloads the packages that `folder` lacks, with npm, and checks every hash.
+    """Download packages that are missing in a folder, with npm, and check every hash.
 
     Args:
-        packages: those that `pack` reads, if none are named.
+        folder: the folder of packages; created if needed.
+        packages: the packages; None for those of `build_dataset`.
 
     Raises:
-        ValueError: a package has other bytes than expected.
+        ValueError: the hash of a package is not the pinned one.
         subprocess.CalledProcessError: npm failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,27 +174,43 @@ def fetch(folder: Path, packages: Sequence[Package] | None = None) -> None:
             subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         if digest != package.sha256:
-            raise ValueError(f"{path}: sha256 is {digest}, expected {package.sha256}")
+            raise ValueError(
+                f"{path}: sha256 must be {package.sha256}, got {digest}; delete the file and retry"
+            )
 
 
 def load_concepts(folder: Path) -> list[Concept]:
-    """What is drawn, in Unicode's order, from the package of names in `folder`."""
+    """Return the concepts to train on, in Unicode's order.
+
+    Args:
+        folder: holds the package of names; see `fetch`.
+    """
     with tarfile.open(folder / NAMES_PACKAGE.file) as archive:
-        entries = json.load(archive.extractfile("package/en/data.json"))
-        shortcodes = json.load(archive.extractfile("package/en/shortcodes/iamcal.json"))
-    kept = [entry for entry in entries if _is_included(entry)]
-    shared = Counter(tag for entry in kept for tag in entry.get("tags", ()))
-    heads = Counter(_head_noun(entry["label"]) for entry in kept)
-    return [_concept(entry, shortcodes.get(entry["hexcode"], ()), shared, heads) for entry in kept]
+        entries = json.loads(_read_member(archive, "package/en/data.json"))
+        shortcodes = json.loads(_read_member(archive, "package/en/shortcodes/iamcal.json"))
+    included = [entry for entry in entries if _is_included(entry)]
+    tag_counts = Counter(tag for entry in included for tag in entry.get("tags", ()))
+    noun_counts = Counter(_head_noun(entry["label"]) for entry in included)
+    return [
+        _concept(entry, shortcodes.get(entry["hexcode"], ()), tag_counts, noun_counts)
+        for entry in included
+    ]
+
+
+def _read_member(archive: tarfile.TarFile, member: str | tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    if file is None:  # a folder or a link
+        raise ValueError(f"{archive.name}: {member} is not a regular file")
+    return file.read()
 
 
 def _head_noun(name: str) -> str:
-    """The noun that the others qualify: "tree" in "deciduous tree"."""
+    """Return the head noun of a name: "tree" of "deciduous tree"."""
     return re.split(r"[,:]| (?:with|in|of|on|and|behind|without) ", name)[0].split()[-1]
 
 
 def _is_included(entry: dict) -> bool:
-    """Whether this is a picture of something: no flag, no variant of another emoji."""
+    """Return whether to train on an emoji: flags, clock times and variants are excluded."""
     label = entry["label"]
     if entry.get("group") not in GROUPS or _TIME.search(label):
         return False
@@ -202,13 +218,16 @@ def _is_included(entry: dict) -> bool:
         return False
     if entry["group"] == 1 and ("family" in label or "couple" in label or "kiss" in label):
         return False
-    # A person with a trade or a pose has a neutral form; "man" and "woman" alone stay.
-    gendered = entry["group"] == 1 and _GENDERED.search(label) and "200D" in entry["hexcode"]
-    facing = "facing right" in label
-    return not (gendered or facing)
+    # Persons with a trade or a pose also have a neutral form; "man" and "woman" alone stay.
+    is_gendered = entry["group"] == 1 and _GENDERED.search(label) and "200D" in entry["hexcode"]
+    is_mirrored = "facing right" in label
+    return not (is_gendered or is_mirrored)
 
 
-def _concept(entry: dict, shortcodes: list[str] | str, shared: Counter, heads: Counter) -> Concept:
+def _concept(
+    entry: dict, shortcodes: list[str] | str, tag_counts: Counter, noun_counts: Counter
+) -> Concept:
+    """Return the concept of an emoji, with its captions and their probabilities."""
     name = entry["label"].replace("“", "").replace("”", "").replace("’", "'").replace("⊛ ", "")
     captions: Counter[str] = Counter({name.lower(): 4.0})
     first = name.split()[0]
@@ -216,49 +235,52 @@ def _concept(entry: dict, shortcodes: list[str] | str, shared: Counter, heads: C
     codes = [shortcodes] if isinstance(shortcodes, str) else shortcodes[:2]
     codes = [re.sub(r"\d+$", "", code.replace("_", " ").replace("-", " ")) for code in codes]
     for code in codes:
-        if words := code.strip().lower():
-            captions[words] += 1.5
+        if caption := code.strip().lower():
+            captions[caption] += 1.5
     known = {name.lower(), *name.lower().split(), *entry.get("tags", ())}
     single = [text for text in (name.lower(), *codes) if text in known and len(text.split()) == 1]
     plain = single[0] if single else None
-    # A noun or a keyword names this concept as far as it names few others.
-    if len(name.split()) > 1 and heads[_head_noun(entry["label"])] < 10:
-        captions[_head_noun(name).lower()] += 2.0 / heads[_head_noun(entry["label"])]
-    tags = sorted(entry.get("tags", ()), key=lambda tag: shared[tag])[:3]
+    # A noun or a keyword has the more weight, the fewer other concepts share it.
+    if len(name.split()) > 1 and noun_counts[_head_noun(entry["label"])] < 10:
+        captions[_head_noun(name).lower()] += 2.0 / noun_counts[_head_noun(entry["label"])]
+    tags = sorted(entry.get("tags", ()), key=lambda tag: tag_counts[tag])[:3]
     for tag in tags:
         if _PLAIN_TAG.fullmatch(tag.lower()):
-            captions[tag.lower()] += 1.0 / shared[tag] + (0.5 if tag in name.split() else 0.0)
+            captions[tag.lower()] += 1.0 / tag_counts[tag] + (0.5 if tag in name.split() else 0.0)
     total = sum(captions.values())
     group = entry["group"]
-    sign = bool(_SIGN.search(name))
+    is_sign = bool(_SIGN.search(name))
     return Concept(
         code=entry["hexcode"].lower(),
         name=name,
         plain=plain,
-        captions={text: share / total for text, share in captions.items()},
+        captions={caption: weight / total for caption, weight in captions.items()},
         group=group,
-        weight=GROUPS[group][1] * (0.3 if sign else 1.0),
-        directed=sign or group in (1, 8) or bool(_DIRECTED.search(name)),
+        weight=GROUPS[group][1] * (0.3 if is_sign else 1.0),
+        directed=is_sign or group in (1, 8) or bool(_DIRECTED.search(name)),
     )
 
 
 def load_images(
     folder: Path,
     style: Style,
-    wanted: list[Concept],
+    concepts: list[Concept],
     decode: Callable[[bytes, int], np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """The pictures of one style, by the concept's code; a concept that it lacks is left out.
+    """Load the images of one style.
 
     Args:
-        decode: makes pixels of a file's bytes, as `on_white` does, which it is if not given.
+        folder: holds the packages; see `fetch`.
+        style: the style.
+        concepts: the concepts to load; those that the style lacks are skipped.
+        decode: decodes the bytes of a file to an image of a size; None for `on_white`.
 
     Returns:
-        uint8 [SIZE, SIZE, 3] each, on white.
+        By the concept's code, uint8 [SIZE, SIZE, 3] each, on white.
     """
-    # The same emoji is spelled with or without U+FE0F, which asks for colour.
-    codes = {_normalize_code(concept.code): concept.code for concept in wanted}
-    found: dict[str, np.ndarray] = {}
+    # Codes occur with and without U+FE0F, the variation selector for colour.
+    codes = {_normalize_code(concept.code): concept.code for concept in concepts}
+    images: dict[str, np.ndarray] = {}
     with tarfile.open(folder / style.package.file) as archive:
         for member in archive:
             name = member.name
@@ -266,19 +288,26 @@ def load_images(
                 continue
             code = codes.get(_normalize_code(name[len(style.folder) : -len(style.suffix)]))
             if code is not None:
-                found[code] = (decode or on_white)(archive.extractfile(member).read(), SIZE)
-    return found
+                images[code] = (decode or on_white)(_read_member(archive, member), SIZE)
+    return images
 
 
 def _normalize_code(code: str) -> str:
-    return "-".join(part for part in code.lower().split("-") if part != "fe0f")
+    return "-".join(point for point in code.lower().split("-") if point != "fe0f")
 
 
 def on_white(data: bytes, size: int) -> np.ndarray:
-    """A picture file, laid on white and scaled to a square: uint8 [size, size, 3].
+    """Decode an image file, composite it on white and resize it to a square.
 
-    Scaling happens with colours multiplied by their opacity, or what is hidden under transparent
-    pixels would bleed into the edges.
+    It is resized with premultiplied alpha; otherwise the colours of transparent pixels would bleed
+    into the edges.
+
+    Args:
+        data: the bytes of the file.
+        size: height and width of the result.
+
+    Returns:
+        uint8 [size, size, 3].
     """
     from PIL import Image
 
@@ -291,81 +320,88 @@ def on_white(data: bytes, size: int) -> np.ndarray:
 
 
 def downscale(images: np.ndarray, size: int) -> np.ndarray:
-    """Pictures as networks see them, at a size that divides theirs.
+    """Downscale images by averaging blocks of pixels, and convert them to float.
 
     Args:
         images: uint8 [n, Y, Y, 3].
+        size: height and width of the result; divides Y.
 
     Returns:
         float32 [n, size, size, 3], -1 to 1.
     """
-    by = images.shape[1] // size
-    x = images.reshape(-1, size, by, size, by, 3).astype(np.float32)
+    block = images.shape[1] // size
+    x = images.reshape(-1, size, block, size, block, 3).astype(np.float32)
     return x.mean((2, 4)) / 127.5 - 1
 
 
-# The pack: everything that training reads
+# The data set
 
 
 def is_held_out(concept: Concept, style: Style) -> bool:
-    """Whether a picture is kept for evaluation."""
+    """Return whether the image of a concept in a style is held out for evaluation."""
     return hashlib.sha256(f"{concept.code} {style.caption}".encode()).digest()[0] < 8
 
 
 def styled_caption(caption: str, style: int | None) -> str:
-    """A caption that asks for a style, by its number, or leaves it open."""
+    """Return a caption with a style, an index into `STYLES`, or without if it is None."""
     return caption if style is None else f"{caption}, {STYLES[style].caption}"
 
 
 def build_dataset(
-    folder: Path, read: Callable[[Sequence[str]], PromptEmbeds], target: Path
+    folder: Path, encode: Callable[[Sequence[str]], PromptEmbeds], target: Path
 ) -> None:
-    """Writes a `Pack` into the folder `target`.
+    """Build an `EmojiDataset` and write it to a folder.
 
     Args:
         folder: holds the packages; see `fetch`.
-        read: what captions mean; see `text.Reader`.
+        encode: encodes captions, a `text.TextEncoder`.
+        target: the folder to write to; created if needed.
     """
-    found = load_concepts(folder)
+    concepts = load_concepts(folder)
     images, rows = [], []
     for number, style in enumerate(STYLES):
-        drawn = load_images(folder, style, found)
-        for row, concept in enumerate(found):
-            if concept.code in drawn:
-                images.append(drawn[concept.code])
+        style_images = load_images(folder, style, concepts)
+        for row, concept in enumerate(concepts):
+            if concept.code in style_images:
+                images.append(style_images[concept.code])
                 rows.append((row, number, is_held_out(concept, style)))
     texts = dict.fromkeys(
         styled_caption(caption, style)
-        for concept in found
+        for concept in concepts
         for caption in concept.captions
         for style in (None, *range(len(STYLES)))
     )
-    heard = read(list(texts))
+    embeds = encode(list(texts))
     target.mkdir(parents=True, exist_ok=True)
     np.savez(
         target / "pictures.npz",
         images=np.stack(images),
         rows=np.array(rows, np.int32),
-        mask=np.asarray(heard.mask),
-        pooled=np.asarray(heard.pooled, np.float16),
+        mask=np.asarray(embeds.mask),
+        pooled=np.asarray(embeds.pooled, np.float16),
     )
-    np.save(target / "states.npy", np.asarray(heard.states, np.float16))
-    names = {"concepts": [asdict(concept) for concept in found], "texts": list(texts)}
+    np.save(target / "states.npy", np.asarray(embeds.states, np.float16))
+    names = {"concepts": [asdict(concept) for concept in concepts], "texts": list(texts)}
     (target / "names.json").write_text(json.dumps(names), "utf-8")
 
 
 class EmojiDataset:
-    """Pictures, captions, and what the captions mean.
+    """Images and captions with their embeddings.
 
     Attributes:
         images: uint8 [n, SIZE, SIZE, 3].
-        concept, style: int [n], what each shows and how.
-        held_out: bool [n].
-        concepts: what there is.
-        texts: every caption, to its row in `states`.
+        concept_ids: int [n], the index into `concepts` of each image.
+        style_ids: int [n], the index into `STYLES` of each image.
+        held_out: bool [n], whether an image is held out for evaluation.
+        concepts: all concepts.
+        caption_rows: the row of every caption in `states`, `mask` and `pooled`.
+        states: float16 [captions, S, E], memory-mapped.
+        mask: bool [captions, S].
+        pooled: float16 [captions, E].
     """
 
     def __init__(self, folder: Path):
+        """Load the data set that `build_dataset` wrote to a folder."""
         with np.load(folder / "pictures.npz") as arrays:
             self.images = arrays["images"]
             self.concept_ids, self.style_ids, held_out = arrays["rows"].T
@@ -376,12 +412,17 @@ class EmojiDataset:
         self.concepts = [Concept(**concept) for concept in names["concepts"]]
         self.caption_rows = {text: row for row, text in enumerate(names["texts"])}
 
-    def downscaled_images(self, which: np.ndarray, size: int) -> np.ndarray:
-        """Some pictures at a size that divides `SIZE`: float32 [n, size, size, 3], -1 to 1."""
-        return downscale(self.images[which], size)
+    def downscaled_images(self, indices: np.ndarray, size: int) -> np.ndarray:
+        """Return some images, downscaled: float32 [n, size, size, 3], -1 to 1.
+
+        Args:
+            indices: int [n].
+            size: height and width; divides `SIZE`.
+        """
+        return downscale(self.images[indices], size)
 
     def caption_embeds(self, captions: Sequence[str]) -> dict[str, Any]:
-        """What some captions of the pack mean; the fields of a `Text`."""
+        """Return the embeddings of some captions, as the fields of `PromptEmbeds`."""
         rows = np.array([self.caption_rows[caption] for caption in captions])
         return {
             "states": self.states[rows],
@@ -389,10 +430,15 @@ class EmojiDataset:
             "pooled": self.pooled[rows],
         }
 
-    def sample_caption(self, random: np.random.Generator, picture: int) -> str:
-        """One of the ways to ask for a picture, its style named half of the time."""
-        captions = self.concepts[self.concept_ids[picture]].captions
+    def sample_caption(self, random: np.random.Generator, image: int) -> str:
+        """Sample a caption of an image, with its style half of the time.
+
+        Args:
+            random: the random number generator.
+            image: the index of the image.
+        """
+        captions = self.concepts[self.concept_ids[image]].captions
         caption = list(captions)[random.choice(len(captions), p=list(captions.values()))]
         return styled_caption(
-            caption, int(self.style_ids[picture]) if random.random() < 0.5 else None
+            caption, int(self.style_ids[image]) if random.random() < 0.5 else None
         )

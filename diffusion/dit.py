@@ -1,17 +1,16 @@
-"""A diffusion transformer: patches of a noisy picture and the words of a prompt in one sequence.
+"""A diffusion transformer (DiT): image patches and prompt tokens in one sequence.
 
-Blocks of pixels become tokens (Dosovitskiy et al. 2020, arXiv:2010.11929) and attention does the
-rest (Peebles & Xie 2022, arXiv:2212.09748). The words of the prompt stand in the same sequence, so
-that one attention serves both. Time and the prompt as a whole scale, shift and gate every branch;
-the gates begin at zero, and so does each block ("adaLN-Zero"). As in language models since: RMS
-norms, queries and keys normed, rotary positions, here one half of each head for the row and one for
-the column, and gated MLPs. That large patches are learnt well when the clean picture is what the
-network says was found by Li & He 2025, arXiv:2511.13720.
+Patches of pixels are tokens (Dosovitskiy et al. 2020, arXiv:2010.11929) of a transformer (Peebles &
+Xie 2022, arXiv:2212.09748). The states of the prompt are in the same sequence, so that one
+attention serves both. The embedding of time and prompt scales, shifts and gates every branch; the
+gates are initialized to zero ("adaLN-Zero"). As in recent language models, it has RMS norms,
+normalized queries and keys, gated MLPs and rotary positions: half of each head for the row, half
+for the column. Large patches work because the network predicts the clean image (Li & He 2025,
+arXiv:2511.13720).
 
-Beside the U-Net it needs more pictures before it knows a shape: nothing tells it that neighbours
-belong together. That is why emoji-64 is not one of these.
+It needs more training images than the U-Net, which has locality built in, so emoji-64 is a U-Net.
 
-Leaves out: patches that overlap, and registers.
+Leaves out: overlapping patches, and register tokens.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class Params:
 
 
 def abstract(cfg: DiTConfig) -> Params:
-    """The tree of `Params` with an `ArrayInfo` at each leaf; every leaf is float32."""
+    """Return the tree of `Params` with an `ArrayInfo` at each leaf; every leaf is float32."""
     d, f = cfg.d_model, cfg.d_ff
     square = abstract_linear(d, d, bias=False)
     scale = ArrayInfo((cfg.head_dim,), ("head",), jax.nn.initializers.ones)
@@ -88,7 +87,19 @@ def abstract(cfg: DiTConfig) -> Params:
 def forward(
     params: Params, cfg: DiTConfig, x: jax.Array, t: jax.Array, text: PromptEmbeds, keep: jax.Array
 ) -> jax.Array:
-    """What the network says of a noisy picture; see `unet.forward`."""
+    """Return the output of the network for noisy images.
+
+    Args:
+        params: the weights.
+        cfg: the config.
+        x: float32 [B, Y, X, 3], the noisy images, of variance 1.
+        t: float32 [B], flow times: 0 is noise, 1 the clean image.
+        text: the prompts.
+        keep: bool [B], False to drop the prompt.
+
+    Returns:
+        float32 [B, Y, X, 3]; `model.denoise` computes the clean images from it.
+    """
     with jax.named_scope("condition"):
         cond, words, mask = layers.condition(params.condition, t, text, keep)
     patches = space_to_depth(x, cfg.patch)  # [B, Y/p, X/p, p p 3]
@@ -96,21 +107,28 @@ def forward(
     count = height * width
     tokens = linear(patches.reshape(b, count, -1), params.patch)  # [B, T, D]
     h = jnp.concatenate([tokens, linear(words, params.word)], 1)  # [B, T + S, D]
-    seen = jnp.concatenate([jnp.ones((b, count), bool), mask], 1)
+    attention_mask = jnp.concatenate([jnp.ones((b, count), bool), mask], 1)
     angles = rotary_angles(height, width, words.shape[1], cfg)
     for layer in params.layers:
-        h = block(h, layer, cfg, cond, angles, seen)
+        h = block(h, layer, cfg, cond, angles, attention_mask)
     scale, shift = jnp.split(linear(cond, params.modulation)[:, None], 2, -1)
-    said = linear(rms_norm(h[:, :count]) * (1 + scale) + shift, params.last)
-    return depth_to_space(said.reshape(patches.shape), cfg.patch)
+    output = linear(rms_norm(h[:, :count]) * (1 + scale) + shift, params.last)
+    return depth_to_space(output.reshape(patches.shape), cfg.patch)
 
 
 def rotary_angles(
     height: int, width: int, words: int, cfg: DiTConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines for every token, [1, T + S, 1, H/2]; words have no place: no turn.
+    """Return cosines and sines of the rotary angles of every token, [1, T + S, 1, H/2] each.
 
-    The first half of the channel pairs turns with the row, the second with the column.
+    The first half of the channel pairs is rotated by the row, the second by the column. Prompt
+    tokens are not rotated.
+
+    Args:
+        height: rows of patches.
+        width: columns of patches.
+        words: S, prompt tokens.
+        cfg: the config.
     """
     frequency = rope.frequencies(cfg.head_dim // 2, cfg.rope_theta)  # [H/4]
     row, column = jnp.divmod(jnp.arange(height * width), width)
@@ -125,9 +143,18 @@ def block(
     cfg: DiTConfig,
     cond: jax.Array,
     angles: tuple[jax.Array, jax.Array],
-    seen: jax.Array,
+    attention_mask: jax.Array,
 ) -> jax.Array:
-    """Attention, then the MLP, each modulated: [B, T + S, D] -> the same."""
+    """Apply a block, attention and MLP with adaLN modulation: [B, T + S, D] -> the same.
+
+    Args:
+        h: float32 [B, T + S, D], patches and prompt tokens.
+        p: weights of the block.
+        cfg: the config.
+        cond: float32 [B, d_cond], from `layers.condition`.
+        angles: from `rotary_angles`.
+        attention_mask: bool [B, T + S], the tokens to attend to.
+    """
     b, length, d = h.shape
     scale, shift, gate, scale_mlp, shift_mlp, gate_mlp = jnp.split(
         linear(cond, p.modulation)[:, None], 6, -1
@@ -140,7 +167,7 @@ def block(
         y = rms_norm(h) * (1 + scale) + shift
         query = kernels.rotate(rms_norm(split(linear(y, p.q))) * p.q_scale, *angles)
         key = kernels.rotate(rms_norm(split(linear(y, p.k))) * p.k_scale, *angles)
-        y = layers.attend(query, key, split(linear(y, p.v)), seen).reshape(b, length, d)
+        y = layers.attend(query, key, split(linear(y, p.v)), attention_mask).reshape(b, length, d)
         h = h + gate * linear(y, p.out)
     with jax.named_scope("mlp"):
         y = rms_norm(h) * (1 + scale_mlp) + shift_mlp

@@ -1,16 +1,16 @@
-"""Picture files: bytes that somebody sent become an array, and arrays become bytes.
+"""Image files: decode untrusted bytes to arrays, and encode arrays to bytes.
 
-What a file is, its first bytes say, never its name. Its size is read from its header and checked
-before any of it is decoded: a PNG of some kilobytes can unfold to gigabytes, and so can a line of
-pixels once somebody needs the square around it. So is the number of its parts, because time grows
-with them: a progressive JPEG of 35 kB can have 400 scans, each over all pixels. Of an animation the
-first frame counts, and a photograph is turned the way its camera was held (EXIF).
+The format is detected from the first bytes, never from a name. The size is read from the header and
+checked before decoding: a PNG of some kilobytes can expand to gigabytes, and so can the square
+around a single line of pixels. The number of parts is limited because decoding time grows with it:
+a progressive JPEG of 35 kB can have 400 scans, each over all pixels. Animations are decoded to
+their first frame, and photographs are rotated as their EXIF orientation says.
 
-A PNG without an alpha channel may name one colour that is transparent (its tRNS chunk). That colour
-has the depth of the file, so it is compared before 16 bits become 8; Pillow compares after, or not
-at all (PNG specification, third edition, 11.3.2.1).
+A PNG without an alpha channel may name one transparent colour (its tRNS chunk). The colour has the
+bit depth of the file, so it is compared before 16 bits are reduced to 8; Pillow compares after, or
+not at all (PNG specification, third edition, 11.3.2.1).
 
-Leaves out: colour profiles, and all formats but four; each decoder is one more thing to attack.
+Leaves out: colour profiles, and other formats, because each decoder adds attack surface.
 """
 
 from __future__ import annotations
@@ -33,19 +33,23 @@ MAX_SCANS = 100  # of a JPEG file; cameras and optimizers write about ten
 MAX_PARTS = 20_000  # chunks of a PNG file, markers of a JPEG file
 _READABLE = ("PNG", "JPEG", "WEBP", "GIF")
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
-# A marker: not a stuffed byte (00), a fill byte (FF) or a restart, which the coded data contain.
+# A JPEG marker, but not a stuffed byte (00), a fill byte (FF) or a restart within coded data.
 _MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 _SOI, _EOI, _SOS, _TEM = 0xD8, 0xD9, 0xDA, 0x01
-# Bits of a sample in a PNG file, by Pillow's name for the layout of its rows.
+# Bits of a sample in a PNG file, by Pillow's raw mode.
 _DEPTHS = {"L;2": 2, "L;4": 4, "L": 8, "I;16B": 16, "RGB": 8, "RGB;16B": 16}
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """A PNG, JPEG, WebP or GIF file, upright, with its transparency: uint8 [Y, X, 4].
+    """Decode a PNG, JPEG, WebP or GIF file to RGBA: uint8 [Y, X, 4].
+
+    Args:
+        data: the bytes of the file.
+        max_pixels: the limit on height times width; a side may be at most twice its square root.
 
     Raises:
-        ValueError: it is none of these, cut off, damaged, larger than `max_pixels`, longer than
-            the side of a square of four times as many, or has more than `MAX_SCANS` scans or
+        ValueError: the format is another one, the file is truncated or damaged, the image is
+            larger than `max_pixels` allows, or the file has more than `MAX_SCANS` scans or
             `MAX_PARTS` parts.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -56,26 +60,26 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             width, height = image.size
             if width * height > max_pixels:
                 raise _TooLarge(
-                    f"the picture is {width} x {height} pixels: at most {max_pixels:,} are read"
+                    f"the image has {width} x {height} pixels; at most {max_pixels:,} are allowed"
                 )
             longest = 2 * math.isqrt(max_pixels)
             if max(width, height) > longest:
                 raise _TooLarge(
-                    f"the picture is {width} x {height} pixels: a side may have {longest:,} at most"
+                    f"the image has {width} x {height} pixels; a side may have at most {longest:,}"
                 )
             image.seek(0)
             key = _transparent_colour(image)
             image.load()
             upright = ImageOps.exif_transpose(image)
             samples = np.asarray(upright)
-            if upright.mode.startswith("I"):  # 16 bits of grey, which `convert` would cut at 255
+            if upright.mode.startswith("I"):  # 16 bits of grey, which `convert` would clip at 255
                 upright = Image.fromarray((samples >> 8).astype(np.uint8))
             if key is None:
                 return np.asarray(upright.convert("RGBA"))
             depth, colour = key
-            if depth < 8:  # Pillow has stretched them to 8 bits
+            if depth < 8:  # Pillow has scaled them to 8 bits
                 samples = samples // (255 // (2**depth - 1))
-            elif upright.mode == "RGB" and depth == 16:  # Pillow has kept the high bytes
+            elif upright.mode == "RGB" and depth == 16:  # Pillow keeps the high bytes only
                 samples = samples.astype(np.uint16) << 8 | _low_bytes(data)
             is_transparent = (np.atleast_3d(samples) == np.array(colour)).all(-1)
             pixels = np.array(upright.convert("RGB").convert("RGBA"))
@@ -85,46 +89,49 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise
     except UnidentifiedImageError:
         raise ValueError(
-            "this is not a picture that can be read: use PNG, JPEG, WebP or GIF"
+            "the file is not an image of a supported format: use PNG, JPEG, WebP or GIF"
         ) from None
     except Image.DecompressionBombError as error:
-        raise ValueError(f"the picture is too large: {error}") from None
-    except Exception as error:  # whatever a decoder stumbles over: Pillow's raise all kinds
-        raise ValueError(f"the picture is damaged or cut off: {error}") from None
+        raise ValueError(f"the image is too large: {error}") from None
+    except Exception as error:  # Pillow's decoders raise exceptions of many types
+        raise ValueError(f"the image is damaged or truncated: {error}") from None
 
 
 class _TooLarge(ValueError):
-    pass
+    """The image has too many pixels, parts or scans."""
 
 
 def _transparent_colour(image: ImageFile) -> tuple[int, tuple[int, ...]] | None:
-    """Bits of a sample and the transparent colour of a PNG file, if it has one to be compared.
+    """Return the bits of a sample and the transparent colour of a PNG file, if it has one.
 
     Args:
-        image: not decoded yet.
+        image: an image that is not decoded yet.
     """
     colour = image.info.get("transparency")
     depth = _DEPTHS.get(str(image.tile[0].args)) if image.format == "PNG" and image.tile else None
     if colour is None or depth is None:
         return None
     values = (colour,) if isinstance(colour, int) else colour
-    return depth, tuple(value & (1 << depth) - 1 for value in values)  # as the specification says
+    return depth, tuple(
+        value & (1 << depth) - 1 for value in values
+    )  # only the low bits count, by the specification
 
 
 def _low_bytes(data: bytes) -> np.ndarray:
-    """The low bytes of a PNG file of 16-bit RGB, upright: uint8 [Y, X, 3]."""
+    """Return the low bytes of a PNG file of 16-bit RGB, rotated by EXIF: uint8 [Y, X, 3]."""
     from PIL import Image, ImageOps
 
     with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-        image.tile = [part._replace(args="RGB;16L") for part in image.tile]  # the other byte order
+        # The other byte order, so that Pillow keeps the low bytes.
+        image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
         return np.asarray(ImageOps.exif_transpose(image))
 
 
 def _check_parts(data: bytes) -> None:
-    """Refuse a file with more parts than any needs, before something takes a long time over them.
+    """Check the number of parts and scans of a file, before decoding takes a long time.
 
     Raises:
-        ValueError: it has too many.
+        ValueError: there are too many.
     """
     parts = scans = 0
     if data.startswith(_PNG):
@@ -143,18 +150,18 @@ def _check_parts(data: bytes) -> None:
             if code not in (_SOI, _TEM):
                 position += int.from_bytes(data[position : position + 2], "big")
     if parts > MAX_PARTS:
-        raise _TooLarge(f"the picture has more than {MAX_PARTS:,} parts")
+        raise _TooLarge(f"the image file has more than {MAX_PARTS:,} parts")
     if scans > MAX_SCANS:
-        raise _TooLarge(f"the picture has more than {MAX_SCANS} scans: save it as a baseline JPEG")
+        raise _TooLarge(f"the image has more than {MAX_SCANS} scans; save it as a baseline JPEG")
 
 
-def encode(picture: np.ndarray, format: ImageFormat, quality: int = 95) -> bytes:
-    """A picture as a file.
+def encode(image: np.ndarray, format: ImageFormat, quality: int = 95) -> bytes:
+    """Encode an image.
 
     Args:
-        picture: uint8 [Y, X, 3], or 4 with transparency; JPEG has none, so it is laid on white.
-        format: PNG keeps every bit; JPEG and WebP lose a little.
-        quality: 0 (smallest) to 100 (best) of JPEG and WebP; PNG has none.
+        image: uint8 [Y, X, 3], or [Y, X, 4] with transparency; composited on white for JPEG.
+        format: PNG is lossless; JPEG and WebP are lossy.
+        quality: 0 (smallest) to 100 (best) of JPEG and WebP; ignored for PNG.
 
     Raises:
         ValueError: an argument is out of range or of the wrong shape.
@@ -163,51 +170,55 @@ def encode(picture: np.ndarray, format: ImageFormat, quality: int = 95) -> bytes
 
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] not in (3, 4):
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4):
         raise ValueError(
-            f"picture must be uint8 [Y, X, 3 or 4], got {picture.dtype} {list(picture.shape)}"
+            f"image must be uint8 [Y, X, 3 or 4], got {image.dtype} {list(image.shape)}"
         )
     if not 0 <= quality <= 100:
         raise ValueError(f"quality must be from 0 to 100, got {quality}")
     if format == "jpeg":
-        picture = composite_on_white(picture)
+        image = composite_on_white(image)
     options = {"jpeg": {"quality": quality, "subsampling": 0}, "webp": {"quality": quality}}
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, format, **options.get(format, {}))
+    Image.fromarray(image).save(file, format, **options.get(format, {}))
     return file.getvalue()
 
 
-def composite_on_white(picture: np.ndarray) -> np.ndarray:
-    """A picture laid on white: uint8 [Y, X, 3 or 4] -> [Y, X, 3]."""
-    if picture.shape[2] == 3:
-        return picture
-    colour, alpha = picture[..., :3].astype(np.float32), picture[..., 3:] / np.float32(255)
+def composite_on_white(image: np.ndarray) -> np.ndarray:
+    """Composite an image on white: uint8 [Y, X, 3 or 4] -> [Y, X, 3]."""
+    if image.shape[2] == 3:
+        return image
+    colour, alpha = image[..., :3].astype(np.float32), image[..., 3:] / np.float32(255)
     return np.round(255 + alpha * (colour - 255)).astype(np.uint8)
 
 
-def save(picture: np.ndarray, path: Path) -> None:
-    """Writes a picture file, whose format its name says.
+def save(image: np.ndarray, path: Path) -> None:
+    """Write an image file in the format of its suffix.
+
+    Args:
+        image: uint8 [Y, X, 3 or 4].
+        path: the file to write.
 
     Raises:
-        ValueError: the name says none, or one that cannot be written.
+        ValueError: the suffix is not that of a supported format.
         OSError: the file cannot be written.
     """
-    path.write_bytes(encode(picture, format_of(path)))
+    path.write_bytes(encode(image, format_of(path)))
 
 
 def format_of(path: Path) -> ImageFormat:
-    """The format that the name of a file says.
+    """Return the image format of a file's suffix.
 
     Raises:
-        ValueError: it says none, or one that cannot be written.
+        ValueError: the suffix is not that of a supported format.
     """
     suffix = path.suffix.lower()
-    found: dict[str, ImageFormat] = {
+    formats: dict[str, ImageFormat] = {
         ".png": "png",
         ".jpg": "jpeg",
         ".jpeg": "jpeg",
         ".webp": "webp",
     }
-    if suffix not in found:
-        raise ValueError(f"{path}: the name of a picture ends in {', '.join(found)}")
-    return found[suffix]
+    if suffix not in formats:
+        raise ValueError(f"{path}: the suffix must be one of {', '.join(formats)}")
+    return formats[suffix]

@@ -1,8 +1,9 @@
-"""What both networks are made of: the condition of time and prompt, norms, patches, attention."""
+"""Layers of both networks: embedding of time and prompt, norms, patches, attention."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,32 +15,46 @@ from transformer.layers import linear
 from transformer.weights import Linear
 
 EPS = 1e-6
-_FREQUENCIES = 32  # of the features of time
-_MAX_FREQUENCY = 50.0  # turns of the fastest of them, from noise to picture
+_FREQUENCIES = 32  # of the time features
+_MAX_FREQUENCY = 50.0  # periods between t = 0 and t = 1
 
 
 @struct.dataclass
 class Condition:
-    """Weights that condense time and prompt to a vector."""
+    """Weights of the embedding of time and prompt."""
 
     time: Linear  # [d_cond, 2 x 32]
     prompt: Linear  # [d_cond, E]
     mix: Linear  # [d_cond, d_cond]
-    null: jax.Array  # [E], stands for the prompt where there is none
+    null: jax.Array  # [E], replaces a dropped prompt
 
 
-def abstract_linear(out: int, inner: int, *, bias: bool = True, is_zero: bool = False) -> Linear:
-    """A linear map to be, [out, in]; a branch that begins with zeros adds nothing at first."""
+def abstract_linear(
+    out_dim: int, in_dim: int, *, bias: bool = True, is_zero: bool = False
+) -> Linear:
+    """Return a `Linear` of [out_dim, in_dim] with an `ArrayInfo` at each leaf.
+
+    Args:
+        out_dim: output channels.
+        in_dim: input channels.
+        bias: whether it has a bias.
+        is_zero: initialize the weight to zero, so that its branch is initially the identity.
+    """
     fan_in = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
     zeros = jax.nn.initializers.zeros
     return Linear(
-        weight=ArrayInfo((out, inner), ("out", "in"), zeros if is_zero else fan_in),
-        bias=ArrayInfo((out,), ("out",), zeros) if bias else None,
+        weight=ArrayInfo((out_dim, in_dim), ("out", "in"), zeros if is_zero else fan_in),
+        bias=ArrayInfo((out_dim,), ("out",), zeros) if bias else None,
     )
 
 
 def abstract_condition(d_cond: int, text_dim: int) -> Condition:
-    """The tree of `Condition` with an `ArrayInfo` at each leaf."""
+    """Return the tree of `Condition` with an `ArrayInfo` at each leaf.
+
+    Args:
+        d_cond: width of the embedding.
+        text_dim: E, width of the text encoder's states.
+    """
     return Condition(
         time=abstract_linear(d_cond, 2 * _FREQUENCIES),
         prompt=abstract_linear(d_cond, text_dim),
@@ -48,8 +63,13 @@ def abstract_condition(d_cond: int, text_dim: int) -> Condition:
     )
 
 
-def init(key: jax.Array, tree):
-    """Fresh float32 weights for a tree of `ArrayInfo`."""
+def init(key: jax.Array, tree: Any) -> Any:
+    """Return randomly initialized float32 weights for a tree of `ArrayInfo`.
+
+    Args:
+        key: a PRNG key.
+        tree: the tree; the result has its structure.
+    """
     infos, structure = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(infos))
     arrays = [
@@ -62,54 +82,67 @@ def init(key: jax.Array, tree):
 def condition(
     p: Condition, t: jax.Array, text: PromptEmbeds, keep: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What every block is told.
+    """Return the conditioning of every block.
 
     Args:
-        t: float32 [B], times of a flow.
+        p: the weights.
+        t: float32 [B], flow times.
         text: the prompts.
-        keep: bool [B], False where the prompt is not to be seen.
+        keep: bool [B], False to drop the prompt: it becomes the single token `p.null`.
 
     Returns:
-        float32 [B, d_cond]; the states of the words, [B, S, E]; bool [B, S], which of them are
-        there. A prompt that is not seen is a single word, the same for all.
+        The embedding of time and prompt, float32 [B, d_cond]; the normalized states of the prompt
+        tokens, [B, S, E]; and their mask, bool [B, S].
     """
-    seen = keep[:, None]
-    words = jnp.where(seen[..., None], text.states.astype(jnp.float32), p.null)
-    whole = jnp.where(seen, text.pooled.astype(jnp.float32), p.null)
-    mask = jnp.where(seen, text.mask, jnp.arange(text.mask.shape[1]) == 0)
-    y = linear(time_features(t), p.time) + linear(rms_norm(whole), p.prompt)
+    keep = keep[:, None]
+    words = jnp.where(keep[..., None], text.states.astype(jnp.float32), p.null)
+    pooled = jnp.where(keep, text.pooled.astype(jnp.float32), p.null)
+    mask = jnp.where(keep, text.mask, jnp.arange(text.mask.shape[1]) == 0)
+    y = linear(time_features(t), p.time) + linear(rms_norm(pooled), p.prompt)
     cond = jax.nn.silu(linear(jax.nn.silu(y), p.mix))  # [B, d_cond]
     return cond, rms_norm(words), mask
 
 
 def time_features(t: jax.Array) -> jax.Array:
-    """Sines and cosines of the time at many frequencies, of variance 1: [B] -> [B, 2 x 32]."""
-    turns = jnp.exp(jnp.linspace(math.log(0.5), math.log(_MAX_FREQUENCY), _FREQUENCIES))
-    angle = 2 * math.pi * t[:, None] * turns
+    """Return cosines and sines of the time at 32 frequencies, of variance 1: [B] -> [B, 2 x 32]."""
+    frequencies = jnp.exp(jnp.linspace(math.log(0.5), math.log(_MAX_FREQUENCY), _FREQUENCIES))
+    angle = 2 * math.pi * t[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1) * math.sqrt(2)
 
 
 def rms_norm(x: jax.Array) -> jax.Array:
-    """RMS norm over the last axis (Zhang & Sennrich 2019), without a scale of its own."""
+    """Apply an RMS norm over the last axis (Zhang & Sennrich 2019), without a learned scale."""
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + EPS)
 
 
-def attend(query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array) -> jax.Array:
-    """Attention: [B, T, N, H] over [B, S, N, H] twice, where `seen` [B, S]: [B, T, N, H]."""
+def attend(query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Apply multi-head attention.
+
+    Args:
+        query: [B, T, N, H].
+        keys: [B, S, N, H].
+        values: [B, S, N, H].
+        mask: bool [B, S], the keys to attend to.
+
+    Returns:
+        [B, T, N, H].
+    """
     scores = jnp.einsum("btnh,bsnh->bnts", query, keys) / math.sqrt(query.shape[-1])
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -1e30), -1)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), -1)
     return jnp.einsum("bnts,bsnh->btnh", weights, values)
 
 
-def space_to_depth(x: jax.Array, by: int = 2) -> jax.Array:
-    """Blocks of pixels to channels: [B, Y, X, C] -> [B, Y/by, X/by, by * by * C]."""
+def space_to_depth(x: jax.Array, block: int = 2) -> jax.Array:
+    """Move blocks of pixels to channels: [B, Y, X, C] -> [B, Y/block, X/block, block**2 * C]."""
     b, height, width, c = x.shape
-    x = x.reshape(b, height // by, by, width // by, by, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, height // by, width // by, by * by * c)
+    x = x.reshape(b, height // block, block, width // block, block, c)
+    x = x.transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, height // block, width // block, block * block * c)
 
 
-def depth_to_space(x: jax.Array, by: int = 2) -> jax.Array:
-    """The inverse of `fold`."""
+def depth_to_space(x: jax.Array, block: int = 2) -> jax.Array:
+    """Move channels to blocks of pixels, the inverse of `space_to_depth`."""
     b, height, width, c = x.shape
-    x = x.reshape(b, height, width, by, by, c // by**2)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, height * by, width * by, c // by**2)
+    x = x.reshape(b, height, width, block, block, c // block**2)
+    x = x.transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, height * block, width * block, c // block**2)

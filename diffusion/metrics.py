@@ -1,18 +1,18 @@
-"""What can be said of drawn pictures with numbers: four estimators, as functions of arrays.
+"""Metrics of generated images: four estimators, as functions of arrays.
 
-- `kernel_distance`: do they come from the same distribution as real ones? (KID; Binkowski et al.
-  2018, arXiv:1801.01401.) Unlike Frechet's distance it has no bias where pictures are few.
-- `coverage`: of the kinds of real pictures, how many are drawn at all? (Naeem et al. 2020,
-  arXiv:2002.09797.) A model that draws one perfect apple has a small distance for apples.
-- `retrieval`: do they show what was asked for? The right caption must score highest among a hundred
-  (Radford et al. 2021, arXiv:2103.00020, ask whole classifiers so).
-- `memorisation`: are they copies of what was learnt?
+- `kernel_distance`: whether generated and real images have the same distribution (KID; Binkowski et
+  al. 2018, arXiv:1801.01401). Unlike the Frechet distance (FID) it is unbiased for few images.
+- `coverage`: the share of real images with a similar generated one (Naeem et al. 2020,
+  arXiv:2002.09797). A model that generates one perfect apple has a low distance but low coverage.
+- `retrieval`: whether the image matches its prompt: how often the right caption has one of the
+  highest scores among a hundred, as in zero-shot classification (Radford et al. 2021,
+  arXiv:2103.00020).
+- `memorisation`: whether generated images are copies of training images.
 
-The first three look at pictures through the features or scores of a network that was trained for
-something else; whose, is the caller's business. The last one looks at pixels.
+The first three take features or scores of another trained network, which the caller chooses. The
+last compares pixels.
 
-Leaves out: Frechet's distance, precision and recall, and what people think of the pictures, which
-no number here replaces.
+Leaves out: FID, precision and recall, and human judgement, which no metric here replaces.
 """
 
 from __future__ import annotations
@@ -22,107 +22,114 @@ from math import comb
 import numpy as np
 
 
-def kernel_distance(real: np.ndarray, drawn: np.ndarray) -> float:
-    """How far apart two distributions are, by a sample of each; 0 on average if they are the same.
+def kernel_distance(real: np.ndarray, generated: np.ndarray) -> float:
+    """Estimate the kernel distance of two distributions; its mean is 0 if they are equal.
 
-    The squared maximum mean discrepancy under the kernel (x.y / D + 1)^3, which sees differences in
-    the first three moments. It has no bias, so that it can come out a little below 0.
+    It is the squared maximum mean discrepancy under the kernel (x.y / D + 1)^3, which depends on
+    the first three moments. The estimate is unbiased, so it may be slightly below 0.
 
     Args:
-        real: [n, D], n at least 2.
-        drawn: [m, D], m at least 2.
+        real: features [n, D], n at least 2.
+        generated: features [m, D], m at least 2.
     """
 
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return (x.astype(np.float64) @ y.astype(np.float64).T / x.shape[1] + 1) ** 3
 
     def within(x: np.ndarray) -> float:
-        """The mean over pairs of two different rows."""
+        """Return the mean over pairs of two different rows."""
         values = kernel(x, x)
         return (values.sum() - values.trace()) / (len(x) * (len(x) - 1))
 
-    return float(within(real) + within(drawn) - 2 * kernel(real, drawn).mean())
+    return float(within(real) + within(generated) - 2 * kernel(real, generated).mean())
 
 
-def coverage(real: np.ndarray, drawn: np.ndarray, k: int = 5) -> float:
-    """The share of real pictures that have a drawn one near.
+def coverage(real: np.ndarray, generated: np.ndarray, k: int = 5) -> float:
+    """Return the share of real images with a generated one in their neighbourhood.
 
-    Near is what lies no farther than the k-th nearest other real picture. If both come from the
-    same distribution and are equally many, the share is about 1 - 2^-k.
+    The neighbourhood of a real image extends to its k-th nearest other real image. For equal
+    distributions and equal counts, the share is about 1 - 2^-k.
 
     Args:
-        real: [n, D], n above k.
-        drawn: [m, D].
+        real: features [n, D], n above k.
+        generated: features [m, D].
+        k: the neighbour that bounds the neighbourhood.
 
     Raises:
-        ValueError: there are not more than k real ones.
+        ValueError: k is not from 1 to n - 1.
     """
     if not 1 <= k < len(real):
-        raise ValueError(f"k must be from 1 to {len(real) - 1} for {len(real)} real, got {k}")
-    among_real = _squared_distances(real, real)
-    np.fill_diagonal(among_real, np.inf)
-    reach = np.partition(among_real, k - 1, axis=1)[:, k - 1]  # [n]
-    return float((_squared_distances(real, drawn).min(1) <= reach).mean())
+        raise ValueError(
+            f"k must be from 1 to {len(real) - 1} for {len(real)} real images, got {k}"
+        )
+    distances = _squared_distances(real, real)
+    np.fill_diagonal(distances, np.inf)
+    radii = np.partition(distances, k - 1, axis=1)[:, k - 1]  # [n]
+    return float((_squared_distances(real, generated).min(1) <= radii).mean())
 
 
 def retrieval(scores: np.ndarray, right: np.ndarray, k: int, among: int = 100) -> float:
-    """How often the right caption is among the k best of some captions.
+    """Return how often the right caption is among the k best of `among` captions.
 
-    The wrong ones are drawn from all others; what comes out is the mean over all ways to draw them,
-    counted and not tried. Chance is k / among.
+    The wrong captions are sampled from all others; the result is the exact mean over all samples.
+    Chance level is k / among.
 
     Args:
-        scores: [n, G], of each caption for each picture. An equal score counts as a better one.
-        right: int [n], the captions that should have won.
-        among: captions to choose from, the right one included, at most G.
+        scores: [n, G], of each caption for each image. A wrong caption of equal score ranks higher.
+        right: int [n], the right caption of each image.
+        k: the ranks that count.
+        among: the number of captions to rank, the right one included, at most G.
 
     Raises:
-        ValueError: there are fewer than `among` captions.
+        ValueError: `among` is not from 1 to G.
     """
     wrong = scores.shape[1] - 1
     if not 1 <= among <= wrong + 1:
         raise ValueError(f"among must be from 1 to {wrong + 1} captions, got {among}")
-    own = np.take_along_axis(scores, np.asarray(right)[:, None], 1)
-    better = (scores >= own).sum(1) - 1  # [n]
-    ways = comb(wrong, among - 1)
+    right_scores = np.take_along_axis(scores, np.asarray(right)[:, None], 1)
+    num_better = (scores >= right_scores).sum(1) - 1  # [n]
+    num_samples = comb(wrong, among - 1)
 
     def share(count: int) -> float:
-        """Of all ways to draw wrong captions, those with fewer than k of the better ones."""
-        few = range(min(k, among))
-        return sum(comb(count, i) * comb(wrong - count, among - 1 - i) for i in few) / ways
+        """Return the share of samples with fewer than k of `count` better captions."""
+        hits = sum(
+            comb(count, i) * comb(wrong - count, among - 1 - i) for i in range(min(k, among))
+        )
+        return hits / num_samples
 
-    return float(np.mean([share(int(count)) for count in better]))
+    return float(np.mean([share(int(count)) for count in num_better]))
 
 
-def nearest_distances(pictures: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """How far each picture is from the nearest of others: root mean square of pixels, [n].
+def nearest_distances(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the root mean square distance of each image to the nearest of others: [n].
 
     Args:
-        pictures: [n, Y, X, C].
+        images: [n, Y, X, C].
         others: [m, Y, X, C].
     """
-    size = pictures[0].size
-    squares = _squared_distances(pictures.reshape(-1, size), others.reshape(-1, size))
+    size = images[0].size
+    squares = _squared_distances(images.reshape(-1, size), others.reshape(-1, size))
     return np.sqrt(squares.min(1) / size)
 
 
-def memorisation(drawn: np.ndarray, real: np.ndarray, learnt: np.ndarray) -> float:
-    """How near drawn pictures come to what was learnt, compared with real ones that were not.
+def memorisation(generated: np.ndarray, held_out: np.ndarray, train: np.ndarray) -> float:
+    """Return the distance of generated images to training images, relative to held-out images.
 
     Args:
-        drawn: [n, Y, X, C].
-        real: [m, Y, X, C], pictures of the same kind that were held out.
-        learnt: [l, Y, X, C].
+        generated: [n, Y, X, C].
+        held_out: [m, Y, X, C], real images that were not trained on.
+        train: [l, Y, X, C], training images.
 
     Returns:
-        The mean distance to the nearest learnt picture, of the drawn over that of the real. 0:
-        copies; 1: as far away as the pictures that were never seen.
+        The mean distance of generated images to the nearest training image, divided by that of
+        held-out images. 0: copies; 1: as far from the training images as held-out ones.
     """
-    return float(nearest_distances(drawn, learnt).mean() / nearest_distances(real, learnt).mean())
+    distance = nearest_distances(generated, train).mean()
+    return float(distance / nearest_distances(held_out, train).mean())
 
 
 def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Squared distances, float64 [n, m]."""
+    """Return the squared distances of rows, float64 [n, m]."""
     x, y = x.astype(np.float64), y.astype(np.float64)
     squares = (x**2).sum(1)[:, None] - 2 * x @ y.T + (y**2).sum(1)
     return np.maximum(squares, 0)

@@ -1,7 +1,8 @@
-"""A denoiser as the samplers and the recipe know it, whichever network it is.
+"""The denoiser: preconditioning and loss around either network, for samplers and training.
 
-The network looks at a picture of variance 1 and says what a linear guess of the clean picture lacks
-(`schedule.precondition`). Times are those of a straight flow: 0 is noise, 1 the picture.
+The network's input has variance 1, and its output is the difference between the clean image and the
+best linear estimate of it (`schedule.precondition`; Karras et al. 2022, arXiv:2206.00364). Times
+are those of a straight flow: 0 is noise, 1 the image.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ _NETWORKS = {UNetConfig: unet, DiTConfig: dit}
 
 
 def init(key: jax.Array, cfg: Config) -> Params:
-    """Fresh float32 weights."""
+    """Return randomly initialized float32 weights.
+
+    Args:
+        key: a PRNG key.
+        cfg: the config; its type selects the network.
+    """
     return layers.init(key, _NETWORKS[type(cfg)].abstract(cfg))
 
 
@@ -30,20 +36,22 @@ def init(key: jax.Array, cfg: Config) -> Params:
 def denoise(
     params: Params, cfg: Config, z: jax.Array, t: jax.Array, text: PromptEmbeds, keep: jax.Array
 ) -> jax.Array:
-    """The clean picture behind a noisy one.
+    """Predict the clean images of noisy ones.
 
     Args:
+        params: the weights.
+        cfg: the config; its type selects the network.
         z: float32 [B, Y, X, 3], `t * x + (1 - t) * e`.
-        t: float32 [B].
+        t: float32 [B], flow times.
         text: the prompts.
-        keep: bool [B], False where the prompt is not to be seen.
+        keep: bool [B], False to drop the prompt.
 
     Returns:
         float32 [B, Y, X, 3]; -1 is black and 1 is white.
     """
     c_in, c_skip, c_out = schedule.precondition(t[:, None, None, None], cfg.spread)
-    said = _NETWORKS[type(cfg)].forward(params, cfg, c_in * z, t, text, keep)
-    return c_skip * z + c_out * said
+    output = _NETWORKS[type(cfg)].forward(params, cfg, c_in * z, t, text, keep)
+    return c_skip * z + c_out * output
 
 
 def flow_loss(
@@ -55,16 +63,20 @@ def flow_loss(
     text: PromptEmbeds,
     keep: jax.Array,
 ) -> jax.Array:
-    """How far the flow that the network sees is from the true one, `x - e`: float32 [B].
+    """Return the mean squared error of the velocity, whose target is `x - e`: float32 [B].
 
-    The network predicts x; what counts is the velocity that follows, so that errors weigh more the
-    less noise is left (Li & He 2025, arXiv:2511.13720).
+    The network predicts x, and the velocity follows from it, so that errors have a higher weight
+    the less noise is left (Li & He 2025, arXiv:2511.13720).
 
     Args:
-        x: float32 [B, Y, X, 3], pictures.
-        e: noise of the same shape.
-        t: float32 [B], below 1.
+        params: the weights.
+        cfg: the config.
+        x: float32 [B, Y, X, 3], clean images.
+        e: float32 [B, Y, X, 3], noise.
+        t: float32 [B], flow times below 1.
+        text: the prompts.
+        keep: bool [B], False to drop the prompt.
     """
     time = t[:, None, None, None]
-    found = denoise(params, cfg, time * x + (1 - time) * e, t, text, keep)
-    return jnp.mean(jnp.square((found - x) / (1 - time)), axis=(1, 2, 3))
+    predicted = denoise(params, cfg, time * x + (1 - time) * e, t, text, keep)
+    return jnp.mean(jnp.square((predicted - x) / (1 - time)), axis=(1, 2, 3))

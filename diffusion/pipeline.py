@@ -1,10 +1,9 @@
-"""From a prompt to a picture: reader, denoiser, sampler and upscaler put together.
+"""Text to image: text encoder, denoiser, sampler and upscaler as one pipeline.
 
-    painter = diffusion.load("diffusion/weights/emoji-64", "models/all-minilm-l6-v2")
-    pictures = painter.draw(["a red apple", "a happy cat"], seed=0)
+    pipeline = diffusion.load("diffusion/weights/emoji-64", "models/all-minilm-l6-v2")
+    images = pipeline.generate(["a red apple", "a happy cat"], seed=0)
 
-`steps` is the same a step at a time, for whoever wants to show the picture as it comes, or to do
-something else in between.
+`DiffusionPipeline.steps` yields every step, for previews or for work between the steps.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from diffusion.text import PromptEmbeds, TextEncoder
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerOptions:
-    """How a picture is drawn.
+    """Options of the sampler.
 
     Raises:
         ValueError: a field is out of range.
@@ -36,8 +35,8 @@ class SamplerOptions:
 
     steps: int = 20
     sampler: Sampler = "dpmpp"
-    guidance: float = 3.0  # 1: as the prompt says; more: more so
-    shift: float = 1.0  # above 1, more of the steps go to where much noise is left
+    guidance: float = 3.0  # scale of classifier-free guidance; 1 is none
+    shift: float = 1.0  # above 1, more of the steps are at high noise
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or not 1 <= self.steps <= 1000:
@@ -54,10 +53,14 @@ class SamplerOptions:
 
 @dataclass(frozen=True)
 class DiffusionPipeline:
-    """A model that draws.
+    """A text-to-image model.
 
     Attributes:
-        size: pixels of what it draws, height and width, after the upscaler.
+        text_encoder: encodes prompts.
+        denoiser: weights of the denoising network.
+        cfg: config of the denoising network.
+        upscaler: weights of the upscaler.
+        upscaler_cfg: config of the upscaler.
     """
 
     text_encoder: TextEncoder
@@ -68,44 +71,59 @@ class DiffusionPipeline:
 
     @property
     def size(self) -> int:
+        """Pixels of the images, height and width, after the upscaler."""
         return 2 * self.cfg.image_size
 
     def generate(
         self, prompts: Sequence[str], *, seed: int = 0, options: SamplerOptions | None = None
     ) -> np.ndarray:
-        """A picture a prompt: uint8 [B, size, size, 3].
-
-        Number i is drawn from noise of its own, that follows from the seed and i alone.
-        """
-        keys = sample.image_keys(seed, len(prompts))
-        *_, (picture, _) = self.steps(prompts, keys, options or SamplerOptions())
-        return self.postprocess(picture)
-
-    def steps(
-        self, prompts: Sequence[str], keys: jax.Array, plan: SamplerOptions
-    ) -> Iterator[tuple[jax.Array, jax.Array]]:
-        """Draws, a step at a time; see `sample.steps`.
+        """Generate one image for each prompt: uint8 [B, size, size, 3].
 
         Args:
-            keys: [B], one a picture.
+            prompts: the prompts; an empty one generates without a prompt.
+            seed: the noise of image i depends on the seed and i only.
+            options: options of the sampler; None for the defaults.
+        """
+        keys = sample.image_keys(seed, len(prompts))
+        *_, (images, _) = self.steps(prompts, keys, options or SamplerOptions())
+        return self.postprocess(images)
+
+    def steps(
+        self, prompts: Sequence[str], keys: jax.Array, options: SamplerOptions
+    ) -> Iterator[tuple[jax.Array, jax.Array]]:
+        """Generate images step by step; see `sample.steps`.
+
+        Args:
+            prompts: B prompts.
+            keys: [B] PRNG keys, one an image.
+            options: options of the sampler.
 
         Yields:
-            The noisy pictures and the clean ones predicted, each float32 [B, Y, X, 3] at the size
-            of the denoiser. Either can be shown, by `finish`; the last noisy ones are the result.
+            The noisy images and the predicted clean ones, each float32 [B, Y, X, 3] at the size of
+            the denoiser, both valid inputs of `postprocess`. The last noisy images are the result.
         """
         size = self.cfg.image_size
         z = sample.normal(keys, (size, size, 3))
-        denoise = self.guided_denoiser(self.encode_prompts(prompts), plan.guidance)
-        levels = schedule.flow_levels(plan.steps, plan.shift)
-        for step in sample.steps(denoise, z, levels, plan.sampler, keys=keys):
+        denoise = self.guided_denoiser(self.encode_prompts(prompts), options.guidance)
+        levels = schedule.flow_levels(options.steps, options.shift)
+        for step in sample.steps(denoise, z, levels, options.sampler, keys=keys):
             yield step.noisy, step.clean
 
     def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """What the prompts mean."""
+        """Encode prompts.
+
+        Args:
+            prompts: B prompts; an empty one has no states.
+        """
         return jax.tree.map(jnp.asarray, self.text_encoder(prompts))
 
     def guided_denoiser(self, text: PromptEmbeds, guidance: float) -> sample.DenoiseFn:
-        """The denoiser as a sampler wants it, for these prompts."""
+        """Return a denoiser with guidance for some prompts, to pass to a sampler.
+
+        Args:
+            text: the encoded prompts, from `encode_prompts`.
+            guidance: scale of classifier-free guidance.
+        """
 
         def denoise(z: jax.Array, level: NoiseLevel) -> jax.Array:
             t = schedule.to_flow(level)
@@ -114,78 +132,103 @@ class DiffusionPipeline:
 
         return denoise
 
-    def postprocess(self, pictures: jax.Array) -> np.ndarray:
-        """Twice as large, and as bytes: float [B, Y, X, 3] -> uint8 [B, 2 Y, 2 X, 3]."""
-        pictures = upscale.upscale_2x(self.upscaler, self.upscaler_cfg, jnp.clip(pictures, -1, 1))
-        return to_uint8(pictures)
-
-    def trajectory_images(
-        self, steps: Sequence[tuple[jax.Array, jax.Array]], row: int = 0, *, most: int = 8
-    ) -> np.ndarray:
-        """How a picture came, finished: uint8 [2 n, size, size, 3].
+    def postprocess(self, images: jax.Array) -> np.ndarray:
+        """Upscale images and convert them to uint8.
 
         Args:
-            steps: all that `steps` has yielded.
-            row: which picture.
-            most: so many of the steps are shown, evenly spaced.
+            images: float [B, Y, X, 3], -1 to 1.
 
         Returns:
-            n noisy pictures, then the n clean ones predicted from what was before each.
+            uint8 [B, 2 Y, 2 X, 3].
         """
-        which = np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int)
-        pictures = [steps[i][kind][row] for kind in (0, 1) for i in which]
-        return self.postprocess(jnp.stack(pictures))
+        images = upscale.upscale_2x(self.upscaler, self.upscaler_cfg, jnp.clip(images, -1, 1))
+        return to_uint8(images)
+
+    def trajectory_images(
+        self, steps: Sequence[tuple[jax.Array, jax.Array]], row: int = 0, *, max_steps: int = 8
+    ) -> np.ndarray:
+        """Return the denoising trajectory of one image, postprocessed.
+
+        Args:
+            steps: all items that `steps` yielded.
+            row: the index of the image.
+            max_steps: the number of steps to show, evenly spaced.
+
+        Returns:
+            uint8 [2 n, size, size, 3]: n noisy images, then the clean ones predicted before each.
+        """
+        indices = np.linspace(0, len(steps) - 1, min(max_steps, len(steps))).round().astype(int)
+        images = [steps[i][kind][row] for kind in (0, 1) for i in indices]
+        return self.postprocess(jnp.stack(images))
 
 
 @partial(jax.jit, static_argnames="cfg")
 def denoise_with_guidance(
     params: Any, cfg: model.Config, z, t, text: PromptEmbeds, guidance
 ) -> jax.Array:
-    """The clean pictures, guided; with and without the prompt are read as one batch.
+    """Predict the clean images with classifier-free guidance.
 
-    A row whose prompt says nothing is read twice without.
+    The images with and without the prompt form one batch. A row with an empty prompt is predicted
+    twice without.
 
     Args:
-        t: float, the time of a flow, the same for all rows.
+        params: the weights of the denoiser.
+        cfg: the config of the denoiser.
+        z: float32 [B, Y, X, 3], noisy images in the notation of a flow.
+        t: float, the flow time of all rows.
+        text: the encoded prompts.
+        guidance: the guidance scale.
+
+    Returns:
+        float32 [B, Y, X, 3].
     """
     rows = len(z)
-    twice = jax.tree.map(lambda a: jnp.concatenate([a, a]), (z, text))
-    keep = (jnp.arange(2 * rows) < rows) & twice[1].mask.any(1)
-    both = model.denoise(params, cfg, twice[0], jnp.full(2 * rows, t), twice[1], keep)
-    return sample.classifier_free_guidance(both[:rows], both[rows:], guidance)
+    z2, text2 = jax.tree.map(lambda a: jnp.concatenate([a, a]), (z, text))
+    keep = (jnp.arange(2 * rows) < rows) & text2.mask.any(1)
+    predicted = model.denoise(params, cfg, z2, jnp.full(2 * rows, t), text2, keep)
+    return sample.classifier_free_guidance(predicted[:rows], predicted[rows:], guidance)
 
 
-def to_uint8(pictures: Any) -> np.ndarray:
-    """-1 to 1 becomes 0 to 255, what lies outside is cut."""
-    return np.clip((np.asarray(pictures) + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
+def to_uint8(images: Any) -> np.ndarray:
+    """Convert float images from -1 to 1 to uint8 from 0 to 255; values outside are clipped."""
+    return np.clip((np.asarray(images) + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
 
 
-def make_grid(pictures: np.ndarray, columns: int) -> np.ndarray:
-    """Pictures side by side, row after row: uint8 [B, Y, X, C] -> [rows Y, columns X, C]."""
-    count, height, width, channels = pictures.shape
+def make_grid(images: np.ndarray, columns: int) -> np.ndarray:
+    """Arrange images in a grid, row by row; empty cells are white.
+
+    Args:
+        images: uint8 [B, Y, X, C].
+        columns: images in a row.
+
+    Returns:
+        uint8 [rows * Y, columns * X, C].
+    """
+    count, height, width, channels = images.shape
     rows = -(-count // columns)
-    sheet = np.full((rows * columns, height, width, channels), 255, np.uint8)
-    sheet[:count] = pictures
-    sheet = sheet.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
-    return sheet.reshape(rows * height, columns * width, channels)
+    grid = np.full((rows * columns, height, width, channels), 255, np.uint8)
+    grid[:count] = images
+    grid = grid.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
+    return grid.reshape(rows * height, columns * width, channels)
 
 
 def load(folder: str | Path, encoder: str | Path) -> DiffusionPipeline:
-    """Loads a model that draws.
+    """Load a text-to-image model.
 
     Args:
-        folder: `denoiser/` and `upscaler/`, as the recipe exports them.
+        folder: holds `denoiser/` and `upscaler/`, as the training recipe exports them.
         encoder: a sentence-transformers folder, the encoder that the denoiser was trained with.
 
     Raises:
-        OSError: a file is not there.
-        ValueError: a file is damaged, or the encoder is of another width.
+        OSError: a file is missing or cannot be read.
+        ValueError: a file is damaged, or the encoder has another width.
     """
     denoiser, cfg = checkpoint.load(Path(folder) / "denoiser")
     upscaler, upscaler_cfg = checkpoint.load(Path(folder) / "upscaler")
-    reader = TextEncoder(Path(encoder))
-    if reader.width != cfg.text_dim:
+    text_encoder = TextEncoder(Path(encoder))
+    if text_encoder.width != cfg.text_dim:
         raise ValueError(
-            f"{encoder}: has states of width {reader.width}, the denoiser reads {cfg.text_dim}"
+            f"{encoder}: the width of its states must be {cfg.text_dim} for this denoiser, "
+            f"got {text_encoder.width}"
         )
-    return DiffusionPipeline(reader, denoiser, cfg, upscaler, upscaler_cfg)
+    return DiffusionPipeline(text_encoder, denoiser, cfg, upscaler, upscaler_cfg)

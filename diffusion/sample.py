@@ -1,20 +1,21 @@
-"""From noise to a picture: one loop, and the rules that may take its steps.
+"""Samplers: from noise to an image, in one loop with interchangeable step functions.
 
-A sampler visits levels of falling noise. At each it asks the network for the clean picture behind
-the noisy one, and goes on to the next level in a way that the rules differ in:
+A sampler goes through levels of decreasing noise. At each level the network predicts the clean
+image, and the sampler computes the noisy image of the next level from it:
 
-    ddim    keeps the noise it sees (Song et al. 2020, arXiv:2010.02502). On the levels of a flow
-            this is Euler's method, since both walk a straight line from noise to picture.
-    ddpm    replaces part of it by fresh noise (Ho et al. 2020, arXiv:2006.11239): DDIM's eta = 1.
-    heun    looks at the next level too, and averages (Karras et al. 2022, arXiv:2206.00364); in the
-            notation of a flow.
-    dpmpp   remembers what it saw at the last level instead ("2M" of DPM-Solver++; Lu et al. 2022,
-            arXiv:2211.01095).
+    ddim    with the predicted noise (Song et al. 2020, arXiv:2010.02502). On the levels of a flow
+            this equals Euler's method, "euler".
+    ddpm    with part of the noise replaced by fresh noise (Ho et al. 2020, arXiv:2006.11239):
+            DDIM with eta = 1.
+    heun    with the mean velocity of this and the next level (Karras et al. 2022,
+            arXiv:2206.00364), in the notation of a flow.
+    dpmpp   with a prediction extrapolated from the previous level ("2M" of DPM-Solver++; Lu et al.
+            2022, arXiv:2211.01095).
 
-Here is the loop with the rules, then guidance (Ho & Salimans 2022, arXiv:2207.12598): what the
-prompt adds to the picture is multiplied.
+Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) amplifies the difference that the
+prompt makes.
 
-Leaves out: samplers of few steps that need a network distilled for them.
+Leaves out: samplers of few steps that need a distilled network.
 """
 
 from __future__ import annotations
@@ -29,20 +30,19 @@ import jax.numpy as jnp
 from diffusion import schedule
 from diffusion.schedule import NoiseLevel
 
-DenoiseFn = Callable[
-    [jax.Array, NoiseLevel], jax.Array
-]  # noisy picture, its level -> clean picture
+# Noisy images and their level -> predicted clean images.
+DenoiseFn = Callable[[jax.Array, NoiseLevel], jax.Array]
 Sampler = Literal["euler", "ddim", "ddpm", "heun", "dpmpp"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
 
 
 class Step(NamedTuple):
-    """Where a sampler is.
+    """The state of a sampler after a step.
 
     Attributes:
-        number: of levels left behind, from 1.
+        number: steps taken, from 1.
         noisy: [B, Y, X, 3], at the level just reached.
-        clean: [B, Y, X, 3], the picture that the network saw behind the last one.
+        clean: [B, Y, X, 3], the clean images predicted at the level before.
     """
 
     number: int
@@ -54,107 +54,115 @@ def steps(
     denoise: DenoiseFn,
     z: jax.Array,
     levels: Sequence[NoiseLevel],
-    rule: Sampler = "dpmpp",
+    sampler: Sampler = "dpmpp",
     *,
     keys: jax.Array | None = None,
 ) -> Iterator[Step]:
-    """Walks from noise to a picture, a level at a time.
+    """Denoise images level by level.
 
     Args:
-        denoise: the network.
-        z: [B, Y, X, 3], at the first level: noise, or a picture with noise over it.
-        levels: at least two, of falling noise; the last is the clean picture, (1, 0), as a rule.
-        rule: how to go from one level to the next.
-        keys: [B], one a row, for the fresh noise of "ddpm". Every row has noise of its own, so that
-            a picture does not depend on what else is in the batch.
+        denoise: predicts the clean images.
+        z: [B, Y, X, 3], at the first level: noise, or images with noise added.
+        levels: at least two, of decreasing noise; the last is usually the clean image, (1, 0).
+        sampler: the method of a step, one of `SAMPLERS`.
+        keys: [B] PRNG keys, one a row, for the fresh noise of "ddpm". Each row has its own noise,
+            so an image does not depend on the other rows.
 
     Yields:
-        One `Step` a level after the first. The last one's `noisy` is the picture.
+        One `Step` for each level after the first. `noisy` of the last one is the result.
 
     Raises:
-        ValueError: an unknown rule, too few levels, rising noise, or no keys where they are needed.
+        ValueError: the sampler is unknown, there are too few levels, their noise does not decrease,
+            or "ddpm" has no keys.
     """
-    if rule not in _SAMPLERS:
-        raise ValueError(f"rule must be one of {', '.join(_SAMPLERS)}, got {rule!r}")
+    if sampler not in _SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(_SAMPLERS)}, got {sampler!r}")
     if len(levels) < 2:
-        raise ValueError(f"there must be two levels or more, got {len(levels)}")
-    for here, there in zip(levels, levels[1:], strict=False):
-        if here.sigma * there.alpha <= there.sigma * here.alpha:
-            raise ValueError(f"noise must fall from level to level, got {here} before {there}")
-    if rule == "ddpm" and keys is None:
-        raise ValueError("ddpm draws fresh noise: it needs keys")
-    memory = None
-    for number, (here, there) in enumerate(zip(levels, levels[1:], strict=False), 1):
+        raise ValueError(f"there must be at least two levels, got {len(levels)}")
+    for level, next_level in zip(levels, levels[1:], strict=False):
+        if level.sigma * next_level.alpha <= next_level.sigma * level.alpha:
+            raise ValueError(
+                f"noise must decrease from level to level, got {level} before {next_level}"
+            )
+    if sampler == "ddpm" and keys is None:
+        raise ValueError("ddpm adds fresh noise: keys must not be None")
+    history = None
+    for number, (level, next_level) in enumerate(zip(levels, levels[1:], strict=False), 1):
         fresh = None
-        if rule == "ddpm":
+        if sampler == "ddpm":
             fresh = normal(jax.vmap(jax.random.fold_in, (0, None))(keys, number), z.shape[1:])
-        z, clean, memory = _SAMPLERS[rule](denoise, z, here, there, memory, fresh)
+        z, clean, history = _SAMPLERS[sampler](denoise, z, level, next_level, history, fresh)
         yield Step(number, z, clean)
 
 
 def sample(
-    denoise: DenoiseFn, z: jax.Array, levels: Sequence[NoiseLevel], rule: Sampler = "dpmpp", **kw
-):
-    """The picture at the end of `steps`."""
-    for step in steps(denoise, z, levels, rule, **kw):
+    denoise: DenoiseFn,
+    z: jax.Array,
+    levels: Sequence[NoiseLevel],
+    sampler: Sampler = "dpmpp",
+    *,
+    keys: jax.Array | None = None,
+) -> jax.Array:
+    """Return the images after the last of `steps`; see there for the arguments."""
+    for step in steps(denoise, z, levels, sampler, keys=keys):
         z = step.noisy
     return z
 
 
 def image_keys(seed: int, count: int) -> jax.Array:
-    """Keys for the pictures of a request: number i has the same for every `count`."""
+    """Return [count] PRNG keys; key i is `fold_in(key(seed), i)` whatever the count."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(count))
 
 
 def normal(keys: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Standard noise, a picture a key: [B, *shape]."""
+    """Return standard normal noise of the same shape for each key: float32 [B, *shape]."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
-# The rules: from `here` to `there`. Each returns the next noisy picture, the clean one it saw, and
-# what it wants to remember.
+# Step functions, from `level` to `next_level`. Each returns the next noisy image, the predicted
+# clean one, and the state for the next step.
 
 
-def _ddim(denoise, z, here: NoiseLevel, there: NoiseLevel, memory, fresh):
-    x = denoise(z, here)
-    return there.alpha * x + there.sigma * schedule.noise(x, z, here), x, None
+def _ddim(denoise, z, level: NoiseLevel, next_level: NoiseLevel, history, fresh):
+    x = denoise(z, level)
+    return next_level.alpha * x + next_level.sigma * schedule.noise(x, z, level), x, None
 
 
-def _ddpm(denoise, z, here: NoiseLevel, there: NoiseLevel, memory, fresh):
-    x = denoise(z, here)
-    # Of the noise that will be left, so much is new; the rest is what was seen.
-    new = there.sigma / here.sigma
-    new *= math.sqrt(1 - (here.alpha / there.alpha) ** 2)
-    old = math.sqrt(max(there.sigma**2 - new**2, 0.0))
-    return there.alpha * x + old * schedule.noise(x, z, here) + new * fresh, x, None
+def _ddpm(denoise, z, level: NoiseLevel, next_level: NoiseLevel, history, fresh):
+    x = denoise(z, level)
+    # Standard deviations of the fresh noise, and of the predicted noise that remains.
+    new = next_level.sigma / level.sigma
+    new *= math.sqrt(1 - (level.alpha / next_level.alpha) ** 2)
+    old = math.sqrt(max(next_level.sigma**2 - new**2, 0.0))
+    return next_level.alpha * x + old * schedule.noise(x, z, level) + new * fresh, x, None
 
 
-def _heun(denoise, z, here: NoiseLevel, there: NoiseLevel, memory, fresh):
-    begin, end = (schedule.from_flow(schedule.to_flow(level)) for level in (here, there))
-    y = schedule.rescale(z, here, begin)
-    x = denoise(z, here)
+def _heun(denoise, z, level: NoiseLevel, next_level: NoiseLevel, history, fresh):
+    begin, end = (schedule.from_flow(schedule.to_flow(each)) for each in (level, next_level))
+    y = schedule.rescale(z, level, begin)
+    x = denoise(z, level)
     velocity = x - schedule.noise(x, y, begin)
     ahead = y + (end.alpha - begin.alpha) * velocity
-    if there.sigma > 0:  # there, no velocity can be seen any more
-        seen = denoise(schedule.rescale(ahead, end, there), there)
-        velocity = (velocity + seen - schedule.noise(seen, ahead, end)) / 2
+    if next_level.sigma > 0:  # the velocity is undefined without noise
+        next_x = denoise(schedule.rescale(ahead, end, next_level), next_level)
+        velocity = (velocity + next_x - schedule.noise(next_x, ahead, end)) / 2
         ahead = y + (end.alpha - begin.alpha) * velocity
-    return schedule.rescale(ahead, end, there), x, None
+    return schedule.rescale(ahead, end, next_level), x, None
 
 
-def _dpmpp(denoise, z, here: NoiseLevel, there: NoiseLevel, memory, fresh):
-    x = denoise(z, here)
-    if there.sigma == 0:
-        return there.alpha * x, x, None
-    if here.alpha == 0:  # pure noise: the logarithm of its ratio is infinite
-        return there.alpha * x + there.sigma * schedule.noise(x, z, here), x, None
-    stride = math.log(here.ratio / there.ratio)
-    guess = x  # what the next level will probably show: this one's picture, and its trend
-    if memory is not None:
-        before, last_stride = memory
-        guess = x + (x - before) * (stride / last_stride / 2)
-    shrunk = there.sigma / here.sigma
-    z = shrunk * z + (there.alpha - shrunk * here.alpha) * guess
+def _dpmpp(denoise, z, level: NoiseLevel, next_level: NoiseLevel, history, fresh):
+    x = denoise(z, level)
+    if next_level.sigma == 0:
+        return next_level.alpha * x, x, None
+    if level.alpha == 0:  # pure noise: the logarithm of its ratio is infinite
+        return next_level.alpha * x + next_level.sigma * schedule.noise(x, z, level), x, None
+    stride = math.log(level.ratio / next_level.ratio)
+    extrapolated = x  # linear in the logarithm of the ratio, through the previous prediction
+    if history is not None:
+        last_x, last_stride = history
+        extrapolated = x + (x - last_x) * (stride / last_stride / 2)
+    shrink = next_level.sigma / level.sigma
+    z = shrink * z + (next_level.alpha - shrink * level.alpha) * extrapolated
     return z, x, (x, stride)
 
 
@@ -170,5 +178,11 @@ _SAMPLERS: dict[str, Any] = {
 def classifier_free_guidance(
     with_prompt: jax.Array, without: jax.Array, scale: float | jax.Array
 ) -> jax.Array:
-    """What the prompt adds, multiplied; at scale 1 the picture with the prompt itself."""
+    """Extrapolate from the prediction without the prompt through the one with it.
+
+    Args:
+        with_prompt: [B, Y, X, 3], predicted with the prompt.
+        without: [B, Y, X, 3], predicted without.
+        scale: 1 returns `with_prompt`; larger values amplify the prompt.
+    """
     return without + scale * (with_prompt - without)

@@ -1,12 +1,12 @@
-"""What a prompt means to the image model: the states of a frozen text encoder's tokens.
+"""Text conditioning of the image model: the token states of a frozen text encoder.
 
-The encoder is the one that serves embeddings (all-MiniLM-L6-v2). It has read far more than the few
-thousand captions of emoji, so that "automobile" and "car" lie close before the first picture is
-seen; learning it anew from captions would lose that. Its states are computed once for all captions
-and stored, and the recipe never runs it again. Freezing the encoder and attending to all its tokens
-is what Imagen found enough (Saharia et al. 2022, arXiv:2205.11487).
+The encoder is the embedding model all-MiniLM-L6-v2. It is trained on far more text than the few
+thousand captions of emoji, so "automobile" and "car" have similar states from the start; training
+it on the captions would lose that. The states of all captions are computed once and stored, and
+training does not run the encoder. A frozen encoder with attention to all its token states follows
+Imagen (Saharia et al. 2022, arXiv:2205.11487).
 
-Leaves out: prompts beyond `MAX_TOKENS`, whose rest is not read.
+Leaves out: prompts longer than `MAX_TOKENS`, which are truncated.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _BATCH_SIZE = 64  # texts in a batch
 
 @struct.dataclass
 class PromptEmbeds:
-    """Prompts, as the model sees them.
+    """Encoded prompts.
 
     Attributes:
-        states: float [B, S, E], of each token.
-        mask: bool [B, S], False for padding; all of it where nothing is said.
-        pooled: float [B, E], of each prompt as a whole, of length 1.
+        states: float [B, S, E], the states of the tokens.
+        mask: bool [B, S], False for padding, and for all tokens of an empty prompt.
+        pooled: float [B, E], the sentence embeddings, of length 1.
     """
 
     states: jax.Array
@@ -43,39 +43,43 @@ class PromptEmbeds:
 
 
 class TextEncoder:
-    """Reads prompts.
+    """The frozen encoder of prompts.
 
     Attributes:
-        width: E, of a state.
+        width: E, the width of the states.
     """
 
     def __init__(self, folder: Path, *, dtype: str = "float32"):
-        """Loads the encoder and its vocabulary from a sentence-transformers folder."""
+        """Load the encoder and its tokenizer from a sentence-transformers folder."""
         self._tokenizer = bpe.load_wordpiece(folder)
         self._params, self._cfg = bert.load(folder, dtype=dtype)
         self.width = self._cfg.d_model
 
     def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """The states of some prompts; float32, padded to `MAX_TOKENS`.
+        """Encode prompts to float32 states, padded or truncated to `MAX_TOKENS`.
 
-        An empty prompt says nothing, which is not the same as what the encoder makes of no words.
+        An empty prompt has an all-False mask and is generated without a prompt; the encoder's state
+        of an empty text is not used.
+
+        Args:
+            prompts: B prompts.
         """
         ids = np.zeros((len(prompts), MAX_TOKENS), np.int32)
         mask = np.zeros((len(prompts), MAX_TOKENS), bool)
         for row, prompt in enumerate(prompts):
-            found = self._tokenizer.encode(prompt, max_length=MAX_TOKENS)
-            ids[row, : len(found)] = found
-            mask[row, : len(found)] = bool(prompt.strip())
-        parts = []
+            token_ids = self._tokenizer.encode(prompt, max_length=MAX_TOKENS)
+            ids[row, : len(token_ids)] = token_ids
+            mask[row, : len(token_ids)] = bool(prompt.strip())
+        batches = []
         for start in range(0, len(prompts), _BATCH_SIZE):
             rows = slice(start, start + _BATCH_SIZE)
-            short = _BATCH_SIZE - len(ids[rows]) if len(prompts) > _BATCH_SIZE else 0
-            batch = np.pad(ids[rows], ((0, short), (0, 0)))
-            segments = np.pad(mask[rows], ((0, short), (0, 0))).astype(np.int32)
+            padding = _BATCH_SIZE - len(ids[rows]) if len(prompts) > _BATCH_SIZE else 0
+            batch = np.pad(ids[rows], ((0, padding), (0, 0)))
+            segments = np.pad(mask[rows], ((0, padding), (0, 0))).astype(np.int32)
             states, pooled = _encode(self._params, self._cfg, batch, segments)
             count = len(ids[rows])
-            parts.append((np.asarray(states[:count]), np.asarray(pooled[:count])))
-        states, pooled = (np.concatenate(part) for part in zip(*parts, strict=True))
+            batches.append((np.asarray(states[:count]), np.asarray(pooled[:count])))
+        states, pooled = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
         return PromptEmbeds(states=states, mask=mask, pooled=pooled)
 
 

@@ -1,16 +1,16 @@
-"""A U-Net: from a noisy picture, a time and a prompt to the clean picture.
+"""The U-Net: from noisy images, times and prompts to clean images.
 
-On the way down the picture gets smaller and its channels more; on the way up what was left behind
-is added again, stage by stage (Ronneberger et al. 2015, arXiv:1505.04597; for diffusion Ho et al.
-2020, arXiv:2006.11239). Time and prompt scale and shift the channels of every block (Perez et al.
-2018, arXiv:1709.07871; Dhariwal & Nichol 2021, arXiv:2105.05233). The coarse stages also attend: a
-pixel's query meets the keys of all pixels and of all words at once. And the prompt draws a plan of
-its own, a map at the coarsest size that is added at the bottom: where a picture is only a few
-pixels wide, a linear map from prompt to picture is small, and it is quickly learnt.
+On the way down, the stages halve the image and widen the channels; on the way up, skip connections
+add the activations of the way down, stage by stage (Ronneberger et al. 2015, arXiv:1505.04597; for
+diffusion Ho et al. 2020, arXiv:2006.11239). The embedding of time and prompt scales and shifts the
+channels of every block (FiLM; Perez et al. 2018, arXiv:1709.07871; Dhariwal & Nichol 2021,
+arXiv:2105.05233). The coarse stages have attention: a pixel's query attends to all pixels and all
+prompt tokens at once. A linear map from the embedding to the coarsest activations, `plan`, is added
+at the bottom; it is small because the image is only a few pixels wide there, and trains fast.
 
-The sizes are chosen for a CPU. Every stage costs the same (half the height and width, twice the
-channels), and the first one folds blocks of 2 x 2 pixels into channels, since XLA's convolutions,
-above all the gradients of their kernels, are slow where a picture is large and its channels few.
+The sizes suit a CPU. Every stage costs the same (half the height and width, twice the channels),
+and the first moves blocks of 2 x 2 pixels to channels, since XLA's convolutions, and above all the
+gradients of their kernels, are slow on large images with few channels.
 
 Leaves out: dropout, and attention at full size.
 """
@@ -32,16 +32,16 @@ from transformer.weights import Linear
 
 @struct.dataclass
 class Block:
-    """A residual block: two convolutions, what lies between them scaled and shifted."""
+    """Weights of a residual block: two convolutions with FiLM between them."""
 
-    first: Linear  # [C, 9 C]: a convolution is a linear map of 3 x 3 pixels
+    first: Linear  # [C, 9 C]: a 3 x 3 convolution as a linear map
     film: Linear  # [2 C, d_cond]
     second: Linear  # [C, 9 C]
 
 
 @struct.dataclass
 class Attention:
-    """Pixels attending to pixels and words."""
+    """Weights of attention of pixels to pixels and prompt tokens."""
 
     q: Linear  # [C, C], as are k, v and out
     k: Linear
@@ -55,13 +55,13 @@ class Attention:
 
 @struct.dataclass
 class Stage:
-    """What happens at one size."""
+    """Weights of the blocks at one size."""
 
     down: tuple[Block, ...]
     up: tuple[Block, ...]
     attention_down: Attention | None
     attention_up: Attention | None
-    # To the next coarser stage and back; None at the coarsest.
+    # To the next coarser stage and back; None at the coarsest stage.
     shrink: Linear | None  # [C', 4 C]
     grow: Linear | None  # [4 C, C']
     skip: Linear | None  # [C, C]
@@ -79,7 +79,7 @@ class Params:
 
 
 def abstract(cfg: UNetConfig) -> Params:
-    """The tree of `Params` with an `ArrayInfo` at each leaf; every leaf is float32."""
+    """Return the tree of `Params` with an `ArrayInfo` at each leaf; every leaf is float32."""
     ones = jax.nn.initializers.ones
 
     def block(width: int) -> Block:
@@ -107,13 +107,13 @@ def abstract(cfg: UNetConfig) -> Params:
     stages = []
     for i, (width, count) in enumerate(zip(cfg.channels, cfg.blocks, strict=True)):
         coarser = cfg.channels[i + 1] if i + 1 < len(cfg.channels) else None
-        attends = attention(width) if cfg.attention[i] else None
+        attn = attention(width) if cfg.attention[i] else None
         stages.append(
             Stage(
                 down=(block(width),) * count,
                 up=(block(width),) * count,
-                attention_down=attends,
-                attention_up=attends,
+                attention_down=attn,
+                attention_up=attn,
                 shrink=None if coarser is None else abstract_linear(coarser, 4 * width),
                 grow=None if coarser is None else abstract_linear(4 * width, coarser),
                 skip=None if coarser is None else abstract_linear(width, width, bias=False),
@@ -132,16 +132,18 @@ def abstract(cfg: UNetConfig) -> Params:
 def forward(
     params: Params, cfg: UNetConfig, x: jax.Array, t: jax.Array, text: PromptEmbeds, keep: jax.Array
 ) -> jax.Array:
-    """What the network says of a noisy picture; `model.denoise` makes the clean one of it.
+    """Return the output of the network for noisy images.
 
     Args:
-        x: float32 [B, Y, X, 3], the noisy picture, of variance 1.
-        t: float32 [B], how much of it is picture: 0 is noise, 1 the clean picture.
+        params: the weights.
+        cfg: the config.
+        x: float32 [B, Y, X, 3], the noisy images, of variance 1.
+        t: float32 [B], flow times: 0 is noise, 1 the clean image.
         text: the prompts.
-        keep: bool [B], False where the prompt is not to be seen.
+        keep: bool [B], False to drop the prompt.
 
     Returns:
-        float32 [B, Y, X, 3].
+        float32 [B, Y, X, 3]; `model.denoise` computes the clean images from it.
     """
     with jax.named_scope("condition"):
         cond, words, mask = layers.condition(params.condition, t, text, keep)
@@ -170,7 +172,13 @@ def forward(
 
 
 def residual_block(x: jax.Array, p: Block, cond: jax.Array) -> jax.Array:
-    """A residual block: [B, Y, X, C] -> the same."""
+    """Apply a residual block: [B, Y, X, C] -> the same.
+
+    Args:
+        x: float32 [B, Y, X, C].
+        p: weights of the block.
+        cond: float32 [B, d_cond], from `layers.condition`.
+    """
     scale, shift = jnp.split(linear(cond, p.film)[:, None, None], 2, -1)
     y = conv(jax.nn.silu(rms_norm(x)), p.first)
     y = conv(jax.nn.silu(rms_norm(y) * (1 + scale) + shift), p.second)
@@ -180,7 +188,15 @@ def residual_block(x: jax.Array, p: Block, cond: jax.Array) -> jax.Array:
 def attend(
     x: jax.Array, p: Attention, cfg: UNetConfig, words: jax.Array, mask: jax.Array
 ) -> jax.Array:
-    """Every pixel looks at all pixels and at all words: [B, Y, X, C] -> the same."""
+    """Apply attention of every pixel to all pixels and prompt tokens: [B, Y, X, C] -> the same.
+
+    Args:
+        x: float32 [B, Y, X, C].
+        p: weights of the attention.
+        cfg: the config.
+        words: float32 [B, S, E], states of the prompt tokens.
+        mask: bool [B, S], False for padding.
+    """
     b, height, width, c = x.shape
     y = rms_norm(x).reshape(b, height * width, c)  # [B, T, C]
 
@@ -191,13 +207,13 @@ def attend(
     keys = jnp.concatenate([linear(y, p.k), linear(words, p.text_k)], 1)
     keys = rms_norm(split(keys)) * p.k_scale  # [B, T + S, N, H]
     values = split(jnp.concatenate([linear(y, p.v), linear(words, p.text_v)], 1))
-    seen = jnp.concatenate([jnp.ones((b, height * width), bool), mask], 1)
-    y = layers.attend(query, keys, values, seen).reshape(x.shape)
+    key_mask = jnp.concatenate([jnp.ones((b, height * width), bool), mask], 1)
+    y = layers.attend(query, keys, values, key_mask).reshape(x.shape)
     return x + linear(y, p.out)
 
 
 def conv(x: jax.Array, p: Linear) -> jax.Array:
-    """A convolution that keeps height and width: [B, Y, X, I] -> [B, Y, X, O]."""
+    """Apply a 3 x 3 convolution with zero padding: [B, Y, X, I] -> [B, Y, X, O]."""
     kernel = p.weight.reshape(-1, 3, 3, x.shape[-1]).transpose(1, 2, 3, 0)  # [3, 3, I, O]
     y = jax.lax.conv_general_dilated(
         x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")

@@ -1,13 +1,13 @@
-"""Twice the size: a small network that has learnt how edges of emoji go on between pixels.
+"""The upscaler: a small network, trained on emoji, that doubles the height and width of images.
 
-The denoiser draws 32 x 32 pixels, and this makes 64 x 64 of them in one look, without chance: the
-picture with every pixel doubled, and a correction on top. It works on blocks of pixels folded into
-channels and unfolds them finer (Shi et al. 2016, arXiv:1609.05158). It sharpens what is there and
-invents nothing, so that whatever is larger still, `enlarge` makes with a plain filter, and a
-picture of 1024 pixels is one of 64 seen large. Nothing pretends to be drawn at that size.
+The denoiser generates 32 x 32 pixels, and the upscaler makes 64 x 64 of them in one deterministic
+pass: the image with every pixel doubled, plus a correction. It works on blocks of pixels moved to
+channels, and moves channels to finer blocks at the end (sub-pixel convolution; Shi et al. 2016,
+arXiv:1609.05158). It sharpens edges and adds no content. Larger sizes are made by `resize` with a
+plain filter, so an image of 1024 pixels has the detail of one of 64.
 
-Leaves out: prompts, noise. A cascade of diffusion models (Ho et al. 2021, arXiv:2106.15282) would
-draw new detail, at many times the cost.
+Leaves out: prompts and noise. A cascade of diffusion models (Ho et al. 2021, arXiv:2106.15282)
+would generate new detail, at many times the cost.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformer.weights import Linear
 
 @struct.dataclass
 class Block:
-    """A residual block of two convolutions."""
+    """Weights of a residual block of two convolutions."""
 
     first: Linear  # [C, 9 C]
     second: Linear
@@ -43,7 +43,7 @@ class Params:
 
 
 def abstract(cfg: UpscalerConfig) -> Params:
-    """The tree of `Params` with an `ArrayInfo` at each leaf; every leaf is float32."""
+    """Return the tree of `Params` with an `ArrayInfo` at each leaf; every leaf is float32."""
     width = cfg.width
     block = Block(
         first=abstract_linear(width, 9 * width),
@@ -58,7 +58,13 @@ def abstract(cfg: UpscalerConfig) -> Params:
 
 @partial(jax.jit, static_argnames="cfg")
 def upscale_2x(params: Params, cfg: UpscalerConfig, x: jax.Array) -> jax.Array:
-    """Pictures of any even size, twice as large: float32 [B, Y, X, 3] -> [B, 2 Y, 2 X, 3]."""
+    """Double the height and width of images: [B, Y, X, 3] -> [B, 2 Y, 2 X, 3].
+
+    Args:
+        params: the weights.
+        cfg: the config.
+        x: float32 [B, Y, X, 3], Y and X even, -1 to 1.
+    """
     y = conv(space_to_depth(x), params.first)  # [B, Y/2, X/2, C]
     for block in params.blocks:
         z = conv(jax.nn.silu(rms_norm(y)), block.first)
@@ -67,8 +73,8 @@ def upscale_2x(params: Params, cfg: UpscalerConfig, x: jax.Array) -> jax.Array:
     return jnp.repeat(jnp.repeat(x, 2, 1), 2, 2) + correction
 
 
-def resize(picture: np.ndarray, size: int) -> np.ndarray:
-    """A picture at any size, by Lanczos's filter: uint8 [Y, X, C] -> [size, size, C]."""
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """Resize an image to a square with a Lanczos filter: uint8 [Y, X, C] -> [size, size, C]."""
     from PIL import Image
 
-    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS))
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS))

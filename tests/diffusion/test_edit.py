@@ -118,7 +118,7 @@ def test_errors_say_what_is_wrong(tiny, sources):
     for given, facts in (
         (dict(pictures=sources[:1], strength=0.0), ["strength", 0.0]),
         (dict(pictures=sources[:1], strength=1.5), ["strength", 1.5]),
-        (dict(pictures=sources[:2]), ["pictures", [1, 8, 8, 3], [2, 8, 8, 3]]),
+        (dict(pictures=sources[:2]), ["images", [1, 8, 8, 3], [2, 8, 8, 3]]),
         (dict(pictures=sources[:1], masks=sources[:1]), ["masks", [1, 8, 8, 1], [1, 8, 8, 3]]),
     ):
         with pytest.raises(ValueError, match=naming(*facts)):
@@ -291,7 +291,7 @@ def test_what_is_written_can_be_read():
     assert (image_io.decode(image_io.encode(clear, "jpeg"))[..., :3] > 250).all()
     assert (image_io.decode(image_io.encode(clear, "webp"))[..., 3] == 0).all()
     for wrong in (SMOOTH.astype(np.float32), SMOOTH[0], SMOOTH[..., :2]):
-        with pytest.raises(ValueError, match=naming("picture", "uint8", list(wrong.shape))):
+        with pytest.raises(ValueError, match=naming("image", "uint8", list(wrong.shape))):
             image_io.encode(wrong, "png")
     with pytest.raises(ValueError, match=naming("format", *image_io.FORMATS, "'gif'")):
         image_io.encode(SMOOTH, "gif")
@@ -308,5 +308,8 @@ def test_a_file_is_of_the_kind_its_name_says(tmp_path):
 def test_asking_where_the_weights_are_needs_no_jax(tmp_path):
     with pytest.raises(FileNotFoundError, match=naming("nothing-64")):
         diffusion.weights_folder("nothing-64")
-    code = "import sys, diffusion; diffusion.weights_folder; assert 'jax' not in sys.modules; diffusion.load"
+    code = (
+        "import sys, diffusion; diffusion.weights_folder; "
+        "assert 'jax' not in sys.modules; diffusion.load"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

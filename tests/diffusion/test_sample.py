@@ -143,7 +143,7 @@ def test_guidance_goes_from_the_one_picture_through_the_other():
 def test_what_cannot_be_walked_is_refused():
     z, levels = jnp.zeros((1, 2, 2, 3)), schedule.flow_levels(2)
     for facts, args in (
-        (["rule", "ddim", "'euler2'"], (levels, "euler2")),
+        (["sampler", "ddim", "'euler2'"], (levels, "euler2")),
         (["levels", 1], (levels[:1], "ddim")),
         (["noise", levels[2], levels[1]], (levels[::-1], "ddim")),
         (["ddpm", "keys"], (levels, "ddpm")),
