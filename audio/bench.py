@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -93,7 +94,7 @@ def _params(cfg: Config, dtype: str) -> Params:
 
     def cast(leaf):
         if isinstance(leaf, Linear):
-            return leaf.replace(weight=leaf.weight.astype(dtype))
+            return replace(leaf, weight=leaf.weight.astype(dtype))
         return leaf
 
     params = model.init(jax.random.key(0), cfg)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -120,11 +120,14 @@ def hf_names(cfg: Config) -> Params:
         cfg: sizes of the model.
     """
 
+    def leaf(name: str) -> Any:  # a name in place of an array
+        return name
+
     def linear(name: str, bias: bool = True) -> Linear:
-        return Linear(weight=f"{name}.weight", bias=f"{name}.bias" if bias else None)
+        return Linear(weight=leaf(f"{name}.weight"), bias=leaf(f"{name}.bias") if bias else None)
 
     def norm(name: str) -> Norm:
-        return Norm(scale=f"{name}.weight", bias=f"{name}.bias")
+        return Norm(scale=leaf(f"{name}.weight"), bias=leaf(f"{name}.bias"))
 
     def attention(layer: str, name: str) -> Attention:
         return Attention(
@@ -148,7 +151,7 @@ def hf_names(cfg: Config) -> Params:
         encoder=Encoder(
             conv1=linear("model.encoder.conv1"),
             conv2=linear("model.encoder.conv2"),
-            positions="model.encoder.embed_positions.weight",
+            positions=leaf("model.encoder.embed_positions.weight"),
             layers=tuple(
                 AudioLayer(attn=attention(i, "self_attn"), mlp=mlp(i)) for i in audio_layers
             ),
@@ -156,7 +159,7 @@ def hf_names(cfg: Config) -> Params:
         ),
         decoder=Decoder(
             embed=linear("model.decoder.embed_tokens", bias=False),
-            positions="model.decoder.embed_positions.weight",
+            positions=leaf("model.decoder.embed_positions.weight"),
             layers=tuple(
                 TextLayer(
                     attn=attention(i, "self_attn"),
@@ -187,8 +190,9 @@ def _fill(arrays: dict[str, np.ndarray], cfg: Config, dtype: Dtype, folder: Path
     def fill(node: Any) -> Any:
         if not isinstance(node, Linear):
             return jnp.asarray(arrays[node], jnp.float32)
-        bias = None if node.bias is None else jnp.asarray(arrays[node.bias], jnp.float32)
-        return _linear(arrays[node.weight], bias, _dtype_of(node.weight, dtype))
+        weight_name, bias_name = cast("tuple[str, str | None]", (node.weight, node.bias))
+        bias = None if bias_name is None else jnp.asarray(arrays[bias_name], jnp.float32)
+        return _linear(arrays[weight_name], bias, _dtype_of(weight_name, dtype))
 
     return jax.tree.map(fill, tree, is_leaf=lambda node: isinstance(node, Linear))
 

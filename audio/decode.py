@@ -517,7 +517,7 @@ class _DecodingTask:
 
     def _constraints(
         self, rows: Sequence[_Hypothesis]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    ) -> tuple[np.ndarray, np.ndarray, np.int32, bool]:
         """Return the arguments of `_constrained_logprobs` after the logits."""
         is_first, options = self._step == 0, self._options
         suppressed = _suppress_mask(self.tokenizer, options, self.whisper.cfg.vocab_size, is_first)

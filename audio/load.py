@@ -177,7 +177,7 @@ def _ffmpeg(part: bytes, suffix: str) -> Iterator[Block]:
     try:
         # Tags in an old encoding must not make the file unreadable.
         media = av.open(file, options=limits, metadata_errors="replace")
-    except (av.FFmpegError, ValueError):
+    except (av.FFmpegError, ValueError):  # pyright: ignore[reportPrivateImportUsage]  # documented
         raise _NoSound(
             "not an audio file of a known format, or damaged at its start; flac, m4a, mp3, mp4, "
             "mpeg, mpga, ogg, opus, wav, webm and most other formats of FFmpeg can be read"
@@ -193,7 +193,7 @@ def _ffmpeg(part: bytes, suffix: str) -> Iterator[Block]:
         for packet in _packets(media, stream):
             try:
                 frames = packet.decode()
-            except av.FFmpegError:
+            except av.FFmpegError:  # pyright: ignore[reportPrivateImportUsage]  # documented name
                 num_damaged += 1
                 continue
             num_decoded += 1
@@ -218,7 +218,9 @@ def _packets(media, stream) -> Iterator:
     while True:
         try:
             yield next(packets)
-        except (StopIteration, av.FFmpegError):
+        except StopIteration:
+            return
+        except av.FFmpegError:  # pyright: ignore[reportPrivateImportUsage]  # documented
             return
 
 

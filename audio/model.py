@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,13 +127,11 @@ def abstract(cfg: Config) -> Params:
 
     def linear_info(out_dim: int, in_dim: int, axes: tuple[str, str], bias: bool = True) -> Linear:
         return Linear(
-            weight=ArrayInfo((out_dim, in_dim), axes, normal),
-            bias=ArrayInfo((out_dim,), axes[:1], zeros) if bias else None,
+            weight=_info((out_dim, in_dim), axes, normal),
+            bias=_info((out_dim,), axes[:1], zeros) if bias else None,
         )
 
-    norm_info = Norm(
-        scale=ArrayInfo((d,), ("model",), ones), bias=ArrayInfo((d,), ("model",), zeros)
-    )
+    norm_info = Norm(scale=_info((d,), ("model",), ones), bias=_info((d,), ("model",), zeros))
     attention = Attention(
         norm=norm_info,
         q=linear_info(d, d, ("heads", "model")),
@@ -148,18 +148,23 @@ def abstract(cfg: Config) -> Params:
         encoder=Encoder(
             conv1=linear_info(d, 3 * cfg.num_mels, ("model", "mels")),
             conv2=linear_info(d, 3 * d, ("model", "model")),
-            positions=ArrayInfo((cfg.max_audio_len, d), ("sound", "model"), _sinusoids),
+            positions=_info((cfg.max_audio_len, d), ("sound", "model"), _sinusoids),
             layers=(AudioLayer(attn=attention, mlp=mlp),) * cfg.num_audio_layers,
             norm=norm_info,
         ),
         decoder=Decoder(
-            embed=Linear(weight=ArrayInfo((cfg.vocab_size, d), ("vocab", "model"), normal)),
-            positions=ArrayInfo((cfg.max_text_len, d), ("text", "model"), normal),
+            embed=Linear(weight=_info((cfg.vocab_size, d), ("vocab", "model"), normal)),
+            positions=_info((cfg.max_text_len, d), ("text", "model"), normal),
             layers=(TextLayer(attn=attention, cross_attn=attention, mlp=mlp),)
             * cfg.num_text_layers,
             norm=norm_info,
         ),
     )
+
+
+def _info(shape: tuple[int, ...], axes: tuple[str, ...], initializer: Any) -> Any:
+    """Return an `ArrayInfo`, typed to take the place of an array."""
+    return ArrayInfo(shape, axes, initializer)
 
 
 def _sinusoids(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
@@ -310,7 +315,7 @@ def grow_cache(cache: Cache, size: int) -> Cache:
     """Return the cache with room for `size` text positions, at least as many as before."""
     pad = ((0, 0), (0, 0), (0, size - cache.size), (0, 0))
     keys, values = jax.tree.map(lambda x: jnp.pad(x, pad), (cache.keys, cache.values))
-    return cache.replace(keys=keys, values=values)
+    return replace(cache, keys=keys, values=values)
 
 
 def reorder_cache(cache: Cache, rows: jax.Array) -> Cache:
@@ -321,7 +326,7 @@ def reorder_cache(cache: Cache, rows: jax.Array) -> Cache:
         rows: int32 [B]; row `rows[i]` must belong to the same window as row i.
     """
     keys, values = jax.tree.map(lambda x: x[rows], (cache.keys, cache.values))
-    return cache.replace(keys=keys, values=values)
+    return replace(cache, keys=keys, values=values)
 
 
 def forward_cached(
@@ -384,7 +389,7 @@ def forward_cached(
     tapped = {}
     if "alignment" in taps:
         tapped["alignment"] = jnp.stack([head_scores[head] for head in cfg.timing_heads], axis=1)
-    return logits, cache.replace(keys=tuple(keys), values=tuple(values)), tapped
+    return logits, replace(cache, keys=tuple(keys), values=tuple(values)), tapped
 
 
 @partial(jax.jit, static_argnames=("cfg", "taps"))

@@ -226,10 +226,10 @@ def load(folder: Path, vocab_size: int) -> WhisperTokenizer:
             for token, id in spec["model"]["vocab"].items()
             if token and token not in special  # one vocabulary has an empty token, never used
         }
-        merges = [
-            tuple(bytes(byte_of[c] for c in token) for token in _pair(merge))
-            for merge in spec["model"]["merges"]
-        ]
+        merges = []
+        for merge in spec["model"]["merges"]:
+            first, second = (bytes(byte_of[c] for c in token) for token in _pair(merge))
+            merges.append((first, second))
         # Only newer files have the timestamp tokens; here they follow from the last special token.
         special = {token: id for token, id in special.items() if token[2:3] not in "0123456789"}
         encoding = Encoding(

@@ -24,7 +24,7 @@ import json
 import re
 import subprocess
 import tarfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -229,7 +229,7 @@ def _concept(
 ) -> Concept:
     """Return the concept of an emoji, with its captions and their probabilities."""
     name = entry["label"].replace("“", "").replace("”", "").replace("’", "'").replace("⊛ ", "")
-    captions: Counter[str] = Counter({name.lower(): 4.0})
+    captions = defaultdict(float, {name.lower(): 4.0})
     first = name.split()[0]
     captions[f"{'an' if first[0].lower() in 'aeiou' else 'a'} {name.lower()}"] += 1.0
     codes = [shortcodes] if isinstance(shortcodes, str) else shortcodes[:2]

@@ -21,10 +21,16 @@ from flax import struct
 
 from diffusion import layers
 from diffusion.config import DiTConfig
-from diffusion.layers import Condition, abstract_linear, depth_to_space, rms_norm, space_to_depth
+from diffusion.layers import (
+    Condition,
+    abstract_linear,
+    array_info,
+    depth_to_space,
+    rms_norm,
+    space_to_depth,
+)
 from diffusion.text import PromptEmbeds
 from transformer import kernels, rope
-from transformer.decoder import ArrayInfo
 from transformer.layers import linear
 from transformer.weights import Linear
 
@@ -61,7 +67,7 @@ def abstract(cfg: DiTConfig) -> Params:
     """Return the tree of `Params` with an `ArrayInfo` at each leaf; every leaf is float32."""
     d, f = cfg.d_model, cfg.d_ff
     square = abstract_linear(d, d, bias=False)
-    scale = ArrayInfo((cfg.head_dim,), ("head",), jax.nn.initializers.ones)
+    scale = array_info((cfg.head_dim,), ("head",), jax.nn.initializers.ones)
     layer = Layer(
         q=square,
         k=square,

@@ -210,10 +210,10 @@ def _area_resize(square: np.ndarray, size: int) -> np.ndarray:
     """Resize a square image by area averaging: float32 [size, size, C]."""
     from PIL import Image
 
-    resized = [
-        Image.fromarray(channel.astype(np.float32)).resize((size, size), Image.Resampling.BOX)
-        for channel in np.moveaxis(square, -1, 0)  # one at a time, to save memory
-    ]
+    resized = []
+    for channel in np.moveaxis(square, -1, 0):  # one at a time, to save memory
+        image = Image.fromarray(channel.astype(np.float32))
+        resized.append(np.asarray(image.resize((size, size), Image.Resampling.BOX)))
     return np.stack(resized, axis=-1)
 
 

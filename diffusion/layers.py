@@ -29,6 +29,17 @@ class Condition:
     null: jax.Array  # [E], replaces a dropped prompt
 
 
+def array_info(shape: tuple[int, ...], axes: tuple[str, ...], initializer: Any) -> Any:
+    """Return an `ArrayInfo`, typed to take the place of an array.
+
+    Args:
+        shape: the shape of the array.
+        axes: the names of its axes.
+        initializer: an initializer of `jax.nn.initializers`.
+    """
+    return ArrayInfo(shape, axes, initializer)
+
+
 def abstract_linear(
     out_dim: int, in_dim: int, *, bias: bool = True, is_zero: bool = False
 ) -> Linear:
@@ -43,8 +54,8 @@ def abstract_linear(
     fan_in = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
     zeros = jax.nn.initializers.zeros
     return Linear(
-        weight=ArrayInfo((out_dim, in_dim), ("out", "in"), zeros if is_zero else fan_in),
-        bias=ArrayInfo((out_dim,), ("out",), zeros) if bias else None,
+        weight=array_info((out_dim, in_dim), ("out", "in"), zeros if is_zero else fan_in),
+        bias=array_info((out_dim,), ("out",), zeros) if bias else None,
     )
 
 
@@ -59,7 +70,7 @@ def abstract_condition(d_cond: int, text_dim: int) -> Condition:
         time=abstract_linear(d_cond, 2 * _FREQUENCIES),
         prompt=abstract_linear(d_cond, text_dim),
         mix=abstract_linear(d_cond, d_cond),
-        null=ArrayInfo((text_dim,), ("text",), jax.nn.initializers.normal(1.0)),
+        null=array_info((text_dim,), ("text",), jax.nn.initializers.normal(1.0)),
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -225,10 +225,13 @@ def load(folder: str | Path, encoder: str | Path) -> DiffusionPipeline:
     """
     denoiser, cfg = checkpoint.load(Path(folder) / "denoiser")
     upscaler, upscaler_cfg = checkpoint.load(Path(folder) / "upscaler")
+    cfg = cast(model.Config, cfg)
     text_encoder = TextEncoder(Path(encoder))
     if text_encoder.width != cfg.text_dim:
         raise ValueError(
             f"{encoder}: the width of its states must be {cfg.text_dim} for this denoiser, "
             f"got {text_encoder.width}"
         )
-    return DiffusionPipeline(text_encoder, denoiser, cfg, upscaler, upscaler_cfg)
+    return DiffusionPipeline(
+        text_encoder, denoiser, cfg, upscaler, cast(UpscalerConfig, upscaler_cfg)
+    )

@@ -89,7 +89,7 @@ def steps(
     history = None
     for number, (level, next_level) in enumerate(zip(levels, levels[1:], strict=False), 1):
         fresh = None
-        if sampler == "ddpm":
+        if sampler == "ddpm" and keys is not None:
             fresh = normal(jax.vmap(jax.random.fold_in, (0, None))(keys, number), z.shape[1:])
         z, clean, history = _SAMPLERS[sampler](denoise, z, level, next_level, history, fresh)
         yield Step(number, z, clean)

@@ -35,8 +35,8 @@ PREDICTION_TYPES = ("x0", "epsilon", "v", "flow")
 class NoiseLevel(NamedTuple):
     """The noise of an image: `z = alpha * x + sigma * e`."""
 
-    alpha: float | np.ndarray
-    sigma: float | np.ndarray
+    alpha: Any  # float or array
+    sigma: Any
 
     @property
     def ratio(self) -> Any:

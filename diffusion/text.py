@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -37,9 +38,9 @@ class PromptEmbeds:
         pooled: float [B, E], the sentence embeddings, of length 1.
     """
 
-    states: jax.Array
-    mask: jax.Array
-    pooled: jax.Array
+    states: jax.Array | np.ndarray
+    mask: jax.Array | np.ndarray
+    pooled: jax.Array | np.ndarray
 
 
 class TextEncoder:
@@ -49,7 +50,7 @@ class TextEncoder:
         width: E, the width of the states.
     """
 
-    def __init__(self, folder: Path, *, dtype: str = "float32"):
+    def __init__(self, folder: Path, *, dtype: Literal["float32", "bfloat16"] = "float32"):
         """Load the encoder and its tokenizer from a sentence-transformers folder."""
         self._tokenizer = bpe.load_wordpiece(folder)
         self._params, self._cfg = bert.load(folder, dtype=dtype)

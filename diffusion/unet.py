@@ -23,9 +23,15 @@ from flax import struct
 
 from diffusion import layers
 from diffusion.config import UNetConfig
-from diffusion.layers import Condition, abstract_linear, depth_to_space, rms_norm, space_to_depth
+from diffusion.layers import (
+    Condition,
+    abstract_linear,
+    array_info,
+    depth_to_space,
+    rms_norm,
+    space_to_depth,
+)
 from diffusion.text import PromptEmbeds
-from transformer.decoder import ArrayInfo
 from transformer.layers import linear
 from transformer.weights import Linear
 
@@ -92,7 +98,7 @@ def abstract(cfg: UNetConfig) -> Params:
     def attention(width: int) -> Attention:
         square = abstract_linear(width, width, bias=False)
         from_text = abstract_linear(width, cfg.text_dim, bias=False)
-        scale = ArrayInfo((cfg.head_dim,), ("head",), ones)
+        scale = array_info((cfg.head_dim,), ("head",), ones)
         return Attention(
             q=square,
             k=square,
@@ -162,7 +168,7 @@ def forward(
                 x = linear(space_to_depth(x), stage.shrink)  # [B, Y/2, X/2, C']
     for stage, skip in zip(reversed(params.stages), reversed(skips), strict=True):
         with jax.named_scope("up"):
-            if stage.grow is not None:
+            if stage.grow is not None and stage.skip is not None:
                 x = depth_to_space(linear(x, stage.grow)) + linear(skip, stage.skip)
             for block in stage.up:
                 x = residual_block(x, block, cond)
@@ -218,4 +224,4 @@ def conv(x: jax.Array, p: Linear) -> jax.Array:
     y = jax.lax.conv_general_dilated(
         x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    return y + p.bias
+    return y + p.bias  # pyright: ignore[reportOperatorIssue]  # convolutions have a bias

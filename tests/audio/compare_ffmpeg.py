@@ -1,10 +1,10 @@
-"""Odd sound files, as ffmpeg decodes them and as we do: python -m tests.audio.compare_ffmpeg
+"""Comparison of our audio decoding with ffmpeg's: `python -m tests.audio.compare_ffmpeg`.
 
-Makes more than 150 files from two clips with the program ffmpeg: many containers and codecs, files
-joined, cut, with something in front or behind, with a wrong name. Prints both durations side by
-side, and with `--text MODEL_FOLDER` both texts. Of most formats ffmpeg reads only the first of
-joined files: if so, ours is compared with the sum of the parts. Durations that differ by more than
-50 ms a part are marked, and end the run with exit code 1; a file that only we can read does not.
+Makes more than 150 files from two clips with the program ffmpeg: many containers and codecs,
+concatenated and truncated files, files with leading or trailing bytes or a wrong name. Prints both
+durations, and with `--text MODEL_FOLDER` both texts. ffmpeg decodes only the first of concatenated
+files of most formats; then ours is compared with the sum of the parts. Durations that differ by
+more than 50 ms a part are marked, and the exit code is 1; files that only we decode are not errors.
 """
 
 import argparse
@@ -22,7 +22,7 @@ CLIPS = [
     Path(__file__).parent.parent / "golden" / "audio" / f"austen-{number}.flac"
     for number in ("0880", "0930")
 ]
-WRITTEN = """
+VARIANTS = """
 wav: -c:a pcm_u8 | -c:a pcm_s16le | -c:a pcm_s24le | -c:a pcm_s32le | -c:a pcm_f32le
 wav: -c:a pcm_f64le | -c:a pcm_mulaw | -c:a pcm_alaw | -c:a adpcm_ima_wav | -c:a adpcm_ms
 wav: -c:a libgsm_ms -ar 8000 | -c:a g722 | -c:a g726 -ar 8000 | -c:a libmp3lame | -ac 6
@@ -68,7 +68,7 @@ mxf: -ar 48000
 sox:
 ircam:
 """
-JOINED = (
+CONCATENATED = (
     "wav",
     "flac",
     "mp3",
@@ -93,14 +93,14 @@ JOINED = (
 
 
 def ffmpeg(*arguments: str | Path) -> bytes:
-    """What ffmpeg writes to stdout; it writes some even where it finds fault."""
+    """Return what ffmpeg writes to stdout, which may be partial after errors."""
     command = ["ffmpeg", "-v", "error", "-nostdin", "-y", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, check=False).stdout
 
 
-def written(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Two files for each line of `WRITTEN`: of one clip and of the other."""
-    for line in WRITTEN.strip().splitlines():
+def write_variants(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield a file of each clip for each variant of `VARIANTS`."""
+    for line in VARIANTS.strip().splitlines():
         suffix, _, options = line.partition(":")
         for option in options.split("|"):
             label = "_".join(option.replace("-", " ").replace(":", " ").split()) or "default"
@@ -111,27 +111,27 @@ def written(folder: Path) -> Iterator[tuple[Path, Path]]:
                 yield pair[0], pair[1]
 
 
-def files(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """The files, each with those that ffmpeg is to decode in its place."""
-    pairs = list(written(folder))
+def write_files(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Yield the files, each with the files that ffmpeg decodes for comparison."""
+    pairs = list(write_variants(folder))
     yield from ((first, [first]) for first, _ in pairs)
-    seen = set()
+    suffixes = set()
     for first, other in pairs:
         suffix, data = first.suffix[1:], first.read_bytes()
-        if suffix not in JOINED or (suffix in seen and suffix != "ogg"):
+        if suffix not in CONCATENATED or (suffix in suffixes and suffix != "ogg"):
             continue
-        seen.add(suffix)
+        suffixes.add(suffix)
         middle = len(data) // 2
         for name, changed in {
-            "joined": data + other.read_bytes(),
-            "cut": data[:middle],
+            "concatenated": data + other.read_bytes(),
+            "truncated": data[:middle],
             "begins-inside": data[len(data) // 3 :],
-            "zeros-behind": data + bytes(2000),
-            "id3-in-front": b"ID3\x04\0\0\0\0\x02\0" + bytes(256) + data,
+            "trailing-zeros": data + bytes(2000),
+            "leading-id3": b"ID3\x04\0\0\0\0\x02\0" + bytes(256) + data,
         }.items():
             path = folder / f"{name}-{first.stem}.{suffix}"
             path.write_bytes(changed)
-            yield path, [first, other] if name == "joined" else [path]
+            yield path, [first, other] if name == "concatenated" else [path]
     wrong = folder / "a-flac-called.mp3"
     wrong.write_bytes(CLIPS[0].read_bytes())
     yield wrong, [wrong]
@@ -141,29 +141,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--text", metavar="FOLDER", help="transcribe with this Whisper")
     whisper = audio.load_model(folder) if (folder := parser.parse_args().text) else None
-    num = num_apart = 0
+    num_files = num_different = 0
     with tempfile.TemporaryDirectory() as name:
-        for path, parts in files(Path(name)):
+        for path, parts in write_files(Path(name)):
             to_raw = ("-f", "s16le", "-ac", "1", "-ar", str(SAMPLE_RATE), "-")
-            whole, *split = (ffmpeg("-i", file, *to_raw) for file in [path, *parts])
-            raw = max(whole, b"".join(split), key=len)  # of an MP3 it reads all, with the padding
+            whole, *separate = (ffmpeg("-i", file, *to_raw) for file in [path, *parts])
+            raw = max(
+                whole, b"".join(separate), key=len
+            )  # ffmpeg reads all of an MP3, with the padding
             theirs = np.frombuffer(raw, "<i2").astype(np.float32) / 2**15
             try:
                 ours, fault = audio.load(path), ""
             except ValueError as error:
                 ours, fault = np.zeros(0, np.float32), str(error).rpartition(": ")[2][:40]
-            is_apart = (
+            differs = (
                 abs(len(ours) - len(theirs)) > 0.05 * SAMPLE_RATE * len(parts) and len(theirs) > 0
             )
-            num, num_apart = num + 1, num_apart + is_apart
+            num_files, num_different = num_files + 1, num_different + differs
             durations = f"{len(theirs) / SAMPLE_RATE:7.3f} {len(ours) / SAMPLE_RATE:7.3f}"
-            print(f"{path.name:50} {durations} {'APART' if is_apart else '':5} {fault}", flush=True)
+            print(
+                f"{path.name:50} {durations} {'DIFFERS' if differs else '':7} {fault}", flush=True
+            )
             if whisper is not None:
                 for label, samples in (("ffmpeg", theirs), ("ours", ours)):
                     text = audio.transcribe(whisper, samples).text if len(samples) else ""
                     print(f"    {label:7} {text}", flush=True)
-    print(f"{num} files, {num_apart} durations apart by more than 50 ms a part")
-    if num_apart:
+    print(f"{num_files} files, {num_different} durations differ by more than 50 ms a part")
+    if num_different:
         raise SystemExit(1)
 
 

@@ -1,4 +1,4 @@
-"""openai-whisper with our weights: for golden files and live comparisons, which have torch."""
+"""openai-whisper with our weights, for golden files and parity tests; needs torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from audio import checkpoint
 from transformer.checkpoint import safetensors
 
-# From Hugging Face's names to those of openai-whisper, in this order.
+# Hugging Face's names to those of openai-whisper, replaced in this order.
 _RENAMED = (
     ("model.", ""),
     ("layers.", "blocks."),
@@ -33,7 +33,7 @@ _RENAMED = (
 
 
 def reference(folder: Path, scratch: Path):
-    """The model of `folder` in openai-whisper; `scratch` takes a safetensors copy on the way."""
+    """Load the model of `folder` into openai-whisper; `scratch` gets a safetensors copy."""
     import torch
     from whisper.model import ModelDimensions, Whisper
 

@@ -1,12 +1,12 @@
-"""A file of ten minutes whose truth is known: who says what, when, between silences and noise.
+"""Ten minutes of audio with a known transcript: speech with pauses and background noise.
 
     python -m tests.audio.ten_minutes FILE.flac      writes it, to listen to
 
-It is joined from recordings (`tests/golden/audio`) and sentences of `tests/bench/passage.txt`
-spoken by espeak-ng's voices, which tell when each word begins. Between them stand pauses, most of a
-second or two, every eighth of ten seconds and more; under them lies first nothing, then noise of
-three kinds, and some of the long pauses are loud with it. The same bytes every time, for one
-version of espeak-ng, which comes from the PyPI package espeakng-loader with library and voices.
+It is assembled from recordings (`tests/golden/audio`) and sentences of `tests/bench/passage.txt` in
+voices of espeak-ng, which reports when each word begins. Most pauses last one or two seconds, every
+eighth 8 to 20 seconds. The background is silence, then three kinds of noise, and half of the long
+pauses have loud noise. The result is deterministic for one version of espeak-ng, which the PyPI
+package espeakng-loader provides with its voices.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ AUSTEN = {
     "respectable than he was.",
     "austen-0930": "He might even have been made amiable himself.",
 }
-# Where the pauses of sonnet-1.ogg lie: what is between them, in seconds, and its words.
+# Stretches of sonnet-1.ogg between its pauses: start and end in seconds, and the words.
 SONNET = (
     (2.67, 5.38, "From fairest creatures we desire increase,"),
     (5.89, 8.60, "That thereby beauty's rose might never die,"),
@@ -61,62 +61,64 @@ SONNET = (
 
 @dataclass(frozen=True, kw_only=True)
 class Utterance:
-    """Something said in one go. Times in seconds."""
+    """A stretch of speech without a pause. Times are in seconds."""
 
     text: str
     start: float
     end: float
     samples: np.ndarray
     is_read: bool = False  # by a person
-    word_starts: tuple[float, ...] = ()  # of all words of `text`, where they are known
+    word_starts: tuple[float, ...] = ()  # of all words of `text`, if known
 
 
 def build() -> tuple[np.ndarray, list[Utterance]]:
-    """The samples, float32 [600 * 16,000], and what is said in them, in order."""
+    """Return the samples, float32 [600 * 16,000], and the utterances in order."""
     rng = np.random.default_rng(7)
-    sound, truth, at = np.zeros(SECONDS * SAMPLE_RATE, np.float32), [], 1.0
-    for number, said in enumerate(_in_turn()):
+    sound, truth, position = np.zeros(SECONDS * SAMPLE_RATE, np.float32), [], 1.0
+    for number, utterance in enumerate(_alternate()):
         pause = rng.uniform(0.8, 2.2)
         if number % 8 == 7:
             pause = rng.uniform(8, 20)
             if number % 16 == 15:
-                _loud_noise(sound, rng, at + 1, at + pause - 2)
-        at += pause
-        length = len(said.samples) / SAMPLE_RATE
-        if at + length > SECONDS - 1:
+                _loud_noise(sound, rng, position + 1, position + pause - 2)
+        position += pause
+        length = len(utterance.samples) / SAMPLE_RATE
+        if position + length > SECONDS - 1:
             break
         loudness = 10 ** (rng.uniform(-28, -18) / 20)
-        samples = said.samples * (loudness / np.sqrt(np.mean(said.samples**2)))
-        begin = round(at * SAMPLE_RATE)
+        samples = utterance.samples * (loudness / np.sqrt(np.mean(utterance.samples**2)))
+        begin = round(position * SAMPLE_RATE)
         sound[begin : begin + len(samples)] += samples
-        starts = tuple(begin / SAMPLE_RATE + t for t in said.word_starts)
+        starts = tuple(begin / SAMPLE_RATE + t for t in utterance.word_starts)
         truth.append(
             replace(
-                said,
+                utterance,
                 start=begin / SAMPLE_RATE,
                 end=begin / SAMPLE_RATE + length,
                 word_starts=starts,
             )
         )
-        at += length
+        position += length
     _background(sound, rng)
     return np.clip(sound, -1, 1), truth
 
 
 def read_aloud() -> list[Utterance]:
-    """What people read, cut at its pauses."""
-    found = []
+    """Return the recordings of people, split at pauses."""
+    utterances = []
     for name, text in AUSTEN.items():
-        found.append(_said(text, _trimmed(audio.load(GOLDEN / f"{name}.flac")), is_read=True))
+        utterances.append(
+            _utterance(text, _trim(audio.load(GOLDEN / f"{name}.flac")), is_read=True)
+        )
     sonnet = audio.load(GOLDEN / "sonnet-1.ogg")
     for start, end, text in SONNET:
         samples = sonnet[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
-        found.append(_said(text, samples, is_read=True))
-    return found
+        utterances.append(_utterance(text, samples, is_read=True))
+    return utterances
 
 
-def spoken() -> Iterator[Utterance]:
-    """The passage, a sentence a voice, again and again with other voices."""
+def synthesized() -> Iterator[Utterance]:
+    """Yield the sentences of the passage in alternating voices, again and again."""
     text = " ".join(PASSAGE.read_text("utf-8").split())
     sentences = [s for s in re.split(r"(?<=[.])\s+", text) if 20 < len(s) < 160 and s[-1] == "."]
     number = 0
@@ -126,38 +128,40 @@ def spoken() -> Iterator[Utterance]:
             number += 1
 
 
-def _in_turn() -> Iterator[Utterance]:
-    """Two sentences of the passage, then one that a person read."""
-    machine, people, number = spoken(), read_aloud(), 0
+def _alternate() -> Iterator[Utterance]:
+    """Yield two synthetic sentences, then one recording, and so on."""
+    synthetic, recordings, number = synthesized(), read_aloud(), 0
     while True:
-        yield next(machine)
-        yield next(machine)
-        yield people[number % len(people)]
+        yield next(synthetic)
+        yield next(synthetic)
+        yield recordings[number % len(recordings)]
         number += 1
 
 
-def _said(text: str, samples: np.ndarray, **known) -> Utterance:
-    return Utterance(text=text, start=0.0, end=len(samples) / SAMPLE_RATE, samples=samples, **known)
+def _utterance(text: str, samples: np.ndarray, **fields) -> Utterance:
+    return Utterance(
+        text=text, start=0.0, end=len(samples) / SAMPLE_RATE, samples=samples, **fields
+    )
 
 
-def _trimmed(samples: np.ndarray) -> np.ndarray:
-    """Without what is more than 35 dB below the loudest at both ends."""
+def _trim(samples: np.ndarray) -> np.ndarray:
+    """Remove both ends more than 35 dB below the loudest 10 ms."""
     step = SAMPLE_RATE // 100
     levels = np.sqrt(np.mean(samples[: len(samples) // step * step].reshape(-1, step) ** 2, axis=1))
-    heard = np.flatnonzero(levels > levels.max() * 10 ** (-35 / 20))
-    return samples[heard[0] * step : (heard[-1] + 1) * step]
+    loud = np.flatnonzero(levels > levels.max() * 10 ** (-35 / 20))
+    return samples[loud[0] * step : (loud[-1] + 1) * step]
 
 
 # Noise
 
 
 def white(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Noise with the same power at every frequency; float32 [count], RMS 1."""
+    """Return noise of equal power at every frequency; float32 [count], RMS 1."""
     return rng.normal(size=count).astype(np.float32)
 
 
 def pink(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Noise whose power falls with the frequency, as that of rooms and engines does."""
+    """Return noise whose power is inversely proportional to frequency, as of rooms and engines."""
     spectrum = np.fft.rfft(rng.normal(size=count))
     spectrum /= np.sqrt(np.maximum(np.arange(len(spectrum)), 1))
     noise = np.fft.irfft(spectrum, count)
@@ -165,21 +169,21 @@ def pink(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def hum(rng: np.random.Generator, count: int) -> np.ndarray:
-    """The mains, with its harmonics."""
+    """Return mains hum of 50 Hz with its harmonics."""
     t = np.arange(count) / SAMPLE_RATE
     noise = sum(np.sin(2 * np.pi * 50 * k * t + rng.uniform(0, 6)) / k for k in range(1, 12))
     return (noise / noise.std()).astype(np.float32)
 
 
 def _background(sound: np.ndarray, rng: np.random.Generator) -> None:
-    """Two minutes of nothing, then white noise, pink noise, and a hum."""
+    """Add white noise after two minutes of silence, then pink noise, then hum."""
     for start, end, kind, level in (
         (120, 270, white, -62),
         (270, 450, pink, -52),
         (450, SECONDS, hum, -50),
     ):
-        part = slice(start * SAMPLE_RATE, end * SAMPLE_RATE)
-        sound[part] += kind(rng, (end - start) * SAMPLE_RATE) * 10 ** (level / 20)
+        samples = slice(start * SAMPLE_RATE, end * SAMPLE_RATE)
+        sound[samples] += kind(rng, (end - start) * SAMPLE_RATE) * 10 ** (level / 20)
 
 
 def _loud_noise(sound: np.ndarray, rng: np.random.Generator, start: float, end: float) -> None:
@@ -212,18 +216,18 @@ _END, _WORD = 0, 1
 
 @functools.cache
 def _espeak() -> tuple[ctypes.CDLL, int]:
-    """The library, and the samples a second it makes."""
+    """Return the library and its sample rate."""
     import espeakng_loader
 
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     rate = library.espeak_Initialize(_AT_ONCE, 0, espeakng_loader.get_data_path().encode(), 0)
     if rate <= 0:
-        raise OSError("espeak-ng finds no voices")
+        raise OSError("espeak-ng finds no voices; reinstall espeakng-loader")
     return library, rate
 
 
 def speak(text: str, voice: str, speed: int = 150) -> Utterance:
-    """A text spoken by a voice of espeak-ng, with the time at which each word begins.
+    """Synthesize a text with a voice of espeak-ng, with the start of each word.
 
     Raises:
         ImportError: the package espeakng-loader is not installed.
@@ -231,10 +235,10 @@ def speak(text: str, voice: str, speed: int = 150) -> Utterance:
     """
     library, rate = _espeak()
     sound: list[np.ndarray] = []
-    starts: dict[int, float] = {}  # by the place of the word in the text
+    starts: dict[int, float] = {}  # by the position of the word in the text
 
     @_CALLBACK
-    def take(samples, count, events):
+    def receive(samples, count, events):
         if count > 0:
             sound.append(np.ctypeslib.as_array(samples, (count,)).copy())
         while events[0].type != _END:
@@ -243,28 +247,30 @@ def speak(text: str, voice: str, speed: int = 150) -> Utterance:
             events = ctypes.cast(ctypes.addressof(events[0]) + ctypes.sizeof(_Event), type(events))
         return 0
 
-    library.espeak_SetSynthCallback(take)
+    library.espeak_SetSynthCallback(receive)
     if library.espeak_SetVoiceByName(voice.encode()):
-        raise ValueError(f"espeak-ng has no voice {voice!r}")
+        raise ValueError(f"voice must be one of espeak-ng's, got {voice!r}")
     library.espeak_SetParameter(_SPEED, speed, 0)
     data = text.encode()
     library.espeak_Synth(data, len(data) + 1, 0, _BY_CHARACTER, 0, _UTF8, None, None)
     library.espeak_Synchronize()
     samples = np.concatenate(sound).astype(np.float32) / 32768
     samples = soxr.resample(samples, rate, SAMPLE_RATE).astype(np.float32)
-    whole = _trimmed(samples)
-    # What was cut from the beginning, found again.
+    trimmed = _trim(samples)
+    # The seconds trimmed from the start.
     cut = next(i for i in range(len(samples)) if samples[i : i + 800].tobytes()
-               == whole[:800].tobytes()) / SAMPLE_RATE  # fmt: skip
-    places = [match.start() for match in re.finditer(r"\S+", text)]
-    known = all(place in starts for place in places)
-    return _said(
-        text, whole, word_starts=tuple(max(starts[p] - cut, 0.0) for p in places) if known else ()
+               == trimmed[:800].tobytes()) / SAMPLE_RATE  # fmt: skip
+    positions = [match.start() for match in re.finditer(r"\S+", text)]
+    are_known = all(position in starts for position in positions)
+    return _utterance(
+        text,
+        trimmed,
+        word_starts=tuple(max(starts[p] - cut, 0.0) for p in positions) if are_known else (),
     )
 
 
 if __name__ == "__main__":
     samples, truth = build()
     soundfile.write(sys.argv[1], samples, SAMPLE_RATE)
-    for said in truth:
-        print(f"{said.start:7.2f} {said.end:7.2f}  {said.text}")
+    for utterance in truth:
+        print(f"{utterance.start:7.2f} {utterance.end:7.2f}  {utterance.text}")

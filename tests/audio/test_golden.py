@@ -17,98 +17,100 @@ from audio import (
 )
 from audio.mel import log_mel
 from tests.audio.conftest import CASES, window
-from tests.bench.bench_speech import differing
+from tests.bench.bench_speech import count_word_errors
 from tests.golden.audio.make_audio import LOGIT_STEP, MEL_STEP, SOUND_STEP
 
 cases = pytest.mark.parametrize(("id", "name", "language"), CASES)
-ONCE = TemperatureFallback(temperatures=(0.0,))
+NO_FALLBACK = TemperatureFallback(temperatures=(0.0,))
 
 
 @cases
-def test_mel(id, name, language, clip, golden):
+def test_log_mel_matches_openai_whisper(id, name, language, clip, golden):
     error = np.abs(log_mel(clip(name))[::MEL_STEP] - golden(id, name)["mel"])
     assert error.max() < 1e-4
     assert np.median(error) < 1e-6
 
 
 @cases
-def test_encoder_and_decoder(id, name, language, clip, golden, whisper):
+def test_encoder_and_decoder_match_openai_whisper(id, name, language, clip, golden, whisper):
     loaded, expected = whisper(id), golden(id, name)
-    sound, _ = model.encode(loaded.params, loaded.cfg, window(log_mel(clip(name))))
-    assert np.abs(np.asarray(sound)[0, ::SOUND_STEP] - expected["sound"]).max() < 1e-3
-    logits, _ = model.forward(loaded.params, loaded.cfg, sound, expected["ids"][None])
+    audio_features, _ = model.encode(loaded.params, loaded.cfg, window(log_mel(clip(name))))
+    assert np.abs(np.asarray(audio_features)[0, ::SOUND_STEP] - expected["sound"]).max() < 1e-3
+    logits, _ = model.forward(loaded.params, loaded.cfg, audio_features, expected["ids"][None])
     assert np.abs(np.asarray(logits)[0, :, ::LOGIT_STEP] - expected["logits"]).max() < 1e-3
 
 
 @cases
-def test_text(id, name, language, clip, golden, whisper):
+def test_decoded_ids_and_scores_match_openai_whisper(id, name, language, clip, golden, whisper):
     loaded, expected = whisper(id), golden(id, name)
-    sound, _ = model.encode(loaded.params, loaded.cfg, window(log_mel(clip(name))))
+    audio_features, _ = model.encode(loaded.params, loaded.cfg, window(log_mel(clip(name))))
     options = DecodingOptions(language=language)
-    (greedy,) = decode.decode(loaded, sound, options)
+    (greedy,) = decode.decode(loaded, audio_features, options)
     assert list(greedy.ids) == expected["greedy"].tolist()
     assert greedy.text == expected["text"]
     scores = [greedy.avg_logprob, greedy.no_speech_prob, greedy.compression_ratio]
     np.testing.assert_allclose(scores, expected["scores"], atol=1e-4)
     assert len(greedy.logprobs) == len(greedy.ids)
-    (beams,) = decode.decode(loaded, sound, replace(options, beam_size=3))
+    (beams,) = decode.decode(loaded, audio_features, replace(options, beam_size=3))
     assert list(beams.ids) == expected["beams"].tolist()
 
 
 @cases
-def test_words(id, name, language, clip, golden, whisper):
-    plan = TranscriptionOptions(word_timestamps=True, skip_silence=False, fallback=ONCE)
-    found = transcribe(whisper(id), clip(name), language=language, transcription_options=plan)
+def test_word_timestamps_match_openai_whisper(id, name, language, clip, golden, whisper):
+    options = TranscriptionOptions(word_timestamps=True, skip_silence=False, fallback=NO_FALLBACK)
+    transcript = transcribe(
+        whisper(id), clip(name), language=language, transcription_options=options
+    )
     expected = golden(id, name)
-    words = [word for segment in found.segments for word in segment.words]
+    words = [word for segment in transcript.segments for word in segment.words]
     assert [word.text for word in words] == expected["words"].tolist()
-    # A path through equal cells may turn a step of 20 ms earlier or later.
+    # On ties, the path may step 20 ms earlier or later.
     times = np.array([[word.start, word.end] for word in words])
     assert np.abs(times - expected["times"]).max() < 0.03
 
 
-def test_the_language_is_heard(clip, whisper):
+def test_language_none_is_detected(clip, whisper):
     loaded = whisper("whisper-base")
     for name, language in (("austen-0880", "en"), ("coffee-fr", "fr"), ("train-de", "de")):
         assert transcribe(loaded, clip(name)).language == language
 
 
-def test_translation_is_english(clip, whisper):
-    found = transcribe(
+def test_translate_task_returns_english(clip, whisper):
+    transcript = transcribe(
         whisper("whisper-base"), clip("coffee-fr"), options=DecodingOptions(task="translate")
     )
-    assert found.language == "fr"
-    assert "Good morning" in found.text
+    assert transcript.language == "fr"
+    assert "Good morning" in transcript.text
 
 
-def test_a_doubtful_translation_is_the_likeliest_attempt(clip, whisper):
-    """The last attempt was kept: nonsense at temperature 1, average log-probability -2.8."""
-    found = transcribe(
+def test_all_attempts_unlikely_returns_the_likeliest(clip, whisper):
+    """Bug: the last attempt was returned, at temperature 1 with average log-probability -2.8."""
+    transcript = transcribe(
         whisper("whisper-base"), clip("train-de"), options=DecodingOptions(task="translate")
     )
-    assert "Good morning" in found.text and "Berlin" in found.text
-    assert found.segments[0].temperature < 1 and found.segments[0].avg_logprob > -1.3
+    assert "Good morning" in transcript.text and "Berlin" in transcript.text
+    assert transcript.segments[0].temperature < 1 and transcript.segments[0].avg_logprob > -1.3
 
 
-def test_scores_of_what_was_written_are_its_log_probabilities(clip, whisper):
+def test_teacher_forced_logits_give_the_decoded_logprobs(clip, whisper):
     loaded = whisper("whisper-base")
     options = DecodingOptions(
         timestamps=False, language="fr", suppress_blank=False, suppress_non_speech=False
     )
     mel = log_mel(clip("coffee-fr"), loaded.cfg.num_mels)
-    sound, _ = model.encode(loaded.params, loaded.cfg, window(mel))
-    (written,) = decode.decode(loaded, sound, options)
-    logits = decode.teacher_forced_logits(loaded, sound, written.ids, options)
-    assert logits.shape == (len(written.ids) + 1, loaded.cfg.vocab_size)
-    logprobs = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(written.ids)), written.ids]
-    np.testing.assert_allclose(logprobs, written.logprobs, atol=1e-4)
+    audio_features, _ = model.encode(loaded.params, loaded.cfg, window(mel))
+    (result,) = decode.decode(loaded, audio_features, options)
+    logits = decode.teacher_forced_logits(loaded, audio_features, result.ids, options)
+    assert logits.shape == (len(result.ids) + 1, loaded.cfg.vocab_size)
+    logprobs = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(result.ids)), result.ids]
+    np.testing.assert_allclose(logprobs, result.logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize(("format", "most"), [("bfloat16", 0), ("int8", 4)])
-def test_narrow_formats_hear_the_same_words(format, most, clip, golden, model_file):
-    """Of 21 words; for int8 "cold-hearted" and "ill-disposed" are too close to other spellings."""
-    loaded = load_model(model_file("whisper-tiny.en"), dtype=format)
+@pytest.mark.parametrize(("dtype", "max_errors"), [("bfloat16", 0), ("int8", 4)])
+def test_bfloat16_and_int8_return_the_same_words(dtype, max_errors, clip, golden, model_file):
+    """The clips have 21 words; int8 spells "cold-hearted" and "ill-disposed" differently."""
+    loaded = load_model(model_file("whisper-tiny.en"), dtype=dtype)
     names = ("austen-0880", "austen-0890")
-    found = " ".join(transcribe(loaded, clip(name)).text for name in names)
+    text = " ".join(transcribe(loaded, clip(name)).text for name in names)
     expected = " ".join(str(golden("whisper-tiny.en", name)["text"]) for name in names)
-    assert differing(found, expected) <= most
+    assert count_word_errors(text, expected) <= max_errors

@@ -1,4 +1,4 @@
-"""Files in, samples out; whatever is not sound is a ValueError that says so."""
+"""Decoding of audio files: formats, concatenated and damaged files, and what is refused."""
 
 import io
 import sys
@@ -16,9 +16,9 @@ from tests.naming import naming
 TONE = np.sin(2 * np.pi * 440 * np.arange(SAMPLE_RATE) / SAMPLE_RATE).astype(np.float32) / 2
 
 
-def encoded(samples: np.ndarray, rate: int = SAMPLE_RATE, **how) -> bytes:
+def encode_file(samples: np.ndarray, rate: int = SAMPLE_RATE, **options) -> bytes:
     file = io.BytesIO()
-    soundfile.write(file, samples, rate, **how)
+    soundfile.write(file, samples, rate, **options)
     return file.getvalue()
 
 
@@ -45,13 +45,13 @@ def in_container(
     return file.getvalue()
 
 
-def loudest(samples: np.ndarray) -> float:
-    """The frequency with the most power, in hertz."""
+def peak_frequency(samples: np.ndarray) -> float:
+    """Return the frequency with the most power, in hertz."""
     return float(np.abs(np.fft.rfft(samples)).argmax() * SAMPLE_RATE / len(samples))
 
 
 @pytest.mark.parametrize(
-    "how",
+    "options",
     [
         dict(format="WAV", subtype="PCM_16"),
         dict(format="WAV", subtype="FLOAT"),
@@ -61,13 +61,13 @@ def loudest(samples: np.ndarray) -> float:
         dict(format="MP3"),
         dict(format="AIFF"),
     ],
-    ids=lambda how: "-".join(how.values()),
+    ids=lambda options: "-".join(options.values()),
 )
-def test_formats_of_libsndfile(how):
-    samples = load(encoded(TONE, **how))
+def test_formats_of_libsndfile_are_decoded(options):
+    samples = load(encode_file(TONE, **options))
     assert samples.dtype == np.float32
     assert abs(len(samples) - SAMPLE_RATE) < SAMPLE_RATE / 8  # MP3 adds silence at both ends
-    assert abs(loudest(samples) - 440) < 8
+    assert abs(peak_frequency(samples) - 440) < 8
 
 
 CONTAINERS = [
@@ -87,22 +87,22 @@ CONTAINERS = [
 
 
 @pytest.mark.parametrize(("format", "codec"), CONTAINERS, ids=lambda name: name)
-def test_formats_of_ffmpeg(format, codec):
+def test_formats_of_ffmpeg_are_decoded(format, codec):
     samples = load(in_container(format, codec))
     assert abs(len(samples) - SAMPLE_RATE) < SAMPLE_RATE / 8
-    assert abs(loudest(samples) - 440) < 8
+    assert abs(peak_frequency(samples) - 440) < 8
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(("format", "codec"), CONTAINERS, ids=lambda name: name)
-def test_damaged_files_are_read_in_part_or_refused(format, codec):
-    """Cut short, or with bytes overwritten: some sound or a ValueError, soon."""
+def test_damaged_files_are_decoded_in_part_or_refused(format, codec):
+    """Truncated, or with bytes overwritten: finite samples or a ValueError, fast."""
     whole, rng = in_container(format, codec), np.random.default_rng(0)
     damaged = [whole[: len(whole) * part // 8] for part in range(1, 8)]
     for _ in range(8):
         data = bytearray(whole)
-        for place in rng.integers(0, len(data), 20):
-            data[place] = rng.integers(256)
+        for position in rng.integers(0, len(data), 20):
+            data[position] = rng.integers(256)
         damaged.append(bytes(data))
     damaged.append(whole[:64] + bytes(10_000))
     damaged.append(whole[:64] + rng.bytes(10_000))
@@ -114,73 +114,73 @@ def test_damaged_files_are_read_in_part_or_refused(format, codec):
         assert samples.ndim == 1 and np.isfinite(samples).all()
 
 
-def test_a_film_is_read_by_its_sound():
+def test_video_with_audio_is_decoded():
     av = pytest.importorskip("av")
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        pictures = container.add_stream("mpeg4", rate=10)
-        pictures.width = pictures.height = 16
-        pictures.pix_fmt = "yuv420p"
+        video = container.add_stream("mpeg4", rate=10)
+        video.width = video.height = 16
+        video.pix_fmt = "yuv420p"
         sound = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
         for _ in range(10):
             frame = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
-            container.mux(pictures.encode(frame))
+            container.mux(video.encode(frame))
         frame = av.AudioFrame.from_ndarray(TONE[None], format="fltp", layout="mono")
         frame.rate = SAMPLE_RATE
-        container.mux([*sound.encode(frame), *sound.encode(None), *pictures.encode(None)])
-    assert abs(loudest(load(file.getvalue())) - 440) < 8
+        container.mux([*sound.encode(frame), *sound.encode(None), *video.encode(None)])
+    assert abs(peak_frequency(load(file.getvalue())) - 440) < 8
 
 
-def test_a_film_without_sound():
+def test_video_without_audio_is_refused():
     av = pytest.importorskip("av")
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        pictures = container.add_stream("mpeg4", rate=10)
-        pictures.width = pictures.height = 16
-        pictures.pix_fmt = "yuv420p"
+        video = container.add_stream("mpeg4", rate=10)
+        video.width = video.height = 16
+        video.pix_fmt = "yuv420p"
         frame = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
-        container.mux([*pictures.encode(frame), *pictures.encode(None)])
+        container.mux([*video.encode(frame), *video.encode(None)])
     with pytest.raises(ValueError, match="track"):
         load(file.getvalue())
 
 
 @pytest.mark.parametrize("rate", [1, 2**31 - 1])
-def test_a_rate_that_cannot_be_meant(rate):
-    """A file of a few bytes could say that it lasts for days, or ask for a huge filter."""
-    data = bytearray(encoded(TONE, format="WAV"))
+def test_implausible_sample_rate_is_refused(rate):
+    """Bug: a file of a few bytes could claim to last for days, or need a huge filter."""
+    data = bytearray(encode_file(TONE, format="WAV"))
     data[24:28] = rate.to_bytes(4, "little")
     with pytest.raises(ValueError, match=naming(rate)):
         load(bytes(data))
 
 
-def test_a_header_that_promises_more_than_there_is():
-    data = bytearray(encoded(TONE, format="WAV"))
+def test_wav_with_too_large_a_stated_size_is_decoded():
+    data = bytearray(encode_file(TONE, format="WAV"))
     data[40:44] = (2**32 - 2).to_bytes(4, "little")
     assert len(load(bytes(data))) == SAMPLE_RATE
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 44_100, 192_000])
-def test_any_rate(rate):
+def test_any_sample_rate_is_resampled(rate):
     tone = np.sin(2 * np.pi * 440 * np.arange(rate) / rate).astype(np.float32)
-    samples = load(encoded(tone, rate, format="WAV", subtype="FLOAT"))
+    samples = load(encode_file(tone, rate, format="WAV", subtype="FLOAT"))
     assert abs(len(samples) - SAMPLE_RATE) <= 2
-    assert abs(loudest(samples) - 440) < 2
+    assert abs(peak_frequency(samples) - 440) < 2
 
 
 def test_channels_are_averaged():
     channels = np.stack([TONE * i / 8 for i in range(8)], axis=1)
-    samples = load(encoded(channels, format="WAV", subtype="FLOAT"))
+    samples = load(encode_file(channels, format="WAV", subtype="FLOAT"))
     np.testing.assert_allclose(samples, TONE * 3.5 / 8, atol=1e-6)
 
 
-def test_a_name_is_not_trusted(tmp_path):
+def test_wrong_suffix_is_ignored(tmp_path):
     path = tmp_path / "speech.mp3"
-    path.write_bytes(encoded(TONE, format="FLAC"))
+    path.write_bytes(encode_file(TONE, format="FLAC"))
     assert len(load(path)) == SAMPLE_RATE
 
 
-def test_one_sample():
-    assert len(load(encoded(TONE[:1], format="WAV"))) == 1
+def test_file_of_one_sample_is_decoded():
+    assert len(load(encode_file(TONE[:1], format="WAV"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -193,46 +193,46 @@ def test_one_sample():
         b"\x89PNG\r\n\x1a\n" + bytes(100),
         bytes(100_000),
         np.random.default_rng(0).bytes(100_000),
-        encoded(TONE[:0], format="WAV"),
-        encoded(TONE, format="FLAC")[:30],
+        encode_file(TONE[:0], format="WAV"),
+        encode_file(TONE, format="FLAC")[:30],
         b"\x00\x00\x00\x20ftypisom" + bytes(50),
         b"\x1a\x45\xdf\xa3" + bytes(50),
-        encoded(np.full(100, np.nan, np.float32), format="WAV", subtype="FLOAT"),
+        encode_file(np.full(100, np.nan, np.float32), format="WAV", subtype="FLOAT"),
     ],
     ids=["empty", "text", "hls", "concat", "image", "zeros", "random", "no-samples", "flac", "mp4",
          "webm", "nan"],
 )  # fmt: skip
-def test_what_is_not_sound(data):
-    """A message once showed `<_io.BytesIO object at 0x7f...>`."""
+def test_bytes_that_are_no_audio_are_refused(data):
+    """Bug: a message contained `<_io.BytesIO object at 0x7f...>`."""
     with pytest.raises(ValueError) as error:
         load(data)
     assert " object at " not in str(error.value)
 
 
-def test_too_long_is_refused_before_it_is_decoded_whole():
-    hour = encoded(np.zeros(3600 * 1000, np.float32), 1000, format="FLAC")
+def test_audio_longer_than_max_seconds_is_refused():
+    hour = encode_file(np.zeros(3600 * 1000, np.float32), 1000, format="FLAC")
     with pytest.raises(ValueError, match=naming("60 seconds")):
         load(hour, max_seconds=60)
 
 
-def test_a_missing_file(tmp_path):
+def test_missing_file_raises_file_not_found(tmp_path):
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "nothing.wav")
 
 
-# Files that are joined, cut, or begin with something else
+# Concatenated and truncated files, and files with other bytes around them
 
 
 def tone_file(kind: str, seconds: int = 1, rate: int = 48_000) -> bytes:
-    """A tone by libsndfile ("WAV", "OGG OPUS") or by FFmpeg ("mp4/aac")."""
+    """Return a tone encoded by libsndfile ("WAV", "OGG OPUS") or by FFmpeg ("mp4/aac")."""
     if "/" in kind:
         return in_container(*kind.split("/"), rate=rate, seconds=seconds)
     format, _, subtype = kind.partition(" ")
     samples = np.sin(2 * np.pi * 440 * np.arange(seconds * rate) / rate).astype(np.float32) / 2
-    return encoded(samples, rate, format=format, subtype=subtype or None)
+    return encode_file(samples, rate, format=format, subtype=subtype or None)
 
 
-JOINED = [
+CONCATENATED = [
     *("WAV", "RF64", "W64", "AIFF", "CAF", "FLAC", "MP3", "OGG VORBIS", "OGG OPUS"),
     *("ogg/flac", "adts/aac", "mp4/aac", "mov/pcm_s16le", "webm/libopus", "asf/wmav2", "avi/ac3"),
     *("mpegts/aac", "mp3/libmp3lame"),
@@ -240,19 +240,19 @@ JOINED = [
 
 
 @pytest.mark.parametrize("rate", [48_000, 32_000])
-@pytest.mark.parametrize("kind", JOINED)
-def test_joined_files_are_read_whole(kind, rate):
-    """Everything behind the first of two joined files was lost, with a 200."""
+@pytest.mark.parametrize("kind", CONCATENATED)
+def test_concatenated_files_are_decoded_whole(kind, rate):
+    """Bug: everything after the first of two concatenated files was lost without an error."""
     if "opus" in kind.lower() and rate == 32_000:
         rate = 24_000
     first, other = tone_file(kind), tone_file(kind, 2, rate)
-    alone = len(load(first)) + len(load(other))
-    assert abs(alone - 3 * SAMPLE_RATE) < SAMPLE_RATE / 4
+    separate = len(load(first)) + len(load(other))
+    assert abs(separate - 3 * SAMPLE_RATE) < SAMPLE_RATE / 4
     samples = load(first + other)
     assert (
-        abs(len(samples) - alone) < SAMPLE_RATE / 10
+        abs(len(samples) - separate) < SAMPLE_RATE / 10
     )  # FFmpeg keeps an MP3's padding between two files
-    assert abs(loudest(samples[-SAMPLE_RATE:]) - 440) < 8
+    assert abs(peak_frequency(samples[-SAMPLE_RATE:]) - 440) < 8
 
 
 @pytest.mark.parametrize(
@@ -287,18 +287,18 @@ def test_joined_files_are_read_whole(kind, rate):
         ("voc/pcm_s16le", "voc/pcm_s16le"),
     ],
 )
-def test_joined_files_of_two_formats_are_read_whole(first, other):
+def test_concatenated_files_of_two_formats_are_decoded_whole(first, other):
     assert (
         abs(len(load(tone_file(first) + tone_file(other, 2))) - 3 * SAMPLE_RATE) < SAMPLE_RATE / 4
     )
 
 
-def test_three_links_of_a_chain():
+def test_chained_ogg_of_three_links_is_decoded_whole():
     data = b"".join(tone_file("OGG VORBIS", seconds) for seconds in (1, 2, 3))
     assert abs(len(load(data)) - 6 * SAMPLE_RATE) < SAMPLE_RATE / 10
 
 
-def test_three_kinds_one_behind_the_other():
+def test_four_concatenated_formats_are_decoded_whole():
     kinds = ("OGG OPUS", "WAV", "OGG VORBIS", "FLAC", "MP3")
     data = b"".join(tone_file(kind) for kind in kinds[:4])
     assert abs(len(load(data)) - 4 * SAMPLE_RATE) < SAMPLE_RATE / 4
@@ -306,8 +306,8 @@ def test_three_kinds_one_behind_the_other():
     assert abs(len(load(data + tagged)) - 5 * SAMPLE_RATE) < SAMPLE_RATE / 4
 
 
-def test_joined_wavs_of_odd_length():
-    """Python's `wave` writes no byte of padding: the second header was missed by one byte."""
+def test_concatenated_wavs_without_padding_byte_are_decoded_whole():
+    """Bug: Python's `wave` writes no padding byte, and the second header was missed by one byte."""
     file = io.BytesIO()
     with wave.open(file, "wb") as out:
         out.setnchannels(1)
@@ -321,7 +321,7 @@ def test_joined_wavs_of_odd_length():
 @pytest.mark.parametrize(
     "data",
     [
-        b"x" * 100 + b"OggS\0\2" + bytes(8),  # once an endless loop
+        b"x" * 100 + b"OggS\0\2" + bytes(8),  # bug: an endless loop
         b"RIFF\xff\xff\xff\xffWAVE" * 2,
         b"RIFF\x04\0\0\0WAVE" * 100_000,
         (b"RIFF\x04\0\0\0WAVE" + b"ID3\x04\0\0\0\0\0\0") * 50_000,
@@ -331,25 +331,25 @@ def test_joined_wavs_of_odd_length():
         b"\x1a\x45\xdf\xa3" * 500_000,
         b"\0\0\0\x08ftypisom" * 100_000,
         b"\0\0\0\x08free" * 500_000,
-        b"\xff\xf3\x14\0" + bytes(16) + b"Xing",  # once an IndexError
+        b"\xff\xf3\x14\0" + bytes(16) + b"Xing",  # bug: an IndexError
         b"\xff\xfb\x90\0" + bytes(32) + b"Xing",
     ],
     ids=range(12),
 )
-def test_hostile_bytes_are_refused_soon(data):
+def test_hostile_bytes_are_refused_fast(data):
     with pytest.raises(ValueError):
         load(data)
 
 
-def test_every_cut_of_a_file_is_read_or_refused():
+def test_split_files_of_any_prefix_does_not_fail():
     data = tone_file("OGG OPUS")[:400] + tone_file("WAV")[:300] + tone_file("mp4/aac")[:600]
     for end in range(1, len(data)):
         container.split_files(data[:end])
 
 
 @pytest.mark.parametrize("kind", ["mp4/aac", "matroska/aac", "avi/ac3", "wv/wavpack", "WAV"])
-def test_a_title_in_an_old_encoding(kind):
-    """A tag in Latin-1 was "not a sound file of a known format"."""
+def test_title_in_latin_1_does_not_prevent_decoding(kind):
+    """Bug: a file with a tag in Latin-1 was refused as of no known format."""
     title = "Título".encode("latin-1")
     if kind == "WAV":
         data = bytearray(tone_file("WAV"))
@@ -366,38 +366,38 @@ def test_a_title_in_an_old_encoding(kind):
 @pytest.mark.parametrize("kind", ["CAF", "WAV"])
 @pytest.mark.parametrize("channels", [3, 9, 24])
 def test_any_number_of_channels_is_averaged(kind, channels):
-    """FFmpeg has no rule for mixing nine channels: "Invalid argument returned 22"."""
+    """Bug: FFmpeg cannot mix nine channels and fails with "Invalid argument returned 22"."""
     samples = np.stack([TONE * i / channels for i in range(channels)], axis=1)
-    data = encoded(samples, format=kind, subtype="FLOAT")
+    data = encode_file(samples, format=kind, subtype="FLOAT")
     np.testing.assert_allclose(load(data), samples.mean(axis=1), atol=1e-6)
 
 
-def test_joined_mp3_with_noise_between():
-    """mpg123 looks for the next frame in some kilobytes, then reports the end of the file."""
+def test_mp3_with_zeros_between_two_files_is_decoded_whole():
+    """Bug: mpg123 searches some kilobytes for the next frame, then reports the end of the file."""
     data = tone_file("MP3") + bytes(300_000) + tone_file("MP3", 2)
     assert abs(len(load(data)) - 3 * SAMPLE_RATE) < SAMPLE_RATE / 4
 
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "MP3", "OGG OPUS", "adts/aac", "mp4/aac"])
-def test_a_part_that_cannot_be_read_is_an_error(kind):
-    """Half of a file is no answer."""
+def test_unreadable_second_part_is_named(kind):
+    """A partial result would look complete, so the whole file is refused."""
     with pytest.raises(ValueError, match=naming("part 2")):
         load(tone_file(kind) + tone_file("FLAC")[:60])
 
 
-def test_too_many_parts_are_an_error():
+def test_too_many_parts_are_refused():
     with pytest.raises(ValueError, match=naming(1000)):
-        load(encoded(TONE[:1], format="WAV") * 1001)
+        load(encode_file(TONE[:1], format="WAV") * 1001)
 
 
-def test_long_parts_are_bounded_together():
+def test_max_seconds_applies_to_the_sum_of_parts():
     with pytest.raises(ValueError, match=naming("2.5 seconds")):
         load(tone_file("WAV", 1) + tone_file("FLAC", 2), max_seconds=2.5)
 
 
 @pytest.mark.parametrize("size", [0, 2**32 - 1])
-def test_a_wav_whose_size_was_never_written(size):
-    data = bytearray(encoded(TONE, format="WAV"))
+def test_wav_without_stated_size_is_decoded_whole(size):
+    data = bytearray(encode_file(TONE, format="WAV"))
     data[4:8] = data[40:44] = size.to_bytes(4, "little")
     assert len(load(bytes(data))) == SAMPLE_RATE
     assert len(load(bytes(data) * 2)) == 2 * SAMPLE_RATE
@@ -419,55 +419,55 @@ TEXT = b"This is not sound. " * 100
         (TEXT, "MP3"),
     ],
 )
-def test_what_stands_in_front(front, kind):
+def test_leading_bytes_are_skipped(front, kind):
     assert abs(len(load(front + tone_file(kind, 2))) - 2 * SAMPLE_RATE) < SAMPLE_RATE / 8
 
 
 @pytest.mark.parametrize("back", [bytes(3000), b"TAG" + bytes(125), TEXT])
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "MP3", "OGG OPUS", "mp4/aac", "adts/aac"])
-def test_what_stands_behind(kind, back):
-    for name in (None, "a.mp3", "a.gsm"):  # GSM has no signature, only a suffix
+def test_trailing_bytes_are_skipped(kind, back):
+    for name in (None, "a.mp3", "a.gsm"):  # GSM has a suffix but no signature
         assert (
             abs(len(load(tone_file(kind, 2) + back, name=name)) - 2 * SAMPLE_RATE) < SAMPLE_RATE / 8
         )
 
 
 @pytest.mark.parametrize("kind", ["MP3", "adts/aac", "mpegts/aac"])
-def test_a_file_that_begins_inside_a_frame(kind):
+def test_file_that_begins_inside_a_frame_is_decoded(kind):
     data = tone_file(kind, 4)
     assert abs(len(load(data[len(data) // 4 + 1 :])) - 3 * SAMPLE_RATE) < SAMPLE_RATE / 4
 
 
 @pytest.mark.parametrize("kind", ["FLAC", "MP3", "WAV", "ogg/flac", "adts/aac", "webm/libopus"])
-def test_a_file_that_is_cut(kind):
+def test_truncated_file_is_decoded_in_part(kind):
     data = tone_file(kind, 4)
     assert SAMPLE_RATE < len(load(data[: len(data) // 2])) < 3 * SAMPLE_RATE
 
 
-def test_a_quoted_header_splits_nothing():
-    """`flac --keep-foreign-metadata` stores the header of the WAV that it came from."""
+def test_wav_header_within_flac_metadata_does_not_split():
+    """`flac --keep-foreign-metadata` stores the header of the source WAV."""
     data = tone_file("FLAC")
-    quote = b"riffRIFF\0\0\0\0WAVEfmt "
-    block = b"\x02" + len(quote).to_bytes(3, "big") + quote
+    wav_header = b"riffRIFF\0\0\0\0WAVEfmt "
+    block = b"\x02" + len(wav_header).to_bytes(3, "big") + wav_header
     assert data[4] == 0, "STREAMINFO comes first, and is not the last block"
     assert len(load(data[:42] + block + data[42:])) == SAMPLE_RATE
 
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG OPUS", "OGG VORBIS", "MP3", "AIFF"])
-def test_plain_files_need_no_ffmpeg(kind, monkeypatch):
+def test_plain_files_without_ffmpeg_are_decoded(kind, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     assert abs(len(load(tone_file(kind))) - SAMPLE_RATE) < SAMPLE_RATE / 8
 
 
 @pytest.mark.parametrize("kind", ["MP3", "adts/aac", "mp4/aac"])
-def test_other_files_name_the_extra_without_ffmpeg(kind, monkeypatch):
+def test_other_files_without_ffmpeg_name_the_extra(kind, monkeypatch):
     data = tone_file(kind) * 2
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ValueError, match=r"pellucid\[audio\]"):
         load(data)
 
 
-NEIGHBOURS = [
+RECORDER_FORMATS = [
     ("aiff", "pcm_s24be"), ("au", "pcm_mulaw"), ("caf", "pcm_alaw"), ("w64", "pcm_s32le"),
     ("wav", "pcm_u8"), ("wav", "pcm_f64le"), ("wav", "adpcm_ms"), ("asf", "wmav1"),
     ("asf", "wmav2"), ("ac3", "ac3"), ("eac3", "eac3"), ("tta", "tta"), ("wv", "wavpack"),
@@ -476,14 +476,14 @@ NEIGHBOURS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("format", "codec"), NEIGHBOURS)
-def test_formats_of_recorders_and_old_programs(format, codec):
+@pytest.mark.parametrize(("format", "codec"), RECORDER_FORMATS)
+def test_formats_of_recorders_are_decoded(format, codec):
     samples = load(in_container(format, codec, seconds=2))
     assert abs(len(samples) - 2 * SAMPLE_RATE) < SAMPLE_RATE / 8
-    assert abs(loudest(samples) - 440) < 8
+    assert abs(peak_frequency(samples) - 440) < 8
 
 
-def test_split_keeps_every_byte_of_the_parts():
+def test_split_files_keeps_every_byte():
     parts = [tone_file(kind) for kind in ("WAV", "FLAC", "OGG VORBIS", "OGG OPUS", "AIFF")]
     assert [part for part, _ in container.split_files(b"".join(parts))] == parts
     assert [container.detect_format(part) for part in parts] == [

@@ -1,4 +1,4 @@
-"""Ten minutes of speech, silence and noise: where segments begin, what is heard, what it costs."""
+"""Ten minutes of speech, silence and noise: segment times, words and peak memory."""
 
 import difflib
 import json
@@ -24,8 +24,8 @@ def long() -> tuple[np.ndarray, list[Utterance]]:
     return ten_minutes.build()
 
 
-@pytest.fixture(scope="module", params=[1, 4], ids=["in turn", "at once"])
-def heard(request, long, model_file) -> Transcript:
+@pytest.fixture(scope="module", params=[1, 4], ids=["sequential", "batched"])
+def transcript(request, long, model_file) -> Transcript:
     whisper = audio.load_model(model_file("whisper-tiny.en"), dtype="bfloat16")
     return transcribe(
         whisper, long[0], transcription_options=TranscriptionOptions(batch_size=request.param)
@@ -36,28 +36,31 @@ def words(text: str) -> list[str]:
     return re.findall(r"[\w']+", text.lower())
 
 
-def matched(found: Transcript, truth: list[Utterance]) -> list[dict[int, int]]:
-    """For each utterance, how many of its words stand in which segment, in the order said."""
-    ours = [(word, i) for i, segment in enumerate(found.segments) for word in words(segment.text)]
-    theirs = [(word, i) for i, said in enumerate(truth) for word in words(said.text)]
+def count_matches(transcript: Transcript, truth: list[Utterance]) -> list[dict[int, int]]:
+    """Count, for each utterance, its words in each segment, matched in order."""
+    ours = [
+        (word, i) for i, segment in enumerate(transcript.segments) for word in words(segment.text)
+    ]
+    theirs = [(word, i) for i, utterance in enumerate(truth) for word in words(utterance.text)]
     counts: list[dict[int, int]] = [{} for _ in truth]
-    pairs = difflib.SequenceMatcher(None, [w for w, _ in ours], [w for w, _ in theirs], False)
-    for a, b, length in pairs.get_matching_blocks():
+    matcher = difflib.SequenceMatcher(None, [w for w, _ in ours], [w for w, _ in theirs], False)
+    for a, b, length in matcher.get_matching_blocks():
         for i in range(length):
-            own = counts[theirs[b + i][1]]
-            own[ours[a + i][1]] = own.get(ours[a + i][1], 0) + 1
+            utterance_counts = counts[theirs[b + i][1]]
+            segment = ours[a + i][1]
+            utterance_counts[segment] = utterance_counts.get(segment, 0) + 1
     return counts
 
 
 @pytest.mark.slow
-def test_segments_begin_where_speech_does_without_drift(heard, long):
+def test_segments_of_ten_minutes_start_at_speech_without_drift(transcript, long):
     truth, errors, missed = long[1], [], 0
-    for said, counts in zip(truth, matched(heard, truth), strict=True):
-        own = [i for i in sorted(counts) if counts[i] > 1]
-        if sum(counts.values()) < len(words(said.text)) / 3 or not own:
-            missed += 1  # the model passed it over, or hardly understood a word
+    for utterance, counts in zip(truth, count_matches(transcript, truth), strict=True):
+        segments = [i for i in sorted(counts) if counts[i] > 1]
+        if sum(counts.values()) < len(words(utterance.text)) / 3 or not segments:
+            missed += 1  # skipped, or mostly wrong
         else:
-            errors.append(heard.segments[own[0]].start - said.start)
+            errors.append(transcript.segments[segments[0]].start - utterance.start)
     assert missed <= 2
     assert np.median(np.abs(errors)) < 0.3
     assert np.percentile(np.abs(errors), 95) < 1.0
@@ -66,21 +69,22 @@ def test_segments_begin_where_speech_does_without_drift(heard, long):
 
 
 @pytest.mark.slow
-def test_most_words_are_heard_and_none_in_noise(heard, long):
+def test_words_in_noise_are_transcribed_without_hallucination(transcript, long):
     truth = long[1]
-    right = sum(sum(counts.values()) for counts in matched(heard, truth))
-    assert right > 0.8 * sum(len(words(said.text)) for said in truth)  # many are a machine's
-    for segment in heard.segments:
-        assert any(said.start < segment.end and segment.start < said.end for said in truth), segment
-    starts = [segment.start for segment in heard.segments]
+    num_right = sum(sum(counts.values()) for counts in count_matches(transcript, truth))
+    # Synthetic voices are harder than recordings.
+    assert num_right > 0.8 * sum(len(words(utterance.text)) for utterance in truth)
+    for segment in transcript.segments:
+        assert any(u.start < segment.end and segment.start < u.end for u in truth), segment
+    starts = [segment.start for segment in transcript.segments]
     assert starts == sorted(starts)
 
 
 @pytest.mark.slow
-def test_peak_memory(long, model_file, tmp_path):
-    """Under 1 GB for tiny, the interpreter and XLA with it, in the way the server listens.
+def test_peak_memory_of_ten_minutes_is_below_1_gb(long, model_file, tmp_path):
+    """Measure whisper-tiny in a process of its own, interpreter and XLA included, as served.
 
-    Not `ru_maxrss`: it goes on counting the process that started this one, the tests themselves.
+    VmHWM, not `ru_maxrss`, which includes the parent process before exec.
     """
     np.save(tmp_path / "long.npy", long[0])
     code = (
@@ -105,7 +109,7 @@ def whisper(model_file) -> audio.Whisper:
 
 @pytest.fixture(scope="module")
 def reference(model_file, tmp_path_factory):
-    """The same weights in openai-whisper."""
+    """Return the same weights in openai-whisper."""
     pytest.importorskip("whisper", reason="needs openai-whisper")
     from tests.audio.reference import reference as load
 
@@ -113,52 +117,58 @@ def reference(model_file, tmp_path_factory):
 
 
 @pytest.mark.parity
-def test_times_of_words_are_as_good_as_the_references(long, whisper, reference):
-    """Against voices that say when each word begins, joined with pauses to half a minute."""
-    truth = [said for said in long[1] if said.word_starts][:24]
+def test_word_timestamps_are_as_accurate_as_openai_whisper(long, whisper, reference):
+    """The truth comes from espeak-ng's word events, in batches of four sentences with pauses."""
+    truth = [utterance for utterance in long[1] if utterance.word_starts][:24]
     ours, theirs = [], []
     for first in range(0, len(truth), 4):
         group = truth[first : first + 4]
         pause = np.zeros(RATE := ten_minutes.SAMPLE_RATE, np.float32)
-        sound = np.concatenate([part for said in group for part in (said.samples, pause)])
-        starts, at = [], 0.0
-        for said in group:
-            starts += [at + start - said.start for start in said.word_starts]
-            at += len(said.samples) / RATE + 1
-        spoken = [word for said in group for word in said.text.split()]
-        found = transcribe(
+        sound = np.concatenate([part for utterance in group for part in (utterance.samples, pause)])
+        starts, offset = [], 0.0
+        for utterance in group:
+            starts += [offset + start - utterance.start for start in utterance.word_starts]
+            offset += len(utterance.samples) / RATE + 1
+        truth_words = [word for utterance in group for word in utterance.text.split()]
+        transcript = transcribe(
             whisper, sound, transcription_options=TranscriptionOptions(word_timestamps=True)
         )
-        ours += distances(
-            [(word.text, word.start) for segment in found.segments for word in segment.words],
-            list(zip(spoken, starts, strict=True)),
+        ours += start_errors(
+            [(word.text, word.start) for segment in transcript.segments for word in segment.words],
+            list(zip(truth_words, starts, strict=True)),
         )
-        told = reference.transcribe(sound, word_timestamps=True, language="en", fp16=False)
-        theirs += distances(
-            [(word["word"], word["start"]) for part in told["segments"] for word in part["words"]],
-            list(zip(spoken, starts, strict=True)),
+        reference_result = reference.transcribe(
+            sound, word_timestamps=True, language="en", fp16=False
+        )
+        theirs += start_errors(
+            [
+                (word["word"], word["start"])
+                for segment in reference_result["segments"]
+                for word in segment["words"]
+            ],
+            list(zip(truth_words, starts, strict=True)),
         )
     assert len(ours) > 100
     assert np.median(ours) <= np.median(theirs) + 0.020, (np.median(ours), np.median(theirs))
 
 
-def distances(found: list[tuple[str, float]], known: list[tuple[str, float]]) -> list[float]:
-    """How far the start of each word that was heard right is from the known one, in seconds."""
-    a, b = (["".join(words(text)) for text, _ in side] for side in (found, known))
+def start_errors(predicted: list[tuple[str, float]], truth: list[tuple[str, float]]) -> list[float]:
+    """Return the error of the start of each correctly transcribed word, in seconds."""
+    a, b = (["".join(words(text)) for text, _ in side] for side in (predicted, truth))
     blocks = difflib.SequenceMatcher(None, a, b, False).get_matching_blocks()
     return [
-        abs(found[i + k][1] - known[j + k][1]) for i, j, length in blocks for k in range(length)
+        abs(predicted[i + k][1] - truth[j + k][1]) for i, j, length in blocks for k in range(length)
     ]
 
 
 @pytest.mark.parity
-def test_real_speech_reads_as_in_faster_whisper(whisper, model_file, tmp_path):
-    """At most one word in 80 differs from its float32 on the same weights."""
+def test_text_of_real_speech_matches_faster_whisper(whisper, model_file, tmp_path):
+    """At most one word in 80 differs from faster-whisper in float32 with the same weights."""
     faster_whisper = pytest.importorskip("faster_whisper")
-    from tests.bench.bench_speech import differing, for_ctranslate2
+    from tests.bench.bench_speech import count_word_errors, link_for_ctranslate2
     from tests.bench.bench_speech import words as words_of
 
-    folder = for_ctranslate2(model_file("whisper-tiny.en"), tmp_path)
+    folder = link_for_ctranslate2(model_file("whisper-tiny.en"), tmp_path)
     peer = faster_whisper.WhisperModel(str(folder), device="cpu", compute_type="float32")
     sounds = [audio.load(ten_minutes.GOLDEN / f"{name}.flac") for name in ten_minutes.AUSTEN]
     sounds.append(audio.load(ten_minutes.GOLDEN / "sonnet-1.ogg"))
@@ -168,9 +178,9 @@ def test_real_speech_reads_as_in_faster_whisper(whisper, model_file, tmp_path):
         for segment in peer.transcribe(sound, beam_size=1, language="en")[0]
     )
     counts = {}
-    for format in ("float32", "bfloat16"):
-        loaded = audio.load_model(model_file("whisper-tiny.en"), dtype=format)
+    for dtype in ("float32", "bfloat16"):
+        loaded = audio.load_model(model_file("whisper-tiny.en"), dtype=dtype)
         text = " ".join(transcribe(loaded, sound).text for sound in sounds)
-        counts[format] = differing(text, expected)
+        counts[dtype] = count_word_errors(text, expected)
     allowed = len(words_of(expected)) / 80
     assert all(count <= allowed for count in counts.values()), json.dumps(counts | {"of": allowed})

@@ -1,4 +1,4 @@
-"""The model against itself: cached equals whole, rows do not mix, every size is wired in."""
+"""The model and its checkpoints: cached decoding, shared rows, taps, configs, saving."""
 
 import dataclasses
 
@@ -18,13 +18,13 @@ CFG = Config.debug()
 
 @pytest.fixture(scope="module")
 def params() -> model.Params:
-    noise = np.random.default_rng(0)
-    fresh = model.init(jax.random.key(0), CFG)
-    return jax.tree.map(lambda x: x + noise.normal(0, 0.2, x.shape).astype(np.float32), fresh)
+    rng = np.random.default_rng(0)
+    initial = model.init(jax.random.key(0), CFG)
+    return jax.tree.map(lambda x: x + rng.normal(0, 0.2, x.shape).astype(np.float32), initial)
 
 
 @pytest.fixture(scope="module")
-def sound(params) -> jax.Array:
+def audio_features(params) -> jax.Array:
     mel = np.random.default_rng(1).normal(size=(2, CFG.num_frames, CFG.num_mels))
     return model.encode(params, CFG, mel.astype(np.float32))[0]
 
@@ -32,56 +32,58 @@ def sound(params) -> jax.Array:
 IDS = np.random.default_rng(2).integers(0, CFG.vocab_size, (2, 12)).astype(np.int32)
 
 
-def test_debug_is_small():
+def test_debug_config_has_under_50_000_weights():
     params = model.init(jax.random.key(0), CFG)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) < 50_000
 
 
-def test_a_token_at_a_time_equals_the_whole(params, sound):
-    whole, _ = model.forward(params, CFG, sound, IDS)
-    cache = model.init_cache(params, CFG, sound, size=8)
+def test_cached_decoding_equals_full_forward(params, audio_features):
+    expected, _ = model.forward(params, CFG, audio_features, IDS)
+    cache = model.init_cache(params, CFG, audio_features, size=8)
     for i in range(IDS.shape[1]):
         if i == cache.size:
             cache = model.grow_cache(cache, 16)
         logits, cache, _ = model.forward_cached(
             params, CFG, IDS[:, i : i + 1], cache, np.int32(i), np.zeros(1, np.int32)
         )
-        np.testing.assert_allclose(logits[:, 0], whole[:, i], atol=1e-4)
+        np.testing.assert_allclose(logits[:, 0], expected[:, i], atol=1e-4)
 
 
-def test_padding_behind_the_text_is_not_seen(params, sound):
+def test_padding_after_the_text_is_masked(params, audio_features):
     at = np.array([2, 4], np.int32)
-    cache = model.init_cache(params, CFG, sound, size=16)
+    cache = model.init_cache(params, CFG, audio_features, size=16)
     logits, cache, _ = model.forward_cached(
         params, CFG, IDS, cache, np.int32(0), at
     )  # 5 of 12 count
-    whole, _ = model.forward(params, CFG, sound, IDS)
-    np.testing.assert_allclose(logits, whole[:, at], atol=1e-4)
+    expected, _ = model.forward(params, CFG, audio_features, IDS)
+    np.testing.assert_allclose(logits, expected[:, at], atol=1e-4)
     logits, _, _ = model.forward_cached(
         params, CFG, IDS[:, 5:6], cache, np.int32(5), np.zeros(1, np.int32)
     )
-    np.testing.assert_allclose(logits[:, 0], whole[:, 5], atol=1e-4)
+    np.testing.assert_allclose(logits[:, 0], expected[:, 5], atol=1e-4)
 
 
-def test_rows_that_share_a_sound(params, sound):
-    texts = np.concatenate([IDS, IDS[::-1]])[[0, 3, 1, 2]]  # rows 0, 1 hear sound 0; 2, 3 sound 1
-    cache = model.init_cache(params, CFG, sound, size=12, rows_per_audio=2)
-    everywhere = np.arange(12)
-    logits, _, _ = model.forward_cached(params, CFG, texts, cache, np.int32(0), everywhere)
-    apart, _ = model.forward(params, CFG, sound[np.array([0, 0, 1, 1])], texts)
-    np.testing.assert_allclose(logits, apart, atol=1e-4)
+def test_rows_that_share_audio_equal_separate_rows(params, audio_features):
+    texts = np.concatenate([IDS, IDS[::-1]])[
+        [0, 3, 1, 2]
+    ]  # rows 0, 1 share window 0; 2, 3 window 1
+    cache = model.init_cache(params, CFG, audio_features, size=12, rows_per_audio=2)
+    positions = np.arange(12)
+    logits, _, _ = model.forward_cached(params, CFG, texts, cache, np.int32(0), positions)
+    separate, _ = model.forward(params, CFG, audio_features[np.array([0, 0, 1, 1])], texts)
+    np.testing.assert_allclose(logits, separate, atol=1e-4)
 
 
-def test_taken_rows(params, sound):
-    cache = model.init_cache(params, CFG, sound, size=8, rows_per_audio=2)
+def test_reorder_cache_returns_the_selected_rows(params, audio_features):
+    cache = model.init_cache(params, CFG, audio_features, size=8, rows_per_audio=2)
     ids = np.arange(4, dtype=np.int32)[:, None]
     _, cache, _ = model.forward_cached(params, CFG, ids, cache, np.int32(0), np.zeros(1, np.int32))
-    taken = model.reorder_cache(cache, np.array([1, 1, 2, 2]))
+    reordered = model.reorder_cache(cache, np.array([1, 1, 2, 2]))
     for i, row in enumerate([1, 1, 2, 2]):
-        np.testing.assert_array_equal(taken.keys[0][i], cache.keys[0][row])
+        np.testing.assert_array_equal(reordered.keys[0][i], cache.keys[0][row])
 
 
-def test_the_encoder_looks_both_ways_and_the_decoder_back(params, sound):
+def test_encoder_is_bidirectional_and_decoder_causal(params, audio_features):
     mel = np.zeros((1, CFG.num_frames, CFG.num_mels), np.float32)
     late = mel.copy()
     late[0, -1] = 1
@@ -89,32 +91,36 @@ def test_the_encoder_looks_both_ways_and_the_decoder_back(params, sound):
     assert np.abs(a[0, 0] - b[0, 0]).max() > 1e-5
     other = IDS.copy()
     other[:, -1] += 1
-    a, b = (model.forward(params, CFG, sound, ids)[0] for ids in (IDS, other % CFG.vocab_size))
+    a, b = (
+        model.forward(params, CFG, audio_features, ids)[0] for ids in (IDS, other % CFG.vocab_size)
+    )
     np.testing.assert_allclose(a[:, :-1], b[:, :-1], atol=1e-5)
 
 
-def test_taps(params, sound):
+def test_taps_return_the_named_intermediates(params, audio_features):
     mel = np.ones((1, CFG.num_frames, CFG.num_mels), np.float32)
-    out, found = model.encode(params, CFG, mel, taps=("residual", "attention"))
-    assert found["residual"].shape == (3, 1, 50, 24)
-    assert found["attention"].shape == (2, 1, 4, 50, 50)
-    np.testing.assert_allclose(found["attention"].sum(-1), 1, atol=1e-5)
+    out, tapped = model.encode(params, CFG, mel, taps=("residual", "attention"))
+    assert tapped["residual"].shape == (3, 1, 50, 24)
+    assert tapped["attention"].shape == (2, 1, 4, 50, 50)
+    np.testing.assert_allclose(tapped["attention"].sum(-1), 1, atol=1e-5)
     np.testing.assert_allclose(out, model.encode(params, CFG, mel)[0], atol=1e-5)
     cfg = dataclasses.replace(CFG, alignment_heads=((1, 3), (0, 2)))
-    _, found = model.forward(params, cfg, sound, IDS, taps=("alignment",))
-    _, every = model.forward(params, CFG, sound, IDS, taps=("alignment",))  # those of layer 1
-    assert found["alignment"].shape == (2, 2, 12, 50)
-    np.testing.assert_allclose(found["alignment"][:, 0], every["alignment"][:, 3], atol=1e-6)
+    _, tapped = model.forward(params, cfg, audio_features, IDS, taps=("alignment",))
+    _, layer_heads = model.forward(
+        params, CFG, audio_features, IDS, taps=("alignment",)
+    )  # all of layer 1
+    assert tapped["alignment"].shape == (2, 2, 12, 50)
+    np.testing.assert_allclose(tapped["alignment"][:, 0], layer_heads["alignment"][:, 3], atol=1e-6)
     with pytest.raises(ValueError, match="taps"):
         model.encode(params, CFG, mel, taps=("logits",))
 
 
-def test_a_wrong_window(params):
+def test_window_of_another_shape_is_refused(params):
     with pytest.raises(ValueError, match=r"\[B, 100, 8\]"):
         model.encode(params, CFG, np.zeros((1, 99, 8), np.float32))
 
 
-def test_every_size_changes_the_tree():
+def test_every_size_changes_the_parameter_shapes():
     base = {id(x): x.shape for x in jax.tree.leaves(model.abstract(CFG))}.values()
     for field in ("num_audio_layers", "num_text_layers", "d_ff", "vocab_size", "num_mels"):
         other = dataclasses.replace(CFG, **{field: getattr(CFG, field) + 1})
@@ -123,7 +129,7 @@ def test_every_size_changes_the_tree():
     assert base
 
 
-def test_config():
+def test_config_round_trips_and_names_wrong_fields():
     assert Config.from_hf(CFG.to_hf()) == CFG
     tiny = Config.of_size("tiny.en", alignment_heads=((1, 0),))
     assert Config.from_hf(tiny.to_hf()) == tiny
@@ -162,8 +168,8 @@ WHISPER_TINY = dict(
         dict(is_decoder=False, add_cross_attention=False, layer_types=None, dtype="bfloat16"),
     ],
 )
-def test_a_public_config_json_is_read(change):
-    """Bug: keys that change nothing, and keys that are null, were refused."""
+def test_public_config_json_is_read(change):
+    """Bug: keys without an effect and keys that are null were refused."""
     assert Config.from_hf(WHISPER_TINY | change) == Config.of_size("tiny")
 
 
@@ -180,38 +186,38 @@ def test_a_public_config_json_is_read(change):
         {"alignment_heads": [1]},
     ],
 )
-def test_a_config_json_with_another_meaning_is_refused(change):
+def test_config_json_of_another_architecture_is_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         Config.from_hf(WHISPER_TINY | change)
 
 
-def test_a_second_table_is_read_if_it_is_the_same(params, tmp_path):
+def test_duplicate_tied_embedding_is_read_if_equal(params, tmp_path):
     checkpoint.save(tmp_path, params, CFG)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
-    table = tensors["model.decoder.embed_tokens.weight"]
-    save_file(tensors | {"proj_out.weight": table.copy()}, path)
-    again, _ = checkpoint.load(tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, again, params)
-    save_file(tensors | {"proj_out.weight": table + 1}, path)
+    embedding = tensors["model.decoder.embed_tokens.weight"]
+    save_file(tensors | {"proj_out.weight": embedding.copy()}, path)
+    loaded, _ = checkpoint.load(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    save_file(tensors | {"proj_out.weight": embedding + 1}, path)
     with pytest.raises(ValueError, match="proj_out.weight"):
         checkpoint.load(tmp_path)
 
 
-def test_saved_and_loaded(params, tmp_path):
+def test_saved_checkpoint_loads_equal_in_every_dtype(params, tmp_path):
     checkpoint.save(tmp_path, params, CFG)
-    again, cfg = checkpoint.load(tmp_path)
+    loaded, cfg = checkpoint.load(tmp_path)
     assert cfg == CFG
-    jax.tree.map(np.testing.assert_array_equal, again, params)
-    narrow, _ = checkpoint.load(tmp_path, dtype="int8")
-    assert narrow.decoder.layers[0].attn.q.weight.dtype == np.int8
-    assert narrow.decoder.layers[0].cross_attn.k.weight.dtype == jax.numpy.bfloat16
-    assert narrow.encoder.layers[0].attn.q.weight.dtype == jax.numpy.bfloat16
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    quantized, _ = checkpoint.load(tmp_path, dtype="int8")
+    assert quantized.decoder.layers[0].attn.q.weight.dtype == np.int8
+    assert quantized.decoder.layers[0].cross_attn.k.weight.dtype == jax.numpy.bfloat16
+    assert quantized.encoder.layers[0].attn.q.weight.dtype == jax.numpy.bfloat16
     with pytest.raises(ValueError, match="int8"):
-        checkpoint.save(tmp_path, narrow, cfg)
+        checkpoint.save(tmp_path, quantized, cfg)
 
 
-def test_a_folder_that_lacks_or_adds_a_tensor(params, tmp_path):
+def test_missing_or_unknown_tensor_is_named(params, tmp_path):
     from transformer.checkpoint import safetensors
 
     checkpoint.save(tmp_path, params, CFG)

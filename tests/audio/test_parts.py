@@ -1,4 +1,4 @@
-"""What needs no weights: vocabulary, rules, warping, speech spans, subtitles, model.bin."""
+"""Parts that need no weights: tokenizer, constraints, DTW, VAD, subtitles, model.bin."""
 
 import itertools
 import struct
@@ -12,7 +12,7 @@ from audio import DecodingOptions, ctranslate2, decode, subtitles, timing, vad
 from audio.decode import DecodingResult, TemperatureFallback
 from audio.timing import Word
 from audio.tokenizer import TIME_PRECISION
-from audio.tokenizer import load as load_tokens
+from audio.tokenizer import load as load_tokenizer
 from audio.transcribe import (
     Segment,
     Transcript,
@@ -29,210 +29,219 @@ RATE = 16_000
 
 
 @pytest.fixture(scope="module")
-def tokens(model_file):
-    return load_tokens(model_file("whisper-base"), 51865)
+def tokenizer(model_file):
+    return load_tokenizer(model_file("whisper-base"), 51865)
 
 
-# tokens
+# tokenizer
 
 
-def test_special_tokens(tokens):
-    assert tokens.is_multilingual and len(tokens.languages) == 99
-    assert (tokens.eot, tokens.sot, tokens.timestamp_begin) == (50257, 50258, 50364)
-    assert tokens.language_id("en") == 50259 and tokens.language_id("German") == 50261
-    opening = tokens.sot_sequence("fr", "translate", timestamps=False)
-    assert opening == (50258, 50265, 50358, 50363)
+def test_special_tokens_have_whisper_ids(tokenizer):
+    assert tokenizer.is_multilingual and len(tokenizer.languages) == 99
+    assert (tokenizer.eot, tokenizer.sot, tokenizer.timestamp_begin) == (50257, 50258, 50364)
+    assert tokenizer.language_id("en") == 50259 and tokenizer.language_id("German") == 50261
+    sot_sequence = tokenizer.sot_sequence("fr", "translate", timestamps=False)
+    assert sot_sequence == (50258, 50265, 50358, 50363)
     with pytest.raises(ValueError, match=naming("language", "'klingon'")):
-        tokens.language_id("klingon")
+        tokenizer.language_id("klingon")
 
 
-def test_what_is_never_written_is_what_the_model_file_says(model_file):
+def test_suppress_tokens_equal_those_of_the_model_config(model_file):
     import json
 
     for id, size in (("whisper-base", 51865), ("whisper-tiny.en", 51864)):
         folder = model_file(id)
         listed = json.loads((folder / "config.json").read_text())["suppress_ids"]
-        assert set(load_tokens(folder, size).suppress_tokens) == set(listed)
+        assert set(load_tokenizer(folder, size).suppress_tokens) == set(listed)
 
 
-def test_words(tokens):
+def test_split_words_keeps_ids_and_separates_punctuation(tokenizer):
     text = " Don't 12:30, café 😀!"
-    words = tokens.split_words(tokens.encode(text), "en")
+    words = tokenizer.split_words(tokenizer.encode(text), "en")
     assert [word for word, _ in words] == [" Don't", " 12", ":30", ",", " café", " 😀", "!"]
-    assert [id for _, ids in words for id in ids] == list(tokens.encode(text))
-    assert [word for word, _ in tokens.split_words(tokens.encode("日本語"), "ja")] == ["日本", "語"]
+    assert [id for _, ids in words for id in ids] == list(tokenizer.encode(text))
+    assert [word for word, _ in tokenizer.split_words(tokenizer.encode("日本語"), "ja")] == [
+        "日本",
+        "語",
+    ]
 
 
-def test_a_vocabulary_of_another_size(model_file):
+def test_vocabulary_of_another_size_is_refused(model_file):
     with pytest.raises(ValueError, match=naming(51864, 50363)):
-        load_tokens(model_file("whisper-base"), 51864)
+        load_tokenizer(model_file("whisper-base"), 51864)
 
 
-# rules
+# constraints
 
 
-def probabilities(tokens, ids, boost=None):
-    """What may follow some ids, when all words are alike but for `boost`."""
+def next_logprobs(tokenizer, ids, boost=None):
+    """Return log-probabilities after some ids, with equal logits except for those of `boost`."""
     logits = np.zeros((1, 51865), np.float32)
     for id, value in (boost or {}).items():
         logits[0, id] = value
     is_first = not ids
-    blocked = decode._suppress_mask(tokens, DecodingOptions(), 51865, is_first)
-    begin = tokens.timestamp_begin
-    ranges = (begin, begin, begin + 51) if is_first else decode._allowed_ranges(ids, tokens, 51865)
+    suppressed = decode._suppress_mask(tokenizer, DecodingOptions(), 51865, is_first)
+    begin = tokenizer.timestamp_begin
+    ranges = (
+        (begin, begin, begin + 51) if is_first else decode._allowed_ranges(ids, tokenizer, 51865)
+    )
     return np.asarray(
         decode._constrained_logprobs(
-            logits, blocked, np.array([ranges], np.int32), np.int32(begin), True
+            logits, suppressed, np.array([ranges], np.int32), np.int32(begin), True
         )
     )[0]
 
 
-def test_a_window_begins_with_a_point_in_its_first_second(tokens):
-    allowed = np.flatnonzero(np.isfinite(probabilities(tokens, [])))
+def test_first_token_is_a_timestamp_in_the_first_second(tokenizer):
+    allowed = np.flatnonzero(np.isfinite(next_logprobs(tokenizer, [])))
     assert allowed.tolist() == list(range(50364, 50364 + 51))
 
 
-def test_points_come_in_pairs_and_never_run_backwards(tokens):
-    begin, word = tokens.timestamp_begin, tokens.encode(" hello")[0]
-    after_start = np.isfinite(probabilities(tokens, [begin + 5], boost={word: 20}))
+def test_timestamps_come_in_pairs_and_never_decrease(tokenizer):
+    begin, word = tokenizer.timestamp_begin, tokenizer.encode(" hello")[0]
+    after_start = np.isfinite(next_logprobs(tokenizer, [begin + 5], boost={word: 20}))
     assert after_start[word] and not after_start[begin:].any()
-    after_word = np.isfinite(probabilities(tokens, [begin + 5, word], boost={word: 20}))
-    assert after_word[word] and after_word[tokens.eot]
+    after_word = np.isfinite(next_logprobs(tokenizer, [begin + 5, word], boost={word: 20}))
+    assert after_word[word] and after_word[tokenizer.eot]
     assert not after_word[begin : begin + 6].any() and after_word[begin + 6 :].all()
     after_end = np.isfinite(
-        probabilities(tokens, [begin + 5, word, begin + 9], boost={tokens.eot: 20})
+        next_logprobs(tokenizer, [begin + 5, word, begin + 9], boost={tokenizer.eot: 20})
     )
-    assert after_end[tokens.eot] and not after_end[word]
+    assert after_end[tokenizer.eot] and not after_end[word]
     assert not after_end[begin : begin + 9].any() and after_end[begin + 9 :].all()
     after_pair = np.isfinite(
-        probabilities(tokens, [begin, word, begin + 9, begin + 9], boost={word: 20})
+        next_logprobs(tokenizer, [begin, word, begin + 9, begin + 9], boost={word: 20})
     )
     assert after_pair[word] and not after_pair[begin:].any()
 
 
-def test_points_together_outweigh_a_word(tokens):
-    begin, word = tokens.timestamp_begin, tokens.encode(" hello")[0]
+def test_timestamps_likelier_than_any_text_token_suppress_text(tokenizer):
+    begin, word = tokenizer.timestamp_begin, tokenizer.encode(" hello")[0]
     ids = [begin, word]
-    # 1500 points of weight 1 stand against one word of weight e^7 = 1097, then e^8 = 2981.
-    assert not np.isfinite(probabilities(tokens, ids, boost={word: 7}))[:begin].any()
-    assert np.isfinite(probabilities(tokens, ids, boost={word: 8}))[word]
+    # 1500 timestamps of weight 1 against one word of weight e^7 = 1097, then e^8 = 2981.
+    assert not np.isfinite(next_logprobs(tokenizer, ids, boost={word: 7}))[:begin].any()
+    assert np.isfinite(next_logprobs(tokenizer, ids, boost={word: 8}))[word]
 
 
-def test_drawing_follows_the_probabilities_and_the_rules():
+def test_sampling_follows_probabilities_and_constraints():
     logits = np.tile(np.log(np.float32([0.1, 0.2, 0.3, 0.4, 1.0])), (4000, 1))
-    blocked = np.array([True, False, False, False, False])
-    ranges = np.tile(np.int32([0, 4, 4]), (4000, 1))  # the last id is a point in time: not now
+    suppressed = np.array([True, False, False, False, False])
+    ranges = np.tile(np.int32([0, 4, 4]), (4000, 1))  # the last id is a timestamp, and not allowed
     keys = jax.random.split(jax.random.key(0), 4000)
-    rules = (blocked, ranges, np.int32(4), True)
-    ids, logprobs = decode._sample_ids(logits, *rules, keys, np.int32(3), np.float32(0.5))
-    squares = np.square([0, 2, 3, 4, 0]) / 29  # half the temperature squares the odds
+    constraints = (suppressed, ranges, np.int32(4), True)
+    ids, logprobs = decode._sample_ids(logits, *constraints, keys, np.int32(3), np.float32(0.5))
+    squares = np.square([0, 2, 3, 4, 0]) / 29  # temperature 0.5 squares the odds
     np.testing.assert_allclose(np.bincount(ids, minlength=5) / 4000, squares, atol=0.03)
     np.testing.assert_allclose(np.exp(logprobs), np.array([0, 2, 3, 4, 0])[ids] / 9, rtol=1e-5)
     top, _ = decode._greedy_ids(
-        np.zeros((1, 5), np.float32), blocked, ranges[:1], np.int32(4), True
+        np.zeros((1, 5), np.float32), suppressed, ranges[:1], np.int32(4), True
     )
-    assert top.tolist() == [1]  # the first of equals
+    assert top.tolist() == [1]  # the first of equal maxima
 
 
-def test_suppressed_and_blank(tokens):
+def test_blank_is_suppressed_at_the_first_token_only(tokenizer):
     first = replace(DecodingOptions(), timestamps=False)
-    blank = tokens.encode(" ")[0]
-    assert decode._suppress_mask(tokens, first, 51865, True)[[blank, tokens.eot]].all()
-    assert not decode._suppress_mask(tokens, first, 51865, False)[[blank, tokens.eot]].any()
-    everything = replace(first, suppress_non_speech=False, suppress_blank=False)
-    assert not decode._suppress_mask(tokens, everything, 51865, True).any()
+    blank = tokenizer.encode(" ")[0]
+    assert decode._suppress_mask(tokenizer, first, 51865, True)[[blank, tokenizer.eot]].all()
+    assert not decode._suppress_mask(tokenizer, first, 51865, False)[[blank, tokenizer.eot]].any()
+    unrestricted = replace(first, suppress_non_speech=False, suppress_blank=False)
+    assert not decode._suppress_mask(tokenizer, unrestricted, 51865, True).any()
 
 
-def test_opening(tokens):
+def test_prompt_tokens_are_previous_text_sot_and_prefix(tokenizer):
     from audio.config import Config
 
     cfg = Config.of_size("base")
     options = DecodingOptions(prompt=tuple(range(300)), hotwords="Pellucid", prefix="Well,")
-    opening = decode._prompt_tokens(tokens, cfg, options)
-    hot, prefix = tokens.encode(" Pellucid"), tokens.encode(" Well,")
-    assert opening[0] == tokens.sot_prev
-    assert opening[1 : 1 + len(hot)] == hot
-    sot = opening.index(tokens.sot)
-    assert sot == 224 and opening[sot - 1] == 299  # the end of the prompt counts
-    assert opening[-len(prefix) :] == prefix
+    prompt = decode._prompt_tokens(tokenizer, cfg, options)
+    hotwords, prefix = tokenizer.encode(" Pellucid"), tokenizer.encode(" Well,")
+    assert prompt[0] == tokenizer.sot_prev
+    assert prompt[1 : 1 + len(hotwords)] == hotwords
+    sot = prompt.index(tokenizer.sot)
+    assert sot == 224 and prompt[sot - 1] == 299  # the end of the previous text is used
+    assert prompt[-len(prefix) :] == prefix
 
 
 @pytest.mark.parametrize(
     "fields", [{"temperature": 3}, {"beam_size": 0}, {"best_of": 2}, {"patience": 0}]
 )
-def test_options_out_of_range(fields):
+def test_options_out_of_range_are_refused(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         DecodingOptions(**fields)
 
 
-def result(ids=(), logprobs=(), **fields):
-    known = dict(
+def make_result(ids=(), logprobs=(), **fields):
+    defaults = dict(
         text="", avg_logprob=-0.1, no_speech_prob=0.0, temperature=0.0, compression_ratio=1.0
     )
-    return DecodingResult(ids=tuple(ids), logprobs=tuple(logprobs), **(known | fields))
+    return DecodingResult(ids=tuple(ids), logprobs=tuple(logprobs), **(defaults | fields))
 
 
-def test_fallback():
-    ladder = TemperatureFallback()
-    assert not ladder.needs_fallback(result())
-    assert ladder.needs_fallback(result(compression_ratio=3.0))
-    assert ladder.needs_fallback(result(avg_logprob=-2.0))
-    assert not ladder.needs_fallback(result(avg_logprob=-2.0, no_speech_prob=0.9))
-    assert ladder.is_silence(result(avg_logprob=-2.0, no_speech_prob=0.9))
-    assert not ladder.is_silence(result(no_speech_prob=0.9))
-    # A text that repeats itself where hardly anybody speaks is made up.
-    looping = result(compression_ratio=3.0, no_speech_prob=0.9)
-    assert ladder.is_silence(looping) and not ladder.needs_fallback(looping)
-    assert not ladder.is_silence(result(compression_ratio=3.0, no_speech_prob=0.3))
+def test_fallback_depends_on_all_three_thresholds():
+    fallback = TemperatureFallback()
+    assert not fallback.needs_fallback(make_result())
+    assert fallback.needs_fallback(make_result(compression_ratio=3.0))
+    assert fallback.needs_fallback(make_result(avg_logprob=-2.0))
+    assert not fallback.needs_fallback(make_result(avg_logprob=-2.0, no_speech_prob=0.9))
+    assert fallback.is_silence(make_result(avg_logprob=-2.0, no_speech_prob=0.9))
+    assert not fallback.is_silence(make_result(no_speech_prob=0.9))
+    # Repetitive text in a window of little speech is a hallucination.
+    repetitive = make_result(compression_ratio=3.0, no_speech_prob=0.9)
+    assert fallback.is_silence(repetitive) and not fallback.needs_fallback(repetitive)
+    assert not fallback.is_silence(make_result(compression_ratio=3.0, no_speech_prob=0.3))
 
 
-def test_fallback_keeps_the_likeliest_attempt():
-    """The last attempt was kept, drawn at temperature 1: a German clip became nonsense at -2.97."""
-    ladder, likely = TemperatureFallback(), result(avg_logprob=-1.1, temperature=0.2)
-    guess = result(avg_logprob=-2.9, temperature=1.0)
-    assert ladder.best([result(avg_logprob=-1.4), likely, guess]) is likely
-    looping = result(avg_logprob=-0.2, compression_ratio=3.0)
-    assert ladder.best([looping, likely, guess]) is likely
-    assert ladder.best([looping, replace(looping, avg_logprob=-0.1)]).avg_logprob == -0.1
-    fine = result(avg_logprob=-0.9, temperature=0.4)
-    assert ladder.best([looping, likely, fine]) is fine
+def test_fallback_returns_the_likeliest_attempt():
+    """Bug: the last attempt was returned; a German clip became nonsense, log-probability -2.97."""
+    fallback, likely = TemperatureFallback(), make_result(avg_logprob=-1.1, temperature=0.2)
+    guess = make_result(avg_logprob=-2.9, temperature=1.0)
+    assert fallback.best([make_result(avg_logprob=-1.4), likely, guess]) is likely
+    repetitive = make_result(avg_logprob=-0.2, compression_ratio=3.0)
+    assert fallback.best([repetitive, likely, guess]) is likely
+    assert fallback.best([repetitive, replace(repetitive, avg_logprob=-0.1)]).avg_logprob == -0.1
+    good = make_result(avg_logprob=-0.9, temperature=0.4)
+    assert fallback.best([repetitive, likely, good]) is good
 
 
-def test_cut(tokens):
-    begin = tokens.timestamp_begin
+def test_adjacent_timestamps_split_the_tokens(tokenizer):
+    begin = tokenizer.timestamp_begin
     ids = (begin, 5, 6, begin + 10, begin + 12, 7, begin + 20)
-    parts = split_at_timestamps(result(ids, [0.0] * 7), tokens)
+    parts = split_at_timestamps(make_result(ids, [0.0] * 7), tokenizer)
     assert [part[0] for part in parts] == [ids[:4], ids[4:]]
-    assert split_at_timestamps(result(), tokens) == []
+    assert split_at_timestamps(make_result(), tokenizer) == []
 
 
 # timing
 
 
-def test_next_window(tokens):
-    def part(*ids):
+def test_next_window_begins_at_the_open_slice_or_skipped_speech(tokenizer):
+    def token_slice(*ids):
         return ids, (0.0,) * len(ids)
 
-    def at(seconds):
-        return tokens.timestamp_begin + round(seconds / TIME_PRECISION)
+    def timestamp(seconds):
+        return tokenizer.timestamp_begin + round(seconds / TIME_PRECISION)
 
-    first, closed, opened = part(at(0), 7, at(2)), part(at(2), 8, at(4)), part(at(2), 8)
+    first, closed, open_slice = (
+        token_slice(timestamp(0), 7, timestamp(2)),
+        token_slice(timestamp(2), 8, timestamp(4)),
+        token_slice(timestamp(2), 8),
+    )
     speech = [(0.0, 4.0), (10.0, 13.0)]
 
-    def following(parts, spans=()):
-        return next_window(parts, 0, 1000, spans, tokens)
+    def following(slices, spans=()):
+        return next_window(slices, 0, 1000, spans, tokenizer)
 
     assert following([first, closed]) == ([first, closed], 1000, False)
     assert following([first, closed], speech[:1]) == ([first, closed], 1000, False)
-    # somebody speaks after the end: from 10 s only if the window reaches as far
+    # Speech after the end timestamp counts only within the window of 10 s.
     assert following([first, closed], [(0.0, 4.0), (7.0, 9.0)]) == ([first, closed], 400, False)
     assert following([first, closed], speech) == ([first, closed], 1000, False)
-    assert following([first, opened]) == ([first], 200, True)  # begins with what goes on behind it
-    assert following([opened]) == ([opened], 1000, True)
+    assert following([first, open_slice]) == ([first], 200, True)  # begins with the open slice
+    assert following([open_slice]) == ([open_slice], 1000, True)
     assert following([]) == ([], 1000, True)
 
 
-def test_warping_finds_the_cheapest_path():
+def test_dtw_finds_the_cheapest_path():
     rng = np.random.default_rng(0)
     for _ in range(20):
         cost = rng.normal(size=(3, 4))
@@ -244,14 +253,14 @@ def test_warping_finds_the_cheapest_path():
 
 
 def cheapest(cost, i, j):
-    """By trying everything."""
+    """Return the cost of the cheapest path by exhaustive search."""
     if i == j == 0:
         return cost[0, 0]
-    ways = [(i - 1, j), (i, j - 1), (i - 1, j - 1)]
-    return cost[i, j] + min(cheapest(cost, a, b) for a, b in ways if a >= 0 and b >= 0)
+    sources = [(i - 1, j), (i, j - 1), (i - 1, j - 1)]
+    return cost[i, j] + min(cheapest(cost, a, b) for a, b in sources if a >= 0 and b >= 0)
 
 
-def test_median_filter():
+def test_median_filter_equals_numpy_median():
     x = np.random.default_rng(0).normal(size=(2, 20))
     padded = np.pad(x, [(0, 0), (3, 3)], mode="reflect")
     expected = [np.median(padded[:, i : i + 7], axis=-1) for i in range(20)]
@@ -263,16 +272,16 @@ def test_median_filter():
 def test_punctuation_joins_its_word():
     texts = [" Well", ",", ' "', "yes", '."']
     words = [Word(text, i, i + 1.0, 1.0, (i,)) for i, text in enumerate(texts)]
-    ((own, _),) = timing.assign_words(words, [(0.0, 5.0)], [5], last_end=0.0)
-    assert [word.text for word in own] == [" Well,", ' "yes', '."']
-    assert [word.ids for word in own] == [(0, 1), (2, 3), (4,)]
+    ((segment_words, _),) = timing.assign_words(words, [(0.0, 5.0)], [5], last_end=0.0)
+    assert [word.text for word in segment_words] == [" Well,", ' "yes', '."']
+    assert [word.ids for word in segment_words] == [(0, 1), (2, 3), (4,)]
 
 
 # voice activity
 
 
 def speechlike(seconds, seed=0):
-    """Noise in syllables, four a second."""
+    """Return noise modulated as four syllables a second."""
     t = np.arange(int(seconds * RATE)) / RATE
     noise = np.random.default_rng(seed).normal(size=len(t))
     return (0.1 * noise * np.clip(np.sin(2 * np.pi * 4 * t), 0, 1)).astype(np.float32)
@@ -283,7 +292,7 @@ def quiet(seconds, level=1e-4, seed=1):
 
 
 @pytest.mark.parametrize("level", [0.0, 1e-4, 2e-3])
-def test_spans(level):
+def test_speech_spans_of_two_stretches_are_found(level):
     sound = np.concatenate([quiet(2), speechlike(3), quiet(2), speechlike(4), quiet(1)])
     sound = sound + quiet(12, level, 2)
     spans = vad.speech_spans(sound)
@@ -292,13 +301,13 @@ def test_spans(level):
 
 
 @pytest.mark.parametrize("level", [0.0, 1e-5, 1e-3, 0.1, 0.5])
-def test_noise_is_no_speech(level):
+def test_level_noise_has_no_speech_spans(level):
     assert vad.speech_spans(quiet(20, level)) == []
 
 
 @pytest.mark.parametrize("kind", [white, pink, hum])
 @pytest.mark.parametrize("decibels", [-50, -15])
-def test_what_comes_and_goes_but_does_not_move_is_no_speech(kind, decibels):
+def test_burst_of_level_noise_has_no_speech_spans(kind, decibels):
     rng = np.random.default_rng(0)
     sound = quiet(12)
     sound[4 * RATE : 8 * RATE] += kind(rng, 4 * RATE) * 10 ** (decibels / 20)
@@ -306,64 +315,64 @@ def test_what_comes_and_goes_but_does_not_move_is_no_speech(kind, decibels):
 
 
 @pytest.mark.parametrize("kind", [white, pink, hum])
-def test_speech_is_found_in_noise_almost_as_loud(kind, clip):
+def test_speech_5_db_above_noise_is_found(kind, clip):
     sound = np.concatenate([quiet(3), clip("austen-0890"), quiet(3)])
     power = np.mean(clip("austen-0890") ** 2)
     noise = kind(np.random.default_rng(0), len(sound)) * np.sqrt(power / 10 ** (5 / 10))
-    found = sum(end - start for start, end in vad.speech_spans(sound + noise))
-    assert 4.3 < found < 5.5  # of 5.0 seconds
+    duration = sum(end - start for start, end in vad.speech_spans(sound + noise))
+    assert 4.3 < duration < 5.5  # of 5.0 seconds
 
 
-def test_pauses_are_shortened_and_times_set_right():
+def test_retained_frames_shorten_pauses_and_spans_are_remapped():
     spans = [(5.0, 6.0), (6.8, 8.0), (20.0, 21.5)]
-    kept = vad.retained_frames(spans, 3000)
-    assert len(kept) == (9.5 - 3.5 + 23 - 18.5) * 100
-    assert vad.remap_spans(spans, kept) == [(1.5, 2.5), (3.3, 4.5), (7.5, 9.0)]
-    assert kept[[0, 599, 600]].tolist() == [350, 949, 1850]
+    frames = vad.retained_frames(spans, 3000)
+    assert len(frames) == (9.5 - 3.5 + 23 - 18.5) * 100
+    assert vad.remap_spans(spans, frames) == [(1.5, 2.5), (3.3, 4.5), (7.5, 9.0)]
+    assert frames[[0, 599, 600]].tolist() == [350, 949, 1850]
     assert vad.remap_spans(spans, np.arange(3000)) == spans
     assert vad.retained_frames([], 3000).size == 0
 
 
-def test_no_time_lies_in_a_pause():
+def test_times_in_a_pause_snap_to_speech():
     spans = [(1.0, 2.0), (4.0, 5.0)]
-    for given, placed in (
+    for times, expected in (
         ((1.2, 1.8), (1.2, 1.8)),
         ((0.2, 3.0), (1.0, 2.0)),
         ((2.5, 6.0), (4.0, 5.0)),
-        ((1.9, 4.5), (4.0, 4.5)),  # the last moment before a pause is part of it
+        ((1.9, 4.5), (4.0, 4.5)),  # just before a pause counts as within it
         ((1.2, 4.1), (1.2, 2.0)),
-        ((2.5, 3.5), (2.5, 3.5)),  # nothing was found there: it stays
+        ((2.5, 3.5), (2.5, 3.5)),  # no speech: unchanged
     ):
-        assert vad.snap_to_speech(*given, spans) == placed
+        assert vad.snap_to_speech(*times, spans) == expected
     assert vad.snap_to_speech(1.0, 2.0, []) == (1.0, 2.0)
 
 
-def test_windows_are_cut_in_pauses():
+def test_windows_are_split_in_pauses():
     sound = np.concatenate([speechlike(50), quiet(2), speechlike(10), quiet(1), speechlike(5)])
-    spans, loud = vad.speech_spans(sound), vad.loudness(sound)
-    windows = vad.split_into_windows(loud, spans)
+    spans, levels = vad.speech_spans(sound), vad.loudness(sound)
+    windows = vad.split_into_windows(levels, spans)
     assert all(end - start <= 30 for start, end in windows)
-    assert windows[0][0] == 0 and windows[-1][1] == len(loud) / 100
+    assert windows[0][0] == 0 and windows[-1][1] == len(levels) / 100
     assert all(a == b for (_, a), (b, _) in itertools.pairwise(windows))
     assert 50 < windows[1][1] < 52 and len(windows) == 3
-    assert vad.split_into_windows(loud, []) == []
+    assert vad.split_into_windows(levels, []) == []
 
 
-def test_a_window_ends_in_the_last_pause_that_fits():
+def test_window_ends_in_the_last_pause_that_fits():
     spans = [(0.0, 10.0), (11.0, 20.0), (22.0, 29.5), (31.0, 80.0)]
     assert window_length(0, 9000, 3000, spans) == 2100  # 30.25 s would be too late
-    assert window_length(3100, 9000, 3000, spans) == 3000  # no pause: a whole window
-    assert window_length(7000, 9000, 3000, spans) == 2000  # the rest
+    assert window_length(3100, 9000, 3000, spans) == 3000  # no pause: a full window
+    assert window_length(7000, 9000, 3000, spans) == 2000  # the rest of the region
     assert window_length(0, 9000, 3000, ()) == 3000
 
 
 # segments at pauses
 
 
-def test_a_segment_is_cut_where_it_lies_across_a_pause(tokens):
-    begin = tokens.timestamp_begin
+def test_segment_with_an_inner_pause_is_split(tokenizer):
+    begin = tokenizer.timestamp_begin
     texts = [" One", " two", ".", " Three"]
-    ids = [tokens.encode(text) for text in texts]
+    ids = [tokenizer.encode(text) for text in texts]
     words = [
         Word(" One", 1.0, 1.4, 1.0, ids[0]),
         Word(" two.", 1.4, 2.2, 1.0, ids[1] + ids[2]),
@@ -371,15 +380,15 @@ def test_a_segment_is_cut_where_it_lies_across_a_pause(tokens):
     ]
     ids = (begin, *itertools.chain(*ids), begin + 50)
     whole = replace(SEGMENT, ids=ids, logprobs=(-0.5,) * len(ids), words=tuple(words), end=4.4)
-    whole = replace(whole, text=tokens.decode(ids))
+    whole = replace(whole, text=tokenizer.decode(ids))
     spans = [(1.0, 2.0), (3.4, 4.5)]
-    first, second = split_at_pauses(whole, spans, tokens)
+    first, second = split_at_pauses(whole, spans, tokenizer)
     assert (first.text, first.start, first.end) == (" One two.", 1.0, 2.2)
     assert (second.text, second.start, second.end) == (" Three", 3.1, 4.4)
     assert first.ids + second.ids == whole.ids and second.ids[-1] == begin + 50
     assert len(first.logprobs) == len(first.ids) and first.words == tuple(words[:2])
     assert has_inner_pause(whole, spans) and not has_inner_pause(first, spans)
-    assert split_at_pauses(whole, [(1.0, 4.5)], tokens) == [whole]
+    assert split_at_pauses(whole, [(1.0, 4.5)], tokenizer) == [whole]
 
 
 # subtitles
@@ -398,28 +407,28 @@ SEGMENT = Segment(
     no_speech_prob=0.0,
     words=WORDS,
 )
-FOUND = Transcript(language="en", duration=3663.0, text="So a <b> -->", segments=(SEGMENT,))
+TRANSCRIPT = Transcript(language="en", duration=3663.0, text="So a <b> -->", segments=(SEGMENT,))
 
 
-def test_subtitles():
-    srt = subtitles.render(FOUND, "srt")
+def test_render_writes_every_format():
+    srt = subtitles.render(TRANSCRIPT, "srt")
     assert srt == "1\n00:00:01,000 --> 01:01:02,000\nSo a <b> ->\n"
-    vtt = subtitles.render(FOUND, "vtt")
+    vtt = subtitles.render(TRANSCRIPT, "vtt")
     assert vtt == "WEBVTT\n\n00:00:01.000 --> 01:01:02.000\nSo a &lt;b&gt; -&gt;\n"
-    tsv = subtitles.render(FOUND, "tsv", words=True)
+    tsv = subtitles.render(TRANSCRIPT, "tsv", words=True)
     assert tsv.splitlines() == ["start\tend\ttext", "1000\t1200\tSo", "3661500\t3662000\ta <b> -->"]
-    assert subtitles.render(FOUND, "text") == "So a <b> -->\n"
-    verbose = subtitles.verbose_json(FOUND)
+    assert subtitles.render(TRANSCRIPT, "text") == "So a <b> -->\n"
+    verbose = subtitles.verbose_json(TRANSCRIPT)
     assert verbose["language"] == "english" and verbose["words"][0]["word"] == "So"
     assert subtitles.format_timestamp(59.9996) == "00:01:00.000"
     with pytest.raises(ValueError, match="format must be one of"):
-        subtitles.render(FOUND, "docx")
+        subtitles.render(TRANSCRIPT, "docx")
 
 
 # model.bin
 
 
-def packed(variables, aliases=()):
+def pack_model(variables, aliases=()):
     def string(text):
         return struct.pack("<H", len(text) + 1) + text.encode() + b"\0"
 
@@ -432,27 +441,30 @@ def packed(variables, aliases=()):
     return data + b"".join(string(a) + string(b) for a, b in aliases)
 
 
-def test_a_model_file(tmp_path):
+def test_model_bin_is_read_and_dequantized(tmp_path):
     path = tmp_path / "model.bin"
     half = np.arange(6, dtype=np.float16).reshape(2, 3)
     narrow = np.array([[127, -64], [1, 0]], np.int8)
     scale = np.array([127.0, 2.0], np.float32)
     variables = {"a": half, "b/weight": narrow, "b/weight_scale": scale}
-    path.write_bytes(packed(variables, [("c", "a")]))
+    path.write_bytes(pack_model(variables, [("c", "a")]))
     spec, arrays = ctranslate2.read(path)
     assert spec == "WhisperSpec" and set(arrays) == {"a", "b/weight", "c"}
     np.testing.assert_array_equal(arrays["c"], half)
     np.testing.assert_allclose(arrays["b/weight"], [[1, -64 / 127], [0.5, 0]])
 
 
-def test_a_damaged_model_file(tmp_path):
-    path, whole = tmp_path / "model.bin", packed({"a": np.zeros((2, 3), np.float32)}, [("c", "a")])
-    for size in range(len(whole)):
-        path.write_bytes(whole[:size])
+def test_damaged_model_bin_is_refused(tmp_path):
+    path, valid = (
+        tmp_path / "model.bin",
+        pack_model({"a": np.zeros((2, 3), np.float32)}, [("c", "a")]),
+    )
+    for size in range(len(valid)):
+        path.write_bytes(valid[:size])
         with pytest.raises(ValueError, match="truncated|empty"):
             ctranslate2.read(path)
-    huge = whole.replace(struct.pack("<II", 2, 3), struct.pack("<II", 2**31, 2**31))
-    for data, message in ((huge, "has 24 bytes"), (b"\x07" + whole[1:], "version 7")):
+    huge = valid.replace(struct.pack("<II", 2, 3), struct.pack("<II", 2**31, 2**31))
+    for data, message in ((huge, "has 24 bytes"), (b"\x07" + valid[1:], "version 7")):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=message):
             ctranslate2.read(path)

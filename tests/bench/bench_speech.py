@@ -1,19 +1,19 @@
-"""Speech to text beside faster-whisper, on the same weights, sounds and machine.
+"""Speed of speech to text against faster-whisper, with the same weights, audio and machine.
 
     python -m tests.bench.bench_speech [MODEL_FOLDER] [--threads 2] [--rounds 3] [--minutes 10]
 
-The folder is CTranslate2's (config.json, tokenizer.json, model.bin), as `pellucid pull
-whisper-tiny.en` leaves it. Two cases, each from samples to text, each encoding the full window of
-30 seconds, greedy:
+The folder is in CTranslate2's layout (config.json, tokenizer.json, model.bin), as from `pellucid
+pull whisper-tiny.en`. Both cases go from samples to text with greedy decoding and encode full
+windows of 30 seconds:
 
 - short clips: five recordings of 3 to 7 seconds, one after the other;
 - a long file, built by `tests/audio/ten_minutes.py`: ours in batches of 4 windows against
   `BatchedInferencePipeline`, with its own voice-activity detector, also at 4.
 
-First the texts are compared: of the words each of ours may differ in one of 80 from faster-whisper
-in float32 on the clips, and on the long file from the truth in no more than faster-whisper's, and
-one of 80 beside. Then the two take turns, and the fastest round of each counts. The last line is
-one JSON object.
+First the texts are compared. On the clips, at most one word in 80 may differ from faster-whisper in
+float32; on the long file, our errors may exceed those of faster-whisper by one word in 80. Then
+the two are timed in alternation, and the fastest round of each counts. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from tests.bench.pulled import pulled_path
 Transcriber = Callable[[np.ndarray], str]
 
 
-def ours(folder: Path, format: str, batch: int) -> Transcriber:
+def load_pellucid(folder: Path, dtype: str, batch_size: int) -> Transcriber:
     import audio
 
-    whisper = audio.load_model(folder, dtype=format)
-    plan = audio.TranscriptionOptions(batch_size=batch)
+    whisper = audio.load_model(folder, dtype=dtype)
+    options = audio.TranscriptionOptions(batch_size=batch_size)
     return lambda samples: (
-        audio.transcribe(whisper, samples, language="en", transcription_options=plan).text
+        audio.transcribe(whisper, samples, language="en", transcription_options=options).text
     )
 
 
-def for_ctranslate2(folder: Path, scratch: Path) -> Path:
-    """The folder with the vocabulary.json that CTranslate2 looks for, made of tokenizer.json."""
+def link_for_ctranslate2(folder: Path, scratch: Path) -> Path:
+    """Link the model into `scratch`, with the vocabulary.json that CTranslate2 needs."""
     spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     tokens = {id: token for token, id in spec["model"]["vocab"].items()}
     tokens |= {added["id"]: added["content"] for added in spec["added_tokens"]}
     begin = max(tokens) + 1 if "<|0.00|>" not in tokens.values() else None
-    if begin is not None:  # the points in time, which older files leave out
+    if begin is not None:  # timestamp tokens, which older files omit
         tokens |= {begin + i: f"<|{i * 0.02:.2f}|>" for i in range(1501)}
     (scratch / "vocabulary.json").write_text(json.dumps([tokens[id] for id in sorted(tokens)]))
     for name in ("config.json", "tokenizer.json", "model.bin"):
@@ -61,32 +61,34 @@ def for_ctranslate2(folder: Path, scratch: Path) -> Path:
     return scratch
 
 
-def theirs(folder: Path, format: str, threads: int, batch: int) -> Transcriber:
+def load_faster_whisper(
+    folder: Path, compute_type: str, threads: int, batch_size: int
+) -> Transcriber:
     from faster_whisper import BatchedInferencePipeline, WhisperModel
 
-    model = WhisperModel(str(folder), device="cpu", compute_type=format, cpu_threads=threads)
-    if batch == 1:
-        return lambda samples: _joined(model.transcribe(samples, beam_size=1, language="en"))
+    model = WhisperModel(str(folder), device="cpu", compute_type=compute_type, cpu_threads=threads)
+    if batch_size == 1:
+        return lambda samples: _join_text(model.transcribe(samples, beam_size=1, language="en"))
     pipeline = BatchedInferencePipeline(model)
-    return lambda samples: _joined(
-        pipeline.transcribe(samples, beam_size=1, language="en", batch_size=batch)
+    return lambda samples: _join_text(
+        pipeline.transcribe(samples, beam_size=1, language="en", batch_size=batch_size)
     )
 
 
-def _joined(found) -> str:
-    return "".join(segment.text for segment in found[0]).strip()
+def _join_text(result) -> str:
+    return "".join(segment.text for segment in result[0]).strip()
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, without case and punctuation."""
+    """Return the words of a text, without case and punctuation."""
     return re.findall(r"[\w']+", text.lower())
 
 
-def differing(text: str, other: str) -> int:
-    """Words that must be changed, put in or left out to make one text of the other."""
+def count_word_errors(text: str, other: str) -> int:
+    """Return the number of substituted, inserted and deleted words between two texts."""
     a, b = words(text), words(other)
-    pieces = difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
-    return sum(max(i2 - i1, j2 - j1) for kind, i1, i2, j1, j2 in pieces if kind != "equal")
+    opcodes = difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+    return sum(max(i2 - i1, j2 - j1) for kind, i1, i2, j1, j2 in opcodes if kind != "equal")
 
 
 def main() -> None:
@@ -99,38 +101,46 @@ def main() -> None:
     args = parser.parse_args()
     args.folder = args.folder or pulled_path("whisper-tiny.en")
     with tempfile.TemporaryDirectory() as scratch:
-        compare(args, for_ctranslate2(args.folder.resolve(), Path(scratch)))
+        compare(args, link_for_ctranslate2(args.folder.resolve(), Path(scratch)))
 
 
 def compare(args: argparse.Namespace, peer_folder: Path) -> None:
-    clips = [said.samples for said in ten_minutes.read_aloud()[:5]]
+    clips = [utterance.samples for utterance in ten_minutes.read_aloud()[:5]]
     clips = [np.pad(clip, (3200, 3200)) for clip in clips]
     long, truth = ten_minutes.build()
     long = long[: int(args.minutes * 60 * ten_minutes.SAMPLE_RATE)]
-    told = " ".join(said.text for said in truth if said.end <= args.minutes * 60)
+    truth_text = " ".join(u.text for u in truth if u.end <= args.minutes * 60)
     cases: dict[str, tuple[list[np.ndarray], dict[str, Transcriber]]] = {}
-    for name, sounds, batch in (("clips", clips, 1), ("long", [long], 4)):
+    for name, sounds, batch_size in (("clips", clips, 1), ("long", [long], 4)):
         if not len(sounds[0]):
             continue
-        runs = {f"pellucid {format}": ours(args.folder, format, batch) for format in args.formats}
-        runs["faster-whisper int8"] = theirs(peer_folder, "int8", args.threads, batch)
+        runs = {
+            f"pellucid {dtype}": load_pellucid(args.folder, dtype, batch_size)
+            for dtype in args.formats
+        }
+        runs["faster-whisper int8"] = load_faster_whisper(
+            peer_folder, "int8", args.threads, batch_size
+        )
         cases[name] = sounds, runs
 
-    def text(case: str, listener: Transcriber) -> str:
-        return " ".join(listener(sound) for sound in cases[case][0])
+    def text(case: str, transcriber: Transcriber) -> str:
+        return " ".join(transcriber(sound) for sound in cases[case][0])
 
-    float32 = text("clips", theirs(peer_folder, "float32", args.threads, 1))
+    float32 = text("clips", load_faster_whisper(peer_folder, "float32", args.threads, 1))
     report: dict[str, dict] = {}
     for case, (_, runs) in cases.items():
-        reference = float32 if case == "clips" else told
+        reference = float32 if case == "clips" else truth_text
         total = len(words(reference))
-        wrong = {name: differing(text(case, run), reference) for name, run in runs.items()}
-        for name, count in wrong.items():
+        num_errors = {
+            name: count_word_errors(text(case, run), reference) for name, run in runs.items()
+        }
+        for name, count in num_errors.items():
             print(f"{case:6} {name:20} {count} of {total} words differ", flush=True)
-        # On clips from their text in float32, on the long file from what was said.
-        allowed = total / 80 + (wrong["faster-whisper int8"] if case == "long" else 0)
-        report[case] = {"words": total, "differ": wrong, "too_many": {
-            name: count > allowed for name, count in wrong.items() if name.startswith("pellucid")
+        # Against faster-whisper in float32 on the clips, against the truth on the long file.
+        allowed = total / 80 + (num_errors["faster-whisper int8"] if case == "long" else 0)
+        report[case] = {"words": total, "differ": num_errors, "too_many": {
+            name: count > allowed for name, count in num_errors.items()
+            if name.startswith("pellucid")
         }}  # fmt: skip
     for case, (sounds, runs) in cases.items():
         best = dict.fromkeys(runs, np.full(len(sounds), np.inf))
@@ -143,11 +153,11 @@ def compare(args: argparse.Namespace, peer_folder: Path) -> None:
                     best[name][i] = min(best[name][i], time.perf_counter() - started)
         seconds = {name: float(times.sum()) for name, times in best.items()}
         length = sum(len(sound) for sound in sounds) / ten_minutes.SAMPLE_RATE
-        for name, taken in seconds.items():
-            print(f"{case:6} {name:20} {taken:7.2f} s, {length / taken:5.1f} times real time")
+        for name, duration in seconds.items():
+            print(f"{case:6} {name:20} {duration:7.2f} s, {length / duration:5.1f} times real time")
         peer = seconds["faster-whisper int8"]
         report[case] |= {"seconds": seconds, "ratios": {
-            name: round(peer / taken, 2) for name, taken in seconds.items()
+            name: round(peer / duration, 2) for name, duration in seconds.items()
             if name.startswith("pellucid")
         }}  # fmt: skip
         print(f"{case:6} ratios", report[case]["ratios"], flush=True)

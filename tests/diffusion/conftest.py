@@ -1,4 +1,4 @@
-"""What the tests of diffusion share."""
+"""Golden arrays, a dummy network and tiny models for the tests of diffusion."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ UPSCALER = UpscalerConfig(width=8, num_blocks=1)
 
 
 def dummy(z, level):
-    """The network that the golden files were made with: see make_diffusion.py."""
+    """Predict as the dummy network of the golden file; see make_diffusion.py."""
     total = level.alpha + level.sigma
     pattern = jnp.linspace(-1, 1, z[0].size).reshape(z.shape[1:])
     return 0.7 * jnp.tanh(1.5 * z / total + level.sigma / total * pattern)
@@ -30,18 +30,18 @@ def shapes(cfg):
 
 
 def random_params(cfg, seed=0):
-    """Weights none of which are zero, so that nothing is hidden behind a gate."""
+    """Return weights without zeros, so that no branch is hidden behind a zero gate."""
     random = np.random.default_rng(seed)
 
-    def draw(leaf):  # matrices keep the size of what goes through them
+    def sample_leaf(leaf):  # matrices preserve the variance of activations
         size = leaf.shape[-1] ** -0.5 if leaf.ndim == 2 else 0.3
         return jnp.asarray(size * random.standard_normal(leaf.shape), jnp.float32)
 
-    return jax.tree.map(draw, shapes(cfg))
+    return jax.tree.map(sample_leaf, shapes(cfg))
 
 
 def save_tiny(path: Path) -> Path:
-    """A model of random weights that draws 16 x 16 pixels, in a folder."""
+    """Save a model with random weights that generates 16 x 16 pixels; return its folder."""
     checkpoint.save(path / "denoiser", random_params(CFG), CFG)
     weights = layers.init(jax.random.key(0), upscale.abstract(UPSCALER))
     checkpoint.save(path / "upscaler", weights, UPSCALER)
@@ -55,11 +55,11 @@ def encoder(model_file):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A model of random weights."""
+    """Return the folder of a model with random weights."""
     return save_tiny(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
 def tiny(folder, encoder):
-    """The same, loaded."""
+    """Return the pipeline of a model with random weights."""
     return diffusion.load(folder, encoder)

@@ -1,4 +1,4 @@
-"""What the image model learns from: which emoji, under which captions, and how they are cut out."""
+"""Training data of the image model: which emoji, their captions and images."""
 
 import io
 import json
@@ -27,11 +27,11 @@ SHORTCODES = {"1F34E": "apple", "1F408": ["cat2"], "2764": "heart", "27A1": "arr
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """A folder of packages as npm gives them, with a few emoji in them."""
-    picture = io.BytesIO()
+    """Write a folder of npm packages with a few emoji; return it."""
+    image_file = io.BytesIO()
     rgba = np.zeros((64, 64, 4), np.uint8)
     rgba[:32] = (200, 0, 0, 255)
-    Image.fromarray(rgba).save(picture, "PNG")
+    Image.fromarray(rgba).save(image_file, "PNG")
 
     def write(package, files):
         with tarfile.open(tmp_path / package.file, "w:gz") as archive:
@@ -53,16 +53,16 @@ def packages(tmp_path, monkeypatch):
         codes = ["1f34e", "1f408", "2764-fe0f", "1f1f2-1f1f9", "1f34f"]
         if style is styles[2]:
             codes.remove("1f34f")
-        write(style.package, {f"{style.folder}{code}.png": picture.getvalue() for code in codes})
+        write(style.package, {f"{style.folder}{code}.png": image_file.getvalue() for code in codes})
     return tmp_path
 
 
-def test_variants_flags_and_clocks_are_left_out(packages):
+def test_variants_flags_and_clocks_are_excluded(packages):
     names = [concept.name for concept in data.load_concepts(packages)]
     assert names == ["red apple", "green apple", "cat", "red heart", "right arrow"]
 
 
-def test_captions_are_names_shortcodes_and_what_names_little_else(packages):
+def test_captions_are_names_shortcodes_and_distinctive_words(packages):
     apple, _, cat, heart, arrow = data.load_concepts(packages)
     assert list(apple.captions)[:3] == ["red apple", "a red apple", "apple"]
     assert sum(apple.captions.values()) == pytest.approx(1)
@@ -72,65 +72,65 @@ def test_captions_are_names_shortcodes_and_what_names_little_else(packages):
     assert arrow.weight < cat.weight
 
 
-def test_pictures_are_found_with_and_without_the_sign_for_colour(packages):
-    found = data.load_concepts(packages)
-    drawn = data.load_images(packages, data.STYLES[0], found)
-    assert sorted(drawn) == ["1f34e", "1f34f", "1f408", "2764"]
-    assert drawn["2764"].shape == (64, 64, 3) and drawn["2764"].dtype == np.uint8
+def test_images_with_and_without_variation_selector_are_loaded(packages):
+    concepts = data.load_concepts(packages)
+    images = data.load_images(packages, data.STYLES[0], concepts)
+    assert sorted(images) == ["1f34e", "1f34f", "1f408", "2764"]
+    assert images["2764"].shape == (64, 64, 3) and images["2764"].dtype == np.uint8
 
 
-def test_what_is_hidden_does_not_bleed_into_edges():
-    """Green under full transparency: a plain resize would mix it into the red."""
+def test_colour_of_transparent_pixels_does_not_bleed():
+    """Transparent green pixels: a resize without premultiplied alpha mixes them into the red."""
     rgba = np.zeros((128, 128, 4), np.uint8)
     rgba[:, :64] = (255, 0, 0, 255)
     rgba[:, 64:] = (0, 255, 0, 0)
     file = io.BytesIO()
     Image.fromarray(rgba).save(file, "PNG")
-    found = data.on_white(file.getvalue(), 64).astype(int)
-    assert (found[:, :28] == (255, 0, 0)).all() and (found[:, 36:] == 255).all()
-    assert (np.abs(found[..., 1] - found[..., 2]) <= 1).all()  # never greener than bluer
+    pixels = data.on_white(file.getvalue(), 64).astype(int)
+    assert (pixels[:, :28] == (255, 0, 0)).all() and (pixels[:, 36:] == 255).all()
+    assert (np.abs(pixels[..., 1] - pixels[..., 2]) <= 1).all()  # never greener than bluer
 
 
-def test_a_pack_holds_every_picture_and_caption(packages, tmp_path):
-    asked = []
+def test_dataset_has_every_image_and_caption(packages, tmp_path):
+    captions = []
 
-    def read(texts):
-        asked.extend(texts)
+    def encode(texts):
+        captions.extend(texts)
         count = len(texts)
         states = np.arange(count, dtype=np.float32)[:, None, None] * np.ones((1, 4, 6), np.float32)
         return PromptEmbeds(states, np.ones((count, 4), bool), states[:, 0])
 
-    data.build_dataset(packages, read, tmp_path / "pack")
-    pack = data.EmojiDataset(tmp_path / "pack")
-    assert len(pack.images) == 4 + 4 + 3 and len(asked) == len(set(asked))
-    assert pack.held_out.tolist() == [
-        data.is_held_out(pack.concepts[c], data.STYLES[s])
-        for c, s in zip(pack.concept_ids, pack.style_ids, strict=True)
+    data.build_dataset(packages, encode, tmp_path / "pack")
+    dataset = data.EmojiDataset(tmp_path / "pack")
+    assert len(dataset.images) == 4 + 4 + 3 and len(captions) == len(set(captions))
+    assert dataset.held_out.tolist() == [
+        data.is_held_out(dataset.concepts[c], data.STYLES[s])
+        for c, s in zip(dataset.concept_ids, dataset.style_ids, strict=True)
     ]
-    assert [asdict.captions for asdict in pack.concepts] == [
+    assert [concept.captions for concept in dataset.concepts] == [
         concept.captions for concept in data.load_concepts(packages)
     ]
-    small = pack.downscaled_images(np.array([0, 1]), 32)
+    small = dataset.downscaled_images(np.array([0, 1]), 32)
     assert small.shape == (2, 32, 32, 3)
     assert small.min() >= -1 and small[0, -1, 0].tolist() == [1, 1, 1]
-    heard = pack.caption_embeds(["red apple", "red apple, flat style"])
-    assert heard["states"][:, 0, 0].tolist() == [
-        asked.index("red apple"),
-        asked.index("red apple, flat style"),
+    embeds = dataset.caption_embeds(["red apple", "red apple, flat style"])
+    assert embeds["states"][:, 0, 0].tolist() == [
+        captions.index("red apple"),
+        captions.index("red apple, flat style"),
     ]
     random = np.random.default_rng(0)
-    said = {pack.sample_caption(random, 0) for _ in range(200)}
-    name = pack.concepts[pack.concept_ids[0]].name
-    assert {name, f"{name}, shaded style"} <= said
-    assert not any("flat" in caption for caption in said)
+    sampled = {dataset.sample_caption(random, 0) for _ in range(200)}
+    name = dataset.concepts[dataset.concept_ids[0]].name
+    assert {name, f"{name}, shaded style"} <= sampled
+    assert not any("flat" in caption for caption in sampled)
 
 
-def test_other_bytes_are_refused(packages):
+def test_package_of_another_hash_is_refused(packages):
     with pytest.raises(ValueError, match=r"sha256.*\bd01d0e2c"):
         data.fetch(packages)
 
 
-def test_few_pictures_are_held_out():
+def test_held_out_share_is_about_one_in_thirty():
     concept = data.Concept("", "", None, {}, 3, 1.0, False)
     codes = [replace(concept, code=f"{n:x}") for n in range(2000)]
     share = np.mean([data.is_held_out(c, s) for c in codes for s in data.STYLES])

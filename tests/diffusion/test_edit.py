@@ -1,4 +1,4 @@
-"""Drawing from pictures, with a tiny network and the real reader; and picture files."""
+"""Variations and inpainting with a tiny network and the real text encoder; image files."""
 
 import contextlib
 import io
@@ -19,113 +19,117 @@ from tests.diffusion.conftest import dummy
 from tests.naming import naming
 
 RANDOM = np.random.default_rng(0)
-PLAN = SamplerOptions(steps=6, sampler="ddim")
+OPTIONS = SamplerOptions(steps=6, sampler="ddim")
 
 
-def last(found, prompts, plan=PLAN, *, seed=0, pictures, **kw):
-    """The picture at the end of an edit, and float32."""
+def edit_images(pipe, prompts, options=OPTIONS, *, seed=0, images, **kw):
+    """Return the result of an edit, float32."""
     keys = sample.image_keys(seed, len(prompts))
-    *_, (drawn, _) = edit.steps(found, prompts, keys, plan, images=pictures, **kw)
-    return np.asarray(drawn)
+    *_, (result, _) = edit.steps(pipe, prompts, keys, options, images=images, **kw)
+    return np.asarray(result)
 
 
 @pytest.fixture(scope="module")
 def sources():
-    """Three smooth pictures of 8 x 8: float32, -1 to 1."""
+    """Return three smooth images of 8 x 8 pixels, float32, -1 to 1."""
     small = RANDOM.uniform(-0.9, 0.9, (3, 2, 2, 3)).astype(np.float32)
     return np.repeat(np.repeat(small, 4, 1), 4, 2)
 
 
-def test_little_strength_resembles_and_all_of_it_forgets(tiny, sources):
-    one, other = sources[:1], sources[1:2]
-    far = [
-        np.abs(last(tiny, ["a cat"], pictures=one, strength=s) - one).mean()
+def test_low_strength_stays_close_and_full_strength_ignores_the_image(tiny, sources):
+    image, other = sources[:1], sources[1:2]
+    distances = [
+        np.abs(edit_images(tiny, ["a cat"], images=image, strength=s) - image).mean()
         for s in (0.02, 0.5, 1.0)
     ]
-    assert far[0] < 0.05 < far[1] < far[2]
-    fresh = last(tiny, ["a cat"], pictures=one, strength=1.0)
-    np.testing.assert_array_equal(fresh, last(tiny, ["a cat"], pictures=other, strength=1.0))
-    *_, (drawn, _) = tiny.steps(["a cat"], sample.image_keys(0, 1), PLAN)
-    np.testing.assert_array_equal(fresh, drawn)
+    assert distances[0] < 0.05 < distances[1] < distances[2]
+    fresh = edit_images(tiny, ["a cat"], images=image, strength=1.0)
+    np.testing.assert_array_equal(fresh, edit_images(tiny, ["a cat"], images=other, strength=1.0))
+    *_, (result, _) = tiny.steps(["a cat"], sample.image_keys(0, 1), OPTIONS)
+    np.testing.assert_array_equal(fresh, result)
 
 
-def test_strength_is_the_share_of_the_steps_that_is_taken(tiny, sources):
+def test_strength_scales_the_number_of_steps(tiny, sources):
     for strength, count in ((0.01, 1), (0.5, 3), (0.75, 4), (1.0, 6)):
-        given = dict(pictures=sources[:1], strength=strength)
-        found = list(edit.steps(tiny, ["a cat"], sample.image_keys(0, 1), PLAN, **given))
-        assert len(found) == count and found[0][0].shape == found[0][1].shape == (1, 8, 8, 3)
+        arguments = dict(images=sources[:1], strength=strength)
+        steps = list(edit.steps(tiny, ["a cat"], sample.image_keys(0, 1), OPTIONS, **arguments))
+        assert len(steps) == count and steps[0][0].shape == steps[0][1].shape == (1, 8, 8, 3)
 
 
-def test_pictures_follow_from_seed_and_prompt(tiny, sources):
-    given = dict(pictures=sources[:1], strength=0.7)
-    drawn = last(tiny, ["a cat"], seed=1, **given)
-    np.testing.assert_array_equal(last(tiny, ["a cat"], seed=1, **given), drawn)
-    assert (last(tiny, ["a cat"], seed=2, **given) != drawn).any()
-    assert (last(tiny, ["a dog"], seed=1, **given) != drawn).any()
+def test_variation_depends_on_seed_and_prompt(tiny, sources):
+    arguments = dict(images=sources[:1], strength=0.7)
+    result = edit_images(tiny, ["a cat"], seed=1, **arguments)
+    np.testing.assert_array_equal(edit_images(tiny, ["a cat"], seed=1, **arguments), result)
+    assert (edit_images(tiny, ["a cat"], seed=2, **arguments) != result).any()
+    assert (edit_images(tiny, ["a dog"], seed=1, **arguments) != result).any()
 
 
-@pytest.mark.parametrize("rule", ["ddpm", "dpmpp"])
-def test_a_picture_does_not_depend_on_its_batch(tiny, sources, rule):
-    plan = SamplerOptions(steps=4, sampler=rule)
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmpp"])
+def test_result_does_not_depend_on_other_rows(tiny, sources, sampler):
+    options = SamplerOptions(steps=4, sampler=sampler)
     masks = np.zeros((3, 8, 8, 1), np.float32)
     masks[:, :, 4:] = 1
     prompts = ["a cat", "a dog", "a red apple"]
-    drawn = last(tiny, prompts, plan, pictures=sources, masks=masks, strength=0.8)
-    alone = last(tiny, prompts[:1], plan, pictures=sources[:1], masks=masks[:1], strength=0.8)
-    np.testing.assert_allclose(alone, drawn[:1], atol=1e-5)
+    result = edit_images(tiny, prompts, options, images=sources, masks=masks, strength=0.8)
+    alone = edit_images(
+        tiny, prompts[:1], options, images=sources[:1], masks=masks[:1], strength=0.8
+    )
+    np.testing.assert_allclose(alone, result[:1], atol=1e-5)
 
 
-@pytest.mark.parametrize("rule", sample.SAMPLERS)
-def test_what_is_kept_is_the_original_under_the_noise_of_every_level(rule):
-    """RePaint's replacement follows from telling the sampler the clean picture, in every rule."""
+@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+def test_masked_part_is_the_noised_original_at_every_level(sampler):
+    """Replacing the predicted clean image equals RePaint's replacement, for every sampler."""
     original = jnp.asarray(RANDOM.uniform(-1, 1, (1, 4, 4, 3)), jnp.float32)
     mask = jnp.zeros((1, 4, 4, 1)).at[:, 2:].set(1.0)
     e = jax.random.normal(jax.random.key(0), (1, 4, 4, 3))
     denoise = edit.inpaint_denoiser(dummy, original, mask)
     levels = schedule.flow_levels(6)
     keys = sample.image_keys(0, 1)
-    walked = list(sample.steps(denoise, e, levels, rule, keys=keys))
-    for step, level in zip(walked, levels[1:], strict=True):
-        if rule != "ddpm":  # whose noise is fresh
+    steps = list(sample.steps(denoise, e, levels, sampler, keys=keys))
+    for step, level in zip(steps, levels[1:], strict=True):
+        if sampler != "ddpm":  # its noise is fresh
             noised = level.alpha * original + level.sigma * e
             np.testing.assert_allclose(step.noisy[:, :2], noised[:, :2], atol=1e-5)
-    np.testing.assert_allclose(walked[-1].noisy[:, :2], original[:, :2], atol=1e-6)
-    free = sample.sample(dummy, e, levels, rule, keys=keys)
-    np.testing.assert_allclose(walked[-1].noisy[:, 2:], free[:, 2:], atol=1e-6)  # dummy is local
+    np.testing.assert_allclose(steps[-1].noisy[:, :2], original[:, :2], atol=1e-6)
+    unmasked = sample.sample(dummy, e, levels, sampler, keys=keys)
+    np.testing.assert_allclose(
+        steps[-1].noisy[:, 2:], unmasked[:, 2:], atol=1e-6
+    )  # dummy is pixelwise
 
 
-def test_the_network_sees_what_is_kept(tiny, sources):
+def test_generated_part_depends_on_the_masked_part(tiny, sources):
     mask = np.zeros((1, 8, 8, 1), np.float32)
     mask[:, 2:6, 2:6] = 1
-    drawn = [last(tiny, ["a cat"], pictures=sources[i : i + 1], masks=mask) for i in (0, 1)]
+    result = [edit_images(tiny, ["a cat"], images=sources[i : i + 1], masks=mask) for i in (0, 1)]
     for i in (0, 1):
-        kept = np.abs(drawn[i] - sources[i])[mask[..., 0] == 0]
-        np.testing.assert_allclose(kept, 0, atol=1e-5)
-    assert np.abs(drawn[0] - drawn[1])[mask[..., 0] == 1].max() > 1e-3
+        difference = np.abs(result[i] - sources[i])[mask[..., 0] == 0]
+        np.testing.assert_allclose(difference, 0, atol=1e-5)
+    assert np.abs(result[0] - result[1])[mask[..., 0] == 1].max() > 1e-3
 
 
-def test_more_noise_is_as_much_as_the_level_has():
-    here, there = schedule.from_flow(0.6), schedule.from_flow(0.3)
+def test_renoise_has_mean_and_deviation_of_the_level():
+    level, noisier_level = schedule.from_flow(0.6), schedule.from_flow(0.3)
     x = jnp.linspace(-1, 1, 8)
     e, fresh = RANDOM.standard_normal((2, 50_000, 8)).astype(np.float32)
-    found = edit.renoise(here.alpha * x + here.sigma * e, here, there, fresh)
-    np.testing.assert_allclose(found.mean(0), there.alpha * x, atol=0.02)
-    np.testing.assert_allclose(found.std(0), there.sigma, atol=0.01)
+    noisy = edit.renoise(level.alpha * x + level.sigma * e, level, noisier_level, fresh)
+    np.testing.assert_allclose(noisy.mean(0), noisier_level.alpha * x, atol=0.02)
+    np.testing.assert_allclose(noisy.std(0), noisier_level.sigma, atol=0.01)
 
 
-def test_errors_say_what_is_wrong(tiny, sources):
+def test_invalid_arguments_are_named(tiny, sources):
     keys = sample.image_keys(0, 1)
-    for given, facts in (
-        (dict(pictures=sources[:1], strength=0.0), ["strength", 0.0]),
-        (dict(pictures=sources[:1], strength=1.5), ["strength", 1.5]),
-        (dict(pictures=sources[:2]), ["images", [1, 8, 8, 3], [2, 8, 8, 3]]),
-        (dict(pictures=sources[:1], masks=sources[:1]), ["masks", [1, 8, 8, 1], [1, 8, 8, 3]]),
+    for arguments, facts in (
+        (dict(images=sources[:1], strength=0.0), ["strength", 0.0]),
+        (dict(images=sources[:1], strength=1.5), ["strength", 1.5]),
+        (dict(images=sources[:2]), ["images", [1, 8, 8, 3], [2, 8, 8, 3]]),
+        (dict(images=sources[:1], masks=sources[:1]), ["masks", [1, 8, 8, 1], [1, 8, 8, 3]]),
     ):
         with pytest.raises(ValueError, match=naming(*facts)):
-            next(edit.steps(tiny, ["a cat"], keys, PLAN, **given))
+            next(edit.steps(tiny, ["a cat"], keys, OPTIONS, **arguments))
 
 
-def test_fitting_averages_areas_and_lays_on_white():
+def test_preprocess_image_averages_areas_on_white():
     grey = RANDOM.integers(0, 256, (8, 8, 3), np.uint8)
     means = grey.reshape(4, 2, 4, 2, 3).mean((1, 3))
     np.testing.assert_allclose(edit.preprocess_image(grey, 4), means / 127.5 - 1, atol=1e-5)
@@ -139,11 +143,11 @@ def test_fitting_averages_areas_and_lays_on_white():
     )
 
 
-def test_a_pixel_changes_if_any_it_stands_for_does():
+def test_preprocess_mask_of_any_masked_pixel_is_1():
     mask = np.zeros((8, 8, 1), np.float32)
     mask[3, 5] = 0.1
-    found = edit.preprocess_mask(mask, 4)[..., 0]
-    assert found.sum() == 1 and found[1, 2] == 1
+    resized = edit.preprocess_mask(mask, 4)[..., 0]
+    assert resized.sum() == 1 and resized[1, 2] == 1
     clear = np.full((2, 8, 4), 255, np.uint8)
     clear[:, 6:, 3] = 0
     mask = edit.alpha_mask(clear)
@@ -152,37 +156,37 @@ def test_a_pixel_changes_if_any_it_stands_for_does():
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 3), (30, 50, 4), (51, 20, 3), (200, 200, 4)])
-def test_what_is_not_to_change_is_identical(tiny, shape):
-    """At the original's size, whatever that is; every value, transparency too."""
+def test_pasted_image_is_identical_outside_the_mask(tiny, shape):
+    """At the original's size, in every channel, transparency included."""
     original = RANDOM.integers(0, 256, shape, np.uint8)
     mask = np.zeros((*shape[:2], 1), np.float32)
     mask[shape[0] // 3 : shape[0] // 2, shape[1] // 4 :] = 1
     mask[-1, -1] = 0.5
-    drawn = tiny.postprocess(
-        last(
+    result = tiny.postprocess(
+        edit_images(
             tiny,
             ["a cat"],
             SamplerOptions(steps=2),
-            pictures=edit.preprocess_image(original, 8)[None],
+            images=edit.preprocess_image(original, 8)[None],
             masks=edit.preprocess_mask(mask, 8)[None],
         )
     )[0]
-    found = edit.paste(original, drawn, mask)
-    assert found.shape == original.shape and found.dtype == np.uint8
-    kept = (mask == 0)[..., 0]
-    np.testing.assert_array_equal(found[kept], original[kept])
-    assert (found[~kept][:, :3] != original[~kept][:, :3]).mean() > 0.9
+    pixels = edit.paste(original, result, mask)
+    assert pixels.shape == original.shape and pixels.dtype == np.uint8
+    is_unmasked = (mask == 0)[..., 0]
+    np.testing.assert_array_equal(pixels[is_unmasked], original[is_unmasked])
+    assert (pixels[~is_unmasked][:, :3] != original[~is_unmasked][:, :3]).mean() > 0.9
     if shape[2] == 4:
-        assert (found[mask[..., 0] == 1][:, 3] == 255).all()
+        assert (pixels[mask[..., 0] == 1][:, 3] == 255).all()
 
 
-def test_pasting_puts_things_where_fitting_saw_them():
+def test_paste_inverts_the_placement_of_preprocess_image():
     original = np.full((40, 100, 3), 255, np.uint8)
     original[10:20, 70:80] = 0
-    seen = pipeline.to_uint8(edit.preprocess_image(original, 50))
-    found = edit.paste(original, seen, np.ones((40, 100, 1)))
-    assert (found[11:19, 71:79] < 40).all() and (found[:8] > 215).all()
-    assert np.abs(found.astype(int) - original).mean() < 2
+    preprocessed = pipeline.to_uint8(edit.preprocess_image(original, 50))
+    pixels = edit.paste(original, preprocessed, np.ones((40, 100, 1)))
+    assert (pixels[11:19, 71:79] < 40).all() and (pixels[:8] > 215).all()
+    assert np.abs(pixels.astype(int) - original).mean() < 2
 
 
 def file_of(array, format, **options):
@@ -196,39 +200,39 @@ PIXELS = RANDOM.integers(0, 256, (5, 7, 4), np.uint8)
 SMOOTH = np.linspace(60, 200, 5 * 7 * 3).reshape(5, 7, 3).astype(np.uint8)
 
 
-def test_files_are_read_by_what_they_are():
+def test_files_of_every_format_and_mode_are_decoded():
     np.testing.assert_array_equal(image_io.decode(file_of(PIXELS, "PNG")), PIXELS)
     lossless = image_io.decode(file_of(PIXELS, "WEBP", lossless=True, exact=True))
     np.testing.assert_array_equal(lossless, PIXELS)
     for format in ("JPEG", "WEBP", "GIF"):
-        found = image_io.decode(file_of(SMOOTH, format))
-        assert found.shape == (5, 7, 4) and (found[..., 3] == 255).all()
-        np.testing.assert_allclose(found[..., :3].astype(int), SMOOTH, atol=40)
+        pixels = image_io.decode(file_of(SMOOTH, format))
+        assert pixels.shape == (5, 7, 4) and (pixels[..., 3] == 255).all()
+        np.testing.assert_allclose(pixels[..., :3].astype(int), SMOOTH, atol=40)
     deep = np.linspace(0, 65535, 12).reshape(3, 4).astype(np.uint16)
     assert image_io.decode(file_of(deep, "PNG"))[..., 0].tolist() == (deep >> 8).tolist()
     for mode in ("1", "L", "LA", "P", "CMYK"):
         format = "JPEG" if mode == "CMYK" else "PNG"
-        found = image_io.decode(file_of(Image.fromarray(SMOOTH).convert(mode), format))
-        assert found.shape == (5, 7, 4) and found.dtype == np.uint8
+        pixels = image_io.decode(file_of(Image.fromarray(SMOOTH).convert(mode), format))
+        assert pixels.shape == (5, 7, 4) and pixels.dtype == np.uint8
 
 
-def test_of_an_animation_the_first_frame_counts():
+def test_animation_is_decoded_to_its_first_frame():
     frames = [Image.new("RGB", (4, 3), colour) for colour in ("red", "blue")]
     for format in ("GIF", "PNG", "WEBP"):
         data = file_of(frames[0], format, save_all=True, append_images=frames[1:])
-        found = image_io.decode(data)
-        assert found.shape == (3, 4, 4) and found[0, 0, 0] > 240 and found[0, 0, 2] < 20
+        pixels = image_io.decode(data)
+        assert pixels.shape == (3, 4, 4) and pixels[0, 0, 0] > 240 and pixels[0, 0, 2] < 20
 
 
-def test_a_photograph_stands_upright():
+def test_exif_orientation_is_applied():
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show it turned a quarter to the right
-    found = image_io.decode(file_of(SMOOTH, "PNG", exif=exif))
-    np.testing.assert_array_equal(found[..., :3], np.rot90(SMOOTH, -1))
+    exif[0x0112] = 6  # the camera was rotated: rotate by 90 degrees clockwise
+    pixels = image_io.decode(file_of(SMOOTH, "PNG", exif=exif))
+    np.testing.assert_array_equal(pixels[..., :3], np.rot90(SMOOTH, -1))
 
 
 def png(width, height):
-    """The header of a PNG of any size, with next to nothing behind it."""
+    """Return a PNG with a header of any size and little image data."""
 
     def chunk(kind, data):
         body = kind + data
@@ -243,9 +247,9 @@ def png(width, height):
     )
 
 
-def test_what_is_no_picture_or_too_large_is_refused():
-    formats = naming("PNG", "JPEG", "WebP", "GIF")  # that can be read
-    for data, words in (
+def test_unsupported_or_too_large_image_is_refused():
+    formats = naming("PNG", "JPEG", "WebP", "GIF")  # the supported formats
+    for data, pattern in (
         (b"", formats),
         (b"%PDF-1.7 something", formats),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", formats),
@@ -254,16 +258,16 @@ def test_what_is_no_picture_or_too_large_is_refused():
         (png(60_000, 60_000), naming(60_000 * 60_000)),
         (png(5_000, 5_000), naming("5000 x 5000")),
         (png(100_000, 1), naming("100000 x 1")),
-        (png(100, 100), r"\A(?!.*(WebP|100 x 100))"),  # neither the format nor the size is wrong
+        (png(100, 100), r"\A(?!.*(WebP|100 x 100))"),  # format and size are valid
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=pattern):
             image_io.decode(data)
     with pytest.raises(ValueError, match=naming("7 x 5", 34)):
         image_io.decode(file_of(PIXELS, "PNG"), max_pixels=34)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF"])
-def test_files_cut_off_are_refused(format):
+def test_truncated_files_are_refused(format):
     noise = RANDOM.integers(0, 256, (40, 40, 3), np.uint8)
     data = file_of(noise, format)
     for share in (0.1, 0.5, 0.9):
@@ -272,21 +276,21 @@ def test_files_cut_off_are_refused(format):
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF"])
-def test_damaged_files_raise_nothing_but_value_errors(format):
+def test_damaged_files_raise_only_value_errors(format):
     data = file_of(RANDOM.integers(0, 256, (9, 9, 3), np.uint8), format)
     for _ in range(200):
-        hurt = bytearray(data)
-        for place in RANDOM.integers(0, len(data), 3):
-            hurt[place] = RANDOM.integers(0, 256)
+        damaged = bytearray(data)
+        for position in RANDOM.integers(0, len(data), 3):
+            damaged[position] = RANDOM.integers(0, 256)
         with contextlib.suppress(ValueError):
-            assert image_io.decode(bytes(hurt), max_pixels=10_000).dtype == np.uint8
+            assert image_io.decode(bytes(damaged), max_pixels=10_000).dtype == np.uint8
 
 
-def test_what_is_written_can_be_read():
+def test_encoded_images_decode_equal():
     np.testing.assert_array_equal(image_io.decode(image_io.encode(PIXELS, "png")), PIXELS)
     for format in image_io.FORMATS:
-        found = image_io.decode(image_io.encode(SMOOTH, format))
-        np.testing.assert_allclose(found[..., :3].astype(int), SMOOTH, atol=8)
+        pixels = image_io.decode(image_io.encode(SMOOTH, format))
+        np.testing.assert_allclose(pixels[..., :3].astype(int), SMOOTH, atol=8)
     clear = np.zeros((8, 8, 4), np.uint8)
     assert (image_io.decode(image_io.encode(clear, "jpeg"))[..., :3] > 250).all()
     assert (image_io.decode(image_io.encode(clear, "webp"))[..., 3] == 0).all()
@@ -297,7 +301,7 @@ def test_what_is_written_can_be_read():
         image_io.encode(SMOOTH, "gif")
 
 
-def test_a_file_is_of_the_kind_its_name_says(tmp_path):
+def test_saved_file_has_the_format_of_its_suffix(tmp_path):
     for name, start in {"a.png": b"\x89PNG", "a.JPG": b"\xff\xd8", "a.webp": b"RIFF"}.items():
         image_io.save(SMOOTH, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(start)
@@ -305,7 +309,7 @@ def test_a_file_is_of_the_kind_its_name_says(tmp_path):
         image_io.save(SMOOTH, tmp_path / "a.tiff")
 
 
-def test_asking_where_the_weights_are_needs_no_jax(tmp_path):
+def test_weights_folder_does_not_import_jax(tmp_path):
     with pytest.raises(FileNotFoundError, match=naming("nothing-64")):
         diffusion.weights_folder("nothing-64")
     code = (

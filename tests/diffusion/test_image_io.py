@@ -1,7 +1,7 @@
-"""Transparency of PNG files of every kind, built byte by byte, against arrays computed by hand.
+"""Transparency of every type of PNG file, built byte by byte, against arrays computed by hand.
 
-Pillow and ffmpeg both get several of them wrong, so neither is the reference: the expected arrays
-follow the PNG specification (third edition, 11.3.2.1 and 13.12).
+Pillow and ffmpeg both decode several of them wrongly, so neither is the reference: the expected
+arrays follow the PNG specification (third edition, 11.3.2.1 and 13.12).
 """
 
 import io
@@ -30,10 +30,15 @@ def png(
     channels: int,
     interlaced: tuple[int, int] | None = None,
 ) -> bytes:
-    """A PNG file of the samples of its rows, unfiltered.
+    """Return an unfiltered PNG file of rows of samples.
 
     Args:
-        interlaced: width and height; the rows are then those of Adam7's passes.
+        depth: bits of a sample.
+        kind: the colour type.
+        rows: the samples of each row, or of each of Adam7's passes if interlaced.
+        *extra: type and data of chunks before the image data.
+        channels: samples of a pixel.
+        interlaced: width and height of an interlaced image.
     """
     lines = b""
     for row in rows:
@@ -45,7 +50,7 @@ def png(
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
-        + b"".join(chunk(*part) for part in extra)
+        + b"".join(chunk(*fields) for fields in extra)
         + chunk(b"IDAT", zlib.compress(lines))
         + chunk(b"IEND", b"")
     )
@@ -128,47 +133,49 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_transparency_is_read_as_the_specification_says(name: str) -> None:
-    """Grey of 2, 4 and 16 bits lost its transparent colour; RGB of 16 bits took neighbours too."""
+def test_transparency_of_every_png_type_matches_the_specification(name: str) -> None:
+    """Bug: grey of 2, 4 and 16 bits lost its transparent colour; 16-bit RGB matched too many."""
     data, expected = CASES[name]
     assert image_io.decode(data).tolist() == [expected]
 
 
-def test_a_transparent_colour_goes_with_orientation() -> None:
-    """What is read beside Pillow's pixels is turned with them; grey of 16 bits was not."""
+def test_transparent_colour_is_rotated_with_the_image() -> None:
+    """Bug: the orientation of 16-bit grey was not applied to the transparent pixels."""
     from PIL import Image
 
     exif = Image.Exif()
-    exif[0x0112] = 6  # show it turned a quarter to the right
-    turn = (b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
+    orientation = (b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
     rows = [[0x1FF, 2, 3, 0x1FE, 2, 3, 9, 9, 9]]
-    found = image_io.decode(png(16, RGB, rows, turn, key(0x1FF, 2, 3), channels=3))
-    assert found[:, 0].tolist() == [[1, 0, 0, 0], [1, 0, 0, 255], [0, 0, 0, 255]]
-    found = image_io.decode(png(16, GREY, [[0x1234, 0x1235]], turn, key(0x1235), channels=1))
-    assert found[:, 0].tolist() == grey((0x12, 255), (0x12, 0))
+    pixels = image_io.decode(png(16, RGB, rows, orientation, key(0x1FF, 2, 3), channels=3))
+    assert pixels[:, 0].tolist() == [[1, 0, 0, 0], [1, 0, 0, 255], [0, 0, 0, 255]]
+    pixels = image_io.decode(
+        png(16, GREY, [[0x1234, 0x1235]], orientation, key(0x1235), channels=1)
+    )
+    assert pixels[:, 0].tolist() == grey((0x12, 255), (0x12, 0))
 
 
-def test_a_transparent_colour_goes_with_interlacing() -> None:
+def test_transparent_colour_of_interlaced_png_is_decoded() -> None:
     first, second, third = [0x1FF, 2, 3], [0x1FE, 2, 3], [9, 9, 9]
     passes = [first, third, second]  # of a row of three: columns 0, 2, 1
     data = png(16, RGB, passes, key(0x1FE, 2, 3), channels=3, interlaced=(3, 1))
     assert image_io.decode(data).tolist() == [[[1, 0, 0, 255], [1, 0, 0, 0], [0, 0, 0, 255]]]
 
 
-def test_every_depth_agrees_on_a_larger_picture() -> None:
-    """Many rows, as bit-packed as they come: the same hole at every depth of grey."""
+def test_transparent_colour_of_every_depth_is_decoded_in_a_larger_image() -> None:
+    """Grey of every bit depth in rows that are not whole bytes."""
     random = np.random.default_rng(0)
     for depth in (1, 2, 4, 8, 16):
         samples = random.integers(0, 2**depth, (23, 19))
-        hole = int(samples[11, 7])
-        found = image_io.decode(png(depth, GREY, samples.tolist(), key(hole), channels=1))
-        np.testing.assert_array_equal(found[..., 3] == 0, samples == hole)
+        transparent = int(samples[11, 7])
+        pixels = image_io.decode(png(depth, GREY, samples.tolist(), key(transparent), channels=1))
+        np.testing.assert_array_equal(pixels[..., 3] == 0, samples == transparent)
         scaled = samples >> 8 if depth == 16 else samples * (255 // (2**depth - 1))
-        np.testing.assert_array_equal(found[..., 0], scaled)
+        np.testing.assert_array_equal(pixels[..., 0], scaled)
 
 
-def test_a_file_of_many_parts_is_refused_at_once() -> None:
-    """20 MB of empty chunks or markers took Pillow minutes, each, in Python."""
+def test_file_of_too_many_parts_is_refused() -> None:
+    """Bug: 20 MB of empty chunks or markers took Pillow minutes."""
     tiny = png(8, GREY, [[1]], channels=1)
     start = tiny.index(b"IDAT") - 4
     many = chunk(b"teSt", b"") * (image_io.MAX_PARTS + 1)
@@ -187,7 +194,7 @@ def test_a_file_of_many_parts_is_refused_at_once() -> None:
 
 
 def scans(count: int, size: int = 64) -> bytes:
-    """A progressive JPEG whose last scan comes again and again."""
+    """Return a progressive JPEG whose last scan is repeated."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -198,8 +205,8 @@ def scans(count: int, size: int = 64) -> bytes:
     return data[:-2] + scan * (count - data.count(b"\xff\xda")) + data[-2:]
 
 
-def test_a_jpeg_of_many_scans_is_refused_and_one_of_some_is_read() -> None:
-    """A file of 35 kB with 400 scans of 2,048 x 2,048 pixels took seconds; time had no bound."""
+def test_jpeg_of_too_many_scans_is_refused() -> None:
+    """Bug: a file of 35 kB with 400 scans of 2,048 x 2,048 pixels took seconds, without a limit."""
     assert image_io.decode(scans(image_io.MAX_SCANS)).shape == (64, 64, 4)
     with pytest.raises(image_io._TooLarge, match=naming(image_io.MAX_SCANS)):
         image_io.decode(scans(image_io.MAX_SCANS + 1))

@@ -1,4 +1,4 @@
-"""Both networks: shapes, what they heed, what they begin as; and that they learn."""
+"""Both networks: initialization, dependence on inputs and config, training, checkpoints."""
 
 from dataclasses import fields, replace
 
@@ -22,8 +22,8 @@ both = pytest.mark.parametrize("cfg", CONFIGS, ids=["unet", "dit"])
 
 
 @pytest.fixture(scope="module")
-def fresh():
-    """Weights as they begin, by config."""
+def initial():
+    """Return initial weights by config."""
     return {cfg: model.init(jax.random.key(0), cfg) for cfg in CONFIGS}
 
 
@@ -39,27 +39,27 @@ def inputs(cfg, rows=3, words=4, seed=1):
 
 
 @both
-def test_debug_presets_are_small(cfg):
+def test_debug_configs_have_under_50_000_weights(cfg):
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes(cfg))) < 50_000
 
 
 @both
-def test_a_fresh_network_makes_the_best_linear_guess(cfg, fresh):
-    """It says nothing yet; what is left is c_skip z, which at t = 1 is the picture itself."""
+def test_initial_network_predicts_the_best_linear_estimate(cfg, initial):
+    """The initial output is 0, so the prediction is c_skip z, which at t = 1 is the image."""
     z, t, text, keep = inputs(cfg)
-    params = fresh[cfg]
-    found = model.denoise(params, cfg, z, t, text, keep)
+    params = initial[cfg]
+    predicted = model.denoise(params, cfg, z, t, text, keep)
     gain = t * cfg.spread**2 / ((t * cfg.spread) ** 2 + (1 - t) ** 2)
-    np.testing.assert_allclose(found, gain[:, None, None, None] * z, atol=1e-6)
+    np.testing.assert_allclose(predicted, gain[:, None, None, None] * z, atol=1e-6)
     np.testing.assert_allclose(model.denoise(params, cfg, z, t * 0 + 1, text, keep), z, atol=1e-6)
 
 
 @both
-def test_everything_that_goes_in_is_heeded(cfg):
+def test_prediction_depends_on_every_input(cfg):
     z, t, text, keep = inputs(cfg)
     params = random_params(cfg)
-    found = model.denoise(params, cfg, z, t, text, keep)
-    assert found.shape == z.shape and found.dtype == jnp.float32
+    predicted = model.denoise(params, cfg, z, t, text, keep)
+    assert predicted.shape == z.shape and predicted.dtype == jnp.float32
     for other in (
         (z + 0.1, t, text, keep),
         (z, t + 0.05, text, keep),
@@ -68,17 +68,17 @@ def test_everything_that_goes_in_is_heeded(cfg):
         (z, t, replace(text, mask=~text.mask), keep),
         (z, t, text, ~keep),
     ):
-        assert float(jnp.abs(model.denoise(params, cfg, *other) - found).max()) > 1e-4
+        assert float(jnp.abs(model.denoise(params, cfg, *other) - predicted).max()) > 1e-4
 
 
 @both
-def test_padding_and_a_prompt_not_shown_change_nothing(cfg):
+def test_padding_and_dropped_prompts_have_no_effect(cfg):
     z, t, text, keep = inputs(cfg)
     params = random_params(cfg)
-    found = model.denoise(params, cfg, z, t, text, keep)
+    predicted = model.denoise(params, cfg, z, t, text, keep)
     states = jnp.where(text.mask[..., None], text.states, 1e3)
     masked = model.denoise(params, cfg, z, t, replace(text, states=states), keep)
-    np.testing.assert_allclose(masked, found, atol=1e-5)
+    np.testing.assert_allclose(masked, predicted, atol=1e-5)
     other = PromptEmbeds(text.states + 1, ~text.mask, text.pooled - 1)
     np.testing.assert_allclose(
         model.denoise(params, cfg, z, t, text, ~keep),
@@ -88,16 +88,16 @@ def test_padding_and_a_prompt_not_shown_change_nothing(cfg):
 
 
 @both
-def test_rows_do_not_see_each_other(cfg):
+def test_rows_are_independent(cfg):
     z, t, text, keep = inputs(cfg)
     params = random_params(cfg)
-    found = model.denoise(params, cfg, z, t, text, keep)
+    predicted = model.denoise(params, cfg, z, t, text, keep)
     first = jax.tree.map(lambda a: a[:1], (z, t, text, keep))
-    np.testing.assert_allclose(model.denoise(params, cfg, *first), found[:1], atol=1e-5)
+    np.testing.assert_allclose(model.denoise(params, cfg, *first), predicted[:1], atol=1e-5)
 
 
 @both
-def test_every_field_of_the_config_does_something(cfg):
+def test_every_config_field_has_an_effect(cfg):
     others = {
         "image_size": 16, "channels": (8, 24), "blocks": (1, 2), "attention": (True, True),
         "head_dim": 4, "spread": 0.5, "d_cond": 24, "text_dim": 8, "patch": 4, "num_layers": 1,
@@ -126,43 +126,45 @@ def test_every_field_of_the_config_does_something(cfg):
         (DiTConfig.debug, {"num_layers": True}, ["num_layers", True]),
     ],
 )
-def test_configs_refuse_what_cannot_be(make, changes, facts):
+def test_invalid_config_fields_are_named(make, changes, facts):
     with pytest.raises(ValueError, match=naming(*facts)):
         make(**changes)
 
 
-def test_positions_of_the_transformer_are_relative_and_two_dimensional():
-    """A query and a key meet alike wherever the pair stands, not where its direction differs."""
+def test_rotary_angles_depend_on_row_and_column():
+    """Half of the channel pairs is rotated by the row, half by the column; prompts are not."""
     cfg = DiTConfig.debug(num_heads=1, d_model=16)
     cos, sin = dit.rotary_angles(4, 4, 2, cfg)
     assert cos.shape == (1, 18, 1, 8)
-    np.testing.assert_array_equal(np.asarray(cos[0, 16:]), 1)  # words are not turned
+    np.testing.assert_array_equal(np.asarray(cos[0, 16:]), 1)  # prompt tokens are not rotated
     np.testing.assert_array_equal(np.asarray(sin[0, 16:]), 0)
     frequency = rope.frequencies(8, cfg.rope_theta)
     np.testing.assert_allclose(cos[0, 4 * 2 + 3, 0, :4], np.cos(2 * frequency), rtol=1e-6)
     np.testing.assert_allclose(sin[0, 4 * 2 + 3, 0, 4:], np.sin(3 * frequency), rtol=1e-6)
 
 
-def test_folding_keeps_blocks_together():
+def test_space_to_depth_keeps_blocks_together():
     x = jnp.arange(4 * 4).reshape(1, 4, 4, 1)
     assert layers.space_to_depth(x)[0, 0, 1].tolist() == [2, 3, 6, 7]
     x = jnp.arange(2 * 8 * 8 * 3).reshape(2, 8, 8, 3)
-    for by in (2, 4):
-        np.testing.assert_array_equal(layers.depth_to_space(layers.space_to_depth(x, by), by), x)
+    for block in (2, 4):
+        np.testing.assert_array_equal(
+            layers.depth_to_space(layers.space_to_depth(x, block), block), x
+        )
 
 
 @both
-def test_the_flow_loss_is_that_of_the_velocity(cfg):
+def test_flow_loss_equals_velocity_error(cfg):
     x, t, text, keep = inputs(cfg)
     e = jax.random.normal(jax.random.key(5), x.shape)
     params = random_params(cfg)
     time = t[:, None, None, None]
     z = time * x + (1 - time) * e
-    seen = model.denoise(params, cfg, z, t, text, keep)
-    velocity = (seen - z) / (1 - time)
+    clean = model.denoise(params, cfg, z, t, text, keep)
+    velocity = (clean - z) / (1 - time)
     expected = jnp.mean((velocity - (x - e)) ** 2, (1, 2, 3))
-    found = model.flow_loss(params, cfg, x, e, t, text, keep)
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    loss = model.flow_loss(params, cfg, x, e, t, text, keep)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -170,11 +172,11 @@ def test_the_flow_loss_is_that_of_the_velocity(cfg):
     [CONFIGS[0], pytest.param(CONFIGS[1], marks=pytest.mark.slow)],
     ids=["unet", "dit"],
 )
-def test_a_prompt_is_learnt(cfg, fresh):
-    """Two prompts, two colours: after some steps each prompt gives its own."""
+def test_training_on_two_prompts_separates_them(cfg, initial):
+    """Two prompts, two colours: after training, each prompt gives its own colour."""
     _, _, text, keep = inputs(cfg, rows=2)
     x = jnp.stack([jnp.full((8, 8, 3), 0.8), jnp.full((8, 8, 3), -0.8)])
-    params = fresh[cfg]
+    params = initial[cfg]
     optimizer = optax.adam(3e-3)
 
     @jax.jit
@@ -192,17 +194,17 @@ def test_a_prompt_is_learnt(cfg, fresh):
     for number in range(120):
         params, state = step(params, state, jax.random.key(number))
     noise = jax.random.normal(jax.random.key(9), x.shape)
-    found = model.denoise(params, cfg, noise, jnp.zeros(2), text, keep)
-    assert float(found[0].mean()) > 0.5 and float(found[1].mean()) < -0.5
+    predicted = model.denoise(params, cfg, noise, jnp.zeros(2), text, keep)
+    assert float(predicted[0].mean()) > 0.5 and float(predicted[1].mean()) < -0.5
 
 
 @both
-def test_a_denoiser_comes_back_from_disk(cfg, tmp_path):
+def test_saved_denoiser_loads_equal(cfg, tmp_path):
     params = random_params(cfg)
     checkpoint.save(tmp_path, params, cfg)
-    found, found_cfg = checkpoint.load(tmp_path)
-    assert found_cfg == cfg
-    jax.tree.map(np.testing.assert_array_equal, found, params)
+    loaded, loaded_cfg = checkpoint.load(tmp_path)
+    assert loaded_cfg == cfg
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
     checkpoint.save(tmp_path, params, cfg, dtype="float16")
     half, _ = checkpoint.load(tmp_path)
     for a, b in zip(jax.tree.leaves(half), jax.tree.leaves(params), strict=True):
@@ -210,7 +212,7 @@ def test_a_denoiser_comes_back_from_disk(cfg, tmp_path):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_what_does_not_fit_is_refused(tmp_path):
+def test_mismatched_checkpoint_is_refused(tmp_path):
     cfg = UNetConfig.debug()
     checkpoint.save(tmp_path, random_params(cfg), cfg)
     config = tmp_path / "config.json"

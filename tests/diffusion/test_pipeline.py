@@ -1,4 +1,4 @@
-"""Everything together, with the real reader and a tiny network; and the recipe that trains one."""
+"""The pipeline with the real text encoder and a tiny network, and the training recipe."""
 
 import json
 
@@ -18,109 +18,118 @@ from tests.naming import naming
 from training.recipes import emoji
 
 
-def test_a_prompt_is_read_as_the_encoder_reads_it(encoder):
-    read = TextEncoder(encoder)
-    text = read(["a red apple", "an automobile", "a car"])
+def test_text_encoder_pads_batches_and_truncates_prompts(encoder):
+    encode = TextEncoder(encoder)
+    text = encode(["a red apple", "an automobile", "a car"])
     assert text.states.shape == (3, MAX_TOKENS, 384) and text.mask.sum(1).tolist() == [5, 4, 4]
     np.testing.assert_allclose(np.linalg.norm(text.pooled, axis=-1), 1, rtol=1e-5)
     assert text.pooled[1] @ text.pooled[2] > text.pooled[0] @ text.pooled[1] + 0.2
-    alone = read(["a car"])
+    alone = encode(["a car"])
     np.testing.assert_allclose(alone.pooled[0], text.pooled[2], atol=1e-5)
-    many = read(["a car"] * 70 + ["an automobile"])
+    many = encode(["a car"] * 70 + ["an automobile"])
     np.testing.assert_allclose(many.pooled[-1], text.pooled[1], atol=1e-5)
-    long = read(["word " * 100])
+    long = encode(["word " * 100])
     assert long.mask.all()
 
 
-def test_pictures_follow_from_prompt_seed_and_number(folder, encoder):
-    found = diffusion.load(folder, encoder)
-    plan = SamplerOptions(steps=3)
-    pictures = found.generate(["a cat", "a cat", "a dog"], seed=1, options=plan)
-    assert pictures.shape == (3, 16, 16, 3) and pictures.dtype == np.uint8 and found.size == 16
-    np.testing.assert_array_equal(found.generate(["a cat"], seed=1, options=plan), pictures[:1])
-    assert (pictures[0] != pictures[1]).any()
-    assert (found.generate(["a dog"], seed=1, options=plan) != pictures[:1]).any()
-    assert (found.generate(["a cat"], seed=2, options=plan) != pictures[:1]).any()
+def test_images_depend_on_prompt_seed_and_index(folder, encoder):
+    pipe = diffusion.load(folder, encoder)
+    options = SamplerOptions(steps=3)
+    images = pipe.generate(["a cat", "a cat", "a dog"], seed=1, options=options)
+    assert images.shape == (3, 16, 16, 3) and images.dtype == np.uint8 and pipe.size == 16
+    np.testing.assert_array_equal(pipe.generate(["a cat"], seed=1, options=options), images[:1])
+    assert (images[0] != images[1]).any()
+    assert (pipe.generate(["a dog"], seed=1, options=options) != images[:1]).any()
+    assert (pipe.generate(["a cat"], seed=2, options=options) != images[:1]).any()
     stronger = SamplerOptions(steps=3, guidance=9.0)
-    assert (found.generate(["a cat"], seed=1, options=stronger) != pictures[:1]).any()
+    assert (pipe.generate(["a cat"], seed=1, options=stronger) != images[:1]).any()
 
 
-def test_every_step_can_be_shown(folder, encoder):
-    found = diffusion.load(folder, encoder)
-    plan = SamplerOptions(steps=4, sampler="heun", guidance=2.0)
-    steps = list(found.steps(["a cat"], sample.image_keys(0, 1), plan))
+def test_every_step_can_be_postprocessed(folder, encoder):
+    pipe = diffusion.load(folder, encoder)
+    options = SamplerOptions(steps=4, sampler="heun", guidance=2.0)
+    steps = list(pipe.steps(["a cat"], sample.image_keys(0, 1), options))
     assert len(steps) == 4
-    shown = [found.postprocess(clean) for _, clean in steps]
-    assert all(picture.shape == (1, 16, 16, 3) for picture in shown)
+    images = [pipe.postprocess(clean) for _, clean in steps]
+    assert all(image.shape == (1, 16, 16, 3) for image in images)
     np.testing.assert_array_equal(
-        found.postprocess(steps[-1][0]), found.generate(["a cat"], seed=0, options=plan)
+        pipe.postprocess(steps[-1][0]), pipe.generate(["a cat"], seed=0, options=options)
     )
 
 
-def test_guidance_of_one_is_the_network_with_the_prompt(folder, encoder):
-    found = diffusion.load(folder, encoder)
-    text = jax.tree.map(jnp.asarray, found.text_encoder(["a cat"]))
+def test_guidance_of_one_equals_the_conditional_prediction(folder, encoder):
+    pipe = diffusion.load(folder, encoder)
+    text = jax.tree.map(jnp.asarray, pipe.text_encoder(["a cat"]))
     z, t = sample.normal(sample.image_keys(0, 1), (8, 8, 3)), jnp.full(1, 0.4)
-    args = (found.denoiser, found.cfg, z)
-    seen = model.denoise(*args, t, text, jnp.array([True]))
+    args = (pipe.denoiser, pipe.cfg, z)
+    conditional = model.denoise(*args, t, text, jnp.array([True]))
     np.testing.assert_allclose(
-        pipeline.denoise_with_guidance(*args, 0.4, text, 1.0), seen, atol=1e-5
+        pipeline.denoise_with_guidance(*args, 0.4, text, 1.0), conditional, atol=1e-5
     )
-    unseen = model.denoise(*args, t, text, jnp.array([False]))
+    unconditional = model.denoise(*args, t, text, jnp.array([False]))
     np.testing.assert_allclose(
         pipeline.denoise_with_guidance(*args, 0.4, text, 3.0),
-        unseen + 3 * (seen - unseen),
+        unconditional + 3 * (conditional - unconditional),
         atol=1e-4,
     )
 
 
-def test_an_empty_prompt_is_none(tiny):
+def test_empty_prompt_equals_no_prompt(tiny):
     z, t = sample.normal(sample.image_keys(0, 2), (8, 8, 3)), jnp.full(2, 0.4)
     text = tiny.encode_prompts([" ", "a cat"])
     assert text.mask.any(1).tolist() == [False, True]
-    given = (tiny.denoiser, tiny.cfg, z)
-    unseen = model.denoise(*given, t, text, jnp.zeros(2, bool))
-    found = pipeline.denoise_with_guidance(*given, 0.4, text, 3.0)
-    np.testing.assert_allclose(found[0], unseen[0], atol=1e-5)
-    assert np.abs(found[1] - unseen[1]).max() > 1e-3
+    arguments = (tiny.denoiser, tiny.cfg, z)
+    unconditional = model.denoise(*arguments, t, text, jnp.zeros(2, bool))
+    predicted = pipeline.denoise_with_guidance(*arguments, 0.4, text, 3.0)
+    np.testing.assert_allclose(predicted[0], unconditional[0], atol=1e-5)
+    assert np.abs(predicted[1] - unconditional[1]).max() > 1e-3
 
 
-def test_plans_refuse_what_cannot_be():
+def test_invalid_sampler_options_are_named():
     for field, value in {"steps": 0, "sampler": "plms", "guidance": -1.0, "shift": 100.0}.items():
         with pytest.raises(ValueError, match=naming(field, repr(value))):
             SamplerOptions(**{field: value})
 
 
-def test_a_fresh_upscaler_doubles_every_pixel():
+def test_initial_upscaler_doubles_every_pixel():
     weights = layers.init(jax.random.key(0), upscale.abstract(UPSCALER))
     x = jax.random.uniform(jax.random.key(1), (2, 6, 4, 3))
-    found = upscale.upscale_2x(weights, UPSCALER, x)
-    np.testing.assert_array_equal(found, np.repeat(np.repeat(x, 2, 1), 2, 2))
+    upscaled = upscale.upscale_2x(weights, UPSCALER, x)
+    np.testing.assert_array_equal(upscaled, np.repeat(np.repeat(x, 2, 1), 2, 2))
     assert upscale.resize(pipeline.to_uint8(x)[0], 32).shape == (32, 32, 3)
 
 
-def test_a_grid_keeps_pictures_whole():
-    pictures = np.arange(3 * 2 * 2 * 1, dtype=np.uint8).reshape(3, 2, 2, 1)
-    sheet = pipeline.make_grid(pictures, 2)
-    assert sheet[..., 0].tolist() == [
+def test_make_grid_keeps_images_whole():
+    images = np.arange(3 * 2 * 2 * 1, dtype=np.uint8).reshape(3, 2, 2, 1)
+    grid = pipeline.make_grid(images, 2)
+    assert grid[..., 0].tolist() == [
         [0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 255, 255], [10, 11, 255, 255],
     ]  # fmt: skip
 
 
-def test_the_command_draws(folder, encoder, tmp_path, capsys):
+def test_command_writes_an_image(folder, encoder, tmp_path, capsys):
     out = tmp_path / "cats.png"
-    given = ["--model", str(folder), "--encoder", str(encoder), "--steps", "3", "--out", str(out)]
-    assert command.main([*given, "-n", "2", "a cat", "a dog"]) == 0
+    arguments = [
+        "--model",
+        str(folder),
+        "--encoder",
+        str(encoder),
+        "--steps",
+        "3",
+        "--out",
+        str(out),
+    ]
+    assert command.main([*arguments, "-n", "2", "a cat", "a dog"]) == 0
     assert Image.open(out).size == (32, 32)
-    assert command.main([*given, "--strip", "a cat"]) == 0
+    assert command.main([*arguments, "--strip", "a cat"]) == 0
     assert Image.open(out).size == (48, 32)
-    assert command.main([*given[2:], "--model", str(tmp_path), "a cat"]) == 1
+    assert command.main([*arguments[2:], "--model", str(tmp_path), "a cat"]) == 1
     assert "config.json" in capsys.readouterr().err
 
 
 @pytest.fixture
 def pack(tmp_path, encoder):
-    """A pack of squares: few, but with captions read by the real encoder."""
+    """Write a data set of random squares, with captions encoded by the real encoder."""
     random = np.random.default_rng(0)
     concepts = [
         data.Concept(f"{n:x}", name, name, {name: 0.7, f"a {name}": 0.3}, 3, 1.0, False)
@@ -147,38 +156,38 @@ def pack(tmp_path, encoder):
 
 
 @pytest.mark.slow
-def test_the_recipe_trains_and_exports(pack, encoder, tmp_path, monkeypatch):
+def test_recipe_trains_and_exports(pack, encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(emoji, "UNET", CFG)
     monkeypatch.setattr(emoji, "UPSCALER", UPSCALER)
     monkeypatch.setattr(emoji, "SAMPLE_PROMPTS", ("cat", "dog"))
-    run, twice, made = tmp_path / "run", tmp_path / "twice", tmp_path / "model"
-    given = ["--pack", str(pack), "--batch-size", "4", "--steps", "3"]
-    assert emoji.main(["denoiser", *given, "--encoder", str(encoder), "--out", str(run)]) == 0
+    run, upscaler_run, exported = tmp_path / "run", tmp_path / "twice", tmp_path / "model"
+    arguments = ["--pack", str(pack), "--batch-size", "4", "--steps", "3"]
+    assert emoji.main(["denoiser", *arguments, "--encoder", str(encoder), "--out", str(run)]) == 0
     assert Image.open(run / "grid-000003.png").size == (80, 8)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 3] and "valid_loss" in lines[-1]
-    assert emoji.main(["upscaler", *given, "--out", str(twice)]) == 0
-    for folder, name in ((run, "denoiser"), (twice, "upscaler")):
-        assert emoji.main(["export", "--run", str(folder), "--out", str(made / name)]) == 0
-    found = diffusion.load(made, encoder)
-    assert found.generate(["cat"], options=SamplerOptions(steps=2)).shape == (1, 16, 16, 3)
+    assert emoji.main(["upscaler", *arguments, "--out", str(upscaler_run)]) == 0
+    for folder, name in ((run, "denoiser"), (upscaler_run, "upscaler")):
+        assert emoji.main(["export", "--run", str(folder), "--out", str(exported / name)]) == 0
+    pipe = diffusion.load(exported, encoder)
+    assert pipe.generate(["cat"], options=SamplerOptions(steps=2)).shape == (1, 16, 16, 3)
 
 
-def test_a_second_run_begins_where_the_mean_of_the_first_stood(tmp_path):
+def test_second_run_starts_from_the_given_weights(tmp_path):
     start = random_params(CFG)
-    begun = emoji.DenoisingTask(CFG, init_params=start).init(jax.random.key(3))
-    jax.tree.map(np.testing.assert_array_equal, begun, start)
+    initial = emoji.DenoisingTask(CFG, init_params=start).init(jax.random.key(3))
+    jax.tree.map(np.testing.assert_array_equal, initial, start)
 
 
-def test_pictures_held_out_are_never_drawn_and_plain_words_more_often(pack):
-    found = data.EmojiDataset(pack)
+def test_held_out_images_are_never_sampled_and_plain_words_more_often(pack):
+    dataset = data.EmojiDataset(pack)
     settings = emoji.EmojiConfig(pack=pack, out=pack)
-    shares = emoji.sampling_shares(found, settings, frozenset({"cat"}))
-    assert shares[found.held_out].tolist() == [0] * emoji.VALIDATION_BATCH_SIZE
+    shares = emoji.sampling_shares(dataset, settings, frozenset({"cat"}))
+    assert shares[dataset.held_out].tolist() == [0] * emoji.VALIDATION_BATCH_SIZE
     np.testing.assert_allclose(shares[:3], shares[3:6] * settings.common)
     np.testing.assert_allclose(shares[1] / shares[0], settings.styles[1] / settings.styles[0])
-    batch = emoji.make_batches(found, settings, shares, 32)
-    again = emoji.make_batches(found, settings, shares, 32)
+    batch = emoji.make_batches(dataset, settings, shares, 32)
+    again = emoji.make_batches(dataset, settings, shares, 32)
     for name, array in batch(5).items():
         np.testing.assert_array_equal(array, again(5)[name])
     assert (batch(5)["x"] != batch(6)["x"]).any()

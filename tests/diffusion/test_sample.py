@@ -1,4 +1,4 @@
-"""Samplers: diffusers' numbers, what they have in common, and what they refuse."""
+"""Samplers: results of diffusers, common properties, and invalid arguments."""
 
 import jax
 import jax.numpy as jnp
@@ -12,29 +12,29 @@ from tests.naming import naming
 
 pytestmark = pytest.mark.heavy
 
-RULES = ("euler", "ddim", "ddpm", "heun", "dpmpp")
+SAMPLERS = ("euler", "ddim", "ddpm", "heun", "dpmpp")
 
 
 def _vp(ratio: float) -> NoiseLevel:
     return schedule.from_alpha_bar(1 / (1 + ratio**2))
 
 
-def _walk(start, levels, rule, **kw):
-    steps = sample.steps(dummy, jnp.asarray(start), levels, rule, **kw)
+def _noisy_images(start, levels, sampler, **kw):
+    steps = sample.steps(dummy, jnp.asarray(start), levels, sampler, **kw)
     return np.stack([np.asarray(step.noisy) for step in steps])
 
 
-@pytest.mark.parametrize("rule", ["ddim", "ddpm"])
-def test_ddim_and_ddpm_are_those_of_diffusers(rule, monkeypatch):
-    drawn = iter(GOLDEN["ddpm_noise"])
-    monkeypatch.setattr(sample, "normal", lambda keys, shape: next(drawn))
-    levels = schedule.ddpm_levels(schedule.linear_betas(), len(GOLDEN[rule]))
-    found = _walk(GOLDEN["start"], levels, rule, keys=sample.image_keys(0, 2))
-    np.testing.assert_allclose(found, GOLDEN[rule], atol=1e-5)
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_ddim_and_ddpm_match_diffusers(sampler, monkeypatch):
+    noises = iter(GOLDEN["ddpm_noise"])
+    monkeypatch.setattr(sample, "normal", lambda keys, shape: next(noises))
+    levels = schedule.ddpm_levels(schedule.linear_betas(), len(GOLDEN[sampler]))
+    images = _noisy_images(GOLDEN["start"], levels, sampler, keys=sample.image_keys(0, 2))
+    np.testing.assert_allclose(images, GOLDEN[sampler], atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("name", "rule", "level"),
+    ("name", "sampler", "level"),
     [
         ("dpmpp", "dpmpp", _vp),
         ("dpmpp_flow", "dpmpp", lambda sigma: schedule.from_flow(1 - sigma)),
@@ -43,15 +43,15 @@ def test_ddim_and_ddpm_are_those_of_diffusers(rule, monkeypatch):
         ("euler_sigma", "euler", schedule.from_sigma),
     ],
 )
-def test_samplers_are_those_of_diffusers(name, rule, level):
+def test_samplers_match_diffusers(name, sampler, level):
     sigmas = GOLDEN[f"{name}_sigmas"]
     levels = [level(float(sigma)) for sigma in sigmas]
     start = GOLDEN["start"] * (sigmas[0] if name == "euler_sigma" else 1)
-    found = _walk(start, levels, rule)
-    np.testing.assert_allclose(found, GOLDEN[name], rtol=1e-5, atol=1e-5)
+    images = _noisy_images(start, levels, sampler)
+    np.testing.assert_allclose(images, GOLDEN[name], rtol=1e-5, atol=1e-5)
 
 
-def test_spacings_are_those_of_diffusers():
+def test_levels_match_diffusers():
     karras = GOLDEN["euler_sigma_sigmas"]
     ours = schedule.karras_levels(len(karras) - 1, karras[-2], karras[0])
     np.testing.assert_allclose([level.sigma for level in ours], karras, rtol=1e-4)
@@ -59,58 +59,58 @@ def test_spacings_are_those_of_diffusers():
     np.testing.assert_allclose(shifted, [1, 9 / 10, 3 / 4, 1 / 2, 0])
 
 
-def _truth(z, level):
-    """The best network there is where pictures are normal: mean 0.5, deviation 0.3."""
+def _exact_denoiser(z, level):
+    """Predict optimally for normally distributed images of mean 0.5 and deviation 0.3."""
     gain = level.alpha * 0.09 / (level.alpha**2 * 0.09 + level.sigma**2)
     return 0.5 + gain * (z - 0.5 * level.alpha)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_every_rule_draws_from_the_distribution(rule):
-    """With a perfect network and many steps, what comes out is distributed as pictures are."""
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_samples_the_distribution(sampler):
+    """With the optimal network and many steps, the result has the distribution of the images."""
     keys = sample.image_keys(0, 64)
     levels = schedule.ddpm_levels(schedule.cosine_betas(), 100)
     levels = [level for level in levels if level.alpha > 0.01]
     z = sample.normal(keys, (8, 8, 3))
-    found = np.asarray(sample.sample(_truth, z, levels, rule, keys=keys))
-    assert found.mean() == pytest.approx(0.5, abs=0.02)
-    assert found.std() == pytest.approx(0.3, abs=0.02)
+    images = np.asarray(sample.sample(_exact_denoiser, z, levels, sampler, keys=keys))
+    assert images.mean() == pytest.approx(0.5, abs=0.02)
+    assert images.std() == pytest.approx(0.3, abs=0.02)
 
 
-def test_more_steps_come_nearer_to_the_truth_and_second_order_sooner():
-    """Where pictures are normal the flow is known: it moves noise e to 0.5 + 0.3 e."""
+def test_errors_decrease_with_the_order_of_the_sampler():
+    """For normally distributed images the exact flow moves noise e to 0.5 + 0.3 e."""
     z = sample.normal(sample.image_keys(1, 2), (4, 4, 3))
 
-    def error(rule: str, count: int) -> float:
-        found = sample.sample(_truth, z, schedule.flow_levels(count), rule)
-        return float(jnp.abs(found - (0.5 + 0.3 * z)).max())
+    def error(sampler: str, count: int) -> float:
+        result = sample.sample(_exact_denoiser, z, schedule.flow_levels(count), sampler)
+        return float(jnp.abs(result - (0.5 + 0.3 * z)).max())
 
-    for rule, gain in (("euler", 1.8), ("heun", 3.4)):
-        assert error(rule, 16) > gain * error(rule, 32)
-        assert error(rule, 32) > gain * error(rule, 64)
-    for rule in ("heun", "dpmpp"):
-        assert error(rule, 32) < error("euler", 32) / 2
+    for sampler, gain in (("euler", 1.8), ("heun", 3.4)):
+        assert error(sampler, 16) > gain * error(sampler, 32)
+        assert error(sampler, 32) > gain * error(sampler, 64)
+    for sampler in ("heun", "dpmpp"):
+        assert error(sampler, 32) < error("euler", 32) / 2
 
 
-def test_the_notation_does_not_matter():
-    """The same ratios, written as a flow, with variance 1, or with sigma: the same picture."""
+def test_equal_ratios_in_any_notation_give_equal_images():
+    """The same ratios as a flow, with variance 1, or with sigma give the same image."""
     flow = schedule.flow_levels(8)[1:]
     z = sample.normal(sample.image_keys(0, 2), (4, 4, 3))
-    for rule in ("ddim", "heun", "dpmpp"):
-        found = []
-        for make in (
+    for sampler in ("ddim", "heun", "dpmpp"):
+        images = []
+        for convert in (
             lambda level: level,
             lambda level: schedule.from_alpha_bar(schedule.to_alpha_bar(level)),
             lambda level: schedule.from_sigma(level.ratio),
         ):
-            levels = [make(level) for level in flow]
+            levels = [convert(level) for level in flow]
             start = schedule.rescale(z, flow[0], levels[0])
-            found.append(np.asarray(sample.sample(dummy, start, levels, rule)))
-        np.testing.assert_allclose(found[1], found[0], atol=2e-5)
-        np.testing.assert_allclose(found[2], found[0], atol=2e-5)
+            images.append(np.asarray(sample.sample(dummy, start, levels, sampler)))
+        np.testing.assert_allclose(images[1], images[0], atol=2e-5)
+        np.testing.assert_allclose(images[2], images[0], atol=2e-5)
 
 
-def test_intermediates_are_the_noisy_and_the_predicted_picture():
+def test_steps_yield_the_noisy_and_the_predicted_image():
     z = sample.normal(sample.image_keys(0, 1), (4, 4, 3))
     levels = schedule.flow_levels(5)
     steps = list(sample.steps(dummy, z, levels, "euler"))
@@ -119,28 +119,28 @@ def test_intermediates_are_the_noisy_and_the_predicted_picture():
     np.testing.assert_array_equal(steps[-1].noisy, steps[-1].clean)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_a_picture_depends_on_its_seed_and_number_alone(rule):
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_image_depends_on_its_seed_and_index_only(sampler):
     levels = schedule.flow_levels(4)
 
-    def pictures(seed: int, count: int) -> np.ndarray:
+    def images(seed: int, count: int) -> np.ndarray:
         keys = sample.image_keys(seed, count)
         z = sample.normal(keys, (4, 4, 3))
-        return np.asarray(sample.sample(dummy, z, levels, rule, keys=keys))
+        return np.asarray(sample.sample(dummy, z, levels, sampler, keys=keys))
 
-    np.testing.assert_allclose(pictures(0, 3)[:2], pictures(0, 2), atol=1e-6)
-    assert np.abs(pictures(0, 1) - pictures(1, 1)).max() > 0.1
-    assert np.abs(pictures(0, 2)[0] - pictures(0, 2)[1]).max() > 0.1
+    np.testing.assert_allclose(images(0, 3)[:2], images(0, 2), atol=1e-6)
+    assert np.abs(images(0, 1) - images(1, 1)).max() > 0.1
+    assert np.abs(images(0, 2)[0] - images(0, 2)[1]).max() > 0.1
 
 
-def test_guidance_goes_from_the_one_picture_through_the_other():
+def test_guidance_extrapolates_through_the_conditional_prediction():
     with_prompt, without = jnp.array([3.0]), jnp.array([1.0])
     assert [
         float(sample.classifier_free_guidance(with_prompt, without, s)[0]) for s in (0, 1, 2)
     ] == [1, 3, 5]
 
 
-def test_what_cannot_be_walked_is_refused():
+def test_invalid_arguments_are_refused():
     z, levels = jnp.zeros((1, 2, 2, 3)), schedule.flow_levels(2)
     for facts, args in (
         (["sampler", "ddim", "'euler2'"], (levels, "euler2")),
@@ -152,8 +152,8 @@ def test_what_cannot_be_walked_is_refused():
             next(sample.steps(dummy, z, *args))
 
 
-def test_keys_are_those_of_jax():
-    """So that a seed means the same to whoever folds it in as the docstring says."""
+def test_image_keys_equal_fold_in():
+    """The documented derivation of keys from a seed."""
     expected = jax.random.fold_in(jax.random.key(7), 2)
     assert jnp.array_equal(
         jax.random.key_data(sample.image_keys(7, 3)[2]), jax.random.key_data(expected)

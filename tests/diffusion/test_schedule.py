@@ -1,4 +1,4 @@
-"""Notations of noise, and what a network may say: algebra, and diffusers' numbers."""
+"""Noise notations and prediction types: identities, and results of diffusers."""
 
 import numpy as np
 import pytest
@@ -19,22 +19,22 @@ LEVELS = [
 
 @pytest.mark.parametrize("level", LEVELS, ids=str)
 @pytest.mark.parametrize("kind", schedule.PREDICTION_TYPES)
-def test_every_prediction_gives_picture_and_noise_back(kind, level):
+def test_every_prediction_type_recovers_image_and_noise(kind, level):
     z = level.alpha * X + level.sigma * E
-    said = schedule.target(kind, X, E, level)
-    x = schedule.clean(kind, said, z, level)
+    output = schedule.target(kind, X, E, level)
+    x = schedule.clean(kind, output, z, level)
     np.testing.assert_allclose(x, X, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(schedule.noise(x, z, level), E, rtol=1e-6, atol=1e-6)
 
 
-def test_an_unknown_prediction_is_named():
+def test_unknown_prediction_type_is_named():
     for call in (schedule.target, schedule.clean):
         with pytest.raises(ValueError, match="'score'"):
             call("score", X, E, NoiseLevel(0.5, 0.5))
 
 
 @pytest.mark.parametrize("level", LEVELS, ids=str)
-def test_the_notations_name_the_same_ratio(level):
+def test_conversions_preserve_the_ratio(level):
     for other in (
         schedule.from_flow(schedule.to_flow(level)),
         schedule.from_alpha_bar(schedule.to_alpha_bar(level)),
@@ -45,15 +45,15 @@ def test_the_notations_name_the_same_ratio(level):
         np.testing.assert_allclose(z, other.alpha * X + other.sigma * E, rtol=1e-9)
 
 
-def test_a_flow_is_straight():
-    """A quarter of the way is a quarter of the picture, and the velocity is the same all along."""
+def test_velocity_of_a_flow_is_constant():
+    """The velocity at t = 0.25 leads from there to t = 0.5 exactly."""
     quarter, half = (schedule.from_flow(t) for t in (0.25, 0.5))
     z = quarter.alpha * X + quarter.sigma * E
     velocity = schedule.target("flow", X, E, quarter)
     np.testing.assert_allclose(z + 0.25 * velocity, half.alpha * X + half.sigma * E)
 
 
-def test_betas_are_those_of_diffusers():
+def test_betas_match_diffusers():
     for name, betas in (
         ("linear", schedule.linear_betas()),
         ("cosine", schedule.cosine_betas()),
@@ -61,7 +61,7 @@ def test_betas_are_those_of_diffusers():
         np.testing.assert_allclose(schedule.alpha_bars(betas), GOLDEN[name], rtol=1e-4, atol=1e-7)
 
 
-def test_mixtures_and_velocities_are_those_of_diffusers():
+def test_noisy_images_and_velocities_match_diffusers():
     x, e = GOLDEN["picture"], GOLDEN["start"]
     bars = schedule.alpha_bars(schedule.linear_betas())
     for number, step in enumerate(GOLDEN["mixed"]):
@@ -78,14 +78,14 @@ def test_mixtures_and_velocities_are_those_of_diffusers():
 @pytest.mark.parametrize(
     ("ours", "theirs"), [("epsilon", "epsilon"), ("x0", "sample"), ("v", "v_prediction")]
 )
-def test_the_clean_picture_is_that_of_diffusers(ours, theirs):
+def test_clean_images_match_diffusers(ours, theirs):
     bars = schedule.alpha_bars(schedule.linear_betas())
     z = GOLDEN["start"]
     x = schedule.clean(ours, 0.3 * z + 0.1, z, schedule.from_alpha_bar(bars[500]))
     np.testing.assert_allclose(x, GOLDEN[theirs], rtol=1e-5, atol=1e-5)
 
 
-def test_karras_levels_fall_from_largest_to_smallest_to_nothing():
+def test_karras_levels_decrease_from_largest_to_zero():
     sigmas = [level.sigma for level in schedule.karras_levels(8)]
     assert sigmas[0] == pytest.approx(80) and sigmas[-2] == pytest.approx(0.002)
     assert sigmas[-1] == 0 and sigmas == sorted(sigmas, reverse=True)
@@ -97,8 +97,8 @@ def test_steps_that_do_not_divide_are_refused():
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.8, 0.99])
-def test_preconditioning_leaves_a_task_of_variance_one(t):
-    """Whatever the level: what goes in, and what there is left to say, have variance 1."""
+def test_preconditioned_input_and_target_have_unit_variance(t):
+    """At every level the network's input and the rest to predict have variance 1."""
     spread = 0.6
     x, e = RANDOM.standard_normal((2, 200_000))
     x = spread * x

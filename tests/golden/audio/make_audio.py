@@ -1,7 +1,7 @@
-"""Writes what openai-whisper makes of the clips: `python -m tests.golden.audio.make_audio`.
+"""Write the outputs of openai-whisper for the clips: `python -m tests.golden.audio.make_audio`.
 
 Needs openai-whisper 20250625 with torch, and the pulled models whisper-tiny.en and whisper-base.
-Parts of large arrays are kept, by fixed steps: enough to find any difference, in tens of kB.
+Large arrays are sampled at fixed steps to tens of kB, enough to find any difference.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def main() -> None:
                 )
                 ids = [*tokenizer.sot_sequence, *greedy.tokens]
                 logits = model.decoder(torch.tensor([ids]), sound)[0]
-            told = model.transcribe(samples, temperature=0.0, word_timestamps=True, **options)
-            words = [word for segment in told["segments"] for word in segment["words"]]
+            transcript = model.transcribe(samples, temperature=0.0, word_timestamps=True, **options)
+            words = [word for segment in transcript["segments"] for word in segment["words"]]
             arrays |= {
                 f"{clip}/mel": mel.T[::MEL_STEP].numpy(),
                 f"{clip}/sound": sound[0, ::SOUND_STEP].numpy(),
