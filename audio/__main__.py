@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0, or 1 if a file or the model could not be read.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m audio", description="Writes down what is said in sound files."
+        prog="python -m audio", description="Transcribe audio files with Whisper."
     )
     parser.add_argument(
         "--model",
@@ -39,15 +39,15 @@ def main(argv: list[str] | None = None) -> int:
         "--dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="of weights"
     )
     parser.add_argument(
-        "--spectrogram", type=Path, metavar="PNG", help="draw the sound with its words"
+        "--spectrogram", type=Path, metavar="PNG", help="plot the spectrogram with its words"
     )
     parser.add_argument(
-        "--alignment", type=Path, metavar="PNG", help="draw where each word was found"
+        "--alignment", type=Path, metavar="PNG", help="plot the alignment of tokens and time"
     )
     parser.add_argument("files", nargs="+", type=Path)
     args = parser.parse_args(argv)
     if (args.spectrogram or args.alignment) and len(args.files) > 1:
-        parser.error("a picture shows one file")
+        parser.error(f"--spectrogram and --alignment take one file, got {len(args.files)}")
     try:
         whisper = load_model(args.model, dtype=args.dtype)
         for path in args.files:

@@ -25,12 +25,12 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0, or 1 if a file could not be read or written.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m diffusion", description="Draws small pictures."
+        prog="python -m diffusion", description="Generate small images."
     )
     parser.add_argument("--model", type=Path, help="denoiser/ and upscaler/ [default: emoji-64]")
     parser.add_argument("--encoder", required=True, type=Path, help="all-minilm-l6-v2")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-n", type=int, default=1, metavar="N", help="pictures of each prompt")
+    parser.add_argument("-n", type=int, default=1, metavar="N", help="images of each prompt")
     parser.add_argument("--steps", type=int, default=SamplerOptions.steps)
     parser.add_argument("--rule", choices=sample.SAMPLERS, default=SamplerOptions.sampler)
     parser.add_argument("--guidance", type=float, default=SamplerOptions.guidance)
