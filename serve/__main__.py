@@ -1,4 +1,4 @@
-"""`python -m serve` is the `pellucid` command."""
+"""`python -m serve`: the `pellucid` command without an installation."""
 
 from serve.cli.main import main
 

@@ -1,5 +1,7 @@
-"""The `pellucid` command: `main` holds the root command, one file each the others.
+"""The `pellucid` command: `main` holds the root command, every other command has its own file.
 
-`console` is where output goes, `stdin` where text comes from, `options` what commands share.
-`local` finds and loads a model, `talk` generates in this process. Jobs are of `here` or `remote`.
+`console` writes output, `stdin` reads piped text, and `options` holds the options that several
+commands share. `local` finds and loads a model, `local_completion` generates text in this process.
+`finetune` works on jobs through `local_backend` or `remote_backend`. `old_flags` lists the earlier
+names of flags.
 """

@@ -1,6 +1,7 @@
-"""Pictures in a terminal: two pixels a character, the upper its ink and the lower its ground.
+"""Images in a terminal, as half blocks: each character shows two pixels, one above the other.
 
-They are drawn over what was shown last, so that one sees a picture come.
+The upper pixel is the foreground colour of the character, the lower pixel its background colour.
+Each preview overwrites the previous one, so that the user watches the denoising.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from serve.cli import console
 
 
 class AnsiPreview:
-    """Shows pictures in place, as many side by side as there is room for, or none.
+    """A preview that is redrawn in place, with as many images side by side as fit.
 
     Args:
-        stream: where to. If it is not a terminal, or one without colour, nothing is shown.
+        stream: the stream to write to. Nothing is written unless it is a terminal with colour.
     """
 
     def __init__(self, stream: TextIO):
@@ -26,7 +27,7 @@ class AnsiPreview:
         self.is_enabled = not console.is_plain(stream)
 
     def __call__(self, pictures: np.ndarray) -> None:
-        """Shows uint8 [B, Y, X, 3]."""
+        """Draw images, uint8 [B, Y, X, 3], over the previous ones."""
         if not self.is_enabled:
             return
         columns, rows = shutil.get_terminal_size()
@@ -38,18 +39,18 @@ class AnsiPreview:
         self._lines = len(lines)
 
     def done(self) -> None:
-        """What is shown next stands below."""
+        """Keep the last preview; draw the next one below it."""
         self._lines = 0
 
 
 def half_blocks(pictures: np.ndarray, truecolor: bool) -> list[str]:
-    """Lines of a terminal that show pictures side by side.
+    """Return lines of text with ANSI colours that show images side by side.
 
     Args:
-        pictures: uint8 [B, Y, X, 3]; an odd row at the end is left out.
-        deep: whether the terminal has all colours; else the nearest of 216 are used.
+        pictures: uint8 [B, Y, X, 3]. If Y is odd, the last row of pixels is left out.
+        truecolor: whether to use 24-bit colours; otherwise the nearest of 216 colours.
     """
-    count, height, width, _ = pictures.shape
+    _, height, width, _ = pictures.shape
     lines = []
     for y in range(0, height - 1, 2):
         parts = []
@@ -63,12 +64,12 @@ def half_blocks(pictures: np.ndarray, truecolor: bool) -> list[str]:
 
 
 def has_truecolor(environment: os._Environ[str] | dict[str, str]) -> bool:
-    """Whether the terminal says that it has all colours."""
+    """Return whether the terminal announces 24-bit colours (`COLORTERM`)."""
     return environment.get("COLORTERM", "") in ("truecolor", "24bit")
 
 
-def _colour(rgb: list[int], deep: bool) -> str:
-    if deep:
+def _colour(rgb: list[int], truecolor: bool) -> str:
+    if truecolor:
         return "2;" + ";".join(map(str, rgb))
     r, g, b = (round(value / 51) for value in rgb)
     return f"5;{16 + 36 * r + 6 * g + b}"

@@ -1,4 +1,4 @@
-"""What a server prints once it listens: its models, and two snippets ready to paste."""
+"""The banner of a server: its address, its models, and two examples to paste."""
 
 import json
 
@@ -8,17 +8,23 @@ from serve.models.spec import ModelSpec
 
 
 def banner(address: str, registry: Registry, *, has_keys: bool) -> str:
-    """The text for a server at `address`, which has no path. Keys themselves are never printed."""
+    """Return the text that a server prints when it starts to listen.
+
+    Args:
+        address: the URL of the server without a path, such as "http://127.0.0.1:8000".
+        registry: the models of the server, at least one of them loaded.
+        has_keys: whether requests need an API key. The text holds a placeholder, never a key.
+    """
     lines = []
-    for card in registry.list_models():
-        names = registry.aliases_of(card.id)
+    for model in registry.list_models():
+        names = registry.aliases_of(model.id)
         also = (
             f", also called {', '.join(names[:3])} and {len(names) - 3} more" if names[3:] else ""
         )
-        how = "loaded when first asked for"
-        if not isinstance(card, ModelSpec):
-            how = f"{card.context:,} tokens of context, in {card.dtype}, {card.fingerprint}"
-        lines.append(f"  {card.id}: {how}{also}")
+        state = "loaded at its first request"
+        if not isinstance(model, ModelSpec):
+            state = f"{model.context:,} tokens of context, in {model.dtype}, {model.fingerprint}"
+        lines.append(f"  {model.id}: {state}{also}")
     (model, *_), key = registry.loaded(), "YOUR_KEY" if has_keys else "any"
     example = KINDS[model.kind].example(model)
     fields = {"model": model.id, **example.fields}

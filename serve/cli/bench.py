@@ -1,8 +1,8 @@
-"""`pellucid bench`: times what a model is made of, against what this machine can do.
+"""`pellucid bench`: measures the operations of a model against the peaks of this machine.
 
-The measuring is `transformer/bench`, which `python -m transformer.bench` runs by itself; here a
-model may be named by its id. Only its sizes are read: weights are random. The cases are those of
-`transformer/bench/decoder_cases.py` and of `audio/bench.py`.
+`transformer/bench` does the measuring; `python -m transformer.bench` runs it without this command,
+which also takes the id of a model. Only the sizes of the model are read: the weights are random.
+The cases are those of `transformer/bench/decoder_cases.py` and of `audio/bench.py`.
 """
 
 from pathlib import Path
@@ -18,47 +18,49 @@ from serve.exceptions import WrongUsage
 def bench(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME]...", help="Beginnings of cases' names. [default: all]"),
+        typer.Argument(metavar="[NAME]...", help="Prefixes of case names. [default: all]"),
     ] = None,
     model: Annotated[
         str | None,
         model_option(
-            "Take the sizes of a pulled model, or of NAME=PATH. [default: SmolLM2-135M's]"
+            "Use the sizes of a pulled model, or of NAME=PATH. [default: those of SmolLM2-135M]"
         ),
     ] = None,
-    context: Annotated[int, typer.Option(min=1, help="Tokens that stand in the cache.")] = 512,
+    context: Annotated[int, typer.Option(min=1, help="Tokens in the KV cache.")] = 512,
     all_impls: Annotated[
-        bool, typer.Option("--forms", help="Every form of each operation, in turns.")
+        bool, typer.Option("--all-impls", help="Measure every implementation of each operation.")
     ] = False,
     impls: Annotated[
         list[str] | None,
         typer.Option(
-            "--try",
-            metavar="OPERATION=FORM",
-            help="Measure with this form too, in turns. Repeatable.",
+            "--impl",
+            metavar="OPERATION=IMPL",
+            help="Also measure this implementation of an operation. Repeatable.",
         ),
     ] = None,
     show_profile: Annotated[
-        bool, typer.Option("--where", help="Say where a decoded token's time goes, and leave.")
+        bool, typer.Option("--profile", help="Profile one decoding step by operation, and exit.")
     ] = False,
     names_only: Annotated[
-        bool, typer.Option("--list", help="Print the names of the cases, and leave.")
+        bool, typer.Option("--list", help="Print the names of the cases, and exit.")
     ] = False,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Of samples, a case.")] = 1.0,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time to measure each case.")] = 1.0,
     save: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the results there, as JSON lines.")
+        Path | None, typer.Option(metavar="FILE", help="Write the results to FILE as JSON lines.")
     ] = None,
     compare: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Compare with what --save wrote.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Compare with the results that --save wrote to FILE."),
     ] = None,
     roofline: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw the results under the roofs.")
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Plot the results in a roofline diagram."),
     ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print JSON lines instead of a table.")
     ] = False,
 ) -> None:
-    """Time what a model is made of, against what this machine can do."""
+    """Measure the operations of a model on this machine."""
     path = None
     if model is not None:
         from serve.cli import local
@@ -70,7 +72,7 @@ def bench(
     from transformer.bench import decoder_cases, profile
 
     try:
-        old = bench.read(compare) if compare else None
+        baseline = bench.read(compare) if compare else None
         sizes = decoder_cases.Sizes.from_checkpoint(path, context=context)
         plan = bench.BenchPlan(
             names=names or (),
@@ -78,21 +80,21 @@ def bench(
             overrides=bench.parse_overrides(impls or ()),
             seconds=seconds,
         )
-        chosen = plan.select([*decoder_cases.bench_cases(sizes), *audio.bench.cases()])
+        cases = plan.select([*decoder_cases.bench_cases(sizes), *audio.bench.cases()])
     except ValueError as error:
         raise WrongUsage(str(error)) from None
     if names_only:
-        print("\n".join(case.name for case in chosen))
+        print("\n".join(case.name for case in cases))
         return
     if show_profile:
         profile.report(sizes, as_json=json, say=console.info)
         return
     status = bench.report(
         plan,
-        chosen,
+        cases,
         as_json=json,
         save=save,
-        old=old,
+        old=baseline,
         roofline_path=roofline,
         say=console.info,
     )

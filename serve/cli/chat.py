@@ -1,4 +1,4 @@
-"""`pellucid chat`: one question, or a conversation at a terminal (`repl`)."""
+"""`pellucid chat`: answers one question, or holds a conversation at a terminal (see `repl`)."""
 
 import sys
 from typing import Annotated
@@ -12,28 +12,28 @@ from serve.exceptions import WrongUsage
 
 def chat(
     prompt: Annotated[
-        str | None, typer.Argument(help="What to ask. Text piped in follows it.")
+        str | None, typer.Argument(help="The question. Piped text is appended to it.")
     ] = None,
     model: ModelName = None,
     system: Annotated[str | None, typer.Option("--system", "-s", help="System message.")] = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer, in tokens.")
+        int | None, typer.Option(min=1, help="Maximum length of the answer, in tokens.")
     ] = None,
     seed: Seed = None,
     stop: Stop = None,
     stats: Stats = False,
     json: Json = False,
 ) -> None:
-    """Ask one question, or, without one, hold a conversation."""
+    """Answer one question, or, without a question, start a conversation."""
     from serve.cli import local_completion, repl
 
     piped, system = stdin.piped(), stdin.require_utf8(system)
     question = stdin.joined(prompt, piped.removesuffix("\n") if piped else None)
     at_terminal = sys.stdin is not None and sys.stdin.isatty()
     if question is None and (json or not at_terminal):
-        raise WrongUsage("there is no question: give one as an argument, or pipe one in")
+        raise WrongUsage("there is no question; give one as an argument, or pipe one in")
     with local_completion.open_model_timed(model) as (served, seconds):
         options = local_completion.make_options(temperature, top_p, max_tokens, seed, stop)
         conversation = repl.Conversation(default=options, system=system, stats=stats)
@@ -53,9 +53,9 @@ def chat(
 
 
 def _read_line(prompt: str) -> str:
-    import readline  # noqa: F401  importing it gives `input` editing and history
+    import readline  # noqa: F401  adds line editing and history to `input`
 
     if sys.stdout.isatty():
         return input(prompt)
-    print(prompt, end="", file=sys.stderr, flush=True)  # stdout is for the answers
+    print(prompt, end="", file=sys.stderr, flush=True)  # stdout holds only the answers
     return input()

@@ -1,7 +1,7 @@
-"""What reaches the terminal: answers on stdout, everything else on stderr.
+"""Output of the commands: results on stdout, everything else on stderr.
 
-Colour, bars and escaping of control characters are for people: a stream that is not a terminal, or
-a user who set NO_COLOR, gets none of them.
+A terminal gets colours, progress bars and escaped control characters. Other streams get none of
+these; NO_COLOR or TERM=dumb turns off colours and bars.
 """
 
 import json
@@ -12,71 +12,81 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
+    from rich.progress import Progress
 
 DIM, BOLD = "2", "1"
-# Dark text on light grounds: readable on a dark and on a light terminal.
+# Dark text on light backgrounds is readable in dark and in light terminals.
 _BACKGROUNDS = ("30;48;5;153", "30;48;5;222", "30;48;5;157", "30;48;5;217", "30;48;5;189")
 
 
 def is_plain(stream: TextIO) -> bool:
-    """Whether to write no colour codes to `stream`."""
+    """Return whether to write `stream` without colours."""
     return (
         not stream.isatty() or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
     )
 
 
 def style(text: str, code: str, stream: TextIO) -> str:
-    """`text` in an ANSI style, or as it is where colour is not wanted."""
+    """Return `text` in the ANSI style `code`, or unchanged if `stream` is plain."""
     return text if is_plain(stream) else f"\x1b[{code}m{text}\x1b[0m"
 
 
 def info(line: str) -> None:
-    """A line about what is going on, for a person."""
+    """Print a line of progress or information to stderr."""
     print(style(line, DIM, sys.stderr), file=sys.stderr, flush=True)
 
 
 def error(line: str) -> None:
-    """A line about what went wrong."""
+    """Print an error message to stderr."""
     print(f"{style('error:', '1;31', sys.stderr)} {line}", file=sys.stderr, flush=True)
 
 
 def write(text: str, end: str = "\n") -> None:
-    """Part of the answer. On a terminal, what could steer it is shown as escapes."""
+    """Print text to stdout; on a terminal, with control characters escaped."""
     print(escape_control(text, keep="\n\t") if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 def write_json(value: object) -> None:
-    """The whole answer, as one JSON object on one line."""
+    """Print a value to stdout as JSON on one line."""
     print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
 def write_result(value: object, text: str, *, json: bool) -> None:
-    """The whole answer: a value as JSON, or a text in its place."""
+    """Print the result of a command: `value` as JSON if `json`, otherwise `text`."""
     write_json(value) if json else write(text)
 
 
 def escape_control(text: str, keep: str = "") -> str:
-    """Writes control characters as escapes: what a model says must not move the cursor."""
+    """Replace control characters by escapes, so that the text of a model cannot move the cursor.
+
+    Args:
+        text: any text.
+        keep: control characters to leave as they are.
+    """
     return "".join(
         c if c in keep or c.isprintable() else c.encode("unicode_escape").decode() for c in text
     )
 
 
 def format_tokens(parts: Sequence[bytes]) -> str:
-    """Tokens side by side: coloured on a terminal, else with a bar between them.
+    """Return tokens side by side: coloured on a terminal, otherwise separated by bars.
 
-    A part that is only some bytes of a character is written as escapes.
+    Bytes that are only part of a character are written as escapes.
     """
-    shown = [escape_control(part.decode(errors="backslashreplace")) for part in parts]
+    texts = [escape_control(part.decode(errors="backslashreplace")) for part in parts]
     if is_plain(sys.stdout):
-        return "|".join(shown)
-    grounds = (_BACKGROUNDS[i % len(_BACKGROUNDS)] for i in range(len(shown)))
-    return "".join(f"\x1b[{g}m{s}\x1b[0m" for g, s in zip(grounds, shown, strict=True))
+        return "|".join(texts)
+    backgrounds = (_BACKGROUNDS[i % len(_BACKGROUNDS)] for i in range(len(texts)))
+    return "".join(f"\x1b[{b}m{text}\x1b[0m" for b, text in zip(backgrounds, texts, strict=True))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned with spaces, never wrapped: a terminal may wrap, a pipe must not."""
+    """Return a table with aligned columns; long lines are not wrapped.
+
+    Args:
+        head: the titles of the columns.
+        rows: the cells of each row, as many as there are titles.
+    """
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = [
         "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
@@ -86,20 +96,22 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 class DownloadProgress:
-    """Shows how far a download is: a bar on a terminal, else a line for every ten percent."""
+    """Progress of a download on stderr: a bar on a terminal, otherwise a line per ten percent."""
 
     def __init__(self, id: str):
-        self._id, self._bar, self._tenth = id, None, -1
+        self._id, self._tenth = id, -1
+        self._bar: Progress | None = None
 
     def __enter__(self) -> "DownloadProgress":
         return self
 
     def __call__(self, done: int, total: int) -> None:
+        """Show that `done` of `total` bytes have arrived."""
         if not is_plain(sys.stderr):
             bar = self._bar = self._bar or _progress_bar(self._id, total)
             bar.update(bar.tasks[0].id, completed=done)
             if done == total:
-                bar.stop()  # before the next line is said
+                bar.stop()  # before the next line is printed
         elif (tenth := done * 10 // total) > self._tenth:
             self._tenth = tenth
             info(f"pulling {self._id}: {tenth * 10} % of {total / 1e6:.0f} MB")
@@ -114,7 +126,7 @@ class DownloadProgress:
             self._bar.stop()
 
 
-def _progress_bar(id: str, total: int) -> "Bar":
+def _progress_bar(id: str, total: int) -> "Progress":
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -1,8 +1,9 @@
-"""`pellucid embed`: a vector for each text.
+"""`pellucid embed`: computes an embedding vector for each text.
 
-Texts are arguments, or lines piped in. One text a line of output: its numbers, separated by spaces,
-or with `--json` OpenAI's answer as one object. `--output FILE.npy` writes the matrix for NumPy.
-A text that is too long is an error, unless `--long-text-mode` says to cut it or to average chunks.
+The texts are the arguments, or the lines of stdin. The output has one line per text: the numbers of
+its vector, separated by spaces. With `--json` it is one object in the format of OpenAI's API.
+`--output FILE.npy` writes the matrix for NumPy instead. A text that is too long is an error, unless
+`--long-text-mode` truncates it or averages the vectors of its chunks.
 """
 
 import sys
@@ -21,15 +22,15 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "all-minilm-l6-v2"
 MAX_TOKENS_HELP = (
-    "Longest text to embed, in tokens, up to the positions of the model: 512 for "
-    "all-minilm-l6-v2. [default: what the model is made for, 256]"
+    "Maximum length of a text, in tokens, up to the number of positions of the model: 512 for "
+    "all-minilm-l6-v2. [default: the length that the model was trained with, 256]"
 )
 
 
 def embed(
     texts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TEXT]...", help="Texts. Without any, each line piped in is one."),
+        typer.Argument(metavar="[TEXT]...", help="Texts. [default: the lines of stdin]"),
     ] = None,
     model: Annotated[
         str,
@@ -41,30 +42,30 @@ def embed(
     long_text_mode: Annotated[
         Literal["truncate", "mean"] | None,
         typer.Option(
-            help="What to do with a text that is too long: cut its end off, or average the vectors "
-            "of its chunks."
+            help="How to embed a text that is too long: truncate it, or average the vectors of its "
+            "chunks."
         ),
     ] = None,
     max_embedding_tokens: Annotated[
         int | None, typer.Option(metavar="N", help=MAX_TOKENS_HELP)
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write a matrix for NumPy to this file.")
+        Path | None, typer.Option("--output", "-o", help="Write the matrix to this .npy file.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, or auto for the faster good one.")
+        str, typer.Option(help="float32, bfloat16, or auto for the faster accurate one.")
     ] = "auto",
     stats: Stats = False,
     json: Json = False,
 ) -> None:
-    """Turn texts into vectors."""
+    """Compute embedding vectors of texts."""
     lines = list(texts) if texts else _stdin_lines()
     if not lines:
-        raise WrongUsage("there is no text: give some as arguments, or pipe lines in")
+        raise WrongUsage("there is no text; give texts as arguments, or pipe lines in")
     if output is not None and output.suffix != ".npy":
-        raise WrongUsage(f"{output}: the name of a NumPy file ends in .npy")
+        raise WrongUsage(f"{output}: the name must end in .npy")
     if truncate and long_text_mode == "mean":
-        raise WrongUsage("--truncate and --long-text-mode mean exclude each other: choose one")
+        raise WrongUsage("--truncate and --long-text-mode mean exclude each other; choose one")
     served = _load_model(model, dtype, max_embedding_tokens)
     import asyncio
 
@@ -73,14 +74,14 @@ def embed(
     started = time.perf_counter()
     ids = [served.tokenizer.encode(text) for text in lines]
     mode = "truncate" if truncate else long_text_mode
-    for number, found in enumerate(ids):
-        if len(found) > served.context and mode is None:
+    for number, text_ids in enumerate(ids):
+        if len(text_ids) > served.context and mode is None:
             raise DoesNotFit(
-                f"text {number + 1} has {len(found)} tokens, {served.id} reads {served.context}: "
-                "shorten it, or give --long-text-mode truncate or mean"
+                f"text {number + 1} has {len(text_ids)} tokens; {served.id} reads at most "
+                f"{served.context}; shorten it, or give --long-text-mode truncate or mean"
             )
-    cut = long_texts.truncated if mode == "truncate" else long_texts.split
-    chunks = [cut(found, served.context) for found in ids]
+    to_chunks = long_texts.truncated if mode == "truncate" else long_texts.split
+    chunks = [to_chunks(text_ids, served.context) for text_ids in ids]
     vectors = asyncio.run(served.embed([chunk for text in chunks for chunk in text]))
     vectors = long_texts.average(vectors, chunks, normalize=served.cfg.normalize)
     seconds = time.perf_counter() - started
@@ -106,12 +107,12 @@ def _load_model(name: str, dtype: str, max_tokens: int | None) -> "EmbeddingMode
     from serve.cli import local
     from serve.models.encoder import load_embedding_model
 
-    place = local.locate_model_of_kind(name, "encoder", f"{DEFAULT_MODEL} does")
-    with local.report_load_errors(place):
+    files = local.locate_model_of_kind(name, "encoder", f"{DEFAULT_MODEL} does")
+    with local.report_load_errors(files):
         return load_embedding_model(
-            place.id,
-            place.path,
-            owned_by=place.publisher,
+            files.id,
+            files.path,
+            owned_by=files.publisher,
             dtype=dtype,
             max_tokens=max_tokens,
             notify=console.info,
@@ -119,7 +120,7 @@ def _load_model(name: str, dtype: str, max_tokens: int | None) -> "EmbeddingMode
 
 
 def _stdin_lines() -> list[str]:
-    """The lines of what is piped in; a terminal is not read."""
+    """Return the lines of stdin; none if stdin is a terminal."""
     return [] if sys.stdin is None or sys.stdin.isatty() else stdin.read().splitlines()
 
 

@@ -1,12 +1,12 @@
-"""`pellucid finetune`: look at a file, learn from it, watch, list and cancel jobs, delete models.
+"""`pellucid finetune`: checks files, creates, follows and cancels jobs, deletes models.
 
-Jobs are of this machine's data folder, which its servers share: what is made here a server lists,
-and serves as soon as it is done. Where no server works on them, `create` and `follow` do, and stay
-until it is done. With `--host` a server is asked instead, over its API.
+The jobs are those of the data folder, which the servers of this machine share: a server lists a job
+that this command creates, and serves its model as soon as it is done. If no server runs the jobs,
+`create` and `follow` run them and return when the job is done. With `--host` the command uses the
+API of a server instead.
 """
 
 import contextlib
-import functools
 import os
 import sys
 import time
@@ -25,46 +25,96 @@ app = typer.Typer(no_args_is_help=True, help="Fine-tune a model on examples.")
 Host = Annotated[
     str | None,
     typer.Option(
-        envvar="PELLUCID_HOST", metavar="URL", help="Ask this server instead of working here."
+        envvar="PELLUCID_HOST", metavar="URL", help="Use this server instead of this machine."
     ),
 ]
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="As `pellucid finetune list` shows it.")]
+JobId = Annotated[
+    str, typer.Argument(metavar="JOB", help="The id of a job, as in `pellucid finetune list`.")
+]
 ModelName = Annotated[
     str | None,
-    model_option("What to begin with. [default: the default]"),
+    model_option("The base model. [default: the default model]"),
 ]
 AUTO_HELP = "[default: auto]"
 
 
 def _number_or_auto(kind: type, least: float, most: float) -> Callable[[str], Any]:
-    """What reads a hyperparameter: a number, or "auto", which is None."""
+    """Return a parser of a hyperparameter: a number from `least` to `most`, or "auto" as None."""
 
-    def read(text: str) -> Any:
+    def parse(text: str) -> Any:
         if text == "auto":
             return None
         with contextlib.suppress(ValueError):
             if least <= (number := kind(text)) <= most:
                 return number
-        raise typer.BadParameter(f"{text!r} is neither 'auto' nor from {least:g} to {most:g}")
+        raise typer.BadParameter(
+            f"{text!r} is not a valid value; use 'auto' or a number from {least:g} to {most:g}"
+        )
 
-    return read
+    return parse
 
 
 class JobBackend(Protocol):
-    """Where jobs are asked for: here, or at a server. Jobs are as the API shows them."""
+    """The jobs of this machine or of a server. Jobs are dicts in the format of the API.
 
-    location: str  # that a job is
+    Attributes:
+        location: where the jobs run, as a phrase: "on this machine", "at http://...".
+    """
 
-    def create(self, model: str | None, data: Path, valid: Path | None, **fields: Any) -> dict: ...
-    def jobs(self) -> list[dict]: ...
-    def models(self) -> frozenset[str]: ...
-    def job(self, id: str) -> dict: ...
-    def cancel(self, id: str) -> dict: ...
-    def delete(self, name: str) -> list[str]: ...
-    def detached_hint(self, id: str) -> str: ...
-    def events(self, id: str) -> Iterator[dict]: ...
-    def detach(self, id: str) -> None: ...
-    def usage_hint(self, model: str) -> str: ...
+    location: str
+
+    def create(self, model: str | None, data: Path, valid: Path | None, **fields: Any) -> dict:
+        """Create a job and return it.
+
+        Args:
+            model: the id of the base model; None for the default model.
+            data: the training file.
+            valid: the validation file, if any.
+            fields: `suffix`, `seed`, `n_epochs`, `batch_size` and `learning_rate_multiplier`; None
+                for the default.
+        """
+        ...
+
+    def jobs(self) -> list[dict]:
+        """Return all jobs, newest first."""
+        ...
+
+    def models(self) -> frozenset[str]:
+        """Return the ids of the available models."""
+        ...
+
+    def job(self, id: str) -> dict:
+        """Return a job; raise `NotFound` if there is none."""
+        ...
+
+    def cancel(self, id: str) -> dict:
+        """Cancel a job and return it; raise `Failure` if it is over."""
+        ...
+
+    def delete(self, name: str) -> list[str]:
+        """Delete a fine-tuned model, given by its id or its job, and return the deleted ids.
+
+        Raises:
+            NotFound: there is no such model.
+            Failure: the job is not over.
+        """
+        ...
+
+    def detached_hint(self, id: str) -> str:
+        """Return what to tell the user of a job that runs without `--follow`."""
+        ...
+
+    def events(self, id: str) -> Iterator[dict]:
+        """Yield the past and the new events of a job until it is over."""
+        ...
+
+    def detach(self, id: str) -> None:
+        """Stop following a job, and print whether it runs on."""
+        ...
+
+    def usage_hint(self, model: str) -> str:
+        """Return how to use a fine-tuned model."""
+        ...
 
 
 @app.command()
@@ -72,20 +122,22 @@ def check(
     file: Annotated[Path, typer.Argument(help="JSON lines: chats, or prompts and completions.")],
     model: ModelName = None,
     fix: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write what can be mended into this file.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a copy with unambiguous problems fixed to FILE."),
     ] = None,
     json: Annotated[
-        bool, typer.Option("--json", help="Print a JSON object for each problem, and one for all.")
+        bool,
+        typer.Option("--json", help="Print a JSON object for each problem, and a summary."),
     ] = False,
 ) -> None:
-    """Say what is wrong with a file of examples, line by line."""
+    """Check a file of examples and print its problems line by line."""
     from serve.cli import local
     from training.__main__ import main
 
     if not file.is_file():
         raise NotFound(f"there is no file {file}")
     arguments = ["check", str(file), "--model", str(local.locate_trainable(model).path)]
-    arguments += ["--mend", str(fix)] if fix else []
+    arguments += ["--fix", str(fix)] if fix else []
     raise typer.Exit(main([*arguments, *(["--json"] if json else [])]))
 
 
@@ -94,9 +146,9 @@ def create(
     file: Annotated[Path, typer.Argument(help="JSON lines: chats, or prompts and completions.")],
     model: ModelName = None,
     valid: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Examples that are only looked at.")
+        Path | None, typer.Option(metavar="FILE", help="Examples for validation.")
     ] = None,
-    suffix: Annotated[str | None, typer.Option(help="Part of the new model's name.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="Part of the name of the new model.")] = None,
     epochs: Annotated[
         int | None,
         typer.Option(
@@ -114,17 +166,21 @@ def create(
         float | None,
         typer.Option(parser=_number_or_auto(float, 1e-6, 1e6), help=AUTO_HELP, metavar="X"),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**31 - 1, help="[default: any]")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show what it learns.")] = False,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**31 - 1, help="[default: random]")
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Show the progress of the training.")
+    ] = False,
     host: Host = None,
     json: Json = False,
 ) -> None:
-    """Make a job of a file of examples, and print the name of what it made."""
+    """Fine-tune a model on a file of examples, and print the name of the new model."""
     for path in filter(None, (file, valid)):
         if not path.is_file():
             raise NotFound(f"there is no file {path}")
-    with _open_backend(host) as desk:
-        job = desk.create(
+    with _open_backend(host) as backend:
+        job = backend.create(
             model,
             file,
             valid,
@@ -134,28 +190,28 @@ def create(
             batch_size=batch_size,
             learning_rate_multiplier=learning_rate_multiplier,
         )
-        console.info(f"{job['id']}, {desk.location}")
+        console.info(f"{job['id']}, {backend.location}")
         if not follow:
-            console.info(desk.detached_hint(job["id"]))
-        if follow or host is None:  # nobody else may be there to work
-            _follow(desk, job["id"], json=json, quiet=not follow)
+            console.info(backend.detached_hint(job["id"]))
+        if follow or host is None:  # without a server, this process runs the job
+            _follow(backend, job["id"], json=json, quiet=not follow)
         else:
             console.write_result(job, job["id"], json=json)
 
 
 @app.command()
 def follow(job: JobId, host: Host = None, json: Json = False) -> None:
-    """Show what a job learns, until it is over; here, also go on with one that was stopped."""
-    with _open_backend(host) as desk:
-        _follow(desk, job, json=json, quiet=False)
+    """Show the progress of a job until it is over; without --host, resume a stopped job."""
+    with _open_backend(host) as backend:
+        _follow(backend, job, json=json, quiet=False)
 
 
 @app.command("list")
 def list_(host: Host = None, json: Json = False) -> None:
     """List the jobs, newest first."""
-    with _open_backend(host) as desk:
-        jobs = desk.jobs()
-        models = desk.models() if not json else frozenset()
+    with _open_backend(host) as backend:
+        jobs = backend.jobs()
+        models = backend.models() if not json else frozenset()
     if json:
         console.write_json({"jobs": jobs})
         return
@@ -173,7 +229,7 @@ def list_(host: Host = None, json: Json = False) -> None:
 
 
 def _result(job: dict, models: Collection[str]) -> str:
-    """What came of a job, in a few words."""
+    """Return the model of a job or its error, in a few words."""
     if (model := job["fine_tuned_model"]) is None:
         return (job["error"] or {}).get("message", "")[:60] or "-"
     return model if model in models else f"{model} (deleted)"
@@ -181,55 +237,57 @@ def _result(job: dict, models: Collection[str]) -> str:
 
 @app.command()
 def cancel(job: JobId, host: Host = None, json: Json = False) -> None:
-    """Stop a job."""
-    with _open_backend(host) as desk:
-        found = desk.cancel(job)
-    console.write_result(found, f"{found['id']} {found['status']}", json=json)
+    """Cancel a job."""
+    with _open_backend(host) as backend:
+        cancelled = backend.cancel(job)
+    console.write_result(cancelled, f"{cancelled['id']} {cancelled['status']}", json=json)
 
 
 @app.command()
 def delete(
     name: Annotated[
-        str, typer.Argument(metavar="JOB|MODEL", help="A job that is over: its model.")
+        str,
+        typer.Argument(metavar="JOB|MODEL", help="A fine-tuned model, or its finished job."),
     ],
     host: Host = None,
     json: Json = False,
 ) -> None:
-    """Delete a model that was fine-tuned, with its checkpoints."""
-    with _open_backend(host) as desk:
-        deleted = desk.delete(name)
+    """Delete a fine-tuned model and its checkpoints."""
+    with _open_backend(host) as backend:
+        deleted = backend.delete(name)
     console.write_result({"deleted": deleted}, "\n".join(deleted), json=json)
 
 
-def _follow(desk: JobBackend, id: str, *, json: bool, quiet: bool) -> None:
-    """Shows a job's events until it is over, and then what came of it.
+def _follow(backend: JobBackend, id: str, *, json: bool, quiet: bool) -> None:
+    """Print the events of a job until it is over, and then its result.
 
     Raises:
-        CheckFailed: its files cannot be learned from.
-        Failure: it failed otherwise, or was cancelled.
+        CheckFailed: a file cannot be used for training.
+        Failure: the job failed for another reason, or was cancelled.
     """
-    with contextlib.closing(_EventPrinter()) as loss:
+    with contextlib.closing(_EventPrinter()) as printer:
         try:
-            for event in desk.events(id):
+            for event in backend.events(id):
+                # An event of level "error" repeats the error of the job, which is raised below.
                 if event["level"] != "error" and (event["level"] == "warn" or not quiet):
-                    loss.show(event)  # an error is the job's, which is said below
+                    printer.show(event)
         except KeyboardInterrupt:
-            loss.close()
-            desk.detach(id)
+            printer.close()
+            backend.detach(id)
             raise
-    job = desk.job(id)
+    job = backend.job(id)
     if job["status"] == "failed":
-        raised = CheckFailed if job["error"]["code"].startswith("invalid_") else Failure
-        raise raised(job["error"]["message"])
+        exception = CheckFailed if job["error"]["code"].startswith("invalid_") else Failure
+        raise exception(job["error"]["message"])
     if job["status"] == "cancelled":
         raise Failure(f"{id} was cancelled")
     console.write_result(job, job["fine_tuned_model"], json=json)
     if not json:
-        console.info(desk.usage_hint(job["fine_tuned_model"]))
+        console.info(backend.usage_hint(job["fine_tuned_model"]))
 
 
 class _EventPrinter:
-    """What happens, on stderr: on a terminal steps go by on one line, else every tenth is kept."""
+    """Prints events to stderr: a terminal shows steps on one line, other streams one in ten."""
 
     def __init__(self) -> None:
         self._is_live = not console.is_plain(sys.stderr)
@@ -242,7 +300,8 @@ class _EventPrinter:
             console.info(line)
             return
         total = data.get("total_steps")
-        tenth = step * 10 // total if total else step.bit_length()  # rarer and rarer
+        # Without a total, print the steps 1, 2, 4, 8, ...
+        tenth = step * 10 // total if total else step.bit_length()
         if self._is_live:
             print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
             self._is_open = True
@@ -259,11 +318,13 @@ class _EventPrinter:
 @contextlib.contextmanager
 def _open_backend(host: str | None) -> Iterator[JobBackend]:
     if host is None:
-        from serve.cli.local_backend import open_local_backend as desk
+        from serve.cli.local_backend import open_local_backend
+
+        with open_local_backend() as backend:
+            yield backend
     else:
         from serve.cli.remote_backend import open_remote_backend
 
         key = os.environ.get("PELLUCID_API_KEY", "").partition(" ")[0]
-        desk = functools.partial(open_remote_backend, host, key)
-    with desk() as found:
-        yield found
+        with open_remote_backend(host, key) as backend:
+            yield backend

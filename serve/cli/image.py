@@ -1,12 +1,11 @@
-"""`pellucid image`: pictures from words, and from pictures.
+"""`pellucid image`: generates images from prompts, and edits or varies images.
 
-Each picture becomes a file, whose path goes to stdout; a file that is there already is overwritten
-only if `--output` names it. What the model draws is small (emoji-64: 64 x 64 pixels), and `--size`
-enlarges it and says so. In a terminal with colour one sees the pictures come.
+Each image is written to a file, whose path is printed to stdout. An existing file is overwritten
+only if `--output` names it. The model generates small images (emoji-64: 64 x 64 pixels); `--size`
+resizes them. A terminal with colour shows a preview after each denoising step.
 
-They are drawn side by side, in the batches that a server makes (`engine.drawing`), for which
-programs are compiled once and kept. So pictures of one prompt and a seed have the same bytes here
-and there.
+Images are generated in the same batches as on a server (`serve.models.images.denoise_batch`), so
+that a prompt and a seed give the same bytes in both, and compiled programs are shared.
 """
 
 import re
@@ -16,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from serve.models.spec import ModelFiles
 
 DEFAULT_MODEL = "emoji-64"
-STYLES = ("shaded", "flat", "3d")  # as the captions of `diffusion.data` say them
+STYLES = ("shaded", "flat", "3d")  # as in the captions of `diffusion.data`
 
 
 def image(
@@ -42,120 +41,125 @@ def image(
     ] = None,
     model: Annotated[
         str,
-        model_option("A model of `pellucid models` that draws, or NAME=PATH for a folder."),
+        model_option("An image model of `pellucid models`, or NAME=PATH for a folder."),
     ] = DEFAULT_MODEL,
-    count: Annotated[int, typer.Option("-n", min=1, max=100, help="Pictures of each.")] = 1,
+    count: Annotated[int, typer.Option("-n", min=1, max=100, help="Images per prompt.")] = 1,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, max=2**31 - 1, help="The same seed gives the same pictures."),
+        typer.Option(min=0, max=2**31 - 1, help="The same seed gives the same images."),
     ] = None,
     size: Annotated[
         int | None,
         typer.Option(
-            min=16, max=1024, help="Pixels of a side, resized. [default: 256; 128 on a sheet]"
+            min=16, max=1024, help="Width and height in pixels. [default: 256; 128 in a grid]"
         ),
     ] = None,
     style: Annotated[str | None, typer.Option(help=f"One of {', '.join(STYLES)}.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of denoising. [default: 20]")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 20]")] = None,
     sampler: Annotated[
         str | None, typer.Option(help="euler, ddim, ddpm, heun or dpmpp. [default: dpmpp]")
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Above 1: more as the prompt says. [default: 3]")
+        float | None, typer.Option(help="Classifier-free guidance scale. [default: 3]")
     ] = None,
     edit: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw what is transparent in this picture."),
+        typer.Option(metavar="FILE", help="Fill the transparent part of this image."),
     ] = None,
     mask: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="With --edit: a picture that is transparent there."),
+        typer.Option(
+            metavar="FILE", help="With --edit: an image whose transparent part is to be filled."
+        ),
     ] = None,
     vary: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw others like this picture.")
+        Path | None, typer.Option(metavar="FILE", help="Generate variations of this image.")
     ] = None,
     strength: Annotated[
         float | None,
-        typer.Option(help="Of the change, up to 1. [default: 1 to edit, 0.8 to vary]"),
+        typer.Option(help="Strength of the change, up to 1. [default: 1 to edit, 0.8 to vary]"),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "--out", "-o", help="A file or a folder. [default: here]"),
+        typer.Option(
+            "--output", "--out", "-o", help="A file or a folder. [default: the current folder]"
+        ),
     ] = None,
-    grid: Annotated[bool, typer.Option("--grid", help="One file, with a row a prompt.")] = False,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="Write one image with a row per prompt.")
+    ] = False,
     trajectory: Annotated[
         bool,
         typer.Option(
-            "--strip", help="How each comes: noisy above, what the model sees in it below."
+            "--trajectory",
+            help="Write the denoising trajectory of each image: noisy above, predicted below.",
         ),
     ] = False,
     preview: Annotated[
-        bool, typer.Option(help="Show the pictures in the terminal as they come.")
+        bool, typer.Option(help="Preview the images in the terminal while they are denoised.")
     ] = True,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed to stderr.")] = False,
     json: Json = False,
 ) -> None:
-    """Draw small pictures."""
-    given = prompts or ([""] if vary else [])
-    _check_prompts(given, style, is_vary=vary is not None)
+    """Generate small images."""
+    prompts = prompts or ([""] if vary else [])
+    _check_prompts(prompts, style, is_vary=vary is not None)
     _check_init_image(edit, mask, vary, strength, size)
-    _check_output(output, len(given) * count, grid=grid, strip=trajectory)
+    _check_output(output, len(prompts) * count, grid=grid, trajectory=trajectory)
     seed = secrets.randbits(31) if seed is None else seed
     started = time.perf_counter()
     from diffusion import SamplerOptions, image_io
     from serve.cli.ansi_preview import AnsiPreview
     from serve.models.images import ImageRequest
 
-    wishes = {"steps": steps, "sampler": sampler, "guidance": guidance}
+    given: dict[str, Any] = {"steps": steps, "sampler": sampler, "guidance": guidance}
     try:
-        plan = SamplerOptions(
-            **{name: value for name, value in wishes.items() if value is not None}
-        )
-        source = _read_init_image(edit, mask, vary, strength)
+        plan = SamplerOptions(**{name: value for name, value in given.items() if value is not None})
+        init_image = _read_init_image(edit, mask, vary, strength)
         format = image_io.format_of(output) if output and _is_file_name(output) else "png"
     except ValueError as error:
         raise WrongUsage(str(error)) from None
-    place, painter = _load_pipeline(model)
-    side = painter.size if edit else size or (128 if grid or trajectory else 256)
-    ending = f", {style} style" if style else ""
-    fitted = source and source.resized_to(painter.cfg.image_size)
+    files, pipeline = _load_pipeline(model)
+    side = pipeline.size if edit else size or (128 if grid or trajectory else 256)
+    suffix = f", {style} style" if style else ""
+    resized = init_image and init_image.resized_to(pipeline.cfg.image_size)
     rows = [
-        (ImageRequest(prompt=prompt + ending, plan=plan, init_image=fitted), seed, number)
-        for prompt in given
+        (ImageRequest(prompt=prompt + suffix, plan=plan, init_image=resized), seed, number)
+        for prompt in prompts
         for number in range(count)
     ]
     loaded = time.perf_counter()
     show = AnsiPreview(sys.stderr) if preview else None
-    drawn = (
-        (prompt, _postprocess(pictures, None if trajectory else source, side))
-        for prompt, pictures in _generate(painter, rows, strip=trajectory, show=show)
+    generated = (
+        (prompt, _postprocess(images, None if trajectory else init_image, side))
+        for prompt, images in _generate(pipeline, rows, trajectory=trajectory, show=show)
     )
     paths: list[str] = []
-    for prompt, sheet in _output_images(drawn, columns=count if grid else None):
-        path = _output_path(output, prompt if source is None else source.name)
+    for prompt, pixels in _output_images(generated, columns=count if grid else None):
+        path = _output_path(output, prompt if init_image is None else init_image.name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(image_io.encode(sheet, format))
+        path.write_bytes(image_io.encode(pixels, format))
         paths.append(str(path))
         if not json:
             console.write(str(path))
     seconds = time.perf_counter() - loaded
     if json:
-        console.write_json({"model": place.id, "seed": seed, "paths": paths})
-    resized = "" if side == painter.size else f", resized to {side} x {side}"
-    console.info(f"seed {seed}; drawn at {painter.size} x {painter.size}{resized}")
+        console.write_json({"model": files.id, "seed": seed, "paths": paths})
+    resizing = "" if side == pipeline.size else f", resized to {side} x {side}"
+    console.info(f"seed {seed}; generated at {pipeline.size} x {pipeline.size}{resizing}")
     if stats:
         console.info(
-            f"[load {loaded - started:.1f} s · {len(rows)} pictures in {seconds:.2f} s · "
+            f"[load {loaded - started:.1f} s · {len(rows)} images in {seconds:.2f} s · "
             f"{plan.steps} steps of {plan.sampler}]"
         )
 
 
-# --- what may be asked ----------------------------------------------------------------------------
+# --- checks of the arguments ----------------------------------------------------------------------
 
 
 def _check_prompts(prompts: Sequence[str], style: str | None, *, is_vary: bool) -> None:
     if not prompts or not (all(map(str.strip, prompts)) or is_vary):
-        raise WrongUsage('there is no prompt: say what to draw, as in "a happy cat"')
+        raise WrongUsage('there is no prompt; describe the image, as in "a happy cat"')
     if style is not None and style not in STYLES:
         raise WrongUsage(f"--style {style}: use one of {', '.join(STYLES)}")
 
@@ -168,40 +172,41 @@ def _check_init_image(
     size: int | None,
 ) -> None:
     if edit and vary:
-        raise WrongUsage("--edit changes a part and --vary all: use one of them")
+        raise WrongUsage("--edit changes a part of an image and --vary all of it; use one of them")
     if mask and not edit:
-        raise WrongUsage("--mask says what of --edit FILE is to change: give both")
+        raise WrongUsage("--mask selects the part of --edit FILE that changes; give both")
     if strength is not None and not (edit or vary):
-        raise WrongUsage("--strength is for --edit and --vary")
+        raise WrongUsage("--strength needs --edit or --vary")
     if strength is not None and not 0 < strength <= 1:
         raise WrongUsage(f"--strength {strength}: use a number above 0, up to 1")
     if edit and size:
-        raise WrongUsage("what is edited keeps the size of its file: leave --size out")
+        raise WrongUsage("an edited image keeps the size of its file; leave --size out")
     if absent := [file for file in (edit, mask, vary) if file and not file.is_file()]:
         raise NotFound(f"there is no file {absent[0]}")
 
 
-def _check_output(output: Path | None, count: int, *, grid: bool, strip: bool) -> None:
-    if grid and strip:
-        raise WrongUsage("use one of --grid and --strip")
+def _check_output(output: Path | None, count: int, *, grid: bool, trajectory: bool) -> None:
+    if grid and trajectory:
+        raise WrongUsage("--grid and --trajectory exclude each other; use one of them")
     if output and _is_file_name(output) and count > 1 and not grid:
         raise WrongUsage(
-            f"{count} files cannot all be {output}: let --output name a folder"
-            + ("" if strip else ", or make one sheet with --grid")
+            f"{count} images do not fit into the one file {output}; give a folder with --output"
+            + ("" if trajectory else ", or make one image with --grid")
         )
 
 
-# --- what is drawn from ---------------------------------------------------------------------------
+# --- initial images -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _InitImage:
-    """What pictures are drawn from.
+    """The image that an edit or a variation starts from.
 
     Attributes:
         original: uint8 [Y, X, 3 or 4].
-        mask: float32 [Y, X, 1], 1 where it changes; None where all does.
-        name: how the files begin that are made of it.
+        mask: float32 [Y, X, 1], 1 where the image changes; None to change all of it.
+        strength: the strength of the change, above 0 and up to 1.
+        name: the first part of the names of output files.
     """
 
     original: "np.ndarray"
@@ -210,7 +215,7 @@ class _InitImage:
     name: str
 
     def resized_to(self, size: int) -> "InitImage":
-        """Return it at the size of the denoiser."""
+        """Return the image and its mask, resized to the input of the denoiser."""
         from diffusion import edit
         from serve.models.images import InitImage
 
@@ -221,47 +226,47 @@ class _InitImage:
 def _load_pipeline(name: str) -> "tuple[ModelFiles, DiffusionPipeline]":
     from serve.cli import local
 
-    place = local.locate_model_of_kind(name, "images", f"{DEFAULT_MODEL} does")
-    assert place.encoder is not None
+    files = local.locate_model_of_kind(name, "images", f"{DEFAULT_MODEL} does")
+    assert files.encoder is not None
     import diffusion
     from serve.models.compilation_cache import enable_compilation_cache
 
     enable_compilation_cache()
-    with local.report_load_errors(place):
-        return place, diffusion.load(place.path, place.encoder)
+    with local.report_load_errors(files):
+        return files, diffusion.load(files.path, files.encoder)
 
 
 def _read_init_image(
     edit: Path | None, mask: Path | None, vary: Path | None, strength: float | None
 ) -> _InitImage | None:
-    """What the options say of pictures to draw from.
+    """Return the initial image that the options select, or None.
 
     Raises:
-        ValueError: a file is no picture.
+        WrongUsage: a file is not an image, or the mask does not fit.
     """
     from diffusion.edit import VARIATION_STRENGTH, alpha_mask
 
     if vary:
-        chosen = VARIATION_STRENGTH if strength is None else strength
-        return _InitImage(_read_image(vary), None, chosen, f"{vary.stem}-varied")
+        strength = VARIATION_STRENGTH if strength is None else strength
+        return _InitImage(_read_image(vary), None, strength, f"{vary.stem}-varied")
     if not edit:
         return None
     original = _read_image(edit)
-    hole = alpha_mask(original if mask is None else _read_image(mask))
-    if hole.shape[:2] != original.shape[:2]:
-        (height, width), (rows, columns) = original.shape[:2], hole.shape[:2]
+    alpha = alpha_mask(original if mask is None else _read_image(mask))
+    if alpha.shape[:2] != original.shape[:2]:
+        (height, width), (rows, columns) = original.shape[:2], alpha.shape[:2]
         raise WrongUsage(
-            f"{mask} is {columns} x {rows} pixels and {edit} {width} x {height}: "
-            "a mask has the size of its picture"
+            f"{mask} is {columns} x {rows} pixels but {edit} is {width} x {height}; "
+            "give a mask of the same size"
         )
-    if not hole.any():
+    if not alpha.any():
         raise WrongUsage(
-            f"nothing in {mask or edit} is transparent: what is to change must be"
-            + ("" if mask else ", here or in --mask FILE")
+            f"{mask or edit} has no transparent pixel; make the part to change transparent"
+            + ("" if mask else ", there or in --mask FILE")
         )
     if mask is None or (original[..., 3] == 255).all():
         original = original[..., :3]
-    return _InitImage(original, hole, 1.0 if strength is None else strength, f"{edit.stem}-edited")
+    return _InitImage(original, alpha, 1.0 if strength is None else strength, f"{edit.stem}-edited")
 
 
 def _read_image(file: Path) -> "np.ndarray":
@@ -273,93 +278,96 @@ def _read_image(file: Path) -> "np.ndarray":
         raise WrongUsage(f"{file}: {error}") from None
 
 
-# --- drawing --------------------------------------------------------------------------------------
+# --- generation -----------------------------------------------------------------------------------
 
 
 def _generate(
-    painter: "DiffusionPipeline",
+    pipeline: "DiffusionPipeline",
     rows: "Sequence[tuple[ImageRequest, int, int]]",
     *,
-    strip: bool,
+    trajectory: bool,
     show: "AnsiPreview | None",
 ) -> "Iterator[tuple[str, np.ndarray]]":
-    """Draws pictures in batches.
+    """Generate images in batches.
 
     Args:
-        rows: as of `batch_steps`.
-        show: gets what the model sees after each step.
+        pipeline: the model.
+        rows: a request, a seed and the number of the image for each image, as in `denoise_batch`.
+        trajectory: whether to yield all steps instead of the result.
+        show: called with the predicted images after each step.
 
     Yields:
-        A prompt and its picture, uint8 [1, Y, X, 3]; or a strip of how it came, [2 n, Y, X, 3].
+        A prompt and its image, uint8 [1, Y, X, 3], or its trajectory of n steps, [2 n, Y, X, 3].
     """
     from diffusion.pipeline import to_uint8
     from serve.models.images import denoise_batch
 
-    most = rows[0][0].max_batch_size
-    for start in range(0, len(rows), most):
-        part = rows[start : start + most]
+    batch_size = rows[0][0].max_batch_size
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
         steps = []
-        for step in denoise_batch(painter, part):
+        for step in denoise_batch(pipeline, batch):
             steps.append(step)
             if show:
-                show(to_uint8(step[1][: len(part)]))
+                show(to_uint8(step[1][: len(batch)]))
         if show:
             show.done()
-        if len(rows) > most:
-            console.info(f"{start + len(part)} of {len(rows)}")
-        finished = painter.postprocess(steps[-1][0])
-        for row, (order, _, _) in enumerate(part):
+        if len(rows) > batch_size:
+            console.info(f"{start + len(batch)} of {len(rows)}")
+        images = pipeline.postprocess(steps[-1][0])
+        for row, (request, _, _) in enumerate(batch):
             yield (
-                order.prompt,
-                painter.trajectory_images(steps, row) if strip else finished[row][None],
+                request.prompt,
+                pipeline.trajectory_images(steps, row) if trajectory else images[row][None],
             )
 
 
-def _postprocess(pictures: "np.ndarray", source: _InitImage | None, side: int) -> "np.ndarray":
-    """Enlarge pictures, uint8 [B, Y, X, 3]; one that is edited is put into the hole instead."""
+def _postprocess(images: "np.ndarray", init_image: _InitImage | None, side: int) -> "np.ndarray":
+    """Resize images, uint8 [B, Y, X, 3], or paste them into the masked part of the edited image."""
     import numpy as np
 
     from diffusion import upscale
     from diffusion.edit import paste
 
-    if source is not None and source.mask is not None:
-        return np.stack([paste(source.original, one, source.mask) for one in pictures])
-    if side == pictures.shape[1]:
-        return pictures
-    return np.stack([upscale.resize(one, side) for one in pictures])
+    if init_image is not None and init_image.mask is not None:
+        return np.stack([paste(init_image.original, image, init_image.mask) for image in images])
+    if side == images.shape[1]:
+        return images
+    return np.stack([upscale.resize(image, side) for image in images])
 
 
 def _output_images(
-    drawn: "Iterable[tuple[str, np.ndarray]]", columns: int | None
+    generated: "Iterable[tuple[str, np.ndarray]]", columns: int | None
 ) -> "Iterator[tuple[str, np.ndarray]]":
-    """Yield pictures to be written, uint8 [Y, X, 3], and a prompt to name each after.
+    """Yield a prompt, to name the file after, and the image to write, uint8 [Y, X, 3].
 
     Args:
-        drawn: prompts with pictures, uint8 [B, Y, X, 3].
-        columns: of one sheet of them all; None for one of each, in two rows if there are several.
+        generated: prompts with images, uint8 [B, Y, X, 3].
+        columns: the columns of one grid of all images; None for one output for each prompt, in two
+            rows if it has several images.
     """
     import numpy as np
 
     from diffusion.pipeline import make_grid
 
     if columns is None:
-        for prompt, pictures in drawn:
-            yield prompt, make_grid(pictures, -(-len(pictures) // 2))
+        for prompt, images in generated:
+            yield prompt, make_grid(images, -(-len(images) // 2))
         return
-    prompts, pictures = zip(*drawn, strict=True)
-    yield prompts[0], make_grid(np.concatenate(pictures), columns)
+    prompts, batches = zip(*generated, strict=True)
+    yield prompts[0], make_grid(np.concatenate(batches), columns)
 
 
-# --- where it goes --------------------------------------------------------------------------------
+# --- output files ---------------------------------------------------------------------------------
 
 
 def _is_file_name(path: Path) -> bool:
-    """Whether `--output` names a file, not a folder."""
+    """Return whether `--output` names a file, not a folder."""
     return path.suffix != "" and not path.is_dir()
 
 
 def _output_path(output: Path | None, name: str) -> Path:
-    """The file that `--output` names, or a new one there, named after the prompt."""
+    """Return the file that `--output` names, or a new file in that folder, named after `name`."""
     if output is not None and _is_file_name(output):
         return output
     folder = output or Path()

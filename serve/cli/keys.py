@@ -1,4 +1,4 @@
-"""`pellucid keys`: make, list and delete the keys that clients show a server."""
+"""`pellucid keys`: creates, lists and deletes the API keys of a server."""
 
 import time
 from typing import Annotated
@@ -11,14 +11,14 @@ from serve.cli import console
 from serve.cli.options import Json
 from serve.exceptions import Corrupt, NotFound, WrongUsage
 
-app = typer.Typer(no_args_is_help=True, help="Make, list and delete API keys.")
+app = typer.Typer(no_args_is_help=True, help="Create, list and delete API keys.")
 
-Name = Annotated[str, typer.Argument(help="Who or what the key is for.")]
+Name = Annotated[str, typer.Argument(help="The name of the key: its user or its purpose.")]
 
 
 @app.command()
 def create(name: Name, json: Json = False) -> None:
-    """Make a key and print it, this once. From then on, servers here ask for one."""
+    """Create a key and print it. From then on, servers on this machine require a key."""
     home = settings.make_private_folder(settings.data_folder())
     is_first = not auth.read(home)
     try:
@@ -26,32 +26,32 @@ def create(name: Name, json: Json = False) -> None:
     except ValueError as error:
         raise WrongUsage(str(error)) from None
     console.write_result({"name": name, "key": key}, key, json=json)
-    console.info("Keep it now: only its digest is stored here.")
+    console.info("Copy the key now: only its digest is stored.")
     if is_first:
-        console.info("It is the first: servers on this machine now refuse requests without a key.")
+        console.info("This is the first key: servers here now refuse requests without a key.")
 
 
 @app.command("list")
 def list_(json: Json = False) -> None:
-    """List the keys' names."""
+    """List the names of the keys."""
     try:
-        found = auth.read(settings.data_folder())
+        records = auth.read(settings.data_folder())
     except ValueError as error:
         raise Corrupt(str(error)) from None
     if json:
-        listed = [{"name": key.name, "hint": key.hint, "created": key.created} for key in found]
-        console.write_json({"keys": listed})
+        keys = [{"name": key.name, "hint": key.hint, "created": key.created} for key in records]
+        console.write_json({"keys": keys})
         return
     rows = [
         (key.name, f"...{key.hint}", time.strftime("%Y-%m-%d", time.localtime(key.created)))
-        for key in found
+        for key in records
     ]
     print(console.table(("NAME", "ENDS IN", "MADE"), rows))
 
 
 @app.command()
 def delete(name: Name) -> None:
-    """Forget a key: it stops working at once."""
+    """Delete a key. Servers refuse it at once."""
     try:
         auth.delete(settings.data_folder(), name)
     except LookupError as error:

@@ -1,4 +1,4 @@
-"""What commands share: from a `--model` option to files on this disk, and what loading raises."""
+"""From a `--model` option to the files of a model, and to the model in this process."""
 
 from __future__ import annotations
 
@@ -17,86 +17,106 @@ from serve.models.spec import ModelFiles
 if TYPE_CHECKING:
     from serve.models.decoder import DecoderModel
 
-STOP_SECONDS = 5.0  # for the engines to finish the step they are in
+STOP_SECONDS = 5.0  # time for an engine to finish its current step
 
 
 def locate_model(name: str | None) -> ModelFiles:
-    """The files that a `--model` option means, pulled if they are not here; the default for None.
+    """Return the files of the model that a `--model` option names; download them if needed.
+
+    Args:
+        name: an id, NAME=PATH, or the id of a fine-tuned model; None for the default model.
 
     Raises:
-        Failure: what `download.locate` raises.
+        Failure: as in `download.resolve_model`.
+        Corrupt: the metadata of a fine-tuned model cannot be read.
     """
-    known, home = catalogue.load(settings.config_folder()), settings.data_folder()
-    name = name or known.default
+    known_models, home = catalogue.load(settings.config_folder()), settings.data_folder()
+    name = name or known_models.default
     if adapters.exists(home, name):
-        return _locate_adapter(adapters.adapter_folder(home, name), known)
+        return _locate_adapter(adapters.adapter_folder(home, name), known_models)
     with console.DownloadProgress(name) as progress:
-        return download.resolve_model(name, known, home, notify=console.info, progress=progress)
+        return download.resolve_model(
+            name, known_models, home, notify=console.info, progress=progress
+        )
 
 
-def _locate_adapter(folder: Path, known: catalogue.Catalogue) -> ModelFiles:
-    """A model that the user fine-tuned: the files of its base, and its own."""
+def _locate_adapter(folder: Path, known_models: catalogue.Catalogue) -> ModelFiles:
+    """Return the files of a fine-tuned model: those of its base model and its adapter."""
     try:
-        card = adapters.read_metadata(folder)
+        metadata = adapters.read_metadata(folder)
     except (OSError, ValueError) as error:
         raise Corrupt(str(error)) from None
-    name = card.base if known.get(card.base) else f"{card.base}={card.path}"
-    return replace(locate_model(name), id=card.id, publisher="local", adapter=folder)
+    in_catalogue = known_models.get(metadata.base) is not None
+    name = metadata.base if in_catalogue else f"{metadata.base}={metadata.path}"
+    return replace(locate_model(name), id=metadata.id, publisher="local", adapter=folder)
 
 
 def locate_model_of_kind(name: str | None, kind: str, hint: str) -> ModelFiles:
-    """The files that a `--model` option means, which must be a model of a kind.
+    """Return the files of a model that must be of a given kind.
 
     Args:
-        name: as of `located`.
-        kind: as in `kinds.KINDS`.
-        hint: what to use instead.
+        name: as for `locate_model`.
+        kind: a key of `kinds.KINDS`, such as "decoder".
+        hint: the end of the error message: which model to use instead.
 
     Raises:
-        WrongUsage: it is of another kind.
-        Failure: what `located` raises.
+        WrongUsage: the model is of another kind.
+        Failure: as in `locate_model`.
     """
-    from serve.models import kinds  # brings JAX along
+    from serve.models import kinds  # imports JAX
 
-    place = locate_model(name)
-    if kinds.kind_of(place).name != kind:
-        raise WrongUsage(f"{place.id} does not {kinds.KINDS[kind].task}: {hint}")
-    return place
+    files = locate_model(name)
+    if kinds.kind_of(files).name != kind:
+        raise WrongUsage(f"{files.id} does not {kinds.KINDS[kind].task}: {hint}")
+    return files
 
 
 def locate_trainable(name: str | None) -> ModelFiles:
-    """The files that a `--model` option means, which must be a model that can be fine-tuned."""
+    """Return the files of a model that must be one that can be fine-tuned.
+
+    Raises:
+        WrongUsage: the model is not a decoder.
+        Failure: as in `locate_model`.
+    """
     return locate_model_of_kind(name, "decoder", "only models that do can be fine-tuned")
 
 
 @contextlib.contextmanager
-def report_load_errors(place: ModelFiles) -> Iterator[None]:
-    """Around what reads a model's files: what goes wrong becomes one line that names them."""
+def report_load_errors(files: ModelFiles) -> Iterator[None]:
+    """Convert errors of the block, which loads `files`, into a `Failure` that names the path."""
     try:
         yield
     except (ValueError, OSError, MemoryError) as error:
-        raise Failure(f"cannot load {place.path}: {error}") from None
+        raise Failure(f"cannot load {files.path}: {error}") from None
 
 
 @contextlib.contextmanager
-def open_model(place: ModelFiles, cache_budget: int) -> Iterator[DecoderModel]:
-    """A model and its engine in this process. What still runs at the end is cancelled."""
+def open_model(files: ModelFiles, cache_budget: int) -> Iterator[DecoderModel]:
+    """Load a decoder and start its engine; at the end cancel its requests and stop it.
+
+    Args:
+        files: the files of the model, with an adapter or without.
+        cache_budget: bytes for the KV cache.
+
+    Raises:
+        Failure: the files cannot be loaded.
+    """
     from serve.models import resolve
     from serve.models.decoder import load_decoder, load_default_sampling
 
-    with report_load_errors(place):
+    with report_load_errors(files):
         served = load_decoder(
-            place.id,
-            place.path,
-            owned_by=place.publisher,
+            files.id,
+            files.path,
+            owned_by=files.publisher,
             cache_budget=cache_budget,
-            sha256=place.entry.files[0].sha256 if place.entry and place.entry.files else None,
-            accepted_dtypes=place.entry.dtypes if place.entry else (),
-            default_sampling=load_default_sampling(place, console.info),
+            sha256=files.entry.files[0].sha256 if files.entry and files.entry.files else None,
+            accepted_dtypes=files.entry.dtypes if files.entry else (),
+            default_sampling=load_default_sampling(files, console.info),
             notify=console.info,
         )
-        if place.adapter is not None:
-            served = resolve.load_adapted(place.adapter, served, place.path)
+        if files.adapter is not None:
+            served = resolve.load_adapted(files.adapter, served, files.path)
     try:
         yield served
     finally:

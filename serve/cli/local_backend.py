@@ -1,4 +1,4 @@
-"""The jobs of this machine, as the command line asks for them: without a server."""
+"""The job backend of this machine: `pellucid finetune` without a server."""
 
 import contextlib
 import time
@@ -26,27 +26,27 @@ from serve.jobs.store import Store, file_record, new_id
 from serve.models import adapters
 from serve.models.spec import ModelFiles
 
-NICENESS = 5  # of what is trained here: somebody waits for it, and nobody else
-RESUME_HINT = "`pellucid finetune follow {0}` goes on, `pellucid finetune cancel {0}` ends it"
-POLL_SECONDS = 0.25  # seconds between two looks
+NICENESS = 5  # of the training process: the user waits for it, and no request competes with it
+RESUME_HINT = "`pellucid finetune follow {0}` resumes it, `pellucid finetune cancel {0}` cancels it"
+POLL_SECONDS = 0.25  # between two reads of the events of a job
 
 
 @contextlib.contextmanager
 def open_local_backend() -> Iterator["LocalBackend"]:
-    """The jobs of the data folder."""
+    """Open the backend of the data folder; at the end stop the training of this process."""
     home = settings.data_folder()
     with (
         contextlib.closing(Store(home)) as store,
-        contextlib.closing(LocalBackend(JobStore(store, home))) as d,
+        contextlib.closing(LocalBackend(JobStore(store, home))) as backend,
     ):
-        yield d
+        yield backend
 
 
 class LocalBackend:
-    """The jobs of this machine's data folder, with the files and the models that are here.
+    """A `JobBackend` for the jobs, files and models in the data folder of this machine.
 
     Args:
-        jobs: of that folder.
+        jobs: the jobs of the data folder.
     """
 
     location = "on this machine"
@@ -55,53 +55,60 @@ class LocalBackend:
         self._jobs, self._runner = jobs, JobRunner(jobs, NICENESS)
 
     def close(self) -> None:
-        """Stops what this process trains."""
+        """Stop the training that runs in this process."""
         self._runner.close()
 
     def create(self, model: str | None, data: Path, valid: Path | None, **fields: Any) -> dict:
-        place = local.locate_trainable(model)
-        if place.adapter is not None:
-            raise WrongUsage(f"{place.id} was fine-tuned already: begin with its base")
+        """Validate the files, copy them into the store, and create a job; see `JobBackend`.
+
+        Raises:
+            WrongUsage: the model cannot be the base of a job, or the suffix is invalid.
+            CheckFailed: a file cannot be used for training.
+            Failure: the model cannot be located or loaded.
+        """
+        base = local.locate_trainable(model)
+        if base.adapter is not None:
+            raise WrongUsage(f"{base.id} is already fine-tuned; start from its base model")
         try:
-            check_name(place.id)
+            check_name(base.id)
             if fields["suffix"] is not None:
-                check_suffix(place.id, fields["suffix"])
+                check_suffix(base.id, fields["suffix"])
         except ValueError as error:
             raise WrongUsage(str(error)) from None
-        warnings = self._validate(place, data, valid)
-        files = [None if path is None else self._store_file(path) for path in (data, valid)]
+        warnings = self._validate(base, data, valid)
+        file_ids = [None if path is None else self._store_file(path) for path in (data, valid)]
         job = self._jobs.create(
-            model=place.id,
-            model_path=place.path,
-            training_file=str(files[0]),
-            validation_file=files[1],
+            model=base.id,
+            model_path=base.path,
+            training_file=str(file_ids[0]),
+            validation_file=file_ids[1],
             is_validated=True,
             warnings=warnings,
             **fields,
         )
         return to_api(job)
 
-    def _validate(self, place: ModelFiles, data: Path, valid: Path | None) -> list[str]:
-        """Check the files; return warnings.
+    def _validate(self, base: ModelFiles, data: Path, valid: Path | None) -> list[str]:
+        """Check the files and return warnings.
 
         Raises:
-            CheckFailed: training on one of them is impossible.
+            CheckFailed: a file cannot be used for training.
         """
-        from serve.jobs import validate  # brings JAX along
+        from serve.jobs import validate  # imports JAX
 
-        with local.report_load_errors(place):
-            reports = validate.validate_files(place.path, data, valid)
+        with local.report_load_errors(base):
+            reports = validate.validate_files(base.path, data, valid)
         for report in reports.values():
             if report.ok:
                 continue
             first, more = report.problems[0], report.counts.total() - 1
-            place_of = f"{report.path}:{first.line}" if first.line else report.path
-            rest = f" ({more} more: `pellucid finetune check {report.path}` lists them)"
-            raise CheckFailed(f"{place_of}: {first.message}{rest if more else ''}")
+            location = f"{report.path}:{first.line}" if first.line else report.path
+            rest = f" ({more} more; `pellucid finetune check {report.path}` lists them)"
+            raise CheckFailed(f"{location}: {first.message}{rest if more else ''}")
         return validate.warning_messages(reports)
 
     def _store_file(self, path: Path) -> str:
-        """Uploads a file, so to speak; gives its id."""
+        """Copy a file into the store and return its id."""
         id = new_id("file-")
         with self._jobs.store.open_blob(id) as incoming, path.open("rb") as file:
             while data := file.read(2**20):
@@ -110,35 +117,40 @@ class LocalBackend:
         return id
 
     def jobs(self) -> list[dict]:
-        found, _ = self._jobs.store.page("job", newest_first=True)
-        for job in found:
+        """Return all jobs, newest first; "stopped" is the status of a job without a process."""
+        jobs, _ = self._jobs.store.page("job", newest_first=True)
+        for job in jobs:
             if job["status"] not in UNFINISHED or has_active_runner(self._jobs):
                 continue
             if JobProcess.find_running(job["id"], self._jobs.folder(job["id"])) is None:
-                job["status"] = "stopped"  # nobody works on it; whoever follows it will
-        return [to_api(job) for job in found]
+                job["status"] = "stopped"  # `pellucid finetune follow` resumes it
+        return [to_api(job) for job in jobs]
 
     def models(self) -> frozenset[str]:
+        """Return the ids of the fine-tuned models in the data folder."""
         return frozenset(map(unquote, adapters.folder_names(self._jobs.home)))
 
     def job(self, id: str) -> dict:
+        """Return a job; raise `NotFound` if there is none."""
         if (job := self._jobs.get(id)) is None:
-            raise NotFound(f"there is no job {id}: `pellucid finetune list` shows those there are")
+            raise NotFound(f"there is no job {id}; `pellucid finetune list` shows the jobs")
         return to_api(job)
 
     def cancel(self, id: str) -> dict:
+        """Cancel a job, stop its process, and return the job; see `JobBackend`."""
         status = self.job(id)["status"]
         try:
             job = self._jobs.cancel(id)
         except JobFinished:
             raise Failure(f"{id} is over: it {status}") from None
-        # Whoever keeps it stops its process; but that may be one which a killed server left.
-        if (left := JobProcess.find_running(id, self._jobs.folder(id))) is not None:
-            left.stop()
+        # The runner of the job stops its process, unless the runner was killed.
+        if (process := JobProcess.find_running(id, self._jobs.folder(id))) is not None:
+            process.stop()
         self._jobs.clean_up(id)
         return to_api(job)
 
     def delete(self, name: str) -> list[str]:
+        """Delete a fine-tuned model and its checkpoints; return their ids; see `JobBackend`."""
         model, job = name, self._jobs.get(name)
         if job is not None:
             check_finished(job)
@@ -146,33 +158,41 @@ class LocalBackend:
         if deleted := self._jobs.delete_model(model):
             return deleted
         if job is not None:
-            raise NotFound(f"there is no model of {name}: it {job['status']}, or was deleted")
-        raise NotFound(f"no model {name} was made here: `pellucid finetune list` shows them")
+            raise NotFound(f"{name} has no model: it {job['status']}, or its model was deleted")
+        raise NotFound(f"there is no fine-tuned model {name}; `pellucid finetune list` shows them")
 
     def detached_hint(self, id: str) -> str:
-        return f"it learns until it is done; --follow shows how. Ctrl-C stops it ({RESUME_HINT.format(id)})"
+        """Return what to tell the user of a job that runs without `--follow`."""
+        return (
+            "training until the job is done; --follow shows its progress. "
+            f"Ctrl-C stops it ({RESUME_HINT.format(id)})"
+        )
 
     def detach(self, id: str) -> None:
+        """Stop the training of this process and print the state of the job."""
         console.info(f"\nstopping {id} ...")
         self._runner.close()
-        others = (
+        is_running = (
             has_active_runner(self._jobs)
             or JobProcess.find_running(id, self._jobs.folder(id)) is not None
         )
-        state = "goes on: another process here works on it" if others else "is stopped and saved"
+        state = "runs on in another process" if is_running else "is stopped and saved"
         console.info(f"{id} {state} ({RESUME_HINT.format(id)})")
 
     def usage_hint(self, model: str) -> str:
-        return f"ask it: pellucid chat -m {model} (any server here offers it, too)"
+        """Return how to use a fine-tuned model."""
+        return f"try it: pellucid chat -m {model} (servers on this machine offer it, too)"
 
     def events(self, id: str) -> Iterator[dict]:
+        """Yield the past and the new events of a job until it is over, and run it if needed."""
         self._runner.wake()
         after = None
         while True:
-            status = self.job(id)["status"]  # before its events: the last ones come before its end
-            found, _ = self._jobs.store.page("event", parent=id, after=after)
-            yield from found
-            after = found[-1]["id"] if found else after
+            # Read the status before the events: the last events precede the end of the job.
+            status = self.job(id)["status"]
+            events, _ = self._jobs.store.page("event", parent=id, after=after)
+            yield from events
+            after = events[-1]["id"] if events else after
             if status in FINISHED:
                 return
             time.sleep(POLL_SECONDS)

@@ -1,7 +1,7 @@
-"""Generating in this process: from a prompt to pieces of text, with the figures.
+"""Text generation in this process: from a prompt to text deltas, with statistics.
 
-The command line uses this; a server goes through `api/generation.py`. Both hand the engine the same
-request, and `api/detokenize.py` makes text of its events for both.
+The command line uses this module; a server uses `api/generation.py`. Both send the same request to
+the engine, and both detokenize its events with `api/detokenize.py`.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from serve.cli import console, local
 from serve.exceptions import DoesNotFit, Failure, WrongUsage
 from serve.models import benchmarks, generation_config
 
-if TYPE_CHECKING:  # the engine brings JAX along
+if TYPE_CHECKING:  # the engine imports JAX
     from serve.models.decoder import DecoderModel
 
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
@@ -27,48 +27,50 @@ Message = Mapping[str, str]  # {"role": ..., "content": ...}
 
 @dataclass(kw_only=True)
 class Options:
-    """How to answer. `sampling` holds what the user asked for; the model's defaults fill it up."""
+    """Options of a completion. Fields that `sampling` lacks take the defaults of the model."""
 
     sampling: dict[str, Any] = field(default_factory=dict)
-    max_tokens: int | None = None  # None: as many as the context holds
+    max_tokens: int | None = None  # None: as many as fit into the context
     stop: tuple[str, ...] = ()
-    seed: int | None = None  # None: another one each time
+    seed: int | None = None  # None: a random seed
 
 
 class LocalCompletion:
-    """One answer. Iterate over it for its text; the figures are complete when that ends.
+    """One completion. Iterating over it generates the text and updates the statistics.
 
     Attributes:
-        text: The answer so far.
-        prompt_tokens: Length of the prompt, in tokens.
-        tokens: Tokens so far.
-        reason: "stop", "length" or, while it is not over, "cancelled".
-        first_token: Seconds until the first token, or None before it.
-        decoding: Seconds from the first token to the last.
+        text: the text generated so far.
+        prompt_tokens: the length of the prompt, in tokens.
+        completion_tokens: the number of tokens generated so far.
+        finish_reason: "stop" or "length"; "cancelled" until the completion is finished.
+        seed: the seed of the sampler.
+        first_token_seconds: the time to the first token; None before it.
+        decode_seconds: the time from the first token to the last.
     """
 
     def __init__(self, model: "DecoderModel", prompt: Sequence[int], options: Options):
-        """Checks that prompt and answer fit the model's context.
+        """Check that the prompt and the completion fit into the context of the model.
 
         Raises:
-            DoesNotFit: They don't.
-            WrongUsage: A sampling option is out of range.
+            DoesNotFit: they do not fit.
+            WrongUsage: a sampling option is out of range.
         """
         from transformer.engine import SequenceRequest
         from transformer.sampling import SamplingParams
 
         room = model.context - len(prompt)
-        wanted = room if options.max_tokens is None else options.max_tokens
-        if room < 1 or wanted > room:
+        max_tokens = room if options.max_tokens is None else options.max_tokens
+        if room < 1 or max_tokens > room:
             raise DoesNotFit(
-                f"the prompt has {len(prompt)} tokens and the answer may have {max(wanted, 1)}: "
-                f"{model.id} holds {model.context} of both together"
+                f"the prompt has {len(prompt)} tokens and the answer may have "
+                f"{max(max_tokens, 1)}, but {model.id} has a context of {model.context} tokens "
+                "for both; shorten the prompt, or lower --max-tokens"
             )
         seed = secrets.randbits(31) if options.seed is None else options.seed
         try:
             self._request = SequenceRequest(
                 prompt=tuple(prompt),
-                max_tokens=wanted,
+                max_tokens=max_tokens,
                 sampling_params=SamplingParams(
                     seed=seed,
                     **generation_config.resolve_params(options.sampling, model.default_sampling),
@@ -85,33 +87,37 @@ class LocalCompletion:
         self.decode_seconds = 0.0
 
     def __iter__(self) -> Iterator[str]:
-        """Yields the text piece by piece, never half a character. Leaving early stops the model."""
+        """Yield text deltas of whole characters. Leaving the loop early cancels the request.
+
+        Raises:
+            Failure: the engine failed.
+        """
         from serve.api.detokenize import Detokenizer
         from transformer.engine import Failed
 
-        assembler = Detokenizer(self._model.tokenizer.encoding, self._stop)
+        detokenizer = Detokenizer(self._model.tokenizer.encoding, self._stop)
         started = time.perf_counter()
         with contextlib.closing(self._model.engine.generate(self._request)) as events:
             for event in events:
                 if isinstance(event, Failed):
-                    raise Failure(f"{self._model.id} could not go on: {event.message}")
-                if (piece := assembler.update(event)) is None:
+                    raise Failure(f"{self._model.id} failed: {event.message}")
+                if (delta := detokenizer.update(event)) is None:
                     return
-                if piece.num_generated > self.completion_tokens:
+                if delta.num_generated > self.completion_tokens:
                     elapsed = time.perf_counter() - started
                     self.first_token_seconds = self.first_token_seconds or elapsed
                     self.decode_seconds = elapsed - self.first_token_seconds
-                self.completion_tokens = piece.num_generated
-                if piece.text:
-                    self.text += piece.text
-                    yield piece.text
-                if piece.finish_reason:
-                    self.finish_reason = piece.finish_reason
+                self.completion_tokens = delta.num_generated
+                if delta.text:
+                    self.text += delta.text
+                    yield delta.text
+                if delta.finish_reason:
+                    self.finish_reason = delta.finish_reason
                     return
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Decoding speed, from the first token on; None before the second."""
+        """Return the decoding speed after the first token; None before the second token."""
         return (
             (self.completion_tokens - 1) / self.decode_seconds
             if self.completion_tokens > 1 and self.decode_seconds
@@ -120,15 +126,15 @@ class LocalCompletion:
 
 
 def chat_prompt(model: "DecoderModel", messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation in the model's own template.
+    """Return the token ids of a conversation in the chat template of the model.
 
     Raises:
-        WrongUsage: The model has no template.
-        Failure: The template refuses these messages.
+        WrongUsage: the model has no chat template.
+        Failure: the template rejects the messages.
     """
     tokenizer = model.tokenizer
     if tokenizer.chat_template is None:
-        raise WrongUsage(f"{model.id} has no chat template: use `pellucid complete`")
+        raise WrongUsage(f"{model.id} has no chat template; use `pellucid complete`")
     try:
         return tokenizer.chat_template.encode(tokenizer.encoding, messages)
     except ValueError as error:
@@ -136,10 +142,10 @@ def chat_prompt(model: "DecoderModel", messages: Sequence[Message]) -> list[int]
 
 
 def completion_prompt(model: "DecoderModel", text: str) -> list[int]:
-    """Token ids of raw text, after the token that begins a text where the model wants one."""
+    """Return the token ids of a text, after the BOS token if the model adds one."""
     tokenizer = model.tokenizer
-    begin = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-    return begin + tokenizer.encoding.encode_ordinary(text)
+    bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    return bos + tokenizer.encoding.encode_ordinary(text)
 
 
 def as_response(
@@ -147,12 +153,12 @@ def as_response(
     reply: LocalCompletion,
     kind: Literal["chat.completion", "text_completion"],
 ) -> dict[str, Any]:
-    """An answer in the shape the API gives it, plus its seed and timings.
+    """Return a completion in the format of the API, with its seed and timings.
 
     Args:
-        model: Who answered.
-        reply: The answer, over or interrupted.
-        kind: The `object` of the response.
+        model: the model that generated it.
+        reply: the completion, finished or interrupted.
+        kind: the `object` of the response.
     """
     is_chat = kind == "chat.completion"
     message = {"role": "assistant", "content": reply.text}
@@ -179,10 +185,17 @@ def as_response(
 
 @contextlib.contextmanager
 def open_model_timed(name: str | None) -> Iterator["tuple[DecoderModel, float]"]:
-    """A model in this process, and the seconds it took to load."""
-    place = local.locate_model(name)
+    """Open a model in this process; yield it and the seconds it took to load.
+
+    Args:
+        name: as for `local.locate_model`.
+
+    Raises:
+        Failure: as in `local.locate_model` and `local.open_model`.
+    """
+    files = local.locate_model(name)
     started = time.perf_counter()
-    with local.open_model(place, ServerSettings().cache_budget) as served:
+    with local.open_model(files, ServerSettings().cache_budget) as served:
         yield served, time.perf_counter() - started
 
 
@@ -193,12 +206,16 @@ def make_options(
     seed: int | None,
     stop: Sequence[str] | None,
 ) -> Options:
-    """What the user asked for; the rest is the model's."""
-    given = {"temperature": temperature, "top_p": top_p}
-    asked = {name: value for name, value in given.items() if value is not None}
+    """Return the options that were given; None leaves an option to the model.
+
+    Raises:
+        WrongUsage: a stop string is empty.
+    """
+    options = {"temperature": temperature, "top_p": top_p}
+    sampling = {name: value for name, value in options.items() if value is not None}
     if not all(stop or ()):
-        raise WrongUsage("--stop is empty: it would end every answer before it begins")
-    return Options(sampling=asked, max_tokens=max_tokens, stop=tuple(stop or ()), seed=seed)
+        raise WrongUsage("--stop is empty, which would end every answer at once; give a text")
+    return Options(sampling=sampling, max_tokens=max_tokens, stop=tuple(stop or ()), seed=seed)
 
 
 def print_completion(
@@ -210,14 +227,27 @@ def print_completion(
     stats: bool,
     json: bool,
 ) -> None:
-    """Prints an answer as it comes, or whole as JSON in the API's shape."""
+    """Print a completion while it is generated, or at its end as JSON in the format of the API.
+
+    Args:
+        model: the model that generates it.
+        reply: the completion.
+        kind: the `object` of the JSON response.
+        load_seconds: the time that loading the model took, for `stats`.
+        stats: whether to print statistics to stderr.
+        json: whether to print JSON.
+
+    Raises:
+        Failure: the engine failed.
+        typer.Exit: Ctrl-C interrupted the completion; the text so far is printed.
+    """
     interrupted = False
     try:
         for text in reply:
             if not json:
                 console.write(text, end="")
     except KeyboardInterrupt:
-        interrupted = True  # keep what came
+        interrupted = True  # print the text so far
     line = stats_line(model, reply, load_seconds)
     if json:
         console.write_json(as_response(model, reply, kind))
@@ -232,7 +262,7 @@ def print_completion(
 def stats_line(
     model: "DecoderModel", reply: LocalCompletion, load_seconds: float | None = None
 ) -> str:
-    """Notes the run's speed for `pellucid models`, and puts it into one line."""
+    """Record the speed for `pellucid models`, and return the statistics as one line."""
     home = settings.data_folder()
     benchmarks.record(
         home,

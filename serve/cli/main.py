@@ -1,7 +1,8 @@
 """The `pellucid` command: its parser, its exit codes, and the table of its commands.
 
-Answers go to stdout and everything else to stderr; `--json` makes the answer one JSON object; exit
-codes are those of `exceptions.py`. A command imports what is heavy when it runs: help is immediate.
+Results go to stdout, everything else to stderr. `--json` prints the result as one JSON object. Exit
+codes are those of `exceptions.py`. A command imports heavy modules only when it runs, so that
+`--help` is fast.
 """
 
 import io
@@ -23,6 +24,7 @@ from serve.cli import (
     inspect_model,
     keys,
     models,
+    old_flags,
     pull,
     serve,
     tokenize,
@@ -33,9 +35,26 @@ from serve.models import catalogue
 
 
 class CommandGroup(typer.core.TyperGroup):
-    """The group of all commands, which turns what goes wrong in one into its exit code."""
+    """The root command: renames old flags, and turns exceptions into exit codes."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments, with old flags replaced (see `old_flags`)."""
+        command: Any = self
+        for name in old_flags.command_of(args):
+            command = command.get_command(ctx, name)
+        takes_value = {
+            flag
+            for option in command.params
+            if not getattr(option, "is_flag", True)  # positional arguments have no `is_flag`
+            for flag in option.opts
+        }
+        args, used = old_flags.rename(args, takes_value)
+        for old, new in used.items():
+            print(f"{old} is now {new}", file=sys.stderr)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
+        """Run a command; exit with the code of the exception that it raises."""
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
@@ -47,10 +66,11 @@ class CommandGroup(typer.core.TyperGroup):
             print(file=sys.stderr)
             raise typer.Exit(130) from None
         except BrokenPipeError:
-            # The reader has all it wanted. Point stdout elsewhere, or closing it would fail again.
+            # The reader, such as `head`, has closed the pipe. Python flushes stdout once more at
+            # exit, which would fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
-        except OSError as error:  # names the file: a folder that is not ours, a full disk
+        except OSError as error:  # the message names the file
             console.error(str(error))
             raise typer.Exit(1) from None
 
@@ -82,22 +102,22 @@ app.add_typer(finetune.app, name="finetune")
 
 
 def main() -> None:
-    """The entry point of the `pellucid` command."""
+    """Run the `pellucid` command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # Where the locale cannot say a character, an escape is better than a crash.
+            # Write characters that the locale cannot encode as escapes.
             stream.reconfigure(errors="backslashreplace")
     app(prog_name="pellucid")
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_set: bool) -> None:
+    if is_set:
         from importlib.metadata import PackageNotFoundError, version
 
         try:
             print(f"pellucid {version('pellucid')}")
         except PackageNotFoundError:
-            print("pellucid, run from its folder without being installed")
+            print("pellucid, run from its source folder without being installed")
         raise typer.Exit
 
 
@@ -106,7 +126,7 @@ def _root_options(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and leave."
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""`pellucid models`: the models of the catalogue, and those that were fine-tuned here."""
+"""`pellucid models`: lists the models of the catalogue and the fine-tuned models."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,57 +10,57 @@ from serve.cli.options import Json
 from serve.exceptions import Corrupt
 from serve.models import adapters, benchmarks, catalogue, generation_config
 
-ModelRow = dict[str, Any]  # a model, as `--json` prints it
+ModelRow = dict[str, Any]  # a model as `--json` prints it
 
 
 def models(json: Json = False) -> None:
-    """List the models: what they need, how fast they ran."""
+    """List the models with their size, memory, speed and licence."""
     home, config = settings.data_folder(), settings.config_folder()
-    known = catalogue.load(config)
-    measured = benchmarks.read(home)
-    cards = [_catalogue_row(model, known) for model in known.models.values()]
-    cards += [_adapter_row(adapter, cards) for adapter in adapters.list_metadata(home)]
-    for card in cards:
-        run = measured.get(card["id"])
-        card["memory"] = run["memory"] if run else None
-        card["tokens_per_second"] = run["tokens_per_second"] if run else None
+    known_models = catalogue.load(config)
+    speeds = benchmarks.read(home)
+    rows = [_catalogue_row(model, known_models) for model in known_models.models.values()]
+    rows += [_adapter_row(adapter, rows) for adapter in adapters.list_metadata(home)]
+    for row in rows:
+        run = speeds.get(row["id"])
+        row["memory"] = run["memory"] if run else None
+        row["tokens_per_second"] = run["tokens_per_second"] if run else None
     if json:
-        console.write_json({"home": str(home), "default": known.default, "models": cards})
+        console.write_json({"home": str(home), "default": known_models.default, "models": rows})
         return
     head = ("ID", "SIZE", "MEMORY", "CONTEXT", "LICENCE", "HERE", "TOK/S", "GOOD AT", "SAMPLING")
-    print(console.table(head, [_table_row(card, known.default) for card in cards]))
+    print(console.table(head, [_table_row(row, known_models.default) for row in rows]))
     console.info(
-        "* the default. MEMORY is for weights and conversations as answers here took it; ~ is "
-        f"weights in float32, until one of {benchmarks.MIN_TIMED_TOKENS} tokens has measured it and "
-        "TOK/S. SAMPLING is for requests that give none.\n"
-        f"Models are in {home}, your own models.toml belongs in {config}."
+        "* the default model. MEMORY is for weights and KV cache, as measured; ~ is an estimate "
+        f"from float32 weights. An answer of {benchmarks.MIN_TIMED_TOKENS} tokens measures MEMORY "
+        "and TOK/S. SAMPLING applies to requests without sampling options.\n"
+        f"Models are stored in {home}. Put your own models.toml in {config}."
     )
 
 
-def _table_row(card: ModelRow, default: str) -> tuple[str, ...]:
-    """A line of the table."""
+def _table_row(row: ModelRow, default: str) -> tuple[str, ...]:
+    """Return the cells of a model in the table."""
     from serve.models.download import human_size
 
     memory = "-"
-    if card["memory"]:
-        memory = human_size(card["memory"])
-    elif card["parameters"]:
-        memory = "~" + human_size(4 * card["parameters"])
+    if row["memory"]:
+        memory = human_size(row["memory"])
+    elif row["parameters"]:
+        memory = "~" + human_size(4 * row["parameters"])
     return (
-        card["id"] + (" *" if card["id"] == default else ""),
-        human_size(card["size"]),
+        row["id"] + (" *" if row["id"] == default else ""),
+        human_size(row["size"]),
         memory,
-        f"{card['context']:,}" if card["context"] else "-",
-        card["licence"] or "-",
-        card["state"],
-        f"{card['tokens_per_second']:.0f}" if card["tokens_per_second"] else "-",
-        card["good_at"],
-        generation_config.format_params(card["sampling"]) if card["sampling"] else "-",
+        f"{row['context']:,}" if row["context"] else "-",
+        row["licence"] or "-",
+        row["state"],
+        f"{row['tokens_per_second']:.0f}" if row["tokens_per_second"] else "-",
+        row["good_at"],
+        generation_config.format_params(row["sampling"]) if row["sampling"] else "-",
     )
 
 
-def _catalogue_row(model: catalogue.CatalogueEntry, known: catalogue.Catalogue) -> ModelRow:
-    """The card of a model of the catalogue."""
+def _catalogue_row(model: catalogue.CatalogueEntry, known_models: catalogue.Catalogue) -> ModelRow:
+    """Return the row of a model of the catalogue."""
     from serve.models import download
 
     try:
@@ -80,14 +80,14 @@ def _catalogue_row(model: catalogue.CatalogueEntry, known: catalogue.Catalogue) 
         "sampling": _sampling(model.sampling, path) if model.kind == "decoder" else None,
         "state": state,
         "path": str(path) if path else None,
-        "aliases": [name for name, id in known.aliases.items() if id == model.id],
+        "aliases": [name for name, id in known_models.aliases.items() if id == model.id],
     }
 
 
-def _adapter_row(adapter: adapters.AdapterMetadata, others: list[ModelRow]) -> ModelRow:
-    """The card of a model that was fine-tuned here: what it does not say is its base's."""
+def _adapter_row(adapter: adapters.AdapterMetadata, rows: list[ModelRow]) -> ModelRow:
+    """Return the row of a fine-tuned model; other fields are those of its base model."""
     unknown: ModelRow = dict.fromkeys(("serves", "parameters", "context", "licence"))
-    base = next((other for other in others if other["id"] == adapter.base), None) or {
+    base = next((row for row in rows if row["id"] == adapter.base), None) or {
         **unknown,
         "sampling": _sampling({}, Path(adapter.path)),
     }
@@ -105,8 +105,8 @@ def _adapter_row(adapter: adapters.AdapterMetadata, others: list[ModelRow]) -> M
     }
 
 
-def _sampling(row: Mapping[str, float], path: Path | None) -> dict[str, Any]:
-    """The sampling settings of a request that gives none."""
+def _sampling(entry: Mapping[str, float], path: Path | None) -> dict[str, Any]:
+    """Return the sampling parameters of a request that gives none."""
     return generation_config.resolve_params(
-        {}, generation_config.read_defaults(row, path, console.info)
+        {}, generation_config.read_defaults(entry, path, console.info)
     )

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options that several commands share."""
 
 from typing import Annotated, Any
 
@@ -6,7 +6,7 @@ import typer
 
 
 def model_option(help: str) -> Any:
-    """Return the option `--model`."""
+    """Return the option `--model` with a help text."""
     return typer.Option("--model", "-m", metavar="ID", help=help)
 
 
@@ -20,8 +20,12 @@ ModelName = Annotated[
     ),
 ]
 Temperature = Annotated[
-    float | None, typer.Option(help="0 for the likeliest token. [default: the model's]")
+    float | None,
+    typer.Option(help="Sampling temperature; 0 for greedy. [default: that of the model]"),
 ]
-TopP = Annotated[float | None, typer.Option(help="Keep this much probability, likeliest first.")]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Nucleus sampling: keep the most likely tokens up to this probability."),
+]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer. Repeatable.")]

@@ -1,4 +1,4 @@
-"""`pellucid pull`: fetch models."""
+"""`pellucid pull`: downloads models."""
 
 from typing import Annotated
 
@@ -18,32 +18,32 @@ def pull(
     ] = None,
     all: Annotated[bool, typer.Option("--all", help="Every model of `pellucid models`.")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Fetch nothing; hash what is here again, in full.")
+        bool, typer.Option("--verify", help="Download nothing; check the hashes of local files.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Fetch models, checked; print where they are."""
+    """Download models, check their hashes, and print their paths."""
     from serve.models import download, hub
 
     if all and ids:
-        raise WrongUsage("--all already means every model: leave the ids out")
+        raise WrongUsage("--all already means every model; leave the ids out")
     home = settings.data_folder()
-    known = catalogue.load(settings.config_folder())
-    done = []
-    for id in known.models if all else ids or [known.default]:
-        model = known.get(id)
+    known_models = catalogue.load(settings.config_folder())
+    entries = []
+    for id in known_models.models if all else ids or [known_models.default]:
+        model = known_models.get(id)
         if id.startswith("hf:") and not verify:
             path = hub.pull(id, home, notify=console.info)
         elif model is None:
-            raise NotFound(download.unknown_model_message(id, known))
+            raise NotFound(download.unknown_model_message(id, known_models))
         elif verify:
             path = download.verify(model, home)
         else:
             with console.DownloadProgress(model.id) as progress:
                 path = download.pull(model, home, notify=console.info, progress=progress)
-        done.append({"id": model.id if model else id, "path": str(path)})
+        entries.append({"id": model.id if model else id, "path": str(path)})
     if json:
-        console.write_json({"models": done})
+        console.write_json({"models": entries})
     else:
-        for entry in done:
+        for entry in entries:
             print(entry["path"])

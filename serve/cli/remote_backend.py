@@ -1,4 +1,4 @@
-"""A server's fine-tuning API, as the command line asks it: through the official client."""
+"""The job backend of a server: its fine-tuning API through the official client."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from serve.exceptions import Failure, NotFound, Unreachable, WrongUsage
 from serve.jobs.jobs import FINISHED, check_finished
 from serve.models.adapters import CHECKPOINT_INFIX
 
-TIMEOUT = 600  # seconds until a server has answered, or sent a sign of life
+TIMEOUT = 600  # seconds without any byte from the server
 
 
 @contextlib.contextmanager
 def open_remote_backend(host: str, key: str) -> Iterator[RemoteBackend]:
-    """The jobs of a server.
+    """Open the backend of a server, and convert errors of the client in the block.
 
     Args:
-        host: its address, as "http://127.0.0.1:8000" or "127.0.0.1:8000".
-        key: what it asks for; empty for none.
+        host: the address of the server, as "http://127.0.0.1:8000" or "127.0.0.1:8000".
+        key: an API key of the server; empty for none.
 
     Raises:
-        WrongUsage: this is no address.
-        NotFound, Failure: the server said so.
-        Unreachable: it did not answer.
+        WrongUsage: `host` is not an address.
+        NotFound: the server answered with status 404.
+        Failure: the server answered with another error.
+        Unreachable: the server did not answer.
     """
     base = _base_url(host)
     try:
@@ -38,7 +39,7 @@ def open_remote_backend(host: str, key: str) -> Iterator[RemoteBackend]:
             api_key=key or "none",
             default_headers=None if key else {"Authorization": ""},
             timeout=TIMEOUT,
-            max_retries=0,  # a job must not be made twice
+            max_retries=0,  # a retry could create a second job
         ) as client:
             yield RemoteBackend(client, f"at {base.removesuffix('/v1/')}")
     except openai.APIStatusError as error:
@@ -46,25 +47,33 @@ def open_remote_backend(host: str, key: str) -> Iterator[RemoteBackend]:
         message = body.get("message", f"the server answered with status {error.status_code}")
         raise (NotFound if error.status_code == 404 else Failure)(message) from None
     except openai.APIConnectionError as error:
-        raise Unreachable(f"no server answers at {base}: {error.__cause__ or error}") from None
+        raise Unreachable(
+            f"no server answers at {base} ({error.__cause__ or error}); check --host, or start one "
+            "with `pellucid serve`"
+        ) from None
     except openai.APIError as error:
         raise Unreachable(error.message) from None
-    except ValueError as error:  # an id that cannot stand in a path, an answer that is no JSON
+    except ValueError as error:  # an id that is not valid in a path, or a response without JSON
         raise Failure(f"{base}: {error}") from None
 
 
 class RemoteBackend:
-    """The jobs of a server, through a client."""
+    """A `JobBackend` for the jobs of a server.
 
-    def __init__(self, client: openai.OpenAI, where: str):
-        self._client, self.location = client, where
+    Args:
+        client: a client of the server.
+        location: the server, as a phrase: "at http://127.0.0.1:8000".
+    """
+
+    def __init__(self, client: openai.OpenAI, location: str):
+        self._client, self.location = client, location
 
     def create(self, model: str | None, data: Path, valid: Path | None, **fields: Any) -> dict:
-        """Uploads the files and makes a job of them."""
+        """Upload the files and create a job; see `JobBackend`."""
         names = ("n_epochs", "batch_size", "learning_rate_multiplier")
         if model is None:
             if (first := next(iter(self._client.models.list()), None)) is None:
-                raise NotFound(f"the server {self.location} offers no model")
+                raise NotFound(f"the server {self.location} has no model; give one with --model")
             model = first.id
         hyperparameters: Any = {name: fields[name] or "auto" for name in names}
         job = self._client.fine_tuning.jobs.create(
@@ -78,56 +87,67 @@ class RemoteBackend:
         return job.to_dict()
 
     def jobs(self) -> list[dict]:
-        """All jobs, newest first."""
+        """Return all jobs, newest first."""
         return [job.to_dict() for job in self._client.fine_tuning.jobs.list(limit=100)]
 
     def models(self) -> frozenset[str]:
-        """The ids of the models that are offered."""
+        """Return the ids of the models that the server offers."""
         return frozenset(model.id for model in self._client.models.list())
 
     def job(self, id: str) -> dict:
-        """A job."""
+        """Return a job."""
         return self._client.fine_tuning.jobs.retrieve(id).to_dict()
 
     def cancel(self, id: str) -> dict:
-        """A job, which is cancelled now."""
+        """Cancel a job and return it."""
         return self._client.fine_tuning.jobs.cancel(id).to_dict()
 
     def delete(self, name: str) -> list[str]:
-        """Deletes a model, or what a job made; gives the ids of what is gone."""
-        offered = self.models()
+        """Delete a model and its checkpoints, given by its id or its job; return the deleted ids.
+
+        Raises:
+            NotFound: the job has no model.
+        """
+        available = self.models()
         if name.startswith(("ftjob-", "ft-")):
             job = self.job(name)
             check_finished(job)
-            left = self._client.fine_tuning.jobs.checkpoints.list(name, limit=100)
-            made = [job["fine_tuned_model"], *(one.fine_tuned_model_checkpoint for one in left)]
-            doomed = [id for id in made if id in offered]
-            if not doomed:
-                raise NotFound(f"there is no model of {name}: it {job['status']}, or was deleted")
+            checkpoints = self._client.fine_tuning.jobs.checkpoints.list(name, limit=100)
+            ids = [
+                job["fine_tuned_model"],
+                *(checkpoint.fine_tuned_model_checkpoint for checkpoint in checkpoints),
+            ]
+            deleted = [id for id in ids if id in available]
+            if not deleted:
+                raise NotFound(f"{name} has no model: it {job['status']}, or its model was deleted")
         else:
-            doomed = [name, *(id for id in offered if id.startswith(name + CHECKPOINT_INFIX))]
-        doomed.sort(reverse=True)  # the model last: its checkpoints would go with it
-        for id in doomed:
+            deleted = [name, *(id for id in available if id.startswith(name + CHECKPOINT_INFIX))]
+        deleted.sort(reverse=True)  # the model last: deleting it deletes its checkpoints
+        for id in deleted:
             self._client.models.delete(id)
-        return doomed
+        return deleted
 
     def detached_hint(self, id: str) -> str:
-        """Says what happens to a job that was made and is not followed."""
-        return f"`pellucid finetune follow {id}` shows what it learns"
+        """Return what to tell the user of a job that runs without `--follow`."""
+        return f"`pellucid finetune follow {id}` shows its progress"
 
     def detach(self, id: str) -> None:
-        """Says what becomes of a job that is followed no longer."""
+        """Print that a job which is no longer followed runs on."""
         console.info(
-            f"\n{id} goes on {self.location}: `pellucid finetune follow {id}` shows it again, "
-            f"`pellucid finetune cancel {id}` ends it (both with --host, as here)"
+            f"\n{id} runs on {self.location}: `pellucid finetune follow {id}` shows it again, "
+            f"`pellucid finetune cancel {id}` cancels it (both with the same --host)"
         )
 
     def usage_hint(self, model: str) -> str:
-        """How a model is asked that a job has made."""
-        return f"ask it {self.location}: model={model!r}"
+        """Return how to use a fine-tuned model."""
+        return f"use it {self.location}: model={model!r}"
 
     def events(self, id: str) -> Iterator[dict]:
-        """What happened to a job and what happens, until it is over."""
+        """Yield the past and the new events of a job until it is over.
+
+        Raises:
+            Unreachable: the connection ended before the job.
+        """
         with self._client.get(
             f"/fine_tuning/jobs/{quote(id, safe='')}/events",
             cast_to=object,
@@ -139,12 +159,12 @@ class RemoteBackend:
                 yield from events
             except openai.APIConnectionError as error:
                 reason = error.__cause__ or error
-                raise Unreachable(f"the connection broke ({reason}); the job may go on") from None
+                raise Unreachable(f"the connection broke ({reason}); the job may run on") from None
         if self.job(id)["status"] not in FINISHED:
-            raise Unreachable("the server ended the connection; the job may go on")
+            raise Unreachable("the server closed the connection; the job may run on")
 
     def _upload(self, path: Path) -> str:
-        """Sends a file as it is read; gives its id."""
+        """Upload a file in chunks and return its id."""
         with path.open("rb") as file:
             return self._client.files.create(file=file, purpose="fine-tune").id
 
@@ -153,7 +173,7 @@ def _base_url(host: str) -> str:
     host = host if "://" in host else f"http://{host}"
     with contextlib.suppress(ValueError):
         parts = urlsplit(host)
-        # `port` raises if it is no number.
+        # Reading `port` raises ValueError if it is not a number.
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != -1:
             return host.rstrip("/").removesuffix("/v1") + "/v1/"
-    raise WrongUsage(f"{host} is no address of a server: use http://HOST:PORT")
+    raise WrongUsage(f"{host} is not the address of a server; use http://HOST:PORT")

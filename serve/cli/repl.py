@@ -1,7 +1,7 @@
 """The conversation of `pellucid chat` at a terminal.
 
-Lines that begin with a slash are commands, and no other words are: anything can be said. Ctrl-C
-stops an answer and keeps what came of it; Ctrl-D leaves.
+Lines that begin with a slash are commands; all other lines are messages. Ctrl-C stops an answer and
+keeps its text so far; Ctrl-D exits.
 """
 
 import contextlib
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from serve.models.decoder import DecoderModel
 
 HELP = """\
-/help                this list
+/help                show this list
 /system TEXT         set the system message; without TEXT, remove it
-/clear               forget the conversation, keep the system message
-/undo                take back the last question and its answer
+/clear               clear the conversation, keep the system message
+/undo                remove the last question and its answer
 /retry               answer the last question again
-/set NAME VALUE      temperature, top_p, top_k, min_p, repetition_penalty,
-                     max_tokens, seed or stop; without VALUE, back to the default
-/stats               show or hide the figures after each answer
-/bye                 leave (as does Ctrl-D)
-Begin and end with \"\"\" to say several lines. Ctrl-C stops an answer."""
+/set NAME VALUE      set temperature, top_p, top_k, min_p, repetition_penalty,
+                     max_tokens, seed or stop; without VALUE, reset it
+/stats               show or hide statistics after each answer
+/bye                 exit (as does Ctrl-D)
+Begin and end a message of several lines with \"\"\". Ctrl-C stops an answer."""
 
 _NUMBERS = {
     "temperature": float,
@@ -40,38 +40,43 @@ _NUMBERS = {
 
 @dataclass
 class Conversation:
-    """What was said, and how to answer. Every slash command is a method on it or a field of it.
+    """The state of a conversation.
 
-    `default` is what /set goes back to.
+    Attributes:
+        default: the options that /set without a value restores.
+        system: the system message.
+        stats: whether to print statistics after each answer.
+        turns: the questions and their answers.
+        options: the options of the next answer.
     """
 
     default: local_completion.Options
     system: str | None = None
     stats: bool = False
-    turns: list[tuple[str, str]] = field(default_factory=list)  # question, answer
+    turns: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.options = replace(self.default, sampling=dict(self.default.sampling))
 
     def messages(self, question: str) -> list[local_completion.Message]:
-        """The conversation so far with one more question."""
-        said = [{"role": "system", "content": self.system}] if self.system else []
-        for asked, answered in self.turns:
-            said.append({"role": "user", "content": asked})
-            said.append({"role": "assistant", "content": answered})
-        return [*said, {"role": "user", "content": question}]
+        """Return the messages of the conversation with one more question."""
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for user, assistant in self.turns:
+            messages.append({"role": "user", "content": user})
+            messages.append({"role": "assistant", "content": assistant})
+        return [*messages, {"role": "user", "content": question}]
 
     def set(self, name: str, value: str) -> str:
-        """Carries out /set, and says what holds now."""
+        """Set an option, or reset it if `value` is empty; return a line to print."""
         if name == "stop":
             self.options.stop = (value,) if value else self.default.stop
             return f"stop is {', '.join(map(repr, self.options.stop)) or 'nothing'}"
         if name not in _NUMBERS:
-            return f"{name!r} cannot be set: use one of {', '.join(_NUMBERS)}, stop"
+            return f"{name!r} is not an option; use one of {', '.join(_NUMBERS)}, stop"
         try:
             number = _NUMBERS[name](value) if value else None
         except ValueError:
-            return f"{name} is {value!r}: use a number"
+            return f"{name} cannot be {value!r}; use a number"
         if name in ("max_tokens", "seed"):
             setattr(self.options, name, getattr(self.default, name) if number is None else number)
             return f"{name} is {getattr(self.options, name)}"
@@ -91,15 +96,15 @@ def run(
     read: Callable[[str], str],
     stats_line: Callable[[local_completion.LocalCompletion], str],
 ) -> None:
-    """Reads and answers until the user leaves.
+    """Read messages and answer them until the user exits.
 
     Args:
-        model: Who answers.
-        conversation: Where to begin.
-        read: Shows a prompt and returns a line, like `input`; raises EOFError at the end.
-        figures: The line of figures after an answer.
+        model: the model that answers.
+        conversation: the conversation to continue.
+        read: prints a prompt and returns a line, like `input`; raises EOFError at the end.
+        stats_line: returns the line of statistics of an answer.
     """
-    console.info(f"{model.id}: /help lists the commands, /bye leaves")
+    console.info(f"{model.id}: /help lists the commands, /bye exits")
     while True:
         try:
             line = _read_multiline(read(">>> "), read)
@@ -107,44 +112,49 @@ def run(
             console.info("")
             return
         except KeyboardInterrupt:
-            console.info("\n/bye or Ctrl-D leaves")
+            console.info("\nuse /bye or Ctrl-D to exit")
             continue
         except UnicodeDecodeError:
-            console.info("that was not UTF-8")
+            console.info("the line is not UTF-8; enter it again")
             continue
         if not line.strip():
             continue
-        word, _, rest = line.partition(" ")
-        rest = rest.strip()
-        if not word.startswith("/"):
+        command, _, argument = line.partition(" ")
+        argument = argument.strip()
+        if not command.startswith("/"):
             _ask(model, conversation, line, stats_line)
-        elif word in ("/bye", "/exit"):
+        elif command in ("/bye", "/exit"):
             return
-        elif word in ("/help", "/?"):
+        elif command in ("/help", "/?"):
             console.info(HELP)
-        elif word == "/system":
-            conversation.system = rest or None
-            console.info("the system message is set" if rest else "there is no system message")
-        elif word == "/clear":
+        elif command == "/system":
+            conversation.system = argument or None
+            console.info(
+                "the system message is set" if argument else "there is no system message now"
+            )
+        elif command == "/clear":
             conversation.turns.clear()
-            console.info("the conversation is forgotten")
-        elif word in ("/undo", "/retry"):
+            console.info("the conversation is cleared")
+        elif command in ("/undo", "/retry"):
             if not conversation.turns:
-                console.info("nothing was said yet")
+                console.info("the conversation is empty")
                 continue
             question, _ = conversation.turns.pop()
-            if word == "/retry":
+            if command == "/retry":
                 _ask(model, conversation, question, stats_line)
             else:
-                console.info(f"taken back: {console.escape_control(question[:60])}")
-        elif word == "/set":
-            name, _, value = rest.partition(" ")
+                console.info(f"removed: {console.escape_control(question[:60])}")
+        elif command == "/set":
+            name, _, value = argument.partition(" ")
             console.info(conversation.set(name, value.strip()))
-        elif word == "/stats":
+        elif command == "/stats":
             conversation.stats = not conversation.stats
-            console.info(f"figures are {'shown' if conversation.stats else 'hidden'}")
+            console.info(f"statistics are {'on' if conversation.stats else 'off'}")
         else:
-            console.info(f"{word} is no command: /help lists them (begin with a space to say it)")
+            console.info(
+                f"{command} is not a command; /help lists the commands "
+                "(to send the line as a message, begin it with a space)"
+            )
 
 
 def _read_multiline(line: str, read: Callable[[str], str]) -> str:
@@ -160,9 +170,9 @@ def _ask(
     model: "DecoderModel",
     conversation: Conversation,
     question: str,
-    figures: Callable[[local_completion.LocalCompletion], str],
+    stats_line: Callable[[local_completion.LocalCompletion], str],
 ) -> None:
-    """Answers one question and adds it to the conversation; a failure leaves that as it was."""
+    """Answer a question and add both to the conversation; on a failure, leave it unchanged."""
     try:
         prompt = local_completion.chat_prompt(model, conversation.messages(question))
         reply = local_completion.LocalCompletion(model, prompt, conversation.options)
@@ -174,6 +184,6 @@ def _ask(
         console.error(str(error))
         return
     conversation.turns.append((question, reply.text))
-    line = figures(reply)
+    line = stats_line(reply)
     if conversation.stats:
         console.info(line)

@@ -1,4 +1,4 @@
-"""`pellucid serve`: offer models over HTTP until Ctrl-C."""
+"""`pellucid serve`: serves models over HTTP until Ctrl-C."""
 
 import contextlib
 import socket
@@ -27,7 +27,7 @@ def serve(
     model: Annotated[
         list[str] | None,
         model_option(
-            "What to serve: an id of `pellucid models`, or NAME=PATH for a GGUF file or a "
+            "A model to serve: an id of `pellucid models`, or NAME=PATH for a GGUF file or a "
             "Hugging Face folder. Repeatable."
         ),
     ] = None,
@@ -35,56 +35,56 @@ def serve(
         list[str] | None,
         typer.Option(
             envvar="PELLUCID_API_KEY",
-            help="Accept only this key. Repeatable; in the variable, separated by spaces.",
+            help="Require this key. Repeatable; in the variable, separated by spaces.",
         ),
     ] = None,
     allowed_host: Annotated[
         list[str] | None,
-        typer.Option(help="Another name this server may be called by. Repeatable."),
+        typer.Option(help="Another host name to accept in requests. Repeatable."),
     ] = None,
     allowed_origin: Annotated[
         list[str] | None,
-        typer.Option(help="A web origin whose pages may use this server. Repeatable."),
+        typer.Option(help="A web origin whose pages may send requests. Repeatable."),
     ] = None,
     cache_mb: Annotated[
         int,
-        typer.Option(min=1, help="Memory for the conversations of each loaded model, in MB."),
+        typer.Option(min=1, help="Memory for the KV cache of each loaded model, in MB."),
     ] = 256,
     memory_mb: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Memory for all loaded models with their conversations, in MB; who was not asked "
-            "the longest makes room. [default: what is free]",
+            help="Memory for all loaded models and their KV caches, in MB; the least recently used "
+            "model is unloaded first. [default: the free memory]",
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Number format of the weights; auto picks the fastest good one.")
+        str, typer.Option(help="Dtype of the weights; auto chooses the fastest accurate one.")
     ] = "auto",
     sampling_defaults: Annotated[
         Literal["model", "openai"],
         typer.Option(
-            help="Temperature and the like of a request that gives none: the model's own, or "
-            "OpenAI's (temperature 1)."
+            help="Sampling parameters of a request that gives none: those of the model, or those "
+            "of OpenAI (temperature 1)."
         ),
     ] = "model",
     max_embedding_tokens: Annotated[
         int | None, typer.Option(metavar="N", help=embed.MAX_TOKENS_HELP)
     ] = None,
     rate_limit: Annotated[
-        int, typer.Option(min=0, help="Requests a minute for each key or address; 0 for any.")
+        int, typer.Option(min=0, help="Requests per minute of each key or address; 0: no limit.")
     ] = 0,
     answer_timeout: Annotated[
-        float, typer.Option(help="Longest time for an answer to be computed, in seconds.")
+        float, typer.Option(help="Maximum time to compute an answer, in seconds.")
     ] = 600.0,
     log_format: Annotated[
-        Literal["text", "json"], typer.Option(help="Lines for people, or objects for programs.")
+        Literal["text", "json"], typer.Option(help="Log as text lines, or as JSON objects.")
     ] = "text",
     json: Json = False,
 ) -> None:
     """Serve models over OpenAI's API until Ctrl-C."""
     try:
-        chosen = ServerSettings(
+        server_settings = ServerSettings(
             host=host,
             port=port,
             api_keys=tuple(api_key or ()),
@@ -100,63 +100,64 @@ def serve(
         raise WrongUsage(str(error)) from None
     from serve.api import server
 
-    with server.bind_socket(chosen.host, chosen.port) as taken:
-        known = catalogue.load(settings.config_folder())
-        places = _locate_models(model or [known.default])
-        absent: Collection[str] = ()
+    with server.bind_socket(server_settings.host, server_settings.port) as listener:
+        known_models = catalogue.load(settings.config_folder())
+        models = _locate_models(model or [known_models.default])
+        not_pulled: Collection[str] = ()
         if not model:
-            places += _locate_other_models(known, places)
-            absent = known.models.keys() - {place.id for place in places}
+            models += _locate_other_models(known_models, models)
+            not_pulled = known_models.models.keys() - {files.id for files in models}
         with _open_registry(
-            places, chosen, dtype, known.aliases, absent, sampling_defaults
+            models, server_settings, dtype, known_models.aliases, not_pulled, sampling_defaults
         ) as registry:
-            orderly = _run(chosen, registry, taken, log_format, json=json)
-    if not orderly:
+            drained = _run(server_settings, registry, listener, log_format, json=json)
+    if not drained:
         raise typer.Exit(130)
 
 
 def _locate_models(names: Sequence[str]) -> "list[ModelFiles]":
-    """Return the models that `--model` options mean, pulled if they are not here.
+    """Return the models that `--model` options name; download them if needed.
 
     Raises:
-        WrongUsage: one was fine-tuned here, or is named twice.
-        Failure: what `local.located` raises.
+        WrongUsage: a model is fine-tuned, or is named twice.
+        Failure: as in `local.locate_model`.
     """
     from serve.cli import local
 
-    places = [local.locate_model(name) for name in names]
-    if adapted := [place.id for place in places if place.adapter]:
-        raise WrongUsage(f"{adapted[0]} is offered beside its base: serve that one")
-    if len({place.id for place in places}) < len(places):
-        raise WrongUsage(f"a model is named twice: {', '.join(p.id for p in places)}")
-    return places
+    models = [local.locate_model(name) for name in names]
+    if adapted := [files.id for files in models if files.adapter]:
+        raise WrongUsage(f"{adapted[0]} is served together with its base model; serve that one")
+    if len({files.id for files in models}) < len(models):
+        raise WrongUsage(f"a model is named twice: {', '.join(files.id for files in models)}")
+    return models
 
 
 def _locate_other_models(
-    known: catalogue.Catalogue, places: "list[ModelFiles]"
+    known_models: catalogue.Catalogue, models: "list[ModelFiles]"
 ) -> "list[ModelFiles]":
-    """The other models of the catalogue that were pulled: offered, and loaded when asked for."""
+    """Return the other pulled models of the catalogue, which load at their first request."""
     from serve.models import download
 
-    found = []
-    for model in known.models.values():
-        with contextlib.suppress(Corrupt):  # `pellucid models` says which
-            place = download.find_pulled(model, settings.data_folder())
-            if place and model.id not in [place.id for place in places]:
-                found.append(place)
-    return found
+    ids = {files.id for files in models}
+    others = []
+    for model in known_models.models.values():
+        with contextlib.suppress(Corrupt):  # `pellucid models` shows it as changed
+            files = download.find_pulled(model, settings.data_folder())
+            if files and model.id not in ids:
+                others.append(files)
+    return others
 
 
 @contextlib.contextmanager
 def _open_registry(
-    places: "list[ModelFiles]",
-    chosen: ServerSettings,
+    models: "list[ModelFiles]",
+    server_settings: ServerSettings,
     dtype: str,
     aliases: Mapping[str, str],
-    absent: Collection[str],
+    not_pulled: Collection[str],
     sampling_defaults: generation_config.DefaultsSource = "model",
 ) -> "Iterator[Registry]":
-    """The models of a server, the first of them loaded. What runs at the end is cancelled."""
+    """Open the registry of a server with its first model loaded; at the end cancel all requests."""
     from serve.cli import local
     from serve.exceptions import CannotLoad
     from serve.models import resolve
@@ -164,25 +165,27 @@ def _open_registry(
     from serve.models.spec import LoadOptions
 
     options = LoadOptions(
-        cache_budget=chosen.cache_budget,
+        cache_budget=server_settings.cache_budget,
         dtype=dtype,
-        home=chosen.home,
+        home=server_settings.home,
         notify=console.info,
-        memory_limit=chosen.memory_limit,
+        memory_limit=server_settings.memory_limit,
         sampling_defaults=sampling_defaults,
-        max_embedding_tokens=chosen.max_embedding_tokens,
+        max_embedding_tokens=server_settings.max_embedding_tokens,
     )
-    cards = []
-    for place in places:
-        with local.report_load_errors(place):
-            cards.append(resolve.describe(place, options))
-    paths = {place.id: place.path for place in places}
+    specs = []
+    for files in models:
+        with local.report_load_errors(files):
+            specs.append(resolve.describe(files, options))
+    paths = {files.id: files.path for files in models}
     registry = Registry(
-        cards,
+        specs,
         aliases,
-        memory_limit=chosen.memory_limit,
-        not_pulled=absent,
-        adapter_specs=resolve.AdapterSpecs(chosen.home, chosen.cache_budget, paths),
+        memory_limit=server_settings.memory_limit,
+        not_pulled=not_pulled,
+        adapter_specs=resolve.AdapterSpecs(
+            server_settings.home, server_settings.cache_budget, paths
+        ),
     )
     try:
         registry.load(registry.default)
@@ -194,34 +197,35 @@ def _open_registry(
 
 
 def _run(
-    chosen: ServerSettings,
+    server_settings: ServerSettings,
     registry: "Registry",
-    taken: socket.socket,
+    listener: socket.socket,
     log_format: "LogFormat",
     *,
     json: bool,
 ) -> bool:
-    """Serve until Ctrl-C. Return whether running answers were finished."""
+    """Serve until Ctrl-C; return whether all running requests were finished."""
     from serve.api import server
     from serve.api.app import create_app
     from serve.cli.banner import banner
 
-    address = server.url_of(taken)
+    address = server.url_of(listener)
 
     def ready() -> None:
-        text = banner(address, registry, has_keys=chosen.requires_key)
+        text = banner(address, registry, has_keys=server_settings.requires_key)
         print(text, file=sys.stderr, flush=True)
         if json:
-            models = [card.id for card in registry.list_models()]
-            formats = {served.id: served.dtype for served in registry.loaded()}
-            console.write_json({"url": address, "models": models, "formats": formats})
+            models = [model.id for model in registry.list_models()]
+            dtypes = {served.id: served.dtype for served in registry.loaded()}
+            console.write_json({"url": address, "models": models, "formats": dtypes})
 
     def stopping() -> None:
         console.info(
-            f"stopping after the running answers, at most {server.DRAIN_SECONDS} s "
-            "(Ctrl-C again: at once)"
+            f"stopping after the running requests, in at most {server.DRAIN_SECONDS} s "
+            "(Ctrl-C again to stop at once)"
         )
 
-    app = create_app(chosen, registry)
-    with contextlib.closing(app.state.keeper):  # a job that runs is saved, to go on later
-        return server.run(app, taken, log_format=log_format, on_ready=ready, on_stop=stopping)
+    app = create_app(server_settings, registry)
+    # Closing the job runner saves the running job, which the next server resumes.
+    with contextlib.closing(app.state.job_runner):
+        return server.run(app, listener, log_format=log_format, on_ready=ready, on_stop=stopping)

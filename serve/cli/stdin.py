@@ -8,9 +8,9 @@ from serve.exceptions import WrongUsage
 
 
 def piped() -> str | None:
-    """Return the text that is piped or redirected into this command, or None.
+    """Return the text that is piped or redirected to stdin, or None.
 
-    A terminal is not read, nor a stdin that is neither pipe nor file, such as a service's.
+    Stdin is read only if it is a pipe or a file; that of a terminal or of a service is not.
     """
     mode = os.fstat(0).st_mode if sys.stdin else 0
     return read() if stat.S_ISFIFO(mode) or stat.S_ISREG(mode) else None
@@ -20,30 +20,37 @@ def read() -> str:
     """Return the text on standard input.
 
     Raises:
-        WrongUsage: it is not UTF-8.
+        WrongUsage: the text is not UTF-8.
     """
     data = sys.stdin.buffer.read()
     try:
         return data.decode()
     except UnicodeDecodeError as error:
         raise WrongUsage(
-            f"stdin is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}"
+            f"stdin is not UTF-8 (byte {data[error.start]:#04x} at offset {error.start}); "
+            "convert it to UTF-8"
         ) from None
 
 
 def joined(argument: str | None, piped: str | None) -> str | None:
-    """Return the argument and the piped text, with an empty line between."""
+    """Return the argument and the piped text with an empty line between them, or None.
+
+    Raises:
+        WrongUsage: the argument is not UTF-8.
+    """
     return "\n\n".join(filter(None, [require_utf8(argument), piped])) or None
 
 
 def require_utf8(argument: str | None) -> str | None:
-    """Return an argument.
+    """Return an argument unchanged.
 
     Raises:
-        WrongUsage: it is not UTF-8. Python lets other bytes pass as surrogates.
+        WrongUsage: the argument is not UTF-8. Python decodes other bytes as surrogates.
     """
     try:
         (argument or "").encode()
     except UnicodeEncodeError as error:
-        raise WrongUsage(f"an argument is not UTF-8, from character {error.start} on") from None
+        raise WrongUsage(
+            f"an argument is not UTF-8 from character {error.start} on; convert it to UTF-8"
+        ) from None
     return argument

@@ -1,4 +1,4 @@
-"""`pellucid tokenize`: the tokens of a text."""
+"""`pellucid tokenize`: shows the tokens of a text."""
 
 from typing import Annotated, Any
 
@@ -15,37 +15,37 @@ def tokenize(
     ] = None,
     model: ModelName = None,
     parse_special: Annotated[
-        bool, typer.Option("--special", help="Read <|special|> tokens as such, not as text.")
+        bool, typer.Option("--parse-special", help="Parse <|special|> tokens in the text.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Show the tokens a model cuts a text into."""
+    """Show the tokens that a model splits a text into."""
     piped = stdin.piped()
     if text is None and piped is None:
-        raise WrongUsage("there is no text: give it as an argument, or pipe it in")
-    whole = (stdin.require_utf8(text) or "") + (piped or "")
+        raise WrongUsage("there is no text; give it as an argument, or pipe it in")
+    full_text = (stdin.require_utf8(text) or "") + (piped or "")
     import bpe
     from serve.cli import local
 
-    place = local.locate_model(model)
-    with local.report_load_errors(place):
-        encoding = bpe.load(place.path).encoding
+    files = local.locate_model(model)
+    with local.report_load_errors(files):
+        encoding = bpe.load(files.path).encoding
     allowed = "all" if parse_special else set()
-    ids = encoding.encode(whole, allowed_special=allowed, disallowed_special=())
-    parts = [encoding.decode_single_token_bytes(id) for id in ids]
-    size = len(whole.encode())
+    ids = encoding.encode(full_text, allowed_special=allowed, disallowed_special=())
+    token_bytes = [encoding.decode_single_token_bytes(id) for id in ids]
+    size = len(full_text.encode())
     if json:
-        tokens = [_token(id, part) for id, part in zip(ids, parts, strict=True)]
-        console.write_json({"model": place.id, "bytes": size, "tokens": tokens})
+        tokens = [_token(id, data) for id, data in zip(ids, token_bytes, strict=True)]
+        console.write_json({"model": files.id, "bytes": size, "tokens": tokens})
         return
-    print(console.format_tokens(parts))
+    print(console.format_tokens(token_bytes))
     print(*ids)
-    console.info(f"{len(ids)} tokens, {size} bytes, {place.id}")
+    console.info(f"{len(ids)} tokens, {size} bytes, {files.id}")
 
 
-def _token(id: int, part: bytes) -> dict[str, Any]:
+def _token(id: int, data: bytes) -> dict[str, Any]:
     try:
-        text = part.decode()
+        text = data.decode()
     except UnicodeDecodeError:
         text = None  # part of a character
-    return {"id": id, "text": text, "bytes": list(part)}
+    return {"id": id, "text": text, "bytes": list(data)}

@@ -1,7 +1,7 @@
-"""`pellucid transcribe`: what is said in sound files.
+"""`pellucid transcribe`: transcribes or translates the speech in audio files.
 
-Text goes to stdout segment by segment, as it is written; how far it got, to stderr. The other
-formats are whole documents: with several files, `--output-dir` writes one beside the other.
+Text goes to stdout segment by segment while it is decoded, progress to stderr. The other formats
+are whole documents; `--output-dir` writes a document for each of several files.
 """
 
 import dataclasses
@@ -24,56 +24,65 @@ if TYPE_CHECKING:
     from serve.models.speech import SpeechModel
 
 DEFAULT_MODEL = "whisper-base"
-FORMATS = ("text", "json", "srt", "vtt", "tsv")  # as `audio.subtitles` has them
+FORMATS = ("text", "json", "srt", "vtt", "tsv")  # those of `audio.subtitles`
 _SUFFIX = {"text": "txt"}
 
 
 def transcribe(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Sound files.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Audio files.")],
     model: Annotated[
         str,
         model_option("A speech model of `pellucid models`, or NAME=PATH for a folder."),
     ] = DEFAULT_MODEL,
     language: Annotated[
-        str | None, typer.Option(help="A code or a name; heard if not given.")
+        str | None,
+        typer.Option(help="The spoken language, as a code or a name. [default: detected]"),
     ] = None,
     format: Annotated[
         str, typer.Option("--format", "-f", help=f"One of {', '.join(FORMATS)}.")
     ] = "text",
     word_timestamps: Annotated[
-        bool, typer.Option("--words", help="Find the time of every word; a cue for each.")
+        bool,
+        typer.Option("--word-timestamps", help="Find the time of each word; one cue per word."),
     ] = False,
-    translate: Annotated[bool, typer.Option("--translate", help="Into English.")] = False,
-    prompt: Annotated[str, typer.Option(help="What was said before: sets names and style.")] = "",
+    translate: Annotated[
+        bool, typer.Option("--translate", help="Translate the speech into English.")
+    ] = False,
+    prompt: Annotated[
+        str, typer.Option(help="Text that precedes the audio; guides names and style.")
+    ] = "",
     beam_size: Annotated[
-        int | None, typer.Option(min=1, help="Texts continued side by side; slower, better.")
+        int | None, typer.Option(min=1, help="Beams of beam search; slower, more accurate.")
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Windows at once; 1 goes through the sound in turn.")
+        int, typer.Option(min=1, help="Windows decoded at once; 1 decodes them in sequence.")
     ] = 4,
     output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", "-o", help="Write a file for each sound here.")
+        Path | None,
+        typer.Option("--output-dir", "-o", help="Write a document for each file to this folder."),
     ] = None,
     spectrogram: Annotated[
-        Path | None, typer.Option(metavar="PNG", help="Draw the sound with its words.")
+        Path | None, typer.Option(metavar="PNG", help="Plot the spectrogram with its words.")
     ] = None,
     alignment: Annotated[
-        Path | None, typer.Option(metavar="PNG", help="Draw where each word was found.")
+        Path | None, typer.Option(metavar="PNG", help="Plot the alignment of words and audio.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, int8, or auto.")] = "auto",
     stats: Annotated[bool, typer.Option("--stats", help="Print speed to stderr.")] = False,
 ) -> None:
-    """Write down what is said in sound files."""
+    """Transcribe the speech in audio files."""
     if format not in FORMATS:
         raise WrongUsage(f"--format {format}: use one of {', '.join(FORMATS)}")
     if len(files) > 1 and format != "text" and output_dir is None:
-        raise WrongUsage("several documents do not fit on stdout: give --output-dir")
+        raise WrongUsage(f"stdout takes one document, not {len(files)}; give --output-dir")
     if len(files) > 1 and (spectrogram or alignment):
-        raise WrongUsage("a picture shows one file")
+        raise WrongUsage(
+            f"--spectrogram and --alignment plot one file, not {len(files)}; give one file"
+        )
     if output_dir is not None and (clash := _name_clash(files)):
         raise WrongUsage(
-            f"{clash[0]} and {clash[1]} would both be written to {_output_name(clash[0], format)}: "
-            "transcribe them one by one, with an --output-dir each"
+            f"{clash[0]} and {clash[1]} would both be written to {_output_name(clash[0], format)}; "
+            "transcribe them one by one, each with its own --output-dir"
         )
     import audio
     from audio import subtitles
@@ -106,13 +115,13 @@ def transcribe(
     for file in present:
         started = time.perf_counter()
         try:
-            samples, found = _transcribe(served, file, language, options, plan, to_stdout)
+            samples, transcript = _transcribe(served, file, language, options, plan, to_stdout)
         except Failure as failure:
             fail(failure)
             continue
-        if not found.segments:
-            console.info(f"{file.name}: no speech in {found.duration:.1f} s")
-        document = subtitles.render(found, format, words=word_timestamps)
+        if not transcript.segments:
+            console.info(f"{file.name}: no speech in {transcript.duration:.1f} s")
+        document = subtitles.render(transcript, format, words=word_timestamps)
         if output_dir is not None:
             output_dir.mkdir(parents=True, exist_ok=True)
             target = output_dir / _output_name(file, format)
@@ -123,10 +132,10 @@ def transcribe(
         if stats:
             seconds = time.perf_counter() - started
             console.info(
-                f"[{found.duration:.1f} s of sound · {seconds:.1f} s · "
-                f"{found.duration / seconds:.1f} times as fast as it was said · {served.dtype}]"
+                f"[{transcript.duration:.1f} s of audio · {seconds:.1f} s · "
+                f"{transcript.duration / seconds:.1f} times real time · {served.dtype}]"
             )
-        _plot(served, samples, found, spectrogram, alignment)
+        _plot(served, samples, transcript, spectrogram, alignment)
     if failures:
         raise typer.Exit(failures[0].exit_code)
 
@@ -139,7 +148,12 @@ def _transcribe(
     plan: "TranscriptionOptions",
     to_stdout: bool,
 ) -> "tuple[np.ndarray, Transcript]":
-    """The samples of a file and its transcript; text reaches stdout as it is written."""
+    """Return the samples and the transcript of a file; print segments while they are decoded.
+
+    Raises:
+        Failure: the file cannot be read.
+        WrongUsage: the file is not audio.
+    """
     import audio
     from audio.load import SAMPLE_RATE
 
@@ -160,39 +174,41 @@ def _transcribe(
         else:
             console.info(f"{file.name}: {segment.end:.0f} of {duration:.0f} s")
     text = "".join(segment.text for segment in segments).strip()
-    found = audio.Transcript(language=code, duration=duration, text=text, segments=tuple(segments))
-    return samples, found
+    transcript = audio.Transcript(
+        language=code, duration=duration, text=text, segments=tuple(segments)
+    )
+    return samples, transcript
 
 
 def _plot(
     served: "SpeechModel",
     samples: "np.ndarray",
-    found: "Transcript",
+    transcript: "Transcript",
     spectrogram: Path | None,
     alignment: Path | None,
 ) -> None:
-    """Draw a sound, and where its words were found, into the files that are given."""
+    """Plot the spectrogram and the alignment of a file if their paths are given."""
     from audio import plots
 
     try:
         if spectrogram:
-            spoken = [word for segment in found.segments for word in segment.words]
-            plots.plot_spectrogram(spectrogram, samples, spoken)
-        if alignment and found.segments:
-            plots.plot_alignment(alignment, served.whisper, samples, found)
+            words = [word for segment in transcript.segments for word in segment.words]
+            plots.plot_spectrogram(spectrogram, samples, words)
+        if alignment and transcript.segments:
+            plots.plot_alignment(alignment, served.whisper, samples, transcript)
         elif alignment:
-            console.info(f"{alignment} is not drawn: nothing was heard")
+            console.info(f"{alignment} is not written: the audio holds no speech")
     except ValueError as error:
         raise Failure(str(error)) from None
 
 
 def _output_name(file: Path, format: str) -> str:
-    """The name of the document of a sound file."""
+    """Return the name of the document of an audio file."""
     return f"{file.stem}.{_SUFFIX.get(format, format)}"
 
 
 def _name_clash(files: Sequence[Path]) -> tuple[Path, Path] | None:
-    """Two files whose documents would have one name, if there are any."""
+    """Return two files whose documents would have the same name, or None."""
     stems: dict[str, Path] = {}
     for file in files:
         if file.stem in stems:
@@ -205,8 +221,8 @@ def _load_model(name: str, dtype: str) -> "SpeechModel":
     from serve.cli import local
     from serve.models.speech import load_speech_model
 
-    place = local.locate_model_of_kind(name, "speech", f"{DEFAULT_MODEL} does")
-    with local.report_load_errors(place):
+    files = local.locate_model_of_kind(name, "speech", f"{DEFAULT_MODEL} does")
+    with local.report_load_errors(files):
         return load_speech_model(
-            place.id, place.path, owned_by=place.publisher, dtype=dtype, notify=console.info
+            files.id, files.path, owned_by=files.publisher, dtype=dtype, notify=console.info
         )
