@@ -1,8 +1,8 @@
-"""Examples to weights: a plain loop over pure steps.
+"""Training: from examples to weights, as a plain loop over pure steps.
 
-Read `config.py` (what there is to choose), `task.py` (what the loop knows of a model), `step.py`
-(one step, a pure function), then `loop.py`, which calls it. `optim.py`, `loss.py`, `state.py` and
-`checkpoint.py` are what their names say; `recipes/` is where models come in.
+Read `config.py` (the settings), `task.py` (the interface of a model), `step.py` (one step, a pure
+function), then `loop.py`, which calls it. `optim.py`, `loss.py`, `state.py` and `checkpoint.py`
+hold what their names say. `recipes/` trains the models of this project.
 """
 
 from training.config import TrainConfig

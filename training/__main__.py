@@ -1,14 +1,14 @@
 """Training from the command line, without a server.
 
-    python -m training check examples.jsonl --model MODEL [--mend mended.jsonl]
+    python -m training check examples.jsonl --model MODEL [--fix fixed.jsonl]
     python -m training finetune --model MODEL --data examples.jsonl --out FOLDER
     python -m training pretrain --data text.txt --out FOLDER
 
-MODEL is a GGUF file or a Hugging Face folder. Standard output holds the answer only, with --json as
-one object a line; what happens meanwhile goes to standard error.
+MODEL is a GGUF file or a Hugging Face folder. Standard output holds only the result, with --json
+one object per line; progress goes to standard error.
 
-It ends with 0 when all is done, or was done before; 1 with an error; 6 when a file cannot be
-learned from; 128 and the number of the signal when it was told to stop, and has saved.
+The exit code is 0 if the run is complete; 1 after an error; 6 if a file cannot be used for
+training; 128 plus the number of the signal if a signal stopped the run, which has saved its state.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ EXIT_INVALID_DATA = 6
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns its exit status."""
+    """Run a command and return its exit code.
+
+    Args:
+        argv: the arguments; None for those of the process.
+    """
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
@@ -55,7 +59,7 @@ def _pretrain(args: argparse.Namespace) -> int:
 
 def _print_outcome(args: argparse.Namespace, result: Any) -> int:
     if result.reason == "signal":
-        _notify("stopped and saved; the same command goes on")
+        _notify("stopped and saved; run the same command to resume")
         return 128 + result.signal
     print(json.dumps(result.job) if args.json else args.out)
     return 0
@@ -67,22 +71,22 @@ def _check(args: argparse.Namespace) -> int:
 
     tokenizer, max_tokens = read_tokenizer(args.model, args.max_tokens)
     path = args.data
-    if args.mend is not None:
-        deeds = fixes.fix_file(path, args.mend, tokenizer, max_tokens=max_tokens)
-        for deed in deeds:
-            _notify(deed)
-        if deeds:
-            path = args.mend
+    if args.fix is not None:
+        applied = fixes.fix_file(path, args.fix, tokenizer, max_tokens=max_tokens)
+        for fix in applied:
+            _notify(fix)
+        if applied:
+            path = args.fix
         else:
-            _notify(f"there is nothing to mend without a guess: {args.mend} was not written")
+            _notify(f"no unambiguous problem to fix; {args.fix} is not written")
     report = check.check(path, tokenizer, max_tokens=max_tokens)
     _print_problems(report, args.json)
     if args.json:
         print(json.dumps(check.summary(report)))
     else:
         print("\n".join(check.report_lines(report)))
-    if not report.ok and (able := fixes.available_fixes(report)):
-        _notify(f"--mend FILE would write a copy, and {'; '.join(able)}")
+    if not report.ok and (available := fixes.available_fixes(report)):
+        _notify(f"--fix FILE writes a copy with these changes: {'; '.join(available)}")
     return 0 if report.ok else EXIT_INVALID_DATA
 
 
@@ -91,9 +95,9 @@ def _print_problems(report: Any, as_json: bool) -> None:
         if as_json:
             print(json.dumps({"file": str(report.path), **asdict(problem)}))
         else:
-            place = f"{report.path}:{problem.line}" if problem.line else str(report.path)
+            location = f"{report.path}:{problem.line}" if problem.line else str(report.path)
             param = f" {problem.param}:" if problem.param else ""
-            print(f"{place}:{param} {problem.message}")
+            print(f"{location}:{param} {problem.message}")
     if more := report.counts.total() - len(report.problems):
         _notify(f"and {more} more problems")
 
@@ -103,62 +107,69 @@ def _notify(line: str) -> None:
 
 
 def _settings_fields(args: argparse.Namespace, settings: type) -> dict[str, Any]:
-    """The arguments that these settings have fields for."""
-    given = vars(args)
-    return {field.name: given[field.name] for field in fields(settings) if field.name in given}
+    """Return the arguments that are fields of the dataclass `settings`."""
+    values = vars(args)
+    return {field.name: values[field.name] for field in fields(settings) if field.name in values}
 
 
 def _auto(kind: type) -> Any:
-    """Reads a number, or "auto" as None."""
+    """Return a parser of a number, or of "auto" as None."""
 
-    def read(text: str) -> Any:
+    def parse(text: str) -> Any:
         return None if text == "auto" else kind(text)
 
-    read.__name__ = kind.__name__  # what argparse calls it
-    return read
+    parse.__name__ = kind.__name__  # argparse puts the name into its error messages
+    return parse
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training", description="Train a model.")
-    commands = parser.add_subparsers(required=True, metavar="WHAT")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, text: str, run: Any) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
-        added.add_argument("--json", action="store_true", help="print JSON, one object a line")
+        added.add_argument("--json", action="store_true", help="print JSON, one object per line")
         return added
 
-    check = command("check", "say whether a file can be learned from", _check)
+    check = command("check", "check whether a file can be used for training", _check)
     check.add_argument("data", type=Path, help="JSON lines")
     check.add_argument("--model", type=Path, required=True, help="a GGUF file or a folder")
-    check.add_argument("--max-tokens", type=_auto(int), help="of the longest example")
-    check.add_argument("--mend", type=Path, metavar="FILE", help="write what can be mended")
+    check.add_argument("--max-tokens", type=_auto(int), help="maximum length of an example")
+    check.add_argument(
+        "--fix", type=Path, metavar="FILE", help="write a copy with unambiguous problems fixed"
+    )
+    check.add_argument("--mend", dest="fix", type=Path, help=argparse.SUPPRESS)  # old name
 
-    tune = command("finetune", "teach a model what is in a file of examples", _finetune)
+    tune = command("finetune", "fine-tune a model on a file of examples", _finetune)
     tune.add_argument("--model", type=Path, required=True, help="a GGUF file or a folder")
     tune.add_argument("--data", type=Path, required=True, help="JSON lines")
-    tune.add_argument("--valid", type=Path, help="JSON lines that are only looked at")
-    tune.add_argument("--out", type=Path, required=True, help="a folder; run again, it goes on")
+    tune.add_argument("--valid", type=Path, help="JSON lines for validation")
+    tune.add_argument("--out", type=Path, required=True, help="a folder; run again to resume")
     tune.add_argument("--method", choices=("lora", "full"), default="lora")
     tune.add_argument("--epochs", type=_auto(int), metavar="N|auto")
-    tune.add_argument("--batch-size", type=_auto(int), metavar="N|auto", help="examples a step")
+    tune.add_argument("--batch-size", type=_auto(int), metavar="N|auto", help="examples per step")
     tune.add_argument("--learning-rate-multiplier", type=_auto(float), metavar="X|auto")
-    tune.add_argument("--rank", type=int, default=16, help="of the adapter")
+    tune.add_argument("--rank", type=int, default=16, help="rank of the adapter")
     tune.add_argument("--seed", type=int, default=0)
-    tune.add_argument("--max-tokens", type=_auto(int), metavar="N|auto", help="of an example")
-    tune.add_argument("--format", choices=("float32", "bfloat16"), help="of products")
+    tune.add_argument(
+        "--max-tokens", type=_auto(int), metavar="N|auto", help="maximum length of an example"
+    )
+    dtypes = ("float32", "bfloat16")
+    tune.add_argument("--dtype", choices=dtypes, help="dtype of matrix products")
+    tune.add_argument("--format", dest="dtype", choices=dtypes, help=argparse.SUPPRESS)  # old name
 
-    begin = command("pretrain", "train a small model from nothing", _pretrain)
-    begin.add_argument("--data", type=Path, required=True, help="text, or JSON lines of texts")
-    begin.add_argument("--out", type=Path, required=True, help="a folder; run again, it goes on")
-    begin.add_argument("--vocab-size", type=int, default=2048)
-    begin.add_argument("--layers", type=int, default=4)
-    begin.add_argument("--width", type=int, default=128)
-    begin.add_argument("--length", type=int, default=128, help="tokens of a row")
-    begin.add_argument("--batch-size", type=int, default=8, help="rows a step")
-    begin.add_argument("--steps", type=int, default=500)
-    begin.add_argument("--learning-rate", type=float, default=3e-3)
-    begin.add_argument("--seed", type=int, default=0)
+    pretrain = command("pretrain", "train a small model from scratch", _pretrain)
+    pretrain.add_argument("--data", type=Path, required=True, help="text, or JSON lines of texts")
+    pretrain.add_argument("--out", type=Path, required=True, help="a folder; run again to resume")
+    pretrain.add_argument("--vocab-size", type=int, default=2048)
+    pretrain.add_argument("--layers", type=int, default=4)
+    pretrain.add_argument("--width", type=int, default=128)
+    pretrain.add_argument("--length", type=int, default=128, help="tokens per row")
+    pretrain.add_argument("--batch-size", type=int, default=8, help="rows per step")
+    pretrain.add_argument("--steps", type=int, default=500)
+    pretrain.add_argument("--learning-rate", type=float, default=3e-3)
+    pretrain.add_argument("--seed", type=int, default=0)
     return parser
 
 

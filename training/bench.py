@@ -1,9 +1,9 @@
-"""What this machine can multiply: the roof that "model FLOPs utilisation" is told against.
+"""The peak FLOP/s of this machine, which model FLOPs utilization (MFU) is relative to.
 
-Utilisation (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) is the arithmetic that the model's
-mathematics needs in a second, over the most the machine can do in one. Work that is done twice
-(rematerialisation) and padding earn nothing. The roof is measured, not read from a data sheet: the
-best of a few large products.
+MFU (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) is the arithmetic per second that the
+mathematics of the model needs, divided by the peak of the machine. Recomputation
+(rematerialization) and padding do not count. The peak is measured, not taken from a data sheet: it
+is the fastest of several large matrix products.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SECONDS = 0.3
 
 @functools.cache
 def peak_flops(dtype: str = "float32") -> float:
-    """The most multiplications and additions a second, in products of this dtype."""
+    """Return the peak FLOP/s of matrix products of a dtype; measured at the first call."""
     x = jnp.ones((_SIDE, _SIDE), dtype)
     multiply = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32))
     multiply(x).block_until_ready()

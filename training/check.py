@@ -1,10 +1,10 @@
-"""Whether a file can be learned from: everything that is wrong with it, line by line.
+"""Validation of a file of examples: all of its problems, line by line.
 
-A file is read once, a line at a time; of a line only what counts is kept. So the memory needed is
-that of the longest line, and some bytes for each example, which tell a repeated one. An example
-that repeats an earlier one is a warning, not a problem: that is how people weight examples.
+A file is read once, line by line, in bounded memory: the longest line, and a digest of each example
+to find duplicates. A duplicate is a warning, not a problem, because repeating an example is a way
+to give it more weight.
 
-`mend.py` puts right what can be put right without guessing.
+`fixes.py` fixes the unambiguous problems.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from training.examples import Example, Fault, Kind, Tokenizer
 MAX_BYTES = 256 * 2**20
 MAX_EXAMPLES = 500_000
 MIN_EXAMPLES = 10
-MAX_LISTED = 100  # problems that a report names; all are counted
+MAX_LISTED = 100  # problems that a report lists; all are counted
 BOM, BOM_UTF16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that keeps a file from being learned from.
+    """A problem that prevents training on a file.
 
     Attributes:
-        line: from 1; None if it concerns the whole file.
-        code: a word for programs.
+        line: the number of the line, from 1; None for the whole file.
+        code: the kind of the problem, for programs.
         message: a sentence for people, which names the line as "Example 7".
-        param: where in the line, as in "messages[1].role".
+        param: the path in the line, as in "messages[1].role".
     """
 
     line: int | None
@@ -45,19 +45,22 @@ class Problem:
 
 @dataclass
 class Report:
-    """What a file holds and what is wrong with it.
+    """The contents and the problems of a file of examples.
 
     Attributes:
-        kind: of its examples; None if not even that could be told.
-        examples: lines without a fault.
-        tokens: of them together.
-        learned: tokens among those that have a weight.
-        longest: tokens of the longest.
-        lengths: how many examples have up to 2 ** n tokens, by that number.
-        problems: the first `MAX_LISTED`, in order.
-        counts: of all problems, by their codes.
-        notes: what is odd and does no harm, by a word for each kind.
-        repeat: the line of the first example that repeats an earlier one, and the line of that one.
+        path: the file.
+        bytes: its size.
+        kind: the kind of its examples; None if it is unknown.
+        examples: the number of valid examples.
+        tokens: the tokens of all valid examples.
+        target_tokens: the tokens with a weight in the loss.
+        longest: the tokens of the longest example.
+        lengths: a histogram: the number of examples by 2 ** n, the upper bound of their length.
+        problems: the first `MAX_LISTED` problems, in order.
+        counts: the number of all problems by code.
+        notes: the number of harmless irregularities by code.
+        first_duplicate: the line of the first example that repeats an earlier one, and the line of
+            the earlier one.
     """
 
     path: Path
@@ -88,21 +91,21 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether it can be learned from."""
+        """Return whether the file can be used for training."""
         return not self.counts
 
     def add(self, line: int | None, code: str, message: str, param: str | None = None) -> None:
-        """Notes a problem, in words that can be shown to anybody."""
+        """Count a problem, and list it unless there are too many; see `Problem`."""
         message, param = _printable(message), param and _printable(param)
         self.counts[code] += 1
         if len(self.problems) < MAX_LISTED:
             self.problems.append(Problem(line, code, message, param))
 
     def error(self, param: str = "training_file") -> dict[str, str]:
-        """The first problem as the `error` of a fine-tuning job has it.
+        """Return the first problem as the `error` of a fine-tuning job.
 
         Args:
-            param: which of the job's files this is.
+            param: the file: "training_file" or "validation_file".
         """
         problem, more = self.problems[0], self.counts.total() - 1
         if problem.code == "invalid_n_examples":
@@ -117,7 +120,7 @@ class Report:
 
 
 def _printable(text: str) -> str:
-    """Not too long, and no half of a surrogate pair, which no answer could carry."""
+    """Truncate a text, and escape lone surrogates, which UTF-8 cannot encode."""
     return text[:500].encode("utf-8", "backslashreplace").decode()
 
 
@@ -129,14 +132,14 @@ def check(
     kind: Kind | None = None,
     minimum: int = MIN_EXAMPLES,
 ) -> Report:
-    """Reads a file of examples and says all that is wrong with it.
+    """Validate a file of examples and return a report.
 
     Args:
-        path: JSON lines; see `examples`.
-        tokenizer: the model's.
-        max_tokens: of the longest example that can be learned.
-        kind: what the lines must be; None for what the first of them is, "chat" or "completion".
-        minimum: of examples, as many as OpenAI's API asks for; 1 for a validation file.
+        path: a file of JSON lines; see `examples`.
+        tokenizer: the tokenizer of the model.
+        max_tokens: the maximum length of an example.
+        kind: the kind of the examples; None for that of the first, "chat" or "completion".
+        minimum: the minimum number of examples: that of OpenAI's API, or 1 for a validation file.
 
     Raises:
         OSError: the file cannot be read.
@@ -156,17 +159,25 @@ def read_examples(
     minimum: int = MIN_EXAMPLES,
     keep: bool = True,
 ) -> tuple[Report, list[Example]]:
-    """As `check`, with the examples, in their order; only those without a fault.
+    """Validate a file of examples; return a report and the valid examples in order.
+
+    Args:
+        path: a file of JSON lines.
+        tokenizer: the tokenizer of the model.
+        max_tokens: the maximum length of an example.
+        kind: as for `check`.
+        minimum: as for `check`.
+        keep: whether to return the examples; if not, the list is empty.
 
     Raises:
         OSError: the file cannot be read.
     """
     path = Path(path)
     report = Report(path, path.stat().st_size, kind)
-    found: list[Example] = []
+    valid: list[Example] = []
     if not _looks_like_jsonl(report):
-        return report, found
-    seen: dict[bytes, int] = {}  # digest of an example to its line
+        return report, valid
+    lines_by_digest: dict[bytes, int] = {}
     for number, line in examples.lines(path):
         if number == 1 and line.startswith(BOM):
             report.notes["byte_order_mark"] += 1
@@ -176,7 +187,7 @@ def read_examples(
         if not line.strip():
             report.notes["blank_line"] += 1
             continue
-        example, key = _read_line(report, number, line, tokenizer, max_tokens)
+        example, digest = _read_line(report, number, line, tokenizer, max_tokens)
         if example is None:
             continue
         if report.examples == MAX_EXAMPLES:
@@ -185,25 +196,25 @@ def read_examples(
             )
             break
         _count(report, example)
-        if (first := seen.setdefault(key, number)) != number:
+        if (first := lines_by_digest.setdefault(digest, number)) != number:
             report.notes["duplicate"] += 1
             report.first_duplicate = report.first_duplicate or (number, first)
         if keep:
-            found.append(example)
+            valid.append(example)
     if not report.examples and report.ok:
-        report.add(None, "empty_file", "The file holds no example.")
+        report.add(None, "empty_file", "The file has no examples.")
     elif report.examples < minimum and report.ok:
-        what = "Training file" if minimum > 1 else "File"
+        name = "Training file" if minimum > 1 else "File"
         report.add(
             None,
             "invalid_n_examples",
-            f"{what} has {report.examples} example(s), but must have at least {minimum} examples",
+            f"{name} has {report.examples} example(s), but must have at least {minimum} examples",
         )
-    return report, found
+    return report, valid
 
 
 def summary(report: Report) -> dict[str, Any]:
-    """A report as JSON, without its problems."""
+    """Return a report as JSON, without the list of its problems."""
     return {
         "file": str(report.path),
         "ok": report.ok,
@@ -222,24 +233,24 @@ def summary(report: Report) -> dict[str, Any]:
 
 
 def report_lines(report: Report) -> list[str]:
-    """What a report says in a few lines for people, without its problems."""
-    found = [
-        f"{report.examples} examples ({report.kind or 'of no known kind'}), {report.tokens} "
-        f"tokens, of which {report.target_tokens} are learned; the longest has {report.longest}"
+    """Return a report as lines of text: counts, a histogram of lengths, and warnings."""
+    lines = [
+        f"{report.examples} examples ({report.kind or 'unknown kind'}), {report.tokens} tokens, "
+        f"{report.target_tokens} of them targets; the longest example has {report.longest}"
     ]
     most = max(report.lengths.values(), default=0)
     for upper in sorted(report.lengths):
         number = report.lengths[upper]
         bar = "#" * max(1, round(30 * number / most))
-        found.append(f"  up to {upper:5} tokens {number:7} {bar}")
-    return [*found, *(f"warning: {warning.message}" for warning in report.warnings)]
+        lines.append(f"  up to {upper:5} tokens {number:7} {bar}")
+    return [*lines, *(f"warning: {warning.message}" for warning in report.warnings)]
 
 
 def _looks_like_jsonl(report: Report) -> bool:
-    """Whether it is worth reading line by line; what is wrong as a whole is told once."""
+    """Return whether to read the file line by line; add a problem of the whole file otherwise."""
     if report.bytes > MAX_BYTES:
         size, most = (number / 2**20 for number in (report.bytes, MAX_BYTES))
-        reason = f"The file has {size:.0f} MB; the most that can be learned from is {most:.0f} MB."
+        reason = f"The file has {size:.0f} MB; the maximum for training is {most:.0f} MB."
         report.add(None, "file_too_large", reason)
         return False
     with open(report.path, "rb") as file:
@@ -248,7 +259,7 @@ def _looks_like_jsonl(report: Report) -> bool:
         report.add(1, "utf16", "Example 1 is not UTF-8: the file begins as UTF-16 does.")
     elif b"\0" in start:
         line = start[: start.index(b"\0")].count(b"\n") + 1
-        reason = "The file is binary: it holds zero bytes. Expected file to have JSONL format."
+        reason = "The file is binary: it has zero bytes. Expected file to have JSONL format."
         report.add(line, "binary", reason)
     elif start.removeprefix(BOM).lstrip()[:1] == b"[":
         report.add(
@@ -268,7 +279,7 @@ def _looks_like_jsonl(report: Report) -> bool:
 
 
 def ends_in_carriage_returns(path: Path) -> bool:
-    """Whether the first example ends in a carriage return without a line feed, as of old Macs."""
+    """Return whether the first example ends in a carriage return without a line feed."""
     _, line = next(examples.lines(path), (1, b""))
     first, end, rest = line.removeprefix(BOM).lstrip().partition(b"\r")
     return bool(end and rest) and not isinstance(examples.parse(first), Fault)
@@ -281,12 +292,12 @@ def _read_line(
     tokenizer: Tokenizer,
     max_tokens: int,
 ) -> tuple[Example | None, bytes]:
-    """The example of a line and its digest; or None, with the reasons in the report."""
+    """Return the example of a line and its digest, or None after adding its problems."""
 
     def refuse(*faults: Fault) -> tuple[None, bytes]:
         for fault in faults:
-            who = f"Example {number}" + (f", {fault.location}" if fault.location else "")
-            report.add(number, fault.code, f"{who} {fault.message}", fault.param)
+            subject = f"Example {number}" + (f", {fault.location}" if fault.location else "")
+            report.add(number, fault.code, f"{subject} {fault.message}", fault.param)
         return None, b""
 
     if isinstance(row := examples.parse(line), Fault):
@@ -307,9 +318,9 @@ def _read_line(
     try:
         example = examples.encode(row, report.kind, tokenizer, number)
     except ValueError as error:
-        return refuse(Fault("refused_by_template", f"cannot be written for this model: {error}."))
+        return refuse(Fault("refused_by_template", f"cannot be encoded for this model: {error}."))
     if len(example) > max_tokens:
-        reason = f"has {len(example)} tokens; the most that can be learned is {max_tokens}."
+        reason = f"has {len(example)} tokens; the maximum is {max_tokens}."
         return refuse(Fault("too_long", reason))
     return example, _digest(row)
 
@@ -323,6 +334,6 @@ def _count(report: Report, example: Example) -> None:
 
 
 def _digest(row: dict[str, Any]) -> bytes:
-    """The same for two lines that say the same, however they are written."""
+    """Return a digest that is equal for equal JSON values, whatever their formatting."""
     text = json.dumps(row, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=12).digest()

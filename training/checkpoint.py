@@ -1,11 +1,11 @@
-"""Checkpoints: folders that are there whole or not at all.
+"""Checkpoints: folders that are written atomically.
 
-    checkpoints/step-000100/state.safetensors     weights, optimiser state, running mean, by name
-    checkpoints/step-000100/checkpoint.json       the config, and how validation went so far
+    checkpoints/step-000100/state.safetensors     weights, optimizer state and EMA, by name
+    checkpoints/step-000100/checkpoint.json       the config, and the progress of validation
 
-A folder is written under another name, flushed to the disk, then renamed: whoever is killed
-meanwhile leaves the checkpoint before, and some litter that the next run sweeps away. Nothing is
-pickled. What is read must fit the run that reads it, name by name; nothing is filled in.
+A folder is written under a temporary name, flushed to the disk, then renamed. A run that is killed
+meanwhile leaves the previous checkpoint and a temporary folder, which the next run removes. Nothing
+is pickled. A checkpoint must match the run that loads it, name by name.
 """
 
 from __future__ import annotations
@@ -33,27 +33,34 @@ _FORMAT_VERSION = 1
 
 
 def save(folder: Path, state: State, config: TrainConfig, progress: dict[str, Any]) -> Path:
-    """Writes the checkpoint of a step, then removes those beyond the last `config.keep`.
+    """Write the checkpoint of a step, then remove all but the last `config.keep` checkpoints.
 
     Args:
-        folder: the run's `checkpoints`.
-        progress: what else the loop wants back, as JSON.
+        folder: the folder `checkpoints` of the run.
+        state: the state to save.
+        config: the settings of the run.
+        progress: other values of the loop, as JSON; `load` returns them.
 
     Returns:
-        The checkpoint's own folder.
+        The folder of the checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
     clean_up(folder)
     step = int(state.step)
-    rest = {"format": _FORMAT_VERSION, "step": step, "config": asdict(config), "progress": progress}
+    metadata = {
+        "format": _FORMAT_VERSION,
+        "step": step,
+        "config": asdict(config),
+        "progress": progress,
+    }
     draft, final = folder / f".step-{step:06d}", folder / f"step-{step:06d}"
     draft.mkdir()
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in tree_io.to_named(state).items()}
     save_file(arrays, draft / _TENSORS)
-    (draft / _METADATA).write_text(json.dumps(rest, indent=2) + "\n", "utf-8")
+    (draft / _METADATA).write_text(json.dumps(metadata, indent=2) + "\n", "utf-8")
     for path in (draft / _TENSORS, draft / _METADATA, draft):
         _flush(path)
-    if final.exists():  # of a run that was stopped at this very step and asked to save again
+    if final.exists():  # a run that was stopped at this step and resumed saves it again
         shutil.rmtree(final)
     draft.rename(final)
     _flush(folder)
@@ -63,80 +70,85 @@ def save(folder: Path, state: State, config: TrainConfig, progress: dict[str, An
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The steps of which there is a checkpoint, in order."""
+    """Return the steps that have a checkpoint, in order.
+
+    Args:
+        folder: the folder `checkpoints` of the run; it may be missing.
+    """
     if not folder.is_dir():
         return []
-    found = (_NAME.fullmatch(path.name) for path in folder.iterdir())
-    return sorted(int(match[1]) for match in found if match)
+    matches = (_NAME.fullmatch(path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def load(folder: Path, like: State, config: TrainConfig) -> tuple[State, dict[str, Any]] | None:
-    """Reads the last checkpoint.
+    """Load the last checkpoint.
 
     Args:
-        folder: the run's `checkpoints`.
-        like: a state of the structure wanted, whose leaves have a shape and a dtype.
+        folder: the folder `checkpoints` of the run.
+        like: a state of the same structure, whose leaves have a shape and a dtype.
+        config: the settings of the run.
 
     Returns:
         The state, and the `progress` saved with it; None if there is no checkpoint.
 
     Raises:
-        ValueError: it is damaged, or was made with other settings or of another model.
+        ValueError: the checkpoint is damaged, or is of other settings or of another model.
     """
     if not (steps := saved_steps(folder)):
         return None
     path = folder / f"step-{steps[-1]:06d}"
-    rest = _read_metadata(path / _METADATA)
-    if rest["step"] != steps[-1]:
-        raise ValueError(f"{path / _METADATA}: is of step {rest['step']}")
-    _check_config(path, TrainConfig.from_json(rest["config"]), config)
+    metadata = _read_metadata(path / _METADATA)
+    if metadata["step"] != steps[-1]:
+        raise ValueError(f"{path / _METADATA}: is of step {metadata['step']}, not {steps[-1]}")
+    _check_config(path, TrainConfig.from_json(metadata["config"]), config)
     try:
         with safe_open(path / _TENSORS, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise ValueError(f"{path}: lacks {_TENSORS}") from None
-    except Exception as error:  # the package has no public exception for a damaged file
+    except Exception as error:  # safetensors has no public exception for a damaged file
         raise ValueError(f"{path / _TENSORS}: not a readable safetensors file ({error})") from error
     try:
         state = tree_io.from_named(arrays, like)
     except ValueError as error:
-        raise ValueError(f"{path / _TENSORS}: does not fit this run: {error}") from error
-    return state, rest["progress"]
+        raise ValueError(f"{path / _TENSORS}: does not match this run: {error}") from error
+    return state, metadata["progress"]
 
 
 def clean_up(folder: Path) -> None:
-    """Removes what a killed run left half-written."""
+    """Remove incomplete checkpoints of a run that was killed."""
     for path in folder.glob(".step-*"):
         shutil.rmtree(path)
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
     try:
-        rest = json.loads(path.read_text("utf-8"))
+        metadata = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from error
     keys = {"format", "step", "config", "progress"}
-    if not isinstance(rest, dict) or rest.keys() != keys:
-        raise ValueError(f"{path}: must be an object with exactly {', '.join(sorted(keys))}")
-    if rest["format"] != _FORMAT_VERSION:
+    if not isinstance(metadata, dict) or metadata.keys() != keys:
+        raise ValueError(f"{path}: must be an object with the keys {', '.join(sorted(keys))}")
+    if metadata["format"] != _FORMAT_VERSION:
         raise ValueError(
-            f"{path}: has format {rest['format']!r}; this version reads {_FORMAT_VERSION}"
+            f"{path}: has format {metadata['format']!r}; this version reads {_FORMAT_VERSION}"
         )
-    return rest
+    return metadata
 
 
 def _check_config(path: Path, saved: TrainConfig, config: TrainConfig) -> None:
-    saved, wanted = asdict(saved), asdict(config)
-    for name, value in wanted.items():
-        if name not in MUTABLE_FIELDS and value != saved[name]:
+    saved_values = asdict(saved)
+    for name, value in asdict(config).items():
+        if name not in MUTABLE_FIELDS and value != saved_values[name]:
             raise ValueError(
-                f"{path}: was made with {name}={saved[name]!r}, not {value!r}; go on with the "
-                "same, or train in another folder"
+                f"{path}: was made with {name}={saved_values[name]!r}, not {value!r}; resume with "
+                "the same value, or train in another folder"
             )
 
 
 def _flush(path: Path) -> None:
-    """Waits until the disk has a file, or a folder's list of names."""
+    """Wait until a file, or the list of files of a folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -145,5 +157,5 @@ def _flush(path: Path) -> None:
 
 
 def abstract(state: State) -> State:
-    """The structure of a state, with a shape and a dtype at each leaf, and no memory."""
+    """Return the structure of a state, with a shape and a dtype at each leaf."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)

@@ -1,7 +1,7 @@
-"""What there is to choose when training, and nothing about any model.
+"""The settings of a training run, without those of a model: one frozen dataclass.
 
-One frozen dataclass. A checkpoint holds it as JSON, and a run goes on only with the same numbers:
-what decides the weights is in `Config` or in the data, nowhere else.
+A checkpoint stores the settings as JSON, and a run resumes only with the same settings. The result
+of a run depends only on `TrainConfig`, the task and the data.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 _CHOICES = {"schedule": ("cosine", "linear", "constant"), "optimizer": ("adamw", "muon")}
-# Fields that do not change what a step computes: a run may go on with others.
+# Fields that do not change the result of a step: a run may resume with other values.
 MUTABLE_FIELDS = frozenset({"steps_per_epoch", "save_every", "keep"})
 
 
@@ -24,27 +24,27 @@ class TrainConfig:
     """
 
     steps: int  # updates of the weights
-    learning_rate: float  # the highest
-    seed: int = 0  # of the first weights, and of whatever a loss draws
+    learning_rate: float  # the peak
+    seed: int = 0  # of the initial weights and of the random numbers of the loss
 
-    # The learning rate rises evenly from 0 over the warm-up, then falls to a fraction of itself.
+    # The learning rate rises linearly during the warm-up, then decays to a fraction of the peak.
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0
-    final_fraction: float = 0.1  # not for "constant"
+    final_fraction: float = 0.1  # unused by "constant"
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    b1: float = 0.9  # how slowly the running mean of gradients forgets; for Muon its momentum
-    b2: float = 0.999  # how slowly that of their squares does
+    b1: float = 0.9  # decay of the first moment; the momentum of Muon
+    b2: float = 0.999  # decay of the second moment
     eps: float = 1e-8
-    weight_decay: float = 0.0  # times the learning rate, of matrices; see `optim.decays`
-    clip_norm: float | None = 1.0  # the most that all gradients together may measure
+    weight_decay: float = 0.0  # times the learning rate; of matrices only, see `optim.decay_mask`
+    clip_norm: float | None = 1.0  # maximum global norm of the gradients; None: no clipping
 
-    micro_batches: int = 1  # a batch is read in so many parts: less memory, the same numbers
-    average_decay: float | None = None  # of the running mean of weights (EMA); None: none is kept
+    micro_batches: int = 1  # parts of a batch that are computed in sequence, to save memory
+    average_decay: float | None = None  # of the moving average of the weights (EMA); None: no EMA
 
     steps_per_epoch: int | None = None  # for "epoch" in the metrics
     validate_every: int | None = None  # steps; None: only at the end
-    patience: int | None = None  # validations without a better loss before it stops; None: never
+    patience: int | None = None  # validations without a better loss before stopping; None: no limit
     save_every: int = 100  # steps
     keep: int = 2  # checkpoints
 
@@ -57,7 +57,7 @@ class TrainConfig:
         for name in ("seed", "warmup_steps"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name} must be an integer from 0, got {value!r}")
+                raise ValueError(f"{name} must be a non-negative integer, got {value!r}")
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2**63, got {self.seed}")
         if self.warmup_steps >= self.steps and self.warmup_steps:
@@ -80,14 +80,18 @@ class TrainConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if self.patience is not None and self.validate_every is None:
-            raise ValueError("patience needs validate_every, which is None")
+            raise ValueError("patience needs validate_every, which is None; set both")
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainConfig:
-        """The inverse of `dataclasses.asdict`; ValueError for a key that is unknown or missing."""
+        """Return the settings from the result of `dataclasses.asdict`.
+
+        Raises:
+            ValueError: a key is unknown or missing, or a value is out of range.
+        """
         names = {field.name for field in fields(cls)}
         if unknown := sorted(values.keys() - names):
-            raise ValueError(f"config has the key {unknown[0]!r}, whose meaning is not known")
+            raise ValueError(f"config has the unknown key {unknown[0]!r}")
         if missing := sorted(names - values.keys()):
             raise ValueError(f"config lacks {', '.join(missing)}")
         return cls(**values)
@@ -98,9 +102,11 @@ def _check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
-def _check_number(name: str, value: Any, *, above: float | None = None, most=math.inf) -> None:
+def _check_number(
+    name: str, value: Any, *, above: float | None = None, most: float = math.inf
+) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not 0 <= value <= most or value == above:
-        words = "positive" if above is not None else "from 0"
-        words += "" if most == math.inf else f" to {most}"
-        raise ValueError(f"{name} must be a finite number, {words}, got {value!r}")
+        bounds = "above 0" if above is not None else "at least 0"
+        bounds += "" if most == math.inf else f" and at most {most}"
+        raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")

@@ -1,22 +1,20 @@
-"""Examples: a line of a file to token ids, and how much it counts to learn each of them.
+"""Examples: from a line of a file to token ids and the weight of each token in the loss.
 
-Three kinds of lines, the first two as OpenAI's API takes them:
+There are three kinds of lines; the first two are those of OpenAI's API:
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     {"prompt": "...", "completion": "..."}
     {"text": "..."}
 
-Of a conversation the assistant's turns are learned, with the token that ends each; "weight": 0 on
-one leaves it out. Of a pair the completion is learned, and that it ends. Of a text everything.
-What is not learned is still read: it has weight 0 in the loss.
+The targets of a conversation are the messages of the assistant, each with the token that ends it;
+"weight": 0 excludes a message. The targets of a pair are the completion and the end token, those of
+a text all of its tokens. Other tokens are context: their weight in the loss is 0.
 
-`faults` says what is wrong with a line, all of it, in the words that OpenAI's API has for it where
-it has some; `encode` makes the example of a line without faults.
+`faults` returns all problems of a line, in the words of OpenAI's API where it has a message;
+`encode` returns the example of a valid line. Callers pass a tokenizer of `bpe` (see `Tokenizer`).
 
-This package knows no tokenizer: callers hand in one of `bpe` (see `Tokenizer` below).
-
-Leaves out: tool calls and pictures, which are refused; preference pairs; a weight for the prompts
-of pairs (`prompt_loss_weight` of the first API).
+Left out: tool calls and images, which are rejected; preference pairs; a weight for the prompts of
+pairs (`prompt_loss_weight` of the first API).
 """
 
 from __future__ import annotations
@@ -31,9 +29,9 @@ import numpy as np
 
 Kind = Literal["chat", "completion", "text"]
 ROLES = ("system", "developer", "user", "assistant")
-MAX_LINE = 16 * 2**20  # bytes; a line is held in memory as a whole
+MAX_LINE = 16 * 2**20  # bytes; a line is read into memory as a whole
 
-# Which keys decide what a line is, and which it must have.
+# The required keys of each kind; any of them identifies the kind of a line.
 _KEYS: dict[Kind, tuple[str, ...]] = {
     "chat": ("messages",),
     "completion": ("prompt", "completion"),
@@ -45,10 +43,19 @@ _NO_TOOLS = "has tools or tool calls, which cannot be learned yet."
 
 
 class Tokenizer(Protocol):
-    """What is asked of a tokenizer; `bpe.Tokenizer` is one."""
+    """The interface of a tokenizer; `bpe.Tokenizer` implements it.
 
-    encoding: Any  # encode_ordinary(text) -> ids
-    chat_template: Any  # None, or encode_turns(encoding, messages) -> ids, [(start, end), ...]
+    Attributes:
+        encoding: has `encode_ordinary(text) -> ids`.
+        chat_template: None, or has `encode_with_assistant_spans(encoding, messages)`, which returns
+            ids and a span (start, end) for each message of the assistant.
+        bos_id: the token that begins a text, if `add_bos`.
+        eos_id: the token that ends a text.
+        add_bos: whether a text begins with `bos_id`.
+    """
+
+    encoding: Any
+    chat_template: Any
     bos_id: int | None
     eos_id: int | None
     add_bos: bool
@@ -56,13 +63,13 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong with a line.
+    """A problem of a line.
 
     Attributes:
-        code: a word for programs.
-        message: for people: what goes on after "Example 7" or "Example 7, message 2".
-        param: where in the line, as in "messages[1].role"; None for all of it.
-        where: the same for people, as in "message 2"; empty for all of it.
+        code: the kind of the problem, for programs.
+        message: the sentence that follows "Example 7" or "Example 7, message 2", for people.
+        param: the path in the line, as in "messages[1].role"; None for the whole line.
+        location: the same for people, as in "message 2"; empty for the whole line.
     """
 
     code: str
@@ -73,13 +80,13 @@ class Fault:
 
 @dataclass(frozen=True)
 class Example:
-    """What is learned from one line.
+    """The tokens of a line and their weights in the loss.
 
     Attributes:
         ids: int32 [T].
-        weights: float32 [T], how much it counts to predict each id from those before it. The first
-            is 0: nothing stands before it.
-        line: where it stands in its file, from 1.
+        weights: float32 [T], the weight of predicting each token from those before it. The first is
+            0, because no token precedes it.
+        line: the number of its line in the file, from 1.
     """
 
     ids: np.ndarray
@@ -91,21 +98,21 @@ class Example:
 
 
 def lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file with their numbers, from 1; without their ends, and never all at once.
+    """Yield the numbers of the lines of a file, from 1, and the lines without their line feeds.
 
-    A line of more than `MAX_LINE` bytes comes cut, at `MAX_LINE + 1` bytes.
+    A line of more than `MAX_LINE` bytes is truncated to `MAX_LINE + 1` bytes.
     """
     with open(path, "rb") as file:
         number = 0
         while line := file.readline(MAX_LINE + 1):
             number += 1
             yield number, line.removesuffix(b"\n")
-            while len(line) > MAX_LINE and not line.endswith(b"\n"):  # its rest is not looked at
+            while len(line) > MAX_LINE and not line.endswith(b"\n"):  # skip the rest of the line
                 line = file.readline(MAX_LINE + 1)
 
 
 def parse(line: bytes) -> dict[str, Any] | Fault:
-    """The object that a line spells, or what is wrong with it."""
+    """Return the JSON object of a line, or its problem."""
     if len(line) > MAX_LINE:
         return Fault("line_too_long", f"is longer than {MAX_LINE // 2**20} MB.")
     try:
@@ -132,80 +139,86 @@ def parse(line: bytes) -> dict[str, Any] | Fault:
 
 
 def kind_of(row: Mapping[str, Any]) -> Kind | None:
-    """What kind of line this is, by its keys; None if it is none we know."""
+    """Return the kind of a line by its keys; None if it is unknown."""
     return next((kind for kind, keys in _KEYS.items() if any(key in row for key in keys)), None)
 
 
 def faults(row: Mapping[str, Any], kind: Kind) -> list[Fault]:
-    """What is wrong with a line that should be of a kind; empty if nothing is."""
-    found = []
+    """Return all problems of a line of a kind; an empty list if it is valid."""
+    problems = []
     for key in _KEYS[kind]:
         if key not in row:
-            found.append(Fault("missing_key", f'is missing key "{key}".', key))
+            problems.append(Fault("missing_key", f'is missing key "{key}".', key))
     for key in sorted(key for key in row.keys() - set(_KEYS[kind]) if not _is_absent(row[key])):
         if kind == "chat" and key == "parallel_tool_calls":
-            continue  # says nothing without tools, which are refused
+            continue  # has no effect without tools, which are rejected
         if kind == "chat" and key in _TOOL_KEYS:
-            found.append(Fault("unsupported_tools", _NO_TOOLS, key))
+            problems.append(Fault("unsupported_tools", _NO_TOOLS, key))
         else:
-            found.append(Fault("extra_key", f'contains an extra "{key}".', key))
+            problems.append(Fault("extra_key", f'contains an extra "{key}".', key))
     if kind == "chat" and "messages" in row:
-        return found + _chat_faults(row["messages"])
+        return problems + _chat_faults(row["messages"])
     for key in _KEYS[kind]:
         if key in row and not isinstance(row[key], str):
-            found.append(Fault("invalid_type", f'has a "{key}" that is not a string.', key))
+            problems.append(Fault("invalid_type", f'has a "{key}" that is not a string.', key))
         elif row.get(key) == "" and key != "prompt":
-            found.append(Fault("nothing_to_learn", f'has an empty "{key}".', key))
-    return found
+            problems.append(Fault("nothing_to_learn", f'has an empty "{key}".', key))
+    return problems
 
 
 def encode(row: Mapping[str, Any], kind: Kind, tokenizer: Tokenizer, line: int = 0) -> Example:
-    """The example that a line without faults makes.
+    """Return the example of a valid line.
+
+    Args:
+        row: the JSON object of the line, without faults.
+        kind: its kind.
+        tokenizer: the tokenizer of the model.
+        line: the number of the line, for `Example.line`.
 
     Raises:
-        ValueError: there is no chat template, or it refuses the messages.
+        ValueError: there is no chat template, or it rejects the messages.
     """
     if kind == "chat":
         return _encode_chat(row["messages"], tokenizer, line)
     encode = tokenizer.encoding.encode_ordinary
-    start = [tokenizer.bos_id] if tokenizer.add_bos else []
+    context = [tokenizer.bos_id] if tokenizer.add_bos else []
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     if kind == "completion":
-        # Each by itself, as the model will find them: it reads a prompt, then it writes.
-        start, learned = start + encode(row["prompt"]), encode(row["completion"]) + end
+        # Tokenize both separately, as in generation, where the prompt is tokenized by itself.
+        context, targets = context + encode(row["prompt"]), encode(row["completion"]) + end
     else:
-        learned = encode(row["text"]) + end
-    return _example(start + learned, [(len(start), len(start) + len(learned))], line)
+        targets = encode(row["text"]) + end
+    return _example(context + targets, [(len(context), len(context) + len(targets))], line)
 
 
 def _encode_chat(messages: list[dict[str, Any]], tokenizer: Tokenizer, line: int) -> Example:
     if tokenizer.chat_template is None:
-        raise ValueError("this model has no chat template; give it prompt and completion pairs")
+        raise ValueError("this model has no chat template; use prompt and completion pairs")
     plain = []
     for message in messages:
         plain.append({"role": message["role"], "content": text_of(message["content"])})
         if message.get("name") is not None:
             plain[-1]["name"] = message["name"]
-    ids, turns = tokenizer.chat_template.encode_with_assistant_spans(tokenizer.encoding, plain)
-    spoken = [message for message in messages if message["role"] == "assistant"]
-    learned = [turn for turn, message in zip(turns, spoken, strict=True) if _is_learned(message)]
-    return _example(ids, learned, line)
+    ids, spans = tokenizer.chat_template.encode_with_assistant_spans(tokenizer.encoding, plain)
+    replies = [message for message in messages if message["role"] == "assistant"]
+    targets = [span for span, message in zip(spans, replies, strict=True) if _is_target(message)]
+    return _example(ids, targets, line)
 
 
-def _is_learned(message: dict[str, Any]) -> bool:
+def _is_target(message: dict[str, Any]) -> bool:
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
-def _example(ids: list[int], learned: list[tuple[int, int]], line: int) -> Example:
+def _example(ids: list[int], targets: list[tuple[int, int]], line: int) -> Example:
     weights = np.zeros(len(ids), np.float32)
-    for start, end in learned:
+    for start, end in targets:
         weights[start:end] = 1
     weights[:1] = 0
     return Example(np.array(ids, np.int32), weights, line)
 
 
 def text_of(content: str | list[dict[str, str]]) -> str:
-    """A message's content as one string: it may come in parts."""
+    """Return the content of a message, a string or a list of text parts, as one string."""
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
@@ -213,11 +226,13 @@ def _chat_faults(messages: Any) -> list[Fault]:
     if not isinstance(messages, list) or not messages:
         message = 'has "messages" that are not a list with a message or more.'
         return [Fault("invalid_type", message, "messages")]
-    found = [fault for i, message in enumerate(messages) for fault in _message_faults(message, i)]
-    if not found and not any(map(_is_learned, messages)):
-        reason = "has no message of the assistant to learn from."
-        found.append(Fault("nothing_to_learn", reason, "messages"))
-    return found
+    problems = [
+        fault for i, message in enumerate(messages) for fault in _message_faults(message, i)
+    ]
+    if not problems and not any(map(_is_target, messages)):
+        reason = "has no message of the assistant to train on."
+        problems.append(Fault("nothing_to_learn", reason, "messages"))
+    return problems
 
 
 def _message_faults(message: Any, i: int) -> list[Fault]:
@@ -226,52 +241,52 @@ def _message_faults(message: Any, i: int) -> list[Fault]:
 
     if not isinstance(message, dict):
         return [fault("invalid_type", "is not a dictionary.")]
-    found = []
+    problems = []
     role = message.get("role")
     if "role" not in message:
-        found.append(fault("missing_role", 'is missing key "role".', ".role"))
+        problems.append(fault("missing_role", 'is missing key "role".', ".role"))
     elif role in ("tool", "function"):
-        found.append(fault("unsupported_tools", _NO_TOOLS, ".role"))
+        problems.append(fault("unsupported_tools", _NO_TOOLS, ".role"))
     elif role not in ROLES:
-        wanted = ", ".join(ROLES)
-        found.append(
-            fault("invalid_role", f"has the role {role!r}; it must be one of {wanted}.", ".role")
-        )
+        reason = f"has the role {role!r}; it must be one of {', '.join(ROLES)}."
+        problems.append(fault("invalid_role", reason, ".role"))
     for key, value in message.items():
         if _is_absent(value):
-            continue  # as answers of the API have keys that do not apply; see below for content
+            continue  # responses of the API have keys that do not apply; content is checked below
         if key in _TOOL_MESSAGE_KEYS:
-            found.append(fault("unsupported_tools", _NO_TOOLS, f".{key}"))
+            problems.append(fault("unsupported_tools", _NO_TOOLS, f".{key}"))
         elif key == "name":
             if not isinstance(value, str):
-                found.append(fault("invalid_type", "has a name that is not a string.", ".name"))
+                problems.append(fault("invalid_type", "has a name that is not a string.", ".name"))
         elif key == "weight":
             if role != "assistant" or isinstance(value, bool) or value not in (0, 1):
-                reason = f"has the weight {value!r}; only the assistant's have one, 0 or 1."
-                found.append(fault("invalid_weight", reason, ".weight"))
+                reason = (
+                    f"has the weight {value!r}; only messages of the assistant have one, 0 or 1."
+                )
+                problems.append(fault("invalid_weight", reason, ".weight"))
         elif key not in ("role", "content"):
-            found.append(fault("extra_key", f'contains an extra "{key}".', f".{key}"))
-    if any(found.code == "unsupported_tools" for found in found):
-        return found  # its content may well be null
+            problems.append(fault("extra_key", f'contains an extra "{key}".', f".{key}"))
+    if any(problem.code == "unsupported_tools" for problem in problems):
+        return problems  # the content of a message with tool calls may be null
     if (content := message.get("content")) is None:
-        found.append(fault("missing_content", 'is missing key "content".', ".content"))
+        problems.append(fault("missing_content", 'is missing key "content".', ".content"))
     elif isinstance(content, list):
         for j, part in enumerate(content):
             inner = f".content[{j}]"
             if not isinstance(part, dict) or part.get("type") != "text":
-                reason = "has a part that is not text; this model reads nothing else."
-                found.append(fault("unsupported_content", reason, inner))
+                reason = "has a part that is not text; only text is supported."
+                problems.append(fault("unsupported_content", reason, inner))
             elif not isinstance(part.get("text"), str):
-                found.append(fault("missing_content", 'is missing key "text".', f"{inner}.text"))
+                problems.append(fault("missing_content", 'is missing key "text".', f"{inner}.text"))
     elif not isinstance(content, str):
-        found.append(fault("invalid_type", "has a content that is not a string.", ".content"))
-    return found
+        problems.append(fault("invalid_type", "has a content that is not a string.", ".content"))
+    return problems
 
 
 def _is_absent(value: Any) -> bool:
-    """Whether a key is there and holds nothing, as in answers of the API and exported tables."""
+    """Return whether a value means an absent key, as in responses of the API and in exports."""
     return value is None or value == [] or value == {}
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")

@@ -1,9 +1,8 @@
-"""A file that can be learned from, made of one that nearly can.
+"""Fixes: a copy of a file of examples with its unambiguous problems fixed.
 
-Only what needs no guess: marks and line ends that editors leave behind, another encoding of
-Unicode, one JSON array instead of lines, blank lines, examples that are too long. A line with
-another fault stays as it is, for whoever wrote it to put right; `check` names it. Repeated examples
-stay: repeating an example is how people give it more weight.
+These are byte order marks, line ends, UTF-16, one JSON array instead of lines, blank lines, and
+examples that are too long. Lines with other problems are copied unchanged; `check` reports them.
+Duplicates stay, because repeating an example is a way to give it more weight.
 """
 
 from __future__ import annotations
@@ -19,22 +18,22 @@ from training import examples
 from training.check import BOM, BOM_UTF16, Report, ends_in_carriage_returns
 from training.examples import Fault, Kind, Tokenizer
 
-MAX_ARRAY = 64 * 2**20  # bytes of a file that is one array: it is read as a whole
+MAX_ARRAY = 64 * 2**20  # bytes of a file that is one array, which is read as a whole
 
-# What is done, by the code of the problem or note that it ends.
+# The fixes, by the code of the problem or note that each resolves.
 _FIXES = {
     "byte_order_mark": "remove the byte order mark",
-    "carriage_return": "end {n} line(s) without a carriage return",
+    "carriage_return": "remove the carriage return from {n} line(s)",
     "carriage_return_only": "end lines in line feeds instead of carriage returns",
-    "utf16": "write the file in UTF-8",
-    "json_array": "write the array as lines",
-    "blank_line": "drop {n} blank line(s)",
-    "too_long": "cut, or drop, {n} example(s) that are too long",
+    "utf16": "convert the file to UTF-8",
+    "json_array": "write the elements of the array as lines",
+    "blank_line": "remove {n} blank line(s)",
+    "too_long": "truncate or remove {n} example(s) that are too long",
 }
 
 
 def available_fixes(report: Report) -> list[str]:
-    """What `mend` would do about a report, a phrase each; empty if it can do nothing."""
+    """Return descriptions of the fixes that `fix_file` would apply to the file of a report."""
     counts = report.counts + report.notes
     if report.counts["json_array"] and report.bytes > MAX_ARRAY:
         del counts["json_array"]
@@ -44,104 +43,112 @@ def available_fixes(report: Report) -> list[str]:
 def fix_file(
     path: Path, target: Path, tokenizer: Tokenizer, *, max_tokens: int, kind: Kind | None = None
 ) -> list[str]:
-    """Writes what can be mended of one file into another; check that one again.
+    """Write a copy of a file with its unambiguous problems fixed.
 
-    A conversation that is too long loses its last turns, as many as it must; one that would have to
-    lose all is left out, as is a pair or a text.
+    A conversation that is too long loses its last turns. It is removed if no turn would be left, as
+    is a pair or a text that is too long. Other problems stay: check the copy again.
 
     Args:
-        path: what to mend; it is not changed, unless it is the target too.
-        target: appears when it is complete, and only if anything was done.
-        tokenizer, max_tokens, kind: as for `check`.
+        path: the file to fix. It may be the target, too.
+        target: the copy, written atomically and only if there is something to fix.
+        tokenizer: as for `check`.
+        max_tokens: as for `check`.
+        kind: as for `check`.
 
     Returns:
-        What was done, as `proposals` says it.
+        Descriptions of the fixes, as of `available_fixes`.
 
     Raises:
         OSError: a file cannot be read or written.
-        ValueError: it is one array of more than 64 MB, or a damaged one, or has a huge line.
+        ValueError: the file is an array of more than 64 MB or a damaged array, or a line is longer
+            than `examples.MAX_LINE`.
     """
     path, target = Path(path), Path(target)
-    done: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            for line in _lines(path, done):
+            for line in _lines(path, counts):
                 if len(line) > examples.MAX_LINE:
-                    raise ValueError(f"{path}: has a line of more than {len(line) - 1} bytes")
+                    raise ValueError(
+                        f"{path}: has a line of more than {len(line) - 1} bytes; shorten it"
+                    )
                 row = examples.parse(line)
                 if isinstance(row, Fault):
                     file.write(line + b"\n")
                     continue
                 kind = kind or examples.kind_of(row)
                 if kind is not None and not examples.faults(row, kind):
-                    short = _truncated(row, kind, tokenizer, max_tokens)
-                    if short is not row:
-                        done["too_long"] += 1
-                        if short is None:
+                    truncated = _truncated(row, kind, tokenizer, max_tokens)
+                    if truncated is not row:
+                        counts["too_long"] += 1
+                        if truncated is None:
                             continue
-                        line = _to_json(short)
+                        line = _to_json(truncated)
                 file.write(line + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        if done:
+        if counts:
             temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-    return _descriptions(done)
+    return _descriptions(counts)
 
 
 def _descriptions(counts: Counter[str]) -> list[str]:
     return [phrase.format(n=counts[code]) for code, phrase in _FIXES.items() if counts[code]]
 
 
-def _lines(path: Path, done: Counter[str]) -> Iterator[bytes]:
-    """The lines that hold something, in UTF-8."""
+def _lines(path: Path, counts: Counter[str]) -> Iterator[bytes]:
+    """Yield the lines that are not blank, in UTF-8, and count the fixes."""
     with open(path, "rb") as file:
         start = file.read(4096)
     if start.removeprefix(BOM).lstrip()[:1] == b"[":
         if (size := path.stat().st_size) > MAX_ARRAY:
-            raise ValueError(f"{path}: an array of {size} bytes is more than can be taken apart")
-        done["json_array"] += 1
+            raise ValueError(
+                f"{path}: is an array of {size} bytes; an array can have at most {MAX_ARRAY}"
+            )
+        counts["json_array"] += 1
         try:
             rows = json.loads(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:
-            raise ValueError(f"{path}: begins as an array, but is none: {error}") from None
+            raise ValueError(f"{path}: begins as a JSON array, but is invalid: {error}") from None
         yield from map(_to_json, rows)
         return
     if start.startswith(BOM_UTF16):
-        done["utf16"] += 1
+        counts["utf16"] += 1
         with open(path, encoding="utf-16", newline="\n") as text:
             lines: Iterator[bytes] = (line.rstrip("\n").encode() for line in text)
-            yield from _clean_lines(lines, done)
+            yield from _clean_lines(lines, counts)
         return
     if ends_in_carriage_returns(path):
-        done["carriage_return_only"] += 1
-        with open(path, encoding="utf-8", errors="surrogateescape") as text:  # any end of a line
-            rows = (line.rstrip("\n").encode("utf-8", "surrogateescape") for line in text)
-            yield from _clean_lines(rows, done)
+        counts["carriage_return_only"] += 1
+        # Without `newline`, open() accepts all line ends.
+        with open(path, encoding="utf-8", errors="surrogateescape") as text:
+            lines = (line.rstrip("\n").encode("utf-8", "surrogateescape") for line in text)
+            yield from _clean_lines(lines, counts)
         return
-    yield from _clean_lines((line for _, line in examples.lines(path)), done)
+    yield from _clean_lines((line for _, line in examples.lines(path)), counts)
 
 
-def _clean_lines(lines: Iterator[bytes], done: Counter[str]) -> Iterator[bytes]:
+def _clean_lines(lines: Iterator[bytes], counts: Counter[str]) -> Iterator[bytes]:
     for number, line in enumerate(lines):
         if number == 0 and line.startswith(BOM):
-            done["byte_order_mark"] += 1
+            counts["byte_order_mark"] += 1
             line = line.removeprefix(BOM)
         if line.endswith(b"\r"):
-            done["carriage_return"] += 1
+            counts["carriage_return"] += 1
             line = line.rstrip(b"\r")
         if line.strip():
             yield line
         else:
-            done["blank_line"] += 1
+            counts["blank_line"] += 1
 
 
 def _truncated(
     row: dict[str, Any], kind: Kind, tokenizer: Tokenizer, max_tokens: int
 ) -> dict[str, Any] | None:
-    """The row itself if it is short enough; else what fits of it, or None."""
+    """Return the row itself if it is short enough, a truncated copy, or None."""
 
     def fits(row: dict[str, Any]) -> bool:
         return len(examples.encode(row, kind, tokenizer)) <= max_tokens
@@ -152,10 +159,10 @@ def _truncated(
         messages = row.get("messages", [])
         for end in range(len(messages) - 1, 0, -1):
             if messages[end - 1]["role"] == "assistant":
-                short = {**row, "messages": messages[:end]}
-                if not examples.faults(short, kind) and fits(short):
-                    return short
-    except ValueError:  # the template refuses it: that is for `check` to say
+                truncated = {**row, "messages": messages[:end]}
+                if not examples.faults(truncated, kind) and fits(truncated):
+                    return truncated
+    except ValueError:  # the template rejects the row; `check` reports it
         return row
     return None
 
@@ -163,5 +170,5 @@ def _truncated(
 def _to_json(row: Any) -> bytes:
     try:
         return json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which only an escape can write
+    except UnicodeEncodeError:  # a lone surrogate, which only an escape can represent
         return json.dumps(row).encode()

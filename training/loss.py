@@ -1,11 +1,11 @@
-"""Next-token cross-entropy, plainly and without ever holding the logits of a batch.
+"""Next-token cross-entropy: the definition, and a version that never holds all logits.
 
-A model with a small width and a large vocabulary spends its memory on logits: 1,024 tokens of
-SmolLM2 make 200 MB of them, and as much again for their gradient. `cross_entropy` is the
-definition. `chunked` takes the rows some hundred at a time, and computes in the same breath what
-the backward pass will want: the gradient of a row's loss, softmax minus one-hot, needs the logits
-that are at hand. It is the idea of "Cut your losses" (Wijmans et al. 2024, arXiv:2411.09009),
-without its kernel. Rows of weight 0 are never multiplied with the table at all.
+In a model with a small width and a large vocabulary the logits dominate the memory: 200 MB for
+1,024 tokens of SmolLM2, and as much again for their gradient. `cross_entropy` is the definition.
+`chunked_cross_entropy` processes a few hundred rows at a time. It also computes the gradient of
+each chunk in the forward pass, because the gradient of a loss, softmax minus one-hot, needs the
+same logits. The idea is that of "Cut your losses" (Wijmans et al. 2024, arXiv:2411.09009), without
+its kernel. Rows of weight 0 are skipped.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ CHUNK = 256  # rows whose logits are held at a time
 def cross_entropy(
     x: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The definition.
+    """Return the weighted sums of the losses and of the correct predictions.
 
     Args:
-        x: the normed stream [R, D].
-        table: [V, D], float32 or bfloat16: the format of the product.
-        targets: int32 [R].
-        weights: float32 [R], how much each row counts.
+        x: the hidden states after the final norm [R, D].
+        table: the LM head [V, D], float32 or bfloat16; its dtype is that of the product.
+        targets: int32 [R], the target tokens.
+        weights: float32 [R], the weight of each row.
 
     Returns:
-        The weighted sum of the losses and of the rows whose likeliest token is the target.
+        The weighted sum of the losses, and the sum of the weights of rows whose most likely token
+        is the target; both float32 [].
     """
     logits = _logits(x, table)  # [R, V]
-    losses, is_right = _losses_and_hits(logits, targets)
-    return jnp.sum(losses * weights), jnp.sum(is_right * weights)
+    losses, is_correct = _losses_and_hits(logits, targets)
+    return jnp.sum(losses * weights), jnp.sum(is_correct * weights)
 
 
 def _logits(x: jax.Array, table: jax.Array) -> jax.Array:
@@ -42,9 +43,9 @@ def _logits(x: jax.Array, table: jax.Array) -> jax.Array:
 
 
 def _losses_and_hits(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-    losses = jax.nn.logsumexp(logits, axis=1) - chosen  # [R]
-    return losses, chosen >= logits.max(axis=1)
+    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+    losses = jax.nn.logsumexp(logits, axis=1) - target_logits  # [R]
+    return losses, target_logits >= logits.max(axis=1)
 
 
 def chunked_cross_entropy(
@@ -56,11 +57,18 @@ def chunked_cross_entropy(
     dtype: str | None = None,
     chunk: int = CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
-    """The same as `cross_entropy`, `chunk` rows at a time.
+    """Return the sums of `cross_entropy`, computed `chunk` rows at a time.
 
     Args:
-        weights: are data: to differentiate by them raises ValueError.
-        dtype: of the product; None: that of the table.
+        x: as for `cross_entropy`.
+        table: as for `cross_entropy`.
+        targets: as for `cross_entropy`.
+        weights: as for `cross_entropy`; the sums cannot be differentiated by them.
+        dtype: the dtype of the product; None for that of the table.
+        chunk: the rows whose logits are held at a time.
+
+    Raises:
+        ValueError: the sums are differentiated by `weights`.
     """
     x, table, targets, weights = map(jnp.asarray, (x, table, targets, weights))
     return _chunked_cross_entropy(
@@ -70,24 +78,24 @@ def chunked_cross_entropy(
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _chunked_cross_entropy(x, table, targets, weights, dtype, chunk):
-    loss, right, _, _ = _chunked_loss_and_grads(
+    loss, correct, _, _ = _chunked_loss_and_grads(
         x, table, targets, weights, dtype, chunk, False, False
     )
-    return loss, right
+    return loss, correct
 
 
 def _forward(x, table, targets, weights, dtype, chunk):
     if weights.perturbed:
-        raise ValueError("the weights of a loss are data: it cannot be differentiated by them")
-    loss, right, dx, dtable = _chunked_loss_and_grads(
+        raise ValueError("the loss cannot be differentiated by its weights")
+    loss, correct, dx, dtable = _chunked_loss_and_grads(
         x.value, table.value, targets.value, weights.value, dtype, chunk,
         x.perturbed, table.perturbed,
     )  # fmt: skip
-    return (loss, right), (dx, dtable)
+    return (loss, correct), (dx, dtable)
 
 
 def _backward(dtype, chunk, gradients, cotangents):
-    loss, _ = cotangents  # of what is right there is no gradient
+    loss, _ = cotangents  # the number of correct predictions has no gradient
     dx, dtable = (g if g is None else g * loss for g in gradients)
     return dx, dtable, None, None
 
@@ -95,62 +103,63 @@ def _backward(dtype, chunk, gradients, cotangents):
 _chunked_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _chunked_loss_and_grads(x, table, targets, weights, dtype, chunk, wants_dx, wants_dtable):
-    """Sums of losses and of right answers, and the gradients of the first that are wanted."""
+def _chunked_loss_and_grads(x, table, targets, weights, dtype, chunk, needs_dx, needs_dtable):
+    """Return the sums of `cross_entropy`, and the gradients of the loss by x and the table."""
     num_rows = len(x)
-    # Rows that count go first; the loop ends with the last of them.
+    # Sort rows with a weight to the front; the loop ends with the last of them.
     order = jnp.argsort(weights == 0)  # [R], stable
     num_chunks = (jnp.count_nonzero(weights) + chunk - 1) // chunk
     padding = -num_rows % chunk
     rows = jnp.pad(x[order].astype(dtype), ((0, padding), (0, 0)))
     weights = jnp.pad(weights[order], (0, padding))
-    # A row of no weight may share a chunk with others; whatever its target is, it must be a number.
+    # Rows of weight 0 may share a chunk with others; replace their targets, which may be invalid.
     targets = jnp.where(weights == 0, 0, jnp.pad(targets[order], (0, padding)))
-    narrow = table.astype(dtype)
+    cast_table = table.astype(dtype)
     ones = jnp.ones((len(table), 8), jnp.float32)  # one column would take a slower path
 
-    def read(i, carry):
-        loss, right, dx, dtable = carry
-        at = i * chunk
-        part, target, weight = (
-            jax.lax.dynamic_slice_in_dim(array, at, chunk) for array in (rows, targets, weights)
+    def add_chunk(i, carry):
+        loss, correct, dx, dtable = carry
+        start = i * chunk
+        x_chunk, target, weight = (
+            jax.lax.dynamic_slice_in_dim(array, start, chunk) for array in (rows, targets, weights)
         )
-        logits = _logits(part, narrow)  # [C, V]
-        most = logits.max(axis=1, keepdims=True)
-        chosen = jnp.take_along_axis(logits, target[:, None], axis=1)  # [C, 1]
-        # One pass computes the exps; sums are products with ones, which XLA's CPU backend makes
-        # several times as fast as a reduction with an exp in it. The target's own stands apart.
+        logits = _logits(x_chunk, cast_table)  # [C, V]
+        max_logits = logits.max(axis=1, keepdims=True)
+        target_logits = jnp.take_along_axis(logits, target[:, None], axis=1)  # [C, 1]
+        # One pass computes the exponentials. They are summed by a product with ones, which is
+        # several times faster in XLA's CPU backend than a reduction that contains an exponential.
+        # The exponential of the target is added separately.
         is_target = jnp.arange(logits.shape[1]) == target[:, None]
-        others = jnp.where(is_target, 0.0, jnp.exp(logits - most))  # [C, V]
-        rest = (others @ ones)[:, :1]  # [C, 1]
-        total = rest + jnp.exp(chosen - most)
-        loss += jnp.sum((jnp.log(total) + most - chosen)[:, 0] * weight)
-        right += jnp.sum((chosen >= most)[:, 0] * weight)
-        # d loss / d logits: softmax minus one-hot, which for the target is minus all the others.
-        share = weight[:, None] / total
-        at_target = -rest * share
-        if wants_dx:
-            change = jnp.einsum(
-                "rv,vd->rd", others.astype(dtype), narrow, preferred_element_type=jnp.float32
+        others = jnp.where(is_target, 0.0, jnp.exp(logits - max_logits))  # [C, V]
+        others_sum = (others @ ones)[:, :1]  # [C, 1]
+        total = others_sum + jnp.exp(target_logits - max_logits)
+        loss += jnp.sum((jnp.log(total) + max_logits - target_logits)[:, 0] * weight)
+        correct += jnp.sum((target_logits >= max_logits)[:, 0] * weight)
+        # d loss / d logits is softmax minus one-hot: for the target, minus the sum of the others.
+        scale = weight[:, None] / total
+        at_target = -others_sum * scale
+        if needs_dx:
+            dx_chunk = jnp.einsum(
+                "rv,vd->rd", others.astype(dtype), cast_table, preferred_element_type=jnp.float32
             )
-            change = change * share + at_target * narrow[target].astype(jnp.float32)
-            dx = jax.lax.dynamic_update_slice_in_dim(dx, change, at, axis=0)
-        if wants_dtable:
-            wide = part.astype(jnp.float32)
+            dx_chunk = dx_chunk * scale + at_target * cast_table[target].astype(jnp.float32)
+            dx = jax.lax.dynamic_update_slice_in_dim(dx, dx_chunk, start, axis=0)
+        if needs_dtable:
+            x_float32 = x_chunk.astype(jnp.float32)
             dtable += jnp.einsum(
                 "rv,rd->vd",
                 others.astype(dtype),
-                (wide * share).astype(dtype),
+                (x_float32 * scale).astype(dtype),
                 preferred_element_type=jnp.float32,
             )
-            dtable = dtable.at[target].add(wide * at_target)
-        return loss, right, dx, dtable
+            dtable = dtable.at[target].add(x_float32 * at_target)
+        return loss, correct, dx, dtable
 
     zero = jnp.zeros((), jnp.float32)
-    dx = jnp.zeros(rows.shape, jnp.float32) if wants_dx else None
-    dtable = jnp.zeros(table.shape, jnp.float32) if wants_dtable else None
+    dx = jnp.zeros(rows.shape, jnp.float32) if needs_dx else None
+    dtable = jnp.zeros(table.shape, jnp.float32) if needs_dtable else None
     carry = (zero, zero, dx, dtable)
-    loss, right, dx, dtable = jax.lax.fori_loop(0, num_chunks, read, carry)
-    if wants_dx:
+    loss, correct, dx, dtable = jax.lax.fori_loop(0, num_chunks, add_chunk, carry)
+    if needs_dx:
         dx = dx[jnp.argsort(order)].astype(x.dtype)
-    return loss, right, dx, dtable if dtable is None else dtable.astype(table.dtype)
+    return loss, correct, dx, dtable if dtable is None else dtable.astype(table.dtype)

@@ -1,4 +1,4 @@
-"""The loss curve of a run, from its metrics."""
+"""A plot of the loss curve of a run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ import numpy as np
 
 from training import metrics
 
-_SMOOTH_FROM = 40  # steps from which on a smoother line is drawn over what was measured
+_SMOOTH_FROM = 40  # number of steps from which a smoothed curve is plotted, too
 
 
 def plot_losses(source: Path, target: Path) -> None:
-    """Draws the losses of a metrics file into a PNG, whole or not at all.
+    """Plot the training and validation losses of a metrics file; write the file atomically.
 
-    matplotlib is an extra (`pictures`); where it is missing, a line on standard error says so.
+    Without matplotlib (the extra `pictures`) a line on standard error is printed instead.
+
+    Args:
+        source: `metrics.jsonl` of a run. Without a step in it, nothing is plotted.
+        target: the PNG file to write.
     """
     try:
         from matplotlib.figure import Figure
@@ -26,7 +30,7 @@ def plot_losses(source: Path, target: Path) -> None:
         return
     lines = metrics.read(source)
     steps, losses = _column(lines, "loss")
-    checked, valid = _column(lines, "valid_loss")
+    valid_steps, valid_losses = _column(lines, "valid_loss")
     if not len(steps):
         return
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -36,8 +40,8 @@ def plot_losses(source: Path, target: Path) -> None:
     else:
         axes.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8)
         axes.plot(steps, smooth(losses), color="C0", label="training, smoothed")
-    if len(checked):
-        axes.plot(checked, valid, "o-", color="C1", markersize=4, label="validation")
+    if len(valid_steps):
+        axes.plot(valid_steps, valid_losses, "o-", color="C1", markersize=4, label="validation")
     axes.set(xlabel="step", ylabel="loss")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
@@ -48,14 +52,22 @@ def plot_losses(source: Path, target: Path) -> None:
     draft.replace(target)
 
 
-def smooth(values: Sequence[float]) -> np.ndarray:
-    """The mean of each value and its neighbours, a twentieth of all on either side."""
-    near = np.ones(2 * (len(values) // 20) + 1)
-    count = np.convolve(np.ones(len(values)), near, mode="same")  # fewer at the ends
-    return np.convolve(values, near, mode="same") / count
+def smooth(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Return the centred moving average over a window of a tenth of the values.
+
+    Args:
+        values: [N]; at both ends the windows are shorter.
+
+    Returns:
+        float64 [N].
+    """
+    window = np.ones(2 * (len(values) // 20) + 1)
+    count = np.convolve(np.ones(len(values)), window, mode="same")
+    return np.convolve(values, window, mode="same") / count
 
 
 def _column(lines: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The steps that tell of something, and what they tell."""
-    found = [(line["step"], line[name]) for line in lines if name in line]
-    return tuple(np.array(found).reshape(-1, 2).T)
+    """Return the steps whose records have a value, and the values."""
+    pairs = [(line["step"], line[name]) for line in lines if name in line]
+    steps, values = np.array(pairs).reshape(-1, 2).T
+    return steps, values

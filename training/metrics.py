@@ -1,8 +1,8 @@
-"""What a run says of itself: a file with a JSON object a line, and a bar on the terminal.
+"""Metrics of a run: a file of JSON lines, and a progress bar on the terminal.
 
 A step is a line {"step", "epoch", "loss", "accuracy", "lr", "grad_norm", "tokens",
 "tokens_per_second", "mfu", "seconds", "time"}; a validation is {"step", "valid_loss",
-"valid_accuracy", "time"}. Keys that mean nothing in a run are left out.
+"valid_accuracy", "time"}. Keys that do not apply to a run are left out.
 """
 
 from __future__ import annotations
@@ -22,43 +22,48 @@ _RESERVED = ("loss", "weight", "grad_norm", "lr", "tokens")
 
 
 def means(sums: Mapping[str, Any]) -> dict[str, float]:
-    """Loss, accuracy and whatever else a task sums up, each for one unit of weight."""
+    """Return the sums of a task divided by the sum of weights; "correct" becomes "accuracy".
+
+    Args:
+        sums: "loss", "weight" and other sums; see `Task.loss`.
+    """
     weight = max(float(sums["weight"]), 1e-30)
-    found = {"loss": float(sums["loss"]) / weight}
+    values = {"loss": float(sums["loss"]) / weight}
     for name, value in sums.items():
         if name not in _RESERVED:
-            found["accuracy" if name == "correct" else name] = float(value) / weight
-    return found
+            values["accuracy" if name == "correct" else name] = float(value) / weight
+    return values
 
 
 class Log:
-    """The file, opened where a run goes on."""
+    """The metrics file of a run, open for appending."""
 
     def __init__(self, path: Path, step: int):
-        """Forgets what stands in the file after a step: it will be written again.
+        """Open the file, and remove the lines after a step: the run writes them again.
 
         Args:
-            step: of the checkpoint from which the run goes on; 0: it begins.
+            path: the file.
+            step: the step of the checkpoint that the run resumes from; 0 for a new run.
         """
-        kept = [line for line in _lines(path) if line["step"] <= step] if step else []
+        lines = [line for line in _lines(path) if line["step"] <= step] if step else []
         draft = path.with_name(f".{path.name}")
-        draft.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
+        draft.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
         os.replace(draft, path)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Adds a line, which readers see at once."""
+        """Append a line and flush it, so that readers see it at once."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        """Puts the file on the disk."""
+        """Sync the file to the disk and close it."""
         os.fsync(self._file.fileno())
         self._file.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All lines of a metrics file; one that is still being written is left out."""
+    """Return all complete lines of a metrics file; an empty list if there is no file."""
     return list(_lines(path))
 
 
@@ -76,29 +81,33 @@ def step_record(
     seconds: float,
     config: TrainConfig,
     flops_per_token: float | None,
-    roof: float | None,
+    peak_flops: float | None,
 ) -> dict[str, Any]:
-    """The line of a step.
+    """Return the record of a step.
 
     Args:
-        seconds: it took.
-        flops_per_token: arithmetic of the model alone, nothing that is computed twice.
-        roof: the most that this machine computes in a second.
+        step: the number of steps so far.
+        sums: the sums of the step.
+        seconds: the duration of the step.
+        config: the settings of the run.
+        flops_per_token: the arithmetic of the model per token, without recomputation; None leaves
+            out "mfu".
+        peak_flops: the peak FLOP/s of this machine; None leaves out "mfu".
     """
     tokens = int(sums.get("tokens", sums["weight"]))
-    found: dict[str, Any] = {"step": step}
+    record: dict[str, Any] = {"step": step}
     if config.steps_per_epoch is not None:
-        found["epoch"] = round(step / config.steps_per_epoch, 4)
-    found |= means(sums)
-    found |= {"lr": float(sums["lr"]), "grad_norm": float(sums["grad_norm"]), "tokens": tokens}
-    found["tokens_per_second"] = round(tokens / seconds, 2)
-    if flops_per_token is not None and roof is not None:
-        found["mfu"] = round(tokens * flops_per_token / seconds / roof, 4)
-    return found | {"seconds": round(seconds, 4), "time": round(time.time(), 3)}
+        record["epoch"] = round(step / config.steps_per_epoch, 4)
+    record |= means(sums)
+    record |= {"lr": float(sums["lr"]), "grad_norm": float(sums["grad_norm"]), "tokens": tokens}
+    record["tokens_per_second"] = round(tokens / seconds, 2)
+    if flops_per_token is not None and peak_flops is not None:
+        record["mfu"] = round(tokens * flops_per_token / seconds / peak_flops, 4)
+    return record | {"seconds": round(seconds, 4), "time": round(time.time(), 3)}
 
 
 class ProgressBar:
-    """A progress bar on standard error, where that is a terminal; otherwise nothing."""
+    """A progress bar on standard error; it does nothing if that is not a terminal."""
 
     def __init__(self, steps: int, done: int, *, is_enabled: bool):
         self._progress = None
@@ -123,25 +132,33 @@ class ProgressBar:
             self._progress.start()
 
     def update(self, record: Mapping[str, Any]) -> None:
-        """Shows the line of a step."""
+        """Show the record of a step."""
         if self._progress is None:
             return
         text = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tok/s"
         if "mfu" in record:
-            text += f"  {record['mfu']:.0%} of the machine"
+            text += f"  {record['mfu']:.0%} MFU"
         self._progress.update(self._task, completed=record["step"], description=text)
 
     def close(self) -> None:
-        """Leaves the last state standing."""
+        """Stop the bar; its last state stays on the terminal."""
         if self._progress is not None:
             self._progress.stop()
 
 
 def check_finite(record: Mapping[str, Any], names: Iterable[str] = ("loss", "grad_norm")) -> None:
-    """Raises FloatingPointError, naming the step, for a loss or a gradient that is no number."""
+    """Check that values of a record are finite.
+
+    Args:
+        record: the record of a step or of a validation.
+        names: the values to check.
+
+    Raises:
+        FloatingPointError: a value is NaN or infinite.
+    """
     for name in names:
         if not math.isfinite(record[name]):
             raise FloatingPointError(
-                f"step {record['step']}: {name} is {record[name]}; a lower learning_rate or "
-                "clip_norm may help. The last checkpoint is from before"
+                f"step {record['step']}: {name} is {record[name]}; lower learning_rate or "
+                "clip_norm. The last checkpoint is of an earlier step"
             )

@@ -1,9 +1,9 @@
-"""From gradients to updates: AdamW or Muon, and the learning rate of each step.
+"""Optimizers: AdamW or Muon, and the learning rate schedule.
 
-AdamW is Loshchilov & Hutter 2017, arXiv:1711.05101, as optax has it. Muon (Jordan et al. 2024)
-makes the update of each hidden matrix nearly orthogonal, so that all its directions move alike; the
-token table, the head, norms and biases stay with AdamW, and updates are scaled to the size AdamW's
-have (Liu et al. 2025, arXiv:2502.16982), so that one learning rate serves both.
+AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) is that of optax. Muon (Jordan et al. 2024)
+orthogonalizes the update of each hidden matrix, so that all singular values of the update are about
+equal. Embeddings, the LM head, norms and biases use AdamW. The updates of Muon are scaled to the
+RMS of those of AdamW (Liu et al. 2025, arXiv:2502.16982), so that both use one learning rate.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import optax
 
 from training.config import TrainConfig
 
-_A, _B, _C, _NEWTON_SCHULZ_STEPS = 3.4445, -4.775, 2.0315, 5  # of Jordan's iteration
-_RMS = 0.2  # about the root mean square of AdamW's updates
-# Matrices that are tables of vectors, or read out by rows: parts of their names.
+_A, _B, _C, _NEWTON_SCHULZ_STEPS = 3.4445, -4.775, 2.0315, 5  # of Jordan et al.
+_RMS = 0.2  # the approximate root mean square of the updates of AdamW
+# Parts of the names of embeddings and of the LM head.
 _EMBEDDINGS = frozenset({"embed", "positions", "head"})
 
 
 def schedule(config: TrainConfig) -> optax.Schedule:
-    """The learning rate of each step, counted from 0."""
+    """Return the learning rate schedule: a function of the step, from 0."""
     peak, warmup = config.learning_rate, config.warmup_steps
     steps, last = config.steps - warmup, peak * config.final_fraction
     if config.schedule == "cosine":
@@ -34,13 +34,13 @@ def schedule(config: TrainConfig) -> optax.Schedule:
         after = optax.constant_schedule(peak)
     if not warmup:
         return after
-    # The first step moves too: it is 1/(warmup + 1) of the way up.
+    # The learning rate of the first step is not 0 but 1 / (warmup + 1) of the peak.
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([rise, after], [warmup])
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """What turns gradients, already clipped, into updates."""
+    """Return the optimizer: a transformation of clipped gradients into updates."""
     rate = schedule(config)
     adamw = optax.adamw(
         rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask
@@ -57,37 +57,43 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def orthogonalize(gradient: jax.Array) -> jax.Array:
-    """The nearly orthogonal matrix next to a gradient, with entries about as large as `_RMS`.
+    """Return the approximate orthogonal factor of a gradient, scaled to an RMS of about `_RMS`.
 
-    Newton-Schulz: X becomes Q X with Q = a I + b X X' + c (X X')^2, five times, which brings all
-    singular values near 1. Only X X' decides what Q is; so that small square matrix goes through
-    the five rounds, and X, which may be many times as wide, is multiplied once at the end.
+    Newton-Schulz iteration: X becomes Q X with Q = a I + b X X' + c (X X')^2, five times, which
+    brings all singular values near 1. Q depends only on X X', a small square matrix. Therefore the
+    iteration updates X X' and the product of all Q, and multiplies the wider X once at the end.
+
+    Args:
+        gradient: float32 [M, N].
+
+    Returns:
+        float32 [M, N].
     """
     is_tall = gradient.shape[0] > gradient.shape[1]
     x = gradient.T if is_tall else gradient
     x = x / jnp.maximum(jnp.linalg.norm(x), 1e-30)
     identity = jnp.eye(len(x))
 
-    def turn(_, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        total, gram = carry
+    def iterate(_, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        product, gram = carry
         q = _A * identity + _B * gram + _C * (gram @ gram)
-        return q @ total, q @ gram @ q
+        return q @ product, q @ gram @ q
 
-    total, _ = jax.lax.fori_loop(0, _NEWTON_SCHULZ_STEPS, turn, (identity, x @ x.T))
-    x = total @ x * (_RMS * max(x.shape) ** 0.5)
+    product, _ = jax.lax.fori_loop(0, _NEWTON_SCHULZ_STEPS, iterate, (identity, x @ x.T))
+    x = product @ x * (_RMS * max(x.shape) ** 0.5)
     return x.T if is_tall else x
 
 
 def decay_mask(weights: Any) -> Any:
-    """Which leaves weight decay pulls to zero: matrices; norms and biases stay where they are."""
+    """Return a tree of booleans: weight decay applies to matrices, not to norms and biases."""
     return jax.tree.map(lambda leaf: leaf.ndim >= 2, weights)
 
 
 def _optimizer_labels(weights: Any) -> Any:
-    """For each leaf, by which of the two it moves when the optimiser is Muon."""
+    """Return the label of each leaf, "muon" or "adamw", when the optimizer is Muon."""
 
-    def name(path: tuple, leaf: jax.Array) -> str:
-        steps = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
-        return "muon" if leaf.ndim == 2 and not _EMBEDDINGS.intersection(steps) else "adamw"
+    def label(path: tuple, leaf: jax.Array) -> str:
+        names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+        return "muon" if leaf.ndim == 2 and not _EMBEDDINGS.intersection(names) else "adamw"
 
-    return jax.tree_util.tree_map_with_path(name, weights)
+    return jax.tree_util.tree_map_with_path(label, weights)

@@ -1,13 +1,13 @@
-"""Examples of many lengths into batches of one shape, in an order that a seed decides.
+"""Sequence packing: examples of different lengths in batches of one shape, shuffled by a seed.
 
-A step learns from `batch_size` examples. They share rows: each goes into the first row that has
-room for it ("first fit"), and `segments` keeps those of a row apart, so that none reads another.
-All steps have the same shape, that of the one that needs most: a compiler sees it once.
+A batch holds `batch_size` examples, which share rows: each goes into the first row with enough room
+(first fit). `segments` separates the examples of a row, so that they do not attend to each other.
+All batches have the shape of the largest, so that the step is compiled once.
 
-How wide a row should be is found by trying: a wide one leaves less room unused at its end, but
-attention costs each token as many products as the row has tokens.
+The width of the rows is chosen by estimated cost: wide rows waste less room at their ends, but the
+cost of attention per token grows with the width.
 
-`Batches` is a function of the step alone. Who goes on after a stop needs no more than its number.
+`Batches` is a function of the step, so that a run resumes from the number of a step alone.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ import numpy as np
 
 from training.examples import Example
 
-WIDTH_MULTIPLE = 32  # widths are multiples of it
-MAX_WIDTH = 1024  # tokens of a row, unless one example is longer
-ATTENTION_CROSSOVER = (
-    4096  # the width at which attention costs a small model as much as all the rest
-)
-MICRO_BATCH_TOKENS = 1024  # of a batch that are computed at once; more are read in parts
+WIDTH_MULTIPLE = 32  # row widths are multiples of this
+MAX_WIDTH = 1024  # tokens of a row, unless an example is longer
+ATTENTION_CROSSOVER = 4096  # width at which attention costs a small model as much as all else
+MICRO_BATCH_TOKENS = 1024  # maximum tokens of a micro-batch, unless a row is longer
 
 
 class Batches:
     """The batches of a training run: `batches(step)`, for steps from 0.
 
-    Each epoch takes all examples in a new order. The last step of an epoch takes those left over.
+    Each epoch shuffles the examples anew. The last batch of an epoch holds the remaining examples.
 
     Attributes:
-        steps_per_epoch: how often `batch_size` goes into the examples, rounded up.
-        steps: of all epochs.
-        shape: (rows, tokens of a row) of every batch, the rows a multiple of `parts`.
-        parts: in how many parts a batch is best read, so as not to hold too much at once.
+        examples: all examples.
+        batch_size: examples per batch.
+        seed: the seed of the order.
+        steps_per_epoch: batches per epoch.
+        steps: batches of all epochs.
+        shape: (rows, tokens per row) of every batch; the rows are a multiple of `micro_batches`.
+        micro_batches: the number of micro-batches to split a batch into.
     """
 
     def __init__(
@@ -47,14 +48,18 @@ class Batches:
         seed: int,
         longest: int = 0,
     ):
-        """Plans all batches.
+        """Choose the shape of the batches.
 
         Args:
-            longest: tokens of an example that rows must have room for beside these (of a
-                validation set that is to have the same width).
+            examples: all examples.
+            batch_size: examples per batch.
+            epochs: the number of epochs.
+            seed: the seed of the order.
+            longest: the tokens of another example that must fit into a row, such as the longest of
+                the validation set.
 
         Raises:
-            ValueError: there is no example, or a number is below one.
+            ValueError: there is no example, or `batch_size` or `epochs` is below one.
         """
         for name, value in (
             ("batch_size", batch_size),
@@ -69,7 +74,7 @@ class Batches:
         self.steps_per_epoch = -(-len(examples) // self.batch_size)
         self.steps = epochs * self.steps_per_epoch
         self._lengths = np.array([len(example) for example in examples])
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, int))  # of the last epoch asked for
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, int))  # cached: (epoch, order)
         width = self._best_width(max(longest, int(self._lengths.max())))
         rows = max(
             len(first_fit(self._lengths[group], width)) for group in self._groups(self.steps)
@@ -78,24 +83,24 @@ class Batches:
         self.shape = (-(-rows // self.micro_batches) * self.micro_batches, width)
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        """The batch of a step; see `fill`."""
+        """Return the batch of a step; see `collate`."""
         group = self._group(step)
         rows = first_fit(self._lengths[group], self.shape[1])
         return collate([self.examples[i] for i in group], rows, self.shape)
 
     def _group(self, step: int) -> np.ndarray:
-        """Which examples a step learns from."""
-        epoch, place = divmod(step, self.steps_per_epoch)
+        """Return the indices of the examples of a step."""
+        epoch, index = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.examples))
             self._order = (epoch, order)
-        return self._order[1][place * self.batch_size : (place + 1) * self.batch_size]
+        return self._order[1][index * self.batch_size : (index + 1) * self.batch_size]
 
     def _groups(self, steps: int) -> Iterator[np.ndarray]:
         return map(self._group, range(steps))
 
     def _best_width(self, longest: int) -> int:
-        """The width at which a batch costs least, as far as the first epoch tells."""
+        """Return the width with the lowest estimated cost of the first batches."""
         groups = list(self._groups(min(self.steps_per_epoch, 50)))
         narrowest = -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         widths = [narrowest, *range(narrowest + WIDTH_MULTIPLE, MAX_WIDTH + 1, WIDTH_MULTIPLE)]
@@ -108,16 +113,23 @@ class Batches:
 
 
 def first_fit(lengths: Sequence[int] | np.ndarray, width: int) -> list[list[int]]:
-    """Which share a row of `width` tokens: rows of indices into `lengths`.
+    """Assign examples to rows by first fit.
+
+    Args:
+        lengths: the tokens of each example.
+        width: the tokens of a row.
+
+    Returns:
+        For each row the indices of its examples.
 
     Raises:
-        ValueError: one is longer than a row.
+        ValueError: an example is longer than a row.
     """
     rows: list[list[int]] = []
     room: list[int] = []
     for i, length in enumerate(lengths):
         if length > width:
-            raise ValueError(f"an example of {length} tokens does not fit into rows of {width}")
+            raise ValueError(f"an example of {length} tokens does not fit into a row of {width}")
         row = next((row for row, left in enumerate(room) if left >= length), len(rows))
         if row == len(rows):
             rows.append([])
@@ -130,15 +142,16 @@ def first_fit(lengths: Sequence[int] | np.ndarray, width: int) -> list[list[int]
 def collate(
     examples: Sequence[Example], rows: Sequence[Sequence[int]], shape: tuple[int, int]
 ) -> dict[str, np.ndarray]:
-    """A batch of examples side by side.
+    """Return a batch of packed examples.
 
     Args:
-        rows: which examples share a row, as `first_fit` says; rows that `shape` has beyond these
-            stay empty.
+        examples: the examples.
+        rows: for each row the indices of its examples, as of `first_fit`; other rows are padding.
+        shape: (B, T), rows and tokens per row.
 
     Returns:
-        "ids" int32 [B, T]; "segments" int32 [B, T], 1, 2, ... for the examples of a row and 0 where
-        there is none; "weights" float32 [B, T], how much it counts to predict each id.
+        "ids" int32 [B, T]; "segments" int32 [B, T], 1, 2, ... for the examples of a row and 0 for
+        padding; "weights" float32 [B, T], the weight of predicting each token.
     """
     ids, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     weights = np.zeros(shape, np.float32)
@@ -154,6 +167,14 @@ def collate(
 
 
 def collate_all(examples: Sequence[Example], shape: tuple[int, int]) -> list[dict[str, np.ndarray]]:
-    """All examples once, in as few batches of a shape as first fit makes of them; to validate."""
+    """Return batches with all examples, packed by first fit, for validation.
+
+    Args:
+        examples: the examples.
+        shape: (B, T), rows and tokens per row, of every batch.
+
+    Raises:
+        ValueError: an example is longer than a row.
+    """
     rows = first_fit([len(example) for example in examples], shape[1])
     return [collate(examples, rows[i : i + shape[0]], shape) for i in range(0, len(rows), shape[0])]

@@ -1,4 +1,4 @@
-"""Everything that changes while training: one tree, the argument and the result of a step."""
+"""The training state: one tree that a step takes and returns."""
 
 from __future__ import annotations
 
@@ -15,16 +15,23 @@ from training.task import Task
 
 @struct.dataclass
 class State:
-    """Where a run stands. Nothing else does: data and keys follow from the number of the step."""
+    """The complete state of a run: batches and random keys follow from the number of the step.
 
-    step: jax.Array  # int32 [], updates so far
-    weights: Any  # float32, the masters, whatever the products are computed in
-    optimizer: Any  # optax's state
-    average: Any | None  # the running mean of weights; None where none is kept
+    Attributes:
+        step: int32 [], the number of updates so far.
+        weights: float32 master weights, whatever the dtype of the products.
+        optimizer: the state of optax.
+        average: the exponential moving average (EMA) of the weights; None without one.
+    """
+
+    step: jax.Array
+    weights: Any
+    optimizer: Any
+    average: Any | None
 
 
 def init(task: Task, config: TrainConfig) -> State:
-    """The state before the first step."""
+    """Return the state before the first step."""
     weights = task.init(jax.random.key(config.seed))
     return State(
         step=jnp.zeros((), jnp.int32),

@@ -1,8 +1,8 @@
-"""One step of training, as a pure function: state and batch in, state and sums out.
+"""One training step as a pure function: from state and batch to state and sums.
 
-The gradient of a mean over a batch is the gradient of a sum, divided once. So a batch may be read
-in parts (`micro_batches`) whose sums are added up: the result is that of the whole batch, also
-where its parts hold different numbers of tokens. The mean of the parts' means is not.
+The gradient of a mean over a batch is the gradient of a sum, divided once. Therefore a batch may be
+split into micro-batches whose sums are added: the result equals that of the whole batch, even if
+the micro-batches hold different numbers of tokens. The mean of their means would differ.
 """
 
 from __future__ import annotations
@@ -19,17 +19,21 @@ from training.config import TrainConfig
 from training.state import State
 from training.task import Batch, Task
 
-Sums = dict[str, jax.Array]  # "loss", "weight", and what the task counts
+Sums = dict[str, jax.Array]  # "loss", "weight", and the other sums of the task
 
 
 def make_train_step(
     task: Task, config: TrainConfig
 ) -> Callable[[State, Any, Batch], tuple[State, Sums]]:
-    """Compiles, at its first call, the function that takes a step.
+    """Return the jitted function that takes a step.
+
+    Args:
+        task: the model and its loss.
+        config: the settings of the run.
 
     Returns:
-        step(state, frozen, batch) -> (state, sums). The memory of the state that goes in becomes
-        that of the one that comes out; `sums` also has "grad_norm", before clipping, and "lr".
+        step(state, frozen, batch) -> (state, sums). The buffers of the input state are donated.
+        `sums` also has "grad_norm", before clipping, and "lr".
     """
     optimizer, rate = optim.optimizer(config), optim.schedule(config)
 
@@ -37,23 +41,27 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         gradients, sums = _accumulate(task, config, state.weights, frozen, batch, key)
         with jax.named_scope("update"):
-            # A batch in which nothing counts moves nothing.
+            # A batch whose weights are all zero must not change the weights of the model.
             share = 1.0 / jnp.maximum(sums["weight"], 1e-30)
             norm = optax.tree.norm(gradients) * share
             if config.clip_norm is not None:
                 share *= jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-30))
             gradients = jax.tree.map(lambda g: g * share, gradients)
-            updates, memory = optimizer.update(gradients, state.optimizer, state.weights)
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.weights)
             weights = optax.apply_updates(state.weights, updates)
             average = _update_ema(state, weights, config.average_decay)
         sums |= {"grad_norm": norm, "lr": jnp.asarray(rate(state.step), jnp.float32)}
-        return State(state.step + 1, weights, memory, average), sums
+        return State(state.step + 1, weights, optimizer_state, average), sums
 
     return jax.jit(step, donate_argnums=0)
 
 
 def make_eval_step(task: Task) -> Callable[[Any, Any, Batch], Sums]:
-    """Compiles, at its first call, evaluate(weights, frozen, batch) -> sums."""
+    """Return the jitted function evaluate(weights, frozen, batch) -> sums.
+
+    Args:
+        task: the model and its loss.
+    """
 
     def evaluate(weights: Any, frozen: Any, batch: Batch) -> Sums:
         loss, weight, others = task.loss(weights, frozen, batch, jax.random.key(0))
@@ -63,17 +71,17 @@ def make_eval_step(task: Task) -> Callable[[Any, Any, Batch], Sums]:
 
 
 def _accumulate(task: Task, config: TrainConfig, weights: Any, frozen: Any, batch: Batch, key):
-    """The gradients of the summed loss, and the sums, over all parts of the batch."""
+    """Return the gradients of the summed loss, and the sums, over all micro-batches."""
 
-    def loss(weights: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
-        loss, weight, others = task.loss(weights, frozen, part, key)
+    def loss(weights: Any, micro_batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
+        loss, weight, others = task.loss(weights, frozen, micro_batch, key)
         return loss, {"loss": loss, "weight": weight, **others}
 
-    def read(part: Batch, key: jax.Array) -> tuple[Any, Sums]:
-        return jax.grad(loss, has_aux=True)(weights, part, key)
+    def grads(micro_batch: Batch, key: jax.Array) -> tuple[Any, Sums]:
+        return jax.grad(loss, has_aux=True)(weights, micro_batch, key)
 
     if (count := config.micro_batches) == 1:
-        return read(batch, key)
+        return grads(batch, key)
 
     def split(name: str, array: jax.Array) -> jax.Array:
         if array.shape[0] % count:
@@ -83,21 +91,22 @@ def _accumulate(task: Task, config: TrainConfig, weights: Any, frozen: Any, batc
             )
         return array.reshape(count, -1, *array.shape[1:])
 
-    parts = {name: split(name, jnp.asarray(array)) for name, array in batch.items()}
+    micro_batches = {name: split(name, jnp.asarray(array)) for name, array in batch.items()}
     keys = jax.random.split(key, count)
-    shapes = jax.eval_shape(read, {name: array[0] for name, array in parts.items()}, keys[0])
+    first = {name: array[0] for name, array in micro_batches.items()}
+    shapes = jax.eval_shape(grads, first, keys[0])
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    def add(total: tuple[Any, Sums], part: tuple[Batch, jax.Array]):
-        return jax.tree.map(jnp.add, total, read(*part)), None
+    def add(total: tuple[Any, Sums], inputs: tuple[Batch, jax.Array]):
+        return jax.tree.map(jnp.add, total, grads(*inputs)), None
 
-    return jax.lax.scan(add, zeros, (parts, keys))[0]
+    return jax.lax.scan(add, zeros, (micro_batches, keys))[0]
 
 
 def _update_ema(state: State, weights: Any, decay: float | None) -> Any | None:
-    """The running mean of weights, which early on forgets faster: at first they move most."""
+    """Return the moving average of the weights; its decay is smaller in the first steps."""
     if decay is None:
         return None
     step = state.step.astype(jnp.float32)
-    decay = jnp.minimum(decay, (1 + step) / (10 + step))
-    return jax.tree.map(lambda mean, new: mean + (1 - decay) * (new - mean), state.average, weights)
+    rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda mean, new: mean + rate * (new - mean), state.average, weights)

@@ -1,7 +1,7 @@
-"""What the loop knows of a model: where its weights begin, and what is to become small.
+"""The interface between the training loop and a model: initial weights and a loss.
 
-A `Task` may be any object with these two functions. Weights are any tree of arrays; their names in
-a checkpoint are their paths in the tree.
+A `Task` is any object with these two methods. Weights are any tree of arrays; their names in a
+checkpoint are their paths in the tree.
 """
 
 from __future__ import annotations
@@ -12,32 +12,33 @@ import jax
 import numpy as np
 
 Weights = Any  # a tree of float32 arrays: a decoder, an adapter, a U-Net
-Batch = dict[str, np.ndarray]  # every array with the examples along its first axis
+Batch = dict[str, np.ndarray]  # the first axis of every array is the batch
 
 
 class Task(Protocol):
-    """A model and what it is to learn."""
+    """A model and its loss."""
 
     def init(self, key: jax.Array) -> Weights:
-        """The weights before the first step.
+        """Return the weights before the first step.
 
-        The loop gives their memory away: they must not be used elsewhere afterwards.
+        The loop donates their buffers to the first step: callers must not use them afterwards.
         """
         ...
 
     def loss(
         self, weights: Weights, frozen: Any, batch: dict[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """The loss of a batch, as sums, so that the parts of a batch add up to the whole exactly.
+        """Return the loss of a batch as sums, so that micro-batches add up to the whole batch.
 
         Args:
-            weights: what is trained.
-            frozen: what is not; no gradient of it is computed.
-            key: for what the loss draws; another one each step and each part of a batch.
+            weights: the trained weights.
+            frozen: weights without a gradient.
+            batch: a batch or a micro-batch.
+            key: for random numbers of the loss; it differs between steps and micro-batches.
 
         Returns:
-            The sum of the losses; the sum of their weights, which must not depend on what is
-            trained; and other sums for the metrics. "correct" is told as the accuracy, "tokens" as
-            the number of tokens that were read, any other name as a mean.
+            The sum of the losses; the sum of their weights, which must not depend on `weights`; and
+            other sums for the metrics: "correct" becomes the accuracy, "tokens" the number of
+            tokens, any other name a mean.
         """
         ...

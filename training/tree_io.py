@@ -1,7 +1,7 @@
-"""Trees of arrays to named arrays and back: how weights and optimiser states lie in files.
+"""Conversion of trees of arrays to named arrays and back, to store weights and optimizer states.
 
-A name is the path of a leaf, its steps joined by dots: `layers.3.q.weight`, `1.mu.0.down.a`. What
-comes back must fit the tree it is for, name by name, shape by shape, dtype by dtype.
+The name of a leaf is its path, joined by dots: `layers.3.q.weight`, `1.mu.0.down.a`. On the way
+back every name, shape and dtype must match the tree.
 """
 
 from __future__ import annotations
@@ -14,32 +14,33 @@ import numpy as np
 
 
 def to_named(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their names."""
+    """Return the leaves of a tree by their names."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {_name(path): leaf for path, leaf in leaves}
 
 
 def from_named(arrays: Mapping[str, np.ndarray], like: Any) -> Any:
-    """The inverse of `named`.
+    """Return the tree of named arrays; the inverse of `to_named`.
 
     Args:
-        like: a tree of the structure wanted, whose leaves have a shape and a dtype.
+        arrays: the arrays by their names.
+        like: a tree of the same structure, whose leaves have a shape and a dtype.
 
     Raises:
-        ValueError: an array is missing, superfluous, or of another shape or dtype.
+        ValueError: an array is missing, unexpected, or of another shape or dtype.
     """
-    wanted = to_named(like)
-    if missing := [name for name in wanted if name not in arrays]:
-        raise ValueError(f"lacks {missing[0]!r}, and {len(missing) - 1} others")
-    if unknown := sorted(arrays.keys() - wanted.keys()):
-        raise ValueError(f"holds {unknown[0]!r}, for which there is no place")
-    for name, leaf in wanted.items():
-        found = arrays[name]
-        if found.shape != leaf.shape or found.dtype != leaf.dtype:
+    expected = to_named(like)
+    if missing := [name for name in expected if name not in arrays]:
+        raise ValueError(f"lacks {missing[0]!r} and {len(missing) - 1} other arrays")
+    if unknown := sorted(arrays.keys() - expected.keys()):
+        raise ValueError(f"has the unexpected array {unknown[0]!r}")
+    for name, leaf in expected.items():
+        array = arrays[name]
+        if array.shape != leaf.shape or array.dtype != leaf.dtype:
             raise ValueError(
-                f"{name!r} must be {leaf.dtype} {leaf.shape}, got {found.dtype} {found.shape}"
+                f"{name!r} must be {leaf.dtype} {leaf.shape}, got {array.dtype} {array.shape}"
             )
-    leaves = [jax.numpy.asarray(arrays[name]) for name in wanted]
+    leaves = [jax.numpy.asarray(arrays[name]) for name in expected]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 

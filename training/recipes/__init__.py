@@ -1,1 +1,1 @@
-"""Short files that put a model, data and the loop together: to be read, copied and changed."""
+"""Recipes: short files that combine a model, data and the training loop, to copy and change."""

@@ -1,21 +1,21 @@
-"""A tower that says what a picture of 32 x 32 pixels shows, to judge emoji-64 by.
+"""The CLIP judge: a model that names images of 32 x 32 pixels, to evaluate emoji-64.
 
-    python -m training.recipes.clip_judge --packages DIR --pack PACK --out RUN
+    python -m training.recipes.clip_judge --packages DIR --dataset DATASET --out RUN
 
-A small convolutional network gives a picture a vector near that of its caption, which is the frozen
-text encoder's, turned by a linear map (Radford et al. 2021, arXiv:2103.00020; frozen words as in
-Zhai et al. 2022, arXiv:2111.07991). There are so few captions that each picture is told from all of
-them, one a concept, not only from those of its batch.
+A small convolutional network is trained to embed an image close to its caption, which is embedded
+by a frozen text encoder and a linear projection (CLIP: Radford et al. 2021, arXiv:2103.00020; the
+frozen text encoder as in LiT: Zhai et al. 2022, arXiv:2111.07991). There are few captions, so the
+contrastive loss compares an image with those of all concepts, not only with those of its batch.
 
-Who judges must not have learnt from the same hand: the tower sees OpenMoji and EmojiOne 2 and none
-of the three vendors that emoji-64 is made of. What it says of real pictures by those three is the
-yardstick for drawn ones. So all that differs between vendors is varied (`varied`): colours, sizes,
-places, angles, sharpness, noise.
+The judge must not be trained on the style that it evaluates: its training images are by OpenMoji
+and EmojiOne 2, those of emoji-64 by three other vendors. The scores of real images of these three
+vendors are the reference for generated images. `augment` varies all that differs between vendors:
+colours, sizes, positions, angles, sharpness and noise.
 
-OpenMoji is under a share-alike licence. Its pictures are used here, to evaluate, and nowhere else:
-emoji-64 learns nothing from them or from the tower, and the tower's weights are not given away.
+OpenMoji has a share-alike licence. Its images are used only here, for evaluation: emoji-64 is not
+trained on them or on the judge, and the weights of the judge are not distributed.
 
-Leaves out: learning on from a stopped run with another vendor, and pictures of other sizes.
+Left out: resuming a stopped run with other vendors, and images of other sizes.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from transformer.layers import linear
 from transformer.similarity import l2_normalize
 from transformer.weights import Linear
 
-IMAGE_SIZE = 32  # pixels, height and width of what the tower sees
-CHANNELS = (48, 96, 192)  # of its stages, each half as large as the one before
-EMBED_DIM = 256  # D, of the vectors that pictures and captions are compared by
-TEXT_EMBED_DIM = 384  # E
-VALIDATION_BATCH_SIZE = 100  # pictures in a batch of other vendors
+IMAGE_SIZE = 32  # height and width of the input in pixels
+CHANNELS = (48, 96, 192)  # of the stages, each at half the resolution of the previous one
+EMBED_DIM = 256  # D, the dimension of the common embedding space of images and captions
+TEXT_EMBED_DIM = 384  # E, the dimension of the text encoder
+VALIDATION_BATCH_SIZE = 100
 
 
 # The network
@@ -61,18 +61,18 @@ class Block:
 
 @struct.dataclass
 class Params:
-    """Weights of the tower."""
+    """The weights of the judge; the names of the fields are those of the tensors in checkpoints."""
 
     first: Linear  # [C, 9 x 12]
-    blocks: tuple[Block, ...]  # one a stage
+    blocks: tuple[Block, ...]  # one per stage
     shrink: tuple[Linear, ...]  # [C', 4 C], between stages
-    picture: Linear  # [D, C]
-    words: Linear  # [D, E]
-    sharpness: jax.Array  # [], the logarithm of what cosines are multiplied by
+    picture: Linear  # [D, C], the projection of images
+    words: Linear  # [D, E], the projection of captions
+    sharpness: jax.Array  # [], the logarithm of the scale of the cosines (CLIP: logit_scale)
 
 
 def abstract() -> Params:
-    """The tree of `Params` with an `ArrayInfo` at each leaf; every leaf is float32."""
+    """Return the tree of `Params` with an `ArrayInfo` at each leaf; every leaf is float32."""
     return Params(
         first=abstract_linear(CHANNELS[0], 9 * 12),
         blocks=tuple(
@@ -92,7 +92,15 @@ def abstract() -> Params:
 
 
 def image_features(params: Params, x: jax.Array) -> jax.Array:
-    """What a picture looks like: float32 [B, SIZE, SIZE, 3], -1 to 1 -> [B, C], of variance 1."""
+    """Return the features of images before the projection.
+
+    Args:
+        params: the weights.
+        x: float32 [B, IMAGE_SIZE, IMAGE_SIZE, 3], from -1 to 1.
+
+    Returns:
+        float32 [B, C], normalized to an RMS of 1.
+    """
     x = conv(space_to_depth(x), params.first)  # [B, Y/2, X/2, C]
     for block, shrink in zip(params.blocks, (*params.shrink, None), strict=True):
         y = conv(jax.nn.silu(rms_norm(x)), block.first)
@@ -102,30 +110,33 @@ def image_features(params: Params, x: jax.Array) -> jax.Array:
     return rms_norm(jax.nn.silu(rms_norm(x)).mean((1, 2)))
 
 
-def logits_per_image(params: Params, found: jax.Array, pooled: jax.Array) -> jax.Array:
-    """How well captions fit pictures.
+def logits_per_image(
+    params: Params, features: jax.Array | np.ndarray, pooled: jax.Array | np.ndarray
+) -> jax.Array:
+    """Return the scaled cosine similarity of images and captions.
 
     Args:
-        found: float32 [B, C], the pictures' `features`.
-        pooled: float32 [G, E], the captions, as the text encoder has them.
+        params: the weights.
+        features: float32 [B, C], as of `image_features`.
+        pooled: float32 [G, E], the captions, as of the text encoder.
 
     Returns:
         float32 [B, G], logits.
     """
-    pictures, words = (
-        l2_normalize(linear(found, params.picture)),
+    image_embeds, text_embeds = (
+        l2_normalize(linear(features, params.picture)),
         l2_normalize(linear(pooled, params.words)),
     )
-    return jnp.exp(params.sharpness) * (pictures @ words.T)
+    return jnp.exp(params.sharpness) * (image_embeds @ text_embeds.T)
 
 
 @struct.dataclass
 class CaptionEmbeddings:
-    """Ways to name each concept.
+    """The embeddings of the captions of each concept.
 
     Attributes:
         pooled: float32 [concepts, K, E].
-        shares: float32 [concepts, K], how often each is drawn; 0 where there are fewer than K.
+        shares: float32 [concepts, K], the sampling probability of each caption; 0 for padding.
     """
 
     pooled: jax.Array
@@ -133,32 +144,46 @@ class CaptionEmbeddings:
 
 
 class ContrastiveTask:
-    """Telling what a picture shows, as a task for the loop."""
+    """The contrastive loss of images and captions; implements `Task`."""
 
     def init(self, key: jax.Array) -> Params:
+        """Return random weights."""
         return layers.init(key, abstract())
 
     def loss(self, weights: Params, frozen: CaptionEmbeddings, batch, key: jax.Array):
-        which = jax.random.categorical(key, jnp.log(frozen.shares))  # a caption a concept
-        pooled = jnp.take_along_axis(frozen.pooled, which[:, None, None], 1)[:, 0]  # [G, E]
+        """Return the cross-entropy of the concept of each image, with a random caption per concept.
+
+        `batch` has "x" float32 [B, IMAGE_SIZE, IMAGE_SIZE, 3] and "concept" int32 [B]; see
+        `Task.loss`.
+        """
+        captions = jax.random.categorical(key, jnp.log(frozen.shares))  # one per concept
+        pooled = jnp.take_along_axis(frozen.pooled, captions[:, None, None], 1)[:, 0]  # [G, E]
         logits = logits_per_image(weights, image_features(weights, batch["x"]), pooled)
-        own = jnp.take_along_axis(logits, batch["concept"][:, None], 1)[:, 0]
-        losses = jax.nn.logsumexp(logits, -1) - own
+        target_logits = jnp.take_along_axis(logits, batch["concept"][:, None], 1)[:, 0]
+        losses = jax.nn.logsumexp(logits, -1) - target_logits
         correct = (logits.argmax(-1) == batch["concept"]).sum()
         return losses.sum(), jnp.float32(len(losses)), {"correct": correct}
 
 
-# What it learns from
+# Training data
 
 
 def svg_on_white(file: bytes, size: int) -> np.ndarray:
-    """`data.on_white` of an SVG by OpenMoji, less the margin that it leaves around."""
+    """Render an SVG by OpenMoji on white, without its margin.
+
+    Args:
+        file: the SVG.
+        size: height and width of the result in pixels.
+
+    Returns:
+        uint8 [size, size, 3].
+    """
     import resvg_py
 
-    whole = round(size * 72 / 60)
-    png = resvg_py.svg_to_bytes(svg_string=file.decode(), width=whole, height=whole)
-    edge = (whole - size) // 2
-    return data.on_white(bytes(png), whole)[edge : edge + size, edge : edge + size]
+    full_size = round(size * 72 / 60)
+    png = resvg_py.svg_to_bytes(svg_string=file.decode(), width=full_size, height=full_size)
+    margin = (full_size - size) // 2
+    return data.on_white(bytes(png), full_size)[margin : margin + size, margin : margin + size]
 
 
 VENDORS = (
@@ -183,7 +208,7 @@ VENDORS = (
                 "emojione",
                 "2.2.7",
                 "5fe002738e6e276f49ac37783799d2feab99a6131fdedccfa56569d745449ae5",
-                "CC-BY-4.0",  # the pictures of this version, says its LICENSE.md
+                "CC-BY-4.0",  # of the images of this version, according to its LICENSE.md
             ),
             "package/assets/png/",
             ".png",
@@ -194,59 +219,71 @@ VENDORS = (
 
 
 def vendor_images(packages: Path, concepts: list[Concept]) -> tuple[np.ndarray, np.ndarray]:
-    """The vendors' pictures: uint8 [n, 64, 64, 3]; int [n], the concept that each shows."""
+    """Load the images of the vendors.
+
+    Args:
+        packages: the folder of the downloaded packages.
+        concepts: the concepts of the dataset.
+
+    Returns:
+        The images, uint8 [n, 64, 64, 3], and the concept of each, int [n].
+    """
     rows = {concept.code: row for row, concept in enumerate(concepts)}
-    found, shown = [], []
+    images, concept_ids = [], []
     for style, decode in VENDORS:
-        drawn = data.load_images(packages, style, concepts, decode)
-        found += drawn.values()
-        shown += [rows[code] for code in drawn]
-    return np.stack(found), np.array(shown)
+        images_by_code = data.load_images(packages, style, concepts, decode)
+        images += images_by_code.values()
+        concept_ids += [rows[code] for code in images_by_code]
+    return np.stack(images), np.array(concept_ids)
 
 
-def caption_embeddings(pack: EmojiDataset) -> CaptionEmbeddings:
-    """What the captions of each concept of a pack mean."""
-    count = max(len(concept.captions) for concept in pack.concepts)
-    shares = np.zeros((len(pack.concepts), count), np.float32)
+def caption_embeddings(dataset: EmojiDataset) -> CaptionEmbeddings:
+    """Return the embeddings of the captions of a dataset."""
+    count = max(len(concept.captions) for concept in dataset.concepts)
+    shares = np.zeros((len(dataset.concepts), count), np.float32)
     pooled = np.zeros((*shares.shape, TEXT_EMBED_DIM), np.float32)
-    for row, concept in enumerate(pack.concepts):
-        rows = [pack.caption_rows[caption] for caption in concept.captions]
-        pooled[row, : len(rows)] = pack.pooled[rows]
+    for row, concept in enumerate(dataset.concepts):
+        rows = [dataset.caption_rows[caption] for caption in concept.captions]
+        pooled[row, : len(rows)] = dataset.pooled[rows]
         shares[row, : len(rows)] = list(concept.captions.values())
     return CaptionEmbeddings(jnp.asarray(pooled), jnp.asarray(shares))
 
 
 def augment(random: np.random.Generator, images: np.ndarray, can_mirror: np.ndarray) -> np.ndarray:
-    """Pictures as another hand might have drawn them.
+    """Augment images at random, to imitate the styles of other vendors.
 
     Args:
+        random: the random generator.
         images: uint8 [B, 64, 64, 3], on white.
-        can_mirror: bool [B], whether half of the time left becomes right.
+        can_mirror: bool [B], whether an image may be mirrored.
 
     Returns:
-        float32 [B, SIZE, SIZE, 3], -1 to 1.
+        float32 [B, IMAGE_SIZE, IMAGE_SIZE, 3], from -1 to 1.
     """
     from PIL import Image
 
     count, size = len(images), images.shape[1]
     angle = np.radians(random.normal(0, 8, count))
-    scale = 1 / random.uniform(0.7, 1.1, (count, 2))  # of the way back, from target to source
+    scale = 1 / random.uniform(0.7, 1.1, (count, 2))  # of the inverse map, from target to source
     flip = np.where(can_mirror & (random.random(count) < 0.5), -1, 1)
     shift = random.normal(0, 0.05 * size, (count, 2))
-    moved = np.empty_like(images)
+    transformed = np.empty_like(images)
     for row in range(count):
         c, s, half = np.cos(angle[row]), np.sin(angle[row]), size / 2
-        turn = np.array([[c, -s], [s, c]]) * scale[row] * [[flip[row]], [1]]
-        start = half - turn @ (half + shift[row])
-        way = (*turn[0], start[0], *turn[1], start[1])
+        matrix = np.array([[c, -s], [s, c]]) * scale[row] * [[flip[row]], [1]]
+        offset = half - matrix @ (half + shift[row])
+        coefficients = (*matrix[0], offset[0], *matrix[1], offset[1])
         image = Image.fromarray(images[row])
-        moved[row] = image.transform(
-            image.size, Image.Transform.AFFINE, way, Image.Resampling.BILINEAR, fillcolor=(255,) * 3
+        transformed[row] = image.transform(
+            image.size,
+            Image.Transform.AFFINE,
+            coefficients,
+            Image.Resampling.BILINEAR,
+            fillcolor=(255,) * 3,
         )
-    x = data.downscale(moved, IMAGE_SIZE)
-    # Colours change as ink does, so that white stays white.
-    ink = np.einsum("byxc,bcd->byxd", 1 - x, _color_matrices(random, count))
-    x = 1 - ink
+    x = data.downscale(transformed, IMAGE_SIZE)
+    # Transform the difference from white, so that white stays white.
+    x = 1 - np.einsum("byxc,bcd->byxd", 1 - x, _color_matrices(random, count))
     blurred = _blur(x)
     x = blurred + random.uniform(0, 1.5, (count, 1, 1, 1)) * (x - blurred)
     x = x + random.uniform(0, 0.2, (count, 1, 1, 1)) * random.normal(size=x.shape)
@@ -254,17 +291,17 @@ def augment(random: np.random.Generator, images: np.ndarray, can_mirror: np.ndar
 
 
 def _color_matrices(random: np.random.Generator, count: int) -> np.ndarray:
-    """Linear maps of colours that turn hues, fade or deepen them: [count, 3, 3]."""
+    """Return random linear maps of colours that change hue, saturation and contrast: [n, 3, 3]."""
     grey = np.full((3, 3), 1 / 3)
     axis = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
     angle = np.radians(random.normal(0, 12, (count, 1, 1)))
-    turn = grey + np.cos(angle) * (np.eye(3) - grey) + np.sin(angle) * axis
-    faded = random.uniform(0.5, 1.3, (count, 1, 1))
-    return random.uniform(0.75, 1.25, (count, 1, 1)) * (grey + faded * (turn - grey))
+    hue = grey + np.cos(angle) * (np.eye(3) - grey) + np.sin(angle) * axis
+    saturation = random.uniform(0.5, 1.3, (count, 1, 1))
+    return random.uniform(0.75, 1.25, (count, 1, 1)) * (grey + saturation * (hue - grey))
 
 
 def _blur(x: np.ndarray) -> np.ndarray:
-    """Each pixel and its neighbours, in the shares 1, 2, 1 along rows and columns."""
+    """Convolve with the kernel 1, 2, 1 along rows and columns."""
     for axis in (1, 2):
         width = [(1, 1) if i == axis else (0, 0) for i in range(4)]
         padded = np.pad(x, width, mode="edge")
@@ -280,10 +317,20 @@ def _blur(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """What there is to choose."""
+    """The settings of a run of the judge.
+
+    Attributes:
+        packages: the folder for the downloaded packages of the vendors.
+        dataset: the dataset of emoji-64: concepts, captions, and images for validation.
+        out: the folder of the run.
+        steps: the number of updates.
+        batch_size: images per step.
+        learning_rate: the peak of the learning rate.
+        seed: the seed of weights, batches and augmentation.
+    """
 
     packages: Path
-    pack: Path  # of emoji-64: concepts, captions, and pictures by others to validate with
+    dataset: Path
     out: Path
     steps: int = 900
     batch_size: int = 96
@@ -292,18 +339,22 @@ class JudgeConfig:
 
 
 def train(settings: JudgeConfig) -> loop.Outcome:
-    """Trains the tower, or goes on with it."""
+    """Train the judge, or resume its training.
+
+    Args:
+        settings: the settings of the run.
+    """
     data.fetch(settings.packages, [style.package for style, _ in VENDORS])
-    pack = EmojiDataset(settings.pack)
-    images, shown = vendor_images(settings.packages, pack.concepts)
-    can_mirror = ~np.array([concept.directed for concept in pack.concepts])[shown]
+    dataset = EmojiDataset(settings.dataset)
+    images, concept_ids = vendor_images(settings.packages, dataset.concepts)
+    can_mirror = ~np.array([concept.directed for concept in dataset.concepts])[concept_ids]
 
     def batch(step: int) -> dict[str, np.ndarray]:
         random = np.random.default_rng((settings.seed, step))
-        which = random.choice(len(images), settings.batch_size)
+        rows = random.choice(len(images), settings.batch_size)
         return {
-            "x": augment(random, images[which], can_mirror[which]),
-            "concept": shown[which].astype(np.int32),
+            "x": augment(random, images[rows], can_mirror[rows]),
+            "concept": concept_ids[rows].astype(np.int32),
         }
 
     config = Run(
@@ -319,27 +370,34 @@ def train(settings: JudgeConfig) -> loop.Outcome:
         average_decay=0.99,
         validate_every=200,
     )
-    others = np.random.default_rng(0).choice(
-        len(pack.images), 5 * VALIDATION_BATCH_SIZE, replace=False
+    validation_rows = np.random.default_rng(0).choice(
+        len(dataset.images), 5 * VALIDATION_BATCH_SIZE, replace=False
     )
     return loop.train(
         ContrastiveTask(),
-        caption_embeddings(pack),
+        caption_embeddings(dataset),
         batch,
         config,
         settings.out,
         validation_batches=[
-            {"x": pack.downscaled_images(rows, IMAGE_SIZE), "concept": pack.concept_ids[rows]}
-            for rows in others.reshape(5, VALIDATION_BATCH_SIZE)
+            {"x": dataset.downscaled_images(rows, IMAGE_SIZE), "concept": dataset.concept_ids[rows]}
+            for rows in validation_rows.reshape(5, VALIDATION_BATCH_SIZE)
         ],
     )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
+    """Run the command and return its exit code.
+
+    Args:
+        argv: the arguments; None for those of the process.
+    """
     parser = argparse.ArgumentParser(prog="python -m training.recipes.clip_judge")
-    for name in ("packages", "pack", "out"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--packages", type=Path, required=True)
+    dataset = parser.add_mutually_exclusive_group(required=True)
+    dataset.add_argument("--dataset", type=Path)
+    dataset.add_argument("--pack", dest="dataset", type=Path, help=argparse.SUPPRESS)  # old name
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=JudgeConfig.steps)
     parser.add_argument("--batch-size", type=int, default=JudgeConfig.batch_size)
     outcome = train(JudgeConfig(**vars(parser.parse_args(argv))))

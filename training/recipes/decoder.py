@@ -1,25 +1,27 @@
-"""Decoders as tasks: all weights of one, or a low-rank adapter beside them.
+"""Tasks that train a decoder: all of its weights, or a LoRA adapter.
 
-Both learn to predict the next token. A batch holds rows of tokens in which several texts may stand
-one behind another: `segments` keeps them apart, `weights` says which tokens are to be learned.
+Both predict the next token. The rows of a batch may hold several packed texts: `segments` separates
+them, and `weights` selects the targets.
 
     ids       int32 [B, T]
     segments  int32 [B, T], 1, 2, ... for the texts of a row; 0 for padding
-    weights   float32 [B, T], how much it counts to predict this token from what stands before it in
-              its text; of the first token of a text it is ignored
+    weights   float32 [B, T], the weight of predicting a token from the tokens before it in its
+              text; ignored for the first token of a text
 
-Weights are trained in float32. `format="bfloat16"` makes the products in bfloat16, forwards and
-backwards, from copies made in each step; sums, norms, softmax and the update stay float32.
+Weights are trained in float32. With `dtype="bfloat16"` the products of the forward and the backward
+pass are computed in bfloat16, from copies that each step makes; sums, norms, softmax and the update
+stay float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from training.loss import chunked_cross_entropy
 from transformer import decoder, lora
@@ -32,29 +34,49 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderTask:
-    """All weights of a decoder."""
+    """Training of all weights of a decoder; implements `Task`.
+
+    Attributes:
+        cfg: the configuration of the decoder.
+        init_params: the initial weights, which are copied to float32; None for random weights.
+        dtype: the dtype of the products.
+        remat: whether to rematerialize activations; see `decoder.hidden_states`.
+    """
 
     cfg: Config
-    init_params: Params | None = None  # float32, copied; None: fresh weights
+    init_params: Params | None = None
     dtype: Dtype = "float32"
-    remat: bool = False  # see `decoder.hidden`
+    remat: bool = False
 
     def init(self, key: jax.Array) -> Params:
+        """Return the initial weights in float32."""
         if self.init_params is None:
             return decoder.init(key, self.cfg)
         return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), self.init_params)
 
     def loss(self, weights: Params, frozen: None, batch, key: jax.Array):
+        """Return the loss of a batch; see `next_token_loss`."""
         return next_token_loss(weights, self.cfg, batch, self.dtype, remat=self.remat)
 
     def flops_per_token(self, length: int) -> float:
-        """Arithmetic of a step for a token of a text of this length, backwards included."""
+        """Return the FLOPs of a token of a text of `length` tokens, forward and backward."""
         return 3 * _forward_flops(self.cfg, length)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraTask:
-    """An adapter of a decoder whose own weights, float32 or bfloat16, are the frozen tree."""
+    """Training of a LoRA adapter; implements `Task`.
+
+    The weights of the decoder, float32 or bfloat16, are the frozen tree.
+
+    Attributes:
+        cfg: the configuration of the decoder.
+        rank: the rank of the adapter.
+        alpha: the scale of the adapter is alpha / rank.
+        target_modules: the linear layers with an adapter.
+        dtype: the dtype of the products.
+        remat: whether to rematerialize activations; see `decoder.hidden_states`.
+    """
 
     cfg: Config
     rank: int = 16
@@ -64,70 +86,97 @@ class LoraTask:
     remat: bool = False
 
     def init(self, key: jax.Array) -> lora.Adapter:
+        """Return the initial adapter in float32."""
         return lora.init(
             key, self.cfg, rank=self.rank, alpha=self.alpha, target_modules=self.target_modules
         )
 
     def loss(self, weights: lora.Adapter, frozen: Params, batch, key: jax.Array):
+        """Return the loss of a batch; see `next_token_loss`."""
         params = lora.apply(frozen, weights)
         return next_token_loss(params, self.cfg, batch, self.dtype, remat=self.remat)
 
     def flops_per_token(self, length: int) -> float:
-        """As for `Full`, but that no gradient of the decoder's own weights is needed."""
+        """Return the FLOPs of a token, without those of the gradients of the frozen weights."""
         adapter = jax.eval_shape(self.init, jax.random.key(0))
         return 2 * _forward_flops(self.cfg, length) + 6 * sum(
             leaf.size for leaf in jax.tree.leaves(adapter)
         )
 
 
-def next_token_loss(params: Params, cfg: Config, batch, format: Dtype, *, remat: bool = False):
-    """What `Task.loss` returns, with the number of right tokens and of all.
+def next_token_loss(
+    params: Params,
+    cfg: Config,
+    batch: Mapping[str, jax.Array | np.ndarray],
+    dtype: Dtype,
+    *,
+    remat: bool = False,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Return the next-token loss of a batch, its weight and other sums; see `Task.loss`.
+
+    Args:
+        params: the weights of the decoder.
+        cfg: its configuration.
+        batch: "ids", "segments" and "weights"; see the top of this file.
+        dtype: the dtype of the products.
+        remat: whether to rematerialize activations.
+
+    Returns:
+        The sum of the losses, the sum of the weights, and {"correct", "tokens"}: the sum of the
+        weights of correct predictions, and the number of tokens.
 
     Raises:
-        ValueError: weights are int8, through which no gradient goes.
+        ValueError: weights are int8, which have no gradients.
     """
     ids, segments = batch["ids"], batch["segments"]
-    params = cast_params(params, format)
+    params = cast_params(params, dtype)
     x = decoder.hidden_states(params, cfg, ids, segments, remat=remat)  # [B, T, D]
-    # Position t predicts token t + 1, if that belongs to the same text; the last one predicts none.
+    # Position t predicts token t + 1 if both are of the same text; the last position predicts none.
     targets = jnp.roll(ids, -1, axis=1)
     continues = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
     weights = jnp.pad(batch["weights"][:, 1:] * continues, ((0, 0), (0, 1)))  # [B, T]
     table = decoder.lm_head(params).weight
     with jax.named_scope("loss"):
-        loss, right = chunked_cross_entropy(
-            x.reshape(-1, x.shape[-1]), table, targets.ravel(), weights.ravel(), dtype=format
+        loss, correct = chunked_cross_entropy(
+            x.reshape(-1, x.shape[-1]), table, targets.ravel(), weights.ravel(), dtype=dtype
         )
-    return loss, weights.sum(), {"correct": right, "tokens": (segments > 0).sum()}
+    return loss, weights.sum(), {"correct": correct, "tokens": (segments > 0).sum()}
 
 
-def cast_params(params: Params, format: Dtype) -> Params:
-    """The decoder with the weights of its layers' products in a format.
+def cast_params(params: Params, dtype: Dtype) -> Params:
+    """Return the decoder with the weights of the linear layers cast to a dtype.
 
-    The token table stays as it is: looking up a row is no product, and the gradients of all its
-    occurrences are to be added in float32. The loss narrows it for the logits.
+    The embedding table stays in float32, because the gradients of all occurrences of a token are
+    summed in its dtype. The loss casts the LM head.
+
+    Args:
+        params: the weights of the decoder, with or without an adapter.
+        dtype: "float32" or "bfloat16".
+
+    Raises:
+        ValueError: the dtype is another one, or weights are int8.
     """
-    if format not in ("float32", "bfloat16"):
-        raise ValueError(f"format must be 'float32' or 'bfloat16' for training, got {format!r}")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be 'float32' or 'bfloat16' for training, got {dtype!r}")
 
-    def narrow(part):
-        if not isinstance(part, Linear):
-            return part
-        if part.scale is not None:
-            raise ValueError("int8 weights cannot be trained, nor trained through: load wider ones")
-        own = part.lora
-        if own is not None:
-            own = own.replace(a=own.a.astype(format), b=own.b.astype(format))
-        return part.replace(weight=part.weight.astype(format), lora=own)
+    def cast(node):
+        if not isinstance(node, Linear):
+            return node
+        if node.scale is not None:
+            raise ValueError("int8 weights cannot be trained; load float32 or bfloat16 weights")
+        adapter = node.lora
+        if adapter is not None:
+            adapter = adapter.replace(a=adapter.a.astype(dtype), b=adapter.b.astype(dtype))
+        return node.replace(weight=node.weight.astype(dtype), lora=adapter)
 
-    layers = jax.tree.map(narrow, params.layers, is_leaf=lambda node: isinstance(node, Linear))
+    layers = jax.tree.map(cast, params.layers, is_leaf=lambda node: isinstance(node, Linear))
     return params.replace(layers=layers)
 
 
 def _forward_flops(cfg: Config, length: int) -> float:
-    """Of one token: two for each weight it is multiplied with, and attention over half the text."""
+    """Return the FLOPs of a token: two per weight, and attention over half the text on average."""
     infos = decoder.abstract(cfg)
     matrices = [leaf for leaf in jax.tree.leaves(infos.layers) if len(leaf.shape) == 2]
     products = sum(out * inner for out, inner in (leaf.shape for leaf in matrices))
-    attention = 2 * cfg.num_heads * cfg.head_dim * (length + 1) / 2  # weights, then their mix
+    attention = 2 * cfg.num_heads * cfg.head_dim * (length + 1) / 2  # scores and weighted values
     return 2 * (products + cfg.vocab_size * cfg.d_model + cfg.num_layers * attention)

@@ -1,20 +1,19 @@
-"""emoji-64: text to small pictures, trained on a CPU in a few hours.
+"""emoji-64: a text-to-image model for small images, trained on a CPU in a few hours.
 
-    python -m training.recipes.emoji pack --packages DIR --encoder ENCODER --out PACK
-    python -m training.recipes.emoji denoiser --pack PACK --encoder ENCODER --out RUN
-    python -m training.recipes.emoji upscaler --pack PACK --out RUN2
+    python -m training.recipes.emoji pack --packages DIR --encoder ENCODER --out DATASET
+    python -m training.recipes.emoji denoiser --dataset DATASET --encoder ENCODER --out RUN
+    python -m training.recipes.emoji upscaler --dataset DATASET --out RUN2
     python -m training.recipes.emoji export --run RUN --out MODEL/denoiser
     python -m training.recipes.emoji export --run RUN2 --out MODEL/upscaler
 
-A U-Net learns pictures of 32 x 32 pixels by flow matching; the step to 64 x 64 is learnt apart, on
-real pictures that were made half as large. Everything here was chosen for two cores and a few
-hours: the encoder is frozen and its states are computed once; what people ask for is drawn more
-often than what Unicode has most of; Muon, with which the loss falls sooner; a constant
-learning rate, so that a run may be stopped anywhere, and a short second run in which it falls
-(`denoiser --start MODEL/denoiser --schedule linear --steps 3000`).
+A U-Net is trained on images of 32 x 32 pixels by flow matching. A separate upscaler to 64 x 64 is
+trained on downscaled real images. The recipe is designed for two cores and a few hours: the text
+encoder is frozen and its states are computed once; concepts with common names are sampled more
+often; the optimizer is Muon, with which the loss falls faster; the learning rate is constant, so
+that a run can be stopped at any point, and decays in a short second run
+(`denoiser --init-from MODEL/denoiser --schedule linear --steps 3000`).
 
-What comes of it is measured by `emoji_measures`. Like all recipes a short file to be copied and
-changed.
+`emoji_measures` evaluates the model. Like all recipes, this is a short file to copy and change.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ from diffusion.text import PromptEmbeds, TextEncoder
 from training import checkpoint as checkpoints
 from training import loop, tree_io
 from training.config import TrainConfig as Run
+from training.state import State
 from training.task import Task
 
 SAMPLE_PROMPTS = (
@@ -49,100 +49,141 @@ UNET = UNetConfig(
     image_size=32, channels=(64, 128, 256), blocks=(1, 2, 1), attention=(False, True, True)
 )
 UPSCALER = UpscalerConfig(width=64, num_blocks=2)
-VALIDATION_BATCH_SIZE = 40  # pictures in a batch of those held out
+VALIDATION_BATCH_SIZE = 40
 SAMPLE_EVERY = 250  # steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmojiConfig:
-    """What there is to choose."""
+    """The settings of a run of the denoiser or the upscaler.
 
-    pack: Path
+    Attributes:
+        dataset: the dataset, as the command `pack` writes it.
+        out: the folder of the run.
+        init_from: a denoiser whose weights the run starts from; None for random weights.
+        steps: the number of updates.
+        batch_size: images per step.
+        learning_rate: the peak of the learning rate.
+        schedule: the learning rate schedule of the denoiser.
+        style_shares: the sampling probability of each style.
+        common_weight: the factor by which concepts with a common name are sampled more often.
+        prompt_dropout: the probability of training without the prompt, for classifier-free
+            guidance.
+        mirror: whether to mirror half of the images, except those with a left and a right.
+        time_mean: the mean of the logit-normal distribution of times. A negative mean samples more
+            noise, where the composition of the image is decided.
+        time_std: its standard deviation.
+        seed: the seed of weights and batches.
+    """
+
+    dataset: Path
     out: Path
-    start: Path | None = None  # a denoiser to begin from
+    init_from: Path | None = None
     steps: int = 100_000
     batch_size: int = 32
     learning_rate: float = 3e-3
     schedule: Literal["constant", "linear"] = "constant"
-    styles: tuple[float, ...] = (0.2, 0.6, 0.2)  # how often each is drawn
-    common: float = 6.0  # how much more often what has a plain name is drawn
-    dropped: float = 0.1  # share of pictures whose prompt is not shown, for guidance
-    mirror: bool = False  # half of the pictures, but none that has a left and a right
-    # Times come from a normal distribution, squashed to 0 to 1. Below 0 is more noise than picture:
-    # there it is decided what is drawn.
-    middle: float = -0.8
-    width: float = 1.2
+    style_shares: tuple[float, ...] = (0.2, 0.6, 0.2)
+    common_weight: float = 6.0
+    prompt_dropout: float = 0.1
+    mirror: bool = False
+    time_mean: float = -0.8
+    time_std: float = 1.2
     seed: int = 0
 
 
-# What is drawn how often
+# Sampling of the training images
 
 
 def vocab_words(encoder: Path) -> frozenset[str]:
-    """Words that BERT's vocabulary has whole: the 20,000 or so that English uses most."""
+    """Return the words that are one token of BERT's vocabulary: about 20,000 common words.
+
+    Args:
+        encoder: the folder of the text encoder.
+    """
     return frozenset(formats.load_wordpiece(encoder).vocab)
 
 
-def sampling_shares(pack: EmojiDataset, settings: EmojiConfig, known: frozenset[str]) -> np.ndarray:
-    """How often each picture is drawn, as shares; never one that is held out."""
-    weights = np.array([concept.weight for concept in pack.concepts])
-    for number, concept in enumerate(pack.concepts):
+def sampling_shares(
+    dataset: EmojiDataset, settings: EmojiConfig, common_words: frozenset[str]
+) -> np.ndarray:
+    """Return the sampling probability of each image; that of held-out images is 0.
+
+    Args:
+        dataset: the dataset of N images.
+        settings: has the weights of styles and of common names.
+        common_words: the words that make a name common.
+
+    Returns:
+        float64 [N].
+    """
+    weights = np.array([concept.weight for concept in dataset.concepts])
+    for number, concept in enumerate(dataset.concepts):
         group = data.GROUPS[concept.group][0]
-        is_thing = group not in ("people", "symbols")
-        # "deciduous tree" has no word of its own, and yet is what "tree" may mean.
-        is_kind = group in ("nature", "food", "travel") and concept.name.split()[-1] in known
+        is_object = group not in ("people", "symbols")
+        # "deciduous tree" is not a common name, but an image of it fits the prompt "tree".
+        is_kind = group in ("nature", "food", "travel") and concept.name.split()[-1] in common_words
         is_face = group == "smileys" and "face" in concept.name
-        if is_thing and not is_face and (concept.plain in known or is_kind):
-            weights[number] *= settings.common
-    found = weights[pack.concept_ids] * np.array(settings.styles)[pack.style_ids] * ~pack.held_out
-    return found / found.sum()
+        if is_object and not is_face and (concept.plain in common_words or is_kind):
+            weights[number] *= settings.common_weight
+    style_shares = np.array(settings.style_shares)[dataset.style_ids]
+    shares = weights[dataset.concept_ids] * style_shares * ~dataset.held_out
+    return shares / shares.sum()
 
 
 def make_batches(
-    pack: EmojiDataset, settings: EmojiConfig, shares: np.ndarray, size: int
+    dataset: EmojiDataset, settings: EmojiConfig, shares: np.ndarray, size: int
 ) -> Callable[[int], dict[str, np.ndarray]]:
-    """The batch of a step: pictures drawn by their shares, each with a caption."""
+    """Return a function that returns the batch of a step: random images with captions.
+
+    Args:
+        dataset: the dataset of N images.
+        settings: has the batch size, the dropout of prompts and the mirroring.
+        shares: float [N], the sampling probability of each image.
+        size: height and width of the images in pixels.
+    """
     cumulative = np.cumsum(shares)
-    directed = np.array([concept.directed for concept in pack.concepts])[pack.concept_ids]
+    directed = np.array([concept.directed for concept in dataset.concepts])[dataset.concept_ids]
 
     def batch(step: int) -> dict[str, np.ndarray]:
         random = np.random.default_rng((settings.seed, step))
-        which = np.searchsorted(cumulative, random.random(settings.batch_size) * cumulative[-1])
-        heard = pack.caption_embeds([pack.sample_caption(random, picture) for picture in which])
-        keep = random.random(settings.batch_size) >= settings.dropped
-        x = pack.downscaled_images(which, size)
+        rows = np.searchsorted(cumulative, random.random(settings.batch_size) * cumulative[-1])
+        embeds = dataset.caption_embeds([dataset.sample_caption(random, row) for row in rows])
+        keep = random.random(settings.batch_size) >= settings.prompt_dropout
+        x = dataset.downscaled_images(rows, size)
         if settings.mirror:
-            turned = (random.random(settings.batch_size) < 0.5) & ~directed[which]
-            x[turned] = x[turned, :, ::-1]
-        return {"x": x, "keep": keep, **heard}
+            mirrored = (random.random(settings.batch_size) < 0.5) & ~directed[rows]
+            x[mirrored] = x[mirrored, :, ::-1]
+        return {"x": x, "keep": keep, **embeds}
 
     return batch
 
 
 def validation_batches(
-    pack: EmojiDataset, size: int, which: np.ndarray | None = None
+    dataset: EmojiDataset, size: int, which: np.ndarray | None = None
 ) -> list[dict[str, np.ndarray]]:
-    """Batches of the pictures that are never learnt, each asked for by name and style.
+    """Return batches of held-out images, each with its name and style as the prompt.
 
     Args:
-        which: other pictures to make such batches of.
+        dataset: the dataset.
+        size: height and width of the images in pixels.
+        which: int [n], the images to use instead of the held-out ones.
     """
     random = np.random.default_rng(0)
-    which = random.permutation(np.flatnonzero(pack.held_out) if which is None else which)
-    found = []
+    which = random.permutation(np.flatnonzero(dataset.held_out) if which is None else which)
+    batches = []
     for start in range(0, len(which) - VALIDATION_BATCH_SIZE + 1, VALIDATION_BATCH_SIZE):
         rows = which[start : start + VALIDATION_BATCH_SIZE]
         captions = [
             data.styled_caption(
-                next(iter(pack.concepts[pack.concept_ids[i]].captions)), int(pack.style_ids[i])
+                next(iter(dataset.concepts[dataset.concept_ids[i]].captions)),
+                int(dataset.style_ids[i]),
             )
             for i in rows
         ]
-        keep = np.ones(VALIDATION_BATCH_SIZE, bool)
-        found.append(
-            {"x": pack.downscaled_images(rows, size), "keep": keep, **pack.caption_embeds(captions)}
-        )
-    return found
+        x, keep = dataset.downscaled_images(rows, size), np.ones(VALIDATION_BATCH_SIZE, bool)
+        batches.append({"x": x, "keep": keep, **dataset.caption_embeds(captions)})
+    return batches
 
 
 # The denoiser
@@ -150,7 +191,14 @@ def validation_batches(
 
 @dataclass(frozen=True)
 class DenoisingTask:
-    """Flow matching, as a task for the loop (Lipman et al. 2022, arXiv:2210.02747)."""
+    """Flow matching (Lipman et al. 2022, arXiv:2210.02747); implements `Task`.
+
+    Attributes:
+        cfg: the configuration of the denoiser.
+        time_mean: the mean of the logit-normal distribution of times.
+        time_std: its standard deviation.
+        init_params: the initial weights, which are copied; None for random weights.
+    """
 
     cfg: model.Config
     time_mean: float = 0.0
@@ -158,18 +206,20 @@ class DenoisingTask:
     init_params: Any = None
 
     def init(self, key: jax.Array) -> model.Params:
+        """Return the initial weights."""
         if self.init_params is None:
             return model.init(key, self.cfg)
         return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), self.init_params)
 
     def loss(self, weights: model.Params, frozen: None, batch, key: jax.Array):
+        """Return the flow loss of a batch at random times; see `make_batches` and `Task.loss`."""
         x = batch["x"]
-        for_time, for_noise = jax.random.split(key)
-        e = jax.random.normal(for_noise, x.shape)
-        # Each row draws from a slice of its own of the distribution: the mean varies less.
+        time_key, noise_key = jax.random.split(key)
+        e = jax.random.normal(noise_key, x.shape)
+        # Stratified sampling: one time from each of `count` quantiles, for a smaller variance.
         count = x.shape[0]
-        share = (jnp.arange(count) + jax.random.uniform(for_time, (count,))) / count
-        normal = jax.scipy.special.ndtri(jnp.clip(share, 1e-3, 1 - 1e-3))
+        quantiles = (jnp.arange(count) + jax.random.uniform(time_key, (count,))) / count
+        normal = jax.scipy.special.ndtri(jnp.clip(quantiles, 1e-3, 1 - 1e-3))
         t = jax.nn.sigmoid(self.time_mean + self.time_std * normal)
         text = PromptEmbeds(batch["states"], batch["mask"], batch["pooled"])
         losses = model.flow_loss(weights, self.cfg, x, e, t, text, batch["keep"])
@@ -177,10 +227,17 @@ class DenoisingTask:
 
 
 def train_denoiser(settings: EmojiConfig, encoder: Path) -> loop.Outcome:
-    """Trains, or goes on with it; draws a grid of pictures now and then."""
-    pack = EmojiDataset(settings.pack)
-    start, cfg = (None, UNET) if settings.start is None else checkpoint.load(settings.start)
-    shares = sampling_shares(pack, settings, vocab_words(encoder))
+    """Train the denoiser, or resume its training; write a grid of sample images periodically.
+
+    Args:
+        settings: the settings of the run.
+        encoder: the folder of the text encoder.
+    """
+    dataset = EmojiDataset(settings.dataset)
+    init_params, cfg = (
+        (None, UNET) if settings.init_from is None else checkpoint.load(settings.init_from)
+    )
+    shares = sampling_shares(dataset, settings, vocab_words(encoder))
     config = Run(
         steps=settings.steps,
         learning_rate=settings.learning_rate,
@@ -200,22 +257,21 @@ def train_denoiser(settings: EmojiConfig, encoder: Path) -> loop.Outcome:
         [*SAMPLE_PROMPTS, *(data.styled_caption(prompt, 1) for prompt in SAMPLE_PROMPTS)]
     )
 
-    def look(state, line: dict[str, Any]) -> None:
-        if line["step"] % SAMPLE_EVERY == 0 or line["step"] == settings.steps:
+    def write_samples(state: State, record: dict[str, Any]) -> None:
+        step = record["step"]
+        if step % SAMPLE_EVERY == 0 or step == settings.steps:
             keys = jnp.repeat(sample.image_keys(0, 1), len(prompts.mask), 0)  # the same noise
-            drawn = generate(state.average, cfg, prompts, keys)
-            image_io.save(
-                pipeline.make_grid(drawn, 10), settings.out / f"grid-{line['step']:06d}.png"
-            )
+            images = generate(state.average, cfg, prompts, keys)
+            image_io.save(pipeline.make_grid(images, 10), settings.out / f"grid-{step:06d}.png")
 
     return loop.train(
-        DenoisingTask(cfg, settings.middle, settings.width, start),
+        DenoisingTask(cfg, settings.time_mean, settings.time_std, init_params),
         None,
-        make_batches(pack, settings, shares, cfg.image_size),
+        make_batches(dataset, settings, shares, cfg.image_size),
         config,
         settings.out,
-        validation_batches=validation_batches(pack, cfg.image_size),
-        on_step=look,
+        validation_batches=validation_batches(dataset, cfg.image_size),
+        on_step=write_samples,
     )
 
 
@@ -226,7 +282,18 @@ def generate(
     keys: jax.Array,
     guidance: float = 3.0,
 ) -> np.ndarray:
-    """A picture a prompt: uint8 [B, Y, X, 3], not yet doubled."""
+    """Generate one image per prompt, without upscaling.
+
+    Args:
+        weights: the weights of the denoiser.
+        cfg: its configuration.
+        text: the embeddings of B prompts.
+        keys: [B], random keys of the initial noise.
+        guidance: the scale of classifier-free guidance.
+
+    Returns:
+        uint8 [B, Y, X, 3].
+    """
     text = jax.tree.map(jnp.asarray, text)
     z = sample.normal(keys, (cfg.image_size, cfg.image_size, 3))
 
@@ -243,33 +310,43 @@ def generate(
 
 @dataclass(frozen=True)
 class UpscalerTask:
-    """From pictures made half as large, a little noisy, to the pictures."""
+    """Upscaling of downscaled images with a little noise; implements `Task`."""
 
     cfg: UpscalerConfig
 
     def init(self, key: jax.Array) -> upscale.Params:
+        """Return random weights."""
         return layers.init(key, upscale.abstract(self.cfg))
 
     def loss(self, weights: upscale.Params, frozen: None, batch, key: jax.Array):
+        """Return the absolute error of upscaled images; see `Task.loss`.
+
+        `batch` has "x" float32 [B, Y, X, 3], the images at full size.
+        """
         large = batch["x"]
         b, height, width, c = large.shape
         small = large.reshape(b, height // 2, 2, width // 2, 2, c).mean((2, 4))
-        for_amount, for_noise = jax.random.split(key)
-        amount = 0.1 * jax.random.uniform(for_amount, (b, 1, 1, 1)) ** 2
-        small = small + amount * jax.random.normal(for_noise, small.shape)
-        found = upscale.upscale_2x(weights, self.cfg, small)
-        # Absolute errors: their best guess at an edge is one side of it, squares blur it.
-        return jnp.abs(found - large).mean((1, 2, 3)).sum(), jnp.float32(b), {}
+        scale_key, noise_key = jax.random.split(key)
+        noise_scale = 0.1 * jax.random.uniform(scale_key, (b, 1, 1, 1)) ** 2
+        small = small + noise_scale * jax.random.normal(noise_key, small.shape)
+        upscaled = upscale.upscale_2x(weights, self.cfg, small)
+        # At an edge the absolute error favours the colour of one side, the squared error a blur.
+        return jnp.abs(upscaled - large).mean((1, 2, 3)).sum(), jnp.float32(b), {}
 
 
 def train_upscaler(settings: EmojiConfig) -> loop.Outcome:
-    """Trains the network that doubles, or goes on with it."""
-    pack = EmojiDataset(settings.pack)
-    seen, unseen = np.flatnonzero(~pack.held_out), np.flatnonzero(pack.held_out)
+    """Train the upscaler, or resume its training.
+
+    Args:
+        settings: the settings of the run.
+    """
+    dataset = EmojiDataset(settings.dataset)
+    train_rows, held_out = np.flatnonzero(~dataset.held_out), np.flatnonzero(dataset.held_out)
 
     def batch(step: int) -> dict[str, np.ndarray]:
         random = np.random.default_rng((settings.seed, step))
-        return {"x": pack.downscaled_images(random.choice(seen, settings.batch_size), data.SIZE)}
+        rows = random.choice(train_rows, settings.batch_size)
+        return {"x": dataset.downscaled_images(rows, data.SIZE)}
 
     config = Run(
         steps=settings.steps,
@@ -290,7 +367,7 @@ def train_upscaler(settings: EmojiConfig) -> loop.Outcome:
         config,
         settings.out,
         validation_batches=[
-            {"x": pack.downscaled_images(unseen[:VALIDATION_BATCH_SIZE], data.SIZE)}
+            {"x": dataset.downscaled_images(held_out[:VALIDATION_BATCH_SIZE], data.SIZE)}
         ],
     )
 
@@ -299,30 +376,51 @@ def train_upscaler(settings: EmojiConfig) -> loop.Outcome:
 
 
 def write_config(run: Path, values: dict[str, Any]) -> None:
-    """Notes in a run's folder what it trains, for `export`."""
+    """Write the kind of the trained network to the folder of a run, for `export`.
+
+    Args:
+        run: the folder of the run.
+        values: {"kind": "unet"} or {"kind": "upscaler"}.
+    """
     run.mkdir(parents=True, exist_ok=True)
     (run / "network.json").write_text(json.dumps(values) + "\n", "utf-8")
 
 
 def load_ema_weights(run: Path, task: Task) -> Any:
-    """The running mean of a run's weights."""
+    """Return the EMA of the weights in the last checkpoint of a run.
+
+    Args:
+        run: the folder of the run.
+        task: the task that was trained.
+
+    Raises:
+        ValueError: there is no checkpoint, or it is of another task.
+    """
     from safetensors.numpy import load_file
 
     steps = checkpoints.saved_steps(run / "checkpoints")
     if not steps:
         raise ValueError(f"{run}: has no checkpoint")
     file = run / "checkpoints" / f"step-{steps[-1]:06d}" / "state.safetensors"
-    mine = "average."
+    prefix = "average."
     arrays = {
-        name.removeprefix(mine): array
+        name.removeprefix(prefix): array
         for name, array in load_file(file).items()
-        if name.startswith(mine)
+        if name.startswith(prefix)
     }
     return tree_io.from_named(arrays, jax.eval_shape(task.init, jax.random.key(0)))
 
 
 def export(run: Path, target: Path) -> None:
-    """Writes the running mean of a run's weights, in float16."""
+    """Write the EMA of the weights of a run in float16.
+
+    Args:
+        run: the folder of the run.
+        target: the folder of the denoiser or upscaler to write.
+
+    Raises:
+        ValueError: there is no checkpoint, or it is of another network.
+    """
     kind = json.loads((run / "network.json").read_text("utf-8"))["kind"]
     cfg, task = (
         (UNET, DenoisingTask(UNET)) if kind == "unet" else (UPSCALER, UpscalerTask(UPSCALER))
@@ -331,7 +429,11 @@ def export(run: Path, target: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns its exit status."""
+    """Run a command and return its exit code.
+
+    Args:
+        argv: the arguments; None for those of the process.
+    """
     args = _parser().parse_args(argv)
     return args.run(args)
 
@@ -357,15 +459,15 @@ def _export(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace) -> EmojiConfig:
     names = EmojiConfig.__dataclass_fields__
-    given = {name: value for name, value in vars(args).items() if name in names}
-    return EmojiConfig(**{name: value for name, value in given.items() if value is not None})
+    values = {name: value for name, value in vars(args).items() if name in names}
+    return EmojiConfig(**{name: value for name, value in values.items() if value is not None})
 
 
 def _exit_status(outcome: loop.Outcome) -> int:
     return 0 if outcome.signal is None else 128 + outcome.signal
 
 
-_MIRROR = "half of the pictures from the other side, but none that has a left and a right"
+_MIRROR_HELP = "mirror half of the images, except those with a left and a right"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -373,27 +475,30 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], int], help: str):
-        made = commands.add_parser(name, help=help)
-        made.add_argument("--out", type=Path, required=True)
-        made.set_defaults(run=run)
-        return made
+        added = commands.add_parser(name, help=help)
+        added.add_argument("--out", type=Path, required=True)
+        added.set_defaults(run=run)
+        return added
 
-    pack = command("pack", _pack, "fetch pictures and read captions")
+    pack = command("pack", _pack, "download the images and build the dataset")
     pack.add_argument("--packages", type=Path, required=True)
     pack.add_argument("--encoder", type=Path, required=True)
     for name, run in (("denoiser", _denoiser), ("upscaler", _upscaler)):
-        train = command(name, run, "train it, or go on with it")
-        train.add_argument("--pack", type=Path, required=True)
+        train = command(name, run, f"train the {name}, or resume its training")
+        dataset = train.add_mutually_exclusive_group(required=True)
+        dataset.add_argument("--dataset", type=Path)
+        dataset.add_argument("--pack", dest="dataset", type=Path, help=argparse.SUPPRESS)  # old
         train.add_argument("--steps", type=int)
         train.add_argument("--batch-size", type=int)
         train.add_argument("--learning-rate", type=float)
         if name == "denoiser":
             train.add_argument("--encoder", type=Path, required=True)
-            train.add_argument("--start", type=Path)
+            train.add_argument("--init-from", type=Path, help="a denoiser to start from")
+            train.add_argument("--start", dest="init_from", type=Path, help=argparse.SUPPRESS)
             train.add_argument("--schedule", choices=("constant", "linear"))
-            train.add_argument("--mirror", action="store_true", help=_MIRROR)
-    made = command("export", _export, "write the weights of a run")
-    made.add_argument("--run", dest="run_folder", type=Path, required=True)
+            train.add_argument("--mirror", action="store_true", help=_MIRROR_HELP)
+    export_command = command("export", _export, "write the weights of a run")
+    export_command.add_argument("--run", dest="run_folder", type=Path, required=True)
     return parser
 
 

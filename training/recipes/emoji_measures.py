@@ -1,13 +1,13 @@
-"""What can be said of emoji-64: numbers, and a sheet of pictures for people to name.
+r"""Evaluation of emoji-64: metrics, and a grid of images for people to name.
 
-    python -m training.recipes.emoji_measures numbers --model MODEL --encoder ENCODER \\
-        --pack PACK --tower TOWER_RUN --out FOLDER
+    python -m training.recipes.emoji_measures numbers --model MODEL --encoder ENCODER \
+        --dataset DATASET --judge JUDGE_RUN --out FOLDER
     python -m training.recipes.emoji_measures sheet --model MODEL --encoder ENCODER --out FOLDER
 
-`numbers` writes measures.json (see `measure` for what is in it), flow_loss.png and samples.png:
-real and drawn pictures of the same prompts by turns. `sheet` writes grid.png and grid-numbered.png:
-the prompts of `SHOWN`, four pictures each, those of the seeds 0 to 3, nothing picked. Who is to
-name the pictures gets the numbered one, without having read the prompts.
+`numbers` writes measures.json (see `measure`), flow_loss.png, and samples.png with real and
+generated images of the same prompts in turn. `sheet` writes grid.png and grid-numbered.png with the
+images of `SAMPLE_PROMPTS` for the seeds 0 to 3, without selection. People name the images of the
+numbered grid before they see the prompts.
 """
 
 from __future__ import annotations
@@ -39,142 +39,156 @@ from training.recipes.emoji import (
 )
 from transformer import similarity
 
-MAX_LEARNT, MAX_HELD_OUT = 280, 120  # pictures asked for, at most
-BATCH_SIZE = 40  # pictures at a time
-SEEDS = (0, 1, 2, 3)  # of the sheet
-NUM_PAIRS = 24  # of real and drawn pictures in samples.png, of what was learnt and of what was not
+MAX_LEARNT, MAX_HELD_OUT = 280, 120  # maximum numbers of training and held-out images to compare
+BATCH_SIZE = 40
+SEEDS = (0, 1, 2, 3)  # of the grid
+NUM_PAIRS = 24  # pairs of images in samples.png, each of training and of held-out images
 
 
-# Numbers
+# Metrics
 
 
 def measure(
-    painter: DiffusionPipeline, pack: EmojiDataset, judge: clip_judge.Params, shares: np.ndarray
+    pipeline: DiffusionPipeline,
+    dataset: EmojiDataset,
+    judge: clip_judge.Params,
+    shares: np.ndarray,
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Asks for pictures of the pack by name and style, and compares them with the real ones.
+    """Generate images for the names and styles of a dataset, and compare them with the real images.
 
     Args:
-        judge: the tower, which has seen no picture of the pack.
-        shares: how often training draws each picture of the pack, and how often it is asked for.
+        pipeline: the model to evaluate.
+        dataset: the dataset of N images.
+        judge: the weights of the CLIP judge, which is not trained on the dataset.
+        shares: float [N], the probability of each training image in training and in evaluation.
 
     Returns:
-        What is measured; and uint8 [n, 32, 32, 3], real and drawn by turns. "learnt" are prompts
-        whose picture was learnt, "held_out" ask for a thing in a style in which it was never seen.
-        "real" is what the real pictures of the same prompts get, as a perfect painter's would.
+        The metrics; and pairs of a real and a generated image, uint8 [n, 32, 32, 3]. "learnt" is
+        for prompts of training images, "held_out" for a concept in a style that is not in the
+        training images. "real" is the value for the real images of the same prompts, that of a
+        perfect model; "drawn" is the value for generated images.
 
         - flow_loss: by time.
-        - text_match: how often the tower finds the right name among 100, first and among the first
-          five; "of_real" is the share that drawn pictures reach of the latter.
-        - style: how often a held-out picture has the style asked for, says a linear classifier of
-          the tower's features.
-        - kernel_distance, coverage: against other real pictures, by the tower's features.
-        - memorisation: how near pictures come to learnt ones, over how near real ones do that were
-          held out.
+        - text_match: top-1 and top-5 accuracy of the judge among 100 names; "of_real" is the ratio
+          of the top-5 accuracies of generated and real images.
+        - style: the share of images in the requested style, according to a linear probe on the
+          features of the judge, for held-out prompts.
+        - kernel_distance, coverage: compared with other real images, in the features of the judge.
+        - memorisation: the distance of generated images to training images, relative to that of
+          real held-out images.
     """
     random = np.random.default_rng(0)
-    seen = np.flatnonzero(~pack.held_out)
-    unseen = random.permutation(np.flatnonzero(pack.held_out))[:MAX_HELD_OUT]
+    train_rows = np.flatnonzero(~dataset.held_out)
+    held_out = random.permutation(np.flatnonzero(dataset.held_out))[:MAX_HELD_OUT]
     count = min(MAX_LEARNT, int((shares > 0).sum()) // 2)
-    asked, others = np.split(random.choice(len(shares), 2 * count, replace=False, p=shares), 2)
+    learnt, others = np.split(random.choice(len(shares), 2 * count, replace=False, p=shares), 2)
 
-    rows = {"learnt": asked, "held_out": unseen}
-    real = {
-        name: pack.downscaled_images(which, clip_judge.IMAGE_SIZE) for name, which in rows.items()
-    }
-    drawn = {
-        name: data.downscale(
-            generate(painter, [prompt(pack, row) for row in which]), clip_judge.IMAGE_SIZE
-        )
+    rows = {"learnt": learnt, "held_out": held_out}
+    size = clip_judge.IMAGE_SIZE
+    real = {name: dataset.downscaled_images(which, size) for name, which in rows.items()}
+    generated = {
+        name: data.downscale(generate(pipeline, [prompt(dataset, row) for row in which]), size)
         for name, which in rows.items()
     }
-    learnt_pictures = pack.downscaled_images(seen, clip_judge.IMAGE_SIZE)
-    styles = similarity.fit_probe(
-        image_features(judge, learnt_pictures), pack.style_ids[seen], len(data.STYLES)
+    train_images = dataset.downscaled_images(train_rows, size)
+    style_probe = similarity.fit_probe(
+        image_features(judge, train_images), dataset.style_ids[train_rows], len(data.STYLES)
     )
-    other = image_features(judge, pack.downscaled_images(others, clip_judge.IMAGE_SIZE))
+    reference = image_features(judge, dataset.downscaled_images(others, size))
     names = np.stack(
-        [pack.pooled[pack.caption_rows[name_of(concept)]] for concept in pack.concepts]
+        [dataset.pooled[dataset.caption_rows[name_of(concept)]] for concept in dataset.concepts]
     )
     features = {
         name: {
-            "drawn": image_features(judge, drawn[name]),
+            "drawn": image_features(judge, generated[name]),
             "real": image_features(judge, real[name]),
         }
         for name in rows
     }
 
-    def compare(estimate: Callable[[np.ndarray], Any], name: str) -> dict[str, Any]:
-        return {who: estimate(found) for who, found in features[name].items()}
+    def compare(metric: Callable[[np.ndarray], Any], name: str) -> dict[str, Any]:
+        return {source: metric(values) for source, values in features[name].items()}
 
-    def retrieved(which: np.ndarray, found: np.ndarray) -> dict[str, float]:
-        scores = np.asarray(clip_judge.logits_per_image(judge, found, names))
-        right = pack.concept_ids[which]
-        return {f"top{k}": metrics.retrieval(scores, right, k) for k in (1, 5)}
+    def retrieval(which: np.ndarray, values: np.ndarray) -> dict[str, float]:
+        scores = np.asarray(clip_judge.logits_per_image(judge, values, names))
+        targets = dataset.concept_ids[which]
+        return {f"top{k}": metrics.retrieval(scores, targets, k) for k in (1, 5)}
 
-    def in_style(found: np.ndarray) -> float:
-        return float(
-            (similarity.predict(styles, found).argmax(-1) == pack.style_ids[unseen]).mean()
-        )
+    def style_accuracy(values: np.ndarray) -> float:
+        predicted = similarity.predict(style_probe, values).argmax(-1)
+        return float((predicted == dataset.style_ids[held_out]).mean())
 
-    text_match = {name: compare(partial(retrieved, rows[name]), name) for name in rows}
+    text_match = {name: compare(partial(retrieval, rows[name]), name) for name in rows}
     for values in text_match.values():
         values["of_real"] = values["drawn"]["top5"] / values["real"]["top5"]
-    pairs = [np.stack([real[name][:NUM_PAIRS], drawn[name][:NUM_PAIRS]], 1) for name in rows]
+    pairs = [np.stack([real[name][:NUM_PAIRS], generated[name][:NUM_PAIRS]], 1) for name in rows]
+    image_size = pipeline.cfg.image_size
     return {
         "pictures": {name: len(which) for name, which in rows.items()},
         "flow_loss": {
-            "held_out": loss_by_time(painter, validation_batches(pack, painter.cfg.image_size)),
-            "learnt": loss_by_time(
-                painter, validation_batches(pack, painter.cfg.image_size, which=asked)
-            ),
+            "held_out": loss_by_time(pipeline, validation_batches(dataset, image_size)),
+            "learnt": loss_by_time(pipeline, validation_batches(dataset, image_size, which=learnt)),
         },
         "text_match": {**text_match, "chance": {"top1": 0.01, "top5": 0.05}},
-        "style": {**compare(in_style, "held_out"), "chance": 1 / len(data.STYLES)},
-        "kernel_distance": compare(partial(metrics.kernel_distance, other), "learnt"),
-        "coverage": compare(partial(metrics.coverage, other), "learnt"),
+        "style": {**compare(style_accuracy, "held_out"), "chance": 1 / len(data.STYLES)},
+        "kernel_distance": compare(partial(metrics.kernel_distance, reference), "learnt"),
+        "coverage": compare(partial(metrics.coverage, reference), "learnt"),
         "memorisation": {
-            name: metrics.memorisation(drawn[name], real["held_out"], learnt_pictures)
+            name: metrics.memorisation(generated[name], real["held_out"], train_images)
             for name in rows
         },
     }, to_uint8(np.concatenate(pairs).reshape(-1, *real["learnt"].shape[1:]))
 
 
 def name_of(concept: data.Concept) -> str:
-    """The first of its captions."""
+    """Return the name of a concept: its first caption."""
     return next(iter(concept.captions))
 
 
-def prompt(pack: EmojiDataset, row: int) -> str:
-    """Asks for a picture of the pack: "red apple, flat style"."""
+def prompt(dataset: EmojiDataset, row: int) -> str:
+    """Return the prompt of an image of a dataset, such as "red apple, flat style"."""
     return data.styled_caption(
-        name_of(pack.concepts[pack.concept_ids[row]]), int(pack.style_ids[row])
+        name_of(dataset.concepts[dataset.concept_ids[row]]), int(dataset.style_ids[row])
     )
 
 
-def generate(painter: DiffusionPipeline, prompts: Sequence[str]) -> np.ndarray:
-    """A picture a prompt, each from noise of its own: uint8 [n, Y, X, 3]."""
-    keys, found = sample.image_keys(0, len(prompts)), []
+def generate(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> np.ndarray:
+    """Generate one image per prompt, each from different noise: uint8 [n, Y, X, 3]."""
+    keys, batches = sample.image_keys(0, len(prompts)), []
     for start in range(0, len(prompts), BATCH_SIZE):
         rows = np.arange(start, start + BATCH_SIZE) % len(prompts)  # all batches have one shape
-        *_, (last, _) = painter.steps([prompts[row] for row in rows], keys[rows], SamplerOptions())
-        found.append(painter.postprocess(last))
-    return np.concatenate(found)[: len(prompts)]
+        *_, (last, _) = pipeline.steps([prompts[row] for row in rows], keys[rows], SamplerOptions())
+        batches.append(pipeline.postprocess(last))
+    return np.concatenate(batches)[: len(prompts)]
 
 
-def image_features(judge: clip_judge.Params, pictures: np.ndarray) -> np.ndarray:
-    """What the tower makes of pictures of its size: float32 [n, C]."""
-    see, found = jax.jit(clip_judge.image_features), []
-    for start in range(0, len(pictures), BATCH_SIZE):
-        rows = np.arange(start, start + BATCH_SIZE) % len(pictures)
-        found.append(np.asarray(see(judge, pictures[rows])))
-    return np.concatenate(found)[: len(pictures)]
+def image_features(judge: clip_judge.Params, images: np.ndarray) -> np.ndarray:
+    """Return the features of images in the judge.
+
+    Args:
+        judge: the weights of the judge.
+        images: float32 [n, IMAGE_SIZE, IMAGE_SIZE, 3], from -1 to 1.
+
+    Returns:
+        float32 [n, C].
+    """
+    compute, batches = jax.jit(clip_judge.image_features), []
+    for start in range(0, len(images), BATCH_SIZE):
+        rows = np.arange(start, start + BATCH_SIZE) % len(images)
+        batches.append(np.asarray(compute(judge, images[rows])))
+    return np.concatenate(batches)[: len(images)]
 
 
 def loss_by_time(
-    painter: DiffusionPipeline, batches: list[dict[str, np.ndarray]]
+    pipeline: DiffusionPipeline, batches: list[dict[str, np.ndarray]]
 ) -> dict[str, float]:
-    """The flow loss at fixed times; the noise is the same whatever the weights."""
-    found: dict[str, float] = {}
+    """Return the flow loss at fixed times, as strings; the noise does not depend on the weights.
+
+    Args:
+        pipeline: the model to evaluate.
+        batches: as of `validation_batches`.
+    """
+    means: dict[str, float] = {}
     for t in (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95):
         losses = []
         for number, batch in enumerate(batches):
@@ -182,68 +196,89 @@ def loss_by_time(
             e = jax.random.normal(jax.random.key(number), x.shape)
             text = PromptEmbeds(batch["states"], batch["mask"], batch["pooled"])
             times = jnp.full(len(x), t)
-            losses.append(model.flow_loss(painter.denoiser, painter.cfg, x, e, times, text, keep))
-        found[f"{t}"] = float(jnp.concatenate(losses).mean())
-    return found
+            losses.append(model.flow_loss(pipeline.denoiser, pipeline.cfg, x, e, times, text, keep))
+        means[f"{t}"] = float(jnp.concatenate(losses).mean())
+    return means
 
 
 def plot_losses(losses: dict[str, dict[str, float]], target: Path) -> None:
-    """Draws the flow loss by time, what was learnt and what was held out, into a PNG."""
+    """Plot the flow loss by time.
+
+    Args:
+        losses: the loss by time of each curve, as of `loss_by_time`.
+        target: the PNG file to write.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     for name, values in losses.items():
         axes.plot([float(t) for t in values], list(values.values()), "o-", label=name)
-    axes.set(xlabel="time, from noise (0) to picture (1)", ylabel="flow loss", ylim=(0, None))
+    axes.set(xlabel="time, from noise (0) to image (1)", ylabel="flow loss", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(target, dpi=120)
 
 
-# The sheet
+# The grid
 
 
-def labelled_grid(pictures: np.ndarray, labels: Sequence[str]) -> np.ndarray:
-    """Rows of pictures, each with its label before it, in two columns of rows.
+def labelled_grid(images: np.ndarray, labels: Sequence[str]) -> np.ndarray:
+    """Return a grid of rows of images, each with a label on its left, in two columns of rows.
 
     Args:
-        pictures: uint8 [rows, columns, Y, X, 3].
-        labels: one a row.
+        images: uint8 [rows, columns, Y, X, 3].
+        labels: one per row.
 
     Returns:
         uint8 [height, width, 3].
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    rows, columns, height, width, _ = pictures.shape
+    rows, columns, height, width, _ = images.shape
     gap, font = 4, ImageFont.load_default(15)
-    before = 3 * gap + max(round(font.getlength(label)) for label in labels)
-    half = -(-rows // 2)
-    across = before + columns * (width + gap)
-    image = Image.new("RGB", (2 * across, half * (height + gap) + gap), "white")
-    pen = ImageDraw.Draw(image)
+    label_width = 3 * gap + max(round(font.getlength(label)) for label in labels)
+    rows_per_column = -(-rows // 2)
+    column_width = label_width + columns * (width + gap)
+    grid_size = 2 * column_width, rows_per_column * (height + gap) + gap
+    grid = Image.new("RGB", grid_size, "white")
+    draw = ImageDraw.Draw(grid)
     for row, label in enumerate(labels):
-        left, top = across * (row // half), gap + row % half * (height + gap)
-        pen.text((left + before - 2 * gap, top + height // 2), label, "black", font, anchor="rm")
-        for column, found in enumerate(pictures[row]):
-            image.paste(Image.fromarray(found), (left + before + column * (width + gap), top))
-    return np.asarray(image)
+        left = column_width * (row // rows_per_column)
+        top = gap + row % rows_per_column * (height + gap)
+        label_end = left + label_width - 2 * gap, top + height // 2
+        draw.text(label_end, label, "black", font, anchor="rm")
+        for column, image in enumerate(images[row]):
+            x = left + label_width + column * (width + gap)
+            grid.paste(Image.fromarray(image), (x, top))
+    return np.asarray(grid)
 
 
-def generate_samples(painter: DiffusionPipeline, ending: str = "") -> np.ndarray:
-    """What each prompt of `SHOWN` gives with each seed, alone: uint8 [prompts, seeds, Y, X, 3]."""
-    prompts = [word + ending for word in SAMPLE_PROMPTS]
-    found = []
+def generate_samples(pipeline: DiffusionPipeline, prompt_suffix: str = "") -> np.ndarray:
+    """Generate an image for each prompt of `SAMPLE_PROMPTS` and each seed of `SEEDS`.
+
+    Args:
+        pipeline: the model.
+        prompt_suffix: text to append to each prompt.
+
+    Returns:
+        uint8 [prompts, seeds, Y, X, 3].
+    """
+    prompts = [word + prompt_suffix for word in SAMPLE_PROMPTS]
+    images = []
     for seed in SEEDS:
         keys = jnp.repeat(sample.image_keys(seed, 1), len(prompts), 0)
-        *_, (last, _) = painter.steps(prompts, keys, SamplerOptions())
-        found.append(painter.postprocess(last))
-    return np.stack(found, 1)
+        *_, (last, _) = pipeline.steps(prompts, keys, SamplerOptions())
+        images.append(pipeline.postprocess(last))
+    return np.stack(images, 1)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns its exit status."""
+    """Run a command and return its exit code.
+
+    Args:
+        argv: the arguments; None for those of the process.
+    """
     parser = argparse.ArgumentParser(prog="python -m training.recipes.emoji_measures")
     commands = parser.add_subparsers(required=True)
     for name, run in (("numbers", _numbers), ("sheet", _sheet)):
@@ -253,10 +288,17 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--encoder", type=Path, required=True)
         command.add_argument("--out", type=Path, required=True, help="a folder")
         if name == "numbers":
-            command.add_argument("--pack", type=Path, required=True)
-            command.add_argument("--tower", type=Path, required=True, help="its run")
+            dataset = command.add_mutually_exclusive_group(required=True)
+            dataset.add_argument("--dataset", type=Path)
+            dataset.add_argument("--pack", dest="dataset", type=Path, help=argparse.SUPPRESS)  # old
+            judge = command.add_mutually_exclusive_group(required=True)
+            judge.add_argument("--judge", type=Path, help="the run of the CLIP judge")
+            judge.add_argument("--tower", dest="judge", type=Path, help=argparse.SUPPRESS)  # old
         else:
-            command.add_argument("--ending", default="", help='after each prompt: ", flat style"')
+            command.add_argument(
+                "--prompt-suffix", default="", help='appended to each prompt: ", flat style"'
+            )
+            command.add_argument("--ending", dest="prompt_suffix", help=argparse.SUPPRESS)  # old
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     args.run(args)
@@ -264,23 +306,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _numbers(args: argparse.Namespace) -> None:
-    pack = EmojiDataset(args.pack)
-    settings = EmojiConfig(pack=args.pack, out=args.out)
-    shares = sampling_shares(pack, settings, vocab_words(args.encoder))
-    judge = load_ema_weights(args.tower, clip_judge.ContrastiveTask())
-    found, pairs = measure(load(args.model, args.encoder), pack, judge, shares)
-    (args.out / "measures.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+    dataset = EmojiDataset(args.dataset)
+    settings = EmojiConfig(dataset=args.dataset, out=args.out)
+    shares = sampling_shares(dataset, settings, vocab_words(args.encoder))
+    judge = load_ema_weights(args.judge, clip_judge.ContrastiveTask())
+    values, pairs = measure(load(args.model, args.encoder), dataset, judge, shares)
+    (args.out / "measures.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
     image_io.save(make_grid(pairs, 16), args.out / "samples.png")
-    plot_losses(found["flow_loss"], args.out / "flow_loss.png")
+    plot_losses(values["flow_loss"], args.out / "flow_loss.png")
 
 
 def _sheet(args: argparse.Namespace) -> None:
-    found = generate_samples(load(args.model, args.encoder), args.ending)
+    images = generate_samples(load(args.model, args.encoder), args.prompt_suffix)
+    prompts = [word + args.prompt_suffix for word in SAMPLE_PROMPTS]
     numbers = [str(number) for number in range(1, len(SAMPLE_PROMPTS) + 1)]
-    image_io.save(
-        labelled_grid(found, [word + args.ending for word in SAMPLE_PROMPTS]), args.out / "grid.png"
-    )
-    image_io.save(labelled_grid(found, numbers), args.out / "grid-numbered.png")
+    image_io.save(labelled_grid(images, prompts), args.out / "grid.png")
+    image_io.save(labelled_grid(images, numbers), args.out / "grid-numbered.png")
 
 
 if __name__ == "__main__":
