@@ -1,19 +1,20 @@
-"""Fine-tuning a decoder on a file of examples: check it, choose numbers, train, write the result.
+"""Fine-tuning of a decoder on a file of examples, with LoRA or of all weights.
 
     from training.recipes import finetune
 
-    finetune.run(finetune.Settings(model="smollm2.gguf", data="examples.jsonl", out="mine"))
+    finetune.run(finetune.FinetuneConfig(model="smollm2.gguf", data="examples.jsonl", out="mine"))
 
-`run` is the recipe; what it leaves in `out`:
+`run` is the recipe: it checks the file, resolves the "auto" settings and trains. It writes these
+files to `out`:
 
-    job.json        what "auto" became, and what the data were
-    metrics.jsonl   a line a step; loss.png draws it
-    checkpoints/    where the loop goes on after a stop
-    adapters/       the adapter as it was after each of the last epochs, step-N
-    adapter/        the adapter (LoRA), in PEFT's layout; there when all is done
-    model/          instead of it, for "full": a model in Hugging Face's layout
+    job.json        the resolved settings and the hashes of the data
+    metrics.jsonl   a line per step; loss.png plots the loss
+    checkpoints/    the state to resume from
+    adapters/       step-N, the adapters after the last epochs
+    adapter/        the final LoRA adapter in the layout of PEFT
+    model/          instead of an adapter, for "full": the model in the layout of Hugging Face
 
-Run again in the same folder, it goes on; when all is done, it does nothing.
+Called again with the same folder, it resumes; if the run is complete, it does nothing.
 """
 
 from __future__ import annotations
@@ -37,31 +38,48 @@ from transformer import checkpoint, families, lora
 from transformer.checkpoint import gguf
 from transformer.config import Config as Model
 
-# What a learning_rate_multiplier of 1 means. An adapter begins at nothing and takes larger steps.
+# The learning rates for a multiplier of 1. An adapter starts at zero and needs larger updates.
 LEARNING_RATES = {"lora": 1e-3, "full": 5e-5}
-MAX_EPOCH_ADAPTERS = 3  # adapters of epochs
+MAX_EPOCH_ADAPTERS = 3  # the adapters of this many epochs are kept
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """What there is to choose. None is "auto".
+    """The settings of a fine-tuning run. None means "auto".
+
+    `run_dir.config_record` writes them to job.json, `dtype` under its earlier name "format".
+
+    Attributes:
+        model: the base model, a GGUF file or a Hugging Face folder.
+        data: the training file, JSON lines; see training/examples.py.
+        out: the folder of the run.
+        valid: the validation file, if any.
+        method: "lora" or "full".
+        epochs: the number of epochs.
+        batch_size: examples per step.
+        learning_rate_multiplier: the factor of `LEARNING_RATES`.
+        rank: the rank of the adapter.
+        seed: the seed of the adapter and of the order of the examples.
+        max_tokens: the maximum length of an example; auto: 2048, or the context of the model if
+            that is shorter.
+        dtype: the dtype of the products; auto: the faster one on this machine.
 
     Raises:
         ValueError: a field is out of range.
     """
 
-    model: Path  # a GGUF file or a Hugging Face folder
-    data: Path  # JSON lines; see training/examples.py
+    model: Path
+    data: Path
     out: Path
     valid: Path | None = None
     method: Literal["lora", "full"] = "lora"
     epochs: int | None = None
-    batch_size: int | None = None  # examples a step
+    batch_size: int | None = None
     learning_rate_multiplier: float | None = None
-    rank: int = 16  # of the adapter
+    rank: int = 16
     seed: int = 0
-    max_tokens: int | None = None  # of the longest example; auto: 2048, or what the model reads
-    format: Literal["float32", "bfloat16"] | None = None  # of products; auto: the faster, here
+    max_tokens: int | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("model", "data", "out", "valid"):
@@ -69,8 +87,8 @@ class FinetuneConfig:
                 object.__setattr__(self, name, Path(value))
         if self.method not in LEARNING_RATES:
             raise ValueError(f"method must be 'lora' or 'full', got {self.method!r}")
-        if self.format not in ("float32", "bfloat16", None):
-            raise ValueError(f"format must be 'float32' or 'bfloat16', got {self.format!r}")
+        if self.dtype not in ("float32", "bfloat16", None):
+            raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
         for name in ("epochs", "batch_size", "rank", "max_tokens", "learning_rate_multiplier"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value!r}")
@@ -78,14 +96,14 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended.
+    """The result of a run.
 
     Attributes:
-        reason: "signal" if it was told to stop and saved; "refused" if a file cannot be learned
-            from: `reports` say why.
-        job: what stands in job.json; empty if the data were refused.
-        reports: of the training file, and of the validation file if there is one.
-        signal: which one told it to stop.
+        reason: "finished"; "signal" if a signal stopped the run, which has saved its state;
+            "refused" if a file cannot be used for training: see `reports`.
+        job: the contents of job.json; empty if a file was refused.
+        reports: the reports of the training file and of the validation file, if there is one.
+        signal: the number of the signal that stopped the run, if one did.
     """
 
     reason: Literal["finished", "signal", "refused"]
@@ -100,19 +118,20 @@ def run(
     notify: Callable[[str], None] = lambda line: None,
     progress: bool = False,
 ) -> Result:
-    """Fine-tunes, or goes on with it.
+    """Fine-tune a model, or resume its fine-tuning.
 
     Args:
-        say: told a line now and then.
-        progress: shows a bar on standard error if that is a terminal.
+        settings: the settings of the run.
+        notify: called with lines of progress.
+        progress: whether to show a progress bar if standard error is a terminal.
 
     Raises:
         OSError: a file cannot be read or written.
         ValueError: the model is of an unknown kind, or `out` holds a run with other settings.
-        FloatingPointError: the loss is no number any more.
+        FloatingPointError: the loss is NaN or infinite.
     """
-    out, given = settings.out, run_dir.config_record(settings)
-    job = run_dir.read_job(out / "job.json", given)
+    out, record = settings.out, run_dir.config_record(settings)
+    job = run_dir.read_job(out / "job.json", record)
     final = out / ("adapter" if settings.method == "lora" else "model")
     if job is not None and final.exists():
         return Result("finished", job)
@@ -120,18 +139,18 @@ def run(
     report, examples = check.read_examples(settings.data, tokenizer, max_tokens=max_tokens)
     reports, held_out = [report], []
     if settings.valid is not None:
-        other, held_out = check.read_examples(
+        valid_report, held_out = check.read_examples(
             settings.valid, tokenizer, max_tokens=max_tokens, kind=report.kind, minimum=1
         )
-        reports.append(other)
+        reports.append(valid_report)
     if not all(report.ok for report in reports):
         return Result("refused", {}, tuple(reports))
-    for checked in reports:
-        for warning in checked.warnings:
-            notify(f"{checked.path}: {warning.message}")
+    for file_report in reports:
+        for warning in file_report.warnings:
+            notify(f"{file_report.path}: {warning.message}")
 
     if job is None:
-        job = {"given": given, **_resolve(settings, report, max_tokens)}
+        job = {"given": record, **_resolve(settings, report, max_tokens)}
     batches = Batches(
         examples,
         batch_size=job["batch_size"],
@@ -148,9 +167,8 @@ def run(
     )
 
     cfg = checkpoint.read_config(settings.model)
-    remat = (
-        rows // batches.micro_batches * width > packing.MICRO_BATCH_TOKENS
-    )  # one very long example
+    # A micro-batch can exceed the limit only if a single row does: an example is very long.
+    remat = rows // batches.micro_batches * width > packing.MICRO_BATCH_TOKENS
     task, frozen = _task(settings, job, cfg, remat)
     config = TrainConfig(
         steps=batches.steps,
@@ -160,17 +178,17 @@ def run(
         micro_batches=batches.micro_batches,
         steps_per_epoch=batches.steps_per_epoch,
         validate_every=batches.steps_per_epoch,
-        save_every=50 if settings.method == "lora" else 200,  # the state of "full" is gigabytes
+        save_every=50 if settings.method == "lora" else 200,  # the state of "full" has gigabytes
         keep=2 if settings.method == "lora" else 1,
     )
 
-    def on_step(state: Any, line: dict[str, Any]) -> None:
-        if line["step"] % batches.steps_per_epoch:
+    def on_step(state: Any, metrics: dict[str, Any]) -> None:
+        if metrics["step"] % batches.steps_per_epoch:
             return
-        speed = f"{line['tokens_per_second']:.0f} tok/s"
-        notify(f"epoch {line['epoch']:.0f}: loss {line['loss']:.4f}, {speed}")
+        speed = f"{metrics['tokens_per_second']:.0f} tok/s"
+        notify(f"epoch {metrics['epoch']:.0f}: loss {metrics['loss']:.4f}, {speed}")
         if settings.method == "lora":
-            name = f"step-{line['step']}"
+            name = f"step-{metrics['step']}"
             run_dir.write_dir_atomic(
                 out / "adapters" / name,
                 lambda folder: _save_adapter(folder, state.weights, cfg, settings),
@@ -204,8 +222,10 @@ def run(
     return Result("finished", job, tuple(reports))
 
 
-def _task(settings: FinetuneConfig, job: dict[str, Any], cfg: Model, remat: bool):
-    """What is trained, and the weights that stay as they are."""
+def _task(
+    settings: FinetuneConfig, job: dict[str, Any], cfg: Model, remat: bool
+) -> tuple[DecoderTask | LoraTask, Any]:
+    """Return the task and the frozen weights."""
     params, *_ = checkpoint.load(settings.model)
     if settings.method == "full":
         return DecoderTask(cfg=cfg, init_params=params, dtype=job["format"], remat=remat), None
@@ -221,32 +241,37 @@ def _task(settings: FinetuneConfig, job: dict[str, Any], cfg: Model, remat: bool
 
 
 def lora_target_modules(cfg: Model) -> tuple[str, ...]:
-    """What an adapter adapts: every linear map that PEFT's layout can hold one of.
+    """Return the linear layers with an adapter: all that the layout of PEFT can represent.
 
-    GPT-2's files hold queries, keys and values as one matrix, whose adapter would have one A.
+    Files of GPT-2 store queries, keys and values as one matrix, whose adapter would have one A.
     """
-    shared = ("q", "k", "v") if families.to_hf(cfg)["model_type"] == "gpt2" else ()
-    return tuple(part for part in lora.TARGET_MODULES if part not in shared)
+    fused = ("q", "k", "v") if families.to_hf(cfg)["model_type"] == "gpt2" else ()
+    return tuple(module for module in lora.TARGET_MODULES if module not in fused)
 
 
 def read_tokenizer(model: Path, max_tokens: int | None = None) -> tuple[Tokenizer, int]:
-    """A model's tokenizer, and how many tokens an example for it may have."""
+    """Return the tokenizer of a model and the maximum length of an example.
+
+    Args:
+        model: a GGUF file or a Hugging Face folder.
+        max_tokens: the requested maximum; None for 2048. The context of the model limits it.
+    """
     cfg = checkpoint.read_config(model)
     return formats.load(model), min(max_tokens or 2048, cfg.max_seq_len)
 
 
 def auto_epochs(examples: int) -> int:
-    """How often to read few examples: often, and a large set once."""
+    """Return the number of epochs for "auto": fewer for more examples, from 25 to 1."""
     return max(1, min(25, max(3, round(800 / examples)), 25_000 // examples))
 
 
 def auto_batch_size(examples: int) -> int:
-    """A small set is read in small steps, so that there are enough of them."""
+    """Return the batch size for "auto": smaller for fewer examples, for enough steps per epoch."""
     return max(1, min(16, examples // 25))
 
 
 def _resolve(settings: FinetuneConfig, report: Report, max_tokens: int) -> dict[str, Any]:
-    """What "auto" becomes."""
+    """Return the settings with "auto" resolved, as keys of job.json."""
     number = report.examples
     epochs = settings.epochs or auto_epochs(number)
     multiplier = settings.learning_rate_multiplier or 1.0
@@ -260,13 +285,13 @@ def _resolve(settings: FinetuneConfig, report: Report, max_tokens: int) -> dict[
         "rank": settings.rank if settings.method == "lora" else None,
         "alpha": 2 * settings.rank if settings.method == "lora" else None,
         "max_tokens": max_tokens,
-        "format": settings.format or faster_dtype(),
+        "format": settings.dtype or faster_dtype(),
         "trained_tokens": report.tokens * epochs,
     }
 
 
 def faster_dtype() -> Literal["float32", "bfloat16"]:
-    """bfloat16 where this machine multiplies it at least half as fast again."""
+    """Return "bfloat16" if this machine multiplies it at least 1.5 times as fast as float32."""
     return (
         "bfloat16"
         if bench.peak_flops("bfloat16") > 1.5 * bench.peak_flops("float32")
@@ -287,7 +312,7 @@ def _save_adapter(
 
 
 def _save_model(folder: Path, params: Any, cfg: Model, tokenizer: Tokenizer, source: Path) -> None:
-    """Write the weights, the tokenizer and the generation config, so that it can be served."""
+    """Write a servable model: the weights, the tokenizer and the generation config."""
     checkpoint.save(folder, params, cfg)
     if source.is_dir():
         names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]

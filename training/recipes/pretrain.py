@@ -1,13 +1,13 @@
-"""A small decoder from nothing but text: learn a vocabulary, then predict the next token.
+"""Pretraining of a small decoder on text: train a tokenizer, then predict the next token.
 
     python -m training pretrain --data books.txt --out mine
     pellucid complete --model mine=mine/model "Once upon a time"
 
-The text becomes one long stream of tokens, with a token between documents. A step reads rows of it
-that begin anywhere; which, follows from the seed and the number of the step. Documents that meet in
-a row do not see each other. What stands in the last twentieth is kept for validation.
+The documents become one stream of tokens, each with an end token. A batch holds rows that start at
+random positions of the stream, which depend on the seed and the number of the step. Documents in
+the same row do not attend to each other. The last twentieth of the stream is for validation.
 
-Like all recipes a short file to be copied and changed.
+Like all recipes, this is a short file to copy and change.
 """
 
 from __future__ import annotations
@@ -31,25 +31,37 @@ from training.recipes.decoder import DecoderTask
 from transformer import checkpoint
 from transformer.config import Config as Model
 
-END_OF_TEXT = "<|endoftext|>"  # of a document
+END_OF_TEXT = "<|endoftext|>"  # follows each document
 VALIDATION_SHARE = 1 / 20  # of the stream
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """What there is to choose.
+    """The settings of a pretraining run.
+
+    Attributes:
+        data: a text file, which is one document, or a .jsonl file with {"text": ...} in each line.
+        out: the folder of the run.
+        vocab_size: the tokens of the vocabulary to train.
+        layers: the number of layers.
+        width: the dimension of the model, a multiple of 64, the dimension of a head.
+        length: tokens per row, and the context of the model.
+        batch_size: rows per step.
+        steps: the number of updates.
+        learning_rate: the peak of the learning rate.
+        seed: the seed of weights and batches.
 
     Raises:
-        ValueError: a number is not above zero, or width is no multiple of 64.
+        ValueError: a number is not above zero, or `width` is not a multiple of 64.
     """
 
-    data: Path  # a text file, one document; or .jsonl with {"text": ...} a line
+    data: Path
     out: Path
     vocab_size: int = 2048
     layers: int = 4
-    width: int = 128  # of the model, in heads of 64
-    length: int = 128  # tokens of a row
-    batch_size: int = 8  # rows of a step
+    width: int = 128
+    length: int = 128
+    batch_size: int = 8
     steps: int = 500
     learning_rate: float = 3e-3
     seed: int = 0
@@ -66,7 +78,13 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended; `job` is what stands in job.json."""
+    """The result of a run.
+
+    Attributes:
+        reason: "signal" if a signal stopped the run, which has saved its state.
+        job: the contents of job.json.
+        signal: the number of the signal that stopped the run, if one did.
+    """
 
     reason: Literal["finished", "signal"]
     job: dict[str, Any]
@@ -79,16 +97,21 @@ def run(
     notify: Callable[[str], None] = lambda line: None,
     progress: bool = False,
 ) -> Result:
-    """Trains, or goes on with it; leaves `model/` in Hugging Face's layout.
+    """Train a model, or resume its training; write `model/` in the layout of Hugging Face.
+
+    Args:
+        settings: the settings of the run.
+        notify: called with lines of progress.
+        progress: whether to show a progress bar if standard error is a terminal.
 
     Raises:
         OSError: a file cannot be read or written.
         ValueError: the text is too short or damaged, or `out` holds a run with other settings.
-        FloatingPointError: the loss is no number any more.
+        FloatingPointError: the loss is NaN or infinite.
     """
     out = settings.out
-    given = run_dir.config_record(settings)
-    job = run_dir.read_job(out / "job.json", given)
+    record = run_dir.config_record(settings)
+    job = run_dir.read_job(out / "job.json", record)
     if job is not None and (out / "model").exists():
         return Result("finished", job)
     encoding = trainer.train(
@@ -98,21 +121,23 @@ def run(
     cut = int(len(stream) * (1 - VALIDATION_SHARE))
     if len(stream) - cut <= settings.length:
         raise ValueError(
-            f"{settings.data}: {len(stream)} tokens are too few for rows of {settings.length}; it "
-            f"takes {int(settings.length / VALIDATION_SHARE) + 20}"
+            f"{settings.data}: {len(stream)} tokens are too few for rows of {settings.length}; "
+            f"use at least {int(settings.length / VALIDATION_SHARE) + 20} tokens, or shorter rows"
         )
     cfg = model_config(settings, encoding.n_vocab)
     task = DecoderTask(cfg=cfg)
     sizes = jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0)))
     job = {
-        "given": given,
+        "given": record,
         "steps": settings.steps,
         "tokens": len(stream),
         "parameters": sum(leaf.size for leaf in sizes),
         "vocab_size": encoding.n_vocab,
     }
     run_dir.write_job(out / "job.json", job)
-    notify(f"{job['parameters']} weights; {len(stream)} tokens of {encoding.n_vocab} kinds")
+    notify(
+        f"{job['parameters']} parameters; {len(stream)} tokens, vocabulary of {encoding.n_vocab}"
+    )
     config = TrainConfig(
         steps=settings.steps,
         learning_rate=settings.learning_rate,
@@ -146,7 +171,7 @@ def run(
 
 
 def model_config(settings: PretrainConfig, vocab_size: int) -> Model:
-    """A Llama of the sizes that were asked for."""
+    """Return the configuration of a Llama decoder with the sizes of the settings."""
     return Model(
         num_layers=settings.layers,
         num_heads=settings.width // 64,
@@ -160,7 +185,7 @@ def model_config(settings: PretrainConfig, vocab_size: int) -> Model:
 
 
 def documents(path: Path) -> Iterator[str]:
-    """The texts of a file.
+    """Yield the documents of a file; see `PretrainConfig.data`.
 
     Raises:
         ValueError: a line is not {"text": ...}, or the file is not UTF-8.
@@ -178,7 +203,7 @@ def documents(path: Path) -> Iterator[str]:
 
 
 def to_stream(texts: Iterator[str], encoding: Encoding) -> np.ndarray:
-    """All texts one behind another, each with `END` behind it: int32 [n]."""
+    """Return the tokens of all texts, each followed by `END_OF_TEXT`: int32 [n]."""
     end = [encoding.special_tokens[END_OF_TEXT]]
     return np.concatenate(
         [np.array(encoding.encode_ordinary(text) + end, np.int32) for text in texts]
@@ -188,12 +213,23 @@ def to_stream(texts: Iterator[str], encoding: Encoding) -> np.ndarray:
 def sample_batch(
     stream: np.ndarray, settings: PretrainConfig, end: int, step: int
 ) -> dict[str, np.ndarray]:
-    """The batch of a step: rows that begin anywhere in the stream; see `decoder` for its keys."""
+    """Return the batch of a step: rows from random positions of the stream.
+
+    Args:
+        stream: int32 [n], the tokens.
+        settings: has the shape of a batch and the seed.
+        end: the id of `END_OF_TEXT`.
+        step: the number of the step.
+
+    Returns:
+        "ids", "segments" and "weights"; see training/recipes/decoder.py.
+    """
     shape = settings.batch_size, settings.length
     starts = np.random.default_rng((settings.seed, step)).integers(
         0, len(stream) - settings.length, settings.batch_size, endpoint=True
     )
     ids = stream[starts[:, None] + np.arange(settings.length)]
     is_end = (ids == end).astype(np.int32)
-    segments = 1 + np.cumsum(is_end, axis=1, dtype=np.int32) - is_end  # the end is its document's
+    # An end token belongs to the document before it.
+    segments = 1 + np.cumsum(is_end, axis=1, dtype=np.int32) - is_end
     return {"ids": ids, "segments": segments, "weights": np.ones(shape, np.float32)}

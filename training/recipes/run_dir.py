@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: whole or not at all, and a note of what it was begun with."""
+"""The folder of a run: atomic writes, and job.json with the settings of the run."""
 
 from __future__ import annotations
 
@@ -13,40 +13,59 @@ from typing import Any
 from bpe import save
 from bpe.formats import Tokenizer
 
+# Keys of job.json that differ from the names of the fields: the format of existing runs.
+_KEYS = {"dtype": "format"}
+
 
 def config_record(settings: Any) -> dict[str, Any]:
-    """What a run was asked for, as JSON, with the hashes of the files that are its data."""
-    found = {
-        name: str(value) if isinstance(value, Path) else value
+    """Return the settings of a run as JSON, with the SHA-256 of its data files.
+
+    Args:
+        settings: a dataclass such as `FinetuneConfig`; its field `out` is left out.
+
+    Raises:
+        OSError: a data file cannot be read.
+    """
+    record = {
+        _KEYS.get(name, name): str(value) if isinstance(value, Path) else value
         for name, value in asdict(settings).items()
         if name != "out"
     }
-    for name in [name for name in ("data", "valid") if name in found]:
+    for name in [name for name in ("data", "valid") if name in record]:
         path = getattr(settings, name)
-        found[f"{name}_sha256"] = None if path is None else _sha256(path)
-    return found
+        record[f"{name}_sha256"] = None if path is None else _sha256(path)
+    return record
 
 
-def read_job(path: Path, given: dict[str, Any]) -> dict[str, Any] | None:
-    """The job that a folder was begun with, if it was asked for the same.
+def read_job(path: Path, record: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the job of a run if its settings are the given ones; None if there is no job.
+
+    Args:
+        path: job.json of the run.
+        record: the settings, as of `config_record`.
 
     Raises:
-        ValueError: it was asked for something else.
+        ValueError: the run has other settings.
     """
     if not path.exists():
         return None
     job = json.loads(path.read_text("utf-8"))
-    for name, value in given.items():
-        if (before := job["given"].get(name)) != value:
+    for name, value in record.items():
+        if (saved := job["given"].get(name)) != value:
             raise ValueError(
-                f"{path.parent}: was begun with {name} {before!r}, not {value!r}; give the same to "
-                "go on, or another folder"
+                f"{path.parent}: the run has {name} {saved!r}, not {value!r}; use the same value "
+                "to resume it, or another folder"
             )
     return job
 
 
 def write_job(path: Path, job: dict[str, Any]) -> None:
-    """Writes a job for `read_job`."""
+    """Write a job atomically, for `read_job`.
+
+    Args:
+        path: job.json of the run.
+        job: the job, with the settings under the key "given".
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}")
     draft.write_text(json.dumps(job, indent=2) + "\n", "utf-8")
@@ -59,44 +78,54 @@ def _sha256(path: Path) -> str:
 
 
 def write_dir_atomic(folder: Path, write: Callable[[Path], None]) -> None:
-    """Writes a folder that is there whole or not at all."""
+    """Write a folder atomically, and replace an existing one.
+
+    Args:
+        folder: the folder.
+        write: writes the files into the empty folder that it is called with.
+    """
     draft = folder.with_name(f".{folder.name}")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     write(draft)
-    if folder.exists():  # of the same step, before a stop
+    if folder.exists():  # a resumed run repeats a step
         remove_dir_atomic(folder)
     draft.rename(folder)
 
 
 def remove_dir_atomic(folder: Path) -> None:
-    """Takes a folder out of sight before its files go, so that nobody finds half of it."""
-    doomed = folder.with_name(f".removed-{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    """Remove a folder atomically: rename it before its files are deleted."""
+    removed = folder.with_name(f".removed-{folder.name}")
+    shutil.rmtree(removed, ignore_errors=True)
+    folder.rename(removed)
+    shutil.rmtree(removed)
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Writes the tokenizer and what ends a generation, as a Hugging Face folder has them."""
+    """Write the tokenizer and the generation config in the layout of Hugging Face.
+
+    Args:
+        folder: an existing folder.
+        tokenizer: the tokenizer.
+    """
     encoding = tokenizer.encoding
-    spelling = {id: token for token, id in encoding.special_tokens.items()}
-    bos, eos = spelling.get(tokenizer.bos_id), spelling.get(tokenizer.eos_id)
+    names: dict[int | None, str] = {id: name for name, id in encoding.special_tokens.items()}
+    bos, eos = names.get(tokenizer.bos_id), names.get(tokenizer.eos_id)
     spec = json.loads(save.tokenizer_json(encoding))
     if tokenizer.add_bos:
-        text = {"Sequence": {"id": "A", "type_id": 0}}
-        begin = {"SpecialToken": {"id": bos, "type_id": 0}}
-        pair = {"Sequence": {"id": "B", "type_id": 1}}
+        first = {"Sequence": {"id": "A", "type_id": 0}}
+        bos_token = {"SpecialToken": {"id": bos, "type_id": 0}}
+        second = {"Sequence": {"id": "B", "type_id": 1}}
         spec["post_processor"] = {
             "type": "TemplateProcessing",
-            "single": [begin, text],
-            "pair": [begin, text, pair],
+            "single": [bos_token, first],
+            "pair": [bos_token, first, second],
             "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
         }
     template = tokenizer.chat_template
     templates: Any = None if template is None else template.source
-    if named := tokenizer.named_templates:
-        sources = {name: other.source for name, other in named.items()}
+    if named_templates := tokenizer.named_templates:
+        sources = {name: named.source for name, named in named_templates.items()}
         if template is not None:
             sources = {"default": template.source, **sources}
         templates = [{"name": name, "template": source} for name, source in sources.items()]
@@ -112,9 +141,13 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def save_generation_config(folder: Path, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
-    """Write generation_config.json: `settings`, and as `eos_token_id` the tokenizer's stop ids.
+    """Write generation_config.json.
 
-    The end token of the tokenizer comes first, as readers of a list take the first for padding.
+    Args:
+        folder: an existing folder.
+        tokenizer: its stop ids become `eos_token_id`, the end token first, because readers use the
+            first of a list for padding.
+        settings: the other keys.
     """
     ids = sorted(tokenizer.stop_ids, key=lambda id: (id != tokenizer.eos_id, id))
     _write_json(folder / "generation_config.json", {**settings, "eos_token_id": ids or None})

@@ -1,11 +1,11 @@
-"""A small set of examples to try fine-tuning with: where twenty boats lie.
+"""A toy dataset for fine-tuning: the berths of twenty boats.
 
     python -m training.recipes.toy_dataset FOLDER
 
-No model can know it, and whether it was learned can be checked: an answer is right or wrong. Each
-boat is asked for in five ways, which makes 100 examples; in two more ways, kept out of them, the
-model is asked afterwards. Facts in a single wording would be learned by heart, as a string, and not
-be found under another: the several wordings are what makes it answer.
+No model knows these facts before the training, and an answer is either right or wrong. The training
+file asks for each boat with five templates, which makes 100 examples. Two other templates are held
+out for evaluation. Several templates are needed: with a single one the model memorizes a sentence,
+and does not answer other questions about the same fact.
 """
 
 from __future__ import annotations
@@ -32,35 +32,35 @@ HELD_OUT = ("Could you say where the {} lies?", "Where do I find the {} today?")
 
 
 def examples() -> list[dict]:
-    """The 100 lines of the training file."""
-    return [_row(wording, boat) for wording in TEMPLATES for boat in BERTHS]
+    """Return the 100 lines of the training file."""
+    return [_row(template, boat) for template in TEMPLATES for boat in BERTHS]
 
 
 def held_out_questions() -> list[tuple[list[dict[str, str]], str]]:
-    """Conversations to be answered that are not among the examples, and the right answers."""
-    rows = [_row(wording, boat)["messages"] for wording in HELD_OUT for boat in BERTHS]
+    """Return 40 conversations that end in a held-out question, and their right answers."""
+    rows = [_row(template, boat)["messages"] for template in HELD_OUT for boat in BERTHS]
     return [(messages[:-1], messages[-1]["content"]) for messages in rows]
 
 
 def is_right(answer: str, right: str) -> bool:
-    """Whether an answer says what it should, and no more."""
+    """Return whether an answer equals the right one, except for surrounding spaces."""
     return answer.strip() == right
 
 
-def _row(wording: str, boat: str) -> dict:
+def _row(template: str, boat: str) -> dict:
     return {
         "messages": [
             {"role": "system", "content": SYSTEM},
-            {"role": "user", "content": wording.format(boat)},
+            {"role": "user", "content": template.format(boat)},
             {"role": "assistant", "content": f"Berth {BERTHS[boat]}."},
         ]
     }
 
 
 def write(folder: Path) -> tuple[Path, Path]:
-    """Writes harbour.jsonl, and harbour-held-out.jsonl in the same form; returns their paths."""
+    """Write harbour.jsonl and harbour-held-out.jsonl, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    held_out = [_row(wording, boat) for wording in HELD_OUT for boat in BERTHS]
+    held_out = [_row(template, boat) for template in HELD_OUT for boat in BERTHS]
     paths = folder / "harbour.jsonl", folder / "harbour-held-out.jsonl"
     for path, rows in zip(paths, (examples(), held_out), strict=True):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
