@@ -33,8 +33,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--language", help="a code or name; detected if not given")
     parser.add_argument("--format", choices=FORMATS, default="text")
-    parser.add_argument("--words", action="store_true", help="find the time of every word")
-    parser.add_argument("--batch", type=int, default=1, help="windows decoded at once (default 1)")
+    parser.add_argument(
+        "--word-timestamps", dest="words", action="store_true", help="find the time of every word"
+    )
+    parser.add_argument("--words", action="store_true", help=argparse.SUPPRESS)  # old name
+    parser.add_argument(
+        "--batch-size",
+        dest="batch",
+        metavar="N",
+        type=int,
+        default=1,
+        help="windows decoded at once (default 1)",
+    )
+    parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)  # old name
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="of weights"
     )

@@ -130,11 +130,13 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict]:
         help=f"the split pattern: {', '.join(PATTERNS)}, or one of your own; default gpt2",
     )
     train.add_argument(
-        "--special",
+        "--special-token",
+        dest="special",
         action="append",
         metavar="TOKEN",
         help="a special token (repeatable); default <|endoftext|>",
     )
+    train.add_argument("--special", action="append", help=argparse.SUPPRESS)  # old name
     train.add_argument(
         "--min-frequency", type=int, default=2, help="times a pair must occur; default 2"
     )

@@ -32,11 +32,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-n", type=int, default=1, metavar="N", help="images of each prompt")
     parser.add_argument("--steps", type=int, default=SamplerOptions.steps)
-    parser.add_argument("--rule", choices=sample.SAMPLERS, default=SamplerOptions.sampler)
+    parser.add_argument(
+        "--sampler", dest="rule", choices=sample.SAMPLERS, default=SamplerOptions.sampler
+    )
+    parser.add_argument("--rule", choices=sample.SAMPLERS, help=argparse.SUPPRESS)  # old name
     parser.add_argument("--guidance", type=float, default=SamplerOptions.guidance)
     parser.add_argument(
-        "--strip", action="store_true", help="how the picture comes: noisy above, predicted below"
+        "--trajectory",
+        dest="strip",
+        action="store_true",
+        help="how the picture comes: noisy above, predicted below",
     )
+    parser.add_argument("--strip", action="store_true", help=argparse.SUPPRESS)  # old name
     parser.add_argument("--out", required=True, type=Path, metavar="PNG")
     parser.add_argument("prompts", nargs="+", metavar="PROMPT")
     args = parser.parse_args(argv)

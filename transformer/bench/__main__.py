@@ -20,12 +20,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="beginnings of cases' names")
     parser.add_argument("--model", type=Path, help="take the sizes of this GGUF file or folder")
     parser.add_argument("--context", type=int, default=512, help="tokens in the cache; default 512")
-    parser.add_argument("--forms", action="store_true", help="every form of each operation")
     parser.add_argument(
-        "--try", action="append", default=[], metavar="OPERATION=FORM", dest="tried",
-        help="measure with this form too, in turns; repeatable",
+        "--all-impls", dest="forms", action="store_true", help="every implementation of operations"
+    )
+    parser.add_argument("--forms", action="store_true", help=argparse.SUPPRESS)  # old name
+    parser.add_argument(
+        "--impl", action="append", default=[], metavar="OPERATION=IMPL", dest="tried",
+        help="also measure this implementation of an operation; repeatable",
     )  # fmt: skip
-    parser.add_argument("--where", action="store_true", help="where a decoded token's time goes")
+    parser.add_argument("--try", action="append", dest="tried", help=argparse.SUPPRESS)  # old name
+    parser.add_argument(
+        "--profile", dest="where", action="store_true", help="profile one decoding step"
+    )
+    parser.add_argument("--where", action="store_true", help=argparse.SUPPRESS)  # old name
     parser.add_argument("--list", action="store_true", help="name the cases and leave")
     parser.add_argument("--seconds", type=float, default=1.0, help="of samples a case; default 1")
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
