@@ -1,4 +1,4 @@
-"""Pellucid as users run it: in processes, with settings that tests choose."""
+"""Helpers that run Pellucid in its own process, with a controlled environment."""
 
 import json
 import os
@@ -13,27 +13,27 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 300  # seconds for an answer: machines that run tests are busy
+TIMEOUT = 300  # seconds for an answer, enough for a busy machine
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Ours, without what the user has set for Pellucid, pip or the terminal."""
-    ours = {
+    """Return the environment without the user's settings of Pellucid, pip and the terminal."""
+    inherited = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("PELLUCID_", "PIP_", "FORCE_COLOR"))
     }
-    shown = {"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"}
-    return {**ours, "PYTHONPATH": str(ROOT), **shown, **variables}
+    terminal = {"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"}
+    return {**inherited, "PYTHONPATH": str(ROOT), **terminal, **variables}
 
 
 @dataclass
 class Server:
-    """A server in a process of its own.
+    """A server in its own process.
 
     Attributes:
-        first: the line that it has printed.
-        errors: lines of stderr so far; all of them, once it has ended.
+        ready_line: the JSON line that the server prints when it is ready.
+        stderr_lines: the lines of stderr so far; all of them after the server has ended.
     """
 
     ready_line: dict[str, Any]
@@ -46,10 +46,11 @@ class Server:
 
 @contextmanager
 def serving(*arguments: str, **variables: str) -> Iterator[Server]:
-    """`pellucid serve` on a free port, stopped in order at the end.
+    """Run `pellucid serve` on a free port; stop it in order at the end.
 
     Args:
-        variables: of the environment.
+        arguments: more arguments of the command.
+        variables: environment variables.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", "serve", "serve", "--port", "0", "--json", *arguments],
@@ -77,10 +78,11 @@ def serving(*arguments: str, **variables: str) -> Iterator[Server]:
 
 
 def run(*arguments: str, **variables: str) -> str:
-    """What `pellucid` prints, which succeeds.
+    """Run a `pellucid` command that must succeed, and return its stdout.
 
     Args:
-        variables: of the environment.
+        arguments: the arguments of the command.
+        variables: environment variables.
     """
     done = subprocess.run(
         [sys.executable, "-m", "serve", *arguments],
@@ -95,8 +97,8 @@ def run(*arguments: str, **variables: str) -> str:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait for a condition."""
+    """Wait until a condition holds; fail after twice the timeout."""
     end = time.monotonic() + 2 * TIMEOUT
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "the condition does not hold"
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""`pellucid bench` as people run it; what it measures is tested in `tests/transformer`."""
+"""The command `pellucid bench`; `tests/transformer` tests its measurements."""
 
 import json
 import re
@@ -25,35 +25,35 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_cases_have_the_sizes_of_the_model_that_is_named(tmp_path):
+def test_cases_have_the_sizes_of_the_model(tmp_path):
     folder = tiny.model(tmp_path / "tiny")
-    said = run("-m", f"tiny={folder}", "--context", "300", "--list")
-    assert said.returncode == 0, said.stderr
+    done = run("-m", f"tiny={folder}", "--context", "300", "--list")
+    assert done.returncode == 0, done.stderr
     expected = [case.name for case in decoder_cases.bench_cases(decoder_cases.Sizes(tiny.CFG, 300))]
-    listening = [case.name for case in bench.cases()]
-    assert said.stdout.splitlines() == expected + listening
+    audio_cases = [case.name for case in bench.cases()]
+    assert done.stdout.splitlines() == expected + audio_cases
     assert "attend_cached 1x1 behind 300 float32" in expected
 
 
-def test_mistakes_are_named():
+def test_wrong_usage_exits_with_code_and_facts():
     for arguments, status, facts in (
         (["add"], 2, ["'add'", "decode"]),
-        (["--try", "norm=fused"], 2, ["norm", "reference", "sum_by_matmul", "'fused'"]),
+        (["--impl", "norm=fused"], 2, ["norm", "reference", "sum_by_matmul", "'fused'"]),
         (["--compare", "/nowhere.jsonl"], 1, ["/nowhere.jsonl"]),
     ):
-        said = run(*arguments)
-        assert (said.returncode, said.stdout) == (status, "")
-        assert names(said.stderr, *facts) and "Traceback" not in said.stderr
+        done = run(*arguments)
+        assert (done.returncode, done.stdout) == (status, "")
+        assert names(done.stderr, *facts) and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
-def test_a_run_is_printed_saved_compared_and_drawn(tmp_path):
+def test_results_are_printed_saved_compared_and_plotted(tmp_path):
     saved, picture = tmp_path / "a.jsonl", tmp_path / "roof.png"
     case = ("norm rms 1x", "--seconds", "0")
-    said = run(*case, "--json", "--save", str(saved), "--roofline", str(picture))
-    assert said.returncode == 0, said.stderr
-    assert said.stdout == saved.read_text()
-    machine, result = map(json.loads, said.stdout.splitlines())
+    done = run(*case, "--json", "--save", str(saved), "--roofline", str(picture))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == saved.read_text()
+    machine, result = map(json.loads, done.stdout.splitlines())
     assert machine["machine"]["roofs"]["gbs"] > 0
     assert result["case"] == "norm rms 1x576" and result["n"] >= 5
     assert imread(picture).std() > 0.05

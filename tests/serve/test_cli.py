@@ -1,4 +1,4 @@
-"""The `pellucid` command as people and scripts run it: in a process of its own."""
+"""The `pellucid` command, run in its own process."""
 
 import json
 import os
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.heavy
 
 COMMAND = [sys.executable, "-m", "serve"]
 SMALL = "smollm2-135m-instruct"
-# The terminal settings of whoever runs the tests must not show in them.
+# The terminal settings of the user must not change the results.
 ENVIRONMENT = {
     name: value
     for name, value in os.environ.items()
@@ -51,42 +51,42 @@ def run(
 
 
 def in_terminal(*arguments: str, **environment: str) -> str:
-    """What a terminal would get on stdout."""
-    ours, theirs = pty.openpty()
+    """Return the stdout of a command in a terminal."""
+    parent, child = pty.openpty()
     process = subprocess.Popen(
         [*COMMAND, *arguments],
         stdin=subprocess.DEVNULL,
-        stdout=theirs,
+        stdout=child,
         stderr=subprocess.DEVNULL,
         env={**ENVIRONMENT, "TERM": "xterm-256color", **environment},
     )
-    os.close(theirs)
+    os.close(child)
     output = b""
     try:
-        while chunk := os.read(ours, 4096):
+        while chunk := os.read(parent, 4096):
             output += chunk
-    except OSError:  # how Linux says that the other side is closed
+    except OSError:  # Linux raises it when the other side is closed
         pass
     assert process.wait() == 0
-    os.close(ours)
+    os.close(parent)
     return output.decode()
 
 
 @pytest.fixture
 def empty(tmp_path: Path) -> dict[str, str]:
-    """The environment of a new user."""
+    """Return the environment of a new user."""
     return {"PELLUCID_HOME": str(tmp_path / "home")}
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a user whose one model takes no time."""
+    """Return the environment of a user with one tiny model."""
     home = tmp_path_factory.mktemp("tiny")
     tiny_gguf.write_catalogue(home)
     return {"PELLUCID_HOME": str(home)}
 
 
-def test_help_loads_nothing_heavy() -> None:
+def test_help_imports_no_heavy_module() -> None:
     heavy = "('jax', 'numpy', 'fastapi')"
     code = f"import sys, serve.cli.main; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -115,26 +115,28 @@ def test_help_loads_nothing_heavy() -> None:
         (["serve", "--host", "host.invalid", "--api-key", "k"], 2, ["'host.invalid'"]),
     ],
 )
-def test_mistakes(arguments: list[str], code: int, facts: list, empty: dict[str, str]) -> None:
+def test_wrong_usage_exits_with_code_and_facts(
+    arguments: list[str], code: int, facts: list, empty: dict[str, str]
+) -> None:
     done = run(*arguments, **empty)
     assert (done.returncode, done.stdout) == (code, "")
     assert names(done.stderr, *facts) and "Traceback" not in done.stderr
     assert "\x1b" not in done.stderr
 
 
-def test_arguments_must_be_text(empty: dict[str, str]) -> None:
+def test_argument_that_is_not_utf8_is_rejected(empty: dict[str, str]) -> None:
     done = run("tokenize", os.fsdecode(b"ab\xff"), **empty)
     assert done.returncode == 2 and names(done.stderr, "UTF-8", "character 2")
 
 
-def test_a_model_can_be_served_once(tmp_path: Path) -> None:
+def test_model_named_twice_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     model = f"a={tmp_path}/a.gguf"
     done = run("serve", "--port", "0", "-m", model, "-m", model)
     assert done.returncode == 2 and names(done.stderr, "a, a")
 
 
-def test_an_unreachable_index_is_exit_code_4(empty: dict[str, str], refused_url: str) -> None:
+def test_unreachable_index_exits_with_4(empty: dict[str, str], refused_url: str) -> None:
     nowhere = {
         "PIP_CONFIG_FILE": os.devnull,
         "PIP_INDEX_URL": refused_url,
@@ -144,11 +146,11 @@ def test_an_unreachable_index_is_exit_code_4(empty: dict[str, str], refused_url:
     }
     done = run("pull", **empty, **nowhere)
     assert (done.returncode, done.stdout) == (4, "")
-    assert re.search(r"\w==\d", done.stderr), "the package"
+    assert re.search(r"\w==\d", done.stderr), "the message names the package"
     assert not [*Path(empty["PELLUCID_HOME"]).rglob("*.gguf")]
 
 
-def test_a_tampered_model_is_exit_code_4(empty: dict[str, str]) -> None:
+def test_changed_model_file_exits_with_4(empty: dict[str, str]) -> None:
     folder = Path(empty["PELLUCID_HOME"]) / "models" / SMALL
     folder.mkdir(parents=True)
     (folder / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF, but not that one")
@@ -159,7 +161,7 @@ def test_a_tampered_model_is_exit_code_4(empty: dict[str, str]) -> None:
     assert {model["id"]: model["state"] for model in listed}[SMALL] == "changed"
 
 
-def test_a_catalogue_with_a_mistake_is_said(empty: dict[str, str]) -> None:
+def test_invalid_catalogue_is_named(empty: dict[str, str]) -> None:
     home = Path(empty["PELLUCID_HOME"])
     home.mkdir()
     (home / "models.toml").write_text("colour = 1")
@@ -167,13 +169,13 @@ def test_a_catalogue_with_a_mistake_is_said(empty: dict[str, str]) -> None:
     assert done.returncode == 1 and names(done.stderr, "models.toml", "colour")
 
 
-def test_a_folder_that_cannot_be_made_is_said() -> None:
+def test_folder_that_cannot_be_created_is_named() -> None:
     done = run("pull", PELLUCID_HOME=f"{__file__}/home")
     assert done.returncode == 1 and __file__ in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_models(empty: dict[str, str]) -> None:
+def test_models_lists_the_catalogue(empty: dict[str, str]) -> None:
     done = run("models", "--json", **empty)
     listed = json.loads(done.stdout)
     assert done.stdout.count("\n") == 1 and done.stderr == ""
@@ -190,7 +192,7 @@ def test_models(empty: dict[str, str]) -> None:
     assert "98 MB" in table and "8,192" in table and "Apache-2.0" in table
 
 
-def test_measurements_are_shown(empty: dict[str, str]) -> None:
+def test_models_shows_measured_speed_and_memory(empty: dict[str, str]) -> None:
     home = Path(empty["PELLUCID_HOME"])
     home.mkdir()
     measured = {SMALL: {"tokens_per_second": 123.4, "memory": 650_000_000}}
@@ -199,7 +201,7 @@ def test_measurements_are_shown(empty: dict[str, str]) -> None:
     assert " 123 " in table and " 650 MB " in table
 
 
-def test_tokenize(model_file: Pulled) -> None:
+def test_tokenize_prints_tokens_and_ids(model_file: Pulled) -> None:
     model_file(SMALL)
     done = run("tokenize", "hamburger")
     assert done.stdout == "h|amb|urger\n88 2980 44614\n"
@@ -208,42 +210,42 @@ def test_tokenize(model_file: Pulled) -> None:
     assert [token["text"] for token in listed["tokens"]] == ["h", "amb", "urger"]
 
 
-def test_tokenize_takes_stdin_byte_for_byte(tiny: dict[str, str]) -> None:
+def test_tokenize_reads_stdin_byte_for_byte(tiny: dict[str, str]) -> None:
     listed = json.loads(run("tokenize", "--json", input=b" a\n\xf0\x9f\xa6\x9c\n\n", **tiny).stdout)
     assert (
         b"".join(bytes(token["bytes"]) for token in listed["tokens"]) == b" a\n\xf0\x9f\xa6\x9c\n\n"
     )
-    assert any(token["text"] is None for token in listed["tokens"])  # half a parrot
+    assert any(token["text"] is None for token in listed["tokens"])  # part of a character
     listed = json.loads(run("tokenize", "a", "--json", input=b"b\n", **tiny).stdout)
     assert b"".join(bytes(token["bytes"]) for token in listed["tokens"]) == b"ab\n"
     done = run("tokenize", input=b"ok\xff", **tiny)
     assert done.returncode == 2 and names(done.stderr, "0xff", 2)
 
 
-def test_special_tokens_are_text_unless_asked_for(tiny: dict[str, str]) -> None:
+def test_special_tokens_are_parsed_on_request_only(tiny: dict[str, str]) -> None:
     def tokens(*options: str) -> list:
-        said = run("tokenize", "<|im_end|>", "--json", *options, **tiny).stdout
-        return json.loads(said)["tokens"]
+        output = run("tokenize", "<|im_end|>", "--json", *options, **tiny).stdout
+        return json.loads(output)["tokens"]
 
-    assert len(tokens()) > 1 and len(tokens("--special")) == 1
+    assert len(tokens()) > 1 and len(tokens("--parse-special")) == 1
 
 
-def test_colours_are_for_terminals(empty: dict[str, str]) -> None:
+def test_colours_are_written_to_terminals_only(empty: dict[str, str]) -> None:
     assert "\x1b[1mID" in in_terminal("models", **empty)
     assert "\x1b" not in in_terminal("models", **empty, NO_COLOR="1")
     assert "\x1b" not in in_terminal("models", **empty, TERM="dumb")
     assert "\x1b" not in run("models", **empty).stdout
 
 
-def test_text_cannot_steer_the_terminal(tiny: dict[str, str]) -> None:
-    shown = in_terminal("tokenize", "ham\x1b[2Jburger", **tiny)
-    assert "\x1b[30;48;5;" in shown
-    assert "\x1b[2J" not in shown and r"\x1b" in shown
+def test_control_characters_are_escaped_on_a_terminal(tiny: dict[str, str]) -> None:
+    output = in_terminal("tokenize", "ham\x1b[2Jburger", **tiny)
+    assert "\x1b[30;48;5;" in output
+    assert "\x1b[2J" not in output and r"\x1b" in output
 
 
-def test_a_closed_pipe_is_quiet(tiny: dict[str, str], tmp_path: Path) -> None:
+def test_closed_pipe_exits_without_a_message(tiny: dict[str, str], tmp_path: Path) -> None:
     text = tmp_path / "text"
-    text.write_text("many words " * 20_000)  # more than a pipe holds
+    text.write_text("many words " * 20_000)  # more than the buffer of a pipe
     with text.open() as stdin:
         process = subprocess.Popen(
             [*COMMAND, "tokenize"],
@@ -261,15 +263,15 @@ def test_a_closed_pipe_is_quiet(tiny: dict[str, str], tmp_path: Path) -> None:
     assert "Traceback" not in errors and "BrokenPipe" not in errors
 
 
-def test_chat_answers(model_file: Pulled) -> None:
+def test_chat_prints_an_answer_and_statistics(model_file: Pulled) -> None:
     model_file(SMALL)
     done = run("chat", "What is the capital of France?", "--temperature", "0", "--stats")
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout and done.stdout.endswith("\n") and "\x1b" not in done.stdout
-    assert re.search(r"\[.*\d.*\bstop\]", done.stderr), "the figures"
+    assert re.search(r"\[.*\d.*\bstop\]", done.stderr), "the statistics"
 
 
-def test_chat_as_json_reads_stdin_after_the_argument(model_file: Pulled) -> None:
+def test_chat_with_json_appends_stdin_to_the_question(model_file: Pulled) -> None:
     model_file(SMALL)
     options = ["--temperature", "0", "--max-tokens", "40", "--json"]
     done = run("chat", "What is the capital of this country?", *options, input=b"France\n")
@@ -280,22 +282,22 @@ def test_chat_as_json_reads_stdin_after_the_argument(model_file: Pulled) -> None
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
-def test_complete_repeats_with_its_seed_and_is_measured(tiny: dict[str, str]) -> None:
-    options = ["--max-tokens", "100", "--temperature", "1", "--seed", "1"]  # ends late enough
+def test_complete_with_a_seed_repeats_and_is_measured(tiny: dict[str, str]) -> None:
+    options = ["--max-tokens", "100", "--temperature", "1", "--seed", "1"]  # long enough to time
     first, second = (run("complete", "Once upon a time", *options, **tiny) for _ in range(2))
     assert first.stdout == second.stdout and len(first.stdout) > 20
     listed = json.loads(run("models", "--json", **tiny).stdout)["models"]
-    (known,) = (model for model in listed if model["id"] == "tiny")
-    assert known["tokens_per_second"] > 0 and known["memory"] > 0
+    (row,) = (model for model in listed if model["id"] == "tiny")
+    assert row["tokens_per_second"] > 0 and row["memory"] > 0
 
 
-def test_too_long_a_prompt_is_exit_code_5(tiny: dict[str, str]) -> None:
+def test_prompt_too_long_exits_with_5(tiny: dict[str, str]) -> None:
     done = run("complete", input=b"word " * 900, **tiny)
     assert (done.returncode, done.stdout) == (5, "")
     assert names(done.stderr, "tiny", tiny_gguf.CONTEXT)
 
 
-def test_ctrl_c_keeps_what_came(model_file: Pulled) -> None:
+def test_ctrl_c_keeps_the_text_so_far(model_file: Pulled) -> None:
     model_file(SMALL)
     process = subprocess.Popen(
         [*COMMAND, "complete", "1 2 3 4 5 6", "--temperature", "0", "--max-tokens", "4000"],
@@ -305,16 +307,16 @@ def test_ctrl_c_keeps_what_came(model_file: Pulled) -> None:
         env=ENVIRONMENT,
     )
     assert process.stdout
-    begun = process.stdout.read(5)
+    start = process.stdout.read(5)
     process.send_signal(signal.SIGINT)
     rest = process.stdout.read()
     assert process.wait() == 130
-    assert (begun + rest).endswith(b"\n")
+    assert (start + rest).endswith(b"\n")
 
 
-def test_a_busy_port_is_known_before_a_model_is_loaded() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+def test_busy_port_is_reported_before_a_model_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
         done = run("serve", "--port", str(port), "-m", "smollm")
     assert done.returncode == 1
     assert f"--port {port + 1}" in done.stderr and "smollm" not in done.stderr
@@ -324,7 +326,7 @@ def test_a_busy_port_is_known_before_a_model_is_loaded() -> None:
 def serving(
     *arguments: str, **environment: str
 ) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
-    """A server in a process of its own, its address, and the lines of its stderr."""
+    """Run a server in its own process; yield the process, its URL, and the lines of its stderr."""
     process = subprocess.Popen(
         [*COMMAND, "serve", "--port", "0", "--json", *arguments],
         stdin=subprocess.DEVNULL,
@@ -378,7 +380,7 @@ def takes_requests(address: str) -> bool:
         return False
 
 
-def test_a_second_ctrl_c_does_not_wait(model_file: Pulled) -> None:
+def test_second_ctrl_c_stops_the_server_at_once(model_file: Pulled) -> None:
     model_file(SMALL)
     with (
         serving() as (process, address, lines),
@@ -396,7 +398,7 @@ def test_a_second_ctrl_c_does_not_wait(model_file: Pulled) -> None:
     assert "Traceback" not in "".join(lines)
 
 
-def test_the_printed_snippet_works_as_it_is_pasted(tiny: dict[str, str]) -> None:
+def test_snippet_of_the_banner_runs(tiny: dict[str, str]) -> None:
     with serving("--api-key", "secret", **tiny) as (_, _, lines):
         while not any(line.startswith("print(") for line in lines):
             time.sleep(0.05)
@@ -407,7 +409,7 @@ def test_the_printed_snippet_works_as_it_is_pasted(tiny: dict[str, str]) -> None
     assert "secret" not in text and "Bearer YOUR_KEY" in text
 
 
-def test_sigterm_is_an_orderly_end_too(tiny: dict[str, str]) -> None:
+def test_sigterm_stops_the_server_in_order(tiny: dict[str, str]) -> None:
     with serving(**tiny) as (process, _, _):
         process.terminate()
         assert process.wait(timeout=30) == 0

@@ -1,4 +1,4 @@
-"""`pellucid finetune`, as its own process: here, and by a server."""
+"""The command `pellucid finetune` in its own process: on this machine, and with a server."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def file(tmp_path):
 
 
 class Command:
-    """Runs `pellucid finetune` with a data folder of its own."""
+    """Run `pellucid finetune` with its own data folder."""
 
     def __init__(self, home, folder):
         self.model = ["--model", f"tiny={folder}"]
@@ -72,7 +72,7 @@ def finetune(tmp_path, folder):
     return Command(tmp_path / "home", folder)
 
 
-def test_check_names_lines_and_mends(finetune, file, tmp_path):
+def test_check_names_lines_and_fixes_the_file(finetune, file, tmp_path):
     out, _ = finetune("check", file, *finetune.model)
     assert names(out.splitlines()[0], 12, "chat")
     lines = tiny.examples().splitlines()
@@ -82,22 +82,22 @@ def test_check_names_lines_and_mends(finetune, file, tmp_path):
     out, errors = finetune("check", file, *finetune.model, code=6)
     (line,) = (line for line in out.splitlines() if line.startswith(f"{file}:"))
     assert names(line, f"{file}:6", "messages[1].role", "Example 6", "message 2", "'assistent'")
-    assert names(errors, "--mend", "byte order mark")
-    mended = tmp_path / "mended.jsonl"
-    out, _ = finetune("check", file, *finetune.model, "--mend", mended, code=6)
-    assert "'assistent'" in out, "what would be a guess is left alone"
-    assert len(mended.read_bytes().splitlines()) == 13, "so is what may be meant"
+    assert names(errors, "--fix", "byte order mark")
+    fixed = tmp_path / "fixed.jsonl"
+    out, _ = finetune("check", file, *finetune.model, "--fix", fixed, code=6)
+    assert "'assistent'" in out, "an ambiguous problem is not fixed"
+    assert len(fixed.read_bytes().splitlines()) == 13, "duplicates stay"
     out, _ = finetune("check", file, *finetune.model, "--json", code=6)
-    *problems, whole = map(json.loads, out.splitlines())
+    *problems, summary = map(json.loads, out.splitlines())
     assert [problem["code"] for problem in problems] == ["invalid_role"]
-    warnings = [(warning["line"], warning["code"]) for warning in whole["warnings"]]
+    warnings = [(warning["line"], warning["code"]) for warning in summary["warnings"]]
     assert warnings == [(2, "duplicate")]
     finetune("check", tmp_path / "none.jsonl", *finetune.model, code=3)
 
 
-def test_check_says_when_there_is_nothing_to_do_or_nobody_to_learn(finetune, file, tmp_path):
-    _, errors = finetune("check", file, *finetune.model, "--mend", tmp_path / "mended.jsonl")
-    assert errors and not (tmp_path / "mended.jsonl").exists()
+def test_check_without_problems_writes_nothing_and_needs_a_decoder(finetune, file, tmp_path):
+    _, errors = finetune("check", file, *finetune.model, "--fix", tmp_path / "fixed.jsonl")
+    assert errors and not (tmp_path / "fixed.jsonl").exists()
     encoder = tmp_path / "encoder"
     encoder.mkdir()
     (encoder / "config.json").write_text('{"model_type": "bert"}')
@@ -107,25 +107,26 @@ def test_check_says_when_there_is_nothing_to_do_or_nobody_to_learn(finetune, fil
         assert names(errors, "other")
 
 
-def test_steps_are_thinned_by_their_numbers_whatever_their_words(capsys):
-    """Progress was parsed out of the sentence, "Step 12/100"."""
-    loss = _EventPrinter()
+def test_events_of_steps_are_thinned_by_their_data(capsys):
+    """The progress was parsed from the message, "Step 12/100"."""
+    printer = _EventPrinter()
     for step in range(1, 41):
-        loss.show({"message": f"{step}!", "data": {"step": step, "total_steps": 40}})
-    loss.show({"message": "looked", "data": {"step": 40, "total_steps": 40, "valid_loss": 1.0}})
-    shown = ["1!", *(f"{step}!" for step in range(4, 41, 4)), "looked"]
-    assert capsys.readouterr().err.split() == shown
+        printer.show({"message": f"{step}!", "data": {"step": step, "total_steps": 40}})
+    data = {"step": 40, "total_steps": 40, "valid_loss": 1.0}
+    printer.show({"message": "validated", "data": data})
+    expected = ["1!", *(f"{step}!" for step in range(4, 41, 4)), "validated"]
+    assert capsys.readouterr().err.split() == expected
 
 
 @pytest.mark.slow
-def test_here_from_file_to_model(finetune, file):
-    file.write_bytes(tiny.examples() + tiny.examples(2))  # two are to count twice
+def test_local_job_goes_from_file_to_model(finetune, file):
+    file.write_bytes(tiny.examples() + tiny.examples(2))  # with two duplicates
     options = ["--n_epochs", 20, "--batch_size", 4, "--suffix", "mine", "--seed", 1]
     options += ["--learning-rate-multiplier", 20]
     out, errors = finetune("create", file, *finetune.model, *options, "--follow")
     name = out.strip()
     assert name.startswith("ft:tiny:pellucid:mine:") and adapters.exists(finetune.home, name)
-    # The next two are OpenAI's own words.
+    # These two messages are those of OpenAI's API.
     assert "Step 1/80: training loss=" in errors and "Fine-tuning job started" in errors
     assert re.search("(?i)compil", errors) and names(errors, f"pellucid chat -m {name}")
     id = errors.split(",")[0]
@@ -133,8 +134,8 @@ def test_here_from_file_to_model(finetune, file):
     assert [(job["id"], job["status"], job["fine_tuned_model"]) for job in listed] == [
         (id, "succeeded", name)
     ]
-    said = finetune.pellucid("chat", "1?", "-m", name, "--temperature", 0, "--max-tokens", 4)
-    assert said[0] == f"{tiny.ANSWER}\n", "it has learned, and is asked without a server"
+    chat = finetune.pellucid("chat", "1?", "-m", name, "--temperature", 0, "--max-tokens", 4)
+    assert chat[0] == f"{tiny.ANSWER}\n", "the fine-tuned model answers without a server"
     assert names(finetune("create", file, "-m", name, code=2)[1], name)
     serve = ("serve", "--port", 0, "-m", name)
     assert names(finetune.pellucid(*serve, code=2)[1], name)
@@ -154,7 +155,7 @@ def test_here_from_file_to_model(finetune, file):
     assert names(finetune("delete", "x", code=3)[1], "x")
 
 
-def test_here_what_goes_wrong(finetune, file, tmp_path, refused_url):
+def test_local_errors_exit_with_code_and_facts(finetune, file, tmp_path, refused_url):
     file.write_bytes(tiny.examples(12) + b"{}\n")
     errors = finetune("create", file, *finetune.model, code=6)[1]
     assert errors.count("Example 13") == 1 and f"{file}:13: " in errors
@@ -172,7 +173,7 @@ def test_here_what_goes_wrong(finetune, file, tmp_path, refused_url):
 
 
 class Upload(BaseHTTPRequestHandler):
-    """Takes a file and says how many bytes came."""
+    """Receive a file and return its size as its id."""
 
     def do_POST(self):
         left = size = int(self.headers["Content-Length"])
@@ -190,22 +191,22 @@ class Upload(BaseHTTPRequestHandler):
         pass
 
 
-def test_upload_is_sent_as_it_is_read(tmp_path):
-    """The official client reads a file whole when it is given a path."""
+def test_upload_is_sent_in_chunks(tmp_path):
+    """Given a path, the official client would read the whole file into memory."""
     large = tmp_path / "large.jsonl"
     large.write_bytes(bytes(64 * 2**20))
     with HTTPServer(("127.0.0.1", 0), Upload) as server:
         threading.Thread(target=server.handle_request).start()
-        with open_remote_backend(f"127.0.0.1:{server.server_port}", "key") as desk:
+        with open_remote_backend(f"127.0.0.1:{server.server_port}", "key") as backend:
             tracemalloc.start()
-            sent = int(desk._upload(large))
+            sent = int(backend._upload(large))
             _, peak = tracemalloc.get_traced_memory()
             tracemalloc.stop()
     assert sent > large.stat().st_size and peak < 8 * 2**20
 
 
-@pytest.mark.slow  # a job that is long enough to be stopped
-def test_here_stopped_gone_on_with_and_cancelled(finetune, file):
+@pytest.mark.slow  # the job must be long enough to stop it
+def test_local_job_is_stopped_resumed_and_cancelled(finetune, file):
     file.write_bytes(tiny.examples(60))
     options = [*finetune.model, "--epochs", 50, "--batch-size", 1, "--follow"]
     process = finetune.start("finetune", "create", file, *options)
@@ -236,7 +237,7 @@ def _step(line):
 
 
 @pytest.mark.slow
-def test_by_a_server(finetune, file, folder, tmp_path):
+def test_remote_job_goes_from_file_to_model(finetune, file, folder, tmp_path):
     with tiny.serving(tmp_path / "server", folder, api_keys=("secret",)) as address:
         finetune.environment |= {"PELLUCID_HOST": address, "PELLUCID_API_KEY": "secret"}
         out, errors = finetune("create", file, "--epochs", 1, "--batch-size", 4)
@@ -244,7 +245,7 @@ def test_by_a_server(finetune, file, folder, tmp_path):
         assert names(errors, id, address, f"finetune follow {id}")
         out, errors = finetune("follow", id)
         assert out.startswith("ft:tiny:pellucid::")
-        assert "The job has successfully completed" in errors  # OpenAI's own words
+        assert "The job has successfully completed" in errors  # a message of OpenAI's API
         name = out.strip()
         assert id in finetune("list")[0]
         assert finetune("delete", name)[0].split() == [f"{name}:ckpt-step-3", name]
@@ -254,9 +255,9 @@ def test_by_a_server(finetune, file, folder, tmp_path):
         file.write_bytes(tiny.examples(12) + b"{}\n")
         errors = finetune("create", file, "--follow", code=6)[1]
         assert errors.count("Example 13") == 1
-        # The server's errors are shown in its own words, which are OpenAI's.
+        # The command prints the messages of the server, which are those of OpenAI's API.
         assert "Job has already completed" in finetune("cancel", id, code=1)[1]
         assert "No such fine-tune job: ftjob-x" in finetune("follow", "ftjob-x", code=3)[1]
         finetune.environment["PELLUCID_API_KEY"] = "wrong"
         assert "Incorrect API key provided" in finetune("list", code=1)[1]
-    assert not (finetune.home / "jobs").exists(), "nothing was done here"
+    assert not (finetune.home / "jobs").exists(), "all jobs are of the server"

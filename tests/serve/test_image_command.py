@@ -1,4 +1,4 @@
-"""`pellucid image`, in this process: a tiny network of random weights, and the real encoder."""
+"""The command `pellucid image` in this process: a tiny random network and the real encoder."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from tests.naming import names
 
 pytestmark = pytest.mark.heavy
 
-SIZE = 16  # pixels of what the tiny model draws
+SIZE = 16  # pixels of the images of the tiny model
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def tiny(folder, model_file):
 
 @pytest.fixture
 def image(folder, model_file, tmp_path, monkeypatch):
-    """Runs the command in an empty folder, with few steps."""
+    """Return a function that runs the command in an empty folder, with few steps."""
     model_file("all-minilm-l6-v2")
     monkeypatch.chdir(tmp_path)
 
@@ -45,7 +45,7 @@ def image(folder, model_file, tmp_path, monkeypatch):
 
 @pytest.fixture
 def photo(tmp_path):
-    """A smooth picture, 24 x 40, whose right half is transparent: its file, and its pixels."""
+    """Return a smooth image, 24 x 40, with a transparent right half: its file and its pixels."""
     small = np.random.default_rng(0).integers(0, 255, (4, 4, 3), np.uint8)
     pixels = np.asarray(Image.fromarray(small).resize((40, 24)))
     alpha = np.full((24, 40, 1), 255, np.uint8)
@@ -64,21 +64,20 @@ def paths(done):
     return done.stdout.splitlines()
 
 
-def test_pictures_are_those_of_the_library_and_files_are_kept(image, tiny):
+def test_images_equal_those_of_the_library_and_keep_existing_files(image, tiny):
     done = image("a Red Apple!", "-n", 3, "--seed", 7, "--size", SIZE)
     assert paths(done) == ["a-red-apple.png", "a-red-apple-2.png", "a-red-apple-3.png"]
     assert names(done.stderr, "seed 7", "16 x 16")
-    drawn = tiny.draw(
-        ["a Red Apple!"] * 4, seed=7, plan=diffusion.SamplerOptions(steps=3)
-    )  # 4: as batches
-    for path, expected in zip(paths(done), drawn, strict=False):
+    options = diffusion.SamplerOptions(steps=3)
+    images = tiny.generate(["a Red Apple!"] * 4, seed=7, options=options)  # a padded batch has 4
+    for path, expected in zip(paths(done), images, strict=False):
         np.testing.assert_array_equal(pixels(path), expected)
     assert paths(image("a red apple", "--seed", 8)) == ["a-red-apple-4.png"]
     assert pixels("a-red-apple-4.png").shape == (256, 256, 3)
     assert paths(image("?", "-o", "new/folder")) == ["new/folder/picture.png"]
 
 
-def test_without_a_seed_one_is_chosen_and_said(image):
+def test_seed_is_random_and_printed_by_default(image):
     first = json.loads(image("a cat", "--size", SIZE, "--json").stdout)
     assert first["model"] == "tiny"
     again = json.loads(
@@ -90,11 +89,11 @@ def test_without_a_seed_one_is_chosen_and_said(image):
     assert other["seed"] != first["seed"] and other["paths"] == ["a-cat-2.png"]
 
 
-def test_a_sheet_has_a_row_for_each_prompt(image):
+def test_grid_has_a_row_for_each_prompt(image):
     done = image("a cat", "a dog", "-n", 5, "--grid", "--seed", 1, "--size", SIZE, "-o", "g.webp")
     assert paths(done) == ["g.webp"]
-    with Image.open("g.webp") as sheet:
-        assert (sheet.format, sheet.size) == ("WEBP", (5 * SIZE, 2 * SIZE))
+    with Image.open("g.webp") as grid:
+        assert (grid.format, grid.size) == ("WEBP", (5 * SIZE, 2 * SIZE))
     assert done.stderr.splitlines()[:2] == ["8 of 10", "10 of 10"]  # batches
     assert paths(image("a cat", "-n", 5, "--grid", "--size", SIZE, "--seed", 1)) == ["a-cat.png"]
     row = pixels("a-cat.png")
@@ -104,29 +103,33 @@ def test_a_sheet_has_a_row_for_each_prompt(image):
 
 def test_options_reach_the_sampler(image, tiny):
     common = ("a cat", "--size", SIZE, "--seed", 3, "-o", "x.png")
-    for options, plan in (
-        (("--rule", "heun"), {"rule": "heun"}),
+    for flags, fields in (
+        (("--sampler", "heun"), {"sampler": "heun"}),
         (("--guidance", 6), {"guidance": 6.0}),
     ):
-        assert paths(image(*common, *options)) == ["x.png"]
-        expected = tiny.draw(["a cat"], seed=3, plan=diffusion.SamplerOptions(steps=3, **plan))
+        assert paths(image(*common, *flags)) == ["x.png"]
+        options = diffusion.SamplerOptions(steps=3, **fields)
+        expected = tiny.generate(["a cat"], seed=3, options=options)
         np.testing.assert_array_equal(pixels("x.png"), expected[0])
     paths(image(*common, "--style", "flat"))
-    expected = tiny.draw(["a cat, flat style"], seed=3, plan=diffusion.SamplerOptions(steps=3))
+    options = diffusion.SamplerOptions(steps=3)
+    expected = tiny.generate(["a cat, flat style"], seed=3, options=options)
     np.testing.assert_array_equal(pixels("x.png"), expected[0])
 
 
-def test_a_strip_shows_how_a_picture_came(image, tiny):
-    assert paths(image("a cat", "--strip", "--seed", 3, "--size", SIZE)) == ["a-cat.png"]
-    plan = diffusion.SamplerOptions(steps=3)
-    steps = list(tiny.steps(["a cat"], sample.image_keys(3, 1), plan))
-    strip = pixels("a-cat.png")
-    np.testing.assert_array_equal(strip, pipeline.make_grid(tiny.strip(steps), 3))
-    assert strip.shape == (2 * SIZE, 3 * SIZE, 3)
-    np.testing.assert_array_equal(strip[:SIZE, -SIZE:], tiny.draw(["a cat"], seed=3, plan=plan)[0])
+def test_trajectory_shows_all_steps(image, tiny):
+    assert paths(image("a cat", "--trajectory", "--seed", 3, "--size", SIZE)) == ["a-cat.png"]
+    options = diffusion.SamplerOptions(steps=3)
+    steps = list(tiny.steps(["a cat"], sample.image_keys(3, 1), options))
+    trajectory = pixels("a-cat.png")
+    expected = pipeline.make_grid(tiny.trajectory_images(steps), 3)
+    np.testing.assert_array_equal(trajectory, expected)
+    assert trajectory.shape == (2 * SIZE, 3 * SIZE, 3)
+    last = tiny.generate(["a cat"], seed=3, options=options)[0]
+    np.testing.assert_array_equal(trajectory[:SIZE, -SIZE:], last)
 
 
-def test_an_edit_changes_only_what_is_transparent(image, photo):
+def test_edit_changes_transparent_pixels_only(image, photo):
     path, original = photo
     done = image("a dog", "-n", 5, "--edit", path, "--seed", 1)
     assert paths(done)[0] == "photo-edited.png" and len(paths(done)) == 5
@@ -141,15 +144,15 @@ def test_an_edit_changes_only_what_is_transparent(image, photo):
     np.testing.assert_array_equal(pixels("masked.png")[:, :20], original[:, :20, :3])
 
 
-def test_variations_are_drawn_from_a_picture(image, tiny, photo):
+def test_variation_equals_that_of_the_library(image, tiny, photo):
     path, original = photo
     done = image("--vary", path, "--strength", 0.5, "--seed", 2, "--size", SIZE, steps=6)
     assert paths(done) == ["photo-varied.png"]
-    plan = diffusion.SamplerOptions(steps=6)
-    seen = edit.preprocess_image(original, SIZE // 2)[None]
+    options = diffusion.SamplerOptions(steps=6)
+    init_image = edit.preprocess_image(original, SIZE // 2)[None]
     keys = sample.image_keys(2, 1)
-    *_, (last, _) = edit.steps(tiny, [""], keys, plan, images=seen, strength=0.5)
-    np.testing.assert_array_equal(pixels("photo-varied.png"), tiny.finish(last)[0])
+    *_, (last, _) = edit.steps(tiny, [""], keys, options, images=init_image, strength=0.5)
+    np.testing.assert_array_equal(pixels("photo-varied.png"), tiny.postprocess(last)[0])
     paths(image("a dog", "--vary", path, "--seed", 2, "--size", SIZE, "-o", "dog.png"))
     assert (pixels("dog.png") != pixels("photo-varied.png")).any()
 
@@ -165,10 +168,10 @@ def test_variations_are_drawn_from_a_picture(image, tiny, photo):
         (["a cat", "--strength", "0.5"], ["--strength", "--edit", "--vary"]),
         (["a cat", "--vary", "photo.png", "--strength", "nan"], ["--strength", "nan"]),
         (["a cat", "--edit", "photo.png", "--size", "64"], ["--size"]),
-        (["a cat", "--grid", "--strip"], ["--grid", "--strip"]),
+        (["a cat", "--grid", "--trajectory"], ["--grid", "--trajectory"]),
         (["a cat", "-n", "2", "-o", "x.png"], [2, "x.png", "--output"]),
         (["a cat", "-o", "x.gif"], ["x.gif", ".png"]),
-        (["a cat", "--rule", "magic"], ["rule", "'magic'"]),
+        (["a cat", "--sampler", "magic"], ["heun", "'magic'"]),
         (["a cat", "--guidance", "nan"], ["guidance", 30, "nan"]),
         (["a cat", "--vary", "text.png"], ["text.png"]),
         (["a cat", "--edit", "whole.png"], ["whole.png", "--mask"]),
@@ -176,8 +179,8 @@ def test_variations_are_drawn_from_a_picture(image, tiny, photo):
         (["a cat", "-m", "all-minilm-l6-v2"], ["all-minilm-l6-v2", "emoji-64"]),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_is_drawn(image, photo, tmp_path, arguments, facts):
-    (tmp_path / "text.png").write_text("no picture")
+def test_wrong_usage_exits_with_2_and_writes_nothing(image, photo, tmp_path, arguments, facts):
+    (tmp_path / "text.png").write_text("no image")
     image_io.save(photo[1][..., :3], tmp_path / "whole.png")
     image_io.save(np.zeros((2, 3, 4), np.uint8), tmp_path / "small.png")
     before = set(tmp_path.iterdir())
@@ -186,7 +189,7 @@ def test_what_cannot_be_is_said_before_anything_is_drawn(image, photo, tmp_path,
     assert set(tmp_path.iterdir()) == before
 
 
-def test_a_file_that_is_not_there(image):
+def test_missing_file_exits_with_3(image):
     done = image("a cat", "--vary", "absent.png")
     assert done.exit_code == 3 and names(done.stderr, "absent.png")
 
@@ -207,7 +210,7 @@ def wide(monkeypatch):
     monkeypatch.delenv("COLORTERM", raising=False)
 
 
-def test_two_rows_of_pixels_are_a_line_of_text():
+def test_half_blocks_show_two_rows_per_line():
     pictures = np.zeros((1, 4, 2, 3), np.uint8)
     pictures[0, 0, 0], pictures[0, 1, 1] = (255, 0, 9), 255
     first, second = ansi_preview.half_blocks(pictures, truecolor=True)
@@ -217,12 +220,12 @@ def test_two_rows_of_pixels_are_a_line_of_text():
     assert few[0] == "\x1b[38;5;196;48;5;16m▀\x1b[38;5;16;48;5;231m▀\x1b[0m "
 
 
-def test_a_preview_is_drawn_over_the_last_one(wide):
+def test_preview_overwrites_the_previous_one(wide):
     stream = Terminal()
     show = ansi_preview.AnsiPreview(stream)
     show(np.zeros((5, 8, 8, 3), np.uint8))
     lines = stream.getvalue().splitlines()
-    assert [line.count("▀") for line in lines] == [2 * 8] * 4  # room for two of the five
+    assert [line.count("▀") for line in lines] == [2 * 8] * 4  # two of the five fit
     stream.seek(0)
     show(np.zeros((5, 8, 8, 3), np.uint8))
     assert stream.getvalue().startswith("\x1b[4A") and stream.getvalue().count("\n") == 4
@@ -233,7 +236,7 @@ def test_a_preview_is_drawn_over_the_last_one(wide):
 
 
 @pytest.mark.parametrize("why", ["no terminal", "no colour", "narrow", "low"])
-def test_nothing_is_shown_where_it_would_not_fit(wide, monkeypatch, why):
+def test_preview_without_room_or_colour_writes_nothing(wide, monkeypatch, why):
     stream = io.StringIO() if why == "no terminal" else Terminal()
     changed = {"no colour": ("NO_COLOR", "1"), "narrow": ("COLUMNS", "8"), "low": ("LINES", "4")}
     if why in changed:
@@ -242,9 +245,10 @@ def test_nothing_is_shown_where_it_would_not_fit(wide, monkeypatch, why):
     assert stream.getvalue() == ""
 
 
-def test_pictures_are_resized_as_asked(image, tiny):
+def test_size_resizes_images(image, tiny):
     paths(image("a cat", "--seed", 3, "--size", 40, "-o", "x.jpg"))
-    drawn = tiny.draw(["a cat"], seed=3, plan=diffusion.SamplerOptions(steps=3))[0]
-    expected = image_io.encode(upscale.resize(drawn, 40), "jpeg")
+    options = diffusion.SamplerOptions(steps=3)
+    generated = tiny.generate(["a cat"], seed=3, options=options)[0]
+    expected = image_io.encode(upscale.resize(generated, 40), "jpeg")
     with open("x.jpg", "rb") as file:
         assert file.read() == expected

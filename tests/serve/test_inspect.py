@@ -1,4 +1,4 @@
-"""`pellucid inspect` as people run it: what it prints and draws is what the library computes."""
+"""The command `pellucid inspect`: its output and plots equal those of the library."""
 
 import json
 import os
@@ -37,10 +37,10 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_pictures_and_numbers_are_those_of_the_library(folder, tmp_path):
-    said = run(TEXT, "-m", f"tiny={folder}", "--layer", "1", "--heads", "--json", cwd=tmp_path)
-    assert said.returncode == 0, said.stderr
-    found = json.loads(said.stdout)
+def test_plots_and_numbers_equal_those_of_the_library(folder, tmp_path):
+    done = run(TEXT, "-m", f"tiny={folder}", "--layer", "1", "--heads", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
     names = ["attention-1", "lens", "alternatives", "heads"]
     assert found["model"] == "tiny"
     assert found["pictures"] == [f"inspect/{name}.png" for name in names]
@@ -57,22 +57,22 @@ def test_pictures_and_numbers_are_those_of_the_library(folder, tmp_path):
         np.testing.assert_allclose([row[name] for row in found["tokens"]], expected, rtol=1e-4)
 
     maps, effects = interpret.attention(params, cfg, IDS), interpret.head_effects(params, cfg, IDS)
-    plots.attention(np.asarray(maps), list(TEXT), 1, tmp_path / "own" / "attention-1.png")
-    plots.head_effects(np.asarray(effects), tmp_path / "own" / "heads.png")
+    plots.attention(np.asarray(maps), list(TEXT), 1, tmp_path / "expected" / "attention-1.png")
+    plots.head_effects(np.asarray(effects), tmp_path / "expected" / "heads.png")
     for name in names:
-        drawn = imread(tmp_path / "inspect" / f"{name}.png")
-        assert drawn.std() > 0.05
-        if (own := tmp_path / "own" / f"{name}.png").exists():
-            np.testing.assert_allclose(drawn, imread(own), atol=0.02)
+        image = imread(tmp_path / "inspect" / f"{name}.png")
+        assert image.std() > 0.05
+        if (expected := tmp_path / "expected" / f"{name}.png").exists():
+            np.testing.assert_allclose(image, imread(expected), atol=0.02)
 
 
-def test_what_cannot_be_drawn_is_said_and_leaves_no_folder(folder, tmp_path):
+def test_wrong_usage_exits_with_2_and_leaves_no_folder(folder, tmp_path):
     for arguments, facts in (
         (["a"], ["1 tokens", 2, 48]),
         (["a" * 49], ["49 tokens", 2, 48]),
         (["ab", "--layer", "2"], ["layer 2", 0, 1]),
     ):
-        said = run(*arguments, "-m", f"tiny={folder}", cwd=tmp_path)
-        assert (said.returncode, said.stdout) == (2, "")
-        assert names(said.stderr, *facts) and "Traceback" not in said.stderr
+        done = run(*arguments, "-m", f"tiny={folder}", cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert names(done.stderr, *facts) and "Traceback" not in done.stderr
     assert not (tmp_path / "inspect").exists()

@@ -1,4 +1,4 @@
-"""Conversations at a terminal and single answers, with a model that says what it was told."""
+"""Conversations at a terminal and single completions, with a model that echoes its prompt."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +14,7 @@ from transformer.engine import Done, Failed, SequenceRequest, Token
 
 
 class Echo:
-    """Answers with the last message of the user, in capitals; keeps every request."""
+    """An engine that answers with the last user message in capitals, and records its requests."""
 
     def __init__(self) -> None:
         self.requests: list[SequenceRequest] = []
@@ -22,17 +22,17 @@ class Echo:
 
     def generate(self, request: SequenceRequest) -> Iterator[Token | Done | Failed]:
         self.requests.append(request)
-        said = scripted.encoding.decode(request.prompt).split("user\n")[-1].split("<|im_end|>")[0]
+        text = scripted.encoding.decode(request.prompt).split("user\n")[-1].split("<|im_end|>")[0]
         try:
-            for count, id in enumerate(scripted.encoding.encode_ordinary(said.upper())):
+            for count, id in enumerate(scripted.encoding.encode_ordinary(text.upper())):
                 if count == request.max_tokens:
                     yield Done("length")
                     return
                 yield Token(id, None, ())
-                if said == "fail":
+                if text == "fail":
                     yield Failed("the numbers went bad")
                     return
-                if said == "interrupt" and count == 2:
+                if text == "interrupt" and count == 2:
                     raise KeyboardInterrupt
             yield Done("stop")
         finally:
@@ -51,26 +51,26 @@ def reply(
     return local_completion.LocalCompletion(model, prompt, local_completion.Options(**options))  # type: ignore[arg-type]
 
 
-def test_a_reply_counts_and_ends(model: DecoderModel) -> None:
+def test_completion_counts_tokens_and_finishes(model: DecoderModel) -> None:
     answer = reply(model, "wörld 😀")
     assert "".join(answer) == answer.text == "WÖRLD 😀"
     assert (answer.completion_tokens, answer.finish_reason) == (11, "stop")
     assert answer.first_token_seconds is not None and answer.tokens_per_second
 
 
-def test_a_reply_never_breaks_a_character(model: DecoderModel) -> None:
+def test_completion_yields_whole_characters(model: DecoderModel) -> None:
     assert [*reply(model, "ö😀")] == ["Ö", "😀"]
     assert [*reply(model, "ö😀", max_tokens=4)] == ["Ö", "�"]
 
 
-def test_a_stop_string_ends_a_reply_and_the_engine(model: DecoderModel) -> None:
+def test_stop_string_ends_the_completion_and_the_request(model: DecoderModel) -> None:
     answer = reply(model, "one two three", stop=("TWO",))
     assert "".join(answer) == "ONE "
     assert answer.finish_reason == "stop"
     assert model.engine.closed == 1  # type: ignore[attr-defined]
 
 
-def test_a_reply_must_fit_the_context(model: DecoderModel) -> None:
+def test_completion_beyond_the_context_is_rejected(model: DecoderModel) -> None:
     with pytest.raises(DoesNotFit, match=naming(scripted.CONTEXT)):
         reply(model, "x" * scripted.CONTEXT)
     with pytest.raises(DoesNotFit):
@@ -81,7 +81,7 @@ def test_a_reply_must_fit_the_context(model: DecoderModel) -> None:
     assert request.max_tokens == scripted.CONTEXT - used.prompt_tokens
 
 
-def test_failures_say_why(model: DecoderModel) -> None:
+def test_failure_has_its_reason(model: DecoderModel) -> None:
     with pytest.raises(Failure, match="the numbers went bad"):
         [*reply(model, "fail")]
     with pytest.raises(WrongUsage, match=naming("`pellucid complete`")):
@@ -91,11 +91,11 @@ def test_failures_say_why(model: DecoderModel) -> None:
 
 
 def converse(model: DecoderModel, *lines: str) -> repl.Conversation:
-    """Runs a conversation of these lines, then Ctrl-D."""
-    given = iter(lines)
+    """Run a conversation of these lines, then Ctrl-D."""
+    remaining = iter(lines)
 
     def read(prompt: str) -> str:
-        line = next(given, None)
+        line = next(remaining, None)
         if line is None:
             raise EOFError
         if line == "^C":
@@ -109,7 +109,9 @@ def converse(model: DecoderModel, *lines: str) -> repl.Conversation:
     return conversation
 
 
-def test_a_conversation_remembers(model: DecoderModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_conversation_keeps_its_turns(
+    model: DecoderModel, capsys: pytest.CaptureFixture[str]
+) -> None:
     conversation = converse(model, "/system Be brief.", "one", "", "^C", "two")
     assert conversation.turns == [("one", "ONE"), ("two", "TWO")]
     prompt = scripted.encoding.decode(model.engine.requests[-1].prompt)  # type: ignore[attr-defined]
@@ -119,7 +121,7 @@ def test_a_conversation_remembers(model: DecoderModel, capsys: pytest.CaptureFix
     assert names(captured.err, "/bye", "Ctrl-D")
 
 
-def test_undo_retry_clear(model: DecoderModel) -> None:
+def test_undo_retry_and_clear_change_the_turns(model: DecoderModel) -> None:
     assert converse(model, "/undo", "one", "two", "/undo").turns == [("one", "ONE")]
     assert converse(model, "one", "/retry").turns == [("one", "ONE")]
     conversation = converse(model, "/system x", "one", "/clear")
@@ -127,12 +129,14 @@ def test_undo_retry_clear(model: DecoderModel) -> None:
     assert converse(model, "/bye", "one").turns == []
 
 
-def test_ctrl_c_keeps_what_came(model: DecoderModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_keeps_the_text_so_far(
+    model: DecoderModel, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert converse(model, "interrupt", "go on").turns == [("interrupt", "INT"), ("go on", "GO ON")]
     assert capsys.readouterr().out == "INT\nGO ON\n"
 
 
-def test_a_failure_leaves_the_conversation_as_it_was(
+def test_failure_leaves_the_conversation_unchanged(
     model: DecoderModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert converse(model, "one", "fail", "x" * 600).turns == [("one", "ONE")]
@@ -140,7 +144,9 @@ def test_a_failure_leaves_the_conversation_as_it_was(
     assert names(errors, "the numbers went bad", scripted.CONTEXT)
 
 
-def test_set(model: DecoderModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_set_changes_and_resets_options(
+    model: DecoderModel, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = converse(model, "/set temperature 0", "/set max_tokens 2", "/set seed 7").options
     assert (options.sampling, options.max_tokens, options.seed) == ({"temperature": 0.0}, 2, 7)
     options = converse(model, "/set temperature 0", "/set temperature", "/set stop").options
@@ -150,24 +156,28 @@ def test_set(model: DecoderModel, capsys: pytest.CaptureFixture[str]) -> None:
     assert names(errors, "'warmth'", "temperature") and names(errors, "top_k", "'x'")
 
 
-def test_a_setting_out_of_range_is_said_when_it_is_used(
+def test_option_out_of_range_fails_when_it_is_used(
     model: DecoderModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert converse(model, "/set temperature -1", "one").turns == []
     assert "temperature" in capsys.readouterr().err
 
 
-def test_words_are_never_commands(model: DecoderModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_lines_with_a_slash_are_commands(
+    model: DecoderModel, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert converse(model, "bye", " /help").turns == [("bye", "BYE"), (" /help", " /HELP")]
     assert converse(model, "/dance").turns == []
     assert names(capsys.readouterr().err, "/dance")
 
 
-def test_several_lines(model: DecoderModel) -> None:
+def test_triple_quotes_enclose_several_lines(model: DecoderModel) -> None:
     assert converse(model, '"""one', "two", 'three"""').turns[0][0] == "one\ntwo\nthree"
     assert converse(model, '"""one"""').turns[0][0] == "one"
 
 
-def test_stats(model: DecoderModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stats_toggles_the_statistics(
+    model: DecoderModel, capsys: pytest.CaptureFixture[str]
+) -> None:
     converse(model, "one", "/stats", "two", "/stats", "three")
     assert capsys.readouterr().err.count("[stop]") == 1

@@ -1,4 +1,4 @@
-"""Files that cannot be learned from are refused with line and reason; what can be mended is."""
+"""Invalid files are rejected with line and reason; unambiguous problems are fixed."""
 
 import json
 import tracemalloc
@@ -22,21 +22,21 @@ def checked(tmp_path: Path, content: bytes, **options) -> check.Report:
 
 
 def replaced(number: int, line: bytes) -> bytes:
-    """The good file with another line in this place."""
+    """Return the valid file with the line of this number replaced."""
     return b"\n".join([*LINES[: number - 1], line, *LINES[number:]])
 
 
-def test_a_good_file(tmp_path):
+def test_valid_file_has_no_problems(tmp_path):
     report = checked(tmp_path, GOOD)
     assert report.ok and not report.problems and report.kind == "chat"
-    whole = [examples.encode(row, "chat", TOKENIZER) for row in ROWS]
-    assert report.examples == 12 and report.tokens == sum(map(len, whole))
-    assert report.target_tokens == sum(int(example.weights.sum()) for example in whole)
-    assert report.longest == max(map(len, whole)) and report.lengths.total() == 12
+    expected = [examples.encode(row, "chat", TOKENIZER) for row in ROWS]
+    assert report.examples == 12 and report.tokens == sum(map(len, expected))
+    assert report.target_tokens == sum(int(example.weights.sum()) for example in expected)
+    assert report.longest == max(map(len, expected)) and report.lengths.total() == 12
     assert all(report.longest <= upper for upper in report.lengths)
-    _, found = check.read_examples(tmp_path / "data.jsonl", TOKENIZER, max_tokens=60)
-    assert [example.line for example in found] == list(range(1, 13))
-    assert all((a.ids == b.ids).all() for a, b in zip(found, whole, strict=True))
+    _, loaded = check.read_examples(tmp_path / "data.jsonl", TOKENIZER, max_tokens=60)
+    assert [example.line for example in loaded] == list(range(1, 13))
+    assert all((a.ids == b.ids).all() for a, b in zip(loaded, expected, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_good_file(tmp_path):
         (b'{"text": "a"}\n' * 10, 1, "unknown_format", ["prompt", "completion", "chat"]),
     ],
 )
-def test_a_bad_file(tmp_path, content, line, code, facts):
+def test_invalid_file_has_its_problem_with_line_and_code(tmp_path, content, line, code, facts):
     report = checked(tmp_path, content)
     assert not report.ok
     problem = report.problems[0]
@@ -86,9 +86,9 @@ def test_a_bad_file(tmp_path, content, line, code, facts):
     assert error["code"] in ("invalid_training_file", "invalid_n_examples")
 
 
-def test_what_a_job_says(tmp_path):
+def test_error_of_a_job_has_the_words_of_openai(tmp_path):
     error = checked(tmp_path, replaced(9, LINES[8].replace(b'"role": "user", ', b""))).error()
-    assert error["message"] == (  # in OpenAI's own words
+    assert error["message"] == (  # the words of OpenAI's API
         "The job failed due to an invalid training file. Invalid file format. "
         'Example 9, message 1 is missing key "role".'
     )
@@ -96,7 +96,7 @@ def test_what_a_job_says(tmp_path):
     assert error["code"] == "invalid_validation_file" and names(error["message"], 11)
 
 
-def test_what_a_template_refuses(tmp_path, monkeypatch):
+def test_example_rejected_by_the_template_is_a_problem(tmp_path, monkeypatch):
     monkeypatch.setattr(TOKENIZER.chat_template, "source", "{{ raise_exception('no') }}")
     TOKENIZER.chat_template.__dict__.pop("_template", None)
     try:
@@ -106,7 +106,7 @@ def test_what_a_template_refuses(tmp_path, monkeypatch):
         TOKENIZER.chat_template.__dict__.pop("_template", None)
 
 
-def test_a_file_too_large_is_not_read(tmp_path):
+def test_file_too_large_is_not_read(tmp_path):
     path = tmp_path / "huge.jsonl"
     with open(path, "wb") as file:
         file.truncate(300_000_000)
@@ -119,8 +119,8 @@ def test_a_file_too_large_is_not_read(tmp_path):
 
 
 @pytest.mark.heavy
-def test_memory_does_not_grow_with_the_file(tmp_path):
-    """Of a file whose every line is bad the first hundred are told, all are counted."""
+def test_memory_of_an_invalid_file_is_bounded(tmp_path):
+    """The first hundred problems are listed, all are counted."""
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"messages": 1}\n' * 100_000)
     tracemalloc.start()
@@ -130,20 +130,20 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     tracemalloc.stop()
 
 
-def test_what_does_no_harm_is_a_note(tmp_path):
+def test_harmless_irregularities_are_notes(tmp_path):
     report = checked(tmp_path, b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n") + b"\r\n")
     assert report.ok and report.examples == 12 and not report.warnings
     assert report.notes == {"byte_order_mark": 1, "carriage_return": 13, "blank_line": 1}
 
 
-def test_repeated_examples_are_learned_as_often_as_they_occur(tmp_path):
-    """They were refused; OpenAI's service takes them, and people weight examples by repeating."""
-    spaced = LINES[4].replace(b": ", b" :  ")  # the same, written otherwise
+def test_duplicates_are_examples_with_a_warning(tmp_path):
+    """Duplicates were refused. OpenAI's API accepts them, and they give an example more weight."""
+    spaced = LINES[4].replace(b": ", b" :  ")  # the same JSON in another format
     path = tmp_path / "data.jsonl"
     path.write_bytes(GOOD + b"\n".join([LINES[4], LINES[0], spaced]))
-    report, found = check.read_examples(path, TOKENIZER, max_tokens=60)
-    assert report.ok and not report.problems and report.examples == len(found) == 15
-    assert (found[12].ids == found[14].ids).all() and (found[12].ids == found[4].ids).all()
+    report, loaded = check.read_examples(path, TOKENIZER, max_tokens=60)
+    assert report.ok and not report.problems and report.examples == len(loaded) == 15
+    assert (loaded[12].ids == loaded[14].ids).all() and (loaded[12].ids == loaded[4].ids).all()
     assert report.notes == {"duplicate": 3}
     (warning,) = report.warnings
     assert (warning.code, warning.line) == ("duplicate", 13)
@@ -151,22 +151,22 @@ def test_repeated_examples_are_learned_as_often_as_they_occur(tmp_path):
     assert check.summary(report)["warnings"][0]["line"] == 13
 
 
-def test_one_example_repeated_is_enough(tmp_path):
+def test_minimum_counts_duplicates(tmp_path):
     assert checked(tmp_path, b"\n".join(LINES[:1] * 10)).ok
-    assert not checked(tmp_path, b"\n".join(LINES[:1] * 9)).ok, "OpenAI asks for ten"
+    assert not checked(tmp_path, b"\n".join(LINES[:1] * 9)).ok, "the minimum is ten"
 
 
-def test_a_line_that_is_refused_is_no_repetition(tmp_path):
+def test_invalid_line_is_no_duplicate(tmp_path):
     long = json.dumps(chat("q" * 99, "a")).encode()
     report = checked(tmp_path, b"\n".join([*LINES, long, long, b"{}", b"{}"]))
     assert not report.warnings and report.counts["too_long"] == 2
 
 
-def test_a_validation_file_may_be_short(tmp_path):
+def test_validation_file_needs_one_example(tmp_path):
     assert checked(tmp_path, LINES[0], minimum=1).ok
 
 
-# Mending
+# Fixes
 
 
 @pytest.mark.parametrize(
@@ -181,53 +181,53 @@ def test_a_validation_file_may_be_short(tmp_path):
         (b"\xff\xfe" + GOOD.decode().encode("utf-16-le"), "UTF-8"),
     ],
 )
-def test_what_can_be_mended_without_a_guess(tmp_path, content, fact):
+def test_unambiguous_problem_is_fixed(tmp_path, content, fact):
     report = checked(tmp_path, content)
-    (deed,) = deeds = fixes.available_fixes(report)
-    assert names(deed, fact)
-    target = tmp_path / "mended.jsonl"
-    assert fixes.fix_file(report.path, target, TOKENIZER, max_tokens=60) == deeds
+    (fix,) = available = fixes.available_fixes(report)
+    assert names(fix, fact)
+    target = tmp_path / "fixed.jsonl"
+    assert fixes.fix_file(report.path, target, TOKENIZER, max_tokens=60) == available
     after = check.check(target, TOKENIZER, max_tokens=60)
     assert after.ok and not after.notes and after.examples == 12
     assert [json.loads(line) for line in target.read_bytes().splitlines()] == ROWS
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "mended.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "fixed.jsonl"]
 
 
-def test_mending_keeps_repeated_examples(tmp_path):
-    """It dropped them, and with them the weight that their author gave them."""
+def test_fix_keeps_duplicates(tmp_path):
+    """Duplicates were removed, and with them the weight that they give to an example."""
     report = checked(tmp_path, GOOD + LINES[0] + b"\n\n" + LINES[3])
-    target = tmp_path / "mended.jsonl"
-    (deed,) = fixes.fix_file(report.path, target, TOKENIZER, max_tokens=60)
-    assert names(deed, 1) and report.notes["blank_line"] == 1
+    target = tmp_path / "fixed.jsonl"
+    (fix,) = fixes.fix_file(report.path, target, TOKENIZER, max_tokens=60)
+    assert names(fix, 1) and report.notes["blank_line"] == 1
     rows = [json.loads(line) for line in target.read_bytes().splitlines()]
     assert rows == [*ROWS, ROWS[0], ROWS[3]]
 
 
-def test_examples_too_long_lose_their_last_turns_or_go(tmp_path):
+def test_example_too_long_is_truncated_or_removed(tmp_path):
     long = chat("q", "a", "q", "b", "q" * 60, "c")
     report = checked(tmp_path, GOOD + json.dumps(long).encode() + b"\n"
                      + json.dumps(chat("q" * 99, "a")).encode(), max_tokens=70)  # fmt: skip
     assert [problem.line for problem in report.problems] == [13, 14]
-    (deed,) = deeds = fixes.available_fixes(report)
-    assert names(deed, 2)
-    assert fixes.fix_file(report.path, report.path, TOKENIZER, max_tokens=70) == deeds
+    (fix,) = available = fixes.available_fixes(report)
+    assert names(fix, 2)
+    assert fixes.fix_file(report.path, report.path, TOKENIZER, max_tokens=70) == available
     rows = [json.loads(line) for line in report.path.read_bytes().splitlines()]
     assert rows == [*ROWS, {"messages": long["messages"][:4]}]
 
 
-def test_what_needs_a_guess_stays_as_it_is(tmp_path):
+def test_ambiguous_problem_is_not_fixed(tmp_path):
     bad = [b"{oops", LINES[0].replace(b"user", b"usr"), '{"prompt": "é"}'.encode("latin-1")]
     report = checked(tmp_path, b"\n".join([*LINES, *bad]))
     assert fixes.available_fixes(report) == []
     assert fixes.fix_file(report.path, tmp_path / "b", TOKENIZER, max_tokens=60) == []
-    assert not (tmp_path / "b").exists(), "nothing was done: there is nothing to be had"
+    assert not (tmp_path / "b").exists(), "without a fix no file is written"
     report.path.write_bytes(b"\n".join([*LINES, b"", *bad]))
-    (deed,) = fixes.fix_file(report.path, tmp_path / "b", TOKENIZER, max_tokens=60)
-    assert names(deed, 1)
+    (fix,) = fixes.fix_file(report.path, tmp_path / "b", TOKENIZER, max_tokens=60)
+    assert names(fix, 1)
     assert (tmp_path / "b").read_bytes().splitlines() == [*LINES, *bad]
 
 
-def test_half_an_array_is_an_error_and_leaves_nothing(tmp_path):
+def test_fix_of_damaged_array_raises_and_leaves_no_file(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(json.dumps(ROWS).encode()[:-1])
     with pytest.raises(ValueError, match=naming(path, "array")):
@@ -235,8 +235,8 @@ def test_half_an_array_is_an_error_and_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_what_is_said_of_a_line_can_be_shown_to_anybody(tmp_path):
-    """Half of a surrogate pair in a key made every answer that told of the job a 500."""
+def test_message_of_a_problem_is_short_valid_utf8(tmp_path):
+    """A lone surrogate in a key made every response with the job an error 500."""
     bad = [b'{"messages": [], "\\ud800": 1}', json.dumps({"messages": [], "k" * 10**6: 1}).encode()]
     report = checked(tmp_path, b"\n".join([*LINES, *bad]))
     assert not report.ok

@@ -1,4 +1,4 @@
-"""The trainer: gradients and curves like torch's, exact sums, checkpoints, and kills."""
+"""The trainer: gradients and loss curves of torch, exact sums, checkpoints, and resuming."""
 
 import json
 import signal
@@ -39,16 +39,16 @@ def batch_of(ids, weights=None, segments=None) -> dict[str, np.ndarray]:
     }
 
 
-def draw(number: int, rows: int = 4, length: int = 24) -> dict[str, np.ndarray]:
-    """The batch of a step: counting up by 1 or 2, with a mask, two texts in a row, and padding."""
+def make_batch(number: int, rows: int = 4, length: int = 24) -> dict[str, np.ndarray]:
+    """Return the batch of a step: ids that rise by 1 or 2, with weights, segments and padding."""
     rng = np.random.default_rng([7, number])
     ids = np.cumsum(rng.integers(1, 3, (rows, length)), axis=1) % CFG.vocab_size
     segments = np.repeat([[1] * 10 + [2] * 11 + [0] * 3], rows, axis=0)
     return batch_of(ids, rng.random(ids.shape) > 0.3, segments)
 
 
-class Pairs:
-    """A model of which token follows which: what there is to know of `draw`, and soon compiled."""
+class BigramTask:
+    """A bigram model, which suffices for `make_batch` and compiles fast."""
 
     def init(self, key):
         keys = jax.random.split(key, 3)
@@ -76,10 +76,10 @@ def same(a, b) -> bool:
 
 
 def close(found, expected, tolerance: float) -> None:
-    """Leaf by leaf, relative to its largest number.
+    """Assert that leaves agree relative to the maximum of each leaf.
 
-    Or to a thousandth of the largest of all: what is zero but for rounding (the gradient of a bias
-    of keys, say: softmax ignores it) has no digits to compare.
+    The scale is at least a thousandth of the maximum of all leaves: values that are zero except for
+    rounding, such as gradients of a bias of keys, have no digits to compare.
     """
     names = tree_io.to_named(expected)
     floor = 1e-3 * max(np.abs(leaf).max() for leaf in names.values())
@@ -92,7 +92,7 @@ def close(found, expected, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
-def test_gradients_are_those_of_transformers(family):
+def test_gradients_equal_those_of_transformers(family):
     params, cfg, _ = checkpoint.load(GOLDEN / "transformer" / family)
     expected, _, _ = checkpoint.load(GOLDEN / "training" / family)
     golden = np.load(GOLDEN / "training" / family / "batch.npz")
@@ -108,8 +108,8 @@ def test_gradients_are_those_of_transformers(family):
     close(gradients, expected, 1e-4)
 
 
-def test_twenty_steps_are_those_of_torch(tmp_path):
-    """Warm-up and cosine, clipping, AdamW, decay of matrices only, masks: all in one curve."""
+def test_twenty_steps_equal_those_of_torch(tmp_path):
+    """The curve covers warm-up, cosine decay, clipping, AdamW, weight decay and weights."""
     params, cfg, _ = checkpoint.load(GOLDEN / "transformer" / "llama")
     expected, _, _ = checkpoint.load(GOLDEN / "training" / "curve")
     golden = np.load(GOLDEN / "training" / "curve" / "curve.npz")
@@ -133,9 +133,9 @@ def test_twenty_steps_are_those_of_torch(tmp_path):
 # --- the loss and its gradient --------------------------------------------------------------------
 
 
-def test_gradients_are_finite_differences():
-    """Of the decoder in NumPy float64, along random directions through all weights at once."""
-    params, batch = decoder.init(jax.random.key(0), CFG), batch_of(draw(0, 2, 6)["ids"])
+def test_gradients_equal_finite_differences():
+    """The differences are those of a NumPy float64 decoder along random directions."""
+    params, batch = decoder.init(jax.random.key(0), CFG), batch_of(make_batch(0, 2, 6)["ids"])
     wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
     def loss(params) -> float:
@@ -149,21 +149,22 @@ def test_gradients_are_finite_differences():
     gradient = jax.grad(lambda p: next_token_loss(p, CFG, batch, "float32")[0])(params)
     rng = np.random.default_rng(0)
     for _ in range(3):
-        way = jax.tree.map(lambda x: rng.normal(size=x.shape), wide)
-        there, back = (
-            loss(jax.tree.map(lambda x, w, t=t: x + t * w, wide, way)) for t in (1e-5, -1e-5)
+        direction = jax.tree.map(lambda x: rng.normal(size=x.shape), wide)
+        plus, minus = (
+            loss(jax.tree.map(lambda x, d, t=t: x + t * d, wide, direction)) for t in (1e-5, -1e-5)
         )
-        along = sum(jax.tree.leaves(jax.tree.map(lambda g, w: (g * w).sum(), gradient, way)))
-        np.testing.assert_allclose(along, (there - back) / 2e-5, rtol=1e-4)
+        products = jax.tree.map(lambda g, d: (g * d).sum(), gradient, direction)
+        slope = sum(jax.tree.leaves(products))
+        np.testing.assert_allclose(slope, (plus - minus) / 2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_bfloat16_products_have_about_the_same_gradients(remat):
-    params, batch = decoder.init(jax.random.key(0), CFG), draw(0)
+def test_gradients_of_bfloat16_products_are_close(remat):
+    params, batch = decoder.init(jax.random.key(0), CFG), make_batch(0)
 
-    def gradient(format, remat):
+    def gradient(dtype, remat):
         return jax.jit(
-            jax.grad(lambda p: next_token_loss(p, CFG, batch, format, remat=remat)[0])
+            jax.grad(lambda p: next_token_loss(p, CFG, batch, dtype, remat=remat)[0])
         )(params)  # fmt: skip
 
     exact = gradient("float32", False)
@@ -171,32 +172,32 @@ def test_bfloat16_products_have_about_the_same_gradients(remat):
     close(gradient("float32", remat), exact, 1e-5)
 
 
-def test_texts_of_a_row_do_not_see_each_other():
-    """Each text alone in a row has the loss, and the gradient, that it has beside others."""
+def test_packed_texts_have_the_loss_of_separate_texts():
+    """Loss and gradient of packed texts are the sums of those of separate texts."""
     params, rng = decoder.init(jax.random.key(0), CFG), np.random.default_rng(0)
     texts = [rng.integers(0, 64, n) for n in (7, 1, 12)]
     row = np.concatenate([*texts, np.zeros(4, int)])
     packed = batch_of([row], segments=[[1] * 7 + [2] + [3] * 12 + [0] * 4])
 
     @jax.jit
-    def look(batch):
+    def evaluate(batch):
         loss = lambda p: next_token_loss(p, CFG, batch, "float32")[:2]  # noqa: E731
         (total, weight), gradient = jax.value_and_grad(loss, has_aux=True)(params)
         return total, weight, gradient
 
-    alone = [look(batch_of([text])) for text in texts]
-    total = jax.tree.map(lambda *leaves: sum(leaves), *alone)
-    found = look(packed)
+    separate = [evaluate(batch_of([text])) for text in texts]
+    total = jax.tree.map(lambda *leaves: sum(leaves), *separate)
+    found = evaluate(packed)
     assert found[1] == total[1] == 6 + 0 + 11
     np.testing.assert_allclose(found[0], total[0], rtol=1e-6)
     close(found[2], total[2], 1e-5)
 
 
 @pytest.mark.slow
-def test_the_fixed_weights_of_an_adapter_have_no_gradient():
-    """A gradient of every weight would cost as much again as reading the batch."""
+def test_lora_step_computes_no_gradient_of_frozen_weights():
+    """The gradient of all weights would need as many FLOPs as the forward pass."""
     cfg = decoders.Config.debug(d_model=128, d_ff=512, num_layers=3, vocab_size=64)
-    params, batch = decoder.init(jax.random.key(0), cfg), draw(0)
+    params, batch = decoder.init(jax.random.key(0), cfg), make_batch(0)
     config = TrainConfig(steps=10, learning_rate=1e-3)
 
     def flops(task, frozen) -> float:
@@ -205,17 +206,17 @@ def test_the_fixed_weights_of_an_adapter_have_no_gradient():
         return take.lower(start, frozen, batch).compile().cost_analysis()["flops"]
 
     adapter, full = flops(LoraTask(cfg=cfg, rank=2), params), flops(DecoderTask(cfg=cfg), None)
-    read = jax.jit(lambda p: decoder.hidden_states(p, cfg, batch["ids"], batch["segments"]))
-    forward = read.lower(params).compile().cost_analysis()["flops"]
+    hidden = jax.jit(lambda p: decoder.hidden_states(p, cfg, batch["ids"], batch["segments"]))
+    forward = hidden.lower(params).compile().cost_analysis()["flops"]
     assert adapter < 2.5 * forward
     assert full > 2.8 * forward
 
 
 @pytest.mark.slow
-def test_recomputing_needs_less_memory():
-    """`jax.checkpoint` does not on a CPU: XLA drops its barriers and computes all of it early."""
+def test_remat_needs_less_memory():
+    """`jax.checkpoint` saves no memory on a CPU, where XLA drops its barriers."""
     cfg = decoders.Config.debug(num_layers=8, d_model=64, d_ff=256)
-    config, batch = TrainConfig(steps=10, learning_rate=1e-3), draw(0, rows=8, length=24)
+    config, batch = TrainConfig(steps=10, learning_rate=1e-3), make_batch(0, rows=8, length=24)
 
     def need(remat: bool) -> int:
         task = DecoderTask(cfg=cfg, remat=remat)
@@ -226,7 +227,7 @@ def test_recomputing_needs_less_memory():
     assert need(True) < 0.7 * need(False)
 
 
-def test_int8_weights_are_not_trained_through():
+def test_int8_weights_are_rejected():
     params = decoder.init(jax.random.key(0), CFG)
     layers = tuple(layer.replace(q=quantize(layer.q)) for layer in params.layers)
     with pytest.raises(ValueError, match=naming("int8")):
@@ -236,11 +237,11 @@ def test_int8_weights_are_not_trained_through():
 # --- a step ---------------------------------------------------------------------------------------
 
 
-def test_parts_of_a_batch_add_up_to_the_whole():
-    """Also where the parts hold different numbers of tokens: sums are added, not means."""
-    batch = draw(0)
-    batch["weights"][0] = 0  # the first part has less to learn
-    task = Pairs()
+def test_micro_batches_add_up_to_the_batch():
+    """The micro-batches hold different numbers of targets, so that means would not add up."""
+    batch = make_batch(0)
+    batch["weights"][0] = 0  # the first micro-batch has fewer targets
+    task = BigramTask()
     whole, parts = (TrainConfig(steps=5, learning_rate=1e-2, micro_batches=n) for n in (1, 4))
     found = []
     for config in (whole, parts):
@@ -252,40 +253,40 @@ def test_parts_of_a_batch_add_up_to_the_whole():
         step.make_train_step(task, config)(state.init(task, config), None, batch)
 
 
-def test_a_batch_in_which_nothing_counts_moves_nothing():
-    task, config = Pairs(), TrainConfig(steps=5, learning_rate=1e-2)
-    before, batch = task.init(jax.random.key(0)), draw(0)
+def test_batch_of_weight_zero_changes_no_weights():
+    task, config = BigramTask(), TrainConfig(steps=5, learning_rate=1e-2)
+    before, batch = task.init(jax.random.key(0)), make_batch(0)
     batch["weights"][:] = 0
     after, sums = step.make_train_step(task, config)(state.init(task, config), None, batch)
     assert float(sums["grad_norm"]) == 0
     assert same(after.weights, before)
 
 
-def test_the_running_mean_follows_slower_and_slower():
-    task = Pairs()
+def test_ema_decay_grows_in_the_first_steps():
+    task = BigramTask()
     config = TrainConfig(steps=5, learning_rate=1e-2, average_decay=0.99)
     take, now = step.make_train_step(task, config), state.init(task, config)
     mean = np.asarray(now.average["embed"])
     for number in range(3):
-        now, _ = take(now, None, draw(number))
+        now, _ = take(now, None, make_batch(number))
         decay = min(0.99, (1 + number) / (10 + number))
         mean = decay * mean + (1 - decay) * np.asarray(now.weights["embed"])
         np.testing.assert_allclose(now.average["embed"], mean, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_optimizers_learn(optimizer, tmp_path):
+def test_optimizer_reduces_the_loss(optimizer, tmp_path):
     config = TrainConfig(steps=60, learning_rate=2e-2, optimizer=optimizer, weight_decay=0.1)
-    train(Pairs(), None, draw, config, tmp_path)
+    train(BigramTask(), None, make_batch, config, tmp_path)
     lines = metrics.read(tmp_path / "metrics.jsonl")
     assert lines[0]["loss"] > 4 and lines[-1]["loss"] < 3
 
 
-def test_muon_moves_hidden_matrices_evenly_and_leaves_tables_to_adam():
-    task = Pairs()
+def test_muon_orthogonalizes_hidden_matrices_only():
+    task = BigramTask()
     config = TrainConfig(steps=9, learning_rate=1e-2, optimizer="muon", schedule="constant")
     before = jax.device_get(task.init(jax.random.key(0)))
-    after, _ = step.make_train_step(task, config)(state.init(task, config), None, draw(0))
+    after, _ = step.make_train_step(task, config)(state.init(task, config), None, make_batch(0))
     change = np.asarray(after.weights["mix"] - before["mix"])
     values = np.linalg.svd(change, compute_uv=False)
     assert values.min() > 0.4 * values.max()
@@ -295,7 +296,7 @@ def test_muon_moves_hidden_matrices_evenly_and_leaves_tables_to_adam():
     np.testing.assert_allclose(table.max(), 1e-2, rtol=1e-2)  # Adam's first step
 
 
-def test_schedules():
+def test_schedule_has_warmup_and_decay():
     def rates(**more):
         config = TrainConfig(
             steps=10, learning_rate=1.0, warmup_steps=4, final_fraction=0.2, **more
@@ -311,7 +312,7 @@ def test_schedules():
     np.testing.assert_allclose(rates(schedule="cosine")[7], 0.6, rtol=1e-6)
 
 
-def test_only_matrices_decay():
+def test_decay_mask_selects_matrices():
     params = decoder.init(jax.random.key(0), CFG)
     mask = optim.decay_mask(params)
     assert mask.layers[0].q.weight and mask.embed.weight
@@ -332,7 +333,7 @@ def test_only_matrices_decay():
         (dict(micro_batches=True), ["micro_batches", True]),
     ],
 )
-def test_settings_out_of_range(change, facts):
+def test_config_out_of_range_is_rejected(change, facts):
     with pytest.raises(ValueError, match=naming(*facts)):
         TrainConfig(**(dict(steps=10, learning_rate=1e-3) | change))
 
@@ -344,24 +345,32 @@ SMALL = TrainConfig(steps=14, learning_rate=1e-2, average_decay=0.9, save_every=
 
 
 def run(folder: Path, config: TrainConfig = SMALL, **more):
-    return train(Pairs(), None, draw, config, folder, validation_batches=[draw(1000)], **more)
+    return train(
+        BigramTask(),
+        None,
+        make_batch,
+        config,
+        folder,
+        validation_batches=[make_batch(1000)],
+        **more,
+    )
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nobody disturbed: its folder and its last state."""
+    """Return the folder and the last state of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, run(folder).state
 
 
-def told(folder: Path) -> list[dict]:
-    """The metrics, without what depends on the clock."""
+def untimed_metrics(folder: Path) -> list[dict]:
+    """Return the metrics without those that depend on the clock."""
     clock = ("tokens_per_second", "seconds", "time")
     lines = metrics.read(folder / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
-def test_what_a_run_leaves(whole):
+def test_run_writes_checkpoints_and_metrics(whole):
     folder, last = whole
     assert sorted(p.name for p in folder.iterdir()) == ["checkpoints", "loss.png", "metrics.jsonl"]
     assert checkpoints.saved_steps(folder / "checkpoints") == [12, 14]
@@ -377,11 +386,11 @@ def test_what_a_run_leaves(whole):
     checks = [line for line in lines if "valid_loss" in line]
     assert [line["step"] for line in checks] == [5, 10, 14]
     assert set(checks[0]) == {"step", "valid_loss", "valid_accuracy", "time"}
-    loss, weight, _ = Pairs().loss(last.average, None, draw(1000), None)
+    loss, weight, _ = BigramTask().loss(last.average, None, make_batch(1000), None)
     np.testing.assert_allclose(checks[-1]["valid_loss"], loss / weight, rtol=1e-5)
 
 
-def test_a_finished_run_is_left_alone(whole):
+def test_finished_run_is_not_changed(whole):
     folder, last = whole
     before = (folder / "metrics.jsonl").read_bytes()
     outcome = run(folder)
@@ -390,7 +399,7 @@ def test_a_finished_run_is_left_alone(whole):
 
 
 @pytest.mark.parametrize("number", [4, 9])
-def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(whole, tmp_path, number):
+def test_run_stopped_by_a_signal_resumes_bit_identically(whole, tmp_path, number):
     def on_step(now: State, line: dict) -> None:
         if int(now.step) == number:
             signal.raise_signal(signal.SIGTERM)  # to this thread: `os.kill` may take its time
@@ -400,15 +409,15 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(whole, tmp_path, nu
     assert signal.getsignal(signal.SIGTERM) is handler
     assert (outcome.reason, outcome.signal) == ("signal", signal.SIGTERM)
     assert checkpoints.saved_steps(tmp_path / "checkpoints")[-1] == number
-    heard = []
-    outcome = run(tmp_path, on_step=lambda now, line: heard.append(line["step"]))
-    assert heard == list(range(number + 1, 15))
+    steps = []
+    outcome = run(tmp_path, on_step=lambda now, line: steps.append(line["step"]))
+    assert steps == list(range(number + 1, 15))
     assert same(outcome.state, whole[1])
-    assert told(tmp_path) == told(whole[0])
+    assert untimed_metrics(tmp_path) == untimed_metrics(whole[0])
 
 
-def test_killed_at_random_and_begun_again(whole, tmp_path):
-    """kill -9, in the middle of whatever it is doing, until it gets through."""
+def test_run_killed_at_random_resumes_bit_identically(whole, tmp_path):
+    """The process gets three times a SIGKILL at a random time."""
     code = (
         "import sys, time; from pathlib import Path; from tests.training import test_core\n"
         "test_core.run(Path(sys.argv[1]), on_step=lambda now, line: time.sleep(0.05))"
@@ -432,22 +441,22 @@ def test_killed_at_random_and_begun_again(whole, tmp_path):
     assert kills == 3
     outcome = run(tmp_path)
     assert outcome.reason == "finished" and same(outcome.state, whole[1])
-    assert told(tmp_path) == told(whole[0])
+    assert untimed_metrics(tmp_path) == untimed_metrics(whole[0])
     assert checkpoints.saved_steps(tmp_path / "checkpoints") == [12, 14]
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
-def test_it_stops_when_validation_gets_no_better(tmp_path):
+def test_patience_stops_a_run_without_improvement(tmp_path):
     config = TrainConfig(steps=50, learning_rate=1e-9, validate_every=2, patience=3, save_every=100)
-    batch = draw(0)
-    outcome = train(Pairs(), None, draw, config, tmp_path, validation_batches=[batch])
+    batch = make_batch(0)
+    outcome = train(BigramTask(), None, make_batch, config, tmp_path, validation_batches=[batch])
     assert outcome.reason == "stopped early"
     assert int(outcome.state.step) < 50
-    again = train(Pairs(), None, draw, config, tmp_path, validation_batches=[batch])
+    again = train(BigramTask(), None, make_batch, config, tmp_path, validation_batches=[batch])
     assert again.reason == "stopped early" and same(again.state, outcome.state)
 
 
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+def test_loss_of_nan_raises_and_keeps_earlier_checkpoints(tmp_path):
     class Broken:
         def init(self, key):
             return {"w": jnp.ones((2,))}
@@ -463,8 +472,8 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
     assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
-def test_keys_differ_between_steps_and_parts(tmp_path):
-    """What a loss draws is new in each step and in each part of a batch, and the same again."""
+def test_keys_differ_between_steps_and_micro_batches(tmp_path):
+    """Random numbers of a loss differ between steps and micro-batches, and repeat in a rerun."""
 
     class Noise:
         def init(self, key):
@@ -487,7 +496,7 @@ def test_keys_differ_between_steps_and_parts(tmp_path):
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_is_files_that_other_tools_read(whole):
+def test_checkpoint_is_safetensors_and_json(whole):
     from safetensors.numpy import load_file
 
     folder, last = whole
@@ -502,27 +511,27 @@ def test_a_checkpoint_is_files_that_other_tools_read(whole):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A checkpoint of a fresh state: the folder, the state."""
-    now = state.init(Pairs(), SMALL)
+    """Return the folder of a checkpoint of an initial state, and the state."""
+    now = state.init(BigramTask(), SMALL)
     checkpoints.save(tmp_path, now, SMALL, {"best": 1.5, "since": 2})
     return tmp_path, now
 
 
-def test_a_state_comes_back(saved):
+def test_load_returns_the_saved_state(saved):
     folder, now = saved
     found, progress = checkpoints.load(folder, now, SMALL)
     assert same(found, now) and progress == {"best": 1.5, "since": 2}
     assert jax.tree.structure(found) == jax.tree.structure(now)
 
 
-def test_only_the_last_checkpoints_stay(saved):
+def test_save_removes_old_checkpoints(saved):
     folder, now = saved
     for number in (3, 6, 9):
         checkpoints.save(folder, now.replace(step=jnp.int32(number)), SMALL, {})
     assert checkpoints.saved_steps(folder) == [6, 9]
 
 
-def test_half_a_checkpoint_is_swept_away(saved):
+def test_save_removes_incomplete_checkpoints(saved):
     folder, now = saved
     (folder / ".step-000003").mkdir()
     (folder / ".step-000003" / "state.safetensors").write_bytes(b"half")
@@ -531,7 +540,7 @@ def test_half_a_checkpoint_is_swept_away(saved):
     assert sorted(p.name for p in folder.iterdir()) == ["step-000000", "step-000003"]
 
 
-def test_a_run_with_other_settings_does_not_go_on(saved):
+def test_load_with_other_settings_raises(saved):
     folder, now = saved
     with pytest.raises(ValueError, match=naming("learning_rate", 0.01, 0.02)):
         checkpoints.load(folder, now, replace(SMALL, learning_rate=0.02))
@@ -553,7 +562,7 @@ def test_a_run_with_other_settings_does_not_go_on(saved):
         ),
     ],
 )
-def test_a_checkpoint_must_fit(saved, change, facts):
+def test_load_with_wrong_tensors_names_the_tensor(saved, change, facts):
     from safetensors.numpy import load_file, save_file
 
     folder, now = saved
@@ -573,14 +582,14 @@ def test_a_checkpoint_must_fit(saved, change, facts):
         ("checkpoint.json", b'{"format": 1}', ["config", "format", "progress", "step"]),
     ],
 )
-def test_a_damaged_checkpoint_is_named(saved, name, content, facts):
+def test_load_of_damaged_file_names_it(saved, name, content, facts):
     folder, now = saved
     (folder / "step-000000" / name).write_bytes(content)
     with pytest.raises(ValueError, match=naming(name, *facts)):
         checkpoints.load(folder, now, SMALL)
 
 
-def test_unknown_settings_in_a_checkpoint_are_refused(saved):
+def test_load_with_unknown_setting_names_it(saved):
     folder, now = saved
     path = folder / "step-000000" / "checkpoint.json"
     rest = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""The image model's recipe, its judge and its measures, on packs of coloured squares."""
+"""The recipe of the image model, its judge and its metrics, on datasets of coloured squares."""
 
 import hashlib
 import io
@@ -21,8 +21,11 @@ from training.recipes import clip_judge, emoji, emoji_measures
 pytestmark = pytest.mark.heavy
 
 
-def write_pack(folder, *, count=6, held_out=0.0, seed=0):
-    """A pack of squares, each concept a colour of its own, left black; every second has a side."""
+def write_dataset(folder, *, count=6, held_out=0.0, seed=0):
+    """Write a dataset of images with a black left half, one colour per concept.
+
+    Every second concept is directed: it must not be mirrored.
+    """
     random = np.random.default_rng(seed)
     concepts = [
         Concept(
@@ -54,24 +57,24 @@ def write_pack(folder, *, count=6, held_out=0.0, seed=0):
     return EmojiDataset(folder)
 
 
-def test_only_what_has_no_left_and_right_is_mirrored(tmp_path):
-    pack = write_pack(tmp_path / "pack")
+def test_mirror_leaves_directed_images_unchanged(tmp_path):
+    pack = write_dataset(tmp_path / "pack")
     shares = np.full(len(pack.images), 1 / len(pack.images))
-    settings = emoji.EmojiConfig(pack=tmp_path, out=tmp_path, batch_size=200, mirror=True)
+    settings = emoji.EmojiConfig(dataset=tmp_path, out=tmp_path, batch_size=200, mirror=True)
     found = emoji.make_batches(pack, settings, shares, 32)(0)
     plain = emoji.make_batches(pack, replace(settings, mirror=False), shares, 32)(0)
-    turned = (found["x"] != plain["x"]).any((1, 2, 3))
-    np.testing.assert_array_equal(found["x"][turned], plain["x"][turned, :, ::-1])
+    mirrored = (found["x"] != plain["x"]).any((1, 2, 3))
+    np.testing.assert_array_equal(found["x"][mirrored], plain["x"][mirrored, :, ::-1])
     colours = pack.downscaled_images(np.arange(len(pack.images)), 32)[:, 0, -1]
     picture = (plain["x"][:, None, 0, -1] == colours).all(-1).argmax(1)
     directed = pack.concept_ids[picture] % 2 == 0
-    assert 60 < directed.sum() < 140 and not turned[directed].any()
-    assert 0.3 < turned[~directed].mean() < 0.7
-    for name in ("states", "keep"):  # a run without mirror images stays what it was
+    assert 60 < directed.sum() < 140 and not mirrored[directed].any()
+    assert 0.3 < mirrored[~directed].mean() < 0.7
+    for name in ("states", "keep"):  # mirroring must not change other random numbers
         np.testing.assert_array_equal(found[name], plain[name])
 
 
-def test_what_another_hand_might_have_drawn():
+def test_augment_varies_images_and_keeps_white():
     images = np.full((60, 64, 64, 3), 255, np.uint8)
     images[:, 16:48, 16:32] = (200, 30, 30)
     random = np.random.default_rng(0)
@@ -87,15 +90,15 @@ def test_what_another_hand_might_have_drawn():
     np.testing.assert_allclose(greys, greys[..., :1].repeat(3, -1))
 
 
-def test_blurring_keeps_what_is_even_and_the_sum():
+def test_blur_keeps_constant_images_and_the_sum():
     x = np.zeros((1, 5, 5, 1))
     x[0, 2, 2] = 16
     assert clip_judge._blur(x)[0, 1:4, 1:4, 0].tolist() == [[1, 2, 1], [2, 4, 2], [1, 2, 1]]
     np.testing.assert_allclose(clip_judge._blur(np.full((1, 3, 4, 2), 0.3)), 0.3)
 
 
-def test_a_picture_of_openmoji_loses_its_margin():
-    pytest.importorskip("resvg_py", reason="draws SVG; only the tower's training needs it")
+def test_openmoji_svg_is_rendered_without_its_margin():
+    pytest.importorskip("resvg_py", reason="renders SVG; only the training of the judge needs it")
     svg = b'<svg viewBox="0 0 72 72" xmlns="http://www.w3.org/2000/svg">'
     svg += b'<rect x="6" y="6" width="60" height="60" fill="#ff0000"/></svg>'
     found = clip_judge.svg_on_white(svg, 64).astype(int)
@@ -103,9 +106,9 @@ def test_a_picture_of_openmoji_loses_its_margin():
     assert (np.abs(found[1:-1, 1:-1] - (255, 0, 0)) <= 1).all()
 
 
-def test_the_tower_is_told_from_all_captions_by_their_shares(tmp_path, monkeypatch):
+def test_judge_loss_is_over_captions_sampled_by_their_shares(tmp_path, monkeypatch):
     monkeypatch.setattr(clip_judge, "CHANNELS", (8, 8))
-    pack = write_pack(tmp_path / "pack")
+    pack = write_dataset(tmp_path / "pack")
     captions = clip_judge.caption_embeddings(pack)
     assert captions.pooled.shape == (6, 2, clip_judge.TEXT_EMBED_DIM)
     np.testing.assert_array_equal(captions.pooled[1, 1], pack.pooled[pack.caption_rows["a 1"]])
@@ -130,25 +133,25 @@ def test_the_tower_is_told_from_all_captions_by_their_shares(tmp_path, monkeypat
     assert weight == 3 and counts["correct"] == (logits.argmax(1) == batch["concept"]).sum()
 
 
-def test_a_sheet_shows_every_picture_once_under_its_label():
+def test_labelled_grid_shows_each_image_beside_its_label():
     pictures = np.random.default_rng(0).integers(0, 200, (3, 2, 16, 16, 3), np.uint8)
     found = emoji_measures.labelled_grid(pictures, ["cat", "dog", "house"])
     windows = np.lib.stride_tricks.sliding_window_view(found, (16, 16), (0, 1))
     for row, four in enumerate(pictures):
         left = found.shape[1] // 2 * (row // 2)
-        places = []
+        corners = []
         for picture in four:
             same = (windows == picture.transpose(2, 0, 1)).all((2, 3, 4))
-            (place,) = np.argwhere(same).tolist()
-            places.append(place)
-        top, start = places[0]
-        assert top == 4 + 20 * (row % 2) and places[1] == [top, start + 20]
+            (corner,) = np.argwhere(same).tolist()
+            corners.append(corner)
+        top, start = corners[0]
+        assert top == 4 + 20 * (row % 2) and corners[1] == [top, start + 20]
         assert (found[top : top + 16, left : start - 4] < 100).any()  # the label
 
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """Two vendors' packages with the pictures of a pack in other colours."""
+    """Write packages of two vendors with images of the concepts of a dataset."""
     folder, vendors = tmp_path / "npm", []
     folder.mkdir()
     for style, _ in clip_judge.VENDORS:
@@ -160,20 +163,20 @@ def packages(tmp_path, monkeypatch):
                 member = tarfile.TarInfo(f"{style.folder}{n:X}.png")
                 member.size = file.tell()
                 archive.addfile(member, io.BytesIO(file.getvalue()))
-        made = replace(style.package, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-        vendors.append((replace(style, package=made, suffix=".png"), data.on_white))
+        package = replace(style.package, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        vendors.append((replace(style, package=package, suffix=".png"), data.on_white))
     monkeypatch.setattr(clip_judge, "VENDORS", tuple(vendors))
     return folder
 
 
 @pytest.mark.slow
-def test_the_tower_trains_and_goes_on(packages, tmp_path, monkeypatch):
+def test_judge_trains_and_resumes(packages, tmp_path, monkeypatch):
     monkeypatch.setattr(clip_judge, "CHANNELS", (8, 8))
     monkeypatch.setattr(clip_judge, "VALIDATION_BATCH_SIZE", 3)
-    write_pack(tmp_path / "pack")
-    given = ["--packages", str(packages), "--pack", str(tmp_path / "pack"), "--batch-size", "8"]
-    for _ in range(2):  # the second time there is nothing left to do
-        assert clip_judge.main([*given, "--steps", "150", "--out", str(tmp_path / "run")]) == 0
+    write_dataset(tmp_path / "pack")
+    args = ["--packages", str(packages), "--dataset", str(tmp_path / "pack"), "--batch-size", "8"]
+    for _ in range(2):  # the second run is complete already
+        assert clip_judge.main([*args, "--steps", "150", "--out", str(tmp_path / "run")]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 151))
     assert np.mean([line["accuracy"] for line in lines[-20:] if "accuracy" in line]) > 0.6
@@ -183,10 +186,10 @@ def test_the_tower_trains_and_goes_on(packages, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_numbers_and_sheets_are_written(tmp_path, monkeypatch, model_file):
+def test_measures_and_grids_are_written(tmp_path, monkeypatch, model_file):
     monkeypatch.setattr(clip_judge, "CHANNELS", (8, 8))
     monkeypatch.setattr(emoji_measures, "SAMPLE_PROMPTS", ("cat", "dog"))
-    pack = write_pack(tmp_path / "pack", count=110, held_out=0.2)
+    pack = write_dataset(tmp_path / "pack", count=110, held_out=0.2)
     cfg, twice = (
         UNetConfig.debug(image_size=32, text_dim=384),
         UpscalerConfig(width=8, num_blocks=1),
@@ -196,20 +199,19 @@ def test_numbers_and_sheets_are_written(tmp_path, monkeypatch, model_file):
     checkpoint.save(tmp_path / "model" / "upscaler", weights, twice)
     judge = clip_judge.ContrastiveTask().init(jax.random.key(0))
     monkeypatch.setattr(emoji_measures, "load_ema_weights", lambda run, task: judge)
-    given = ["--model", str(tmp_path / "model"), "--encoder", str(model_file("all-minilm-l6-v2"))]
-    given += ["--out", str(tmp_path / "out")]
-    more = ["--pack", str(tmp_path / "pack"), "--tower", str(tmp_path)]
-    assert emoji_measures.main(["numbers", *given, *more]) == 0
+    args = ["--model", str(tmp_path / "model"), "--encoder", str(model_file("all-minilm-l6-v2"))]
+    args += ["--out", str(tmp_path / "out")]
+    more = ["--dataset", str(tmp_path / "pack"), "--judge", str(tmp_path)]
+    assert emoji_measures.main(["numbers", *args, *more]) == 0
     found = json.loads((tmp_path / "out" / "measures.json").read_text())
-    asked = found["pictures"]
-    assert asked["held_out"] == pack.held_out.sum()
-    assert found["style"]["real"] == pytest.approx(1 / 3, abs=0.2)  # styles look the same here
+    assert found["pictures"]["held_out"] == pack.held_out.sum()
+    assert found["style"]["real"] == pytest.approx(1 / 3, abs=0.2)  # all styles look the same
     assert abs(found["kernel_distance"]["real"]) < found["kernel_distance"]["drawn"]
     assert found["coverage"]["real"] > found["coverage"]["drawn"]
     assert found["flow_loss"]["held_out"].keys() == found["flow_loss"]["learnt"].keys()
     assert found["memorisation"]["learnt"] > 0
     for name in ("samples.png", "flow_loss.png"):
         assert Image.open(tmp_path / "out" / name).size[0] > 100
-    assert emoji_measures.main(["sheet", *given]) == 0
+    assert emoji_measures.main(["sheet", *args]) == 0
     sizes = [Image.open(tmp_path / "out" / f"{n}.png").size for n in ("grid", "grid-numbered")]
     assert sizes[0][1] == sizes[1][1] and sizes[0][0] > sizes[1][0]

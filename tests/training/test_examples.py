@@ -1,4 +1,4 @@
-"""Lines to examples: what is learned of each kind, and what is wrong with a line."""
+"""From lines to examples: the targets of each kind, and the faults of a line."""
 
 import dataclasses
 import json
@@ -14,87 +14,87 @@ from training.examples import Fault
 ENCODING = TOKENIZER.encoding
 
 
-def learned(row: dict, kind: str, tokenizer=TOKENIZER) -> str:
-    """The text of the tokens that have a weight."""
+def target_text(row: dict, kind: str, tokenizer=TOKENIZER) -> str:
+    """Return the text of the tokens with a weight."""
     example = examples.encode(row, kind, tokenizer)
     assert example.weights.shape == example.ids.shape and not example.weights[0]
     return ENCODING.decode(example.ids[example.weights > 0].tolist())
 
 
-def test_of_a_conversation_the_assistants_turns_are_learned_and_that_they_end():
-    assert learned(chat("q", "one", "r", "two"), "chat") == "one<|im_end|>two<|im_end|>"
+def test_targets_of_chat_are_assistant_turns_with_their_end():
+    assert target_text(chat("q", "one", "r", "two"), "chat") == "one<|im_end|>two<|im_end|>"
 
 
-def test_a_turn_of_weight_0_is_read_and_not_learned():
+def test_assistant_turn_of_weight_0_is_no_target():
     row = chat("q", "one", "r", "two")
     row["messages"][1]["weight"], row["messages"][3]["weight"] = 0, 1
-    assert learned(row, "chat") == "two<|im_end|>"
+    assert target_text(row, "chat") == "two<|im_end|>"
     plain = examples.encode(chat("q", "one", "r", "two"), "chat", TOKENIZER)
     assert (examples.encode(row, "chat", TOKENIZER).ids == plain.ids).all()
 
 
-def test_the_prompt_is_what_the_model_reads_when_asked():
-    """A template's newline must not be merged with an answer's."""
+def test_context_of_chat_equals_the_prompt_of_generation():
+    """A newline of the template must not be merged with one of the answer."""
     example = examples.encode(chat("q", "\n\nlow"), "chat", TOKENIZER)
     prompt = TOKENIZER.chat_template.encode(ENCODING, chat("q")["messages"])
     assert example.ids[: len(prompt)].tolist() == prompt
     assert example.weights[: len(prompt)].sum() == 0 and example.weights[len(prompt) :][0] == 1
 
 
-def test_what_a_user_types_is_no_special_token():
+def test_special_token_in_content_is_text():
     example = examples.encode(chat("<|im_end|>", "a"), "chat", TOKENIZER)
     assert example.ids.tolist().count(ENCODING.special_tokens["<|im_end|>"]) == 2
 
 
-def test_content_in_parts_and_a_developer():
+def test_content_parts_and_developer_role_are_accepted():
     parts = [{"type": "text", "text": "lo"}, {"type": "text", "text": "w"}]
     row = chat("q", "a")
     row["messages"][1]["content"] = parts
-    assert not examples.faults(row, "chat") and learned(row, "chat") == "low<|im_end|>"
+    assert not examples.faults(row, "chat") and target_text(row, "chat") == "low<|im_end|>"
     row = {"messages": [{"role": "developer", "content": "be brief"}, *chat("q", "a")["messages"]]}
     assert not examples.faults(row, "chat")
     ids = examples.encode(row, "chat", TOKENIZER).ids.tolist()
     assert ENCODING.decode(ids).startswith("<|im_start|>system\nbe brief")
 
 
-def test_a_message_may_come_as_the_api_answered_it():
-    """With keys that are null; they reach no template."""
+def test_message_with_null_keys_of_the_api_is_accepted():
+    """Keys that are null do not reach the template."""
     row = chat("q", "low", refusal=None, audio=None, tool_calls=None, name=None, weight=None)
     assert not examples.faults(row | {"tools": None}, "chat")
-    assert learned(row, "chat") == "low<|im_end|>"
+    assert target_text(row, "chat") == "low<|im_end|>"
 
 
-def test_keys_that_change_nothing_are_taken():
+def test_empty_keys_and_float_weights_are_accepted():
     """Exports write empty lists for what is absent, and numbers as floats."""
     row = chat("q", "low", tool_calls=[], annotations=[], weight=1.0)
     row |= {"tools": [], "functions": [], "parallel_tool_calls": False}
-    assert not examples.faults(row, "chat") and learned(row, "chat") == "low<|im_end|>"
+    assert not examples.faults(row, "chat") and target_text(row, "chat") == "low<|im_end|>"
     row = chat("q", "low", "q", "er", weight=0.0)
     row["messages"][1]["weight"] = 1
-    assert not examples.faults(row, "chat") and learned(row, "chat") == "low<|im_end|>"
+    assert not examples.faults(row, "chat") and target_text(row, "chat") == "low<|im_end|>"
 
 
-def test_of_a_pair_the_completion_is_learned_and_that_it_ends():
+def test_targets_of_pair_are_the_completion_with_its_end():
     row = {"prompt": "low", "completion": "er"}
-    assert learned(row, "completion") == "er<|im_end|>"
-    # Each by itself: "lower" would be other tokens.
+    assert target_text(row, "completion") == "er<|im_end|>"
+    # Both are tokenized separately: "lower" would be other tokens.
     ids = examples.encode(row, "completion", TOKENIZER).ids.tolist()
     assert ids == ENCODING.encode("low") + ENCODING.encode("er") + [2]
-    begun = dataclasses.replace(TOKENIZER, bos_id=0, add_bos=True)
-    assert examples.encode(row, "completion", begun).ids.tolist() == [0, *ids]
+    with_bos = dataclasses.replace(TOKENIZER, bos_id=0, add_bos=True)
+    assert examples.encode(row, "completion", with_bos).ids.tolist() == [0, *ids]
 
 
-def test_nothing_stands_before_the_first_token():
+def test_first_token_has_weight_0():
     row = {"prompt": "", "completion": "aab"}
     example = examples.encode(row, "completion", TOKENIZER)
     assert example.weights.tolist() == [0] + [1] * (len(example) - 1)
 
 
-def test_of_a_text_all_is_learned():
-    assert learned({"text": "1 low"}, "text") == " low<|im_end|>"
+def test_targets_of_text_are_all_tokens():
+    assert target_text({"text": "1 low"}, "text") == " low<|im_end|>"
 
 
-def test_a_model_without_a_template_cannot_learn_conversations():
+def test_chat_without_a_template_raises():
     without = dataclasses.replace(TOKENIZER, chat_template=None)
     with pytest.raises(ValueError, match="chat template"):
         examples.encode(chat("q", "a"), "chat", without)
@@ -144,11 +144,11 @@ ANSWER = {"role": "assistant", "content": "a"}
         ({"messages": [MESSAGE, ANSWER], "id": 1}, "extra_key", "id"),
     ],
 )
-def test_what_can_be_wrong_with_a_conversation(row, code, param):
+def test_invalid_chat_has_a_fault_with_code_and_param(row, code, param):
     assert [(fault.code, fault.param) for fault in examples.faults(row, "chat")] == [(code, param)]
 
 
-def test_all_that_is_wrong_is_told():
+def test_all_faults_of_a_line_are_returned():
     row = {"messages": [{"role": "usr"}, {"content": 3}], "a": 1, "b": 2}
     found = [fault.code for fault in examples.faults(row, "chat")]
     assert found == [
@@ -167,14 +167,14 @@ def test_all_that_is_wrong_is_told():
         ({"text": ["a"]}, "text", "invalid_type"),
     ],
 )
-def test_what_can_be_wrong_with_a_pair_or_a_text(row, kind, code):
+def test_invalid_pair_or_text_has_a_fault(row, kind, code):
     assert [fault.code for fault in examples.faults(row, kind)] == [code]
 
 
 @pytest.mark.parametrize(
     ("line", "code", "facts"),
     [
-        (b'{"a": 1', "invalid_json", ["char 7"]),  # where the parser stopped
+        (b'{"a": 1', "invalid_json", ["char 7"]),  # the position of the error
         (b"{'a': 1}", "invalid_json", ["char 1"]),
         (b'{"a": NaN}', "invalid_json", ["NaN"]),
         (b"[1]", "not_an_object", ["[1]"]),
@@ -183,12 +183,12 @@ def test_what_can_be_wrong_with_a_pair_or_a_text(row, kind, code):
         (b"a" * (examples.MAX_LINE + 1), "line_too_long", ["16 MB"]),
     ],
 )
-def test_a_line_that_is_no_object(line, code, facts):
+def test_line_that_is_no_object_is_a_fault(line, code, facts):
     found = examples.parse(line)
     assert isinstance(found, Fault) and found.code == code and names(found.message, *facts)
 
 
-def test_lines_are_numbered_and_a_huge_one_does_not_fill_the_memory(tmp_path, monkeypatch):
+def test_lines_are_numbered_and_long_ones_truncated(tmp_path, monkeypatch):
     monkeypatch.setattr(examples, "MAX_LINE", 10)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"one\n\n" + b"x" * 35 + b"\nend\r\nlast")
@@ -197,7 +197,7 @@ def test_lines_are_numbered_and_a_huge_one_does_not_fill_the_memory(tmp_path, mo
     ]  # fmt: skip
 
 
-def test_half_a_surrogate_pair_is_text_like_any_other():
+def test_lone_surrogate_is_encoded():
     row = json.loads('{"prompt": "\\ud83d", "completion": "a"}')
     assert not examples.faults(row, "completion")
     assert isinstance(examples.encode(row, "completion", TOKENIZER).ids, np.ndarray)

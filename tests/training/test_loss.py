@@ -1,4 +1,4 @@
-"""Cross-entropy in chunks: the numbers of the plain one, and never all logits."""
+"""Chunked cross-entropy: the values of the definition, without ever holding all logits."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ TARGETS = RNG.integers(0, VOCAB, ROWS).astype(np.int32)
 WEIGHTS = np.where(RNG.random(ROWS) < 0.4, 0, RNG.choice([1.0, 0.25], ROWS)).astype(np.float32)
 
 
-def test_the_plain_one_is_the_definition():
+def test_cross_entropy_equals_numpy_float64():
     logits = X.astype(np.float64) @ TABLE.T.astype(np.float64)
     likely = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     loss, right = cross_entropy(X, TABLE, TARGETS, WEIGHTS)
@@ -27,7 +27,7 @@ def test_the_plain_one_is_the_definition():
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 25, 50, 1000])
-def test_chunks_give_the_same_sums_and_gradients(chunk):
+def test_chunked_sums_and_gradients_equal_the_definition(chunk):
     def both(function, **more):
         def loss(x, table):
             loss, right = function(x, table, TARGETS, WEIGHTS, **more)
@@ -40,7 +40,7 @@ def test_chunks_give_the_same_sums_and_gradients(chunk):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16_products_leave_float32_gradients():
+def test_gradients_of_bfloat16_products_are_float32():
     def gradient(dtype):
         loss = lambda table: chunked_cross_entropy(X, table, TARGETS, WEIGHTS, dtype=dtype)[0]  # noqa: E731
         return jax.grad(loss)(jnp.asarray(TABLE))
@@ -50,8 +50,8 @@ def test_bfloat16_products_leave_float32_gradients():
     assert 0 < np.abs(narrow - wide).max() < 0.02 * np.abs(wide).max()
 
 
-def test_rows_that_do_not_count_cost_nothing():
-    """Their targets may be anything; where no row counts there is nothing to sum."""
+def test_rows_of_weight_0_are_ignored():
+    """Targets of rows of weight 0 may be invalid, and all rows may have weight 0."""
     targets = np.where(WEIGHTS == 0, 10**6, TARGETS)
     found = chunked_cross_entropy(X, TABLE, targets, WEIGHTS, chunk=8)
     np.testing.assert_allclose(found[0], cross_entropy(X, TABLE, TARGETS, WEIGHTS)[0], rtol=1e-5)
@@ -61,7 +61,7 @@ def test_rows_that_do_not_count_cost_nothing():
     assert loss == 0 and not gradient.any()
 
 
-def test_all_logits_are_never_held():
+def test_chunked_loss_never_holds_all_logits():
     rows, vocab = 1024, 4096
     x, table = jnp.zeros((rows, 8)), jnp.zeros((vocab, 8))
     targets, weights = jnp.zeros(rows, jnp.int32), jnp.ones(rows)
@@ -75,12 +75,12 @@ def test_all_logits_are_never_held():
     assert need(cross_entropy) > logits > 4 * need(chunked_cross_entropy, chunk=64)
 
 
-def test_weights_are_data():
+def test_derivative_by_weights_raises():
     with pytest.raises(ValueError, match="weights"):
         jax.grad(lambda w: chunked_cross_entropy(X, TABLE, TARGETS, w)[0])(jnp.asarray(WEIGHTS))
 
 
-def test_the_gradient_of_the_table_is_computed_only_if_it_is_wanted():
+def test_gradient_of_the_table_is_computed_only_on_demand():
     def flops(**which) -> float:
         loss = lambda x, table: chunked_cross_entropy(x, table, TARGETS, WEIGHTS)[0]  # noqa: E731
         compiled = jax.jit(jax.grad(loss, **which)).lower(X, TABLE).compile()

@@ -1,4 +1,4 @@
-"""What a run says of itself: lines, pictures, a bar, and how much of the machine it used."""
+"""Metrics of a run: records, the plot of the loss, the progress bar, and the peak FLOP/s."""
 
 import os
 import pty
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 SUMS = {"loss": 6.0, "weight": 4.0, "correct": 3.0, "tokens": 10, "grad_norm": 2.0, "lr": 0.5}
 
 
-def test_the_line_of_a_step():
+def test_step_record_has_all_metrics():
     config = TrainConfig(steps=9, learning_rate=1.0, steps_per_epoch=4)
     line = metrics.step_record(3, SUMS | {"squares": 8.0}, 2.0, config, 100.0, 5000.0)
     assert line.pop("time") > 1.7e9
@@ -27,7 +27,7 @@ def test_the_line_of_a_step():
     }  # fmt: skip
 
 
-def test_what_means_nothing_is_left_out():
+def test_step_record_leaves_out_metrics_that_do_not_apply():
     sums = {name: SUMS[name] for name in ("loss", "weight", "grad_norm", "lr")}
     line = metrics.step_record(3, sums, 2.0, TrainConfig(steps=9, learning_rate=1.0), None, None)
     assert line.keys() == {
@@ -36,10 +36,10 @@ def test_what_means_nothing_is_left_out():
     assert line["tokens"] == 4
 
 
-def test_a_log_forgets_what_comes_after_the_checkpoint(tmp_path):
+def test_log_removes_lines_after_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "valid_loss": 1}\n{"step": 3}\n{"ste')
-    assert len(metrics.read(path)) == 4  # the line that is being written is nobody's yet
+    assert len(metrics.read(path)) == 4  # the incomplete line is left out
     log = metrics.Log(path, 2)
     log.write({"step": 3, "loss": 0.5})
     assert metrics.read(path)[2:] == [{"step": 2, "valid_loss": 1}, {"step": 3, "loss": 0.5}]
@@ -48,7 +48,7 @@ def test_a_log_forgets_what_comes_after_the_checkpoint(tmp_path):
     assert metrics.read(path) == []
 
 
-def test_the_curve_is_a_picture(tmp_path):
+def test_plot_losses_writes_a_png(tmp_path):
     path, target = tmp_path / "metrics.jsonl", tmp_path / "loss.png"
     path.write_text("")
     loss_plot.plot_losses(path, target)
@@ -63,28 +63,28 @@ def test_the_curve_is_a_picture(tmp_path):
     assert target.read_bytes() != plain
 
 
-def test_smoothing_keeps_a_line_a_line():
+def test_smooth_keeps_linear_values():
     line = np.arange(100.0)
     np.testing.assert_allclose(loss_plot.smooth(line)[5:-5], line[5:-5])
     np.testing.assert_allclose(loss_plot.smooth(np.ones(100)), 1)
 
 
-def test_the_roof_is_above_what_one_core_adds_up():
+def test_peak_flops_is_above_1_gflops():
     assert bench.peak_flops("float32") > 1e9
 
 
-def test_patience_needs_something_to_validate_with(tmp_path):
+def test_patience_without_validation_batches_raises(tmp_path):
     config = TrainConfig(steps=9, learning_rate=1.0, validate_every=2, patience=1)
     with pytest.raises(ValueError, match=naming("patience", 1)):
         train(None, None, lambda step: {}, config, tmp_path)
 
 
 @pytest.mark.heavy
-def test_a_bar_where_there_is_a_terminal(tmp_path):
-    """On a pseudo-terminal: how far it is, the loss, and tokens a second."""
+def test_progress_bar_is_shown_on_a_terminal_only(tmp_path):
+    """The bar on a pseudo-terminal shows steps, loss, tokens per second and MFU."""
     code = (
         "from training import metrics\n"
-        "bar = metrics.Bar(8, 2, shown=True)\n"
+        "bar = metrics.ProgressBar(8, 2, is_enabled=True)\n"
         "bar.update({'step': 5, 'loss': 1.5, 'tokens_per_second': 1234.5, 'mfu': 0.42})\n"
         "bar.close()\n"
     )
@@ -94,9 +94,9 @@ def test_a_bar_where_there_is_a_terminal(tmp_path):
         [sys.executable, "-c", code], cwd=ROOT, stderr=child, check=True, env=environment
     )
     os.close(child)
-    shown = os.read(parent, 10_000).decode()
+    output = os.read(parent, 10_000).decode()
     os.close(parent)
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output)
     assert names(text, "5/8", "1.5000", "1,234", "42%")
     silent = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True

@@ -1,4 +1,4 @@
-"""Recipes from files to what can be served: what they leave, refuse, and go on with."""
+"""Recipes: the files that a run writes, the data that it rejects, and how it resumes."""
 
 import dataclasses
 import json
@@ -14,6 +14,7 @@ import pytest
 
 import bpe
 from tests.naming import names, naming
+from tests.serve.old_home import make_old_home as old
 from tests.training.tokens import TOKENIZER, chat
 from training.__main__ import main
 from training.recipes import finetune, pretrain, run_dir, toy_dataset
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.heavy
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A tiny decoder in a folder, with tokenizer and chat template."""
+    """Return a folder with a tiny decoder, its tokenizer and a chat template."""
     folder = tmp_path_factory.mktemp("model")
     cfg = Config.debug(num_layers=1, vocab_size=272, max_seq_len=128)
     checkpoint.save(folder, decoder.init(jax.random.key(0), cfg), cfg)
@@ -42,18 +43,18 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tuned(model, data, tmp_path_factory) -> Path:
-    """A finished run of four epochs."""
-    out = tmp_path_factory.mktemp("tuned") / "out"
+def finished_run(model, data, tmp_path_factory) -> Path:
+    """Return the folder of a finished run of four epochs."""
+    out = tmp_path_factory.mktemp("finished_run") / "out"
     settings = options(model, data, out)
     assert finetune.run(finetune.FinetuneConfig(**settings)).reason == "finished"
     return out
 
 
 def options(model: Path, data: Path, out: Path, **changes) -> dict:
-    given = dict(model=model, data=data, out=out, valid=data, epochs=4, batch_size=4, rank=4,
-                 learning_rate_multiplier=20.0, format="float32")  # fmt: skip
-    return given | changes
+    settings = dict(model=model, data=data, out=out, valid=data, epochs=4, batch_size=4, rank=4,
+                    learning_rate_multiplier=20.0, dtype="float32")  # fmt: skip
+    return settings | changes
 
 
 def arguments(settings: dict) -> list[str]:
@@ -65,41 +66,70 @@ def metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_what_a_run_leaves(tuned, model):
-    names = {path.name for path in tuned.iterdir()}
+def test_lora_run_writes_adapters_and_job(finished_run, model):
+    names = {path.name for path in finished_run.iterdir()}
     assert names == {
         "adapter", "adapters", "checkpoints", "job.json", "loss.png", "metrics.jsonl"
     }  # fmt: skip
-    steps = [line for line in metrics(tuned) if "loss" in line]
+    steps = [line for line in metrics(finished_run) if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 13))
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.2 and steps[-1]["epoch"] == 4
-    valid = [line["valid_loss"] for line in metrics(tuned) if "valid_loss" in line]
+    valid = [line["valid_loss"] for line in metrics(finished_run) if "valid_loss" in line]
     assert len(valid) == 4 and valid[-1] < valid[0]
-    assert sorted(path.name for path in (tuned / "adapters").iterdir()) == [
+    assert sorted(path.name for path in (finished_run / "adapters").iterdir()) == [
         "step-12", "step-6", "step-9"
     ]  # fmt: skip
     cfg = checkpoint.read_config(model)
-    last, final = (lora.load(tuned / name, cfg) for name in ("adapters/step-12", "adapter"))
+    last, final = (lora.load(finished_run / name, cfg) for name in ("adapters/step-12", "adapter"))
     jax.tree.map(np.testing.assert_array_equal, last, final)
-    job = json.loads((tuned / "job.json").read_text())
+    job = json.loads((finished_run / "job.json").read_text())
     assert (job["epochs"], job["batch_size"], job["steps"]) == (4, 4, 12)
     assert job["learning_rate"] == pytest.approx(0.02) and job["examples"] == 12
     assert job["trained_tokens"] == sum(line["tokens"] for line in steps)
 
 
-def test_done_is_done(tuned, model, data):
-    before = (tuned / "metrics.jsonl").read_bytes()
-    result = finetune.run(finetune.FinetuneConfig(**options(model, data, tuned)))
+def test_finished_run_is_not_changed(finished_run, model, data):
+    before = (finished_run / "metrics.jsonl").read_bytes()
+    result = finetune.run(finetune.FinetuneConfig(**options(model, data, finished_run)))
     assert result.reason == "finished" and result.job["steps"] == 12
-    assert (tuned / "metrics.jsonl").read_bytes() == before
+    assert (finished_run / "metrics.jsonl").read_bytes() == before
     with pytest.raises(ValueError, match=naming("epochs", 4, 5)):
-        finetune.run(finetune.FinetuneConfig(**options(model, data, tuned, epochs=5)))
+        finetune.run(finetune.FinetuneConfig(**options(model, data, finished_run, epochs=5)))
 
 
-def test_other_data_under_the_same_name_are_noticed(tuned, model, data, tmp_path):
+def test_dtype_has_the_key_format_in_job_json(finished_run):
+    """Runs of earlier versions must resume: their job.json has the key "format"."""
+    job = json.loads((finished_run / "job.json").read_text())
+    assert job["given"]["format"] == job["format"] == "float32"
+    assert "dtype" not in job and "dtype" not in job["given"]
+
+
+def test_job_of_an_earlier_version_resumes(tmp_path, data):
+    """The job.json of the old data folder has the settings of a run of this version."""
+    made = json.loads(old.MADE.read_text("utf-8"))
+    path = old.HOME / "jobs" / made["half_done"] / "out" / "job.json"
+    given = json.loads(path.read_text("utf-8"))["given"]
+    settings = finetune.FinetuneConfig(
+        model=given["model"],
+        data=data,
+        out=tmp_path,
+        epochs=given["epochs"],
+        batch_size=given["batch_size"],
+        learning_rate_multiplier=given["learning_rate_multiplier"],
+        seed=given["seed"],
+    )
+    record = run_dir.config_record(settings)
+    assert record.keys() == given.keys()
+    record |= {name: given[name] for name in ("data", "data_sha256")}
+    assert run_dir.read_job(path, record) is not None
+    with pytest.raises(ValueError, match=naming("format", None, "'bfloat16'")):
+        run_dir.read_job(path, record | {"format": "bfloat16"})
+
+
+def test_resume_with_changed_data_raises(finished_run, model, data, tmp_path):
     other = tmp_path / data.name
     other.write_text(data.read_text().replace("say", "tell"))
-    job = json.loads((tuned / "job.json").read_text())
+    job = json.loads((finished_run / "job.json").read_text())
     job["given"]["data"] = job["given"]["valid"] = str(other)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "job.json").write_text(json.dumps(job))
@@ -107,7 +137,9 @@ def test_other_data_under_the_same_name_are_noticed(tuned, model, data, tmp_path
         finetune.run(finetune.FinetuneConfig(**options(model, other, tmp_path / "out")))
 
 
-def test_told_to_stop_it_saves_and_goes_on_to_the_same_bits(tuned, model, data, tmp_path, capsys):
+def test_run_stopped_by_a_signal_resumes_bit_identically(
+    finished_run, model, data, tmp_path, capsys
+):
     settings = options(model, data, tmp_path / "out")
     stop = lambda line: line.startswith("epoch 2") and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
     result = finetune.run(finetune.FinetuneConfig(**settings), notify=stop)
@@ -117,21 +149,21 @@ def test_told_to_stop_it_saves_and_goes_on_to_the_same_bits(tuned, model, data, 
     assert main(arguments(settings)) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "out")
     for path in ("adapter/adapter_model.safetensors", "adapters/step-6/adapter_model.safetensors"):
-        assert (tmp_path / "out" / path).read_bytes() == (tuned / path).read_bytes()
+        assert (tmp_path / "out" / path).read_bytes() == (finished_run / path).read_bytes()
     same = ("step", "loss", "valid_loss", "lr")
     assert [[line.get(key) for key in same] for line in metrics(tmp_path / "out")] == [
-        [line.get(key) for key in same] for line in metrics(tuned)
+        [line.get(key) for key in same] for line in metrics(finished_run)
     ]
 
 
-def test_the_command_ends_with_the_number_of_the_signal(monkeypatch, tmp_path, capsys):
+def test_exit_code_of_a_stopped_command_has_the_signal(monkeypatch, tmp_path, capsys):
     stopped = finetune.Result("signal", {}, (), signal.SIGINT)
     monkeypatch.setattr(finetune, "run", lambda *_, **__: stopped)
     assert main(arguments(options("model", "data", tmp_path))) == 130
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_full_leaves_a_model_that_loads(model, data, tmp_path):
+def test_full_run_writes_a_model_that_loads(model, data, tmp_path):
     model = shutil.copytree(model, tmp_path / "base")
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
@@ -143,13 +175,13 @@ def test_full_leaves_a_model_that_loads(model, data, tmp_path):
     settings = options(model, data, tmp_path, method="full", epochs=1, valid=None)
     assert finetune.run(finetune.FinetuneConfig(**settings)).reason == "finished"
     params, cfg, _ = checkpoint.load(tmp_path / "model")
-    before, own, _ = checkpoint.load(model)
-    assert cfg == own and not (params.layers[0].q.weight == before.layers[0].q.weight).all()
-    again = bpe.load(tmp_path / "model")
-    assert again.chat_template.source == TOKENIZER.chat_template.source
-    assert again.named_templates["tool_use"].source == "{{ tools }}"
-    assert again.eos_id == TOKENIZER.eos_id and again.stop_ids == {0, 1, 2}
-    # Stop ids and sampling defaults were lost with generation_config.json.
+    before, base_cfg, _ = checkpoint.load(model)
+    assert cfg == base_cfg and not (params.layers[0].q.weight == before.layers[0].q.weight).all()
+    loaded = bpe.load(tmp_path / "model")
+    assert loaded.chat_template.source == TOKENIZER.chat_template.source
+    assert loaded.named_templates["tool_use"].source == "{{ tools }}"
+    assert loaded.eos_id == TOKENIZER.eos_id and loaded.stop_ids == {0, 1, 2}
+    # A bug: stop ids and sampling defaults were lost with generation_config.json.
     generation = json.loads((tmp_path / "model" / "generation_config.json").read_text())
     assert generation == {**sampling, "eos_token_id": [2, 0, 1]}
     assert (tmp_path / "model" / "special_tokens_map.json").exists()
@@ -157,7 +189,7 @@ def test_full_leaves_a_model_that_loads(model, data, tmp_path):
 
 
 def test_full_keeps_the_stop_ids_and_sampling_defaults_of_a_gguf_file(tmp_path):
-    """A folder has no place for `general.sampling.*` but its generation_config.json."""
+    """`general.sampling.*` goes to generation_config.json, the only such file of a folder."""
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_float32("general.sampling.temp", 0.7)
     writer.add_float32("general.sampling.penalty_repeat", 1.1)
@@ -179,21 +211,21 @@ def test_full_keeps_the_stop_ids_and_sampling_defaults_of_a_gguf_file(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_an_adapter_of_any_family_can_be_written(tmp_path, family):
-    """One of GPT-2's queries alone could not, which would show after the first epoch."""
+def test_adapter_of_each_family_can_be_saved(tmp_path, family):
+    """An adapter of only the queries of GPT-2 could not be saved, after the first epoch."""
     gpt2 = dict(norm="layer", position="learned", mlp="gelu", qkv_bias=True, linear_bias=True,
                 num_kv_heads=4)  # fmt: skip
     cfg = Config.debug(**(gpt2 if family == "gpt2" else {}))
-    parts = finetune.lora_target_modules(cfg)
-    adapter = lora.init(jax.random.key(0), cfg, rank=2, alpha=4, target_modules=parts)
+    modules = finetune.lora_target_modules(cfg)
+    adapter = lora.init(jax.random.key(0), cfg, rank=2, alpha=4, target_modules=modules)
     lora.save(tmp_path, adapter, cfg)
-    again = lora.load(tmp_path, cfg)
-    jax.tree.map(np.testing.assert_array_equal, adapter, again)
-    assert set(again[0]) >= {"out", "up", "down"}
+    loaded = lora.load(tmp_path, cfg)
+    jax.tree.map(np.testing.assert_array_equal, adapter, loaded)
+    assert set(loaded[0]) >= {"out", "up", "down"}
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
-def test_a_tokenizer_is_read_back(tmp_path, add_bos):
+def test_saved_tokenizer_loads_unchanged(tmp_path, add_bos):
     tokenizer = dataclasses.replace(
         TOKENIZER,
         bos_id=0,
@@ -202,17 +234,17 @@ def test_a_tokenizer_is_read_back(tmp_path, add_bos):
         named_templates={"tool_use": bpe.ChatTemplate("{{ tools }}")},
     )
     run_dir.save_tokenizer(tmp_path, tokenizer)
-    again = bpe.load(tmp_path)
+    loaded = bpe.load(tmp_path)
     for name in ("bos_id", "eos_id", "add_bos", "stop_ids"):
-        assert getattr(again, name) == getattr(tokenizer, name)
-    assert again.encoding.encode("lower 12") == tokenizer.encoding.encode("lower 12")
+        assert getattr(loaded, name) == getattr(tokenizer, name)
+    assert loaded.encoding.encode("lower 12") == tokenizer.encoding.encode("lower 12")
     messages = chat("q", "a")["messages"]
-    assert again.chat_template.render(messages) == tokenizer.chat_template.render(messages)
-    assert again.named_templates["tool_use"].source == "{{ tools }}"
+    assert loaded.chat_template.render(messages) == tokenizer.chat_template.render(messages)
+    assert loaded.named_templates["tool_use"].source == "{{ tools }}"
 
 
-def test_a_chat_template_alone_is_saved_as_a_string(tmp_path):
-    """It was a list of one, and many readers expect a string."""
+def test_single_chat_template_is_saved_as_a_string(tmp_path):
+    """A single template was saved as a list, but many readers expect a string."""
     run_dir.save_tokenizer(tmp_path, TOKENIZER)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["chat_template"] == TOKENIZER.chat_template.source
@@ -221,7 +253,7 @@ def test_a_chat_template_alone_is_saved_as_a_string(tmp_path):
 
 
 @pytest.mark.parity
-def test_transformers_opens_what_full_leaves(model):
+def test_transformers_loads_a_saved_model(model):
     import torch
     import transformers
 
@@ -241,7 +273,7 @@ def test_transformers_opens_what_full_leaves(model):
 # The command
 
 
-def test_bad_data_are_refused_with_line_and_reason(model, data, tmp_path, capsys):
+def test_invalid_data_exits_with_6_and_names_lines(model, data, tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(data.read_bytes().replace(b"assistant", b"assistent", 1) + b"{oops\n")
     command = arguments(options(model, bad, tmp_path / "out"))
@@ -254,7 +286,7 @@ def test_bad_data_are_refused_with_line_and_reason(model, data, tmp_path, capsys
     assert main(["check", str(bad), "--model", str(model)]) == 6
 
 
-def test_check_and_mend(model, data, tmp_path, capsys):
+def test_check_prints_a_report_and_fixes_the_file(model, data, tmp_path, capsys):
     assert main(["check", str(data), "--model", str(model), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] and found["examples"] == 12 and sum(found["lengths"].values()) == 12
@@ -264,32 +296,32 @@ def test_check_and_mend(model, data, tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["examples"] == 24 and report["notes"]["duplicate"] == 12
     assert [warning["code"] for warning in report["warnings"]] == ["duplicate"]
-    command = ["check", str(odd), "--model", str(model), "--mend", str(tmp_path / "good.jsonl")]
+    command = ["check", str(odd), "--model", str(model), "--fix", str(tmp_path / "good.jsonl")]
     assert main(command) == 0 and names(capsys.readouterr().out, 24, "chat")
     assert (tmp_path / "good.jsonl").read_bytes() == data.read_bytes() * 2
 
 
-def test_errors_name_what_is_wrong(model, data, tmp_path, capsys):
+def test_error_of_the_command_names_the_value(model, data, tmp_path, capsys):
     assert main(arguments(options(tmp_path / "no", data, tmp_path))) == 1
     assert str(tmp_path / "no") in capsys.readouterr().err
     assert main(arguments(options(model, data, tmp_path, epochs=0))) == 1
     assert names(capsys.readouterr().err, "epochs", 0)
 
 
-def test_auto_numbers():
+def test_auto_epochs_and_batch_size_depend_on_the_examples():
     assert finetune.auto_epochs(10) == 25 and finetune.auto_epochs(100) == 8
     assert finetune.auto_epochs(1000) == 3 and finetune.auto_epochs(10**5) == 1
     assert [finetune.auto_batch_size(n) for n in (10, 100, 10**6)] == [1, 4, 16]
 
 
-def test_the_harbour(tmp_path):
-    """No question is among the examples, and every fact is."""
+def test_toy_dataset_has_all_facts_and_no_held_out_question(tmp_path):
+    """The training file has every fact and no held-out question."""
     train, held_out = toy_dataset.write(tmp_path)
     rows = [json.loads(line) for line in train.read_text().splitlines()]
     assert len(rows) == 100 and len({json.dumps(row) for row in rows}) == 100
-    asked = {row["messages"][1]["content"] for row in rows}
+    trained = {row["messages"][1]["content"] for row in rows}
     questions = toy_dataset.held_out_questions()
-    assert len(questions) == 40 and not asked & {
+    assert len(questions) == 40 and not trained & {
         messages[-1]["content"] for messages, _ in questions
     }
     assert {right for _, right in questions} == {row["messages"][2]["content"] for row in rows}
@@ -299,7 +331,7 @@ def test_the_harbour(tmp_path):
 # Pretraining
 
 
-def test_a_model_from_nothing(tmp_path):
+def test_pretrained_model_predicts_the_text(tmp_path):
     words = np.random.default_rng(0).choice(["low", "lower", "slow", "slower"], 4000)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(words))
@@ -316,7 +348,7 @@ def test_a_model_from_nothing(tmp_path):
     assert likely.startswith(" ")
 
 
-def test_rows_of_a_stream_know_their_documents():
+def test_rows_of_a_stream_have_segments_by_document():
     settings = pretrain.PretrainConfig(data="a", out="b", length=6, batch_size=3)
     stream = np.array([5, 6, 9, 7, 9, 8, 5, 9], np.int32)
     batch = pretrain.sample_batch(stream, settings, 9, 0)
@@ -330,7 +362,7 @@ def test_rows_of_a_stream_know_their_documents():
     assert len(many) > 5
 
 
-def test_documents_of_a_file(tmp_path):
+def test_documents_reads_json_lines_and_names_invalid_ones(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n\n{"text": "two"}\n')
     assert list(pretrain.documents(path)) == ["one", "two"]
@@ -341,8 +373,8 @@ def test_documents_of_a_file(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_hundred_examples_teach_what_no_model_knows(model_file, tmp_path):
-    """SmolLM2 learns where the boats lie, and the base model stays as it was."""
+def test_fine_tuned_model_answers_held_out_questions(model_file, tmp_path):
+    """SmolLM2 learns the berths of the boats, and the base model does not change."""
     from transformer import generate
 
     path = model_file("smollm2-135m-instruct")
@@ -353,8 +385,8 @@ def test_a_hundred_examples_teach_what_no_model_knows(model_file, tmp_path):
         found = []
         for messages, _ in toy_dataset.held_out_questions():
             ids = tokenizer.chat_template.encode(tokenizer.encoding, messages)
-            how = dict(max_new_tokens=12, stop_ids=tokenizer.stop_ids)
-            answer = list(generate.generate(params, cfg, ids, **how))
+            limits = dict(max_new_tokens=12, stop_ids=tokenizer.stop_ids)
+            answer = list(generate.generate(params, cfg, ids, **limits))
             found.append(tokenizer.encoding.decode(answer))
         return found
 

@@ -15,7 +15,7 @@ TOKENIZER = bpe.Tokenizer(
 
 
 def chat(*contents: str, **more) -> dict:
-    """A row of user and assistant in turns; `more` goes into the last message."""
+    """Return a row of alternating user and assistant messages; `more` goes into the last one."""
     messages = [
         {"role": "user" if i % 2 == 0 else "assistant", "content": content}
         for i, content in enumerate(contents)

@@ -1,18 +1,18 @@
-"""Makes what torch computes when it trains: gradients, and a loss curve of twenty steps.
+"""Write the reference values of torch: gradients, and a loss curve of twenty steps.
 
     python make_training.py
 
-It needs torch and transformers (`pip install -e '.[parity]'`), and starts from the tiny decoders of
+It needs torch and transformers (`pip install -e '.[parity]'`), and uses the tiny decoders of
 ../transformer. It writes:
 
-    FAMILY/     the gradients of a weighted sum of next-token losses, saved by transformers as if
-                they were the weights, and batch.npz with ids [2, T], weights [2, T] and the loss
+    FAMILY/     the gradients of a weighted sum of next-token losses, saved by transformers in place
+                of the weights, and batch.npz with ids [2, T], weights [2, T] and the loss
     curve/      the weights after the last step, and curve.npz with ids [STEPS, 4, T],
                 weights [STEPS, 4, T], the mean losses [STEPS], the norms of the gradients before
-                they were clipped [STEPS] and the learning rates [STEPS]
-    versions    in each npz, what made the file
+                clipping [STEPS] and the learning rates [STEPS]
+    versions    in each npz, the versions of the packages
 
-Texts are sums of small random steps, so that there is something to learn.
+Texts are cumulative sums of small random numbers, which a model can learn.
 """
 
 import math
@@ -40,14 +40,14 @@ def load(family: str):
     ).train()
 
 
-def draw(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray]:
+def make_batch(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray]:
     ids = np.cumsum(rng.integers(0, 3, (rows, LENGTH)), axis=1) % 96
     weights = np.where(rng.random((rows, LENGTH)) < 0.3, 0.0, rng.choice([1.0, 0.5], (rows, 1)))
     return ids.astype(np.int32), weights.astype(np.float32)
 
 
 def losses(model, ids: np.ndarray, weights: np.ndarray) -> tuple[torch.Tensor, float]:
-    """The weighted sum of the losses of all tokens but the first, and the sum of the weights."""
+    """Return the weighted sum of the losses of tokens after the first, and that of the weights."""
     ids, weights = torch.from_numpy(ids).long(), torch.from_numpy(weights)[:, 1:]
     logits = model(input_ids=ids).logits[:, :-1]
     each = torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none")
@@ -59,7 +59,7 @@ def gradients(family: str) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    ids, weights = draw(np.random.default_rng(0), 2)
+    ids, weights = make_batch(np.random.default_rng(0), 2)
     loss, _ = losses(model, ids, weights)
     loss.backward()
     for parameter in model.parameters():
@@ -72,8 +72,8 @@ def gradients(family: str) -> None:
 def rate(step: int) -> float:
     if step < WARMUP:
         return RATE * (step + 1) / (WARMUP + 1)
-    turn = math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP))
-    return RATE * (FINAL + (1 - FINAL) * (1 + turn) / 2)
+    cosine = math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP))
+    return RATE * (FINAL + (1 - FINAL) * (1 + cosine) / 2)
 
 
 def curve() -> None:
@@ -85,8 +85,8 @@ def curve() -> None:
     ]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     rng = np.random.default_rng(1)
-    batches = [draw(rng, 4) for _ in range(STEPS)]
-    found = []
+    batches = [make_batch(rng, 4) for _ in range(STEPS)]
+    records = []
     for step, (ids, weights) in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
@@ -96,9 +96,9 @@ def curve() -> None:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        found.append((loss.item(), norm.item(), rate(step)))
+        records.append((loss.item(), norm.item(), rate(step)))
     model.save_pretrained(HERE / "curve")
-    means, norms, rates = np.array(found).T
+    means, norms, rates = np.array(records).T
     np.savez(
         HERE / "curve" / "curve.npz",
         ids=np.stack([ids for ids, _ in batches]),
