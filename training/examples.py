@@ -43,22 +43,36 @@ _NO_TOOLS = "has tools or tool calls, which cannot be learned yet."
 
 
 class Tokenizer(Protocol):
-    """The interface of a tokenizer; `bpe.Tokenizer` implements it.
+    """The interface of a tokenizer; `bpe.Tokenizer` implements it."""
 
-    Attributes:
-        encoding: has `encode_ordinary(text) -> ids`.
-        chat_template: None, or has `encode_with_assistant_spans(encoding, messages)`, which returns
-            ids and a span (start, end) for each message of the assistant.
-        bos_id: the token that begins a text, if `add_bos`.
-        eos_id: the token that ends a text.
-        add_bos: whether a text begins with `bos_id`.
-    """
+    @property
+    def encoding(self) -> Any:
+        """Return the encoding, which has `encode_ordinary(text) -> ids`."""
+        ...
 
-    encoding: Any
-    chat_template: Any
-    bos_id: int | None
-    eos_id: int | None
-    add_bos: bool
+    @property
+    def chat_template(self) -> Any:
+        """Return the chat template or None.
+
+        It has `encode_with_assistant_spans(encoding, messages)`, which returns ids and a span
+        (start, end) for each message of the assistant.
+        """
+        ...
+
+    @property
+    def bos_id(self) -> int | None:
+        """Return the id of the token that begins a text, if `add_bos`."""
+        ...
+
+    @property
+    def eos_id(self) -> int | None:
+        """Return the id of the token that ends a text, if there is one."""
+        ...
+
+    @property
+    def add_bos(self) -> bool:
+        """Return whether a text begins with `bos_id`."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def make_train_step(
     """
     optimizer, rate = optim.optimizer(config), optim.schedule(config)
 
-    def step(state: State, frozen: Any, batch: Batch) -> tuple[State, Sums]:
+    def step(state: State, frozen: Any, batch: dict[str, jax.Array]) -> tuple[State, Sums]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         gradients, sums = _accumulate(task, config, state.weights, frozen, batch, key)
         with jax.named_scope("update"):
@@ -63,21 +63,30 @@ def make_eval_step(task: Task) -> Callable[[Any, Any, Batch], Sums]:
         task: the model and its loss.
     """
 
-    def evaluate(weights: Any, frozen: Any, batch: Batch) -> Sums:
+    def evaluate(weights: Any, frozen: Any, batch: dict[str, jax.Array]) -> Sums:
         loss, weight, others = task.loss(weights, frozen, batch, jax.random.key(0))
         return {"loss": loss, "weight": weight, **others}
 
     return jax.jit(evaluate)
 
 
-def _accumulate(task: Task, config: TrainConfig, weights: Any, frozen: Any, batch: Batch, key):
+def _accumulate(
+    task: Task,
+    config: TrainConfig,
+    weights: Any,
+    frozen: Any,
+    batch: dict[str, jax.Array],
+    key: jax.Array,
+) -> tuple[Any, Sums]:
     """Return the gradients of the summed loss, and the sums, over all micro-batches."""
 
-    def loss(weights: Any, micro_batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
+    def loss(
+        weights: Any, micro_batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, Sums]:
         loss, weight, others = task.loss(weights, frozen, micro_batch, key)
         return loss, {"loss": loss, "weight": weight, **others}
 
-    def grads(micro_batch: Batch, key: jax.Array) -> tuple[Any, Sums]:
+    def grads(micro_batch: dict[str, jax.Array], key: jax.Array) -> tuple[Any, Sums]:
         return jax.grad(loss, has_aux=True)(weights, micro_batch, key)
 
     if (count := config.micro_batches) == 1:
@@ -97,7 +106,7 @@ def _accumulate(task: Task, config: TrainConfig, weights: Any, frozen: Any, batc
     shapes = jax.eval_shape(grads, first, keys[0])
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    def add(total: tuple[Any, Sums], inputs: tuple[Batch, jax.Array]):
+    def add(total: tuple[Any, Sums], inputs: tuple[dict[str, jax.Array], jax.Array]):
         return jax.tree.map(jnp.add, total, grads(*inputs)), None
 
     return jax.lax.scan(add, zeros, (micro_batches, keys))[0]

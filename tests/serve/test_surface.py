@@ -1,4 +1,4 @@
-"""What other programs depend on is as it was recorded; see `surface/record.py`."""
+"""The interfaces of Pellucid equal the recorded ones; see `surface/record.py`."""
 
 import pytest
 
@@ -14,11 +14,11 @@ def compare(surface):
 
 
 @pytest.mark.parametrize("surface", record.SURFACES)
-def test_surface_is_as_recorded(surface):
+def test_surface_equals_the_recorded_one(surface):
     compare(surface)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("surface", record.SLOW_SURFACES)
-def test_slow_surface_is_as_recorded(surface):
+def test_slow_surface_equals_the_recorded_one(surface):
     compare(surface)

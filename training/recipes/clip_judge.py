@@ -24,6 +24,7 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ def abstract() -> Params:
         ),
         picture=abstract_linear(EMBED_DIM, CHANNELS[-1], bias=False),
         words=abstract_linear(EMBED_DIM, TEXT_EMBED_DIM, bias=False),
-        sharpness=ArrayInfo((), (), jax.nn.initializers.constant(np.log(20.0))),
+        sharpness=cast(Any, ArrayInfo((), (), jax.nn.initializers.constant(np.log(20.0)))),
     )
 
 
@@ -124,8 +125,8 @@ def logits_per_image(
         float32 [B, G], logits.
     """
     image_embeds, text_embeds = (
-        l2_normalize(linear(features, params.picture)),
-        l2_normalize(linear(pooled, params.words)),
+        l2_normalize(linear(jnp.asarray(features), params.picture)),
+        l2_normalize(linear(jnp.asarray(pooled), params.words)),
     )
     return jnp.exp(params.sharpness) * (image_embeds @ text_embeds.T)
 

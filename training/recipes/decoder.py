@@ -16,12 +16,11 @@ stay float32.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from training.loss import chunked_cross_entropy
 from transformer import decoder, lora
@@ -107,7 +106,7 @@ class LoraTask:
 def next_token_loss(
     params: Params,
     cfg: Config,
-    batch: Mapping[str, jax.Array | np.ndarray],
+    batch: Mapping[str, jax.Array],
     dtype: Dtype,
     *,
     remat: bool = False,
@@ -166,11 +165,11 @@ def cast_params(params: Params, dtype: Dtype) -> Params:
             raise ValueError("int8 weights cannot be trained; load float32 or bfloat16 weights")
         adapter = node.lora
         if adapter is not None:
-            adapter = adapter.replace(a=adapter.a.astype(dtype), b=adapter.b.astype(dtype))
-        return node.replace(weight=node.weight.astype(dtype), lora=adapter)
+            adapter = replace(adapter, a=adapter.a.astype(dtype), b=adapter.b.astype(dtype))
+        return replace(node, weight=node.weight.astype(dtype), lora=adapter)
 
     layers = jax.tree.map(cast, params.layers, is_leaf=lambda node: isinstance(node, Linear))
-    return params.replace(layers=layers)
+    return replace(params, layers=layers)
 
 
 def _forward_flops(cfg: Config, length: int) -> float:

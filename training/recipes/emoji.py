@@ -24,7 +24,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -234,9 +234,11 @@ def train_denoiser(settings: EmojiConfig, encoder: Path) -> loop.Outcome:
         encoder: the folder of the text encoder.
     """
     dataset = EmojiDataset(settings.dataset)
-    init_params, cfg = (
-        (None, UNET) if settings.init_from is None else checkpoint.load(settings.init_from)
-    )
+    init_params: Any = None
+    cfg: model.Config = UNET
+    if settings.init_from is not None:
+        init_params, loaded_cfg = checkpoint.load(settings.init_from)
+        cfg = cast(model.Config, loaded_cfg)
     shares = sampling_shares(dataset, settings, vocab_words(encoder))
     config = Run(
         steps=settings.steps,

@@ -92,7 +92,9 @@ def measure(
     }
     train_images = dataset.downscaled_images(train_rows, size)
     style_probe = similarity.fit_probe(
-        image_features(judge, train_images), dataset.style_ids[train_rows], len(data.STYLES)
+        jnp.asarray(image_features(judge, train_images)),
+        jnp.asarray(dataset.style_ids[train_rows]),
+        len(data.STYLES),
     )
     reference = image_features(judge, dataset.downscaled_images(others, size))
     names = np.stack(
@@ -115,7 +117,7 @@ def measure(
         return {f"top{k}": metrics.retrieval(scores, targets, k) for k in (1, 5)}
 
     def style_accuracy(values: np.ndarray) -> float:
-        predicted = similarity.predict(style_probe, values).argmax(-1)
+        predicted = similarity.predict(style_probe, jnp.asarray(values)).argmax(-1)
         return float((predicted == dataset.style_ids[held_out]).mean())
 
     text_match = {name: compare(partial(retrieval, rows[name]), name) for name in rows}
@@ -157,7 +159,8 @@ def generate(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> np.ndarray:
     keys, batches = sample.image_keys(0, len(prompts)), []
     for start in range(0, len(prompts), BATCH_SIZE):
         rows = np.arange(start, start + BATCH_SIZE) % len(prompts)  # all batches have one shape
-        *_, (last, _) = pipeline.steps([prompts[row] for row in rows], keys[rows], SamplerOptions())
+        batch = [prompts[row] for row in rows.tolist()]
+        *_, (last, _) = pipeline.steps(batch, keys[rows], SamplerOptions())
         batches.append(pipeline.postprocess(last))
     return np.concatenate(batches)[: len(prompts)]
 
@@ -191,7 +194,8 @@ def loss_by_time(
     means: dict[str, float] = {}
     for t in (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95):
         losses = []
-        for number, batch in enumerate(batches):
+        for number, arrays in enumerate(batches):
+            batch = {name: jnp.asarray(array) for name, array in arrays.items()}
             x, keep = batch["x"], batch["keep"]
             e = jax.random.normal(jax.random.key(number), x.shape)
             text = PromptEmbeds(batch["states"], batch["mask"], batch["pooled"])

@@ -197,7 +197,9 @@ def documents(path: Path) -> Iterator[str]:
         if not line.strip():
             continue
         row = examples.parse(line)
-        for fault in [row] if isinstance(row, Fault) else examples.faults(row, "text"):
+        if isinstance(row, Fault):
+            raise ValueError(f"{path}:{number}: {row.message}")
+        for fault in examples.faults(row, "text"):
             raise ValueError(f"{path}:{number}: {fault.message}")
         yield row["text"]
 

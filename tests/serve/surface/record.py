@@ -1,11 +1,11 @@
-"""Record what other programs depend on: `python -m tests.serve.surface.record [FUNCTION ...]`.
+"""Record the interfaces of Pellucid: `python -m tests.serve.surface.record [FUNCTION ...]`.
 
-Pellucid is observed from outside only, by its commands and a socket. `COMMANDS` and `REQUESTS` are
-the tables of what is tried. The files beside this one hold the results, and `test_surface.py`
-compares. After an intended change, record again and commit the diff with it.
+Pellucid is observed from outside, by its commands and over HTTP. The tables `COMMANDS` and
+`REQUESTS` list the commands and requests. The files beside this one hold the results, and
+`test_surface.py` compares. After an intended change, record again and commit the diff.
 
-Sentences are recorded only where they are documentation (help, openapi.json). Of an error its
-status, type, param and code count, of JSON its keys and their types.
+Sentences are recorded only where they are documentation (help, openapi.json). Of an error the
+status, type, param and code are recorded, of JSON the keys and the types of their values.
 """
 
 import json
@@ -37,10 +37,10 @@ PROGRAMS = {
     "python -m diffusion": "diffusion",
 }
 
-# --- what is tried --------------------------------------------------------------------------------
+# --- commands and requests ------------------------------------------------------------------------
 
-# Commands for each data folder, in this order: `old` is the one of tests/serve/old_home, `damaged`
-# has broken files, in `corrupt` the model is not the one of the catalogue. JOB is a finished job.
+# Commands by data folder, in this order: `old` is that of tests/serve/old_home, `damaged` has
+# damaged files, in `corrupt` the model differs from the catalogue. JOB is a finished job.
 COMMANDS = {
     "old": """
         pellucid --version
@@ -136,7 +136,7 @@ HI = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 NO_JSON = {"content": "{", "headers": {"content-type": "application/json"}}
 TOO_LONG = {"content": " " * (4 * 2**20 + 1), "headers": {"content-type": "application/json"}}
 FORM = {"files": {"unknown": ("a.txt", "x")}}
-# Beside these, every route is tried with an empty body and with ids that do not exist.
+# In addition, every route is requested with an empty body and with ids that do not exist.
 REQUESTS: list[tuple[str, str, dict[str, Any]]] = [
     ("GET", "/", {}),
     ("GET", "/docs", {}),
@@ -167,13 +167,13 @@ REQUESTS: list[tuple[str, str, dict[str, Any]]] = [
     ("POST", "/v1/fine-tunes", {"json": {"model": "tiny", "training_file": "nope"}}),
     ("POST", "/tokenize", {"json": {"model": "tiny", "prompt": 5}}),
     ("POST", "/detokenize", {"json": {"model": "tiny", "tokens": [70000]}}),
-    # Routes of 2023, which openapi.json leaves out.
+    # Routes of the API of 2023, which openapi.json leaves out.
     ("POST", "/v1/engines/tiny/completions", {"json": {"prompt": "hi", "n": 0}}),
     ("POST", "/v1/engines/tiny/chat/completions", {"json": {}}),
     ("POST", "/v1/engines/tiny/edits", {"json": {}}),
     ("POST", "/v1/engines/tiny/embeddings", {"json": {}}),
 ]
-# Of a server with two keys, one request a minute for each, and no time to answer.
+# For a server with two keys, one request per minute for each, and no time to answer.
 LIMITS = "--api-key one --api-key two --rate-limit 1 --answer-timeout 0.000001"
 ONE, TWO = ({"headers": {"authorization": f"Bearer {key}"}} for key in ("one", "two"))
 LIMITED: list[tuple[str, str, dict[str, Any]]] = [
@@ -184,15 +184,15 @@ LIMITED: list[tuple[str, str, dict[str, Any]]] = [
     ("POST", CHAT, {"json": HI} | TWO),
 ]
 
-# --- how it is tried ------------------------------------------------------------------------------
+# --- running them ---------------------------------------------------------------------------------
 
 
 @contextmanager
 def playground(*pulled: str) -> Iterator[Path]:
-    """A folder with what the commands name, the data folders of `COMMANDS` among it.
+    """Make a temporary folder with the data folders and files that the commands name.
 
     Args:
-        pulled: models of the user's that the folder `new` has, too.
+        pulled: models of the user that the data folder `new` has, too.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -219,7 +219,7 @@ def playground(*pulled: str) -> Iterator[Path]:
 
 
 def variables(folder: Path, home: str) -> dict[str, str]:
-    """The environment of a command: nothing of the user's, nothing from the network."""
+    """Return the environment of a command, without settings of the user and without network."""
     return {
         "PELLUCID_HOME": str(folder / home),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
@@ -228,7 +228,7 @@ def variables(folder: Path, home: str) -> dict[str, str]:
     }
 
 
-# Run several programs in one process: imports take longest.
+# Runs several programs in one process, to import the packages once.
 WORKER = """
 import contextlib, io, json, runpy, sys
 done = []
@@ -246,14 +246,14 @@ print(json.dumps(done))
 
 
 def results(lines: Sequence[str], folder: Path | None = None, **variables: str) -> list[Any]:
-    """Exit code and standard output of some command lines, in one process."""
+    """Return exit code and standard output of command lines, which run in one process."""
     job = json.loads(old.MADE.read_text("utf-8"))["done"]
     runs = []
     for line in lines:
         program = next(program for program in PROGRAMS if line.startswith(program))
         words = shlex.split(line.removeprefix(program))
-        named = {"JOB": job, "LONG": "word " * 200}
-        runs.append([PROGRAMS[program], [named.get(word, word) for word in words]])
+        placeholders = {"JOB": job, "LONG": "word " * 200}
+        runs.append([PROGRAMS[program], [placeholders.get(word, word) for word in words]])
     done = subprocess.run(
         [sys.executable, "-c", WORKER, json.dumps(runs)],
         stdin=subprocess.DEVNULL,
@@ -268,7 +268,7 @@ def results(lines: Sequence[str], folder: Path | None = None, **variables: str) 
 
 
 def shapes(values: Iterable[Any]) -> str:
-    """A line for each key of some JSON values: its path and the types that it had."""
+    """Return a line for each key of JSON values: its path and the types of its values."""
     types: dict[str, set[str]] = {}
     names = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object"}
     names |= {list: "array", type(None): "null"}
@@ -289,7 +289,7 @@ def shapes(values: Iterable[Any]) -> str:
 
 
 def outcomes(table: dict[str, str], folder: Path) -> str:
-    """A section for each command."""
+    """Run the commands of a table and return a section for each."""
     sections = []
     for home, text in table.items():
         lines = [" ".join(line.split()) for line in text.strip().splitlines()]
@@ -302,7 +302,7 @@ def outcomes(table: dict[str, str], folder: Path) -> str:
 
 
 def documents(text: str) -> Iterator[Any]:
-    """JSON values that stand behind each other."""
+    """Yield the JSON values of a text that holds several."""
     while text := text.lstrip():
         value, end = json.JSONDecoder().raw_decode(text)
         yield value
@@ -310,10 +310,10 @@ def documents(text: str) -> Iterator[Any]:
 
 
 def answer(client: httpx.Client, method: str, path: str, request: dict[str, Any]) -> str:
-    """A request and, in one line, how it is answered."""
+    """Send a request and return a line with the request and its response."""
     response = client.request(method, path, **request)
-    tried = re.sub(" {9,}", "...", json.dumps(request)) if request else ""
-    words = [method, path, tried, "->", str(response.status_code)]
+    arguments = re.sub(" {9,}", "...", json.dumps(request)) if request else ""
+    words = [method, path, arguments, "->", str(response.status_code)]
     if not response.is_success:
         error = response.json()["error"]
         assert error.keys() == {"message", "type", "param", "code"}, response.text
@@ -322,7 +322,7 @@ def answer(client: httpx.Client, method: str, path: str, request: dict[str, Any]
 
 
 def routes(description: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Requests of every route of openapi.json that cannot be answered, but for a few."""
+    """Yield requests for every route of openapi.json, most of them invalid."""
     for path, operations in description["paths"].items():
         path = re.sub(r"{\w+}", "nope", path)
         for method, operation in operations.items():
@@ -337,16 +337,16 @@ def routes(description: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, An
         yield "PATCH", path, {}
 
 
-# --- what is recorded -----------------------------------------------------------------------------
+# --- surfaces -------------------------------------------------------------------------------------
 
 
 def help_pages() -> dict[str, str]:
-    """`--help` of every program and of all its commands."""
+    """Return `--help` of every program and of all its commands."""
     pages: dict[str, str] = {}
     level = list(PROGRAMS)
     while level:
         below = []
-        # Lines as long as they like: where argparse breaks them depends on the Python.
+        # Avoid line breaks, because those of argparse depend on the version of Python.
         runs = results([f"{line} --help" for line in level], COLUMNS="1000")
         for line, (code, text) in zip(level, runs, strict=True):
             assert code == 0, line
@@ -364,19 +364,19 @@ def help_pages() -> dict[str, str]:
 
 
 def commands() -> dict[str, str]:
-    """Exit codes of commands, and the shapes of what `--json` prints."""
+    """Return the exit codes of commands, and the shapes of the output of `--json`."""
     with playground() as folder:
         return {"commands.txt": outcomes(COMMANDS, folder)}
 
 
 def slow_commands() -> dict[str, str]:
-    """The same of what trains, measures, or needs models that were pulled."""
+    """Return the same for commands that train, measure, or need pulled models."""
     with playground("whisper-base", "all-minilm-l6-v2") as folder:
         return {"slow_commands.txt": outcomes(SLOW_COMMANDS, folder)}
 
 
 def server() -> dict[str, str]:
-    """The description of the API, errors, names of metrics, and fields of log lines."""
+    """Return the description of the API, errors, names of metrics, and fields of log lines."""
     with playground() as folder:
         home = variables(folder, "new")
         arguments = (*old.SMALL_CACHE, "--log-format", "json")
@@ -421,7 +421,7 @@ SLOW_SURFACES = (commands, slow_commands)
 
 
 def main(names: Sequence[str]) -> None:
-    """Write the files of these functions, or of all."""
+    """Write the files of the named functions, or of all."""
     for surface in (*SURFACES, *SLOW_SURFACES):
         if names and surface.__name__ not in names:
             continue
