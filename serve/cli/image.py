@@ -112,9 +112,9 @@ def image(
     from serve.cli.ansi_preview import AnsiPreview
     from serve.models.images import ImageRequest
 
-    given: dict[str, Any] = {"steps": steps, "sampler": sampler, "guidance": guidance}
+    flags: dict[str, Any] = {"steps": steps, "sampler": sampler, "guidance": guidance}
     try:
-        plan = SamplerOptions(**{name: value for name, value in given.items() if value is not None})
+        plan = SamplerOptions(**{name: value for name, value in flags.items() if value is not None})
         init_image = _read_init_image(edit, mask, vary, strength)
         format = image_io.format_of(output) if output and _is_file_name(output) else "png"
     except ValueError as error:

@@ -48,14 +48,14 @@ def test_wrong_usage_exits_with_code_and_facts():
 
 @pytest.mark.slow
 def test_results_are_printed_saved_compared_and_plotted(tmp_path):
-    saved, picture = tmp_path / "a.jsonl", tmp_path / "roof.png"
+    saved, plot = tmp_path / "a.jsonl", tmp_path / "roofline.png"
     case = ("norm rms 1x", "--seconds", "0")
-    done = run(*case, "--json", "--save", str(saved), "--roofline", str(picture))
+    done = run(*case, "--json", "--save", str(saved), "--roofline", str(plot))
     assert done.returncode == 0, done.stderr
     assert done.stdout == saved.read_text()
     machine, result = map(json.loads, done.stdout.splitlines())
     assert machine["machine"]["roofs"]["gbs"] > 0
     assert result["case"] == "norm rms 1x576" and result["n"] >= 5
-    assert imread(picture).std() > 0.05
+    assert imread(plot).std() > 0.05
     again = run(*case, "--compare", str(saved))
     assert again.returncode == 0 and re.search(r"\bx\d+\.\d\d\b", again.stdout), "the speedup"

@@ -179,7 +179,7 @@ def test_models_lists_the_catalogue(empty: dict[str, str]) -> None:
     done = run("models", "--json", **empty)
     listed = json.loads(done.stdout)
     assert done.stdout.count("\n") == 1 and done.stderr == ""
-    assert [card["id"] for card in listed["models"]] == [
+    assert [row["id"] for row in listed["models"]] == [
         SMALL,
         "qwen2.5-coder-0.5b-instruct",
         "all-minilm-l6-v2",
