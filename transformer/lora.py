@@ -91,7 +91,9 @@ def init(
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     if unknown := sorted(set(target_modules) - set(TARGET_MODULES)):
-        raise ValueError(f"parts must be among {', '.join(TARGET_MODULES)}, got {unknown[0]!r}")
+        raise ValueError(
+            f"target_modules must be among {', '.join(TARGET_MODULES)}, got {unknown[0]!r}"
+        )
     layers = []
     for layer in abstract(cfg).layers:
         own = {}

@@ -86,7 +86,7 @@ def strip_norm_weights(params: Params) -> Params:
     return params.replace(
         layers=tuple(layer.replace(attn_norm=plain, mlp_norm=plain) for layer in params.layers),
         final_norm=plain,
-        gains=jnp.array(gains),
+        folded_norm_weights=jnp.array(gains),
     )
 
 

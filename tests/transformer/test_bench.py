@@ -104,7 +104,7 @@ def test_contenders_take_turns_and_the_slower_one_shows():
 
 
 def test_cold_arguments_are_new_ones_at_every_call():
-    case = one(cold=(1,), sweep=5 * 8 * 16 * 4)
+    case = one(cold_argnums=(1,), reuse_distance=5 * 8 * 16 * 4)
     arguments = argument_sets(case)
     assert len(arguments) == 5
     assert len({args[1].unsafe_buffer_pointer() for args in arguments}) == 5
@@ -115,9 +115,9 @@ def test_donated_arguments_are_replaced_by_the_outcome():
     case = one(
         function=lambda x, w: (x + 1, w),
         expected=lambda x, w: np.ones((4, 8)) + 1,
-        result=lambda out: out[0],
-        donated=(0,),
-        again=lambda before, out: (out[0], before[1]),
+        select_output=lambda out: out[0],
+        donate_argnums=(0,),
+        next_inputs=lambda before, out: (out[0], before[1]),
     )
     (found,) = bench.measure([Contender(case=case)], ROOFS, seconds=0)
     assert found.max_error == 0

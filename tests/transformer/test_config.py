@@ -70,7 +70,7 @@ def test_what_cannot_be_is_refused(change, facts):
 @pytest.mark.parametrize(
     ("change", "facts"),
     [
-        ({"kind": "ntk"}, ["kind", "linear", "llama3", "yarn", "'ntk'"]),
+        ({"rope_type": "ntk"}, ["rope_type", "linear", "llama3", "yarn", "'ntk'"]),
         ({"factor": 0.0}, ["llama3", "factor", 0.0]),
         ({"low_freq_factor": None}, ["llama3", "low_freq_factor", None]),
         ({"beta_fast": 3.0}, ["llama3", "beta_fast", 3.0]),

@@ -79,10 +79,10 @@ def test_no_token_sees_a_later_one():
 
 
 LLAMA3 = dict(
-    kind="llama3", factor=8, original_max_seq_len=64, low_freq_factor=2, high_freq_factor=8
+    rope_type="llama3", factor=8, original_max_seq_len=64, low_freq_factor=2, high_freq_factor=8
 )
 YARN = dict(
-    kind="yarn",
+    rope_type="yarn",
     factor=8,
     original_max_seq_len=64,
     beta_fast=4,
@@ -142,7 +142,7 @@ def test_each_number_of_a_rotary_scaling_matters(scaling):
     def angles(**change):  # bounds are rounded to pairs of channels: enough of them, far apart
         return np.stack(rope.angles(IDS, 32, 100.0, RopeScaling(**scaling | change)))
 
-    for name in scaling.keys() - {"kind"}:
+    for name in scaling.keys() - {"rope_type"}:
         change = {name: scaling[name] * 3 // 2}
         assert np.abs(angles() - angles(**change)).max() > 1e-2, name
 

@@ -160,7 +160,7 @@ def test_adapters_that_cannot_be_written(tiny, tmp_path):
     cfg = tiny("gpt2").cfg
     for parts in (lora.TARGET_MODULES, ("q",)):
         with pytest.raises(ValueError, match=naming("c_attn.weight", "q", "k", "v")):
-            lora.save(tmp_path, random_adapter(cfg, parts=parts), cfg)
+            lora.save(tmp_path, random_adapter(cfg, target_modules=parts), cfg)
     cfg = tiny("llama").cfg
     first, second = random_adapter(cfg)[0], random_adapter(cfg, rank=2)[1]
     with pytest.raises(ValueError, match=naming("rank", 2, 4)):
@@ -169,7 +169,7 @@ def test_adapters_that_cannot_be_written(tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("how", "facts"),
-    [({"rank": 0}, ["rank", 0]), ({"parts": ("q", "x")}, ["parts", "'x'"])],
+    [({"rank": 0}, ["rank", 0]), ({"target_modules": ("q", "x")}, ["target_modules", "'x'"])],
 )
 def test_adapters_that_cannot_be(how, facts):
     with pytest.raises(ValueError, match=naming(*facts)):
@@ -183,7 +183,7 @@ def test_peft_opens_what_we_save(tiny, tmp_path, name, parts):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     params, cfg, golden = tiny(name)
-    adapter = random_adapter(cfg, rank=3, parts=parts)
+    adapter = random_adapter(cfg, rank=3, target_modules=parts)
     lora.save(tmp_path, adapter, cfg, base_model=str(GOLDEN / name))
     base = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, tmp_path).eval()

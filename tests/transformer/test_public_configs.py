@@ -677,7 +677,7 @@ def test_gguf_scaling_is_read_as_llama_cpp_reads_it():
     assert scaling(factor=4.0) == RopeScaling(rope_type="linear", factor=4.0)
     assert scaling(type="linear") is None and scaling(type="none", factor=4.0) is None
     yarn = dict(type="yarn", factor=4.0, finetuned=True)
-    expected = dict(kind="yarn", factor=4.0, beta_fast=32.0, beta_slow=1.0)
+    expected = dict(rope_type="yarn", factor=4.0, beta_fast=32.0, beta_slow=1.0)
     sharp = families.yarn_mscale(4.0)
     assert scaling(**yarn) == RopeScaling(
         **expected, original_max_seq_len=131072, attention_factor=sharp

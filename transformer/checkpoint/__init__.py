@@ -258,8 +258,8 @@ def _make_linear(
     bias: np.ndarray | None,
     dtype: Dtype,
 ) -> Linear:
-    dtype = {"float32": np.float32, "bfloat16": jnp.bfloat16, "int8": np.int8}[dtype]
-    weight = np.empty(shape, dtype)
+    numpy_dtype = {"float32": np.float32, "bfloat16": jnp.bfloat16, "int8": np.int8}[dtype]
+    weight = np.empty(shape, numpy_dtype)
     scale = np.empty(shape[:1], np.float32) if dtype == "int8" else None
     for start, rows in slabs:
         stop = start + len(rows)

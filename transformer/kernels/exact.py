@@ -84,7 +84,11 @@ def encoder(params, cfg, ids) -> np.ndarray:
         cfg: its `encoder.Config`, with mean pooling and normalisation.
     """
     batch, length = ids.shape
-    x = _wide(params.embed.weight[ids]) + _wide(params.positions)[:length] + _wide(params.types)[0]
+    x = (
+        _wide(params.embed.weight[ids])
+        + _wide(params.positions)[:length]
+        + _wide(params.token_types)[0]
+    )
     x = _layer_norm(x, params.embed_norm, cfg.norm_eps)
     everything = np.ones((length, length), bool)
     for layer in params.layers:
