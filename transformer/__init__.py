@@ -1,7 +1,7 @@
 """Decoder transformers as pure functions over trees of arrays: token ids in, logits out.
 
-Read `decoder.py` first, then `attention.py`, `cache.py`, `sampling.py`, `generate.py`. This package
-knows token ids, never text.
+Read `decoder.py` first, then `attention.py`, `cache.py`, `sampling.py` and `generate.py`. This
+package handles token ids only; tokenizers are in `bpe`.
 """
 
 from transformer.config import Config

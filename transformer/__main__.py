@@ -1,12 +1,12 @@
-"""A decoder's insides from the command line, by token ids: this package knows no text.
+"""Command line of `transformer.interpret`: attention maps, logit lens, alternatives, head effects.
 
     python -m transformer attention MODEL ID ... --layer 3 -o attention.png
     python -m transformer lens MODEL ID ...
     python -m transformer alternatives MODEL ID ...
     python -m transformer heads MODEL ID ...
 
-MODEL is a GGUF file or a Hugging Face folder. What is found is printed as numbers; with `-o` it is
-drawn as well. `pellucid inspect` does the same for text.
+MODEL is a GGUF file or a Hugging Face folder, and ID is a token id. The results are printed as
+numbers; with `-o` they are also drawn. `pellucid inspect` does the same for text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns its exit status."""
+    """Run the command and return its exit status."""
     args = _parser().parse_args(argv)
     try:
         _run(args)
@@ -33,8 +33,8 @@ def _run(args: argparse.Namespace) -> None:
     from transformer import checkpoint, interpret, plots
 
     params, cfg, _ = checkpoint.load(args.model)
-    ids, names = args.ids, [str(id) for id in args.ids]
-    if args.what == "attention":
+    ids, labels = args.ids, [str(id) for id in args.ids]
+    if args.command == "attention":
         maps = np.asarray(interpret.attention(params, cfg, ids))
         if not 0 <= args.layer < cfg.num_layers:
             raise ValueError(f"--layer must be from 0 to {cfg.num_layers - 1}, got {args.layer}")
@@ -44,29 +44,29 @@ def _run(args: argparse.Namespace) -> None:
                 "\n".join(" ".join(f"{x:.3f}" for x in row[: i + 1]) for i, row in enumerate(rows))
             )
         if args.output:
-            plots.attention(maps, names, args.layer, args.output)
-    elif args.what == "lens":
-        found = interpret.logit_lens(params, cfg, ids)
-        best = np.asarray(found.ids)[..., 0]
-        for depth, row in enumerate(best):
+            plots.attention(maps, labels, args.layer, args.output)
+    elif args.command == "lens":
+        lens = interpret.logit_lens(params, cfg, ids)
+        top_ids = np.asarray(lens.ids)[..., 0]
+        for depth, row in enumerate(top_ids):
             print(depth, *row)
         if args.output:
-            plots.logit_lens(found, names, best.astype(str).tolist(), args.output)
-    elif args.what == "alternatives":
-        found = interpret.alternatives(params, cfg, ids, args.top)
-        chances = np.exp(np.asarray(found.top_logprobs))
-        for place, id in enumerate(ids[1:]):
+            plots.logit_lens(lens, labels, top_ids.astype(str).tolist(), args.output)
+    elif args.command == "alternatives":
+        result = interpret.alternatives(params, cfg, ids, args.top)
+        top_probs = np.exp(np.asarray(result.top_logprobs))
+        for t, id in enumerate(ids[1:]):
             likely = " ".join(
-                f"{other}:{chance:.3f}"
-                for other, chance in zip(found.top_ids[place].tolist(), chances[place], strict=True)
+                f"{other}:{prob:.3f}"
+                for other, prob in zip(result.top_ids[t].tolist(), top_probs[t], strict=True)
             )
             print(
-                f"{id} probability {np.exp(found.token_logprobs[place]):.4f} rank {found.rank[place]} "
-                f"entropy {found.entropy[place]:.2f} bits; {likely}"
+                f"{id} probability {np.exp(result.token_logprobs[t]):.4f} rank {result.rank[t]} "
+                f"entropy {result.entropy[t]:.2f} bits; {likely}"
             )
         if args.output:
-            labels = np.asarray(found.top_ids).astype(str).tolist()
-            plots.alternatives(found, names, labels, args.output)
+            top_labels = np.asarray(result.top_ids).astype(str).tolist()
+            plots.alternatives(result, labels, top_labels, args.output)
     else:
         effects = np.asarray(interpret.head_effects(params, cfg, ids))
         for layer, row in enumerate(effects):
@@ -77,23 +77,23 @@ def _run(args: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m transformer", description="Look inside a decoder."
+        prog="python -m transformer", description="Inspect the intermediates of a decoder."
     )
-    commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
-        ("attention", "where each head of a layer looks"),
-        ("lens", "what each layer would say next"),
-        ("alternatives", "what was likely in the place of each token"),
-        ("heads", "what each head is worth on these tokens"),
+        ("attention", "attention weights of each head of a layer"),
+        ("lens", "most likely next token after each layer (logit lens)"),
+        ("alternatives", "most likely tokens at each position"),
+        ("heads", "increase of the loss without each head"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("model", type=Path, help="a GGUF file or a Hugging Face folder")
         command.add_argument("ids", type=int, nargs="+", metavar="ID", help="token ids")
-        command.add_argument("-o", "--output", type=Path, help="draw it into this PNG file")
+        command.add_argument("-o", "--output", type=Path, help="draw the result into this PNG file")
         if name == "attention":
-            command.add_argument("--layer", type=int, default=0, help="from 0")
+            command.add_argument("--layer", type=int, default=0, help="layer, counted from 0")
         if name == "alternatives":
-            command.add_argument("--top", type=int, default=5, help="how many to name")
+            command.add_argument("--top", type=int, default=5, help="tokens to list per position")
     return parser
 
 

@@ -2,8 +2,9 @@
 
 This is the equation of "Attention is all you need" (Vaswani et al. 2017, arXiv:1706.03762) with
 grouped key-value heads (Ainslie et al. 2023, arXiv:2305.13245): N query heads share K key heads,
-G = N / K each. It is the reference that the faster forms of `kernels.attend` and the blockwise walk
-of `cache.attend` are compared with, and what looking inside uses: it alone has all weights at once.
+G = N / K query heads each. It is the reference for the faster implementations of `kernels.attend`
+and for the blockwise attention of `cache.attend`. `interpret` uses it too, because it is the only
+implementation that returns the attention weights.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ def attend(
     window: int | None = None,
     segments: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Causal softmax attention.
+    """Compute causal softmax attention.
 
     Args:
-        q: float32 [B, T, N, H].
-        k, v: float32 [B, T, K, H].
-        window: how many positions a query sees, its own among them; None: all before it.
-        segments: int32 [B, T], which of several texts in a row a position belongs to; it sees those
-            of its own. None: a row is one text.
+        q: Queries, float32 [B, T, N, H].
+        k: Keys, float32 [B, T, K, H].
+        v: Values, float32 [B, T, K, H].
+        window: Number of positions a query attends to, including its own position. None means all
+            positions up to its own.
+        segments: Text number of each position where several texts share a row, int32 [B, T]. A
+            query attends to positions of its own text only. None means one text per row.
 
     Returns:
-        The attended values [B, T, N, H] and the attention weights [B, N, T, T].
+        The attention output [B, T, N, H] and the attention weights [B, N, T, T].
     """
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
@@ -40,8 +43,8 @@ def attend(
     if window is not None:
         visible = jnp.triu(visible, 1 - window)
     if segments is not None:
-        together = segments[:, :, None] == segments[:, None, :]  # [B, T, S]
-        visible = (visible & together)[:, None, None]
+        same_segment = segments[:, :, None] == segments[:, None, :]  # [B, T, S]
+        visible = (visible & same_segment)[:, None, None]
     scores = jnp.where(visible, scores * head_dim**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)  # [B, K, G, T, S]
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v)

@@ -1,16 +1,17 @@
-"""The key-value cache: what a decoder remembers of the tokens it has read.
+"""The key-value cache: keys and values of the tokens a decoder has processed.
 
-Keys and values live in blocks of `BLOCK` positions. A row (one sequence) owns a list of blocks, its
-*table*, so a row holds what it really stores, wastes less than one block, and any free block can
-serve any row ("PagedAttention", Kwon et al. 2023, arXiv:2309.06180).
+Keys and values are stored in blocks of `BLOCK_SIZE` positions. Each row (one sequence) has a *block
+table*, the list of its blocks in order. A row therefore wastes less than one block, and any free
+block can serve any row ("PagedAttention", Kwon et al. 2023, arXiv:2309.06180).
 
-Attention walks the blocks of a row one by one and keeps a running maximum and a running sum (the
-online softmax of Milakov & Gimelshein 2018, arXiv:1805.02867): it touches only blocks the row has
-filled, and the result for a row does not depend on what other rows stand beside it.
+Attention processes the blocks of a row one after another with a running maximum and a running sum
+(the online softmax of Milakov & Gimelshein 2018, arXiv:1805.02867). It reads only blocks that the
+row has filled, and the result of a row does not depend on the other rows of the batch.
 
-The layout is private to this file and `kernels/cached_attention.py`; everyone else uses `init`,
-`append`, `attend`. Keys stand with positions last, so that scores are a plain row-major product
-(measured 1.1 to 1.4 times as fast). Block 0 belongs to no one: padding rows of a batch write there.
+The layout is private to this file and `kernels/cached_attention.py`; other files use `init`,
+`append` and `attend`. Keys have the positions as their last axis, so that scores are a row-major
+product (measured 1.1 to 1.4 times as fast). Block 0 is the null block: padding rows of a batch
+write to it.
 """
 
 from __future__ import annotations
@@ -22,29 +23,29 @@ from flax import struct
 from transformer import kernels
 from transformer.config import Config
 
-BLOCK_SIZE = 256  # positions in a block
-NULL_BLOCK = 0  # the block that padding rows write to
+BLOCK_SIZE = 256  # positions per block
+NULL_BLOCK = 0  # padding rows write to this block
 
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of every layer; one pair of arrays a layer, each updated in place.
+    """Keys and values of every layer, one array of keys and one of values per layer.
 
-    bfloat16 is stored as its bits in uint16: XLA's CPU backend would widen a whole bfloat16 array
-    to write one row into it (measured 300 times slower).
+    bfloat16 is stored as its bits in uint16, because XLA's CPU backend widens a whole bfloat16
+    array to write one row into it (measured 300 times slower).
     """
 
-    keys: tuple[jax.Array, ...]  # per layer [P, K, H, BLOCK]
-    values: tuple[jax.Array, ...]  # per layer [P, K, BLOCK, H]
+    keys: tuple[jax.Array, ...]  # per layer [P, K, H, BLOCK_SIZE]
+    values: tuple[jax.Array, ...]  # per layer [P, K, BLOCK_SIZE, H]
 
     @property
     def num_blocks(self) -> int:
-        """P, block 0 included."""
+        """Number of blocks P, including the null block."""
         return self.keys[0].shape[0]
 
 
-def bytes_per_block(cfg: Config, dtype: jnp.dtype) -> int:
-    """Memory of one block over all layers."""
+def bytes_per_block(cfg: Config, dtype: jnp.dtype | str | type) -> int:
+    """Return the size of one block over all layers, in bytes."""
     return (
         2
         * cfg.num_layers
@@ -56,27 +57,42 @@ def bytes_per_block(cfg: Config, dtype: jnp.dtype) -> int:
 
 
 def blocks_for(num_positions: int) -> int:
-    """Blocks that hold this many positions."""
+    """Return the number of blocks that hold `num_positions` positions."""
     return -(-num_positions // BLOCK_SIZE)
 
 
-def init(cfg: Config, num_blocks: int, dtype: jnp.dtype = jnp.float32) -> KVCache:
-    """An empty cache of `num_blocks` usable blocks (and block 0), in float32 or bfloat16."""
-    stored = jnp.uint16 if jnp.dtype(dtype) == jnp.bfloat16 else dtype
-    pool, k, h = num_blocks + 1, cfg.num_kv_heads, cfg.head_dim
+def init(cfg: Config, num_blocks: int, dtype: jnp.dtype | str | type = jnp.float32) -> KVCache:
+    """Return a cache of zeros.
+
+    Args:
+        cfg: Config of the decoder.
+        num_blocks: Number of usable blocks; the null block is added to it.
+        dtype: float32 or bfloat16.
+
+    Returns:
+        A cache of `num_blocks` + 1 blocks.
+    """
+    storage_dtype = jnp.uint16 if jnp.dtype(dtype) == jnp.bfloat16 else dtype
+    pool_size, k, h = num_blocks + 1, cfg.num_kv_heads, cfg.head_dim
     layers = range(cfg.num_layers)
     return KVCache(
-        keys=tuple(jnp.zeros((pool, k, h, BLOCK_SIZE), stored) for _ in layers),
-        values=tuple(jnp.zeros((pool, k, BLOCK_SIZE, h), stored) for _ in layers),
+        keys=tuple(jnp.zeros((pool_size, k, h, BLOCK_SIZE), storage_dtype) for _ in layers),
+        values=tuple(jnp.zeros((pool_size, k, BLOCK_SIZE, h), storage_dtype) for _ in layers),
     )
 
 
 def copy_block(kv_cache: KVCache, source: jax.Array, target: jax.Array) -> KVCache:
-    """Copies one block of every layer onto another: a row may then write behind what another read.
+    """Copy one block of every layer onto another block.
+
+    A row can then append to the copy of a block that it shares with another row.
 
     Args:
-        memory: donate it.
-        source, target: int32, numbers of blocks.
+        kv_cache: The cache; donate it, so that it is updated in place.
+        source: Number of the block to copy, int32.
+        target: Number of the block to overwrite, int32.
+
+    Returns:
+        The updated cache.
     """
     copy = lambda pool: pool.at[target].set(pool[source])  # noqa: E731
     return jax.tree.map(copy, kv_cache)
@@ -91,21 +107,28 @@ def append(
     tables: jax.Array,
     starts: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Writes new keys and values of one layer behind what each row already holds.
+    """Append new keys and values of one layer to each row.
 
     Args:
-        keys, values: one layer's pools, donated by the caller.
-        k, v: float32 [B, T, K, H]. T is 1, a divisor of BLOCK, or a multiple of it.
-        tables: int32 [B, S/BLOCK], the blocks of each row in order.
-        starts: int32 [B], the position of each row's first new token, a multiple of min(T, BLOCK).
+        keys: The layer's pool of keys [P, K, H, BLOCK_SIZE], donated by the caller.
+        values: The layer's pool of values [P, K, BLOCK_SIZE, H], donated by the caller.
+        k: New keys, float32 [B, T, K, H]. T is 1, or a divisor or multiple of BLOCK_SIZE.
+        v: New values, float32 [B, T, K, H].
+        tables: The blocks of each row in order, int32 [B, S/BLOCK_SIZE].
+        starts: Position of the first new token of each row, int32 [B]; a multiple of
+            min(T, BLOCK_SIZE).
 
     Returns:
-        The pools.
+        The updated pools of keys and values.
+
+    Raises:
+        ValueError: T neither divides BLOCK_SIZE nor is a multiple of it.
     """
     num_rows, num_new = k.shape[:2]
     if num_new != 1 and BLOCK_SIZE % num_new and num_new % BLOCK_SIZE:
         raise ValueError(
-            f"{num_new} new positions neither divide a block of {BLOCK_SIZE} nor fill some"
+            f"the number of new positions must divide {BLOCK_SIZE} or be a multiple of it, "
+            f"got {num_new}"
         )
     span = min(num_new, BLOCK_SIZE)
     k = _narrow(k, keys.dtype).transpose(0, 2, 3, 1)  # [B, K, H, T]
@@ -120,11 +143,11 @@ def append(
     return keys, values
 
 
-def _narrow(x: jax.Array, stored: jnp.dtype) -> jax.Array:
-    """float32 to what a pool stores."""
-    if stored == jnp.uint16:
+def _narrow(x: jax.Array, storage_dtype: jnp.dtype) -> jax.Array:
+    """Convert float32 to the dtype that a pool stores."""
+    if storage_dtype == jnp.uint16:
         return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
-    return x.astype(stored)
+    return x.astype(storage_dtype)
 
 
 def attend(
@@ -136,17 +159,19 @@ def attend(
     *,
     window: int | None = None,
 ) -> jax.Array:
-    """Causal attention of new queries over everything their rows hold, themselves included.
+    """Compute causal attention of new queries over the cached positions of their rows.
 
     Args:
-        q: float32 [B, T, N, H]; query t of row b stands at position starts[b] + t.
-        keys, values: one layer's pools, the new positions already appended.
-        tables: int32 [B, S/BLOCK].
-        starts: int32 [B].
-        window: how many positions a query sees, its own among them; None: all before it. Blocks
-            behind the window are not touched (and not given back: other layers may need them).
+        q: New queries, float32 [B, T, N, H]; query t of row b has position starts[b] + t.
+        keys: The layer's pool of keys, to which the new positions have been appended.
+        values: The layer's pool of values, to which the new positions have been appended.
+        tables: The blocks of each row in order, int32 [B, S/BLOCK_SIZE].
+        starts: Position of the first query of each row, int32 [B].
+        window: Number of positions a query attends to, including its own position; None means all
+            positions up to its own. Blocks outside the window are not read. They stay allocated,
+            because other layers may need them.
 
     Returns:
-        float32 [B, T, N, H].
+        The attention output, float32 [B, T, N, H].
     """
     return kernels.attend_cached(q, keys, values, tables, starts, window=window)

@@ -1,11 +1,11 @@
-"""What one decoder differs in from another: sizes, and a few choices of form.
+"""Hyperparameters of a decoder: sizes, and the variants of each layer.
 
 One frozen dataclass describes GPT-2, Llama, Mistral, Qwen2, Qwen3 and Gemma 3. It is hashable, so
-`jax.jit` takes it as a static argument and compiles one program for each distinct config. How each
-family writes these fields in its files is in `families.py`.
+`jax.jit` takes it as a static argument and compiles one program for each distinct config.
+`families.py` maps the keys of each family's files to these fields.
 
-Leaves out: mixtures of experts, soft caps on scores and logits, rotary positions for a part of each
-head. A checkpoint that asks for one of them is refused by name (`config_keys.py`).
+Leaves out: mixtures of experts, soft caps on scores and logits, rotary embeddings of a part of each
+head. A checkpoint that needs one of them is rejected with the name of the key (`config_keys.py`).
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _FLAGS = (
     "scale_embeddings",
     "tie_embeddings",
 )
-MAX_LAYERS = 4096  # a file that claims more is damaged; also bounds lists with an item a layer
+MAX_LAYERS = 4096  # a file that claims more is damaged; also bounds lists with one item per layer
 
-# The numbers that each way of stretching rotary positions needs.
+# The fields that each type of RoPE scaling needs.
 ROPE_SCALING_FIELDS = {
     "linear": ("factor",),
     "llama3": ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
@@ -46,12 +46,12 @@ ROPE_SCALING_FIELDS = {
 }
 
 
-def check_size(name: str, value: Any, most: float = float("inf")) -> None:
-    """Raises ValueError unless `value` is a positive integer, and at most `most`."""
+def check_size(name: str, value: Any, max_value: float = float("inf")) -> None:
+    """Raise ValueError unless `value` is a positive integer of at most `max_value`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    if value > most:
-        raise ValueError(f"{name} must be at most {most}, got {value}")
+    if value > max_value:
+        raise ValueError(f"{name} must be at most {max_value}, got {value}")
 
 
 def _check_positive(name: str, value: Any) -> None:
@@ -65,32 +65,40 @@ def _check_positive(name: str, value: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for contexts longer than a model first learnt.
+    """Scaling of the rotary frequencies for contexts longer than the pretraining context.
 
-    `rope.frequencies` says what each kind does. Fields that a kind does not use are None.
+    `rope.frequencies` defines the types. Fields that a type does not use are None.
+
+    Raises:
+        ValueError: A field is out of range, missing for its type, or not used by it.
     """
 
     rope_type: Literal["linear", "llama3", "yarn"]
-    factor: float  # how many times longer
-    original_max_seq_len: int | None = None  # llama3, yarn: the context before stretching
-    low_freq_factor: float | None = None  # llama3: slower than so many turns in it are stretched
-    high_freq_factor: float | None = None  # llama3: faster than so many turns stay
-    beta_fast: float | None = None  # yarn: the same two bounds; fast stays,
-    beta_slow: float | None = None  # slow is stretched
+    factor: float  # ratio of the extended context to the original one
+    original_max_seq_len: int | None = None  # llama3, yarn: the context before scaling
+    # llama3: frequencies with fewer rotations in the original context are divided by the factor,
+    low_freq_factor: float | None = None
+    # and frequencies with more rotations than this stay.
+    high_freq_factor: float | None = None
+    beta_fast: float | None = None  # yarn: as high_freq_factor
+    beta_slow: float | None = None  # yarn: as low_freq_factor
     attention_factor: float | None = None  # yarn: multiplies cosines and sines
-    truncate: bool = True  # yarn: the two bounds are moved outwards to whole pairs of channels
+    truncate: bool = True  # yarn: round the two bounds outwards to whole channel pairs
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_SCALING_FIELDS:
             raise ValueError(
-                f"rope scaling must be of kind {', '.join(ROPE_SCALING_FIELDS)}, got {self.rope_type!r}"
+                f"rope_type must be one of {', '.join(ROPE_SCALING_FIELDS)}, got {self.rope_type!r}"
             )
         for name in dict.fromkeys(field for row in ROPE_SCALING_FIELDS.values() for field in row):
             value = getattr(self, name)
             if name in ROPE_SCALING_FIELDS[self.rope_type]:
                 _check_positive(f"rope scaling {self.rope_type}: {name}", value)
             elif value is not None:
-                raise ValueError(f"rope scaling {self.rope_type} has no {name}, got {value!r}")
+                raise ValueError(
+                    f"rope scaling {self.rope_type} does not use {name}: it must be None, "
+                    f"got {value!r}"
+                )
         if not isinstance(self.truncate, bool) or not (self.truncate or self.rope_type == "yarn"):
             raise ValueError(f"rope scaling {self.rope_type}: truncate must be True")
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
@@ -100,10 +108,10 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Sizes and forms of a decoder-only transformer.
+    """Hyperparameters of a decoder-only transformer.
 
     Raises:
-        ValueError: a field is out of range, or two fields contradict each other.
+        ValueError: A field is out of range, or two fields contradict each other.
     """
 
     num_layers: int
@@ -113,22 +121,22 @@ class Config:
     d_model: int  # D
     d_ff: int  # F
     vocab_size: int  # V
-    max_seq_len: int  # positions the model was trained for
+    max_seq_len: int  # number of positions the model was trained for
     norm: Literal["rms", "unit_rms", "layer"] = "rms"  # unit_rms: the scale is 1 + weight
     norm_eps: float = 1e-5
-    qk_norm: bool = False  # an RMS norm over each head's query and key
-    post_norms: bool = False  # norms behind attention and MLP too, before they are added
+    qk_norm: bool = False  # RMS norm of each head's query and key
+    post_norms: bool = False  # also norm the outputs of attention and MLP, before the addition
     position: Literal["rope", "learned"] = "rope"
     rope_theta: float = 10_000.0  # used when position == "rope"
     rope_scaling: RopeScaling | None = None
-    local_rope_theta: float | None = None  # of layers with a window, unscaled; None: as the others
+    local_rope_theta: float | None = None  # of layers with a window, unscaled; None: rope_theta
     windows: tuple[int | None, ...] = (None,)  # repeated over the layers; see `window`
-    query_scalar: int | None = None  # scores are divided by its root; None: by that of head_dim
+    query_scalar: int | None = None  # scores are divided by its square root; None: head_dim
     mlp: Literal["swiglu", "geglu", "gelu"] = "swiglu"
     qkv_bias: bool = False
     linear_bias: bool = False  # biases on the attention output and on both MLP projections
-    scale_embeddings: bool = False  # token vectors are multiplied by the root of d_model
-    tie_embeddings: bool = True  # logits use the embedding table
+    scale_embeddings: bool = False  # multiply token embeddings by the square root of d_model
+    tie_embeddings: bool = True  # the head is the embedding table
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -156,20 +164,23 @@ class Config:
         if self.norm == "layer" and (self.qk_norm or self.post_norms):
             raise ValueError("qk_norm and post_norms need an RMS norm, got norm='layer'")
         if not isinstance(self.windows, tuple) or not self.windows:
-            raise ValueError(f"windows must be a tuple with an item, got {self.windows!r}")
+            raise ValueError(f"windows must be a tuple that is not empty, got {self.windows!r}")
         for window in self.windows:
             if window is not None:
                 check_size("windows", window)
-        # Each pattern in one way only, so that equal decoders are equal configs.
-        object.__setattr__(self, "windows", _shortest(self.windows, self.num_layers))
+        # Normalized, so that equal decoders have equal configs.
+        object.__setattr__(self, "windows", _shortest_period(self.windows, self.num_layers))
 
     def window(self, layer: int) -> int | None:
-        """How many positions a query of this layer sees, its own among them; None: all."""
+        """Return the number of positions a query of `layer` attends to, including its own.
+
+        None means all positions up to its own.
+        """
         return self.windows[layer % len(self.windows)]
 
     @classmethod
     def debug(cls, **changes: Any) -> Config:
-        """A decoder under 50,000 weights, for tests; `changes` replace its fields."""
+        """Return a decoder of less than 50,000 weights for tests; `changes` replace its fields."""
         small: dict[str, Any] = dict(
             num_layers=2,
             num_heads=4,
@@ -184,7 +195,7 @@ class Config:
 
     @property
     def num_params(self) -> int:
-        """Weights of the whole model, the table counted once when it is tied."""
+        """Number of weights; tied embeddings count once."""
         d, heads, kv = (
             self.d_model,
             self.num_heads * self.head_dim,
@@ -202,11 +213,11 @@ class Config:
         return self.num_layers * (attn + mlp + bias + norms) + norm + tables
 
 
-def _shortest(pattern: tuple, length: int) -> tuple:
-    """The shortest tuple that, repeated, begins with the same `length` items as `pattern`."""
-    # Twice the pattern is enough: a shorter period that holds so far holds for ever.
+def _shortest_period(pattern: tuple, length: int) -> tuple:
+    """Return the shortest tuple whose repetition begins with the `length` items of `pattern`."""
+    # Two repetitions are enough: a shorter period that holds over them holds for any length.
     items = [pattern[i % len(pattern)] for i in range(min(length, 2 * len(pattern)))]
     for size in range(1, len(items) + 1):
         if all(item == items[i % size] for i, item in enumerate(items)):
             return tuple(items[:size])
-    raise AssertionError("the whole is a period of itself")
+    raise AssertionError("every sequence has itself as a period")

@@ -1,16 +1,16 @@
-"""Keys of a model file that no field of ours reads: which of them change the forward pass.
+"""Keys of a model file that no config field reads, and which of them change the forward pass.
 
-transformers passes over every key of `config.json` that a model's class does not know. That is
-right for `unsloth_fixed`, and silently wrong for Granite's `residual_multiplier` in a file that
-calls itself a Llama. So the table below holds each key that changes the forward pass in some
-family, with the values under which it changes nothing:
+transformers ignores every key of `config.json` that a model's class does not know. That is right
+for `unsloth_fixed`, but silently wrong for Granite's `residual_multiplier` in a file with
+`model_type` llama. The table below therefore lists each key that changes the forward pass in some
+family, with its neutral values, which change nothing:
 
-- A key in the table with another value is refused by name.
-- A key outside the table is passed over, as transformers does, and logged once.
+- A key in the table with another value is rejected with its name.
+- A key outside the table is ignored, as transformers does, and logged once.
 
 Keys that only refine a feature (`num_experts_per_tok`) are left out: the key that switches the
-feature on (`num_experts`) is listed. Weights are checked by name and shape elsewhere, so a feature
-that has tensors of its own is refused even where its key is not.
+feature on (`num_experts`) is listed. The checkpoint loader checks weights by name and shape, so a
+feature with tensors of its own is rejected even if its key is not in the table.
 
 Compiled from the configuration and modelling files of transformers 5, from models whose code comes
 with their weights (MiniCPM, Qwen 1, BTLM, ChatGLM, MPT), and for GGUF from the key names of
@@ -53,7 +53,7 @@ def _rope_theta(cfg: Any) -> float | None:
     return getattr(cfg, "rope_theta", None)
 
 
-# What a group of keys does -> each key -> its neutral values: constants, or functions of the
+# Effect of a group of keys -> each key -> its neutral values: constants, or functions of the
 # config. null is neutral for every key, and so is a list of neutral values.
 _GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
     "multiplies embeddings, the residual stream or logits by a constant": {
@@ -167,7 +167,7 @@ _GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "rope_parameters": ({},),
     },
     "changes which positions a query sees": {
-        "sliding_window": (0, -1),  # no window, where a family has none of its own
+        "sliding_window": (0, -1),  # no window, where a family has no such key
         "sliding_window_size": (),
         "attention_window_size": (),
         "window_size": (-1,),  # [-1, -1] is flash attention's spelling of no window
@@ -272,7 +272,7 @@ _GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "H_cycles": (1,),
         "attn_config": ({},),  # MPT, DBRX
         "ffn_config": ({},),
-        "text_config": ({},),  # of a model that also sees or hears
+        "text_config": ({},),  # of a model with vision or audio
         "vision_config": ({},),
         "audio_config": ({},),
         "use_weighted_layer_sum": (False,),
@@ -354,11 +354,13 @@ _GGUF_GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "decoder_block_count": (0,),
     },
 }
-CONFIG = {key: (what, values) for what, keys in _GROUPS.items() for key, values in keys.items()}
-GGUF = {key: (what, values) for what, keys in _GGUF_GROUPS.items() for key, values in keys.items()}
+CONFIG = {key: (effect, values) for effect, keys in _GROUPS.items() for key, values in keys.items()}
+GGUF = {
+    key: (effect, values) for effect, keys in _GGUF_GROUPS.items() for key, values in keys.items()
+}
 
-# Neutral values of a model with layer norms, biases and learned positions, as GPT-2 and BERT are;
-# the table takes a Llama for granted.
+# Neutral values of a model with layer norms, biases and learned positions, such as GPT-2 and BERT;
+# the values of the table are those of a Llama.
 LAYER_NORM: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("absolute", "learned", "learned_absolute"),
     "norm_type": ("layer", "layernorm", "layer_norm", "LayerNorm"),
@@ -371,8 +373,8 @@ LAYER_NORM: dict[str, tuple[Any, ...]] = {
 }
 ACTIVATIONS = tuple(_GROUPS["changes the activation of the MLP"])
 
-# Keys that transformers itself writes into the files of all models, and that compute nothing here:
-# training, heads for classification, defaults of generation. They are not worth a line in the log.
+# Keys that transformers writes into the files of all models and that do not affect the forward
+# pass: training, classification heads, generation defaults. They are ignored without a log line.
 _EXPECTED = frozenset(
     """
     _name_or_path name_or_path _commit_hash architectures auto_map model_type task_specific_params
@@ -412,26 +414,26 @@ def check(
     *,
     neutral_overrides: Mapping[str, tuple[Any, ...]] | None = None,
 ) -> None:
-    """Check the keys of a `config.json` that nothing has read.
+    """Check the keys of a `config.json` that the config reader has not used.
 
     Args:
-        rest: the keys and their values.
-        cfg: the config that the other keys make, for neutral values that depend on it.
-        kind: the model type, for messages.
-        own: neutral values of this model type that differ from those of the table.
+        rest: The keys and their values.
+        cfg: The config made from the other keys, for neutral values that depend on it.
+        kind: The model type, for messages.
+        neutral_overrides: Neutral values of this model type that differ from those of the table.
 
     Raises:
-        ValueError: the weights are quantised in a format that cannot be read, or a key changes the
-            forward pass in a way that this model type lacks.
+        ValueError: The weights are quantized in an unsupported format, or a key changes the
+            forward pass in a way that this model type does not support.
     """
     rest = dict(rest)
     for key in ("quantization_config", "compression_config"):
-        if (value := rest.pop(key, None)) and not _is_switched_off(value):
-            raise ValueError(f"{key} is {_method(value)}: {_HOW_TO_DEQUANTISE}")
+        if (value := rest.pop(key, None)) and not _is_disabled(value):
+            raise ValueError(f"{key} is {_method(value)}: {_QUANTIZED_ADVICE}")
     if rest.get("attn_temperature_tuning") in (False, 0):
-        rest.pop("attn_scale", None)  # which only that multiplies
+        rest.pop("attn_scale", None)  # only used with attn_temperature_tuning
     if rest.get("no_rope_layers"):
-        rest.pop("no_rope_layer_interval", None)  # of which the list is made where there is none
+        rest.pop("no_rope_layer_interval", None)  # only used where no_rope_layers is absent
     table = CONFIG | {
         key: (CONFIG[key][0], values) for key, values in (neutral_overrides or {}).items()
     }
@@ -439,16 +441,21 @@ def check(
 
 
 def check_gguf(rest: Mapping[str, Any], cfg: Any, kind: str) -> None:
-    """Check the keys of GGUF metadata, without the architecture in front, that nothing has read.
+    """Check the keys of GGUF metadata that the config reader has not used.
+
+    Args:
+        rest: The keys, without the architecture prefix, and their values.
+        cfg: The config made from the other keys, for neutral values that depend on it.
+        kind: The architecture, for messages.
 
     Raises:
-        ValueError: as `check` does.
+        ValueError: A key changes the forward pass in a way that this architecture does not support.
     """
     _check(rest, GGUF, _GGUF_EXPECTED, cfg, kind, "GGUF metadata", prefix=f"{kind}.")
 
 
 def log_ignored_keys(source: str, keys: tuple[str, ...]) -> None:
-    """Log, once for each set of keys, that they are passed over."""
+    """Log that keys of `source` are ignored, once for each set of keys."""
     if keys:
         _log_ignored_keys_once(source, keys)
 
@@ -456,7 +463,7 @@ def log_ignored_keys(source: str, keys: tuple[str, ...]) -> None:
 @functools.lru_cache(maxsize=256)
 def _log_ignored_keys_once(source: str, keys: tuple[str, ...]) -> None:
     names = ", ".join(map(repr, keys[:20])) + (f" and {len(keys) - 20} more" * (len(keys) > 20))
-    log.warning("%s: passing over keys not known to change the result: %s", source, names)
+    log.warning("%s: ignoring unknown keys that are assumed to have no effect: %s", source, names)
 
 
 def _check(
@@ -471,13 +478,13 @@ def _check(
     for key, value in rest.items():
         if key not in table:
             continue
-        what, values = table[key]
+        effect, values = table[key]
         items = (item(cfg) if callable(item) else item for item in values)
         neutral = [item for item in items if item is not None]
         if not _is_neutral(value, neutral):
             allowed = " or ".join([*(repr(item) for item in neutral), "absent"])
             raise ValueError(
-                f"{prefix}{key} is {value!r}. It {what}, which is not implemented for {kind}; "
+                f"{prefix}{key} is {value!r}. It {effect}, which is not implemented for {kind}; "
                 f"it must be {allowed}"
             )
     unknown = sorted(str(key) for key in rest.keys() - table.keys() - expected)
@@ -492,18 +499,18 @@ def _is_neutral(value: Any, neutral: list[Any]) -> bool:
 
 def _same(value: Any, other: Any) -> bool:
     if isinstance(value, float) and isinstance(other, int | float):
-        return math.isclose(value, other, rel_tol=1e-6)  # a float32 in a file may be a hair off
+        return math.isclose(value, other, rel_tol=1e-6)  # the file may hold a rounded float32
     return value == other
 
 
-_HOW_TO_DEQUANTISE = (
-    "weights quantised in this format cannot be read; give unquantised safetensors or a GGUF file "
-    "(if the weights are merged and unquantised, remove the key)"
+_QUANTIZED_ADVICE = (
+    "weights quantized in this format cannot be read; use unquantized safetensors or a GGUF file "
+    "(if the weights have been dequantized, remove the key)"
 )
 
 
-def _is_switched_off(value: Any) -> bool:
-    """Whether a `quantization_config` is of bitsandbytes and quantises nothing."""
+def _is_disabled(value: Any) -> bool:
+    """Whether a `quantization_config` of bitsandbytes quantizes nothing."""
     return (
         isinstance(value, Mapping)
         and value.get("quant_method") == "bitsandbytes"
@@ -512,7 +519,7 @@ def _is_switched_off(value: Any) -> bool:
 
 
 def _method(value: Any) -> str:
-    """The name of a quantisation method, as a `quantization_config` gives it."""
+    """Return the name of the quantization method of a `quantization_config`."""
     if not isinstance(value, Mapping):
         return repr(value)
     method = str(value.get("quant_method") or "of an unnamed method")

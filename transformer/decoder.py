@@ -1,16 +1,16 @@
 """A decoder-only transformer: token ids in, logits out.
 
-Read `block` first: norm, attention, add; norm, MLP, add. Everything else arranges who calls it.
-One function serves every family; where they differ, the config says which form is meant, or a part
-of a layer is None.
+Read `block` first: norm, attention, add; norm, MLP, add. One function serves every family. Where
+families differ, a field of the config selects the variant, or a part of a layer is None.
 
-- `forward` reads whole sequences at once, with no cache: scoring, looking inside. `hidden` is the
-  same up to the head, for training, whose loss must not hold the logits of a whole batch.
-- `extend` reads the next tokens of sequences whose past stands in a cache. With one row and many
-  tokens it is prefill, with many rows and one token it is a decoding step: the same function.
+- `forward` processes whole sequences without a cache, for scoring and interpretability.
+  `hidden_states` is the same up to the head, for training, where the loss must not hold the logits
+  of a whole batch.
+- `forward_cached` processes the next tokens of sequences whose earlier tokens are in a cache. With
+  one row and many tokens it is prefill, with many rows and one token each it is a decoding step.
 
-Weights are a tree of arrays (`Params`); `abstract` describes that tree (shapes, logical axes,
-initial values) without allocating anything, and `init` fills it.
+Weights are a tree of arrays (`Params`). `abstract` describes that tree (shapes, logical axes,
+initializers) without allocating memory, and `init` fills it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from transformer.weights import Linear, Norm
 class Layer:
     """Weights of one block.
 
-    Queries, keys and values stay separate products, as do gate and up: it reads plainly, and fused
-    ones were never faster (ARCHITECTURE.md has the measurements).
+    Queries, keys and values are separate products, as are gate and up: the code is simpler, and
+    fused products were never faster when measured.
     """
 
     attn_norm: Norm
@@ -47,31 +47,30 @@ class Layer:
     q_norm: Norm | None  # [H], over each head's query; None where cfg.qk_norm is False
     k_norm: Norm | None
     out: Linear  # [D, N * H]
-    attn_post_norm: Norm | None  # of what attention adds; None where cfg.post_norms is False
+    attn_post_norm: Norm | None  # of the attention output; None where cfg.post_norms is False
     mlp_norm: Norm
     gate: Linear | None  # [F, D] for swiglu and geglu; None for gelu
     up: Linear  # [F, D]
     down: Linear  # [D, F]
-    mlp_post_norm: Norm | None
+    mlp_post_norm: Norm | None  # of the MLP output; None where cfg.post_norms is False
 
 
 @struct.dataclass
 class Params:
     """Weights of the whole decoder."""
 
-    embed: Linear  # [V, D], one row a token
+    embed: Linear  # [V, D], one row per token
     positions: jax.Array | None  # [max_seq_len, D] where positions are learned
     layers: tuple[Layer, ...]
     final_norm: Norm
-    head: Linear | None  # [V, D]; None where the embedding table serves
-    folded_norm_weights: jax.Array | None = (
-        None  # [L, 2, D] of a model whose stream is turned; see rotation.py
-    )
+    head: Linear | None  # [V, D]; None where the head is the embedding table
+    # [L, 2, D], the norm weights that are folded into a rotated model; see quarot.py
+    folded_norm_weights: jax.Array | None = None
 
 
 @dataclass(frozen=True)
 class ArrayInfo:
-    """What a leaf of `Params` will be, before it is."""
+    """Description of a leaf of `Params` before it is allocated."""
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]  # logical names, for sharding
@@ -79,64 +78,65 @@ class ArrayInfo:
 
 
 def abstract(cfg: Config) -> Params:
-    """The tree of `Params` with an `ArrayInfo` at each leaf; every leaf is float32."""
+    """Return the tree of `Params` with an `ArrayInfo` of a float32 array at each leaf."""
     normal = jax.nn.initializers.normal(0.02)
-    # Residual branches start smaller, so that depth does not inflate the stream (GPT-2, 2.3).
+    # The output projections start smaller, so that the variance of the residual stream does not
+    # grow with depth (GPT-2, section 2.3).
     residual = jax.nn.initializers.normal(0.02 / (2 * cfg.num_layers) ** 0.5)
     zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
 
-    def matrix(
-        out: int, inner: int, axes: tuple[str, str], bias: bool, initializer=normal
+    def abstract_linear(
+        out: int, inner: int, axes: tuple[str, str], has_bias: bool, initializer=normal
     ) -> Linear:
         return Linear(
             weight=ArrayInfo((out, inner), axes, initializer),
-            bias=ArrayInfo((out,), axes[:1], zeros) if bias else None,
+            bias=ArrayInfo((out,), axes[:1], zeros) if has_bias else None,
         )
 
-    def norm_(width: int = cfg.d_model, axis: str = "model") -> Norm:
+    def abstract_norm(width: int = cfg.d_model, axis: str = "model") -> Norm:
         bias = ArrayInfo((width,), (axis,), zeros) if cfg.norm == "layer" else None
         neutral = zeros if cfg.norm == "unit_rms" else ones
         return Norm(scale=ArrayInfo((width,), (axis,), neutral), bias=bias)
 
     heads, kv_heads = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    up = matrix(cfg.d_ff, cfg.d_model, ("ff", "model"), cfg.linear_bias)
-    kv = matrix(kv_heads, cfg.d_model, ("kv_heads", "model"), cfg.qkv_bias)
-    head_norm = norm_(cfg.head_dim, "head") if cfg.qk_norm else None
-    post_norm = norm_() if cfg.post_norms else None
+    up = abstract_linear(cfg.d_ff, cfg.d_model, ("ff", "model"), cfg.linear_bias)
+    kv = abstract_linear(kv_heads, cfg.d_model, ("kv_heads", "model"), cfg.qkv_bias)
+    head_norm = abstract_norm(cfg.head_dim, "head") if cfg.qk_norm else None
+    post_norm = abstract_norm() if cfg.post_norms else None
     layer = Layer(
-        attn_norm=norm_(),
-        q=matrix(heads, cfg.d_model, ("heads", "model"), cfg.qkv_bias),
+        attn_norm=abstract_norm(),
+        q=abstract_linear(heads, cfg.d_model, ("heads", "model"), cfg.qkv_bias),
         k=kv,
         v=kv,
         q_norm=head_norm,
         k_norm=head_norm,
-        out=matrix(cfg.d_model, heads, ("model", "heads"), cfg.linear_bias, residual),
+        out=abstract_linear(cfg.d_model, heads, ("model", "heads"), cfg.linear_bias, residual),
         attn_post_norm=post_norm,
-        mlp_norm=norm_(),
+        mlp_norm=abstract_norm(),
         gate=None if cfg.mlp == "gelu" else up,
         up=up,
-        down=matrix(cfg.d_model, cfg.d_ff, ("model", "ff"), cfg.linear_bias, residual),
+        down=abstract_linear(cfg.d_model, cfg.d_ff, ("model", "ff"), cfg.linear_bias, residual),
         mlp_post_norm=post_norm,
     )
-    table = matrix(cfg.vocab_size, cfg.d_model, ("vocab", "model"), False)
+    embedding = abstract_linear(cfg.vocab_size, cfg.d_model, ("vocab", "model"), False)
     return Params(
-        embed=table,
+        embed=embedding,
         positions=ArrayInfo((cfg.max_seq_len, cfg.d_model), ("seq", "model"), normal)
         if cfg.position == "learned"
         else None,
         layers=(layer,) * cfg.num_layers,
-        final_norm=norm_(),
-        head=None if cfg.tie_embeddings else table,
+        final_norm=abstract_norm(),
+        head=None if cfg.tie_embeddings else embedding,
     )
 
 
 def init(key: jax.Array, cfg: Config) -> Params:
-    """Fresh float32 weights."""
+    """Return random initial weights in float32."""
     return initialize(key, abstract(cfg))
 
 
 def initialize(key: jax.Array, tree: Any) -> Any:
-    """The arrays that a tree of `ArrayInfo` describes, each from a key of its own."""
+    """Return the float32 arrays that a tree of `ArrayInfo` describes, each from its own key."""
     infos, structure = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(infos))
     arrays = [
@@ -153,15 +153,17 @@ def block(
     angles: tuple[jax.Array, jax.Array] | None,
     attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """One transformer block.
+    """Apply one transformer block.
 
     Args:
-        x: the residual stream, float32 [B, T, D].
-        angles: rotary cosines and sines of the positions, or None where positions are learned.
-        attend: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H].
+        x: The residual stream, float32 [B, T, D].
+        layer: Weights of the block.
+        cfg: Config of the decoder.
+        angles: Rotary cosines and sines of the positions, or None where positions are learned.
+        attend: Attention function: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H].
 
     Returns:
-        float32 [B, T, D].
+        The residual stream after the block, float32 [B, T, D].
     """
     with jax.named_scope("attention"):
         y = _norm(x, layer.attn_norm, cfg)
@@ -171,8 +173,25 @@ def block(
         return x + _norm(mlp(y, layer, cfg), layer.mlp_post_norm, cfg)
 
 
-def self_attention(y: jax.Array, layer: Layer, cfg: Config, angles, attend) -> jax.Array:
-    """What attention adds to the stream, of its normed copy `y` [B, T, D]; see `block`."""
+def self_attention(
+    y: jax.Array,
+    layer: Layer,
+    cfg: Config,
+    angles: tuple[jax.Array, jax.Array] | None,
+    attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """Return the output of the attention sublayer.
+
+    Args:
+        y: The normed residual stream, float32 [B, T, D].
+        layer: Weights of the block.
+        cfg: Config of the decoder.
+        angles: As in `block`.
+        attend: As in `block`.
+
+    Returns:
+        The output of the projection `out`, float32 [B, T, D].
+    """
     batch, length, _ = y.shape
     n, k, h = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     query = linear(y, layer.q).reshape(batch, length, n, h)  # [B, T, N, H]
@@ -181,16 +200,16 @@ def self_attention(y: jax.Array, layer: Layer, cfg: Config, angles, attend) -> j
     query, key = _norm(query, layer.q_norm, cfg), _norm(key, layer.k_norm, cfg)
     if angles is not None:
         query, key = kernels.rotate(query, *angles), kernels.rotate(key, *angles)
-    if cfg.query_scalar is not None:  # `attend` divides by the root of H
+    if cfg.query_scalar is not None:  # `attend` divides by the square root of H
         query = query * (h / cfg.query_scalar) ** 0.5
     y = attend(query, key, value)  # [B, T, N, H]
     return linear(y.reshape(batch, length, n * h), layer.out)
 
 
 def mlp(y: jax.Array, layer: Layer, cfg: Config) -> jax.Array:
-    """What the MLP adds to the stream, of its normed copy: float32 [B, T, D] -> [B, T, D].
+    """Return the output of the MLP: normed residual stream, float32 [B, T, D] -> [B, T, D].
 
-    With a gate it is a gated linear unit (Shazeer 2020, arXiv:2002.05202).
+    With a gate, the MLP is a gated linear unit (Shazeer 2020, arXiv:2002.05202).
     """
     if layer.gate is None:
         return linear(jax.nn.gelu(linear(y, layer.up), approximate=True), layer.down)
@@ -198,7 +217,7 @@ def mlp(y: jax.Array, layer: Layer, cfg: Config) -> jax.Array:
 
 
 def _norm(x: jax.Array, p: Norm | None, cfg: Config) -> jax.Array:
-    """The config's norm over the last axis; nothing where this decoder has none."""
+    """Apply the norm of the config to the last axis; return `x` where `p` is None."""
     if p is None:
         return x
     if cfg.norm == "unit_rms":
@@ -206,29 +225,42 @@ def _norm(x: jax.Array, p: Norm | None, cfg: Config) -> jax.Array:
     return norm(x, p, cfg.norm_eps)
 
 
-def embed_tokens(params: Params, cfg: Config, ids: jax.Array, positions: jax.Array):
-    """The stream before the first block [B, T, D], and for each block its rotary angles."""
+def embed_tokens(
+    params: Params, cfg: Config, ids: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array] | None, ...]]:
+    """Return the input of the first block, and the rotary angles of each block.
+
+    Args:
+        params: Weights of the decoder.
+        cfg: Config of the decoder.
+        ids: Token ids, int32 [B, T].
+        positions: Position of each token, int32 [B, T].
+
+    Returns:
+        The residual stream, float32 [B, T, D], and for each layer the cosines and sines of
+        `rope.angles`, or None where positions are learned.
+    """
     x = embed(params.embed, ids)  # [B, T, D]
     if cfg.scale_embeddings:
         x = x * cfg.d_model**0.5
     layers = range(cfg.num_layers)
     if cfg.position == "learned":
         return x + params.positions[positions], tuple(None for _ in layers)
-    turns = rope.angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+    angles = rope.angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
     if cfg.local_rope_theta is None:
-        return x, tuple(turns for _ in layers)
-    local = rope.angles(positions, cfg.head_dim, cfg.local_rope_theta)
-    return x, tuple(turns if cfg.window(i) is None else local for i in layers)
+        return x, tuple(angles for _ in layers)
+    local_angles = rope.angles(positions, cfg.head_dim, cfg.local_rope_theta)
+    return x, tuple(angles if cfg.window(i) is None else local_angles for i in layers)
 
 
 def unembed(params: Params, cfg: Config, x: jax.Array) -> jax.Array:
-    """Logits of the stream after the last block: float32 [..., D] -> float32 [..., V]."""
+    """Apply the final norm and the head: float32 [..., D] -> logits, float32 [..., V]."""
     with jax.named_scope("unembed"):
         return linear(_norm(x, params.final_norm, cfg), lm_head(params))
 
 
 def lm_head(params: Params) -> Linear:
-    """What makes logits of the stream, once it is normed: [V, D]."""
+    """Return the language-model head [V, D]: the embedding table where embeddings are tied."""
     return params.embed if params.head is None else params.head
 
 
@@ -240,41 +272,50 @@ def forward(
     segments: jax.Array | None = None,
     taps: Collection[str] = (),
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Logits for every position of whole sequences, without a cache.
+    """Return the logits of every position of whole sequences, without a cache.
 
     Args:
-        ids: int32 [B, T].
-        segments: int32 [B, T], which of several texts in a row a token belongs to: 1, 2, ... and 0
-            for padding. Texts neither see nor shift each other. None: a row is one text.
-        taps: names of intermediates to return: "residual" (the stream entering each block and
-            leaving the last, [L + 1, B, T, D]), "attention" (weights, [L, B, N, T, T]) and
-            "logits" (of each block's stream through the final norm and head, [L + 1, B, T, V]:
-            the logit lens). An unused tap costs nothing.
+        params: Weights of the decoder.
+        cfg: Config of the decoder.
+        ids: Token ids, int32 [B, T].
+        segments: Text number of each token where several texts share a row, int32 [B, T]: 1, 2, ...
+            and 0 for padding. Each text has its own positions, and its tokens attend to tokens of
+            the same text only. None means one text per row.
+        taps: Names of intermediates to return: "residual" (the residual stream before each block
+            and after the last, [L + 1, B, T, D]), "attention" (attention weights,
+            [L, B, N, T, T]) and "logits" (the logit lens: the final norm and the head applied to
+            each entry of "residual", [L + 1, B, T, V]). An unused tap costs nothing.
 
     Returns:
-        Logits float32 [B, T, V], and a dictionary with exactly the named taps.
+        Logits, float32 [B, T, V], and a dictionary with exactly the named taps.
 
     Raises:
-        ValueError: an unknown tap, or more tokens than learned positions.
+        ValueError: A tap is unknown, or there are more tokens than learned positions.
     """
     if unknown := set(taps) - {"residual", "attention", "logits"}:
         raise ValueError(f"taps must be among residual, attention, logits; got {sorted(unknown)}")
     x, angles = embed_tokens(params, cfg, ids, _positions(cfg, ids, segments))
-    residual, weights = [x], []
+    residual, attentions = [x], []
     for i, layer in enumerate(params.layers):
-        x, seen = _forward_layer(
-            x, layer, angles[i], segments, cfg=cfg, window=cfg.window(i), watch="attention" in taps
+        x, weights = _forward_layer(
+            x,
+            layer,
+            angles[i],
+            segments,
+            cfg=cfg,
+            window=cfg.window(i),
+            output_attentions="attention" in taps,
         )
         residual.append(x)
-        weights.append(seen)
-    found: dict[str, jax.Array] = {}
+        attentions.append(weights)
+    outputs: dict[str, jax.Array] = {}
     if "residual" in taps:
-        found["residual"] = jnp.stack(residual)
+        outputs["residual"] = jnp.stack(residual)
     if "attention" in taps:
-        found["attention"] = jnp.stack(weights)
+        outputs["attention"] = jnp.stack(attentions)
     if "logits" in taps:
-        found["logits"] = jnp.stack([unembed(params, cfg, x) for x in residual])
-    return unembed(params, cfg, x), found
+        outputs["logits"] = jnp.stack([unembed(params, cfg, x) for x in residual])
+    return unembed(params, cfg, x), outputs
 
 
 def hidden_states(
@@ -285,28 +326,33 @@ def hidden_states(
     *,
     remat: bool = False,
 ) -> jax.Array:
-    """The stream after the last block and the final norm: what `head` is multiplied with.
+    """Return the residual stream after the last block and the final norm.
 
     Args:
-        ids: int32 [B, T].
-        segments: as in `forward`.
-        remat: when differentiated, keep of each block only what entered it and compute the rest
-            again: a third more arithmetic for a fraction of the memory.
+        params: Weights of the decoder.
+        cfg: Config of the decoder.
+        ids: Token ids, int32 [B, T].
+        segments: As in `forward`.
+        remat: Rematerialization: for the gradient, store only the input of each block and recompute
+            its intermediates. This costs a third more arithmetic and saves most of the memory.
 
     Returns:
-        float32 [B, T, D].
+        The input of the head, float32 [B, T, D].
+
+    Raises:
+        ValueError: There are more tokens than learned positions.
     """
     x, angles = embed_tokens(params, cfg, ids, _positions(cfg, ids, segments))
     for i, layer in enumerate(params.layers):
-        read = partial(_forward_layer, cfg=cfg, window=cfg.window(i))
-        x, _ = (recompute(read) if remat else read)(x, layer, angles[i], segments)
+        forward_layer = partial(_forward_layer, cfg=cfg, window=cfg.window(i))
+        x, _ = (recompute(forward_layer) if remat else forward_layer)(x, layer, angles[i], segments)
     return _norm(x, params.final_norm, cfg)
 
 
-# Jitted inside, so that layers that are alike are traced, and differentiated, once.
+# A nested jit, so that layers of the same shapes are traced and differentiated once.
 @partial(jax.jit, static_argnames=("cfg", "window", "output_attentions"))
 def _forward_layer(x, layer, angles, segments, *, cfg, window, output_attentions=False):
-    """The stream behind a block, and with `watch` its attention weights [B, N, T, T], else None."""
+    """Apply a block; return its output and its attention weights [B, N, T, T] or None."""
     weights = None
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -323,19 +369,26 @@ def _positions(cfg: Config, ids: jax.Array, segments: jax.Array | None) -> jax.A
     if segments is None:
         if cfg.position == "learned" and ids.shape[1] > cfg.max_seq_len:
             raise ValueError(
-                f"a row may have {cfg.max_seq_len} tokens, as many as positions were learned, "
-                f"got {ids.shape[1]}"
+                f"a row may have at most {cfg.max_seq_len} tokens, the number of learned "
+                f"positions, got {ids.shape[1]}"
             )
         return jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     return position_ids(segments)
 
 
 def position_ids(segments: jax.Array) -> jax.Array:
-    """The place of each token within its text: int32 [B, T], of segments as `forward` has them."""
-    place = jnp.arange(segments.shape[1])
-    before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    starts = jnp.where(segments != before, place, 0)  # where a text begins, else 0
-    return place - jax.lax.cummax(starts, axis=1)
+    """Return the position of each token within its text.
+
+    Args:
+        segments: Text number of each token, int32 [B, T], as in `forward`.
+
+    Returns:
+        Positions counted from 0 in each text, int32 [B, T].
+    """
+    column = jnp.arange(segments.shape[1])
+    previous = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    starts = jnp.where(segments != previous, column, 0)  # column of the first token of a text
+    return column - jax.lax.cummax(starts, axis=1)
 
 
 def forward_cached(
@@ -346,17 +399,19 @@ def forward_cached(
     tables: jax.Array,
     starts: jax.Array,
 ) -> tuple[jax.Array, cache.KVCache]:
-    """Reads the next tokens of each row and remembers them.
+    """Process the next tokens of each row and append their keys and values to the cache.
 
     Args:
-        memory: the cache; donate it, it is updated in place.
-        ids: int32 [B, T], the new tokens.
-        tables: int32 [B, S/BLOCK], the cache blocks of each row.
-        starts: int32 [B], how many tokens each row already holds.
+        params: Weights of the decoder.
+        cfg: Config of the decoder.
+        kv_cache: The cache; donate it, so that it is updated in place.
+        ids: The new tokens, int32 [B, T].
+        tables: The cache blocks of each row, int32 [B, S/BLOCK_SIZE].
+        starts: Number of tokens of each row that are in the cache already, int32 [B].
 
     Returns:
-        The stream after the last block, float32 [B, T, D] (`unembed` the positions you need), and
-        the cache.
+        The residual stream after the last block, float32 [B, T, D], and the updated cache. Pass the
+        positions whose logits you need to `unembed`.
     """
     positions = starts[:, None] + jnp.arange(ids.shape[1])  # [B, T]
     x, angles = embed_tokens(params, cfg, ids, positions)
@@ -371,7 +426,7 @@ def forward_cached(
     return x, cache.KVCache(keys=tuple(keys), values=tuple(values))
 
 
-# Jitted inside, so that layers that are alike are traced once.
+# A nested jit, so that layers of the same shapes are traced once.
 @partial(jax.jit, static_argnames=("cfg", "window"))
 def _forward_layer_cached(x, layer, keys, values, cfg, angles, tables, starts, *, window):
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -383,16 +438,16 @@ def _forward_layer_cached(x, layer, keys, values, cfg, angles, tables, starts, *
 
 
 def stack_layers(layers: tuple[Layer, ...]) -> Layer:
-    """One tree whose leaves are [L, ...], for `jax.lax.scan` and for sharding over layers."""
+    """Stack the layers into one tree of [L, ...] leaves, for `jax.lax.scan` or layer sharding."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
 def unstack_layers(stacked: Layer) -> tuple[Layer, ...]:
-    """The inverse of `stack_layers`."""
-    count = len(jax.tree.leaves(stacked)[0])
-    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count))
+    """Return the layers of a tree made by `stack_layers`."""
+    num_layers = len(jax.tree.leaves(stacked)[0])
+    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(num_layers))
 
 
 def num_bytes(params: Params) -> int:
-    """Memory the weights take."""
+    """Return the size of the weights in bytes."""
     return sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

@@ -1,16 +1,15 @@
-"""A BERT-style encoder: token ids in, one vector for each text out.
+"""A BERT-style encoder: token ids in, one embedding per text out.
 
-Where a decoder's token sees only what came before it, here every token sees the whole text, so
-there is no cache and nothing to generate; and the norm stands behind each addition, not before each
-branch. After BERT (Devlin et al. 2018, arXiv:1810.04805) and Sentence-BERT (Reimers & Gurevych
-2019, arXiv:1908.10084), which made one vector of a text by averaging those of its tokens. The
-models people run this way are all-MiniLM, BGE and E5.
+Every token attends to the whole text, so there is no cache. Each norm is applied after the residual
+addition (post-norm). The architecture follows BERT (Devlin et al. 2018, arXiv:1810.04805); pooling
+the token vectors into one vector per text follows Sentence-BERT (Reimers & Gurevych 2019,
+arXiv:1908.10084). Common models of this kind are all-MiniLM, BGE and E5.
 
-Several texts may share a row: `segments` numbers them, and a token attends to tokens of its own
-number only (Krell et al. 2021, arXiv:2107.02027). `packing.py` fills rows like that, so that hardly
-any padding is computed.
+Several texts may share a row: `segments` numbers them, and a token attends only to tokens with its
+own number (Krell et al. 2021, arXiv:2107.02027). `packing.py` packs texts into rows in this way, so
+that there is little padding.
 
-Leaves out: pairs of texts (token types other than 0), the pooler that BERT was pretrained with, and
+Leaves out: pairs of texts (token types other than 0), the pooler of BERT's pretraining, and
 relative or rotary positions.
 """
 
@@ -31,7 +30,7 @@ from transformer.decoder import ArrayInfo, initialize, position_ids
 from transformer.layers import embed, linear, norm
 from transformer.weights import Linear, Norm
 
-# config.json's name of each field.
+# Key of config.json -> field.
 _HF_FIELDS = {
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_heads",
@@ -42,9 +41,9 @@ _HF_FIELDS = {
     "type_vocab_size": "num_types",
     "layer_norm_eps": "norm_eps",
 }
-# What transformers takes where config.json is silent, as Google's first files are.
+# The defaults of transformers for keys that config.json lacks, as in Google's first files.
 _HF_DEFAULTS = {"layer_norm_eps": 1e-12, "type_vocab_size": 2, "hidden_act": "gelu"}
-_GELU = ("gelu", "gelu_python")  # one function: the exact one, by erf
+_GELU = ("gelu", "gelu_python")  # both names mean the exact GELU, computed with erf
 _NEUTRAL = config_keys.LAYER_NORM | {
     **dict.fromkeys(config_keys.ACTIVATIONS, _GELU),
     "is_decoder": (False,),
@@ -57,10 +56,10 @@ _NEUTRAL = config_keys.LAYER_NORM | {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Sizes of an encoder, and how a text's vector comes from those of its tokens.
+    """Hyperparameters of an encoder, including its pooling.
 
     Raises:
-        ValueError: a field is out of range, or two fields contradict each other.
+        ValueError: A field is out of range, or two fields contradict each other.
     """
 
     num_layers: int
@@ -72,8 +71,8 @@ class Config:
     max_tokens: int  # longest text, special tokens included; at most max_seq_len
     num_types: int = 2
     norm_eps: float = 1e-12
-    pooling: Literal["mean", "cls"] = "mean"  # average of all tokens, or the first one's
-    normalize: bool = True  # to length 1
+    pooling: Literal["mean", "cls"] = "mean"  # average over all tokens, or the first token
+    normalize: bool = True  # scale embeddings to length 1
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_heads", "d_model", "d_ff", "vocab_size", "max_seq_len",
@@ -99,12 +98,12 @@ class Config:
 
     @property
     def head_dim(self) -> int:
-        """H, the width of a head."""
+        """Width H of a head."""
         return self.d_model // self.num_heads
 
     @classmethod
     def debug(cls, **changes: Any) -> Config:
-        """An encoder under 50,000 weights, for tests; `changes` replace its fields."""
+        """Return an encoder of less than 50,000 weights for tests; `changes` replace its fields."""
         small: dict[str, Any] = dict(
             num_layers=2,
             num_heads=4,
@@ -125,14 +124,23 @@ class Config:
         pooling: Literal["mean", "cls"] = "mean",
         normalize: bool = True,
     ) -> Config:
-        """Reads the dictionary of a Hugging Face `config.json` of model_type bert.
+        """Convert the dictionary of a Hugging Face `config.json` of model_type bert.
 
-        What sentence-transformers keeps in files of its own stands in the other arguments;
-        max_tokens is by default what the position table holds.
+        The keyword arguments are what sentence-transformers stores in other files.
+
+        Args:
+            config: The content of config.json.
+            max_tokens: Maximum length of a text in tokens; None means the size of the position
+                table.
+            pooling: See the field of this class.
+            normalize: See the field of this class.
+
+        Returns:
+            The config.
 
         Raises:
-            ValueError: a key is missing or has a value that cannot be, or one changes the forward
-                pass in a way this encoder lacks; see `config_keys`.
+            ValueError: A key is missing or has an invalid value, or a key changes the forward pass
+                in a way that this encoder does not support; see `config_keys`.
         """
         if (kind := config.get("model_type")) != "bert":
             raise ValueError(f"model_type must be 'bert', got {kind!r}")
@@ -146,7 +154,7 @@ class Config:
         return cfg
 
     def to_hf(self) -> dict[str, Any]:
-        """The inverse of `from_hf`: a `config.json`, without what has files of its own."""
+        """Return the `config.json` dictionary that `from_hf` reads."""
         return {
             "architectures": ["BertModel"],
             "model_type": "bert",
@@ -174,49 +182,49 @@ class Layer:
 class Params:
     """Weights of the whole encoder."""
 
-    embed: Linear  # [V, D], one row a token
+    embed: Linear  # [V, D], one row per token
     positions: jax.Array  # [max_seq_len, D] float32
-    token_types: jax.Array  # [num_types, D] float32; row 0 is that of a text on its own
+    token_types: jax.Array  # [num_types, D] float32; row 0 is used for single texts
     embed_norm: Norm
     layers: tuple[Layer, ...]
 
 
 def abstract(cfg: Config) -> Params:
-    """The tree of `Params` with an `ArrayInfo` at each leaf; every leaf is float32."""
+    """Return the tree of `Params` with an `ArrayInfo` of a float32 array at each leaf."""
     normal = jax.nn.initializers.normal(0.02)
     zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
 
-    def matrix(out: int, inner: int, axes: tuple[str, str]) -> Linear:
+    def abstract_linear(out: int, inner: int, axes: tuple[str, str]) -> Linear:
         return Linear(
             weight=ArrayInfo((out, inner), axes, normal), bias=ArrayInfo((out,), axes[:1], zeros)
         )
 
-    norm_ = Norm(
+    abstract_norm = Norm(
         scale=ArrayInfo((cfg.d_model,), ("model",), ones),
         bias=ArrayInfo((cfg.d_model,), ("model",), zeros),
     )
-    qkv = matrix(cfg.d_model, cfg.d_model, ("heads", "model"))
+    qkv = abstract_linear(cfg.d_model, cfg.d_model, ("heads", "model"))
     layer = Layer(
         q=qkv,
         k=qkv,
         v=qkv,
-        out=matrix(cfg.d_model, cfg.d_model, ("model", "heads")),
-        attn_norm=norm_,
-        up=matrix(cfg.d_ff, cfg.d_model, ("ff", "model")),
-        down=matrix(cfg.d_model, cfg.d_ff, ("model", "ff")),
-        mlp_norm=norm_,
+        out=abstract_linear(cfg.d_model, cfg.d_model, ("model", "heads")),
+        attn_norm=abstract_norm,
+        up=abstract_linear(cfg.d_ff, cfg.d_model, ("ff", "model")),
+        down=abstract_linear(cfg.d_model, cfg.d_ff, ("model", "ff")),
+        mlp_norm=abstract_norm,
     )
     return Params(
         embed=Linear(weight=ArrayInfo((cfg.vocab_size, cfg.d_model), ("vocab", "model"), normal)),
         positions=ArrayInfo((cfg.max_seq_len, cfg.d_model), ("seq", "model"), normal),
         token_types=ArrayInfo((cfg.num_types, cfg.d_model), ("type", "model"), normal),
-        embed_norm=norm_,
+        embed_norm=abstract_norm,
         layers=(layer,) * cfg.num_layers,
     )
 
 
 def init(key: jax.Array, cfg: Config) -> Params:
-    """Fresh float32 weights."""
+    """Return random initial weights in float32."""
     return initialize(key, abstract(cfg))
 
 
@@ -228,19 +236,24 @@ def forward(
     *,
     taps: Collection[str] = (),
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The vector of every token, having read the whole of its text.
+    """Return the contextual vector of every token.
 
     Args:
-        ids: int32 [B, T], special tokens included.
-        segments: int32 [B, T], the text of its row that a token belongs to, 1, 2, ...; 0 for
-            padding. The tokens of a text stand side by side.
-        taps: names of intermediates to return: "residual" (the stream entering each block and
-            leaving the last, [L + 1, B, T, D]) and "attention" (weights, [L, B, N, T, T]). An
-            unused tap costs nothing under `jax.jit`.
+        params: Weights of the encoder.
+        cfg: Config of the encoder.
+        ids: Token ids including special tokens, int32 [B, T].
+        segments: Text number of each token within its row, int32 [B, T]: 1, 2, ... and 0 for
+            padding. The tokens of a text are contiguous.
+        taps: Names of intermediates to return: "residual" (the residual stream before each block
+            and after the last, [L + 1, B, T, D]) and "attention" (attention weights,
+            [L, B, N, T, T]). An unused tap costs nothing under `jax.jit`.
 
     Returns:
-        The stream after the last block, float32 [B, T, D], and a dictionary with exactly the named
-        taps.
+        The residual stream after the last block, float32 [B, T, D], and a dictionary with exactly
+        the named taps.
+
+    Raises:
+        ValueError: A tap is unknown.
     """
     if unknown := set(taps) - {"residual", "attention"}:
         raise ValueError(f"taps must be among residual, attention; got {sorted(unknown)}")
@@ -251,38 +264,40 @@ def forward(
             + params.token_types[0]
         )
         x = norm(x, params.embed_norm, cfg.norm_eps)  # [B, T, D]
-    residual, weights = [x], []
+    residual, attentions = [x], []
     for layer in params.layers:
-        x, w = _block(x, layer, cfg, segments)
+        x, weights = _block(x, layer, cfg, segments)
         residual.append(x)
-        weights.append(w)
-    found: dict[str, jax.Array] = {}
+        attentions.append(weights)
+    outputs: dict[str, jax.Array] = {}
     if "residual" in taps:
-        found["residual"] = jnp.stack(residual)
+        outputs["residual"] = jnp.stack(residual)
     if "attention" in taps:
-        found["attention"] = jnp.stack(weights)
-    return x, found
+        outputs["attention"] = jnp.stack(attentions)
+    return x, outputs
 
 
 def pool(x: jax.Array, cfg: Config, segments: jax.Array, num_texts: int) -> jax.Array:
-    """One vector for each text from those of its tokens.
+    """Pool the token vectors of each text into one vector.
 
     Args:
-        x: float32 [B, T, D].
-        segments: int32 [B, T], as in `forward`.
-        num_texts: how many texts a row may hold.
+        x: Token vectors, float32 [B, T, D].
+        cfg: Config of the encoder.
+        segments: Text number of each token, int32 [B, T], as in `forward`.
+        num_texts: Maximum number of texts in a row.
 
     Returns:
-        float32 [B, num_texts, D]; row i is that of segment i + 1, and zero where there is none.
+        Embeddings, float32 [B, num_texts, D]. Index i of the second axis is segment i + 1, and zero
+        if the row has no such segment.
     """
     with jax.named_scope("pool"):
         numbers = jnp.arange(1, num_texts + 1)[:, None]  # [num_texts, 1]
-        belongs = segments[:, None, :] == numbers  # [B, num_texts, T]
+        mask = segments[:, None, :] == numbers  # [B, num_texts, T]
         if cfg.pooling == "cls":
-            belongs &= (position_ids(segments) == 0)[:, None, :]
-        share = belongs.astype(jnp.float32)
-        share = share / jnp.maximum(share.sum(-1, keepdims=True), 1.0)
-        y = jnp.einsum("bpt,btd->bpd", share, x, preferred_element_type=jnp.float32)
+            mask &= (position_ids(segments) == 0)[:, None, :]
+        weights = mask.astype(jnp.float32)
+        weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1.0)
+        y = jnp.einsum("bpt,btd->bpd", weights, x, preferred_element_type=jnp.float32)
         if cfg.normalize:
             y = y / jnp.maximum(jnp.linalg.norm(y, axis=-1, keepdims=True), 1e-12)
         return y
@@ -292,86 +307,95 @@ def pool(x: jax.Array, cfg: Config, segments: jax.Array, num_texts: int) -> jax.
 def embed_batch(
     params: Params, cfg: Config, ids: jax.Array, segments: jax.Array, num_texts: int
 ) -> jax.Array:
-    """The vectors of the texts in some rows: `forward`, then `pool`; float32 [B, num_texts, D]."""
+    """Return the embeddings of packed rows: `forward`, then `pool`; float32 [B, num_texts, D]."""
     x, _ = forward(params, cfg, ids, segments)
     return pool(x, cfg, segments, num_texts)
 
 
 def embed_all(params: Params, cfg: Config, texts: Sequence[Sequence[int]]) -> np.ndarray:
-    """The vectors of many texts, computed in batches of few shapes (`packing.py`).
+    """Return the embeddings of many texts, computed in batches of few shapes (`packing.py`).
 
     Args:
-        texts: the ids of each, special tokens included, at most cfg.max_tokens.
+        params: Weights of the encoder.
+        cfg: Config of the encoder.
+        texts: Token ids of each text including special tokens, at most cfg.max_tokens.
 
     Returns:
         float32 [len(texts), D], in the order of the texts.
 
     Raises:
-        ValueError: a text is empty or too long, or an id is not in the vocabulary.
+        ValueError: A text is empty or too long, or an id is not in the vocabulary.
     """
     check_ids(cfg, texts)
-    vectors = np.empty((len(texts), cfg.d_model), np.float32)
+    embeddings = np.empty((len(texts), cfg.d_model), np.float32)
     for batch in packing.pack(texts, cfg.max_tokens):
-        found = embed_batch(params, cfg, batch.ids, batch.segments, batch.max_texts)
-        vectors[batch.text_indices] = np.asarray(found)[batch.rows, batch.slots]
-    return vectors
+        pooled = embed_batch(params, cfg, batch.ids, batch.segments, batch.max_texts)
+        embeddings[batch.text_indices] = np.asarray(pooled)[batch.rows, batch.slots]
+    return embeddings
 
 
 def check_ids(cfg: Config, texts: Sequence[Sequence[int]]) -> None:
-    """Raises ValueError, naming it, for an id outside the vocabulary: looking it up would not."""
+    """Raise ValueError for an id outside the vocabulary, which a lookup would silently clamp."""
     for number, text in enumerate(texts):
         for id in text:
             if not 0 <= id < cfg.vocab_size:
                 raise ValueError(
-                    f"text {number} has the id {id}: ids go from 0 to {cfg.vocab_size - 1}"
+                    f"token ids must be from 0 to {cfg.vocab_size - 1}, got {id} in text {number}"
                 )
 
 
-@partial(jax.jit, static_argnames="cfg")  # so that the layers, all alike, are traced once
+@partial(jax.jit, static_argnames="cfg")  # a nested jit, so that the layers are traced once
 def _block(
     x: jax.Array, layer: Layer, cfg: Config, segments: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention, add, norm; MLP, add, norm. Also returns the attention weights [B, N, T, T]."""
+    """Apply a block: attention, add, norm; MLP, add, norm.
+
+    Returns its output [B, T, D] and its attention weights [B, N, T, T].
+    """
     batch, length, width = x.shape
 
-    def heads(p: Linear) -> jax.Array:
+    def project(p: Linear) -> jax.Array:
         y = linear(x, p).reshape(batch, length, cfg.num_heads, cfg.head_dim)
         return y.swapaxes(1, 2)  # [B, N, T, H]
 
     with jax.named_scope("attention"):
-        y, weights = attend(heads(layer.q), heads(layer.k), heads(layer.v), segments)
+        y, weights = attend(project(layer.q), project(layer.k), project(layer.v), segments)
         y = y.swapaxes(1, 2).reshape(batch, length, width)  # [B, T, D]
         x = norm(x + linear(y, layer.out), layer.attn_norm, cfg.norm_eps)
     with jax.named_scope("mlp"):
         y = linear(x, layer.up)  # [B, T, F]
-        y = 0.5 * y * (1.0 + jax.lax.erf(y * 0.5**0.5))  # gelu; jax.nn's own takes twice as long
+        y = 0.5 * y * (1.0 + jax.lax.erf(y * 0.5**0.5))  # GELU; jax.nn.gelu takes twice as long
         return norm(x + linear(y, layer.down), layer.mlp_norm, cfg.norm_eps), weights
 
 
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention in both directions, within segments.
+    """Compute bidirectional softmax attention within segments.
+
+    The heads come before the positions, because on a CPU products over the two last axes are twice
+    as fast as strided ones.
 
     Args:
-        q, k, v: float32 [B, N, T, H]: heads first, because products over the two last axes ran
-            twice as fast as those that step over an axis (on a CPU).
-        segments: int32 [B, T].
+        q: Queries, float32 [B, N, T, H].
+        k: Keys, float32 [B, N, T, H].
+        v: Values, float32 [B, N, T, H].
+        segments: Text number of each position, int32 [B, T].
 
     Returns:
-        The attended values [B, N, T, H] and the attention weights [B, N, T, T].
+        The attention output [B, N, T, H] and the attention weights [B, N, T, T].
     """
     q = q * q.shape[-1] ** -0.5
     scores = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=jnp.float32)
-    is_together = segments[:, None, :, None] == segments[:, None, None, :]  # [B, 1, T, S]
-    scores = jnp.where(is_together, scores, -jnp.inf)
-    unnormed = jnp.exp(scores - scores.max(-1, keepdims=True))  # [B, N, T, S]
-    total = unnormed.sum(-1, keepdims=True)
-    # Divided after the product: H numbers a query instead of S.
-    out = jnp.einsum("bnts,bnsh->bnth", unnormed, v, preferred_element_type=jnp.float32) / total
-    return out, unnormed / total
+    same_segment = segments[:, None, :, None] == segments[:, None, None, :]  # [B, 1, T, S]
+    scores = jnp.where(same_segment, scores, -jnp.inf)
+    exp_scores = jnp.exp(scores - scores.max(-1, keepdims=True))  # [B, N, T, S]
+    total = exp_scores.sum(-1, keepdims=True)
+    # Divide after the product: H numbers per query instead of S.
+    out = jnp.einsum("bnts,bnsh->bnth", exp_scores, v, preferred_element_type=jnp.float32) / total
+    return out, exp_scores / total
 
 
 def num_bytes(params: Params) -> int:
-    """Memory the weights take."""
+    """Return the size of the weights in bytes."""
     return sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

@@ -1,9 +1,9 @@
-"""Generating token ids: prefill the prompt in chunks, then decode one token at a time.
+"""Generation of token ids: prefill the prompt in chunks, then decode one token at a time.
 
-`prefill` and `decode` are the two compiled programs of every step; a server that batches many
-sequences calls them directly, and `generate` strings them together for one sequence. Shapes are few
-and fixed, so each program is compiled once: prompts are read in chunks, the last of them padded,
-and the padding is overwritten by the tokens that follow.
+`prefill` and `decode` are the two compiled programs. `transformer.engine`, which batches many
+sequences, calls them directly; `generate` calls them for one sequence. The programs are compiled
+for a few fixed shapes: a prompt is prefilled in chunks, the last chunk is padded, and later tokens
+overwrite the padding in the cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformer.config import Config
 from transformer.decoder import Params, forward_cached, unembed
 from transformer.sampling import PenaltyState, SampleOutput, SamplingMetadata, SamplingParams
 
-CHUNK_SIZES = (256, 64)  # prompt tokens read at once, the longest that still fits first
+CHUNK_SIZES = (256, 64)  # prompt tokens per prefill step; the largest that fits is used first
 
 
 @partial(jax.jit, static_argnames="cfg", donate_argnames="kv_cache")
@@ -33,16 +33,19 @@ def prefill(
     starts: jax.Array,
     last: jax.Array,
 ) -> tuple[jax.Array, cache.KVCache]:
-    """Reads one chunk of one prompt.
+    """Process one chunk of one prompt.
 
     Args:
-        ids: int32 [1, T], the chunk, padded behind its end.
-        tables: int32 [1, S/BLOCK], the row's cache blocks.
-        starts: int32 [1], how many tokens came before, a multiple of T (or of BLOCK if T is more).
-        last: int32, index of the chunk's last real token.
+        params: Weights of the decoder.
+        cfg: Config of the decoder.
+        kv_cache: The cache; donated.
+        ids: The chunk, padded at its end, int32 [1, T].
+        tables: The cache blocks of the row, int32 [1, S/BLOCK_SIZE].
+        starts: Number of tokens before the chunk, int32 [1]; a multiple of min(T, BLOCK_SIZE).
+        last: Index of the last token of the chunk that is not padding, int32.
 
     Returns:
-        Logits behind that token, float32 [1, V], and the cache.
+        The logits of that token, float32 [1, V], and the updated cache.
     """
     x, kv_cache = forward_cached(params, cfg, kv_cache, ids, tables, starts)
     return unembed(params, cfg, x[:, last]), kv_cache
@@ -61,15 +64,22 @@ def prefill_with_logprobs(
     *,
     num_ids: int,
 ) -> tuple[jax.Array, SampleOutput, cache.KVCache]:
-    """Reads one chunk of one prompt, as `prefill` does, and says how likely each next token was.
+    """Process one chunk of one prompt and return the log-probability of each next token.
 
     Args:
-        following: int32 [T], the token that came after each of `ids`.
-        num_ids: how many ids the vocabulary has; the table may be padded beyond.
+        params: As in `prefill`.
+        cfg: As in `prefill`.
+        kv_cache: As in `prefill`.
+        ids: As in `prefill`.
+        next_ids: The token that follows each of `ids`, int32 [T].
+        tables: As in `prefill`.
+        starts: As in `prefill`.
+        last: As in `prefill`.
+        num_ids: Number of ids of the vocabulary; the embedding table may be padded beyond it.
 
     Returns:
-        What `prefill` returns, bit for bit, and between them the log-probabilities of `following`
-        with the likeliest alternatives, every leaf [T, ...].
+        The logits of `prefill`, bit for bit; the log-probabilities of `next_ids` and of the most
+        likely alternatives, with leaves [T, ...]; and the updated cache.
     """
     x, kv_cache = forward_cached(params, cfg, kv_cache, ids, tables, starts)
     scores = sampling.gather_logprobs(unembed(params, cfg, x[0]), next_ids, num_ids=num_ids)
@@ -89,21 +99,28 @@ def decode(
     *,
     num_ids: int,
 ) -> tuple[SampleOutput, cache.KVCache, PenaltyState]:
-    """Reads one token of every row and draws the next.
+    """Process one token of every row and sample the next.
 
     Args:
-        ids: int32 [B], the last token of each row.
-        tables: int32 [B, S/BLOCK].
-        starts: int32 [B], how many tokens each row holds before this one.
-        rows: how each row is sampled.
-        num_ids: how many ids the vocabulary has; the table may be padded beyond.
+        params: Weights of the decoder.
+        cfg: Config of the decoder.
+        kv_cache: The cache; donated.
+        penalty_state: The penalty state; donated.
+        ids: The last token of each row, int32 [B].
+        tables: The cache blocks of each row, int32 [B, S/BLOCK_SIZE].
+        starts: Number of tokens of each row before this one, int32 [B].
+        sampling_metadata: Sampling parameters of each row.
+        num_ids: Number of ids of the vocabulary; the embedding table may be padded beyond it.
+
+    Returns:
+        The sampled tokens, the updated cache and the updated penalty state.
     """
     x, kv_cache = forward_cached(params, cfg, kv_cache, ids[:, None], tables, starts)
     logits = unembed(params, cfg, x[:, 0])  # [B, V]
-    drawn, penalty_state = sampling.sample(
+    output, penalty_state = sampling.sample(
         logits, penalty_state, sampling_metadata, num_ids=num_ids
     )
-    return drawn, kv_cache, penalty_state
+    return output, kv_cache, penalty_state
 
 
 sample = jax.jit(sampling.sample, static_argnames="num_ids", donate_argnames="penalty_state")
@@ -113,26 +130,41 @@ reset_slot = jax.jit(sampling.reset_slot, donate_argnames="penalty_state")
 def chunks(
     prompt: Sequence[int], sizes: Sequence[int] = CHUNK_SIZES
 ) -> Iterator[tuple[int, np.ndarray, int]]:
-    """Cuts a prompt into chunks of the given sizes, longest first.
+    """Split a prompt into chunks.
+
+    Args:
+        prompt: Token ids.
+        sizes: Chunk sizes in descending order. Only the last size is used for a padded chunk.
 
     Yields:
-        (start, ids int32 [1, size] padded with zeros, index of the last real id).
+        (start, ids, last): number of tokens before the chunk; its ids, int32 [1, size], padded with
+        zeros; and the index of its last token that is not padding.
     """
     start = 0
     for size in sizes:
         while len(prompt) - start >= size or (size == sizes[-1] and start < len(prompt)):
-            real = prompt[start : start + size]
+            chunk = prompt[start : start + size]
             ids = np.zeros((1, size), np.int32)
-            ids[0, : len(real)] = real
-            yield start, ids, len(real) - 1
+            ids[0, : len(chunk)] = chunk
+            yield start, ids, len(chunk) - 1
             start += size
 
 
-def prompt_mask_and_bias(prompt: Sequence[int], sampling_params: SamplingParams, vocab_size: int):
-    """What `begin` is told of a new sequence: (is_in_prompt bool [V], bias float32 [V]).
+def prompt_mask_and_bias(
+    prompt: Sequence[int], sampling_params: SamplingParams, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the arguments of `reset_slot` for a new sequence.
+
+    Args:
+        prompt: Token ids.
+        sampling_params: Sampling parameters of the sequence; only logit_bias is used.
+        vocab_size: V, the rows of the embedding table.
+
+    Returns:
+        (is_in_prompt, bias): bool [V] and float32 [V].
 
     Raises:
-        ValueError: a logit_bias is for an id outside the vocabulary.
+        ValueError: logit_bias has an id outside the vocabulary.
     """
     is_in_prompt, bias = np.zeros(vocab_size, bool), np.zeros(vocab_size, np.float32)
     is_in_prompt[list(prompt)] = True
@@ -151,50 +183,72 @@ def generate(
     max_new_tokens: int,
     sampling_params: SamplingParams = SamplingParams(temperature=0.0),  # noqa: B008 (frozen)
     stop_ids: Collection[int] = (),
-    cache_dtype: jnp.dtype = jnp.float32,
+    cache_dtype: jnp.dtype | str | type = jnp.float32,
     num_ids: int | None = None,
 ) -> Iterator[int]:
-    """Yields the ids that follow `prompt`, until a stop id (not yielded) or the limit.
+    """Generate the tokens that follow a prompt.
+
+    Args:
+        params: Weights of the decoder.
+        cfg: Config of the decoder.
+        prompt: Token ids.
+        max_new_tokens: Maximum number of tokens to generate.
+        sampling_params: Sampling parameters; greedy by default.
+        stop_ids: Token ids that end the generation; they are not yielded.
+        cache_dtype: Dtype of the key-value cache, float32 or bfloat16.
+        num_ids: Number of ids of the vocabulary, if the embedding table is padded beyond it; None
+            means cfg.vocab_size.
+
+    Yields:
+        Token ids.
 
     Raises:
-        ValueError: an empty prompt, an id outside the vocabulary, or more positions than the model
-            has.
+        ValueError: The prompt is empty, an id is outside the vocabulary, or prompt and new tokens
+            exceed the positions of the model.
     """
     if not prompt:
-        raise ValueError("the prompt must hold at least one token")
-    if bad := [i for i in prompt if not 0 <= i < cfg.vocab_size]:
-        raise ValueError(f"prompt ids must be from 0 to {cfg.vocab_size - 1}, got {bad[0]}")
+        raise ValueError("the prompt must have at least one token")
+    if invalid := [i for i in prompt if not 0 <= i < cfg.vocab_size]:
+        raise ValueError(f"prompt ids must be from 0 to {cfg.vocab_size - 1}, got {invalid[0]}")
     if len(prompt) + max_new_tokens > cfg.max_seq_len:
         raise ValueError(
-            f"{len(prompt)} prompt tokens and {max_new_tokens} new ones are more than the "
+            f"{len(prompt)} prompt tokens and {max_new_tokens} new tokens exceed the "
             f"{cfg.max_seq_len} positions of the model"
         )
     num_ids = num_ids or cfg.vocab_size
     num_blocks = cache.blocks_for(len(prompt) + max_new_tokens + CHUNK_SIZES[-1])
-    memory = cache.init(cfg, num_blocks, cache_dtype)
+    kv_cache = cache.init(cfg, num_blocks, cache_dtype)
     tables = np.arange(1, num_blocks + 1, dtype=np.int32)[None]
     for start, ids, last in chunks(prompt):
-        logits, memory = prefill(
-            params, cfg, memory, ids, tables, np.array([start], np.int32), last
+        logits, kv_cache = prefill(
+            params, cfg, kv_cache, ids, tables, np.array([start], np.int32), last
         )
 
-    def rows(step: int) -> SamplingMetadata:
+    def metadata(step: int) -> SamplingMetadata:
         return sampling.batch_sampling_params([sampling_params], [0], [step], [0])
 
-    past = reset_slot(
+    penalty_state = reset_slot(
         sampling.init_penalty_state(1, cfg.vocab_size),
         0,
         *prompt_mask_and_bias(prompt, sampling_params, cfg.vocab_size),
     )
-    drawn, past = sample(logits, past, rows(0), num_ids=num_ids)
+    output, penalty_state = sample(logits, penalty_state, metadata(0), num_ids=num_ids)
     for step in range(1, max_new_tokens + 1):
-        previous = drawn
+        previous = output
         if step < max_new_tokens:
-            # Started before the last token is looked at, so that an accelerator need not wait for
-            # us. On a CPU the call computes before it returns, and hides nothing.
-            start = np.array([len(prompt) + step - 1], np.int32)
-            drawn, memory, past = decode(
-                params, cfg, memory, past, previous.ids, tables, start, rows(step), num_ids=num_ids
+            # Dispatch the next step before reading the last token, so that an accelerator does not
+            # wait for the host. On a CPU the call computes before it returns.
+            starts = np.array([len(prompt) + step - 1], np.int32)
+            output, kv_cache, penalty_state = decode(
+                params,
+                cfg,
+                kv_cache,
+                penalty_state,
+                previous.ids,
+                tables,
+                starts,
+                metadata(step),
+                num_ids=num_ids,
             )
         token = int(previous.ids[0])
         if token in stop_ids:

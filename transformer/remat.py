@@ -1,12 +1,12 @@
-"""Computing again instead of remembering (Chen et al. 2016, arXiv:1604.06174).
+"""Rematerialization (gradient checkpointing; Chen et al. 2016, arXiv:1604.06174).
 
-To differentiate a function one needs what it computed on the way. `recompute` keeps its arguments
-only, and computes the rest again when the gradient is wanted: more arithmetic, less memory.
+The gradient of a function needs its intermediates. `recompute` stores only the arguments of the
+function and recomputes the intermediates in the backward pass: more arithmetic, less memory.
 
-`jax.checkpoint` means the same, and keeps its word on accelerators. XLA's CPU backend drops the
-barriers it relies on before it decides what is computed when, and then computes everything "again"
-early, beside the first time: a decoder of eight layers needed 685 MB instead of 735. Here the
-second time truly depends on the gradient that comes in, and so cannot begin before there is one.
+`jax.checkpoint` does the same on accelerators. XLA's CPU backend, however, removes the optimization
+barriers it relies on before scheduling, and then schedules the recomputation early, next to the
+first computation: a decoder of eight layers needed 685 MB with it and 735 MB without. Here the
+recomputation has a data dependency on the incoming gradient, so it cannot start before it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ import jax.numpy as jnp
 
 
 def recompute(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, of which nothing but the arguments is remembered.
+    """Return `function` with intermediates that are recomputed in the backward pass.
 
     Args:
-        function: from trees of arrays to a tree of arrays; it may not close over an array that is
-            differentiated.
+        function: A function from trees of arrays to a tree of arrays. It must not close over an
+            array that is differentiated.
+
+    Returns:
+        A function with the same arguments and results.
     """
 
     def call(*arguments: Any) -> Any:
@@ -36,38 +39,38 @@ def recompute(function: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*leaves: jax.Array) -> Any:
             return flat(*leaves)
 
-        def keep(*leaves: Any) -> tuple[Any, tuple[tuple, tuple]]:
-            # Which arguments are differentiated is known by which of the two places they stand in.
+        def forward_rule(*leaves: Any) -> tuple[Any, tuple[tuple, tuple]]:
+            # None marks the arguments that the other tuple holds.
             values = [leaf.value for leaf in leaves]
             varied = tuple(leaf.value if leaf.perturbed else None for leaf in leaves)
             fixed = tuple(None if leaf.perturbed else leaf.value for leaf in leaves)
             return flat(*values), (varied, fixed)
 
-        def pull(kept: tuple[tuple, tuple], gradient: Any) -> tuple:
-            varied, fixed = kept
+        def backward_rule(residuals: tuple[tuple, tuple], gradient: Any) -> tuple:
+            varied, fixed = residuals
             gradient = jax.tree.map(_instantiate, gradient, is_leaf=_is_zero)
-            varied = _after(varied, gradient)
+            varied = _depend_on(varied, gradient)
 
-            def again(varied: tuple) -> Any:
+            def recomputed(varied: tuple) -> Any:
                 return flat(*(b if a is None else a for a, b in zip(varied, fixed, strict=True)))
 
-            return jax.vjp(again, varied)[1](gradient)[0]
+            return jax.vjp(recomputed, varied)[1](gradient)[0]
 
-        forward.defvjp(keep, pull, symbolic_zeros=True)
+        forward.defvjp(forward_rule, backward_rule, symbolic_zeros=True)
         return forward(*leaves)
 
     return call
 
 
-def _after(arrays: tuple, gradient: Any) -> tuple:
-    """The arrays, such that no program can have them before the gradient.
+def _depend_on(arrays: tuple, gradient: Any) -> tuple:
+    """Return the arrays with a data dependency on the gradient.
 
-    What is added is nothing, but only to us: a compiler may not assume that a number times zero is
-    zero, since it may not be finite.
+    The added number is zero, but a compiler may not assume so: a number times zero is not zero if
+    the number is not finite.
     """
     first = jax.tree.leaves(gradient)[0]
-    nothing = first[(0,) * first.ndim] * 0.0
-    return tuple(None if x is None else x + nothing.astype(x.dtype) for x in arrays)
+    zero = first[(0,) * first.ndim] * 0.0
+    return tuple(None if x is None else x + zero.astype(x.dtype) for x in arrays)
 
 
 def _is_zero(leaf: Any) -> bool:

@@ -1,17 +1,18 @@
-"""From logits to the next token: temperature, truncation, penalties, and the dice.
+"""Sampling of the next token: penalties, temperature, truncation and a random draw.
 
-Each row of a batch has settings of its own and is sampled on its own (`jax.lax.map`), with a random
-key folded from its seed, its choice and its step: a request gets the same token whatever else is in
-the batch. The order is: penalties, bias, temperature, top-k, top-p, min-p, draw.
+Each row of a batch has its own parameters and is sampled separately (`jax.lax.map`), with a random
+key derived from its seed, choice and step. A request therefore gets the same tokens in every batch.
+The order is: penalties, bias, temperature, top-k, top-p, min-p, draw.
 
 - top-p ("nucleus sampling") is Holtzman et al. 2019, arXiv:1904.09751; min-p is Nguyen et al. 2024,
   arXiv:2407.01082; the repetition penalty is CTRL, Keskar et al. 2019, arXiv:1909.05858.
 - The draw is the Gumbel-max trick: the argmax of logits plus Gumbel noise is a sample of their
-  softmax, with no cumulative sum.
-- Truncation (`kernels.truncate`) needs no sort; ties at the cut all stay in.
+  softmax. It needs no cumulative sum.
+- Truncation (`kernels.truncate`) needs no sort; tokens tied with the last kept token are kept.
 
-Presence and frequency penalties count generated tokens; the repetition penalty counts the prompt
-too. Log-probabilities are those of the model, before any of this.
+Presence and frequency penalties count generated tokens; the repetition penalty also counts the
+prompt. Reported log-probabilities are those of the model, before penalties, bias, temperature and
+truncation.
 """
 
 from __future__ import annotations
@@ -27,24 +28,25 @@ from flax import struct
 
 from transformer import kernels
 
-MAX_TOP_LOGPROBS = 20  # alternatives reported beside a token, at most
+MAX_TOP_LOGPROBS = 20  # maximum number of alternatives reported with a token
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to choose the tokens of one sequence.
+    """Sampling parameters of one sequence.
 
     Raises:
-        ValueError: a setting is out of range or not a number.
+        ValueError: A parameter is out of range or not a number.
     """
 
-    temperature: float = 1.0  # 0 takes the likeliest token
-    top_p: float = 1.0  # keep the likeliest tokens that hold this much probability
-    top_k: int = 0  # keep this many; 0 keeps all
-    min_p: float = 0.0  # keep tokens at least this likely, relative to the likeliest
-    presence_penalty: float = 0.0  # subtracted once from tokens already generated
-    frequency_penalty: float = 0.0  # subtracted once for each time generated
-    repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of seen tokens
+    temperature: float = 1.0  # 0 takes the most likely token
+    top_p: float = 1.0  # keep the most likely tokens with this total probability
+    top_k: int = 0  # keep this many tokens; 0 keeps all
+    min_p: float = 0.0  # keep tokens of at least this probability relative to the most likely one
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens already generated
+    frequency_penalty: float = 0.0  # subtracted once for each occurrence of a generated token
+    # Divides positive and multiplies negative logits of tokens in the prompt or generated.
+    repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0
 
@@ -68,7 +70,7 @@ class SamplingParams:
 
     @property
     def is_adjusted(self) -> bool:
-        """Whether anything is added to the logits before the temperature."""
+        """Whether penalties or biases change the logits."""
         return bool(
             self.presence_penalty
             or self.frequency_penalty
@@ -79,7 +81,7 @@ class SamplingParams:
 
 @struct.dataclass
 class SamplingMetadata:
-    """The settings of the rows of a batch, and where each stands. Every leaf is [B, ...]."""
+    """Sampling parameters and state of the rows of a batch. Every leaf is [B, ...]."""
 
     temperature: jax.Array
     top_p: jax.Array
@@ -90,28 +92,28 @@ class SamplingMetadata:
     repetition_penalty: jax.Array
     is_adjusted: jax.Array  # bool
     seed: jax.Array  # uint32 [B, 2], high and low half
-    choice: jax.Array  # int32, which of the n choices of a request
-    step: jax.Array  # int32, how many tokens the row has generated
-    slot: jax.Array  # int32, the row's place in History
+    choice: jax.Array  # int32, index among the n choices of a request
+    step: jax.Array  # int32, number of tokens the row has generated
+    slot: jax.Array  # int32, slot of the row in PenaltyState
 
 
 @struct.dataclass
 class PenaltyState:
-    """What penalties need to remember, one slot a sequence."""
+    """State of the penalties, one slot per sequence."""
 
-    counts: jax.Array  # int32 [slots, V], how often each token was generated
+    counts: jax.Array  # int32 [slots, V], number of times each token was generated
     is_in_prompt: jax.Array  # bool [slots, V]
     bias: jax.Array  # float32 [slots, V]
 
 
 @struct.dataclass
 class SampleOutput:
-    """The outcome of one step for each row."""
+    """Token of each row, with its log-probability and the most likely alternatives."""
 
     ids: jax.Array  # int32 [B]
-    logprobs: jax.Array  # float32 [B], of the model's own distribution
-    top_ids: jax.Array  # int32 [B, MAX_TOP], likeliest first
-    top_logprobs: jax.Array  # float32 [B, MAX_TOP]
+    logprobs: jax.Array  # float32 [B], before penalties, bias, temperature and truncation
+    top_ids: jax.Array  # int32 [B, MAX_TOP_LOGPROBS], most likely first
+    top_logprobs: jax.Array  # float32 [B, MAX_TOP_LOGPROBS]
 
 
 def batch_sampling_params(
@@ -120,7 +122,17 @@ def batch_sampling_params(
     steps: Sequence[int],
     slots: Sequence[int],
 ) -> SamplingMetadata:
-    """Gathers the settings of several sequences into arrays, on the host."""
+    """Collect the sampling parameters of several sequences into NumPy arrays.
+
+    Args:
+        rows: Sampling parameters of each row, B of them.
+        choices: Index of each row among the n choices of its request.
+        steps: Number of tokens each row has generated.
+        slots: Slot of each row in `PenaltyState`.
+
+    Returns:
+        Metadata with leaves [B, ...], on the host.
+    """
 
     def column(name: str, dtype: type) -> np.ndarray:
         return np.array([getattr(row, name) for row in rows], dtype)
@@ -143,7 +155,7 @@ def batch_sampling_params(
 
 
 def init_penalty_state(num_slots: int, vocab_size: int) -> PenaltyState:
-    """Empty slots."""
+    """Return a penalty state with `num_slots` empty slots."""
     return PenaltyState(
         counts=jnp.zeros((num_slots, vocab_size), jnp.int32),
         is_in_prompt=jnp.zeros((num_slots, vocab_size), bool),
@@ -154,7 +166,17 @@ def init_penalty_state(num_slots: int, vocab_size: int) -> PenaltyState:
 def reset_slot(
     penalty_state: PenaltyState, slot: jax.Array, is_in_prompt: jax.Array, bias: jax.Array
 ) -> PenaltyState:
-    """Clears a slot for a new sequence: its prompt's tokens [V] and its bias [V]."""
+    """Initialize a slot for a new sequence.
+
+    Args:
+        penalty_state: The state; donate it, so that it is updated in place.
+        slot: Index of the slot, int32.
+        is_in_prompt: Whether the prompt contains each token, bool [V].
+        bias: Logit bias of each token, float32 [V].
+
+    Returns:
+        The updated state.
+    """
     return PenaltyState(
         counts=penalty_state.counts.at[slot].set(0),
         is_in_prompt=penalty_state.is_in_prompt.at[slot].set(is_in_prompt),
@@ -170,72 +192,86 @@ def sample(
     *,
     num_ids: int,
 ) -> tuple[SampleOutput, PenaltyState]:
-    """Draws the next token of every row.
+    """Sample the next token of every row.
 
     Args:
         logits: float32 [B, V].
-        past: donate it; the drawn tokens are counted in it.
-        num_ids: ids from here on are padding of the table and are never drawn.
+        penalty_state: State of the penalties; donate it. The sampled tokens are counted in it.
+        sampling_metadata: Sampling parameters of the rows.
+        num_ids: Number of ids of the vocabulary. Larger ids are padding of the embedding table and
+            are never sampled.
+
+    Returns:
+        The sampled tokens and the updated penalty state.
     """
     is_token = jnp.arange(logits.shape[-1]) < num_ids
     logits = jnp.where(is_token, logits, -jnp.inf)
 
-    def row(args: tuple[jax.Array, SamplingMetadata]) -> tuple[jax.Array, ...]:
-        logits, own = args  # [V]
+    def sample_row(args: tuple[jax.Array, SamplingMetadata]) -> tuple[jax.Array, ...]:
+        logits, params = args  # [V]
         adjusted = jax.lax.cond(
-            own.is_adjusted, _apply_penalties, lambda x, *_: x, logits, penalty_state, own
+            params.is_adjusted, _apply_penalties, lambda x, *_: x, logits, penalty_state, params
         )
         token = jax.lax.cond(
-            own.temperature > 0,
+            params.temperature > 0,
             _sample_token,
             lambda x, _: jnp.argmax(x).astype(jnp.int32),
             adjusted,
-            own,
+            params,
         )
         return token, *_logprobs(logits, token, num_ids)
 
-    ids, logprobs, top_ids, top = jax.lax.map(row, (logits, sampling_metadata))
+    ids, logprobs, top_ids, top_logprobs = jax.lax.map(sample_row, (logits, sampling_metadata))
     counts = penalty_state.counts.at[sampling_metadata.slot, ids].add(1)
-    return SampleOutput(ids, logprobs, top_ids, top), penalty_state.replace(counts=counts)
+    output = SampleOutput(ids, logprobs, top_ids, top_logprobs)
+    return output, penalty_state.replace(counts=counts)
 
 
 def gather_logprobs(logits: jax.Array, ids: jax.Array, *, num_ids: int) -> SampleOutput:
-    """Log-probabilities of tokens that were not drawn but given, row by row.
+    """Return the log-probability of a given token of each row, and the most likely alternatives.
 
     Args:
         logits: float32 [B, V].
-        ids: int32 [B].
-        num_ids: ids from here on are padding of the table.
+        ids: Token of each row, int32 [B].
+        num_ids: Number of ids of the vocabulary; larger ids are padding of the embedding table.
+
+    Returns:
+        `ids` with their log-probabilities, in the form of `sample`.
     """
     logits = jnp.where(jnp.arange(logits.shape[-1]) < num_ids, logits, -jnp.inf)
     return SampleOutput(ids, *jax.lax.map(lambda row: _logprobs(*row, num_ids), (logits, ids)))
 
 
 def _logprobs(logits: jax.Array, token: jax.Array, num_ids: int) -> tuple[jax.Array, ...]:
-    """Of `token`, and the likeliest ids with theirs: float32 [], int32 and float32 [MAX_TOP]."""
+    """Return the log-probability of `token`, float32 [], and the top ids with theirs.
+
+    The top ids are int32 [MAX_TOP_LOGPROBS], their log-probabilities float32 [MAX_TOP_LOGPROBS].
+    """
     logprobs = logits - jax.nn.logsumexp(logits)
-    top, top_ids = jax.lax.top_k(logprobs, min(MAX_TOP_LOGPROBS, num_ids))
-    return logprobs[token], top_ids, top
+    top_logprobs, top_ids = jax.lax.top_k(logprobs, min(MAX_TOP_LOGPROBS, num_ids))
+    return logprobs[token], top_ids, top_logprobs
 
 
-def _apply_penalties(logits: jax.Array, past: PenaltyState, own: SamplingMetadata) -> jax.Array:
-    counts = past.counts[own.slot]  # [V]
-    is_seen = past.is_in_prompt[own.slot] | (counts > 0)
-    penalty = own.repetition_penalty
-    logits = jnp.where(is_seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-    logits = logits - own.frequency_penalty * counts - own.presence_penalty * (counts > 0)
-    return logits + past.bias[own.slot]
+def _apply_penalties(
+    logits: jax.Array, penalty_state: PenaltyState, params: SamplingMetadata
+) -> jax.Array:
+    counts = penalty_state.counts[params.slot]  # [V]
+    occurs = penalty_state.is_in_prompt[params.slot] | (counts > 0)
+    penalty = params.repetition_penalty
+    logits = jnp.where(occurs, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    logits = logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+    return logits + penalty_state.bias[params.slot]
 
 
-def _sample_token(logits: jax.Array, own: SamplingMetadata) -> jax.Array:
-    # Differences first: a tiny temperature must not make infinities of several tokens.
-    logits = (logits - logits.max()) / own.temperature
-    is_cut = (own.top_k > 0) | (own.top_p < 1) | (own.min_p > 0)
+def _sample_token(logits: jax.Array, params: SamplingMetadata) -> jax.Array:
+    # Subtract the maximum first: dividing by a tiny temperature must not overflow to infinity.
+    logits = (logits - logits.max()) / params.temperature
+    is_truncated = (params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0)
     logits = jax.lax.cond(
-        is_cut,
-        lambda: kernels.truncate(logits, own.top_k, own.top_p, own.min_p),
+        is_truncated,
+        lambda: kernels.truncate(logits, params.top_k, params.top_p, params.min_p),
         lambda: logits,
     )
-    key = jax.random.wrap_key_data(own.seed)
-    key = jax.random.fold_in(jax.random.fold_in(key, own.choice), own.step)
+    key = jax.random.wrap_key_data(params.seed)
+    key = jax.random.fold_in(jax.random.fold_in(key, params.choice), params.step)
     return jnp.argmax(logits + jax.random.gumbel(key, logits.shape)).astype(jnp.int32)

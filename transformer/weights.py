@@ -1,7 +1,7 @@
-"""The weights that layers and kernels both take: linear maps, adapters, norms.
+"""Weights that both layers and kernels take: linear maps, adapters, norms.
 
-A `Linear` holds its weight as [out, in], the order of Hugging Face and GGUF files, in float32,
-bfloat16 or int8. The dtype of the weight is the format of the product.
+A `Linear` stores its weight as [out, in], the order of Hugging Face and GGUF files, in float32,
+bfloat16 or int8. The dtype of the weight is the dtype of the product.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from flax import struct
 
 @struct.dataclass
 class Lora:
-    """What a low-rank adapter adds to a linear map: `x @ a.T @ b.T * scale`; see `lora.py`."""
+    """Low-rank adapter of a linear map, which adds `x @ a.T @ b.T * scale`; see `lora.py`."""
 
     a: jax.Array  # [r, in] float32 or bfloat16
     b: jax.Array  # [out, r]
@@ -21,17 +21,17 @@ class Lora:
 
 @struct.dataclass
 class Linear:
-    """`y = x @ weight.T * scale + bias`. Also the token table: one row a token."""
+    """Linear map `y = x @ weight.T * scale + bias`, or a token embedding with one row per token."""
 
     weight: jax.Array  # [out, in] float32, bfloat16 or int8
     bias: jax.Array | None = None  # [out] float32
-    scale: jax.Array | None = None  # [out] float32, present exactly when weight is int8
+    scale: jax.Array | None = None  # [out] float32 if weight is int8, else None
     lora: Lora | None = None
 
 
 @struct.dataclass
 class Norm:
-    """Scale of an RMS norm; with `bias`, of a layer norm."""
+    """Weights of an RMS norm, or of a layer norm if `bias` is not None."""
 
     scale: jax.Array  # [D] float32
     bias: jax.Array | None = None  # [D] float32
