@@ -1,7 +1,7 @@
-"""Pictures of what `inspect.py` returns, as PNG files or on axes of your own.
+"""Plots of the results of `interpret.py`, as PNG files.
 
-Tokens are labelled with whatever strings are given: this package knows ids, not text. A missing
-folder is made once there is a picture to put in it. matplotlib is imported when one is drawn.
+The caller passes the labels of the tokens, because this package handles token ids only. A missing
+output folder is created when the plot is saved. matplotlib is imported only when a plot is drawn.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ import numpy as np
 
 from transformer.interpret import Alternatives, LogitLens
 
-MAX_TOKENS = 48  # more do not fit into a picture that one can read
+MAX_TOKENS = 48  # the labels of more tokens would not be legible
 
 
 def attention(maps: np.ndarray, tokens: Sequence[str], layer: int, path: str | Path) -> None:
-    """The heads of one layer: a square each, a row for each token that looks.
+    """Plot the attention weights of one layer, a square per head with a row per query.
 
     Args:
-        maps: [L, N, T, T], as `inspect.attention` gives them.
+        maps: Attention weights of `interpret.attention`, [L, N, T, T].
         tokens: T labels.
-        layer: which, from 0.
-        path: where the PNG goes.
+        layer: Index of the layer, from 0.
+        path: Path of the PNG file.
 
     Raises:
-        ValueError: there is no such layer, or too many tokens to draw.
+        ValueError: The layer does not exist, or there are more than MAX_TOKENS tokens.
     """
     maps = np.asarray(maps)
     _check(tokens, maps.shape[2])
     if not 0 <= layer < len(maps):
-        raise ValueError(f"there is no layer {layer}: they go from 0 to {len(maps) - 1}")
+        raise ValueError(f"there is no layer {layer}: layers are 0 to {len(maps) - 1}")
     num_heads = maps.shape[1]
     columns = min(range(3, 7), key=lambda n: -num_heads % n) if num_heads > 6 else num_heads
     rows = -(-num_heads // columns)
@@ -45,108 +45,109 @@ def attention(maps: np.ndarray, tokens: Sequence[str], layer: int, path: str | P
         if head >= num_heads:
             axis.axis("off")
             continue
-        # A square root, so that small weights can be seen beside those of 1.
+        # The square root makes small weights visible.
         axis.imshow(np.sqrt(maps[layer, head]), cmap="Blues", vmin=0, vmax=1)
         axis.set_title(f"head {head}", fontsize=9)
         _label(axis, tokens)
         axis.tick_params(labelbottom=True)
-    figure.suptitle(f"Layer {layer}: each row looks at the columns (square root of the weight)")
+    figure.suptitle(f"Layer {layer}: attention of queries (rows) to keys (columns), square root")
     _save(figure, path)
 
 
 def logit_lens(
     result: LogitLens, tokens: Sequence[str], labels: Sequence[Sequence[str]], path: str | Path
-):
-    """The likeliest next token after each layer, the last layer on top; darker is surer.
+) -> None:
+    """Plot the most likely next token after each layer, colored by its probability.
 
     Args:
-        found: as `inspect.lens` gives it.
+        result: Result of `interpret.logit_lens`.
         tokens: T labels of the text.
-        said: [L + 1][T], labels of `found.ids[..., 0]`.
-        path: where the PNG goes.
+        labels: Labels of `result.ids[..., 0]`, [L + 1][T].
+        path: Path of the PNG file.
 
     Raises:
-        ValueError: there are too many tokens to draw.
+        ValueError: There are more than MAX_TOKENS tokens.
     """
-    chances = np.exp(np.asarray(result.logprobs)[..., 0])
-    _check(tokens, chances.shape[1])
-    depth = len(chances)
+    probs = np.exp(np.asarray(result.logprobs)[..., 0])
+    _check(tokens, probs.shape[1])
+    depth = len(probs)
     figure, axis = _plt().subplots(
         figsize=(1.5 + 0.85 * len(tokens), 1.2 + 0.24 * depth), layout="constrained"
     )
-    picture = axis.imshow(chances, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
+    image = axis.imshow(probs, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
     for row in range(depth):
         for column in range(len(tokens)):
             axis.text(
                 column, row, _clip(labels[row][column]), ha="center", va="center", fontsize=7,
-                color="white" if chances[row, column] > 0.6 else "black",
+                color="white" if probs[row, column] > 0.6 else "black",
             )  # fmt: skip
     axis.set_xticks(range(len(tokens)), [_clip(token) for token in tokens], fontsize=8)
     step = max(1, depth // 12)
     axis.set_yticks(range(0, depth, step), ["input", *range(1, depth)][::step], fontsize=8)
     axis.set_ylabel("after layer")
-    axis.set_xlabel("having read up to")
-    figure.colorbar(picture, label="probability", shrink=0.8)
-    figure.suptitle("What each layer would say next (logit lens)")
+    axis.set_xlabel("last input token")
+    figure.colorbar(image, label="probability", shrink=0.8)
+    figure.suptitle("Most likely next token after each layer (logit lens)")
     _save(figure, path)
 
 
 def alternatives(
     result: Alternatives, tokens: Sequence[str], likely: Sequence[Sequence[str]], path: str | Path
 ) -> None:
-    """For each token how open the choice was, and what was likeliest in its place.
+    """Plot for each position the entropy and the most likely tokens.
 
     Args:
-        found: as `inspect.alternatives` gives it.
-        tokens: T labels of the text; the first has no alternatives.
-        likely: [T - 1][k], labels of `found.ids`.
-        path: where the PNG goes.
+        result: Result of `interpret.alternatives`.
+        tokens: T labels of the text; the first token has no alternatives.
+        likely: Labels of `result.top_ids`, [T - 1][k].
+        path: Path of the PNG file.
 
     Raises:
-        ValueError: there are too many tokens to draw.
+        ValueError: There are more than MAX_TOKENS tokens.
     """
     _check(tokens, len(result.token_logprobs) + 1)
-    chosen, entropy = np.exp(np.asarray(result.token_logprobs)), np.asarray(result.entropy)
-    chances = np.exp(np.asarray(result.top_logprobs))
-    rows = np.arange(len(chosen))
+    token_probs, entropy = np.exp(np.asarray(result.token_logprobs)), np.asarray(result.entropy)
+    top_probs = np.exp(np.asarray(result.top_logprobs))
+    rows = np.arange(len(token_probs))
     figure, (left, right) = _plt().subplots(
-        1, 2, figsize=(11, 1.2 + 0.3 * len(chosen)), sharey=True, layout="constrained",
+        1, 2, figsize=(11, 1.2 + 0.3 * len(token_probs)), sharey=True, layout="constrained",
         gridspec_kw={"width_ratios": [2, 5]},
     )  # fmt: skip
     left.barh(rows, entropy, color="#b8c9dc")
     left.set_xlabel("entropy, bits")
     left.set_yticks(rows, [_clip(token, 16) for token in tokens[1:]], family="monospace")
     left.invert_yaxis()
-    begin = np.zeros(len(rows))
-    for place in range(chances.shape[1]):
-        is_it = [likely[row][place] == tokens[row + 1] for row in rows]
-        colours = ["#3b6ea5" if it else "#e3e7ec" for it in is_it]
-        right.barh(rows, chances[:, place], left=begin, color=colours, edgecolor="white")
+    start = np.zeros(len(rows))
+    for rank in range(top_probs.shape[1]):
+        is_actual = [likely[row][rank] == tokens[row + 1] for row in rows]
+        colors = ["#3b6ea5" if actual else "#e3e7ec" for actual in is_actual]
+        right.barh(rows, top_probs[:, rank], left=start, color=colors, edgecolor="white")
         for row in rows:
-            if chances[row, place] > 0.06:
+            if top_probs[row, rank] > 0.06:
                 right.text(
-                    begin[row] + chances[row, place] / 2, row,
-                    _clip(likely[row][place], int(chances[row, place] * 70)),
-                    ha="center", va="center", fontsize=8, color="white" if is_it[row] else "black",
+                    start[row] + top_probs[row, rank] / 2, row,
+                    _clip(likely[row][rank], int(top_probs[row, rank] * 70)),
+                    ha="center", va="center", fontsize=8,
+                    color="white" if is_actual[row] else "black",
                 )  # fmt: skip
-        begin += chances[:, place]
+        start += top_probs[:, rank]
     for row in rows:
         right.text(
-            1.01, row, f"{chosen[row]:.2g}, rank {result.rank[row]}", va="center", fontsize=8
+            1.01, row, f"{token_probs[row]:.2g}, rank {result.rank[row]}", va="center", fontsize=8
         )
     right.set_xlim(0, 1.2)
-    right.set_xlabel("probability of what was likeliest; blue is what stands there")
+    right.set_xlabel("probability of the most likely tokens; the actual token is blue")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
 
 def head_effects(effects: np.ndarray, path: str | Path) -> None:
-    """What each head is worth: red where the model misses it, blue where it is better without.
+    """Plot the increase of the loss without each head: red is an increase, blue a decrease.
 
     Args:
-        effects: [L, N], as `inspect.head_effects` gives them.
-        path: where the PNG goes.
+        effects: Result of `interpret.head_effects`, [L, N].
+        path: Path of the PNG file.
     """
     effects = np.asarray(effects)
     depth, num_heads = effects.shape
@@ -154,14 +155,14 @@ def head_effects(effects: np.ndarray, path: str | Path) -> None:
     figure, axis = _plt().subplots(
         figsize=(2.5 + 0.4 * num_heads, 1.5 + 0.22 * depth), layout="constrained"
     )
-    picture = axis.imshow(
+    image = axis.imshow(
         effects, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", origin="lower"
     )
     axis.set_xticks(range(num_heads))
     axis.set_xlabel("head")
     axis.set_ylabel("layer")
-    figure.colorbar(picture, label="more nats a token without it")
-    figure.suptitle("What each head is worth on this text")
+    figure.colorbar(image, label="nats per token")
+    figure.suptitle("Increase of the loss without each head")
     _save(figure, path)
 
 
@@ -179,18 +180,18 @@ def _save(figure: Any, path: str | Path) -> None:
 
 def _check(tokens: Sequence[str], expected: int) -> None:
     if len(tokens) != expected:
-        raise ValueError(f"there must be {expected} labels, one a token; got {len(tokens)}")
+        raise ValueError(f"there must be {expected} labels, one per token, got {len(tokens)}")
     if expected > MAX_TOKENS:
-        raise ValueError(f"{expected} tokens cannot be drawn legibly: take at most {MAX_TOKENS}")
+        raise ValueError(f"at most {MAX_TOKENS} tokens can be drawn, got {expected}")
 
 
 def _label(axis: Any, tokens: Sequence[str]) -> None:
-    names = [_clip(token) for token in tokens]
-    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-    axis.set_yticks(range(len(names)), names, fontsize=7)
+    labels = [_clip(token) for token in tokens]
+    axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
+    axis.set_yticks(range(len(labels)), labels, fontsize=7)
 
 
 def _clip(text: str, width: int = 9) -> str:
-    """A label: blanks made visible, no dollar signs (they would begin a formula), not too long."""
+    """Return a short label with visible whitespace and escaped dollar signs (math mode)."""
     text = text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥").replace("$", r"\$")
     return text if len(text) <= width else text[: max(width - 1, 1)] + "…"

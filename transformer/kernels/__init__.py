@@ -1,15 +1,15 @@
-"""The operations whose speed decides, each as a plain reference and as faster forms.
+"""The performance-critical operations, each with a reference and faster implementations.
 
-One function an operation (`operations.py`). Called without `impl` it takes the form that `CHOSEN`
-(`table.py`) names for this platform; called with one it takes that form, or raises: it never falls
-back on another. The forms of an operation share a file.
+Each operation is one function (`operations.py`). Without `impl` it calls the implementation that
+`DEFAULT_IMPL` (`registry.py`) selects for the platform. With `impl` it calls that implementation or
+raises; there is no fallback. The implementations of an operation are in one file.
 
-The first form of each operation is its reference: the definition, written to be read and to be
-right in any precision, with no thought for speed. `python -m transformer.bench` runs it in float64
-and holds every other form to it, so a form that is fast and wrong shows as wrong.
+The first implementation of each operation is its reference: the definition, written for clarity and
+for any precision, not for speed. `python -m transformer.bench` runs the reference in float64 and
+compares the results of all other implementations with it.
 
-**Adding your own** takes a function with the arguments of its reference, registered in one of the
-files that are imported below. Say you found a better norm:
+**To add an implementation**, write a function with the arguments of the reference and register it
+in one of the files imported below. For example, another norm:
 
     # transformer/kernels/norms.py
     @register("norm")
@@ -18,17 +18,17 @@ files that are imported below. Say you found a better norm:
             raise Unavailable("norm rsqrt is for RMS norms: this one has a bias")
         return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale
 
-Then measure it beside the others, alone and within a whole decoding step, the two in turns:
+Then compare it with the others, alone and in a whole decoding step:
 
     python -m transformer.bench norm --forms
     python -m transformer.bench decode --try norm=rsqrt
 
-If it wins, name it in `CHOSEN`. A function that is not registered is named by its place: `--try
-norm=my_module.rsqrt`, or `impl="my_module.rsqrt"`. A kernel outside XLA (a `jax.ffi` call, Pallas)
-is a form like any other.
+If it is faster, enter it in `DEFAULT_IMPL`. A function that is not registered is given by its
+module path: `--try norm=my_module.rsqrt` or `impl="my_module.rsqrt"`. A kernel outside XLA (a
+`jax.ffi` call, Pallas) is registered in the same way.
 
-Arrays are float32 unless a shape says otherwise, letters are those of ARCHITECTURE.md, and R is
-rows of a product: all axes but the last, flattened.
+Arrays are float32 unless a docstring says otherwise. The letters of shapes are those of
+ARCHITECTURE.md; R is the number of rows of a product: all axes but the last, flattened.
 """
 
 from transformer.kernels import attention, cached_attention, matmuls, mlp, norms, rotary, truncation

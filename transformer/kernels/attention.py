@@ -10,28 +10,28 @@ from transformer import attention
 from transformer.kernels.registry import register
 from transformer.remat import recompute
 
-_MIN_QUERY_BLOCK = 128  # queries looked at together, at least
-_MAX_QUERY_BLOCKS = 8  # each is compiled by itself
+_MIN_QUERY_BLOCK = 128  # minimum number of queries per block
+_MAX_QUERY_BLOCKS = 8  # bounds the compile time: the loop over blocks is unrolled
 
 
 @register("attend")
 def reference(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax.Array:
-    """The definition: all scores at once."""
+    """Compute attention by the definition, with all scores at once."""
     return attention.attend(q, k, v, window=window, segments=segments)[0]
 
 
 @register("attend")
 def blockwise(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax.Array:
-    """A block of queries at a time, over no more keys than the last of them sees.
+    """Compute attention one block of queries at a time, over the keys that the block attends to.
 
-    After Rabe & Staats 2021, arXiv:2112.05682, without their blocks of keys: the scores of one
-    block are in memory, not those of all, and most of what the mask would throw away is never
-    computed. Differentiated, a block's scores are computed again rather than kept.
+    After Rabe & Staats 2021, arXiv:2112.05682, without their blocks of keys. Only the scores of one
+    block are in memory, and most masked scores are never computed. The backward pass recomputes
+    the scores of a block.
     """
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     group = num_heads // num_kv_heads
-    # Heads first: products over the two last axes are the fast ones.
+    # Heads first, because products over the two last axes are fast.
     q = (q * head_dim**-0.5).reshape(batch, length, num_kv_heads, group, head_dim)
     q, k, v = q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, ..., T, H]
     span = max(_MIN_QUERY_BLOCK, -(-length // _MAX_QUERY_BLOCKS))
@@ -44,33 +44,35 @@ def blockwise(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax
         if window is not None:
             visible &= key > query - window
         if segments is not None:
-            together = segments[:, start:stop, None] == segments[:, None, first:stop]
-            visible = (visible & together)[:, None, None]  # [B, 1, 1, span, S]
-        own = q[:, :, :, start:stop], k[:, :, first:stop], v[:, :, first:stop]
-        out.append(_attend_block(*own, visible))
+            same_segment = segments[:, start:stop, None] == segments[:, None, first:stop]
+            visible = (visible & same_segment)[:, None, None]  # [B, 1, 1, span, S]
+        qkv = q[:, :, :, start:stop], k[:, :, first:stop], v[:, :, first:stop]
+        out.append(_attend_block(*qkv, visible))
     y = jnp.concatenate(out, axis=3)  # [B, K, G, T, H]
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_dim)
 
 
 @recompute
 def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
-    """Softmax attention of some queries: q [B, K, G, T, H], k and v [B, K, S, H]."""
+    """Compute softmax attention of a block of queries: q [B, K, G, T, H], k and v [B, K, S, H]."""
     *heads, group, length, head_dim = q.shape
-    # Queries that share a key head are rows of one product: R = G * T.
+    # Queries that share a key-value head are rows of one product: R = G * T.
     scores = jnp.einsum("bkrh,bksh->bkrs", q.reshape(*heads, group * length, head_dim), k)
     scores = jnp.where(visible, scores.reshape(*heads, group, length, -1), -jnp.inf)
-    # What is subtracted cancels out, so it needs no gradient.
+    # The maximum cancels out, so it needs no gradient.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True)
     y = jnp.einsum("bkrs,bksh->bkrh", weights.reshape(*heads, group * length, -1), v)
-    return y.reshape(q.shape) / total  # H numbers a query to divide, not S
+    return y.reshape(q.shape) / total  # divides H numbers per query instead of S
 
 
 @register("attend")
 def jax_nn(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax.Array:
-    """JAX's own function, for comparison."""
-    sight = None if window is None else (window - 1, 0)
+    """Call `jax.nn.dot_product_attention`, for comparison."""
+    local_window = None if window is None else (window - 1, 0)
     mask = None
     if segments is not None:
         mask = (segments[:, :, None] == segments[:, None, :])[:, None]  # [B, 1, T, S]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, local_window_size=sight)
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=True, local_window_size=local_window
+    )

@@ -1,7 +1,7 @@
-"""Attention of new queries over a cache in blocks: `kernels.attend_cached`.
+"""Attention of new queries over a paged key-value cache: `kernels.attend_cached`.
 
-`transformer/cache.py` lays the pools out as `attend_cached` takes them: keys
-[P, K, H, BLOCK] with positions last, values [P, K, BLOCK, H], and a row's table of block numbers.
+`transformer/cache.py` defines the layout: keys [P, K, H, BLOCK_SIZE] with positions last, values
+[P, K, BLOCK_SIZE, H], and a table of block numbers per row.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from transformer.kernels.registry import register
 
 @register("attend_cached")
 def reference(q, keys, values, tables, starts, *, window: int | None) -> jax.Array:
-    """The definition: gather a row's blocks, then one softmax over everything it sees."""
+    """Compute attention by the definition: gather the blocks of a row, then take one softmax."""
     batch, num_new, num_heads, head_dim = q.shape
     num_kv_heads, size = keys.shape[1], keys.shape[-1]
     length = tables.shape[1] * size
-    k = _widen(keys[tables], q.dtype).transpose(0, 1, 4, 2, 3)  # [B, S/BLOCK, BLOCK, K, H]
+    # [B, S/BLOCK_SIZE, BLOCK_SIZE, K, H]
+    k = _widen(keys[tables], q.dtype).transpose(0, 1, 4, 2, 3)
     v = _widen(values[tables], q.dtype).transpose(0, 1, 3, 2, 4)
     k, v = (x.reshape(batch, length, num_kv_heads, head_dim) for x in (k, v))
     q = q.reshape(batch, num_new, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k) * head_dim**-0.5
     position = starts[:, None] + jnp.arange(num_new)  # [B, T]
-    at = jnp.arange(length)
-    visible = at <= position[..., None]  # [B, T, S]
+    key_position = jnp.arange(length)
+    visible = key_position <= position[..., None]  # [B, T, S]
     if window is not None:
-        visible &= at > position[..., None] - window
+        visible &= key_position > position[..., None] - window
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
     return out.reshape(batch, num_new, num_heads, head_dim)
@@ -35,11 +36,11 @@ def reference(q, keys, values, tables, starts, *, window: int | None) -> jax.Arr
 
 @register("attend_cached")
 def blockwise(q, keys, values, tables, starts, *, window: int | None) -> jax.Array:
-    """Row by row and block by block with a running maximum and sum (the online softmax of Milakov &
-    Gimelshein 2018, arXiv:1805.02867).
+    """Compute attention row by row and block by block with an online softmax.
 
-    It touches only blocks the row has filled and its window reaches, and what a row gets does not
-    depend on what other rows stand beside it.
+    The online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867) keeps a running maximum and
+    sum. Only blocks that the row has filled and that lie in its window are read. The result of a
+    row does not depend on the other rows of the batch.
     """
     row = lambda args: _attend_row(*args, keys, values, window)  # noqa: E731
     if q.shape[0] == 1:
@@ -51,30 +52,30 @@ def _attend_row(q, table, start, keys, values, window):
     num_new, num_heads, head_dim = q.shape
     num_kv_heads, size = keys.shape[1], keys.shape[-1]
     group = num_heads // num_kv_heads
-    # Queries that share a key head become rows of one matrix product: R = G * T.
+    # Queries that share a key-value head become rows of one matrix product: R = G * T.
     q = (q * head_dim**-0.5).reshape(num_new, num_kv_heads, group, head_dim)
     q = q.transpose(1, 2, 0, 3).reshape(num_kv_heads, group * num_new, head_dim)  # [K, R, H]
     position = start + jnp.arange(group * num_new) % num_new  # [R]
 
     def block(i, carry):
         top, total, out = carry  # [K, R, 1], [K, R, 1], [K, R, H]
-        k = _widen(keys[table[i]], jnp.float32)  # [K, H, BLOCK]
-        v = _widen(values[table[i]], jnp.float32)  # [K, BLOCK, H]
+        k = _widen(keys[table[i]], jnp.float32)  # [K, H, BLOCK_SIZE]
+        v = _widen(values[table[i]], jnp.float32)  # [K, BLOCK_SIZE, H]
         scores = jnp.einsum("krh,khs->krs", q, k)
-        at = i * size + jnp.arange(size)
-        visible = at <= position[:, None]  # [R, BLOCK]
+        key_position = i * size + jnp.arange(size)
+        visible = key_position <= position[:, None]  # [R, BLOCK_SIZE]
         if window is not None:
-            visible &= at > position[:, None] - window
+            visible &= key_position > position[:, None] - window
         scores = jnp.where(visible, scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
-        weight = jnp.exp(scores - new_top)  # [K, R, BLOCK]
-        shrink = jnp.exp(top - new_top)
-        total = total * shrink + weight.sum(-1, keepdims=True)
-        out = out * shrink + jnp.einsum("krs,ksh->krh", weight, v)
+        weight = jnp.exp(scores - new_top)  # [K, R, BLOCK_SIZE]
+        rescale = jnp.exp(top - new_top)
+        total = total * rescale + weight.sum(-1, keepdims=True)
+        out = out * rescale + jnp.einsum("krs,ksh->krh", weight, v)
         return new_top, total, out
 
     rows = (num_kv_heads, group * num_new)
-    # A finite start keeps exp(top - new_top) from being exp(-inf + inf) on rows with no key yet.
+    # A finite initial maximum avoids exp(-inf + inf) for rows that have no visible key yet.
     carry = (
         jnp.full((*rows, 1), -1e30, jnp.float32),
         jnp.zeros((*rows, 1), jnp.float32),
@@ -88,7 +89,7 @@ def _attend_row(q, table, start, keys, values, window):
 
 
 def _widen(x: jax.Array, dtype) -> jax.Array:
-    """What a pool stores to a float to compute with."""
+    """Convert the storage dtype of a pool to `dtype`."""
     if x.dtype == jnp.uint16:
         x = jax.lax.bitcast_convert_type(x, jnp.bfloat16)
     return x.astype(dtype)

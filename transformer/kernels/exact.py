@@ -1,10 +1,10 @@
-"""A decoder and an encoder in NumPy and float64: what whole programs are held to.
+"""A decoder and an encoder in NumPy and float64, the reference for whole programs.
 
-The same equations as `decoder.py` and `encoder.py`, written a second time in the plainest way, with
-every token seeing its past by a mask and nothing shared but the weights. Slow, and right to fifteen
-digits; a reading copy of the whole model in one page.
+The equations are those of `decoder.py` and `encoder.py`, implemented independently and as simply as
+possible: one causal mask, no shared code except the weights. It is slow and accurate to fifteen
+digits, and shows the whole model on one page.
 
-Leaves out stretched rotary positions.
+Leaves out: RoPE scaling.
 """
 
 from __future__ import annotations
@@ -14,26 +14,30 @@ import math
 import numpy as np
 
 
-def decoder(params, cfg, ids, past=None) -> np.ndarray:
-    """Logits behind the last of `ids`, after each row's past.
+def decoder(params, cfg, ids, past_key_values=None) -> np.ndarray:
+    """Return the logits of the last token of each row.
 
     Args:
         params: `decoder.Params` in float32.
-        cfg: its `Config`.
-        ids: int [B, T].
-        past: for each layer keys and values [B, S, K, H], rotated already; None where S is 0.
+        cfg: `Config` of the decoder.
+        ids: Token ids, int [B, T].
+        past_key_values: For each layer the keys and values of the S tokens before `ids`,
+            [B, S, K, H], with rotated keys. None if S is 0.
 
     Returns:
         float64 [B, V].
 
     Raises:
-        ValueError: the config stretches its rotary positions.
+        ValueError: The config has RoPE scaling.
     """
     if cfg.rope_scaling is not None:
-        raise ValueError("rope_scaling must be None: float64 knows no stretched positions")
+        raise ValueError(
+            f"rope_scaling must be None, because the float64 reference has no RoPE scaling, "
+            f"got {cfg.rope_scaling}"
+        )
     batch, length = ids.shape
     n, k, h = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    start = 0 if past is None else past[0][0].shape[1]
+    start = 0 if past_key_values is None else past_key_values[0][0].shape[1]
     position = start + np.arange(length)  # [T], of the queries
     key_position = np.arange(start + length)  # [S + T]
     x = _wide(params.embed.weight[ids])  # [B, T, D]
@@ -52,9 +56,10 @@ def decoder(params, cfg, ids, past=None) -> np.ndarray:
             is_local = window is not None and cfg.local_rope_theta is not None
             theta = cfg.local_rope_theta if is_local else cfg.rope_theta
             q, key = _rotate(q, position, theta), _rotate(key, position, theta)
-        if past is not None:
-            key = np.concatenate([_wide(past[i][0]), key], axis=1)
-            value = np.concatenate([_wide(past[i][1]), value], axis=1)
+        if past_key_values is not None:
+            past_key, past_value = past_key_values[i]
+            key = np.concatenate([_wide(past_key), key], axis=1)
+            value = np.concatenate([_wide(past_value), value], axis=1)
         visible = key_position <= position[:, None]  # [T, S + T]
         if window is not None:
             visible &= key_position > position[:, None] - window
@@ -96,7 +101,7 @@ def encoder(params, cfg, ids) -> np.ndarray:
             _linear(x, p).reshape(batch, length, cfg.num_heads, cfg.head_dim)
             for p in (layer.q, layer.k, layer.v)
         ]
-        y = _attend(*heads, everything, cfg.head_dim).reshape(x.shape)
+        y = _attend(*qkv, all_visible, cfg.head_dim).reshape(x.shape)
         x = _layer_norm(x + _linear(y, layer.out), layer.attn_norm, cfg.norm_eps)
         y = _linear(x, layer.up)
         erf = np.vectorize(math.erf, otypes=[np.float64])
@@ -107,13 +112,13 @@ def encoder(params, cfg, ids) -> np.ndarray:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last axis."""
+    """Return the log-softmax over the last axis."""
     logits = logits - logits.max(axis=-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
 def _attend(q, k, v, visible, scalar) -> np.ndarray:
-    """Softmax attention: q, k, v [B, T, N, H], visible [T, S] -> [B, T, N, H]."""
+    """Compute softmax attention: q, k, v [B, T, N, H], visible [T, S] -> [B, T, N, H]."""
     q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
     scores = np.where(visible, q @ k.transpose(0, 1, 3, 2) / scalar**0.5, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -122,9 +127,9 @@ def _attend(q, k, v, visible, scalar) -> np.ndarray:
 
 def _rotate(x: np.ndarray, position: np.ndarray, theta: float) -> np.ndarray:
     half = x.shape[-1] // 2
-    turns = np.exp(1j * position[:, None] * theta ** (-np.arange(half) / half))  # [T, H/2]
-    turned = (x[..., :half] + 1j * x[..., half:]) * turns[:, None]
-    return np.concatenate([turned.real, turned.imag], axis=-1)
+    phases = np.exp(1j * position[:, None] * theta ** (-np.arange(half) / half))  # [T, H/2]
+    rotated = (x[..., :half] + 1j * x[..., half:]) * phases[:, None]
+    return np.concatenate([rotated.real, rotated.imag], axis=-1)
 
 
 def _norm(x: np.ndarray, p, cfg) -> np.ndarray:

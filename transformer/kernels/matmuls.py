@@ -1,11 +1,12 @@
 """Products of rows with a weight: `kernels.matmul`.
 
-A decoding step with one row reads every weight once and computes little, so what counts is how
-well a form reads; a prompt brings many rows, and what counts is arithmetic. The forms differ in
-what they make of the few cases in which XLA's CPU backend does neither well.
+A decoding step with one row is limited by memory bandwidth, because it reads every weight once. A
+prefill step has many rows and is limited by arithmetic. The implementations work around the cases
+in which XLA's CPU backend reaches neither limit.
 
-`integers` is the "W8A8" of LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339) without its outlier
-path: it rounds the rows too, one scale a row, so its error against the reference is that rounding.
+`int8` is the "W8A8" of LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339) without its outlier
+path. It also quantizes the rows, with one scale per row; this rounding is its error against the
+reference.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ _CONTRACT_LAST = (((1,), (1,)), ((), ()))
 
 @register("matmul")
 def reference(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
-    """The definition: the weight widened to the precision of the rows, then one exact product."""
-    wide = weight.astype(rows.dtype)
+    """Convert the weight to the dtype of the rows and multiply with the highest precision."""
+    widened = weight.astype(rows.dtype)
     if scale is not None:
-        wide = wide * scale[:, None]
-    return jnp.matmul(rows, wide.T, precision=jax.lax.Precision.HIGHEST)
+        widened = widened * scale[:, None]
+    return jnp.matmul(rows, widened.T, precision=jax.lax.Precision.HIGHEST)
 
 
 @register("matmul")
 def dot(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
-    """One product in the dtype of the weight, forwards and backwards."""
+    """Multiply in the dtype of the weight, in the forward and the backward pass."""
     _reject_int8("dot", weight)
     return _dot(rows, weight)
 
@@ -46,19 +47,21 @@ def _dot(rows: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _dot_forward(rows: jax.Array, weight: jax.Array):
-    narrow = rows.astype(weight.dtype)  # what is remembered is as narrow
+    narrow = rows.astype(weight.dtype)  # the residuals take no more memory than the product needs
     return _dot(narrow, weight), (narrow, weight, jnp.zeros((), rows.dtype))
 
 
-def _dot_backward(kept, slope: jax.Array):
-    rows, weight, like = kept
-    # Left to itself, JAX would multiply the float32 slope with the widened weight: on a CPU with
-    # bfloat16 instructions 4 times as slow.
-    change = jnp.matmul(slope.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
-    # XLA's CPU backend has no bfloat16 kernel that sums over the first axis of both; nothing would
-    # be won by narrowing the slope here.
-    grown = jnp.einsum("ro,ri->oi", slope, rows.astype(slope.dtype))
-    return change.astype(like.dtype), grown.astype(weight.dtype)
+def _dot_backward(residuals, gradient: jax.Array):
+    rows, weight, like = residuals
+    # By default JAX multiplies the float32 gradient with the widened weight, which is 4 times
+    # slower on a CPU with bfloat16 instructions.
+    rows_gradient = jnp.matmul(
+        gradient.astype(weight.dtype), weight, preferred_element_type=jnp.float32
+    )
+    # XLA's CPU backend has no bfloat16 kernel that sums over the first axis of both operands, so
+    # converting the gradient to bfloat16 would not help here.
+    weight_gradient = jnp.einsum("ro,ri->oi", gradient, rows.astype(gradient.dtype))
+    return rows_gradient.astype(like.dtype), weight_gradient.astype(weight.dtype)
 
 
 _dot.defvjp(_dot_forward, _dot_backward)
@@ -66,10 +69,10 @@ _dot.defvjp(_dot_forward, _dot_backward)
 
 @register("matmul")
 def batched(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
-    """The same as a batch of one, whose result XLA's CPU backend lays out the other way round.
+    """Multiply as a batch of one, which makes XLA's CPU backend transpose the output layout.
 
-    For few rows up to 2.4 times as fast as `dot`; from a hundred on slower, by 1.3 times in float32
-    and 1.5 in bfloat16 where a whole prompt of 256 tokens was read.
+    With few rows it is up to 2.4 times as fast as `dot`. From a hundred rows on it is slower: a
+    prefill step of 256 tokens took 1.3 times as long in float32 and 1.5 times in bfloat16.
     """
     _reject_int8("batched", weight)
     return _split_matmul(rows, weight, 1)
@@ -77,19 +80,19 @@ def batched(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) 
 
 @register("matmul")
 def split_weight(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
-    """A batch of products, each with a slice of the weight's rows.
+    """Multiply as a batch of products, each with a slice of the weight's rows.
 
-    XLA's CPU backend reads the weight of a one-row float32 product on one core. The same product as
-    a batch reads a slice a core: measured 1.3 times as fast.
+    XLA's CPU backend reads the weight of a one-row float32 product on one core. In a batch, each
+    core reads one slice (measured 1.3 times as fast).
     """
-    _reject_int8("slices", weight)
+    _reject_int8("split_weight", weight)
     return _split_matmul(rows, weight, math.gcd(weight.shape[0], _CORES))
 
 
 def _split_matmul(rows: jax.Array, weight: jax.Array, num_slices: int) -> jax.Array:
-    cut = weight.reshape(num_slices, -1, weight.shape[1])  # [P, out/P, in]
+    slices = weight.reshape(num_slices, -1, weight.shape[1])  # [P, out/P, in]
     copies = jnp.broadcast_to(rows.astype(weight.dtype), (num_slices, *rows.shape))  # [P, R, in]
-    y = jnp.einsum("pri,poi->rpo", copies, cut, preferred_element_type=jnp.float32)
+    y = jnp.einsum("pri,poi->rpo", copies, slices, preferred_element_type=jnp.float32)
     return y.reshape(rows.shape[0], -1)
 
 
@@ -97,22 +100,22 @@ def _split_matmul(rows: jax.Array, weight: jax.Array, num_slices: int) -> jax.Ar
 def pad_to_two_rows(
     rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None
 ) -> jax.Array:
-    """One row beside a row of zeros.
+    """Multiply one row, padded with a row of zeros.
 
-    XLA's CPU backend has no one-row kernel for narrow types: it would widen the whole weight on
-    every call. Two rows reach the fast kernel, 12 to 20 times quicker.
+    XLA's CPU backend has no one-row kernel for narrow dtypes: it widens the whole weight on every
+    call. Two rows use the fast kernel, which is 12 to 20 times as fast.
     """
     if len(rows) != 1:
-        raise Unavailable(f"matmul pair is for one row, not {len(rows)}")
-    _reject_int8("pair", weight)
+        raise Unavailable(f"matmul pad_to_two_rows takes one row, got {len(rows)}")
+    _reject_int8("pad_to_two_rows", weight)
     return batched(_pad_to_two(rows), weight)[:1]
 
 
 @register("matmul")
 def int8(rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> jax.Array:
-    """int8 rows, rounded with one scale each, by int8 weights: exact integer arithmetic between."""
+    """Quantize the rows to int8 with one scale per row, then multiply in exact integer math."""
     if weight.dtype != jnp.int8 or scale is None:
-        raise Unavailable(f"matmul integers needs int8 weights and scales, not {weight.dtype}")
+        raise Unavailable(f"matmul int8 takes int8 weights with scales, got {weight.dtype}")
     num_rows = len(rows)
     if num_rows == 1:
         rows = _pad_to_two(rows)
@@ -126,6 +129,6 @@ def _pad_to_two(row: jax.Array) -> jax.Array:
     return jnp.concatenate([row, jnp.zeros_like(row)])
 
 
-def _reject_int8(form: str, weight: jax.Array) -> None:
+def _reject_int8(impl: str, weight: jax.Array) -> None:
     if weight.dtype == jnp.int8:
-        raise Unavailable(f"matmul {form} is for float weights, not int8")
+        raise Unavailable(f"matmul {impl} takes float weights, got int8")

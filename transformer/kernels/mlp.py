@@ -1,10 +1,12 @@
 """The gated MLP (Shazeer 2020, arXiv:2002.05202): `kernels.gated_mlp`.
 
-Leaves out gate and up as one product: it needs their weights side by side in memory, and was never
-faster (ARCHITECTURE.md has the measurements).
+Leaves out: gate and up as one fused product. It needs both weights in one array, and it was never
+faster when measured.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 
@@ -17,7 +19,7 @@ from transformer.weights import Linear
 
 @register("gated_mlp")
 def reference(x: jax.Array, gate: Linear, up: Linear, down: Linear, kind: str) -> jax.Array:
-    """The definition, in the precision of `x`."""
+    """Compute the gated MLP by the definition, in the precision of `x`."""
 
     def apply(x: jax.Array, p: Linear) -> jax.Array:
         y = matmuls.reference(x, p.weight, p.scale)
@@ -32,9 +34,9 @@ def reference(x: jax.Array, gate: Linear, up: Linear, down: Linear, kind: str) -
 
 @register("gated_mlp")
 def unfused(x: jax.Array, gate: Linear, up: Linear, down: Linear, kind: str) -> jax.Array:
-    """Three products, each in the form that is chosen for its weight.
+    """Compute three products, each with the default implementation for its weight.
 
-    Differentiated, only what gate and up gave is remembered, of all that is F wide.
+    Of the intermediates of width F, the backward pass stores only the outputs of gate and up.
     """
 
     @recompute
@@ -44,8 +46,12 @@ def unfused(x: jax.Array, gate: Linear, up: Linear, down: Linear, kind: str) -> 
     return mix(linear(x, gate), linear(x, up), down)
 
 
-def activation(kind: str):
-    """What is applied to the gate."""
+def activation(kind: str) -> Callable[[jax.Array], jax.Array]:
+    """Return the activation function of the gate.
+
+    Raises:
+        ValueError: `kind` is neither "swiglu" nor "geglu".
+    """
     if kind == "swiglu":
         return jax.nn.silu
     if kind == "geglu":

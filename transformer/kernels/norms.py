@@ -1,5 +1,6 @@
-"""Norms: `kernels.norm`. RMS norm is Zhang & Sennrich 2019, arXiv:1910.07467; layer norm is Ba et
-al. 2016, arXiv:1607.06450.
+"""RMS norm and layer norm: `kernels.norm`.
+
+RMS norm is Zhang & Sennrich 2019, arXiv:1910.07467; layer norm is Ba et al. 2016, arXiv:1607.06450.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from transformer.kernels.registry import register
 
 @register("norm")
 def reference(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
-    """The definition, with means."""
+    """Compute the norm by the definition, with means."""
     if bias is not None:
         x = x - jnp.mean(x, axis=-1, keepdims=True)
     x = x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
@@ -21,7 +22,7 @@ def reference(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float
 
 @register("norm")
 def sum_by_matmul(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
-    """With sums that give a row the same bits in every batch; see `row_sum`."""
+    """Compute the norm with sums that are bitwise equal in every batch size; see `row_sum`."""
     width = x.shape[-1]
     if bias is not None:
         x = x - row_sum(x) / width
@@ -30,11 +31,11 @@ def sum_by_matmul(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: f
 
 
 def row_sum(x: jax.Array) -> jax.Array:
-    """Sums the last axis, keeping it with length 1, in an order that ignores the other axes.
+    """Sum over the last axis: [..., D] -> [..., 1], in an order that ignores the other axes.
 
-    A matrix product gives a row the same bits however many rows stand beside it. `jnp.sum` splits
-    the work by the shape of the whole array and does not; nor does a product with a single column,
-    for which XLA's CPU backend takes another path from eight rows on.
+    A matrix product is batch-invariant: a row has the same bits for every number of rows. `jnp.sum`
+    is not, because it splits the work by the shape of the whole array. A product with a single
+    column is not either, because XLA's CPU backend uses another kernel from eight rows on.
     """
     ones = jnp.ones((x.shape[-1], 8), x.dtype)
     return jax.lax.dot_general(x, ones, (((x.ndim - 1,), (0,)), ((), ())))[..., :1]

@@ -1,6 +1,6 @@
-"""The operations: one function each, which finds its form in the table and calls it.
+"""The operations, one function each, which looks up an implementation and calls it.
 
-The choice is made while a program is traced, so it costs nothing when the program runs.
+The lookup happens while a program is traced, so it costs nothing when the program runs.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from transformer.weights import Linear
 def matmul(
     rows: jax.Array, weight: jax.Array, scale: jax.Array | None = None, *, impl: str | None = None
 ) -> jax.Array:
-    """`rows @ (weight * scale).T`, accumulated in float32 (int32 for int8): [R, in] -> [R, out].
+    """Compute `rows @ (weight * scale).T`, accumulated in float32 (int32 for int8).
 
     Args:
-        rows: [R, in].
-        weight: float32, bfloat16 or int8 [out, in]; its dtype is the format of the product.
-        scale: [out], of int8 weights.
+        rows: float32 [R, in].
+        weight: float32, bfloat16 or int8 [out, in]; its dtype is the dtype of the product.
+        scale: Scale per output row of int8 weights, float32 [out].
+        impl: Name of the implementation; None means the default.
+
+    Returns:
+        float32 [R, out].
     """
     count = (
         ", one row" if len(rows) == 1 else ", many rows" if len(rows) >= registry.MANY_ROWS else ""
@@ -31,20 +35,33 @@ def matmul(
 def norm(
     x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float, *, impl: str | None = None
 ) -> jax.Array:
-    """Layer norm over the last axis of [..., D]; where `bias` is None, RMS norm.
+    """Apply layer norm to the last axis, or RMS norm if `bias` is None.
 
     Args:
-        scale, bias: [D].
+        x: float32 [..., D].
+        scale: float32 [D].
+        bias: float32 [D] or None.
+        eps: Added to the mean of squares.
+        impl: Name of the implementation; None means the default.
+
+    Returns:
+        float32 [..., D].
     """
     with jax.named_scope("norm"):
         return _resolve_impl("norm", "norm", impl)(x, scale, bias, eps)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, impl: str | None = None) -> jax.Array:
-    """Turns the channel pairs (i, i + H/2) of [B, T, N, H] by given angles.
+    """Rotate the channel pairs (i, i + H/2) of each head.
 
     Args:
-        cos, sin: [B, T, 1, H/2].
+        x: Queries or keys, float32 [B, T, N, H].
+        cos: Cosines of the angles, float32 [B, T, 1, H/2].
+        sin: Sines of the angles, float32 [B, T, 1, H/2].
+        impl: Name of the implementation; None means the default.
+
+    Returns:
+        float32 [B, T, N, H].
     """
     with jax.named_scope("rotate"):
         return _resolve_impl("rotate", "rotate", impl)(x, cos, sin)
@@ -59,14 +76,20 @@ def attend(
     segments: jax.Array | None = None,
     impl: str | None = None,
 ) -> jax.Array:
-    """Causal attention of whole sequences: [B, T, N, H].
+    """Compute causal attention of whole sequences.
 
     Args:
-        q: [B, T, N, H].
-        k, v: [B, T, K, H].
-        window: how many positions a query sees, its own among them; None: all before it.
-        segments: int32 [B, T], which of several texts in a row a position belongs to; it sees those
-            of its own. None: a row is one text.
+        q: Queries, float32 [B, T, N, H].
+        k: Keys, float32 [B, T, K, H].
+        v: Values, float32 [B, T, K, H].
+        window: Number of positions a query attends to, including its own position. None means all
+            positions up to its own.
+        segments: Text number of each position where several texts share a row, int32 [B, T]. A
+            query attends to positions of its own text only. None means one text per row.
+        impl: Name of the implementation; None means the default.
+
+    Returns:
+        float32 [B, T, N, H].
     """
     with jax.named_scope("attend"):
         return _resolve_impl("attend", "attend", impl)(q, k, v, window=window, segments=segments)
@@ -82,34 +105,44 @@ def attend_cached(
     window: int | None = None,
     impl: str | None = None,
 ) -> jax.Array:
-    """Causal attention of new queries over the cached past of their rows: [B, T, N, H].
+    """Compute causal attention of new queries over the cached positions of their rows.
 
-    The pools are those of one layer of `transformer.cache`, which says how they are laid out.
+    The pools are those of one layer of `transformer.cache`, which defines their layout.
 
     Args:
-        q: [B, T, N, H]; query t of row b stands at position starts[b] + t.
-        keys: float32, or bfloat16 as its bits in uint16, [P, K, H, BLOCK].
-        values: the same, [P, K, BLOCK, H].
-        tables: int32 [B, S/BLOCK], the blocks of each row in order.
-        starts: int32 [B].
-        window: as in `attend`.
+        q: New queries, float32 [B, T, N, H]; query t of row b has position starts[b] + t.
+        keys: Pool of keys, float32 or the bits of bfloat16 in uint16, [P, K, H, BLOCK_SIZE].
+        values: Pool of values, of the same dtype, [P, K, BLOCK_SIZE, H].
+        tables: The blocks of each row in order, int32 [B, S/BLOCK_SIZE].
+        starts: Position of the first query of each row, int32 [B].
+        window: As in `attend`.
+        impl: Name of the implementation; None means the default.
+
+    Returns:
+        float32 [B, T, N, H].
     """
     with jax.named_scope("attend_cached"):
-        form = _resolve_impl("attend_cached", "attend_cached", impl)
-        return form(q, keys, values, tables, starts, window=window)
+        function = _resolve_impl("attend_cached", "attend_cached", impl)
+        return function(q, keys, values, tables, starts, window=window)
 
 
 def gated_mlp(
     x: jax.Array, gate: Linear, up: Linear, down: Linear, kind: str, *, impl: str | None = None
 ) -> jax.Array:
-    """`down(activation(gate(x)) * up(x))`, a gated linear unit: [..., D] -> [..., D].
+    """Compute `down(activation(gate(x)) * up(x))`, a gated linear unit.
 
     After Shazeer 2020, arXiv:2002.05202.
 
     Args:
-        gate, up: `Linear` [F, D].
-        down: `Linear` [D, F].
-        kind: "swiglu" (SiLU) or "geglu" (GELU, by its tanh approximation).
+        x: float32 [..., D].
+        gate: Linear map [F, D].
+        up: Linear map [F, D].
+        down: Linear map [D, F].
+        kind: "swiglu" (SiLU) or "geglu" (tanh approximation of GELU).
+        impl: Name of the implementation; None means the default.
+
+    Returns:
+        float32 [..., D].
     """
     with jax.named_scope("gated_mlp"):
         return _resolve_impl("gated_mlp", "gated_mlp", impl)(x, gate, up, down, kind)
@@ -123,21 +156,26 @@ def truncate(
     *,
     impl: str | None = None,
 ) -> jax.Array:
-    """-inf where top-k, top-p or min-p leave a token out: [V] -> [V].
+    """Set the logits of tokens that top-k, top-p or min-p exclude to -inf.
 
-    Tokens as likely as the last one that stays, stay too.
+    Tokens tied with the last kept token are kept too.
 
     Args:
-        top_k: int32, keep so many; 0 keeps all.
-        top_p: keep the likeliest tokens that hold this much probability; 1 keeps all.
-        min_p: keep tokens at least this likely, relative to the likeliest.
+        logits: float32 [V].
+        top_k: Number of tokens to keep, int32; 0 keeps all.
+        top_p: Keep the most likely tokens with this total probability; 1 keeps all.
+        min_p: Keep tokens of at least this probability relative to the most likely one.
+        impl: Name of the implementation; None means the default.
+
+    Returns:
+        float32 [V].
     """
     with jax.named_scope("truncate"):
         return _resolve_impl("truncate", "truncate", impl)(logits, top_k, top_p, min_p)
 
 
 def linear(x: jax.Array, p: Linear) -> jax.Array:
-    """Applies `p` to the last axis: float32 [..., in] -> float32 [..., out]."""
+    """Apply `p` and its adapter to the last axis: float32 [..., in] -> float32 [..., out]."""
     rows = x.reshape(-1, x.shape[-1])  # [R, in]
     y = matmul(rows, p.weight, p.scale)  # [R, out]
     if p.bias is not None:

@@ -1,6 +1,7 @@
-"""The table of forms: which there are, which one is taken, and how to take another.
+"""The registry of implementations, the defaults per platform, and how to override them.
 
-It imports no form. Each form enters itself with `@register`, when `kernels` imports its module.
+This module imports no implementation. Each one registers itself with `@register` when `kernels`
+imports its module.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import jax
 Implementation = Callable[..., jax.Array]
 _F = TypeVar("_F", bound=Implementation)
 
-# Operation, name of the form, function. The first form is the reference.
+# Operation -> name of the implementation -> function. The first implementation is the reference.
 IMPLS: dict[str, dict[str, Implementation]] = {}
 
-MANY_ROWS = (
-    128  # rows of a product from which on it counts how fast one multiplies, not how one reads
-)
+# Number of rows from which a product is limited by arithmetic rather than by reading the weight.
+MANY_ROWS = 128
 
-# What is taken when `impl` is None. The best product depends on the weight's dtype and on the rows.
+# The implementations used when `impl` is None. The best product depends on the dtype of the weight
+# and on the number of rows.
 DEFAULT_IMPL: dict[str, dict[str, str]] = {
     "cpu": {
         "matmul float32": "batched",
@@ -60,90 +61,105 @@ DEFAULT_IMPL: dict[str, dict[str, str]] = {
     },
 }
 
-_overrides: dict[str, str] = {}  # operation: form, inside `trying`
+_overrides: dict[str, str] = {}  # operation -> implementation, inside `override`
 
 
 class Unavailable(ValueError):
-    """A form that cannot run here, or not with these arguments. The message says why."""
+    """Raised when an implementation does not support the platform or the arguments."""
 
 
 def register(operation: str) -> Callable[[_F], _F]:
-    """Enter a function in `FORMS[operation]` under its own name, and return it as it is.
+    """Return a decorator that registers a function in `IMPLS[operation]` under its name.
 
     Raises:
-        ValueError: the operation has a form of this name.
+        ValueError: The operation has another implementation of this name.
     """
 
-    def enter(form: _F) -> _F:
-        forms = IMPLS.setdefault(operation, {})
-        if forms.setdefault(form.__name__, form) is not form:
-            raise ValueError(f"{operation} has a form {form.__name__!r} already")
-        return form
+    def add(function: _F) -> _F:
+        impls = IMPLS.setdefault(operation, {})
+        if impls.setdefault(function.__name__, function) is not function:
+            raise ValueError(f"{operation} already has an implementation {function.__name__!r}")
+        return function
 
-    return enter
+    return add
 
 
 @contextlib.contextmanager
-def override(**forms: str) -> Iterator[None]:
-    """Takes other forms where `impl` is None: `with trying(norm="reference"): ...`.
+def override(**impls: str) -> Iterator[None]:
+    """Override default implementations: `with override(norm="reference"): ...`.
 
-    For experiments, not for a server: it holds for the whole process, and makes JAX forget its
-    compiled programs at both ends, so that none keeps what it was traced with.
+    This is for experiments, not for servers: it affects the whole process, and it clears JAX's
+    caches on entry and exit, so that no compiled program keeps another implementation.
+
+    Args:
+        **impls: Implementation of each operation to override.
 
     Raises:
-        ValueError: no such operation or form.
+        ValueError: An operation or implementation does not exist.
     """
     global _overrides
-    before = _overrides
-    for operation, form in forms.items():
-        get_impl(operation, form)
-    _overrides = {**before, **forms}
+    previous = _overrides
+    for operation, impl in impls.items():
+        get_impl(operation, impl)
+    _overrides = {**previous, **impls}
     jax.clear_caches()
     try:
         yield
     finally:
-        _overrides = before
+        _overrides = previous
         jax.clear_caches()
 
 
-def get_impl(operation: str, form: str) -> Implementation:
-    """The function behind a name.
+def get_impl(operation: str, impl: str) -> Implementation:
+    """Return an implementation by its name.
 
     Args:
-        form: a form of `FORMS[operation]`, or "package.module.function".
+        operation: Name of the operation.
+        impl: Name in `IMPLS[operation]`, or "package.module.function".
+
+    Returns:
+        The function.
 
     Raises:
-        ValueError: there is none.
+        ValueError: The operation or the implementation does not exist.
     """
     if operation not in IMPLS:
         raise ValueError(f"operation must be one of {', '.join(IMPLS)}, got {operation!r}")
-    if form in IMPLS[operation]:
-        return IMPLS[operation][form]
-    if "." not in form:
+    if impl in IMPLS[operation]:
+        return IMPLS[operation][impl]
+    if "." not in impl:
         known = ", ".join(IMPLS[operation])
         raise ValueError(
-            f"{operation} has the forms {known}, got {form!r} (another is named "
-            "'package.module.function')"
+            f"the implementation of {operation} must be one of {known} or "
+            f"'package.module.function', got {impl!r}"
         )
-    module, _, name = form.rpartition(".")
+    module, _, name = impl.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{operation} {form!r} cannot be found: {error}") from error
+        raise ValueError(f"cannot import {impl!r} for {operation}: {error}") from error
 
 
 def select_impl(kind: str) -> str:
-    """The form that a line of `CHOSEN` names for this platform, or that is being tried.
+    """Return the name of the default implementation on this platform, or of its override.
 
     Args:
-        kind: an operation; for products "matmul DTYPE", "matmul DTYPE, one row" or "matmul DTYPE,
-            many rows".
+        kind: An operation, or for products "matmul DTYPE", "matmul DTYPE, one row" or "matmul
+            DTYPE, many rows".
+
+    Returns:
+        The name of the implementation.
+
+    Raises:
+        Unavailable: There is no default for this kind.
     """
     operation = kind.partition(" ")[0]
     if operation in _overrides:
         return _overrides[operation]
     platform = jax.default_backend()
-    table = DEFAULT_IMPL.get(platform, DEFAULT_IMPL["default"])
-    if kind not in table:
-        raise Unavailable(f"there is no form for {kind!r} on {platform}: {', '.join(table)}")
-    return table[kind]
+    defaults = DEFAULT_IMPL.get(platform, DEFAULT_IMPL["default"])
+    if kind not in defaults:
+        raise Unavailable(
+            f"no implementation for {kind!r} on {platform}; there are {', '.join(defaults)}"
+        )
+    return defaults[kind]

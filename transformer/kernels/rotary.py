@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021, arXiv:2104.09864): `kernels.rotate`."""
+"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864): `kernels.rotate`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from transformer.kernels.registry import register
 
 @register("rotate")
 def reference(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """The definition: a pair of channels is a complex number, and turning it is a product."""
+    """Rotate channel pairs as complex numbers, by a product with unit numbers."""
     pairs = jax.lax.complex(*jnp.split(x, 2, axis=-1))  # [B, T, N, H/2]
-    turned = pairs * jax.lax.complex(cos, sin)
-    return jnp.concatenate([turned.real, turned.imag], axis=-1)  # [B, T, N, H]
+    rotated = pairs * jax.lax.complex(cos, sin)
+    return jnp.concatenate([rotated.real, rotated.imag], axis=-1)  # [B, T, N, H]
 
 
 @register("rotate")
 def halves(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """The same in real numbers, half a head at a time."""
+    """Rotate channel pairs with real arithmetic on the two halves of each head."""
     first, second = jnp.split(x, 2, axis=-1)  # [B, T, N, H/2] each
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
