@@ -1,8 +1,8 @@
-"""Weights from files: find the tensors by name, put them right, and fill the tree of `Params`.
+"""Loading and saving of weights: find tensors by name, convert them and fill the tree of `Params`.
 
-Loading is strict both ways: a tensor that is missing, has another shape, or has a name nobody asks
-for raises. It goes tensor by tensor and, for large ones, slab by slab, so that the memory needed is
-that of the weights in their final format and little more.
+Loading is strict: a tensor that is missing, unknown or of another shape raises. Tensors are loaded
+one after another, and large ones in slabs of rows, so that the peak memory is little more than the
+size of the weights in their final dtype.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from transformer.weights import Linear
 
 Dtype = Literal["float32", "bfloat16", "int8"]
 
-# Rotary tables and masks that some exporters store though they follow from the config.
+# Rotary tables and masks that some exporters store, although they follow from the config.
 _IGNORED_TENSORS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-# What names begin with, but for the head's; a model saved without its head lacks it.
+# The prefix of all tensor names except the head's; a model saved without its head has no prefix.
 _PREFIXES = {"gpt2": "transformer."}
 _PREFIX = "model."  # of the other families
-_SLAB_BYTES = 32 * 2**20  # of float32 rows held at once
+_SLAB_BYTES = 32 * 2**20  # size of the float32 rows converted at once
 
 
 class Header(NamedTuple):
-    """What the files of a decoder say before their weights are read.
+    """Content of the files of a decoder, except the data of the weights.
 
     Attributes:
-        metadata: of the GGUF file, or config.json.
-        tensors: by name; they are read when asked for.
-        cfg: the sizes.
-        scheme: of the names, "hf" or "gguf".
-        architecture: as the files call it.
+        metadata: Metadata of the GGUF file, or the content of config.json.
+        tensors: Lazily read tensors by name.
+        cfg: Config of the decoder.
+        scheme: Naming scheme of the tensors, "hf" or "gguf".
+        architecture: model_type of config.json or general.architecture of the GGUF file.
     """
 
     metadata: Mapping[str, Any]
@@ -59,22 +59,23 @@ def load(
     on_progress: Callable[[float], None] = lambda done: None,
     header: Header | None = None,
 ) -> tuple[Params, Config, Mapping[str, Any]]:
-    """Loads a decoder from a GGUF file or a Hugging Face folder.
+    """Load a decoder from a GGUF file or a Hugging Face folder.
 
     Args:
-        path: a `.gguf` file, or a folder with config.json and safetensors.
-        format: what the weight matrices become; norms and biases stay float32. In "int8" the
-            stream is turned (`rotation.py`), or, where it cannot be, the maps that write to it
-            are bfloat16.
-        notify: called with the fraction loaded so far.
-        header: of these files, where it was read already.
+        path: A `.gguf` file, or a folder with config.json and safetensors.
+        dtype: Dtype of the weights of linear maps and of the embedding; norms and biases stay
+            float32. "int8" also rotates the weights (`quarot.py`), or keeps the output projections
+            in bfloat16 if they cannot be rotated.
+        on_progress: Called with the fraction of the tensors loaded so far.
+        header: Header of these files, if it was read before.
 
     Returns:
-        The weights, the config, and the metadata (of the GGUF file, or config.json).
+        The weights, the config, and the metadata of the GGUF file or the content of config.json.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: a damaged file, a pickle, an unknown model, key, tensor or shape.
+        FileNotFoundError: A file does not exist.
+        ValueError: A file is damaged or a pickle, or a model type, key, tensor or shape is not
+            supported.
     """
     path = Path(path)
     metadata, tensors, cfg, scheme, architecture = header or read_header(path)
@@ -82,17 +83,17 @@ def load(
 
 
 def read_config(path: Path) -> Config:
-    """What `load` would return as the config, without reading weights. Raises what it raises."""
+    """Return the config that `load` returns, without reading weights; raises as `load`."""
     return read_header(Path(path)).cfg
 
 
 def read_header(path: Path) -> Header:
-    """What `load` begins with. Raises what it raises."""
+    """Read the metadata, the config and the tensor names and shapes; raises as `load`."""
     if path.is_dir():
         metadata, tensors = safetensors.read(path, ignore=_IGNORED_TENSORS)
         cfg, scheme, architecture = families.from_hf(metadata), "hf", metadata["model_type"]
         prefix = _PREFIXES.get(architecture, _PREFIX)
-        if not any(name.startswith(prefix) for name in tensors):  # as GPT-2's first files
+        if not any(name.startswith(prefix) for name in tensors):  # as in GPT-2's first files
             tensors = {
                 name if name.startswith("lm_head.") else prefix + name: tensor
                 for name, tensor in tensors.items()
@@ -100,7 +101,7 @@ def read_header(path: Path) -> Header:
     elif path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"):
         raise ValueError(
             f"{path}: pickled weights are never opened, because unpickling runs code from the "
-            "file; give a .gguf file or a folder with safetensors"
+            "file; use a .gguf file or a folder with safetensors"
         )
     else:
         metadata, tensors = gguf.read(path)
@@ -117,10 +118,10 @@ def read_header(path: Path) -> Header:
 
 
 def check_tensors(path: Path, header: Header) -> None:
-    """Compare the names and shapes of tensors with those that the config asks for.
+    """Check that names and shapes of the tensors match the config.
 
     Raises:
-        ValueError: a tensor is missing, left over, or of another shape.
+        ValueError: A tensor is missing, unknown, or of another shape.
     """
     _match_tensors(header.tensors, header.cfg, header.scheme, header.architecture, path)
 
@@ -134,44 +135,59 @@ def build_params(
     dtype: Dtype,
     on_progress: Callable[[float], None],
 ) -> Params:
-    """Builds `Params` from named tensors; see `load`."""
-    tree, infos, num_tensors = _match_tensors(tensors, cfg, scheme, architecture, path)
-    done = 0
-    turns = dtype == "int8" and quarot.can_rotate(cfg)
+    """Build `Params` from named tensors.
 
-    def load_part(place: tuple[Any, ...], part: Any, info: Any) -> Any:
-        nonlocal done
-        done += 1
-        on_progress(min(done / num_tensors, 1.0))
-        if not isinstance(part, Linear):
-            return jnp.asarray(_read(part, info.shape, tensors, cfg))
-        name = place[-1].name
-        slabs = _slabs(part.weight, info.weight.shape, tensors, cfg)
-        bias = None if part.bias is None else _read(part.bias, info.bias.shape, tensors, cfg)
-        is_wide = dtype == "int8" and name in quarot.int8_skip_modules(cfg)
-        own = "bfloat16" if is_wide else dtype
-        if turns and name in quarot.OUTPUT_PROJECTIONS:
+    Args:
+        tensors: Tensors by name.
+        cfg: Config of the decoder.
+        scheme: As in `Header`.
+        architecture: As in `Header`.
+        path: Path of the files, for messages.
+        dtype: As in `load`.
+        on_progress: As in `load`.
+
+    Returns:
+        The weights.
+
+    Raises:
+        ValueError: As `load`.
+    """
+    tree, infos, num_tensors = _match_tensors(tensors, cfg, scheme, architecture, path)
+    num_loaded = 0
+    is_rotated = dtype == "int8" and quarot.can_rotate(cfg)
+
+    def load_node(key_path: tuple[Any, ...], node: Any, info: Any) -> Any:
+        nonlocal num_loaded
+        num_loaded += 1
+        on_progress(min(num_loaded / num_tensors, 1.0))
+        if not isinstance(node, Linear):
+            return jnp.asarray(_read(node, info.shape, tensors, cfg))
+        name = key_path[-1].name
+        slabs = _slabs(node.weight, info.weight.shape, tensors, cfg)
+        bias = None if node.bias is None else _read(node.bias, info.bias.shape, tensors, cfg)
+        is_skipped = dtype == "int8" and name in quarot.int8_skip_modules(cfg)
+        if is_rotated and name in quarot.OUTPUT_PROJECTIONS:
             slabs = [(0, quarot.rotate_output_weight(np.concatenate([rows for _, rows in slabs])))]
             bias = None if bias is None else quarot.rotate_output_weight(bias[:, None])[:, 0]
-        elif turns:
-            gain = gain_of(place)
-            slabs = ((start, quarot.rotate_input_weight(rows, gain)) for start, rows in slabs)
-        return _make_linear(info.weight.shape, slabs, bias, own)
+        elif is_rotated:
+            scale = norm_weight(key_path)
+            slabs = ((start, quarot.rotate_input_weight(rows, scale)) for start, rows in slabs)
+        return _make_linear(info.weight.shape, slabs, bias, "bfloat16" if is_skipped else dtype)
 
-    def gain_of(place: tuple[Any, ...]) -> np.ndarray | None:
-        """The scale of the norm that a map reads behind; None for the token table."""
-        if place[-1].name == "embed":
+    def norm_weight(key_path: tuple[Any, ...]) -> np.ndarray | None:
+        """Return the weights of the norm before a linear map; None for the token embedding."""
+        if key_path[-1].name == "embed":
             return None
-        owner = tree if place[0].name != "layers" else tree.layers[place[1].idx]
-        norm = getattr(owner, quarot.INPUT_PROJECTIONS[place[-1].name])
+        parent = tree if key_path[0].name != "layers" else tree.layers[key_path[1].idx]
+        norm = getattr(parent, quarot.INPUT_PROJECTIONS[key_path[-1].name])
         return _read(norm.scale, (cfg.d_model,), tensors, cfg)
 
-    is_part = lambda node: isinstance(node, Linear)  # noqa: E731
-    params = jax.tree_util.tree_map_with_path(load_part, tree, infos, is_leaf=is_part)
-    if turns and params.head is None:
-        head = (jax.tree_util.GetAttrKey("head"),)
-        params = params.replace(head=load_part(head, tree.embed, infos.embed))
-    return quarot.strip_norm_weights(params) if turns else params
+    is_linear = lambda node: isinstance(node, Linear)  # noqa: E731
+    params = jax.tree_util.tree_map_with_path(load_node, tree, infos, is_leaf=is_linear)
+    if is_rotated and params.head is None:
+        key_path = (jax.tree_util.GetAttrKey("head"),)
+        params = params.replace(head=load_node(key_path, tree.embed, infos.embed))
+    return quarot.strip_norm_weights(params) if is_rotated else params
 
 
 def _match_tensors(
@@ -180,74 +196,90 @@ def _match_tensors(
     """Return the trees of sources and of shapes that the tensors match, and the number of tensors.
 
     Raises:
-        ValueError: a tensor is missing, left over, or of another shape.
+        ValueError: A tensor is missing, unknown, or of another shape.
     """
-    if cfg.num_layers > len(tensors):  # before a tree of so many layers is built
-        raise ValueError(f"{path}: {len(tensors)} tensors cannot make {cfg.num_layers} layers")
+    if cfg.num_layers > len(tensors):  # checked before a tree of so many layers is built
+        raise ValueError(f"{path}: {len(tensors)} tensors are too few for {cfg.num_layers} layers")
     tree, infos = tensor_sources(cfg, scheme, architecture=architecture), abstract(cfg)
-    wanted = rows_per_tensor(tree, infos)
-    given = {name for name in tensors if not name.endswith(_IGNORED_TENSORS)}
-    if cfg.tie_embeddings and "lm_head.weight" in given:  # some exporters write the table twice
-        given.discard("lm_head.weight")
+    num_rows = rows_per_tensor(tree, infos)
+    names = {name for name in tensors if not name.endswith(_IGNORED_TENSORS)}
+    if cfg.tie_embeddings and "lm_head.weight" in names:  # some exporters store tied weights twice
+        names.discard("lm_head.weight")
         check_tied(tensors, "lm_head.weight", tree.embed.weight.name, path)
-    if missing := sorted(wanted.keys() - given):
-        raise ValueError(f"{path}: lacks {_first_names(missing)}")
-    if unknown := sorted(given - wanted.keys()):
+    if missing := sorted(num_rows.keys() - names):
+        raise ValueError(f"{path}: missing tensors: {_first_names(missing)}")
+    if unknown := sorted(names - num_rows.keys()):
         raise ValueError(
-            f"{path}: holds {_first_names(unknown)}, which this model has no place for"
+            f"{path}: tensors that are not part of this model: {_first_names(unknown)}"
         )
     for source, info in zip(jax.tree.leaves(tree), jax.tree.leaves(infos), strict=True):
-        expected = (wanted[source.name], *info.shape[1:])
+        expected = (num_rows[source.name], *info.shape[1:])
         expected = expected[::-1] if source.is_transposed else expected
         if (shape := tensors[source.name].shape) != expected:
             raise ValueError(f"{path}: {source.name} must have shape {expected}, got {shape}")
-    return tree, infos, len(wanted)
+    return tree, infos, len(num_rows)
 
 
-def check_tied(tensors: Mapping[str, LazyTensor], head: str, table: str, path: Path) -> None:
-    """Refuse a head that differs from the token table that it is said to be.
+def check_tied(tensors: Mapping[str, LazyTensor], head: str, embedding: str, path: Path) -> None:
+    """Check that the head of a model with tied embeddings equals the embedding.
+
+    Args:
+        tensors: Tensors by name.
+        head: Name of the head's tensor.
+        embedding: Name of the embedding's tensor; if it is missing, nothing is checked.
+        path: Path of the files, for messages.
 
     Raises:
-        ValueError: they differ.
+        ValueError: The tensors differ.
     """
-    if table not in tensors:
-        return  # which is an error of its own
-    (rows, *rest), same = tensors[head].shape, tensors[head].shape == tensors[table].shape
+    if embedding not in tensors:
+        return  # the caller reports the missing tensor
+    (rows, *rest), is_same = tensors[head].shape, tensors[head].shape == tensors[embedding].shape
     slab = max(_SLAB_BYTES // (4 * max(math.prod(rest), 1)), 1)
-    for start in range(0, rows if same else 0, slab):
+    for start in range(0, rows if is_same else 0, slab):
         stop = min(start + slab, rows)
-        same = np.array_equal(tensors[head].read(start, stop), tensors[table].read(start, stop))
-        if not same:
+        is_same = np.array_equal(
+            tensors[head].read(start, stop), tensors[embedding].read(start, stop)
+        )
+        if not is_same:
             break
-    if not same:
+    if not is_same:
         raise ValueError(
-            f"{path}: {head} differs from {table}, but the config ties them; set "
-            "tie_word_embeddings to false in config.json if the model has a head of its own"
+            f"{path}: {head} differs from {embedding}, but the config ties them; set "
+            "tie_word_embeddings to false in config.json if the embeddings are not tied"
         )
 
 
 def save(folder: Path, params: Params, cfg: Config) -> None:
-    """Writes float32 weights as a Hugging Face folder that `load` and other tools read back.
+    """Save float32 weights as a Hugging Face folder.
+
+    Args:
+        folder: Folder to write to; it is created if it does not exist.
+        params: Weights of the decoder.
+        cfg: Config of the decoder.
 
     Raises:
-        ValueError: the weights are int8, which this layout has no place for.
+        ValueError: The weights are int8, which the Hugging Face layout cannot store, or no
+            Hugging Face model type matches the config.
     """
     if params.embed.scale is not None:
-        raise ValueError("int8 weights are a serving format; save the weights they were made from")
+        raise ValueError(
+            "int8 weights cannot be saved; save the float weights they were quantized from"
+        )
     config = families.to_hf(cfg)
-    parts: dict[str, list[np.ndarray]] = {}
+    slices: dict[str, list[np.ndarray]] = {}
 
-    def put(source: TensorSource, array: jax.Array) -> None:
-        parts.setdefault(source.name, []).append(np.asarray(array))  # in the order of their rows
+    def add(source: TensorSource, array: jax.Array) -> None:
+        slices.setdefault(source.name, []).append(np.asarray(array))  # in the order of their rows
         if source.is_transposed:
-            parts[source.name][-1] = parts[source.name][-1].T
+            slices[source.name][-1] = slices[source.name][-1].T
 
     tree = tensor_sources(cfg, "hf", architecture=config["model_type"])
-    jax.tree.map(put, tree, params)
+    jax.tree.map(add, tree, params)
     transposed = {source.name for source in jax.tree.leaves(tree) if source.is_transposed}
     tensors = {
         name: np.ascontiguousarray(np.concatenate(arrays, axis=1 if name in transposed else 0))
-        for name, arrays in parts.items()
+        for name, arrays in slices.items()
     }
     safetensors.write(Path(folder), config, tensors)
 
@@ -264,7 +296,7 @@ def _make_linear(
     for start, rows in slabs:
         stop = start + len(rows)
         if scale is not None:
-            # Same arithmetic as `layers.quantize`, in place and without a second copy.
+            # The arithmetic of `layers.quantize`, in place and without a second copy.
             scale[start:stop] = np.maximum(np.abs(rows).max(axis=1), 1e-30) / np.float32(127)
             weight[start:stop] = np.rint(rows / scale[start:stop, None])
         else:
@@ -283,12 +315,12 @@ def _read(source: TensorSource, shape: tuple[int, ...], tensors, cfg: Config) ->
 def _slabs(
     source: TensorSource, shape: tuple[int, ...], tensors: Mapping[str, LazyTensor], cfg: Config
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (row to begin at, float32 rows) of the weight that `source` describes, in order."""
+    """Yield (first row, float32 rows) of the weight that `source` describes, in order."""
     read, first = tensors[source.name].read, source.first_row
     if source.is_transposed:
         yield 0, read(0, shape[1]).T[first : first + shape[0]]
         return
-    # Whole heads, so that interleaved rows can be put right within a slab.
+    # Whole heads, so that interleaved rows can be reordered within a slab.
     slab = max(_SLAB_BYTES // (4 * math.prod(shape[1:])) // cfg.head_dim, 1) * cfg.head_dim
     for start in range(0, shape[0], slab):
         rows = read(first + start, first + min(start + slab, shape[0]))
@@ -298,7 +330,7 @@ def _slabs(
 
 
 def _deinterleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rotary pairs from (0, 1), (2, 3), ... to (0, H/2), (1, H/2 + 1), ..., head by head."""
+    """Reorder rotary pairs from (0, 1), (2, 3), ... to (0, H/2), (1, H/2 + 1), ... in each head."""
     pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 

@@ -1,15 +1,14 @@
-"""Encoders from files: BERT's tensors by Hugging Face's names, and how sentence-transformers says
-what to make of them.
+"""Loading and saving of BERT encoders, in the formats of Hugging Face and sentence-transformers.
 
-A sentence-transformers folder is a Hugging Face folder with a list of steps beside it:
-`modules.json` (transformer, pooling, perhaps normalising), `1_Pooling/config.json`, and
-`sentence_bert_config.json` with the longest input. A folder without `modules.json` is a bare BERT,
-of which nobody has said how it makes one vector of many: the caller must.
+A sentence-transformers folder is a Hugging Face folder with a list of modules: `modules.json`
+(transformer, pooling, optionally normalization), `1_Pooling/config.json`, and
+`sentence_bert_config.json` with the maximum input length. A folder without `modules.json` is a bare
+BERT without a defined pooling, so the caller must specify it.
 
-Loading is strict both ways, as for decoders. Three kinds of tensor are known and not wanted: the
-pooler (a map of the first token's vector, from pretraining), the heads of pretraining (`cls.`), and
-the table of position numbers. A model saved with such a head has `bert.` in front of its names, and
-the first files call the scale and shift of a norm gamma and beta.
+Loading is strict, as for decoders. Three kinds of tensors are ignored: the pooler (a linear map of
+the first token's vector, from pretraining), the pretraining heads (`cls.`), and the position ids.
+The tensor names of a model saved with a pretraining head have the prefix `bert.`. The first files
+name the scale and bias of a norm gamma and beta.
 """
 
 from __future__ import annotations
@@ -41,28 +40,33 @@ def load(
     pooling: Literal["mean", "cls"] | None = None,
     normalize: bool | None = None,
 ) -> tuple[Params, Config]:
-    """Loads an encoder from a sentence-transformers or Hugging Face folder.
+    """Load an encoder from a sentence-transformers or Hugging Face folder.
 
     Args:
-        format: what the token table and the weights of linear maps become; the rest stays float32.
-        pooling: how a text's vector comes from those of its tokens; None: as the folder says.
-        normalize: whether vectors are scaled to length 1; None: as the folder says.
+        folder: The folder.
+        dtype: Dtype of the token embedding and of the weights of linear maps; the rest stays
+            float32.
+        pooling: Pooling of the token vectors; None means the setting of the folder.
+        normalize: Whether embeddings are scaled to length 1; None means the setting of the folder.
+
+    Returns:
+        The weights and the config.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: a damaged file, a pickle, an unknown key, tensor or step, or a wrong shape; or
-            the folder does not say how to pool and neither does the caller.
+        FileNotFoundError: A file does not exist.
+        ValueError: A file is damaged or a pickle, a key, tensor, module or shape is not supported,
+            or neither the folder nor the caller specifies the pooling.
     """
     folder = Path(folder)
     if dtype not in _DTYPES:
-        raise ValueError(f"format must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     cfg = read_config(folder, pooling=pooling, normalize=normalize)
     _, tensors = safetensors.read(folder, ignore=_IGNORED_TENSORS)
-    return _fill(_renamed(tensors), cfg, folder, _DTYPES[dtype]), cfg
+    return _build_params(_with_current_names(tensors), cfg, folder, _DTYPES[dtype]), cfg
 
 
 def is_bert(folder: Path) -> bool:
-    """Whether a Hugging Face folder is of the kind that is loaded here."""
+    """Whether the model_type of a Hugging Face folder is bert."""
     return safetensors.read_json_object(folder / "config.json").get("model_type") == "bert"
 
 
@@ -72,15 +76,15 @@ def read_config(
     pooling: Literal["mean", "cls"] | None = None,
     normalize: bool | None = None,
 ) -> Config:
-    """The config of an encoder, as `load` would have it, without its weights."""
+    """Return the config that `load` returns, without reading weights; raises as `load`."""
     if (folder / "modules.json").exists():
-        stated_pooling, stated_normalize = _read_modules(folder)
-        pooling = stated_pooling if pooling is None else pooling
-        normalize = stated_normalize if normalize is None else normalize
+        file_pooling, file_normalize = _read_modules(folder)
+        pooling = file_pooling if pooling is None else pooling
+        normalize = file_normalize if normalize is None else normalize
     elif pooling is None or normalize is None:
         raise ValueError(
-            f"{folder}: has no modules.json to say how a text's vector comes from those of its "
-            "tokens: give pooling ('mean' or 'cls') and normalize (True or False)"
+            f"{folder}: has no modules.json, which defines the pooling; pass pooling ('mean' or "
+            "'cls') and normalize (True or False)"
         )
     return Config.from_hf(
         safetensors.read_json_object(folder / "config.json"),
@@ -91,9 +95,14 @@ def read_config(
 
 
 def save(folder: Path, params: Params, cfg: Config) -> None:
-    """Writes float32 or bfloat16 weights as a folder that `load` and sentence-transformers read.
+    """Save float32 or bfloat16 weights as a sentence-transformers folder.
 
-    The tokenizer's files are not ours to write: put them beside it.
+    The tokenizer files are not written; sentence-transformers needs them in the same folder.
+
+    Args:
+        folder: Folder to write to; it is created if it does not exist.
+        params: Weights of the encoder.
+        cfg: Config of the encoder.
     """
     folder = Path(folder)
     tensors = {
@@ -122,7 +131,7 @@ def save(folder: Path, params: Params, cfg: Config) -> None:
 
 
 def _names(cfg: Config) -> Params:
-    """The tree of `Params` with the tensor's name at each leaf."""
+    """Return the tree of `Params` with the name of a tensor at each leaf."""
 
     def linear(name: str) -> Linear:
         return Linear(weight=f"{name}.weight", bias=f"{name}.bias")
@@ -151,8 +160,8 @@ def _names(cfg: Config) -> Params:
     )
 
 
-def _renamed(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """The tensors under today's names, without heads of pretraining."""
+def _with_current_names(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Return the tensors by their current names, without pretraining heads."""
     renamed = {}
     for name, tensor in tensors.items():
         name = name.removeprefix("bert.")
@@ -164,48 +173,56 @@ def _renamed(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     return renamed
 
 
-def _fill(tensors: Mapping[str, LazyTensor], cfg: Config, folder: Path, dtype: Any) -> Params:
-    if cfg.num_layers > len(tensors):  # before a tree of so many layers is built
-        raise ValueError(f"{folder}: {len(tensors)} tensors cannot make {cfg.num_layers} layers")
-    names, infos = _names(cfg), abstract(cfg)
-    wanted, given = set(jax.tree.leaves(names)), tensors.keys() - set(_UNUSED)
-    if missing := sorted(wanted - given):
-        raise ValueError(f"{folder}: lacks {_first_names(missing)}")
-    if unknown := sorted(given - wanted):
+def _build_params(
+    tensors: Mapping[str, LazyTensor], cfg: Config, folder: Path, dtype: Any
+) -> Params:
+    if cfg.num_layers > len(tensors):  # checked before a tree of so many layers is built
         raise ValueError(
-            f"{folder}: holds {_first_names(unknown)}, which this model has no place for"
+            f"{folder}: {len(tensors)} tensors are too few for {cfg.num_layers} layers"
+        )
+    names, infos = _names(cfg), abstract(cfg)
+    expected, actual = set(jax.tree.leaves(names)), tensors.keys() - set(_UNUSED)
+    if missing := sorted(expected - actual):
+        raise ValueError(f"{folder}: missing tensors: {_first_names(missing)}")
+    if unknown := sorted(actual - expected):
+        raise ValueError(
+            f"{folder}: tensors that are not part of this model: {_first_names(unknown)}"
         )
 
-    def read(place: tuple[Any, ...], name: str, info: Any) -> jax.Array:
+    def read(key_path: tuple[Any, ...], name: str, info: Any) -> jax.Array:
         tensor = tensors[name]
         if tensor.shape != info.shape:
             raise ValueError(f"{folder}: {name} must have shape {info.shape}, got {tensor.shape}")
-        is_matrix = place[-1].name == "weight"  # of a Linear
+        is_matrix = key_path[-1].name == "weight"  # of a Linear
         return jnp.asarray(tensor.read(0, info.shape[0]), dtype if is_matrix else np.float32)
 
     return jax.tree_util.tree_map_with_path(read, names, infos)
 
 
 def _read_modules(folder: Path) -> tuple[Literal["mean", "cls"], bool]:
-    """Pooling, and whether vectors are normalised, of a list of steps that we know."""
+    """Return the pooling and whether embeddings are normalized, from the list of modules."""
     path = folder / "modules.json"
     try:
-        steps = json.loads(path.read_text("utf-8"))
-        kinds = [step["type"].rpartition(".")[2] for step in steps]
-        paths = [step["path"] for step in steps]
+        modules = json.loads(path.read_text("utf-8"))
+        kinds = [module["type"].rpartition(".")[2] for module in modules]
+        paths = [module["path"] for module in modules]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: must be a list of steps with type and path") from error
+        raise ValueError(f"{path}: must be a list of modules with type and path") from error
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise ValueError(
-            f"{path}: the steps must be Transformer, Pooling and perhaps Normalize, got {kinds}"
+            f"{path}: the modules must be Transformer, Pooling and optionally Normalize, "
+            f"got {kinds}"
         )
     if paths[:2] != ["", "1_Pooling"]:
-        raise ValueError(f"{path}: the steps must lie in '' and '1_Pooling', got {paths[:2]}")
+        raise ValueError(
+            f"{path}: the paths of the first two modules must be '' and '1_Pooling', "
+            f"got {paths[:2]}"
+        )
     return _read_pooling(folder / paths[1] / "config.json"), len(kinds) == 3
 
 
 def _read_pooling(path: Path) -> Literal["mean", "cls"]:
-    """The one way of pooling that a file names, as older and newer versions write it."""
+    """Return the pooling of a config file in the old or the new format."""
     value = safetensors.read_json_object(path)
     modes = {key.removeprefix("pooling_mode_") for key, on in value.items()
              if key.startswith("pooling_mode_") and on}  # fmt: skip
@@ -213,19 +230,19 @@ def _read_pooling(path: Path) -> Literal["mean", "cls"]:
         modes |= {str(value["pooling_mode"])}
     known = {"mean_tokens": "mean", "mean": "mean", "cls_token": "cls", "cls": "cls"}
     if len(modes) != 1 or not modes <= known.keys():
-        raise ValueError(f"{path}: pooling must be by mean or cls alone, got {sorted(modes)}")
+        raise ValueError(f"{path}: pooling must be either mean or cls, got {sorted(modes)}")
     return known[modes.pop()]
 
 
 def _read_max_tokens(folder: Path) -> int | None:
-    """The longest input in tokens where a file states it; None: the position table decides."""
+    """Return the maximum input length in tokens, or None if no file has one."""
     for name, key in (
         ("sentence_bert_config.json", "max_seq_length"),
         ("tokenizer_config.json", "model_max_length"),
     ):
         path = folder / name
         value = safetensors.read_json_object(path).get(key) if path.exists() else None
-        # Tokenizers without a limit of their own state one of thirty digits.
+        # Tokenizers without a limit have a placeholder of thirty digits.
         if value is None or (isinstance(value, int | float) and value >= 2**31):
             continue
         if not isinstance(value, int) or value < 1:

@@ -1,9 +1,9 @@
-"""Reading GGUF, the one-file format of llama.cpp: a header of keys, then tensors in many formats.
+"""Reading of GGUF, the single-file format of llama.cpp: a header of keys, then tensors.
 
-Follows the specification in ggml's docs/gguf.md (versions 2 and 3, little-endian). The header is
-read here, because the `gguf` package takes seconds over a large vocabulary and trusts the counts
-and offsets it finds; here each one is checked against the size of the file before anything is
-allocated. The block formats (Q4_1, Q6_K, ...) are dequantised by the `gguf` package.
+Follows the specification in ggml's docs/gguf.md (versions 2 and 3, little-endian). This file parses
+the header itself, because the `gguf` package takes seconds for a large vocabulary and trusts counts
+and offsets. Here each of them is checked against the size of the file before memory is allocated.
+The `gguf` package dequantizes the block formats (Q4_1, Q6_K, ...).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SCALARS = {
     10: "<Q", 11: "<q", 12: "<d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
-_SAMPLING_KEYS = {  # of `general.sampling.` -> of generation_config.json
+_SAMPLING_KEYS = {  # key after `general.sampling.` -> key of generation_config.json
     "temp": "temperature",
     "top_p": "top_p",
     "top_k": "top_k",
@@ -33,69 +33,78 @@ _SAMPLING_KEYS = {  # of `general.sampling.` -> of generation_config.json
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """One tensor of a file: its shape, and a reader of a range of its rows."""
+    """A tensor of a file: its shape, and a function that reads a range of its rows."""
 
-    shape: tuple[int, ...]  # outermost axis first, as NumPy has it
+    shape: tuple[int, ...]  # outermost axis first, as in NumPy
     read: Callable[[int, int], np.ndarray]  # (start, stop) -> float32 [stop - start, ...]
 
 
 class _Reader:
-    """A cursor over the mapped file that refuses to step past its end."""
+    """A cursor over the mapped file that raises instead of reading past its end."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data, self.path, self.offset = data, path, 0
 
-    def take(self, size: int, what: str) -> bytes:
+    def take(self, size: int, item: str) -> bytes:
+        """Return the next `size` bytes; `item` names them in messages."""
         if size > len(self.data) - self.offset:
-            raise ValueError(f"{self.path}: cut short or damaged: {what} needs {size} bytes more")
+            raise ValueError(
+                f"{self.path}: truncated or damaged: {item} needs {size} bytes, but the file ends "
+                f"after {len(self.data) - self.offset}"
+            )
         self.offset += size
         return self.data[self.offset - size : self.offset]
 
-    def number(self, form: str, what: str) -> Any:
-        return struct.unpack(form, self.take(struct.calcsize(form), what))[0]
+    def number(self, struct_format: str, item: str) -> Any:
+        return struct.unpack(struct_format, self.take(struct.calcsize(struct_format), item))[0]
 
-    def string(self, what: str) -> bytes:
-        return self.take(self.number("<Q", what), what)
+    def string(self, item: str) -> bytes:
+        return self.take(self.number("<Q", item), item)
 
-    def count(self, what: str, smallest: int) -> int:
-        """A number of items, each of which takes at least `smallest` bytes of what is left."""
-        count = self.number("<Q", what)
-        if count * smallest > len(self.data) - self.offset:
-            raise ValueError(f"{self.path}: damaged: {count} {what} cannot fit in the file")
+    def count(self, item: str, min_bytes: int) -> int:
+        """Read a number of items and check that items of `min_bytes` fit in the rest."""
+        count = self.number("<Q", item)
+        if count * min_bytes > len(self.data) - self.offset:
+            raise ValueError(f"{self.path}: damaged: {count} {item} do not fit in the file")
         return count
 
-    def value(self, kind: int, what: str) -> Any:
+    def value(self, kind: int, item: str) -> Any:
+        """Read a value of the type number `kind`."""
         if kind == _STRING:
-            return self.string(what).decode("utf-8", "replace")
+            return self.string(item).decode("utf-8", "replace")
         if kind in _SCALARS:
-            return self.number(_SCALARS[kind], what)
+            return self.number(_SCALARS[kind], item)
         if kind != _ARRAY:
-            raise ValueError(f"{self.path}: {what} has the unknown value type {kind}")
-        kind = self.number("<I", what)
+            raise ValueError(f"{self.path}: {item} has the unknown value type {kind}")
+        kind = self.number("<I", item)
         if kind == _STRING:
-            # Raw bytes: half a million tokens and merges are not worth decoding one by one.
-            return [self.string(what) for _ in range(self.count(what, 8))]
+            # Keep bytes: decoding half a million tokens and merges one by one is slow.
+            return [self.string(item) for _ in range(self.count(item, 8))]
         if kind not in _SCALARS:
-            raise ValueError(f"{self.path}: {what} is an array of the unknown value type {kind}")
-        form = np.dtype(_SCALARS[kind].replace("B", "u1").replace("b", "i1"))
-        count = self.count(what, form.itemsize)
-        return np.frombuffer(self.take(count * form.itemsize, what), form).tolist()
+            raise ValueError(f"{self.path}: {item} is an array of the unknown value type {kind}")
+        dtype = np.dtype(_SCALARS[kind].replace("B", "u1").replace("b", "i1"))
+        count = self.count(item, dtype.itemsize)
+        return np.frombuffer(self.take(count * dtype.itemsize, item), dtype).tolist()
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
-    """Reads the header of a GGUF file; tensors are read from the mapped file when asked for.
+    """Read the header of a GGUF file; tensors are read lazily from the mapped file.
+
+    Args:
+        path: The GGUF file.
 
     Returns:
         The metadata (strings as str, arrays of strings as lists of bytes), and the tensors by name.
 
     Raises:
-        ValueError: not a GGUF file, or one whose counts, offsets or types cannot be true.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not a GGUF file, or a count, offset or type in it is invalid.
     """
-    import gguf  # heavy; only this function needs it
+    import gguf  # imported here because it is slow to import
 
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
-            raise ValueError(f"{path}: not a GGUF file (it does not begin with the letters GGUF)")
+            raise ValueError(f"{path}: not a GGUF file, because it does not start with 'GGUF'")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     header = _Reader(data, path)
     header.take(4, "magic")
@@ -106,10 +115,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     for _ in range(header.count("metadata keys", 13)):
         key = header.string("key").decode("utf-8", "replace")
         if key in metadata:
-            raise ValueError(f"{path}: the key {key!r} stands twice")
+            raise ValueError(f"{path}: the key {key!r} occurs twice")
         metadata[key] = header.value(header.number("<I", key), key)
 
-    places: dict[str, tuple[tuple[int, ...], int, int]] = {}
+    entries: dict[str, tuple[tuple[int, ...], int, int]] = {}  # name -> shape, type, offset
     for _ in range(num_tensors):
         name = header.string("tensor name").decode("utf-8", "replace")
         num_axes = header.number("<I", name)
@@ -119,9 +128,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
         kind, offset = header.number("<I", name), header.number("<Q", name)
         if 0 in shape:
             raise ValueError(f"{path}: tensor {name!r} has the shape {shape}")
-        if name in places:
-            raise ValueError(f"{path}: the tensor {name!r} stands twice")
-        places[name] = shape, kind, offset
+        if name in entries:
+            raise ValueError(f"{path}: the tensor {name!r} occurs twice")
+        entries[name] = shape, kind, offset
 
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
@@ -129,32 +138,37 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     start = -(-header.offset // alignment) * alignment
 
     tensors = {}
-    for name, (shape, kind, offset) in places.items():
+    for name, (shape, kind, offset) in entries.items():
         try:
-            quantisation = gguf.GGMLQuantizationType(kind)
+            quantization = gguf.GGMLQuantizationType(kind)
         except ValueError:
-            raise ValueError(f"{path}: tensor {name!r} has the unknown format {kind}") from None
-        block, block_bytes = gguf.GGML_QUANT_SIZES[quantisation]
+            raise ValueError(f"{path}: tensor {name!r} has the unknown type {kind}") from None
+        block, block_bytes = gguf.GGML_QUANT_SIZES[quantization]
         if shape[-1] % block:
-            raise ValueError(f"{path}: rows of {name!r} are not whole blocks of {block}")
+            raise ValueError(
+                f"{path}: rows of {name!r} must be a multiple of {block}, got {shape[-1]}"
+            )
         row_bytes = shape[-1] // block * block_bytes
         num_rows = int(np.prod(shape[:-1], dtype=object))
         if offset % alignment or start + offset + num_rows * row_bytes > len(data):
-            raise ValueError(f"{path}: cut short or damaged: {name!r} ends behind the file's end")
+            raise ValueError(f"{path}: truncated or damaged: {name!r} exceeds the file")
         raw = np.frombuffer(data, np.uint8, num_rows * row_bytes, start + offset)
         tensors[name] = LazyTensor(
-            shape, _row_reader(raw.reshape(num_rows, row_bytes), shape, quantisation)
+            shape, _row_reader(raw.reshape(num_rows, row_bytes), shape, quantization)
         )
     return metadata, tensors
 
 
 def sampling_defaults(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings of `general.sampling.*` by the keys of generation_config.json.
+    """Return the sampling parameters of `general.sampling.*` by keys of generation_config.json.
 
-    A float32 becomes the shortest decimal that it was written as: 0.7, not 0.699999988.
+    A float32 is rounded to 7 digits: 0.7, not 0.699999988.
+
+    Args:
+        metadata: Metadata of a GGUF file.
 
     Returns:
-        The settings, unchecked; and the keys of that section without a counterpart.
+        The parameters, which are not validated, and the keys that generation_config.json lacks.
     """
     settings, others = {}, {}
     for key, value in metadata.items():
@@ -169,18 +183,20 @@ def sampling_defaults(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], dict
     return settings, others
 
 
-def _row_reader(raw: np.ndarray, shape: tuple[int, ...], quantisation: Any):
+def _row_reader(
+    raw: np.ndarray, shape: tuple[int, ...], quantization: Any
+) -> Callable[[int, int], np.ndarray]:
     if len(shape) > 2:
-        raise ValueError(f"tensors of {len(shape)} axes do not occur in a decoder")
+        raise ValueError(f"a tensor of a decoder has 1 or 2 axes, got {len(shape)} axes")
 
     def read(start: int, stop: int) -> np.ndarray:
         from gguf.quants import dequantize
 
         rows = raw[0] if len(shape) == 1 else raw[start:stop]
         try:
-            values = dequantize(rows, quantisation).astype(np.float32)
+            values = dequantize(rows, quantization).astype(np.float32)
         except NotImplementedError as error:
-            raise ValueError(f"weights of the format {quantisation.name} cannot be read") from error
-        return values[start:stop] if len(shape) == 1 else values  # one axis: one row is all of it
+            raise ValueError(f"weights of type {quantization.name} are not supported") from error
+        return values[start:stop] if len(shape) == 1 else values  # a vector is stored as one row
 
     return read

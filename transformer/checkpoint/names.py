@@ -1,8 +1,8 @@
-"""Which named tensor of a checkpoint holds each weight of the decoder.
+"""Mapping from the weights of the decoder to the named tensors of a checkpoint.
 
-One table a naming scheme: Hugging Face (GPT-2; Llama and its kin; Gemma 3) and GGUF. A tensor may
-need its axes, rows or numbers put right on the way, and GPT-2 keeps queries, keys and values in one
-tensor, of which each of ours is a range of rows; `Source` says all of it.
+There is one table per naming scheme: Hugging Face (GPT-2; Llama and similar; Gemma 3) and GGUF. A
+`TensorSource` describes how to convert a tensor to a weight: some are transposed, have interleaved
+rows or an offset, and GPT-2 stores queries, keys and values in one tensor.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from transformer.weights import Linear, Norm
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Where one weight comes from."""
+    """Tensor of a checkpoint that holds a weight, and how to convert it."""
 
     name: str
-    first_row: int = 0  # of the tensor, after any transposition
-    is_transposed: bool = False  # stored [in, out] (the Conv1D of GPT-2)
-    is_interleaved: bool = False  # rotary pairs stand side by side (GGUF llama)
-    is_shifted: bool = False  # stored plus one (GGUF gemma3 norms, ready to multiply with)
+    first_row: int = 0  # of the tensor, after the transposition
+    is_transposed: bool = False  # stored as [in, out] (the Conv1D of GPT-2)
+    is_interleaved: bool = False  # rotary pairs are adjacent rows (GGUF llama)
+    is_shifted: bool = False  # stored plus one (GGUF gemma3 norms)
 
 
-# Our part -> their names. "{i}" is the layer.
+# Field of `Layer` or `Params` -> tensor name without suffix. "{i}" is the layer.
 _HF_LLAMA = {
     "embed": "model.embed_tokens",
     "attn_norm": "model.layers.{i}.input_layernorm",
@@ -44,7 +44,7 @@ _HF_LLAMA = {
     "final_norm": "model.norm",
     "head": "lm_head",
 }
-_HF_GEMMA3 = _HF_LLAMA | {  # one of these names means another norm than it does in Llama
+_HF_GEMMA3 = _HF_LLAMA | {  # post_attention_layernorm is another norm than in Llama
     "attn_post_norm": "model.layers.{i}.post_attention_layernorm",
     "mlp_norm": "model.layers.{i}.pre_feedforward_layernorm",
     "mlp_post_norm": "model.layers.{i}.post_feedforward_layernorm",
@@ -85,11 +85,15 @@ _GGUF = {
 
 
 def tensor_sources(cfg: Config, scheme: str, *, architecture: str) -> Params:
-    """The tree of `Params` with a `Source` at each leaf.
+    """Return the tree of `Params` with a `TensorSource` at each leaf.
 
     Args:
-        scheme: "hf" or "gguf".
-        architecture: model_type or general.architecture.
+        cfg: Config of the decoder.
+        scheme: Naming scheme, "hf" or "gguf".
+        architecture: model_type of config.json or general.architecture of the GGUF file.
+
+    Returns:
+        The tree.
     """
     is_gpt2, is_gguf = architecture == "gpt2", scheme == "gguf"
     if is_gguf:
@@ -149,11 +153,14 @@ def tensor_sources(cfg: Config, scheme: str, *, architecture: str) -> Params:
 
 
 def rows_per_tensor(tree: Params, shapes: Params) -> dict[str, int]:
-    """How many rows each tensor must have: those of all the weights that come from it.
+    """Return the number of rows of each tensor: the sum over the weights stored in it.
 
     Args:
-        tree: sources at the leaves.
-        shapes: anything with `.shape` at the leaves, in the same tree.
+        tree: Tree of `TensorSource`.
+        shapes: The same tree with leaves that have a `.shape`.
+
+    Returns:
+        Tensor name -> number of rows, after the transposition.
     """
     rows: dict[str, int] = {}
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(shapes), strict=True)

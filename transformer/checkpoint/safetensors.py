@@ -1,14 +1,15 @@
-"""Reading and writing safetensors folders, the layout of Hugging Face checkpoints.
+"""Reading and writing of safetensors folders, the layout of Hugging Face checkpoints.
 
-A folder holds `config.json` and `model.safetensors`, or else several shards listed in
+A folder has `config.json` and either `model.safetensors` or several shards that are listed in
 `model.safetensors.index.json`. The `safetensors` package maps the files and checks their headers.
-Pickled weights (`pytorch_model.bin`, `.pt`) are refused: unpickling runs whatever code a file says.
+Pickled weights (`pytorch_model.bin`, `.pt`) are rejected, because unpickling runs code from the
+file.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +24,34 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 def read(
     folder: Path, *, ignore: Collection[str] = ()
 ) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
-    """Reads `config.json` and opens the tensors of a folder.
+    """Read `config.json` and open the tensors of a folder.
 
     Args:
-        ignore: endings of names of tensors that may be there, of any type, and are not wanted.
+        folder: The folder.
+        ignore: Suffixes of names of tensors to ignore, whatever their dtype.
+
+    Returns:
+        The content of config.json, and the tensors by name.
 
     Raises:
-        FileNotFoundError: no config.json, or no safetensors file.
-        ValueError: only pickled weights, or an index that names what is not there.
+        FileNotFoundError: config.json, the weights, or a shard of the index does not exist.
+        ValueError: A file is damaged, a tensor is in two shards, or all weights are pickled.
     """
     config = read_json_object(folder / "config.json")
     shards = _weight_files(folder)
     tensors: dict[str, LazyTensor] = {}
     for shard in shards:
-        found = read_tensors(shard, ignore=ignore)
-        if twice := sorted(found.keys() & tensors.keys()):
-            raise ValueError(f"{shard}: the tensor {twice[0]!r} stands in two shards")
-        tensors |= found
+        shard_tensors = read_tensors(shard, ignore=ignore)
+        if duplicates := sorted(shard_tensors.keys() & tensors.keys()):
+            raise ValueError(f"{shard}: the tensor {duplicates[0]!r} is in two shards")
+        tensors |= shard_tensors
     return config, tensors
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """`model.safetensors`, or else the shards that the index names; the order of transformers.
+    """Return `model.safetensors` if it exists, else the shards of the index.
 
-    So a single file counts where an index of earlier shards was left beside it.
+    transformers has the same order. A stale index next to a single file is therefore ignored.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
@@ -54,27 +59,41 @@ def _weight_files(folder: Path) -> list[Path]:
     if not index.exists():
         if pickles := [p.name for glob in _PICKLES for p in folder.glob(glob)]:
             raise ValueError(
-                f"{folder}: holds only pickled weights ({pickles[0]}), which are never opened "
+                f"{folder}: has only pickled weights ({pickles[0]}), which are never opened "
                 "because unpickling runs code from the file; convert them to safetensors first"
             )
-        found = ", ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:3])
+        others = ", ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:3])
         raise FileNotFoundError(
-            f"{folder}: no model.safetensors, and no {index.name} that says which tensors its "
-            f"shards hold{f' (found: {found})' if found else ''}"
+            f"{folder}: has neither model.safetensors nor {index.name}"
+            f"{f', only {others}' if others else ''}"
         )
-    places = read_json_object(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
-        raise ValueError(f"{index}: weight_map must give a file name for each tensor")
-    names = sorted(set(places.values()))
-    if bad := [name for name in names if Path(name).name != name]:
-        raise ValueError(f"{index}: shards must lie in the same folder, got {bad[0]!r}")
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) for name in weight_map.values()
+    ):
+        raise ValueError(f"{index}: weight_map must be an object of tensor names and file names")
+    names = sorted(set(weight_map.values()))
+    if invalid := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index}: shards must be in the same folder, got {invalid[0]!r}")
     if absent := [name for name in names if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{index}: names {absent[0]!r}, which is not in the folder")
+        raise FileNotFoundError(f"{index}: the shard {absent[0]!r} is missing from the folder")
     return [folder / name for name in names]
 
 
 def read_tensors(path: Path, *, ignore: Collection[str] = ()) -> dict[str, LazyTensor]:
-    """Opens the tensors of one file; see `read`."""
+    """Open the tensors of one file.
+
+    Args:
+        path: The safetensors file.
+        ignore: Suffixes of names of tensors to ignore, whatever their dtype.
+
+    Returns:
+        The tensors by name.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is damaged, or a tensor has no float dtype.
+    """
     from safetensors import safe_open
 
     try:
@@ -89,23 +108,23 @@ def read_tensors(path: Path, *, ignore: Collection[str] = ()) -> dict[str, LazyT
             continue
         rows = file.get_slice(name)
         if (dtype := rows.get_dtype()) not in _FLOATS:
-            raise ValueError(f"{path}: {name!r} must be one of {_FLOATS}, got {dtype}")
+            raise ValueError(f"{path}: the dtype of {name!r} must be one of {_FLOATS}, got {dtype}")
         tensors[name] = LazyTensor(tuple(rows.get_shape()), _row_reader(rows))
     return tensors
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds; ValueError, naming the file, if it holds no such thing."""
+    """Return the JSON object in a file; raise ValueError if the content is anything else."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+        raise ValueError(f"{path}: must contain a JSON object, got {type(value).__name__}")
     return value
 
 
-def _row_reader(rows: Any):
+def _row_reader(rows: Any) -> Callable[[int, int], np.ndarray]:
     return lambda start, stop: np.asarray(rows[start:stop]).astype(np.float32)
 
 
@@ -116,7 +135,14 @@ def write(
     *,
     names: tuple[str, str] = ("config.json", "model.safetensors"),
 ) -> None:
-    """Writes the config and the tensors; each file appears whole or not at all."""
+    """Write the config and the tensors, each file atomically.
+
+    Args:
+        folder: Folder to write to; it is created if it does not exist.
+        config: Content of the JSON file.
+        tensors: Tensors by name.
+        names: File names of the config and of the tensors.
+    """
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)

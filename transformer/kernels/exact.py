@@ -82,22 +82,23 @@ def decoder(params, cfg, ids, past_key_values=None) -> np.ndarray:
 
 
 def encoder(params, cfg, ids) -> np.ndarray:
-    """Vectors of texts as long as their rows: int [B, T] -> float64 [B, D], mean of the tokens.
+    """Return the embeddings of texts of equal length, one per row.
 
     Args:
         params: `encoder.Params` in float32.
-        cfg: its `encoder.Config`, with mean pooling and normalisation.
+        cfg: `encoder.Config`, with mean pooling and normalization.
+        ids: Token ids, int [B, T].
+
+    Returns:
+        float64 [B, D].
     """
     batch, length = ids.shape
-    x = (
-        _wide(params.embed.weight[ids])
-        + _wide(params.positions)[:length]
-        + _wide(params.token_types)[0]
-    )
+    positions, token_type = _wide(params.positions)[:length], _wide(params.token_types)[0]
+    x = _wide(params.embed.weight[ids]) + positions + token_type
     x = _layer_norm(x, params.embed_norm, cfg.norm_eps)
-    everything = np.ones((length, length), bool)
+    all_visible = np.ones((length, length), bool)
     for layer in params.layers:
-        heads = [
+        qkv = [
             _linear(x, p).reshape(batch, length, cfg.num_heads, cfg.head_dim)
             for p in (layer.q, layer.k, layer.v)
         ]
