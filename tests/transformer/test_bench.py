@@ -149,7 +149,7 @@ def test_every_case_is_right_and_every_form_of_it():
     for operation, forms in kernels.IMPLS.items():
         assert {(operation, form) for form in ("chosen", *forms)} <= seen
     assert {("prefill", "chosen"), ("decode", "chosen"), ("embed", "chosen")} <= seen
-    assert any(names(line, "matmul pair", 8) for line in said)
+    assert any(names(line, "matmul pad_to_two_rows", 8) for line in said)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -196,7 +196,7 @@ def test_results_are_saved_read_and_compared(tmp_path):
     faster = dataclasses.replace(RESULT, median=1e-6, percent=0.96)
     other = dataclasses.replace(RESULT, case="rotate 1x8")
     head, line = bench.compare(results, [faster, other]).splitlines()
-    assert head.split()[:5] == ["CASE", "FORM", "OLD", "NEW", "SPEED"]
+    assert head.split()[:5] == ["CASE", "IMPL", "OLD", "NEW", "SPEED"]
     assert line.split()[3:8] == ["2", "us", "1", "us", "x2.00"]
     (tmp_path / "b.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=naming(tmp_path / "b.jsonl")):
@@ -224,7 +224,7 @@ def test_plans():
         BenchPlan(names=["add"]).select(found)
     with pytest.raises(ValueError, match=naming("norm", "'fused'", *kernels.IMPLS["norm"])):
         BenchPlan(overrides={"norm": "fused"})
-    with pytest.raises(ValueError, match=naming("OPERATION=FORM", "'norm'")):
+    with pytest.raises(ValueError, match=naming("OPERATION=IMPL", "'norm'")):
         bench.parse_overrides(["norm"])
     forms = [rival.impl for rival in BenchPlan(all_impls=True).contenders(found[0])]
     assert forms == ["chosen", *kernels.IMPLS["matmul"]]

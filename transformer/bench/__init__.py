@@ -1,29 +1,29 @@
-"""How fast, how near to what the machine can do, and how exact: the harness behind our timings.
+"""Benchmarks of kernels and programs: time, fraction of the roofline, and numerical error.
 
-    python -m transformer.bench                    every case, in a decoder of SmolLM2's sizes
-    python -m transformer.bench matmul norm        cases whose names begin so
-    python -m transformer.bench attend --forms     every form of an operation, in turns
-    python -m transformer.bench decode --where     where a decoded token's time goes
+    python -m transformer.bench                    all cases, for a decoder of SmolLM2's sizes
+    python -m transformer.bench matmul norm        cases whose names start with matmul or norm
+    python -m transformer.bench attend --forms     all implementations of an operation
+    python -m transformer.bench decode --where     profile of a decoding step
     python -m transformer.bench --save a.jsonl     then, after a change, --compare a.jsonl
 
-A *case* is a function, its inputs, and what the work amounts to: floating-point operations, and the
-bytes that must move however clever the function is (each input read once, each output written
-once). From these and two measured numbers, how fast this machine reads memory and how fast it
-multiplies matrices of a dtype, follows the least time the case could take: its *roof* (the roofline
-model; Williams, Waterman & Patterson 2009, doi:10.1145/1498765.1498785). Both numbers are measured
-in the process that measures the case. Where the data fits a cache, a case can be above its roof.
+A *case* is a function, its inputs, and the cost of its work: floating-point operations, and the
+bytes that must be moved (each input read once, each output written once). The *roofline* is the
+minimum time of this work, given the memory bandwidth of the machine and its matrix multiplication
+speed for a dtype (Williams, Waterman & Patterson 2009, doi:10.1145/1498765.1498785). Both peaks are
+measured in the process that measures the case. A case whose data fits into a CPU cache can be
+faster than its roofline.
 
-Rules that keep the figures honest: compiled first, and the compile time stated; weights and caches
-come from memory, as in a model, where all other weights are read between two uses of one; every
-figure of a comparison comes from turns, one sample each, so that a machine that slows down slows
-all; results are compared with float64 before anything is timed. Times are wall-clock, a call and
-the wait for its result; the calls of a sample fill at least a millisecond.
+Methodology: programs are compiled first, and the compile time is reported separately. Weights and
+caches are read from memory, as in a model, where all other weights are read between two uses of
+one. Contenders of a comparison are sampled alternately, so that changes in the speed of the machine
+affect all of them. Results are compared with float64 before timing. Times are wall-clock times from
+the call until its result is ready; the calls of a sample take at least a millisecond.
 
-A package that has something to measure has a `bench.py` with `cases() -> Iterator[Case]`. Those of
-this one are in `decoder_cases.py`.
+A package with benchmarks has a `bench.py` with `cases() -> Iterator[Case]`. The cases of this
+package are in `decoder_cases.py`.
 
-Read `case.py`, `peaks.py` (the machine), `measure.py`, `report.py`; `profile.py` is where the time
-of a decoding step goes.
+Read `case.py`, `peaks.py` (the machine), `measure.py` and `report.py`; `profile.py` profiles a
+decoding step by operation.
 
 Leaves out: energy, memory, several processes, several devices.
 """

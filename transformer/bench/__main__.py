@@ -1,4 +1,4 @@
-"""`python -m transformer.bench`: times what a decoder is made of."""
+"""Command line of the benchmarks: `python -m transformer.bench`."""
 
 from __future__ import annotations
 
@@ -13,32 +13,41 @@ from transformer.bench.report import read, report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m transformer.bench", description="Times what a decoder is made of."
+        prog="python -m transformer.bench",
+        description="Measure the operations and programs of a decoder.",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="beginnings of cases' names")
-    parser.add_argument("--model", type=Path, help="take the sizes of this GGUF file or folder")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="prefixes of case names")
+    parser.add_argument("--model", type=Path, help="use the sizes of this GGUF file or folder")
     parser.add_argument("--context", type=int, default=512, help="tokens in the cache; default 512")
     parser.add_argument(
-        "--all-impls", dest="forms", action="store_true", help="every implementation of operations"
+        "--all-impls", action="store_true", help="measure all implementations of each operation"
     )
-    parser.add_argument("--forms", action="store_true", help=argparse.SUPPRESS)  # old name
     parser.add_argument(
-        "--impl", action="append", default=[], metavar="OPERATION=IMPL", dest="tried",
-        help="also measure this implementation of an operation; repeatable",
+        "--impl", action="append", default=[], metavar="OPERATION=IMPL", dest="overrides",
+        help="also measure with this implementation; repeatable",
     )  # fmt: skip
-    parser.add_argument("--try", action="append", dest="tried", help=argparse.SUPPRESS)  # old name
     parser.add_argument(
-        "--profile", dest="where", action="store_true", help="profile one decoding step"
+        "--profile", action="store_true", dest="show_profile",
+        help="profile a decoding step by operation",
+    )  # fmt: skip
+    # The names of before version 0.1.
+    parser.add_argument("--forms", action="store_true", dest="all_impls", help=argparse.SUPPRESS)
+    parser.add_argument("--try", action="append", dest="overrides", help=argparse.SUPPRESS)
+    parser.add_argument("--where", action="store_true", dest="show_profile", help=argparse.SUPPRESS)
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and exit")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="sampling time per case; default 1"
     )
-    parser.add_argument("--where", action="store_true", help=argparse.SUPPRESS)  # old name
-    parser.add_argument("--list", action="store_true", help="name the cases and leave")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of samples a case; default 1")
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON lines there too")
-    parser.add_argument("--compare", type=Path, metavar="FILE", help="with what --save wrote")
-    parser.add_argument("--roofline", type=Path, metavar="FILE.png", help="draw the results")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="also write the JSON lines here")
+    parser.add_argument(
+        "--compare", type=Path, metavar="FILE", help="compare with results written by --save"
+    )
+    parser.add_argument(
+        "--roofline", type=Path, metavar="FILE.png", help="plot the results in a roofline diagram"
+    )
     options = parser.parse_args(argv)
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     try:
@@ -46,22 +55,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         sizes = decoder_cases.Sizes.from_checkpoint(options.model, context=options.context)
         plan = BenchPlan(
             names=options.names,
-            all_impls=options.forms,
-            overrides=parse_overrides(options.tried),
+            all_impls=options.all_impls,
+            overrides=parse_overrides(options.overrides),
             seconds=options.seconds,
         )
-        chosen = plan.select(decoder_cases.bench_cases(sizes))
+        cases = plan.select(decoder_cases.bench_cases(sizes))
     except (OSError, ValueError) as error:
         say(f"python -m transformer.bench: {error}")
         return 2
     if options.list:
-        print("\n".join(case.name for case in chosen))
+        print("\n".join(case.name for case in cases))
         return 0
-    if options.where:
+    if options.show_profile:
         return profile.report(sizes, as_json=options.json, say=say)
     return report(
         plan,
-        chosen,
+        cases,
         as_json=options.json,
         save=options.save,
         old=old,

@@ -1,4 +1,4 @@
-"""What is measured: a function, its inputs, and what the work amounts to."""
+"""Benchmark cases: a function, its inputs, and the cost of its work."""
 
 from __future__ import annotations
 
@@ -14,38 +14,43 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Something to measure."""
+    """A function to measure."""
 
-    name: str  # the operation or program, sizes, dtype: "matmul 1x1536x576 float32"
-    function: Callable[..., Any]  # pure; it is compiled here
-    inputs: Callable[[], tuple]  # makes the arguments, so that they live while they are needed
+    name: str  # operation or program, sizes, dtype: "matmul 1x1536x576 float32"
+    function: Callable[..., Any]  # a pure function, which the benchmark compiles
+    inputs: Callable[[], tuple]  # makes the arguments when the case is measured
     flops: float
-    bytes: float | None = None  # that must move; None: all arguments and the outcome, once
-    dtype: str = "float32"  # of the products: whose roof counts
-    operation: str | None = None  # of `kernels.FORMS`; None for a program made of several
-    expected: Callable[..., Any] | None = None  # the right result in float64, of the same arguments
-    select_output: Callable[[Any], Any] = lambda out: out  # which part of the outcome that is
-    cold_argnums: tuple[int, ...] = ()  # arguments that come from memory, not from a cache
-    reuse_distance: float = 0.0  # bytes that pass between two uses of the cold arguments
+    bytes: float | None = None  # that must be moved; None: all arguments and results, once
+    dtype: str = "float32"  # of the products; selects the peak
+    operation: str | None = None  # in `kernels.IMPLS`; None for a program of several operations
+    expected: Callable[..., Any] | None = None  # float64 reference result for the same arguments
+    select_output: Callable[[Any], Any] = lambda out: out  # the part of the result to compare
+    cold_argnums: tuple[int, ...] = ()  # arguments that are read from memory, not from a CPU cache
+    reuse_distance: float = 0.0  # bytes read between two uses of the cold arguments
     donate_argnums: tuple[int, ...] = ()
-    next_inputs: Callable[[tuple, Any], tuple] | None = (
-        None  # arguments after a call that donated some
-    )
+    # (arguments, result) -> arguments of the next call, for cases that donate arguments.
+    next_inputs: Callable[[tuple, Any], tuple] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """A case with the forms to take in it."""
+    """A case with overridden implementations."""
 
     case: Case
-    impl: str = "chosen"  # what to call it
-    overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)  # operation: form
+    impl: str = "chosen"  # label of the contender
+    overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)  # operation -> impl
 
 
 def in_float64(function: Callable[..., Any]) -> Callable[..., np.ndarray]:
-    """The same function with every float of its arguments in float64: what a form is held to.
+    """Return a function that converts all float arguments to float64 and calls `function`.
 
-    The function must name no precision of its own, as references of `kernels` don't.
+    `function` must not set a precision, as the references of `kernels` do not.
+
+    Args:
+        function: A function of trees of arrays that returns one array.
+
+    Returns:
+        The function. It raises TypeError if the result is not float64.
     """
 
     def run(*inputs: Any) -> np.ndarray:
@@ -56,7 +61,7 @@ def in_float64(function: Callable[..., Any]) -> Callable[..., np.ndarray]:
         with jax.enable_x64(True):
             out = jax.jit(function)(*jax.tree.map(widen, inputs))
             if any(leaf.dtype != jnp.float64 for leaf in jax.tree.leaves(out)):
-                raise TypeError("the reference fell back to a narrower type than float64")
+                raise TypeError("the reference must return float64, but it returned another dtype")
             return np.asarray(out)
 
     return run

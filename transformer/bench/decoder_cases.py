@@ -1,7 +1,7 @@
-"""What this package measures: each operation of `kernels`, and the programs made of them.
+"""Benchmark cases of this package: each operation of `kernels`, and whole programs.
 
-Sizes are those of a decoder's config: the products are the products of its layers. Weights are
-random, so nothing need be downloaded; how fast a product is does not depend on the numbers in it.
+The sizes are those of the layers of a decoder config. Weights are random, so no download is needed;
+the speed of a product does not depend on its numbers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from transformer.kernels import exact
 from transformer.weights import Linear
 
 DTYPES = ("float32", "bfloat16", "int8")
-PROMPT_LENGTH = 256  # tokens of a prefill
+PROMPT_LENGTH = 256  # tokens of a prefill case
 
 SMOLLM2 = Config(
     num_layers=30,
@@ -49,28 +50,44 @@ MINILM = encoder.Config(
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the cases are cut to. Raises ValueError for a context that the model has no room for."""
+    """Sizes of the cases.
+
+    Raises:
+        ValueError: The context exceeds the positions of the model.
+    """
 
     cfg: Config = SMOLLM2
-    context: int = 512  # tokens that stand in the cache when a decoding step begins
+    context: int = 512  # tokens in the cache before a decoding step
     encoder: encoder.Config = MINILM
 
     def __post_init__(self) -> None:
         if not 1 <= self.context < self.cfg.max_seq_len:
             raise ValueError(
-                f"the context must be from 1 to {self.cfg.max_seq_len - 1}, got {self.context}"
+                f"context must be from 1 to {self.cfg.max_seq_len - 1}, got {self.context}"
             )
 
     @classmethod
     def from_checkpoint(cls, path: Path | None, *, context: int = 512) -> Sizes:
-        """The sizes of a model's file or folder, of which only the config is read."""
+        """Return the sizes of a checkpoint, of which only the config is read.
+
+        Args:
+            path: GGUF file or Hugging Face folder; None means SmolLM2's sizes.
+            context: Tokens in the cache before a decoding step.
+
+        Returns:
+            The sizes.
+
+        Raises:
+            OSError: The checkpoint cannot be read.
+            ValueError: The checkpoint is invalid, or the context exceeds its positions.
+        """
         from transformer import checkpoint
 
         return cls(SMOLLM2 if path is None else checkpoint.read_config(path), context)
 
 
 def bench_cases(sizes: Sizes) -> Iterator[Case]:
-    """All cases, the operations first."""
+    """Yield all cases, operations before programs."""
     yield from _matmul(sizes.cfg)
     yield from _norm(sizes.cfg)
     yield from _rotate(sizes.cfg)
@@ -78,13 +95,13 @@ def bench_cases(sizes: Sizes) -> Iterator[Case]:
     yield from _attend(sizes.cfg)
     yield from _attend_cached(sizes.cfg, sizes.context)
     yield from _truncate(sizes.cfg)
-    for format in DTYPES:
-        yield prefill_case(sizes.cfg, format)
-    for format in DTYPES:
+    for dtype in DTYPES:
+        yield prefill_case(sizes.cfg, dtype)
+    for dtype in DTYPES:
         for rows in (1, 8):
-            yield decode_case(sizes.cfg, format, rows, sizes.context)
-    for format in ("float32", "bfloat16"):
-        yield _embed_case(sizes.encoder, format)
+            yield decode_case(sizes.cfg, dtype, rows, sizes.context)
+    for dtype in ("float32", "bfloat16"):
+        yield _embed_case(sizes.encoder, dtype)
 
 
 # --- operations ---------------------------------------------------------------------------------
@@ -93,7 +110,7 @@ def bench_cases(sizes: Sizes) -> Iterator[Case]:
 def _matmul(cfg: Config) -> Iterator[Case]:
     shapes = {"gate": (cfg.d_ff, cfg.d_model), "down": (cfg.d_model, cfg.d_ff)}
     shapes["head"] = (cfg.vocab_size, cfg.d_model)
-    wanted = [
+    products = [
         ("gate", 1),
         ("gate", 8),
         ("gate", PROMPT_LENGTH),
@@ -101,24 +118,24 @@ def _matmul(cfg: Config) -> Iterator[Case]:
         ("head", 1),
         ("head", 8),
     ]
-    for format in DTYPES:
-        for part, rows in wanted:
-            out, inner = shapes[part]
+    for dtype in DTYPES:
+        for module, rows in products:
+            out, inner = shapes[module]
 
-            def inputs(out=out, inner=inner, rows=rows, format=format) -> tuple:
-                p = as_dtype(Linear(weight=_normal(out, inner)), format)
+            def inputs(out=out, inner=inner, rows=rows, dtype=dtype) -> tuple:
+                p = as_dtype(Linear(weight=_normal(out, inner)), dtype)
                 return _normal(rows, inner, seed=1), p.weight, p.scale
 
             yield Case(
-                name=f"matmul {rows}x{inner} by {part} {out}x{inner} {format}",
+                name=f"matmul {rows}x{inner} by {module} {out}x{inner} {dtype}",
                 operation="matmul",
                 function=kernels.matmul,
                 inputs=inputs,
                 flops=2 * rows * out * inner,
-                dtype=format,
+                dtype=dtype,
                 expected=in_float64(functools.partial(kernels.matmul, impl="reference")),
                 cold_argnums=(1, 2),
-                reuse_distance=_model_bytes(cfg, format),
+                reuse_distance=_model_bytes(cfg, dtype),
             )
 
 
@@ -163,29 +180,29 @@ def _rotate(cfg: Config) -> Iterator[Case]:
 def _gated_mlp(cfg: Config) -> Iterator[Case]:
     if cfg.mlp == "gelu":
         return
-    for format in DTYPES:
+    for dtype in DTYPES:
         for rows in (1, PROMPT_LENGTH):
 
-            def inputs(rows=rows, format=format) -> tuple:
+            def inputs(rows=rows, dtype=dtype) -> tuple:
                 gate, up = (_normal(cfg.d_ff, cfg.d_model, seed=i, scale=0.02) for i in (1, 2))
                 down = _normal(cfg.d_model, cfg.d_ff, seed=3, scale=0.02)
                 weights = {"gate": Linear(gate), "up": Linear(up), "down": Linear(down)}
-                p = as_dtype(weights, format, skip_modules=quarot.int8_skip_modules(cfg))
+                p = as_dtype(weights, dtype, skip_modules=quarot.int8_skip_modules(cfg))
                 return _normal(1, rows, cfg.d_model), p["gate"], p["up"], p["down"]
 
             def function(x, gate, up, down, *, impl=None):
                 return kernels.gated_mlp(x, gate, up, down, cfg.mlp, impl=impl)
 
             yield Case(
-                name=f"gated_mlp {rows}x{cfg.d_model}x{cfg.d_ff} {format}",
+                name=f"gated_mlp {rows}x{cfg.d_model}x{cfg.d_ff} {dtype}",
                 operation="gated_mlp",
                 function=function,
                 inputs=inputs,
                 flops=6 * rows * cfg.d_model * cfg.d_ff,
-                dtype=format,
+                dtype=dtype,
                 expected=in_float64(functools.partial(function, impl="reference")),
                 cold_argnums=(1, 2, 3),
-                reuse_distance=_model_bytes(cfg, format),
+                reuse_distance=_model_bytes(cfg, dtype),
             )
 
 
@@ -202,14 +219,14 @@ def _attend(cfg: Config) -> Iterator[Case]:
             operation="attend",
             function=kernels.attend,
             inputs=inputs,
-            flops=4 * width * length * (length + 1) / 2,  # what the mask lets see
+            flops=4 * width * length * (length + 1) / 2,  # half of the scores are masked
             expected=in_float64(functools.partial(kernels.attend, impl="reference")),
         )
 
 
 def _attend_cached(cfg: Config, context: int) -> Iterator[Case]:
     chunk = -(-context // cache.BLOCK_SIZE) * cache.BLOCK_SIZE
-    for stored, rows, length, start in (
+    for kv_dtype, rows, length, start in (
         ("float32", 1, 1, context),
         ("bfloat16", 1, 1, context),
         ("bfloat16", 4, 1, context),
@@ -217,27 +234,27 @@ def _attend_cached(cfg: Config, context: int) -> Iterator[Case]:
         ("bfloat16", 1, PROMPT_LENGTH, chunk),
     ):
 
-        def inputs(stored=stored, rows=rows, length=length, start=start) -> tuple:
-            one = dataclasses.replace(cfg, num_layers=1)
+        def inputs(kv_dtype=kv_dtype, rows=rows, length=length, start=start) -> tuple:
+            one_layer = dataclasses.replace(cfg, num_layers=1)
             total = start + length
-            memory, tables, _ = _filled_cache(one, stored, rows, total, room=1)
+            kv_cache, tables, _ = _filled_cache(one_layer, kv_dtype, rows, total, num_new=1)
             starts = jnp.full(rows, start, jnp.int32)
             q = _normal(rows, length, cfg.num_heads, cfg.head_dim)
-            return q, memory.keys[0], memory.values[0], tables, starts
+            return q, kv_cache.keys[0], kv_cache.values[0], tables, starts
 
         width = cfg.num_heads * cfg.head_dim
-        seen = sum(range(start + 1, start + length + 1)) * rows  # by all queries together
-        kept = rows * (start + length) * 2 * cfg.num_kv_heads * cfg.head_dim
+        num_scores = sum(range(start + 1, start + length + 1)) * rows  # per head
+        num_cached = rows * (start + length) * 2 * cfg.num_kv_heads * cfg.head_dim
         yield Case(
-            name=f"attend_cached {rows}x{length} behind {start} {stored}",
+            name=f"attend_cached {rows}x{length} behind {start} {kv_dtype}",
             operation="attend_cached",
             function=kernels.attend_cached,
             inputs=inputs,
-            flops=4 * width * seen,
-            bytes=kept * jnp.dtype(stored).itemsize + 8 * rows * length * width,
+            flops=4 * width * num_scores,
+            bytes=num_cached * jnp.dtype(kv_dtype).itemsize + 8 * rows * length * width,
             expected=in_float64(functools.partial(kernels.attend_cached, impl="reference")),
             cold_argnums=(1, 2),
-            reuse_distance=_model_bytes(cfg, stored) if length == 1 else 0.0,
+            reuse_distance=_model_bytes(cfg, kv_dtype) if length == 1 else 0.0,
         )
 
 
@@ -266,13 +283,13 @@ def _truncate(cfg: Config) -> Iterator[Case]:
 
 
 def prefill_case(cfg: Config, dtype: str) -> Case:
-    """Reading a prompt of `PROMPT` tokens in one piece."""
+    """Return the case of prefilling a prompt of `PROMPT_LENGTH` tokens in one step."""
     ids = np.random.default_rng(3).integers(0, cfg.vocab_size, (1, PROMPT_LENGTH)).astype(np.int32)
     starts, last = np.zeros(1, np.int32), np.int32(PROMPT_LENGTH - 1)
 
     def inputs() -> tuple:
-        memory, tables, _ = _filled_cache(cfg, _cache_dtype(dtype), 1, 0, room=PROMPT_LENGTH)
-        return random_params(cfg, dtype), memory, ids, tables, starts, last
+        kv_cache, tables, _ = _filled_cache(cfg, _cache_dtype(dtype), 1, 0, num_new=PROMPT_LENGTH)
+        return random_params(cfg, dtype), kv_cache, ids, tables, starts, last
 
     width, attended = cfg.num_heads * cfg.head_dim, PROMPT_LENGTH * (PROMPT_LENGTH + 1) / 2
     return Case(
@@ -292,23 +309,33 @@ def prefill_case(cfg: Config, dtype: str) -> Case:
 
 
 def decode_case(cfg: Config, dtype: str, rows: int, context: int) -> Case:
-    """A decoding step: reading one token of each row, and choosing the likeliest next."""
+    """Return the case of a greedy decoding step.
+
+    Args:
+        cfg: Config of the decoder.
+        dtype: Dtype of the weights.
+        rows: Number of sequences in the batch.
+        context: Tokens of each sequence in the cache.
+
+    Returns:
+        The case.
+    """
     ids = np.random.default_rng(4).integers(0, cfg.vocab_size, rows).astype(np.int32)
-    settings = [sampling.SamplingParams(temperature=0.0)] * rows
-    how = sampling.batch_sampling_params(settings, [0] * rows, [1] * rows, range(rows))
+    params = [sampling.SamplingParams(temperature=0.0)] * rows
+    metadata = sampling.batch_sampling_params(params, [0] * rows, [1] * rows, range(rows))
 
     def inputs() -> tuple:
-        memory, tables, _ = _filled_cache(cfg, _cache_dtype(dtype), rows, context, room=1)
-        past = sampling.init_penalty_state(rows, cfg.vocab_size)
+        kv_cache, tables, _ = _filled_cache(cfg, _cache_dtype(dtype), rows, context, num_new=1)
+        penalty_state = sampling.init_penalty_state(rows, cfg.vocab_size)
         starts = np.full(rows, context, np.int32)
-        return random_params(cfg, dtype), memory, past, ids, tables, starts, how
+        return random_params(cfg, dtype), kv_cache, penalty_state, ids, tables, starts, metadata
 
     def function(params, *rest):
         return generate.decode(params, cfg, *rest, num_ids=cfg.vocab_size)
 
     def expected(*_) -> np.ndarray:
-        past = _filled_cache(cfg, "float32", rows, context, room=1)[2]
-        logits = exact.decoder(random_params(cfg, "float32"), cfg, ids[:, None], past)
+        past_key_values = _filled_cache(cfg, "float32", rows, context, num_new=1)[2]
+        logits = exact.decoder(random_params(cfg, "float32"), cfg, ids[:, None], past_key_values)
         logprobs = np.sort(exact.log_softmax(logits), axis=-1)[:, ::-1]
         return logprobs[:, : sampling.MAX_TOP_LOGPROBS]
 
@@ -328,8 +355,8 @@ def decode_case(cfg: Config, dtype: str, rows: int, context: int) -> Case:
     )
 
 
-def _embed_case(cfg: encoder.Config, format: str) -> Case:
-    """Four texts of 256 tokens to vectors."""
+def _embed_case(cfg: encoder.Config, dtype: str) -> Case:
+    """Return the case of embedding four texts of 256 tokens."""
     shape = (4, 256)
     ids = np.random.default_rng(5).integers(0, cfg.vocab_size, shape).astype(np.int32)
     segments = np.ones(shape, np.int32)
@@ -337,18 +364,18 @@ def _embed_case(cfg: encoder.Config, format: str) -> Case:
 
     def inputs() -> tuple:
         params = encoder.init(jax.random.key(0), cfg)
-        return as_dtype(params, format), ids, segments
+        return as_dtype(params, dtype), ids, segments
 
     def expected(_, ids, segments) -> np.ndarray:
         return exact.encoder(encoder.init(jax.random.key(0), cfg), cfg, ids)
 
     return Case(
-        name=f"embed {shape[0]}x{shape[1]} {format}",
+        name=f"embed {shape[0]}x{shape[1]} {dtype}",
         function=lambda params, ids, segments: encoder.embed_batch(params, cfg, ids, segments, 1),
         inputs=inputs,
         flops=2 * tokens * matrices + 4 * tokens * shape[1] * cfg.d_model * cfg.num_layers,
-        bytes=matrices * jnp.dtype(format).itemsize + 4 * tokens * cfg.d_model,
-        dtype=format,
+        bytes=matrices * jnp.dtype(dtype).itemsize + 4 * tokens * cfg.d_model,
+        dtype=dtype,
         expected=expected,
         select_output=lambda out: out[:, 0],
     )
@@ -357,34 +384,40 @@ def _embed_case(cfg: encoder.Config, format: str) -> Case:
 # --- inputs -------------------------------------------------------------------------------------
 
 
-def as_dtype(tree, dtype: str, *, skip_modules: Collection[str] = ()):
-    """Every linear map of a tree in a format, as loading a checkpoint would make it.
+def as_dtype(tree: Any, dtype: str, *, skip_modules: Collection[str] = ()) -> Any:
+    """Convert the linear maps of a tree to a dtype, as loading a checkpoint does.
 
     Args:
-        wide: names of maps that are bfloat16 in "int8"; see `rotation.wide_in_int8`.
+        tree: Tree of weights in float32.
+        dtype: "float32", "bfloat16" or "int8".
+        skip_modules: Names of linear maps that become bfloat16 if `dtype` is "int8"; see
+            `quarot.int8_skip_modules`.
+
+    Returns:
+        The converted tree. The weights are not rotated.
     """
 
-    def change(path, part):
-        if not isinstance(part, Linear) or dtype == "float32":
-            return part
-        if dtype == "int8" and not (path and _name(path) in skip_modules):
-            return layers.quantize(part)
-        return part.replace(weight=part.weight.astype(jnp.bfloat16))
+    def convert(key_path, node):
+        if not isinstance(node, Linear) or dtype == "float32":
+            return node
+        if dtype == "int8" and not (key_path and _name(key_path) in skip_modules):
+            return layers.quantize(node)
+        return node.replace(weight=node.weight.astype(jnp.bfloat16))
 
-    return jax.tree_util.tree_map_with_path(change, tree, is_leaf=_is_linear)
-
-
-def _name(path: tuple) -> str:
-    return str(getattr(path[-1], "name", getattr(path[-1], "key", "")))
+    return jax.tree_util.tree_map_with_path(convert, tree, is_leaf=_is_linear)
 
 
-def _is_linear(node) -> bool:
+def _name(key_path: tuple) -> str:
+    return str(getattr(key_path[-1], "name", getattr(key_path[-1], "key", "")))
+
+
+def _is_linear(node: Any) -> bool:
     return isinstance(node, Linear)
 
 
 @functools.lru_cache(maxsize=3)
 def random_params(cfg: Config, dtype: str) -> decoder.Params:
-    """Random weights; the same numbers in each format."""
+    """Return random weights, which are the same numbers in each dtype up to rounding."""
     if dtype == "float32":
         return decoder.init(jax.random.key(0), cfg)
     return as_dtype(
@@ -392,35 +425,35 @@ def random_params(cfg: Config, dtype: str) -> decoder.Params:
     )
 
 
-@functools.lru_cache(maxsize=1)  # the three formats ask for the same
+@functools.lru_cache(maxsize=1)  # the cases of the three dtypes share it
 def _exact_prefill(cfg: Config, ids: bytes) -> np.ndarray:
     return exact.decoder(random_params(cfg, "float32"), cfg, np.frombuffer(ids, np.int32)[None])
 
 
-def _filled_cache(cfg: Config, stored: str, rows: int, length: int, *, room: int):
-    """A cache that holds `length` random positions for each row, and has room for more.
+def _filled_cache(cfg: Config, kv_dtype: str, rows: int, length: int, *, num_new: int):
+    """Return a cache with `length` random positions in each row and space for `num_new` more.
 
     Returns:
-        The cache, the rows' tables, and for each layer keys and values float32 [B, length, K, H].
+        The cache, the block tables, and for each layer keys and values float32 [B, length, K, H].
     """
-    per_row = cache.blocks_for(length + room)
-    memory = cache.init(cfg, rows * per_row, jnp.dtype(stored))
-    tables = np.arange(1, rows * per_row + 1, dtype=np.int32).reshape(rows, per_row)
-    keys, values, past = [], [], []
+    blocks_per_row = cache.blocks_for(length + num_new)
+    kv_cache = cache.init(cfg, rows * blocks_per_row, jnp.dtype(kv_dtype))
+    tables = np.arange(1, rows * blocks_per_row + 1, dtype=np.int32).reshape(rows, blocks_per_row)
+    keys, values, past_key_values = [], [], []
     append = jax.jit(cache.append, donate_argnums=(0, 1))
-    whole = cache.blocks_for(length) * cache.BLOCK_SIZE  # what is appended, in whole blocks
+    padded = cache.blocks_for(length) * cache.BLOCK_SIZE  # `append` takes whole blocks
     for i in range(cfg.num_layers):
         k, v = (
-            _normal(rows, whole, cfg.num_kv_heads, cfg.head_dim, seed=2 * i + part)
-            for part in (0, 1)
+            _normal(rows, padded, cfg.num_kv_heads, cfg.head_dim, seed=2 * i + offset)
+            for offset in (0, 1)
         )
-        pools = memory.keys[i], memory.values[i]
+        pools = kv_cache.keys[i], kv_cache.values[i]
         if length:
             pools = append(*pools, k, v, tables, np.zeros(rows, np.int32))
         keys.append(pools[0])
         values.append(pools[1])
-        past.append((k[:, :length], v[:, :length]))
-    return cache.KVCache(keys=tuple(keys), values=tuple(values)), tables, past
+        past_key_values.append((k[:, :length], v[:, :length]))
+    return cache.KVCache(keys=tuple(keys), values=tuple(values)), tables, past_key_values
 
 
 def _normal(*shape: int, seed: int = 0, scale: float = 1.0) -> jax.Array:
@@ -428,34 +461,39 @@ def _normal(*shape: int, seed: int = 0, scale: float = 1.0) -> jax.Array:
     return jnp.asarray(numbers * np.float32(scale))
 
 
-def _cache_dtype(format: str) -> str:
-    """What keys and values are kept in beside weights of a format, as a server does."""
-    return "float32" if format == "float32" else "bfloat16"
+def _cache_dtype(dtype: str) -> str:
+    """Return the dtype that the engine uses for the cache with weights of `dtype`."""
+    return "float32" if dtype == "float32" else "bfloat16"
 
 
 # --- arithmetic ---------------------------------------------------------------------------------
 
 
 def _num_layer_weights(cfg: Config) -> int:
-    """Weights of all products of all layers."""
+    """Return the number of weights of all linear maps of all layers."""
     infos = jax.tree.leaves(decoder.abstract(cfg).layers)
     return sum(int(np.prod(info.shape)) for info in infos if len(info.shape) == 2)
 
 
-def _model_bytes(cfg: Config, format: str) -> float:
-    """What a decoding step reads of the weights: every product's, the head's included."""
+def _model_bytes(cfg: Config, dtype: str) -> float:
+    """Return the bytes of weights that a decoding step reads, including the head."""
     params = decoder.abstract(cfg)
     head = params.embed if params.head is None else params.head
-    parts = jax.tree_util.tree_leaves_with_path((params.layers, head), is_leaf=_is_linear)
+    leaves = jax.tree_util.tree_leaves_with_path((params.layers, head), is_leaf=_is_linear)
     total = 0.0
-    for path, part in parts:
-        if _is_linear(part):
-            is_wide = format == "int8" and _name(path) in quarot.int8_skip_modules(cfg)
-            own = "bfloat16" if is_wide else format
-            total += np.prod(part.weight.shape) * jnp.dtype(own).itemsize
+    for key_path, leaf in leaves:
+        if _is_linear(leaf):
+            is_skipped = dtype == "int8" and _name(key_path) in quarot.int8_skip_modules(cfg)
+            leaf_dtype = "bfloat16" if is_skipped else dtype
+            total += np.prod(leaf.weight.shape) * jnp.dtype(leaf_dtype).itemsize
     return total
 
 
-def kv_bytes_per_token(cfg: Config, format: str) -> int:
-    """Keys and values of one position in all layers."""
-    return cache.bytes_per_block(cfg, jnp.dtype(_cache_dtype(format))) // cache.BLOCK_SIZE
+def kv_bytes_per_token(cfg: Config, dtype: str) -> int:
+    """Return the bytes of keys and values of one token over all layers.
+
+    Args:
+        cfg: Config of the decoder.
+        dtype: Dtype of the weights, from which the dtype of the cache follows.
+    """
+    return cache.bytes_per_block(cfg, jnp.dtype(_cache_dtype(dtype))) // cache.BLOCK_SIZE

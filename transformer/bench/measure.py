@@ -1,4 +1,4 @@
-"""Measuring cases in turns: compiled first, compared with float64 before anything is timed."""
+"""Measurement of cases: compile, compare with float64, then sample the contenders alternately."""
 
 from __future__ import annotations
 
@@ -18,45 +18,45 @@ from transformer import kernels
 from transformer.bench.case import Case, Contender
 from transformer.bench.peaks import Peaks
 
-_SAMPLE_SECONDS = 1e-3  # a sample repeats its call until it takes so long
+_SAMPLE_SECONDS = 1e-3  # a sample repeats its call to take at least this long
 _MAX_SAMPLES = 1000
 _MIN_SAMPLES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One case measured. Times in seconds."""
+    """Measurement of one contender. Times in seconds."""
 
     case: str
-    form: str
+    form: str  # label of the contender
     dtype: str
     min: float
     median: float
-    p80: float  # four of five samples were at most this
-    n: int  # samples
+    p80: float  # 80th percentile
+    n: int  # number of samples
     flops: float
     bytes: float
     gflops: float  # GFLOP/s at the median
     gbs: float  # GB/s at the median
-    roof: float  # the least time by the roofs
-    bound: str  # what that is bound by
-    percent: float  # of the roof, at the median
-    max_error: float | None  # against float64
-    relative_error: float | None  # the same, by the largest expected value
+    roof: float  # roofline time
+    bound: str  # bound of the roofline time, "memory" or "arithmetic"
+    percent: float  # roofline time as a percentage of the median
+    max_error: float | None  # largest absolute difference from float64
+    relative_error: float | None  # the same, divided by the largest expected magnitude
     compile: float
-    ratio: float = 1.0  # of the first contender's time to this one's: the median over the turns
+    ratio: float = 1.0  # median speedup over the first contender, from alternating samples
 
 
 class _CompiledContender:
-    """A contender, compiled, with its arguments.
+    """A compiled contender with its arguments.
 
     Raises:
-        kernels.Unavailable: a form does not run here, or not on these arguments.
+        kernels.Unavailable: An implementation does not support the platform or the arguments.
     """
 
     def __init__(self, contender: Contender, arguments: list[tuple]):
         self.contender, self._case = contender, contender.case
-        self._arguments, self._turn = arguments, 0
+        self._arguments, self._num_calls = arguments, 0
         with kernels.override(**contender.overrides):
             program = jax.jit(self._case.function, donate_argnums=self._case.donate_argnums)
             started = time.perf_counter()
@@ -68,8 +68,8 @@ class _CompiledContender:
             self.bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in moved)
 
     def __call__(self) -> Any:
-        i = self._turn % len(self._arguments)
-        self._turn += 1
+        i = self._num_calls % len(self._arguments)
+        self._num_calls += 1
         out = self._run(*self._arguments[i])
         jax.block_until_ready(out)
         if self._case.next_inputs is not None:
@@ -77,21 +77,24 @@ class _CompiledContender:
         return out
 
     def error(self) -> tuple[float | None, float | None]:
-        """The largest difference from float64, and the same by the largest expected value."""
+        """Return the largest difference from float64, absolute and relative to the largest value.
+
+        Both are None if the case has no reference.
+        """
         if self._case.expected is None:
             return None, None
         expected = np.asarray(self._case.expected(*self._arguments[0]), np.float64)
-        found = np.asarray(self._case.select_output(self()), np.float64)
-        if found.shape != expected.shape:
+        actual = np.asarray(self._case.select_output(self()), np.float64)
+        if actual.shape != expected.shape:
             raise ValueError(
-                f"{self._case.name}, {self.contender.impl}: the result has shape {found.shape}, "
-                f"that in float64 {expected.shape}"
+                f"{self._case.name}, {self.contender.impl}: the result has shape {actual.shape}, "
+                f"but the float64 reference has {expected.shape}"
             )
-        most = float(np.max(np.abs(found - expected)))
-        return most, most / max(float(np.max(np.abs(expected))), 1e-300)
+        max_error = float(np.max(np.abs(actual - expected)))
+        return max_error, max_error / max(float(np.max(np.abs(expected))), 1e-300)
 
     def sample(self, calls: int) -> float:
-        """Seconds a call, over some calls."""
+        """Return the mean time of `calls` calls in seconds."""
         started = time.perf_counter()
         for _ in range(calls):
             self()
@@ -99,89 +102,96 @@ class _CompiledContender:
 
 
 def argument_sets(case: Case) -> list[tuple]:
-    """The arguments of a case, so many times that the cold ones leave the caches between uses."""
+    """Return enough copies of the arguments that the cold ones leave the CPU cache between uses."""
     first = case.inputs()
-    cold = sum(leaf.nbytes for i in case.cold_argnums for leaf in jax.tree.leaves(first[i]))
-    found = [first]
-    for _ in range(math.ceil(case.reuse_distance / cold) - 1 if cold else 0):
-        own = list(first)
+    cold_bytes = sum(leaf.nbytes for i in case.cold_argnums for leaf in jax.tree.leaves(first[i]))
+    sets = [first]
+    for _ in range(math.ceil(case.reuse_distance / cold_bytes) - 1 if cold_bytes else 0):
+        arguments = list(first)
         for i in case.cold_argnums:
-            own[i] = jax.tree.map(jnp.copy, first[i])
-        found.append(tuple(own))
-    return jax.block_until_ready(found)
+            arguments[i] = jax.tree.map(jnp.copy, first[i])
+        sets.append(tuple(arguments))
+    return jax.block_until_ready(sets)
 
 
 def measure(
     contenders: Sequence[Contender],
-    roofs: Peaks,
+    peaks: Peaks,
     *,
     seconds: float = 1.0,
     say: Callable[[str], None] | None = None,
 ) -> list[Result]:
-    """Measures contenders in turns, one sample of each after the other.
+    """Measure contenders alternately, one sample of each after the other.
 
     Args:
-        seconds: for all samples of one contender, roughly; there are at least five.
-        say: is told which contenders are left out because a form does not run here, or not on
-            these arguments. Without it they raise.
+        contenders: The contenders; speedups are relative to the first one.
+        peaks: Peaks of this machine.
+        seconds: Approximate sampling time per contender; there are at least five samples.
+        say: Called with a message for each contender that is skipped, because an implementation
+            does not support the platform or the arguments. If it is None, they raise.
+
+    Returns:
+        One result per contender that was measured.
 
     Raises:
-        kernels.Unavailable: see `say`.
+        kernels.Unavailable: See `say`.
+        ValueError: A result has another shape than its reference.
     """
-    ready: list[_CompiledContender] = []
-    shared: dict[int, list[tuple]] = {}  # arguments that no call gives away
+    compiled: list[_CompiledContender] = []
+    shared: dict[int, list[tuple]] = {}  # arguments of cases that donate none, by the id of a case
     for contender in contenders:
         case = contender.case
         arguments = argument_sets(case) if case.donate_argnums else shared.get(id(case))
         if arguments is None:
             arguments = shared[id(case)] = argument_sets(case)
         try:
-            ready.append(_CompiledContender(contender, arguments))
+            compiled.append(_CompiledContender(contender, arguments))
         except kernels.Unavailable as error:
             if say is None:
                 raise
             say(f"{case.name}, {contender.impl}: {error}")
-    if not ready:
+    if not compiled:
         return []
-    errors = [one.error() for one in ready]
+    errors = [contender.error() for contender in compiled]
     calls = []
-    for one in ready:
-        once = min(one.sample(1) for _ in range(3))
-        calls.append(math.ceil(_SAMPLE_SECONDS / once))
-    times: list[list[float]] = [[] for _ in ready]
+    for contender in compiled:
+        call_seconds = min(contender.sample(1) for _ in range(3))
+        calls.append(math.ceil(_SAMPLE_SECONDS / call_seconds))
+    times: list[list[float]] = [[] for _ in compiled]
     started = time.perf_counter()
     while len(times[0]) < _MIN_SAMPLES or (
-        time.perf_counter() - started < seconds * len(ready) and len(times[0]) < _MAX_SAMPLES
+        time.perf_counter() - started < seconds * len(compiled) and len(times[0]) < _MAX_SAMPLES
     ):
-        first = len(times[0]) % len(ready)  # nobody always runs behind the same neighbour
-        for i in [*range(first, len(ready)), *range(first)]:
-            times[i].append(ready[i].sample(calls[i]))
+        # Rotate the order, so that no contender always runs after the same one.
+        first = len(times[0]) % len(compiled)
+        for i in [*range(first, len(compiled)), *range(first)]:
+            times[i].append(compiled[i].sample(calls[i]))
     results = []
-    for i, one in enumerate(ready):
-        case, taken = one.contender.case, sorted(times[i])
-        roof, bound = roofs.roofline_seconds(case.flops, one.bytes, case.dtype)
-        median = statistics.median(taken)
-        turns = [first / own for first, own in zip(times[0], times[i], strict=True)]
+    for i, contender in enumerate(compiled):
+        case, samples = contender.contender.case, sorted(times[i])
+        roof, bound = peaks.roofline_seconds(case.flops, contender.bytes, case.dtype)
+        median = statistics.median(samples)
+        ratios = [first / current for first, current in zip(times[0], times[i], strict=True)]
         results.append(
             Result(
                 case=case.name,
-                form=one.contender.impl,
+                form=contender.contender.impl,
                 dtype=case.dtype,
-                min=taken[0],
+                min=samples[0],
                 median=median,
-                p80=taken[math.ceil(0.8 * len(taken)) - 1],
-                n=len(taken),
+                p80=samples[math.ceil(0.8 * len(samples)) - 1],
+                n=len(samples),
                 flops=case.flops,
-                bytes=one.bytes,
+                bytes=contender.bytes,
                 gflops=case.flops / median / 1e9,
-                gbs=one.bytes / median / 1e9,
+                gbs=contender.bytes / median / 1e9,
                 roof=roof,
                 bound=bound,
                 percent=100 * roof / median,
                 max_error=errors[i][0],
                 relative_error=errors[i][1],
-                compile=one.compile_seconds,
-                ratio=statistics.median(turns),
+                compile=contender.compile_seconds,
+                ratio=statistics.median(ratios),
             )
         )
     return results
@@ -189,61 +199,79 @@ def measure(
 
 @dataclass(frozen=True, kw_only=True)
 class BenchPlan:
-    """What to measure, and what to do with it. Raises ValueError for a form that is not there."""
+    """Selection of cases and implementations.
 
-    names: Sequence[str] = ()  # beginnings of the names of cases; none: all
-    all_impls: bool = False  # every form of each operation, beside the chosen one
-    overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)  # operation: form
-    seconds: float = 1.0
+    Raises:
+        ValueError: An operation or implementation of `overrides` does not exist.
+    """
+
+    names: Sequence[str] = ()  # prefixes of case names; empty: all cases
+    all_impls: bool = False  # measure all implementations of each operation besides the default
+    overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)  # operation -> impl
+    seconds: float = 1.0  # sampling time per contender
 
     def __post_init__(self) -> None:
-        for operation, form in self.overrides.items():
-            kernels.get_impl(operation, form)
+        for operation, impl in self.overrides.items():
+            kernels.get_impl(operation, impl)
 
     def select(self, cases: Iterable[Case]) -> list[Case]:
-        """The cases that are meant.
+        """Return the cases whose names start with one of `names`.
 
         Raises:
-            ValueError: a name is the beginning of none.
+            ValueError: No case name starts with one of the names.
         """
-        found = list(cases)
-        known = list(dict.fromkeys(case.name.partition(" ")[0] for case in found))
+        cases = list(cases)
+        known = list(dict.fromkeys(case.name.partition(" ")[0] for case in cases))
         for name in self.names:
-            if not any(case.name.startswith(name) for case in found):
-                raise ValueError(f"no case is called {name!r}: there are {', '.join(known)}")
-        return [one for one in found if not self.names or one.name.startswith(tuple(self.names))]
+            if not any(case.name.startswith(name) for case in cases):
+                raise ValueError(
+                    f"no case name starts with {name!r}; names start with {', '.join(known)}"
+                )
+        return [case for case in cases if not self.names or case.name.startswith(tuple(self.names))]
 
     def contenders(self, case: Case) -> list[Contender]:
-        """A case as the table has it, and its rivals."""
-        found = [Contender(case=case)]
+        """Return the case with default implementations, then with the selected ones."""
+        contenders = [Contender(case=case)]
         if self.overrides:
-            name = ", ".join(f"{operation}={form}" for operation, form in self.overrides.items())
-            found.append(Contender(case=case, impl=name, overrides=self.overrides))
+            label = ", ".join(f"{operation}={impl}" for operation, impl in self.overrides.items())
+            contenders.append(Contender(case=case, impl=label, overrides=self.overrides))
         if self.all_impls and case.operation is not None:
-            for form in kernels.IMPLS[case.operation]:
-                found.append(Contender(case=case, impl=form, overrides={case.operation: form}))
-        return found
+            for impl in kernels.IMPLS[case.operation]:
+                contenders.append(Contender(case=case, impl=impl, overrides={case.operation: impl}))
+        return contenders
 
 
 def run(
-    plan: BenchPlan, cases: Iterable[Case], found: Peaks, *, say: Callable[[str], None]
+    plan: BenchPlan, cases: Iterable[Case], peaks: Peaks, *, say: Callable[[str], None]
 ) -> Iterator[list[Result]]:
-    """Measures case after case: for each, its contenders. Forms that do not run here are said."""
+    """Measure the contenders of each case.
+
+    Args:
+        plan: Selection of implementations.
+        cases: The cases.
+        peaks: Peaks of this machine.
+        say: Called with a message for each contender that is skipped; see `measure`.
+
+    Yields:
+        The results of a case.
+    """
     for case in cases:
-        if results := measure(plan.contenders(case), found, seconds=plan.seconds, say=say):
+        if results := measure(plan.contenders(case), peaks, seconds=plan.seconds, say=say):
             yield results
 
 
-def parse_overrides(pairs: Iterable[str]) -> dict[str, str]:
-    """["norm=reference"] as a dictionary.
+def parse_overrides(assignments: Iterable[str]) -> dict[str, str]:
+    """Convert ["norm=reference"] to a dictionary.
 
     Raises:
-        ValueError: one is not OPERATION=FORM.
+        ValueError: An item has no "=".
     """
-    found = {}
-    for pair in pairs:
-        operation, sign, form = pair.partition("=")
+    overrides = {}
+    for assignment in assignments:
+        operation, sign, impl = assignment.partition("=")
         if not sign:
-            raise ValueError(f"a form is given as OPERATION=FORM, got {pair!r}")
-        found[operation] = form
-    return found
+            raise ValueError(
+                f"an implementation must be given as OPERATION=IMPL, got {assignment!r}"
+            )
+        overrides[operation] = impl
+    return overrides

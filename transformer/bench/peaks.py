@@ -1,4 +1,4 @@
-"""What the machine can do: how fast it reads memory and multiplies, measured in this process."""
+"""Peak memory bandwidth and matrix multiplication speed, measured in this process."""
 
 from __future__ import annotations
 
@@ -15,61 +15,78 @@ import jax.numpy as jnp
 
 from transformer import kernels
 
-_PROBE_SECONDS = 0.7  # for each roof
-_READ_BYTES = 2**30  # of the probe of memory: more than any cache holds
+_PROBE_SECONDS = 0.7  # per peak
+_READ_BYTES = 2**30  # read by the bandwidth probe; more than any CPU cache holds
 _GEMM_SIDE = 2048
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """What this machine can do."""
+    """Peak performance of the machine."""
 
     bytes_per_second: float
     flops_per_second: dict[str, float]  # by dtype of the products
-    call_seconds: float  # calling a compiled function that does nothing, and waiting for it
+    call_seconds: float  # overhead of calling a compiled function and waiting for its result
 
     def roofline_seconds(self, flops: float, num_bytes: float, dtype: str) -> tuple[float, str]:
-        """The least time some work could take, and what bounds it: "memory" or "arithmetic"."""
-        reading = num_bytes / self.bytes_per_second
-        computing = flops / self.flops_per_second[dtype]
-        return max((reading, "memory"), (computing, "arithmetic"))
+        """Return the minimum time in seconds and its bound, "memory" or "arithmetic".
+
+        Args:
+            flops: Number of floating-point operations.
+            num_bytes: Number of bytes that must be moved.
+            dtype: Dtype of the products.
+
+        Returns:
+            (seconds, bound).
+        """
+        memory_seconds = num_bytes / self.bytes_per_second
+        arithmetic_seconds = flops / self.flops_per_second[dtype]
+        return max((memory_seconds, "memory"), (arithmetic_seconds, "arithmetic"))
 
 
 def measure_peaks(dtypes: Iterable[str] = ("float32", "bfloat16", "int8")) -> Peaks:
-    """Measures the machine: reading 1 GB in a product with one row, and square products."""
-    rows = 2048
+    """Measure the bandwidth with a one-row product of 1 GB, and the speed of square products.
 
-    def read() -> tuple:
-        return jnp.ones((1, rows)), jnp.ones((_READ_BYTES // (4 * rows), rows))
+    Args:
+        dtypes: Dtypes of the square products.
 
-    best = min(
-        _best(lambda x, w, form=form: kernels.matmul(x, w, impl=form), read())
-        for form in ("dot", "split_weight")
+    Returns:
+        The peaks.
+    """
+    width = 2048
+
+    def inputs() -> tuple:
+        return jnp.ones((1, width)), jnp.ones((_READ_BYTES // (4 * width), width))
+
+    read_seconds = min(
+        _min_seconds(lambda x, w, impl=impl: kernels.matmul(x, w, impl=impl), inputs())
+        for impl in ("dot", "split_weight")
     )
     flops = {}
     for dtype in dtypes:
-        sums = jnp.int32 if dtype == "int8" else jnp.float32
+        sum_dtype = jnp.int32 if dtype == "int8" else jnp.float32
         square = jnp.ones((_GEMM_SIDE, _GEMM_SIDE), dtype)
-        seconds = _best(
-            lambda a, b, sums=sums: jnp.matmul(a, b, preferred_element_type=sums), (square, square)
+        seconds = _min_seconds(
+            lambda a, b, sum_dtype=sum_dtype: jnp.matmul(a, b, preferred_element_type=sum_dtype),
+            (square, square),
         )
         flops[dtype] = 2 * _GEMM_SIDE**3 / seconds
-    idle = _best(lambda x: x, (jnp.ones(1),))
-    return Peaks(_READ_BYTES / best, flops, idle)
+    call_seconds = _min_seconds(lambda x: x, (jnp.ones(1),))
+    return Peaks(_READ_BYTES / read_seconds, flops, call_seconds)
 
 
-def _best(function: Callable[..., Any], inputs: tuple) -> float:
+def _min_seconds(function: Callable[..., Any], inputs: tuple) -> float:
     compiled = jax.jit(function).lower(*inputs).compile()
     times, started = [], time.perf_counter()
     while len(times) < 3 or time.perf_counter() - started < _PROBE_SECONDS:
-        before = time.perf_counter()
+        call_started = time.perf_counter()
         jax.block_until_ready(compiled(*inputs))
-        times.append(time.perf_counter() - before)
+        times.append(time.perf_counter() - call_started)
     return min(times)
 
 
-def machine(found: Peaks) -> dict[str, Any]:
-    """What a figure must be read with."""
+def machine(peaks: Peaks) -> dict[str, Any]:
+    """Return the description of the machine that is saved with the results, for JSON."""
     return {
         "processor": _processor(),
         "device": jax.devices()[0].device_kind,
@@ -78,9 +95,9 @@ def machine(found: Peaks) -> dict[str, Any]:
         "python": platform.python_version(),
         "jax": jax.__version__,
         "roofs": {
-            "gbs": found.bytes_per_second / 1e9,
-            "gflops": {name: value / 1e9 for name, value in found.flops_per_second.items()},
-            "call": found.call_seconds,
+            "gbs": peaks.bytes_per_second / 1e9,
+            "gflops": {name: value / 1e9 for name, value in peaks.flops_per_second.items()},
+            "call": peaks.call_seconds,
         },
     }
 

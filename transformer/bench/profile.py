@@ -1,12 +1,12 @@
-"""Where a decoded token's time goes, operation by operation, against the machine's roof.
+"""Profile of a decoding step by operation, compared with the roofline.
 
-The step that a server runs is compiled and run under JAX's profiler, which notes when each
-instruction of the compiled program began and how long it took. The program's text says which line
-of ours an instruction came from (`jax.named_scope`, and the names of the weights it reads), and so
-each microsecond of the step is some operation's. What several cores do at once counts once for
-each; what no instruction accounts for is the time between them.
+The decoding step of the engine is compiled and run under JAX's profiler, which records the start
+and duration of each instruction of the compiled program. The text of the program gives the origin
+of an instruction (`jax.named_scope`, and the names of the weights it reads), which assigns its time
+to an operation. Time of several cores in parallel counts once per core. Time without an instruction
+is reported as "between instructions".
 
-The roof of an operation is the time it takes to read what it must: its weights, or the cache.
+The roofline of an operation is the time to read its weights or the cache.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from transformer.bench.peaks import Peaks
 from transformer.bench.report import align_columns, format_duration, probe_machine
 from transformer.weights import Linear
 
-_STEPS = 12  # profiled; JAX keeps at most a million events
+_STEPS = 12  # number of profiled steps; JAX records at most a million events
 
-# Operation: what the name of its instructions matches. The first that does.
+# Operation -> pattern of the origins of its instructions. The first match counts.
 STAGES = {
     "attention over the cache": r"attend_cached",
     "writing to the cache": r"append",
@@ -48,87 +48,109 @@ IDLE = "between instructions"
 
 def profile_decode(
     sizes: decoder_cases.Sizes,
-    roofs: Peaks,
+    peaks: Peaks,
     *,
     dtypes: tuple[str, ...] = decoder_cases.DTYPES,
     rows: int = 1,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Profiles a decoding step in each format.
+    """Profile a decoding step in each dtype.
+
+    Args:
+        sizes: Sizes of the decoder and of the context.
+        peaks: Peaks of this machine.
+        dtypes: Dtypes of the weights.
+        rows: Number of sequences in the batch.
+        say: Called with progress messages.
 
     Returns:
-        For each format {"format", "step", "profiled", "stages": [{"stage", "seconds", "bytes",
-        "roof"}]}; seconds a step, the longest stage first, `bytes` and `roof` None where little
-        must be read.
+        For each dtype {"format", "rows", "context", "step", "profiled", "roof", "stages":
+        [{"stage", "seconds", "bytes", "roof"}]}. Times are in seconds per step, the longest stage
+        first. "step" is measured without the profiler, "profiled" with it. "bytes" and "roof" of a
+        stage are None where little must be read.
+
+    Raises:
+        RuntimeError: As `profile_step`.
     """
-    found = []
-    for format in dtypes:
-        say(f"profiling a decoding step in {format}")
-        case = decoder_cases.decode_case(sizes.cfg, format, rows, sizes.context)
+    profiles = []
+    for dtype in dtypes:
+        say(f"profiling a decoding step in {dtype}")
+        case = decoder_cases.decode_case(sizes.cfg, dtype, rows, sizes.context)
         arguments = case.inputs()
         program = jax.jit(case.function, donate_argnums=case.donate_argnums)
         compiled = program.lower(*arguments).compile()
-        names = instruction_origins(compiled.as_text())
+        origins = instruction_origins(compiled.as_text())
 
         def step(run=compiled, case=case) -> None:
             nonlocal arguments
             out = jax.block_until_ready(run(*arguments))
             arguments = case.next_inputs(arguments, out)
 
-        plain = _median_seconds(step)
-        spent, profiled = profile_step(step, names)
-        must = _required_bytes(sizes, format, rows, arguments[0])
+        step_seconds = _median_seconds(step)
+        stage_seconds, profiled = profile_step(step, origins)
+        num_bytes = _required_bytes(sizes, dtype, rows, arguments[0])
         stages = [
             {
                 "stage": stage,
                 "seconds": seconds,
-                "bytes": must.get(stage),
-                "roof": must[stage] / roofs.bytes_per_second if stage in must else None,
+                "bytes": num_bytes.get(stage),
+                "roof": num_bytes[stage] / peaks.bytes_per_second if stage in num_bytes else None,
             }
-            for stage, seconds in spent.most_common()
+            for stage, seconds in stage_seconds.most_common()
         ]
-        whole = {"step": plain, "profiled": profiled, "roof": case.bytes / roofs.bytes_per_second}
-        found.append({"format": format, "rows": rows, "context": sizes.context, **whole,
-                      "stages": stages})  # fmt: skip
-    return found
+        roof = case.bytes / peaks.bytes_per_second
+        profiles.append({"format": dtype, "rows": rows, "context": sizes.context,
+                         "step": step_seconds, "profiled": profiled, "roof": roof,
+                         "stages": stages})  # fmt: skip
+    return profiles
 
 
 def instruction_origins(text: str) -> dict[str, str]:
-    """What each instruction of a compiled program came from, by its name.
+    """Return the origin of each instruction of a compiled program, by the instruction's name.
 
     Args:
-        text: of `compiled.as_text()`. An instruction that lost its origin on the way through the
-            compiler (products of float32 do) gets the origins of what it reads.
+        text: Text of `compiled.as_text()`.
+
+    Returns:
+        Instruction -> op_name. An instruction whose op_name was lost in compilation (as for float32
+        products) has the op_names of its operands.
     """
-    own, reads = {}, {}
+    origins, operands = {}, {}
     for line in text.splitlines():
         if (match := re.match(r"\s+(?:ROOT )?%?([\w.-]+) = ", line)) is None:
             continue
         name, rest = match[1], line[match.end() :]
-        reads[name] = re.findall(r"%([\w.-]+)", rest.partition("metadata=")[0])
+        operands[name] = re.findall(r"%([\w.-]+)", rest.partition("metadata=")[0])
         if (origin := re.search(r'op_name="([^"]*)"', rest)) is not None:
-            own[name] = origin[1]
-    known = dict(own)
-    for name, sources in reads.items():
-        if name not in own:
-            known[name] = " ".join(own[source] for source in sources if source in own)
-    return known
+            origins[name] = origin[1]
+    completed = dict(origins)
+    for name, sources in operands.items():
+        if name not in origins:
+            completed[name] = " ".join(origins[source] for source in sources if source in origins)
+    return completed
 
 
 def profile_step(
-    step: Callable[[], None], names: Mapping[str, str]
+    step: Callable[[], None], origins: Mapping[str, str]
 ) -> tuple[collections.Counter, float]:
-    """Seconds a step by stage, and the seconds of a whole step, under the profiler.
+    """Run a step under the profiler.
+
+    Args:
+        step: The step.
+        origins: Origin of each instruction, from `instruction_origins`.
+
+    Returns:
+        Seconds per step by stage, and seconds per step in total.
 
     Raises:
-        RuntimeError: the profiler saw no instruction.
+        RuntimeError: The profiler recorded no instruction.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, create_perfetto_trace=True):
             started = time.perf_counter()
             for _ in range(_STEPS):
                 step()
-            whole = (time.perf_counter() - started) / _STEPS
+            total = (time.perf_counter() - started) / _STEPS
         (path,) = Path(folder).rglob("perfetto_trace.json.gz")
         events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     threads = collections.defaultdict(list)
@@ -136,27 +158,30 @@ def profile_step(
         if "hlo_op" in event.get("args", {}):
             threads[event["pid"], event["tid"]].append(event)
     if not threads:
-        raise RuntimeError("the profiler saw no instruction of the program: is the platform known?")
-    spent: collections.Counter = collections.Counter()
+        raise RuntimeError(
+            f"the profiler recorded no instruction on the platform {jax.default_backend()}; "
+            "profiling needs events with hlo_op"
+        )
+    stage_seconds: collections.Counter = collections.Counter()
     for thread in threads.values():
         for name, microseconds in _self_times(thread):
-            spent[_stage(names.get(name, ""))] += microseconds * 1e-6 / _STEPS
-    spent[IDLE] = max(whole - sum(spent.values()), 0.0)
-    return spent, whole
+            stage_seconds[_stage(origins.get(name, ""))] += microseconds * 1e-6 / _STEPS
+    stage_seconds[IDLE] = max(total - sum(stage_seconds.values()), 0.0)
+    return stage_seconds, total
 
 
 def _self_times(events: list[dict[str, Any]]) -> list[tuple[str, float]]:
-    """(instruction, microseconds) of one thread, without what stands within: a loop's body."""
+    """Return (instruction, microseconds) of one thread, without the time of nested instructions."""
     events.sort(key=lambda event: (event["ts"], -event["dur"]))
-    found, open_ = [], []  # open_: (end, index) of what has begun and not ended
+    times, stack = [], []  # stack: (end, index) of the enclosing instructions
     for event in events:
-        while open_ and event["ts"] >= open_[-1][0]:
-            open_.pop()
-        if open_:
-            found[open_[-1][1]][1] -= event["dur"]
-        open_.append((event["ts"] + event["dur"], len(found)))
-        found.append([event["args"]["hlo_op"], event["dur"]])
-    return [(name, taken) for name, taken in found]
+        while stack and event["ts"] >= stack[-1][0]:
+            stack.pop()
+        if stack:
+            times[stack[-1][1]][1] -= event["dur"]
+        stack.append((event["ts"] + event["dur"], len(times)))
+        times.append([event["args"]["hlo_op"], event["dur"]])
+    return [(name, microseconds) for name, microseconds in times]
 
 
 def _stage(label: str) -> str:
@@ -164,7 +189,7 @@ def _stage(label: str) -> str:
 
 
 def _median_seconds(step: Callable[[], None]) -> float:
-    """The median of a step without a profiler."""
+    """Return the median time of a step without the profiler."""
     times = []
     for _ in range(20):
         started = time.perf_counter()
@@ -173,49 +198,63 @@ def _median_seconds(step: Callable[[], None]) -> float:
     return statistics.median(times[3:])
 
 
-def _required_bytes(sizes: decoder_cases.Sizes, format: str, rows: int, params) -> dict[str, float]:
-    """What the stages must read."""
+def _required_bytes(sizes: decoder_cases.Sizes, dtype: str, rows: int, params) -> dict[str, float]:
+    """Return the bytes that each stage must read."""
 
-    def size(parts) -> int:
-        weights = [p for p in parts if isinstance(p, Linear)]
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    def size(modules) -> int:
+        linears = [module for module in modules if isinstance(module, Linear)]
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(linears))
 
     layers = params.layers
-    cached = rows * (sizes.context + 1) * decoder_cases.kv_bytes_per_token(sizes.cfg, format)
+    kv_bytes = rows * (sizes.context + 1) * decoder_cases.kv_bytes_per_token(sizes.cfg, dtype)
     return {
-        "attention over the cache": cached,
+        "attention over the cache": kv_bytes,
         "products q, k, v, out": sum(size((x.q, x.k, x.v, x.out)) for x in layers),
         "products gate, up, down": sum(size((x.gate, x.up, x.down)) for x in layers),
         "product with the head": size([params.embed if params.head is None else params.head]),
     }
 
 
-def format_profile(found: list[dict[str, Any]]) -> str:
-    """The tables, one a format."""
-    parts = []
-    for one in found:
-        whole = one["profiled"]
-        title = f"{one['format']}: {one['rows']} row behind {one['context']} tokens; a step takes "
-        title += f"{format_duration(one['step'])}, {format_duration(whole)} under the profiler, "
-        title += f"{format_duration(one['roof'])} by the roof"
+def format_profile(profiles: list[dict[str, Any]]) -> str:
+    """Return the profiles of `profile_decode` as text tables, one per dtype."""
+    tables = []
+    for profile in profiles:
+        total = profile["profiled"]
+        title = (
+            f"{profile['format']}: batch of {profile['rows']}, context of {profile['context']} "
+            f"tokens; a step takes {format_duration(profile['step'])}, "
+            f"{format_duration(total)} under the profiler; the roofline is "
+            f"{format_duration(profile['roof'])}"
+        )
         rows = []
-        for stage in one["stages"]:
-            roof, taken = stage["roof"], stage["seconds"]
+        for stage in profile["stages"]:
+            roof, seconds = stage["roof"], stage["seconds"]
             cells = ["-"] * 4
             if roof is not None:
-                cells = [f"{stage['bytes'] / 1e6:.3g} MB", f"{stage['bytes'] / taken / 1e9:.3g}"]
-                cells += [format_duration(roof), f"{100 * roof / taken:.0f} %"]
-            rows.append(
-                [stage["stage"], format_duration(taken), f"{100 * taken / whole:.0f} %", *cells]
-            )
-        head = ["OPERATION", "A STEP", "SHARE", "MUST READ", "GB/S", "ROOF", "OF ROOF"]
-        parts.append(f"{title}\n{align_columns(head, rows)}")
-    return "\n\n".join(parts)
+                cells = [f"{stage['bytes'] / 1e6:.3g} MB", f"{stage['bytes'] / seconds / 1e9:.3g}"]
+                cells += [format_duration(roof), f"{100 * roof / seconds:.0f} %"]
+            share = f"{100 * seconds / total:.0f} %"
+            rows.append([stage["stage"], format_duration(seconds), share, *cells])
+        head = ["OPERATION", "PER STEP", "SHARE", "MUST READ", "GB/S", "ROOFLINE", "OF ROOFLINE"]
+        tables.append(f"{title}\n{align_columns(head, rows)}")
+    return "\n\n".join(tables)
 
 
 def report(sizes: decoder_cases.Sizes, *, as_json: bool, say: Callable[[str], None]) -> int:
-    """Prints where a decoded token's time goes; returns an exit status."""
-    found, about = probe_machine(say)
-    rows = profile_decode(sizes, found, say=say)
-    print(json.dumps({"machine": about, "where": rows}) if as_json else format_profile(rows))
+    """Profile a decoding step in each dtype and print the profiles.
+
+    Args:
+        sizes: Sizes of the decoder and of the context.
+        as_json: Print JSON instead of tables.
+        say: Called with progress messages.
+
+    Returns:
+        The exit status, 0.
+    """
+    peaks, about = probe_machine(say)
+    profiles = profile_decode(sizes, peaks, say=say)
+    if as_json:
+        print(json.dumps({"machine": about, "where": profiles}))
+    else:
+        print(format_profile(profiles))
     return 0
