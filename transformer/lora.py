@@ -1,22 +1,23 @@
-"""Low-rank adapters (LoRA; Hu et al. 2021, arXiv:2106.09685), in the files of the PEFT package.
+"""Low-rank adapters (LoRA; Hu et al. 2021, arXiv:2106.09685), in the file format of PEFT.
 
-Fine-tuning moves a weight W [out, in] by little, and what it adds can be told in few numbers:
-W + scale * B A, with A [r, in] and B [out, r]. B begins as zeros, so that training begins at the
-model as it was. `apply` puts A and B beside the weights, which may be int8; `merge` adds them in,
-after which nothing is left to compute.
+The change of a weight W [out, in] in fine-tuning is approximated by a low-rank product:
+W + scale * B A, with A [r, in] and B [out, r]. B is initialized to zeros, so that training starts
+from the base model. `apply` keeps A and B separate from the weights, which may be int8; `merge`
+adds the product to the weights, so that the adapter costs nothing at inference.
 
-An adapter is a tree of arrays: a tuple with a dictionary a layer, {"q": Lora, ...}, so that
-`jax.grad` and optimisers take it as it is. On disk it is `adapter_config.json` and
-`adapter_model.safetensors`, which PEFT and others open.
+An adapter is a tree of arrays that `jax.grad` and optimizers accept: a tuple with one dictionary
+{"q": Lora, ...} per layer. On disk it is `adapter_config.json` and `adapter_model.safetensors`, the
+files of PEFT.
 
-Leaves out: adapters of the token table, DoRA, ranks that differ from part to part, and initial
-values that change the base model too (PiSSA and its like); files with them are refused by name.
+Leaves out: adapters of the token embedding, DoRA, different ranks per linear map, and
+initializations that change the base model (such as PiSSA). Files that use them are rejected with
+the name of the key.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ Adapter = tuple[dict[str, Lora], ...]
 TARGET_MODULES = ("q", "k", "v", "out", "gate", "up", "down")
 WEIGHTS_FILE = "adapter_model.safetensors"
 _FILES = ("adapter_config.json", WEIGHTS_FILE)
-# Keys of adapter_config.json, with the values for which we are right.
+# Keys of adapter_config.json with their supported values.
 _SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -59,7 +60,7 @@ _SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
         (None, [], {}),
     ),
 }
-# Keys that say nothing about what the adapter computes.
+# Keys that do not affect the result of the adapter.
 _IGNORED_KEYS = frozenset(
     """
     auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules
@@ -78,15 +79,21 @@ def init(
     alpha: float,
     target_modules: Sequence[str] = TARGET_MODULES,
 ) -> Adapter:
-    """A fresh adapter of every layer, which changes nothing yet.
+    """Return an initial adapter of every layer, with random A and zero B, in float32.
 
     Args:
-        rank: r, the columns of B.
-        alpha: the adapter is scaled by alpha / rank.
-        parts: which linear maps of a layer it adapts; those that a layer lacks are passed over.
+        key: Random key.
+        cfg: Config of the decoder.
+        rank: r, the rows of A and columns of B.
+        alpha: The adapter is scaled by alpha / rank.
+        target_modules: Names of the linear maps to adapt. Maps that a layer does not have are
+            ignored.
+
+    Returns:
+        The adapter.
 
     Raises:
-        ValueError: an unknown part, or a rank below one.
+        ValueError: A target module is unknown, or the rank is less than one.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
@@ -96,68 +103,73 @@ def init(
         )
     layers = []
     for layer in abstract(cfg).layers:
-        own = {}
-        for part in target_modules:
-            if (linear := getattr(layer, part)) is None:
+        loras = {}
+        for name in target_modules:
+            if (linear := getattr(layer, name)) is None:
                 continue
             out, inner = linear.weight.shape
-            key, one = jax.random.split(key)
+            key, subkey = jax.random.split(key)
             bound = 1 / math.sqrt(inner)
-            a = jax.random.uniform(one, (rank, inner), jnp.float32, -bound, bound)
-            own[part] = Lora(a=a, b=jnp.zeros((out, rank), jnp.float32), scale=alpha / rank)
-        layers.append(own)
+            a = jax.random.uniform(subkey, (rank, inner), jnp.float32, -bound, bound)
+            loras[name] = Lora(a=a, b=jnp.zeros((out, rank), jnp.float32), scale=alpha / rank)
+        layers.append(loras)
     return tuple(layers)
 
 
 def apply(params: Params, adapter: Adapter) -> Params:
-    """The model with the adapter beside its weights, of any format; replaces one that is there."""
+    """Return the model with the adapter next to its weights, which may have any dtype.
+
+    An adapter that was applied earlier to the same linear maps is replaced.
+    """
     if params.folded_norm_weights is not None:
         adapter = tuple(
-            {part: quarot.rotate_lora(lora, part, gains) for part, lora in own.items()}
-            for gains, own in zip(params.folded_norm_weights, adapter, strict=True)
+            {name: quarot.rotate_lora(lora, name, norm_weights) for name, lora in loras.items()}
+            for norm_weights, loras in zip(params.folded_norm_weights, adapter, strict=True)
         )
     return _map_linears(params, adapter, lambda linear, lora: linear.replace(lora=lora))
 
 
 def merge(params: Params, adapter: Adapter) -> Params:
-    """The model with the adapter added to its weights.
+    """Return the model with the adapter added to its weights.
 
     Raises:
-        ValueError: the weights are int8, which have no room for it: merge first, then quantise.
+        ValueError: The weights are int8, which cannot represent the sum; merge before quantizing.
     """
 
     def add(linear: Linear, lora: Lora) -> Linear:
         if linear.scale is not None:
             raise ValueError("an adapter cannot be merged into int8 weights; apply it instead")
-        change = lora.scale * jnp.dot(lora.b, lora.a, preferred_element_type=jnp.float32)
-        weight = linear.weight.astype(jnp.float32) + change
+        delta = lora.scale * jnp.dot(lora.b, lora.a, preferred_element_type=jnp.float32)
+        weight = linear.weight.astype(jnp.float32) + delta
         return linear.replace(weight=weight.astype(linear.weight.dtype), lora=None)
 
     return _map_linears(params, adapter, add)
 
 
-def _map_linears(params: Params, adapter: Adapter, change) -> Params:
+def _map_linears(
+    params: Params, adapter: Adapter, change: Callable[[Linear, Lora], Linear]
+) -> Params:
     layers = tuple(
-        layer.replace(**{part: change(getattr(layer, part), lora) for part, lora in own.items()})
-        for layer, own in zip(params.layers, adapter, strict=True)
+        layer.replace(**{name: change(getattr(layer, name), lora) for name, lora in loras.items()})
+        for layer, loras in zip(params.layers, adapter, strict=True)
     )
     return params.replace(layers=layers)
 
 
 def load(folder: Path, cfg: Config) -> Adapter:
-    """Reads an adapter for a model.
+    """Load an adapter from a PEFT folder.
 
     Args:
-        folder: holds adapter_config.json and adapter_model.safetensors.
-        cfg: the model it was made for.
+        folder: Folder with adapter_config.json and adapter_model.safetensors.
+        cfg: Config of the base model.
 
     Returns:
         The adapter, in float32.
 
     Raises:
-        FileNotFoundError: one of the two files is not there.
-        ValueError: a damaged file, a key or a tensor whose meaning is not known, one that is
-            missing, or a shape that does not fit the model.
+        FileNotFoundError: One of the two files does not exist.
+        ValueError: A file is damaged, a key or tensor is unknown, a tensor is missing, or a shape
+            does not fit the model.
     """
     folder = Path(folder)
     config = safetensors.read_json_object(folder / _FILES[0])
@@ -165,75 +177,87 @@ def load(folder: Path, cfg: Config) -> Adapter:
     tensors = safetensors.read_tensors(folder / _FILES[1])
 
     def read(name: str, shape: tuple[int, ...]) -> jax.Array:
-        if (found := tensors[name].shape) != shape:
-            raise ValueError(f"{folder}: {name} must have shape {shape}, got {found}")
+        if (file_shape := tensors[name].shape) != shape:
+            raise ValueError(f"{folder}: {name} must have shape {shape}, got {file_shape}")
         used.add(name)
         return jnp.asarray(tensors[name].read(0, shape[0]))
 
     used: set[str] = set()
     adapter, missing = [], []
-    for i, (places, layer) in enumerate(
+    for i, (sources, layer) in enumerate(
         zip(_tensor_sources(cfg), abstract(cfg).layers, strict=True)
     ):
-        height: dict[str, int] = {}  # of B: GPT-2 has one for queries, keys and values together
-        for part, source in places.items():
-            out = getattr(layer, part).weight.shape[0]
-            height[source.name] = height.get(source.name, 0) + out
-        own = {}
-        for part, source in places.items():
-            a, b = (_tensor_name(source, letter) for letter in "AB")
-            if a not in tensors and b not in tensors and not _is_target(source, i, config):
+        # Rows of each B: GPT-2 has one B for queries, keys and values together.
+        num_rows: dict[str, int] = {}
+        for name, source in sources.items():
+            out = getattr(layer, name).weight.shape[0]
+            num_rows[source.name] = num_rows.get(source.name, 0) + out
+        loras = {}
+        for name, source in sources.items():
+            a_name, b_name = (_tensor_name(source, letter) for letter in "AB")
+            is_absent = a_name not in tensors and b_name not in tensors
+            if is_absent and not _is_target(source, i, config):
                 continue
-            if lacking := [name for name in (a, b) if name not in tensors]:
-                missing += lacking
+            if absent := [tensor for tensor in (a_name, b_name) if tensor not in tensors]:
+                missing += absent
                 continue
-            out, inner = getattr(layer, part).weight.shape
-            whole = read(b, (height[source.name], rank))
-            b = whole[source.first_row : source.first_row + out]
-            own[part] = Lora(a=read(a, (rank, inner)), b=b, scale=scale)
-        adapter.append(own)
+            out, inner = getattr(layer, name).weight.shape
+            b = read(b_name, (num_rows[source.name], rank))
+            b = b[source.first_row : source.first_row + out]
+            loras[name] = Lora(a=read(a_name, (rank, inner)), b=b, scale=scale)
+        adapter.append(loras)
     if missing:
-        raise ValueError(f"{folder}: lacks {missing[0]}, and {len(missing) - 1} others")
+        raise ValueError(f"{folder}: {missing[0]} and {len(missing) - 1} other tensors are missing")
     if unknown := sorted(tensors.keys() - used):
-        raise ValueError(f"{folder}: holds {unknown[0]}, which this model has no place for")
+        raise ValueError(f"{folder}: the tensor {unknown[0]} is not part of this model")
     return tuple(adapter)
 
 
 def save(folder: Path, adapter: Adapter, cfg: Config, *, base_model: str | None = None) -> None:
-    """Writes an adapter as PEFT does.
+    """Save an adapter as a PEFT folder.
 
     Args:
-        base: name or folder of the model it was made for, noted for other tools.
+        folder: Folder to write to; it is created if it does not exist.
+        adapter: The adapter.
+        cfg: Config of the base model.
+        base_model: Name or folder of the base model, which is stored for other tools.
 
     Raises:
-        ValueError: ranks or scales differ, or GPT-2's queries, keys and values do not share A.
+        ValueError: Ranks or scales differ, or GPT-2's queries, keys and values do not share A.
     """
     tensors: dict[str, np.ndarray] = {}
-    adapted, everywhere, kinds = set(), set(), set()
+    adapted, all_modules, settings = set(), set(), set()
     layers = _tensor_sources(cfg)
-    for places, own in zip(layers, adapter, strict=True):
-        sharing: dict[TensorSource, list[str]] = {}  # parts of one module: GPT-2's q, k and v
-        for part, source in places.items():
-            sharing.setdefault(replace(source, first_row=0), []).append(part)
-        everywhere |= {_module(source) for source in sharing}
-        for source, parts in sharing.items():
-            found = [own[part] for part in parts if part in own]
-            if not found:
+    for sources, layer_loras in zip(layers, adapter, strict=True):
+        # Linear maps by tensor: in GPT-2, q, k and v share one.
+        names_of: dict[TensorSource, list[str]] = {}
+        for name, source in sources.items():
+            names_of.setdefault(replace(source, first_row=0), []).append(name)
+        all_modules |= {_module(source) for source in names_of}
+        for source, names in names_of.items():
+            loras = [layer_loras[name] for name in names if name in layer_loras]
+            if not loras:
                 continue
-            if len(found) < len(parts) or any((lora.a != found[0].a).any() for lora in found[1:]):
+            if len(loras) < len(names) or any((lora.a != loras[0].a).any() for lora in loras[1:]):
                 raise ValueError(
-                    f"{source.name} has one A for {', '.join(parts)}; an adapter of some of them, "
-                    "or with several, cannot be written: merge it"
+                    f"{source.name} stores one A for {', '.join(names)}; an adapter of only some "
+                    "of them or with different A cannot be saved: merge it into the model"
                 )
-            tensors[_tensor_name(source, "A")] = np.asarray(found[0].a)
-            tensors[_tensor_name(source, "B")] = np.concatenate([lora.b for lora in found])
-            kinds |= {(len(lora.a), lora.scale) for lora in found}
+            tensors[_tensor_name(source, "A")] = np.asarray(loras[0].a)
+            tensors[_tensor_name(source, "B")] = np.concatenate([lora.b for lora in loras])
+            settings |= {(len(lora.a), lora.scale) for lora in loras}
             adapted.add(_module(source))
-    if len(kinds) != 1:
-        raise ValueError(f"all parts must have one rank and one scale, got {sorted(kinds)}")
-    ((rank, scale),) = kinds
-    short = sorted({module.rsplit(".", 1)[1] for module in adapted})
-    is_enough = adapted == {name for name in everywhere if name.rsplit(".", 1)[1] in short}
+    if len(settings) != 1:
+        raise ValueError(
+            f"all linear maps must have the same rank and scale, got (rank, scale) of "
+            f"{sorted(settings)}"
+        )
+    ((rank, scale),) = settings
+    short_names = sorted({module.rsplit(".", 1)[1] for module in adapted})
+    # Short names are enough if they match no other module.
+    is_unambiguous = adapted == {
+        name for name in all_modules if name.rsplit(".", 1)[1] in short_names
+    }
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -244,19 +268,19 @@ def save(folder: Path, adapter: Adapter, cfg: Config, *, base_model: str | None 
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(source.is_transposed for source in layers[0].values()),
-        "target_modules": short if is_enough else sorted(adapted),
+        "target_modules": short_names if is_unambiguous else sorted(adapted),
     }
     safetensors.write(Path(folder), config, tensors, names=_FILES)
 
 
 def _tensor_sources(cfg: Config) -> list[dict[str, TensorSource]]:
-    """For each layer, where the weights of its parts stand in Hugging Face's layout."""
+    """Return for each layer the Hugging Face tensor of each linear map."""
     tree = tensor_sources(cfg, "hf", architecture=families.to_hf(cfg)["model_type"])
     return [
         {
-            part: getattr(layer, part).weight
-            for part in TARGET_MODULES
-            if getattr(layer, part) is not None
+            name: getattr(layer, name).weight
+            for name in TARGET_MODULES
+            if getattr(layer, name) is not None
         }
         for layer in tree.layers
     ]
@@ -271,7 +295,7 @@ def _tensor_name(source: TensorSource, letter: str) -> str:
 
 
 def _is_target(source: TensorSource, layer: int, config: Mapping[str, Any]) -> bool:
-    """Whether the config lists this weight as adapted; a pattern instead of a list is not read."""
+    """Whether the config lists this weight as a target; a pattern instead of a list is ignored."""
     targets, layers = config["target_modules"], config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
     if not isinstance(targets, list) or (layers and layer not in layers):
@@ -280,18 +304,18 @@ def _is_target(source: TensorSource, layer: int, config: Mapping[str, Any]) -> b
 
 
 def _check(config: Mapping[str, Any], path: Path) -> tuple[int, float]:
-    """Rank and scale, if there is nothing in the config that we would get wrong."""
+    """Return rank and scale, or raise ValueError if the config is invalid or not supported."""
     for key, value in config.items():
         if key in _SUPPORTED_VALUES:
             if value not in _SUPPORTED_VALUES[key]:
                 allowed = " or ".join(map(repr, _SUPPORTED_VALUES[key]))
                 raise ValueError(f"{path}: {key} must be {allowed}, got {value!r}")
         elif key not in _IGNORED_KEYS | _READ_KEYS:
-            raise ValueError(f"{path}: has the key {key!r}, whose meaning is not known")
+            raise ValueError(f"{path}: the key {key!r} is not supported")
     if missing := [
         k for k in ("peft_type", "r", "lora_alpha", "target_modules") if k not in config
     ]:
-        raise ValueError(f"{path}: lacks {', '.join(missing)}")
+        raise ValueError(f"{path}: missing keys: {', '.join(missing)}")
     rank, alpha = config["r"], config["lora_alpha"]
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"{path}: r must be a positive integer, got {rank!r}")

@@ -1,24 +1,28 @@
-"""Turning the residual stream, so that int8 loses little (QuaRot; Ashkboos et al. 2024,
-arXiv:2404.00456; the folding of norms after SliceGPT, arXiv:2401.15024).
+"""Rotation of the weights, so that int8 activations have no outlier channels (QuaRot).
 
-A token's stream has a few coordinates much larger than the others. With one scale a token, int8
-must make room for those, and rounds all others away. An orthogonal matrix Q spreads them: in the
-coordinates x Q no number stands out. The model can live in these coordinates for free, because
-everything that touches the stream does so through a weight, into which Q goes once, at loading:
+After QuaRot (Ashkboos et al. 2024, arXiv:2404.00456); norm weights are folded as in SliceGPT
+(arXiv:2401.15024).
 
-    a map that reads the stream    y = (norm(x) * gain) W^T   becomes   W' = (W * gain) Q
-    a map that writes to it        x = x + z W^T              becomes   W' = Q^T W
-    the token table                x = row                    becomes   row' = row Q
+A few channels of the residual stream are much larger than the others. With one int8 scale per
+token, they determine the scale, and the other channels are rounded coarsely. An orthogonal matrix Q
+distributes the outliers over all channels of x Q. The rotation is free at inference, because the
+residual stream is read and written only through weights, into which Q is multiplied at load time:
 
-RMS norm divides by a length, which Q does not change, but its gain belongs to the old coordinates:
-it moves into the weights that read behind it, and the norm keeps ones. A tied token table becomes
-two, because the head needs the gain of the last norm and the table does not.
+    input projection     y = (norm(x) * scale) W^T   becomes   W' = (W * scale) Q
+    output projection    x = x + z W^T               becomes   W' = Q^T W
+    token embedding      x = row                     becomes   row' = row Q
 
-Q is signs drawn once, then a cosine transform over each axis of the stream written as a rectangle:
-orthogonal for every width, and applied in D (a + b) steps for D = a b instead of D * D.
+RMS norm divides by a length, which Q does not change. Its weights, however, apply to the original
+channels, so they are folded into the input projections that follow, and the norm keeps ones. Tied
+embeddings are untied, because the head needs the weights of the final norm and the embedding does
+not.
 
-Leaves out: models with layer norms (they subtract a mean, which Q moves) or with norms behind
-attention and MLP (see `can_turn`), and the rotations inside heads and MLP that go on in the paper.
+Q is a diagonal of random signs followed by a cosine transform over each axis of the channels
+reshaped to an a x b grid. It is orthogonal for every width D = a b and costs D (a + b) operations
+instead of D^2.
+
+Leaves out: models with layer norms (they subtract a mean, which Q changes) or with norms after
+attention and MLP (see `can_rotate`), and the paper's rotations inside heads and MLP.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from transformer.config import Config
 from transformer.decoder import Params
 from transformer.weights import Lora, Norm
 
-# Which norm each map reads behind, and which maps write to the stream.
+# The norm before each input projection, and the output projections.
 INPUT_PROJECTIONS = dict.fromkeys(("q", "k", "v"), "attn_norm") | dict.fromkeys(
     ("gate", "up"), "mlp_norm"
 )
@@ -42,83 +46,90 @@ OUTPUT_PROJECTIONS = ("out", "down")
 
 
 def can_rotate(cfg: Config) -> bool:
-    """Whether this decoder computes the same in turned coordinates."""
+    """Whether a decoder of this config computes the same function with rotated weights."""
     return cfg.norm == "rms" and not cfg.post_norms and cfg.position == "rope"
 
 
 def int8_skip_modules(cfg: Config) -> tuple[str, ...]:
-    """The maps that stay bfloat16 in int8: those that write to a stream that cannot be turned.
+    """Return the linear maps that stay bfloat16 in an int8 model.
 
-    Their inputs have outliers too, and one scale a token cannot hold those.
+    These are the output projections if the weights cannot be rotated: their inputs have outlier
+    channels too.
     """
     return () if can_rotate(cfg) else OUTPUT_PROJECTIONS
 
 
-def rotate_input_weight(weight: np.ndarray, gain: np.ndarray | None = None) -> np.ndarray:
-    """A weight that reads the stream, or rows of one; also rows of the token table, without gain.
+def rotate_input_weight(weight: np.ndarray, norm_weight: np.ndarray | None = None) -> np.ndarray:
+    """Rotate an input projection or the token embedding; both may be a slice of rows.
 
     Args:
         weight: float32 [R, D].
-        gain: float32 [D], the scale of the norm in front of it.
+        norm_weight: Weights of the preceding norm, float32 [D]; None for the token embedding.
 
     Returns:
-        float32 [R, D], (weight * gain) Q.
+        (weight * norm_weight) Q, float32 [R, D].
     """
     width = weight.shape[1]
-    tall = _short_side(width)
-    signs = _random_signs(width) if gain is None else _random_signs(width) * gain
-    grid = (weight * signs).reshape(-1, tall, width // tall) @ _dct_matrix(width // tall)
-    return (_dct_matrix(tall).T @ grid).reshape(weight.shape)
+    height = _short_side(width)
+    signs = _random_signs(width) if norm_weight is None else _random_signs(width) * norm_weight
+    grid = (weight * signs).reshape(-1, height, width // height) @ _dct_matrix(width // height)
+    return (_dct_matrix(height).T @ grid).reshape(weight.shape)
 
 
 def rotate_output_weight(weight: np.ndarray) -> np.ndarray:
-    """A weight that writes to the stream: float32 [D, R] -> Q^T weight."""
+    """Rotate an output projection: weight, float32 [D, R] -> Q^T weight, float32 [D, R]."""
     return rotate_input_weight(weight.T).T
 
 
 def strip_norm_weights(params: Params) -> Params:
-    """Norms of ones, once their gains are in the weights behind them.
+    """Replace the norm weights by ones, after they were folded into the projections.
 
-    The gains are kept aside, because an adapter that comes later needs them too.
+    The original weights are stored in `folded_norm_weights`, because a LoRA adapter that is applied
+    later needs them.
     """
-    plain = Norm(scale=jnp.ones_like(params.final_norm.scale))
-    gains = [[layer.attn_norm.scale, layer.mlp_norm.scale] for layer in params.layers]
+    ones = Norm(scale=jnp.ones_like(params.final_norm.scale))
+    norm_weights = [[layer.attn_norm.scale, layer.mlp_norm.scale] for layer in params.layers]
     return params.replace(
-        layers=tuple(layer.replace(attn_norm=plain, mlp_norm=plain) for layer in params.layers),
-        final_norm=plain,
-        folded_norm_weights=jnp.array(gains),
+        layers=tuple(layer.replace(attn_norm=ones, mlp_norm=ones) for layer in params.layers),
+        final_norm=ones,
+        folded_norm_weights=jnp.array(norm_weights),
     )
 
 
-def rotate_lora(lora: Lora, part: str, gains: jax.Array) -> Lora:
-    """What an adapter of the part `part` of a layer becomes beside turned weights.
+def rotate_lora(lora: Lora, module: str, norm_weights: jax.Array) -> Lora:
+    """Rotate a LoRA adapter, so that it fits rotated weights.
 
     Args:
-        gains: float32 [2, D], of the norms before attention and MLP.
+        lora: Adapter of one linear map.
+        module: Name of the linear map in its layer, for example "q".
+        norm_weights: Weights of the layer's norms before attention and MLP, float32 [2, D].
+
+    Returns:
+        The adapter for the rotated linear map.
     """
-    if part in OUTPUT_PROJECTIONS:
+    if module in OUTPUT_PROJECTIONS:
         return lora.replace(b=rotate_output_weight(lora.b))
     return lora.replace(
         a=rotate_input_weight(
-            lora.a, gains[("attn_norm", "mlp_norm").index(INPUT_PROJECTIONS[part])]
+            lora.a, norm_weights[("attn_norm", "mlp_norm").index(INPUT_PROJECTIONS[module])]
         )
     )
 
 
 def _short_side(width: int) -> int:
-    """The largest divisor up to the square root."""
+    """Return the largest divisor of `width` that is at most its square root."""
     return next(side for side in range(math.isqrt(width), 0, -1) if width % side == 0)
 
 
 def _random_signs(width: int) -> np.ndarray:
-    """Without them Q would gather whatever is alike in all coordinates into one."""
-    draw = np.random.Generator(np.random.PCG64(0))
-    return draw.integers(0, 2, width).astype(np.float32) * 2 - 1
+    """Return fixed random signs; without them Q would map a constant vector to one channel."""
+    rng = np.random.Generator(np.random.PCG64(0))
+    return rng.integers(0, 2, width).astype(np.float32) * 2 - 1
 
 
 def _dct_matrix(n: int) -> np.ndarray:
-    """The orthonormal cosine transform (DCT-II): float32 [n, n]."""
-    places, waves = np.arange(n)[:, None], np.arange(n)
-    found = np.cos(np.pi * (2 * places + 1) * waves / (2 * n)) * math.sqrt(2 / n)
-    found[:, 0] = 1 / math.sqrt(n)
-    return found.astype(np.float32)
+    """Return the orthonormal cosine transform (DCT-II): float32 [n, n]."""
+    samples, frequencies = np.arange(n)[:, None], np.arange(n)
+    matrix = np.cos(np.pi * (2 * samples + 1) * frequencies / (2 * n)) * math.sqrt(2 / n)
+    matrix[:, 0] = 1 / math.sqrt(n)
+    return matrix.astype(np.float32)

@@ -1,12 +1,12 @@
-"""What vectors of texts are for: finding, sorting into kinds, comparing.
+"""Uses of text embeddings: search, classification, comparison and clustering.
 
-The three uses that OpenAI's first embeddings were sold for (Neelakantan et al. 2022,
-arXiv:2201.10005), as functions of arrays. Nothing here knows where a vector came from.
+These are the uses for which OpenAI released its first embeddings (Neelakantan et al. 2022,
+arXiv:2201.10005), as functions of arrays of vectors from any model.
 
-- search: `nearest`, exact: every vector is compared, which is fast up to some millions of them.
-- classify: `zero_shot` by the vectors of the labels' own names; `fit_probe` and `predict` from
+- Search: `nearest`, exact: it compares every vector, which is fast up to some millions of vectors.
+- Classification: `zero_shot` with embeddings of the label names; `fit_probe` and `predict` with
   examples, by logistic regression.
-- compare: `cosine`, and `cluster`, which is k-means on the sphere (Dhillon & Modha 2001).
+- Comparison: `cosine`, and `cluster`, which is spherical k-means (Dhillon & Modha 2001).
 
 Leaves out: approximate indexes, which trade exactness for speed.
 """
@@ -24,7 +24,7 @@ from flax import struct
 
 
 class SearchResult(NamedTuple):
-    """The nearest vectors, the nearest first."""
+    """The nearest vectors of each query, nearest first."""
 
     scores: jax.Array  # [Q, k] float32, cosines
     indices: jax.Array  # [Q, k] int32, rows of the matrix searched
@@ -39,12 +39,12 @@ class Probe:
 
 
 def l2_normalize(vectors: jax.Array) -> jax.Array:
-    """Vectors of length 1 in the same directions; zero stays zero. [..., D] -> [..., D]."""
+    """Scale vectors [..., D] to length 1; zero vectors stay zero."""
     return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
-    """How alike each of some vectors is to each of others: [n, D], [m, D] -> float32 [n, m]."""
+    """Return the cosine similarity of each two vectors: [n, D], [m, D] -> float32 [n, m]."""
     return jnp.einsum(
         "nd,md->nm", l2_normalize(a), l2_normalize(b), preferred_element_type=jnp.float32
     )
@@ -52,12 +52,15 @@ def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames="k")
 def nearest(queries: jax.Array, vectors: jax.Array, k: int) -> SearchResult:
-    """The k vectors with the largest cosine to each query; the first of equal ones comes first.
+    """Return the k vectors with the largest cosine similarity to each query.
 
     Args:
         queries: float32 [Q, D].
         vectors: float32 [n, D].
-        k: at most n.
+        k: Number of vectors, at most n.
+
+    Returns:
+        Similarities and row indices, largest similarity first, ties in the order of the rows.
 
     Raises:
         ValueError: k is not between 1 and n.
@@ -68,16 +71,16 @@ def nearest(queries: jax.Array, vectors: jax.Array, k: int) -> SearchResult:
 
 
 def zero_shot(vectors: jax.Array, labels: jax.Array, temperature: float = 0.05) -> jax.Array:
-    """Probabilities of labels for texts, from the vectors of both and without an example.
+    """Classify texts without examples, by the similarity of text and label embeddings.
 
     Args:
-        vectors: float32 [n, D], of the texts.
-        labels: float32 [C, D], of what the labels say; a sentence ("This is about sport.") is
-            usually better than a word.
-        temperature: cosines are divided by it. It moves how sure the answer is, not which.
+        vectors: Embeddings of the texts, float32 [n, D].
+        labels: Embeddings of descriptions of the labels, float32 [C, D]. A sentence ("This is about
+            sport.") usually works better than a word.
+        temperature: Divisor of the similarities. It changes the confidence, not the ranking.
 
     Returns:
-        float32 [n, C]; rows sum to 1.
+        Probabilities of the labels, float32 [n, C]; rows sum to 1.
     """
     return jax.nn.softmax(cosine(vectors, labels) / temperature, axis=-1)
 
@@ -90,36 +93,42 @@ def fit_probe(
     penalty: float = 1e-3,
     max_steps: int = 200,
 ) -> Probe:
-    """Logistic regression: the linear map under which the labels are likeliest.
+    """Fit a multinomial logistic regression (a linear probe).
 
-    Minimises the mean cross-entropy plus `penalty` times the sum of squared weights with L-BFGS.
-    The problem is convex, so where one starts does not matter.
+    Minimizes the mean cross-entropy plus `penalty` times the sum of squared weights with L-BFGS.
+    The problem is convex, so the starting point does not matter.
 
     Args:
         vectors: float32 [n, D].
-        labels: int [n], from 0 to num_classes - 1.
-        penalty: larger ones keep the weights smaller; needed where classes can be parted perfectly.
-        max_steps: it stops earlier once the gradient is below 1e-5.
+        labels: Class of each vector, int [n], from 0 to num_classes - 1.
+        num_classes: C.
+        penalty: Strength of the L2 regularization; it must be positive if the classes are linearly
+            separable.
+        max_steps: Maximum number of steps. The fit stops earlier when the norm of the gradient is
+            below 1e-5.
+
+    Returns:
+        The classifier.
 
     Raises:
-        ValueError: there is not one label a vector, or one is not among the classes.
+        ValueError: There is not one label per vector, or a label is out of range.
     """
     labels = np.asarray(labels)
     if labels.shape != (len(vectors),) or not len(labels):
         raise ValueError(
-            f"there must be a label for each of {len(vectors)} vectors, got {labels.shape}"
+            f"there must be one label for each of {len(vectors)} vectors, got {labels.shape}"
         )
-    if (strange := labels[(labels < 0) | (labels >= num_classes)]).size:
-        raise ValueError(f"labels go from 0 to {num_classes - 1}, got {strange[0]}")
+    if (invalid := labels[(labels < 0) | (labels >= num_classes)]).size:
+        raise ValueError(f"labels must be from 0 to {num_classes - 1}, got {invalid[0]}")
     return _fit(vectors, labels, num_classes, penalty, max_steps)
 
 
 @partial(jax.jit, static_argnames=("num_classes", "max_steps"))
-def _fit(vectors, labels, num_classes: int, penalty: jax.Array, max_steps: int) -> Probe:
+def _fit(vectors, labels, num_classes: int, penalty: float, max_steps: int) -> Probe:
     def loss(probe: Probe) -> jax.Array:
         logits = _logits(probe, vectors)
-        fit = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return fit + penalty * jnp.sum(probe.weight**2)
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return cross_entropy + penalty * jnp.sum(probe.weight**2)
 
     optimizer = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(loss)
@@ -134,16 +143,16 @@ def _fit(vectors, labels, num_classes: int, penalty: jax.Array, max_steps: int) 
         probe = optax.apply_updates(probe, updates)
         return probe, state, optax.tree.norm(gradient), count + 1
 
-    def goes_on(carry):
-        *_, steepness, count = carry
-        return (count < max_steps) & (steepness > 1e-5)
+    def is_running(carry):
+        *_, gradient_norm, count = carry
+        return (count < max_steps) & (gradient_norm > 1e-5)
 
-    probe, *_ = jax.lax.while_loop(goes_on, step, (start, optimizer.init(start), jnp.inf, 0))
+    probe, *_ = jax.lax.while_loop(is_running, step, (start, optimizer.init(start), jnp.inf, 0))
     return probe
 
 
 def predict(probe: Probe, vectors: jax.Array) -> jax.Array:
-    """Probabilities of the classes: [n, D] -> float32 [n, C]."""
+    """Return the probabilities of the classes: [n, D] -> float32 [n, C]; rows sum to 1."""
     return jax.nn.softmax(_logits(probe, vectors), axis=-1)
 
 
@@ -153,25 +162,31 @@ def _logits(probe: Probe, vectors: jax.Array) -> jax.Array:
 
 
 class Clusters(NamedTuple):
-    """Which vectors belong together."""
+    """Result of `cluster`."""
 
     labels: jax.Array  # [n] int32, from 0 to k - 1
     centers: jax.Array  # [k, D] float32, of length 1
-    cohesion: jax.Array  # float32, the mean cosine of a vector to its center
+    cohesion: jax.Array  # float32, mean cosine similarity of a vector and its center
 
 
 @partial(jax.jit, static_argnames=("k", "steps", "tries"))
 def cluster(
     key: jax.Array, vectors: jax.Array, k: int, *, steps: int = 50, tries: int = 8
 ) -> Clusters:
-    """Groups vectors by direction: k-means on the sphere.
+    """Cluster vectors by direction with spherical k-means.
 
-    Each try begins with k of the vectors, drawn so that far ones are likelier (k-means++, Arthur &
-    Vassilvitskii 2007); the most cohesive one is kept.
+    Each try is initialized with k of the vectors by k-means++ (Arthur & Vassilvitskii 2007), which
+    prefers distant ones. The result of the try with the largest cohesion is returned.
 
     Args:
+        key: Random key.
         vectors: float32 [n, D].
-        k: how many groups, at most n. One may end up empty if vectors repeat.
+        k: Number of clusters, at most n. A cluster may be empty if vectors repeat.
+        steps: Number of k-means steps.
+        tries: Number of tries.
+
+    Returns:
+        Cluster of each vector, centers and cohesion.
 
     Raises:
         ValueError: k is not between 1 and n.
@@ -180,26 +195,27 @@ def cluster(
         raise ValueError(f"k must be between 1 and {len(vectors)}, got {k}")
     vectors = l2_normalize(vectors)
 
-    def draw(key: jax.Array) -> jax.Array:
-        def add(i: int, centers: jax.Array) -> jax.Array:
-            best = jnp.where(jnp.arange(k) < i, cosine(vectors, centers), -1).max(-1)
-            far = jnp.log(jnp.maximum(1 - best, 1e-12))  # squared distance, halved
+    def initial_centers(key: jax.Array) -> jax.Array:
+        def add_center(i: int, centers: jax.Array) -> jax.Array:
+            nearest_cosine = jnp.where(jnp.arange(k) < i, cosine(vectors, centers), -1).max(-1)
+            # Log-probabilities proportional to the squared distance, which is 2 (1 - cosine).
+            logits = jnp.log(jnp.maximum(1 - nearest_cosine, 1e-12))
             return centers.at[i].set(
-                vectors[jax.random.categorical(jax.random.fold_in(key, i), far)]
+                vectors[jax.random.categorical(jax.random.fold_in(key, i), logits)]
             )
 
-        return jax.lax.fori_loop(0, k, add, jnp.zeros((k, vectors.shape[-1])))
+        return jax.lax.fori_loop(0, k, add_center, jnp.zeros((k, vectors.shape[-1])))
 
-    def improve(_, centers: jax.Array) -> jax.Array:
-        belongs = jax.nn.one_hot(cosine(vectors, centers).argmax(-1), k)  # [n, k]
-        sums = jnp.einsum("nk,nd->kd", belongs, vectors)
-        return jnp.where(belongs.sum(0)[:, None] > 0, l2_normalize(sums), centers)
+    def update(_, centers: jax.Array) -> jax.Array:
+        assignment = jax.nn.one_hot(cosine(vectors, centers).argmax(-1), k)  # [n, k]
+        sums = jnp.einsum("nk,nd->kd", assignment, vectors)
+        return jnp.where(assignment.sum(0)[:, None] > 0, l2_normalize(sums), centers)
 
-    def attempt(key: jax.Array) -> Clusters:
-        centers = jax.lax.fori_loop(0, steps, improve, draw(key))
+    def run(key: jax.Array) -> Clusters:
+        centers = jax.lax.fori_loop(0, steps, update, initial_centers(key))
         scores = cosine(vectors, centers)
         return Clusters(scores.argmax(-1), centers, scores.max(-1).mean())
 
-    found = jax.lax.map(attempt, jax.random.split(key, tries))
-    best = found.cohesion.argmax()
-    return jax.tree.map(lambda leaf: leaf[best], found)
+    results = jax.lax.map(run, jax.random.split(key, tries))
+    best = results.cohesion.argmax()
+    return jax.tree.map(lambda leaf: leaf[best], results)

@@ -86,10 +86,11 @@ def register(operation: str) -> Callable[[_F], _F]:
 
 @contextlib.contextmanager
 def override(**impls: str) -> Iterator[None]:
-    """Override default implementations: `with override(norm="reference"): ...`.
+    """Override default implementations in a `with` block.
 
-    This is for experiments, not for servers: it affects the whole process, and it clears JAX's
-    caches on entry and exit, so that no compiled program keeps another implementation.
+    For example `with override(norm="reference"): ...`. This is for experiments, not for servers: it
+    affects the whole process, and it clears JAX's caches on entry and exit, so that no compiled
+    program keeps another implementation.
 
     Args:
         **impls: Implementation of each operation to override.
