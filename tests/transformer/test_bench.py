@@ -61,13 +61,13 @@ def one(**changes) -> Case:
     return Case(**(fields | changes))
 
 
-def test_the_roof_is_the_longer_of_reading_and_computing():
+def test_roofline_seconds_is_maximum_of_memory_and_arithmetic():
     assert ROOFS.roofline_seconds(100e9, 1e9, "float32") == (1.0, "arithmetic")
     assert ROOFS.roofline_seconds(100e9, 20e9, "float32") == (2.0, "memory")
     assert ROOFS.roofline_seconds(100e9, 1e9, "int8") == (0.25, "arithmetic")
 
 
-def test_a_result_follows_from_its_times():
+def test_result_fields_follow_from_samples():
     (found,) = bench.measure([Contender(case=one())], ROOFS, seconds=0)
     assert found.n == 5 and 0 < found.min <= found.median <= found.p80
     assert found.bytes == 4 * (4 * 8 + 8 * 16 + 4 * 16)  # each argument and the outcome, once
@@ -78,7 +78,7 @@ def test_a_result_follows_from_its_times():
     assert found.max_error == 0 and found.ratio == 1 and found.compile > 0
 
 
-def test_a_wrong_function_shows():
+def test_wrong_function_has_error():
     wrong = one(function=lambda x, w: jnp.matmul(x, w) + 0.5)
     (found,) = bench.measure([Contender(case=wrong)], ROOFS, seconds=0)
     assert found.max_error == 0.5 and found.relative_error == 0.5 / 8
@@ -87,13 +87,13 @@ def test_a_wrong_function_shows():
         bench.measure([Contender(case=cut)], ROOFS, seconds=0)
 
 
-def test_a_reference_that_falls_back_to_float32_is_refused():
+def test_reference_in_float32_is_rejected():
     narrow = bench.in_float64(lambda x: x.astype(jnp.float32))
     with pytest.raises(TypeError, match=naming("float64")):
         narrow(jnp.ones(3))
 
 
-def test_contenders_take_turns_and_the_slower_one_shows():
+def test_slower_contender_has_lower_ratio():
     def slow(x, w):
         return jax.lax.fori_loop(0, 300, lambda _, y: jnp.tanh(y @ w.T @ w), jnp.matmul(x, w))
 
@@ -103,7 +103,7 @@ def test_contenders_take_turns_and_the_slower_one_shows():
     assert results[0].ratio == 1 and results[1].ratio < 0.9
 
 
-def test_cold_arguments_are_new_ones_at_every_call():
+def test_cold_arguments_are_copied_for_each_call():
     case = one(cold_argnums=(1,), reuse_distance=5 * 8 * 16 * 4)
     arguments = argument_sets(case)
     assert len(arguments) == 5
@@ -111,7 +111,7 @@ def test_cold_arguments_are_new_ones_at_every_call():
     assert len({args[0].unsafe_buffer_pointer() for args in arguments}) == 1
 
 
-def test_donated_arguments_are_replaced_by_the_outcome():
+def test_donated_arguments_are_replaced_by_results():
     case = one(
         function=lambda x, w: (x + 1, w),
         expected=lambda x, w: np.ones((4, 8)) + 1,
@@ -126,7 +126,7 @@ def test_donated_arguments_are_replaced_by_the_outcome():
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "int8": 5e-2}
 
 
-def test_whole_programs_are_right_in_every_format():
+def test_programs_match_float64_in_every_dtype():
     """On tiny sizes, against float64; times mean nothing here."""
     plan = BenchPlan(names=["prefill", "decode 1x1", "embed"], seconds=0)
     seen = []
@@ -139,7 +139,7 @@ def test_whole_programs_are_right_in_every_format():
 
 
 @pytest.mark.slow
-def test_every_case_is_right_and_every_form_of_it():
+def test_every_implementation_of_every_case_matches_float64():
     plan, said, seen = BenchPlan(all_impls=True, seconds=0), [], set()
     for group in bench.run(plan, decoder_cases.bench_cases(TINY), ROOFS, say=said.append):
         for found in group:
@@ -153,7 +153,7 @@ def test_every_case_is_right_and_every_form_of_it():
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_measured_format_is_the_loaded_one(name):
+def test_random_params_have_dtypes_of_loaded_model(name):
     """Bug: `out` and `down` were measured in bfloat16 when models had them in int8."""
     from tests.transformer.conftest import GOLDEN
     from transformer import checkpoint
@@ -172,7 +172,7 @@ def _maps(layer) -> list[Linear]:
     return [part for part in vars(layer).values() if isinstance(part, Linear)]
 
 
-def test_float64_knows_every_form_of_decoder():
+def test_float64_decoder_supports_every_variant():
     from tests.transformer.conftest import VARIANTS, randomize
     from transformer import decoder
 
@@ -184,7 +184,7 @@ def test_float64_knows_every_form_of_decoder():
         np.testing.assert_allclose(logits, exact.decoder(params, cfg, ids), atol=1e-4, err_msg=name)
 
 
-def test_results_are_saved_read_and_compared(tmp_path):
+def test_results_round_trip_and_compare(tmp_path):
     path = tmp_path / "a.jsonl"
     bench.write(path, ABOUT, [RESULT])
     assert [list(json.loads(line))[0] for line in path.read_text().splitlines()] == [
@@ -203,7 +203,7 @@ def test_results_are_saved_read_and_compared(tmp_path):
         bench.read(tmp_path / "b.jsonl")
 
 
-def test_the_table_says_what_was_found():
+def test_table_has_row_per_result():
     rival = dataclasses.replace(RESULT, form="fused", ratio=0.5)
     head, first, second = bench.format_table([RESULT, rival], has_turns=True).splitlines()
     assert head.split()[0] == "CASE" and head.split()[-1] == "SPEED"
@@ -211,13 +211,13 @@ def test_the_table_says_what_was_found():
     assert second.split()[-1] == "x0.50"
 
 
-def test_the_roofline_is_drawn(tmp_path):
+def test_roofline_plot_is_png(tmp_path):
     pytest.importorskip("matplotlib")
     bench.roofline([RESULT], ABOUT, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_plans():
+def test_plan_selects_cases_and_contenders():
     found = [one(name="matmul 1x2 float32", operation="matmul"), one(name="decode 1x1 float32")]
     assert BenchPlan(names=["dec"]).select(found) == found[1:]
     with pytest.raises(ValueError, match=naming("'add'", "matmul", "decode")):
@@ -232,7 +232,7 @@ def test_plans():
     assert [rival.impl for rival in rivals] == ["chosen", "norm=reference"]
 
 
-def test_a_context_must_fit_the_model():
+def test_context_beyond_model_is_rejected():
     with pytest.raises(ValueError, match=naming("context", 8191, 8192)):
         decoder_cases.Sizes.from_checkpoint(None, context=8192)
 
@@ -247,7 +247,7 @@ ENTRY %main (a: f32[2]) -> f32[2] {
 """
 
 
-def test_instructions_are_traced_to_what_they_came_from():
+def test_instruction_without_op_name_has_origins_of_operands():
     names = where.instruction_origins(HLO)
     assert names["dot.3"] == "params.layers[3].gate.weight jit(f)/mlp/add"
     assert where._stage(names["dot.3"]) == "products gate, up, down"
@@ -255,7 +255,7 @@ def test_instructions_are_traced_to_what_they_came_from():
     assert where._stage("jit(f)/add") == where.OTHER
 
 
-def test_a_loop_is_not_counted_twice():
+def test_self_time_of_loop_excludes_body():
     def event(name, at, taken):
         return {"ts": at, "dur": taken, "args": {"hlo_op": name}}
 
@@ -263,7 +263,7 @@ def test_a_loop_is_not_counted_twice():
     assert dict(where._self_times(events)) == {"while": 6, "dot": 3, "add": 1, "out": 4}
 
 
-def test_where_a_token_goes():
+def test_profile_stages_sum_to_step():
     found = where.profile_decode(TINY, ROOFS, dtypes=("float32", "int8"), say=lambda line: None)
     for table in found:
         spent = {stage["stage"]: stage["seconds"] for stage in table["stages"]}
@@ -283,7 +283,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path):
+def test_command_saves_compares_and_prints_json(tmp_path):
     arguments = ("norm rms 1x", "--forms", "--seconds", "0", "--save", str(tmp_path / "a.jsonl"))
     first = run(*arguments)
     assert first.returncode == 0 and names(first.stdout, "norm", *kernels.IMPLS["norm"])
@@ -294,7 +294,7 @@ def test_the_command(tmp_path):
     assert machine["machine"]["roofs"]["gbs"] > 0 and result["case"].startswith("rotate 1x")
 
 
-def test_mistakes_of_the_command():
+def test_command_with_invalid_argument_exits_with_2():
     for arguments, facts in (
         (["add"], ["'add'", "decode"]),
         (["--try", "norm=fused"], ["norm", "'fused'", "reference"]),

@@ -57,7 +57,7 @@ def same(found, wanted):
 
 @CONFIGS
 @pytest.mark.parametrize("chunk", [16, 64, 256])
-def test_chunks_of_any_size(cfg, chunk):
+def test_prefill_in_chunks_matches_forward(cfg, chunk):
     memory, padded = cache.init(cfg, 2), np.pad(IDS[0], (0, -LENGTH % chunk))
     found = []
     for start in range(0, LENGTH, chunk):
@@ -67,7 +67,7 @@ def test_chunks_of_any_size(cfg, chunk):
 
 
 @CONFIGS
-def test_a_prompt_then_token_by_token_over_the_edge_of_a_block(cfg):
+def test_prefill_then_decode_across_blocks_matches_forward(cfg):
     memory = cache.init(cfg, 2)
     for start in range(0, 192, 64):
         found, memory = read(cfg, memory, IDS[:1, start : start + 64], [[1, 2]], [start])
@@ -77,7 +77,7 @@ def test_a_prompt_then_token_by_token_over_the_edge_of_a_block(cfg):
         same(found[0, 0], expected(cfg)[0, at])
 
 
-def test_rows_of_different_lengths_with_blocks_anywhere():
+def test_rows_of_different_lengths_match_forward():
     memory = cache.init(LLAMA, 8)
     tables = np.array([[7, 2], [1, 8], [5, 3]])
     lengths = [256, 64, 192]
@@ -91,7 +91,7 @@ def test_rows_of_different_lengths_with_blocks_anywhere():
         same(found[:, 0], expected(LLAMA)[range(3), at])
 
 
-def test_rows_without_a_sequence_write_to_the_block_of_no_one():
+def test_padding_rows_write_to_null_block():
     memory = cache.init(LLAMA, 2)
     _, memory = read(LLAMA, memory, IDS[:1, :64], [[1, 2]], [0])
     trash = [cache.NULL_BLOCK, cache.NULL_BLOCK]
@@ -102,7 +102,7 @@ def test_rows_without_a_sequence_write_to_the_block_of_no_one():
         assert np.isfinite(found).all()
 
 
-def test_a_block_behind_the_window_is_not_read():
+def test_block_outside_window_is_not_read():
     cfg = Config.debug(windows=(40,))
     memory = cache.init(cfg, 2)
     for start in (0, 64, 128, 192, 256):
@@ -112,13 +112,13 @@ def test_a_block_behind_the_window_is_not_read():
     same(found[0, 0], expected(cfg)[0, 300])
 
 
-def test_what_a_block_held_before_is_not_seen():
+def test_old_content_of_block_is_masked():
     memory = jax.tree.map(lambda pool: jnp.full_like(pool, 1e4), cache.init(LLAMA, 2))
     found, memory = read(LLAMA, memory, IDS[:1, :64], [[2, 1]], [0])
     same(found[0], expected(LLAMA)[0, :64])
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
+def test_row_is_independent_of_other_rows():
     memory = cache.init(LLAMA, 4)
     _, memory = read(LLAMA, memory, IDS[:1, :64], [[1]], [0])
     _, memory = read(LLAMA, memory, IDS[1:2, :64], [[2]], [0])
@@ -129,12 +129,12 @@ def test_a_row_does_not_depend_on_its_neighbours():
     np.testing.assert_array_equal(first[0], second[0])
 
 
-def test_a_chunk_that_does_not_fit_blocks_is_refused():
+def test_append_with_invalid_chunk_size_raises():
     with pytest.raises(ValueError, match=naming(192, cache.BLOCK_SIZE)):
         read(LLAMA, cache.init(LLAMA, 2), IDS[:1, :192], [[1, 2]], [0])
 
 
-def test_sizes():
+def test_bytes_per_block_matches_arrays():
     assert [cache.blocks_for(n) for n in (0, 1, 256, 257)] == [0, 1, 1, 2]
     memory = cache.init(LLAMA, 3, jnp.bfloat16)
     assert memory.num_blocks == 4

@@ -33,7 +33,7 @@ def assert_same(first, second):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_what_is_saved_is_loaded_bit_by_bit(tiny, tmp_path, name):
+def test_save_then_load_is_bitwise_equal(tiny, tmp_path, name):
     params, cfg, _ = tiny(name)
     checkpoint.save(tmp_path / "new", params, cfg)
     again, same_cfg, _ = checkpoint.load(tmp_path / "new")
@@ -48,13 +48,13 @@ def test_what_is_saved_is_loaded_bit_by_bit(tiny, tmp_path, name):
         np.testing.assert_array_equal(ours[key], theirs[key])
 
 
-def test_int8_weights_are_not_saved(tmp_path):
+def test_save_of_int8_weights_raises(tmp_path):
     params, cfg, _ = checkpoint.load(GOLDEN / "llama", dtype="int8")
     with pytest.raises(ValueError, match=naming("int8")):
         checkpoint.save(tmp_path / "new", params, cfg)
 
 
-def test_formats(tiny):
+def test_load_in_bfloat16_and_int8_converts_linear_maps(tiny):
     params, _, _ = tiny("llama")
     narrow, _, _ = checkpoint.load(GOLDEN / "llama", dtype="bfloat16")
     int8, _, _ = checkpoint.load(GOLDEN / "llama", dtype="int8")
@@ -76,7 +76,7 @@ def test_formats(tiny):
     assert np.abs(steps).max() <= 1 and (steps == 0).mean() > 0.99
 
 
-def test_int8_of_a_stream_that_cannot_be_turned(tiny):
+def test_load_in_int8_without_rotation_skips_output_projections(tiny):
     params, cfg, _ = tiny("gpt2")
     assert not quarot.can_rotate(cfg)
     int8, _, _ = checkpoint.load(GOLDEN / "gpt2", dtype="int8")
@@ -88,7 +88,7 @@ def test_int8_of_a_stream_that_cannot_be_turned(tiny):
         np.testing.assert_array_equal(kept.weight, getattr(narrow.layers[0], part).weight)
 
 
-def test_half_precision_files_are_widened(tiny, tmp_path):
+def test_load_of_bfloat16_file_returns_float32(tiny, tmp_path):
     shutil.copy(GOLDEN / "llama" / "config.json", tmp_path)
     tensors = load_file(GOLDEN / "llama" / "model.safetensors")
     narrow = {key: value.astype(jnp.bfloat16) for key, value in tensors.items()}
@@ -98,7 +98,7 @@ def test_half_precision_files_are_widened(tiny, tmp_path):
     assert_same(params, expected)
 
 
-def test_shards_and_progress(tiny, tmp_path):
+def test_load_of_shards_reports_progress(tiny, tmp_path):
     shutil.copy(GOLDEN / "llama" / "config.json", tmp_path)
     tensors = load_file(GOLDEN / "llama" / "model.safetensors")
     places = {key: f"model-{i % 2}.safetensors" for i, key in enumerate(tensors)}
@@ -134,7 +134,7 @@ def rewritten(name: str, folder: Path, change) -> Path:
 @pytest.mark.parametrize(
     "index", ['{"weight_map": {"x": "gone.safetensors"}}', '{"weight_map": 5}', "{", ""]
 )
-def test_a_single_file_counts_beside_a_stale_index(tiny, tmp_path, index):
+def test_single_file_with_stale_index_is_loaded(tiny, tmp_path, index):
     """Bug: an index that names shards which are gone hid the good file beside it."""
     rewritten("mistral", tmp_path, dict)
     (tmp_path / "model.safetensors.index.json").write_text(index)
@@ -184,12 +184,12 @@ PUBLIC_TENSORS = {
 
 
 @pytest.mark.parametrize("name", PUBLIC_TENSORS)
-def test_tensors_of_public_files_that_change_nothing(tiny, tmp_path, name):
+def test_redundant_tensors_are_ignored(tiny, tmp_path, name):
     model, change = PUBLIC_TENSORS[name]
     assert_same(checkpoint.load(rewritten(model, tmp_path, change))[0], tiny(model).params)
 
 
-def test_dtypes_may_differ_within_a_file(tiny, tmp_path):
+def test_file_with_mixed_dtypes_is_loaded(tiny, tmp_path):
     params, _, _ = checkpoint.load(rewritten("llama", tmp_path, in_three_dtypes))
     expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype("f4"), tiny("llama").params)
     assert_same(params, expected)
@@ -198,7 +198,7 @@ def test_dtypes_may_differ_within_a_file(tiny, tmp_path):
 @pytest.mark.parametrize(
     "head", [lambda table: table + 1, lambda table: table[1:].copy(), lambda table: table.T.copy()]
 )
-def test_a_head_that_differs_from_the_table_it_is_tied_to_is_refused(tmp_path, head):
+def test_tied_head_that_differs_is_rejected(tmp_path, head):
     """transformers then has a head of its own; leaving it out would change the logits."""
 
     def change(tensors):
@@ -227,7 +227,7 @@ def test_a_head_that_differs_from_the_table_it_is_tied_to_is_refused(tmp_path, h
         ),
     ],
 )
-def test_strict_both_ways(tmp_path, spoil, facts):
+def test_missing_unknown_or_misshapen_tensor_is_named(tmp_path, spoil, facts):
     shutil.copy(GOLDEN / "llama" / "config.json", tmp_path)
     tensors = load_file(GOLDEN / "llama" / "model.safetensors")
     spoil(tensors)
@@ -258,7 +258,7 @@ def test_strict_both_ways(tmp_path, spoil, facts):
     ],
     ids=str,
 )
-def test_damaged_folders(tmp_path, name, content, error):
+def test_damaged_folder_raises_with_file_name(tmp_path, name, content, error):
     for file in ("config.json", "model.safetensors"):
         shutil.copy(GOLDEN / "llama" / file, tmp_path)
     if content is None:
@@ -269,7 +269,7 @@ def test_damaged_folders(tmp_path, name, content, error):
         checkpoint.load(tmp_path)
 
 
-def test_safetensors_cut_short(tmp_path):
+def test_truncated_safetensors_raises(tmp_path):
     shutil.copy(GOLDEN / "llama" / "config.json", tmp_path)
     whole = (GOLDEN / "llama" / "model.safetensors").read_bytes()
     for size in [1, 7, 8, 9, 500, 2000, len(whole) // 2, len(whole) - 1]:
@@ -278,7 +278,7 @@ def test_safetensors_cut_short(tmp_path):
             checkpoint.load(tmp_path)
 
 
-def test_a_shard_cut_short_or_gone(tmp_path):
+def test_truncated_or_missing_shard_is_named(tmp_path):
     shutil.copytree(GOLDEN / "mistral", tmp_path / "m")
     shard = tmp_path / "m" / "model-00002-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -289,7 +289,7 @@ def test_a_shard_cut_short_or_gone(tmp_path):
         checkpoint.load(tmp_path / "m")
 
 
-def test_pickles_are_refused_unopened(tmp_path):
+def test_pickle_is_rejected_unopened(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(ValueError, match=naming(tmp_path / "weights.bin")):
         checkpoint.load(tmp_path / "weights.bin")
@@ -302,7 +302,7 @@ def test_pickles_are_refused_unopened(tmp_path):
     ("claimed", "facts"),
     [(2**40, ["num_hidden_layers", 4096, 2**40]), (4096, ["21 tensors", "4096 layers"])],
 )
-def test_more_layers_than_tensors(tmp_path, claimed, facts):
+def test_config_with_too_many_layers_is_rejected(tmp_path, claimed, facts):
     config = json.loads((GOLDEN / "llama" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": claimed}))
     shutil.copy(GOLDEN / "llama" / "model.safetensors", tmp_path)
@@ -376,7 +376,7 @@ def llama_tensors(params: decoder.Params, cfg: Config) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
-def test_a_gguf_file_is_loaded_bit_by_bit(tmp_path, is_tied):
+def test_gguf_round_trip_is_bitwise_equal(tmp_path, is_tied):
     cfg = Config.debug(tie_embeddings=is_tied, num_layers=3, norm_eps=2**-16)
     params = randomize(decoder.init(jax.random.key(0), cfg))
     write_gguf(tmp_path / "m.gguf", llama_tensors(params, cfg), llama_metadata(cfg))
@@ -388,7 +388,7 @@ def test_a_gguf_file_is_loaded_bit_by_bit(tmp_path, is_tied):
 @pytest.mark.parametrize(
     "kind", [Q.F32, Q.F16, Q.BF16, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1, Q.Q8_0], ids=lambda k: k.name
 )
-def test_formats_the_package_writes(tmp_path, kind):
+def test_gguf_tensor_type_with_writer_is_dequantized(tmp_path, kind):
     array = RNG.normal(size=(6, 256)).astype(np.float32)
     write_gguf(tmp_path / "m.gguf", {"x": array}, {}, {"x": kind})
     _, tensors = reader.read(tmp_path / "m.gguf")
@@ -401,7 +401,7 @@ def test_formats_the_package_writes(tmp_path, kind):
 @pytest.mark.parametrize(
     "kind", [Q.Q2_K, Q.Q3_K, Q.Q4_K, Q.Q5_K, Q.Q6_K, Q.IQ4_NL, Q.IQ4_XS], ids=lambda k: k.name
 )
-def test_formats_the_package_only_reads(tmp_path, kind):
+def test_gguf_tensor_type_without_writer_is_dequantized(tmp_path, kind):
     block, size = gguf.GGML_QUANT_SIZES[kind]
     # 0x2e2e as a half float is 0.1: scales stay finite whatever their place in the block.
     raw = np.where(RNG.random((4, 512 // block * size)) < 0.5, 0x2E, 0x2D).astype(np.uint8)
@@ -426,7 +426,7 @@ def small(tmp_path) -> Path:
     return tmp_path / "m.gguf"
 
 
-def test_gguf_cut_short_anywhere(small):
+def test_truncated_gguf_raises(small):
     whole = small.read_bytes()
     began = time.monotonic()
     sizes = [*range(0, 1400, 7), *range(1400, len(whole), len(whole) // 20), len(whole) - 40]
@@ -437,7 +437,7 @@ def test_gguf_cut_short_anywhere(small):
     assert time.monotonic() - began < 20
 
 
-def test_gguf_with_any_byte_changed_loads_or_says_why(small):
+def test_gguf_with_changed_byte_loads_or_raises_value_error(small):
     whole = small.read_bytes()
     header = whole.index(b"output_norm.weight")
     for at in range(4, header, 5):
@@ -503,7 +503,7 @@ def tensor(name: bytes, shape=(32,), kind=0, offset=0) -> bytes:
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
-def test_hostile_gguf(tmp_path, content, facts):
+def test_malicious_gguf_raises(tmp_path, content, facts):
     (tmp_path / "m.gguf").write_bytes(content)
     with pytest.raises(ValueError, match=naming(*facts)):
         checkpoint.load(tmp_path / "m.gguf")
@@ -525,7 +525,7 @@ def test_hostile_gguf(tmp_path, content, facts):
     ],
     ids=str,
 )
-def test_gguf_metadata_that_does_not_fit(tmp_path, change, facts):
+def test_gguf_with_invalid_metadata_raises(tmp_path, change, facts):
     cfg = Config.debug(num_layers=1)
     params = decoder.init(jax.random.key(0), cfg)
     path = tmp_path / "m.gguf"
@@ -534,7 +534,7 @@ def test_gguf_metadata_that_does_not_fit(tmp_path, change, facts):
         checkpoint.load(path)
 
 
-def test_gguf_is_strict_both_ways(tmp_path):
+def test_gguf_with_missing_or_unknown_tensor_is_named(tmp_path):
     cfg = Config.debug(num_layers=1)
     tensors = llama_tensors(decoder.init(jax.random.key(0), cfg), cfg)
     path = tmp_path / "m.gguf"
@@ -547,12 +547,12 @@ def test_gguf_is_strict_both_ways(tmp_path):
         checkpoint.load(path)
 
 
-def test_nothing_there(tmp_path):
+def test_load_of_absent_file_raises(tmp_path):
     with pytest.raises(FileNotFoundError):
         checkpoint.load(tmp_path / "absent.gguf")
 
 
-def test_gpt2_as_first_published(tmp_path):
+def test_first_gpt2_files_without_prefix_are_loaded(tmp_path):
     """Its files carry no "transformer." in their names, and `n_ctx` beside `n_positions`."""
     config = json.loads((GOLDEN / "gpt2" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"n_ctx": config["n_positions"]}))

@@ -62,7 +62,7 @@ def test_debug_is_small_and_hashable():
     ],
     ids=str,
 )
-def test_what_cannot_be_is_refused(change, facts):
+def test_invalid_field_is_rejected(change, facts):
     with pytest.raises(ValueError, match=naming(*facts)):
         Config.debug(**change)
 
@@ -78,7 +78,7 @@ def test_what_cannot_be_is_refused(change, facts):
     ],
     ids=str,
 )
-def test_what_cannot_be_of_a_scaling_is_refused(change, facts):
+def test_invalid_rope_scaling_is_rejected(change, facts):
     with pytest.raises(ValueError, match=naming(*facts)):
         dataclasses.replace(LLAMA3, **change)
 
@@ -94,7 +94,7 @@ def test_what_cannot_be_of_a_scaling_is_refused(change, facts):
         ((None, None, 7), (None, None, 7)),
     ],
 )
-def test_a_pattern_of_windows_is_kept_in_one_way(windows, shortest):
+def test_windows_are_normalized_to_shortest_period(windows, shortest):
     cfg = Config.debug(num_layers=4, windows=windows)
     assert cfg.windows == shortest
     assert [cfg.window(i) for i in range(4)] == [windows[i % len(windows)] for i in range(4)]
@@ -118,12 +118,12 @@ def test_a_pattern_of_windows_is_kept_in_one_way(windows, shortest):
     ],
     ids=str,
 )
-def test_to_hf_is_undone_by_from_hf(cfg):
+def test_to_hf_then_from_hf_returns_equal_config(cfg):
     assert families.from_hf(json.loads(json.dumps(families.to_hf(cfg)))) == cfg
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_what_transformers_writes_is_read(name):
+def test_config_json_of_transformers_is_read(name):
     cfg = families.from_hf(hf(name))
     assert families.from_hf(families.to_hf(cfg)) == cfg
 
@@ -142,7 +142,7 @@ def test_what_transformers_writes_is_read(name):
     ],
     ids=str,
 )
-def test_what_no_model_type_has_is_not_written(change):
+def test_to_hf_without_model_type_raises(change):
     cfg = Config.debug(**change)
     with pytest.raises(ValueError, match=naming(cfg)):
         families.to_hf(cfg)
@@ -205,13 +205,13 @@ def test_what_no_model_type_has_is_not_written(change):
     ],
     ids=str,
 )
-def test_an_unknown_meaning_is_refused(name, change, facts):
+def test_unsupported_key_or_value_is_rejected(name, change, facts):
     with pytest.raises(ValueError, match=naming(*facts)):
         families.from_hf(hf(name, **change))
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_value_of_any_type_is_read_or_refused(name):
+def test_value_of_any_type_is_read_or_raises_value_error(name):
     """Bug: a list where a name of a scaling belongs was a TypeError."""
     more = ("rope_scaling", "rope_parameters", "sliding_window_pattern", "rope_local_base_freq")
     for key in (*hf(name), *more):
@@ -220,7 +220,7 @@ def test_a_value_of_any_type_is_read_or_refused(name):
                 families.from_hf(hf(name, **{key: value}))
 
 
-def test_qwen2_may_state_a_window_that_is_off():
+def test_disabled_window_of_qwen2_is_ignored():
     off = dict(use_sliding_window=False, layer_types=["full_attention"] * 2)
     stated = families.from_hf(hf("qwen2", sliding_window=4096, **off))
     assert stated == families.from_hf(hf("qwen2", **off)) and stated.windows == (None,)
@@ -233,7 +233,7 @@ def older(name: str, **changes) -> Config:
     return families.from_hf(config)
 
 
-def test_older_spellings_mean_the_same():
+def test_config_of_transformers_4_equals_that_of_5():
     linear = {"type": "linear", "factor": 8.0}
     found = older("llama", rope_theta=500.0, rope_scaling=linear)
     assert found.rope_theta == 500 and found.rope_scaling == LINEAR
@@ -247,7 +247,7 @@ def test_older_spellings_mean_the_same():
     assert gemma == families.from_hf(hf("gemma3"))
 
 
-def test_where_a_config_is_silent_it_means_what_transformers_takes():
+def test_absent_keys_have_defaults_of_transformers():
     config = hf("gemma3")
     for key in ("layer_types", "_sliding_window_pattern", "rope_parameters", "sliding_window"):
         del config[key]

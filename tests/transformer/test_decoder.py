@@ -28,7 +28,7 @@ def random_params(cfg: Config) -> decoder.Params:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_agrees_with_transformers(tiny, name):
+def test_forward_matches_transformers(tiny, name):
     params, cfg, golden = tiny(name)
     logits, taps = forward(params, cfg, golden["ids"], taps=("residual", "attention"))
     np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=1e-4)
@@ -37,12 +37,12 @@ def test_agrees_with_transformers(tiny, name):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_each_part_agrees_with_transformers(tiny, name):
+def test_each_part_matches_transformers(tiny, name):
     check_parts(*tiny(name))
 
 
 @pytest.mark.parametrize("forms", [*VARIANTS.values(), {"tie_embeddings": False}])
-def test_init_fills_the_abstract_tree(forms):
+def test_init_matches_abstract_tree(forms):
     cfg = Config.debug(**forms)
     params, infos = decoder.init(jax.random.key(0), cfg), decoder.abstract(cfg)
     assert jax.tree.structure(params) == jax.tree.structure(infos)
@@ -54,14 +54,14 @@ def test_init_fills_the_abstract_tree(forms):
     assert decoder.num_bytes(params) == 4 * cfg.num_params
 
 
-def test_init_is_a_function_of_the_key():
+def test_init_is_deterministic_by_key():
     cfg = Config.debug()
     first, again, other = (decoder.init(jax.random.key(seed), cfg) for seed in (0, 0, 1))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), first, again))
     assert not (first.embed.weight == other.embed.weight).any()
 
 
-def test_a_fresh_model_predicts_nothing_in_particular():
+def test_initial_loss_is_that_of_uniform_prediction():
     cfg = Config.debug()
     logits, _ = forward(decoder.init(jax.random.key(0), cfg), cfg, IDS)
     loss = -jax.nn.log_softmax(logits[:, :-1])
@@ -69,7 +69,7 @@ def test_a_fresh_model_predicts_nothing_in_particular():
     assert abs(loss - np.log(cfg.vocab_size)) < 0.1
 
 
-def test_no_token_sees_a_later_one():
+def test_attention_is_causal():
     cfg = Config.debug()
     params = random_params(cfg)
     logits, _ = forward(params, cfg, IDS)
@@ -121,7 +121,7 @@ def is_change(forms, change):
     [(forms, change) for forms in VARIANTS for change in NUMBERS if is_change(forms, change)],
     ids=str,
 )
-def test_each_number_matters(forms, change):
+def test_changed_number_changes_logits(forms, change):
     cfg = Config.debug(**VARIANTS[forms])
     (name,) = change
     has_effect = not (
@@ -138,7 +138,7 @@ def test_each_number_matters(forms, change):
 
 
 @pytest.mark.parametrize("scaling", [LLAMA3, YARN], ids=["llama3", "yarn"])
-def test_each_number_of_a_rotary_scaling_matters(scaling):
+def test_changed_rope_scaling_field_changes_angles(scaling):
     def angles(**change):  # bounds are rounded to pairs of channels: enough of them, far apart
         return np.stack(rope.angles(IDS, 32, 100.0, RopeScaling(**scaling | change)))
 
@@ -147,13 +147,13 @@ def test_each_number_of_a_rotary_scaling_matters(scaling):
         assert np.abs(angles() - angles(**change)).max() > 1e-2, name
 
 
-def test_every_field_is_wired():
+def test_every_config_field_is_tested():
     """A new field must come with a change above or below that shows it does something."""
     wired = {name for change in [*NUMBERS, *SHAPES] for name in change} | {"max_seq_len"}
     assert wired == {field.name for field in dataclasses.fields(Config)}
 
 
-def test_a_window_hides_what_lies_behind_it():
+def test_window_masks_older_positions():
     cfg = Config.debug(num_layers=1, windows=(4,))
     params = random_params(cfg)
     other = IDS.copy()
@@ -184,7 +184,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("change", SHAPES, ids=str)
-def test_each_form_matters(change):
+def test_changed_variant_changes_shapes(change):
     cfg = Config.debug()
     changed = dataclasses.replace(cfg, **change)
     shapes = [leaf.shape for leaf in jax.tree.leaves(decoder.abstract(cfg))]
@@ -211,7 +211,7 @@ def test_every_weight_has_a_gradient(forms):
         assert is_key_bias or np.abs(gradient).max() > 1e-4, path
 
 
-def test_taps_are_consistent():
+def test_taps_are_consistent_with_logits():
     cfg = Config.debug()
     params = random_params(cfg)
     names = ("residual", "attention", "logits")
@@ -229,7 +229,7 @@ def test_taps_are_consistent():
     np.testing.assert_allclose(plain, logits, rtol=0, atol=1e-5)
 
 
-def test_an_unused_tap_costs_nothing():
+def test_unused_tap_adds_no_flops():
     cfg = Config.debug()
     params = random_params(cfg)
 
@@ -244,13 +244,13 @@ def test_an_unused_tap_costs_nothing():
     assert flops("logits") > flops()
 
 
-def test_an_unknown_tap_is_refused():
+def test_unknown_tap_is_rejected():
     cfg = Config.debug()
     with pytest.raises(ValueError, match=naming("residual", "attention", "logits", "'atention'")):
         decoder.forward(random_params(cfg), cfg, IDS, taps=("atention",))
 
 
-def test_more_tokens_than_learned_positions_are_refused():
+def test_more_tokens_than_learned_positions_raises():
     """Bug: they were looked up at the last position, all of them."""
     cfg = Config.debug(**GPT2_VARIANT | dict(max_seq_len=11))
     for read in (decoder.forward, decoder.hidden_states):
@@ -259,7 +259,7 @@ def test_more_tokens_than_learned_positions_are_refused():
 
 
 @pytest.mark.parametrize("forms", VARIANTS)
-def test_stacking_layers_is_undone_by_unstacking(forms):
+def test_unstack_layers_inverts_stack_layers(forms):
     cfg = Config.debug(num_layers=3, **VARIANTS[forms])
     layers = random_params(cfg).layers
     stacked = decoder.stack_layers(layers)
@@ -270,7 +270,7 @@ def test_stacking_layers_is_undone_by_unstacking(forms):
 
 
 @pytest.mark.parametrize("forms", [{}, GPT2_VARIANT, {"windows": (5,), "qk_norm": True}], ids=str)
-def test_a_scan_over_stacked_layers_is_the_loop(forms):
+def test_scan_over_stacked_layers_matches_forward(forms):
     cfg = Config.debug(num_layers=3, **forms)
     params = random_params(cfg)
     positions = jnp.broadcast_to(jnp.arange(IDS.shape[1]), IDS.shape)

@@ -40,7 +40,7 @@ def folder(pooling: str, into: Path) -> Path:
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_every_intermediate_equals_that_of_transformers(pooling: str) -> None:
+def test_intermediates_match_transformers(pooling: str) -> None:
     params, cfg = bert.load(GOLDEN / pooling)
     golden = np.load(GOLDEN / pooling / "golden.npz")
     assert (cfg.pooling, cfg.normalize) == (pooling, pooling == "mean")
@@ -62,7 +62,7 @@ def test_every_intermediate_equals_that_of_transformers(pooling: str) -> None:
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_texts_that_share_rows_do_not_see_each_other(pooling: str) -> None:
+def test_packed_texts_match_single_texts(pooling: str) -> None:
     cfg = Config.debug(pooling=pooling)
     params = randomize(encoder.init(jax.random.key(0), cfg))
     rng = np.random.default_rng(0)
@@ -74,7 +74,7 @@ def test_texts_that_share_rows_do_not_see_each_other(pooling: str) -> None:
         np.testing.assert_allclose(encoder.pool(alone, cfg, ones, 1)[0, 0], vector, atol=2e-5)
 
 
-def test_packing_places_every_token_once_and_uses_known_shapes_only() -> None:
+def test_packing_holds_every_token_in_known_shapes() -> None:
     rng = np.random.default_rng(0)
     for longest in (20, 256, 512):
         texts = [rng.integers(1, 1000, n).tolist() for n in rng.integers(1, longest + 1, 300)]
@@ -89,14 +89,14 @@ def test_packing_places_every_token_once_and_uses_known_shapes_only() -> None:
         assert [seen[i] for i in range(len(texts))] == texts
 
 
-def test_packing_wastes_little() -> None:
+def test_packing_has_little_padding() -> None:
     rng = np.random.default_rng(0)
     texts = [[1] * int(n) for n in rng.integers(12, 150, 256)]
     computed = sum(batch.ids.size for batch in packing.pack(texts, 256))
     assert sum(map(len, texts)) > 0.96 * computed
 
 
-def test_a_text_that_is_empty_or_too_long_or_of_another_vocabulary_is_refused() -> None:
+def test_invalid_text_is_rejected() -> None:
     cfg = Config.debug(max_tokens=10)
     params = encoder.init(jax.random.key(0), cfg)
     with pytest.raises(ValueError, match=naming("text 1", 11, 10)):
@@ -120,7 +120,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("change", NUMBERS, ids=str)
-def test_a_changed_field_changes_the_vectors(change: dict) -> None:
+def test_changed_field_changes_embeddings(change: dict) -> None:
     cfg = Config.debug()
     params = randomize(encoder.init(jax.random.key(0), cfg))
     texts = [[1, 2, 3, 4], [5, 6, 7]]
@@ -130,14 +130,14 @@ def test_a_changed_field_changes_the_vectors(change: dict) -> None:
 
 
 @pytest.mark.parametrize("change", SHAPES, ids=str)
-def test_a_changed_size_changes_the_weights(change: dict) -> None:
+def test_changed_size_changes_shapes(change: dict) -> None:
     def shapes(cfg: Config) -> list[tuple[int, ...]]:
         return [leaf.shape for leaf in jax.tree.leaves(encoder.abstract(cfg))]
 
     assert shapes(Config.debug()) != shapes(dataclasses.replace(Config.debug(), **change))
 
 
-def test_every_field_is_wired() -> None:
+def test_every_config_field_is_tested() -> None:
     """`max_tokens` has tests of its own: what is longer is refused, and no row is wider."""
     wired = {name for change in NUMBERS + SHAPES for name in change} | {"max_tokens"}
     assert wired == {field.name for field in dataclasses.fields(Config)}
@@ -154,12 +154,12 @@ def test_every_field_is_wired() -> None:
         ({"normalize": 1}, ["normalize", 1]),
     ],
 )
-def test_a_config_that_cannot_be_is_refused(change: dict, facts: list) -> None:
+def test_invalid_config_is_rejected(change: dict, facts: list) -> None:
     with pytest.raises(ValueError, match=naming(*facts)):
         Config.debug(**change)
 
 
-def test_to_hf_and_from_hf_are_inverses() -> None:
+def test_to_hf_then_from_hf_returns_equal_config() -> None:
     cfg = Config.debug(max_tokens=64, pooling="cls", normalize=False, norm_eps=1e-5)
     again = Config.from_hf(cfg.to_hf(), max_tokens=64, pooling="cls", normalize=False)
     assert again == cfg
@@ -180,13 +180,13 @@ def test_to_hf_and_from_hf_are_inverses() -> None:
         ({"hidden_size": None}, "config.json"),
     ],
 )
-def test_a_config_json_with_another_meaning_is_refused(change: dict, value: object) -> None:
+def test_unsupported_config_json_is_rejected(change: dict, value: object) -> None:
     with pytest.raises(ValueError, match=naming(*change, value)):
         Config.from_hf(Config.debug().to_hf() | change)
 
 
 @pytest.mark.parametrize("key", Config.debug().to_hf())
-def test_a_value_of_any_type_is_read_or_refused(key: str) -> None:
+def test_value_of_any_type_is_read_or_raises_value_error(key: str) -> None:
     for value in INVALID_VALUES:
         with contextlib.suppress(ValueError):  # any other exception fails the test
             Config.from_hf(Config.debug().to_hf() | {key: value})
@@ -219,12 +219,12 @@ GOOGLE = dict(  # bert-base-chinese
         dict(quantization_config=None, dtype="float32", is_decoder=False, bos_token_id=None),
     ],
 )
-def test_a_public_config_json_is_read(change: dict) -> None:
+def test_public_config_json_is_read(change: dict) -> None:
     cfg = Config.from_hf(BERT | change)
     assert (cfg.d_model, cfg.norm_eps, cfg.max_tokens) == (384, 1e-12, 512)
 
 
-def test_a_config_json_without_a_size_is_refused() -> None:
+def test_config_json_without_size_is_rejected() -> None:
     config = Config.debug().to_hf()
     del config["intermediate_size"]
     with pytest.raises(ValueError, match=naming("config.json", "intermediate_size")):
@@ -232,7 +232,7 @@ def test_a_config_json_without_a_size_is_refused() -> None:
 
 
 @pytest.mark.parametrize("format", ["float32", "bfloat16"])
-def test_saved_weights_load_bit_for_bit(format: str, tmp_path: Path) -> None:
+def test_save_then_load_is_bitwise_equal(format: str, tmp_path: Path) -> None:
     params, cfg = bert.load(GOLDEN / "cls", dtype=format)
     bert.save(tmp_path, params, cfg)
     again, its_cfg = bert.load(tmp_path, dtype=format)
@@ -240,7 +240,7 @@ def test_saved_weights_load_bit_for_bit(format: str, tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
-def test_a_missing_superfluous_or_misshapen_tensor_is_named(tmp_path: Path) -> None:
+def test_missing_unknown_or_misshapen_tensor_is_named(tmp_path: Path) -> None:
     path = folder("mean", tmp_path) / "model.safetensors"
     whole = load_file(path)
     name = "encoder.layer.1.output.dense.weight"
@@ -266,7 +266,7 @@ def as_google_named(name: str) -> str:
     return "bert." + name.replace("LayerNorm.bias", "LayerNorm.beta")
 
 
-def test_a_bert_with_its_heads_of_pretraining_is_read(tmp_path: Path) -> None:
+def test_bert_with_pretraining_heads_is_loaded(tmp_path: Path) -> None:
     """As bert-base-uncased is published; transformers opens it as the bare encoder, too."""
     path = folder("mean", tmp_path) / "model.safetensors"
     expected, _ = bert.load(tmp_path)
@@ -281,7 +281,7 @@ def test_a_bert_with_its_heads_of_pretraining_is_read(tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
-def test_a_folder_that_does_not_say_how_to_pool_needs_to_be_told(tmp_path: Path) -> None:
+def test_folder_without_modules_json_needs_pooling(tmp_path: Path) -> None:
     (folder("mean", tmp_path) / "modules.json").unlink()
     with pytest.raises(ValueError, match=naming("modules.json", "pooling", "normalize")):
         bert.load(tmp_path)
@@ -289,7 +289,7 @@ def test_a_folder_that_does_not_say_how_to_pool_needs_to_be_told(tmp_path: Path)
     assert (cfg.pooling, cfg.normalize) == ("cls", False)
 
 
-def test_a_step_or_a_pooling_we_lack_is_refused(tmp_path: Path) -> None:
+def test_unsupported_module_or_pooling_is_rejected(tmp_path: Path) -> None:
     folder("mean", tmp_path)
     steps = json.loads((tmp_path / "modules.json").read_text())
     pooling = tmp_path / "1_Pooling" / "config.json"
@@ -306,7 +306,7 @@ def test_a_step_or_a_pooling_we_lack_is_refused(tmp_path: Path) -> None:
         bert.load(tmp_path)
 
 
-def test_the_longest_input_is_read_where_it_stands(tmp_path: Path) -> None:
+def test_max_tokens_is_read_from_each_file(tmp_path: Path) -> None:
     folder("mean", tmp_path)
     assert bert.load(tmp_path)[1].max_tokens == 40  # the position table
     (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 30}')
@@ -330,7 +330,7 @@ def embedded(path: Path, texts: list[str], format: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("format", "least"), [("float32", 0.99999), ("bfloat16", 0.9999)])
-def test_minilm_agrees_with_sentence_transformers_on_200_texts(
+def test_minilm_matches_golden_embeddings(
     format: str, least: float, model_file: Callable[[str], Path]
 ) -> None:
     texts = json.loads((GOLDEN / "texts.json").read_text("utf-8"))
@@ -343,7 +343,7 @@ def test_minilm_agrees_with_sentence_transformers_on_200_texts(
 
 @pytest.mark.parity
 @pytest.mark.parametrize(("format", "least"), [("float32", 0.99999), ("bfloat16", 0.9999)])
-def test_minilm_beside_sentence_transformers(
+def test_minilm_matches_sentence_transformers(
     format: str, least: float, model_file: Callable[[str], Path]
 ) -> None:
     from sentence_transformers import SentenceTransformer
@@ -356,7 +356,7 @@ def test_minilm_beside_sentence_transformers(
 
 @pytest.mark.parity
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_sentence_transformers_reads_what_we_save(pooling: str, tmp_path: Path) -> None:
+def test_saved_folder_loads_in_sentence_transformers(pooling: str, tmp_path: Path) -> None:
     import torch
     from sentence_transformers import SentenceTransformer
     from transformers import BertTokenizerFast

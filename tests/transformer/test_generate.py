@@ -42,7 +42,7 @@ def naive(params, cfg, prompt, count):
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 255, 256, 257, 320])
-def test_generate_is_forward_and_argmax(params, cfg, length):
+def test_greedy_generation_matches_forward(params, cfg, length):
     prompt = prompt_of(length, cfg)
     ids = list(generate.generate(params, cfg, prompt, max_new_tokens=6))
     assert ids == naive(params, cfg, prompt, 6)
@@ -74,7 +74,7 @@ def test_chunk_size_does_not_change_the_logits(params, cfg, length):
         np.testing.assert_allclose(logits[0], expected, atol=1e-4)
 
 
-def test_a_stop_id_ends_it_and_is_not_given(params, cfg):
+def test_stop_id_ends_generation_and_is_not_yielded(params, cfg):
     prompt = prompt_of(10, cfg)
     ids = list(generate.generate(params, cfg, prompt, max_new_tokens=12))
     stop = next(token for i, token in enumerate(ids) if i and token not in ids[:i])
@@ -82,12 +82,12 @@ def test_a_stop_id_ends_it_and_is_not_given(params, cfg):
     assert cut == ids[: ids.index(stop)]
 
 
-def test_the_whole_context_can_be_used(params, cfg):
+def test_generation_can_fill_the_context(params, cfg):
     small = replace(cfg, max_seq_len=70)
     assert len(list(generate.generate(params, small, prompt_of(66, cfg), max_new_tokens=4))) == 4
 
 
-def test_sampling_repeats_by_seed(params, cfg):
+def test_sampling_is_deterministic_by_seed(params, cfg):
     prompt = prompt_of(10, cfg)
 
     def ids(seed):
@@ -98,7 +98,7 @@ def test_sampling_repeats_by_seed(params, cfg):
     assert ids(1) != ids(2)
 
 
-def test_penalties_reach_back_to_the_prompt_and_bias_forces(params, cfg):
+def test_penalty_prevents_repetition_and_bias_forces_token(params, cfg):
     prompt = prompt_of(10, cfg)
     how = SamplingParams(temperature=0, frequency_penalty=900.0)
     ids = list(generate.generate(params, cfg, prompt, max_new_tokens=20, sampling_params=how))
@@ -107,13 +107,13 @@ def test_penalties_reach_back_to_the_prompt_and_bias_forces(params, cfg):
     assert set(generate.generate(params, cfg, prompt, max_new_tokens=5, sampling_params=how)) == {5}
 
 
-def test_padding_ids_are_never_given(params, cfg):
+def test_padding_ids_are_never_generated(params, cfg):
     how = SamplingParams(temperature=5.0)
     ids = generate.generate(params, cfg, [1], max_new_tokens=40, sampling_params=how, num_ids=3)
     assert set(ids) <= {0, 1, 2}
 
 
-def test_a_narrow_cache_is_close(params, cfg):
+def test_bfloat16_cache_generates(params, cfg):
     ids = generate.generate(params, cfg, [1, 2], max_new_tokens=4, cache_dtype=jnp.bfloat16)
     assert len(list(ids)) == 4
 
@@ -127,12 +127,12 @@ def test_a_narrow_cache_is_close(params, cfg):
         ([1] * 500, 13, [500, 13, 512]),
     ],
 )
-def test_errors_name_the_value(params, cfg, prompt, count, facts):
+def test_invalid_prompt_is_rejected_with_value(params, cfg, prompt, count, facts):
     with pytest.raises(ValueError, match=naming(*facts)):
         list(generate.generate(params, cfg, prompt, max_new_tokens=count))
 
 
-def test_logit_bias_outside_the_vocabulary_is_refused(params, cfg):
+def test_logit_bias_outside_vocabulary_is_rejected(params, cfg):
     """Bug: a negative id biased the last token, silently; a large one was an IndexError."""
     for id in (-1, cfg.vocab_size):
         how = SamplingParams(temperature=0, logit_bias={id: 5.0})

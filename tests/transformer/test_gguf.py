@@ -22,7 +22,7 @@ extend = jax.jit(decoder.forward_cached, static_argnums=1)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_are_those_of_transformers_and_the_likeliest_those_of_llama_cpp(name):
+def test_logits_match_transformers_and_top_tokens_llama_cpp(name):
     params, cfg, _ = checkpoint.load(GOLDEN / "gguf" / f"{name}.gguf")
     ids = GOLDENS[f"{name}.ids"][None]
     # With attention looked at, so all scores at once, as transformers does it: one position of
@@ -37,12 +37,12 @@ def test_logits_are_those_of_transformers_and_the_likeliest_those_of_llama_cpp(n
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_file_holds_the_format_it_is_named_after(name):
+def test_file_has_tensor_type_of_its_name(name):
     tensors = gguf.GGUFReader(GOLDEN / "gguf" / f"llama-{name}.gguf").tensors
     assert name.upper() in {tensor.tensor_type.name for tensor in tensors}
 
 
-def test_what_the_keys_of_a_family_mean():
+def test_keys_of_family_set_config_fields():
     cfg = {name: checkpoint.load(GOLDEN / "gguf" / f"{name}.gguf")[1] for name in FAMILIES}
     assert cfg["llama3"].rope_scaling == RopeScaling(
         rope_type="llama3",
@@ -58,7 +58,7 @@ def test_what_the_keys_of_a_family_mean():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_metadata_of_any_type_is_read_or_refused(name):
+def test_metadata_of_any_type_is_read_or_raises_value_error(name):
     metadata, _ = reader.read(GOLDEN / "gguf" / f"{name}.gguf")
     kind = metadata["general.architecture"]
     for key in (*metadata, f"{kind}.rope.scaling.type", f"{kind}.rope.scaling.factor"):
@@ -68,7 +68,7 @@ def test_metadata_of_any_type_is_read_or_refused(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_gguf_file_can_be_saved_for_transformers(tmp_path, name):
+def test_gguf_model_saved_as_folder_is_bitwise_equal(tmp_path, name):
     params, cfg, _ = checkpoint.load(GOLDEN / "gguf" / f"{name}.gguf")
     checkpoint.save(tmp_path, params, cfg)
     again, same, _ = checkpoint.load(tmp_path)
@@ -76,7 +76,7 @@ def test_a_gguf_file_can_be_saved_for_transformers(tmp_path, name):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
-def test_a_table_of_factors_that_is_not_llama_3s_is_refused(tmp_path):
+def test_unknown_rope_factors_are_rejected(tmp_path):
     path = GOLDEN / "gguf" / "llama3.gguf"
     (table,) = (t for t in gguf.GGUFReader(path).tensors if t.name == "rope_freqs.weight")
     data = bytearray(path.read_bytes())
@@ -86,7 +86,7 @@ def test_a_table_of_factors_that_is_not_llama_3s_is_refused(tmp_path):
         checkpoint.load(tmp_path / "m.gguf")
 
 
-def test_a_table_of_factors_with_two_axes_is_refused(tmp_path):
+def test_rope_factors_with_two_axes_are_rejected(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_tensor("rope_freqs.weight", np.ones((2, 4), np.float32))
     writer.write_header_to_file()

@@ -31,13 +31,13 @@ def softmax(logits):
     return weights / weights.sum(-1, keepdims=True)
 
 
-def test_attention_maps_equal_those_of_transformers(tiny_model):
+def test_attention_maps_match_transformers(tiny_model):
     model, golden = tiny_model
     maps = interpret.attention(model.params, model.cfg, golden["ids"].tolist())
     np.testing.assert_allclose(maps, golden["attention"], atol=1e-5)
 
 
-def test_the_logit_lens_equals_norm_and_head_of_hidden_states(tiny_model):
+def test_logit_lens_matches_hidden_states_of_transformers(tiny_model):
     model, golden = tiny_model
     size = model.cfg.vocab_size
     found = interpret.logit_lens(model.params, model.cfg, golden["ids"].tolist(), size)
@@ -49,7 +49,7 @@ def test_the_logit_lens_equals_norm_and_head_of_hidden_states(tiny_model):
     np.testing.assert_allclose(found.entropy, -(p * np.log2(p)).sum(-1), atol=1e-4)
 
 
-def test_alternatives_follow_from_the_last_of_the_lens(tiny_model):
+def test_alternatives_match_last_layer_of_logit_lens(tiny_model):
     model, golden = tiny_model
     ids, logprobs = golden["ids"], golden["lens"][-1, :-1]
     found = interpret.alternatives(model.params, model.cfg, ids.tolist(), 4)
@@ -62,7 +62,7 @@ def test_alternatives_follow_from_the_last_of_the_lens(tiny_model):
     )
 
 
-def test_a_head_that_is_taken_out_writes_nothing(tiny_model):
+def test_ablated_head_matches_transformers(tiny_model):
     model, golden = tiny_model
     ids = golden["ids"]
     effects = interpret.head_effects(model.params, model.cfg, ids.tolist())
@@ -77,7 +77,7 @@ def test_a_head_that_is_taken_out_writes_nothing(tiny_model):
         assert float(effects[layer, head]) == pytest.approx(loss - whole, abs=1e-4)
 
 
-def test_several_heads_are_taken_out_together_and_none_changes_nothing():
+def test_ablation_of_several_heads_composes():
     cfg = Config.debug()
     params = init(jax.random.key(0), cfg)
     one = interpret.ablate(interpret.ablate(params, cfg, [(0, 1)]), cfg, [(1, 3)])
@@ -86,7 +86,7 @@ def test_several_heads_are_taken_out_together_and_none_changes_nothing():
     jax.tree.map(np.testing.assert_array_equal, interpret.ablate(params, cfg, []), params)
 
 
-def test_a_head_is_taken_out_of_an_adapter_too():
+def test_ablation_includes_adapter():
     """Bug: what an applied adapter of `out` made of the head was still written."""
     cfg = Config.debug()
     params = init(jax.random.key(0), cfg)
@@ -113,7 +113,7 @@ def test_a_head_is_taken_out_of_an_adapter_too():
         (lambda p, c: interpret.ablate(p, c, [(0, -1)]), ["head -1", "layer 0"]),
     ],
 )
-def test_what_cannot_be_looked_at_is_named(call, facts):
+def test_invalid_ids_or_heads_are_rejected(call, facts):
     cfg = Config.debug()
     with pytest.raises(ValueError, match=naming(*facts)):
         call(init(jax.random.key(0), cfg), cfg)
@@ -126,7 +126,7 @@ def png(path: Path) -> np.ndarray:
     return imread(path)
 
 
-def test_pictures_show_what_they_are_given(tiny, tmp_path):
+def test_plots_depend_on_their_data(tiny, tmp_path):
     model = tiny("llama")
     ids = [5, 9, 9, 20, 33]
     names = ["The", " cat", " $x$\n", "é", " averylongtoken"]
@@ -160,7 +160,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_command_takes_ids_and_draws(tmp_path):
+def test_command_prints_logit_lens_and_plots(tmp_path):
     golden = np.load(GOLDEN / "llama.npz")
     ids = [str(id) for id in golden["ids"]]
     said = run("lens", str(TINY / "llama"), *ids, "-o", str(tmp_path / "lens.png"))
@@ -174,7 +174,7 @@ def test_the_command_takes_ids_and_draws(tmp_path):
 
 
 @pytest.mark.parity
-def test_smollm2_looks_inside_as_transformers_does(model_file):
+def test_smollm2_intermediates_match_transformers(model_file):
     import torch
     import transformers
 

@@ -47,7 +47,7 @@ def narrow(params: decoder.Params, format: str) -> decoder.Params:
     ("name", "format"),
     [(name, "bfloat16") for name in ("gpt2", "gemma", "qwen3", "adapted")] + [("gemma", "int8")],
 )
-def test_a_row_has_the_same_bits_in_every_bucket(name, format):
+def test_row_is_bitwise_equal_in_every_batch_size(name, format):
     cfg = CONFIGS["llama" if name == "adapted" else name]
     params = narrow(randomize(decoder.init(jax.random.key(0), cfg)), format)
     if name == "adapted":

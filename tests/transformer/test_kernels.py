@@ -33,7 +33,7 @@ def agrees(operation: str, form: str, arguments: tuple, tolerance: float = 1e-5,
 
 
 @pytest.mark.parametrize(("operation", "form"), FORMS)
-def test_a_form_is_there_and_takes_what_its_reference_takes(operation, form):
+def test_implementation_has_parameters_of_reference(operation, form):
     names = [
         list(inspect.signature(kernels.get_impl(operation, name)).parameters)
         for name in (form, "reference")
@@ -43,7 +43,7 @@ def test_a_form_is_there_and_takes_what_its_reference_takes(operation, form):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("rows", [1, 2, 7, kernels.MANY_ROWS])
-def test_products(rows, dtype):
+def test_matmul_matches_reference(rows, dtype):
     p = decoder_cases.as_dtype(Linear(weight=normal(48, 96)), dtype)
     arguments = (normal(rows, 96), p.weight, p.scale)
     ran = []
@@ -59,7 +59,7 @@ def test_products(rows, dtype):
     assert ran == expected
 
 
-def test_each_number_of_rows_and_dtype_has_its_form():
+def test_default_matmul_depends_on_rows_and_dtype():
     weights = {
         "float32": ("split_weight", "batched", "dot"),
         "bfloat16": ("pad_to_two_rows", "batched", "dot"),
@@ -74,13 +74,13 @@ def test_each_number_of_rows_and_dtype_has_its_form():
 
 @pytest.mark.parametrize("form", kernels.IMPLS["norm"])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_norms(form, has_bias):
+def test_norm_matches_reference(form, has_bias):
     bias = normal(96) if has_bias else None
     agrees("norm", form, (2 + normal(2, 5, 96), normal(96), bias), eps=1e-5)
 
 
 @pytest.mark.parametrize("form", kernels.IMPLS["rotate"])
-def test_rotation(form):
+def test_rotate_matches_reference(form):
     angle = normal(2, 5, 1, 8)
     agrees("rotate", form, (normal(2, 5, 3, 16), jnp.cos(angle), jnp.sin(angle)))
 
@@ -88,7 +88,7 @@ def test_rotation(form):
 @pytest.mark.parametrize("form", kernels.IMPLS["attend"])
 @pytest.mark.parametrize("window", [None, 1, 40, 300])
 @pytest.mark.parametrize("length", [20, 300, 1100])
-def test_attention(form, window, length):
+def test_attend_matches_reference(form, window, length):
     heads = (normal(2, length, 4, 8), normal(2, length, 2, 8), normal(2, length, 2, 8))
     agrees("attend", form, heads, window=window)
 
@@ -99,7 +99,7 @@ def segments_of(*lengths: int) -> np.ndarray:
 
 @pytest.mark.parametrize("form", kernels.IMPLS["attend"])
 @pytest.mark.parametrize("window", [None, 40])
-def test_attention_of_texts_that_share_a_row(form, window):
+def test_attend_with_segments_matches_reference(form, window):
     segments = np.stack([segments_of(1, 129, 170), segments_of(250, 50)])
     heads = [normal(2, 300, 4, 8), normal(2, 300, 2, 8), normal(2, 300, 2, 8)]
     agrees("attend", form, tuple(heads), window=window, segments=segments)
@@ -110,7 +110,7 @@ def test_attention_of_texts_that_share_a_row(form, window):
 
 @pytest.mark.parametrize("form", kernels.IMPLS["attend"])
 @pytest.mark.parametrize("window", [None, 40])
-def test_gradients_of_attention(form, window):
+def test_attend_gradients_match_reference(form, window):
     segments = segments_of(1, 129, 170)[None]
     heads = (normal(1, 300, 4, 8), normal(1, 300, 2, 8), normal(1, 300, 2, 8))
     weights = np.asarray(normal(1, 300, 4, 8))
@@ -127,7 +127,7 @@ def test_gradients_of_attention(form, window):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def test_attention_in_blocks_never_holds_all_scores():
+def test_blockwise_attention_uses_less_memory():
     """What makes long texts possible: a fraction of the memory, in the gradient too."""
 
     def loss(impl):
@@ -146,7 +146,7 @@ def test_attention_in_blocks_never_holds_all_scores():
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("num_new", "starts"), [(1, [300, 0, 511]), (64, [256, 0, 192])])
-def test_attention_over_a_cache(form, window, stored, num_new, starts):
+def test_attend_cached_matches_reference(form, window, stored, num_new, starts):
     cfg = Config.debug(num_heads=4, num_kv_heads=2, head_dim=8)
     empty = cache.init(cfg, 9, jnp.dtype(stored))
     tables = np.array([[7, 2, 1], [4, 8, 9], [5, 3, 6]], np.int32)
@@ -164,7 +164,7 @@ def test_attention_over_a_cache(form, window, stored, num_new, starts):
 @pytest.mark.parametrize("form", kernels.IMPLS["gated_mlp"])
 @pytest.mark.parametrize("kind", ["swiglu", "geglu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_gated_mlp(form, kind, dtype):
+def test_gated_mlp_matches_reference(form, kind, dtype):
     lora = Lora(a=normal(2, 32), b=normal(64, 2), scale=0.5)
     parts = {
         "gate": Linear(normal(64, 32), normal(64)),
@@ -192,7 +192,7 @@ def test_gated_mlp(form, kind, dtype):
         (100, 1.0, 1.0, [5]),
     ],
 )
-def test_truncation(form, top_k, top_p, min_p, kept):
+def test_truncate_keeps_expected_tokens(form, top_k, top_p, min_p, kept):
     weights = np.array([0.01, 0.03, 0.06, 0.06, 0.24, 0.6], np.float32)
     logits = kernels.truncate(
         jnp.log(weights), jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p), impl=form
@@ -202,7 +202,7 @@ def test_truncation(form, top_k, top_p, min_p, kept):
     )
 
 
-def test_a_form_that_is_not_there_raises():
+def test_unknown_implementation_raises():
     with pytest.raises(ValueError, match=naming("norm", "reference", "sum_by_matmul", "'fused'")):
         kernels.norm(normal(2, 8), normal(8), None, 1e-5, impl="fused")
     with pytest.raises(ValueError, match=naming("norm", "'nowhere.fused'", "'nowhere'")):
@@ -214,7 +214,7 @@ def test_a_form_that_is_not_there_raises():
         pass
 
 
-def test_a_form_may_stand_in_any_module(tmp_path, monkeypatch):
+def test_implementation_by_module_path_is_called(tmp_path, monkeypatch):
     (tmp_path / "my_kernels.py").write_text(
         "def doubled(x, scale, bias, eps):\n    return x * scale * 2\n"
     )
@@ -224,7 +224,7 @@ def test_a_form_may_stand_in_any_module(tmp_path, monkeypatch):
     np.testing.assert_array_equal(found, x * scale * 2)
 
 
-def test_trying_a_form_reaches_programs_that_were_compiled_before(tmp_path, monkeypatch):
+def test_override_affects_compiled_programs(tmp_path, monkeypatch):
     """A layer is jitted inside `extend`: what it was traced with must not outlive the choice."""
     (tmp_path / "zero_kernels.py").write_text(
         "def nothing(q, keys, values, tables, starts, *, window):\n    return q * 0\n"
@@ -246,7 +246,7 @@ def test_trying_a_form_reaches_programs_that_were_compiled_before(tmp_path, monk
     np.testing.assert_array_equal(run(ids), before)
 
 
-def test_forward_chooses_the_form_of_attention_too():
+def test_override_affects_forward():
     cfg = Config.debug()
     params = decoder.init(jax.random.key(0), cfg)
     ids = RNG.integers(0, cfg.vocab_size, (2, 20)).astype(np.int32)

@@ -10,7 +10,7 @@ from transformer.weights import Norm
 
 @pytest.mark.parametrize("width", [32, 576, 768, 896])
 @pytest.mark.parametrize("has_bias", [False, True], ids=["rms", "layer"])
-def test_norm_gives_a_row_the_same_bits_in_every_batch(width, has_bias):
+def test_norm_is_bitwise_equal_in_every_batch_size(width, has_bias):
     """Bug: a dot with one column of ones summed in another order from eight rows on."""
     rng = np.random.default_rng(0)
     x = rng.normal(0, 1, (256, 1, width)).astype(np.float32)
@@ -25,7 +25,7 @@ def test_norm_gives_a_row_the_same_bits_in_every_batch(width, has_bias):
 
 
 @pytest.mark.parametrize("has_bias", [False, True], ids=["rms", "layer"])
-def test_norm_is_that_of_float64(has_bias):
+def test_norm_matches_float64(has_bias):
     rng = np.random.default_rng(0)
     x, scale, bias = rng.normal(1, 2, (5, 96)), *rng.normal(1, 1, (2, 96))
     centred = x - x.mean(-1, keepdims=True) if has_bias else x

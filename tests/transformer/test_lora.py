@@ -28,7 +28,7 @@ def random_adapter(cfg: Config, **how) -> lora.Adapter:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_agrees_with_peft(tiny, name):
+def test_logits_match_peft(tiny, name):
     params, cfg, _ = tiny(name)
     golden = np.load(FOLDER / name / "golden.npz")
     adapter = lora.load(FOLDER / name, cfg)
@@ -40,7 +40,7 @@ def test_agrees_with_peft(tiny, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_is_saved_is_loaded_bit_by_bit(tiny, tmp_path, name):
+def test_save_then_load_is_bitwise_equal(tiny, tmp_path, name):
     _, cfg, _ = tiny(name)
     adapter = lora.load(FOLDER / name, cfg)
     lora.save(tmp_path, adapter, cfg, base_model=name)
@@ -54,7 +54,7 @@ def test_what_is_saved_is_loaded_bit_by_bit(tiny, tmp_path, name):
         np.testing.assert_array_equal(ours[key], theirs[key])
 
 
-def test_a_fresh_adapter_changes_nothing_and_trains():
+def test_initial_adapter_is_neutral_and_has_gradient():
     cfg = Config.debug()
     params = randomize(decoder.init(jax.random.key(0), cfg))
     adapter = lora.init(jax.random.key(1), cfg, rank=4, alpha=8)
@@ -71,14 +71,14 @@ def test_a_fresh_adapter_changes_nothing_and_trains():
         assert all(np.abs(part.b).max() > 0 and not part.a.any() for part in own.values())
 
 
-def test_parts_that_a_layer_lacks_are_passed_over():
+def test_absent_target_modules_are_ignored():
     cfg = Config.debug(mlp="gelu")
     (first, _) = lora.init(jax.random.key(0), cfg, rank=1, alpha=1, target_modules=("gate", "up"))
     assert set(first) == {"up"}
 
 
 @pytest.mark.parametrize("format", ["bfloat16", "int8"])
-def test_beside_narrow_weights(format):
+def test_adapter_with_narrow_weights_is_close(format):
     cfg = Config.debug()
     params = randomize(decoder.init(jax.random.key(0), cfg))
     adapter = random_adapter(cfg)
@@ -100,7 +100,7 @@ def test_beside_narrow_weights(format):
             lora.merge(small, adapter)
 
 
-def test_generation_reads_an_applied_adapter():
+def test_generation_with_applied_adapter_matches_merged():
     cfg = Config.debug()
     params = randomize(decoder.init(jax.random.key(0), cfg))
     adapter = random_adapter(cfg)
@@ -126,7 +126,7 @@ def test_generation_reads_an_applied_adapter():
     ],
     ids=str,
 )
-def test_configs_that_are_refused(tiny, tmp_path, change, facts):
+def test_unsupported_adapter_config_is_rejected(tiny, tmp_path, change, facts):
     shutil.copytree(FOLDER / "llama", tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | change))
@@ -134,7 +134,7 @@ def test_configs_that_are_refused(tiny, tmp_path, change, facts):
         lora.load(tmp_path / "a", tiny("llama").cfg)
 
 
-def test_files_that_are_refused(tiny, tmp_path):
+def test_invalid_adapter_file_is_rejected(tiny, tmp_path):
     cfg, folder = tiny("llama").cfg, tmp_path / "a"
     shutil.copytree(FOLDER / "llama", folder)
     weights = folder / "adapter_model.safetensors"
@@ -156,7 +156,7 @@ def test_files_that_are_refused(tiny, tmp_path):
         lora.load(folder, cfg)
 
 
-def test_adapters_that_cannot_be_written(tiny, tmp_path):
+def test_save_of_unsupported_adapter_raises(tiny, tmp_path):
     cfg = tiny("gpt2").cfg
     for parts in (lora.TARGET_MODULES, ("q",)):
         with pytest.raises(ValueError, match=naming("c_attn.weight", "q", "k", "v")):
@@ -171,7 +171,7 @@ def test_adapters_that_cannot_be_written(tiny, tmp_path):
     ("how", "facts"),
     [({"rank": 0}, ["rank", 0]), ({"target_modules": ("q", "x")}, ["target_modules", "'x'"])],
 )
-def test_adapters_that_cannot_be(how, facts):
+def test_init_with_invalid_argument_raises(how, facts):
     with pytest.raises(ValueError, match=naming(*facts)):
         random_adapter(Config.debug(), **how)
 
@@ -179,7 +179,7 @@ def test_adapters_that_cannot_be(how, facts):
 @pytest.mark.parity
 @pytest.mark.parametrize("parts", [lora.TARGET_MODULES, ("q", "down")], ids=["all", "some"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3"])
-def test_peft_opens_what_we_save(tiny, tmp_path, name, parts):
+def test_saved_adapter_loads_in_peft(tiny, tmp_path, name, parts):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     params, cfg, golden = tiny(name)

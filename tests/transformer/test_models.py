@@ -69,7 +69,7 @@ def prompts_of(golden) -> list[np.ndarray]:
     return np.split(golden["prompt_ids"], np.cumsum(golden["prompt_lengths"])[:-1])
 
 
-def test_logits_agree_at_every_position(read):
+def test_logits_match_at_every_position(read):
     golden, seen = read
     lengths = golden["prompt_lengths"]
     columns = np.concatenate([s.columns[:n] for s, n in zip(seen, lengths, strict=True)])
@@ -80,7 +80,7 @@ def test_logits_agree_at_every_position(read):
     np.testing.assert_allclose(logsumexp, golden["logsumexp"], rtol=0, atol=1e-3)
 
 
-def test_the_most_probable_tokens_agree(read):
+def test_top_tokens_match(read):
     golden, seen = read
     ids = np.concatenate([s.top_ids for s in seen])
     # Where two logits lie closer together than the tolerance, either may come first.
@@ -111,7 +111,7 @@ def read_whole(params, cfg, ids, columns):
 
 
 @pytest.mark.slow
-def test_without_a_cache_and_token_by_token(model_file):
+def test_forward_and_batched_decoding_match(model_file):
     """The default model: `forward` gives the golden logits; rows decode together greedily."""
     golden = dict(np.load(GOLDEN / f"{MODELS[0]}.npz"))
     params, cfg, _ = checkpoint.load(model_file(MODELS[0]))

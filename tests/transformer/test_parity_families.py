@@ -48,13 +48,13 @@ def both(request, tmp_path):
         return (params, cfg), model, ids, model(ids).logits.numpy()
 
 
-def test_the_whole_without_a_cache(both):
+def test_forward_matches_transformers(both):
     (params, cfg), _, ids, expected = both
     logits, _ = decoder.forward(params, cfg, ids.numpy())
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
 
-def test_the_whole_with_a_cache(both):
+def test_forward_cached_matches_transformers(both):
     """A prompt in chunks, then token by token over the edge of a block and out of the window."""
     (params, cfg), _, ids, expected = both
     extend = jax.jit(decoder.forward_cached, static_argnums=1, donate_argnums=2)
@@ -67,14 +67,14 @@ def test_the_whole_with_a_cache(both):
         np.testing.assert_allclose(logits, expected[:, start : start + size], rtol=0, atol=1e-4)
 
 
-def test_every_part(both):
+def test_each_part_matches_transformers(both):
     from tests.golden.transformer.make_tiny import intermediates
 
     (params, cfg), model, ids, _ = both
     check_parts(params, cfg, {"ids": ids.numpy(), **intermediates(model, ids)})
 
 
-def test_what_we_save_opens_in_transformers_bit_by_bit(both, tmp_path):
+def test_saved_folder_loads_in_transformers_bitwise_equal(both, tmp_path):
     import torch
     import transformers
 
@@ -92,7 +92,7 @@ def test_what_we_save_opens_in_transformers_bit_by_bit(both, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3"])
-def test_rotary_frequencies_and_angles(name, tmp_path):
+def test_rotary_frequencies_and_angles_match_transformers(name, tmp_path):
     """Scaled by Llama 3's rule, not at all, by YaRN, and linearly; local layers never."""
     import torch
 
@@ -141,7 +141,7 @@ TOLERATED_OF = {
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_key_that_is_passed_over_changes_nothing_in_transformers(name, tmp_path):
+def test_ignored_key_has_no_effect_in_transformers(name, tmp_path):
     import torch
     import transformers
 
@@ -179,7 +179,7 @@ def test_a_key_that_is_passed_over_changes_nothing_in_transformers(name, tmp_pat
     ],
     ids=str,
 )
-def test_rope_scaling_is_read_as_transformers_reads_it(scaling, more):
+def test_rope_scaling_matches_transformers(scaling, more):
     import torch
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -206,7 +206,7 @@ def test_rope_scaling_is_read_as_transformers_reads_it(scaling, more):
     assert families.from_hf(families.to_hf(cfg)) == cfg
 
 
-def test_the_table_of_keys_covers_the_configs_of_transformers():
+def test_key_table_covers_configs_of_transformers():
     """Every number of a model with a causal head that scales, caps or rotates is in the table."""
     transformers = pytest.importorskip("transformers")
     name = re.compile(

@@ -467,13 +467,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_a_public_config_is_read(name):
+def test_public_config_is_read(name):
     config, field, value = ACCEPTED[name]
     assert getattr(families.from_hf(config), field) == value
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_public_config_that_would_run_wrongly_is_refused_by_its_key(name):
+def test_unsupported_public_config_is_rejected_with_key(name):
     config, *facts = REFUSED[name]
     with pytest.raises(ValueError, match=naming(*facts)):
         families.from_hf(config)
@@ -516,7 +516,7 @@ NOT_NEUTRAL = {
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
-def test_a_neutral_value_is_passed_over(name):
+def test_neutral_value_is_accepted(name):
     """These were refused, though a Llama computes the same with and without them."""
     assert families.from_hf(changed(TINYLLAMA, **NEUTRAL[name])) == families.from_hf(
         changed(TINYLLAMA)
@@ -524,7 +524,7 @@ def test_a_neutral_value_is_passed_over(name):
 
 
 @pytest.mark.parametrize("key", NOT_NEUTRAL)
-def test_a_value_beside_the_neutral_one_is_refused(key):
+def test_other_value_than_neutral_is_rejected(key):
     with pytest.raises(ValueError, match=rf"\b{key}\b"):
         families.from_hf(changed(TINYLLAMA, **NOT_NEUTRAL[key]))
 
@@ -537,7 +537,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("key", config_keys.CONFIG)
-def test_no_key_of_the_table_passes_with_another_value(key):
+def test_every_table_key_with_other_value_is_rejected(key):
     """Whatever the family: its own key (then any Config or error will do), or a refusal by name."""
     for name in TINY:
         family = families.FAMILIES[hf(name)["model_type"]]
@@ -558,7 +558,7 @@ def test_no_key_of_the_table_passes_with_another_value(key):
 
 @pytest.mark.parametrize("kind", OTHERS)
 @pytest.mark.parametrize("key", config_keys.CONFIG)
-def test_no_key_of_the_table_passes_in_another_kind_of_model(kind, key):
+def test_every_table_key_is_rejected_for_other_models(kind, key):
     """`scale_depth` of a Whisper was an AttributeError."""
     from_hf, config = OTHERS[kind]
     for value in ("x", 7, [7], {"x": 7}):
@@ -566,7 +566,7 @@ def test_no_key_of_the_table_passes_in_another_kind_of_model(kind, key):
             from_hf(config | {key: value})
 
 
-def test_keys_without_effect_are_logged_once_for_a_set_of_keys(caplog):
+def test_ignored_keys_are_logged_once(caplog):
     config_keys._log_ignored_keys_once.cache_clear()
     config = hf("llama", frobnicate=1, unsloth_fixed=True)
     with caplog.at_level(logging.WARNING):
@@ -649,25 +649,25 @@ GGUF_REFUSED = {
 
 
 @pytest.mark.parametrize("name", GGUF_NEUTRAL)
-def test_gguf_keys_that_change_nothing(name):
+def test_neutral_gguf_keys_are_accepted(name):
     expected = families.from_gguf(LLAMA_GGUF, has_head=False)
     assert families.from_gguf(LLAMA_GGUF | GGUF_NEUTRAL[name], has_head=False) == expected
     assert expected.num_params == 1_235_814_400
 
 
 @pytest.mark.parametrize("key", GGUF_REFUSED)
-def test_gguf_keys_that_change_the_result_are_refused_by_name(key):
+def test_unsupported_gguf_key_is_rejected_with_name(key):
     with pytest.raises(ValueError, match=key):
         families.from_gguf(LLAMA_GGUF | {key: GGUF_REFUSED[key]}, has_head=False)
 
 
 @pytest.mark.parametrize("key", config_keys.GGUF)
-def test_no_gguf_key_of_the_table_passes_with_another_value(key):
+def test_every_gguf_table_key_with_other_value_is_rejected(key):
     with pytest.raises(ValueError, match=naming(f"llama.{key}", "'x'")):
         families.from_gguf(LLAMA_GGUF | {f"llama.{key}": "x"}, has_head=False)
 
 
-def test_gguf_scaling_is_read_as_llama_cpp_reads_it():
+def test_gguf_rope_scaling_matches_llama_cpp():
     """The type is by default linear; YaRN's original length is by default the context."""
 
     def scaling(**keys) -> RopeScaling | None:

@@ -45,7 +45,7 @@ def turned(params: decoder.Params) -> decoder.Params:
 
 
 @pytest.mark.parametrize("width", [1, 2, 7, 48, 64, 576, 896])
-def test_lengths_stay(width):
+def test_rotation_is_orthogonal(width):
     turn = quarot.rotate_input_weight(np.eye(width, dtype=np.float32))
     np.testing.assert_allclose(turn @ turn.T, np.eye(width), atol=2e-6)
     if width > 2:  # nothing stays where it was, and what is alike everywhere is spread too
@@ -62,7 +62,7 @@ def test_lengths_stay(width):
     ],
     ids=str,
 )
-def test_a_turned_model_says_the_same(forms):
+def test_rotated_model_has_same_logits(forms):
     cfg = Config.debug(**forms)
     params = randomize(decoder.init(jax.random.key(0), cfg))
     adapter = randomize(lora.init(jax.random.key(1), cfg, rank=3, alpha=6))
@@ -74,12 +74,12 @@ def test_a_turned_model_says_the_same(forms):
 
 
 @pytest.mark.parametrize("forms", [{"norm": "layer"}, {"post_norms": True}, {"norm": "unit_rms"}])
-def test_what_cannot_be_turned(forms):
+def test_layer_norm_and_post_norms_cannot_be_rotated(forms):
     assert quarot.can_rotate(Config.debug())
     assert not quarot.can_rotate(Config.debug(**forms))
 
 
-def test_large_coordinates_cost_int8_less():
+def test_rotation_reduces_int8_error_of_outliers():
     """One coordinate forty times the others leaves those few of the 127 steps."""
     draw = np.random.default_rng(0)
     rows = draw.normal(size=(16, 64)).astype(np.float32)
@@ -94,7 +94,7 @@ def test_large_coordinates_cost_int8_less():
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
-def test_loading_int8_turns_every_family_that_can(name):
+def test_loaded_int8_model_is_close(name):
     loaded, cfg, _ = checkpoint.load(GOLDEN / name, dtype="int8")
     params, _, _ = checkpoint.load(GOLDEN / name)
 

@@ -75,7 +75,7 @@ CUTS = [
 
 
 @pytest.mark.parametrize("how", CUTS, ids=str)
-def test_frequencies_are_those_of_the_reference(how):
+def test_sampled_frequencies_match_reference(how):
     logits = random_logits(12, scale=1.2)
     expected = reference(logits, **how)
     counts = np.bincount(ids_of_seeds(logits, **how), minlength=12)
@@ -87,7 +87,7 @@ def test_frequencies_are_those_of_the_reference(how):
 
 
 @pytest.mark.parametrize("how", [how for how in CUTS if set(how) - {"temperature"}], ids=str)
-def test_truncation_keeps_the_same_tokens_as_sorting(how):
+def test_truncation_matches_sorting(how):
     """Over a thousand tokens, where no number of draws would show them all."""
     temperature = how.get("temperature", 1.0)
     for seed in range(20):
@@ -102,19 +102,19 @@ def test_truncation_keeps_the_same_tokens_as_sorting(how):
         assert (kept != expected).sum() <= (1 if 0 < how.get("top_p", 1) < 1 else 0)
 
 
-def test_ties_at_the_cut_stay_together():
+def test_tied_tokens_are_kept_together():
     logits = np.array([3.0, 2.0, 2.0, 2.0, 1.0], np.float32)
     assert set(ids_of_seeds(logits, 200, top_k=2)) == {0, 1, 2, 3}
 
 
-def test_temperature_zero_takes_the_likeliest_whatever_else_is_set():
+def test_temperature_zero_is_greedy():
     logits = random_logits(16, 100)
     rows = [SamplingParams(temperature=0, top_k=50, top_p=0.1, seed=seed) for seed in range(16)]
     np.testing.assert_array_equal(drawn(logits, rows)[0].ids, logits.argmax(1))
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1.5e-38, 1e-300])
-def test_a_tiny_temperature_is_greedy(temperature):
+def test_tiny_temperature_is_greedy(temperature):
     """Bug: logits / 1.5e-38 overflowed, and the first of several infinities was drawn."""
     logits = random_logits(4, 100, scale=8)
     rows = [SamplingParams(temperature=temperature, seed=seed) for seed in range(4)]
@@ -141,7 +141,7 @@ def history_of(prompt, generated, vocab_size, bias=None):
     ],
     ids=str,
 )
-def test_penalties(penalties):
+def test_penalties_match_reference(penalties):
     """Shown by greedy choice: raising one token by `bias` flips the winner where NumPy says."""
     prompt, generated = [1, 2, 3], [2, 4, 4, 4]
     presence = penalties.get("presence_penalty", 0)
@@ -159,7 +159,7 @@ def test_penalties(penalties):
         assert outcome.ids[0] == expected.argmax()
 
 
-def test_logit_bias_forces_and_forbids_and_leaves_logprobs_alone():
+def test_logit_bias_changes_tokens_but_not_logprobs():
     logits = random_logits(1, 50)
     best = int(logits.argmax())
     bias = np.zeros(50, np.float32)
@@ -177,7 +177,7 @@ def test_logit_bias_forces_and_forbids_and_leaves_logprobs_alone():
     assert best not in set(outcome.ids.tolist())
 
 
-def test_begin_clears_a_slot_and_draws_are_counted():
+def test_reset_slot_clears_state_and_sample_counts_tokens():
     past = sampling.init_penalty_state(2, 6)
     logits = np.full((2, 6), -50, np.float32)
     logits[0, 3] = logits[1, 5] = 50
@@ -191,7 +191,7 @@ def test_begin_clears_a_slot_and_draws_are_counted():
     assert not past.bias[0].any()
 
 
-def test_padding_of_the_table_is_never_drawn_nor_reported():
+def test_padding_ids_are_never_sampled_nor_reported():
     logits = np.zeros((64, 32), np.float32)
     logits[:, 10:] = 100  # the padding is the likeliest by far
     rows = [SamplingParams(seed=seed, temperature=0 if seed % 2 else 2) for seed in range(64)]
@@ -202,7 +202,7 @@ def test_padding_of_the_table_is_never_drawn_nor_reported():
     np.testing.assert_array_equal(outcome.top_ids.shape, (64, 10))
 
 
-def test_a_seed_repeats_and_choice_step_and_seed_each_change_the_draw():
+def test_seed_choice_and_step_determine_sample():
     logits = np.zeros((1, 1000), np.float32)
 
     def one(seed=1, choice=0, step=0):
@@ -215,7 +215,7 @@ def test_a_seed_repeats_and_choice_step_and_seed_each_change_the_draw():
     assert one(choice=3, step=5) != one(choice=5, step=3)
 
 
-def test_logprobs_are_the_models_own_and_alternatives_are_sorted():
+def test_logprobs_ignore_sampling_params_and_are_sorted():
     logits = random_logits(4, 300)
     rows = [SamplingParams(seed=seed, temperature=3.0, top_k=40, top_p=0.9) for seed in range(4)]
     outcome, _ = drawn(logits, rows)
@@ -227,7 +227,7 @@ def test_logprobs_are_the_models_own_and_alternatives_are_sorted():
         np.testing.assert_allclose(outcome.top_logprobs[b], expected[order], atol=1e-5)
 
 
-def test_a_row_has_the_same_bits_in_every_batch_size():
+def test_row_is_bitwise_equal_in_every_batch_size():
     hows = [
         SamplingParams(temperature=0.0),
         SamplingParams(seed=5),
@@ -269,7 +269,7 @@ def test_a_row_has_the_same_bits_in_every_batch_size():
         ("logit_bias", {3: math.inf}),
     ],
 )
-def test_settings_out_of_range_name_the_field_and_the_value(name, value):
+def test_params_out_of_range_are_rejected_with_value(name, value):
     shown = value[3] if isinstance(value, dict) else value
     with pytest.raises(ValueError, match=naming(name, shown)):
         SamplingParams(**{name: value})

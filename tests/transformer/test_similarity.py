@@ -17,7 +17,7 @@ def rng():
     return np.random.default_rng(0)
 
 
-def test_nearest_equals_sorting_all_cosines(rng):
+def test_nearest_matches_sorting_all_cosines(rng):
     vectors, queries = rng.normal(size=(500, 16)), rng.normal(size=(7, 16))
     found = similarity.nearest(queries, vectors, 5)
     cosines = (queries @ vectors.T) / np.linalg.norm(queries, axis=1)[:, None]
@@ -27,7 +27,7 @@ def test_nearest_equals_sorting_all_cosines(rng):
     np.testing.assert_allclose(found.scores, np.take_along_axis(cosines, order, 1), atol=1e-6)
 
 
-def test_nearest_does_not_care_for_lengths_and_keeps_the_order_of_equals():
+def test_nearest_ignores_lengths_and_keeps_order_of_ties():
     vectors = jnp.array([[0.0, 2.0], [3.0, 0.0], [1e-3, 0.0], [0.0, 0.0]])
     found = similarity.nearest(jnp.array([[5.0, 0.0]]), vectors, 4)
     assert found.indices[0].tolist() == [1, 2, 0, 3]
@@ -35,7 +35,7 @@ def test_nearest_does_not_care_for_lengths_and_keeps_the_order_of_equals():
 
 
 @pytest.mark.parametrize("k", [0, 5])
-def test_impossible_numbers_are_refused(k):
+def test_k_out_of_range_is_rejected(k):
     vectors = jnp.ones((4, 2))
     with pytest.raises(ValueError, match=naming("k", 4, k)):
         similarity.nearest(vectors, vectors, k)
@@ -51,19 +51,19 @@ def test_impossible_numbers_are_refused(k):
         ([0, -1, 1, 0], ["labels", 1, "-1"]),
     ],
 )
-def test_labels_of_no_class_are_refused(labels, facts):
+def test_invalid_labels_are_rejected(labels, facts):
     with pytest.raises(ValueError, match=naming(*facts)):
         similarity.fit_probe(jnp.ones((4, 2)), labels, 2)
 
 
-def test_zero_shot_is_a_softmax_of_cosines():
+def test_zero_shot_is_softmax_of_cosines():
     labels = jnp.eye(2)
     found = similarity.zero_shot(jnp.array([[2.0, 0.0], [1.0, 1.0]]), labels, temperature=0.5)
     np.testing.assert_allclose(found[0], [1 / (1 + np.exp(-2)), 1 / (1 + np.exp(2))], rtol=1e-5)
     np.testing.assert_allclose(found[1], [0.5, 0.5], rtol=1e-5)
 
 
-def test_the_probe_is_the_optimum_that_another_optimiser_finds(rng):
+def test_probe_matches_scipy_optimum(rng):
     vectors = rng.normal(size=(60, 4)).astype(np.float32)
     labels = (vectors @ rng.normal(size=(4, 3))).argmax(1)
     labels[::7] = 0  # not to be parted perfectly
@@ -85,7 +85,7 @@ def test_the_probe_is_the_optimum_that_another_optimiser_finds(rng):
     assert (chances.argmax(1) == labels).mean() > 0.7
 
 
-def test_a_larger_penalty_makes_smaller_weights(rng):
+def test_larger_penalty_makes_smaller_weights(rng):
     vectors = rng.normal(size=(40, 4)).astype(np.float32)
     labels = (vectors[:, 0] > 0).astype(np.int32)
     sizes = [
@@ -95,7 +95,7 @@ def test_a_larger_penalty_makes_smaller_weights(rng):
     assert sizes[0] > 2 * sizes[1] > 4 * sizes[2]
 
 
-def test_clusters_are_found_again_and_their_cohesion_is_the_mean_cosine(rng):
+def test_cluster_recovers_groups_with_mean_cosine_cohesion(rng):
     middles = np.eye(5)[:4] + 0.05
     truth = rng.integers(0, 4, 120)
     vectors = (middles[truth] + rng.normal(0, 0.1, (120, 5))) * rng.uniform(0.5, 2, (120, 1))
@@ -108,7 +108,7 @@ def test_clusters_are_found_again_and_their_cohesion_is_the_mean_cosine(rng):
     assert float(found.cohesion) == pytest.approx(float(cosines.max(1).mean()), abs=1e-6)
 
 
-def test_more_clusters_are_never_less_cohesive_at_the_ends(rng):
+def test_cohesion_of_one_and_of_n_clusters(rng):
     vectors = rng.normal(size=(12, 3))
     one = similarity.cluster(jax.random.key(0), vectors, 1)
     each = similarity.cluster(jax.random.key(0), vectors, 12)
