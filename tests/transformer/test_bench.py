@@ -15,7 +15,7 @@ import pytest
 from tests.naming import names, naming
 from transformer import bench, encoder, kernels
 from transformer.bench import BenchPlan, Case, Contender, Peaks, Result, decoder_cases
-from transformer.bench import profile as where
+from transformer.bench import profile as profile
 from transformer.bench.measure import argument_sets
 from transformer.config import Config
 from transformer.kernels import exact
@@ -23,7 +23,7 @@ from transformer.weights import Linear
 
 pytestmark = pytest.mark.heavy
 
-ROOFS = Peaks(10e9, {"float32": 100e9, "bfloat16": 200e9, "int8": 400e9}, 1e-6)
+PEAKS = Peaks(10e9, {"float32": 100e9, "bfloat16": 200e9, "int8": 400e9}, 1e-6)
 TINY = decoder_cases.Sizes(
     Config.debug(max_seq_len=1024), 100, encoder.Config.debug(max_seq_len=256)
 )
@@ -49,7 +49,7 @@ RESULT = Result(
 ABOUT = {"processor": "one", "jax": "0", "roofs": {"gbs": 10.0, "gflops": {"float32": 100.0}}}
 
 
-def one(**changes) -> Case:
+def make_case(**changes) -> Case:
     """y = x @ w, whose work is known."""
     fields = dict(
         name="product",
@@ -62,29 +62,29 @@ def one(**changes) -> Case:
 
 
 def test_roofline_seconds_is_maximum_of_memory_and_arithmetic():
-    assert ROOFS.roofline_seconds(100e9, 1e9, "float32") == (1.0, "arithmetic")
-    assert ROOFS.roofline_seconds(100e9, 20e9, "float32") == (2.0, "memory")
-    assert ROOFS.roofline_seconds(100e9, 1e9, "int8") == (0.25, "arithmetic")
+    assert PEAKS.roofline_seconds(100e9, 1e9, "float32") == (1.0, "arithmetic")
+    assert PEAKS.roofline_seconds(100e9, 20e9, "float32") == (2.0, "memory")
+    assert PEAKS.roofline_seconds(100e9, 1e9, "int8") == (0.25, "arithmetic")
 
 
 def test_result_fields_follow_from_samples():
-    (found,) = bench.measure([Contender(case=one())], ROOFS, seconds=0)
-    assert found.n == 5 and 0 < found.min <= found.median <= found.p80
-    assert found.bytes == 4 * (4 * 8 + 8 * 16 + 4 * 16)  # each argument and the outcome, once
-    assert found.gflops == pytest.approx(found.flops / found.median / 1e9)
-    assert found.gbs == pytest.approx(found.bytes / found.median / 1e9)
-    assert found.roof == pytest.approx(found.bytes / 10e9) and found.bound == "memory"
-    assert found.percent == pytest.approx(100 * found.roof / found.median)
-    assert found.max_error == 0 and found.ratio == 1 and found.compile > 0
+    (result,) = bench.measure([Contender(case=make_case())], PEAKS, seconds=0)
+    assert result.n == 5 and 0 < result.min <= result.median <= result.p80
+    assert result.bytes == 4 * (4 * 8 + 8 * 16 + 4 * 16)  # each argument and the outcome, once
+    assert result.gflops == pytest.approx(result.flops / result.median / 1e9)
+    assert result.gbs == pytest.approx(result.bytes / result.median / 1e9)
+    assert result.roof == pytest.approx(result.bytes / 10e9) and result.bound == "memory"
+    assert result.percent == pytest.approx(100 * result.roof / result.median)
+    assert result.max_error == 0 and result.ratio == 1 and result.compile > 0
 
 
 def test_wrong_function_has_error():
-    wrong = one(function=lambda x, w: jnp.matmul(x, w) + 0.5)
-    (found,) = bench.measure([Contender(case=wrong)], ROOFS, seconds=0)
-    assert found.max_error == 0.5 and found.relative_error == 0.5 / 8
-    cut = one(function=lambda x, w: jnp.matmul(x, w)[:2])
+    wrong = make_case(function=lambda x, w: jnp.matmul(x, w) + 0.5)
+    (result,) = bench.measure([Contender(case=wrong)], PEAKS, seconds=0)
+    assert result.max_error == 0.5 and result.relative_error == 0.5 / 8
+    cut = make_case(function=lambda x, w: jnp.matmul(x, w)[:2])
     with pytest.raises(ValueError, match=naming("(2, 16)", "(4, 16)")):
-        bench.measure([Contender(case=cut)], ROOFS, seconds=0)
+        bench.measure([Contender(case=cut)], PEAKS, seconds=0)
 
 
 def test_reference_in_float32_is_rejected():
@@ -97,14 +97,16 @@ def test_slower_contender_has_lower_ratio():
     def slow(x, w):
         return jax.lax.fori_loop(0, 300, lambda _, y: jnp.tanh(y @ w.T @ w), jnp.matmul(x, w))
 
-    slow_case = one(function=slow, expected=None)
-    results = bench.measure([Contender(case=one()), Contender(case=slow_case)], ROOFS, seconds=0.01)
+    slow_case = make_case(function=slow, expected=None)
+    results = bench.measure(
+        [Contender(case=make_case()), Contender(case=slow_case)], PEAKS, seconds=0.01
+    )
     assert results[0].n == results[1].n
     assert results[0].ratio == 1 and results[1].ratio < 0.9
 
 
 def test_cold_arguments_are_copied_for_each_call():
-    case = one(cold_argnums=(1,), reuse_distance=5 * 8 * 16 * 4)
+    case = make_case(cold_argnums=(1,), reuse_distance=5 * 8 * 16 * 4)
     arguments = argument_sets(case)
     assert len(arguments) == 5
     assert len({args[1].unsafe_buffer_pointer() for args in arguments}) == 5
@@ -112,15 +114,15 @@ def test_cold_arguments_are_copied_for_each_call():
 
 
 def test_donated_arguments_are_replaced_by_results():
-    case = one(
+    case = make_case(
         function=lambda x, w: (x + 1, w),
         expected=lambda x, w: np.ones((4, 8)) + 1,
         select_output=lambda out: out[0],
         donate_argnums=(0,),
         next_inputs=lambda before, out: (out[0], before[1]),
     )
-    (found,) = bench.measure([Contender(case=case)], ROOFS, seconds=0)
-    assert found.max_error == 0
+    (result,) = bench.measure([Contender(case=case)], PEAKS, seconds=0)
+    assert result.max_error == 0
 
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "int8": 5e-2}
@@ -129,27 +131,27 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "int8": 5e-2}
 def test_programs_match_float64_in_every_dtype():
     """On tiny sizes, against float64; times mean nothing here."""
     plan = BenchPlan(names=["prefill", "decode 1x1", "embed"], seconds=0)
-    seen = []
-    for (found,) in bench.run(
-        plan, plan.select(decoder_cases.bench_cases(TINY)), ROOFS, say=seen.append
+    measured = []
+    for (result,) in bench.run(
+        plan, plan.select(decoder_cases.bench_cases(TINY)), PEAKS, say=measured.append
     ):
-        seen.append(found.case.split()[0])
-        assert found.relative_error < TOLERANCE[found.dtype], found.case
-    assert seen == ["prefill"] * 3 + ["decode"] * 3 + ["embed"] * 2
+        measured.append(result.case.split()[0])
+        assert result.relative_error < TOLERANCE[result.dtype], result.case
+    assert measured == ["prefill"] * 3 + ["decode"] * 3 + ["embed"] * 2
 
 
 @pytest.mark.slow
 def test_every_implementation_of_every_case_matches_float64():
-    plan, said, seen = BenchPlan(all_impls=True, seconds=0), [], set()
-    for group in bench.run(plan, decoder_cases.bench_cases(TINY), ROOFS, say=said.append):
-        for found in group:
-            seen.add((found.case.partition(" ")[0], found.form))
-            assert found.relative_error is not None
-            assert found.relative_error < TOLERANCE[found.dtype], (found.case, found.form)
-    for operation, forms in kernels.IMPLS.items():
-        assert {(operation, form) for form in ("chosen", *forms)} <= seen
-    assert {("prefill", "chosen"), ("decode", "chosen"), ("embed", "chosen")} <= seen
-    assert any(names(line, "matmul pad_to_two_rows", 8) for line in said)
+    plan, messages, measured = BenchPlan(all_impls=True, seconds=0), [], set()
+    for group in bench.run(plan, decoder_cases.bench_cases(TINY), PEAKS, say=messages.append):
+        for result in group:
+            measured.add((result.case.partition(" ")[0], result.form))
+            assert result.relative_error is not None
+            assert result.relative_error < TOLERANCE[result.dtype], (result.case, result.form)
+    for operation, impls in kernels.IMPLS.items():
+        assert {(operation, form) for form in ("chosen", *impls)} <= measured
+    assert {("prefill", "chosen"), ("decode", "chosen"), ("embed", "chosen")} <= measured
+    assert any(names(line, "matmul pad_to_two_rows", 8) for line in messages)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -158,14 +160,14 @@ def test_random_params_have_dtypes_of_loaded_model(name):
     from tests.transformer.conftest import GOLDEN
     from transformer import checkpoint
 
-    for format in decoder_cases.DTYPES:
-        loaded, cfg, _ = checkpoint.load(GOLDEN / name, dtype=format)
-        made = decoder_cases.random_params(cfg, format)
-        dtypes = [jax.tree.map(lambda leaf: leaf.dtype, p.layers) for p in (loaded, made)]
+    for dtype in decoder_cases.DTYPES:
+        loaded, cfg, _ = checkpoint.load(GOLDEN / name, dtype=dtype)
+        random = decoder_cases.random_params(cfg, dtype)
+        dtypes = [jax.tree.map(lambda leaf: leaf.dtype, p.layers) for p in (loaded, random)]
         assert dtypes[0] == dtypes[1]
         head = loaded.embed if loaded.head is None else loaded.head
         read = [part.weight for layer in loaded.layers for part in _maps(layer)] + [head.weight]
-        assert decoder_cases._model_bytes(cfg, format) == sum(weight.nbytes for weight in read)
+        assert decoder_cases._model_bytes(cfg, dtype) == sum(weight.nbytes for weight in read)
 
 
 def _maps(layer) -> list[Linear]:
@@ -177,8 +179,8 @@ def test_float64_decoder_supports_every_variant():
     from transformer import decoder
 
     ids = np.random.default_rng(0).integers(0, 320, (2, 12)).astype(np.int32)
-    for name, forms in VARIANTS.items():
-        cfg = Config.debug(**forms)
+    for name, impls in VARIANTS.items():
+        cfg = Config.debug(**impls)
         params = randomize(decoder.init(jax.random.key(0), cfg))
         logits = jax.jit(decoder.forward, static_argnums=1)(params, cfg, ids)[0][:, -1]
         np.testing.assert_allclose(logits, exact.decoder(params, cfg, ids), atol=1e-4, err_msg=name)
@@ -204,8 +206,8 @@ def test_results_round_trip_and_compare(tmp_path):
 
 
 def test_table_has_row_per_result():
-    rival = dataclasses.replace(RESULT, form="fused", ratio=0.5)
-    head, first, second = bench.format_table([RESULT, rival], has_turns=True).splitlines()
+    contender = dataclasses.replace(RESULT, form="fused", ratio=0.5)
+    head, first, second = bench.format_table([RESULT, contender], has_turns=True).splitlines()
     assert head.split()[0] == "CASE" and head.split()[-1] == "SPEED"
     assert first.split()[:10] == ["norm", "1x8", "chosen", "2", "us", "1", "us", "3", "us", "5"]
     assert second.split()[-1] == "x0.50"
@@ -218,18 +220,21 @@ def test_roofline_plot_is_png(tmp_path):
 
 
 def test_plan_selects_cases_and_contenders():
-    found = [one(name="matmul 1x2 float32", operation="matmul"), one(name="decode 1x1 float32")]
-    assert BenchPlan(names=["dec"]).select(found) == found[1:]
+    result = [
+        make_case(name="matmul 1x2 float32", operation="matmul"),
+        make_case(name="decode 1x1 float32"),
+    ]
+    assert BenchPlan(names=["dec"]).select(result) == result[1:]
     with pytest.raises(ValueError, match=naming("'add'", "matmul", "decode")):
-        BenchPlan(names=["add"]).select(found)
+        BenchPlan(names=["add"]).select(result)
     with pytest.raises(ValueError, match=naming("norm", "'fused'", *kernels.IMPLS["norm"])):
         BenchPlan(overrides={"norm": "fused"})
     with pytest.raises(ValueError, match=naming("OPERATION=IMPL", "'norm'")):
         bench.parse_overrides(["norm"])
-    forms = [rival.impl for rival in BenchPlan(all_impls=True).contenders(found[0])]
-    assert forms == ["chosen", *kernels.IMPLS["matmul"]]
-    rivals = BenchPlan(overrides={"norm": "reference"}).contenders(found[1])
-    assert [rival.impl for rival in rivals] == ["chosen", "norm=reference"]
+    impls = [contender.impl for contender in BenchPlan(all_impls=True).contenders(result[0])]
+    assert impls == ["chosen", *kernels.IMPLS["matmul"]]
+    rivals = BenchPlan(overrides={"norm": "reference"}).contenders(result[1])
+    assert [contender.impl for contender in rivals] == ["chosen", "norm=reference"]
 
 
 def test_context_beyond_model_is_rejected():
@@ -248,29 +253,29 @@ ENTRY %main (a: f32[2]) -> f32[2] {
 
 
 def test_instruction_without_op_name_has_origins_of_operands():
-    names = where.instruction_origins(HLO)
+    names = profile.instruction_origins(HLO)
     assert names["dot.3"] == "params.layers[3].gate.weight jit(f)/mlp/add"
-    assert where._stage(names["dot.3"]) == "products gate, up, down"
-    assert where._stage(names["y"]) == "attention over the cache"
-    assert where._stage("jit(f)/add") == where.OTHER
+    assert profile._stage(names["dot.3"]) == "products gate, up, down"
+    assert profile._stage(names["y"]) == "attention over the cache"
+    assert profile._stage("jit(f)/add") == profile.OTHER
 
 
 def test_self_time_of_loop_excludes_body():
-    def event(name, at, taken):
-        return {"ts": at, "dur": taken, "args": {"hlo_op": name}}
+    def event(name, at, duration):
+        return {"ts": at, "dur": duration, "args": {"hlo_op": name}}
 
     events = [event("dot", 2, 3), event("while", 0, 10), event("add", 5, 1), event("out", 10, 4)]
-    assert dict(where._self_times(events)) == {"while": 6, "dot": 3, "add": 1, "out": 4}
+    assert dict(profile._self_times(events)) == {"while": 6, "dot": 3, "add": 1, "out": 4}
 
 
 def test_profile_stages_sum_to_step():
-    found = where.profile_decode(TINY, ROOFS, dtypes=("float32", "int8"), say=lambda line: None)
-    for table in found:
+    result = profile.profile_decode(TINY, PEAKS, dtypes=("float32", "int8"), say=lambda line: None)
+    for table in result:
         spent = {stage["stage"]: stage["seconds"] for stage in table["stages"]}
         must_read = {stage["stage"] for stage in table["stages"] if stage["bytes"] is not None}
-        assert len(must_read) == 4 and must_read <= where.STAGES.keys()
+        assert len(must_read) == 4 and must_read <= profile.STAGES.keys()
         assert sum(spent.values()) == pytest.approx(table["profiled"], rel=0.5)
-    assert "attention over the cache" in where.format_profile(found)
+    assert "attention over the cache" in profile.format_profile(result)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -36,9 +36,9 @@ def assert_same(first, second):
 def test_save_then_load_is_bitwise_equal(tiny, tmp_path, name):
     params, cfg, _ = tiny(name)
     checkpoint.save(tmp_path / "new", params, cfg)
-    again, same_cfg, _ = checkpoint.load(tmp_path / "new")
+    reloaded, same_cfg, _ = checkpoint.load(tmp_path / "new")
     assert same_cfg == cfg
-    assert_same(again, params)
+    assert_same(reloaded, params)
     ours = load_file(tmp_path / "new" / "model.safetensors")
     theirs = {}
     for shard in (GOLDEN / name).glob("*.safetensors"):
@@ -67,9 +67,9 @@ def test_load_in_bfloat16_and_int8_converts_linear_maps(tiny):
     for part in (*lora.TARGET_MODULES, "head"):
         owner = int8 if part == "head" else int8.layers[0]
         assert getattr(owner, part).weight.dtype == jnp.int8
-    gain = layer.mlp_norm.scale
+    norm_weight = layer.mlp_norm.scale
     expected = quantize(
-        layer.gate.replace(weight=quarot.rotate_input_weight(layer.gate.weight, gain))
+        layer.gate.replace(weight=quarot.rotate_input_weight(layer.gate.weight, norm_weight))
     )
     np.testing.assert_allclose(int8.layers[0].gate.scale, expected.scale, rtol=1e-5)
     steps = np.asarray(int8.layers[0].gate.weight, int) - np.asarray(expected.weight, int)
@@ -83,9 +83,9 @@ def test_load_in_int8_without_rotation_skips_output_projections(tiny):
     narrow, _, _ = checkpoint.load(GOLDEN / "gpt2", dtype="bfloat16")
     np.testing.assert_array_equal(int8.layers[0].up.weight, quantize(params.layers[0].up).weight)
     for part in ("out", "down"):  # these write to the residual stream and stay bfloat16
-        kept = getattr(int8.layers[0], part)
-        assert kept.scale is None
-        np.testing.assert_array_equal(kept.weight, getattr(narrow.layers[0], part).weight)
+        linear = getattr(int8.layers[0], part)
+        assert linear.scale is None
+        np.testing.assert_array_equal(linear.weight, getattr(narrow.layers[0], part).weight)
 
 
 def test_load_of_bfloat16_file_returns_float32(tiny, tmp_path):
@@ -101,19 +101,19 @@ def test_load_of_bfloat16_file_returns_float32(tiny, tmp_path):
 def test_load_of_shards_reports_progress(tiny, tmp_path):
     shutil.copy(GOLDEN / "llama" / "config.json", tmp_path)
     tensors = load_file(GOLDEN / "llama" / "model.safetensors")
-    places = {key: f"model-{i % 2}.safetensors" for i, key in enumerate(tensors)}
-    for shard in set(places.values()):
-        save_file({k: v for k, v in tensors.items() if places[k] == shard}, tmp_path / shard)
+    shard_of = {key: f"model-{i % 2}.safetensors" for i, key in enumerate(tensors)}
+    for shard in set(shard_of.values()):
+        save_file({k: v for k, v in tensors.items() if shard_of[k] == shard}, tmp_path / shard)
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": places}))
-    seen = []
-    params, _, _ = checkpoint.load(tmp_path, on_progress=seen.append)
+    index.write_text(json.dumps({"weight_map": shard_of}))
+    fractions = []
+    params, _, _ = checkpoint.load(tmp_path, on_progress=fractions.append)
     assert_same(params, tiny("llama").params)
-    assert seen == sorted(seen) and seen[0] > 0 and seen[-1] <= 1
-    index.write_text(json.dumps({"weight_map": places | {"x": "../model.safetensors"}}))
+    assert fractions == sorted(fractions) and fractions[0] > 0 and fractions[-1] <= 1
+    index.write_text(json.dumps({"weight_map": shard_of | {"x": "../model.safetensors"}}))
     with pytest.raises(ValueError, match=naming(index, "'../model.safetensors'")):
         checkpoint.load(tmp_path)
-    index.write_text(json.dumps({"weight_map": places | {"x": "gone.safetensors"}}))
+    index.write_text(json.dumps({"weight_map": shard_of | {"x": "gone.safetensors"}}))
     with pytest.raises(FileNotFoundError, match="gone.safetensors"):
         checkpoint.load(tmp_path)
     index.write_text(json.dumps({"weight_map": 5}))
@@ -121,7 +121,7 @@ def test_load_of_shards_reports_progress(tiny, tmp_path):
         checkpoint.load(tmp_path)
 
 
-def rewritten(name: str, folder: Path, change) -> Path:
+def rewrite_folder(name: str, folder: Path, change) -> Path:
     """The folder of a golden model, in one file, with `change` applied to its tensors."""
     shutil.copy(GOLDEN / name / "config.json", folder)
     tensors = {}
@@ -136,7 +136,7 @@ def rewritten(name: str, folder: Path, change) -> Path:
 )
 def test_single_file_with_stale_index_is_loaded(tiny, tmp_path, index):
     """Bug: an index that names shards which are gone hid the good file beside it."""
-    rewritten("mistral", tmp_path, dict)
+    rewrite_folder("mistral", tmp_path, dict)
     (tmp_path / "model.safetensors.index.json").write_text(index)
     assert_same(checkpoint.load(tmp_path)[0], tiny("mistral").params)
 
@@ -186,11 +186,11 @@ PUBLIC_TENSORS = {
 @pytest.mark.parametrize("name", PUBLIC_TENSORS)
 def test_redundant_tensors_are_ignored(tiny, tmp_path, name):
     model, change = PUBLIC_TENSORS[name]
-    assert_same(checkpoint.load(rewritten(model, tmp_path, change))[0], tiny(model).params)
+    assert_same(checkpoint.load(rewrite_folder(model, tmp_path, change))[0], tiny(model).params)
 
 
 def test_file_with_mixed_dtypes_is_loaded(tiny, tmp_path):
-    params, _, _ = checkpoint.load(rewritten("llama", tmp_path, in_three_dtypes))
+    params, _, _ = checkpoint.load(rewrite_folder("llama", tmp_path, in_three_dtypes))
     expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype("f4"), tiny("llama").params)
     assert_same(params, expected)
 
@@ -205,11 +205,11 @@ def test_tied_head_that_differs_is_rejected(tmp_path, head):
         return tensors | {"lm_head.weight": head(tensors["model.embed_tokens.weight"])}
 
     with pytest.raises(ValueError, match="tie_word_embeddings"):
-        checkpoint.load(rewritten("qwen3", tmp_path, change))
+        checkpoint.load(rewrite_folder("qwen3", tmp_path, change))
 
 
 @pytest.mark.parametrize(
-    ("spoil", "facts"),
+    ("damage", "facts"),
     [
         (lambda t: t.pop("model.norm.weight"), ["model.norm.weight"]),
         (lambda t: t.update(extra=np.zeros(3, "f4")), ["extra"]),
@@ -227,10 +227,10 @@ def test_tied_head_that_differs_is_rejected(tmp_path, head):
         ),
     ],
 )
-def test_missing_unknown_or_misshapen_tensor_is_named(tmp_path, spoil, facts):
+def test_missing_unknown_or_misshapen_tensor_is_named(tmp_path, damage, facts):
     shutil.copy(GOLDEN / "llama" / "config.json", tmp_path)
     tensors = load_file(GOLDEN / "llama" / "model.safetensors")
-    spoil(tensors)
+    damage(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=naming(tmp_path, *facts)):
         checkpoint.load(tmp_path)
@@ -271,9 +271,9 @@ def test_damaged_folder_raises_with_file_name(tmp_path, name, content, error):
 
 def test_truncated_safetensors_raises(tmp_path):
     shutil.copy(GOLDEN / "llama" / "config.json", tmp_path)
-    whole = (GOLDEN / "llama" / "model.safetensors").read_bytes()
-    for size in [1, 7, 8, 9, 500, 2000, len(whole) // 2, len(whole) - 1]:
-        (tmp_path / "model.safetensors").write_bytes(whole[:size])
+    content = (GOLDEN / "llama" / "model.safetensors").read_bytes()
+    for size in [1, 7, 8, 9, 500, 2000, len(content) // 2, len(content) - 1]:
+        (tmp_path / "model.safetensors").write_bytes(content[:size])
         with pytest.raises(ValueError, match=naming(tmp_path / "model.safetensors")):
             checkpoint.load(tmp_path)
 
@@ -299,12 +299,12 @@ def test_pickle_is_rejected_unopened(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("claimed", "facts"),
+    ("num_layers", "facts"),
     [(2**40, ["num_hidden_layers", 4096, 2**40]), (4096, ["21 tensors", "4096 layers"])],
 )
-def test_config_with_too_many_layers_is_rejected(tmp_path, claimed, facts):
+def test_config_with_too_many_layers_is_rejected(tmp_path, num_layers, facts):
     config = json.loads((GOLDEN / "llama" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": claimed}))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": num_layers}))
     shutil.copy(GOLDEN / "llama" / "model.safetensors", tmp_path)
     with pytest.raises(ValueError, match=naming(*facts)):
         checkpoint.load(tmp_path)
@@ -427,22 +427,22 @@ def small(tmp_path) -> Path:
 
 
 def test_truncated_gguf_raises(small):
-    whole = small.read_bytes()
+    content = small.read_bytes()
     began = time.monotonic()
-    sizes = [*range(0, 1400, 7), *range(1400, len(whole), len(whole) // 20), len(whole) - 40]
+    sizes = [*range(0, 1400, 7), *range(1400, len(content), len(content) // 20), len(content) - 40]
     for size in sizes:
-        small.write_bytes(whole[:size])
+        small.write_bytes(content[:size])
         with pytest.raises(ValueError, match=naming(small)):
             checkpoint.load(small)
     assert time.monotonic() - began < 20
 
 
 def test_gguf_with_changed_byte_loads_or_raises_value_error(small):
-    whole = small.read_bytes()
-    header = whole.index(b"output_norm.weight")
-    for at in range(4, header, 5):
-        damaged = bytearray(whole)
-        damaged[at] ^= 0xFF
+    content = small.read_bytes()
+    header = content.index(b"output_norm.weight")
+    for offset in range(4, header, 5):
+        damaged = bytearray(content)
+        damaged[offset] ^= 0xFF
         small.write_bytes(damaged)
         try:
             checkpoint.load(small)

@@ -226,7 +226,7 @@ def test_disabled_window_of_qwen2_is_ignored():
     assert stated == families.from_hf(hf("qwen2", **off)) and stated.windows == (None,)
 
 
-def older(name: str, **changes) -> Config:
+def from_transformers_4(name: str, **changes) -> Config:
     """Reads a config as transformers 4 spelt it."""
     config = hf(name, **changes)
     del config["rope_parameters"]
@@ -235,15 +235,19 @@ def older(name: str, **changes) -> Config:
 
 def test_config_of_transformers_4_equals_that_of_5():
     linear = {"type": "linear", "factor": 8.0}
-    found = older("llama", rope_theta=500.0, rope_scaling=linear)
-    assert found.rope_theta == 500 and found.rope_scaling == LINEAR
+    cfg = from_transformers_4("llama", rope_theta=500.0, rope_scaling=linear)
+    assert cfg.rope_theta == 500 and cfg.rope_scaling == LINEAR
     llama3 = {"original_max_position_embeddings": 16, "rope_type": "llama3", "factor": 8.0}
     llama3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    assert older("llama", rope_theta=500.0, rope_scaling=llama3) == families.from_hf(hf("llama"))
+    assert from_transformers_4("llama", rope_theta=500.0, rope_scaling=llama3) == families.from_hf(
+        hf("llama")
+    )
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0}
     yarn["beta_slow"] = None  # as if it were not there
-    assert older("qwen3", rope_scaling=yarn) == families.from_hf(hf("qwen3"))
-    gemma = older("gemma3", rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling=linear)
+    assert from_transformers_4("qwen3", rope_scaling=yarn) == families.from_hf(hf("qwen3"))
+    gemma = from_transformers_4(
+        "gemma3", rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling=linear
+    )
     assert gemma == families.from_hf(hf("gemma3"))
 
 
@@ -251,9 +255,9 @@ def test_absent_keys_have_defaults_of_transformers():
     config = hf("gemma3")
     for key in ("layer_types", "_sliding_window_pattern", "rope_parameters", "sliding_window"):
         del config[key]
-    found = families.from_hf(config)
-    assert found.windows == (4096, 4096, None)
-    assert (found.rope_theta, found.local_rope_theta) == (1e6, 1e4)
+    cfg = families.from_hf(config)
+    assert cfg.windows == (4096, 4096, None)
+    assert (cfg.rope_theta, cfg.local_rope_theta) == (1e6, 1e4)
     silent = {k: v for k, v in hf("mistral").items() if k != "sliding_window"}
     assert families.from_hf(silent).windows == (4096,)
     qwen = hf("qwen2", max_window_layers=1, sliding_window=9)

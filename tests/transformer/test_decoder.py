@@ -18,7 +18,7 @@ pytestmark = pytest.mark.heavy
 IDS = np.random.default_rng(1).integers(0, 320, (2, 12)).astype(np.int32)
 forward = jax.jit(decoder.forward, static_argnums=1, static_argnames="taps")
 # Compiled in less time, where it only matters whether something changes.
-hasty = jax.jit(
+forward_unoptimized = jax.jit(
     decoder.forward, static_argnums=1, compiler_options={"xla_backend_optimization_level": 0}
 )
 
@@ -41,9 +41,9 @@ def test_each_part_matches_transformers(tiny, name):
     check_parts(*tiny(name))
 
 
-@pytest.mark.parametrize("forms", [*VARIANTS.values(), {"tie_embeddings": False}])
-def test_init_matches_abstract_tree(forms):
-    cfg = Config.debug(**forms)
+@pytest.mark.parametrize("variant", [*VARIANTS.values(), {"tie_embeddings": False}])
+def test_init_matches_abstract_tree(variant):
+    cfg = Config.debug(**variant)
     params, infos = decoder.init(jax.random.key(0), cfg), decoder.abstract(cfg)
     assert jax.tree.structure(params) == jax.tree.structure(infos)
     for leaf, info in zip(jax.tree.leaves(params), jax.tree.leaves(infos), strict=True):
@@ -106,31 +106,31 @@ NUMBERS = [
 ROTARY = {"rope_theta", "rope_scaling", "local_rope_theta"}
 
 
-def is_change(forms, change):
+def is_change(variant, change):
     """Not what this form already is, and not of shapes: GPT-2's norms and MLP have other ones."""
-    forms = VARIANTS[forms]
+    variant = VARIANTS[variant]
     (name,) = change
-    return forms.get(name) != change[name] and not (
-        forms.get("norm") == "layer" and name in ("norm", "mlp")
+    return variant.get(name) != change[name] and not (
+        variant.get("norm") == "layer" and name in ("norm", "mlp")
     )
 
 
 # Fields that leave every shape as it is: the same weights must give other logits.
 @pytest.mark.parametrize(
-    ("forms", "change"),
-    [(forms, change) for forms in VARIANTS for change in NUMBERS if is_change(forms, change)],
+    ("variant", "change"),
+    [(variant, change) for variant in VARIANTS for change in NUMBERS if is_change(variant, change)],
     ids=str,
 )
-def test_changed_number_changes_logits(forms, change):
-    cfg = Config.debug(**VARIANTS[forms])
+def test_changed_number_changes_logits(variant, change):
+    cfg = Config.debug(**VARIANTS[variant])
     (name,) = change
     has_effect = not (
         (name in ROTARY and cfg.position == "learned")
         or (name == "local_rope_theta" and cfg.windows == (None,))
     )
     params = random_params(cfg)
-    before, _ = hasty(params, cfg, IDS)
-    after, _ = hasty(params, dataclasses.replace(cfg, **change), IDS)
+    before, _ = forward_unoptimized(params, cfg, IDS)
+    after, _ = forward_unoptimized(params, dataclasses.replace(cfg, **change), IDS)
     if has_effect:
         assert np.abs(before - after).max() > 1e-3
     else:
@@ -189,14 +189,14 @@ def test_changed_variant_changes_shapes(change):
     changed = dataclasses.replace(cfg, **change)
     shapes = [leaf.shape for leaf in jax.tree.leaves(decoder.abstract(cfg))]
     assert shapes != [leaf.shape for leaf in jax.tree.leaves(decoder.abstract(changed))]
-    logits, _ = hasty(random_params(changed), changed, IDS)
+    logits, _ = forward_unoptimized(random_params(changed), changed, IDS)
     assert logits.shape == (*IDS.shape, changed.vocab_size)
     assert np.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("forms", [*VARIANTS.values(), {"tie_embeddings": False}], ids=str)
-def test_every_weight_has_a_gradient(forms):
-    cfg = Config.debug(**forms)
+@pytest.mark.parametrize("variant", [*VARIANTS.values(), {"tie_embeddings": False}], ids=str)
+def test_every_weight_has_a_gradient(variant):
+    cfg = Config.debug(**variant)
 
     def loss(params):
         logits, _ = decoder.forward(params, cfg, IDS)
@@ -215,15 +215,15 @@ def test_taps_are_consistent_with_logits():
     cfg = Config.debug()
     params = random_params(cfg)
     names = ("residual", "attention", "logits")
-    logits, found = forward(params, cfg, IDS, taps=names)
+    logits, actual = forward(params, cfg, IDS, taps=names)
     batch, length = IDS.shape
-    assert set(found) == set(names)
-    assert found["residual"].shape == (cfg.num_layers + 1, batch, length, cfg.d_model)
-    assert found["attention"].shape == (cfg.num_layers, batch, cfg.num_heads, length, length)
-    np.testing.assert_allclose(found["attention"].sum(-1), 1, rtol=0, atol=1e-5)
-    assert (np.triu(found["attention"], 1) == 0).all()
-    np.testing.assert_array_equal(found["residual"][0], params.embed.weight[IDS])
-    np.testing.assert_allclose(found["logits"][-1], logits, rtol=0, atol=1e-5)
+    assert set(actual) == set(names)
+    assert actual["residual"].shape == (cfg.num_layers + 1, batch, length, cfg.d_model)
+    assert actual["attention"].shape == (cfg.num_layers, batch, cfg.num_heads, length, length)
+    np.testing.assert_allclose(actual["attention"].sum(-1), 1, rtol=0, atol=1e-5)
+    assert (np.triu(actual["attention"], 1) == 0).all()
+    np.testing.assert_array_equal(actual["residual"][0], params.embed.weight[IDS])
+    np.testing.assert_allclose(actual["logits"][-1], logits, rtol=0, atol=1e-5)
     plain, nothing = forward(params, cfg, IDS)
     assert nothing == {}
     np.testing.assert_allclose(plain, logits, rtol=0, atol=1e-5)
@@ -258,20 +258,20 @@ def test_more_tokens_than_learned_positions_raises():
             read(random_params(cfg), cfg, IDS)
 
 
-@pytest.mark.parametrize("forms", VARIANTS)
-def test_unstack_layers_inverts_stack_layers(forms):
-    cfg = Config.debug(num_layers=3, **VARIANTS[forms])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_unstack_layers_inverts_stack_layers(variant):
+    cfg = Config.debug(num_layers=3, **VARIANTS[variant])
     layers = random_params(cfg).layers
     stacked = decoder.stack_layers(layers)
     assert all(len(leaf) == 3 for leaf in jax.tree.leaves(stacked))
-    back = decoder.unstack_layers(stacked)
-    assert jax.tree.structure(back) == jax.tree.structure(layers)
-    jax.tree.map(np.testing.assert_array_equal, back, layers)
+    unstacked = decoder.unstack_layers(stacked)
+    assert jax.tree.structure(unstacked) == jax.tree.structure(layers)
+    jax.tree.map(np.testing.assert_array_equal, unstacked, layers)
 
 
-@pytest.mark.parametrize("forms", [{}, GPT2_VARIANT, {"windows": (5,), "qk_norm": True}], ids=str)
-def test_scan_over_stacked_layers_matches_forward(forms):
-    cfg = Config.debug(num_layers=3, **forms)
+@pytest.mark.parametrize("variant", [{}, GPT2_VARIANT, {"windows": (5,), "qk_norm": True}], ids=str)
+def test_scan_over_stacked_layers_matches_forward(variant):
+    cfg = Config.debug(num_layers=3, **variant)
     params = random_params(cfg)
     positions = jnp.broadcast_to(jnp.arange(IDS.shape[1]), IDS.shape)
 
@@ -284,5 +284,5 @@ def test_scan_over_stacked_layers_matches_forward(forms):
         step = lambda x, layer: (decoder.block(x, layer, cfg, angles[0], attend), None)  # noqa: E731
         return decoder.unembed(params, cfg, jax.lax.scan(step, x, stacked)[0])
 
-    found = scanned(params, decoder.stack_layers(params.layers), IDS)
-    np.testing.assert_allclose(found, forward(params, cfg, IDS)[0], rtol=0, atol=1e-5)
+    actual = scanned(params, decoder.stack_layers(params.layers), IDS)
+    np.testing.assert_allclose(actual, forward(params, cfg, IDS)[0], rtol=0, atol=1e-5)

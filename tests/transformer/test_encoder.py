@@ -44,16 +44,16 @@ def test_intermediates_match_transformers(pooling: str) -> None:
     params, cfg = bert.load(GOLDEN / pooling)
     golden = np.load(GOLDEN / pooling / "golden.npz")
     assert (cfg.pooling, cfg.normalize) == (pooling, pooling == "mean")
-    x, found = encoder.forward(
+    x, taps = encoder.forward(
         params, cfg, golden["ids"], golden["mask"], taps=("residual", "attention")
     )
-    there = golden["mask"] > 0
-    for ours, theirs in zip(found["residual"], golden["residual"], strict=True):
-        np.testing.assert_allclose(ours[there], theirs[there], atol=1e-5)
-    np.testing.assert_array_equal(x, found["residual"][-1])
+    is_token = golden["mask"] > 0
+    for ours, theirs in zip(taps["residual"], golden["residual"], strict=True):
+        np.testing.assert_allclose(ours[is_token], theirs[is_token], atol=1e-5)
+    np.testing.assert_array_equal(x, taps["residual"][-1])
     for row, length in enumerate(golden["mask"].sum(1)):
         np.testing.assert_allclose(
-            found["attention"][:, row, :, :length, :length],
+            taps["attention"][:, row, :, :length, :length],
             golden["attention"][:, row, :, :length, :length],
             atol=1e-5,
         )
@@ -67,8 +67,8 @@ def test_packed_texts_match_single_texts(pooling: str) -> None:
     params = randomize(encoder.init(jax.random.key(0), cfg))
     rng = np.random.default_rng(0)
     texts = [rng.integers(0, 320, n).tolist() for n in (1, 1, 5, 5, 17, 32, 60, 128)]
-    together = encoder.embed_all(params, cfg, texts)
-    for text, vector in zip(texts, together, strict=True):
+    packed = encoder.embed_all(params, cfg, texts)
+    for text, vector in zip(texts, packed, strict=True):
         alone, _ = encoder.forward(params, cfg, np.array([text]), np.ones((1, len(text)), np.int32))
         ones = np.ones((1, len(text)), np.int32)
         np.testing.assert_allclose(encoder.pool(alone, cfg, ones, 1)[0, 0], vector, atol=2e-5)
@@ -79,14 +79,14 @@ def test_packing_holds_every_token_in_known_shapes() -> None:
     for longest in (20, 256, 512):
         texts = [rng.integers(1, 1000, n).tolist() for n in rng.integers(1, longest + 1, 300)]
         texts += [[7]] * 50  # rows hold so many texts and no more
-        seen = {}
+        unpacked = {}
         for batch in packing.pack(texts, longest):
             assert batch.ids.shape in packing.batch_shapes(longest)
             assert not batch.ids[batch.segments == 0].any()
             assert batch.segments.max() <= batch.max_texts
             for text, row, slot in zip(batch.text_indices, batch.rows, batch.slots, strict=True):
-                seen[int(text)] = batch.ids[row][batch.segments[row] == slot + 1].tolist()
-        assert [seen[i] for i in range(len(texts))] == texts
+                unpacked[int(text)] = batch.ids[row][batch.segments[row] == slot + 1].tolist()
+        assert [unpacked[i] for i in range(len(texts))] == texts
 
 
 def test_packing_has_little_padding() -> None:
@@ -161,8 +161,8 @@ def test_invalid_config_is_rejected(change: dict, facts: list) -> None:
 
 def test_to_hf_then_from_hf_returns_equal_config() -> None:
     cfg = Config.debug(max_tokens=64, pooling="cls", normalize=False, norm_eps=1e-5)
-    again = Config.from_hf(cfg.to_hf(), max_tokens=64, pooling="cls", normalize=False)
-    assert again == cfg
+    reloaded = Config.from_hf(cfg.to_hf(), max_tokens=64, pooling="cls", normalize=False)
+    assert reloaded == cfg
 
 
 @pytest.mark.parametrize(
@@ -231,30 +231,30 @@ def test_config_json_without_size_is_rejected() -> None:
         Config.from_hf(config)
 
 
-@pytest.mark.parametrize("format", ["float32", "bfloat16"])
-def test_save_then_load_is_bitwise_equal(format: str, tmp_path: Path) -> None:
-    params, cfg = bert.load(GOLDEN / "cls", dtype=format)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_save_then_load_is_bitwise_equal(dtype: str, tmp_path: Path) -> None:
+    params, cfg = bert.load(GOLDEN / "cls", dtype=dtype)
     bert.save(tmp_path, params, cfg)
-    again, its_cfg = bert.load(tmp_path, dtype=format)
-    assert its_cfg == cfg
-    jax.tree.map(np.testing.assert_array_equal, again, params)
+    reloaded, reloaded_cfg = bert.load(tmp_path, dtype=dtype)
+    assert reloaded_cfg == cfg
+    jax.tree.map(np.testing.assert_array_equal, reloaded, params)
 
 
 def test_missing_unknown_or_misshapen_tensor_is_named(tmp_path: Path) -> None:
     path = folder("mean", tmp_path) / "model.safetensors"
-    whole = load_file(path)
+    content = load_file(path)
     name = "encoder.layer.1.output.dense.weight"
 
-    save_file({k: v for k, v in whole.items() if k != name}, path)
+    save_file({k: v for k, v in content.items() if k != name}, path)
     with pytest.raises(ValueError, match=naming(tmp_path, name)):
         bert.load(tmp_path)
-    save_file(whole | {"classifier.bias": np.zeros(3, np.float32)}, path)
+    save_file(content | {"classifier.bias": np.zeros(3, np.float32)}, path)
     with pytest.raises(ValueError, match=naming(tmp_path, "classifier.bias")):
         bert.load(tmp_path)
-    save_file(whole | {name: whole[name].T.copy()}, path)
+    save_file(content | {name: content[name].T.copy()}, path)
     with pytest.raises(ValueError, match=naming(name, "(32, 56)", "(56, 32)")):
         bert.load(tmp_path)
-    save_file(whole | {"embeddings.position_ids": np.arange(40)[None]}, path)
+    save_file(content | {"embeddings.position_ids": np.arange(40)[None]}, path)
     bert.load(tmp_path)  # follows from the config; older files hold it
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=naming(path)):
@@ -270,13 +270,13 @@ def test_bert_with_pretraining_heads_is_loaded(tmp_path: Path) -> None:
     """As bert-base-uncased is published; transformers opens it as the bare encoder, too."""
     path = folder("mean", tmp_path) / "model.safetensors"
     expected, _ = bert.load(tmp_path)
-    whole = {as_google_named(name): tensor for name, tensor in load_file(path).items()}
+    content = {as_google_named(name): tensor for name, tensor in load_file(path).items()}
     heads = {
         "cls.predictions.bias": np.zeros(3, np.float32),
         "cls.seq_relationship.weight": np.zeros((2, 32), np.float32),
         "bert.embeddings.position_ids": np.arange(40)[None],
     }
-    save_file(whole | heads, path)
+    save_file(content | heads, path)
     params, _ = bert.load(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
@@ -323,35 +323,35 @@ def test_max_tokens_is_read_from_each_file(tmp_path: Path) -> None:
 # --- all-MiniLM-L6-v2 -------------------------------------------------------------------------
 
 
-def embedded(path: Path, texts: list[str], format: str) -> np.ndarray:
-    params, cfg = bert.load(path, dtype=format)
+def embedded(path: Path, texts: list[str], dtype: str) -> np.ndarray:
+    params, cfg = bert.load(path, dtype=dtype)
     words = bpe.load_wordpiece(path)
     return encoder.embed_all(params, cfg, words.encode_batch(texts, max_length=cfg.max_tokens))
 
 
-@pytest.mark.parametrize(("format", "least"), [("float32", 0.99999), ("bfloat16", 0.9999)])
+@pytest.mark.parametrize(("dtype", "least"), [("float32", 0.99999), ("bfloat16", 0.9999)])
 def test_minilm_matches_golden_embeddings(
-    format: str, least: float, model_file: Callable[[str], Path]
+    dtype: str, least: float, model_file: Callable[[str], Path]
 ) -> None:
     texts = json.loads((GOLDEN / "texts.json").read_text("utf-8"))
     assert len(texts) == 200
-    vectors = embedded(model_file("all-minilm-l6-v2"), texts, format)
+    vectors = embedded(model_file("all-minilm-l6-v2"), texts, dtype)
     expected = np.load(GOLDEN / "minilm.npz")["vectors"]
     assert cosines(vectors, expected).min() > least
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(("format", "least"), [("float32", 0.99999), ("bfloat16", 0.9999)])
+@pytest.mark.parametrize(("dtype", "least"), [("float32", 0.99999), ("bfloat16", 0.9999)])
 def test_minilm_matches_sentence_transformers(
-    format: str, least: float, model_file: Callable[[str], Path]
+    dtype: str, least: float, model_file: Callable[[str], Path]
 ) -> None:
     from sentence_transformers import SentenceTransformer
 
     path = model_file("all-minilm-l6-v2")
     texts = json.loads((GOLDEN / "texts.json").read_text("utf-8"))
     expected = SentenceTransformer(str(path), device="cpu").encode(texts)
-    assert cosines(embedded(path, texts, format), expected).min() > least
+    assert cosines(embedded(path, texts, dtype), expected).min() > least
 
 
 @pytest.mark.parity

@@ -32,7 +32,7 @@ def prompt_of(length, cfg, seed=0):
     return np.random.default_rng(seed).integers(0, cfg.vocab_size, length).tolist()
 
 
-def naive(params, cfg, prompt, count):
+def reference(params, cfg, prompt, count):
     """Greedy ids by `forward` over the whole sequence; later padding cannot be seen."""
     ids = np.zeros((1, 336), np.int32)
     ids[0, : len(prompt)] = prompt
@@ -45,20 +45,20 @@ def naive(params, cfg, prompt, count):
 def test_greedy_generation_matches_forward(params, cfg, length):
     prompt = prompt_of(length, cfg)
     ids = list(generate.generate(params, cfg, prompt, max_new_tokens=6))
-    assert ids == naive(params, cfg, prompt, 6)
+    assert ids == reference(params, cfg, prompt, 6)
 
 
 @pytest.mark.parametrize("sizes", [(256, 64), (64,), (128,), (256,)], ids=str)
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 255, 256, 257, 320, 511])
 def test_chunks_hold_the_prompt_in_order(length, sizes):
     prompt = list(range(1, length + 1))
-    read = []
+    ids_read = []
     for start, ids, last in generate.chunks(prompt, sizes):
-        assert start == len(read) and start % min(ids.shape[1], 256) == 0
+        assert start == len(ids_read) and start % min(ids.shape[1], 256) == 0
         assert ids.shape[1] in sizes
-        read += ids[0, : last + 1].tolist()
+        ids_read += ids[0, : last + 1].tolist()
         assert not ids[0, last + 1 :].any()
-    assert read == prompt
+    assert ids_read == prompt
 
 
 @pytest.mark.parametrize("length", [65, 257, 320])
@@ -67,10 +67,10 @@ def test_chunk_size_does_not_change_the_logits(params, cfg, length):
     tables = np.array([[1, 2]], np.int32)
     expected = forward(params, cfg, np.array([prompt]))[0][0, -1]
     for sizes in [(64,), (256, 64), (256,)]:
-        memory = generate.cache.init(cfg, 2)
+        kv_cache = generate.cache.init(cfg, 2)
         for start, ids, last in generate.chunks(prompt, sizes):
             start = np.array([start], np.int32)
-            logits, memory = generate.prefill(params, cfg, memory, ids, tables, start, last)
+            logits, kv_cache = generate.prefill(params, cfg, kv_cache, ids, tables, start, last)
         np.testing.assert_allclose(logits[0], expected, atol=1e-4)
 
 
@@ -91,8 +91,12 @@ def test_sampling_is_deterministic_by_seed(params, cfg):
     prompt = prompt_of(10, cfg)
 
     def ids(seed):
-        how = SamplingParams(seed=seed, temperature=2.0)
-        return list(generate.generate(params, cfg, prompt, max_new_tokens=16, sampling_params=how))
+        sampling_params = SamplingParams(seed=seed, temperature=2.0)
+        return list(
+            generate.generate(
+                params, cfg, prompt, max_new_tokens=16, sampling_params=sampling_params
+            )
+        )
 
     assert ids(1) == ids(1)
     assert ids(1) != ids(2)
@@ -100,16 +104,22 @@ def test_sampling_is_deterministic_by_seed(params, cfg):
 
 def test_penalty_prevents_repetition_and_bias_forces_token(params, cfg):
     prompt = prompt_of(10, cfg)
-    how = SamplingParams(temperature=0, frequency_penalty=900.0)
-    ids = list(generate.generate(params, cfg, prompt, max_new_tokens=20, sampling_params=how))
+    sampling_params = SamplingParams(temperature=0, frequency_penalty=900.0)
+    ids = list(
+        generate.generate(params, cfg, prompt, max_new_tokens=20, sampling_params=sampling_params)
+    )
     assert len(set(ids)) == len(ids), "no token twice under so large a penalty"
-    how = SamplingParams(temperature=0, logit_bias={5: 1000.0})
-    assert set(generate.generate(params, cfg, prompt, max_new_tokens=5, sampling_params=how)) == {5}
+    sampling_params = SamplingParams(temperature=0, logit_bias={5: 1000.0})
+    assert set(
+        generate.generate(params, cfg, prompt, max_new_tokens=5, sampling_params=sampling_params)
+    ) == {5}
 
 
 def test_padding_ids_are_never_generated(params, cfg):
-    how = SamplingParams(temperature=5.0)
-    ids = generate.generate(params, cfg, [1], max_new_tokens=40, sampling_params=how, num_ids=3)
+    sampling_params = SamplingParams(temperature=5.0)
+    ids = generate.generate(
+        params, cfg, [1], max_new_tokens=40, sampling_params=sampling_params, num_ids=3
+    )
     assert set(ids) <= {0, 1, 2}
 
 
@@ -135,6 +145,10 @@ def test_invalid_prompt_is_rejected_with_value(params, cfg, prompt, count, facts
 def test_logit_bias_outside_vocabulary_is_rejected(params, cfg):
     """Bug: a negative id biased the last token, silently; a large one was an IndexError."""
     for id in (-1, cfg.vocab_size):
-        how = SamplingParams(temperature=0, logit_bias={id: 5.0})
+        sampling_params = SamplingParams(temperature=0, logit_bias={id: 5.0})
         with pytest.raises(ValueError, match=f"logit_bias.*{id}"):
-            list(generate.generate(params, cfg, [1], max_new_tokens=2, sampling_params=how))
+            list(
+                generate.generate(
+                    params, cfg, [1], max_new_tokens=2, sampling_params=sampling_params
+                )
+            )

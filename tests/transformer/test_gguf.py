@@ -13,12 +13,12 @@ from transformer import cache, checkpoint, decoder, families
 from transformer.checkpoint import gguf as reader
 from transformer.config import RopeScaling
 
-FORMATS = ("f16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_1", "q4_0")
+TENSOR_TYPES = ("f16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_1", "q4_0")
 FAMILIES = ("gpt2", "llama3", "qwen2", "qwen3", "gemma3")
-NAMES = [*(f"llama-{name}" for name in FORMATS), *FAMILIES]
+NAMES = [*(f"llama-{name}" for name in TENSOR_TYPES), *FAMILIES]
 GOLDENS = np.load(GOLDEN / "gguf" / "golden.npz")
 forward = jax.jit(decoder.forward, static_argnums=1, static_argnames="taps")
-extend = jax.jit(decoder.forward_cached, static_argnums=1)
+forward_cached = jax.jit(decoder.forward_cached, static_argnums=1)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -31,12 +31,12 @@ def test_logits_match_transformers_and_top_tokens_llama_cpp(name):
     np.testing.assert_allclose(logits[0], GOLDENS[f"{name}.logits"], rtol=0, atol=1e-4)
     np.testing.assert_array_equal(logits[0].argmax(-1), GOLDENS[f"{name}.top"])
 
-    x, _ = extend(params, cfg, cache.init(cfg, 1), ids, np.array([[1]]), np.array([0]))
+    x, _ = forward_cached(params, cfg, cache.init(cfg, 1), ids, np.array([[1]]), np.array([0]))
     through_cache = decoder.unembed(params, cfg, x[0])
     np.testing.assert_allclose(through_cache, GOLDENS[f"{name}.logits"], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", TENSOR_TYPES)
 def test_file_has_tensor_type_of_its_name(name):
     tensors = gguf.GGUFReader(GOLDEN / "gguf" / f"llama-{name}.gguf").tensors
     assert name.upper() in {tensor.tensor_type.name for tensor in tensors}
@@ -71,9 +71,9 @@ def test_metadata_of_any_type_is_read_or_raises_value_error(name):
 def test_gguf_model_saved_as_folder_is_bitwise_equal(tmp_path, name):
     params, cfg, _ = checkpoint.load(GOLDEN / "gguf" / f"{name}.gguf")
     checkpoint.save(tmp_path, params, cfg)
-    again, same, _ = checkpoint.load(tmp_path)
-    assert same == cfg
-    jax.tree.map(np.testing.assert_array_equal, again, params)
+    saved_params, saved_cfg, _ = checkpoint.load(tmp_path)
+    assert saved_cfg == cfg
+    jax.tree.map(np.testing.assert_array_equal, saved_params, params)
 
 
 def test_unknown_rope_factors_are_rejected(tmp_path):

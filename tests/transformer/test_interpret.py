@@ -40,23 +40,23 @@ def test_attention_maps_match_transformers(tiny_model):
 def test_logit_lens_matches_hidden_states_of_transformers(tiny_model):
     model, golden = tiny_model
     size = model.cfg.vocab_size
-    found = interpret.logit_lens(model.params, model.cfg, golden["ids"].tolist(), size)
+    result = interpret.logit_lens(model.params, model.cfg, golden["ids"].tolist(), size)
     by_id = np.zeros(golden["lens"].shape, np.float32)
-    np.put_along_axis(by_id, np.asarray(found.ids), np.asarray(found.logprobs), -1)
+    np.put_along_axis(by_id, np.asarray(result.ids), np.asarray(result.logprobs), -1)
     np.testing.assert_allclose(by_id, golden["lens"], atol=1e-4)
-    assert (np.diff(found.logprobs, axis=-1) <= 0).all()
+    assert (np.diff(result.logprobs, axis=-1) <= 0).all()
     p = np.exp(golden["lens"].astype(np.float64))
-    np.testing.assert_allclose(found.entropy, -(p * np.log2(p)).sum(-1), atol=1e-4)
+    np.testing.assert_allclose(result.entropy, -(p * np.log2(p)).sum(-1), atol=1e-4)
 
 
 def test_alternatives_match_last_layer_of_logit_lens(tiny_model):
     model, golden = tiny_model
     ids, logprobs = golden["ids"], golden["lens"][-1, :-1]
-    found = interpret.alternatives(model.params, model.cfg, ids.tolist(), 4)
+    result = interpret.alternatives(model.params, model.cfg, ids.tolist(), 4)
     chosen = logprobs[np.arange(11), ids[1:]]
-    np.testing.assert_allclose(found.token_logprobs, chosen, atol=1e-4)
-    np.testing.assert_array_equal(found.rank, (logprobs > chosen[:, None]).sum(-1))
-    np.testing.assert_array_equal(found.top_ids, np.argsort(-logprobs, axis=-1)[:, :4])
+    np.testing.assert_allclose(result.token_logprobs, chosen, atol=1e-4)
+    np.testing.assert_array_equal(result.rank, (logprobs > chosen[:, None]).sum(-1))
+    np.testing.assert_array_equal(result.top_ids, np.argsort(-logprobs, axis=-1)[:, :4])
     assert float(interpret.loss(model.params, model.cfg, ids.tolist())) == pytest.approx(
         -chosen.mean(), abs=1e-5
     )
@@ -134,10 +134,10 @@ def test_plots_depend_on_their_data(tiny, tmp_path):
     plots.attention(maps, names, 0, tmp_path / "a.png")
     plots.attention(maps, names, 1, tmp_path / "b.png")
     assert not np.array_equal(png(tmp_path / "a.png"), png(tmp_path / "b.png"))
-    seen = interpret.logit_lens(model.params, model.cfg, ids)
-    plots.logit_lens(seen, names, [names] * 3, tmp_path / "c.png")
-    others = interpret.alternatives(model.params, model.cfg, ids, 3)
-    plots.alternatives(others, names, [["a", "b", "c"]] * 4, tmp_path / "d.png")
+    lens = interpret.logit_lens(model.params, model.cfg, ids)
+    plots.logit_lens(lens, names, [names] * 3, tmp_path / "c.png")
+    top = interpret.alternatives(model.params, model.cfg, ids, 3)
+    plots.alternatives(top, names, [["a", "b", "c"]] * 4, tmp_path / "d.png")
     effects = interpret.head_effects(model.params, model.cfg, ids)
     plots.head_effects(effects, tmp_path / "e.png")
     for letter in "cde":
@@ -145,7 +145,7 @@ def test_plots_depend_on_their_data(tiny, tmp_path):
     with pytest.raises(ValueError, match=naming("layer 2", 1)):
         plots.attention(maps, names, 2, tmp_path / "f.png")
     with pytest.raises(ValueError, match=naming("labels", 5, 4)):
-        plots.logit_lens(seen, names[1:], [names] * 3, tmp_path / "f.png")
+        plots.logit_lens(lens, names[1:], [names] * 3, tmp_path / "f.png")
     with pytest.raises(ValueError, match=naming(49, plots.MAX_TOKENS)):
         plots.attention(np.ones((1, 1, 49, 49)), ["x"] * 49, 0, tmp_path / "f.png")
     assert not (tmp_path / "f.png").exists()
@@ -163,14 +163,14 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 def test_command_prints_logit_lens_and_plots(tmp_path):
     golden = np.load(GOLDEN / "llama.npz")
     ids = [str(id) for id in golden["ids"]]
-    said = run("lens", str(TINY / "llama"), *ids, "-o", str(tmp_path / "lens.png"))
-    assert said.returncode == 0, said.stderr
-    best = np.array([line.split() for line in said.stdout.splitlines()], int)
+    completed = run("lens", str(TINY / "llama"), *ids, "-o", str(tmp_path / "lens.png"))
+    assert completed.returncode == 0, completed.stderr
+    best = np.array([line.split() for line in completed.stdout.splitlines()], int)
     np.testing.assert_array_equal(best[:, 1:], golden["lens"].argmax(-1))
     png(tmp_path / "lens.png")
-    said = run("alternatives", str(TINY / "llama"), "1", "999")
-    assert said.returncode == 1 and said.stderr.count("\n") == 1
-    assert names(said.stderr, "python -m transformer", "ids", 95, 999)
+    completed = run("alternatives", str(TINY / "llama"), "1", "999")
+    assert completed.returncode == 1 and completed.stderr.count("\n") == 1
+    assert names(completed.stderr, "python -m transformer", "ids", 95, 999)
 
 
 @pytest.mark.parity
@@ -197,6 +197,6 @@ def test_smollm2_intermediates_match_transformers(model_file):
         expected = [model.lm_head(model.model.norm(x))[0].log_softmax(-1) for x in stream]
     maps = interpret.attention(params, cfg, ids)
     np.testing.assert_allclose(maps, torch.cat(theirs.attentions), atol=1e-4)
-    found = interpret.logit_lens(params, cfg, ids, 20)
-    best = np.take_along_axis(torch.stack(expected).numpy(), np.asarray(found.ids), -1)
-    np.testing.assert_allclose(found.logprobs, best, atol=1e-4)
+    result = interpret.logit_lens(params, cfg, ids, 20)
+    best = np.take_along_axis(torch.stack(expected).numpy(), np.asarray(result.ids), -1)
+    np.testing.assert_allclose(result.logprobs, best, atol=1e-4)

@@ -24,51 +24,51 @@ BUCKETS = (2, 4, 8, 16)
 SIZES = dict(
     num_layers=1, d_model=256, d_ff=512, head_dim=64, vocab_size=1000, num_heads=8, max_seq_len=512
 )
-CONFIGS = {name: Config.debug(**forms | SIZES) for name, forms in VARIANTS.items()}
+CONFIGS = {name: Config.debug(**fields | SIZES) for name, fields in VARIANTS.items()}
 CONFIGS["gemma"] = replace(CONFIGS["gemma"], windows=(40,), query_scalar=50)
 CONFIGS["qwen3"] = replace(CONFIGS["llama"], qk_norm=True, qkv_bias=True)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def step(params, cfg, memory, ids, tables, starts):
-    x, memory = decoder.forward_cached(params, cfg, memory, ids[:, None], tables, starts)
-    return decoder.unembed(params, cfg, x[:, 0]), memory.keys[-1]
+def step(params, cfg, kv_cache, ids, tables, starts):
+    x, kv_cache = decoder.forward_cached(params, cfg, kv_cache, ids[:, None], tables, starts)
+    return decoder.unembed(params, cfg, x[:, 0]), kv_cache.keys[-1]
 
 
-def narrow(params: decoder.Params, format: str) -> decoder.Params:
+def narrow(params: decoder.Params, dtype: str) -> decoder.Params:
     def change(p):
-        return quantize(p) if format == "int8" else p.replace(weight=p.weight.astype(jnp.bfloat16))
+        return quantize(p) if dtype == "int8" else p.replace(weight=p.weight.astype(jnp.bfloat16))
 
     is_linear = lambda node: isinstance(node, Linear)  # noqa: E731
     return jax.tree.map(lambda p: change(p) if is_linear(p) else p, params, is_leaf=is_linear)
 
 
 @pytest.mark.parametrize(
-    ("name", "format"),
+    ("name", "dtype"),
     [(name, "bfloat16") for name in ("gpt2", "gemma", "qwen3", "adapted")] + [("gemma", "int8")],
 )
-def test_row_is_bitwise_equal_in_every_batch_size(name, format):
+def test_row_is_bitwise_equal_in_every_batch_size(name, dtype):
     cfg = CONFIGS["llama" if name == "adapted" else name]
-    params = narrow(randomize(decoder.init(jax.random.key(0), cfg)), format)
+    params = narrow(randomize(decoder.init(jax.random.key(0), cfg)), dtype)
     if name == "adapted":
         adapter = randomize(lora.init(jax.random.key(1), cfg, rank=8, alpha=16))
         params = lora.apply(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), adapter))
     rng = np.random.default_rng(0)
-    memory = cache.init(cfg, 32, jnp.bfloat16)
-    filled = [rng.normal(0, 1, pool.shape) for pool in jax.tree.leaves(memory)]
-    memory = jax.tree.unflatten(
-        jax.tree.structure(memory),
+    kv_cache = cache.init(cfg, 32, jnp.bfloat16)
+    filled = [rng.normal(0, 1, pool.shape) for pool in jax.tree.leaves(kv_cache)]
+    kv_cache = jax.tree.unflatten(
+        jax.tree.structure(kv_cache),
         [jnp.asarray(pool, jnp.bfloat16).view(jnp.uint16) for pool in filled],
     )
     ids = rng.integers(0, cfg.vocab_size, 16).astype(np.int32)
     tables = np.arange(1, 33, dtype=np.int32).reshape(16, 2)
     starts = rng.integers(0, 511, 16).astype(np.int32)
     starts[:2] = 300, 17  # one row in its second block and past every window, one in its first
-    found = {
-        size: step(params, cfg, memory, ids[:size], tables[:size], starts[:size])
+    outputs = {
+        size: step(params, cfg, kv_cache, ids[:size], tables[:size], starts[:size])
         for size in BUCKETS
     }
     for size in BUCKETS[1:]:
-        logits, keys = found[size]
-        np.testing.assert_array_equal(logits[:2], found[2][0], err_msg=f"{size} rows")
-        np.testing.assert_array_equal(keys[1:5], found[2][1][1:5], err_msg=f"{size} rows")
+        logits, keys = outputs[size]
+        np.testing.assert_array_equal(logits[:2], outputs[2][0], err_msg=f"{size} rows")
+        np.testing.assert_array_equal(keys[1:5], outputs[2][1][1:5], err_msg=f"{size} rows")

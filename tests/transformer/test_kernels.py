@@ -16,7 +16,7 @@ from transformer.weights import Linear, Lora
 pytestmark = pytest.mark.heavy
 
 RNG = np.random.default_rng(0)
-FORMS = [(operation, form) for operation, forms in kernels.IMPLS.items() for form in forms]
+ALL_IMPLS = [(operation, impl) for operation, impls in kernels.IMPLS.items() for impl in impls]
 ROUNDING = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 3e-2}  # relative to the largest value
 
 
@@ -24,19 +24,21 @@ def normal(*shape: int) -> jax.Array:
     return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
 
 
-def agrees(operation: str, form: str, arguments: tuple, tolerance: float = 1e-5, **named) -> None:
+def check_impl(
+    operation: str, impl: str, arguments: tuple, tolerance: float = 1e-5, **named
+) -> None:
     """Compares a form with the reference, both traced; skips nothing: an unfit form raises."""
     function = getattr(kernels, operation)
     expected = in_float64(lambda *a: function(*a, **named, impl="reference"))(*arguments)
-    found = jax.jit(lambda *a: function(*a, **named, impl=form))(*arguments)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    actual = jax.jit(lambda *a: function(*a, **named, impl=impl))(*arguments)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("operation", "form"), FORMS)
-def test_implementation_has_parameters_of_reference(operation, form):
+@pytest.mark.parametrize(("operation", "impl"), ALL_IMPLS)
+def test_implementation_has_parameters_of_reference(operation, impl):
     names = [
         list(inspect.signature(kernels.get_impl(operation, name)).parameters)
-        for name in (form, "reference")
+        for name in (impl, "reference")
     ]
     assert names[0] == names[1]
 
@@ -46,17 +48,17 @@ def test_implementation_has_parameters_of_reference(operation, form):
 def test_matmul_matches_reference(rows, dtype):
     p = decoder_cases.as_dtype(Linear(weight=normal(48, 96)), dtype)
     arguments = (normal(rows, 96), p.weight, p.scale)
-    ran = []
-    for form in (None, *kernels.IMPLS["matmul"]):
+    available = []
+    for impl in (None, *kernels.IMPLS["matmul"]):
         try:
-            agrees("matmul", form, arguments, ROUNDING[dtype])
-            ran.append(form)
+            check_impl("matmul", impl, arguments, ROUNDING[dtype])
+            available.append(impl)
         except kernels.Unavailable as error:
-            assert str(error).startswith(f"matmul {form} ")
+            assert str(error).startswith(f"matmul {impl} ")
     expected = [None, "reference"]
     expected += ["int8"] if dtype == "int8" else ["dot", "batched", "split_weight"]
     expected += ["pad_to_two_rows"] if rows == 1 and dtype != "int8" else []
-    assert ran == expected
+    assert available == expected
 
 
 def test_default_matmul_depends_on_rows_and_dtype():
@@ -72,45 +74,45 @@ def test_default_matmul_depends_on_rows_and_dtype():
         kernels.matmul(normal(1, 8), normal(4, 8).astype(jnp.float16))
 
 
-@pytest.mark.parametrize("form", kernels.IMPLS["norm"])
+@pytest.mark.parametrize("impl", kernels.IMPLS["norm"])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_norm_matches_reference(form, has_bias):
+def test_norm_matches_reference(impl, has_bias):
     bias = normal(96) if has_bias else None
-    agrees("norm", form, (2 + normal(2, 5, 96), normal(96), bias), eps=1e-5)
+    check_impl("norm", impl, (2 + normal(2, 5, 96), normal(96), bias), eps=1e-5)
 
 
-@pytest.mark.parametrize("form", kernels.IMPLS["rotate"])
-def test_rotate_matches_reference(form):
+@pytest.mark.parametrize("impl", kernels.IMPLS["rotate"])
+def test_rotate_matches_reference(impl):
     angle = normal(2, 5, 1, 8)
-    agrees("rotate", form, (normal(2, 5, 3, 16), jnp.cos(angle), jnp.sin(angle)))
+    check_impl("rotate", impl, (normal(2, 5, 3, 16), jnp.cos(angle), jnp.sin(angle)))
 
 
-@pytest.mark.parametrize("form", kernels.IMPLS["attend"])
+@pytest.mark.parametrize("impl", kernels.IMPLS["attend"])
 @pytest.mark.parametrize("window", [None, 1, 40, 300])
 @pytest.mark.parametrize("length", [20, 300, 1100])
-def test_attend_matches_reference(form, window, length):
+def test_attend_matches_reference(impl, window, length):
     heads = (normal(2, length, 4, 8), normal(2, length, 2, 8), normal(2, length, 2, 8))
-    agrees("attend", form, heads, window=window)
+    check_impl("attend", impl, heads, window=window)
 
 
 def segments_of(*lengths: int) -> np.ndarray:
     return np.repeat(np.arange(1, len(lengths) + 1), lengths)
 
 
-@pytest.mark.parametrize("form", kernels.IMPLS["attend"])
+@pytest.mark.parametrize("impl", kernels.IMPLS["attend"])
 @pytest.mark.parametrize("window", [None, 40])
-def test_attend_with_segments_matches_reference(form, window):
+def test_attend_with_segments_matches_reference(impl, window):
     segments = np.stack([segments_of(1, 129, 170), segments_of(250, 50)])
     heads = [normal(2, 300, 4, 8), normal(2, 300, 2, 8), normal(2, 300, 2, 8)]
-    agrees("attend", form, tuple(heads), window=window, segments=segments)
-    together = kernels.attend(*heads, window=window, segments=segments, impl=form)
-    alone = kernels.attend(*(x[:1, 130:] for x in heads), window=window, impl=form)
-    np.testing.assert_allclose(together[:1, 130:], alone, atol=1e-5)
+    check_impl("attend", impl, tuple(heads), window=window, segments=segments)
+    packed = kernels.attend(*heads, window=window, segments=segments, impl=impl)
+    alone = kernels.attend(*(x[:1, 130:] for x in heads), window=window, impl=impl)
+    np.testing.assert_allclose(packed[:1, 130:], alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", kernels.IMPLS["attend"])
+@pytest.mark.parametrize("impl", kernels.IMPLS["attend"])
 @pytest.mark.parametrize("window", [None, 40])
-def test_attend_gradients_match_reference(form, window):
+def test_attend_gradients_match_reference(impl, window):
     segments = segments_of(1, 129, 170)[None]
     heads = (normal(1, 300, 4, 8), normal(1, 300, 2, 8), normal(1, 300, 2, 8))
     weights = np.asarray(normal(1, 300, 4, 8))
@@ -123,8 +125,8 @@ def test_attend_gradients_match_reference(form, window):
         return lambda *heads: jnp.concatenate(jax.grad(loss, (0, 1, 2))(*heads), axis=2)
 
     expected = in_float64(gradients("reference"))(*heads)
-    found = jax.jit(gradients(form))(*heads)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    actual = jax.jit(gradients(impl))(*heads)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_blockwise_attention_uses_less_memory():
@@ -135,20 +137,20 @@ def test_blockwise_attention_uses_less_memory():
 
     for change in (lambda f: f, jax.grad):
         need = {
-            form: jax.jit(change(loss(form))).lower(normal(1, 1024, 4, 8)).compile()
+            impl: jax.jit(change(loss(impl))).lower(normal(1, 1024, 4, 8)).compile()
             .memory_analysis().temp_size_in_bytes
-            for form in ("reference", "blockwise")
+            for impl in ("reference", "blockwise")
         }  # fmt: skip
         assert need["blockwise"] < 0.5 * need["reference"]
 
 
-@pytest.mark.parametrize("form", kernels.IMPLS["attend_cached"])
+@pytest.mark.parametrize("impl", kernels.IMPLS["attend_cached"])
 @pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("num_new", "starts"), [(1, [300, 0, 511]), (64, [256, 0, 192])])
-def test_attend_cached_matches_reference(form, window, stored, num_new, starts):
+def test_attend_cached_matches_reference(impl, window, kv_dtype, num_new, starts):
     cfg = Config.debug(num_heads=4, num_kv_heads=2, head_dim=8)
-    empty = cache.init(cfg, 9, jnp.dtype(stored))
+    empty = cache.init(cfg, 9, jnp.dtype(kv_dtype))
     tables = np.array([[7, 2, 1], [4, 8, 9], [5, 3, 6]], np.int32)
     keys, values = cache.append(
         empty.keys[0],
@@ -158,13 +160,13 @@ def test_attend_cached_matches_reference(form, window, stored, num_new, starts):
         np.zeros(3, np.int32),
     )
     arguments = (normal(3, num_new, 4, 8), keys, values, tables, np.array(starts, np.int32))
-    agrees("attend_cached", form, arguments, window=window)
+    check_impl("attend_cached", impl, arguments, window=window)
 
 
-@pytest.mark.parametrize("form", kernels.IMPLS["gated_mlp"])
+@pytest.mark.parametrize("impl", kernels.IMPLS["gated_mlp"])
 @pytest.mark.parametrize("kind", ["swiglu", "geglu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_gated_mlp_matches_reference(form, kind, dtype):
+def test_gated_mlp_matches_reference(impl, kind, dtype):
     lora = Lora(a=normal(2, 32), b=normal(64, 2), scale=0.5)
     parts = {
         "gate": Linear(normal(64, 32), normal(64)),
@@ -173,13 +175,13 @@ def test_gated_mlp_matches_reference(form, kind, dtype):
     }
     p = decoder_cases.as_dtype(parts, dtype)
     arguments = (normal(2, 3, 32), p["gate"], p["up"], p["down"])
-    tolerance = 1e-5 if form == "reference" else ROUNDING[dtype]
-    agrees("gated_mlp", form, arguments, tolerance, kind=kind)
+    tolerance = 1e-5 if impl == "reference" else ROUNDING[dtype]
+    check_impl("gated_mlp", impl, arguments, tolerance, kind=kind)
 
 
-@pytest.mark.parametrize("form", kernels.IMPLS["truncate"])
+@pytest.mark.parametrize("impl", kernels.IMPLS["truncate"])
 @pytest.mark.parametrize(
-    ("top_k", "top_p", "min_p", "kept"),
+    ("top_k", "top_p", "min_p", "kept_ids"),
     [
         (0, 1.0, 0.0, [5, 4, 3, 2, 1, 0]),
         (2, 1.0, 0.0, [5, 4]),
@@ -192,13 +194,13 @@ def test_gated_mlp_matches_reference(form, kind, dtype):
         (100, 1.0, 1.0, [5]),
     ],
 )
-def test_truncate_keeps_expected_tokens(form, top_k, top_p, min_p, kept):
+def test_truncate_keeps_expected_tokens(impl, top_k, top_p, min_p, kept_ids):
     weights = np.array([0.01, 0.03, 0.06, 0.06, 0.24, 0.6], np.float32)
     logits = kernels.truncate(
-        jnp.log(weights), jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p), impl=form
+        jnp.log(weights), jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p), impl=impl
     )
     np.testing.assert_array_equal(
-        logits, [np.log(weights[i]) if i in kept else -np.inf for i in range(6)]
+        logits, [np.log(weights[i]) if i in kept_ids else -np.inf for i in range(6)]
     )
 
 
@@ -220,8 +222,8 @@ def test_implementation_by_module_path_is_called(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     x, scale = normal(2, 8), normal(8)
-    found = kernels.norm(x, scale, None, 1e-5, impl="my_kernels.doubled")
-    np.testing.assert_array_equal(found, x * scale * 2)
+    actual = kernels.norm(x, scale, None, 1e-5, impl="my_kernels.doubled")
+    np.testing.assert_array_equal(actual, x * scale * 2)
 
 
 def test_override_affects_compiled_programs(tmp_path, monkeypatch):
@@ -252,8 +254,8 @@ def test_override_affects_forward():
     ids = RNG.integers(0, cfg.vocab_size, (2, 20)).astype(np.int32)
     for function in (decoder.forward, decoder.hidden_states):
         read = jax.jit(function, static_argnums=1)
-        found = jax.tree.leaves(read(params, cfg, ids))[0]
+        actual = jax.tree.leaves(read(params, cfg, ids))[0]
         with kernels.override(attend="reference"):
             other = jax.tree.leaves(read(params, cfg, ids))[0]
-        assert not np.array_equal(other, found)  # the last bits differ
-        np.testing.assert_allclose(other, found, atol=1e-5)
+        assert not np.array_equal(other, actual)  # the last bits differ
+        np.testing.assert_allclose(other, actual, atol=1e-5)

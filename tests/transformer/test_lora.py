@@ -23,8 +23,8 @@ FOLDER = GOLDEN / "lora"
 forward = jax.jit(decoder.forward, static_argnums=1)
 
 
-def random_adapter(cfg: Config, **how) -> lora.Adapter:
-    return randomize(lora.init(jax.random.key(1), cfg, **dict(rank=4, alpha=6) | how))
+def random_adapter(cfg: Config, **kwargs) -> lora.Adapter:
+    return randomize(lora.init(jax.random.key(1), cfg, **dict(rank=4, alpha=6) | kwargs))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -44,9 +44,9 @@ def test_save_then_load_is_bitwise_equal(tiny, tmp_path, name):
     _, cfg, _ = tiny(name)
     adapter = lora.load(FOLDER / name, cfg)
     lora.save(tmp_path, adapter, cfg, base_model=name)
-    again = lora.load(tmp_path, cfg)
-    assert jax.tree.structure(again) == jax.tree.structure(adapter)
-    jax.tree.map(np.testing.assert_array_equal, again, adapter)
+    reloaded = lora.load(tmp_path, cfg)
+    assert jax.tree.structure(reloaded) == jax.tree.structure(adapter)
+    jax.tree.map(np.testing.assert_array_equal, reloaded, adapter)
     theirs = load_file(FOLDER / name / "adapter_model.safetensors")
     ours = load_file(tmp_path / "adapter_model.safetensors")
     assert ours.keys() == theirs.keys()
@@ -67,8 +67,8 @@ def test_initial_adapter_is_neutral_and_has_gradient():
 
     gradients = jax.grad(loss)(adapter)
     assert len(gradients) == 2 and set(gradients[0]) == set(lora.TARGET_MODULES)
-    for own in gradients:  # only B moves at first: A is multiplied with its zeros
-        assert all(np.abs(part.b).max() > 0 and not part.a.any() for part in own.values())
+    for loras in gradients:  # only B moves at first: A is multiplied with its zeros
+        assert all(np.abs(part.b).max() > 0 and not part.a.any() for part in loras.values())
 
 
 def test_absent_target_modules_are_ignored():
@@ -77,25 +77,25 @@ def test_absent_target_modules_are_ignored():
     assert set(first) == {"up"}
 
 
-@pytest.mark.parametrize("format", ["bfloat16", "int8"])
-def test_adapter_with_narrow_weights_is_close(format):
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_adapter_with_narrow_weights_is_close(dtype):
     cfg = Config.debug()
     params = randomize(decoder.init(jax.random.key(0), cfg))
     adapter = random_adapter(cfg)
 
     def narrow(p):
-        return p.replace(weight=p.weight.astype(jnp.bfloat16)) if format != "int8" else quantize(p)
+        return p.replace(weight=p.weight.astype(jnp.bfloat16)) if dtype != "int8" else quantize(p)
 
     def is_linear(node):
         return isinstance(node, Linear)
 
     small = jax.tree.map(lambda p: narrow(p) if is_linear(p) else p, params, is_leaf=is_linear)
     ids = np.arange(12)[None]
-    found, _ = forward(lora.apply(small, adapter), cfg, ids)
+    actual, _ = forward(lora.apply(small, adapter), cfg, ids)
     expected, _ = forward(lora.apply(params, adapter), cfg, ids)
     plain, _ = forward(params, cfg, ids)
-    assert np.abs(found - expected).max() < 0.15 * np.abs(plain - expected).max()
-    if format == "int8":
+    assert np.abs(actual - expected).max() < 0.15 * np.abs(plain - expected).max()
+    if dtype == "int8":
         with pytest.raises(ValueError, match=naming("int8")):
             lora.merge(small, adapter)
 
@@ -168,12 +168,12 @@ def test_save_of_unsupported_adapter_raises(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("how", "facts"),
+    ("kwargs", "facts"),
     [({"rank": 0}, ["rank", 0]), ({"target_modules": ("q", "x")}, ["target_modules", "'x'"])],
 )
-def test_init_with_invalid_argument_raises(how, facts):
+def test_init_with_invalid_argument_raises(kwargs, facts):
     with pytest.raises(ValueError, match=naming(*facts)):
-        random_adapter(Config.debug(), **how)
+        random_adapter(Config.debug(), **kwargs)
 
 
 @pytest.mark.parity

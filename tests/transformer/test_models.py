@@ -16,7 +16,7 @@ MODELS = ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct")
 CHUNK = 32  # tokens read at once: one program for prompts of every length
 
 
-class Seen(NamedTuple):
+class Outputs(NamedTuple):
     """What we compute for one prompt followed by the golden continuation, position by position."""
 
     columns: np.ndarray  # [T, 256] logits of the kept vocabulary ids
@@ -25,15 +25,15 @@ class Seen(NamedTuple):
     logsumexp: np.ndarray  # [T]
 
 
-def reduce(logits: jax.Array, columns: jax.Array) -> Seen:
+def reduce(logits: jax.Array, columns: jax.Array) -> Outputs:
     top_logits, top_ids = jax.lax.top_k(logits, 5)
-    return Seen(logits[:, columns], top_ids, top_logits, jax.nn.logsumexp(logits, -1))
+    return Outputs(logits[:, columns], top_ids, top_logits, jax.nn.logsumexp(logits, -1))
 
 
 @functools.partial(jax.jit, static_argnums=1, donate_argnums=2)
-def read_chunk(params, cfg, memory, ids, tables, starts, columns):
-    x, memory = decoder.forward_cached(params, cfg, memory, ids, tables, starts)
-    return reduce(decoder.unembed(params, cfg, x[0]), columns), memory
+def read_chunk(params, cfg, kv_cache, ids, tables, starts, columns):
+    x, kv_cache = decoder.forward_cached(params, cfg, kv_cache, ids, tables, starts)
+    return reduce(decoder.unembed(params, cfg, x[0]), columns), kv_cache
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -42,26 +42,26 @@ def read(request, model_file):
     path = model_file(request.param)
     golden = dict(np.load(GOLDEN / f"{request.param}.npz"))
     params, cfg, _ = checkpoint.load(path)
-    memory = cache.init(cfg, 1)
-    seen = []
+    kv_cache = cache.init(cfg, 1)
+    outputs = []
     for prompt, greedy in zip(prompts_of(golden), golden["greedy_ids"], strict=True):
         ids = np.concatenate([prompt, greedy])
         padded = np.pad(ids, (0, -len(ids) % CHUNK))
         parts = []
         for start in range(0, len(padded), CHUNK):
-            part, memory = read_chunk(
+            part, kv_cache = read_chunk(
                 params,
                 cfg,
-                memory,
+                kv_cache,
                 padded[None, start : start + CHUNK],
                 jnp.array([[1]], jnp.int32),
                 jnp.array([start], jnp.int32),
                 golden["columns"],
             )
             parts.append(part)
-        seen.append(Seen(*(np.concatenate(f)[: len(ids)] for f in zip(*parts, strict=True))))
-    yield golden, seen
-    del params, memory
+        outputs.append(Outputs(*(np.concatenate(f)[: len(ids)] for f in zip(*parts, strict=True))))
+    yield golden, outputs
+    del params, kv_cache
     gc.collect()
 
 
@@ -70,19 +70,19 @@ def prompts_of(golden) -> list[np.ndarray]:
 
 
 def test_logits_match_at_every_position(read):
-    golden, seen = read
+    golden, outputs = read
     lengths = golden["prompt_lengths"]
-    columns = np.concatenate([s.columns[:n] for s, n in zip(seen, lengths, strict=True)])
+    columns = np.concatenate([s.columns[:n] for s, n in zip(outputs, lengths, strict=True)])
     np.testing.assert_allclose(columns, golden["logits"], rtol=0, atol=1e-3)
-    top = np.concatenate([s.top_logits for s in seen])
+    top = np.concatenate([s.top_logits for s in outputs])
     np.testing.assert_allclose(top, golden["top_logits"], rtol=0, atol=1e-3)
-    logsumexp = np.concatenate([s.logsumexp for s in seen])
+    logsumexp = np.concatenate([s.logsumexp for s in outputs])
     np.testing.assert_allclose(logsumexp, golden["logsumexp"], rtol=0, atol=1e-3)
 
 
 def test_top_tokens_match(read):
-    golden, seen = read
-    ids = np.concatenate([s.top_ids for s in seen])
+    golden, outputs = read
+    ids = np.concatenate([s.top_ids for s in outputs])
     # Where two logits lie closer together than the tolerance, either may come first.
     gap = golden["top_logits"][:, :-1] - golden["top_logits"][:, 1:]
     is_clear = np.pad(gap, ((0, 0), (1, 0)), constant_values=9)[:, :4] > 2e-3
@@ -94,15 +94,15 @@ def test_top_tokens_match(read):
 def test_greedy_continuations_are_identical(read):
     # Given the continuation so far, the most probable token is the next one of it, 64 times: that
     # is what greedy decoding does, read in chunks instead of token by token.
-    golden, seen = read
-    for s, n, greedy in zip(seen, golden["prompt_lengths"], golden["greedy_ids"], strict=True):
+    golden, outputs = read
+    for s, n, greedy in zip(outputs, golden["prompt_lengths"], golden["greedy_ids"], strict=True):
         np.testing.assert_array_equal(s.top_ids[n - 1 : -1, 0], greedy)
 
 
 @functools.partial(jax.jit, static_argnums=1, donate_argnums=2)
-def decode(params, cfg, memory, ids, tables, starts):
-    x, memory = decoder.forward_cached(params, cfg, memory, ids[:, None], tables, starts)
-    return jnp.argmax(decoder.unembed(params, cfg, x[:, 0]), -1).astype(jnp.int32), memory
+def decode(params, cfg, kv_cache, ids, tables, starts):
+    x, kv_cache = decoder.forward_cached(params, cfg, kv_cache, ids[:, None], tables, starts)
+    return jnp.argmax(decoder.unembed(params, cfg, x[:, 0]), -1).astype(jnp.int32), kv_cache
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -118,8 +118,8 @@ def test_forward_and_batched_decoding_match(model_file):
     prompts, lengths = prompts_of(golden), golden["prompt_lengths"]
     longest = int(max(lengths))
     padded = np.stack([np.pad(ids, (0, longest - len(ids))) for ids in prompts])
-    seen = [read_whole(params, cfg, ids[None], golden["columns"]).columns for ids in padded]
-    ours = np.concatenate([np.asarray(s)[:n] for s, n in zip(seen, lengths, strict=True)])
+    outputs = [read_whole(params, cfg, ids[None], golden["columns"]).columns for ids in padded]
+    ours = np.concatenate([np.asarray(s)[:n] for s, n in zip(outputs, lengths, strict=True)])
     np.testing.assert_allclose(ours, golden["logits"], rtol=0, atol=1e-3)
 
     # Rows of different lengths: each reads its prompt token by token, then goes on by itself.
@@ -127,15 +127,17 @@ def test_forward_and_batched_decoding_match(model_file):
     lengths, greedy_ids = lengths[is_short], golden["greedy_ids"][is_short]
     longest = int(max(lengths))
     padded = padded[is_short, :longest]
-    memory = cache.init(cfg, len(lengths))
+    kv_cache = cache.init(cfg, len(lengths))
     tables = jnp.arange(1, len(lengths) + 1, dtype=jnp.int32)[:, None]
-    ids, written = padded[:, 0], []
-    for at in range(longest + 63):
-        found, memory = decode(params, cfg, memory, ids, tables, np.full(len(ids), at, np.int32))
-        written.append(np.asarray(found))
-        ids = written[-1]
-        if at + 1 < longest:
-            ids = np.where(at + 1 < lengths, padded[:, at + 1], ids).astype(np.int32)
-    written = np.stack(written, 1)
-    for row, n, greedy in zip(written, lengths, greedy_ids, strict=True):
+    ids, generated = padded[:, 0], []
+    for position in range(longest + 63):
+        next_ids, kv_cache = decode(
+            params, cfg, kv_cache, ids, tables, np.full(len(ids), position, np.int32)
+        )
+        generated.append(np.asarray(next_ids))
+        ids = generated[-1]
+        if position + 1 < longest:
+            ids = np.where(position + 1 < lengths, padded[:, position + 1], ids).astype(np.int32)
+    generated = np.stack(generated, 1)
+    for row, n, greedy in zip(generated, lengths, greedy_ids, strict=True):
         np.testing.assert_array_equal(row[n - 1 : n + 63], greedy)

@@ -57,12 +57,12 @@ def test_forward_matches_transformers(both):
 def test_forward_cached_matches_transformers(both):
     """A prompt in chunks, then token by token over the edge of a block and out of the window."""
     (params, cfg), _, ids, expected = both
-    extend = jax.jit(decoder.forward_cached, static_argnums=1, donate_argnums=2)
-    memory, tables, ids = cache.init(cfg, 2), np.array([[1, 2]]), ids.numpy()
+    forward_cached = jax.jit(decoder.forward_cached, static_argnums=1, donate_argnums=2)
+    kv_cache, tables, ids = cache.init(cfg, 2), np.array([[1, 2]]), ids.numpy()
     sizes = [64, 64, 64, *[1] * (LENGTH - 192)]
     for start, size in zip(np.cumsum([0, *sizes]), sizes, strict=False):
         chunk = ids[:, start : start + size]
-        x, memory = extend(params, cfg, memory, chunk, tables, np.array([start]))
+        x, kv_cache = forward_cached(params, cfg, kv_cache, chunk, tables, np.array([start]))
         logits = decoder.unembed(params, cfg, x)
         np.testing.assert_allclose(logits, expected[:, start : start + size], rtol=0, atol=1e-4)
 
@@ -80,15 +80,15 @@ def test_saved_folder_loads_in_transformers_bitwise_equal(both, tmp_path):
 
     (params, cfg), model, ids, expected = both
     checkpoint.save(tmp_path / "ours", params, cfg)
-    again, info = transformers.AutoModelForCausalLM.from_pretrained(
+    reloaded, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", attn_implementation="eager", output_loading_info=True
     )
     assert not any(info.values()), info
-    theirs, ours = model.state_dict(), again.state_dict()
+    theirs, ours = model.state_dict(), reloaded.state_dict()
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
     with torch.inference_mode():
-        np.testing.assert_array_equal(again.eval()(ids).logits.numpy(), expected)
+        np.testing.assert_array_equal(reloaded.eval()(ids).logits.numpy(), expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3"])
@@ -99,21 +99,27 @@ def test_rotary_frequencies_and_angles_match_transformers(name, tmp_path):
     model, _ = reference(name)
     model.save_pretrained(tmp_path)
     _, cfg, _ = checkpoint.load(tmp_path)
-    module, far = model.model.rotary_emb, torch.arange(LENGTH)[None]
+    module, positions = model.model.rotary_emb, torch.arange(LENGTH)[None]
     if name != "gemma3":
-        pairs = [(module.inv_freq, module(torch.zeros(1), far), cfg)]
+        pairs = [(module.inv_freq, module(torch.zeros(1), positions), cfg)]
     else:
         local = dataclasses.replace(cfg, rope_theta=cfg.local_rope_theta, rope_scaling=None)
         pairs = [
-            (getattr(module, f"{kind}_inv_freq"), module(torch.zeros(1), far, kind), own)
-            for kind, own in (("full_attention", cfg), ("sliding_attention", local))
+            (
+                getattr(module, f"{kind}_inv_freq"),
+                module(torch.zeros(1), positions, kind),
+                layer_cfg,
+            )
+            for kind, layer_cfg in (("full_attention", cfg), ("sliding_attention", local))
         ]
-    for frequency, turned, own in pairs:
-        found = rope.frequencies(own.head_dim, own.rope_theta, own.rope_scaling)
-        np.testing.assert_allclose(found, frequency, rtol=1e-6)
-        angles = rope.angles(far.numpy(), own.head_dim, own.rope_theta, own.rope_scaling)
-        for ours, theirs in zip(angles, turned, strict=True):
-            half = theirs[..., : own.head_dim // 2]
+    for frequency, rotated, layer_cfg in pairs:
+        actual = rope.frequencies(layer_cfg.head_dim, layer_cfg.rope_theta, layer_cfg.rope_scaling)
+        np.testing.assert_allclose(actual, frequency, rtol=1e-6)
+        angles = rope.angles(
+            positions.numpy(), layer_cfg.head_dim, layer_cfg.rope_theta, layer_cfg.rope_scaling
+        )
+        for ours, theirs in zip(angles, rotated, strict=True):
+            half = theirs[..., : layer_cfg.head_dim // 2]
             np.testing.assert_allclose(ours[:, :, 0], half, rtol=0, atol=1e-4)
 
 
@@ -197,8 +203,8 @@ def test_rope_scaling_matches_transformers(scaling, more):
         {"model_type": "llama", "vocab_size": 9, "rope_scaling": scaling} | sizes
     )
     module = LlamaRotaryEmbedding(LlamaConfig(rope_scaling=dict(scaling), **sizes))
-    found = rope.frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
-    np.testing.assert_allclose(found, module.inv_freq, rtol=1e-5)
+    actual = rope.frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+    np.testing.assert_allclose(actual, module.inv_freq, rtol=1e-5)
     positions = torch.arange(300)[None]
     cos, _ = rope.angles(positions.numpy(), cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
     theirs, _ = module(torch.zeros(1), positions)
@@ -214,16 +220,16 @@ def test_key_table_covers_configs_of_transformers():
         r"no_rope|parallel_(attn|residual)|qk_(norm|layernorm|ln)|(qkv|mlp|attention|use)_bias$|"
         r"(num|n)_(routed_|local_)?experts$|chunk_size$|temperature_tuning|bidirectional_att"
     )
-    elsewhere = {  # refinements of a key in the table, sound, pictures, state-space layers
+    excluded = {  # refinements of a key in the table, sound, pictures, state-space layers
         "ssm_in_multiplier", "ssm_multipliers", "ssm_out_multiplier", "mamba_chunk_size",
         "chunk_size", "moe_router_logit_softcapping", "block_ffn_dim_multiplier", "conv_bias",
         "conf_attention_chunk_size", "num_ln_in_parallel_attn", "depthwise_multiplier",
         "channel_multiplier", "logit_scale_init_value", "use_rotary_embedding",
     }  # fmt: skip
-    found = set()
+    actual = set()
     for path in Path(transformers.__file__).parent.glob("models/*/configuration_*.py"):
         if any("ForCausalLM" in p.read_text("utf-8") for p in path.parent.glob("modeling_*.py")):
             text = path.read_text("utf-8")
-            found |= {key for key in re.findall(r"^    (\w+):", text, re.M) if name.search(key)}
-    assert len(found) > 30
-    assert found - config_keys.CONFIG.keys() - elsewhere == set()
+            actual |= {key for key in re.findall(r"^    (\w+):", text, re.M) if name.search(key)}
+    assert len(actual) > 30
+    assert actual - config_keys.CONFIG.keys() - excluded == set()

@@ -11,29 +11,33 @@ from tests.naming import naming
 from transformer import kernels, sampling
 from transformer.sampling import SamplingParams
 
-draw = jax.jit(sampling.sample, static_argnames="num_ids")
-truncate = jax.jit(lambda x, own: kernels.truncate(x, own.top_k, own.top_p, own.min_p))
+sample = jax.jit(sampling.sample, static_argnames="num_ids")
+truncate = jax.jit(
+    lambda x, metadata: kernels.truncate(x, metadata.top_k, metadata.top_p, metadata.min_p)
+)
 
 
-def drawn(logits, rows, *, past=None, choices=None, steps=None, num_ids=None):
+def sample_rows(logits, rows, *, penalty_state=None, choices=None, steps=None, num_ids=None):
     """One step of `rows`, each with a slot of its own unless all share an empty one."""
     logits = np.asarray(logits, np.float32)
-    own_slots = past is not None
-    past = sampling.init_penalty_state(1, logits.shape[1]) if past is None else past
+    own_slots = penalty_state is not None
+    penalty_state = (
+        sampling.init_penalty_state(1, logits.shape[1]) if penalty_state is None else penalty_state
+    )
     count = len(rows)
-    settings = sampling.batch_sampling_params(
+    metadata = sampling.batch_sampling_params(
         rows,
         choices or [0] * count,
         steps or [0] * count,
         list(range(count)) if own_slots else [0] * count,
     )
-    return draw(logits, past, settings, num_ids=num_ids or logits.shape[1])
+    return sample(logits, penalty_state, metadata, num_ids=num_ids or logits.shape[1])
 
 
-def ids_of_seeds(logits, num_draws=4000, **settings):
+def ids_of_seeds(logits, num_draws=4000, **metadata):
     """What `num_draws` seeds draw from the same logits [V]."""
-    rows = [SamplingParams(seed=seed, **settings) for seed in range(num_draws)]
-    return np.asarray(drawn(np.tile(logits, (num_draws, 1)), rows)[0].ids)
+    rows = [SamplingParams(seed=seed, **metadata) for seed in range(num_draws)]
+    return np.asarray(sample_rows(np.tile(logits, (num_draws, 1)), rows)[0].ids)
 
 
 def softmax(logits):
@@ -74,32 +78,34 @@ CUTS = [
 ]
 
 
-@pytest.mark.parametrize("how", CUTS, ids=str)
-def test_sampled_frequencies_match_reference(how):
+@pytest.mark.parametrize("params", CUTS, ids=str)
+def test_sampled_frequencies_match_reference(params):
     logits = random_logits(12, scale=1.2)
-    expected = reference(logits, **how)
-    counts = np.bincount(ids_of_seeds(logits, **how), minlength=12)
+    expected = reference(logits, **params)
+    counts = np.bincount(ids_of_seeds(logits, **params), minlength=12)
     assert set(np.flatnonzero(counts)) <= set(np.flatnonzero(expected))
-    kept = expected > 0
-    chi_square = np.sum((counts - 4000 * expected)[kept] ** 2 / (4000 * expected[kept]))
-    freedom = kept.sum() - 1
+    mask = expected > 0
+    chi_square = np.sum((counts - 4000 * expected)[mask] ** 2 / (4000 * expected[mask]))
+    freedom = mask.sum() - 1
     assert chi_square <= freedom + 4 * math.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize("how", [how for how in CUTS if set(how) - {"temperature"}], ids=str)
-def test_truncation_matches_sorting(how):
+@pytest.mark.parametrize(
+    "params", [params for params in CUTS if set(params) - {"temperature"}], ids=str
+)
+def test_truncation_matches_sorting(params):
     """Over a thousand tokens, where no number of draws would show them all."""
-    temperature = how.get("temperature", 1.0)
+    temperature = params.get("temperature", 1.0)
     for seed in range(20):
         logits = random_logits(1000, seed=seed)
         row = jax.tree.map(
             lambda leaf: leaf[0],
-            sampling.batch_sampling_params([SamplingParams(**how)], [0], [0], [0]),
+            sampling.batch_sampling_params([SamplingParams(**params)], [0], [0], [0]),
         )
-        kept = np.asarray(truncate(jnp.asarray(logits / np.float32(temperature)), row)) > -np.inf
-        expected = reference(logits, **how) > 0
+        mask = np.asarray(truncate(jnp.asarray(logits / np.float32(temperature)), row)) > -np.inf
+        expected = reference(logits, **params) > 0
         # float32 sums may put the very token at the edge of top-p on the other side
-        assert (kept != expected).sum() <= (1 if 0 < how.get("top_p", 1) < 1 else 0)
+        assert (mask != expected).sum() <= (1 if 0 < params.get("top_p", 1) < 1 else 0)
 
 
 def test_tied_tokens_are_kept_together():
@@ -110,7 +116,7 @@ def test_tied_tokens_are_kept_together():
 def test_temperature_zero_is_greedy():
     logits = random_logits(16, 100)
     rows = [SamplingParams(temperature=0, top_k=50, top_p=0.1, seed=seed) for seed in range(16)]
-    np.testing.assert_array_equal(drawn(logits, rows)[0].ids, logits.argmax(1))
+    np.testing.assert_array_equal(sample_rows(logits, rows)[0].ids, logits.argmax(1))
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1.5e-38, 1e-300])
@@ -118,12 +124,12 @@ def test_tiny_temperature_is_greedy(temperature):
     """Bug: logits / 1.5e-38 overflowed, and the first of several infinities was drawn."""
     logits = random_logits(4, 100, scale=8)
     rows = [SamplingParams(temperature=temperature, seed=seed) for seed in range(4)]
-    np.testing.assert_array_equal(drawn(logits, rows)[0].ids, logits.argmax(1))
+    np.testing.assert_array_equal(sample_rows(logits, rows)[0].ids, logits.argmax(1))
     rows = [SamplingParams(temperature=temperature, seed=seed, top_p=0.9) for seed in range(4)]
-    np.testing.assert_array_equal(drawn(logits, rows)[0].ids, logits.argmax(1))
+    np.testing.assert_array_equal(sample_rows(logits, rows)[0].ids, logits.argmax(1))
 
 
-def history_of(prompt, generated, vocab_size, bias=None):
+def penalty_state_of(prompt, generated, vocab_size, bias=None):
     counts = np.bincount(generated, minlength=vocab_size).astype(np.int32)
     is_in_prompt = np.isin(np.arange(vocab_size), prompt)
     bias = np.zeros(vocab_size, np.float32) if bias is None else bias
@@ -154,9 +160,11 @@ def test_penalties_match_reference(penalties):
         for i in {*prompt, *generated}:
             expected[i] = expected[i] / repetition if expected[i] > 0 else expected[i] * repetition
         expected -= frequency * counts + presence * (counts > 0)
-        past = history_of(prompt, generated, 8)
-        outcome, _ = drawn(logits[None], [SamplingParams(temperature=0, **penalties)], past=past)
-        assert outcome.ids[0] == expected.argmax()
+        penalty_state = penalty_state_of(prompt, generated, 8)
+        output, _ = sample_rows(
+            logits[None], [SamplingParams(temperature=0, **penalties)], penalty_state=penalty_state
+        )
+        assert output.ids[0] == expected.argmax()
 
 
 def test_logit_bias_changes_tokens_but_not_logprobs():
@@ -164,71 +172,82 @@ def test_logit_bias_changes_tokens_but_not_logprobs():
     best = int(logits.argmax())
     bias = np.zeros(50, np.float32)
     bias[[7, best]] = 100, -100
-    how = SamplingParams(logit_bias={7: 100.0, best: -100.0})
-    outcome, _ = drawn(logits, [how], past=history_of([], [], 50, bias))
-    assert outcome.ids[0] == 7
-    np.testing.assert_allclose(outcome.logprobs[0], np.log(softmax(logits[0])[7]), atol=1e-5)
-    assert outcome.top_ids[0, 0] == best
+    params = SamplingParams(logit_bias={7: 100.0, best: -100.0})
+    output, _ = sample_rows(logits, [params], penalty_state=penalty_state_of([], [], 50, bias))
+    assert output.ids[0] == 7
+    np.testing.assert_allclose(output.logprobs[0], np.log(softmax(logits[0])[7]), atol=1e-5)
+    assert output.top_ids[0, 0] == best
     bias[7] = 0
     many = [SamplingParams(seed=seed, logit_bias={best: -100.0}) for seed in range(500)]
-    past = history_of([], [], 50, bias)
-    settings = sampling.batch_sampling_params(many, [0] * 500, [0] * 500, [0] * 500)
-    outcome, _ = draw(np.tile(logits, (500, 1)), past, settings, num_ids=50)
-    assert best not in set(outcome.ids.tolist())
+    penalty_state = penalty_state_of([], [], 50, bias)
+    metadata = sampling.batch_sampling_params(many, [0] * 500, [0] * 500, [0] * 500)
+    output, _ = sample(np.tile(logits, (500, 1)), penalty_state, metadata, num_ids=50)
+    assert best not in set(output.ids.tolist())
 
 
 def test_reset_slot_clears_state_and_sample_counts_tokens():
-    past = sampling.init_penalty_state(2, 6)
+    penalty_state = sampling.init_penalty_state(2, 6)
     logits = np.full((2, 6), -50, np.float32)
     logits[0, 3] = logits[1, 5] = 50
     for _ in range(2):
-        _, past = drawn(logits, [SamplingParams(), SamplingParams()], past=past)
-    np.testing.assert_array_equal(past.counts, [[0, 0, 0, 2, 0, 0], [0, 0, 0, 0, 0, 2]])
-    past = sampling.reset_slot(past, 1, np.arange(6) == 2, np.arange(6, dtype=np.float32))
-    np.testing.assert_array_equal(past.counts, [[0, 0, 0, 2, 0, 0], [0] * 6])
-    np.testing.assert_array_equal(past.is_in_prompt[1], np.arange(6) == 2)
-    np.testing.assert_array_equal(past.bias[1], np.arange(6))
-    assert not past.bias[0].any()
+        _, penalty_state = sample_rows(
+            logits, [SamplingParams(), SamplingParams()], penalty_state=penalty_state
+        )
+    np.testing.assert_array_equal(penalty_state.counts, [[0, 0, 0, 2, 0, 0], [0, 0, 0, 0, 0, 2]])
+    penalty_state = sampling.reset_slot(
+        penalty_state, 1, np.arange(6) == 2, np.arange(6, dtype=np.float32)
+    )
+    np.testing.assert_array_equal(penalty_state.counts, [[0, 0, 0, 2, 0, 0], [0] * 6])
+    np.testing.assert_array_equal(penalty_state.is_in_prompt[1], np.arange(6) == 2)
+    np.testing.assert_array_equal(penalty_state.bias[1], np.arange(6))
+    assert not penalty_state.bias[0].any()
 
 
 def test_padding_ids_are_never_sampled_nor_reported():
     logits = np.zeros((64, 32), np.float32)
     logits[:, 10:] = 100  # the padding is the likeliest by far
     rows = [SamplingParams(seed=seed, temperature=0 if seed % 2 else 2) for seed in range(64)]
-    outcome, _ = drawn(logits, rows, num_ids=10)
-    assert outcome.ids.max() < 10 and outcome.top_ids.max() < 10
-    np.testing.assert_allclose(outcome.logprobs, math.log(1 / 10), atol=1e-6)
+    output, _ = sample_rows(logits, rows, num_ids=10)
+    assert output.ids.max() < 10 and output.top_ids.max() < 10
+    np.testing.assert_allclose(output.logprobs, math.log(1 / 10), atol=1e-6)
     # the same distribution as a table without padding
-    np.testing.assert_array_equal(outcome.top_ids.shape, (64, 10))
+    np.testing.assert_array_equal(output.top_ids.shape, (64, 10))
 
 
 def test_seed_choice_and_step_determine_sample():
     logits = np.zeros((1, 1000), np.float32)
 
-    def one(seed=1, choice=0, step=0):
+    def sample_one(seed=1, choice=0, step=0):
         rows = [SamplingParams(seed=seed)]
-        return int(drawn(logits, rows, choices=[choice], steps=[step])[0].ids[0])
+        return int(sample_rows(logits, rows, choices=[choice], steps=[step])[0].ids[0])
 
-    assert one() == one()
-    different = [one(), one(seed=2), one(choice=1), one(step=1), one(seed=1 + 2**32), one(seed=-1)]
+    assert sample_one() == sample_one()
+    different = [
+        sample_one(),
+        sample_one(seed=2),
+        sample_one(choice=1),
+        sample_one(step=1),
+        sample_one(seed=1 + 2**32),
+        sample_one(seed=-1),
+    ]
     assert len(set(different)) == len(different)
-    assert one(choice=3, step=5) != one(choice=5, step=3)
+    assert sample_one(choice=3, step=5) != sample_one(choice=5, step=3)
 
 
 def test_logprobs_ignore_sampling_params_and_are_sorted():
     logits = random_logits(4, 300)
     rows = [SamplingParams(seed=seed, temperature=3.0, top_k=40, top_p=0.9) for seed in range(4)]
-    outcome, _ = drawn(logits, rows)
+    output, _ = sample_rows(logits, rows)
     for b in range(4):
         expected = np.log(softmax(logits[b].astype(np.float64)))
-        np.testing.assert_allclose(outcome.logprobs[b], expected[outcome.ids[b]], atol=1e-5)
+        np.testing.assert_allclose(output.logprobs[b], expected[output.ids[b]], atol=1e-5)
         order = np.argsort(-expected)[: sampling.MAX_TOP_LOGPROBS]
-        np.testing.assert_array_equal(outcome.top_ids[b], order)
-        np.testing.assert_allclose(outcome.top_logprobs[b], expected[order], atol=1e-5)
+        np.testing.assert_array_equal(output.top_ids[b], order)
+        np.testing.assert_allclose(output.top_logprobs[b], expected[order], atol=1e-5)
 
 
 def test_row_is_bitwise_equal_in_every_batch_size():
-    hows = [
+    all_params = [
         SamplingParams(temperature=0.0),
         SamplingParams(seed=5),
         SamplingParams(seed=6, temperature=0.7, top_p=0.9),
@@ -237,18 +256,21 @@ def test_row_is_bitwise_equal_in_every_batch_size():
     ]
     logits = random_logits(16, 5003, seed=3)
     rng = np.random.default_rng(1)
-    past = sampling.PenaltyState(
+    penalty_state = sampling.PenaltyState(
         counts=rng.integers(0, 3, (16, 5003)).astype(np.int32),
         is_in_prompt=rng.random((16, 5003)) < 0.3,
         bias=np.zeros((16, 5003), np.float32),
     )
-    for number, how in enumerate(hows):
-        rows = [how, *(hows[(number + i) % 5] for i in range(1, 16))]
-        outcomes = {size: drawn(logits[:size], rows[:size], past=past) for size in (1, 2, 4, 8, 16)}
-        alone, _ = outcomes.pop(1)
-        for outcome, _ in outcomes.values():
+    for number, params in enumerate(all_params):
+        rows = [params, *(all_params[(number + i) % 5] for i in range(1, 16))]
+        outputs = {
+            size: sample_rows(logits[:size], rows[:size], penalty_state=penalty_state)
+            for size in (1, 2, 4, 8, 16)
+        }
+        alone, _ = outputs.pop(1)
+        for output, _ in outputs.values():
             for name in ("ids", "logprobs", "top_ids", "top_logprobs"):
-                np.testing.assert_array_equal(getattr(outcome, name)[0], getattr(alone, name)[0])
+                np.testing.assert_array_equal(getattr(output, name)[0], getattr(alone, name)[0])
 
 
 @pytest.mark.parametrize(
@@ -270,6 +292,6 @@ def test_row_is_bitwise_equal_in_every_batch_size():
     ],
 )
 def test_params_out_of_range_are_rejected_with_value(name, value):
-    shown = value[3] if isinstance(value, dict) else value
-    with pytest.raises(ValueError, match=naming(name, shown)):
+    invalid = value[3] if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match=naming(name, invalid)):
         SamplingParams(**{name: value})

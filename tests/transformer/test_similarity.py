@@ -19,19 +19,19 @@ def rng():
 
 def test_nearest_matches_sorting_all_cosines(rng):
     vectors, queries = rng.normal(size=(500, 16)), rng.normal(size=(7, 16))
-    found = similarity.nearest(queries, vectors, 5)
+    result = similarity.nearest(queries, vectors, 5)
     cosines = (queries @ vectors.T) / np.linalg.norm(queries, axis=1)[:, None]
     cosines /= np.linalg.norm(vectors, axis=1)
     order = np.argsort(-cosines, axis=1)[:, :5]
-    np.testing.assert_array_equal(found.indices, order)
-    np.testing.assert_allclose(found.scores, np.take_along_axis(cosines, order, 1), atol=1e-6)
+    np.testing.assert_array_equal(result.indices, order)
+    np.testing.assert_allclose(result.scores, np.take_along_axis(cosines, order, 1), atol=1e-6)
 
 
 def test_nearest_ignores_lengths_and_keeps_order_of_ties():
     vectors = jnp.array([[0.0, 2.0], [3.0, 0.0], [1e-3, 0.0], [0.0, 0.0]])
-    found = similarity.nearest(jnp.array([[5.0, 0.0]]), vectors, 4)
-    assert found.indices[0].tolist() == [1, 2, 0, 3]
-    np.testing.assert_allclose(found.scores[0], [1, 1, 0, 0], atol=1e-6)
+    result = similarity.nearest(jnp.array([[5.0, 0.0]]), vectors, 4)
+    assert result.indices[0].tolist() == [1, 2, 0, 3]
+    np.testing.assert_allclose(result.scores[0], [1, 1, 0, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [0, 5])
@@ -58,9 +58,9 @@ def test_invalid_labels_are_rejected(labels, facts):
 
 def test_zero_shot_is_softmax_of_cosines():
     labels = jnp.eye(2)
-    found = similarity.zero_shot(jnp.array([[2.0, 0.0], [1.0, 1.0]]), labels, temperature=0.5)
-    np.testing.assert_allclose(found[0], [1 / (1 + np.exp(-2)), 1 / (1 + np.exp(2))], rtol=1e-5)
-    np.testing.assert_allclose(found[1], [0.5, 0.5], rtol=1e-5)
+    result = similarity.zero_shot(jnp.array([[2.0, 0.0], [1.0, 1.0]]), labels, temperature=0.5)
+    np.testing.assert_allclose(result[0], [1 / (1 + np.exp(-2)), 1 / (1 + np.exp(2))], rtol=1e-5)
+    np.testing.assert_allclose(result[1], [0.5, 0.5], rtol=1e-5)
 
 
 def test_probe_matches_scipy_optimum(rng):
@@ -80,9 +80,9 @@ def test_probe_matches_scipy_optimum(rng):
     probe = similarity.fit_probe(vectors, labels, 3, penalty=penalty)
     flat = np.concatenate([np.ravel(probe.weight), probe.bias]).astype(np.float64)
     assert loss(flat) == pytest.approx(best, abs=1e-5)
-    chances = similarity.predict(probe, vectors)
-    np.testing.assert_allclose(chances.sum(1), 1, rtol=1e-5)
-    assert (chances.argmax(1) == labels).mean() > 0.7
+    probs = similarity.predict(probe, vectors)
+    np.testing.assert_allclose(probs.sum(1), 1, rtol=1e-5)
+    assert (probs.argmax(1) == labels).mean() > 0.7
 
 
 def test_larger_penalty_makes_smaller_weights(rng):
@@ -97,15 +97,15 @@ def test_larger_penalty_makes_smaller_weights(rng):
 
 def test_cluster_recovers_groups_with_mean_cosine_cohesion(rng):
     middles = np.eye(5)[:4] + 0.05
-    truth = rng.integers(0, 4, 120)
-    vectors = (middles[truth] + rng.normal(0, 0.1, (120, 5))) * rng.uniform(0.5, 2, (120, 1))
-    found = similarity.cluster(jax.random.key(0), vectors, 4)
-    names = {(int(ours), int(theirs)) for ours, theirs in zip(found.labels, truth, strict=True)}
+    groups = rng.integers(0, 4, 120)
+    vectors = (middles[groups] + rng.normal(0, 0.1, (120, 5))) * rng.uniform(0.5, 2, (120, 1))
+    result = similarity.cluster(jax.random.key(0), vectors, 4)
+    names = {(int(ours), int(theirs)) for ours, theirs in zip(result.labels, groups, strict=True)}
     assert len(names) == 4
-    np.testing.assert_allclose(np.linalg.norm(found.centers, axis=1), 1, rtol=1e-5)
-    cosines = similarity.cosine(vectors, found.centers)
-    np.testing.assert_array_equal(cosines.argmax(1), found.labels)
-    assert float(found.cohesion) == pytest.approx(float(cosines.max(1).mean()), abs=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(result.centers, axis=1), 1, rtol=1e-5)
+    cosines = similarity.cosine(vectors, result.centers)
+    np.testing.assert_array_equal(cosines.argmax(1), result.labels)
+    assert float(result.cohesion) == pytest.approx(float(cosines.max(1).mean()), abs=1e-6)
 
 
 def test_cohesion_of_one_and_of_n_clusters(rng):
