@@ -1,4 +1,4 @@
-"""Generate 64 texts as one batch, without a server: python examples/batch.py MODEL.gguf"""
+"""Generate 64 texts as one batch, without a server: `python examples/batch.py MODEL.gguf`."""
 
 import json
 import sys

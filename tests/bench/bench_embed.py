@@ -1,12 +1,12 @@
-"""Documents a second beside sentence-transformers, on the same weights, texts and machine.
+"""Compare documents per second with sentence-transformers, on the same weights and texts.
 
     python -m tests.bench.bench_embed [MODEL_FOLDER] [--threads 2] [--rounds 5] [--batches 16 32 64]
 
-256 documents of 10 to 120 English words (the setting of the published figures), from text to
-vector, tokenizing included. First the vectors are compared; then the two take turns, round by round
-in one process, and the fastest round of each counts, so that whatever slows the machine slows both.
-sentence-transformers runs in float32 and bfloat16, at batch 32 (its default) or at several.
-The last line is one JSON object.
+256 documents of 10 to 120 English words (the setting of the published figures) are embedded,
+including tokenization. The embeddings are compared first. Then both implementations run alternately
+in one process, and the fastest round of each counts, so that changes in the speed of the machine
+affect both. sentence-transformers runs in float32 and bfloat16 with batch size 32 (its default) or
+the sizes of --batches. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ PASSAGE = Path(__file__).with_name("passage.txt")
 
 
 def documents(count: int = 256) -> list[str]:
-    """Documents of words of the passage, the same every time."""
+    """Return documents of words of the passage, the same every time."""
     words = PASSAGE.read_text("utf-8").split()
-    draw = random.Random(0)
-    return [" ".join(draw.choices(words, k=draw.randint(10, 120))) for _ in range(count)]
+    rng = random.Random(0)
+    return [" ".join(rng.choices(words, k=rng.randint(10, 120))) for _ in range(count)]
 
 
-def ours(folder: Path, format: str) -> Callable[[list[str]], np.ndarray]:
+def ours(folder: Path, dtype: str) -> Callable[[list[str]], np.ndarray]:
     import bpe
     from transformer import encoder
     from transformer.checkpoint import bert
 
-    params, cfg = bert.load(folder, dtype=format)
+    params, cfg = bert.load(folder, dtype=dtype)
     words = bpe.load_wordpiece(folder)
     return lambda texts: encoder.embed_all(
         params, cfg, words.encode_batch(texts, max_length=cfg.max_tokens)
     )
 
 
-def theirs(folder: Path, format: str, batch: int) -> Callable[[list[str]], np.ndarray]:
+def theirs(folder: Path, dtype: str, batch: int) -> Callable[[list[str]], np.ndarray]:
     import torch
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(folder), device="cpu")
-    if format == "bfloat16":
+    if dtype == "bfloat16":
         model = model.bfloat16()
 
     def embed(texts: list[str]) -> np.ndarray:
@@ -61,7 +61,7 @@ def theirs(folder: Path, format: str, batch: int) -> Callable[[list[str]], np.nd
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """The least cosine between vectors of the same text."""
+    """Return the smallest cosine similarity of two embeddings of the same text."""
     a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
     return float((a * b).sum(1).min())
 
@@ -78,20 +78,20 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     docs = documents()
-    runs = {f"pellucid {format}": ours(args.folder, format) for format in ("float32", "bfloat16")}
-    for format in ("float32", "bfloat16"):
+    runs = {f"pellucid {dtype}": ours(args.folder, dtype) for dtype in ("float32", "bfloat16")}
+    for dtype in ("float32", "bfloat16"):
         for batch in args.batches:
-            name = f"sentence-transformers {format} batch {batch}"
-            runs[name] = theirs(args.folder, format, batch)
+            name = f"sentence-transformers {dtype} batch {batch}"
+            runs[name] = theirs(args.folder, dtype, batch)
 
-    reference = runs[f"sentence-transformers float32 batch {args.batches[0]}"](docs)
-    least = {"float32": 0.99999, "bfloat16": 0.999}
+    expected = runs[f"sentence-transformers float32 batch {args.batches[0]}"](docs)
+    min_similarity = {"float32": 0.99999, "bfloat16": 0.999}
     for name, run in runs.items():
-        found = cosine(run(docs), reference)
-        assert found > least[name.split()[1]], f"{name}: cosine {found}"
+        similarity = cosine(run(docs), expected)
+        assert similarity > min_similarity[name.split()[1]], f"{name}: cosine {similarity}"
         if name == "pellucid bfloat16":
-            assert found > 0.9999, found
-        print(f"{name:40} least cosine {found:.6f}", flush=True)
+            assert similarity > 0.9999, similarity
+        print(f"{name:40} smallest cosine {similarity:.6f}", flush=True)
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(args.rounds):
         for name, run in runs.items():
@@ -102,12 +102,13 @@ def main() -> None:
     for name, speed in speeds.items():
         print(f"{name:40} {speed:7.1f} documents/s")
 
-    def peer(format: str) -> float:
-        return max(v for k, v in speeds.items() if k.startswith(f"sentence-transformers {format}"))
+    def fastest(dtype: str) -> float:
+        return max(v for k, v in speeds.items() if k.startswith(f"sentence-transformers {dtype}"))
 
     ratios = {
-        f"{own} / theirs {other}": speeds[f"pellucid {own}"] / peer(other)
-        for own, other in (
+        f"{ours_dtype} / theirs {theirs_dtype}": speeds[f"pellucid {ours_dtype}"]
+        / fastest(theirs_dtype)
+        for ours_dtype, theirs_dtype in (
             ("float32", "float32"),
             ("bfloat16", "float32"),
             ("bfloat16", "bfloat16"),

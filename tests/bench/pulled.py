@@ -1,10 +1,10 @@
-"""Where a pulled model lies, for benches that are started without a path."""
+"""Paths of pulled models, for benchmarks that are started without a path."""
 
 from pathlib import Path
 
 
 def pulled_path(id: str) -> Path:
-    """Raises SystemExit, with the command that helps, if the model is not here."""
+    """Return the path of a pulled model; raise SystemExit if it is not downloaded."""
     from serve import settings
     from serve.models import catalogue, download
 

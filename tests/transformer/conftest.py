@@ -1,4 +1,4 @@
-"""Weights for the tests: tiny random decoders made by transformers, and the pulled models."""
+"""Fixtures of the decoder tests: tiny random decoders made by transformers."""
 
 from collections.abc import Callable
 from functools import cache
@@ -18,7 +18,7 @@ TINY = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma3")
 GPT2_VARIANT = dict(
     norm="layer", position="learned", mlp="gelu", qkv_bias=True, linear_bias=True, num_kv_heads=4
 )
-# Every form at once that a Llama does not have: Gemma 3, and a window.
+# All variants that a Llama does not have: those of Gemma 3, and a window.
 GEMMA_VARIANT = dict(
     norm="unit_rms",
     mlp="geglu",
@@ -32,7 +32,7 @@ GEMMA_VARIANT = dict(
 VARIANTS = {"llama": {}, "gpt2": GPT2_VARIANT, "gemma": GEMMA_VARIANT}
 
 
-# Values of types that a key of a config does not have.
+# Values of types that no key of a config has.
 INVALID_VALUES = (
     None, True, 0, -1, 2**70, 0.5, float("nan"), float("inf"), "", "x", [], [1], ["x"], [[1]], {},
     {"x": 1}, {"rope_type": [1]}, {"full_attention": 5}, {"sliding_attention": 5},
@@ -48,7 +48,7 @@ class Loaded(NamedTuple):
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[[str], Loaded]:
-    """A tiny decoder by its family, and what transformers computes with it."""
+    """Return a function that loads a tiny decoder and the results of transformers, by family."""
 
     def load(name: str) -> Loaded:
         params, cfg, _ = checkpoint.load(GOLDEN / name)
@@ -58,7 +58,7 @@ def tiny() -> Callable[[str], Loaded]:
 
 
 def randomize(params: Params, seed: int = 0) -> Params:
-    """The same tree with every weight drawn at random, so that none is neutral."""
+    """Return the weights plus random numbers, so that no weight is neutral."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda leaf: jax.numpy.asarray(

@@ -1,4 +1,4 @@
-"""Every part of a decoder against what transformers computed in its place."""
+"""Comparison of every part of a decoder with the intermediates of transformers."""
 
 import numpy as np
 
@@ -8,19 +8,21 @@ from transformer.layers import linear
 
 
 def check_parts(params: decoder.Params, cfg: Config, golden: dict[str, np.ndarray]) -> None:
-    """Compares part by part, each given what transformers gave it: no error hides or adds up.
+    """Compare each part with transformers, given the same input, so that errors do not add up.
 
     Args:
-        golden: as tests/golden/transformer/make_tiny.py describes it.
+        params: Weights of the decoder.
+        cfg: Config of the decoder.
+        golden: Intermediates as described in tests/golden/transformer/make_tiny.py.
     """
     positions = np.arange(golden["ids"].shape[1])[None]
     x, angles = decoder.embed_tokens(params, cfg, golden["ids"], positions)
     checked = set()
 
-    def same(part, found, i, atol=1e-5):
+    def same(part, actual, i, atol=1e-5):
         expected = golden[part] if i is None else golden[part][i]
-        found = np.asarray(found).reshape(expected.shape)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=atol, err_msg=f"{part} {i}")
+        actual = np.asarray(actual).reshape(expected.shape)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=atol, err_msg=f"{part} {i}")
         checked.add(part)
 
     same("stream", x, 0)
@@ -37,11 +39,11 @@ def check_parts(params: decoder.Params, cfg: Config, golden: dict[str, np.ndarra
             same(part, linear(normed, getattr(layer, part)), i)
         for part in ("q_norm", "k_norm") if cfg.qk_norm else ():
             heads = golden[part[0]][i].reshape(*normed.shape[:2], -1, cfg.head_dim)
-            found = decoder._norm(heads, getattr(layer, part), cfg)
-            # transformers norms the heads before it swaps them with the tokens, or (Gemma) after
+            normed_heads = decoder._norm(heads, getattr(layer, part), cfg)
+            # transformers applies the norm before the transpose of heads and tokens, in Gemma after
             is_after = golden[part][i].shape != heads.shape
-            same(part, found.swapaxes(1, 2) if is_after else found, i)
-        # Composites may be 1e-4 away: far angles in float32 are themselves 1e-5 off.
+            same(part, normed_heads.swapaxes(1, 2) if is_after else normed_heads, i)
+        # Composites have a larger tolerance: large angles in float32 have an error of 1e-5.
         same("out", decoder.self_attention(normed, layer, cfg, angles[i], attend), i, atol=1e-4)
         added = golden["out"][i]
         if cfg.post_norms:

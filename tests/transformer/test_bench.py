@@ -1,4 +1,4 @@
-"""The bench: its arithmetic on numbers made up, its honesty on real functions, its command."""
+"""Tests of the benchmarks: arithmetic, measurement of real functions, command line."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ ABOUT = {"processor": "one", "jax": "0", "roofs": {"gbs": 10.0, "gflops": {"floa
 
 
 def make_case(**changes) -> Case:
-    """y = x @ w, whose work is known."""
+    """Return a case of a matrix product with known cost."""
     fields = dict(
         name="product",
         function=jnp.matmul,
@@ -70,7 +70,7 @@ def test_roofline_seconds_is_maximum_of_memory_and_arithmetic():
 def test_result_fields_follow_from_samples():
     (result,) = bench.measure([Contender(case=make_case())], PEAKS, seconds=0)
     assert result.n == 5 and 0 < result.min <= result.median <= result.p80
-    assert result.bytes == 4 * (4 * 8 + 8 * 16 + 4 * 16)  # each argument and the outcome, once
+    assert result.bytes == 4 * (4 * 8 + 8 * 16 + 4 * 16)  # each argument and the result, once
     assert result.gflops == pytest.approx(result.flops / result.median / 1e9)
     assert result.gbs == pytest.approx(result.bytes / result.median / 1e9)
     assert result.roof == pytest.approx(result.bytes / 10e9) and result.bound == "memory"
@@ -129,7 +129,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "int8": 5e-2}
 
 
 def test_programs_match_float64_in_every_dtype():
-    """On tiny sizes, against float64; times mean nothing here."""
+    """Tiny sizes; the times are not checked."""
     plan = BenchPlan(names=["prefill", "decode 1x1", "embed"], seconds=0)
     measured = []
     for (result,) in bench.run(

@@ -1,4 +1,4 @@
-"""Reading through the cache in any way must give what `forward` gives without one."""
+"""Tests of the cache: prefill and decoding must match `forward` without a cache."""
 
 import functools
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.heavy
 
 LLAMA = Config.debug()
 GPT2 = Config.debug(**GPT2_VARIANT)
-# Its local layers leave the first block behind at position 295.
+# The window of its local layers leaves the first block at position 295.
 GEMMA = Config.debug(**GEMMA_VARIANT | {"windows": (40, None)})
 CONFIGS = pytest.mark.parametrize("cfg", [LLAMA, GPT2, GEMMA], ids=["llama", "gpt2", "gemma"])
 LENGTH = 320  # more than one block

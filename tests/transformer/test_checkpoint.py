@@ -1,4 +1,4 @@
-"""Weights from files: what is written is read back, and what cannot be true is refused."""
+"""Tests of loading and saving: round trips, and errors for invalid files."""
 
 import json
 import shutil
@@ -82,7 +82,7 @@ def test_load_in_int8_without_rotation_skips_output_projections(tiny):
     int8, _, _ = checkpoint.load(GOLDEN / "gpt2", dtype="int8")
     narrow, _, _ = checkpoint.load(GOLDEN / "gpt2", dtype="bfloat16")
     np.testing.assert_array_equal(int8.layers[0].up.weight, quantize(params.layers[0].up).weight)
-    for part in ("out", "down"):  # these write to the residual stream and stay bfloat16
+    for part in ("out", "down"):  # output projections stay bfloat16
         linear = getattr(int8.layers[0], part)
         assert linear.scale is None
         np.testing.assert_array_equal(linear.weight, getattr(narrow.layers[0], part).weight)
@@ -122,7 +122,7 @@ def test_load_of_shards_reports_progress(tiny, tmp_path):
 
 
 def rewrite_folder(name: str, folder: Path, change) -> Path:
-    """The folder of a golden model, in one file, with `change` applied to its tensors."""
+    """Return a copy of a golden model in one file, with `change` applied to its tensors."""
     shutil.copy(GOLDEN / name / "config.json", folder)
     tensors = {}
     for shard in (GOLDEN / name).glob("*.safetensors"):
@@ -135,7 +135,7 @@ def rewrite_folder(name: str, folder: Path, change) -> Path:
     "index", ['{"weight_map": {"x": "gone.safetensors"}}', '{"weight_map": 5}', "{", ""]
 )
 def test_single_file_with_stale_index_is_loaded(tiny, tmp_path, index):
-    """Bug: an index that names shards which are gone hid the good file beside it."""
+    """Bug: with an index of missing shards, a complete file next to it was not loaded."""
     rewrite_folder("mistral", tmp_path, dict)
     (tmp_path / "model.safetensors.index.json").write_text(index)
     assert_same(checkpoint.load(tmp_path)[0], tiny("mistral").params)
@@ -156,7 +156,7 @@ def with_masks(tensors: dict) -> dict:
 
 
 def in_three_dtypes(tensors: dict) -> dict:
-    """Each weight in a dtype that holds it, by its place; the float32 ones are bfloat16 numbers."""
+    """Return the weights rounded to bfloat16, every third one stored as bfloat16."""
     dtypes = ("f4", jnp.bfloat16, "f4")
     return {
         name: tensor.astype(jnp.bfloat16).astype(dtypes[i % 3])
@@ -199,7 +199,7 @@ def test_file_with_mixed_dtypes_is_loaded(tiny, tmp_path):
     "head", [lambda table: table + 1, lambda table: table[1:].copy(), lambda table: table.T.copy()]
 )
 def test_tied_head_that_differs_is_rejected(tmp_path, head):
-    """transformers then has a head of its own; leaving it out would change the logits."""
+    """In transformers such a model has a separate head; ignoring it would change the logits."""
 
     def change(tensors):
         return tensors | {"lm_head.weight": head(tensors["model.embed_tokens.weight"])}
@@ -314,7 +314,7 @@ def test_config_with_too_many_layers_is_rejected(tmp_path, num_layers, facts):
 
 
 def write_gguf(path: Path, tensors: dict, metadata: dict, kinds: dict | None = None) -> None:
-    """Writes arrays (quantised to `kinds[name]`, else as they are) with the `gguf` package."""
+    """Write arrays with the `gguf` package, quantized to `kinds[name]` if that is set."""
     writer = gguf.GGUFWriter(path, metadata.get("general.architecture", "llama"))
     for key, value in metadata.items():
         if key != "general.architecture":
@@ -351,7 +351,7 @@ def llama_metadata(cfg: Config) -> dict:
 
 
 def llama_tensors(params: decoder.Params, cfg: Config) -> dict[str, np.ndarray]:
-    """The tensors of a GGUF file as llama.cpp's converter writes them."""
+    """Return the tensors of a GGUF file as llama.cpp's converter writes them."""
 
     def interleave(weight):  # from (0, H/2), (1, H/2 + 1), ... to (0, 1), (2, 3), ... in each head
         halves = np.asarray(weight).reshape(-1, 2, cfg.head_dim // 2, weight.shape[1])
@@ -403,7 +403,7 @@ def test_gguf_tensor_type_with_writer_is_dequantized(tmp_path, kind):
 )
 def test_gguf_tensor_type_without_writer_is_dequantized(tmp_path, kind):
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    # 0x2e2e as a half float is 0.1: scales stay finite whatever their place in the block.
+    # 0x2e2e as a half float is 0.1: scales are finite wherever they are in the block.
     raw = np.where(RNG.random((4, 512 // block * size)) < 0.5, 0x2E, 0x2D).astype(np.uint8)
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_tensor("x", raw, raw_dtype=kind)
@@ -419,7 +419,7 @@ def test_gguf_tensor_type_without_writer_is_dequantized(tmp_path, kind):
 
 @pytest.fixture
 def small(tmp_path) -> Path:
-    """A sound GGUF file for the tests to damage."""
+    """Return the path of a valid GGUF file, which the tests damage."""
     cfg = Config.debug(num_layers=1, vocab_size=32, d_ff=32)
     params = decoder.init(jax.random.key(0), cfg)
     write_gguf(tmp_path / "m.gguf", llama_tensors(params, cfg), llama_metadata(cfg))
@@ -553,7 +553,7 @@ def test_load_of_absent_file_raises(tmp_path):
 
 
 def test_first_gpt2_files_without_prefix_are_loaded(tmp_path):
-    """Its files carry no "transformer." in their names, and `n_ctx` beside `n_positions`."""
+    """Tensor names lack the prefix "transformer.", and config.json has `n_ctx`."""
     config = json.loads((GOLDEN / "gpt2" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"n_ctx": config["n_positions"]}))
     tensors = load_file(GOLDEN / "gpt2" / "model.safetensors")

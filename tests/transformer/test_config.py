@@ -1,4 +1,4 @@
-"""Config: what it refuses, and the way to and from a Hugging Face config.json."""
+"""Tests of Config: validation, and conversion from and to a Hugging Face config.json."""
 
 import contextlib
 import dataclasses
@@ -90,7 +90,7 @@ def test_invalid_rope_scaling_is_rejected(change, facts):
         ((7, None, 7, None), (7, None)),
         ((7, None, 7), (7, None, 7)),
         ((7, None, None, 7), (7, None, None)),
-        ((7, 7, 7, 7, 7, None), (7,)),  # its only full layer would be the sixth of four
+        ((7, 7, 7, 7, 7, None), (7,)),  # the only layer without a window would be the sixth of four
         ((None, None, 7), (None, None, 7)),
     ],
 )
@@ -212,7 +212,7 @@ def test_unsupported_key_or_value_is_rejected(name, change, facts):
 
 @pytest.mark.parametrize("name", TINY)
 def test_value_of_any_type_is_read_or_raises_value_error(name):
-    """Bug: a list where a name of a scaling belongs was a TypeError."""
+    """Bug: a list as the type of a RoPE scaling raised TypeError."""
     more = ("rope_scaling", "rope_parameters", "sliding_window_pattern", "rope_local_base_freq")
     for key in (*hf(name), *more):
         for value in INVALID_VALUES:
@@ -227,7 +227,7 @@ def test_disabled_window_of_qwen2_is_ignored():
 
 
 def from_transformers_4(name: str, **changes) -> Config:
-    """Reads a config as transformers 4 spelt it."""
+    """Read a config without the keys of transformers 5."""
     config = hf(name, **changes)
     del config["rope_parameters"]
     return families.from_hf(config)
@@ -243,7 +243,7 @@ def test_config_of_transformers_4_equals_that_of_5():
         hf("llama")
     )
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0}
-    yarn["beta_slow"] = None  # as if it were not there
+    yarn["beta_slow"] = None  # null is treated as absent
     assert from_transformers_4("qwen3", rope_scaling=yarn) == families.from_hf(hf("qwen3"))
     gemma = from_transformers_4(
         "gemma3", rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling=linear

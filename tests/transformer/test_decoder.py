@@ -1,4 +1,4 @@
-"""The forward pass: against transformers, and against what each part of it must mean."""
+"""Tests of the forward pass: against transformers, and of the effect of each config field."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.heavy
 
 IDS = np.random.default_rng(1).integers(0, 320, (2, 12)).astype(np.int32)
 forward = jax.jit(decoder.forward, static_argnums=1, static_argnames="taps")
-# Compiled in less time, where it only matters whether something changes.
+# Compiles faster, for tests that only check whether something changes.
 forward_unoptimized = jax.jit(
     decoder.forward, static_argnums=1, compiler_options={"xla_backend_optimization_level": 0}
 )
@@ -107,7 +107,7 @@ ROTARY = {"rope_theta", "rope_scaling", "local_rope_theta"}
 
 
 def is_change(variant, change):
-    """Not what this form already is, and not of shapes: GPT-2's norms and MLP have other ones."""
+    """Whether `change` changes the variant but not its shapes (as GPT-2's norm and MLP do)."""
     variant = VARIANTS[variant]
     (name,) = change
     return variant.get(name) != change[name] and not (
@@ -115,7 +115,7 @@ def is_change(variant, change):
     )
 
 
-# Fields that leave every shape as it is: the same weights must give other logits.
+# Fields that change no shape: the same weights must have other logits.
 @pytest.mark.parametrize(
     ("variant", "change"),
     [(variant, change) for variant in VARIANTS for change in NUMBERS if is_change(variant, change)],
@@ -139,7 +139,7 @@ def test_changed_number_changes_logits(variant, change):
 
 @pytest.mark.parametrize("scaling", [LLAMA3, YARN], ids=["llama3", "yarn"])
 def test_changed_rope_scaling_field_changes_angles(scaling):
-    def angles(**change):  # bounds are rounded to pairs of channels: enough of them, far apart
+    def angles(**change):  # many channels, because bounds are rounded to pairs
         return np.stack(rope.angles(IDS, 32, 100.0, RopeScaling(**scaling | change)))
 
     for name in scaling.keys() - {"rope_type"}:
@@ -148,7 +148,7 @@ def test_changed_rope_scaling_field_changes_angles(scaling):
 
 
 def test_every_config_field_is_tested():
-    """A new field must come with a change above or below that shows it does something."""
+    """Every new field needs an entry in NUMBERS or SHAPES."""
     wired = {name for change in [*NUMBERS, *SHAPES] for name in change} | {"max_seq_len"}
     assert wired == {field.name for field in dataclasses.fields(Config)}
 
@@ -205,8 +205,8 @@ def test_every_weight_has_a_gradient(variant):
     gradients = jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(random_params(cfg)))
     for path, gradient in gradients:
         assert np.isfinite(gradient).all(), path
-        # A bias on the keys shifts all scores of a query alike: softmax does not see it, unless
-        # rotary positions turn it.
+        # A bias of the keys shifts all scores of a query equally and cancels in the softmax, except
+        # with rotary embeddings.
         is_key_bias = ".k.bias" in jax.tree_util.keystr(path) and cfg.position == "learned"
         assert is_key_bias or np.abs(gradient).max() > 1e-4, path
 
@@ -251,7 +251,7 @@ def test_unknown_tap_is_rejected():
 
 
 def test_more_tokens_than_learned_positions_raises():
-    """Bug: they were looked up at the last position, all of them."""
+    """Bug: tokens beyond the table all had the embedding of the last position."""
     cfg = Config.debug(**GPT2_VARIANT | dict(max_seq_len=11))
     for read in (decoder.forward, decoder.hidden_states):
         with pytest.raises(ValueError, match=naming(11, 12)):

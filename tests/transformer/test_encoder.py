@@ -1,4 +1,4 @@
-"""The encoder: equal to transformers and sentence-transformers, whatever shares its rows."""
+"""Tests of the encoder: against transformers and sentence-transformers, and with packed rows."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def folder(pooling: str, into: Path) -> Path:
-    """A copy of a tiny encoder that a test may change."""
+    """Return a copy of a tiny encoder, which a test may change."""
     for file in (GOLDEN / pooling).rglob("*"):
         if file.is_file() and file.name != "golden.npz":
             target = into / file.relative_to(GOLDEN / pooling)
@@ -78,7 +78,7 @@ def test_packing_holds_every_token_in_known_shapes() -> None:
     rng = np.random.default_rng(0)
     for longest in (20, 256, 512):
         texts = [rng.integers(1, 1000, n).tolist() for n in rng.integers(1, longest + 1, 300)]
-        texts += [[7]] * 50  # rows hold so many texts and no more
+        texts += [[7]] * 50  # more short texts than a row may hold
         unpacked = {}
         for batch in packing.pack(texts, longest):
             assert batch.ids.shape in packing.batch_shapes(longest)
@@ -138,7 +138,7 @@ def test_changed_size_changes_shapes(change: dict) -> None:
 
 
 def test_every_config_field_is_tested() -> None:
-    """`max_tokens` has tests of its own: what is longer is refused, and no row is wider."""
+    """`max_tokens` is covered by the tests of packing and of invalid texts."""
     wired = {name for change in NUMBERS + SHAPES for name in change} | {"max_tokens"}
     assert wired == {field.name for field in dataclasses.fields(Config)}
 
@@ -255,7 +255,7 @@ def test_missing_unknown_or_misshapen_tensor_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=naming(name, "(32, 56)", "(56, 32)")):
         bert.load(tmp_path)
     save_file(content | {"embeddings.position_ids": np.arange(40)[None]}, path)
-    bert.load(tmp_path)  # follows from the config; older files hold it
+    bert.load(tmp_path)  # older files have this redundant tensor
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=naming(path)):
         bert.load(tmp_path)
@@ -267,7 +267,7 @@ def as_google_named(name: str) -> str:
 
 
 def test_bert_with_pretraining_heads_is_loaded(tmp_path: Path) -> None:
-    """As bert-base-uncased is published; transformers opens it as the bare encoder, too."""
+    """bert-base-uncased has such files; transformers also loads them as a bare encoder."""
     path = folder("mean", tmp_path) / "model.safetensors"
     expected, _ = bert.load(tmp_path)
     content = {as_google_named(name): tensor for name, tensor in load_file(path).items()}

@@ -1,4 +1,4 @@
-"""Generation against the plainest loop there is: read everything again for every token."""
+"""Tests of generation, against a loop of `forward` over the whole sequence."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def prompt_of(length, cfg, seed=0):
 
 
 def reference(params, cfg, prompt, count):
-    """Greedy ids by `forward` over the whole sequence; later padding cannot be seen."""
+    """Return greedy ids by `forward` over the whole sequence; later padding is masked."""
     ids = np.zeros((1, 336), np.int32)
     ids[0, : len(prompt)] = prompt
     for end in range(len(prompt), len(prompt) + count):
@@ -143,7 +143,7 @@ def test_invalid_prompt_is_rejected_with_value(params, cfg, prompt, count, facts
 
 
 def test_logit_bias_outside_vocabulary_is_rejected(params, cfg):
-    """Bug: a negative id biased the last token, silently; a large one was an IndexError."""
+    """Bug: a negative id silently biased the last token; a large one raised IndexError."""
     for id in (-1, cfg.vocab_size):
         sampling_params = SamplingParams(temperature=0, logit_bias={id: 5.0})
         with pytest.raises(ValueError, match=f"logit_bias.*{id}"):

@@ -1,4 +1,4 @@
-"""GGUF files that llama.cpp made, tiny ones of each format and family (tests/golden)."""
+"""Tests with tiny GGUF files of each tensor type and family, made by llama.cpp."""
 
 import contextlib
 
@@ -25,8 +25,8 @@ forward_cached = jax.jit(decoder.forward_cached, static_argnums=1)
 def test_logits_match_transformers_and_top_tokens_llama_cpp(name):
     params, cfg, _ = checkpoint.load(GOLDEN / "gguf" / f"{name}.gguf")
     ids = GOLDENS[f"{name}.ids"][None]
-    # With attention looked at, so all scores at once, as transformers does it: one position of
-    # llama-f16 magnifies last bits so much that transformers is itself 1.1e-4 from float64 there.
+    # The attention tap selects the attention implementation of transformers, with all scores at
+    # once: at one position of llama-f16 transformers itself differs from float64 by 1.1e-4.
     logits, _ = forward(params, cfg, ids, taps=("attention",))
     np.testing.assert_allclose(logits[0], GOLDENS[f"{name}.logits"], rtol=0, atol=1e-4)
     np.testing.assert_array_equal(logits[0].argmax(-1), GOLDENS[f"{name}.top"])

@@ -1,4 +1,4 @@
-"""Looking inside: equal to what transformers' hidden states say, and pictures that are drawn."""
+"""Tests of interpretability: against hidden states of transformers, plots, command line."""
 
 import subprocess
 import sys
@@ -87,7 +87,7 @@ def test_ablation_of_several_heads_composes():
 
 
 def test_ablation_includes_adapter():
-    """Bug: what an applied adapter of `out` made of the head was still written."""
+    """Bug: an adapter of `out` still added the output of an ablated head."""
     cfg = Config.debug()
     params = init(jax.random.key(0), cfg)
     adapter = randomize(lora.init(jax.random.key(1), cfg, rank=4, alpha=8))

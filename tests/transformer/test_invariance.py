@@ -1,7 +1,7 @@
-"""A row has the same bits in every bucket of rows, in the formats that are served, in every family.
+"""Tests of batch invariance: a row is bitwise equal in every batch size, dtype and family.
 
-`tests/serve/test_invariance.py` asserts it for the chat model with everything around it; here are
-the forms which that model does not have.
+`tests/serve/test_invariance.py` tests the chat model end to end. This file tests the variants that
+the chat model does not have.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Every form of every operation against its reference in float64, and how a form is chosen."""
+"""Tests of every implementation against its float64 reference, and of the selection."""
 
 import inspect
 
@@ -27,7 +27,7 @@ def normal(*shape: int) -> jax.Array:
 def check_impl(
     operation: str, impl: str, arguments: tuple, tolerance: float = 1e-5, **named
 ) -> None:
-    """Compares a form with the reference, both traced; skips nothing: an unfit form raises."""
+    """Compare an implementation with the float64 reference; an unsupported one raises."""
     function = getattr(kernels, operation)
     expected = in_float64(lambda *a: function(*a, **named, impl="reference"))(*arguments)
     actual = jax.jit(lambda *a: function(*a, **named, impl=impl))(*arguments)
@@ -130,7 +130,7 @@ def test_attend_gradients_match_reference(impl, window):
 
 
 def test_blockwise_attention_uses_less_memory():
-    """What makes long texts possible: a fraction of the memory, in the gradient too."""
+    """Also in the backward pass; long texts need it."""
 
     def loss(impl):
         return lambda q: kernels.attend(q, q, q, impl=impl).sum()
@@ -185,7 +185,7 @@ def test_gated_mlp_matches_reference(impl, kind, dtype):
     [
         (0, 1.0, 0.0, [5, 4, 3, 2, 1, 0]),
         (2, 1.0, 0.0, [5, 4]),
-        (3, 1.0, 0.0, [5, 4, 3, 2]),  # 3 and 2 are as likely
+        (3, 1.0, 0.0, [5, 4, 3, 2]),  # 3 and 2 are tied
         (0, 0.5, 0.0, [5]),
         (0, 0.0, 0.0, [5]),
         (0, 0.7, 0.0, [5, 4]),
@@ -227,7 +227,7 @@ def test_implementation_by_module_path_is_called(tmp_path, monkeypatch):
 
 
 def test_override_affects_compiled_programs(tmp_path, monkeypatch):
-    """A layer is jitted inside `extend`: what it was traced with must not outlive the choice."""
+    """`forward_cached` has nested jits, whose traces must not outlive the override."""
     (tmp_path / "zero_kernels.py").write_text(
         "def nothing(q, keys, values, tables, starts, *, window):\n    return q * 0\n"
     )

@@ -1,4 +1,4 @@
-"""Parts of a layer by themselves."""
+"""Tests of the parts of a layer."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from transformer.weights import Norm
 @pytest.mark.parametrize("width", [32, 576, 768, 896])
 @pytest.mark.parametrize("has_bias", [False, True], ids=["rms", "layer"])
 def test_norm_is_bitwise_equal_in_every_batch_size(width, has_bias):
-    """Bug: a dot with one column of ones summed in another order from eight rows on."""
+    """Bug: a product with one column of ones summed in another order from eight rows on."""
     rng = np.random.default_rng(0)
     x = rng.normal(0, 1, (256, 1, width)).astype(np.float32)
     scale, bias = rng.normal(1, 0.1, (2, width)).astype(np.float32)

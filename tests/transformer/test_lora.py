@@ -1,4 +1,4 @@
-"""Adapters: against PEFT, back to its files, merged as applied, and what is refused."""
+"""Tests of adapters: against PEFT, file round trips, merging, and invalid files."""
 
 import json
 import shutil
@@ -67,7 +67,7 @@ def test_initial_adapter_is_neutral_and_has_gradient():
 
     gradients = jax.grad(loss)(adapter)
     assert len(gradients) == 2 and set(gradients[0]) == set(lora.TARGET_MODULES)
-    for loras in gradients:  # only B moves at first: A is multiplied with its zeros
+    for loras in gradients:  # only B has a gradient at first, because it is zero
         assert all(np.abs(part.b).max() > 0 and not part.a.any() for part in loras.values())
 
 

@@ -1,4 +1,4 @@
-"""The pulled models in float32 against transformers on the same weights (tests/golden)."""
+"""Tests of the pulled models in float32 against golden files of transformers."""
 
 import functools
 import gc
@@ -13,13 +13,13 @@ from tests.transformer.conftest import GOLDEN
 from transformer import cache, checkpoint, decoder
 
 MODELS = ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct")
-CHUNK = 32  # tokens read at once: one program for prompts of every length
+CHUNK = 32  # tokens per step; one program for prompts of every length
 
 
 class Outputs(NamedTuple):
-    """What we compute for one prompt followed by the golden continuation, position by position."""
+    """Outputs at each position of a prompt and its golden continuation."""
 
-    columns: np.ndarray  # [T, 256] logits of the kept vocabulary ids
+    columns: np.ndarray  # [T, 256] logits of the ids in the golden file
     top_ids: np.ndarray  # [T, 5]
     top_logits: np.ndarray  # [T, 5]
     logsumexp: np.ndarray  # [T]
@@ -38,7 +38,7 @@ def read_chunk(params, cfg, kv_cache, ids, tables, starts, columns):
 
 @pytest.fixture(scope="module", params=MODELS)
 def read(request, model_file):
-    """The golden file, and per prompt what we see through the cache."""
+    """Return the golden file and the outputs for each prompt, computed with the cache."""
     path = model_file(request.param)
     golden = dict(np.load(GOLDEN / f"{request.param}.npz"))
     params, cfg, _ = checkpoint.load(path)
@@ -83,7 +83,7 @@ def test_logits_match_at_every_position(read):
 def test_top_tokens_match(read):
     golden, outputs = read
     ids = np.concatenate([s.top_ids for s in outputs])
-    # Where two logits lie closer together than the tolerance, either may come first.
+    # If two logits differ by less than the tolerance, either may be first.
     gap = golden["top_logits"][:, :-1] - golden["top_logits"][:, 1:]
     is_clear = np.pad(gap, ((0, 0), (1, 0)), constant_values=9)[:, :4] > 2e-3
     is_clear &= gap > 2e-3
@@ -92,8 +92,8 @@ def test_top_tokens_match(read):
 
 
 def test_greedy_continuations_are_identical(read):
-    # Given the continuation so far, the most probable token is the next one of it, 64 times: that
-    # is what greedy decoding does, read in chunks instead of token by token.
+    # The most likely token after each prefix of the continuation is its next token, which is greedy
+    # decoding, computed in chunks instead of token by token.
     golden, outputs = read
     for s, n, greedy in zip(outputs, golden["prompt_lengths"], golden["greedy_ids"], strict=True):
         np.testing.assert_array_equal(s.top_ids[n - 1 : -1, 0], greedy)
@@ -112,7 +112,7 @@ def read_whole(params, cfg, ids, columns):
 
 @pytest.mark.slow
 def test_forward_and_batched_decoding_match(model_file):
-    """The default model: `forward` gives the golden logits; rows decode together greedily."""
+    """Default model: `forward` without a cache, and greedy decoding of a batch."""
     golden = dict(np.load(GOLDEN / f"{MODELS[0]}.npz"))
     params, cfg, _ = checkpoint.load(model_file(MODELS[0]))
     prompts, lengths = prompts_of(golden), golden["prompt_lengths"]
@@ -122,7 +122,7 @@ def test_forward_and_batched_decoding_match(model_file):
     ours = np.concatenate([np.asarray(s)[:n] for s, n in zip(outputs, lengths, strict=True)])
     np.testing.assert_allclose(ours, golden["logits"], rtol=0, atol=1e-3)
 
-    # Rows of different lengths: each reads its prompt token by token, then goes on by itself.
+    # Rows of different lengths: each processes its prompt token by token, then generates.
     is_short = lengths <= 30
     lengths, greedy_ids = lengths[is_short], golden["greedy_ids"][is_short]
     longest = int(max(lengths))

@@ -1,4 +1,4 @@
-"""Every family beside transformers itself, on sequences longer than the golden files hold."""
+"""Parity tests of every family with transformers, on longer sequences than the golden files."""
 
 import dataclasses
 import json
@@ -16,12 +16,12 @@ from transformer import cache, checkpoint, config_keys, decoder, families, rope
 
 pytestmark = pytest.mark.parity
 LENGTH = 352  # beyond the first block of the cache, every window, and every context before scaling
-WINDOW = 60  # at the end the first block lies behind it
+WINDOW = 60  # at the end the first block is outside the window
 
 
 @once
 def reference(name):
-    """A random model of this family by transformers, like the golden ones, and ids for it."""
+    """Return a random model of this family by transformers, like the golden ones, and ids."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from tests.golden.transformer import make_tiny
@@ -37,7 +37,7 @@ def reference(name):
 
 @pytest.fixture(params=TINY)
 def both(request, tmp_path):
-    """(our weights and config, their model, ids, what theirs computes)."""
+    """Return (our weights and config, the model of transformers, ids, its logits)."""
     import torch
 
     model, ids = reference(request.param)
@@ -55,7 +55,7 @@ def test_forward_matches_transformers(both):
 
 
 def test_forward_cached_matches_transformers(both):
-    """A prompt in chunks, then token by token over the edge of a block and out of the window."""
+    """Prefill in chunks, then decode across a block boundary and beyond the window."""
     (params, cfg), _, ids, expected = both
     forward_cached = jax.jit(decoder.forward_cached, static_argnums=1, donate_argnums=2)
     kv_cache, tables, ids = cache.init(cfg, 2), np.array([[1, 2]]), ids.numpy()
@@ -93,7 +93,7 @@ def test_saved_folder_loads_in_transformers_bitwise_equal(both, tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3"])
 def test_rotary_frequencies_and_angles_match_transformers(name, tmp_path):
-    """Scaled by Llama 3's rule, not at all, by YaRN, and linearly; local layers never."""
+    """The RoPE scaling is Llama 3's, none, YaRN's and linear; local layers have none."""
     import torch
 
     model, _ = reference(name)
@@ -213,7 +213,7 @@ def test_rope_scaling_matches_transformers(scaling, more):
 
 
 def test_key_table_covers_configs_of_transformers():
-    """Every number of a model with a causal head that scales, caps or rotates is in the table."""
+    """Every key of a causal model that scales, caps or rotates is in the table."""
     transformers = pytest.importorskip("transformers")
     name = re.compile(
         r"multiplier|soft_?cap|logits?_scal|scale_emb|scale_depth|rotary|alibi$|clip_qkv|"

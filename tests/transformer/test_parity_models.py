@@ -1,6 +1,6 @@
-"""The pulled models beside transformers itself: the whole vocabulary, and `generate` as it runs.
+"""Parity tests of the pulled models with transformers: all logits, and `generate`.
 
-The golden files keep 256 columns of the logits; here nothing is left out.
+The golden files have only 256 columns of the logits.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.parity
 
 @pytest.fixture(scope="module", params=MODELS)
 def both(request, model_file):
-    """(ours, theirs, prompts) for one model; theirs is transformers on the dequantised file."""
+    """Return (our model, the model of transformers, prompts) for one GGUF file."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     path = model_file(request.param)

@@ -1,7 +1,7 @@
-"""The config.json and GGUF metadata of public models, remade: the right Config or refusal.
+"""Tests of configs like those of public models: they are read correctly or rejected.
 
-What a public file says beside its sizes comes from transformers of many versions, from trainers
-and from people; this is the kind of thing that must not stand in the way, or must.
+Public files have keys of many versions of transformers, of trainers and of their authors. Keys
+without effect must be ignored, and keys that change the forward pass must be rejected.
 """
 
 import json
@@ -45,7 +45,7 @@ def sized(base, width, inner, layers, heads, kv_heads, vocab, context, **more) -
     ) | more  # fmt: skip
 
 
-# What published config.json files say, and how many weights their models are known to have.
+# Published config.json files, and the number of weights of their models.
 PUBLISHED = {
     "gpt2": (
         dict(
@@ -128,7 +128,7 @@ def test_published_configs_are_read(name):
 
 
 def changed(name: str, **changes) -> dict:
-    """A published config with keys replaced; `...` removes one."""
+    """Return a published config with keys replaced; `...` removes a key."""
     config = PUBLISHED[name][0] | changes
     return {key: value for key, value in config.items() if value is not ...}
 
@@ -517,7 +517,7 @@ NOT_NEUTRAL = {
 
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_neutral_value_is_accepted(name):
-    """These were refused, though a Llama computes the same with and without them."""
+    """Bug: these keys were rejected, although they do not change a Llama."""
     assert families.from_hf(changed(TINYLLAMA, **NEUTRAL[name])) == families.from_hf(
         changed(TINYLLAMA)
     )
@@ -538,7 +538,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("key", config_keys.CONFIG)
 def test_every_table_key_with_other_value_is_rejected(key):
-    """Whatever the family: its own key (then any Config or error will do), or a refusal by name."""
+    """In every family: the family uses the key, or it is rejected with its name."""
     for name in TINY:
         family = families.FAMILIES[hf(name)["model_type"]]
         own = {
@@ -559,7 +559,7 @@ def test_every_table_key_with_other_value_is_rejected(key):
 @pytest.mark.parametrize("kind", OTHERS)
 @pytest.mark.parametrize("key", config_keys.CONFIG)
 def test_every_table_key_is_rejected_for_other_models(kind, key):
-    """`scale_depth` of a Whisper was an AttributeError."""
+    """Bug: `scale_depth` in the config of a Whisper raised AttributeError."""
     from_hf, config = OTHERS[kind]
     for value in ("x", 7, [7], {"x": 7}):
         with pytest.raises(ValueError, match=rf"\b{key}\b"):
@@ -668,7 +668,7 @@ def test_every_gguf_table_key_with_other_value_is_rejected(key):
 
 
 def test_gguf_rope_scaling_matches_llama_cpp():
-    """The type is by default linear; YaRN's original length is by default the context."""
+    """The default type is linear; the default original length of YaRN is the context."""
 
     def scaling(**keys) -> RopeScaling | None:
         keys = {f"llama.rope.scaling.{key}": value for key, value in keys.items()}

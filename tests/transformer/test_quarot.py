@@ -1,4 +1,4 @@
-"""A turned stream: the same model in other coordinates, in which int8 loses less."""
+"""Tests of weight rotation: same function, smaller int8 error."""
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ forward = jax.jit(decoder.forward, static_argnums=1)
 
 
 def rotate(params: decoder.Params) -> decoder.Params:
-    """The whole model in float32, by the definition."""
+    """Return the rotated model in float32, by the definition."""
 
     def rotate_input(p: Linear, norm_weight: np.ndarray | None = None) -> Linear:
         return p.replace(weight=quarot.rotate_input_weight(p.weight, norm_weight))
@@ -54,7 +54,7 @@ def rotate(params: decoder.Params) -> decoder.Params:
 def test_rotation_is_orthogonal(width):
     rotation = quarot.rotate_input_weight(np.eye(width, dtype=np.float32))
     np.testing.assert_allclose(rotation @ rotation.T, np.eye(width), atol=2e-6)
-    if width > 2:  # nothing stays where it was, and what is alike everywhere is spread too
+    if width > 2:  # every channel is mixed, and a constant vector is not mapped to one channel
         assert np.abs(rotation).max() < 1
         assert np.abs(rotation.sum(0)).max() < 0.9 * width**0.5
 
@@ -86,7 +86,7 @@ def test_layer_norm_and_post_norms_cannot_be_rotated(fields):
 
 
 def test_rotation_reduces_int8_error_of_outliers():
-    """One coordinate forty times the others leaves those few of the 127 steps."""
+    """A channel forty times as large as the others leaves few of the 127 steps for them."""
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(16, 64)).astype(np.float32)
     rows[:, 3] *= 40

@@ -1,4 +1,4 @@
-"""Sampling against plain NumPy: what is kept, how often it is drawn, what is reported."""
+"""Tests of sampling against NumPy: truncation, frequencies, penalties, log-probabilities."""
 
 import math
 
@@ -18,7 +18,7 @@ truncate = jax.jit(
 
 
 def sample_rows(logits, rows, *, penalty_state=None, choices=None, steps=None, num_ids=None):
-    """One step of `rows`, each with a slot of its own unless all share an empty one."""
+    """Sample one step; rows have separate slots if a penalty state is passed, else share one."""
     logits = np.asarray(logits, np.float32)
     own_slots = penalty_state is not None
     penalty_state = (
@@ -35,7 +35,7 @@ def sample_rows(logits, rows, *, penalty_state=None, choices=None, steps=None, n
 
 
 def ids_of_seeds(logits, num_draws=4000, **metadata):
-    """What `num_draws` seeds draw from the same logits [V]."""
+    """Return the samples of `num_draws` seeds from the same logits [V]."""
     rows = [SamplingParams(seed=seed, **metadata) for seed in range(num_draws)]
     return np.asarray(sample_rows(np.tile(logits, (num_draws, 1)), rows)[0].ids)
 
@@ -46,7 +46,7 @@ def softmax(logits):
 
 
 def reference(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """The distribution [V] to draw from, in float64, by sorting."""
+    """Return the truncated distribution [V] in float64, by sorting."""
     logits = np.asarray(logits, np.float64) / temperature
     if top_k:
         logits = np.where(logits >= np.sort(logits)[::-1][:top_k][-1], logits, -np.inf)
@@ -94,7 +94,7 @@ def test_sampled_frequencies_match_reference(params):
     "params", [params for params in CUTS if set(params) - {"temperature"}], ids=str
 )
 def test_truncation_matches_sorting(params):
-    """Over a thousand tokens, where no number of draws would show them all."""
+    """Samples would not cover a thousand tokens, so the masks are compared."""
     temperature = params.get("temperature", 1.0)
     for seed in range(20):
         logits = random_logits(1000, seed=seed)
@@ -104,7 +104,7 @@ def test_truncation_matches_sorting(params):
         )
         mask = np.asarray(truncate(jnp.asarray(logits / np.float32(temperature)), row)) > -np.inf
         expected = reference(logits, **params) > 0
-        # float32 sums may put the very token at the edge of top-p on the other side
+        # rounding of float32 sums may move the last token of top-p
         assert (mask != expected).sum() <= (1 if 0 < params.get("top_p", 1) < 1 else 0)
 
 
@@ -121,7 +121,7 @@ def test_temperature_zero_is_greedy():
 
 @pytest.mark.parametrize("temperature", [1e-3, 1.5e-38, 1e-300])
 def test_tiny_temperature_is_greedy(temperature):
-    """Bug: logits / 1.5e-38 overflowed, and the first of several infinities was drawn."""
+    """Bug: logits / 1.5e-38 overflowed, and the first of several infinities was sampled."""
     logits = random_logits(4, 100, scale=8)
     rows = [SamplingParams(temperature=temperature, seed=seed) for seed in range(4)]
     np.testing.assert_array_equal(sample_rows(logits, rows)[0].ids, logits.argmax(1))
@@ -148,7 +148,7 @@ def penalty_state_of(prompt, generated, vocab_size, bias=None):
     ids=str,
 )
 def test_penalties_match_reference(penalties):
-    """Shown by greedy choice: raising one token by `bias` flips the winner where NumPy says."""
+    """The greedy token must be that of the NumPy reference."""
     prompt, generated = [1, 2, 3], [2, 4, 4, 4]
     presence = penalties.get("presence_penalty", 0)
     frequency = penalties.get("frequency_penalty", 0)
@@ -205,7 +205,7 @@ def test_reset_slot_clears_state_and_sample_counts_tokens():
 
 def test_padding_ids_are_never_sampled_nor_reported():
     logits = np.zeros((64, 32), np.float32)
-    logits[:, 10:] = 100  # the padding is the likeliest by far
+    logits[:, 10:] = 100  # the padding has the largest logits
     rows = [SamplingParams(seed=seed, temperature=0 if seed % 2 else 2) for seed in range(64)]
     output, _ = sample_rows(logits, rows, num_ids=10)
     assert output.ids.max() < 10 and output.top_ids.max() < 10

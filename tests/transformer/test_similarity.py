@@ -1,4 +1,4 @@
-"""Search, classification and comparison, against sums that can be checked another way."""
+"""Tests of search, classification and clustering, against NumPy and SciPy."""
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ def test_zero_shot_is_softmax_of_cosines():
 def test_probe_matches_scipy_optimum(rng):
     vectors = rng.normal(size=(60, 4)).astype(np.float32)
     labels = (vectors @ rng.normal(size=(4, 3))).argmax(1)
-    labels[::7] = 0  # not to be parted perfectly
+    labels[::7] = 0  # not linearly separable
     penalty = 0.01
 
     def loss(flat):
@@ -113,7 +113,7 @@ def test_cohesion_of_one_and_of_n_clusters(rng):
     one = similarity.cluster(jax.random.key(0), vectors, 1)
     each = similarity.cluster(jax.random.key(0), vectors, 12)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    expected = np.linalg.norm(unit.sum(0)) / 12  # of the best single direction
+    expected = np.linalg.norm(unit.sum(0)) / 12  # cohesion of the best single direction
     assert float(one.cohesion) == pytest.approx(expected, abs=1e-6)
     assert float(each.cohesion) == pytest.approx(1, abs=1e-5)
     assert sorted(each.labels.tolist()) == list(range(12))

@@ -1,21 +1,22 @@
-"""Makes what the encoder is compared with: tiny random BERTs, and MiniLM's vectors of 200 texts.
+"""Make the golden files of the encoder: tiny random BERTs, and MiniLM's embeddings of 200 texts.
 
     python make_encoder.py MINILM_FOLDER
 
-It needs sentence-transformers and torch; the argument is where `pellucid pull all-minilm-l6-v2` put
-the model. Written beside this file:
+It needs sentence-transformers and torch; the argument is the folder that `pellucid pull
+all-minilm-l6-v2` downloads. It writes next to this file:
 
     mean/, cls/          a tiny random BERT as sentence-transformers saves it, with golden.npz:
-        ids [3, 16], mask [3, 16]  token ids and which of them are there
-        residual [L + 1, 3, 16, D] the stream entering each block and leaving the last, float32
+        ids [3, 16], mask [3, 16]  token ids and attention mask
+        residual [L + 1, 3, 16, D] input of each block and output of the last, float32
         attention [L, 3, N, 16, 16] attention weights
-        vectors [3, D]             of each row
-        versions                   what made the file
-    texts.json           200 texts: empty, long, many scripts, code, pictures, noise
+        vectors [3, D]             embedding of each row
+        versions                   software versions
+    texts.json           200 texts: empty, long, many scripts, code, emoji, noise
     minilm.npz           vectors [200, 384], float16 (half a thousandth of an element; the cosine
                          moves by less than 1e-7), and versions
 
-All tiny weights are drawn at random, biases and norms too: zeros and ones would hide a mistake.
+All weights of the tiny models are random, including biases and norms: zeros and ones would hide
+mistakes.
 """
 
 import json
@@ -77,15 +78,15 @@ Once upon a midnight dreary, while I pondered, weak and weary
 
 
 def texts() -> list[str]:
-    """200 texts, the same every time."""
-    draw = random.Random(0)
-    found = ["", " ", "\n\n", *SENTENCES]
-    while len(found) < 150:
-        found.append(" ".join(draw.sample(SENTENCES, draw.randint(2, 5))))
-    while len(found) < 190:
+    """Return 200 texts, the same every time."""
+    rng = random.Random(0)
+    result = ["", " ", "\n\n", *SENTENCES]
+    while len(result) < 150:
+        result.append(" ".join(rng.sample(SENTENCES, rng.randint(2, 5))))
+    while len(result) < 190:
         words = " ".join(SENTENCES).split()
-        found.append(" ".join(draw.choices(words, k=draw.randint(1, 250))))
-    return found + [line * 40 for line in SENTENCES[:10]]  # longer than the model reads
+        result.append(" ".join(rng.choices(words, k=rng.randint(1, 250))))
+    return result + [line * 40 for line in SENTENCES[:10]]  # longer than the maximum input
 
 
 @torch.inference_mode()
@@ -106,7 +107,7 @@ def make_tiny(pooling: str) -> None:
     folder = HERE / pooling
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
-    # sentence-transformers wants a tokenizer; our tiny one has a word for each id.
+    # sentence-transformers needs a tokenizer; this one has a word for each id.
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(155))]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
@@ -139,7 +140,7 @@ def make_tiny(pooling: str) -> None:
 
 
 def versions() -> str:
-    """What made a golden file."""
+    """Return the versions of the software that made a golden file."""
     names = ("numpy", "torch", "transformers", "sentence-transformers")
     packages = [f"{name} {version(name)}" for name in names]
     return ", ".join([f"python {platform.python_version()}", *packages])

@@ -1,18 +1,18 @@
-"""Makes tiny GGUF files with llama.cpp, and what transformers and llama.cpp compute with them.
+"""Make tiny GGUF files with llama.cpp, and the results of transformers and llama.cpp for them.
 
     python make_gguf.py
 
-It needs torch, transformers, accelerate and llama-cpp-python. In the folder gguf/ it writes:
+It needs torch, transformers, accelerate and llama-cpp-python. It writes to the folder gguf/:
 
-    llama-FORMAT.gguf   one Llama, quantised by llama.cpp to each format that published files have
+    llama-FORMAT.gguf   one Llama, quantized by llama.cpp to each tensor type of published files
     FAMILY.gguf         one decoder of each other family in F16, with the names and the keys that
                         llama.cpp's converter gives them
     golden.npz          for each file NAME: NAME.ids [T], NAME.logits [T, V] by transformers,
-                        float32, on the dequantised weights, and NAME.top [T], the likeliest token
-                        by llama.cpp; versions
+                        float32, on the dequantized weights, and NAME.top [T], the most likely
+                        token by llama.cpp; versions
 
-llama.cpp rounds what enters its products, so the ids are drawn until the likeliest token of every
-position is likelier than the next by more than that shows.
+llama.cpp rounds the inputs of its products. The ids are therefore drawn again until the margin of
+the most likely token at every position exceeds the rounding error.
 """
 
 import ctypes
@@ -40,7 +40,7 @@ FORMATS = {
     "q4_1": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_1,
     "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
 }
-# Rows of 256, a whole block of the K formats; rows of 32 get another format from llama.cpp, as do
+# Rows of 256, a whole block of the K types. llama.cpp uses another type for rows of 32, and for
 # those of 896 in published Qwen files.
 WIDE = SIZES | dict(
     vocab_size=48, hidden_size=256, intermediate_size=32, num_hidden_layers=1,
@@ -72,7 +72,7 @@ FAMILIES = {
 
 
 def write(path: Path, model, dtype) -> None:
-    """Writes a model as llama.cpp's converter does."""
+    """Write a model as llama.cpp's converter does."""
     config, kind = model.config, model.config.model_type
     arch = {"gemma3_text": "gemma3"}.get(kind, kind)
     writer = gguf.GGUFWriter(path, arch)
@@ -103,11 +103,11 @@ def write(path: Path, model, dtype) -> None:
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(rope["factor"])
         if rope["rope_type"] == "llama3":
-            turned = model.model.rotary_emb.original_inv_freq.numpy()
+            scaled = model.model.rotary_emb.original_inv_freq.numpy()
             plain = rope["rope_theta"] ** -(np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
-            writer.add_tensor("rope_freqs.weight", (plain / turned).astype(np.float32))
+            writer.add_tensor("rope_freqs.weight", (plain / scaled).astype(np.float32))
 
-    names = gguf.get_tensor_name_map(writer_arch(arch), num_layers)
+    names = gguf.get_tensor_name_map(model_arch(arch), num_layers)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -131,24 +131,24 @@ def write(path: Path, model, dtype) -> None:
     writer.close()
 
 
-def writer_arch(arch: str) -> gguf.MODEL_ARCH:
+def model_arch(arch: str) -> gguf.MODEL_ARCH:
     return next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
 
 
-def quantise(source: Path, path: Path, ftype: int) -> None:
-    how = llama_cpp.llama_model_quantize_default_params()
-    how.ftype, how.nthread = ftype, 1
-    if llama_cpp.llama_model_quantize(bytes(source), bytes(path), ctypes.byref(how)):
+def quantize(source: Path, path: Path, ftype: int) -> None:
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = ftype, 1
+    if llama_cpp.llama_model_quantize(bytes(source), bytes(path), ctypes.byref(params)):
         raise SystemExit(f"llama.cpp could not make {path}")
 
 
 def by_llama_cpp(model, ids: list[int], vocab_size: int) -> np.ndarray:
-    """Logits of each position, [T, V]."""
-    settings = llama_cpp.llama_context_default_params()
-    settings.n_ctx = settings.n_batch = 64
-    settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
-    settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    context = llama_cpp.llama_init_from_model(model, settings)
+    """Return the logits of llama.cpp at each position, [T, V]."""
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = params.n_batch = 64
+    params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+    params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    context = llama_cpp.llama_init_from_model(model, params)
     batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
     batch.n_tokens = len(ids)
     for i, id in enumerate(ids):
@@ -166,7 +166,7 @@ def by_llama_cpp(model, ids: list[int], vocab_size: int) -> np.ndarray:
 
 
 def open_with_transformers(path: Path, config):
-    """The model; what transformers does not read in GGUF files is taken from `config`."""
+    """Load the model; keys that transformers does not read from GGUF are taken from `config`."""
     keys = {
         "gpt2": ("n_positions", "vocab_size"),
         "qwen3": ("head_dim",),
@@ -184,19 +184,21 @@ def open_with_transformers(path: Path, config):
 
 @torch.inference_mode()
 def compare(name: str, path: Path, config) -> dict[str, np.ndarray]:
-    """Ids, and what both make of them."""
+    """Return ids and the results of both implementations."""
     reference = open_with_transformers(path, config)
-    peer = llama_cpp.llama_model_load_from_file(bytes(path), llama_cpp.llama_model_default_params())
+    llama_model = llama_cpp.llama_model_load_from_file(
+        bytes(path), llama_cpp.llama_model_default_params()
+    )
     for seed in itertools.count():
         ids = np.random.default_rng(seed).integers(0, config.vocab_size, 16).tolist()
         logits = reference(torch.tensor([ids])).logits[0].numpy()
-        other = by_llama_cpp(peer, ids, config.vocab_size)
+        other = by_llama_cpp(llama_model, ids, config.vocab_size)
         error = np.abs(logits - other).max()
         second, best = np.sort(logits, -1)[:, -2:].T
         if (best - second).min() > 2 * error:
             break
     print(f"{name}: seed {seed}, largest difference {error:.3f} of {np.abs(logits).max():.1f}")
-    llama_cpp.llama_model_free(peer)
+    llama_cpp.llama_model_free(llama_model)
     return {
         f"{name}.ids": np.array(ids, np.int32),
         f"{name}.logits": logits,
@@ -205,28 +207,28 @@ def compare(name: str, path: Path, config) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    found = {}
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
-        made, files = Path(folder), {}
+        temp_dir, files = Path(folder), {}
         wide = transformers.LlamaConfig(**WIDE, head_dim=16)
-        write(made / "wide.gguf", random_model(wide), np.float32)
+        write(temp_dir / "wide.gguf", random_model(wide), np.float32)
         for name, ftype in FORMATS.items():
-            quantise(made / "wide.gguf", made / f"llama-{name}.gguf", ftype)
+            quantize(temp_dir / "wide.gguf", temp_dir / f"llama-{name}.gguf", ftype)
             files[f"llama-{name}"] = wide
         for name, config in FAMILIES.items():
-            write(made / f"{name}.gguf", random_model(config), np.float16)
+            write(temp_dir / f"{name}.gguf", random_model(config), np.float16)
             files[name] = config
         for name, config in files.items():
-            found |= compare(name, made / f"{name}.gguf", config)
+            results |= compare(name, temp_dir / f"{name}.gguf", config)
         shutil.rmtree(HERE, ignore_errors=True)
         HERE.mkdir()
         for name in files:
-            shutil.copy(made / f"{name}.gguf", HERE)
-        np.savez_compressed(HERE / "golden.npz", **found, versions=versions())
+            shutil.copy(temp_dir / f"{name}.gguf", HERE)
+        np.savez_compressed(HERE / "golden.npz", **results, versions=versions())
 
 
 def versions() -> str:
-    """What made the files."""
+    """Return the versions of the software that made the files."""
     names = ("gguf", "llama-cpp-python", "numpy", "torch", "transformers")
     return ", ".join(
         [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)]

@@ -1,10 +1,10 @@
-"""Makes adapters of the tiny decoders with PEFT, and what PEFT computes with them.
+"""Make adapters of the tiny decoders with PEFT, and the results of PEFT.
 
     python make_lora.py
 
-It needs torch, transformers and peft. For a family it writes the folder lora/FAMILY as PEFT saves
-it, and beside the adapter golden.npz: ids [1, T] and logits [1, T, V], float32. All of the adapter
-is drawn at random: B, which is zero at first, too.
+It needs torch, transformers and peft. For each family it writes the folder lora/FAMILY with the
+adapter as PEFT saves it and golden.npz: ids [1, T] and logits [1, T, V], float32. All weights of
+the adapter are random, including B, which PEFT initializes to zero.
 """
 
 import shutil
@@ -30,7 +30,7 @@ CONFIGS = {
 
 
 def adapted(name: str, config: peft.LoraConfig):
-    """A tiny decoder with a random adapter."""
+    """Return a tiny decoder with a random adapter."""
     torch.manual_seed(2)
     base = transformers.AutoModelForCausalLM.from_pretrained(
         HERE / name, attn_implementation="eager", dtype=torch.float32
@@ -46,7 +46,7 @@ def adapted(name: str, config: peft.LoraConfig):
 def make(name: str, config: peft.LoraConfig) -> None:
     model, folder = adapted(name, config), HERE / "lora" / name
     shutil.rmtree(folder, ignore_errors=True)
-    model.peft_config["default"].base_model_name_or_path = name  # not a folder of this machine
+    model.peft_config["default"].base_model_name_or_path = name  # not a path of this machine
     model.save_pretrained(folder)
     (folder / "README.md").unlink()
     ids = torch.randint(model.config.vocab_size, (1, 16))

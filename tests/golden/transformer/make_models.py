@@ -1,23 +1,23 @@
-"""Makes the golden files of the two language models with transformers, from the same GGUF files.
+"""Make the golden files of the two language models with transformers, from the same GGUF files.
 
     python make_models.py smollm2-135m-instruct=PATH.gguf qwen2.5-coder-0.5b-instruct=PATH.gguf
 
 It needs torch, transformers, accelerate and gguf (`pip install -e '.[parity]'`), and 3 GB
 of memory.
 
-transformers dequantises the file and runs in float32. The prompts are turned into ids by our own
-`bpe`, whose golden files stand in tests/golden/bpe: here only the decoder is in question.
+transformers dequantizes the file and runs in float32. The prompts are encoded by our `bpe`, which
+has its own golden files in tests/golden/bpe.
 
-One `MODEL.npz` each, R tokens over all prompts in a row, C = 64 tokens of greedy continuation:
+Each model has a `MODEL.npz`, with R tokens of all prompts and C = 64 tokens of greedy continuation:
 
     prompt_ids [R], prompt_lengths [10]
-    columns [256]            the vocabulary ids whose logits are kept (all of them would be 400 MB)
+    columns [256]            the vocabulary ids whose logits are stored (all would take 400 MB)
     logits [R, 256]          float32
-    greedy_ids [10, C]       the most probable token, again and again; end tokens do not stop it
-    greedy_gaps [10, C]      how far the runner-up was behind
+    greedy_ids [10, C]       the most likely tokens; end tokens do not stop the generation
+    greedy_gaps [10, C]      difference to the second largest logit
     top_ids, top_logits [R + 10 * C, 5], logsumexp [R + 10 * C]
                              of prompt 0 and its continuation, then of prompt 1 and its, ...
-    versions                 what made the file
+    versions                 software versions
 """
 
 import collections
@@ -84,17 +84,17 @@ def make(id: str, path: Path) -> None:
     columns = np.sort(
         np.random.default_rng(0).choice(model.config.vocab_size, NUM_COLUMNS, replace=False)
     ).astype(np.int32)
-    found = collections.defaultdict(list)
+    results = collections.defaultdict(list)
     for ids in encoded:
         greedy, gaps = continue_greedily(model, ids)
         logits = model(torch.tensor([ids + greedy])).logits[0]
         top = logits.topk(TOP)
-        found["logits"].append(logits[: len(ids), columns].numpy())
-        found["greedy_ids"].append(np.array([greedy], np.int32))
-        found["greedy_gaps"].append(np.array([gaps], np.float32))
-        found["top_ids"].append(top.indices.numpy().astype(np.int32))
-        found["top_logits"].append(top.values.numpy())
-        found["logsumexp"].append(logits.double().logsumexp(-1).float().numpy())
+        results["logits"].append(logits[: len(ids), columns].numpy())
+        results["greedy_ids"].append(np.array([greedy], np.int32))
+        results["greedy_gaps"].append(np.array([gaps], np.float32))
+        results["top_ids"].append(top.indices.numpy().astype(np.int32))
+        results["top_logits"].append(top.values.numpy())
+        results["logsumexp"].append(logits.double().logsumexp(-1).float().numpy())
         print(id, len(ids), "tokens, smallest gap", min(gaps), flush=True)
     np.savez_compressed(
         HERE / f"{id}.npz",
@@ -102,12 +102,12 @@ def make(id: str, path: Path) -> None:
         prompt_lengths=np.array([len(ids) for ids in encoded], np.int32),
         columns=columns,
         versions=versions(),
-        **{name: np.concatenate(parts) for name, parts in found.items()},
+        **{name: np.concatenate(parts) for name, parts in results.items()},
     )
 
 
 def versions() -> str:
-    """What made a golden file."""
+    """Return the versions of the software that made a golden file."""
     packages = [f"{name} {version(name)}" for name in ("gguf", "numpy", "torch", "transformers")]
     return ", ".join([f"python {platform.python_version()}", *packages])
 

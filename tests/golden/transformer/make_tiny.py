@@ -1,21 +1,21 @@
-"""Makes a tiny random decoder of each family with transformers, and what transformers computes.
+"""Make a tiny random decoder of each family with transformers, and the results of transformers.
 
     python make_tiny.py
 
-It needs torch and transformers (`pip install -e '.[parity]'`). Each gets a folder as transformers
-saves it, config.json and safetensors (in several shards for mistral), and beside them golden.npz,
-all float32 but the ids, T = 24 tokens, longer than every window and than the contexts before
-scaling:
+It needs torch and transformers (`pip install -e '.[parity]'`). Each family has a folder with
+config.json and safetensors as transformers saves them (in several shards for mistral) and
+golden.npz, in float32 except the ids. T = 24 tokens are more than every window and than the
+original contexts of RoPE scaling:
 
     ids [1, T]
     logits [1, T, V]
-    stream [L, 1, T, D]         what enters each block; the last is out of the last block
+    stream [L, 1, T, D]         input of each block; the last is the output of the last block
     attention [L, 1, N, T, T]   attention weights
-    PART [L, 1, T, ...]         what each part of a block gives: attn_norm q k v q_norm k_norm out
+    PART [L, 1, T, ...]         output of each part of a block: attn_norm q k v q_norm k_norm out
                                 attn_post_norm mlp_norm up gate mlp mlp_post_norm
-    versions                    what made the file
+    versions                    software versions
 
-All weights are drawn at random, biases and norms too: zeros and ones would hide a mistake in them.
+All weights are random, including biases and norms: zeros and ones would hide mistakes.
 """
 
 import collections
@@ -104,13 +104,13 @@ GPT2_PARTS = {
 
 
 def random_model(config: transformers.PretrainedConfig):
-    """A float32 model with every weight drawn at random."""
+    """Return a float32 model with random weights."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation="eager", dtype=torch.float32
     ).eval()
     for key, parameter in model.named_parameters():
-        # Gemma adds one to the scales of its norms by itself.
+        # Gemma adds one to the weights of its norms.
         is_scale = (
             parameter.ndim == 1 and key.endswith("weight") and "gemma" not in config.model_type
         )
@@ -120,19 +120,21 @@ def random_model(config: transformers.PretrainedConfig):
 
 @torch.inference_mode()
 def intermediates(model, ids: torch.Tensor) -> dict[str, np.ndarray]:
-    """What every part of every block gives, see above."""
+    """Return the outputs of every part of every block, see above."""
     is_gpt2 = model.config.model_type == "gpt2"
     blocks = model.transformer.h if is_gpt2 else model.model.layers
     names = {"gpt2": GPT2_PARTS, "gemma3_text": GEMMA_PARTS}.get(model.config.model_type, PARTS)
-    found = collections.defaultdict(list)
+    outputs = collections.defaultdict(list)
 
     def record(name: str):
-        def hook(module, given, output):
-            found[name].append(output[0] if isinstance(output, tuple) else output)
+        def hook(module, inputs, output):
+            outputs[name].append(output[0] if isinstance(output, tuple) else output)
 
         return hook
 
-    hooks = [blocks[0].register_forward_pre_hook(lambda _, given: found["stream"].append(given[0]))]
+    hooks = [
+        blocks[0].register_forward_pre_hook(lambda _, inputs: outputs["stream"].append(inputs[0]))
+    ]
     for block in blocks:
         hooks.append(block.register_forward_hook(record("stream")))
         for name, module in block.named_modules():
@@ -142,12 +144,12 @@ def intermediates(model, ids: torch.Tensor) -> dict[str, np.ndarray]:
     for hook in hooks:
         hook.remove()
     if is_gpt2:
-        parts = [qkv.chunk(3, -1) for qkv in found.pop("qkv")]
-        found |= {name: [part[i] for part in parts] for i, name in enumerate("qkv")}
+        parts = [qkv.chunk(3, -1) for qkv in outputs.pop("qkv")]
+        outputs |= {name: [part[i] for part in parts] for i, name in enumerate("qkv")}
     return {
         "logits": out.logits.numpy(),
         "attention": torch.stack(out.attentions).numpy(),
-        **{name: torch.stack(parts).numpy() for name, parts in found.items()},
+        **{name: torch.stack(parts).numpy() for name, parts in outputs.items()},
     }
 
 
@@ -167,7 +169,7 @@ def make(name: str, config: transformers.PretrainedConfig) -> None:
 
 
 def versions() -> str:
-    """What made a golden file."""
+    """Return the versions of the software that made a golden file."""
     packages = [f"{name} {version(name)}" for name in ("numpy", "torch", "transformers")]
     return ", ".join([f"python {platform.python_version()}", *packages])
 
