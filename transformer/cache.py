@@ -27,8 +27,7 @@ BLOCK_SIZE = 256  # positions per block
 NULL_BLOCK = 0  # padding rows write to this block
 
 
-@struct.dataclass
-class KVCache:
+class KVCache(struct.PyTreeNode):
     """Keys and values of every layer, one array of keys and one of values per layer.
 
     bfloat16 is stored as its bits in uint16, because XLA's CPU backend widens a whole bfloat16

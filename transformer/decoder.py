@@ -32,8 +32,7 @@ from transformer.remat import recompute
 from transformer.weights import Linear, Norm
 
 
-@struct.dataclass
-class Layer:
+class Layer(struct.PyTreeNode):
     """Weights of one block.
 
     Queries, keys and values are separate products, as are gate and up: the code is simpler, and
@@ -55,8 +54,7 @@ class Layer:
     mlp_post_norm: Norm | None  # of the MLP output; None where cfg.post_norms is False
 
 
-@struct.dataclass
-class Params:
+class Params(struct.PyTreeNode):
     """Weights of the whole decoder."""
 
     embed: Linear  # [V, D], one row per token
@@ -84,19 +82,20 @@ def abstract(cfg: Config) -> Params:
     # grow with depth (GPT-2, section 2.3).
     residual = jax.nn.initializers.normal(0.02 / (2 * cfg.num_layers) ** 0.5)
     zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
+    leaf: Any = ArrayInfo  # takes the place of an array in the tree
 
     def abstract_linear(
         out: int, inner: int, axes: tuple[str, str], has_bias: bool, initializer=normal
     ) -> Linear:
         return Linear(
-            weight=ArrayInfo((out, inner), axes, initializer),
-            bias=ArrayInfo((out,), axes[:1], zeros) if has_bias else None,
+            weight=leaf((out, inner), axes, initializer),
+            bias=leaf((out,), axes[:1], zeros) if has_bias else None,
         )
 
     def abstract_norm(width: int = cfg.d_model, axis: str = "model") -> Norm:
-        bias = ArrayInfo((width,), (axis,), zeros) if cfg.norm == "layer" else None
+        bias = leaf((width,), (axis,), zeros) if cfg.norm == "layer" else None
         neutral = zeros if cfg.norm == "unit_rms" else ones
-        return Norm(scale=ArrayInfo((width,), (axis,), neutral), bias=bias)
+        return Norm(scale=leaf((width,), (axis,), neutral), bias=bias)
 
     heads, kv_heads = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     up = abstract_linear(cfg.d_ff, cfg.d_model, ("ff", "model"), cfg.linear_bias)
@@ -121,7 +120,7 @@ def abstract(cfg: Config) -> Params:
     embedding = abstract_linear(cfg.vocab_size, cfg.d_model, ("vocab", "model"), False)
     return Params(
         embed=embedding,
-        positions=ArrayInfo((cfg.max_seq_len, cfg.d_model), ("seq", "model"), normal)
+        positions=leaf((cfg.max_seq_len, cfg.d_model), ("seq", "model"), normal)
         if cfg.position == "learned"
         else None,
         layers=(layer,) * cfg.num_layers,
@@ -245,6 +244,7 @@ def embed_tokens(
         x = x * cfg.d_model**0.5
     layers = range(cfg.num_layers)
     if cfg.position == "learned":
+        assert params.positions is not None
         return x + params.positions[positions], tuple(None for _ in layers)
     angles = rope.angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
     if cfg.local_rope_theta is None:

@@ -144,12 +144,14 @@ class Config:
         """
         if (kind := config.get("model_type")) != "bert":
             raise ValueError(f"model_type must be 'bert', got {kind!r}")
-        rest = _HF_DEFAULTS | {key: value for key, value in config.items() if value is not None}
+        rest: dict[str, Any] = _HF_DEFAULTS | {
+            key: value for key, value in config.items() if value is not None
+        }
         if missing := [key for key in _HF_FIELDS if key not in rest]:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
-        fields = {name: rest.pop(key) for key, name in _HF_FIELDS.items()}
-        max_tokens = fields["max_seq_len"] if max_tokens is None else max_tokens
-        cfg = cls(**fields, max_tokens=max_tokens, pooling=pooling, normalize=normalize)
+        fields: dict[str, Any] = {name: rest.pop(key) for key, name in _HF_FIELDS.items()}
+        fields["max_tokens"] = fields["max_seq_len"] if max_tokens is None else max_tokens
+        cfg = cls(**fields, pooling=pooling, normalize=normalize)
         config_keys.check(rest, cfg, "bert", neutral_overrides=_NEUTRAL)
         return cfg
 
@@ -164,8 +166,7 @@ class Config:
         }
 
 
-@struct.dataclass
-class Layer:
+class Layer(struct.PyTreeNode):
     """Weights of one block."""
 
     q: Linear  # [D, D], as are k, v and out
@@ -178,8 +179,7 @@ class Layer:
     mlp_norm: Norm
 
 
-@struct.dataclass
-class Params:
+class Params(struct.PyTreeNode):
     """Weights of the whole encoder."""
 
     embed: Linear  # [V, D], one row per token
@@ -193,15 +193,14 @@ def abstract(cfg: Config) -> Params:
     """Return the tree of `Params` with an `ArrayInfo` of a float32 array at each leaf."""
     normal = jax.nn.initializers.normal(0.02)
     zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
+    leaf: Any = ArrayInfo  # takes the place of an array in the tree
 
     def abstract_linear(out: int, inner: int, axes: tuple[str, str]) -> Linear:
-        return Linear(
-            weight=ArrayInfo((out, inner), axes, normal), bias=ArrayInfo((out,), axes[:1], zeros)
-        )
+        return Linear(weight=leaf((out, inner), axes, normal), bias=leaf((out,), axes[:1], zeros))
 
     abstract_norm = Norm(
-        scale=ArrayInfo((cfg.d_model,), ("model",), ones),
-        bias=ArrayInfo((cfg.d_model,), ("model",), zeros),
+        scale=leaf((cfg.d_model,), ("model",), ones),
+        bias=leaf((cfg.d_model,), ("model",), zeros),
     )
     qkv = abstract_linear(cfg.d_model, cfg.d_model, ("heads", "model"))
     layer = Layer(
@@ -215,9 +214,9 @@ def abstract(cfg: Config) -> Params:
         mlp_norm=abstract_norm,
     )
     return Params(
-        embed=Linear(weight=ArrayInfo((cfg.vocab_size, cfg.d_model), ("vocab", "model"), normal)),
-        positions=ArrayInfo((cfg.max_seq_len, cfg.d_model), ("seq", "model"), normal),
-        token_types=ArrayInfo((cfg.num_types, cfg.d_model), ("type", "model"), normal),
+        embed=Linear(weight=leaf((cfg.vocab_size, cfg.d_model), ("vocab", "model"), normal)),
+        positions=leaf((cfg.max_seq_len, cfg.d_model), ("seq", "model"), normal),
+        token_types=leaf((cfg.num_types, cfg.d_model), ("type", "model"), normal),
         embed_norm=abstract_norm,
         layers=(layer,) * cfg.num_layers,
     )

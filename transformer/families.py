@@ -53,7 +53,7 @@ _LLAMA_KEYS = {
 _LLAMA_DEFAULTS = dict(rope_theta=10_000.0, tie_word_embeddings=False, rms_norm_eps=1e-6)
 _SILU = ("hidden_act", ("silu", "swish"))
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate")  # synonyms
-_QK_NORM = dict.fromkeys(("qk_norm", "use_qk_norm"), (True,))
+_QK_NORM: dict[str, tuple] = dict.fromkeys(("qk_norm", "use_qk_norm"), (True,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +171,7 @@ def from_hf(config: Mapping[str, Any]) -> Config:
         raise ValueError(f"model_type must be one of {sorted(FAMILIES)}, got {kind!r}")
     family = FAMILIES[kind]
     non_null = {k: v for k, v in config.items() if v is not None or k == "sliding_window"}
-    rest = {**family.hf_defaults, **non_null}
+    rest: dict[str, Any] = {**family.hf_defaults, **non_null}
     if config.get("num_key_value_heads", 0) is None:  # unlike absent, where the default may differ
         rest["num_key_value_heads"] = config.get("num_attention_heads")
     key, names = family.activation
@@ -181,7 +181,7 @@ def from_hf(config: Mapping[str, Any]) -> Config:
     fields: dict[str, Any] = dict(family.fixed_fields)
     if family.fixed_fields["position"] == "rope":
         _pop_rope(rest, fields)
-        num_layers = rest.get("num_hidden_layers")
+        num_layers: Any = rest.get("num_hidden_layers")
         check_size("num_hidden_layers", num_layers, MAX_LAYERS)
         fields["windows"] = _pop_windows(rest, family, num_layers)
     for key, name in family.keys.items():
@@ -314,7 +314,7 @@ def _parse_scaling(
     """
     rest = dict(rope)
     old_name = rest.pop("type", None)
-    kind = rest.pop("rope_type", old_name)
+    kind: Any = rest.pop("rope_type", old_name)
     factor = rest.get("factor")
     if kind is None and factor in (None, 1):
         kind = "default"
@@ -351,7 +351,8 @@ def _parse_scaling(
     if missing := [key for key in _SCALING_KEYS if key in required - rest.keys()]:
         raise ValueError(f"rope_type {kind!r} lacks {', '.join(missing)}")
     fields |= {_SCALING_KEYS[key]: rest.pop(key) for key in required}
-    return RopeScaling(rope_type=kind, **fields), rest
+    fields["rope_type"] = kind
+    return RopeScaling(**fields), rest
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:

@@ -119,10 +119,10 @@ def alternatives(
     left.invert_yaxis()
     start = np.zeros(len(rows))
     for rank in range(top_probs.shape[1]):
-        is_actual = [likely[row][rank] == tokens[row + 1] for row in rows]
+        is_actual = [likely[row][rank] == tokens[row + 1] for row in range(len(rows))]
         colors = ["#3b6ea5" if actual else "#e3e7ec" for actual in is_actual]
         right.barh(rows, top_probs[:, rank], left=start, color=colors, edgecolor="white")
-        for row in rows:
+        for row in range(len(rows)):
             if top_probs[row, rank] > 0.06:
                 right.text(
                     start[row] + top_probs[row, rank] / 2, row,

@@ -28,6 +28,7 @@ attention and MLP (see `can_rotate`), and the paper's rotations inside heads and
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,10 +39,11 @@ from transformer.decoder import Params
 from transformer.weights import Lora, Norm
 
 # The norm before each input projection, and the output projections.
-INPUT_PROJECTIONS = dict.fromkeys(("q", "k", "v"), "attn_norm") | dict.fromkeys(
-    ("gate", "up"), "mlp_norm"
-)
-INPUT_PROJECTIONS["head"] = "final_norm"
+INPUT_PROJECTIONS: dict[str, str] = {
+    **dict.fromkeys(("q", "k", "v"), "attn_norm"),
+    **dict.fromkeys(("gate", "up"), "mlp_norm"),
+    "head": "final_norm",
+}
 OUTPUT_PROJECTIONS = ("out", "down")
 
 
@@ -59,15 +61,15 @@ def int8_skip_modules(cfg: Config) -> tuple[str, ...]:
     return () if can_rotate(cfg) else OUTPUT_PROJECTIONS
 
 
-def rotate_input_weight(weight: np.ndarray, norm_weight: np.ndarray | None = None) -> np.ndarray:
+def rotate_input_weight(weight: Any, norm_weight: Any = None) -> Any:
     """Rotate an input projection or the token embedding; both may be a slice of rows.
 
     Args:
-        weight: float32 [R, D].
+        weight: NumPy or JAX array, float32 [R, D].
         norm_weight: Weights of the preceding norm, float32 [D]; None for the token embedding.
 
     Returns:
-        (weight * norm_weight) Q, float32 [R, D].
+        (weight * norm_weight) Q, float32 [R, D]: a JAX array if an argument is one, else NumPy.
     """
     width = weight.shape[1]
     height = _short_side(width)
@@ -76,7 +78,7 @@ def rotate_input_weight(weight: np.ndarray, norm_weight: np.ndarray | None = Non
     return (_dct_matrix(height).T @ grid).reshape(weight.shape)
 
 
-def rotate_output_weight(weight: np.ndarray) -> np.ndarray:
+def rotate_output_weight(weight: Any) -> Any:
     """Rotate an output projection: weight, float32 [D, R] -> Q^T weight, float32 [D, R]."""
     return rotate_input_weight(weight.T).T
 

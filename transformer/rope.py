@@ -15,9 +15,11 @@ arXiv:2306.15595).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from transformer.config import RopeScaling
 
@@ -37,21 +39,22 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None)
     frequency = 1.0 / jnp.power(jnp.float32(theta), exponent)  # [H/2]
     if scaling is None:
         return frequency
+    fields: Any = scaling  # RopeScaling checks that the fields of a type are not None
     if scaling.rope_type == "linear":
         return frequency / scaling.factor
     if scaling.rope_type == "llama3":
         # Rotations of each pair within the original context.
-        num_rotations = scaling.original_max_seq_len * frequency / (2 * math.pi)
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        num_rotations = fields.original_max_seq_len * frequency / (2 * math.pi)
+        low, high = fields.low_freq_factor, fields.high_freq_factor
         unscaled = jnp.clip((num_rotations - low) / (high - low), 0.0, 1.0)
     else:  # YaRN interpolates over the indices of the pairs instead
 
         def pair_index(num_rotations: float) -> float:
             """Return the pair that makes `num_rotations` rotations in the original context."""
-            wavelength = scaling.original_max_seq_len / num_rotations
+            wavelength = fields.original_max_seq_len / num_rotations
             return head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(theta))
 
-        first, last = pair_index(scaling.beta_fast), pair_index(scaling.beta_slow)
+        first, last = pair_index(fields.beta_fast), pair_index(fields.beta_slow)
         if scaling.truncate:
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, head_dim - 1)
@@ -61,7 +64,10 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None)
 
 
 def angles(
-    positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None = None
+    positions: jax.Array | np.ndarray,
+    head_dim: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the cosine and sine for each position and channel pair.
 

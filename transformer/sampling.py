@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,26 +80,24 @@ class SamplingParams:
         )
 
 
-@struct.dataclass
-class SamplingMetadata:
+class SamplingMetadata(struct.PyTreeNode):
     """Sampling parameters and state of the rows of a batch. Every leaf is [B, ...]."""
 
-    temperature: jax.Array
-    top_p: jax.Array
-    top_k: jax.Array
-    min_p: jax.Array
-    presence_penalty: jax.Array
-    frequency_penalty: jax.Array
-    repetition_penalty: jax.Array
-    is_adjusted: jax.Array  # bool
-    seed: jax.Array  # uint32 [B, 2], high and low half
-    choice: jax.Array  # int32, index among the n choices of a request
-    step: jax.Array  # int32, number of tokens the row has generated
-    slot: jax.Array  # int32, slot of the row in PenaltyState
+    temperature: jax.Array | np.ndarray
+    top_p: jax.Array | np.ndarray
+    top_k: jax.Array | np.ndarray
+    min_p: jax.Array | np.ndarray
+    presence_penalty: jax.Array | np.ndarray
+    frequency_penalty: jax.Array | np.ndarray
+    repetition_penalty: jax.Array | np.ndarray
+    is_adjusted: jax.Array | np.ndarray  # bool
+    seed: jax.Array | np.ndarray  # uint32 [B, 2], high and low half
+    choice: jax.Array | np.ndarray  # int32, index among the n choices of a request
+    step: jax.Array | np.ndarray  # int32, number of tokens the row has generated
+    slot: jax.Array | np.ndarray  # int32, slot of the row in PenaltyState
 
 
-@struct.dataclass
-class PenaltyState:
+class PenaltyState(struct.PyTreeNode):
     """State of the penalties, one slot per sequence."""
 
     counts: jax.Array  # int32 [slots, V], number of times each token was generated
@@ -106,8 +105,7 @@ class PenaltyState:
     bias: jax.Array  # float32 [slots, V]
 
 
-@struct.dataclass
-class SampleOutput:
+class SampleOutput(struct.PyTreeNode):
     """Token of each row, with its log-probability and the most likely alternatives."""
 
     ids: jax.Array  # int32 [B]
@@ -239,7 +237,9 @@ def gather_logprobs(logits: jax.Array, ids: jax.Array, *, num_ids: int) -> Sampl
         `ids` with their log-probabilities, in the form of `sample`.
     """
     logits = jnp.where(jnp.arange(logits.shape[-1]) < num_ids, logits, -jnp.inf)
-    return SampleOutput(ids, *jax.lax.map(lambda row: _logprobs(*row, num_ids), (logits, ids)))
+    return SampleOutput(
+        ids, *jax.lax.map(lambda row: _logprobs(row[0], row[1], num_ids), (logits, ids))
+    )
 
 
 def _logprobs(logits: jax.Array, token: jax.Array, num_ids: int) -> tuple[jax.Array, ...]:
@@ -263,7 +263,8 @@ def _apply_penalties(
     return logits + penalty_state.bias[params.slot]
 
 
-def _sample_token(logits: jax.Array, params: SamplingMetadata) -> jax.Array:
+def _sample_token(logits: jax.Array, params: Any) -> jax.Array:
+    """Sample a token [] from logits [V]; `params` is the `SamplingMetadata` of one row."""
     # Subtract the maximum first: dividing by a tiny temperature must not overflow to infinity.
     logits = (logits - logits.max()) / params.temperature
     is_truncated = (params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0)

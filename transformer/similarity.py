@@ -13,8 +13,9 @@ Leaves out: approximate indexes, which trade exactness for speed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +31,7 @@ class SearchResult(NamedTuple):
     indices: jax.Array  # [Q, k] int32, rows of the matrix searched
 
 
-@struct.dataclass
-class Probe:
+class Probe(struct.PyTreeNode):
     """A linear classifier."""
 
     weight: jax.Array  # [C, D] float32
@@ -87,7 +87,7 @@ def zero_shot(vectors: jax.Array, labels: jax.Array, temperature: float = 0.05) 
 
 def fit_probe(
     vectors: jax.Array,
-    labels: jax.Array,
+    labels: jax.Array | np.ndarray | Sequence[int],
     num_classes: int,
     *,
     penalty: float = 1e-3,
@@ -134,13 +134,14 @@ def _fit(vectors, labels, num_classes: int, penalty: float, max_steps: int) -> P
     value_and_grad = optax.value_and_grad_from_state(loss)
     start = Probe(weight=jnp.zeros((num_classes, vectors.shape[-1])), bias=jnp.zeros(num_classes))
 
-    def step(carry):
+    def step(carry: Any) -> Any:
         probe, state, _, count = carry
         value, gradient = value_and_grad(probe, state=state)
         updates, state = optimizer.update(
             gradient, state, probe, value=value, grad=gradient, value_fn=loss
         )
-        probe = optax.apply_updates(probe, updates)
+        # optax's Params do not include dataclasses, although it takes any tree.
+        probe = optax.apply_updates(probe, updates)  # pyright: ignore[reportArgumentType]
         return probe, state, optax.tree.norm(gradient), count + 1
 
     def is_running(carry):

@@ -10,8 +10,7 @@ import jax
 from flax import struct
 
 
-@struct.dataclass
-class Lora:
+class Lora(struct.PyTreeNode):
     """Low-rank adapter of a linear map, which adds `x @ a.T @ b.T * scale`; see `lora.py`."""
 
     a: jax.Array  # [r, in] float32 or bfloat16
@@ -19,8 +18,7 @@ class Lora:
     scale: float = struct.field(pytree_node=False)
 
 
-@struct.dataclass
-class Linear:
+class Linear(struct.PyTreeNode):
     """Linear map `y = x @ weight.T * scale + bias`, or a token embedding with one row per token."""
 
     weight: jax.Array  # [out, in] float32, bfloat16 or int8
@@ -29,8 +27,7 @@ class Linear:
     lora: Lora | None = None
 
 
-@struct.dataclass
-class Norm:
+class Norm(struct.PyTreeNode):
     """Weights of an RMS norm, or of a layer norm if `bias` is not None."""
 
     scale: jax.Array  # [D] float32

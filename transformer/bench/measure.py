@@ -62,10 +62,11 @@ class _CompiledContender:
             started = time.perf_counter()
             self._run = program.lower(*arguments[0]).compile()
             self.compile_seconds = time.perf_counter() - started
-        self.bytes = self._case.bytes
-        if self.bytes is None:
+        num_bytes = self._case.bytes
+        if num_bytes is None:
             moved = jax.tree.leaves((arguments[0], jax.eval_shape(program, *arguments[0])))
-            self.bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in moved)
+            num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in moved)
+        self.bytes: float = num_bytes
 
     def __call__(self) -> Any:
         i = self._num_calls % len(self._arguments)

@@ -79,12 +79,13 @@ def profile_decode(
         arguments = case.inputs()
         program = jax.jit(case.function, donate_argnums=case.donate_argnums)
         compiled = program.lower(*arguments).compile()
-        origins = instruction_origins(compiled.as_text())
+        origins = instruction_origins(compiled.as_text() or "")
+        next_inputs: Any = case.next_inputs
 
-        def step(run=compiled, case=case) -> None:
+        def step(run=compiled, next_inputs=next_inputs) -> None:
             nonlocal arguments
             out = jax.block_until_ready(run(*arguments))
-            arguments = case.next_inputs(arguments, out)
+            arguments = next_inputs(arguments, out)
 
         step_seconds = _median_seconds(step)
         stage_seconds, profiled = profile_step(step, origins)
@@ -98,7 +99,7 @@ def profile_decode(
             }
             for stage, seconds in stage_seconds.most_common()
         ]
-        roof = case.bytes / peaks.bytes_per_second
+        roof = (case.bytes or 0.0) / peaks.bytes_per_second
         profiles.append({"format": dtype, "rows": rows, "context": sizes.context,
                          "step": step_seconds, "profiled": profiled, "roof": roof,
                          "stages": stages})  # fmt: skip
@@ -162,7 +163,7 @@ def profile_step(
             f"the profiler recorded no instruction on the platform {jax.default_backend()}; "
             "profiling needs events with hlo_op"
         )
-    stage_seconds: collections.Counter = collections.Counter()
+    stage_seconds: Any = collections.Counter()  # of floats
     for thread in threads.values():
         for name, microseconds in _self_times(thread):
             stage_seconds[_stage(origins.get(name, ""))] += microseconds * 1e-6 / _STEPS

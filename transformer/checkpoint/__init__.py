@@ -160,7 +160,7 @@ def build_params(
         nonlocal num_loaded
         num_loaded += 1
         on_progress(min(num_loaded / num_tensors, 1.0))
-        if not isinstance(node, Linear):
+        if not is_linear(node):
             return jnp.asarray(_read(node, info.shape, tensors, cfg))
         name = key_path[-1].name
         slabs = _slabs(node.weight, info.weight.shape, tensors, cfg)
@@ -200,7 +200,8 @@ def _match_tensors(
     """
     if cfg.num_layers > len(tensors):  # checked before a tree of so many layers is built
         raise ValueError(f"{path}: {len(tensors)} tensors are too few for {cfg.num_layers} layers")
-    tree, infos = tensor_sources(cfg, scheme, architecture=architecture), abstract(cfg)
+    tree: Any = tensor_sources(cfg, scheme, architecture=architecture)
+    infos = abstract(cfg)
     num_rows = rows_per_tensor(tree, infos)
     names = {name for name in tensors if not name.endswith(_IGNORED_TENSORS)}
     if cfg.tie_embeddings and "lm_head.weight" in names:  # some exporters store tied weights twice

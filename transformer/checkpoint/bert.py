@@ -132,12 +132,13 @@ def save(folder: Path, params: Params, cfg: Config) -> None:
 
 def _names(cfg: Config) -> Params:
     """Return the tree of `Params` with the name of a tensor at each leaf."""
+    leaf: Any = str  # takes the place of an array in the tree
 
     def linear(name: str) -> Linear:
-        return Linear(weight=f"{name}.weight", bias=f"{name}.bias")
+        return Linear(weight=leaf(f"{name}.weight"), bias=leaf(f"{name}.bias"))
 
     def norm(name: str) -> Norm:
-        return Norm(scale=f"{name}.LayerNorm.weight", bias=f"{name}.LayerNorm.bias")
+        return Norm(scale=leaf(f"{name}.LayerNorm.weight"), bias=leaf(f"{name}.LayerNorm.bias"))
 
     def layer(name: str) -> Layer:
         return Layer(
@@ -152,9 +153,9 @@ def _names(cfg: Config) -> Params:
         )
 
     return Params(
-        embed=Linear(weight="embeddings.word_embeddings.weight"),
-        positions="embeddings.position_embeddings.weight",
-        token_types="embeddings.token_type_embeddings.weight",
+        embed=Linear(weight=leaf("embeddings.word_embeddings.weight")),
+        positions=leaf("embeddings.position_embeddings.weight"),
+        token_types=leaf("embeddings.token_type_embeddings.weight"),
         embed_norm=norm("embeddings"),
         layers=tuple(layer(f"encoder.layer.{i}") for i in range(cfg.num_layers)),
     )
@@ -228,7 +229,9 @@ def _read_pooling(path: Path) -> Literal["mean", "cls"]:
              if key.startswith("pooling_mode_") and on}  # fmt: skip
     if "pooling_mode" in value:
         modes |= {str(value["pooling_mode"])}
-    known = {"mean_tokens": "mean", "mean": "mean", "cls_token": "cls", "cls": "cls"}
+    known: dict[str, Literal["mean", "cls"]] = {
+        "mean_tokens": "mean", "mean": "mean", "cls_token": "cls", "cls": "cls"
+    }  # fmt: skip
     if len(modes) != 1 or not modes <= known.keys():
         raise ValueError(f"{path}: pooling must be either mean or cls, got {sorted(modes)}")
     return known[modes.pop()]

@@ -8,6 +8,7 @@ rows or an offset, and GPT-2 stores queries, keys and values in one tensor.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -102,10 +103,11 @@ def tensor_sources(cfg: Config, scheme: str, *, architecture: str) -> Params:
         table = {"gpt2": _HF_GPT2, "gemma3_text": _HF_GEMMA3}.get(architecture, _HF_LLAMA)
     heads, kv_heads = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     first_row = {"q": 0, "k": heads, "v": heads + kv_heads} if is_gpt2 else {}
+    leaf: Any = TensorSource  # takes the place of an array in the tree
 
     def linear(part: str, has_bias: bool, i: int = 0) -> Linear:
-        def source(kind: str) -> TensorSource:
-            return TensorSource(
+        def source(kind: str) -> Any:
+            return leaf(
                 f"{table[part].format(i=i)}.{kind}",
                 first_row.get(part, 0),
                 is_transposed=is_gpt2
@@ -120,9 +122,9 @@ def tensor_sources(cfg: Config, scheme: str, *, architecture: str) -> Params:
 
     def norm(part: str, i: int = 0) -> Norm:
         name = table[part].format(i=i)
-        bias = TensorSource(f"{name}.bias") if cfg.norm == "layer" else None
+        bias = leaf(f"{name}.bias") if cfg.norm == "layer" else None
         is_shifted = is_gguf and cfg.norm == "unit_rms"
-        return Norm(scale=TensorSource(f"{name}.weight", is_shifted=is_shifted), bias=bias)
+        return Norm(scale=leaf(f"{name}.weight", is_shifted=is_shifted), bias=bias)
 
     def layer(i: int) -> Layer:
         return Layer(
@@ -143,9 +145,7 @@ def tensor_sources(cfg: Config, scheme: str, *, architecture: str) -> Params:
 
     return Params(
         embed=linear("embed", False),
-        positions=TensorSource(f"{table['positions']}.weight")
-        if cfg.position == "learned"
-        else None,
+        positions=leaf(f"{table['positions']}.weight") if cfg.position == "learned" else None,
         layers=tuple(layer(i) for i in range(cfg.num_layers)),
         final_norm=norm("final_norm"),
         head=None if cfg.tie_embeddings else linear("head", False),

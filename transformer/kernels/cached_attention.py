@@ -42,10 +42,14 @@ def blockwise(q, keys, values, tables, starts, *, window: int | None) -> jax.Arr
     sum. Only blocks that the row has filled and that lie in its window are read. The result of a
     row does not depend on the other rows of the batch.
     """
-    row = lambda args: _attend_row(*args, keys, values, window)  # noqa: E731
+
+    def attend_row(args: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        row_q, table, start = args
+        return _attend_row(row_q, table, start, keys, values, window)
+
     if q.shape[0] == 1:
-        return row((q[0], tables[0], starts[0]))[None]
-    return jax.lax.map(row, (q, tables, starts))
+        return attend_row((q[0], tables[0], starts[0]))[None]
+    return jax.lax.map(attend_row, (q, tables, starts))
 
 
 def _attend_row(q, table, start, keys, values, window):

@@ -10,6 +10,7 @@ Leaves out: RoPE scaling.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,7 @@ def decoder(params, cfg, ids, past_key_values=None) -> np.ndarray:
         q, key = _norm(q, layer.q_norm, cfg), _norm(key, layer.k_norm, cfg)
         if cfg.position == "rope":
             is_local = window is not None and cfg.local_rope_theta is not None
-            theta = cfg.local_rope_theta if is_local else cfg.rope_theta
+            theta: Any = cfg.local_rope_theta if is_local else cfg.rope_theta
             q, key = _rotate(q, position, theta), _rotate(key, position, theta)
         if past_key_values is not None:
             past_key, past_value = past_key_values[i]
