@@ -225,7 +225,7 @@ _GROUPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "pre_norm": (True,),
         "use_post_norm": (False,),
         "use_sandwich_norm": (False,),
-        "post_layer_norm": (True,),  # ChatGLM: a norm behind the last layer
+        "post_layer_norm": (True,),  # ChatGLM: a norm after the last layer
         "_remove_final_layer_norm": (False,),
         "layernorm_embedding": (False,),
         "layer_norm_elementwise_affine": (True,),

@@ -14,8 +14,7 @@ import pytest
 
 from tests.naming import names, naming
 from transformer import bench, encoder, kernels
-from transformer.bench import BenchPlan, Case, Contender, Peaks, Result, decoder_cases
-from transformer.bench import profile as profile
+from transformer.bench import BenchPlan, Case, Contender, Peaks, Result, decoder_cases, profile
 from transformer.bench.measure import argument_sets
 from transformer.config import Config
 from transformer.kernels import exact
@@ -220,21 +219,21 @@ def test_roofline_plot_is_png(tmp_path):
 
 
 def test_plan_selects_cases_and_contenders():
-    result = [
+    cases = [
         make_case(name="matmul 1x2 float32", operation="matmul"),
         make_case(name="decode 1x1 float32"),
     ]
-    assert BenchPlan(names=["dec"]).select(result) == result[1:]
+    assert BenchPlan(names=["dec"]).select(cases) == cases[1:]
     with pytest.raises(ValueError, match=naming("'add'", "matmul", "decode")):
-        BenchPlan(names=["add"]).select(result)
+        BenchPlan(names=["add"]).select(cases)
     with pytest.raises(ValueError, match=naming("norm", "'fused'", *kernels.IMPLS["norm"])):
         BenchPlan(overrides={"norm": "fused"})
     with pytest.raises(ValueError, match=naming("OPERATION=IMPL", "'norm'")):
         bench.parse_overrides(["norm"])
-    impls = [contender.impl for contender in BenchPlan(all_impls=True).contenders(result[0])]
+    impls = [contender.impl for contender in BenchPlan(all_impls=True).contenders(cases[0])]
     assert impls == ["chosen", *kernels.IMPLS["matmul"]]
-    rivals = BenchPlan(overrides={"norm": "reference"}).contenders(result[1])
-    assert [contender.impl for contender in rivals] == ["chosen", "norm=reference"]
+    contenders = BenchPlan(overrides={"norm": "reference"}).contenders(cases[1])
+    assert [contender.impl for contender in contenders] == ["chosen", "norm=reference"]
 
 
 def test_context_beyond_model_is_rejected():
