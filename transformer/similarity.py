@@ -132,7 +132,10 @@ def _fit(vectors, labels, num_classes: int, penalty: float, max_steps: int) -> P
 
     optimizer = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(loss)
-    start = Probe(weight=jnp.zeros((num_classes, vectors.shape[-1])), bias=jnp.zeros(num_classes))
+    # Any, because the annotations of optax exclude dataclasses, although it takes any tree.
+    start: Any = Probe(
+        weight=jnp.zeros((num_classes, vectors.shape[-1])), bias=jnp.zeros(num_classes)
+    )
 
     def step(carry: Any) -> Any:
         probe, state, _, count = carry
@@ -140,8 +143,7 @@ def _fit(vectors, labels, num_classes: int, penalty: float, max_steps: int) -> P
         updates, state = optimizer.update(
             gradient, state, probe, value=value, grad=gradient, value_fn=loss
         )
-        # optax's Params do not include dataclasses, although it takes any tree.
-        probe = optax.apply_updates(probe, updates)  # pyright: ignore[reportArgumentType]
+        probe = optax.apply_updates(probe, updates)
         return probe, state, optax.tree.norm(gradient), count + 1
 
     def is_running(carry):
