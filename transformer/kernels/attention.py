@@ -15,13 +15,27 @@ _MAX_QUERY_BLOCKS = 8  # bounds the compile time: the loop over blocks is unroll
 
 
 @register("attend")
-def reference(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax.Array:
+def reference(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    window: int | None,
+    segments: jax.Array | None,
+) -> jax.Array:
     """Compute attention by the definition, with all scores at once."""
     return attention.attend(q, k, v, window=window, segments=segments)[0]
 
 
 @register("attend")
-def blockwise(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax.Array:
+def blockwise(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    window: int | None,
+    segments: jax.Array | None,
+) -> jax.Array:
     """Compute attention one block of queries at a time, over the keys that the block attends to.
 
     After Rabe & Staats 2021, arXiv:2112.05682, without their blocks of keys. Only the scores of one
@@ -67,7 +81,14 @@ def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) 
 
 
 @register("attend")
-def jax_nn(q, k, v, *, window: int | None, segments: jax.Array | None) -> jax.Array:
+def jax_nn(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    window: int | None,
+    segments: jax.Array | None,
+) -> jax.Array:
     """Call `jax.nn.dot_product_attention`, for comparison."""
     local_window = None if window is None else (window - 1, 0)
     mask = None

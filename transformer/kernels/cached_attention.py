@@ -13,7 +13,15 @@ from transformer.kernels.registry import register
 
 
 @register("attend_cached")
-def reference(q, keys, values, tables, starts, *, window: int | None) -> jax.Array:
+def reference(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    tables: jax.Array,
+    starts: jax.Array,
+    *,
+    window: int | None,
+) -> jax.Array:
     """Compute attention by the definition: gather the blocks of a row, then take one softmax."""
     batch, num_new, num_heads, head_dim = q.shape
     num_kv_heads, size = keys.shape[1], keys.shape[-1]
@@ -35,7 +43,15 @@ def reference(q, keys, values, tables, starts, *, window: int | None) -> jax.Arr
 
 
 @register("attend_cached")
-def blockwise(q, keys, values, tables, starts, *, window: int | None) -> jax.Array:
+def blockwise(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    tables: jax.Array,
+    starts: jax.Array,
+    *,
+    window: int | None,
+) -> jax.Array:
     """Compute attention row by row and block by block with an online softmax.
 
     The online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867) keeps a running maximum and

@@ -10,12 +10,15 @@ Leaves out: RoPE scaling.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 
-def decoder(params, cfg, ids, past_key_values=None) -> np.ndarray:
+def decoder(
+    params: Any, cfg: Any, ids: np.ndarray, past_key_values: Sequence[tuple[Any, Any]] | None = None
+) -> np.ndarray:
     """Return the logits of the last token of each row.
 
     Args:
@@ -82,7 +85,7 @@ def decoder(params, cfg, ids, past_key_values=None) -> np.ndarray:
     return _linear(x, params.embed if params.head is None else params.head)
 
 
-def encoder(params, cfg, ids) -> np.ndarray:
+def encoder(params: Any, cfg: Any, ids: np.ndarray) -> np.ndarray:
     """Return the embeddings of texts of equal length, one per row.
 
     Args:
