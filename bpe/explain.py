@@ -173,7 +173,7 @@ def _token_row(tokens: list[bytes], ids: list[int]) -> str:
 def render_token(token: bytes) -> str:
     """A token on one line: spaces as ·, bytes that are no text in hexadecimal.
 
-    >>> shown(b" low"), shown("é".encode()), shown("é".encode()[:1])
+    >>> render_token(b" low"), render_token("é".encode()), render_token("é".encode()[:1])
     ('·low', 'é', 'C3')
     """
     try:

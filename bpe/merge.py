@@ -26,7 +26,7 @@ def merge(piece: bytes, rank: RankFunction) -> list[bytes]:
     """The tokens of one piece, as bytes, in order.
 
     >>> ranks = {b"ow": 0, b"low": 1, b"er": 2, b"lo": 3}  # what a join makes, and its priority
-    >>> merge(b"lower", lambda left, right: ranks.get(left + right, NEVER))
+    >>> merge(b"lower", lambda left, right: ranks.get(left + right, NO_MERGE))
     [b'low', b'er']
 
     Args:

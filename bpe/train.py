@@ -52,8 +52,8 @@ def learn_merges(
     In "low" five times and "lower" twice, "lo" and "ow" both occur seven times. The smaller ids are
     merged, then what has become of the other pair:
 
-    >>> merges = learn({b"low": 5, b"lower": 2}, 2)
-    >>> merges, list(vocabulary(merges))[256:]
+    >>> merges = learn_merges({b"low": 5, b"lower": 2}, 2)
+    >>> merges, list(build_vocab(merges))[256:]
     ([(75, 78), (256, 86)], [b'lo', b'low'])
 
     Args:
@@ -83,7 +83,7 @@ def learn_merges(
 def merge_pair(word: Sequence[int], pair: Pair, new: int) -> list[int]:
     """The word with `new` in place of each `pair`, from left to right.
 
-    >>> join([5, 7, 7, 7], (7, 7), 300)
+    >>> merge_pair([5, 7, 7, 7], (7, 7), 300)
     [5, 300, 7]
     """
     joined, i = [], 0

@@ -243,7 +243,7 @@ class WordPiece:
 
         >>> special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
         >>> bert = WordPiece({token: id for id, token in enumerate(special)})
-        >>> bert.words("Don't naïvely 数える!")
+        >>> bert.pre_tokenize("Don't naïvely 数える!")
         ['don', "'", 't', 'naively', '数', 'える', '!']
         """
         return self.normalize(text).split()

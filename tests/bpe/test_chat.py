@@ -225,7 +225,7 @@ def test_spans_of_tool_calls(load_model, golden):
     template = load_model(model).chat_template
     chat = golden(model)["chats"][-1]
     text = template.render(chat["messages"], tools=chat["tools"], add_generation_prompt=False)
-    first, second = template.spans(chat["messages"], tools=chat["tools"])
+    first, second = template.assistant_spans(chat["messages"], tools=chat["tools"])
     call = text[slice(*first)]
     assert call.startswith("<tool_call>\n{") and call.endswith("}\n</tool_call><|im_end|>")
     assert text[slice(*second)] == "21 and 25 degrees.<|im_end|>"

@@ -59,7 +59,7 @@ def test_a_bad_pattern_is_named():
 
 
 def test_an_exponential_pattern_ends(monkeypatch):
-    monkeypatch.setattr("bpe.pretokenize.MIN_SECONDS", 0.5)
+    monkeypatch.setattr("bpe.pretokenize.TIMEOUT_BASE_SECONDS", 0.5)
     with pytest.raises(ValueError, match=naming("0.5 s", r"(?:a|a|aa)+\\d$")):
         pieces(r"(?:a|a|aa)+\d$", "a" * 60)
 

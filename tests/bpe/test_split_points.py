@@ -47,7 +47,7 @@ def test_a_place_is_a_seam_if_no_token_reaches_across():
 
 
 def test_what_is_remembered_is_bounded(monkeypatch):
-    monkeypatch.setattr("bpe.split_points._MAX_KNOWN", 5)
+    monkeypatch.setattr("bpe.split_points._MAX_CACHED_PAIRS", 5)
     seams = SplitPoints(encoding(*parts("中文")))
     text = "".join(map(chr, range(0x4E00, 0x4E40))) + "中文"
     assert seams.split(text) == [*text[:-2], "中文"]
