@@ -1,10 +1,11 @@
-"""Text to token ids and back: byte-pair encoding, chat templates, and text that arrives in pieces.
+"""Convert text to token ids and back: byte-pair encoding, chat templates, incremental decoding.
 
-Read in this order: `pretokenize` (cutting text into pieces), `merge` (the algorithm), `train`
-(where merges come from), `vocab` and `encoding` (all of it together). Then `vocabularies` and
-`formats` (those in use), `save`, `stream` and `chat`; `boundaries`, `seams`, `tables`, `bulk` and
-`train_fast` (the same for much text, with NumPy), `trainer`; `wordpiece` (the other way to cut a
-word). `python -m bpe "some text"` shows tokens, `explain` how they came about.
+Read in this order: `pretokenize` (splits text into pieces), `merge` (the algorithm), `train` (how
+merges are learned), `vocab` and `encoding` (the complete tokenizer). Then `openai_encodings` and
+`formats` (vocabularies in use), `save`, `stream` and `chat`; `fast_pretokenizer`, `split_points`,
+`hash_table`, `fast_encoder` and `train_fast` (the same results for long texts, with NumPy),
+`trainer`; and `wordpiece` (the tokenizer of BERT). `python -m bpe "some text"` prints tokens;
+`explain` prints the merges that lead to them.
 
     import bpe
 

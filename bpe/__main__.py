@@ -1,15 +1,16 @@
-"""Tokens from the command line: `python -m bpe "hello world"` shows how a text is cut.
+"""Print tokens on the command line: `python -m bpe "hello world"` shows how a text is tokenized.
 
-    python -m bpe [show] TEXT     pieces in colours and their ids; in a pipe, a line for each token
-    python -m bpe encode TEXT     ids
-    python -m bpe decode ID ...   text
-    python -m bpe count TEXT      how many tokens, and how far one reaches
-    python -m bpe compare TEXT    the same for several vocabularies
-    python -m bpe explain TEXT    the merges of every word, one by one
-    python -m bpe train FILE ...  a vocabulary of your own
+    python -m bpe [show] TEXT     colored tokens and their ids; in a pipe, one token per line
+    python -m bpe encode TEXT     print the token ids
+    python -m bpe decode ID ...   print the text
+    python -m bpe count TEXT      count tokens, and characters and words per token
+    python -m bpe compare TEXT    the same counts for several vocabularies
+    python -m bpe explain TEXT    print every merge of every word
+    python -m bpe train FILE ...  train a vocabulary
 
-Texts may also be files (`-f`) or standard input. The answer goes to standard output and nothing
-else does; with `--json` it is one JSON object. Errors exit with 1, wrong usage with 2.
+Text can also come from files (`-f`) or from standard input. Only results are written to standard
+output; with `--json` the result is one JSON object. The exit status is 1 for an error and 2 for
+wrong usage.
 """
 
 from __future__ import annotations
@@ -30,12 +31,16 @@ import bpe
 from bpe import explain
 from bpe.pretokenize import PATTERNS
 
-_BACKGROUNDS = (153, 223, 157, 217, 189)  # pale ones of the terminal's 256, under black text
+_BACKGROUNDS = (153, 223, 157, 217, 189)  # pale colors of the 256-color palette, for black text
 _DEFAULT_VOCAB = "o200k_base"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns its exit status."""
+    """Run one command and return its exit status.
+
+    Args:
+        argv: the arguments, without the program name; None takes those of the process.
+    """
     argv = sys.argv[1:] if argv is None else argv
     parser, commands = _build_parser()
     if not argv and sys.stdin.isatty():
@@ -44,18 +49,18 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] not in {*commands, "-h", "--help"}:
         argv = ["show", *argv]
     args = parser.parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows its code
+    if isinstance(sys.stdout, io.TextIOWrapper):  # escape what the terminal cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         commands[args.command](args)
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # the reader, such as `| head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else error
-        print(f"python -m bpe: {what}", file=sys.stderr)
+        message = f"{error.filename}: {error.strerror}" if error.filename else error
+        print(f"python -m bpe: {message}", file=sys.stderr)
         return 1
     except (ValueError, ModuleNotFoundError) as error:
         print(f"python -m bpe: {error}", file=sys.stderr)
@@ -66,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 def _build_parser() -> tuple[argparse.ArgumentParser, dict]:
     parser = argparse.ArgumentParser(
         prog="python -m bpe",
-        description='Tokens. `python -m bpe "some text"` shows how it is cut.',
+        description='Tokenize text. `python -m bpe "some text"` shows its tokens.',
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands = {}
@@ -75,59 +80,61 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict]:
         commands[name] = function
         return subparsers.add_parser(name, help=help, description=help[:1].upper() + help[1:] + ".")
 
-    def vocabulary(parser: argparse.ArgumentParser) -> None:
+    def add_vocab_option(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--vocab",
             default=_DEFAULT_VOCAB,
             metavar="NAME|PATH",
-            help="an encoding of OpenAI's, a model of theirs, a .gguf or .tiktoken file, "
-            f"a tokenizer.json, or a folder holding one; default {_DEFAULT_VOCAB}",
+            help="name of an OpenAI encoding or model, a .gguf or .tiktoken file, "
+            f"a tokenizer.json, or the folder of one; default {_DEFAULT_VOCAB}",
         )
 
-    def text(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("text", nargs="?", help="the text; standard input if not given")
+    def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("text", nargs="?", help="the text; default: standard input")
         parser.add_argument(
-            "-f", "--file", action="append", type=Path, help="read the text from here (repeatable)"
+            "-f", "--file", action="append", type=Path, help="read text from a file (repeatable)"
         )
 
     show = command(_show, "show", "show the tokens of a text")
     encode = command(_encode, "encode", "print the ids of a text")
     decode = command(_decode, "decode", "print the text of ids")
-    count = command(_count, "count", "count tokens, and measure how much text one is")
-    compare = command(_compare, "compare", "measure a text with several vocabularies")
-    merges = command(_explain, "explain", "show the merges of every word, one by one")
+    count = command(_count, "count", "count tokens, and characters and words per token")
+    compare = command(_compare, "compare", "count tokens with several vocabularies")
+    merges = command(_explain, "explain", "show every merge of every word")
     train = command(_train, "train", "train a vocabulary on files")
 
-    for each in (show, encode, count, merges):
-        vocabulary(each)
-        text(each)
-    vocabulary(decode)
-    decode.add_argument("ids", nargs="*", help="ids; standard input if not given")
-    text(compare)
+    for subparser in (show, encode, count, merges):
+        add_vocab_option(subparser)
+        add_text_arguments(subparser)
+    add_vocab_option(decode)
+    decode.add_argument("ids", nargs="*", help="token ids; default: standard input")
+    add_text_arguments(compare)
     compare.add_argument(
         "--vocab",
         action="append",
         metavar="NAME|PATH",
-        help="one to compare (repeatable); default: OpenAI's encodings",
+        help="a vocabulary to compare (repeatable); default: the OpenAI encodings",
     )
-    for each in (encode, count, compare):
-        each.add_argument("--json", action="store_true", help="print a JSON object")
+    for subparser in (encode, count, compare):
+        subparser.add_argument("--json", action="store_true", help="print a JSON object")
 
-    train.add_argument("files", nargs="+", metavar="FILE", help="texts in UTF-8")
+    train.add_argument("files", nargs="+", metavar="FILE", help="text files in UTF-8")
     train.add_argument(
         "-o",
         "--output",
         action="append",
         required=True,
         type=Path,
-        help="where to: a .json holds all, a .tiktoken tokens and ranks (repeatable)",
+        help="output file (repeatable): .json is complete, .tiktoken holds tokens and ranks only",
     )
-    train.add_argument("--vocab-size", type=int, default=32_000, help="tokens; default 32000")
+    train.add_argument(
+        "--vocab-size", type=int, default=32_000, help="number of tokens; default 32000"
+    )
     train.add_argument(
         "--pattern",
         default="gpt2",
         metavar="NAME|REGEX",
-        help=f"the split pattern: {', '.join(PATTERNS)}, or one of your own; default gpt2",
+        help=f"split pattern: {', '.join(PATTERNS)}, or a regular expression; default gpt2",
     )
     train.add_argument(
         "--special-token",
@@ -138,9 +145,9 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict]:
     )
     train.add_argument("--special", action="append", help=argparse.SUPPRESS)  # old name
     train.add_argument(
-        "--min-frequency", type=int, default=2, help="times a pair must occur; default 2"
+        "--min-frequency", type=int, default=2, help="minimum count of a merged pair; default 2"
     )
-    train.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    train.add_argument("-q", "--quiet", action="store_true", help="print no progress")
     return parser, commands
 
 
@@ -150,9 +157,9 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict]:
 def _show(args: argparse.Namespace) -> None:
     encoding = _load_encoding(args.vocab)
     ids = encoding.encode(_read_text(args), allowed_special="all")
-    pieces = encoding.decode_tokens_bytes(ids)
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    print((format_colored if colour else format_plain)(ids, pieces))
+    tokens = encoding.decode_tokens_bytes(ids)
+    use_color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print((format_colored if use_color else format_plain)(ids, tokens))
 
 
 def _encode(args: argparse.Namespace) -> None:
@@ -167,7 +174,7 @@ def _decode(args: argparse.Namespace) -> None:
         try:
             ids.append(int(word))
         except ValueError:
-            raise ValueError(f"{word!r} is not an id") from None
+            raise ValueError(f"{word!r} is not a token id; ids are integers") from None
     try:
         data = encoding.decode_bytes(ids)
     except (KeyError, OverflowError) as error:
@@ -192,13 +199,13 @@ def _count(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace) -> None:
     text = _read_text(args)
     names = args.vocab or bpe.list_encoding_names()
-    found = {name: explain.measure(_load_encoding(name), text) for name in names}
+    results = {name: explain.measure(_load_encoding(name), text) for name in names}
     if args.json:
-        print(json.dumps({name: _as_dict(measures) for name, measures in found.items()}))
+        print(json.dumps({name: _as_dict(measures) for name, measures in results.items()}))
         return
-    width = max(10, *map(len, found))
+    width = max(10, *map(len, results))
     print(f"{'':{width}}  {'tokens':>10}  characters a token  words a token")
-    for name, measures in found.items():
+    for name, measures in results.items():
         characters = measures.per_token(measures.characters)
         words = measures.per_token(measures.words)
         print(f"{name:{width}}  {measures.tokens:>10,}  {characters:>18.2f}  {words:>13.2f}")
@@ -214,19 +221,19 @@ def _train(args: argparse.Namespace) -> None:
     from bpe.trainer import train
 
     for path in args.output:
-        check_output_path(path)  # before the work, not after it
+        check_output_path(path)  # fail before training, not after it
     pattern = _resolve_pattern(args.pattern)
     started = time.perf_counter()
-    noted = -1.0
+    last_update = -1.0
 
-    def progress(stage: str, done: int, total: int | None) -> None:
-        nonlocal noted
-        if (now := time.perf_counter()) - noted > 0.2:
-            noted = now
-            of = f" of {total:,}" if total else " characters"
-            print(f"\r\x1b[K{stage}: {done:,}{of}", end="", file=sys.stderr, flush=True)
+    def print_progress(stage: str, done: int, total: int | None) -> None:
+        nonlocal last_update
+        if (now := time.perf_counter()) - last_update > 0.2:
+            last_update = now
+            unit = f" of {total:,}" if total else " characters"
+            print(f"\r\x1b[K{stage}: {done:,}{unit}", end="", file=sys.stderr, flush=True)
 
-    terminal = sys.stderr.isatty() and not args.quiet
+    show_progress = sys.stderr.isatty() and not args.quiet
     encoding = train(
         read_files(args.files),
         vocab_size=args.vocab_size,
@@ -234,9 +241,9 @@ def _train(args: argparse.Namespace) -> None:
         special_tokens=args.special or ["<|endoftext|>"],
         min_frequency=args.min_frequency,
         name=args.output[0].stem,
-        progress=progress if terminal else None,
+        progress=print_progress if show_progress else None,
     )
-    if terminal:
+    if show_progress:
         print("\r\x1b[K", end="", file=sys.stderr)
     if not args.quiet:
         seconds = time.perf_counter() - started
@@ -246,7 +253,7 @@ def _train(args: argparse.Namespace) -> None:
         print(path)
 
 
-# What they share
+# Helpers
 
 
 def _read_text(args: argparse.Namespace) -> str:
@@ -255,11 +262,11 @@ def _read_text(args: argparse.Namespace) -> str:
         try:
             parts.append(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8: {error}") from None
+            raise ValueError(f"{path} is not UTF-8: {error}") from None
     text = "".join(parts) if parts else sys.stdin.read()
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # so Python hands over bytes that it could not decode
+    except UnicodeEncodeError as error:  # Python passes undecodable bytes as lone surrogates
         raise ValueError(
             f"the text is not UTF-8: character {error.start} is {text[error.start]!r}"
         ) from None
@@ -267,21 +274,21 @@ def _read_text(args: argparse.Namespace) -> str:
 
 
 def _resolve_pattern(name: str) -> str:
-    """A split pattern: one of ours by its name, or a regular expression as it is."""
+    """Return the split pattern of a name in `PATTERNS`, or `name` itself as a pattern."""
     if name in PATTERNS:
         return PATTERNS[name]
-    if re.fullmatch(r"[\w-]+", name):  # as a pattern, it would find this word and nothing else
-        close = difflib.get_close_matches(name, PATTERNS, 1)
+    if re.fullmatch(r"[\w-]+", name):  # a misspelled name; as a pattern it matches only itself
+        matches = difflib.get_close_matches(name, PATTERNS, 1)
         raise ValueError(
-            f"--pattern {name}: no pattern has this name"
-            + (f"; did you mean {close[0]}?" if close else f"; there are {', '.join(PATTERNS)}")
-            + f" (a regular expression for just this word is (?:{name}))"
+            f"--pattern {name}: unknown pattern"
+            + (f"; did you mean {matches[0]}?" if matches else f"; choose {', '.join(PATTERNS)}")
+            + f" (to match just this word, write (?:{name}))"
         )
     return name
 
 
 def _load_encoding(name: str) -> bpe.Encoding:
-    """An encoding by its own name, from a file, or by the name of a model of OpenAI's."""
+    """Return the encoding of an encoding name, a file, a folder, or an OpenAI model name."""
     if name in bpe.list_encoding_names():
         return bpe.get_encoding(name)
     if Path(name).exists() or Path(name).suffix in (".gguf", ".json", ".tiktoken"):
@@ -289,9 +296,9 @@ def _load_encoding(name: str) -> bpe.Encoding:
     try:
         return bpe.encoding_for_model(name)
     except KeyError:
-        known = ", ".join(bpe.list_encoding_names())
+        encoding_names = ", ".join(bpe.list_encoding_names())
         raise ValueError(
-            f"--vocab {name}: neither an encoding ({known}), nor a file, nor a model of OpenAI's"
+            f"--vocab {name}: not an encoding ({encoding_names}), a file, or an OpenAI model"
         ) from None
 
 
@@ -302,36 +309,39 @@ def _as_dict(measures: explain.Measures) -> dict[str, float]:
     }
 
 
-def format_plain(ids: Sequence[int], pieces: Sequence[bytes]) -> str:
-    """One line for each token; one that holds half a character is shown as bytes: b'\\xf0\\x9f'."""
+def format_plain(ids: Sequence[int], tokens: Sequence[bytes]) -> str:
+    """Return one line per token: its id, a tab, and its text.
+
+    A token that is not complete UTF-8 is written as bytes: b'\\xf0\\x9f'.
+    """
     lines = []
-    for id, piece in zip(ids, pieces, strict=True):
+    for id, token in zip(ids, tokens, strict=True):
         try:
-            lines.append(f"{id}\t{piece.decode()!r}")
+            lines.append(f"{id}\t{token.decode()!r}")
         except UnicodeDecodeError:
-            lines.append(f"{id}\t{piece!r}")
+            lines.append(f"{id}\t{token!r}")
     return "\n".join(lines)
 
 
-def format_colored(ids: Sequence[int], pieces: Sequence[bytes]) -> str:
-    """The text in one paragraph of coloured pieces, and the ids in another."""
+def format_colored(ids: Sequence[int], tokens: Sequence[bytes]) -> str:
+    """Return the tokens in alternating background colors, then their ids in the same colors."""
 
-    def paint(i: int, text: str) -> str:
+    def colorize(i: int, text: str) -> str:
         return f"\x1b[30;48;5;{_BACKGROUNDS[i % len(_BACKGROUNDS)]}m{text}\x1b[0m"
 
-    # What could move the cursor is shown as an escape; a newline also ends the line.
-    shown = [
+    # Escape control characters, which could move the cursor. A newline also ends the line.
+    escaped = [
         "".join(
             c if c.isprintable() else repr(c)[1:-1] + "\n" * (c == "\n")
-            for c in piece.decode(errors="backslashreplace")
+            for c in token.decode(errors="backslashreplace")
         )
-        for piece in pieces
+        for token in tokens
     ]
     text = "".join(
-        "\n".join(paint(i, line) if line else "" for line in piece.split("\n"))
-        for i, piece in enumerate(shown)
+        "\n".join(colorize(i, line) if line else "" for line in token.split("\n"))
+        for i, token in enumerate(escaped)
     )
-    return text + "\n\n" + " ".join(paint(i, str(id)) for i, id in enumerate(ids))
+    return text + "\n\n" + " ".join(colorize(i, str(id)) for i, id in enumerate(ids))
 
 
 if __name__ == "__main__":

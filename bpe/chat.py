@@ -1,14 +1,15 @@
-"""Chat templates: from a list of messages to the text, or the token ids, that a model was tuned on.
+"""Apply chat templates: convert a list of messages to the text or token ids that a model expects.
 
-A template is a small Jinja program that comes with the model; what it sees and which helpers it may
-call follow `apply_chat_template` of transformers. Beyond rendering, this module answers two
-questions that text alone cannot:
+A template is a small Jinja program that comes with the model. Its variables and helper functions
+follow `apply_chat_template` of transformers. This module also answers two questions that the
+rendered text alone cannot answer:
 
-- Which special tokens did the template write, and which did a user type? (`ChatTemplate.encode`)
-- Which part of the text did the assistant say? (`ChatTemplate.spans`, in tokens `encode_turns`)
+- Which special tokens come from the template, and which from a user? (`ChatTemplate.encode`)
+- Which part of the text comes from the assistant? (`ChatTemplate.assistant_spans`, and in tokens
+  `ChatTemplate.encode_with_assistant_spans`)
 
-Both use noncharacters: 32 code points (U+FDD0 to U+FDEF) that Unicode promises never to assign, so
-they can travel through a template as marks and be taken out again.
+Both use noncharacters, the 32 code points U+FDD0 to U+FDEF that Unicode never assigns. They are
+inserted as marks before rendering and removed afterwards.
 
 jinja2 is imported when the first template is rendered.
 """
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     import jinja2
 
 Message = Mapping[str, Any]
-"""One message: `role`, `content`, and whatever else the template knows (`tool_calls`, ...)."""
+"""One message: `role`, `content`, and other keys that the template uses (`tool_calls`, ...)."""
 
 
 class ChatTemplate:
@@ -37,10 +38,10 @@ class ChatTemplate:
 
     Attributes:
         source: the Jinja source.
-        bos_token: what the template gets as `bos_token`.
-        eos_token: what the template gets as `eos_token`.
-        stop_tokens: the tokens that end a turn, `eos_token` among them.
-        tool_use: the template that takes its place where tools are given, if there is one.
+        bos_token: the template variable `bos_token`.
+        eos_token: the template variable `eos_token`.
+        stop_tokens: the tokens that end a message, including `eos_token`.
+        tool_use_template: the template to use instead when a request has tools, or None.
     """
 
     def __init__(
@@ -68,18 +69,18 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The conversation as text.
+        """Return the conversation as text.
 
-        The role "developer" is given to the template as "system" unless its source mentions it.
+        The role "developer" is passed to the template as "system" unless its source mentions it.
 
         Args:
-            messages: the conversation; `content` must be what the template expects, usually a
-                string.
-            add_generation_prompt: whether to end with the beginning of the assistant's next turn.
+            messages: the conversation; `content` must have the type that the template expects,
+                usually a string.
+            add_generation_prompt: whether to append the header of the next assistant message.
             tools: JSON schemas of the functions that the model may call.
 
         Raises:
-            ValueError: if the template fails, refuses the messages, or exceeds its limits.
+            ValueError: if the template fails, rejects the messages, or exceeds its limits.
         """
         if tools is not None and self.tool_use_template is not None:
             return self.tool_use_template.render(
@@ -96,19 +97,25 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
-        """The conversation as token ids, in which only the template can write special tokens.
+        """Return the conversation as token ids, with special tokens from the template only.
 
-        A user who types "<|im_end|>" gets the ordinary tokens of those ten characters. Text that
-        spells no special token gives the same ids as encoding the rendered text would.
+        A user who types "<|im_end|>" gets the ordinary tokens of those ten characters. Text without
+        special tokens gives the same ids as encoding the rendered text.
 
-        How: before rendering, a mark is put in front of every special token that is spelled in a
-        message or a tool, and of every part of one at the beginning or end of a string (what comes
-        before or after might complete it). In the rendered text, special tokens with a mark before
-        them do not count, and the marks are removed. One thing is up to the caller: a template that
-        writes `"<|" + role + "|>"` means it, so roles must be checked.
+        Before rendering, a mark is inserted in front of every special token that occurs in a
+        message or a tool, and of every part of one at the beginning or end of a string, because
+        adjacent text might complete it. In the rendered text, special tokens after a mark are
+        ordinary text, and the marks are removed. The caller must check the roles: a template may
+        build a special token from one, as in `"<|" + role + "|>"`.
+
+        Args:
+            encoding: the vocabulary.
+            messages: as in `render`.
+            add_generation_prompt: as in `render`.
+            tools: as in `render`.
 
         Raises:
-            ValueError: as `render` does.
+            ValueError: as in `render`.
         """
         ids: list[int] = []
         for part, is_special in self._parts(encoding, messages, tools, add_generation_prompt):
@@ -125,41 +132,46 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """A finished conversation as token ids, and where among them the assistant speaks.
+        """Return a complete conversation as token ids, and the spans of assistant messages.
 
-        The text is cut where a turn begins and where it ends, and what stands between is encoded by
-        itself: so the ids before a turn are those that the model reads before it answers.
+        The text is split at both ends of each span, and the segments are encoded separately.
+        Therefore the ids before a span are those that the model reads before it answers.
+
+        Args:
+            encoding: the vocabulary.
+            messages: as in `render`.
+            tools: as in `render`.
 
         Returns:
-            The ids, and (start, end) in tokens for each assistant message, as `spans` gives them.
+            The ids, and (start, end) in tokens of each assistant message, see `assistant_spans`.
 
         Raises:
-            ValueError: as `spans` does.
+            ValueError: as in `assistant_spans`, or if a span begins or ends within a special token.
         """
         spans = self.assistant_spans(messages, tools=tools)
-        cuts = sorted({at for span in spans for at in span})
+        boundaries = sorted({offset for span in spans for offset in span})
         ids: list[int] = []
-        token_at: dict[int, int] = {}  # where in the text each part begins, and where among the ids
+        token_offsets: dict[int, int] = {}  # character offset of a segment -> index of its first id
         start = 0
         for part, is_special in self._parts(encoding, messages, tools, False):
             end = start + len(part)
-            inside = [] if is_special else [at for at in cuts if start < at < end]
+            inside = [] if is_special else [b for b in boundaries if start < b < end]
             for left, right in itertools.pairwise([start, *inside, end]):
-                token_at[left] = len(ids)
+                token_offsets[left] = len(ids)
                 if is_special:
                     ids.append(encoding.special_tokens[part])
                 else:
                     ids += encoding.encode_ordinary(part[left - start : right - start])
             start = end
-        token_at[start] = len(ids)
-        if not token_at.keys() >= set(cuts):
-            raise ValueError("the template lets a turn begin or end within a special token")
-        return ids, [(token_at[start], token_at[end]) for start, end in spans]
+        token_offsets[start] = len(ids)
+        if not token_offsets.keys() >= set(boundaries):
+            raise ValueError("an assistant message begins or ends within a special token")
+        return ids, [(token_offsets[start], token_offsets[end]) for start, end in spans]
 
     def _parts(
         self, encoding: Encoding, messages: Any, tools: Any, add_generation_prompt: bool
     ) -> Iterator[tuple[str, bool]]:
-        """The rendered text in parts: (text, whether it is one special token of the template)."""
+        """Yield the rendered text as (text, whether it is a special token of the template)."""
         if tools is not None and self.tool_use_template is not None:
             yield from self.tool_use_template._parts(
                 encoding, messages, tools, add_generation_prompt
@@ -171,8 +183,8 @@ class ChatTemplate:
             yield self._run(messages, tools, add_generation_prompt), False
             return
         (mark,) = self._unused_marks((messages, tools), 1)
-        spelled = _spelled_pattern(specials)
-        messages, tools = _map_strings(lambda s: spelled.sub(mark, s), (messages, tools))
+        pattern = _special_text_pattern(specials)
+        messages, tools = _map_strings(lambda s: pattern.sub(mark, s), (messages, tools))
         rendered = self._run(messages, tools, add_generation_prompt)
         for i, part in enumerate(_unmarked_pattern(specials, mark).split(rendered)):
             if i % 2:
@@ -186,18 +198,22 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[tuple[int, int]]:
-        """Where the assistant speaks in `render(messages, add_generation_prompt=False)`.
+        """Return the spans of assistant text in `render(messages, add_generation_prompt=False)`.
 
-        A span begins where the model would take over and includes the end-of-turn token that
-        follows the message: who learns from it must learn to stop. It does not include what the
-        template puts after that token (often a newline). If the template says itself what the
-        model writes, by `{% generation %}`, that is returned unchanged.
+        A span begins where generation would begin and includes the end-of-turn token after the
+        message, so that a model trained on it learns to stop. It does not include what the template
+        writes after that token, often a newline. If the template marks the generated text itself,
+        with `{% generation %}`, those spans are returned unchanged.
+
+        Args:
+            messages: as in `render`.
+            tools: as in `render`.
 
         Returns:
             (start, end) in characters, one for each assistant message, in order.
 
         Raises:
-            ValueError: as `render` does, or if a turn cannot be found in the rendered text.
+            ValueError: as in `render`, or if a message cannot be found in the rendered text.
         """
         if tools is not None and self.tool_use_template is not None:
             return self.tool_use_template.assistant_spans(messages, tools=tools)
@@ -216,22 +232,22 @@ class ChatTemplate:
     def _assistant_span(
         self, messages: list[Any], tools: list[Any] | None, text: str, i: int, mark: str
     ) -> tuple[int, int]:
-        """The span of message `i`: replace it by a mark and see which part of `text` changes.
+        """Return the span of message `i`: the part of `text` that changes if a mark replaces it.
 
-        So whatever the template does with a message (trim it, cut its reasoning, write its tool
-        calls), we take what came of it.
+        This works whatever the template does with a message: trim it, remove its reasoning, or
+        write its tool calls.
         """
         replaced = [*messages[:i], {"role": "assistant", "content": mark}, *messages[i + 1 :]]
-        other = self._run(replaced, tools, False)
-        if other.count(mark) != 1:
+        rendered = self._run(replaced, tools, False)
+        if rendered.count(mark) != 1:
             raise ValueError(
                 f"cannot find message {i} in the rendered text: the template writes its content "
-                f"{other.count(mark)} times; mark it by {{% generation %}} in the template"
+                f"{rendered.count(mark)} times; mark it with {{% generation %}} in the template"
             )
-        start = len(commonprefix([text, other]))
-        end = len(text) - len(commonprefix([text[start:][::-1], other[start:][::-1]]))
-        # What stands before the content may be the model's to write as well ("<think>"). Some
-        # templates refuse a conversation cut short; then we cannot tell.
+        start = len(commonprefix([text, rendered]))
+        end = len(text) - len(commonprefix([text[start:][::-1], rendered[start:][::-1]]))
+        # The model may also have to generate text before the content ("<think>"). Some templates
+        # reject a truncated conversation; then the span begins at the content.
         with contextlib.suppress(ValueError):
             prompt = self._run(messages[:i], tools, True)
             if text.startswith(prompt):
@@ -239,7 +255,7 @@ class ChatTemplate:
         return start, end + _end_of_turn_length(text[end:], self.stop_tokens)
 
     def _prepare(self, messages: Any, tools: Any) -> tuple[list[Any], list[Any] | None]:
-        """Plain copies of the arguments: lists and dicts of JSON's types, nothing with methods."""
+        """Copy the arguments to plain lists and dicts of JSON types, without methods to call."""
         messages, tools = _map_strings(str.__str__, (list(messages), tools))
         if "developer" not in self.source:
             for message in messages:
@@ -254,7 +270,9 @@ class ChatTemplate:
         try:
             value_size([messages, tools])
         except ValueError:
-            raise ValueError(f"messages and tools hold more than {MAX_SIZE} characters") from None
+            raise ValueError(
+                f"messages and tools hold more than {MAX_SIZE} characters; shorten them"
+            ) from None
         parts, length = [], 0
         try:
             with metered():
@@ -271,15 +289,15 @@ class ChatTemplate:
                     length += len(part)
                     if length > MAX_SIZE:
                         raise ValueError(f"it writes more than {MAX_SIZE} characters")
-        except Exception as error:  # whatever it is, the template or the messages caused it
+        except Exception as error:  # caused by the template or the messages, of any type
             raise ValueError(f"chat template failed: {error}") from error
         return "".join(parts)
 
     def compile(self) -> None:
-        """Compile the template now, not when a conversation is first rendered.
+        """Compile the template now instead of at the first rendering.
 
         Raises:
-            ValueError: it has a mistake.
+            ValueError: if the template is too long or has a syntax error.
         """
         _ = self._template
 
@@ -290,17 +308,19 @@ class ChatTemplate:
         return Sandbox().load(self.source)
 
     def _unused_marks(self, value: Any, count: int) -> list[str]:
-        """Noncharacters that neither the template nor any string in `value` contains."""
+        """Return noncharacters that occur neither in the template nor in any string of `value`."""
         used = set(self.source)
         _map_strings(lambda s: used.update(s) or s, value)
         free = [c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in used]
         if len(free) < count:
-            raise ValueError("the messages contain all the noncharacters from U+FDD0 to U+FDEF")
+            raise ValueError(
+                "the messages contain all the noncharacters from U+FDD0 to U+FDEF; remove one"
+            )
         return free[:count]
 
 
 def _map_strings(function: Callable[[str], str], value: Any) -> Any:
-    """A copy of a JSON-like value with `function` applied to every string, keys included."""
+    """Copy a JSON-like value with `function` applied to every string, including keys."""
     if isinstance(value, str):
         return function(value)
     if value is None or isinstance(value, bool | int | float):
@@ -309,18 +329,21 @@ def _map_strings(function: Callable[[str], str], value: Any) -> Any:
         return {_map_strings(function, k): _map_strings(function, v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_map_strings(function, item) for item in value]
-    raise ValueError(f"messages and tools hold only JSON's types, not {type(value).__name__}")
+    raise ValueError(f"messages and tools must hold JSON types only, not {type(value).__name__}")
 
 
 @functools.lru_cache(maxsize=16)
-def _spelled_pattern(specials: frozenset[str]) -> re.Pattern[str]:
-    """Matches, without width, where a special token or a part of one that can be joined begins."""
-    cuts = [(token, n) for token in specials for n in range(1, len(token))]
-    beginnings = _any_of({token[:n] for token, n in cuts}) or "(?!)"
-    endings = _any_of({token[n:] for token, n in cuts}) or "(?!)"
+def _special_text_pattern(specials: frozenset[str]) -> re.Pattern[str]:
+    """Return a zero-width pattern for the start of a special token, or of a part at a string end.
+
+    Text before or after the string might complete such a part.
+    """
+    splits = [(token, n) for token in specials for n in range(1, len(token))]
+    prefixes = _any_of({token[:n] for token, n in splits}) or "(?!)"
+    suffixes = _any_of({token[n:] for token, n in splits}) or "(?!)"
     first = "".join(re.escape(token[0]) for token in specials)  # to fail fast on other text
     return re.compile(
-        f"(?=[{first}])(?=(?:{_any_of(specials)})|(?:{beginnings})\\Z)|\\A(?={endings})"
+        f"(?=[{first}])(?=(?:{_any_of(specials)})|(?:{prefixes})\\Z)|\\A(?={suffixes})"
     )
 
 
@@ -346,9 +369,9 @@ def _marked_spans(marked: str, open_mark: str, close_mark: str) -> list[tuple[in
 
 
 def _end_of_turn_length(text: str, stop_tokens: Collection[str]) -> int:
-    """Length of the end-of-turn token at the beginning of `text`, 0 if there is none.
+    """Return the length of the end-of-turn token at the beginning of `text`, 0 without one.
 
-    That is a stop token, perhaps after white space, or else what looks like one special token.
+    It is a stop token, optionally after whitespace, or text in angle brackets.
     """
     if stop_tokens and (match := re.match(rf"\s*(?:{_any_of(stop_tokens)})", text)):
         return match.end()

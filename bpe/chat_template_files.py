@@ -1,14 +1,14 @@
-"""Where a model keeps its chat templates: the files of a folder, by name.
+"""Find the chat templates of a model: read them, by name, from the files of its folder.
 
-Follows `PreTrainedTokenizerBase.from_pretrained` of transformers 5. The first that is there counts:
+Follows `PreTrainedTokenizerBase.from_pretrained` of transformers 5. The first existing source is
+used:
 
 1. `chat_template.jinja`, which is "default", and `additional_chat_templates/NAME.jinja`;
 2. `chat_template` in tokenizer_config.json: a string, or a list of objects with `name` and
    `template`;
-3. `chat_template.json`, which older processors wrote beside models that also see or hear, in the
-   same form.
+3. `chat_template.json`, which older processors of multimodal models wrote, in the same form.
 
-A template called "tool_use" takes the place of "default" when a request has tools.
+A template called "tool_use" replaces "default" when a request has tools.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 
 
 def read_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """The Jinja sources of a folder's chat templates, by name.
+    """Return the Jinja sources of a folder's chat templates, by name.
 
     Args:
-        folder: holds the files.
-        config: its tokenizer_config.json.
+        folder: the folder of the model.
+        config: the content of its tokenizer_config.json.
 
     Raises:
-        ValueError: a file is damaged, or a template is no string.
+        ValueError: if a file is damaged, or a template is not a string.
     """
     paths = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     files = {path.stem: path for path in paths}
@@ -37,22 +37,27 @@ def read_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, st
         return {name: _read_text(path) for name, path in files.items()}
     if (value := config.get("chat_template")) is not None:
         return parse_chat_templates(value, f"{folder / 'tokenizer_config.json'}: chat_template")
-    if (old := folder / "chat_template.json").is_file():
+    if (legacy := folder / "chat_template.json").is_file():
         try:
-            content = json.loads(_read_text(old))
+            content = json.loads(_read_text(legacy))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{old}: not a JSON file: {error}") from error
+            raise ValueError(f"{legacy} is not a JSON file: {error}") from error
         if not isinstance(content, dict) or content.get("chat_template") is None:
-            raise ValueError(f"{old}: chat_template is missing")
-        return parse_chat_templates(content["chat_template"], f"{old}: chat_template")
+            raise ValueError(f"{legacy}: chat_template is missing")
+        return parse_chat_templates(content["chat_template"], f"{legacy}: chat_template")
     return {}
 
 
 def parse_chat_templates(value: Any, where: str) -> dict[str, str]:
-    """The templates that a JSON value holds: one, a list of named ones, or an object of them.
+    """Return the templates of a JSON value, by name.
+
+    Args:
+        value: one template, a list of objects with `name` and `template`, or an object that maps
+            names to templates.
+        where: the file and key, for error messages.
 
     Raises:
-        ValueError: it has another form.
+        ValueError: if the value has another form.
     """
     if isinstance(value, str):
         return {"default": value} if value else {}
@@ -72,4 +77,4 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error}") from error
+        raise ValueError(f"{path} is not UTF-8: {error}") from error

@@ -1,8 +1,9 @@
-"""Text to token ids and back: the object everything else holds, with the contract of tiktoken.
+"""Encode text to token ids and decode ids to text: the class `Encoding`, with the API of tiktoken.
 
-Three steps forward: find the special tokens that the caller allows (they stand for themselves), cut
-the rest into pieces (`pretokenize`), cover each piece with tokens (`merge`). Backward is a table.
-Long texts take another way to the same ids (`bulk`), long Chinese pieces are cut further (`seams`).
+Encoding has three steps: find the special tokens that the caller allows, split the remaining text
+into pieces (`pretokenize`), and merge the bytes of each piece into tokens (`merge`). Decoding is a
+lookup. Long texts are encoded to the same ids by `fast_encoder`; long Chinese pieces are split
+further by `split_points`.
 """
 
 from __future__ import annotations
@@ -30,23 +31,23 @@ if TYPE_CHECKING:
 Allowed = Literal["all"] | AbstractSet[str]
 Disallowed = Literal["all"] | Collection[str]
 
-# Text repeats its words. One entry is some 300 bytes; a cache that is full starts anew.
+# Text repeats its words. An entry takes about 300 bytes; a full cache is cleared.
 _CACHE_ENTRIES = 1 << 15
-_MAX_CACHED_PIECE = 64  # characters; longer pieces hardly come again
-_LONG_PIECE = 12  # characters; longer pieces that are not ASCII are cut further (`seams`)
+_MAX_CACHED_PIECE = 64  # characters; longer pieces rarely repeat
+_LONG_PIECE = 12  # characters; longer non-ASCII pieces are split further (`split_points`)
 
-# From so many characters on, `bulk` is faster; its tables take some 0.3 s to make, once.
+# `fast_encoder` is faster from this length on. Building its tables takes about 0.3 s, once.
 _FAST_ENCODE_MIN_CHARS = 1 << 15
-_FAST_DECODE_MIN_IDS = 1 << 10  # ids to decode
+_FAST_DECODE_MIN_IDS = 1 << 10
 
 
 class Encoding(Vocab):
-    """A vocabulary with its rules: `encode` and `decode` as tiktoken's `Encoding` has them.
+    """A vocabulary with the methods `encode` and `decode` of tiktoken's `Encoding`.
 
     Attributes and arguments are those of `Vocab`.
     """
 
-    # How to get the same object again, for pickling; None: by what it was made from.
+    # (function, arguments) that returns this object, for pickling; None: pickle the arguments.
     factory: tuple[Callable[[str], Encoding], tuple[str]] | None = None
 
     def __repr__(self) -> str:
@@ -61,14 +62,14 @@ class Encoding(Vocab):
         allowed_special: Allowed = frozenset(),
         disallowed_special: Disallowed = "all",
     ) -> list[int]:
-        """Encodes text into token ids.
+        """Encode text to token ids.
 
-        Special tokens steer a model, so text from a stranger must not be able to spell one. By
-        default, text that does raises an error; the caller chooses per token:
+        Special tokens control a model, so untrusted text must not be able to produce one. By
+        default, text that contains one raises an error. The caller chooses for each token:
 
-        - in `allowed_special`: it becomes the special token;
-        - in neither set: it is encoded as the ordinary text it is;
-        - in `disallowed_special` ("all": every one that is not allowed): an error.
+        - in `allowed_special`: it is encoded as the special token;
+        - in neither set: it is encoded as ordinary text;
+        - in `disallowed_special` ("all": every token that is not allowed): it is an error.
 
         >>> gpt2 = bpe.get_encoding("gpt2")
         >>> gpt2.encode("<|endoftext|>", allowed_special={"<|endoftext|>"})
@@ -76,18 +77,30 @@ class Encoding(Vocab):
         >>> gpt2.encode("<|endoftext|>", disallowed_special=())
         [27, 91, 437, 1659, 5239, 91, 29]
 
-        Surrogate pairs count as the character they stand for; lone surrogates, which have no UTF-8,
-        as U+FFFD.
+        A surrogate pair is encoded as its character; a lone surrogate, which has no UTF-8, as
+        U+FFFD.
+
+        Args:
+            text: the text.
+            allowed_special: the special tokens to encode as such, or "all".
+            disallowed_special: the special tokens that raise an error, or "all".
 
         Raises:
-            ValueError: if the text spells a disallowed special token.
+            TypeError: if `text` is not a string.
+            ValueError: if the text contains a disallowed special token.
         """
         allowed, disallowed = self._special_sets(allowed_special, disallowed_special)
         check_disallowed_special(text, disallowed)
         return self._encode(text, allowed)
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Encodes text, seeing no special token in it: `encode(text, disallowed_special=())`."""
+        """Encode text, with special tokens as ordinary text.
+
+        Same as `encode(text, disallowed_special=())`.
+
+        Raises:
+            TypeError: if `text` is not a string.
+        """
         if not isinstance(text, str):
             raise TypeError(f"text must be a string, not {text!r:.80}")
         return self._encode(text, frozenset())
@@ -99,10 +112,16 @@ class Encoding(Vocab):
         allowed_special: Allowed = frozenset(),
         disallowed_special: Disallowed = "all",
     ) -> npt.NDArray[np.uint32]:
-        """What `encode` gives, as an array, which is the faster way for much text.
+        """Encode text to an array of ids [n]; faster than `encode` for long texts.
+
+        Args:
+            text: the text.
+            allowed_special: as in `encode`.
+            disallowed_special: as in `encode`.
 
         Raises:
-            ValueError: if the text spells a disallowed special token.
+            TypeError: if `text` is not a string.
+            ValueError: if the text contains a disallowed special token.
         """
         import numpy as np
 
@@ -120,28 +139,41 @@ class Encoding(Vocab):
         allowed_special: Allowed = frozenset(),
         disallowed_special: Disallowed = "all",
     ) -> list[list[int]]:
-        """Encodes several texts; see `encode`.
+        """Encode several texts, each as `encode` does.
 
-        `num_threads` is there because tiktoken has it, and changes nothing: threads of Python do
-        not help here, but texts that are long enough together are encoded all at once.
+        Args:
+            text: the texts.
+            num_threads: has no effect; tiktoken has this argument. Python threads would not help.
+                Texts with enough characters in total are encoded together.
+            allowed_special: as in `encode`.
+            disallowed_special: as in `encode`.
 
         Raises:
-            ValueError: if a text spells a disallowed special token.
+            TypeError: if a text is not a string.
+            ValueError: if a text contains a disallowed special token.
         """
         allowed, disallowed = self._special_sets(allowed_special, disallowed_special)
         texts = list(text)
-        for one in texts:
-            check_disallowed_special(one, disallowed)
+        for item in texts:
+            check_disallowed_special(item, disallowed)
         return self._encode_batch(texts, allowed)
 
     def encode_ordinary_batch(
         self, text: Sequence[str], *, num_threads: int = 8
     ) -> list[list[int]]:
-        """Encodes several texts, seeing no special token in them; `num_threads` changes nothing."""
+        """Encode several texts, with special tokens as ordinary text.
+
+        Args:
+            text: the texts.
+            num_threads: has no effect.
+
+        Raises:
+            TypeError: if a text is not a string.
+        """
         texts = list(text)
-        for one in texts:
-            if not isinstance(one, str):
-                raise TypeError(f"a text must be a string, not {one!r:.80}")
+        for item in texts:
+            if not isinstance(item, str):
+                raise TypeError(f"text must be a string, not {item!r:.80}")
         return self._encode_batch(texts, frozenset())
 
     def encode_with_unstable(
@@ -151,23 +183,29 @@ class Encoding(Vocab):
         allowed_special: Allowed = frozenset(),
         disallowed_special: Disallowed = "all",
     ) -> tuple[list[int], list[list[int]]]:
-        """Encodes text that is not complete: its ids so far, and how it may go on.
+        """Encode incomplete text to its stable ids and the possible continuations.
 
-        More text can change the last ids: "hello fanta" ends in other tokens than "hello fantastic"
-        begins with. So the last piece (all of them, if they are white space) is taken away again,
-        and all the ways are given in which tokens can cover it and perhaps more. Which they are
-        follows tiktoken, approximations and all.
+        More text can change the last ids: the last tokens of "hello fanta" are not tokens of "hello
+        fantastic". Therefore the last piece (every trailing piece of whitespace) is not encoded.
+        Instead, all token sequences that cover it, or begin with it, are returned. The set of
+        sequences follows tiktoken, including its approximations.
 
         >>> stable, completions = bpe.get_encoding("gpt2").encode_with_unstable("hello fanta")
         >>> stable, completions[0], completions[-1], len(completions)
         ([31373], [277, 4910], [30162], 1432)
 
+        Args:
+            text: the text.
+            allowed_special: as in `encode`.
+            disallowed_special: as in `encode`.
+
         Returns:
-            The ids that stay, and the completions, sorted; none if the text ends in a special
-            token.
+            The stable ids, and the sorted completions, which are empty if the text ends in a
+            special token.
 
         Raises:
-            ValueError: if the text spells a disallowed special token.
+            TypeError: if `text` is not a string.
+            ValueError: if the text contains a disallowed special token.
         """
         allowed, disallowed = self._special_sets(allowed_special, disallowed_special)
         check_disallowed_special(text, disallowed)
@@ -176,25 +214,28 @@ class Encoding(Vocab):
         if not pieces:
             return self._encode(text, allowed), []
         ids = self._encode("".join(parts[:-1]), allowed)
-        for piece in pieces[:-1]:  # one by one: without the last, they might be cut otherwise
+        for piece in pieces[
+            :-1
+        ]:  # not as one text: without the last piece, it might be split otherwise
             ids += self.encode_piece(piece.encode())
         last = self.encode_piece(pieces[-1].encode())
         if last and self._is_blank(last[0]):
             while ids and self._is_blank(ids[-1]):
                 last.insert(0, ids.pop())
-        found = completions(
+        sequences = completions(
             self,
             self._sorted_tokens,
             self.decode_bytes(last),
             encode=self.encode_ordinary_batch,
             decode=self.decode_single_token_bytes,
         )
-        return ids, sorted(map(list, found))
+        return ids, sorted(map(list, sequences))
 
     def encode_single_token(self, text_or_bytes: str | bytes) -> int:
-        """The id of one token, special or not.
+        """Return the id of one token, ordinary or special.
 
         Raises:
+            TypeError: if the token is neither a string nor bytes.
             KeyError: if the vocabulary has no such token.
         """
         token = text_or_bytes.encode() if isinstance(text_or_bytes, str) else text_or_bytes
@@ -217,7 +258,7 @@ class Encoding(Vocab):
         return allowed, disallowed
 
     def _split_special(self, text: str, allowed: AbstractSet[str]) -> list[str]:
-        """Ordinary text and special tokens by turns, beginning and ending with ordinary text."""
+        """Return ordinary text at even positions and special tokens at odd ones."""
         present = frozenset(self.special_tokens.keys() & allowed)
         return special_token_regex(present).split(text) if present else [text]
 
@@ -239,18 +280,18 @@ class Encoding(Vocab):
         if not text.isascii() and max(map(len, pieces)) > _LONG_PIECE:
             pieces = [part for piece in pieces for part in self._split_long_piece(piece)]
         for piece in pieces:
-            if (found := cache.get(piece)) is None:
-                found = self.encode_piece(piece.encode())
+            if (piece_ids := cache.get(piece)) is None:
+                piece_ids = self.encode_piece(piece.encode())
                 if len(piece) <= _MAX_CACHED_PIECE:
                     if len(cache) >= _CACHE_ENTRIES:
                         cache.clear()
-                    cache[piece] = found
-            ids += found
+                    cache[piece] = piece_ids
+            ids += piece_ids
         return ids
 
     @functools.cached_property
     def _cache(self) -> dict[str, list[int]]:
-        """Ids of pieces that were encoded before."""
+        """The ids of recent pieces."""
         return {}
 
     def _split_long_piece(self, piece: str) -> Sequence[str]:
@@ -258,7 +299,7 @@ class Encoding(Vocab):
 
     @functools.cached_property
     def split_points(self) -> SplitPoints:
-        """Where long pieces can be cut without a change to their ids."""
+        """The positions at which long pieces can be split without a change of their ids."""
         from bpe.split_points import SplitPoints
 
         return SplitPoints(self)
@@ -268,7 +309,7 @@ class Encoding(Vocab):
             return unicodedata.normalize(self.normalization, text)
         return text
 
-    # Much text
+    # Long texts
 
     @functools.cached_property
     def _fast_encoder(self) -> FastEncoder | None:
@@ -293,16 +334,16 @@ class Encoding(Vocab):
         parts = [self._split_special(fix_surrogates(text), allowed) for text in texts]
         ordinary = [self._normalize(part) for text in parts for part in text[::2]]
         ids, counts = self._fast_encoder.encode(ordinary)
-        if len(ordinary) == 1:  # no special tokens, and one text
+        if len(ordinary) == 1:  # one text without special tokens
             return [ids]
         special = [[self.special_tokens[token] for token in text[1::2]] for text in parts]
-        # Each special token goes in behind the ordinary ids before it.
+        # Insert each special token after the ordinary ids before it.
         ends = np.cumsum(counts)
         last = np.array(list(accumulate(len(text) // 2 + 1 for text in parts)), np.intp) - 1
-        behind = np.delete(ends, last) if any(special) else np.empty(0, np.intp)
-        ids = np.insert(ids, behind, [id for text in special for id in text])
-        borders = ends[last] + np.cumsum([len(text) for text in special], dtype=np.intp)
-        return np.split(ids, borders[:-1])
+        offsets = np.delete(ends, last) if any(special) else np.empty(0, np.intp)
+        ids = np.insert(ids, offsets, [id for text in special for id in text])
+        text_ends = ends[last] + np.cumsum([len(text) for text in special], dtype=np.intp)
+        return np.split(ids, text_ends[:-1])
 
     def _is_blank(self, id: int) -> bool:
         token = self._decoder[id]
@@ -315,27 +356,31 @@ class Encoding(Vocab):
     # Decoding
 
     def decode(self, tokens: Sequence[int], errors: str = "replace") -> str:
-        """Decodes ids into text.
+        """Decode ids to text.
 
         Args:
-            tokens: the ids.
-            errors: what to do with bytes that are no UTF-8, as `bytes.decode` has it.
+            tokens: the ids, a sequence or an array [n] of integers.
+            errors: how to handle invalid UTF-8, as in `bytes.decode`.
 
         Raises:
             KeyError: if the vocabulary has no such id.
+            TypeError: if an id is not an integer.
+            OverflowError: if an id is not between 0 and 2^32 - 1.
         """
         return self.decode_bytes(tokens).decode("utf-8", errors=errors)
 
     def decode_bytes(self, tokens: Sequence[int]) -> bytes:
-        """Decodes ids into the bytes they stand for.
+        """Decode ids to bytes.
 
         Raises:
             KeyError: if the vocabulary has no such id.
+            TypeError: if an id is not an integer.
+            OverflowError: if an id is not between 0 and 2^32 - 1.
         """
         if isinstance(tokens, str) or not hasattr(tokens, "__getitem__"):
             raise TypeError(f"ids must be a sequence of integers, not {tokens!r:.80}")
         tokens = _checked_array(tokens)
-        # Of bytes, an array would take four for one number.
+        # `array.array` would read four bytes as one id.
         is_bytes = isinstance(tokens, bytes | bytearray | memoryview)
         if len(tokens) >= _FAST_DECODE_MIN_IDS and self.max_token_value < 1 << 24 and not is_bytes:
             return self._decode_fast(tokens)
@@ -350,13 +395,13 @@ class Encoding(Vocab):
         if isinstance(tokens, np.ndarray):
             ids = tokens
         else:
-            try:  # several times as fast as NumPy's own way
+            try:  # several times faster than np.array
                 ids = np.frombuffer(array.array("I", tokens), np.uint32)
             except (OverflowError, TypeError):
                 raise self._decoding_error(tokens) from None
-        if (found := self._fast_decoder(ids)) is None:
+        if (data := self._fast_decoder(ids)) is None:
             raise self._decoding_error(tokens)
-        return found
+        return data
 
     @functools.cached_property
     def _fast_decoder(self) -> FastDecoder:
@@ -365,7 +410,7 @@ class Encoding(Vocab):
         return FastDecoder(self._decoder, self.n_vocab)
 
     def _decoding_error(self, tokens: Iterable[int]) -> Exception:
-        """What is wrong with the first of the ids that cannot be decoded."""
+        """Return the error for the first id that cannot be decoded."""
         for token in tokens:
             try:
                 if _checked_id(token) not in self._decoder:
@@ -375,17 +420,19 @@ class Encoding(Vocab):
         raise AssertionError("all of these ids can be decoded")
 
     def decode_single_token_bytes(self, token: int) -> bytes:
-        """The bytes of one token, special or not; they may end inside a character.
+        """Return the bytes of one token, ordinary or special; they may end inside a character.
 
         Raises:
             KeyError: if the vocabulary has no such id.
+            TypeError: if the id is not an integer.
+            OverflowError: if the id is not between 0 and 2^32 - 1.
         """
-        if (found := self._decoder.get(_checked_id(token))) is None:
+        if (data := self._decoder.get(_checked_id(token))) is None:
             raise KeyError(str(token))
-        return found
+        return data
 
     def decode_tokens_bytes(self, tokens: Sequence[int]) -> list[bytes]:
-        """The bytes of each token.
+        """Return the bytes of each token.
 
         Raises:
             KeyError: if the vocabulary has no such id.
@@ -393,25 +440,30 @@ class Encoding(Vocab):
         return [self.decode_single_token_bytes(token) for token in _checked_array(tokens)]
 
     def decode_with_offsets(self, tokens: Sequence[int]) -> tuple[str, list[int]]:
-        """Decodes ids into text, and where in it (in characters) each token begins.
+        """Decode ids to text and the character offset of each token.
 
-        A token that begins inside a character begins where that character does.
+        The offset of a token that begins inside a character is that of the character.
 
         Raises:
             KeyError: if the vocabulary has no such id.
-            UnicodeDecodeError: if the bytes are no UTF-8.
+            UnicodeDecodeError: if the bytes are not UTF-8.
         """
         offsets, length = [], 0
-        pieces = self.decode_tokens_bytes(tokens)
-        for piece in pieces:
-            offsets.append(max(0, length - _is_continuation_byte(piece[0])))
-            length += sum(not _is_continuation_byte(byte) for byte in piece)
-        return b"".join(pieces).decode("utf-8"), offsets
+        data = self.decode_tokens_bytes(tokens)
+        for token in data:
+            offsets.append(max(0, length - _is_continuation_byte(token[0])))
+            length += sum(not _is_continuation_byte(byte) for byte in token)
+        return b"".join(data).decode("utf-8"), offsets
 
     def decode_batch(
         self, batch: Sequence[Sequence[int]], *, errors: str = "replace", num_threads: int = 8
     ) -> list[str]:
-        """Decodes several sequences of ids into texts; `num_threads` changes nothing.
+        """Decode several sequences of ids to texts.
+
+        Args:
+            batch: the sequences of ids.
+            errors: as in `decode`.
+            num_threads: has no effect; tiktoken has this argument.
 
         Raises:
             KeyError: if the vocabulary has no such id.
@@ -421,22 +473,26 @@ class Encoding(Vocab):
     def decode_bytes_batch(
         self, batch: Sequence[Sequence[int]], *, num_threads: int = 8
     ) -> list[bytes]:
-        """Decodes several sequences of ids into bytes; `num_threads` changes nothing.
+        """Decode several sequences of ids to bytes.
+
+        Args:
+            batch: the sequences of ids.
+            num_threads: has no effect; tiktoken has this argument.
 
         Raises:
             KeyError: if the vocabulary has no such id.
         """
         return [self.decode_bytes(tokens) for tokens in batch]
 
-    # About the vocabulary
+    # The vocabulary
 
     def token_byte_values(self) -> list[bytes]:
-        """The bytes of all tokens but the special ones, sorted."""
+        """Return the bytes of all ordinary tokens, sorted."""
         return list(self._sorted_tokens)
 
     @functools.cached_property
     def special_tokens_set(self) -> set[str]:
-        """The spellings of the special tokens."""
+        """The special tokens, as text."""
         return set(self.special_tokens)
 
     @functools.cached_property
@@ -444,7 +500,7 @@ class Encoding(Vocab):
         return frozenset(self.special_tokens.values())
 
     def is_special_token(self, token: int) -> bool:
-        """Whether `token` is the id of a special token."""
+        """Return whether `token` is the id of a special token."""
         assert isinstance(token, int)
         return token in self._special_ids
 
@@ -457,7 +513,7 @@ class Encoding(Vocab):
         """
         return self.special_tokens["<|endoftext|>"]
 
-    # Pickling: a named encoding as its name, another with what it was made from.
+    # Pickle a named encoding as its name, and any other as its constructor arguments.
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.factory is not None:
@@ -479,7 +535,7 @@ def _rebuild(name: str, arguments: dict[str, Any]) -> Encoding:
 
 
 def _checked_array(tokens: Any) -> Any:
-    """An array of ids, of whichever library, as one of NumPy's; what is no array as it is."""
+    """Convert an array of any library to a NumPy array; return anything else unchanged."""
     if not hasattr(tokens, "dtype"):
         return tokens
     import numpy as np
@@ -497,10 +553,10 @@ def _checked_id(token: int) -> int:
     if not isinstance(token, int) and not hasattr(token, "__index__"):
         raise TypeError(f"a token id must be an integer, not {token!r:.80}")
     if not 0 <= token < 1 << 32:
-        raise OverflowError(f"the token id {token} is not from 0 to {(1 << 32) - 1}")
+        raise OverflowError(f"token id {token} is not between 0 and {(1 << 32) - 1}")
     return token
 
 
 def _is_continuation_byte(byte: int) -> bool:
-    """Whether a byte of UTF-8 continues a character that began before it."""
+    """Return whether a byte of UTF-8 continues a character."""
     return 0x80 <= byte < 0xC0

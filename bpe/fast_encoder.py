@@ -1,18 +1,19 @@
-"""Encoding much text at once: the same ids as piece by piece, with NumPy.
+"""Encode long texts with NumPy, to the same ids as piece by piece.
 
-Three steps, each an operation on all pieces of a stretch of text:
+There are three steps, each an array operation on all pieces of a chunk of text:
 
-- cut the text into pieces (`boundaries`), and long ones where no token reaches across (`seams`);
-- look every piece up in one hash table. A piece of up to 15 bytes together with its length is a
-  number of 128 bits, so comparing keys is comparing pieces, and no two are ever confused;
-- write down the ids that belong to each piece, one after the other.
+- Split the text into pieces (`fast_pretokenizer`), and long pieces where no token crosses
+  (`split_points`).
+- Look up every piece in one hash table. A piece of up to 15 bytes and its length form a number of
+  128 bits, so equal keys are equal pieces and there are no false matches.
+- Concatenate the ids of the pieces.
 
-The table (`tables`) begins with the vocabulary and learns. Pieces that it lacks are merged side by
-side (`_side_by_side`): the algorithm of `merge`, with its loop over the pairs of a piece turned
-into a loop of rounds in which every piece joins one pair. Longer pieces are found in a dict, one by
-one; the longest are left to `merge.merge`.
+The hash table (`hash_table`) starts with the vocabulary, and new pieces are added to it. New pieces
+are merged in batches (`_merge_batch`): the algorithm of `merge`, with the loop over the pairs of a
+piece replaced by rounds in which every piece merges one pair. Pieces longer than a key are looked
+up in a dict. The longest pieces are merged one by one by `merge.merge`.
 
-Back from ids to text, `Decoder` does the same for many tokens.
+`FastDecoder` decodes many ids in the same manner.
 """
 
 from __future__ import annotations
@@ -33,35 +34,40 @@ from bpe.vocab import Vocab
 
 Ids = npt.NDArray[np.uint32]
 
-# The arrays of a stretch should stay in the processor's cache. New pieces are merged at the end of
-# a block: the more there are, the less each one costs.
-CHUNK_CHARS = 1 << 17  # characters
+# The arrays of a chunk should fit in the processor's cache. New pieces are merged at the end of a
+# block; the cost per piece falls with their number.
+CHUNK_CHARS = 1 << 17
 BLOCK_CHARS = 1 << 22
-MERGE_BATCH_BYTES = 1 << 16  # bytes of pieces that are merged side by side
+MERGE_BATCH_BYTES = 1 << 16  # total bytes of the pieces in one call of `_merge_batch`
 DECODE_CHUNK_IDS = 1 << 14  # ids to decode at once
 
-# Where a text can be cut without a change to its pieces: a letter or number is the last of its
-# piece if one of these follows, and none of these asks what came before, if that was no symbol.
+# Positions at which a text can be split without a change of its pieces: a letter or number ends its
+# piece if one of these characters follows, and the match of these characters does not depend on a
+# preceding letter or number.
 _SAFE_CUT = regex.compile(r"[\p{L}\p{N}](?=[ \n，。、।])")
 
 MAX_KEY_BYTES = 15
-MIN_BATCH_PIECES = 64  # to merge so few pieces one by one is faster
-MAX_BATCH_PIECE_BYTES = 512  # bytes; a piece longer than that is merged alone
-MIN_ROUND_PIECES = 8  # pieces in a round
-MAX_ADDED_IDS = 1 << 21  # ids; then all that was learned is forgotten
+MIN_BATCH_PIECES = 64  # fewer pieces are merged faster one by one
+MAX_BATCH_PIECE_BYTES = 512  # longer pieces are merged one by one
+MIN_ROUND_PIECES = 8
+MAX_ADDED_IDS = 1 << 21  # above this size, the cache of pieces is cleared
 
-_NO_MERGE = np.uint32(0xFFFFFFFF)  # the priority of what is not to be joined
-_NO_TOKEN = np.uint32(0xFFFFFFFF)  # no token: a wall, or a part that was joined to the one before
+_NO_MERGE = np.uint32(0xFFFFFFFF)  # the rank of a pair that cannot be merged
+_NO_TOKEN = np.uint32(0xFFFFFFFF)  # a separator, or a token that was merged into the previous one
 
 
 class FastEncoder:
-    """Encodes much text with one vocabulary. One thread works at a time, others wait."""
+    """An encoder for long texts with one vocabulary.
+
+    Thread-safe: one thread encodes at a time, other threads wait.
+    """
 
     def __init__(self, vocab: Vocab, split_points: SplitPoints | None = None):
-        """
+        """Build the piece cache of a vocabulary.
+
         Args:
-            vocab: the vocabulary; its only pattern is in `boundaries.CUTS`.
-            seams: where its long pieces can be cut; None to find that out.
+            vocab: the vocabulary, with one pattern, a key of `fast_pretokenizer.FAST_PATTERNS`.
+            split_points: its split points; None computes them.
         """
         (self._pattern,) = vocab.patterns
         self._vocab, self._split_points = vocab, split_points or SplitPoints(vocab)
@@ -70,104 +76,107 @@ class FastEncoder:
 
     @staticmethod
     def supports(patterns: Sequence[str]) -> bool:
-        """Whether text that is cut by these patterns can be encoded here."""
+        """Return whether this encoder can be used for these split patterns."""
         return len(patterns) == 1 and patterns[0] in FAST_PATTERNS
 
     def encode(self, texts: Sequence[str]) -> tuple[Ids, Ints]:
-        """Encodes texts, none of which affects another.
+        """Encode texts independently of each other.
 
         Args:
-            texts: without surrogates, and normalized as the encoding asks for.
+            texts: texts without surrogates, normalized as the encoding requires.
 
         Returns:
-            The ids of all texts, one after the other; and how many each text has.
+            The concatenated ids of all texts [n] (uint32), and the number of ids per text [texts].
         """
         with self._lock:
             try:
                 return self._encode(texts)
-            except BaseException:  # Ctrl-C too may have left half of what was learned
+            except BaseException:  # an interruption may have left the cache inconsistent
                 self._piece_cache = _PieceCache(self._vocab)
                 raise
 
     def _encode(self, texts: Sequence[str]) -> tuple[Ids, Ints]:
         ids, counts = [np.empty(0, np.uint32)], [np.empty(0, np.intp)]
-        owners: list[int] = []
+        text_indices: list[int] = []
         for block in _split_into_blocks(texts):
-            for stretch_ids, stretch_counts in self._encode_block([s for _, s in block]):
-                ids.append(stretch_ids)
-                counts.append(stretch_counts)
-            owners += (owner for stretch_owners, _ in block for owner in stretch_owners)
-        totals = np.bincount(owners, np.concatenate(counts), len(texts)).astype(np.intp)
+            for chunk_ids, chunk_counts in self._encode_block([parts for _, parts in block]):
+                ids.append(chunk_ids)
+                counts.append(chunk_counts)
+            text_indices += (index for chunk_indices, _ in block for index in chunk_indices)
+        totals = np.bincount(text_indices, np.concatenate(counts), len(texts)).astype(np.intp)
         return np.concatenate(ids), totals
 
-    def _encode_block(self, stretches: list[list[str]]) -> Iterator[tuple[Ids, Ints]]:
-        """For each stretch the ids, and how many each of its texts has."""
-        known = self._piece_cache
-        if known.num_added_ids > MAX_ADDED_IDS:
-            known = self._piece_cache = _PieceCache(self._vocab)
-        new: dict[bytes, int] = {}  # to the numbers they are going to have
-        size = known.size
-        looked_up = []
-        for stretch in stretches:
-            data, begin, ends = pretokenize_batch(self._pattern, stretch)
-            eight = sliding_uint64(data)
+    def _encode_block(self, chunks: list[list[str]]) -> Iterator[tuple[Ids, Ints]]:
+        """Yield the ids of each chunk, and the number of ids of each of its texts."""
+        cache = self._piece_cache
+        if cache.num_added_ids > MAX_ADDED_IDS:
+            cache = self._piece_cache = _PieceCache(self._vocab)
+        new_pieces: dict[bytes, int] = {}  # piece -> its future number in the cache
+        size = cache.size
+        lookups = []
+        for chunk in chunks:
+            data, begin, separators = pretokenize_batch(self._pattern, chunk)
+            uint64s = sliding_uint64(data)
             if not data.isascii():
-                begin, ends = self._split_points.split_batch(data, eight, begin, ends)
-            number = known.find(data, eight, begin[:-1], np.diff(begin))
-            number[ends[:-1]] = known.EMPTY_PIECE
+                begin, separators = self._split_points.split_batch(data, uint64s, begin, separators)
+            number = cache.find(data, uint64s, begin[:-1], np.diff(begin))
+            number[separators[:-1]] = cache.EMPTY_PIECE
             missing = np.flatnonzero(number < 0)
             bounds = zip(begin[missing].tolist(), begin[missing + 1].tolist(), strict=True)
             pieces = [data[a:b] for a, b in bounds]
-            number[missing] = [new.setdefault(piece, size + len(new)) for piece in pieces]
-            looked_up.append((number, ends))
-        known.add(list(new), *self._merge(list(new)))
-        for number, ends in looked_up:
-            ids, counts = known.gather_ids(number)
-            yield ids, np.add.reduceat(counts, ends[:-1])
+            number[missing] = [
+                new_pieces.setdefault(piece, size + len(new_pieces)) for piece in pieces
+            ]
+            lookups.append((number, separators))
+        cache.add(list(new_pieces), *self._merge(list(new_pieces)))
+        for number, separators in lookups:
+            ids, counts = cache.gather_ids(number)
+            yield ids, np.add.reduceat(counts, separators[:-1])
 
     @functools.cached_property
     def _pair_table(self) -> _PairTable:
         return _PairTable(self._vocab)
 
     def _merge(self, pieces: list[bytes]) -> tuple[Ids, Ints]:
-        """The ids of pieces, one after the other, and how many each has."""
+        """Return the concatenated ids of pieces, and the number of ids of each."""
         length = np.fromiter(map(len, pieces), np.intp, len(pieces))
-        # A round costs the same for one piece as for ten: the few longest are not waited for.
-        together = length <= min(
+        # A round costs the same for one piece as for ten, so the few longest pieces are merged
+        # one by one.
+        batched = length <= min(
             MAX_BATCH_PIECE_BYTES, np.sort(length)[-MIN_ROUND_PIECES:][0] if len(length) else 0
         )
         if dropped := self._vocab.dropped_bytes:
-            whole = [piece.translate(None, dropped) == piece for piece in pieces]
-            together &= np.array(whole, np.bool_)
-        if np.count_nonzero(together) < MIN_BATCH_PIECES:
-            together[:] = False
-        alone = np.flatnonzero(~together).tolist()
-        lists = [self._vocab.encode_piece(pieces[i]) for i in alone]
+            complete = [piece.translate(None, dropped) == piece for piece in pieces]
+            batched &= np.array(complete, np.bool_)
+        if np.count_nonzero(batched) < MIN_BATCH_PIECES:
+            batched[:] = False
+        single = np.flatnonzero(~batched).tolist()
+        single_ids = [self._vocab.encode_piece(pieces[i]) for i in single]
         count = np.zeros(len(pieces), np.intp)
-        count[alone] = [len(ids) for ids in lists]
+        count[single] = [len(ids) for ids in single_ids]
         merged = np.empty(0, np.uint32)
-        if together.any():
-            chosen = list(itertools.compress(pieces, together.tolist()))
-            merged, count[together] = _merge_in_batches(chosen, self._pair_table)
+        if batched.any():
+            batch_pieces = list(itertools.compress(pieces, batched.tolist()))
+            merged, count[batched] = _merge_in_batches(batch_pieces, self._pair_table)
         first = np.cumsum(count) - count
         ids = np.empty(count.sum(), np.uint32)
-        ids[concat_ranges(first[together], count[together])] = merged
-        for i, own in zip(alone, lists, strict=True):
-            ids[first[i] : first[i] + len(own)] = own
+        ids[concat_ranges(first[batched], count[batched])] = merged
+        for i, piece_ids in zip(single, single_ids, strict=True):
+            ids[first[i] : first[i] + len(piece_ids)] = piece_ids
         return ids, count
 
 
 class _PieceCache:
-    """The pieces whose ids are known, numbered; the ids of all of them in one array."""
+    """The numbers of all cached pieces, and their ids in one array."""
 
-    EMPTY_PIECE = 0  # the number of what is no piece and has no ids
+    EMPTY_PIECE = 0  # the number of the empty piece, which has no ids; used for separators
 
     def __init__(self, vocab: Vocab):
         self._table = HashTable(words_per_key=2)
         self._long: dict[bytes, int] = {}
         self._ids = GrowableArray(np.uint32)
-        self._head = GrowableArray(np.uint32, 2)  # the first id of each piece, and how many it has
-        self._first = GrowableArray(np.intp)  # where in _ids those of a piece begin
+        self._head = GrowableArray(np.uint32, 2)  # the first id of each piece, and its id count
+        self._first = GrowableArray(np.intp)  # the offset in _ids of the ids of each piece
         self.add([b""], np.empty(0, np.uint32), np.zeros(1, np.intp))
         if vocab.ignore_merges:
             ids = np.fromiter(vocab.ranks.values(), np.uint32)
@@ -182,9 +191,9 @@ class _PieceCache:
     def num_added_ids(self) -> int:
         return self._ids.size - self._num_initial_ids
 
-    def find(self, data: bytes, eight: Uint64s, begin: Ints, length: Ints) -> Ints:
-        """The numbers of the pieces data[begin : begin + length], -1 if unknown."""
-        number = self._table.find(*_keys(eight, begin, length))
+    def find(self, data: bytes, uint64s: Uint64s, begin: Ints, length: Ints) -> Ints:
+        """Return the numbers of the pieces data[begin : begin + length], -1 if not cached."""
+        number = self._table.find(*_keys(uint64s, begin, length))
         long = np.flatnonzero(length > MAX_KEY_BYTES)
         if len(long):
             get, first = self._long.get, begin[long]
@@ -193,11 +202,11 @@ class _PieceCache:
         return number
 
     def add(self, pieces: Sequence[bytes], ids: Ids, count: Ints) -> None:
-        """Adds pieces that are not known, as numbers `size`, `size` + 1, ..."""
+        """Add pieces that are not in the cache, with the numbers `size`, `size` + 1, ..."""
         length = np.fromiter(map(len, pieces), np.intp, len(pieces))
         long = np.flatnonzero(length > MAX_KEY_BYTES)
         low, high = _keys(sliding_uint64(b"".join(pieces)), np.cumsum(length) - length, length)
-        low[long] = long + self.size  # some key that no piece has, to take up the number
+        low[long] = long + self.size  # a key that no piece has, to use up the number
         high[long] = (MAX_KEY_BYTES + 1) << 56
         self._table.add(low, high)
         self._long.update((pieces[i], self.size + i) for i in long.tolist())
@@ -207,23 +216,23 @@ class _PieceCache:
         self._ids.append(ids)
 
     def gather_ids(self, number: Ints) -> tuple[Ids, Ints]:
-        """The ids of pieces, one after the other, and how many each has."""
+        """Return the concatenated ids of pieces, and the number of ids of each."""
         head = self._head.take(number)
         count = head[:, 1].astype(np.intp)
-        other = np.flatnonzero(count != 1)
-        if 4 * len(other) > len(count):
+        multi = np.flatnonzero(count != 1)
+        if 4 * len(multi) > len(count):
             return self._ids.take(concat_ranges(self._first.take(number), count)), count
-        # Most pieces are one token: write that down, then the others in their places.
+        # Most pieces are one token. Write the first id of all pieces, then overwrite the rest.
         ids = np.repeat(head[:, 0], count)
-        own = count.take(other)
-        end = np.cumsum(own - 1) + other + 1
-        ids[concat_ranges(end - own, own)] = self._ids.take(
-            concat_ranges(self._first.take(number.take(other)), own)
+        multi_count = count.take(multi)
+        end = np.cumsum(multi_count - 1) + multi + 1
+        ids[concat_ranges(end - multi_count, multi_count)] = self._ids.take(
+            concat_ranges(self._first.take(number.take(multi)), multi_count)
         )
         return ids, count
 
 
-# The words of a key hold up to 8 and up to 7 bytes; the last byte of the second is the length.
+# A key is two numbers of 64 bits: up to 8 bytes, and up to 7 bytes with the length on top.
 _MASKS = np.array(
     [
         [(1 << 8 * min(n, 8)) - 1 for n in range(MAX_KEY_BYTES + 1)],
@@ -233,180 +242,177 @@ _MASKS = np.array(
 )
 
 
-def _keys(eight: Uint64s, begin: Ints, length: Ints) -> tuple[Uint64s, Uint64s]:
-    """The keys of pieces that begin at some of the `eight`; of a longer one it says nothing."""
-    low = eight.take(begin, mode="clip")
+def _keys(uint64s: Uint64s, begin: Ints, length: Ints) -> tuple[Uint64s, Uint64s]:
+    """Return the keys of pieces; the key of a piece over MAX_KEY_BYTES is not meaningful."""
+    low = uint64s.take(begin, mode="clip")
     low &= _MASKS[0].take(length, mode="clip")
-    high = eight[8:].take(begin, mode="clip")
+    high = uint64s[8:].take(begin, mode="clip")
     high &= _MASKS[1].take(length, mode="clip")
     high |= length.astype(np.uint64) << np.uint64(56)
     return low, high
 
 
 class _PairTable:
-    """What two neighbouring tokens become, and with which priority.
+    """The rank of each mergeable pair of tokens, and the merged token.
 
     Attributes:
-        byte_ids: [256], the token of each byte.
-        byte_ranks: [256 * 256], the priority of joining two bytes, `_NEVER` if they never are.
-        made: what the joined pair becomes, by priority.
+        byte_ids: [256], the id of each byte.
+        byte_ranks: [256 * 256], the rank of each pair of bytes, or `_NO_MERGE`.
+        merged_ids: the merged token of a pair, by rank.
     """
 
     def __init__(self, vocab: Vocab):
         ranks = vocab.ranks
-        if vocab.merges is None:  # any two tokens that are a third together
-            left, right, ranks_of_pairs = _mergeable_pairs(vocab)
+        if vocab.merges is None:  # two tokens can be merged if the result is a token
+            left, right, pair_ranks = _mergeable_pairs(vocab)
             self.merged_ids = np.arange(max(ranks.values()) + 1, dtype=np.uint32)
         else:
-            left, right, made = np.array(
+            left, right, merged = np.array(
                 [(ranks[a], ranks[b], ranks[a + b]) for a, b in vocab.merges], np.uint64
             ).T
-            ranks_of_pairs = np.arange(len(left))
-            self.merged_ids = made.astype(np.uint32)
+            pair_ranks = np.arange(len(left))
+            self.merged_ids = merged.astype(np.uint32)
         self._table = HashTable(words_per_key=1)
         self._table.add(left << np.uint64(32) | right)
-        self._ranks = np.append(_NO_MERGE, ranks_of_pairs.astype(np.uint32))  # by number + 1
+        self._ranks = np.append(_NO_MERGE, pair_ranks.astype(np.uint32))  # by number + 1
         self.byte_ids = np.array([ranks.get(bytes([b]), 0) for b in range(256)], np.uint32)
         self.byte_ranks = self.ranks(np.repeat(self.byte_ids, 256), np.tile(self.byte_ids, 256))
 
     def ranks(self, left: Ids, right: Ids) -> Ids:
-        """The priority of joining tokens, `_NEVER` where they may not be joined."""
+        """Return the ranks of pairs of tokens, `_NO_MERGE` where they cannot be merged."""
         key = left.astype(np.uint64) << np.uint64(32) | right
         return self._ranks.take(self._table.find(key) + 1, mode="clip")
 
 
 def _mergeable_pairs(vocab: Vocab) -> tuple[Uint64s, Uint64s, Ints]:
-    """All pairs of tokens that are a token together: the ids of the two, and of the one."""
-    known, tokens = _PieceCache(vocab), list(vocab.ranks)
-    ids = np.fromiter([0, *vocab.ranks.values()], np.intp)  # by number in `known`
-    found = []
-    for start in range(0, len(tokens), 1 << 16):  # to save memory
-        some = tokens[start : start + (1 << 16)]
-        length = np.fromiter(map(len, some), np.intp)
+    """Return all pairs of tokens whose concatenation is a token: left, right and merged ids."""
+    cache, tokens = _PieceCache(vocab), list(vocab.ranks)
+    ids = np.fromiter([0, *vocab.ranks.values()], np.intp)  # by number in `cache`
+    pairs = []
+    for start in range(0, len(tokens), 1 << 16):  # in batches, to limit memory
+        batch = tokens[start : start + (1 << 16)]
+        length = np.fromiter(map(len, batch), np.intp)
         begin = np.cumsum(length) - length
-        data = b"".join(some)
-        token = np.repeat(np.arange(len(some)), length - 1)
-        left_length = concat_ranges(
-            np.ones_like(length), length - 1
-        )  # every token cut at every place
-        eight = sliding_uint64(data)
-        left = known.find(data, eight, begin[token], left_length)
-        good = left >= 0
-        token, left, left_length = token[good], left[good], left_length[good]
-        right = known.find(data, eight, begin[token] + left_length, length[token] - left_length)
-        good = right >= 0
-        found.append(ids[np.stack([left, right, token + start + 1])[:, good]])
-    left, right, made = np.concatenate(found, axis=1)
-    return left.astype(np.uint64), right.astype(np.uint64), made
+        data = b"".join(batch)
+        token = np.repeat(np.arange(len(batch)), length - 1)
+        # Every token is split at every position.
+        left_length = concat_ranges(np.ones_like(length), length - 1)
+        uint64s = sliding_uint64(data)
+        left = cache.find(data, uint64s, begin[token], left_length)
+        is_token = left >= 0
+        token, left, left_length = token[is_token], left[is_token], left_length[is_token]
+        right = cache.find(data, uint64s, begin[token] + left_length, length[token] - left_length)
+        is_token = right >= 0
+        pairs.append(ids[np.stack([left, right, token + start + 1])[:, is_token]])
+    left, right, merged = np.concatenate(pairs, axis=1)
+    return left.astype(np.uint64), right.astype(np.uint64), merged
 
 
 def _merge_in_batches(pieces: Sequence[bytes], pairs: _PairTable) -> tuple[Ids, Ints]:
-    """Merges many pieces.
-
-    Args:
-        pieces: none of them empty.
-        pairs: the vocabulary.
+    """Merge many non-empty pieces in batches of similar length.
 
     Returns:
-        The ids of all pieces, one after the other, and how many each has.
+        The concatenated ids of all pieces, and the number of ids of each.
     """
-    # Pieces of about one length take about as many rounds; the longest first.
+    # Pieces of similar length take a similar number of rounds. Sort by length, longest first.
     length = np.fromiter(map(len, pieces), np.intp, len(pieces))
     order = np.argsort(-length, kind="stable")
     total = np.cumsum(length[order])
-    borders = np.searchsorted(total, np.arange(MERGE_BATCH_BYTES, total[-1], MERGE_BATCH_BYTES))
-    batches = [[pieces[i] for i in part.tolist()] for part in np.split(order, borders)]
+    splits = np.searchsorted(total, np.arange(MERGE_BATCH_BYTES, total[-1], MERGE_BATCH_BYTES))
+    batches = [[pieces[i] for i in indices.tolist()] for indices in np.split(order, splits)]
     merged = [_merge_batch(batch, pairs) for batch in batches if batch]
     ids = np.concatenate([ids for ids, _ in merged])
     count = np.concatenate([count for _, count in merged])
     first = np.cumsum(count) - count
-    back = np.argsort(order)
-    return ids[concat_ranges(first[back], count[back])], count[back]
+    inverse = np.argsort(order)
+    return ids[concat_ranges(first[inverse], count[inverse])], count[inverse]
 
 
 def _merge_batch(pieces: Sequence[bytes], pairs: _PairTable) -> tuple[Ids, Ints]:
-    """Merges pieces, the longest first: in each round, every piece joins its best pair.
+    """Merge pieces, sorted longest first: each round merges the best pair of every piece.
 
-    The state is that of `merge.merge_heap`, for all pieces in one row: a part is known by the
-    place of its first byte. A pair's rank and place, in this order, are one number; so the least
-    of a piece's numbers is the pair to join next, the leftmost of those with the lowest rank.
+    The state is that of `merge.merge_heap`, with all pieces in one array: a token is identified by
+    the offset of its first byte. The rank and the offset of a pair form one number, the merge key.
+    The minimum key of a piece is its next pair, the leftmost of those with the lowest rank.
     """
     data = np.frombuffer(b"\0".join(pieces) + b"\0", np.uint8)
-    end = np.cumsum(np.fromiter(map(len, pieces), np.intp, len(pieces)) + 1)  # a wall after each
+    # A separator follows each piece.
+    end = np.cumsum(np.fromiter(map(len, pieces), np.intp, len(pieces)) + 1)
     begin = np.append(0, end[:-1])
-    place = np.arange(len(data))
+    offset = np.arange(len(data))
 
     token = pairs.byte_ids.take(data)
     token[end - 1] = _NO_TOKEN
-    before, after = place - 1, place + 1
+    before, after = offset - 1, offset + 1
     two_bytes = data.astype(np.intp) << 8
     two_bytes[:-1] |= data[1:]
     rank = pairs.byte_ranks.take(two_bytes)
     rank[end - 1] = rank[end - 2] = _NO_MERGE
-    best = _merge_keys(rank, place)
+    key = _merge_keys(rank, offset)
 
-    live = len(pieces)  # only the pieces before this one may have pairs left
+    live = len(pieces)  # only the first `live` pieces may have pairs left
     while live:
-        least = np.minimum.reduceat(best[: end[live - 1]], begin[:live])
-        going = np.flatnonzero(least < _NO_MERGE_KEY)
-        live = int(going[-1]) + 1 if len(going) else 0
-        least = least.take(going)
-        i = (least & np.uint64(0xFFFFFFFF)).view(np.intp)
-        j = after.take(i, mode="clip")  # the part to join to i
-        h, k = before.take(i, mode="clip"), after.take(j, mode="clip")  # their neighbours
-        token[i] = pairs.merged_ids.take((least >> np.uint64(32)).view(np.intp), mode="clip")
+        best = np.minimum.reduceat(key[: end[live - 1]], begin[:live])
+        unfinished = np.flatnonzero(best < _NO_MERGE_KEY)
+        live = int(unfinished[-1]) + 1 if len(unfinished) else 0
+        best = best.take(unfinished)
+        i = (best & np.uint64(0xFFFFFFFF)).view(np.intp)
+        j = after.take(i, mode="clip")  # the token to merge into i
+        h, k = before.take(i, mode="clip"), after.take(j, mode="clip")  # their neighbors
+        token[i] = pairs.merged_ids.take((best >> np.uint64(32)).view(np.intp), mode="clip")
         token[j] = _NO_TOKEN
-        best[j] = _NO_MERGE_KEY
+        key[j] = _NO_MERGE_KEY
         after[i] = k
         before[k] = i
         left, right = np.append(h, i), np.append(i, k)
         rank = pairs.ranks(token.take(left, mode="clip"), token.take(right, mode="clip"))
-        best[left] = _merge_keys(rank, left)
-    part = token != _NO_TOKEN
-    return token[part], np.add.reduceat(part, begin, dtype=np.intp)
+        key[left] = _merge_keys(rank, left)
+    is_token = token != _NO_TOKEN
+    return token[is_token], np.add.reduceat(is_token, begin, dtype=np.intp)
 
 
-def _merge_keys(rank: Ids, place: Ints) -> Uint64s:
-    """One number for a rank and a place: the least has the lowest rank, and is the leftmost."""
-    return rank.astype(np.uint64) << np.uint64(32) | place.view(np.uint64)
+def _merge_keys(rank: Ids, offset: Ints) -> Uint64s:
+    """Pack ranks and offsets into numbers that sort by rank, then by offset."""
+    return rank.astype(np.uint64) << np.uint64(32) | offset.view(np.uint64)
 
 
-_NO_MERGE_KEY = np.uint64(_NO_MERGE) << np.uint64(
-    32
-)  # less than this are those that are to be joined
+# The keys of mergeable pairs are less than this.
+_NO_MERGE_KEY = np.uint64(_NO_MERGE) << np.uint64(32)
 
 
 # Decoding
 
 
 class FastDecoder:
-    """Decodes many ids at once: their bytes, one token after the other.
+    """A decoder for many ids.
 
-    A token is written as words of eight bytes, of which the last may reach into the next token. So
-    first come the words of long tokens but their first ones, and then the first words of all, in
-    order: what reached too far is overwritten.
+    A token is written as words of 8 bytes; the last word may overlap the next token. Therefore the
+    second and later words of long tokens are written first, and then the first words of all tokens
+    in order, which overwrite the overlaps.
     """
 
     def __init__(self, tokens: Mapping[int, bytes], n_vocab: int):
-        """
+        """Build the tables of a vocabulary.
+
         Args:
-            tokens: bytes by id.
+            tokens: id to bytes.
             n_vocab: one more than the highest id.
         """
         self._length = np.array([len(tokens.get(id, b"")) or -1 for id in range(n_vocab)], np.intp)
         bounds = np.cumsum(np.maximum(self._length, 0))
         self._first = bounds - np.maximum(self._length, 0)
         data = b"".join([tokens.get(id, b"") for id in range(n_vocab)])
-        self._eight = sliding_uint64(data)
-        self._words = self._eight.take(self._first)
+        self._uint64s = sliding_uint64(data)
+        self._words = self._uint64s.take(self._first)
 
     def __call__(self, ids: npt.NDArray[np.integer]) -> bytes | None:
-        """The bytes of tokens; None if one of the ids is not that of a token."""
-        portions = [
-            self._decode(ids[i : i + DECODE_CHUNK_IDS])
-            for i in range(0, len(ids), DECODE_CHUNK_IDS)
-        ]
-        return None if None in portions else b"".join(portions)  # type: ignore[arg-type]
+        """Return the concatenated bytes of the ids [n]; None if an id has no token."""
+        chunks: list[bytes] = []
+        for i in range(0, len(ids), DECODE_CHUNK_IDS):
+            if (chunk := self._decode(ids[i : i + DECODE_CHUNK_IDS])) is None:
+                return None
+            chunks.append(chunk)
+        return b"".join(chunks)
 
     def _decode(self, ids: npt.NDArray[np.integer]) -> bytes | None:
         if ids.min() < 0 or ids.max() >= len(self._length):
@@ -418,45 +424,45 @@ class FastDecoder:
         end = np.cumsum(length)
         begin = end - length
         data = np.empty(end[-1] + 8, np.uint8)
-        words = np.ndarray((end[-1] + 1,), "<u8", data, strides=(1,))  # one from every byte on
-        done, more = 8, np.flatnonzero(length > 8)
-        while len(more):
-            words[begin[more] + done] = self._eight.take(self._first.take(ids[more]) + done)
-            done += 8
-            more = more[length[more] > done]
+        words = np.ndarray((end[-1] + 1,), "<u8", data, strides=(1,))  # a word at every byte offset
+        written, long = 8, np.flatnonzero(length > 8)
+        while len(long):
+            words[begin[long] + written] = self._uint64s.take(self._first.take(ids[long]) + written)
+            written += 8
+            long = long[length[long] > written]
         words[begin] = self._words.take(ids, mode="clip")
         return data[: end[-1]].tobytes()
 
 
-# Cutting text into portions
+# Chunks of text
 
 
 def _split_into_blocks(texts: Sequence[str]) -> Iterator[list[tuple[list[int], list[str]]]]:
-    """Blocks of stretches; a stretch is some parts of texts, and to which texts they belong."""
+    """Yield blocks of chunks; a chunk holds parts of texts, and the indices of these texts."""
     block: list[tuple[list[int], list[str]]] = []
-    owners: list[int] = []
+    indices: list[int] = []
     parts: list[str] = []
-    in_stretch = in_block = 0
-    for owner, text in enumerate(texts):
+    chunk_chars = block_chars = 0
+    for index, text in enumerate(texts):
         for part in _split_at_safe_cuts(text):
-            owners.append(owner)
+            indices.append(index)
             parts.append(part)
-            in_stretch += len(part)
-            in_block += len(part)
-            if in_stretch >= CHUNK_CHARS:
-                block.append((owners, parts))
-                owners, parts, in_stretch = [], [], 0
-            if in_block >= BLOCK_CHARS:
+            chunk_chars += len(part)
+            block_chars += len(part)
+            if chunk_chars >= CHUNK_CHARS:
+                block.append((indices, parts))
+                indices, parts, chunk_chars = [], [], 0
+            if block_chars >= BLOCK_CHARS:
                 yield block
-                block, in_block = [], 0
+                block, block_chars = [], 0
     if parts:
-        block.append((owners, parts))
+        block.append((indices, parts))
     if block:
         yield block
 
 
 def _split_at_safe_cuts(text: str) -> Iterator[str]:
-    """Parts of some STRETCH characters that can be cut into pieces one by one."""
+    """Yield parts of about CHUNK_CHARS characters that can be pretokenized separately."""
     begin = 0
     while len(text) - begin > CHUNK_CHARS:
         safe = _SAFE_CUT.search(text, begin + CHUNK_CHARS)

@@ -1,20 +1,20 @@
-r"""The cuts of `pretokenize`, for a whole text at once: NumPy instead of a regex engine.
+r"""Split text into pieces as `pretokenize` does, with NumPy array operations instead of a regex.
 
-A split pattern looks at a text one match after the other. But nearly all that decides where a piece
-begins stands right beside the place: a digit after a letter, a word after a blank. So a pattern
-becomes a few statements about the class of each character and of its neighbours, and a statement is
+A regex engine finds one match after the other. But the start of a piece is nearly always determined
+by adjacent characters: a digit after a letter, a word after a blank. So a split pattern is
+expressed as a few rules about the class of each character and of its neighbors, and each rule is
 one operation on the arrays of all characters:
 
     text     I  '  m     1  2  3  4  !  \n
-    class    W  O  W  B  N  N  N  N  O  L     word, other, blank, number, line end
-    changes  ^  ^  ^  ^  ^           ^  ^     where the class is not that of the character before
-    pieces   ^  ^     ^  ^        ^  ^        after contractions, blanks, digits and line ends
+    class    W  O  W  B  N  N  N  N  O  L     word, other, blank, number, newline
+    changes  ^  ^  ^  ^  ^           ^  ^     the class differs from that of the previous character
+    pieces   ^  ^     ^  ^        ^  ^        after contractions, blanks, digits and newlines
 
-The few statements about runs of any length ("blanks between two line ends") look only at the places
-concerned and find the ends of the run by binary search, so the time stays near linear.
+A few rules concern runs of any length ("blanks between two newlines"). They are evaluated only
+where such a run occurs and find its ends by binary search, so the time stays near linear.
 
-The classes are read off the `regex` module, so they are the ones that the patterns see. Left out:
-patterns that are not in `CUTS`; those take the regex engine.
+The character classes are computed with the `regex` module, so they are those of the patterns.
+Patterns that are not in `FAST_PATTERNS` need the regex engine.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ Ints = npt.NDArray[np.intp]
 Classes = npt.NDArray[np.uint8]
 CodePoints = npt.NDArray[Any]  # the characters: uint8 if all are ASCII, else uint32
 
-# The classes of characters. END stands before and after every text and is no character of it.
-# What words are made of differs in the lowest two bits only: where that doesn't matter, it is WORD.
+# The character classes. END is the class of the separators before, between and after texts.
+# The classes of word characters differ in the lowest two bits only; WORD has both bits set.
 LOWER, UPPER, CASELESS, MARK, NUMBER, OTHER, BLANK, NEWLINE, END = 0, 1, 2, 3, 7, 11, 15, 19, 23
 WORD = MARK
 _SPACE, _APOSTROPHE, _SLASH = b" '/"
 
 
 class PieceOffsets(NamedTuple):
-    """Where the pieces of some texts begin.
+    """The offsets of the pieces of several texts.
 
     Attributes:
-        data: the texts in UTF-8, with one byte before, between and after them.
-        begin: [pieces + texts + 1], offsets into `data`, those of the extra bytes among them.
-        ends: [texts + 1], which items of `begin` are the extra bytes.
+        data: the texts in UTF-8, with a separator byte before, between and after them.
+        offsets: [pieces + texts + 1], the offset in `data` of each piece and separator.
+        separators: [texts + 1], the indices in `offsets` of the separators.
     """
 
     data: bytes
@@ -56,43 +56,47 @@ class PieceOffsets(NamedTuple):
 
 
 def pretokenize_batch(pattern: str, texts: Sequence[str]) -> PieceOffsets:
-    """Cuts texts into pieces, all at once.
+    """Split several texts into pieces with array operations.
 
     Args:
-        pattern: a key of `CUTS`.
-        texts: any strings without surrogates; empty ones too.
+        pattern: a key of `FAST_PATTERNS`.
+        texts: strings without surrogates; they may be empty.
     """
     joined = "\n".join(["", *texts, ""])
     data = joined.encode()
-    ends = np.cumsum([0, *(len(text) + 1 for text in texts)])
+    separators = np.cumsum([0, *(len(text) + 1 for text in texts)])
     if joined.isascii():
         codes = np.frombuffer(data, np.uint8)
         classes = np.frombuffer(bytearray(data.translate(_ascii_class_table(pattern))), np.uint8)
     else:
         codes = np.frombuffer(joined.encode("utf-32-le"), "<u4")
         classes = _class_table(pattern).take(codes)
-    classes[ends] = END
+    classes[separators] = END
     if (start := FAST_PATTERNS[pattern].find_starts(classes, codes)) is None:
         lengths = [
             n for text in texts for n in (1, *map(len, split([_compile_cached(pattern)], text)))
         ]
-        begin = np.cumsum([0, *lengths])
+        offsets = np.cumsum([0, *lengths])
     else:
-        start[ends] = True  # also of empty texts
-        begin = np.flatnonzero(start)
-    ends_at = np.searchsorted(begin, ends) if len(ends) > 2 else np.array([0, len(begin) - 1])
+        start[separators] = True  # also of empty texts
+        offsets = np.flatnonzero(start)
+    if len(separators) > 2:
+        indices = np.searchsorted(offsets, separators)
+    else:
+        indices = np.array([0, len(offsets) - 1])
     if len(data) != len(joined):
         first_byte = np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) != 0x80)
-        begin = first_byte.take(begin)
-    return PieceOffsets(data, begin, ends_at)
+        offsets = first_byte.take(offsets)
+    return PieceOffsets(data, offsets, indices)
 
 
 def gpt2(classes: Classes, codes: CodePoints, *, individual_digits: bool = False) -> Bools:
-    """Where pieces begin, as `pretokenize.GPT2` has it; with `lone_digits`, as `SMOLLM`.
+    """Find the starts of the pieces of `pretokenize.GPT2`, or of `SMOLLM`.
 
     Args:
-        classes: [n], END at both ends and between texts; LINE is BLANK here.
-        codes: [n], the characters themselves.
+        classes: [n], END at both ends and between texts; newlines are BLANK here.
+        codes: [n], the characters.
+        individual_digits: whether every digit is a piece, as in `SMOLLM`.
 
     Returns:
         [n], True where a piece begins.
@@ -102,15 +106,13 @@ def gpt2(classes: Classes, codes: CodePoints, *, individual_digits: bool = False
     if not individual_digits:
         text |= number
     start = _changes(classes)
-    start |= (classes == BLANK) & _next_items(
-        text
-    )  # `\s+(?!\S)` leaves the last one to what follows,
-    _clear(start, text & _previous_items(codes == _SPACE))  # and if it is a space, that takes it
+    start |= (classes == BLANK) & _next_items(text)  # `\s+(?!\S)` does not take the last blank
+    _clear(start, text & _previous_items(codes == _SPACE))  # a word takes a space before it
     if individual_digits:
         start |= number
-    place = np.flatnonzero(start & other & (codes == _APOSTROPHE))
-    place, end = _contractions(place, codes, fold=False)
-    start[place + 1] = False
+    position = np.flatnonzero(start & other & (codes == _APOSTROPHE))
+    position, end = _contractions(position, codes, fold=False)
+    start[position + 1] = False
     start[end] = True
     return start
 
@@ -122,115 +124,120 @@ def cl100k(
     max_digits: int = 3,
     join_trailing_whitespace: bool = False,
 ) -> Bools:
-    """Where pieces begin, as `pretokenize.CL100K` and its relatives have it.
+    """Find the starts of the pieces of `pretokenize.CL100K`, `LLAMA3` or `QWEN2`.
 
     Args:
         classes: [n], END at both ends and between texts.
-        codes: [n], the characters themselves.
-        digits: how many digits a piece may have: 3, or 1 as in Qwen2.
-        whole_tail: whether white space at the end of a text is one piece, line ends and all.
+        codes: [n], the characters.
+        max_digits: the maximum number of digits in a piece: 3, or 1 for Qwen2.
+        join_trailing_whitespace: whether whitespace at the end of a text, including newlines, is
+            one piece.
 
     Returns:
         [n], True where a piece begins.
     """
     start = _changes(classes)
     number, other = classes == NUMBER, classes == OTHER
-    _white_space(start, classes, codes, other, join_trailing_whitespace)
+    _whitespace(start, classes, codes, other, join_trailing_whitespace)
     _attach_leading_character(start, classes, other)
     _digits(start, number, max_digits)
-    place = np.flatnonzero(start & other & (codes == _APOSTROPHE))
-    _, end = _contractions(place, codes)
+    position = np.flatnonzero(start & other & (codes == _APOSTROPHE))
+    _, end = _contractions(position, codes)
     start[end] = True
     return start
 
 
 def o200k(classes: Classes, codes: CodePoints) -> Bools | None:
-    """Where pieces begin, as `pretokenize.O200K` has it.
+    """Find the starts of the pieces of `pretokenize.O200K`.
 
-    Words end where a capital follows a small letter; they take combining marks and contractions
-    along. Slashes may stand among the line ends after symbols.
+    A word ends where a capital follows a small letter, and includes combining marks and
+    contractions. Slashes may occur among the newlines after symbols.
 
     Args:
         classes: [n], END at both ends and between texts.
-        codes: [n], the characters themselves.
+        codes: [n], the characters.
 
     Returns:
-        [n], True where a piece begins. None if marks among symbols and slashes
-        after line ends come together, which is too rare to sort out here.
+        [n], True where a piece begins. None if a text has both marks among symbols and slashes
+        after newlines, a rare combination that is not implemented here.
     """
     marks = _marks_among_symbols(classes, codes)
     classes[marks] = OTHER
     if ((codes == _SLASH) & _previous_items(classes == NEWLINE)).any():
         if len(marks):
             return None
-        classes[_slashes_among_lines(classes, codes)] = NEWLINE
+        classes[_slashes_among_newlines(classes, codes)] = NEWLINE
     case, classes = classes, classes | np.uint8(WORD)
 
     start = _changes(classes)
     number, other, word = classes == NUMBER, classes == OTHER, classes == WORD
-    _white_space(start, classes, codes, other, join_trailing_whitespace=False)
+    _whitespace(start, classes, codes, other, join_trailing_whitespace=False)
     _attach_leading_character(start, classes, other)
     _digits(start, number, 3)
-    place = np.flatnonzero(_previous_items(word) & other & (codes == _APOSTROPHE))
-    place, end = _contractions(place, codes)
-    if len(place):
-        # In "x's's" the second apostrophe begins a word of its own: every other one of a chain.
-        first = np.r_[True, end[:-1] != place[1:]]
-        index = np.arange(len(place))
+    position = np.flatnonzero(_previous_items(word) & other & (codes == _APOSTROPHE))
+    position, end = _contractions(position, codes)
+    if len(position):
+        # In "x's's" the second apostrophe begins a new word: only every other contraction of a
+        # chain belongs to the word before it.
+        first = np.r_[True, end[:-1] != position[1:]]
+        index = np.arange(len(position))
         odd = (index - np.maximum.accumulate(np.where(first, index, 0))) % 2 == 1
-        place, end = place[~odd], end[~odd]
+        position, end = position[~odd], end[~odd]
     _split_at_case_changes(start, case, word, end)
-    start[place] = False
-    start[place + 2] = False  # 'lL is no place for a capital to begin
+    start[position] = False
+    start[position + 2] = False  # no case change within 'lL
     start[end] = True
     return start
 
 
-# What the patterns have in common. Each changes `start`.
+# Rules that several patterns share. Each modifies `start`.
 
 
-def _white_space(
+def _whitespace(
     start: Bools, classes: Classes, codes: CodePoints, other: Bools, join_trailing_whitespace: bool
 ) -> None:
-    blank, line = classes == BLANK, classes == NEWLINE
+    blank, newline = classes == BLANK, classes == NEWLINE
     start |= blank & _next_items((classes >= WORD) & (classes <= OTHER))  # `\s+(?!\S)`
     _clear(start, other & _previous_items(codes == _SPACE))  # ` ?[^\s\p{L}\p{N}]+`
-    _clear(
-        start, line & _previous_items(other | blank)
-    )  # `[\r\n]*` after symbols, and `\s*[\r\n]+`
-    # Blanks between two line ends belong with them, unless symbols have taken the line ends before.
-    close = _previous_items(blank) & (
-        (line | (classes == END)) if join_trailing_whitespace else line
+    # `[\r\n]*` after symbols, and `\s*[\r\n]+`
+    _clear(start, newline & _previous_items(other | blank))
+    # Blanks between two newlines are in one piece with them, unless the newlines before them belong
+    # to symbols.
+    blank_end = _previous_items(blank) & (
+        (newline | (classes == END)) if join_trailing_whitespace else newline
     )
-    if close.any():
-        close = np.flatnonzero(close)
-        first_blank = _last_true(blank & ~_previous_items(blank), close)
-        after_line = first_blank[line[first_blank - 1]]
-        first_line = _last_true(line & ~_previous_items(line), after_line)
-        start[after_line[~other[first_line - 1]]] = False
+    if blank_end.any():
+        blank_end = np.flatnonzero(blank_end)
+        first_blank = _last_true(blank & ~_previous_items(blank), blank_end)
+        after_newline = first_blank[newline[first_blank - 1]]
+        first_newline = _last_true(newline & ~_previous_items(newline), after_newline)
+        start[after_newline[~other[first_newline - 1]]] = False
 
 
 def _attach_leading_character(start: Bools, classes: Classes, other: Bools) -> None:
-    r"""`[^\r\n\p{L}\p{N}]?\p{L}+`: a blank, or a symbol that no other piece has taken."""
+    r"""Apply `[^\r\n\p{L}\p{N}]?\p{L}+`: a word takes a blank, or a symbol that starts a piece."""
     _clear(start, (classes == WORD) & _previous_items((classes == BLANK) | (other & start)))
 
 
-def _digits(start: Bools, number: Bools, digits: int) -> None:
-    r"""`\p{N}{1,digits}`"""
-    if digits == 1:
+def _digits(start: Bools, number: Bools, max_digits: int) -> None:
+    r"""Apply `\p{N}{1,max_digits}`."""
+    if max_digits == 1:
         start |= number
         return
-    edges = np.flatnonzero(_changes(number))[1:]  # without the first place, which is no number
+    edges = np.flatnonzero(_changes(number))[1:]  # without position 0, a separator
     first, length = edges[::2], edges[1::2] - edges[::2]
-    long = length > digits
-    first, more = first[long], (length[long] - 1) // digits
-    start[np.repeat(first, more) + digits * (_concat_aranges(more) + 1)] = True
+    long = length > max_digits
+    first, num_splits = first[long], (length[long] - 1) // max_digits
+    start[np.repeat(first, num_splits) + max_digits * (_concat_aranges(num_splits) + 1)] = True
 
 
-def _contractions(place: Ints, codes: CodePoints, *, fold: bool = True) -> tuple[Ints, Ints]:
-    """Which apostrophes begin 's 't 're 've 'm 'll or 'd, and where these end."""
-    a, b = codes[place + 1].astype(np.intp), codes.take(place + 2, mode="clip").astype(np.intp)
-    if fold:  # `(?i:s)` is also the long s, U+017F; no other of the letters has such a relative
+def _contractions(position: Ints, codes: CodePoints, *, fold: bool = True) -> tuple[Ints, Ints]:
+    """Return the apostrophes that begin 's 't 're 've 'm 'll or 'd, and the ends of these."""
+    a, b = (
+        codes[position + 1].astype(np.intp),
+        codes.take(position + 2, mode="clip").astype(np.intp),
+    )
+    if fold:  # `(?i:s)` also matches the long s, U+017F; the other letters have no such variant
         a, b = np.where(a == 0x17F, ord("s"), a | 32), b | 32
     two = (
         _is_character(a, "s")
@@ -241,8 +248,8 @@ def _contractions(place: Ints, codes: CodePoints, *, fold: bool = True) -> tuple
     three = (_is_character(a, "l") & _is_character(b, "l")) | (
         (_is_character(a, "v") | _is_character(a, "r")) & _is_character(b, "e")
     )
-    found = two | three
-    return place[found], (place + 2 + three)[found]
+    matches = two | three
+    return position[matches], (position + 2 + three)[matches]
 
 
 def _is_character(codes: Ints, character: str) -> Bools:
@@ -250,62 +257,68 @@ def _is_character(codes: Ints, character: str) -> Bools:
 
 
 def _split_at_case_changes(start: Bools, case: Classes, word: Bools, restarts: Ints) -> None:
-    r"""Within words: `[\p{Lu}..]*[\p{Ll}..]+`, else `[\p{Lu}..]+[\p{Ll}..]*`. The dots: no case.
+    r"""Split words as `[\p{Lu}..]*[\p{Ll}..]+|[\p{Lu}..]+[\p{Ll}..]*`; the dots are caseless.
 
     Args:
-        restarts: where a word begins after a contraction.
+        start: [n], True where a piece begins; modified.
+        case: [n], the classes of the characters.
+        word: [n], whether a character belongs to a word.
+        restarts: the positions after contractions, where a word begins.
     """
     lower, upper = case == LOWER, case == UPPER
     start |= upper & _previous_items(lower)
-    place = upper & _previous_items(word & ~(lower | upper))
-    if not place.any():
+    position = upper & _previous_items(word & ~(lower | upper))
+    if not position.any():
         return
-    place = np.flatnonzero(place)
-    # A capital after letters without case begins a piece if there is a small letter among these...
-    halt = ~word | upper
-    halt[restarts - 1] = True
-    small = _last_true(lower, place) > _last_true(halt, place - 1)
-    # ...or if nothing but capitals follows: then the first of the alternatives gives them back.
-    last_capital = _next_true(upper & ~_next_items(upper), place)
-    start[place] = small | ~word[last_capital + 1]
+    position = np.flatnonzero(position)
+    # A capital after caseless letters begins a piece if there is a small letter among these...
+    stop = ~word | upper
+    stop[restarts - 1] = True
+    small = _last_true(lower, position) > _last_true(stop, position - 1)
+    # ...or if only capitals follow: then the first alternative backtracks before them.
+    last_capital = _next_true(upper & ~_next_items(upper), position)
+    start[position] = small | ~word[last_capital + 1]
 
 
 def _marks_among_symbols(classes: Classes, codes: CodePoints) -> Ints:
-    r"""The combining marks that ` ?[^\s\p{L}\p{N}]+` takes.
+    r"""Return the positions of the combining marks that ` ?[^\s\p{L}\p{N}]+` matches.
 
-    A mark after a symbol makes a word with it, unless two symbols in a row came before, or a space
-    and a symbol: then all symbols and marks from there on are one piece.
+    A mark after a symbol forms a word with it, unless two symbols, or a space and a symbol, come
+    before: then all following symbols and marks are one piece.
     """
     mark = classes == MARK
     if not mark.any():
         return np.empty(0, np.intp)
     other = classes == OTHER
-    place = np.flatnonzero(mark & _previous_items(other))
-    if not len(place):
-        return place
+    position = np.flatnonzero(mark & _previous_items(other))
+    if not len(position):
+        return position
     both = mark | other
-    begin = _last_true(other & (_next_items(other) | _previous_items(codes == _SPACE)), place)
-    place = place[begin >= _last_true(both & ~_previous_items(both), place)]
-    length = _next_true(mark & ~_next_items(mark), place) + 1 - place
-    return np.repeat(place, length) + _concat_aranges(length)
+    begin = _last_true(other & (_next_items(other) | _previous_items(codes == _SPACE)), position)
+    position = position[begin >= _last_true(both & ~_previous_items(both), position)]
+    length = _next_true(mark & ~_next_items(mark), position) + 1 - position
+    return np.repeat(position, length) + _concat_aranges(length)
 
 
-def _slashes_among_lines(classes: Classes, codes: CodePoints) -> Ints:
-    r"""The slashes that `[\r\n/]*` takes after symbols and a line end."""
-    line, other, slash = classes == NEWLINE, classes == OTHER, codes == _SLASH
-    both = line | slash
-    place = np.flatnonzero(line & _previous_items(other))
-    end, first = np.unique(_next_true(both & ~_next_items(both), place) + 1, return_index=True)
-    place, length = place[first], end - place[first]  # those after such a slash begin nothing new
-    taken = np.repeat(place, length) + _concat_aranges(length)
-    return taken[slash[taken]]
+def _slashes_among_newlines(classes: Classes, codes: CodePoints) -> Ints:
+    r"""Return the positions of the slashes that `[\r\n/]*` matches after symbols and a newline."""
+    newline, other, slash = classes == NEWLINE, classes == OTHER, codes == _SLASH
+    both = newline | slash
+    position = np.flatnonzero(newline & _previous_items(other))
+    end, first = np.unique(_next_true(both & ~_next_items(both), position) + 1, return_index=True)
+    position, length = (
+        position[first],
+        end - position[first],
+    )  # of several starts in one run, the first
+    run = np.repeat(position, length) + _concat_aranges(length)
+    return run[slash[run]]
 
 
 # Arrays
 
 
 def _changes(x: npt.NDArray[Any]) -> Bools:
-    """Where an item differs from the one before; the first does."""
+    """Return whether each item differs from the previous one; True for the first."""
     changes = np.empty(len(x), np.bool_)
     changes[:1] = True
     np.not_equal(x[1:], x[:-1], out=changes[1:])
@@ -313,7 +326,7 @@ def _changes(x: npt.NDArray[Any]) -> Bools:
 
 
 def _previous_items(x: Bools) -> Bools:
-    """At each place, what `x` has at the place before."""
+    """Return `x` shifted right by one, with False at the start."""
     y = np.empty_like(x)
     y[:1] = False
     y[1:] = x[:-1]
@@ -321,31 +334,31 @@ def _previous_items(x: Bools) -> Bools:
 
 
 def _next_items(x: Bools) -> Bools:
-    """At each place, what `x` has at the next place."""
+    """Return `x` shifted left by one, with False at the end."""
     y = np.empty_like(x)
     y[-1:] = False
     y[:-1] = x[1:]
     return y
 
 
-def _clear(x: Bools, where: Bools) -> None:
-    np.greater(x, where, out=x)  # x and not where
+def _clear(x: Bools, mask: Bools) -> None:
+    np.greater(x, mask, out=x)  # x and not mask
 
 
-def _last_true(x: Bools, places: Ints) -> Ints:
-    """The last True in `x` at or before each place; -1 if there is none."""
+def _last_true(x: Bools, positions: Ints) -> Ints:
+    """Return the last True in `x` at or before each position; -1 if there is none."""
     true = np.flatnonzero(x)
-    return np.r_[-1, true][np.searchsorted(true, places, side="right")]
+    return np.r_[-1, true][np.searchsorted(true, positions, side="right")]
 
 
-def _next_true(x: Bools, places: Ints) -> Ints:
-    """The first True in `x` at or after each place, where there must be one."""
+def _next_true(x: Bools, positions: Ints) -> Ints:
+    """Return the first True in `x` at or after each position; it must exist."""
     true = np.flatnonzero(x)
-    return true[np.searchsorted(true, places)]
+    return true[np.searchsorted(true, positions)]
 
 
 def _concat_aranges(lengths: Ints) -> Ints:
-    """0, 1, ... up to each length: [2, 3] gives 0 1 0 1 2."""
+    """Return the concatenated ranges 0, 1, ... of each length: [2, 3] gives 0 1 0 1 2."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
@@ -353,11 +366,13 @@ def _concat_aranges(lengths: Ints) -> Ints:
 
 
 class FastPattern(NamedTuple):
-    """How to find the pieces of a pattern.
+    """The implementation of a split pattern.
 
     Attributes:
-        classes: what LOWER, UPPER, CASELESS, MARK, NUMBER, OTHER, BLANK and LINE count as.
-        find: classes and characters to where pieces begin; None if it cannot tell.
+        kind_classes: the class of each of LOWER, UPPER, CASELESS, MARK, NUMBER, OTHER, BLANK and
+            NEWLINE in this pattern.
+        find_starts: function of classes and characters that returns whether a piece begins at each
+            character, or None if the regex engine is needed.
     """
 
     kind_classes: tuple[int, ...]
@@ -381,8 +396,8 @@ FAST_PATTERNS = {
 
 @functools.cache
 def _kind_table() -> Classes:
-    """[0x110000], for every character its place in `Cut.classes`."""
-    everything = np.arange(0x110000, dtype=np.uint32).tobytes().decode("utf-32-le", "surrogatepass")
+    """Return, for every character, its index in `FastPattern.kind_classes` [0x110000]."""
+    characters = np.arange(0x110000, dtype=np.uint32).tobytes().decode("utf-32-le", "surrogatepass")
     table = np.full(0x110000, _KINDS.index(OTHER), np.uint8)
     for value, members in {
         CASELESS: r"\p{L}",
@@ -393,7 +408,7 @@ def _kind_table() -> Classes:
         BLANK: r"\s",
         NEWLINE: r"[\r\n]",
     }.items():
-        for match in regex.finditer(f"{members}+", everything):
+        for match in regex.finditer(f"{members}+", characters):
             table[match.start() : match.end()] = _KINDS.index(value)
     return table
 

@@ -1,4 +1,4 @@
-"""Logging a warning once, however often the file that causes it is read."""
+"""Log each warning once, even if the file that causes it is read several times."""
 
 import functools
 import logging
@@ -6,5 +6,5 @@ import logging
 
 @functools.lru_cache(maxsize=1024)
 def warn_once(log: logging.Logger, message: str) -> None:
-    """Log a warning, unless the same one was logged before."""
+    """Log a warning unless the same message was logged before."""
     log.warning("%s", message)

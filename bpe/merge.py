@@ -1,12 +1,12 @@
-"""The byte-pair merge: from the bytes of one piece to the tokens that cover it.
+"""Merge byte pairs: convert the bytes of one piece to tokens.
 
 After Sennrich, Haddow and Birch, "Neural Machine Translation of Rare Words with Subword Units"
-(2016), over bytes instead of characters as in GPT-2. Start from single bytes; as long as some pair
-of neighbours has a rank, join the pair of lowest rank, the leftmost where several share it.
+(2016), over bytes instead of characters as in GPT-2. Start from single bytes. As long as a pair of
+adjacent tokens has a rank, merge the pair of lowest rank, the leftmost of several.
 
-Here the algorithm stands twice: `merge_list` is the one to read, and the faster for words;
-`merge_heap` gives the same answer in n log n steps, for the megabyte without a space that somebody
-will send one day. `merge` chooses by length.
+There are two implementations. `merge_list` is simple, and faster for words. `merge_heap` gives the
+same result in n log n steps, for very long pieces such as a megabyte without a space. `merge`
+chooses by length.
 """
 
 from __future__ import annotations
@@ -16,34 +16,37 @@ from collections.abc import Callable
 from itertools import pairwise
 
 NO_MERGE = 1 << 62
-"""The rank of a pair that is not to be joined."""
+"""The rank of a pair that cannot be merged."""
 
 RankFunction = Callable[[bytes, bytes], int]
-"""The priority of joining two neighbours: lower goes first, `NEVER` not at all."""
+"""The rank of a pair of adjacent tokens: lower ranks are merged first, `NO_MERGE` never."""
 
 
 def merge(piece: bytes, rank: RankFunction) -> list[bytes]:
-    """The tokens of one piece, as bytes, in order.
+    """Return the tokens of one piece, as bytes.
 
-    >>> ranks = {b"ow": 0, b"low": 1, b"er": 2, b"lo": 3}  # what a join makes, and its priority
+    >>> ranks = {b"ow": 0, b"low": 1, b"er": 2, b"lo": 3}  # merged token -> rank
     >>> merge(b"lower", lambda left, right: ranks.get(left + right, NO_MERGE))
     [b'low', b'er']
 
     Args:
-        piece: the bytes to cover.
-        rank: the priority of joining two neighbouring parts.
+        piece: the bytes of the piece.
+        rank: the rank of two adjacent tokens.
     """
-    # Measured on CPython 3.11: on words of a text the list is faster up to some 40 bytes, and of
-    # equal speed to 64; at 1024 the heap is 8 times as fast.
+    # Measured on CPython 3.11 with words of a text: the list is faster up to about 40 bytes, and
+    # equally fast up to 64; at 1024 bytes the heap is 8 times as fast.
     return merge_list(piece, rank) if len(piece) < 64 else merge_heap(piece, rank)
 
 
 def merge_list(piece: bytes, rank: RankFunction) -> list[bytes]:
-    """The merge as one would explain it. Each join looks at all ranks: n^2 steps for n bytes."""
+    """Merge with a list of ranks. Each merge scans all ranks: n^2 steps for n bytes.
+
+    Args and result are those of `merge`.
+    """
     parts = [piece[i : i + 1] for i in range(len(piece))]
     ranks = [rank(left, right) for left, right in pairwise(parts)]  # ranks[i]: parts[i], parts[i+1]
     while ranks and (lowest := min(ranks)) != NO_MERGE:
-        i = ranks.index(lowest)  # the leftmost of the lowest
+        i = ranks.index(lowest)  # the leftmost pair of lowest rank
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
         del ranks[i]
         if i > 0:
@@ -54,17 +57,17 @@ def merge_list(piece: bytes, rank: RankFunction) -> list[bytes]:
 
 
 def merge_heap(piece: bytes, rank: RankFunction) -> list[bytes]:
-    """The same result: a heap finds the lowest rank, a doubly linked list finds the neighbours.
+    """Merge with a heap of ranks and a doubly linked list of tokens: n log n steps for n bytes.
 
-    A part is known by the position of its first byte. Joining two parts leaves the heap's entries
-    about their old neighbours behind; such an entry is recognised when it comes up, because the
-    rank it holds is no longer the rank of the pair at its position.
+    A token is identified by the position of its first byte. A merge leaves stale heap entries for
+    the previous neighbors. A stale entry is detected when it is popped: its rank is not the current
+    rank of the pair at its position. Args and result are those of `merge`.
     """
     n = len(piece)
-    parts: list[bytes] = [piece[i : i + 1] for i in range(n)]  # b"" once joined to the part before
+    parts: list[bytes] = [piece[i : i + 1] for i in range(n)]  # b"": merged into the previous part
     before = list(range(-1, n - 1))
-    after = list(range(1, n + 1))  # n: no part after this one
-    # One integer for (rank, position) orders the same as the tuple and compares faster.
+    after = list(range(1, n + 1))  # n: the last part
+    # One integer for (rank, position) has the same order as the tuple and compares faster.
     heap = [
         r * n + i
         for i, (left, right) in enumerate(pairwise(parts))

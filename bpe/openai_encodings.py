@@ -1,18 +1,18 @@
-"""The encodings of OpenAI's models by name, without a network: gpt2 to o200k_harmony.
+"""Load the encodings of OpenAI models by name, offline: gpt2 to o200k_harmony.
 
     >>> bpe.get_encoding("cl100k_base").encode("hamburger")
     [71, 47775]
     >>> bpe.encoding_for_model("gpt-4o").name
     'o200k_base'
 
-OpenAI publishes each vocabulary as a `.tiktoken` file (MIT licence). `data/` holds their tokens in
-the order of their ranks, packed: first the lengths of all tokens, a byte each, then their bytes,
-one behind the other, all of it compressed. `save.tiktoken_lines` gives OpenAI's file back to the
-byte; the tests let tiktoken itself check that. Seven names share three files: GPT-2's tokens are
-the beginning of p50k_base, which adds runs of spaces for code.
+OpenAI publishes each vocabulary as a `.tiktoken` file (MIT license). `data/` holds the tokens in
+the order of their ranks as an LZMA-compressed file: first the lengths of all tokens, one byte each,
+then the concatenated bytes. `save.tiktoken_lines` restores OpenAI's file exactly, which the tests
+check with tiktoken. Seven names share three files: the tokens of GPT-2 are the first ones of
+p50k_base, which adds runs of spaces for code.
 
-The tables were taken from the npm package js-tiktoken 1.0.21. What belongs to which model, and the
-special tokens, follow tiktoken 0.14.
+The vocabularies were taken from the npm package js-tiktoken 1.0.21. The encoding of each model and
+the special tokens follow tiktoken 0.14.
 """
 
 from __future__ import annotations
@@ -37,16 +37,24 @@ _PACKED_SHA256 = {
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingSpec:
-    """How a named encoding is made."""
+    """The definition of a named encoding.
+
+    Attributes:
+        pattern: the split pattern.
+        file: the name of the file in data/, without its suffix.
+        num_tokens: the number of tokens to take from the beginning of the file.
+        special_tokens: text to id.
+        skipped_rank: the rank that no token of the file has, or None.
+    """
 
     pattern: str
-    file: str  # in data/, without its ending
-    num_tokens: int  # from the beginning of the file
+    file: str
+    num_tokens: int
     special_tokens: dict[str, int]
-    skipped_rank: int | None = None  # the rank that no token of the file has
+    skipped_rank: int | None = None
 
 
-# The SHA-256 of the files as OpenAI publishes them; other bytes under these names are damaged.
+# The SHA-256 of the files that OpenAI publishes. Another file with such a name is damaged.
 TIKTOKEN_SHA256 = {
     "r50k_base": "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
     "p50k_base": "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069",
@@ -92,7 +100,7 @@ ENCODING_SPECS = {
         num_tokens=199998,
         special_tokens={_ENDOFTEXT: 199999, "<|endofprompt|>": 200018},
     ),
-    # For the gpt-oss models. Their 200018 has two spellings.
+    # For the gpt-oss models. Two special tokens have the id 200018.
     "o200k_harmony": EncodingSpec(
         pattern=O200K,
         file="o200k_base",
@@ -108,7 +116,7 @@ ENCODING_SPECS = {
 }
 
 _MODELS = {
-    # Whole names first, then their beginnings, for dated versions and fine-tuned models.
+    # Full names. MODEL_PREFIX_TO_ENCODING has prefixes, for dated versions and fine-tuned models.
     "gpt2": "gpt2 gpt-2",
     "r50k_base": """
         davinci curie babbage ada text-davinci-001 text-curie-001 text-babbage-001 text-ada-001
@@ -148,36 +156,36 @@ MODEL_PREFIX_TO_ENCODING = {
 
 
 def list_encoding_names() -> list[str]:
-    """The names that `get_encoding` knows."""
+    """Return the names that `get_encoding` accepts."""
     return list(ENCODING_SPECS)
 
 
 @functools.cache
 def get_encoding(name: str) -> Encoding:
-    """The encoding of that name; the same object every time.
+    """Return the encoding of a name; the same object on every call.
 
     Raises:
-        ValueError: there is none, or the packed vocabulary is damaged.
+        ValueError: if there is no such encoding, or its data file is damaged.
     """
     if not isinstance(name, str):
-        raise ValueError(f"the name of an encoding must be a string, got {name!r}")
-    if (vocabulary := ENCODING_SPECS.get(name)) is None:
-        raise ValueError(f"unknown encoding {name!r}; there are {', '.join(ENCODING_SPECS)}")
+        raise ValueError(f"the name of an encoding must be a string, not {name!r}")
+    if (spec := ENCODING_SPECS.get(name)) is None:
+        raise ValueError(f"unknown encoding {name!r}; choose one of {', '.join(ENCODING_SPECS)}")
     encoding = Encoding(
         name,
-        pattern=vocabulary.pattern,
+        pattern=spec.pattern,
         ranks=load_ranks(name),
-        special_tokens=vocabulary.special_tokens,
+        special_tokens=spec.special_tokens,
     )
     encoding.factory = get_encoding, (name,)
     return encoding
 
 
 def encoding_name_for_model(model: str) -> str:
-    """The name of the encoding that a model of OpenAI's uses.
+    """Return the name of the encoding of an OpenAI model.
 
     Raises:
-        KeyError: no such model is known.
+        KeyError: if the model is unknown.
     """
     if (name := MODEL_TO_ENCODING.get(model)) is not None:
         return name
@@ -185,38 +193,38 @@ def encoding_name_for_model(model: str) -> str:
         if model.startswith(prefix):
             return name
     raise KeyError(
-        f"no encoding is known for the model {model!r}; name one of {', '.join(ENCODING_SPECS)} to "
-        "bpe.get_encoding"
+        f"no encoding is known for the model {model!r}; call bpe.get_encoding with one of "
+        f"{', '.join(ENCODING_SPECS)}"
     )
 
 
 def encoding_for_model(model: str) -> Encoding:
-    """The encoding that a model of OpenAI's uses.
+    """Return the encoding of an OpenAI model.
 
     Raises:
-        KeyError: no such model is known.
+        KeyError: if the model is unknown.
     """
     return get_encoding(encoding_name_for_model(model))
 
 
 def load_ranks(name: str) -> dict[bytes, int]:
-    """Token bytes to rank of a named encoding, in the order of ranks.
+    """Return the ranks of a named encoding: token bytes to rank, in ascending order of ranks.
 
     Raises:
-        ValueError: the file that comes with this package is not what it was.
+        ValueError: if the data file of this package is damaged.
     """
-    vocabulary = ENCODING_SPECS[name]
-    path = files("bpe") / "data" / f"{vocabulary.file}.xz"
+    spec = ENCODING_SPECS[name]
+    path = files("bpe") / "data" / f"{spec.file}.xz"
     packed = path.read_bytes()
-    if hashlib.sha256(packed).hexdigest() != _PACKED_SHA256[vocabulary.file]:
-        raise ValueError(f"{path}: its SHA-256 is not the expected one; install pellucid again")
-    tokens = _unpack(lzma.decompress(packed))[: vocabulary.num_tokens]
-    numbers = (rank for rank in count() if rank != vocabulary.skipped_rank)
-    return dict(zip(tokens, numbers, strict=False))
+    if hashlib.sha256(packed).hexdigest() != _PACKED_SHA256[spec.file]:
+        raise ValueError(f"{path} is damaged (wrong SHA-256); reinstall pellucid")
+    tokens = _unpack(lzma.decompress(packed))[: spec.num_tokens]
+    ranks = (rank for rank in count() if rank != spec.skipped_rank)
+    return dict(zip(tokens, ranks, strict=False))
 
 
 def _unpack(data: bytes) -> list[bytes]:
-    """Lengths, a byte each, then as many bytes as they say."""
+    """Return the tokens of a data file: their lengths, one byte each, then their bytes."""
     num_tokens, num_bytes = 0, 0
     while num_tokens + num_bytes < len(data):
         num_bytes += data[num_tokens]

@@ -1,23 +1,24 @@
-r"""Cutting text into pieces before any merge: the regular expressions of the tokenizers we know.
+r"""Split text into pieces before merging: the regular expressions of common tokenizers.
 
-Byte-pair encoding never merges across the border of a piece, so these patterns decide that "dog",
-" dog" and "dog!" share a token instead of each growing their own. Every pattern is an ordered
-choice: at each position the first alternative that matches wins. They come from GPT-2's
-`encoder.py`, from cl100k (Llama 3 took it over) and from Qwen2; each was compared with Hugging
-Face's `tokenizers` on every assigned character of Unicode.
+Byte-pair encoding never merges across piece boundaries. Because of these patterns, "dog" and "dog!"
+share a token instead of each becoming a separate one. Every pattern is an ordered choice: at each
+position, the first alternative that matches is used. The patterns come from GPT-2's `encoder.py`,
+from cl100k (also used by Llama 3) and from Qwen2. Each was compared with Hugging Face's
+`tokenizers` on every assigned character of Unicode.
 
-The `regex` module is needed because the standard library's `re` knows neither `\p{L}` (a letter of
-any script) nor `\p{N}` (a number of any script: digits, but also ½, ² and Ⅷ).
+The `regex` module is needed because `re` of the standard library supports neither `\p{L}` (a letter
+of any script) nor `\p{N}` (a number of any script: digits, but also ½, ² and Ⅷ).
 
-Two things in them are not in every introduction to regular expressions:
+The patterns use two less common features of regular expressions:
 
-- `(?!\S)` takes nothing, it looks ahead: the next character must not be one that is no white space.
-  In "a   b", `\s+(?!\S)` first takes all three spaces, sees the b, gives one space back, and then
-  sees that space. So it ends with two, and ` ?\p{L}++` takes the third along with the b.
-- A second plus, as in `\p{L}++`, forbids that giving back (the repetition is *possessive*; so are
-  `?+` and `{1,3}+`). Take `\s++$`, white space up to the end of the text. Where a b follows, fewer
-  spaces do not reach the end either, and a plain `\s+$` would find that out for each shorter run,
-  from each space on: on a million spaces, a trillion steps.
+- `(?!\S)` is a lookahead, which matches no characters: the next character must be whitespace, or
+  the text must end. In "a   b", `\s+(?!\S)` first matches all three spaces. The next character is
+  the b, so the engine backtracks by one space, and the next character is that space. The match is
+  two spaces, and ` ?\p{L}++` matches the third space and the b.
+- A second plus, as in `\p{L}++`, makes the repetition *possessive*: it does not backtrack (also
+  `?+` and `{1,3}+`). An example is `\s++$`, whitespace up to the end of the text. If a b follows,
+  no shorter run can reach the end. A plain `\s+$` would try each shorter run from each space: a
+  trillion steps for a million spaces.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ import regex
 GPT2 = "|".join(
     [
         r"'(?:[sdmt]|ll|ve|re)",  # English contractions, lower case only: 's 'd 'm 't 'll 've 're
-        r" ?\p{L}++",  # a word, taking one space in front of it along
-        r" ?\p{N}++",  # a number of any length, likewise
-        r" ?[^\s\p{L}\p{N}]++",  # a run of punctuation and symbols, likewise
-        r"\s++$",  # white space at the end of the text
-        r"\s+(?!\S)",  # white space, leaving its last character to the word that follows...
-        r"\s",  # ...unless that character cannot lead a word (a newline or a tab before text)
+        r" ?\p{L}++",  # a word, with the space before it
+        r" ?\p{N}++",  # a number of any length, with the space before it
+        r" ?[^\s\p{L}\p{N}]++",  # punctuation and symbols, with the space before them
+        r"\s++$",  # whitespace at the end of the text
+        r"\s+(?!\S)",  # whitespace, without the last character before a word...
+        r"\s",  # ...which is a piece if it cannot begin a word (a newline or a tab)
     ]
 )
 
-# SmolLM2 (and StarCoder) first cut out every digit, then apply GPT-2's pattern to what lies
-# between. One pass does both: a digit stands alone, so no other clause may hold one, and white
-# space in front of a digit ends its stretch just as the end of the text would.
+# SmolLM2 and StarCoder first isolate every digit, then apply GPT-2's pattern to the text between
+# digits. This pattern does both in one pass: no other alternative may contain a digit, and a digit
+# after whitespace acts like the end of the text.
 SMOLLM = "|".join(
     [
         r"\p{N}",
@@ -57,16 +58,16 @@ CL100K = "|".join(
         r"'(?i:[sdmt]|ll|ve|re)",  # contractions in either case
         r"[^\r\n\p{L}\p{N}]?+\p{L}++",  # a word, with one leading space *or* symbol: "(word"
         r"\p{N}{1,3}+",  # at most three digits, without the space in front
-        r" ?[^\s\p{L}\p{N}]++[\r\n]*+",  # symbols with the line ends after them: ";\n"
-        r"\s++$",  # white space at the end of the text
-        r"\s*[\r\n]",  # line ends with the white space before and between them
-        r"\s+(?!\S)",  # white space, leaving the last character to what follows
+        r" ?[^\s\p{L}\p{N}]++[\r\n]*+",  # symbols with the newlines after them: ";\n"
+        r"\s++$",  # whitespace at the end of the text
+        r"\s*[\r\n]",  # newlines with the whitespace before and between them
+        r"\s+(?!\S)",  # whitespace, without the last character before other text
         r"\s",
     ]
 )
 
-# Llama 3 and Qwen2 have taken over an earlier form of it, which at the end of a text does not join
-# line ends with the white space after them. In Qwen2 every digit stands alone.
+# Llama 3 and Qwen2 use an earlier version of cl100k. At the end of a text, it separates newlines
+# from the whitespace after them. In Qwen2 every digit is a piece.
 _LLAMA3 = "|".join(
     [
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
@@ -81,8 +82,8 @@ _LLAMA3 = "|".join(
 LLAMA3 = _LLAMA3.replace("DIGITS", "3")
 QWEN2 = _LLAMA3.replace(r"{1,DIGITS}", "")
 
-# A word ends where a capital follows a small letter: "camelCase". Letters without case, and marks
-# (the vowel signs of Hindi, accents written apart), go with either.
+# A word ends where a capital follows a small letter: "camelCase". Caseless letters and marks (vowel
+# signs of Hindi, combining accents) can occur with both.
 _CAPITALS, _SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 O200K = "|".join(
     [
@@ -96,7 +97,7 @@ O200K = "|".join(
     ]
 )
 
-# What a pattern may take: seconds at least, and characters a second, of which our own do millions.
+# The time limit of a pattern. The patterns below process millions of characters per second.
 TIMEOUT_BASE_SECONDS = 5.0
 TIMEOUT_CHARS_PER_SECOND = 100_000
 
@@ -114,35 +115,39 @@ _BUILTIN_PATTERNS = frozenset(PATTERNS.values())
 
 
 def compile_pattern(pattern: str) -> regex.Pattern[str]:
-    """Compiles one split pattern.
+    """Compile one split pattern.
 
     Args:
         pattern: a regular expression in the dialect of the `regex` module.
 
     Raises:
-        ValueError: if it is not one.
+        ValueError: if the pattern is not a valid regular expression.
     """
     try:
         return regex.compile(pattern)
     except regex.error as error:
         raise ValueError(
-            f"split pattern {pattern!r} is not a regular expression: {error}"
+            f"split pattern {pattern!r} is not a valid regular expression: {error}"
         ) from None
 
 
 def split(patterns: Sequence[regex.Pattern[str]], text: str) -> list[str]:
-    """Cuts `text` into pieces; joined together they are `text` again.
+    """Split `text` into pieces, whose concatenation is `text`.
 
     >>> split([compile_pattern(GPT2)], "I'm 12 dogs,   ok?")
     ['I', "'m", ' 12', ' dogs', ',', '  ', ' ok', '?']
 
-    Several patterns are applied in turn, each to the pieces that the one before it left. What a
-    pattern does not match becomes a piece of its own (Hugging Face calls it "isolated"), so that no
+    Several patterns are applied in turn, each to the pieces of the previous one. Text that a
+    pattern does not match becomes a separate piece (the behavior "isolated" of Hugging Face), so no
     pattern can lose text.
 
+    Args:
+        patterns: the compiled split patterns, see `compile_pattern`.
+        text: the text.
+
     Raises:
-        ValueError: if a pattern takes far longer than scanning the text once does; one from a file
-            may need time exponential in the length of the text.
+        ValueError: if a pattern exceeds its time limit; a pattern from a file may need time
+            exponential in the length of the text.
     """
     pieces = [text]
     for pattern in patterns:
@@ -154,7 +159,7 @@ def split(patterns: Sequence[regex.Pattern[str]], text: str) -> list[str]:
 
 
 def _split_one(pattern: regex.Pattern[str], text: str) -> list[str]:
-    # Our own need no limit, and do without in half the time.
+    # The built-in patterns need no time limit, which would double their time.
     seconds = (
         None
         if pattern.pattern in _BUILTIN_PATTERNS
@@ -173,7 +178,7 @@ def _split_one(pattern: regex.Pattern[str], text: str) -> list[str]:
     except TimeoutError:
         raise ValueError(
             f"split pattern {pattern.pattern!r} took more than {seconds:.1f} s "
-            f"on {len(text)} characters"
+            f"on {len(text)} characters; simplify the pattern"
         ) from None
     pieces.append(text[end:])
     return [piece for piece in pieces if piece]

@@ -1,18 +1,17 @@
-"""A Jinja environment for templates nobody vouches for: they end soon and stay small.
+"""Run untrusted Jinja templates in a sandbox that limits their time and memory.
 
-Chat templates arrive inside model files. Jinja's own sandbox keeps them away from Python's insides,
-but not from running for a week or filling the memory. Three rules together do:
+Chat templates come with model files. Jinja's sandbox prevents access to Python's internals, but it
+does not limit the time and memory of a template. Three rules do:
 
-1. *Little to call.* Filters, methods and globals are the ones chat templates use, listed below.
-   What could make much out of little in one step (`*`, `replace`, `join`, `+`, an indent) is
-   checked before it is done; `**`, and `%` and `format` on strings, are refused.
-2. *Everything is metered.* The template's syntax tree is rewritten before compilation, so that
-   every turn of a loop, call, operation, slice, comparison and literal passes through `spend`,
-   which bounds the size of a single value, of all values together, and the processor time.
-3. *Nothing at compile time.* Constant folding is off, so that `"a" * 10**10` is not computed while
-   compiling either.
+1. *Few callables.* Only the filters, methods and globals that chat templates use are available.
+   Operations that can create large values in one step (`*`, `replace`, `join`, `+`, an indent) are
+   checked before they run; `**`, and `%` and `format` on strings, are rejected.
+2. *Everything is metered.* The syntax tree of a template is rewritten before compilation. Every
+   loop iteration, call, operation, slice, comparison and literal passes through `spend`, which
+   limits the size of each value, the total size of all values, and the processor time.
+3. *No constant folding*, so `"a" * 10**10` is not computed during compilation.
 
-Imported only when a chat template is used: it needs jinja2.
+This module needs jinja2 and is imported only when a chat template is used.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MAX_SOURCE = 1 << 17  # characters of a template; the longest in use have some 30,000
-MAX_SIZE = 1 << 22  # of one value, or the output: characters, plus 8 per item of a container
-MAX_TOTAL = 1 << 26  # of all values together
-MAX_SECONDS = 2.0  # of this thread's processor time, so that a busy machine makes no difference
+MAX_SOURCE = 1 << 17  # characters of a template; the longest in use have about 30,000
+MAX_SIZE = 1 << 22  # size of one value or of the output: characters, plus 8 per container item
+MAX_TOTAL = 1 << 26  # total size of all values
+MAX_SECONDS = 2.0  # processor time of the thread, which does not depend on the machine's load
 
 # fmt: off
 _FILTERS = [
@@ -60,31 +59,31 @@ _METHODS: dict[type, set[str]] = {
     float: set(),
 }
 # fmt: on
-_GLOBALS = ("range", "dict", "cycler", "joiner")  # not `lipsum`, which makes text from nothing
+_GLOBALS = ("range", "dict", "cycler", "joiner")  # not `lipsum`, which generates text
 
 
 class _Meter:
-    """What one rendering may still spend."""
+    """The remaining budget of one rendering."""
 
     def __init__(self) -> None:
-        self._left = MAX_TOTAL
+        self._remaining = MAX_TOTAL
         self._deadline = time.thread_time() + MAX_SECONDS
 
     def spend(self, size: int) -> None:
-        self._left -= size
-        if self._left < 0:
-            raise ValueError(f"it makes more than {MAX_TOTAL} characters in all")
+        self._remaining -= size
+        if self._remaining < 0:
+            raise ValueError(f"it creates more than {MAX_TOTAL} characters in total")
         if time.thread_time() > self._deadline:
             raise ValueError(f"it runs for more than {MAX_SECONDS:g} s")
 
 
-# A context variable, because several threads may render with one environment.
+# A context variable, because several threads can render with one environment.
 _METER: ContextVar[_Meter] = ContextVar("meter")
 
 
 @contextlib.contextmanager
 def metered() -> Iterator[None]:
-    """Within this block, templates may run, up to the limits above."""
+    """Return a context in which templates can run, within the limits of this module."""
     token = _METER.set(_Meter())
     try:
         yield
@@ -93,11 +92,13 @@ def metered() -> Iterator[None]:
 
 
 def value_size(value: Any) -> int:
-    """The characters in `value`, with those in the items of containers, plus 8 for every item.
+    """Return the number of characters in `value` and its items, plus 8 for every item.
+
+    The traversal stops above `MAX_SIZE`, because nested lists that contain one list many times can
+    be larger than memory when printed.
 
     Raises:
-        ValueError: if that is more than `MAX_SIZE`. A list that holds one list many times, level on
-            level, can be larger than memory when printed: hence no more is looked at than that.
+        ValueError: if the size is more than `MAX_SIZE`.
     """
     if isinstance(value, str):
         total, rest = len(value), []
@@ -118,25 +119,25 @@ def value_size(value: Any) -> int:
 
 
 def spend(value: Any) -> Any:
-    """Passes `value` through, at the expense of its size.
+    """Subtract the size of `value` from the budget of the rendering, and return `value`.
 
     Raises:
-        ValueError: if it is too large, or the rendering has used up what it may.
-        LookupError: outside `metered` (Jinja, trying to fold constants, takes it for "cannot").
+        ValueError: if the value is too large, or the budget is exhausted.
+        LookupError: outside `metered`; Jinja then does not fold the constant.
     """
     _METER.get().spend(value_size(value))
     if isinstance(value, int) and abs(value) >= 1 << 64:
-        raise ValueError("it computes with integers of more than 64 bits")
+        raise ValueError("it uses integers of more than 64 bits")
     return value
 
 
 def _check_size(total: int) -> None:
     if total > MAX_SIZE:
-        raise ValueError(f"it makes a value of more than {MAX_SIZE} characters")
+        raise ValueError(f"it creates a value of more than {MAX_SIZE} characters")
 
 
 def _concat(parts: Iterable[str]) -> str:
-    """What Jinja joins the output of a macro or a `set` block with."""
+    """Join the output of a macro or of a `set` block."""
     parts = list(parts)
     _check_size(sum(map(len, parts)))
     result = "".join(parts)
@@ -151,8 +152,8 @@ def _join(items: Iterable[Any], separator: str = "") -> str:
 
 
 def _replace(text: str, old: str, new: str, count: int = -1) -> str:
-    times = text.count(old) if count < 0 else min(text.count(old), count)
-    _check_size(len(text) + times * max(0, len(new) - len(old)))
+    num_matches = text.count(old) if count < 0 else min(text.count(old), count)
+    _check_size(len(text) + num_matches * max(0, len(new) - len(old)))
     return text.replace(old, new, count)
 
 
@@ -169,7 +170,7 @@ def _replace_filter(s: Any, old: str, new: str, count: int | None = None) -> str
 def _indent_filter(s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
     margin = width if isinstance(width, str) else " " * min(width, 64)
     if len(margin) != (len(width) if isinstance(width, str) else width):
-        raise ValueError(f"indent of {width} is more than 64")
+        raise ValueError(f"indent({width}) must be at most 64")
     _check_size(len(s) + (s.count("\n") + 1) * len(margin))
     lines = [margin + line if blank or line else line for line in str(s).split("\n")]
     return "\n".join(lines if first else [str(s).split("\n")[0], *lines[1:]])
@@ -182,11 +183,11 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As transformers has it: unlike Jinja's own, it escapes no HTML."""
+    """Return `x` as JSON, without Jinja's escaping of HTML, as in transformers."""
     if indent is not None and not (isinstance(indent, int) and 0 <= indent <= 16):
         raise ValueError(f"tojson(indent={indent!r}) must be from 0 to 16")
     if separators is not None and sum(map(len, separators)) > 8:
-        raise ValueError("tojson's separators must be short")
+        raise ValueError("the separators of tojson must have at most 8 characters")
     return json.dumps(
         x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -202,16 +203,16 @@ def _strftime_now(format: str) -> str:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """`namespace(...)`, whose contents do not count in `size` and hence must not be printed."""
+    """`namespace(...)`, not printable because its content does not count in `value_size`."""
 
     def __repr__(self) -> str:
         return "<Namespace>"
 
 
 def _metered_function(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter or test that spends its result, complete: what is lazy would escape the meter."""
+    """Wrap a filter or test to spend its result; an iterator is evaluated first."""
 
-    @functools.wraps(function)  # also carries over what Jinja wants passed as first argument
+    @functools.wraps(function)  # also copies Jinja's marker for the first argument
     def metered_function(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
         return spend(list(result) if isinstance(result, Iterator) else result)
@@ -220,10 +221,10 @@ def _metered_function(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Metering(NodeTransformer):
-    """Rewrites a syntax tree so that all that costs something goes through `Sandbox.spend`.
+    """A rewriter of syntax trees that passes every costly expression through `Sandbox.spend`.
 
-    Calls, arithmetic, filters, tests and look-ups need no rewriting: they go through the
-    environment anyway.
+    Calls, arithmetic, filters, tests and lookups need no rewriting, because Jinja evaluates them
+    through the environment.
     """
 
     def _spend(self, node: nodes.Expr) -> nodes.Expr:
@@ -233,19 +234,23 @@ class _Metering(NodeTransformer):
     visit_Compare = visit_List = visit_Dict = _spend
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:
-        return self._spend(node) if node.ctx == "load" else node  # else the target of a `for`
+        """Rewrite a tuple; leave an assignment target as it is."""
+        return self._spend(node) if node.ctx == "load" else node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
+        """Rewrite a slice; the environment meters other subscripts."""
         if isinstance(node.arg, nodes.Slice):
             return self._spend(node)
         self.generic_visit(node)
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
+        """Rewrite `~` to a call of `Sandbox.join_all`."""
         self.generic_visit(node)
         return _call("join_all", node.nodes, node.lineno)
 
     def visit_For(self, node: nodes.For) -> nodes.For:
+        """Insert a call of `Sandbox.spend` into the loop body, to check the time."""
         self.generic_visit(node)
         tick = nodes.ExprStmt(_call("spend", [nodes.Const(None)], node.lineno))
         tick.set_lineno(node.lineno)
@@ -254,33 +259,35 @@ class _Metering(NodeTransformer):
 
 
 def _call(name: str, arguments: list[nodes.Expr], line: int) -> nodes.Call:
-    """A call of one of the environment's attributes, in the template's syntax tree."""
+    """Return a syntax tree node that calls an attribute of the environment."""
     call = nodes.Call(nodes.EnvironmentAttribute(name), arguments, [], None, None)
     call.set_lineno(line)
     return call
 
 
 class GenerationTag(Extension):
-    """`{% generation %}...{% endgeneration %}`: the part of a turn that the model is to write.
+    """`{% generation %}...{% endgeneration %}`, which marks text that the model generates.
 
-    Renders its contents, between the two characters in the variable `generation_marks` if given.
+    The content is rendered between the two characters in the variable `generation_marks`, if set.
     """
 
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
+        """Parse the tag to a call of `mark` with its content."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         call = self.call_method("mark", [nodes.ContextReference()])
         return nodes.CallBlock(call, [], [], body).set_lineno(line)
 
     def mark(self, context: Context, caller: Macro) -> str:
+        """Return the rendered content between the generation marks."""
         start, end = context.get("generation_marks") or ("", "")
         return f"{start}{caller()}{end}"
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja with the settings of transformers' chat templates, within the limits above."""
+    """A Jinja environment with the settings of transformers, within the limits of this module."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
     concat = staticmethod(_concat)  # type: ignore[assignment]
@@ -300,7 +307,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             "indent": _indent_filter,
             "join": _join_filter,
             "replace": _replace_filter,
-            "safe": str,  # nothing is escaped, so nothing need be called safe
+            "safe": str,  # autoescaping is off
             "tojson": _tojson,
         }
         self.filters = {name: _metered_function(function) for name, function in filters.items()}
@@ -313,32 +320,37 @@ class Sandbox(ImmutableSandboxedEnvironment):
         }
 
     def load(self, source: str) -> jinja2.Template:
-        """Compiles a template.
+        """Compile a template.
 
         Raises:
-            ValueError: if it is too long or not a template we can run.
+            ValueError: if the source is too long or cannot be compiled.
         """
         if len(source) > MAX_SOURCE:
-            raise ValueError(f"chat template has {len(source)} characters, at most {MAX_SOURCE} do")
+            raise ValueError(
+                f"chat template has {len(source)} characters; at most {MAX_SOURCE} are allowed"
+            )
         try:
             return self.from_string(_Metering().visit(self.parse(source)))
         except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError) as error:
             raise ValueError(f"chat template cannot be compiled: {error}") from error
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """Return whether a template may access an attribute."""
         for kind, methods in _METHODS.items():
             if isinstance(obj, kind):
                 return attr in methods
         return super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> None:
-        """Jinja offers `str.format` in a form of its own; without that it is refused as unknown."""
+        """Return None: disable Jinja's version of `str.format`, so that it is unknown."""
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        spend(None)  # filters look up attributes by themselves, in loops of their own
+        """Return an item or attribute, and check the time."""
+        spend(None)  # filters look up attributes in loops that are not metered otherwise
         return super().getitem(obj, argument)
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Call a function and spend its result; check the sizes of `replace` and `join` before."""
         if obj is spend:
             return spend(*args)
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
@@ -347,13 +359,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return spend(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Evaluate a binary operator, and check the size of the result before."""
         numbers = isinstance(left, int | float) and isinstance(right, int | float)
         if operator == "**" or (operator == "%" and not numbers):
             raise ValueError(f"the operator {operator} is not available on these values")
         if not numbers and operator == "*":
-            times, repeated = (left, right) if isinstance(left, int) else (right, left)
-            if isinstance(times, int):
-                _check_size(value_size(repeated) * times)
+            count, sequence = (left, right) if isinstance(left, int) else (right, left)
+            if isinstance(count, int):
+                _check_size(value_size(sequence) * count)
         elif not numbers:
             _check_size(value_size(left) + value_size(right))
         return spend(super().call_binop(context, operator, left, right))

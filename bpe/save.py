@@ -1,8 +1,8 @@
-"""Writing a vocabulary for others to read: `.tiktoken`, and Hugging Face's `tokenizer.json`.
+"""Save a vocabulary as a `.tiktoken` file, or as a `tokenizer.json` of Hugging Face.
 
-The first holds tokens and ranks only; whoever loads it must know the split pattern and the special
-tokens. The second holds everything. What we write, tiktoken, tokenizers and `bpe.load` read with
-the same result.
+A `.tiktoken` file holds tokens and ranks only; the split pattern and the special tokens must be
+passed when it is loaded. A `tokenizer.json` is complete. tiktoken, tokenizers and `bpe.load` read
+these files with the same result.
 """
 
 from __future__ import annotations
@@ -21,35 +21,43 @@ from bpe.merge import NO_MERGE, merge
 
 
 def save(encoding: Encoding, path: str | Path) -> None:
-    """Writes a vocabulary, in the format that the name asks for: `.tiktoken` or `.json`.
+    """Save a vocabulary in the format of the suffix of `path`: `.tiktoken` or `.json`.
+
+    Args:
+        encoding: the vocabulary.
+        path: the file to write; an existing file is replaced.
 
     Raises:
-        ValueError: if the name ends otherwise, or the format cannot hold this encoding.
+        ValueError: if the suffix is another, or the format cannot represent this encoding.
     """
     path = Path(path)
     check_output_path(path)
     text = tiktoken_lines(encoding) if path.suffix == ".tiktoken" else tokenizer_json(encoding)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    part_path = path.with_name(path.name + ".part")
+    part_path.write_text(text, encoding="utf-8")
+    os.replace(part_path, path)
 
 
 def check_output_path(path: Path) -> None:
-    """Raises ValueError if `save` would refuse a name."""
+    """Check that `path` has a suffix that `save` supports.
+
+    Raises:
+        ValueError: if the suffix is neither `.tiktoken` nor `.json`.
+    """
     if path.suffix not in (".tiktoken", ".json"):
         raise ValueError(f"{path}: the name must end in .tiktoken or .json")
 
 
 def tiktoken_lines(encoding: Encoding) -> str:
-    """A `.tiktoken` file: on each line a token in base64, a space, and its rank.
+    """Return the content of a `.tiktoken` file: lines of a token in base64, a space, and its rank.
 
     Raises:
-        ValueError: if ids are no merge priorities: tokens with merges of their own (as in Hugging
-            Face's and GGUF files), or a normalization.
+        ValueError: if the ids are not merge ranks, because the encoding has a list of merges (from
+            a Hugging Face or GGUF file), a normalization, or dropped bytes.
     """
     if encoding.merges is not None or encoding.normalization or encoding.dropped_bytes:
         raise ValueError(
-            f"{encoding!r} cannot be a .tiktoken file: its ids are no merge priorities; "
+            f"{encoding!r} cannot be saved as a .tiktoken file: its ids are not merge ranks; "
             "save it as tokenizer.json"
         )
     return "".join(
@@ -59,19 +67,20 @@ def tiktoken_lines(encoding: Encoding) -> str:
 
 
 def tokenizer_json(encoding: Encoding) -> str:
-    """A `tokenizer.json` as Hugging Face's tokenizers reads it.
+    """Return the content of a `tokenizer.json` for Hugging Face's tokenizers.
 
-    Where a special token has two spellings, as in o200k_harmony, tokenizers knows only the last.
+    If two special tokens have the same id, as in o200k_harmony, tokenizers uses only the last.
 
     Raises:
-        ValueError: if the split pattern has a form that tokenizers reads otherwise.
+        ValueError: if tokenizers would interpret the split pattern differently, or if a special
+            token has the same text as an ordinary token.
     """
     characters = bytes_to_unicode()
 
-    def spelled(token: bytes) -> str:
+    def as_text(token: bytes) -> str:
         return "".join(characters[byte] for byte in token)
 
-    # A token that no merge makes can still be a whole piece, and "ignore_merges" says just that.
+    # With "ignore_merges", a token that no merges lead to can still be a piece.
     pairs = encoding.merges
     if pairs is None:
         pairs = [
@@ -79,13 +88,13 @@ def tokenizer_json(encoding: Encoding) -> str:
             for token in _by_rank(encoding.ranks)
             if (pair := _recover_pair(token, encoding.ranks))
         ]
-    # Special tokens are in the vocabulary too: tokenizers would number others one after the other.
-    vocab = {spelled(token): id for token, id in encoding.ranks.items()}
+    # Special tokens are also added to the vocabulary; otherwise tokenizers would renumber them.
+    vocab = {as_text(token): id for token, id in encoding.ranks.items()}
     for token, id in encoding.special_tokens.items():
         if vocab.setdefault(token, id) != id:
             raise ValueError(
-                f"{encoding!r} cannot be a tokenizer.json: there the special token {token!r} is "
-                f"spelled as the token {vocab[token]} is"
+                f"{encoding!r} cannot be saved as a tokenizer.json: the special token {token!r} "
+                f"has the same text as the token {vocab[token]}"
             )
     splits = [
         {
@@ -131,24 +140,27 @@ def tokenizer_json(encoding: Encoding) -> str:
             "byte_fallback": False,
             "ignore_merges": encoding.ignore_merges,
             "vocab": vocab,
-            "merges": [[spelled(left), spelled(right)] for left, right in pairs],
+            "merges": [[as_text(left), as_text(right)] for left, right in pairs],
         },
     }
     return json.dumps(spec, ensure_ascii=False, indent=1) + "\n"
 
 
 def recover_merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pairs that a vocabulary of ranks was made from, in order.
+    """Return the merges of a vocabulary of ranks, in order.
+
+    Args:
+        ranks: token bytes to rank.
 
     Raises:
-        ValueError: if no pair makes one of the tokens, as where it was put in by hand.
+        ValueError: if no merge makes one of the tokens, for example a token added by hand.
     """
     pairs = []
     for token in _by_rank(ranks):
         if (pair := _recover_pair(token, ranks)) is not None:
             pairs.append(pair)
         elif len(token) > 1:
-            raise ValueError(f"no merge makes the token {ranks[token]}, {token!r}")
+            raise ValueError(f"no merge makes the token {token!r} of rank {ranks[token]}")
     return pairs
 
 
@@ -157,18 +169,18 @@ def _by_rank(ranks: Mapping[bytes, int]) -> list[bytes]:
 
 
 def _recover_pair(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The two tokens that are joined to make one; None if none are.
+    """Return the two tokens that are merged to `token`; None if no merge makes it.
 
-    They are what is left of its bytes when all is merged but the token itself is not to be made.
-    If that is more than two, no merge makes the token, alone or within a text.
+    The bytes of the token are merged with all merges except those that make the token itself. If
+    more than two tokens remain, no merge makes the token, alone or within a text.
     """
 
-    def others(left: bytes, right: bytes) -> int:
+    def other_rank(left: bytes, right: bytes) -> int:
         return (
             NO_MERGE if len(left) + len(right) == len(token) else ranks.get(left + right, NO_MERGE)
         )
 
-    match merge(token, others):
+    match merge(token, other_rank):
         case [left, right]:
             return left, right
         case _:
@@ -176,31 +188,34 @@ def _recover_pair(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, byte
 
 
 def to_oniguruma(pattern: str) -> str:
-    r"""A split pattern in the dialect of the regex engine of tokenizers.
+    r"""Convert a split pattern to the dialect of Oniguruma, the regex engine of tokenizers.
 
-    It reads two things otherwise: `$` is the end of a line there, and `{1,3}+` repeats instead of
-    refusing to give back.
+    Two constructs differ: in Oniguruma, `$` matches at the end of a line, and `{1,3}+` is a nested
+    repetition instead of a possessive one.
+
+    Args:
+        pattern: a regular expression in the dialect of the `regex` module.
 
     Raises:
-        ValueError: if there is such a `{1,3}+` after a group, or an inline flag but `i`, of which
-            it knows no other by the same letter.
+        ValueError: if a `{1,3}+` follows a group, or if there is an inline flag other than `i`,
+            because the letters of other flags differ.
 
     >>> to_oniguruma(r"\p{N}{1,3}+|\s++$")
     '(?>\\p{N}{1,3})|\\s++\\z'
     """
     if flags := re.search(r"(?<!\\)\(\?[a-zA-Z-]*[^\W\dPi][a-zA-Z-]*[:)]", pattern):
         raise ValueError(
-            f"split pattern {pattern!r}: tokenizers reads the flags {flags.group()} otherwise; "
-            "write it without them, such as [\\s\\S] for a dot that matches line ends"
+            f"split pattern {pattern!r}: tokenizers interprets the flags {flags.group()} "
+            "differently; remove them, for example write [\\s\\S] for a dot that matches newlines"
         )
     atom = r"\\[pP]\{\^?\w+\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\.|\w"
     pattern = re.sub(rf"({atom})(\{{\d+(?:,\d*)?\}})\+", r"(?>\1\2)", pattern)
     if re.search(r"\)\{\d+(?:,\d*)?\}\+", pattern):
         raise ValueError(
-            f"split pattern {pattern!r}: a possessive {{m,n}}+ after a group is read otherwise "
-            "by tokenizers; write it as an atomic group (?>...)"
+            f"split pattern {pattern!r}: tokenizers interprets a possessive {{m,n}}+ after a group "
+            "differently; write it as an atomic group (?>...)"
         )
-    # Everything but a lone $ stays as it is: escaped characters and sets are passed over whole.
+    # Replace $ only; escaped characters and sets are matched as a whole and kept.
     return re.sub(
         r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\$",
         lambda match: r"\z" if match.group() == "$" else match.group(),

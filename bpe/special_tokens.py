@@ -1,6 +1,6 @@
-"""Special tokens in a text: how they are found, and refused where they are not allowed.
+"""Find special tokens in a text, and reject those that are not allowed.
 
-The contract and the message are those of tiktoken.
+The behavior and the error message are those of tiktoken.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import NoReturn
 
 @functools.lru_cache(maxsize=128)
 def special_token_regex(tokens: frozenset[str]) -> re.Pattern[str]:
-    """A pattern with one group that finds any of `tokens`; of several at one place, the longest."""
+    """Return a pattern with one group that matches any of `tokens`, the longest at a position."""
     longest_first = sorted(tokens, key=lambda token: (-len(token), token))
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
 
 def check_disallowed_special(text: str, disallowed: Collection[str]) -> None:
-    """Refuse a text that spells a special token.
+    """Check that a text contains no disallowed special token.
 
     Raises:
-        TypeError: it is no text.
-        ValueError: it spells one of `disallowed`.
+        TypeError: if `text` is not a string.
+        ValueError: if the text contains one of `disallowed`.
     """
     if not isinstance(text, str):
         raise TypeError(f"text must be a string, not {text!r:.80}")
@@ -32,7 +32,7 @@ def check_disallowed_special(text: str, disallowed: Collection[str]) -> None:
 
 
 def fix_surrogates(text: str) -> str:
-    """The text without surrogates: pairs are joined, lone ones become U+FFFD, as in tiktoken."""
+    """Replace surrogates: pairs by their character, lone ones by U+FFFD, as in tiktoken."""
     try:
         text.encode()
     except UnicodeEncodeError:

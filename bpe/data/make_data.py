@@ -1,10 +1,10 @@
-"""Makes the files of this folder from the npm package js-tiktoken, which is under the MIT licence:
+"""Create the vocabularies of this folder from the npm package js-tiktoken (MIT license).
 
     npm pack js-tiktoken@1.0.21 && tar xzf js-tiktoken-1.0.21.tgz
     python bpe/data/make_data.py package
 
-In the package a rank table is lines of "! rank token token ...": tokens in base64, of which the
-first has that rank and each next one the next rank. `bpe/openai_encodings.py` says what is made of it.
+The package stores ranks as lines of "! rank token token ...": tokens in base64, with consecutive
+ranks from `rank` on. `bpe/openai_encodings.py` describes the output format.
 """
 
 import base64
@@ -17,12 +17,13 @@ DATA_DIR = Path(__file__).parent
 
 
 def main(package: Path) -> None:
+    """Write the packed vocabularies of an unpacked npm package."""
     for name in ("p50k_base", "cl100k_base", "o200k_base"):
         source = (package / "dist" / "ranks" / f"{name}.js").read_text()
-        table = json.loads(source.removeprefix("export default ").rstrip().rstrip(";"))
+        content = json.loads(source.removeprefix("export default ").rstrip().rstrip(";"))
         tokens = [
             base64.b64decode(token)
-            for line in table["bpe_ranks"].splitlines()
+            for line in content["bpe_ranks"].splitlines()
             for token in line.split(" ")[2:]
         ]
         packed = bytes(map(len, tokens)) + b"".join(tokens)
