@@ -310,9 +310,9 @@ def _as_dict(measures: explain.Measures) -> dict[str, float]:
 
 
 def format_plain(ids: Sequence[int], tokens: Sequence[bytes]) -> str:
-    """Return one line per token: its id, a tab, and its text.
+    r"""Return one line per token: its id, a tab, and its text.
 
-    A token that is not complete UTF-8 is written as bytes: b'\\xf0\\x9f'.
+    A token that is not complete UTF-8 is written as bytes: b'\xf0\x9f'.
     """
     lines = []
     for id, token in zip(ids, tokens, strict=True):

@@ -1,13 +1,13 @@
-"""Seams: places within a piece that no token reaches across.
+"""Find split points: positions within a piece that no token crosses.
 
-Scripts without spaces make long pieces: a Chinese sentence up to its next comma is one, and hardly
-any occurs twice. But few tokens hold two Chinese characters, and only certain two. Where those to
-the left and right of a place stand together in no token, no merge can ever join across it, for what
-it made would be such a token. So the piece can be cut there, and the ids stay the same. What is
-left is short, and comes again: it need not be merged, it is known.
+Scripts without spaces have long pieces. A Chinese sentence up to the next comma is one piece, and
+such pieces rarely repeat, so a cache of pieces does not help. But few pairs of Chinese characters
+are adjacent in any token. If no token contains the two characters around a position, no merge can
+cross it, because the merged token would contain them. Therefore the piece can be split there
+without a change of its ids. The resulting segments are short, repeat often, and are cached.
 
-Only characters from U+3000 on are looked at, where the scripts without spaces, Hangul and emoji
-are; within a Latin or Cyrillic word there is a token for nearly any two letters.
+Only characters from U+3000 on are considered: the scripts without spaces, Hangul and emoji. For
+Latin or Cyrillic, nearly every pair of letters is adjacent in some token.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ import numpy.typing as npt
 from bpe.hash_table import HashTable, Ints, Uint64s
 from bpe.vocab import Vocab
 
-# The first bytes, in UTF-8, of the characters looked at: U+3000 to U+3FFFF.
+# The first UTF-8 bytes of the characters U+3000 to U+3FFFF.
 _FIRST_LEAD_BYTE, _LAST_LEAD_BYTE = 0xE3, 0xF0
-_MAX_CACHED_PAIRS = 1 << 16  # pairs of characters to remember
+_MAX_CACHED_PAIRS = 1 << 16
 
 
-def _utf8_length(first: int) -> int:
-    """How many bytes a character has, by its first."""
-    return 4 if first >= 0xF0 else 3
+def _utf8_length(lead_byte: int) -> int:
+    """Return the length in bytes of a character of U+3000 to U+3FFFF."""
+    return 4 if lead_byte >= 0xF0 else 3
 
 
 def adjacent_characters(tokens: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
-    """All two characters that stand side by side in a token.
+    """Yield all pairs of characters that are adjacent in a token.
 
     Yields:
-        The bytes of both, and True; or, where the token holds only a part of one of them, the two
-        bytes where they meet, and False.
+        The bytes of both characters, and True. If the token contains only a part of one of them:
+        the last byte of the first and the first byte of the second, and False.
     """
     for token in tokens:
         for i in range(1, len(token)):
@@ -56,94 +56,95 @@ def adjacent_characters(tokens: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]
 
 
 class SplitPoints:
-    """The seams of one vocabulary."""
+    """The split points of one vocabulary."""
 
     def __init__(self, vocab: Vocab):
-        """
-        Args:
-            vocab: the vocabulary.
-        """
+        """Collect the adjacent characters of all tokens of `vocab`."""
         self._is_safe = _is_split_safe(vocab)
-        found = set(adjacent_characters(vocab.ranks)) if self._is_safe else set()
-        self._adjacent_pairs = {both for both, whole in found if whole}
-        self._partial_pairs = {meet for meet, whole in found if not whole}
-        self._cache: dict[str, bool] = {}  # two characters: whether there is a seam between them
+        pairs = set(adjacent_characters(vocab.ranks)) if self._is_safe else set()
+        self._adjacent_pairs = {both for both, complete in pairs if complete}
+        self._partial_pairs = {both for both, complete in pairs if not complete}
+        self._cache: dict[str, bool] = {}  # two characters -> whether to split between them
 
     def split(self, piece: str) -> list[str]:
-        """Cuts one piece at its seams."""
+        """Split one piece at its split points."""
         if not self._is_safe:
             return [piece]
-        is_seam, segments, begin = self._cache, [], 0
+        cache, segments, begin = self._cache, [], 0
         for i, both in enumerate(map(add, piece, piece[1:]), 1):
-            if (found := is_seam.get(both)) is None:
-                if len(is_seam) >= _MAX_CACHED_PAIRS:
-                    is_seam.clear()
-                found = is_seam[both] = self._is_split_point(*both)
-            if found:
+            if (is_split_point := cache.get(both)) is None:
+                if len(cache) >= _MAX_CACHED_PAIRS:
+                    cache.clear()
+                is_split_point = cache[both] = self._is_split_point(*both)
+            if is_split_point:
                 segments.append(piece[begin:i])
                 begin = i
         return [*segments, piece[begin:]]
 
     def _is_split_point(self, left: str, right: str) -> bool:
         a, b = left.encode(), right.encode()
-        looked_at = (
+        in_range = (
             _FIRST_LEAD_BYTE <= a[0] <= _LAST_LEAD_BYTE
             and _FIRST_LEAD_BYTE <= b[0] <= _LAST_LEAD_BYTE
         )
         return (
-            looked_at
+            in_range
             and a + b not in self._adjacent_pairs
             and a[-1:] + b[:1] not in self._partial_pairs
         )
 
     def split_batch(
-        self, data: bytes, eight: Uint64s, begin: Ints, ends: Ints
+        self, data: bytes, uint64s: Uint64s, offsets: Ints, separators: Ints
     ) -> tuple[Ints, Ints]:
-        """Cuts many pieces at their seams.
+        """Split many pieces at their split points.
 
         Args:
-            data, begin, ends: as `boundaries.cut` returns them.
-            eight: `eight_bytes` of the data.
+            data: as in `fast_pretokenizer.PieceOffsets`.
+            uint64s: `sliding_uint64` of the data.
+            offsets: as in `fast_pretokenizer.PieceOffsets`.
+            separators: as in `fast_pretokenizer.PieceOffsets`.
 
         Returns:
-            `begin` and `ends` with the new pieces.
+            `offsets` and `separators` of the resulting pieces.
         """
         byte = np.frombuffer(data, np.uint8)
-        place = np.flatnonzero((byte >= _FIRST_LEAD_BYTE) & (byte <= _LAST_LEAD_BYTE))
-        if not self._is_safe or len(place) < 2:
-            return begin, ends
-        together, partly = self._lookup_arrays
-        size = np.where(byte.take(place) == 0xF0, 4, 3)
-        first = np.flatnonzero(place[:-1] + size[:-1] == place[1:])  # of two side by side
-        both = eight.take(place.take(first)) & _MASKS.take(size.take(first) + size.take(first + 1))
-        second = place.take(first + 1)
-        meet = eight.take(second - 1) & np.uint64(0xFFFF)
-        joined = (together.find(both) >= 0) | partly.take(meet.view(np.intp))
-        start = np.zeros(len(data), np.bool_)
-        start[begin] = True
-        start[second[~joined]] = True
-        new = np.flatnonzero(start)
-        return new, np.searchsorted(new, begin.take(ends))
+        position = np.flatnonzero((byte >= _FIRST_LEAD_BYTE) & (byte <= _LAST_LEAD_BYTE))
+        if not self._is_safe or len(position) < 2:
+            return offsets, separators
+        adjacent_pairs, partial_pairs = self._lookup_arrays
+        size = np.where(byte.take(position) == 0xF0, 4, 3)
+        first = np.flatnonzero(position[:-1] + size[:-1] == position[1:])  # of adjacent characters
+        mask = _MASKS.take(size.take(first) + size.take(first + 1))
+        both = uint64s.take(position.take(first)) & mask
+        second = position.take(first + 1)
+        boundary_bytes = uint64s.take(second - 1) & np.uint64(0xFFFF)
+        is_joined = adjacent_pairs.find(both) >= 0
+        is_joined |= partial_pairs.take(boundary_bytes.view(np.intp))
+        is_start = np.zeros(len(data), np.bool_)
+        is_start[offsets] = True
+        is_start[second[~is_joined]] = True
+        new_offsets = np.flatnonzero(is_start)
+        return new_offsets, np.searchsorted(new_offsets, offsets.take(separators))
 
     @functools.cached_property
     def _lookup_arrays(self) -> tuple[HashTable, npt.NDArray[np.bool_]]:
-        """Two characters that stand together in a token, and two bytes that stand so in a part."""
-        together = HashTable(words_per_key=1)
-        numbers = [int.from_bytes(both, "little") for both in self._adjacent_pairs]
-        together.add(np.array(numbers, np.uint64))
-        partly = np.zeros(1 << 16, np.bool_)
-        partly[[int.from_bytes(meet, "little") for meet in self._partial_pairs]] = True
-        return together, partly
+        """The adjacent pairs as a table of keys, and the partial pairs as an array [65536]."""
+        adjacent_pairs = HashTable(words_per_key=1)
+        keys = [int.from_bytes(both, "little") for both in self._adjacent_pairs]
+        adjacent_pairs.add(np.array(keys, np.uint64))
+        partial_pairs = np.zeros(1 << 16, np.bool_)
+        partial_pairs[[int.from_bytes(both, "little") for both in self._partial_pairs]] = True
+        return adjacent_pairs, partial_pairs
 
 
-_MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # that many bytes
+_MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # by number of bytes
 
 
 def _is_split_safe(vocab: Vocab) -> bool:
-    """Whether the two sides of a seam have the ids that they have within the piece.
+    """Return whether splitting a piece at a split point never changes its ids.
 
-    Not so where a side by itself is a token, as a whole piece, that no merges make; nor where bytes
-    of such characters are dropped, and what they stood between comes together.
+    It can change the ids if a segment is a token that no merges lead to, and if bytes of the
+    characters are dropped, so that the characters around them become adjacent.
     """
     if vocab.dropped_bytes.translate(None, _SAFE_BYTES):
         return False

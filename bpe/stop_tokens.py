@@ -1,18 +1,18 @@
-"""Which tokens end a generation: the ids that a model's files declare, and well-known spellings.
+"""Collect the tokens that end a generation: declared in a model's files, and well-known ones.
 
-The files of one model often disagree: its tokenizer names the end of a text, its
-generation_config.json also the end of a turn. The set is the union of
+The files of a model often disagree: the tokenizer may declare the end of a text only, and
+generation_config.json also the end of a message. The stop tokens are the union of
 
 - `eos_token_id` (an id or a list) in generation_config.json and config.json, and `eos_token` (a
   string, or an object with `content`) in tokenizer_config.json and special_tokens_map.json, as
   transformers and vLLM read them;
 - `eos_token_id`, `eot_token_id` and `eom_token_id` in GGUF metadata, as llama.cpp reads them;
-- special tokens spelled as one of `SPELLINGS`, the list of llama.cpp (`llama-vocab.cpp`). An
-  ordinary token of such a spelling is text: `</s>` also ends a stroke in HTML.
+- special tokens in `WELL_KNOWN_STOP_TOKENS`, the list of llama.cpp (`llama-vocab.cpp`). An ordinary
+  token with the same text is not a stop token: `</s>` is also an HTML end tag.
 
-llama.cpp also stops at the tokens that separate files (`<|file_sep|>`, `<|repo_name|>`); they do
-not stop here, because a prompt of several files may be continued across them. An id or a token
-that the vocabulary lacks is noted and passed over: it can never be generated.
+llama.cpp also stops at the tokens that separate files (`<|file_sep|>`, `<|repo_name|>`). They are
+not stop tokens here, because a prompt of several files may be continued across them. A declared id
+or token that is not in the vocabulary is logged and ignored, because it is never generated.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 WELL_KNOWN_STOP_TOKENS = {
     "<|endoftext|>",  # GPT-2, Qwen2, SmolLM2
     "<|im_end|>",  # ChatML
-    "<|end_of_text|>",  # Llama 3, Granite: of a text,
-    "<|eot_id|>",  # of a turn,
-    "<|eom_id|>",  # of a message that waits for a tool
+    "<|end_of_text|>",  # Llama 3, Granite: end of a text
+    "<|eot_id|>",  # end of a message
+    "<|eom_id|>",  # end of a message with a tool call
     "<|end|>",  # Phi 3
     "</s>",  # Llama 2, Mistral
     "<end_of_turn>",  # Gemma 2 and 3
@@ -51,7 +51,7 @@ WELL_KNOWN_STOP_TOKENS = {
     "<end_of_utterance>",  # SmolVLM
 }
 
-# Where the first are all special tokens, the last only ends a part of an answer.
+# If all of the set are special tokens, the other token ends a part of an answer only.
 _EXCLUSIONS = (
     ({"<|return|>", "<|call|>"}, "<|end|>"),
     ({"<|flush|>", "<|calls|>"}, "<|end|>"),
@@ -60,11 +60,12 @@ _EXCLUSIONS = (
 
 
 def resolve_stop_ids(encoding: Encoding, declared: Iterable[tuple[str, Any]]) -> list[int]:
-    """The declared ids that the vocabulary has, in their order; notes the others.
+    """Return the declared ids that are in the vocabulary, in order; log the others.
 
     Args:
         encoding: the vocabulary.
-        declared: a name for notes, and an id, the text of a token, or a list of them; or None.
+        declared: pairs of a name for log messages, and an id, the text of a token, a list of ids
+            and texts, or None.
     """
     ids: dict[int, None] = {}  # an ordered set
     for where, value in declared:
@@ -72,23 +73,25 @@ def resolve_stop_ids(encoding: Encoding, declared: Iterable[tuple[str, Any]]) ->
             if item is None:
                 continue
             if (id := _resolve_id(encoding, item)) is None:
-                warn_once(log, f"{where} is {item!r}, which the vocabulary lacks: it ends nothing")
+                warn_once(
+                    log, f"{where} is {item!r}, which is not in the vocabulary; it is ignored"
+                )
             else:
                 ids[id] = None
     return list(ids)
 
 
 def well_known_stop_ids(encoding: Encoding) -> frozenset[int]:
-    """The ids of the special tokens that are known to end a generation by their spelling."""
+    """Return the ids of the special tokens in `WELL_KNOWN_STOP_TOKENS`."""
     special = encoding.special_tokens
-    parts = {last for first, last in _EXCLUSIONS if first <= special.keys()}
+    excluded = {token for others, token in _EXCLUSIONS if others <= special.keys()}
     return frozenset(
-        special[text] for text in special.keys() & WELL_KNOWN_STOP_TOKENS if text not in parts
+        special[text] for text in special.keys() & WELL_KNOWN_STOP_TOKENS if text not in excluded
     )
 
 
 def folder_stop_tokens(folder: Path) -> Iterator[tuple[str, Any]]:
-    """What the files of a Hugging Face folder declare, for `known_ids`."""
+    """Yield the declarations of a Hugging Face folder, for `resolve_stop_ids`."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         value = read_optional_json(folder / name).get("eos_token")
         text = value.get("content") if isinstance(value, Mapping) else value
@@ -96,40 +99,44 @@ def folder_stop_tokens(folder: Path) -> Iterator[tuple[str, Any]]:
     for name in ("generation_config.json", "config.json"):
         content = read_optional_json(folder / name)
         yield _drop_texts(f"{folder / name}: eos_token_id", content.get("eos_token_id"))
-        if isinstance(text := content.get("text_config"), Mapping):  # of a model that also sees
+        if isinstance(text := content.get("text_config"), Mapping):  # of a multimodal model
             yield _drop_texts(
                 f"{folder / name}: text_config.eos_token_id", text.get("eos_token_id")
             )
 
 
 def gguf_stop_tokens(metadata: Mapping[str, Any], source: str) -> Iterator[tuple[str, Any]]:
-    """What GGUF metadata declares, for `known_ids`."""
+    """Yield the declarations of GGUF metadata, for `resolve_stop_ids`."""
     for name in ("eos", "eot", "eom"):
         key = f"tokenizer.ggml.{name}_token_id"
         if (id := metadata.get(key)) is not None:
-            yield f"{source}: {key}", int(id)  # numpy's, from some readers
+            yield f"{source}: {key}", int(id)  # some readers return a NumPy integer
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
-    """A JSON object that a model can do without; a damaged one is noted and counts as empty."""
+    """Return the object of an optional JSON file.
+
+    The result is empty if the file is missing. It is also empty if the file is damaged or does not
+    hold an object, which is logged.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        warn_once(log, f"{path} is not used, because it cannot be read: {error}")
+        warn_once(log, f"{path} cannot be read and is ignored: {error}")
         return {}
     if not isinstance(content, dict):
-        warn_once(log, f"{path} is not used: it holds a {type(content).__name__}, not an object")
+        warn_once(log, f"{path} is ignored: it holds a {type(content).__name__}, not an object")
         return {}
     return content
 
 
 def _drop_texts(where: str, value: Any) -> tuple[str, list[Any]]:
-    """A declaration without texts, which are no ids: "2" is a token too, and another one."""
+    """Return a declaration without strings, which are not ids: "2" is also the text of a token."""
     items = value if isinstance(value, list) else [value]
     for text in (item for item in items if isinstance(item, str)):
-        warn_once(log, f"{where} is {text!r}, which is a text and no id: it ends nothing")
+        warn_once(log, f"{where} is {text!r}, which is a string, not an id; it is ignored")
     return where, [item for item in items if not isinstance(item, str)]
 
 

@@ -1,8 +1,8 @@
-"""Text that arrives in pieces: whole characters out of token ids, and stop strings across them.
+"""Decode token ids incrementally, and find stop strings across tokens.
 
-A token may end in the middle of a character (an emoji takes four bytes, often in two or three
-tokens), and a stop string may begin in one token and end in another. Both classes hold back only
-what is still undecided, and what they return in total never depends on how the input was cut.
+A token may end in the middle of a character (an emoji has four bytes, often in two or three
+tokens), and a stop string may begin in one token and end in another. Both classes buffer only text
+that is not decided yet. Their total output does not depend on how the input is divided.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ class _TokenDecoder(Protocol):
 
 
 class StreamDecoder:
-    """Turns token ids into text, never returning half a character.
+    """An incremental decoder from token ids to text that never returns half a character.
 
-    All that `push` and `flush` return, joined, equals `encoding.decode(ids)`: U+FFFD stands only
-    for bytes that are no UTF-8 in the whole text either.
+    The concatenated results of `push` and `flush` equal `encoding.decode(ids)`: U+FFFD replaces
+    only bytes that are invalid UTF-8 in the complete text.
     """
 
     def __init__(self, encoding: _TokenDecoder):
+        """Create a decoder for the tokens of `encoding`."""
         self._encoding = encoding
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """The text that `token` completes; empty if it ends inside a character.
+        """Return the text that `token` completes; empty if it ends inside a character.
 
         Raises:
             KeyError: if the encoding has no such token.
@@ -36,28 +37,29 @@ class StreamDecoder:
         return self._utf8.decode(self._encoding.decode_single_token_bytes(token))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD if the last character is unfinished, else nothing."""
+        """End the text: return U+FFFD if the last character is incomplete, else nothing."""
         return self._utf8.decode(b"", final=True)
 
 
 class StopMatcher:
-    """Passes text through up to the first stop string, which is never emitted, nor any part of it.
+    """A filter that passes text through up to the first stop string, which is not returned.
 
-    First means: completed first, as a reader going character by character would find it. Where two
-    stop strings end at the same character, the one that began earlier (the longer) counts.
+    The first stop string is the one that is complete first when the text is read character by
+    character. If two stop strings end at the same character, the longer one counts.
     """
 
     def __init__(self, stop_strings: Sequence[str]):
-        """
+        """Create a matcher.
+
         Args:
-            stops: the stop strings; none of them may be empty.
+            stop_strings: the stop strings; none may be empty.
 
         Raises:
-            ValueError: if one is empty (it would match before the first character).
+            ValueError: if a stop string is empty, or `stop_strings` is a string.
         """
         if isinstance(stop_strings, str):
             raise ValueError(
-                f"stops must be a sequence of strings, not the string {stop_strings!r}"
+                f"stop_strings must be a sequence of strings, not the string {stop_strings!r}"
             )
         if not all(stop_strings):
             raise ValueError("a stop string must not be empty")
@@ -67,32 +69,32 @@ class StopMatcher:
         self._stopped = False
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Adds `text`.
+        """Add `text`.
 
         Returns:
-            What can be emitted now, and whether a stop string has been found (from then on, every
-            call returns `("", True)`).
+            The text that is decided now, and whether a stop string was found. After a stop string,
+            every call returns `("", True)`.
         """
         if self._stopped:
             return "", True
         text = self._buffer + text
-        found = [(start + len(s), start) for s in self._stops if (start := text.find(s)) >= 0]
-        if found:
+        matches = [(start + len(s), start) for s in self._stops if (start := text.find(s)) >= 0]
+        if matches:
             self._stopped = True
             self._buffer = ""
-            _, start = min(found)
+            _, start = min(matches)
             return text[:start], True
         safe = len(text) - self._partial_match_length(text)
         self._buffer = text[safe:]
         return text[:safe], False
 
     def flush(self) -> str:
-        """What was held back: at the end of the text, an unfinished stop string is just text."""
-        held, self._buffer = self._buffer, ""
-        return held
+        """End the text: return the buffered text, an incomplete stop string."""
+        text, self._buffer = self._buffer, ""
+        return text
 
     def _partial_match_length(self, text: str) -> int:
-        """Length of the longest end of `text` with which some stop string begins."""
+        """Return the length of the longest suffix of `text` that is a prefix of a stop string."""
         for n in range(min(self._longest - 1, len(text)), 0, -1):
             if any(stop.startswith(text[-n:]) for stop in self._stops):
                 return n

@@ -1,26 +1,26 @@
-"""Training: which merges a text asks for, and in which order.
+"""Train a byte-pair encoding: learn the list of merges from text.
 
 After Sennrich, Haddow and Birch, "Neural Machine Translation of Rare Words with Subword Units"
-(2016), over bytes as in GPT-2. Cut the text into pieces (`pretokenize`) and count them. Every piece
-starts as single bytes. Then, again and again: find the two neighbours that occur most often, give
-them a new token, and put it in their place everywhere. The list of merges, in order, is the whole
-result: `merge` repeats it on new text.
+(2016), over bytes as in GPT-2. Split the text into pieces (`pretokenize`) and count them. Every
+piece starts as single bytes. Then repeat: find the most frequent pair of adjacent tokens, add a new
+token for it, and replace the pair everywhere. The result is the ordered list of merges, which
+`merge` applies to new text.
 
-`learn` is that in half a page; what comes after it, in the order of reading, gives it pieces to
-learn from and makes a vocabulary of what it learned. `learn` and `count_pieces` look at every piece
-for every merge, which is fine for a poem; those of `bpe.train_fast` give the same merges from 50
-megabytes in seconds, and `bpe.trainer` uses them.
+`learn_merges` is a short implementation of this loop. The functions after it count the pieces and
+build a vocabulary from the merges. `learn_merges` processes every piece for every merge, which is
+fast enough for short texts only. `bpe.train_fast` learns the same merges from 50 megabytes in
+seconds, and `bpe.trainer` uses it.
 
-Ties: of several pairs that occur equally often, the one with the smallest ids (left, then right) is
-merged. Ids of bytes are in GPT-2's order, the printable ones first. Hugging Face's `tokenizers`
-decides the same way, so that the same pieces give the same merges, to the last.
+Ties: of several pairs with the same count, the one with the smallest ids (left, then right) is
+merged. Bytes have ids in GPT-2's order, printable bytes first. Hugging Face's `tokenizers` breaks
+ties in the same way, so the same pieces give exactly the same merges.
 
-One fact worth knowing: two different merges never make the same bytes. Whether a stretch of text
-becomes one token depends, as long as no token crosses its ends, on its own bytes alone; so all such
-stretches that read "low" turn into a token at the same merge, from the same two parts. That is why
-a trained vocabulary can be written without its pairs, as tiktoken does: bytes and rank are enough.
+Two different merges never make the same bytes. As long as no token crosses the ends of a section of
+text, the tokens within it depend on its bytes only. So all sections "low" become one token at the
+same merge, from the same two tokens. Therefore a trained vocabulary can be saved without merges, as
+tiktoken does: the bytes and the rank of each token are sufficient.
 
-Leaves out: limits on the length of a token, characters instead of bytes, dropout.
+Not implemented: a maximum token length, characters instead of bytes, dropout.
 """
 
 from __future__ import annotations
@@ -35,34 +35,34 @@ from bpe.pretokenize import GPT2, compile_pattern, split
 from bpe.special_tokens import fix_surrogates, special_token_regex
 
 BYTE_ORDER = tuple(bytes_to_unicode())
-"""The byte that each of the ids 0 to 255 stands for: printable ones first, as in GPT-2."""
+"""The byte of each of the ids 0 to 255: printable bytes first, as in GPT-2."""
 
 Pair = tuple[int, int]
-"""Two neighbouring tokens, by id."""
+"""The ids of two adjacent tokens."""
 
 Progress = Callable[[str, int, int | None], None]
-"""Called now and then with what is being done, how much of it is, and of how much (if known)."""
+"""A callback with the current stage, the amount done, and the total amount (None if unknown)."""
 
 
 def learn_merges(
     counts: Mapping[bytes, int], num_merges: int, min_frequency: int = 2
 ) -> list[Pair]:
-    """The merges, from how often each piece occurs.
+    """Learn merges from the counts of pieces.
 
-    In "low" five times and "lower" twice, "lo" and "ow" both occur seven times. The smaller ids are
-    merged, then what has become of the other pair:
+    If "low" occurs five times and "lower" twice, "lo" and "ow" both occur seven times. The pair of
+    smaller ids is merged first:
 
     >>> merges = learn_merges({b"low": 5, b"lower": 2}, 2)
     >>> merges, list(build_vocab(merges))[256:]
     ([(75, 78), (256, 86)], [b'lo', b'low'])
 
     Args:
-        counts: pieces and how often each occurs.
-        num_merges: how many merges at most.
-        min_frequency: how often a pair must occur to be merged.
+        counts: piece to count.
+        num_merges: the maximum number of merges.
+        min_frequency: the minimum count of a pair to be merged.
 
     Returns:
-        Pairs of ids. Ids up to 255 are bytes, in `BYTE_ORDER`; merge number i makes id 256 + i.
+        Pairs of ids. Ids up to 255 are bytes, in `BYTE_ORDER`; merge i makes the id 256 + i.
     """
     byte_id = {byte: id for id, byte in enumerate(BYTE_ORDER)}
     words = [([byte_id[byte] for byte in piece], count) for piece, count in counts.items()]
@@ -81,20 +81,20 @@ def learn_merges(
 
 
 def merge_pair(word: Sequence[int], pair: Pair, new: int) -> list[int]:
-    """The word with `new` in place of each `pair`, from left to right.
+    """Return the word with each `pair` replaced by `new`, from left to right.
 
     >>> merge_pair([5, 7, 7, 7], (7, 7), 300)
     [5, 300, 7]
     """
-    joined, i = [], 0
+    merged, i = [], 0
     while i < len(word):
         if tuple(word[i : i + 2]) == pair:
-            joined.append(new)
+            merged.append(new)
             i += 2
         else:
-            joined.append(word[i])
+            merged.append(word[i])
             i += 1
-    return joined
+    return merged
 
 
 def count_pieces(
@@ -103,22 +103,28 @@ def count_pieces(
     special_tokens: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[bytes, int]:
-    """Cuts texts into pieces, and counts how often each occurs.
+    """Split texts into pieces and count them.
 
-    A text repeats its words: 50 megabytes of English are 12 million pieces, of which 300 thousand
-    differ. `learn` looks at those only.
+    Most pieces repeat: 50 megabytes of English have 12 million pieces, of which 300 thousand are
+    distinct.
+
+    Args:
+        texts: the texts; no piece spans two of them.
+        pattern: the split pattern, or several to apply in turn.
+        special_tokens: the tokens at which texts are split; they are not counted.
+        progress: called about every million pieces.
     """
     patterns = [compile_pattern(p) for p in ([pattern] if isinstance(pattern, str) else pattern)]
-    cut = special_token_regex(frozenset(special_tokens)) if special_tokens else None
+    special = special_token_regex(frozenset(special_tokens)) if special_tokens else None
     counts: Counter[str] = Counter()
     pieces: list[str] = []
     characters = 0
     for text in texts:
         text = fix_surrogates(text)
-        for part in cut.split(text)[::2] if cut else [text]:
+        for part in special.split(text)[::2] if special else [text]:
             pieces += split(patterns, part)
         characters += len(text)
-        if len(pieces) > 1 << 20:  # counting many at once is cheaper
+        if len(pieces) > 1 << 20:  # counting in large batches is faster
             counts.update(pieces)
             pieces.clear()
             if progress:
@@ -128,7 +134,7 @@ def count_pieces(
 
 
 def build_vocab(merges: Iterable[Pair]) -> dict[bytes, int]:
-    """The bytes of every token, and its id: the 256 bytes, then what each merge makes."""
+    """Return token bytes to id: the 256 bytes, then the token of each merge."""
     tokens = [bytes([byte]) for byte in BYTE_ORDER]
     for left, right in merges:
         tokens.append(tokens[left] + tokens[right])
@@ -136,10 +142,10 @@ def build_vocab(merges: Iterable[Pair]) -> dict[bytes, int]:
 
 
 def read_files(paths: Iterable[str | Path]) -> Iterator[str]:
-    """The text of each file, one after the other.
+    """Yield the text of each file.
 
     Raises:
-        ValueError: if one is not UTF-8, naming the line.
+        ValueError: if a file is not UTF-8; the message names the line.
     """
     for path in paths:
         data = Path(path).read_bytes()

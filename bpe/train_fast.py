@@ -1,21 +1,21 @@
-"""Training, fast: what `bpe.train` does, from arrays and a heap.
+"""Train a byte-pair encoding fast: the same results as `bpe.train`, with arrays and a heap.
 
-`count_pieces` has a text cut by `boundaries`, where that knows the pattern. A piece of up to seven
-bytes and its length are one integer of 64 bits; sorting those brings equal ones together. Most
-pieces are that short; the others are counted in a dictionary.
+`count_pieces` splits text with `fast_pretokenizer` if it supports the pattern. A piece of up to
+seven bytes and its length form one integer of 64 bits, and equal integers are counted by sorting.
+Most pieces are that short; longer pieces are counted in a dictionary.
 
-`learn`: all distinct pieces lie in one array of token ids with a gap between any two. A merge
-rewrites the places where its pair occurs, all at once, and nothing else. To find them:
+`learn_merges` stores all distinct pieces in one array of token ids, with a gap between adjacent
+pieces. A merge rewrites all positions of its pair at once, and no other positions. To find them:
 
-- Each pair remembers where it occurred when its younger token was made: only then can new
-  occurrences arise. Later merges take some away, never add any. So a look at the remembered places
-  says which are left.
-- For the same reason a pair's count only falls. A heap holds for every pair a count that was once
-  right. The pair that comes up is counted again; if the count still holds, no other can be higher
-  and it is merged, else it goes back with what is left.
+- For each pair, the positions at which it occurs are recorded when its newer token is created. Only
+  then can new occurrences arise; later merges only remove some. The current occurrences are found
+  by checking the recorded positions.
+- For the same reason, the count of a pair never increases. A heap holds an upper bound of the count
+  of every pair. The pair at the top is counted again. If the count is unchanged, it is the most
+  frequent pair and is merged; otherwise it is pushed back with the new count.
 
-The places of a token that has been joined to the one before it are dead. `after` and `before` lead
-from each living place to its neighbours.
+A position is dead after its token was merged into the previous one. `after` and `before` hold the
+neighbors of each live position.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from bpe.special_tokens import fix_surrogates, special_token_regex
 from bpe.train import BYTE_ORDER, Pair, Progress
 
 _BATCH_CHARS = 1 << 22  # characters to count at once
-_MAX_SHORT_BYTES = 7  # bytes, next to which the length fits into 64 bits
-_ID_BITS = 24  # of an id; a pair is one integer, (left << _BITS) + right, in the order of pairs
-_GAP, _DEAD = -1, -2  # no tokens
+_MAX_SHORT_BYTES = 7  # bytes that fit into 64 bits together with the length
+_ID_BITS = 24  # a pair is one integer, (left << _ID_BITS) + right, which sorts like the pair
+_GAP, _DEAD = -1, -2  # positions without a token
 
 
 def count_pieces(
@@ -44,13 +44,13 @@ def count_pieces(
     special_tokens: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[bytes, int]:
-    """Cuts texts into pieces, and counts how often each occurs, as `bpe.train.count_pieces` does.
+    """Split texts into pieces and count them, as `bpe.train.count_pieces` does.
 
     Args:
-        texts: one after the other.
+        texts: the texts; no piece spans two of them.
         pattern: the split pattern, or several to apply in turn.
-        special_tokens: where a text spells one, it is cut there.
-        progress: told every few million characters.
+        special_tokens: the tokens at which texts are split; they are not counted.
+        progress: called every few million characters.
     """
     if not isinstance(pattern, str) and len(pattern) == 1:
         pattern = pattern[0]
@@ -77,18 +77,18 @@ def count_pieces(
 
 
 def _count_batch(pattern: str, texts: list[str], short: Counter[int], long: Counter[bytes]) -> None:
-    data, begin, ends = pretokenize_batch(pattern, [fix_surrogates(text) for text in texts])
-    is_piece = np.ones(len(begin), bool)
-    is_piece[ends] = False  # the bytes between the texts
+    data, offsets, separators = pretokenize_batch(pattern, [fix_surrogates(text) for text in texts])
+    is_piece = np.ones(len(offsets), bool)
+    is_piece[separators] = False
     piece = np.flatnonzero(is_piece)
-    start, stop = begin[piece], begin[piece + 1]
+    start, stop = offsets[piece], offsets[piece + 1]
     length = stop - start
 
     is_short = length <= _MAX_SHORT_BYTES
     padded = data + bytes(8)
-    eight_bytes = np.ndarray(len(data), "<u8", padded, strides=(1,))  # those from each place on
+    uint64s = np.ndarray(len(data), "<u8", padded, strides=(1,))  # the 8 bytes from each offset
     size = length[is_short].astype(np.uint64)
-    keys = eight_bytes[start[is_short]] & ((np.uint64(1) << 8 * size) - 1) | size << 56
+    keys = uint64s[start[is_short]] & ((np.uint64(1) << 8 * size) - 1) | size << 56
     keys, counts = np.unique(keys, return_counts=True)
     for key, count in zip(keys.tolist(), counts.tolist(), strict=True):
         short[key] += count
@@ -104,103 +104,103 @@ def learn_merges(
     min_frequency: int = 2,
     progress: Progress | None = None,
 ) -> list[Pair]:
-    """The merges, from how often each piece occurs: those of `bpe.train.learn`.
+    """Learn merges from the counts of pieces, the same as `bpe.train.learn_merges`.
 
     Args:
-        counts: pieces and how often each occurs.
-        num_merges: how many merges at most.
-        min_frequency: how often a pair must occur to be merged.
-        progress: told every 256 merges.
+        counts: piece to count.
+        num_merges: the maximum number of merges.
+        min_frequency: the minimum count of a pair to be merged.
+        progress: called every 256 merges.
 
     Returns:
-        Pairs of ids. Ids up to 255 are bytes, in `BYTE_ORDER`; merge number i makes id 256 + i.
+        Pairs of ids. Ids up to 255 are bytes, in `BYTE_ORDER`; merge i makes the id 256 + i.
     """
-    tokens, weight = _lay_out(counts)  # [places]
+    tokens, weight = _token_array(counts)  # [positions]
     after = np.arange(1, len(tokens) + 1, dtype=np.int32)
     before = np.arange(-1, len(tokens) - 1, dtype=np.int32)
-    places: dict[int, NDArray[np.int32]] = {}  # where each pair may occur: places of the left token
+    pair_positions: dict[int, NDArray[np.int32]] = {}  # candidate positions of the left token
     heap: list[int] = []  # of (-count, pair), as one integer
 
-    def remember(pairs: NDArray[np.int64], at: NDArray[np.int32]) -> None:
-        """Notes pairs that occur at places, sorted, for later."""
+    def add_pairs(pairs: NDArray[np.int64], positions: NDArray[np.int32]) -> None:
+        """Record pairs and their positions, which are sorted."""
         order = np.argsort(pairs, kind="stable")
-        pairs, at = pairs[order], at[order]
+        pairs, positions = pairs[order], positions[order]
         starts = np.flatnonzero(np.diff(pairs, prepend=-1))
-        count = np.add.reduceat(weight[at], starts)
+        count = np.add.reduceat(weight[positions], starts)
         ends = np.append(starts[1:], len(pairs))
-        often = count >= min_frequency
+        is_frequent = count >= min_frequency
         for pair, start, end, n in zip(
-            pairs[starts[often]].tolist(),
-            starts[often].tolist(),
-            ends[often].tolist(),
-            count[often].tolist(),
+            pairs[starts[is_frequent]].tolist(),
+            starts[is_frequent].tolist(),
+            ends[is_frequent].tolist(),
+            count[is_frequent].tolist(),
             strict=True,
         ):
-            places[pair] = at[start:end]
+            pair_positions[pair] = positions[start:end]
             heapq.heappush(heap, (-n << 2 * _ID_BITS) + pair)
 
-    both = np.flatnonzero((tokens[:-1] >= 0) & (tokens[1:] >= 0)).astype(np.int32)
-    if len(both):
-        remember((tokens[both].astype(np.int64) << _ID_BITS) + tokens[both + 1], both)
+    first = np.flatnonzero((tokens[:-1] >= 0) & (tokens[1:] >= 0)).astype(np.int32)
+    if len(first):
+        add_pairs((tokens[first].astype(np.int64) << _ID_BITS) + tokens[first + 1], first)
 
     merges: list[Pair] = []
     while heap and len(merges) < num_merges:
         pair = heap[0] & ((1 << 2 * _ID_BITS) - 1)
         left, right = pair >> _ID_BITS, pair & ((1 << _ID_BITS) - 1)
-        at = places[pair]
-        at = at[(tokens[at] == left) & (tokens[after[at]] == right)]
-        count = int(weight[at].sum())
+        positions = pair_positions[pair]
+        positions = positions[(tokens[positions] == left) & (tokens[after[positions]] == right)]
+        count = int(weight[positions].sum())
         if (entry := (-count << 2 * _ID_BITS) + pair) != heap[0]:
-            places[pair] = at
+            pair_positions[pair] = positions
             if count < min_frequency:
                 heapq.heappop(heap)
-                del places[pair]
+                del pair_positions[pair]
             else:
                 heapq.heapreplace(heap, entry)
             continue
         heapq.heappop(heap)
-        del places[pair]
+        del pair_positions[pair]
 
         new = 256 + len(merges)
         merges.append((left, right))
         if left == right:
-            at = _every_other(at, after)
-        gone = after[at]
-        following = after[gone]
-        tokens[at], tokens[gone] = new, _DEAD
-        after[at], before[following] = following, at
-        leading = before[at]
+            positions = _every_other(positions, after)
+        dead = after[positions]
+        following = after[dead]
+        tokens[positions], tokens[dead] = new, _DEAD
+        after[positions], before[following] = following, positions
+        preceding = before[positions]
 
-        neighbour = tokens[leading].astype(np.int64)
-        kept = neighbour >= 0
-        if kept.any():
-            remember((neighbour[kept] << _ID_BITS) + new, leading[kept])
-        neighbour = tokens[following].astype(np.int64)
-        kept = (neighbour >= 0) & (neighbour != new)  # (new, new) was seen from its right half
-        if kept.any():
-            remember((new << _ID_BITS) + neighbour[kept], at[kept])
+        neighbor = tokens[preceding].astype(np.int64)
+        is_token = neighbor >= 0
+        if is_token.any():
+            add_pairs((neighbor[is_token] << _ID_BITS) + new, preceding[is_token])
+        neighbor = tokens[following].astype(np.int64)
+        is_token = (neighbor >= 0) & (neighbor != new)  # (new, new) was added above
+        if is_token.any():
+            add_pairs((new << _ID_BITS) + neighbor[is_token], positions[is_token])
         if progress and len(merges) % 256 == 0:
             progress("learning merges", len(merges), num_merges)
     return merges
 
 
-def _lay_out(counts: Mapping[bytes, int]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """The bytes of all pieces as ids, gaps around each, and how often each byte's piece occurs."""
+def _token_array(counts: Mapping[bytes, int]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Return the ids of the bytes of all pieces, with gaps around each, and the count of each."""
     length = np.fromiter(map(len, counts), np.int64, len(counts))
-    piece = np.repeat(np.arange(len(counts)), length)  # which piece each byte belongs to
-    at = np.arange(len(piece)) + piece + 1
+    piece = np.repeat(np.arange(len(counts)), length)  # the index of the piece of each byte
+    positions = np.arange(len(piece)) + piece + 1
     tokens = np.full(len(piece) + len(counts) + 1, _GAP, np.int32)
-    id_of_byte = np.argsort(BYTE_ORDER).astype(np.int32)
-    tokens[at] = id_of_byte[np.frombuffer(b"".join(counts), np.uint8)]
+    byte_ids = np.argsort(BYTE_ORDER).astype(np.int32)
+    tokens[positions] = byte_ids[np.frombuffer(b"".join(counts), np.uint8)]
     weight = np.zeros(len(tokens), np.int64)
-    weight[at] = np.fromiter(counts.values(), np.int64, len(counts))[piece]
+    weight[positions] = np.fromiter(counts.values(), np.int64, len(counts))[piece]
     return tokens, weight
 
 
-def _every_other(at: NDArray[np.int32], after: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Of a run like "aaaa", every other place: only those pairs can be joined at once."""
-    index = np.arange(len(at))
-    begins = np.ones(len(at), bool)  # whether a place begins a run
-    begins[1:] = after[at[:-1]] != at[1:]
-    start = np.maximum.accumulate(np.where(begins, index, 0))
-    return at[(index - start) % 2 == 0]
+def _every_other(positions: NDArray[np.int32], after: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Return every other position of each run like "aaaa", whose pairs do not overlap."""
+    index = np.arange(len(positions))
+    begins_run = np.ones(len(positions), bool)
+    begins_run[1:] = after[positions[:-1]] != positions[1:]
+    start = np.maximum.accumulate(np.where(begins_run, index, 0))
+    return positions[(index - start) % 2 == 0]

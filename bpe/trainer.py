@@ -1,6 +1,7 @@
-"""From texts to an encoding: counts of pieces, merges, vocabulary.
+"""Train an encoding on texts: count pieces, learn merges, build the vocabulary.
 
-`train.py` has the algorithm to be read; `train_fast.py` gives the same merges sooner, and is used.
+`train.py` has the simple implementation of the algorithm. This module uses `train_fast.py`, which
+learns the same merges faster.
 """
 
 from __future__ import annotations
@@ -23,33 +24,35 @@ def train(
     name: str = "trained",
     progress: Progress | None = None,
 ) -> Encoding:
-    """Trains a vocabulary.
+    """Train a vocabulary.
 
     Args:
-        texts: one after the other; no piece spans two of them. `read_files` gives those of files.
-        vocab_size: how many tokens at most: 256 bytes, the merges, and `special_tokens`. It is less
-            if the text has no more pairs that occur `min_frequency` times.
+        texts: the texts; no piece spans two of them. `read_files` reads them from files.
+        vocab_size: the maximum number of tokens: 256 bytes, the merges, and `special_tokens`. The
+            vocabulary is smaller if no more pairs occur `min_frequency` times.
         pattern: the split pattern, or several to apply in turn (see `bpe.pretokenize`).
-        special_tokens: get the last ids. Where a text spells one, it is cut there: no piece of
-            ordinary text can come to resemble a special token.
-        min_frequency: how often a pair must occur to be merged.
-        name: what the encoding is called in messages.
-        progress: see `Progress`.
+        special_tokens: the special tokens, which get the last ids. Texts are split at them, so no
+            ordinary token is learned from their text.
+        min_frequency: the minimum count of a pair to be merged.
+        name: the name of the encoding in messages.
+        progress: a callback, see `Progress`.
 
     Raises:
-        ValueError: if `vocab_size` has no room for the bytes and special tokens, `min_frequency` is
-            less than 1, or a special token is empty or repeated.
+        ValueError: if `vocab_size` is too small for the bytes and special tokens, `min_frequency`
+            is less than 1, or a special token is empty or repeated.
     """
     num_merges = vocab_size - 256 - len(special_tokens)
     if num_merges < 0:
         raise ValueError(
-            f"vocab_size={vocab_size} has no room for 256 bytes "
+            f"vocab_size={vocab_size} is too small for 256 bytes "
             f"and {len(special_tokens)} special tokens"
         )
     if min_frequency < 1:
         raise ValueError(f"min_frequency={min_frequency} must be at least 1")
     if "" in special_tokens or len(set(special_tokens)) != len(special_tokens):
-        raise ValueError(f"special_tokens must differ and not be empty: {list(special_tokens)}")
+        raise ValueError(
+            f"special_tokens must be distinct and not empty, got {list(special_tokens)}"
+        )
     counts = train_fast.count_pieces(texts, pattern, special_tokens, progress)
     ranks = build_vocab(train_fast.learn_merges(counts, num_merges, min_frequency, progress))
     return Encoding(

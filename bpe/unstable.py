@@ -1,6 +1,6 @@
-"""How a text that is not complete may go on: what `encode_with_unstable` needs.
+"""Find the possible continuations of an incomplete text, for `Encoding.encode_with_unstable`.
 
-It follows tiktoken, approximations and all.
+The results follow tiktoken, including its approximations.
 """
 
 from __future__ import annotations
@@ -13,49 +13,51 @@ import regex
 
 from bpe.vocab import Vocab
 
-_LAST_BLANK = regex.compile(r"\s\Z")
+_TRAILING_WHITESPACE = regex.compile(r"\s\Z")
 
 
 def completions(
     vocab: Vocab,
     tokens: list[bytes],
-    begun: bytes,
+    prefix: bytes,
     *,
     encode: Callable[[list[str]], list[list[int]]],
     decode: Callable[[int], bytes],
 ) -> set[tuple[int, ...]]:
-    """Return the ids that cover the bytes `begun`, the last of them perhaps more than these.
+    """Return all sequences of ids whose bytes begin with `prefix`; only the last id may exceed it.
 
     Args:
+        vocab: the vocabulary.
         tokens: the bytes of all ordinary tokens, sorted.
-        encode: gives the ids of ordinary texts.
-        decode: gives the bytes of an id.
+        prefix: the bytes of the incomplete text.
+        encode: function that returns the ids of ordinary texts.
+        decode: function that returns the bytes of an id.
     """
-    if not begun:
+    if not prefix:
         return set()
-    found: set[tuple[int, ...]] = {(vocab.ranks[t],) for t in _starting_with(tokens, begun)}
+    sequences: set[tuple[int, ...]] = {(vocab.ranks[t],) for t in _starting_with(tokens, prefix)}
     texts: list[str] = []
     encoded: list[list[int]] = []
-    for i in range(1, len(begun)):
-        for token in _starting_with(tokens, begun[i:]):
+    for i in range(1, len(prefix)):
+        for token in _starting_with(tokens, prefix[i:]):
             try:
-                texts.append((begun[:i] + token).decode())
+                texts.append((prefix[:i] + token).decode())
             except UnicodeDecodeError:
-                encoded.append(vocab.merge(begun[:i] + token))
+                encoded.append(vocab.merge(prefix[:i] + token))
     for ids in encoded + encode(texts):
         ends = accumulate(len(decode(id)) for id in ids)
-        enough = next(i for i, end in enumerate(ends, 1) if end >= len(begun))
-        found.add(tuple(ids[:enough]))
-    # White space may be cut before its last character once something follows.
-    if (last := _LAST_BLANK.search(begun.decode(errors="replace"))) and begun != (
-        blank := last.group().encode()
+        length = next(i for i, end in enumerate(ends, 1) if end >= len(prefix))
+        sequences.add(tuple(ids[:length]))
+    # Whitespace may be split before its last character if more text follows.
+    if (match := _TRAILING_WHITESPACE.search(prefix.decode(errors="replace"))) and prefix != (
+        last := match.group().encode()
     ):
-        found.add(tuple(vocab.merge(begun[: -len(blank)]) + vocab.merge(blank)))
-    return found
+        sequences.add(tuple(vocab.merge(prefix[: -len(last)]) + vocab.merge(last)))
+    return sequences
 
 
 def _starting_with(tokens: list[bytes], prefix: bytes) -> list[bytes]:
-    """The tokens that begin with `prefix`."""
+    """Return the tokens that begin with `prefix`."""
     start = end = bisect.bisect_left(tokens, prefix)
     while end < len(tokens) and tokens[end].startswith(prefix):
         end += 1

@@ -1,14 +1,14 @@
-"""A vocabulary: tokens, their ids, and what orders the merges.
+"""Define a vocabulary: the tokens, their ids, and the order of the merges.
 
-Two kinds are in use, and they disagree on what orders the merges:
+There are two kinds of vocabularies, with a different order of merges:
 
-- tiktoken: any two neighbours whose bytes together are a token may be joined, and that token's id
-  is the priority. A piece that is a token as a whole is that token.
-- GPT-2, Hugging Face and GGUF: a list names the pairs that may be joined, in order of priority. An
-  id is just a number (SmolLM2 begins with 17 special tokens). The *pair* matters: if ("a", "bc")
-  is listed, ("ab", "c") gives the same bytes but may not be joined.
+- tiktoken: two adjacent tokens can be merged if their concatenation is a token; the id of that
+  token is the rank. A piece that equals a token becomes this token.
+- GPT-2, Hugging Face and GGUF: a list contains the pairs that can be merged, in order of rank. An
+  id is an arbitrary number (SmolLM2 begins with 17 special tokens). The *pair* matters: if
+  ("a", "bc") is in the list, ("ab", "c") has the same bytes but cannot be merged.
 
-`Encoding` adds text; `bulk` and `seams` take what is here.
+`Encoding` adds methods for text. `fast_encoder` and `split_points` also use this class.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from bpe.pretokenize import compile_pattern
 
 
 class Vocab:
-    """Tokens and their merges. Nothing of it changes once it is made.
+    """Tokens and their merges; immutable.
 
     Attributes:
-        name: what it is called in messages.
+        name: the name in messages.
         ranks: token bytes to id, without the special tokens.
-        special_tokens: spelling to id.
+        special_tokens: text to id.
         max_token_value: the highest id.
         patterns: the split patterns, applied in turn.
-        merges: the pairs that may be joined, and their priority; None if ids are the priorities.
-        whole_pieces: whether a piece that is a token as a whole is always that token.
-        normalization: the Unicode form that text is brought into first.
-        dropped_bytes: the bytes that have no token; encoding loses them.
+        merges: pair of tokens to rank; None if the ids are the ranks.
+        ignore_merges: whether a piece that equals a token always becomes this token.
+        normalization: the Unicode normalization form applied before encoding, or None.
+        dropped_bytes: the bytes without a token, which encoding drops.
     """
 
     def __init__(
@@ -48,27 +48,28 @@ class Vocab:
         dropped_bytes: bytes = b"",
         explicit_n_vocab: int | None = None,
     ):
-        """
+        """Create and check a vocabulary.
+
         Args:
-            name: free to choose.
+            name: the name in messages.
             pattern: the split pattern, or several to apply in turn (see `bpe.pretokenize`);
                 tiktoken's `pat_str`.
-            ranks: token bytes to id, tiktoken's `mergeable_ranks`. Without `merges` the id is also
-                the token's merge priority.
-            special_tokens: spelling to id of the tokens that no ordinary text can produce.
-            merges: the pairs that may be joined, highest priority first.
-            ignore_merges: only with `merges`: a piece that is a token as a whole is that token even
-                where no merges lead to it (Llama 3).
-            normalization: the Unicode form that text is brought into first (Qwen2: "NFC"); None
-                leaves text as it is, and only then does decoding always give it back.
-            dropped_bytes: exactly the bytes that `ranks` lacks, to say that the loss is known:
-                SmolLM2 has no token for \\x04, and Hugging Face's tokenizer skips it too.
-            explicit_n_vocab: how many tokens there must be, if that is to be checked; they then
-                have the ids below it.
+            ranks: token bytes to id; tiktoken's `mergeable_ranks`. Without `merges`, the id is also
+                the rank of the token.
+            special_tokens: text to id of the tokens that ordinary text cannot produce.
+            merges: the pairs that can be merged, in order of rank.
+            ignore_merges: whether a piece that equals a token becomes this token even if no merges
+                lead to it (Llama 3); used only with `merges`.
+            normalization: the Unicode normalization form to apply first (Qwen2: "NFC"). None leaves
+                the text unchanged; only then does decoding always return the same text.
+            dropped_bytes: exactly the bytes without a token in `ranks`, to confirm that they are
+                dropped: SmolLM2 has no token for byte 4, and Hugging Face's tokenizer drops it too.
+            explicit_n_vocab: the expected number of tokens, with the ids from 0 on; None or 0 skips
+                this check.
 
         Raises:
-            ValueError: if ids repeat, bytes are missing, a merge names no token, or the number of
-                tokens is not `explicit_n_vocab`.
+            ValueError: if an id is repeated or invalid, a byte has no token, a merge has a pair or
+                a result that is not a token, or the number of tokens is not `explicit_n_vocab`.
         """
         self.name = name
         self.ranks = dict(ranks)
@@ -88,12 +89,12 @@ class Vocab:
             raise ValueError(f"encoding {name!r}: a token must not be empty")
 
         for ids in (self.ranks, self.special_tokens):
-            # A look at all of them at once: there may be 200,000, and this is start-up.
+            # Check all ids at once: there may be 200,000, and this code runs at startup.
             if set(map(type, ids.values())) - {int} or (
                 ids and not 0 <= min(ids.values()) <= max(ids.values()) < 1 << 32
             ):
                 _raise_invalid_ids(name, ids)
-        # A special token may have two spellings (o200k_harmony); decoding gives the first.
+        # Two special tokens may have the same id (o200k_harmony); decoding returns the first.
         special = {id: token.encode() for token, id in reversed(self.special_tokens.items())}
         self._decoder = {id: token for token, id in self.ranks.items()} | special
         if len(self._decoder) != len(self.ranks) + len(special):
@@ -111,9 +112,11 @@ class Vocab:
             self.merges = {}
             for pair in merges:
                 if not (pair[0] in self.ranks and pair[1] in self.ranks):
-                    raise ValueError(f"encoding {name!r}: merge {pair} joins what is no token")
+                    raise ValueError(f"encoding {name!r}: merge {pair} has a part that is no token")
                 if pair[0] + pair[1] not in self.ranks:
-                    raise ValueError(f"encoding {name!r}: merge {pair} makes what is no token")
+                    raise ValueError(
+                        f"encoding {name!r}: the result of the merge {pair} is not a token"
+                    )
                 if pair in self.merges:
                     raise ValueError(f"encoding {name!r}: merge {pair} is listed twice")
                 self.merges[pair] = len(self.merges)
@@ -121,11 +124,11 @@ class Vocab:
 
     @property
     def n_vocab(self) -> int:
-        """One more than the highest id. Ids below it may be unused."""
+        """One more than the highest id; ids below it may be unused."""
         return self.max_token_value + 1
 
     def encode_piece(self, piece: bytes) -> list[int]:
-        """Encodes one piece as `bpe.pretokenize` cuts them: nothing is cut here."""
+        """Encode the bytes of one piece, without splitting (see `bpe.pretokenize`)."""
         if self.ignore_merges and (id := self.ranks.get(piece)) is not None:
             return [id]
         if self.dropped_bytes:
@@ -133,7 +136,7 @@ class Vocab:
         return self.merge(piece)
 
     def merge(self, piece: bytes) -> list[int]:
-        """Covers one piece with tokens by merges alone, even where it is a token as a whole."""
+        """Encode the bytes of one piece by merges only, even if the piece equals a token."""
         rank = self._rank_of_token if self.merges is None else self._rank_of_pair
         return [self.ranks[token] for token in merge(piece, rank)]
 
@@ -149,15 +152,15 @@ def _raise_invalid_ids(name: str, ids: Mapping[Any, Any]) -> None:
     for token, id in ids.items():
         if not isinstance(id, int) or not 0 <= id < 1 << 32:
             raise ValueError(
-                f"encoding {name!r}: the id of {token!r} must be a number from 0 to "
+                f"encoding {name!r}: the id of {token!r} must be an integer from 0 to "
                 f"{(1 << 32) - 1}, got {id!r}"
             )
 
 
 def _describe_duplicate(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> str:
-    seen: dict[int, bytes | str] = {}
+    tokens: dict[int, bytes | str] = {}
     for token, id in [*ranks.items(), *special_tokens.items()]:
-        if id in seen:
-            return f"tokens {seen[id]!r} and {token!r} both have the id {id}"
-        seen[id] = token
+        if id in tokens:
+            return f"tokens {tokens[id]!r} and {token!r} both have the id {id}"
+        tokens[id] = token
     raise AssertionError("no id is repeated")

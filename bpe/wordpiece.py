@@ -1,18 +1,18 @@
-"""WordPiece: how BERT and the embedding models after it cut text, which is not by merges.
+"""Tokenize text with WordPiece, the algorithm of BERT and most embedding models.
 
-After Wu et al., "Google's Neural Machine Translation System" (2016), section 4.1, as BERT has it
-(Devlin et al., 2018). Three steps: normalise (control characters go, letters lose case and
-accents), cut into words and single punctuation marks, cover each word from the left with the
-longest piece that the vocabulary has. Pieces inside a word are spelled with "##" in front: "pears"
-may be "pear", "##s". A word that cannot be covered becomes [UNK] as a whole.
+After Wu et al., "Google's Neural Machine Translation System" (2016), section 4.1, as used in BERT
+(Devlin et al., 2018). There are three steps: normalize (remove control characters, case and
+accents), split into words and single punctuation marks, and cover each word from the left with the
+longest tokens of the vocabulary. Tokens inside a word begin with "##": "pears" may become "pear",
+"##s". A word that cannot be covered becomes one [UNK].
 
-What is lost cannot be decoded: case, accents, white space. An encoder only reads, and has no need.
+Case, accents and whitespace are lost and cannot be decoded. An encoder model does not need them.
 
-BERT's rules name categories of Unicode, and the tokenizers in use read them from Unicode 8.0
-(2015): a mark or a punctuation character that was added since is an ordinary letter to them. We
-follow, from `data/unicode8.txt`, so that ids do not change with the version of Python. Two things
-still do: the lower case of letters added since Unicode 14, and U+11938, which falls into two
-characters since Unicode 13.
+BERT's rules use categories of Unicode. Common tokenizers take them from Unicode 8.0 (2015), which
+does not classify marks and punctuation added later. This module does the same, with
+`data/unicode8.txt`, so that ids do not depend on the version of Python. There are two exceptions:
+the lower case of letters added after Unicode 14, and U+11938, which decomposes into two characters
+since Unicode 13.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ from typing import Literal
 
 from bpe.special_tokens import special_token_regex
 
-_CACHE_WORDS = 1 << 16  # a cache that is full starts anew
+_CACHE_WORDS = 1 << 16  # a full cache is cleared
 
-# Scripts written without spaces, of which every character is a word of its own: the blocks of CJK
-# ideographs. (BERT's own code begins the last but one at U+2B820; `tokenizers`, from which models
-# are served, at U+2B920.)
+# The blocks of CJK ideographs, each of which is a word. (In BERT's code the last block but one
+# begins at U+2B820; in Hugging Face's `tokenizers`, which this module follows, at U+2B920.)
 _IDEOGRAPHS = (
     (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF),
     (0x2A700, 0x2B73F), (0x2B740, 0x2B81F), (0x2B920, 0x2CEAF), (0x2F800, 0x2FA1F),
@@ -38,14 +37,15 @@ _IDEOGRAPHS = (
 
 
 class WordPiece:
-    """A WordPiece vocabulary with BERT's rules. `bpe.load_wordpiece` reads one from a file.
+    """A WordPiece vocabulary with the rules of BERT. `bpe.load_wordpiece` reads one from a file.
 
     Attributes:
-        vocab: piece to id; pieces that continue a word begin with `prefix`.
-        special_tokens: spelling to id of the tokens that stand for themselves.
-        unk_id, cls_id, sep_id: the tokens for a word that cannot be covered, before a text, and
-            after it.
-        pad_id: the token that fills rows of a batch up, if there is one.
+        vocab: token to id; tokens inside a word begin with `continuing_subword_prefix`.
+        special_tokens: text to id of the special tokens.
+        unk_id: the id for a word that cannot be covered.
+        cls_id: the id before a text.
+        sep_id: the id after a text.
+        pad_id: the id that pads the rows of a batch, or None.
     """
 
     def __init__(
@@ -63,28 +63,30 @@ class WordPiece:
         sep_token: str = "[SEP]",
         pad_token: str = "[PAD]",
     ):
-        """
+        """Create a tokenizer.
+
         Args:
-            vocab: piece to id.
-            special_tokens: those of `vocab` that stand for themselves; the others named below are
-                added to them.
-            lowercase: whether letters lose their case.
-            strip_accents: whether they lose their accents; None: if they lose their case.
-            split_ideographs: whether every CJK ideograph is a word.
-            prefix: how pieces inside a word begin.
-            longest_word: words of more characters are `unk` without a try.
-            unk: what stands for a word that cannot be covered.
-            cls: what stands before a text.
-            sep: what stands after a text.
-            pad: what fills up rows of a batch; the vocabulary may lack it.
+            vocab: token to id.
+            special_tokens: the special tokens of `vocab`; `unk_token`, `cls_token` and `sep_token`
+                are added to them.
+            lowercase: whether to convert letters to lower case.
+            strip_accents: whether to remove accents; None means the value of `lowercase`.
+            handle_chinese_chars: whether every CJK ideograph is a word.
+            continuing_subword_prefix: the prefix of tokens inside a word.
+            max_input_chars_per_word: longer words become `unk_token`.
+            unk_token: the token for a word that cannot be covered.
+            cls_token: the token before a text.
+            sep_token: the token after a text.
+            pad_token: the token that pads the rows of a batch; it may be missing in `vocab`.
 
         Raises:
-            ValueError: if `unk`, `cls`, `sep` or a special token is no piece, or ids repeat.
+            ValueError: if a special token other than `pad_token` is not in `vocab`, or an id is
+                repeated.
         """
         self.vocab = dict(vocab)
-        self._id_to_token = {id: piece for piece, id in self.vocab.items()}
+        self._id_to_token = {id: token for token, id in self.vocab.items()}
         if len(self._id_to_token) != len(self.vocab):
-            raise ValueError("WordPiece vocabulary: two pieces have the same id")
+            raise ValueError("WordPiece vocabulary: two tokens have the same id")
         special = dict.fromkeys([unk_token, cls_token, sep_token, *special_tokens])
         if missing := [
             token for token in special if token not in self.vocab and token != pad_token
@@ -109,10 +111,10 @@ class WordPiece:
         self._cache: dict[str, tuple[int, ...]] = {}
 
     def __repr__(self) -> str:
-        return f"<WordPiece of {len(self.vocab)} pieces>"
+        return f"<WordPiece of {len(self.vocab)} tokens>"
 
     def __len__(self) -> int:
-        """One more than the highest id."""
+        """Return one more than the highest id."""
         return max(self._id_to_token) + 1
 
     # Encoding
@@ -125,22 +127,22 @@ class WordPiece:
         add_special_tokens: bool = True,
         allowed_special: Literal["all"] | AbstractSet[str] = "all",
     ) -> list[int]:
-        """Encodes one text: [CLS] text [SEP].
+        """Encode one text as [CLS] text [SEP].
 
         Args:
-            text: any string.
-            max_length: how many ids at most, with [CLS] and [SEP]; the end of the text is cut off.
-            add_special_tokens: whether [CLS] and [SEP] are put around the text.
-            allowed_special: the special tokens that the text may spell: [MASK] written out is then
-                the token. By default all, as in Hugging Face's tokenizers; a set of none reads
-                their names as ordinary text.
+            text: the text.
+            max_length: the maximum number of ids, including [CLS] and [SEP]; the end of a longer
+                text is truncated.
+            add_special_tokens: whether to add [CLS] and [SEP].
+            allowed_special: the special tokens to encode as such where the text contains them, for
+                example [MASK]. The default is all, as in Hugging Face's tokenizers; with an empty
+                set, they are ordinary text.
 
         Raises:
-            ValueError: if `max_length` has no room for [CLS] and [SEP].
+            ValueError: if `max_length` is too small for [CLS] and [SEP].
         """
         ids = self._encode_text(text, allowed_special)
-        room = _max_text_length(max_length, 2 if add_special_tokens else 0)
-        ids = ids[:room]
+        ids = ids[: _max_text_length(max_length, 2 if add_special_tokens else 0)]
         return [self.cls_id, *ids, self.sep_id] if add_special_tokens else ids
 
     def encode_pair(
@@ -151,30 +153,31 @@ class WordPiece:
         max_length: int | None = None,
         allowed_special: Literal["all"] | AbstractSet[str] = "all",
     ) -> tuple[list[int], list[int]]:
-        """Encodes two texts that are read together: [CLS] first [SEP] second [SEP].
+        """Encode a pair of texts as [CLS] first [SEP] second [SEP].
 
-        If they are too long, the longer loses its end until both are of equal length, then both do.
+        If the texts are too long, the longer text is truncated until both have equal length, and
+        then both are.
 
         Args:
-            first: any string.
-            second: any string.
-            max_length: how many ids at most, special tokens included.
+            first: the first text.
+            second: the second text.
+            max_length: the maximum number of ids, including special tokens.
             allowed_special: as in `encode`.
 
         Returns:
-            The ids, and for each its type: 0 up to the first [SEP], 1 after it.
+            The ids, and the type of each: 0 up to the first [SEP], 1 after it.
 
         Raises:
-            ValueError: if `max_length` has no room for the three special tokens.
+            ValueError: if `max_length` is too small for the three special tokens.
         """
         a, b = self._encode_text(first, allowed_special), self._encode_text(second, allowed_special)
-        room = _max_text_length(max_length, 3)
-        if room is not None and len(a) + len(b) > room:
-            short = min(len(a), len(b), room // 2)
+        limit = _max_text_length(max_length, 3)
+        if limit is not None and len(a) + len(b) > limit:
+            shorter = min(len(a), len(b), limit // 2)
             if len(a) <= len(b):
-                a, b = a[:short], b[: room - short]
+                a, b = a[:shorter], b[: limit - shorter]
             else:
-                a, b = a[: room - short], b[:short]
+                a, b = a[: limit - shorter], b[:shorter]
         ids = [self.cls_id, *a, self.sep_id, *b, self.sep_id]
         return ids, [0] * (len(a) + 2) + [1] * (len(b) + 1)
 
@@ -186,10 +189,16 @@ class WordPiece:
         add_special_tokens: bool = True,
         allowed_special: Literal["all"] | AbstractSet[str] = "all",
     ) -> list[list[int]]:
-        """Encodes each text as `encode` does; rows keep their own lengths.
+        """Encode each text as `encode` does, without padding.
+
+        Args:
+            texts: the texts.
+            max_length: as in `encode`.
+            add_special_tokens: as in `encode`.
+            allowed_special: as in `encode`.
 
         Raises:
-            ValueError: if `max_length` has no room for [CLS] and [SEP].
+            ValueError: if `max_length` is too small for [CLS] and [SEP].
         """
         return [
             self.encode(
@@ -208,7 +217,7 @@ class WordPiece:
         if not special:
             return self._encode_ordinary(text)
         ids: list[int] = []
-        # The group in the pattern makes `split` return the special tokens at the odd places.
+        # The group in the pattern makes `split` return the special tokens at odd indices.
         for i, part in enumerate(special_token_regex(frozenset(special)).split(text)):
             if i % 2:
                 ids.append(self.special_tokens[part])
@@ -220,26 +229,26 @@ class WordPiece:
         cache = self._cache
         ids: list[int] = []
         for word in self.pre_tokenize(text):
-            if (found := cache.get(word)) is None:
+            if (word_ids := cache.get(word)) is None:
                 if len(cache) >= _CACHE_WORDS:
                     cache.clear()
-                found = cache[word] = tuple(self.encode_word(word))
-            ids += found
+                word_ids = cache[word] = tuple(self.encode_word(word))
+            ids += word_ids
         return ids
 
     # The three steps
 
     def normalize(self, text: str) -> str:
-        """The text as words will be looked up, with spaces around what is a word by itself."""
-        if not text.isascii():  # join surrogate pairs; lone surrogates become U+FFFD, then nothing
+        """Return the normalized text, with spaces around punctuation marks and ideographs."""
+        if not text.isascii():  # join surrogate pairs; lone ones become U+FFFD, removed below
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         text = text.translate(self._clean)
         if self.strip_accents:
-            text = unicodedata.normalize("NFD", text)  # é: e and an accent, two characters
+            text = unicodedata.normalize("NFD", text)  # é becomes e and a combining accent
         return text.translate(self._fold)
 
     def pre_tokenize(self, text: str) -> list[str]:
-        """The words and punctuation marks of a text, normalised.
+        """Return the normalized words and punctuation marks of a text.
 
         >>> special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
         >>> bert = WordPiece({token: id for id, token in enumerate(special)})
@@ -249,7 +258,7 @@ class WordPiece:
         return self.normalize(text).split()
 
     def encode_word(self, word: str) -> list[int]:
-        """The ids that cover a word: from the left, always the longest piece that fits."""
+        """Return the ids that cover a normalized word: the longest tokens from the left."""
         if len(word) > self.max_input_chars_per_word:
             return [self.unk_id]
         ids, start = [], 0
@@ -264,10 +273,10 @@ class WordPiece:
             start = end
         return ids
 
-    # Back
+    # Decoding
 
     def convert_ids_to_tokens(self, ids: Iterable[int]) -> list[str]:
-        """The spelling of each id, with the prefix where it continues a word.
+        """Return the token of each id, including `continuing_subword_prefix`.
 
         Raises:
             KeyError: if the vocabulary has no such id.
@@ -275,33 +284,39 @@ class WordPiece:
         return [self._id_to_token[id] for id in ids]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """The words of the ids, one space between any two; what `normalize` dropped stays lost.
+        """Decode ids to normalized words, separated by spaces.
+
+        Args:
+            ids: the ids.
+            skip_special_tokens: whether to leave out special tokens.
 
         Raises:
             KeyError: if the vocabulary has no such id.
         """
         words: list[str] = []
-        for piece in self.convert_ids_to_tokens(ids):
-            if skip_special_tokens and piece in self.special_tokens:
+        for token in self.convert_ids_to_tokens(ids):
+            if skip_special_tokens and token in self.special_tokens:
                 continue
-            if words and piece.startswith(self.continuing_subword_prefix):
-                words[-1] += piece[len(self.continuing_subword_prefix) :]
+            if words and token.startswith(self.continuing_subword_prefix):
+                words[-1] += token[len(self.continuing_subword_prefix) :]
             else:
-                words.append(piece)
+                words.append(token)
         return " ".join(words)
 
 
-def _max_text_length(max_length: int | None, special: int) -> int | None:
-    if max_length is not None and max_length < special:
-        raise ValueError(f"max_length={max_length} is less than the {special} special tokens")
-    return None if max_length is None else max_length - special
+def _max_text_length(max_length: int | None, num_special: int) -> int | None:
+    if max_length is not None and max_length < num_special:
+        raise ValueError(
+            f"max_length={max_length} is less than the number of special tokens, {num_special}"
+        )
+    return None if max_length is None else max_length - num_special
 
 
 # Characters
 
 
 class _CharacterMap(dict[int, str]):
-    """A table for `str.translate`, computed for a character when it first occurs."""
+    """A mapping for `str.translate`, filled when a character first occurs."""
 
     def __init__(self, replace: Callable[[str], str]):
         self._replace = replace
@@ -312,13 +327,13 @@ class _CharacterMap(dict[int, str]):
 
 
 def _clean(character: str, *, handle_chinese_chars: bool) -> str:
-    """The first pass: white space becomes a space, what cannot be seen goes."""
+    """Return the replacement of a character in the first pass: clean up whitespace and controls."""
     if character in "\t\n\r":
         return " "
     category = unicodedata.category(character)
     if category in ("Zs", "Zl", "Zp"):
         return " "
-    # Cc: control characters; Co: private use, which has no meaning that a model could know.
+    # Cc: control characters; Co: private use.
     if category in ("Cc", "Co") or character == "\ufffd" or _unicode8().get(character) == "Cf":
         return ""
     if handle_chinese_chars and any(low <= ord(character) <= high for low, high in _IDEOGRAPHS):
@@ -327,7 +342,7 @@ def _clean(character: str, *, handle_chinese_chars: bool) -> str:
 
 
 def _fold(character: str, *, lowercase: bool, strip_accents: bool) -> str:
-    """The second pass, after decomposition: accents and case go, punctuation stands alone."""
+    """Return the replacement in the second pass: remove accents and case, isolate punctuation."""
     category = _unicode8().get(character)
     if strip_accents and category == "Mn":
         return ""
@@ -339,7 +354,7 @@ def _fold(character: str, *, lowercase: bool, strip_accents: bool) -> str:
 
 @functools.cache
 def _unicode8() -> dict[str, str]:
-    """Character to "Cf", "Mn" or "P", for the characters that Unicode 8.0 puts there."""
+    """Return character to category in Unicode 8.0, for the categories Cf, Mn and P."""
     categories = {}
     lines = importlib.resources.files("bpe").joinpath("data/unicode8.txt").read_text("ascii")
     for line in lines.splitlines():

@@ -1,11 +1,11 @@
-"""Reading vocabularies: `.tiktoken` files, Hugging Face's `tokenizer.json`, and GGUF metadata.
+"""Read vocabularies: `.tiktoken` files, `tokenizer.json` files of Hugging Face, and GGUF metadata.
 
-Each reader is strict where the ids change. A vocabulary read half right still encodes, only
-differently from what the model was trained on, and nobody notices but the model. So a step or a
-value that cannot be followed raises a ValueError naming the file and the key. A key that neither
-`tokenizers` nor llama.cpp reads is passed over, as they do, and logged once.
+Each reader is strict about settings that change the ids. A tokenizer with a wrong setting still
+encodes text, but to ids that the model was not trained on, which is hard to notice. Therefore an
+unsupported setting raises a ValueError with the file and the key. A key that neither `tokenizers`
+nor llama.cpp reads is ignored and logged once.
 
-SentencePiece vocabularies (Llama 2, Mistral, Gemma) cannot be read.
+SentencePiece vocabularies (Llama 2, Mistral, Gemma) are not supported.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ __all__ = [
 
 
 def load(path: str | Path) -> Tokenizer:
-    """Reads a tokenizer from a file or folder, whatever its format.
+    """Read a tokenizer from a file or folder of any supported format.
 
     Args:
-        path: a `.gguf` file, a `.tiktoken` file of OpenAI's, a `tokenizer.json`, or a Hugging Face
+        path: a `.gguf` file, a `.tiktoken` file of OpenAI, a `tokenizer.json`, or a Hugging Face
             folder (`tokenizer.json`, `tokenizer_config.json`, chat templates).
 
     Raises:
-        FileNotFoundError: if there is nothing at `path`, or no tokenizer in the folder.
-        ValueError: if the format is unknown, or the file is damaged or says what we do not know.
+        FileNotFoundError: if `path` does not exist, or the folder has no tokenizer.
+        ValueError: if the format is unknown, or the file is damaged or has an unsupported setting.
     """
     path = Path(path)
     if path.is_dir():
@@ -54,20 +54,21 @@ def load(path: str | Path) -> Tokenizer:
     if path.suffix == ".json":
         return from_tokenizer_json(path)
     if path.suffix == ".tiktoken":
-        # OpenAI's files hold only the ranks; pattern and special tokens go by the name.
+        # OpenAI's files hold only ranks; the name determines the pattern and the special tokens.
         if (expected := TIKTOKEN_SHA256.get(path.stem)) is None:
             raise ValueError(
-                f"{path}: a .tiktoken file holds no split pattern, and only those of "
-                f"{', '.join(TIKTOKEN_SHA256)} are known by name; call "
+                f"{path}: a .tiktoken file holds no split pattern, and the name is none of "
+                f"{', '.join(TIKTOKEN_SHA256)}; call "
                 "bpe.from_tiktoken(path, pattern=..., special_tokens=...)"
             )
-        if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != expected:
+        if (digest := hashlib.sha256(path.read_bytes()).hexdigest()) != expected:
             raise ValueError(
-                f"{path}: its SHA-256 is {found}, that of OpenAI's file of this name is {expected}"
+                f"{path}: the SHA-256 is {digest}, but that of OpenAI's file is {expected}; "
+                "download the file again"
             )
-        known = ENCODING_SPECS[path.stem]
-        return from_tiktoken(path, pattern=known.pattern, special_tokens=known.special_tokens)
+        spec = ENCODING_SPECS[path.stem]
+        return from_tiktoken(path, pattern=spec.pattern, special_tokens=spec.special_tokens)
     raise ValueError(
-        f"{path}: unknown kind of vocabulary; a .gguf, a .tiktoken, a tokenizer.json or a folder "
-        "holding one can be read"
+        f"{path}: unknown kind of vocabulary; use a .gguf, a .tiktoken, a tokenizer.json, or the "
+        "folder of one"
     )

@@ -1,4 +1,4 @@
-"""Reading the WordPiece vocabulary of a BERT model, from `tokenizer.json` or `vocab.txt`."""
+"""Read the WordPiece vocabulary of a BERT model from `tokenizer.json` or `vocab.txt`."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from bpe.wordpiece import WordPiece
 
 
 def load_wordpiece(path: str | Path) -> WordPiece:
-    """Reads the WordPiece vocabulary of a BERT model.
+    """Read the WordPiece vocabulary of a BERT model.
 
     Args:
-        path: a `tokenizer.json`, a `vocab.txt` (one piece a line, ids counted from 0), or a Hugging
-            Face folder with either; beside a `vocab.txt`, `tokenizer_config.json` says whether case
-            is kept.
+        path: a `tokenizer.json`, a `vocab.txt` (one token per line, with ids from 0), or a Hugging
+            Face folder with one of them. For a `vocab.txt`, the settings are read from
+            `tokenizer_config.json` in the same folder.
 
     Raises:
-        FileNotFoundError: if there is no such file, or neither of them in the folder.
-        ValueError: if a file is damaged or says what we do not know.
+        FileNotFoundError: if the file does not exist, or the folder has neither file.
+        ValueError: if a file is damaged or has an unsupported setting.
     """
     path = Path(path)
     if path.is_dir():
-        found = [path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).exists()]
-        if not found:
+        files = [path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).exists()]
+        if not files:
             raise FileNotFoundError(f"{path}: no tokenizer.json or vocab.txt in this folder")
-        path = found[0]
+        path = files[0]
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if path.suffix == ".json":
@@ -42,14 +42,14 @@ def _wordpiece_txt(path: Path) -> WordPiece:
     try:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error}") from error
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
     vocab: dict[str, int] = {}
     for id, line in enumerate(lines):
-        piece = line.removesuffix("\r")
-        if not piece:
+        token = line.removesuffix("\r")
+        if not token:
             raise ValueError(f"{path}: line {id + 1} is empty")
-        if vocab.setdefault(piece, id) != id:
-            raise ValueError(f"{path}: line {id + 1} repeats {piece!r} of line {vocab[piece] + 1}")
+        if vocab.setdefault(token, id) != id:
+            raise ValueError(f"{path}: line {id + 1} repeats {token!r} of line {vocab[token] + 1}")
     config_path = path.with_name("tokenizer_config.json")
     config = read_json(config_path) if config_path.exists() else {}
     where = str(config_path)
@@ -77,19 +77,19 @@ def _wordpiece_json(path: Path) -> WordPiece:
     vocab = get_required(model, "vocab", dict, where)
     for token, id in vocab.items():
         if not isinstance(id, int):
-            raise ValueError(f"{where}: vocab[{token!r}] is {short_repr(id)}, not an id")
+            raise ValueError(f"{where}: vocab[{token!r}] is {short_repr(id)}, not an integer")
 
     normalizer, where = get_required(spec, "normalizer", dict, str(path)), f"{path}: normalizer"
     get_one_of(normalizer, "type", ["BertNormalizer"], where)
     get_one_of(normalizer, "clean_text", [True], where)
     known = {"type", "clean_text", "handle_chinese_chars", "strip_accents", "lowercase"}
     warn_unknown_keys(normalizer, known, "tokenizer.json: normalizer")
-    splitter = get_required(spec, "pre_tokenizer", dict, str(path))
-    get_one_of(splitter, "type", ["BertPreTokenizer"], f"{path}: pre_tokenizer")
+    pre_tokenizer = get_required(spec, "pre_tokenizer", dict, str(path))
+    get_one_of(pre_tokenizer, "type", ["BertPreTokenizer"], f"{path}: pre_tokenizer")
 
     special = read_added_tokens(spec, vocab, str(path))
     if missing := special.keys() - vocab.keys():
-        raise ValueError(f"{path}: model.vocab lacks {min(missing)!r}, one of added_tokens")
+        raise ValueError(f"{path}: {min(missing)!r} of added_tokens is not in model.vocab")
     cls, sep = _cls_and_sep(spec.get("post_processor"), f"{path}: post_processor")
     return _wordpiece(
         vocab,
@@ -118,7 +118,7 @@ def _wordpiece(vocab: Mapping[str, int], where: str, **options: Any) -> WordPiec
 
 
 def _cls_and_sep(spec: Any, where: str) -> tuple[str, str]:
-    """The tokens that the post-processor puts before and after a text."""
+    """Return the tokens that the post-processor adds before and after a text."""
     match spec:
         case {"type": "BertProcessing", "cls": [str(cls), int()], "sep": [str(sep), int()]}:
             return cls, sep
@@ -138,4 +138,4 @@ def _cls_and_sep(spec: Any, where: str) -> tuple[str, str]:
             ],
         } if cls == cls2 and sep == sep2 == sep3:
             return cls, sep
-    raise ValueError(f"{where}: {short_repr(spec)} is not known")
+    raise ValueError(f"{where}: {short_repr(spec)} is not supported")

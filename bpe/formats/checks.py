@@ -1,4 +1,4 @@
-"""Checks of structure: each error names the file, the key, the value and what would work."""
+"""Check the structure of files: each error has the file, the key, the value and valid values."""
 
 from __future__ import annotations
 
@@ -14,68 +14,94 @@ log = logging.getLogger(__name__)
 
 
 SENTENCEPIECE = (
-    "a SentencePiece vocabulary, which cannot be read; byte-level BPE vocabularies, as of GPT-2, "
-    "Llama 3 and Qwen, can"
+    "SentencePiece vocabularies are not supported; use a model with a byte-level BPE vocabulary, "
+    "such as GPT-2, Llama 3 or Qwen"
 )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object of a JSON file; ValueError for anything else."""
+    """Return the object of a JSON file.
+
+    Raises:
+        ValueError: if the file is not JSON in UTF-8, or does not hold an object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}, not an object")
+        raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
     return value
 
 
 def get_required(mapping: Any, key: str, kind: type, where: str) -> Any:
-    """Return the value of a key; ValueError where it is missing or of another type."""
+    """Return the value of a key.
+
+    Args:
+        mapping: the object.
+        key: the key.
+        kind: the type that the value must have.
+        where: the file and the object, for error messages.
+
+    Raises:
+        ValueError: if the value is missing or has another type.
+    """
     value = mapping.get(key) if isinstance(mapping, Mapping) else None
     if not isinstance(value, kind):
-        found = "missing" if value is None else f"a {type(value).__name__}"
-        raise ValueError(f"{where}: {key} is {found}, not a {kind.__name__}")
+        problem = "missing" if value is None else f"a {type(value).__name__}"
+        raise ValueError(f"{where}: {key} is {problem}, not a {kind.__name__}")
     return value
 
 
 def get_array(metadata: Mapping[str, Any], key: str, where: str) -> list[Any]:
-    """An array of GGUF metadata, which readers give as a list or as an array of numpy's."""
+    """Return an array of GGUF metadata, which is a list or a NumPy array, as a list.
+
+    Raises:
+        ValueError: if the value is missing or has another type.
+    """
     value = metadata.get(key)
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
-        found = "missing" if value is None else f"a {type(value).__name__}"
-        raise ValueError(f"{where}: {key} is {found}, not an array")
+        problem = "missing" if value is None else f"a {type(value).__name__}"
+        raise ValueError(f"{where}: {key} is {problem}, not an array")
     return list(value)
 
 
 def get_one_of(mapping: Mapping[str, Any], key: str, values: Sequence[Any], where: str) -> Any:
-    """Return the value of a key, None where it is missing; ValueError unless it is in `values`."""
+    """Return the value of a key, None if it is missing.
+
+    Raises:
+        ValueError: if the value is not in `values`.
+    """
     value = mapping.get(key)
     if value not in values:
         allowed = ", ".join(map(repr, values))
-        raise ValueError(
-            f"{where}: {key} is {short_repr(value)}; of what we can read, it is {allowed}"
-        )
+        raise ValueError(f"{where}: {key} is {short_repr(value)}; supported values: {allowed}")
     return value
 
 
 def warn_unknown_keys(mapping: Mapping[str, Any], known: Collection[str], source: str) -> None:
-    """Log, once for each set of keys, that keys which nothing reads are passed over."""
-    others = sorted(key for key, value in mapping.items() if value is not None and key not in known)
-    if others:
-        names = ", ".join(map(repr, others[:20]))
-        warn_once(log, f"{source}: passing over keys not known to change the ids: {names}")
+    """Log unknown keys, once for each set of keys; keys with the value None are not logged."""
+    unknown = sorted(
+        key for key, value in mapping.items() if value is not None and key not in known
+    )
+    if unknown:
+        names = ", ".join(map(repr, unknown[:20]))
+        warn_once(log, f"{source}: ignoring unknown keys: {names}")
 
 
 def to_text(value: Any) -> str:
-    """Return a text of GGUF metadata, which readers give as text or as UTF-8; "" for None."""
+    """Return a string of GGUF metadata, which is a string or UTF-8 bytes; "" for None."""
     if value is None:
         return ""
     return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
 def token_text(value: Any, where: str) -> str | None:
-    """A token in tokenizer_config.json: a string, or an object with the string in it."""
+    """Return a token of tokenizer_config.json: a string, or an object with `content`.
+
+    Raises:
+        ValueError: if the value is neither of these nor None.
+    """
     if isinstance(value, dict):
         value = value.get("content")
     if value is not None and not isinstance(value, str):
@@ -84,6 +110,6 @@ def token_text(value: Any, where: str) -> str | None:
 
 
 def short_repr(value: Any) -> str:
-    """Return the repr of a value, of at most 120 characters."""
+    """Return the repr of a value, shortened to 120 characters."""
     text = repr(value)
     return text if len(text) <= 120 else text[:117] + "..."

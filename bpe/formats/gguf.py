@@ -1,4 +1,4 @@
-"""Reading a vocabulary from the metadata of a GGUF file, after llama.cpp's `llama-vocab.cpp`."""
+"""Read a vocabulary from the metadata of a GGUF file, as llama.cpp does (`llama-vocab.cpp`)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from bpe.formats.checks import SENTENCEPIECE, get_array, get_one_of, to_text, wa
 from bpe.formats.tokenizer import Tokenizer, build_chat_templates
 from bpe.pretokenize import GPT2, LLAMA3, O200K, QWEN2, SMOLLM
 
-# tokenizer.ggml.pre -> pattern, ignore_merges, normalization, and whether a text begins with bos
-# unless the file says otherwise. The groups are those of llama.cpp (`llama-vocab.cpp`), of which
-# left out are those that add a separator or belong to vocabularies with tokens of white space. A
-# GGUF file does not say that Qwen2 normalizes (llama.cpp does not); Hugging Face's tokenizer, with
-# which the model was trained, does.
+# tokenizer.ggml.pre -> pattern, ignore_merges, normalization, and the default of add_bos_token. The
+# groups are those of llama.cpp (`llama-vocab.cpp`), without groups that add a separator or have
+# tokens of whitespace. The normalization of Qwen2 is not in GGUF files, and llama.cpp does not
+# apply it; Hugging Face's tokenizer does, with which the model was trained.
 _Pre = tuple[str, bool, Literal["NFC"] | None, bool]
 
 
@@ -37,8 +36,8 @@ _PRE_GROUPS: dict[str, _Pre] = {
 _PRE = {name: rule for names, rule in _PRE_GROUPS.items() for name in names.split()}
 
 
-# What tokenizer.ggml.* may say beside the vocabulary: keys that change the ids of a text where they
-# have another value, and keys that do not change them.
+# The keys of tokenizer.ggml.* that change the ids unless they have one of these values. The keys in
+# _UNUSED_KEYS do not change the ids.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_eos_token": (None, False),
     "add_sep_token": (None, False),
@@ -56,8 +55,8 @@ _READ_KEYS = {"model", "pre", "tokens", "token_type", "merges", "add_bos_token"}
 _UNUSED_KEYS = {"scores", "token_type_count"}
 
 
-_MODELS = {  # of tokenizer.ggml.model, but for gpt2
-    "bert": "a WordPiece vocabulary, which only encoders have",
+_MODELS = {  # values of tokenizer.ggml.model other than gpt2
+    "bert": "a WordPiece vocabulary of an encoder model",
     "rwkv": "a vocabulary of RWKV",
     "no_vocab": "no vocabulary",
     "none": "no vocabulary",
@@ -68,17 +67,17 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_t
 
 
 def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> Tokenizer:
-    """Makes a tokenizer from the metadata of a GGUF file.
+    """Create a tokenizer from the metadata of a GGUF file.
 
-    Control and user-defined tokens are special tokens. Tokens marked as unused (Qwen2 fills its
-    vocabulary up to a round number) have no text: the encoding does not know their ids.
+    Control and user-defined tokens become special tokens. Tokens marked as unused (Qwen2 pads its
+    vocabulary to a round number) are left out of the encoding.
 
     Args:
-        metadata: all key-value pairs of the file; texts may be `str` or UTF-8 `bytes`.
-        source: what error messages call the file.
+        metadata: all key-value pairs of the file; strings may be `str` or UTF-8 `bytes`.
+        source: the name of the file in error messages.
 
     Raises:
-        ValueError: if a key is missing, unknown, or says what we do not know.
+        ValueError: if a key is missing, or has an invalid or unsupported value.
     """
     meta = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
     ggml = "tokenizer.ggml."
@@ -86,9 +85,9 @@ def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> 
     if model in ("llama", "t5", "gemma4"):
         raise ValueError(f"{source}: {ggml}model is {model!r}: {SENTENCEPIECE}")
     if model != "gpt2":
-        what = _MODELS.get(model, "of an unknown kind")
+        kind = _MODELS.get(model, "an unknown kind of vocabulary")
         raise ValueError(
-            f"{source}: {ggml}model is {model!r}, {what}; byte-level BPE ('gpt2') can be read"
+            f"{source}: {ggml}model is {model!r}, {kind}; only byte-level BPE ('gpt2') is supported"
         )
     pre = to_text(meta.get(ggml + "pre"))
     get_one_of({ggml + "pre": pre}, ggml + "pre", list(_PRE), source)
@@ -96,7 +95,7 @@ def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> 
     for key, values in _NEUTRAL.items():
         get_one_of(meta, ggml + key, values, source)
     known = {ggml + key for key in _READ_KEYS | _UNUSED_KEYS | _NEUTRAL.keys()}
-    known.add("tokenizer.huggingface.json")  # the tokenizer.json that the rest was made from
+    known.add("tokenizer.huggingface.json")  # the original tokenizer.json
     warn_unknown_keys(
         {
             key: value
@@ -115,14 +114,16 @@ def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> 
         )
     ordinary: dict[str, int] = {}
     special: dict[str, int] = {}
-    for id, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-        if kind == _UNUSED:
+    for id, (token, token_type) in enumerate(zip(tokens, types, strict=True)):
+        if token_type == _UNUSED:
             continue
-        if kind not in (_NORMAL, _CONTROL, _USER_DEFINED):
-            raise ValueError(f"{source}: {ggml}token_type[{id}] is {kind}; 1, 3, 4 and 5 are known")
-        table = ordinary if kind == _NORMAL else special
-        if table.setdefault(token, id) != id:
-            raise ValueError(f"{source}: {ggml}tokens has {token!r} at {table[token]} and at {id}")
+        if token_type not in (_NORMAL, _CONTROL, _USER_DEFINED):
+            raise ValueError(
+                f"{source}: {ggml}token_type[{id}] is {token_type}; supported values: 1, 3, 4, 5"
+            )
+        vocab = ordinary if token_type == _NORMAL else special
+        if vocab.setdefault(token, id) != id:
+            raise ValueError(f"{source}: {ggml}tokens has {token!r} at {vocab[token]} and at {id}")
 
     encoding = from_byte_level(
         to_text(metadata.get("general.name")) or pre,
@@ -139,25 +140,27 @@ def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> 
         id = meta.get(f"{ggml}{name}_token_id")
         if id is not None and not 0 <= int(id) < len(tokens):
             if name == "eos":
-                return None  # noted with the other tokens that end a generation
-            raise ValueError(f"{source}: {ggml}{name}_token_id is {id}, of {len(tokens)} tokens")
+                return None  # logged with the other stop tokens
+            raise ValueError(
+                f"{source}: {ggml}{name}_token_id is {id}, but there are {len(tokens)} tokens"
+            )
         return None if id is None else int(id)
 
     bos_id, eos_id = token_id("bos"), token_id("eos")
-    if (declared := meta.get(ggml + "add_bos_token")) is not None:
-        add_bos = bool(declared)
+    if (add_bos_token := meta.get(ggml + "add_bos_token")) is not None:
+        add_bos = bool(add_bos_token)
     if add_bos and bos_id is None:
         raise ValueError(f"{source}: {ggml}add_bos_token is set, but {ggml}bos_token_id is missing")
     declared = stop_tokens.gguf_stop_tokens(meta, source)
     stop_ids = stop_tokens.well_known_stop_ids(encoding).union(
         stop_tokens.resolve_stop_ids(encoding, declared)
     )
-    first = "tokenizer.chat_template"
+    prefix = "tokenizer.chat_template"
     template, named = build_chat_templates(
         {
-            key.removeprefix(first).removeprefix(".") or "default": to_text(value)
+            key.removeprefix(prefix).removeprefix(".") or "default": to_text(value)
             for key, value in meta.items()
-            if key == first or key.startswith(f"{first}.")
+            if key == prefix or key.startswith(f"{prefix}.")
         },
         None if bos_id is None else tokens[bos_id],
         None if eos_id is None else tokens[eos_id],
@@ -176,11 +179,17 @@ def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> 
 
 
 def read_gguf_metadata(path: Path) -> dict[str, Any]:
+    """Return the metadata of a GGUF file that concerns its tokenizer.
+
+    Raises:
+        ModuleNotFoundError: if the package gguf is not installed.
+        ValueError: if the file is damaged.
+    """
     try:
-        import gguf  # some 0.2 s, and then seconds for a large vocabulary
+        import gguf  # takes about 0.2 s, and reading a large vocabulary takes seconds
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{path}: GGUF files are read by the package gguf, but {error}; pip install gguf",
+            f"{path}: reading GGUF files needs the package gguf, but {error}; pip install gguf",
             name=error.name,
         ) from None
 
@@ -191,5 +200,5 @@ def read_gguf_metadata(path: Path) -> dict[str, Any]:
             for key, field in reader.fields.items()
             if key.startswith(("tokenizer.", "general.name"))
         }
-    except Exception as error:  # of a damaged file, the library raises what it stumbles over
-        raise ValueError(f"{path}: not a readable GGUF file: {error}") from error
+    except Exception as error:  # for a damaged file, the library raises errors of any type
+        raise ValueError(f"{path} is not a readable GGUF file: {error}") from error

@@ -1,6 +1,6 @@
-"""Reading Hugging Face's `tokenizer.json` and the files beside it.
+"""Read the `tokenizer.json` of Hugging Face and the related files in its folder.
 
-A step of the pipeline (normalizer, pre-tokenizer, post-processor) is either known or refused.
+An unsupported step of the pipeline (normalizer, pre-tokenizer, post-processor) is an error.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from bpe.pretokenize import GPT2, SMOLLM
 
 
 def from_folder(path: str | Path) -> Tokenizer:
-    """Reads `tokenizer.json`, `tokenizer_config.json` and the chat templates of a model folder.
+    """Read `tokenizer.json`, `tokenizer_config.json` and the chat templates of a model folder.
 
     Raises:
         FileNotFoundError: if there is no `tokenizer.json`.
-        ValueError: if a file is damaged or says what cannot be followed.
+        ValueError: if a file is damaged or has an unsupported setting.
     """
     path = Path(path)
     if not (path / "tokenizer.json").exists():
@@ -47,10 +47,10 @@ def from_folder(path: str | Path) -> Tokenizer:
 
 
 def from_tokenizer_json(path: str | Path) -> Tokenizer:
-    """Reads a `tokenizer.json` alone, which names no eos and has no chat template.
+    """Read a `tokenizer.json` without related files, and so without eos and chat template.
 
     Raises:
-        ValueError: if the file is damaged or says what we do not know.
+        ValueError: if the file is damaged or has an unsupported setting.
     """
     path = Path(path)
     return _from_tokenizer_json(path, path.stem, None, None, {})
@@ -65,7 +65,7 @@ def _from_tokenizer_json(
     declared: Sequence[tuple[str, Any]] = (),
 ) -> Tokenizer:
     spec = read_json(path)
-    # `truncation` and `padding` are settings of a call that the file happens to keep.
+    # `truncation` and `padding` are defaults for calls; they do not change the ids.
     known = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer"}
     warn_unknown_keys(spec, known | {"post_processor", "decoder", "model"}, "tokenizer.json")
     model = get_required(spec, "model", dict, str(path))
@@ -89,19 +89,19 @@ def _from_tokenizer_json(
     vocab = get_required(model, "vocab", dict, where)
     for token, id in vocab.items():
         if not isinstance(id, int):
-            raise ValueError(f"{where}: vocab[{token!r}] is {short_repr(id)}, not an id")
+            raise ValueError(f"{where}: vocab[{token!r}] is {short_repr(id)}, not an integer")
     merges = [  # strings in old files
         merge.split(" ") if isinstance(merge, str) else merge
         for merge in get_required(model, "merges", list, where)
     ]
-    begin = _begin_token(spec.get("post_processor"), f"{path}: post_processor")
-    if begin is not None and bos is not None and begin != bos:
-        raise ValueError(f"{path}: post_processor adds {begin!r}, but bos_token is {bos!r}")
-    bos = bos or begin
+    prefix_token = _prefix_token(spec.get("post_processor"), f"{path}: post_processor")
+    if prefix_token is not None and bos is not None and prefix_token != bos:
+        raise ValueError(f"{path}: post_processor adds {prefix_token!r}, but bos_token is {bos!r}")
+    bos = bos or prefix_token
     special = read_added_tokens(spec, vocab, str(path))
-    ends = [text for _, text in declared if isinstance(text, str)]
-    for token in (bos, eos, *ends):
-        # What is named is a special token, as in transformers, unless it is a word or a byte too.
+    eos_tokens = [text for _, text in declared if isinstance(text, str)]
+    for token in (bos, eos, *eos_tokens):
+        # A declared token is special, as in transformers, unless it is a byte or part of a merge.
         if token is None or token in special or token not in vocab:
             continue
         if not _is_ordinary(token, merges):
@@ -120,9 +120,9 @@ def _from_tokenizer_json(
         raise ValueError(f"{where}: unk_token for missing bytes is not supported")
 
     if bos is not None and bos not in special:
-        raise ValueError(f"{path}: the vocabulary has no special token {bos!r}, the bos_token")
-    if eos is None or eos not in special:  # special_tokens_map.json may name it
-        eos = next((text for text in ends if text in special), eos)
+        raise ValueError(f"{path}: the bos_token {bos!r} is not a special token of the vocabulary")
+    if eos is None or eos not in special:  # special_tokens_map.json may declare it
+        eos = next((text for text in eos_tokens if text in special), eos)
     declared_ids = stop_tokens.resolve_stop_ids(encoding, declared)
     stop_ids = stop_tokens.well_known_stop_ids(encoding).union(declared_ids)
     template, named = build_chat_templates(templates, bos, eos, encoding, stop_ids)
@@ -131,15 +131,15 @@ def _from_tokenizer_json(
         chat_template=template,
         named_templates=named,
         bos_id=None if bos is None else special[bos],
-        # Where the tokenizer's files name none, the first that the model's name.
+        # Without a declaration in the tokenizer's files, the first one in the model's files.
         eos_id=special.get(eos or "", next(iter(declared_ids), None)),
-        add_bos=begin is not None,
+        add_bos=prefix_token is not None,
         stop_ids=stop_ids,
     )
 
 
 def _is_ordinary(token: str, merges: Sequence[Any]) -> bool:
-    """Whether a token is a byte, or is made by merges or part of one."""
+    """Return whether a token is a byte, the result of a merge, or a part of one."""
     return len(token) == 1 or any(
         token in merge or token == "".join(map(str, merge))
         for merge in merges
@@ -148,7 +148,7 @@ def _is_ordinary(token: str, merges: Sequence[Any]) -> bool:
 
 
 def _is_sentencepiece(spec: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer.json was made of a SentencePiece model: bytes apart, spaces as U+2581."""
+    """Return whether a tokenizer.json comes from SentencePiece: byte fallback, spaces as U+2581."""
     model = spec["model"]
     if model.get("type") == "Unigram" or model.get("byte_fallback") is True:
         return True
@@ -161,7 +161,7 @@ def _json_text(value: Any) -> str:
 
 
 def _is_sentencepiece_model(path: Path) -> bool:
-    """Whether a file begins as the protocol buffer of SentencePiece: with the field of pieces."""
+    """Return whether a file begins like a protocol buffer of SentencePiece."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -171,29 +171,39 @@ def _is_sentencepiece_model(path: Path) -> bool:
 def read_added_tokens(
     spec: Mapping[str, Any], vocab: Mapping[str, Any], where: str
 ) -> dict[str, int]:
+    """Return the special tokens of a tokenizer.json, text to id.
+
+    Args:
+        spec: the content of the file.
+        vocab: `vocab` of the model, token to id.
+        where: the file, for error messages.
+
+    Raises:
+        ValueError: if a token has an unsupported setting, or ids conflict.
+    """
     special: dict[str, int] = {}
     for i, token in enumerate(get_required(spec, "added_tokens", list, where)):
-        here = f"{where}: added_tokens[{i}]"
-        text, id = get_required(token, "content", str, here), get_required(token, "id", int, here)
+        item = f"{where}: added_tokens[{i}]"
+        text, id = get_required(token, "content", str, item), get_required(token, "id", int, item)
         for key in ("single_word", "lstrip", "rstrip"):
-            get_one_of(token, key, [None, False], here)
-        # Of BPE it is NFC, which leaves ASCII alone; of WordPiece, it may lower case.
-        is_changed = spec["model"]["type"] != "BPE" or not text.isascii()
-        if spec.get("normalizer") is not None and is_changed:
-            get_one_of(token, "normalized", [None, False], here)
+            get_one_of(token, key, [None, False], item)
+        # The normalizer of BPE is NFC, which does not change ASCII; that of WordPiece may.
+        may_change = spec["model"]["type"] != "BPE" or not text.isascii()
+        if spec.get("normalizer") is not None and may_change:
+            get_one_of(token, "normalized", [None, False], item)
         known = {"content", "id", "special", "single_word", "lstrip", "rstrip", "normalized"}
         warn_unknown_keys(token, known, "tokenizer.json: added_tokens")
         if special.setdefault(text, id) != id:
-            raise ValueError(f"{here}: {text!r} has the ids {special[text]} and {id}")
-    spelling: dict[int, str] = {}
+            raise ValueError(f"{item}: {text!r} has the ids {special[text]} and {id}")
+    texts: dict[int, str] = {}
     for text, id in special.items():
-        if (known := vocab.get(text, id)) != id:
+        if (vocab_id := vocab.get(text, id)) != id:
             raise ValueError(
-                f"{where}: {text!r} is {id} in added_tokens and {known} in model.vocab"
+                f"{where}: {text!r} is {id} in added_tokens and {vocab_id} in model.vocab"
             )
-        # Two spellings of one token, as o200k_harmony has, are damage unless the vocabulary agrees.
-        if spelling.setdefault(id, text) != text and text not in vocab:
-            raise ValueError(f"{where}: the tokens {text!r} and {spelling[id]!r} have the id {id}")
+        # Two tokens with one id, as in o200k_harmony, are valid only if the vocabulary has both.
+        if texts.setdefault(id, text) != text and text not in vocab:
+            raise ValueError(f"{where}: the tokens {text!r} and {texts[id]!r} have the id {id}")
     return special
 
 
@@ -205,11 +215,11 @@ def _normalization(spec: Any, where: str) -> Literal["NFC"] | None:
         return None
     if steps == [{"type": "NFC"}]:
         return "NFC"
-    raise ValueError(f"{where}: {short_repr(spec)} is not known; null and NFC are")
+    raise ValueError(f"{where}: {short_repr(spec)} is not supported; use null or NFC")
 
 
 def _split_patterns(spec: Any, where: str) -> str | list[str]:
-    """The split patterns that Hugging Face's pre-tokenizers amount to."""
+    """Return the split patterns that are equivalent to Hugging Face's pre-tokenizers."""
     steps = [spec]
     if isinstance(spec, dict) and spec.get("type") == "Sequence":
         steps = get_required(spec, "pretokenizers", list, where)
@@ -233,30 +243,30 @@ def _split_patterns(spec: Any, where: str) -> str | list[str]:
                 if step.get("use_regex", True):
                     patterns.append(GPT2)
                 if patterns == [r"\p{N}", GPT2]:
-                    return SMOLLM  # the same in one pass
+                    return SMOLLM  # equivalent, in one pass
                 return patterns or [r"[\s\S]+"]
             case _:
-                raise ValueError(f"{where}: {short_repr(step)} is not known")
+                raise ValueError(f"{where}: {short_repr(step)} is not supported")
     raise ValueError(f"{where}: the last step must be ByteLevel, not {short_repr(steps[-1:])}")
 
 
-def _begin_token(spec: Any, where: str) -> str | None:
-    """The token that the post-processor puts in front of a text, if any."""
-    begin = None
+def _prefix_token(spec: Any, where: str) -> str | None:
+    """Return the token that the post-processor adds before a text, or None."""
+    token = None
     steps = [spec] if spec is not None else []
     if isinstance(spec, dict) and spec.get("type") == "Sequence":
         steps = get_required(spec, "processors", list, where)
     for step in steps:
         match step:
             case {"type": "ByteLevel"}:
-                pass  # only moves offsets
+                pass  # changes offsets only
             case {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}]}:
                 pass  # adds nothing
             case {
                 "type": "TemplateProcessing",
-                "single": [{"SpecialToken": {"id": str(begin)}}, {"Sequence": {"id": "A"}}],
+                "single": [{"SpecialToken": {"id": str(token)}}, {"Sequence": {"id": "A"}}],
             }:
                 pass
             case _:
-                raise ValueError(f"{where}: {short_repr(step)} is not known")
-    return begin
+                raise ValueError(f"{where}: {short_repr(step)} is not supported")
+    return token

@@ -1,4 +1,4 @@
-"""Reading OpenAI's `.tiktoken` files: a token in base64 and its rank on each line."""
+"""Read the `.tiktoken` files of OpenAI: lines of a token in base64 and its rank."""
 
 from __future__ import annotations
 
@@ -15,37 +15,41 @@ from bpe.formats.tokenizer import Tokenizer
 def from_tiktoken(
     path: str | Path, *, pattern: str | Sequence[str], special_tokens: Mapping[str, int]
 ) -> Tokenizer:
-    """Reads a `.tiktoken` file: on each line a token in base64, a space, and its rank.
+    """Read a `.tiktoken` file: lines of a token in base64, a space, and its rank.
 
     Args:
         path: the file.
-        pattern: its split pattern (see `bpe.pretokenize`).
-        special_tokens: spelling to id.
+        pattern: the split pattern, or several to apply in turn (see `bpe.pretokenize`).
+        special_tokens: text to id.
 
     Raises:
         ValueError: if the file is damaged, has gaps in its ranks, or lacks a byte.
     """
     path = Path(path)
     ranks: dict[bytes, int] = {}
-    line_of: dict[int, int] = {}  # rank to the number of its line
+    rank_lines: dict[int, int] = {}  # rank -> line number
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line:
             continue
-        here = f"{path}: line {number}"
+        where = f"{path}: line {number}"
         try:
             encoded, rank_text = line.split()
             token, rank = base64.b64decode(encoded, validate=True), int(rank_text)
         except (ValueError, binascii.Error):
-            raise ValueError(f"{here} is not 'base64 rank': {line[:80]!r}") from None
+            raise ValueError(f"{where} is not 'base64 rank': {line[:80]!r}") from None
         if token in ranks:
-            raise ValueError(f"{here} repeats the token {token!r} of line {line_of[ranks[token]]}")
-        if line_of.setdefault(rank, number) != number:
-            raise ValueError(f"{here} repeats the rank {rank} of line {line_of[rank]}")
+            raise ValueError(
+                f"{where} repeats the token {token!r} of line {rank_lines[ranks[token]]}"
+            )
+        if rank_lines.setdefault(rank, number) != number:
+            raise ValueError(f"{where} repeats the rank {rank} of line {rank_lines[rank]}")
         ranks[token] = rank
-    for rank, number in line_of.items():
-        # p50k_base leaves out the id of <|endoftext|>; any other gap is a line that was lost.
-        if rank > 0 and rank - 1 not in line_of and rank - 1 not in special_tokens.values():
-            raise ValueError(f"{path}: line {number} has the rank {rank}, but none has {rank - 1}")
+    for rank, number in rank_lines.items():
+        # p50k_base leaves out the id of <|endoftext|>; any other gap is a missing line.
+        if rank > 0 and rank - 1 not in rank_lines and rank - 1 not in special_tokens.values():
+            raise ValueError(
+                f"{path}: line {number} has the rank {rank}, but no line has the rank {rank - 1}"
+            )
     try:
         encoding = Encoding(path.stem, pattern=pattern, ranks=ranks, special_tokens=special_tokens)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What every reader returns: a vocabulary with what a model file says about text."""
+"""Define `Tokenizer`, the result of every reader: an encoding, chat templates and special ids."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from bpe.encoding import Encoding
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """What a model file says about text.
+    """The text settings of a model: its encoding, chat templates and special ids.
 
     Attributes:
-        encoding: text to ids and back.
-        chat_template: how a conversation becomes text, if the model knows conversations.
-        named_templates: the model's other templates ("tool_use", "rag"), by name.
-        bos_id: the token that begins a text, if there is one.
-        eos_id: the token that ends a text or turn, if there is one.
-        add_bos: whether plain text (not a rendered chat template, which writes its own) must be
-            given to the model with `bos_id` in front.
-        stop_ids: the tokens after which generation ends; `stop.py` says which.
+        encoding: the vocabulary, with `encode` and `decode`.
+        chat_template: the default chat template, or None.
+        named_templates: the other chat templates ("tool_use", "rag"), by name.
+        bos_id: the token at the beginning of a text, or None.
+        eos_id: the token at the end of a text or message, or None.
+        add_bos: whether to add `bos_id` before plain text. A chat template adds it itself.
+        stop_ids: the tokens that end a generation, see `bpe.stop_tokens`.
     """
 
     encoding: Encoding
@@ -41,12 +40,25 @@ def build_chat_templates(
     encoding: Encoding,
     stop_ids: Collection[int],
 ) -> tuple[ChatTemplate | None, dict[str, ChatTemplate]]:
-    """The template called "default", and the others by name."""
-    ends = [encoding.decode_single_token_bytes(id).decode(errors="replace") for id in stop_ids]
-    make = functools.partial(
-        ChatTemplate, bos_token=bos or "", eos_token=eos or "", stop_tokens=ends
+    """Create chat templates.
+
+    Args:
+        sources: name to Jinja source.
+        bos: the token at the beginning of a text, or None.
+        eos: the token at the end of a text or message, or None.
+        encoding: the vocabulary.
+        stop_ids: the tokens that end a generation.
+
+    Returns:
+        The template "default" or None, and the other templates by name.
+    """
+    stop_tokens = [
+        encoding.decode_single_token_bytes(id).decode(errors="replace") for id in stop_ids
+    ]
+    create = functools.partial(
+        ChatTemplate, bos_token=bos or "", eos_token=eos or "", stop_tokens=stop_tokens
     )
-    named = {name: make(source) for name, source in sources.items() if source}
+    named = {name: create(source) for name, source in sources.items() if source}
     if (default := named.pop("default", None)) is not None:
         default.tool_use_template = named.get("tool_use")
     return default, named
