@@ -7,14 +7,14 @@
 # ---
 
 # %% [markdown]
-# # Quickstart: from text to tokens to chances, and back to text
+# # Quickstart: from text to tokens to probabilities, and back to text
 #
-# We start a server, ask it with OpenAI's own client, watch an answer arrive, turn the temperature,
-# and look at what the model saw and what it could have said. At the end we do without the server:
-# the same numbers from `transformer` directly.
+# We start a server, send requests with OpenAI's client, stream an answer, change the temperature,
+# and look at the tokens that the model reads and the probabilities that it computes. At the end we
+# compute the same numbers without the server, with `transformer`.
 #
-# *Needs:* a little Python, and the default model (`pellucid pull`; nothing else is fetched).
-# *Takes:* half a minute to run, a quarter of an hour to read.
+# *Needs:* a little Python, and the default model (`pellucid pull`; nothing else is downloaded).
+# *Takes:* half a minute to run, 15 minutes to read.
 # *Explains:* `bpe/encoding.py`, `transformer/generate.py`, `transformer/sampling.py`.
 
 # %%
@@ -37,18 +37,18 @@ from transformer import checkpoint, decoder
 from transformer.generate import generate
 from transformer.sampling import SamplingParams
 
-# Compiled programs are kept where the server keeps its own: the second run need not compile them.
+# Share the server's cache of compiled programs, so that a second run does not compile them again.
 jax.config.update("jax_compilation_cache_dir", str(settings.data_folder() / "compiled"))
 
 MODEL = "smollm2-135m-instruct"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 # %% [markdown]
-# ## 1. Start, and ask
+# ## 1. Start the server and send a request
 #
-# `pellucid serve` is what `make serve` runs. Here we start it as a process of its own on any free
-# port; with `--json` it prints its address as soon as it listens. `--dtype float32` skips the
-# choice of the fastest number format, and lets us compare with our own computation below.
+# `make serve` runs `pellucid serve`. Here we start it as a separate process on a free port; with
+# `--json` it prints its address when it is ready. `--dtype float32` skips the choice of the fastest
+# dtype, and makes the results comparable with our own computation below.
 
 # %%
 server = subprocess.Popen(
@@ -62,11 +62,11 @@ client = OpenAI(base_url=f"{ready['url']}/v1", api_key="any")
 
 answer = client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0)
 print(answer.choices[0].message.content)
-print(answer.usage.prompt_tokens, "tokens read,", answer.usage.completion_tokens, "written")
+print(answer.usage.prompt_tokens, "prompt tokens,", answer.usage.completion_tokens, "generated")
 
 # %% [markdown]
-# Code written for OpenAI asks for one of OpenAI's models. Such a name leads to a local model, and
-# the reply says to which:
+# Programs written for OpenAI's API request one of OpenAI's models. Such a name is an alias of a
+# local model, and the response has the name of the local model:
 
 # %%
 aliased = client.chat.completions.create(model="gpt-4o-mini", messages=QUESTION, temperature=0)
@@ -75,26 +75,27 @@ print(aliased.model, "says:", aliased.choices[0].message.content)
 # %% [markdown]
 # ## 2. Stream
 #
-# A model writes one token at a time, so there is no need to wait for the last. Between the bars is
-# what each event brought. A token is often a word with the space in front of it.
+# A model generates one token at a time, so there is no need to wait for the last one. The bars
+# separate the text of each event. A token is often a word with the space before it.
 
 # %%
 stream = client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0, stream=True)
-pieces = [event.choices[0].delta.content or "" for event in stream]
-print("|".join(piece for piece in pieces if piece))
+deltas = [event.choices[0].delta.content or "" for event in stream]
+print("|".join(delta for delta in deltas if delta))
 
 # %% [markdown]
 # ## 3. Temperature and seed
 #
-# At temperature 0 the likeliest token is taken, always. Above it a die is thrown: the higher the
-# temperature, the more evenly the chances are spread before the throw. The seed fixes the die.
+# At temperature 0, the most likely token is always chosen. At higher temperatures, a token is drawn
+# at random: the higher the temperature, the more uniform the probabilities. The seed determines the
+# random numbers.
 
 # %%
 STORY = [{"role": "user", "content": "Write a sentence about the sea."}]
 
 
-def say(temperature: float, seed: int) -> str:
-    """One answer of at most 16 tokens, on one line."""
+def complete(temperature: float, seed: int) -> str:
+    """Return an answer of at most 16 tokens, on one line."""
     reply = client.chat.completions.create(
         model=MODEL, messages=STORY, temperature=temperature, top_p=1, seed=seed, max_tokens=16
     )
@@ -103,41 +104,39 @@ def say(temperature: float, seed: int) -> str:
 
 for temperature in (0, 0.7, 1.5):
     for seed in (1, 2):
-        print(f"temperature {temperature:<4} seed {seed}: {say(temperature, seed)}")
-print(f"temperature 0.7  seed 1: {say(0.7, 1)} (once more)")
+        print(f"temperature {temperature:<4} seed {seed}: {complete(temperature, seed)}")
+print(f"temperature 0.7  seed 1: {complete(0.7, 1)} (once more)")
 
 # %% [markdown]
-# Change something, and say beforehand what you expect: another temperature, `top_p=0.5`, another
-# question.
+# Try other values, such as another temperature, `top_p=0.5` or another question. Predict the result
+# first.
 
 # %% [markdown]
-# ## 4. What the model reads: tokens
+# ## 4. Tokens, the input of the model
 #
-# Before anything else, text is cut into *tokens*, pieces that occurred often in the text the
-# vocabulary was made from. Each has a number, its id. Frequent words are one token, rare ones
-# several, and the space belongs to the word behind it.
+# First, text is split into *tokens*: strings that are frequent in the text from which the
+# vocabulary was trained. Each token has a number, its id. A frequent word is one token, a rare word
+# several, and a space belongs to the word after it.
 
 
 # %%
 class Tokens:
-    """Tokens as coloured boxes with their ids; as plain text where there are no colours."""
+    """Tokens with their ids, displayed as colored boxes or as plain text."""
 
     def __init__(self, encoding: bpe.Encoding, ids: list[int]):
-        self.pieces = [
-            encoding.decode_single_token_bytes(i).decode("utf-8", "replace") for i in ids
-        ]
+        self.texts = [encoding.decode_single_token_bytes(i).decode("utf-8", "replace") for i in ids]
         self.ids = ids
 
     def __repr__(self) -> str:
-        return "|".join(self.pieces) + "\n" + " ".join(map(str, self.ids))
+        return "|".join(self.texts) + "\n" + " ".join(map(str, self.ids))
 
     def _repr_html_(self) -> str:
-        colours = ("#cfe3ff", "#ffe3c2", "#d3f2d3", "#f6d5ee", "#fff3b0")
+        colors = ("#cfe3ff", "#ffe3c2", "#d3f2d3", "#f6d5ee", "#fff3b0")
         boxes = []
-        for n, (piece, id) in enumerate(zip(self.pieces, self.ids, strict=True)):
-            text = html.escape(piece).replace(" ", "&middot;").replace("\n", "&crarr;<br>")
+        for n, (token, id) in enumerate(zip(self.texts, self.ids, strict=True)):
+            text = html.escape(token).replace(" ", "&middot;").replace("\n", "&crarr;<br>")
             boxes.append(
-                f'<span style="background:{colours[n % 5]};color:#111;padding:1px 2px">'
+                f'<span style="background:{colors[n % 5]};color:#111;padding:1px 2px">'
                 f'{text}<sub style="color:#555">{id}</sub></span>'
             )
         return f'<div style="line-height:2">{" ".join(boxes)}</div>'
@@ -149,41 +148,42 @@ encoding = tokenizer.encoding
 display(Tokens(encoding, encoding.encode("The hamburger costs 12 euros, indubitably. 🍔")))
 
 # %% [markdown]
-# The four bytes of the picture are spread over several tokens, none of which is a character by
-# itself. A server that streams has to hold them back until they are whole (`bpe/stream.py`).
+# The four bytes of the emoji are divided among several tokens, none of which is a complete
+# character. A server that streams has to buffer them until the character is complete
+# (`bpe/stream.py`).
 #
-# And a conversation? The model reads that as one text too. Its *chat template* writes special
-# tokens around each message; those in angle brackets are one token each, and no user can type them.
-# This model's template also begins with a system message that we did not write.
+# A conversation is also one text for the model. Its *chat template* writes special tokens around
+# each message. Each special token, in angle brackets, is a single token that no user can type. The
+# template of this model also adds a system message, which is not in our request.
 
 # %%
 prompt = tokenizer.chat_template.encode(encoding, QUESTION)
 display(Tokens(encoding, prompt))
 
 # %% [markdown]
-# ## 5. What it could have said: chances
+# ## 5. The probabilities of the next token
 #
-# After reading, the model gives every one of its tokens a chance to come next. The API tells us the
-# best twenty as *log-probabilities*. Here the text goes to `/v1/completions`, which adds no
-# template.
+# The output of the model is a probability for every token of the vocabulary to be the next one. The
+# API returns the *log-probabilities* of up to twenty tokens. Here we use `/v1/completions`, which
+# applies no chat template.
 
 # %%
 START = "The capital of France is"
 
 
-def bars(axis, labels: list[str], chances: list[float], title: str) -> None:
-    """Horizontal bars, the likeliest on top."""
-    shown = [repr(label)[1:-1].replace(" ", "·") for label in labels]
-    axis.barh(range(len(labels)), chances, color="#3b6ea5")
-    axis.set_yticks(range(len(labels)), shown, family="monospace")
+def plot_bars(axis, labels: list[str], probs: list[float], title: str) -> None:
+    """Plot horizontal bars, the first on top."""
+    ticks = [repr(label)[1:-1].replace(" ", "·") for label in labels]
+    axis.barh(range(len(labels)), probs, color="#3b6ea5")
+    axis.set_yticks(range(len(labels)), ticks, family="monospace")
     axis.set_xlim(0, 1.18)
     axis.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axis.invert_yaxis()
     axis.set_title(title)
     axis.spines[["top", "right"]].set_visible(False)
-    for row, chance in enumerate(chances):
-        text = f"{chance:.1%}" if chance >= 0.001 else "< 0.1%"
-        axis.text(chance + 0.01, row, text, va="center", fontsize=9)
+    for row, prob in enumerate(probs):
+        text = f"{prob:.1%}" if prob >= 0.001 else "< 0.1%"
+        axis.text(prob + 0.01, row, text, va="center", fontsize=9)
 
 
 reply = client.completions.create(
@@ -191,20 +191,20 @@ reply = client.completions.create(
 )
 (top,) = reply.choices[0].logprobs.top_logprobs
 figure, axis = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
-bars(axis, list(top), list(np.exp(list(top.values()))), f"What comes after “{START}”?")
+plot_bars(axis, list(top), list(np.exp(list(top.values()))), f"The next token after “{START}”")
 axis.set_xlabel("probability")
 plt.show()
 
 # %% [markdown]
-# The dot is the space in front, which belongs to the token. Chances say what is
-# likely *in text like that which the model has read*; they are no measure of truth.
+# The dot is the space before the word, which belongs to the token. The probabilities say what is
+# likely *in text like the training data*; they are not a measure of truth.
 
 # %% [markdown]
-# ## 6. One level below: without the server
+# ## 6. The same computation without the server
 #
-# Everything above went through HTTP. Here are the parts that the server is made of: weights from
-# the file, `decoder.forward` from token ids to one number for every token of the vocabulary (the
-# *logits*), and softmax from logits to chances.
+# The requests above used HTTP. Now we call the parts of the server directly: load the weights from
+# the file, compute one number for every token of the vocabulary with `decoder.forward` (the
+# *logits*), and convert logits to probabilities with a softmax.
 
 # %%
 params, config, _ = checkpoint.load(path, dtype="float32")
@@ -212,32 +212,34 @@ ids = encoding.encode(START)
 logits, _ = jax.jit(decoder.forward, static_argnums=1)(params, config, np.array([ids], np.int32))
 print(f"{config.num_params / 1e6:.1f} million weights; logits are", logits.shape, "[B, T, V]")
 last = logits[0, -1]
-chances = np.asarray(jax.nn.softmax(last))
+probs = np.asarray(jax.nn.softmax(last))
 difference = max(
-    abs(chances[encoding.encode_single_token(token)] - np.exp(logprob))
+    abs(probs[encoding.encode_single_token(token)] - np.exp(logprob))
     for token, logprob in top.items()
 )
-print(f"the server's chances and ours differ by less than 1e-4: {difference < 1e-4}")
+print(f"the server's probabilities and ours differ by less than 1e-4: {difference < 1e-4}")
 
 # %% [markdown]
-# The temperature divides the logits before the softmax. Below 1 the likely get likelier, above 1
-# the field evens out. The last bar is what all other tokens have together: at temperature 2 it is
-# nearly everything, and that is why hot answers fall apart.
+# The logits are divided by the temperature before the softmax. Below 1, likely tokens become more
+# likely; above 1, the distribution becomes more uniform. The last bar is the sum of all other
+# tokens. At temperature 2 it is close to 1, and therefore the text becomes incoherent.
 
 # %%
-best = np.argsort(-chances)[:8]
+best = np.argsort(-probs)[:8]
 labels = [encoding.decode([int(i)]) for i in best]
 figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
 for axis, temperature in zip(axes, (0.5, 1.0, 2.0), strict=True):
-    spread = np.asarray(jax.nn.softmax(last / temperature))
-    others = 1 - spread[best].sum()
-    bars(axis, [*labels, "(others)"], [*spread[best], others], f"temperature {temperature}")
+    tempered_probs = np.asarray(jax.nn.softmax(last / temperature))
+    rest = 1 - tempered_probs[best].sum()
+    plot_bars(
+        axis, [*labels, "(others)"], [*tempered_probs[best], rest], f"temperature {temperature}"
+    )
 plt.show()
 
 # %% [markdown]
-# `generate` reads the prompt, remembers keys and values in a cache, and draws token after token.
-# With the ids of our conversation it must say what the server said; with the server's settings and
-# seed it must even throw the same die.
+# `generate` processes the prompt, stores keys and values in a cache, and samples one token after
+# another. For the ids of our conversation, it must return the same text as the server. With the
+# same sampling parameters and seed, it must also sample the same tokens.
 
 # %%
 greedy = encoding.decode(
@@ -247,7 +249,7 @@ print(greedy)
 
 sea = tokenizer.chat_template.encode(encoding, STORY)
 sampling = SamplingParams(temperature=0.7, seed=1)
-drawn = encoding.decode(
+sampled = encoding.decode(
     list(
         generate(
             params,
@@ -259,23 +261,23 @@ drawn = encoding.decode(
         )
     )
 )
-print(" ".join(drawn.split()))
+print(" ".join(sampled.split()))
 
 # %% [markdown]
-# ## 7. What we have seen, as assertions
+# ## 7. Summary, as assertions
 
 # %%
 assert MODEL in ready["models"]
 assert "Paris" in answer.choices[0].message.content
 assert aliased.model == MODEL
-assert "".join(pieces) == answer.choices[0].message.content, "streamed and not: the same text"
-assert say(0.7, 1) == say(0.7, 1), "the same seed gives the same answer"
-assert answer.usage.prompt_tokens == len(prompt), "the server counts the tokens we see"
+assert "".join(deltas) == answer.choices[0].message.content, "streaming gives the same text"
+assert complete(0.7, 1) == complete(0.7, 1), "the same seed gives the same answer"
+assert answer.usage.prompt_tokens == len(prompt), "the server counts the same tokens"
 assert encoding.decode(prompt) == tokenizer.chat_template.render(QUESTION)
-assert abs(chances.sum() - 1) < 1e-4
-assert difference < 1e-4, "the server computes what we compute"
-assert greedy == answer.choices[0].message.content, "greedy: the same text without a server"
-assert " ".join(drawn.split()) == say(0.7, 1), "and with the same seed, the same die"
+assert abs(probs.sum() - 1) < 1e-4
+assert difference < 1e-4, "the server computes the same probabilities"
+assert greedy == answer.choices[0].message.content, "greedy decoding gives the same text"
+assert " ".join(sampled.split()) == complete(0.7, 1), "and sampling with the same seed"
 print("all true")
 
 # %%
@@ -286,15 +288,15 @@ client.close()
 # %% [markdown]
 # ## Exercises
 #
-# Fill in a function, run its cell, and the check says whether it is right.
+# Complete each function and run its cell; the check prints whether the function is right.
 #
-# **1.** From the log-probabilities of all candidates, and a temperature, compute the probabilities.
-# Do it so that very small ones (log-probability -1000) do no harm.
+# **1.** Compute the probabilities of all candidates from their log-probabilities and a temperature.
+# Very small probabilities (log-probability -1000) must not cause errors.
 
 
 # %% tags=["stub"]
 def tempered(logprobs: list[float], temperature: float) -> list[float]:
-    """Probabilities of the candidates at a temperature; they sum to 1."""
+    """Return the probabilities of the candidates at a temperature; they sum to 1."""
     ...
 
 
@@ -305,19 +307,19 @@ checks.report(checks.tempered, tempered)
 #
 # ```python
 # def tempered(logprobs: list[float], temperature: float) -> list[float]:
-#     top = max(logprobs)  # subtracted, so that the largest exponent is 0
+#     top = max(logprobs)  # subtract it, so that the largest exponent is 0
 #     weights = [float(np.exp((x - top) / temperature)) for x in logprobs]
 #     return [weight / sum(weights) for weight in weights]
 # ```
 # </details>
 #
-# **2.** The *perplexity* of a text says between how many equally likely tokens the model hesitated,
-# on average: the inverse of the geometric mean of the probabilities of its tokens.
+# **2.** The *perplexity* of a text is the inverse of the geometric mean of the probabilities of its
+# tokens. It is the average number of equally likely tokens between which the model had to choose.
 
 
 # %% tags=["stub"]
 def perplexity(logprobs: list[float]) -> float:
-    """Perplexity of a text whose tokens had these log-probabilities."""
+    """Return the perplexity of a text whose tokens have these log-probabilities."""
     ...
 
 
@@ -332,13 +334,13 @@ checks.report(checks.perplexity, perplexity)
 # ```
 # </details>
 #
-# **3.** Tokens arrive one by one, as bytes. After each, return the text that may be shown: never
-# half a character. (What `bpe.StreamDecoder` does; do it without.)
+# **3.** Tokens arrive one by one, as bytes. After each token, return the text that can be
+# displayed, without incomplete characters. (`bpe.StreamDecoder` does this; do not use it.)
 
 
 # %% tags=["stub"]
-def whole_characters(pieces: list[bytes]) -> list[str]:
-    """What to show after each piece; joined, the text of all pieces."""
+def whole_characters(tokens: list[bytes]) -> list[str]:
+    """Return the text to display after each token; all texts together are the complete text."""
     ...
 
 
@@ -348,16 +350,16 @@ checks.report(checks.whole_characters, whole_characters)
 # <details><summary>Solution</summary>
 #
 # ```python
-# def whole_characters(pieces: list[bytes]) -> list[str]:
-#     shown, held = [], b""
-#     for piece in pieces:
-#         held += piece
-#         whole = held.decode("utf-8", "ignore")  # drops an unfinished end
-#         held = held[len(whole.encode()) :]
-#         shown.append(whole)
-#     return shown
+# def whole_characters(tokens: list[bytes]) -> list[str]:
+#     texts, buffer = [], b""
+#     for token in tokens:
+#         buffer += token
+#         text = buffer.decode("utf-8", "ignore")  # drops an incomplete character at the end
+#         buffer = buffer[len(text.encode()) :]
+#         texts.append(text)
+#     return texts
 # ```
 # </details>
 #
-# Read next: `bpe/pretokenize.py` and `bpe/merge.py` for the tokens, `transformer/decoder.py` for
-# the logits, `transformer/sampling.py` for the die.
+# Read next: `bpe/pretokenize.py` and `bpe/merge.py` about tokens, `transformer/decoder.py` about
+# logits, `transformer/sampling.py` about sampling.

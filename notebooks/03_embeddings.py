@@ -7,11 +7,11 @@
 # ---
 
 # %% [markdown]
-# # Embeddings: finding, sorting and comparing texts
+# # Embeddings: search, classify and compare texts
 #
-# An encoder reads a whole text and gives it a place in a space of 384 dimensions, so that texts
-# that mean alike stand near each other. That one trick serves three uses: search, classification
-# and comparison. We make the vectors, check how they come about, and then do all three.
+# An encoder maps a text to a vector of 384 numbers, such that texts with similar meanings have
+# similar vectors. The vectors have three main uses: search, classification and comparison. We
+# compute vectors, check the computation, and then do all three.
 #
 # *Needs:* a little linear algebra, and `pellucid pull all-minilm-l6-v2`.
 # *Takes:* half a minute to run, twenty minutes to read.
@@ -33,55 +33,56 @@ jax.config.update("jax_compilation_cache_dir", str(settings.data_folder() / "com
 
 folder = download.find_path(catalogue.load().models["all-minilm-l6-v2"], settings.data_folder())
 params, cfg = bert.load(folder)
-words = bpe.load_wordpiece(folder)
+tokenizer = bpe.load_wordpiece(folder)
 
 
 def embed(texts: list[str]) -> np.ndarray:
-    """A vector of length 1 for each text: float32 [n, 384]."""
-    return encoder.embed_all(params, cfg, words.encode_batch(texts, max_length=cfg.max_tokens))
+    """Return a vector of length 1 for each text: float32 [n, 384]."""
+    return encoder.embed_all(params, cfg, tokenizer.encode_batch(texts, max_length=cfg.max_tokens))
 
 
 # %% [markdown]
 # ## 1. From text to vector
 #
-# WordPiece cuts the text, `[CLS]` and `[SEP]` stand around it, and after six layers each token has
-# a vector that knows the whole text. Their average, scaled to length 1, is the text's vector.
+# WordPiece splits the text into tokens, between `[CLS]` and `[SEP]`. After six layers, the vector
+# of each token depends on the complete text. The average of the token vectors, scaled to length 1,
+# is the vector of the text.
 
 # %%
 TEXT = "Unbelievably tasty hamburgers!"
-ids = words.encode(TEXT)
-print(words.convert_ids_to_tokens(ids))
+ids = tokenizer.encode(TEXT)
+print(tokenizer.convert_ids_to_tokens(ids))
 ones = np.ones((1, len(ids)), np.int32)
 x, _ = encoder.forward(params, cfg, np.array([ids], np.int32), ones)  # [1, T, D]
 mean = np.asarray(x[0].mean(0))
 by_hand = mean / np.linalg.norm(mean)
-print(f"the average is what the library says, to 1e-5: "
+print(f"the average agrees with the library to 1e-5: "
       f"{np.abs(by_hand - embed([TEXT])[0]).max() < 1e-5}")  # fmt: skip
 
 # %% [markdown]
-# Unlike in a decoder every token reads every other, before and behind: there is no mask. But texts
-# of many lengths would leave holes in a batch, so several share a row, and *then* a mask keeps them
-# apart (`packing.py`):
+# Unlike in a decoder, every token reads all other tokens, without a causal mask. But texts of
+# different lengths would need padding in a batch. Therefore several texts share a row, and a mask
+# separates them (`packing.py`):
 
 # %%
 lengths = np.random.default_rng(0).integers(5, 120, 60)
 (batch, *_) = packing.pack([[1] * int(n) for n in lengths], 256)
-every = list(packing.pack([[1] * int(n) for n in lengths], 256))
-packed = sum(b.ids.size for b in every)
+batches = list(packing.pack([[1] * int(n) for n in lengths], 256))
+packed = sum(b.ids.size for b in batches)
 padded = len(lengths) * lengths.max()
-print(f"{lengths.sum()} tokens: {packed} computed when packed, {padded} when padded")
+print(f"{lengths.sum()} tokens: {packed} positions when packed, {padded} when padded")
 plt.figure(figsize=(9, 1.8), layout="constrained")
 plt.imshow(np.where(batch.segments, batch.segments % 9 + 1, 0), aspect="auto", cmap="tab10")
-plt.title("Rows of a batch; each colour is a text")
+plt.title("Rows of a batch; each color is a text")
 plt.yticks([])
 plt.show()
 
 # %% [markdown]
 # ## 2. Search
 #
-# Here are twenty sentences of an imaginary handbook. A question finds its answer without sharing a
-# word with it: the query is embedded too, and the nearest sentences win. For some millions of
-# vectors comparing with all of them is quick enough, and exact.
+# Here are twenty sentences of an imaginary manual. A question can match its answer without common
+# words: the query is also embedded, and the nearest sentences are returned. For up to a few million
+# vectors, comparing the query with all of them is fast enough, and exact.
 
 # %%
 HANDBOOK = """
@@ -109,16 +110,17 @@ Parents can limit the hours of use.
 vectors = embed(HANDBOOK)
 
 QUESTIONS = ["It froze, what now?", "Can I get my money back?", "How do I get Wi-Fi?"]
-found = similarity.nearest(embed(QUESTIONS), vectors, 2)
-for question, scores, places in zip(QUESTIONS, found.scores, found.indices, strict=True):
+results = similarity.nearest(embed(QUESTIONS), vectors, 2)
+for question, scores, indices in zip(QUESTIONS, results.scores, results.indices, strict=True):
     print(question)
-    for score, place in zip(scores, places, strict=True):
-        print(f"   {score:.2f}  {HANDBOOK[place]}")
+    for score, index in zip(scores, indices, strict=True):
+        print(f"   {score:.2f}  {HANDBOOK[index]}")
 
 # %% [markdown]
-# ## 3. Classification without an example
+# ## 3. Zero-shot classification
 #
-# If the labels say something, their own vectors are a classifier: each text gets the nearest label.
+# If the labels are meaningful words, their vectors form a classifier without any examples: each
+# text gets the nearest label.
 
 # %%
 TOPICS = {
@@ -136,22 +138,22 @@ labels = list(TOPICS)
 texts = [text for group in TOPICS.values() for text in group]
 truth = np.repeat(np.arange(len(labels)), [len(group) for group in TOPICS.values()])
 points = embed(texts)
-chances = similarity.zero_shot(points, embed([f"This is about {label}." for label in labels]))
-zero_shot_right = float((np.asarray(chances).argmax(1) == truth).mean())
-print(f"{zero_shot_right:.0%} right without an example")
+probs = similarity.zero_shot(points, embed([f"This is about {label}." for label in labels]))
+zero_shot_accuracy = float((np.asarray(probs).argmax(1) == truth).mean())
+print(f"zero-shot accuracy: {zero_shot_accuracy:.0%}")
 
 # %% [markdown]
-# ## 4. Classification from examples
+# ## 4. Classification with examples
 #
-# With examples, a straight line is enough: the encoder has done the hard part. The *probe* is
-# logistic regression on the vectors. Three examples of each topic, and tested on the other two:
+# With examples, a linear classifier on the vectors is sufficient. The *probe* is a logistic
+# regression. It is trained on three examples of each topic, and tested on the other two:
 
 # %%
 is_example = np.tile([True, True, True, False, False], len(labels))
 probe = similarity.fit_probe(points[is_example], truth[is_example], len(labels))
-guessed = np.asarray(similarity.predict(probe, points[~is_example]))
-probe_right = float((guessed.argmax(1) == truth[~is_example]).mean())
-print(f"{probe_right:.0%} right on what it has not seen")
+predicted = np.asarray(similarity.predict(probe, points[~is_example]))
+probe_accuracy = float((predicted.argmax(1) == truth[~is_example]).mean())
+print(f"accuracy of the probe on the test sentences: {probe_accuracy:.0%}")
 sentences = [
     "The knife must be sharp.",
     "The keeper was sharp today.",
@@ -163,71 +165,71 @@ for sentence, row in zip(sentences, similarity.predict(probe, embed(sentences)),
 # %% [markdown]
 # ## 5. Comparison
 #
-# All cosines at once are a picture of what is alike. `cluster` finds the groups without being told
-# that there are topics.
+# The matrix of all cosines shows which sentences are similar. `cluster` finds groups of similar
+# sentences without any labels.
 
 # %%
-alike = np.asarray(similarity.cosine(points, points))
+cosines = np.asarray(similarity.cosine(points, points))
 groups = similarity.cluster(jax.random.key(0), points, 3)
 counts = np.zeros((3, 3), int)
 np.add.at(counts, (np.asarray(groups.labels), truth), 1)
 purity = counts.max(1).sum() / len(texts)
-print(counts, "clusters by topics;", f"{purity:.0%} stand with the most of their cluster")
-mapped = points - points.mean(0)
-flat = mapped @ np.linalg.svd(mapped, full_matrices=False)[2][:2].T  # the two widest directions
+print(counts, "clusters by topics;", f"{purity:.0%} belong to the main topic of their cluster")
+centered = points - points.mean(0)
+projected = centered @ np.linalg.svd(centered, full_matrices=False)[2][:2].T  # PCA
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-figure.colorbar(left.imshow(alike, cmap="Blues", vmin=0, vmax=1), label="cosine", shrink=0.8)
+figure.colorbar(left.imshow(cosines, cmap="Blues", vmin=0, vmax=1), label="cosine", shrink=0.8)
 left.set_yticks([2, 7, 12], labels, rotation=90, va="center")
 left.set_xticks([])
-left.set_title("Every sentence with every other")
-colours = np.array(["#3b6ea5", "#c8553d", "#588157"])
-right.scatter(*flat.T, c=colours[np.asarray(groups.labels)])
-for spot, number in zip(flat, truth, strict=True):
-    right.annotate(labels[number], spot, fontsize=8, xytext=(4, 3), textcoords="offset points")
-right.set_title("Colours: clusters; words: topics")
+left.set_title("Cosines of all pairs of sentences")
+colors = np.array(["#3b6ea5", "#c8553d", "#588157"])
+right.scatter(*projected.T, c=colors[np.asarray(groups.labels)])
+for point, topic in zip(projected, truth, strict=True):
+    right.annotate(labels[topic], point, fontsize=8, xytext=(4, 3), textcoords="offset points")
+right.set_title("Colors: clusters; labels: topics")
 right.set_axis_off()
 plt.show()
 
 # %% [markdown]
-# ## 6. How narrow may the numbers be?
+# ## 6. Lower precision and fewer dimensions
 #
-# Processors multiply bfloat16 (8 bits of fraction instead of 24) several times as fast. The vectors
-# hardly move. Cutting a vector off is another matter: models trained for it keep their meaning,
-# this one was not.
+# Processors multiply bfloat16 numbers (8 bits of precision instead of 24) several times as fast.
+# The vectors hardly change. Truncating vectors to fewer dimensions has a larger effect, because
+# this model, unlike some others, was not trained for it.
 
 # %%
-narrow, _ = bert.load(folder, dtype="bfloat16")
-other = encoder.embed_all(narrow, cfg, words.encode_batch(texts))
-worst = float((other * points).sum(1).min())
-print(f"bfloat16: every cosine with float32 is above 0.9999: {worst > 0.9999}")
+bf16_params, _ = bert.load(folder, dtype="bfloat16")
+bf16_points = encoder.embed_all(bf16_params, cfg, tokenizer.encode_batch(texts))
+lowest_cosine = float((bf16_points * points).sum(1).min())
+print(f"bfloat16: every cosine with float32 is above 0.9999: {lowest_cosine > 0.9999}")
 for width in (384, 192, 96, 24):
-    near = similarity.nearest(points[:, :width], points[:, :width], 2).indices[:, 1]
-    same = float((truth[np.asarray(near)] == truth).mean())
-    print(f"{width:4} numbers: the nearest other sentence is of the same topic for {same:.0%}")
+    nearest = similarity.nearest(points[:, :width], points[:, :width], 2).indices[:, 1]
+    share = float((truth[np.asarray(nearest)] == truth).mean())
+    print(f"{width:4} dimensions: the nearest sentence has the same topic for {share:.0%}")
 
 # %% [markdown]
-# ## 7. What we have seen, as assertions
+# ## 7. Summary, as assertions
 
 # %%
-assert np.abs(by_hand - embed([TEXT])[0]).max() < 1e-5, "the vector is the average, normalised"
-assert packed < 1.2 * lengths.sum(), "packed rows hold little padding"
-assert HANDBOOK[found.indices[0, 0]].startswith("Hold the power button")
-assert "sent back" in HANDBOOK[found.indices[1, 0]]
-assert "internet" in HANDBOOK[found.indices[2, 0]]
-assert zero_shot_right > 0.9 and probe_right > 0.8
-assert purity > 0.8, "most of a cluster is of one topic"
-assert worst > 0.9999
+assert np.abs(by_hand - embed([TEXT])[0]).max() < 1e-5, "the vector is the normalized average"
+assert packed < 1.2 * lengths.sum(), "packed rows contain little padding"
+assert HANDBOOK[results.indices[0, 0]].startswith("Hold the power button")
+assert "sent back" in HANDBOOK[results.indices[1, 0]]
+assert "internet" in HANDBOOK[results.indices[2, 0]]
+assert zero_shot_accuracy > 0.9 and probe_accuracy > 0.8
+assert purity > 0.8, "most sentences of a cluster have the same topic"
+assert lowest_cosine > 0.9999
 print("all true")
 
 # %% [markdown]
 # ## Exercises
 #
-# **1.** Cosine similarity by hand.
+# **1.** Compute the cosine similarity.
 
 
 # %% tags=["stub"]
 def cosine(a: list[float], b: list[float]) -> float:
-    """The cosine of the angle between two vectors; 0 if either is zero."""
+    """Return the cosine of the angle between two vectors; 0 if either is zero."""
     ...
 
 
@@ -239,18 +241,18 @@ checks.report(checks.cosine, cosine)
 # ```python
 # def cosine(a: list[float], b: list[float]) -> float:
 #     dot = sum(x * y for x, y in zip(a, b, strict=True))
-#     size = (sum(x * x for x in a) * sum(y * y for y in b)) ** 0.5
-#     return dot / size if size else 0.0
+#     norms = (sum(x * x for x in a) * sum(y * y for y in b)) ** 0.5
+#     return dot / norms if norms else 0.0
 # ```
 # </details>
 #
-# **2.** A batch holds rows of token vectors, and a mask that says which tokens are there. Average
-# those that are.
+# **2.** A batch has rows of token vectors, and a mask that is 0 for padding. Average the token
+# vectors of each row without the padding.
 
 
 # %% tags=["stub"]
 def mean_pool(rows: list[list[list[float]]], mask: list[list[int]]) -> list[list[float]]:
-    """[B][T][D] and [B][T] -> [B][D]."""
+    """Return the means [B][D] of rows [B][T][D] with a mask [B][T]."""
     ...
 
 
@@ -261,18 +263,18 @@ checks.report(checks.mean_pool, mean_pool)
 #
 # ```python
 # def mean_pool(rows: list[list[list[float]]], mask: list[list[int]]) -> list[list[float]]:
-#     x, there = np.array(rows, float), np.array(mask, float)[..., None]
-#     return ((x * there).sum(1) / there.sum(1)).tolist()
+#     x, m = np.array(rows, float), np.array(mask, float)[..., None]
+#     return ((x * m).sum(1) / m.sum(1)).tolist()
 # ```
 # </details>
 #
-# **3.** How good is a search? *Recall at k* is the share of queries whose right answer is among the
-# first k found.
+# **3.** A measure of search quality is *recall at k*: the share of queries whose correct answer is
+# among the first k results.
 
 
 # %% tags=["stub"]
-def recall(found: list[list[int]], right: list[int], k: int) -> float:
-    """found[q]: places in the order found; right[q]: the one that should be."""
+def recall(results: list[list[int]], answers: list[int], k: int) -> float:
+    """Return recall at k; results[q] are ranked indices, answers[q] is the correct index."""
     ...
 
 
@@ -282,9 +284,10 @@ checks.report(checks.recall, recall)
 # <details><summary>Solution</summary>
 #
 # ```python
-# def recall(found: list[list[int]], right: list[int], k: int) -> float:
-#     return sum(place in row[:k] for row, place in zip(found, right, strict=True)) / len(right)
+# def recall(results: list[list[int]], answers: list[int], k: int) -> float:
+#     hits = [answer in row[:k] for row, answer in zip(results, answers, strict=True)]
+#     return sum(hits) / len(hits)
 # ```
 # </details>
 #
-# Read next: `transformer/encoder.py`, then `serve/api/routes/embeddings.py` for the same over HTTP.
+# Read next: `transformer/encoder.py`, then `serve/api/routes/embeddings.py` for the HTTP endpoint.

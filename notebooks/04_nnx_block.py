@@ -9,9 +9,10 @@
 # %% [markdown]
 # # The same block in flax nnx
 #
-# In `transformer/` weights are a tree of arrays and the model is a function of them. Most JAX code
-# you will meet puts both into modules, with flax's `nnx`. Here is one decoder written that way, its
-# weights copied over from ours, and its logits equal. Read it beside `transformer/decoder.py`.
+# In `transformer/`, the weights are a tree of arrays and the model is a function of them. Most
+# other JAX code combines both in modules, for example with flax's `nnx`. This notebook implements
+# the decoder as modules, copies our weights, and compares the logits. Read it next to
+# `transformer/decoder.py`.
 #
 # *Needs:* nothing but the packages. *Takes:* ten seconds to run.
 # *Explains:* `transformer/decoder.py`, by contrast.
@@ -35,8 +36,9 @@ print(cfg.num_layers, "layers,", cfg.num_params, "weights")
 # %% [markdown]
 # ## Modules
 #
-# A module owns its weights: they are made in `__init__`, from random streams `rngs`, and used in
-# `__call__`. `nnx.Linear` keeps its matrix as `[in, out]`, ours (and the files') are `[out, in]`.
+# A module contains its weights: they are initialized in `__init__`, with the random streams `rngs`,
+# and used in `__call__`. `nnx.Linear` stores its matrix as `[in, out]`; ours, and those in model
+# files, are `[out, in]`.
 
 
 # %%
@@ -91,21 +93,21 @@ class Decoder(nnx.Module):
         x = self.embed(ids)
         for block in self.blocks:
             x = block(x)
-        return self.embed.attend(self.final_norm(x))  # the table is the head: tied
+        return self.embed.attend(self.final_norm(x))  # tied input and output embeddings
 
 
 model = Decoder(cfg, rngs=nnx.Rngs(0))
 
 # %% [markdown]
-# ## Copying the weights
+# ## Copy the weights
 #
-# A module is changed in place. That is convenient here, and it is also the difference: our
-# functions get the weights handed in and can change nothing.
+# A module is mutable: its weights are replaced in place. This is convenient here, and it is the
+# main difference: our functions receive the weights as arguments and cannot change them.
 
 
 # %%
 def copy(linear: nnx.Linear, ours: decoder.Linear) -> None:
-    """Puts one of our maps into one of nnx's."""
+    """Copy the weight of one of our linear layers to one of nnx."""
     linear.kernel[...] = ours.weight.T
 
 
@@ -126,26 +128,26 @@ difference = float(jnp.abs(model(ids) - ours).max())
 print(f"logits differ by less than 1e-5: {difference < 1e-5}")
 
 # %% [markdown]
-# ## What it costs, and where the trees meet
+# ## Cost of a call
 #
-# `nnx.split` takes a module apart: its structure, and the tree of its arrays. Inside `jax.jit` both
-# ways run the same program. What differs is the way there: calling an `nnx.jit` function walks the
-# module on each call, calling ours hands over a tree that JAX flattens itself.
+# `nnx.split` separates a module into its structure and the tree of its arrays. Inside `jax.jit`,
+# both versions run the same program. The overhead of a call differs: `nnx.jit` traverses the module
+# in Python on each call, while our function receives a tree that JAX flattens in C++.
 
 # %%
 structure, state = nnx.split(model)
 leaves = jax.tree.leaves(state)
-own = jax.tree.leaves(params)
+param_leaves = jax.tree.leaves(params)
 print(len(leaves), "arrays of", sum(leaf.size for leaf in leaves), "numbers")
-print(len(own), "arrays of", sum(leaf.size for leaf in own), "numbers in our tree")
+print(len(param_leaves), "arrays of", sum(x.size for x in param_leaves), "numbers in our tree")
 
 as_module = nnx.jit(lambda model, ids: model(ids))
 as_function = jax.jit(lambda params, ids: decoder.forward(params, cfg, ids)[0])
-one = ids[:1, :2]
+short_ids = ids[:1, :2]
 
 
 def microseconds(call) -> float:
-    """The fastest of many calls."""
+    """Return the time of the fastest of many calls."""
     call().block_until_ready()
     best = np.inf
     for _ in range(300):
@@ -155,32 +157,30 @@ def microseconds(call) -> float:
     return best * 1e6
 
 
-module, function = (
-    microseconds(lambda: as_module(model, one)),
-    microseconds(lambda: as_function(params, one)),
-)
-print(f"a call of the function is the quicker one: {function < module}")
+module_time = microseconds(lambda: as_module(model, short_ids))
+function_time = microseconds(lambda: as_function(params, short_ids))
+print(f"a call of the function is faster: {function_time < module_time}")
 
 # %% [markdown]
-# For a decoder that is called a hundred times a second, each millisecond counts; that is one reason
-# why the library has no modules. The other is what you have just read: in a module the arrays are
-# out of sight, and a student came to see them.
+# A decoder is called a hundred times per second, so each millisecond matters. This is one reason
+# why the library does not use modules. The other reason is readability: a module hides its arrays,
+# and this library is written to show them.
 
 # %%
-assert difference < 1e-5, "the same logits"
+assert difference < 1e-5, "the logits are the same"
 assert sum(leaf.size for leaf in leaves) == cfg.num_params
 print("all true")
 
 # %% [markdown]
 # ## Exercise
 #
-# RMS norm divides a vector by the root of its mean square, then multiplies by a scale. Write it,
-# without leaving out `eps`, which keeps a vector of zeros from being divided by zero.
+# RMS norm divides a vector by the root of its mean square, and then multiplies it by a scale.
+# Implement it with `eps`, which is added to the mean square to avoid a division by zero.
 
 
 # %% tags=["stub"]
 def rms_norm(x: list[float], scale: list[float], eps: float) -> list[float]:
-    """The norm of one vector."""
+    """Return the RMS norm of one vector."""
     ...
 
 
@@ -191,8 +191,8 @@ checks.report(checks.rms_norm, rms_norm)
 #
 # ```python
 # def rms_norm(x: list[float], scale: list[float], eps: float) -> list[float]:
-#     size = (sum(number * number for number in x) / len(x) + eps) ** 0.5
-#     return [number / size * weight for number, weight in zip(x, scale, strict=True)]
+#     rms = (sum(number * number for number in x) / len(x) + eps) ** 0.5
+#     return [number / rms * weight for number, weight in zip(x, scale, strict=True)]
 # ```
 # </details>
 #
