@@ -7,14 +7,14 @@
 # ---
 
 # %% [markdown]
-# # Fine-tuning: from a file of examples to changed behaviour
+# # Fine-tuning: from a file of examples to changed behavior
 #
-# A model knows what it was trained on. To teach it something of your own you need a few dozen
-# examples, a mask that says what of them is to be learned, and a way to move a few of its numbers
-# a little. We look at each, then teach a language model where four boats lie, and ask it in words
-# that were not among the examples.
+# A model knows only what was in its training data. To teach it new facts, you need a few dozen
+# examples, a mask of the tokens to learn, and a method to change a small number of weights. We look
+# at each, then teach a language model the berths of four boats, and ask questions that are not
+# among the examples.
 #
-# *Needs:* the transformer notebook (02), and `pellucid pull smollm2-135m-instruct`.
+# *Needs:* the attention notebook (02), and `pellucid pull smollm2-135m-instruct`.
 # *Takes:* under a minute to run on two cores, twenty minutes to read.
 # *Explains:* `training/examples.py`, `packing.py`, `check.py`, `recipes/finetune.py`,
 # `transformer/lora.py`.
@@ -45,11 +45,11 @@ encoding, template = tokenizer.encoding, tokenizer.chat_template
 work = Path(tempfile.mkdtemp())
 
 # %% [markdown]
-# ## 1. An example, and what of it is learned
+# ## 1. An example and its loss mask
 #
-# A line of the file is a conversation. The chat template makes text of it, the vocabulary makes
-# tokens of that, and only the assistant's tokens get a weight in the loss: the model shall learn to
-# answer, not to ask. The token that ends the turn is among them, or the model would never stop.
+# Each line of the file is a conversation. The chat template converts it to text, and the tokenizer
+# to tokens. Only the tokens of the assistant have a weight in the loss: the model learns to answer,
+# not to ask. They include the token that ends the message, so that the model learns to stop.
 
 # %%
 BOATS = list(toy_dataset.BERTHS)[:4]
@@ -58,26 +58,23 @@ rows = [
 ]
 print(json.dumps(rows[0]))
 first = examples.encode(rows[0], "chat", tokenizer)
-words = [encoding.decode([id]) for id in first.ids.tolist()]
+tokens = [encoding.decode([id]) for id in first.ids.tolist()]
 
 figure, axes = plt.subplots(figsize=(10, 1.5), layout="constrained")
 axes.set_axis_off()
-place = 0.0
-for word, weight in zip(words, first.weights, strict=True):
-    shown = word.replace("\n", "\\n")
-    colour = "#f2b134" if weight else "#e8e8e8"
-    axes.text(place, 0.5, shown, family="monospace", fontsize=8, rotation=90, va="center",
-              bbox={"facecolor": colour, "edgecolor": "none", "pad": 2})  # fmt: skip
-    place += 1
-axes.set_xlim(-0.5, place)
-axes.set_title("Orange is learned, grey is only read")
+for i, (token, weight) in enumerate(zip(tokens, first.weights, strict=True)):
+    color = "#f2b134" if weight else "#e8e8e8"
+    axes.text(i, 0.5, token.replace("\n", "\\n"), family="monospace", fontsize=8, rotation=90,
+              va="center", bbox={"facecolor": color, "edgecolor": "none", "pad": 2})  # fmt: skip
+axes.set_xlim(-0.5, len(tokens))
+axes.set_title("Orange tokens are learned, gray tokens are input only")
 plt.show()
 
 # %% [markdown]
-# ## 2. Is the file any good?
+# ## 2. Check the file
 #
-# What is wrong with a file is better known before an hour of training than after it. `check` reads
-# it line by line and says everything that is wrong, with the line.
+# Errors in a file should be found before training. `check` reads the file line by line and reports
+# all problems with their lines.
 
 # %%
 good = "".join(json.dumps(row) + "\n" for row in rows)
@@ -91,25 +88,25 @@ for problem in report.problems:
 print(*check.report_lines(check.check(work / "good.jsonl", tokenizer, max_tokens=2048)), sep="\n")
 
 # %% [markdown]
-# ## 3. Rows that examples share
+# ## 3. Packed batches
 #
-# Our examples have 30 to 40 tokens. As a batch of padded rows, a good part would be computed for
-# nothing. So they stand in rows one behind another, each where it first fits, and `segments` tells
-# attention which tokens may see each other. The loss of a packed batch is that of the examples
-# alone, to the last digits that float32 has.
+# Our examples have 30 to 40 tokens. In a batch of padded rows, much of the computation would be
+# wasted. So the examples are packed: each is placed in the first row with enough space, and
+# `segments` defines which tokens can attend to each other. The loss of a packed batch equals the
+# sum over the separate examples, up to rounding.
 
 # %%
-_, learned = check.read_examples(work / "good.jsonl", tokenizer, max_tokens=2048)
-some = learned[:5]
-sharing = packing.first_fit([len(example) for example in some], 128)
-batch = packing.collate(some, sharing, (len(sharing), 128))
-print(f"examples {sharing} share {len(sharing)} rows")
+_, all_examples = check.read_examples(work / "good.jsonl", tokenizer, max_tokens=2048)
+few_examples = all_examples[:5]
+bins = packing.first_fit([len(example) for example in few_examples], 128)
+batch = packing.collate(few_examples, bins, (len(bins), 128))
+print(f"examples {bins} share {len(bins)} rows")
 figure, (top, bottom) = plt.subplots(2, 1, figsize=(10, 2.4), layout="constrained", sharex=True)
-shown = np.where(batch["segments"], batch["segments"], np.nan)
-top.imshow(shown, aspect="auto", cmap="tab10", vmin=1, vmax=10)
-top.set_title("Each colour is an example, white is padding")
+segments = np.where(batch["segments"], batch["segments"], np.nan)
+top.imshow(segments, aspect="auto", cmap="tab10", vmin=1, vmax=10)
+top.set_title("Each color is an example, white is padding")
 bottom.imshow(batch["weights"], aspect="auto", cmap="Blues")
-bottom.set_title("Dark is learned")
+bottom.set_title("Dark tokens are learned")
 for axes in (top, bottom):
     axes.set_yticks([])
 plt.show()
@@ -117,37 +114,40 @@ plt.show()
 # %%
 params, cfg, _ = checkpoint.load(path)
 adapter = LoraTask(cfg=cfg, rank=8, alpha=16).init(jax.random.key(0))
-loss_of = jax.jit(LoraTask(cfg=cfg, rank=8, alpha=16).loss)
-together, weight, _ = loss_of(adapter, params, batch, jax.random.key(0))
-alone = [packing.collate([example], [[0]], (len(sharing), 128)) for example in some]
-apart = sum(float(loss_of(adapter, params, one, jax.random.key(0))[0]) for one in alone)
-print(f"packed or alone, the summed loss is the same: {abs(float(together) - apart) < 1e-2}")
+compute_loss = jax.jit(LoraTask(cfg=cfg, rank=8, alpha=16).loss)
+packed_loss, weight, _ = compute_loss(adapter, params, batch, jax.random.key(0))
+singles = [packing.collate([example], [[0]], (len(bins), 128)) for example in few_examples]
+separate_loss = sum(
+    float(compute_loss(adapter, params, single, jax.random.key(0))[0]) for single in singles
+)
+is_same = abs(float(packed_loss) - separate_loss) < 1e-2
+print(f"packed and separate examples have the same total loss: {is_same}")
 
 # %% [markdown]
-# ## 4. What is moved
+# ## 4. Low-rank adapters
 #
-# The model has 135 million weights; to learn four facts, few of them must move. LoRA leaves each
-# matrix $W$ as it is and adds a product of two thin ones, $W + \frac{\alpha}{r} B A$. $B$ begins as
-# zeros: before the first step nothing has changed.
+# The model has 135 million weights, but few parameters suffice to learn four facts. LoRA does not
+# change the matrices $W$. It adds a product of two small matrices, $W + \frac{\alpha}{r} B A$. $B$
+# is initialized with zeros, so the model does not change before the first step.
 
 # %%
 sizes = {r: sum(leaf.size for leaf in jax.tree.leaves(lora.init(jax.random.key(0), cfg, rank=r,
          alpha=2 * r))) for r in (1, 8, 64)}  # fmt: skip
 for rank, size in sizes.items():
-    print(f"rank {rank:2}: {size:10,} numbers, {size / cfg.num_params:.1%} of the model's")
+    print(f"rank {rank:2}: {size:10,} parameters, {size / cfg.num_params:.1%} of the model")
 figure, axes = plt.subplots(figsize=(5, 2.2), layout="constrained")
 w = params.layers[0].q.weight.shape
 numbers = np.array([w[0] * w[1], 8 * (w[0] + w[1])])
 axes.barh(["W", "B and A, rank 8"], numbers / 1000, color=["#8da9c4", "#f2b134"])
-axes.set_title("Thousands of numbers, of one query matrix")
+axes.set_title("Thousands of parameters, for one query matrix")
 plt.show()
 
 # %% [markdown]
 # ## 5. Training
 #
-# The recipe does what we did above, and then takes steps: read a batch, see how the loss would
-# change with each number of the adapter, move them a little against it. The same from a terminal
-# is `python -m training finetune --model ... --data ... --out ...`.
+# The recipe performs the steps above, and then trains: read a batch, compute the gradient of the
+# loss with respect to the adapter, and update the adapter. The same on the command line:
+# `python -m training finetune --model ... --data ... --out ...`.
 
 # %%
 result = finetune.run(
@@ -173,12 +173,12 @@ print(f"after {result.job['steps']} steps over {result.job['trained_tokens']} to
 # %% [markdown]
 # ## 6. Before and after
 #
-# Asked in a way that no example has:
+# We ask questions that are worded differently from all examples:
 
 
 # %%
 def answer(params, messages: list[dict]) -> str:
-    """The likeliest answer, of at most 12 tokens."""
+    """Return the most likely answer, of at most 12 tokens."""
     ids = template.encode(encoding, messages)
     options = dict(max_new_tokens=12, stop_ids=tokenizer.stop_ids)
     return encoding.decode(list(generate.generate(params, cfg, ids, **options)))
@@ -186,35 +186,35 @@ def answer(params, messages: list[dict]) -> str:
 
 tuned = lora.apply(params, lora.load(work / "run" / "adapter", cfg))
 before, after = [], []
-for messages, right in toy_dataset.held_out_questions()[:4]:
-    said = [answer(model, messages) for model in (params, tuned)]
-    before.append(toy_dataset.is_right(said[0], right))
-    after.append(toy_dataset.is_right(said[1], right))
+for messages, expected in toy_dataset.held_out_questions()[:4]:
+    base_answer, tuned_answer = (answer(model, messages) for model in (params, tuned))
+    before.append(toy_dataset.is_right(base_answer, expected))
+    after.append(toy_dataset.is_right(tuned_answer, expected))
     print(messages[-1]["content"])
-    print(f"   before: {said[0]!r}\n   after:  {said[1]!r}")
+    print(f"   before: {base_answer!r}\n   after:  {tuned_answer!r}")
 
 # %% [markdown]
-# The adapter stands beside the model's own weights, which have not changed: without it, the base
-# model answers as before, and a server can hold many adapters for the price of one model. `merge`
-# adds it in, for other programs.
+# The adapter is separate from the weights of the model, which have not changed. Without the
+# adapter, the base model answers as before, and a server can load many adapters for one base model.
+# `merge` adds the adapter to the weights, for use in other programs.
 
 # %%
 question = toy_dataset.held_out_questions()[0][0]
 ids = np.array([template.encode(encoding, question)])
-beside, _ = decoder.forward(tuned, cfg, ids)
+separate, _ = decoder.forward(tuned, cfg, ids)
 merged, _ = decoder.forward(lora.merge(params, lora.load(work / "run" / "adapter", cfg)), cfg, ids)
-max_difference = float(np.abs(np.asarray(beside - merged)).max())
-print(f"beside or merged, the logits are the same to 1e-3: {max_difference < 1e-3}")
+max_difference = float(np.abs(np.asarray(separate - merged)).max())
+print(f"logits with a separate and a merged adapter are equal to 1e-3: {max_difference < 1e-3}")
 
 # %% [markdown]
-# ## 7. What we have seen, as assertions
+# ## 7. Summary, as assertions
 
 # %%
-spoken = encoding.decode(first.ids[first.weights > 0].tolist())
-assert spoken == rows[0]["messages"][2]["content"] + "<|im_end|>", "the answer, and its end"
+learned_text = encoding.decode(first.ids[first.weights > 0].tolist())
+assert learned_text == rows[0]["messages"][2]["content"] + "<|im_end|>", "the answer, and its end"
 assert [problem.code for problem in report.problems][:1] == ["invalid_role"]
 assert report.counts["invalid_json"] == 1 and report.notes["duplicate"] == 1
-assert abs(float(together) - apart) < 1e-2, "neighbours in a row do not see each other"
+assert abs(float(packed_loss) - separate_loss) < 1e-2, "examples in a row are independent"
 assert steps[-1]["loss"] < 0.2 * steps[0]["loss"]
 assert sum(before) == 0 and sum(after) >= 3
 assert max_difference < 1e-3
@@ -223,14 +223,14 @@ print("all true")
 # %% [markdown]
 # ## Exercises
 #
-# **1.** Which tokens are learned? Given the number of tokens of a conversation, the assistant's
-# turns among them as (start, end), and their weights, make the mask. The first token of all is
-# never learned: nothing stands before it.
+# **1.** Compute the loss mask from the number of tokens of a conversation, the spans of the
+# assistant's messages as (start, end), and their weights. The first token of a conversation is
+# never learned, because no token precedes it.
 
 
 # %% tags=["stub"]
-def loss_mask(length: int, turns: list[tuple[int, int]], weights: list[int]) -> list[int]:
-    """A 1 or a 0 for each token."""
+def loss_mask(length: int, spans: list[tuple[int, int]], weights: list[int]) -> list[int]:
+    """Return a 1 or a 0 for each token."""
     ...
 
 
@@ -240,20 +240,20 @@ checks.report(checks.loss_mask, loss_mask)
 # <details><summary>Solution</summary>
 #
 # ```python
-# def loss_mask(length: int, turns: list[tuple[int, int]], weights: list[int]) -> list[int]:
+# def loss_mask(length: int, spans: list[tuple[int, int]], weights: list[int]) -> list[int]:
 #     mask = [0] * length
-#     for (start, end), weight in zip(turns, weights, strict=True):
+#     for (start, end), weight in zip(spans, weights, strict=True):
 #         mask[start:end] = [weight] * (end - start)
 #     return [0, *mask[1:]] if mask else mask
 # ```
 # </details>
 #
-# **2.** Put examples into rows of a width: each into the first row that has room for it.
+# **2.** Pack examples into rows of a given width: place each in the first row with enough space.
 
 
 # %% tags=["stub"]
 def first_fit(lengths: list[int], width: int) -> list[list[int]]:
-    """Rows of indices into `lengths`."""
+    """Return rows of indices into `lengths`."""
     ...
 
 
@@ -276,13 +276,14 @@ checks.report(checks.first_fit, first_fit)
 # ```
 # </details>
 #
-# **3.** The optimiser. Adam keeps a running mean of the gradient and one of its square, both
-# corrected for having begun at zero, and moves a weight by the first over the root of the second.
+# **3.** The optimizer Adam keeps running means of the gradient and of its square, both corrected
+# for their initial value of zero. It changes a weight by the first divided by the root of the
+# second.
 
 
 # %% tags=["stub"]
 def adam(gradients: list[float], rate: float, b1: float, b2: float) -> float:
-    """How far a weight has moved, from 0, after these gradients; eps is 0."""
+    """Return a weight, initially 0, after updates with these gradients; eps is 0."""
     ...
 
 
@@ -293,13 +294,13 @@ checks.report(checks.adam, adam)
 #
 # ```python
 # def adam(gradients: list[float], rate: float, b1: float, b2: float) -> float:
-#     place = mean = square = 0.0
+#     x = mean = square = 0.0
 #     for t, g in enumerate(gradients, 1):
 #         mean, square = b1 * mean + (1 - b1) * g, b2 * square + (1 - b2) * g * g
-#         place -= rate * (mean / (1 - b1**t)) / (square / (1 - b2**t)) ** 0.5
-#     return place
+#         x -= rate * (mean / (1 - b1**t)) / (square / (1 - b2**t)) ** 0.5
+#     return x
 # ```
 # </details>
 #
-# Read next: `training/step.py` and `training/loop.py`, which are a page each, then
-# `training/loss.py` for why the logits of a batch are never all there at once.
+# Read next: `training/step.py` and `training/loop.py`, which are short, then `training/loss.py`
+# about computing the loss without storing all logits of a batch.

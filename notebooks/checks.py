@@ -1,8 +1,7 @@
-"""Checks of the notebooks' exercises: each raises AssertionError, saying what is wrong.
+"""Check the solutions of the notebooks' exercises; each check raises AssertionError with a message.
 
-They are kept out of the notebooks so that a reader can run a check without reading the answer, and
-so that a test can assert what a check is for: it fails on the empty stub and passes on the
-solution (`tests/notebooks`).
+The checks are outside the notebooks so that readers do not see the expected results. A test asserts
+that each check fails for the empty stub and passes for the solution (`tests/notebooks`).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Callable
 
 
 def report(check: Callable[..., None], answer: Callable) -> None:
-    """Runs a check and prints how it went; an exercise not done yet does not stop the notebook."""
+    """Run a check and print the result; a failed check does not stop the notebook."""
     try:
         check(answer)
     except AssertionError as error:
@@ -23,40 +22,40 @@ def report(check: Callable[..., None], answer: Callable) -> None:
 
 
 def tempered(answer: Callable[[list[float], float], list[float]]) -> None:
-    """Log-probabilities and a temperature to probabilities."""
+    """Check a function from log-probabilities and a temperature to probabilities."""
     logprobs = [math.log(p) for p in (0.6, 0.3, 0.1)]
     _close(answer(logprobs, 1.0), [0.6, 0.3, 0.1], "temperature 1 changes nothing")
     _close(answer(logprobs, 0.5), [0.36 / 0.46, 0.09 / 0.46, 0.01 / 0.46], "temperature 0.5")
-    _close(answer(logprobs, 1e9), [1 / 3] * 3, "a huge temperature makes all alike")
+    _close(answer(logprobs, 1e9), [1 / 3] * 3, "a huge temperature makes all equal")
     _close(answer([-1000.0, -1001.0], 0.5)[:1], [1 / (1 + math.exp(-2))], "small numbers")
 
 
 def perplexity(answer: Callable[[list[float]], float]) -> None:
-    """Log-probabilities of the tokens of a text to its perplexity."""
+    """Check a function from the log-probabilities of a text to its perplexity."""
     for logprobs, expected in (
         ([math.log(1 / 8)] * 5, 8.0),
         ([0.0, 0.0], 1.0),
         ([math.log(0.5), math.log(0.125)], 4.0),
     ):
-        _close([answer(logprobs)], [expected], f"of {logprobs}")
+        _close([answer(logprobs)], [expected], f"for {logprobs}")
 
 
 def whole_characters(answer: Callable[[list[bytes]], list[str]]) -> None:
-    """The bytes of tokens, one by one, to what may be shown after each."""
-    emoji, word = "🙂".encode(), "é".encode()
-    for pieces, expected in (
+    """Check a function from the bytes of tokens to the text that can be displayed after each."""
+    emoji, letter = "🙂".encode(), "é".encode()
+    for tokens, expected in (
         ([b"a", b" b"], ["a", " b"]),
         ([emoji[:1], emoji[1:3], emoji[3:] + b"!"], ["", "", "🙂!"]),
-        ([b"caf" + word[:1], word[1:], b"."], ["caf", "é", "."]),
+        ([b"caf" + letter[:1], letter[1:], b"."], ["caf", "é", "."]),
     ):
-        got = answer(list(pieces))
-        assert got == expected, f"of {pieces} expected {expected}, got {got}"
+        got = answer(list(tokens))
+        assert got == expected, f"for {tokens} expected {expected}, got {got}"
 
 
 def count_pairs(
     answer: Callable[[dict[tuple[bytes, ...], int]], dict[tuple[bytes, bytes], int]],
 ) -> None:
-    """Pieces and how often they occur to pairs and how often they do."""
+    """Check a function from the counts of pieces to the counts of pairs."""
     for pieces, expected in (
         ({(b"l", b"o", b"w"): 3}, {(b"l", b"o"): 3, (b"o", b"w"): 3}),
         ({(b"a", b"b"): 2, (b"b", b"a", b"b"): 5}, {(b"a", b"b"): 7, (b"b", b"a"): 5}),
@@ -64,11 +63,11 @@ def count_pairs(
         ({(b"lo", b"w"): 1, (b"x",): 9}, {(b"lo", b"w"): 1}),
     ):
         got = answer(dict(pieces))
-        assert got == expected, f"of {pieces} expected {expected}, got {got}"
+        assert got == expected, f"for {pieces} expected {expected}, got {got}"
 
 
 def merge_piece(answer: Callable[[bytes, dict[bytes, int]], list[bytes]]) -> None:
-    """The tokens of a piece, compared with the library's."""
+    """Check a function from a piece and ranks to tokens; compare it with the library."""
     from bpe.merge import NO_MERGE, merge
 
     tokens = [bytes([byte]) for byte in range(256)]
@@ -80,11 +79,11 @@ def merge_piece(answer: Callable[[bytes, dict[bytes, int]], list[bytes]]) -> Non
     for piece in pieces:
         expected = merge(piece, lambda left, right: ranks.get(left + right, NO_MERGE))
         got = answer(piece, dict(ranks))
-        assert got == expected, f"of {piece} expected {expected}, got {got}"
+        assert got == expected, f"for {piece} expected {expected}, got {got}"
 
 
 def broken_tokens(answer: Callable[[list[bytes]], list[int]]) -> None:
-    """The bytes of tokens to the positions of those that are no text."""
+    """Check a function from the bytes of tokens to the positions of invalid UTF-8."""
     emoji = "🙂".encode()
     for tokens, expected in (
         ([b"low", b" ", "é".encode()], []),
@@ -93,11 +92,11 @@ def broken_tokens(answer: Callable[[list[bytes]], list[int]]) -> None:
         ([], []),
     ):
         got = answer(list(tokens))
-        assert got == expected, f"of {tokens} expected {expected}, got {got}"
+        assert got == expected, f"for {tokens} expected {expected}, got {got}"
 
 
 def window_mask(answer: Callable[[int, int], list[list[bool]]]) -> None:
-    """Which positions a sliding window lets each position read."""
+    """Check a function from a length and a window to the mask of sliding-window attention."""
     y, n = True, False
     for length, window, expected in (
         (1, 1, [[y]]),
@@ -105,11 +104,11 @@ def window_mask(answer: Callable[[int, int], list[list[bool]]]) -> None:
         (4, 2, [[y, n, n, n], [y, y, n, n], [n, y, y, n], [n, n, y, y]]),
     ):
         got = answer(length, window)
-        assert got == expected, f"of {length} and {window} expected {expected}, got {got}"
+        assert got == expected, f"for {length} and {window} expected {expected}, got {got}"
 
 
 def online_average(answer: Callable[[list[tuple[list[float], list[float]]]], float]) -> None:
-    """Blocks of scores and values to the softmax-weighted average."""
+    """Check a function from blocks of scores and values to the softmax-weighted average."""
     rng = random.Random(0)
     for _ in range(20):
         blocks = []
@@ -126,21 +125,21 @@ def online_average(answer: Callable[[list[tuple[list[float], list[float]]]], flo
 
 
 def cache_bytes(answer: Callable[[int, int, int, int, int], int]) -> None:
-    """Positions, layers, key heads, width and bytes of a number to bytes in all."""
+    """Check a function that returns the size of a key-value cache in bytes."""
     for sizes, expected in (((1, 1, 1, 1, 1), 2), ((8192, 30, 3, 64, 2), 188_743_680)):
         got = answer(*sizes)
-        assert got == expected, f"of {sizes} expected {expected}, got {got}"
+        assert got == expected, f"for {sizes} expected {expected}, got {got}"
 
 
 def rms_norm(answer: Callable[[list[float], list[float], float], list[float]]) -> None:
-    """A vector, a scale and a small number to the normed vector."""
+    """Check a function from a vector, a scale and eps to the normalized vector."""
     _close(answer([3.0, 4.0], [1.0, 2.0], 0.0), [3 / 12.5**0.5, 8 / 12.5**0.5], "3 and 4")
     _close(answer([0.0, 0.0], [1.0, 1.0], 1e-6), [0.0, 0.0], "zeros")
     _close(answer([1.0], [1.0], 3.0), [0.5], "a large eps")
 
 
 def cosine(answer: Callable[[list[float], list[float]], float]) -> None:
-    """Two vectors to their cosine."""
+    """Check a function from two vectors to their cosine."""
     for a, b, expected in (
         ([1.0, 0.0], [0.0, 2.0], 0.0),
         ([1.0, 1.0], [3.0, 3.0], 1.0),
@@ -148,13 +147,13 @@ def cosine(answer: Callable[[list[float], list[float]], float]) -> None:
         ([3.0, 4.0], [4.0, 3.0], 0.96),
         ([0.0, 0.0], [1.0, 0.0], 0.0),
     ):
-        _close([answer(a, b)], [expected], f"of {a} and {b}")
+        _close([answer(a, b)], [expected], f"for {a} and {b}")
 
 
 def mean_pool(
     answer: Callable[[list[list[list[float]]], list[list[int]]], list[list[float]]],
 ) -> None:
-    """Vectors of tokens and which of them are there to one vector a row."""
+    """Check a function from token vectors and a mask to the mean vector of each row."""
     rows = [[[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]], [[5.0, 6.0], [7.0, 7.0], [8.0, 8.0]]]
     got = answer(rows, [[1, 1, 0], [1, 0, 0]])
     assert isinstance(got, list) and len(got) == 2, f"expected two rows, got {got}"
@@ -163,60 +162,61 @@ def mean_pool(
 
 
 def recall(answer: Callable[[list[list[int]], list[int], int], float]) -> None:
-    """What was found and what is right to the share found among the first k."""
-    found = [[1, 2, 3], [3, 1, 2], [2, 3, 1], [1, 3, 2]]
+    """Check a function from results, correct answers and k to recall at k."""
+    results = [[1, 2, 3], [3, 1, 2], [2, 3, 1], [1, 3, 2]]
     for k, expected in ((1, 0.5), (2, 0.5), (3, 1.0)):
-        _close([answer(found, [1, 2, 1, 1], k)], [expected], f"at {k}")
+        _close([answer(results, [1, 2, 1, 1], k)], [expected], f"at {k}")
 
 
 def loss_mask(answer: Callable[[int, list[tuple[int, int]], list[int]], list[int]]) -> None:
-    """Turns of the assistant and their weights to which tokens are learned."""
-    for length, turns, weights, expected in (
+    """Check a function from the spans of the assistant and their weights to the loss mask."""
+    for length, spans, weights, expected in (
         (5, [(2, 4)], [1], [0, 0, 1, 1, 0]),
         (6, [(1, 2), (4, 6)], [0, 1], [0, 0, 0, 0, 1, 1]),
         (3, [(0, 3)], [1], [0, 1, 1]),
         (2, [], [], [0, 0]),
     ):
-        got = answer(length, turns, weights)
-        assert got == expected, f"of {length}, {turns}, {weights} expected {expected}, got {got}"
+        got = answer(length, spans, weights)
+        assert got == expected, f"for {length}, {spans}, {weights} expected {expected}, got {got}"
 
 
 def first_fit(answer: Callable[[list[int], int], list[list[int]]]) -> None:
-    """Lengths and a width to rows, compared with the library's."""
-    from training.packing import first_fit as ours
+    """Check a function from lengths and a width to rows; compare it with the library."""
+    from training.packing import first_fit as library_first_fit
 
     rng = random.Random(0)
     cases = [[5, 4, 3, 6, 2, 1], [8], []]
     for lengths in cases + [[rng.randrange(1, 9) for _ in range(30)] for _ in range(20)]:
         got = answer(list(lengths), 8)
-        assert got == ours(lengths, 8), f"of {lengths} expected {ours(lengths, 8)}, got {got}"
+        expected = library_first_fit(lengths, 8)
+        assert got == expected, f"for {lengths} expected {expected}, got {got}"
 
 
 def adam(answer: Callable[[list[float], float, float, float], float]) -> None:
-    """Gradients to how far a weight moved, compared with optax."""
+    """Check a function from gradients to a weight; compare it with optax."""
     import jax.numpy as jnp
     import optax
 
     for gradients in ([3.0], [1.0, -1.0, 1.0], [0.1, 0.2, 4.0, -2.0]):
         optimizer = optax.adam(0.1, b1=0.8, b2=0.9, eps=0.0)
-        place = jnp.zeros(())
-        state = optimizer.init(place)
+        weight = jnp.zeros(())
+        state = optimizer.init(weight)
         for gradient in gradients:
-            change, state = optimizer.update(jnp.asarray(gradient), state)
-            place = place + change
+            update, state = optimizer.update(jnp.asarray(gradient), state)
+            weight = weight + update
         got = answer(list(gradients), 0.1, 0.8, 0.9)
-        is_near = isinstance(got, float) and math.isclose(got, float(place), rel_tol=1e-4)
-        assert is_near, f"of {gradients} expected {float(place):.5f}, got {got}"
+        is_close = isinstance(got, float) and math.isclose(got, float(weight), rel_tol=1e-4)
+        assert is_close, f"for {gradients} expected {float(weight):.5f}, got {got}"
 
 
 def mels(answer: Callable[[float], float]) -> None:
-    """A frequency to Slaney's mel scale."""
+    """Check a function from a frequency to Slaney's mel scale."""
     for hertz, expected in ((0.0, 0.0), (500.0, 7.5), (1000.0, 15.0), (6400.0, 42.0)):
-        _close([answer(hertz)], [expected], f"of {hertz} Hz")
+        _close([answer(hertz)], [expected], f"for {hertz} Hz")
 
 
 def cheapest_path(answer: Callable[[list[list[float]]], float]) -> None:
-    """A rectangle of costs to the cost of the cheapest path through it."""
+    """Check a function from a matrix of costs to the cost of the cheapest path."""
     for cost, expected in (
         ([[3.0]], 3.0),
         ([[1.0, 2.0, 3.0]], 6.0),
@@ -225,12 +225,12 @@ def cheapest_path(answer: Callable[[list[list[float]]], float]) -> None:
         ([[0.0, 5.0, 5.0], [1.0, 1.0, 5.0], [5.0, 1.0, -2.0]], -1.0),
         ([[2.0, -1.0, -1.0], [0.0, 0.0, 1.0]], 1.0),
     ):
-        _close([answer([list(row) for row in cost])], [expected], f"of {cost}")
+        _close([answer([list(row) for row in cost])], [expected], f"for {cost}")
 
 
 def word_error_rate(answer: Callable[[str, str], float]) -> None:
-    """What was written and what was said to the share of words that are wrong."""
-    for written, said, expected in (
+    """Check a function from a transcript and a reference to the word error rate."""
+    for transcript, reference, expected in (
         ("to be or not", "to be or not", 0.0),
         ("", "to be", 1.0),
         ("to bee or not", "to be or not", 0.25),
@@ -238,29 +238,29 @@ def word_error_rate(answer: Callable[[str, str], float]) -> None:
         ("to be or or not", "to be or not", 0.25),
         ("a b c d", "e", 4.0),
     ):
-        _close([answer(written, said)], [expected], f"of {written!r} and {said!r}")
+        _close([answer(transcript, reference)], [expected], f"for {transcript!r} and {reference!r}")
 
 
 def flow_time(answer: Callable[[float], float]) -> None:
-    """DDPM's alpha-bar to the time of a flow."""
+    """Check a function from DDPM's alpha-bar to the time of a flow."""
     for alpha_bar, expected in ((1.0, 1.0), (0.5, 0.5), (0.64, 4 / 7), (0.0, 0.0)):
-        _close([answer(alpha_bar)], [expected], f"of {alpha_bar}")
+        _close([answer(alpha_bar)], [expected], f"for {alpha_bar}")
 
 
 def posterior_mean(answer: Callable[[float, float, list[float]], float]) -> None:
-    """A noisy number, a time and what was possible to the mean of it."""
+    """Check a function from a noisy number, a time and candidates to the posterior mean."""
     odds = math.exp(2.0)  # of 1 to -1, at z = 0.5, t = 0.5: (1 - 0) / (2 * 0.25)
-    for z, t, known, expected in (
+    for z, t, candidates, expected in (
         (3.0, 0.2, [7.0], 7.0),
         (5.0, 0.0, [1.0, 2.0, 6.0], 3.0),
         (0.5, 0.5, [-1.0, 1.0], (odds - 1) / (odds + 1)),
         (0.9, 0.999, [0.0, 1.0], 1.0),
     ):
-        _close([answer(z, t, list(known))], [expected], f"of {z} at {t} among {known}")
+        _close([answer(z, t, list(candidates))], [expected], f"for {z} at {t} among {candidates}")
 
 
 def heun(answer: Callable[[Callable[[float, float], float], float, int], float]) -> None:
-    """A velocity, a begin and a number of steps to the end."""
+    """Check a function from a velocity, a start and a number of steps to the end point."""
     for velocity, z, steps, expected in (
         (lambda z, t: 2.0, 1.0, 3, 3.0),
         (lambda z, t: 2 * t, 1.0, 4, 2.0),
@@ -271,10 +271,10 @@ def heun(answer: Callable[[Callable[[float, float], float], float, int], float])
         _close([answer(velocity, z, steps)], [expected], f"from {z} in {steps} steps")
 
 
-def _close(got: object, expected: list[float], what: str) -> None:
+def _close(got: object, expected: list[float], case: str) -> None:
     is_list = isinstance(got, list | tuple) and len(got) == len(expected)
-    near = is_list and all(
+    is_close = is_list and all(
         isinstance(a, int | float) and math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9)
         for a, b in zip(got, expected, strict=True)
     )
-    assert near, f"{what}: expected {[round(x, 4) for x in expected]}, got {got}"
+    assert is_close, f"{case}: expected {[round(x, 4) for x in expected]}, got {got}"
