@@ -197,7 +197,7 @@ loss_without_induction, loss_without_random = (
     repeat_loss(random_heads),
 )
 print(f"repeated noise: {full_loss:.1f} nats per token; without 8 induction heads "
-      f"{loss_without_induction:.1f}, without 8 random heads {loss_without_random:.1f}")  # fmt: skip
+      f"{loss_without_induction:.1f}, 8 random heads {loss_without_random:.1f}")  # fmt: skip
 
 # %% [markdown]
 # ## 5. The key-value cache

@@ -168,7 +168,7 @@ print(result.text)
 begin = tokenizer.timestamp_begin
 timestamps = [(id - begin) * 0.02 for id in result.ids if id >= begin]
 print(f"speech from {timestamps[0]:.2f} to {timestamps[-1]:.2f} s; mean log-probability "
-      f"{result.avg_logprob:.2f}; probability of no speech {result.no_speech_prob:.0%}")  # fmt: skip
+      f"{result.avg_logprob:.2f}; no-speech probability {result.no_speech_prob:.0%}")  # fmt: skip
 
 # %% [markdown]
 # ## 5. The time of each word
