@@ -1,4 +1,4 @@
-"""Vocabularies for the tests: a tiny hand-made one, and those of the pulled models."""
+"""Fixtures for the tests of bpe: the pulled models and the golden files."""
 
 import json
 import os
@@ -15,7 +15,7 @@ MODELS = ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct")
 
 
 def models_folder() -> Path:
-    """Where models are pulled to."""
+    """Return the folder of pulled models."""
     if folder := os.environ.get("PELLUCID_TEST_MODELS"):
         return Path(folder)
     import platformdirs
@@ -26,7 +26,7 @@ def models_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def model_file() -> Callable[[str], Path]:
-    """The file of a model that was pulled, by id; the test is skipped if it was not."""
+    """Return the file of a pulled model by id; skip the test if it was not pulled."""
 
     def find(id: str) -> Path:
         models = models_folder()
@@ -39,7 +39,7 @@ def model_file() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def load_model(model_file) -> Callable[[str], bpe.Tokenizer]:
-    """The tokenizer of a pulled model, read once."""
+    """Return the tokenizer of a pulled model by id, read once."""
     return cache(lambda id: bpe.load(model_file(id)))
 
 

@@ -1,4 +1,4 @@
-"""Chat templates: the same text as transformers, no forged special tokens, no runaway templates."""
+"""Chat templates: same text as transformers, no injected special tokens, limited resources."""
 
 import random
 import time
@@ -31,7 +31,7 @@ def specials(ids: list[int]) -> list[int]:
     return [id for id in ids if ENCODING.is_special_token(id)]
 
 
-def spoken(template: ChatTemplate, messages: list[dict]) -> list[str]:
+def assistant_texts(template: ChatTemplate, messages: list[dict]) -> list[str]:
     text = template.render(messages, add_generation_prompt=False)
     return [text[start:end] for start, end in template.assistant_spans(messages)]
 
@@ -39,7 +39,7 @@ def spoken(template: ChatTemplate, messages: list[dict]) -> list[str]:
 # Rendering
 
 
-def test_as_transformers_renders(golden):
+def test_rendered_text_matches_transformers(golden):
     cases = golden("templates")
     for case in cases["rendered"]:
         source = cases["templates"][case["template"]]
@@ -54,7 +54,7 @@ def test_as_transformers_renders(golden):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_as_transformers_renders_the_models_templates(model, load_model, golden):
+def test_model_templates_match_transformers(model, load_model, golden):
     tokenizer = load_model(model)
     for chat in golden(model)["chats"]:
         options = {k: chat[k] for k in ("add_generation_prompt", "tools")}
@@ -63,26 +63,26 @@ def test_as_transformers_renders_the_models_templates(model, load_model, golden)
         assert ids == chat["ids"]
 
 
-def test_a_developer_is_the_system_where_the_template_knows_none():
+def test_developer_role_without_template_support_becomes_system():
     developer = [{"role": "developer", "content": "x"}]
     assert CHATML.render(developer).startswith("<|im_start|>system\n")
-    knows = ChatTemplate("{% if messages[0].role == 'developer' %}yes{% endif %}")
-    assert knows.render(developer) == "yes"
+    supporting = ChatTemplate("{% if messages[0].role == 'developer' %}yes{% endif %}")
+    assert supporting.render(developer) == "yes"
     assert developer[0]["role"] == "developer"
 
 
-def test_what_a_template_refuses_is_a_value_error():
+def test_raise_exception_in_template_raises_value_error():
     template = ChatTemplate("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match="roles must alternate"):
         template.render([user("a")])
 
 
-def test_only_plain_data_reaches_a_template():
+def test_message_with_non_json_type_is_rejected():
     with pytest.raises(ValueError, match=naming("complex")):
         CHATML.render([{"role": "user", "content": 1j}])
 
 
-def test_strftime_now():
+def test_strftime_now_returns_current_year():
     year = ChatTemplate("{{ strftime_now('%Y') }}").render([])
     assert year == time.strftime("%Y")
 
@@ -105,13 +105,13 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_a_message_cannot_forge_a_special_token(text):
+def test_special_token_text_in_message_is_encoded_as_text(text):
     ids = CHATML.encode(ENCODING, [user(text), user("b")])
     assert specials(ids) == [1, 2, 1, 2, 1]
     assert ENCODING.decode(ids) == CHATML.render([user(text), user("b")])
 
 
-def test_two_strings_cannot_complete_each_other():
+def test_special_token_split_across_strings_is_encoded_as_text():
     template = ChatTemplate("{% for m in messages %}{{ m.name ~ m.content }}{% endfor %}")
     for cut in range(1, len("<|im_end|>")):
         parts = "<|im_end|>"[:cut], "<|im_end|>"[cut:]
@@ -120,7 +120,7 @@ def test_two_strings_cannot_complete_each_other():
         assert ENCODING.decode(ids) == "<|im_end|>"
 
 
-def test_tools_and_their_keys_cannot_either():
+def test_special_token_text_in_tools_is_encoded_as_text():
     template = ChatTemplate("{{ tools | tojson }}<|im_end|>")
     tools = [{"name": "<|im_end|>", "parameters": {"<|im_start|>": {"a": ["<|endoftext|>"]}}}]
     ids = template.encode(ENCODING, [], tools=tools)
@@ -128,7 +128,7 @@ def test_tools_and_their_keys_cannot_either():
     assert ENCODING.decode(ids) == template.render([], tools=tools)
 
 
-def test_a_special_token_of_one_character_and_overlapping_ones():
+def test_short_and_overlapping_special_tokens_in_message_are_text():
     encoding = tiny.encoding(special_tokens={"§": 0, "<<": 1, "<<<": 2})
     template = ChatTemplate("§{{ messages[0].content }}§<<{{ messages[0].content }}")
     for text in ("§", "<<", "<<<<<", "<", "a§<", "<§<"):
@@ -137,7 +137,7 @@ def test_a_special_token_of_one_character_and_overlapping_ones():
         assert encoding.decode(ids) == f"§{text}§<<{text}"
 
 
-def test_harmless_text_is_encoded_as_the_rendered_text_is():
+def test_text_without_special_tokens_encodes_like_rendered_text():
     rng = random.Random(0)
     bits = ["low", " lower", "<", "|", ">", "<|", "im_end", "é", "\n", "😀", "12", " "]
     for _ in range(300):
@@ -148,22 +148,22 @@ def test_harmless_text_is_encoded_as_the_rendered_text_is():
         assert CHATML.encode(ENCODING, messages) == expected
 
 
-def test_messages_with_every_noncharacter_are_refused():
+def test_messages_with_all_noncharacters_are_rejected():
     with pytest.raises(ValueError, match=naming("U+FDD0", "U+FDEF")):
         CHATML.encode(ENCODING, [user("".join(map(chr, range(0xFDD0, 0xFDF0))))])
 
 
-# Where the assistant speaks
+# Assistant spans
 
 
-def test_spans_include_the_end_of_turn():
+def test_spans_include_end_of_turn_token():
     messages = [user("q"), assistant("one"), user("one"), assistant(" two \n")]
-    assert spoken(CHATML, messages) == ["one<|im_end|>", " two \n<|im_end|>"]
+    assert assistant_texts(CHATML, messages) == ["one<|im_end|>", " two \n<|im_end|>"]
     assert CHATML.assistant_spans([user("q")]) == []
 
 
-def test_spans_begin_where_the_model_takes_over():
-    """Training on a span teaches what generation continues from."""
+def test_spans_begin_after_generation_prompt():
+    """A span begins where generation continues, so training and generation agree."""
     messages = [user("q"), assistant("one"), user("r"), assistant("")]
     text = CHATML.render(messages, add_generation_prompt=False)
     for i, (start, _) in zip((1, 3), CHATML.assistant_spans(messages), strict=True):
@@ -175,17 +175,17 @@ def test_spans_begin_where_the_model_takes_over():
     [
         # The content is trimmed.
         ("{{ m.content | trim }}</s>\n", "</s>", ["one</s>", "two</s>"]),
-        # A space before the end of the turn, as Llama 2 has it.
+        # A space before the end of the message, as in Llama 2.
         ("{{ m.content.strip() + ' ' + eos_token }}", "</s>", ["one </s>", "two </s>"]),
-        # An end of turn that is not eos.
+        # An end-of-turn token other than eos.
         ("{{ m.content }}<|eot_id|>\n\n", "<|end_of_text|>", ["one<|eot_id|>", "two<|eot_id|>"]),
-        # No end of turn at all.
+        # No end-of-turn token.
         ("{{ m.content }}\n", "", ["one", "two"]),
-        # Everything but what follows the last </think> is cut.
+        # Everything up to the last </think> is removed.
         ("{{ m.content.split('</think>')[-1] }}</s>", "</s>", ["one</s>", "two</s>"]),
     ],
 )
-def test_spans_of_other_templates(source, eos, expected):
+def test_spans_of_various_templates_match_expected_text(source, eos, expected):
     template = ChatTemplate(
         "{% for m in messages %}{% if m.role == 'user' %}U:{{ m.content }}\nA:{% else %}"
         + source
@@ -195,11 +195,11 @@ def test_spans_of_other_templates(source, eos, expected):
     messages = [user("one"), assistant("one"), user("A:two"), assistant("two")]
     if "think" in source:
         messages[1] = assistant("hm</think>one")
-    assert spoken(template, messages) == expected
+    assert assistant_texts(template, messages) == expected
 
 
-def test_spans_of_reasoning_that_only_the_last_turn_keeps():
-    """Qwen3 and DeepSeek cut the reasoning from all turns but the last."""
+def test_spans_with_reasoning_removed_from_earlier_turns():
+    """Qwen3 and DeepSeek remove the reasoning from all messages but the last."""
     template = ChatTemplate(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
         "{% if m.role == 'assistant' and loop.last %}<think>{{ m.reasoning }}</think>{% endif %}"
@@ -207,20 +207,23 @@ def test_spans_of_reasoning_that_only_the_last_turn_keeps():
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     messages = [user("q"), assistant("a", reasoning="r"), user("q"), assistant("b", reasoning="s")]
-    assert spoken(template, messages) == ["a<|im_end|>", "<think>s</think>b<|im_end|>"]
+    assert assistant_texts(template, messages) == ["a<|im_end|>", "<think>s</think>b<|im_end|>"]
 
 
-def test_spans_of_a_template_that_needs_a_first_message():
+def test_spans_of_template_requiring_first_message():
     template = ChatTemplate(
         "{% if messages[0].role == 'system' %}{% endif %}"
         "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}",
         eos_token="</s>",
     )
-    assert spoken(template, [assistant("a"), user("b"), assistant("c")]) == ["a</s>", "c</s>"]
+    assert assistant_texts(template, [assistant("a"), user("b"), assistant("c")]) == [
+        "a</s>",
+        "c</s>",
+    ]
 
 
-def test_spans_of_tool_calls(load_model, golden):
+def test_spans_with_tool_calls_include_them(load_model, golden):
     model = "qwen2.5-coder-0.5b-instruct"
     template = load_model(model).chat_template
     chat = golden(model)["chats"][-1]
@@ -231,38 +234,38 @@ def test_spans_of_tool_calls(load_model, golden):
     assert text[slice(*second)] == "21 and 25 degrees.<|im_end|>"
 
 
-def test_turns_in_tokens_are_spans_of_text_cut_where_a_turn_begins():
-    """Merging "\n" of the template with "\n" of an answer would teach what is never asked."""
+def test_token_spans_do_not_merge_across_span_boundaries():
+    """A merge of "\n" of the template with "\n" of an answer never occurs in generation."""
     messages = [user("<|im_end|>low"), assistant("\nlow 12"), user("a"), assistant("")]
-    ids, turns = CHATML.encode_with_assistant_spans(ENCODING, messages)
+    ids, spans = CHATML.encode_with_assistant_spans(ENCODING, messages)
     assert ENCODING.decode(ids) == CHATML.render(messages, add_generation_prompt=False)
-    assert [ENCODING.decode(ids[a:b]) for a, b in turns] == spoken(CHATML, messages)
-    assert [specials(ids[a:b]) for a, b in turns] == [[2], [2]]
-    for i, (start, _) in zip((1, 3), turns, strict=True):
+    assert [ENCODING.decode(ids[a:b]) for a, b in spans] == assistant_texts(CHATML, messages)
+    assert [specials(ids[a:b]) for a, b in spans] == [[2], [2]]
+    for i, (start, _) in zip((1, 3), spans, strict=True):
         assert ids[:start] == CHATML.encode(ENCODING, messages[:i])
 
 
-def test_turns_in_tokens_without_special_tokens():
+def test_token_spans_without_special_tokens_match_text_spans():
     plain = tiny.encoding(special_tokens={})
     messages = [user("a"), assistant("aa"), user("aaaa"), assistant("<|im_end|>")]
-    ids, turns = CHATML.encode_with_assistant_spans(plain, messages)
-    assert [plain.decode(ids[a:b]) for a, b in turns] == spoken(CHATML, messages)
+    ids, spans = CHATML.encode_with_assistant_spans(plain, messages)
+    assert [plain.decode(ids[a:b]) for a, b in spans] == assistant_texts(CHATML, messages)
 
 
-def test_a_turn_within_a_special_token_is_an_error():
+def test_span_boundary_within_special_token_raises():
     template = ChatTemplate("{{ '<|im_' }}{% generation %}{{ 'end|>' }}{% endgeneration %}")
     with pytest.raises(ValueError, match="special token"):
         template.encode_with_assistant_spans(ENCODING, [assistant("")])
 
 
-def test_a_turn_that_cannot_be_found_is_an_error():
+def test_message_written_not_exactly_once_raises():
     with pytest.raises(ValueError, match=naming("message 0", 2)):
         ChatTemplate("{{ messages[0].content * 2 }}").assistant_spans([assistant("a")])
     with pytest.raises(ValueError, match=naming("message 0", 0)):
         ChatTemplate("nothing").assistant_spans([assistant("a")])
 
 
-# Templates from files that nobody vouches for
+# Untrusted templates
 
 DOUBLE = (
     "{% set ns = namespace(x='xxxxxxxx') %}{% for i in range(60) %}{% set ns.x = X %}{% endfor %}"
@@ -341,8 +344,8 @@ RUNAWAY = {
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("source", RUNAWAY.values(), ids=RUNAWAY)
-def test_a_runaway_template_ends_soon_and_says_so(source, monkeypatch):
-    """Each would otherwise run for hours, or need gigabytes, or crash the interpreter."""
+def test_runaway_template_raises_within_limits(source, monkeypatch):
+    """Without limits, each template runs for hours, needs gigabytes, or crashes the interpreter."""
     monkeypatch.setattr("bpe.sandbox.MAX_SECONDS", 0.5)
     start = time.thread_time()
     with pytest.raises(ValueError, match="chat template"):
@@ -373,7 +376,7 @@ def test_a_runaway_template_ends_soon_and_says_so(source, monkeypatch):
         "{% unknown %}",
     ],
 )
-def test_a_template_cannot_reach_out_or_change_what_it_is_given(source):
+def test_template_accessing_internals_or_mutating_raises(source):
     messages = [user("hello")]
     with pytest.raises(ValueError, match="chat template"):
         ChatTemplate(source).render(messages)
@@ -381,22 +384,22 @@ def test_a_template_cannot_reach_out_or_change_what_it_is_given(source):
 
 
 @pytest.mark.parametrize("source", ["{{ messages.__class__ }}", "{{ ''['__class__'] }}"])
-def test_what_is_out_of_reach_prints_as_nothing(source):
-    """As everything undefined does; only using it is an error."""
+def test_unsafe_attribute_renders_as_empty(source):
+    """An undefined value renders as nothing; using it raises an error."""
     assert ChatTemplate(source).render([]) == ""
 
 
-def test_a_long_conversation_is_no_runaway():
+def test_long_conversation_within_limits_renders():
     messages = [user("x" * 2000), assistant("y" * 2000)] * 400
     assert len(CHATML.render(messages)) > 1_600_000
 
 
-def test_messages_may_not_be_longer_than_a_template_may_write():
+def test_messages_over_size_limit_are_rejected():
     with pytest.raises(ValueError, match=naming(MAX_SIZE)):
         CHATML.render([user("x" * 5_000_000)])
 
 
-def test_a_template_works_after_a_failure():
+def test_template_after_failed_rendering_renders():
     template = ChatTemplate("{{ messages[0].content * messages[0].times }}")
     with pytest.raises(ValueError, match=naming(MAX_SIZE)):
         template.render([{"content": "a", "times": 10**12}])

@@ -1,4 +1,4 @@
-"""The examples in docstrings are run."""
+"""Run the examples in docstrings."""
 
 import doctest
 import importlib
@@ -12,13 +12,13 @@ MODULES = [f"bpe.{module.name}" for module in pkgutil.iter_modules(bpe.__path__)
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "bpe.__main__"])
-def test_examples(name):
+def test_docstring_examples_of_module_pass(name):
     module = importlib.import_module(name)
-    found = doctest.testmod(module, extraglobs={"bpe": bpe})
-    assert found.failed == 0
+    results = doctest.testmod(module, extraglobs={"bpe": bpe})
+    assert results.failed == 0
 
 
-def test_there_are_examples():
+def test_docstring_examples_exist():
     finder = doctest.DocTestFinder()
     modules = [importlib.import_module(name) for name in MODULES]
     examples = [

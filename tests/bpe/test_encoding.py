@@ -1,4 +1,4 @@
-"""Encoding: tiktoken's contract, on a tiny vocabulary, on golden files, and against tiktoken."""
+"""Encoding: the API of tiktoken, on a tiny vocabulary, on golden files, and against tiktoken."""
 
 import pickle
 import random
@@ -22,14 +22,14 @@ def tokens(text: str, encoding: bpe.Encoding = ENCODING, **options) -> list[byte
     return encoding.decode_tokens_bytes(encoding.encode(text, **options))
 
 
-def test_merges_go_by_priority_and_ids_are_something_else():
+def test_merges_with_pair_list_apply_in_list_order():
     assert tokens("low lower") == [b"low", b" lower"]
     assert ENCODING.encode("low") == [tiny.IDS[b"low"]]
     assert tiny.IDS[b"low"] == len(tiny.SPECIAL) + 256 + 1
 
 
-def test_the_pair_counts_not_the_bytes_it_makes():
-    """A vocabulary may list "lo"+"w" nowhere, though both "lo" and "low" are tokens."""
+def test_merge_of_unlisted_pair_with_same_bytes_is_not_applied():
+    """The merges may lack "lo" + "w" although both "lo" and "low" are tokens."""
     merges = [(b"l", b"o"), (b"o", b"w"), (b"l", b"ow")]
     ids = {bytes([b]): b for b in range(256)} | {b"lo": 256, b"ow": 257, b"low": 258}
     by_pair = bpe.Encoding("p", pattern=".+", ranks=ids, special_tokens={}, merges=merges)
@@ -43,7 +43,7 @@ def test_the_pair_counts_not_the_bytes_it_makes():
     assert tokens("lowlow", ignoring) == [b"lo", b"w", b"lo", b"w"]
 
 
-def test_special_tokens():
+def test_special_tokens_allowed_and_disallowed_follow_tiktoken():
     text = "low<|im_end|>low"
     with pytest.raises(ValueError, match=naming("'<|im_end|>'")):
         ENCODING.encode(text)
@@ -59,24 +59,23 @@ def test_special_tokens():
         ENCODING.encode(text, disallowed_special=["ow"])
 
 
-def test_of_special_tokens_at_one_place_the_longest_counts():
-    """tiktoken leaves this to the order of a hash table, Hugging Face takes the longest too."""
+def test_overlapping_special_tokens_match_the_longest():
+    """In tiktoken this depends on the order of a hash table; Hugging Face also uses the longest."""
     encoding = tiny.encoding(special_tokens={"<a": 0, "<a>": 1, "<a>b": 2})
     assert encoding.encode("<a>b<a><a", allowed_special="all") == [2, 1, 0]
 
 
 @pytest.mark.parametrize(
-    ("text", "means"),
+    ("text", "equivalent"),
     [("\ud83d\ude00", "😀"), ("a\ud83db", "a\ufffdb"), ("\udc80", "\ufffd")],
 )
-def test_surrogates(text, means):
-    assert ENCODING.encode(text) == ENCODING.encode(means)
-    assert (
-        ENCODING.decode(ENCODING.encode("<|im_end|>" + text, allowed_special="all"))[10:] == means
-    )
+def test_surrogates_are_joined_or_replaced(text, equivalent):
+    assert ENCODING.encode(text) == ENCODING.encode(equivalent)
+    ids = ENCODING.encode("<|im_end|>" + text, allowed_special="all")
+    assert ENCODING.decode(ids)[10:] == equivalent
 
 
-def test_decoding():
+def test_decode_of_complete_and_partial_characters():
     ids = ENCODING.encode("low 😀 lower")
     assert ENCODING.decode(ids) == "low 😀 lower"
     assert ENCODING.decode_bytes(tuple(ids)) == "low 😀 lower".encode()
@@ -88,7 +87,7 @@ def test_decoding():
     assert ENCODING.decode([2]) == "<|im_end|>"
 
 
-def test_offsets():
+def test_decode_with_offsets_returns_character_offsets():
     text = "low 😀 lower<|im_end|>é"
     ids = ENCODING.encode(text, allowed_special="all")
     assert ENCODING.decode_with_offsets(ids) == (text, [0, 3, 4, 4, 5, 11, 21, 21])
@@ -96,7 +95,7 @@ def test_offsets():
         ENCODING.decode_with_offsets(ENCODING.encode("😀")[:1])
 
 
-def test_unknown_tokens_are_key_errors():
+def test_unknown_ids_and_tokens_raise_key_error():
     for call in (
         lambda: ENCODING.decode([10**6]),
         lambda: ENCODING.decode_tokens_bytes([10**6]),
@@ -111,7 +110,7 @@ def test_unknown_tokens_are_key_errors():
             call()
 
 
-def test_facts():
+def test_properties_of_tiny_encoding_match_definition():
     assert ENCODING.n_vocab == ENCODING.max_token_value + 1 == 3 + 256 + len(tiny.MERGES)
     assert ENCODING.special_tokens == tiny.SPECIAL
     assert ENCODING.special_tokens_set == set(tiny.SPECIAL)
@@ -122,7 +121,7 @@ def test_facts():
     assert repr(ENCODING) == "<Encoding 'tiny'>"
 
 
-def test_pickle():
+def test_pickled_encoding_encodes_the_same():
     assert pickle.loads(pickle.dumps(ENCODING)).encode("low lower") == ENCODING.encode("low lower")
 
 
@@ -140,21 +139,21 @@ def test_pickle():
         ({"pattern": "("}, ["pattern", "'('"]),
     ],
 )
-def test_inconsistent_vocabularies_are_refused(changes, facts):
+def test_inconsistent_vocabulary_is_rejected(changes, facts):
     with pytest.raises(ValueError, match=naming(*facts)):
         tiny.encoding(**changes)
 
 
-def test_bytes_without_a_token_are_dropped_before_merging():
-    """As Hugging Face does for SmolLM2: "l\\x04ow" is "low" to the model."""
+def test_dropped_bytes_are_removed_before_merging():
+    """As in Hugging Face's tokenizer of SmolLM2, "l\\x04ow" is encoded like "low"."""
     ids = {token: id for token, id in tiny.IDS.items() if token != b"\x04"}
     encoding = tiny.encoding(ranks=ids, dropped_bytes=b"\x04", pattern="(?s:.+)")
     assert encoding.encode("l\x04ow\x04") == encoding.encode("low")
     assert encoding.encode("\x04") == []
 
 
-def test_normalization():
-    """Qwen2 composes characters first, but not across a special token, which is found before."""
+def test_normalization_applies_between_special_tokens():
+    """Qwen2 composes characters before encoding, but not across a special token."""
     encoding = tiny.encoding(normalization="NFC")
     assert encoding.encode("e\u0301") == encoding.encode("\u00e9")
     assert ENCODING.encode("e\u0301") != ENCODING.encode("\u00e9")
@@ -163,13 +162,13 @@ def test_normalization():
 
 
 @given(st.text())
-def test_round_trip(text):
+def test_encode_then_decode_returns_the_text(text):
     for options in ({"disallowed_special": ()}, {"allowed_special": "all"}):
         assert ENCODING.decode(ENCODING.encode(text, **options)) == text
 
 
 @pytest.mark.heavy
-def test_the_cache_is_bounded_and_changes_nothing():
+def test_full_cache_is_cleared_without_changing_ids():
     encoding = tiny.encoding()
     words = ["".join(random.Random(i).choices(string.ascii_letters, k=9)) for i in range(40_000)]
     first = [encoding.encode(word) for word in words]
@@ -178,22 +177,22 @@ def test_the_cache_is_bounded_and_changes_nothing():
 
 
 @pytest.mark.heavy
-def test_a_megabyte_that_cannot_be_split():
+def test_megabyte_without_split_is_encoded():
     text = "a" * 1_000_000
     ids = ENCODING.encode(text)
     assert ids == [tiny.IDS[b"aaaa"]] * 250_000
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_golden(model, load_model, golden):
-    """The ids of Hugging Face's tokenizers (see make_bpe.py), special tokens allowed."""
+def test_ids_match_golden_file(model, load_model, golden):
+    """The golden ids come from Hugging Face's tokenizers (see make_bpe.py)."""
     encoding = load_model(model).encoding
     for case in golden(model)["texts"]:
         assert encoding.encode(case["text"], allowed_special="all") == case["ids"], case["text"]
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_golden_texts_come_back(model, load_model, golden):
+def test_golden_texts_round_trip(model, load_model, golden):
     encoding = load_model(model).encoding
     for text in (case["text"] for case in golden(model)["texts"]):
         if not encoding.normalization and not set(text.encode()) & set(encoding.dropped_bytes):
@@ -205,14 +204,14 @@ def test_golden_texts_come_back(model, load_model, golden):
 
 @pytest.fixture(scope="module")
 def pair():
-    """Our Encoding and tiktoken's, of the same ranks."""
+    """Return our Encoding and tiktoken's with the same ranks."""
     tiktoken = pytest.importorskip("tiktoken")
     rng = random.Random(1)
     ranks = {bytes([b]): i for i, b in enumerate(rng.sample(range(256), 256))}
     while len(ranks) < 900:
-        # Some are two earlier tokens joined, some can only be met as whole pieces.
-        known = list(ranks)
-        token = rng.choice(known[:300]) + rng.choice(known)
+        # Some tokens are two earlier tokens, some cannot be reached by merges.
+        tokens = list(ranks)
+        token = rng.choice(tokens[:300]) + rng.choice(tokens)
         if rng.random() < 0.1:
             token = "".join(rng.choices("abc é1 ", k=4)).encode()
         ranks.setdefault(token, len(ranks))
@@ -227,7 +226,7 @@ def pair():
 
 @pytest.mark.parity
 class TestAgainstTiktoken:
-    """The same calls on both give the same results, or errors of the same kind."""
+    """The same calls on both encodings return equal results, or raise errors of the same type."""
 
     @staticmethod
     def same(pair, call):
@@ -247,7 +246,7 @@ class TestAgainstTiktoken:
     @given(
         text=TEXT, allowed=ALLOWED, bits=st.lists(st.sampled_from(["<|a|>", "<|b|>", "<|", "y"]))
     )
-    def test_encode(self, pair, text, allowed, bits):
+    def test_encode_matches(self, pair, text, allowed, bits):
         text = text.join([*bits, ""])
         self.same(pair, lambda e: e.encode_ordinary(text))
         self.same(pair, lambda e: e.encode(text))
@@ -260,17 +259,17 @@ class TestAgainstTiktoken:
 
     @settings(max_examples=500)
     @given(st.lists(st.integers(0, 1100)))
-    def test_decode(self, pair, ids):
+    def test_decode_matches(self, pair, ids):
         for method in ("decode", "decode_bytes", "decode_tokens_bytes", "decode_with_offsets"):
             self.same(pair, lambda e, method=method: getattr(e, method)(ids))
         self.same(pair, lambda e: e.decode(ids, errors="strict"))
         self.same(pair, lambda e: [e.is_special_token(id) for id in ids])
 
     @given(st.binary(max_size=4) | st.text(max_size=3) | st.sampled_from(["<|a|>", "the"]))
-    def test_single_tokens(self, pair, token):
+    def test_encode_single_token_matches(self, pair, token):
         self.same(pair, lambda e: e.encode_single_token(token))
 
-    def test_facts_and_messages(self, pair):
+    def test_properties_and_messages_match(self, pair):
         for name in ("n_vocab", "max_token_value", "special_tokens_set", "name"):
             self.same(pair, lambda e, name=name: getattr(e, name))
         self.same(pair, lambda e: e.eot_token)
@@ -288,7 +287,7 @@ class TestAgainstTiktoken:
 @settings(max_examples=200, deadline=None)
 @given(st.text() | st.text("ab 12é中\n'stSTlL\u0301\u00a0"))
 @pytest.mark.parametrize("model", MODELS)
-def test_against_tokenizers(model, model_file, load_model, text):
+def test_ids_match_tokenizers(model, model_file, load_model, text):
     theirs = _reference(model, model_file(model))
     expected = theirs.encode(text, add_special_tokens=False)
     assert load_model(model).encoding.encode(text, allowed_special="all") == expected
@@ -306,7 +305,7 @@ def _reference(model, path):
     return _REFERENCES[model]
 
 
-def test_batches():
+def test_batch_methods_match_single_calls():
     texts = ["low lower", "", "<|im_end|>", "😀"]
     options = {"allowed_special": "all"}
     assert ENCODING.encode_batch(texts, **options) == [ENCODING.encode(t, **options) for t in texts]
@@ -321,8 +320,8 @@ def test_batches():
     assert ENCODING.token_byte_values() == sorted(tiny.IDS)
 
 
-def test_more_may_follow():
-    """`low` can become ` lower` only with a space before it; `low` itself stays unstable."""
+def test_unstable_last_piece_has_completions():
+    """Text after " low" may change its token to " lower", so " low" is unstable."""
     stable, completions = ENCODING.encode_with_unstable("low low", allowed_special="all")
     assert ENCODING.decode(stable) == "low"
     expected = [[tiny.IDS[b" low"]], [tiny.IDS[b" lower"]]]
@@ -335,8 +334,8 @@ def test_more_may_follow():
     assert ENCODING.encode_with_unstable("") == ([], [])
 
 
-def test_of_white_space_at_the_end_all_may_change():
-    """Also that of the piece before: o200k cuts "a\\n\\n  " before the blanks. As in tiktoken."""
+def test_trailing_whitespace_pieces_are_all_unstable():
+    """With o200k, newlines and blanks are separate pieces; both are unstable, as in tiktoken."""
     encoding = tiny.encoding(pattern=O200K)
     stable, completions = encoding.encode_with_unstable("a\n\n  ")
     assert encoding.decode(stable) == "a"
@@ -350,8 +349,8 @@ def test_of_white_space_at_the_end_all_may_change():
     [(10**6, KeyError), (-1, OverflowError), (1 << 40, OverflowError), (1.5, TypeError)]
     + [(None, TypeError), ("a", TypeError), ([1], TypeError)],
 )
-def test_wrong_ids(wrong, error, number):
-    """Few ids and many are decoded in different ways; the errors are the same."""
+def test_decode_of_invalid_id_raises(wrong, error, number):
+    """Few ids and many ids are decoded by different code; the errors are the same."""
     ids = [tiny.IDS[b"a"]] * number
     with pytest.raises(error, match=None if error is not KeyError else "1000000"):
         ENCODING.decode([*ids, wrong])
@@ -361,38 +360,38 @@ def test_wrong_ids(wrong, error, number):
 
 
 @pytest.mark.parametrize("tokens", [5, None, "abc", {1, 2}])
-def test_what_is_no_sequence_of_ids(tokens):
+def test_decode_of_non_sequence_raises_type_error(tokens):
     with pytest.raises(TypeError):
         ENCODING.decode(tokens)
 
 
 @pytest.mark.parametrize("number", [3, 5000])
 @pytest.mark.parametrize("dtype", ["float64", "bool", "object"])
-def test_arrays_of_what_is_no_id(dtype, number):
-    """Many floats were an AssertionError, few bools were the ids 0 and 1."""
+def test_decode_of_non_integer_array_raises_type_error(dtype, number):
+    """Bug: many floats raised an AssertionError, and few bools were decoded as the ids 0 and 1."""
     for call in (ENCODING.decode, ENCODING.decode_tokens_bytes, ENCODING.decode_with_offsets):
         with pytest.raises(TypeError, match=naming(dtype, f"({number},)")):
             call(np.ones(number, dtype))
         with pytest.raises(TypeError, match=naming("int64", f"({number}, 1)")):
             call(np.ones((number, 1), np.int64))
-    assert ENCODING.decode(np.array([])) == "", "of no numbers, NumPy makes floats"
+    assert ENCODING.decode(np.array([])) == "", "an empty array has the dtype float64"
 
 
 @pytest.mark.parametrize("number", [1, 500])
-def test_bytes_are_ids_too(number):
-    """Many of them were taken four for one."""
+def test_decode_of_bytes_treats_each_byte_as_id(number):
+    """Bug: in long bytes, four bytes were read as one id."""
     ids = b"abcd" * number
     assert ENCODING.decode(ids) == ENCODING.decode(list(ids))
 
 
 @pytest.mark.parametrize("id", [-1, 1 << 32, 1.5, "7", None])
-def test_ids_are_numbers_of_32_bits(id):
+def test_special_token_id_outside_32_bits_is_rejected(id):
     with pytest.raises(ValueError, match=naming("'<x>'", 2**32 - 1, repr(id))):
         tiny.encoding(special_tokens={"<x>": id})
 
 
 @pytest.mark.parametrize("text", [b"bytes", ["list"], None, b"much" * 20_000])
-def test_only_strings_are_text(text):
+def test_encode_of_non_string_raises_type_error(text):
     for call in (ENCODING.encode, ENCODING.encode_to_numpy):
         with pytest.raises(TypeError):
             call(text, disallowed_special=())
@@ -400,7 +399,7 @@ def test_only_strings_are_text(text):
         ENCODING.encode_ordinary(text)
 
 
-def test_gaps_in_the_numbering():
+def test_decode_of_unused_id_raises_key_error():
     encoding = tiny.encoding(special_tokens={"<|a|>": 5000})
     for number in (1, 5000):
         assert encoding.decode([5000] * number) == "<|a|>" * number
@@ -409,8 +408,8 @@ def test_gaps_in_the_numbering():
 
 
 @given(st.lists(st.integers(0, ENCODING.max_token_value), min_size=20), st.integers(1, 100))
-def test_many_ids(ids, times):
-    """Tokens of all lengths in every order, as a list and as arrays."""
+def test_decode_of_many_ids_matches_single_decoding(ids, times):
+    """Decode tokens of all lengths in random order, from a list and from arrays."""
     ids = ids * (times + 1000 // len(ids))
     expected = b"".join(map(ENCODING.decode_single_token_bytes, ids))
     assert ENCODING.decode_bytes(ids) == expected
@@ -418,7 +417,7 @@ def test_many_ids(ids, times):
         assert ENCODING.decode_bytes(np.array(ids, dtype)) == expected
 
 
-def test_explicit_n_vocab():
+def test_explicit_n_vocab_mismatch_is_rejected():
     tiny.encoding(explicit_n_vocab=3 + 256 + len(tiny.MERGES))
     for wrong in (1, 3 + 256 + len(tiny.MERGES) + 1):
         with pytest.raises(ValueError, match=naming("explicit_n_vocab", wrong)):
@@ -428,16 +427,16 @@ def test_explicit_n_vocab():
 
 
 @pytest.mark.parametrize("changes", [{}, {"merges": None}, {"normalization": "NFC"}])
-def test_pickles_hold_what_was_given(changes):
+def test_pickle_preserves_constructor_arguments(changes):
     encoding = tiny.encoding(**changes)
-    encoding.encode("low" * 20_000)  # tables that are made when needed are not part of it
+    encoding.encode("low" * 20_000)  # lazily created tables are not pickled
     copy = pickle.loads(pickle.dumps(encoding))
     for name in ("name", "patterns", "ranks", "special_tokens", "merges", "normalization"):
         assert getattr(copy, name) == getattr(encoding, name)
     assert copy.encode("low lower 😀") == encoding.encode("low lower 😀")
 
 
-def test_only_strings_are_encoded():
+def test_encode_methods_with_wrong_type_raise_type_error():
     for wrong in (5, None, b"a", ["a"]):
         for call in (ENCODING.encode, ENCODING.encode_ordinary, ENCODING.encode_to_numpy):
             with pytest.raises(TypeError):

@@ -1,4 +1,4 @@
-"""Explaining: the steps are those of the merge, and what is drawn is what they say."""
+"""Explanations: the steps are those of the merge algorithm, and the diagram shows them."""
 
 import pytest
 from hypothesis import given, settings
@@ -12,15 +12,15 @@ from tests.bpe import tiny
 from tests.naming import names
 
 ENCODING = tiny.encoding()
-# Without merges of their own: any two tokens that make a third.
+# A vocabulary of ranks without a list of merges.
 RANKS = train(["low lower lowest slow slower é é 🙂 🙂"] * 2, vocab_size=300)
 
 
-def test_steps():
+def test_merge_steps_of_word_list_pairs_and_ranks():
     first, second, third = merge_steps(ENCODING, b"lower")
     assert (first.left, first.right, first.rank, first.index) == (b"o", b"w", 0, 1)
     assert first.parts == (b"l", b"ow", b"e", b"r")
-    assert first.other_ranks == (2, 5), "e + r, and l + o, which will not be possible any more"
+    assert first.other_ranks == (2, 5), "e + r, and l + o, which is not possible later"
     assert (second.left, second.right, second.rank, second.other_ranks) == (b"l", b"ow", 1, (2,))
     assert third.parts == (b"low", b"er") and third.other_ranks == ()
     assert merge_steps(ENCODING, b"x") == merge_steps(ENCODING, b"") == []
@@ -29,17 +29,17 @@ def test_steps():
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.sampled_from("lower sé🙂a\n1"), min_size=1, max_size=20))
 @pytest.mark.parametrize("encoding", [ENCODING, RANKS], ids=["pairs", "ranks"])
-def test_the_last_step_is_what_encoding_says(encoding, text):
+def test_last_merge_step_matches_encoding(encoding, text):
     for piece in split([compile_pattern(GPT2)], text):
-        taken = merge_steps(encoding, piece.encode())
-        parts = list(taken[-1].parts) if taken else [bytes([b]) for b in piece.encode()]
+        steps = merge_steps(encoding, piece.encode())
+        parts = list(steps[-1].parts) if steps else [bytes([b]) for b in piece.encode()]
         assert parts == encoding.decode_tokens_bytes(encoding.encode_ordinary(piece))
-        assert [step.rank for step in taken] == [
-            min([step.rank, *step.other_ranks]) for step in taken
-        ], "always the lowest"
+        assert [step.rank for step in steps] == [
+            min([step.rank, *step.other_ranks]) for step in steps
+        ], "the rank is always the lowest"
 
 
-def test_drawing():
+def test_merge_diagram_draws_merges_line_by_line():
     assert merge_diagram(ENCODING, "lower").split("\n") == [
         "l   o   w   e   r",
         "l   o───w   e   r     ow = o + w    rank 0, before 2, 5",
@@ -56,24 +56,24 @@ def test_drawing():
     assert merge_diagram(ENCODING, "x") == f"x\nx {tiny.IDS[b'x']}"
 
 
-def test_a_token_that_no_merges_lead_to():
+def test_merge_diagram_of_token_without_merges_says_so():
     ids = {bytes([b]): b for b in range(256)} | {b"lo": 256, b"ow": 257, b"low": 258}
     merges = [(b"l", b"o"), (b"o", b"w"), (b"l", b"ow")]
     encoding = bpe.Encoding(
         "i", pattern=".+", ranks=ids, special_tokens={}, merges=merges, ignore_merges=True
     )
-    first, why = merge_diagram(encoding, "low").split("\n")
-    assert first == "l   o   w" and names(why, "low", 258)
+    first, note = merge_diagram(encoding, "low").split("\n")
+    assert first == "l   o   w" and names(note, "low", 258)
     assert "lo = l + o" in merge_diagram(encoding, "lows")
 
 
-def test_long_pieces_are_not_drawn():
+def test_merge_diagram_of_long_piece_lists_tokens_only():
     text = merge_diagram(ENCODING, "a" * 100)
     assert names(text, 100) and "aaaa" in text and "─" not in text
     assert text.count("\n") == 1
 
 
-def test_explain_says_each_piece_once():
+def test_explain_with_repeated_pieces_draws_each_once():
     text = explain(ENCODING, "low lower low lower")
     assert names(text.splitlines()[0], "'low lower low lower'", "4 pieces", "4 tokens")
     assert text.count("·low = ") == 2, "in ' lower' and ' low'"
@@ -82,7 +82,7 @@ def test_explain_says_each_piece_once():
     assert names(line, "''", "0 pieces", "0 tokens")
 
 
-def test_explain_normalizes_as_encoding_does():
+def test_explain_applies_normalization():
     encoding = tiny.encoding(normalization="NFC")
     assert "C3  A9" in explain(encoding, "e\u0301")
 
@@ -94,14 +94,14 @@ def test_explain_normalizes_as_encoding_does():
         (b"a\xc3", "61C3"), (b" \x1b", "·\\x1b"), (b"\\", "\\"),
     ],
 )  # fmt: skip
-def test_a_token_on_one_line(token, text):
+def test_render_token_escapes_unprintable_bytes(token, text):
     assert render_token(token) == text
 
 
-def test_measure():
+def test_measure_counts_tokens_characters_words_bytes():
     measures = measure(ENCODING, "low lower 😀<|im_end|>")
     assert (measures.tokens, measures.characters, measures.words, measures.bytes) == (6, 21, 3, 24)
     assert measures.per_token(measures.characters) == 3.5
-    nothing = measure(ENCODING, "")
-    assert nothing.tokens == 0 and nothing.per_token(nothing.words) == 0.0
+    empty = measure(ENCODING, "")
+    assert empty.tokens == 0 and empty.per_token(empty.words) == 0.0
     assert measure(ENCODING, "\ud800").bytes == 3

@@ -1,4 +1,4 @@
-"""Vocabulary files: the same encoding from every format, and no damage that goes unnoticed."""
+"""Vocabulary files: the same encoding from every format, and an error for damaged files."""
 
 import base64
 import json
@@ -34,17 +34,17 @@ def check(tokenizer: bpe.Tokenizer):
     assert tokenizer.encoding.decode(IDS) == TEXT
 
 
-def test_byte_characters():
-    table = bytes_to_unicode()
-    assert len(set(table.values())) == 256
-    assert (table[ord("a")], table[ord(" ")], table[ord("\n")]) == ("a", "Ġ", "Ċ")
-    assert table[0xAD] == "Ń"
+def test_bytes_to_unicode_matches_gpt2():
+    characters = bytes_to_unicode()
+    assert len(set(characters.values())) == 256
+    assert [characters[ord(c)] for c in "a \n"] == ["a", "Ġ", "Ċ"]
+    assert characters[0xAD] == "Ń"
 
 
 # tokenizer.json
 
 
-def test_tokenizer_json(write_json):
+def test_tokenizer_json_loads_same_encoding(write_json):
     path = write_json(tiny.tokenizer_json())
     check(bpe.load(path))
     tokenizer = bpe.from_tokenizer_json(path)
@@ -52,13 +52,13 @@ def test_tokenizer_json(write_json):
     assert tokenizer.stop_ids == {0, 2}
 
 
-def test_old_files_write_merges_as_strings(write_json):
+def test_tokenizer_json_with_merges_as_strings_loads(write_json):
     spec = tiny.tokenizer_json()
     spec["model"]["merges"] = [" ".join(pair) for pair in spec["model"]["merges"]]
     check(bpe.load(write_json(spec)))
 
 
-def test_folder(tmp_path, write_json):
+def test_folder_files_set_special_tokens_and_template(tmp_path, write_json):
     with pytest.raises(FileNotFoundError, match=naming(tmp_path, "tokenizer.json")):
         bpe.load(tmp_path)
     write_json(tiny.tokenizer_json())
@@ -82,10 +82,8 @@ def test_folder(tmp_path, write_json):
         bpe.load(tmp_path)
 
 
-def test_folder_with_an_eos_token_that_the_vocabulary_lacks_ends_at_the_others(
-    tmp_path, write_json, caplog
-):
-    """It was refused, though a model can do without: no id can be drawn for it."""
+def test_folder_with_unknown_eos_token_uses_generation_config(tmp_path, write_json, caplog):
+    """Bug: the folder was rejected, although the eos_token is not needed."""
     write_json(tiny.tokenizer_json())
     (tmp_path / "chat_template.jinja").write_text("{{ eos_token }}")
     write_json({"eos_token": "</s>"}, "tokenizer_config.json")
@@ -99,8 +97,8 @@ def test_folder_with_an_eos_token_that_the_vocabulary_lacks_ends_at_the_others(
 
 
 @pytest.mark.parametrize("token", ["low", "!"])
-def test_folder_whose_eos_token_is_a_word_or_a_byte_ends_there(tmp_path, write_json, token):
-    """The word stays one of the vocabulary: merges need it."""
+def test_folder_with_ordinary_eos_token_stops_at_it(tmp_path, write_json, token):
+    """The token stays an ordinary token, because merges need it."""
     write_json(tiny.tokenizer_json())
     before = bpe.load(tmp_path).encoding
     write_json({"eos_token": token}, "tokenizer_config.json")
@@ -110,8 +108,8 @@ def test_folder_whose_eos_token_is_a_word_or_a_byte_ends_there(tmp_path, write_j
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
-def test_folder_whose_eos_token_is_in_the_vocabulary_only(tmp_path, write_json, file):
-    """transformers makes a special token of it, which has the id of the vocabulary."""
+def test_folder_with_eos_token_in_model_vocab_only_makes_it_special(tmp_path, write_json, file):
+    """transformers makes it a special token with the id of the vocabulary."""
     spec = tiny.tokenizer_json()
     ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] != "<|im_end|>"]
@@ -123,7 +121,7 @@ def test_folder_whose_eos_token_is_in_the_vocabulary_only(tmp_path, write_json, 
     assert tokenizer.encoding.special_tokens["<|im_end|>"] == ids["<|im_end|>"]
 
 
-def test_a_post_processor_may_add_bos(tmp_path, write_json):
+def test_post_processor_with_prefix_token_sets_add_bos(tmp_path, write_json):
     spec = tiny.tokenizer_json()
     spec["post_processor"] = {
         "type": "Sequence",
@@ -145,7 +143,7 @@ def test_a_post_processor_may_add_bos(tmp_path, write_json):
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 
 
-def a_split(pattern: str, **changes) -> dict:
+def split_step(pattern: str, **changes) -> dict:
     step = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     return step | changes
 
@@ -153,24 +151,24 @@ def a_split(pattern: str, **changes) -> dict:
 @pytest.mark.parametrize(
     ("steps", "patterns"),
     [
-        ([a_split(QWEN2), BYTE_LEVEL], [QWEN2]),
-        ([a_split(LLAMA3), BYTE_LEVEL], [LLAMA3]),
+        ([split_step(QWEN2), BYTE_LEVEL], [QWEN2]),
+        ([split_step(LLAMA3), BYTE_LEVEL], [LLAMA3]),
         ([BYTE_LEVEL | {"use_regex": True}], [GPT2]),
         (
             [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL | {"use_regex": True}],
             [SMOLLM],
         ),
-        ([a_split("a"), a_split("b"), BYTE_LEVEL], ["a", "b"]),
+        ([split_step("a"), split_step("b"), BYTE_LEVEL], ["a", "b"]),
     ],
 )
-def test_pre_tokenizers(write_json, steps, patterns):
+def test_pre_tokenizer_steps_become_patterns(write_json, steps, patterns):
     spec = tiny.tokenizer_json()
     spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
     encoding = bpe.load(write_json(spec)).encoding
     assert [pattern.pattern for pattern in encoding._patterns] == patterns
 
 
-def test_normalizer_and_ignore_merges(write_json):
+def test_normalizer_and_ignore_merges_are_applied(write_json):
     spec = tiny.tokenizer_json()
     spec["normalizer"] = {"type": "NFC"}
     spec["model"]["ignore_merges"] = True
@@ -179,8 +177,8 @@ def test_normalizer_and_ignore_merges(write_json):
     assert encoding.decode_tokens_bytes(encoding.encode("lo")) == [b"lo"]
 
 
-def at(path: str, value):
-    """A change of one place in a tree of dicts and lists; `...` removes it."""
+def set_value(path: str, value):
+    """Return a function that sets one value in nested dicts and lists; `...` removes it."""
 
     def change(spec):
         *parents, last = [int(key) if key.isdigit() else key for key in path.split("/")]
@@ -194,67 +192,78 @@ def at(path: str, value):
     return change
 
 
-def both(*changes):
+def all_changes(*changes):
     return lambda spec: [change(spec) for change in changes]
 
 
 @pytest.mark.parametrize(
     ("change", "facts"),
     [
-        (at("model", ...), ["model"]),
-        (at("model/dropout", 0.1), ["model", "dropout", 0.1]),
-        (at("model/end_of_word_suffix", "</w>"), ["model", "end_of_word_suffix", "'</w>'"]),
-        (at("normalizer", {"type": "Lowercase"}), ["normalizer", "Lowercase"]),
-        (at("pre_tokenizer", None), ["pre_tokenizer"]),
-        (at("pre_tokenizer", {"type": "Whitespace"}), ["pre_tokenizer", "Whitespace"]),
-        (at("pre_tokenizer/add_prefix_space", True), ["pre_tokenizer", "add_prefix_space"]),
-        (at("pre_tokenizer", a_split("a")), ["pre_tokenizer", "ByteLevel"]),
+        (set_value("model", ...), ["model"]),
+        (set_value("model/dropout", 0.1), ["model", "dropout", 0.1]),
+        (set_value("model/end_of_word_suffix", "</w>"), ["model", "end_of_word_suffix", "'</w>'"]),
+        (set_value("normalizer", {"type": "Lowercase"}), ["normalizer", "Lowercase"]),
+        (set_value("pre_tokenizer", None), ["pre_tokenizer"]),
+        (set_value("pre_tokenizer", {"type": "Whitespace"}), ["pre_tokenizer", "Whitespace"]),
+        (set_value("pre_tokenizer/add_prefix_space", True), ["pre_tokenizer", "add_prefix_space"]),
+        (set_value("pre_tokenizer", split_step("a")), ["pre_tokenizer", "ByteLevel"]),
         (
-            at(
+            set_value(
                 "pre_tokenizer",
                 {
                     "type": "Sequence",
-                    "pretokenizers": [a_split("a", behavior="Removed"), BYTE_LEVEL],
+                    "pretokenizers": [split_step("a", behavior="Removed"), BYTE_LEVEL],
                 },
             ),
             ["pre_tokenizer", "'Removed'"],
         ),
         (
-            at(
+            set_value(
                 "pre_tokenizer",
-                {"type": "Sequence", "pretokenizers": [a_split("("), BYTE_LEVEL]},
+                {"type": "Sequence", "pretokenizers": [split_step("("), BYTE_LEVEL]},
             ),
             ["pattern", "'('"],
         ),
-        (at("post_processor", {"type": "BertProcessing"}), ["post_processor", "BertProcessing"]),
-        (at("decoder", {"type": "WordPiece"}), ["decoder", "type", "'WordPiece'"]),
-        (at("added_tokens/0/lstrip", True), ["added_tokens[0]", "lstrip", True]),
-        (at("added_tokens/0/id", "x"), ["added_tokens[0]", "id", "str"]),
-        (at("added_tokens/1/content", "<|endoftext|>"), ["'<|endoftext|>'", 0, 1]),
         (
-            both(at("added_tokens/1/content", "  "), at("model/vocab/<|im_start|>", ...)),
+            set_value("post_processor", {"type": "BertProcessing"}),
+            ["post_processor", "BertProcessing"],
+        ),
+        (set_value("decoder", {"type": "WordPiece"}), ["decoder", "type", "'WordPiece'"]),
+        (set_value("added_tokens/0/lstrip", True), ["added_tokens[0]", "lstrip", True]),
+        (set_value("added_tokens/0/id", "x"), ["added_tokens[0]", "id", "str"]),
+        (set_value("added_tokens/1/content", "<|endoftext|>"), ["'<|endoftext|>'", 0, 1]),
+        (
+            all_changes(
+                set_value("added_tokens/1/content", "  "),
+                set_value("model/vocab/<|im_start|>", ...),
+            ),
             ["'  '"],
         ),
-        (at("added_tokens/0/id", 3), ["'<|endoftext|>'", 3, "added_tokens", 0, "model.vocab"]),
         (
-            both(at("added_tokens/1/id", 0), at("model/vocab/<|im_start|>", ...)),
+            set_value("added_tokens/0/id", 3),
+            ["'<|endoftext|>'", 3, "added_tokens", 0, "model.vocab"],
+        ),
+        (
+            all_changes(
+                set_value("added_tokens/1/id", 0), set_value("model/vocab/<|im_start|>", ...)
+            ),
             ["'<|im_start|>'", "'<|endoftext|>'", 0],
         ),
-        (at("model/vocab/a", ...), ["b'a'"]),
-        (at("model/vocab/a b", 5000), [5000, "'a b'", "' '"]),
-        (at("model/vocab/zz", 3), [r"b'\x00'", "b'zz'", 3]),
-        (at("model/merges/0", ["o", "nothing"]), ["merge 0", "['o', 'nothing']"]),
-        (at("model/merges/0", ["o", "w", "l"]), ["merge 0", "['o', 'w', 'l']"]),
-        (at("model/merges/0", ["z", "z"]), ["(b'z', b'z')"]),
-        (at("model/merges/1", ["o", "w"]), ["(b'o', b'w')"]),
-        (at("model/merges/0", 7), ["merge 0", 7]),
-        (at("model/merges/0", [["o"], "w"]), ["merge 0", "[['o'], 'w']"]),
-        (at("model/merges", None), ["model", "merges"]),
-        (at("model/vocab/a", "x"), ["model", "vocab['a']", "'x'"]),
-        (at("normalizer", {"type": "Sequence"}), ["normalizer", "normalizers"]),
+        (set_value("model/vocab/a", ...), ["b'a'"]),
+        (set_value("model/vocab/a b", 5000), [5000, "'a b'", "' '"]),
+        (set_value("model/vocab/zz", 3), [r"b'\x00'", "b'zz'", 3]),
+        (set_value("model/merges/0", ["o", "nothing"]), ["merge 0", "['o', 'nothing']"]),
+        (set_value("model/merges/0", ["o", "w", "l"]), ["merge 0", "['o', 'w', 'l']"]),
+        (set_value("model/merges/0", ["z", "z"]), ["(b'z', b'z')"]),
+        (set_value("model/merges/1", ["o", "w"]), ["(b'o', b'w')"]),
+        (set_value("model/merges/0", 7), ["merge 0", 7]),
+        (set_value("model/merges/0", [["o"], "w"]), ["merge 0", "[['o'], 'w']"]),
+        (set_value("model/merges", None), ["model", "merges"]),
+        (set_value("model/vocab/a", "x"), ["model", "vocab['a']", "'x'"]),
+        (set_value("normalizer", {"type": "Sequence"}), ["normalizer", "normalizers"]),
     ],
 )
-def test_what_we_do_not_know_is_refused(write_json, change, facts):
+def test_tokenizer_json_with_unsupported_setting_names_it(write_json, change, facts):
     spec = tiny.tokenizer_json()
     change(spec)
     path = write_json(spec)
@@ -262,7 +271,7 @@ def test_what_we_do_not_know_is_refused(write_json, change, facts):
         bpe.load(path)
 
 
-def test_bytes_of_no_text_may_be_missing(write_json):
+def test_vocabulary_without_optional_bytes_drops_them(write_json):
     spec = tiny.tokenizer_json()
     for byte in (0x04, 0xC0, 0xFF):
         del spec["model"]["vocab"][tiny.as_text(bytes([byte]))]
@@ -273,23 +282,25 @@ def test_bytes_of_no_text_may_be_missing(write_json):
 
 
 SENTENCEPIECE = [
-    at("model/byte_fallback", True),
-    at("model/type", "Unigram"),
-    at("pre_tokenizer", {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}),
-    at("normalizer", {"type": "Prepend", "prepend": "\u2581"}),
-    at("normalizer", {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}),
+    set_value("model/byte_fallback", True),
+    set_value("model/type", "Unigram"),
+    set_value(
+        "pre_tokenizer", {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}
+    ),
+    set_value("normalizer", {"type": "Prepend", "prepend": "\u2581"}),
+    set_value("normalizer", {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}),
 ]
 
 
 @pytest.mark.parametrize("change", SENTENCEPIECE)
-def test_a_sentencepiece_vocabulary_is_called_by_its_name(write_json, change):
+def test_tokenizer_json_from_sentencepiece_names_it(write_json, change):
     spec = tiny.tokenizer_json()
     change(spec)
     with pytest.raises(ValueError, match=naming("tokenizer.json", "SentencePiece")):
         bpe.load(write_json(spec))
 
 
-def test_a_sentencepiece_model_is_called_by_its_name(tmp_path):
+def test_sentencepiece_model_file_names_it(tmp_path):
     for model in ("llama", "t5"):
         meta = tiny.gguf_metadata() | {"tokenizer.ggml.model": model}
         with pytest.raises(ValueError, match=naming("m.gguf", repr(model), "SentencePiece")):
@@ -302,20 +313,22 @@ def test_a_sentencepiece_model_is_called_by_its_name(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        at("surprise", 1),
-        at("model/surprise", 1),
-        at("added_tokens/0/surprise", 1),
-        at("padding", {"strategy": "BatchLongest", "pad_id": 0}),
-        at("truncation", {"max_length": 8, "strategy": "LongestFirst"}),
-        at("added_tokens/0/normalized", True),
-        at("added_tokens/0/special", False),
-        both(at("normalizer", {"type": "NFC"}), at("added_tokens/0/normalized", True)),
-        at("model/unk_token", "<|endoftext|>"),
-        at("model/dropout", 0.0),
+        set_value("surprise", 1),
+        set_value("model/surprise", 1),
+        set_value("added_tokens/0/surprise", 1),
+        set_value("padding", {"strategy": "BatchLongest", "pad_id": 0}),
+        set_value("truncation", {"max_length": 8, "strategy": "LongestFirst"}),
+        set_value("added_tokens/0/normalized", True),
+        set_value("added_tokens/0/special", False),
+        all_changes(
+            set_value("normalizer", {"type": "NFC"}), set_value("added_tokens/0/normalized", True)
+        ),
+        set_value("model/unk_token", "<|endoftext|>"),
+        set_value("model/dropout", 0.0),
     ],
 )
-def test_what_changes_nothing_is_passed_over(tmp_path, write_json, change):
-    """Bug: a key that `tokenizers` does not read was an error."""
+def test_tokenizer_json_with_irrelevant_keys_loads(tmp_path, write_json, change):
+    """Bug: a key that `tokenizers` does not read raised an error."""
     spec = tiny.tokenizer_json()
     change(spec)
     write_json(spec)
@@ -333,7 +346,7 @@ def test_what_changes_nothing_is_passed_over(tmp_path, write_json, change):
     assert bpe.load(tmp_path).encoding.encode(TEXT, allowed_special="all") == IDS
 
 
-def test_a_key_that_changes_nothing_is_logged_once(write_json, caplog):
+def test_unknown_key_is_logged_once(write_json, caplog):
     warn_once.cache_clear()
     path = write_json(tiny.tokenizer_json() | {"surprise": 1, "another": None})
     for _ in range(2):
@@ -346,7 +359,7 @@ def test_a_key_that_changes_nothing_is_logged_once(write_json, caplog):
 
 
 def templates(folder) -> dict[str, str]:
-    """Each template's source by its name."""
+    """Return the source of each template by name."""
     tokenizer = bpe.load(folder)
     named = {name: template.source for name, template in tokenizer.named_templates.items()}
     default = tokenizer.chat_template
@@ -359,7 +372,7 @@ def model_folder(tmp_path, write_json):
     return tmp_path
 
 
-def test_chat_templates_are_read_in_the_order_of_transformers(model_folder, write_json):
+def test_chat_template_sources_follow_order_of_transformers(model_folder, write_json):
     write_json({"chat_template": "old"}, "chat_template.json")
     assert templates(model_folder) == {"default": "old"}
     listed = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
@@ -380,9 +393,9 @@ def test_chat_templates_are_read_in_the_order_of_transformers(model_folder, writ
     assert bpe.load(model_folder).chat_template is None
 
 
-def test_a_template_for_tools_counts_where_there_are_tools(model_folder, write_json):
-    said = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
-    listed = {"default": said, "tool_use": "{{ tools[0].name }}" + said}
+def test_tool_use_template_with_tools_is_used(model_folder, write_json):
+    source = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    listed = {"default": source, "tool_use": "{{ tools[0].name }}" + source}
     write_json({"chat_template": listed, "eos_token": "<|im_end|>"}, "tokenizer_config.json")
     tokenizer = bpe.load(model_folder)
     template, tools = tokenizer.chat_template, [{"name": "low"}]
@@ -394,8 +407,8 @@ def test_a_template_for_tools_counts_where_there_are_tools(model_folder, write_j
     assert encoding.decode(template.encode(encoding, messages, tools=tools)) == with_tools
     (span,) = template.assistant_spans(messages, tools=tools)
     assert with_tools[slice(*span)] == "b<|im_end|>"
-    ids, turns = template.encode_with_assistant_spans(encoding, messages, tools=tools)
-    assert [encoding.decode(ids[a:b]) for a, b in turns] == ["b<|im_end|>"]
+    ids, spans = template.encode_with_assistant_spans(encoding, messages, tools=tools)
+    assert [encoding.decode(ids[a:b]) for a, b in spans] == ["b<|im_end|>"]
 
 
 @pytest.mark.parametrize(
@@ -412,7 +425,7 @@ def test_a_template_for_tools_counts_where_there_are_tools(model_folder, write_j
         ("chat_template.jinja", "\udcff"),
     ],
 )
-def test_a_damaged_chat_template_is_named(model_folder, name, content):
+def test_damaged_chat_template_file_is_named(model_folder, name, content):
     (model_folder / name).write_text(content, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(ValueError, match=name):
         bpe.load(model_folder)
@@ -421,7 +434,7 @@ def test_a_damaged_chat_template_is_named(model_folder, name, content):
 # GGUF
 
 
-def test_gguf_metadata():
+def test_gguf_metadata_loads_same_encoding():
     tokenizer = bpe.from_gguf(tiny.gguf_metadata())
     check(tokenizer)
     assert tokenizer.encoding.name == "Tiny"
@@ -429,12 +442,12 @@ def test_gguf_metadata():
     assert tokenizer.stop_ids == {0, 2}
     assert tokenizer.chat_template.eos_token == "<|im_end|>"
     assert tokenizer.chat_template.render([{"role": "user", "content": "x"}]) == "x"
-    # The unused token at the end has no text.
+    # The unused token at the end is left out.
     assert tokenizer.encoding.n_vocab == len(tiny.SPECIAL) + len(tiny.IDS)
 
 
-def test_gguf_metadata_as_bytes():
-    """A fast reader leaves texts undecoded."""
+def test_gguf_metadata_as_bytes_loads():
+    """Some readers return strings as UTF-8 bytes."""
 
     def as_bytes(value):
         if isinstance(value, list):
@@ -444,7 +457,7 @@ def test_gguf_metadata_as_bytes():
     check(bpe.from_gguf({key: as_bytes(v) for key, v in tiny.gguf_metadata().items()}))
 
 
-def test_gguf_metadata_as_numpy_arrays():
+def test_gguf_metadata_as_numpy_arrays_loads():
     np = pytest.importorskip("numpy")
     types = np.array(tiny.gguf_metadata()["tokenizer.ggml.token_type"], np.int32)
     meta = tiny.gguf_metadata() | {
@@ -457,12 +470,12 @@ def test_gguf_metadata_as_numpy_arrays():
     assert tokenizer.eos_id == 2 and type(tokenizer.eos_id) is int
 
 
-def test_gguf_llama3():
+def test_gguf_llama3_adds_bos_and_ignores_merges():
     meta = tiny.gguf_metadata() | {"tokenizer.ggml.pre": "llama-bpe"}
     del meta["tokenizer.ggml.add_bos_token"]
     tokenizer = bpe.from_gguf(meta)
     assert tokenizer.add_bos
-    # Llama 3 takes a whole piece that is a token for that token, whatever the merges say.
+    # In Llama 3, a piece that equals a token becomes this token, without merges.
     meta["tokenizer.ggml.merges"] = ["o w"]
     assert bpe.from_gguf(meta).encoding.encode("lo") == [tiny.IDS[b"lo"]]
     meta["tokenizer.ggml.pre"] = "gpt-2"
@@ -480,8 +493,8 @@ def test_gguf_llama3():
         ("gpt-4o llama4", O200K, False),
     ],
 )
-def test_gguf_names_of_one_rule(names, pattern, bos):
-    """Bug: only the first name of a rule was known."""
+def test_gguf_pre_names_of_group_share_pattern(names, pattern, bos):
+    """Bug: only the first name of a group was recognized."""
     for name in names.split():
         meta = tiny.gguf_metadata() | {"tokenizer.ggml.pre": name}
         del meta["tokenizer.ggml.add_bos_token"]
@@ -490,8 +503,8 @@ def test_gguf_names_of_one_rule(names, pattern, bos):
         assert tokenizer.add_bos == bos
 
 
-def test_gguf_keys_that_change_nothing():
-    """Bug: a converter's flags that are off, and its copy of tokenizer.json, were errors."""
+def test_gguf_metadata_with_irrelevant_keys_loads():
+    """Bug: flags that are off, and a copy of tokenizer.json, raised errors."""
     more = {
         "tokenizer.ggml.add_sep_token": False,
         "tokenizer.ggml.add_eos_token": False,
@@ -536,7 +549,7 @@ def test_gguf_keys_that_change_nothing():
         ("bos_token_id", -1, ["bos_token_id", "-1"]),
     ],
 )
-def test_gguf_metadata_that_we_do_not_know_is_refused(key, value, facts):
+def test_gguf_metadata_with_unsupported_value_names_it(key, value, facts):
     meta = tiny.gguf_metadata()
     meta["tokenizer.ggml." + key] = value
     if value is ...:
@@ -546,7 +559,7 @@ def test_gguf_metadata_that_we_do_not_know_is_refused(key, value, facts):
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 100, b"\0" * 1000])
-def test_a_damaged_gguf_file_is_named(tmp_path, content):
+def test_damaged_gguf_file_is_named(tmp_path, content):
     path = tmp_path / "broken.gguf"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="broken.gguf"):
@@ -554,7 +567,7 @@ def test_a_damaged_gguf_file_is_named(tmp_path, content):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_models(model, load_model):
+def test_pulled_models_declare_stop_tokens_and_template(model, load_model):
     tokenizer = load_model(model)
     special = tokenizer.encoding.special_tokens
     assert tokenizer.eos_id == special["<|im_end|>"]
@@ -577,7 +590,7 @@ def tiktoken_file(tmp_path):
     return write
 
 
-def test_tiktoken(tiktoken_file):
+def test_tiktoken_file_loads_ranks(tiktoken_file):
     path = tiktoken_file(tiny.TOKENS)
     special = {"<|endoftext|>": 1000}
     tokenizer = bpe.from_tiktoken(path, pattern=GPT2, special_tokens=special)
@@ -601,7 +614,7 @@ def test_tiktoken(tiktoken_file):
         ("enp6 -1", [2**32 - 1, "-1"]),
     ],
 )
-def test_a_damaged_tiktoken_file_is_named(tiktoken_file, line, facts):
+def test_damaged_tiktoken_file_names_the_line(tiktoken_file, line, facts):
     path = tiktoken_file(tiny.TOKENS)
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(ValueError, match=naming(path, *facts)):
@@ -611,17 +624,17 @@ def test_a_damaged_tiktoken_file_is_named(tiktoken_file, line, facts):
         bpe.from_tiktoken(path, pattern=GPT2, special_tokens={})
 
 
-def test_a_special_token_may_fill_a_gap_in_the_ranks(tiktoken_file):
+def test_tiktoken_gap_at_special_token_id_is_valid(tiktoken_file):
     path = tiktoken_file(tiny.TOKENS)
     path.write_text(path.read_text() + "enp6 268\n")
     tokenizer = bpe.from_tiktoken(path, pattern=GPT2, special_tokens={"<|endoftext|>": 267})
     assert tokenizer.encoding.encode("zzz") == [268]
 
 
-# Anything else
+# Other files
 
 
-def test_other_paths(tmp_path):
+def test_unreadable_paths_raise(tmp_path):
     with pytest.raises(FileNotFoundError):
         bpe.load(tmp_path / "nothing.gguf")
     (tmp_path / "vocab.pkl").write_bytes(b"")
@@ -635,8 +648,8 @@ def test_other_paths(tmp_path):
         bpe.load(tmp_path)
 
 
-def test_importing_is_light():
-    """`import bpe` is on the way of every command; what it does not need, it must not load."""
+def test_import_bpe_loads_no_heavy_modules():
+    """Every command imports bpe, so it must not import slow packages that it may not need."""
     code = "import sys, bpe; print(sys.modules.keys() & {'jax', 'numpy', 'jinja2', 'gguf'})"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
@@ -660,7 +673,7 @@ def test_importing_is_light():
     ],
     ids=str,
 )
-def test_chat_templates_are_those_of_transformers(model_folder, write_json, files):
+def test_chat_templates_match_transformers(model_folder, write_json, files):
     from transformers import PreTrainedTokenizerFast
 
     spec = tiny.tokenizer_json()

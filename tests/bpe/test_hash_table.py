@@ -1,4 +1,4 @@
-"""Hash tables of arrays, compared with a dict."""
+"""The array-based hash table, compared with a dict."""
 
 import random
 
@@ -10,8 +10,8 @@ from bpe.hash_table import GrowableArray, HashTable, concat_ranges, sliding_uint
 
 @pytest.mark.parametrize("words", [1, 2])
 @pytest.mark.parametrize("spread", [1, 1 << 20, 1 << 44])
-def test_finds_what_was_added(words, spread):
-    """Neighbouring numbers, and such as differ in high bits only."""
+def test_find_returns_numbers_of_added_keys(words, spread):
+    """Use adjacent numbers, and numbers that differ only in high bits."""
     rng = np.random.default_rng(0)
     table, expected = HashTable(words_per_key=words), {}
     for size in (0, 1, 3, 500, 4000, 20_000):
@@ -20,13 +20,13 @@ def test_finds_what_was_added(words, spread):
         random.Random(size).shuffle(rows)
         expected |= {row: len(expected) + i for i, row in enumerate(rows)}
         table.add(*(np.array(rows, np.uint64).reshape(-1, words) * np.uint64(spread)).T)
-        asked = rng.integers(0, 16 * size + 1, (3 * size, words))
-        found = table.find(*(asked.astype(np.uint64) * np.uint64(spread)).T)
-        assert found.tolist() == [expected.get(tuple(row), -1) for row in asked.tolist()]
+        queries = rng.integers(0, 16 * size + 1, (3 * size, words))
+        numbers = table.find(*(queries.astype(np.uint64) * np.uint64(spread)).T)
+        assert numbers.tolist() == [expected.get(tuple(row), -1) for row in queries.tolist()]
 
 
-def test_keys_that_want_the_same_slots(monkeypatch):
-    """All of them: two get slots, the others are found all the same, and no others are."""
+def test_colliding_keys_are_found_in_overflow(monkeypatch):
+    """If all keys have the same hash, two get slots, and the others are found in the overflow."""
     table = HashTable(words_per_key=1)
     monkeypatch.setattr(table, "_slot", lambda keys: np.zeros(len(keys[0]), np.intp))
     keys = np.arange(5, 25, dtype=np.uint64)
@@ -38,19 +38,19 @@ def test_keys_that_want_the_same_slots(monkeypatch):
     assert len(table._overflow) == 18
 
 
-def test_columns_grow():
-    column, expected = GrowableArray(np.int32), []
+def test_growable_array_keeps_items():
+    array, expected = GrowableArray(np.int32), []
     for size in (0, 1, 2, 10, 100):
-        column.append(np.arange(size))
+        array.append(np.arange(size))
         expected += range(size)
-        assert column.size == len(expected)
-        assert column.take(np.arange(column.size)).tolist() == expected
+        assert array.size == len(expected)
+        assert array.take(np.arange(array.size)).tolist() == expected
 
 
-def test_places():
+def test_concat_ranges_concatenates_ranges():
     assert concat_ranges(np.array([5, 2, 9]), np.array([2, 0, 3])).tolist() == [5, 6, 9, 10, 11]
     assert concat_ranges(np.array([], np.intp), np.array([], np.intp)).tolist() == []
 
 
-def test_eight_bytes():
+def test_sliding_uint64_is_little_endian():
     assert sliding_uint64(b"\x01\x02")[:3].tolist() == [0x0201, 0x02, 0]

@@ -1,4 +1,4 @@
-"""The merge: examples by hand, and both forms of it against each other."""
+"""The merge algorithm: examples, and both implementations compared with each other."""
 
 import random
 import time
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bpe.merge import NO_MERGE, merge, merge_heap, merge_list
 
-BOTH = pytest.mark.parametrize("form", [merge_list, merge_heap])
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [merge_list, merge_heap])
 
 
 def of_pairs(*pairs):
@@ -22,32 +22,32 @@ def of_tokens(*tokens):
     return lambda left, right: ranks.get(left + right, NO_MERGE)
 
 
-@BOTH
+@IMPLEMENTATIONS
 @pytest.mark.parametrize(
     ("piece", "rank", "expected"),
     [
         (b"", of_pairs(), []),
         (b"a", of_pairs((b"a", b"a")), [b"a"]),
         (b"abc", of_pairs(), [b"a", b"b", b"c"]),
-        # The lowest rank first, wherever it is.
+        # The lowest rank first, at any position.
         (b"abc", of_tokens(b"bc", b"ab"), [b"a", b"bc"]),
-        # Of equal ranks the leftmost.
+        # The leftmost of equal ranks.
         (b"aaa", of_tokens(b"aa"), [b"aa", b"a"]),
-        # The classic example of the algorithm's encyclopedia entry.
+        # The example of Wikipedia's article on byte-pair encoding.
         (b"aaabdaaabac", of_tokens(b"aa", b"ab", b"aaab"), [b"aaab", b"d", b"aaab", b"a", b"c"]),
-        # The pair counts, not what it makes: ab+c is not listed, though abc is a token.
+        # The pair matters, not its result: ab + c is not a merge although abc is a token.
         (b"abc", of_pairs((b"a", b"b"), (b"b", b"c"), (b"a", b"bc")), [b"ab", b"c"]),
         (b"abc", of_tokens(b"ab", b"bc", b"abc"), [b"abc"]),
-        # A merge may create a pair of lower rank than its own, which then goes first.
+        # A merge may create a pair of lower rank, which is merged next.
         (b"abab", of_tokens(b"aba", b"ab"), [b"aba", b"b"]),
     ],
 )
-def test_by_hand(form, piece, rank, expected):
-    assert form(piece, rank) == expected
+def test_merge_of_examples(implementation, piece, rank, expected):
+    assert implementation(piece, rank) == expected
 
 
 @given(st.integers(0, 10**6), st.text("ab", max_size=60) | st.text("abcd", max_size=300))
-def test_both_forms_agree_on_random_vocabularies(seed, text):
+def test_random_vocabularies_give_same_merges(seed, text):
     rng = random.Random(seed)
     tokens = [bytes([b]) for b in b"abcd"]
     pairs = {}
@@ -65,8 +65,8 @@ def test_both_forms_agree_on_random_vocabularies(seed, text):
         assert merge(text.encode(), rank) == expected
 
 
-def test_long_pieces_take_near_linear_time():
-    """Sixteen times the input may take far less than 256 times the time."""
+def test_long_piece_takes_near_linear_time():
+    """Sixteen times the input must take far less than 256 times the time."""
     rank = of_tokens(*(b"a" * 2**i for i in range(1, 8)))
 
     def seconds(n: int) -> float:

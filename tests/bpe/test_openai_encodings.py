@@ -1,4 +1,4 @@
-"""The named encodings: OpenAI's files to the byte, tiktoken's ids on golden texts and live."""
+"""The named encodings: identical files to OpenAI's, and the same ids as tiktoken."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ NAMES = bpe.list_encoding_names()
 
 
 def hard_texts(count: int) -> Iterator[str]:
-    """Characters of all planes, mostly near one another, as in a script."""
+    """Yield random texts, each of characters of one script with whitespace and contractions."""
     rng = random.Random(1)
     for _ in range(count):
         start = rng.choice([0x20, 0x20, 0xA0, 0x370, 0x400, 0x900, 0x3040, 0x4E00, 0x1F300])
@@ -31,42 +31,42 @@ def hard_texts(count: int) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("name", openai_encodings.TIKTOKEN_SHA256)
-def test_the_published_file_comes_back_to_the_byte(name):
+def test_tiktoken_lines_match_published_hash(name):
     text = tiktoken_lines(bpe.get_encoding(name))
     assert hashlib.sha256(text.encode()).hexdigest() == openai_encodings.TIKTOKEN_SHA256[name]
 
 
-def test_so_do_the_files_gpt2_was_published_as():
-    merges, table = (hashlib.sha256(file).hexdigest() for file in gpt2_files())
+def test_gpt2_files_match_published_hash():
+    merges, vocab = (hashlib.sha256(file).hexdigest() for file in gpt2_files())
     assert merges == "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-    assert table == "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+    assert vocab == "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ids_are_those_of_tiktoken(name, golden):
+def test_ids_match_golden_file(name, golden):
     encoding = bpe.get_encoding(name)
-    kept = golden("vocabularies")
-    for text, digest in zip(kept["texts"], kept["digests"][name], strict=True):
+    recorded = golden("vocabularies")
+    for text, digest in zip(recorded["texts"], recorded["digests"][name], strict=True):
         ids = encoding.encode(text, disallowed_special=())
-        found = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:8]
-        assert f"{len(ids)} {found}" == digest, text
+        sha256 = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:8]
+        assert f"{len(ids)} {sha256}" == digest, text
         assert encoding.decode(ids) == text
-    special = kept["special_tokens"][name]
+    special = recorded["special_tokens"][name]
     assert special.items() <= encoding.special_tokens.items()
     if name != "o200k_harmony":
         assert encoding.special_tokens == special
 
 
-def test_harmony_has_a_token_for_every_id_and_one_with_two_spellings():
+def test_harmony_special_tokens_cover_all_ids():
     harmony = bpe.get_encoding("o200k_harmony")
     assert len(harmony.special_tokens) == 1091 and harmony.n_vocab == 201088
-    for spelling in ("<|endofprompt|>", "<|reserved_200018|>"):
-        assert harmony.encode(spelling, allowed_special="all") == [200018]
+    for token in ("<|endofprompt|>", "<|reserved_200018|>"):
+        assert harmony.encode(token, allowed_special="all") == [200018]
     assert harmony.decode([200018]) == "<|endofprompt|>"
     assert len(harmony.decode(range(201088))) > 1_000_000
 
 
-def test_the_example_of_openais_guide():
+def test_hamburger_matches_openai_guide():
     encoding = bpe.get_encoding("gpt2")
     assert encoding.decode_tokens_bytes(encoding.encode("hamburger")) == [b"ham", b"bur", b"ger"]
     assert len(encoding.encode(" pear")) == 1
@@ -89,12 +89,12 @@ def test_the_example_of_openais_guide():
         "gpt-2": "gpt2",
     }.items(),
 )
-def test_a_model_has_its_encoding(model, name):
+def test_model_name_maps_to_encoding(model, name):
     assert bpe.encoding_name_for_model(model) == name
     assert bpe.encoding_for_model(model) is bpe.get_encoding(name)
 
 
-def test_unknown_names_say_what_there_is():
+def test_unknown_name_lists_valid_names():
     with pytest.raises(ValueError, match=naming("'cl100k'", *bpe.list_encoding_names())):
         bpe.get_encoding("cl100k")
     with pytest.raises(ValueError, match=naming(100)):
@@ -103,7 +103,7 @@ def test_unknown_names_say_what_there_is():
         bpe.encoding_for_model("llama")
 
 
-def test_a_damaged_table_is_refused(tmp_path, monkeypatch):
+def test_damaged_data_file_is_rejected(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "o200k_base.xz").write_bytes(lzma.compress(b"\1a"))
     monkeypatch.setattr(openai_encodings, "files", lambda package: tmp_path)
@@ -111,8 +111,8 @@ def test_a_damaged_table_is_refused(tmp_path, monkeypatch):
         openai_encodings.load_ranks("o200k_base")
 
 
-def test_a_file_of_openais_is_read_and_one_cut_short_is_not(tmp_path):
-    """A vocabulary with half its tokens loaded without a word, and encoded differently."""
+def test_truncated_openai_file_is_rejected(tmp_path):
+    """Bug: a truncated file was loaded without an error, and encoded text differently."""
     path = tmp_path / "r50k_base.tiktoken"
     lines = tiktoken_lines(bpe.get_encoding("r50k_base"))
     path.write_text(lines)
@@ -122,23 +122,23 @@ def test_a_file_of_openais_is_read_and_one_cut_short_is_not(tmp_path):
         bpe.load(path)
 
 
-def test_it_can_be_pickled():
+def test_named_encoding_pickles():
     encoding = pickle.loads(pickle.dumps(bpe.get_encoding("gpt2")))
     assert encoding.encode("hello world") == [31373, 995]
 
 
 @given(st.binary(max_size=60), st.sampled_from(NAMES))
-def test_any_bytes_come_back(data, name):
+def test_arbitrary_bytes_round_trip(data, name):
     encoding = bpe.get_encoding(name)
     assert encoding.decode_bytes(encoding.encode_piece(data)) == data
 
 
 @pytest.mark.parity
-def test_gpt2_is_that_of_tokenizers(tmp_path):
+def test_gpt2_ids_match_tokenizers(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    merges, table = gpt2_files()
+    merges, vocab = gpt2_files()
     (tmp_path / "merges.txt").write_bytes(merges)
-    (tmp_path / "vocab.json").write_bytes(table)
+    (tmp_path / "vocab.json").write_bytes(vocab)
     theirs = tokenizers.ByteLevelBPETokenizer(
         str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")
     )
@@ -148,7 +148,7 @@ def test_gpt2_is_that_of_tokenizers(tmp_path):
 
 
 @pytest.mark.parity
-def test_names_and_models_are_those_of_tiktoken(tmp_path, monkeypatch):
+def test_names_and_models_match_tiktoken(tmp_path, monkeypatch):
     tiktoken = pytest.importorskip("tiktoken")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     fill(tmp_path)
@@ -161,7 +161,7 @@ def test_names_and_models_are_those_of_tiktoken(tmp_path, monkeypatch):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", NAMES)
-def test_every_encoding_is_tiktokens(name, tmp_path, monkeypatch):
+def test_encodings_match_tiktoken(name, tmp_path, monkeypatch):
     tiktoken = pytest.importorskip("tiktoken")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     fill(tmp_path)

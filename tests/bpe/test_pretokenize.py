@@ -1,4 +1,4 @@
-"""The split patterns: what they cut, that they lose nothing, and that they agree with the peers."""
+"""The split patterns: examples, no loss of text, and agreement with tokenizers."""
 
 import itertools
 import unicodedata
@@ -28,37 +28,37 @@ def pieces(pattern: str, text: str) -> list[str]:
         (QWEN2, "I'm 12 dogs \n\n  x", ["I", "'m", " ", "1", "2", " dogs", " \n\n", " ", " x"]),
     ],
 )
-def test_examples(pattern, text, expected):
+def test_split_of_examples(pattern, text, expected):
     assert pieces(pattern, text) == expected
 
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @given(text=TEXT)
-def test_nothing_is_lost(pattern, text):
+def test_pieces_join_to_the_text(pattern, text):
     assert "".join(pieces(pattern, text)) == text
-    # All our patterns match everywhere, so the fast way through `split` is the one taken.
+    # The built-in patterns match every character, so `split` uses its fast path.
     assert sum(map(len, compile_pattern(pattern).findall(text))) == len(text)
 
 
 @given(TEXT)
-def test_smollm_in_one_pass_is_digits_and_then_gpt2(text):
+def test_smollm_matches_digits_then_gpt2(text):
     two_passes = split([compile_pattern(r"\p{N}"), compile_pattern(GPT2)], text)
     assert pieces(SMOLLM, text) == two_passes
 
 
-def test_gaps_empty_matches_and_groups_lose_nothing():
+def test_gaps_empty_matches_and_groups_keep_the_text():
     assert pieces("b", "abcb") == ["a", "b", "c", "b"]
     assert pieces("x*", "axxb") == ["a", "xx", "b"]
     assert pieces("(a)(b)?", "abac") == ["ab", "a", "c"]
     assert pieces("b", "") == []
 
 
-def test_a_bad_pattern_is_named():
+def test_invalid_pattern_is_named():
     with pytest.raises(ValueError, match=r"\(unclosed"):
         compile_pattern("(unclosed")
 
 
-def test_an_exponential_pattern_ends(monkeypatch):
+def test_exponential_pattern_times_out(monkeypatch):
     monkeypatch.setattr("bpe.pretokenize.TIMEOUT_BASE_SECONDS", 0.5)
     with pytest.raises(ValueError, match=naming("0.5 s", r"(?:a|a|aa)+\\d$")):
         pieces(r"(?:a|a|aa)+\d$", "a" * 60)
@@ -66,10 +66,10 @@ def test_an_exponential_pattern_ends(monkeypatch):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", PATTERNS)
-def test_against_tokenizers_on_every_character(name):
-    """`\\s`, `\\p{L}`, `\\p{N}` and case folding mean the same in `regex` and in Oniguruma.
+def test_every_character_matches_tokenizers(name):
+    """Character classes and case folding are the same in `regex` and in Oniguruma.
 
-    Unassigned characters are left out: which ones those are depends on the version of Unicode.
+    Unassigned characters are skipped, because they depend on the version of Unicode.
     """
     tokenizers = pytest.importorskip("tokenizers")
     pre = tokenizers.pre_tokenizers
@@ -86,7 +86,7 @@ def test_against_tokenizers_on_every_character(name):
             continue
         text = f"a{c}b 1{c}2 {c}{c} .{c}'{c} \n{c}"
         expected = [text[start:end] for _, (start, end) in theirs.pre_tokenize_str(text)]
-        if name in ("gpt2", "smollm"):  # ByteLevel counts offsets in characters as well
+        if name in ("gpt2", "smollm"):  # the offsets of ByteLevel are in characters
             assert split([ours], text) == expected, repr(c)
         else:
             assert split([ours], text) == [p for p, _ in theirs.pre_tokenize_str(text)], repr(c)

@@ -1,4 +1,4 @@
-"""Writing vocabularies: what is read back, and what tiktoken and tokenizers make of it."""
+"""Saved vocabularies: bpe, tiktoken and tokenizers load them with the same result."""
 
 import random
 
@@ -24,7 +24,7 @@ def trained(texts: list[str], pattern: str) -> bpe.Encoding:
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_read_back(name, texts, tmp_path):
+def test_saved_files_load_same_encoding(name, texts, tmp_path):
     encoding = trained(texts, PATTERNS[name])
     save(encoding, tmp_path / "tokenizer.json")
     save(encoding, tmp_path / "mine.tiktoken")
@@ -41,58 +41,58 @@ def test_read_back(name, texts, tmp_path):
         assert from_ranks.encode(text, allowed_special="all") == ids
 
 
-def test_merges_of_their_own_are_written_as_they_are(tmp_path):
+def test_encoding_with_merges_saves_them(tmp_path):
     encoding = tiny.encoding()
     save(encoding, tmp_path / "tokenizer.json")
-    again = bpe.load(tmp_path / "tokenizer.json").encoding
-    assert again.ranks == encoding.ranks and again.special_tokens == encoding.special_tokens
+    loaded = bpe.load(tmp_path / "tokenizer.json").encoding
+    assert loaded.ranks == encoding.ranks and loaded.special_tokens == encoding.special_tokens
     for text in ("low lower lo low<|im_end|> aaaa 12", "loow"):
         ids = encoding.encode(text, allowed_special="all")
-        assert again.encode(text, allowed_special="all") == ids
+        assert loaded.encode(text, allowed_special="all") == ids
     with pytest.raises(ValueError, match=naming(".tiktoken", "tokenizer.json")):
         save(encoding, tmp_path / "x.tiktoken")
     assert not (tmp_path / "x.tiktoken").exists()
 
 
-def test_a_token_that_no_merge_makes_stays_a_token(tmp_path):
+def test_token_without_merge_is_saved(tmp_path):
     ranks = {bytes([b]): b for b in range(256)} | {b"ab": 256, b"whole": 257}
     with pytest.raises(ValueError, match=naming(257, "b'whole'")):
         recover_merges(ranks)
     encoding = bpe.Encoding("w", pattern=r"\w+|\W+", ranks=ranks, special_tokens={})
     save(encoding, tmp_path / "tokenizer.json")
-    again = bpe.load(tmp_path / "tokenizer.json").encoding
+    loaded = bpe.load(tmp_path / "tokenizer.json").encoding
     for text in ("whole", "ab", "wholeab"):
-        assert again.encode(text) == encoding.encode(text)
-    assert again.encode("whole") == [257]
+        assert loaded.encode(text) == encoding.encode(text)
+    assert loaded.encode("whole") == [257]
 
 
-def test_ranks_in_any_order_are_merged_in_that_order():
-    """A token may have a lower rank than its parts: "abc" is 256, "ab" is 257."""
+def test_recover_merges_with_parts_of_higher_rank():
+    """The rank of a token may be lower than that of its parts: "abc" is 256, "ab" is 257."""
     ranks = {bytes([b]): b for b in range(256)} | {b"abc": 256, b"ab": 257}
     assert recover_merges(ranks) == [(b"ab", b"c"), (b"a", b"b")]
 
 
 @pytest.mark.parametrize("name", ["p50k_edit", "cl100k_base", "o200k_harmony"])
-def test_special_tokens_keep_their_ids(name, tmp_path):
-    """Ids have gaps, a token of o200k_harmony has two spellings; that could not be read back."""
+def test_special_tokens_with_gaps_keep_their_ids(name, tmp_path):
+    """Bug: files with gaps in the ids, or with two special tokens of one id, failed to load."""
     encoding = bpe.get_encoding(name)
-    few = dict(list(encoding.ranks.items())[:400])  # all of them take seconds
+    ranks = dict(list(encoding.ranks.items())[:400])  # the complete vocabulary takes seconds
     encoding = bpe.Encoding(
-        name, pattern=encoding.patterns, ranks=few, special_tokens=encoding.special_tokens
+        name, pattern=encoding.patterns, ranks=ranks, special_tokens=encoding.special_tokens
     )
     save(encoding, tmp_path / "tokenizer.json")
-    again = bpe.load(tmp_path / "tokenizer.json").encoding
-    assert again.special_tokens == encoding.special_tokens
-    assert again.decode([200018] if name == "o200k_harmony" else []) in ("", "<|endofprompt|>")
+    loaded = bpe.load(tmp_path / "tokenizer.json").encoding
+    assert loaded.special_tokens == encoding.special_tokens
+    assert loaded.decode([200018] if name == "o200k_harmony" else []) in ("", "<|endofprompt|>")
 
 
-def test_a_special_token_that_is_spelled_as_another_token_is(tmp_path):
+def test_special_token_with_text_of_ordinary_token_is_rejected(tmp_path):
     encoding = tiny.encoding(special_tokens={"low": 5000})
     with pytest.raises(ValueError, match=naming("special token", "'low'", tiny.IDS[b"low"])):
         tokenizer_json(encoding)
 
 
-def test_names(tmp_path):
+def test_unsupported_suffix_is_rejected(tmp_path):
     with pytest.raises(ValueError, match=naming("out.txt", ".tiktoken", ".json")):
         save(tiny.encoding(), tmp_path / "out.txt")
 
@@ -106,24 +106,24 @@ def test_names(tmp_path):
         (r"\p{N}{1,3}|x{2,}", r"\p{N}{1,3}|x{2,}"),
     ],
 )
-def test_the_dialect_of_tokenizers(pattern, expected):
+def test_to_oniguruma_converts_possessive_and_anchor(pattern, expected):
     assert to_oniguruma(pattern) == expected
 
 
 @pytest.mark.parametrize("pattern", ["(?s:.+)", "(?m)^x", "(?i-s:a.)"])
-def test_flags_that_mean_something_else_are_refused(pattern):
+def test_to_oniguruma_rejects_flags(pattern):
     with pytest.raises(ValueError, match=naming(repr(pattern), "flags")):
         to_oniguruma(pattern)
 
 
-def test_a_possessive_group_is_refused():
+def test_to_oniguruma_rejects_possessive_group():
     with pytest.raises(ValueError, match=naming("(?>...)")):
         to_oniguruma(r"(?:ab){1,3}+")
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", PATTERNS)
-def test_tokenizers_and_tiktoken_read_it(name, texts, tmp_path):
+def test_saved_files_match_tokenizers_and_tiktoken(name, texts, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     tiktoken = pytest.importorskip("tiktoken")
     read_ranks = pytest.importorskip("tiktoken.load").load_tiktoken_bpe
@@ -145,8 +145,8 @@ def test_tokenizers_and_tiktoken_read_it(name, texts, tmp_path):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["gpt2", "p50k_edit", "cl100k_base"])
-def test_tokenizers_reads_the_named_encodings(name, texts):
-    """Special tokens whose ids have gaps were numbered one after the other."""
+def test_named_encodings_match_tokenizers(name, texts):
+    """Bug: tokenizers renumbered special tokens with gaps in their ids."""
     tokenizers = pytest.importorskip("tokenizers")
     encoding = bpe.get_encoding(name)
     huggingface = tokenizers.Tokenizer.from_str(tokenizer_json(encoding))
@@ -157,8 +157,8 @@ def test_tokenizers_reads_the_named_encodings(name, texts):
 
 
 @pytest.mark.parity
-def test_tokenizers_reads_vocabularies_that_no_training_made():
-    """Random tokens in random order, some of which only a whole piece can be."""
+def test_random_vocabularies_match_tokenizers():
+    """Random tokens in random order; some of them cannot be reached by merges."""
     tokenizers = pytest.importorskip("tokenizers")
     for seed in range(100):
         rng = random.Random(seed)

@@ -1,4 +1,4 @@
-"""Streaming: however the input is cut, the output in total is the same."""
+"""Incremental decoding: the total output does not depend on how the input is divided."""
 
 import pytest
 from hypothesis import given
@@ -15,21 +15,21 @@ def decode(ids) -> list[str]:
     return [*map(decoder.push, ids), decoder.flush()]
 
 
-def test_a_character_comes_whole_with_its_last_token():
+def test_character_across_tokens_is_returned_with_the_last():
     ids = ENCODING.encode("a😀é!")
     assert ENCODING.decode_tokens_bytes(ids)[1:3] == [b"\xf0\x9f\x98", b"\x80"]
     assert decode(ids) == ["a", "", "😀", "", "é", "!", ""]
 
 
-def test_half_a_character_at_the_end_is_replaced_at_flush():
+def test_partial_character_at_flush_is_replaced():
     assert decode(ENCODING.encode("a😀")[:2]) == ["a", "", "\ufffd"]
 
 
-def test_special_tokens_decode_to_their_spelling():
+def test_special_token_decodes_to_its_text():
     assert decode([2]) == ["<|im_end|>", ""]
 
 
-def test_a_decoder_can_go_on_after_flush():
+def test_decoder_after_flush_continues():
     decoder = StreamDecoder(ENCODING)
     decoder.push(tiny.IDS[b"\xf0"])
     assert decoder.flush() == "\ufffd"
@@ -37,24 +37,24 @@ def test_a_decoder_can_go_on_after_flush():
 
 
 @given(st.text() | st.text("é😀中a"))
-def test_text_is_never_replaced(text):
+def test_decoded_text_has_no_replacement_characters(text):
     parts = decode(ENCODING.encode_ordinary(text))
     assert "".join(parts) == text
     assert parts[-1] == ""
 
 
 @given(st.lists(st.integers(0, ENCODING.max_token_value)))
-def test_any_ids_decode_as_they_do_at_once(ids):
+def test_arbitrary_ids_decode_like_batch(ids):
     assert "".join(decode(ids)) == ENCODING.decode(ids)
 
 
-def test_an_unknown_id_is_a_key_error():
+def test_unknown_id_raises_key_error():
     with pytest.raises(KeyError):
         StreamDecoder(ENCODING).push(10**6)
 
 
 def feed(stops, parts) -> tuple[str, bool, list[str]]:
-    """The text emitted in total, whether a stop was found, and what each push emitted."""
+    """Return the total output, whether a stop string was found, and the output of each push."""
     matcher = StopMatcher(stops)
     emitted, stopped = [], False
     for part in parts:
@@ -71,28 +71,28 @@ def feed(stops, parts) -> tuple[str, bool, list[str]]:
         (["b"], ["abc"], "a", True),
         (["END"], ["oneE", "N", "D two"], "one", True),
         (["END"], ["oneE", "N", "otE", "N"], "oneENotEN", False),
-        # A stop that begins inside what is held back for itself, or for another.
+        # A stop string that begins inside the buffered text.
         (["aab"], ["aa", "ab"], "a", True),
         (["abcd", "bce"], ["abc", "e"], "a", True),
         (["\n\n", "\n#"], ["x\n", "#y"], "x", True),
-        # Completed first wins, though the other began earlier.
+        # The first completed stop string counts, although the other begins earlier.
         (["abcd", "c"], ["abcd"], "ab", True),
-        # Completed at once: the one that began earlier wins.
+        # Of two completed by the same character, the one that begins earlier counts.
         (["bc", "abc"], ["xabcy"], "x", True),
         (["abc", "bc"], ["xa", "b", "cy"], "x", True),
         (["🗼🗼"], ["🗼", "a🗼", "🗼"], "🗼a", True),
     ],
 )
-def test_stops(stops, parts, text, stopped):
+def test_stop_string_across_parts_is_cut(stops, parts, text, stopped):
     assert feed(stops, parts)[:2] == (text, stopped)
 
 
-def test_only_what_may_become_a_stop_is_held_back():
+def test_only_possible_stop_prefix_is_buffered():
     assert feed(["END"], ["one E", "N", "x", " EN"])[2] == ["one ", "", "ENx", " "]
     assert feed(["ab"], ["aaaa"])[2] == ["aaa"]
 
 
-def test_after_a_stop_there_is_nothing():
+def test_push_after_stop_returns_nothing():
     matcher = StopMatcher(["b"])
     assert matcher.push("abc") == ("a", True)
     assert matcher.push("more b") == ("", True)
@@ -100,7 +100,7 @@ def test_after_a_stop_there_is_nothing():
 
 
 @pytest.mark.parametrize("stops", [[""], ["a", ""], "abc"])
-def test_stops_that_make_no_sense_are_refused(stops):
+def test_empty_stop_string_is_rejected(stops):
     with pytest.raises(ValueError):
         StopMatcher(stops)
 
@@ -110,22 +110,22 @@ def test_stops_that_make_no_sense_are_refused(stops):
     text=st.text("abc", max_size=40),
     cuts=st.sets(st.integers(0, 40)),
 )
-def test_every_split_gives_what_reading_by_character_gives(stops, text, cuts):
+def test_every_division_gives_result_of_character_order(stops, text, cuts):
     ends = [end for end in range(len(text) + 1) if any(text[:end].endswith(s) for s in stops)]
     if ends:
         longest = max(len(s) for s in stops if text[: ends[0]].endswith(s))
         expected = text[: ends[0] - longest], True
     else:
         expected = text, False
-    places = [0, *sorted(cuts & set(range(len(text)))), len(text)]
-    parts = [text[a:b] for a, b in zip(places, places[1:], strict=False)]
+    boundaries = [0, *sorted(cuts & set(range(len(text)))), len(text)]
+    parts = [text[a:b] for a, b in zip(boundaries, boundaries[1:], strict=False)]
     assert feed(stops, parts)[:2] == expected
-    # Nothing is held that could not become a stop.
+    # Only a proper prefix of a stop string is buffered.
     matcher = StopMatcher(stops)
-    seen = out = ""
+    total_in = total_out = ""
     for part in parts:
         emitted, stopped = matcher.push(part)
-        seen, out = seen + part, out + emitted
+        total_in, total_out = total_in + part, total_out + emitted
         if not stopped:
-            held = seen[len(out) :]
-            assert held == "" or any(s.startswith(held) and s != held for s in stops)
+            buffer = total_in[len(total_out) :]
+            assert buffer == "" or any(s.startswith(buffer) and s != buffer for s in stops)

@@ -1,9 +1,9 @@
-"""Token for token against tiktoken: every named encoding, every method, and 100 MB of text.
+"""Comparison with tiktoken: every named encoding, every method, and 100 MB of text.
 
     pytest -m parity tests/bpe/test_tiktoken.py
 
-The long texts come from Debian packages (tests/bench/corpus.py); without them those tests are
-skipped, and the skip says so.
+The long texts come from Debian packages (tests/bench/corpus.py); without them, those tests are
+skipped.
 """
 
 import random
@@ -21,7 +21,7 @@ from tests.bpe.tiktoken_cache import fill
 pytestmark = pytest.mark.parity
 
 NAMES = bpe.list_encoding_names()
-# The others have the same tokens and pattern as one of these.
+# The other encodings have the same tokens and pattern as one of these.
 DIFFERENT = ["gpt2", "p50k_base", "cl100k_base", "o200k_base"]
 
 
@@ -38,12 +38,12 @@ def theirs(tmp_path_factory):
 def outcome(call):
     try:
         return call()
-    except Exception as error:  # whatever it is, the other must raise the same
+    except Exception as error:  # the other must raise the same type
         return type(error)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_vocabulary(theirs, name):
+def test_vocabulary_matches_tiktoken(theirs, name):
     ours, peer = bpe.get_encoding(name), theirs[name]
     assert ours.ranks == peer._mergeable_ranks
     assert ours.special_tokens == peer._special_tokens
@@ -69,7 +69,7 @@ SETS = st.just("all") | st.sets(st.sampled_from(["<|endoftext|>", "<|endofprompt
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(text=TEXT, allowed=SETS, disallowed=SETS | st.just(()))
-def test_every_way_to_encode_and_decode(theirs, name, text, allowed, disallowed):
+def test_encode_and_decode_methods_match_tiktoken(theirs, name, text, allowed, disallowed):
     pair = bpe.get_encoding(name), theirs[name]
     options = {"allowed_special": allowed, "disallowed_special": disallowed}
 
@@ -97,7 +97,7 @@ def test_every_way_to_encode_and_decode(theirs, name, text, allowed, disallowed)
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
-def test_text_that_may_go_on(theirs, name):
+def test_encode_with_unstable_matches_tiktoken(theirs, name):
     rng = random.Random(0)
     bits = [
         "hello",
@@ -121,8 +121,8 @@ def test_text_that_may_go_on(theirs, name):
         assert ours == (stable, sorted(completions)), text
 
 
-def test_surrogates_where_tiktoken_gives_up(theirs):
-    """Its `encode` mends them, its `encode_to_numpy` raises; ours give the same ids everywhere."""
+def test_surrogates_encode_where_tiktoken_raises(theirs):
+    """Its `encode` replaces them, but its `encode_to_numpy` raises; ours return the same ids."""
     text = "a\ud83d\ude00b\ud83d"
     ours, peer = bpe.get_encoding("cl100k_base"), theirs["cl100k_base"]
     assert ours.encode_to_numpy(text).tolist() == ours.encode(text) == peer.encode(text)
@@ -130,7 +130,7 @@ def test_surrogates_where_tiktoken_gives_up(theirs):
         peer.encode_to_numpy(text)
 
 
-def agree(theirs, text: str) -> None:
+def check_ids(theirs, text: str) -> None:
     for name in DIFFERENT:
         ours = bpe.get_encoding(name).encode_to_numpy(text, disallowed_special=())
         try:
@@ -142,32 +142,34 @@ def agree(theirs, text: str) -> None:
 
 
 @pytest.mark.parametrize("kind", corpus.KINDS)
-def test_long_texts(theirs, kind):
+def test_long_texts_match_tiktoken(theirs, kind):
     try:
         text = corpus.load(kind)
     except RuntimeError as error:
         pytest.skip(str(error))
     for begin in range(0, len(text), 10_000_000):
-        agree(theirs, text[begin : begin + 10_000_000])
+        check_ids(theirs, text[begin : begin + 10_000_000])
 
 
 @pytest.mark.parametrize("unit", ["a", "A", "1", " ", "\n", "!", "\0", "é", "中", "🙂", "\u0301"])
-def test_two_megabytes_of_one_character(theirs, unit):
-    """Of white space 0.3 MB: there tiktoken's regex engine takes quadratic time, or gives up."""
-    agree(theirs, unit * ((300_000 if unit.isspace() else 2_000_000) // len(unit.encode())))
+def test_megabytes_of_one_character_match_tiktoken(theirs, unit):
+    """Use 0.3 MB of whitespace, because tiktoken's regex engine takes quadratic time for it."""
+    check_ids(theirs, unit * ((300_000 if unit.isspace() else 2_000_000) // len(unit.encode())))
 
 
-def test_broken_text(theirs):
-    """Control characters, every character that both know, random bytes, lone surrogates."""
+def test_malformed_text_matches_tiktoken(theirs):
+    """Compare control characters, all common characters, random bytes and lone surrogates."""
     rng = random.Random(0)
-    agree(theirs, "".join(rng.choices([*map(chr, range(32)), "\x7f", "\x85", "a", " "], k=500_000)))
-    # What the newest characters are, and that one, depends on the version of Unicode.
-    known = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cn", "Cs")]
-    known.remove("\u0295")
-    agree(theirs, "".join(known))
-    agree(theirs, "".join(f"a{c}B {c}{c}1'{c}\n" for c in known if c < "\ue000"))
-    agree(theirs, "".join(rng.choices(known, k=500_000)))
-    both = {*known, *map(chr, range(0xD800, 0xE000))}
+    check_ids(
+        theirs, "".join(rng.choices([*map(chr, range(32)), "\x7f", "\x85", "a", " "], k=500_000))
+    )
+    # The newest characters, and this one, depend on the version of Unicode.
+    common = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cn", "Cs")]
+    common.remove("\u0295")
+    check_ids(theirs, "".join(common))
+    check_ids(theirs, "".join(f"a{c}B {c}{c}1'{c}\n" for c in common if c < "\ue000"))
+    check_ids(theirs, "".join(rng.choices(common, k=500_000)))
+    both = {*common, *map(chr, range(0xD800, 0xE000))}
     for codec, errors in (("utf-8", "surrogateescape"), ("utf-16", "surrogatepass")):
         text = rng.randbytes(500_000).decode(codec, errors)
-        agree(theirs, "".join(c for c in text if c in both))
+        check_ids(theirs, "".join(c for c in text if c in both))

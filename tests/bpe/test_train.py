@@ -1,4 +1,4 @@
-"""Training: by hand, the fast against the plain, and golden and live against tokenizers."""
+"""Training: examples, fast and simple implementation compared, and tokenizers compared."""
 
 import json
 import sysconfig
@@ -28,13 +28,13 @@ def in_bytes(merges) -> list[tuple[bytes, bytes]]:
 
 
 @pytest.mark.parametrize("learn", [learn_merges, train_fast.learn_merges])
-def test_by_hand(learn):
+def test_learn_merges_of_examples(learn):
     # The example of Wikipedia's article on byte-pair encoding. In "aaabdaaabac", aa occurs four
-    # times; then ab comes twice, as does aa+a, and "a" is before the token made of "aa".
+    # times. Then ab and aa + a occur twice each, and the id of "a" is lower than that of "aa".
     assert in_bytes(learn({b"aaabdaaabac": 1}, 3)) == [
         (b"a", b"a"), (b"a", b"b"), (b"aa", b"ab"),
     ]  # fmt: skip
-    # Counts are those of the text, not of the distinct pieces.
+    # The pieces are weighted by their counts.
     assert in_bytes(learn({b"xy": 1, b"xyz": 1, b"ab": 3}, 1)) == [(b"a", b"b")]
     assert in_bytes(learn({b"ab": 1, b"cd": 2}, 9, 2)) == [(b"c", b"d")]
     assert learn({b"ab": 1}, 9, 2) == [] == learn({}, 9) == learn({b"ab": 5}, 0)
@@ -42,14 +42,14 @@ def test_by_hand(learn):
 
 
 @pytest.mark.parametrize("learn", [learn_merges, train_fast.learn_merges])
-def test_of_equally_frequent_pairs_the_smallest_ids_go_first(learn):
+def test_ties_between_pairs_go_to_smallest_ids(learn):
     assert in_bytes(learn({b"zy": 2, b"ab": 2, b"b!": 2, b"a\n": 2, b"aa": 2}, 9)) == [
         (b"a", b"a"), (b"a", b"b"), (b"a", b"\n"), (b"b", b"!"), (b"z", b"y"),
     ]  # fmt: skip
     assert ID[b"!"] == 0 and ID[b"~"] < ID[b"\xff"] < ID[b"\x00"] < ID[b"\n"]
 
 
-def test_joining_goes_from_left_to_right():
+def test_merge_pair_with_overlaps_goes_from_left():
     assert merge_pair([1, 1, 1], (1, 1), 9) == [9, 1]
     assert merge_pair([1, 1, 1, 1], (1, 1), 9) == [9, 9]
     assert merge_pair([1, 2, 1, 2, 1], (1, 2), 9) == [9, 9, 1]
@@ -61,7 +61,7 @@ few_letters = st.lists(st.sampled_from([b"a", b"b", b"c"]), min_size=1, max_size
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(few_letters, st.integers(1, 5), max_size=8), st.integers(1, 3))
 @pytest.mark.heavy
-def test_the_fast_way_learns_the_same(counts, min_frequency):
+def test_fast_learn_merges_matches_simple(counts, min_frequency):
     assert train_fast.learn_merges(counts, 60, min_frequency) == learn_merges(
         counts, 60, min_frequency
     )
@@ -69,8 +69,8 @@ def test_the_fast_way_learns_the_same(counts, min_frequency):
 
 @settings(max_examples=200, deadline=None)
 @given(st.dictionaries(few_letters, st.integers(1, 5), min_size=1, max_size=8))
-def test_no_two_merges_make_the_same_bytes_so_ranks_say_it_all(counts):
-    """What the docstring of `bpe.train` claims: pairs need not be listed."""
+def test_merges_make_distinct_bytes(counts):
+    """The ranks of a trained vocabulary determine its merges (docstring of `bpe.train`)."""
     merges = learn_merges(counts, 60, 1)
     ranks = build_vocab(merges)
     assert len(ranks) == 256 + len(merges)
@@ -84,7 +84,7 @@ def test_no_two_merges_make_the_same_bytes_so_ranks_say_it_all(counts):
         for i, pair in enumerate(merges):
             word = merge_pair(word, pair, 256 + i)
         text = piece.decode()
-        assert by_rank.encode(text) == by_pair.encode(text) == word, "as training left it"
+        assert by_rank.encode(text) == by_pair.encode(text) == word, "encoding equals training"
 
 
 texts = st.lists(
@@ -100,28 +100,28 @@ texts = st.lists(
 @pytest.mark.parametrize("name", [*PATTERNS, "other"])
 @settings(max_examples=100, deadline=None)
 @given(texts=texts)
-def test_the_fast_way_counts_the_same(name, texts):
+def test_fast_count_pieces_matches_simple(name, texts):
     pattern = PATTERNS.get(name, r"\S+|\s+")
     for special in ((), ("<|end|>",)):
         counts = count_pieces(texts, pattern, special)
         assert train_fast.count_pieces(texts, pattern, special) == counts
-        if not special:  # then nothing is lost
+        if not special:  # the counts include the whole text
             size = sum(len(piece) * count for piece, count in counts.items())
             assert size == sum(len(fix_surrogates(text).encode()) for text in texts)
 
 
-def test_counting_in_batches(monkeypatch):
+def test_count_pieces_in_batches_matches_whole(monkeypatch):
     texts = ["low lower lowest", " low\n\n", "slow", ""] * 5
     whole = count_pieces(texts)
-    seen = []
+    calls = []
     monkeypatch.setattr(train_fast, "_BATCH_CHARS", 20)
-    progress = lambda *what: seen.append(what)  # noqa: E731
+    progress = lambda *arguments: calls.append(arguments)  # noqa: E731
     assert train_fast.count_pieces(texts, [GPT2], (), progress) == whole
-    assert len(seen) > 3 and all(stage == "counting pieces" for stage, _, _ in seen)
-    assert seen == sorted(seen) and seen[-1][1] <= sum(map(len, texts))
+    assert len(calls) > 3 and all(stage == "counting pieces" for stage, _, _ in calls)
+    assert calls == sorted(calls) and calls[-1][1] <= sum(map(len, texts))
 
 
-def test_pieces_do_not_span_texts_nor_special_tokens():
+def test_pieces_do_not_span_texts_or_special_tokens():
     assert count_pieces(["ab", "cd"]) == {b"ab": 1, b"cd": 1}
     assert count_pieces(["ab<|end|>ab"], GPT2, ["<|end|>"]) == {b"ab": 2}
     encoding = train(
@@ -132,7 +132,7 @@ def test_pieces_do_not_span_texts_nor_special_tokens():
     assert ids == [encoding.ranks[b"ab"], encoding.n_vocab - 1]
 
 
-def test_train():
+def test_train_returns_working_encoding():
     encoding = train(["low lower lowest slow slower"] * 2, vocab_size=256 + 5 + 2,
                      special_tokens=["<|endoftext|>", "<|user|>"], name="tiny")  # fmt: skip
     assert encoding.n_vocab == 263 and encoding.name == "tiny"
@@ -141,7 +141,7 @@ def test_train():
     assert encoding.decode(encoding.encode("größer 🙂 low")) == "größer 🙂 low"
 
 
-def test_a_text_too_short_for_the_vocabulary_makes_a_smaller_one():
+def test_short_text_makes_smaller_vocabulary():
     assert train(["abab"], vocab_size=50_000).n_vocab == 256 + 1 + 1
 
 
@@ -155,21 +155,21 @@ def test_a_text_too_short_for_the_vocabulary_makes_a_smaller_one():
         ({"vocab_size": 300, "pattern": "("}, ["pattern", "'('"]),
     ],
 )
-def test_what_train_refuses(options, facts):
+def test_train_with_invalid_options_is_rejected(options, facts):
     with pytest.raises(ValueError, match=naming(*facts)):
         train(["text"], **options)
 
 
-def test_progress_is_told():
-    seen = []
+def test_progress_is_called_every_256_merges():
+    calls = []
     text = " ".join(f"{i:x}" for i in range(100_000))
-    train([text], vocab_size=800, progress=lambda *what: seen.append(what))
-    assert [what for what in seen if what[0] == "learning merges"] == [
+    train([text], vocab_size=800, progress=lambda *arguments: calls.append(arguments))
+    assert [call for call in calls if call[0] == "learning merges"] == [
         ("learning merges", 256, 543), ("learning merges", 512, 543),
     ]  # fmt: skip
 
 
-def test_files(tmp_path):
+def test_read_files_with_invalid_utf8_names_the_line(tmp_path):
     one, two = tmp_path / "one.txt", tmp_path / "two.txt"
     one.write_bytes("größe\r\n".encode())
     two.write_bytes(b"fine\nfine\nbad \xff\n")
@@ -178,7 +178,7 @@ def test_files(tmp_path):
         list(read_files([one, two]))
 
 
-def test_golden(golden):
+def test_merges_match_golden_file(golden):
     characters = bytes_to_unicode()
     recorded = golden("train")
     for min_frequency, expected in recorded["merges"].items():
@@ -196,8 +196,8 @@ def test_golden(golden):
 
 @pytest.mark.parity
 @pytest.mark.timeout(300)
-def test_against_tokenizers():
-    """Four thousand merges from the standard library's source, file by file."""
+def test_merges_match_tokenizers():
+    """Learn four thousand merges from the source files of the standard library."""
     tokenizers = pytest.importorskip("tokenizers")
     folder = Path(sysconfig.get_path("stdlib"))
     texts = [path.read_text("utf-8", "replace") for path in sorted(folder.glob("*.py"))]

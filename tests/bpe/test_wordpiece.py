@@ -1,4 +1,4 @@
-"""WordPiece: by hand, on golden files of `tokenizers`, and live against it."""
+"""WordPiece: examples, golden files of tokenizers, and comparison with tokenizers."""
 
 import json
 
@@ -12,12 +12,12 @@ from tests.naming import naming
 
 FILE = GOLDEN / "wordpiece-tokenizer.json"
 SPEC = json.loads(FILE.read_text(encoding="utf-8"))
-PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##aff", "##able", "##a", "pear"]
-PIECES += ["##s", ",", "'", "don", "t", "数"]
-TINY = bpe.WordPiece({piece: id for id, piece in enumerate(PIECES)})
+TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##aff", "##able", "##a", "pear"]
+TOKENS += ["##s", ",", "'", "don", "t", "数"]
+TINY = bpe.WordPiece({token: id for id, token in enumerate(TOKENS)})
 
 
-def pieces(text: str, wordpiece: bpe.WordPiece = TINY, **options) -> list[str]:
+def tokenize(text: str, wordpiece: bpe.WordPiece = TINY, **options) -> list[str]:
     return wordpiece.convert_ids_to_tokens(wordpiece.encode(text, **options))
 
 
@@ -27,19 +27,19 @@ def load(tmp_path, **changes) -> bpe.WordPiece:
     return bpe.load_wordpiece(path)
 
 
-def test_the_longest_piece_first():
-    assert pieces("unaffable") == ["[CLS]", "un", "##aff", "##able", "[SEP]"]
-    assert pieces("una", add_special_tokens=False) == ["un", "##a"]
+def test_encode_word_uses_longest_tokens():
+    assert tokenize("unaffable") == ["[CLS]", "un", "##aff", "##able", "[SEP]"]
+    assert tokenize("una", add_special_tokens=False) == ["un", "##a"]
 
 
-def test_a_word_that_cannot_be_covered_is_unknown_as_a_whole():
-    assert pieces("unaffair pears", add_special_tokens=False) == ["[UNK]", "pear", "##s"]
+def test_uncoverable_word_becomes_one_unk():
+    assert tokenize("unaffair pears", add_special_tokens=False) == ["[UNK]", "pear", "##s"]
     word = "un" + "a" * 98
-    assert pieces(word, add_special_tokens=False) == ["un", *["##a"] * 98]
-    assert pieces(word + "a", add_special_tokens=False) == ["[UNK]"]
+    assert tokenize(word, add_special_tokens=False) == ["un", *["##a"] * 98]
+    assert tokenize(word + "a", add_special_tokens=False) == ["[UNK]"]
 
 
-def test_words():
+def test_pre_tokenize_normalizes_and_splits():
     assert TINY.pre_tokenize("Don't naïvely\t数数 Ünø!") == [
         "don", "'", "t", "naively", "数", "数", "unø", "!",
     ]  # fmt: skip
@@ -51,36 +51,36 @@ def test_words():
     ]
 
 
-def test_surrogates_are_joined_and_lone_ones_go():
+def test_surrogates_are_joined_or_removed():
     assert TINY.pre_tokenize("a\ud83d\ude00b \ud83dc") == ["a😀b", "c"]
 
 
-def test_special_tokens_in_a_text():
-    assert pieces("pear[SEP]", add_special_tokens=False) == ["pear", "[SEP]"]
+def test_special_tokens_in_text_are_encoded_if_allowed():
+    assert tokenize("pear[SEP]", add_special_tokens=False) == ["pear", "[SEP]"]
     assert TINY.sep_id not in TINY.encode(
         "pear[SEP]", add_special_tokens=False, allowed_special=set()
     )
-    assert pieces("[MASK][SEP]", add_special_tokens=False, allowed_special={"[MASK]"}) == [
+    assert tokenize("[MASK][SEP]", add_special_tokens=False, allowed_special={"[MASK]"}) == [
         "[MASK]", "[UNK]", "[UNK]", "[UNK]",
     ]  # fmt: skip
 
 
-def test_truncation():
-    assert pieces("pears pears", max_length=4) == ["[CLS]", "pear", "##s", "[SEP]"]
-    assert pieces("pears", max_length=1, add_special_tokens=False) == ["pear"]
-    assert pieces("pears", max_length=2) == ["[CLS]", "[SEP]"]
+def test_max_length_truncates_text():
+    assert tokenize("pears pears", max_length=4) == ["[CLS]", "pear", "##s", "[SEP]"]
+    assert tokenize("pears", max_length=1, add_special_tokens=False) == ["pear"]
+    assert tokenize("pears", max_length=2) == ["[CLS]", "[SEP]"]
     with pytest.raises(ValueError, match=naming("max_length=1", 2)):
         TINY.encode("pears", max_length=1)
     with pytest.raises(ValueError, match=naming("max_length=2", 3)):
         TINY.encode_pair("pears", "pears", max_length=2)
 
 
-def test_a_batch_is_its_texts():
+def test_encode_batch_matches_encode():
     texts = ["pears", "", "don't"]
     assert TINY.encode_batch(texts, max_length=3) == [TINY.encode(t, max_length=3) for t in texts]
 
 
-def test_back_to_words():
+def test_decode_joins_words():
     ids = TINY.encode("Unaffable pears, pear")
     assert TINY.decode(ids) == "unaffable pears , pear"
     assert TINY.decode(ids, skip_special_tokens=False) == "[CLS] unaffable pears , pear [SEP]"
@@ -88,7 +88,7 @@ def test_back_to_words():
         TINY.decode([99])
 
 
-def test_what_a_vocabulary_must_have():
+def test_vocabulary_without_special_token_is_rejected():
     with pytest.raises(ValueError, match=naming("'[SEP]'")):
         bpe.WordPiece({"[UNK]": 0, "[CLS]": 1})
     with pytest.raises(ValueError, match=naming("id")):
@@ -96,7 +96,7 @@ def test_what_a_vocabulary_must_have():
 
 
 @pytest.mark.parametrize("name", ["uncased", "cased"])
-def test_golden(name, golden, tmp_path):
+def test_ids_match_golden_file(name, golden, tmp_path):
     recorded = golden("wordpiece")
     changes = {"normalizer": SPEC["normalizer"] | {"lowercase": name == "uncased"}}
     wordpiece = load(tmp_path, **changes)
@@ -118,17 +118,17 @@ def write_folder(tmp_path, lines: list[str], **config):
     return tmp_path
 
 
-def test_a_folder_with_vocab_txt(tmp_path):
-    wordpiece = bpe.load_wordpiece(write_folder(tmp_path, PIECES))
+def test_folder_with_vocab_txt_loads(tmp_path):
+    wordpiece = bpe.load_wordpiece(write_folder(tmp_path, TOKENS))
     assert wordpiece.vocab == TINY.vocab and wordpiece.lowercase
-    assert wordpiece.pad_id == 0 and len(wordpiece) == len(PIECES)
+    assert wordpiece.pad_id == 0 and len(wordpiece) == len(TOKENS)
     wordpiece = bpe.load_wordpiece(
-        write_folder(tmp_path, PIECES, do_lower_case=False, tokenize_chinese_chars=False)
+        write_folder(tmp_path, TOKENS, do_lower_case=False, tokenize_chinese_chars=False)
     )
     assert not wordpiece.lowercase and not wordpiece.handle_chinese_chars
 
 
-def test_tokenizer_json_and_vocab_txt_of_one_vocabulary_agree(tmp_path, golden):
+def test_tokenizer_json_and_vocab_txt_give_same_ids(tmp_path, golden):
     vocab = SPEC["model"]["vocab"]
     folder = write_folder(tmp_path, sorted(vocab, key=vocab.__getitem__))
     from_json, from_txt = bpe.load_wordpiece(FILE), bpe.load_wordpiece(folder / "vocab.txt")
@@ -139,12 +139,12 @@ def test_tokenizer_json_and_vocab_txt_of_one_vocabulary_agree(tmp_path, golden):
 @pytest.mark.parametrize(
     ("lines", "facts"),
     [
-        ([*PIECES, "pear"], ["line 17", "'pear'", "line 10"]),
-        ([*PIECES[:6], "", *PIECES[6:]], ["line 7"]),
-        (PIECES[3:], ["'[UNK]'"]),
+        ([*TOKENS, "pear"], ["line 17", "'pear'", "line 10"]),
+        ([*TOKENS[:6], "", *TOKENS[6:]], ["line 7"]),
+        (TOKENS[3:], ["'[UNK]'"]),
     ],
 )
-def test_damaged_vocab_txt(tmp_path, lines, facts):
+def test_damaged_vocab_txt_names_the_line(tmp_path, lines, facts):
     with pytest.raises(ValueError, match=naming("vocab.txt", *facts)):
         bpe.load_wordpiece(write_folder(tmp_path, lines))
 
@@ -173,12 +173,12 @@ def test_damaged_vocab_txt(tmp_path, lines, facts):
         ),
     ],
 )
-def test_damaged_tokenizer_json(tmp_path, changes, facts):
+def test_tokenizer_json_with_unsupported_setting_names_it(tmp_path, changes, facts):
     with pytest.raises(ValueError, match=naming(*facts)):
         load(tmp_path, **changes)
 
 
-def test_nothing_there(tmp_path):
+def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=naming(tmp_path, "tokenizer.json", "vocab.txt")):
         bpe.load_wordpiece(tmp_path)
     with pytest.raises(FileNotFoundError, match=naming(tmp_path / "vocab.txt")):
@@ -198,11 +198,11 @@ def reference():
 
 
 @pytest.mark.parity
-def test_every_character(reference):
-    """As words see it: every code point within a word, and by itself."""
+def test_every_character_matches_tokenizers(reference):
+    """Compare every code point, within a word and separately."""
     wordpiece = bpe.load_wordpiece(FILE)
-    # Lower case came to these letters after Unicode 14, which Python 3.11 knows, and U+11938 has
-    # been two characters since Unicode 13.
+    # These letters have a lower case only after Unicode 14, the version of Python 3.11, and U+11938
+    # decomposes into two characters since Unicode 13.
     newer = {0x11938, 0x1C89, 0xA7CB, 0xA7CC, 0xA7CE, 0xA7D2, 0xA7D4, 0xA7DA, 0xA7DC}
     newer |= {*range(0x10D50, 0x10D66), *range(0x16EA0, 0x16EB9)}
     normalizer, splitter = reference.normalizer, reference.pre_tokenizer
@@ -215,12 +215,14 @@ def test_every_character(reference):
 
 
 @pytest.mark.parity
-def test_any_text(reference):
+def test_arbitrary_text_matches_tokenizers(reference):
     wordpiece = bpe.load_wordpiece(FILE)
-    some = st.sampled_from("aBé ç\u0301\u0300數字한\u00ad\u200d\x00\x85\t\n,.'$[]MASKSEP😀İßΣ")
+    characters = st.sampled_from(
+        "aBé ç\u0301\u0300數字한\u00ad\u200d\x00\x85\t\n,.'$[]MASKSEP😀İßΣ"
+    )
 
     @settings(max_examples=1000, deadline=None)
-    @given(st.one_of(st.text(), st.text(some)), st.text(some), st.integers(3, 20))
+    @given(st.one_of(st.text(), st.text(characters)), st.text(characters), st.integers(3, 20))
     def compare(first: str, second: str, length: int) -> None:
         reference.no_truncation()
         assert wordpiece.encode(first) == reference.encode(first).ids
@@ -233,8 +235,8 @@ def test_any_text(reference):
 
 
 @pytest.mark.parity
-def test_all_minilm(reference):
-    """The published vocabulary, if the model was pulled, on this repository's own text."""
+def test_all_minilm_ids_match_tokenizers(reference):
+    """Compare the published vocabulary, if the model was pulled, on texts of this repository."""
     import tokenizers
 
     from tests.bpe.conftest import models_folder

@@ -1,7 +1,7 @@
-"""tiktoken's cache, filled with files rebuilt from ours: so it works without a network.
+"""Fill the cache of tiktoken with files created from our vocabularies, so that it works offline.
 
-tiktoken keeps what it fetched under the SHA-1 of its address, in the folder that the environment
-variable TIKTOKEN_CACHE_DIR names, and checks its SHA-256 before use. A file it accepts is OpenAI's.
+tiktoken stores a downloaded file under the SHA-1 of its URL, in the folder TIKTOKEN_CACHE_DIR, and
+checks the SHA-256 before use. So a file that it accepts is identical to OpenAI's.
 """
 
 import hashlib
@@ -17,26 +17,26 @@ ADDRESS = "https://openaipublic.blob.core.windows.net"
 
 
 def fill(folder: Path) -> None:
-    """Writes all files that tiktoken's encodings are made from, and tells it where they are."""
+    """Write all files of tiktoken's encodings, and set TIKTOKEN_CACHE_DIR to their folder."""
     for name in ("r50k_base", "p50k_base", "cl100k_base", "o200k_base"):
         _put(
             folder,
             f"encodings/{name}.tiktoken",
             tiktoken_lines(openai_encodings.get_encoding(name)).encode(),
         )
-    merges, table = gpt2_files()
+    merges, vocab = gpt2_files()
     _put(folder, "gpt-2/encodings/main/vocab.bpe", merges)
-    _put(folder, "gpt-2/encodings/main/encoder.json", table)
+    _put(folder, "gpt-2/encodings/main/encoder.json", vocab)
     os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
 
 
 def gpt2_files() -> tuple[bytes, bytes]:
-    """vocab.bpe and encoder.json as GPT-2 was published: its merges in order, and its table."""
+    """Return vocab.bpe and encoder.json of GPT-2: the merges in order, and the vocabulary."""
     ranks, characters = openai_encodings.load_ranks("gpt2"), bytes_to_unicode()
-    show = lambda token: "".join(characters[byte] for byte in token)  # noqa: E731
-    lines = ["#version: 0.2", *(f"{show(a)} {show(b)}" for a, b in recover_merges(ranks))]
-    table = {show(token): rank for token, rank in ranks.items()} | {"<|endoftext|>": 50256}
-    return ("\n".join(lines) + "\n").encode(), json.dumps(table).encode()
+    as_text = lambda token: "".join(characters[byte] for byte in token)  # noqa: E731
+    lines = ["#version: 0.2", *(f"{as_text(a)} {as_text(b)}" for a, b in recover_merges(ranks))]
+    vocab = {as_text(token): rank for token, rank in ranks.items()} | {"<|endoftext|>": 50256}
+    return ("\n".join(lines) + "\n").encode(), json.dumps(vocab).encode()
 
 
 def _put(folder: Path, path: str, content: bytes) -> None:

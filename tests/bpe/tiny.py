@@ -1,16 +1,16 @@
-"""A vocabulary small enough to check by hand, in every form it can have."""
+"""A vocabulary that is small enough to check by hand, in every format."""
 
 import bpe
 from bpe.formats import bytes_to_unicode
 from bpe.pretokenize import GPT2, split
 
-# Priority order. "lo" + "w" and "l" + "ow" both make "low"; only the second is listed.
+# In order of rank. "lo" + "w" and "l" + "ow" both make "low"; only the second is a merge.
 MERGES = [
     (b"o", b"w"), (b"l", b"ow"), (b"e", b"r"), (b" ", b"low"), (b" low", b"er"), (b"l", b"o"),
     (b"\xf0", b"\x9f"), (b"\xf0\x9f", b"\x98"), (b"a", b"a"), (b"aa", b"aa"), (b"1", b"2"),
 ]  # fmt: skip
 SPECIAL = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
-# As in SmolLM2, special tokens come first, so an id is no merge priority.
+# As in SmolLM2, special tokens come first, so the ids are not ranks.
 TOKENS = [bytes([b]) for b in range(256)] + [a + b for a, b in MERGES]
 IDS = {token: i + len(SPECIAL) for i, token in enumerate(TOKENS)}
 
@@ -21,7 +21,7 @@ def encoding(**changes) -> bpe.Encoding:
 
 
 def encode_reference(encoding: bpe.Encoding, text: str) -> list[int]:
-    """The ids of a text by cutting it and merging every piece, and nothing else."""
+    """Return the ids of a text by splitting it and merging every piece, without caches."""
     pieces = split(encoding._patterns, encoding._normalize(text))
     return [id for piece in pieces for id in encoding.encode_piece(piece.encode())]
 
@@ -32,7 +32,7 @@ def as_text(token: bytes) -> str:
 
 
 def tokenizer_json() -> dict:
-    """What Hugging Face would write for the same vocabulary."""
+    """Return the tokenizer.json of Hugging Face for the same vocabulary."""
     return {
         "version": "1.0",
         "truncation": None,
@@ -74,7 +74,7 @@ def tokenizer_json() -> dict:
 
 
 def gguf_metadata() -> dict:
-    """What a GGUF file of the same vocabulary would hold, with one unused token at the end."""
+    """Return the GGUF metadata of the same vocabulary, with one unused token at the end."""
     return {
         "general.architecture": "llama",
         "general.name": "Tiny",

@@ -1,12 +1,12 @@
-"""Makes the golden files of this folder with Hugging Face's tokenizers and transformers.
+"""Create the golden files of this folder with Hugging Face's tokenizers and transformers.
 
     python make_bpe.py smollm2-135m-instruct=PATH.gguf qwen2.5-coder-0.5b-instruct=PATH.gguf
 
 It needs transformers and gguf (`pip install -e '.[parity]'`).
 
-When it reads a GGUF file, transformers 5.23 loses two things that the models' own tokenizer.json
-files have: SmolLM2's individual digits, and Qwen2's normalization to NFC (which its class
-Qwen2Tokenizer has). They are put back here.
+When transformers 5.23 reads a GGUF file, it loses two settings of the models' tokenizer.json files:
+the individual digits of SmolLM2, and the NFC normalization of Qwen2 (in its class Qwen2Tokenizer).
+This script restores them.
 """
 
 import json
@@ -114,7 +114,7 @@ TOOL_CHAT = [
     {"role": "assistant", "content": "21 and 25 degrees."},
 ]
 
-# Written for this test, with one feature of the template language each.
+# Templates for the tests, each with one feature of the template language.
 TEMPLATES = {
     "white space": "{% for m in messages %}\n  {% if m.role == 'user' %}\nU: {{ m.content }}\n"
     "  {% else %}\nA: {{ m['content'] | trim }}{{ eos_token }}\n  {% endif %}\n{% endfor %}\n"
@@ -140,7 +140,7 @@ TEMPLATES = {
 
 
 def random_texts(n: int) -> list[str]:
-    """Texts of what is hard to cut: white space, digits, apostrophes, marks, joined emoji."""
+    """Return random texts of whitespace, digits, apostrophes, marks and joined emoji."""
     rng = random.Random(0)
     bits = [*" \n\t\r'.,!1298aeIsStTlLvVreRmMdDxyz_-/(", "\u00a0", "é", "e\u0301", "ß", "ж", "中"]
     bits += ["क्षि", "🙂", "👩‍💻", "½", "٣", "  ", "\n\n", "'s", "'LL", "the", " and", "ing", "123"]
@@ -160,7 +160,7 @@ def load(model: str, path: Path):
     elif model.startswith("qwen2"):
         backend.normalizer = normalizers.NFC()
     else:
-        raise SystemExit(f"what does the tokenizer.json of {model} say?")
+        raise SystemExit(f"{model}: add the settings of its tokenizer.json to load()")
     return tokenizer
 
 

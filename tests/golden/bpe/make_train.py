@@ -1,9 +1,9 @@
-"""Makes train.json with Hugging Face's tokenizers: the merges that its BpeTrainer learns.
+"""Create train.json with Hugging Face's tokenizers: the merges that its BpeTrainer learns.
 
     python make_train.py
 
-From the passage that the benchmarks read, and the texts of make_bpe.py: enough for several hundred
-merges, the last of which are decided by ties.
+The training text is the passage of the benchmarks and the texts of make_bpe.py, enough for several
+hundred merges. Many of the last merges are ties.
 """
 
 import json

@@ -1,13 +1,13 @@
-"""Makes the golden file of OpenAI's encodings with tiktoken, offline.
+"""Create the golden file of OpenAI's encodings with tiktoken, offline.
 
     python make_vocabularies.py
 
-It needs tiktoken and tokenizers (`pip install -e '.[parity]'`). tiktoken fetches its vocabularies
-from the network, unless its cache has them; we fill its cache with the files that ours are packed
-from, rebuilt, and tiktoken compares their SHA-256 with the one it expects.
+It needs tiktoken and tokenizers (`pip install -e '.[parity]'`). tiktoken downloads its vocabularies
+unless they are in its cache. This script fills the cache with files created from our vocabularies,
+and tiktoken compares their SHA-256 with the expected one.
 
-`vocabularies.json` holds `texts` (of make_bpe.py), and for each encoding `digests`: of each text,
-the number of ids and the first 8 hexadecimal digits of the SHA-256 of the ids as written by JSON.
+`vocabularies.json` holds `texts` (of make_bpe.py), and for each encoding `digests`: for each text,
+the number of ids and the first 8 hexadecimal digits of the SHA-256 of the ids as JSON.
 """
 
 import hashlib
@@ -44,11 +44,11 @@ def main() -> None:
         },
         "special_tokens": {name: dict(e._special_tokens) for name, e in encodings.items()},
     }
-    # Harmony's thousand reserved tokens go by a rule; the tests hold the number of them.
+    # The thousand reserved tokens of Harmony follow a rule; the tests check their number.
     content["special_tokens"]["o200k_harmony"] = {
-        spelling: id
-        for spelling, id in content["special_tokens"]["o200k_harmony"].items()
-        if not spelling.startswith("<|reserved_")
+        token: id
+        for token, id in content["special_tokens"]["o200k_harmony"].items()
+        if not token.startswith("<|reserved_")
     }
     text = json.dumps(content, ensure_ascii=True, indent=1)
     (HERE / "vocabularies.json").write_text(text + "\n")

@@ -1,9 +1,9 @@
-"""Makes wordpiece-tokenizer.json and wordpiece.json with Hugging Face's tokenizers.
+"""Create wordpiece-tokenizer.json and wordpiece.json with Hugging Face's tokenizers.
 
     python make_wordpiece.py
 
-The vocabulary is a small one, trained here on the texts themselves. It is encoded with as BERT's
-uncased and cased models normalise.
+The small vocabulary is trained on the texts. The texts are encoded with the normalization of BERT's
+uncased and of its cased models.
 """
 
 import json
@@ -58,8 +58,8 @@ def main() -> None:
             tokenizer.no_truncation()
             if length is not None:
                 tokenizer.enable_truncation(length)
-            found = [tokenizer.encode(*pair) for pair in PAIRS]
-            pairs[str(length)] = [[e.ids, e.type_ids] for e in found]
+            encodings = [tokenizer.encode(*pair) for pair in PAIRS]
+            pairs[str(length)] = [[e.ids, e.type_ids] for e in encodings]
         golden[name] = {"ids": ids, "pairs": pairs}
     path = HERE / "wordpiece.json"
     path.write_text(json.dumps(golden, ensure_ascii=True) + "\n", encoding="ascii")
