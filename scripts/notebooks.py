@@ -1,9 +1,9 @@
-"""Runs notebooks/NN_name.py and writes the .ipynb with its outputs beside it.
+"""Run notebooks/NN_name.py and write the .ipynb files with their outputs.
 
-python scripts/notebooks.py [NAME.py ...] runs the named ones, or all. The .py (jupytext's percent
-format) is the source; the .ipynb is for reading on a code host. What would differ from run to run
-without meaning anything is left out of it: random cell ids, times of execution, the versions of
-the interpreter. Its metadata hold the hash of the source, so that a stale one is noticed.
+`python scripts/notebooks.py [NAME.py ...]` runs the given notebooks, or all. The .py file (in the
+percent format of jupytext) is the source; the .ipynb is for reading on a code host. It does not
+contain random cell ids, execution times and the version of the interpreter, so that it changes only
+with the source. Its metadata contain the hash of the source, by which a test detects a stale file.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import nbclient
 import nbformat
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
-LIMIT = 300_000  # bytes: what a code host still shows, and git still likes
-TIMEOUT = 300  # seconds a cell may take
+LIMIT = 300_000  # bytes; code hosts do not display larger files
+TIMEOUT = 300  # seconds per cell
 
 
 def sources() -> list[Path]:
-    """The notebooks, in the order of their numbers."""
+    """Return the paths of the notebook sources, in the order of their numbers."""
     return sorted(FOLDER.glob("[0-9][0-9]_*.py"))
 
 
 def digest(source: Path) -> str:
-    """What the .ipynb says it was made from."""
+    """Return the hash of a source, which the metadata of its .ipynb contain."""
     return hashlib.sha256(source.read_bytes()).hexdigest()
 
 
 def read(source: Path) -> nbformat.NotebookNode:
-    """The notebook of a source, without outputs; the same bytes give the same notebook."""
+    """Return the notebook of a source, without outputs; the result is deterministic."""
     notebook = jupytext.read(source)
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
@@ -46,10 +46,10 @@ def read(source: Path) -> nbformat.NotebookNode:
 
 
 def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Runs every cell, in the folder of the notebooks, and keeps the outputs.
+    """Run every cell in the folder of the notebooks, and store the outputs in the notebook.
 
     Raises:
-        nbclient.exceptions.CellExecutionError: a cell raised.
+        nbclient.exceptions.CellExecutionError: if a cell raises.
     """
     nbclient.NotebookClient(
         notebook,
@@ -63,12 +63,16 @@ def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def main(names: list[str]) -> None:
+    """Run the notebooks with these paths, or all, and write their .ipynb files."""
     for source in [Path(name) for name in names] or sources():
         started = time.perf_counter()
         target = source.with_suffix(".ipynb")
         text = nbformat.writes(execute(read(source))) + "\n"
         if len(text.encode()) > LIMIT:
-            sys.exit(f"{target} would have {len(text.encode())} bytes: keep it under {LIMIT}")
+            sys.exit(
+                f"{target} would have {len(text.encode())} bytes; the limit is {LIMIT}: "
+                "reduce the size of its outputs"
+            )
         target.write_text(text, encoding="utf-8")
         seconds = time.perf_counter() - started
         print(f"{target.name}: {seconds:.0f} s, {len(text.encode()) / 1e3:.0f} kB")

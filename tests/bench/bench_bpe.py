@@ -1,20 +1,20 @@
-"""How fast text becomes ids: Pellucid beside tiktoken, on text of many kinds.
+"""Benchmark encoding and decoding: Pellucid compared with tiktoken, on many kinds of text.
 
     python tests/bench/bench_bpe.py [--encodings cl100k_base ...] [--rounds 6] [--megabytes 3]
 
-In every round both encode the same stretch of text on one thread, one after the other, the first of
-a round being the second of the next; the ids must be equal, or the exit status is 1. Stretches are
-taken in turn and none comes twice: our encoder learns the pieces it meets, tiktoken keeps nothing.
-`first` is the first stretch of an encoder that has learned nothing yet. What our tables take to
-make, once in a process, is given beside it and in no ratio.
+In every round, both encode the same slice of text on one thread, one after the other, in
+alternating order. The ids must be equal; otherwise the exit status is 1. No slice is used twice,
+because our encoder caches pieces and tiktoken does not. `first` is the first slice, with an empty
+cache. The time to build our tables, once per process, is printed separately and is not part of any
+ratio.
 
-A ratio is their time by ours, of one round. All are printed, and their median. Speeds are medians,
-in MB of UTF-8 a second. Decoding is of the same ids, given as a list. On a busy machine,
-`--cpu-time` leaves out the time that other processes had.
+A ratio is tiktoken's time divided by ours, in one round. All ratios and their median are printed.
+Speeds are medians, in MB of UTF-8 per second. Decoding uses the same ids as a list. On a busy
+machine, `--cpu-time` excludes the time of other processes.
 
-Besides: a string of 100 bytes, and two processes beside one.
+Also measured: strings of 100 bytes, and two processes compared with one.
 
-Left out: many threads (tiktoken scales with them, we don't), memory.
+Not measured: several threads (tiktoken scales with them, Pellucid does not), and memory.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def interleaved(number: int, ours: Callable, theirs: Callable) -> tuple[float, float, Any]:
-    """The seconds of both, who goes first by turns, and what they returned, which must agree."""
+    """Return the seconds of both and the result, which must be equal; the order alternates."""
     if number % 2:
         our_time, our_result = timed(ours)
         their_time, their_result = timed(theirs)
@@ -61,12 +61,12 @@ def interleaved(number: int, ours: Callable, theirs: Callable) -> tuple[float, f
         their_time, their_result = timed(theirs)
         our_time, our_result = timed(ours)
     if not np.array_equal(our_result, their_result):
-        raise SystemExit(f"round {number}: other results than tiktoken's")
+        raise SystemExit(f"round {number}: the results differ from tiktoken's")
     return our_time, their_time, our_result
 
 
 def text_slices(text: str, megabytes: float, number: int) -> list[str]:
-    """Stretches of a text, each of about so many bytes; shorter ones if it has not that many."""
+    """Return slices of a text with about `megabytes` each, or less if the text is too short."""
     bytes_each = len(text.encode()) / len(text)
     size = min(int(megabytes * 1e6 / bytes_each), len(text) // number)
     step = len(text) // number
@@ -78,40 +78,45 @@ def compare(name: str, kind: str, rounds: int, megabytes: float) -> None:
 
     ours, theirs = bpe.get_encoding(name), tiktoken.get_encoding(name)
     parts = text_slices(corpus.load(kind), megabytes, rounds + 1)
-    ours._fast_encoder = FastEncoder(ours, ours.split_points)  # that has learned nothing
-    ours.encode_to_numpy("12 世界 " * 10_000)  # makes its tables
+    ours._fast_encoder = FastEncoder(ours, ours.split_points)  # with an empty cache
+    ours.encode_to_numpy("12 世界 " * 10_000)  # builds the tables
     theirs.encode_to_numpy(parts[-1][:1000], **ANY)
     encoding: list[tuple[float, float]] = []
     decoding: list[float] = []
     for i, part in enumerate(parts):
-        one, other, ids = interleaved(
+        our_time, their_time, ids = interleaved(
             i,
             lambda: ours.encode_to_numpy(part, **ANY),  # noqa: B023
             lambda: theirs.encode_to_numpy(part, **ANY),  # noqa: B023
         )
-        encoding.append((len(part.encode()) / one / 1e6, len(part.encode()) / other / 1e6))
+        megabytes = len(part.encode()) / 1e6
+        encoding.append((megabytes / our_time, megabytes / their_time))
         ids = ids.tolist()
-        one, other, _ = interleaved(
+        our_time, their_time, _ = interleaved(
             i,
             lambda: ours.decode_bytes(ids),  # noqa: B023
             lambda: theirs.decode_bytes(ids),  # noqa: B023
         )
-        decoding.append(other / one)
-    ratios = [mine / other for mine, other in encoding]
-    mine, tiktokens = (statistics.median(speed) for speed in zip(*encoding[1:], strict=True))
+        decoding.append(their_time / our_time)
+    ratios = [our_speed / their_speed for our_speed, their_speed in encoding]
+    our_speed, their_speed = (
+        statistics.median(speeds) for speeds in zip(*encoding[1:], strict=True)
+    )
+    megabytes = len(parts[0].encode()) / 1e6
     print(
-        f"{name:12} {kind:10} {len(parts[0].encode()) / 1e6:4.1f} MB {mine:6.1f} {tiktokens:6.1f}"
-        f"  x{statistics.median(ratios[1:]):4.2f}  {listed(ratios[1:])}  first {ratios[0]:.2f}"
-        f"  decode x{statistics.median(decoding[1:]):4.2f}  {listed(decoding[1:])}",
+        f"{name:12} {kind:10} {megabytes:4.1f} MB {our_speed:6.1f} {their_speed:6.1f}"
+        f"  x{statistics.median(ratios[1:]):4.2f}  {format_ratios(ratios[1:])}"
+        f"  first {ratios[0]:.2f}"
+        f"  decode x{statistics.median(decoding[1:]):4.2f}  {format_ratios(decoding[1:])}",
         flush=True,
     )
 
 
-def listed(ratios: list[float]) -> str:
+def format_ratios(ratios: list[float]) -> str:
     return "(" + " ".join(f"{ratio:.2f}" for ratio in ratios) + ")"
 
 
-def short(name: str, rounds: int) -> None:
+def compare_short(name: str, rounds: int) -> None:
     import tiktoken
 
     ours, theirs = bpe.get_encoding(name), tiktoken.get_encoding(name)
@@ -119,28 +124,28 @@ def short(name: str, rounds: int) -> None:
     lines = [text[i : i + 100] for i in range(0, 400_000, 100)]
     times: list[tuple[float, float]] = []
     for i in range(rounds):
-        one, other, _ = interleaved(
+        our_time, their_time, _ = interleaved(
             i,
             lambda: np.concatenate([ours.encode(line, **ANY) for line in lines]),
             lambda: np.concatenate([theirs.encode(line, **ANY) for line in lines]),
         )
-        times.append((one, other))
-    mine, tiktokens = (min(time) / len(lines) * 1e6 for time in zip(*times, strict=True))
-    print(f"{name:12} 100 bytes: {mine:.1f} us, tiktoken {tiktokens:.1f} us")
+        times.append((our_time, their_time))
+    our_time, their_time = (min(column) / len(lines) * 1e6 for column in zip(*times, strict=True))
+    print(f"{name:12} 100 bytes: {our_time:.1f} us, tiktoken {their_time:.1f} us")
 
 
 def report_tables(name: str) -> None:
     encoding = bpe.get_encoding(name)
-    making, worker = timed(lambda: FastEncoder(encoding))
-    pairs, _ = timed(worker.prepare)
-    print(f"{name:12} tables: {making:.2f} s, and {pairs:.2f} s when first merging")
+    seconds, encoder = timed(lambda: FastEncoder(encoding))
+    pair_seconds, _ = timed(lambda: encoder._pair_table)
+    print(f"{name:12} tables: {seconds:.2f} s, and {pair_seconds:.2f} s at the first merge")
 
 
 def _encode(argument: tuple[str, str, str, int]) -> float:
-    """In a process of its own: seconds for encoding a text, tables made and text learned before."""
-    who, name, text, times = argument
+    """Return the seconds for encoding a text in a separate process, after one warm-up."""
+    library, name, text, times = argument
     encoding: Any
-    if who == "tiktoken":
+    if library == "tiktoken":
         import tiktoken
 
         encoding = tiktoken.get_encoding(name)
@@ -160,29 +165,29 @@ def _start(ready: Any) -> None:
 
 
 def processes(name: str) -> None:
-    """What two processes do in the time in which one does its half; tiktoken's for comparison."""
+    """Compare the throughput of two processes with that of one, for both libraries."""
     text = corpus.load("dictionary")[:6_000_000]
     context = multiprocessing.get_context("spawn")
 
-    def speed(who: str, number: int) -> float:
+    def speed(library: str, number: int) -> float:
         ready = context.Barrier(number)
         with context.Pool(number, _start, (ready,)) as pool:
-            seconds = pool.map(_encode, [(who, name, text, 6)] * number, chunksize=1)
+            seconds = pool.map(_encode, [(library, name, text, 6)] * number, chunksize=1)
         return number * 6 * len(text) / max(seconds) / 1e6
 
-    for who in ("pellucid", "tiktoken"):
-        one, two = max(speed(who, 1) for _ in range(2)), max(speed(who, 2) for _ in range(2))
-        print(f"{name:12} {who}: one {one:.1f} MB/s, two processes {two:.1f}: x{two / one:.2f}")
+    for library in ("pellucid", "tiktoken"):
+        one, two = (max(speed(library, number) for _ in range(2)) for number in (1, 2))
+        print(f"{name:12} {library}: one {one:.1f} MB/s, two processes {two:.1f}: x{two / one:.2f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Pellucid beside tiktoken.")
+    parser = argparse.ArgumentParser(description="Compare Pellucid with tiktoken.")
     parser.add_argument("--encodings", nargs="+", default=["gpt2", "cl100k_base", "o200k_base"])
     parser.add_argument("--kinds", nargs="+", default=KINDS)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--megabytes", type=float, default=3.0)
     parser.add_argument("--only", choices=["long", "short", "processes"])
-    parser.add_argument("--cpu-time", action="store_true", help="not the time on the wall")
+    parser.add_argument("--cpu-time", action="store_true", help="measure processor time")
     args = parser.parse_args()
 
     from tests.bpe import tiktoken_cache
@@ -201,11 +206,11 @@ def main() -> None:
         for name in args.encodings:
             if args.only in (None, "long"):
                 report_tables(name)
-                print(f"{'':31} ours theirs  ratio (of each round)")
+                print(f"{'':31} ours theirs  ratio (each round)")
                 for kind in args.kinds:
                     compare(name, kind, args.rounds, args.megabytes)
             if args.only in (None, "short"):
-                short(name, args.rounds)
+                compare_short(name, args.rounds)
         if args.only in (None, "processes"):
             processes(args.encodings[-1])
 

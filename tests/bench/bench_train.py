@@ -1,13 +1,13 @@
-"""How fast a vocabulary is trained: Pellucid beside Hugging Face's tokenizers, on one thread.
+"""Benchmark training: Pellucid compared with Hugging Face's tokenizers, on one thread.
 
     python tests/bench/bench_train.py [--rounds 3] [--megabytes 50] [FILE ...]
 
-Both get the same texts: the lines of the files, or of the Python source that is installed here.
-They must learn the same merges, all of them and in the same order, else no time is reported and the
-exit status is 1. In every round each is timed once, in a process of its own, from the texts in
-memory to the merges; ratios are taken within a round.
+Both get the same texts: the lines of the files, or of the installed Python source. They must learn
+the same merges in the same order; otherwise no time is reported and the exit status is 1. In every
+round, each is timed once in a separate process, from the texts in memory to the merges. Ratios are
+computed within a round.
 
-Left out: several threads, which tokenizers can use and we cannot.
+Not measured: several threads, which tokenizers can use and Pellucid cannot.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OURS, PEER = "pellucid", "tokenizers"
 
 
 def read(files: list[Path], size: int) -> list[str]:
-    """The lines of the files, up to `size` bytes of them."""
+    """Return the lines of the files, up to `size` bytes in total."""
     if not files:
         paths = sysconfig.get_paths()
         folders = dict.fromkeys(Path(paths[name]) for name in ("stdlib", "purelib"))
@@ -75,7 +75,7 @@ def train_peer(lines: list[str], merges: int) -> list[list[str]]:
 
 
 def work(name: str, files: list[Path], size: int, merges: int) -> None:
-    """One contender: trains once and prints how it went, as JSON."""
+    """Train once with one library, and print the measurements as JSON."""
     lines = read(files, size)
     started = time.perf_counter()
     learned = {OURS: train_ours, PEER: train_peer}[name](lines, merges)
@@ -96,11 +96,15 @@ def work(name: str, files: list[Path], size: int, merges: int) -> None:
 
 def run(name: str, options: argparse.Namespace) -> dict:
     arguments = ["--megabytes", str(options.megabytes), "--merges", str(options.merges)]
-    # Both on one thread: that of NumPy's sorts and of Rust's loops.
-    alone = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    # Use one thread for NumPy and for Rust.
+    single_threaded = {
+        "RAYON_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+    }
     output = subprocess.run(
         [sys.executable, __file__, "--worker", name, *arguments, *map(str, options.files)],
-        env=os.environ | alone,
+        env=os.environ | single_threaded,
         stdout=subprocess.PIPE,
         check=True,
     ).stdout
@@ -109,7 +113,9 @@ def run(name: str, options: argparse.Namespace) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("files", nargs="*", type=Path, help="texts; default: installed Python")
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="texts; default: the installed Python source"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="default 3")
     parser.add_argument("--megabytes", type=float, default=50, help="default 50")
     parser.add_argument("--merges", type=int, default=32_000, help="default 32000")
@@ -126,17 +132,17 @@ def main() -> int:
         print(f"round {number} of {options.rounds}", file=sys.stderr)
         rounds.append({name: run(name, options) for name in (OURS, PEER)})
         if len({result["digest"] for result in rounds[-1].values()}) > 1:
-            print("they learned different merges: no time is reported", file=sys.stderr)
+            print("the learned merges differ; no time is reported", file=sys.stderr)
             return 1
 
     result = rounds[0][OURS]
-    print(f"{result['merges']} merges of {result['bytes'] / 1e6:.1f} MB, the same from both")
+    print(f"{result['merges']} merges of {result['bytes'] / 1e6:.1f} MB, equal in both")
     print(f"{PEER} {importlib.metadata.version(PEER)}, one thread each, median of {len(rounds)}")
     for name in (OURS, PEER):
-        seconds = statistics.median(round[name]["seconds"] for round in rounds)
-        peak = max(round[name]["peak_mb"] for round in rounds)
-        print(f"  {name:<11} {seconds:6.1f} s   {peak:6.0f} MB at most")
-    ratios = sorted(round[PEER]["seconds"] / round[OURS]["seconds"] for round in rounds)
+        seconds = statistics.median(results[name]["seconds"] for results in rounds)
+        peak = max(results[name]["peak_mb"] for results in rounds)
+        print(f"  {name:<11} {seconds:6.1f} s   {peak:6.0f} MB peak")
+    ratios = sorted(results[PEER]["seconds"] / results[OURS]["seconds"] for results in rounds)
     print(f"  {PEER} takes {statistics.median(ratios):.2f} times as long", end="")
     print(f" ({ratios[0]:.2f} to {ratios[-1]:.2f})")
     return 0

@@ -109,7 +109,7 @@ def test_folder_with_ordinary_eos_token_stops_at_it(tmp_path, write_json, token)
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
 def test_folder_with_eos_token_in_model_vocab_only_makes_it_special(tmp_path, write_json, file):
-    """transformers makes it a special token with the id of the vocabulary."""
+    """The eos_token becomes a special token with the id of the vocabulary, as in transformers."""
     spec = tiny.tokenizer_json()
     ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] != "<|im_end|>"]
