@@ -68,12 +68,18 @@ def _wordpiece_txt(path: Path) -> WordPiece:
 
 def _wordpiece_json(path: Path) -> WordPiece:
     spec = read_json(path)
-    known = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer"}
-    warn_unknown_keys(spec, known | {"post_processor", "decoder", "model"}, "tokenizer.json")
+    known_keys = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer"}
+    warn_unknown_keys(spec, known_keys | {"post_processor", "decoder", "model"}, "tokenizer.json")
     model, where = get_required(spec, "model", dict, str(path)), f"{path}: model"
     get_one_of(model, "type", ["WordPiece"], where)
-    known = {"type", "unk_token", "continuing_subword_prefix", "max_input_chars_per_word", "vocab"}
-    warn_unknown_keys(model, known, "tokenizer.json: model")
+    known_keys = {
+        "type",
+        "unk_token",
+        "continuing_subword_prefix",
+        "max_input_chars_per_word",
+        "vocab",
+    }
+    warn_unknown_keys(model, known_keys, "tokenizer.json: model")
     vocab = get_required(model, "vocab", dict, where)
     for token, id in vocab.items():
         if not isinstance(id, int):
@@ -82,8 +88,8 @@ def _wordpiece_json(path: Path) -> WordPiece:
     normalizer, where = get_required(spec, "normalizer", dict, str(path)), f"{path}: normalizer"
     get_one_of(normalizer, "type", ["BertNormalizer"], where)
     get_one_of(normalizer, "clean_text", [True], where)
-    known = {"type", "clean_text", "handle_chinese_chars", "strip_accents", "lowercase"}
-    warn_unknown_keys(normalizer, known, "tokenizer.json: normalizer")
+    known_keys = {"type", "clean_text", "handle_chinese_chars", "strip_accents", "lowercase"}
+    warn_unknown_keys(normalizer, known_keys, "tokenizer.json: normalizer")
     pre_tokenizer = get_required(spec, "pre_tokenizer", dict, str(path))
     get_one_of(pre_tokenizer, "type", ["BertPreTokenizer"], f"{path}: pre_tokenizer")
 

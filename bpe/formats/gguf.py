@@ -94,15 +94,15 @@ def from_gguf(metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> 
     pattern, ignore_merges, normalization, add_bos = _PRE[pre]
     for key, values in _NEUTRAL.items():
         get_one_of(meta, ggml + key, values, source)
-    known = {ggml + key for key in _READ_KEYS | _UNUSED_KEYS | _NEUTRAL.keys()}
-    known.add("tokenizer.huggingface.json")  # the original tokenizer.json
+    known_keys = {ggml + key for key in _READ_KEYS | _UNUSED_KEYS | _NEUTRAL.keys()}
+    known_keys.add("tokenizer.huggingface.json")  # the original tokenizer.json
     warn_unknown_keys(
         {
             key: value
             for key, value in meta.items()
             if not key.startswith("tokenizer.chat_template") and not key.endswith("_token_id")
         },
-        known,
+        known_keys,
         "GGUF metadata",
     )
 

@@ -66,8 +66,8 @@ def _from_tokenizer_json(
 ) -> Tokenizer:
     spec = read_json(path)
     # `truncation` and `padding` are defaults for calls; they do not change the ids.
-    known = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer"}
-    warn_unknown_keys(spec, known | {"post_processor", "decoder", "model"}, "tokenizer.json")
+    known_keys = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer"}
+    warn_unknown_keys(spec, known_keys | {"post_processor", "decoder", "model"}, "tokenizer.json")
     model = get_required(spec, "model", dict, str(path))
     where = f"{path}: model"
     if _is_sentencepiece(spec):
@@ -79,9 +79,9 @@ def _from_tokenizer_json(
     get_one_of(model, "byte_fallback", [None, False], where)
     get_one_of(model, "fuse_unk", [None, False], where)
     ignore_merges = get_one_of(model, "ignore_merges", [None, False, True], where)
-    known = {"type", "dropout", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk"}
-    known |= {"byte_fallback", "ignore_merges", "unk_token", "vocab", "merges"}
-    warn_unknown_keys(model, known, "tokenizer.json: model")
+    known_keys = {"type", "dropout", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk"}
+    known_keys |= {"byte_fallback", "ignore_merges", "unk_token", "vocab", "merges"}
+    warn_unknown_keys(model, known_keys, "tokenizer.json: model")
     get_one_of(
         get_required(spec, "decoder", dict, str(path)), "type", ["ByteLevel"], f"{path}: decoder"
     )
@@ -191,8 +191,8 @@ def read_added_tokens(
         may_change = spec["model"]["type"] != "BPE" or not text.isascii()
         if spec.get("normalizer") is not None and may_change:
             get_one_of(token, "normalized", [None, False], item)
-        known = {"content", "id", "special", "single_word", "lstrip", "rstrip", "normalized"}
-        warn_unknown_keys(token, known, "tokenizer.json: added_tokens")
+        known_keys = {"content", "id", "special", "single_word", "lstrip", "rstrip", "normalized"}
+        warn_unknown_keys(token, known_keys, "tokenizer.json: added_tokens")
         if special.setdefault(text, id) != id:
             raise ValueError(f"{item}: {text!r} has the ids {special[text]} and {id}")
     texts: dict[int, str] = {}
