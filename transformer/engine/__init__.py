@@ -1,10 +1,10 @@
-"""The engine: many sequences generated at a time, by one device thread.
+"""The engine: generates many sequences at a time on one device thread.
 
-    from transformer.engine import Request, build_engine
+    from transformer.engine import SequenceRequest, build_engine
 
-Read `requests.py` (what goes in and out), then `device.py` (whose turn it is among models),
-`scheduler.py` (which sequence computes next), `runner.py` (what is computed), `engine.py` (what
-joins them), `build.py` (from weights to an engine).
+Read `requests.py` (requests and events), `device.py` (how models share the device), `scheduler.py`
+(which sequence computes next), `block_pool.py` (the blocks of the KV cache and the prefix cache),
+`runner.py` (the computation), `engine.py` (joins them), and `build.py` (from weights to an engine).
 """
 
 from transformer.engine.build import build_engine
@@ -23,7 +23,6 @@ from transformer.engine.requests import (
 )
 
 __all__ = [
-    "PrefillDone",
     "Busy",
     "Completion",
     "Device",
@@ -31,11 +30,12 @@ __all__ = [
     "Engine",
     "Event",
     "Failed",
-    "WorkQueue",
-    "SequenceRequest",
+    "PrefillDone",
     "PromptLogprobs",
+    "SequenceRequest",
     "Stats",
     "Token",
+    "WorkQueue",
     "build_engine",
     "default_device",
 ]

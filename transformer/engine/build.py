@@ -4,10 +4,10 @@
     for completion in engine.generate_batch(requests):
         ...
 
-An engine answers as soon as the smallest programs are compiled. Those for larger batches are
-compiled meanwhile on a thread of their own, and used from then on. Where
-`jax_compilation_cache_dir` is set, JAX fetches them from disk the next time; this package leaves
-JAX's configuration alone.
+An engine serves requests as soon as the programs for the smallest batch are compiled. The programs
+for larger batches are compiled on a separate thread meanwhile, and used once they are ready. With
+`jax_compilation_cache_dir` set, JAX loads them from disk at the next start; this package does not
+change JAX's configuration.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from transformer.engine.engine import Engine
 from transformer.engine.runner import BUCKETS, CHUNK_SIZE, NUM_SLOTS, Runner
 from transformer.engine.scheduler import Scheduler
 
-MAX_WAITING = 256  # requests in the queue before others are turned away
-_compile_lock = threading.Lock()  # compiling ahead, of all models: it takes memory and a core
+MAX_WAITING = 256  # requests in the queue before further ones raise Busy
+_compile_lock = threading.Lock()  # one background compilation of all models: it takes a core
 
 
 def build_engine(
@@ -48,12 +48,13 @@ def build_engine(
     """Return an engine that generates with a model.
 
     Args:
-        params, cfg: the model, as `checkpoint.load` returns it.
-        num_ids: ids of the vocabulary; None for every row of the token table.
-        cache_bytes: memory for the keys and values of all sequences.
-        cache_dtype: dtype of keys and values.
-        max_rows: most sequences in a decoding step.
-        device: the thread that computes; None for the process's own.
+        params: the weights, as `checkpoint.load` returns them.
+        cfg: the model's configuration, from the same call.
+        num_ids: the size of the vocabulary; None for every row of the embedding table.
+        cache_bytes: bytes for the keys and values of all sequences.
+        cache_dtype: the dtype of keys and values.
+        max_batch_size: the maximum number of sequences in a decoding step.
+        device: the device thread; None for the default one of the process.
         notify: called with a line for each program that takes long to compile.
 
     Raises:
@@ -74,7 +75,7 @@ def build_runner(
     *,
     notify: Callable[[str], None] = lambda line: None,
 ) -> Runner:
-    """Return a runner whose cache has as many blocks as fit; arguments as of `build_engine`.
+    """Return a runner with a KV cache of as many blocks as fit; arguments as for `build_engine`.
 
     Raises:
         ValueError: `cache_bytes` holds no block.
@@ -86,7 +87,7 @@ def build_runner(
             f"a cache of {cache_bytes / 2**20:.0f} MB holds no block of {cache.BLOCK_SIZE} tokens: "
             f"give it {math.ceil(block_bytes / 2**20)} MB or more"
         )
-    # Never more than every slot could fill.
+    # Not more blocks than all slots can fill.
     num_blocks = min(num_blocks, NUM_SLOTS * cache.blocks_for(cfg.max_seq_len))
     return Runner(params, cfg, num_ids, num_blocks, cache_dtype, notify)
 
@@ -99,39 +100,43 @@ def start_engine(
     clock: Callable[[], float] = time.monotonic,
     on_speed: Callable[[int, float], None] = lambda tokens, seconds: None,
 ) -> Engine:
-    """Return an engine that can decode two sequences now; larger batches are compiled meanwhile.
+    """Return an engine that can decode two sequences now, and compile larger batches meanwhile.
 
     Args:
-        runner: the model and its cache.
-        max_rows: most sequences in a decoding step; larger steps are taken in parts.
-        device, clock, on_speed: as of `Engine`.
+        runner: the model and its KV cache.
+        max_batch_size: the maximum number of sequences in a decoding step. More sequences are
+            decoded in several steps.
+        device: the device thread; None for the default one of the process.
+        clock: returns the time in seconds.
+        on_speed: called with (tokens, seconds) when a sequence ends that ran alone.
     """
     runner.warm_up()
     _trim_heap()
     scheduler = Scheduler(NUM_SLOTS, runner.num_blocks, cache.BLOCK_SIZE, CHUNK_SIZE, MAX_WAITING)
     engine = Engine(runner, scheduler, runner.context, device, clock=clock, on_speed=on_speed)
-    if later := [size for size in BUCKETS[1:] if size <= max_batch_size]:
-        # Not a daemon: a process that ends in the middle of compiling would crash. Its references
-        # are weak: a model that is let go meanwhile shall not stay for its sake.
-        arguments = (weakref.ref(runner), weakref.ref(engine), [*later, "score"])
+    if larger := [size for size in BUCKETS[1:] if size <= max_batch_size]:
+        # Not a daemon: a process that ends in the middle of compiling would crash. The references
+        # are weak so that this thread does not keep an unloaded model in memory.
+        arguments = (weakref.ref(runner), weakref.ref(engine), [*larger, "score"])
         threading.Thread(target=_compile, args=arguments, name="compile").start()
     return engine
 
 
 def _compile(
-    runner: weakref.ref[Runner], engine: weakref.ref[Engine], names: list[str | int]
+    runner_ref: weakref.ref[Runner], engine_ref: weakref.ref[Engine], names: list[str | int]
 ) -> None:
     for name in names:
         with _compile_lock:
-            if (alive := engine()) is None or not alive.is_alive or (own := runner()) is None:
+            engine, runner = engine_ref(), runner_ref()
+            if engine is None or not engine.is_alive or runner is None:
                 return
-            del alive
-            own.compile(name)
-            del own
+            del engine
+            runner.compile(name)
+            del runner
             _trim_heap()
 
 
 def _trim_heap() -> None:
-    """Returns what the compiler freed to the system: glibc would keep some 100 MB of it."""
+    """Return memory freed by the compiler to the system; glibc would keep about 100 MB of it."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

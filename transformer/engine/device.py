@@ -1,27 +1,27 @@
-"""The thread that computes: bounded pieces of work of all models, in turn.
+"""The device thread: runs bounded work items of all models, one at a time.
 
-A device does one thing at a time well, so everything that answers requests shares one thread, and
-hands it work in pieces of well under a third of a second on two cores: a chunk of a prompt, a
-decoding step, a padded batch of an encoder, a window of sound, a denoising step. Whoever has had
-the least time of the device goes next ("start-time fair queueing", Goyal, Vin & Cheng 1996,
-SIGCOMM): a long job of one kind makes another wait for a piece, not for the job, and saves up
-nothing while it sleeps.
+A device does one thing at a time well. So all models share one thread and hand it work items of
+well under a third of a second on two cores: a chunk of a prompt, a decoding step, a padded batch of
+an encoder, an audio window, a denoising step. The source with the least device time goes next
+("start-time fair queueing", Goyal, Vin & Cheng 1996, SIGCOMM): a long job delays the others by one
+work item, not by the whole job, and a source earns no credit while it sleeps.
 
-Two ways in:
+There are two interfaces:
 
-- `Lane`, a queue of functions, for work whose next piece is known beforehand. What a piece returns
-  or raises, its caller gets. Several calls that follow each other take turns with everybody else's:
+- `WorkQueue`, a queue of functions, for work that is known in advance. The caller gets what the
+  function returns or raises. Consecutive calls alternate with the work of other sources:
 
-      lane = Lane(default_device())
-      vectors = await lane.run(lambda: np.asarray(encode(params, batch)))  # in an event loop
-      vectors = lane.call(lambda: np.asarray(encode(params, batch)))  # in ordinary code
+      work_queue = WorkQueue(default_device())
+      encode_batch = lambda: np.asarray(encode(params, batch))
+      vectors = await work_queue.run(encode_batch)  # in an event loop
+      vectors = work_queue.run_sync(encode_batch)  # in synchronous code
 
-  A piece must wait for its arrays (`np.asarray`, `block_until_ready`) before it returns, or the
-  next one begins beside it.
-- `Source`, for those who decide at the last moment what to compute: `Engine` chooses the rows of a
-  step when the step is about to begin.
+  A function must wait for its arrays (`np.asarray`, `block_until_ready`) before it returns, or the
+  next work item runs at the same time.
+- `WorkSource`, for work that is chosen at the last moment: `Engine` selects the sequences of a step
+  when the step is about to begin.
 
-Leaves out: more than one device, and pieces that can be interrupted.
+Leaves out: more than one device, and preemption of a work item.
 """
 
 from __future__ import annotations
@@ -47,36 +47,41 @@ WorkItem = Callable[[], None]
 
 
 class WorkSource:
-    """Somebody with work for the device. What it shares with callers, `Device.changed` guards.
+    """A source of work items. `Device.condition` guards the state it shares with callers.
 
     Attributes:
-        weight: its share of the device's time, relative to the others'.
+        weight: its share of the device time, relative to other sources.
+        virtual_time: its device seconds divided by its weight; only the device changes it.
     """
 
     weight = 1.0
-    virtual_time = (
-        0.0  # device seconds by weight, on the clock that all sources share; the device's own
-    )
+    virtual_time = 0.0
 
     def next_item(self) -> WorkItem | None:
-        """The next piece of work; None sends the source to sleep until `Device.wake`.
+        """Return the next work item, or None to sleep until `Device.wake`.
 
-        Called by the device thread with the lock held, just before the piece is to run.
+        The device thread calls it with the lock held, just before it runs the work item.
         """
         raise NotImplementedError
 
     def fail(self, error: Exception) -> None:
-        """Ends everything this source has in hand: a piece, or `next`, raised. Lock held."""
+        """End all pending work, after a work item or `next_item` raised an error.
+
+        The device thread calls it with the lock held.
+        """
         raise NotImplementedError
 
 
 class Device:
-    """One thread and the sources it serves.
+    """One thread that runs the work items of all sources.
+
+    Args:
+        clock: returns the time in seconds.
 
     Attributes:
-        changed: the lock around the queues of all sources, and how they tell of changes.
-        pieces: how many pieces of work were done.
-        seconds: how long they took together.
+        condition: guards the queues of all sources, and is notified when they change.
+        num_items: the number of work items done.
+        busy_seconds: the seconds they took together.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -84,18 +89,18 @@ class Device:
         self.num_items, self.busy_seconds = 0, 0.0
         self._clock = clock
         self._runnable: list[WorkSource] = []  # those that may have work
-        self._virtual_time = 0.0  # on the clock of `Source.spent`: where whoever runs stands
+        self._virtual_time = 0.0  # of the source that ran last
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
         self._thread.start()
 
     @property
     def is_alive(self) -> bool:
-        """Whether work that is handed in will be done."""
+        """Whether the device accepts work."""
         return self._thread.is_alive() and not self._is_closed
 
     def wake(self, source: WorkSource) -> None:
-        """Says that a source has work. To be called with the lock held; cheap, so call it freely.
+        """Mark a source as runnable. Call it with the lock held; it is cheap.
 
         Raises:
             RuntimeError: the thread has ended.
@@ -103,14 +108,13 @@ class Device:
         if not self.is_alive:
             raise RuntimeError("the device thread has ended")
         if source not in self._runnable:
-            source.virtual_time = max(
-                source.virtual_time, self._virtual_time
-            )  # no credit for time asleep
+            # No credit for time asleep.
+            source.virtual_time = max(source.virtual_time, self._virtual_time)
             self._runnable.append(source)
             self.condition.notify_all()
 
     def close(self) -> None:
-        """Ends the thread after the piece in hand. May be called again."""
+        """End the thread after the current work item. Further calls do nothing."""
         with self.condition:
             self._is_closed = True
             self.condition.notify_all()
@@ -129,7 +133,7 @@ class Device:
                 self.condition.notify_all()
 
     def _run_one(self) -> bool:
-        """One piece of one source; False when closed."""
+        """Run one work item of one source. Return False when the device is closed."""
         with self.condition:
             while not (self._runnable or self._is_closed):
                 self.condition.wait()
@@ -137,12 +141,12 @@ class Device:
                 return False
             source = min(self._runnable, key=lambda source: source.virtual_time)
             self._virtual_time = source.virtual_time
-            piece = self._guarded(source, source.next_item)
-            if piece is None:
+            item = self._guarded(source, source.next_item)
+            if item is None:
                 self._runnable.remove(source)
                 return True
         started = self._clock()
-        self._guarded(source, piece)
+        self._guarded(source, item)
         seconds = self._clock() - started
         with self.condition:
             source.virtual_time += seconds / source.weight
@@ -151,7 +155,7 @@ class Device:
         return True
 
     def _guarded(self, source: WorkSource, step: Callable[[], Any]) -> Any:
-        """A source that raises loses what it has in hand; the others do not."""
+        """Call a function of a source. An error ends the pending work of this source only."""
         try:
             return step()
         except Exception as error:
@@ -163,7 +167,7 @@ class Device:
 
 @functools.cache
 def default_device() -> Device:
-    """The device thread of this process, started when first asked for."""
+    """Return the device of this process; the first call starts its thread."""
     device = Device()
     # A process that ends while this thread is inside XLA would abort instead.
     atexit.register(device.close)
@@ -171,12 +175,12 @@ def default_device() -> Device:
 
 
 class WorkQueue(WorkSource):
-    """A queue of pieces, first come, first served.
+    """A first-in, first-out queue of functions to run on a device.
 
     Args:
-        device: who computes them.
-        weight: their share of its time.
-        max_waiting: pieces that may wait.
+        device: runs the functions.
+        weight: the share of device time, relative to other sources.
+        max_waiting: the maximum number of waiting functions.
     """
 
     def __init__(self, device: Device, *, weight: float = 1.0, max_waiting: int = 256) -> None:
@@ -185,17 +189,17 @@ class WorkQueue(WorkSource):
         self._users: set[object] = set()
 
     def __len__(self) -> int:
-        """How many pieces wait."""
+        """Return the number of waiting functions."""
         return len(self._waiting)
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody is `using` it."""
+        """Whether no caller is inside `using`."""
         return not self._users
 
     @contextlib.contextmanager
     def using(self) -> Iterator[None]:
-        """Holds it for work of several pieces: between two of them it is not idle."""
+        """Keep the queue from being idle between the functions of one job."""
         user = object()
         self._users.add(user)
         try:
@@ -204,16 +208,19 @@ class WorkQueue(WorkSource):
             self._users.remove(user)
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Has `piece` computed; gives what it returns. A cancelled one that waits is not begun.
+        """Run a function on the device thread and return its result.
+
+        A function that is cancelled while it waits does not run.
 
         Raises:
-            Busy: too many pieces wait.
-            Exception: what `piece` raises.
+            Busy: too many functions wait.
+            RuntimeError: the device thread has ended.
+            Exception: any error that the function raises.
         """
         return await asyncio.wrap_future(self._submit(function))
 
     def run_sync(self, function: Callable[[], T]) -> T:
-        """The same, for ordinary code."""
+        """Run a function as `run` does, from synchronous code."""
         return self._submit(function).result()
 
     def _submit(self, function: Callable[[], T]) -> Future[T]:
@@ -226,22 +233,24 @@ class WorkQueue(WorkSource):
         return future
 
     def next_item(self) -> WorkItem | None:
+        """Return the next function that is not cancelled, as a work item; None without one."""
         while self._waiting:
-            future, piece = self._waiting.popleft()
+            future, function = self._waiting.popleft()
             if future.set_running_or_notify_cancel():
-                return functools.partial(_settle, future, piece)
+                return functools.partial(_settle, future, function)
         return None
 
     def fail(self, error: Exception) -> None:
+        """Raise the error in every waiting call."""
         while self._waiting:
             future, _ = self._waiting.popleft()
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
 
 
-def _settle(future: Future[T], piece: Callable[[], T]) -> None:
+def _settle(future: Future[T], function: Callable[[], T]) -> None:
     try:
-        result = piece()
+        result = function()
     except Exception as error:
         future.set_exception(error)
     else:

@@ -1,9 +1,9 @@
-"""What joins requests, scheduler and model, and the doors to it.
+"""The engine: joins requests, scheduler and model.
 
-Callers put requests in and get events out, from an event loop (`stream`) or from ordinary code
-(`generate`); leaving either early cancels the request before its model's next piece of work.
-Everything that touches a model's arrays happens on the device thread (`device.py`), one bounded
-piece at a time.
+Callers submit requests and receive events, from an event loop (`stream`) or from synchronous code
+(`generate`, `generate_batch`). Closing the iterator early cancels the request before the model's
+next work item. Only the device thread (`device.py`) touches a model's arrays, one bounded work item
+at a time.
 """
 
 from __future__ import annotations
@@ -33,47 +33,59 @@ from transformer.engine.requests import (
     Token,
 )
 from transformer.engine.scheduler import Decode, Prefill, Scheduler, Sequence
+from transformer.sampling import SampleOutput
 
 log = logging.getLogger(__name__)
 
 FAILURE_MESSAGE = "The server had an error while processing your request."
-UNREAD_MESSAGE = "The answer was not read as it came, and was given up."
-MAX_UNREAD_EVENTS = (
-    4096  # events that may wait for who asked; most have read one before the next comes
-)
-MIN_TIMED_TOKENS = 32  # of a row that was alone, for its speed to mean something
-MAX_RETRY_AFTER = 60.0  # seconds; what a client is told at most when the queue is full
+UNREAD_MESSAGE = "The client did not read the response as it came, so the request was cancelled."
+MAX_UNREAD_EVENTS = 4096  # waiting for one client; most clients read each before the next comes
+MIN_TIMED_TOKENS = 32  # of a sequence that ran alone; fewer tokens give no reliable speed
+MAX_RETRY_AFTER = 60.0  # seconds; upper bound of `Busy.retry_after`
 
 
 class ModelRunner(Protocol):
-    """What the engine needs of a model; `Runner` is the real one."""
+    """The interface between the engine and a model; `Runner` implements it."""
 
-    max_batch_size: int  # that decode together just now
+    @property
+    def max_batch_size(self) -> int:
+        """Return the maximum number of sequences in a decoding step now."""
+        ...
 
-    def prefill(self, sequence: Sequence, block_copy: tuple[int, int] | None) -> object | None: ...
-    def decode(self, sequences: list[Sequence]) -> object: ...
-    def recover(self) -> bool: ...
+    def prefill(
+        self, sequence: Sequence, block_copy: tuple[int, int] | None
+    ) -> SampleOutput | None:
+        """Compute the next chunk of a prompt; after the last one, sample the first token."""
+        ...
+
+    def decode(self, sequences: list[Sequence]) -> SampleOutput:
+        """Compute the last token of each sequence and sample the next."""
+        ...
+
+    def recover(self) -> bool:
+        """Restore a valid state after an error; return whether the KV cache was lost."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """What an engine did since it began, and how it stands. Tokens, if nothing else is said.
+    """Counters of an engine since its start, and its state now.
 
     Attributes:
-        prompt_tokens: of prompts that were read.
-        cached_tokens: those among them that had been read before.
-        generated_tokens: drawn and delivered.
-        chunks: pieces of prompts that were computed.
-        steps: of decoding.
-        stepped_rows: rows in all those steps together.
-        requests: that ended, by how: "stop", "length", "cancelled", "timeout", "failed".
-        restarts: rows that gave their blocks back and started over.
-        waiting: requests in the queue now.
-        running: requests in a slot now.
-        slots: requests that can be in one.
-        blocks: of the cache.
-        blocks_held: by running requests now.
-        blocks_remembering: held by nobody, kept for prompts that begin alike.
+        prompt_tokens: tokens of prefilled prompts.
+        cached_tokens: prompt tokens taken from the prefix cache.
+        generated_tokens: tokens sampled and delivered.
+        prefill_chunks: computed chunks of prompts.
+        decode_steps: computed decoding steps.
+        decoded_rows: the batch sizes of all decoding steps, summed.
+        finished: ended sequences by reason: "stop", "length", "cancelled", "timeout", "failed".
+        preemptions: sequences that were preempted for lack of blocks.
+        waiting: sequences in the queue now.
+        running: sequences in a slot now.
+        slots: the maximum number of running sequences.
+        blocks: the blocks of the KV cache.
+        blocks_held: blocks held by running sequences now.
+        blocks_cached: blocks without a holder that stay in the prefix cache.
     """
 
     prompt_tokens: int = 0
@@ -93,15 +105,15 @@ class Stats:
 
 
 class Engine(WorkSource):
-    """Generates for many requests at a time.
+    """Generates many sequences at a time.
 
     Args:
-        computer: the model; touched by the device thread only.
-        scheduler: who computes next.
-        context: positions a sequence may have.
-        device: where it computes; the process's own if not given.
-        clock: seconds, as of `Request.deadline`.
-        on_speed: told (tokens, seconds) when a request that had the model for itself ends.
+        runner: the model; only the device thread calls it.
+        scheduler: decides what to compute next.
+        context: the maximum number of positions of a sequence.
+        device: the device thread; None for the default one of the process.
+        clock: returns the time in seconds, as in `SequenceRequest.deadline`.
+        on_speed: called with (tokens, seconds) when a sequence ends that ran alone.
     """
 
     def __init__(
@@ -120,23 +132,21 @@ class Engine(WorkSource):
         self._clock, self._on_speed = clock, on_speed
         self._is_closing = False
         self._counts: Counter[str] = Counter()  # fields of Stats
-        self._finished: Counter[str] = Counter()  # how requests ended
-        self._pending_speeds: list[tuple[int, float]] = []  # that `on_speed` was not told yet
-        self._last_finish = self._clock()  # when a request last did
-        self._finish_interval = (
-            1.0  # seconds from the end of one request to that of the next, on average
-        )
+        self._finished: Counter[str] = Counter()  # ended sequences by reason
+        self._pending_speeds: list[tuple[int, float]] = []  # not passed to `on_speed` yet
+        self._last_finish = self._clock()  # time of the last end of a sequence
+        self._finish_interval = 1.0  # average seconds between the ends of two sequences
 
-    # -- doors ---------------------------------------------------------------------------------
+    # -- for callers ---------------------------------------------------------------------------
 
     async def stream(self, request: SequenceRequest) -> AsyncGenerator[Event, None]:
-        """Yields the events of a request; always ends in Done or Failed.
+        """Yield the events of a request; the last one is Done or Failed.
 
-        Who does not read on for `MAX_UNREAD` events is given up: memory is for those who do.
+        A request with `MAX_UNREAD_EVENTS` unread events is cancelled, to bound memory.
 
         Raises:
             Busy: too many requests wait.
-            ValueError: the request does not fit the model's context.
+            ValueError: the request is empty or exceeds the model's context.
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
@@ -149,7 +159,7 @@ class Engine(WorkSource):
                 events.put_nowait(event)
 
         def deliver(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(put, event)
 
         sequence = self._submit(request, deliver)
@@ -163,7 +173,12 @@ class Engine(WorkSource):
             self._cancel(sequence)
 
     def generate(self, request: SequenceRequest) -> Generator[Event, None, None]:
-        """The same, for ordinary code."""
+        """Yield the events of a request as `stream` does, from synchronous code.
+
+        Raises:
+            Busy: too many requests wait.
+            ValueError: the request is empty or exceeds the model's context.
+        """
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         sequence = self._submit(request, events.put)
         try:
@@ -176,48 +191,49 @@ class Engine(WorkSource):
             self._cancel(sequence)
 
     def generate_batch(self, sequences: Iterable[SequenceRequest]) -> list[Completion]:
-        """Return the answers to many requests, in their order.
+        """Return the completions of many requests, in their order.
 
-        Requests are taken from the iterable as there is room for them, so it may be long.
+        Requests are taken from the iterable as slots become free, so it may be long.
 
         Raises:
-            Busy: too many requests of others wait.
-            RuntimeError: an answer could not be finished.
-            ValueError: a request does not fit the model's context.
+            Busy: too many requests of other callers wait.
+            RuntimeError: a sequence failed.
+            ValueError: a request is empty or exceeds the model's context.
         """
-        room = 2 * self._scheduler.num_slots  # running, and enough waiting to replace them
-        arrived: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+        max_pending = 2 * self._scheduler.num_slots  # running, and enough waiting to replace them
+        numbered: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
         submitted: list[Sequence] = []
         events: list[list[Event]] = []  # of each request
-        done = 0
-        todo = iter(sequences)
+        num_done = 0
+        remaining = iter(sequences)
         try:
             while True:
-                for request in itertools.islice(todo, room + done - len(submitted)):
-                    # The first is admitted as any request is; those that follow belong to it.
-                    request = replace(
-                        request, is_later=request.is_accepted or len(submitted) > done
-                    )
-                    deliver = partial(_put_numbered, arrived.put, len(submitted))
+                num_free = max_pending + num_done - len(submitted)
+                for request in itertools.islice(remaining, num_free):
+                    # Queue limits apply only if no earlier request of this call is pending.
+                    is_accepted = request.is_accepted or len(submitted) > num_done
+                    deliver = partial(_put_numbered, numbered.put, len(submitted))
                     events.append([])
-                    submitted.append(self._submit(request, deliver))
-                if done == len(submitted):
-                    return [_completion(own) for own in events]
-                number, event = arrived.get()
+                    submitted.append(
+                        self._submit(replace(request, is_accepted=is_accepted), deliver)
+                    )
+                if num_done == len(submitted):
+                    return [_completion(sequence_events) for sequence_events in events]
+                number, event = numbered.get()
                 events[number].append(event)
                 if isinstance(event, Failed):
                     raise RuntimeError(event.message)
-                done += isinstance(event, Done)
+                num_done += isinstance(event, Done)
         finally:
             for sequence in submitted:
                 self._cancel(sequence)
 
     def close(self, *, drain: bool = True, timeout: float = 30.0) -> None:
-        """Ends what was accepted, and accepts no more. May be called again.
+        """End all requests and accept no more. Further calls do nothing.
 
         Args:
-            drain: finish what was accepted, as far as it goes within the timeout; the rest, or
-                everything, ends in Done("cancelled").
+            drain: whether to finish accepted requests within the timeout. The unfinished ones, or
+                all of them without `drain`, end in Done("cancelled").
             timeout: seconds.
         """
         with self._condition:
@@ -226,20 +242,20 @@ class Engine(WorkSource):
                 self._cancel_all()
             if not self._condition.wait_for(lambda: self.is_idle, timeout):
                 self._cancel_all()
-                self._condition.wait_for(lambda: self.is_idle, 5.0)  # the piece of work in hand
+                self._condition.wait_for(lambda: self.is_idle, 5.0)  # for the current work item
 
     @property
     def is_alive(self) -> bool:
-        """Whether requests will be answered."""
+        """Whether the engine accepts requests."""
         return self._device.is_alive and not self._is_closing
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing runs or waits."""
+        """Whether no sequence waits or runs."""
         return self._scheduler.is_idle
 
     def stats(self) -> Stats:
-        """Counts since the start, and how things stand now."""
+        """Return the counters since the start and the state now."""
         with self._condition:
             scheduler, blocks = self._scheduler, self._scheduler.block_pool
             return Stats(
@@ -255,13 +271,16 @@ class Engine(WorkSource):
             )
 
     def _submit(self, request: SequenceRequest, deliver: Callable[[Event], None]) -> Sequence:
-        least = 1 if request.prompt_logprobs is None else 0
-        if not request.prompt or request.max_tokens < least:
-            raise ValueError("a request needs a prompt and at least one token to generate or score")
+        min_tokens = 1 if request.prompt_logprobs is None else 0
+        if not request.prompt or request.max_tokens < min_tokens:
+            raise ValueError(
+                "a request needs a prompt and at least one token to generate or score: got "
+                f"{len(request.prompt)} prompt tokens and max_tokens {request.max_tokens}"
+            )
         if len(request.prompt) + request.max_tokens > self._context:
             raise ValueError(
-                f"{len(request.prompt)} prompt tokens and {request.max_tokens} to generate are "
-                f"more than the context of {self._context}"
+                f"{len(request.prompt)} prompt tokens and max_tokens {request.max_tokens} exceed "
+                f"the context of {self._context} tokens: shorten the prompt or lower max_tokens"
             )
         sequence = Sequence(request, deliver)
         with self._condition:
@@ -279,7 +298,7 @@ class Engine(WorkSource):
         return sequence
 
     def _cancel(self, sequence: Sequence) -> None:
-        sequence.is_cancelled = True  # looked at before this engine's next piece of work
+        sequence.is_cancelled = True  # read before this engine's next work item
 
     def _cancel_all(self) -> None:
         for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
@@ -288,121 +307,118 @@ class Engine(WorkSource):
     # -- on the device thread ------------------------------------------------------------------
 
     def next_item(self) -> WorkItem | None:
-        """A chunk or a step, whichever the scheduler says."""
+        """Return the prefill chunk or decoding step that the scheduler chooses; None without one.
+
+        Cancelled sequences and those past their deadline end first.
+        """
         scheduler, now = self._scheduler, self._clock()
         for sequence in [*scheduler.waiting, *scheduler.running]:
             if sequence.is_cancelled:
                 self._finish(sequence, Done("cancelled"))
             elif (deadline := sequence.request.deadline) is not None and now >= deadline:
                 self._finish(sequence, Done("timeout"))
-        work = scheduler.schedule(self._runner.max_batch_size)
-        if work is None:
+        step = scheduler.schedule(self._runner.max_batch_size)
+        if step is None:
             return None
         if len(scheduler.running) > 1:
             for sequence in scheduler.running:
                 sequence.was_alone = False
-        return partial(self._compute, work)
+        return partial(self._compute, step)
 
     def fail(self, error: Exception) -> None:
-        """Ends every request: something went wrong that is no request's own."""
+        """End every sequence in Failed, after an error that no single sequence caused."""
         for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
             self._finish(sequence, Failed(FAILURE_MESSAGE))
 
-    def _compute(self, work: Prefill | Decode) -> None:
-        rows = [work.sequence] if isinstance(work, Prefill) else list(work.sequences)
+    def _compute(self, step: Prefill | Decode) -> None:
+        sequences = [step.sequence] if isinstance(step, Prefill) else list(step.sequences)
         try:
-            if isinstance(work, Prefill):
-                drawn = self._runner.prefill(work.sequence, work.block_copy)
+            if isinstance(step, Prefill):
+                output = self._runner.prefill(step.sequence, step.block_copy)
             else:
-                drawn = self._runner.decode(rows)
+                output = self._runner.decode(sequences)
         except Exception:
-            log.exception("a computation failed; its requests end")
+            log.exception("a work item failed; its sequences end")
             is_lost = self._runner.recover()
             with self._condition:
-                for row in rows:
-                    self._finish(row, Failed(FAILURE_MESSAGE))
-                if is_lost:  # the cache went with the failure: the others start over
-                    for row in self._scheduler.running[::-1]:
-                        self._scheduler.preempt(row)
+                for sequence in sequences:
+                    self._finish(sequence, Failed(FAILURE_MESSAGE))
+                if is_lost:  # the KV cache was lost: recompute the other sequences
+                    for sequence in self._scheduler.running[::-1]:
+                        self._scheduler.preempt(sequence)
                     self._scheduler.block_pool.reset_prefix_cache()
             return
         with self._condition:
-            if isinstance(work, Prefill):
-                self._scheduler.register(work.sequence)
-                self._report_prefill(work.sequence)
+            if isinstance(step, Prefill):
+                self._scheduler.register(step.sequence)
+                self._report_prefill(step.sequence)
                 self._counts["prefill_chunks"] += 1
             else:
                 self._counts["decode_steps"] += 1
-                self._counts["decoded_rows"] += len(rows)
-            if drawn is not None:
-                for i, row in enumerate(rows):
-                    self._append_token(row, drawn, i)
+                self._counts["decoded_rows"] += len(sequences)
+            if output is not None:
+                for i, sequence in enumerate(sequences):
+                    self._append_token(sequence, output, i)
             speeds, self._pending_speeds = self._pending_speeds, []
-        for speed in speeds:  # outside the lock: whoever is told may take his time
+        for speed in speeds:  # outside the lock: the callback may be slow
             self._on_speed(*speed)
 
-    def _report_prefill(self, row: Sequence) -> None:
-        """Delivers what a chunk says of the prompt, and that it was read, once each."""
-        if row.chunk_scores is not None:
-            self._report_prompt_logprobs(row)
-        if not row.is_prefilling and not row.is_prefill_reported:
-            row.is_prefill_reported, row.prefill_end = True, self._clock()
-            row.deliver(PrefillDone(row.num_cached_tokens))
-            self._counts["prompt_tokens"] += len(row.request.prompt)
-            self._counts["cached_tokens"] += row.num_cached_tokens
+    def _report_prefill(self, sequence: Sequence) -> None:
+        """Deliver the log-probabilities of a chunk, and PrefillDone after the last chunk."""
+        if sequence.chunk_scores is not None:
+            self._report_prompt_logprobs(sequence, sequence.chunk_scores)
+            sequence.chunk_scores = None
+        if not sequence.is_prefilling and not sequence.is_prefill_reported:
+            sequence.is_prefill_reported, sequence.prefill_end = True, self._clock()
+            sequence.deliver(PrefillDone(sequence.num_cached_tokens))
+            self._counts["prompt_tokens"] += len(sequence.request.prompt)
+            self._counts["cached_tokens"] += sequence.num_cached_tokens
 
-    def _report_prompt_logprobs(self, row: Sequence) -> None:
-        drawn, row.chunk_scores = row.chunk_scores, None
-        k = row.request.prompt_logprobs
-        if row.num_scored == 0:
-            row.num_scored = 1
-            row.deliver(PromptLogprobs((Token(row.ids[0]),)))
-        end = min(
-            row.num_computed_tokens + 1, len(row.request.prompt)
-        )  # its last token foretells the next
-        first = row.num_computed_tokens - len(drawn.ids) + 1  # the position of drawn.ids[0]
+    def _report_prompt_logprobs(self, sequence: Sequence, scores: SampleOutput) -> None:
+        if sequence.num_scored == 0:
+            sequence.num_scored = 1
+            sequence.deliver(PromptLogprobs((Token(sequence.ids[0]),)))
+        # The last token of a chunk predicts the first of the next one.
+        end = min(sequence.num_computed_tokens + 1, len(sequence.request.prompt))
+        first = sequence.num_computed_tokens - len(scores.ids) + 1  # the position of scores.ids[0]
         tokens = tuple(
-            _token(row.ids[at], drawn, at - first, k)
-            for at in range(max(row.num_scored, first), end)
+            _token(sequence.ids[p], scores, p - first, sequence.request.prompt_logprobs)
+            for p in range(max(sequence.num_scored, first), end)
         )
         if tokens:
-            row.num_scored = end
-            row.deliver(PromptLogprobs(tokens))
+            sequence.num_scored = end
+            sequence.deliver(PromptLogprobs(tokens))
 
-    def _append_token(self, row: Sequence, drawn, i: int) -> None:
-        """Adds a drawn token to its row and tells the client."""
-        token, request = int(drawn.ids[i]), row.request
-        if request.max_tokens == 0:  # only the prompt was of interest
-            self._finish(row, Done("length"))
+    def _append_token(self, sequence: Sequence, output: SampleOutput, i: int) -> None:
+        """Append row `i` of a step's output to its sequence, and deliver it."""
+        token, request = int(output.ids[i]), sequence.request
+        if request.max_tokens == 0:  # only prompt log-probabilities were requested
+            self._finish(sequence, Done("length"))
             return
-        if row.num_generated < len(
-            row.preempted_ids
-        ):  # it started over: what it said before stands
-            token = row.preempted_ids[row.num_generated]
+        if sequence.num_generated < len(sequence.preempted_ids):  # recomputed: keep the old token
+            token = sequence.preempted_ids[sequence.num_generated]
         if token in request.stop_ids:
-            is_told = request.top_logprobs is not None
-            end = _token(token, drawn, i, request.top_logprobs) if is_told else None
-            self._finish(row, Done("stop", end))
+            has_logprobs = request.top_logprobs is not None
+            stop_token = _token(token, output, i, request.top_logprobs) if has_logprobs else None
+            self._finish(sequence, Done("stop", stop_token))
             return
-        row.ids.append(token)
-        if row.num_generated > row.num_delivered:
-            row.num_delivered += 1
-            row.deliver(_token(token, drawn, i, request.top_logprobs))
+        sequence.ids.append(token)
+        if sequence.num_generated > sequence.num_delivered:
+            sequence.num_delivered += 1
+            sequence.deliver(_token(token, output, i, request.top_logprobs))
             self._counts["generated_tokens"] += 1
-        if row.num_generated == request.max_tokens:
-            self._finish(row, Done("length"))
+        if sequence.num_generated == request.max_tokens:
+            self._finish(sequence, Done("length"))
 
-    def _finish(self, row: Sequence, event: Done | Failed) -> None:
-        self._scheduler.finish(row)
-        row.deliver(event)
+    def _finish(self, sequence: Sequence, event: Done | Failed) -> None:
+        self._scheduler.finish(sequence)
+        sequence.deliver(event)
         now = self._clock()
-        self._finish_interval, self._last_finish = (
-            0.8 * self._finish_interval + 0.2 * (now - self._last_finish),
-            now,
-        )
+        interval = now - self._last_finish
+        self._finish_interval, self._last_finish = 0.8 * self._finish_interval + 0.2 * interval, now
         self._finished[event.finish_reason if isinstance(event, Done) else "failed"] += 1
-        if row.was_alone and row.num_delivered > MIN_TIMED_TOKENS:
-            self._pending_speeds.append((row.num_delivered - 1, now - row.prefill_end))
+        if sequence.was_alone and sequence.num_delivered > MIN_TIMED_TOKENS:
+            self._pending_speeds.append((sequence.num_delivered - 1, now - sequence.prefill_end))
         if self.is_idle:
             self._condition.notify_all()
 
@@ -420,14 +436,14 @@ def _completion(events: list[Event]) -> Completion:
         finish_reason=end.finish_reason,
         tokens=tokens,
         prompt_logprobs=tuple(
-            t for event in events if isinstance(event, PromptLogprobs) for t in event.tokens
+            token for event in events if isinstance(event, PromptLogprobs) for token in event.tokens
         ),
     )
 
 
-def _token(token: int, drawn, i: int, top_logprobs: int | None) -> Token:
+def _token(id: int, output: SampleOutput, i: int, top_logprobs: int | None) -> Token:
     if top_logprobs is None:
-        return Token(token)
-    ids, values = drawn.top_ids[i, :top_logprobs], drawn.top_logprobs[i, :top_logprobs]
+        return Token(id)
+    ids, values = output.top_ids[i, :top_logprobs], output.top_logprobs[i, :top_logprobs]
     top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return Token(token, float(drawn.logprobs[i]), top)
+    return Token(id, float(output.logprobs[i]), top)

@@ -1,4 +1,4 @@
-"""What the engine is asked, and what it answers: token ids only, never text or JSON."""
+"""The requests and events of the engine: token ids only, never text or JSON."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from transformer.sampling import SamplingParams
 
 
 class Busy(Exception):
-    """No room in the queue of waiting requests.
+    """The queue of waiting requests has no room.
 
     Args:
         retry_after: seconds until there may be room again.
-        waiting: how many of the client's own wait, if that is as many as one client's may; None if
-            the queue is full.
+        num_waiting: the number of the client's own waiting requests if the client has reached its
+            limit; None if the queue is full.
     """
 
     def __init__(self, retry_after: float = 1.0, num_waiting: int | None = None) -> None:
@@ -28,17 +28,22 @@ class SequenceRequest:
 
     Attributes:
         prompt: token ids, at least one.
-        max_tokens: the most tokens to generate; 0 only where `prompt_logprobs` are asked for.
-        sampling: how to choose them.
-        stop_ids: ids that end the answer.
-        top_logprobs: None for no log-probabilities; k for the chosen token's and k alternatives.
-        prompt_logprobs: the same for the tokens of the prompt, which then come back as `Scored`.
-        choice: which of the n choices of a request this is; it varies the dice under one seed.
-        client: who asks; requests of different clients are admitted in turn.
-        is_later: it belongs to what was let in with an earlier one, so it is never turned away.
-        deadline: when it ends, finished or not, on the clock of `time.monotonic`; None for no end.
-        reuse: whether what others have read of the same prompt is used, and this kept for others.
-            It changes how long the answer takes, never the answer. Scored prompts are read anew.
+        max_tokens: the maximum number of tokens to generate; 0 is allowed with `prompt_logprobs`.
+        sampling_params: temperature, top-p and the other parameters of the sampler.
+        stop_ids: token ids that end the sequence.
+        top_logprobs: None for no log-probabilities; k for those of the sampled token and of the k
+            likeliest tokens.
+        prompt_logprobs: the same for the tokens of the prompt, delivered as `PromptLogprobs`.
+        index: the index among the n choices of one API request; it varies the random numbers under
+            one seed.
+        client: the name of the client; clients are admitted in turn.
+        is_accepted: whether an earlier sequence of the same API request was accepted. The queue
+            limits then do not apply.
+        deadline: the time at which the sequence ends, finished or not, on the engine's clock
+            (`time.monotonic` by default); None for no deadline.
+        use_prefix_cache: whether to use cached blocks of the same prompt and to cache this one's.
+            It changes the time to the first token, never the tokens. A prompt with
+            `prompt_logprobs` does not use the prefix cache.
     """
 
     prompt: tuple[int, ...]
@@ -56,30 +61,36 @@ class SequenceRequest:
 
 @dataclass(frozen=True)
 class PrefillDone:
-    """The prompt was read, `cached_tokens` of it before, for another request."""
+    """The prefill is complete; `cached_tokens` prompt tokens came from the prefix cache."""
 
     cached_tokens: int
 
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token. A stop id is never delivered."""
+    """One token with its log-probabilities. A stop id is never delivered as a token.
+
+    Attributes:
+        id: the token id.
+        logprob: the natural logarithm of its probability, before temperature and penalties.
+        top_logprobs: (id, logprob) of the likeliest tokens, likeliest first.
+    """
 
     id: int
-    logprob: float | None = None  # natural logarithm, of the model's own distribution
-    top_logprobs: tuple[tuple[int, float], ...] = ()  # (id, logprob), likeliest first
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class PromptLogprobs:
-    """The next tokens of the prompt, as the model expected them; the very first has no logprob."""
+    """The log-probabilities of the next prompt tokens. The first prompt token has none."""
 
     tokens: tuple[Token, ...]
 
 
 @dataclass(frozen=True)
 class Done:
-    """The end of an answer; where logprobs are asked for, with the stop id that ended it."""
+    """The end of a sequence. With `top_logprobs`, `token` is the stop token that ended it."""
 
     finish_reason: Literal["stop", "length", "cancelled", "timeout"]
     token: Token | None = None
@@ -87,20 +98,20 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The end of an answer that the engine could not finish."""
+    """The end of a sequence that the engine could not finish."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished answer of `Engine.generate_batch`.
+    """A finished sequence of `Engine.generate_batch`.
 
     Attributes:
         ids: the generated token ids, without the stop id.
-        reason: why it ended.
-        tokens: the same tokens, with log-probabilities where they were asked for.
-        scored: the tokens of the prompt, where `prompt_logprobs` were asked for.
+        finish_reason: why the sequence ended.
+        tokens: the same tokens, with log-probabilities if the request has `top_logprobs`.
+        prompt_logprobs: the tokens of the prompt, if the request has `prompt_logprobs`.
     """
 
     ids: tuple[int, ...]

@@ -1,9 +1,9 @@
-"""What is computed: one chunk of a prompt, or one step of some running rows.
+"""The computation of the engine: one prefill chunk of a prompt, or one decoding step of a batch.
 
-Rows are padded to one of a few batch sizes, never one: on a CPU a one-row product in a narrow
-format is the slow one, and few sizes are few programs to compile. Programs are compiled ahead, on
-any thread, while the device serves with those that are there: a step in two halves gives every row
-the same bits as a step of all. JAX keeps compiled programs on disk for the next start.
+A batch is padded to one of a few sizes, so that few programs have to be compiled. The smallest size
+is two: on a CPU a product of one row in a narrow dtype is slow. Programs are compiled ahead, on any
+thread, while the device uses those that are ready: two steps of half a batch give every sequence
+the same bits as one step of the whole batch. JAX caches compiled programs on disk.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -20,26 +20,27 @@ from transformer import cache, generate, lora, sampling
 from transformer.config import Config
 from transformer.decoder import Params
 from transformer.engine.requests import SequenceRequest
-from transformer.engine.scheduler import Sequence as Row
+from transformer.engine.scheduler import Sequence
 from transformer.sampling import SampleOutput, SamplingParams
 
-CHUNK_SIZE = 64  # prompt tokens read at once: well under a third of a second on two cores
-BUCKETS = (2, 4, 8, 16)  # rows of a decoding step
+CHUNK_SIZE = 64  # prompt tokens of a prefill: well under a third of a second on two cores
+BUCKETS = (2, 4, 8, 16)  # batch sizes of a decoding step
 NUM_SLOTS = BUCKETS[-1]
 _GREEDY = SamplingParams(temperature=0.0)
-SLOW_COMPILE_SECONDS = 2.0  # seconds; a program that took longer is told of
+SLOW_COMPILE_SECONDS = 2.0  # a program that took longer is reported to `notify`
 _copy_block = jax.jit(cache.copy_block, donate_argnames="kv_cache")
 
 
 class Runner:
-    """A decoder on the device: its weights, its cache, and what its penalties remember.
+    """A decoder on the device: weights, KV cache, penalty state and compiled programs.
 
     Args:
-        params, cfg: the model.
-        num_ids: ids of the vocabulary; the table may be padded beyond.
-        num_blocks: blocks of the cache.
-        cache_dtype: what keys and values are stored in.
-        notify: told when a program had to be compiled, or fetched from disk.
+        params: the weights.
+        cfg: the model's configuration.
+        num_ids: the size of the vocabulary; the embedding table may be padded beyond it.
+        num_blocks: the number of blocks of the KV cache.
+        cache_dtype: the dtype of keys and values.
+        notify: called with a line for each program that was slow to compile or to load.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Runner:
         self._programs: dict[str | int, Callable] = {}
         self._compiling = threading.Lock()
         self._reset_state()
-        # What programs are compiled for. The arrays themselves come and go with every call.
+        # Programs are compiled for shapes: every call donates the arrays and returns new ones.
         self._shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
             (self._cache, self._penalty_state),
@@ -69,9 +70,9 @@ class Runner:
         self._penalty_state = sampling.init_penalty_state(NUM_SLOTS + 1, self.cfg.vocab_size)
 
     def recover(self) -> bool:
-        """After a failed call: whether it took the cache with it, which is then made anew.
+        """Replace the KV cache if a failed call lost it; return whether it did.
 
-        A call donates the cache; one that fails halfway may have given it up without a successor.
+        A call donates the cache. A call that fails may have deleted it without returning a new one.
         """
         is_lost = any(
             leaf.is_deleted() for leaf in jax.tree.leaves((self._cache, self._penalty_state))
@@ -82,22 +83,22 @@ class Runner:
 
     @property
     def context(self) -> int:
-        """Positions that a sequence may have: those of the model, or of the cache if it is less."""
+        """Return the maximum positions of a sequence: the model's, or the cache's if fewer."""
         return min(self.cfg.max_seq_len, self.num_blocks * cache.BLOCK_SIZE)
 
     @property
     def num_bytes(self) -> int:
-        """Memory of weights and cache."""
+        """Return the bytes of weights, KV cache and penalty state."""
         cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._shapes))
         return cache_bytes + self.weight_bytes
 
     @property
     def weight_bytes(self) -> int:
-        """Memory of weights alone."""
+        """Return the bytes of the weights alone."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self._params))
 
     def with_adapter(self, adapter: lora.Adapter) -> Runner:
-        """The same model with an adapter beside its weights, whose arrays both then have."""
+        """Return a runner of the same weights with a LoRA adapter; the weight arrays are shared."""
         return Runner(
             lora.apply(self._params, adapter),
             self.cfg,
@@ -111,27 +112,29 @@ class Runner:
 
     @property
     def max_batch_size(self) -> int:
-        """Rows of the largest step that is compiled."""
+        """Return the largest batch size of a decoding step that is compiled."""
         return max((size for size in BUCKETS if size in self._programs), default=BUCKETS[0])
 
     def compile(self, *names: str | int) -> None:
-        """Compiles programs or fetches them from disk: "read", "score", or a number of rows.
+        """Compile programs, or load them from disk. Any thread may call it during computation.
 
-        May be called from any thread, while others compute.
+        Args:
+            names: "read" for prefill, "score" for prefill with log-probabilities, or the batch size
+                of a decoding step.
         """
         for name in names:
             self._program(name)
 
     def warm_up(self) -> None:
-        """Runs what one conversation needs, once. Not while the engine computes."""
-        row = Row(
+        """Run the programs that one conversation needs, once. Call it before the engine starts."""
+        sequence = Sequence(
             SequenceRequest(prompt=(0,), max_tokens=1, sampling_params=_GREEDY),
             deliver=lambda event: None,
         )
-        row.slot = NUM_SLOTS
-        self.prefill(row, (cache.NULL_BLOCK, cache.NULL_BLOCK))
-        row.ids.append(0)
-        self.decode([row])
+        sequence.slot = NUM_SLOTS
+        self.prefill(sequence, (cache.NULL_BLOCK, cache.NULL_BLOCK))
+        sequence.ids.append(0)
+        self.decode([sequence])
 
     def _program(self, name: str | int) -> Callable:
         if name not in self._programs:
@@ -142,127 +145,142 @@ class Runner:
 
     def _compile(self, name: str | int) -> Callable:
         started = time.perf_counter()
-        memory, past = self._shapes
+        kv_cache, penalty_state = self._shapes
         tables = np.zeros((1, self._table_width), np.int32)
-        chunk, one = np.zeros((1, CHUNK_SIZE), np.int32), np.zeros(1, np.int32)
+        chunk, start = np.zeros((1, CHUNK_SIZE), np.int32), np.zeros(1, np.int32)
         if name == "read":
-            lowered = generate.prefill.lower(self._params, self.cfg, memory, chunk, tables, one, 0)
-            what = "reading prompts"
+            lowered = generate.prefill.lower(
+                self._params, self.cfg, kv_cache, chunk, tables, start, 0
+            )
+            label = "prefill"
         elif name == "score":
             lowered = generate.prefill_with_logprobs.lower(
-                self._params, self.cfg, memory, chunk, chunk[0], tables, one, 0,
+                self._params, self.cfg, kv_cache, chunk, chunk[0], tables, start, 0,
                 num_ids=self._num_ids,
             )  # fmt: skip
-            what = "scoring prompts"
+            label = "prefill with log-probabilities"
         else:
             lowered = generate.decode.lower(
                 self._params,
                 self.cfg,
-                memory,
-                past,
+                kv_cache,
+                penalty_state,
                 *self._step_inputs([], name),
                 num_ids=self._num_ids,
             )
-            what = f"steps of {name} rows"
+            label = f"decoding of {name} sequences"
         with _cache_hits() as hits:
             program = lowered.compile()
         if (seconds := time.perf_counter() - started) > SLOW_COMPILE_SECONDS:
-            how = "fetched from disk in" if hits else "compiled, and kept, in"
-            self._notify(f"{what}: {how} {seconds:.1f} s")
+            action = "loaded from disk" if hits else "compiled and cached"
+            self._notify(f"{label}: {action} in {seconds:.1f} s")
         return program
 
     # -- work ----------------------------------------------------------------------------------
 
     def prefill(
-        self, sequence: Row, block_copy: tuple[int, int] | None = None
+        self, sequence: Sequence, block_copy: tuple[int, int] | None = None
     ) -> SampleOutput | None:
-        """Reads the next chunk of a prompt; behind the last one, draws the first token.
+        """Compute the next chunk of a prompt; after the last chunk, sample the first token.
 
         Args:
-            row: what it reads of; `row.scores` is set where scores are asked for.
-            copy: a block to be copied onto another before, as (from, to).
+            sequence: the sequence to prefill. `sequence.chunk_scores` is set if its request has
+                `prompt_logprobs`.
+            block_copy: a block to copy first, as (source, target).
+
+        Returns:
+            The first token as arrays of one row, on the host; None before the last chunk.
         """
         if block_copy is not None:
             self._cache = _copy_block(self._cache, *np.array(block_copy, np.int32))
         prompt, start = sequence.request.prompt, sequence.num_computed_tokens
-        real = prompt[start : start + CHUNK_SIZE]
+        chunk = prompt[start : start + CHUNK_SIZE]
         ids = np.zeros((1, CHUNK_SIZE), np.int32)
-        ids[0, : len(real)] = real
-        where = self._block_tables([sequence]), np.array([start], np.int32), len(real) - 1
+        ids[0, : len(chunk)] = chunk
+        position_args = self._block_tables([sequence]), np.array([start], np.int32), len(chunk) - 1
         if sequence.request.prompt_logprobs is None:
-            logits, self._cache = self._program("read")(self._params, self._cache, ids, *where)
-        else:
-            following = np.zeros(CHUNK_SIZE, np.int32)
-            following[: len(prompt) - start - 1] = prompt[start + 1 : start + CHUNK_SIZE + 1]
-            logits, scores, self._cache = self._program("score")(
-                self._params, self._cache, ids, following, *where
+            logits, self._cache = self._program("read")(
+                self._params, self._cache, ids, *position_args
             )
-            sequence.chunk_scores = _on_host(jax.tree.map(lambda leaf: leaf[: len(real)], scores))
-        sequence.num_computed_tokens += len(real)
+        else:
+            targets = np.zeros(CHUNK_SIZE, np.int32)
+            targets[: len(prompt) - start - 1] = prompt[start + 1 : start + CHUNK_SIZE + 1]
+            logits, scores, self._cache = self._program("score")(
+                self._params, self._cache, ids, targets, *position_args
+            )
+            sequence.chunk_scores = _on_host(jax.tree.map(lambda leaf: leaf[: len(chunk)], scores))
+        sequence.num_computed_tokens += len(chunk)
         if sequence.is_prefilling:
-            logits.block_until_ready()  # a piece of work is over when it is over
+            logits.block_until_ready()  # a work item ends when its computation ends
             return None
-        history = generate.prompt_mask_and_bias(
+        mask_and_bias = generate.prompt_mask_and_bias(
             prompt, sequence.request.sampling_params, self.cfg.vocab_size
         )
-        self._penalty_state = generate.reset_slot(self._penalty_state, sequence.slot, *history)
-        drawn, self._penalty_state = generate.sample(
+        self._penalty_state = generate.reset_slot(
+            self._penalty_state, sequence.slot, *mask_and_bias
+        )
+        output, self._penalty_state = generate.sample(
             logits, self._penalty_state, self._sampling_inputs([sequence]), num_ids=self._num_ids
         )
-        return _on_host(drawn)
+        return _on_host(output)
 
-    def decode(self, sequences: Sequence[Row]) -> SampleOutput:
-        """Reads the last token of each row and draws the next."""
+    def decode(self, sequences: list[Sequence]) -> SampleOutput:
+        """Compute the last token of each sequence and sample the next.
+
+        Returns:
+            The sampled tokens as arrays on the host, whose first `len(sequences)` rows are those of
+            the sequences; the others are padding.
+        """
         size = next(size for size in BUCKETS if size >= len(sequences))
-        drawn, self._cache, self._penalty_state = self._program(size)(
+        output, self._cache, self._penalty_state = self._program(size)(
             self._params, self._cache, self._penalty_state, *self._step_inputs(sequences, size)
         )
-        for row in sequences:
-            row.num_computed_tokens += 1
-        return _on_host(drawn)
+        for sequence in sequences:
+            sequence.num_computed_tokens += 1
+        return _on_host(output)
 
-    def _step_inputs(self, rows: Sequence[Row], size: int) -> tuple:
-        """What a step of `size` rows is told: the last id of each, its blocks, its length, how."""
-        pad = size - len(rows)
-        ids = np.array([row.ids[row.num_computed_tokens] for row in rows] + [0] * pad, np.int32)
-        starts = np.array([row.num_computed_tokens for row in rows] + [0] * pad, np.int32)
-        return ids, self._block_tables(rows, pad), starts, self._sampling_inputs(rows, pad)
+    def _step_inputs(self, sequences: list[Sequence], size: int) -> tuple:
+        """Return last ids [B], block tables [B, N], lengths [B] and sampling inputs, B = `size`."""
+        pad = size - len(sequences)
+        ids = np.array([s.ids[s.num_computed_tokens] for s in sequences] + [0] * pad, np.int32)
+        starts = np.array([s.num_computed_tokens for s in sequences] + [0] * pad, np.int32)
+        block_tables = self._block_tables(sequences, pad)
+        return ids, block_tables, starts, self._sampling_inputs(sequences, pad)
 
-    def _block_tables(self, rows: Sequence[Row], pad: int = 0) -> np.ndarray:
-        tables = np.full((len(rows) + pad, self._table_width), cache.NULL_BLOCK, np.int32)
-        for table, row in zip(tables, rows, strict=False):
-            table[: len(row.block_table)] = row.block_table
+    def _block_tables(self, sequences: list[Sequence], pad: int = 0) -> np.ndarray:
+        tables = np.full((len(sequences) + pad, self._table_width), cache.NULL_BLOCK, np.int32)
+        for table, sequence in zip(tables, sequences, strict=False):
+            table[: len(sequence.block_table)] = sequence.block_table
         return tables
 
-    def _sampling_inputs(self, rows: Sequence[Row], pad: int = 0) -> sampling.SamplingMetadata:
+    def _sampling_inputs(
+        self, sequences: list[Sequence], pad: int = 0
+    ) -> sampling.SamplingMetadata:
         return sampling.batch_sampling_params(
-            [row.request.sampling_params for row in rows] + [_GREEDY] * pad,
-            [row.request.index for row in rows] + [0] * pad,
-            [row.num_generated for row in rows] + [0] * pad,
-            [row.slot for row in rows] + [NUM_SLOTS] * pad,
+            [s.request.sampling_params for s in sequences] + [_GREEDY] * pad,
+            [s.request.index for s in sequences] + [0] * pad,
+            [s.num_generated for s in sequences] + [0] * pad,
+            [s.slot for s in sequences] + [NUM_SLOTS] * pad,
         )
 
 
 @contextlib.contextmanager
 def _cache_hits() -> Iterator[list[str]]:
-    """Collect the programs that this thread has from JAX's cache on disk meanwhile."""
+    """Collect the programs that this thread loads from JAX's cache on disk inside the block."""
     hits, thread = [], threading.get_ident()
 
-    def listen(event: str, **_: str | int) -> None:
+    def on_event(event: str, **_: str | int) -> None:
         if event == "/jax/compilation_cache/cache_hits" and threading.get_ident() == thread:
             hits.append(event)
 
-    jax.monitoring.register_event_listener(listen)
+    jax.monitoring.register_event_listener(on_event)
     try:
         yield hits
     finally:
-        jax.monitoring.unregister_event_listener(listen)
+        jax.monitoring.unregister_event_listener(on_event)
 
 
-def _on_host(drawn: SampleOutput) -> SampleOutput:
-    return SampleOutput(
-        *(
-            np.asarray(leaf)
-            for leaf in (drawn.ids, drawn.logprobs, drawn.top_ids, drawn.top_logprobs)
-        )
-    )
+def _on_host(output: SampleOutput) -> SampleOutput:
+    """Wait for the arrays of an output, and copy them to the host."""
+    arrays = (output.ids, output.logprobs, output.top_ids, output.top_logprobs)
+    return SampleOutput(*(np.asarray(array) for array in arrays))

@@ -1,20 +1,21 @@
-"""Who computes next within one model: continuous batching over a paged cache.
+"""The scheduler of one model: continuous batching over a paged KV cache.
 
 After Orca (Yu et al. 2022, OSDI) for batching at the level of single steps, vLLM (Kwon et al. 2023,
-arXiv:2309.06180) for blocks of cache handed out as sequences grow, and Sarathi (Agrawal et al.
-2023, arXiv:2308.16369) for reading prompts in chunks between steps. No arrays here, so that every
-rule can be tested by hand.
+arXiv:2309.06180) for blocks of cache that are allocated as sequences grow, and Sarathi (Agrawal et
+al. 2023, arXiv:2308.16369) for chunked prefill between decoding steps. This file holds no arrays,
+so that tests can check every rule by hand.
 
-A sequence waits, is admitted to a slot, has its prompt read chunk by chunk, then decodes.
+A sequence waits, is admitted to a slot, is prefilled chunk by chunk, and then decodes.
 
-- Clients are admitted in turn: each one's next sequence before anybody's second next. Within that,
-  first come, first admitted; what waits for blocks is not overtaken. No client fills the queue.
-- A chunk of reading alternates with a step of decoding, so neither starves the other. Chunks go by
-  turns to the prompt with the least left, so that a short one need not wait for a long one, and to
-  the oldest, so that the long one gets there too.
-- Before a chunk is read, `blocks.py` is asked whether somebody has read it before.
-- When blocks run out, the youngest sequence gives its own back and starts over later: it reads
-  again what it had generated, and only then goes on delivering.
+- Clients are admitted in rounds, one sequence of each client a round. Within a round the order is
+  first come, first served, and a sequence that waits for blocks is not overtaken. One client can
+  use only a part of the queue.
+- Prefill chunks alternate with decoding steps, so that neither starves the other. Chunks go in
+  turn to the sequence with the shortest remaining prompt, so that it need not wait for a long one,
+  and to the oldest sequence, so that a long prompt also finishes.
+- Before each prefill chunk, `block_pool.py` is searched for cached blocks of the same prompt.
+- When blocks run out, the youngest sequence is preempted: its blocks are released, and it is
+  recomputed later. Tokens that were delivered before are not delivered again.
 
 Leaves out: priorities.
 """
@@ -24,34 +25,56 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformer.engine.block_pool import BlockPool, hash_chunks
 from transformer.engine.requests import Busy, Event, SequenceRequest
+from transformer.sampling import SampleOutput
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A request on its way through the engine."""
+    """One sequence in the engine, from request to last token.
+
+    Attributes:
+        request: what to generate.
+        deliver: called with each event; must not block.
+        ids: the prompt, then the generated tokens.
+        num_computed_tokens: the number of `ids` whose keys and values are in the KV cache.
+        block_table: its blocks, in the order of positions.
+        slot: its row of the penalty state; -1 while it waits.
+        num_cached_tokens: prompt tokens taken from the prefix cache.
+        chunk_hashes: the hashes of its prompt chunks; empty if it does not use the prefix cache.
+        num_registered_chunks: the number of its chunks that are in the prefix cache.
+        admission_round: its round among its client's sequences, see `Scheduler.submit`.
+        last_step: the number of its last decoding step.
+        num_delivered: generated tokens delivered so far.
+        num_scored: prompt tokens whose log-probabilities were delivered.
+        chunk_scores: log-probabilities of the last prefill chunk, if requested (`SampleOutput`).
+        preempted_ids: tokens generated before it was preempted.
+        is_prefill_reported: whether `PrefillDone` was delivered.
+        prefill_end: the time of that delivery, in seconds of the engine's clock.
+        was_alone: whether no other sequence ran at the same time.
+        is_cancelled: set by any thread; the engine ends the sequence before its next work item.
+    """
 
     request: SequenceRequest
     deliver: Callable[[Event], None]
-    ids: list[int] = field(default_factory=list)  # the prompt, then what was generated
-    num_computed_tokens: int = 0  # how many of them stand in the cache
+    ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     slot: int = -1
-    num_cached_tokens: int = 0  # tokens of the prompt that somebody else had read
-    chunk_hashes: list[bytes] = field(default_factory=list)  # of the chunks it shares
-    num_registered_chunks: int = 0  # how many of those are known to others
-    admission_round: int = 0  # of its client, see Scheduler.submit
-    last_step: int = 0  # number of the step it last took part in
-    num_delivered: int = 0  # generated tokens the client has
-    num_scored: int = 0  # tokens of the prompt whose log-probability the client has
-    chunk_scores: Any = None  # of the chunk just read, where they are asked for: sampling.Drawn
-    preempted_ids: list[int] = field(default_factory=list)  # generated before it had to start over
-    is_prefill_reported: bool = False  # the client was told that its prompt was read
-    prefill_end: float = 0.0  # when that was; seconds of time.monotonic
-    was_alone: bool = True  # nobody else was running when it was
+    num_cached_tokens: int = 0
+    chunk_hashes: list[bytes] = field(default_factory=list)
+    num_registered_chunks: int = 0
+    admission_round: int = 0
+    last_step: int = 0
+    num_delivered: int = 0
+    num_scored: int = 0
+    chunk_scores: SampleOutput | None = None
+    preempted_ids: list[int] = field(default_factory=list)
+    is_prefill_reported: bool = False
+    prefill_end: float = 0.0
+    was_alone: bool = True
     is_cancelled: bool = False
 
     def __post_init__(self) -> None:
@@ -59,18 +82,18 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
-        """How many tokens were generated so far."""
+        """Return the number of tokens generated so far."""
         return len(self.ids) - len(self.request.prompt)
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether part of the prompt is still to be read."""
+        """Whether part of the prompt is not computed yet."""
         return self.num_computed_tokens < len(self.request.prompt)
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """Read the next chunk of one prompt, after copying a block onto another (from, to) if given."""
+    """Prefill the next chunk of one prompt, after the copy of a block (source, target) if given."""
 
     sequence: Sequence
     block_copy: tuple[int, int] | None = None
@@ -78,20 +101,20 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Decode:
-    """Read one token of each sequence and draw the next."""
+    """Decode one step: compute the last token of each sequence and sample the next."""
 
     sequences: tuple[Sequence, ...]
 
 
 class Scheduler:
-    """Hands out slots and blocks, and says what to compute next.
+    """Allocates slots and blocks, and decides what to compute next.
 
     Args:
-        num_slots: sequences that compute at a time.
-        num_blocks: blocks of the cache, numbered from 1.
-        block: positions in a block.
-        chunk: positions of a prompt read at once; divides `block`.
-        max_waiting: sequences that may wait; a quarter of them one client's.
+        num_slots: the maximum number of running sequences.
+        num_blocks: the number of blocks of the KV cache.
+        block_size: the positions in a block.
+        chunk_size: the positions of a prefill chunk; divides `block_size`.
+        max_waiting: the maximum number of waiting sequences; a quarter of it for one client.
     """
 
     def __init__(
@@ -104,57 +127,57 @@ class Scheduler:
         self.block_pool = BlockPool(num_blocks)
         self.waiting: list[Sequence] = []  # in the order of admission
         self.running: list[Sequence] = []  # oldest first
-        self._admission_round = 0  # of the sequence that was or is to be admitted last
+        self._admission_round = 0  # of the last sequence that was at the head of the queue
         self._steps = 0
-        self.num_preemptions = 0  # sequences that gave their blocks back
+        self.num_preemptions = 0
         self._did_prefill_last = self._did_oldest_last = False
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether no sequence waits or runs."""
         return not (self.waiting or self.running)
 
     def submit(self, sequence: Sequence) -> None:
-        """Puts a sequence into the queue.
+        """Add a sequence to the queue.
 
-        Every client's sequences wait one a turn; a client who has none waiting joins the turn that
-        is being admitted.
+        A client's sequences are queued one a round. A client without waiting sequences joins the
+        round that is being admitted.
 
         Raises:
-            Busy: the queue is full, or the client's part of it.
+            Busy: the queue is full, or the client has reached its limit.
         """
         client = sequence.request.client
-        turns = [other.admission_round for other in self.waiting if other.request.client == client]
+        rounds = [other.admission_round for other in self.waiting if other.request.client == client]
         if not sequence.request.is_accepted:
             if len(self.waiting) >= self.max_waiting:
                 raise Busy
-            if len(turns) >= self.max_waiting_per_client:
-                raise Busy(num_waiting=len(turns))
-        sequence.admission_round = max(self._admission_round, max(turns, default=-1) + 1)
+            if len(rounds) >= self.max_waiting_per_client:
+                raise Busy(num_waiting=len(rounds))
+        sequence.admission_round = max(self._admission_round, max(rounds, default=-1) + 1)
         if sequence.request.use_prefix_cache and sequence.request.prompt_logprobs is None:
             sequence.chunk_hashes = hash_chunks(sequence.request.prompt, self.chunk_size)
         bisect.insort_right(self.waiting, sequence, key=lambda other: other.admission_round)
 
     def schedule(self, max_batch_size: int | None = None) -> Prefill | Decode | None:
-        """The next piece of work, with the blocks it needs already handed out.
+        """Return the next work item with its blocks allocated; None if no sequence is left.
 
         Args:
-            max_rows: sequences that can decode together just now; None for all.
+            max_batch_size: the maximum number of sequences in a decoding step; None for no limit.
         """
         self._admit()
-        reading = [s for s in self.running if s.is_prefilling]
+        prefilling = [s for s in self.running if s.is_prefilling]
         decoding = [s for s in self.running if not s.is_prefilling]
-        if reading and not (decoding and self._did_prefill_last):
+        if prefilling and not (decoding and self._did_prefill_last):
             self._did_prefill_last = True
             self._did_oldest_last = not self._did_oldest_last
-            oldest = reading[0]
-            shortest = min(reading, key=lambda s: len(s.request.prompt) - s.num_computed_tokens)
+            oldest = prefilling[0]
+            shortest = min(prefilling, key=lambda s: len(s.request.prompt) - s.num_computed_tokens)
             sequence = oldest if self._did_oldest_last else shortest
             return Prefill(sequence, self._skip_cached_chunks(sequence))
         self._did_prefill_last = False
         decoding = sorted(decoding, key=lambda s: s.last_step)[:max_batch_size]
         for sequence in decoding:
-            if sequence in self.running:  # it may have been put back for one before it
+            if sequence in self.running:  # one before it may have preempted it
                 self._append_block(sequence)
         decoding = [s for s in decoding if s in self.running]
         self._steps += 1
@@ -162,10 +185,11 @@ class Scheduler:
             sequence.last_step = self._steps
         if decoding:
             return Decode(tuple(decoding))
-        return None if self.is_idle else self.schedule(max_batch_size)  # the one there was gave way
+        # If all of them were preempted, others are admitted now.
+        return None if self.is_idle else self.schedule(max_batch_size)
 
     def register(self, sequence: Sequence) -> None:
-        """Lets others find the chunks of a prompt that were read by now. Call it after each."""
+        """Add the computed chunks of a prompt to the prefix cache. Call it after each prefill."""
         per_block = self.block_size // self.chunk_size
         done = min(sequence.num_computed_tokens // self.chunk_size, len(sequence.chunk_hashes))
         for i in range(sequence.num_registered_chunks, done):
@@ -173,7 +197,7 @@ class Scheduler:
         sequence.num_registered_chunks = max(sequence.num_registered_chunks, done)
 
     def finish(self, sequence: Sequence) -> None:
-        """Takes a sequence out, wherever it is; its slot and blocks are free again."""
+        """Remove a waiting or running sequence, and free its slot and blocks."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         elif sequence in self.running:
@@ -181,7 +205,7 @@ class Scheduler:
             self._release(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
-        """Takes what a sequence computed from it and puts it back into the queue, at its turn."""
+        """Release the blocks of a running sequence and queue it again, to be recomputed."""
         self.num_preemptions += 1
         self.running.remove(sequence)
         self._release(sequence)
@@ -189,7 +213,7 @@ class Scheduler:
         sequence.preempted_ids = max(generated, sequence.preempted_ids, key=len)
         sequence.ids, sequence.num_computed_tokens = list(sequence.request.prompt), 0
         sequence.num_registered_chunks = sequence.num_cached_tokens = 0
-        # Ahead of its turn: all that wait came later, or were put back because they are younger.
+        # First in its round: the others came later, or were preempted because they are younger.
         bisect.insort_left(self.waiting, sequence, key=lambda other: other.admission_round)
 
     def _release(self, sequence: Sequence) -> None:
@@ -204,11 +228,11 @@ class Scheduler:
     def _admit(self) -> None:
         while self.waiting and self.free_slots:
             sequence = self.waiting[0]
-            # Whoever comes from now on comes after it, even if it has to wait.
+            # Sequences submitted from now on come after it, even if it has to wait.
             self._admission_round = max(self._admission_round, sequence.admission_round)
-            # Room for the prompt and for what was delivered before it had to start over.
-            known = len(sequence.request.prompt) + sequence.num_delivered
-            needed = self._blocks_for(known + (sequence.request.max_tokens > 0))
+            # Room for the prompt and for the tokens delivered before a preemption.
+            num_known = len(sequence.request.prompt) + sequence.num_delivered
+            needed = self._blocks_for(num_known + (sequence.request.max_tokens > 0))
             shared = self._retain_cached_blocks(sequence)
             if needed - len(shared) > self.block_pool.num_free_blocks:
                 for block in reversed(shared):
@@ -226,49 +250,57 @@ class Scheduler:
             self.running.append(sequence)
 
     def _retain_cached_blocks(self, sequence: Sequence) -> list[int]:
-        """Holds the whole blocks that others have read of a prompt."""
+        """Retain and return the whole cached blocks at the beginning of a prompt."""
         shared: list[int] = []
-        while found := self._find_cached_block(sequence, len(shared)):
-            block, length = found
+        while match := self._find_cached_block(sequence, len(shared)):
+            block, length = match
             if length < (len(shared) + 1) * self.block_size:
                 break
             self.block_pool.retain(block)
             shared.append(block)
         return shared
 
-    def _find_cached_block(self, sequence: Sequence, place: int) -> tuple[int, int] | None:
-        """The block to be had for one place of a prompt, and how far the prompt is read then."""
+    def _find_cached_block(self, sequence: Sequence, index: int) -> tuple[int, int] | None:
+        """Find a cached block for entry `index` of a sequence's block table.
+
+        Returns:
+            The block and the number of prompt tokens computed with it; None without a match.
+        """
         per_block = self.block_size // self.chunk_size
-        # The last token is always read, for what it says of the next one.
+        # The last prompt token is always computed: its logits give the first generated token.
         last = (len(sequence.request.prompt) - 1) // self.chunk_size
-        first = place * per_block
-        found = self.block_pool.find_cached(
+        first = index * per_block
+        match = self.block_pool.find_cached(
             sequence.chunk_hashes[first : min(first + per_block, last)]
         )
-        return found and (found[0], (first + found[1]) * self.chunk_size)
+        return match and (match[0], (first + match[1]) * self.chunk_size)
 
     def _skip_cached_chunks(self, sequence: Sequence) -> tuple[int, int] | None:
-        """Skips what others have read of a prompt meanwhile. Gives the copy this needs, if any.
+        """Skip the prompt chunks that other sequences have cached meanwhile.
 
-        A whole block is shared. Of a block in part, the sequence needs one of its own to write on.
+        A whole cached block is shared. A block that matches in part is copied, because the sequence
+        writes on behind the match.
+
+        Returns:
+            The copy to make first as (source, target), or None.
         """
         start, copy = sequence.num_computed_tokens, None
         while copy is None and (
-            found := self._find_cached_block(
+            match := self._find_cached_block(
                 sequence, sequence.num_computed_tokens // self.block_size
             )
         ):
-            block, length = found
+            block, length = match
             if length <= sequence.num_computed_tokens:
                 break
-            place = sequence.num_computed_tokens // self.block_size
-            own = sequence.block_table[place]
+            index = sequence.num_computed_tokens // self.block_size
+            current = sequence.block_table[index]
             if length % self.block_size:
-                copy = block, own
+                copy = block, current
             else:
                 self.block_pool.retain(block)
-                self.block_pool.release(own)
-                sequence.block_table[place] = block
+                self.block_pool.release(current)
+                sequence.block_table[index] = block
             sequence.num_computed_tokens = length
         sequence.num_cached_tokens += sequence.num_computed_tokens - start
         sequence.num_registered_chunks = max(
@@ -277,7 +309,7 @@ class Scheduler:
         return copy
 
     def _append_block(self, sequence: Sequence) -> None:
-        """Makes sure the next position of a sequence has a block."""
+        """Allocate a block for the next position of a sequence, preempting others if necessary."""
         while self._blocks_for(sequence.num_computed_tokens + 1) > len(sequence.block_table):
             if self.block_pool.num_free_blocks:
                 sequence.block_table.append(self.block_pool.allocate())

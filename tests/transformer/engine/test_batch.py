@@ -1,4 +1,4 @@
-"""The engine as a library: many requests, without a server."""
+"""The engine as a library: batches of requests without a server."""
 
 import json
 import os
@@ -40,38 +40,42 @@ def requests(count: int) -> list[SequenceRequest]:
     ]
 
 
-def test_batch_answers_equal_those_of_single_requests_in_their_order(engine):
-    asked = requests(300)  # more than the queue holds of one client, and than the queue holds
-    found = engine.generate_batch(iter(asked))
-    assert len(found) == 300 and {completion.reason for completion in found} == {"length"}
-    for request, completion in zip(asked[::50], found[::50], strict=True):
+def test_generate_batch_many_requests_equals_generate_in_order(engine):
+    batch = requests(300)  # more than the queue holds for one client, and in all
+    completions = engine.generate_batch(iter(batch))
+    assert len(completions) == 300 and {completion.finish_reason for completion in completions} == {
+        "length"
+    }
+    for request, completion in zip(batch[::50], completions[::50], strict=True):
         *events, end = engine.generate(request)
         assert end == Done("length")
         assert completion.ids == tuple(e.id for e in events if isinstance(e, Token))
 
 
-def test_batch_log_probabilities_of_prompt_and_answer(engine):
+def test_generate_batch_with_logprobs_returns_those_of_prompt_and_completion(engine):
     request = SequenceRequest(
         prompt=(1, 2, 3), max_tokens=2, sampling_params=GREEDY, top_logprobs=2, prompt_logprobs=1
     )
     (completion,) = engine.generate_batch([request])
-    assert [token.id for token in completion.scored] == [1, 2, 3]
-    assert completion.scored[0].logprob is None and completion.scored[1].logprob < 0
-    assert [len(token.top) for token in completion.tokens] == [2, 2]
+    assert [token.id for token in completion.prompt_logprobs] == [1, 2, 3]
+    assert (
+        completion.prompt_logprobs[0].logprob is None and completion.prompt_logprobs[1].logprob < 0
+    )
+    assert [len(token.top_logprobs) for token in completion.tokens] == [2, 2]
 
 
-def test_batch_of_nothing(engine):
+def test_generate_batch_empty_returns_empty_list(engine):
     assert engine.generate_batch([]) == []
 
 
-def test_batch_request_beyond_the_context_cancels_the_others(engine):
-    asked = [*requests(3), SequenceRequest(prompt=(1,) * 200, max_tokens=5, sampling_params=GREEDY)]
+def test_generate_batch_with_too_long_request_cancels_others(engine):
+    batch = [*requests(3), SequenceRequest(prompt=(1,) * 200, max_tokens=5, sampling_params=GREEDY)]
     with pytest.raises(ValueError):
-        engine.generate_batch(asked)
+        engine.generate_batch(batch)
     assert len(engine.generate_batch(requests(3))) == 3
 
 
-RUN = """
+RUN_SCRIPT = """
 import runpy, sys
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0])
@@ -81,8 +85,8 @@ assert "serve" not in sys.modules
 
 @pytest.mark.slow
 def test_example_generates_64_prompts_without_serve(model_file):
-    command = [sys.executable, "-c", RUN, ROOT / "examples/batch.py"]
-    done = subprocess.run(
+    command = [sys.executable, "-c", RUN_SCRIPT, ROOT / "examples/batch.py"]
+    process = subprocess.run(
         [*command, model_file("smollm2-135m-instruct")],
         stdout=subprocess.PIPE,
         text=True,
@@ -90,7 +94,7 @@ def test_example_generates_64_prompts_without_serve(model_file):
         timeout=300,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    texts = [json.loads(line) for line in done.stdout.splitlines()]
+    texts = [json.loads(line) for line in process.stdout.splitlines()]
     prompts = [f"The number that comes after {n} is" for n in range(64)]
     assert [text[: len(prompt)] for text, prompt in zip(texts, prompts, strict=True)] == prompts
     assert all(len(text) > len(prompt) for text, prompt in zip(texts, prompts, strict=True))

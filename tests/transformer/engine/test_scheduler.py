@@ -1,4 +1,4 @@
-"""The scheduler's rules by hand, and what must hold whatever happens, by random stories."""
+"""The scheduler: each rule by hand, and its invariants under random actions."""
 
 import copy
 import itertools
@@ -17,37 +17,37 @@ BLOCK = 4
 CHUNK = 2
 
 
-UNIQUE = itertools.count(1000)
+NEXT_ID = itertools.count(1000)
 
 
-def sequence(prompt=3, max_tokens=5, client="", ids=None, is_later=False):
-    """A prompt of so many ids that nobody else has, or of those given."""
-    ids = tuple(ids or (next(UNIQUE) for _ in range(prompt)))
+def make_sequence(prompt=3, max_tokens=5, client="", ids=None, is_accepted=False):
+    """Return a sequence with a prompt of `prompt` unique ids, or of `ids`."""
+    ids = tuple(ids or (next(NEXT_ID) for _ in range(prompt)))
     request = SequenceRequest(
         prompt=ids,
         max_tokens=max_tokens,
         sampling_params=SamplingParams(),
         client=client,
-        is_accepted=is_later,
+        is_accepted=is_accepted,
     )
     return Sequence(request, deliver=lambda event: None)
 
 
-def scheduler(slots=4, blocks=20, waiting=200):
+def make_scheduler(slots=4, blocks=20, waiting=200):
     return Scheduler(slots, blocks, BLOCK, CHUNK, waiting)
 
 
-def do(scheduler, work):
-    """What the engine and its computer do with a piece of work; gives the rows that ended."""
+def run_work_item(scheduler, work):
+    """Apply a work item as the engine and its runner do, and return the sequences that ended."""
     if isinstance(work, Prefill):
         row = work.sequence
         row.num_computed_tokens = min(row.num_computed_tokens + CHUNK, len(row.request.prompt))
-        scheduler.file(row)
+        scheduler.register(row)
         rows = [] if row.is_prefilling else [row]
     else:
         rows = list(work.sequences)
         for row in rows:
-            row.length += 1
+            row.num_computed_tokens += 1
     ended = []
     for row in rows:
         row.ids.append(row.num_generated)
@@ -58,110 +58,115 @@ def do(scheduler, work):
     return ended
 
 
-def check(scheduler, slots, blocks):
-    """Nothing is lost: slots have one owner, blocks as many as hold them; rows have their room."""
-    everything = range(1, blocks + 1)
-    holders = Counter(block for row in scheduler.active for block in row.blocks)
-    assert [scheduler.blocks.holders(block) for block in everything] == [
-        holders[block] for block in everything
+def check_invariants(scheduler, slots, blocks):
+    """Assert that each slot has one owner, and that reference counts and block tables agree."""
+    all_blocks = range(1, blocks + 1)
+    holders = Counter(block for row in scheduler.running for block in row.block_table)
+    assert [scheduler.block_pool.ref_count(block) for block in all_blocks] == [
+        holders[block] for block in all_blocks
     ]
-    # Take all there are from a copy: each is there once, and only those in use are remembered.
-    spare = copy.deepcopy(scheduler.blocks)
-    taken = [spare.take() for _ in range(spare.available)]
-    assert sorted([*taken, *holders]) == [*everything]
-    assert spare.num_cached_blocks == spare.available == 0
-    for row in (*scheduler.waiting, *scheduler.active):
-        for i in range(len(row.names)):
-            found = spare.find(row.names[i : i + 1])
-            assert found is None or found[0] in holders
-    assert sorted([*scheduler.free_slots, *(row.slot for row in scheduler.active)]) == [
+    # Allocate all blocks of a copy: each comes once, and cached chunks are in held blocks only.
+    spare = copy.deepcopy(scheduler.block_pool)
+    allocated = [spare.allocate() for _ in range(spare.num_free_blocks)]
+    assert sorted([*allocated, *holders]) == [*all_blocks]
+    assert spare.num_cached_blocks == spare.num_free_blocks == 0
+    for row in (*scheduler.waiting, *scheduler.running):
+        for i in range(len(row.chunk_hashes)):
+            match = spare.find_cached(row.chunk_hashes[i : i + 1])
+            assert match is None or match[0] in holders
+    assert sorted([*scheduler.free_slots, *(row.slot for row in scheduler.running)]) == [
         *range(slots)
     ]
-    for row in scheduler.active:
-        assert len(row.blocks) * BLOCK >= row.length
+    for row in scheduler.running:
+        assert len(row.block_table) * BLOCK >= row.num_computed_tokens
     for row in scheduler.waiting:
-        assert not row.blocks and row.slot == -1 and row.length == 0 and row.generated == 0
-    turns = [row.turn for row in scheduler.waiting]
-    assert turns == sorted(turns)
+        assert (
+            not row.block_table
+            and row.slot == -1
+            and row.num_computed_tokens == 0
+            and row.num_generated == 0
+        )
+    rounds = [row.admission_round for row in scheduler.waiting]
+    assert rounds == sorted(rounds)
 
 
-def test_nothing_to_do():
-    idle = scheduler()
+def test_schedule_without_sequences_is_none():
+    idle = make_scheduler()
     assert idle.is_idle and idle.schedule() is None
 
 
-def test_a_prompt_is_read_in_chunks_then_decoded():
-    s = scheduler()
-    row = sequence(prompt=5, max_tokens=3)
+def test_schedule_prompt_is_prefilled_in_chunks_then_decoded():
+    s = make_scheduler()
+    row = make_sequence(prompt=5, max_tokens=3)
     s.submit(row)
     for _ in range(3):
         assert s.schedule() == Prefill(row)
-        do(s, Prefill(row))
+        run_work_item(s, Prefill(row))
     assert row.num_generated == 1
     for _ in range(2):
         assert s.schedule() == Decode((row,))
-        do(s, Decode((row,)))
+        run_work_item(s, Decode((row,)))
     assert s.is_idle and s.schedule() is None
 
 
-def test_prefill_and_decode_alternate():
-    s = scheduler()
-    first, second = sequence(prompt=2, max_tokens=9), sequence(prompt=8)
+def test_schedule_prefill_and_decode_alternate():
+    s = make_scheduler()
+    first, second = make_sequence(prompt=2, max_tokens=9), make_sequence(prompt=8)
     s.submit(first)
-    do(s, s.schedule())
+    run_work_item(s, s.schedule())
     s.submit(second)
     kinds = []
     for _ in range(8):
         work = s.schedule()
         kinds.append(type(work))
-        do(s, work)
+        run_work_item(s, work)
     assert kinds == [Decode, Prefill] * 4 or kinds == [Prefill, Decode] * 4
 
 
-def test_prompts_are_read_in_the_order_they_came():
-    s = scheduler()
-    rows = [sequence(prompt=4) for _ in range(3)]
+def test_schedule_equal_prompts_prefill_in_order():
+    s = make_scheduler()
+    rows = [make_sequence(prompt=4) for _ in range(3)]
     for row in rows:
         s.submit(row)
-    read = []
+    prefilled = []
     while any(row.is_prefilling for row in rows):
         work = s.schedule()
-        read += [work.sequence] if isinstance(work, Prefill) else []
-        do(s, work)
-    assert read == [rows[0]] * 2 + [rows[1]] * 2 + [rows[2]] * 2
+        prefilled += [work.sequence] if isinstance(work, Prefill) else []
+        run_work_item(s, work)
+    assert prefilled == [rows[0]] * 2 + [rows[1]] * 2 + [rows[2]] * 2
 
 
-def test_a_short_prompt_does_not_wait_for_a_long_one_nor_the_other_way_round():
-    s = scheduler()
-    long, short = sequence(prompt=20), sequence(prompt=3, max_tokens=1)
+def test_schedule_short_and_long_prompts_both_progress():
+    s = make_scheduler()
+    long, short = make_sequence(prompt=20), make_sequence(prompt=3, max_tokens=1)
     s.submit(long)
-    do(s, s.schedule())
+    run_work_item(s, s.schedule())
     s.submit(short)
-    do(s, s.schedule())
-    do(s, s.schedule())
+    run_work_item(s, s.schedule())
+    run_work_item(s, s.schedule())
     assert (long.num_computed_tokens, short.num_computed_tokens) in ((4, 2), (2, 4))
     while short in s.running:
-        do(s, s.schedule())
+        run_work_item(s, s.schedule())
     assert long.num_computed_tokens <= 8
-    others = iter(lambda: sequence(prompt=2, max_tokens=1), None)
-    while long.is_prefilling:  # short ones keep coming
+    others = iter(lambda: make_sequence(prompt=2, max_tokens=1), None)
+    while long.is_prefilling:  # short prompts keep coming
         if len(s.running) == 1:
             s.submit(next(others))
         work = s.schedule()
         assert isinstance(work, Prefill)
-        do(s, work)
+        run_work_item(s, work)
 
 
-def test_clients_are_admitted_in_turn():
-    s = scheduler(slots=1)
-    greedy = [sequence(client="greedy") for _ in range(4)]
+def test_admission_of_many_clients_is_round_robin():
+    s = make_scheduler(slots=1)
+    greedy = [make_sequence(client="greedy") for _ in range(4)]
     for row in greedy:
         s.submit(row)
-    s.schedule()  # the first is in
-    modest, other = sequence(client="modest"), sequence(client="other")
+    s.schedule()  # admits the first
+    modest, other = make_sequence(client="modest"), make_sequence(client="other")
     s.submit(modest)
     s.submit(other)
-    later = sequence(client="modest")
+    later = make_sequence(client="modest")
     s.submit(later)
     order = []
     while not s.is_idle:
@@ -171,22 +176,22 @@ def test_clients_are_admitted_in_turn():
     assert order == [greedy[0], modest, other, greedy[1], later, greedy[2], greedy[3]]
 
 
-def test_nobody_new_overtakes_what_waits_for_blocks():
-    s = scheduler(blocks=4)
-    first, long = sequence(prompt=7, client="a"), sequence(prompt=11, client="a")
+def test_admission_other_clients_do_not_overtake_sequence_waiting_for_blocks():
+    s = make_scheduler(blocks=4)
+    first, long = make_sequence(prompt=7, client="a"), make_sequence(prompt=11, client="a")
     for row in (first, long):
         s.submit(row)
     s.schedule()
-    others = [sequence(prompt=1, client=str(i)) for i in range(3)]
+    others = [make_sequence(prompt=1, client=str(i)) for i in range(3)]
     for row in others:
         s.submit(row)
     s.schedule()
     assert s.running == [first] and s.waiting == [long, *others]
 
 
-def test_a_short_request_does_not_overtake_one_that_waits_for_blocks():
-    s = scheduler(blocks=4)
-    first, long, short = sequence(prompt=7), sequence(prompt=11), sequence(prompt=1)
+def test_admission_short_sequence_does_not_overtake_one_waiting_for_blocks():
+    s = make_scheduler(blocks=4)
+    first, long, short = make_sequence(prompt=7), make_sequence(prompt=11), make_sequence(prompt=1)
     for row in (first, long, short):
         s.submit(row)
     assert s.schedule() == Prefill(first)
@@ -196,9 +201,9 @@ def test_a_short_request_does_not_overtake_one_that_waits_for_blocks():
     assert s.running == [long, short]
 
 
-def test_slots_bound_what_runs():
-    s = scheduler(slots=2)
-    rows = [sequence() for _ in range(3)]
+def test_admission_is_bounded_by_slots():
+    s = make_scheduler(slots=2)
+    rows = [make_sequence() for _ in range(3)]
     for row in rows:
         s.submit(row)
     s.schedule()
@@ -208,163 +213,163 @@ def test_slots_bound_what_runs():
     assert s.running == rows[1:]
 
 
-def test_a_full_queue_is_busy():
-    s = scheduler(waiting=1)
-    s.submit(sequence())
+def test_submit_to_full_queue_raises_busy():
+    s = make_scheduler(waiting=1)
+    s.submit(make_sequence())
     with pytest.raises(Busy) as busy:
-        s.submit(sequence(client="another"))
+        s.submit(make_sequence(client="another"))
     assert busy.value.num_waiting is None
 
 
-def test_one_client_fills_a_quarter_of_the_queue():
-    """A single client could fill it, and everybody else was turned away."""
-    s = scheduler(waiting=8)
+def test_submit_beyond_quarter_of_queue_by_one_client_raises_busy():
+    """One client could fill the queue, and all others got Busy."""
+    s = make_scheduler(waiting=8)
     for _ in range(2):
-        s.submit(sequence(client="greedy"))
+        s.submit(make_sequence(client="greedy"))
     with pytest.raises(Busy) as busy:
-        s.submit(sequence(client="greedy"))
+        s.submit(make_sequence(client="greedy"))
     assert busy.value.num_waiting == 2
-    s.submit(sequence(client="modest"))
+    s.submit(make_sequence(client="modest"))
     s.schedule()
-    s.submit(sequence(client="greedy"))  # none of its own waits any more
+    s.submit(make_sequence(client="greedy"))  # none of its own waits now
 
 
-def test_what_belongs_to_a_request_that_was_let_in_is_not_turned_away():
-    """A full queue ended a running request whose seventeenth choice found no room in it."""
-    s = scheduler(waiting=4)
-    s.submit(sequence(client="a"))
+def test_submit_accepted_sequence_to_full_queue_is_queued():
+    """A full queue ended a running request when its seventeenth choice did not fit."""
+    s = make_scheduler(waiting=4)
+    s.submit(make_sequence(client="a"))
     with pytest.raises(Busy):
-        s.submit(sequence(client="a"))
+        s.submit(make_sequence(client="a"))
     for _ in range(4):
-        s.submit(sequence(client="a", is_later=True))
+        s.submit(make_sequence(client="a", is_accepted=True))
     with pytest.raises(Busy):
-        s.submit(sequence(client="b"))
+        s.submit(make_sequence(client="b"))
 
 
-def test_finish_frees_everything_and_may_be_called_again():
-    s = scheduler(slots=2, blocks=3)
-    running, waiting = sequence(prompt=7), sequence(prompt=7)
+def test_finish_twice_frees_slot_and_blocks_once():
+    s = make_scheduler(slots=2, blocks=3)
+    running, waiting = make_sequence(prompt=7), make_sequence(prompt=7)
     s.submit(running)
     s.submit(waiting)
     s.schedule()
     for row in (waiting, running, running, waiting):
         s.finish(row)
-        check(s, 2, 3)
+        check_invariants(s, 2, 3)
     assert s.is_idle
 
 
-def test_the_youngest_gives_way_when_blocks_run_out_and_comes_back_first():
-    s = scheduler(slots=3, blocks=3)
-    old, young, late = (sequence(prompt=3, max_tokens=5) for _ in range(3))
+def test_preemption_takes_youngest_and_readmits_it_first():
+    s = make_scheduler(slots=3, blocks=3)
+    old, young, late = (make_sequence(prompt=3, max_tokens=5) for _ in range(3))
     for row in (old, young, late):
         s.submit(row)
-    put_back, ended = [], []
+    preempted, ended = [], []
     while work := s.schedule():
-        put_back += [row for row in s.waiting if row.num_delivered and row not in put_back]
-        ended += do(s, work)
-        check(s, 3, 3)
-    # One block each: the first to need a second takes that of the youngest, and so on.
-    assert put_back == [late, young] or put_back == [young, late] or put_back == [late]
+        preempted += [row for row in s.waiting if row.num_delivered and row not in preempted]
+        ended += run_work_item(s, work)
+        check_invariants(s, 3, 3)
+    # One block each: the first that needs a second block takes that of the youngest, and so on.
+    assert preempted == [late, young] or preempted == [young, late] or preempted == [late]
     assert ended == [old, young, late]
     assert s.is_idle
 
 
-def test_a_sequence_alone_never_gives_way():
-    s = scheduler(slots=1, blocks=3)
-    row = sequence(prompt=3, max_tokens=9)
+def test_preemption_of_only_sequence_never_happens():
+    s = make_scheduler(slots=1, blocks=3)
+    row = make_sequence(prompt=3, max_tokens=9)
     s.submit(row)
-    works = 0
+    num_work_items = 0
     while not s.is_idle:
-        do(s, s.schedule())
-        works += 1
-    assert row.num_generated == 9 and works == 2 + 8
+        run_work_item(s, s.schedule())
+        num_work_items += 1
+    assert row.num_generated == 9 and num_work_items == 2 + 8
 
 
-def read(s, row):
-    """Reads a prompt to its end; gives what had to be copied."""
+def prefill_all(s, row):
+    """Run work items until a prompt is prefilled, and return the block copies."""
     copies = []
     while row.is_prefilling:
-        work = s.next()
+        work = s.schedule()
         copies += [work.block_copy] if isinstance(work, Prefill) and work.block_copy else []
-        do(s, work)
+        run_work_item(s, work)
     return copies
 
 
-def test_whole_blocks_are_shared_and_parts_are_copied():
-    s = scheduler(blocks=9)
-    first = sequence(ids=range(11), max_tokens=6)  # blocks 0-3, 4-7, 8-10; chunks of 2
+def test_prefix_cache_shares_whole_blocks_and_copies_partial_ones():
+    s = make_scheduler(blocks=9)
+    first = make_sequence(ids=range(11), max_tokens=6)  # blocks 0-3, 4-7, 8-10; chunks of 2
     s.submit(first)
-    assert read(s, first) == []
-    second = sequence(ids=[*range(10), 99, 98], max_tokens=6)
+    assert prefill_all(s, first) == []
+    second = make_sequence(ids=[*range(10), 99, 98], max_tokens=6)
     s.submit(second)
-    assert read(s, second) == [(first.block_table[2], second.block_table[2])]
+    assert prefill_all(s, second) == [(first.block_table[2], second.block_table[2])]
     assert (
         second.block_table[:2] == first.block_table[:2]
         and second.block_table[2] != first.block_table[2]
     )
     assert second.num_cached_tokens == 10
-    check(s, 4, 9)
+    check_invariants(s, 4, 9)
     for row in (first, second):
         s.finish(row)
-        check(s, 4, 9)
-    # Remembered: two whole blocks, and the third of each, whose chunks go different ways.
+        check_invariants(s, 4, 9)
+    # Cached: two shared whole blocks, and the third block of each sequence.
     assert (s.block_pool.num_free_blocks, s.block_pool.num_cached_blocks) == (9, 4)
 
 
-def test_the_last_token_is_always_read():
-    s = scheduler()
-    first, second = sequence(ids=range(8)), sequence(ids=range(8))
+def test_prefix_cache_full_match_still_computes_last_token():
+    s = make_scheduler()
+    first, second = make_sequence(ids=range(8)), make_sequence(ids=range(8))
     for row in (first, second):
         s.submit(row)
-        read(s, row)
+        prefill_all(s, row)
     assert second.num_cached_tokens == 6
 
 
-def test_what_is_read_while_it_waits_for_its_turn_is_used_too():
-    s = scheduler()
-    first, second = sequence(ids=range(12)), sequence(ids=[*range(11), 99])
+def test_prefix_cache_filled_after_admission_is_used():
+    s = make_scheduler()
+    first, second = make_sequence(ids=range(12)), make_sequence(ids=[*range(11), 99])
     s.submit(first)
     s.submit(second)
     s.schedule()
     assert s.running == [first, second] and second.num_cached_tokens == 0
-    own = list(second.block_table)
-    read(s, first)
-    read(s, second)
+    allocated = list(second.block_table)
+    prefill_all(s, first)
+    prefill_all(s, second)
     assert second.num_cached_tokens >= 8 and second.block_table[:2] == first.block_table[:2]
-    assert not set(own[:2]) & set(second.block_table)
-    check(s, 4, 20)
+    assert not set(allocated[:2]) & set(second.block_table)
+    check_invariants(s, 4, 20)
 
 
 @pytest.mark.parametrize("ids, blocks", [(range(9), 1), (range(100, 109), 2), (range(200, 205), 1)])
-def test_the_longest_unused_goes_first_and_ends_before_beginnings(ids, blocks):
-    s = scheduler(slots=1, blocks=5)
+def test_eviction_is_least_recently_used_and_last_block_first(ids, blocks):
+    s = make_scheduler(slots=1, blocks=5)
     for earlier in (range(8), range(100, 108), range(200, 204)):  # 3, 3 and 2 blocks
-        row = sequence(ids=earlier, max_tokens=1)
+        row = make_sequence(ids=earlier, max_tokens=1)
         s.submit(row)
-        read(s, row)
-    row = sequence(ids=ids)
+        prefill_all(s, row)
+    row = make_sequence(ids=ids)
     s.submit(row)
     s.schedule()
     assert row.num_cached_tokens == blocks * BLOCK
 
 
-def test_names_stand_for_all_before_them():
+def test_hash_chunks_covers_all_previous_tokens():
     assert hash_chunks(range(7), 2)[:2] == hash_chunks([0, 1, 2, 3], 2)
     assert len(hash_chunks(range(7), 2)) == 3
     assert hash_chunks([5, 1, 2, 3], 2)[1] != hash_chunks([0, 1, 2, 3], 2)[1]
     assert hash_chunks([], 2) == []
 
 
-def test_a_lost_cache_is_not_remembered():
-    s = scheduler(blocks=6)
-    row, gone = sequence(ids=range(8)), sequence(ids=range(50, 58))
-    for each in (gone, row):
+def test_reset_prefix_cache_then_nothing_is_cached():
+    s = make_scheduler(blocks=6)
+    row, finished = make_sequence(ids=range(8)), make_sequence(ids=range(50, 58))
+    for each in (finished, row):
         s.submit(each)
-        read(s, each)
-    s.finish(gone)
+        prefill_all(s, each)
+    s.finish(finished)
     s.preempt(row)
     s.block_pool.reset_prefix_cache()
-    check(s, 4, 6)
+    check_invariants(s, 4, 6)
     s.schedule()
     assert row.num_cached_tokens == 0 and row.num_computed_tokens == 0
 
@@ -376,14 +381,14 @@ IDS = st.tuples(st.integers(0, 12), st.sampled_from([0, 1]), st.integers(0, 3)).
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 4), st.integers(8, 11), st.integers(1, 4), st.data())
-def test_whatever_happens_nothing_leaks_and_everybody_ends(slots, blocks, max_rows, data):
-    """Requests come, are cancelled and run in a random order; a row alone always fits."""
-    s = scheduler(slots=slots, blocks=blocks, waiting=8)
+def test_random_actions_leak_nothing_and_all_sequences_end(slots, blocks, max_batch_size, data):
+    """Submit, cancel and compute in random order; one sequence alone always fits."""
+    s = make_scheduler(slots=slots, blocks=blocks, waiting=8)
     ended = Counter()
     accepted = []
     for action in data.draw(st.lists(st.sampled_from("sswwwwc"), max_size=60)):
         if action == "s":
-            row = sequence(
+            row = make_sequence(
                 ids=data.draw(IDS),
                 max_tokens=data.draw(st.integers(1, 12)),
                 client=data.draw(st.sampled_from("abcdef")),
@@ -392,33 +397,35 @@ def test_whatever_happens_nothing_leaks_and_everybody_ends(slots, blocks, max_ro
                 s.submit(row)
                 accepted.append(row)
             except Busy:
-                own = [other for other in s.waiting if other.request.client == row.request.client]
-                assert len(s.waiting) >= 8 or len(own) >= 2
+                same_client = [
+                    other for other in s.waiting if other.request.client == row.request.client
+                ]
+                assert len(s.waiting) >= 8 or len(same_client) >= 2
         elif action == "c" and not s.is_idle:
             row = data.draw(st.sampled_from([*s.waiting, *s.running]))
             s.finish(row)
             ended[row] += 1
-        elif action == "w" and (work := s.schedule(max_rows)):
-            check(s, slots, blocks)
+        elif action == "w" and (work := s.schedule(max_batch_size)):
+            check_invariants(s, slots, blocks)
             if isinstance(work, Decode):
-                assert len(work.sequences) <= max_rows
+                assert len(work.sequences) <= max_batch_size
                 assert all(
                     len(row.block_table) * BLOCK > row.num_computed_tokens for row in work.sequences
                 )
-                # Nobody writes where others read: the next position is in a block of one's own.
+                # The next position is in a block that no other sequence holds.
                 for row in work.sequences:
                     assert (
                         s.block_pool.ref_count(row.block_table[row.num_computed_tokens // BLOCK])
                         == 1
                     )
-            ended.update(do(s, work))
-        check(s, slots, blocks)
-    for _ in range(10_000):  # an end is in sight: no two rows chase each other for ever
+            ended.update(run_work_item(s, work))
+        check_invariants(s, slots, blocks)
+    for _ in range(10_000):  # bounded: two sequences must not preempt each other for ever
         if s.is_idle:
             break
-        work = s.schedule(max_rows)
-        assert work is not None, "somebody waits and nobody works"
-        ended.update(do(s, work))
-        check(s, slots, blocks)
+        work = s.schedule(max_batch_size)
+        assert work is not None, "sequences wait but none is scheduled"
+        ended.update(run_work_item(s, work))
+        check_invariants(s, slots, blocks)
     assert ended == Counter(accepted)
     assert len(s.free_slots) == slots and s.block_pool.num_free_blocks == blocks
