@@ -1,59 +1,59 @@
-"""What can go wrong in a command, each with the exit code a script can rely on.
+"""The exceptions of commands, with their exit codes, and those of the registry.
 
-0 it worked, 1 the request failed, 2 wrong usage, 3 model or file not found, 4 source unreachable or
-checksum wrong, 5 does not fit (context, disk), 6 a check failed, 130 interrupted. A message says
-what would work.
+Exit codes: 0 success, 1 failure, 2 wrong usage, 3 model or file not found, 4 source unreachable or
+wrong checksum, 5 does not fit (context, disk), 6 a check failed, 130 interrupted. A message says
+what is wrong and what to do.
 """
 
 
 class Failure(Exception):
-    """The request failed."""
+    """A command failed."""
 
     exit_code = 1
 
 
 class WrongUsage(Failure):
-    """The command was given something it cannot take."""
+    """An argument of a command is invalid."""
 
     exit_code = 2
 
 
 class NotFound(Failure):
-    """There is no such model or file."""
+    """A model or file does not exist."""
 
     exit_code = 3
 
 
 class Unreachable(Failure):
-    """A source did not give what was asked of it."""
+    """A source could not be reached, or lacks what was requested."""
 
     exit_code = 4
 
 
 class Corrupt(Failure):
-    """Bytes are not those that were promised."""
+    """Bytes do not match the expected size or checksum, or a file is damaged."""
 
     exit_code = 4
 
 
 class DoesNotFit(Failure):
-    """Too much for the model's context or for the disk."""
+    """The input exceeds the model's context, or a file exceeds the disk."""
 
     exit_code = 5
 
 
 class CheckFailed(Failure):
-    """Something was looked at, and is not in order."""
+    """A check found problems."""
 
     exit_code = 6
 
 
 class UnknownModel(Exception):
-    """No offered model has this id or alias.
+    """No served model has this id or alias.
 
     Attributes:
-        name: what was asked for.
-        absent: the id of the model that it means, where that is known but was not pulled.
+        name: the requested name.
+        not_pulled_id: the id of the catalogue model that the name stands for, if it is not pulled.
     """
 
     def __init__(self, name: str, not_pulled_id: str | None = None):
@@ -62,11 +62,11 @@ class UnknownModel(Exception):
 
 
 class CannotLoad(Exception):
-    """A model that is offered could not be loaded.
+    """A served model could not be loaded.
 
     Attributes:
-        id: which.
-        is_busy: whether it may go better later: others are being answered, and hold the memory.
+        id: the id of the model.
+        is_busy: whether a later attempt may succeed, because busy models hold the memory.
     """
 
     def __init__(self, id: str, reason: str, *, is_busy: bool):

@@ -1,3 +1,6 @@
-"""Fine-tuning jobs: the database that keeps them (`store`), what they are (`jobs`), the thread and
-the processes that do them (`runner`), and the check of their files (`validate`).
+"""Fine-tuning jobs.
+
+Read `store` (the database), `jobs` (the state of a job), `runner` (the thread and the processes
+that run jobs), `process` (a job's process), `progress` (events and checkpoints of a training run)
+and `validate` (the check of a job's files).
 """

@@ -1,9 +1,9 @@
-"""Fine-tuning jobs: what is kept of them, and what can be asked for.
+"""The state of fine-tuning jobs, and the operations on them.
 
-A job is validating_files, queued, running, and then succeeded, failed or cancelled. All of that is
-in the store (`store.py`), so that any process can look at it and a crash forgets nothing; who does
-the work is `runner.py`. Beside it each job has a folder: its data (a second name of the
-uploaded file, which may be deleted), what the trainer writes, and what it had to say.
+A job is validating_files, queued, running, and then succeeded, failed or cancelled. Its state is in
+the store (`store.py`), so that any process can read it and it survives a crash; `runner.py` runs
+the jobs. Each job also has a folder with its data (a hard link to the uploaded file, which may be
+deleted), the trainer's output, and the trainer's log.
 """
 
 import os
@@ -26,22 +26,19 @@ FINISHED = ("succeeded", "failed", "cancelled")
 _SUFFIX = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 VALIDATED_MESSAGE = "Files validated, moving job to queued state"
 TRAIN_FILE, VALID_FILE, OUTPUT_FOLDER = "data.jsonl", "valid.jsonl", "out"  # in a job's folder
-_TEMPORARY_OUTPUTS = (
-    "checkpoints",
-    "adapters",
-    "adapter",
-)  # in `OUT`, for as long as the job is not over
+# In `OUTPUT_FOLDER`, until the job is finished.
+_TEMPORARY_OUTPUTS = ("checkpoints", "adapters", "adapter")
 
 
 class JobFinished(Exception):
-    """A job that is over cannot be cancelled."""
+    """A finished job cannot be cancelled."""
 
 
 class JobStore:
     """The jobs of a data folder.
 
     Args:
-        store: holds them.
+        store: the database.
         home: the data folder.
     """
 
@@ -49,7 +46,7 @@ class JobStore:
         self.store, self.home = store, home
 
     def folder(self, id: str) -> Path:
-        """Where a job's files are."""
+        """Return the folder of a job."""
         return self.home / "jobs" / id
 
     def create(
@@ -69,17 +66,28 @@ class JobStore:
         warnings: Iterable[str] = (),
         id_prefix: str = "ftjob-",
     ) -> Job:
-        """Makes a job, to be done when its turn comes.
+        """Create a job, which runs after the jobs before it.
 
         Args:
-            model: the id of the model to begin with; `path` are its files.
-            training_file, validation_file: ids of files in the store.
-            n_epochs, batch_size, learning_rate_multiplier: None for "auto".
-            suffix: becomes part of the new model's name.
-            seed: None for any.
-            is_checked: whether the files are known to be such as can be learned from.
-            warnings: of files that were checked.
-            prefix: of its id.
+            model: the id of the model to fine-tune.
+            model_path: its files.
+            training_file: the id of a file in the store.
+            validation_file: the id of a file in the store.
+            n_epochs: the number of epochs; None for "auto".
+            batch_size: the examples in a step; None for "auto".
+            learning_rate_multiplier: the factor of the learning rate; None for "auto".
+            suffix: a part of the new model's name.
+            seed: the seed; None for a random one.
+            metadata: key-value pairs of the client.
+            is_validated: whether the files were validated already.
+            warnings: the warnings of that validation.
+            id_prefix: the prefix of the job's id.
+
+        Returns:
+            The job.
+
+        Raises:
+            OSError: a file was deleted, or the disk is full.
         """
         id = new_id(id_prefix)
         folder = self.folder(id)
@@ -88,10 +96,10 @@ class JobStore:
             for file, name in ((training_file, TRAIN_FILE), (validation_file, VALID_FILE)):
                 if file is not None:
                     _link_or_copy(self.store.blob_path(file), folder / name)
-        except OSError:  # it was deleted this moment, or the disk is full
+        except OSError:  # the file was just deleted, or the disk is full
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        asked = {
+        requested = {
             "n_epochs": n_epochs or "auto",
             "batch_size": batch_size or "auto",
             "learning_rate_multiplier": learning_rate_multiplier or "auto",
@@ -106,22 +114,22 @@ class JobStore:
             "path": str(model_path),
             "name": _name(model, suffix),
             "fine_tuned_model": None,
-            "asked": asked,
-            "hyperparameters": asked,  # what "auto" became, once it is known
+            "asked": requested,
+            "hyperparameters": requested,  # with the values for "auto" once they are known
             "seed": new_seed() if seed is None else seed,
             "training_file": training_file,
             "validation_file": validation_file,
-            "result_file": new_id("file-"),  # once it is there
+            "result_file": new_id("file-"),  # exists once the job has succeeded
             "result_files": [],
             "trained_tokens": None,
             "estimated_finish": None,
             "metadata": metadata,
-            "steps": None,  # in all
-            "step": 0,  # the last one told of
-            "validated": 0,  # the last step whose validation was told of
-            "published": 0,  # the last step whose checkpoint was
-            "died": 0,  # processes ended by a signal, one after the other ...
-            "died_at": -1,  # ... with this step reached
+            "steps": None,  # total number
+            "step": 0,  # the last step with an event
+            "validated": 0,  # the last step with a validation event
+            "published": 0,  # the last step with a checkpoint event
+            "died": 0,  # processes killed by a signal in a row ...
+            "died_at": -1,  # ... at this step
         }
         with self.store.transaction():
             self.store.add("job", id, job)
@@ -134,20 +142,27 @@ class JobStore:
         return job
 
     def get(self, id: str) -> Job | None:
-        """A job; None if there is none."""
+        """Return a job; None if it does not exist."""
         return self.store.get("job", id)
 
     def unfinished(self) -> list[Job]:
-        """Jobs that are not over, oldest first."""
+        """Return the unfinished jobs, oldest first."""
         return self.store.page("job", predicate=lambda job: job["status"] in UNFINISHED)[0]
 
     def set_status(
         self, id: str, status: str, *messages: str, level: str = "info", **fields: Any
     ) -> bool:
-        """Gives a job another status, and says so; unless it is over.
+        """Set the status of an unfinished job, and add events.
+
+        Args:
+            id: the id of the job.
+            status: the new status.
+            messages: the messages of the events.
+            level: the level of the events.
+            fields: further fields of the job to set.
 
         Returns:
-            Whether it was not over.
+            Whether the job was unfinished.
         """
         with self.store.transaction():
             job = self.store.get("job", id)
@@ -161,7 +176,7 @@ class JobStore:
         return True
 
     def queue(self, id: str, warnings: Iterable[str]) -> None:
-        """Queue a job whose files were checked; unless it is over."""
+        """Queue an unfinished job after the validation of its files."""
         with self.store.transaction():
             if self.set_status(id, "queued"):
                 self._add_validation_events(id, warnings)
@@ -172,40 +187,40 @@ class JobStore:
         self.add_event(id, VALIDATED_MESSAGE)
 
     def cancel(self, id: str) -> Job:
-        """Ends a job that is not over; its process is stopped within a second.
+        """Cancel an unfinished job and return it; its process stops within a second.
 
         Raises:
-            KeyError: there is none.
-            JobIsOver: it is over.
+            KeyError: the job does not exist.
+            JobFinished: the job is finished.
         """
         with self.store.transaction():
             if (job := self.get(id)) is None:
                 raise KeyError(id)
             if not self.set_status(id, "cancelled", "The job was cancelled"):
                 raise JobFinished(id)
-        if job["status"] in PENDING:  # else who trains it clears up when its process has ended
+        if job["status"] in PENDING:  # else the runner cleans up after the process has ended
             self.clean_up(id)
         return {**job, **(self.get(id) or {})}
 
     def fail(self, id: str, code: str, message: str, param: str | None = None) -> None:
-        """Ends a job with an error."""
+        """Set the status of an unfinished job to "failed", with an error in OpenAI's format."""
         error = {"code": code, "message": message, "param": param}
         self.set_status(id, "failed", message, level="error", error=error)
         self.clean_up(id)
 
     def delete_model(self, id: str) -> list[str]:
-        """Deletes a model that a job made, with its checkpoints; or one of the checkpoints.
+        """Delete a fine-tuned model with its checkpoints, or one checkpoint.
 
         Returns:
-            The ids of what is gone: empty if there was no such model.
+            The deleted ids; empty if the model does not exist.
         """
         ids = adapters.ids_with_checkpoints(self.home, id)
-        for one in ids:
-            adapters.delete(self.home, one)
+        for adapter_id in ids:
+            adapters.delete(self.home, adapter_id)
         key = "fine_tuned_model_checkpoint"
-        whose = id.partition(adapters.CHECKPOINT_INFIX)[0]
+        model_name = id.partition(adapters.CHECKPOINT_INFIX)[0]
         with self.store.transaction():
-            for job in self.store.page("job", predicate=lambda job: job["name"] == whose)[0]:
+            for job in self.store.page("job", predicate=lambda job: job["name"] == model_name)[0]:
                 for checkpoint in self.store.page("checkpoint", parent=job["id"])[0]:
                     if checkpoint[key] in ids:
                         self.store.remove("checkpoint", checkpoint["id"])
@@ -214,11 +229,13 @@ class JobStore:
     def add_event(
         self, id: str, message: str, *, level: str = "info", data: dict[str, Any] | None = None
     ) -> None:
-        """Adds an event to a job.
+        """Add an event to a job.
 
         Args:
+            id: the id of the job.
+            message: the text of the event.
             level: "info", "warn" or "error".
-            data: the numbers that it is about.
+            data: the metrics of the event, if it reports any.
         """
         event = {
             "id": new_id("ftevent-"),
@@ -231,7 +248,7 @@ class JobStore:
         self.store.add("event", event["id"], event, parent=id)
 
     def clean_up(self, id: str) -> None:
-        """Removes what only a job that is not over needs; its numbers and its log stay."""
+        """Remove files that only an unfinished job needs; metrics and log stay."""
         folder = self.folder(id)
         for name in (TRAIN_FILE, VALID_FILE):
             (folder / name).unlink(missing_ok=True)
@@ -239,16 +256,16 @@ class JobStore:
             shutil.rmtree(folder / OUTPUT_FOLDER / name, ignore_errors=True)
 
     def is_cleaned_up(self, id: str) -> bool:
-        """Whether nothing is left of what `clear` removes."""
+        """Whether the files that `clean_up` removes are gone."""
         folder = self.folder(id)
-        parts = (folder / OUTPUT_FOLDER / name for name in _TEMPORARY_OUTPUTS)
+        outputs = (folder / OUTPUT_FOLDER / name for name in _TEMPORARY_OUTPUTS)
         return not any(
-            os.path.lexists(path) for path in (folder / TRAIN_FILE, folder / VALID_FILE, *parts)
+            os.path.lexists(path) for path in (folder / TRAIN_FILE, folder / VALID_FILE, *outputs)
         )
 
 
 def to_api(job: Job) -> dict[str, Any]:
-    """A job in OpenAI's shape."""
+    """Return a job in the format of OpenAI's API."""
     names = (
         *("id", "created_at", "finished_at", "status", "error", "model", "fine_tuned_model"),
         *("hyperparameters", "seed", "training_file", "validation_file", "result_files"),
@@ -265,33 +282,35 @@ def to_api(job: Job) -> dict[str, Any]:
 
 
 def check_finished(job: Job) -> None:
-    """Whether what a job made can be deleted.
+    """Check that a job is finished, so that its model can be deleted.
 
     Raises:
-        Failure: it works on it.
+        Failure: the job is unfinished.
     """
     if job["status"] not in FINISHED:
-        raise Failure(f"{job['id']} is not over: `pellucid finetune cancel {job['id']}` ends it")
+        raise Failure(
+            f"{job['id']} is not finished: cancel it with `pellucid finetune cancel {job['id']}`"
+        )
 
 
 def check_name(model: str) -> None:
-    """Whether what is made of a model can have a name.
+    """Check that the name of a fine-tuned model of `model` fits the file system.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the name would be too long.
     """
     if not adapters.is_valid_id(_name(model, None)):
         raise ValueError(
-            f"Invalid 'model': what is made of '{model[:80]}' would have too long a name for the "
-            "file system. ModelSpec it under a shorter name."
+            f"Invalid 'model': the name of a fine-tuned model of '{model[:80]}' would be too long "
+            "for the file system. Serve the model under a shorter id."
         )
 
 
 def check_suffix(model: str, suffix: str) -> None:
-    """Whether a suffix can be part of the name of what is made of a model.
+    """Check that a suffix can be part of the name of a fine-tuned model of `model`.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: it has invalid characters, or the name would be too long.
     """
     if len(suffix) > 64 or not _SUFFIX.fullmatch(suffix):
         raise ValueError(
@@ -301,17 +320,17 @@ def check_suffix(model: str, suffix: str) -> None:
     if not adapters.is_valid_id(_name(model, suffix)):
         raise ValueError(
             f"Invalid 'suffix': with '{suffix}' the new model's name would be too long for the "
-            "file system, where '.' counts three times. Use a shorter one."
+            "file system, where '.' counts three times. Use a shorter suffix."
         )
 
 
 def _name(model: str, suffix: str | None) -> str:
-    """A new name for what is made of a model."""
+    """Return a new name for a fine-tuned model of `model`."""
     return f"ft:{model}:pellucid:{suffix or ''}:{new_id('', 8)}"
 
 
 def new_seed() -> int:
-    """A seed that nobody chose."""
+    """Return a random seed of 31 bits."""
     return int.from_bytes(os.urandom(4), "big") >> 1
 
 
@@ -320,5 +339,5 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except FileNotFoundError:
         raise
-    except OSError:  # a file system that has no such thing
+    except OSError:  # the file system has no hard links
         shutil.copyfile(source, target)

@@ -1,7 +1,7 @@
-"""A niced process that holds a lock as long as it lives, so that the next server can find it.
+"""A niced process of a job, which holds a lock while it runs, so that another server finds it.
 
-Its files share a folder: NAME.lock, NAME.pid, NAME.out and NAME.log. POSIX only: a lock is of the
-open file, which the process inherits.
+Its files are in one folder: NAME.lock, NAME.pid, NAME.out and NAME.log. POSIX only: a lock belongs
+to the open file, which the process inherits.
 """
 
 import contextlib
@@ -17,65 +17,75 @@ from pathlib import Path
 from serve import settings
 from serve.models import disk
 
-STOP_SECONDS = 20.0  # for a process to save and end
+STOP_SECONDS = 20.0  # for a process to save its state and exit
 
 
 class JobProcess:
-    """A niced process of a job's. It holds a lock for as long as it lives, whoever started it."""
+    """A niced process of a job, started by this server or by an earlier one.
 
-    def __init__(self, job: str, folder: Path, name: str, child: subprocess.Popen[bytes] | None):
-        self.job_id, self._folder, self._name, self._child = job, folder, name, child
+    Args:
+        job_id: the id of the job.
+        folder: the folder of the job.
+        name: the name of the process's files in that folder.
+        child: the process if this server started it, else None.
+    """
+
+    def __init__(self, job_id: str, folder: Path, name: str, child: subprocess.Popen[bytes] | None):
+        self.job_id, self._folder, self._name, self._child = job_id, folder, name, child
 
     @classmethod
     def start(
         cls, job_id: str, folder: Path, name: str, module: Iterable[str], niceness: int = 0
     ) -> "JobProcess":
-        """Starts a module as a program.
+        """Start a module as a program.
 
         Args:
-            job: whose it is; `folder` is its folder.
-            name: of the process's files there.
+            job_id: the id of the job.
+            folder: the folder of the job.
+            name: the name of the process's files in that folder.
             module: the module and its arguments.
+            niceness: the niceness of the process, from 0 to 19.
 
         Raises:
-            BlockingIOError: there is one of this name already.
+            BlockingIOError: a process of this name runs already.
+            OSError: the process could not be started.
         """
         lock = disk.try_lock(folder / f"{name}.lock")
         if lock is None:
-            raise BlockingIOError(f"a process holds {folder / name}.lock")
+            raise BlockingIOError(f"another process holds {folder / name}.lock")
         pid = folder / f"{name}.pid"
-        pid.unlink(missing_ok=True)  # its predecessor's number may be a stranger's by now
-        # It writes its number itself, before it is the program: we may be killed at any point.
+        pid.unlink(missing_ok=True)  # its old id may belong to another program by now
+        # The process writes its id itself, because this server may be killed at any point.
         write = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(pid)]
         try:
             with (
                 open(folder / f"{name}.out", "wb") as out,
                 open(folder / f"{name}.log", "ab") as errors,
             ):
-                ours = subprocess.Popen(
+                child = subprocess.Popen(
                     [*write, *_program(module, niceness)],
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=errors,
                     env=_environment(),
-                    pass_fds=[lock],  # the lock is the process's from here on
-                    # Ctrl-C on the terminal is for us. (Not a session of its own: on systems that
-                    # share time between sessions first, niceness would then mean nothing.)
+                    pass_fds=[lock],  # the process keeps the lock
+                    # Ctrl-C in the terminal must not reach the process. (A new session would do
+                    # that too, but some systems share CPU time between sessions before niceness.)
                     process_group=0,
                 )
         finally:
             os.close(lock)
-        return cls(job_id, folder, name, ours)
+        return cls(job_id, folder, name, child)
 
     @classmethod
     def find_running(cls, job_id: str, folder: Path, name: str = "train") -> "JobProcess | None":
-        """The process that a server before us started and that still lives, if there is one."""
-        found = cls(job_id, folder, name, None)
-        return None if found.has_exited else found
+        """Return the running process that an earlier server started; None without one."""
+        process = cls(job_id, folder, name, None)
+        return None if process.has_exited else process
 
     @property
     def has_exited(self) -> bool:
-        """Whether it has ended."""
+        """Whether the process has ended."""
         if self._child is not None:
             return self._child.poll() is not None
         lock = disk.try_lock(self._folder / f"{self._name}.lock")
@@ -86,36 +96,36 @@ class JobProcess:
 
     @property
     def exit_code(self) -> int | None:
-        """With what code it ended, or minus the signal that ended it; None if it is not ours."""
+        """Return the exit code, or minus the signal number; None if it runs or is not a child."""
         return None if self._child is None else self._child.poll()
 
     def stop(self) -> None:
-        """Has it save and end; ends it, if that takes too long. Waits."""
+        """Stop the process and wait: SIGTERM first, and SIGKILL after `STOP_SECONDS`."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             if self.has_exited:
                 return
             self._send(number)
-            end = time.monotonic() + STOP_SECONDS
-            while time.monotonic() < end and not self.has_exited:
+            deadline = time.monotonic() + STOP_SECONDS
+            while time.monotonic() < deadline and not self.has_exited:
                 time.sleep(0.02)
 
     def _send(self, number: int) -> None:
         if self._child is not None:
             self._child.send_signal(number)
             return
-        # It lives, as its lock says, so that this number is its own and nobody else's.
+        # The lock shows that the process runs, so the id is not that of another program.
         with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
             os.kill(int((self._folder / f"{self._name}.pid").read_text("utf-8")), number)
 
     def output(self) -> str:
-        """What it answered."""
+        """Return the standard output of the process."""
         return (self._folder / f"{self._name}.out").read_text("utf-8")
 
     def failure_message(self) -> str:
-        """The last line it wrote about what went wrong."""
+        """Return the error message for a failed process, with the last line of its log."""
         text = (self._folder / f"{self._name}.log").read_text("utf-8", "replace")
         lines = [line for line in text.splitlines() if line.strip()]
-        reason = lines[-1].removeprefix("python -m training: ") if lines else "it did not say why"
+        reason = lines[-1].removeprefix("python -m training: ") if lines else "the log is empty"
         return f"The job failed: {reason[:1000]}"
 
 
@@ -124,14 +134,14 @@ def _program(module: Iterable[str], niceness: int) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, where our own packages are found and compiled programs are kept."""
+    """Return this environment with the path of Pellucid's packages and a compilation cache."""
     spec = find_spec("training")
     assert spec is not None and spec.origin is not None
     root = str(Path(spec.origin).parents[1])
-    kept = {
+    cache = {
         "JAX_COMPILATION_CACHE_DIR": str(settings.data_folder() / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    return {**kept, **os.environ, "PYTHONPATH": path}
+    return {**cache, **os.environ, "PYTHONPATH": path}

@@ -1,7 +1,8 @@
-"""How far a trainer is: what it wrote, as events, checkpoints, models and a file of results.
+"""The progress of a training run: events, checkpoints, the model and the file of results.
 
-The trainer writes a line a step, and an adapter after each epoch. What is done here is written down
-before it is told, under names that were chosen before: doing it again does nothing.
+The trainer writes one line a step, and an adapter after each epoch. This file turns them into
+objects of the store. Each action is idempotent: names are chosen in advance, and files are written
+before the store refers to them, so that an action can be repeated after a crash.
 """
 
 import csv
@@ -18,60 +19,60 @@ from serve.jobs.process import JobProcess
 from serve.jobs.store import file_record, new_id
 from serve.models import adapters
 
-MAX_CHECKPOINTS = 3  # checkpoints of a job that are served
+MAX_CHECKPOINTS = 3  # of a job; older ones are deleted
 
 
 class TrainingRun:
-    """A job that is trained: its process, and how much of what it wrote has been told.
+    """The training process of a job, and the part of its output that was read.
 
     Args:
-        jobs: where it is told.
-        job: its id.
-        process: ours, or one that an earlier server left.
+        jobs: the jobs of the data folder.
+        job_id: the id of the job.
+        process: its process, of this server or of an earlier one.
     """
 
-    def __init__(self, jobs: JobStore, job: str, process: JobProcess):
-        self._jobs, self.job_id, self.process = jobs, job, process
-        self._output_folder = jobs.folder(job) / OUTPUT_FOLDER
+    def __init__(self, jobs: JobStore, job_id: str, process: JobProcess):
+        self._jobs, self.job_id, self.process = jobs, job_id, process
+        self._output_folder = jobs.folder(job_id) / OUTPUT_FOLDER
         self._lines = JsonlTail(self._output_folder / "metrics.jsonl")
 
     def update(self, is_over: bool) -> None:
-        """Tells what is new.
+        """Add events and checkpoints for new output of the trainer.
 
         Args:
-            is_over: whether nothing will be written any more.
+            is_over: whether the process has ended, so that the output is complete.
         """
         self._record_hyperparameters()
-        if is_over:  # should a line have been missed in a file that was written anew, it is not now
+        if is_over:  # read all lines again, in case some were missed when the file was rewritten
             self._lines = JsonlTail(self._lines.path)
         self._add_metric_events(self._lines.read_new())
         self._publish_checkpoints()
 
     def _record_hyperparameters(self) -> None:
-        """Notes what "auto" became, once it is known."""
+        """Store the hyperparameters that the trainer chose for "auto"."""
         job = self._get()
         path = self._output_folder / "job.json"
         if job["steps"] is not None or not path.exists():
             return
-        found = json.loads(path.read_text("utf-8"))
-        if "steps" not in found:
+        plan = json.loads(path.read_text("utf-8"))
+        if "steps" not in plan:
             return
-        numbers = {
-            "n_epochs": found["epochs"],
-            "batch_size": found["batch_size"],
-            "learning_rate_multiplier": found["learning_rate_multiplier"],
+        hyperparameters = {
+            "n_epochs": plan["epochs"],
+            "batch_size": plan["batch_size"],
+            "learning_rate_multiplier": plan["learning_rate_multiplier"],
         }
         with self._jobs.store.transaction():
             self._jobs.store.update(
                 "job",
                 self.job_id,
-                hyperparameters=numbers,
-                steps=found["steps"],
-                tokens=found["trained_tokens"],
+                hyperparameters=hyperparameters,
+                steps=plan["steps"],
+                tokens=plan["trained_tokens"],
             )
             if job["status"] == "running":
                 self._jobs.add_event(
-                    self.job_id, f"Compiling the training step; then {found['steps']} of them"
+                    self.job_id, f"Compiling the training step, then training {plan['steps']} steps"
                 )
 
     def _add_metric_events(self, lines: list[dict[str, Any]]) -> None:
@@ -79,17 +80,17 @@ class TrainingRun:
             return
         with self._jobs.store.transaction():
             job = self._get()
-            if job["status"] != "running":  # cancelled a moment ago: that was the last word
+            if job["status"] != "running":  # just cancelled: no event follows
                 return
             step, validated, seconds = job["step"], job["validated"], 0.0
             for line in lines:
-                number = line["step"]
-                if "valid_loss" in line and number > validated:
-                    validated = number
-                    self._add_metric_event(job, number, "validation", line["valid_loss"], line)
-                elif "loss" in line and number > step:
-                    step, seconds = number, line.get("seconds", 0.0)
-                    self._add_metric_event(job, number, "training", line["loss"], line)
+                line_step = line["step"]
+                if "valid_loss" in line and line_step > validated:
+                    validated = line_step
+                    self._add_metric_event(job, line_step, "validation", line["valid_loss"], line)
+                elif "loss" in line and line_step > step:
+                    step, seconds = line_step, line.get("seconds", 0.0)
+                    self._add_metric_event(job, line_step, "training", line["loss"], line)
             finish = job["estimated_finish"]
             if job["steps"] and seconds:
                 finish = int(time.time() + (job["steps"] - step) * seconds)
@@ -98,17 +99,17 @@ class TrainingRun:
             )
 
     def _add_metric_event(
-        self, job: Job, step: int, what: str, loss: float, line: dict[str, Any]
+        self, job: Job, step: int, split: str, loss: float, line: dict[str, Any]
     ) -> None:
         self._jobs.add_event(
             self.job_id,
-            f"Step {step}/{job['steps'] or '?'}: {what} loss={loss:.4f}",
+            f"Step {step}/{job['steps'] or '?'}: {split} loss={loss:.4f}",
             data=openai_metrics([line]) | ({"total_steps": job["steps"]} if job["steps"] else {}),
         )
 
     def _publish_checkpoints(self) -> None:
-        """Makes models of the adapters that are there after each epoch."""
-        told, _ = self._jobs.store.page("checkpoint", parent=self.job_id)
+        """Save the adapter of each epoch as a model, and delete the oldest checkpoints."""
+        checkpoints, _ = self._jobs.store.page("checkpoint", parent=self.job_id)
         for step in sorted(_steps(self._output_folder / "adapters")):
             job = self._get()
             if step <= job["published"] or job["status"] != "running":
@@ -118,7 +119,7 @@ class TrainingRun:
                 self._save_adapter(
                     job, name, step, self._output_folder / "adapters" / f"step-{step}"
                 )
-            except FileNotFoundError:  # the trainer keeps the last few, and was faster
+            except FileNotFoundError:  # the trainer has deleted it: it keeps only the last ones
                 continue
             lines = JsonlTail(self._lines.path).read_new()
             checkpoint = {
@@ -133,37 +134,37 @@ class TrainingRun:
                 self._jobs.store.add("checkpoint", checkpoint["id"], checkpoint, parent=self.job_id)
                 self._jobs.store.update("job", self.job_id, published=step)
                 self._jobs.add_event(self.job_id, f"Checkpoint created at step {step}")
-            told.append(checkpoint)
-        for checkpoint in told[:-MAX_CHECKPOINTS]:
+            checkpoints.append(checkpoint)
+        for checkpoint in checkpoints[:-MAX_CHECKPOINTS]:
             adapters.delete(self._jobs.home, checkpoint["fine_tuned_model_checkpoint"])
             self._jobs.store.remove("checkpoint", checkpoint["id"])
 
     def publish(self) -> None:
-        """Makes the model, writes the results, and ends the job."""
+        """Save the model, write the file of results, and set the job to succeeded."""
         job = self._get()
-        name, file = job["name"], job["result_file"]
+        name, file_id = job["name"], job["result_file"]
         self._save_adapter(job, name, job["steps"], self._output_folder / "adapter")
-        if self._jobs.store.get("file", file) is None:
+        if self._jobs.store.get("file", file_id) is None:
             data = results_csv(JsonlTail(self._lines.path).read_new()).encode()
-            with self._jobs.store.open_blob(file) as incoming:
-                incoming.write(data)
-                record = file_record(file, "step_metrics.csv", len(data), "fine-tune-results")
-                incoming.commit(record)
+            with self._jobs.store.open_blob(file_id) as blob:
+                blob.write(data)
+                record = file_record(file_id, "step_metrics.csv", len(data), "fine-tune-results")
+                blob.commit(record)
         succeeded = self._jobs.set_status(
             self.job_id,
             "succeeded",
             f"New fine-tuned model created: {name}",
             "The job has successfully completed",
             fine_tuned_model=name,
-            result_files=[file],
+            result_files=[file_id],
             trained_tokens=job["tokens"],
         )
-        if not succeeded:  # it was cancelled a moment ago
+        if not succeeded:  # just cancelled
             adapters.delete(self._jobs.home, name)
-            self._jobs.store.delete_file(file)
+            self._jobs.store.delete_file(file_id)
 
     def _save_adapter(self, job: Job, name: str, step: int, adapter: Path) -> None:
-        card = adapters.AdapterMetadata(
+        metadata = adapters.AdapterMetadata(
             id=name,
             base=job["model"],
             path=job["path"],
@@ -172,7 +173,7 @@ class TrainingRun:
             job=self.job_id,
             step=step,
         )
-        adapters.save(self._jobs.home, card, adapter)
+        adapters.save(self._jobs.home, metadata, adapter)
 
     def _get(self) -> Job:
         job = self._jobs.get(self.job_id)
@@ -181,46 +182,50 @@ class TrainingRun:
 
 
 class JsonlTail:
-    """The lines of a file that grows, or is written anew, as JSON: those not given before."""
+    """Reads the new lines of a JSONL file that grows or is replaced.
+
+    Args:
+        path: the file, which may not exist yet.
+    """
 
     def __init__(self, path: Path):
         self.path, self._offset, self._inode = path, 0, 0
 
     def read_new(self) -> list[dict[str, Any]]:
-        """What was added; all of it, if the file is another one now."""
+        """Return the lines added since the last call; all lines if the file was replaced."""
         try:
             with self.path.open("rb") as file:
                 inode = os.fstat(file.fileno()).st_ino
                 if inode != self._inode:
                     self._offset, self._inode = 0, inode
                 file.seek(self._offset)
-                whole, newline, _ = file.read().rpartition(b"\n")
+                complete, newline, _ = file.read().rpartition(b"\n")
         except FileNotFoundError:
             return []
-        self._offset += len(whole) + len(newline)
-        return [json.loads(line) for line in whole.splitlines()]
+        self._offset += len(complete) + len(newline)
+        return [json.loads(line) for line in complete.splitlines()]
 
 
 def openai_metrics(lines: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """What lines of one step say, under OpenAI's names."""
+    """Return the metrics of the trainer's lines for one step, with OpenAI's names."""
     names = {
         "step": ("step",),
         "loss": ("train_loss",),
         "accuracy": ("train_mean_token_accuracy",),
-        "valid_loss": ("valid_loss", "full_valid_loss"),  # it is the whole file's
+        "valid_loss": ("valid_loss", "full_valid_loss"),  # always over the whole validation file
         "valid_accuracy": ("valid_mean_token_accuracy", "full_valid_mean_token_accuracy"),
     }
     return {
         name: line[key]
         for line in lines
-        for key, own in names.items()
+        for key, openai_names in names.items()
         if key in line
-        for name in own
+        for name in openai_names
     }
 
 
 def results_csv(lines: Iterable[dict[str, Any]]) -> str:
-    """The file of results: a row a step, as OpenAI's."""
+    """Return OpenAI's file of results: CSV with one row a step."""
     columns = {
         "step": "step",
         "train_loss": "train_loss",
@@ -234,9 +239,9 @@ def results_csv(lines: Iterable[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
-    for own in steps.values():
-        found = openai_metrics(own)
-        writer.writerow([_rounded(found.get(name, "")) for name in columns.values()])
+    for step_lines in steps.values():
+        metrics = openai_metrics(step_lines)
+        writer.writerow([_rounded(metrics.get(name, "")) for name in columns.values()])
     return text.getvalue()
 
 

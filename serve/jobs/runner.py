@@ -1,16 +1,17 @@
-"""Who does the jobs: one at a time, each in a niced process of its own, watched by one thread.
+"""The job runner: one job at a time, in a niced process, watched by one thread.
 
-The process is `python -m training finetune`. It writes down what it does (a line a step, an adapter
-after each epoch, checkpoints), and the thread here turns that into events, models and a file of
-results. Nothing passes between the two but files, so that either may be killed at any time:
+The process is `python -m training finetune`. It writes files (a line a step, an adapter after each
+epoch, checkpoints), and the thread turns them into events, models and a file of results. The two
+communicate by files only, so that either may be killed at any time:
 
-- The process is killed: it is started again, and goes on from its last checkpoint.
-- The server is killed: the process goes on. The next server finds the lock that the process holds
-  as long as it lives, and watches it; or finds it free, and starts the process again. A run that
-  was done by then says so at once.
-- The server is stopped: the process is told to save and to end; the next server goes on.
+- If the process is killed, it is started again and resumes from its last checkpoint.
+- If the server is killed, the process continues. The next server tests the lock that the process
+  holds. If it is held, the server watches the process; if it is free, the server starts the process
+  again, which exits at once if the run was complete.
+- If the server is stopped, the process saves a checkpoint and exits; the next server resumes it.
 
-Of several servers on one data folder one is the keeper, by a lock too; when it ends, another is.
+If several servers use one data folder, a lock selects one of them as job runner; when it exits,
+another takes over.
 """
 
 import contextlib
@@ -30,15 +31,13 @@ from serve.models import adapters, disk
 log = logging.getLogger(__name__)
 
 LOCK_FILE = "keeper.lock"
-POLL_SECONDS = 0.5  # seconds between two looks
-IDLE_POLL_SECONDS = (
-    15.0  # seconds between two looks of an idle server: for jobs that a dead one left
-)
-MAX_CRASHES = 3  # processes that may die in a row without a new step
-MAX_POLL_ERRORS = 120  # looks that may fail in a row, of one job: a minute of a full disk, say
-NICENESS = 19  # as nice as can be: whoever is answered by this server comes first
-EXIT_INVALID_DATA = 6  # exit code: the data cannot be learned from
-TRAINER_OPTIONS = {  # of the trainer, by what the API calls them
+POLL_SECONDS = 0.5  # between two polls of a running job
+IDLE_POLL_SECONDS = 15.0  # between two polls of an idle server, for jobs of a killed server
+MAX_CRASHES = 3  # of a process in a row without a new step
+MAX_POLL_ERRORS = 120  # in a row for one job; a minute of a full disk, for example
+NICENESS = 19  # the highest: requests to the server have precedence
+EXIT_INVALID_DATA = 6  # the trainer's exit code for an invalid training file
+TRAINER_OPTIONS = {  # names of hyperparameters in the API, by option of the trainer
     "--epochs": "n_epochs",
     "--batch-size": "batch_size",
     "--learning-rate-multiplier": "learning_rate_multiplier",
@@ -47,52 +46,52 @@ SIGNAL_EXIT_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIG
 
 
 class JobRunner:
-    """Does what jobs there are, from `wake` until none is left or `close`; or always, by `watch`.
+    """Runs unfinished jobs on a thread, from `wake` or `watch` until `close`.
 
     Args:
-        jobs: whose they are.
-        niceness: of its processes; None for `NICENESS`.
+        jobs: the jobs of a data folder.
+        niceness: the niceness of the processes; None for `NICENESS`.
     """
 
     def __init__(self, jobs: JobStore, niceness: int | None = None):
         self._jobs = jobs
         self._niceness = NICENESS if niceness is None else niceness
         self._folder = jobs.home / "jobs"
-        self._thread_lock = threading.Lock()  # of the next
+        self._thread_lock = threading.Lock()  # guards _thread
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._validation: JobProcess | None = None
         self._training: TrainingRun | None = None
-        self._current_job_id: str | None = None  # the job that is being seen to
-        self._error_counts: Counter[str | None] = Counter()  # looks in a row, by job
+        self._current_job_id: str | None = None  # the job of the current poll
+        self._error_counts: Counter[str | None] = Counter()  # failed polls in a row, by job
 
     def watch(self) -> None:
-        """Starts work now and whenever there is any, whoever made it, until `close`."""
+        """Run jobs of all processes from now on, polling for new ones until `close`."""
         if self._folder.exists():
-            self._start()  # even if no job is to be done: what one left behind may be
+            self._start()  # even without unfinished jobs, to clean up after a killed server
         threading.Thread(target=self._watch, name="watch jobs", daemon=True).start()
 
     def _watch(self) -> None:
         while not self._closing.wait(IDLE_POLL_SECONDS):
             try:
                 self.wake()
-            except Exception:  # a busy disk, say
-                log.exception("fine-tuning jobs cannot be looked for")
+            except Exception:  # a busy disk, for example
+                log.exception("polling for fine-tuning jobs failed; it will be tried again")
 
     def wake(self) -> None:
-        """Starts work, if there is any and nobody in this process works."""
+        """Start the thread if there are unfinished jobs and it does not run."""
         if self._jobs.unfinished():
             self._start()
 
     def _start(self) -> None:
         with self._thread_lock:
-            works = self._thread is not None and self._thread.is_alive()
-            if not works and not self._closing.is_set():
+            is_running = self._thread is not None and self._thread.is_alive()
+            if not is_running and not self._closing.is_set():
                 self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
                 self._thread.start()
 
     def close(self) -> None:
-        """Stops work; what runs is told to save and to end. Waits for it."""
+        """Stop the thread and its processes, which save their state, and wait for them."""
         with self._thread_lock:
             thread = self._thread
             self._closing.set()
@@ -120,27 +119,30 @@ class JobRunner:
                 os.close(lock)
 
     def _is_needed(self) -> bool:
-        """Whether to go on; from then on, `wake` knows that nobody works."""
+        """Whether the thread has work. If not, clear `_thread`, so that `wake` starts a new one."""
         with self._thread_lock:
-            busy = self._training is not None or self._validation is not None
-            if not self._closing.is_set() and (busy or self._jobs.unfinished()):
+            is_busy = self._training is not None or self._validation is not None
+            if not self._closing.is_set() and (is_busy or self._jobs.unfinished()):
                 return True
             self._thread = None
             return False
 
     def _poll(self) -> None:
-        for work in (self._poll_validation, self._poll_training):
+        for poll in (self._poll_validation, self._poll_training):
             self._current_job_id = None
             try:
-                work()
-            except Exception:  # a full disk, say: all of it can be done again at the next look
+                poll()
+            except Exception:  # a full disk, for example: the next poll repeats it
                 self._error_counts[self._current_job_id] += 1
                 if self._error_counts[self._current_job_id] == 1:
-                    log.exception("the fine-tuning job %s is stuck", self._current_job_id)
+                    log.exception(
+                        "polling the fine-tuning job %s failed; it will be tried again",
+                        self._current_job_id,
+                    )
                 if (
                     self._current_job_id is not None
                     and self._error_counts[self._current_job_id] >= MAX_POLL_ERRORS
-                ):  # the next has its turn
+                ):  # let the next job run
                     log.exception("the fine-tuning job %s failed", self._current_job_id)
                     with contextlib.suppress(Exception):
                         self._jobs.fail(
@@ -152,28 +154,30 @@ class JobRunner:
                 self._error_counts.pop(self._current_job_id, None)
 
     def _clean_up(self) -> None:
-        """Ends and removes what is left of jobs that are over: a server was killed meanwhile."""
+        """Stop processes and remove files of finished jobs that a killed server left behind."""
         try:
             adapters.clean_up(self._jobs.home)
-            over, _ = self._jobs.store.page("job", predicate=lambda job: job["status"] in FINISHED)
-            for job in over:
+            finished, _ = self._jobs.store.page(
+                "job", predicate=lambda job: job["status"] in FINISHED
+            )
+            for job in finished:
                 id, folder = job["id"], self._jobs.folder(job["id"])
                 if self._jobs.is_cleaned_up(id):
                     continue
                 for name in ("check", "train"):
-                    if (left := JobProcess.find_running(id, folder, name)) is not None:
-                        left.stop()
-                if job["status"] != "succeeded":  # its model was made, and never told of
+                    if (process := JobProcess.find_running(id, folder, name)) is not None:
+                        process.stop()
+                if job["status"] != "succeeded":  # its model may have been saved already
                     adapters.delete(self._jobs.home, job["name"])
                     self._jobs.store.delete_file(job["result_file"])
                 self._jobs.clean_up(id)
-        except Exception:  # the jobs that are to be done do not depend on it
-            log.exception("what is left of fine-tuning jobs cannot be removed")
+        except Exception:  # unfinished jobs do not depend on it
+            log.exception("files of finished fine-tuning jobs cannot be removed")
 
-    # -- looking at files ----------------------------------------------------------------------
+    # -- validation ----------------------------------------------------------------------------
 
     def _poll_validation(self) -> None:
-        """Has the files of the oldest new job looked at."""
+        """Poll the validation of a job's files, or start that of the oldest new job."""
         process = self._validation
         if process is None:
             self._validation = self._start_validation()
@@ -185,14 +189,14 @@ class JobRunner:
         elif process.has_exited:
             self._validation = None
             if process.exit_code == 0:
-                found = json.loads(process.output())
-                if (error := found["error"]) is None:
-                    self._jobs.queue(id, found["warnings"])
+                result = json.loads(process.output())
+                if (error := result["error"]) is None:
+                    self._jobs.queue(id, result["warnings"])
                 else:
                     self._jobs.fail(id, error["code"], error["message"], error["param"])
             elif process.exit_code is not None and process.exit_code > 0:
                 self._jobs.fail(id, "server_error", process.failure_message())
-            elif process.exit_code is not None:  # it was killed: once more
+            elif process.exit_code is not None:  # killed by a signal: try again
                 self._restart(id, -process.exit_code)
 
     def _start_validation(self) -> JobProcess | None:
@@ -201,8 +205,8 @@ class JobRunner:
             return None
         self._current_job_id = id = new[0]["id"]
         folder = self._jobs.folder(id)
-        if (left := JobProcess.find_running(id, folder, "check")) is not None:
-            return left
+        if (process := JobProcess.find_running(id, folder, "check")) is not None:
+            return process
         files = [folder / TRAIN_FILE, *([folder / VALID_FILE] if new[0]["validation_file"] else [])]
         command = ["serve.jobs.validate", new[0]["path"], *map(str, files)]
         return JobProcess.start(id, folder, "check", command, self._niceness)
@@ -210,7 +214,7 @@ class JobRunner:
     # -- training ------------------------------------------------------------------------------
 
     def _poll_training(self) -> None:
-        """Sees to the one job that is trained, or starts the next."""
+        """Poll the running job, or start the next queued one."""
         training = self._training
         if training is None:
             self._training = self._start_training()
@@ -221,7 +225,7 @@ class JobRunner:
             self._training = None
             self._jobs.clean_up(training.job_id)
             return
-        is_over = training.process.has_exited  # before the last look at what it wrote
+        is_over = training.process.has_exited  # before the last read of its output
         training.update(is_over)
         if is_over:
             self._training = None
@@ -236,8 +240,8 @@ class JobRunner:
         job = (running or queued)[0]
         self._current_job_id = id = job["id"]
         folder = self._jobs.folder(id)
-        if (left := JobProcess.find_running(id, folder)) is not None:
-            return TrainingRun(self._jobs, id, left)
+        if (process := JobProcess.find_running(id, folder)) is not None:
+            return TrainingRun(self._jobs, id, process)
         if job["status"] == "queued":
             from serve.models import fingerprint
 
@@ -250,38 +254,39 @@ class JobRunner:
     def _finish_training(self, training: TrainingRun) -> None:
         id, process = training.job_id, training.process
         code = process.exit_code
-        if code is None:  # we are not its parent: started again, it says at once if it was done
+        if code is None:  # not a child: started again, it exits at once if the run was complete
             return
         if code == 0:
             training.publish()
             self._jobs.clean_up(id)
         elif code == EXIT_INVALID_DATA:
-            first = json.loads(process.output().splitlines()[0])
-            message = f"The job failed due to an invalid training file. {first['message']}"
+            report = json.loads(process.output().splitlines()[0])
+            message = f"The job failed due to an invalid training file. {report['message']}"
             self._jobs.fail(id, "invalid_training_file", message, "training_file")
         elif code < 0 or code in SIGNAL_EXIT_CODES:
             self._restart(id, -code if code < 0 else code - 128)
         else:
             self._jobs.fail(id, "server_error", process.failure_message())
 
-    def _restart(self, id: str, number: int) -> None:
-        """After its process was ended by a signal: at the next look, unless it gets nowhere."""
+    def _restart(self, id: str, signal_number: int) -> None:
+        """Let the next poll restart a killed process, unless it repeatedly makes no progress."""
         job = self._jobs.get(id)
         assert job is not None, "jobs are not deleted"
-        died = 1 if job["step"] > job["died_at"] else job["died"] + 1
-        if died == MAX_CRASHES:
+        num_crashes = 1 if job["step"] > job["died_at"] else job["died"] + 1
+        if num_crashes == MAX_CRASHES:
             self._jobs.fail(
                 id,
                 "server_error",
-                f"The job's process was ended {died} times by a signal, the last time {number}, "
-                f"without getting past step {job['step']}. Memory may be short.",
+                f"The job's process was ended {num_crashes} times by a signal, last by signal "
+                f"{signal_number}, without progress after step {job['step']}. Check that enough "
+                "memory is available.",
             )
             return
         with self._jobs.store.transaction():
-            self._jobs.store.update("job", id, died=died, died_at=job["step"])
+            self._jobs.store.update("job", id, died=num_crashes, died_at=job["step"])
             self._jobs.add_event(
                 id,
-                f"The job's process was ended by signal {number}; it goes on from its last "
+                f"The job's process was ended by signal {signal_number}; it resumes from its last "
                 "checkpoint",
                 level="warn",
             )
@@ -292,7 +297,7 @@ class JobRunner:
 
 
 def has_active_runner(jobs: JobStore) -> bool:
-    """Whether a process, this one or another, works on the jobs of a data folder."""
+    """Whether this or another process runs the jobs of a data folder."""
     if (lock := disk.try_lock(jobs.home / "jobs" / LOCK_FILE)) is None:
         return True
     os.close(lock)

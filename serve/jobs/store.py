@@ -1,13 +1,13 @@
-"""What outlives a server: objects in SQLite, and blobs as files beside it.
+"""The database of a server: objects in SQLite, and blobs as files.
 
-An object is a kind, an id and a JSON body; some have a parent, as the events of a job do. Objects
-of a kind have an order, that of their making, by which clients page through them. One table holds
-them all: whoever needs another database has six methods to write. One writer at a time, and what a
-method has returned from is on the disk (a write-ahead log, flushed at each commit).
+An object has a kind, an id and a JSON body; some have a parent, such as the events of a job.
+Objects of a kind are ordered by creation, and clients page through them. One table holds all
+objects, so that another database needs only six methods. There is one writer at a time. When a
+method returns, its change is on the disk (write-ahead log, flushed at each commit).
 
-A blob is written under a temporary name, flushed, renamed, and only then told of by an object: a
-kill at any moment leaves nothing half-written to be seen. What it leaves behind is swept up at the
-next start; a lock on the file tells what another process is still writing.
+A blob is written under a temporary name, flushed and renamed before an object refers to it, so that
+a killed process leaves no incomplete blob visible. The next start removes its temporary files; a
+lock on a file shows that another process is still writing it.
 """
 
 import contextlib
@@ -46,12 +46,19 @@ _NEW_PREFIX = ".new-"
 
 
 def new_id(prefix: str, length: int = 24) -> str:
-    """An id that nobody can guess: `file-` and 24 letters and digits, for one."""
+    """Return a random id: the prefix and `length` letters and digits, from a secure source."""
     return prefix + "".join(secrets.choice(_LETTERS) for _ in range(length))
 
 
 def file_record(id: str, filename: str, size: int, purpose: str) -> dict[str, Any]:
-    """The body of an object of kind "file", which is what clients are shown of it."""
+    """Return the body of an object of kind "file", in the format of OpenAI's API.
+
+    Args:
+        id: the id of the file.
+        filename: its name.
+        size: its bytes.
+        purpose: its purpose, such as "fine-tune".
+    """
     return {
         "id": id,
         "object": "file",
@@ -65,24 +72,25 @@ def file_record(id: str, filename: str, size: int, purpose: str) -> dict[str, An
 
 
 class Store:
-    """Objects and blobs of a data folder. Any thread may use it, and so may several processes.
+    """The objects and blobs of a data folder. Several threads and processes may use it.
 
     Args:
         home: the data folder.
 
     Raises:
-        Corrupt: the database is damaged, or a newer version's.
+        Corrupt: the database is damaged, or was written by a newer version.
+        Failure: the database is locked, or the disk is full.
     """
 
     def __init__(self, home: Path):
         self._blobs = make_private_folder(make_private_folder(home) / "files")
         self._path = home / "store.db"
-        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))  # what others may not read
+        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))  # private to the user
         self._lock = threading.RLock()
         try:
             self._open()
-        except sqlite3.OperationalError as error:  # locked, or no room: nothing is wrong with it
-            raise Failure(f"{self._path} cannot be opened now: {error}") from None
+        except sqlite3.OperationalError as error:  # locked, or no disk space
+            raise Failure(f"{self._path} cannot be opened now ({error}): try again") from None
         except sqlite3.DatabaseError as error:
             raise Corrupt(
                 f"{self._path} cannot be read ({error}): move it out of the way"
@@ -103,7 +111,7 @@ class Store:
         run(f"PRAGMA user_version = {VERSION}")
 
     def close(self) -> None:
-        """Lets go of the database."""
+        """Close the database."""
         with self._lock:
             self._database.close()
 
@@ -111,7 +119,7 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """All that is written inside is written together, or not at all; nobody writes between."""
+        """Make all writes inside the block one transaction, which an error rolls back."""
         with self._lock:
             if self._database.in_transaction:
                 yield
@@ -125,7 +133,17 @@ class Store:
             self._database.execute("COMMIT")
 
     def add(self, kind: str, id: str, body: JsonObject, parent: str = "") -> None:
-        """Makes an object, which comes last in the order of its kind."""
+        """Add an object, last in the order of its kind.
+
+        Args:
+            kind: the kind of the object.
+            id: its id, which was never used for this kind.
+            body: its JSON body.
+            parent: the id of its parent, if it has one.
+
+        Raises:
+            sqlite3.IntegrityError: the id was used before.
+        """
         with self.transaction():
             self._database.execute(
                 "INSERT INTO objects (kind, id, parent, body) VALUES (?, ?, ?, ?)",
@@ -133,7 +151,7 @@ class Store:
             )
 
     def get(self, kind: str, id: str) -> JsonObject | None:
-        """The body of an object; None if there is none."""
+        """Return the body of an object; None if it does not exist."""
         with self._lock:
             row = self._database.execute(
                 "SELECT body FROM objects WHERE kind = ? AND id = ?", (kind, id)
@@ -141,10 +159,10 @@ class Store:
         return json.loads(row[0]) if row and row[0] is not None else None
 
     def update(self, kind: str, id: str, **fields: Any) -> JsonObject:
-        """Sets fields of an object's body, and gives it.
+        """Set fields of an object's body, and return the body.
 
         Raises:
-            KeyError: there is none.
+            KeyError: the object does not exist.
         """
         with self.transaction():
             if (body := self.get(kind, id)) is None:
@@ -157,13 +175,13 @@ class Store:
         return body
 
     def remove(self, kind: str, id: str) -> bool:
-        """Forgets an object, but not its place. Gives whether it was there."""
+        """Remove an object, but not its position; return whether it existed."""
         with self.transaction():
-            found = self._database.execute(
+            cursor = self._database.execute(
                 "UPDATE objects SET body = NULL WHERE kind = ? AND id = ? AND body IS NOT NULL",
                 (kind, id),
             )
-            return found.rowcount > 0
+            return cursor.rowcount > 0
 
     def page(
         self,
@@ -175,16 +193,18 @@ class Store:
         newest_first: bool = False,
         predicate: Callable[[JsonObject], bool] = lambda body: True,
     ) -> tuple[list[JsonObject], bool]:
-        """Some objects of a kind, and whether more follow.
+        """Return a page of objects of a kind, and whether more follow.
 
         Args:
-            parent: whose they are.
-            after: the id that the page begins behind; it may have been removed since.
-            limit: how many at most; None for all.
-            keep: which of them count.
+            kind: the kind of the objects.
+            parent: the id of their parent.
+            after: the id before the page; that object may have been removed.
+            limit: the maximum number of objects; None for all.
+            newest_first: whether the newest object is first.
+            predicate: takes a body and returns whether to include the object.
 
         Raises:
-            KeyError: there never was an object `after`.
+            KeyError: an object `after` never existed.
         """
         with self._lock:
             start = None
@@ -202,78 +222,84 @@ class Store:
                 f" AND (? IS NULL OR position {sign} ?) ORDER BY position {order}",
                 (kind, parent, start, start),
             )
-            found: list[JsonObject] = []
+            bodies: list[JsonObject] = []
             for (text,) in rows:
                 if predicate(body := json.loads(text)):
-                    if len(found) == limit:
-                        return found, True
-                    found.append(body)
-        return found, False
+                    if len(bodies) == limit:
+                        return bodies, True
+                    bodies.append(body)
+        return bodies, False
 
     # -- blobs ---------------------------------------------------------------------------------
 
     def blob_path(self, id: str) -> Path:
-        """Where the bytes of an object of kind "file" are."""
+        """Return the path of the bytes of a file."""
         return self._blobs / id
 
     @contextlib.contextmanager
     def open_blob(self, id: str) -> "Iterator[BlobWriter]":
-        """A blob to be written; what is not kept by the end is gone."""
-        incoming = BlobWriter(self, id, _locked_new(self._blobs / f"{_NEW_PREFIX}{id}"))
+        """Open a new blob for writing; without a `commit` inside the block, it is deleted."""
+        blob = BlobWriter(self, id, _open_locked(self._blobs / f"{_NEW_PREFIX}{id}"))
         try:
-            yield incoming
+            yield blob
         finally:
-            incoming.close()
+            blob.close()
 
     def delete_file(self, id: str) -> bool:
-        """Removes a file, the object first. Gives whether it was there."""
-        was_there = self.remove("file", id)
-        if was_there:
+        """Delete a file, its object before its bytes; return whether it existed."""
+        existed = self.remove("file", id)
+        if existed:
             self.blob_path(id).unlink(missing_ok=True)
-        return was_there
+        return existed
 
     def _clean_up(self) -> None:
-        """Removes what a kill left behind: blobs that no object tells of and nobody is writing."""
+        """Remove blobs of killed processes: those without an object that no process is writing."""
         for path in self._blobs.iterdir():
             if not path.name.startswith(_NEW_PREFIX) and self.get("file", path.name) is not None:
                 continue
             if not path.exists() or (lock := disk.try_lock(path)) is None:
                 continue
-            if self.get("file", path.name) is None:  # nor was it told of a moment ago
+            if self.get("file", path.name) is None:  # again, as it may be new
                 path.unlink(missing_ok=True)
             os.close(lock)
 
 
 class BlobWriter:
-    """The bytes of a file on their way in; see `Store.receiving`."""
+    """Writes the bytes of a new file; see `Store.open_blob`.
+
+    Args:
+        store: the store of the file.
+        id: the id of the file.
+        file: the temporary file, locked.
+    """
 
     def __init__(self, store: Store, id: str, file: BinaryIO):
         self._store, self.id, self._file = store, id, file
         self.size = 0
 
     def write(self, data: bytes) -> None:
-        """Appends bytes."""
+        """Append bytes."""
         self._file.write(data)
         self.size += len(data)
 
     def commit(self, body: JsonObject) -> None:
-        """Makes the blob a file with this body; once this returns, it outlives a crash."""
+        """Flush the blob and add its object; after the return, the file survives a crash."""
         self._file.flush()
         os.fsync(self._file.fileno())
         path = self._store.blob_path(self.id)
         path.with_name(_NEW_PREFIX + path.name).rename(path)
         disk.flush(path.parent)
-        self._store.add("file", self.id, body)  # the lock on the blob holds until it is in there
+        self._store.add("file", self.id, body)  # while the blob is still locked
 
     def close(self) -> None:
-        """Lets go; removes what was not kept."""
+        """Close the blob, and delete it if it was not committed."""
         path = self._store.blob_path(self.id)
         path.with_name(_NEW_PREFIX + path.name).unlink(missing_ok=True)
         self._file.close()
 
 
-def _locked_new(path: Path) -> BinaryIO:
-    """A new file to write, locked before a sweep could take it for left behind."""
+def _open_locked(path: Path) -> BinaryIO:
+    """Open a new file for writing, and lock it, so that `_clean_up` does not remove it."""
     while True:
         descriptor = disk.lock(path)
         if os.fstat(descriptor).st_nlink:

@@ -1,7 +1,7 @@
-"""Whether a job's files can be learned from, as a program: ``python -m serve.jobs.validate``.
+"""The validation of a job's files, as a program: ``python -m serve.jobs.validate``.
 
-A file of a million lines takes minutes to read, so it is read in a niced process, not in the
-server. It prints a JSON object: a job's `error`, or null, and the `warnings` to tell of.
+A file of a million lines takes minutes to read, so a niced process reads it, not the server. It
+prints a JSON object with the job's `error`, or null, and a list of `warnings`.
 """
 
 import json
@@ -16,28 +16,29 @@ from training.recipes.finetune import read_tokenizer
 
 
 def validate_files(model: Path, data: Path, valid: Path | None = None) -> dict[str, Report]:
-    """A report of each of a job's files, up to the first that cannot be learned from.
+    """Return the report of each file of a job, up to the first invalid file.
 
     Args:
-        model: the files of the model to be trained.
-        data, valid: the training file and the validation file.
+        model: the files of the model to fine-tune.
+        data: the training file.
+        valid: the validation file, if any.
 
     Returns:
-        The reports, by the names that the job has for the files.
+        The reports by the job's name of the file, "training_file" or "validation_file".
     """
     tokenizer: Any
     tokenizer, max_tokens = read_tokenizer(model)
     report = check.check(data, tokenizer, max_tokens=max_tokens)
-    found = {"training_file": report}
+    reports = {"training_file": report}
     if report.ok and valid is not None:
-        found["validation_file"] = check.check(
+        reports["validation_file"] = check.check(
             valid, tokenizer, max_tokens=max_tokens, kind=report.kind, minimum=1
         )
-    return found
+    return reports
 
 
 def warning_messages(reports: Mapping[str, Report]) -> list[str]:
-    """What a job's events warn of."""
+    """Return the warnings of reports, as messages of events."""
     return [
         f"{name.replace('_', ' ').capitalize()}: {warning.message}"
         for name, report in reports.items()
@@ -46,6 +47,7 @@ def warning_messages(reports: Mapping[str, Report]) -> list[str]:
 
 
 if __name__ == "__main__":
-    found = validate_files(*map(Path, sys.argv[1:]))
-    errors = [report.error(name) for name, report in found.items() if not report.ok]
-    print(json.dumps({"error": errors[0] if errors else None, "warnings": warning_messages(found)}))
+    reports = validate_files(*map(Path, sys.argv[1:]))
+    errors = [report.error(name) for name, report in reports.items() if not report.ok]
+    error = errors[0] if errors else None
+    print(json.dumps({"error": error, "warnings": warning_messages(reports)}))

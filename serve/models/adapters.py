@@ -1,8 +1,8 @@
-"""Models the user made: folders of their own in the data folder, which the API may delete.
+"""Fine-tuned models: adapters in the data folder, which the API may delete.
 
-Fine-tuning puts a model here: an adapter in PEFT's layout, which other tools can open, and beside
-it a card that says what it is and which weights it belongs to. A folder appears whole or not at
-all. A model of the catalogue, or one given by its path on the command line, is not here, and no
+Fine-tuning saves a model here: an adapter in PEFT's layout, which other tools can open, and a
+metadata file with its id and the weights it belongs to. A folder appears whole or not at all. A
+model of the catalogue, or one given by its path on the command line, is not stored here, and no
 request can delete it.
 """
 
@@ -17,25 +17,23 @@ from urllib.parse import quote, unquote
 from serve.models import disk
 
 METADATA_FILE = "card.json"
-CHECKPOINT_INFIX = (
-    ":ckpt-step-"  # between a model's id and a number: the model as it was after that step
-)
-MAX_NAME_BYTES = 255  # bytes of a file's name, on nearly every file system
+CHECKPOINT_INFIX = ":ckpt-step-"  # between the id of a model and the step of its checkpoint
+MAX_NAME_BYTES = 255  # of a file name, on nearly every file system
 _NEW_PREFIX, _DELETED_PREFIX = ".new-", ".deleted-"
 
 
 @dataclass(frozen=True)
 class AdapterMetadata:
-    """What is known of a model that was made here.
+    """The metadata of a fine-tuned model, as stored in `METADATA_FILE`.
 
     Attributes:
-        id: what it is called.
-        base: the id of the model it was trained on.
-        path: where its files were.
-        weights: SHA-256 of them, in hex: an id, or a path, can come to mean other ones.
+        id: the id of the model.
+        base: the id of the base model.
+        path: the path of the base model's files at training time.
+        weights: the SHA-256 of those files, in hex. Their id or path may later mean other weights.
         created: seconds since 1970.
-        job: the id of the job that made it.
-        step: after how many steps.
+        job: the id of the fine-tuning job.
+        step: the training step.
     """
 
     id: str
@@ -48,32 +46,31 @@ class AdapterMetadata:
 
 
 def adapter_folder(home: Path, id: str) -> Path:
-    """Where the user's model with this id stands. An id may hold any character, a name may not."""
+    """Return the folder of a fine-tuned model, with the id escaped to a valid file name."""
     return home / "made" / quote(id, safe="").replace(".", "%2E")
 
 
 def exists(home: Path, id: str) -> bool:
-    """Whether the user made a model with this id."""
-    return os.path.isdir(
-        adapter_folder(home, id)
-    )  # unlike Path's, also where the name is far too long
+    """Whether a fine-tuned model has this id."""
+    # Unlike Path.is_dir, it also takes names that are too long for the file system.
+    return os.path.isdir(adapter_folder(home, id))
 
 
 def is_valid_id(id: str) -> bool:
-    """Whether a folder can be named after a model, and after its checkpoints."""
+    """Whether the file system can hold folders of a model with this id and of its checkpoints."""
     longest = adapter_folder(Path(), f"{id}{CHECKPOINT_INFIX}{10**9}")
     return len(f"{_DELETED_PREFIX}{longest.name}") <= MAX_NAME_BYTES
 
 
 def ids_with_checkpoints(home: Path, id: str) -> list[str]:
-    """Those of a model and its checkpoints that are here, by their ids."""
+    """Return the ids of a fine-tuned model and its checkpoints, as far as they exist."""
     prefix = adapter_folder(home, id + CHECKPOINT_INFIX).name
     steps = sorted(name for name in folder_names(home) if name.startswith(prefix))
     return [id] * exists(home, id) + [unquote(name) for name in steps]
 
 
 def folder_names(home: Path) -> frozenset[str]:
-    """The names of the folders that hold a model."""
+    """Return the names of the folders that hold a fine-tuned model."""
     try:
         return frozenset(name for name in os.listdir(home / "made") if not name.startswith("."))
     except FileNotFoundError:
@@ -81,11 +78,11 @@ def folder_names(home: Path) -> frozenset[str]:
 
 
 def read_metadata(folder: Path) -> AdapterMetadata:
-    """The card of the model in a folder.
+    """Return the metadata of the model in a folder.
 
     Raises:
-        OSError: there is none.
-        ValueError: it is damaged.
+        OSError: the metadata file cannot be read.
+        ValueError: the metadata file is damaged.
     """
     try:
         return AdapterMetadata(**json.loads((folder / METADATA_FILE).read_text("utf-8")))
@@ -94,58 +91,69 @@ def read_metadata(folder: Path) -> AdapterMetadata:
 
 
 def list_metadata(home: Path) -> list[AdapterMetadata]:
-    """The cards of all models that are here, oldest first; without what is damaged."""
-    found: list[AdapterMetadata] = []
+    """Return the metadata of all fine-tuned models, oldest first, skipping damaged ones."""
+    adapters: list[AdapterMetadata] = []
     for name in folder_names(home):
-        with contextlib.suppress(OSError, ValueError):  # deleted this moment, or not of our making
-            found.append(read_metadata(home / "made" / name))
-    return sorted(found, key=lambda card: (card.created, card.step, card.id))
+        with contextlib.suppress(OSError, ValueError):  # just deleted, or not written by Pellucid
+            adapters.append(read_metadata(home / "made" / name))
+    return sorted(adapters, key=lambda metadata: (metadata.created, metadata.step, metadata.id))
 
 
 def save(home: Path, metadata: AdapterMetadata, adapter: Path) -> None:
-    """Makes a model of an adapter: copies its files, flushes them, and only then shows them.
+    """Store an adapter as a fine-tuned model; do nothing if the id exists.
 
-    One that is there already stays as it is.
+    The files are copied and flushed under a temporary name, and then renamed.
 
     Args:
-        adapter: a folder with the files of an adapter.
+        home: the data folder.
+        metadata: the metadata of the model.
+        adapter: the folder with the files of the adapter.
+
+    Raises:
+        OSError: the files could not be copied; no model appears.
     """
-    place = adapter_folder(home, metadata.id)
-    if place.exists():
+    folder = adapter_folder(home, metadata.id)
+    if folder.exists():
         return
-    fresh = place.with_name(_NEW_PREFIX + place.name)
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    new_folder = folder.with_name(_NEW_PREFIX + folder.name)
+    shutil.rmtree(new_folder, ignore_errors=True)
+    new_folder.mkdir(parents=True)
     for file in sorted(adapter.iterdir()):
-        shutil.copyfile(file, fresh / file.name)
-    (fresh / METADATA_FILE).write_text(json.dumps(asdict(metadata), indent=1), "utf-8")
-    for path in (*fresh.iterdir(), fresh):
+        shutil.copyfile(file, new_folder / file.name)
+    (new_folder / METADATA_FILE).write_text(json.dumps(asdict(metadata), indent=1), "utf-8")
+    for path in (*new_folder.iterdir(), new_folder):
         disk.flush(path)
-    fresh.rename(place)
-    disk.flush(place.parent)
+    new_folder.rename(folder)
+    disk.flush(folder.parent)
 
 
 def hide(home: Path, id: str) -> Path:
-    """Takes a model out of sight, at once and for good. Gives the folder that is left to remove.
+    """Rename the folder of a fine-tuned model so that it is no longer listed.
+
+    Returns:
+        The new path of the folder, which the caller removes.
 
     Raises:
-        OSError: it could not be done; the model is there as before.
+        OSError: the folder could not be renamed; the model is unchanged.
     """
     path = adapter_folder(home, id)
-    doomed = path.with_name(_DELETED_PREFIX + path.name)
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    return doomed
+    hidden = path.with_name(_DELETED_PREFIX + path.name)
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    return hidden
 
 
 def delete(home: Path, id: str) -> None:
-    """Removes a model and its files; there may be none."""
+    """Delete a fine-tuned model and its files, if it exists."""
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(hide(home, id))
 
 
 def clean_up(home: Path) -> None:
-    """Removes what a kill left half made or half deleted, while nobody makes a model."""
+    """Remove folders that a killed process left half written or half deleted.
+
+    Call it while no other process saves a model.
+    """
     with contextlib.suppress(FileNotFoundError):
         for path in (home / "made").iterdir():
             if path.name.startswith((_NEW_PREFIX, _DELETED_PREFIX)):

@@ -1,7 +1,7 @@
-"""What was measured on this machine: tokens a second and memory, by model.
+"""Measurements of models on this machine: tokens per second and memory.
 
-A run of 32 tokens or more leaves its rate in `measured.json` of the data folder, where
-`pellucid models` finds it. The last run counts; nothing is estimated.
+A run of 32 tokens or more writes its speed to `measured.json` of the data folder, which
+`pellucid models` shows. The last run counts; nothing is estimated.
 """
 
 from pathlib import Path
@@ -14,19 +14,27 @@ MIN_TIMED_TOKENS = 32
 
 
 class Measurement(TypedDict):
-    """Decoding speed, and the memory of weights and cache in bytes, as they were loaded."""
+    """The decoding speed of a model, and the bytes of its weights and KV cache."""
 
     tokens_per_second: float
     memory: int
 
 
 def read(home: Path) -> dict[str, Measurement]:
-    """The measurements by model id; empty where there are none."""
+    """Return the measurements by model id; empty if there are none."""
     return json_cache.read(home / MEASUREMENTS_FILE)
 
 
 def record(home: Path, id: str, *, tokens: int, seconds: float, memory: int) -> None:
-    """Notes a run that decoded `tokens` in `seconds`, if it was long enough to mean something."""
+    """Record a run that decoded `tokens` in `seconds`, unless it was too short to be reliable.
+
+    Args:
+        home: the data folder.
+        id: the id of the model.
+        tokens: the number of decoded tokens.
+        seconds: the time they took.
+        memory: bytes of weights and KV cache.
+    """
     if tokens < MIN_TIMED_TOKENS or seconds <= 0 or not home.is_dir():
         return
     run = Measurement(tokens_per_second=round(tokens / seconds, 1), memory=memory)

@@ -1,8 +1,8 @@
-"""The catalogue: which models Pellucid knows by name, and which names stand for them.
+"""The catalogue: the models that Pellucid knows by name, and their aliases.
 
-It is read from `models.toml` beside this file and then from the user's own file of the same form
-in the configuration folder. An id in it means exact bytes. Fetching them is `download.py`; the
-models a running server holds are `registry.py`.
+It is read from `models.toml` beside this file, and then from the user's `models.toml` of the same
+format in the configuration folder. An id stands for exact bytes. `download.py` fetches the files;
+`registry.py` holds the models of a running server.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from typing import TYPE_CHECKING, TypeVar
 
 from serve.models.generation_config import validation_error
 
-if TYPE_CHECKING:  # brings JAX along
+if TYPE_CHECKING:  # imports JAX
     from transformer.checkpoint import Dtype
 
 BUILT_IN = Path(__file__).with_name("models.toml")
-PACKAGES = Path(__file__).parents[2]  # the folder that Pellucid's packages stand in
+PACKAGES = Path(__file__).parents[2]  # the folder that holds Pellucid's packages
 
 T = TypeVar("T")
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # also a folder name, so no slash
 _FILE = re.compile(rf"({_ID.pattern}/)*{_ID.pattern}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# As in `kinds.KINDS`, which brings JAX along; a test compares.
+# Equal to the keys of `kinds.KINDS`, which imports JAX; a test compares them.
 KINDS = ("decoder", "encoder", "speech", "images")
 DTYPES: tuple[Dtype, ...] = ("int8", "bfloat16", "float32")  # narrowest first
 
 
 class CatalogueError(Exception):
-    """A catalogue file says something that cannot be meant; names the file and the key."""
+    """A catalogue file is invalid. The message names the file and the key."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a model file: where it comes from, and the download's size and SHA-256."""
+    """A part of a model file: its source, and the size and SHA-256 of the download."""
 
     source: str
     size: int
@@ -46,15 +46,15 @@ class Part:
 
     @property
     def download(self) -> str:
-        """What is downloaded; the rest of the source says which member of it is meant."""
+        """Return the source without the member name after `!`."""
         return self.source.partition("!")[0]
 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A file of a model: its parts joined in order have this size and this SHA-256.
+    """A file of a model: its parts joined in order have this size and SHA-256.
 
-    Its name may lead into folders of the model's.
+    The name may contain folders, relative to the model's folder.
     """
 
     name: str
@@ -65,7 +65,7 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """What the catalogue says of a model; the fields are explained in `models.toml`."""
+    """The entry of a model in the catalogue; `models.toml` explains the fields."""
 
     id: str
     kind: str
@@ -83,37 +83,39 @@ class CatalogueEntry:
 
     @property
     def size(self) -> int:
-        """Bytes on disk, without the encoder's."""
+        """Return the bytes on disk, without the encoder's."""
         if self.folder is not None:
             return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
         return sum(file.size for file in self.files)
 
     @property
     def download_size(self) -> int:
-        """Bytes to fetch, with the encoder's. A download that several files are taken from counts
-        once."""
+        """Return the bytes to fetch, with the encoder's.
+
+        A download that contains several files counts once.
+        """
         downloads = {part.download: part.size for f in self.files for part in f.parts}
         return sum(downloads.values()) + (self.encoder.download_size if self.encoder else 0)
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Models by id, and the other names that stand for them."""
+    """Models by id, aliases of models, and the id of the default model."""
 
     default: str
     models: Mapping[str, CatalogueEntry]
     aliases: Mapping[str, str]
 
     def get(self, name: str) -> CatalogueEntry | None:
-        """The model with this id or alias, or None."""
+        """Return the model with this id or alias, or None."""
         return self.models.get(self.aliases.get(name, name))
 
 
 def load(config: Path | None = None) -> Catalogue:
-    """Reads the built-in catalogue, then `config/models.toml` over it if there is one.
+    """Read the built-in catalogue, and then `models.toml` of the `config` folder if it exists.
 
     Raises:
-        CatalogueError: A file is not TOML, or a key is missing, unknown or of the wrong kind.
+        CatalogueError: a file is not TOML, or a key is missing, unknown or has a wrong value.
     """
     default = ""
     models: dict[str, CatalogueEntry] = {}
@@ -144,58 +146,63 @@ def load(config: Path | None = None) -> Catalogue:
             )
         if bool(name) != (models[id].kind == "images"):
             raise CatalogueError(
-                f"{files[-1]}: models.{id}: a model of kind 'images' has an encoder, and no other"
+                f"{files[-1]}: models.{id}.encoder: set it for kind 'images', and for no other kind"
             )
         if name:
             models[id] = replace(models[id], encoder=models[name])
     for name, id in {**aliases, "default": default}.items():
         if id not in models:
             raise CatalogueError(
-                f"{files[-1]}: {name!r} stands for {id!r}, which is no model: {', '.join(models)}"
+                f"{files[-1]}: {name!r} stands for {id!r}, which is not a model: use one of "
+                f"{', '.join(models)}"
             )
-    if both := aliases.keys() & models.keys():
-        raise CatalogueError(f"{files[-1]}: {min(both)!r} is both an alias and a model")
+    if duplicates := aliases.keys() & models.keys():
+        raise CatalogueError(
+            f"{files[-1]}: {min(duplicates)!r} is both an alias and a model: rename one of them"
+        )
     return Catalogue(default, models, aliases)
 
 
 class _Table:
-    """A TOML table whose keys are taken one by one, so that a misspelt one is found."""
+    """A TOML table whose keys are taken one by one, so that a misspelt key is an error."""
 
     _missing = object()
 
-    def __init__(self, where: str, table: object):
+    def __init__(self, prefix: str, table: object):
         if not isinstance(table, dict):
-            raise CatalogueError(f"{where[:-1]} is {table!r}: use a table")
-        self.where, self._left = where, dict(table)
+            raise CatalogueError(f"{prefix[:-1]} is {table!r}: use a table")
+        self.prefix, self._remaining = prefix, dict(table)
 
     def take(self, key: str, kind: type[T], default: object = _missing) -> T:
-        value = self._left.pop(key, default)
+        value = self._remaining.pop(key, default)
         if value is self._missing:
-            raise CatalogueError(f"{self.where}{key} is missing")
+            raise CatalogueError(f"{self.prefix}{key} is missing")
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise CatalogueError(f"{self.where}{key} is {value!r}: use a {kind.__name__}")
+            raise CatalogueError(f"{self.prefix}{key} is {value!r}: use a {kind.__name__}")
         return value
 
     def done(self) -> None:
-        if self._left:
-            raise CatalogueError(f"{self.where}{min(self._left)} is not a known key")
+        if self._remaining:
+            raise CatalogueError(f"{self.prefix}{min(self._remaining)} is not a known key")
 
 
 def _model(id: str, table: _Table) -> CatalogueEntry:
     if not _ID.fullmatch(id):
-        raise CatalogueError(f"{table.where[:-1]}: an id is letters, digits, '.', '_' and '-'")
+        raise CatalogueError(
+            f"{table.prefix[:-1]}: use letters, digits, '.', '_' and '-' for an id"
+        )
     kind = table.take("kind", str)
     if kind not in KINDS:
-        raise CatalogueError(f"{table.where}kind is {kind!r}: use one of {', '.join(KINDS)}")
+        raise CatalogueError(f"{table.prefix}kind is {kind!r}: use one of {', '.join(KINDS)}")
     sampling = table.take("sampling", dict, {})
     for key, value in sampling.items():
         if problem := validation_error(key, value):
-            raise CatalogueError(f"{table.where}sampling.{key} is {value!r}: {problem}")
-    formats = table.take("formats", list, [])
-    for format in formats:
-        if format not in DTYPES:
+            raise CatalogueError(f"{table.prefix}sampling.{key} is {value!r}: {problem}")
+    dtypes = table.take("formats", list, [])
+    for dtype in dtypes:
+        if dtype not in DTYPES:
             raise CatalogueError(
-                f"{table.where}formats has {format!r}: use some of {', '.join(DTYPES)}"
+                f"{table.prefix}formats has {dtype!r}: use some of {', '.join(DTYPES)}"
             )
     folder = table.take("folder", str, "")
     model = CatalogueEntry(
@@ -208,26 +215,26 @@ def _model(id: str, table: _Table) -> CatalogueEntry:
         context=table.take("context", int),
         good_at=table.take("good_at", str),
         sampling=sampling,
-        dtypes=tuple(formats),
+        dtypes=tuple(dtypes),
         files=tuple(
-            _file(_Table(f"{table.where}files[{i}].", file))
+            _file(_Table(f"{table.prefix}files[{i}].", file))
             for i, file in enumerate(table.take("files", list, []))
         ),
         folder=PACKAGES / folder if folder else None,
     )
     table.done()
     if bool(model.files) == bool(folder):
-        raise CatalogueError(f"{table.where}files: name one or more, or else a folder")
+        raise CatalogueError(f"{table.prefix}files: name one or more files, or else a folder")
     return model
 
 
 def _file(table: _Table) -> ModelFile:
     name = table.take("name", str)
     if not _FILE.fullmatch(name):
-        raise CatalogueError(f"{table.where}name is {name!r}: use a plain file name")
+        raise CatalogueError(f"{table.prefix}name is {name!r}: use a plain file name")
     parts = []
     for i, part in enumerate(table.take("parts", list)):
-        row = _Table(f"{table.where}parts[{i}].", part)
+        row = _Table(f"{table.prefix}parts[{i}].", part)
         parts.append(Part(row.take("source", str), row.take("size", int), _sha256(row)))
         row.done()
     file = ModelFile(name, table.take("size", int), _sha256(table), tuple(parts))
@@ -238,5 +245,5 @@ def _file(table: _Table) -> ModelFile:
 def _sha256(table: _Table) -> str:
     value = table.take("sha256", str)
     if not _SHA256.fullmatch(value):
-        raise CatalogueError(f"{table.where}sha256 is {value!r}: use 64 lower-case hex digits")
+        raise CatalogueError(f"{table.prefix}sha256 is {value!r}: use 64 lower-case hex digits")
     return value

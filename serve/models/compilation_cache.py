@@ -1,4 +1,4 @@
-"""Where compiled programs are kept: beside the models."""
+"""The cache of compiled programs, in the data folder."""
 
 import jax
 
@@ -6,7 +6,7 @@ from serve import settings
 
 
 def enable_compilation_cache() -> None:
-    """Let JAX keep compiled programs in the data folder, unless the user chose another place."""
+    """Set JAX's compilation cache to the data folder, unless the user has set another folder."""
     folder = settings.make_private_folder(settings.data_folder()) / "compiled"
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(folder))

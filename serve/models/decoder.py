@@ -1,4 +1,4 @@
-"""From a file to a model that answers: format, weights, tokenizer, cache, programs, engine."""
+"""Decoders: from a file to a loaded model with dtype, weights, tokenizer, KV cache and engine."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bpe
-from serve.models import benchmarks, dtypes, fingerprint
-from serve.models import generation_config as sampling_defaults
+from serve.models import benchmarks, dtypes, fingerprint, generation_config
 from serve.models.compilation_cache import enable_compilation_cache
 from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec, stamp_of
 from transformer import checkpoint, lora
@@ -26,41 +25,53 @@ from transformer.engine.engine import Engine
 from transformer.engine.runner import Runner
 
 MAX_BATCH_SIZE = 16  # of a decoding step, on a server
-RECORD_SECONDS = 60.0  # between two notes of a model's speed
+RECORD_SECONDS = 60.0  # between two records of a model's speed
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderModel:
-    """A model that answers requests."""
+    """A loaded decoder.
+
+    Attributes:
+        id: the id it is served under.
+        created: seconds since 1970.
+        owned_by: the publisher.
+        tokenizer: its tokenizer and chat template.
+        context: the maximum tokens of prompt and completion together.
+        engine: generates tokens.
+        fingerprint: changes with weights, dtype and library versions.
+        dtype: the dtype of its weights.
+        memory: bytes of weights and KV cache; without the shared weights of an adapted model.
+        runner: the computation; adapters share its weights.
+        default_sampling: default sampling parameters, see `generation_config.py`.
+    """
 
     kind: ClassVar[str] = "decoder"
 
     id: str
-    created: int  # seconds since 1970
+    created: int
     owned_by: str
     tokenizer: bpe.Tokenizer
-    context: int  # tokens of prompt and answer together
+    context: int
     engine: Engine
-    fingerprint: str  # changes with weights, format and library versions
+    fingerprint: str
     dtype: Dtype = "float32"
-    memory: int = 0  # bytes of weights and cache; of an adapted model, of what is its own
-    runner: Runner | None = None  # what computes; adapters share its weights
-    default_sampling: Mapping[str, float] = field(
-        default_factory=dict
-    )  # defaults, see `sampling.py`
+    memory: int = 0
+    runner: Runner | None = None
+    default_sampling: Mapping[str, float] = field(default_factory=dict)
 
     @functools.cached_property
     def known_ids(self) -> frozenset[int]:
-        """The ids of the vocabulary. There may be gaps among them, which mean nothing."""
+        """Return the ids of the vocabulary, which may have gaps."""
         return known_ids(self.tokenizer.encoding)
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody is being answered."""
+        """Whether no request waits or runs."""
         return self.engine.is_idle
 
     def close(self, timeout: float) -> None:
-        """Cancel what is being answered, and answer nobody any more; see `Engine.close`."""
+        """Cancel all requests within `timeout` seconds and accept no more; see `Engine.close`."""
         self.engine.close(drain=False, timeout=timeout)
 
 
@@ -79,41 +90,45 @@ def load_decoder(
     notify: Callable[[str], None] = lambda line: None,
     on_speed: Callable[[int, float], None] = lambda tokens, seconds: None,
 ) -> DecoderModel:
-    """Loads a model and makes its engine.
+    """Load a decoder and start its engine.
 
     Args:
+        id: the id to serve it under.
         path: a GGUF file or a Hugging Face folder.
-        cache_budget: bytes for the keys and values of all its conversations.
-        dtype: "float32", "bfloat16", "int8", or "auto" for the fastest that is good enough here.
-        max_rows: steps of more rows than this are taken in parts; those up to it are compiled while
-            the first requests are answered.
-        sha256: of the file, if somebody has checked it already.
-        good: the formats that are known to be good enough, if that is known.
-        memory_limit: bytes that weights and cache may take at most; None for what is free.
-        sampling: defaults of requests, beside OpenAI's.
-        notify: told one line for each thing that takes long.
-        on_speed: told (tokens, seconds) of requests that had the model for themselves.
+        owned_by: the publisher.
+        cache_budget: bytes for the keys and values of all sequences.
+        dtype: "float32", "bfloat16", "int8", or "auto" for the fastest accurate one on this
+            machine.
+        max_batch_size: the maximum batch size of a decoding step. Programs for larger batches are
+            compiled while the first requests run.
+        sha256: the hash of the file, if it is known already.
+        accepted_dtypes: the dtypes known to be accurate; empty if unknown.
+        memory_limit: the maximum bytes of weights and KV cache; None for the available memory.
+        default_sampling: default sampling parameters, in addition to OpenAI's.
+        notify: called with a line for each slow operation.
+        on_speed: called with (tokens, seconds) of each sequence that ran alone.
 
     Raises:
         OSError: the file cannot be read.
-        MemoryError: the model does not fit into the memory that is free.
-        ValueError: the file is damaged, of an unknown kind, or the cache budget holds no block.
+        MemoryError: the model does not fit into the available memory.
+        ValueError: the file is damaged or of an unknown kind, or the cache budget is less than one
+            block.
     """
     enable_compilation_cache()
-    given = dtypes.parse_dtype(dtype, dtypes.DTYPES)
+    requested = dtypes.parse_dtype(dtype, dtypes.DTYPES)
     header = checkpoint.read_header(path)
     cfg = header.cfg
     tokenizer = read_tokenizer(path, header)
     weights = sha256 or fingerprint.hash_weights(path)
-    if given is None:
-        name = fingerprint.machine_key(weights)
+    if requested is None:
+        key = fingerprint.machine_key(weights)
         chosen = dtypes.choose_dtype(
-            id, path, cfg, name, cache_budget, notify, accepted_dtypes, memory_limit
+            id, path, cfg, key, cache_budget, notify, accepted_dtypes, memory_limit
         )
     else:
-        (chosen,) = dtypes.fitting_dtypes(id, cfg, cache_budget, (given,))
+        (chosen,) = dtypes.fitting_dtypes(id, cfg, cache_budget, (requested,))
     params, cfg, _ = checkpoint.load(path, dtype=chosen, header=header)
-    del header  # it keeps the files open
+    del header  # closes the files
     params = mask_unused_ids(params, tokenizer.encoding)
     cache_dtype = jnp.float32 if chosen == "float32" else jnp.bfloat16
     vocab_size = tokenizer.encoding.n_vocab
@@ -142,18 +157,21 @@ def load_adapter(
     owned_by: str,
     max_batch_size: int = 2,
 ) -> DecoderModel:
-    """A loaded model with an adapter beside its weights, and a cache and an engine of its own.
+    """Return a loaded model with a LoRA adapter, with its own KV cache and engine.
 
-    The arrays of the weights are the base's, not copies; they stay as long as either model does.
+    The weight arrays are shared with the base model, and stay in memory as long as either model.
 
     Args:
+        id: the id to serve it under.
         folder: the adapter, in PEFT's layout; see `transformer/lora.py`.
-        base: the model that it was trained on.
-        max_rows: as of `load_model`.
+        base: the model on which the adapter was trained.
+        created: seconds since 1970.
+        owned_by: the publisher.
+        max_batch_size: as for `load_decoder`.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: the adapter is damaged, or of another model.
+        ValueError: the adapter is damaged, or belongs to another model.
     """
     assert base.runner is not None
     adapter = lora.load(folder, base.runner.cfg)
@@ -172,39 +190,45 @@ def load_adapter(
 
 
 def weights_file(path: Path) -> Path:
-    """The file whose time is the model's."""
+    """Return the file whose modification time is the model's creation time."""
     return path / "config.json" if path.is_dir() else path
 
 
 def known_ids(encoding: bpe.Encoding) -> frozenset[int]:
-    """Every id that stands for a token."""
+    """Return all ids that stand for a token."""
     return frozenset(encoding.ranks.values()) | frozenset(encoding.special_tokens.values())
 
 
 def read_tokenizer(path: Path, header: checkpoint.Header) -> bpe.Tokenizer:
-    """The tokenizer of a model.
+    """Return the tokenizer of a model.
+
+    Args:
+        path: a GGUF file or a Hugging Face folder.
+        header: the header of its weights.
 
     Raises:
-        ValueError: it cannot be read, the chat template has a mistake, or there are more tokens
-            than rows in the table.
+        ValueError: it cannot be read, the chat template has an error, or an id exceeds the rows of
+            the embedding table.
     """
-    folder = path.is_dir()
-    tokenizer = bpe.load(path) if folder else bpe.from_gguf(header.metadata, source=str(path))
+    if path.is_dir():
+        tokenizer = bpe.load(path)
+    else:
+        tokenizer = bpe.from_gguf(header.metadata, source=str(path))
     if tokenizer.chat_template is not None:
         tokenizer.chat_template.compile()
     if tokenizer.encoding.n_vocab > header.cfg.vocab_size:
         raise ValueError(
-            f"the tokenizer has ids up to {tokenizer.encoding.max_token_value}, the model's table "
-            f"of tokens only {header.cfg.vocab_size} rows: they do not belong together"
+            f"the tokenizer has ids up to {tokenizer.encoding.max_token_value}, but the model's "
+            f"embedding table has {header.cfg.vocab_size} rows: use the tokenizer of this model"
         )
     return tokenizer
 
 
 def mask_unused_ids(params: Params, encoding: bpe.Encoding) -> Params:
-    """Sees to it that ids which the vocabulary leaves out are never drawn.
+    """Return params that never sample the ids of gaps in the vocabulary.
 
-    They get a bias of minus infinity in the head, which costs a step nothing, and is not there at
-    all where there are no gaps. (Ids behind the last one are the sampler's business.)
+    The output projection gets a bias of minus infinity for these ids, at no cost per step. Without
+    gaps, `params` is returned unchanged. The sampler masks ids after the last one.
     """
     table = params.embed if params.head is None else params.head
     known = known_ids(encoding)
@@ -218,12 +242,12 @@ def mask_unused_ids(params: Params, encoding: bpe.Encoding) -> Params:
 
 
 def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
-    """See `Kind.describe`."""
+    """Return the spec of a decoder; see `Kind.describe`."""
     header = checkpoint.read_header(files.path)
     cfg = header.cfg
     sha256 = files.entry.files[0].sha256 if files.entry else None
-    good = files.entry.dtypes if files.entry else ()
-    if files.entry is None:  # a stranger: whatever is wrong with it is said before a server listens
+    accepted_dtypes = files.entry.dtypes if files.entry else ()
+    if files.entry is None:  # an unchecked file: report damage before a server starts
         checkpoint.check_tensors(files.path, header)
         read_tokenizer(files.path, header)
     defaults = {}
@@ -231,30 +255,30 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
         defaults = load_default_sampling(files, options.notify, header.metadata)
 
     def memory() -> int:
-        format = dtypes.parse_dtype(options.dtype, dtypes.DTYPES)
-        if format is None:
-            name = fingerprint.machine_key(sha256 or fingerprint.hash_weights(files.path))
-            format = dtypes.expected_dtype(
-                cfg, name, options.cache_budget, good, options.memory_limit
+        dtype = dtypes.parse_dtype(options.dtype, dtypes.DTYPES)
+        if dtype is None:
+            key = fingerprint.machine_key(sha256 or fingerprint.hash_weights(files.path))
+            dtype = dtypes.expected_dtype(
+                cfg, key, options.cache_budget, accepted_dtypes, options.memory_limit
             )
-        return dtypes.weight_bytes(cfg, format) + options.cache_budget
+        return dtypes.weight_bytes(cfg, dtype) + options.cache_budget
 
     def load() -> DecoderModel:
-        noted = 0.0
+        last_record = 0.0
 
         def on_speed(tokens: int, seconds: float) -> None:
-            nonlocal noted
-            if (now := time.monotonic()) - noted > RECORD_SECONDS or not noted:
-                noted = now
+            nonlocal last_record
+            if (now := time.monotonic()) - last_record > RECORD_SECONDS or not last_record:
+                last_record = now
                 benchmarks.record(
                     options.home,
                     files.id,
                     tokens=tokens,
                     seconds=seconds,
-                    memory=served.memory,
+                    memory=model.memory,
                 )
 
-        served = load_decoder(
+        model = load_decoder(
             files.id,
             files.path,
             owned_by=files.publisher,
@@ -262,13 +286,13 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
             dtype=options.dtype,
             max_batch_size=MAX_BATCH_SIZE,
             sha256=sha256,
-            accepted_dtypes=good,
+            accepted_dtypes=accepted_dtypes,
             memory_limit=options.memory_limit,
             default_sampling=defaults,
             notify=options.notify,
             on_speed=on_speed,
         )
-        return served
+        return model
 
     return ModelSpec(
         id=files.id,
@@ -285,9 +309,15 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
 def load_default_sampling(
     files: ModelFiles, notify: Callable[[str], None], metadata: Mapping[str, Any] | None = None
 ) -> dict[str, float]:
-    """The sampling defaults of a decoder; see `sampling.of_model`."""
-    own = files.entry.sampling if files.entry else {}
-    return sampling_defaults.read_defaults(own, files.path, notify, metadata)
+    """Return the default sampling parameters of a decoder.
+
+    Args:
+        files: the files of the model.
+        notify: called with a line for each value that cannot be used.
+        metadata: the metadata of a GGUF file, if it was read already.
+    """
+    row = files.entry.sampling if files.entry else {}
+    return generation_config.read_defaults(row, files.path, notify, metadata)
 
 
 def _recognizes(path: Path) -> bool:

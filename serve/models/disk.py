@@ -1,8 +1,8 @@
-"""Files that outlive a crash: written whole or not at all, flushed, locked.
+"""Atomic writes, flushes and file locks.
 
-A text is written under a temporary name, flushed to the disk, and renamed over the old one, so a
-reader sees the old text or the new, never half. A lock belongs to an open file: the system gives it
-back when the process ends, however it ends.
+A text is written under a temporary name, flushed to the disk, and renamed over the old file, so
+that a reader sees the old text or the new text, never a part. A lock belongs to an open file: the
+system releases it when the process ends, even after a crash.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Put a text in the place of a file, readable by its owner only.
+    """Replace a file by a text, readable by its owner only.
 
     Raises:
-        OSError: it could not be written; the file is as before.
+        OSError: the text could not be written; the file is unchanged.
     """
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
@@ -32,7 +32,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -41,10 +41,10 @@ def flush(path: Path) -> None:
 
 
 def try_lock(path: Path) -> int | None:
-    """Lock a file, which is made if it is not there.
+    """Lock a file if no other process has locked it. A missing file is created.
 
     Returns:
-        A descriptor, which holds the lock until it is closed; None while another holds it.
+        A descriptor that holds the lock until it is closed; None if another process holds it.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -56,7 +56,7 @@ def try_lock(path: Path) -> int | None:
 
 
 def lock(path: Path) -> int:
-    """Wait for the lock of a file; returns a descriptor as of `try_lock`."""
+    """Wait for the lock of a file, and return a descriptor as `try_lock` does."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     return descriptor

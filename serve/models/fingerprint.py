@@ -1,8 +1,7 @@
-"""A short name for how a model computes here; it changes when answers may.
+"""The system fingerprint of a model: it changes whenever responses may change.
 
-OpenAI's `system_fingerprint`: with the same fingerprint, seed and request, the answer is the same.
-It is made of the bytes of the weights, the number format, the machine, the library, and the code
-that computes.
+It is OpenAI's `system_fingerprint`: the same fingerprint, seed and request give the same response.
+It is a hash of the weights, the dtype, the machine, the JAX version, and the code that computes.
 """
 
 from __future__ import annotations
@@ -21,35 +20,38 @@ from serve.models import hashes
 
 
 def hash_weights(path: Path) -> str:
-    """SHA-256 over all files of a model, in hex.
+    """Return the SHA-256 of a model's files, in hex.
 
     Args:
-        path: a file, or a folder whose files are taken together with their names.
+        path: a file, or a folder, whose files are hashed with their names.
+
+    Raises:
+        OSError: a file cannot be read.
     """
     home = settings.data_folder()
     if path.is_file():
         return hashes.sha256(path, home)
     files = sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
-    together = "".join(f"{file.name} {hashes.sha256(file, home)}\n" for file in files)
-    return hashlib.sha256(together.encode()).hexdigest()
+    listing = "".join(f"{file.name} {hashes.sha256(file, home)}\n" for file in files)
+    return hashlib.sha256(listing.encode()).hexdigest()
 
 
 def machine_key(weights: str) -> str:
-    """Names weights with this hash on this machine, for what is measured here; hex."""
+    """Return a key for measurements of weights with this hash on this machine, in hex."""
     flags = os.environ.get("XLA_FLAGS", "")  # may limit the instructions that are used
     parts = [weights, jax.__version__, platform.machine(), _cpu_model(), os.cpu_count(), flags]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def system_fingerprint(weights: str, dtype: str) -> str:
-    """The fingerprint of weights with this hash, computed in this format, here, by this code."""
+    """Return the fingerprint of weights with this hash in a dtype, on this machine and code."""
     parts = [machine_key(weights), dtype, _code_hash()]
     return "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
 
 
 @functools.cache
 def _code_hash() -> str:
-    """Everything between token ids in and token ids out."""
+    """Return the SHA-256 of all code between input token ids and output token ids."""
     folders = [Path(transformer.__file__).parent, Path(__file__).parent]
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -1,7 +1,7 @@
-"""SHA-256 of files, remembered in the data folder with each file's size and times.
+"""SHA-256 of files, cached in the data folder by the size and times of each file.
 
-Hashing gigabytes takes seconds at each start; a file whose size and times are the same has not
-changed, unless somebody set out to deceive, which `fresh` finds out.
+Hashing gigabytes takes seconds at each start. A file with the same size and times is assumed to be
+unchanged; `fresh` reads it anyway, to detect a forged file.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ def sha256(path: Path, home: Path, *, fresh: bool = False) -> str:
     Args:
         path: the file.
         home: the data folder.
-        fresh: read the file whatever is remembered.
+        fresh: whether to read the file even if its hash is cached.
 
     Raises:
         OSError: the file cannot be read.
     """
     stamp = _stamp(path)
-    known = json_cache.read(home / CACHE_FILE).get(str(path.resolve()))
-    if not fresh and isinstance(known, list) and known[1:] == stamp:
-        return known[0]
+    cached = json_cache.read(home / CACHE_FILE).get(str(path.resolve()))
+    if not fresh and isinstance(cached, list) and cached[1:] == stamp:
+        return cached[0]
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     json_cache.add(home / CACHE_FILE, str(path.resolve()), [digest, *stamp])
@@ -36,7 +36,7 @@ def sha256(path: Path, home: Path, *, fresh: bool = False) -> str:
 
 
 def record(path: Path, home: Path, digest: str) -> None:
-    """Note the SHA-256 of a file that was hashed as it was written."""
+    """Cache the SHA-256 of a file that was hashed while it was written."""
     json_cache.add(home / CACHE_FILE, str(path.resolve()), [digest, *_stamp(path)])
 
 

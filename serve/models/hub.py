@@ -1,8 +1,8 @@
-"""Models from the Hugging Face Hub: `hf:OWNER/REPO@REVISION`. Untried.
+"""Models from the Hugging Face Hub: `hf:OWNER/REPO@REVISION`. Untested against the real hub.
 
-The work is huggingface_hub's, which is an extra of ours. Only files that cannot run code are asked
-for; a repository that holds its weights as pickles alone is refused. A revision that is a commit
-hash means exact bytes; a branch name means whatever it was when it was pulled.
+The package huggingface_hub, an optional dependency, downloads the files. Only files that cannot run
+code are fetched; a repository whose only weights are pickles is refused. A commit hash as revision
+means exact bytes; a branch name means its state at the time of the pull.
 """
 
 import re
@@ -19,16 +19,21 @@ _ALLOWED_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
 
 def pull(name: str, home: Path, *, notify: Callable[[str], None]) -> Path:
-    """Downloads a repository's safetensors and tokenizer files, and returns their folder.
+    """Download a repository's safetensors and tokenizer files, and return their folder.
+
+    Args:
+        name: `hf:OWNER/REPO@REVISION`.
+        home: the data folder.
+        notify: called with a line when the download starts.
 
     Raises:
-        WrongUsage: The name has another form, or the repository holds only pickles.
+        WrongUsage: the name has another form, or the repository has no safetensors.
         NotFound: huggingface_hub is not installed.
-        Unreachable: The repository could not be had.
+        Unreachable: the repository could not be fetched.
     """
     match = _NAME.fullmatch(name)
     if match is None:
-        raise WrongUsage(f"{name!r} has another form than hf:OWNER/REPO@REVISION")
+        raise WrongUsage(f"{name!r} is not a hub model: use hf:OWNER/REPO@REVISION")
     repo = f"{match['owner']}/{match['repo']}"
     models = home / "models"
     folder = models / f"hf--{match['owner']}--{match['repo']}--{match['revision']}"
@@ -38,11 +43,11 @@ def pull(name: str, home: Path, *, notify: Callable[[str], None]) -> Path:
         import huggingface_hub
     except ImportError:
         raise NotFound(
-            f"{name} needs huggingface_hub: .venv/bin/pip install -e '.[hub]' adds it"
+            f"{name} needs huggingface_hub: `.venv/bin/pip install -e '.[hub]'` installs it"
         ) from None
     make_private_folder(home)
     make_private_folder(models)
-    notify(f"pulling {name} (this source is untried)")
+    notify(f"pulling {name} (this source is untested)")
     try:
         info = huggingface_hub.HfApi().model_info(repo, revision=match["revision"])
         files = select_files(repo, [sibling.rfilename for sibling in info.siblings or []])
@@ -50,19 +55,23 @@ def pull(name: str, home: Path, *, notify: Callable[[str], None]) -> Path:
             huggingface_hub.snapshot_download(
                 repo, revision=info.sha, allow_patterns=files, local_dir=temporary
             )
-            # Renamed away, so that leaving the block finds nothing to remove.
+            # Leave an empty folder for TemporaryDirectory to remove.
             Path(temporary).rename(folder)
             Path(temporary).mkdir()
-    except (OSError, ValueError) as error:  # what huggingface_hub's own errors derive from
+    except (OSError, ValueError) as error:  # base classes of huggingface_hub's errors
         raise Unreachable(f"{name} could not be pulled: {error}") from None
     return folder
 
 
 def select_files(repo: str, names: Iterable[str]) -> list[str]:
-    """The files to fetch, from all that a repository has.
+    """Return the files of a repository to fetch.
+
+    Args:
+        repo: the name of the repository, for the message.
+        names: all its files.
 
     Raises:
-        WrongUsage: There are no safetensors among them.
+        WrongUsage: the repository has no safetensors.
     """
     names = list(names)
     top = [name for name in names if "/" not in name and name.endswith(_ALLOWED_SUFFIXES)]

@@ -1,17 +1,18 @@
-"""A model that draws for requests: prompts in, pictures out, a denoising step a turn of the device.
+"""Image models: prompts in, images out, one denoising step of a batch a work item.
 
-Pictures are drawn in batches, of one request or of several, because that is cheaper: on two cores a
-step takes 22 ms of processor time alone, and 8 ms for each of eight side by side. A batch is begun
-a moment after there is something to draw, with as many as wait and go together, and walks its
-levels to the end; who comes later waits for the next one. Two take turns, so that a picture can
-begin while others are half done. Those of one request wait one a turn, behind others' first ones.
+Images of one or several requests are generated in batches, which is cheaper: on two cores a step
+takes 22 ms of CPU time for one image, and 8 ms an image in a batch of eight. A batch starts a
+moment after the first image is queued, with all queued images that can share a batch, and runs
+through all noise levels. Later requests join the next batch; at most two batches run at a time, so
+that an image can start while others are half done. The images of one request are queued one a
+round, after the first images of other requests.
 
-A batch is filled up to 1, 2, 4 or 8 rows, so that there are few programs; those of 1 are compiled
-when the model is loaded, others at first use, beside the device's thread. Another size rounds the
-last bits otherwise, which shows in a few bytes of a picture, by one. So a request with a seed
-shares its batches with nobody: it gets the same bytes again under any load.
+A batch is padded to 1, 2, 4 or 8 images, so that there are few programs. The programs for one image
+are compiled when the model is loaded, others at first use, outside the device thread. The batch
+size changes the rounding of the last bits, and so a few bytes of an image by one. So a request with
+a seed does not share batches: it gives the same bytes under any load.
 
-Leaves out: pictures that join a batch on its way, for which a batch would have to hold many levels.
+Leaves out: images that join a running batch, which would mix several noise levels in a batch.
 """
 
 from __future__ import annotations
@@ -43,22 +44,22 @@ from transformer.checkpoint.safetensors import read_json_object
 from transformer.engine.device import WorkQueue, default_device
 from transformer.engine.requests import Busy
 
-BATCH_SIZES = (1, 2, 4, 8)  # of a batch
-MAX_MASKED_BATCH_SIZE = 4  # with masks: a step of theirs looks several times, and must stay short
-MAX_BATCHES = 2  # at a time
-BATCH_WAIT_SECONDS = 0.02  # seconds that a picture waits for others to begin with
-MAX_WAITING = 128  # pictures; a quarter of them one client's
-_INITIAL_BATCH_SECONDS = 2.0  # that a batch takes, until one was seen
+BATCH_SIZES = (1, 2, 4, 8)
+MAX_MASKED_BATCH_SIZE = 4  # with masks, a step runs the network several times and must stay short
+MAX_BATCHES = 2  # running at a time
+BATCH_WAIT_SECONDS = 0.02  # from the first queued image to the start of its batch
+MAX_WAITING = 128  # images; a quarter of it for one client
+_INITIAL_BATCH_SECONDS = 2.0  # estimated duration of a batch before the first one ended
 
 
 @dataclass(frozen=True, eq=False)
 class InitImage:
-    """What a picture is drawn from; see `diffusion.edit.steps`.
+    """The image that an edit or variation starts from; see `diffusion.edit.steps`.
 
     Attributes:
-        picture: float32 [Y, X, 3], at the size of the denoiser.
-        mask: float32 [Y, X, 1]; None for all of it.
-        strength: how far back to noise it goes.
+        image: float32 [Y, X, 3], at the size of the denoiser.
+        mask: float32 [Y, X, 1], the area to change; None for the whole image.
+        strength: the noise level to start from, from 0 to 1.
     """
 
     image: np.ndarray
@@ -68,14 +69,16 @@ class InitImage:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageRequest:
-    """What a request wants to have drawn.
+    """A request for images.
 
     Attributes:
-        count: how many pictures.
-        seed: for the same pictures again; None for any.
-        shown: how many pictures on the way are wanted of each.
-        source: what they are drawn from, if not from noise alone.
-        client: who asks.
+        prompt: the text of the prompt.
+        num_images: the number of images.
+        seed: the seed, for reproducible images; None for a random one.
+        plan: the options of the sampler.
+        num_partial_images: the number of intermediate images to deliver of each image.
+        init_image: the image to start from; None to start from noise.
+        client: the name of the client.
     """
 
     prompt: str
@@ -88,7 +91,7 @@ class ImageRequest:
 
     @property
     def max_batch_size(self) -> int:
-        """How many pictures of such orders are drawn side by side at most."""
+        """Return the maximum batch size for requests like this one."""
         return (
             MAX_MASKED_BATCH_SIZE
             if self.init_image and self.init_image.mask is not None
@@ -97,19 +100,19 @@ class ImageRequest:
 
     @property
     def num_steps(self) -> int:
-        """How many steps it takes."""
+        """Return the number of denoising steps."""
         strength = self.init_image.strength if self.init_image else 1.0
         return max(1, round(strength * self.plan.steps))
 
 
 @dataclass(frozen=True, slots=True)
 class ImageOutput:
-    """A picture of an order.
+    """An intermediate or final image of a request.
 
     Attributes:
-        index: which of them.
-        shown: which of those on the way, from 0: what the network then saw behind the noise. None
-            for the finished one.
+        index: the index of the image in its request.
+        partial_index: the index of an intermediate image, from 0, which is the network's estimate
+            of the denoised image; None for the final image.
         pixels: uint8 [Y, X, 3].
     """
 
@@ -120,7 +123,7 @@ class ImageOutput:
 
 @dataclass(eq=False)
 class _QueuedImage:
-    """One picture of an order."""
+    """One image of a request."""
 
     request: ImageRequest
     index: int
@@ -131,7 +134,7 @@ class _QueuedImage:
 
     @functools.cached_property
     def batch_key(self) -> object:
-        """Rows of the same group can be drawn side by side."""
+        """Return a key; images with equal keys can share a batch."""
         if self.request.seed is not None:
             return id(self.request)
         source = self.request.init_image
@@ -139,112 +142,129 @@ class _QueuedImage:
 
     @functools.cached_property
     def partial_steps(self) -> dict[int, int]:
-        """After which steps it is shown, and as which picture on the way."""
-        order = self.request
+        """Return the index of the intermediate image by the step after which it is delivered."""
+        request = self.request
         steps = {
-            round(order.num_steps * (k + 1) / (order.num_partial_images + 1))
-            for k in range(order.num_partial_images)
+            round(request.num_steps * (k + 1) / (request.num_partial_images + 1))
+            for k in range(request.num_partial_images)
         }
-        return {step: k for k, step in enumerate(sorted(steps - {0, order.num_steps}))}
+        return {step: k for k, step in enumerate(sorted(steps - {0, request.num_steps}))}
 
 
 @dataclass(kw_only=True, eq=False)
 class ImageModel:
-    """A painter in memory. Its siblings are `ServedModel`, `EmbeddingModel` and `SpeechModel`.
+    """A loaded image model. Use it from one event loop.
 
-    To be asked from one event loop.
+    Attributes:
+        id: the id it is served under.
+        created: seconds since 1970.
+        owned_by: the publisher.
+        pipeline: denoiser, upscaler and text encoder.
+        tokenizer: the tokenizer of the text encoder.
+        memory: bytes of weights.
+        fingerprint: changes with weights and library versions.
+        dtype: the dtype of its weights.
+        notify: called with a line for each slow operation.
+        work_queue: its queue of work items on the device.
     """
 
     kind: ClassVar[str] = "images"
 
     id: str
-    created: int  # seconds since 1970
+    created: int
     owned_by: str
     pipeline: DiffusionPipeline = field(repr=False)
-    tokenizer: bpe.WordPiece = field(repr=False)  # of the encoder that reads prompts
-    memory: int  # bytes of weights
+    tokenizer: bpe.WordPiece = field(repr=False)
+    memory: int
     fingerprint: str
     dtype: str = "float32"
-    notify: Callable[[str], None] = lambda line: None  # told a line when something takes long
+    notify: Callable[[str], None] = lambda line: None
     work_queue: WorkQueue = field(default_factory=lambda: WorkQueue(default_device()))
     _waiting: list[_QueuedImage] = field(default_factory=list)
     _batches: set[asyncio.Task[None]] = field(default_factory=set)
     _compiled: set[object] = field(default_factory=set)
     _compiling: threading.Lock = field(default_factory=threading.Lock)
-    _batch_seconds: float = _INITIAL_BATCH_SECONDS  # that the last batch took
+    _batch_seconds: float = _INITIAL_BATCH_SECONDS  # duration of the last batch
 
     @property
     def context(self) -> int:
-        """Tokens of a prompt that are read."""
+        """Return the maximum tokens of a prompt; further ones are ignored."""
         return MAX_TOKENS
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody waits for it."""
+        """Whether no request waits or runs."""
         return not (self._waiting or self._batches) and self.work_queue.is_idle
 
     def count_tokens(self, prompt: str) -> int:
-        """How many tokens of a prompt are read."""
+        """Return the number of tokens of a prompt, at most `context`."""
         return len(self.tokenizer.encode(prompt, max_length=MAX_TOKENS))
 
     async def generate(self, request: ImageRequest) -> AsyncGenerator[ImageOutput, None]:
-        """Yields pictures of an order as they come: those on the way, and the finished ones.
+        """Yield the intermediate and final images of a request as they are computed.
 
-        Closing it ends the work soon.
+        Closing the iterator cancels the remaining work.
 
         Raises:
-            Busy: too many pictures wait, or too many of this client's.
-            Exception: what went wrong with them.
+            Busy: too many images wait, in all or of this client.
+            Exception: any error of the computation.
         """
         rows = self._admit(request)
         try:
-            left = request.num_images
-            while left:
-                drawn = await rows[0].outputs.get()
-                if isinstance(drawn, Exception):
-                    raise drawn
-                left -= drawn.partial_index is None
-                yield drawn
+            remaining = request.num_images
+            while remaining:
+                output = await rows[0].outputs.get()
+                if isinstance(output, Exception):
+                    raise output
+                remaining -= output.partial_index is None
+                yield output
         finally:
             for row in rows:
                 row.is_active = False
             self._waiting = [row for row in self._waiting if row.is_active]
 
     def compile(self, size: int, request: ImageRequest) -> None:
-        """Sees to it that orders like this can be drawn so many at a time. Blocks, for seconds."""
+        """Compile the programs for a batch of requests like this one. Blocks for seconds.
+
+        Args:
+            size: the batch size.
+            request: an example request.
+        """
         kind = size, request.init_image and request.init_image.mask is None
         if kind in self._compiled:
             return
         with self._compiling:
-            if kind in self._compiled:  # by whom we waited for
+            if kind in self._compiled:  # by another thread meanwhile
                 return
             if self._compiled:
                 self.notify(f"compiling {self.id} for batches of {size} (once) ...")
-            # Few, but every kind of step is among them; the strength changes numbers, not programs.
-            source = request.init_image and replace(request.init_image, strength=1.0)
-            short = replace(request, plan=replace(request.plan, steps=6), source=source)
+            # Six steps run every program; the strength changes values, not programs.
+            init_image = request.init_image and replace(request.init_image, strength=1.0)
+            short = replace(request, plan=replace(request.plan, steps=6), init_image=init_image)
             for noisy, _ in denoise_batch(self.pipeline, [(short, 0, 0)], size):
                 self.pipeline.postprocess(noisy)
             self._compiled.add(kind)
 
     def close(self, timeout: float) -> None:
-        """Nothing to end: a step in hand is short, and who waits is answered."""
+        """Do nothing: a step is short, and waiting requests are still answered."""
 
-    # -- whose turn it is ----------------------------------------------------------------------
+    # -- queue ---------------------------------------------------------------------------------
 
-    def _admit(self, order: ImageRequest) -> list[_QueuedImage]:
-        own = sum(row.request.client == order.client for row in self._waiting)
-        wait = math.ceil(len(self._waiting) / BATCH_SIZES[-1] / MAX_BATCHES) * self._batch_seconds
-        if own + order.num_images > MAX_WAITING // 4:
-            raise Busy(wait, own)
-        if len(self._waiting) + order.num_images > MAX_WAITING:
-            raise Busy(wait)
-        seed = secrets.randbits(31) if order.seed is None else order.seed
+    def _admit(self, request: ImageRequest) -> list[_QueuedImage]:
+        num_waiting = sum(row.request.client == request.client for row in self._waiting)
+        retry_after = (
+            math.ceil(len(self._waiting) / BATCH_SIZES[-1] / MAX_BATCHES) * self._batch_seconds
+        )
+        if num_waiting + request.num_images > MAX_WAITING // 4:
+            raise Busy(retry_after, num_waiting)
+        if len(self._waiting) + request.num_images > MAX_WAITING:
+            raise Busy(retry_after)
+        seed = secrets.randbits(31) if request.seed is None else request.seed
         first = self._waiting[0].admission_round if self._waiting else 0
-        drawn: asyncio.Queue[ImageOutput | Exception] = asyncio.Queue()
+        outputs: asyncio.Queue[ImageOutput | Exception] = asyncio.Queue()
         rows = [
-            _QueuedImage(order, index, seed, drawn, first + index)
-            for index in range(order.num_images)
+            _QueuedImage(request, index, seed, outputs, first + index)
+            for index in range(request.num_images)
         ]
         for row in rows:
             bisect.insort_right(self._waiting, row, key=lambda other: other.admission_round)
@@ -252,10 +272,10 @@ class ImageModel:
         return rows
 
     def _start_batches(self) -> None:
-        """Makes batches of who waits, as many as may be drawn at a time."""
+        """Start batches of waiting images, up to `MAX_BATCHES`."""
         while self._waiting and len(self._batches) < MAX_BATCHES:
-            group = self._waiting[0].batch_key
-            rows = [row for row in self._waiting if row.batch_key == group]
+            batch_key = self._waiting[0].batch_key
+            rows = [row for row in self._waiting if row.batch_key == batch_key]
             rows = rows[: rows[0].request.max_batch_size]
             self._waiting = [row for row in self._waiting if row not in rows]
             task = asyncio.create_task(self._run_batch(rows))
@@ -266,34 +286,34 @@ class ImageModel:
         self._batches.discard(task)
         self._start_batches()
 
-    # -- drawing -------------------------------------------------------------------------------
+    # -- computation ---------------------------------------------------------------------------
 
     async def _run_batch(self, rows: Sequence[_QueuedImage]) -> None:
-        """A batch, from its first step to the last, or until nobody wants it any more."""
+        """Run a batch to its last step, or until all its requests are closed."""
         try:
             await asyncio.to_thread(self.compile, padded_batch_size(len(rows)), rows[0].request)
-            began = time.monotonic()
+            started = time.monotonic()
             with self.work_queue.using():
-                pictures = [(row.request, row.seed, row.index) for row in rows]
-                steps = denoise_batch(self.pipeline, pictures)
-                last = rows[0].request.num_steps
-                for number in range(1, last + 1):
+                images = [(row.request, row.seed, row.index) for row in rows]
+                steps = denoise_batch(self.pipeline, images)
+                num_steps = rows[0].request.num_steps
+                for step in range(1, num_steps + 1):
                     if not any(row.is_active for row in rows):
                         return
                     noisy, clean = await self.work_queue.run(functools.partial(next, steps))
-                    shown = [row for row in rows if number == last or number in row.partial_steps]
-                    if not shown:
+                    is_last = step == num_steps
+                    delivered = [row for row in rows if is_last or step in row.partial_steps]
+                    if not delivered:
                         continue
-                    seen = noisy if number == last else clean
-                    pixels = await self.work_queue.run(
-                        functools.partial(self.pipeline.postprocess, seen)
+                    batch = await self.work_queue.run(
+                        functools.partial(self.pipeline.postprocess, noisy if is_last else clean)
                     )
-                    for row, own in zip(rows, pixels, strict=False):  # the rest filled it up
-                        if row in shown:
+                    for row, pixels in zip(rows, batch, strict=False):  # without the padding
+                        if row in delivered:
                             row.outputs.put_nowait(
-                                ImageOutput(row.index, row.partial_steps.get(number), own)
+                                ImageOutput(row.index, row.partial_steps.get(step), pixels)
                             )
-            self._batch_seconds = time.monotonic() - began
+            self._batch_seconds = time.monotonic() - started
         except Exception as error:
             for row in rows:
                 row.outputs.put_nowait(error)
@@ -304,38 +324,42 @@ def denoise_batch(
     rows: Sequence[tuple[ImageRequest, int, int]],
     size: int | None = None,
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Draw a batch, a step at a time, each computed when it is yielded.
+    """Yield the denoising steps of a batch, each computed on demand.
 
     Args:
-        rows: orders of one plan and strength, each with its seed and the index of its picture.
-        size: of the batch, one of `SIZES`; None for the least that holds the rows.
+        pipeline: the model.
+        rows: requests with equal plan and strength, each with its seed and the index of its image.
+        size: the batch size, one of `BATCH_SIZES`; None for the smallest that holds the rows.
+
+    Yields:
+        The noisy images and the estimated denoised images after each step.
     """
     size = size or padded_batch_size(len(rows))
-    filled = [*rows, *[rows[-1]] * (size - len(rows))]
-    prompts = [order.prompt for order, _, _ in filled]
-    # As `sample.keys_of`, whose number i does not depend on how many there are.
-    keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), index) for _, seed, index in filled])
+    padded = [*rows, *[rows[-1]] * (size - len(rows))]
+    prompts = [request.prompt for request, _, _ in padded]
+    # As `sample.image_keys`, whose key i does not depend on the number of images.
+    keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), index) for _, seed, index in padded])
     plan = rows[0][0].plan
-    sources = [order.init_image for order, _, _ in filled if order.init_image]
-    if not sources:
+    init_images = [request.init_image for request, _, _ in padded if request.init_image]
+    if not init_images:
         steps = pipeline.steps(prompts, keys, plan)
     else:
-        masks = [source.mask for source in sources if source.mask is not None]
+        masks = [image.mask for image in init_images if image.mask is not None]
         steps = edit.steps(
             pipeline,
             prompts,
             keys,
             plan,
-            images=np.stack([source.image for source in sources]),
+            images=np.stack([image.image for image in init_images]),
             masks=np.stack(masks) if masks else None,
-            strength=sources[0].strength,
+            strength=init_images[0].strength,
         )
     for step in steps:
         yield jax.block_until_ready(step)
 
 
 def padded_batch_size(rows: int) -> int:
-    """Return the least size of a batch that holds so many rows."""
+    """Return the smallest batch size that holds `rows` images."""
     return next(size for size in BATCH_SIZES if size >= rows)
 
 
@@ -347,26 +371,28 @@ def load_image_model(
     owned_by: str,
     notify: Callable[[str], None] = lambda line: None,
 ) -> ImageModel:
-    """Loads a model that draws, and compiles what draws one picture.
+    """Load an image model, and compile its programs for one image.
 
     Args:
+        id: the id to serve it under.
         path: a folder with `denoiser` and `upscaler`.
-        encoder: the folder of the encoder that its denoiser was trained with.
-        notify: told one line for each thing that takes long.
+        encoder: the folder of the text encoder that its denoiser was trained with.
+        owned_by: the publisher.
+        notify: called with a line for each slow operation.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: a file is damaged or of an unknown kind, or the encoder is another one.
+        ValueError: a file is damaged or of an unknown kind, or the encoder is a wrong one.
     """
     enable_compilation_cache()
-    painter = diffusion.load(path, encoder)
+    pipeline = diffusion.load(path, encoder)
     parts = [path / "denoiser", path / "upscaler", encoder]
-    arrays = jax.tree.leaves((painter.denoiser, painter.upscaler))
+    arrays = jax.tree.leaves((pipeline.denoiser, pipeline.upscaler))
     model = ImageModel(
         id=id,
         created=int((path / "denoiser" / "config.json").stat().st_mtime),
         owned_by=owned_by,
-        pipeline=painter,
+        pipeline=pipeline,
         tokenizer=bpe.load_wordpiece(encoder),
         memory=sum(a.nbytes for a in arrays) + (encoder / "model.safetensors").stat().st_size,
         fingerprint=fingerprint.system_fingerprint(
@@ -379,13 +405,13 @@ def load_image_model(
 
 
 def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
-    """See `Kind.describe`."""
+    """Return the spec of an image model; see `Kind.describe`."""
     assert files.encoder is not None
     encoder = files.encoder
     parts = [files.path / "denoiser", files.path / "upscaler", encoder]
     weights = [part / "model.safetensors" for part in parts]
     for part in parts:
-        read_json_object(part / "config.json")  # raises now, not when somebody asks
+        read_json_object(part / "config.json")  # raises before the server starts
 
     def load() -> ImageModel:
         return load_image_model(
@@ -396,7 +422,7 @@ def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
         id=files.id,
         created=int((parts[0] / "config.json").stat().st_mtime),
         owned_by=files.publisher,
-        memory=lambda: 2 * sum(path.stat().st_size for path in weights),  # stored in half as much
+        memory=lambda: 2 * sum(path.stat().st_size for path in weights),  # stored in float16
         load=load,
         stamp=functools.partial(stamp_of, *parts),
         kind="images",
@@ -410,7 +436,7 @@ def _recognizes(path: Path) -> bool:
 
 KIND = Kind(
     name="images",
-    task="draw pictures",
+    task="generate images",
     recognizes=_recognizes,
     describe=describe,
     example=lambda model: Example(

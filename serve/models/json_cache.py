@@ -1,7 +1,7 @@
-"""Small JSON files that only save time: what was hashed, measured, chosen before.
+"""Small JSON files that cache hashes, measurements and chosen dtypes.
 
-Of two processes that write one at the same time the later wins, and the other's entry is found out
-again.
+If two processes write a file at the same time, the later one wins, and the other's entry is
+computed again.
 """
 
 import contextlib
@@ -13,15 +13,15 @@ from serve.models import disk
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What is noted there; nothing, if there is no such file or it is damaged."""
+    """Return the entries of a file; none if it is missing or damaged."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        entries = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return entries if isinstance(entries, dict) else {}
 
 
 def add(path: Path, key: str, value: Any) -> None:
-    """Notes one thing more. Where we may not write it is not noted, and costs time again."""
+    """Add an entry to a file. If the file cannot be written, the entry is not cached."""
     with contextlib.suppress(OSError):
         disk.replace_text(path, json.dumps(read(path) | {key: value}, indent=1))

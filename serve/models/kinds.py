@@ -1,7 +1,7 @@
-"""The kinds of model there are.
+"""The table of kinds of model.
 
-A new one is a file beside this one, a line here, its name in `catalogue.KINDS`, and a route that
-`serve/api/app.py` includes. `tests/serve/toy_kind.py` is the smallest.
+A new kind needs a file in this package, an entry here, its name in `catalogue.KINDS`, and a route
+that `serve/api/app.py` includes. `tests/serve/toy_kind.py` is a minimal example.
 """
 
 from pathlib import Path
@@ -15,12 +15,12 @@ KINDS: dict[str, Kind] = {
 
 
 def recognize(path: Path) -> Kind | None:
-    """Return the kind of a file or folder; the narrowest, which stands last in the table."""
+    """Return the kind of a file or folder, or None. The last kind that recognizes it counts."""
     return next((kind for kind in reversed(KINDS.values()) if kind.recognizes(path)), None)
 
 
 def kind_of(files: ModelFiles) -> Kind:
-    """Return the kind of a model: as the catalogue says, or by its files."""
+    """Return the kind of a model, from its catalogue entry or else from its files."""
     if files.entry is not None:
         return KINDS[files.entry.kind]
     return recognize(files.path) or decoder.KIND

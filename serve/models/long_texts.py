@@ -1,11 +1,11 @@
 """Embed texts that are longer than a model reads, as averages over their chunks.
 
-As OpenAI's cookbook does it ("Embedding texts that are longer than the model's maximum context
-length"): a text is cut into chunks as long as they can be, each is embedded, and the mean of their
-vectors, each weighted by its tokens, is brought to length 1. Nomic's API calls it
-``long_text_mode: mean``.
+The method is that of OpenAI's cookbook ("Embedding texts that are longer than the model's maximum
+context length"): a text is split into chunks of maximum length, each chunk is embedded, and the
+mean of the vectors, weighted by the tokens of each chunk, is normalized to length 1. Nomic's API
+calls it ``long_text_mode: mean``.
 
-Leaves out: chunks that overlap or end where sentences do.
+Leaves out: overlapping chunks, and chunks that end at sentence boundaries.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 
 
 def split(ids: Sequence[int], limit: int) -> list[list[int]]:
-    """Return the chunks of a text, each between the special tokens that the text is between.
+    """Return the chunks of a text, each between the first and last special token of the text.
 
     Args:
-        ids: of the text, [CLS] first and [SEP] last.
-        limit: tokens of a chunk, special ones included; at least 3.
+        ids: the token ids of the text, [CLS] first and [SEP] last.
+        limit: the maximum tokens of a chunk, special tokens included; at least 3.
 
     >>> split([101, 1, 2, 3, 4, 5, 102], 4)
     [[101, 1, 2, 102], [101, 3, 4, 102], [101, 5, 102]]
@@ -33,7 +33,7 @@ def split(ids: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def truncated(ids: Sequence[int], limit: int) -> list[list[int]]:
-    """Return the one chunk of a text whose end is cut off.
+    """Return the text as one chunk, truncated to `limit` tokens.
 
     >>> truncated([101, 1, 2, 3, 102], 4)
     [[101, 1, 2, 102]]
@@ -44,15 +44,16 @@ def truncated(ids: Sequence[int], limit: int) -> list[list[int]]:
 def average(
     vectors: np.ndarray, chunks: Sequence[Sequence[Sequence[int]]], *, normalize: bool
 ) -> np.ndarray:
-    """Return a vector for each text, from those of its chunks.
+    """Return a vector for each text, the weighted mean of the vectors of its chunks.
 
     Args:
         vectors: float32 [N, D], of all chunks of all texts, in order.
         chunks: the chunks of each text.
-        normalize: whether to bring the mean of several to length 1, as the model does its vectors.
+        normalize: whether to normalize a mean of several vectors to length 1, as the model
+            normalizes its vectors.
 
     Returns:
-        float32 [len(chunks), D]. A text of one chunk has the vector of that, bit by bit.
+        float32 [len(chunks), D]. The vector of a text with one chunk is copied unchanged.
     """
     means = np.empty((len(chunks), vectors.shape[1]), np.float32)
     start = 0

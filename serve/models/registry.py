@@ -1,14 +1,14 @@
-"""The models a server offers, found by id or by alias, and which of them are in memory.
+"""The models of a server: lookup by id or alias, loading and unloading.
 
-What could be pulled stands in `catalogue.py`; here is what can be asked for. A name that is neither
-an id nor an alias of an offered model is an error, never another model's answer.
+`catalogue.py` lists the models that can be pulled; this file holds the models that are served. A
+name that is neither an id nor an alias of a served model is an error, never another model.
 
-A model is loaded when it is first asked for. When memory is short, those that were not asked for
-the longest are let go first, if nobody is being answered by them. Letting go is only forgetting:
-who still holds a model (a handler between finding it and asking it) may use it to the end.
+A model is loaded when it is first requested. When memory is short, the least recently used idle
+models are unloaded. Unloading only drops the registry's reference: a request handler that holds the
+model may still use it.
 
-What the user makes (fine-tuned models) comes and goes while a server runs. Who asks for a list or a
-name is told of what is there now: the shelf is looked at each time, which is reading one folder.
+Fine-tuned models come and go while a server runs. Each lookup and each list reads the folder of
+fine-tuned models, so that they are current.
 """
 
 from __future__ import annotations
@@ -26,17 +26,21 @@ from serve.models.spec import LoadedModel, ModelSpec
 
 
 class Registry:
-    """Offered models by id, in the order given, and the aliases that lead to them.
+    """Served models by id, in order, and their aliases.
 
-    To be used from one event loop, but for `load` and `close`, which block: they are called before
-    and after it, and on the loading thread.
+    Use it from one event loop. `load` and `close` block: call them before and after the loop, or on
+    the loading thread.
 
     Args:
-        models: At least one, loaded or not; the first is the default. Ids must differ.
-        aliases: Other names by the id they stand for. One whose model is not offered is unknown.
-        memory_limit: Bytes that loaded models may take together; None for what there is.
-        absent: Ids of models that could be pulled.
-        shelf: What the user has made by now, by id. Those whose base is not offered are not either.
+        models: at least one model, loaded or not; the first is the default. Ids must differ.
+        aliases: ids by alias. An alias of a model that is not served is unknown.
+        memory_limit: the maximum bytes of all loaded models; None for the available memory.
+        not_pulled: ids of catalogue models that are not pulled.
+        adapter_specs: returns the current fine-tuned models by id. Those whose base is not served
+            are not served either.
+
+    Raises:
+        ValueError: `models` is empty, or an id occurs twice.
     """
 
     def __init__(
@@ -49,56 +53,58 @@ class Registry:
         adapter_specs: Callable[[], Mapping[str, ModelSpec]] = dict,
     ):
         if not models:
-            raise ValueError("models is empty: a server needs at least one")
+            raise ValueError("models is empty: a server needs at least one model")
         self._models = {model.id: model for model in models}
         if len(self._models) < len(models):
             raise ValueError(f"models has an id twice: {', '.join(m.id for m in models)}")
-        # Read by the event loop while the thread that loads adds and deletes: no step of either
-        # needs two looks at it.
+        # The event loop reads it while the loading thread changes it, so each of them accesses it
+        # only once in each step.
         self._loaded = {m.id: m for m in models if not isinstance(m, ModelSpec)}
-        self._last_used = dict.fromkeys(self._loaded, 0)  # when, in requests
+        self._last_used = dict.fromkeys(
+            self._loaded, 0
+        )  # number of the last request for each model
         self._use_counter = itertools.count(1)
         self._aliases = dict(aliases)
         self._memory_limit, self._not_pulled = memory_limit, frozenset(not_pulled)
         self._loading: dict[str, asyncio.Future[LoadedModel]] = {}
-        # A thread of its own: loads that wait must not take those which requests are prepared on.
+        # A separate thread: waiting loads must not occupy the threads that prepare requests.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
-        self._load_lock = threading.RLock()  # again by the same thread: the base of a model
-        self._damaged: dict[str, tuple[object, str]] = {}  # the stamp of its files, what is wrong
+        self._load_lock = threading.RLock()  # reentrant: `load` loads the base model too
+        self._damaged: dict[str, tuple[object, str]] = {}  # stamp of its files, error
         self._adapter_specs = adapter_specs
         self._known_adapters: Mapping[str, ModelSpec] = {}
 
     @property
     def default(self) -> str:
-        """The id of the model for those who do not care."""
+        """Return the id of the default model."""
         return next(iter(self._models))
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread that computes for all models still does."""
+        """Whether the device thread of all models runs."""
         from transformer.engine.device import default_device
 
         return default_device().is_alive
 
     def list_models(self) -> list[LoadedModel | ModelSpec]:
-        """What is offered, as its card: the loaded model, or how it would be loaded."""
+        """Return the served models in order: the loaded model, or its spec if it is not loaded."""
         self._refresh_adapters()
-        return [self._loaded.get(id, card) for id, card in self._models.items()]
+        return [self._loaded.get(id, model) for id, model in self._models.items()]
 
     def loaded(self) -> list[LoadedModel]:
-        """What is in memory, in the order of `list`."""
-        found = [self._loaded.get(id) for id in list(self._models)]
-        return [model for model in found if model is not None]
+        """Return the loaded models, in the order of `list_models`."""
+        models = [self._loaded.get(id) for id in list(self._models)]
+        return [model for model in models if model is not None]
 
     def aliases_of(self, id: str) -> list[str]:
-        """The names that stand for a model."""
+        """Return the aliases of a model."""
         return [name for name, target in self._aliases.items() if target == id]
 
     def resolve(self, name: str) -> LoadedModel | ModelSpec:
-        """The card of the model with this id or alias. An id is looked up first.
+        """Return the loaded model or the spec for an id or alias. An id has precedence.
 
         Raises:
-            UnknownModel: There is none.
+            UnknownModel: no served model has this id or alias.
         """
         self._refresh_adapters()
         id = name if name in self._models else self._aliases.get(name, name)
@@ -107,33 +113,33 @@ class Registry:
         return self._loaded.get(id, self._models[id])
 
     def spec(self, name: str) -> ModelSpec | None:
-        """How the model with this id or alias is loaded; None for one that came loaded.
+        """Return the spec for an id or alias; None for a model that was passed in loaded.
 
         Raises:
-            UnknownModel: There is none.
+            UnknownModel: no served model has this id or alias.
         """
-        card = self._models[self.resolve(name).id]
-        return card if isinstance(card, ModelSpec) else None
+        model = self._models[self.resolve(name).id]
+        return model if isinstance(model, ModelSpec) else None
 
     def _refresh_adapters(self) -> None:
-        """Takes note of what was put on the shelf or taken from it since the last time."""
-        if (found := self._adapter_specs()) == self._known_adapters:
+        """Add new fine-tuned models, and remove deleted ones."""
+        if (specs := self._adapter_specs()) == self._known_adapters:
             return
-        for id in self._known_adapters.keys() - found.keys():
+        for id in self._known_adapters.keys() - specs.keys():
             self._models.pop(id, None)
             self._loaded.pop(id, None)
-        for id, offer in found.items():
-            if (base := self._models.get(offer.base or "")) is not None:
+        for id, spec in specs.items():
+            if (base := self._models.get(spec.base or "")) is not None:
                 sampling = getattr(base, "default_sampling", {})
-                self._models.setdefault(id, replace(offer, sampling=sampling))
-        self._known_adapters = found
+                self._models.setdefault(id, replace(spec, default_sampling=sampling))
+        self._known_adapters = specs
 
     async def get(self, name: str) -> LoadedModel:
-        """The model with this id or alias, loaded by now.
+        """Return the model with this id or alias, after loading it if necessary.
 
         Raises:
-            UnknownModel: There is none.
-            CannotLoad: There is no room for it, or its files are damaged.
+            UnknownModel: no served model has this id or alias.
+            CannotLoad: memory does not suffice, or its files are damaged.
         """
         id = self.resolve(name).id
         self._last_used[id] = next(self._use_counter)
@@ -144,44 +150,46 @@ class Registry:
             task = asyncio.get_running_loop().run_in_executor(self._loader, self.load, id)
             self._loading[id] = task
             task.add_done_callback(lambda _: self._loading.pop(id))
-        return await asyncio.shield(task)  # who leaves while it loads does not stop it for others
+        return await asyncio.shield(task)  # a cancelled request does not cancel the load
 
     def load(self, id: str) -> LoadedModel:
-        """Loads an offered model, if it is not, and lets others go for it where need be. Blocks.
+        """Load a served model if it is not loaded, unloading others if necessary. Blocks.
 
         Raises:
-            CannotLoad: There is no room for it, or its files are damaged.
+            UnknownModel: no served model has this id.
+            CannotLoad: memory does not suffice, or its files are damaged.
         """
         with self._load_lock:
             if (model := self._loaded.get(id)) is not None:
                 return model
-            if (offer := self._models.get(id)) is None:
+            if (spec := self._models.get(id)) is None:
                 raise UnknownModel(id)
-            assert isinstance(offer, ModelSpec)
+            assert isinstance(spec, ModelSpec)
             stamp = None
             try:
-                stamp = offer.stamp()
+                stamp = spec.stamp()
                 if (damage := self._damaged.get(id)) is not None and damage[0] == stamp:
-                    raise CannotLoad(id, damage[1], is_busy=False)  # it would be no different
-                base = [] if offer.base is None else [self.load(offer.base)]
-                self._evict_until_fits(offer)
-                model = offer.load(*base)
+                    raise CannotLoad(id, damage[1], is_busy=False)  # the files are unchanged
+                base = [] if spec.base is None else [self.load(spec.base)]
+                self._evict_until_fits(spec)
+                model = spec.load(*base)
             except MemoryError as error:
                 raise CannotLoad(id, str(error), is_busy=bool(self._loaded)) from error
             except (OSError, ValueError, Failure) as error:
-                if not isinstance(error, OSError):  # which may pass
+                if not isinstance(error, OSError):  # an OSError may be temporary
                     self._damaged[id] = stamp, str(error)
                 raise CannotLoad(id, str(error), is_busy=False) from error
-            if id not in self._models:  # removed meanwhile
+            if id not in self._models:  # removed while it loaded
                 raise UnknownModel(id)
             self._loaded[id] = model
             return model
 
     def unload(self, id: str) -> bool:
-        """Lets a loaded model go.
+        """Unload a model.
 
         Returns:
-            Whether it did: not one that works, came loaded, or whose weights a loaded one shares.
+            Whether the model was unloaded. A model is kept if it is busy, if it was passed in
+            loaded, or if another loaded model shares its weights.
         """
         model = self._loaded.get(id)
         if model is None or not isinstance(self._models.get(id), ModelSpec) or not model.is_idle:
@@ -196,52 +204,54 @@ class Registry:
         return True
 
     def remove(self, id: str) -> None:
-        """Offers a model no longer. Who is being answered by it is answered to the end.
+        """Stop serving a model. Its current requests run to the end.
 
         Raises:
-            UnknownModel: There is none with this id.
+            UnknownModel: no served model has this id.
+            ValueError: it is the only model.
         """
         if id not in self._models:
             raise UnknownModel(id)
         if len(self._models) == 1:
-            raise ValueError(f"{id} is the only model: a server needs one")
+            raise ValueError(f"{id} is the only model: a server needs at least one")
         del self._models[id]
         self._loaded.pop(id, None)
 
     def close(self, timeout: float = 5.0) -> None:
-        """Cancel what is being answered, by all models, within `timeout` seconds; load no more."""
+        """Cancel the requests of all models within `timeout` seconds, and load no more."""
         self._loader.shutdown(wait=False, cancel_futures=True)
         for model in self.loaded():
             model.close(timeout)
 
     def _evict_until_fits(self, spec: ModelSpec) -> None:
-        """Lets go of what has not been asked for the longest, until an offered model fits."""
+        """Unload the least recently used models until a model fits into memory."""
         from serve.models import memory
         from serve.models.dtypes import WORKING_MEMORY
 
         needed = spec.memory()
 
         def is_short() -> bool:
-            held = sum(model.memory for model in self.loaded())
-            over = self._memory_limit is not None and held + needed > self._memory_limit
-            return over or needed + WORKING_MEMORY > memory.available()
+            used = sum(model.memory for model in self.loaded())
+            is_over = self._memory_limit is not None and used + needed > self._memory_limit
+            return is_over or needed + WORKING_MEMORY > memory.available()
 
         if self._memory_limit is not None and needed > self._memory_limit:
-            raise CannotLoad(  # letting others go would not help
+            raise CannotLoad(  # unloading others would not help
                 spec.id,
-                f"it needs {needed / 2**20:.0f} MB of the "
-                f"{self._memory_limit / 2**20:.0f} MB that models may take together",
+                f"it needs {needed / 2**20:.0f} MB, more than the "
+                f"{self._memory_limit / 2**20:.0f} MB limit of all models: raise --memory-mb or "
+                "choose a smaller model",
                 is_busy=False,
             )
         while is_short():
-            by_age = sorted(self._loaded, key=lambda id: self._last_used.get(id, 0))
-            if not any(self.unload(id) for id in by_age if id != spec.base):
+            least_recent = sorted(self._loaded, key=lambda id: self._last_used.get(id, 0))
+            if not any(self.unload(id) for id in least_recent if id != spec.base):
                 if self._memory_limit is None or not self._loaded:
-                    return  # the load itself will say what is missing
+                    return  # loading raises MemoryError if memory does not suffice
                 raise CannotLoad(
                     spec.id,
                     f"it needs {needed / 2**20:.0f} MB of the "
-                    f"{self._memory_limit / 2**20:.0f} MB that models may take together, and those "
-                    "loaded are working",
+                    f"{self._memory_limit / 2**20:.0f} MB limit of all models, and the loaded "
+                    "models are busy: try again later",
                     is_busy=True,
                 )

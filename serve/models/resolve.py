@@ -1,7 +1,7 @@
-"""From a model's files to its spec: those of the catalogue and of paths, and what was fine-tuned.
+"""From the files of a model to its spec: catalogue models, local models and fine-tuned models.
 
-Headers are read at once, so that a damaged file or an unknown kind is known before a server
-listens; weights are read when somebody asks.
+Headers are read at once, so that a damaged file or an unknown kind is reported before a server
+starts; weights are read when the model is first requested.
 """
 
 from __future__ import annotations
@@ -19,86 +19,96 @@ log = logging.getLogger(__name__)
 
 
 def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
-    """Return the model that files are, to be loaded when asked for.
+    """Return the spec of a model, from the headers of its files.
+
+    Args:
+        files: the files of the model.
+        options: how to load it.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: a file is damaged or of an unknown kind, or the options ask for more than it
-            has.
+        ValueError: a file is damaged or of an unknown kind, or the options do not suit the model.
     """
     return kinds.kind_of(files).describe(files, options)
 
 
 class AdapterSpecs:
-    """What the user has made, as offers; to be asked again whenever somebody wants to know.
+    """The specs of all fine-tuned models in a data folder. Each call returns the current ones.
 
     Args:
         home: the data folder.
-        cache_budget: bytes for the keys and values of each model's conversations.
-        bases: files of the models that can be a base, by id.
+        cache_budget: bytes for the keys and values of each model.
+        bases: the files of possible base models, by id.
     """
 
     def __init__(self, home: Path, cache_budget: int, bases: Mapping[str, Path]):
         self._home, self._cache_budget, self._bases = home, cache_budget, bases
-        self._specs_by_folder: dict[str, ModelSpec | None] = {}  # by the name of the folder
-        self._specs_by_id: Mapping[str, ModelSpec] = {}  # by id
+        self._specs_by_folder: dict[str, ModelSpec | None] = {}  # None if unreadable
+        self._specs_by_id: Mapping[str, ModelSpec] = {}
 
     def __call__(self) -> Mapping[str, ModelSpec]:
-        """By id; the same object until something is made or deleted."""
+        """Return the specs by id; the same object until a model is added or deleted."""
         if (names := adapters.folder_names(self._home)) == self._specs_by_folder.keys():
             return self._specs_by_id
         for name in sorted(names - self._specs_by_folder.keys()):
             self._specs_by_folder[name] = None
             try:
                 self._specs_by_folder[name] = self._read_spec(self._home / "made" / name)
-            except (OSError, ValueError) as error:  # deleted since, or not of our making
-                log.warning("%s is passed over: %s", name, error)
+            except (OSError, ValueError) as error:  # just deleted, or not written by Pellucid
+                log.warning("the fine-tuned model in %s is skipped: %s", name, error)
         for name in self._specs_by_folder.keys() - names:
             del self._specs_by_folder[name]
-        found = [offer for offer in self._specs_by_folder.values() if offer is not None]
-        by_age = sorted(found, key=lambda offer: offer.created)
-        self._specs_by_id = {offer.id: offer for offer in by_age}
+        specs = [spec for spec in self._specs_by_folder.values() if spec is not None]
+        specs.sort(key=lambda spec: spec.created)
+        self._specs_by_id = {spec.id: spec for spec in specs}
         return self._specs_by_id
 
     def _read_spec(self, folder: Path) -> ModelSpec:
-        card = adapters.read_metadata(folder)
+        metadata = adapters.read_metadata(folder)
 
         def load(base: DecoderModel) -> DecoderModel:
             return load_adapted(
-                folder, base, self._bases[card.base], max_batch_size=decoder.MAX_BATCH_SIZE
+                folder, base, self._bases[metadata.base], max_batch_size=decoder.MAX_BATCH_SIZE
             )
 
         size = sum(file.stat().st_size for file in folder.iterdir())
         return ModelSpec(
-            id=card.id,
-            created=card.created,
+            id=metadata.id,
+            created=metadata.created,
             owned_by="local",
             memory=lambda: size + self._cache_budget,
             load=load,
-            stamp=partial(stamp_of, folder, self._bases.get(card.base)),
-            base=card.base,
+            stamp=partial(stamp_of, folder, self._bases.get(metadata.base)),
+            base=metadata.base,
         )
 
 
 def load_adapted(
     folder: Path, base: DecoderModel, path: Path, *, max_batch_size: int = 2
 ) -> DecoderModel:
-    """A model that was made here, from its folder and its base.
+    """Load a fine-tuned model from its folder and its base model.
 
     Args:
-        base: loaded, from the files at `path`.
-        max_rows: see `load_adapter`.
+        folder: the folder of the fine-tuned model.
+        base: the base model, loaded from the files at `path`.
+        path: the files of the base model.
+        max_batch_size: as for `load_adapter`.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: it is damaged, or was made of other weights.
+        ValueError: the adapter is damaged, or was trained on other weights.
     """
-    card = adapters.read_metadata(folder)
-    if (found := fingerprint.hash_weights(path)) != card.weights:
+    metadata = adapters.read_metadata(folder)
+    if (digest := fingerprint.hash_weights(path)) != metadata.weights:
         raise ValueError(
-            f"it was trained on other weights than {card.base} has now: "
-            f"SHA-256 {card.weights[:12]}..., not {found[:12]}..."
+            f"it was trained on other weights than {metadata.base} has now: expected SHA-256 "
+            f"{metadata.weights[:12]}..., got {digest[:12]}..."
         )
     return load_adapter(
-        card.id, folder, base, created=card.created, owned_by="local", max_batch_size=max_batch_size
+        metadata.id,
+        folder,
+        base,
+        created=metadata.created,
+        owned_by="local",
+        max_batch_size=max_batch_size,
     )

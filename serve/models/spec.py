@@ -1,9 +1,9 @@
-"""One model, one type: its files, what they are, and what is loaded of them.
+"""The types of a model: its files, its spec, and the loaded model.
 
-    ModelFiles  where a model's files are on this disk
-    ModelSpec   what they are, read from their headers, and how they would be loaded
+    ModelFiles  the paths of a model's files
+    ModelSpec   its description, read from the headers of the files, and how to load it
     LoadedModel the model in memory; each kind has its own class with this protocol
-    Kind        what Pellucid knows of a kind of model; `kinds.py` is the table
+    Kind        a kind of model; `kinds.py` holds the table
 
 Nothing here imports JAX.
 """
@@ -21,15 +21,15 @@ from serve.models.catalogue import CatalogueEntry
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model on this disk.
+    """The files of a model on this disk.
 
     Attributes:
-        id: The name it is served under.
-        path: A GGUF file, or a folder of several files.
-        publisher: Who made it, as `owned_by` of the API says.
-        model: What the catalogue says of it, if it is in there.
-        adapter: What was made of it here: the folder of a model that the user fine-tuned.
-        encoder: The folder of the model that reads its prompts, if it draws.
+        id: the id it is served under.
+        path: a GGUF file, or a folder of several files.
+        publisher: the publisher, `owned_by` in the API.
+        entry: its entry in the catalogue, if it has one.
+        adapter: the folder of a fine-tuned model based on it, if that is served.
+        encoder: the folder of the text encoder of an image model.
     """
 
     id: str
@@ -46,55 +46,66 @@ class LoadedModel(Protocol):
     kind: ClassVar[str]
 
     @property
-    def id(self) -> str: ...
-    @property
-    def created(self) -> int:
-        """Seconds since 1970."""
+    def id(self) -> str:
+        """Return the id it is served under."""
         ...
 
     @property
-    def owned_by(self) -> str: ...
+    def created(self) -> int:
+        """Return its creation time in seconds since 1970."""
+        ...
+
+    @property
+    def owned_by(self) -> str:
+        """Return its publisher."""
+        ...
+
     @property
     def context(self) -> int:
-        """Tokens that it reads at most."""
+        """Return its maximum number of tokens."""
         ...
 
     @property
     def dtype(self) -> str:
-        """The dtype of its weights."""
+        """Return the dtype of its weights."""
         ...
 
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Return its system fingerprint."""
+        ...
+
     @property
     def memory(self) -> int:
-        """Bytes that it takes."""
+        """Return the bytes it takes."""
         ...
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody is being answered by it."""
+        """Whether no request waits or runs."""
         ...
 
     def close(self, timeout: float) -> None:
-        """Cancel what is being answered, within `timeout` seconds, and answer nobody any more."""
+        """Cancel all requests within `timeout` seconds, and accept no more."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A model that is loaded when somebody asks for it.
+    """A model that is loaded when it is first requested.
 
     Attributes:
-        id, created, owned_by: as of the model it becomes.
+        id: the id it is served under.
+        created: seconds since 1970.
+        owned_by: the publisher.
+        memory: returns the bytes it will take, approximately; the maximum if its dtype is not
+            chosen yet.
+        load: loads it, in seconds. It takes the loaded base model if `base` is set.
+        stamp: returns a value that changes when the files change.
         kind: the name of its `Kind`.
-        memory: says how many bytes it will take, about; of a model that was not measured yet, at
-            most.
-        load: loads it; blocks for seconds. Given the loaded base, where there is one.
-        stamp: gives another value when its files have changed.
-        base: the id of the model whose weights it shares.
-        path: its files, where it can be trained further.
-        sampling: its defaults, where it generates text.
+        base: the id of the base model whose weights it shares.
+        path: its files, if it can be fine-tuned.
+        default_sampling: default sampling parameters, if it generates text.
     """
 
     id: str
@@ -111,16 +122,16 @@ class ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """What a server decides about its models.
+    """The options of a server for loading models.
 
     Attributes:
-        cache_budget: bytes for the keys and values of a model's conversations.
-        dtype: "float32", "bfloat16", "int8" or "auto". A kind that lacks it takes its own choice.
-        home: the data folder, where speeds are noted.
-        notify: told a line for each thing that takes long.
-        memory_limit: bytes that a model may take at most; None for what is free.
+        cache_budget: bytes for the keys and values of a model.
+        dtype: "float32", "bfloat16", "int8" or "auto". A kind without this dtype uses "auto".
+        home: the data folder, where speeds are recorded.
+        notify: called with a line for each slow operation.
+        memory_limit: the maximum bytes of a model; None for the available memory.
         sampling_defaults: "model" for a model's own defaults, "openai" for those of OpenAI's API.
-        max_embedding_tokens: of the longest input of an encoder; None for its own limit.
+        max_embedding_tokens: the maximum tokens of an encoder's input; None for the model's own.
     """
 
     cache_budget: int
@@ -134,11 +145,14 @@ class LoadOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A request to show people: a route below /v1, the official client's call, what to print.
+    """An example request, for the start banner and the documentation.
 
     Attributes:
-        fields: of the request, beside `model`.
-        file: the name of a file that goes with it, as a form.
+        route: the path below /v1.
+        call: the method of the official client.
+        result: the part of the response to print.
+        fields: the fields of the request, except `model`.
+        file: the name of a file to upload with it, if any.
     """
 
     route: str
@@ -153,13 +167,13 @@ class Kind:
     """A kind of model.
 
     Attributes:
-        name: as in `models.toml` and in the API's "kind".
-        does: what such models do, behind "does not": "generate text".
-        recognizes: whether a file or folder is one, by its first bytes or its config.json.
-        describe: reads the headers of its files. Raises OSError where a file cannot be read, and
-            ValueError where it is damaged or the options ask for what it does not have.
-        example: a request to a loaded one.
-        has_encoder: whether it needs a model of kind "encoder" that reads its prompts.
+        name: the name, as in `models.toml` and in the API's "kind".
+        task: the task as a verb phrase, for messages ("... does not generate text").
+        recognizes: whether a file or folder is of this kind, by its first bytes or config.json.
+        describe: returns the spec of a model from the headers of its files. It raises OSError if a
+            file cannot be read, and ValueError if a file is damaged or the options do not suit it.
+        example: returns an example request to a loaded model.
+        has_encoder: whether it needs a model of kind "encoder" as text encoder.
     """
 
     name: str
@@ -171,11 +185,18 @@ class Kind:
 
 
 def stamp_of(*paths: Path | None) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of the files; another list when one of them changes."""
+    """Return names, sizes and modification times of files, to detect changes.
+
+    Args:
+        paths: files, or folders whose files are taken; None is skipped.
+
+    Raises:
+        OSError: a path does not exist.
+    """
     files = [
         file
         for path in paths
         if path is not None
         for file in (sorted(path.iterdir()) if path.is_dir() else [path])
     ]
-    return [(str(file), (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
+    return [(str(file), (status := file.stat()).st_size, status.st_mtime_ns) for file in files]

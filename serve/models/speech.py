@@ -1,7 +1,8 @@
-"""A Whisper that answers requests: sound in, segments out, its pieces of work among everybody's.
+"""Whisper models: audio in, transcript segments out, as work items among those of other models.
 
-`audio.transcribe` is ordinary code that a worker thread runs; what it has a device for (a window
-encoded, a step of the decoder) it hands through `lane.call`, and so takes turns with all models.
+`audio.transcribe` is synchronous code that a worker thread runs. It passes its device work (the
+encoder of a window, a decoding step) to `WorkQueue.run_sync`, and so shares the device with all
+models.
 """
 
 from __future__ import annotations
@@ -36,22 +37,32 @@ from serve.models.spec import Example, Kind, LoadOptions, ModelFiles, ModelSpec,
 from transformer.checkpoint import Dtype
 from transformer.engine.device import WorkQueue, default_device
 
-# int8 takes the decoder a little less time for each token; but of 179 words that people read,
-# whisper-tiny.en wrote 7 otherwise than in float32, and 1 in bfloat16. So "auto" is one of two.
+# "auto" is float32 or bfloat16. int8 is a little faster per token, but of 179 spoken words
+# whisper-tiny.en transcribed 7 differently from float32, against 1 in bfloat16.
 _PROBE_TOKENS = 24  # about a sentence
-# A narrower format serves if what may come next is as in float32. Measured: tiny.en and base in
-# bfloat16 0.0001 to 0.001, in int8 0.004 to 0.07.
+# A narrower dtype is accepted if its next-token distributions are close to float32's. Measured for
+# tiny.en and base: 0.0001 to 0.001 in bfloat16, 0.004 to 0.07 in int8.
 MAX_DIVERGENCE = 0.002
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeechModel:
-    """A Whisper in memory. Its siblings are `ServedModel` and `EmbeddingModel`."""
+    """A loaded Whisper model.
+
+    Attributes:
+        id: the id it is served under.
+        created: seconds since 1970.
+        owned_by: the publisher.
+        whisper: weights, configuration and tokenizer.
+        fingerprint: changes with weights, dtype and library versions.
+        dtype: the dtype of its weights.
+        work_queue: its queue of work items on the device.
+    """
 
     kind: ClassVar[str] = "speech"
 
     id: str
-    created: int  # seconds since 1970
+    created: int
     owned_by: str
     whisper: audio.Whisper = field(repr=False)
     fingerprint: str
@@ -60,27 +71,32 @@ class SpeechModel:
 
     @property
     def context(self) -> int:
-        """Tokens of prompt and text of a window together."""
+        """Return the maximum tokens of prompt and text of a window together."""
         return self.whisper.cfg.max_text_len
 
     @property
     def memory(self) -> int:
-        """Bytes of weights."""
+        """Return the bytes of the weights."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.whisper.params))
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody is being answered by it."""
+        """Whether no request waits or runs."""
         return self.work_queue.is_idle
 
     def detect_language(
         self, samples: np.ndarray, language: str | None, plan: TranscriptionOptions
     ) -> tuple[str, Sequence[Span]]:
-        """The language of a sound, heard if not given, and where in it anybody speaks. Blocks.
+        """Return the language of a recording and its spans of speech. Blocks.
+
+        Args:
+            samples: float32 [N], mono, 16 kHz.
+            language: the language if it is known; None to detect it.
+            plan: whether and how to detect speech.
 
         Raises:
             ValueError: the model does not know the language.
-            Busy: too much waits for the device.
+            Busy: too many work items wait.
         """
         spans = find_speech(samples, plan)
         with self.work_queue.using():
@@ -98,17 +114,24 @@ class SpeechModel:
         *,
         stop: threading.Event,
     ) -> Iterator[Segment]:
-        """Yields the segments of a sound as they are written, until `stop` is set. Blocks.
+        """Yield the segments of a recording as they are transcribed, until `stop` is set. Blocks.
+
+        Args:
+            samples: float32 [N], mono, 16 kHz.
+            options: how to decode a window.
+            plan: how to split the recording.
+            spans: the spans of speech, as `detect_language` returns them.
+            stop: set by another thread to end the transcription.
 
         Raises:
             ValueError: the model does not know the language or task.
-            Busy: too much waits for the device.
+            Busy: too many work items wait.
         """
 
-        def run(piece):
+        def run(function):
             if stop.is_set():
                 raise Stopped
-            return self.work_queue.run_sync(piece)
+            return self.work_queue.run_sync(function)
 
         with self.work_queue.using():
             try:
@@ -124,11 +147,11 @@ class SpeechModel:
                 return
 
     def close(self, timeout: float) -> None:
-        """Nothing to end: a piece in hand is short, and who waits is answered."""
+        """Do nothing: a work item is short, and waiting requests are still answered."""
 
 
 class Stopped(Exception):
-    """Nobody waits for the rest of a transcript."""
+    """The rest of a transcript is no longer needed."""
 
 
 def load_speech_model(
@@ -139,25 +162,28 @@ def load_speech_model(
     dtype: str = "auto",
     notify: Callable[[str], None] = lambda line: None,
 ) -> SpeechModel:
-    """Loads a Whisper.
+    """Load a Whisper model.
 
     Args:
+        id: the id to serve it under.
         path: a folder of Hugging Face's or CTranslate2's layout, with a tokenizer.json.
-        dtype: one of `dtypes.FORMATS`, or "auto" for the faster of `dtypes.FLOATS` on this machine.
-        notify: told one line for each thing that takes long.
+        owned_by: the publisher.
+        dtype: one of `dtypes.DTYPES`, or "auto" for the faster of `dtypes.FLOAT_DTYPES` on this
+            machine.
+        notify: called with a line for each slow operation.
 
     Raises:
         OSError: a file cannot be read.
         ValueError: a file is damaged or of an unknown kind.
     """
     enable_compilation_cache()
-    format = dtypes.parse_dtype(dtype, dtypes.DTYPES)
+    chosen = dtypes.parse_dtype(dtype, dtypes.DTYPES)
     weights = fingerprint.hash_weights(path)
-    if format is None:
-        name = fingerprint.machine_key(weights)
-        format = dtypes.fastest_dtype(
+    if chosen is None:
+        key = fingerprint.machine_key(weights)
+        chosen = dtypes.fastest_dtype(
             id,
-            name,
+            key,
             dtypes.FLOAT_DTYPES,
             functools.partial(_measure, path),
             _kl_divergence,
@@ -168,23 +194,23 @@ def load_speech_model(
         id=id,
         created=int(weights_file(path).stat().st_mtime),
         owned_by=owned_by,
-        whisper=audio.load_model(path, dtype=format),
-        fingerprint=fingerprint.system_fingerprint(weights, format),
-        dtype=format,
+        whisper=audio.load_model(path, dtype=chosen),
+        fingerprint=fingerprint.system_fingerprint(weights, chosen),
+        dtype=chosen,
     )
 
 
-def _measure(path: Path, format: Dtype) -> tuple[float, np.ndarray]:
-    """Seconds of a window with a sentence, and the log-probabilities before each of its tokens."""
-    whisper = audio.load_model(path, dtype=format)
+def _measure(path: Path, dtype: Dtype) -> tuple[float, np.ndarray]:
+    """Return the seconds of a probe window, and the log-probabilities [T, V] of its tokens."""
+    whisper = audio.load_model(path, dtype=dtype)
     rng = np.random.default_rng(0)
     mel = rng.normal(size=(1, whisper.cfg.num_frames, whisper.cfg.num_mels)).astype(np.float32)
     ids = rng.integers(0, whisper.tokenizer.eot, _PROBE_TOKENS).tolist()
     best, logits = math.inf, np.zeros(0)
     for _ in range(3):  # the first one compiles
         started = time.perf_counter()
-        sound = model.encode(whisper.params, whisper.cfg, mel)[0]
-        logits = decode.teacher_forced_logits(whisper, sound, ids, audio.DecodingOptions())
+        features = model.encode(whisper.params, whisper.cfg, mel)[0]
+        logits = decode.teacher_forced_logits(whisper, features, ids, audio.DecodingOptions())
         best = min(best, time.perf_counter() - started)
     return best, np.asarray(jax.nn.log_softmax(logits, axis=-1))
 
@@ -195,7 +221,7 @@ def _kl_divergence(expected: np.ndarray, actual: np.ndarray) -> float:
 
 
 def describe(files: ModelFiles, options: LoadOptions) -> ModelSpec:
-    """See `Kind.describe`."""
+    """Return the spec of a Whisper model; see `Kind.describe`."""
     weights = [files.path / name for name in ("model.bin", "model.safetensors")]
 
     def load() -> SpeechModel:
@@ -224,8 +250,8 @@ def _recognizes(path: Path) -> bool:
     if any(path.glob("*.safetensors")):
         return True
     try:
-        with (path / "model.bin").open("rb") as file:  # CTranslate2's layout: no pickle
-            return file.read(18)[6:] == b"WhisperSpec\0"  # behind a version and a length
+        with (path / "model.bin").open("rb") as file:  # CTranslate2's layout, not a pickle
+            return file.read(18)[6:] == b"WhisperSpec\0"  # after a version and a length
     except FileNotFoundError:
         return False
 
