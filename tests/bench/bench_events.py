@@ -58,16 +58,16 @@ while b"[DONE]" not in data:
 class SleepingDevice:
     """Draws an "a" for every row, after a while."""
 
-    max_rows = 16
+    max_batch_size = 16
 
     def prefill(self, row, copy):
-        row.length = len(row.request.prompt)
+        row.num_computed_tokens = len(row.request.prompt)
         return self._sample_output(1)
 
     def decode(self, rows):
         time.sleep(STEP)
         for row in rows:
-            row.length += 1
+            row.num_computed_tokens += 1
         return self._sample_output(len(rows))
 
     def recover(self):

@@ -177,7 +177,7 @@ def serve_models(*models: DecoderModel | ModelSpec, **settings: object) -> Itera
     with tempfile.TemporaryDirectory() as home:  # not the user's own, which may hold keys
         settings = {"home": Path(home), **settings}
         app = create_app(ServerSettings(**settings), registry)  # type: ignore[arg-type]
-        with serve_app(app) as address, closing(app.state.keeper):
+        with serve_app(app) as address, closing(app.state.job_runner):
             yield address
 
 

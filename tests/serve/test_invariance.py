@@ -122,7 +122,7 @@ def test_what_others_have_read_does_not_change_a_bit(runner):
         request = SequenceRequest(
             prompt=long[:length], max_tokens=8, sampling_params=SamplingParams(seed=length)
         )
-        alone = list(engine.generate(replace(request, reuse=False)))
+        alone = list(engine.generate(replace(request, use_prefix_cache=False)))
         assert alone[0] == PrefillDone(0)
         if length == 700:
             assert list(engine.generate(request)) == alone
@@ -135,7 +135,7 @@ def test_a_step_in_parts_does_not_change_a_bit(runner):
     whole = runner._programs
     runner._programs = {name: whole[name] for name in ("read", 2, 4)}
     try:
-        assert runner.max_rows == 4
+        assert runner.max_batch_size == 4
         assert answers(runner, WATCHED[1], 9) == alone
     finally:
         runner._programs = whole

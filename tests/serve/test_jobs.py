@@ -549,7 +549,7 @@ SERVER = """
     from serve.models import decoder
     from tests.serve import tiny
 
-    decoder.MAX_ROWS, runner.NICENESS, runner.TICK = 2, 1, 0.1
+    decoder.MAX_BATCH_SIZE, runner.NICENESS, runner.POLL_SECONDS = 2, 1, 0.1
     with tiny.serving(Path(sys.argv[1]), Path(sys.argv[2])) as address:
         print(address, flush=True)
         sys.stdin.read()
@@ -687,7 +687,7 @@ def test_a_job_that_was_orphaned_can_be_cancelled(folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_server_with_nothing_to_do_takes_over(folder, tmp_path):
-    """Its keeper had ended before the job was made; nobody woke it when the other was killed."""
+    """Its job runner had ended before the job was made; nobody woke it when the other was killed."""
     idle, first = Server(tmp_path, folder), Server(tmp_path, folder)
     id = make(first.openai, n_epochs=10)
     stepped(first.openai, id, 3)
@@ -723,43 +723,43 @@ def jobs(tmp_path):
 
 
 def test_a_job_keeps_its_data_when_the_file_is_deleted(jobs, folder):
-    id = jobs.create(model="tiny", path=folder, training_file="file-1")["id"]
-    jobs.store.drop("file-1")
+    id = jobs.create(model="tiny", model_path=folder, training_file="file-1")["id"]
+    jobs.store.delete_file("file-1")
     assert (jobs.folder(id) / "data.jsonl").read_bytes() == tiny.examples()
 
 
 @pytest.mark.parametrize("status", ["validating_files", "running"])
 def test_a_job_whose_process_always_dies_is_given_up(jobs, folder, monkeypatch, status):
     """As one does for which there is not enough memory. A check was begun again for ever."""
-    id = jobs.create(model="tiny", path=folder, training_file="file-1")["id"]
-    jobs.move(id, status, weights="x")
-    monkeypatch.setattr("serve.jobs.runner.TICK", 0.01)
+    id = jobs.create(model="tiny", model_path=folder, training_file="file-1")["id"]
+    jobs.set_status(id, status, weights="x")
+    monkeypatch.setattr("serve.jobs.runner.POLL_SECONDS", 0.01)
     dies = ["-c", "import os; os.kill(os.getpid(), 9)"]
     monkeypatch.setattr("serve.jobs.process._program", lambda *_: [sys.executable, *dies])
-    keeper = JobRunner(jobs)
-    keeper.wake()
+    job_runner = JobRunner(jobs)
+    job_runner.wake()
     wait_until(lambda: jobs.get(id)["status"] == "failed", 60)
-    keeper.close()
+    job_runner.close()
     assert names(jobs.get(id)["error"]["message"], 3, 9)
 
 
 def test_an_idle_server_finds_jobs_by_itself(jobs, folder, monkeypatch):
     """Who made one was killed: it was begun when somebody looked at it, and not before."""
-    monkeypatch.setattr("serve.jobs.runner.WATCH", 0.05)
-    monkeypatch.setattr("serve.jobs.runner.TICK", 0.01)
+    monkeypatch.setattr("serve.jobs.runner.IDLE_POLL_SECONDS", 0.05)
+    monkeypatch.setattr("serve.jobs.runner.POLL_SECONDS", 0.01)
     fails = ["-c", "raise SystemExit('error 4711')"]
     monkeypatch.setattr("serve.jobs.process._program", lambda *_: [sys.executable, *fails])
-    with closing(JobRunner(jobs)) as keeper:
-        keeper.watch()
-        id = jobs.create(model="tiny", path=folder, training_file="file-1")["id"]
+    with closing(JobRunner(jobs)) as job_runner:
+        job_runner.watch()
+        id = jobs.create(model="tiny", model_path=folder, training_file="file-1")["id"]
         wait_until(lambda: jobs.get(id)["status"] == "failed", 60)
         assert names(jobs.get(id)["error"]["message"], "error 4711")
 
 
 def test_what_was_left_of_a_cancelled_job_is_removed(jobs, folder, monkeypatch):
     """Its server was killed before it stopped the trainer, which went on and kept its files."""
-    id = jobs.create(model="tiny", path=folder, training_file="file-1")["id"]
-    jobs.move(id, "running")
+    id = jobs.create(model="tiny", model_path=folder, training_file="file-1")["id"]
+    jobs.set_status(id, "running")
     waits = ["-c", "import time; time.sleep(600)"]
     monkeypatch.setattr("serve.jobs.process._program", lambda *_: [sys.executable, *waits])
     left = JobProcess.start(id, jobs.folder(id), "train", [])
@@ -767,15 +767,15 @@ def test_what_was_left_of_a_cancelled_job_is_removed(jobs, folder, monkeypatch):
     (jobs.home / "made" / ".new-x").mkdir(parents=True)
     jobs.cancel(id)
     assert not left.has_exited and not jobs.is_cleaned_up(id)
-    with closing(JobRunner(jobs)) as keeper:
-        keeper.watch()
+    with closing(JobRunner(jobs)) as job_runner:
+        job_runner.watch()
         wait_until(lambda: left.has_exited and jobs.is_cleaned_up(id), 60)
     assert not (jobs.home / "made" / ".new-x").exists()
 
 
 def test_what_passes_is_tried_again(jobs, folder, monkeypatch):
     """One moment without room on the disk ended the job, and deleted its checkpoints."""
-    id = jobs.create(model="tiny", path=folder, training_file="file-1")["id"]
+    id = jobs.create(model="tiny", model_path=folder, training_file="file-1")["id"]
     start, failures = JobProcess.start, [OSError("no space left")] * 3
 
     def begin(*arguments, **options):
@@ -783,42 +783,42 @@ def test_what_passes_is_tried_again(jobs, folder, monkeypatch):
             raise failures.pop()
         return start(*arguments, **options)
 
-    monkeypatch.setattr("serve.jobs.runner.TICK", 0.01)
+    monkeypatch.setattr("serve.jobs.runner.POLL_SECONDS", 0.01)
     monkeypatch.setattr(JobProcess, "start", begin)
-    keeper = JobRunner(jobs)
-    keeper.wake()
+    job_runner = JobRunner(jobs)
+    job_runner.wake()
     wait_until(lambda: jobs.get(id)["status"] not in ("validating_files",), 60)
-    keeper.close()
+    job_runner.close()
     assert not failures and jobs.get(id)["status"] in ("queued", "running")
 
 
 def test_what_never_passes_ends_the_job(jobs, folder, monkeypatch):
-    id = jobs.create(model="tiny", path=folder, training_file="file-1")["id"]
+    id = jobs.create(model="tiny", model_path=folder, training_file="file-1")["id"]
 
     def begin(*arguments, **options):
         raise OSError("no space left")
 
-    monkeypatch.setattr("serve.jobs.runner.TICK", 0.001)
+    monkeypatch.setattr("serve.jobs.runner.POLL_SECONDS", 0.001)
     monkeypatch.setattr(JobProcess, "start", begin)
-    keeper = JobRunner(jobs)
-    keeper.wake()
+    job_runner = JobRunner(jobs)
+    job_runner.wake()
     wait_until(lambda: jobs.get(id)["status"] == "failed", 60)
-    keeper.close()
+    job_runner.close()
 
 
 def test_a_job_whose_model_is_gone_fails_and_says_so(jobs, tmp_path):
-    id = jobs.create(model="tiny", path=tmp_path / "gone", training_file="file-1")["id"]
-    keeper = JobRunner(jobs)
-    keeper.wake()
+    id = jobs.create(model="tiny", model_path=tmp_path / "gone", training_file="file-1")["id"]
+    job_runner = JobRunner(jobs)
+    job_runner.wake()
     wait_until(lambda: jobs.get(id)["status"] == "failed", 120)
-    keeper.close()
+    job_runner.close()
     assert "gone" in jobs.get(id)["error"]["message"]
 
 
 def test_only_one_can_end_a_job(jobs, folder):
-    id = jobs.create(model="tiny", path=folder, training_file="file-1")["id"]
+    id = jobs.create(model="tiny", model_path=folder, training_file="file-1")["id"]
     jobs.cancel(id)
-    assert not jobs.move(id, "succeeded", fine_tuned_model="x")
+    assert not jobs.set_status(id, "succeeded", fine_tuned_model="x")
     jobs.fail(id, "server_error", "too late")
     assert jobs.get(id)["status"] == "cancelled" and jobs.get(id)["error"] is None
 

@@ -45,7 +45,7 @@ def test_toy_kind_is_served_with_one_file_and_one_route(folder, tmp_path, monkey
         assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
     text = banner("http://here", registry, has_keys=False)
     assert "/v1/words" in text and "client.words.create(" in text
-    app.state.keeper.close()
+    app.state.job_runner.close()
 
 
 def test_catalogue_knows_every_kind():

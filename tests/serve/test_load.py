@@ -352,7 +352,7 @@ def test_a_program_from_disk_is_not_called_compiled(monkeypatch):
         runner = Runner(init(jax.random.key(0), cfg), cfg, 64, 2, jnp.float32, said.append)
         runner.compile(16)
         jax.clear_caches()  # those in memory
-    assert names(said[1], "16 rows", "disk")
+    assert names(said[1], 16, "disk")
 
 
 def test_larger_steps_come_when_they_are_compiled():

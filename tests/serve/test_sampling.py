@@ -145,7 +145,7 @@ def test_a_catalogue_with_a_wrong_value_is_refused(tmp_path, value):
 
 @pytest.fixture(scope="module")
 def model():
-    return dataclasses.replace(scripted.model(), sampling=OWN)
+    return dataclasses.replace(scripted.model(), default_sampling=OWN)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def ask(model):
             body = {"model": "scripted", "instruction": "x", **texts, **body}
             response = httpx.post(f"{address}/v1/{route}", json=body)
             assert response.status_code == 200, response.text
-            settings = model.engine.requests[-1].sampling
+            settings = model.engine.requests[-1].sampling_params
             return {name: getattr(settings, name) for name in OWN}
 
         yield ask
@@ -203,7 +203,7 @@ def test_no_default_penalty_applies_at_a_default_temperature_of_0():
 
 
 def test_the_command_line_uses_the_same_defaults():
-    model = dataclasses.replace(scripted.model(), sampling=OWN)
+    model = dataclasses.replace(scripted.model(), default_sampling=OWN)
 
     def settings(**asked):
         request = local_completion.LocalCompletion(
@@ -242,7 +242,7 @@ def test_a_server_offers_and_shows_defaults(tmp_path, whose):
 
             assert [shown(card)["sampling"] for card in registry.list_models()] == [expected] * 2
             (loaded,) = registry.loaded()
-            assert generation_config.resolve_params({}, loaded.sampling) == expected
+            assert generation_config.resolve_params({}, loaded.default_sampling) == expected
 
 
 def test_the_model_card_names_its_defaults(model):

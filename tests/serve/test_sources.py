@@ -194,7 +194,7 @@ def test_a_killed_pull_leaves_nothing_for_the_next(model: CatalogueEntry, home: 
 def test_two_pulls_at_once_fetch_once(model: CatalogueEntry, home: Path) -> None:
     said: list[str] = []
     threads = [
-        threading.Thread(target=download.pull, args=(model, home), kwargs={"say": said.append})
+        threading.Thread(target=download.pull, args=(model, home), kwargs={"notify": said.append})
         for _ in range(2)
     ]
     for thread in threads:

@@ -36,16 +36,16 @@ def ids(page):
 def received(store, id, data=b"data"):
     with store.open_blob(id) as incoming:
         incoming.write(data)
-        incoming.keep({"id": id})
+        incoming.commit({"id": id})
 
 
 def test_an_object_is_made_changed_and_forgotten(store):
     store.add("job", "1", {"a": 1, "b": "ö😀"})
     assert store.get("job", "1") == {"a": 1, "b": "ö😀"}
-    assert store.change("job", "1", a=2, c=None) == {"a": 2, "b": "ö😀", "c": None}
+    assert store.update("job", "1", a=2, c=None) == {"a": 2, "b": "ö😀", "c": None}
     assert store.get("file", "1") is None, "another kind"
     with pytest.raises(KeyError):
-        store.change("job", "2", a=1)
+        store.update("job", "2", a=1)
     assert store.remove("job", "1") and not store.remove("job", "1")
     assert store.get("job", "1") is None
     with pytest.raises(sqlite3.IntegrityError):
@@ -61,7 +61,7 @@ def test_pages(store):
     assert ids(store.page("thing", limit=2, newest_first=True)) == (["e", "d"], True)
     assert ids(store.page("thing", after="d", newest_first=True)) == (["c", "b", "a"], False)
     assert ids(store.page("thing", parent="other")) == (["x"], False)
-    vowels = store.page("thing", limit=1, keep=lambda body: body["id"] in "ae")
+    vowels = store.page("thing", limit=1, predicate=lambda body: body["id"] in "ae")
     assert ids(vowels) == (["a"], True), "more follow that count"
     for unknown in ("z", "x"):
         with pytest.raises(KeyError):
@@ -80,7 +80,7 @@ def test_a_page_begins_after_what_was_deleted_since(store):
 def test_what_is_written_together_is_written_or_not(store, tmp_path):
     fill(store, "a")
     with pytest.raises(RuntimeError), store.transaction():
-        store.change("thing", "a", n=1)
+        store.update("thing", "a", n=1)
         store.add("thing", "b", {"id": "b"})
         raise RuntimeError("halfway")
     assert ids(store.page("thing")) == (["a"], False) and store.get("thing", "a") == {"id": "a"}
@@ -99,7 +99,7 @@ def test_many_threads_and_two_processes_count_right(store, tmp_path):
     def count(own):
         for _ in range(20):
             with own.transaction():
-                own.change("thing", "n", n=own.get("thing", "n")["n"] + 1)
+                own.update("thing", "n", n=own.get("thing", "n")["n"] + 1)
 
     threads = [threading.Thread(target=count, args=(own,)) for own in (store, other, store, other)]
     for thread in threads:
@@ -113,23 +113,23 @@ def test_many_threads_and_two_processes_count_right(store, tmp_path):
 def test_a_blob_is_seen_when_it_is_whole(store):
     with store.open_blob("file-1") as incoming:
         incoming.write(b"half")
-        assert not store.blob("file-1").exists() and store.get("file", "file-1") is None
+        assert not store.blob_path("file-1").exists() and store.get("file", "file-1") is None
         incoming.write(b" and half")
         assert incoming.size == 13
-        incoming.keep({"id": "file-1"})
-    assert store.blob("file-1").read_bytes() == b"half and half"
+        incoming.commit({"id": "file-1"})
+    assert store.blob_path("file-1").read_bytes() == b"half and half"
     assert store.get("file", "file-1") == {"id": "file-1"}
     with pytest.raises(OSError, match="disk"), store.open_blob("file-2") as incoming:
         incoming.write(b"half")
         raise OSError("the disk is full")
-    assert [path.name for path in store.blob("x").parent.iterdir()] == ["file-1"]
-    assert store.drop("file-1") and not store.drop("file-1")
-    assert not store.blob("file-1").exists()
+    assert [path.name for path in store.blob_path("x").parent.iterdir()] == ["file-1"]
+    assert store.delete_file("file-1") and not store.delete_file("file-1")
+    assert not store.blob_path("file-1").exists()
 
 
 def test_a_sweep_takes_what_a_kill_left_and_nothing_else(store, tmp_path):
     received(store, "file-kept")
-    folder = store.blob("x").parent
+    folder = store.blob_path("x").parent
     (folder / ".new-file-dead").write_bytes(b"half")
     (folder / "file-untold").write_bytes(b"whole, but killed before it was told of")
     with store.open_blob("file-alive") as incoming:
@@ -137,9 +137,9 @@ def test_a_sweep_takes_what_a_kill_left_and_nothing_else(store, tmp_path):
         Store(tmp_path).close()
         assert sorted(os.listdir(folder)) == [".new-file-alive", "file-kept"]
         incoming.write(b" and half")
-        incoming.keep({"id": "file-alive"})
+        incoming.commit({"id": "file-alive"})
     Store(tmp_path).close()
-    assert store.blob("file-alive").read_bytes() == b"half and half"
+    assert store.blob_path("file-alive").read_bytes() == b"half and half"
 
 
 KILLED = """
@@ -152,7 +152,7 @@ KILLED = """
     while True:
         with store.open_blob(f"file-{number}") as incoming:
             incoming.write(b"x" * 200_000)
-            incoming.keep({"id": f"file-{number}"})
+            incoming.commit({"id": f"file-{number}"})
         print(number, flush=True)
         number += 1
 """

@@ -62,5 +62,5 @@ def serving(home: Path, folder: Path, **settings) -> Iterator[str]:
     shelf = resolve.AdapterSpecs(home, budget, {"tiny": folder})
     registry = Registry([offer], {"curie": "tiny", "gpt-3.5-turbo": "tiny"}, adapter_specs=shelf)
     app = create_app(ServerSettings(home=home, **settings), registry)
-    with serve_app(app) as address, closing(registry), closing(app.state.keeper):
+    with serve_app(app) as address, closing(registry), closing(app.state.job_runner):
         yield address

@@ -22,7 +22,7 @@ class ToyModel:
     owned_by: str
     word: str
     context: int = 0
-    format: str = "float32"
+    dtype: str = "float32"
     fingerprint: str = "fp_toy"
     memory: int = 1
     is_idle: bool = True
