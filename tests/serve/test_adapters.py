@@ -1,4 +1,4 @@
-"""Models that the user made: on disk, on offer without a restart, on weights that are shared."""
+"""Fine-tuned models: on disk, served without a restart, and with shared weights."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ FT = "ft:tiny:pellucid:mine:abc123"
 
 @pytest.fixture(scope="module", autouse=True)
 def programs():
-    """No more of them than one conversation needs."""
+    """Compile only the programs that one conversation needs."""
     enable_compilation_cache()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "MAX_BATCH_SIZE", 2)
@@ -38,16 +38,16 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """An adapter that changes a lot."""
-    fresh = lora.init(jax.random.key(1), tiny.CFG, rank=4, alpha=64)
+    """Return the folder of an adapter with large random weights."""
+    adapter = lora.init(jax.random.key(1), tiny.CFG, rank=4, alpha=64)
     noise = jax.random.key(2)
-    strong = jax.tree.map(lambda leaf: leaf + jax.random.normal(noise, leaf.shape), fresh)
+    noisy = jax.tree.map(lambda leaf: leaf + jax.random.normal(noise, leaf.shape), adapter)
     folder = tmp_path_factory.mktemp("adapter")
-    lora.save(folder, strong, tiny.CFG)
+    lora.save(folder, noisy, tiny.CFG)
     return folder
 
 
-def card(weights, id=FT, of="tiny", **changes):
+def metadata(weights, id=FT, of="tiny", **changes):
     fields = {"base": of, "path": str(weights), "created": 5, "job": "ftjob-1", "step": 3}
     return adapters.AdapterMetadata(
         id=id, weights=fingerprint.hash_weights(weights), **{**fields, **changes}
@@ -55,19 +55,19 @@ def card(weights, id=FT, of="tiny", **changes):
 
 
 def registry(home, base):
-    place = ModelFiles("tiny", base, "me")
-    offer = resolve.describe(
-        place,
+    files = ModelFiles("tiny", base, "me")
+    spec = resolve.describe(
+        files,
         LoadOptions(cache_budget=BUDGET, dtype="float32", home=home, notify=lambda line: None),
     )
-    return Registry([offer], {}, adapter_specs=resolve.AdapterSpecs(home, BUDGET, {"tiny": base}))
+    return Registry([spec], {}, adapter_specs=resolve.AdapterSpecs(home, BUDGET, {"tiny": base}))
 
 
 def load(models, id):
     return models.load(models.resolve(id).id)
 
 
-def said(model, prompt="hello"):
+def generate(model, prompt="hello"):
     ids = model.tokenizer.encoding.encode(prompt)
     request = SequenceRequest(
         prompt=tuple(ids), max_tokens=12, sampling_params=SamplingParams(temperature=0.0)
@@ -77,70 +77,74 @@ def said(model, prompt="hello"):
     return [event.id for event in events if isinstance(event, Token)]
 
 
-def test_it_is_offered_at_once_and_shares_the_weights(tmp_path, base, adapter):
+def test_saved_adapter_is_served_at_once_with_shared_weights(tmp_path, base, adapter):
     models = registry(tmp_path, base)
-    assert [card.id for card in models.list_models()] == ["tiny"]
-    before = said(load(models, "tiny"))
-    adapters.save(tmp_path, card(base), adapter)
-    assert [card.id for card in models.list_models()] == ["tiny", FT]
+    assert [model.id for model in models.list_models()] == ["tiny"]
+    before = generate(load(models, "tiny"))
+    adapters.save(tmp_path, metadata(base), adapter)
+    assert [model.id for model in models.list_models()] == ["tiny", FT]
     assert models.resolve(FT).owned_by == "local" and models.resolve(FT).created == 5
     tuned = load(models, FT)
-    assert said(tuned) != before and said(load(models, "tiny")) == before
-    own, shared = (load(models, id).runner._params.layers[0].q for id in (FT, "tiny"))
-    assert own.weight is shared.weight and own.lora is not None and shared.lora is None
+    assert generate(tuned) != before and generate(load(models, "tiny")) == before
+    tuned_layer, base_layer = (load(models, id).runner._params.layers[0].q for id in (FT, "tiny"))
+    assert (
+        tuned_layer.weight is base_layer.weight
+        and tuned_layer.lora is not None
+        and base_layer.lora is None
+    )
     assert tuned.memory < load(models, "tiny").memory
     assert tuned.fingerprint != load(models, "tiny").fingerprint
     assert models.spec(FT).base == "tiny" and models.spec("tiny").path == base
     models.close()
 
 
-def test_it_answers_as_the_merged_model_does(tmp_path, base, adapter):
-    adapters.save(tmp_path, card(base), adapter)
+def test_adapter_generates_same_tokens_as_merged_model(tmp_path, base, adapter):
+    adapters.save(tmp_path, metadata(base), adapter)
     models = registry(tmp_path, base)
     tuned = load(models, FT)
     params, cfg, _ = tiny.checkpoint.load(base)
     merged = tmp_path / "merged"
     tiny.model(merged)
     tiny.checkpoint.save(merged, lora.merge(params, lora.load(adapter, cfg)), cfg)
-    whole = load_decoder(
+    merged_model = load_decoder(
         "merged", merged, owned_by="me", cache_budget=BUDGET, dtype="float32", max_batch_size=1
     )
-    assert said(tuned) == said(whole)
-    whole.close(5.0)
+    assert generate(tuned) == generate(merged_model)
+    merged_model.close(5.0)
     models.close()
 
 
-def test_a_base_stays_while_a_model_shares_its_weights(tmp_path, base, adapter):
-    adapters.save(tmp_path, card(base), adapter)
+def test_unload_base_of_loaded_adapter_is_refused(tmp_path, base, adapter):
+    adapters.save(tmp_path, metadata(base), adapter)
     models = registry(tmp_path, base)
     load(models, FT)
-    assert [model.id for model in models.loaded()] == ["tiny", FT], "its base came along"
+    assert [model.id for model in models.loaded()] == ["tiny", FT], "its base was loaded too"
     assert not models.unload("tiny")
     assert models.unload(FT) and models.unload("tiny")
 
 
-def test_what_is_deleted_or_has_no_base_here_is_not_offered(tmp_path, base, adapter):
-    adapters.save(tmp_path, card(base), adapter)
-    adapters.save(tmp_path, card(base, "ft:other:pellucid::xyz", of="other"), adapter)
+def test_adapter_deleted_or_without_base_is_not_served(tmp_path, base, adapter):
+    adapters.save(tmp_path, metadata(base), adapter)
+    adapters.save(tmp_path, metadata(base, "ft:other:pellucid::xyz", of="other"), adapter)
     models = registry(tmp_path, base)
-    assert [card.id for card in models.list_models()] == ["tiny", FT]
+    assert [model.id for model in models.list_models()] == ["tiny", FT]
     load(models, FT)
     adapters.hide(tmp_path, FT)  # by another process
-    assert [card.id for card in models.list_models()] == ["tiny"]
+    assert [model.id for model in models.list_models()] == ["tiny"]
     with pytest.raises(UnknownModel):
         models.resolve(FT)
     assert [model.id for model in models.loaded()] == ["tiny"]
 
 
-def test_an_adapter_of_other_weights_is_refused(tmp_path, base, adapter):
-    adapters.save(tmp_path, card(tiny.model(tmp_path / "changed", seed=9)), adapter)
+def test_load_adapter_of_other_weights_raises_cannot_load(tmp_path, base, adapter):
+    adapters.save(tmp_path, metadata(tiny.model(tmp_path / "changed", seed=9)), adapter)
     models = registry(tmp_path, base)
     with pytest.raises(CannotLoad, match=naming("tiny", "SHA-256")) as raised:
         load(models, FT)
     assert raised.value.id == FT and not raised.value.is_busy
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path, base, adapter, monkeypatch):
+def test_save_failing_copy_leaves_no_adapter(tmp_path, base, adapter, monkeypatch):
     copy = adapters.shutil.copyfile
 
     def broken(source, target):
@@ -151,30 +155,30 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path, base, adapter, monkeypat
     with monkeypatch.context() as patched:
         patched.setattr(adapters.shutil, "copyfile", broken)
         with pytest.raises(OSError, match="no space"):
-            adapters.save(tmp_path, card(base), adapter)
+            adapters.save(tmp_path, metadata(base), adapter)
     assert not adapters.exists(tmp_path, FT) and adapters.folder_names(tmp_path) == frozenset()
-    adapters.save(tmp_path, card(base), adapter)
-    adapters.save(tmp_path, card(base, created=99), adapter)
-    assert adapters.read_metadata(adapters.adapter_folder(tmp_path, FT)) == card(base), (
-        "what is there stays"
+    adapters.save(tmp_path, metadata(base), adapter)
+    adapters.save(tmp_path, metadata(base, created=99), adapter)
+    assert adapters.read_metadata(adapters.adapter_folder(tmp_path, FT)) == metadata(base), (
+        "an existing adapter is not overwritten"
     )
     assert [file.name for file in (tmp_path / "made").iterdir()] == list(
         adapters.folder_names(tmp_path)
     )
 
 
-def test_a_damaged_folder_is_passed_over_with_a_word(tmp_path, base, adapter, caplog):
-    adapters.save(tmp_path, card(base), adapter)
+def test_damaged_adapter_folder_is_skipped_with_one_warning(tmp_path, base, adapter, caplog):
+    adapters.save(tmp_path, metadata(base), adapter)
     (tmp_path / "made" / "junk").mkdir()
     models = registry(tmp_path, base)
     for _ in range(3):
-        assert [card.id for card in models.list_models()] == ["tiny", FT]
+        assert [model.id for model in models.list_models()] == ["tiny", FT]
     assert len(caplog.records) == 1 and names(caplog.text, "junk")
 
 
-def test_the_shelf_costs_nothing_while_it_stays_as_it_is(tmp_path, base, adapter):
-    adapters.save(tmp_path, card(base), adapter)
-    shelf = resolve.AdapterSpecs(tmp_path, BUDGET, {"tiny": base})
-    first = shelf()
-    assert shelf() is first and isinstance(first[FT], ModelSpec)
+def test_adapter_specs_unchanged_folder_returns_same_object(tmp_path, base, adapter):
+    adapters.save(tmp_path, metadata(base), adapter)
+    specs = resolve.AdapterSpecs(tmp_path, BUDGET, {"tiny": base})
+    first = specs()
+    assert specs() is first and isinstance(first[FT], ModelSpec)
     assert first[FT].memory() > BUDGET + jnp.float32(0).nbytes

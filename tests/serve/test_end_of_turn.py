@@ -1,4 +1,4 @@
-"""A model with two end tokens ends at either, on every route, and spells neither."""
+"""A model with two end tokens stops at either on every route, without text for it."""
 
 import json
 
@@ -12,8 +12,8 @@ from tests.serve import tiny
 from transformer import lora
 
 FINE_TUNED = "ft:tiny:pellucid:mine:abc123"
-TURN_OVER = 259  # declared in generation_config.json alone
-ENDS = (tiny.SPECIAL.index("<|im_end|>") + 256, TURN_OVER)
+EXTRA_EOS_ID = 259  # declared in generation_config.json alone
+ENDS = (tiny.SPECIAL.index("<|im_end|>") + 256, EXTRA_EOS_ID)
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +27,10 @@ def address(tmp_path_factory):
     adapter = tmp_path_factory.mktemp("adapter")
     lora.save(adapter, lora.init(jax.random.key(1), tiny.CFG, rank=2, alpha=4), tiny.CFG)
     weights = fingerprint.hash_weights(folder)
-    card = adapters.AdapterMetadata(
+    metadata = adapters.AdapterMetadata(
         FINE_TUNED, "tiny", str(folder), weights, created=5, job="ftjob-1", step=3
     )
-    adapters.save(home, card, adapter)
+    adapters.save(home, metadata, adapter)
     enable_compilation_cache()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "MAX_BATCH_SIZE", 2)
@@ -42,8 +42,8 @@ def address(tmp_path_factory):
 @pytest.mark.parametrize("model", ["tiny", FINE_TUNED])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("route", ["chat/completions", "completions"])
-def test_either_end_token_ends_an_answer(address, route, stream, model, end):
-    """It went on to the limit and spelled `<turn_over>`: only the tokenizer's own eos ended it."""
+def test_each_end_token_ends_response_without_text(address, route, stream, model, end):
+    """Only the tokenizer's eos ended a response; it ran to the limit with `<turn_over>` in it."""
     body = {"model": model, "stream": stream, "max_tokens": 3, "logit_bias": {str(end): 100}}
     chat = {"messages": [{"role": "user", "content": "hi"}]}
     body |= chat if route == "chat/completions" else {"prompt": "hi"}
@@ -55,5 +55,5 @@ def test_either_end_token_ends_an_answer(address, route, stream, model, end):
         events = [line[6:] for line in response.text.splitlines() if line.startswith("data: {")]
         choices = [json.loads(event)["choices"][0] for event in events]
     assert choices[-1]["finish_reason"] == "stop"
-    said = [choice.get("message") or choice.get("delta") or choice for choice in choices]
-    assert "".join(part.get("content") or part.get("text") or "" for part in said) == ""
+    deltas = [choice.get("message") or choice.get("delta") or choice for choice in choices]
+    assert "".join(part.get("content") or part.get("text") or "" for part in deltas) == ""

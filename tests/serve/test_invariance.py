@@ -1,8 +1,8 @@
-"""The same request and seed give the same answer under any load, to the last bit.
+"""The same request and seed give the same response under any load, bit for bit.
 
 Two layers of the real chat model are enough: the others repeat the same operations on the same
-shapes. Batch sizes 2, 4, 8 and 16 are all met, with rows that come, go, and start over. The slow
-test at the end does it with the whole model and over HTTP.
+shapes. The tests cover batch sizes 2, 4, 8 and 16, with sequences that start, end, and are
+preempted. The slow test at the end uses the complete model over HTTP.
 """
 
 import random
@@ -47,7 +47,7 @@ def prompt(length, seed):
     return tuple(np.random.default_rng(seed).integers(0, NUM_IDS, length).tolist())
 
 
-WATCHED = [
+REQUESTS = [
     SequenceRequest(
         prompt=prompt(20, 1),
         max_tokens=12,
@@ -67,7 +67,7 @@ WATCHED = [
 
 
 def other(number):
-    """Requests of all sorts, longer than the watched ones, some sharing seed or prompt."""
+    """Return a varied request, longer than those in `REQUESTS`; some share a seed or prompt."""
     return SequenceRequest(
         prompt=prompt(5 + 23 * number, number),
         max_tokens=40 + number,
@@ -77,8 +77,8 @@ def other(number):
     )
 
 
-def answers(runner, watched, num_others, num_blocks=NUM_BLOCKS):
-    """The events of `watched`, started when `num_others` others are already decoding."""
+def run_with_others(runner, request, num_others, num_blocks=NUM_BLOCKS):
+    """Return the events of `request`, started when `num_others` others are decoding."""
     scheduler = Scheduler(NUM_SLOTS, num_blocks, cache.BLOCK_SIZE, CHUNK_SIZE, 100)
     engine = Engine(runner, scheduler, num_blocks * cache.BLOCK_SIZE)
     ended = []
@@ -90,7 +90,7 @@ def answers(runner, watched, num_others, num_blocks=NUM_BLOCKS):
         for thread in threads:
             thread.start()
         wait_until(lambda: len(scheduler.running) == num_others, 20)
-        events = list(engine.generate(watched))
+        events = list(engine.generate(request))
     finally:
         engine.close(drain=False)
     for thread in threads:
@@ -99,22 +99,22 @@ def answers(runner, watched, num_others, num_blocks=NUM_BLOCKS):
     return events
 
 
-@pytest.mark.parametrize("watched", WATCHED, ids=["greedy", "sampled"])
-def test_company_does_not_change_a_bit(runner, watched):
-    alone = answers(runner, watched, 0)
+@pytest.mark.parametrize("case", REQUESTS, ids=["greedy", "sampled"])
+def test_concurrent_requests_do_not_change_output(runner, case):
+    alone = run_with_others(runner, case, 0)
     assert len(alone) == 14 and isinstance(alone[0], PrefillDone)
     for num_others in (1, 3, 6, 10):  # batches of 2, 4, 8, 16
-        assert answers(runner, watched, num_others) == alone, f"{num_others} others"
+        assert run_with_others(runner, case, num_others) == alone, f"{num_others} others"
 
 
-def test_starting_over_for_want_of_memory_does_not_change_a_bit(runner):
-    """The others hold all blocks but two when the watched row needs its second."""
-    alone = answers(runner, WATCHED[1], 0)
-    assert answers(runner, WATCHED[1], 5, num_blocks=7) == alone
+def test_preemption_does_not_change_output(runner):
+    """The others hold all blocks but two when the request needs its second block."""
+    alone = run_with_others(runner, REQUESTS[1], 0)
+    assert run_with_others(runner, REQUESTS[1], 5, num_blocks=7) == alone
 
 
-def test_what_others_have_read_does_not_change_a_bit(runner):
-    """Whole blocks shared, part of one copied, and the last chunk read again."""
+def test_prefix_cache_does_not_change_output(runner):
+    """Whole blocks are shared, a partial block is copied, and the last chunk is recomputed."""
     long = prompt(700, 3)
     scheduler = Scheduler(NUM_SLOTS, NUM_BLOCKS, cache.BLOCK_SIZE, CHUNK_SIZE, 100)
     engine = Engine(runner, scheduler, NUM_BLOCKS * cache.BLOCK_SIZE)
@@ -130,35 +130,35 @@ def test_what_others_have_read_does_not_change_a_bit(runner):
     engine.close()
 
 
-def test_a_step_in_parts_does_not_change_a_bit(runner):
-    alone = answers(runner, WATCHED[1], 0)
-    whole = runner._programs
-    runner._programs = {name: whole[name] for name in ("read", 2, 4)}
+def test_split_decoding_steps_do_not_change_output(runner):
+    alone = run_with_others(runner, REQUESTS[1], 0)
+    all_programs = runner._programs
+    runner._programs = {name: all_programs[name] for name in ("read", 2, 4)}
     try:
         assert runner.max_batch_size == 4
-        assert answers(runner, WATCHED[1], 9) == alone
+        assert run_with_others(runner, REQUESTS[1], 9) == alone
     finally:
-        runner._programs = whole
+        runner._programs = all_programs
 
 
-def random_body(dice: random.Random, beginnings: list[str]) -> dict:
-    """A request as people make them; some share how they begin."""
-    words = [chr(ord("a") + dice.randrange(26)) * dice.randint(1, 6) for _ in range(80)]
+def random_body(rng: random.Random, prefixes: list[str]) -> dict:
+    """Return the body of a random request; some share a prefix."""
+    words = [chr(ord("a") + rng.randrange(26)) * rng.randint(1, 6) for _ in range(80)]
     return {
         "model": CHAT,
-        "prompt": dice.choice(beginnings) + " ".join(words[: dice.randint(1, 80)]),
-        "max_tokens": dice.randint(1, 32),
-        "temperature": dice.choice([0, 0.5, 1, 1.5]),
-        "top_p": dice.choice([1, 1, 0.9, 0.5]),
-        "frequency_penalty": dice.choice([0, 0, 0.5, -0.5]),
-        "seed": dice.randrange(2**31),
+        "prompt": rng.choice(prefixes) + " ".join(words[: rng.randint(1, 80)]),
+        "max_tokens": rng.randint(1, 32),
+        "temperature": rng.choice([0, 0.5, 1, 1.5]),
+        "top_p": rng.choice([1, 1, 0.9, 0.5]),
+        "frequency_penalty": rng.choice([0, 0, 0.5, -0.5]),
+        "seed": rng.randrange(2**31),
         "logprobs": 3,
     }
 
 
 @pytest.mark.slow
-def test_a_hundred_random_requests_get_the_same_text_whatever_happens_around_them(model_file):
-    """Alone and among seven, with and without the prefix cache, streamed and not."""
+def test_random_requests_over_http_equal_single_requests(model_file):
+    """Alone and with seven others, with and without the prefix cache, streamed and not."""
     served = load_decoder(
         CHAT,
         model_file(CHAT),
@@ -168,16 +168,18 @@ def test_a_hundred_random_requests_get_the_same_text_whatever_happens_around_the
         max_batch_size=16,
     )
     tokenizer = served.tokenizer
-    dice = random.Random(5)
-    beginnings = ["", "Hello. ", " ".join(f"1{number}" for number in range(90))]
-    bodies = [random_body(dice, beginnings) for _ in range(100)]
+    rng = random.Random(5)
+    prefixes = ["", "Hello. ", " ".join(f"1{number}" for number in range(90))]
+    bodies = [random_body(rng, prefixes) for _ in range(100)]
 
     def alone(body: dict) -> tuple[str, list[float]]:
-        how = {name: body[name] for name in ("temperature", "top_p", "frequency_penalty", "seed")}
+        params = {
+            name: body[name] for name in ("temperature", "top_p", "frequency_penalty", "seed")
+        }
         request = SequenceRequest(
             prompt=tuple(tokenizer.encoding.encode_ordinary(body["prompt"])),
             max_tokens=body["max_tokens"],
-            sampling_params=SamplingParams(**how),
+            sampling_params=SamplingParams(**params),
             stop_ids=tokenizer.stop_ids,
             top_logprobs=3,
             use_prefix_cache=False,
@@ -186,7 +188,7 @@ def test_a_hundred_random_requests_get_the_same_text_whatever_happens_around_the
         text = tokenizer.encoding.decode([token.id for token in tokens])
         return text, [token.logprob for token in tokens]
 
-    def whole(client: OpenAI, body: dict) -> tuple[str, list[float]]:
+    def complete(client: OpenAI, body: dict) -> tuple[str, list[float]]:
         (choice,) = client.completions.create(**body).choices
         return choice.text, choice.logprobs.token_logprobs
 
@@ -207,18 +209,18 @@ def test_a_hundred_random_requests_get_the_same_text_whatever_happens_around_the
             OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0) as client,
             ThreadPoolExecutor(8) as pool,
         ):
-            for way in (whole, streamed):
-                order = dice.sample(range(100), 100)
-                answers = dict(
+            for send in (complete, streamed):
+                order = rng.sample(range(100), 100)
+                responses = dict(
                     zip(
                         order,
-                        pool.map(lambda i, way=way: way(client, bodies[i]), order),
+                        pool.map(lambda i, send=send: send(client, bodies[i]), order),
                         strict=True,
                     )
                 )
                 for i, (text, logprobs) in enumerate(expected):
-                    assert answers[i][0] == text, f"{way.__name__}: {bodies[i]}"
-                    assert answers[i][1][: len(logprobs)] == pytest.approx(logprobs, abs=0)
+                    assert responses[i][0] == text, f"{send.__name__}: {bodies[i]}"
+                    assert responses[i][1][: len(logprobs)] == pytest.approx(logprobs, abs=0)
         after = served.engine.stats()
         assert before.cached_tokens == 0 and after.cached_tokens > 5000
         rows, steps = (

@@ -1,7 +1,7 @@
-"""Fine-tuning jobs on a model of some thousand weights, which are real jobs and take seconds.
+"""Fine-tuning jobs on a tiny model: real jobs that take seconds.
 
-Through the official clients of today and of 2023, over a socket; and with what trains them, or who
-serves them, killed.
+The tests use the official clients of today and of 2023 over a socket. Some kill the trainer or the
+server.
 """
 
 import csv
@@ -34,13 +34,13 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.heavy
 
-LONG = {"n_epochs": 50, "batch_size": 1}  # some 3000 steps
-OVER = ("succeeded", "failed", "cancelled")
+LONG_JOB = {"n_epochs": 50, "batch_size": 1}  # some 3000 steps
+FINISHED = ("succeeded", "failed", "cancelled")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Few programs to compile, and nobody waits for a busy machine's idle moments."""
+def fast_jobs():
+    """Compile few programs, and do not wait for idle CPU time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "MAX_BATCH_SIZE", 2)
         patch.setattr(runner, "NICENESS", 1)
@@ -81,9 +81,9 @@ def upload(openai, data=None, name="train.jsonl"):
     return openai.files.create(file=(name, data), purpose="fine-tune").id
 
 
-def ended(openai, id, seconds=300):
+def wait_for_end(openai, id, seconds=300):
     jobs = openai.fine_tuning.jobs
-    wait_until(lambda: jobs.retrieve(id).status in OVER, seconds)
+    wait_until(lambda: jobs.retrieve(id).status in FINISHED, seconds)
     return jobs.retrieve(id)
 
 
@@ -91,21 +91,21 @@ def messages(openai, id):
     return [event.message for event in openai.fine_tuning.jobs.list_events(id, limit=100)][::-1]
 
 
-def steps_told(openai, id):
+def reported_steps(openai, id):
     events = openai.fine_tuning.jobs.list_events(id, limit=100)
     return [e.data["step"] for e in events if e.type == "metrics" and "train_loss" in e.data][::-1]
 
 
 def chat(openai, model, text="1?"):
-    answer = openai.chat.completions.create(
+    response = openai.chat.completions.create(
         model=model, messages=[{"role": "user", "content": text}], temperature=0, max_tokens=4
     )
-    return answer.choices[0].message.content
+    return response.choices[0].message.content
 
 
 @pytest.fixture(scope="module")
 def trained(openai):
-    """A job that is done, as it was at first and at last."""
+    """Return a job as created and as finished."""
     first = openai.fine_tuning.jobs.create(
         model="gpt-3.5-turbo",
         training_file=upload(openai),
@@ -124,10 +124,10 @@ def trained(openai):
             },
         },
     )
-    return first, ended(openai, first.id)
+    return first, wait_for_end(openai, first.id)
 
 
-def test_a_job_from_file_to_model(openai, trained):
+def test_job_succeeds_with_model_and_events(openai, trained):
     first, job = trained
     assert first.status == "validating_files" and first.model == "tiny" and first.seed == 7
     assert first.fine_tuned_model is None and first.result_files == [] and first.error is None
@@ -138,35 +138,38 @@ def test_a_job_from_file_to_model(openai, trained):
     assert job.finished_at >= job.created_at and job.trained_tokens > 500
     assert job.hyperparameters.n_epochs == 20 and job.hyperparameters.batch_size == 4
     assert job.method.type == "supervised" and job.metadata == {"who": "me"}
-    told = messages(openai, job.id)
-    assert told[:2] == [
+    job_messages = messages(openai, job.id)
+    assert job_messages[:2] == [
         f"Created fine-tuning job: {job.id}",
         f"Validating training file: {job.training_file}",
     ]
-    assert told[3:5] == ["Files validated, moving job to queued state", "Fine-tuning job started"]
-    assert told[-2:] == [
+    assert job_messages[3:5] == [
+        "Files validated, moving job to queued state",
+        "Fine-tuning job started",
+    ]
+    assert job_messages[-2:] == [
         f"New fine-tuned model created: {name}",
         "The job has successfully completed",
     ]
 
 
-def test_its_events_tell_every_step_once(openai, trained):
+def test_job_events_report_each_step_once(openai, trained):
     job = trained[1]
-    found = list(openai.fine_tuning.jobs.list_events(job.id, limit=7))  # page by page
-    assert [event.created_at for event in found] == sorted(
-        (event.created_at for event in found), reverse=True
+    events = list(openai.fine_tuning.jobs.list_events(job.id, limit=7))  # page by page
+    assert [event.created_at for event in events] == sorted(
+        (event.created_at for event in events), reverse=True
     )
-    steps = [e for e in found[::-1] if e.type == "metrics" and "train_loss" in e.data]
+    steps = [e for e in events[::-1] if e.type == "metrics" and "train_loss" in e.data]
     assert [event.data["step"] for event in steps] == list(range(1, 61))
     losses = [event.data["train_loss"] for event in steps]
     assert losses[-1] < losses[0]
-    assert steps[0].message.startswith("Step 1/60: training loss=")  # OpenAI's own words
+    assert steps[0].message.startswith("Step 1/60: training loss=")  # OpenAI's message
     assert 0 <= steps[0].data["train_mean_token_accuracy"] <= 1
-    looks = [e for e in found if e.type == "metrics" and "full_valid_loss" in e.data]
-    assert [event.data["step"] for event in looks] == list(range(60, 0, -3))
+    validations = [e for e in events if e.type == "metrics" and "full_valid_loss" in e.data]
+    assert [event.data["step"] for event in validations] == list(range(60, 0, -3))
 
 
-def test_its_checkpoints(openai, trained):
+def test_job_checkpoints_are_last_three(openai, trained):
     job = trained[1]
     page = openai.fine_tuning.jobs.checkpoints.list(job.id)
     assert [checkpoint.step_number for checkpoint in page.data] == [60, 57, 54], "the last three"
@@ -180,7 +183,7 @@ def test_its_checkpoints(openai, trained):
     assert one.data[0] == page.data[1] and one.has_more
 
 
-def test_its_results(openai, trained):
+def test_job_result_file_has_row_for_each_step(openai, trained):
     job = trained[1]
     file = openai.files.retrieve(job.result_files[0])
     assert file.purpose == "fine-tune-results" and file.filename == "step_metrics.csv"
@@ -193,7 +196,7 @@ def test_its_results(openai, trained):
     assert file.bytes == len(openai.files.content(file.id).content)
 
 
-def test_its_models_answer_beside_their_base(openai, trained, home):
+def test_job_models_and_base_are_served(openai, trained, home):
     job = trained[1]
     ids = [model.id for model in openai.models.list()]
     checkpoints = [f"{job.fine_tuned_model}:ckpt-step-{step}" for step in (54, 57, 60)]
@@ -206,7 +209,7 @@ def test_its_models_answer_beside_their_base(openai, trained, home):
     assert (adapters.adapter_folder(home, job.fine_tuned_model) / "adapter_config.json").is_file()
 
 
-def test_a_model_that_was_made_can_be_deleted_and_not_trained(openai, trained):
+def test_fine_tuned_model_can_be_deleted_but_not_trained(openai, trained):
     job = trained[1]
     with pytest.raises(BadRequestError, match=naming("`tiny`")) as error:
         openai.fine_tuning.jobs.create(model=job.fine_tuned_model, training_file=upload(openai))
@@ -216,52 +219,52 @@ def test_a_model_that_was_made_can_be_deleted_and_not_trained(openai, trained):
     with pytest.raises(NotFoundError):
         chat(openai, victim)
     assert victim not in [model.id for model in openai.models.list()]
-    left = openai.fine_tuning.jobs.checkpoints.list(job.id).data
-    assert [checkpoint.step_number for checkpoint in left] == [60, 57]
+    remaining = openai.fine_tuning.jobs.checkpoints.list(job.id).data
+    assert [checkpoint.step_number for checkpoint in remaining] == [60, 57]
 
 
-def test_jobs_are_listed(openai, trained):
+def test_list_jobs_by_page_and_metadata(openai, trained):
     job = trained[1]
     other = openai.fine_tuning.jobs.create(model="tiny", training_file=upload(openai))
-    assert [found.id for found in openai.fine_tuning.jobs.list()][:2] == [other.id, job.id]
+    assert [listed.id for listed in openai.fine_tuning.jobs.list()][:2] == [other.id, job.id]
     page = openai.fine_tuning.jobs.list(limit=1)
-    assert [found.id for found in page.data] == [other.id] and page.has_more
-    mine = openai.fine_tuning.jobs.list(metadata={"who": "me"})
-    assert [found.id for found in mine] == [job.id]
+    assert [listed.id for listed in page.data] == [other.id] and page.has_more
+    own_jobs = openai.fine_tuning.jobs.list(metadata={"who": "me"})
+    assert [listed.id for listed in own_jobs] == [job.id]
     assert openai.fine_tuning.jobs.cancel(other.id).status == "cancelled"
 
 
-def test_checkpoints_go_with_their_model(openai, home):
-    """They stayed: listed, served, and on the disk."""
+def test_delete_model_deletes_its_checkpoints(openai, home):
+    """The checkpoints stayed listed, served, and on the disk."""
     body = {"n_epochs": 2, "batch_size": 4}
     job = openai.fine_tuning.jobs.create(
         model="tiny", training_file=upload(openai), hyperparameters=body
     )
-    job = ended(openai, job.id)
+    job = wait_for_end(openai, job.id)
     name = job.fine_tuned_model
-    mine = sorted(model.id for model in openai.models.list() if model.id.startswith(name))
-    assert mine == adapters.ids_with_checkpoints(home, name) and len(mine) == 3
-    assert chat(openai, mine[1])
+    own_models = sorted(model.id for model in openai.models.list() if model.id.startswith(name))
+    assert own_models == adapters.ids_with_checkpoints(home, name) and len(own_models) == 3
+    assert chat(openai, own_models[1])
     assert openai.models.delete(name).deleted
-    assert not {model.id for model in openai.models.list()} & set(mine)
+    assert not {model.id for model in openai.models.list()} & set(own_models)
     assert adapters.ids_with_checkpoints(home, name) == []
     assert openai.fine_tuning.jobs.checkpoints.list(job.id).data == []
     with pytest.raises(NotFoundError):
-        chat(openai, mine[1])
+        chat(openai, own_models[1])
 
 
-def test_cancelling(openai, home):
-    """Of what waits and of what runs; the process is gone, and the next job has its turn."""
+def test_cancel_running_and_waiting_jobs(openai, home):
+    """The process of the running job stops, and its files are removed."""
     file = upload(openai, tiny.examples(60))
     running, waiting = (
-        openai.fine_tuning.jobs.create(model="tiny", training_file=file, hyperparameters=LONG)
+        openai.fine_tuning.jobs.create(model="tiny", training_file=file, hyperparameters=LONG_JOB)
         for _ in range(2)
     )
     jobs = openai.fine_tuning.jobs
-    wait_until(lambda: 5 in steps_told(openai, running.id), 300)
+    wait_until(lambda: 5 in reported_steps(openai, running.id), 300)
     pid = int((home / "jobs" / running.id / "train.pid").read_text())
-    ours = os.getpriority(os.PRIO_PROCESS, 0)  # the tests may be niced themselves
-    assert os.getpriority(os.PRIO_PROCESS, pid) == min(ours + 1, 19)
+    niceness = os.getpriority(os.PRIO_PROCESS, 0)  # the tests may be niced too
+    assert os.getpriority(os.PRIO_PROCESS, pid) == min(niceness + 1, 19)
     wait_until(lambda: jobs.retrieve(waiting.id).status == "queued", 120)
     estimate = jobs.retrieve(running.id).estimated_finish
     assert estimate is not None and estimate >= time.time() - 1
@@ -270,7 +273,7 @@ def test_cancelling(openai, home):
     wait_until(lambda: not alive(pid), 120)
     assert jobs.retrieve(running.id).status == "cancelled"
     (last,) = jobs.list_events(running.id, limit=1).data
-    assert (last.type, last.level) == ("message", "info"), "it says so, and no step follows"
+    assert (last.type, last.level) == ("message", "info"), "the last event reports the cancellation"
     with pytest.raises(BadRequestError) as error:
         jobs.cancel(running.id)
     assert error.value.code == "invalid_job_status"
@@ -287,7 +290,7 @@ def alive(pid):
     return True
 
 
-BAD = [
+INVALID_FILES = [
     (b"\x00\x01\xff" * 100, "invalid_training_file", ["binary"]),
     (
         tiny.examples(12) + b'{"messages": [{"role": "assistent", "content": "x"}]}\n',
@@ -308,11 +311,13 @@ BAD = [
 ]
 
 
-def test_files_that_cannot_be_learned_from(openai):
+def test_job_with_invalid_file_fails_with_code(openai):
     create = openai.fine_tuning.jobs.create
-    jobs = [create(model="tiny", training_file=upload(openai, data)).id for data, _, _ in BAD]
-    for id, (_, code, facts) in zip(jobs, BAD, strict=True):
-        job = ended(openai, id)
+    jobs = [
+        create(model="tiny", training_file=upload(openai, data)).id for data, _, _ in INVALID_FILES
+    ]
+    for id, (_, code, facts) in zip(jobs, INVALID_FILES, strict=True):
+        job = wait_for_end(openai, id)
         assert job.status == "failed" and job.error.code == code
         assert job.error.param == "training_file" and job.fine_tuned_model is None
         assert names(job.error.message, *facts)
@@ -320,35 +325,35 @@ def test_files_that_cannot_be_learned_from(openai):
         assert last.level == "error" and last.message == job.error.message
 
 
-def test_a_file_with_repeated_examples_is_trained_with_a_warning(openai):
-    """The job failed; OpenAI's service takes such files."""
+def test_job_with_repeated_examples_succeeds_with_warning(openai):
+    """The job failed, but OpenAI's service accepts such files."""
     repeating = upload(openai, tiny.examples(10) + tiny.examples(3))
     options = {"n_epochs": 1, "batch_size": 12}
     id = openai.fine_tuning.jobs.create(
         model="tiny", training_file=repeating, validation_file=repeating, hyperparameters=options
     ).id
-    assert ended(openai, id).status == "succeeded"
+    assert wait_for_end(openai, id).status == "succeeded"
     events = openai.fine_tuning.jobs.list_events(id, limit=50).data
-    assert sum(event.level == "warn" for event in events) == 2, "one a file"
+    assert sum(event.level == "warn" for event in events) == 2, "one for each file"
     steps = [event.data["step"] for event in events if event.type == "metrics"]
     assert max(steps) == 2, "thirteen examples, not ten"
 
 
 @pytest.mark.slow
-def test_a_file_of_300_megabytes_is_refused_for_its_size(openai):
+def test_job_with_file_of_300_mb_fails(openai):
     job = openai.fine_tuning.jobs.create(
         model="tiny", training_file=upload(openai, b" " * 300 * 2**20)
     )
-    job = ended(openai, job.id)
+    job = wait_for_end(openai, job.id)
     assert job.status == "failed" and job.error.code == "invalid_training_file"
     assert names(job.error.message, "300 MB", "256 MB")
 
 
-def test_a_bad_validation_file_is_the_one_that_is_named(openai):
+def test_job_with_invalid_validation_file_names_it(openai):
     job = openai.fine_tuning.jobs.create(
         model="tiny", training_file=upload(openai), validation_file=upload(openai, b"{}\n")
     )
-    job = ended(openai, job.id)
+    job = wait_for_end(openai, job.id)
     assert job.status == "failed" and job.error.param == "validation_file"
 
 
@@ -378,7 +383,7 @@ def test_a_bad_validation_file_is_the_one_that_is_named(openai):
         ({"metadata": {"a": 1}}, 400, "metadata.a"),
     ],
 )
-def test_requests_that_are_refused(address, openai, changes, status, param):
+def test_create_job_invalid_request_is_rejected(address, openai, changes, status, param):
     body = {"model": "tiny", "training_file": upload(openai), **changes}
     response = httpx.post(f"{address}/v1/fine_tuning/jobs", json=body)
     error = response.json()["error"]
@@ -386,8 +391,8 @@ def test_requests_that_are_refused(address, openai, changes, status, param):
     assert error["message"]
 
 
-def test_names_too_long_for_the_file_system_are_refused(openai, monkeypatch, tmp_path):
-    """Such a job was trained to its end, and failed when its model should have been made."""
+def test_create_job_name_too_long_for_file_system_is_rejected(openai, monkeypatch, tmp_path):
+    """Such a job was trained to the end, and failed when its model was saved."""
     check_suffix("tiny", f"a{'.' * 62}z")
     with pytest.raises(ValueError, match=naming("'suffix'", f"'a{'.' * 62}z'")):
         check_suffix("smollm2-135m-instruct", f"a{'.' * 62}z")
@@ -421,44 +426,44 @@ def test_names_too_long_for_the_file_system_are_refused(openai, monkeypatch, tmp
         (responses.FineTuneEvents, "fine-tunes/{job.id}/events"),
     ],
 )
-def test_answers_are_as_described(address, trained, reply, path):
-    answer = httpx.get(f"{address}/v1/{path.format(job=trained[1])}")
-    assert reply.model_validate_json(answer.content, strict=True)
+def test_responses_match_models(address, trained, reply, path):
+    response = httpx.get(f"{address}/v1/{path.format(job=trained[1])}")
+    assert reply.model_validate_json(response.content, strict=True)
 
 
-def test_events_are_streamed_until_the_end(address, trained):
+def test_event_stream_ends_after_last_event(address, trained):
     url = f"{address}/v1/fine_tuning/jobs/{trained[1].id}/events?stream=true"
     events = httpx.get(url).text.strip().split("\n\n")
     assert events.pop() == "data: [DONE]"
-    shown = [responses.JobEvent.model_validate_json(event[6:], strict=True) for event in events]
-    # In OpenAI's own words
-    assert shown[0].message.startswith("Created fine-tuning job")
-    assert shown[-1].message == "The job has successfully completed"
+    events = [responses.JobEvent.model_validate_json(event[6:], strict=True) for event in events]
+    # OpenAI's messages
+    assert events[0].message.startswith("Created fine-tuning job")
+    assert events[-1].message == "The job has successfully completed"
 
 
 @pytest.mark.parametrize("path", ["fine_tuning/jobs", "fine-tunes"])
-def test_a_stream_without_news_gives_a_sign_of_life(openai, address, monkeypatch, path):
-    """A job that waited for ten minutes broke off who followed it."""
+def test_event_stream_without_events_sends_keepalive(openai, address, monkeypatch, path):
+    """The stream of a job that waited for ten minutes timed out."""
     monkeypatch.setattr(fine_tuning, "KEEPALIVE_SECONDS", 0.02)
     create, cancel = openai.fine_tuning.jobs.create, openai.fine_tuning.jobs.cancel
     ids = [create(model="tiny", training_file=upload(openai)).id for _ in range(3)]
     url = f"{address}/v1/{path}/{ids[-1]}/events?stream=true"
-    with httpx.stream("GET", url, timeout=30) as answer:
-        lines = answer.iter_lines()
+    with httpx.stream("GET", url, timeout=30) as response:
+        lines = response.iter_lines()
         assert next(line for line in lines if line.startswith(":")) == ": still here"
         for id in ids[::-1]:
             cancel(id)
         assert list(lines)[-2:] == ["data: [DONE]", ""]
 
 
-def test_a_file_of_another_purpose_is_refused(openai):
+def test_create_job_with_file_of_wrong_purpose_is_rejected(openai):
     file = openai.files.create(file=("x", b"x"), purpose="batch")
     with pytest.raises(BadRequestError, match=naming(file.id, "'batch'")) as error:
         openai.fine_tuning.jobs.create(model="tiny", training_file=file.id)
     assert (error.value.param, error.value.code) == ("training_file", "invalid_file_purpose")
 
 
-def test_what_is_not_there(address):
+def test_unknown_job_returns_404(address):
     for method, path in [
         ("GET", "fine_tuning/jobs/ft-x"),
         ("POST", "fine_tuning/jobs/ft-x/cancel"),
@@ -470,50 +475,50 @@ def test_what_is_not_there(address):
         response = httpx.request(method, f"{address}/v1/{path}")
         error = response.json()["error"]
         assert (response.status_code, error["param"], error["code"]) == (404, "id", "not_found")
-        assert error["message"] == "No such fine-tune job: ft-x"  # OpenAI's own sentence
+        assert error["message"] == "No such fine-tune job: ft-x"  # OpenAI's message
 
 
 # --- the client of 2023 ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def old(address):
+def old_client(address):
     return OldClient(install(), address)
 
 
-def test_the_command_of_2023(old, tmp_path):
-    """`fine_tunes.create` uploads, makes the job and follows it to its end."""
+def test_client_of_2023_command_creates_and_follows_job(old_client, tmp_path):
+    """`fine_tunes.create` uploads the file, creates the job, and follows it to the end."""
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(tiny.pairs())
-    text = old.command("api", "fine_tunes.create", "-t", str(path), "--suffix", "old")
-    # The sentences are those of the client, and OpenAI's own of events.
+    text = old_client.command("api", "fine_tunes.create", "-t", str(path), "--suffix", "old")
+    # The sentences are those of the client, and of OpenAI's events.
     id = text.split("Created fine-tune: ")[1].split()[0]
     assert id.startswith("ft-") and "Streaming events until fine-tuning is complete" in text
     assert f"] Created fine-tuning job: {id}" in text and "] Step 1/48: training loss=" in text
     assert "Job complete! Status: succeeded" in text
     name = text.split("openai api completions.create -m ")[1].split()[0]
     assert name.startswith("ft:tiny:pellucid:old:")
-    again = old.command("api", "fine_tunes.follow", "-i", id)
+    again = old_client.command("api", "fine_tunes.follow", "-i", id)
     assert again.count("] Step") == 48 and "Job complete!" in again
-    assert "step,train_loss" in old.command("api", "fine_tunes.results", "-i", id)
-    found = old.run(
+    assert "step,train_loss" in old_client.command("api", "fine_tunes.results", "-i", id)
+    results = old_client.run(
         f"job = openai.FineTune.retrieve({id!r})\n"
         "listed = [job.id for job in openai.FineTune.list().data]\n"
         f"events = openai.FineTune.list_events({id!r})\n"
-        f"said = openai.Completion.create(model={name!r}, prompt='1 ->', max_tokens=3)\n"
-        "answer = [job, listed, len(events.data), said.choices[0].text]"
+        f"completion = openai.Completion.create(model={name!r}, prompt='1 ->', max_tokens=3)\n"
+        "answer = [job, listed, len(events.data), completion.choices[0].text]"
     )
-    job, listed, count, said = found
+    job, listed, count, completion = results
     assert job["object"] == "fine-tune" and job["status"] == "succeeded"
     assert job["hyperparams"]["n_epochs"] == 4 and job["fine_tuned_model"] == name
     assert job["training_files"][0]["filename"] == "pairs.jsonl"
     assert job["result_files"][0]["purpose"] == "fine-tune-results"
     assert id in listed and len(job["events"]) == count > 50
-    assert isinstance(said, str)
+    assert isinstance(completion, str)
 
 
-def test_the_jobs_of_2023_in_todays_words_and_back(old, openai):
-    answer = old.run(
+def test_client_of_2023_reads_jobs_of_both_routes(old_client, openai):
+    response = old_client.run(
         f"file = {upload(openai)!r}\n"
         "job = openai.FineTuningJob.create(model='tiny', training_file=file,"
         " hyperparameters={'n_epochs': 1})\n"
@@ -522,7 +527,7 @@ def test_the_jobs_of_2023_in_todays_words_and_back(old, openai):
         "events = openai.FineTuningJob.list_events(job.id, limit=2)\n"
         "answer = [job.id, same.status, gone.status, len(events.data)]"
     )
-    assert answer[0].startswith("ftjob-") and answer[1:] == ["pending", "cancelled", 2]
+    assert response[0].startswith("ftjob-") and response[1:] == ["pending", "cancelled", 2]
 
 
 @pytest.mark.parametrize(
@@ -534,15 +539,15 @@ def test_the_jobs_of_2023_in_todays_words_and_back(old, openai):
         ({"n_epochs": 0}, "n_epochs"),
     ],
 )
-def test_what_no_trainer_here_does(address, openai, changes, param):
+def test_create_fine_tune_unsupported_option_is_rejected(address, openai, changes, param):
     body = {"training_file": upload(openai), **changes}
     response = httpx.post(f"{address}/v1/fine-tunes", json=body)
     assert response.status_code == 400 and response.json()["error"]["param"] == param
 
 
-# --- kills (slow: servers and trainers that start, one after the other) ------------------
+# --- killed servers and trainers ------------------------------------------------------------------
 
-SERVER = """
+SERVER_SCRIPT = """
     import sys
     from pathlib import Path
     from serve.jobs import runner
@@ -557,10 +562,10 @@ SERVER = """
 
 
 class Server:
-    """A server in a process of its own."""
+    """A server in a separate process."""
 
     def __init__(self, home, folder):
-        command = [sys.executable, "-c", textwrap.dedent(SERVER), str(home), str(folder)]
+        command = [sys.executable, "-c", textwrap.dedent(SERVER_SCRIPT), str(home), str(folder)]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -581,7 +586,7 @@ class Server:
         assert self.process.wait(120) == 0
 
 
-def make(openai, **hyperparameters):
+def create_long_job(openai, **hyperparameters):
     return openai.fine_tuning.jobs.create(
         model="tiny",
         training_file=upload(openai, tiny.examples(60)),
@@ -590,93 +595,95 @@ def make(openai, **hyperparameters):
     ).id
 
 
-def stepped(openai, id, step):
-    """Waits for a step."""
+def wait_for_step(openai, id, step):
+    """Wait until a step is reported."""
 
-    def has_come():
+    def is_reported():
         events = openai.fine_tuning.jobs.list_events(id, limit=3).data
         return any((event.data or {}).get("step", 0) >= step for event in events)
 
-    wait_until(has_come, 300)
+    wait_until(is_reported, 300)
 
 
-def adapter(home, job):
+def adapter_bytes(home, job):
     return (
         adapters.adapter_folder(home, job.fine_tuned_model) / "adapter_model.safetensors"
     ).read_bytes()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(openai, home):
-    """The weights of the same job when nothing happens to it."""
-    job = ended(openai, make(openai))
+def expected_weights(openai, home):
+    """Return the adapter of the same job without kills."""
+    job = wait_for_end(openai, create_long_job(openai))
     assert job.status == "succeeded"
-    return adapter(home, job)
+    return adapter_bytes(home, job)
 
 
-def killed(kills, folder, home):
-    """What the job was in the end, after its trainer and its servers came to grief."""
+def run_with_kills(kills, folder, home):
+    """Run a job, kill its trainer or server several times, and return the finished job."""
     server = Server(home, folder)
-    id = make(server.openai)
+    id = create_long_job(server.openai)
 
     def pid():
         return int((home / "jobs" / id / "train.pid").read_text())
 
     for number, kill in enumerate(kills, 1):
-        stepped(server.openai, id, number * 200)
+        wait_for_step(server.openai, id, number * 200)
         before = pid()
         if kill in ("trainer", "both"):
             os.kill(before, signal.SIGKILL)
-        if kill == "stop":  # in good order: nothing is left running
+        if kill == "stop":  # a clean stop leaves no process
             server.stop()
             assert not alive(before)
         if kill in ("server", "both"):
             server.kill()
-        if kill == "server":  # its trainer goes on, and the next server finds it
+        if kill == "server":  # the trainer continues, and the next server finds it
             assert alive(before)
         if kill != "trainer":
             server = Server(home, folder)
-    job = ended(server.openai, id)
-    told = messages(server.openai, id)
-    assert job.status == "succeeded", told[-3:]
-    assert steps_told(server.openai, id) == list(range(1, 1501)), "each is told once, in order"
-    assert told.count("Fine-tuning job started") == 1
-    assert any(names(line, "signal 9") for line in told) == ("trainer" in kills)
+    job = wait_for_end(server.openai, id)
+    job_messages = messages(server.openai, id)
+    assert job.status == "succeeded", job_messages[-3:]
+    assert reported_steps(server.openai, id) == list(range(1, 1501)), (
+        "each step is reported once, in order"
+    )
+    assert job_messages.count("Fine-tuning job started") == 1
+    assert any(names(line, "signal 9") for line in job_messages) == ("trainer" in kills)
     assert chat(server.openai, job.fine_tuned_model)
     server.stop()
     return job
 
 
 @pytest.mark.slow
-def test_a_trainer_that_is_killed_goes_on(openai, home):
-    id = make(openai, n_epochs=12)
-    stepped(openai, id, 120)
+def test_trainer_killed_resumes(openai, home):
+    id = create_long_job(openai, n_epochs=12)
+    wait_for_step(openai, id, 120)
     first = int((home / "jobs" / id / "train.pid").read_text())
     os.kill(first, signal.SIGKILL)
-    job = ended(openai, id)
-    told = messages(openai, id)
-    assert job.status == "succeeded", told[-3:]
-    assert sum(names(line, "signal 9") for line in told) == 1
-    assert steps_told(openai, id) == list(range(1, 721)), "each is told once, in order"
+    job = wait_for_end(openai, id)
+    job_messages = messages(openai, id)
+    assert job.status == "succeeded", job_messages[-3:]
+    assert sum(names(line, "signal 9") for line in job_messages) == 1
+    assert reported_steps(openai, id) == list(range(1, 721)), "each step is reported once, in order"
 
 
 @pytest.mark.slow
-def test_killed_and_gone_on_with(undisturbed, folder, tmp_path):
-    job = killed(["trainer", "server"], folder, tmp_path)
-    assert adapter(tmp_path, job) == undisturbed, "to the bit"
+def test_trainer_and_server_killed_gives_same_weights(expected_weights, folder, tmp_path):
+    job = run_with_kills(["trainer", "server"], folder, tmp_path)
+    assert adapter_bytes(tmp_path, job) == expected_weights, "bit for bit"
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(undisturbed, folder, tmp_path):
-    job = killed(["trainer", "server", "both", "stop", "both"], folder, tmp_path)
-    assert adapter(tmp_path, job) == undisturbed, "to the bit"
+def test_repeatedly_killed_gives_same_weights(expected_weights, folder, tmp_path):
+    job = run_with_kills(["trainer", "server", "both", "stop", "both"], folder, tmp_path)
+    assert adapter_bytes(tmp_path, job) == expected_weights, "bit for bit"
 
 
 @pytest.mark.slow
-def test_a_job_that_was_orphaned_can_be_cancelled(folder, tmp_path):
+def test_cancel_job_of_killed_server(folder, tmp_path):
     server = Server(tmp_path, folder)
-    id = make(server.openai, n_epochs=50)  # 3000 steps
-    stepped(server.openai, id, 5)
+    id = create_long_job(server.openai, n_epochs=50)  # 3000 steps
+    wait_for_step(server.openai, id, 5)
     server.kill()
     pid = int((tmp_path / "jobs" / id / "train.pid").read_text())
     server = Server(tmp_path, folder)
@@ -686,23 +693,23 @@ def test_a_job_that_was_orphaned_can_be_cancelled(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_server_with_nothing_to_do_takes_over(folder, tmp_path):
-    """Its job runner had ended before the job was made; nobody woke it when the other was killed."""
+def test_idle_server_takes_over_job_of_killed_server(folder, tmp_path):
+    """The idle server's job runner had ended, and did not start when the other was killed."""
     idle, first = Server(tmp_path, folder), Server(tmp_path, folder)
-    id = make(first.openai, n_epochs=10)
-    stepped(first.openai, id, 3)
+    id = create_long_job(first.openai, n_epochs=10)
+    wait_for_step(first.openai, id, 3)
     first.kill()
-    assert ended(idle.openai, id).status == "succeeded"
+    assert wait_for_end(idle.openai, id).status == "succeeded"
     idle.stop()
 
 
 @pytest.mark.slow
-def test_of_two_servers_one_is_the_keeper(openai, address, home, folder):
-    """Both answer for the same jobs, and each job is trained once."""
+def test_two_servers_train_each_job_once(openai, address, home, folder):
+    """Both servers answer requests for the same jobs."""
     with tiny.serving(home, folder) as second, client(second) as other:
-        jobs = [make(one, n_epochs=1, batch_size=4) for one in (openai, other, openai)]
+        jobs = [create_long_job(one, n_epochs=1, batch_size=4) for one in (openai, other, openai)]
         for id in jobs:
-            job = ended(other, id)
+            job = wait_for_end(other, id)
             assert job.status == "succeeded"
             assert messages(openai, id).count("Fine-tuning job started") == 1
             assert job.fine_tuned_model in [model.id for model in openai.models.list()]
@@ -715,27 +722,27 @@ def test_of_two_servers_one_is_the_keeper(openai, address, home, folder):
 @pytest.fixture
 def jobs(tmp_path):
     store = Store(tmp_path)
-    with store.open_blob("file-1") as incoming:
-        incoming.write(tiny.examples())
-        incoming.commit({"id": "file-1"})
+    with store.open_blob("file-1") as blob:
+        blob.write(tiny.examples())
+        blob.commit({"id": "file-1"})
     yield JobStore(store, tmp_path)
     store.close()
 
 
-def test_a_job_keeps_its_data_when_the_file_is_deleted(jobs, folder):
+def test_job_data_survives_deleted_file(jobs, folder):
     id = jobs.create(model="tiny", model_path=folder, training_file="file-1")["id"]
     jobs.store.delete_file("file-1")
     assert (jobs.folder(id) / "data.jsonl").read_bytes() == tiny.examples()
 
 
 @pytest.mark.parametrize("status", ["validating_files", "running"])
-def test_a_job_whose_process_always_dies_is_given_up(jobs, folder, monkeypatch, status):
-    """As one does for which there is not enough memory. A check was begun again for ever."""
+def test_job_whose_process_is_always_killed_fails(jobs, folder, monkeypatch, status):
+    """A process without enough memory is always killed. The validation restarted for ever."""
     id = jobs.create(model="tiny", model_path=folder, training_file="file-1")["id"]
     jobs.set_status(id, status, weights="x")
     monkeypatch.setattr("serve.jobs.runner.POLL_SECONDS", 0.01)
-    dies = ["-c", "import os; os.kill(os.getpid(), 9)"]
-    monkeypatch.setattr("serve.jobs.process._program", lambda *_: [sys.executable, *dies])
+    arguments = ["-c", "import os; os.kill(os.getpid(), 9)"]
+    monkeypatch.setattr("serve.jobs.process._program", lambda *_: [sys.executable, *arguments])
     job_runner = JobRunner(jobs)
     job_runner.wake()
     wait_until(lambda: jobs.get(id)["status"] == "failed", 60)
@@ -743,12 +750,12 @@ def test_a_job_whose_process_always_dies_is_given_up(jobs, folder, monkeypatch, 
     assert names(jobs.get(id)["error"]["message"], 3, 9)
 
 
-def test_an_idle_server_finds_jobs_by_itself(jobs, folder, monkeypatch):
-    """Who made one was killed: it was begun when somebody looked at it, and not before."""
+def test_idle_runner_finds_new_jobs(jobs, folder, monkeypatch):
+    """A job of a killed server started only when a client requested it."""
     monkeypatch.setattr("serve.jobs.runner.IDLE_POLL_SECONDS", 0.05)
     monkeypatch.setattr("serve.jobs.runner.POLL_SECONDS", 0.01)
-    fails = ["-c", "raise SystemExit('error 4711')"]
-    monkeypatch.setattr("serve.jobs.process._program", lambda *_: [sys.executable, *fails])
+    arguments = ["-c", "raise SystemExit('error 4711')"]
+    monkeypatch.setattr("serve.jobs.process._program", lambda *_: [sys.executable, *arguments])
     with closing(JobRunner(jobs)) as job_runner:
         job_runner.watch()
         id = jobs.create(model="tiny", model_path=folder, training_file="file-1")["id"]
@@ -756,35 +763,35 @@ def test_an_idle_server_finds_jobs_by_itself(jobs, folder, monkeypatch):
         assert names(jobs.get(id)["error"]["message"], "error 4711")
 
 
-def test_what_was_left_of_a_cancelled_job_is_removed(jobs, folder, monkeypatch):
-    """Its server was killed before it stopped the trainer, which went on and kept its files."""
+def test_runner_cleans_up_cancelled_job_of_killed_server(jobs, folder, monkeypatch):
+    """A server was killed before it stopped the trainer, which continued and kept its files."""
     id = jobs.create(model="tiny", model_path=folder, training_file="file-1")["id"]
     jobs.set_status(id, "running")
-    waits = ["-c", "import time; time.sleep(600)"]
-    monkeypatch.setattr("serve.jobs.process._program", lambda *_: [sys.executable, *waits])
-    left = JobProcess.start(id, jobs.folder(id), "train", [])
+    arguments = ["-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr("serve.jobs.process._program", lambda *_: [sys.executable, *arguments])
+    remaining = JobProcess.start(id, jobs.folder(id), "train", [])
     (jobs.folder(id) / "out" / "checkpoints").mkdir(parents=True)
     (jobs.home / "made" / ".new-x").mkdir(parents=True)
     jobs.cancel(id)
-    assert not left.has_exited and not jobs.is_cleaned_up(id)
+    assert not remaining.has_exited and not jobs.is_cleaned_up(id)
     with closing(JobRunner(jobs)) as job_runner:
         job_runner.watch()
-        wait_until(lambda: left.has_exited and jobs.is_cleaned_up(id), 60)
+        wait_until(lambda: remaining.has_exited and jobs.is_cleaned_up(id), 60)
     assert not (jobs.home / "made" / ".new-x").exists()
 
 
-def test_what_passes_is_tried_again(jobs, folder, monkeypatch):
-    """One moment without room on the disk ended the job, and deleted its checkpoints."""
+def test_runner_retries_after_temporary_error(jobs, folder, monkeypatch):
+    """A full disk for a moment failed the job and deleted its checkpoints."""
     id = jobs.create(model="tiny", model_path=folder, training_file="file-1")["id"]
     start, failures = JobProcess.start, [OSError("no space left")] * 3
 
-    def begin(*arguments, **options):
+    def failing_start(*arguments, **options):
         if failures:
             raise failures.pop()
         return start(*arguments, **options)
 
     monkeypatch.setattr("serve.jobs.runner.POLL_SECONDS", 0.01)
-    monkeypatch.setattr(JobProcess, "start", begin)
+    monkeypatch.setattr(JobProcess, "start", failing_start)
     job_runner = JobRunner(jobs)
     job_runner.wake()
     wait_until(lambda: jobs.get(id)["status"] not in ("validating_files",), 60)
@@ -792,21 +799,21 @@ def test_what_passes_is_tried_again(jobs, folder, monkeypatch):
     assert not failures and jobs.get(id)["status"] in ("queued", "running")
 
 
-def test_what_never_passes_ends_the_job(jobs, folder, monkeypatch):
+def test_runner_permanent_error_fails_job(jobs, folder, monkeypatch):
     id = jobs.create(model="tiny", model_path=folder, training_file="file-1")["id"]
 
-    def begin(*arguments, **options):
+    def failing_start(*arguments, **options):
         raise OSError("no space left")
 
     monkeypatch.setattr("serve.jobs.runner.POLL_SECONDS", 0.001)
-    monkeypatch.setattr(JobProcess, "start", begin)
+    monkeypatch.setattr(JobProcess, "start", failing_start)
     job_runner = JobRunner(jobs)
     job_runner.wake()
     wait_until(lambda: jobs.get(id)["status"] == "failed", 60)
     job_runner.close()
 
 
-def test_a_job_whose_model_is_gone_fails_and_says_so(jobs, tmp_path):
+def test_job_with_missing_model_fails(jobs, tmp_path):
     id = jobs.create(model="tiny", model_path=tmp_path / "gone", training_file="file-1")["id"]
     job_runner = JobRunner(jobs)
     job_runner.wake()
@@ -815,7 +822,7 @@ def test_a_job_whose_model_is_gone_fails_and_says_so(jobs, tmp_path):
     assert "gone" in jobs.get(id)["error"]["message"]
 
 
-def test_only_one_can_end_a_job(jobs, folder):
+def test_finished_job_keeps_its_status(jobs, folder):
     id = jobs.create(model="tiny", model_path=folder, training_file="file-1")["id"]
     jobs.cancel(id)
     assert not jobs.set_status(id, "succeeded", fine_tuned_model="x")
@@ -823,7 +830,7 @@ def test_only_one_can_end_a_job(jobs, folder):
     assert jobs.get(id)["status"] == "cancelled" and jobs.get(id)["error"] is None
 
 
-def test_lines_of_a_file_that_grows_and_is_written_anew(tmp_path):
+def test_jsonl_tail_of_growing_and_replaced_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = JsonlTail(path)
     assert lines.read_new() == []
@@ -837,7 +844,7 @@ def test_lines_of_a_file_that_grows_and_is_written_anew(tmp_path):
     assert lines.read_new() == [{"step": 1}, {"step": 2}]
 
 
-def test_results_as_a_table():
+def test_results_csv_has_row_for_each_step():
     lines = [
         {"step": 1, "loss": 2.123456789, "accuracy": 0.5},
         {"step": 2, "loss": 1.0},
@@ -850,7 +857,7 @@ def test_results_as_a_table():
     )
 
 
-def test_a_lock_is_the_process_s_that_has_it(tmp_path):
+def test_lock_belongs_to_the_process(tmp_path):
     lock = disk.try_lock(tmp_path / "x.lock")
     assert lock is not None and disk.try_lock(tmp_path / "x.lock") is None
     os.close(lock)

@@ -1,4 +1,4 @@
-"""A new kind of model needs one file and one route: found, listed, loaded, shown, and refused."""
+"""A new kind of model needs only one file and one route."""
 
 import json
 
@@ -25,7 +25,7 @@ def folder(tmp_path):
     return path
 
 
-def test_toy_kind_is_served_with_one_file_and_one_route(folder, tmp_path, monkeypatch):
+def test_new_kind_with_one_file_and_one_route_is_served(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(kinds.KINDS, "toy", toy_kind.KIND)
     files = download.resolve_model(f"mine={folder}", catalogue.load(), tmp_path, notify=print)
     options = LoadOptions(cache_budget=2**20, dtype="auto", home=tmp_path, notify=print)
@@ -34,24 +34,27 @@ def test_toy_kind_is_served_with_one_file_and_one_route(folder, tmp_path, monkey
     app = create_app(ServerSettings(home=tmp_path / "home"), registry)
     app.include_router(toy_kind.router)
     with scripted.serve_app(app) as address:
-        listed = httpx.get(f"{address}/v1/models").json()["data"]
-        assert [entry["kind"] for entry in listed] == ["toy", "decoder"]
-        asked = httpx.post(f"{address}/v1/words", json={"model": "word-1"}).json()
-        assert asked == {"object": "word", "model": "mine", "word": "hello"}
-        other = httpx.post(f"{address}/v1/words", json={"model": listed[1]["id"]})
-        assert (other.status_code, other.json()["error"]["param"]) == (404, "model")
+        entries = httpx.get(f"{address}/v1/models").json()["data"]
+        assert [entry["kind"] for entry in entries] == ["toy", "decoder"]
+        created = httpx.post(f"{address}/v1/words", json={"model": "word-1"}).json()
+        assert created == {"object": "word", "model": "mine", "word": "hello"}
+        wrong_kind = httpx.post(f"{address}/v1/words", json={"model": entries[1]["id"]})
+        assert (wrong_kind.status_code, wrong_kind.json()["error"]["param"]) == (404, "model")
         chat = {"model": "mine", "messages": [{"role": "user", "content": "hi"}]}
-        refused = httpx.post(f"{address}/v1/chat/completions", json=chat)
-        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
+        chat_reply = httpx.post(f"{address}/v1/chat/completions", json=chat)
+        assert (chat_reply.status_code, chat_reply.json()["error"]["code"]) == (
+            404,
+            "model_not_found",
+        )
     text = banner("http://here", registry, has_keys=False)
     assert "/v1/words" in text and "client.words.create(" in text
     app.state.job_runner.close()
 
 
-def test_catalogue_knows_every_kind():
+def test_catalogue_kinds_equal_table_of_kinds():
     assert tuple(kinds.KINDS) == catalogue.KINDS
 
 
-def test_folder_of_no_kind_is_refused(folder, tmp_path):
+def test_resolve_folder_of_unknown_kind_raises_wrong_usage(folder, tmp_path):
     with pytest.raises(WrongUsage):
         download.resolve_model(f"mine={folder}", catalogue.load(), tmp_path, notify=print)

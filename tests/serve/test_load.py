@@ -1,4 +1,4 @@
-"""What happens between a file and a model that answers: formats, memory, gaps, fingerprints."""
+"""Loading models: dtypes, memory, gaps in the vocabulary, fingerprints, and the runner."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ GIGA = 2**30
 
 @pytest.fixture(scope="module", autouse=True)
 def programs():
-    """Kept where they always are, not in the folder of a test that loads first."""
+    """Use the usual compilation cache, not that of the first test's folder."""
     enable_compilation_cache()
 
 
@@ -46,42 +46,42 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def free(monkeypatch, gigabytes):
+def set_available_memory(monkeypatch, gigabytes):
     monkeypatch.setattr(memory, "available", lambda: int(gigabytes * GIGA))
 
 
-def test_what_is_available_is_less_than_the_machine_has():
+def test_available_memory_is_at_most_physical_memory():
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 2**20 < memory.available() <= total
 
 
-def test_the_estimate_is_near_what_loading_takes(model_file):
+def test_weight_bytes_is_close_to_loaded_size(model_file):
     path = model_file(CHAT)
     cfg = checkpoint.read_config(path)
     params, loaded, _ = checkpoint.load(path, dtype="int8")
     assert loaded == cfg
-    taken = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    assert 0.8 * taken < dtypes.weight_bytes(cfg, "int8") < 1.2 * taken
+    loaded_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert 0.8 * loaded_bytes < dtypes.weight_bytes(cfg, "int8") < 1.2 * loaded_bytes
 
 
-def test_only_what_fits_is_tried(monkeypatch):
+def test_fitting_dtypes_depend_on_available_memory(monkeypatch):
     cfg = Config.debug(num_layers=2, vocab_size=2**20, d_model=256)  # 256 M weights and some
-    free(monkeypatch, 20)
+    set_available_memory(monkeypatch, 20)
     assert dtypes.fitting_dtypes("m", cfg, GIGA) == dtypes.DTYPES
-    free(monkeypatch, 2)
+    set_available_memory(monkeypatch, 2)
     assert dtypes.fitting_dtypes("m", cfg, GIGA) == ("int8", "bfloat16")
-    free(monkeypatch, 1.7)
+    set_available_memory(monkeypatch, 1.7)
     assert dtypes.fitting_dtypes("m", cfg, GIGA) == ("int8",)
     with pytest.raises(MemoryError, match=naming("m", "float32", "1.3 GB") + r"(?=.*\b2\.\d GB)"):
         dtypes.fitting_dtypes("m", cfg, GIGA, ("float32",))
-    free(monkeypatch, 1.5)
+    set_available_memory(monkeypatch, 1.5)
     with pytest.raises(MemoryError, match=naming("m", "int8", "1.5 GB")):
         dtypes.fitting_dtypes("m", cfg, GIGA)
 
 
-def test_a_model_that_fits_nowhere_is_refused_before_it_is_read(home, model_file, monkeypatch):
+def test_load_model_too_large_raises_memory_error_before_reading(home, model_file, monkeypatch):
     path = model_file(CHAT)
-    free(monkeypatch, 0.5)
+    set_available_memory(monkeypatch, 0.5)
     monkeypatch.setattr(checkpoint, "load", lambda *args, **more: pytest.fail("weights were read"))
     for dtype in ("auto", "float32"):
         with pytest.raises(MemoryError, match=naming("0.5 GB")):
@@ -119,8 +119,8 @@ def too_large_vocabulary(folder: Path) -> None:
         (too_large_vocabulary, [999, tiny.CFG.vocab_size]),
     ],
 )
-def test_damaged_model_of_the_user_is_refused_when_described(home, tmp_path, damage, facts):
-    """A server listened, and each request to the model was a 503."""
+def test_describe_damaged_local_model_raises_value_error(home, tmp_path, damage, facts):
+    """The server started, and each request to the model failed with status 503."""
     path = tiny.model(tmp_path / "m")
     damage(path)
     options = LoadOptions(cache_budget=2**20, dtype="float32", home=home, notify=print)
@@ -128,92 +128,92 @@ def test_damaged_model_of_the_user_is_refused_when_described(home, tmp_path, dam
         resolve.describe(ModelFiles("m", path, "me"), options)
 
 
-def test_header_is_read_once_a_load(home, tmp_path, monkeypatch):
-    """It was read twice, which takes 0.15 s of each start with a vocabulary in a GGUF file."""
-    path, read = tiny.model(tmp_path), []
+def test_load_reads_header_once(home, tmp_path, monkeypatch):
+    """The header was read twice, 0.15 s of each start with a vocabulary in a GGUF file."""
+    path, reads = tiny.model(tmp_path), []
 
     def counting(*args, **more):
-        read.append(args)
+        reads.append(args)
         return original(*args, **more)
 
     original = checkpoint.safetensors.read
     monkeypatch.setattr(checkpoint.safetensors, "read", counting)
     served = load_decoder("tiny", path, owned_by="me", cache_budget=2**20, dtype="float32")
     served.close(5.0)
-    assert len(read) == 1
+    assert len(reads) == 1
 
 
-def test_the_only_format_that_fits_needs_no_measuring(home, model_file, monkeypatch):
-    path, said = model_file(CHAT), []
-    free(monkeypatch, 0.75)
+def test_choose_dtype_with_one_candidate_does_not_measure(home, model_file, monkeypatch):
+    path, lines = model_file(CHAT), []
+    set_available_memory(monkeypatch, 0.75)
     cfg = checkpoint.read_config(path)
-    chosen = dtypes.choose_dtype(CHAT, path, cfg, "fp", GIGA // 4, said.append)
+    chosen = dtypes.choose_dtype(CHAT, path, cfg, "fp", GIGA // 4, lines.append)
     assert chosen == "int8"
-    assert [line.split()[1] for line in said[:2]] == ["bfloat16", "float32"]
-    assert names(said[2], "int8")
-    assert not (home / "formats.json").exists(), "with more memory, another answer might come out"
+    assert [line.split()[1] for line in lines[:2]] == ["bfloat16", "float32"]
+    assert names(lines[2], "int8")
+    assert not (home / "formats.json").exists(), "with more memory, another dtype may be chosen"
 
 
-def test_what_is_measured_is_remembered(home, tmp_path):
-    """By a process of its own: what measuring had touched stayed in the server's memory."""
-    path, said = tiny.model(tmp_path), []
+def test_choose_dtype_is_cached(home, tmp_path):
+    """A separate process measures, because its memory stayed in use in the server."""
+    path, lines = tiny.model(tmp_path), []
     cfg = checkpoint.read_config(path)
-    chosen = dtypes.choose_dtype("tiny", path, cfg, "fp", 2**20, said.append)
-    assert [line.split()[0] for line in said[1:4]] == ["float32", "bfloat16", "int8"]
+    chosen = dtypes.choose_dtype("tiny", path, cfg, "fp", 2**20, lines.append)
+    assert [line.split()[0] for line in lines[1:4]] == ["float32", "bfloat16", "int8"]
     ratio = re.compile(r"\bx\d\.\d{3}\b")  # of perplexities
-    assert all(map(ratio.search, said[1:4])) and names(said[4], chosen)
+    assert all(map(ratio.search, lines[1:4])) and names(lines[4], chosen)
     assert json_cache.read(home / "formats.json") == {"fp int8 bfloat16 float32": chosen}
-    said.clear()
-    assert dtypes.choose_dtype("tiny", path, cfg, "fp", 2**20, said.append) == chosen and not said
-    # Where it is known which are good enough, no weights are read to find out.
-    good = ("bfloat16", "float32")
-    chosen = dtypes.choose_dtype("tiny", path, cfg, "fp", 2**20, said.append, good)
-    assert chosen in good and not ratio.search("".join(said))
+    lines.clear()
+    assert dtypes.choose_dtype("tiny", path, cfg, "fp", 2**20, lines.append) == chosen and not lines
+    # With known accurate dtypes, no weights are read.
+    accepted = ("bfloat16", "float32")
+    chosen = dtypes.choose_dtype("tiny", path, cfg, "fp", 2**20, lines.append, accepted)
+    assert chosen in accepted and not ratio.search("".join(lines))
     assert json_cache.read(home / "formats.json")["fp bfloat16 float32"] == chosen
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("id", [CHAT, "qwen2.5-coder-0.5b-instruct"])
-def test_the_catalogue_knows_which_formats_are_good(model_file, id):
-    found = {format: dtypes.perplexity(model_file(id), format) for format in dtypes.DTYPES}
-    limit = found["float32"] * dtypes.MAX_PERPLEXITY_RATIO
-    good = tuple(format for format, perplexity in found.items() if perplexity <= limit)
-    assert catalogue.load().models[id].dtypes == good
+def test_catalogue_dtypes_equal_measured_accurate_dtypes(model_file, id):
+    perplexities = {dtype: dtypes.perplexity(model_file(id), dtype) for dtype in dtypes.DTYPES}
+    limit = perplexities["float32"] * dtypes.MAX_PERPLEXITY_RATIO
+    accepted = tuple(dtype for dtype, perplexity in perplexities.items() if perplexity <= limit)
+    assert catalogue.load().models[id].dtypes == accepted
 
 
-def test_the_fastest_format_that_agrees_is_taken_and_remembered(home):
-    """Speech was bfloat16 everywhere, also on processors that multiply it slowly."""
+def test_fastest_dtype_takes_fastest_accurate_and_caches_it(home):
+    """Speech models used bfloat16 on every machine, also where it is slow."""
     results = {"float32": (3.0, 0.0), "bfloat16": (2.0, 0.001), "int8": (1.0, 0.1)}
-    asked = []
+    calls = []
 
-    def measure(format):
-        asked.append(format)
-        seconds, apart = results[format]
-        return seconds, np.full((2, 3), apart)
+    def measure(dtype):
+        calls.append(dtype)
+        seconds, offset = results[dtype]
+        return seconds, np.full((2, 3), offset)
 
     def distance(a, b):
         return float(np.abs(a - b).max())
 
     def fastest(name):
         return dtypes.fastest_dtype(
-            "m", name, tuple(results), measure, distance, 0.01, asked.append
+            "m", name, tuple(results), measure, distance, 0.01, calls.append
         )
 
     assert fastest("fp") == "bfloat16"
-    assert set(results) <= set(asked)
-    asked.clear()
-    assert fastest("fp") == "bfloat16" and not asked
+    assert set(results) <= set(calls)
+    calls.clear()
+    assert fastest("fp") == "bfloat16" and not calls
     results["float32"] = (1.5, 0.0)
     assert fastest("of another machine") == "float32"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_model_whose_reference_values_are_not_finite_is_refused(home, value):
-    """NaN is at no distance from itself, so no format was left to choose from."""
+def test_fastest_dtype_non_finite_reference_raises_value_error(home, value):
+    """NaN has no distance from itself, so no dtype was accepted."""
     measured, lines = [], []
 
-    def measure(format):
-        measured.append(format)
+    def measure(dtype):
+        measured.append(dtype)
         return 1.0, np.full((2, 3), value, np.float32)
 
     def distance(a, b):
@@ -224,10 +224,10 @@ def test_a_model_whose_reference_values_are_not_finite_is_refused(home, value):
         dtypes.fastest_dtype(
             "m", "fp", ("float32", "bfloat16"), measure, distance, 1.0, lines.append
         )
-    assert measured == ["float32"], "nothing is compared with it"
+    assert measured == ["float32"], "other dtypes are not measured"
 
 
-def test_what_cannot_be_measured_says_so(home, tmp_path):
+def test_choose_dtype_damaged_weights_raise_value_error(home, tmp_path):
     path = tiny.model(tmp_path)
     cfg = checkpoint.read_config(path)
     (path / "model.safetensors").write_bytes(b"nothing")
@@ -235,20 +235,22 @@ def test_what_cannot_be_measured_says_so(home, tmp_path):
         dtypes.choose_dtype("tiny", path, cfg, "fp", 2**20, lambda line: None)
 
 
-def test_how_much_memory_is_counted(home, monkeypatch):
-    """The smallest format was counted, and the widest one loaded."""
+def test_expected_dtype_before_and_after_measurement(home, monkeypatch):
+    """The memory of the narrowest dtype was counted, and the widest was loaded."""
     cfg = Config.debug(num_layers=2, vocab_size=2**20, d_model=256)
-    need = {format: dtypes.weight_bytes(cfg, format) for format in dtypes.DTYPES}
-    assert dtypes.expected_dtype(cfg, "fp", 0) == "float32", "not measured yet: the most it may be"
+    need = {dtype: dtypes.weight_bytes(cfg, dtype) for dtype in dtypes.DTYPES}
+    assert dtypes.expected_dtype(cfg, "fp", 0) == "float32", "not measured yet: the widest"
     assert dtypes.expected_dtype(cfg, "fp", 0, ("int8", "bfloat16")) == "bfloat16"
     assert dtypes.expected_dtype(cfg, "fp", 1, memory_limit=need["bfloat16"] + 1) == "bfloat16"
     assert dtypes.expected_dtype(cfg, "fp", 1, memory_limit=need["bfloat16"]) == "int8"
-    assert dtypes.expected_dtype(cfg, "fp", 1, memory_limit=1) == "int8", "and will be refused"
+    assert dtypes.expected_dtype(cfg, "fp", 1, memory_limit=1) == "int8", (
+        "loading will raise MemoryError"
+    )
     json_cache.add(home / "formats.json", "fp int8 bfloat16", "int8")
-    assert dtypes.expected_dtype(cfg, "fp", 0) == "int8", "the widest did not fit, it was said"
+    assert dtypes.expected_dtype(cfg, "fp", 0) == "int8", "the widest did not fit"
     json_cache.add(home / "formats.json", "fp int8 bfloat16 float32", "bfloat16")
     assert dtypes.expected_dtype(cfg, "fp", 0) == "bfloat16"
-    free(monkeypatch, 20)
+    set_available_memory(monkeypatch, 20)
     assert dtypes.fitting_dtypes("m", cfg, 0, memory_limit=need["bfloat16"]) == ("int8", "bfloat16")
 
 
@@ -258,7 +260,7 @@ GAPS = range(100, 160)
 
 
 def with_gaps():
-    """256 bytes and a special token, whose ids leave out those of `GAPS`."""
+    """Return an encoding of 256 bytes and a special token, without the ids in `GAPS`."""
     return bpe.Encoding(
         "gaps",
         pattern=r"[\s\S]",
@@ -268,36 +270,36 @@ def with_gaps():
 
 
 @pytest.mark.parametrize("tie_embeddings", [True, False])
-def test_a_gap_in_the_vocabulary_is_never_drawn(tie_embeddings):
+def test_vocabulary_gap_is_never_sampled(tie_embeddings):
     cfg = Config.debug(vocab_size=416, tie_embeddings=tie_embeddings)
     encoding = with_gaps()
     known = known_ids(encoding)
     assert not known & set(GAPS) and 400 in known and len(known) == 257
     params = init(jax.random.key(0), cfg)
-    drawn = {}
-    for name, own in (("with", mask_unused_ids(params, encoding)), ("without", params)):
+    sampled_ids = {}
+    for name, weights in (("with", mask_unused_ids(params, encoding)), ("without", params)):
         device = Device()
-        runner = Runner(own, cfg, encoding.n_vocab, 1, jnp.float32)
+        runner = Runner(weights, cfg, encoding.n_vocab, 1, jnp.float32)
         engine = Engine(
             runner, Scheduler(NUM_SLOTS, 1, cache.BLOCK_SIZE, CHUNK_SIZE, 9), 64, device
         )
-        how = SamplingParams(temperature=5.0, logit_bias={id: 50.0 for id in GAPS})
-        # The prompt holds a gap too: its embedding must stay a number.
+        sampling_params = SamplingParams(temperature=5.0, logit_bias={id: 50.0 for id in GAPS})
+        # The prompt contains a gap id too: its embedding must be finite.
         request = SequenceRequest(
-            prompt=(1, 120), max_tokens=40, sampling_params=how, top_logprobs=20
+            prompt=(1, 120), max_tokens=40, sampling_params=sampling_params, top_logprobs=20
         )
         *events, end = engine.generate(request)
         assert end == Done("length")
         tokens = [event for event in events if isinstance(event, Token)]
-        drawn[name] = {token.id for token in tokens}
+        sampled_ids[name] = {token.id for token in tokens}
         if name == "with":
             assert all(id in known for token in tokens for id, _ in token.top_logprobs)
         device.close()
-    assert drawn["with"] <= known
-    assert drawn["without"] & set(GAPS), "the test would show nothing"
+    assert sampled_ids["with"] <= known
+    assert sampled_ids["without"] & set(GAPS), "without the mask, gap ids are sampled"
 
 
-def test_a_vocabulary_without_gaps_costs_nothing():
+def test_mask_unused_ids_without_gaps_returns_same_params():
     params = init(jax.random.key(0), Config.debug(vocab_size=300))
     whole = bpe.Encoding(
         "whole", pattern=r"[\s\S]", ranks={bytes([b]): b for b in range(256)}, special_tokens={}
@@ -308,7 +310,7 @@ def test_a_vocabulary_without_gaps_costs_nothing():
 # -- fingerprints ----------------------------------------------------------------------------------
 
 
-def test_a_fingerprint_is_of_bytes_not_of_names_and_times(home, tmp_path):
+def test_fingerprint_depends_on_bytes_not_on_names_or_times(home, tmp_path):
     one, two = tmp_path / "one.gguf", tmp_path / "two.gguf"
     one.write_bytes(b"weights")
     two.write_bytes(b"weights")
@@ -323,7 +325,7 @@ def test_a_fingerprint_is_of_bytes_not_of_names_and_times(home, tmp_path):
     assert a != b and a.startswith("fp_") and len(a) == 13
 
 
-def test_a_folder_is_all_its_files(home, tmp_path):
+def test_hash_weights_of_folder_covers_all_files(home, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
@@ -333,7 +335,7 @@ def test_a_folder_is_all_its_files(home, tmp_path):
     assert fingerprint.hash_weights(folder) != before
 
 
-def test_a_file_is_hashed_once(home, tmp_path, monkeypatch):
+def test_hash_weights_same_file_is_read_once(home, tmp_path, monkeypatch):
     path = tmp_path / "one.gguf"
     path.write_bytes(b"weights")
     first = fingerprint.hash_weights(path)
@@ -344,23 +346,23 @@ def test_a_file_is_hashed_once(home, tmp_path, monkeypatch):
 # -- the runner ------------------------------------------------------------------------------------
 
 
-def test_a_program_from_disk_is_not_called_compiled(monkeypatch):
-    """On a slow disk each start said that programs were compiled, and kept for the next."""
+def test_runner_program_from_disk_is_reported_as_loaded(monkeypatch):
+    """On a slow disk each start reported that programs were compiled."""
     monkeypatch.setattr(runner_module, "SLOW_COMPILE_SECONDS", 0.0)
-    cfg, said = Config.debug(num_layers=3), []
+    cfg, lines = Config.debug(num_layers=3), []
     for _ in range(2):
-        runner = Runner(init(jax.random.key(0), cfg), cfg, 64, 2, jnp.float32, said.append)
+        runner = Runner(init(jax.random.key(0), cfg), cfg, 64, 2, jnp.float32, lines.append)
         runner.compile(16)
-        jax.clear_caches()  # those in memory
-    assert names(said[1], 16, "disk")
+        jax.clear_caches()  # in memory
+    assert names(lines[1], 16, "disk")
 
 
-def test_larger_steps_come_when_they_are_compiled():
+def test_runner_max_batch_size_grows_with_compiled_programs():
     cfg = Config.debug()
     runner = Runner(init(jax.random.key(0), cfg), cfg, cfg.vocab_size, 2, jnp.float32)
     assert runner.max_batch_size == 2
     runner.compile(8, "read")
     assert runner.max_batch_size == 8
-    held = runner.num_bytes
+    num_bytes = runner.num_bytes
     runner.warm_up()
-    assert runner.num_bytes == held > 2 * cache.bytes_per_block(cfg, np.float32)
+    assert runner.num_bytes == num_bytes > 2 * cache.bytes_per_block(cfg, np.float32)

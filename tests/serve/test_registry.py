@@ -1,4 +1,4 @@
-"""The catalogue, the aliases, the models being served, and the settings of a server."""
+"""The catalogue, aliases, the registry of served models, and the settings of a server."""
 
 import asyncio
 import threading
@@ -33,30 +33,30 @@ parts = [{{ source = "pypi:a==1!b", size = 4, sha256 = "{sha}" }}]
 """.format(sha="0" * 64)
 
 
-def written(folder: Path, text: str) -> Path:
+def write_models_toml(folder: Path, text: str) -> Path:
     (folder / "models.toml").write_text(text)
     return folder
 
 
-def test_built_in_catalogue_is_sound() -> None:
-    known = catalogue.load()
-    assert known.default == "smollm2-135m-instruct"
-    assert known.get("gpt-4o-mini") is known.models["smollm2-135m-instruct"]
-    assert known.get("code-davinci-002") is known.models["qwen2.5-coder-0.5b-instruct"]
-    assert known.get("gpt-9") is None
-    for model in known.models.values():
+def test_load_built_in_catalogue_is_consistent() -> None:
+    loaded = catalogue.load()
+    assert loaded.default == "smollm2-135m-instruct"
+    assert loaded.get("gpt-4o-mini") is loaded.models["smollm2-135m-instruct"]
+    assert loaded.get("code-davinci-002") is loaded.models["qwen2.5-coder-0.5b-instruct"]
+    assert loaded.get("gpt-9") is None
+    for model in loaded.models.values():
         assert model.folder or model.size == sum(file.size for file in model.files)
         assert model.licence in Path("NOTICE").read_text().replace(
             "Apache License 2.0", "Apache-2.0"
         )
 
 
-def test_user_file_goes_over_the_built_in_one(tmp_path: Path) -> None:
+def test_load_user_file_overrides_built_in(tmp_path: Path) -> None:
     text = 'default = "mine"\n' + MODEL + '[aliases]\n"gpt-4" = "mine"\n'
-    known = catalogue.load(written(tmp_path, text))
-    assert known.default == "mine"
-    assert known.get("gpt-4") is known.models["mine"]
-    assert known.get("gpt-4o") is known.models["smollm2-135m-instruct"]
+    loaded = catalogue.load(write_models_toml(tmp_path, text))
+    assert loaded.default == "mine"
+    assert loaded.get("gpt-4") is loaded.models["mine"]
+    assert loaded.get("gpt-4o") is loaded.models["smollm2-135m-instruct"]
 
 
 @pytest.mark.parametrize(
@@ -85,21 +85,21 @@ def test_user_file_goes_over_the_built_in_one(tmp_path: Path) -> None:
         (MODEL.replace("[models.mine]", '[models."../mine"]'), ["models.../mine"]),
     ],
 )
-def test_mistakes_are_named(tmp_path: Path, text: str, facts: list) -> None:
+def test_load_invalid_file_names_key_and_value(tmp_path: Path, text: str, facts: list) -> None:
     with pytest.raises(catalogue.CatalogueError, match=naming("models.toml", *facts)):
-        catalogue.load(written(tmp_path, text))
+        catalogue.load(write_models_toml(tmp_path, text))
 
 
-class Served(SimpleNamespace):
+class FakeLoadedModel(SimpleNamespace):
     __hash__ = object.__hash__
 
 
-def served(id: str, memory: int = 0) -> Any:
-    return Served(id=id, memory=memory, is_idle=True)
+def loaded_model(id: str, memory: int = 0) -> Any:
+    return FakeLoadedModel(id=id, memory=memory, is_idle=True)
 
 
-def test_registry_finds_by_id_then_by_alias() -> None:
-    one, two = served("one"), served("org/two")
+def test_resolve_prefers_id_over_alias() -> None:
+    one, two = loaded_model("one"), loaded_model("org/two")
     registry = Registry([one, two], {"gpt-4": "one", "gpt-5": "elsewhere", "org/two": "one"})
     assert registry.resolve("one") is one
     assert registry.resolve("gpt-4") is one
@@ -113,32 +113,32 @@ def test_registry_finds_by_id_then_by_alias() -> None:
         assert raised.value.name == name
 
 
-def test_registry_refuses_nonsense() -> None:
+def test_registry_invalid_models_raise_value_error() -> None:
     with pytest.raises(ValueError, match=naming("models")):
         Registry([], {})
     with pytest.raises(ValueError, match=naming("models", "one, one")):
-        Registry([served("one"), served("one")], {})
+        Registry([loaded_model("one"), loaded_model("one")], {})
     with pytest.raises(ValueError, match=naming("one")):
-        Registry([served("one")], {}).remove("one")
+        Registry([loaded_model("one")], {}).remove("one")
 
 
-class Shelf:
-    """Models that note when they are loaded; `hold` keeps the next load from ending."""
+class FakeSpecs:
+    """Specs of fake models that record each load; clear `gate` to block loads."""
 
     def __init__(self, **megabytes: int) -> None:
-        self.log: list[str] = []
+        self.loads: list[str] = []
         self.stamp = 0  # of the files
-        self.hold = threading.Event()
-        self.hold.set()
-        self.offers = [self.offer(id, size) for id, size in megabytes.items()]
+        self.gate = threading.Event()
+        self.gate.set()
+        self.specs = [self.spec(id, size) for id, size in megabytes.items()]
 
-    def offer(self, id: str, size: int) -> ModelSpec:
+    def spec(self, id: str, size: int) -> ModelSpec:
         def load() -> Any:
-            assert self.hold.wait(10)
-            self.log.append(id)
+            assert self.gate.wait(10)
+            self.loads.append(id)
             if id == "broken":
                 raise ValueError("half of it is missing")
-            return served(id, size * 2**20)
+            return loaded_model(id, size * 2**20)
 
         return ModelSpec(
             id=id,
@@ -150,26 +150,26 @@ class Shelf:
         )
 
 
-def test_a_model_is_loaded_when_it_is_asked_for_and_once() -> None:
-    shelf = Shelf(one=1, two=1)
-    registry = Registry(shelf.offers, {"gpt-4": "two"})
-    assert registry.list_models() == shelf.offers and registry.loaded() == []
+def test_get_concurrent_requests_load_model_once() -> None:
+    specs = FakeSpecs(one=1, two=1)
+    registry = Registry(specs.specs, {"gpt-4": "two"})
+    assert registry.list_models() == specs.specs and registry.loaded() == []
 
     async def main() -> None:
-        found = await asyncio.gather(*(registry.get(name) for name in ("two", "gpt-4", "two")))
-        assert [model.id for model in found] == ["two"] * 3 and found[0] is found[2]
+        models = await asyncio.gather(*(registry.get(name) for name in ("two", "gpt-4", "two")))
+        assert [model.id for model in models] == ["two"] * 3 and models[0] is models[2]
         with pytest.raises(UnknownModel):
             await registry.get("three")
 
     asyncio.run(main())
-    assert shelf.log == ["two"]
-    assert [card.id for card in registry.list_models()] == ["one", "two"]
+    assert specs.loads == ["two"]
+    assert [model.id for model in registry.list_models()] == ["one", "two"]
     assert registry.loaded() == [registry.resolve("gpt-4")]
 
 
-def test_who_was_not_asked_the_longest_makes_room() -> None:
-    shelf = Shelf(a=4, b=4, c=4)
-    registry = Registry(shelf.offers, {}, memory_limit=10 * 2**20)
+def test_get_over_memory_limit_unloads_least_recently_used() -> None:
+    specs = FakeSpecs(a=4, b=4, c=4)
+    registry = Registry(specs.specs, {}, memory_limit=10 * 2**20)
 
     async def main() -> None:
         for id in ("a", "b", "a", "c"):
@@ -184,28 +184,28 @@ def test_who_was_not_asked_the_longest_makes_room() -> None:
         assert raised.value.is_busy
 
     asyncio.run(main())
-    assert shelf.log == ["a", "b", "c", "b"]
+    assert specs.loads == ["a", "b", "c", "b"]
 
 
-def test_what_is_let_go_is_freed() -> None:
-    shelf = Shelf(a=4, b=4)
-    registry = Registry(shelf.offers, {}, memory_limit=6 * 2**20)
+def test_unloaded_model_is_freed() -> None:
+    specs = FakeSpecs(a=4, b=4)
+    registry = Registry(specs.specs, {}, memory_limit=6 * 2**20)
     asyncio.run(registry.get("a"))
-    gone = weakref.ref(registry.loaded()[0])
+    model_ref = weakref.ref(registry.loaded()[0])
     asyncio.run(registry.get("b"))
-    assert gone() is None
+    assert model_ref() is None
 
 
-def test_what_is_too_large_or_broken_says_so_and_does_no_harm() -> None:
-    shelf = Shelf(small=1, large=9, broken=1)
-    registry = Registry(shelf.offers, {}, memory_limit=4 * 2**20)
+def test_get_too_large_or_damaged_model_raises_cannot_load() -> None:
+    specs = FakeSpecs(small=1, large=9, broken=1)
+    registry = Registry(specs.specs, {}, memory_limit=4 * 2**20)
 
     async def main() -> None:
         small = await registry.get("small")
         with pytest.raises(CannotLoad, match=naming("9 MB", "4 MB")) as raised:
             await registry.get("large")
         assert not raised.value.is_busy
-        assert registry.loaded() == [small], "nobody has to go for what can never fit"
+        assert registry.loaded() == [small], "no model is unloaded for one that cannot fit"
         with pytest.raises(CannotLoad, match="half of it is missing"):
             await registry.get("broken")
         assert (await registry.get("small")).id == small.id
@@ -213,40 +213,42 @@ def test_what_is_too_large_or_broken_says_so_and_does_no_harm() -> None:
     asyncio.run(main())
 
 
-def test_a_damaged_model_is_not_read_again_until_its_files_change() -> None:
-    """Each request read half a gigabyte to find the same damage again, while others waited."""
-    shelf = Shelf(broken=1, fine=1)
-    registry = Registry(shelf.offers, {})
+def test_get_damaged_model_is_not_read_again_until_files_change() -> None:
+    """Each request read half a gigabyte to find the same damage, while others waited."""
+    specs = FakeSpecs(broken=1, fine=1)
+    registry = Registry(specs.specs, {})
 
     async def main() -> None:
         for stamp, reads in ((0, 1), (0, 1), (1, 2), (1, 2)):
-            shelf.stamp = stamp
+            specs.stamp = stamp
             with pytest.raises(CannotLoad, match="half of it is missing"):
                 await registry.get("broken")
-            assert shelf.log == ["broken"] * reads
+            assert specs.loads == ["broken"] * reads
         assert (await registry.get("fine")).id == "fine"
 
     asyncio.run(main())
 
 
-def test_loads_that_wait_leave_the_threads_of_others_alone() -> None:
-    """They took the threads that requests are prepared on: with many, nobody was answered."""
-    shelf = Shelf(**{f"m{i}": 1 for i in range(40)})
-    shelf.hold.clear()
-    registry = Registry(shelf.offers, {})
+def test_get_waiting_loads_do_not_occupy_executor_threads() -> None:
+    """Many waiting loads occupied all threads that prepare requests, and the server hung."""
+    specs = FakeSpecs(**{f"m{i}": 1 for i in range(40)})
+    specs.gate.clear()
+    registry = Registry(specs.specs, {})
 
     async def main() -> None:
         loading = [asyncio.create_task(registry.get(f"m{i}")) for i in range(40)]
         await asyncio.sleep(0)
         assert await asyncio.wait_for(asyncio.to_thread(lambda: "prepared"), 5) == "prepared"
-        shelf.hold.set()
+        specs.gate.set()
         assert len(await asyncio.gather(*loading)) == 40
 
     asyncio.run(main())
 
 
-def test_what_could_be_pulled_is_known_by_its_names() -> None:
-    registry = Registry([served("one")], {"gpt-5": "two", "gpt-6": "three"}, not_pulled={"two"})
+def test_resolve_model_not_pulled_names_its_id() -> None:
+    registry = Registry(
+        [loaded_model("one")], {"gpt-5": "two", "gpt-6": "three"}, not_pulled={"two"}
+    )
     for name in ("two", "gpt-5"):
         with pytest.raises(UnknownModel) as raised:
             registry.resolve(name)
@@ -256,17 +258,17 @@ def test_what_could_be_pulled_is_known_by_its_names() -> None:
     assert raised.value.not_pulled_id is None
 
 
-def test_a_model_that_is_removed_while_it_loads_does_not_stay() -> None:
-    """It stayed where nothing could find it, and every later load stumbled over it."""
-    shelf = Shelf(one=3, two=3)
-    shelf.hold.clear()
-    registry = Registry(shelf.offers, {}, memory_limit=4 * 2**20)
+def test_remove_during_load_drops_model() -> None:
+    """The model stayed in memory without an id, and every later load failed."""
+    specs = FakeSpecs(one=3, two=3)
+    specs.gate.clear()
+    registry = Registry(specs.specs, {}, memory_limit=4 * 2**20)
 
     async def main() -> None:
         loading = asyncio.create_task(registry.get("one"))
         await asyncio.sleep(0.05)
         registry.remove("one")
-        shelf.hold.set()
+        specs.gate.set()
         with pytest.raises(UnknownModel):
             await loading
         assert (await registry.get("two")).id == "two"
@@ -275,36 +277,36 @@ def test_a_model_that_is_removed_while_it_loads_does_not_stay() -> None:
     asyncio.run(main())
 
 
-def test_who_leaves_while_a_model_loads_does_not_stop_it_for_others() -> None:
-    shelf = Shelf(one=1)
-    shelf.hold.clear()
-    registry = Registry(shelf.offers, {})
+def test_get_cancelled_during_load_does_not_cancel_others() -> None:
+    specs = FakeSpecs(one=1)
+    specs.gate.clear()
+    registry = Registry(specs.specs, {})
 
     async def main() -> None:
         hasty, patient = (asyncio.create_task(registry.get("one")) for _ in range(2))
         await asyncio.sleep(0.01)
         hasty.cancel()
         await asyncio.sleep(0)
-        shelf.hold.set()
+        specs.gate.set()
         assert (await patient).id == "one"
 
     asyncio.run(main())
-    assert shelf.log == ["one"]
+    assert specs.loads == ["one"]
 
 
-def test_a_removed_model_is_unknown() -> None:
-    registry = Registry([served("one"), served("two")], {"gpt-4": "two"})
+def test_resolve_removed_model_raises_unknown_model() -> None:
+    registry = Registry([loaded_model("one"), loaded_model("two")], {"gpt-4": "two"})
     registry.remove("two")
     for name in ("two", "gpt-4"):
         with pytest.raises(UnknownModel):
             registry.resolve(name)
-    assert not registry.unload("one"), "it came loaded: nobody could load it again"
+    assert not registry.unload("one"), "a model passed in loaded cannot be loaded again"
 
 
 @pytest.mark.parametrize(
     "host", ["0.0.0.0", "::", "192.168.1.5", "example.org", "127.0.0.1.nip.io"]
 )
-def test_beyond_loopback_a_key_is_needed(host: str) -> None:
+def test_settings_non_loopback_host_requires_api_key(host: str) -> None:
     assert not is_loopback(host)
     with pytest.raises(ValueError, match=naming(host, "--api-key")):
         ServerSettings(host=host)
@@ -312,12 +314,12 @@ def test_beyond_loopback_a_key_is_needed(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
-def test_loopback_needs_no_key(host: str) -> None:
+def test_settings_loopback_host_requires_no_api_key(host: str) -> None:
     assert ServerSettings(host=host).api_keys == ()
     assert allowed_hosts(host) == ()
 
 
-def test_settings_are_checked() -> None:
+def test_settings_invalid_values_raise_value_error() -> None:
     with pytest.raises(ValueError, match=naming("port", 70000)):
         ServerSettings(port=70000)
     with pytest.raises(ValueError, match=naming("api_keys")):
@@ -326,6 +328,6 @@ def test_settings_are_checked() -> None:
         ServerSettings(cache_budget=0)
 
 
-def test_a_server_may_be_called_by_the_address_it_is_bound_to() -> None:
+def test_allowed_hosts_include_bound_address() -> None:
     assert allowed_hosts("192.168.1.5") == ("192.168.1.5",)
     assert allowed_hosts("0.0.0.0") == ("*",)

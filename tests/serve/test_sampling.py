@@ -1,4 +1,4 @@
-"""Where the sampling settings of a request come from: itself, the catalogue, the model, OpenAI."""
+"""Sampling defaults of a request: from the request, the catalogue, the model, and OpenAI."""
 
 import dataclasses
 import json
@@ -25,29 +25,29 @@ WITHOUT_PENALTIES = OWN | {
 }
 
 
-def of_folder(folder, content, row=()):
-    """The defaults of a folder with this generation_config.json, and what was noted."""
+def read_folder_defaults(folder, content, row=()):
+    """Return the defaults of a folder with this generation_config.json, and the reported lines."""
     text = content if isinstance(content, str) else json.dumps(content)
     (folder / "generation_config.json").write_text(text)
-    notes = []
-    return generation_config.read_defaults(dict(row), folder, notes.append), notes
+    lines = []
+    return generation_config.read_defaults(dict(row), folder, lines.append), lines
 
 
 # --- the files of a model -------------------------------------------------------------------------
 
 
-def test_generation_config_is_used_whatever_do_sample_says(tmp_path):
-    """As in vLLM."""
+def test_generation_config_do_sample_is_ignored(tmp_path):
+    """The same as in vLLM."""
     assert generation_config.read_defaults({}, tmp_path, pytest.fail) == {}
     for do_sample in (True, False, None):
-        assert of_folder(tmp_path, {**OWN, "do_sample": do_sample}) == (OWN, [])
+        assert read_folder_defaults(tmp_path, {**OWN, "do_sample": do_sample}) == (OWN, [])
 
 
-def test_the_catalogue_comes_before_generation_config_setting_by_setting(tmp_path):
+def test_catalogue_overrides_generation_config_by_key(tmp_path):
     row = {"temperature": 0.25, "repetition_penalty": 1.0}
     expected = {**OWN, **row}
-    del expected["repetition_penalty"]  # OpenAI's, as the row says
-    assert of_folder(tmp_path, OWN, row) == (expected, [])
+    del expected["repetition_penalty"]  # equal to OpenAI's default
+    assert read_folder_defaults(tmp_path, OWN, row) == (expected, [])
 
 
 @pytest.mark.parametrize(
@@ -71,45 +71,47 @@ def test_the_catalogue_comes_before_generation_config_setting_by_setting(tmp_pat
     ],
     ids=str,
 )
-def test_a_value_that_cannot_be_used_is_noted_by_name_and_the_others_count(tmp_path, name, value):
-    found, notes = of_folder(tmp_path, {**OWN, name: value})
-    assert found == {key: own for key, own in OWN.items() if key != name}
-    assert len(notes) == 1 and "generation_config.json" in notes[0] and name in notes[0]
+def test_generation_config_invalid_value_is_reported_and_ignored(tmp_path, name, value):
+    defaults, lines = read_folder_defaults(tmp_path, {**OWN, name: value})
+    assert defaults == {key: OWN[key] for key in OWN if key != name}
+    assert len(lines) == 1 and "generation_config.json" in lines[0] and name in lines[0]
 
 
-def test_null_is_not_given_and_what_means_all_is_openais(tmp_path):
-    assert of_folder(tmp_path, {"temperature": None, "top_p": 1, "top_k": 0}) == ({}, [])
-    assert of_folder(tmp_path, {"top_k": 40.0}) == ({"top_k": 40}, [])
-    found, _ = of_folder(tmp_path, {"top_k": -1})
-    assert generation_config.resolve_params({}, found)["top_k"] == 0
+def test_generation_config_null_and_neutral_values_are_no_defaults(tmp_path):
+    assert read_folder_defaults(tmp_path, {"temperature": None, "top_p": 1, "top_k": 0}) == ({}, [])
+    assert read_folder_defaults(tmp_path, {"top_k": 40.0}) == ({"top_k": 40}, [])
+    defaults, _ = read_folder_defaults(tmp_path, {"top_k": -1})
+    assert generation_config.resolve_params({}, defaults)["top_k"] == 0
 
 
 @pytest.mark.parametrize("value", [2**31 - 1, 12_345_678, 40.0])
-def test_a_large_top_k_stays_that_integer(tmp_path, value):
-    """It was rounded to seven digits: 2147484000 is no int32, and each request failed."""
-    found, _ = of_folder(tmp_path, {"top_k": value})
-    assert found == {"top_k": value} and isinstance(found["top_k"], int)
-    settings = [SamplingParams(**generation_config.resolve_params({}, found))]
+def test_generation_config_large_top_k_is_exact_integer(tmp_path, value):
+    """top_k was rounded to seven digits; 2147484000 exceeds int32, and each request failed."""
+    defaults, _ = read_folder_defaults(tmp_path, {"top_k": value})
+    assert defaults == {"top_k": value} and isinstance(defaults["top_k"], int)
+    settings = [SamplingParams(**generation_config.resolve_params({}, defaults))]
     assert transformer.sampling.batch_sampling_params(settings, [0], [0], [0]).top_k.tolist() == [
         value
     ]
 
 
-def test_what_would_change_the_answer_and_is_not_done_is_noted(tmp_path):
+def test_generation_config_unsupported_keys_are_reported(tmp_path):
     content = {"_from_model_config": True, "bos_token_id": 1, "transformers_version": "5"}
-    assert of_folder(tmp_path, content) == ({}, [])
-    found, notes = of_folder(tmp_path, content | {"num_beams": 4, "max_new_tokens": 64})
-    assert found == {} and len(notes) == 1 and names(notes[0], "max_new_tokens", "num_beams")
+    assert read_folder_defaults(tmp_path, content) == ({}, [])
+    defaults, lines = read_folder_defaults(
+        tmp_path, content | {"num_beams": 4, "max_new_tokens": 64}
+    )
+    assert defaults == {} and len(lines) == 1 and names(lines[0], "max_new_tokens", "num_beams")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '"x"'])
-def test_a_damaged_file_is_noted_and_the_model_goes_on(tmp_path, caplog, content):
-    assert of_folder(tmp_path, content) == ({}, [])
+def test_generation_config_damaged_file_is_logged_and_ignored(tmp_path, caplog, content):
+    assert read_folder_defaults(tmp_path, content) == ({}, [])
     assert str(tmp_path / "generation_config.json") in caplog.text
 
 
-def test_a_gguf_file_may_hold_defaults(tmp_path):
-    """llama.cpp's converter writes them there, in float32."""
+def test_gguf_sampling_metadata_gives_defaults(tmp_path):
+    """The converter of llama.cpp writes them there, in float32."""
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     for key, value in {
         "temp": 0.7,
@@ -122,17 +124,17 @@ def test_a_gguf_file_may_hold_defaults(tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    notes = []
-    found = generation_config.read_defaults({}, tmp_path / "model.gguf", notes.append)
+    lines = []
+    defaults = generation_config.read_defaults({}, tmp_path / "model.gguf", lines.append)
     expected = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
-    assert found == expected
-    assert len(notes) == 1 and "general.sampling.xtc_threshold" in notes[0]
+    assert defaults == expected
+    assert len(lines) == 1 and "general.sampling.xtc_threshold" in lines[0]
     row = {"temperature": 0.2}
     assert generation_config.read_defaults(row, tmp_path / "model.gguf", pytest.fail) == row
 
 
 @pytest.mark.parametrize("value", ["'hot'", "true", "3", "-1", "nan"])
-def test_a_catalogue_with_a_wrong_value_is_refused(tmp_path, value):
+def test_catalogue_invalid_sampling_raises_catalogue_error(tmp_path, value):
     text = catalogue.BUILT_IN.read_text().partition("sampling = {")[0]
     text = "[models.mine]" + text.rpartition('[models."smollm2-135m-instruct"]')[2]
     (tmp_path / "models.toml").write_text(f"{text}sampling = {{ temperature = {value} }}\n")
@@ -149,11 +151,11 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def ask(model):
-    """Posts a request, and gives the settings that reach the engine."""
+def send(model):
+    """Return a function that posts a request and returns the parameters that reach the engine."""
     with scripted.serve_models(model) as address:
 
-        def ask(route, **body):
+        def send(route, **body):
             texts = {"messages": [{"role": "user", "content": "hi"}], "prompt": "hi", "input": "hi"}
             body = {"model": "scripted", "instruction": "x", **texts, **body}
             response = httpx.post(f"{address}/v1/{route}", json=body)
@@ -161,7 +163,7 @@ def ask(model):
             settings = model.engine.requests[-1].sampling_params
             return {name: getattr(settings, name) for name in OWN}
 
-        yield ask
+        yield send
 
 
 ROUTES = ["chat/completions", "completions", "edits"]
@@ -169,45 +171,45 @@ ROUTES += [f"engines/scripted/{route}" for route in ROUTES]
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_what_a_request_leaves_out_is_the_models(ask, route):
-    assert ask(route) == OWN
-    assert ask(route, **dict.fromkeys(OWN)) == OWN  # null is not given
-    assert ask(route, temperature=1) == OWN | {"temperature": 1}
-    assert ask(route, **generation_config.OPENAI_DEFAULTS) == generation_config.OPENAI_DEFAULTS
-    assert ask(route, top_k=-1)["top_k"] == 0
+def test_request_without_parameter_uses_model_default(send, route):
+    assert send(route) == OWN
+    assert send(route, **dict.fromkeys(OWN)) == OWN  # null means unset
+    assert send(route, temperature=1) == OWN | {"temperature": 1}
+    assert send(route, **generation_config.OPENAI_DEFAULTS) == generation_config.OPENAI_DEFAULTS
+    assert send(route, top_k=-1)["top_k"] == 0
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_no_default_penalty_applies_at_temperature_0(ask, route):
-    assert ask(route, temperature=0) == WITHOUT_PENALTIES | {"temperature": 0}
-    asked = {"temperature": 0, "repetition_penalty": 1.25}
-    assert ask(route, **asked) == WITHOUT_PENALTIES | asked
+def test_request_at_temperature_0_has_no_default_penalties(send, route):
+    assert send(route, temperature=0) == WITHOUT_PENALTIES | {"temperature": 0}
+    overrides = {"temperature": 0, "repetition_penalty": 1.25}
+    assert send(route, **overrides) == WITHOUT_PENALTIES | overrides
 
 
 @pytest.mark.parametrize(
-    "judged",
+    "options",
     [{"echo": True, "logprobs": 0}, {"echo": True, "logprobs": 2}, {"best_of": 2}],
     ids=str,
 )
-def test_no_default_penalty_applies_where_likelihood_counts(ask, judged):
-    assert ask("completions", **judged) == WITHOUT_PENALTIES
-    asked = {"frequency_penalty": 1.0}
-    assert ask("completions", **judged, **asked) == WITHOUT_PENALTIES | asked
-    assert ask("completions", echo=True) == ask("completions", logprobs=2) == OWN
+def test_request_with_likelihood_has_no_default_penalties(send, options):
+    assert send("completions", **options) == WITHOUT_PENALTIES
+    overrides = {"frequency_penalty": 1.0}
+    assert send("completions", **options, **overrides) == WITHOUT_PENALTIES | overrides
+    assert send("completions", echo=True) == send("completions", logprobs=2) == OWN
 
 
-def test_no_default_penalty_applies_at_a_default_temperature_of_0():
+def test_default_temperature_0_has_no_default_penalties():
     defaults = OWN | {"temperature": 0}
     assert generation_config.resolve_params({}, defaults) == WITHOUT_PENALTIES | {"temperature": 0}
     assert generation_config.resolve_params({"temperature": 0.5}, defaults) == OWN
 
 
-def test_the_command_line_uses_the_same_defaults():
+def test_local_completion_uses_model_defaults():
     model = dataclasses.replace(scripted.model(), default_sampling=OWN)
 
-    def settings(**asked):
+    def settings(**overrides):
         request = local_completion.LocalCompletion(
-            model, [1], local_completion.Options(sampling=asked)
+            model, [1], local_completion.Options(sampling=overrides)
         )._request
         return {name: getattr(request.sampling_params, name) for name in OWN}
 
@@ -216,47 +218,50 @@ def test_the_command_line_uses_the_same_defaults():
     assert settings(temperature=0) == WITHOUT_PENALTIES | {"temperature": 0}
 
 
-# --- what is shown --------------------------------------------------------------------------------
+# --- output of defaults ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("whose", ["model", "openai"])
-def test_a_server_offers_and_shows_defaults(tmp_path, whose):
-    """Before a model is loaded and after, of a fine-tuned one too."""
+@pytest.mark.parametrize("source", ["model", "openai"])
+def test_server_shows_defaults_of_specs_and_loaded_models(tmp_path, source):
+    """The spec and the loaded model show the same defaults, also of a fine-tuned model."""
     folder = tiny.model(tmp_path / "tiny")
-    of_folder(folder, OWN)
+    read_folder_defaults(folder, OWN)
     name = "ft:tiny:pellucid:mine:abc123"
-    card = adapters.AdapterMetadata(
+    model_entry = adapters.AdapterMetadata(
         name, "tiny", "", fingerprint.hash_weights(folder), created=5, job="j", step=3
     )
     (tmp_path / "adapter").mkdir()
-    adapters.save(tmp_path, card, tmp_path / "adapter")
-    expected = generation_config.resolve_params({}, OWN if whose == "model" else {})
+    adapters.save(tmp_path, model_entry, tmp_path / "adapter")
+    expected = generation_config.resolve_params({}, OWN if source == "model" else {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "MAX_BATCH_SIZE", 2)
-        places, chosen = (
-            [ModelFiles("tiny", folder, "me")],
-            ServerSettings(home=tmp_path, cache_budget=2**20),
-        )
-        with serve._open_registry(places, chosen, "float32", {}, (), whose) as registry:
-            from serve.api.routes.models import model_to_api as shown
+        files = [ModelFiles("tiny", folder, "me")]
+        settings = ServerSettings(home=tmp_path, cache_budget=2**20)
+        with serve._open_registry(files, settings, "float32", {}, (), source) as registry:
+            from serve.api.routes.models import model_to_api
 
-            assert [shown(card)["sampling"] for card in registry.list_models()] == [expected] * 2
+            assert [
+                model_to_api(model_entry)["sampling"] for model_entry in registry.list_models()
+            ] == [expected] * 2
             (loaded,) = registry.loaded()
             assert generation_config.resolve_params({}, loaded.default_sampling) == expected
 
 
-def test_the_model_card_names_its_defaults(model):
+def test_models_route_shows_defaults(model):
     with scripted.serve_models(model) as address:
-        card = httpx.get(f"{address}/v1/models/gpt-4").json()
-    assert card["sampling"] == OWN
+        model_entry = httpx.get(f"{address}/v1/models/gpt-4").json()
+    assert model_entry["sampling"] == OWN
 
 
-def test_the_catalogue_and_its_table_name_defaults(tmp_path, monkeypatch, capsys):
+def test_models_command_shows_catalogue_defaults(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PELLUCID_HOME", str(tmp_path))
     models.models(json=True)
-    cards = {card["id"]: card for card in json.loads(capsys.readouterr().out)["models"]}
-    chat = cards["smollm2-135m-instruct"]["sampling"]
+    entries = {
+        model_entry["id"]: model_entry
+        for model_entry in json.loads(capsys.readouterr().out)["models"]
+    }
+    chat = entries["smollm2-135m-instruct"]["sampling"]
     assert chat == generation_config.resolve_params({}, {"temperature": 0.2, "top_p": 0.9})
-    assert cards["all-minilm-l6-v2"]["sampling"] is None
+    assert entries["all-minilm-l6-v2"]["sampling"] is None
     models.models(json=False)
     assert names(capsys.readouterr().out, "temperature 0.2", "top_p 0.9")

