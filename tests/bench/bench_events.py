@@ -1,19 +1,19 @@
-"""What a generated token costs beside the model: from the engine to the client's socket.
+"""The CPU time of a generated token outside the model, from the engine to the client's socket.
 
     python tests/bench/bench_events.py [--tokens 1500] [--rounds 5]
 
-A real engine on a computer that sleeps instead of computing, so that all processor time is ours.
-Printed are microseconds of processor time a token, of all threads together, the least of some
-rounds. Each stage holds those before it:
+A real engine uses a runner that sleeps instead of computing, so that all CPU time is overhead. The
+script prints microseconds of CPU time a token, summed over all threads, the minimum of some rounds.
+Each stage includes the stages before it:
 
-    engine    the scheduler, the device thread, events to ordinary code
-    stream    to an event loop instead
-    text      put together as text, with stop strings looked for
-    chunks    as the API's chunks, in JSON
-    http      over a socket, to a client in another process
+    engine    the scheduler, the device thread, events to synchronous code
+    stream    events to an event loop instead
+    text      detokenization and the search for stop strings
+    chunks    the API's chunks, in JSON
+    http      a socket, to a client in another process
 
-What it means for a stream: on a machine whose cores all compute a step together, the step waits for
-whichever of them is busy with this. At 20 ms a step, 200 us are one per cent.
+If all cores compute a decoding step together, the step waits for the core that is busy with this
+overhead. At 20 ms a step, 200 us are one per cent.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from transformer.engine import Device, Engine, SequenceRequest  # noqa: E402
 from transformer.engine.scheduler import Scheduler  # noqa: E402
 from transformer.sampling import SampleOutput, SamplingParams  # noqa: E402
 
-STEP = 0.003  # seconds that a step sleeps
+STEP = 0.003  # seconds of a decoding step
 CLIENT = """
 import socket, sys
 at = sys.argv[1].split(":")
@@ -55,8 +55,8 @@ while b"[DONE]" not in data:
 """
 
 
-class SleepingDevice:
-    """Draws an "a" for every row, after a while."""
+class SleepingRunner:
+    """A runner that samples "a" for every sequence after `STEP` seconds."""
 
     max_batch_size = 16
 
@@ -85,7 +85,7 @@ def main() -> None:
     options = parser.parse_args()
     count = options.tokens
     context = count + 100
-    engine = Engine(SleepingDevice(), Scheduler(16, 64, 256, 64, 256), context, Device())
+    engine = Engine(SleepingRunner(), Scheduler(16, 64, 256, 64, 256), context, Device())
     model = replace(scripted.model(), engine=engine, context=context)
     request = SequenceRequest(prompt=(1, 2, 3), max_tokens=count, sampling_params=SamplingParams())
     fields = {"model": "scripted", "prompt": "hello", "max_tokens": count, "stream": True}
@@ -96,17 +96,17 @@ def main() -> None:
             model, [Prompt(token_ids=[1, 2, 3], max_tokens=count)], body, 1, None, RequestContext()
         )
 
-    async def drain(events, each=lambda event: None) -> None:
+    async def consume(events, handle=lambda event: None) -> None:
         async with aclosing(events):
             async for event in events:
-                each(event)
+                handle(event)
 
     async def chunks() -> None:
         head = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "scripted"}
-        await drain(_chunks(body, generation(), head), to_json)
+        await consume(_chunks(body, generation(), head), to_json)
 
     async def text() -> None:
-        await drain(generation().text_deltas())
+        await consume(generation().text_deltas())
 
     with scripted.serve_models(model) as address:
         data = json.dumps(fields).encode()
@@ -115,19 +115,19 @@ def main() -> None:
         command = [sys.executable, "-c", CLIENT, address.removeprefix("http://")]
         stages = {
             "engine": lambda: list(engine.generate(request)),
-            "stream": lambda: asyncio.run(drain(engine.stream(request))),
+            "stream": lambda: asyncio.run(consume(engine.stream(request))),
             "text": lambda: asyncio.run(text()),
             "chunks": lambda: asyncio.run(chunks()),
             "http": lambda: subprocess.run(command, input=head.encode() + data, check=True),
         }
-        found: dict[str, list[float]] = {name: [] for name in stages}
+        microseconds: dict[str, list[float]] = {name: [] for name in stages}
         for _ in range(options.rounds):
             for name, run in stages.items():
                 before = time.process_time()
                 run()
-                found[name].append((time.process_time() - before) / count * 1e6)
+                microseconds[name].append((time.process_time() - before) / count * 1e6)
     engine.close(drain=False)
-    for name, values in found.items():
+    for name, values in microseconds.items():
         print(f"{name:8} {min(values):6.0f} us a token")
         print(json.dumps({"case": name, "us": [round(value, 1) for value in values]}))
 

@@ -1,21 +1,21 @@
-"""Training a decoder: tokens a second and memory, beside transformers and PEFT on torch.
+"""Training a decoder: tokens per second and memory, against transformers and PEFT on torch.
 
     python tests/bench/bench_finetune.py [--methods lora full] [--steps 20] [--batch 4x256]
 
-SmolLM2-135M-Instruct, all weights or an adapter of rank 16 of every linear map. Every contender
-begins at the same weights, is given the same batches, and takes the same steps: cross-entropy of
-the next token, gradients clipped to norm 1, AdamW. First they must agree: if the losses of our
-float32 and of torch's float32 differ by more than 1e-3 at any of the steps, the exit status is 1.
+SmolLM2-135M-Instruct, all weights or an adapter of rank 16 of every linear map. All contenders
+use the same initial weights, batches and steps: cross-entropy of the next token, gradients clipped
+to norm 1, AdamW. If the losses of our float32 and of torch's float32 differ by more than 1e-3 at
+any step, the exit status is 1.
 
-A contender is a process of its own (this script with --worker), which waits without computing
-while another takes its step; every step is taken by each in turn, so that what slows the machine
-slows all. Speeds are from the median of a contender's steps, ratios are taken within a step and
-their median is told. The least time that a step took of all cores together is reported too, for
-machines that are never quiet. The peer is torch as a Trainer runs it, eager, with the fused AdamW,
-in float32 and in bfloat16 by autocast. Memory is the peak of resident memory from before the first
-step, compiling included; what stands before that (libraries, weights) counts, loading does not.
+Each contender is a separate process (this script with --worker), which sleeps while another one
+computes. The contenders alternate step by step, so that a slow phase of the machine slows all of
+them. Speeds are medians over steps; ratios are taken within a step, and their median is reported.
+The minimum CPU time of a step is reported too, for machines that are never idle. The peer is torch
+as a Trainer runs it: eager, with fused AdamW, in float32 and in bfloat16 by autocast. Memory is the
+peak resident memory from before the first step, with compilation; it includes libraries and
+weights, but not the peak of loading.
 
-Left out: torch.compile, more than one machine, packing (the rows are full).
+Left out: torch.compile, several machines, packing (the rows are full).
 """
 
 from __future__ import annotations
@@ -60,18 +60,18 @@ def ours(path: Path, method: str, format: str, adapter: Path) -> Step:
         frozen = cast_params(params, format)
     else:
         task, frozen = DecoderTask(cfg=cfg, init_params=params, dtype=format), None
-    now = state.init(task, config)
+    train_state = state.init(task, config)
     if method == "full":
         object.__setattr__(task, "start", None)
     del params
     take_step = make_train_step(task, config)
-    ones: dict = {}
+    masks: dict = {}
 
     def step(ids: np.ndarray) -> float:
-        nonlocal now
-        if not ones:
-            ones.update(segments=np.ones_like(ids), weights=np.ones(ids.shape, np.float32))
-        now, sums = take_step(now, frozen, {"ids": ids, **ones})
+        nonlocal train_state
+        if not masks:
+            masks.update(segments=np.ones_like(ids), weights=np.ones(ids.shape, np.float32))
+        train_state, sums = take_step(train_state, frozen, {"ids": ids, **masks})
         return float(sums["loss"]) / float(sums["weight"])
 
     return step
@@ -91,15 +91,15 @@ def theirs(path: Path, method: str, format: str, adapter: Path) -> Step:
 
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     model.train()
-    learned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=RATES[method], weight_decay=0.0, fused=True)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=RATES[method], weight_decay=0.0, fused=True)
 
     def step(ids: np.ndarray) -> float:
         batch = torch.from_numpy(ids).long()
         with torch.autocast("cpu", torch.bfloat16, enabled=format == "bfloat16"):
             loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
@@ -108,36 +108,36 @@ def theirs(path: Path, method: str, format: str, adapter: Path) -> Step:
 
 
 def batches(path: Path, batch: int, length: int) -> Iterator[np.ndarray]:
-    """Pieces of this project's own documentation, the same every time."""
+    """Yield batches of token ids [B, T] from this project's documentation, with a fixed seed."""
     import bpe
 
     text = "\n".join(
         (ROOT / name).read_text("utf-8") for name in ("README.md", "ARCHITECTURE.md", "NOTICE")
     )
     ids = np.array(bpe.load(path).encoding.encode_ordinary(text), np.int32)
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     while True:
-        starts = draw.integers(0, len(ids) - length, batch)
+        starts = rng.integers(0, len(ids) - length, batch)
         yield np.stack([ids[start : start + length] for start in starts])
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Answers each line of ids with {"loss", "seconds"}, and an empty one with the peak memory."""
+    """Answer each line of ids with loss and seconds, and an empty line with the peak memory."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # output of libraries must not reach stdout
     package, format = args.worker.split()
     load = ours if package == "pellucid" else theirs
     step = load(args.model, args.methods[0], format, args.adapter)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
         if not line.strip():
             break
         ids = np.array(json.loads(line), np.int32)
-        started, used = time.perf_counter(), time.process_time()
+        started, cpu_seconds = time.perf_counter(), time.process_time()
         loss = step(ids)
         answer = {"loss": loss, "seconds": time.perf_counter() - started}
-        answer["cpu_seconds"] = time.process_time() - used
+        answer["cpu_seconds"] = time.process_time() - cpu_seconds
         print(json.dumps(answer), file=answers, flush=True)
     status = Path("/proc/self/status").read_text()
     peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
@@ -158,17 +158,17 @@ def compare(args: argparse.Namespace, method: str, adapter: Path) -> dict:
     batch, length = map(int, args.batch.split("x"))
     losses: dict[str, list[float]] = {name: [] for name in workers}
     seconds: dict[str, list[float]] = {name: [] for name in workers}
-    used: dict[str, list[float]] = {name: [] for name in workers}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in workers}
     source = batches(args.model, batch, length)
     for step in range(args.steps):
         ids = json.dumps(next(source).tolist())
         for name, process in workers.items():
-            time.sleep(0.2)  # threads that wait for work by spinning fall asleep
+            time.sleep(0.2)  # lets spinning threads fall asleep
             print(ids, file=process.stdin, flush=True)
             answer = _answer(process)
             losses[name].append(answer["loss"])
             seconds[name].append(answer["seconds"])
-            used[name].append(answer["cpu_seconds"])
+            cpu_seconds[name].append(answer["cpu_seconds"])
             if step in (0, args.steps - 1) or args.verbose:
                 print(f"{method} step {step + 1:3} {name:18} loss {answer['loss']:.5f} "
                       f"{answer['seconds']:6.2f} s", flush=True)  # fmt: skip
@@ -179,7 +179,7 @@ def compare(args: argparse.Namespace, method: str, adapter: Path) -> dict:
         process.wait()
     timed = {name: times[1:] for name, times in seconds.items()}  # the first one compiles
     tokens = batch * length
-    found = {
+    results = {
         "method": method,
         "batch": args.batch,
         "first_step": {name: round(times[0], 1) for name, times in seconds.items()},
@@ -189,18 +189,24 @@ def compare(args: argparse.Namespace, method: str, adapter: Path) -> dict:
         "tokens_per_second_best": {
             name: round(tokens / min(times), 1) for name, times in timed.items()
         },
-        "cpu_seconds_least": {name: round(min(times[1:]), 2) for name, times in used.items()},
+        "cpu_seconds_least": {
+            name: round(min(times[1:]), 2) for name, times in cpu_seconds.items()
+        },
         "peak_gb": {name: round(peak / 1e9, 2) for name, peak in peaks.items()},
     }
-    for own, other in (("pellucid float32", "torch float32"),
+    for contender, other in (("pellucid float32", "torch float32"),
                        ("pellucid bfloat16", "torch float32"),
                        ("pellucid bfloat16", "torch bfloat16")):  # fmt: skip
-        if own in timed and other in timed:
-            rates = [b / a for a, b in zip(timed[own], timed[other], strict=True)]
-            found.setdefault("ratios", {})[f"{own} / {other}"] = round(statistics.median(rates), 3)
-            apart = max(abs(a - b) for a, b in zip(losses[own], losses[other], strict=True))
-            found.setdefault("losses_apart", {})[f"{own} / {other}"] = round(apart, 6)
-    return found
+        if contender in timed and other in timed:
+            rates = [b / a for a, b in zip(timed[contender], timed[other], strict=True)]
+            results.setdefault("ratios", {})[f"{contender} / {other}"] = round(
+                statistics.median(rates), 3
+            )
+            difference = max(
+                abs(a - b) for a, b in zip(losses[contender], losses[other], strict=True)
+            )
+            results.setdefault("losses_apart", {})[f"{contender} / {other}"] = round(difference, 6)
+    return results
 
 
 def _answer(process: subprocess.Popen):
@@ -235,22 +241,22 @@ def main() -> int:
     for method in args.methods:
         with tempfile.TemporaryDirectory() as folder:
             _write_adapter(args.model, Path(folder))
-            found = compare(args, method, Path(folder))
-        for name, speed in found["tokens_per_second"].items():
-            print(f"{method} {name:18} {speed:7.1f} tokens/s  {found['peak_gb'][name]:5.2f} GB  "
-                  f"first step {found['first_step'][name]:5.1f} s")  # fmt: skip
-        for name, ratio in found.get("ratios", {}).items():
-            apart = found["losses_apart"][name]
-            print(f"{method} {name:36} {ratio:.2f}  losses apart by at most {apart:.6f}")
-        if found.get("losses_apart", {}).get("pellucid float32 / torch float32", 0) > TOLERANCE:
+            results = compare(args, method, Path(folder))
+        for name, speed in results["tokens_per_second"].items():
+            print(f"{method} {name:18} {speed:7.1f} tokens/s  {results['peak_gb'][name]:5.2f} GB  "
+                  f"first step {results['first_step'][name]:5.1f} s")  # fmt: skip
+        for name, ratio in results.get("ratios", {}).items():
+            difference = results["losses_apart"][name]
+            print(f"{method} {name:36} {ratio:.2f}  losses differ by at most {difference:.6f}")
+        if results.get("losses_apart", {}).get("pellucid float32 / torch float32", 0) > TOLERANCE:
             print(f"{method}: the losses differ by more than {TOLERANCE}")
             status = 1
-        print(json.dumps(found), flush=True)
+        print(json.dumps(results), flush=True)
     return status
 
 
 def _write_adapter(path: Path, folder: Path) -> None:
-    """The adapter at which all begin, in a process of its own: this one has no JAX in memory."""
+    """Write the initial adapter in a separate process, to keep JAX out of this one."""
     code = (
         "import sys, jax; from pathlib import Path; from transformer import checkpoint, lora\n"
         "cfg = checkpoint.read_config(Path(sys.argv[1]))\n"

@@ -1,31 +1,31 @@
-"""What a server makes of several requests: throughput, waiting, and prompts that begin alike.
+"""The throughput and latency of a server with concurrent requests and shared prefixes.
 
     python tests/bench/bench_serve.py [--rounds 5] [--dtype auto] [--before REVISION]
     python tests/bench/bench_serve.py --memory
 
-One `pellucid serve` in a process of its own is asked over HTTP, streamed, greedily. Rounds repeat
-all measurements one after the other, so that a machine that slows down slows all of them, and the
-ratios are taken within a round. No prompt is ever asked twice unless that is the point, and all are
-cut from one text, so that none is easier than another.
+One `pellucid serve` in a separate process receives requests over HTTP, streamed and greedy. Each
+round repeats all measurements one after the other, so that a slow phase of the machine slows all of
+them, and ratios are taken within a round. No prompt is repeated unless the measurement needs it.
+All prompts are random tokens of one text, so that they are equally difficult.
 
-    one     200 prompt tokens, 100 new ones, nobody else: tokens a second over all of it
-    stream  the same request: tokens a second from the first to the last. With --before also on the
-            server of another revision of this repository, unpacked beside, in turn with this one
-    eight   eight different ones of those at once, until the last is through
-    short   a prompt of 20 tokens alone, and one asked when a prompt of 1,500 has been reading for
-            0.2 s: seconds to the first token of the short one
-    prefix  a prompt of 1,000 tokens with 30 more behind it, then the same with 30 others: seconds
-            to the first token of each
+    one     200 prompt tokens and 100 new ones, without other requests: tokens per second
+    stream  the same request: tokens per second from the first token to the last. With --before
+            also on a server of another revision of this repository, alternating with this one
+    eight   eight different requests of this size at once, until the last ends
+    short   a prompt of 20 tokens alone, and 0.2 s after the start of the prefill of 1,500 tokens:
+            seconds to the first token of the short prompt
+    prefix  a prompt of 1,000 tokens and 30 more, then the same 1,000 with 30 others: seconds to
+            the first token of each
 
-The text of a request must be the same alone, among eight, and with its prefix known: it is compared
-before anything is timed.
+The text of a request must be the same alone and among eight; the script compares it before it
+measures.
 
-`--memory` is a run of its own: a server in a data folder where nothing was measured or compiled
-yet, then again in the same folder; each answers four conversations of 2,048 tokens at once. Printed
-are the seconds until it listens, and the most memory that its process held, and that it held
-together with those it had started.
+`--memory` is a separate measurement: a server starts in a data folder without measurements or
+compiled programs, and then again in the same folder; each answers four requests of 2,048 tokens at
+once. The script prints the seconds until the server listens, the peak resident memory of its
+process, and the peak of the process and its children together.
 
-Left out: several models at once, the sampler's settings, long contexts.
+Left out: several models at once, sampling parameters, long contexts.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ SHARED, OWN = 1000, 30
 
 @dataclass(frozen=True)
 class Answer:
-    """What came, and when, in seconds after it was asked for."""
+    """The text of a response, and the times of its deltas in seconds after the request."""
 
     text: str
-    times: tuple[float, ...]  # of the pieces of text
+    times: tuple[float, ...]  # of the text deltas
     seconds: float
 
     @property
@@ -74,7 +74,7 @@ class Answer:
 
     @property
     def rate(self) -> float:
-        """Tokens a second, from the first to the last."""
+        """Return the tokens per second from the first token to the last."""
         return (NEW - 1) / (self.seconds - self.first)
 
 
@@ -84,18 +84,18 @@ class Server:
 
     name: str
     address: str
-    format: str
+    dtype: str
     client: httpx.Client
-    ids: list[int]  # ids that stand for common words, to make prompts of
-    listened: float  # when it did, on the clock of time.perf_counter
+    ids: list[int]  # token ids for prompts
+    listened: float  # the time at which it listened, of time.perf_counter
     random: random.Random = field(default_factory=lambda: random.Random(0))
 
     def prompt(self, length: int) -> list[int]:
-        """A prompt that was never asked before."""
+        """Return a new random prompt."""
         return self.random.choices(self.ids, k=length)
 
     def ask(self, prompt: list[int], count: int = 1) -> Answer:
-        # No end before `count`: the ids that end a text are forbidden.
+        # Exactly `count` tokens: end tokens are forbidden.
         bias = {str(id): -100 for id in range(3)}
         body = {"model": MODEL, "prompt": prompt, "max_tokens": count, "temperature": 0}
         started, times, text = time.perf_counter(), [], ""
@@ -116,7 +116,7 @@ class Server:
         return Answer(text, tuple(times), time.perf_counter() - started)
 
     def ask_all(self, prompts: list[list[int]], count: int) -> tuple[list[Answer], float]:
-        """Asks at once. Gives the answers and the seconds until the last of them."""
+        """Send requests at once; return the answers and the seconds until the last one."""
         started = time.perf_counter()
         with ThreadPoolExecutor(len(prompts)) as pool:
             answers = list(pool.map(lambda prompt: self.ask(prompt, count), prompts))
@@ -146,19 +146,19 @@ def serving(
         listened = time.perf_counter()
         if not line:
             raise SystemExit(f"{name} did not start")
-        said = json.loads(line)
+        banner = json.loads(line)
         wait_until_idle(process.pid)
-        formats = said.get("formats", {})
+        dtypes = banner.get("formats", {})
         with httpx.Client(timeout=120, limits=httpx.Limits(max_connections=32)) as client:
-            url, format = said["url"], formats.get(MODEL, dtype)
-            yield Server(name, url, format, client, word_ids(), listened)
+            url, chosen_dtype = banner["url"], dtypes.get(MODEL, dtype)
+            yield Server(name, url, chosen_dtype, client, word_ids(), listened)
     finally:
         process.terminate()
         process.wait()
 
 
 def wait_until_idle(pid: int) -> None:
-    """Waits until a server rests: at first it compiles ahead."""
+    """Wait until a server is idle: after the start it compiles in the background."""
     import psutil
 
     process, before = psutil.Process(pid), float("-inf")
@@ -168,13 +168,13 @@ def wait_until_idle(pid: int) -> None:
 
 
 def measure_memory(dtype: str) -> None:
-    """Two starts in one fresh data folder, in which only the models are found."""
+    """Measure two starts in one new data folder that holds only the models."""
     import psutil
 
     from serve import settings
 
     class Watch(threading.Thread):
-        """Looks ten times a second at how much a process and its children hold together."""
+        """Samples the memory of a process and its children ten times a second."""
 
         def __init__(self, pid: int) -> None:
             super().__init__(daemon=True)
@@ -184,9 +184,11 @@ def measure_memory(dtype: str) -> None:
         def run(self) -> None:
             while not self.ended.wait(0.1):
                 with suppress(psutil.Error):
-                    own = psutil.Process(self.pid)
-                    held = [p.memory_info().rss for p in [own, *own.children(recursive=True)]]
-                    self.most = max(self.most, sum(held))
+                    process = psutil.Process(self.pid)
+                    resident = [
+                        p.memory_info().rss for p in [process, *process.children(recursive=True)]
+                    ]
+                    self.most = max(self.most, sum(resident))
 
     with tempfile.TemporaryDirectory() as home:
         (Path(home) / "models").symlink_to(settings.data_folder() / "models")
@@ -208,7 +210,7 @@ def measure_memory(dtype: str) -> None:
                 status = Path(f"/proc/{watch[0].pid}/status").read_text()
                 watch[0].ended.set()
             peak = next(int(line.split()[1]) for line in status.splitlines() if "VmHWM" in line)
-            figures = {"listens after, s": round(seconds, 1), "format": server.format}
+            figures = {"listens after, s": round(seconds, 1), "format": server.dtype}
             figures |= {"peak, MB": peak // 1024, "with children, MB": watch[0].most // 2**20}
             print(json.dumps({"case": f"{start} start", **figures}))
 
@@ -228,33 +230,36 @@ def word_ids() -> list[int]:
 
 
 def check(server: Server) -> None:
-    """Alone, among eight, and with its prefix known, a request has the same answer."""
+    """Assert that a request has the same answer alone and among eight."""
     prompts = [server.prompt(PROMPT) for _ in range(8)]
     together, _ = server.ask_all(prompts, NEW)
     for prompt, answer in zip(prompts, together, strict=True):
         if server.ask(prompt, NEW).text != answer.text:
-            raise SystemExit(f"an answer changed with company: {answer.text!r}")
+            raise SystemExit(f"an answer depends on concurrent requests: {answer.text!r}")
 
 
 def measure(server: Server, before: Server | None, rounds: int, progress: Console) -> dict:
-    found: dict[str, list[float]] = {}
+    results: dict[str, list[float]] = {}
 
     def note(name: str, value: float) -> None:
-        found.setdefault(name, []).append(value)
+        results.setdefault(name, []).append(value)
 
     for number in range(rounds):
         progress.print(f"round {number + 1} of {rounds}")
-        for each in (server, before)[:: 1 if number % 2 else -1]:  # nobody is always second
-            if each is not None:
-                answer = each.ask(each.prompt(PROMPT), NEW)
-                note("stream, tok/s" if each is server else "stream before, tok/s", answer.rate)
-                if each is server:
+        for target in (server, before)[:: 1 if number % 2 else -1]:  # alternate the order
+            if target is not None:
+                answer = target.ask(target.prompt(PROMPT), NEW)
+                note("stream, tok/s" if target is server else "stream before, tok/s", answer.rate)
+                if target is server:
                     note("one, tok/s", NEW / answer.seconds)
         if before is not None:
-            note("stream / before", found["stream, tok/s"][-1] / found["stream before, tok/s"][-1])
+            note(
+                "stream / before",
+                results["stream, tok/s"][-1] / results["stream before, tok/s"][-1],
+            )
         _, seconds = server.ask_all([server.prompt(PROMPT) for _ in range(8)], NEW)
         note("eight, tok/s", 8 * NEW / seconds)
-        note("eight / one", found["eight, tok/s"][-1] / found["one, tok/s"][-1])
+        note("eight / one", results["eight, tok/s"][-1] / results["one, tok/s"][-1])
 
         note("short alone, s", server.ask(server.prompt(SHORT)).first)
         with ThreadPoolExecutor() as pool:
@@ -262,19 +267,19 @@ def measure(server: Server, before: Server | None, rounds: int, progress: Consol
             time.sleep(HEAD_START)
             note("short behind 1,500, s", server.ask(server.prompt(SHORT)).first)
             if long.done():
-                raise SystemExit("the long prompt was read before the short one was asked")
+                raise SystemExit("the long prefill ended before the short request was sent")
             note("the 1,500 itself, s", long.result().first)
 
         shared = server.prompt(SHARED)
         note("prefix unknown, s", server.ask(shared + server.prompt(OWN)).first)
         note("prefix known, s", server.ask(shared + server.prompt(OWN)).first)
-        note("unknown / known", found["prefix unknown, s"][-1] / found["prefix known, s"][-1])
-    return found
+        note("unknown / known", results["prefix unknown, s"][-1] / results["prefix known, s"][-1])
+    return results
 
 
 @contextmanager
 def unpacked(revision: str) -> Iterator[Path]:
-    """A folder with the files of another revision."""
+    """Yield a folder with the files of another revision."""
     command = ["git", "archive", "--format=tar", revision]
     archive = subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout
     with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=io.BytesIO(archive)) as tar:
@@ -294,8 +299,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--before", metavar="REVISION", help="compare one stream with this one's")
-    parser.add_argument("--memory", action="store_true", help="measure memory, and nothing else")
+    parser.add_argument(
+        "--before", metavar="REVISION", help="compare one stream with that of REVISION"
+    )
+    parser.add_argument("--memory", action="store_true", help="measure memory only")
     options = parser.parse_args()
     if options.memory:
         return measure_memory(options.dtype)
@@ -306,21 +313,21 @@ def main() -> None:
         before = None
         if options.before:
             folder = stack.enter_context(unpacked(options.before))
-            before = stack.enter_context(serving("before", folder, server.format))
+            before = stack.enter_context(serving("before", folder, server.dtype))
             before.ask(before.prompt(PROMPT), NEW)
         check(server)
-        found = measure(server, before, options.rounds, progress)
+        results = measure(server, before, options.rounds, progress)
 
     out = Console(width=100, highlight=False)
-    out.print(f"{processor()}, {os.cpu_count()} cores; {MODEL} in {server.format}, over HTTP")
+    out.print(f"{processor()}, {os.cpu_count()} cores; {MODEL} in {server.dtype}, over HTTP")
     out.print(f"{options.rounds} rounds; every answer was the same alone and among eight\n")
     table = Table("", "median", "min", "max", box=None)
-    for name, values in found.items():
+    for name, values in results.items():
         figures = (statistics.median(values), min(values), max(values))
         table.add_row(name, *(f"{value:.3g}" for value in figures))
     out.print(table, "")
-    for name, values in found.items():
-        print(json.dumps({"case": name, "format": server.format, "values": values}))
+    for name, values in results.items():
+        print(json.dumps({"case": name, "format": server.dtype, "values": values}))
 
 
 if __name__ == "__main__":

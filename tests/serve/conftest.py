@@ -1,4 +1,4 @@
-"""One scripted server for all tests of the HTTP layer, and three ways to talk to it."""
+"""One scripted server for all tests of the HTTP layer, and three clients for it."""
 
 from collections.abc import Iterator
 from itertools import starmap
@@ -18,20 +18,22 @@ def model() -> DecoderModel:
 
 @pytest.fixture(scope="session")
 def address(model: DecoderModel) -> Iterator[str]:
-    others = {
+    templates = {
         "org/with-slash": scripted.TEMPLATE,
         "base": None,
         "picky": "{{ raise_exception('Conversation roles must alternate') }}",
         "hostile": "{% for i in range(10 ** 9) %}x{% endfor %}",
     }
-    filling = scripted.model("filling", None, scripted.fim_encoding)
-    with scripted.serve_models(model, *starmap(scripted.model, others.items()), filling) as address:
+    fim_model = scripted.model("filling", None, scripted.fim_encoding)
+    with scripted.serve_models(
+        model, *starmap(scripted.model, templates.items()), fim_model
+    ) as address:
         yield address
 
 
 @pytest.fixture
 def engine(model: DecoderModel) -> scripted.ScriptedEngine:
-    """The engine behind the server: what it was asked is on record."""
+    """Return the engine of the server, which records its requests."""
     assert isinstance(model.engine, scripted.ScriptedEngine)
     return model.engine
 
@@ -47,20 +49,20 @@ def client(address: str, *, strict: bool) -> OpenAI:
 
 @pytest.fixture(scope="session")
 def strict(address: str) -> Iterator[OpenAI]:
-    """The official client, raising on anything that is not as OpenAI's schema says."""
+    """Yield the official client, which raises on deviations from OpenAI's schema."""
     with client(address, strict=True) as openai:
         yield openai
 
 
 @pytest.fixture(scope="session")
 def loose(address: str) -> Iterator[OpenAI]:
-    """The same as most use it: streamed completions need it, for their null finish_reason."""
+    """Yield the official client with its default checks, as streamed completions need it."""
     with client(address, strict=False) as openai:
         yield openai
 
 
 @pytest.fixture(scope="session")
 def http(address: str) -> Iterator[httpx.Client]:
-    """Plain HTTP, for what the official client would not send."""
+    """Yield an HTTP client, for requests that the official client does not send."""
     with httpx.Client(base_url=address, timeout=20) as client:
         yield client

@@ -1,8 +1,8 @@
-"""A model whose answers are known beforehand, and a server around it on a real socket.
+"""A model with scripted responses, and a server for it on a real socket.
 
-`Scripted` keeps the engine's promises (events in order, one end, closing cancels) without computing
-anything: what it answers depends on a word in the prompt. Its vocabulary is the 256 bytes, so that
-a character outside ASCII takes several tokens, and three special tokens.
+`ScriptedEngine` behaves like the engine (events in order, one end, closing cancels) without
+computing: its response depends on a word in the prompt. Its vocabulary is the 256 bytes, so that a
+character outside ASCII takes several tokens, and three special tokens.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ from transformer.engine import (
     Token,
 )
 
-HELLO = "Hello, wörld! 😀 Bye."  # what it says unless told otherwise
+HELLO = "Hello, wörld! 😀 Bye."  # the default response
 CONTEXT = 512
 IM_START, IM_END, END_OF_TEXT = 256, 257, 258
 
@@ -64,7 +64,7 @@ def tokenizer(template: str | None, encoding: bpe.Encoding = encoding) -> bpe.To
 
 
 class ScriptedEngine:
-    """An engine that plays a part; ``requests`` and ``running`` say what it was asked to do."""
+    """An engine with scripted responses; ``requests`` and ``running`` record its requests."""
 
     def __init__(self) -> None:
         self.requests: list[SequenceRequest] = []
@@ -142,7 +142,7 @@ class ScriptedEngine:
     def token(self, id: int, request: SequenceRequest) -> Token:
         if request.top_logprobs is None:
             return Token(id, None, ())
-        # Of four choices that are asked for the best, the third is.
+        # Of the four choices of a `best_of` request, the third is the likeliest.
         likely = -1.0 - (request.index - 2) % 4 if chr(id).isdigit() else -0.25
         top = ((id, likely), (0x41, -2.5), (0xFF, float("-inf")))
         return Token(id, likely, top[: request.top_logprobs])
@@ -172,9 +172,9 @@ def model(
 
 @contextmanager
 def serve_models(*models: DecoderModel | ModelSpec, **settings: object) -> Iterator[str]:
-    """Serves ``models`` from a thread on a free port; gives the address, without /v1."""
+    """Serve ``models`` from a thread on a free port; yield the address, without /v1."""
     registry = Registry([*models], {"gpt-4": models[0].id, "mine": models[0].id})
-    with tempfile.TemporaryDirectory() as home:  # not the user's own, which may hold keys
+    with tempfile.TemporaryDirectory() as home:  # not the user's data folder, which may hold keys
         settings = {"home": Path(home), **settings}
         app = create_app(ServerSettings(**settings), registry)  # type: ignore[arg-type]
         with serve_app(app) as address, closing(app.state.job_runner):
@@ -183,7 +183,7 @@ def serve_models(*models: DecoderModel | ModelSpec, **settings: object) -> Itera
 
 @contextmanager
 def serve_app(app: FastAPI) -> Iterator[str]:
-    """Runs an application on a thread, on a free port; gives its address."""
+    """Run an application on a thread, on a free port; yield its address."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -1,4 +1,4 @@
-"""A data folder that an earlier version wrote opens, and what it left undone is done."""
+"""A data folder of an earlier version opens, and its unfinished job is completed."""
 
 import json
 
@@ -16,7 +16,7 @@ MADE = json.loads(old.MADE.read_text("utf-8"))
 
 @pytest.fixture(scope="module")
 def variables(tmp_path_factory):
-    """The environment of a user who has a copy of the old folder."""
+    """Return environment variables for a copy of the old folder."""
     folder = tmp_path_factory.mktemp("old")
     old.put(old.HOME, folder / "home", old.PLACE, str(folder / "home"))
     return {
@@ -42,13 +42,13 @@ def openai(address):
         yield openai
 
 
-def test_commands_know_the_models_and_the_jobs(variables):
-    listed = json.loads(run("models", "--json", **variables))
-    cards = {card["id"]: card for card in listed["models"]}
-    assert listed["default"] == "tiny" and cards["tiny"]["state"] == "pulled"
-    assert cards["tiny"]["aliases"] == ["gpt-3.5-turbo"] and cards["tiny"]["publisher"] == "me"
-    assert cards["tiny"]["tokens_per_second"] > 0
-    assert cards[MADE["model"]]["state"] == "made" and cards[MADE["model"]]["base"] == "tiny"
+def test_commands_list_models_and_jobs_of_old_folder(variables):
+    response = json.loads(run("models", "--json", **variables))
+    models = {model["id"]: model for model in response["models"]}
+    assert response["default"] == "tiny" and models["tiny"]["state"] == "pulled"
+    assert models["tiny"]["aliases"] == ["gpt-3.5-turbo"] and models["tiny"]["publisher"] == "me"
+    assert models["tiny"]["tokens_per_second"] > 0
+    assert models[MADE["model"]]["state"] == "made" and models[MADE["model"]]["base"] == "tiny"
     jobs = json.loads(run("finetune", "list", "--json", **variables))["jobs"]
     assert [(job["id"], job["status"]) for job in jobs] == [
         (MADE["half_done"], "stopped"),
@@ -56,7 +56,7 @@ def test_commands_know_the_models_and_the_jobs(variables):
     ]
 
 
-def test_keys_are_accepted(address):
+def test_old_api_keys_are_accepted(address):
     for key in MADE["keys"].values():
         with old.client(address, key) as openai:
             assert "tiny" in [model.id for model in openai.models.list()]
@@ -64,19 +64,19 @@ def test_keys_are_accepted(address):
         openai.models.list()
 
 
-def test_adapter_answers_and_so_does_its_base(variables, openai):
-    def answer(model):  # in a process of its own, which compiles for one conversation only
+def test_old_adapter_and_base_generate(variables, openai):
+    def generate(model):  # in a separate process, which compiles for one conversation only
         options = ["--temperature", "0", "--max-tokens", "4"]
         return run("chat", "1?", "-m", model, *options, **variables).removesuffix("\n")
 
-    assert answer(MADE["model"]) == ANSWER
-    assert answer("tiny") == answer("gpt-3.5-turbo") != ANSWER
+    assert generate(MADE["model"]) == ANSWER
+    assert generate("tiny") == generate("gpt-3.5-turbo") != ANSWER
     checkpoints = openai.fine_tuning.jobs.checkpoints.list(MADE["done"]).data
-    ids = {MADE["model"], *(found.fine_tuned_model_checkpoint for found in checkpoints)}
+    ids = {MADE["model"], *(c.fine_tuned_model_checkpoint for c in checkpoints)}
     assert len(ids) == 2 and ids < {model.id for model in openai.models.list()}
 
 
-def test_files_are_listed_and_read(openai):
+def test_old_files_are_listed_and_read(openai):
     files = {file.id: file for file in openai.files.list()}
     job = openai.fine_tuning.jobs.retrieve(MADE["done"])
     assert files.keys() >= {*MADE["files"], *job.result_files}
@@ -89,12 +89,12 @@ def test_files_are_listed_and_read(openai):
 
 @pytest.fixture(scope="module")
 def resumed(openai):
-    """The job that was half done, once it is done."""
+    """Wait for the unfinished job, and return it."""
     wait_for(lambda: old.status(openai, MADE["half_done"]) == "succeeded")
     return openai.fine_tuning.jobs.retrieve(MADE["half_done"])
 
 
-def test_half_done_job_goes_on_from_its_checkpoint(openai, resumed, home):
+def test_unfinished_job_resumes_from_its_checkpoint(openai, resumed, home):
     out = home / "jobs" / MADE["half_done"] / "out"
     before = (old.HOME / out.relative_to(home) / "metrics.jsonl").read_text().splitlines()
     after = (out / "metrics.jsonl").read_text().splitlines()
@@ -105,8 +105,8 @@ def test_half_done_job_goes_on_from_its_checkpoint(openai, resumed, home):
     assert resumed.fine_tuned_model in [model.id for model in openai.models.list()]
 
 
-def test_names_on_disk_stay(resumed, home):
-    cleared = {
+def test_file_names_of_old_folder_are_unchanged(resumed, home):
+    removed = {
         "data.jsonl",
         "out/adapters/step-N/adapter_config.json",
         "out/adapters/step-N/adapter_model.safetensors",
@@ -114,13 +114,13 @@ def test_names_on_disk_stay(resumed, home):
         "out/checkpoints/step-N/state.safetensors",
     }
     before, after = old.names(old.HOME, MADE), old.names(home, MADE)
-    assert before - after == {f"jobs/HALF_DONE/{name}" for name in cleared}
+    assert before - after == {f"jobs/HALF_DONE/{name}" for name in removed}
     assert after - before == {"store.db-shm", "store.db-wal"}  # while the server runs
 
 
 @pytest.mark.slow  # two jobs, one of them whole
-def test_new_folder_has_the_names_of_the_old(tmp_path):
-    """One name is gone: a model's own file of hashes, which are all in hashes.json now."""
-    found = old.make(tmp_path / "home")
-    names = old.names(tmp_path / "home", found)
+def test_new_folder_has_file_names_of_old_folder(tmp_path):
+    """Only the hash file of each model is gone: all hashes are in hashes.json now."""
+    facts = old.make(tmp_path / "home")
+    names = old.names(tmp_path / "home", facts)
     assert names == old.names(old.HOME, MADE) - {"models/tiny/verified.json"}

@@ -1,7 +1,7 @@
-"""The wheel, installed where nothing of this repository can be found.
+"""The wheel, installed in an environment without access to this repository.
 
-All other tests import the packages from their folders. What a wheel leaves out (a file that is no
-module, a package that nobody listed) and what looks for a file beside another one fails only here.
+All other tests import the packages from their folders. Only these tests fail if the wheel lacks a
+package or a data file, or if code looks for a file outside the packages.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel of the working tree, built from a copy: a build leaves folders behind."""
+    """Build the wheel of the working tree from a copy, because a build leaves folders behind."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in PACKAGES:
         ignored = shutil.ignore_patterns("__pycache__")
@@ -41,16 +41,16 @@ def wheel(tmp_path_factory) -> Path:
     options = ["--no-build-isolation"] if find_spec("setuptools") else []
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     subprocess.run([*pip, "wheel", "--no-deps", *options, "-w", target, source], check=True)
-    (built,) = target.glob("*.whl")
-    return built
+    (wheel_file,) = target.glob("*.whl")
+    return wheel_file
 
 
 class Installed:
-    """An environment with the wheel, and this one's dependencies.
+    """A virtual environment with the wheel and the dependencies of this environment.
 
     Args:
-        folder: where to make it; commands run there, too.
-        wheel: what is installed.
+        folder: the folder of the environment, and of its commands.
+        wheel: the wheel to install.
     """
 
     def __init__(self, folder: Path, wheel: Path):
@@ -60,19 +60,19 @@ class Installed:
         pip = [sys.executable, "-m", "pip", "--python", self.bin / "python"]
         subprocess.run([*pip, "install", "--no-deps", "--no-index", wheel], check=True)
         self.site = Path(self.run("python", "-c", "import site; print(site.getsitepackages()[0])"))
-        # A folder that is named here comes last, and its own .pth files, by which an editable
-        # install is found, are not read.
+        # Folders in a .pth file come last in the path, and their own .pth files, which an editable
+        # install uses, are not read.
         paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
         (self.site / "dependencies.pth").write_text("\n".join(paths) + "\n")
 
     @property
     def environment(self) -> dict[str, str]:
-        """The user's, with their models, but for what would show our folders to Python."""
+        """Return the user's environment without PYTHONPATH, which may name this repository."""
         return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def run(self, program: str, *arguments: str) -> str:
-        """What a program of the environment prints."""
-        done = subprocess.run(
+        """Return the output of a program of the environment."""
+        process = subprocess.run(
             [self.bin / program, *arguments],
             cwd=self.folder,
             env=self.environment,
@@ -82,7 +82,7 @@ class Installed:
             timeout=600,
             check=True,
         )
-        return done.stdout.removesuffix("\n")
+        return process.stdout.removesuffix("\n")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def installed(tmp_path_factory, wheel) -> Installed:
     return Installed(tmp_path_factory.mktemp("installed"), wheel)
 
 
-def test_wheel_has_every_file_of_the_packages(wheel):
+def test_wheel_contains_every_file_of_packages(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     files = (path for package in PACKAGES for path in (ROOT / package).rglob("*"))
@@ -101,7 +101,7 @@ def test_wheel_has_every_file_of_the_packages(wheel):
     }
 
 
-def test_every_module_is_imported_from_the_wheel(installed):
+def test_modules_are_imported_from_installed_wheel(installed):
     code = """
 import importlib, json, pkgutil, sys
 found = {}
@@ -118,7 +118,7 @@ print(json.dumps(found))
     assert not [path for path in found.values() if not Path(path).is_relative_to(installed.site)]
 
 
-def test_data_of_packages_is_found(installed):
+def test_package_data_is_found_in_installed_wheel(installed):
     assert names(installed.run("pellucid", "--help"), "chat", "pull", "serve")
     assert installed.run("python", "-m", "bpe", "encode", "hello world") == "24912 2375"
     listed = json.loads(installed.run("pellucid", "models", "--json"))["models"]
@@ -131,7 +131,7 @@ def test_data_of_packages_is_found(installed):
         assert (weights / part / "model.safetensors").stat().st_size > 1e5
 
 
-def test_commands_of_the_wheel_answer(installed, model_file):
+def test_commands_of_installed_wheel_run(installed, model_file):
     model_file(MODEL)
     assert installed.run("pellucid", "tokenize", "hamburger") == "h|amb|urger\n88 2980 44614"
     question = "What is the capital of France?"
@@ -157,12 +157,12 @@ def address(installed, model_file) -> Iterator[str]:
     assert process.returncode == 0
 
 
-def test_server_of_the_wheel_has_its_pages(address):
+def test_server_of_installed_wheel_has_its_pages(address):
     with httpx.Client(base_url=address, timeout=120) as client:
         for path in ("/", "/docs", "/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css"):
             assert client.get(path).status_code == 200, path
         for path in (ROOT / "serve").rglob("web/*"):
             if path.suffix != ".html":  # which are / and /docs
-                answer = client.get(f"/web/{path.name}")
-                assert (answer.status_code, answer.content) == (200, path.read_bytes()), path
+                response = client.get(f"/web/{path.name}")
+                assert (response.status_code, response.content) == (200, path.read_bytes()), path
         assert "/v1/chat/completions" in client.get("/openapi.json").json()["paths"]

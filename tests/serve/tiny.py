@@ -1,4 +1,4 @@
-"""A whole model in a folder that takes milliseconds to make and to train: bytes in, bytes out."""
+"""A tiny decoder over bytes in a folder, which takes milliseconds to write and to train."""
 
 import json
 from collections.abc import Iterator
@@ -26,18 +26,18 @@ CFG = Config.debug(max_seq_len=512)
 
 
 def model(folder: Path, seed: int = 0) -> Path:
-    """Writes a decoder under 50,000 weights with a tokenizer of single bytes and a template."""
+    """Write a decoder of under 50,000 weights with a byte tokenizer and a chat template."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save(folder, init(jax.random.key(seed), CFG), CFG)
     vocab = {character: byte for byte, character in bytes_to_unicode().items()}
-    added = [
+    added_tokens = [
         {"id": 256 + i, "content": token, "special": True, "single_word": False, "lstrip": False,
          "rstrip": False, "normalized": False}
         for i, token in enumerate(SPECIAL)
     ]  # fmt: skip
     spec = {
         "version": "1.0",
-        "added_tokens": added,
+        "added_tokens": added_tokens,
         "normalizer": None,
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
         "post_processor": None,
@@ -53,14 +53,16 @@ def model(folder: Path, seed: int = 0) -> Path:
 
 @contextmanager
 def serving(home: Path, folder: Path, **settings) -> Iterator[str]:
-    """A whole server of the model `tiny` in `folder`, but for its command; gives its address."""
+    """Run a complete server of the model in `folder` as `tiny`, and yield its address."""
     budget = 2 * 2**20
-    offer = resolve.describe(
+    spec = resolve.describe(
         ModelFiles("tiny", folder, "me"),
         LoadOptions(cache_budget=budget, dtype="float32", home=home, notify=lambda line: None),
     )
-    shelf = resolve.AdapterSpecs(home, budget, {"tiny": folder})
-    registry = Registry([offer], {"curie": "tiny", "gpt-3.5-turbo": "tiny"}, adapter_specs=shelf)
+    adapter_specs = resolve.AdapterSpecs(home, budget, {"tiny": folder})
+    registry = Registry(
+        [spec], {"curie": "tiny", "gpt-3.5-turbo": "tiny"}, adapter_specs=adapter_specs
+    )
     app = create_app(ServerSettings(home=home, **settings), registry)
     with serve_app(app) as address, closing(registry), closing(app.state.job_runner):
         yield address

@@ -1,4 +1,4 @@
-"""What tiny models are given: a chat template, special tokens, and examples to learn from."""
+"""Data of tiny models: a chat template, special tokens, and training examples."""
 
 import json
 
@@ -11,7 +11,7 @@ ANSWER = "zzzz"
 
 
 def examples(number: int = 12) -> bytes:
-    """A file to learn from: chats in which every answer is the same."""
+    """Return a training file of chats with the same response in each."""
     rows = [
         {
             "messages": [
@@ -25,6 +25,6 @@ def examples(number: int = 12) -> bytes:
 
 
 def pairs(number: int = 12) -> bytes:
-    """The same as prompts and completions."""
+    """Return a training file of prompts and completions."""
     rows = [{"prompt": f"{i} ->", "completion": ANSWER} for i in range(number)]
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)

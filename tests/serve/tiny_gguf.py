@@ -1,6 +1,6 @@
-"""A decoder of 6000 weights in a GGUF file, and a catalogue of the user's that has it.
+"""A decoder of 6000 weights in a GGUF file, and a user catalogue with it.
 
-The catalogue says which dtypes predict well, so that no command measures it, which takes long.
+The catalogue lists the accurate dtypes, so that no command measures them, which is slow.
 """
 
 from hashlib import sha256
@@ -43,8 +43,8 @@ def write_catalogue(home: Path) -> None:
     folder.mkdir(parents=True)
     parameters = write_gguf(folder / "tiny.gguf")
     content = (folder / "tiny.gguf").read_bytes()
-    facts = {"size": len(content), "sha256": sha256(content).hexdigest()}
-    text = MODELS.format(parameters=parameters, context=CONTEXT, **facts)
+    file_fields = {"size": len(content), "sha256": sha256(content).hexdigest()}
+    text = MODELS.format(parameters=parameters, context=CONTEXT, **file_fields)
     (home / "models.toml").write_text(text, "utf-8")
 
 
@@ -53,7 +53,7 @@ def write_gguf(path: Path) -> int:
     characters = bytes_to_unicode()
     space = characters[ord(" ")]
     tokens = [characters[byte] for byte in range(256)]
-    tokens += [f"{space}t", *SPECIAL]  # one merge: an array in GGUF is not empty
+    tokens += [f"{space}t", *SPECIAL]  # one merge: GGUF arrays must not be empty
     kinds = [gguf.TokenType.NORMAL] * 257 + [gguf.TokenType.CONTROL] * len(SPECIAL)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(LAYERS)

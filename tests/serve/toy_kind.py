@@ -1,4 +1,4 @@
-"""A kind of model in one file: a folder with toy.json, which says a word to whoever asks."""
+"""A minimal kind of model: a folder with toy.json, whose word a route returns."""
 
 import json
 from dataclasses import dataclass

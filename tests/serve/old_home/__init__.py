@@ -1,1 +1,1 @@
-"""A data folder as Pellucid left it, which later versions must open: see `make_old_home.py`."""
+"""A data folder of an old version, which later versions must open: see `make_old_home.py`."""

@@ -1,22 +1,22 @@
-"""Make the data folder that later versions must open.
+"""Write the data folder that later versions must open.
 
     python -m tests.serve.old_home.make_old_home
 
 Written beside this file:
 
     home/       the folder
-    made.json   what tests need to know of it: keys in plain text, ids, names
+    made.json   facts for the tests: keys in plain text, ids, names
 
-A user's commands and requests wrote it, see `make`: a user's models.toml with a tiny model, two API
-keys, the database with files and jobs, a fine-tuning job that has succeeded, its adapter, a job
-that was half done when the server stopped, its checkpoint, and the caches of file hashes, dtypes
-and speeds. Only models.toml and the model were put there, as `pellucid pull` would.
+Commands and requests of a user write it, see `make`: the user's models.toml with a tiny model, two
+API keys, the database with files and jobs, a fine-tuning job that has succeeded, its adapter, a job
+that was unfinished when the server stopped, its checkpoint, and the caches of file hashes, dtypes
+and speeds. Only models.toml and the model are written directly, as `pellucid pull` would do.
 
-Do not make it again because the code changes: that the old folder opens is the test. `main` refuses
-to write over it.
+Do not write it again after a change of the code: the test is that the old folder opens. `main` does
+not overwrite it.
 
-Files of a data folder hold absolute paths. In `home/` the folder's own is written `PLACE`; `put`
-copies a folder and replaces one path by another in its files.
+Files of a data folder hold absolute paths. In `home/`, `PLACE` stands for the path of the folder;
+`put` copies a folder and replaces a path in its files.
 """
 
 import json
@@ -42,13 +42,13 @@ SMALL_CACHE = ("--cache-mb", "1", "--dtype", "float32")
 
 
 def make(home: Path) -> dict[str, Any]:
-    """Make a data folder as a user would; return what tests need to know of it."""
+    """Write a data folder as a user would, and return the facts for the tests."""
     tiny_gguf.write_catalogue(home)
     variables = {
         "PELLUCID_HOME": str(home),
         "JAX_COMPILATION_CACHE_DIR": str(home.with_name("compiled")),
     }
-    # Of a file that no catalogue knows, the best dtype is measured, and noted.
+    # The dtype of a file outside the catalogue is measured and cached.
     own = f"own={home / 'models' / 'tiny' / 'tiny.gguf'}"
     run("complete", "a", "--max-tokens", "2", "-m", own, **variables)
     keys = {
@@ -56,7 +56,7 @@ def make(home: Path) -> dict[str, Any]:
         for name in ("ann", "bob")
     }
     with serving(*SMALL_CACHE, **variables) as server, client(server.url, keys["ann"]) as openai:
-        # Long enough for its speed to be noted: nothing ends it.
+        # Long enough for its speed to be recorded: no token ends it.
         endless = {str(id): -100 for id in range(257, 260)}
         openai.completions.create(model="tiny", prompt="a", max_tokens=100, logit_bias=endless)
         train = upload(openai, "train.jsonl", examples())
@@ -79,31 +79,31 @@ def make(home: Path) -> dict[str, Any]:
 
 
 def client(address: str, key: str) -> OpenAI:
-    """The official client, asking this server."""
+    """Return the official client for a server."""
     return OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=TIMEOUT)
 
 
 def upload(openai: OpenAI, name: str, data: bytes) -> str:
-    """The id of a new file."""
+    """Upload a file, and return its id."""
     return openai.files.create(file=(name, data), purpose="fine-tune").id
 
 
 def start(openai: OpenAI, file: str, **hyperparameters: Any) -> str:
-    """The id of a new job."""
+    """Create a job, and return its id."""
     return openai.fine_tuning.jobs.create(
         model="tiny", training_file=file, seed=7, hyperparameters=hyperparameters
     ).id
 
 
 def status(openai: OpenAI, job: str) -> str:
-    """The status of a job, which has not failed."""
-    found = openai.fine_tuning.jobs.retrieve(job)
-    assert found.status != "failed", found.error
-    return found.status
+    """Return the status of a job, and assert that it has not failed."""
+    retrieved = openai.fine_tuning.jobs.retrieve(job)
+    assert retrieved.status != "failed", retrieved.error
+    return retrieved.status
 
 
 def steps(openai: OpenAI, job: str) -> int:
-    """The last step among a job's events."""
+    """Return the last step in a job's events."""
     events = openai.fine_tuning.jobs.list_events(job, limit=1).data
     return int(events[0].data.get("step", 0)) if isinstance(events[0].data, dict) else 0
 
@@ -120,28 +120,28 @@ def put(source: Path, target: Path, old: str, new: str) -> None:
         database.execute("UPDATE objects SET body = replace(body, ?, ?)", (old, new))
 
 
-def names(home: Path, known: dict[str, Any]) -> set[str]:
-    """Names of all files of a data folder, with ids that are drawn at random replaced."""
-    found = set()
+def names(home: Path, facts: dict[str, Any]) -> set[str]:
+    """Return the names of all files of a data folder, with random ids replaced."""
+    file_names = set()
     for path in home.rglob("*"):
         if path.is_file():
             name = path.relative_to(home).as_posix()
-            name = name.replace(known["done"], "DONE").replace(known["half_done"], "HALF_DONE")
+            name = name.replace(facts["done"], "DONE").replace(facts["half_done"], "HALF_DONE")
             name = re.sub(r"file-\w{24}", "FILE", name)
             name = re.sub(r"ft%3Atiny%3Apellucid%3A%3A\w{8}", "MODEL", name)
-            found.add(re.sub(r"step-\d+", "step-N", name))
-    return found
+            file_names.add(re.sub(r"step-\d+", "step-N", name))
+    return file_names
 
 
 def main() -> None:
-    """Make `home` and `made.json` anew."""
+    """Write `home` and `made.json`."""
     if HOME.exists():
-        sys.exit(f"{HOME} is there: it is old on purpose. To replace it, remove it first")
+        sys.exit(f"{HOME} exists, and is old on purpose: remove it first to replace it")
     with tempfile.TemporaryDirectory() as name:
         home = Path(name) / "home"
-        found = make(home)
+        facts = make(home)
         put(home, HOME, str(home), PLACE)
-    MADE.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", "utf-8")
+    MADE.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
