@@ -60,15 +60,15 @@ class SleepingRunner:
 
     max_batch_size = 16
 
-    def prefill(self, row, copy):
-        row.num_computed_tokens = len(row.request.prompt)
+    def prefill(self, sequence, block_copy):
+        sequence.num_computed_tokens = len(sequence.request.prompt)
         return self._sample_output(1)
 
-    def decode(self, rows):
+    def decode(self, sequences):
         time.sleep(STEP)
-        for row in rows:
-            row.num_computed_tokens += 1
-        return self._sample_output(len(rows))
+        for sequence in sequences:
+            sequence.num_computed_tokens += 1
+        return self._sample_output(len(sequences))
 
     def recover(self):
         return False

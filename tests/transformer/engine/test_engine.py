@@ -57,52 +57,58 @@ class FakeRunner:
         self.is_waiting = False
         self.kv_cache = {}  # (block, offset) -> token
 
-    def prefill(self, row, copy):
-        self._record("prefill", [row])
+    def prefill(self, sequence, copy):
+        self._record("prefill", [sequence])
         if copy is not None:
             source, target = copy
             ids = {offset: id for (block, offset), id in self.kv_cache.items() if block == source}
             self.kv_cache |= {(target, offset): id for offset, id in ids.items()}
-        assert row.num_computed_tokens % CHUNK == 0, "chunks begin at multiples of the chunk size"
-        end = min(row.num_computed_tokens + CHUNK, len(row.request.prompt))
-        for position in range(row.num_computed_tokens, end):
-            self._write(row, position)
-        row.num_computed_tokens = end
-        return None if row.is_prefilling else self._sample([row])
+        assert sequence.num_computed_tokens % CHUNK == 0, (
+            "chunks begin at multiples of the chunk size"
+        )
+        end = min(sequence.num_computed_tokens + CHUNK, len(sequence.request.prompt))
+        for position in range(sequence.num_computed_tokens, end):
+            self._write(sequence, position)
+        sequence.num_computed_tokens = end
+        return None if sequence.is_prefilling else self._sample([sequence])
 
-    def decode(self, rows):
-        self._record("decode", rows)
-        assert len(rows) <= self.max_batch_size
-        for row in rows:
-            self._write(row, row.num_computed_tokens)
-            row.num_computed_tokens += 1
-        return self._sample(rows)
+    def decode(self, sequences):
+        self._record("decode", sequences)
+        assert len(sequences) <= self.max_batch_size
+        for sequence in sequences:
+            self._write(sequence, sequence.num_computed_tokens)
+            sequence.num_computed_tokens += 1
+        return self._sample(sequences)
 
     def recover(self):
         if self.loses_cache:
             self.kv_cache.clear()
         return self.loses_cache
 
-    def _write(self, row, position):
-        self.kv_cache[row.block_table[position // BLOCK], position % BLOCK] = row.ids[position]
+    def _write(self, sequence, position):
+        self.kv_cache[sequence.block_table[position // BLOCK], position % BLOCK] = sequence.ids[
+            position
+        ]
 
-    def _record(self, kind, rows):
+    def _record(self, kind, sequences):
         self.is_waiting = True
         assert self.gate.wait(10), "the gate was never opened"
         self.is_waiting = False
         time.sleep(self.seconds)
-        self.work_items.append((kind, len(rows)))
-        if any(POISON in row.request.prompt for row in rows):
+        self.work_items.append((kind, len(sequences)))
+        if any(POISON in sequence.request.prompt for sequence in sequences):
             raise ArithmeticError("poison")
 
-    def _sample(self, rows):
-        for row in rows:
-            assert row.num_computed_tokens == len(row.ids), "all tokens are computed"
-            assert row.slot >= 0
-            positions = range(row.num_computed_tokens)
-            cached = [self.kv_cache[row.block_table[p // BLOCK], p % BLOCK] for p in positions]
-            assert cached == row.ids, "the blocks of a sequence hold its tokens"
-        ids = np.array([(row.ids[-1] + row.num_computed_tokens - 1) % 1000 for row in rows])
+    def _sample(self, sequences):
+        for sequence in sequences:
+            assert sequence.num_computed_tokens == len(sequence.ids), "all tokens are computed"
+            assert sequence.slot >= 0
+            positions = range(sequence.num_computed_tokens)
+            cached = [self.kv_cache[sequence.block_table[p // BLOCK], p % BLOCK] for p in positions]
+            assert cached == sequence.ids, "the blocks of a sequence hold its tokens"
+        ids = np.array(
+            [(sequence.ids[-1] + sequence.num_computed_tokens - 1) % 1000 for sequence in sequences]
+        )
         top = np.stack([ids, ids + 1, ids + 2], 1)
         values = np.stack([-ids / 8, -ids / 8 - 1, -ids / 8 - 2], 1)
         return SampleOutput(ids, -ids / 8, top, values)
@@ -207,7 +213,7 @@ def test_stream_concurrent_requests_get_their_own_tokens(setup):
     for i, events in enumerate(asyncio.run(main())):
         assert tokens(events) == expected((i, i + 1), i + 1)
         assert events[-1] == Done("length") and len(events) == i + 3
-    assert max(rows for _, rows in setup.runner.work_items) == 4
+    assert max(size for _, size in setup.runner.work_items) == 4
     assert setup.is_free()
 
 
@@ -220,7 +226,7 @@ def test_preemption_for_lack_of_blocks_delivers_each_token_once():
 
     for i, events in enumerate(asyncio.run(main())):
         assert tokens(events) == expected((i,), 40) and events[-1] == Done("length")
-    computed = sum(rows for kind, rows in setup.runner.work_items if kind == "decode")
+    computed = sum(size for kind, size in setup.runner.work_items if kind == "decode")
     assert computed > 6 * 39, "no sequence was preempted: the test shows nothing"
     assert setup.is_free()
     setup.close()
@@ -339,9 +345,9 @@ def test_decode_failure_ends_its_batch_and_waiting_requests_run():
     setup = EngineFixture(slots=2)
     decode = setup.runner.decode
 
-    def fail_once(rows):
-        if len(rows) < 2:
-            return decode(rows)
+    def fail_once(sequences):
+        if len(sequences) < 2:
+            return decode(sequences)
         setup.runner.decode = decode
         raise MemoryError("no room")
 
@@ -354,7 +360,7 @@ def test_decode_failure_ends_its_batch_and_waiting_requests_run():
     events.append(setup.start(make_request(3)))
     wait_until(lambda: setup.num_accepted() == 3)
     setup.runner.gate.set()
-    wait_until(lambda: all(row and not isinstance(row[-1], Token) for row in events))
+    wait_until(lambda: all(answer and not isinstance(answer[-1], Token) for answer in events))
     assert isinstance(events[0][-1], Failed) and isinstance(events[1][-1], Failed)
     assert tokens(events[2]) == expected((3,), 5)
     assert setup.is_free()
@@ -437,10 +443,10 @@ def test_prefix_cache_choices_of_one_prompt_prefill_once(setup):
     events = [setup.start(make_request(*range(17), index=i)) for i in range(4)]
     wait_until(lambda: setup.num_accepted() == 4)
     setup.runner.gate.set()
-    wait_until(lambda: all(len(row) == 7 for row in events))
-    assert sorted(row[0].cached_tokens for row in events) == [0, 16, 16, 16]
+    wait_until(lambda: all(len(answer) == 7 for answer in events))
+    assert sorted(answer[0].cached_tokens for answer in events) == [0, 16, 16, 16]
     assert setup.runner.work_items.count(("prefill", 1)) == 5 + 3
-    assert all(tokens(row) == expected(tuple(range(17)), 5) for row in events)
+    assert all(tokens(answer) == expected(tuple(range(17)), 5) for answer in events)
 
 
 def test_prefix_cache_without_free_blocks_evicts_unheld():
@@ -500,9 +506,9 @@ def test_decode_above_max_batch_size_is_split(setup):
     events = [setup.start(make_request(i, max_tokens=9)) for i in range(4)]
     wait_until(lambda: setup.num_accepted() == 4)
     setup.runner.gate.set()
-    wait_until(lambda: all(len(row) == 11 for row in events))
-    assert [tokens(row) for row in events] == [expected((i,), 9) for i in range(4)]
-    steps = [rows for kind, rows in setup.runner.work_items if kind == "decode"]
+    wait_until(lambda: all(len(answer) == 11 for answer in events))
+    assert [tokens(answer) for answer in events] == [expected((i,), 9) for i in range(4)]
+    steps = [size for kind, size in setup.runner.work_items if kind == "decode"]
     assert max(steps) == 2 and len(steps) <= 4 * 8 // 2 + 3
 
 
@@ -537,7 +543,7 @@ def test_on_speed_only_for_request_that_ran_alone():
     (tokens_, seconds), *more = speeds
     assert tokens_ == 40 and 0.16 < seconds < 1 and not more
     together = [setup.start(make_request(i, max_tokens=41)) for i in range(2)]
-    wait_until(lambda: all(len(row) == 43 for row in together))
+    wait_until(lambda: all(len(answer) == 43 for answer in together))
     assert len(speeds) <= 2  # the last one may have been alone at its end only
     setup.close()
 

@@ -40,28 +40,30 @@ def make_scheduler(slots=4, blocks=20, waiting=200):
 def run_work_item(scheduler, work):
     """Apply a work item as the engine and its runner do, and return the sequences that ended."""
     if isinstance(work, Prefill):
-        row = work.sequence
-        row.num_computed_tokens = min(row.num_computed_tokens + CHUNK, len(row.request.prompt))
-        scheduler.register(row)
-        rows = [] if row.is_prefilling else [row]
+        sequence = work.sequence
+        sequence.num_computed_tokens = min(
+            sequence.num_computed_tokens + CHUNK, len(sequence.request.prompt)
+        )
+        scheduler.register(sequence)
+        sequences = [] if sequence.is_prefilling else [sequence]
     else:
-        rows = list(work.sequences)
-        for row in rows:
-            row.num_computed_tokens += 1
+        sequences = list(work.sequences)
+        for sequence in sequences:
+            sequence.num_computed_tokens += 1
     ended = []
-    for row in rows:
-        row.ids.append(row.num_generated)
-        row.num_delivered = max(row.num_delivered, row.num_generated)
-        if row.num_generated == row.request.max_tokens:
-            scheduler.finish(row)
-            ended.append(row)
+    for sequence in sequences:
+        sequence.ids.append(sequence.num_generated)
+        sequence.num_delivered = max(sequence.num_delivered, sequence.num_generated)
+        if sequence.num_generated == sequence.request.max_tokens:
+            scheduler.finish(sequence)
+            ended.append(sequence)
     return ended
 
 
 def check_invariants(scheduler, slots, blocks):
     """Assert that each slot has one owner, and that reference counts and block tables agree."""
     all_blocks = range(1, blocks + 1)
-    holders = Counter(block for row in scheduler.running for block in row.block_table)
+    holders = Counter(block for sequence in scheduler.running for block in sequence.block_table)
     assert [scheduler.block_pool.ref_count(block) for block in all_blocks] == [
         holders[block] for block in all_blocks
     ]
@@ -70,23 +72,23 @@ def check_invariants(scheduler, slots, blocks):
     allocated = [spare.allocate() for _ in range(spare.num_free_blocks)]
     assert sorted([*allocated, *holders]) == [*all_blocks]
     assert spare.num_cached_blocks == spare.num_free_blocks == 0
-    for row in (*scheduler.waiting, *scheduler.running):
-        for i in range(len(row.chunk_hashes)):
-            match = spare.find_cached(row.chunk_hashes[i : i + 1])
+    for sequence in (*scheduler.waiting, *scheduler.running):
+        for i in range(len(sequence.chunk_hashes)):
+            match = spare.find_cached(sequence.chunk_hashes[i : i + 1])
             assert match is None or match[0] in holders
-    assert sorted([*scheduler.free_slots, *(row.slot for row in scheduler.running)]) == [
+    assert sorted([*scheduler.free_slots, *(sequence.slot for sequence in scheduler.running)]) == [
         *range(slots)
     ]
-    for row in scheduler.running:
-        assert len(row.block_table) * BLOCK >= row.num_computed_tokens
-    for row in scheduler.waiting:
+    for sequence in scheduler.running:
+        assert len(sequence.block_table) * BLOCK >= sequence.num_computed_tokens
+    for sequence in scheduler.waiting:
         assert (
-            not row.block_table
-            and row.slot == -1
-            and row.num_computed_tokens == 0
-            and row.num_generated == 0
+            not sequence.block_table
+            and sequence.slot == -1
+            and sequence.num_computed_tokens == 0
+            and sequence.num_generated == 0
         )
-    rounds = [row.admission_round for row in scheduler.waiting]
+    rounds = [sequence.admission_round for sequence in scheduler.waiting]
     assert rounds == sorted(rounds)
 
 
@@ -97,15 +99,15 @@ def test_schedule_without_sequences_is_none():
 
 def test_schedule_prompt_is_prefilled_in_chunks_then_decoded():
     s = make_scheduler()
-    row = make_sequence(prompt=5, max_tokens=3)
-    s.submit(row)
+    sequence = make_sequence(prompt=5, max_tokens=3)
+    s.submit(sequence)
     for _ in range(3):
-        assert s.schedule() == Prefill(row)
-        run_work_item(s, Prefill(row))
-    assert row.num_generated == 1
+        assert s.schedule() == Prefill(sequence)
+        run_work_item(s, Prefill(sequence))
+    assert sequence.num_generated == 1
     for _ in range(2):
-        assert s.schedule() == Decode((row,))
-        run_work_item(s, Decode((row,)))
+        assert s.schedule() == Decode((sequence,))
+        run_work_item(s, Decode((sequence,)))
     assert s.is_idle and s.schedule() is None
 
 
@@ -125,15 +127,15 @@ def test_schedule_prefill_and_decode_alternate():
 
 def test_schedule_equal_prompts_prefill_in_order():
     s = make_scheduler()
-    rows = [make_sequence(prompt=4) for _ in range(3)]
-    for row in rows:
-        s.submit(row)
+    sequences = [make_sequence(prompt=4) for _ in range(3)]
+    for sequence in sequences:
+        s.submit(sequence)
     prefilled = []
-    while any(row.is_prefilling for row in rows):
+    while any(sequence.is_prefilling for sequence in sequences):
         work = s.schedule()
         prefilled += [work.sequence] if isinstance(work, Prefill) else []
         run_work_item(s, work)
-    assert prefilled == [rows[0]] * 2 + [rows[1]] * 2 + [rows[2]] * 2
+    assert prefilled == [sequences[0]] * 2 + [sequences[1]] * 2 + [sequences[2]] * 2
 
 
 def test_schedule_short_and_long_prompts_both_progress():
@@ -160,8 +162,8 @@ def test_schedule_short_and_long_prompts_both_progress():
 def test_admission_of_many_clients_is_round_robin():
     s = make_scheduler(slots=1)
     greedy = [make_sequence(client="greedy") for _ in range(4)]
-    for row in greedy:
-        s.submit(row)
+    for sequence in greedy:
+        s.submit(sequence)
     s.schedule()  # admits the first
     modest, other = make_sequence(client="modest"), make_sequence(client="other")
     s.submit(modest)
@@ -179,12 +181,12 @@ def test_admission_of_many_clients_is_round_robin():
 def test_admission_other_clients_do_not_overtake_sequence_waiting_for_blocks():
     s = make_scheduler(blocks=4)
     first, long = make_sequence(prompt=7, client="a"), make_sequence(prompt=11, client="a")
-    for row in (first, long):
-        s.submit(row)
+    for sequence in (first, long):
+        s.submit(sequence)
     s.schedule()
     others = [make_sequence(prompt=1, client=str(i)) for i in range(3)]
-    for row in others:
-        s.submit(row)
+    for sequence in others:
+        s.submit(sequence)
     s.schedule()
     assert s.running == [first] and s.waiting == [long, *others]
 
@@ -192,8 +194,8 @@ def test_admission_other_clients_do_not_overtake_sequence_waiting_for_blocks():
 def test_admission_short_sequence_does_not_overtake_one_waiting_for_blocks():
     s = make_scheduler(blocks=4)
     first, long, short = make_sequence(prompt=7), make_sequence(prompt=11), make_sequence(prompt=1)
-    for row in (first, long, short):
-        s.submit(row)
+    for sequence in (first, long, short):
+        s.submit(sequence)
     assert s.schedule() == Prefill(first)
     assert s.waiting == [long, short]
     s.finish(first)
@@ -203,14 +205,14 @@ def test_admission_short_sequence_does_not_overtake_one_waiting_for_blocks():
 
 def test_admission_is_bounded_by_slots():
     s = make_scheduler(slots=2)
-    rows = [make_sequence() for _ in range(3)]
-    for row in rows:
-        s.submit(row)
+    sequences = [make_sequence() for _ in range(3)]
+    for sequence in sequences:
+        s.submit(sequence)
     s.schedule()
-    assert s.running == rows[:2] and s.waiting == rows[2:]
-    s.finish(rows[0])
+    assert s.running == sequences[:2] and s.waiting == sequences[2:]
+    s.finish(sequences[0])
     s.schedule()
-    assert s.running == rows[1:]
+    assert s.running == sequences[1:]
 
 
 def test_submit_to_full_queue_raises_busy():
@@ -252,8 +254,8 @@ def test_finish_twice_frees_slot_and_blocks_once():
     s.submit(running)
     s.submit(waiting)
     s.schedule()
-    for row in (waiting, running, running, waiting):
-        s.finish(row)
+    for sequence in (waiting, running, running, waiting):
+        s.finish(sequence)
         check_invariants(s, 2, 3)
     assert s.is_idle
 
@@ -261,11 +263,15 @@ def test_finish_twice_frees_slot_and_blocks_once():
 def test_preemption_takes_youngest_and_readmits_it_first():
     s = make_scheduler(slots=3, blocks=3)
     old, young, late = (make_sequence(prompt=3, max_tokens=5) for _ in range(3))
-    for row in (old, young, late):
-        s.submit(row)
+    for sequence in (old, young, late):
+        s.submit(sequence)
     preempted, ended = [], []
     while work := s.schedule():
-        preempted += [row for row in s.waiting if row.num_delivered and row not in preempted]
+        preempted += [
+            sequence
+            for sequence in s.waiting
+            if sequence.num_delivered and sequence not in preempted
+        ]
         ended += run_work_item(s, work)
         check_invariants(s, 3, 3)
     # One block each: the first that needs a second block takes that of the youngest, and so on.
@@ -276,19 +282,19 @@ def test_preemption_takes_youngest_and_readmits_it_first():
 
 def test_preemption_of_only_sequence_never_happens():
     s = make_scheduler(slots=1, blocks=3)
-    row = make_sequence(prompt=3, max_tokens=9)
-    s.submit(row)
+    sequence = make_sequence(prompt=3, max_tokens=9)
+    s.submit(sequence)
     num_work_items = 0
     while not s.is_idle:
         run_work_item(s, s.schedule())
         num_work_items += 1
-    assert row.num_generated == 9 and num_work_items == 2 + 8
+    assert sequence.num_generated == 9 and num_work_items == 2 + 8
 
 
-def prefill_all(s, row):
+def prefill_all(s, sequence):
     """Run work items until a prompt is prefilled, and return the block copies."""
     copies = []
-    while row.is_prefilling:
+    while sequence.is_prefilling:
         work = s.schedule()
         copies += [work.block_copy] if isinstance(work, Prefill) and work.block_copy else []
         run_work_item(s, work)
@@ -309,8 +315,8 @@ def test_prefix_cache_shares_whole_blocks_and_copies_partial_ones():
     )
     assert second.num_cached_tokens == 10
     check_invariants(s, 4, 9)
-    for row in (first, second):
-        s.finish(row)
+    for sequence in (first, second):
+        s.finish(sequence)
         check_invariants(s, 4, 9)
     # Cached: two shared whole blocks, and the third block of each sequence.
     assert (s.block_pool.num_free_blocks, s.block_pool.num_cached_blocks) == (9, 4)
@@ -319,9 +325,9 @@ def test_prefix_cache_shares_whole_blocks_and_copies_partial_ones():
 def test_prefix_cache_full_match_still_computes_last_token():
     s = make_scheduler()
     first, second = make_sequence(ids=range(8)), make_sequence(ids=range(8))
-    for row in (first, second):
-        s.submit(row)
-        prefill_all(s, row)
+    for sequence in (first, second):
+        s.submit(sequence)
+        prefill_all(s, sequence)
     assert second.num_cached_tokens == 6
 
 
@@ -344,13 +350,13 @@ def test_prefix_cache_filled_after_admission_is_used():
 def test_eviction_is_least_recently_used_and_last_block_first(ids, blocks):
     s = make_scheduler(slots=1, blocks=5)
     for earlier in (range(8), range(100, 108), range(200, 204)):  # 3, 3 and 2 blocks
-        row = make_sequence(ids=earlier, max_tokens=1)
-        s.submit(row)
-        prefill_all(s, row)
-    row = make_sequence(ids=ids)
-    s.submit(row)
+        sequence = make_sequence(ids=earlier, max_tokens=1)
+        s.submit(sequence)
+        prefill_all(s, sequence)
+    sequence = make_sequence(ids=ids)
+    s.submit(sequence)
     s.schedule()
-    assert row.num_cached_tokens == blocks * BLOCK
+    assert sequence.num_cached_tokens == blocks * BLOCK
 
 
 def test_hash_chunks_covers_all_previous_tokens():
@@ -362,16 +368,16 @@ def test_hash_chunks_covers_all_previous_tokens():
 
 def test_reset_prefix_cache_then_nothing_is_cached():
     s = make_scheduler(blocks=6)
-    row, finished = make_sequence(ids=range(8)), make_sequence(ids=range(50, 58))
-    for each in (finished, row):
+    sequence, finished = make_sequence(ids=range(8)), make_sequence(ids=range(50, 58))
+    for each in (finished, sequence):
         s.submit(each)
         prefill_all(s, each)
     s.finish(finished)
-    s.preempt(row)
+    s.preempt(sequence)
     s.block_pool.reset_prefix_cache()
     check_invariants(s, 4, 6)
     s.schedule()
-    assert row.num_cached_tokens == 0 and row.num_computed_tokens == 0
+    assert sequence.num_cached_tokens == 0 and sequence.num_computed_tokens == 0
 
 
 IDS = st.tuples(st.integers(0, 12), st.sampled_from([0, 1]), st.integers(0, 3)).map(
@@ -388,34 +394,37 @@ def test_random_actions_leak_nothing_and_all_sequences_end(slots, blocks, max_ba
     accepted = []
     for action in data.draw(st.lists(st.sampled_from("sswwwwc"), max_size=60)):
         if action == "s":
-            row = make_sequence(
+            sequence = make_sequence(
                 ids=data.draw(IDS),
                 max_tokens=data.draw(st.integers(1, 12)),
                 client=data.draw(st.sampled_from("abcdef")),
             )
             try:
-                s.submit(row)
-                accepted.append(row)
+                s.submit(sequence)
+                accepted.append(sequence)
             except Busy:
                 same_client = [
-                    other for other in s.waiting if other.request.client == row.request.client
+                    other for other in s.waiting if other.request.client == sequence.request.client
                 ]
                 assert len(s.waiting) >= 8 or len(same_client) >= 2
         elif action == "c" and not s.is_idle:
-            row = data.draw(st.sampled_from([*s.waiting, *s.running]))
-            s.finish(row)
-            ended[row] += 1
+            sequence = data.draw(st.sampled_from([*s.waiting, *s.running]))
+            s.finish(sequence)
+            ended[sequence] += 1
         elif action == "w" and (work := s.schedule(max_batch_size)):
             check_invariants(s, slots, blocks)
             if isinstance(work, Decode):
                 assert len(work.sequences) <= max_batch_size
                 assert all(
-                    len(row.block_table) * BLOCK > row.num_computed_tokens for row in work.sequences
+                    len(sequence.block_table) * BLOCK > sequence.num_computed_tokens
+                    for sequence in work.sequences
                 )
                 # The next position is in a block that no other sequence holds.
-                for row in work.sequences:
+                for sequence in work.sequences:
                     assert (
-                        s.block_pool.ref_count(row.block_table[row.num_computed_tokens // BLOCK])
+                        s.block_pool.ref_count(
+                            sequence.block_table[sequence.num_computed_tokens // BLOCK]
+                        )
                         == 1
                     )
             ended.update(run_work_item(s, work))
