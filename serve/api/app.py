@@ -1,8 +1,8 @@
-"""The whole server: layers, routes and errors, put together.
+"""The ASGI application: middleware, routes and error handlers.
 
-A request passes the layers from the top down, an answer from the bottom up. Their order matters:
-ids, headers and counting on everything, then who may talk to us at all, then keys, then how often,
-then how much.
+A request passes the middleware from the top down, a response from the bottom up. The order matters:
+request ids, headers and metrics cover everything; then come the checks of host and origin, of the
+key, of the request rate, and of the body size.
 """
 
 import functools
@@ -46,33 +46,33 @@ from serve.models.registry import Registry
 
 
 def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
-    """Builds the ASGI application.
+    """Return the ASGI application.
 
-    Set ``app.state.is_draining`` to have it finish what it has and take nothing new; at the end,
-    close ``app.state.keeper``, which stops fine-tuning.
+    Set ``app.state.is_draining`` to make it finish running requests and refuse new ones. Close
+    ``app.state.job_runner`` at the end; that stops fine-tuning.
 
     Args:
-        settings: who may use it, and how.
-        registry: the models it serves. Closing their engines is left to who made them.
+        settings: Keys, limits and the data folder.
+        registry: The models to serve. The caller closes their engines.
     """
     metrics = Metrics(registry)
 
-    def ended(scope: Scope, status: int) -> None:
+    def on_end(scope: Scope, status: int) -> None:
         metrics.request_ended(scope, status)
         logs.log_request(scope, status)
 
-    rate = RateLimiter(settings.requests_per_minute) if settings.requests_per_minute else None
+    limiter = RateLimiter(settings.requests_per_minute) if settings.requests_per_minute else None
     app = FastAPI(
         title="Pellucid",
         description="The model stack behind the OpenAI API, from scratch, on this machine.",
-        openapi_url=None,  # `routes/pages.py` has its own
+        openapi_url=None,  # `routes/pages.py` serves it
         redirect_slashes=False,
         middleware=[
             Middleware(
                 ResponseHeaders,
                 timeout=settings.answer_timeout,
                 on_start=metrics.request_started,
-                on_end=ended,
+                on_end=on_end,
             ),
             Middleware(
                 HostAndOrigin, hosts=settings.allowed_hosts, origins=settings.allowed_origins
@@ -85,7 +85,7 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
                 expose_headers=["x-request-id", "openai-processing-ms", *RATE_HEADERS],
             ),
             Middleware(ApiKeys, keys=KeyRing(settings.api_keys, settings.home)),
-            Middleware(Admission, limiter=rate, is_draining=lambda: state.is_draining),
+            Middleware(Admission, limiter=limiter, is_draining=lambda: state.is_draining),
             Middleware(
                 BodyLimit,
                 limit=settings.max_body_bytes,
@@ -105,12 +105,12 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
     )
     app.state = cast(State, state)
     files.drop_expired(store)
-    state.job_runner.watch()  # jobs that were not over when the last server ended, here or there
+    state.job_runner.watch()  # continues jobs that an earlier server left unfinished
     errors.install(app)
     app.add_api_route(
-        "/metrics", metrics.page, methods=["GET"], summary="Numbers for Prometheus", **route_docs()
+        "/metrics", metrics.page, methods=["GET"], summary="Prometheus metrics", **route_docs()
     )
-    # Paths with an engine's name in them match greedily: the longer ones first, the bare one last.
+    # Paths that contain an engine id match greedily, so longer paths are registered first.
     routes = (health, models, chat, completions, edits, embeddings, audio, images)
     routes += (files, fine_tuning, fine_tunes)
     routes += (engines, tokens, pages)

@@ -1,9 +1,9 @@
-"""API keys: made here, shown once, kept as digests.
+"""API keys: generated here, shown once, stored as digests.
 
-A key is 32 random bytes in letters. The file in the data folder holds its SHA-256, so whoever reads
-the file cannot ask for anything; a slow, salted hash would guard passwords that people choose, and
-adds nothing to 256 bits of chance. A running server notices when the file changes: a key that is
-deleted stops working at once.
+A key is 32 random bytes in URL-safe base64. The file in the data folder holds its SHA-256, so a
+reader of the file cannot use the key. A slow, salted hash protects passwords that people choose; it
+adds nothing to 256 random bits. A running server rereads the file when it changes, so a deleted key
+stops working at once.
 """
 
 import hashlib
@@ -26,24 +26,24 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 @dataclass(frozen=True)
 class Key:
-    """What is kept of a key."""
+    """A stored key."""
 
     name: str
     digest: str  # SHA-256 of the key, in hex
-    hint: str  # its last characters, to tell one from another
-    created: int  # seconds since 1970
+    hint: str  # the last characters of the key, to tell keys apart
+    created: int  # Unix time, seconds
 
 
 def digest(key: bytes) -> str:
-    """What is kept of a key, and compared."""
+    """Return the SHA-256 of a key, in hex."""
     return hashlib.sha256(key).hexdigest()
 
 
 def read(home: Path) -> list[Key]:
-    """The keys of a data folder, oldest first; none if there is no file.
+    """Return the keys of a data folder, oldest first; none if there is no file.
 
     Raises:
-        ValueError: the file is damaged. Nothing is assumed then: an empty list would open doors.
+        ValueError: The file is damaged. An empty list instead would disable authentication.
     """
     path = home / FILE
     try:
@@ -51,37 +51,40 @@ def read(home: Path) -> list[Key]:
     except FileNotFoundError:
         return []
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it and make new keys") from None
+        raise ValueError(f"{path} is damaged ({error}): remove it and create new keys") from None
 
 
 def create(home: Path, name: str) -> str:
-    """Makes a key and gives its text, which is not kept.
+    """Create a key and return its text, which is not stored.
 
     Raises:
-        ValueError: the name is taken, or is none.
+        ValueError: The name is taken or invalid.
     """
     keys = read(home)
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{name!r} cannot name a key: use letters, digits, '.', '_', '@' and '-'")
+        raise ValueError(
+            f"{name!r} is not a valid name: use 1 to 64 letters, digits, '.', '_', '@' and '-', "
+            "with a letter or digit first"
+        )
     if any(key.name == name for key in keys):
-        raise ValueError(f"there is a key {name!r} already: delete it first, or use another name")
+        raise ValueError(f"a key named {name!r} exists: delete it first, or use another name")
     key = PREFIX + secrets.token_urlsafe(32)
     _write(home, [*keys, Key(name, digest(key.encode()), key[-4:], int(time.time()))])
     return key
 
 
 def delete(home: Path, name: str) -> None:
-    """Forgets a key.
+    """Delete a key.
 
     Raises:
-        LookupError: there is none of this name.
+        LookupError: No key has this name.
     """
     keys = read(home)
-    rest = [key for key in keys if key.name != name]
-    if len(rest) == len(keys):
-        names = ", ".join(key.name for key in keys) or "none so far"
-        raise LookupError(f"no key is called {name!r}; there are: {names}")
-    _write(home, rest)
+    remaining = [key for key in keys if key.name != name]
+    if len(remaining) == len(keys):
+        names = ", ".join(key.name for key in keys) or "none"
+        raise LookupError(f"no key is named {name!r}; existing keys: {names}")
+    _write(home, remaining)
 
 
 def _write(home: Path, keys: list[Key]) -> None:
@@ -89,14 +92,13 @@ def _write(home: Path, keys: list[Key]) -> None:
 
 
 class KeyRing:
-    """The keys a server accepts: those it was started with, and those of its data folder.
+    """The keys that a server accepts: those it was started with, and those of its data folder.
 
-    A server that has asked for keys goes on asking when the last one is deleted: nobody is let in
-    by a deletion.
+    A server that has required a key continues to require one after the last key is deleted.
 
     Args:
-        given: keys in plain text.
-        home: the data folder.
+        api_keys: Keys in plain text.
+        home: The data folder.
     """
 
     def __init__(self, api_keys: Collection[str], home: Path):
@@ -110,20 +112,20 @@ class KeyRing:
         self._refresh()
 
     def requires_key(self) -> bool:
-        """Whether a key is needed."""
+        """Return whether a request needs a key."""
         self._refresh()
         return self._requires_key
 
     def owner(self, key: bytes) -> str | None:
-        """The name of a key; None if it is none of ours."""
+        """Return the name of a key, or None if the key is not accepted."""
         self._refresh()
-        given = digest(key)
-        found = None
-        # All are compared, each in constant time: the answer's delay tells nothing.
+        key_digest = digest(key)
+        owner = None
+        # All digests are compared in constant time, so that the response time reveals nothing.
         for known, name in (*self._fixed_keys.items(), *self._stored.items()):
-            if hmac.compare_digest(known, given):
-                found = name
-        return found
+            if hmac.compare_digest(known, key_digest):
+                owner = name
+        return owner
 
     def _refresh(self) -> None:
         try:

@@ -1,15 +1,15 @@
-"""Base64 of large files, chunk by chunk: each call holds Python's lock, and other threads wait."""
+"""Base64 of large files in chunks, because each call holds the GIL while other threads wait."""
 
 import base64
 
-CHUNK = 2**15  # groups of 3 bytes, or of 4 characters of base64, that are handled at once
+CHUNK = 2**15  # groups of 3 bytes, or of 4 characters of base64, in one call
 
 
 def from_base64(text: str) -> bytes:
-    """Return the bytes that base64 spells.
+    """Return the bytes that base64 text encodes.
 
     Raises:
-        ValueError: it is not base64.
+        ValueError: The text is not base64.
     """
     if "=" in text[:-2]:
         raise ValueError("padding in the middle")
@@ -18,5 +18,5 @@ def from_base64(text: str) -> bytes:
 
 
 def to_base64(data: bytes) -> list[bytes]:
-    """Return the base64 of bytes, in chunks."""
+    """Return the base64 of bytes as a list of chunks."""
     return [base64.b64encode(data[i : i + 3 * CHUNK]) for i in range(0, len(data), 3 * CHUNK)]

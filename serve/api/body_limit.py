@@ -1,4 +1,4 @@
-"""How large a request's body may be, and how long it may take to arrive."""
+"""Limit the size of a request body and the time it takes to arrive."""
 
 import asyncio
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.errors import APIError
 
-LINGER_SECONDS = 2.0  # for which what a client still sends is read and dropped
-BODY_TIMEOUT_SECONDS = 300.0  # that a body may take to arrive
+LINGER_SECONDS = 2.0  # time for which the rest of a refused body is read and dropped
+BODY_TIMEOUT_SECONDS = 300.0  # time that a body may take to arrive
 
 
 class _TooLarge(Exception):
@@ -22,11 +22,16 @@ class _TooSlow(Exception):
 
 
 class BodyLimit:
-    """Refuse a request body over ``limit`` bytes with 413: unread if announced, else at the limit.
+    """Pure ASGI middleware that refuses bodies that are too large (413) or too slow (408).
 
-    ``uploads`` gives paths that take more than others.
+    A body whose Content-Length exceeds the limit is refused unread, any other at the limit. The
+    timeout keeps slow clients from holding connections.
 
-    One that does not arrive in time is a 408: whoever sends a byte a minute holds no connection.
+    Args:
+        app: The next application.
+        limit: Largest body, in bytes.
+        timeout: Longest time that a body may take to arrive, in seconds.
+        path_limits: Larger limits, in bytes, by path.
     """
 
     def __init__(
@@ -39,48 +44,50 @@ class BodyLimit:
         self.app, self.limit, self.timeout, self.path_limits = app, limit, timeout, path_limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         limit = max(self.limit, self.path_limits.get(scope["path"], 0))
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > limit:
             return await self._refuse(limit, receive, send)
-        seen, is_whole = 0, False
-        end = asyncio.get_running_loop().time() + self.timeout
+        received, is_complete = 0, False
+        deadline = asyncio.get_running_loop().time() + self.timeout
 
-        async def counted() -> Message:
-            nonlocal seen, is_whole
-            if is_whole:  # what comes now is the client's leaving, and that has time
+        async def receive_limited() -> Message:
+            nonlocal received, is_complete
+            if is_complete:  # only a disconnect can follow, which has no time limit
                 return await receive()
             try:
-                async with asyncio.timeout_at(end):
+                async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
                 raise _TooSlow from None
-            seen += len(message.get("body", b""))
-            if seen > limit:
+            received += len(message.get("body", b""))
+            if received > limit:
                 raise _TooLarge
-            is_whole = not message.get("more_body", False)
+            is_complete = not message.get("more_body", False)
             return message
 
         try:
-            await self.app(scope, counted, send)
+            await self.app(scope, receive_limited, send)
         except _TooLarge:
             await self._refuse(limit, receive, send)
         except _TooSlow:
             error = APIError(
                 408,
-                f"The request's body did not arrive within {self.timeout:g} seconds.",
+                f"The request body did not arrive within {self.timeout:g} seconds. Send it faster, "
+                "or send less.",
                 code="request_timeout",
                 headers={"connection": "close"},
             )
             await error.response()(scope, receive, send)
 
     async def _refuse(self, limit: int, receive: Receive, send: Send) -> None:
-        """Answers, then lingers: most clients read no answer before they have sent their body.
+        """Send a 413, then drop the rest of the body for up to `LINGER_SECONDS`.
 
-        What still arrives is dropped for a moment. Closing at once would reset the connection, and
-        the client would report that in place of the error.
+        Most clients read no response before they have sent their body. Closing at once would reset
+        the connection, and the client would report the reset instead of the error.
         """
         error = APIError(
             413,

@@ -1,7 +1,7 @@
-"""Does it fit: the API's arithmetic of prompt, completion and context.
+"""Check that prompt and completion fit the model's context window.
 
-Prompt and completion share the model's context. What does not fit is a 400 with OpenAI's own
-sentence, which programs recognise to shorten a conversation and try again.
+Prompt and completion share the context. A request that does not fit is a 400 with OpenAI's
+sentence, which programs recognize in order to shorten a conversation and try again.
 """
 
 import functools
@@ -13,11 +13,11 @@ from serve.api.errors import APIError
 
 
 class Wording(NamedTuple):
-    """What a route calls its input, and how it ends the sentence about too much of it."""
+    """The words in which a route reports that its input is too long."""
 
-    param: str | None  # the field at fault
-    prompt_too_long: str  # when the input alone is too long
-    total_too_long: str  # when input and completion are
+    param: str | None  # the request field at fault
+    prompt_too_long: str  # end of the sentence when the input alone is too long
+    total_too_long: str  # end of the sentence when input and completion together are too long
 
 
 CHAT_WORDING = Wording(
@@ -37,55 +37,55 @@ EDIT_WORDING = Wording(
     "input",
     ". However, your input and instruction resulted in {prompt} tokens. "
     "Please reduce the length of the input.",
-    "",  # an edit has no length of its own
+    "",  # a request for an edit has no max_tokens
 )
 
 
 def resolve_max_tokens(
-    wording: Wording, context: int, prompt: int, wanted: int | None, most: int
+    wording: Wording, context: int, prompt: int, max_tokens: int | None, default: int
 ) -> int:
-    """How many tokens the completion may have.
+    """Return the maximum number of tokens of a completion.
 
     Args:
-        wording: `MESSAGES`, `PROMPT` or `EDIT`.
-        context: the model's limit, in tokens.
-        prompt: length of the prompt, in tokens.
-        wanted: what the client asked for; None for as many as fit, up to ``most``.
-        most: the route's own default.
+        wording: `CHAT_WORDING`, `COMPLETION_WORDING` or `EDIT_WORDING`.
+        context: Length of the model's context window, in tokens.
+        prompt: Length of the prompt, in tokens.
+        max_tokens: The limit in the request; None for as many as fit, up to ``default``.
+        default: The route's default limit.
 
     Raises:
         APIError: 400 context_length_exceeded.
     """
-    left = context - prompt
-    if left < 0 or (left == 0 and wanted != 0):
+    remaining = context - prompt
+    if remaining < 0 or (remaining == 0 and max_tokens != 0):
         raise _context_length_error(wording, context, prompt, None)
-    if wanted is not None and wanted > left:
-        raise _context_length_error(wording, context, prompt, wanted)
-    return min(most, left) if wanted is None else wanted
+    if max_tokens is not None and max_tokens > remaining:
+        raise _context_length_error(wording, context, prompt, max_tokens)
+    return min(default, remaining) if max_tokens is None else max_tokens
 
 
 def refuse_too_long(wording: Wording, context: int, encoding: Encoding, text: str) -> None:
-    """Refuses megabytes of text before the tokenizer has to walk them.
+    """Refuse a text that cannot fit the context, without tokenizing all of it.
 
-    No token is longer than the longest, so a text has at least bytes / longest tokens. Counted are
-    the bytes that will be tokenized: some vocabularies normalise text first, or drop bytes.
+    A text has at least (bytes / bytes of the longest token) tokens. The bytes are counted after
+    normalization and without dropped bytes, as the tokenizer sees them.
 
     Raises:
-        APIError: 400 context_length_exceeded, where ``text`` cannot possibly fit.
+        APIError: 400 context_length_exceeded, where ``text`` cannot fit in ``context`` tokens.
     """
     if len(text) <= context:  # even one token a character would fit
         return
     if encoding.normalization == "NFC":
         text = unicodedata.normalize("NFC", text)
     size = len(text.encode().translate(None, encoding.dropped_bytes))
-    least = -(-size // longest_token(encoding))
-    if least > context:
-        about = max(least, _estimate(encoding, text))
-        raise _context_length_error(wording, context, f"about {about}", None)
+    lower_bound = -(-size // longest_token(encoding))
+    if lower_bound > context:
+        estimate = max(lower_bound, _estimate(encoding, text))
+        raise _context_length_error(wording, context, f"about {estimate}", None)
 
 
 def _estimate(encoding: Encoding, text: str, samples: int = 16, length: int = 1024) -> int:
-    """The tokens of a long text, from samples all over it."""
+    """Estimate the number of tokens of a long text from evenly spaced samples."""
     starts = range(0, len(text), -(-len(text) // samples))
     sampled = [text[start : start + length] for start in starts]
     tokens = sum(len(encoding.encode_ordinary(sample)) for sample in sampled)
@@ -94,7 +94,7 @@ def _estimate(encoding: Encoding, text: str, samples: int = 16, length: int = 10
 
 @functools.lru_cache(maxsize=64)
 def longest_token(encoding: Encoding) -> int:
-    """Bytes in the longest token of a vocabulary."""
+    """Return the length of the longest token of a vocabulary, in bytes."""
     longest = 1
     for token in range(encoding.n_vocab):
         try:
@@ -113,6 +113,6 @@ def _context_length_error(
     else:
         total = int(prompt) + completion
         sentence += wording.total_too_long.format(total=total, prompt=prompt, completion=completion)
-    # The code in the text, too: LangChain looks for it in str(error), where openai 3 puts the text.
+    # The message contains the code too: LangChain looks for it in str(error), which is the message.
     code = "context_length_exceeded"
     return APIError(400, f"{sentence} ({code})", param=wording.param, code=code)

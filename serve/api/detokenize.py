@@ -1,11 +1,11 @@
-"""Events of the engine become pieces of text, each with the tokens it came from.
+"""Incremental detokenization: turn engine events into text deltas with their tokens.
 
-Servers and the command line read their answers through this: see `Assembler.take`.
+The server and the command line both read generated text through `Detokenizer.update`.
 
-A token is not a unit of text: one character may take several tokens, and the last characters
-of a token may be the first of a stop string. So text leaves late, and when it leaves, exactly the
-tokens that spelled it leave along: a client that joins the logprob entries finds the text it got.
-A token of which a stop string took only the end is kept, for its beginning was emitted.
+A token is not a unit of text: one character may take several tokens, and the last characters of a
+token may be the first of a stop string. So text is held back until it is certain, and is emitted
+together with exactly the tokens that encode it: joining the logprob entries gives the text. A token
+that a stop string cuts is emitted too, because its first characters are.
 """
 
 from collections import deque
@@ -21,7 +21,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class TokenWithOffset:
-    """A token and where the text it belongs to begins, in characters of the choice's text."""
+    """A token and the offset of its text, in characters from the start of the choice's text."""
 
     token: Token
     offset: int
@@ -32,12 +32,12 @@ class TextDelta:
     """The next text of one choice.
 
     Attributes:
-        text: new text; never part of a character, never part of a stop string.
-        tokens: the tokens that spelled it.
-        finish_reason: set on the last piece of a choice.
-        generated: tokens drawn so far. The token that ended the turn is not counted, tokens that
-            spelled a stop string are: the model did compute them.
-        end: the token that ended the turn, where logprobs are asked for. It is no part of the text.
+        text: New text, in whole characters and without any part of a stop string.
+        tokens: The tokens that encode the text.
+        finish_reason: Set on the last delta of a choice.
+        num_generated: Number of tokens generated so far. Tokens of a stop string count, the
+            end-of-turn token does not.
+        end_token: The end-of-turn token, if logprobs were requested. It is not part of the text.
     """
 
     text: str
@@ -48,13 +48,13 @@ class TextDelta:
 
 
 class Detokenizer:
-    """Builds the pieces of one choice: first what is echoed of the prompt, then what is generated.
+    """Build the text deltas of one choice: first the echoed prompt, then the generated text.
 
     Args:
-        encoding: the model's vocabulary.
-        stops: strings that end the choice, themselves never emitted.
-        echo: tokens that the text begins with, once the engine has begun.
-        unseen: how many of the tokens that the engine scores first are not echoed.
+        encoding: The model's vocabulary.
+        stop_strings: Strings that end the choice. They are not emitted.
+        echo_tokens: Prompt tokens to emit when the prefill is done.
+        num_unechoed: Number of leading scored prompt tokens that are not echoed.
     """
 
     def __init__(
@@ -68,16 +68,16 @@ class Detokenizer:
         self._echo_tokens, self._num_unechoed = echo_tokens, num_unechoed
         self._decoder = StreamDecoder(encoding)
         self._matcher = StopMatcher(stop_strings)
-        self._pending: list[Token] = []  # tokens whose first whole character is yet to come
+        self._pending: list[Token] = []  # tokens that do not complete a character yet
         self._held: deque[tuple[int, int, list[Token]]] = deque()  # start, end, tokens
         self._decoded = self._emitted = self._generated = 0  # characters, characters, tokens
 
     def update(self, event: Event) -> TextDelta | None:
-        """Take an event of the engine.
+        """Process an engine event and return the next delta, whose text may be empty.
 
         Returns:
-            The next text, which may be empty; None where the engine gave up: it `Failed`, or is
-            `Done` for another reason than "stop" and "length".
+            The delta, or None if the event is `Failed`, or `Done` with a finish reason other than
+            "stop" and "length".
         """
         match event:
             case PromptLogprobs(tokens=tokens):
@@ -93,38 +93,38 @@ class Detokenizer:
         return None
 
     def echo(self, tokens: Sequence[Token]) -> TextDelta:
-        """Repeats tokens of the prompt, in which no stop string is looked for.
+        """Return a delta that repeats tokens of the prompt, without looking for stop strings.
 
-        Text and offsets go on from there, so a character begun in the prompt is finished by what
-        is generated.
+        Generated text continues from the echo: its first tokens may complete a character that the
+        prompt began.
         """
         text = ""
         for token in tokens:
             self._pending.append(token)
-            if part := self._decoder.push(token.id):
-                self._hold(part)
-                text += part
+            if decoded := self._decoder.push(token.id):
+                self._hold(decoded)
+                text += decoded
         return self._delta(text, None)
 
     def push(self, token: Token) -> TextDelta:
-        """Takes the next token. A piece with a finish_reason means that a stop string matched."""
+        """Add a generated token. The delta has a finish_reason if a stop string matched."""
         self._generated += 1
         self._pending.append(token)
         text, stopped = self._match(self._decoder.push(token.id))
         return self._delta(text, "stop" if stopped else None)
 
     def finish(self, reason: FinishReason, token: Token | None = None) -> TextDelta:
-        """The last piece, when the engine has ended the choice: whatever was held back.
+        """Return the last delta of the choice, with all text that was held back.
 
         Args:
-            reason: the engine's.
-            token: the token that ended the turn.
+            reason: The engine's finish reason.
+            token: The end-of-turn token, if the engine reports it.
         """
         text, stopped = self._match(self._decoder.flush())
         if stopped:
             return self._delta(text, "stop")
-        piece = self._delta(text + self._matcher.flush(), reason)
-        return replace(piece, end=TokenWithOffset(token, self._emitted)) if token else piece
+        delta = self._delta(text + self._matcher.flush(), reason)
+        return replace(delta, end_token=TokenWithOffset(token, self._emitted)) if token else delta
 
     def _match(self, text: str) -> tuple[str, bool]:
         if not text:
@@ -142,8 +142,8 @@ class Detokenizer:
         tokens: list[TokenWithOffset] = []
         while self._held:
             start, end, group = self._held[0]
-            begun = finish_reason is not None and start < self._emitted
-            if end > self._emitted and not begun:
+            is_cut = finish_reason is not None and start < self._emitted
+            if end > self._emitted and not is_cut:
                 break
             tokens += [TokenWithOffset(token, start) for token in group]
             self._held.popleft()
@@ -151,15 +151,15 @@ class Detokenizer:
 
 
 def clamp_logprob(logprob: float | None) -> float:
-    """A logprob as JSON can say it; -9999 is what the API says for "impossible"."""
-    return logprob if logprob is not None and logprob > -9999.0 else -9999.0  # NaN is not >
+    """Return a logprob for JSON: -9999, as in OpenAI's API, for None, -inf and NaN."""
+    return logprob if logprob is not None and logprob > -9999.0 else -9999.0  # False for NaN
 
 
 def token_text(data: bytes) -> str:
-    r"""How logprobs name a token; one that is no text of its own is spelled ``bytes:\xf0\x9f``.
+    r"""Return the name of a token in logprobs: its text, or ``bytes:\xf0\x9f`` for invalid UTF-8.
 
-    That is what OpenAI's completions did. It keeps two such tokens apart, as a replacement
-    character would not.
+    OpenAI's completions used the same notation. Unlike a replacement character it keeps such tokens
+    distinct.
     """
     try:
         return data.decode()

@@ -1,10 +1,10 @@
-"""Every failure in the one shape OpenAI's clients understand.
+"""Errors of the API, in the JSON shape that OpenAI's clients expect.
 
-An error of the API is a status and ``{"error": {"message", "type", "param", "code"}}``. This file
-holds that shape, the table that turns pydantic's validation errors into OpenAI's sentences, and
-the handlers that give everything else (unknown routes, wrong methods, an unknown model, a full
-queue) the same shape. The texts follow what the live API says, because programs match on them;
-a message names the field, the value, and what would work.
+An error is a status and ``{"error": {"message", "type", "param", "code"}}``. This module defines
+that shape, translates pydantic's validation errors into OpenAI's sentences, and registers handlers
+for all other errors (unknown routes, wrong methods, unknown models, a full queue). The texts follow
+OpenAI's API, because programs match on them. A message names the field, the value, and a valid
+alternative.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,15 +22,15 @@ E = TypeVar("E", bound=Exception)
 
 
 class APIError(Exception):
-    """A failure that the client is told about.
+    """An error that is reported to the client.
 
     Args:
-        status: the HTTP status.
-        message: one or two sentences for a person.
-        type: the family, such as "invalid_request_error" or "server_error".
-        param: the path of the field at fault, such as "messages[0].role".
-        code: the word programs switch on, such as "context_length_exceeded".
-        headers: response headers that belong to this error.
+        status: The HTTP status.
+        message: One or two sentences for a person.
+        type: The family of the error, such as "invalid_request_error" or "server_error".
+        param: The path of the field at fault, such as "messages[0].role".
+        code: The machine-readable code, such as "context_length_exceeded".
+        headers: Additional response headers.
     """
 
     def __init__(
@@ -48,20 +48,21 @@ class APIError(Exception):
         self.param, self.code, self.headers = param, code, headers
 
     def body(self) -> dict[str, Any]:
-        """The JSON object a client receives, on its own or inside a stream."""
+        """Return the JSON object of the error, as sent in a response or in a stream."""
         fields = {"message": self.message, "type": self.type}
         return {"error": {**fields, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
+        """Return the HTTP response of the error."""
         return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
 
 
 class ClientDisconnected(Exception):
-    """The client closed its connection before it had its answer: nobody is left to tell."""
+    """The client closed its connection before the response was complete."""
 
 
 def server_error(detail: str = "") -> APIError:
-    """A 500; ``detail`` is for the client to read, never a traceback."""
+    """Return a 500 error. The client sees ``detail``, so it must not hold a traceback."""
     reason = f": {detail}" if detail else ". Sorry about that!"
     return APIError(
         500, f"The server had an error while processing your request{reason}", type="server_error"
@@ -69,12 +70,12 @@ def server_error(detail: str = "") -> APIError:
 
 
 def unsupported(param: str, value: object, supported: str) -> APIError:
-    """The API has this value, the model or this server does not.
+    """Return the 400 error for a value that the API defines but this model or server lacks.
 
     Args:
-        param: the field's path.
-        value: what was sent.
-        supported: what would work, as a sentence.
+        param: The path of the field.
+        value: The value in the request.
+        supported: A sentence that says which values are supported.
     """
     return APIError(
         400,
@@ -96,9 +97,9 @@ _EXPECTED = {
     "list_type": "an array",
     "dict_type": "an object",
     "model_type": "an object",
-    "is_instance_of": "a file",  # of a form, the only one
+    "is_instance_of": "a file",  # only the files of forms are checked by their class
 }
-_BOUNDS = {  # error type -> (key of the bound, operator, words; the code is the words joined)
+_BOUNDS = {  # error type -> (key of the bound, operator, words of the message, end of the code)
     "greater_than_equal": ("ge", ">=", "below minimum value", "below_min_value"),
     "greater_than": ("gt", ">", "below minimum value", "below_min_value"),
     "less_than_equal": ("le", "<=", "above maximum value", "above_max_value"),
@@ -107,7 +108,7 @@ _BOUNDS = {  # error type -> (key of the bound, operator, words; the code is the
 
 
 def json_type_name(value: object) -> str:
-    """What a JSON value is, in the words of OpenAI's messages: "a string", "null", ..."""
+    """Return the JSON type of a value in the words of OpenAI's messages: "a string", "null", ..."""
     if value is None:
         return "null"
     # bool comes before int: True is an int in Python.
@@ -117,7 +118,7 @@ def json_type_name(value: object) -> str:
 
 
 def from_validation(error: ValidationError) -> APIError:
-    """The first of pydantic's errors as OpenAI would have put it."""
+    """Return the first of pydantic's errors as an APIError in OpenAI's words."""
     first = error.errors(include_url=False)[0]
     context, value = first.get("ctx", {}), first["input"]
     path = _path(first["loc"])
@@ -170,18 +171,18 @@ def from_validation(error: ValidationError) -> APIError:
 
 
 def _path(location: tuple[str | int, ...]) -> str:
-    """``("messages", 0, "role")`` -> "messages[0].role"; tags of unions hold a space: left out."""
+    """Turn ("messages", 0, "role") into "messages[0].role", without the tags of unions."""
     path = ""
-    for step in location:
-        if isinstance(step, int):
-            path += f"[{step}]"
-        elif " " not in step:
-            path += f".{_clip(step)}" if path else step
+    for key in location:
+        if isinstance(key, int):
+            path += f"[{key}]"
+        elif " " not in key:
+            path += f".{_clip(key)}" if path else key
     return path
 
 
 def _one_of(tags: str) -> str:
-    """ "'a string', 'an array'" -> "one of a string or an array"."""
+    """Turn "'a string', 'an array'" into "one of a string or an array"."""
     *rest, last = (tag.strip("'") for tag in tags.split(", "))
     return f"one of {', '.join(rest)} or {last}" if rest else last
 
@@ -198,7 +199,7 @@ def _quote(value: object) -> str:
 
 
 def _clip(value: object, limit: int = 80) -> str:
-    """An error message shows a value; it does not send megabytes back."""
+    """Return a value as text of at most about `limit` characters, for use in a message."""
     text = str(value)
     return text if len(text) <= limit else text[:limit] + "..."
 
@@ -210,9 +211,9 @@ _translations: dict[type[Exception], Callable[[Any], APIError]] = {}
 
 
 def translate(kind: type[E]) -> Callable[[Callable[[E], APIError]], Callable[[E], APIError]]:
-    """Decorate the function that makes an APIError of an exception this file does not know.
+    """Decorate a function that converts exceptions of class ``kind`` to APIErrors.
 
-    So this file imports neither the engine nor JAX.
+    The registration keeps this module free of imports of the engine and JAX.
     """
 
     def register(function: Callable[[E], APIError]) -> Callable[[E], APIError]:
@@ -223,7 +224,7 @@ def translate(kind: type[E]) -> Callable[[Callable[[E], APIError]], Callable[[E]
 
 
 def as_api_error(error: Exception) -> APIError:
-    """What a client is told about any exception, before a response starts or in mid-stream."""
+    """Return the APIError that reports an exception, in a response or within a stream."""
     match error:
         case APIError():
             return error
@@ -231,8 +232,8 @@ def as_api_error(error: Exception) -> APIError:
             hint = "GET /v1/models lists what is served here."
             if error.not_pulled_id is not None:
                 hint = (
-                    f"It is {error.not_pulled_id} here, which `pellucid pull {error.not_pulled_id}` fetches; "
-                    "then start the server again."
+                    f"It is {error.not_pulled_id} here: run `pellucid pull {error.not_pulled_id}`, "
+                    "then restart the server."
                 )
             return APIError(
                 404,
@@ -244,7 +245,8 @@ def as_api_error(error: Exception) -> APIError:
         case CannotLoad():
             return APIError(
                 503,
-                f"The model `{_clip(error.id)}` is offered here, but {_clip(error, 400)}.",
+                f"The model `{_clip(error.id)}` is listed here but cannot be used: "
+                f"{_clip(error, 400)}.",
                 type="server_error",
                 code="model_not_ready",
                 headers={"retry-after": "5"} if error.is_busy else {"x-should-retry": "false"},
@@ -256,22 +258,23 @@ def as_api_error(error: Exception) -> APIError:
 
 
 def install(app: FastAPI) -> None:
-    """Registers the handlers; what they do not know is the outermost middleware's to report."""
+    """Register the error handlers. `headers.ResponseHeaders` reports all other exceptions."""
 
-    async def known(request: Request, error: Exception) -> Response:
+    async def handle_error(request: Request, error: Exception) -> Response:
         return as_api_error(error).response()
 
-    async def routing(request: Request, error: Exception) -> Response:
+    async def handle_routing_error(request: Request, error: Exception) -> Response:
         return _routing_error(request, cast(HTTPException, error)).response()
 
-    async def gone(request: Request, error: Exception) -> Response:
-        return Response(status_code=499)  # nginx's number; the client is not there to see it
+    async def handle_disconnect(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # nginx's status for a client that closed its connection
 
     for exception in (APIError, UnknownModel, CannotLoad, *_translations):
-        app.add_exception_handler(exception, known)
-    app.add_exception_handler(HTTPException, routing)
-    for exception in (ClientDisconnected, ClientDisconnect):  # waiting for us, or still sending
-        app.add_exception_handler(exception, gone)
+        app.add_exception_handler(exception, handle_error)
+    app.add_exception_handler(HTTPException, handle_routing_error)
+    # The first while the server computes, the second while the client sends its body.
+    for exception in (ClientDisconnected, ClientDisconnect):
+        app.add_exception_handler(exception, handle_disconnect)
 
 
 def _routing_error(request: Request, error: HTTPException) -> APIError:

@@ -1,9 +1,9 @@
-"""From a validated request to pieces of text: what completions and chat share.
+"""Generate the choices of a request; completions, chat and edits share this.
 
-A request asks for one or more choices: some for each prompt. Each choice is one request to the
-engine and one stream of events; they run side by side and their pieces come out interleaved, with
-the index of the choice. Whatever ends the reading (the last piece, an error, a client that left)
-closes every stream, and closing a stream is what tells the engine to stop computing.
+A request asks for one or more choices for each prompt. Each choice is one request to the engine and
+one stream of events. The choices run concurrently, and their text deltas are interleaved, each with
+the index of its choice. When reader ends (after the last delta, an error, or a disconnect) every
+stream is closed, and the engine stops computing when its stream is closed.
 """
 
 import asyncio
@@ -34,8 +34,8 @@ from transformer.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
 
-# Choices of one request that compute at a time: one client with a long list of prompts neither
-# fills the engine's queue nor crowds out the others.
+# Choices of one request that are computed at a time, so that a long list of prompts neither fills
+# the engine's queue nor delays other clients.
 MAX_CONCURRENT_CHOICES = 16
 MAX_CHOICES = 2048
 
@@ -44,13 +44,14 @@ T = TypeVar("T")
 
 @dataclass(kw_only=True)
 class Usage:
-    """The tokens of a request; each prompt counts once, however many choices it has."""
+    """Token counts of a request. Each prompt counts once, whatever its number of choices."""
 
     prompt_tokens: int
     cached_tokens: int = 0
     completion_tokens: int = 0
 
     def to_api(self) -> dict[str, Any]:
+        """Return the `usage` object of a response."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -67,15 +68,16 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What one or more choices continue.
+    """The prompt of one or more choices.
 
     Attributes:
-        ids: what the model reads.
-        max_tokens: the most tokens a choice may have.
-        echo: ids the choice's text begins with: the last of `ids`, or with a suffix, others.
-        is_scored: whether echoed tokens come with logprobs.
-        stop_ids: ids that end a choice, beside the model's own.
-        stops: strings that end a choice, beside the request's own.
+        token_ids: The ids that the model reads.
+        max_tokens: Maximum number of tokens of a choice.
+        echo_ids: The ids that the choice's text begins with. Without a suffix these are the last of
+            `token_ids`.
+        has_prompt_logprobs: Whether echoed tokens have logprobs.
+        stop_ids: Ids that end a choice, in addition to the model's.
+        stop_strings: Strings that end a choice, in addition to the request's.
     """
 
     token_ids: Sequence[int]
@@ -88,7 +90,7 @@ class Prompt:
 
 @dataclass
 class Choice:
-    """One finished choice, for an answer that is not streamed."""
+    """A finished choice, for a response that is not streamed."""
 
     text: str = ""
     tokens: list[TokenWithOffset] = field(default_factory=list)
@@ -100,13 +102,14 @@ class Generation:
     """The choices of one request.
 
     Args:
-        model: what generates.
-        prompts: what it continues.
-        body: sampling settings, n, and stop strings.
-        copies: choices to generate for each prompt.
-        top_logprobs: alternatives to report per token, echoed ones too; None for no logprobs.
-        call: who asks; told what comes of it.
-        is_judged: whether answers are scored or ranked; see `sampling.resolve`.
+        model: The model.
+        prompts: The prompts to continue.
+        body: The request: sampling settings, n, and stop strings.
+        choices_per_prompt: Number of choices to generate for each prompt.
+        top_logprobs: Alternatives to report per token, echoed ones too; None for no logprobs.
+        request_context: The client and the timeout; receives token counts and times.
+        is_likelihood_scored: Whether the choices are scored or ranked by likelihood; see
+            `generation_config.resolve_params`.
 
     Raises:
         APIError: 400 for a logit_bias that does not fit the vocabulary, or too many choices.
@@ -120,26 +123,21 @@ class Generation:
         choices_per_prompt: int,
         top_logprobs: int | None,
         request_context: RequestContext,
-        is_judged: bool = False,
+        is_likelihood_scored: bool = False,
     ):
         if len(prompts) * choices_per_prompt > MAX_CHOICES:
             raise APIError(
                 400,
-                f"Invalid 'n': {len(prompts)} prompts of {choices_per_prompt} choices each are more than "
-                f"{MAX_CHOICES} choices in one request.",
+                f"Invalid 'n': {len(prompts)} prompts with {choices_per_prompt} choices each "
+                f"exceed the maximum of {MAX_CHOICES} choices in one request. Send several requests.",
                 param="n",
                 code="invalid_value",
             )
-        settings = sampling_params(body, model, is_judged=is_judged)
-        deadline = (
-            None if request_context.timeout is None else time.monotonic() + request_context.timeout
-        )
-        self.model, self.stop_strings, self.choices_per_prompt, self.request_context = (
-            model,
-            body.stop_strings,
-            choices_per_prompt,
-            request_context,
-        )
+        params = sampling_params(body, model, is_likelihood_scored=is_likelihood_scored)
+        timeout = request_context.timeout
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self.model, self.stop_strings = model, body.stop_strings
+        self.choices_per_prompt, self.request_context = choices_per_prompt, request_context
         self.usage = Usage(prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts))
         request_context.model, request_context.prompt_tokens = model.id, self.usage.prompt_tokens
         self.prompts = [prompt for prompt in prompts for _ in range(choices_per_prompt)]
@@ -147,7 +145,7 @@ class Generation:
             SequenceRequest(
                 prompt=tuple(prompt.token_ids),
                 max_tokens=prompt.max_tokens,
-                sampling_params=settings,
+                sampling_params=params,
                 stop_ids=model.tokenizer.stop_ids | prompt.stop_ids,
                 top_logprobs=top_logprobs,
                 prompt_logprobs=top_logprobs if prompt.has_prompt_logprobs else None,
@@ -160,42 +158,42 @@ class Generation:
         ]
 
     async def text_deltas(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
-        """The pieces of all choices as they come, each with its choice's index.
+        """Yield the text deltas of all choices as they arrive, each with its choice's index.
 
-        Every choice ends in one piece with a finish_reason, and ``usage`` counts it by then.
+        Every choice ends with one delta that has a finish_reason; ``usage`` includes it by then.
 
         Raises:
-            APIError: 500 when the engine fails, 503 when it is shutting down.
-            transformer.engine.Busy: the queue is full.
+            APIError: 500 when the engine fails, 503 when it shuts down, 504 after the timeout.
+            transformer.engine.Busy: The queue is full.
         """
         streams = [self._stream_choice(index) for index in range(len(self.requests))]
         async with aclosing(interleave(streams, MAX_CONCURRENT_CHOICES)) as merged:
-            async for index, piece in merged:
-                if piece.finish_reason:
-                    self.usage.completion_tokens += piece.num_generated
-                yield index, piece
+            async for index, delta in merged:
+                if delta.finish_reason:
+                    self.usage.completion_tokens += delta.num_generated
+                yield index, delta
 
     async def choices(self) -> list[Choice]:
-        """All choices whole, in order."""
+        """Return all choices, finished, in order."""
         choices = [Choice() for _ in self.requests]
-        async with aclosing(self.text_deltas()) as pieces:
-            async for index, piece in pieces:
+        async with aclosing(self.text_deltas()) as deltas:
+            async for index, delta in deltas:
                 choice = choices[index]
-                choice.text += piece.text
-                choice.tokens += piece.tokens
-                choice.end_token = piece.end_token
-                choice.finish_reason = piece.finish_reason
+                choice.text += delta.text
+                choice.tokens += delta.tokens
+                choice.end_token = delta.end_token
+                choice.finish_reason = delta.finish_reason
         return choices
 
     async def best(self, n: int) -> list[Choice]:
-        """The n choices of each prompt whose tokens are likeliest on average, best first."""
+        """Return the n choices of each prompt with the highest mean logprob, best first."""
         choices = await self.choices()
 
-        def mean(index: int) -> float:
+        def mean_logprob(index: int) -> float:
             choice = choices[index]
-            own = choice.tokens[len(self.prompts[index].echo_ids) :]
-            ended = [choice.end_token] if choice.end_token else []
-            logprobs = [clamp_logprob(placed.token.logprob) for placed in [*own, *ended]]
+            generated = choice.tokens[len(self.prompts[index].echo_ids) :]
+            end = [choice.end_token] if choice.end_token else []
+            logprobs = [clamp_logprob(item.token.logprob) for item in [*generated, *end]]
             return sum(logprobs) / len(logprobs) if logprobs else -math.inf
 
         groups = [
@@ -205,13 +203,13 @@ class Generation:
         return [
             choices[index]
             for group in groups
-            for index in sorted(group, key=mean, reverse=True)[:n]
+            for index in sorted(group, key=mean_logprob, reverse=True)[:n]
         ]
 
     async def _stream_choice(self, index: int) -> AsyncGenerator[TextDelta, None]:
         prompt, request = self.prompts[index], self.requests[index]
         echo = [] if request.prompt_logprobs is not None else [Token(id) for id in prompt.echo_ids]
-        assembler = Detokenizer(
+        detokenizer = Detokenizer(
             self.model.tokenizer.encoding,
             [*self.stop_strings, *prompt.stop_strings],
             echo_tokens=echo,
@@ -219,8 +217,8 @@ class Generation:
         )
         if request.max_tokens == 0 and request.prompt_logprobs is None:  # nothing to compute
             if echo:
-                yield assembler.echo(echo)
-            yield assembler.finish("length")
+                yield detokenizer.echo(echo)
+            yield detokenizer.finish("length")
             return
         async with aclosing(self.model.engine.stream(request)) as events:
             async for event in events:
@@ -232,18 +230,18 @@ class Generation:
                         self.request_context.cached_tokens += cached_tokens
                     case Token():
                         self.request_context.record_token()
-                if (piece := assembler.update(event)) is None:
+                if (delta := detokenizer.update(event)) is None:
                     raise self._failure(event)
-                if piece.finish_reason:
+                if delta.finish_reason:
                     break
-                if piece.text:
-                    yield piece
+                if delta.text:
+                    yield delta
             else:
                 raise RuntimeError("the engine's stream ended without Done or Failed")
-        yield piece
+        yield delta
 
     def _failure(self, event: Event) -> APIError:
-        """The error for an event with which the engine gave up."""
+        """Return the error for an event that ends a choice without a result."""
         match event:
             case Failed(message=message):
                 log.error("%s: generation failed: %s", self.model.id, message)
@@ -258,21 +256,21 @@ class Generation:
 def _timeout_error(seconds: float | None) -> APIError:
     return APIError(
         504,
-        f"The answer took longer than the {seconds:g} seconds this server allows. Ask for fewer "
-        "tokens or fewer choices.",
+        f"The request exceeded the server's timeout of {seconds:g} seconds. Request fewer tokens "
+        "or fewer choices.",
         type="server_error",
         code="timeout",
-        headers={"x-should-retry": "false"},  # it would take as long again
+        headers={"x-should-retry": "false"},  # a retry would take as long
     )
 
 
 def sampling_params(
-    body: GenerationBody, model: DecoderModel, *, is_judged: bool
+    body: GenerationBody, model: DecoderModel, *, is_likelihood_scored: bool
 ) -> SamplingParams:
-    """The sampling settings of a request; without a seed, one is drawn."""
+    """Return the sampling parameters of a request, with a random seed if it has none."""
     return SamplingParams(
         **generation_config.resolve_params(
-            body.sampling, model.default_sampling, is_likelihood_scored=is_judged
+            body.sampling, model.default_sampling, is_likelihood_scored=is_likelihood_scored
         ),
         logit_bias=native_bias(body.logit_bias, body.model, model),
         seed=secrets.randbits(63) if body.seed is None else body.seed,
@@ -280,20 +278,21 @@ def sampling_params(
 
 
 async def interleave(
-    streams: Sequence[AsyncGenerator[T, None]], at_a_time: int
+    streams: Sequence[AsyncGenerator[T, None]], max_concurrent: int
 ) -> AsyncGenerator[tuple[int, T], None]:
-    """Reads ``at_a_time`` of ``streams`` at once; yields items with their stream's index.
+    """Read up to ``max_concurrent`` streams at a time; yield each item with its stream's index.
 
-    They are read no faster than this is. The first error of any stream is raised here after the
-    others are closed; closing this iterator closes them too.
+    The consumer sets the pace (backpressure). The first error of a stream is raised here after the
+    other streams are closed. Closing this iterator closes the streams.
     """
     queue: asyncio.Queue[tuple[int, T] | None] = asyncio.Queue()
-    gate, room = asyncio.Semaphore(at_a_time), asyncio.Semaphore(at_a_time)
+    stream_slots = asyncio.Semaphore(max_concurrent)
+    queue_slots = asyncio.Semaphore(max_concurrent)
 
     async def read(index: int, stream: AsyncGenerator[T, None]) -> None:
-        async with gate, aclosing(stream):
+        async with stream_slots, aclosing(stream):
             async for item in stream:
-                await room.acquire()
+                await queue_slots.acquire()
                 queue.put_nowait((index, item))
 
     async def read_all() -> None:
@@ -304,15 +303,15 @@ async def interleave(
         finally:
             queue.put_nowait(None)
 
-    reading = asyncio.create_task(read_all())
+    reader = asyncio.create_task(read_all())
     try:
         while (item := await queue.get()) is not None:
-            room.release()
+            queue_slots.release()
             yield item
         try:
-            await reading
+            await reader
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
     finally:
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)

@@ -1,10 +1,10 @@
-"""What every response says about itself, and what becomes of a crash.
+"""Response headers and unhandled exceptions.
 
-The outermost layer of the server. It makes a `Call` of each request, and gives each response the
-headers OpenAI's clients look for: ``x-request-id``, ``openai-processing-ms``, ``openai-version``
-and the client's own ``openai-organization``. An exception nobody handled becomes a 500 in the API's
-shape here, because only here does the answer still get those headers; its traceback goes to the log
-under the request's id, and nowhere else. When the answer is through, whoever counts is told.
+This is the outermost middleware. It creates the `RequestContext` of each request and adds the
+headers that OpenAI's clients expect: ``x-request-id``, ``openai-processing-ms``, ``openai-version``
+and the client's ``openai-organization``. It turns an unhandled exception into a 500 error of the
+API, since a handler further out would not add these headers; the traceback goes only to the log,
+with the request's id. After the response it calls `on_end`.
 """
 
 import logging
@@ -23,14 +23,14 @@ API_VERSION = "2020-10-01"
 
 
 class ResponseHeaders:
-    """Pure ASGI middleware: it touches the start of a response and lets the rest flow by.
+    """Pure ASGI middleware that changes the start of a response and passes on its body.
 
     Args:
-        app: the next application.
-        timeout: seconds that an answer may take to compute.
-        begun: told of each request when it comes.
-        ended: told when its answer is through or the client gone, with the status; 499 if the
-            client left before there was one.
+        app: The next application.
+        timeout: Longest time to compute a response, in seconds; None for no limit.
+        on_start: Called when a request arrives.
+        on_end: Called with scope and status when the response is complete or the client has
+            disconnected. The status is 499 if the client disconnected before the response began.
     """
 
     def __init__(
@@ -43,11 +43,12 @@ class ResponseHeaders:
         self.app, self.timeout, self.on_start, self.on_end = app, timeout, on_start, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        call = RequestContext(timeout=self.timeout)
-        scope.setdefault("state", {})["call"] = call
-        incoming = Headers(scope=scope)
+        context = RequestContext(timeout=self.timeout)
+        scope.setdefault("state", {})["context"] = context
+        request_headers = Headers(scope=scope)
         status = 0
 
         async def send_with_headers(message: Message) -> None:
@@ -55,26 +56,27 @@ class ResponseHeaders:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = call.id
-                headers["openai-processing-ms"] = str(round(call.seconds * 1000))
+                headers["x-request-id"] = context.id
+                headers["openai-processing-ms"] = str(round(context.seconds * 1000))
                 headers["openai-version"] = API_VERSION
-                if organization := incoming.get("openai-organization"):
+                if organization := request_headers.get("openai-organization"):
                     headers["openai-organization"] = organization
             await send(message)
 
         self.on_start()
-        with logs.bind_request_id(call.id):
+        with logs.bind_request_id(context.id):
             try:
                 await self.app(scope, receive, send_with_headers)
             except Exception:
                 log.exception(
-                    "%s %s failed (the client's own id: %r)",
+                    "%s %s failed (client's request id: %r)",
                     scope["method"],
                     scope["path"],
-                    incoming.get("x-client-request-id") or incoming.get("x-request-id"),
+                    request_headers.get("x-client-request-id")
+                    or request_headers.get("x-request-id"),
                 )
                 if status:
-                    raise  # the server then cuts the connection: a truncated answer must look so
+                    raise  # uvicorn then closes the connection, so the client sees the truncation
                 await server_error().response()(scope, receive, send_with_headers)
             finally:
                 self.on_end(scope, status or 499)

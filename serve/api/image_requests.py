@@ -1,4 +1,4 @@
-"""What the image routes take: JSON and forms, as pydantic models."""
+"""Request bodies of the image routes, JSON and forms, as pydantic models."""
 
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ ImagePrompt = Annotated[str, Field(min_length=1, max_length=32_000)]
 
 
 class ImageOptions(Body):
-    """What all three routes take."""
+    """The fields that all image routes share."""
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=10)] = 1
@@ -34,7 +34,7 @@ class ImageGenerationBody(ImageOptions):
 
 
 class ImageReference(Body):
-    """A picture in JSON: one of the two."""
+    """An image in a JSON body: either a `data:` URL or the id of an uploaded file."""
 
     image_url: str | None = None
     file_id: str | None = None

@@ -1,7 +1,7 @@
-"""Pictures that come with a request: from forms, `data:` URLs and uploaded files, as pixels.
+"""Images in requests: from forms, `data:` URLs and uploaded files, decoded to pixels.
 
-An upload's bytes say what it is, and no other URL is fetched. What is transparent in the mask, or
-in the picture where there is no mask, is what an edit changes.
+The format of an image is detected from its bytes. Other URLs are not fetched. An edit changes the
+transparent pixels of the mask, or of the image if there is no mask.
 """
 
 from typing import TypeVar
@@ -16,35 +16,39 @@ from serve.api.image_requests import ImageEditBody, ImageOptions, ImageReference
 from serve.api.multipart import read_all, read_form, temporary_file
 from serve.api.stored_files import find_file, store_of
 
-MAX_BYTES = 20 * 2**20  # of a picture
+MAX_BYTES = 20 * 2**20  # of an image
 MAX_PIXELS = 2048 * 2048
 
 AnyForm = TypeVar("AnyForm", bound=ImageOptions)
 ImageFiles = dict[str, bytes]  # "image" and "mask"
 
 
-async def read_image_form(request: Request, kind: type[AnyForm]) -> tuple[AnyForm, ImageFiles]:
-    """The fields of a form, and its files."""
+async def read_image_form(request: Request, model: type[AnyForm]) -> tuple[AnyForm, ImageFiles]:
+    """Return the fields of a form as ``model``, and its image files."""
     with temporary_file() as image, temporary_file() as mask:
         sinks = {"image": image, "mask": mask}
-        form = await read_form(request, kind, sinks)
-        sent = [name for name in sinks if getattr(form, name, None) is not None]
-        return form, {name: await read_all(sinks[name]) for name in sent}
+        form = await read_form(request, model, sinks)
+        names = [name for name in sinks if getattr(form, name, None) is not None]
+        return form, {name: await read_all(sinks[name]) for name in names}
 
 
 def referenced_files(request: Request, body: ImageEditBody) -> ImageFiles:
-    """The files that a JSON body names."""
+    """Return the files that a JSON body refers to.
+
+    Raises:
+        APIError: 400 for more than one image or an invalid reference, 404 for an unknown file.
+    """
     if len(body.images) > 1:
-        raise _several("images")
-    found = {"image": _referenced_file(request, body.images[0], "images[0]")}
+        raise unsupported("images", "several images", "Send one image; edits take one at a time.")
+    files = {"image": _referenced_file(request, body.images[0], "images[0]")}
     if body.mask is not None:
-        found["mask"] = _referenced_file(request, body.mask, "mask")
-    return found
+        files["mask"] = _referenced_file(request, body.mask, "mask")
+    return files
 
 
 def _referenced_file(request: Request, reference: ImageReference, path: str) -> bytes:
     if (reference.image_url is None) == (reference.file_id is None):
-        raise _bad(path, f"Invalid '{path}': give one of 'image_url' and 'file_id'.")
+        raise _bad(path, f"Invalid '{path}': send either 'image_url' or 'file_id'.")
     if reference.file_id is not None:
         store = store_of(request)
         file = find_file(store, reference.file_id, f"{path}.file_id")
@@ -55,25 +59,31 @@ def _referenced_file(request: Request, reference: ImageReference, path: str) -> 
         raise _bad(
             f"{path}.image_url",
             f"Invalid '{path}.image_url': expected data:image/png;base64,..., because this server "
-            "fetches no URLs. Or upload the picture to /v1/files and give its 'file_id'.",
+            "does not fetch URLs. Alternatively upload the image to /v1/files and send its "
+            "'file_id'.",
         )
     try:
         return from_base64(data)
-    except ValueError as error:  # binascii's, or the one for what is not ASCII
+    except ValueError as error:  # binascii.Error, or ValueError for text that is not ASCII
         raise _bad(
             f"{path}.image_url", f"Invalid '{path}.image_url': not base64 ({error})."
         ) from None
 
 
 def read_edit(files: ImageFiles, may_be_opaque: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read what is to be changed, and where.
+    """Decode the image and the mask of an edit.
 
     Args:
-        may_be_opaque: whether all of an opaque picture changes where there is no mask.
+        files: The files "image" and, optionally, "mask".
+        may_be_opaque: Whether an opaque image without a mask is edited as a whole.
 
     Returns:
-        The picture, uint8 [Y, X, 3 or 4], and the mask, uint8 [Y, X, 1]: 255 where the picture
-        changes, 0 where it is kept, in between at soft edges; None for all of an opaque picture.
+        The image, uint8 [Y, X, 3 or 4], and the mask, uint8 [Y, X, 1]: 255 where the image changes,
+        0 where it does not, in between at soft edges. The mask is None to change the whole image.
+
+    Raises:
+        APIError: 400 for a file that cannot be decoded, sizes that differ, or a mask without
+            transparent pixels.
     """
     image = decode_image(files, "image")
     if "mask" not in files:
@@ -83,36 +93,41 @@ def read_edit(files: ImageFiles, may_be_opaque: bool) -> tuple[np.ndarray, np.nd
                 return image[..., :3], None
             raise _bad(
                 "image",
-                "Invalid 'image': it has no transparent pixels, and there is no mask. What is "
-                "transparent in either is what changes. Under the name gpt-image-1 all of it is "
-                "redrawn.",
+                "Invalid 'image': it has no transparent pixels, and there is no mask. Make the "
+                "pixels to change transparent in either one, or use the model name gpt-image-1 to "
+                "redraw the whole image.",
             )
         return image[..., :3], mask
-    other = decode_image(files, "mask")
-    (height, width), (y, x) = image.shape[:2], other.shape[:2]
-    if (height, width) != (y, x):
+    mask_image = decode_image(files, "mask")
+    height, width = image.shape[:2]
+    mask_height, mask_width = mask_image.shape[:2]
+    if (height, width) != (mask_height, mask_width):
         raise _bad(
             "mask",
-            f"Invalid 'mask': it has {x} x {y} pixels, and the image {width} x {height}. They must "
-            "be of the same size.",
+            f"Invalid 'mask': it has {mask_width} x {mask_height} pixels, but the image has "
+            f"{width} x {height}. Use the same size for both.",
         )
-    mask = _edit_mask(other)
+    mask = _edit_mask(mask_image)
     if not mask.any():
         raise _bad(
             "mask",
-            "Invalid 'mask': it has no transparent pixels, so nothing would change. Transparent "
-            "pixels are those that do, not white ones.",
+            "Invalid 'mask': it has no transparent pixels, so nothing would change. Make the "
+            "pixels to change transparent, not white.",
         )
     return (image if _edit_mask(image).any() else image[..., :3]), mask
 
 
 def _edit_mask(pixels: np.ndarray) -> np.ndarray:
-    """How transparent a picture is: uint8 [Y, X, 4] -> [Y, X, 1]."""
+    """Return the transparency of an image: uint8 [Y, X, 4] -> [Y, X, 1]."""
     return 255 - pixels[..., 3:]
 
 
 def decode_image(files: ImageFiles, param: str) -> np.ndarray:
-    """A picture that was uploaded: uint8 [Y, X, 4]."""
+    """Decode an uploaded image to RGBA, uint8 [Y, X, 4].
+
+    Raises:
+        APIError: 400 for a file that is too large or cannot be decoded.
+    """
     _refuse_large(len(files[param]), param)
     try:
         return image_io.decode(files[param], max_pixels=MAX_PIXELS)
@@ -125,13 +140,9 @@ def _refuse_large(size: int, param: str) -> None:
     if size > MAX_BYTES:
         raise _bad(
             param,
-            f"Invalid '{param}': it has {size} bytes, and at most {MAX_BYTES} are read.",
+            f"Invalid '{param}': it has {size} bytes; the maximum is {MAX_BYTES}.",
             "image_too_large",
         )
-
-
-def _several(param: str) -> APIError:
-    return unsupported(param, "several pictures", "One picture can be edited at a time.")
 
 
 def _bad(param: str, message: str, code: str = "invalid_image") -> APIError:

@@ -1,12 +1,12 @@
-"""Writing what stands between a prompt and a suffix.
+"""Fill in the text between a prompt and a suffix.
 
-A model trained to fill in the middle (Bavarian et al. 2022, arXiv:2207.14255) reads both sides,
-each behind a token of its own, and then writes the middle: prefix, suffix, middle. Where the
-vocabulary has those tokens, that is what happens. A chat model without them is asked to: the suffix
-goes into an instruction, and the answer begins with the prompt, so that what the model writes next
-is the middle already. It is a request, not a guarantee, that the answer leads to the suffix.
+A model trained to fill in the middle (FIM; Bavarian et al. 2022, arXiv:2207.14255) reads prefix and
+suffix, each after a special token, and then generates the middle. Where the vocabulary has these
+tokens, this module uses them. A chat model without them gets the suffix in an instruction, and its
+answer begins with the prompt, so that it continues with the middle; nothing guarantees that the
+answer leads to the suffix.
 
-Leaves out: the order suffix, prefix, middle, and whole repositories as context.
+Not implemented: the order suffix, prefix, middle, and the format for whole repositories.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from bpe import Tokenizer
 from serve.api.errors import unsupported
 from serve.api.generation import Prompt
 
-FIM_TOKENS = (  # of the tokens before prefix, suffix and middle
+FIM_TOKENS = (  # the tokens before prefix, suffix and middle
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder
 )
@@ -23,14 +23,19 @@ INSTRUCTION = (
     "Write a text that ends with the words below. Begin at once, without introduction or comment."
     "\n\nThe text ends with:\n{suffix}"
 )
-STOP_CHARACTERS = 40  # of the suffix: where it begins, the middle is over
+STOP_CHARACTERS = 40  # the middle ends where this many characters of the suffix occur
 
 
 def infill_prompt(tokenizer: Tokenizer, prefix: Sequence[int], suffix: str) -> Prompt:
-    """What to continue so that the middle is written; `max_tokens` is left to the caller.
+    """Return the prompt whose continuation is the middle. The caller sets its `max_tokens`.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        prefix: Token ids of the prompt.
+        suffix: The text after the middle.
 
     Raises:
-        APIError: 400 where the model can neither fill in nor be told to.
+        APIError: 400 if the model has neither FIM tokens nor a chat template.
     """
     encoding = tokenizer.encoding
     specials = encoding.special_tokens
@@ -38,13 +43,14 @@ def infill_prompt(tokenizer: Tokenizer, prefix: Sequence[int], suffix: str) -> P
         if all(name in specials for name in names):
             before, after, middle = (specials[name] for name in names)
             ids = [before, *prefix, after, *encoding.encode_ordinary(suffix), middle]
-            # Whatever token of structure comes next, a file's end or another's name: it is over.
+            # Any special token (end of file, name of the next file) ends the middle.
             return Prompt(token_ids=ids, max_tokens=0, stop_ids=frozenset(specials.values()))
     if tokenizer.chat_template is None:
         raise unsupported(
             "suffix",
             suffix,
-            "It has no tokens for filling in, and no chat template to be told with.",
+            "The model has neither fill-in-the-middle tokens nor a chat template: leave out "
+            "'suffix', or use another model.",
         )
     messages = [{"role": "user", "content": INSTRUCTION.format(suffix=suffix.strip())}]
     head = tokenizer.chat_template.encode(encoding, messages)

@@ -1,8 +1,8 @@
-"""What a server writes down: a line for each request, under its id, and never a text.
+"""The server's log: one line per request, and warnings, with the request's id.
 
-Lines are for people, or JSON objects for programs (``--log-format json``); both hold the same.
-Whatever is logged while a request is served carries the request's id. Prompts and answers are not
-logged, nor keys; the name of a key is.
+Lines are text for people, or JSON objects for programs (``--log-format json``); both hold the same
+data. Each record that is logged while a request is served carries the request's id. Prompts,
+responses and keys are not logged; names of keys are.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", 
 
 @contextlib.contextmanager
 def bind_request_id(request_id: str) -> Iterator[None]:
-    """Puts what is logged meanwhile under a request's id."""
+    """Add a request's id to everything that is logged within the context."""
     token = _request_id.set(request_id)
     try:
         yield
@@ -34,31 +34,31 @@ def bind_request_id(request_id: str) -> Iterator[None]:
 
 
 def log_request(scope: Scope, status: int) -> None:
-    """Writes the line of a request that has been answered."""
-    call = context_of(scope)
+    """Write the log line of a finished request."""
+    context = context_of(scope)
     fields: dict[str, Any] = {
         "method": scope["method"],
         "path": scope["path"],
         "status": status,
-        "milliseconds": round(call.seconds * 1000, 1),
-        "client": call.client,
+        "milliseconds": round(context.seconds * 1000, 1),
+        "client": context.client,
     }
-    if call.model:
+    if context.model:
         fields |= {
-            "model": call.model,
-            "prompt_tokens": call.prompt_tokens,
-            "cached_tokens": call.cached_tokens,
-            "generated_tokens": call.generated_tokens,
+            "model": context.model,
+            "prompt_tokens": context.prompt_tokens,
+            "cached_tokens": context.cached_tokens,
+            "generated_tokens": context.generated_tokens,
         }
-    if call.first_token_time is not None:
+    if context.first_token_time is not None:
         fields["first_token_milliseconds"] = round(
-            (call.first_token_time - call.arrival_time) * 1000, 1
+            (context.first_token_time - context.arrival_time) * 1000, 1
         )
     access_log.info("%s", _access_line(fields), extra={"fields": fields})
 
 
 def _access_line(fields: dict[str, Any]) -> str:
-    """The same for people: `POST /v1/chat/completions 200 512 ms, smollm2, 20+31 tokens`."""
+    """Format fields as text: `POST /v1/chat/completions 200 512 ms, smollm2, 20+31 tokens`."""
     text = f"{fields['method']} {_printable(fields['path'])} {fields['status']} "
     text += f"{fields['milliseconds']:.0f} ms"
     if "model" in fields:
@@ -68,26 +68,28 @@ def _access_line(fields: dict[str, Any]) -> str:
 
 
 def _printable(path: str) -> str:
-    """A path as one word: whoever chose it does not write lines of their own into the log."""
+    """Escape spaces and unprintable characters, so that a path cannot forge log lines."""
     return "".join(c if c.isprintable() and c != " " else ascii(c)[1:-1] for c in path)
 
 
 class TextFormatter(logging.Formatter):
-    """`12:00:00 req_... sentence`."""
+    """Format records as `12:00:00 req_... message`."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(request_id)s%(message)s", datefmt="%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        id = _request_id.get()
-        record.request_id = f"{id} " if id else ""
+        """Return the line of a record."""
+        request_id = _request_id.get()
+        record.request_id = f"{request_id} " if request_id else ""
         return super().format(record)
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line: time, level, logger, request id, message, and the fields of a request."""
+    """Format records as one JSON object a line, with the fields of a request."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
         entry: dict[str, Any] = {
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}",
             "level": record.levelname.lower(),
@@ -102,7 +104,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def config(format: LogFormat) -> dict[str, Any]:
-    """For `logging.config.dictConfig`: requests and warnings on stderr, nothing else."""
+    """Return a configuration for `logging.config.dictConfig`: requests and warnings on stderr."""
     formatter = TextFormatter if format == "text" else JsonFormatter
     return {
         "version": 1,
@@ -119,6 +121,6 @@ def config(format: LogFormat) -> dict[str, Any]:
         "loggers": {
             access_log.name: {"level": "INFO"},
             "uvicorn.error": {"level": "WARNING"},
-            "uvicorn.access": {"level": "CRITICAL"},  # we write our own
+            "uvicorn.access": {"level": "CRITICAL"},  # replaced by `access_log`
         },
     }

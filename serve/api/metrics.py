@@ -1,8 +1,8 @@
-"""GET /metrics: what a server did and how it stands, in Prometheus' words.
+"""GET /metrics: metrics of the server in Prometheus' text format.
 
-Counters and histograms are filled in when an answer is through, from its `Call`; how the engines
-stand is read when somebody asks. Everything hangs on a registry of its own, so that two servers in
-one process do not count for each other.
+Counters and histograms are updated after each response from its `RequestContext`. Values of the
+engines are read on each scrape. Each server has its own `CollectorRegistry`, so that two servers in
+one process count separately.
 """
 
 from collections.abc import Iterable
@@ -27,17 +27,17 @@ from serve.api.request_context import context_of
 from serve.models.decoder import DecoderModel
 from serve.models.registry import Registry
 
-disable_created_metrics()  # a second series beside each, which nobody asks for
+disable_created_metrics()  # no `_created` series beside each counter
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
 
 
 class Metrics:
-    """The numbers of one server.
+    """The metrics of one server.
 
     Args:
-        registry: its models, whose engines are asked.
+        registry: The models, whose engines are read on each scrape.
     """
 
     def __init__(self, registry: Registry):
@@ -45,55 +45,63 @@ class Metrics:
         ProcessCollector(registry=self._collectors)
         self._collectors.register(_EngineCollector(registry))
         route = ("method", "route", "status")
-        self._requests = self._counter("requests", "Requests answered.", route)
+        self._requests = self._counter("requests", "Requests served.", route)
         self._request_seconds = self._histogram(
-            "request_seconds", "From a request's arrival to the end of its answer.", ("route",)
+            "request_seconds",
+            "Time from a request's arrival to the end of its response.",
+            ("route",),
         )
         self._in_progress = Gauge(
-            "pellucid_requests_in_progress", "Requests being answered.", registry=self._collectors
+            "pellucid_requests_in_progress", "Requests being served.", registry=self._collectors
         )
         model = ("model",)
-        self._prompt = self._counter("prompt_tokens", "Tokens of prompts.", model)
+        self._prompt = self._counter("prompt_tokens", "Prompt tokens.", model)
         self._cached = self._counter(
-            "cached_prompt_tokens", "Tokens of prompts that had been read before.", model
+            "cached_prompt_tokens", "Prompt tokens found in the prefix cache.", model
         )
-        self._generated = self._counter("generated_tokens", "Tokens drawn.", model)
+        self._generated = self._counter("generated_tokens", "Generated tokens.", model)
         self._first_token = self._histogram(
-            "time_to_first_token_seconds", "From a request's arrival to its first token.", model
+            "time_to_first_token_seconds",
+            "Time from a request's arrival to its first token.",
+            model,
         )
         self._per_token = self._histogram(
             "time_per_token_seconds",
-            "Between two tokens of a request, on its average.",
+            "Mean time between two tokens of a request.",
             model,
             _TOKEN_SECONDS,
         )
 
     def request_started(self) -> None:
-        """A request has come."""
+        """Count a request that has arrived."""
         self._in_progress.inc()
 
     def request_ended(self, scope: Scope, status: int) -> None:
-        """Its answer is through."""
+        """Record a request whose response is complete."""
         self._in_progress.dec()
-        call = context_of(scope)
-        # The route, not the path: made-up paths must not become made-up series.
+        context = context_of(scope)
+        # The route, not the path: unknown paths must not create new series.
         route = getattr(scope.get("route"), "path", "unknown")
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self._requests.labels(method, route, str(status)).inc()
-        self._request_seconds.labels(route).observe(call.seconds)
-        if not call.model:
+        self._request_seconds.labels(route).observe(context.seconds)
+        if not context.model:
             return
-        self._prompt.labels(call.model).inc(call.prompt_tokens)
-        self._cached.labels(call.model).inc(call.cached_tokens)
-        self._generated.labels(call.model).inc(call.generated_tokens)
-        if call.first_token_time is not None and call.last_token_time is not None:
-            self._first_token.labels(call.model).observe(call.first_token_time - call.arrival_time)
-            if call.generated_tokens > 1:
-                seconds = call.last_token_time - call.first_token_time
-                self._per_token.labels(call.model).observe(seconds / (call.generated_tokens - 1))
+        self._prompt.labels(context.model).inc(context.prompt_tokens)
+        self._cached.labels(context.model).inc(context.cached_tokens)
+        self._generated.labels(context.model).inc(context.generated_tokens)
+        if context.first_token_time is not None and context.last_token_time is not None:
+            self._first_token.labels(context.model).observe(
+                context.first_token_time - context.arrival_time
+            )
+            if context.generated_tokens > 1:
+                seconds = context.last_token_time - context.first_token_time
+                self._per_token.labels(context.model).observe(
+                    seconds / (context.generated_tokens - 1)
+                )
 
     async def page(self, request: Request) -> Response:
-        """The answer to GET /metrics."""
+        """Serve GET /metrics."""
         return Response(generate_latest(self._collectors), media_type=CONTENT_TYPE_LATEST)
 
     def _counter(self, name: str, text: str, labels: Iterable[str]) -> Counter:
@@ -115,12 +123,14 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "DELETE", "PUT", "PATCH", "OPTIONS"
 
 
 class _EngineCollector(Collector):
-    """Queues, rows and caches, read from the engines of the models that are loaded."""
+    """Queue, batch and cache statistics of the engines of loaded models."""
 
     def __init__(self, registry: Registry):
         self._registry = registry
 
     def collect(self) -> Iterable[Metric]:
+        """Return one metric family per statistic, with a sample per loaded model."""
+
         def gauge(name: str, text: str) -> GaugeMetricFamily:
             return GaugeMetricFamily(f"pellucid_engine_{name}", text, labels=["model"])
 
@@ -129,17 +139,17 @@ class _EngineCollector(Collector):
 
         families = {
             "waiting": gauge("waiting_requests", "Requests in the queue."),
-            "running": gauge("running_requests", "Requests that are being computed."),
-            "slots": gauge("slots", "Requests that can be computed at a time."),
-            "blocks": gauge("cache_blocks", "Blocks of the cache."),
-            "blocks_held": gauge("cache_blocks_held", "Blocks that running requests hold."),
+            "running": gauge("running_requests", "Requests in a slot."),
+            "slots": gauge("slots", "Requests that can run at a time."),
+            "blocks": gauge("cache_blocks", "Blocks of the KV cache."),
+            "blocks_held": gauge("cache_blocks_held", "Blocks in use by running requests."),
             "blocks_cached": gauge(
-                "cache_blocks_remembering", "Blocks kept for prompts that begin alike."
+                "cache_blocks_remembering", "Unused blocks cached for prompts with the same prefix."
             ),
-            "prefill_chunks": counter("prefill_chunks", "Pieces of prompts that were read."),
-            "decode_steps": counter("decode_steps", "Steps of decoding."),
-            "decoded_rows": counter("decoded_rows", "Rows in all those steps together."),
-            "preemptions": counter("restarts", "Rows that gave their cache back and started over."),
+            "prefill_chunks": counter("prefill_chunks", "Prompt chunks prefilled."),
+            "decode_steps": counter("decode_steps", "Decode steps."),
+            "decoded_rows": counter("decoded_rows", "Rows in all decode steps."),
+            "preemptions": counter("restarts", "Preempted sequences, which are recomputed."),
         }
         for model in self._registry.loaded():
             if not isinstance(model, DecoderModel):

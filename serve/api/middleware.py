@@ -1,13 +1,13 @@
-"""Who may talk to this server: hosts, origins, keys.
+"""Middleware for access control: hosts, origins, keys.
 
-A server without keys on the loopback interface is still reachable from every page the user's
-browser shows. Two checks close that door, and both run before anything is read. The Host header
-must name this machine (else a page can rebind its own name to 127.0.0.1 and be "same origin"), and
-a request that carries a foreign Origin is refused (else a page can post to us without reading the
-answer). Cross-origin use is a setting; CORS headers for the origins it names are Starlette's work.
+Without keys, a server on the loopback interface is still reachable from every web page that the
+user opens. Two checks prevent that, before the body is read. The Host header must name this machine
+(against DNS rebinding: a page that resolves its own name to 127.0.0.1 would be "same origin"). A
+request with a foreign Origin is refused (a page could otherwise send POST requests without reading
+the response). Cross-origin use is a setting; Starlette adds the CORS headers for allowed origins.
 
-All of these are plain ASGI middlewares: they never wrap the body of a response, so that streaming
-and the client's disconnect pass through untouched.
+All classes are pure ASGI middleware. They do not wrap the response body, so streaming and
+disconnects work unchanged.
 """
 
 import re
@@ -21,19 +21,19 @@ from serve.api.errors import APIError
 from serve.api.request_context import context_of
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-HEALTH_PATHS = ("/health", "/v1/health", "/ready")  # a supervisor asks these without a key
-PAGE_PATHS = ("/", "/docs", "/openapi.json")  # pages are shown to anybody; what they do is not
+HEALTH_PATHS = ("/health", "/v1/health", "/ready")  # supervisors have no key
+PAGE_PATHS = ("/", "/docs", "/openapi.json")  # pages are public; their requests need a key
 PAGE_PREFIXES = ("/web/", "/docs/")
-CAPABILITY_PREFIXES = ("/images/",)  # what is in there has a name that is as good as a key
+CAPABILITY_PREFIXES = ("/images/",)  # a name in here is as secret as a key
 
 
 class HostAndOrigin:
-    """Refuses requests for another host's name, or from another site's page, with 403.
+    """Refuse requests with a foreign Host or Origin header with 403.
 
     Args:
-        app: the next application.
-        hosts: names beside the loopback ones; "*" admits every Host.
-        origins: origins ("https://app.example") whose pages may call; "*" admits every Origin.
+        app: The next application.
+        hosts: Accepted names in addition to the loopback names; "*" accepts every Host.
+        origins: Accepted origins ("https://app.example"); "*" accepts every Origin.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str], origins: Collection[str]):
@@ -42,6 +42,7 @@ class HostAndOrigin:
         self.origins = {origin.lower().rstrip("/") for origin in origins}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
         if scope["type"] == "http" and (error := self._refusal(Headers(scope=scope))):
             return await error.response()(scope, receive, send)
         await self.app(scope, receive, send)
@@ -52,54 +53,58 @@ class HostAndOrigin:
             return APIError(
                 403,
                 f"The Host header '{host[:80]}' does not name this server. Use localhost or "
-                "127.0.0.1, or start the server with this name among its allowed hosts.",
+                "127.0.0.1, or start the server with --allowed-host and this name.",
                 code="host_not_allowed",
             )
-        own = origin.partition("://")[2] == host  # a page that this server itself has served
-        if origin and not own and not self.origins & {origin, "*"}:
+        is_same_origin = origin.partition("://")[2] == host
+        if origin and not is_same_origin and not self.origins & {origin, "*"}:
             return APIError(
                 403,
-                f"Pages of the origin '{origin[:80]}' may not use this server. Start it with this "
-                "origin among its allowed origins if they should.",
+                f"Pages of the origin '{origin[:80]}' may not use this server. To allow them, "
+                "start the server with --allowed-origin and this origin.",
                 code="origin_not_allowed",
             )
         return None
 
 
 def host_name(host: str) -> str:
-    """The name in a Host header: without port, brackets, final dot or capitals; "" for no host.
+    """Return the name in a Host header, in lower case, without port, brackets and final dot.
+
+    The result is "" for an invalid header.
 
     >>> host_name("LocalHost.:8000"), host_name("[::1]:8000"), host_name("::1"), host_name("a@b")
     ('localhost', '::1', '::1', '')
     """
     if host.count(":") > 1 and not host.startswith("["):
-        host = f"[{host}]"  # an IPv6 address as settings spell it
+        host = f"[{host}]"  # an IPv6 address without brackets, as in settings
     match = re.fullmatch(r"(?:\[([^\]]+)\]|([^][:/@]+))(?::\d*)?", host.lower())
     return (match[1] or match[2]).rstrip(".") if match else ""
 
 
 def is_public(path: str) -> bool:
-    """Whether a path is served without a key."""
+    """Return whether a path is served without a key."""
     return path in (*HEALTH_PATHS, *PAGE_PATHS) or path.startswith(
         PAGE_PREFIXES + CAPABILITY_PREFIXES
     )
 
 
 KEY_HINT = (
-    "This server takes the keys it was started with and those of `pellucid keys`, on its machine."
+    "This server accepts the keys it was started with and those that `pellucid keys create NAME` "
+    "creates on its machine."
 )
 
 
 class ApiKeys:
-    """Asks for one of the keys as ``Authorization: Bearer KEY``; without keys, asks for nothing.
+    """Require a key as ``Authorization: Bearer KEY``, unless the server has no keys.
 
-    Either way it notes who asks: the key's name, or the address.
+    Sets the client of the request context: the key's name, or the client's address.
     """
 
     def __init__(self, app: ASGIApp, keys: KeyRing):
         self.app, self.keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
         if scope["type"] == "http":
             context_of(scope).client = (scope.get("client") or ("",))[0]
             if self.keys.requires_key() and not is_public(scope["path"]):
@@ -110,7 +115,7 @@ class ApiKeys:
         await self.app(scope, receive, send)
 
     def _authenticate(self, headers: Headers) -> str | APIError:
-        """The name of the key that came, or what is wrong with it."""
+        """Return the name of the request's key, or the error to send."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         key = key.strip()
         challenge = {"www-authenticate": "Bearer"}
@@ -131,7 +136,7 @@ class ApiKeys:
 
 
 def mask(key: str) -> str:
-    """A key as it may be shown: of a long one the first and last characters, of a short one none.
+    """Return the first and last characters of a key, or none of a key under 16 characters.
 
     >>> mask("sk-abcdefghijklmnop"), mask("secret")
     ('sk-ab***op', '***')

@@ -1,7 +1,7 @@
-"""Reading forms: fields as a pydantic model, files as they arrive.
+"""Parse multipart forms: fields into a pydantic model, files into sinks as they arrive.
 
-The bytes of a file go to where the route wants them, in memory or on the disk, and are written
-once. Its type and the folders in its name are not looked at. An empty field means "not given".
+The route chooses a sink for each file, in memory or on disk; each byte is written once. The content
+type of a file and the folders in its name are ignored. An empty field counts as absent.
 """
 
 import asyncio
@@ -18,25 +18,27 @@ from starlette.requests import Request
 from serve.api.errors import APIError, from_validation
 from serve.api.requests import Body
 
-MAX_FIELD = 128 * 2**10  # bytes of a field that is no file: the longest prompt fits
+MAX_FIELD = 128 * 2**10  # bytes of a text field; the longest prompt fits
 MAX_PARTS = 100
 
 AnyForm = TypeVar("AnyForm", bound=Body)
 
 
 class Sink(Protocol):
-    """Where the bytes of a file go."""
+    """A destination for the bytes of a file."""
 
-    def write(self, data: bytes, /) -> object: ...
+    def write(self, data: bytes, /) -> object:
+        """Write bytes."""
+        ...
 
 
 class Upload:
-    """A file that a form held.
+    """A file of a form.
 
     Attributes:
-        filename: the name it was sent under, without folders; "file" where it had none.
-        is_named: whether it had a name. An unnamed file without a byte is an empty field.
-        size: bytes.
+        filename: The client's name for the file, without folders; "file" if it has none.
+        is_named: Whether the file has a name. An unnamed file of 0 bytes is an empty field.
+        size: Number of bytes.
     """
 
     def __init__(self, filename: str):
@@ -49,18 +51,18 @@ File = Annotated[InstanceOf[Upload], WithJsonSchema({"type": "string", "format":
 async def read_form(
     request: Request, model: type[AnyForm], sinks: Mapping[str, Sink], max_bytes: int | None = None
 ) -> AnyForm:
-    """Read the body of a request as a form.
+    """Parse the body of a request as a form.
 
     Args:
-        request: with a body that nobody has read.
-        model: the fields, files among them as `File`.
-        sinks: where the bytes of each file go, by field. `image[]` is `image`. A part
-            without a file name is a text there too, most likely a path without curl's @.
-        max_bytes: of a file; None leaves that to `BodyLimit`.
+        request: The request, whose body has not been read.
+        model: The model of the fields; files are of type `File`.
+        sinks: Destination of each file, by field name; `image[]` counts as `image`. A part without
+            a file name is text even in these fields: most likely a path without curl's @.
+        max_bytes: Largest size of a file; None for no limit but `BodyLimit`.
 
     Raises:
-        APIError: 400 for what is no form, is cut short, has a field twice or is not as ``model``
-            says; 413 for a file over ``max_bytes``.
+        APIError: 400 for a body that is not a form, is truncated, repeats a field or does not match
+            ``model``; 413 for a file over ``max_bytes``.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     boundary = options.get(b"boundary")
@@ -79,8 +81,10 @@ async def read_form(
             await asyncio.to_thread(sinks[name].write, bytes(data))
         reader.pending.clear()
     if not reader.is_complete:
-        raise _bad("it is cut short: its last boundary is missing")
-    lists = {name for name, at in model.model_fields.items() if get_origin(at.annotation) is list}
+        raise _bad("it is truncated: its last boundary is missing")
+    lists = {
+        name for name, info in model.model_fields.items() if get_origin(info.annotation) is list
+    }
     try:
         return model.model_validate(form_fields(reader.items, lists), strict=False)
     except ValidationError as error:
@@ -88,12 +92,12 @@ async def read_form(
 
 
 def temporary_file() -> SpooledTemporaryFile[bytes]:
-    """A sink for a file that is decoded at once: on the disk from 1 MB on, and only until then."""
+    """Return a temporary sink that stays in memory up to 1 MB and moves to disk beyond."""
     return SpooledTemporaryFile(2**20)
 
 
 async def read_all(sink: SpooledTemporaryFile[bytes]) -> bytes:
-    """Return all that was written to a sink, read on a worker thread."""
+    """Return the contents of a sink, read on a worker thread."""
 
     def read() -> bytes:
         sink.seek(0)
@@ -105,18 +109,17 @@ async def read_all(sink: SpooledTemporaryFile[bytes]) -> bytes:
 def form_fields(
     items: Iterable[tuple[str, str | Upload]], lists: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Return the fields of a form by their names; a blank one counts as absent.
+    """Return the fields of a form as a dictionary, without blank fields.
 
-    HTML forms and some clients send all their fields, those left empty too. So a required field
-    that is blank is one that is missing. A field that comes twice with two texts is refused: which
-    one is meant cannot be known.
+    HTML forms and some clients send empty fields too, so a blank required field counts as missing.
+    A field with two different values is ambiguous and refused.
 
     Args:
-        items: name and value of each field.
-        lists: names of the fields that hold a list, sent as `name[]` or `name`, once an item.
+        items: Name and value of each field.
+        lists: Names of list fields, sent as `name[]` or `name`, once for each item.
 
     Raises:
-        APIError: 400, a field comes twice.
+        APIError: 400 if a field has two different values.
 
     >>> form_fields([("n", ""), ("seed", " "), ("size", "64x64"), ("expiry[days]", "2")])
     {'size': '64x64', 'expiry': {'days': '2'}}
@@ -127,30 +130,30 @@ def form_fields(
     for name, value in items:
         if not (value.strip() if isinstance(value, str) else value.is_named or value.size):
             continue
-        at = name.rfind("[") if name.endswith("]") else -1
-        bare, key = (name[:at], name[at + 1 : -1]) if at > 0 else (name, "")
-        if bare in lists:
-            fields.setdefault(bare, []).append(value)
+        bracket = name.rfind("[") if name.endswith("]") else -1
+        base, key = (name[:bracket], name[bracket + 1 : -1]) if bracket > 0 else (name, "")
+        if base in lists:
+            fields.setdefault(base, []).append(value)
             continue
-        place = fields.setdefault(bare, {}) if key else fields
-        if not isinstance(place, dict) or place.setdefault(key or bare, value) != value:
-            text = f" (the last is {value[:80]!r})" if isinstance(value, str) else ""
+        target = fields.setdefault(base, {}) if key else fields
+        if not isinstance(target, dict) or target.setdefault(key or base, value) != value:
+            text = f", last with {value[:80]!r}" if isinstance(value, str) else ""
             raise APIError(
                 400,
-                f"The field '{name[:80]}' comes twice{text}: give it once.",
-                param=bare,
+                f"The form repeats the field '{name[:80]}'{text}: send it once.",
+                param=base,
                 code="invalid_form",
             )
     return fields
 
 
 class _FormReader:
-    """A form, chunk by chunk.
+    """Incremental parser of a form.
 
     Attributes:
-        items: name and value of each field that has ended.
-        pending: bytes of files, by field, that came with the last chunk.
-        is_whole: whether the last boundary has come.
+        items: Name and value of each complete field.
+        pending: Bytes of files in the last chunk, by field.
+        is_complete: Whether the last boundary has arrived.
     """
 
     def __init__(self, boundary: bytes, sinks: Collection[str], max_bytes: int | None):
@@ -230,14 +233,14 @@ class _FormReader:
 
 
 def safe_filename(name: str) -> str:
-    r"""A file's name as it may be shown and sent: no folders, nothing unprintable, not too long.
+    r"""Return a file name without folders and unprintable characters, of at most 255 characters.
 
-    >>> bare_name("C:\\data\\a.jsonl"), bare_name("../../b\n.jsonl"), bare_name("/")
+    >>> safe_filename("C:\\data\\a.jsonl"), safe_filename("../../b\n.jsonl"), safe_filename("/")
     ('a.jsonl', 'b.jsonl', 'file')
     """
     last = name.replace("\\", "/").rsplit("/", 1)[-1]
     return "".join(c for c in last if c.isprintable()).strip()[:255] or "file"
 
 
-def _bad(why: str, param: str | None = None) -> APIError:
-    return APIError(400, f"Invalid form: {why}.", param=param, code="invalid_form")
+def _bad(reason: str, param: str | None = None) -> APIError:
+    return APIError(400, f"Invalid form: {reason}.", param=param, code="invalid_form")

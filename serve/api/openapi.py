@@ -1,8 +1,8 @@
-"""The description of this API that /openapi.json and /docs show, made from the code itself.
+"""Generate the OpenAPI description that /openapi.json and /docs show.
 
-Bodies are pydantic models that `requests.read_json` reads, and answers are dictionaries; FastAPI
-sees neither. So each route names its models by `described`, and `schema` puts them where OpenAPI
-wants them. That answers are as described here is held by a test, not by the code that answers.
+Routes parse their bodies with `requests.read_json` and return dictionaries, so FastAPI knows
+neither model. Each route declares its models with `route_docs`, and `openapi_schema` adds them to
+the description. A test, not the routes, checks that responses match it.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from pydantic.json_schema import models_json_schema
 
 from serve.api.responses import Error
 
-_models: dict[str, type[BaseModel]] = {}  # all that a route has named, by name
+_models: dict[str, type[BaseModel]] = {}  # all models that routes have declared, by name
 
 
 def route_docs(
@@ -25,13 +25,14 @@ def route_docs(
     events: type[BaseModel] | None = None,
     media_type: str = "text/plain",
 ) -> dict[str, Any]:
-    """Arguments for a route that say what it takes and gives.
+    """Return the keyword arguments that document a route.
 
     Args:
-        answer: the JSON it answers with; None for text.
-        body, form: the JSON and the form it takes.
-        events: what each server-sent event holds, where it can stream.
-        media_type: of an answer that is text.
+        response: Model of the JSON response; None for a text response.
+        body: Model of the JSON body.
+        form: Model of the multipart form.
+        events: Model of each server-sent event, if the route can stream.
+        media_type: Media type of a text response.
     """
     content: dict[str, Any] = {}
     if response is not None:
@@ -41,26 +42,27 @@ def route_docs(
     if events is not None:
         data = {
             "type": "string",
-            "description": "JSON as x-json says, or an error, and at the end [DONE].",
+            "description": "JSON as described by x-json, or an error; [DONE] at the end.",
             "x-json": _reference(events),
         }
         event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
         content["text/event-stream"] = {"schema": event}
     error = {"content": {"application/json": {"schema": _reference(Error)}}}
     responses: dict[int | str, dict[str, Any]] = {
-        200: {"description": "The answer.", "content": content},
-        "4XX": {"description": "The request cannot be answered: the error says why.", **error},
-        "5XX": {"description": "The server failed, or takes nothing new now.", **error},
+        200: {"description": "Success.", "content": content},
+        "4XX": {"description": "The request is invalid; the error says why.", **error},
+        "5XX": {"description": "The server failed, or accepts no requests now.", **error},
     }
     arguments: dict[str, Any] = {"responses": responses, "response_model": None}
     models = {"application/json": body, "multipart/form-data": form}
-    if taken := {kind: {"schema": _reference(model)} for kind, model in models.items() if model}:
-        arguments["openapi_extra"] = {"requestBody": {"required": True, "content": taken}}
+    bodies = {name: {"schema": _reference(model)} for name, model in models.items() if model}
+    if bodies:
+        arguments["openapi_extra"] = {"requestBody": {"required": True, "content": bodies}}
     return arguments
 
 
 def openapi_schema(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI description of an application's routes."""
+    """Return the OpenAPI description of an application's routes."""
     description = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes
     )
@@ -74,11 +76,11 @@ def openapi_schema(app: FastAPI) -> dict[str, Any]:
     description["security"] = [{"key": []}, {}]
     for operations in description["paths"].values():
         for operation in operations.values():
-            operation["responses"].pop("422", None)  # FastAPI's own; ours is a 400
+            operation["responses"].pop("422", None)  # FastAPI's default; this API sends 400
     return description
 
 
 def _reference(model: type[BaseModel]) -> dict[str, str]:
     if _models.setdefault(model.__name__, model) is not model:
-        raise ValueError(f"two models of the description are called {model.__name__}")
+        raise ValueError(f"two models are named {model.__name__}: rename one of them")
     return {"$ref": f"#/components/schemas/{model.__name__}"}

@@ -1,6 +1,6 @@
-"""Lists that clients page through: after which id, how many, in which order.
+"""Cursor pagination of lists: after an id, up to a limit, in either order.
 
-The page after an object can be asked for even when that object was deleted since.
+The page after an object is available even if that object has been deleted.
 """
 
 import asyncio
@@ -16,14 +16,14 @@ from serve.jobs.store import Store
 
 
 class PageQuery(Body):
-    """What the query string of a list may say."""
+    """Query parameters of a list."""
 
     after: str | None = None
     limit: Annotated[int, Field(ge=1, le=100)] = 20
 
 
 class OrderedPageQuery(PageQuery):
-    """The same, for lists that can be had in either order."""
+    """Query parameters of a list with a selectable order."""
 
     limit: Annotated[int, Field(ge=1, le=10_000)] = 10_000
     order: Literal["asc", "desc"] = "desc"
@@ -33,10 +33,10 @@ AnyQuery = TypeVar("AnyQuery", bound=Body)
 
 
 def read_query(request: Request, model: type[AnyQuery]) -> AnyQuery:
-    """The query string as ``model``; the last of those that are there twice.
+    """Parse the query string into ``model``. The last value of a repeated parameter counts.
 
     Raises:
-        APIError: 400 naming the parameter that is wrong.
+        APIError: 400 that names an invalid parameter.
     """
     try:
         return model.model_validate(dict(request.query_params), strict=False)
@@ -48,39 +48,45 @@ async def paginate(
     store: Store,
     kind: str,
     query: PageQuery,
-    show: Callable[[dict[str, Any]], dict[str, Any]],
+    to_api: Callable[[dict[str, Any]], dict[str, Any]],
     *,
     parent: str = "",
     order: Literal["asc", "desc"] = "desc",
-    keep: Callable[[dict[str, Any]], bool] = lambda body: True,
+    predicate: Callable[[dict[str, Any]], bool] = lambda body: True,
 ) -> dict[str, Any]:
-    """A page in OpenAI's shape.
+    """Return a page of stored objects in OpenAI's shape.
 
     Args:
-        kind, parent, keep: which objects; see `Store.page`.
-        show: what is shown of each.
+        store: The store of the objects.
+        kind: Kind of the objects, as in `Store.page`.
+        query: Cursor and limit.
+        to_api: Converts a stored object to its API representation.
+        parent: Id of the parent object, as in `Store.page`.
+        order: Newest first ("desc") or oldest first ("asc").
+        predicate: Selects objects, as in `Store.page`.
 
     Raises:
-        APIError: 404 where ``after`` is no id of this list.
+        APIError: 404 if ``after`` is not an id of this list.
     """
     try:
-        found, has_more = await asyncio.to_thread(
+        objects, has_more = await asyncio.to_thread(
             store.page,
             kind,
             parent=parent,
             after=query.after,
             limit=query.limit,
             newest_first=order == "desc",
-            predicate=keep,
+            predicate=predicate,
         )
     except KeyError:
         raise APIError(
             404,
-            f"Invalid 'after': this list has no object '{(query.after or '')[:80]}'.",
+            f"Invalid 'after': this list has no object '{(query.after or '')[:80]}'. Use the "
+            "'last_id' of the previous page.",
             param="after",
             code="not_found",
         ) from None
-    data = [show(body) for body in found]
+    data = [to_api(body) for body in objects]
     return {
         "object": "list",
         "data": data,

@@ -1,10 +1,10 @@
-"""How much one client may ask for, and that a server on its way out takes nothing new.
+"""Limit the request rate of each client, and refuse new requests while the server drains.
 
-Requests a minute are limited, for each key, or each address where there are no keys. It is a token
-bucket: a minute's worth may come at once, then as many as flow back. Each answer to a POST says in
-OpenAI's ``x-ratelimit-*`` headers how many are left and when all are back; a refusal says how long
-to wait, and clients do. Every other method is free. How long requests wait for the device, and
-how many may, is the engine's business; the size of a body is that of `body_limit.py`.
+The limit is in requests per minute, for each key, or for each address if there are no keys. It is a
+token bucket: a client may use a minute's worth at once, then as many as are refilled. Each response
+to a POST reports the remaining requests and the time to a full bucket in OpenAI's
+``x-ratelimit-*`` headers. A refusal says how long to wait. Other methods are not limited. The
+engine limits its queue, and `body_limit.py` the size of bodies.
 """
 
 import math
@@ -19,17 +19,17 @@ from serve.api.errors import APIError, translate
 from serve.api.request_context import context_of
 from transformer.engine import Busy
 
-MAX_CLIENTS = 10_000  # clients that are remembered before those with full buckets are forgotten
+MAX_CLIENTS = 10_000  # buckets to hold before full ones are evicted
 DRAIN_RETRY_SECONDS = 5
-RATE_HEADERS = tuple(f"x-ratelimit-{what}-requests" for what in ("limit", "remaining", "reset"))
+RATE_HEADERS = tuple(f"x-ratelimit-{name}-requests" for name in ("limit", "remaining", "reset"))
 
 
 @translate(Busy)
 def overloaded(error: Busy) -> APIError:
-    """Return the 429 of a full queue, or of a client's full part of it."""
+    """Return the 429 error for a full queue, or for a client that has too many waiting requests."""
     reason = "That model is currently overloaded with other requests."
     if error.num_waiting is not None:
-        reason = f"{error.num_waiting} of your requests wait already, as many as may."
+        reason = f"{error.num_waiting} of your requests are waiting already, which is the limit."
     seconds = math.ceil(error.retry_after)
     return APIError(
         429,
@@ -43,15 +43,15 @@ def overloaded(error: Busy) -> APIError:
 @dataclass
 class _Bucket:
     tokens: float
-    updated_at: float  # when that many were left
+    updated_at: float  # time of the count, in seconds of the clock
 
 
 class RateLimiter:
     """A token bucket for each client.
 
     Args:
-        per_minute: requests a client may make in a minute.
-        clock: seconds.
+        per_minute: Number of requests that a client may make in a minute.
+        clock: Returns the current time in seconds.
     """
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic):
@@ -59,10 +59,10 @@ class RateLimiter:
         self._buckets: dict[str, _Bucket] = {}
 
     def take(self, client: str) -> tuple[bool, float]:
-        """Takes a request from a client's bucket, if one is there.
+        """Take a token from a client's bucket, if it holds one.
 
         Returns:
-            Whether it was there, and how many requests are left, a fraction among them.
+            Whether a token was taken, and the remaining tokens, including a fraction.
         """
         now = self._clock()
         bucket = self._buckets.get(client)
@@ -76,9 +76,9 @@ class RateLimiter:
         bucket.tokens -= granted
         return granted, bucket.tokens
 
-    def seconds_until(self, wanted: float, left: float) -> float:
-        """How long it takes until `wanted` requests are there."""
-        return max(wanted - left, 0) * 60 / self.per_minute
+    def seconds_until(self, target: float, tokens: float) -> float:
+        """Return the seconds until a bucket that holds ``tokens`` holds ``target``."""
+        return max(target - tokens, 0) * 60 / self.per_minute
 
     def _refilled(self, bucket: _Bucket, now: float) -> float:
         return min(
@@ -92,18 +92,19 @@ class RateLimiter:
 
 
 class Admission:
-    """Pure ASGI middleware that lets a request in, or says when to come again.
+    """Pure ASGI middleware that admits a request, or refuses it with the time to wait.
 
     Args:
-        app: the next application.
-        rate: the limit; None for none.
-        is_draining: whether the server finishes what it has and takes nothing new.
+        app: The next application.
+        limiter: The rate limiter; None for no limit.
+        is_draining: Returns whether the server refuses new requests.
     """
 
     def __init__(self, app: ASGIApp, limiter: RateLimiter | None, is_draining: Callable[[], bool]):
         self.app, self.limiter, self.is_draining = app, limiter, is_draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
         if self.is_draining():
@@ -116,8 +117,8 @@ class Admission:
             return await error.response()(scope, receive, send)
         if self.limiter is None:
             return await self.app(scope, receive, send)
-        granted, left = self.limiter.take(context_of(scope).client)
-        headers = rate_headers(self.limiter, left)
+        granted, remaining = self.limiter.take(context_of(scope).client)
+        headers = rate_headers(self.limiter, remaining)
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -126,7 +127,7 @@ class Admission:
 
         if granted:
             return await self.app(scope, receive, send_with_headers)
-        limit, wait = self.limiter.per_minute, self.limiter.seconds_until(1, left)
+        limit, wait = self.limiter.per_minute, self.limiter.seconds_until(1, remaining)
         error = APIError(
             429,
             f"Rate limit reached for requests per min (RPM): Limit {limit}, Used {limit}, "
@@ -138,18 +139,20 @@ class Admission:
         await error.response()(scope, receive, send_with_headers)
 
 
-def rate_headers(rate: RateLimiter, left: float) -> dict[str, str]:
-    """What OpenAI says of a limit on requests."""
-    until_full = format_duration(rate.seconds_until(rate.per_minute, left))
-    values = (str(rate.per_minute), str(int(left)), until_full)
+def rate_headers(limiter: RateLimiter, remaining: float) -> dict[str, str]:
+    """Return OpenAI's response headers for a rate limit."""
+    until_full = format_duration(limiter.seconds_until(limiter.per_minute, remaining))
+    values = (str(limiter.per_minute), str(int(remaining)), until_full)
     return dict(zip(RATE_HEADERS, values, strict=True))
 
 
 def format_duration(seconds: float) -> str:
-    """As OpenAI's headers spell it.
+    """Format a duration as in OpenAI's headers.
 
-    >>> duration(0.017), duration(1), duration(20.5), duration(360), duration(3661)
-    ('17ms', '1s', '20.5s', '6m0s', '1h1m1s')
+    >>> format_duration(0.017), format_duration(1), format_duration(20.5)
+    ('17ms', '1s', '20.5s')
+    >>> format_duration(360), format_duration(3661)
+    ('6m0s', '1h1m1s')
     """
     if seconds < 1:
         return f"{math.ceil(seconds * 1000)}ms"

@@ -1,7 +1,8 @@
-"""What is known of one request while it is served.
+"""The state of one request while it is served.
 
-The outermost layer makes a `Call`; keys say who asks, the routes what for, and when the answer has
-gone the same layer counts and logs what came of it (`metrics.py`, `logs.py`). Never the texts.
+The outermost middleware creates a `RequestContext`, authentication sets its client, the routes set
+its model and token counts. After the response `metrics.py` and `logs.py` report it. It holds no
+text of prompts or responses.
 """
 
 import time
@@ -13,19 +14,19 @@ from starlette.types import Scope
 
 @dataclass
 class RequestContext:
-    """One request.
+    """The state of one request. Times are seconds of `time.perf_counter`.
 
     Attributes:
-        timeout: seconds that an answer may take to compute; None for no limit.
-        id: what ``x-request-id`` says.
-        began: when it came, on the clock of `time.perf_counter`.
-        client: who asks: the name of a key, else an address.
-        model: the id of the model that answers.
-        prompt_tokens: tokens of the prompt or prompts.
-        cached_tokens: those of them that needed no reading.
-        generated_tokens: tokens drawn.
-        first_token: when the first was drawn.
-        last_token: when the last was.
+        timeout: Longest time to compute a response, in seconds; None for no limit.
+        id: Value of the ``x-request-id`` header.
+        arrival_time: Time at which the request arrived.
+        client: Name of the API key, or the client's address.
+        model: Id of the model.
+        prompt_tokens: Number of tokens of all prompts.
+        cached_tokens: Number of prompt tokens found in the prefix cache.
+        generated_tokens: Number of generated tokens.
+        first_token_time: Time at which the first token was generated.
+        last_token_time: Time at which the latest token was generated.
     """
 
     timeout: float | None = None
@@ -41,16 +42,16 @@ class RequestContext:
 
     @property
     def seconds(self) -> float:
-        """How long it has taken so far."""
+        """The seconds since the request arrived."""
         return time.perf_counter() - self.arrival_time
 
     def record_token(self) -> None:
-        """Notes that a token was drawn."""
+        """Count a generated token and record its time."""
         self.last_token_time = time.perf_counter()
         self.first_token_time = self.first_token_time or self.last_token_time
         self.generated_tokens += 1
 
 
 def context_of(scope: Scope) -> RequestContext:
-    """The call that a request's scope belongs to."""
-    return scope["state"]["call"]
+    """Return the context of the request with this ASGI scope."""
+    return scope["state"]["context"]

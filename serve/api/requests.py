@@ -1,12 +1,12 @@
-"""What a request may say: the bodies of the generation routes, as pydantic models.
+"""Request bodies of the generation routes, as pydantic models.
 
-After OpenAI's specification, with its bounds. Types are strict ("1" is not 1), ``null`` means "not
-given", and fields we do not know are ignored: clients send many that a local server has no use for
-(``store``, ``reasoning_effort``, ``prompt_cache_key``), and a 400 would only keep them out. Three
-samplers OpenAI lacks are understood as extensions: ``top_k``, ``min_p``, ``repetition_penalty``.
+The models follow OpenAI's specification and its bounds. Types are strict ("1" is not 1), ``null``
+counts as absent, and unknown fields are ignored, because clients send many that do not apply to a
+local server (``store``, ``reasoning_effort``, ``prompt_cache_key``). Three sampling settings are
+extensions: ``top_k``, ``min_p``, ``repetition_penalty``.
 
-Unions are told apart by looking at the value first (`tag`), so that an error speaks of the one
-branch that was meant instead of failing every branch in turn.
+Unions are discriminated by the type of the value (`tag`), so that an error reports one branch
+instead of the failures of every branch.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from serve.models.generation_config import BOUNDS
 
 
 class Body(BaseModel):
-    """A JSON object of a request."""
+    """Base class of JSON objects in requests."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -47,11 +47,12 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 
 async def read_json(request: Request, model: type[AnyBody]) -> AnyBody:
-    """Reads a request's body as ``model``.
+    """Parse the JSON body of a request into ``model``.
 
     Raises:
-        APIError: 415 for another content type (a web page can post a form or plain text to any
-            server without asking, but not JSON), 400 for what is not JSON or not as ``model`` says.
+        APIError: 415 for another content type (a web page can post forms and plain text to any
+            server without CORS preflight, but not JSON); 400 for invalid JSON, or a body that does
+            not match ``model``.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
@@ -62,7 +63,7 @@ async def read_json(request: Request, model: type[AnyBody]) -> AnyBody:
             code="unsupported_content_type",
         )
     try:
-        # Refuses NaN, bad UTF-8, numbers of thousands of digits and nesting deeper than 200.
+        # Refuses NaN, invalid UTF-8, numbers of thousands of digits and nesting deeper than 200.
         data = from_json(await request.body(), allow_inf_nan=False)
     except ValueError as error:
         raise APIError(
@@ -72,24 +73,27 @@ async def read_json(request: Request, model: type[AnyBody]) -> AnyBody:
             f"was not valid JSON: {error}.)",
         ) from None
     if isinstance(data, dict) and "engine" in request.path_params:
-        data["model"] = request.path_params["engine"]  # /v1/engines/ID/..., the older spelling
+        data["model"] = request.path_params["engine"]  # /v1/engines/ID/..., the older path
     try:
         return model.model_validate(data)
     except ValidationError as error:
         raise from_validation(error) from None
 
 
-# --- pieces of the bodies ---------------------------------------------------------------------
+# --- types of fields --------------------------------------------------------------------------
 
 
 def tag(value: object) -> str:
-    """ "a string", "an array of integers", ...: an array is judged by its first element."""
+    """Return the tag of a union's branch: "a string", "an array of integers", ...
+
+    The type of an array is that of its first element.
+    """
     if isinstance(value, list) and value:
         return f"an array of {json_type_name(value[0]).split(' ', 1)[-1]}s"
     return "an array of strings" if value == [] else json_type_name(value)
 
 
-# fail_fast: a million bad elements are one error, not a million.
+# fail_fast: a million invalid elements are reported as one error.
 Strings = Annotated[list[str], Field(min_length=1, max_length=2048, fail_fast=True)]
 TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 CompletionPrompt = Annotated[
@@ -109,19 +113,21 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 def within(name: str) -> Any:
-    """The bounds of a sampling setting."""
+    """Return a field with the bounds of a sampling setting."""
     low, high = BOUNDS[name]
     return Field(ge=low, le=high)
 
 
 class StreamOptions(Body):
+    """Options of a streamed response."""
+
     include_usage: bool = False
 
 
 class GenerationBody(Body):
-    """What completions and chat have in common.
+    """The fields that completions, chat and edits share.
 
-    A sampling setting that is left out is the model's own default; see `serve/models/generation_config.py`.
+    An absent sampling setting takes the model's default; see `serve/models/generation_config.py`.
     """
 
     model: str
@@ -141,27 +147,30 @@ class GenerationBody(Body):
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The sampling settings that are given."""
+        """The sampling settings that are present, by name."""
         values = {name: getattr(self, name) for name in BOUNDS}
         return {name: value for name, value in values.items() if value is not None}
 
     @property
     def stop_strings(self) -> Sequence[str]:
+        """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: CompletionPrompt = ""  # the start of a document
+    prompt: CompletionPrompt = ""  # empty: the start of a document
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False
     suffix: str = ""
-    best_of: Annotated[int, Field(ge=0, le=20)] = 0  # 0: as many as n
+    best_of: Annotated[int, Field(ge=0, le=20)] = 0  # 0: the same as n
 
 
 class ContentPart(Body):
+    """A part of the content of a message."""
+
     type: Literal["text", "refusal", "image_url", "input_audio", "file"]
     text: str | None = None
     refusal: str | None = None
@@ -175,6 +184,8 @@ Content = Annotated[
 
 
 class Message(Body):
+    """A message of a conversation."""
+
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
     content: Content | None = None
     tool_calls: list[Any] = []
@@ -182,6 +193,8 @@ class Message(Body):
 
 
 class ResponseFormat(Body):
+    """The format of an answer."""
+
     type: Literal["text", "json_object", "json_schema"]
 
 

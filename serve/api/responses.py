@@ -1,7 +1,7 @@
-"""What answers look like: the models behind /openapi.json.
+"""Response models for /openapi.json, after OpenAI's specification.
 
-After OpenAI's specification; what is null there may be null here. Routes answer with dictionaries
-and these are not run on the way out: a test compares the two (`tests/serve/test_schema.py`).
+Routes return dictionaries, which are not validated against these models at run time; a test
+compares the two (`tests/serve/test_schema.py`).
 """
 
 from typing import Annotated, Generic, Literal, TypeVar
@@ -12,7 +12,7 @@ from serve.models.catalogue import KINDS
 
 
 class ResponseModel(BaseModel):
-    """An answer, or part of one. It has no other fields than these."""
+    """Base class of responses and their parts. Additional fields are forbidden."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -21,14 +21,14 @@ Item = TypeVar("Item")
 
 
 class ListResponse(ResponseModel, Generic[Item]):
-    """A whole list."""
+    """A complete list."""
 
     object: Literal["list"]
     data: list[Item]
 
 
 class PageResponse(ListResponse[Item], Generic[Item]):
-    """A part of a list; see `pagination.py`."""
+    """A page of a list; see `pagination.py`."""
 
     first_id: str | None
     last_id: str | None
@@ -39,6 +39,8 @@ class PageResponse(ListResponse[Item], Generic[Item]):
 
 
 class ErrorDetail(ResponseModel):
+    """The details of an error."""
+
     message: str
     type: str
     param: str | None
@@ -46,6 +48,8 @@ class ErrorDetail(ResponseModel):
 
 
 class Error(ResponseModel):
+    """An error response."""
+
     error: ErrorDetail
 
 
@@ -53,6 +57,8 @@ class Error(ResponseModel):
 
 
 class Model(ResponseModel):
+    """A model."""
+
     id: str
     object: Literal["model"]
     created: int
@@ -61,16 +67,21 @@ class Model(ResponseModel):
     sampling: dict[str, float] | None
 
 
-class Models(ListResponse[Model]): ...
+class Models(ListResponse[Model]):
+    """A list of models."""
 
 
 class Deleted(ResponseModel):
+    """The confirmation that a model was deleted."""
+
     id: str
     object: Literal["model"]
     deleted: Literal[True]
 
 
 class EngineReply(ResponseModel):
+    """A model in the format of 2021."""
+
     id: str
     object: Literal["engine"]
     created: int | None
@@ -79,10 +90,11 @@ class EngineReply(ResponseModel):
     ready: bool
 
 
-class Engines(ListResponse[EngineReply]): ...
+class Engines(ListResponse[EngineReply]):
+    """A list of models in the format of 2021."""
 
 
-# --- what they generate -----------------------------------------------------------------------
+# --- generation -------------------------------------------------------------------------------
 
 FinishReason = Literal["stop", "length"]
 Count = Annotated[int, Field(ge=0)]
@@ -90,11 +102,15 @@ LogprobValue = Annotated[float, Field(le=0, ge=-9999)]
 
 
 class PromptTokensDetails(ResponseModel):
+    """Details of the prompt tokens."""
+
     cached_tokens: Count
     audio_tokens: Count
 
 
 class CompletionTokensDetails(ResponseModel):
+    """Details of the completion tokens."""
+
     reasoning_tokens: Count
     audio_tokens: Count
     accepted_prediction_tokens: Count
@@ -102,6 +118,8 @@ class CompletionTokensDetails(ResponseModel):
 
 
 class UsageReply(ResponseModel):
+    """Token counts of a request."""
+
     prompt_tokens: Count
     completion_tokens: Count
     total_tokens: Count
@@ -110,6 +128,8 @@ class UsageReply(ResponseModel):
 
 
 class CompletionLogprobs(ResponseModel):
+    """Logprobs of a completion, as parallel lists."""
+
     tokens: list[str]
     token_logprobs: list[LogprobValue | None]
     top_logprobs: list[dict[str, LogprobValue] | None]
@@ -117,6 +137,8 @@ class CompletionLogprobs(ResponseModel):
 
 
 class CompletionChoice(ResponseModel):
+    """A choice of a completion."""
+
     text: str
     index: Count
     logprobs: CompletionLogprobs | None
@@ -124,6 +146,8 @@ class CompletionChoice(ResponseModel):
 
 
 class Completion(ResponseModel):
+    """A completion."""
+
     id: str
     object: Literal["text_completion"]
     created: int
@@ -134,36 +158,50 @@ class Completion(ResponseModel):
 
 
 class CompletionChunkChoice(CompletionChoice):
+    """A choice of a streamed completion."""
+
     finish_reason: FinishReason | None  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class CompletionChunk(Completion):
+    """An event of a streamed completion."""
+
     choices: list[CompletionChunkChoice]  # pyright: ignore[reportIncompatibleVariableOverride]
     usage: UsageReply | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class TopLogprob(ResponseModel):
+    """A token with its logprob and bytes."""
+
     token: str
     logprob: LogprobValue
     bytes: list[Annotated[int, Field(ge=0, le=255)]]
 
 
 class TokenLogprob(TopLogprob):
+    """A generated token with its likeliest alternatives."""
+
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(ResponseModel):
+    """Logprobs of a chat choice."""
+
     content: list[TokenLogprob]
     refusal: None
 
 
 class ChatMessage(ResponseModel):
+    """An answer of the model."""
+
     role: Literal["assistant"]
     content: str
     refusal: None
 
 
 class ChatChoice(ResponseModel):
+    """A choice of a chat completion."""
+
     index: Count
     message: ChatMessage
     logprobs: ChatLogprobs | None
@@ -171,6 +209,8 @@ class ChatChoice(ResponseModel):
 
 
 class ChatCompletion(ResponseModel):
+    """A chat completion."""
+
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -183,11 +223,15 @@ class ChatCompletion(ResponseModel):
 
 
 class ChatDelta(ResponseModel):
+    """The new part of a streamed message."""
+
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
 class ChatChunkChoice(ResponseModel):
+    """A choice of a streamed chat completion."""
+
     index: Count
     delta: ChatDelta
     logprobs: ChatLogprobs | None
@@ -195,6 +239,8 @@ class ChatChunkChoice(ResponseModel):
 
 
 class ChatChunk(ResponseModel):
+    """An event of a streamed chat completion."""
+
     id: str
     object: Literal["chat.completion.chunk"]
     created: int
@@ -206,6 +252,8 @@ class ChatChunk(ResponseModel):
 
 
 class EditChoice(ResponseModel):
+    """A choice of an edit."""
+
     text: str
     index: Count
     logprobs: None
@@ -213,6 +261,8 @@ class EditChoice(ResponseModel):
 
 
 class Edit(ResponseModel):
+    """An edited text."""
+
     object: Literal["edit"]
     created: int
     choices: list[EditChoice]
@@ -223,12 +273,16 @@ class Edit(ResponseModel):
 
 
 class PieceReply(ResponseModel):
+    """A token with its id and its text, or its bytes if they are not UTF-8."""
+
     id: int
     piece: str | list[int]
     special: bool
 
 
 class Tokens(ResponseModel):
+    """The tokens of a text or conversation."""
+
     tokens: list[int] | list[PieceReply]
     count: Count
     max_model_len: int
@@ -236,12 +290,16 @@ class Tokens(ResponseModel):
 
 
 class Text(ResponseModel):
+    """The text of tokens, under each of its names."""
+
     prompt: str
     content: str
     text: str
 
 
 class TokenizerInfo(ResponseModel):
+    """The properties of a tokenizer."""
+
     model: str
     tokenizer_class: str
     vocab_size: int
@@ -254,10 +312,14 @@ class TokenizerInfo(ResponseModel):
 
 
 class Status(ResponseModel):
+    """The status of the server."""
+
     status: str
 
 
 class Version(ResponseModel):
+    """The version of the server."""
+
     version: str
 
 
@@ -265,17 +327,23 @@ class Version(ResponseModel):
 
 
 class Embedding(ResponseModel):
+    """The vector of one input."""
+
     object: Literal["embedding"]
     index: Count
-    embedding: list[float] | str  # base64 of little-endian float32, if that was asked for
+    embedding: list[float] | str  # base64 of little-endian float32, if requested
 
 
 class EmbeddingsUsage(ResponseModel):
+    """Token counts of a request for embeddings."""
+
     prompt_tokens: Count
     total_tokens: Count
 
 
 class Embeddings(ListResponse[Embedding]):
+    """The vectors of all inputs."""
+
     model: str
     usage: EmbeddingsUsage
 
@@ -284,6 +352,8 @@ class Embeddings(ListResponse[Embedding]):
 
 
 class FileReply(ResponseModel):
+    """An uploaded file."""
+
     id: str
     object: Literal["file"]
     bytes: Count
@@ -295,10 +365,13 @@ class FileReply(ResponseModel):
     status_details: None
 
 
-class Files(PageResponse[FileReply]): ...
+class Files(PageResponse[FileReply]):
+    """A page of files."""
 
 
 class FileDeleted(ResponseModel):
+    """The confirmation that a file was deleted."""
+
     id: str
     object: Literal["file"]
     deleted: Literal[True]
@@ -310,27 +383,37 @@ Auto = Literal["auto"]
 
 
 class JobError(ResponseModel):
+    """The reason why a job failed."""
+
     code: str
     message: str
     param: str | None
 
 
 class JobNumbers(ResponseModel):
+    """The hyperparameters of a job."""
+
     n_epochs: int | Auto
     batch_size: int | Auto
     learning_rate_multiplier: float | Auto
 
 
 class JobSupervised(ResponseModel):
+    """The settings of supervised fine-tuning."""
+
     hyperparameters: JobNumbers
 
 
 class JobMethod(ResponseModel):
+    """The method of a job."""
+
     type: Literal["supervised"]
     supervised: JobSupervised
 
 
 class JobReply(ResponseModel):
+    """A fine-tuning job."""
+
     id: str
     object: Literal["fine_tuning.job"]
     created_at: int
@@ -352,10 +435,13 @@ class JobReply(ResponseModel):
     metadata: dict[str, str] | None
 
 
-class Jobs(PageResponse[JobReply]): ...
+class Jobs(PageResponse[JobReply]):
+    """A page of jobs."""
 
 
 class JobMetrics(ResponseModel):
+    """The metrics of a step of a job."""
+
     step: Count | None = None
     train_loss: float | None = None
     train_mean_token_accuracy: float | None = None
@@ -366,10 +452,14 @@ class JobMetrics(ResponseModel):
 
 
 class JobEventMetrics(JobMetrics):
+    """The metrics of an event."""
+
     total_steps: Count | None = None
 
 
 class JobEvent(ResponseModel):
+    """An event of a job."""
+
     id: str
     object: Literal["fine_tuning.job.event"]
     created_at: int
@@ -379,10 +469,13 @@ class JobEvent(ResponseModel):
     data: JobEventMetrics
 
 
-class JobEvents(PageResponse[JobEvent]): ...
+class JobEvents(PageResponse[JobEvent]):
+    """A page of events."""
 
 
 class JobCheckpoint(ResponseModel):
+    """A checkpoint of a job."""
+
     id: str
     object: Literal["fine_tuning.job.checkpoint"]
     created_at: int
@@ -392,20 +485,26 @@ class JobCheckpoint(ResponseModel):
     fine_tuning_job_id: str
 
 
-class JobCheckpoints(PageResponse[JobCheckpoint]): ...
+class JobCheckpoints(PageResponse[JobCheckpoint]):
+    """A page of checkpoints."""
 
 
 class FineTuneEvent(ResponseModel):
+    """An event of a job in the format of 2021."""
+
     object: Literal["fine-tune-event"]
     created_at: int
     level: Literal["info", "warn", "error"]
     message: str
 
 
-class FineTuneEvents(ListResponse[FineTuneEvent]): ...
+class FineTuneEvents(ListResponse[FineTuneEvent]):
+    """A list of events in the format of 2021."""
 
 
 class FineTuneNumbers(ResponseModel):
+    """The hyperparameters of a job in the format of 2021."""
+
     n_epochs: int | None
     batch_size: int | None
     learning_rate_multiplier: float | None
@@ -413,6 +512,8 @@ class FineTuneNumbers(ResponseModel):
 
 
 class FineTune(ResponseModel):
+    """A fine-tuning job in the format of 2021."""
+
     id: str
     object: Literal["fine-tune"]
     created_at: int
@@ -428,7 +529,8 @@ class FineTune(ResponseModel):
     events: list[FineTuneEvent] = []
 
 
-class FineTunes(ListResponse[FineTune]): ...
+class FineTunes(ListResponse[FineTune]):
+    """A list of jobs in the format of 2021."""
 
 
 # --- images -----------------------------------------------------------------------------------
@@ -438,12 +540,14 @@ ImageFormat = Literal["png", "jpeg", "webp"]
 
 
 class ImageTokens(ResponseModel):
+    """Details of the input tokens of images."""
+
     text_tokens: int
     image_tokens: int
 
 
 class ImageUsage(ResponseModel):
-    """Tokens of the prompt that were read; pictures are not drawn in tokens."""
+    """Token counts of the prompt. Images are not generated as tokens, so their counts are 0."""
 
     input_tokens: int
     input_tokens_details: ImageTokens
@@ -452,13 +556,15 @@ class ImageUsage(ResponseModel):
 
 
 class Image(ResponseModel):
-    """One of the two."""
+    """A generated image: either its URL or its base64."""
 
     url: str | None = None
     b64_json: str | None = None
 
 
 class Images(ResponseModel):
+    """Generated images."""
+
     created: int
     data: list[Image]
     background: Literal["transparent", "opaque"]
@@ -468,7 +574,7 @@ class Images(ResponseModel):
 
 
 class ImageEvent(ResponseModel):
-    """`partial_image` with `partial_image_index`, or `completed` with `usage`."""
+    """A `partial_image` event with `partial_image_index`, or a `completed` event with `usage`."""
 
     type: Literal[
         "image_generation.partial_image",

@@ -1,8 +1,8 @@
-"""Holding a port and running the application on it until asked to stop.
+"""Bind a port and run the application on it until a signal stops it.
 
-The port is taken before any model is loaded, so that a busy one is known at once, and listened on
-after, so that a client is refused rather than kept waiting. The first Ctrl-C lets running answers
-finish, the second does not wait.
+The port is bound before models are loaded, so that a busy port is reported at once. The server
+listens after loading, so that early clients are refused instead of waiting. The first Ctrl-C lets
+running requests finish, the second one does not wait.
 """
 
 import asyncio
@@ -21,69 +21,69 @@ if TYPE_CHECKING:
 
     from serve.api.logs import LogFormat
 
-DRAIN_SECONDS = 30  # for running answers after the first Ctrl-C
+DRAIN_SECONDS = 30  # time for running requests after the first Ctrl-C
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
-    """Binds, without listening yet.
+    """Return a socket that is bound to a port but does not listen yet.
 
     Raises:
-        WrongUsage: The host is not an address of this machine.
-        Failure: Another program has the port.
+        WrongUsage: The host has no address.
+        Failure: The port needs root or another program uses it.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
-        raise WrongUsage(f"host {host!r} has no address: {error.strerror}") from None
-    taken = socket.socket(family, socket.SOCK_STREAM)
-    # Else the port of a server just stopped stays busy for a minute.
-    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        taken.bind(address)
-    except PermissionError:
-        taken.close()
-        raise Failure(
-            f"port {port} is the system's: use one above 1023, as in --port 8000"
+        raise WrongUsage(
+            f"host {host!r} has no address ({error.strerror}); choose another with --host"
         ) from None
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    # Without this the port of a stopped server stays busy for a minute.
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+    except PermissionError:
+        bound.close()
+        raise Failure(f"port {port} needs root; choose one above 1023 with --port") from None
     except OSError as error:
-        taken.close()
+        bound.close()
         raise Failure(
-            f"cannot listen on {host}:{port}: {error.strerror}. If another program has the port, "
+            f"cannot listen on {host}:{port}: {error.strerror}. If another program uses the port, "
             f"stop it or choose another: pellucid serve --port {port + 1 if port < 65535 else 8000}"
         ) from None
-    return taken
+    return bound
 
 
-def url_of(taken: socket.socket) -> str:
-    """The URL of a bound port, as a client on this machine can use it."""
-    host, port = taken.getsockname()[:2]
+def url_of(bound: socket.socket) -> str:
+    """Return the URL of a bound port for a client on this machine."""
+    host, port = bound.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, str(host))
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _is_no_cancellation(record: logging.LogRecord) -> bool:
+def _is_not_cancellation(record: logging.LogRecord) -> bool:
     return not (record.exc_info and record.exc_info[0] is asyncio.CancelledError)
 
 
 def run(
     app: "FastAPI",
-    taken: socket.socket,
+    bound: socket.socket,
     *,
     log_format: "LogFormat",
     on_ready: Callable[[], None],
     on_stop: Callable[[], None],
 ) -> bool:
-    """Serves until Ctrl-C or SIGTERM.
+    """Serve until Ctrl-C or SIGTERM.
 
     Args:
         app: The application.
-        taken: From `take_port`.
-        log_format: "text" or "json", see `logs.py`.
-        ready: Called once connections are accepted.
-        stopping: Called when asked to stop, before waiting for running answers.
+        bound: The socket from `bind_socket`.
+        log_format: "text" or "json"; see `logs.py`.
+        on_ready: Called when the server accepts connections.
+        on_stop: Called at the first signal, before the server waits for running requests.
 
     Returns:
-        Whether it came to an orderly end: running answers were finished.
+        Whether all running requests were finished.
     """
     import uvicorn
 
@@ -96,12 +96,12 @@ def run(
                 on_ready()
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            if self.should_exit:  # what is cut off now is cut off on purpose: no tracebacks
+            if self.should_exit:  # the second signal cancels requests: no tracebacks
                 logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             else:
                 app.state.is_draining = True
-                # What does not end in time is cut off, which needs a line and no traceback.
-                logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
+                # Requests that exceed the drain time are cancelled: a log line without traceback.
+                logging.getLogger("uvicorn.error").addFilter(_is_not_cancellation)
                 on_stop()
             super().handle_exit(sig, frame)
 
@@ -114,8 +114,8 @@ def run(
             timeout_graceful_shutdown=DRAIN_SECONDS,
         )
     )
-    # uvicorn raises the signal again after it has stopped: SIGTERM shall then not kill us.
+    # uvicorn raises the signal again after it has stopped; SIGTERM must not kill this process then.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
-        server.run(sockets=[taken])
+        server.run(sockets=[bound])
     return not server.force_exit

@@ -1,11 +1,10 @@
-"""Server-sent events, and noticing that the client has gone.
+"""Server-sent events, and cancellation when the client disconnects.
 
-A streamed answer is a series of ``data: {json}`` events and ends in ``data: [DONE]``. Newer routes
-name each event (``event: TYPE``), and their last one says by its name that it is. The status
-line goes out with the first event, not before: what fails until then (a full queue, an engine that
-cannot start) is still an honest 4xx or 5xx, what fails later is an event with an ``error`` object
-and the end of the stream, without [DONE]. Where nothing is to be told for long, a comment is sent,
-so that nobody on the way takes the connection for a dead one.
+A streamed response is a series of ``data: {json}`` events and ends with ``data: [DONE]``. Newer
+routes name each event (``event: TYPE``), and the name of the last one marks the end. The status
+line is sent with the first event: an error before it (a full queue, an engine that cannot start) is
+a 4xx or 5xx response. A later error is an event with an ``error`` object that ends the stream,
+without [DONE]. During long pauses a comment is sent, so that proxies keep the connection open.
 """
 
 import asyncio
@@ -25,25 +24,28 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Event = dict[str, Any]
-Events = AsyncGenerator[Event | None, None]  # None: nothing yet, but somebody is there
+Events = AsyncGenerator[Event | None, None]  # None: a keep-alive comment
 
 
 async def cancel_on_disconnect(receive: Receive, work: Awaitable[T]) -> T:
-    """Awaits ``work``, but cancels it when the client goes away.
+    """Await ``work``, and cancel it when the client disconnects.
 
     Args:
-        receive: the request's ASGI channel; its body must have been read.
-        work: what to do meanwhile.
+        receive: The request's ASGI channel; its body must have been read.
+        work: The awaitable to run.
+
+    Returns:
+        The result of ``work``.
 
     Raises:
-        ClientDisconnected: after ``work`` has been cancelled and has cleaned up.
+        ClientDisconnected: The client has disconnected; ``work`` is cancelled and has cleaned up.
     """
 
-    async def disconnect() -> None:
+    async def wait_for_disconnect() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(disconnect())
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_disconnect())
     try:
         await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -55,28 +57,31 @@ async def cancel_on_disconnect(receive: Receive, work: Awaitable[T]) -> T:
         await asyncio.gather(task, watch, return_exceptions=True)
 
 
-def split_at_base64(answer: Any) -> list[bytes]:
-    """The JSON of an answer without its pictures: what stands before, between and behind them.
+def split_at_base64(body: Any) -> list[bytes]:
+    """Encode a response as JSON and split it at the empty values of `b64_json`.
 
-    A picture takes megabytes of base64, in which nothing needs escaping, and a JSON encoder would
-    hold the event loop for half a second over it. So each `b64_json` is "" in `answer`, and the
-    base64 is sent between the parts that this returns.
+    An image takes megabytes of base64, which needs no escaping, and a JSON encoder would block the
+    event loop for half a second. So each `b64_json` is "" in `body`, and the caller sends the
+    base64 between the parts.
 
-    >>> between_base64({"data": [{"b64_json": ""}, {"b64_json": ""}], "created": 1})
+    >>> split_at_base64({"data": [{"b64_json": ""}, {"b64_json": ""}], "created": 1})
     [b'{"data":[{"b64_json":"', b'"},{"b64_json":"', b'"}],"created":1}']
     """
     mark = b'"b64_json":"'
-    first, *rest = to_json(answer).split(mark + b'"')
-    *between, last = [first, *(b'"' + part for part in rest)]
-    return [*(part + mark for part in between), last]
+    first, *rest = to_json(body).split(mark + b'"')
+    *parts, last = [first, *(b'"' + part for part in rest)]
+    return [*(part + mark for part in parts), last]
 
 
 async def event_stream(request: Request, events: Events, *, named: bool = False) -> Response:
-    """The response that streams ``events``; waits for the first, so that its errors are raised.
+    """Return a response that streams ``events``, after waiting for the first one.
+
+    Errors before the first event are raised here.
 
     Args:
-        events: the first must not be None.
-        named: whether each event goes under its ``type``, and without [DONE] at the end.
+        request: The request, whose body has been read.
+        events: The events; the first must not be None.
+        named: Whether to name each event after its ``type``, and to omit [DONE] at the end.
     """
     first = await cancel_on_disconnect(request.receive, anext(events))
     assert first is not None
@@ -84,16 +89,25 @@ async def event_stream(request: Request, events: Events, *, named: bool = False)
 
 
 class EventStream(Response):
-    """Sends events until they end, fail, or nobody listens; then closes their iterator."""
+    """A response that sends events until they end, fail, or the client disconnects.
+
+    The iterator of the events is closed in each case.
+
+    Args:
+        first: The first event.
+        rest: The other events.
+        named: Whether to name each event after its ``type``, and to omit [DONE] at the end.
+    """
 
     media_type = "text/event-stream"
 
     def __init__(self, first: Event, rest: Events, *, named: bool = False):
         super().__init__(headers={"cache-control": "no-cache"})
-        del self.headers["content-length"]  # it is not known yet
+        del self.headers["content-length"]  # unknown in advance
         self.first, self.rest, self.named = first, rest, named
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
         async with aclosing(self.rest):
             with suppress(ClientDisconnected):
                 await cancel_on_disconnect(receive, self._send_all(send))
@@ -111,8 +125,8 @@ class EventStream(Response):
                 return await send_data(to_json(event), name)
             before, after = split_at_base64(event | {"b64_json": ""})
             await send_body(name + b"data: " + before)
-            for piece in encoded:
-                await send_body(piece)
+            for chunk in encoded:
+                await send_body(chunk)
             await send_body(after + b"\n\n")
 
         headers = self.raw_headers

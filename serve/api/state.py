@@ -1,4 +1,4 @@
-"""What the routes of one server share: its models, its database, its jobs."""
+"""The state that the routes of one server share: models, stored objects, jobs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +23,13 @@ class ServerState:
     """The state of an application, as ``app.state``.
 
     Attributes:
-        registry: the models that are served.
-        home: the data folder.
-        store: the objects and files that outlive the server.
-        jobs, keeper: fine-tuning jobs, and what runs them.
-        passing: pictures that can be fetched for an hour.
-        is_draining: whether it finishes what it has and takes nothing new.
+        registry: The served models.
+        home: The data folder.
+        store: Persistent objects and files.
+        jobs: Fine-tuning jobs.
+        job_runner: Runs the jobs.
+        temp_files: Generated images, available for an hour.
+        is_draining: Whether the server finishes running requests and refuses new ones.
     """
 
     registry: Registry
@@ -46,19 +47,20 @@ def state_of(request: Request) -> ServerState:
 
 
 async def get_loaded_model(request: Request, name: str, model_class: type[M]) -> M:
-    """Return the model called ``name``, loaded, which must be of a class.
+    """Return the loaded model with an id or alias, which must be of class ``model_class``.
 
     Raises:
-        UnknownModel, CannotLoad: as of `Registry.get`.
-        APIError: 404, it is of another kind; the message names a model of this.
+        UnknownModel: No model has this name.
+        CannotLoad: The model cannot be loaded now.
+        APIError: 404 if the model is of another kind. The message names a model of the right kind.
     """
     registry, kind = state_of(request).registry, KINDS[model_class.kind]
-    if (found := registry.resolve(name)).kind != kind.name:  # before it is loaded for nothing
-        fitting = [other.id for other in registry.list_models() if other.kind == kind.name]
-        what = f"`{fitting[0]}` does." if fitting else "No model here does."
+    if (spec := registry.resolve(name)).kind != kind.name:  # checked before loading
+        candidates = [model.id for model in registry.list_models() if model.kind == kind.name]
+        hint = f"Use `{candidates[0]}`." if candidates else "No model on this server does."
         raise APIError(
             404,
-            f"The model `{found.id}` does not {kind.task}. {what}",
+            f"The model `{spec.id}` does not {kind.task}. {hint}",
             param="model",
             code="model_not_found",
         )

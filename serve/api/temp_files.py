@@ -1,8 +1,7 @@
-"""Files that are here for an hour, under names that nobody can guess.
+"""Temporary files that expire after an hour, with names that cannot be guessed.
 
-What is drawn can be fetched by its URL, without a key: whoever has the URL has been given it. The
-time that a file was written is all there is to know of it, so an hour ends as well while no server
-runs: at the next start what is left over is gone.
+The URL of a generated image works without a key, because its name is secret. The age of a file is
+its modification time, so files also expire while no server runs; the next start deletes them.
 """
 
 import os
@@ -19,10 +18,10 @@ _NAME = re.compile(r"img-[A-Za-z0-9]{24}\.[a-z]{3,4}")
 
 
 class TempFiles:
-    """Such files, in a folder of their own. Any thread may use it.
+    """A folder of temporary files. It is thread-safe.
 
     Args:
-        folder: where they are; made if it is not there.
+        folder: The folder; created if missing.
     """
 
     def __init__(self, folder: Path):
@@ -30,7 +29,7 @@ class TempFiles:
         self.clean_up()
 
     def put(self, data: bytes, format: str) -> str:
-        """Keeps bytes for an hour, and gives their name, which ends in `.format`."""
+        """Store bytes for an hour and return their file name, which ends in `.{format}`."""
         name = f"{new_id('img-')}.{format}"
         descriptor = os.open(self._folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
@@ -38,17 +37,17 @@ class TempFiles:
         return name
 
     def find(self, name: str) -> tuple[Path, int] | None:
-        """Where a file is, and for how many seconds more; None if it is not, or not any more."""
+        """Return path and remaining lifetime in seconds of a file; None if missing or expired."""
         path = self._folder / name
-        left = _seconds_left(path) if _NAME.fullmatch(name) else 0
-        return (path, left) if left > 0 else None
+        remaining = _seconds_left(path) if _NAME.fullmatch(name) else 0
+        return (path, remaining) if remaining > 0 else None
 
     def drop(self, name: str) -> None:
-        """Removes a file, if it is still there."""
+        """Delete a file, if it exists."""
         (self._folder / name).unlink(missing_ok=True)
 
     def clean_up(self) -> None:
-        """Removes the files whose hour is over, and no others: those in there are not all ours."""
+        """Delete expired files. Other files in the folder are left alone."""
         for path in self._folder.iterdir():
             if _NAME.fullmatch(path.name) and _seconds_left(path) <= 0:
                 path.unlink(missing_ok=True)
@@ -57,5 +56,5 @@ class TempFiles:
 def _seconds_left(path: Path) -> int:
     try:
         return int(path.stat().st_mtime + LIFETIME_SECONDS - time.time())
-    except FileNotFoundError:  # another server has swept it up
+    except FileNotFoundError:  # another server has deleted it
         return 0

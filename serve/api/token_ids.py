@@ -1,9 +1,8 @@
-"""Token ids that a client sends, as the model's own.
+"""Translate token ids in requests to ids of the served model.
 
-Under a model's own name ids are its own. Under an alias that imitates a model of OpenAI's ("gpt-4")
-they were made with that model's encoding, as LangChain's embeddings are: here they would be noise.
-So they are decoded with it and encoded again. An alias of another kind imitates nobody, and its ids
-are the model's.
+Ids that are sent to a model's own name belong to its encoding. Ids that are sent to an alias named
+after an OpenAI model ("gpt-4") belong to that model's encoding, as in LangChain's embeddings; they
+are decoded with it and encoded again. Ids that are sent to any other alias are the model's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,16 +14,18 @@ from serve.models.decoder import DecoderModel
 
 
 def native_ids(ids: Sequence[int], name: str, model: DecoderModel, path: str) -> list[int]:
-    """The model's ids for ids that were sent to `name`.
+    """Return the model's ids for ids that were sent to `name`.
 
     Args:
-        path: the field they came in, for the error.
+        ids: The ids in the request.
+        name: The model name in the request.
+        model: The model behind the name.
+        path: The request field that holds the ids, for the error.
 
     Raises:
-        APIError: 400 naming the first that is no id there.
+        APIError: 400 that names the first invalid id.
     """
-    foreign = _encoding_of(name, model)
-    if foreign is None:
+    if _imitated_encoding(name, model) is None:
         _check(ids, model.tokenizer.encoding, name, path)
         return list(ids)
     text = decode_foreign_ids(ids, name, path)
@@ -32,18 +33,18 @@ def native_ids(ids: Sequence[int], name: str, model: DecoderModel, path: str) ->
 
 
 def decode_foreign_ids(ids: Sequence[int], name: str, path: str) -> str:
-    """The text of ids that were made with the encoding of OpenAI's model called `name`.
+    """Return the text of ids in the encoding of the OpenAI model `name`.
 
     Raises:
-        APIError: 400 where that encoding is not known, or naming the first id that it has not.
+        APIError: 400 if the encoding is unknown, or an id is invalid; the message names the first.
     """
     try:
         encoding = bpe.encoding_for_model(name)
     except KeyError:
         raise APIError(
             400,
-            f"Invalid '{path}': token ids sent to `{name}` belong to that model's encoding, which "
-            "is not known here. Send text, or the model's own ids under its own name.",
+            f"Invalid '{path}': the encoding of `{name}` is unknown, so its token ids cannot be "
+            "decoded. Send text, or use the served model's name and its token ids.",
             param=path,
             code="invalid_value",
         ) from None
@@ -59,20 +60,20 @@ def _check(ids: Sequence[int], encoding: Encoding, name: str, path: str) -> None
             raise APIError(
                 400,
                 f"Invalid '{path}[{index}]': {str(id)[:20]} is not a token id of `{name}`. "
-                f"Its ids go from 0 to {encoding.n_vocab - 1}.",
+                f"Use ids from 0 to {encoding.n_vocab - 1}.",
                 param=f"{path}[{index}]",
                 code="invalid_value",
             ) from None
 
 
 def native_bias(bias: Mapping[str, float], name: str, model: DecoderModel) -> dict[int, float]:
-    """A `logit_bias` that was sent to `name`, by the model's ids.
+    """Return a `logit_bias` that was sent to `name`, keyed by the model's token ids.
 
     Raises:
-        APIError: 400 for a key that is no token of the model's.
+        APIError: 400 for a key that is not a single token of the model.
     """
-    foreign = _encoding_of(name, model)
-    encoding = foreign or model.tokenizer.encoding
+    imitated = _imitated_encoding(name, model)
+    encoding = imitated or model.tokenizer.encoding
     native: dict[int, float] = {}
     for key, value in bias.items():
         is_number = key.isascii() and key.isdigit() and len(key) < 10
@@ -82,7 +83,7 @@ def native_bias(bias: Mapping[str, float], name: str, model: DecoderModel) -> di
             raise _bad_bias(
                 f"{key[:80]}. Keys are token ids of `{name}`, from 0 to {encoding.n_vocab - 1}."
             ) from None
-        if foreign is None:
+        if imitated is None:
             native[int(key)] = value
             continue
         try:
@@ -90,14 +91,14 @@ def native_bias(bias: Mapping[str, float], name: str, model: DecoderModel) -> di
         except KeyError:
             text = token.decode(errors="backslashreplace")
             raise _bad_bias(
-                f"{key}. It is {text!r} in the encoding of `{name}`, which is no single token of "
-                f"`{model.id}`. Send ids of `{model.id}` under its own name."
+                f"{key}. In the encoding of `{name}` it is {text!r}, which is not a single token "
+                f"of `{model.id}`. Use the model name `{model.id}` and its token ids."
             ) from None
     return native
 
 
-def _encoding_of(name: str, model: DecoderModel) -> Encoding | None:
-    """The encoding that ids sent to `name` belong to, if that is not the model's own."""
+def _imitated_encoding(name: str, model: DecoderModel) -> Encoding | None:
+    """Return the encoding of the OpenAI model that an alias imitates; None for the model's own."""
     if name == model.id:
         return None
     try:
@@ -106,7 +107,7 @@ def _encoding_of(name: str, model: DecoderModel) -> Encoding | None:
         return None
 
 
-def _bad_bias(what: str) -> APIError:
+def _bad_bias(detail: str) -> APIError:
     return APIError(
-        400, f"Invalid key in 'logit_bias': {what}", param="logit_bias", code="invalid_value"
+        400, f"Invalid key in 'logit_bias': {detail}", param="logit_bias", code="invalid_value"
     )

@@ -1,1 +1,1 @@
-"""The routes: one file a resource of the API, the pages and the docs among them."""
+"""The routes, one module for each resource of the API."""

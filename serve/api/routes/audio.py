@@ -1,15 +1,15 @@
-"""POST /v1/audio/transcriptions and /v1/audio/translations: what is said in a sound file.
+"""POST /v1/audio/transcriptions and /v1/audio/translations: speech to text.
 
-The body is a form with a file of at most 25 MB. Its bytes say what it is; its suffix counts only
-where they do not. At temperature 0, the default, decoding is greedy, and goes on at higher
-temperatures where the result looks wrong. Windows are opened only where somebody speaks, so silence
-and noise yield no text.
+The body is a form with an audio file of at most 25 MB. Its format is detected from its bytes, or
+else from its suffix. At temperature 0, the default, decoding is greedy and falls back to higher
+temperatures when the result looks wrong. Only windows with speech are decoded, so silence and noise
+produce no text.
 
-``stream`` sends a ``transcript.text.delta`` for each segment and ``transcript.text.done`` at the
-end. A sound of over a minute is then gone through in turn, so a few words may differ from the
-answer that is not streamed, whose windows are decoded four at a time. OpenAI ignores ``stream`` for
-whisper-1; here it works for every model. ``keywords`` are words likely to occur. Speakers are not
-told apart: ``diarized_json`` is refused.
+``stream`` sends a ``transcript.text.delta`` event for each segment and ``transcript.text.done`` at
+the end. Streamed audio is decoded sequentially. Without streaming, audio of over a minute is
+decoded four windows at a time, so a few words may differ. OpenAI ignores ``stream`` for whisper-1;
+here it works for every model. ``keywords`` are words that are likely to occur. Speakers are not
+distinguished: ``diarized_json`` is refused.
 """
 
 import asyncio
@@ -43,18 +43,18 @@ from serve.models.speech import SpeechModel
 router = APIRouter(prefix="/v1/audio")
 
 MAX_BYTES = 25 * 2**20  # of a file
-BODY_LIMITS = {  # what a body may take: the file, and the form around it
+BODY_LIMITS = {  # bytes of a body by path: the file and the rest of the form
     f"/v1/audio/{route}": MAX_BYTES + 2**20 for route in ("transcriptions", "translations")
 }
-MAX_SECONDS = 2 * 3600.0  # of sound: a small file can hold days of silence
-BATCH_SIZE = 4  # windows of a long sound decoded at once
-LONG_SECONDS = 60.0  # seconds from which a sound is long
+MAX_SECONDS = 2 * 3600.0  # of audio: a small file can hold days of silence
+BATCH_SIZE = 4  # windows of long audio decoded at a time
+LONG_SECONDS = 60.0  # longer audio is decoded in batches
 
 _FORMATS = "['flac', 'm4a', 'mp3', 'mp4', 'mpeg', 'mpga', 'oga', 'ogg', 'wav', 'webm']"
 
 
 class SpeechForm(Body):
-    """A form with a sound file."""
+    """POST /v1/audio/transcriptions and /v1/audio/translations: a form with an audio file."""
 
     file: File
     model: str
@@ -69,22 +69,30 @@ class SpeechForm(Body):
 
 
 class Logprob(ResponseModel):
+    """A token with its logprob and bytes."""
+
     token: str
     logprob: float
     bytes: list[int]
 
 
 class SpeechUsage(ResponseModel):
+    """The duration of the audio, rounded up to seconds."""
+
     type: Literal["duration"]
     seconds: int
 
 
 class InputTokenDetails(ResponseModel):
+    """Details of the input tokens of a transcription."""
+
     audio_tokens: int
     text_tokens: int
 
 
 class TokenUsage(ResponseModel):
+    """Token counts of a transcription."""
+
     type: Literal["tokens"]
     input_tokens: int
     input_token_details: InputTokenDetails
@@ -93,7 +101,7 @@ class TokenUsage(ResponseModel):
 
 
 class Transcription(ResponseModel):
-    """What `json` gives."""
+    """The response for `json`."""
 
     text: str
     logprobs: list[Logprob] | None = None
@@ -101,6 +109,8 @@ class Transcription(ResponseModel):
 
 
 class SpeechSegment(ResponseModel):
+    """A segment of a transcript."""
+
     id: int
     seek: int
     start: float
@@ -114,13 +124,15 @@ class SpeechSegment(ResponseModel):
 
 
 class SpeechWord(ResponseModel):
+    """A word with its times."""
+
     word: str
     start: float
     end: float
 
 
 class VerboseTranscription(ResponseModel):
-    """What `verbose_json` gives."""
+    """The response for `verbose_json`."""
 
     task: Literal["transcribe", "translate"]
     language: str
@@ -132,7 +144,7 @@ class VerboseTranscription(ResponseModel):
 
 
 class SpeechEvent(ResponseModel):
-    """`transcript.text.delta` with `delta`, or `transcript.text.done` with `text` and `usage`."""
+    """A `transcript.text.delta` with `delta`, or a `transcript.text.done` with `text`, `usage`."""
 
     type: Literal["transcript.text.delta", "transcript.text.done"]
     delta: str | None = None
@@ -142,7 +154,7 @@ class SpeechEvent(ResponseModel):
 
 
 def _speech_route_docs(*, events: type[ResponseModel] | None = None) -> dict[str, Any]:
-    """A route that takes a form and answers with JSON, brief or verbose, or with text."""
+    """Return the documentation of a route with a form and a JSON, verbose JSON or text response."""
     arguments = route_docs(Transcription, form=SpeechForm, events=events)
     content = arguments["responses"][200]["content"]
     brief = content["application/json"]["schema"]
@@ -154,28 +166,28 @@ def _speech_route_docs(*, events: type[ResponseModel] | None = None) -> dict[str
 
 @router.post("/transcriptions", **_speech_route_docs(events=SpeechEvent))
 async def create_transcription(request: Request) -> Response:
-    """Write down what is said in a sound file."""
-    return await _answer(request, "transcribe")
+    """Transcribe speech in an audio file."""
+    return await _respond(request, "transcribe")
 
 
 @router.post("/translations", **_speech_route_docs(events=SpeechEvent))
 async def create_translation(request: Request) -> Response:
-    """Write down in English what is said in a sound file."""
-    return await _answer(request, "translate")
+    """Translate speech in an audio file to English text."""
+    return await _respond(request, "translate")
 
 
-async def _answer(request: Request, task: Literal["transcribe", "translate"]) -> Response:
+async def _respond(request: Request, task: Literal["transcribe", "translate"]) -> Response:
     with temporary_file() as sink:
         body = await read_form(request, SpeechForm, {"file": sink}, MAX_BYTES)
-        sound = await read_all(sink)
+        data = await read_all(sink)
     model = await get_loaded_model(request, body.model, SpeechModel)
     _check(body, model, task)
     context_of(request.scope).model = model.id
-    samples = await asyncio.to_thread(_decode_audio, sound, body.file.filename)
+    samples = await asyncio.to_thread(_decode_audio, data, body.file.filename)
     is_long = len(samples) > LONG_SECONDS * SAMPLE_RATE
-    plan = audio.TranscriptionOptions(
-        # In turn where the text is wanted as it is written: at once, the text of all regions but
-        # the first arrives at the end.
+    transcription_options = audio.TranscriptionOptions(
+        # Sequentially when streaming: in a batch, all text but that of the first window would
+        # arrive at the end.
         batch_size=BATCH_SIZE if is_long and not body.stream else 1,
         condition_on_previous_text=not is_long,
         initial_prompt=body.prompt,
@@ -184,41 +196,43 @@ async def _answer(request: Request, task: Literal["transcribe", "translate"]) ->
         if body.temperature
         else audio.TemperatureFallback(),
     )
-    options = audio.DecodingOptions(task=task, hotwords=", ".join(body.keywords))
-    hearing = _Transcriber(model, samples, body.language, options, plan)
+    decoding_options = audio.DecodingOptions(task=task, hotwords=", ".join(body.keywords))
+    transcriber = _Transcriber(
+        model, samples, body.language, decoding_options, transcription_options
+    )
     if body.stream:
-        return await event_stream(request, _events(hearing, body))
-    found = await cancel_on_disconnect(request.receive, hearing.run())
-    return _format_response(found, body, task, hearing)
+        return await event_stream(request, _events(transcriber, body))
+    transcript = await cancel_on_disconnect(request.receive, transcriber.run())
+    return _format_response(transcript, body, task, transcriber)
 
 
-# --- reading ----------------------------------------------------------------------------------
+# --- requests ---------------------------------------------------------------------------------
 
 
 def _check(body: SpeechForm, model: SpeechModel, task: str) -> None:
-    """Refuses what this model, or this server, cannot do."""
-    tokens = model.whisper.tokenizer
+    """Refuse options that this model or this server does not support."""
+    tokenizer = model.whisper.tokenizer
     if body.response_format == "diarized_json":
         raise unsupported(
             "response_format",
             body.response_format,
-            "Speakers are not told apart here: use json, text, srt, verbose_json or vtt.",
+            "Speakers are not distinguished: use json, text, srt, verbose_json or vtt.",
         )
     if "word" in body.timestamp_granularities and body.response_format != "verbose_json":
         raise APIError(
             400,
-            "Times of words are in 'verbose_json' only: set response_format to verbose_json, or "
-            "leave 'word' out of timestamp_granularities.",
+            "Word timestamps need response_format 'verbose_json': set it, or remove 'word' from "
+            "timestamp_granularities.",
             param="timestamp_granularities",
             code="invalid_value",
         )
     if body.include and body.response_format != "json":
-        raise unsupported("include", body.include[0], "Logprobs are in 'json' only.")
-    if task == "translate" and not tokens.is_multilingual:
-        raise unsupported("model", model.id, "It knows English only, and cannot translate.")
+        raise unsupported("include", body.include[0], "Set response_format to 'json'.")
+    if task == "translate" and not tokenizer.is_multilingual:
+        raise unsupported("model", model.id, "It is English-only: use a multilingual model.")
     if body.language is not None:
         try:
-            tokens.language_code(body.language)
+            tokenizer.language_code(body.language)
         except ValueError as error:
             raise APIError(
                 400, f"Invalid 'language': {error}.", param="language", code="invalid_value"
@@ -236,35 +250,37 @@ def _decode_audio(data: bytes, name: str) -> np.ndarray:
         ) from None
 
 
-# --- listening --------------------------------------------------------------------------------
+# --- transcription ----------------------------------------------------------------------------
 
 
 class _Transcriber:
-    """One sound on its way to text. Its work ends soon after nobody waits for it any more."""
+    """The transcription of one audio file. It stops soon after its iterator is closed."""
 
     def __init__(
         self,
         model: SpeechModel,
         samples: np.ndarray,
         language: str | None,
-        options: audio.DecodingOptions,
-        plan: audio.TranscriptionOptions,
+        decoding_options: audio.DecodingOptions,
+        transcription_options: audio.TranscriptionOptions,
     ):
         self._model, self._samples, self._language = model, samples, language
-        self._options, self._plan, self.tokens = options, plan, model.whisper.tokenizer
+        self._decoding_options = decoding_options
+        self._transcription_options = transcription_options
+        self.tokenizer = model.whisper.tokenizer
         self._stop = threading.Event()
         self.language = "en"
         self.segments: list[Segment] = []
 
     async def run(self) -> Transcript:
-        """All of it."""
+        """Return the complete transcript."""
         async for _ in self.stream():
             pass
         return self.transcript
 
     @property
     def transcript(self) -> Transcript:
-        """What was heard so far."""
+        """The transcript so far."""
         return Transcript(
             language=self.language,
             duration=len(self._samples) / SAMPLE_RATE,
@@ -273,7 +289,7 @@ class _Transcriber:
         )
 
     async def stream(self) -> AsyncGenerator[Segment, None]:
-        """Segment after segment, as they are written."""
+        """Yield the segments as they are decoded."""
         segments = self._transcribe()
         try:
             while (segment := await asyncio.to_thread(next, segments, None)) is not None:
@@ -284,76 +300,77 @@ class _Transcriber:
 
     def _transcribe(self) -> Iterator[Segment]:
         self.language, spans = self._model.detect_language(
-            self._samples, self._language, self._plan
+            self._samples, self._language, self._transcription_options
         )
-        options = replace(self._options, language=self.language)
+        options = replace(self._decoding_options, language=self.language)
         yield from self._model.transcribe(
-            self._samples, options, self._plan, spans, stop=self._stop
+            self._samples, options, self._transcription_options, spans, stop=self._stop
         )
 
 
-async def _events(hearing: _Transcriber, body: SpeechForm) -> AsyncGenerator[Event, None]:
+async def _events(transcriber: _Transcriber, body: SpeechForm) -> AsyncGenerator[Event, None]:
     extra = ["logprobs"] if body.include else []
-    async for segment in hearing.stream():
-        text = segment.text if len(hearing.segments) > 1 else segment.text.lstrip()
+    async for segment in transcriber.stream():
+        text = segment.text if len(transcriber.segments) > 1 else segment.text.lstrip()
         event: Event = {"type": "transcript.text.delta", "delta": text}
-        yield event | {name: _logprobs(hearing, [segment]) for name in extra}
-    done: Event = {"type": "transcript.text.done", "text": hearing.transcript.text}
+        yield event | {name: _logprobs(transcriber, [segment]) for name in extra}
+    done: Event = {"type": "transcript.text.done", "text": transcriber.transcript.text}
     yield (
         done
-        | {name: _logprobs(hearing, hearing.segments) for name in extra}
-        | {"usage": _token_usage(hearing, body)}
+        | {name: _logprobs(transcriber, transcriber.segments) for name in extra}
+        | {"usage": _token_usage(transcriber, body)}
     )
 
 
-# --- writing ----------------------------------------------------------------------------------
+# --- responses --------------------------------------------------------------------------------
 
 
 def _format_response(
-    found: Transcript, body: SpeechForm, task: str, hearing: _Transcriber
+    transcript: Transcript, body: SpeechForm, task: str, transcriber: _Transcriber
 ) -> Response:
     if body.response_format in ("text", "srt", "vtt"):
-        return PlainTextResponse(subtitles.render(found, body.response_format))
+        return PlainTextResponse(subtitles.render(transcript, body.response_format))
     if body.response_format == "json":
-        answer = {"text": found.text, "usage": _usage(found)}
+        response = {"text": transcript.text, "usage": _usage(transcript)}
         if body.include:
-            answer["logprobs"] = _logprobs(hearing, found.segments)
-        return JSONResponse(answer)
-    answer = subtitles.verbose_json(found, task=task)
+            response["logprobs"] = _logprobs(transcriber, transcript.segments)
+        return JSONResponse(response)
+    response = subtitles.verbose_json(transcript, task=task)
     if task == "translate":
-        answer["language"] = "english"
+        response["language"] = "english"
     if "word" in body.timestamp_granularities:
-        answer.setdefault("words", [])
+        response.setdefault("words", [])
     if "segment" not in body.timestamp_granularities:
-        del answer["segments"]
-    return JSONResponse(answer | {"usage": _usage(found)})
+        del response["segments"]
+    return JSONResponse(response | {"usage": _usage(transcript)})
 
 
-def _usage(found: Transcript) -> dict[str, Any]:
-    return {"type": "duration", "seconds": math.ceil(found.duration)}
+def _usage(transcript: Transcript) -> dict[str, Any]:
+    return {"type": "duration", "seconds": math.ceil(transcript.duration)}
 
 
-def _token_usage(hearing: _Transcriber, body: SpeechForm) -> dict[str, Any]:
-    """What went in and came out, an audio token being a position of the encoder: 50 a second."""
-    heard = math.ceil(hearing.transcript.duration / TIME_PRECISION)
-    read = sum(len(hearing.tokens.encode(text)) for text in (body.prompt, *body.keywords) if text)
-    written = sum(len(segment.ids) for segment in hearing.segments)
+def _token_usage(transcriber: _Transcriber, body: SpeechForm) -> dict[str, Any]:
+    """Return token counts; an audio token is a position of the encoder, 50 a second."""
+    encode = transcriber.tokenizer.encode
+    audio_tokens = math.ceil(transcriber.transcript.duration / TIME_PRECISION)
+    text_tokens = sum(len(encode(text)) for text in (body.prompt, *body.keywords) if text)
+    output_tokens = sum(len(segment.ids) for segment in transcriber.segments)
     return {
         "type": "tokens",
-        "input_tokens": heard + read,
-        "input_token_details": {"audio_tokens": heard, "text_tokens": read},
-        "output_tokens": written,
-        "total_tokens": heard + read + written,
+        "input_tokens": audio_tokens + text_tokens,
+        "input_token_details": {"audio_tokens": audio_tokens, "text_tokens": text_tokens},
+        "output_tokens": output_tokens,
+        "total_tokens": audio_tokens + text_tokens + output_tokens,
     }
 
 
-def _logprobs(hearing: _Transcriber, segments: Sequence[Segment]) -> list[dict[str, Any]]:
-    """The tokens of text with their log-probabilities."""
-    tokens, found = hearing.tokens, []
+def _logprobs(transcriber: _Transcriber, segments: Sequence[Segment]) -> list[dict[str, Any]]:
+    """Return the text tokens of segments with their logprobs."""
+    tokenizer, logprobs = transcriber.tokenizer, []
     for segment in segments:
         for id, logprob in zip(segment.ids, segment.logprobs, strict=True):
-            if id < tokens.eot:
-                data = tokens.encoding.decode_single_token_bytes(id)
+            if id < tokenizer.eot:
+                data = tokenizer.encoding.decode_single_token_bytes(id)
                 text = data.decode("utf-8", "replace")
-                found.append({"token": text, "logprob": logprob, "bytes": list(data)})
-    return found
+                logprobs.append({"token": text, "logprob": logprob, "bytes": list(data)})
+    return logprobs

@@ -1,9 +1,9 @@
 """POST /v1/chat/completions: answer a conversation.
 
-The model's own chat template turns the messages into a prompt; what users write stays text, even if
-it spells a special token. Without a limit the answer may fill the rest of the context.
+The model's chat template turns the messages into a prompt. Special tokens spelled out in a message
+are encoded as plain text. Without a limit the answer may fill the rest of the context.
 
-Not yet: tools and functions, JSON formats. Pictures and sound are not for these models.
+Not supported yet: tools and functions, JSON formats. The models take no images or audio.
 """
 
 import asyncio
@@ -81,17 +81,17 @@ async def _chunks(
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         return {**head, "choices": [choice | rest], **tail}
 
-    begun: set[int] = set()
-    async with aclosing(generation.text_deltas()) as pieces:
-        async for index, piece in pieces:
-            if index not in begun:
-                begun.add(index)
+    started: set[int] = set()
+    async with aclosing(generation.text_deltas()) as deltas:
+        async for index, delta in deltas:
+            if index not in started:
+                started.add(index)
                 yield chunk(index, {"role": "assistant", "content": ""})
-            if piece.text:
-                logprobs = _logprobs(body, encoding, piece.tokens)
-                yield chunk(index, {"content": piece.text}, logprobs=logprobs)
-            if piece.finish_reason:
-                yield chunk(index, {}, finish_reason=piece.finish_reason)
+            if delta.text:
+                logprobs = _logprobs(body, encoding, delta.tokens)
+                yield chunk(index, {"content": delta.text}, logprobs=logprobs)
+            if delta.finish_reason:
+                yield chunk(index, {}, finish_reason=delta.finish_reason)
     if include_usage:
         yield {**head, "choices": [], "usage": generation.usage.to_api()}
 
@@ -108,20 +108,27 @@ def _logprobs(
 
     content = [
         entry(token.id, token.logprob)
-        | {"top_logprobs": [entry(*other) for other in token.top_logprobs]}
-        for token in (placed.token for placed in tokens)
+        | {"top_logprobs": [entry(*alternative) for alternative in token.top_logprobs]}
+        for token in (item.token for item in tokens)
     ]
     return {"content": content, "refusal": None}
 
 
-def _build_generation(body: ChatBody, model: DecoderModel, call: RequestContext) -> Generation:
+def _build_generation(
+    body: ChatBody, model: DecoderModel, request_context: RequestContext
+) -> Generation:
     messages = [template_message(message, index) for index, message in enumerate(body.messages)]
-    prompt = encode_chat(CHAT_WORDING, model, messages)
-    wanted = body.max_completion_tokens or body.max_tokens
-    limit = resolve_max_tokens(CHAT_WORDING, model.context, len(prompt), wanted, model.context)
+    token_ids = encode_chat(CHAT_WORDING, model, messages)
+    max_tokens = resolve_max_tokens(
+        CHAT_WORDING,
+        model.context,
+        len(token_ids),
+        body.max_completion_tokens or body.max_tokens,
+        default=model.context,
+    )
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    whole = [Prompt(token_ids=prompt, max_tokens=limit)]
-    return Generation(model, whole, body, body.n, top_logprobs, call)
+    prompts = [Prompt(token_ids=token_ids, max_tokens=max_tokens)]
+    return Generation(model, prompts, body, body.n, top_logprobs, request_context)
 
 
 def encode_chat(
@@ -131,17 +138,17 @@ def encode_chat(
     *,
     add_generation_prompt: bool = True,
 ) -> list[int]:
-    """The conversation as the model reads it, up to where its own turn begins.
+    """Return the token ids of a conversation, rendered with the model's chat template.
 
     Args:
-        wording: what the route calls its input, `context_window.MESSAGES` or another.
-        model: a chat model.
-        messages: a role and a content each.
-        add_generation_prompt: whether it ends with the beginning of the model's turn.
+        wording: The words for errors, such as `context_window.CHAT_WORDING`.
+        model: A chat model.
+        messages: Dictionaries with "role" and "content".
+        add_generation_prompt: Whether to append the start of the model's turn.
 
     Raises:
         APIError: 404 for a model without chat template, 400 for messages that the template refuses
-            or that are far too long.
+            or that cannot fit the context.
     """
     template, encoding = model.tokenizer.chat_template, model.tokenizer.encoding
     if template is None:
@@ -152,18 +159,22 @@ def encode_chat(
             param="model",
         )
     try:
-        # Only what the template leaves of the messages must fit: it may drop or trim some.
+        # The rendered text is checked, because a template may drop or trim messages.
         if sum(len(message["content"]) for message in messages) > model.context:
             refuse_too_long(wording, model.context, encoding, template.render(messages))
         return template.encode(encoding, messages, add_generation_prompt=add_generation_prompt)
-    except ValueError as error:  # many templates refuse roles they were not made for
+    except ValueError as error:  # many templates refuse unknown roles or orders of roles
         raise APIError(
             400, f"Invalid '{wording.param}': {error}.", param=wording.param, code="invalid_value"
         ) from None
 
 
 def template_message(message: Message, index: int) -> dict[str, str]:
-    """A message as templates know it: a role and one string."""
+    """Return a message for the chat template: a role and one string as content.
+
+    Raises:
+        APIError: 400 for roles, tools or content parts that are not supported.
+    """
     path = f"messages[{index}]"
     if message.role in ("tool", "function"):
         raise unsupported(
@@ -173,7 +184,7 @@ def template_message(message: Message, index: int) -> dict[str, str]:
         )
     for name in ("tool_calls", "function_call"):
         if value := getattr(message, name):
-            raise unsupported(f"{path}.{name}", value, "Tools are not supported so far.")
+            raise unsupported(f"{path}.{name}", value, "Tools are not supported: leave it out.")
     content = message.content
     if content is None:
         raise APIError(
@@ -188,7 +199,9 @@ def template_message(message: Message, index: int) -> dict[str, str]:
     for number, part in enumerate(content):
         part_path = f"{path}.content[{number}]"
         if part.type not in ("text", "refusal"):
-            raise unsupported(f"{part_path}.type", part.type, "It reads text only.")
+            raise unsupported(
+                f"{part_path}.type", part.type, "Supported values are: 'text' and 'refusal'."
+            )
         text: str | None = getattr(part, part.type)
         if text is None:
             raise APIError(
@@ -211,13 +224,13 @@ def _refuse_unsupported(body: ChatBody) -> None:
         )
     if body.response_format.type != "text":
         raise unsupported(
-            "response_format.type", body.response_format.type, "Only 'text' is supported so far."
+            "response_format.type", body.response_format.type, "Only 'text' is supported."
         )
     if "audio" in body.modalities:
         raise unsupported("modalities", "audio", "Only 'text' is supported.")
     for name in ("audio", "tools", "functions"):
         if value := getattr(body, name):
-            raise unsupported(name, value, "Leave it out: it is not supported so far.")
+            raise unsupported(name, value, "It is not supported: leave it out.")
     for name in ("tool_choice", "function_call"):
         if (value := getattr(body, name)) not in (None, "none", "auto"):
             raise unsupported(name, value, "Supported values are: 'none' and 'auto'.")

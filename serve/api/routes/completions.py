@@ -1,12 +1,12 @@
 """POST /v1/completions: continue a text.
 
-The prompt is text, token ids, or a list of either; choice ``i * n + j`` is the j-th continuation of
-prompt i. Special tokens spelled out in a prompt are special here, unlike in a chat: the prompt is
-one person's text, and fill-in-the-middle is written with them. An empty prompt is the start of a
-document. Logprobs are those of the model's own distribution, before temperature and penalties;
-``logprobs: 0`` asks for the chosen token's alone. With ``echo`` they are given for the prompt too,
-which scores a text: the very first token, that nothing foretold, has none. The special token that
-ended a text is the last of its logprobs, and no part of its text.
+The prompt is text, token ids, or a list of either. Choice ``i * n + j`` is the j-th continuation of
+prompt i. Special tokens spelled out in a prompt are encoded as special tokens, unlike in a chat,
+because fill-in-the-middle prompts contain them. An empty prompt is the start of a document.
+Logprobs are those of the model's distribution before temperature and penalties; ``logprobs: 0``
+requests only the chosen token's. With ``echo`` the prompt has logprobs too, which scores a text;
+the first token has none, because no prediction precedes it. The end-of-text token is the last of
+the logprobs and not part of the text.
 """
 
 import asyncio
@@ -44,11 +44,11 @@ DEFAULT_MAX_TOKENS = 16
 @router.post("/completions", **route_docs(Completion, CompletionBody, events=CompletionChunk))
 @router.post("/engines/{engine:path}/completions", include_in_schema=False)
 async def create_completion(request: Request) -> Response:
-    """Continue a text, score it, or fill in what stands between two."""
+    """Continue a text, score it, or fill in the text before a suffix."""
     body = await read_json(request, CompletionBody)
     _refuse_contradictions(body)
     model = await get_loaded_model(request, body.model, DecoderModel)
-    # Megabytes of text take seconds to encode: not on the loop that serves everybody.
+    # Megabytes of text take seconds to encode, which would block the event loop.
     generation = await asyncio.to_thread(_build_generation, body, model, context_of(request.scope))
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",
@@ -81,25 +81,25 @@ async def _chunks(
     encoding = generation.model.tokenizer.encoding
     include_usage = body.stream_options.include_usage
     tail = {"usage": None} if include_usage else {}
-    async with aclosing(generation.text_deltas()) as pieces:
-        async for index, piece in pieces:
-            choice = _choice(body, encoding, index, piece)
+    async with aclosing(generation.text_deltas()) as deltas:
+        async for index, delta in deltas:
+            choice = _choice(body, encoding, index, delta)
             yield {**head, "choices": [choice], **tail}
     if include_usage:
         yield {**head, "choices": [], "usage": generation.usage.to_api()}
 
 
 def _choice(
-    body: CompletionBody, encoding: Encoding, index: int, said: Choice | TextDelta
+    body: CompletionBody, encoding: Encoding, index: int, output: Choice | TextDelta
 ) -> dict[str, Any]:
-    # The token that ended the text is named too: who scores a text with one token more than it
-    # has, and drops that, must find it there.
-    tokens = [*said.tokens, said.end_token] if said.end_token else said.tokens
+    # The logprobs include the end token: evaluation harnesses score a text by requesting one token
+    # more than it has and dropping the last entry.
+    tokens = [*output.tokens, output.end_token] if output.end_token else output.tokens
     return {
-        "text": said.text,
+        "text": output.text,
         "index": index,
         "logprobs": None if body.logprobs is None else _logprobs(encoding, tokens),
-        "finish_reason": said.finish_reason,
+        "finish_reason": output.finish_reason,
     }
 
 
@@ -109,59 +109,71 @@ def _logprobs(encoding: Encoding, tokens: Sequence[TokenWithOffset]) -> dict[str
 
     chosen: list[float | None] = []
     alternatives: list[dict[str, float] | None] = []
-    for token in (placed.token for placed in tokens):
-        if token.logprob is None:  # the first of an echoed prompt
+    for token in (item.token for item in tokens):
+        if token.logprob is None:  # the first token of an echoed prompt
             chosen.append(None)
             alternatives.append(None)
             continue
-        named: dict[str, float] = {}
-        # The chosen token is always among them. Of two that read the same the likelier stays.
+        logprobs: dict[str, float] = {}
+        # Includes the chosen token. Of two tokens with the same text the likelier one counts.
         for id, logprob in (*token.top_logprobs, (token.id, token.logprob)):
-            named.setdefault(name(id), clamp_logprob(logprob))
+            logprobs.setdefault(name(id), clamp_logprob(logprob))
         chosen.append(clamp_logprob(token.logprob))
-        alternatives.append(named)
+        alternatives.append(logprobs)
     return {
-        "tokens": [name(placed.token.id) for placed in tokens],
+        "tokens": [name(item.token.id) for item in tokens],
         "token_logprobs": chosen,
         "top_logprobs": alternatives,
-        "text_offset": [placed.offset for placed in tokens],
+        "text_offset": [item.offset for item in tokens],
     }
 
 
 def _build_generation(
-    body: CompletionBody, model: DecoderModel, call: RequestContext
+    body: CompletionBody, model: DecoderModel, request_context: RequestContext
 ) -> Generation:
-    copies = body.best_of or body.n
-    # Choosing among more than are returned needs the logprobs, whether they are returned or not.
-    top_logprobs = 0 if copies > body.n and body.logprobs is None else body.logprobs
-    prompts = [_prompt(body, model, start, ids) for start, ids in _encoded(body, model)]
-    is_judged = bool(body.best_of) or (body.echo and body.logprobs is not None)
-    return Generation(model, prompts, body, copies, top_logprobs, call, is_judged)
+    choices_per_prompt = body.best_of or body.n
+    # Ranking the choices needs logprobs even if the response does not contain them.
+    top_logprobs = 0 if choices_per_prompt > body.n and body.logprobs is None else body.logprobs
+    prompts = [_prompt(body, model, start, ids) for start, ids in _encode_prompts(body, model)]
+    return Generation(
+        model,
+        prompts,
+        body,
+        choices_per_prompt,
+        top_logprobs,
+        request_context,
+        is_likelihood_scored=bool(body.best_of) or (body.echo and body.logprobs is not None),
+    )
 
 
 def _prompt(body: CompletionBody, model: DecoderModel, start: list[int], ids: list[int]) -> Prompt:
-    """What the model reads for a prompt: its own ids, and perhaps one to start a text with."""
+    """Return the prompt for encoded text, with the ids that start a text."""
     if body.suffix:
         prompt = infill_prompt(model.tokenizer, ids, body.suffix)
     else:
         prompt = Prompt(token_ids=[*start, *ids], max_tokens=0)
-    limit = resolve_max_tokens(
+    max_tokens = resolve_max_tokens(
         COMPLETION_WORDING,
         model.context,
         len(prompt.token_ids),
         body.max_tokens,
         DEFAULT_MAX_TOKENS,
     )
-    echo = ids if body.echo else []
-    is_scored = bool(echo) and body.logprobs is not None
-    return replace(prompt, max_tokens=limit, echo=echo, is_scored=is_scored)
+    echo_ids = ids if body.echo else []
+    has_prompt_logprobs = bool(echo_ids) and body.logprobs is not None
+    return replace(
+        prompt,
+        max_tokens=max_tokens,
+        echo_ids=echo_ids,
+        has_prompt_logprobs=has_prompt_logprobs,
+    )
 
 
-def _encoded(body: CompletionBody, model: DecoderModel) -> list[tuple[list[int], list[int]]]:
-    """The prompts as token ids, each with the ids that a text is started with."""
+def _encode_prompts(body: CompletionBody, model: DecoderModel) -> list[tuple[list[int], list[int]]]:
+    """Return the token ids of each prompt, after the ids that start a text."""
     tokenizer = model.tokenizer
-    single = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
-    prompts = cast("list[str | list[int]]", [body.prompt] if single else body.prompt)
+    is_single = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
+    prompts = cast("list[str | list[int]]", [body.prompt] if is_single else body.prompt)
     encoded: list[tuple[list[int], list[int]]] = []
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, str):
@@ -169,21 +181,21 @@ def _encoded(body: CompletionBody, model: DecoderModel) -> list[tuple[list[int],
             ids = tokenizer.encoding.encode(prompt, allowed_special="all")
             encoded.append((_start_ids(tokenizer, ids), ids))
         else:
-            path = "prompt" if single else f"prompt[{number}]"
+            path = "prompt" if is_single else f"prompt[{number}]"
             encoded.append(([], native_ids(prompt, body.model, model, path)))
     return encoded
 
 
 def _start_ids(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    """What the model expects in front of a text that is encoded as `ids`."""
+    """Return the ids that the model expects before a text that is encoded as `ids`."""
     if tokenizer.add_bos and tokenizer.bos_id is not None:
         return [] if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id]
     if ids:
         return []
-    # Between documents models of this family saw <|endoftext|>, whatever their bos is for.
+    # Models of this family were trained with <|endoftext|> between documents, not with their BOS.
     end_of_text = tokenizer.encoding.special_tokens.get("<|endoftext|>")
-    start = (end_of_text, tokenizer.bos_id, tokenizer.eos_id)
-    return [next(id for id in start if id is not None)]
+    candidates = (end_of_text, tokenizer.bos_id, tokenizer.eos_id)
+    return [next(id for id in candidates if id is not None)]
 
 
 def _refuse_contradictions(body: CompletionBody) -> None:
@@ -200,13 +212,13 @@ def _refuse_contradictions(body: CompletionBody) -> None:
         )
     if body.stream and body.best_of > body.n:
         raise bad(
-            f"Invalid 'best_of': {body.best_of} choices must be finished before the best are "
-            "known, so they cannot be streamed. Leave out 'best_of' or 'stream'.",
+            f"Invalid 'best_of': all {body.best_of} choices must be complete to rank them, so they "
+            "cannot be streamed. Leave out 'best_of' or 'stream'.",
             "best_of",
         )
     if body.suffix and body.echo and body.logprobs is not None:
         raise bad(
-            "Invalid 'echo': with 'suffix' the model reads the prompt in another order than it is "
-            "written, so its tokens have no logprobs. Leave out one of the three.",
+            "Invalid 'echo': with 'suffix' the model does not read the prompt as a continuous "
+            "text, so it has no logprobs. Leave out 'echo', 'suffix' or 'logprobs'.",
             "echo",
         )

@@ -1,21 +1,21 @@
 """POST /v1/embeddings: a vector for each text.
 
-The input is a text, token ids, or a list of either. Ids under a model's own name are its own; under
-an alias they belong to the encoding of the model that the alias imitates, so they are decoded with
-it and encoded again: that is how clients work that count tokens before they send (LangChain's
-default). Every official client asks for base64 when its user says nothing: little-endian float32.
+The input is a text, token ids, or a list of either. Ids that are sent to a model's own name belong
+to its vocabulary. Ids that are sent to an alias belong to the encoding of the OpenAI model that the
+alias is named after, so they are decoded with it and encoded again; clients that count tokens
+before they send (LangChain's default) rely on this. Official clients request base64 by default:
+little-endian float32.
 
-``dimensions`` keeps the first so many numbers of a vector and scales it to its old length. Models
-that were not trained for that (Matryoshka) lose more by it than those that were.
+``dimensions`` keeps the first components of a vector and rescales it to its original norm. Models
+trained for this (Matryoshka embeddings) lose less quality than others.
 
-An input that is longer than the model reads is a 400 that says so, unless the request says what to
-do with it; OpenAI has none of these parameters:
+An input longer than the model's context is a 400, unless one of these extensions to OpenAI's API
+handles it:
 
-- ``long_text_mode``, as in Nomic's API: "truncate" cuts the ends of texts off, "mean" averages the
-  vectors of chunks (`serve/models/long_texts.py`). ``usage`` counts the tokens that were computed.
-- ``truncate``: true, as in Text Embeddings Inference, is "truncate".
-- ``truncate_prompt_tokens``, as in vLLM, says how many tokens to keep (-1: as many as the model
-  reads).
+- ``long_text_mode``, as in Nomic's API: "truncate" cuts off the ends of texts, "mean" averages the
+  vectors of chunks (`serve/models/long_texts.py`). ``usage`` counts the computed tokens.
+- ``truncate``, as in Text Embeddings Inference: true means "truncate".
+- ``truncate_prompt_tokens``, as in vLLM: the number of tokens to keep (-1: the model's context).
 """
 
 import asyncio
@@ -71,56 +71,56 @@ class EmbeddingsBody(Body):
 @router.post("/embeddings", **route_docs(Embeddings, EmbeddingsBody))
 @router.post("/engines/{engine:path}/embeddings", include_in_schema=False)
 async def create_embeddings(request: Request) -> Response:
-    """Turn texts into vectors, to be searched, sorted and compared."""
+    """Embed texts as vectors, for search, classification and comparison."""
     body = await read_json(request, EmbeddingsBody)
     model = await get_loaded_model(request, body.model, EmbeddingModel)
     width = model.cfg.d_model
     if body.dimensions is not None and body.dimensions > width:
         raise APIError(
             400,
-            f"Invalid 'dimensions': integer above maximum value. `{model.id}` makes vectors of "
-            f"{width} numbers: expected a value <= {width}, but got {body.dimensions} instead.",
+            f"Invalid 'dimensions': integer above maximum value. Vectors of `{model.id}` have "
+            f"{width} dimensions: expected a value <= {width}, but got {body.dimensions} instead.",
             param="dimensions",
             code="integer_above_max_value",
         )
-    # Megabytes of text take seconds to encode: not on the loop that serves everybody.
-    texts = await asyncio.to_thread(_encoded, body, model)
+    # Megabytes of text take seconds to encode, which would block the event loop.
+    texts = await asyncio.to_thread(_encode_inputs, body, model)
     chunks = [chunk for text in texts for chunk in text]
-    tokens = sum(map(len, chunks))
-    call = context_of(request.scope)
-    call.model, call.prompt_tokens = model.id, tokens
+    num_tokens = sum(map(len, chunks))
+    context = context_of(request.scope)
+    context.model, context.prompt_tokens = model.id, num_tokens
     vectors = await cancel_on_disconnect(request.receive, model.embed(chunks))
     vectors = long_texts.average(vectors, texts, normalize=model.cfg.normalize)
-    found = await asyncio.to_thread(_format_vectors, body, vectors)
+    embeddings = await asyncio.to_thread(_format_vectors, body, vectors)
     return JSONResponse(
         {
             "object": "list",
             "data": [
                 {"object": "embedding", "index": index, "embedding": vector}
-                for index, vector in enumerate(found)
+                for index, vector in enumerate(embeddings)
             ],
             "model": model.id,
-            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+            "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
         }
     )
 
 
-def _encoded(body: EmbeddingsBody, model: EmbeddingModel) -> list[list[list[int]]]:
-    """The chunks of each input, mostly one: the model's token ids between [CLS] and [SEP]."""
-    words, limit = model.tokenizer, _truncation_length(body, model)
-    single = isinstance(body.input, str) or isinstance(body.input[0], int)
-    inputs = cast("list[str | list[int]]", [body.input] if single else body.input)
-    foreign = _encoding_of(body.model, model)
+def _encode_inputs(body: EmbeddingsBody, model: EmbeddingModel) -> list[list[list[int]]]:
+    """Return the chunks of each input, usually one: token ids from [CLS] to [SEP]."""
+    tokenizer, limit = model.tokenizer, _truncation_length(body, model)
+    is_single = isinstance(body.input, str) or isinstance(body.input[0], int)
+    inputs = cast("list[str | list[int]]", [body.input] if is_single else body.input)
+    imitated = _imitated_encoding(body.model, model)
     encoded: list[list[list[int]]] = []
     total = 0
-    for number, given in enumerate(inputs):
-        path = "input" if single else f"input[{number}]"
-        if isinstance(given, str):
-            ids = words.encode(given)
-        elif foreign is None:
-            ids = _with_special_tokens(given, words, model.id, path)
+    for number, text_or_ids in enumerate(inputs):
+        path = "input" if is_single else f"input[{number}]"
+        if isinstance(text_or_ids, str):
+            ids = tokenizer.encode(text_or_ids)
+        elif imitated is None:
+            ids = _with_special_tokens(text_or_ids, tokenizer, model.id, path)
         else:
-            ids = words.encode(_decoded(given, foreign, body.model, path))
+            ids = tokenizer.encode(_decode(text_or_ids, imitated, body.model, path))
         if body.long_text_mode == "mean":
             chunks = long_texts.split(ids, model.context)
         else:
@@ -130,8 +130,8 @@ def _encoded(body: EmbeddingsBody, model: EmbeddingModel) -> list[list[list[int]
                 400,
                 f"This model's maximum context length is {model.context} tokens, however you "
                 f"requested {len(ids)} tokens ({len(ids)} in your input; 0 for the completion). "
-                'Please reduce your input, or send "long_text_mode": "truncate" to have its end '
-                'cut off, or "mean" to average the vectors of its chunks.',
+                'Please reduce your input, or send "long_text_mode": "truncate" to cut off its '
+                'end, or "mean" to average the vectors of its chunks.',
                 param=path,
                 code="context_length_exceeded",
             )
@@ -148,79 +148,81 @@ def _encoded(body: EmbeddingsBody, model: EmbeddingModel) -> list[list[list[int]
     return encoded
 
 
-def _encoding_of(name: str, model: EmbeddingModel) -> bpe.Encoding | None:
-    """The encoding of the model that an alias imitates; None for the model's own."""
+def _imitated_encoding(name: str, model: EmbeddingModel) -> bpe.Encoding | None:
+    """Return the encoding of the OpenAI model that an alias imitates; None for the model's own."""
     if name == model.id:
         return None
     try:
         return bpe.encoding_for_model(name)
-    except KeyError:  # an alias of the user's own imitates nobody
+    except KeyError:  # an alias that is not named after an OpenAI model
         return None
 
 
-def _decoded(ids: list[int], encoding: bpe.Encoding, name: str, path: str) -> str:
+def _decode(ids: list[int], encoding: bpe.Encoding, name: str, path: str) -> str:
     try:
         return encoding.decode(ids)
     except (KeyError, OverflowError):
         raise APIError(
             400,
-            f"Invalid '{path}': not all of them are token ids of `{name}`, whose encoding is "
-            f"{encoding.name}.",
+            f"Invalid '{path}': some values are not token ids of `{name}`, whose encoding is "
+            f"{encoding.name}. Send text, or ids from 0 to {encoding.n_vocab - 1}.",
             param=path,
             code="invalid_value",
         ) from None
 
 
 def _truncation_length(body: EmbeddingsBody, model: EmbeddingModel) -> int | None:
-    """To how many tokens an input is to be cut; None for not at all."""
-    asked = body.truncate_prompt_tokens
+    """Return the number of tokens to truncate an input to; None for no truncation."""
+    num_tokens = body.truncate_prompt_tokens
     truncates = body.truncate or body.long_text_mode == "truncate"
-    if body.long_text_mode == "mean" and (body.truncate or asked is not None):
-        other = "truncate" if body.truncate else "truncate_prompt_tokens"
+    if body.long_text_mode == "mean" and (body.truncate or num_tokens is not None):
+        conflict = "truncate" if body.truncate else "truncate_prompt_tokens"
         raise APIError(
             400,
-            f"Invalid 'long_text_mode': 'mean' and '{other}' exclude each other.",
+            f"Invalid 'long_text_mode': 'mean' excludes '{conflict}'. Leave out one of them.",
             param="long_text_mode",
             code="invalid_value",
         )
-    if asked in (None, -1):
-        return model.context if asked == -1 or truncates else None
-    if not 3 <= asked <= model.context:
+    if num_tokens in (None, -1):
+        return model.context if num_tokens == -1 or truncates else None
+    if not 3 <= num_tokens <= model.context:
         raise APIError(
             400,
             f"Invalid 'truncate_prompt_tokens': expected -1, or from 3 to {model.context}, but "
-            f"got {asked} instead.",
+            f"got {num_tokens} instead.",
             param="truncate_prompt_tokens",
             code="invalid_value",
         )
-    return asked
+    return num_tokens
 
 
-def _with_special_tokens(ids: list[int], words: WordPiece, id: str, path: str) -> list[int]:
-    """The model's own ids, with [CLS] and [SEP] around them if they came without."""
+def _with_special_tokens(
+    ids: list[int], tokenizer: WordPiece, model_id: str, path: str
+) -> list[int]:
+    """Return the model's ids with [CLS] and [SEP] added where they are missing."""
     for index, token in enumerate(ids):
         try:
-            words.convert_ids_to_tokens([token])
+            tokenizer.convert_ids_to_tokens([token])
         except KeyError:
             raise APIError(
                 400,
-                f"Invalid '{path}[{index}]': {str(token)[:20]} is not a token id of `{id}`. "
-                f"Its ids go from 0 to {len(words) - 1}.",
+                f"Invalid '{path}[{index}]': {str(token)[:20]} is not a token id of `{model_id}`. "
+                f"Use ids from 0 to {len(tokenizer) - 1}.",
                 param=f"{path}[{index}]",
                 code="invalid_value",
             ) from None
-    start = [] if ids[0] == words.cls_id else [words.cls_id]
-    end = [] if ids[-1] == words.sep_id else [words.sep_id]
+    start = [] if ids[0] == tokenizer.cls_id else [tokenizer.cls_id]
+    end = [] if ids[-1] == tokenizer.sep_id else [tokenizer.sep_id]
     return [*start, *ids, *end]
 
 
 def _format_vectors(body: EmbeddingsBody, vectors: np.ndarray) -> list[Any]:
-    """The vectors as the client wants to have them."""
+    """Return the vectors [B, E] as lists of numbers or base64, with the requested dimensions."""
     if body.dimensions is not None:
-        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         vectors = vectors[:, : body.dimensions]
-        kept = np.linalg.norm(vectors, axis=1, keepdims=True)
-        vectors = vectors * (lengths / np.maximum(kept, 1e-12))
+        short_norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors = vectors * (norms / np.maximum(short_norms, 1e-12))
     if body.encoding_format == "base64":
         return [base64.b64encode(v.astype("<f4").tobytes()).decode() for v in vectors]
     return vectors.tolist()

@@ -1,8 +1,8 @@
-"""/v1/files: bytes that a client leaves here, to learn from them, say.
+"""/v1/files: upload, list, download and delete files, for example training data.
 
-What is uploaded goes to the disk as it arrives, is told of when it is all there, and is never
-looked into or run: what is wrong with a training file, its job says. It comes back as it was, as a
-download of a type that this server chose.
+An upload is written to disk as it arrives and is listed when it is complete. Its content is neither
+checked nor executed; a fine-tuning job reports errors in its training file. A download has the same
+bytes, with a media type that depends on the purpose only.
 """
 
 import asyncio
@@ -25,12 +25,10 @@ from serve.jobs.store import Store, file_record, new_id
 router = APIRouter(prefix="/v1")
 
 MAX_BYTES = 512 * 2**20
-BODY_LIMITS = {
-    "/v1/files": MAX_BYTES + 2**20
-}  # what a body may take: the file, and the form around it
+BODY_LIMITS = {"/v1/files": MAX_BYTES + 2**20}  # bytes of a body: the file and the rest of the form
 PURPOSES = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
 
-_TYPES = {  # by purpose; the rest is bytes
+_TYPES = {  # media type by purpose; else application/octet-stream
     "fine-tune": "application/jsonl",
     "batch": "application/jsonl",
     "batch_output": "application/jsonl",
@@ -39,6 +37,8 @@ _TYPES = {  # by purpose; the rest is bytes
 
 
 class ExpiresAfter(Body):
+    """The lifetime of a file."""
+
     anchor: Literal["created_at"]
     seconds: Annotated[int, Field(ge=3600, le=2_592_000)]
 
@@ -52,6 +52,8 @@ class FileForm(Body):
 
 
 class FilesQuery(OrderedPageQuery):
+    """Query parameters of the list of files."""
+
     purpose: str | None = None
 
 
@@ -72,7 +74,7 @@ async def create_file(request: Request) -> dict[str, Any]:
 
 @router.get("/files", **route_docs(Files))
 async def list_files(request: Request) -> dict[str, Any]:
-    """List the files, or those of a purpose."""
+    """List the files, optionally those with one purpose."""
     query = read_query(request, FilesQuery)
     return await paginate(
         store_of(request),
@@ -80,7 +82,7 @@ async def list_files(request: Request) -> dict[str, Any]:
         query,
         dict,
         order=query.order,
-        keep=lambda file: is_alive(file) and query.purpose in (None, file["purpose"]),
+        predicate=lambda file: is_alive(file) and query.purpose in (None, file["purpose"]),
     )
 
 
@@ -92,7 +94,7 @@ async def get_file(request: Request, file_id: str) -> dict[str, Any]:
 
 @router.get("/files/{file_id}/content", **route_docs(media_type="application/octet-stream"))
 async def get_content(request: Request, file_id: str) -> Response:
-    """Download what is in a file."""
+    """Download the content of a file."""
     store = store_of(request)
     file = await asyncio.to_thread(find_file, store, file_id)
     return FileResponse(
@@ -105,7 +107,7 @@ async def get_content(request: Request, file_id: str) -> Response:
 
 @router.delete("/files/{file_id}", **route_docs(FileDeleted))
 async def delete_file(request: Request, file_id: str) -> dict[str, Any]:
-    """Delete a file. A job that was made with it keeps what it needs."""
+    """Delete a file. Existing fine-tuning jobs keep their own copy."""
     store = store_of(request)
     if not await asyncio.to_thread(store.delete_file, file_id):
         raise no_such_file(file_id)
@@ -113,7 +115,7 @@ async def delete_file(request: Request, file_id: str) -> dict[str, Any]:
 
 
 def drop_expired(store: Store) -> None:
-    """Removes files whose time is over: nobody is shown them any more."""
+    """Delete expired files from the store."""
     expired, _ = store.page("file", predicate=lambda file: not is_alive(file))
     for file in expired:
         store.delete_file(file["id"])

@@ -1,9 +1,9 @@
-"""/v1/fine_tuning/jobs: a model that has learned from a file of examples.
+"""/v1/fine_tuning/jobs: fine-tune a model on a file of examples.
 
-Supervised fine-tuning of a low-rank adapter, which is what a machine can do beside serving; other
-methods are refused by name. ``hyperparameters`` may stand at the top, as in 2023, or in ``method``.
-A job is made and answered for here, and done elsewhere (`serve/jobs/jobs.py`). ``stream=true``
-on its events gives those so far and then each as it comes, until the job is over.
+The method is supervised fine-tuning of a low-rank adapter (LoRA), which fits beside serving; other
+methods are refused. ``hyperparameters`` may be at the top level, as in 2023, or in ``method``. The
+routes create and report jobs; `serve/jobs/` runs them. ``stream=true`` on a job's events sends the
+past events, and then new ones until the job ends.
 """
 
 import asyncio
@@ -30,12 +30,12 @@ from serve.models.spec import ModelSpec
 
 router = APIRouter(prefix="/v1")
 
-POLL_SECONDS = 0.25  # seconds between two looks for new events
-KEEPALIVE_SECONDS = 15.0  # seconds without an event until a stream gives a sign of life
+POLL_SECONDS = 0.25  # time between two queries for new events
+KEEPALIVE_SECONDS = 15.0  # time without an event after which a stream sends a comment
 
 
 def auto_or(number: Any, kind: str) -> Any:
-    """The type of a hyperparameter: "auto" or a number."""
+    """Return the type of a hyperparameter: "auto" or a number, described as `kind` in errors."""
     return Annotated[
         Annotated[Literal["auto"], Tag("a string")] | Annotated[number, Tag(kind)],
         Discriminator(lambda value: tag(value) if isinstance(value, str) else kind),
@@ -50,16 +50,22 @@ Value = Annotated[str, Field(max_length=512)]
 
 
 class Hyperparameters(Body):
+    """The hyperparameters of a job."""
+
     n_epochs: auto_or(Epochs, "an integer") = "auto"  # type: ignore[valid-type]
     batch_size: auto_or(BatchSize, "an integer") = "auto"  # type: ignore[valid-type]
     learning_rate_multiplier: auto_or(Multiplier, "a decimal") = "auto"  # type: ignore[valid-type]
 
 
 class Supervised(Body):
+    """The settings of supervised fine-tuning."""
+
     hyperparameters: Hyperparameters | None = None
 
 
 class Method(Body):
+    """The method of a job."""
+
     type: Literal["supervised", "dpo", "reinforcement"]
     supervised: Supervised = Supervised()
 
@@ -79,28 +85,32 @@ class JobBody(Body):
 
 
 class EventsQuery(PageQuery):
+    """Query parameters of a job's events."""
+
     stream: bool = False
 
 
 class CheckpointsQuery(PageQuery):
+    """Query parameters of a job's checkpoints."""
+
     limit: Annotated[int, Field(ge=1, le=100)] = 10
 
 
 def jobs_of(request: Request) -> JobStore:
-    """The jobs of the application that serves ``request``."""
+    """Return the jobs of the application that serves ``request``."""
     return state_of(request).jobs
 
 
 @router.post("/fine_tuning/jobs", **route_docs(JobReply, JobBody))
 async def create_job(request: Request) -> dict[str, Any]:
-    """Fine-tune a model on a file that was uploaded."""
+    """Fine-tune a model on an uploaded file."""
     body = await read_json(request, JobBody)
     if body.method.type != "supervised":
-        raise unsupported("method.type", body.method.type, "Only 'supervised' is done here.")
+        raise unsupported("method.type", body.method.type, "Only 'supervised' is supported.")
     if body.integrations:
-        raise unsupported("integrations", body.integrations, "Nothing is reported elsewhere.")
-    given = body.method.supervised.hyperparameters or body.hyperparameters or Hyperparameters()
-    numbers = {name: _auto_to_none(value) for name, value in given.model_dump().items()}
+        raise unsupported("integrations", body.integrations, "Integrations are not supported.")
+    settings = body.method.supervised.hyperparameters or body.hyperparameters or Hyperparameters()
+    hyperparameters = {name: _auto_to_none(value) for name, value in settings.model_dump().items()}
     job = await submit_job(
         request,
         body.model,
@@ -109,7 +119,7 @@ async def create_job(request: Request) -> dict[str, Any]:
         suffix=body.suffix,
         seed=body.seed,
         metadata=body.metadata,
-        **numbers,
+        **hyperparameters,
     )
     return to_api(job)
 
@@ -117,15 +127,21 @@ async def create_job(request: Request) -> dict[str, Any]:
 async def submit_job(
     request: Request, model: str, training: str, validation: str | None, **fields: Any
 ) -> Job:
-    """Makes a job, and has it begun when its turn comes.
+    """Create a job and put it in the queue.
 
     Args:
-        model: an id or alias, as the client sent it.
-        training, validation: ids of files.
-        fields: what else `jobs.Jobs.create` takes.
+        request: The request.
+        model: Id or alias of the model.
+        training: Id of the training file.
+        validation: Id of the validation file, or None.
+        fields: Other arguments of `JobStore.create`.
+
+    Returns:
+        The job.
 
     Raises:
-        APIError: 404 for a model or file that is not there, 400 for one that will not do.
+        UnknownModel: No model has this name.
+        APIError: 404 for a missing file, 400 for a model or file that cannot be used.
     """
     jobs = jobs_of(request)
     id, path = trainable_model(request, model)
@@ -161,20 +177,23 @@ async def submit_job(
 
 
 def trainable_model(request: Request, name: str) -> tuple[str, Path]:
-    """The id and the files of the model called ``name``, which must be one that can be trained.
+    """Return id and path of a model that can be fine-tuned.
 
     Raises:
-        APIError: 400 saying why it cannot.
-        UnknownModel: there is none.
+        APIError: 400 if the model cannot be fine-tuned; the message names models that can.
+        UnknownModel: No model has this name.
     """
     registry = state_of(request).registry
-    offer = registry.spec(name)
-    if offer is not None and offer.path is not None:
-        return offer.id, offer.path
-    fitting = [card.id for card in registry.list_models() if _is_trainable(registry.spec(card.id))]
-    hint = f"Use one of: {', '.join(fitting)}." if fitting else "No model here can be."
-    if offer is not None and offer.base is not None:
-        hint = f"It was fine-tuned already: begin with `{offer.base}`, and all examples."
+    spec = registry.spec(name)
+    if spec is not None and spec.path is not None:
+        return spec.id, spec.path
+    models = registry.list_models()
+    trainable = [model.id for model in models if _is_trainable(registry.spec(model.id))]
+    hint = "No model on this server can be fine-tuned."
+    if trainable:
+        hint = f"Use one of: {', '.join(trainable)}."
+    if spec is not None and spec.base is not None:
+        hint = f"It is fine-tuned already: fine-tune `{spec.base}` on all examples instead."
     raise APIError(
         400,
         f"Model {registry.resolve(name).id} is not available for fine-tuning. {hint}",
@@ -183,24 +202,24 @@ def trainable_model(request: Request, name: str) -> tuple[str, Path]:
     )
 
 
-def _is_trainable(offer: ModelSpec | None) -> bool:
-    return offer is not None and offer.path is not None
+def _is_trainable(spec: ModelSpec | None) -> bool:
+    return spec is not None and spec.path is not None
 
 
 @router.get("/fine_tuning/jobs", **route_docs(Jobs))
 async def list_jobs(request: Request) -> dict[str, Any]:
-    """List the jobs, newest first; ``metadata[key]=value`` keeps those that have it."""
+    """List the jobs, newest first; ``metadata[key]=value`` filters by metadata."""
     query = read_query(request, PageQuery)
-    wanted = {
+    metadata = {
         name[9:-1]: value
         for name, value in request.query_params.items()
         if name.startswith("metadata[") and name.endswith("]")
     }
 
-    def keep(job: Job) -> bool:
-        return wanted.items() <= (job["metadata"] or {}).items()
+    def has_metadata(job: Job) -> bool:
+        return metadata.items() <= (job["metadata"] or {}).items()
 
-    return await paginate(jobs_of(request).store, "job", query, to_api, keep=keep)
+    return await paginate(jobs_of(request).store, "job", query, to_api, predicate=has_metadata)
 
 
 @router.get("/fine_tuning/jobs/{job_id}", **route_docs(JobReply))
@@ -211,13 +230,13 @@ async def get_job(request: Request, job_id: str) -> dict[str, Any]:
 
 @router.post("/fine_tuning/jobs/{job_id}/cancel", **route_docs(JobReply))
 async def cancel_job(request: Request, job_id: str) -> dict[str, Any]:
-    """Stop a job."""
+    """Cancel a job."""
     return to_api(await cancel_by_id(request, job_id))
 
 
 @router.get("/fine_tuning/jobs/{job_id}/events", **route_docs(JobEvents, events=JobEvent))
 async def list_events(request: Request, job_id: str) -> Response:
-    """What happened to a job, newest first; streamed, oldest first and as it happens."""
+    """List the events of a job, newest first; a stream sends the oldest first, then new ones."""
     await find_job(request, job_id)
     query = read_query(request, EventsQuery)
     if query.stream:
@@ -233,35 +252,36 @@ async def _streamed(request: Request, id: str) -> Events:
 
 @router.get("/fine_tuning/jobs/{job_id}/checkpoints", **route_docs(JobCheckpoints))
 async def list_checkpoints(request: Request, job_id: str) -> dict[str, Any]:
-    """The models after each of the last epochs, newest first."""
+    """List the checkpoints of a job, one for each of the last epochs, newest first."""
     await find_job(request, job_id)
     query = read_query(request, CheckpointsQuery)
 
-    def show(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    def checkpoint_to_api(checkpoint: dict[str, Any]) -> dict[str, Any]:
         return {"object": "fine_tuning.job.checkpoint", **checkpoint}
 
-    return await paginate(jobs_of(request).store, "checkpoint", query, show, parent=job_id)
+    store = jobs_of(request).store
+    return await paginate(store, "checkpoint", query, checkpoint_to_api, parent=job_id)
 
 
 async def find_job(request: Request, id: str) -> Job:
-    """A job by its id.
+    """Return a job by its id.
 
     Raises:
-        APIError: 404 where there is none.
+        APIError: 404 if there is no such job.
     """
     job = await asyncio.to_thread(jobs_of(request).get, id)
     if job is None:
         raise APIError(404, f"No such fine-tune job: {id[:80]}", param="id", code="not_found")
-    if job["status"] in UNFINISHED:  # its keeper may have ended since, in another process
+    if job["status"] in UNFINISHED:  # its runner, in another process, may have ended
         await asyncio.to_thread(state_of(request).job_runner.wake)
     return job
 
 
 async def cancel_by_id(request: Request, id: str) -> Job:
-    """A job by its id, which is cancelled now.
+    """Cancel a job and return it.
 
     Raises:
-        APIError: 404 where there is none, 400 where it is over.
+        APIError: 404 if there is no such job, 400 if it has ended.
     """
     job = await find_job(request, id)
     try:
@@ -275,32 +295,34 @@ async def cancel_by_id(request: Request, id: str) -> Job:
 
 
 async def events_of(request: Request, id: str) -> Events:
-    """A job's events, oldest first; ends when the job is over and all are told.
+    """Yield a job's events, oldest first, until the job has ended.
 
-    None when there has been none for `SILENCE` seconds.
+    Yields None after `KEEPALIVE_SECONDS` without an event.
     """
-    jobs, after, told = jobs_of(request), None, time.monotonic()
+    jobs, after, last_sent = jobs_of(request), None, time.monotonic()
     while True:
-        job = await find_job(request, id)  # before its events: the last ones come before its end
-        found, _ = await asyncio.to_thread(jobs.store.page, "event", parent=id, after=after)
-        for event in found or [None] * (time.monotonic() - told > KEEPALIVE_SECONDS):
+        job = await find_job(request, id)  # before its events, so that the last ones are not missed
+        events, _ = await asyncio.to_thread(jobs.store.page, "event", parent=id, after=after)
+        for event in events or [None] * (time.monotonic() - last_sent > KEEPALIVE_SECONDS):
             yield event
-            told = time.monotonic()
-        after = found[-1]["id"] if found else after
+            last_sent = time.monotonic()
+        after = events[-1]["id"] if events else after
         if job["status"] not in UNFINISHED:
             return
         if state_of(request).is_draining:
             raise APIError(
-                503, "The server is shutting down; the job goes on later.", type="server_error"
+                503,
+                "The server is shutting down; the job continues when it is restarted.",
+                type="server_error",
             )
         await asyncio.sleep(POLL_SECONDS)
 
 
-# --- what clients see -------------------------------------------------------------------------
+# --- representations --------------------------------------------------------------------------
 
 
 def event_to_api(event: dict[str, Any]) -> dict[str, Any]:
-    """An event in OpenAI's shape."""
+    """Return an event in OpenAI's shape."""
     return {"object": "fine_tuning.job.event", **event}
 
 

@@ -1,4 +1,4 @@
-"""GET /health, /ready and /version: what supervisors and load balancers ask."""
+"""GET /health, /ready and /version, for supervisors and load balancers."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -18,7 +18,7 @@ router = APIRouter()
 @router.get("/v1/health", include_in_schema=False)
 @router.get("/health", **route_docs(Status))
 async def health(request: Request) -> Response:
-    """Say whether the server can answer: 503 if the thread that computes has ended."""
+    """Report whether the server can compute: 503 if the device thread has ended."""
     if not state_of(request).registry.is_alive:
         return JSONResponse({"status": "the device thread has ended"}, 503)
     return JSONResponse({"status": "ok"})
@@ -27,7 +27,7 @@ async def health(request: Request) -> Response:
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready", **route_docs(Status))
 async def ready(request: Request) -> Response:
-    """Say whether the server takes new work: 200, or 503 while it is being stopped."""
+    """Report whether the server accepts requests: 200, or 503 during shutdown."""
     if state_of(request).is_draining:
         return JSONResponse({"status": "draining"}, 503, headers={"retry-after": "5"})
     return JSONResponse({"status": "ready"})
@@ -35,7 +35,7 @@ async def ready(request: Request) -> Response:
 
 @router.get("/version", **route_docs(Version))
 async def get_version() -> dict[str, str]:
-    """Say which version of Pellucid this is."""
+    """Report the version of Pellucid."""
     try:
         return {"version": version("pellucid")}
     except PackageNotFoundError:

@@ -1,25 +1,26 @@
-"""POST /v1/images/generations, edits and variations: pictures from prompts and from pictures.
+"""POST /v1/images/generations, edits and variations: images from prompts and from images.
 
-The model draws small squares (`emoji-64`: 64 x 64 pixels), and ``auto`` is that size. Any other is
-the same picture enlarged: nothing here is drawn at 1024 x 1024. Answers hold URLs, as those of
-dall-e-2 did, or base64, which code written for gpt-image-* expects without asking. ``quality`` sets
-the number of denoising steps. ``seed`` is an extension: the same request gets the same bytes again.
+The model generates small squares (`emoji-64`: 64 x 64 pixels), and size ``auto`` is that size. Any
+other size is the same image, upscaled. Responses contain URLs, as for dall-e-2, or base64, the
+default for names of gpt-image-*. ``quality`` sets the number of denoising steps. ``seed`` is an
+extension: the same request with the same seed gives the same bytes.
 
-``stream`` sends ``partial_images`` pictures on the way, what the network saw behind the noise after
-some of the steps, and each finished one; ``index``, another extension, says which of ``n`` it is.
+``stream`` sends ``partial_images`` intermediate images (the network's estimates of the clean image
+after some of the steps) and each finished image. ``index``, another extension, numbers the ``n``
+images.
 
-An edit changes what is transparent in the mask, or in the picture where there is no mask, and
-nothing else: the other pixels come back as they were, at the size of the upload. An opaque picture
-without a mask is an error, as with dall-e-2; under a name of gpt-image-* all of it is redrawn, from
-the picture and the prompt. A variation may be steered by a ``prompt`` and a ``strength`` from 0.01
-to 1, which OpenAI has not.
+An edit changes the transparent pixels of the mask, or of the image if there is no mask. Other
+pixels do not change, and the result has the size of the upload. An opaque image without a mask is
+an error, as with dall-e-2; with a model name of gpt-image-* the whole image is redrawn, starting
+from the image and the prompt. As extensions, a variation takes a ``prompt`` and a ``strength`` from
+0.01 to 1.
 
 ``output_compression`` is the quality of JPEG and WebP, 0 to 100, 95 by default; PNG has none.
 
-Nothing holds the event loop for long: pictures are decoded, drawn into and encoded on two threads,
-base64 is made and read in pieces, and answers in base64 are sent a picture at a time.
+To keep the event loop responsive, images are decoded, composited and encoded on two threads, base64
+is processed in chunks, and base64 responses are sent one image at a time.
 
-Prompts are read to their 16th token. `image_uploads.py` reads the pictures that requests bring.
+Prompts are truncated to 16 tokens. `image_uploads.py` reads the images in requests.
 """
 
 import asyncio
@@ -65,14 +66,14 @@ from serve.models.images import ImageModel, ImageOutput, ImageRequest, InitImage
 
 router = APIRouter()
 
-BODY_LIMITS = {  # what a body may take: a picture, its mask, and the form around them
+BODY_LIMITS = {  # bytes of a body by path: an image, its mask, and the rest of the form
     f"/v1/images/{route}": 2 * MAX_BYTES for route in ("edits", "variations")
 }
 MIN_SIDE, MAX_SIDE = 16, 1024  # pixels of a side
 STEPS = {"low": 10, "medium": 20, "high": 40}
 _QUALITY_ALIASES = {"standard": "medium", "auto": "medium", "hd": "high"}
 
-# For work on whole pictures: a large one takes 200 MB meanwhile, so at most two are worked on.
+# Processing a large image takes 200 MB, so at most two are processed at a time.
 _workers = ThreadPoolExecutor(2, thread_name_prefix="pictures")
 
 T = TypeVar("T")
@@ -80,22 +81,22 @@ T = TypeVar("T")
 
 @router.post("/v1/images/generations", **route_docs(Images, ImageGenerationBody, events=ImageEvent))
 async def create_image(request: Request) -> Response:
-    """Draw what a prompt says."""
+    """Generate images from a prompt."""
     body = await read_json(request, ImageGenerationBody)
     model = await _model(request, body.model)
     side = _side(body, model.pipeline.size)
 
-    def whole(drawn: np.ndarray) -> np.ndarray:
-        return _resize(drawn, side)
+    def postprocess(pixels: np.ndarray) -> np.ndarray:
+        return _resize(pixels, side)
 
-    return await _answer(request, _Task(model, body, body.prompt, whole, "image_generation"))
+    return await _respond(request, _Task(model, body, body.prompt, postprocess, "image_generation"))
 
 
 @router.post(
     "/v1/images/edits", **route_docs(Images, ImageEditBody, form=ImageEditForm, events=ImageEvent)
 )
 async def create_image_edit(request: Request) -> Response:
-    """Change a part of a picture (a form: `image`, `mask`, `prompt`; or JSON)."""
+    """Change a part of an image (a form: `image`, `mask`, `prompt`; or JSON)."""
     if request.headers.get("content-type", "").lower().startswith("application/json"):
         body = await read_json(request, ImageEditBody)
         files = await _run_in_worker(referenced_files, request, body)
@@ -109,74 +110,76 @@ async def create_image_edit(request: Request) -> Response:
     if side is not None and height != width:
         raise APIError(
             400,
-            f"Uploaded image must be square to come back as {body.size}: it has {width} x {height} "
-            "pixels. Leave 'size' out to get it back at its own.",
+            f"Uploaded image must be square for size {body.size}: it has {width} x {height} "
+            "pixels. Leave out 'size' to keep the size of the upload.",
             param="image",
             code="invalid_image",
         )
 
-    def whole(drawn: np.ndarray) -> np.ndarray:
-        hole = np.ones((height, width, 1)) if mask is None else mask / np.float32(255)
-        changed = edit.paste(original, drawn, hole)
-        return changed if side is None else _resize(changed, side)
+    def postprocess(pixels: np.ndarray) -> np.ndarray:
+        weights = np.ones((height, width, 1)) if mask is None else mask / np.float32(255)
+        edited = edit.paste(original, pixels, weights)
+        return edited if side is None else _resize(edited, side)
 
-    def read() -> InitImage:
-        fitted = edit.preprocess_image(original, size)
+    def preprocess() -> InitImage:
+        image = edit.preprocess_image(original, size)
         if mask is None:
-            return InitImage(fitted, strength=edit.VARIATION_STRENGTH)
-        return InitImage(fitted, edit.preprocess_mask(mask, size))
+            return InitImage(image, strength=edit.VARIATION_STRENGTH)
+        return InitImage(image, edit.preprocess_mask(mask, size))
 
-    files.clear()  # many requests may wait, each with megabytes of them
-    source = await _run_in_worker(read)
+    files.clear()  # frees megabytes while the request waits
+    init_image = await _run_in_worker(preprocess)
     background = "opaque"
     if original.shape[2] == 4 and body.output_format != "jpeg":
-        background = "transparent"  # where the original is, outside the mask
-    task = _Task(model, body, body.prompt, whole, "image_edit", source, background)
-    return await _answer(request, task)
+        background = "transparent"  # the original is, outside the mask
+    task = _Task(model, body, body.prompt, postprocess, "image_edit", init_image, background)
+    return await _respond(request, task)
 
 
 @router.post(
     "/v1/images/variations", **route_docs(Images, form=ImageVariationForm, events=ImageEvent)
 )
 async def create_image_variation(request: Request) -> Response:
-    """Draw a picture again, a little differently (a form: `image`)."""
+    """Generate a variation of an image (a form: `image`)."""
     body, files = await read_image_form(request, ImageVariationForm)
     model = await _model(request, body.model)
     side = _side(body, model.pipeline.size)
 
-    def read() -> InitImage:
-        fitted = edit.preprocess_image(decode_image(files, "image"), model.pipeline.cfg.image_size)
-        return InitImage(fitted, strength=body.strength)
+    def preprocess() -> InitImage:
+        image = edit.preprocess_image(decode_image(files, "image"), model.pipeline.cfg.image_size)
+        return InitImage(image, strength=body.strength)
 
-    def whole(drawn: np.ndarray) -> np.ndarray:
-        return _resize(drawn, side)
+    def postprocess(pixels: np.ndarray) -> np.ndarray:
+        return _resize(pixels, side)
 
-    source = await _run_in_worker(read)
+    init_image = await _run_in_worker(preprocess)
     files.clear()  # as above
-    return await _answer(request, _Task(model, body, body.prompt, whole, "image_edit", source))
+    task = _Task(model, body, body.prompt, postprocess, "image_edit", init_image)
+    return await _respond(request, task)
 
 
 @router.get("/images/{name}", **route_docs(media_type="image/png"))
 @router.head("/images/{name}", include_in_schema=False)
 async def get_image(request: Request, name: str) -> Response:
-    """Download a picture; its URL is in an answer, and good for an hour."""
-    found = _temp_files(request).find(name)
-    if found is None:
+    """Download a generated image by the URL in a response, which is valid for an hour."""
+    entry = _temp_files(request).find(name)
+    if entry is None:
         raise APIError(
             404,
-            f"No such image: {name[:80]}. Images can be fetched for {LIFETIME_SECONDS // 60} minutes.",
+            f"No such image: {name[:80]}. Images expire after {LIFETIME_SECONDS // 60} minutes; "
+            "generate it again.",
             param="name",
             code="not_found",
         )
-    path, left = found
+    path, seconds_left = entry
     return FileResponse(
         path,
         media_type=f"image/{path.suffix[1:]}",
-        filename=name,  # as an attachment, which a page can still show
+        filename=name,  # an attachment, which a page can still show
         headers={
             "x-content-type-options": "nosniff",
             "content-security-policy": "sandbox",
-            "cache-control": f"private, max-age={left}",
+            "cache-control": f"private, max-age={seconds_left}",
         },
     )
 
@@ -185,26 +188,26 @@ async def get_image(request: Request, name: str) -> Response:
 
 
 async def _model(request: Request, name: str | None) -> ImageModel:
-    """The model called ``name``, or the first that draws."""
+    """Return the model called ``name``, or the first image model."""
     if name is None:
-        drawing = (
+        image_models = (
             spec.id for spec in state_of(request).registry.list_models() if spec.kind == "images"
         )
-        name = next(drawing, "dall-e-2")  # of which the error says what it is and where to get it
+        name = next(image_models, "dall-e-2")  # the error for it says which model to pull
     return await get_loaded_model(request, name, ImageModel)
 
 
-def _side(body: ImageOptions, own: int) -> int:
-    """Pixels of a side of what is asked for; `own` are those of what the model draws."""
+def _side(body: ImageOptions, model_side: int) -> int:
+    """Return the side of the requested size, in pixels; `model_side` is that of the model."""
     if body.size == "auto":
-        return own
+        return model_side
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", body.size)
     if match is None or match[1] != match[2] or not MIN_SIDE <= int(match[1]) <= MAX_SIDE:
         raise APIError(
             400,
-            f"Invalid value: '{body.size[:80]}'. Supported values are: 'auto', '{own}x{own}', "
-            "which is what the model draws, and, enlarged, '256x256', '512x512', '1024x1024' or "
-            f"any square from '{MIN_SIDE}x{MIN_SIDE}' to '{MAX_SIDE}x{MAX_SIDE}'.",
+            f"Invalid value: '{body.size[:80]}'. Supported values are: 'auto', "
+            f"'{model_side}x{model_side}' (the model's size), and, resized, '256x256', '512x512', "
+            f"'1024x1024' or any square from '{MIN_SIDE}x{MIN_SIDE}' to '{MAX_SIDE}x{MAX_SIDE}'.",
             param="size",
             code="invalid_value",
         )
@@ -212,21 +215,21 @@ def _side(body: ImageOptions, own: int) -> int:
 
 
 def _is_gpt_image(body: ImageOptions) -> bool:
-    """Whether the request was written for one of OpenAI's newer models."""
+    """Return whether the request names one of OpenAI's gpt-image models."""
     return "gpt-image" in (body.model or "")
 
 
-# --- drawing ----------------------------------------------------------------------------------
+# --- generation -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What is to be drawn, and what becomes of it.
+    """A request for images, and the conversion of the model's output to files.
 
     Attributes:
-        whole: makes what the client gets of what the model has drawn.
-        event: how the events of its stream begin.
-        background: what the answer says of it.
+        postprocess: Converts the model's pixels to those of the response.
+        event_prefix: Prefix of the types of streamed events.
+        background: Value of `background` in the response.
     """
 
     model: ImageModel
@@ -234,7 +237,7 @@ class _Task:
     prompt: str
     postprocess: Callable[[np.ndarray], np.ndarray]
     event_prefix: str
-    source: InitImage | None = None
+    init_image: InitImage | None = None
     background: str = "opaque"
 
     @property
@@ -249,17 +252,17 @@ class _Task:
             seed=body.seed,
             plan=SamplerOptions(steps=STEPS[self.quality]),
             num_partial_images=body.partial_images if body.stream else 0,
-            init_image=self.source,
+            init_image=self.init_image,
             client=client,
         )
 
     def encode(self, pixels: np.ndarray) -> bytes:
-        """The file of what the client gets."""
+        """Encode pixels in the requested file format."""
         quality = self.body.output_compression
         return image_io.encode(pixels, self.body.output_format, 95 if quality is None else quality)
 
     def base64(self, pixels: np.ndarray) -> list[bytes]:
-        """The file of what the client gets of what was drawn, in pieces of base64."""
+        """Postprocess and encode the model's pixels; return the file as chunks of base64."""
         return to_base64(self.encode(self.postprocess(pixels)))
 
     @cached_property
@@ -277,9 +280,9 @@ class _Task:
 
 
 def _check(body: ImageOptions) -> None:
-    """Refuse what no picture of ours can have."""
+    """Refuse options that no image model here supports."""
     if body.background == "transparent":
-        raise unsupported("background", "transparent", "Its pictures are opaque: use 'opaque'.")
+        raise unsupported("background", "transparent", "Its images are opaque: use 'opaque'.")
     if body.output_format == "png" and body.output_compression not in (None, 100):
         raise APIError(
             400,
@@ -290,108 +293,111 @@ def _check(body: ImageOptions) -> None:
         )
 
 
-async def _answer(request: Request, task: _Task) -> Response:
-    body, call = task.body, context_of(request.scope)
+async def _respond(request: Request, task: _Task) -> Response:
+    body, context = task.body, context_of(request.scope)
     _check(body)
-    call.model, call.prompt_tokens = task.model.id, task.tokens
+    context.model, context.prompt_tokens = task.model.id, task.tokens
     if body.stream:
-        return await event_stream(request, _events(task, call), named=True)
-    passing = _temp_files(request)
+        return await event_stream(request, _events(task, context), named=True)
+    temp_files = _temp_files(request)
     as_base64 = body.response_format == "b64_json" or (
         body.response_format is None and _is_gpt_image(body)
     )
     base, loop = str(request.base_url), asyncio.get_running_loop()
 
-    def written(pixels: np.ndarray) -> dict[str, str]:
+    def store_image(pixels: np.ndarray) -> dict[str, str]:
         data = task.encode(task.postprocess(pixels))
-        name = passing.put(data, body.output_format)
-        # Each by itself: to look at every file there is once a request would be ever more work.
-        loop.call_soon_threadsafe(loop.call_later, LIFETIME_SECONDS + 1, passing.drop, name)
+        name = temp_files.put(data, body.output_format)
+        # A timer for each file: a scan of the folder for each request would grow with its size.
+        loop.call_soon_threadsafe(loop.call_later, LIFETIME_SECONDS + 1, temp_files.drop, name)
         return {"url": f"{base}images/{name}"}
 
-    async def draw() -> tuple[list[np.ndarray], Any]:
-        found = {drawn.index: drawn.pixels async for drawn in _generate(task, call)}
-        drawn = [found[index] for index in sorted(found)]
+    async def generate() -> tuple[list[np.ndarray], Any]:
+        by_index = {output.index: output.pixels async for output in _generate(task, context)}
+        images = [by_index[index] for index in sorted(by_index)]
         if as_base64:
-            return drawn, await _run_in_worker(task.base64, drawn[0])
-        return drawn, [await _run_in_worker(written, pixels) for pixels in drawn]
+            return images, await _run_in_worker(task.base64, images[0])
+        return images, [await _run_in_worker(store_image, pixels) for pixels in images]
 
-    drawn, found = await cancel_on_disconnect(request.receive, draw())
-    answer = {
+    # `encoded` is the base64 of the first image, or the URLs of all.
+    images, encoded = await cancel_on_disconnect(request.receive, generate())
+    response = {
         "created": int(time.time()),
-        "data": [{"b64_json": ""}] * len(drawn) if as_base64 else found,
+        "data": [{"b64_json": ""}] * len(images) if as_base64 else encoded,
         "background": task.background,
         "output_format": body.output_format,
         "quality": task.quality,
         "usage": task.usage(),
     }
     if not as_base64:
-        return JSONResponse(answer)
+        return JSONResponse(response)
 
-    async def pieces() -> AsyncGenerator[bytes, None]:
-        """The answer with one picture in memory at a time, the first of which is there."""
-        for number, between in enumerate(split_at_base64(answer)):
-            if number:
-                encoded = (
-                    found if number == 1 else await _run_in_worker(task.base64, drawn[number - 1])
-                )
-                for piece in encoded:
-                    yield piece
-            yield between
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        """Yield the response with the base64 of one image in memory at a time."""
+        for number, part in enumerate(split_at_base64(response)):
+            if number == 1:
+                for chunk in encoded:
+                    yield chunk
+            elif number:
+                for chunk in await _run_in_worker(task.base64, images[number - 1]):
+                    yield chunk
+            yield part
 
-    return StreamingResponse(pieces(), media_type="application/json")
+    return StreamingResponse(chunks(), media_type="application/json")
 
 
-async def _events(task: _Task, call: RequestContext) -> AsyncGenerator[Event, None]:
-    def written(pixels: np.ndarray) -> dict[str, Any]:
-        whole = task.postprocess(pixels)
-        height, width = whole.shape[:2]
-        return {"b64_json": to_base64(task.encode(whole)), "size": f"{width}x{height}"}
+async def _events(task: _Task, context: RequestContext) -> AsyncGenerator[Event, None]:
+    def encode(pixels: np.ndarray) -> dict[str, Any]:
+        image = task.postprocess(pixels)
+        height, width = image.shape[:2]
+        return {"b64_json": to_base64(task.encode(image)), "size": f"{width}x{height}"}
 
-    async with aclosing(_generate(task, call)) as pictures:
-        async for drawn in pictures:
+    async with aclosing(_generate(task, context)) as outputs:
+        async for output in outputs:
+            is_final = output.partial_index is None
             event: Event = {
-                "type": f"{task.event_prefix}.{'completed' if drawn.partial_index is None else 'partial_image'}",
-                **await _run_in_worker(written, drawn.pixels),
+                "type": f"{task.event_prefix}.{'completed' if is_final else 'partial_image'}",
+                **await _run_in_worker(encode, output.pixels),
                 "created_at": int(time.time()),
                 "quality": task.quality,
                 "background": task.background,
                 "output_format": task.body.output_format,
-                "index": drawn.index,
+                "index": output.index,
             }
-            if drawn.partial_index is None:
+            if is_final:
                 yield event | {"usage": task.usage()}
             else:
-                yield event | {"partial_image_index": drawn.partial_index}
+                yield event | {"partial_image_index": output.partial_index}
 
 
-async def _generate(task: _Task, call: RequestContext) -> AsyncGenerator[ImageOutput, None]:
-    """The pictures as they come, within the time that an answer may take."""
-    pictures = task.model.generate(task.image_request(call.client))
-    end = None if call.timeout is None else asyncio.get_running_loop().time() + call.timeout
+async def _generate(task: _Task, context: RequestContext) -> AsyncGenerator[ImageOutput, None]:
+    """Yield images as they are generated, until the request's timeout."""
+    outputs = task.model.generate(task.image_request(context.client))
+    loop, timeout = asyncio.get_running_loop(), context.timeout
+    deadline = None if timeout is None else loop.time() + timeout
     try:
         while True:
             try:
-                async with asyncio.timeout_at(end):
-                    drawn = await anext(pictures, None)
+                async with asyncio.timeout_at(deadline):
+                    output = await anext(outputs, None)
             except TimeoutError:
                 raise APIError(
                     504,
-                    f"The pictures took longer than the {call.timeout:g} seconds this server "
-                    "allows. Ask for fewer.",
+                    f"The request exceeded the server's timeout of {timeout:g} seconds. Request "
+                    "fewer images.",
                     type="server_error",
                     code="timeout",
-                    headers={"x-should-retry": "false"},  # it would take as long again
+                    headers={"x-should-retry": "false"},  # a retry would take as long
                 ) from None
-            if drawn is None:
+            if output is None:
                 return
-            yield drawn
+            yield output
     finally:
-        await pictures.aclose()
+        await outputs.aclose()
 
 
 async def _run_in_worker(work: Callable[..., T], *arguments: Any) -> T:
-    """Has work on whole pictures done where it holds nobody up."""
+    """Run work on images on a worker thread, so that it does not block the event loop."""
     return await asyncio.get_running_loop().run_in_executor(_workers, work, *arguments)
 
 

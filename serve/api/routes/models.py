@@ -1,7 +1,7 @@
-"""GET and DELETE /v1/models: what is served here.
+"""GET and DELETE /v1/models: list, look up and delete models.
 
-An alias ("gpt-4") can be asked for by name and answers with the model it stands for; the list holds
-models only. What the user made can be deleted; other models belong to whoever runs the server.
+An alias ("gpt-4") can be looked up and returns the model that it refers to; the list contains
+models only. Only fine-tuned models can be deleted.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ router = APIRouter(prefix="/v1")
 
 
 def model_to_api(model: LoadedModel | ModelSpec) -> dict[str, Any]:
+    """Return a model in OpenAI's shape, with its kind and sampling defaults as extensions."""
     defaults = getattr(model, "default_sampling", {})
     return {
         "id": model.id,
         "object": "model",
         "created": model.created,
         "owned_by": model.owned_by,
-        # Ours: what a model is for, and how it samples where a request does not say.
+        # Extensions: the kind of model, and its default sampling settings.
         "kind": model.kind,
         "sampling": generation_config.resolve_params({}, defaults)
         if model.kind == "decoder"
@@ -58,28 +59,29 @@ async def get_model(request: Request, model_id: str) -> dict[str, Any]:
 
 @router.delete("/models/{model_id:path}", **route_docs(Deleted))
 async def delete_model(request: Request, model_id: str) -> dict[str, Any]:
-    """Delete a model that the user made, with its checkpoints."""
+    """Delete a fine-tuned model, with its checkpoints."""
     state = state_of(request)
     registry, home = state.registry, state.home
     if registry.resolve(model_id).id != model_id:
-        raise UnknownModel(model_id)  # an alias is no model of its own
+        raise UnknownModel(model_id)  # an alias cannot be deleted
     if not adapters.exists(home, model_id):
         raise APIError(
             403,
-            f"The model `{model_id}` was not made here, so it cannot be deleted: only fine-tuned "
-            "models can.",
+            f"The model `{model_id}` cannot be deleted: only models that were fine-tuned on this "
+            "server can.",
             param="model",
             code="not_deletable",
         )
     if len(registry.list_models()) == 1:
         raise APIError(
             400,
-            f"The model `{model_id}` is the only one here, and a server needs one.",
+            f"The model `{model_id}` cannot be deleted: it is the only model of this server, which "
+            "needs one.",
             param="model",
             code="invalid_value",
         )
-    # The files first: a model whose files stayed would be back at the next start.
+    # The files first: a model whose files remain would return at the next start.
     for id in await asyncio.to_thread(state_of(request).jobs.delete_model, model_id):
-        with suppress(UnknownModel):  # the registry may have noticed by itself
+        with suppress(UnknownModel):  # the registry may have removed it already
             registry.remove(id)
     return {"id": model_id, "object": "model", "deleted": True}

@@ -1,9 +1,8 @@
-"""GET / and /docs: the page to chat and to look at tokens, and the one that describes the API.
+"""GET / and /docs: the page for chat and tokens, and the documentation of the API.
 
-Plain files, served as they are: no build step, and a policy that lets the browser load nothing from
-anywhere else and run no script but these. They are in the folder `serve/web`; the ones of Swagger
-UI, which shows /openapi.json, come with the package fastapi-offline. What the pages can do, they do
-through the API.
+The pages are static files in `serve/web` without a build step. Their Content-Security-Policy allows
+only scripts and resources of this server. Swagger UI, which shows /openapi.json, comes with the
+package fastapi-offline. The pages use only the public API.
 """
 
 import mimetypes
@@ -26,24 +25,26 @@ HEADERS = {
     "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
-    "cache-control": "no-cache",  # ask whether it has changed: it does when Pellucid is updated
+    "cache-control": "no-cache",  # revalidate: files change when Pellucid is updated
 }
-# Swagger UI sets styles, and shows icons that are written in them.
+# Swagger UI sets inline styles and shows icons from data: URLs.
 _SWAGGER_POLICY = POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'").replace(
     "img-src 'self'", "img-src 'self' data:"
 )
 _WEB_FILES = StaticFiles(directory=FOLDER)
 _SWAGGER_FILES = StaticFiles(packages=[("fastapi_offline", "static")])
-mimetypes.add_type("text/javascript", ".js")  # some systems have another
+mimetypes.add_type("text/javascript", ".js")  # some systems register another type
 
 
 @router.get("/")
 async def page(request: Request) -> Response:
+    """Serve the page for chat and tokens."""
     return await _file(_WEB_FILES, "index.html", request)
 
 
 @router.get("/docs")
 async def docs(request: Request) -> Response:
+    """Serve the documentation of the API."""
     return await _file(
         _WEB_FILES, "docs.html", request, {"content-security-policy": _SWAGGER_POLICY}
     )
@@ -51,25 +52,28 @@ async def docs(request: Request) -> Response:
 
 @router.get("/openapi.json")
 async def openapi(request: Request) -> Response:
+    """Serve the OpenAPI description."""
     return JSONResponse(request.app.openapi())
 
 
 @router.get("/web/{name}")
 async def file(request: Request, name: str) -> Response:
+    """Serve a script, style sheet or icon of the pages."""
     if name.endswith(".html"):
-        raise HTTPException(404)  # a page has one address, and its own policy there
+        raise HTTPException(404)  # pages have their own addresses, each with its policy
     return await _file(_WEB_FILES, name, request)
 
 
 @router.get("/docs/{name}")
 async def swagger(request: Request, name: str) -> Response:
+    """Serve a file of Swagger UI."""
     return await _file(_SWAGGER_FILES, name, request)
 
 
 async def _file(
     files: StaticFiles, name: str, request: Request, headers: dict[str, str] | None = None
 ) -> Response:
-    """A file; or 304, if the browser has it as it is."""
+    """Return a file, or 304 if the browser's copy is current."""
     response = await files.get_response(name, request.scope)
     response.headers.update(HEADERS | (headers or {}))
     return response

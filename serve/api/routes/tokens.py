@@ -1,9 +1,9 @@
-"""POST /tokenize and /detokenize, GET /tokenizer_info: the tokenizer by itself.
+"""POST /tokenize and /detokenize, GET /tokenizer_info: direct access to the tokenizer.
 
-OpenAI has no such routes; evaluation harnesses and agents call them at other local servers, under
-names that differ: vLLM's ``prompt`` or ``messages``, llama.cpp's ``content``. All of them are
-understood, and answers carry every name. ``model`` may be left out: it is the default model then.
-Nothing here waits for the engine.
+OpenAI has no such routes. Evaluation harnesses and agents use them with other local servers, whose
+field names differ: ``prompt`` or ``messages`` in vLLM, ``content`` in llama.cpp. Requests may use
+any of these names, and responses contain all of them. Without ``model`` the default model is used.
+No route here waits for the engine.
 """
 
 import asyncio
@@ -29,19 +29,19 @@ router = APIRouter()
 
 
 class TokenizeBody(Body):
-    """POST /tokenize: one of the four kinds of input."""
+    """POST /tokenize, with exactly one of prompt, content, text and messages."""
 
     model: str = ""
     prompt: str | None = None
     content: str | None = None
     text: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
-    add_special_tokens: bool = True  # whether text gets the token the model expects before it
-    add_special: bool | None = None  # llama.cpp's name for it
+    add_special_tokens: bool = True  # whether to add the model's BOS token before text
+    add_special: bool | None = None  # the same in llama.cpp
     add_generation_prompt: bool = True
-    parse_special: bool = True  # whether special tokens spelled out in text are special
+    parse_special: bool = True  # whether to encode special tokens spelled out in text as such
     return_token_strs: bool = False
-    with_pieces: bool = False  # llama.cpp: tokens as objects of id and piece; here with special
+    with_pieces: bool = False  # as in llama.cpp: tokens as objects with id, piece and special
 
 
 class DetokenizeBody(Body):
@@ -61,7 +61,11 @@ async def tokenize(request: Request) -> dict[str, Any]:
     tokens: list[Any] = ids
     if body.with_pieces:
         tokens = [
-            {"id": id, "piece": _piece(encoding, id), "special": encoding.is_special_token(id)}
+            {
+                "id": id,
+                "piece": _text_or_bytes(encoding, id),
+                "special": encoding.is_special_token(id),
+            }
             for id in ids
         ]
     return {
@@ -84,22 +88,22 @@ async def detokenize(request: Request) -> dict[str, str]:
 
 @router.get("/tokenizer_info", **route_docs(TokenizerInfo))
 async def tokenizer_info(request: Request, model: str = "") -> dict[str, Any]:
-    """Say what a tokenizer is and which special tokens it has."""
-    served = await _model(request, model)
-    tokenizer = served.tokenizer
+    """Describe a tokenizer: its vocabulary size, special tokens and chat template."""
+    loaded_model = await _model(request, model)
+    tokenizer = loaded_model.tokenizer
     template = tokenizer.chat_template
 
-    def spelled(id: int | None) -> str | None:
+    def token_name(id: int | None) -> str | None:
         return None if id is None else _token_name(tokenizer.encoding, id)
 
     return {
-        "model": served.id,
+        "model": loaded_model.id,
         "tokenizer_class": type(tokenizer.encoding).__name__,
         "vocab_size": tokenizer.encoding.n_vocab,
-        "model_max_length": served.context,
-        "bos_token": spelled(tokenizer.bos_id),
-        "eos_token": spelled(tokenizer.eos_id),
-        "pad_token": spelled(tokenizer.eos_id),  # nothing here is ever padded; harnesses ask
+        "model_max_length": loaded_model.context,
+        "bos_token": token_name(tokenizer.bos_id),
+        "eos_token": token_name(tokenizer.eos_id),
+        "pad_token": token_name(tokenizer.eos_id),  # unused here; harnesses require it
         "add_bos_token": tokenizer.add_bos,
         "chat_template": template.source if template else None,
     }
@@ -112,26 +116,26 @@ async def _model(request: Request, name: str) -> DecoderModel:
 def _encode(body: TokenizeBody, model: DecoderModel) -> list[int]:
     tokenizer = model.tokenizer
     names = ("prompt", "content", "text", "messages")
-    given = [name for name in names if getattr(body, name) is not None]
-    if len(given) != 1:
+    present = [name for name in names if getattr(body, name) is not None]
+    if len(present) != 1:
         raise APIError(
             400,
-            f"Give one of {', '.join(names)}; {' and '.join(given) or 'none'} was given.",
-            param=given[1] if given else "prompt",
-            code="invalid_value" if given else "missing_required_parameter",
+            f"Send exactly one of {', '.join(names)}; got {' and '.join(present) or 'none'}.",
+            param=present[1] if present else "prompt",
+            code="invalid_value" if present else "missing_required_parameter",
         )
     if body.messages is not None:
         messages = [template_message(message, index) for index, message in enumerate(body.messages)]
         return encode_chat(
             CHAT_WORDING, model, messages, add_generation_prompt=body.add_generation_prompt
         )
-    text: str = getattr(body, given[0])
+    text: str = getattr(body, present[0])
     if body.parse_special:
         ids = tokenizer.encoding.encode(text, allowed_special="all")
     else:
         ids = tokenizer.encoding.encode_ordinary(text)
-    begun = body.add_special_tokens if body.add_special is None else body.add_special
-    if begun and tokenizer.add_bos and tokenizer.bos_id is not None:
+    add_special = body.add_special_tokens if body.add_special is None else body.add_special
+    if add_special and tokenizer.add_bos and tokenizer.bos_id is not None:
         ids = ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
     return ids
 
@@ -140,8 +144,8 @@ def _token_name(encoding: Encoding, id: int) -> str:
     return token_text(encoding.decode_single_token_bytes(id))
 
 
-def _piece(encoding: Encoding, id: int) -> str | list[int]:
-    """A token's text, or its bytes where it is no text, as llama.cpp says it."""
+def _text_or_bytes(encoding: Encoding, id: int) -> str | list[int]:
+    """Return a token's text, or its bytes if they are not UTF-8, as llama.cpp does."""
     data = encoding.decode_single_token_bytes(id)
     try:
         return data.decode()

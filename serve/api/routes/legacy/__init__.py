@@ -1,1 +1,1 @@
-"""Routes of 2021 to 2023 that OpenAI has withdrawn and old clients still call."""
+"""Routes of 2021 to 2023, withdrawn by OpenAI, that old clients still call."""

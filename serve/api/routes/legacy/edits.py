@@ -1,11 +1,10 @@
-"""POST /v1/edits: change a text as an instruction says.
+"""POST /v1/edits: edit a text according to an instruction.
 
-The endpoint of 2021 to 2023, when models of their own stood behind it. Here the chat model is shown
-how editing goes, then given the instruction and the text. ``python -m tests.bench.bench_edits``
-prints how well that goes: at their sampling defaults, Qwen2.5-Coder-0.5B gets 16 to 18 of 21 small
-edits right, SmolLM2-135M 5 to 8 (it often repeats the text or an example). The edited text is about
-as long as the text, and a small model that loses its thread writes on: so an edit is bounded by its
-input's length.
+OpenAI served this endpoint from 2021 to 2023 with dedicated models. Here a chat model gets a
+few-shot prompt with examples of edits, the instruction and the text. ``python -m
+tests.bench.bench_edits`` measures the accuracy: with default sampling settings, Qwen2.5-Coder-0.5B
+solves 16 to 18 of 21 small edits, SmolLM2-135M 5 to 8 (it often repeats the text or an example).
+The length of an edit is bounded by the length of its input, because small models may not stop.
 """
 
 import asyncio
@@ -36,7 +35,7 @@ EXAMPLES = (  # instruction, text, edited text
     ("Replace Anna with Tom", "Anna lives in Rome.", "Tom lives in Rome."),
     ("Correct the spelling", "i saw a bigg house", "I saw a big house."),
 )
-SPARE_TOKENS = 256  # that an edit may have beyond twice its input
+SPARE_TOKENS = 256  # an edit may have this many tokens more than twice its input
 
 
 class EditBody(GenerationBody):
@@ -50,7 +49,7 @@ class EditBody(GenerationBody):
 @router.post("/edits", **route_docs(Edit, EditBody))
 @router.post("/engines/{engine:path}/edits", include_in_schema=False)
 async def create_edit(request: Request) -> Response:
-    """Change a text as an instruction says (the endpoint of 2023)."""
+    """Edit a text according to an instruction (the endpoint of 2023)."""
     body = await read_json(request, EditBody)
     model = await get_loaded_model(request, body.model, DecoderModel)
     generation = await asyncio.to_thread(_build_generation, body, model, context_of(request.scope))
@@ -73,20 +72,24 @@ async def create_edit(request: Request) -> Response:
     )
 
 
-def _build_generation(body: EditBody, model: DecoderModel, call: RequestContext) -> Generation:
-    prompt = encode_chat(EDIT_WORDING, model, edit_messages(body.instruction, body.input))
-    most = 2 * len(model.tokenizer.encoding.encode_ordinary(body.input)) + SPARE_TOKENS
-    limit = resolve_max_tokens(EDIT_WORDING, model.context, len(prompt), None, most)
-    return Generation(model, [Prompt(token_ids=prompt, max_tokens=limit)], body, body.n, None, call)
+def _build_generation(
+    body: EditBody, model: DecoderModel, request_context: RequestContext
+) -> Generation:
+    token_ids = encode_chat(EDIT_WORDING, model, edit_messages(body.instruction, body.input))
+    limit = 2 * len(model.tokenizer.encoding.encode_ordinary(body.input)) + SPARE_TOKENS
+    max_tokens = resolve_max_tokens(EDIT_WORDING, model.context, len(token_ids), None, limit)
+    prompts = [Prompt(token_ids=token_ids, max_tokens=max_tokens)]
+    return Generation(model, prompts, body, body.n, None, request_context)
 
 
 def edit_messages(instruction: str, text: str) -> list[dict[str, str]]:
-    """The conversation in which the next answer is the edited text."""
-    turns = [{"role": "system", "content": SYSTEM}]
-    for told, given, edited in EXAMPLES:
-        turns.append({"role": "user", "content": _user_prompt(told, given)})
-        turns.append({"role": "assistant", "content": edited})
-    return [*turns, {"role": "user", "content": _user_prompt(instruction, text)}]
+    """Return the few-shot conversation whose next answer is the edited text."""
+    messages = [{"role": "system", "content": SYSTEM}]
+    for example_instruction, example_text, edited_text in EXAMPLES:
+        content = _user_prompt(example_instruction, example_text)
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": edited_text})
+    return [*messages, {"role": "user", "content": _user_prompt(instruction, text)}]
 
 
 def _user_prompt(instruction: str, text: str) -> str:

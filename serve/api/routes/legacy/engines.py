@@ -1,7 +1,7 @@
-"""GET /v1/engines: the models, as they were called before 2022.
+"""GET /v1/engines: the models, under their name of before 2022.
 
-Clients of 2023 still call ``/v1/engines/ID/completions`` when they are given ``engine=`` instead of
-``model=``; each generation route answers under that path too, see `requests.read_json`.
+Clients of 2023 call ``/v1/engines/ID/completions`` when they get ``engine=`` instead of ``model=``.
+Each generation route accepts that path too; see `requests.read_json`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""/v1/fine-tunes: the same jobs, as clients of 2023 ask for them.
+"""/v1/fine-tunes: fine-tuning jobs in the API of 2021 to 2023.
 
 ``openai api fine_tunes.create`` and ``follow`` of the 0.27 client work. The default is four epochs,
-as it was. What no trainer here does is refused: a weight for prompts, metrics of classification.
+as it was then. ``prompt_loss_weight`` and ``compute_classification_metrics`` are refused.
 """
 
 import asyncio
@@ -51,6 +51,8 @@ class FineTuneBody(Body):
 
 
 class EventsQuery(Body):
+    """Query parameters of a job's events."""
+
     stream: bool = False
 
 
@@ -62,11 +64,13 @@ async def create_fine_tune(request: Request) -> dict[str, Any]:
         raise unsupported(
             "prompt_loss_weight",
             body.prompt_loss_weight,
-            "Prompts are read and not learned: leave it out, or send 0.",
+            "Prompts do not contribute to the loss: leave it out, or send 0.",
         )
     if body.compute_classification_metrics:
         raise unsupported(
-            "compute_classification_metrics", True, "Losses and accuracies are computed, no more."
+            "compute_classification_metrics",
+            True,
+            "Only loss and token accuracy are computed: leave it out, or send false.",
         )
     job = await submit_job(
         request,
@@ -86,8 +90,8 @@ async def create_fine_tune(request: Request) -> dict[str, Any]:
 async def list_fine_tunes(request: Request) -> dict[str, Any]:
     """List the jobs (as of 2021)."""
     jobs = jobs_of(request)
-    found, _ = await asyncio.to_thread(jobs.store.page, "job")
-    data = await asyncio.to_thread(lambda: [_to_api(jobs, job) for job in found])
+    bodies, _ = await asyncio.to_thread(jobs.store.page, "job")
+    data = await asyncio.to_thread(lambda: [_to_api(jobs, job) for job in bodies])
     return {"object": "list", "data": data}
 
 
@@ -99,13 +103,13 @@ async def get_fine_tune(request: Request, job_id: str) -> dict[str, Any]:
 
 @router.post("/fine-tunes/{job_id}/cancel", **route_docs(FineTune))
 async def cancel_fine_tune(request: Request, job_id: str) -> dict[str, Any]:
-    """Stop a job (as of 2021)."""
+    """Cancel a job (as of 2021)."""
     return await _to_api_with_events(request, await cancel_by_id(request, job_id))
 
 
 @router.get("/fine-tunes/{job_id}/events", **route_docs(FineTuneEvents, events=FineTuneEvent))
 async def list_fine_tune_events(request: Request, job_id: str) -> Response:
-    """What happened to a job, oldest first; with ``stream=true``, also what will (as of 2021)."""
+    """List a job's events, oldest first; ``stream=true`` also sends new ones (as of 2021)."""
     await find_job(request, job_id)
     if read_query(request, EventsQuery).stream:
         return await event_stream(request, _streamed(request, job_id))
@@ -118,28 +122,28 @@ async def _streamed(request: Request, id: str) -> Events:
 
 
 async def _events(request: Request, id: str) -> list[dict[str, Any]]:
-    found, _ = await asyncio.to_thread(jobs_of(request).store.page, "event", parent=id)
-    return [_event_to_api(event) for event in found]
+    events, _ = await asyncio.to_thread(jobs_of(request).store.page, "event", parent=id)
+    return [_event_to_api(event) for event in events]
 
 
 async def _to_api_with_events(request: Request, job: Job) -> dict[str, Any]:
-    shown = await asyncio.to_thread(_to_api, jobs_of(request), job)
-    return shown | {"events": await _events(request, job["id"])}
+    body = await asyncio.to_thread(_to_api, jobs_of(request), job)
+    return body | {"events": await _events(request, job["id"])}
 
 
 def _to_api(jobs: JobStore, job: Job) -> dict[str, Any]:
-    """A job as it was shown in 2023; files are shown whole, as far as they are still there."""
-    ids = {
+    """Return a job in the shape of 2023, with the records of its files that still exist."""
+    file_ids = {
         "training_files": [job["training_file"]],
         "validation_files": [job["validation_file"]] if job["validation_file"] else [],
         "result_files": job["result_files"],
     }
     files = {
-        name: [file for id in own if (file := jobs.store.get("file", id)) is not None]
-        for name, own in ids.items()
+        name: [file for id in ids if (file := jobs.store.get("file", id)) is not None]
+        for name, ids in file_ids.items()
     }
     status = "pending" if job["status"] in PENDING else job["status"]
-    numbers = {
+    hyperparameters = {
         name: None if value == "auto" else value for name, value in job["hyperparameters"].items()
     }
     return {
@@ -151,7 +155,7 @@ def _to_api(jobs: JobStore, job: Job) -> dict[str, Any]:
         "fine_tuned_model": job["fine_tuned_model"],
         "organization_id": "pellucid",
         "status": status,
-        "hyperparams": {**numbers, "prompt_loss_weight": 0.0},
+        "hyperparams": {**hyperparameters, "prompt_loss_weight": 0.0},
         **files,
     }
 
