@@ -129,7 +129,7 @@ class Generation:
             raise APIError(
                 400,
                 f"Invalid 'n': {len(prompts)} prompts with {choices_per_prompt} choices each "
-                f"exceed the maximum of {MAX_CHOICES} choices in one request. Send several requests.",
+                f"exceed the maximum of {MAX_CHOICES} choices. Send several requests.",
                 param="n",
                 code="invalid_value",
             )

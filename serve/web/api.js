@@ -1,9 +1,9 @@
-// Talking to the server, the way any client would.
+// Requests to the server through its public API.
 
 import { $ } from "./dom.js";
 
-/** What went wrong, in the server's words. */
-export class Problem extends Error {}
+/** An error with the server's message. */
+export class ApiError extends Error {}
 
 const KEY = "pellucid-key";
 
@@ -12,7 +12,7 @@ function headers() {
   return { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };
 }
 
-/** Asks for a key; resolves when there is one. */
+/** Show the dialog for the API key; resolves when the user has entered one. */
 function askForKey() {
   const dialog = $("key-dialog");
   if (!dialog.open) dialog.showModal();
@@ -28,7 +28,8 @@ function askForKey() {
   });
 }
 
-async function ask(path, body, signal) {
+/** Send a request and return the response; a request without a body is a GET. */
+async function request(path, body, signal) {
   for (;;) {
     let response;
     try {
@@ -37,38 +38,38 @@ async function ask(path, body, signal) {
       response = await fetch(path, { method, body: data, signal, headers: headers() });
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new Problem("The server does not answer. Is it still running?");
+      throw new ApiError("The server does not respond. Check that it is running, then try again.");
     }
     if (response.ok) return response;
     if (response.status !== 401) {
-      const said = await response.json().catch(() => ({}));
-      throw new Problem(said.error?.message ?? `The server answered ${response.status}.`);
+      const data = await response.json().catch(() => ({}));
+      throw new ApiError(data.error?.message ?? `The server responded with status ${response.status}.`);
     }
     await askForKey();
   }
 }
 
-/** The answer to a request; without a body it is a GET. */
-export async function call(path, body, signal) {
-  return (await ask(path, body, signal)).json();
+/** Return the JSON of a response; a request without a body is a GET. */
+export async function requestJson(path, body, signal) {
+  return (await request(path, body, signal)).json();
 }
 
-/** The events of a streamed answer, as they come. */
-export async function* stream(path, body, signal) {
-  const response = await ask(path, { ...body, stream: true }, signal);
+/** Yield the events of a streamed response. */
+export async function* streamEvents(path, body, signal) {
+  const response = await request(path, { ...body, stream: true }, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
     const { done, value } = await reader.read();
-    if (done) throw new Problem("The answer broke off.");
+    if (done) throw new ApiError("The connection ended before the answer was complete. Try again.");
     const events = (rest + value).split("\n\n");
     rest = events.pop();
     for (const event of events) {
       const data = event.slice("data: ".length);
       if (data === "[DONE]") return;
-      const said = JSON.parse(data);
-      if (said.error) throw new Problem(said.error.message);
-      yield said;
+      const value = JSON.parse(data);
+      if (value.error) throw new ApiError(value.error.message);
+      yield value;
     }
   }
 }

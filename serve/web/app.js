@@ -1,6 +1,6 @@
-// The frame: which page is on show, which model is asked, and what went wrong.
+// The frame of the page: navigation, the choice of the model, and error messages.
 
-import { call } from "./api.js";
+import { requestJson } from "./api.js";
 import * as chat from "./chat.js";
 import { $, h } from "./dom.js";
 import * as tokens from "./tokens.js";
@@ -8,12 +8,12 @@ import * as tokens from "./tokens.js";
 const PAGES = ["chat", "tokens"];
 const model = () => $("model").value;
 
-function report(problem) {
-  $("problem").hidden = !problem;
-  $("problem").textContent = problem ?? "";
+function report(message) {
+  $("problem").hidden = !message;
+  $("problem").textContent = message ?? "";
 }
 
-function turnTo(page) {
+function showPage(page) {
   for (const name of PAGES) {
     $(name).hidden = name !== page;
     if (name === page) $(`to-${name}`).setAttribute("aria-current", "page");
@@ -25,24 +25,24 @@ function turnTo(page) {
   if (page === "chat") $("message").focus();
 }
 
-const shown = () => (PAGES.includes(location.hash.slice(1)) ? location.hash.slice(1) : "chat");
+const currentPage = () => (PAGES.includes(location.hash.slice(1)) ? location.hash.slice(1) : "chat");
 
 const tokenPage = tokens.start({ model, report });
 chat.start({ model, report });
-addEventListener("hashchange", () => turnTo(shown()));
+addEventListener("hashchange", () => showPage(currentPage()));
 
 try {
-  const { data } = await call("/v1/models");
+  const { data } = await requestJson("/v1/models");
   const generators = data.filter(({ kind }) => kind === "decoder");
   $("model").append(...generators.map(({ id }) => h("option", {}, id)));
   const showDefaults = () => chat.showDefaults(data.find(({ id }) => id === model())?.sampling);
   $("model").addEventListener("change", () => {
     showDefaults();
-    if (shown() === "tokens") tokenPage.refresh();
+    if (currentPage() === "tokens") tokenPage.refresh();
   });
   showDefaults();
-} catch (problem) {
-  report(problem.message);
+} catch (error) {
+  report(error.message);
 }
-turnTo(shown());
+showPage(currentPage());
 document.body.dataset.ready = "true";

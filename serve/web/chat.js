@@ -1,15 +1,15 @@
-// The chat: what is said goes to /v1/chat/completions, and comes back token by token.
+// The chat: sends the conversation to /v1/chat/completions and shows the answer token by token.
 
-import { call, stream } from "./api.js";
+import { requestJson, streamEvents } from "./api.js";
 import { $, h } from "./dom.js";
-import { pieces } from "./pieces.js";
-import { Strip } from "./strip.js";
+import { TokenStrip } from "./strip.js";
+import { groupTokens } from "./token_groups.js";
 
-const ALTERNATIVES = 5;
-const PATIENCE = 2000; // milliseconds before a word on why nothing comes
+const TOP_LOGPROBS = 5;
+const WAIT_NOTICE_MS = 2000; // time without a token after which a notice appears
 
-let turns = []; // {role, content} as the API takes them
-let running = null; // an AbortController while an answer comes
+let turns = []; // {role, content}, as in the API
+let running = null; // an AbortController during an answer
 
 export function start({ model, report }) {
   const log = $("log");
@@ -22,16 +22,16 @@ export function start({ model, report }) {
 
   function settings() {
     const names = { temperature: "temperature", top_p: "top-p", max_tokens: "max-tokens", seed: "seed" };
-    const given = Object.entries(names).filter(([, id]) => $(id).value !== "");
-    return Object.fromEntries(given.map(([name, id]) => [name, Number($(id).value)]));
+    const present = Object.entries(names).filter(([, id]) => $(id).value !== "");
+    return Object.fromEntries(present.map(([name, id]) => [name, Number($(id).value)]));
   }
 
   function turn(role, ...children) {
-    const said = h("div", { class: "said" }, ...children);
-    const element = h("div", { class: `turn ${role}` }, said);
+    const messageText = h("div", { class: "message-text" }, ...children);
+    const element = h("div", { class: `turn ${role}` }, messageText);
     $("hello").hidden = true;
     log.append(element);
-    return { element, said };
+    return { element, messageText };
   }
 
   function refresh() {
@@ -41,89 +41,89 @@ export function start({ model, report }) {
     for (const id of ["again", "clear", "show-prompt"]) $(id).disabled = isBusy || !turns.length;
   }
 
-  function follow() {
+  function followEnd() {
     const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 120;
     return () => isAtEnd && (log.scrollTop = log.scrollHeight);
   }
 
   async function answer() {
     report(null);
-    const { element, said } = turn("assistant");
+    const { element, messageText } = turn("assistant");
     log.scrollTop = log.scrollHeight;
     element.setAttribute("aria-busy", "true");
-    said.classList.toggle("coloured", $("colour").checked);
-    const strip = new Strip(said);
-    said.setAttribute("aria-label", "Answer, token by token");
+    messageText.classList.toggle("coloured", $("colour").checked);
+    const strip = new TokenStrip(messageText);
+    messageText.setAttribute("aria-label", "Answer, token by token");
     running = new AbortController();
     refresh();
-    const patience = h("p", { class: "note", hidden: true });
-    patience.textContent = "Waiting for the first token: the model is being loaded, or is busy.";
-    element.append(patience);
-    const waitingLong = setTimeout(() => (patience.hidden = false), PATIENCE);
-    const began = performance.now();
-    let first = null;
+    const notice = h("p", { class: "note", hidden: true });
+    notice.textContent = "Waiting for the first token: the model is loading or busy.";
+    element.append(notice);
+    const noticeTimer = setTimeout(() => (notice.hidden = false), WAIT_NOTICE_MS);
+    const startTime = performance.now();
+    let firstTime = null;
     let [text, count, reason] = ["", 0, ""];
-    // What comes between two frames is put on the page at once: one layout, however fast it comes.
-    let waiting = [];
+    // Tokens are added to the page once per frame, so that each frame has one layout.
+    let pendingNodes = [];
     let frame = 0;
     const draw = () => {
       frame = 0;
-      const keepUp = follow();
-      said.append(...waiting);
-      waiting = [];
-      keepUp();
+      const scrollToEnd = followEnd();
+      messageText.append(...pendingNodes);
+      pendingNodes = [];
+      scrollToEnd();
     };
     try {
       const body = { model: model(), messages: messages(), ...settings() };
-      const options = { logprobs: true, top_logprobs: ALTERNATIVES };
-      const events = stream("/v1/chat/completions", { ...body, ...options }, running.signal);
+      const options = { logprobs: true, top_logprobs: TOP_LOGPROBS };
+      const events = streamEvents("/v1/chat/completions", { ...body, ...options }, running.signal);
       for await (const event of events) {
         const choice = event.choices[0];
         if (!choice) continue;
         reason = choice.finish_reason ?? reason;
         if (!choice.delta.content) continue;
-        if (first === null) {
-          first = performance.now();
-          clearTimeout(waitingLong);
-          patience.remove();
+        if (firstTime === null) {
+          firstTime = performance.now();
+          clearTimeout(noticeTimer);
+          notice.remove();
         }
         text += choice.delta.content;
-        for (const piece of pieces(choice.logprobs.content)) {
-          count += piece.tokens.length;
-          waiting.push(strip.add(piece.text, piece.tokens));
+        for (const group of groupTokens(choice.logprobs.content)) {
+          count += group.tokens.length;
+          pendingNodes.push(strip.add(group.text, group.tokens));
         }
         frame ||= requestAnimationFrame(draw);
       }
-    } catch (problem) {
-      reason = problem.name === "AbortError" ? "stopped" : "failed";
-      if (reason === "failed") report(problem.message);
+    } catch (error) {
+      reason = error.name === "AbortError" ? "stopped" : "failed";
+      if (reason === "failed") report(error.message);
     }
-    clearTimeout(waitingLong);
-    patience.remove();
+    clearTimeout(noticeTimer);
+    notice.remove();
     cancelAnimationFrame(frame);
     draw();
     running = null;
     element.removeAttribute("aria-busy");
-    const keepUp = follow();
+    const scrollToEnd = followEnd();
     if (text) {
       turns.push({ role: "assistant", content: text });
-      element.append(h("p", { class: "figures" }, figures(began, first, count, reason)));
-      $("said").textContent = `Answer of ${count} tokens: ${text}`;
+      element.append(h("p", { class: "stats" }, stats(startTime, firstTime, count, reason)));
+      $("answer-status").textContent = `Answer of ${count} tokens: ${text}`;
     } else {
       element.remove();
-      if (reason === "stop") report("The model ended its answer before the first word.");
+      if (reason === "stop") report("The model generated an empty answer. Ask again, or change the question.");
     }
-    keepUp();
+    scrollToEnd();
     refresh();
   }
 
-  function figures(began, first, count, reason) {
-    const seconds = (performance.now() - first) / 1000;
-    const ends = { stop: "", length: "longest answer reached", stopped: "stopped", failed: "broken off" };
+  function stats(startTime, firstTime, count, reason) {
+    const seconds = (performance.now() - firstTime) / 1000;
+    const ends = { stop: "", length: "maximum length reached", stopped: "stopped", failed: "incomplete" };
     return [
       `${count} ${count === 1 ? "token" : "tokens"}`,
-      `first after ${((first - began) / 1000).toFixed(2)} s`,
-      count > 1 && seconds > 0 ? `then ${((count - 1) / seconds).toFixed(0)} a second` : "",
+      `first after ${((firstTime - startTime) / 1000).toFixed(2)} s`,
+      count > 1 && seconds > 0 ? `${((count - 1) / seconds).toFixed(0)} tokens/s` : "",
       ends[reason] ?? reason,
     ]
       .filter(Boolean)
@@ -164,8 +164,8 @@ export function start({ model, report }) {
   });
   document.addEventListener("keydown", (event) => event.key === "Escape" && running?.abort());
   $("colour").addEventListener("change", () => {
-    for (const said of log.querySelectorAll(".assistant .said")) {
-      said.classList.toggle("coloured", $("colour").checked);
+    for (const messageText of log.querySelectorAll(".assistant .message-text")) {
+      messageText.classList.toggle("coloured", $("colour").checked);
     }
   });
   $("again").addEventListener("click", () => {
@@ -184,42 +184,42 @@ export function start({ model, report }) {
     message.focus();
   });
 
-  const promptStrip = new Strip($("prompt-strip"), { isList: true });
+  const promptStrip = new TokenStrip($("prompt-strip"), { isList: true });
   $("show-prompt").addEventListener("click", async () => {
-    const asked = turns.at(-1)?.role === "assistant" ? messages().slice(0, -1) : messages();
+    const prompt = turns.at(-1)?.role === "assistant" ? messages().slice(0, -1) : messages();
     try {
-      const body = { model: model(), messages: asked, with_pieces: true };
-      const found = await call("/tokenize", body);
+      const body = { model: model(), messages: prompt, with_pieces: true };
+      const result = await requestJson("/tokenize", body);
       promptStrip.clear();
-      for (const { text, tokens } of pieces(found.tokens.map(fromPiece))) {
+      for (const { text, tokens } of groupTokens(result.tokens.map(tokenFromPiece))) {
         $("prompt-strip").append(promptStrip.add(text, tokens));
       }
       $("prompt-counts").textContent =
-        `${found.count} of at most ${found.max_model_len} tokens, answer included`;
+        `${result.count} tokens; the context holds ${result.max_model_len}, including the answer`;
       $("prompt-dialog").showModal();
-    } catch (problem) {
-      report(problem.message);
+    } catch (error) {
+      report(error.message);
     }
   });
   refresh();
 }
 
-/** What a model samples with where a setting is left empty. */
+/** Show the sampling settings that a model uses where a field is empty. */
 export function showDefaults(sampling = {}) {
   $("temperature").placeholder = sampling.temperature ?? "";
   $("top-p").placeholder = sampling.top_p ?? "";
   const all = Object.entries(sampling).map(([name, value]) => `${name} ${value}`);
-  $("defaults").textContent = all.length ? `Left empty, the model's own: ${all.join(", ")}` : "";
+  $("defaults").textContent = all.length ? `Model defaults: ${all.join(", ")}` : "";
 }
 
-/** A token of /tokenize with_pieces, as `pieces` takes it. */
-export function fromPiece({ id, piece, special }) {
+/** Convert a token of /tokenize with_pieces to the format of `groupTokens`. */
+export function tokenFromPiece({ id, piece, special }) {
   const isText = typeof piece === "string";
   const bytes = isText ? [...new TextEncoder().encode(piece)] : piece;
-  return { id, bytes, token: isText ? piece : spelled(piece), special };
+  return { id, bytes, token: isText ? piece : byteToken(piece), special };
 }
 
-/** Part of a character, as logprobs name it: `bytes:\xc3`. */
-function spelled(bytes) {
+/** Name a token that is part of a character, as logprobs do: `bytes:\xc3`. */
+function byteToken(bytes) {
   return "bytes:" + bytes.map((byte) => `\\x${byte.toString(16).padStart(2, "0")}`).join("");
 }

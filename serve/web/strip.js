@@ -1,23 +1,23 @@
-// Tokens in a row. Each can be pointed at, or reached with the arrow keys, and then says how likely
-// it was and what else might have stood there; Enter keeps that open, Escape closes it.
+// A row of tokens. Pointing at a token, or moving to it with the arrow keys, shows its probability
+// and its alternatives; Enter keeps them open, Escape closes them.
 
 import { $, h, percent, readable, visible } from "./dom.js";
 
-/** How likely, in five steps: the classes q0 (hardly) to q4 (almost surely). */
-function step(logprob) {
+/** Return the CSS class for a probability, from q0 (unlikely) to q4 (almost certain). */
+function probabilityClass(logprob) {
   const p = Math.exp(logprob);
   return p < 0.05 ? "q0" : p < 0.2 ? "q1" : p < 0.5 ? "q2" : p < 0.8 ? "q3" : "q4";
 }
 
 /**
- * One token: `{text, bytes, id, logprob, top: [{text, logprob}], special}`; all but text may be
- * missing. Several tokens that spell one character share a button: none of them is text alone.
+ * A row of buttons, one for each group of tokens that decodes to whole characters. A token is
+ * `{text, bytes, id, logprob, top: [{text, logprob}], special}`; only text is required.
  */
-export class Strip {
+export class TokenStrip {
   constructor(element, { isList = false } = {}) {
     this.element = element;
-    this.isList = isList; // tokens side by side, rather than a text to read
-    this.ids = false;
+    this.isList = isList; // separate tokens instead of flowing text
+    this.showsIds = false;
     this.groups = [];
     element.setAttribute("role", element.getAttribute("role") ?? "group");
     element.addEventListener("keydown", (event) => this.#key(event));
@@ -34,22 +34,22 @@ export class Strip {
     hide();
   }
 
-  /** Adds tokens that spell a text together; usually one. */
+  /** Add a group of tokens that decode to `text`; usually one token. */
   add(text, tokens) {
-    const likely = tokens.filter((token) => token.logprob != null);
-    const least = Math.min(...likely.map((token) => token.logprob));
-    // Not a <button>: that is a box, and text would not flow through it.
+    const scored = tokens.filter((token) => token.logprob != null);
+    const lowest = Math.min(...scored.map((token) => token.logprob));
+    // Not a <button>, which is a box that text does not flow through.
     const button = h(
       "span",
       {
         role: "button",
-        class: `token ${likely.length ? step(least) : ""} ${tokens[0].special ? "special" : ""}`,
+        class: `token ${scored.length ? probabilityClass(lowest) : ""} ${tokens[0].special ? "special" : ""}`,
         tabindex: this.groups.length ? -1 : 0,
-        "data-at": this.groups.length,
+        "data-index": this.groups.length,
         "aria-label": this.#name(text, tokens),
       },
       ...readable(text, this.isList),
-      this.ids ? h("small", {}, tokens.map((token) => token.id).join(" ")) : null,
+      this.showsIds ? h("small", {}, tokens.map((token) => token.id).join(" ")) : null,
     );
     this.groups.push({ text, tokens, button });
     return button;
@@ -59,14 +59,17 @@ export class Strip {
     let name = `token ${this.groups.length + 1}, ${visible(text)}`;
     if (tokens[0].id != null) name += `, id ${tokens.map((token) => token.id).join(" and ")}`;
     if (tokens[0].logprob != null) name += `, probability ${percent(tokens[0].logprob)}`;
-    const others = (tokens[0].top ?? []).filter((other) => other.text !== tokens[0].text);
-    if (others.length) name += `, else ${visible(others[0].text)} ${percent(others[0].logprob)}`;
+    const alternatives = (tokens[0].top ?? []).filter((top) => top.text !== tokens[0].text);
+    if (alternatives.length) {
+      const { text: alternative, logprob } = alternatives[0];
+      name += `, alternative ${visible(alternative)} ${percent(logprob)}`;
+    }
     return name;
   }
 
   #group(target) {
     const button = target.closest?.(".token");
-    return button && this.groups[button.dataset.at];
+    return button && this.groups[button.dataset.index];
   }
 
   #point(target) {
@@ -97,13 +100,13 @@ export class Strip {
   #key(event) {
     const group = this.#group(event.target);
     if (!group || event.ctrlKey || event.metaKey || event.altKey) return;
-    const at = Number(group.button.dataset.at);
+    const index = Number(group.button.dataset.index);
     const last = this.groups.length - 1;
-    const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: last }[event.key];
-    if (to !== undefined) {
+    const next = { ArrowRight: index + 1, ArrowLeft: index - 1, Home: 0, End: last }[event.key];
+    if (next !== undefined) {
       event.preventDefault();
       hide();
-      this.#focus(this.groups[Math.max(0, Math.min(last, to))].button);
+      this.#focus(this.groups[Math.max(0, Math.min(last, next))].button);
     } else if (event.key === "Enter" || event.key === " ") {
       event.preventDefault();
       this.#pin(event.target);
@@ -126,26 +129,26 @@ function show({ text, tokens, button }) {
   const tip = $("tip");
   tip.replaceChildren(...tokens.map((token) => table(text, token, tokens.length > 1)));
   tip.hidden = false;
-  const place = button.getClientRects()[0] ?? button.getBoundingClientRect();
+  const box = button.getClientRects()[0] ?? button.getBoundingClientRect();
   const { width, height } = tip.getBoundingClientRect();
-  const left = Math.min(Math.max(8, place.left), innerWidth - width - 8);
-  const isAbove = place.bottom + height + 12 > innerHeight && place.top > height + 12;
+  const left = Math.min(Math.max(8, box.left), innerWidth - width - 8);
+  const isAbove = box.bottom + height + 12 > innerHeight && box.top > height + 12;
   tip.style.left = `${Math.max(left, 8)}px`;
-  tip.style.top = `${isAbove ? place.top - height - 8 : place.bottom + 8}px`;
+  tip.style.top = `${isAbove ? box.top - height - 8 : box.bottom + 8}px`;
 }
 
 function table(text, token, isPart) {
-  const about = [];
-  if (isPart) about.push(`part of ${visible(text)}`);
-  if (token.id != null) about.push(`id ${token.id}`);
-  if (token.bytes) about.push(`${token.bytes.length > 1 ? "bytes" : "byte"} ${hex(token.bytes)}`);
-  if (token.logprob == null && token.top) about.push("the first: nothing foretold it");
+  const details = [];
+  if (isPart) details.push(`part of ${visible(text)}`);
+  if (token.id != null) details.push(`id ${token.id}`);
+  if (token.bytes) details.push(`${token.bytes.length > 1 ? "bytes" : "byte"} ${hex(token.bytes)}`);
+  if (token.logprob == null && token.top) details.push("first token: no prediction");
   const rows = [...(token.top ?? [])].sort((a, b) => b.logprob - a.logprob);
   if (token.logprob != null && !rows.some((row) => row.text === token.text)) rows.push(token);
   return h(
     "table",
     {},
-    h("caption", {}, `${visible(token.text)}${about.length ? " · " : ""}${about.join(" · ")}`),
+    h("caption", {}, `${visible(token.text)}${details.length ? " · " : ""}${details.join(" · ")}`),
     ...rows.map((row) => {
       const bar = h("div");
       bar.style.width = `${Math.exp(row.logprob) * 100}%`;

@@ -1,71 +1,71 @@
-// The tokenizer: text as the model sees it, how likely it finds each token, and what might follow.
+// The token page: a text as tokens, their probabilities, and the likeliest next tokens.
 
-import { call } from "./api.js";
-import { $, h, later, percent, visible } from "./dom.js";
-import { fromPiece } from "./chat.js";
-import { pieces } from "./pieces.js";
-import { Strip } from "./strip.js";
+import { requestJson } from "./api.js";
+import { $, debounce, h, percent, visible } from "./dom.js";
+import { tokenFromPiece } from "./chat.js";
+import { TokenStrip } from "./strip.js";
+import { groupTokens } from "./token_groups.js";
 
-const MOST = 1500; // tokens that are shown
-const FOLLOWING = 10;
+const MAX_TOKENS_SHOWN = 1500;
+const NUM_NEXT_TOKENS = 10;
 
 export function start({ model, report }) {
-  const strip = new Strip($("strip"), { isList: true });
-  let scored = null; // the text whose probabilities are on show
-  let asking = null; // an AbortController while something is asked
+  const strip = new TokenStrip($("strip"), { isList: true });
+  let scoredText = null; // the text whose probabilities are shown
+  let running = null; // an AbortController during a request
 
   async function refresh() {
     const text = $("text").value;
-    asking?.abort();
-    asking = new AbortController();
+    running?.abort();
+    running = new AbortController();
     try {
       const body = { model: model(), text, with_pieces: true };
-      const found = await call("/tokenize", body, asking.signal);
-      const tokens = found.tokens.map(fromPiece);
+      const result = await requestJson("/tokenize", body, running.signal);
+      const tokens = result.tokens.map(tokenFromPiece);
       show(tokens);
       const bytes = new TextEncoder().encode(text).length;
       $("counts").textContent =
-        `${found.count} tokens · ${[...text].length} characters · ${bytes} bytes` +
-        (tokens.length > MOST ? ` · the first ${MOST} are shown` : "");
+        `${result.count} tokens · ${[...text].length} characters · ${bytes} bytes` +
+        (tokens.length > MAX_TOKENS_SHOWN ? ` · showing the first ${MAX_TOKENS_SHOWN}` : "");
       report(null);
-      if ($("score").checked && found.count < found.max_model_len) await score(tokens);
-      else follow([]);
-    } catch (problem) {
-      if (problem.name !== "AbortError") report(problem.message);
+      if ($("score").checked && result.count < result.max_model_len) await score(tokens);
+      else showNext([]);
+    } catch (error) {
+      if (error.name !== "AbortError") report(error.message);
     }
   }
 
-  /** Asks for one token more than there are: the prompt's probabilities come with it. */
+  /** Get the probabilities: requests one more token, with the logprobs of the prompt. */
   async function score(tokens) {
     const text = $("text").value;
     const prompt = tokens.length ? tokens.map((token) => token.id) : "";
     const body = { model: model(), prompt, echo: true, max_tokens: 1, temperature: 0 };
-    const answer = await call(
+    const completion = await requestJson(
       "/v1/completions",
-      { ...body, logprobs: FOLLOWING },
-      asking.signal,
+      { ...body, logprobs: NUM_NEXT_TOKENS },
+      running.signal,
     );
-    const { token_logprobs: chosen, top_logprobs: tops } = answer.choices[0].logprobs;
-    tokens.forEach((token, at) => {
-      token.logprob = chosen[at];
-      token.top_logprobs = Object.entries(tops[at] ?? {}).map(([token, logprob]) => ({ token, logprob }));
+    const { token_logprobs: chosen, top_logprobs: tops } = completion.choices[0].logprobs;
+    tokens.forEach((token, index) => {
+      token.logprob = chosen[index];
+      token.top_logprobs = Object.entries(tops[index] ?? {}).map(([token, logprob]) => ({ token, logprob }));
     });
-    scored = text;
+    scoredText = text;
     show(tokens);
     const next = Object.entries(tops[tokens.length] ?? {});
-    follow(next.sort(([, a], [, b]) => b - a).slice(0, FOLLOWING));
+    showNext(next.sort(([, a], [, b]) => b - a).slice(0, NUM_NEXT_TOKENS));
   }
 
   function show(tokens) {
-    strip.ids = $("ids").checked;
+    strip.showsIds = $("ids").checked;
     strip.clear();
     const isScored = tokens.some((token) => token.logprob != null);
     $("strip").classList.toggle("coloured", isScored);
-    const groups = pieces(tokens.slice(0, MOST));
+    const groups = groupTokens(tokens.slice(0, MAX_TOKENS_SHOWN));
     $("strip").append(...groups.map(({ text, tokens }) => strip.add(text, tokens)));
   }
 
-  function follow(next) {
+  function showNext(next) {
     $("next").replaceChildren(
       ...next.map(([text, logprob]) => {
         const bar = h("span", { class: "bar" });
@@ -86,8 +86,8 @@ export function start({ model, report }) {
     );
     const sum = next.reduce((total, [, logprob]) => total + Math.exp(logprob), 0);
     $("covered").textContent = next.length
-      ? `Together ${(sum * 100).toFixed(0)} % of what might follow.`
-      : "Turn on “Colour by probability” to see them.";
+      ? `Together ${(sum * 100).toFixed(0)} % of the probability.`
+      : "Select “Colour by probability” to see them.";
   }
 
   function append(text) {
@@ -96,9 +96,9 @@ export function start({ model, report }) {
     $("text").focus();
   }
 
-  const soon = later(250, refresh);
-  $("text").addEventListener("input", soon);
+  const refreshSoon = debounce(250, refresh);
+  $("text").addEventListener("input", refreshSoon);
   $("ids").addEventListener("change", refresh);
   $("score").addEventListener("change", refresh);
-  return { refresh, isStale: () => scored !== $("text").value };
+  return { refresh, isStale: () => scoredText !== $("text").value };
 }

@@ -19,7 +19,7 @@ LIMIT = 60_000  # bytes of the whole page: it is read by people, too
 # --- what it is made of ---------------------------------------------------------------------------
 
 
-def test_it_is_served_under_a_policy_that_forbids_everything_else(http):
+def test_page_has_strict_content_security_policy(http):
     page = http.get("/")
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     policy = page.headers["content-security-policy"]
@@ -31,12 +31,12 @@ def test_it_is_served_under_a_policy_that_forbids_everything_else(http):
         assert file.headers["x-content-type-options"] == "nosniff"
 
 
-def test_nothing_but_its_files_is_served(http):
+def test_other_files_are_404(http):
     for name in ("nobody.js", "..%2Fapp.py", "../settings.py", "%2e%2e/app.py", "index.html"):
         assert http.get(f"/web/{name}").status_code == 404
 
 
-def test_its_scripts_neither_ask_others_nor_parse_what_a_model_says():
+def test_scripts_load_nothing_foreign_and_parse_no_html():
     sizes = 0
     for path in pages.FOLDER.iterdir():
         text = path.read_text("utf-8")
@@ -49,7 +49,7 @@ def test_its_scripts_neither_ask_others_nor_parse_what_a_model_says():
     assert sizes < LIMIT
 
 
-def test_it_is_shown_without_a_key_but_does_nothing_without(tmp_path):
+def test_page_needs_no_key_but_api_does(tmp_path):
     auth.create(tmp_path, "ann")
     with (
         scripted.serve_models(scripted.model(), home=tmp_path) as address,
@@ -92,16 +92,16 @@ def open_page(browser, address):
 def ask(page, text):
     page.fill("#message", text)
     page.press("#message", "Enter")
-    page.wait_for_selector(".turn.assistant .figures")
+    page.wait_for_selector(".turn.assistant .stats")
 
 
 @in_browser
-def test_an_answer_streams_in_and_its_tokens_tell(open_page):
+def test_answer_streams_and_tokens_show_probabilities(open_page):
     page = open_page()
     ask(page, "Say hello")
-    assert page.text_content(".turn.user .said") == "Say hello"
-    assert page.text_content(".turn.assistant .said") == HELLO
-    assert f"{len(HELLO.encode())} tokens" in page.text_content(".turn.assistant .figures")
+    assert page.text_content(".turn.user .message-text") == "Say hello"
+    assert page.text_content(".turn.assistant .message-text") == HELLO
+    assert f"{len(HELLO.encode())} tokens" in page.text_content(".turn.assistant .stats")
     emoji = page.locator(".token", has_text="😀")
     assert emoji.count() == 1, "four tokens spell it: one thing to point at"
     page.locator(".token").first.hover()
@@ -109,11 +109,11 @@ def test_an_answer_streams_in_and_its_tokens_tell(open_page):
     assert "A" in page.text_content("#tip") and "8.2 %" in page.text_content("#tip")
     emoji.hover()
     assert page.locator("#tip table").count() == 4
-    assert HELLO in page.text_content("#said"), "for who listens: once, at the end"
+    assert HELLO in page.text_content("#answer-status"), "for who listens: once, at the end"
 
 
 @in_browser
-def test_tokens_with_the_keyboard_alone(open_page):
+def test_tokens_are_reachable_by_keyboard(open_page):
     page = open_page()
     ask(page, "Say hello")
     page.locator("#message").press("Shift+Tab")
@@ -121,10 +121,10 @@ def test_tokens_with_the_keyboard_alone(open_page):
         if page.evaluate("document.activeElement.className").startswith("token"):
             break
         page.keyboard.press("Shift+Tab")
-    assert page.evaluate("document.activeElement.dataset.at") == "0", "one stop for all tokens"
+    assert page.evaluate("document.activeElement.dataset.index") == "0", "one stop for all tokens"
     page.keyboard.press("ArrowRight")
     name = page.evaluate("document.activeElement.getAttribute('aria-label')")
-    assert name == "token 2, e, probability 78 %, else A 8.2 %"
+    assert name == "token 2, e, probability 78 %, alternative A 8.2 %"
     assert page.is_visible("#tip")
     page.keyboard.press("Enter")
     page.mouse.move(5, 5)
@@ -136,26 +136,26 @@ def test_tokens_with_the_keyboard_alone(open_page):
 
 
 @in_browser
-def test_stopping_ends_the_answer_and_the_work(open_page, engine):
+def test_stop_button_ends_generation(open_page, engine):
     page = open_page()
     page.fill("#message", "endless")
     page.click("#send")
     page.locator(".assistant .token").nth(5).wait_for()
     page.click("#stop")
-    page.wait_for_selector(".turn.assistant .figures")
-    assert "stopped" in page.text_content(".turn.assistant .figures")
+    page.wait_for_selector(".turn.assistant .stats")
+    assert "stopped" in page.text_content(".turn.assistant .stats")
     scripted.wait_until(lambda: engine.running == 0)
     assert page.is_visible("#send")
     page.fill("#message", "endless")
     page.click("#send")
     page.locator(".turn:last-child .token").nth(5).wait_for()
     page.keyboard.press("Escape")
-    page.wait_for_selector(".turn:last-child .figures")
+    page.wait_for_selector(".turn:last-child .stats")
     scripted.wait_until(lambda: engine.running == 0)
 
 
 @in_browser
-def test_the_settings_and_the_conversation_reach_the_server(open_page, engine):
+def test_settings_and_conversation_are_sent(open_page, engine):
     page = open_page()
     page.click(".settings summary")
     page.fill("#system", "Be brief.")
@@ -164,23 +164,23 @@ def test_the_settings_and_the_conversation_reach_the_server(open_page, engine):
     ask(page, "seed one")
     page.fill("#message", "two")
     page.press("#message", "Enter")
-    page.wait_for_selector(".turn:nth-of-type(5) .figures")
+    page.wait_for_selector(".turn:nth-of-type(5) .stats")
     request = engine.requests[-1]
     assert scripted.encoding.decode(request.prompt) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nseed one<|im_end|>\n"
         "<|im_start|>assistant\n7/0<|im_end|>\n<|im_start|>user\ntwo<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert request.sampling.temperature == 0.3 and request.sampling.seed == 7
+    assert request.sampling_params.temperature == 0.3 and request.sampling_params.seed == 7
     page.click("#show-prompt")
     page.wait_for_selector("#prompt-strip .special")
     assert "Be brief." in page.text_content("#prompt-strip")
 
 
 @in_browser
-def test_settings_that_are_left_empty_are_the_models(open_page):
+def test_empty_settings_show_model_defaults(open_page):
     defaults = {"temperature": 0.25, "top_p": 0.5, "top_k": 7}
-    model = dataclasses.replace(scripted.model(), sampling=defaults)
+    model = dataclasses.replace(scripted.model(), default_sampling=defaults)
     with scripted.serve_models(model, scripted.model("other")) as address:
         page = open_page(address)
         page.click(".settings summary")
@@ -188,14 +188,14 @@ def test_settings_that_are_left_empty_are_the_models(open_page):
         assert page.get_attribute("#top-p", "placeholder") == "0.5"
         assert "top_k 7" in page.text_content("#defaults")
         ask(page, "Say hello")
-        sampling = model.engine.requests[-1].sampling
-        assert {name: getattr(sampling, name) for name in defaults} == defaults
+        sampling_params = model.engine.requests[-1].sampling_params
+        assert {name: getattr(sampling_params, name) for name in defaults} == defaults
         page.select_option("#model", "other")
         assert page.get_attribute("#temperature", "placeholder") == "1"
 
 
 @in_browser
-def test_an_error_is_shown_and_the_next_question_works(open_page):
+def test_error_is_shown_and_cleared(open_page):
     page = open_page()
     page.fill("#message", "fail later")
     page.click("#send")
@@ -207,7 +207,7 @@ def test_an_error_is_shown_and_the_next_question_works(open_page):
 
 
 @in_browser
-def test_a_text_as_tokens_with_what_might_follow(open_page):
+def test_token_page_shows_tokens_and_next_tokens(open_page):
     page = open_page(path="/#tokens")
     page.fill("#text", "aö\n<b>")
     page.locator("#counts", has_text="7 tokens").wait_for()
@@ -231,7 +231,7 @@ def test_a_text_as_tokens_with_what_might_follow(open_page):
     "text",
     ["<img src=x onerror=alert(1)>", "\u202e\u200b\x1b[31m", "x" * 100_000, "\U0001f468\u200d"],
 )
-def test_hostile_text_is_only_text(open_page, text):
+def test_hostile_text_is_displayed_as_text(open_page, text):
     page = open_page(path="/#tokens")
     page.uncheck("#score")
     page.fill("#text", text)
@@ -242,7 +242,7 @@ def test_hostile_text_is_only_text(open_page, text):
 
 
 @in_browser
-def test_the_description_of_the_api_is_a_page_to_try_it(open_page):
+def test_docs_page_sends_requests(open_page):
     page = open_page(path="/docs", ready=".opblock-summary-path")
     page.click("[data-path='/tokenize']")
     page.click(".try-out__btn")
@@ -252,7 +252,7 @@ def test_the_description_of_the_api_is_a_page_to_try_it(open_page):
 
 
 @in_browser
-def test_a_key_is_asked_for(browser, tmp_path):
+def test_server_with_keys_shows_key_dialog(browser, tmp_path):
     key = auth.create(tmp_path, "ann")
     with scripted.serve_models(scripted.model(), home=tmp_path) as address:
         page = browser.new_page()
@@ -272,7 +272,7 @@ def test_a_key_is_asked_for(browser, tmp_path):
 @in_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
-def test_nothing_in_the_way_of_anybody(open_page, scheme, width):
+def test_page_is_accessible(open_page, scheme, width):
     """axe finds no serious fault, and nothing is wider than the screen."""
     from axe_playwright_python.sync_playwright import Axe
 
