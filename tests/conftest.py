@@ -1,4 +1,4 @@
-"""What tests of all packages share."""
+"""Fixtures and settings for the tests of all packages."""
 
 import os
 import shutil
@@ -13,15 +13,15 @@ import pytest
 from serve import settings
 from serve.models import catalogue, download
 
-# A shell that starts the tests in the background ignores Ctrl-C, and what we start inherits that.
+# A shell that starts the tests in the background ignores Ctrl-C, and child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The user's own server and key are not to be asked, and not by the processes of the tests either.
+# Tests and their child processes must not use the user's server and key.
 for name in ("PELLUCID_HOST", "PELLUCID_API_KEY"):
     os.environ.pop(name, None)
 
-# Most of the time goes into compiling small programs, again and again: workers, the processes they
-# start, and later runs share them on disk.
+# Compiling small programs takes most of the time, so test workers, their child processes and later
+# runs share a compilation cache on disk.
 for name, value in {
     "JAX_COMPILATION_CACHE_DIR": str(platformdirs.user_cache_path("pellucid") / "tests"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
@@ -34,7 +34,7 @@ HEAVY = {"model_file", "address", "refused_url"}  # fixtures that need a model o
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests as heavy by what they need; modules that compile much say so themselves."""
+    """Mark tests that use a model or a port as heavy; modules that compile much mark themselves."""
     for item in items:
         if HEAVY & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.heavy)
@@ -42,12 +42,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def model_file() -> Callable[[str], Path]:
-    """Gives the path of a pulled model by its id; fails, saying what to do, if it is not there."""
-    known = catalogue.load()
+    """Return a function that finds a pulled model by id, or fails with the command to pull it."""
+    models = catalogue.load().models
     home = settings.data_folder()
 
     def find(id: str) -> Path:
-        path = download.find_path(known.models[id], home)
+        path = download.find_path(models[id], home)
         if path is None:
             pytest.fail(f"this test needs a model: run `pellucid pull {id}` first")
         return path
@@ -57,10 +57,10 @@ def model_file() -> Callable[[str], Path]:
 
 @pytest.fixture
 def refused_url() -> Iterator[str]:
-    """The address of a port that refuses connections: it is taken, and nobody listens on it."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+    """Return the URL of a port that refuses connections: it is bound, but nothing listens on it."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
 
 
 @pytest.fixture(scope="module")  # playwright occupies the event loop of the thread

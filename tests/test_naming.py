@@ -1,9 +1,9 @@
-"""What most tests of errors stand on."""
+"""Test the helpers with which tests match error messages."""
 
 from tests.naming import names
 
 
-def test_all_facts_are_found_in_any_order_and_as_whole_words():
+def test_naming_finds_whole_words_in_any_order():
     text = "a.json: num_heads must be a multiple of num_kv_heads,\ngot -4 and 'x'"
     assert names(text, "'x'", "-4", "num_kv_heads", "a.json") and names(text)
     for missing in ("kv_heads", 3, "'y'", "num_kv_head", "a_json", "json:num"):

@@ -1,12 +1,12 @@
-"""Waiting for what another thread or process does, with an end."""
+"""Wait for another thread or process, with a timeout."""
 
 import time
 from collections.abc import Callable
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 5.0) -> None:
-    """Poll until ``condition()`` holds; fail when it does not in time."""
+    """Poll until ``condition()`` is true; fail after ``seconds``."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, f"the condition did not hold within {seconds} seconds"
         time.sleep(0.005)

@@ -1,7 +1,7 @@
-"""How well the chat models edit: 21 small edits, each with the answers that count as right.
+"""Measure the accuracy of chat models on 21 small edits with known answers.
 
-The first is OpenAI's own example of the endpoint. With the prompt and the sampling defaults of
-/v1/edits, once for each of `SEEDS`; compared exactly but for white space.
+The first edit is OpenAI's example for the endpoint. Each edit uses the prompt and the sampling
+defaults of /v1/edits, once for each of `SEEDS`. Answers must match exactly, except for white space.
 Usage: python -m tests.bench.bench_edits [--json] [ID...]
 """
 
@@ -16,7 +16,7 @@ from transformer.engine import SequenceRequest, Token
 from transformer.sampling import SamplingParams
 
 SEEDS = range(4)
-CASES = [  # instruction, text, right answers
+CASES = [  # instruction, text, correct answers
     ("Fix the spelling mistakes", "What day of the wek is it?", ["What day of the week is it?"]),
     (
         "Fix the spelling mistakes",
@@ -58,49 +58,51 @@ CASES = [  # instruction, text, right answers
 
 
 def main(ids: list[str], as_json: bool) -> None:
-    known, home = catalogue.load(), settings.data_folder()
-    for id in ids or [id for id, model in known.models.items() if "chat" in model.serves]:
-        path = download.find_path(known.models[id], home)
+    models, home = catalogue.load().models, settings.data_folder()
+    for id in ids or [id for id, model in models.items() if "chat" in model.serves]:
+        path = download.find_path(models[id], home)
         if path is None:
-            sys.exit(f"{id} is not here: pellucid pull {id}")
+            sys.exit(f"{id} is not pulled; run: pellucid pull {id}")
         model = load_decoder(
             id,
             path,
             owned_by="bench",
             cache_budget=64 * 2**20,
             max_batch_size=1,
-            accepted_dtypes=known.models[id].dtypes,
-            default_sampling=known.models[id].sampling,
+            accepted_dtypes=models[id].dtypes,
+            default_sampling=models[id].sampling,
         )
         try:
-            answers = [[edited(model, *case[:2], seed) for seed in SEEDS] for case in CASES]
+            answers = [[edit_text(model, *case[:2], seed) for seed in SEEDS] for case in CASES]
         finally:
             model.engine.close(drain=False)
-        right = [
-            [answer.split() in [wanted.split() for wanted in case[2]] for answer in tries]
+        correct = [
+            [answer.split() in [expected.split() for expected in case[2]] for answer in tries]
             for tries, case in zip(answers, CASES, strict=True)
         ]
-        by_seed = [sum(column) for column in zip(*right, strict=True)]
+        by_seed = [sum(column) for column in zip(*correct, strict=True)]
         if as_json:
             print(json.dumps({"model": id, "right": by_seed, "of": len(CASES)}))
             continue
         print(f"\n{id} ({model.dtype}), seeds {[*SEEDS]}: {by_seed} of {len(CASES)}")
-        for case, tries, marks in zip(CASES, answers, right, strict=True):
-            wrong = [answer for answer, is_right in zip(tries, marks, strict=True) if not is_right]
+        for case, tries, marks in zip(CASES, answers, correct, strict=True):
+            wrong = [
+                answer for answer, is_correct in zip(tries, marks, strict=True) if not is_correct
+            ]
             print(
                 f"  {sum(marks)}/{len(SEEDS)}  {case[0]}: {case[1]!r}" + f" -> {wrong}" * any(wrong)
             )
 
 
-def edited(model, instruction: str, text: str, seed: int) -> str:
-    """What a model makes of a text."""
+def edit_text(model, instruction: str, text: str, seed: int) -> str:
+    """Return the text as edited by a model."""
     encoding = model.tokenizer.encoding
     prompt = model.tokenizer.chat_template.encode(encoding, edit_messages(instruction, text))
     request = SequenceRequest(
         prompt=tuple(prompt),
         max_tokens=60,
         sampling_params=SamplingParams(
-            seed=seed, **generation_config.resolve_params({}, model.sampling)
+            seed=seed, **generation_config.resolve_params({}, model.default_sampling)
         ),
         stop_ids=model.tokenizer.stop_ids,
     )

@@ -1,16 +1,17 @@
-"""What pictures cost a server, and what they cost the others.
+"""Measure the time of image requests, and their effect on a streamed chat.
 
     python -m tests.bench.bench_images [--rounds 5] [--tokens 64]
 
-A server of emoji-64 and the default chat model, over a real socket, in these cases:
+A server with emoji-64 and the default chat model runs these cases over a socket:
 
-- one request for 1, 4 and 8 pictures;
-- eight requests at once, which share batches, beside eight with seeds, which share them with
-  nobody: the ratio is what drawing side by side is worth;
-- a streamed chat alone, and while four pictures at a time are being drawn: the median and the
-  longest time between two tokens.
+- one request for 1, 4 and 8 images;
+- eight concurrent requests, which share batches, and eight with seeds, which do not: the ratio is
+  the speedup of batching;
+- a streamed chat alone, and during requests for four images each: the median and the maximum time
+  between two tokens.
 
-All take turns in one run; the fastest round of each counts. The last line is one JSON object.
+The cases alternate in one run, and the fastest round of each counts. The last line of the output is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -47,26 +48,26 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def generate(address: str, count: int) -> None:
-    """One request for some pictures."""
+    """Request ``count`` images at once."""
     with OpenAI(base_url=f"{address}/v1", api_key="any") as client:
         client.images.generate(prompt="a red apple", n=count)
 
 
 def generate_concurrently(address: str, count: int, *, alone: bool) -> None:
-    """So many requests for a picture each."""
+    """Send ``count`` concurrent requests for one image each, with a seed if ``alone``."""
 
     async def main() -> None:
         async with AsyncOpenAI(base_url=f"{address}/v1", api_key="any") as client:
-            own = [{"seed": next(_seeds)} if alone else {} for _ in range(count)]
+            bodies = [{"seed": next(_seeds)} if alone else {} for _ in range(count)]
             await asyncio.gather(
-                *[client.images.generate(prompt="a red apple", extra_body=body) for body in own]
+                *[client.images.generate(prompt="a red apple", extra_body=body) for body in bodies]
             )
 
     asyncio.run(main())
 
 
 def gaps(address: str, tokens: int) -> np.ndarray:
-    """Milliseconds between the tokens of a streamed answer."""
+    """Return the milliseconds between the tokens of a streamed answer."""
     with OpenAI(base_url=f"{address}/v1", api_key="any") as client:
         stream = client.chat.completions.create(
             model=MODELS[0],
@@ -79,14 +80,14 @@ def gaps(address: str, tokens: int) -> np.ndarray:
 
 
 def gaps_meanwhile(address: str, tokens: int) -> np.ndarray:
-    """The same while pictures are being drawn."""
+    """Return the times of `gaps` while images are generated."""
     stop = threading.Event()
 
-    def keep_drawing() -> None:
+    def generate_images() -> None:
         while not stop.is_set():
             generate(address, 4)
 
-    thread = threading.Thread(target=keep_drawing)
+    thread = threading.Thread(target=generate_images)
     thread.start()
     try:
         return gaps(address, tokens)
@@ -96,20 +97,21 @@ def gaps_meanwhile(address: str, tokens: int) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
     args = parser.parse_args()
-    known, home = catalogue.load(), settings.data_folder()
-    places = [download.resolve_model(id, known, home, notify=print) for id in MODELS]
+    models, home = catalogue.load(), settings.data_folder()
+    model_files = [download.resolve_model(id, models, home, notify=print) for id in MODELS]
     with tempfile.TemporaryDirectory() as scratch:
-        cards = [
+        specs = [
             resolve.describe(
-                p, LoadOptions(cache_budget=2**28, dtype="auto", home=Path(scratch), notify=print)
+                files,
+                LoadOptions(cache_budget=2**28, dtype="auto", home=Path(scratch), notify=print),
             )
-            for p in places
+            for files in model_files
         ]
-        registry = Registry(cards, known.aliases)
+        registry = Registry(specs, models.aliases)
         registry.load(registry.default)
         app = create_app(ServerSettings(home=Path(scratch)), registry)
         with scripted.serve_app(app) as address:
@@ -126,23 +128,25 @@ def measure(address: str, rounds: int, tokens: int) -> dict[str, float]:
         "8 requests that share": lambda: generate_concurrently(address, 8, alone=False),
         "8 requests with seeds": lambda: generate_concurrently(address, 8, alone=True),
     }
-    for work in cases.values():  # compiles
+    for work in cases.values():  # compile
         work()
     gaps(address, 4)
     best: dict[str, float] = {}
     for _ in range(rounds):
         for name, work in cases.items():
             best[name] = min(seconds(work), best.get(name, float("inf")))
-        for name, found in (
+        for name, times in (
             ("chat alone", gaps(address, tokens)),
             ("chat meanwhile", gaps_meanwhile(address, tokens)),
         ):
-            for what, value in (("median", np.median(found)), ("longest", found.max())):
-                key = f"{name}, {what} ms"
+            for statistic, value in (("median", np.median(times)), ("longest", times.max())):
+                key = f"{name}, {statistic} ms"
                 best[key] = min(float(value), best.get(key, float("inf")))
     for name, value in best.items():
         print(f"{name:32} {value:8.2f}" + ("" if name.endswith("ms") else " s"))
-    print(f"side by side: x{best['8 requests with seeds'] / best['8 requests that share']:.2f}")
+    print(
+        f"speedup of batching: x{best['8 requests with seeds'] / best['8 requests that share']:.2f}"
+    )
     return best
 
 

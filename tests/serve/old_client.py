@@ -1,4 +1,4 @@
-"""`openai` 0.27.10, the client of 2023: in a process of its own, for today's has the same name."""
+"""The client of 2023, `openai` 0.27.10, in its own process, because today's has the same name."""
 
 import json
 import os
@@ -14,7 +14,7 @@ PIP = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version
 
 
 def install() -> Path:
-    """The folder that holds the client, beside this Python's own packages; made at first use."""
+    """Install the client in a folder beside this Python's packages, once; return the folder."""
     folder = Path(sys.prefix) / "openai-2023"
     done = folder / REQUIREMENTS.name
     if done.is_file() and done.read_text() == REQUIREMENTS.read_text():
@@ -30,7 +30,7 @@ def install() -> Path:
 
 
 class OldClient:
-    """Runs snippets and commands with the old client, against one server."""
+    """Run snippets and commands with the old client against one server."""
 
     def __init__(self, folder: Path, address: str, key: str = "any"):
         self.folder = folder
@@ -43,12 +43,12 @@ class OldClient:
         }
 
     def run(self, code: str) -> Any:
-        """What a snippet leaves in `answer`, by way of JSON; `openai` is imported already."""
+        """Run a snippet with `openai` imported; return the value of its variable `answer`."""
         code = f"import json, openai\n{code}\nprint(json.dumps(answer))"
         return json.loads(self._run([sys.executable, "-c", code]))
 
     def command(self, *arguments: str) -> str:
-        """What `openai ARGUMENTS...` prints."""
+        """Return the output of `openai ARGUMENTS...`."""
         return self._run([sys.executable, str(self.folder / "bin" / "openai"), *arguments])
 
     def _run(self, command: list[str]) -> str:

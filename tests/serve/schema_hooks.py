@@ -1,4 +1,4 @@
-"""For schemathesis: most requests it makes up are about a model that exists."""
+"""Hooks for schemathesis: most generated requests name a model that exists."""
 
 import schemathesis
 

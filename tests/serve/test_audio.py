@@ -1,4 +1,4 @@
-"""POST /v1/audio/transcriptions and translations, and `pellucid transcribe`, over a real socket."""
+"""Test the audio routes and `pellucid transcribe` over a socket."""
 
 import io
 import json
@@ -72,7 +72,7 @@ def post(address, file=("a.wav", b"RIFF"), route="transcriptions", **fields):
     return httpx.post(url, data={"model": MODEL} | fields, files=files, timeout=120)
 
 
-def test_json(client):
+def test_json_response_has_text_and_usage(client):
     answer = transcribe(client)
     assert answer.text == TEXT
     assert answer.usage.type == "duration"
@@ -80,14 +80,14 @@ def test_json(client):
     assert answer.logprobs is None
 
 
-def test_logprobs(client):
+def test_json_with_logprobs_lists_tokens(client):
     answer = transcribe(client, include=["logprobs"])
     assert "".join(item.token for item in answer.logprobs).strip() == TEXT
     assert all(item.logprob <= 0 for item in answer.logprobs)
     assert bytes(int(b) for item in answer.logprobs for b in item.bytes).decode().strip() == TEXT
 
 
-def test_answers_are_as_described(speech_address, client):
+def test_responses_match_schema(speech_address, client):
     description = httpx.get(f"{speech_address}/openapi.json").json()
     for route in ("transcriptions", "translations"):
         operation = description["paths"][f"/v1/audio/{route}"]["post"]
@@ -109,7 +109,7 @@ def test_answers_are_as_described(speech_address, client):
         SpeechEvent.model_validate_json(data, strict=True)
 
 
-def test_text_and_subtitles(client):
+def test_text_and_subtitle_formats_match_command(client):
     assert transcribe(client, response_format="text") == TEXT + "\n"
     srt = transcribe(client, response_format="srt")
     assert srt.startswith("1\n00:00:00,") and " --> 00:00:0" in srt and TEXT in srt
@@ -117,7 +117,7 @@ def test_text_and_subtitles(client):
     assert vtt.startswith("WEBVTT\n\n00:00:00.")
 
 
-def test_verbose(client):
+def test_verbose_json_has_segments(client):
     answer = transcribe(client, response_format="verbose_json")
     assert (answer.language, answer.duration, answer.text) == ("english", 5.3, TEXT)
     (segment,) = answer.segments
@@ -126,7 +126,7 @@ def test_verbose(client):
     assert answer.words is None
 
 
-def test_words(client):
+def test_verbose_json_with_words_has_timestamps(client):
     answer = transcribe(
         client, response_format="verbose_json", timestamp_granularities=["word", "segment"]
     )
@@ -139,7 +139,7 @@ def test_words(client):
     assert only.segments is None and len(only.words) == len(answer.words)
 
 
-def test_streamed_equals_whole(client):
+def test_streamed_text_equals_whole_text(client):
     *deltas, done = transcribe(client, stream=True)
     assert {event.type for event in deltas} == {"transcript.text.delta"}
     assert "".join(event.delta for event in deltas) == TEXT
@@ -154,8 +154,8 @@ def test_streamed_equals_whole(client):
 
 
 @pytest.mark.slow
-def test_text_of_a_long_stream_arrives_as_windows_finish(client):
-    """Four windows were decoded at once, and all text arrived at the end."""
+def test_long_stream_sends_text_per_window(client):
+    """Four windows were decoded in one batch, so all text arrived at the end."""
     samples, rate = soundfile.read(CLIP)
     sound = np.concatenate([samples, np.zeros(rate)] * 15)  # 95 seconds: four windows
     started, arrivals = time.perf_counter(), []
@@ -164,7 +164,7 @@ def test_text_of_a_long_stream_arrives_as_windows_finish(client):
     assert len(arrivals) > 8 and arrivals[3] < 0.7 * arrivals[-1], arrivals
 
 
-def test_a_long_sound_in_batches(client):
+def test_long_audio_is_decoded_in_batches(client):
     samples, rate = soundfile.read(CLIP)
     pause = np.zeros(rate * 4)
     many = np.concatenate([part for _ in range(7) for part in (samples, pause)])  # 65 s
@@ -175,7 +175,7 @@ def test_a_long_sound_in_batches(client):
 
 
 def bursts(kind):
-    """Noise that comes and goes, in a quiet room."""
+    """Return noise bursts in a quiet room."""
     rng = np.random.default_rng(0)
     sound = rng.normal(0, 1e-4, 12 * 16_000)
     for second in (2, 7):
@@ -184,7 +184,7 @@ def bursts(kind):
 
 
 def notes():
-    """A melody on a piano that has only overtones, with rests: it moves as speech does."""
+    """Return a melody of overtones with rests, which resembles speech."""
     rng, t = np.random.default_rng(0), np.arange(4800) / 16_000
     parts = []
     for _ in range(12):
@@ -208,20 +208,20 @@ def notes():
     ],
     ids=["silence", "hiss", "noise", "white bursts", "pink bursts", "hum bursts", "notes"],
 )
-def test_silence_and_noise_yield_no_text(client, sound):
+def test_silence_and_noise_give_no_text(client, sound):
     answer = transcribe(client, wav(np.clip(sound, -1, 1)), response_format="verbose_json")
     assert (answer.text, answer.segments) == ("", [])
 
 
 def quiet_speech(seconds):
-    """Speech of about 70 dB below full scale."""
+    """Test speech of about 70 dB below full scale."""
     return np.resize(soundfile.read(CLIP)[0], seconds * 16_000) * 10 ** (-70 / 20)
 
 
 @pytest.mark.parametrize("route", ["transcriptions", "translations"])
 @pytest.mark.parametrize("kind", ["silence", "white", "pink", "tone"])
-def test_long_sounds_without_speech(speech_address, kind, route):
-    """More than 60 seconds without speech were a division by zero, and a 500."""
+def test_long_audio_without_speech_gives_no_text(speech_address, kind, route):
+    """More than 60 seconds without speech caused a division by zero and a 500."""
     rng, num = np.random.default_rng(0), 61 * 16_000
     sound = {
         "silence": lambda: np.zeros(num),
@@ -240,7 +240,7 @@ def test_long_sounds_without_speech(speech_address, kind, route):
     assert events.is_success and "transcript.text.done" in events.text
 
 
-def test_long_speech_that_is_hardly_to_be_heard(client):
+def test_faint_long_speech_is_transcribed(client):
     quiet = quiet_speech(61)
     assert transcribe(client, wav(quiet), response_format="verbose_json").duration == 61
 
@@ -250,7 +250,7 @@ def test_long_speech_that_is_hardly_to_be_heard(client):
     [("a.wav", b""), ("a.mp3", b"I am no sound"), ("a.flac", CLIP.read_bytes()[:60])],
     ids=["empty", "text", "truncated"],
 )
-def test_what_is_not_sound(client, file):
+def test_file_without_audio_is_refused(client, file):
     with pytest.raises(openai.BadRequestError) as error:
         transcribe(client, file)
     assert (error.value.type, error.value.param) == ("invalid_request_error", "file")
@@ -260,20 +260,20 @@ def test_what_is_not_sound(client, file):
 
 @pytest.mark.parametrize("type", ["audio/wav", "text/plain", "application/octet-stream", "video/x"])
 @pytest.mark.parametrize("name", ["a.wav", "a.mp3", "a", "a.txt", "../a.m4a", "\u00e4.docx"])
-def test_name_and_content_type_do_not_matter(speech_address, name, type):
+def test_name_and_content_type_are_ignored(speech_address, name, type):
     answer = post(speech_address, (name, CLIP.read_bytes(), type))
     assert answer.json()["text"] == TEXT
 
 
-def test_every_part_of_a_joined_file(client):
-    """Everything behind the first part was lost, with a 200."""
+def test_chained_ogg_is_read_completely(client):
+    """Everything after the first part was lost without an error."""
     other = (GOLDEN / "austen-0880.flac").read_bytes()
     answer = transcribe(client, ("a.flac", CLIP.read_bytes() + other))
     assert "rather selfish" in answer.text and "young man" in answer.text
 
 
-def test_a_film_under_another_name(client):
-    """PyAV writes AAC into MP4; the name says mp3, and nobody believes it."""
+def test_video_with_audio_suffix_is_refused(client):
+    """PyAV writes AAC in MP4 under a name that ends in mp3."""
     av = pytest.importorskip("av")
     samples, rate = soundfile.read(CLIP, dtype="float32")
     file = io.BytesIO()
@@ -290,7 +290,7 @@ def old(speech_address):
     return OldClient(install(), speech_address)
 
 
-def test_the_client_of_2023(old):
+def test_client_of_2023_transcribes(old):
     call = f"answer = openai.Audio.transcribe('whisper-1', open({str(CLIP)!r}, 'rb')"
     assert old.run(f"{call})")["text"] == TEXT
     assert old.run(f"{call}, response_format='text')") == TEXT + "\n"
@@ -301,7 +301,7 @@ def test_the_client_of_2023(old):
     assert json.loads(said)["text"] == TEXT
 
 
-def test_errors_are_the_old_clients_own(old):
+def test_errors_raise_exceptions_of_old_client(old):
     for call, fields in (
         (
             f"transcribe('whisper-1', open({str(GOLDEN / 'README.md')!r}, 'rb'))",
@@ -323,7 +323,7 @@ def test_errors_are_the_old_clients_own(old):
         assert found == fields
 
 
-def test_one_sample_and_odd_shapes(client):
+def test_short_and_odd_audio_is_accepted(client):
     assert transcribe(client, wav(np.zeros(1))).text == ""
     samples, rate = soundfile.read(CLIP)
     eight = np.repeat(samples, 12)[:, None].repeat(8, axis=1)[: 192_000 * 2]
@@ -348,15 +348,15 @@ def test_one_sample_and_odd_shapes(client):
         ({"stream": "maybe"}, "stream", "invalid_value", ["boolean"]),
     ],
 )
-def test_fields_that_cannot_be_meant(speech_address, fields, param, code, facts):
+def test_invalid_fields_are_refused(speech_address, fields, param, code, facts):
     answer = post(speech_address, **fields)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, param, code), error
     assert names(error["message"], *facts)
 
 
-def test_field_given_twice_is_refused(speech_address):
-    """The last one counted, and the first was dropped in silence."""
+def test_repeated_field_is_refused(speech_address):
+    """The last value was used, and the first was dropped without an error."""
     form = {"model": [MODEL, MULTILINGUAL], "language": ["en", "en"]}
     with CLIP.open("rb") as file:
         answer = httpx.post(
@@ -366,8 +366,8 @@ def test_field_given_twice_is_refused(speech_address):
     assert (answer.status_code, error["param"], error["code"]) == (400, "model", "invalid_form")
 
 
-def test_empty_fields_are_not_given(speech_address):
-    """`language=` and the like were 400s; web pages send all fields of a form."""
+def test_empty_fields_count_as_absent(speech_address):
+    """Empty fields such as `language=` were refused with 400; web pages send all fields."""
     names = ("prompt", "response_format", "temperature", "language", "stream", "user")
     lists = ("timestamp_granularities[]", "include[]", "keywords[]", "timestamp_granularities")
     for text in ("", "  "):
@@ -381,7 +381,7 @@ def test_empty_fields_are_not_given(speech_address):
     assert answer.status_code == 200 and "segments" not in answer.json()
 
 
-def test_other_requests_that_cannot_be_answered(speech_address):
+def test_invalid_requests_are_refused(speech_address):
     assert post(speech_address, file=None).json()["error"]["code"] == "invalid_form"  # none
     empty = post(speech_address, file=("", b"")).json()["error"]
     assert (empty["param"], empty["code"]) == ("file", "missing_required_parameter")
@@ -403,7 +403,7 @@ def pellucid(*args):
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
-def test_the_command_writes_every_format(tmp_path, model_file):
+def test_command_writes_every_format(tmp_path, model_file):
     speech = f"tiny={model_file(MODEL)}"
     done = pellucid("transcribe", CLIP, "--model", speech, "--dtype", "float32", "--stats")
     assert (done.returncode, done.stdout) == (0, TEXT + "\n"), done.stderr
@@ -418,8 +418,8 @@ def test_the_command_writes_every_format(tmp_path, model_file):
     assert (tmp_path / "austen-0880.json").exists()
 
 
-def test_the_command_reports_each_file_and_goes_on(tmp_path, model_file):
-    """A silent file ended the command with a traceback, and the files behind it were not read."""
+def test_command_continues_after_bad_file(tmp_path, model_file):
+    """A silent file ended the command with a traceback, and later files were not read."""
     silent, text, joined = (tmp_path / name for name in ("silent.wav", "text.mp3", "joined.flac"))
     silent.write_bytes(wav(np.zeros(19_200))[1])
     text.write_text("I am no sound")
@@ -439,7 +439,7 @@ def test_the_command_reports_each_file_and_goes_on(tmp_path, model_file):
     assert done.returncode == 0 and not picture.exists() and picture.name in done.stderr
 
 
-def test_the_command_overwrites_no_document(tmp_path):
+def test_command_never_overwrites_documents(tmp_path):
     files = [tmp_path / "a.wav", tmp_path / "a.flac"]
     for file in files:
         file.write_bytes(CLIP.read_bytes())
@@ -447,7 +447,7 @@ def test_the_command_overwrites_no_document(tmp_path):
     assert done.returncode == 2 and not (tmp_path / "out").exists()
 
 
-def test_the_command_says_what_is_wrong(tmp_path):
+def test_command_with_invalid_arguments_fails(tmp_path):
     absent = pellucid("transcribe", "nothing.wav")
     assert absent.returncode == 3 and names(absent.stderr, "nothing.wav")
     wrong = pellucid("transcribe", CLIP, "--format", "docx")

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions through the official client, on a real socket."""
+"""Test POST /v1/chat/completions with the official client over a socket."""
 
 import asyncio
 
@@ -19,7 +19,7 @@ def prompt_of(engine):
     return encoding.decode(engine.requests[-1].prompt)
 
 
-def test_a_message_in_a_message_out(strict):
+def test_request_with_message_returns_message(strict):
     answer = create(strict)
     assert answer.object == "chat.completion" and answer.id.startswith("chatcmpl-")
     assert answer.model == "scripted" and answer.system_fingerprint == "fp_scripted"
@@ -32,13 +32,13 @@ def test_a_message_in_a_message_out(strict):
     assert answer._request_id.startswith("req_")
 
 
-def test_required_keys_are_there_even_if_null(http):
+def test_response_has_required_keys_even_if_null(http):
     body = {"model": "scripted", "messages": [{"role": "user", "content": "x"}]}
     choice = http.post("/v1/chat/completions", json=body).json()["choices"][0]
     assert choice["logprobs"] is None and choice["message"]["refusal"] is None
 
 
-def test_roles_and_text_parts_reach_the_template(strict, engine):
+def test_template_gets_roles_and_text_parts(strict, engine):
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     messages = [
         {"role": "developer", "content": "Be brief."},
@@ -54,23 +54,23 @@ def test_roles_and_text_parts_reach_the_template(strict, engine):
     )
 
 
-def test_a_user_cannot_spell_a_special_token(strict, engine):
+def test_special_token_in_message_is_encoded_as_text(strict, engine):
     create(strict, "<|im_end|>")
     assert engine.requests[-1].prompt.count(IM_END) == 1  # the template's own
 
 
-def test_the_answer_may_fill_the_context_and_no_more(strict):
+def test_answer_without_limit_fills_the_context(strict):
     answer = create(strict, "endless")
     assert answer.usage.total_tokens == CONTEXT and answer.choices[0].finish_reason == "length"
 
 
-def test_max_completion_tokens_wins(strict):
+def test_max_completion_tokens_overrides_max_tokens(strict):
     assert create(strict, "endless", max_tokens=9).usage.completion_tokens == 9
     answer = create(strict, "endless", max_tokens=9, max_completion_tokens=4)
     assert answer.usage.completion_tokens == 4
 
 
-def test_choices_differ_under_one_seed_and_repeat_exactly(strict):
+def test_choices_with_one_seed_differ_and_repeat(strict):
     def texts():
         choices = create(strict, "seed", n=3, seed=-5).choices
         return [choice.message.content for choice in choices]
@@ -78,7 +78,7 @@ def test_choices_differ_under_one_seed_and_repeat_exactly(strict):
     assert texts() == texts() == ["-5/0", "-5/1", "-5/2"]
 
 
-def test_logprobs(strict):
+def test_logprobs_list_tokens_and_alternatives(strict):
     content = create(strict, logprobs=True, top_logprobs=2).choices[0].logprobs.content
     assert b"".join(bytes(entry.bytes) for entry in content).decode() == HELLO
     assert content[0].token == "H" and content[0].logprob == -0.25
@@ -86,13 +86,13 @@ def test_logprobs(strict):
     assert content[8].token == r"bytes:\xc3" and content[8].bytes == [0xC3]
 
 
-def test_logprobs_alone_and_with_a_stop_string(strict):
+def test_logprobs_with_stop_string_match_the_text(strict):
     choice = create(strict, logprobs=True, stop="wör").choices[0]
     assert all(entry.top_logprobs == [] for entry in choice.logprobs.content)
     assert "".join(entry.token for entry in choice.logprobs.content) == choice.message.content
 
 
-def test_a_stream_begins_with_the_role_and_ends_with_the_reason(strict):
+def test_stream_starts_with_role_and_ends_with_finish_reason(strict):
     chunks = [*create(strict, "emoji", stream=True)]
     assert len({(c.id, c.created, c.model, c.system_fingerprint) for c in chunks}) == 1
     deltas = [chunk.choices[0].delta.model_dump(exclude_unset=True) for chunk in chunks]
@@ -101,7 +101,7 @@ def test_a_stream_begins_with_the_role_and_ends_with_the_reason(strict):
     assert reasons == [None] * 4 + ["stop"]
 
 
-def test_streamed_equals_not_streamed(strict):
+def test_streamed_answer_equals_whole_answer(strict):
     options = {"n": 3, "stop": ["Bye"], "logprobs": True, "top_logprobs": 1}
     whole = create(strict, **options)
     texts, entries = [""] * 3, [[], [], []]
@@ -116,14 +116,14 @@ def test_streamed_equals_not_streamed(strict):
     assert last.choices == [] and last.usage == whole.usage
 
 
-def test_the_clients_stream_helper(strict):
+def test_stream_helper_of_client_works(strict):
     messages = [{"role": "user", "content": "hello"}]
     with strict.chat.completions.stream(model="scripted", messages=messages) as stream:
         text = "".join(event.delta for event in stream if event.type == "content.delta")
         assert text == stream.get_final_completion().choices[0].message.content == HELLO
 
 
-def test_the_async_client_and_many_at_once(address, engine):
+def test_async_client_with_many_requests_works(address, engine):
     async def ask():
         async with AsyncOpenAI(base_url=f"{address}/v1", api_key="any") as client:
             return await asyncio.gather(*(create(client, "seed", seed=n) for n in range(20)))
@@ -135,7 +135,7 @@ def test_the_async_client_and_many_at_once(address, engine):
     assert engine.running == 0
 
 
-def test_accepted_and_ignored(strict):
+def test_inapplicable_fields_are_ignored(strict):
     answer = create(
         strict,
         user="ann",
@@ -193,13 +193,13 @@ AUDIO = {"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}
         ("messages[0].content[0].type", {"messages": [{"role": "user", "content": [AUDIO]}]}),
     ],
 )
-def test_what_is_not_supported_yet_says_so(strict, param, options):
+def test_unsupported_fields_are_refused_by_name(strict, param, options):
     with pytest.raises(BadRequestError) as caught:
         create(strict, **options)
     assert caught.value.param == param and caught.value.code == "unsupported_value"
 
 
-def test_a_model_without_a_chat_template(strict):
+def test_model_without_chat_template_is_404(strict):
     # OpenAI's own sentence: there is no code for it.
     with pytest.raises(NotFoundError, match="This is not a chat model") as caught:
         strict.chat.completions.create(model="base", messages=[{"role": "user", "content": "x"}])
@@ -207,7 +207,7 @@ def test_a_model_without_a_chat_template(strict):
 
 
 @pytest.mark.parametrize(("id", "reason"), [("picky", "roles must alternate"), ("hostile", None)])
-def test_a_template_that_refuses_or_never_ends(strict, id, reason):
+def test_template_that_fails_or_never_ends_is_400(strict, id, reason):
     with pytest.raises(BadRequestError, match=reason) as caught:
         strict.chat.completions.create(model=id, messages=[{"role": "user", "content": "x"}])
     assert caught.value.param == "messages" and caught.value.code == "invalid_value"

@@ -1,4 +1,4 @@
-"""The client of 2023 and its command line, unmodified, through every endpoint it has of these."""
+"""Test the unmodified client of 2023 and its command line with every endpoint it supports."""
 
 import pytest
 from openai import OpenAI
@@ -18,11 +18,11 @@ def old(address):
     return OldClient(install(), address)
 
 
-def test_it_is_the_old_one(old):
+def test_client_version_is_0_27(old):
     assert old.run("answer = openai.version.VERSION") == "0.27.10"
 
 
-def test_completions(old):
+def test_completions_work(old):
     answer = old.run(
         "answer = openai.Completion.create(model='scripted', prompt=['hello', 'emoji'], n=2,"
         " best_of=3, max_tokens=40, logprobs=2, echo=True, user='ann')"
@@ -38,7 +38,7 @@ def test_completions(old):
     assert answer["usage"]["completion_tokens"] == 3 * (LENGTH + 12)
 
 
-def test_completions_with_an_engine_and_token_ids(old, engine):
+def test_completions_with_engine_and_token_ids_work(old, engine):
     answer = old.run(
         "answer = openai.Completion.create(engine='scripted', prompt=[101, 109, 111, 106, 105])"
     )
@@ -47,14 +47,14 @@ def test_completions_with_an_engine_and_token_ids(old, engine):
     assert answer["model"] == "scripted"
 
 
-def test_insertion(old):
+def test_completions_with_suffix_work(old):
     answer = old.run(
         "answer = openai.Completion.create(model='filling', prompt='emoji(', suffix=') end')"
     )
     assert answer["choices"][0]["text"] == "filled in"
 
 
-def test_streams(old):
+def test_streams_work(old):
     pieces = old.run(
         "answer = [part.choices[0].text for part in"
         " openai.Completion.create(model='scripted', prompt='emoji', stream=True)]"
@@ -68,7 +68,7 @@ def test_streams(old):
 
 
 @pytest.mark.parametrize("name", ["model", "engine"])
-def test_chat(old, name):
+def test_chat_works(old, name):
     answer = old.run(
         f"answer = openai.ChatCompletion.create({name}='scripted',"
         " messages=[{'role': 'user', 'content': 'hi'}], temperature=0, logit_bias={65: -100})"
@@ -77,7 +77,7 @@ def test_chat(old, name):
     assert answer["choices"][0]["finish_reason"] == "stop"
 
 
-def test_the_asynchronous_client(old):
+def test_async_client_works(old):
     texts = old.run(
         "import asyncio\n"
         "async def main():\n"
@@ -91,7 +91,7 @@ def test_the_asynchronous_client(old):
 
 
 @pytest.mark.parametrize("name", ["model", "engine"])
-def test_edits(old, engine, name):
+def test_edits_work(old, engine, name):
     answer = old.run(
         f"answer = openai.Edit.create({name}='scripted', input='What day of the wek is it?',"
         " instruction='Fix the spelling mistakes', n=2, temperature=0)"
@@ -102,7 +102,7 @@ def test_edits(old, engine, name):
     assert answer["usage"]["completion_tokens"] == 2 * LENGTH
 
 
-def test_models_and_engines(old):
+def test_models_and_engines_are_listed(old):
     ids = old.run("answer = [model.id for model in openai.Model.list().data]")
     assert "scripted" in ids
     assert old.run("answer = openai.Model.retrieve('org/with-slash').id") == "org/with-slash"
@@ -112,7 +112,7 @@ def test_models_and_engines(old):
     assert old.run("answer = openai.Engine.retrieve('org/with-slash').id") == "org/with-slash"
 
 
-def test_deleting_a_model(tmp_path):
+def test_model_is_deleted(tmp_path):
     own = "ft:scripted:me::old"
     adapters.adapter_folder(tmp_path, own).mkdir(parents=True)
     with scripted.serve_models(scripted.model(), scripted.model(own), home=tmp_path) as address:
@@ -122,8 +122,8 @@ def test_deleting_a_model(tmp_path):
         assert old.run("answer = [model.id for model in openai.Model.list().data]") == ["scripted"]
 
 
-def test_what_the_client_has_no_name_for(old, address):
-    """The tokenizer's routes are no part of OpenAI's API; clients reach them by their paths."""
+def test_unnamed_routes_work(old, address):
+    """Tokenizer routes are not in OpenAI's API, so clients call them by their paths."""
     both = old.run(
         "ask = openai.api_requestor.APIRequestor(api_base=openai.api_base[:-3]).request\n"
         "cut = ask('post', '/tokenize', {'model': 'scripted', 'prompt': 'höher'})[0].data\n"
@@ -186,7 +186,7 @@ def test_what_the_client_has_no_name_for(old, address):
         ),
     ],
 )
-def test_errors_are_the_clients_own(old, call, kind, status, type, code):
+def test_errors_raise_client_exceptions(old, call, kind, status, type, code):
     found = old.run(
         f"try:\n    {call}\nexcept openai.error.OpenAIError as error:\n"
         "    sent = error.json_body['error']\n"
@@ -195,7 +195,7 @@ def test_errors_are_the_clients_own(old, call, kind, status, type, code):
     assert found == [kind, status, type, code]
 
 
-def test_the_command_line(old):
+def test_command_line_works(old):
     assert '"id": "scripted"' in old.command("api", "models.list")
     assert '"id": "scripted"' in old.command("api", "models.get", "-i", "scripted")
     assert '"ready": true' in old.command("api", "engines.list")

@@ -1,4 +1,4 @@
-"""POST /v1/completions through the official client, on a real socket."""
+"""Test POST /v1/completions with the official client over a socket."""
 
 import asyncio
 from contextlib import aclosing
@@ -19,7 +19,7 @@ def create(client, prompt="Say hello", **options):
     return client.completions.create(model="scripted", prompt=prompt, **options)
 
 
-def test_text_in_text_out(strict):
+def test_prompt_text_returns_completion(strict):
     answer = create(strict)
     assert answer.object == "text_completion" and answer.id.startswith("cmpl-")
     assert answer.model == "scripted" and answer.system_fingerprint == "fp_scripted"
@@ -31,25 +31,25 @@ def test_text_in_text_out(strict):
     assert usage.prompt_tokens_details.cached_tokens == 0
 
 
-def test_an_alias_answers_with_the_models_own_name(strict):
+def test_alias_returns_model_id(strict):
     answer = strict.completions.create(model="gpt-4", prompt="x", max_tokens=100)
     assert answer.model == "scripted" and answer.choices[0].text == HELLO
 
 
-def test_sixteen_tokens_unless_told_otherwise(strict):
+def test_default_limit_is_sixteen_tokens(strict):
     answer = strict.completions.create(model="scripted", prompt="endless")
     assert answer.usage.completion_tokens == 16
     assert answer.choices[0].finish_reason == "length"
 
 
-def test_zero_tokens_are_computed_by_nobody(strict, engine):
+def test_zero_tokens_need_no_engine(strict, engine):
     before = len(engine.requests)
     answer = create(strict, max_tokens=0)
     assert answer.choices[0].text == "" and answer.choices[0].finish_reason == "length"
     assert len(engine.requests) == before
 
 
-def test_prompts_and_choices_are_numbered_prompt_by_prompt(strict):
+def test_choices_of_many_prompts_are_numbered_by_prompt(strict):
     answer = create(strict, ["seed", "hello", "emoji"], n=2, seed=7)
     texts = [choice.text for choice in answer.choices]
     assert texts == ["7/0", "7/1", HELLO, HELLO, "😀😀😀", "😀😀😀"]
@@ -59,42 +59,45 @@ def test_prompts_and_choices_are_numbered_prompt_by_prompt(strict):
 
 
 @pytest.mark.parametrize("prompt", [list(b"emoji"), [list(b"emoji"), list(b"hello")]])
-def test_token_ids(strict, prompt):
+def test_token_ids_as_prompt_are_decoded(strict, prompt):
     answer = create(strict, prompt)
     assert [choice.text for choice in answer.choices] == ["😀😀😀", HELLO][: len(answer.choices)]
 
 
 @pytest.mark.parametrize("prompt", ["", None])
-def test_nothing_is_the_start_of_a_document(strict, engine, prompt):
+def test_empty_prompt_is_start_of_document(strict, engine, prompt):
     create(strict, prompt)
     assert engine.requests[-1].prompt == (END_OF_TEXT,)
 
 
-def test_special_tokens_in_a_prompt_are_special(strict):
+def test_special_tokens_in_prompt_are_encoded_as_special(strict):
     assert create(strict, "<|im_start|> special").choices[0].text == str(IM_START)
 
 
-def test_settings_reach_the_engine(strict, engine):
+def test_engine_gets_sampling_settings(strict, engine):
     settings = {"temperature": 0.5, "top_p": 0.25, "presence_penalty": 1, "frequency_penalty": -2}
     extensions = {"top_k": 3, "min_p": 0.125, "repetition_penalty": 1.5}
     bias = {"65": -100, "258": 2.5}
     create(strict, **settings, logit_bias=bias, seed=11, max_tokens=5, extra_body=extensions)
     request = engine.requests[-1]
     for name, value in {**settings, **extensions, "seed": 11}.items():
-        assert getattr(request.sampling, name) == value, name
-    assert request.sampling.logit_bias == {65: -100, 258: 2.5}
+        assert getattr(request.sampling_params, name) == value, name
+    assert request.sampling_params.logit_bias == {65: -100, 258: 2.5}
     assert request.max_tokens == 5 and request.top_logprobs is None
 
 
-def test_null_is_not_given(http, engine):
+def test_null_counts_as_absent(http, engine):
     names = ["temperature", "top_p", "n", "stop", "seed", "logprobs", "logit_bias", "stream"]
     names += ["stream_options", "suffix", "echo", "best_of", "presence_penalty", "max_tokens"]
     body = {"model": "scripted", "prompt": "hello", **dict.fromkeys(names)}
     assert http.post("/v1/completions", json=body).status_code == 200
-    assert engine.requests[-1].sampling.temperature == 1 and engine.requests[-1].max_tokens == 16
+    assert (
+        engine.requests[-1].sampling_params.temperature == 1
+        and engine.requests[-1].max_tokens == 16
+    )
 
 
-def test_without_a_seed_every_request_draws_one(strict):
+def test_requests_without_seed_get_different_seeds(strict):
     texts = {create(strict, "seed").choices[0].text for _ in range(4)}
     assert len(texts) == 4
 
@@ -102,13 +105,13 @@ def test_without_a_seed_every_request_draws_one(strict):
 @pytest.mark.parametrize(
     ("stop", "text"), [("wör", "Hello, "), ([", w", "l"], "He"), (["😀"], "Hello, wörld! ")]
 )
-def test_stop_strings(strict, engine, stop, text):
+def test_stop_strings_end_the_text(strict, engine, stop, text):
     answer = create(strict, stop=stop)
     assert answer.choices[0].text == text and answer.choices[0].finish_reason == "stop"
     assert engine.running == 0
 
 
-def test_logprobs_line_up_with_the_text(strict):
+def test_logprobs_match_text_and_offsets(strict):
     logprobs = create(strict, logprobs=2).choices[0].logprobs
     assert len(logprobs.tokens) == LENGTH + 1
     assert logprobs.tokens[-1] == "<|im_end|>", "what ended the text, though no part of it"
@@ -119,13 +122,13 @@ def test_logprobs_line_up_with_the_text(strict):
     assert logprobs.top_logprobs[0] == {"H": -0.25, "A": -2.5}
 
 
-def test_logprobs_0_is_the_chosen_token_alone_and_impossible_is_a_number(strict):
+def test_logprobs_zero_lists_chosen_token_and_clamps_infinity(strict):
     assert create(strict, logprobs=0).choices[0].logprobs.top_logprobs[0] == {"H": -0.25}
     top = create(strict, logprobs=3).choices[0].logprobs.top_logprobs[0]
     assert top[r"bytes:\xff"] == -9999.0
 
 
-def test_streamed_equals_not_streamed(loose):
+def test_streamed_completion_equals_whole_completion(loose):
     options = {"n": 2, "logprobs": 1, "stop": "Bye", "max_tokens": 60, "prompt": ["hello", "emoji"]}
     whole = create(loose, **options)
     texts, tokens = [""] * 4, [[], [], [], []]
@@ -144,7 +147,7 @@ def test_streamed_equals_not_streamed(loose):
         assert reasons[choice.index] == choice.finish_reason
 
 
-def test_usage_comes_last_when_asked_for(loose):
+def test_stream_with_include_usage_ends_with_usage(loose):
     options = {"stream": True, "stream_options": {"include_usage": True}}
     *chunks, last = create(loose, ["hello", "emoji"], **options)
     assert all(chunk.choices and chunk.usage is None for chunk in chunks)
@@ -152,7 +155,7 @@ def test_usage_comes_last_when_asked_for(loose):
     assert last.usage.prompt_tokens == 10 and last.usage.completion_tokens == LENGTH + 12
 
 
-def test_a_stream_on_the_wire(http):
+def test_stream_bytes_are_server_sent_events(http):
     body = {"model": "scripted", "prompt": "emoji", "stream": True}
     body |= {"stream_options": {"include_usage": True}}
     response = http.post("/v1/completions", json=body)
@@ -166,17 +169,17 @@ def test_a_stream_on_the_wire(http):
     assert "\\u" not in response.text and "\ufffd" not in response.text
 
 
-def test_completion_fills_the_context_exactly(strict):
+def test_max_tokens_may_fill_the_context_exactly(strict):
     answer = create(strict, "endless", max_tokens=CONTEXT - len("endless"))
     assert answer.usage.total_tokens == CONTEXT
 
 
-def test_the_default_shrinks_to_what_is_left(strict):
+def test_default_limit_shrinks_to_remaining_context(strict):
     answer = strict.completions.create(model="scripted", prompt="endless".rjust(CONTEXT - 3))
     assert answer.usage.completion_tokens == 3
 
 
-def test_echo_begins_with_the_prompt(strict, engine):
+def test_echo_starts_with_prompt(strict, engine):
     for prompt in ("Say hello, ö", list("Say hello, ö".encode())):
         answer = create(strict, prompt, echo=True)
         assert answer.choices[0].text == "Say hello, ö" + HELLO
@@ -186,17 +189,17 @@ def test_echo_begins_with_the_prompt(strict, engine):
     assert [choice.text for choice in both] == ["emoji😀😀😀"] * 2 + ["seed1/2", "seed1/3"]
 
 
-def test_a_text_is_echoed_without_what_is_put_in_front_of_it(strict):
+def test_echo_omits_added_bos_token(strict):
     assert create(strict, "", echo=True).choices[0].text == HELLO
 
 
-def test_a_stop_string_is_not_looked_for_in_the_echo(strict):
+def test_stop_string_in_echo_is_ignored(strict):
     answer = create(strict, "Say wör", echo=True, stop="wör")
     assert answer.choices[0].text == "Say wörHello, " and answer.choices[0].finish_reason == "stop"
 
 
-def test_echo_scores_the_prompt(loose, engine):
-    """As evaluation harnesses ask for it: nothing is generated."""
+def test_echo_with_logprobs_scores_prompt(loose, engine):
+    """Evaluation harnesses score a text with max_tokens 0."""
     prompt = "aö, b"
     answer = create(loose, prompt, echo=True, max_tokens=0, logprobs=1)
     choice, size = answer.choices[0], len(prompt.encode())
@@ -211,19 +214,19 @@ def test_echo_scores_the_prompt(loose, engine):
 
 
 @pytest.mark.parametrize("prompt", ["emoji", "hey"])
-def test_a_harness_finds_one_token_more_than_the_text_has(loose, prompt):
-    """It asks for one new token and drops the last entry; a text that ends at once has one too."""
+def test_logprobs_of_scored_text_include_end_token(loose, prompt):
+    """Harnesses request one new token and drop the last entry, which may be the end token."""
     choice = create(loose, "nothing " + prompt, echo=True, max_tokens=1, logprobs=1).choices[0]
     assert len(choice.logprobs.tokens) == len("nothing " + prompt) + 1
     assert (choice.logprobs.tokens[-1] == "<|im_end|>") == (prompt == "hey")
 
 
-def test_cached_tokens_are_counted_once_for_each_prompt(strict):
+def test_cached_tokens_of_many_choices_count_once(strict):
     usage = create(strict, ["cached", "hello", "cached"], n=2).usage
     assert usage.prompt_tokens_details.cached_tokens == 8
 
 
-def test_scores_go_on_into_the_completion(loose):
+def test_logprobs_cover_echo_and_completion(loose):
     choice = create(loose, "hey", echo=True, logprobs=0).choices[0]
     assert choice.text == "hey" + HELLO
     assert choice.logprobs.token_logprobs == [None, -0.125, -0.25, *[-0.25] * (LENGTH + 1)]
@@ -231,8 +234,8 @@ def test_scores_go_on_into_the_completion(loose):
     assert choice.logprobs.top_logprobs[1] == {"e": -0.125}
 
 
-def test_a_character_begun_in_the_prompt_is_finished_in_the_completion(loose):
-    """The prompt ends in the first byte of "é"; the answer to it is its second."""
+def test_character_split_between_prompt_and_completion_is_whole(loose):
+    """The prompt ends with the first byte of "é", and the completion starts with the second."""
     answer = create(loose, [*b"half ", 0xC3], echo=True, logprobs=0)
     assert answer.choices[0].text == "half é!"
     assert answer.choices[0].logprobs.text_offset == [0, 1, 2, 3, 4, 5, 5, 6, 7]
@@ -240,7 +243,7 @@ def test_a_character_begun_in_the_prompt_is_finished_in_the_completion(loose):
 
 @pytest.mark.parametrize("logprobs", [None, 1])
 @pytest.mark.parametrize("max_tokens", [0, 9])
-def test_echo_streamed_equals_not_streamed(loose, logprobs, max_tokens):
+def test_streamed_echo_equals_whole_echo(loose, logprobs, max_tokens):
     options = {"echo": True, "n": 2, "logprobs": logprobs, "max_tokens": max_tokens}
     prompts = ["hello wörld", "emoji 😀"]
     whole = create(loose, prompts, **options)
@@ -262,7 +265,7 @@ def test_echo_streamed_equals_not_streamed(loose, logprobs, max_tokens):
             assert tokens[choice.index] == [*expected]
 
 
-def test_best_of_keeps_the_likeliest(strict, engine):
+def test_best_of_returns_likeliest_choices(strict, engine):
     answer = create(strict, ["best", "hello"], best_of=4)
     assert [choice.text for choice in answer.choices] == ["2", HELLO]
     assert [choice.index for choice in answer.choices] == [0, 1]
@@ -273,19 +276,19 @@ def test_best_of_keeps_the_likeliest(strict, engine):
     assert two[0].logprobs.token_logprobs == [-1.0, -0.25]
 
 
-def test_best_of_echoed_around_a_suffix(strict, engine):
-    """What was echoed came from the order in which the model reads, not from the prompt."""
+def test_best_of_with_suffix_ignores_echo(strict, engine):
+    """The echo was taken from the FIM prompt instead of the request's prompt."""
     answer = create(strict, "It said: ", suffix=" Bye.\nThe end.", echo=True, best_of=2)
     assert answer.choices[0].text == "It said: Hello, wörld! 😀 "
     assert engine.requests[-1].prompt_logprobs is None
 
 
-def test_best_of_echoed(strict):
+def test_best_of_with_echo_ignores_prompt_logprobs(strict):
     assert create(strict, "best", best_of=4, echo=True).choices[0].text == "best2"
 
 
 @pytest.mark.parametrize("best_of", [0, 2, None])
-def test_best_of_that_asks_for_nothing(strict, loose, best_of):
+def test_best_of_equal_to_n_is_not_ranked(strict, loose, best_of):
     assert len(create(strict, n=2, best_of=best_of).choices) == 2
     assert [*create(loose, n=2, best_of=best_of, stream=True)]
 
@@ -297,13 +300,13 @@ def test_best_of_that_asks_for_nothing(strict, loose, best_of):
         ({"best_of": 2, "stream": True}, ["'best_of'", 2, "'stream'"]),
     ],
 )
-def test_best_of_that_cannot_be(strict, options, facts):
+def test_best_of_with_stream_or_below_n_is_refused(strict, options, facts):
     with pytest.raises(BadRequestError, match=naming(*facts)) as caught:
         create(strict, **options)
     assert caught.value.param == "best_of" and caught.value.code == "invalid_value"
 
 
-def test_a_suffix_where_the_vocabulary_can_fill_in(strict, loose, engine):
+def test_suffix_with_fim_tokens_uses_them(strict, loose, engine):
     def ask(client, prompt="emoji(", **options):
         return client.completions.create(
             model="filling", prompt=prompt, suffix=") end", max_tokens=40, **options
@@ -319,7 +322,7 @@ def test_a_suffix_where_the_vocabulary_can_fill_in(strict, loose, engine):
     assert caught.value.param == "echo"
 
 
-def test_a_suffix_where_a_chat_model_is_told(strict, engine):
+def test_suffix_with_chat_model_becomes_instruction(strict, engine):
     answer = create(strict, "It said: ", suffix=" Bye.\nThe end.")
     assert encoding.decode(engine.requests[-1].prompt) == (
         "<|im_start|>user\nWrite a text that ends with the words below. Begin at once, without "
@@ -330,14 +333,14 @@ def test_a_suffix_where_a_chat_model_is_told(strict, engine):
     assert answer.choices[0].finish_reason == "stop"
 
 
-def test_a_suffix_where_neither_works(strict):
+def test_suffix_without_fim_tokens_or_template_is_refused(strict):
     with pytest.raises(BadRequestError) as caught:
         strict.completions.create(model="base", prompt="x", suffix="y")
     assert caught.value.param == "suffix" and caught.value.code == "unsupported_value"
 
 
-def test_ids_under_an_alias_belong_to_the_encoding_of_whom_it_imitates(strict, engine):
-    """As LangChain sends them: cl100k's ids to what it takes for gpt-4."""
+def test_ids_sent_to_openai_alias_are_translated(strict, engine):
+    """LangChain sends ids of cl100k to the alias gpt-4."""
     ids = bpe.get_encoding("cl100k_base").encode("Say emoji, ö<|endoftext|>", allowed_special="all")
     for prompt in (ids, [ids, ids]):
         answer = strict.completions.create(model="gpt-4", prompt=prompt, max_tokens=99, echo=True)
@@ -348,34 +351,34 @@ def test_ids_under_an_alias_belong_to_the_encoding_of_whom_it_imitates(strict, e
     assert caught.value.param == "prompt[1]"
 
 
-def test_a_bias_under_an_alias_is_translated(strict, engine):
+def test_bias_sent_to_openai_alias_is_translated(strict, engine):
     a, end, burger = 32, 100257, 47775  # "A", "<|endoftext|>", "amburger"
     bias = {str(a): 5, str(end): -100}
     strict.completions.create(model="gpt-4", prompt="x", logit_bias=bias)
-    assert engine.requests[-1].sampling.logit_bias == {65: 5, END_OF_TEXT: -100}
+    assert engine.requests[-1].sampling_params.logit_bias == {65: 5, END_OF_TEXT: -100}
     for key, facts in ((burger, ["'amburger'"]), (999999, [999999, 100276])):
         with pytest.raises(BadRequestError, match=naming(*facts)) as caught:
             strict.completions.create(model="gpt-4", prompt="x", logit_bias={str(key): 1})
         assert caught.value.param == "logit_bias" and caught.value.code == "invalid_value"
 
 
-def test_an_alias_that_imitates_nobody_has_the_models_ids(strict, engine):
+def test_ids_sent_to_other_alias_are_the_models(strict, engine):
     strict.completions.create(model="mine", prompt=list(b"emoji"), logit_bias={"65": 1})
     assert engine.requests[-1].prompt == tuple(b"emoji")
-    assert engine.requests[-1].sampling.logit_bias == {65: 1}
+    assert engine.requests[-1].sampling_params.logit_bias == {65: 1}
 
 
-def test_choices_are_let_in_together_and_have_one_deadline(strict, engine):
-    """Each had the whole time for itself, and a full queue ended a request half-way."""
+def test_choices_share_admission_and_deadline(strict, engine):
+    """Each choice had its own deadline, and a full queue refused later choices of a request."""
     before = len(engine.requests)
     strict.completions.create(model="scripted", prompt=["a", "b"], n=2)
     asked = engine.requests[before:]
-    assert [request.is_later for request in asked] == [False, True, True, True]
+    assert [request.is_accepted for request in asked] == [False, True, True, True]
     assert len({request.deadline for request in asked}) == 1
 
 
-def test_choices_are_read_no_faster_than_the_client_reads():
-    """What a slow client had not read was kept for it without end."""
+def test_interleave_waits_for_slow_consumer():
+    """Output that a slow client did not read was buffered without limit."""
     made = 0
 
     async def endless():
@@ -386,7 +389,7 @@ def test_choices_are_read_no_faster_than_the_client_reads():
             await asyncio.sleep(0)
 
     async def main():
-        async with aclosing(interleave([endless() for _ in range(5)], at_a_time=2)) as merged:
+        async with aclosing(interleave([endless() for _ in range(5)], max_concurrent=2)) as merged:
             async for _ in merged:
                 await asyncio.sleep(0.02)  # a hundred turns of the loop and more
                 if made > 2:

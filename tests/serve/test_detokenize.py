@@ -1,4 +1,4 @@
-"""Text leaves with exactly the tokens that spelled it."""
+"""Test that each text delta contains exactly the tokens that encode it."""
 
 import math
 import random
@@ -18,74 +18,74 @@ MERGED = bpe.Encoding(
 )
 
 
-def play(ids, stops=(), reason="length", encoding=encoding):
-    assembler = Detokenizer(encoding, stops)
-    pieces = []
+def detokenize(ids, stop_strings=(), reason="length", encoding=encoding):
+    detokenizer = Detokenizer(encoding, stop_strings)
+    deltas = []
     for id in ids:
-        pieces.append(assembler.push(Token(id, -1.0, ())))
-        if pieces[-1].finish_reason:
-            return pieces
-    return [*pieces, assembler.finish(reason)]
+        deltas.append(detokenizer.push(Token(id, -1.0, ())))
+        if deltas[-1].finish_reason:
+            return deltas
+    return [*deltas, detokenizer.finish(reason)]
 
 
-def joined(pieces):
-    return "".join(piece.text for piece in pieces)
+def joined(deltas):
+    return "".join(delta.text for delta in deltas)
 
 
-def ids_of(pieces):
-    return [placed.token.id for piece in pieces for placed in piece.tokens]
+def ids_of(deltas):
+    return [item.token.id for delta in deltas for item in delta.tokens]
 
 
-def test_a_character_waits_for_all_its_bytes_and_brings_their_tokens():
-    pieces = play("a😀b".encode())
-    assert [piece.text for piece in pieces] == ["a", "", "", "", "😀", "b", ""]
-    assert [len(piece.tokens) for piece in pieces] == [1, 0, 0, 0, 4, 1, 0]
-    assert [placed.offset for piece in pieces for placed in piece.tokens] == [0, 1, 1, 1, 1, 2]
+def test_split_character_is_emitted_with_all_its_tokens():
+    deltas = detokenize("a😀b".encode())
+    assert [delta.text for delta in deltas] == ["a", "", "", "", "😀", "b", ""]
+    assert [len(delta.tokens) for delta in deltas] == [1, 0, 0, 0, 4, 1, 0]
+    assert [item.offset for delta in deltas for item in delta.tokens] == [0, 1, 1, 1, 1, 2]
 
 
-def test_half_a_character_at_the_end_is_still_accounted_for():
-    pieces = play("a😀".encode()[:-1])
-    assert joined(pieces) == "a\ufffd"
-    assert ids_of(pieces) == list("a😀".encode()[:-1])
-    assert pieces[-1].finish_reason == "length" and pieces[-1].generated == 4
+def test_incomplete_character_at_end_is_emitted():
+    deltas = detokenize("a😀".encode()[:-1])
+    assert joined(deltas) == "a\ufffd"
+    assert ids_of(deltas) == list("a😀".encode()[:-1])
+    assert deltas[-1].finish_reason == "length" and deltas[-1].num_generated == 4
 
 
-def test_what_may_become_a_stop_string_is_held_back_with_its_tokens():
-    pieces = play(b"abSTOx", ["STOP"])
-    assert [piece.text for piece in pieces] == ["a", "b", "", "", "", "STOx", ""]
-    assert [len(piece.tokens) for piece in pieces] == [1, 1, 0, 0, 0, 4, 0]
+def test_possible_stop_string_is_held_back():
+    deltas = detokenize(b"abSTOx", ["STOP"])
+    assert [delta.text for delta in deltas] == ["a", "b", "", "", "", "STOx", ""]
+    assert [len(delta.tokens) for delta in deltas] == [1, 1, 0, 0, 0, 4, 0]
 
 
-def test_a_stop_string_and_its_tokens_are_never_emitted_but_are_counted():
-    pieces = play(b"abSTOPcd", ["STOP"])
-    assert joined(pieces) == "ab" and ids_of(pieces) == list(b"ab")
-    assert pieces[-1].finish_reason == "stop" and pieces[-1].generated == 6
+def test_stop_string_is_counted_but_not_emitted():
+    deltas = detokenize(b"abSTOPcd", ["STOP"])
+    assert joined(deltas) == "ab" and ids_of(deltas) == list(b"ab")
+    assert deltas[-1].finish_reason == "stop" and deltas[-1].num_generated == 6
 
 
-def test_a_token_cut_by_a_stop_string_is_kept_for_its_beginning():
-    pieces = play([*b"hel", 257, *b"orld"], [" wor"], encoding=MERGED)
-    assert joined(pieces) == "hello"
-    assert ids_of(pieces) == [*b"hel", 257]
+def test_token_cut_by_stop_string_is_emitted():
+    deltas = detokenize([*b"hel", 257, *b"orld"], [" wor"], encoding=MERGED)
+    assert joined(deltas) == "hello"
+    assert ids_of(deltas) == [*b"hel", 257]
 
 
-def test_any_text_with_any_stop_comes_out_as_its_beginning_and_its_tokens_spell_it():
+def test_random_text_with_stop_string_is_its_prefix():
     rng = random.Random(0)
     for _ in range(300):
         text = "".join(rng.choice("ab😀ö") for _ in range(12))
         stops = ["".join(rng.choice("ab😀ö") for _ in range(rng.randint(1, 3)))]
-        pieces = play(text.encode(), stops)
-        wanted = text.partition(stops[0])[0]
-        assert joined(pieces) == wanted
-        assert bytes(ids_of(pieces)).decode() == wanted
-        assert pieces[-1].finish_reason == ("length" if wanted == text else "stop")
+        deltas = detokenize(text.encode(), stops)
+        expected = text.partition(stops[0])[0]
+        assert joined(deltas) == expected
+        assert bytes(ids_of(deltas)).decode() == expected
+        assert deltas[-1].finish_reason == ("length" if expected == text else "stop")
 
 
 @pytest.mark.parametrize(
     ("data", "text"), [(b"abc", "abc"), ("ö".encode(), "ö"), (b"\xf0\x9f", r"bytes:\xf0\x9f")]
 )
-def test_token_text_keeps_bytes_that_are_no_text(data, text):
+def test_token_text_of_invalid_utf8_names_bytes(data, text):
     assert token_text(data) == text
 
 
-def test_json_has_no_infinity():
+def test_clamp_logprob_of_infinity_is_finite():
     assert clamp_logprob(-math.inf) == -9999.0 and clamp_logprob(-1.5) == -1.5

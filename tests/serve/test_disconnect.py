@@ -1,4 +1,4 @@
-"""Generation stops when nobody waits for it, and requests run side by side."""
+"""Test cancellation after disconnects, and concurrent choices."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.heavy
 
 
 def send(address, body):
-    """A request over a bare socket, which can be cut at any moment."""
+    """Send a request over a plain socket, which the test can close at any time."""
     host, port = address.removeprefix("http://").split(":")
     data = json.dumps({"model": "scripted", **body}).encode()
     connection = socket.create_connection((host, int(port)))
@@ -39,7 +39,7 @@ def send(address, body):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_ends_its_generation(address, engine, stream):
+def test_disconnect_ends_generation(address, engine, stream):
     body = {"prompt": "endless", "max_tokens": 500, "n": 3, "stream": stream}
     connection = send(address, body)
     if stream:
@@ -51,8 +51,8 @@ def test_a_client_that_leaves_ends_its_generation(address, engine, stream):
     assert time.monotonic() - before < 0.5
 
 
-def test_a_client_that_leaves_before_it_has_said_all_is_no_failure(address, http, caplog):
-    """Starlette's own ClientDisconnect used to be reported as a crash of ours."""
+def test_disconnect_while_sending_body_is_not_logged_as_error(address, http, caplog):
+    """Starlette's ClientDisconnect was reported as an unhandled exception."""
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(
@@ -64,7 +64,7 @@ def test_a_client_that_leaves_before_it_has_said_all_is_no_failure(address, http
     assert not caplog.records
 
 
-def test_leaving_a_stream_by_the_client_library(loose, engine):
+def test_closing_client_stream_ends_generation(loose, engine):
     with loose.completions.create(
         model="scripted", prompt="endless", max_tokens=500, stream=True
     ) as stream:
@@ -73,7 +73,7 @@ def test_leaving_a_stream_by_the_client_library(loose, engine):
     wait_until(lambda: engine.running == 0)
 
 
-def test_a_cancelled_task_of_the_async_client(address, engine):
+def test_cancelled_async_request_ends_generation(address, engine):
     async def run():
         async with AsyncOpenAI(base_url=f"{address}/v1", api_key="any") as client:
             asking = client.completions.create(model="scripted", prompt="endless", max_tokens=500)
@@ -84,20 +84,20 @@ def test_a_cancelled_task_of_the_async_client(address, engine):
     wait_until(lambda: engine.running == 0)
 
 
-def test_a_stop_string_ends_the_computation(loose, engine):
+def test_stop_string_ends_computation(loose, engine):
     before = engine.tokens
     loose.completions.create(model="scripted", prompt="endless", max_tokens=500, stop="c")
     assert engine.tokens - before == 3
 
 
-def test_choices_run_side_by_side_but_not_without_bound(loose, engine):
+def test_choices_run_concurrently_up_to_limit(loose, engine):
     engine.most_running = 0
     answer = loose.completions.create(model="scripted", prompt=["endless"] * 20, n=2, max_tokens=5)
     assert [choice.text for choice in answer.choices] == ["abcde"] * 40
     assert engine.most_running == MAX_CONCURRENT_CHOICES
 
 
-def test_choices_of_a_stream_interleave(loose):
+def test_streamed_choices_interleave(loose):
     stream = loose.completions.create(
         model="scripted", prompt="endless", n=2, max_tokens=10, stream=True
     )
@@ -105,7 +105,7 @@ def test_choices_of_a_stream_interleave(loose):
     assert order != sorted(order)
 
 
-def test_one_failing_stream_closes_the_others():
+def test_failing_stream_closes_other_streams():
     closed = []
 
     async def endless():
@@ -131,7 +131,7 @@ def test_one_failing_stream_closes_the_others():
 
 @pytest.fixture(scope="module")
 def small(model_file):
-    """Two layers of the chat model behind a real engine, and a server around it."""
+    """Start a server with a real engine and two layers of the chat model."""
     path = model_file("smollm2-135m-instruct")
     params, cfg, metadata = checkpoint.load(path, dtype="int8")
     params, cfg = params.replace(layers=params.layers[:2]), replace(cfg, num_layers=2)
@@ -147,7 +147,7 @@ def small(model_file):
     engine.close(drain=False)
 
 
-def test_five_hundred_clients_that_leave_at_random_leave_nothing_behind(small):
+def test_random_disconnects_free_all_cache_blocks(small):
     served, address = small
     process = psutil.Process()
     dice = random.Random(0)
@@ -192,7 +192,7 @@ def test_five_hundred_clients_that_leave_at_random_leave_nothing_behind(small):
     assert after[2] <= before[2] + 2 and after[3] <= before[3], (before, after)
     assert grown < 30 * 2**20, f"{grown / 2**20:.0f} MB more"
     stats = served.engine.stats()
-    assert stats.requests["cancelled"] > 400 and stats.requests.keys() <= {"cancelled", "length"}
+    assert stats.finished["cancelled"] > 400 and stats.finished.keys() <= {"cancelled", "length"}
     with httpx.Client(base_url=address) as client:
         body = {"model": "small", "prompt": "one two", "max_tokens": 5}
         assert client.post("/v1/completions", json=body).status_code == 200

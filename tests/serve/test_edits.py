@@ -1,4 +1,4 @@
-"""POST /v1/edits and the routes with an engine's name, on a real socket."""
+"""Test POST /v1/edits and the routes under /v1/engines over a socket."""
 
 from tests.serve.scripted import CONTEXT, HELLO, encoding
 
@@ -14,7 +14,7 @@ def error_of(response, status):
     return response.json()["error"]
 
 
-def test_the_answer_has_the_shape_of_2023(http):
+def test_edit_has_response_shape_of_2023(http):
     answer = post(http, n=2).json()
     assert set(answer) == {"object", "created", "choices", "usage"} and answer["object"] == "edit"
     choices = [
@@ -23,7 +23,7 @@ def test_the_answer_has_the_shape_of_2023(http):
     assert answer["choices"] == choices
 
 
-def test_the_model_is_shown_how_then_told_what(http, engine):
+def test_prompt_has_examples_then_instruction(http, engine):
     post(http, temperature=0.25, top_p=0.5)
     request = engine.requests[-1]
     prompt = encoding.decode(request.prompt)
@@ -31,14 +31,14 @@ def test_the_model_is_shown_how_then_told_what(http, engine):
         "<|im_start|>user\nText: the wek\nInstruction: Fix it<|im_end|>\n<|im_start|>assistant\n"
     )
     assert prompt.count("<|im_start|>assistant") > 3
-    assert request.sampling.temperature == 0.25 and request.sampling.top_p == 0.5
+    assert request.sampling_params.temperature == 0.25 and request.sampling_params.top_p == 0.5
 
 
-def test_input_may_be_left_out(http):
+def test_edit_without_input_works(http):
     assert post(http, input=None).json()["choices"][0]["text"] == HELLO
 
 
-def test_what_is_wrong_says_so(http):
+def test_invalid_edit_requests_name_the_field(http):
     error = error_of(post(http, instruction=None), 400)
     assert error["param"] == "instruction" and error["code"] == "missing_required_parameter"
     assert error_of(post(http, n=21), 400)["code"] == "integer_above_max_value"
@@ -49,9 +49,11 @@ def test_what_is_wrong_says_so(http):
     assert (error["param"], error["code"]) == ("model", None)
 
 
-def test_an_engine_in_the_path_wins(http, engine):
-    """`engine=` of the old client; ids may hold slashes, and the longer path must not be taken for
-    an engine called "org/with-slash/chat"."""
+def test_engine_in_path_overrides_model(http, engine):
+    """An id with a slash is not confused with the rest of the path.
+
+    The old client sends its `engine=` in the path, where "org/with-slash/chat" could be an id.
+    """
     for id in ("scripted", "org/with-slash"):
         for path, body in {
             "completions": {"prompt": "x"},
@@ -62,7 +64,7 @@ def test_an_engine_in_the_path_wins(http, engine):
         assert post(http, f"/v1/engines/{id}/edits", model="nobody").status_code == 200
 
 
-def test_engines_are_the_models(http):
+def test_engines_list_the_models(http):
     engines = http.get("/v1/engines").json()["data"]
     assert [e["id"] for e in engines] == [m["id"] for m in http.get("/v1/models").json()["data"]]
     assert http.get("/v1/engines/gpt-4").json()["id"] == "scripted"

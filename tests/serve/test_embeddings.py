@@ -1,4 +1,4 @@
-"""POST /v1/embeddings and `pellucid embed`, with all-MiniLM-L6-v2, over a real socket."""
+"""Test POST /v1/embeddings and `pellucid embed` with all-MiniLM-L6-v2 over a socket."""
 
 import asyncio
 import base64
@@ -72,7 +72,7 @@ def vectors(answer):
     return np.array([item.embedding for item in answer.data], np.float32)
 
 
-def test_the_official_client_gets_vectors_of_length_1_in_order(client):
+def test_client_gets_unit_vectors_in_order(client):
     texts = ["A cat sits on the mat.", "Stocks fell sharply today.", "A kitten rests on a rug."]
     answer = client.embeddings.create(model=MODEL, input=texts)
     found = vectors(answer)
@@ -86,7 +86,7 @@ def test_the_official_client_gets_vectors_of_length_1_in_order(client):
         np.testing.assert_allclose(alone[0], vector, atol=1e-5)
 
 
-def test_the_client_of_2023(embedding_address, client):
+def test_client_of_2023_gets_vectors(embedding_address, client):
     old = OldClient(install(), embedding_address)
     answer = old.run(
         f"answer = openai.Embedding.create(model={MODEL!r}, input=['one', 'two', 'three'])"
@@ -96,7 +96,7 @@ def test_the_client_of_2023(embedding_address, client):
     np.testing.assert_array_equal(found, expected)
 
 
-def test_floats_are_as_openais_schema_says(embedding_address):
+def test_float_response_matches_schema(embedding_address):
     strict = OpenAI(
         base_url=f"{embedding_address}/v1", api_key="any", _strict_response_validation=True
     )
@@ -104,7 +104,7 @@ def test_floats_are_as_openais_schema_says(embedding_address):
         strict.embeddings.create(model=MODEL, input=["a", "b"], encoding_format="float")
 
 
-def test_base64_and_float_are_the_same_numbers(embedding_address):
+def test_base64_equals_float(embedding_address):
     floats = post(embedding_address, input="hello").json()
     packed = post(embedding_address, input="hello", encoding_format="base64").json()
     assert floats["usage"] == packed["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
@@ -115,12 +115,12 @@ def test_base64_and_float_are_the_same_numbers(embedding_address):
     )
 
 
-def test_the_same_request_has_the_same_bits(embedding_address):
+def test_repeated_request_returns_same_bits(embedding_address):
     first = post(embedding_address, input=["one", "two words"]).content
     assert post(embedding_address, input=["one", "two words"]).content == first
 
 
-def test_token_ids_are_the_models_own_with_or_without_their_frame(client, words):
+def test_token_ids_with_or_without_special_tokens_are_equal(client, words):
     texts = ["Hamburgers and pears.", "naïve"]
     expected = vectors(client.embeddings.create(model=MODEL, input=texts))
     framed = [words.encode(text) for text in texts]
@@ -134,7 +134,7 @@ def test_token_ids_are_the_models_own_with_or_without_their_frame(client, words)
 
 
 @pytest.mark.parametrize("alias", ["text-embedding-3-small", "text-embedding-ada-002"])
-def test_ids_under_an_alias_are_of_the_model_it_imitates(client, alias):
+def test_ids_sent_to_openai_alias_are_translated(client, alias):
     text = "Hamburgers and pears."
     expected = vectors(client.embeddings.create(model=alias, input=[text]))
     ids = bpe.get_encoding("cl100k_base").encode(text)
@@ -143,26 +143,26 @@ def test_ids_under_an_alias_are_of_the_model_it_imitates(client, alias):
     assert answer.model == MODEL
 
 
-def test_an_alias_of_the_users_own_imitates_nobody(client, words):
+def test_ids_sent_to_other_alias_are_the_models(client, words):
     expected = vectors(client.embeddings.create(model=MODEL, input="pears"))
     same = client.embeddings.create(model="my-vectors", input=words.encode("pears"))
     np.testing.assert_array_equal(vectors(same), expected)
 
 
-def test_an_id_of_nobodys_is_refused_under_an_alias(client):
+def test_invalid_id_sent_to_alias_is_refused(client):
     with pytest.raises(openai.BadRequestError, match=naming("cl100k_base")) as caught:
         client.embeddings.create(model="text-embedding-3-small", input=[[10], [10**6]])
     assert (caught.value.param, caught.value.code) == ("input[1]", "invalid_value")
 
 
-def test_fewer_dimensions_are_the_first_ones_scaled(client):
+def test_fewer_dimensions_are_truncated_and_rescaled(client):
     whole = vectors(client.embeddings.create(model=MODEL, input="hello"))[0]
     few = vectors(client.embeddings.create(model=MODEL, input="hello", dimensions=64))[0]
     np.testing.assert_allclose(few, whole[:64] / np.linalg.norm(whole[:64]), atol=1e-6)
     assert np.linalg.norm(few) == pytest.approx(1, abs=1e-5)
 
 
-def test_what_is_too_long_is_refused_unless_truncation_is_asked_for(embedding_address, words):
+def test_long_input_is_refused_unless_truncated(embedding_address, words):
     long = "word " * 300
     answer = post(embedding_address, input=["short", long])
     error = answer.json()["error"]
@@ -180,8 +180,8 @@ def test_what_is_too_long_is_refused_unless_truncation_is_asked_for(embedding_ad
     assert post(embedding_address, input=ids, long_text_mode="truncate").json() == cut
 
 
-def test_chunks_of_a_long_text_are_averaged(embedding_address, words):
-    """As OpenAI's cookbook does it: weighted by tokens, brought to length 1."""
+def test_long_text_with_mode_mean_averages_chunks(embedding_address, words):
+    """As in OpenAI's cookbook, vectors are weighted by their tokens and normalized."""
     parts = ["the cat sat on a mat. " * 40, "stocks fell on monday. " * 50, "snow in may. " * 9]
     ids = [words.encode(part)[1:-1] for part in parts]
     ids = [ids[0][:254], (ids[1] * 2)[:254], ids[2]]  # as they are cut
@@ -206,15 +206,15 @@ def test_chunks_of_a_long_text_are_averaged(embedding_address, words):
     np.testing.assert_allclose(vector * np.linalg.norm(found[1][:64]), found[1][:64], atol=1e-5)
 
 
-def test_a_short_text_is_the_same_in_every_mode(embedding_address):
+def test_short_text_is_equal_in_every_mode(embedding_address):
     whole = post(embedding_address, input=["hello", "two words"]).json()
     for mode in ("mean", "truncate", None):
         same = post(embedding_address, input=["hello", "two words"], long_text_mode=mode).json()
         assert same == whole
 
 
-def test_longer_texts_are_read_when_the_server_is_told_to(folder, tmp_path):
-    """all-MiniLM's table has 512 positions, of which its authors let it read 256."""
+def test_max_embedding_tokens_extends_context(folder, tmp_path):
+    """all-MiniLM has 512 position embeddings, of which its configuration uses 256."""
     place = ModelFiles(MODEL, folder, "sentence-transformers")
     how = dict(cache_budget=2**20, dtype="float32", home=tmp_path, notify=print)
     offer = resolve.describe(place, LoadOptions(max_embedding_tokens=512, **how))
@@ -233,7 +233,7 @@ def test_longer_texts_are_read_when_the_server_is_told_to(folder, tmp_path):
 
 
 @pytest.mark.parity
-def test_texts_of_512_tokens_are_those_of_sentence_transformers(folder):
+def test_texts_of_512_tokens_equal_sentence_transformers(folder):
     from sentence_transformers import SentenceTransformer
 
     texts = ["the cat sat on a mat, and " * 70, "word " * 600, "short"]
@@ -301,14 +301,14 @@ def test_texts_of_512_tokens_are_those_of_sentence_transformers(folder):
         ({"input": ["word " * 250] * 1200}, "input", "max_tokens_per_request", [300_000]),
     ],
 )
-def test_mistakes_are_named(embedding_address, body, param, code, facts):
+def test_invalid_requests_name_the_field(embedding_address, body, param, code, facts):
     answer = post(embedding_address, **body)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, param, code), error
     assert names(error["message"], *facts)
 
 
-def test_models_are_asked_for_what_they_do(client):
+def test_wrong_kind_of_model_is_404(client):
     both = naming("`scripted`", f"`{MODEL}`")  # the one that was asked, and the one to ask
     with pytest.raises(openai.NotFoundError, match=both):
         client.embeddings.create(model="gpt-4", input="x")
@@ -321,7 +321,7 @@ def test_models_are_asked_for_what_they_do(client):
     assert caught.value.code == "model_not_found"
 
 
-def test_the_older_path_and_the_metrics_know_it(embedding_address):
+def test_engines_path_works_and_metrics_count_it(embedding_address):
     answer = httpx.post(
         f"{embedding_address}/v1/engines/{MODEL}/embeddings", json={"input": "hello"}, timeout=60
     )
@@ -340,7 +340,7 @@ def run(*arguments, **options):
     )
 
 
-def test_the_command_prints_a_line_a_text_or_the_apis_answer(embedding_address, tmp_path):
+def test_command_prints_lines_or_json(embedding_address, tmp_path):
     expected = post(embedding_address, input=["hello", "two words"]).json()
     said = run("hello", "two words", "--dtype", "float32", "--json", "-o", str(tmp_path / "v.npy"))
     assert said.returncode == 0, said.stderr
@@ -357,7 +357,7 @@ def test_the_command_prints_a_line_a_text_or_the_apis_answer(embedding_address, 
     np.testing.assert_allclose(got, matrix, atol=1e-6)
 
 
-def test_the_command_reads_long_texts(embedding_address):
+def test_command_embeds_long_texts(embedding_address):
     long = "word " * 300
     expected = post(embedding_address, input=long, long_text_mode="mean").json()
     found = json.loads(run(long, "--dtype", "float32", "--json", "--long-text-mode", "mean").stdout)
@@ -368,7 +368,7 @@ def test_the_command_reads_long_texts(embedding_address):
     assert json.loads(whole)["usage"]["total_tokens"] == 302
 
 
-def test_the_command_says_what_it_cannot_do(tmp_path):
+def test_command_with_invalid_arguments_fails(tmp_path):
     said = run("word " * 300)
     assert said.returncode == 5 and names(said.stderr, "text 1", 302, "all-minilm-l6-v2", 256)
     said = run("word " * 300, "--truncate", "--long-text-mode", "mean")

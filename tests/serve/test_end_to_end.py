@@ -1,4 +1,4 @@
-"""The whole path on real weights: the official client, a real socket, text in and text out."""
+"""Test the whole path with real weights: official client, socket, text in, text out."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 def loaded(model_file, id):
-    """The format is given, so that no measuring comes first."""
+    """Start a server with a fixed dtype, so that no benchmark runs first."""
     return load_decoder(
         id,
         model_file(id),
@@ -57,7 +57,7 @@ def client(address):
 
 @pytest.fixture(scope="module")
 def strict(address):
-    """Raises on anything that is not as OpenAI's schema says."""
+    """Return a client that validates responses against OpenAI's schema."""
     with OpenAI(
         base_url=f"{address}/v1",
         api_key="any",
@@ -72,12 +72,12 @@ def is_free(served):
     return scheduler.is_idle and len(scheduler.free_slots) == 16
 
 
-def test_the_model_is_listed(strict):
+def test_model_is_listed(strict):
     assert [model.id for model in strict.models.list()] == [CHAT]
     assert strict.models.retrieve(CHAT).id == CHAT
 
 
-def test_the_capital_of_france(strict, served):
+def test_chat_answers_capital_of_france(strict, served):
     answer = strict.chat.completions.create(
         model=CHAT, messages=FRANCE, temperature=0, max_tokens=40
     )
@@ -92,7 +92,7 @@ def test_the_capital_of_france(strict, served):
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
 
 
-def test_streamed_is_not_streamed(client):
+def test_streamed_answer_equals_whole_answer(client):
     body = {"model": CHAT, "messages": FRANCE, "seed": 3, "temperature": 1.1, "max_tokens": 30}
     whole = client.chat.completions.create(**body)
     with client.chat.completions.create(
@@ -111,12 +111,12 @@ def complete(client, prompt="The river", **body):
     return client.completions.create(prompt=prompt, **body)
 
 
-def test_the_same_seed_repeats_and_another_differs(strict):
+def test_same_seed_repeats_and_other_seed_differs(strict):
     texts = [complete(strict, seed=seed).choices[0].text for seed in (1, 1, 2, 3)]
     assert texts[0] == texts[1] and len(set(texts)) == 3
 
 
-def test_choices_differ_and_come_in_order(strict):
+def test_choices_differ_and_are_ordered(strict):
     answer = complete(strict, n=3, temperature=1.3)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert len({choice.text for choice in answer.choices}) == 3
@@ -125,14 +125,14 @@ def test_choices_differ_and_come_in_order(strict):
     assert answer.choices[0].text == alone, "company changes nothing"
 
 
-def test_a_stop_string_ends_it_and_is_not_shown(strict):
+def test_stop_string_ends_text_and_is_not_emitted(strict):
     long = complete(strict, temperature=0, max_tokens=40).choices[0].text
     stop = long[12:20]  # cuts through tokens
     short = complete(strict, temperature=0, max_tokens=40, stop=[stop]).choices[0]
     assert short.text == long[: long.index(stop)] and short.finish_reason == "stop"
 
 
-def test_logprobs_are_of_a_distribution(strict):
+def test_logprobs_form_distribution(strict):
     answer = strict.chat.completions.create(
         model=CHAT, messages=FRANCE, temperature=0, max_tokens=6, logprobs=True, top_logprobs=20
     )
@@ -146,7 +146,7 @@ def test_logprobs_are_of_a_distribution(strict):
     assert "".join(token.token for token in content) == answer.choices[0].message.content
 
 
-def test_more_than_the_context_is_a_400(strict, served):
+def test_request_over_context_is_400(strict, served):
     with pytest.raises(BadRequestError) as caught:
         complete(strict, max_tokens=served.context)
     assert caught.value.code == "context_length_exceeded"
@@ -161,7 +161,7 @@ def test_more_than_the_context_is_a_400(strict, served):
     [b"", b'{"model": "smol', b"[]", b'{"model": 3}', b'{"temperature": NaN}'],
     ids=["none", "half", "list", "types", "nan"],
 )
-def test_after_bad_input_the_next_request_works(address, strict, body):
+def test_request_after_invalid_one_works(address, strict, body):
     url, kind = f"{address}/v1/completions", {"Content-Type": "application/json"}
     response = httpx.post(url, content=body, headers=kind)
     assert response.status_code == 400 and response.json()["error"]["message"]
@@ -169,7 +169,7 @@ def test_after_bad_input_the_next_request_works(address, strict, body):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_frees_its_row(address, served, stream):
+def test_disconnect_frees_slot(address, served, stream):
     host, port = address.removeprefix("http://").split(":")
     bias = {str(id): -100 for id in served.tokenizer.stop_ids}  # or it may end by itself
     body = {"model": CHAT, "prompt": "Once", "max_tokens": 4000, "stream": stream}
@@ -184,7 +184,7 @@ def test_a_client_that_goes_away_frees_its_row(address, served, stream):
 
 
 @pytest.mark.slow  # loading and compiling alone may take half a minute
-def test_the_coder_completes_a_function_that_runs(model_file):
+def test_coder_completes_working_function(model_file):
     model = loaded(model_file, CODER)
     ask = 'def is_prime(n: int) -> bool:\n    """Whether n is a prime number."""\n'
     try:
@@ -210,8 +210,8 @@ def test_the_coder_completes_a_function_that_runs(model_file):
 
 
 @pytest.mark.slow  # in float32 it takes the memory and the seconds of a first load
-def test_echo_scores_a_text_as_a_forward_pass_does(model_file):
-    """So a harness that compares the likelihoods of answers finds what the model thinks."""
+def test_echo_logprobs_equal_forward_pass(model_file):
+    """Harnesses compare likelihoods of answers, so the logprobs must equal the model's."""
     text = "The capital of France is Paris, and the capital of Italy is Rome. " * 5
     path = model_file(CHAT)
     model = load_decoder(
@@ -239,7 +239,7 @@ def test_echo_scores_a_text_as_a_forward_pass_does(model_file):
 
 
 @pytest.mark.slow
-def test_the_coder_fills_in_the_middle(model_file):
+def test_coder_fills_in_the_middle(model_file):
     model = loaded(model_file, CODER)
     before = "def total_price(prices, tax_rate):\n    subtotal = "
     after = "\n    return subtotal * (1 + tax_rate)\n"

@@ -1,4 +1,4 @@
-"""Each documented error, as it stands on the wire; and the next request works.
+"""Test each documented error as sent over HTTP, and that the next request works.
 
 The sentences that stand here whole are OpenAI's own: clients search them.
 """
@@ -210,13 +210,13 @@ def chat(**changes):
         ),
     ],
 )
-def test_validation(http, changes, param, code, message):
+def test_validation_errors_follow_openai(http, changes, param, code, message):
     error = error_of(http.post(CHAT, json=chat(**changes)), 400)
     expected = {"message": message, "type": "invalid_request_error", "param": param, "code": code}
     assert error == expected
 
 
-def test_a_bias_of_no_token(http):
+def test_invalid_bias_key_is_refused(http):
     error = error_of(http.post(CHAT, json=chat(logit_bias={"259": 1})), 400)
     assert (error["param"], error["code"]) == ("logit_bias", "invalid_value")
     assert names(error["message"], 259, "`scripted`", 258)
@@ -235,12 +235,12 @@ def test_a_bias_of_no_token(http):
         ([10**30], "prompt[0]", "invalid_value"),
     ],
 )
-def test_prompts(http, prompt, param, code):
+def test_invalid_prompts_are_refused(http, prompt, param, code):
     error = error_of(http.post(COMPLETIONS, json={"model": "scripted", "prompt": prompt}), 400)
     assert (error["param"], error["code"]) == (param, code)
 
 
-def test_an_unknown_model_is_never_answered_by_another(http):
+def test_unknown_model_is_404(http):
     error = error_of(http.post(CHAT, json=chat(model="gpt-9")), 404)
     assert error["code"] == "model_not_found"
     assert error["message"].startswith(
@@ -249,7 +249,7 @@ def test_an_unknown_model_is_never_answered_by_another(http):
 
 
 @pytest.mark.parametrize("path", ["/v1/foo", "/foo", "/v1/chat/completions/", "/v1"])
-def test_unknown_routes(http, path):
+def test_unknown_route_is_404(http, path):
     error = error_of(http.post(path), 404)
     assert error["message"] == f"Invalid URL (POST {path})"
     assert error["type"] == "invalid_request_error"
@@ -258,7 +258,7 @@ def test_unknown_routes(http, path):
 @pytest.mark.parametrize(
     ("method", "path"), [("GET", COMPLETIONS), ("DELETE", CHAT), ("POST", "/health")]
 )
-def test_wrong_methods(http, method, path):
+def test_wrong_method_is_405(http, method, path):
     response = http.request(method, path)
     error = error_of(response, 405)
     assert error["message"] == (
@@ -283,7 +283,7 @@ def test_wrong_methods(http, method, path):
     ],
 )
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-def test_what_is_not_json(http, path, body):
+def test_invalid_json_is_400(http, path, body):
     response = http.post(path, content=body, headers={"content-type": "application/json"})
     error = error_of(response, 400)
     assert error["message"].startswith("We could not parse the JSON body of your request.")
@@ -291,13 +291,13 @@ def test_what_is_not_json(http, path, body):
 
 
 @pytest.mark.parametrize("body", [b"[]", b'"x"', b"5", b"null"])
-def test_json_that_is_not_an_object(http, body):
+def test_json_other_than_object_is_400(http, body):
     response = http.post(CHAT, content=body, headers={"content-type": "application/json"})
     error = error_of(response, 400)
     assert (error["param"], error["code"]) == (None, "invalid_type")
 
 
-def test_overflowing_numbers(http):
+def test_overflowing_number_is_400(http):
     for number in (b"1e400", b"1" + b"0" * 400):
         body = b'{"model":"scripted","messages":[{"role":"user","content":"x"}],"temperature":%s}'
         headers = {"content-type": "application/json"}
@@ -305,19 +305,19 @@ def test_overflowing_numbers(http):
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", None])
-def test_what_a_web_page_could_send_unasked(http, content_type):
+def test_content_type_of_web_form_is_415(http, content_type):
     headers = {"content-type": content_type} if content_type else {}
     error = error_of(http.post(CHAT, content=json.dumps(chat()), headers=headers), 415)
     assert names(error["message"], "application/json")
 
 
-def test_a_million_mistakes_are_one_error(http):
+def test_many_invalid_elements_are_one_error(http):
     body = {"model": "scripted", "prompt": [65] + ["x"] * 500_000}
     error = error_of(http.post(COMPLETIONS, json=body), 400)
     assert error["param"] == "prompt[1]"
 
 
-def test_errors_do_not_send_megabytes_back(http):
+def test_error_messages_truncate_values(http):
     for body in (chat(model="x" * 10**6), chat(messages=[{"role": "y" * 10**6, "content": ""}])):
         assert len(http.post(CHAT, json=body).content) < 1000
 
@@ -336,7 +336,7 @@ def context_error(response):
     return sentence, error["param"]
 
 
-def test_messages_too_long(http):
+def test_long_messages_are_refused(http):
     content = "x" * CONTEXT
     body = chat(messages=[{"role": "user", "content": content}])
     total = CONTEXT + CHAT_EXTRA
@@ -347,7 +347,7 @@ def test_messages_too_long(http):
     )
 
 
-def test_messages_and_completion_too_long(http):
+def test_messages_with_completion_over_context_are_refused(http):
     assert context_error(http.post(CHAT, json=chat(max_completion_tokens=CONTEXT))) == (
         f"This model's maximum context length is {CONTEXT} tokens. However, you requested "
         f"{CONTEXT + CHAT_EXTRA + 2} tokens ({CHAT_EXTRA + 2} in the messages, {CONTEXT} in the "
@@ -357,7 +357,7 @@ def test_messages_and_completion_too_long(http):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_prompt_and_completion_too_long(http, stream):
+def test_prompt_with_completion_over_context_is_refused(http, stream):
     body = {"model": "scripted", "prompt": "x" * 12, "max_tokens": 505, "stream": stream}
     assert context_error(http.post(COMPLETIONS, json=body)) == (
         f"This model's maximum context length is {CONTEXT} tokens, however you requested 517 tokens"
@@ -367,7 +367,7 @@ def test_prompt_and_completion_too_long(http, stream):
     )
 
 
-def test_a_prompt_that_fills_the_context_alone(http):
+def test_prompt_of_context_length_is_refused(http):
     body = {"model": "scripted", "prompt": [65] * CONTEXT, "max_tokens": 5}
     assert context_error(http.post(COMPLETIONS, json=body))[0] == (
         f"This model's maximum context length is {CONTEXT} tokens. However, your prompt resulted "
@@ -376,7 +376,7 @@ def test_a_prompt_that_fills_the_context_alone(http):
 
 
 @pytest.mark.parametrize("route", [COMPLETIONS, CHAT])
-def test_megabytes_are_refused_without_being_encoded(http, route):
+def test_huge_prompt_is_refused_without_encoding(http, route):
     text = "x" * 3_000_000
     body = {"model": "scripted", "prompt": text}
     if route == CHAT:
@@ -389,19 +389,19 @@ def test_megabytes_are_refused_without_being_encoded(http, route):
 # --- sizes ------------------------------------------------------------------------------------
 
 
-def test_ten_megabytes_announced(http):
+def test_large_content_length_is_413(http):
     body = {"model": "scripted", "prompt": "x" * 10_000_000}
     error = error_of(http.post(COMPLETIONS, json=body), 413)
     assert error["message"] == "Maximum content size limit (4194304) exceeded"
 
 
-def test_ten_megabytes_in_chunks(http):
+def test_large_chunked_body_is_413(http):
     chunks = (b"x" * 100_000 for _ in range(100))
     headers = {"content-type": "application/json"}
     error_of(http.post(COMPLETIONS, content=chunks, headers=headers), 413)
 
 
-def test_too_many_choices(http):
+def test_too_many_choices_are_refused(http):
     body = {"model": "scripted", "prompt": ["x"] * 100, "n": 100}
     error = error_of(http.post(COMPLETIONS, json=body), 400)
     assert error["param"] == "n" and names(error["message"], 2048)
@@ -411,39 +411,39 @@ def test_too_many_choices(http):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_full_queue_is_429(http, stream):
+def test_full_queue_is_429(http, stream):
     body = chat(messages=[{"role": "user", "content": "busy"}], stream=stream)
     response = http.post(CHAT, json=body)
     error = error_of(response, 429)
     assert error["code"] == "rate_limit_exceeded" and response.headers["retry-after"] == "1"
 
 
-def test_a_full_queue_is_429_even_where_the_prompt_is_echoed(http):
-    """The echo went out first, and with it a 200."""
+def test_full_queue_with_echo_is_429(http):
+    """The echo was sent before the engine refused the request, with status 200."""
     body = {"model": "scripted", "prompt": "busy", "echo": True, "stream": True}
     error_of(http.post(COMPLETIONS, json=body), 429)
 
 
-def test_a_client_with_too_much_in_the_queue_is_told_so():
+def test_client_over_queue_share_is_429():
     error = as_api_error(Busy(2.5, num_waiting=64))
     assert error.status == 429 and error.headers["retry-after"] == "3"
     assert error.code == "rate_limit_exceeded" and names(error.message, 64)
 
 
-def test_a_model_that_was_not_pulled_says_how():
+def test_model_not_pulled_names_pull_command():
     error = as_api_error(UnknownModel("gpt-4o", not_pulled_id="other-model"))
     assert error.status == 404 and error.code == "model_not_found"
     assert names(error.message, "`gpt-4o`", "`pellucid pull other-model`")
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_failure_before_the_first_token_is_500(http, stream):
+def test_failure_before_first_token_is_500(http, stream):
     body = {"model": "scripted", "prompt": "fail at once", "stream": stream}
     error = error_of(http.post(COMPLETIONS, json=body), 500)
     assert error["type"] == "server_error" and "the numbers went bad" in error["message"]
 
 
-def test_a_crash_says_nothing_about_its_cause_and_is_logged(http, caplog):
+def test_crash_is_logged_and_hidden_from_client(http, caplog):
     response = http.post(COMPLETIONS, json={"model": "scripted", "prompt": "crash"})
     error = error_of(response, 500)
     assert "secret" not in response.text and error["type"] == "server_error"
@@ -451,13 +451,13 @@ def test_a_crash_says_nothing_about_its_cause_and_is_logged(http, caplog):
     assert names(record.getMessage(), "POST", COMPLETIONS) and record.exc_info
 
 
-def test_shutting_down_is_503(http):
+def test_shutdown_is_503(http):
     response = http.post(COMPLETIONS, json={"model": "scripted", "prompt": "shutdown"})
     assert error_of(response, 503)["type"] == "server_error"
 
 
 @pytest.mark.parametrize("prompt", ["fail later", "crash", "shutdown"])
-def test_a_failure_in_mid_stream_is_an_event_and_the_end(http, prompt):
+def test_failure_in_stream_is_last_event(http, prompt):
     body = {"model": "scripted", "prompt": prompt, "stream": True}
     response = http.post(COMPLETIONS, json=body)
     assert response.status_code == 200

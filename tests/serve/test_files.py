@@ -1,4 +1,4 @@
-"""/v1/files, through the official clients and against what hostile or dying ones do."""
+"""Test /v1/files with official clients, and with hostile and disconnecting clients."""
 
 import os
 import signal
@@ -55,7 +55,7 @@ def upload(http, name="a.jsonl", data=LINES, purpose="fine-tune", **fields):
     return http.post("/v1/files", files={"file": (name, data)}, data={"purpose": purpose} | fields)
 
 
-def test_a_file_there_and_back(openai, http):
+def test_uploaded_file_downloads_unchanged(openai, http):
     before = time.time()
     file = openai.files.create(file=("train.jsonl", LINES), purpose="fine-tune")
     assert file.id.startswith("file-") and file.object == "file" and file.status == "processed"
@@ -77,15 +77,15 @@ def test_a_file_there_and_back(openai, http):
         assert caught.value.code == "not_found"
 
 
-def test_empty_fields_are_not_given(http):
-    """`expires_after[seconds]=` was a 400."""
+def test_empty_fields_count_as_absent(http):
+    """A form with `expires_after[seconds]=` was refused with 400."""
     empty = {"expires_after[anchor]": "", "expires_after[seconds]": " ", "user": ""}
     answer = upload(http, **empty)
     assert answer.status_code == 200 and "expires_at" not in answer.json(), answer.text
     http.delete(f"/v1/files/{answer.json()['id']}")
 
 
-def test_lists_pages_and_purposes(openai):
+def test_list_pages_and_filters_by_purpose(openai):
     made = [openai.files.create(file=(f"{i}", b"x"), purpose="batch").id for i in range(5)]
     other = openai.files.create(file=("o", b"x"), purpose="user_data").id
     page = openai.files.list(purpose="batch")
@@ -100,7 +100,7 @@ def test_lists_pages_and_purposes(openai):
     openai.files.delete(other)
 
 
-def test_a_file_that_expires(http, home, monkeypatch):
+def test_expired_file_is_404(http, home, monkeypatch):
     expiry = {"expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
     file = upload(http, **expiry).json()
     assert file["expires_at"] == file["created_at"] + 3600
@@ -227,7 +227,7 @@ def test_a_file_that_expires(http, home, monkeypatch):
         ),
     ],
 )
-def test_forms_that_are_refused_leave_nothing(http, home, form, param, code, facts):
+def test_refused_forms_store_nothing(http, home, form, param, code, facts):
     before = http.get("/v1/files").json()
     response = http.post("/v1/files", **form)
     error = response.json()["error"]
@@ -238,14 +238,14 @@ def test_forms_that_are_refused_leave_nothing(http, home, form, param, code, fac
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=x", "order=up", "after=file-nobody"])
-def test_queries_that_are_refused(http, query):
+def test_invalid_queries_are_refused(http, query):
     response = http.get(f"/v1/files?{query}")
     assert response.status_code in (400, 404)
     assert response.json()["error"]["param"] == query.partition("=")[0]
 
 
-def test_names_are_only_names(http):
-    r"""A browser sends folders in a name, an attacker more."""
+def test_file_names_lose_their_folders(http):
+    r"""Browsers and attackers send folders in file names."""
     for name, kept in [
         ("../../etc/passwd", "passwd"),
         ("C:\\data\\töne 😀.jsonl", "töne 😀.jsonl"),
@@ -261,7 +261,7 @@ def test_names_are_only_names(http):
     assert safe_filename("a\r\nSet-Cookie: b") == "aSet-Cookie: b"
 
 
-def test_a_page_that_is_uploaded_is_no_page(http):
+def test_uploaded_html_is_not_rendered(http):
     file = upload(http, "x.html", b"<script>alert(1)</script>", "user_data").json()
     response = http.get(f"/v1/files/{file['id']}/content")
     assert response.headers["content-type"] == "application/octet-stream"
@@ -269,7 +269,7 @@ def test_a_page_that_is_uploaded_is_no_page(http):
     http.delete(f"/v1/files/{file['id']}")
 
 
-def test_paths_that_lead_elsewhere(http, home):
+def test_path_traversal_is_404(http, home):
     (home / "secret").write_text("secret")
     for id in ("../secret", "..%2Fsecret", "%2E%2E%2Fsecret", ".new-x", "file-"):
         for path in (f"/v1/files/{id}", f"/v1/files/{id}/content"):
@@ -277,7 +277,7 @@ def test_paths_that_lead_elsewhere(http, home):
             assert response.status_code == 404 and response.text != "secret"
 
 
-def test_too_much_is_refused_on_the_way_and_not_kept(http, home, monkeypatch):
+def test_large_upload_is_refused_and_deleted(http, home, monkeypatch):
     monkeypatch.setattr(files, "MAX_BYTES", 100_000)
     response = upload(http, data=b"x" * 200_000)
     assert response.status_code == 413  # and OpenAI's own sentence
@@ -285,7 +285,7 @@ def test_too_much_is_refused_on_the_way_and_not_kept(http, home, monkeypatch):
     assert not [name for name in os.listdir(home / "files") if name.startswith(".")]
 
 
-def test_the_old_client_and_its_command(address, tmp_path):
+def test_old_client_and_its_command_upload(address, tmp_path):
     old = OldClient(install(), address)
     path = tmp_path / "old.jsonl"
     path.write_bytes(LINES)
@@ -317,7 +317,7 @@ SERVER = """
 
 
 def start(home):
-    """A server in a process of its own, which can be killed; and its address."""
+    """Start a server in its own process; return the process and its address."""
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(SERVER), str(home)],
         stdin=subprocess.PIPE,
@@ -329,7 +329,7 @@ def start(home):
 
 
 def half_an_upload(address, megabytes):
-    """A connection on which the form of a large file has begun to arrive."""
+    """Return a connection on which the upload of a large file has begun."""
     host, port = address.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)))
     head = (
@@ -344,8 +344,8 @@ def half_an_upload(address, megabytes):
     return connection
 
 
-def test_a_server_killed_in_an_upload(tmp_path):
-    """What it had acknowledged is there; of what it had not, nothing is to be seen."""
+def test_killed_server_leaves_no_partial_file(tmp_path):
+    """Acknowledged files remain, unfinished uploads leave nothing."""
     process, address = start(tmp_path)
     with httpx.Client(base_url=address) as http:
         kept = [upload(http, f"{i}", LINES * (i + 1)).json() for i in range(3)]
@@ -392,7 +392,7 @@ def test_a_server_killed_in_an_upload(tmp_path):
         process.wait()
 
 
-def test_a_client_that_leaves_in_an_upload_leaves_nothing(address, home):
+def test_disconnect_in_upload_stores_nothing(address, home):
     before = sorted(os.listdir(home / "files"))
     with half_an_upload(address, 8) as connection:
         connection.sendall(b"x" * 2**20)
@@ -400,8 +400,8 @@ def test_a_client_that_leaves_in_an_upload_leaves_nothing(address, home):
     scripted.wait_until(lambda: sorted(os.listdir(home / "files")) == before)
 
 
-def test_a_large_file_is_not_held_in_memory(address):
-    """Through the whole server: 200 MB come in while it grows by a fraction of that."""
+def test_large_upload_needs_little_memory(address):
+    """An upload of 200 MB increases the memory of the server by a fraction of that."""
     process = psutil.Process()
     before = process.memory_info().rss
     highest = before
@@ -417,8 +417,8 @@ def test_a_large_file_is_not_held_in_memory(address):
 
 
 @pytest.mark.timeout(60)
-def test_hostile_names_of_fields_take_no_time():
-    """A pattern took a minute for these, on the thread of all requests."""
+def test_hostile_field_names_parse_fast():
+    """A regular expression took a minute for such names and blocked the event loop."""
     assert len(form_fields([(f"{i}" + "[" * 3900, "x") for i in range(90)])) == 90
     assert form_fields([("[" * 3900 + "a]", "x")]) == {"[" * 3899: {"a": "x"}}
     assert form_fields([("[a]", "x"), ("a]", "y")]) == {"[a]": "x", "a]": "y"}

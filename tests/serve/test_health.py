@@ -1,4 +1,4 @@
-"""What supervisors ask: a server whose device thread has ended must be restarted."""
+"""Test the health check: a server whose device thread has ended must be restarted."""
 
 from transformer.engine import device
 

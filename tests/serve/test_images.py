@@ -1,4 +1,4 @@
-"""POST /v1/images/*, over a real socket: a tiny network of random weights, and the real encoder."""
+"""Test /v1/images/* over a socket, with a tiny network of random weights and the real encoder."""
 
 import asyncio
 import base64
@@ -41,7 +41,7 @@ from transformer.engine import Busy, Device, WorkQueue
 
 pytestmark = pytest.mark.heavy
 
-SIZE = 16  # pixels of what the tiny model draws
+SIZE = 16  # side of the tiny model's images, in pixels
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def painting_address(folder, home):
+def image_address(folder, home):
     place = download.resolve_model(
         f"tiny={folder}", catalogue.load(), settings.data_folder(), notify=print
     )
@@ -75,8 +75,8 @@ def painting_address(folder, home):
 
 
 @pytest.fixture(scope="module")
-def client(painting_address):
-    with OpenAI(base_url=f"{painting_address}/v1", api_key="any", max_retries=0) as client:
+def client(image_address):
+    with OpenAI(base_url=f"{image_address}/v1", api_key="any", max_retries=0) as client:
         yield client
 
 
@@ -86,7 +86,7 @@ def generate(client, prompt="a red apple", **how):
 
 
 def pixels(data):
-    """Of a picture's bytes, or of their base64, [Y, X, 3 or 4]."""
+    """Decode an image from bytes or base64 to [Y, X, 3 or 4]."""
     data = base64.b64decode(data) if isinstance(data, str) else data
     return np.asarray(Image.open(io.BytesIO(data)))
 
@@ -96,13 +96,13 @@ def png(array):
 
 
 def upload(side=24, seed=0):
-    """A smooth opaque picture: uint8 [Y, X, 3]."""
+    """Return a smooth opaque image: uint8 [Y, X, 3]."""
     small = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), np.uint8)
     return np.asarray(Image.fromarray(small).resize((side, side)))
 
 
 def holed(array):
-    """The same with a transparent right half: uint8 [Y, X, 4]."""
+    """Return the image with a transparent right half: uint8 [Y, X, 4]."""
     alpha = np.full((*array.shape[:2], 1), 255, np.uint8)
     alpha[:, array.shape[1] // 2 :] = 0
     return np.concatenate([array, alpha], -1)
@@ -111,7 +111,7 @@ def holed(array):
 # --- generations ------------------------------------------------------------------------------
 
 
-def test_urls_lead_to_pictures_without_a_key(client, home):
+def test_image_urls_need_no_key(client, home):
     answer = generate(client, n=2)
     assert abs(answer.created - time.time()) < 60 and len(answer.data) == 2
     assert answer.usage.input_tokens == answer.usage.total_tokens == 5
@@ -129,7 +129,7 @@ def test_urls_lead_to_pictures_without_a_key(client, home):
     assert (seen[0] != seen[1]).any()
 
 
-def test_urls_expire_after_an_hour(client, home, painting_address):
+def test_image_urls_expire_after_an_hour(client, home, image_address):
     url = generate(client).data[0].url
     name = url.rsplit("/", 1)[1]
     assert len(name) >= 28 and (home / "pictures" / name).stat().st_mode & 0o77 == 0
@@ -142,12 +142,12 @@ def test_urls_expire_after_an_hour(client, home, painting_address):
     kept.write_bytes(b"mine")
     os.utime(kept, (0, 0))
     for other in ("img-x.png", "..%2Fstore.db", "%2e%2e%2fstore.db"):
-        assert httpx.get(f"{painting_address}/images/{other}").status_code == 404, other
+        assert httpx.get(f"{image_address}/images/{other}").status_code == 404, other
     create_app(ServerSettings(home=home), Registry([scripted.model()], {}))  # the next start
     assert not (home / "pictures" / name).exists() and kept.exists()
 
 
-def test_what_has_expired_leaves_the_disk(client, home, monkeypatch):
+def test_expired_images_are_deleted(client, home, monkeypatch):
     monkeypatch.setattr(images, "LIFETIME_SECONDS", -1)
     left = set((home / "pictures").iterdir())
     assert len(generate(client, n=2).data) == 2
@@ -157,7 +157,7 @@ def test_what_has_expired_leaves_the_disk(client, home, monkeypatch):
     assert set((home / "pictures").iterdir()) == left
 
 
-def test_pictures_need_no_key_where_the_rest_does(folder, tmp_path):
+def test_image_urls_need_no_key_on_server_with_keys(folder, tmp_path):
     with scripted.serve_models(scripted.model(), home=tmp_path, api_keys=("secret",)) as address:
         name = "img-" + "a" * 24 + ".webp"
         (tmp_path / "pictures" / name).write_bytes(b"drawn")
@@ -169,7 +169,7 @@ def test_pictures_need_no_key_where_the_rest_does(folder, tmp_path):
 @pytest.mark.parametrize(
     ("size", "side"), [("auto", 16), ("64x64", 64), ("256x256", 256), ("1024x1024", 1024)]
 )
-def test_sizes_and_formats(client, size, side):
+def test_sizes_and_formats_are_as_requested(client, size, side):
     for format in ("png", "jpeg", "webp")[: 3 if side == 64 else 1]:
         how = {"response_format": "b64_json", "output_format": format}
         answer = generate(client, size=size, **how)
@@ -178,15 +178,15 @@ def test_sizes_and_formats(client, size, side):
         assert pixels(data).shape == (side, side, 3) and answer.output_format == format
 
 
-def test_whoever_writes_for_newer_models_gets_base64(client):
+def test_gpt_image_name_returns_base64(client):
     assert generate(client, model="gpt-image-1").data[0].b64_json
     assert generate(client, model="dall-e-2").data[0].url
     assert generate(client, model="gpt-image-1", response_format="url").data[0].url
 
 
-def test_answers_pass_the_clients_own_checks(painting_address):
+def test_responses_validate_in_client(image_address):
     with OpenAI(
-        base_url=f"{painting_address}/v1", api_key="any", _strict_response_validation=True
+        base_url=f"{image_address}/v1", api_key="any", _strict_response_validation=True
     ) as strict:
         answer = generate(strict, size="64x64", background="opaque", moderation="low", user="ann")
         assert (answer.background, answer.quality, answer.output_format) == ("opaque", "low", "png")
@@ -197,7 +197,7 @@ def test_answers_pass_the_clients_own_checks(painting_address):
         ]
 
 
-def test_the_same_seed_gives_the_same_bytes_under_load(client, folder, encoder):
+def test_same_seed_under_load_gives_same_bytes(client, folder, encoder):
     how = {"seed": 7, "n": 2, "response_format": "b64_json"}
     quiet = [image.b64_json for image in generate(client, **how).data]
 
@@ -221,7 +221,7 @@ def test_the_same_seed_gives_the_same_bytes_under_load(client, folder, encoder):
     assert other.b64_json != quiet[0]
 
 
-def test_a_stream_shows_steps_of_the_denoiser(client, folder, encoder, painting_address):
+def test_stream_sends_partial_images(client, folder, encoder, image_address):
     events = list(generate(client, stream=True, partial_images=3, seed=3))
     assert [event.type.rsplit(".")[-1] for event in events] == ["partial_image"] * 3 + ["completed"]
     assert [event.partial_image_index for event in events[:3]] == [0, 1, 2]
@@ -234,9 +234,9 @@ def test_a_stream_shows_steps_of_the_denoiser(client, folder, encoder, painting_
     assert all(a.b64_json != b.b64_json for a, b in pairwise(events))
 
 
-def test_events_are_named_and_as_described(painting_address):
+def test_stream_events_match_schema(image_address):
     body = {"prompt": "x", "n": 2, "stream": True, "partial_images": 1, "quality": "low"}
-    text = httpx.post(f"{painting_address}/v1/images/generations", json=body, timeout=60).text
+    text = httpx.post(f"{image_address}/v1/images/generations", json=body, timeout=60).text
     events = [event.split("\n") for event in text.strip().split("\n\n")]
     assert len(events) == 4
     found = []
@@ -247,8 +247,8 @@ def test_events_are_named_and_as_described(painting_address):
     assert sorted(found) == [(k, i) for k in ("completed", "partial_image") for i in (0, 1)]
 
 
-def test_the_description(painting_address):
-    paths = httpx.get(f"{painting_address}/openapi.json").json()["paths"]
+def test_openapi_describes_image_routes(image_address):
+    paths = httpx.get(f"{image_address}/openapi.json").json()["paths"]
     taken = {
         route: set(paths[f"/v1/images/{route}"]["post"]["requestBody"]["content"])
         for route in ("generations", "edits", "variations")
@@ -261,12 +261,12 @@ def test_the_description(painting_address):
     body = {"prompt": "x", "quality": "low", "n": 1}
     for format in ("url", "b64_json"):
         answer = httpx.post(
-            f"{painting_address}/v1/images/generations", json=body | {"response_format": format}
+            f"{image_address}/v1/images/generations", json=body | {"response_format": format}
         )
         Images.model_validate_json(answer.content, strict=True)
     kinds = {
         model["id"]: model["kind"]
-        for model in httpx.get(f"{painting_address}/v1/models").json()["data"]
+        for model in httpx.get(f"{image_address}/v1/models").json()["data"]
     }
     assert kinds["tiny"] == "images"
 
@@ -278,7 +278,7 @@ def change(client, image, **how):
     return client.images.edit(image=image, prompt="a cat", quality="low", **how)
 
 
-def test_what_the_mask_keeps_comes_back_bit_by_bit(client):
+def test_edit_keeps_unmasked_pixels_exactly(client):
     image = upload()
     answer = change(client, png(image), mask=png(holed(image)), response_format="b64_json")
     changed = pixels(answer.data[0].b64_json)
@@ -287,7 +287,7 @@ def test_what_the_mask_keeps_comes_back_bit_by_bit(client):
     assert (changed[:, 12:] != image[:, 12:]).mean() > 0.5
 
 
-def test_transparency_of_the_picture_is_a_mask_too(client):
+def test_edit_without_mask_uses_image_transparency(client):
     image = upload(30)[:20]  # not square
     answer = change(client, [png(holed(image))], response_format="b64_json")  # sent as image[]
     changed = pixels(answer.data[0].b64_json)
@@ -296,7 +296,7 @@ def test_transparency_of_the_picture_is_a_mask_too(client):
     assert (changed[:, 15:] != image[:, 15:]).any()
 
 
-def test_what_was_transparent_outside_the_mask_stays_so(client):
+def test_edit_keeps_transparency_outside_mask(client):
     image = holed(upload())
     mask = image[:, ::-1]  # transparent on the left
     for format, kind, background in (("png", "RGBA", "transparent"), ("jpeg", "RGB", "opaque")):
@@ -310,7 +310,7 @@ def test_what_was_transparent_outside_the_mask_stays_so(client):
     assert (changed[:, :12, 3] == 255).all()
 
 
-def test_another_size_and_a_photograph(client):
+def test_edit_of_large_photograph_keeps_its_size(client):
     image = upload(32)
     photo = image_io.encode(image, "jpeg")
     answer = change(
@@ -319,14 +319,14 @@ def test_another_size_and_a_photograph(client):
     assert pixels(answer.data[0].b64_json).shape == (256, 256, 3)
 
 
-def test_edits_in_json(client, painting_address):
+def test_edit_as_json_works(client, image_address):
     image = upload()
     file = client.files.create(file=("a.png", png(image)), purpose="vision")
     mask = "data:image/png;base64," + base64.b64encode(png(holed(image))).decode()
     body = {"prompt": "a cat", "quality": "low", "response_format": "b64_json"}
     for reference in ({"file_id": file.id}, {"image_url": mask}):
         answer = httpx.post(
-            f"{painting_address}/v1/images/edits",
+            f"{image_address}/v1/images/edits",
             json=body | {"images": [reference], "mask": {"image_url": mask}},
             timeout=60,
         )
@@ -335,7 +335,7 @@ def test_edits_in_json(client, painting_address):
         np.testing.assert_array_equal(changed[:, :12, :3], image[:, :12])
 
 
-def test_a_streamed_edit(client):
+def test_edit_streams(client):
     image = upload()
     events = list(change(client, png(holed(image)), stream=True, partial_images=2))
     kinds = ["image_edit.partial_image"] * 2 + ["image_edit.completed"]
@@ -344,7 +344,7 @@ def test_a_streamed_edit(client):
         np.testing.assert_array_equal(pixels(event.b64_json)[:, :12], image[:, :12])
 
 
-def test_variations_differ_the_less_the_weaker(client):
+def test_weaker_variation_differs_less(client):
     image, far = upload(SIZE).astype(int), []
     for strength in (0.02, 0.9):
         answer = client.images.create_variation(
@@ -356,7 +356,7 @@ def test_variations_differ_the_less_the_weaker(client):
 
 
 def blank(*names):
-    """Fields of a form that were left empty, as a page or a program sends them."""
+    """Return a form with empty fields, as pages and programs send it."""
     return {name: "" if number % 2 else " " for number, name in enumerate(names)}
 
 
@@ -366,9 +366,9 @@ OPTIONAL = (
 )
 
 
-def test_empty_fields_are_not_given(painting_address):
-    """`n=`, `seed=` and the like were 400s; browsers send all fields of a form."""
-    url = f"{painting_address}/v1/images"
+def test_empty_fields_count_as_absent(image_address):
+    """Empty fields such as `n=` were refused with 400; browsers send all fields of a form."""
+    url = f"{image_address}/v1/images"
     files = {"image": ("a.png", GOOD), "mask": ("", b"")}
     fields = blank(*OPTIONAL) | {"prompt": "a cat"}
     answer = httpx.post(f"{url}/edits", data=fields, files=files, timeout=120)
@@ -384,8 +384,8 @@ def with_alpha(image):
 
 
 @pytest.mark.parametrize("picture_of", [np.asarray, with_alpha], ids=["no alpha", "opaque alpha"])
-def test_an_opaque_picture_is_redrawn_whole_under_a_newer_name(client, picture_of):
-    """It was a 400, and code for gpt-image-1 sends no masks."""
+def test_opaque_image_with_gpt_image_name_is_redrawn(client, picture_of):
+    """The request was refused with 400, but code for gpt-image-1 sends no masks."""
     image = picture_of(upload(40)[:30])
     how = {"model": "gpt-image-1", "response_format": "b64_json"}
     found = change(client, png(image), extra_body={"seed": 3}, **how)
@@ -404,7 +404,7 @@ def test_an_opaque_picture_is_redrawn_whole_under_a_newer_name(client, picture_o
         assert caught.value.body["param"] == "image"
 
 
-def test_the_mask_wins_over_the_pictures_transparency(client):
+def test_mask_overrides_image_transparency(client):
     image = upload()
     clear = holed(image)[:, ::-1]  # transparent on the left
     how = {"model": "gpt-image-1", "response_format": "b64_json"}
@@ -414,8 +414,8 @@ def test_the_mask_wins_over_the_pictures_transparency(client):
 
 
 @pytest.mark.parametrize("format", ["jpeg", "webp"])
-def test_compression_changes_the_size(client, format):
-    """It was taken and changed nothing."""
+def test_output_compression_changes_file_size(client, format):
+    """The parameter was accepted but had no effect."""
     sizes = []
     for quality in (0, 50, 100):
         answer = client.images.generate(
@@ -426,7 +426,7 @@ def test_compression_changes_the_size(client, format):
     assert sizes[0] < sizes[1] < sizes[2]
 
 
-def test_base64_in_pieces_is_base64():
+def test_base64_in_chunks_equals_base64():
     for size in (0, 1, 3 * CHUNK, 3 * CHUNK + 1, 7 * CHUNK):
         data = np.random.default_rng(size).bytes(size)
         pieces = to_base64(data)
@@ -438,8 +438,8 @@ def in_json(data):
     return {"image_url": "data:image/png;base64," + base64.b64encode(data).decode()}
 
 
-def test_a_slow_picture_holds_nobody_up(painting_address, client):
-    """It is decoded beside the event loop: others are answered long before it is done."""
+def test_slow_image_does_not_block_other_requests(image_address, client):
+    """The image is decoded on a worker thread, so other requests are served meanwhile."""
     generate(client)  # the model is loaded
     image, file = upload(2048).copy(), io.BytesIO()
     image[:, :512] = np.random.default_rng(0).integers(0, 256, (2048, 512, 3), np.uint8)
@@ -451,14 +451,14 @@ def test_a_slow_picture_holds_nobody_up(painting_address, client):
     answers, waits = [], []
 
     def ask():
-        answers.append(httpx.post(f"{painting_address}/v1/images/edits", json=body, timeout=300))
+        answers.append(httpx.post(f"{image_address}/v1/images/edits", json=body, timeout=300))
 
     thread = threading.Thread(target=ask)
     started = time.monotonic()
     thread.start()
     while thread.is_alive():
         began = time.monotonic()
-        assert httpx.get(f"{painting_address}/health").status_code == 200
+        assert httpx.get(f"{image_address}/health").status_code == 200
         waits.append(time.monotonic() - began)
     seconds = time.monotonic() - started
     assert answers[0].json()["error"]["param"] == "mask", "it was read, and is of another size"
@@ -466,8 +466,8 @@ def test_a_slow_picture_holds_nobody_up(painting_address, client):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_large_answers_are_sent_in_pieces(folder, home, stream):
-    """Ten edits of 2,048 pixels in base64 were one JSON text, made on the event loop in seconds."""
+def test_large_responses_are_sent_in_chunks(folder, home, stream):
+    """Encoding ten large edits as one JSON text blocked the event loop for seconds."""
     place = download.resolve_model(
         f"tiny={folder}", catalogue.load(), settings.data_folder(), notify=print
     )
@@ -509,7 +509,7 @@ def chunk(kind, data):
 
 
 def bomb(side):
-    """A PNG of some kilobytes that would unfold to gigabytes."""
+    """Return a PNG of some kilobytes that would decode to gigabytes."""
     head = struct.pack(">IIBBBBB", side, side, 8, 6, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(10**6)))
 
@@ -587,14 +587,14 @@ MISSING = "missing_required_parameter"
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_edits_that_cannot_be_answered(painting_address, files, param, code, facts):
+def test_invalid_edits_are_refused(image_address, files, param, code, facts):
     fields = {"prompt": "x", "quality": "low"} | {
         name: value for name, value in files.items() if not isinstance(value, bytes)
     }
     sent = {name: (name, value) for name, value in files.items() if isinstance(value, bytes)}
     sent = sent or {"other": ("other", b"x")}
     fields = {name: value for name, value in fields.items() if value is not None}
-    answer = httpx.post(f"{painting_address}/v1/images/edits", data=fields, files=sent, timeout=60)
+    answer = httpx.post(f"{image_address}/v1/images/edits", data=fields, files=sent, timeout=60)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, param, code), error
     assert names(error["message"], *facts) and error["type"] == "invalid_request_error"
@@ -639,9 +639,9 @@ def test_edits_that_cannot_be_answered(painting_address, files, param, code, fac
         ({"output_compression": 99}, "output_compression", "invalid_value", ["PNG", "'jpeg'"]),
     ],
 )
-def test_generations_that_cannot_be_answered(painting_address, body, param, code, facts):
+def test_invalid_generations_are_refused(image_address, body, param, code, facts):
     body = ({"prompt": "x"} if param != "prompt" else {}) | body
-    answer = httpx.post(f"{painting_address}/v1/images/generations", json=body)
+    answer = httpx.post(f"{image_address}/v1/images/generations", json=body)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, param, code), error
     assert names(error["message"], *facts)
@@ -667,15 +667,15 @@ def reference(**fields):
         ({"prompt": "x", "images": [{"file_id": "a"}] * 17}, 400, "images"),
     ],
 )
-def test_json_edits_that_cannot_be_answered(painting_address, body, status, param):
-    answer = httpx.post(f"{painting_address}/v1/images/edits", json=body)
+def test_invalid_json_edits_are_refused(image_address, body, status, param):
+    answer = httpx.post(f"{image_address}/v1/images/edits", json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
 
 
-def test_variations_have_a_least_strength(painting_address):
-    """One that numbers cannot tell from none ended in a 500: its noise did not fall."""
+def test_variation_strength_has_minimum(image_address):
+    """A strength close to 0 caused a 500, because its noise levels did not decrease."""
     answer = httpx.post(
-        f"{painting_address}/v1/images/variations",
+        f"{image_address}/v1/images/variations",
         data={"strength": "1e-20", "quality": "low"},
         files={"image": png(upload())},
         timeout=60,
@@ -684,8 +684,8 @@ def test_variations_have_a_least_strength(painting_address):
     assert (answer.status_code, error["param"]) == (400, "strength"), error
 
 
-def test_other_requests_that_cannot_be_answered(painting_address, tmp_path):
-    url = f"{painting_address}/v1/images"
+def test_invalid_requests_are_refused(image_address, tmp_path):
+    url = f"{image_address}/v1/images"
     answer = httpx.post(f"{url}/generations", json={"prompt": "x", "model": "scripted"})
     assert answer.status_code == 404 and names(answer.json()["error"]["message"], "`tiny`")
     files = [("image[]", ("a", GOOD)), ("image[]", ("b", GOOD))]
@@ -708,8 +708,8 @@ def test_other_requests_that_cannot_be_answered(painting_address, tmp_path):
 # --- the client of 2023 -----------------------------------------------------------------------
 
 
-def test_the_client_of_2023(painting_address, tmp_path):
-    old = OldClient(install(), painting_address)
+def test_client_of_2023_generates_images(image_address, tmp_path):
+    old = OldClient(install(), image_address)
     image = upload()
     (tmp_path / "image.png").write_bytes(png(image))
     (tmp_path / "mask.png").write_bytes(png(holed(image)))
@@ -735,113 +735,128 @@ def test_the_client_of_2023(painting_address, tmp_path):
     assert httpx.get(json.loads(said)["data"][0]["url"]).status_code == 200
 
 
-# --- whose turn it is -------------------------------------------------------------------------
+# --- scheduling -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def painter(folder, encoder):
-    """A model with a device of its own, whose pieces can be counted."""
+def image_model(folder, encoder):
+    """Load an image model with its own device, whose work items are counted."""
     model = load_image_model("tiny", folder, encoder, owned_by="me")
     model.work_queue = WorkQueue(Device())
     return model
 
 
-async def all_of(model, order):
-    return [drawn async for drawn in model.draw(order)]
+async def outputs_of(model, request):
+    return [output async for output in model.generate(request)]
 
 
-def order(count=1, **how):
+def image_request(num_images=1, **options):
     return ImageRequest(
-        **{"prompt": "a cat", "count": count, "plan": SamplerOptions(steps=6), **how}
+        **{"prompt": "a cat", "num_images": num_images, "plan": SamplerOptions(steps=6), **options}
     )
 
 
-def test_requests_are_drawn_side_by_side(painter):
+def test_requests_are_batched(image_model):
     async def main():
-        painter.compile(8, order())
-        before = painter.lane._device.pieces
-        found = await asyncio.gather(*[all_of(painter, order()) for _ in range(10)])
-        assert all(len(pictures) == 1 for pictures in found)
-        # Batches of 8 and of 2: a piece a step and one to finish, of which the very last may not be
-        # counted yet.
-        assert painter.lane._device.pieces - before in (13, 14)
+        image_model.compile(8, image_request())
+        before = image_model.work_queue._device.num_items
+        results = await asyncio.gather(
+            *[outputs_of(image_model, image_request()) for _ in range(10)]
+        )
+        assert all(len(outputs) == 1 for outputs in results)
+        # Batches of 8 and of 2 images: one work item per step and one to finish, of which the last
+        # may not be counted yet.
+        assert image_model.work_queue._device.num_items - before in (13, 14)
 
     asyncio.run(main())
 
 
-def test_a_small_order_does_not_wait_for_all_of_a_large_one(painter):
-    ended = []
+def test_small_request_finishes_before_large_one(image_model):
+    finished = []
 
-    async def draw(name, wanted):
-        async for _ in painter.draw(wanted):
-            ended.append(name)
+    async def generate_as(name, request):
+        async for _ in image_model.generate(request):
+            finished.append(name)
 
     async def main():
-        busy = [draw("busy", order(seed=seed)) for seed in (1, 2)]
-        await asyncio.gather(*busy, draw("large", order(10)), draw("small", order()))
+        busy = [generate_as("busy", image_request(seed=seed)) for seed in (1, 2)]
+        await asyncio.gather(
+            *busy, generate_as("large", image_request(10)), generate_as("small", image_request())
+        )
 
     asyncio.run(main())
-    assert ended.index("small") < len(ended) - 2  # in the batch of the large one's first ones
+    assert (
+        finished.index("small") < len(finished) - 2
+    )  # in the same batch as the first images of the large one
 
 
-def test_others_have_their_turn_between_two_steps(painter):
-    other, turns = WorkQueue(painter.lane._device), []
+def test_other_work_runs_between_steps(image_model):
+    other, turns = WorkQueue(image_model.work_queue._device), []
 
     async def main():
-        drawing = asyncio.create_task(all_of(painter, order(plan=SamplerOptions(steps=40))))
+        drawing = asyncio.create_task(
+            outputs_of(image_model, image_request(plan=SamplerOptions(steps=40)))
+        )
         await asyncio.sleep(0)
         while not drawing.done():
             await other.run(lambda: time.sleep(0.001))
-            turns.append(len(painter.lane))
+            turns.append(len(image_model.work_queue))
 
     asyncio.run(main())
     assert len(turns) >= 20
 
 
-def test_who_leaves_stops_the_work(painter):
+def test_disconnect_stops_generation(image_model):
     async def main():
-        wanted = order(2, plan=SamplerOptions(steps=1000), shown=3)
-        before = painter.lane._device.pieces
-        async with aclosing(painter.draw(wanted)) as drawn:
-            first = asyncio.create_task(anext(drawn))
-            waits = asyncio.create_task(all_of(painter, order(plan=SamplerOptions(steps=1000))))
-            later = asyncio.create_task(all_of(painter, order(plan=SamplerOptions(steps=999))))
+        request = image_request(2, plan=SamplerOptions(steps=1000), num_partial_images=3)
+        before = image_model.work_queue._device.num_items
+        async with aclosing(image_model.generate(request)) as outputs:
+            first = asyncio.create_task(anext(outputs))
+            waiting = asyncio.create_task(
+                outputs_of(image_model, image_request(plan=SamplerOptions(steps=1000)))
+            )
+            later = asyncio.create_task(
+                outputs_of(image_model, image_request(plan=SamplerOptions(steps=999)))
+            )
             await asyncio.sleep(0.2)
-            for task in (first, waits, later):
+            for task in (first, waiting, later):
                 task.cancel()
-            await asyncio.gather(first, waits, later, return_exceptions=True)
-        while not painter.is_idle:
+            await asyncio.gather(first, waiting, later, return_exceptions=True)
+        while not image_model.is_idle:
             await asyncio.sleep(0.01)
-        assert painter.lane._device.pieces - before < 500
+        assert image_model.work_queue._device.num_items - before < 500
 
     asyncio.run(main())
 
 
-def test_a_client_that_disconnects_frees_its_place(painting_address, client):
-    """A request's work ends with its connection: the next one is not behind a thousand others."""
+def test_disconnect_frees_queue_slot(image_address, client):
+    """A disconnected request leaves the queue, so that later requests are served."""
     body = {"prompt": "x", "n": 10, "quality": "high", "seed": 1}
     for _ in range(6):
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{painting_address}/v1/images/generations", json=body, timeout=0.05)
+            httpx.post(f"{image_address}/v1/images/generations", json=body, timeout=0.05)
     assert generate(client).data[0].url
 
 
-def test_the_queue_has_an_end(painter):
+def test_full_queue_is_429(image_model):
     async def main():
-        endless = [order(seed=seed, plan=SamplerOptions(steps=1000)) for seed in (1, 2)]
-        tasks = [asyncio.create_task(all_of(painter, wanted)) for wanted in endless]
-        await asyncio.sleep(0.1)  # now they are being drawn
-        tasks += [asyncio.create_task(all_of(painter, order(10, client="ann"))) for _ in range(3)]
+        endless = [image_request(seed=seed, plan=SamplerOptions(steps=1000)) for seed in (1, 2)]
+        tasks = [asyncio.create_task(outputs_of(image_model, request)) for request in endless]
+        await asyncio.sleep(0.1)  # now they are running
+        tasks += [
+            asyncio.create_task(outputs_of(image_model, image_request(10, client="ann")))
+            for _ in range(3)
+        ]
         await asyncio.sleep(0)
         with pytest.raises(Busy) as error:
-            await all_of(painter, order(10, client="ann"))
+            await outputs_of(image_model, image_request(10, client="ann"))
         assert error.value.num_waiting == 30 and error.value.retry_after > 0
         for number in range((MAX_WAITING - 30) // 7):
-            wanted = order(7, client=f"client {number}")
-            tasks.append(asyncio.create_task(all_of(painter, wanted)))
+            request = image_request(7, client=f"client {number}")
+            tasks.append(asyncio.create_task(outputs_of(image_model, request)))
         await asyncio.sleep(0)
         with pytest.raises(Busy) as error:
-            await all_of(painter, order(client="bob"))
+            await outputs_of(image_model, image_request(client="bob"))
         assert error.value.num_waiting is None
         for task in tasks:
             task.cancel()
@@ -850,26 +865,26 @@ def test_the_queue_has_an_end(painter):
     asyncio.run(main())
 
 
-def test_weak_variations_are_compiled_too(painter):
-    """A plan of more steps than a plan may have was made to compile them."""
-    source = InitImage(np.zeros((8, 8, 3), np.float32), strength=0.001)
-    assert len(asyncio.run(all_of(painter, order(source=source)))) == 1
+def test_weak_variations_are_warmed_up(image_model):
+    """Warming up weak variations used more steps than the maximum and failed."""
+    init_image = InitImage(np.zeros((8, 8, 3), np.float32), strength=0.001)
+    assert len(asyncio.run(outputs_of(image_model, image_request(init_image=init_image)))) == 1
 
 
-def test_what_goes_wrong_with_one_batch_goes_wrong_with_no_other(painter):
+def test_failing_batch_leaves_other_batches_alone(image_model):
     async def main():
-        wrong = InitImage(np.zeros((3, 3, 3), np.float32))
+        mismatched = InitImage(np.zeros((3, 3, 3), np.float32))
         with pytest.raises(ValueError, match=naming("pictures", [1, 8, 8, 3], [1, 3, 3, 3])):
-            await all_of(painter, order(source=wrong))
-        assert len(await all_of(painter, order())) == 1
+            await outputs_of(image_model, image_request(init_image=mismatched))
+        assert len(await outputs_of(image_model, image_request())) == 1
 
     asyncio.run(main())
 
 
-# --- where weights come from ------------------------------------------------------------------
+# --- model files ------------------------------------------------------------------------------
 
 
-def test_weights_that_are_missing_are_said_to_be(tmp_path):
+def test_missing_weights_are_reported(tmp_path):
     known = catalogue.load()
     model = known.models["emoji-64"]
     assert model.folder is not None and model.encoder is known.models["all-minilm-l6-v2"]
@@ -880,24 +895,24 @@ def test_weights_that_are_missing_are_said_to_be(tmp_path):
             look(gone, settings.data_folder())
 
 
-def test_it_is_offered_only_with_its_encoder(folder, tmp_path):
-    """Else a request would wait for a download that nobody has agreed to."""
+def test_model_without_encoder_is_not_listed(folder, tmp_path):
+    """A listed model without its encoder would start a download within a request."""
     model = replace(catalogue.load().models["emoji-64"], folder=folder)
     assert download.find_path(model, tmp_path) is None
-    place = download.find_pulled(model, settings.data_folder())
-    assert place is not None and place.path == folder
-    assert place.encoder == download.find_path(model.encoder, settings.data_folder())
+    files = download.find_pulled(model, settings.data_folder())
+    assert files is not None and files.path == folder
+    assert files.encoder == download.find_path(model.encoder, settings.data_folder())
     assert model.size == sum(file.stat().st_size for file in folder.glob("*/*"))
 
 
 @pytest.mark.slow  # the real weights
-def test_emoji_64(home, tmp_path):
-    place = download.find_pulled(catalogue.load().models["emoji-64"], settings.data_folder())
-    assert place is not None
-    offer = resolve.describe(
-        place, LoadOptions(cache_budget=2**20, dtype="auto", home=tmp_path, notify=print)
+def test_emoji_64_generates_images(home, tmp_path):
+    files = download.find_pulled(catalogue.load().models["emoji-64"], settings.data_folder())
+    assert files is not None
+    spec = resolve.describe(
+        files, LoadOptions(cache_budget=2**20, dtype="auto", home=tmp_path, notify=print)
     )
-    registry = Registry([offer], catalogue.load().aliases)
+    registry = Registry([spec], catalogue.load().aliases)
     with (
         scripted.serve_app(create_app(ServerSettings(home=tmp_path), registry)) as address,
         OpenAI(base_url=f"{address}/v1", api_key="any") as client,
@@ -919,8 +934,8 @@ def test_emoji_64(home, tmp_path):
         print(f"one picture: {time.perf_counter() - began:.2f} s")
 
 
-def test_strength_and_mask_are_as_the_library_has_them(folder, encoder, client):
-    """The API's edit is `diffusion.edit`'s, from the same seed."""
+def test_strength_and_mask_equal_library(folder, encoder, client):
+    """An edit over the API equals `diffusion.edit` with the same seed."""
     image = upload()
     own = diffusion.load(folder, encoder)
     hole = holed(image)

@@ -1,37 +1,37 @@
-"""GET /v1/models and the health check."""
+"""Test GET /v1/models and the health check."""
 
 import pytest
 
 
-def test_list(strict):
+def test_list_contains_models(strict):
     page = strict.models.list()
     assert [model.id for model in page.data][:2] == ["scripted", "org/with-slash"]
     assert page.object == "list"
     assert page.data[0].created == 1_700_000_000 and page.data[0].owned_by == "pellucid"
 
 
-def test_one_by_id_and_by_alias(strict):
+def test_lookup_by_id_or_alias_returns_model(strict):
     assert strict.models.retrieve("scripted").id == "scripted"
     assert strict.models.retrieve("gpt-4").id == "scripted"
 
 
 @pytest.mark.parametrize("id", ["org/with-slash", "org%2Fwith-slash"])
-def test_ids_with_slashes_raw_and_encoded(http, id):
+def test_ids_with_slashes_are_found(http, id):
     assert http.get(f"/v1/models/{id}").json()["id"] == "org/with-slash"
 
 
-def test_the_official_client_encodes_slashes(strict):
+def test_client_finds_ids_with_slashes(strict):
     assert strict.models.retrieve("org/with-slash").id == "org/with-slash"
 
 
 @pytest.mark.parametrize("path", ["/health", "/v1/health", "/v1/models", "/v1/models/scripted"])
-def test_get_and_head(http, path):
+def test_get_and_head_are_supported(http, path):
     assert http.get(path).status_code == 200
     head = http.head(path)
     assert head.status_code == 200 and head.content == b""
 
 
-def test_every_response_says_what_it_is(http):
+def test_responses_have_openai_headers(http):
     sent = {"openai-organization": "org-1"}
     for path, status in (("/v1/models", 200), ("/v1/models/none", 404), ("/nowhere", 404)):
         response = http.get(path, headers=sent)

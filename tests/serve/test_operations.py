@@ -1,4 +1,4 @@
-"""Keys, limits, numbers and lines of a server: what who runs one needs."""
+"""Test API keys, limits, metrics and logs of a server."""
 
 import asyncio
 import json
@@ -39,7 +39,7 @@ def bearer(key):
 # --- keys -----------------------------------------------------------------------------------------
 
 
-def test_a_key_is_shown_once_and_kept_as_a_digest(tmp_path):
+def test_created_key_is_stored_as_digest(tmp_path):
     key = auth.create(tmp_path, "ann")
     file = tmp_path / auth.FILE
     assert key.startswith("sk-pellucid-") and len(key) > 50
@@ -50,8 +50,8 @@ def test_a_key_is_shown_once_and_kept_as_a_digest(tmp_path):
     assert auth.create(tmp_path, "bob") != key
 
 
-def test_nothing_is_written_through_what_somebody_planted(tmp_path):
-    """Keys went through a file of a name that could be foretold, or a link that stood there."""
+def test_key_file_is_not_written_through_symlink(tmp_path):
+    """Keys were written through a predictable temporary file name or an existing symlink."""
     victim = tmp_path / "victim"
     victim.write_text("mine")
     (tmp_path / f".keys-{os.getpid()}").symlink_to(victim)
@@ -62,7 +62,7 @@ def test_nothing_is_written_through_what_somebody_planted(tmp_path):
     assert [key.name for key in auth.read(tmp_path)] == ["ann"]
 
 
-def test_names_of_keys(tmp_path):
+def test_invalid_key_names_are_refused(tmp_path):
     auth.create(tmp_path, "ann@example.org")
     with pytest.raises(ValueError, match=naming("'ann@example.org'")):
         auth.create(tmp_path, "ann@example.org")
@@ -74,7 +74,7 @@ def test_names_of_keys(tmp_path):
     assert auth.read(tmp_path) == []
 
 
-def test_a_damaged_file_opens_nothing(tmp_path):
+def test_damaged_key_file_raises(tmp_path):
     (tmp_path / auth.FILE).write_text("[{")
     with pytest.raises(ValueError, match=naming(tmp_path / auth.FILE)):
         auth.KeyRing([], tmp_path)
@@ -82,7 +82,7 @@ def test_a_damaged_file_opens_nothing(tmp_path):
         ServerSettings(home=tmp_path)
 
 
-def test_keys_come_and_go_while_a_server_runs(tmp_path):
+def test_running_server_follows_key_file(tmp_path):
     with (
         scripted.serve_models(scripted.model(), home=tmp_path) as address,
         httpx.Client(base_url=address) as http,
@@ -101,14 +101,14 @@ def test_keys_come_and_go_while_a_server_runs(tmp_path):
         assert http.get("/health").status_code == http.get("/ready").status_code == 200
 
 
-def test_a_stored_key_is_enough_to_be_reachable(tmp_path):
+def test_stored_key_allows_public_host(tmp_path):
     with pytest.raises(ValueError, match="pellucid keys create"):
         ServerSettings(host="0.0.0.0", home=tmp_path)
     auth.create(tmp_path, "ann")
     assert ServerSettings(host="0.0.0.0", home=tmp_path).api_keys == ()
 
 
-def test_the_keys_command(tmp_path):
+def test_keys_command_creates_lists_and_deletes(tmp_path):
     def command(*arguments):
         return subprocess.run(
             [sys.executable, "-m", "serve", "keys", *arguments],
@@ -138,7 +138,7 @@ def test_the_keys_command(tmp_path):
 # --- limits ---------------------------------------------------------------------------------------
 
 
-def test_a_bucket_fills_again_and_each_client_has_one():
+def test_rate_limiter_refills_bucket_per_client():
     now = 0.0
     rate = RateLimiter(3, clock=lambda: now)
     assert [rate.take("ann") for _ in range(4)] == [(True, 2), (True, 1), (True, 0), (False, 0)]
@@ -151,7 +151,7 @@ def test_a_bucket_fills_again_and_each_client_has_one():
     assert rate.take("ann") == (True, 2), "a minute's worth at most"
 
 
-def test_idle_clients_are_forgotten(monkeypatch):
+def test_rate_limiter_evicts_idle_clients(monkeypatch):
     monkeypatch.setattr(rate_limit, "MAX_CLIENTS", 3)
     now = 0.0
     rate = RateLimiter(60, clock=lambda: now)
@@ -162,7 +162,7 @@ def test_idle_clients_are_forgotten(monkeypatch):
     assert len(rate._buckets) < 4
 
 
-def test_the_rate_limit_as_clients_see_it():
+def test_rate_limit_sets_headers_and_429():
     with (
         scripted.serve_models(scripted.model(), requests_per_minute=2) as address,
         httpx.Client(base_url=address) as http,
@@ -184,11 +184,11 @@ def test_the_rate_limit_as_clients_see_it():
         assert http.get("/v1/models").status_code == 200, "looking costs nothing"
 
 
-def test_without_a_limit_nothing_is_said_of_one(http):
+def test_no_rate_limit_sends_no_headers(http):
     assert not any(name.startswith("x-ratelimit") for name in post(http).headers)
 
 
-def test_an_answer_that_takes_too_long(http):
+def test_answer_over_timeout_is_504(http):
     response = post(http, prompt="never in time")
     error = response.json()["error"]
     assert response.status_code == 504 and error["code"] == "timeout"
@@ -198,8 +198,8 @@ def test_an_answer_that_takes_too_long(http):
     assert streamed.status_code == 504, "before the first token it is not a stream yet"
 
 
-def test_a_body_that_never_ends_arriving():
-    """On the ASGI channel: the layer reads a body that comes to a halt."""
+def test_slow_body_is_408():
+    """The middleware reads a body that stops arriving, directly on the ASGI channel."""
 
     async def app(scope, receive, send):
         while (await receive())["more_body"]:
@@ -225,7 +225,7 @@ def test_a_body_that_never_ends_arriving():
 # --- on the way out -------------------------------------------------------------------------------
 
 
-def test_a_draining_server_finishes_and_takes_nothing_new(tmp_path):
+def test_draining_server_finishes_and_refuses_new_requests(tmp_path):
     model = scripted.model()
     app = create_app(ServerSettings(home=tmp_path), Registry([model], {}))
     with scripted.serve_app(app) as address, httpx.Client(base_url=address) as http:
@@ -258,7 +258,7 @@ def counted(tmp_path):
 
 
 def numbers(http):
-    """Every sample of /metrics, by name and labels."""
+    """Return every sample of /metrics by name and labels."""
     response = http.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     return {
@@ -268,7 +268,7 @@ def numbers(http):
     }
 
 
-def test_metrics_count_what_happened(counted):
+def test_metrics_count_requests_and_tokens(counted):
     length = len(scripted.HELLO.encode())
     for _ in range(2):
         post(counted, prompt="cached hello")
@@ -294,7 +294,7 @@ def test_metrics_count_what_happened(counted):
     assert found[("process_resident_memory_bytes",)] > 1e6
 
 
-def test_made_up_paths_and_methods_make_no_series(counted):
+def test_unknown_paths_and_methods_add_no_series(counted):
     def ask(number):
         counted.request(f"METHOD{number}", f"/path/{number}")
 
@@ -305,7 +305,7 @@ def test_made_up_paths_and_methods_make_no_series(counted):
     assert len(numbers(counted)) - before < 25, "but for those of /metrics itself"
 
 
-def test_a_client_that_leaves_is_counted(counted):
+def test_disconnected_client_is_counted(counted):
     with counted.stream("POST", "/v1/completions", json={**BODY, "prompt": "endless"}):
         pass
     with pytest.raises(httpx.ReadTimeout):
@@ -317,7 +317,7 @@ def test_a_client_that_leaves_is_counted(counted):
 
 
 class Kept(logging.Handler):
-    """Keeps the lines that a formatter makes."""
+    """A handler that stores formatted log lines."""
 
     def __init__(self, formatter):
         super().__init__()
@@ -339,7 +339,7 @@ def kept(request, http):
 
 
 @pytest.mark.parametrize("kept", [logs.JsonFormatter], indirect=True)
-def test_a_line_for_programs(http, kept):
+def test_json_log_line_has_fields(http, kept):
     response = post(http, prompt="cached secret words")
     scripted.wait_until(lambda: kept.lines)
     line = json.loads(kept.lines[0])
@@ -361,7 +361,7 @@ def test_a_line_for_programs(http, kept):
 
 
 @pytest.mark.parametrize("kept", [logs.TextFormatter], indirect=True)
-def test_a_line_for_people_is_one_line(http, kept):
+def test_text_log_line_escapes_path(http, kept):
     response = http.get("/v1/models/a%0Ab%1b[31m%C3%A9?x=secret")
     scripted.wait_until(lambda: kept.lines)
     (line,) = kept.lines
@@ -370,7 +370,7 @@ def test_a_line_for_people_is_one_line(http, kept):
 
 
 @pytest.mark.parametrize("kept", [logs.JsonFormatter], indirect=True)
-def test_a_crash_is_logged_under_its_request(http, kept):
+def test_crash_is_logged_with_request_id(http, kept):
     response = post(http, prompt="crash")
     assert response.status_code == 500
     scripted.wait_until(lambda: len(kept.lines) == 2)

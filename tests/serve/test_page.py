@@ -1,4 +1,4 @@
-"""The page at /: what it is made of, and, in Debian's Chromium, what it does."""
+"""Test the page at /: its files, and its behaviour in Chromium."""
 
 import dataclasses
 import re
@@ -13,10 +13,10 @@ from tests.serve.scripted import HELLO
 
 pytestmark = pytest.mark.heavy
 
-LIMIT = 60_000  # bytes of the whole page: it is read by people, too
+LIMIT = 60_000  # bytes of all files together, to keep the page small
 
 
-# --- what it is made of ---------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_page_has_strict_content_security_policy(http):
@@ -61,14 +61,14 @@ def test_page_needs_no_key_but_api_does(tmp_path):
             assert http.get(path).status_code == 401
 
 
-# --- what it does ---------------------------------------------------------------------------------
+# --- behaviour ------------------------------------------------------------------------------------
 
 in_browser = pytest.mark.slow  # needs Chromium: apt-get install chromium
 
 
 @pytest.fixture
 def open_page(browser, address):
-    """Opens the page; fails if it asks anybody else or reports an error."""
+    """Return a function that opens the page; fail on foreign requests and console errors."""
     contexts, wrong = [], []
 
     def open(at=address, path="/", ready="body[data-ready]", **options):
@@ -103,13 +103,15 @@ def test_answer_streams_and_tokens_show_probabilities(open_page):
     assert page.text_content(".turn.assistant .message-text") == HELLO
     assert f"{len(HELLO.encode())} tokens" in page.text_content(".turn.assistant .stats")
     emoji = page.locator(".token", has_text="😀")
-    assert emoji.count() == 1, "four tokens spell it: one thing to point at"
+    assert emoji.count() == 1, "four tokens encode it: they share one button"
     page.locator(".token").first.hover()
     assert page.is_visible("#tip") and "78 %" in page.text_content("#tip tr.chosen")
     assert "A" in page.text_content("#tip") and "8.2 %" in page.text_content("#tip")
     emoji.hover()
     assert page.locator("#tip table").count() == 4
-    assert HELLO in page.text_content("#answer-status"), "for who listens: once, at the end"
+    assert HELLO in page.text_content("#answer-status"), (
+        "the screen reader gets the answer once, at the end"
+    )
 
 
 @in_browser
@@ -121,7 +123,9 @@ def test_tokens_are_reachable_by_keyboard(open_page):
         if page.evaluate("document.activeElement.className").startswith("token"):
             break
         page.keyboard.press("Shift+Tab")
-    assert page.evaluate("document.activeElement.dataset.index") == "0", "one stop for all tokens"
+    assert page.evaluate("document.activeElement.dataset.index") == "0", (
+        "all tokens are one tab stop"
+    )
     page.keyboard.press("ArrowRight")
     name = page.evaluate("document.activeElement.getAttribute('aria-label')")
     assert name == "token 2, e, probability 78 %, alternative A 8.2 %"
@@ -273,7 +277,7 @@ def test_server_with_keys_shows_key_dialog(browser, tmp_path):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
 def test_page_is_accessible(open_page, scheme, width):
-    """axe finds no serious fault, and nothing is wider than the screen."""
+    """Check that axe reports no serious violation and nothing is wider than the screen."""
     from axe_playwright_python.sync_playwright import Axe
 
     page = open_page(color_scheme=scheme, viewport={"width": width, "height": 760})

@@ -1,4 +1,4 @@
-"""The description of the API: answers are as it says, and no request breaks the server."""
+"""Test the OpenAPI description: responses match it, and no request crashes the server."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def description(address):
     return httpx.get(f"{address}/openapi.json").json()
 
 
-def test_every_route_is_described(description):
+def test_openapi_describes_every_route(description):
     assert {
         "/v1/models",
         "/v1/models/{model_id}",
@@ -49,7 +49,7 @@ def test_every_route_is_described(description):
     assert "suffix" in description["components"]["schemas"][reference.rsplit("/")[-1]]["properties"]
 
 
-def test_every_reference_leads_somewhere(description):
+def test_openapi_references_resolve(description):
     found = json.dumps(description).split('"$ref": "')[1:]
     names = {
         reference.partition('"')[0].removeprefix("#/components/schemas/") for reference in found
@@ -85,7 +85,7 @@ def test_every_reference_leads_somewhere(description):
         (responses.Error, "POST", "/v1/edits", {}),
     ],
 )
-def test_answers_are_as_described(http, reply, method, path, body):
+def test_responses_match_schema(http, reply, method, path, body):
     answer = http.request(method, path, json=body)
     assert reply.model_validate_json(answer.content, strict=True)
 
@@ -102,7 +102,7 @@ def test_answers_are_as_described(http, reply, method, path, body):
     ],
 )
 @pytest.mark.parametrize("include_usage", [False, True])
-def test_events_are_as_described(http, reply, path, body, include_usage):
+def test_events_match_schema(http, reply, path, body, include_usage):
     options = {"stream": True, "stream_options": {"include_usage": include_usage}}
     events = http.post(path, json={**body, **options}).text.strip().split("\n\n")
     assert events.pop() == "data: [DONE]" and len(events) > 3
@@ -110,7 +110,7 @@ def test_events_are_as_described(http, reply, path, body, include_usage):
         reply.model_validate_json(event.removeprefix("data: "), strict=True)
 
 
-def test_the_page_asks_nobody_else(http):
+def test_docs_page_loads_no_foreign_resources(http):
     page = http.get("/docs")
     assert page.headers["content-security-policy"].startswith("default-src 'none';")
     assert "//" not in page.text.replace("<!doctype html>", "")
@@ -123,7 +123,7 @@ def test_the_page_asks_nobody_else(http):
         assert again.status_code == 304 and not again.content
 
 
-def test_deleting_models(tmp_path):
+def test_fine_tuned_model_is_deleted(tmp_path):
     own = "ft:scripted:me::Ab/1..2"
     (adapters.adapter_folder(tmp_path, own) / "checkpoints").mkdir(parents=True)
     models = [scripted.model(), scripted.model(own)]
@@ -145,8 +145,8 @@ def test_deleting_models(tmp_path):
         assert list((tmp_path / "made").iterdir()) == []
 
 
-def test_a_model_whose_files_cannot_be_deleted_stays(tmp_path, monkeypatch):
-    """It vanished from the list, and was back at the next start."""
+def test_model_with_undeletable_files_stays(tmp_path, monkeypatch):
+    """The model disappeared from the list and returned at the next start."""
     own = "ft:scripted:me::x"
     adapters.adapter_folder(tmp_path, own).mkdir(parents=True)
     models = [scripted.model(), scripted.model(own)]
@@ -161,7 +161,7 @@ def test_a_model_whose_files_cannot_be_deleted_stays(tmp_path, monkeypatch):
         assert http.delete(f"/v1/models/{own}").json()["deleted"]
 
 
-def test_every_id_has_a_folder_of_its_own(tmp_path):
+def test_model_ids_map_to_distinct_folders(tmp_path):
     ids = ["a", "A", "a/b", "a%2Fb", "..", ".", "a.b", "x" * 60]
     folders = [adapters.adapter_folder(tmp_path, id) for id in ids]
     assert len(set(folders)) == len(ids)
@@ -178,8 +178,8 @@ CHECKS = [
 
 
 @pytest.mark.slow  # thousands of requests
-def test_no_request_breaks_the_server(address):
-    """Whatever the description allows, and much that it does not."""
+def test_generated_requests_never_crash_server(address):
+    """Schemathesis sends valid and invalid requests."""
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{address}/openapi.json"]
     command += ["--checks", ",".join(CHECKS), "--phases", "examples,coverage,fuzzing"]
     command += ["--max-examples", "300", "--generation-deterministic", "--no-color"]

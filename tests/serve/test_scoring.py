@@ -1,4 +1,4 @@
-"""Scoring a prompt as the engine reads it, chunk by chunk, against one forward pass over it."""
+"""Compare prompt logprobs from chunked prefill with those of one forward pass."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def scored(events):
 
 
 @pytest.mark.parametrize("length", [1, 2, CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1])
-def test_scores_are_those_of_a_forward_pass(model, engine, length):
+def test_echo_logprobs_equal_forward_pass(model, engine, length):
     params, cfg = model
     prompt = prompt_of(length, cfg)
     *events, end = engine.generate(
@@ -71,7 +71,7 @@ def test_scores_are_those_of_a_forward_pass(model, engine, length):
         np.testing.assert_allclose([row[id] for id, _ in token.top_logprobs], likeliest, atol=1e-4)
 
 
-def test_scoring_does_not_change_what_follows(model, engine):
+def test_scoring_does_not_change_completion(model, engine):
     prompt = prompt_of(CHUNK_SIZE + 5, model[1])
     plain = SequenceRequest(
         prompt=prompt, max_tokens=6, sampling_params=SamplingParams(seed=4), top_logprobs=3
@@ -83,7 +83,7 @@ def test_scoring_does_not_change_what_follows(model, engine):
     assert [*rest, end] == [*engine.generate(plain)][1:]  # the first is Began
 
 
-def test_a_prompt_as_long_as_the_context_can_be_scored(model, engine):
+def test_prompt_of_context_length_is_scored(model, engine):
     prompt = prompt_of(model[1].max_seq_len, model[1])
     request = SequenceRequest(
         prompt=prompt, max_tokens=0, sampling_params=GREEDY, prompt_logprobs=0
@@ -91,8 +91,8 @@ def test_a_prompt_as_long_as_the_context_can_be_scored(model, engine):
     assert len(scored(engine.generate(request))) == len(prompt)
 
 
-def test_a_prompt_read_twice_is_told_once(model, runner):
-    """A row that has to start over reads its prompt again."""
+def test_preempted_prompt_is_scored_once(model, runner):
+    """A preempted sequence prefills its prompt again."""
     scheduler = Scheduler(
         NUM_SLOTS, cache.blocks_for(model[1].max_seq_len), cache.BLOCK_SIZE, CHUNK_SIZE, 10
     )
@@ -108,7 +108,7 @@ def test_a_prompt_read_twice_is_told_once(model, runner):
 
     def start_over_once(row, drawn, i):
         took(row, drawn, i)
-        if row.generated == 4 and not row.known:
+        if row.num_generated == 4 and not row.preempted_ids:
             scheduler.preempt(row)
 
     engine._append_token = start_over_once
@@ -118,12 +118,12 @@ def test_a_prompt_read_twice_is_told_once(model, runner):
         engine.close(drain=False)
 
 
-def test_the_token_that_ends_an_answer_is_told_where_logprobs_are(model, engine):
-    """Harnesses ask for one token more than they score, and count on finding it."""
+def test_end_token_is_in_logprobs(model, engine):
+    """Harnesses request one token more than they score and expect its logprob."""
     prompt = prompt_of(9, model[1])
     once = SequenceRequest(prompt=prompt, max_tokens=1, sampling_params=GREEDY, top_logprobs=2)
     (first,) = [event for event in engine.generate(once) if isinstance(event, Token)]
-    ends = {"prompt": prompt, "sampling": GREEDY, "stop_ids": frozenset({first.id})}
+    ends = {"prompt": prompt, "sampling_params": GREEDY, "stop_ids": frozenset({first.id})}
     with_logprobs = SequenceRequest(**ends, max_tokens=1, top_logprobs=2, prompt_logprobs=2)
     *events, end = engine.generate(with_logprobs)
     assert end == Done("stop", first) and len(scored(events)) == len(prompt)

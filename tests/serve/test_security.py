@@ -1,4 +1,4 @@
-"""Who may talk to the server."""
+"""Test the checks of host, origin and key."""
 
 import httpx
 import pytest
@@ -14,7 +14,7 @@ PAGE = "https://app.example"
 
 @pytest.fixture(scope="module")
 def guarded():
-    """A server with keys, a name of its own, and one origin that may call it."""
+    """Return a client of a server with keys, one allowed host and one allowed origin."""
     settings = {"api_keys": ("sk-secret-of-ann", "sk-secret-of-bob")}
     settings |= {"allowed_hosts": ("models.example",), "allowed_origins": (PAGE,)}
     with (
@@ -28,7 +28,7 @@ def guarded():
 
 @pytest.fixture
 def keyless(guarded):
-    """The same server, for a client that has no key."""
+    """Return a client without a key for the same server."""
     with httpx.Client(base_url=guarded.base_url) as http:
         yield http
 
@@ -55,29 +55,29 @@ def error_of(response, status):
         ("[::1].evil.example", ""),
     ],
 )
-def test_host_name(header, name):
+def test_host_name_is_parsed(header, name):
     assert host_name(header) == name
 
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:1", "127.0.0.1:8000", "[::1]:8000"])
-def test_loopback_names_are_us(http, host):
+def test_loopback_hosts_are_accepted(http, host):
     assert http.get("/v1/models", headers={"host": host}).status_code == 200
 
 
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:8000", "", "127.0.0.1.evil.example"]
 )
-def test_other_names_are_not(http, host):
+def test_other_hosts_are_refused(http, host):
     error = error_of(http.get("/v1/models", headers={"host": host}), 403)
     assert error["code"] == "host_not_allowed"
 
 
-def test_a_configured_name_is(guarded):
+def test_configured_host_is_accepted(guarded):
     assert guarded.get("/v1/models", headers={"host": "models.example:9"}).status_code == 200
     assert guarded.get("/v1/models", headers={"host": "other.example"}).status_code == 403
 
 
-def test_any_name_where_any_is_allowed():
+def test_wildcard_host_accepts_every_name():
     with scripted.serve_models(scripted.model(), allowed_hosts=("*",)) as address:
         assert httpx.get(f"{address}/health", headers={"host": "any.example"}).status_code == 200
 
@@ -85,7 +85,7 @@ def test_any_name_where_any_is_allowed():
 @pytest.mark.parametrize(
     "origin", ["https://evil.example", "null", "http://localhost:3000", "http://127.0.0.1"]
 )
-def test_foreign_pages_are_refused(http, engine, origin):
+def test_foreign_origin_is_refused(http, engine, origin):
     before = len(engine.requests)
     response = http.post("/v1/completions", json=BODY, headers={"origin": origin})
     assert error_of(response, 403)["code"] == "origin_not_allowed"
@@ -93,11 +93,11 @@ def test_foreign_pages_are_refused(http, engine, origin):
     assert len(engine.requests) == before
 
 
-def test_our_own_pages_are_not(http, address):
+def test_same_origin_is_accepted(http, address):
     assert http.post("/v1/completions", json=BODY, headers={"origin": address}).status_code == 200
 
 
-def test_a_configured_origin_gets_cors(guarded):
+def test_configured_origin_gets_cors_headers(guarded):
     response = guarded.post("/v1/completions", json=BODY, headers={"origin": PAGE})
     assert response.status_code == 200
     assert response.headers["access-control-allow-origin"] == PAGE
@@ -105,7 +105,7 @@ def test_a_configured_origin_gets_cors(guarded):
     assert guarded.get("/v1/models", headers={"origin": "https://b.example"}).status_code == 403
 
 
-def test_a_preflight_needs_no_key(keyless):
+def test_preflight_needs_no_key(keyless):
     headers = {
         "origin": PAGE,
         "access-control-request-method": "POST",
@@ -117,7 +117,7 @@ def test_a_preflight_needs_no_key(keyless):
     assert "POST" in response.headers["access-control-allow-methods"]
 
 
-def test_with_keys(keyless):
+def test_server_with_keys_requires_one(keyless):
     assert keyless.get(
         "/v1/models", headers={"authorization": "Bearer sk-secret-of-ann"}
     ).is_success
@@ -135,7 +135,7 @@ def test_with_keys(keyless):
     assert response.headers["www-authenticate"] == "Bearer"
 
 
-def test_odd_keys_are_wrong_keys(keyless):
+def test_malformed_keys_are_401(keyless):
     headers = {"authorization": "Bearer ключ".encode()}
     assert keyless.get("/v1/models", headers=headers).status_code == 401
 
@@ -144,11 +144,11 @@ def test_health_needs_no_key(keyless):
     assert keyless.get("/health").status_code == 200
 
 
-def test_without_keys_any_key_will_do(http):
+def test_server_without_keys_accepts_any_key(http):
     for headers in ({}, {"authorization": "Bearer any"}, {"authorization": "nonsense"}):
         assert http.get("/v1/models", headers=headers).status_code == 200
 
 
-def test_short_keys_are_masked_whole():
+def test_short_keys_are_masked_completely():
     assert mask("sk-abcdefghijklmnop") == "sk-ab***op"
     assert mask("secret") == "***"

@@ -1,4 +1,4 @@
-"""The tokenizer by itself, as harnesses and other servers' clients call it."""
+"""Test the tokenizer routes, as called by harnesses and by clients of other servers."""
 
 import pytest
 
@@ -11,8 +11,8 @@ def post(http, path, **body):
     return response.json()
 
 
-def test_as_a_harness_calls_it(http):
-    """lm-eval's remote tokenizer: no model, no /v1, ids there and back, eos looked up by name."""
+def test_tokenize_as_evaluation_harness_returns_ids(http):
+    """lm-eval's remote tokenizer sends no model, omits /v1 and looks up EOS by name."""
     info = http.get("/tokenizer_info").json()
     assert info["eos_token"] == "<|im_end|>" and info["bos_token"] is None
     assert info["chat_template"] == TEMPLATE and info["pad_token"] == "<|im_end|>"
@@ -28,11 +28,11 @@ def test_as_a_harness_calls_it(http):
 
 
 @pytest.mark.parametrize("name", ["prompt", "content", "text"])
-def test_every_servers_name_for_text(http, name):
+def test_tokenize_accepts_every_field_name(http, name):
     assert post(http, "/tokenize", **{name: "ab"})["tokens"] == [97, 98]
 
 
-def test_token_strings_and_pieces(http):
+def test_tokenize_returns_token_strings_and_pieces(http):
     answer = post(
         http, "/tokenize", content="aö<|im_end|>", return_token_strs=True, with_pieces=True
     )
@@ -45,7 +45,7 @@ def test_token_strings_and_pieces(http):
     ]
 
 
-def test_messages_are_put_through_the_template(http):
+def test_tokenize_messages_applies_template(http):
     messages = [{"role": "user", "content": [{"type": "text", "text": "<|im_end|>"}]}]
     tokens = post(http, "/tokenize", model="gpt-4", messages=messages)["tokens"]
     assert tokens[0] == IM_START and tokens.count(IM_END) == 1
@@ -55,12 +55,12 @@ def test_messages_are_put_through_the_template(http):
     assert text.endswith("<|im_start|>assistant\n")
 
 
-def test_special_tokens_as_text(http):
+def test_tokenize_without_parse_special_encodes_text(http):
     answer = post(http, "/tokenize", text="<|endoftext|>", parse_special=False)
     assert END_OF_TEXT not in answer["tokens"] and answer["count"] == len("<|endoftext|>")
 
 
-def test_each_model_has_its_own(http):
+def test_tokenize_uses_requested_model(http):
     assert post(http, "/tokenize", model="filling", text="<|fim_middle|>")["tokens"] == [261]
     assert http.get("/tokenizer_info", params={"model": "base"}).json()["chat_template"] is None
 
@@ -76,13 +76,13 @@ def test_each_model_has_its_own(http):
         ("/detokenize", {}, "tokens", "missing_required_parameter"),
     ],
 )
-def test_what_is_wrong_says_so(http, path, body, param, code):
+def test_invalid_requests_name_the_field(http, path, body, param, code):
     response = http.post(path, json=body)
     error = response.json()["error"]
     assert response.status_code == 400
     assert (error["param"], error["code"]) == (param, code), error["message"]
 
 
-def test_an_unknown_model_is_a_404(http):
+def test_unknown_model_is_404(http):
     assert http.post("/tokenize", json={"model": "nobody", "text": "x"}).status_code == 404
     assert http.get("/tokenizer_info", params={"model": "nobody"}).status_code == 404
