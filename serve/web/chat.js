@@ -66,7 +66,7 @@ export function start({ model, report }) {
     // Tokens are added to the page once per frame, so that each frame has one layout.
     let pendingNodes = [];
     let frame = 0;
-    const draw = () => {
+    const flush = () => {
       frame = 0;
       const scrollToEnd = followEnd();
       messageText.append(...pendingNodes);
@@ -92,7 +92,7 @@ export function start({ model, report }) {
           count += group.tokens.length;
           pendingNodes.push(strip.add(group.text, group.tokens));
         }
-        frame ||= requestAnimationFrame(draw);
+        frame ||= requestAnimationFrame(flush);
       }
     } catch (error) {
       reason = error.name === "AbortError" ? "stopped" : "failed";
@@ -101,7 +101,7 @@ export function start({ model, report }) {
     clearTimeout(noticeTimer);
     notice.remove();
     cancelAnimationFrame(frame);
-    draw();
+    flush();
     running = null;
     element.removeAttribute("aria-busy");
     const scrollToEnd = followEnd();

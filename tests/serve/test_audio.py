@@ -36,16 +36,16 @@ TEXT = "Unless to be rather cold-hearted and rather selfish is to be ill-dispose
 @pytest.fixture(scope="module")
 def speech_address(model_file, tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
-    place = ModelFiles(MODEL, model_file(MODEL), "openai")
-    offer = resolve.describe(
-        place, LoadOptions(cache_budget=2**20, dtype="float32", home=home, notify=print)
+    files = ModelFiles(MODEL, model_file(MODEL), "openai")
+    spec = resolve.describe(
+        files, LoadOptions(cache_budget=2**20, dtype="float32", home=home, notify=print)
     )
-    assert offer.kind == "speech"
+    assert spec.kind == "speech"
     several = ModelFiles(MULTILINGUAL, model_file(MULTILINGUAL), "openai")
     other = resolve.describe(
         several, LoadOptions(cache_budget=2**20, dtype="float32", home=home, notify=print)
     )
-    registry = Registry([scripted.model(), offer, other], {"whisper-1": MODEL})
+    registry = Registry([scripted.model(), spec, other], {"whisper-1": MODEL})
     with scripted.serve_app(create_app(ServerSettings(home=home), registry)) as address:
         yield address
 
@@ -56,8 +56,8 @@ def client(speech_address):
         yield client
 
 
-def transcribe(client, file=CLIP, **how):
-    return client.audio.transcriptions.create(**{"model": "whisper-1", "file": file} | how)
+def transcribe(client, file=CLIP, **options):
+    return client.audio.transcriptions.create(**{"model": "whisper-1", "file": file} | options)
 
 
 def wav(samples, rate=16_000):
@@ -100,8 +100,13 @@ def test_responses_match_schema(speech_address, client):
     file = ("a.flac", CLIP.read_bytes())
     brief = post(speech_address, file, **{"include[]": "logprobs"}).json()
     Transcription.model_validate(brief, strict=True)
-    asked = {"response_format": "verbose_json", "timestamp_granularities[]": ["word", "segment"]}
-    VerboseTranscription.model_validate(post(speech_address, file, **asked).json(), strict=True)
+    request_fields = {
+        "response_format": "verbose_json",
+        "timestamp_granularities[]": ["word", "segment"],
+    }
+    VerboseTranscription.model_validate(
+        post(speech_address, file, **request_fields).json(), strict=True
+    )
     events = post(speech_address, file, stream="true").text.split("\n\n")
     datas = [event.removeprefix("data: ") for event in events if event.startswith("data: {")]
     assert len(datas) > 1
@@ -297,8 +302,8 @@ def test_client_of_2023_transcribes(old):
     assert old.run(f"{call}, response_format='srt', prompt='Dear Sir')").startswith("1\n00:00:00,")
     verbose = old.run(f"{call}, response_format='verbose_json', temperature=0, language='en')")
     assert verbose["language"] == "english" and verbose["segments"][0]["text"].strip() == TEXT
-    said = old.command("api", "audio.transcribe", "-m", "whisper-1", "-f", str(CLIP))
-    assert json.loads(said)["text"] == TEXT
+    output = old.command("api", "audio.transcribe", "-m", "whisper-1", "-f", str(CLIP))
+    assert json.loads(output)["text"] == TEXT
 
 
 def test_errors_raise_exceptions_of_old_client(old):
@@ -316,11 +321,11 @@ def test_errors_raise_exceptions_of_old_client(old):
             [404, "model", "model_not_found"],
         ),
     ):
-        found = old.run(
+        result = old.run(
             f"try:\n    openai.Audio.{call}\nexcept openai.error.InvalidRequestError as error:\n"
             "    answer = [error.http_status, error.param, error.code]"
         )
-        assert found == fields
+        assert result == fields
 
 
 def test_short_and_odd_audio_is_accepted(client):

@@ -55,11 +55,11 @@ def test_completions_with_suffix_work(old):
 
 
 def test_streams_work(old):
-    pieces = old.run(
+    texts = old.run(
         "answer = [part.choices[0].text for part in"
         " openai.Completion.create(model='scripted', prompt='emoji', stream=True)]"
     )
-    assert "".join(pieces) == "😀😀😀" and len(pieces) == 4
+    assert "".join(texts) == "😀😀😀" and len(texts) == 4
     deltas = old.run(
         "answer = [part.choices[0].delta for part in openai.ChatCompletion.create("
         "model='scripted', messages=[{'role': 'user', 'content': 'emoji'}], stream=True)]"
@@ -113,12 +113,12 @@ def test_models_and_engines_are_listed(old):
 
 
 def test_model_is_deleted(tmp_path):
-    own = "ft:scripted:me::old"
-    adapters.adapter_folder(tmp_path, own).mkdir(parents=True)
-    with scripted.serve_models(scripted.model(), scripted.model(own), home=tmp_path) as address:
+    adapter = "ft:scripted:me::old"
+    adapters.adapter_folder(tmp_path, adapter).mkdir(parents=True)
+    with scripted.serve_models(scripted.model(), scripted.model(adapter), home=tmp_path) as address:
         old = OldClient(install(), address)
-        answer = old.run(f"answer = openai.Model.delete({own!r})")
-        assert answer == {"id": own, "object": "model", "deleted": True}
+        answer = old.run(f"answer = openai.Model.delete({adapter!r})")
+        assert answer == {"id": adapter, "object": "model", "deleted": True}
         assert old.run("answer = [model.id for model in openai.Model.list().data]") == ["scripted"]
 
 
@@ -187,12 +187,12 @@ def test_unnamed_routes_work(old, address):
     ],
 )
 def test_errors_raise_client_exceptions(old, call, kind, status, type, code):
-    found = old.run(
+    result = old.run(
         f"try:\n    {call}\nexcept openai.error.OpenAIError as error:\n"
         "    sent = error.json_body['error']\n"
         "    answer = [type(error).__name__, error.http_status, sent['type'], sent['code']]"
     )
-    assert found == [kind, status, type, code]
+    assert result == [kind, status, type, code]
 
 
 def test_command_line_works(old):

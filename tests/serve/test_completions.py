@@ -260,8 +260,10 @@ def test_streamed_echo_equals_whole_echo(loose, logprobs, max_tokens):
                 )
     for choice in whole.choices:
         assert texts[choice.index] == choice.text
-        if (own := choice.logprobs) is not None:
-            expected = zip(own.tokens, own.token_logprobs, own.text_offset, strict=True)
+        if (logprobs := choice.logprobs) is not None:
+            expected = zip(
+                logprobs.tokens, logprobs.token_logprobs, logprobs.text_offset, strict=True
+            )
             assert tokens[choice.index] == [*expected]
 
 
@@ -372,28 +374,28 @@ def test_choices_share_admission_and_deadline(strict, engine):
     """Each choice had its own deadline, and a full queue refused later choices of a request."""
     before = len(engine.requests)
     strict.completions.create(model="scripted", prompt=["a", "b"], n=2)
-    asked = engine.requests[before:]
-    assert [request.is_accepted for request in asked] == [False, True, True, True]
-    assert len({request.deadline for request in asked}) == 1
+    requests = engine.requests[before:]
+    assert [request.is_accepted for request in requests] == [False, True, True, True]
+    assert len({request.deadline for request in requests}) == 1
 
 
 def test_interleave_waits_for_slow_consumer():
     """Output that a slow client did not read was buffered without limit."""
-    made = 0
+    num_made = 0
 
     async def endless():
-        nonlocal made
+        nonlocal num_made
         while True:
-            made += 1
-            yield made
+            num_made += 1
+            yield num_made
             await asyncio.sleep(0)
 
     async def main():
         async with aclosing(interleave([endless() for _ in range(5)], max_concurrent=2)) as merged:
             async for _ in merged:
                 await asyncio.sleep(0.02)  # a hundred turns of the loop and more
-                if made > 2:
+                if num_made > 2:
                     break
-        return made
+        return num_made
 
     assert asyncio.run(main()) <= 5

@@ -43,12 +43,12 @@ def folder(model_file):
 @pytest.fixture(scope="module")
 def embedding_address(folder, tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
-    place = ModelFiles(MODEL, folder, "sentence-transformers")
-    offer = resolve.describe(
-        place, LoadOptions(cache_budget=2**20, dtype="float32", home=home, notify=print)
+    files = ModelFiles(MODEL, folder, "sentence-transformers")
+    spec = resolve.describe(
+        files, LoadOptions(cache_budget=2**20, dtype="float32", home=home, notify=print)
     )
-    assert offer.kind == "encoder"
-    registry = Registry([scripted.model(), offer], ALIASES)
+    assert spec.kind == "encoder"
+    registry = Registry([scripted.model(), spec], ALIASES)
     with scripted.serve_app(create_app(ServerSettings(home=home), registry)) as address:
         yield address
 
@@ -75,13 +75,13 @@ def vectors(answer):
 def test_client_gets_unit_vectors_in_order(client):
     texts = ["A cat sits on the mat.", "Stocks fell sharply today.", "A kitten rests on a rug."]
     answer = client.embeddings.create(model=MODEL, input=texts)
-    found = vectors(answer)
-    assert found.shape == (3, 384)
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
-    assert found[0] @ found[2] > found[0] @ found[1] + 0.3
+    result = vectors(answer)
+    assert result.shape == (3, 384)
+    np.testing.assert_allclose(np.linalg.norm(result, axis=1), 1, atol=1e-5)
+    assert result[0] @ result[2] > result[0] @ result[1] + 0.3
     assert answer.model == MODEL
     assert [item.index for item in answer.data] == [0, 1, 2]
-    for text, vector in zip(texts, found, strict=True):
+    for text, vector in zip(texts, result, strict=True):
         alone = vectors(client.embeddings.create(model=MODEL, input=text))
         np.testing.assert_allclose(alone[0], vector, atol=1e-5)
 
@@ -91,9 +91,9 @@ def test_client_of_2023_gets_vectors(embedding_address, client):
     answer = old.run(
         f"answer = openai.Embedding.create(model={MODEL!r}, input=['one', 'two', 'three'])"
     )
-    found = np.array([item["embedding"] for item in answer["data"]], np.float32)
+    result = np.array([item["embedding"] for item in answer["data"]], np.float32)
     expected = vectors(client.embeddings.create(model=MODEL, input=["one", "two", "three"]))
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(result, expected)
 
 
 def test_float_response_matches_schema(embedding_address):
@@ -192,18 +192,18 @@ def test_long_text_with_mode_mean_averages_chunks(embedding_address, words):
     short = words.encode("short")
     answer = post(embedding_address, input=[short, whole], long_text_mode="mean").json()
     alone = post(embedding_address, input=[short, *ids]).json()
-    found, single = (
+    result, single = (
         np.array([item["embedding"] for item in one["data"]]) for one in (answer, alone)
     )
     expected = np.array([254, 254, len(ids[2])]) @ single[1:]
-    np.testing.assert_allclose(found[1], expected / np.linalg.norm(expected), atol=1e-5)
-    np.testing.assert_allclose(found[0], single[0], atol=1e-5)
+    np.testing.assert_allclose(result[1], expected / np.linalg.norm(expected), atol=1e-5)
+    np.testing.assert_allclose(result[0], single[0], atol=1e-5)
     count = len(short) + 254 + 254 + len(ids[2]) + 3 * 2
     assert answer["usage"] == {"prompt_tokens": count, "total_tokens": count} == alone["usage"]
     few = post(embedding_address, input=[whole], long_text_mode="mean", dimensions=64).json()
     vector = np.array(few["data"][0]["embedding"])
     assert len(vector) == 64 and np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
-    np.testing.assert_allclose(vector * np.linalg.norm(found[1][:64]), found[1][:64], atol=1e-5)
+    np.testing.assert_allclose(vector * np.linalg.norm(result[1][:64]), result[1][:64], atol=1e-5)
 
 
 def test_short_text_is_equal_in_every_mode(embedding_address):
@@ -215,11 +215,11 @@ def test_short_text_is_equal_in_every_mode(embedding_address):
 
 def test_max_embedding_tokens_extends_context(folder, tmp_path):
     """all-MiniLM has 512 position embeddings, of which its configuration uses 256."""
-    place = ModelFiles(MODEL, folder, "sentence-transformers")
-    how = dict(cache_budget=2**20, dtype="float32", home=tmp_path, notify=print)
-    offer = resolve.describe(place, LoadOptions(max_embedding_tokens=512, **how))
+    files = ModelFiles(MODEL, folder, "sentence-transformers")
+    options = dict(cache_budget=2**20, dtype="float32", home=tmp_path, notify=print)
+    spec = resolve.describe(files, LoadOptions(max_embedding_tokens=512, **options))
     with scripted.serve_app(
-        create_app(ServerSettings(home=tmp_path), Registry([offer], {}))
+        create_app(ServerSettings(home=tmp_path), Registry([spec], {}))
     ) as address:
         long = post(address, input="word " * 510).json()
         assert long["usage"]["total_tokens"] == 512
@@ -229,7 +229,7 @@ def test_max_embedding_tokens_extends_context(folder, tmp_path):
         assert cut == long
     for wrong in (0, 2, 513):
         with pytest.raises(WrongUsage, match=naming("--max-embedding-tokens", 3, 512, wrong)):
-            resolve.describe(place, LoadOptions(max_embedding_tokens=wrong, **how))
+            resolve.describe(files, LoadOptions(max_embedding_tokens=wrong, **options))
 
 
 @pytest.mark.parity
@@ -242,8 +242,8 @@ def test_texts_of_512_tokens_equal_sentence_transformers(folder):
     served = load_embedding_model(MODEL, folder, owned_by="me", dtype="float32", max_tokens=512)
     ids = [served.tokenizer.encode(text, max_length=512) for text in texts]
     assert len(ids[1]) == 512
-    found = asyncio.run(served.embed(ids))
-    assert (found * peer.encode(texts, normalize_embeddings=True)).sum(1).min() > 0.99999
+    result = asyncio.run(served.embed(ids))
+    assert (result * peer.encode(texts, normalize_embeddings=True)).sum(1).min() > 0.99999
 
 
 @pytest.mark.parametrize(
@@ -342,15 +342,17 @@ def run(*arguments, **options):
 
 def test_command_prints_lines_or_json(embedding_address, tmp_path):
     expected = post(embedding_address, input=["hello", "two words"]).json()
-    said = run("hello", "two words", "--dtype", "float32", "--json", "-o", str(tmp_path / "v.npy"))
-    assert said.returncode == 0, said.stderr
-    found = json.loads(said.stdout)
+    process = run(
+        "hello", "two words", "--dtype", "float32", "--json", "-o", str(tmp_path / "v.npy")
+    )
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout)
     matrix = np.load(tmp_path / "v.npy")
     for index in range(2):
         numbers = expected["data"][index].pop("embedding")
-        np.testing.assert_allclose(found["data"][index].pop("embedding"), numbers, atol=1e-6)
+        np.testing.assert_allclose(result["data"][index].pop("embedding"), numbers, atol=1e-6)
         np.testing.assert_allclose(matrix[index], numbers, atol=1e-6)
-    assert found == expected
+    assert result == expected
 
     lines = run("--dtype", "float32", input="hello\ntwo words\n").stdout.splitlines()
     got = np.array([[float(x) for x in line.split()] for line in lines])
@@ -360,25 +362,27 @@ def test_command_prints_lines_or_json(embedding_address, tmp_path):
 def test_command_embeds_long_texts(embedding_address):
     long = "word " * 300
     expected = post(embedding_address, input=long, long_text_mode="mean").json()
-    found = json.loads(run(long, "--dtype", "float32", "--json", "--long-text-mode", "mean").stdout)
-    assert found["usage"] == expected["usage"]
-    vector, other = (np.array(one["data"][0]["embedding"]) for one in (found, expected))
+    result = json.loads(
+        run(long, "--dtype", "float32", "--json", "--long-text-mode", "mean").stdout
+    )
+    assert result["usage"] == expected["usage"]
+    vector, other = (np.array(one["data"][0]["embedding"]) for one in (result, expected))
     np.testing.assert_allclose(vector, other, atol=1e-6)
     whole = run(long, "--dtype", "float32", "--json", "--max-embedding-tokens", "512").stdout
     assert json.loads(whole)["usage"]["total_tokens"] == 302
 
 
 def test_command_with_invalid_arguments_fails(tmp_path):
-    said = run("word " * 300)
-    assert said.returncode == 5 and names(said.stderr, "text 1", 302, "all-minilm-l6-v2", 256)
-    said = run("word " * 300, "--truncate", "--long-text-mode", "mean")
-    assert said.returncode == 2 and names(said.stderr, "--truncate", "--long-text-mode")
-    said = run("x", "--max-embedding-tokens", "513")
-    assert said.returncode == 2 and names(said.stderr, "--max-embedding-tokens", 3, 512, 513)
-    said = run("x", "-o", "v.txt")
-    assert said.returncode == 2 and names(said.stderr, "v.txt", ".npy")
-    said = run(stdin=subprocess.DEVNULL)
-    assert (said.returncode, said.stdout) == (2, "") and names(said.stderr, "text")
-    said = run("x", "-m", "smollm2-135m-instruct")
-    assert said.returncode == 2
-    assert names(said.stderr, "smollm2-135m-instruct", "all-minilm-l6-v2")
+    process = run("word " * 300)
+    assert process.returncode == 5 and names(process.stderr, "text 1", 302, "all-minilm-l6-v2", 256)
+    process = run("word " * 300, "--truncate", "--long-text-mode", "mean")
+    assert process.returncode == 2 and names(process.stderr, "--truncate", "--long-text-mode")
+    process = run("x", "--max-embedding-tokens", "513")
+    assert process.returncode == 2 and names(process.stderr, "--max-embedding-tokens", 3, 512, 513)
+    process = run("x", "-o", "v.txt")
+    assert process.returncode == 2 and names(process.stderr, "v.txt", ".npy")
+    process = run(stdin=subprocess.DEVNULL)
+    assert (process.returncode, process.stdout) == (2, "") and names(process.stderr, "text")
+    process = run("x", "-m", "smollm2-135m-instruct")
+    assert process.returncode == 2
+    assert names(process.stderr, "smollm2-135m-instruct", "all-minilm-l6-v2")

@@ -223,17 +223,17 @@ def test_echo_logprobs_equal_forward_pass(model_file):
             OpenAI(base_url=f"{address}/v1", api_key="any") as client,
         ):
             ask = {"model": CHAT, "echo": True, "max_tokens": 0, "logprobs": 5}
-            found = client.completions.create(prompt=text, **ask).choices[0].logprobs
+            result = client.completions.create(prompt=text, **ask).choices[0].logprobs
     finally:
         model.engine.close(drain=False)
     ids = model.tokenizer.encoding.encode(text)
     params, cfg, _ = checkpoint.load(path, dtype="float32")
     logits, _ = jax.jit(decoder.forward, static_argnums=1)(params, cfg, np.array([ids]))
     logprobs = np.asarray(jax.nn.log_softmax(logits[0]))
-    assert len(found.tokens) == len(ids) > 64 and "".join(found.tokens) == text
+    assert len(result.tokens) == len(ids) > 64 and "".join(result.tokens) == text
     expected = [logprobs[at, id] for at, id in enumerate(ids[1:])]
-    np.testing.assert_allclose(found.token_logprobs[1:], expected, atol=1e-4)
-    for at, top in enumerate(found.top_logprobs[1:]):
+    np.testing.assert_allclose(result.token_logprobs[1:], expected, atol=1e-4)
+    for at, top in enumerate(result.top_logprobs[1:]):
         best = np.sort(logprobs[at])[::-1][:5]
         np.testing.assert_allclose(sorted(top.values(), reverse=True)[:5], best, atol=1e-4)
 

@@ -86,14 +86,14 @@ def test_empty_fields_count_as_absent(http):
 
 
 def test_list_pages_and_filters_by_purpose(openai):
-    made = [openai.files.create(file=(f"{i}", b"x"), purpose="batch").id for i in range(5)]
+    ids = [openai.files.create(file=(f"{i}", b"x"), purpose="batch").id for i in range(5)]
     other = openai.files.create(file=("o", b"x"), purpose="user_data").id
     page = openai.files.list(purpose="batch")
-    assert [file.id for file in page.data] == made[::-1] and not page.has_more
+    assert [file.id for file in page.data] == ids[::-1] and not page.has_more
     assert openai.files.list().data[0].id == other, "newest first"
-    assert [file.id for file in openai.files.list(purpose="batch", order="asc", limit=2)] == made
-    page = openai.files.list(purpose="batch", limit=2, after=made[3])
-    assert [file.id for file in page.data] == [made[2], made[1]] and page.has_more
+    assert [file.id for file in openai.files.list(purpose="batch", order="asc", limit=2)] == ids
+    page = openai.files.list(purpose="batch", limit=2, after=ids[3])
+    assert [file.id for file in page.data] == [ids[2], ids[1]] and page.has_more
     for file in openai.files.list(purpose="batch", limit=2):
         openai.files.delete(file.id)  # while the pages are being turned
     assert openai.files.list(purpose="batch").data == []
@@ -246,14 +246,14 @@ def test_invalid_queries_are_refused(http, query):
 
 def test_file_names_lose_their_folders(http):
     r"""Browsers and attackers send folders in file names."""
-    for name, kept in [
+    for name, stored in [
         ("../../etc/passwd", "passwd"),
         ("C:\\data\\töne 😀.jsonl", "töne 😀.jsonl"),
         ('a".html', None),
         ("x" * 500, "x" * 255),
     ]:
         file = upload(http, name).json()
-        assert kept in (None, file["filename"]) and "/" not in file["filename"]
+        assert stored in (None, file["filename"]) and "/" not in file["filename"]
         response = http.get(f"/v1/files/{file['id']}/content")
         assert response.content == LINES
         assert response.headers["content-disposition"].startswith("attachment; filename")
@@ -297,9 +297,9 @@ def test_old_client_and_its_command_upload(address, tmp_path):
         "gone = openai.File.delete(made.id)\n"
         "answer = [made, found, text, listed, gone]"
     )
-    made, found, text, listed, gone = answer
-    assert made == found and made["filename"] == "file" and text.encode() == LINES
-    assert made["id"] in listed and gone["deleted"]
+    created, retrieved, text, listed, deleted = answer
+    assert created == retrieved and created["filename"] == "file" and text.encode() == LINES
+    assert created["id"] in listed and deleted["deleted"]
     assert '"purpose": "fine-tune"' in old.command(
         "api", "files.create", "-f", str(path), "-p", "fine-tune"
     )
@@ -348,7 +348,7 @@ def test_killed_server_leaves_no_partial_file(tmp_path):
     """Acknowledged files remain, unfinished uploads leave nothing."""
     process, address = start(tmp_path)
     with httpx.Client(base_url=address) as http:
-        kept = [upload(http, f"{i}", LINES * (i + 1)).json() for i in range(3)]
+        stored = [upload(http, f"{i}", LINES * (i + 1)).json() for i in range(3)]
     done = threading.Event()
     late = []
 
@@ -380,9 +380,9 @@ def test_killed_server_leaves_no_partial_file(tmp_path):
     try:
         with httpx.Client(base_url=address) as http:
             listed = http.get("/v1/files").json()["data"]
-            assert [file for file in listed if file["filename"] != "late"] == kept[::-1]
-            told = [file for file in listed if file["filename"] == "late"]
-            assert told[-len(late) :] == late[::-1] and len(told) - len(late) in (0, 1)
+            assert [file for file in listed if file["filename"] != "late"] == stored[::-1]
+            late_files = [file for file in listed if file["filename"] == "late"]
+            assert late_files[-len(late) :] == late[::-1] and len(late_files) - len(late) in (0, 1)
             assert {path.name for path in folder.iterdir()} == {file["id"] for file in listed}
             for file in listed:
                 content = http.get(f"/v1/files/{file['id']}/content").content

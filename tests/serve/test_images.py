@@ -61,15 +61,15 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def image_address(folder, home):
-    place = download.resolve_model(
+    files = download.resolve_model(
         f"tiny={folder}", catalogue.load(), settings.data_folder(), notify=print
     )
-    offer = resolve.describe(
-        place, LoadOptions(cache_budget=2**20, dtype="float32", home=home, notify=print)
+    spec = resolve.describe(
+        files, LoadOptions(cache_budget=2**20, dtype="float32", home=home, notify=print)
     )
-    assert offer.kind == "images"
+    assert spec.kind == "images"
     names = {"dall-e-2": "tiny", "gpt-image-1": "tiny"}
-    registry = Registry([scripted.model(), offer], names)
+    registry = Registry([scripted.model(), spec], names)
     with scripted.serve_app(create_app(ServerSettings(home=home), registry)) as address:
         yield address
 
@@ -80,9 +80,9 @@ def client(image_address):
         yield client
 
 
-def generate(client, prompt="a red apple", **how):
-    own = {name: how.pop(name) for name in ("seed",) if name in how}
-    return client.images.generate(prompt=prompt, quality="low", extra_body=own, **how)
+def generate(client, prompt="a red apple", **options):
+    extra_body = {name: options.pop(name) for name in ("seed",) if name in options}
+    return client.images.generate(prompt=prompt, quality="low", extra_body=extra_body, **options)
 
 
 def pixels(data):
@@ -115,18 +115,18 @@ def test_image_urls_need_no_key(client, home):
     answer = generate(client, n=2)
     assert abs(answer.created - time.time()) < 60 and len(answer.data) == 2
     assert answer.usage.input_tokens == answer.usage.total_tokens == 5
-    seen = []
+    arrays = []
     for image in answer.data:
         assert image.b64_json is None
-        found = httpx.get(image.url)
-        assert found.status_code == 200 and found.headers["content-type"] == "image/png"
-        assert found.headers["x-content-type-options"] == "nosniff"
-        assert found.headers["content-security-policy"] == "sandbox"
-        assert found.headers["content-disposition"].startswith("attachment")
+        result = httpx.get(image.url)
+        assert result.status_code == 200 and result.headers["content-type"] == "image/png"
+        assert result.headers["x-content-type-options"] == "nosniff"
+        assert result.headers["content-security-policy"] == "sandbox"
+        assert result.headers["content-disposition"].startswith("attachment")
         assert httpx.head(image.url).status_code == 200
-        seen.append(pixels(found.content))
-        assert seen[-1].shape == (SIZE, SIZE, 3)
-    assert (seen[0] != seen[1]).any()
+        arrays.append(pixels(result.content))
+        assert arrays[-1].shape == (SIZE, SIZE, 3)
+    assert (arrays[0] != arrays[1]).any()
 
 
 def test_image_urls_expire_after_an_hour(client, home, image_address):
@@ -136,15 +136,15 @@ def test_image_urls_expire_after_an_hour(client, home, image_address):
     os.utime(home / "pictures" / name, (0, time.time() - 3595))
     assert httpx.get(url).status_code == 200
     os.utime(home / "pictures" / name, (0, time.time() - 3601))
-    gone = httpx.get(url)
-    assert gone.status_code == 404 and gone.json()["error"]["code"] == "not_found"
-    kept = home / "pictures" / "mine.png"  # somebody else's file, which is not ours to remove
-    kept.write_bytes(b"mine")
-    os.utime(kept, (0, 0))
+    missing = httpx.get(url)
+    assert missing.status_code == 404 and missing.json()["error"]["code"] == "not_found"
+    remaining = home / "pictures" / "mine.png"  # not a file of the server
+    remaining.write_bytes(b"mine")
+    os.utime(remaining, (0, 0))
     for other in ("img-x.png", "..%2Fstore.db", "%2e%2e%2fstore.db"):
         assert httpx.get(f"{image_address}/images/{other}").status_code == 404, other
     create_app(ServerSettings(home=home), Registry([scripted.model()], {}))  # the next start
-    assert not (home / "pictures" / name).exists() and kept.exists()
+    assert not (home / "pictures" / name).exists() and remaining.exists()
 
 
 def test_expired_images_are_deleted(client, home, monkeypatch):
@@ -161,8 +161,8 @@ def test_image_urls_need_no_key_on_server_with_keys(folder, tmp_path):
     with scripted.serve_models(scripted.model(), home=tmp_path, api_keys=("secret",)) as address:
         name = "img-" + "a" * 24 + ".webp"
         (tmp_path / "pictures" / name).write_bytes(b"drawn")
-        found = httpx.get(f"{address}/images/{name}")
-        assert found.content == b"drawn" and found.headers["content-type"] == "image/webp"
+        result = httpx.get(f"{address}/images/{name}")
+        assert result.content == b"drawn" and result.headers["content-type"] == "image/webp"
         assert httpx.get(f"{address}/v1/models").status_code == 401
 
 
@@ -171,8 +171,8 @@ def test_image_urls_need_no_key_on_server_with_keys(folder, tmp_path):
 )
 def test_sizes_and_formats_are_as_requested(client, size, side):
     for format in ("png", "jpeg", "webp")[: 3 if side == 64 else 1]:
-        how = {"response_format": "b64_json", "output_format": format}
-        answer = generate(client, size=size, **how)
+        options = {"response_format": "b64_json", "output_format": format}
+        answer = generate(client, size=size, **options)
         data = base64.b64decode(answer.data[0].b64_json)
         assert Image.open(io.BytesIO(data)).format.lower() == format
         assert pixels(data).shape == (side, side, 3) and answer.output_format == format
@@ -198,26 +198,26 @@ def test_responses_validate_in_client(image_address):
 
 
 def test_same_seed_under_load_gives_same_bytes(client, folder, encoder):
-    how = {"seed": 7, "n": 2, "response_format": "b64_json"}
-    quiet = [image.b64_json for image in generate(client, **how).data]
+    options = {"seed": 7, "n": 2, "response_format": "b64_json"}
+    quiet = [image.b64_json for image in generate(client, **options).data]
 
     async def together():
         address = {"base_url": client.base_url, "api_key": "any", "timeout": 60}
         async with openai.AsyncOpenAI(**address) as many:
-            asked = [many.images.generate(prompt=f"a cat {i}", quality="low") for i in range(6)]
+            requested = [many.images.generate(prompt=f"a cat {i}", quality="low") for i in range(6)]
             mine = many.images.generate(
                 prompt="a red apple", quality="low", n=2, response_format="b64_json",
                 extra_body={"seed": 7},
             )  # fmt: skip
-            return (await asyncio.gather(*asked, mine))[-1]
+            return (await asyncio.gather(*requested, mine))[-1]
 
     assert [image.b64_json for image in asyncio.run(together()).data] == quiet
-    painter = diffusion.load(folder, encoder)
+    pipeline = diffusion.load(folder, encoder)
     keys = sample.image_keys(7, 2)
-    *_, (drawn, _) = painter.steps(["a red apple"] * 2, keys, SamplerOptions(steps=10))
-    own = painter.postprocess(drawn)
-    np.testing.assert_array_equal([pixels(data) for data in quiet], own)
-    other = generate(client, **how | {"seed": 8}).data[0]
+    *_, (drawn, _) = pipeline.steps(["a red apple"] * 2, keys, SamplerOptions(steps=10))
+    expected_pixels = pipeline.postprocess(drawn)
+    np.testing.assert_array_equal([pixels(data) for data in quiet], expected_pixels)
+    other = generate(client, **options | {"seed": 8}).data[0]
     assert other.b64_json != quiet[0]
 
 
@@ -226,11 +226,11 @@ def test_stream_sends_partial_images(client, folder, encoder, image_address):
     assert [event.type.rsplit(".")[-1] for event in events] == ["partial_image"] * 3 + ["completed"]
     assert [event.partial_image_index for event in events[:3]] == [0, 1, 2]
     assert events[-1].usage.input_tokens == 5 and events[-1].size == "16x16"
-    painter = diffusion.load(folder, encoder)
-    steps = list(painter.steps(["a red apple"], sample.image_keys(3, 1), SamplerOptions(steps=10)))
+    pipeline = diffusion.load(folder, encoder)
+    steps = list(pipeline.steps(["a red apple"], sample.image_keys(3, 1), SamplerOptions(steps=10)))
     expected = [steps[1][1], steps[4][1], steps[7][1], steps[-1][0]]
     for event, step in zip(events, expected, strict=True):
-        np.testing.assert_array_equal(pixels(event.b64_json), painter.postprocess(step)[0])
+        np.testing.assert_array_equal(pixels(event.b64_json), pipeline.postprocess(step)[0])
     assert all(a.b64_json != b.b64_json for a, b in pairwise(events))
 
 
@@ -239,12 +239,12 @@ def test_stream_events_match_schema(image_address):
     text = httpx.post(f"{image_address}/v1/images/generations", json=body, timeout=60).text
     events = [event.split("\n") for event in text.strip().split("\n\n")]
     assert len(events) == 4
-    found = []
+    result = []
     for name, data in events:
         event = ImageEvent.model_validate_json(data.removeprefix("data: "), strict=True)
         assert name == f"event: {event.type}"
-        found.append((event.type.split(".")[1], event.index))
-    assert sorted(found) == [(k, i) for k in ("completed", "partial_image") for i in (0, 1)]
+        result.append((event.type.split(".")[1], event.index))
+    assert sorted(result) == [(k, i) for k in ("completed", "partial_image") for i in (0, 1)]
 
 
 def test_openapi_describes_image_routes(image_address):
@@ -274,8 +274,8 @@ def test_openapi_describes_image_routes(image_address):
 # --- edits and variations ---------------------------------------------------------------------
 
 
-def change(client, image, **how):
-    return client.images.edit(image=image, prompt="a cat", quality="low", **how)
+def change(client, image, **options):
+    return client.images.edit(image=image, prompt="a cat", quality="low", **options)
 
 
 def test_edit_keeps_unmasked_pixels_exactly(client):
@@ -300,12 +300,12 @@ def test_edit_keeps_transparency_outside_mask(client):
     image = holed(upload())
     mask = image[:, ::-1]  # transparent on the left
     for format, kind, background in (("png", "RGBA", "transparent"), ("jpeg", "RGB", "opaque")):
-        how = {"response_format": "b64_json", "output_format": format}
-        answer = change(client, png(image), mask=png(mask), **how)
-        found = Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json)))
-        assert (found.mode, answer.background) == (kind, background)
-    kept = change(client, png(image), mask=png(mask), response_format="b64_json")
-    changed = pixels(kept.data[0].b64_json)
+        options = {"response_format": "b64_json", "output_format": format}
+        answer = change(client, png(image), mask=png(mask), **options)
+        result = Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json)))
+        assert (result.mode, answer.background) == (kind, background)
+    response = change(client, png(image), mask=png(mask), response_format="b64_json")
+    changed = pixels(response.data[0].b64_json)
     np.testing.assert_array_equal(changed[:, 12:], image[:, 12:])
     assert (changed[:, :12, 3] == 255).all()
 
@@ -387,15 +387,15 @@ def with_alpha(image):
 def test_opaque_image_with_gpt_image_name_is_redrawn(client, picture_of):
     """The request was refused with 400, but code for gpt-image-1 sends no masks."""
     image = picture_of(upload(40)[:30])
-    how = {"model": "gpt-image-1", "response_format": "b64_json"}
-    found = change(client, png(image), extra_body={"seed": 3}, **how)
-    changed = pixels(found.data[0].b64_json)
+    options = {"model": "gpt-image-1", "response_format": "b64_json"}
+    result = change(client, png(image), extra_body={"seed": 3}, **options)
+    changed = pixels(result.data[0].b64_json)
     assert changed.shape == (30, 40, 3) and (changed != image[..., :3]).mean() > 0.5
     other = client.images.edit(
-        image=png(image), prompt="a red apple", quality="low", extra_body={"seed": 3}, **how
+        image=png(image), prompt="a red apple", quality="low", extra_body={"seed": 3}, **options
     )
-    assert other.data[0].b64_json != found.data[0].b64_json, "the prompt counts"
-    far = pixels(change(client, png(255 - image[..., :3]), extra_body={"seed": 3}, **how)
+    assert other.data[0].b64_json != result.data[0].b64_json, "the prompt counts"
+    far = pixels(change(client, png(255 - image[..., :3]), extra_body={"seed": 3}, **options)
                  .data[0].b64_json)  # fmt: skip
     assert (far != changed).any(), "so does the picture"
     for name in ("dall-e-2", "tiny"):
@@ -407,10 +407,10 @@ def test_opaque_image_with_gpt_image_name_is_redrawn(client, picture_of):
 def test_mask_overrides_image_transparency(client):
     image = upload()
     clear = holed(image)[:, ::-1]  # transparent on the left
-    how = {"model": "gpt-image-1", "response_format": "b64_json"}
-    found = pixels(change(client, png(clear), mask=png(holed(image)), **how).data[0].b64_json)
-    np.testing.assert_array_equal(found[:, :12], clear[:, :12])
-    assert (found[:, 12:, 3] == 255).all()
+    options = {"model": "gpt-image-1", "response_format": "b64_json"}
+    result = pixels(change(client, png(clear), mask=png(holed(image)), **options).data[0].b64_json)
+    np.testing.assert_array_equal(result[:, :12], clear[:, :12])
+    assert (result[:, 12:, 3] == 255).all()
 
 
 @pytest.mark.parametrize("format", ["jpeg", "webp"])
@@ -429,9 +429,9 @@ def test_output_compression_changes_file_size(client, format):
 def test_base64_in_chunks_equals_base64():
     for size in (0, 1, 3 * CHUNK, 3 * CHUNK + 1, 7 * CHUNK):
         data = np.random.default_rng(size).bytes(size)
-        pieces = to_base64(data)
-        assert b"".join(pieces) == base64.b64encode(data)
-        assert all(len(piece) <= 4 * CHUNK for piece in pieces)
+        chunks = to_base64(data)
+        assert b"".join(chunks) == base64.b64encode(data)
+        assert all(len(chunk) <= 4 * CHUNK for chunk in chunks)
 
 
 def in_json(data):
@@ -457,9 +457,9 @@ def test_slow_image_does_not_block_other_requests(image_address, client):
     started = time.monotonic()
     thread.start()
     while thread.is_alive():
-        began = time.monotonic()
+        start_time = time.monotonic()
         assert httpx.get(f"{image_address}/health").status_code == 200
-        waits.append(time.monotonic() - began)
+        waits.append(time.monotonic() - start_time)
     seconds = time.monotonic() - started
     assert answers[0].json()["error"]["param"] == "mask", "it was read, and is of another size"
     assert max(waits) < seconds / 2, (max(waits), seconds)
@@ -468,13 +468,13 @@ def test_slow_image_does_not_block_other_requests(image_address, client):
 @pytest.mark.parametrize("stream", [False, True])
 def test_large_responses_are_sent_in_chunks(folder, home, stream):
     """Encoding ten large edits as one JSON text blocked the event loop for seconds."""
-    place = download.resolve_model(
+    files = download.resolve_model(
         f"tiny={folder}", catalogue.load(), settings.data_folder(), notify=print
     )
-    offer = resolve.describe(
-        place, LoadOptions(cache_budget=2**20, dtype="float32", home=home, notify=print)
+    spec = resolve.describe(
+        files, LoadOptions(cache_budget=2**20, dtype="float32", home=home, notify=print)
     )
-    app = create_app(ServerSettings(home=home), Registry([offer], {}))
+    app = create_app(ServerSettings(home=home), Registry([spec], {}))
     sizes = []
 
     async def watched(scope, receive, send):
@@ -492,11 +492,11 @@ def test_large_responses_are_sent_in_chunks(folder, home, stream):
     assert answer.status_code == 200
     if stream:
         lines = [line for line in answer.text.splitlines() if line.startswith("data: ")]
-        found = [json.loads(line.removeprefix("data: ")) for line in lines]
+        result = [json.loads(line.removeprefix("data: ")) for line in lines]
     else:
-        found = answer.json()["data"]
-    assert len(found) == 10 and len(answer.content) > 5 * 2**20
-    for one in found:
+        result = answer.json()["data"]
+    assert len(result) == 10 and len(answer.content) > 5 * 2**20
+    for one in result:
         np.testing.assert_array_equal(pixels(one["b64_json"])[:, :240], image[:, :240])
     assert max(sizes) <= 4 * CHUNK
 
@@ -713,7 +713,7 @@ def test_client_of_2023_generates_images(image_address, tmp_path):
     image = upload()
     (tmp_path / "image.png").write_bytes(png(image))
     (tmp_path / "mask.png").write_bytes(png(holed(image)))
-    found = old.run(
+    result = old.run(
         f"image, mask = {str(tmp_path / 'image.png')!r}, {str(tmp_path / 'mask.png')!r}\n"
         "ask = {'response_format': 'b64_json', 'size': '256x256', 'n': 1}\n"
         "made = openai.Image.create(prompt='a cat', **ask)\n"
@@ -727,12 +727,12 @@ def test_client_of_2023_generates_images(image_address, tmp_path):
         "    wrong = [error.param, error.code]\n"
         "answer = [pictures, url, wrong]"
     )
-    pictures, url, wrong = found
+    pictures, url, wrong = result
     assert [pixels(data).shape for data in pictures] == [(256, 256, 3)] * 3
     assert pixels(httpx.get(url).content).shape == (SIZE, SIZE, 3)
     assert wrong == ["image", "invalid_image"], "it has no hole, and there is no mask"
-    said = old.command("api", "image.create", "-p", "a cat", "-n", "1", "--size", "64x64")
-    assert httpx.get(json.loads(said)["data"][0]["url"]).status_code == 200
+    output = old.command("api", "image.create", "-p", "a cat", "-n", "1", "--size", "64x64")
+    assert httpx.get(json.loads(output)["data"][0]["url"]).status_code == 200
 
 
 # --- scheduling -------------------------------------------------------------------------------
@@ -888,11 +888,11 @@ def test_missing_weights_are_reported(tmp_path):
     known = catalogue.load()
     model = known.models["emoji-64"]
     assert model.folder is not None and model.encoder is known.models["all-minilm-l6-v2"]
-    gone = replace(model, folder=tmp_path)
-    assert download.find_path(gone, settings.data_folder()) is None
+    missing = replace(model, folder=tmp_path)
+    assert download.find_path(missing, settings.data_folder()) is None
     for look in (download.verify, lambda *where: download.pull(*where, notify=print)):
         with pytest.raises(NotFound, match=naming("emoji-64", tmp_path)):
-            look(gone, settings.data_folder())
+            look(missing, settings.data_folder())
 
 
 def test_model_without_encoder_is_not_listed(folder, tmp_path):
@@ -917,33 +917,33 @@ def test_emoji_64_generates_images(home, tmp_path):
         scripted.serve_app(create_app(ServerSettings(home=tmp_path), registry)) as address,
         OpenAI(base_url=f"{address}/v1", api_key="any") as client,
     ):
-        how = {"response_format": "b64_json", "extra_body": {"seed": 0}}
-        apple = pixels(client.images.generate(prompt="a red apple", **how).data[0].b64_json)
+        options = {"response_format": "b64_json", "extra_body": {"seed": 0}}
+        apple = pixels(client.images.generate(prompt="a red apple", **options).data[0].b64_json)
         assert apple.shape == (64, 64, 3)
         middle = apple[20:44, 20:44].astype(int)
         assert (middle[..., 0] - middle[..., 1:].max(-1) > 30).mean() > 0.5, "it is red"
         assert apple[:4, :4].min() > 230, "on white"
-        varied = client.images.create_variation(image=png(apple), n=4, **how).data
-        other = pixels(client.images.generate(prompt="a blue car", **how).data[0].b64_json)
+        varied = client.images.create_variation(image=png(apple), n=4, **options).data
+        other = pixels(client.images.generate(prompt="a blue car", **options).data[0].b64_json)
         far = np.abs(other.astype(int) - apple).mean()
         for image in varied:
             near = np.abs(pixels(image.b64_json).astype(int) - apple).mean()
             assert 0 < near < far / 2, (near, far)
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         client.images.generate(prompt="a red apple")
-        print(f"one picture: {time.perf_counter() - began:.2f} s")
+        print(f"one picture: {time.perf_counter() - start_time:.2f} s")
 
 
 def test_strength_and_mask_equal_library(folder, encoder, client):
     """An edit over the API equals `diffusion.edit` with the same seed."""
     image = upload()
-    own = diffusion.load(folder, encoder)
+    pipeline = diffusion.load(folder, encoder)
     hole = holed(image)
     mask = edit.alpha_mask(hole)
     *_, (drawn, _) = edit.steps(
-        own, ["a cat"], sample.image_keys(5, 1), SamplerOptions(steps=10),
+        pipeline, ["a cat"], sample.image_keys(5, 1), SamplerOptions(steps=10),
         images=edit.preprocess_image(image, 8)[None], masks=edit.preprocess_mask(mask, 8)[None],
     )  # fmt: skip
-    expected = edit.paste(image, own.postprocess(drawn)[0], mask)
+    expected = edit.paste(image, pipeline.postprocess(drawn)[0], mask)
     answer = change(client, png(hole), response_format="b64_json", extra_body={"seed": 5})
     np.testing.assert_array_equal(pixels(answer.data[0].b64_json), expected)

@@ -45,8 +45,8 @@ def test_created_key_is_stored_as_digest(tmp_path):
     assert key.startswith("sk-pellucid-") and len(key) > 50
     assert key not in file.read_text() and key.removeprefix("sk-pellucid-") not in file.read_text()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    (kept,) = auth.read(tmp_path)
-    assert kept.name == "ann" and key.endswith(kept.hint)
+    (log_lines,) = auth.read(tmp_path)
+    assert log_lines.name == "ann" and key.endswith(log_lines.hint)
     assert auth.create(tmp_path, "bob") != key
 
 
@@ -117,10 +117,10 @@ def test_keys_command_creates_lists_and_deletes(tmp_path):
             text=True,
         )
 
-    made = command("create", "ann")
-    key = made.stdout.strip()
+    process = command("create", "ann")
+    key = process.stdout.strip()
     assert auth.KeyRing([], tmp_path).owner(key.encode()) == "ann"
-    assert made.stderr and key not in made.stderr
+    assert process.stderr and key not in process.stderr
     assert json.loads(command("create", "bob", "--json").stdout)["name"] == "bob"
     again = command("create", "bob")
     assert again.returncode == 2 and names(again.stderr, "'bob'")
@@ -278,20 +278,20 @@ def test_metrics_count_requests_and_tokens(counted):
     scripted.wait_until(
         lambda: numbers(counted).get(("pellucid_requests_total", "GET", "unknown", "404")) == 1
     )
-    found = numbers(counted)
+    samples = numbers(counted)
     route = "/v1/completions"
-    assert found["pellucid_requests_total", "POST", route, "200"] == 3
-    assert found["pellucid_requests_total", "POST", route, "404"] == 1
-    assert found["pellucid_request_seconds_count", route] == 4
-    assert found["pellucid_prompt_tokens_total", "scripted"] == 2 * len("cached hello") + 5
-    assert found["pellucid_cached_prompt_tokens_total", "scripted"] == 8
-    assert found["pellucid_generated_tokens_total", "scripted"] == 3 * length
-    assert found["pellucid_time_to_first_token_seconds_count", "scripted"] == 3
-    assert found["pellucid_time_per_token_seconds_count", "scripted"] == 3
-    assert found["pellucid_engine_running_requests", "scripted"] == 0
-    assert found["pellucid_engine_slots", "scripted"] == 16
-    assert found[("pellucid_requests_in_progress",)] == 1, "the one that asks"
-    assert found[("process_resident_memory_bytes",)] > 1e6
+    assert samples["pellucid_requests_total", "POST", route, "200"] == 3
+    assert samples["pellucid_requests_total", "POST", route, "404"] == 1
+    assert samples["pellucid_request_seconds_count", route] == 4
+    assert samples["pellucid_prompt_tokens_total", "scripted"] == 2 * len("cached hello") + 5
+    assert samples["pellucid_cached_prompt_tokens_total", "scripted"] == 8
+    assert samples["pellucid_generated_tokens_total", "scripted"] == 3 * length
+    assert samples["pellucid_time_to_first_token_seconds_count", "scripted"] == 3
+    assert samples["pellucid_time_per_token_seconds_count", "scripted"] == 3
+    assert samples["pellucid_engine_running_requests", "scripted"] == 0
+    assert samples["pellucid_engine_slots", "scripted"] == 16
+    assert samples[("pellucid_requests_in_progress",)] == 1, "the one that asks"
+    assert samples[("process_resident_memory_bytes",)] > 1e6
 
 
 def test_unknown_paths_and_methods_add_no_series(counted):
@@ -329,7 +329,7 @@ class Kept(logging.Handler):
 
 
 @pytest.fixture
-def kept(request, http):
+def log_lines(request, http):
     handler, logger = Kept(request.param()), logging.getLogger("serve")
     logger.addHandler(handler)
     logs.access_log.setLevel(logging.INFO)
@@ -338,11 +338,11 @@ def kept(request, http):
     logs.access_log.setLevel(logging.NOTSET)
 
 
-@pytest.mark.parametrize("kept", [logs.JsonFormatter], indirect=True)
-def test_json_log_line_has_fields(http, kept):
+@pytest.mark.parametrize("log_lines", [logs.JsonFormatter], indirect=True)
+def test_json_log_line_has_fields(http, log_lines):
     response = post(http, prompt="cached secret words")
-    scripted.wait_until(lambda: kept.lines)
-    line = json.loads(kept.lines[0])
+    scripted.wait_until(lambda: log_lines.lines)
+    line = json.loads(log_lines.lines[0])
     assert line["request_id"] == response.headers["x-request-id"]
     assert line["time"].startswith(time.strftime("%Y-")) and line["level"] == "info"
     expected = {
@@ -357,24 +357,24 @@ def test_json_log_line_has_fields(http, kept):
     }
     assert expected.items() <= line.items()
     assert 0 < line["first_token_milliseconds"] <= line["milliseconds"]
-    assert "secret" not in kept.lines[0] and "Hello" not in kept.lines[0]
+    assert "secret" not in log_lines.lines[0] and "Hello" not in log_lines.lines[0]
 
 
-@pytest.mark.parametrize("kept", [logs.TextFormatter], indirect=True)
-def test_text_log_line_escapes_path(http, kept):
+@pytest.mark.parametrize("log_lines", [logs.TextFormatter], indirect=True)
+def test_text_log_line_escapes_path(http, log_lines):
     response = http.get("/v1/models/a%0Ab%1b[31m%C3%A9?x=secret")
-    scripted.wait_until(lambda: kept.lines)
-    (line,) = kept.lines
+    scripted.wait_until(lambda: log_lines.lines)
+    (line,) = log_lines.lines
     assert response.headers["x-request-id"] in line
     assert r"GET /v1/models/a\nb\x1b[31mé 404 " in line and line.endswith(" ms, 127.0.0.1")
 
 
-@pytest.mark.parametrize("kept", [logs.JsonFormatter], indirect=True)
-def test_crash_is_logged_with_request_id(http, kept):
+@pytest.mark.parametrize("log_lines", [logs.JsonFormatter], indirect=True)
+def test_crash_is_logged_with_request_id(http, log_lines):
     response = post(http, prompt="crash")
     assert response.status_code == 500
-    scripted.wait_until(lambda: len(kept.lines) == 2)
-    crash = json.loads(kept.lines[0])
+    scripted.wait_until(lambda: len(log_lines.lines) == 2)
+    crash = json.loads(log_lines.lines[0])
     assert crash["request_id"] == response.headers["x-request-id"]
     assert "a bug in the engine" in crash["traceback"]
     assert "secret" not in response.text

@@ -283,10 +283,10 @@ def test_page_is_accessible(open_page, scheme, width):
     page = open_page(color_scheme=scheme, viewport={"width": width, "height": 760})
 
     def check(where):
-        found = Axe().run(page).response["violations"]
-        serious = [v for v in found if v["impact"] in ("serious", "critical")]
-        told = [(v["id"], [n["html"][:90] for n in v["nodes"][:3]]) for v in serious]
-        assert not told, where
+        violations = Axe().run(page).response["violations"]
+        serious = [v for v in violations if v["impact"] in ("serious", "critical")]
+        summaries = [(v["id"], [n["html"][:90] for n in v["nodes"][:3]]) for v in serious]
+        assert not summaries, where
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), where
 
     check("greeting")

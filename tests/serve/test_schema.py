@@ -124,9 +124,9 @@ def test_docs_page_loads_no_foreign_resources(http):
 
 
 def test_fine_tuned_model_is_deleted(tmp_path):
-    own = "ft:scripted:me::Ab/1..2"
-    (adapters.adapter_folder(tmp_path, own) / "checkpoints").mkdir(parents=True)
-    models = [scripted.model(), scripted.model(own)]
+    adapter = "ft:scripted:me::Ab/1..2"
+    (adapters.adapter_folder(tmp_path, adapter) / "checkpoints").mkdir(parents=True)
+    models = [scripted.model(), scripted.model(adapter)]
     with (
         scripted.serve_models(*models, home=tmp_path) as address,
         httpx.Client(base_url=address) as http,
@@ -138,27 +138,27 @@ def test_fine_tuned_model_is_deleted(tmp_path):
         with OpenAI(
             base_url=f"{address}/v1", api_key="any", _strict_response_validation=True
         ) as client:
-            deleted = client.models.delete(own)
-        assert deleted.id == own and deleted.object == "model" and deleted.deleted
+            deleted = client.models.delete(adapter)
+        assert deleted.id == adapter and deleted.object == "model" and deleted.deleted
         assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["scripted"]
-        assert http.delete(f"/v1/models/{own}").status_code == 404
+        assert http.delete(f"/v1/models/{adapter}").status_code == 404
         assert list((tmp_path / "made").iterdir()) == []
 
 
 def test_model_with_undeletable_files_stays(tmp_path, monkeypatch):
     """The model disappeared from the list and returned at the next start."""
-    own = "ft:scripted:me::x"
-    adapters.adapter_folder(tmp_path, own).mkdir(parents=True)
-    models = [scripted.model(), scripted.model(own)]
+    adapter = "ft:scripted:me::x"
+    adapters.adapter_folder(tmp_path, adapter).mkdir(parents=True)
+    models = [scripted.model(), scripted.model(adapter)]
     with (
         scripted.serve_models(*models, home=tmp_path) as address,
         httpx.Client(base_url=address) as http,
     ):
         with monkeypatch.context() as patch:
             patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
-            assert http.delete(f"/v1/models/{own}").status_code == 500
-        assert own in [model["id"] for model in http.get("/v1/models").json()["data"]]
-        assert http.delete(f"/v1/models/{own}").json()["deleted"]
+            assert http.delete(f"/v1/models/{adapter}").status_code == 500
+        assert adapter in [model["id"] for model in http.get("/v1/models").json()["data"]]
+        assert http.delete(f"/v1/models/{adapter}").json()["deleted"]
 
 
 def test_model_ids_map_to_distinct_folders(tmp_path):

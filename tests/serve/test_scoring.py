@@ -104,10 +104,10 @@ def test_preempted_prompt_is_scored_once(model, runner):
         prompt_logprobs=1,
     )
     alone = [*engine.generate(request)]
-    took = engine._append_token
+    append_token = engine._append_token
 
     def start_over_once(row, drawn, i):
-        took(row, drawn, i)
+        append_token(row, drawn, i)
         if row.num_generated == 4 and not row.preempted_ids:
             scheduler.preempt(row)
 

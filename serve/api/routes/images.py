@@ -74,7 +74,7 @@ STEPS = {"low": 10, "medium": 20, "high": 40}
 _QUALITY_ALIASES = {"standard": "medium", "auto": "medium", "hd": "high"}
 
 # Processing a large image takes 200 MB, so at most two are processed at a time.
-_workers = ThreadPoolExecutor(2, thread_name_prefix="pictures")
+_workers = ThreadPoolExecutor(2, thread_name_prefix="images")
 
 T = TypeVar("T")
 
