@@ -1,4 +1,4 @@
-"""Stream an answer from a server: python examples/client.py http://127.0.0.1:8000 "Hello" """
+"""Stream an answer from a server: `python examples/client.py http://127.0.0.1:8000 "Hello"`."""
 
 import os
 import sys

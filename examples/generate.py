@@ -1,4 +1,4 @@
-"""Continue a text: python examples/generate.py MODEL.gguf "1, 2, 3," """
+"""Continue a text: `python examples/generate.py MODEL.gguf "1, 2, 3,"`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Generate an image: python examples/image.py ALL_MINILM_FOLDER "a red apple" apple.png"""
+"""Generate an image: `python examples/image.py ALL_MINILM_FOLDER "a red apple" apple.png`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Print the tokens of a text: python examples/tokens.py "hamburger" """
+"""Print the tokens of a text: `python examples/tokens.py "hamburger"`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Fit y = w x with the training loop: python examples/train.py RUN_FOLDER"""
+"""Fit y = w x with the training loop: `python examples/train.py RUN_FOLDER`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Print what is said in a recording: python examples/transcribe.py MODEL_FOLDER speech.mp3"""
+"""Print the text of a recording: `python examples/transcribe.py MODEL_FOLDER speech.mp3`."""
 
 import sys
 

@@ -232,7 +232,12 @@ def generate(
         0,
         *prompt_mask_and_bias(prompt, sampling_params, cfg.vocab_size),
     )
-    output, penalty_state = sample(logits, penalty_state, metadata(0), num_ids=num_ids)
+    output, penalty_state = sample(
+        logits,  # pyright: ignore[reportPossiblyUnbound]  # a prompt has at least one chunk
+        penalty_state,
+        metadata(0),
+        num_ids=num_ids,
+    )
     for step in range(1, max_new_tokens + 1):
         previous = output
         if step < max_new_tokens:

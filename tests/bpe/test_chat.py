@@ -235,7 +235,7 @@ def test_spans_with_tool_calls_include_them(load_model, golden):
 
 
 def test_token_spans_do_not_merge_across_span_boundaries():
-    """A merge of "\n" of the template with "\n" of an answer never occurs in generation."""
+    r"""A merge of "\n" of the template with "\n" of an answer never occurs in generation."""
     messages = [user("<|im_end|>low"), assistant("\nlow 12"), user("a"), assistant("")]
     ids, spans = CHATML.encode_with_assistant_spans(ENCODING, messages)
     assert ENCODING.decode(ids) == CHATML.render(messages, add_generation_prompt=False)

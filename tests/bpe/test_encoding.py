@@ -145,7 +145,7 @@ def test_inconsistent_vocabulary_is_rejected(changes, facts):
 
 
 def test_dropped_bytes_are_removed_before_merging():
-    """As in Hugging Face's tokenizer of SmolLM2, "l\\x04ow" is encoded like "low"."""
+    r"""As in Hugging Face's tokenizer of SmolLM2, "l\x04ow" is encoded like "low"."""
     ids = {token: id for token, id in tiny.IDS.items() if token != b"\x04"}
     encoding = tiny.encoding(ranks=ids, dropped_bytes=b"\x04", pattern="(?s:.+)")
     assert encoding.encode("l\x04ow\x04") == encoding.encode("low")

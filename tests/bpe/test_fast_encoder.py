@@ -181,7 +181,7 @@ def test_empty_texts_have_no_ids():
 
 
 def test_pieces_with_zero_bytes_have_distinct_keys():
-    """The pieces "a", "a\\0" and "a\\0\\0" must not be confused."""
+    r"""The pieces "a", "a\0" and "a\0\0" must not be confused."""
     check(
         bpe.get_encoding("gpt2"),
         ["a", "a\0", "a\0\0", "\0", "\0\0", "\0" * 14, "\0" * 15, "\0" * 16],
