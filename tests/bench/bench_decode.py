@@ -1,29 +1,28 @@
-"""How fast one stream is: Pellucid beside transformers with torch, and llama.cpp.
+"""Compare the speed of one stream: Pellucid, transformers with torch, llama.cpp.
 
     python -m tests.bench.bench_decode [--rounds 7]
 
-Every contender reads the same 512 ids with the same weights and continues them greedily by 64.
-First they must agree: transformers and our float32 on every id, else nothing is timed and the exit
-status is 1; the other formats round differently, so how long they agree is only reported. Then, in
-every round, each contender in turn is timed once, so that a machine that slows down slows all of
-them, and the ratios are taken within a round.
+Every contender gets the same 512 prompt ids and weights and generates 64 tokens greedily. The
+tokens of transformers and of Pellucid in float32 must be equal; otherwise nothing is timed and the
+exit status is 1. Other dtypes round differently, so the number of equal tokens is reported. Each
+round times every contender once, and ratios are computed within a round, so that a change of the
+machine's speed affects all contenders.
 
-A contender is a process of its own (this module with --worker), so that the thread pools of torch
-and XLA never compete. It answers one JSON line for each one it is sent, and waits without computing
-while another is timed. It notes when each id is known to it:
+A contender is a process of its own (this module with --worker), because the thread pools of torch
+and XLA would compete. It answers JSON lines and does not compute while another is timed. It records
+the time of each token:
 
-    prefill   asked for one id: from the question to that id; 512 ids read
-    decode    asked for 64: from the first id to the last but one; 62 steps
+    prefill   1 token requested: from the request to the token, 512 ids computed
+    decode    64 tokens requested: from the first to the last but one, 62 steps
 
-`generate` starts step i + 1 before it hands out id i, and where JAX computes within that call, as
-on a CPU, every id but the last comes one step late. The two times are cut so that this neither
-helps nor hurts.
+`generate` starts step i + 1 before it yields token i. Where JAX computes within that call, as on a
+CPU, every token but the last is one step late. The two intervals are chosen so that this cancels.
 
-llama.cpp is compared if llama-cpp-python is installed; it multiplies with the quantised weights of
-the file, where the others use dequantised ones. `serve` is a real server in the format it chooses,
-asked through the official client: its times hold HTTP, JSON and text.
+llama.cpp is compared if llama-cpp-python is installed. It multiplies with the quantized weights of
+the file; the others use dequantized ones. `serve` is a server in the dtype that it chooses, called
+through the official client, so its times include HTTP, JSON and detokenization.
 
-Left out: several streams at once, long contexts, memory.
+Not measured: concurrent streams, long contexts, memory.
 """
 
 from __future__ import annotations
@@ -62,8 +61,8 @@ PACKAGES = ("jax", "torch", "transformers", "llama-cpp-python")
 
 # --- contenders: each loads a model and returns a function ------------------------------------
 #
-# The function takes a prompt and how many ids to add, calls `arrived` with every id as soon as it
-# knows it (`serve`: with every piece of text), and begins from nothing every time it is called.
+# The function takes a prompt and the number of new tokens. It calls `on_token` with each id as soon
+# as it is known (`serve`: with each text delta). Every call starts with an empty cache.
 
 OnToken = Callable[[int | str], None]
 Contender = Callable[[list[int], int, OnToken], None]
@@ -80,30 +79,30 @@ def load_transformers(path: Path, threads: int) -> tuple[Contender, str]:
         path.parent, gguf_file=path.name, dtype=torch.float32
     ).eval()
 
-    # A bare loop, which is quicker than the library's own `generate`.
+    # A bare loop is faster than `generate` of the library.
     @torch.inference_mode()
-    def run(prompt: list[int], count: int, arrived: OnToken) -> None:
-        ids, past = torch.tensor([prompt]), None
+    def run(prompt: list[int], count: int, on_token: OnToken) -> None:
+        ids, kv_cache = torch.tensor([prompt]), None
         for _ in range(count):
-            step = model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-            ids, past = step.logits[:, -1].argmax(-1, keepdim=True), step.past_key_values
-            arrived(ids.item())
+            step = model(ids, past_key_values=kv_cache, use_cache=True, logits_to_keep=1)
+            ids, kv_cache = step.logits[:, -1].argmax(-1, keepdim=True), step.past_key_values
+            on_token(ids.item())
 
     return run, f"torch float32, {torch.get_num_threads()} threads"
 
 
-def load_ours(path: Path, format: str) -> tuple[Contender, str]:
+def load_pellucid(path: Path, dtype: str) -> tuple[Contender, str]:
     import jax.numpy as jnp
 
     from transformer import checkpoint
     from transformer.generate import generate
 
-    params, cfg, _ = checkpoint.load(path, dtype=format)
-    cache_dtype = jnp.float32 if format == "float32" else jnp.bfloat16  # as `serve` does
+    params, cfg, _ = checkpoint.load(path, dtype=dtype)
+    cache_dtype = jnp.float32 if dtype == "float32" else jnp.bfloat16  # as `serve` does
 
-    def run(prompt: list[int], count: int, arrived: OnToken) -> None:
+    def run(prompt: list[int], count: int, on_token: OnToken) -> None:
         for id in generate(params, cfg, prompt, max_new_tokens=count, cache_dtype=cache_dtype):
-            arrived(id)
+            on_token(id)
 
     return run, "JAX"
 
@@ -116,13 +115,13 @@ def load_llama(path: Path, threads: int) -> tuple[Contender, str]:
         str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False
     )
 
-    def run(prompt: list[int], count: int, arrived: OnToken) -> None:
+    def run(prompt: list[int], count: int, on_token: OnToken) -> None:
         model.reset()
         model.eval(prompt)
         for step in range(count):
             logits = llama_cpp.llama_get_logits_ith(model.ctx, -1)
             id = int(np.ctypeslib.as_array(logits, (model.n_vocab(),)).argmax())
-            arrived(id)
+            on_token(id)
             if step + 1 < count:
                 model.eval([id])
 
@@ -145,23 +144,23 @@ def load_serve(path: Path, stack: ExitStack) -> tuple[Contender, str]:
     if not line:
         raise SystemExit("pellucid serve did not start, for the reason above")
     wait_until_idle(server.pid)
-    said = json.loads(line)
-    (format,) = said["formats"].values()
-    client = OpenAI(base_url=said["url"] + "/v1", api_key="any", max_retries=0)
+    ready = json.loads(line)
+    (dtype,) = ready["formats"].values()
+    client = OpenAI(base_url=ready["url"] + "/v1", api_key="any", max_retries=0)
 
-    def run(prompt: list[int], count: int, arrived: OnToken) -> None:
+    def run(prompt: list[int], count: int, on_token: OnToken) -> None:
         chunks = client.completions.create(
             model="bench", prompt=prompt, max_tokens=count, temperature=0, stream=True
         )
         for chunk in chunks:
             if chunk.choices[0].text:
-                arrived(chunk.choices[0].text)
+                on_token(chunk.choices[0].text)
 
-    return run, f"{format}, over HTTP"
+    return run, f"{dtype}, over HTTP"
 
 
 def wait_until_idle(pid: int) -> None:
-    """Waits until `serve` rests: after it began to listen it compiles ahead."""
+    """Wait until `serve` is idle: it compiles more programs after it listens."""
     import psutil
 
     process, before = psutil.Process(pid), float("-inf")
@@ -171,8 +170,8 @@ def wait_until_idle(pid: int) -> None:
 
 
 def work(name: str, path: Path, threads: int) -> None:
-    """A contender's process: answers every prompt on stdin with what it got and when."""
-    answers = os.fdopen(os.dup(1), "w")  # ours alone: what libraries print goes to stderr
+    """Run a contender: answer each prompt on stdin with its tokens and their times."""
+    answers = os.fdopen(os.dup(1), "w")  # libraries print to stderr instead
     os.dup2(2, 1)
 
     def answer(line: dict) -> None:
@@ -180,24 +179,24 @@ def work(name: str, path: Path, threads: int) -> None:
 
     with ExitStack() as stack:
         if name == PEER:
-            run, how = load_transformers(path, threads)
+            run, setup = load_transformers(path, threads)
         elif name == LLAMA:
-            run, how = load_llama(path, threads)
+            run, setup = load_llama(path, threads)
         elif name == SERVE:
-            run, how = load_serve(path, stack)
+            run, setup = load_serve(path, stack)
         else:
-            run, how = load_ours(path, OURS[name])
-        answer({"how": how})
+            run, setup = load_pellucid(path, OURS[name])
+        answer({"how": setup})
         for line in sys.stdin:
-            got, times = [], []
+            tokens, times = [], []
 
-            def arrived(piece: int | str, got: list = got, times: list = times) -> None:
+            def on_token(token: int | str, tokens: list = tokens, times: list = times) -> None:
                 times.append(time.perf_counter())
-                got.append(piece)
+                tokens.append(token)
 
             started = time.perf_counter()
-            run(*json.loads(line), arrived)
-            answer({"got": got, "times": [at - started for at in times]})
+            run(*json.loads(line), on_token)
+            answer({"tokens": tokens, "times": [moment - started for moment in times]})
 
 
 # --- the comparison ---------------------------------------------------------------------------
@@ -205,7 +204,7 @@ def work(name: str, path: Path, threads: int) -> None:
 
 @dataclass
 class Worker:
-    """A contender's process, and what it was measured to take."""
+    """The process of a contender, and its measurements."""
 
     name: str
     process: subprocess.Popen
@@ -227,14 +226,14 @@ class Worker:
 
     def run(self, prompt: list[int], count: int) -> dict:
         print(json.dumps([prompt, count]), file=self.process.stdin, flush=True)
-        found = self.receive()
-        if len(found["got"]) != count:
-            # An end token, or a character of several tokens: the passage must avoid both.
+        reply = self.receive()
+        if len(reply["tokens"]) != count:
+            # The passage must avoid end tokens and characters of several tokens.
             raise SystemExit(
-                f"{self.name} gave {len(found['got'])} pieces instead of {count}: times would not "
-                f"be comparable. Change {PASSAGE.name}"
+                f"{self.name} returned {len(reply['tokens'])} tokens instead of {count}, so its "
+                f"times are not comparable; change {PASSAGE.name}"
             )
-        return found
+        return reply
 
 
 @contextmanager
@@ -257,22 +256,24 @@ def started(name: str, path: Path, threads: int) -> Iterator[Worker]:
 
 
 def agree(workers: dict[str, Worker], prompt: list[int], decode: Callable[[list], str]) -> bool:
-    """Runs everyone once, which compiles too, and compares. Returns whether timing makes sense."""
-    got = {name: worker.run(prompt, NEW_TOKENS)["got"] for name, worker in workers.items()}
+    """Run every contender once, compare the tokens, and return whether timing makes sense."""
+    tokens = {name: worker.run(prompt, NEW_TOKENS)["tokens"] for name, worker in workers.items()}
     for name, worker in workers.items():
-        if name == SERVE:  # text, not ids: compare with the same format of `generate`
-            format = worker.setup.partition(",")[0]
-            other = next(one for one, its in OURS.items() if its == format)
-            text = "".join(got[SERVE])
-            same = sum(text.startswith(decode(got[other][: i + 1])) for i in range(NEW_TOKENS))
+        if name == SERVE:  # text, not ids: compare with `generate` in the same dtype
+            dtype = worker.setup.partition(",")[0]
+            other = next(key for key, value in OURS.items() if value == dtype)
+            text = "".join(tokens[SERVE])
+            same = sum(text.startswith(decode(tokens[other][: i + 1])) for i in range(NEW_TOKENS))
         else:
             other = PEER
-            same = next((i for i in range(NEW_TOKENS) if got[name][i] != got[other][i]), NEW_TOKENS)
+            same = next(
+                (i for i in range(NEW_TOKENS) if tokens[name][i] != tokens[other][i]), NEW_TOKENS
+            )
         worker.agrees = "" if name == other else f"first {same} ids as {other}"
         if same == NEW_TOKENS and name != other:
             worker.agrees = f"all {same} ids as {other}"
-    if got["generate float32"] != got[PEER]:
-        print(f"{PEER}: {got[PEER]}\nours: {got['generate float32']}", file=sys.stderr)
+    if tokens["generate float32"] != tokens[PEER]:
+        print(f"{PEER}: {tokens[PEER]}\nPellucid: {tokens['generate float32']}", file=sys.stderr)
         return False
     return True
 
@@ -280,8 +281,8 @@ def agree(workers: dict[str, Worker], prompt: list[int], decode: Callable[[list]
 def measure(workers: list[Worker], prompt: list[int], rounds: int, progress: Console) -> None:
     for number in range(rounds):
         progress.print(f"round {number + 1} of {rounds}")
-        first = number % len(workers)  # nobody always runs behind the same neighbour
-        fresh = [prompt[number + 1], *prompt[1:]]  # begins as no prompt did: serve remembers those
+        first = number % len(workers)  # no contender always follows the same one
+        fresh = [prompt[number + 1], *prompt[1:]]  # a new prefix, which serve has not cached
         for worker in workers[first:] + workers[:first]:
             time.sleep(PAUSE)
             worker.prefill.append(worker.run(fresh, 1)["times"][0])
@@ -290,17 +291,17 @@ def measure(workers: list[Worker], prompt: list[int], rounds: int, progress: Con
 
 
 def rates(worker: Worker) -> dict:
-    """Tokens a second, medians of the rounds."""
+    """Return the medians of tokens per second."""
     return {
         "prefill": PROMPT_TOKENS / statistics.median(worker.prefill),
         "decode": DECODE_STEPS / statistics.median(worker.decode),
     }
 
 
-def ratio(one: Worker, other: Worker, stage: str) -> dict[str, float]:
-    """How many times as fast `one` is as `other`, from the pairs of each round."""
-    pairs = zip(getattr(one, stage), getattr(other, stage), strict=True)
-    ratios = [theirs / mine for mine, theirs in pairs]
+def ratio(worker: Worker, baseline: Worker, stage: str) -> dict[str, float]:
+    """Return the speed of `worker` relative to `baseline`, from the pairs of each round."""
+    pairs = zip(getattr(worker, stage), getattr(baseline, stage), strict=True)
+    ratios = [baseline_seconds / seconds for seconds, baseline_seconds in pairs]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
@@ -326,12 +327,12 @@ def report(workers: dict[str, Worker], rounds: int) -> None:
     table = Table(
         "ratio of speeds", "prefill median (min-max)", "decode median (min-max)", box=None
     )
-    for one, other in pairs:
+    for contender, baseline in pairs:
         cells = [
-            "{median:.2f} ({min:.2f}-{max:.2f})".format(**ratio(one, other, stage))
+            "{median:.2f} ({min:.2f}-{max:.2f})".format(**ratio(contender, baseline, stage))
             for stage in ("prefill", "decode")
         ]
-        table.add_row(f"{one.name} / {other.name}", *cells)
+        table.add_row(f"{contender.name} / {baseline.name}", *cells)
     out.print(table, "")
     if LLAMA not in workers:
         out.print("llama.cpp was not compared: left out, or llama-cpp-python is not installed\n")
@@ -345,9 +346,11 @@ def report(workers: dict[str, Worker], rounds: int) -> None:
             "prefill_seconds": worker.prefill,
             "decode_seconds": worker.decode,
             "ratio": {
-                other.name: {stage: ratio(one, other, stage) for stage in ("prefill", "decode")}
-                for one, other in pairs
-                if one is worker
+                baseline.name: {
+                    stage: ratio(worker, baseline, stage) for stage in ("prefill", "decode")
+                }
+                for contender, baseline in pairs
+                if contender is worker
             },
         }
         print(json.dumps(line))
