@@ -1,4 +1,4 @@
-"""The notebooks: what is committed is what the sources say, they run, and their exercises check."""
+"""The notebooks match their sources and run, and their exercises check solutions."""
 
 import ast
 import importlib.util
@@ -15,7 +15,7 @@ NAMES = [source.stem for source in SOURCES]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=NAMES)
-def test_what_is_committed_matches_its_source(source: Path) -> None:
+def test_committed_notebook_matches_its_source(source: Path) -> None:
     target = source.with_suffix(".ipynb")
     committed = nbformat.read(target, as_version=4)
     nbformat.validate(committed)
@@ -28,7 +28,7 @@ def test_what_is_committed_matches_its_source(source: Path) -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=NAMES)
-def test_committed_cells_were_all_run_in_order(source: Path) -> None:
+def test_committed_cells_ran_in_order_without_errors(source: Path) -> None:
     cells = nbformat.read(source.with_suffix(".ipynb"), as_version=4).cells
     counts = [cell.execution_count for cell in cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1))
@@ -38,18 +38,18 @@ def test_committed_cells_were_all_run_in_order(source: Path) -> None:
 
 
 def exercises() -> list[tuple[str, str, str]]:
-    """Notebook, function and solution of every exercise."""
-    found = []
+    """Return the notebook, function and solution of every exercise."""
+    rows = []
     for source in SOURCES:
         for cell in notebooks.read(source).cells:
             for code in re.findall(r"<summary>Solution</summary>\n\n```python\n(.*?)```",
                                    cell.source, re.DOTALL):  # fmt: skip
-                found.append((source.stem, ast.parse(code).body[0].name, code))
-    return found
+                rows.append((source.stem, ast.parse(code).body[0].name, code))
+    return rows
 
 
 @pytest.mark.parametrize(("notebook", "name", "solution"), exercises())
-def test_an_exercise_fails_on_its_stub_and_passes_on_its_solution(
+def test_exercise_rejects_its_stub_and_accepts_its_solution(
     notebook: str, name: str, solution: str
 ) -> None:
     import numpy as np
@@ -72,7 +72,7 @@ def test_an_exercise_fails_on_its_stub_and_passes_on_its_solution(
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("source", SOURCES, ids=NAMES)
-def test_it_runs(source: Path) -> None:
+def test_notebook_runs_and_its_checks_pass(source: Path) -> None:
     cells = notebooks.execute(notebooks.read(source)).cells
     committed = nbformat.read(source.with_suffix(".ipynb"), as_version=4).cells
     printed = [[o.text for o in c.get("outputs", ()) if o.output_type == "stream"] for c in cells]
