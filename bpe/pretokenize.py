@@ -97,7 +97,7 @@ O200K = "|".join(
     ]
 )
 
-# The time limit of a pattern. The patterns below process millions of characters per second.
+# The time limit of a pattern. The built-in patterns process millions of characters per second.
 TIMEOUT_BASE_SECONDS = 5.0
 TIMEOUT_CHARS_PER_SECOND = 100_000
 
