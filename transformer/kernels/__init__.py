@@ -20,11 +20,11 @@ in one of the files imported below. For example, another norm:
 
 Then compare it with the others, alone and in a whole decoding step:
 
-    python -m transformer.bench norm --forms
-    python -m transformer.bench decode --try norm=rsqrt
+    python -m transformer.bench norm --all-impls
+    python -m transformer.bench decode --impl norm=rsqrt
 
 If it is faster, enter it in `DEFAULT_IMPL`. A function that is not registered is given by its
-module path: `--try norm=my_module.rsqrt` or `impl="my_module.rsqrt"`. A kernel outside XLA (a
+module path: `--impl norm=my_module.rsqrt` or `impl="my_module.rsqrt"`. A kernel outside XLA (a
 `jax.ffi` call, Pallas) is registered in the same way.
 
 Arrays are float32 unless a docstring says otherwise. The letters of shapes are those of
