@@ -310,7 +310,7 @@ SERVER = """
     from pathlib import Path
     from tests.serve import scripted
 
-    with scripted.running(scripted.model(), home=Path(sys.argv[1])) as address:
+    with scripted.serve_models(scripted.model(), home=Path(sys.argv[1])) as address:
         print(address, flush=True)
         sys.stdin.read()
 """
