@@ -874,7 +874,7 @@ def test_weak_variations_are_warmed_up(image_model):
 def test_failing_batch_leaves_other_batches_alone(image_model):
     async def main():
         mismatched = InitImage(np.zeros((3, 3, 3), np.float32))
-        with pytest.raises(ValueError, match=naming("pictures", [1, 8, 8, 3], [1, 3, 3, 3])):
+        with pytest.raises(ValueError, match=naming("images", [1, 8, 8, 3], [1, 3, 3, 3])):
             await outputs_of(image_model, image_request(init_image=mismatched))
         assert len(await outputs_of(image_model, image_request())) == 1
 
