@@ -424,14 +424,16 @@ def _next_prompt(
 
 
 def window_length(seek: int, end: int, max_length: int, spans: Sequence[Span]) -> int:
-    """Return the length of the window that begins at `seek`, in frames.
+    """Return the length in frames of the window that begins at `seek`.
+
+    If the rest of the region is longer than `max_length`, the window ends at the last pause in its
+    second half, or at `max_length` if there is none.
 
     Args:
         seek: first frame of the window.
         end: end of the region, in frames.
         max_length: length of a full window, in frames.
-        spans: spans of speech. A window that is not the last of its region ends in the last pause
-            between two of them in its second half, if there is one.
+        spans: spans of speech; the pauses are between them.
     """
     if end - seek <= max_length:
         return end - seek

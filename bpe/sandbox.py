@@ -123,7 +123,8 @@ def spend(value: Any) -> Any:
 
     Raises:
         ValueError: if the value is too large, or the budget is exhausted.
-        LookupError: outside `metered`; Jinja then does not fold the constant.
+        LookupError: if called outside `metered`, as when Jinja evaluates constants at compile time;
+            the error makes Jinja leave them unevaluated.
     """
     _METER.get().spend(value_size(value))
     if isinstance(value, int) and abs(value) >= 1 << 64:
@@ -203,7 +204,10 @@ def _strftime_now(format: str) -> str:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """`namespace(...)`, not printable because its content does not count in `value_size`."""
+    """Jinja's `namespace(...)`, printed as `<Namespace>`.
+
+    `value_size` does not count its content, so printing the content would bypass the size limit.
+    """
 
     def __repr__(self) -> str:
         return "<Namespace>"

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         "--trajectory",
         dest="strip",
         action="store_true",
-        help="how the picture comes: noisy above, predicted below",
+        help="write the images of all steps: noisy above, predicted clean below",
     )
     parser.add_argument("--strip", action="store_true", help=argparse.SUPPRESS)  # old name
     parser.add_argument("--out", required=True, type=Path, metavar="PNG")

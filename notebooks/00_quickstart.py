@@ -153,8 +153,8 @@ display(Tokens(encoding, encoding.encode("The hamburger costs 12 euros, indubita
 # (`bpe/stream.py`).
 #
 # A conversation is also one text for the model. Its *chat template* writes special tokens around
-# each message. Each of them, in angle brackets, is a single token, which the text of a message cannot
-# contain. The template of this model also adds a system message, which is not in our request.
+# each message. Each of them, in angle brackets, is a single token, which the text of a message
+# cannot contain. The template of this model also adds a system message, which our request lacks.
 
 # %%
 prompt = tokenizer.chat_template.encode(encoding, QUESTION)

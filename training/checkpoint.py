@@ -100,7 +100,7 @@ def load(folder: Path, like: State, config: TrainConfig) -> tuple[State, dict[st
     path = folder / f"step-{steps[-1]:06d}"
     metadata = _read_metadata(path / _METADATA)
     if metadata["step"] != steps[-1]:
-        raise ValueError(f"{path / _METADATA}: is of step {metadata['step']}, not {steps[-1]}")
+        raise ValueError(f"{path / _METADATA}: belongs to step {metadata['step']}, not {steps[-1]}")
     _check_config(path, TrainConfig.from_json(metadata["config"]), config)
     try:
         with safe_open(path / _TENSORS, framework="numpy") as file:

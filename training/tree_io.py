@@ -31,7 +31,8 @@ def from_named(arrays: Mapping[str, np.ndarray], like: Any) -> Any:
     """
     expected = to_named(like)
     if missing := [name for name in expected if name not in arrays]:
-        raise ValueError(f"lacks {missing[0]!r} and {len(missing) - 1} other arrays")
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"lacks the array {missing[0]!r}{others}")
     if unknown := sorted(arrays.keys() - expected.keys()):
         raise ValueError(f"has the unexpected array {unknown[0]!r}")
     for name, leaf in expected.items():

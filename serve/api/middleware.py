@@ -21,7 +21,7 @@ from serve.api.errors import APIError
 from serve.api.request_context import context_of
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-HEALTH_PATHS = ("/health", "/v1/health", "/ready")  # supervisors have no key
+HEALTH_PATHS = ("/health", "/v1/health", "/ready")  # health checks come without an API key
 PAGE_PATHS = ("/", "/docs", "/openapi.json")  # pages are public; their requests need a key
 PAGE_PREFIXES = ("/web/", "/docs/")
 CAPABILITY_PREFIXES = ("/images/",)  # a name in here is as secret as a key

@@ -109,7 +109,7 @@ class JobBackend(Protocol):
         ...
 
     def detach(self, id: str) -> None:
-        """Stop following a job, and print whether it runs on."""
+        """Stop following a job, and print whether it continues."""
         ...
 
     def usage_hint(self, model: str) -> str:
@@ -225,7 +225,7 @@ def list_(host: Host = None, json: Json = False) -> None:
         )
         for job in jobs
     ]
-    console.write(console.table(("JOB", "STATUS", "MODEL", "MADE", "RESULT"), rows))
+    console.write(console.table(("JOB", "STATUS", "MODEL", "CREATED", "RESULT"), rows))
 
 
 def _result(job: dict, models: Collection[str]) -> str:

@@ -46,7 +46,7 @@ def list_(json: Json = False) -> None:
         (key.name, f"...{key.hint}", time.strftime("%Y-%m-%d", time.localtime(key.created)))
         for key in records
     ]
-    print(console.table(("NAME", "ENDS IN", "MADE"), rows))
+    print(console.table(("NAME", "ENDS IN", "CREATED"), rows))
 
 
 @app.command()

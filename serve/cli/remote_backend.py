@@ -132,9 +132,9 @@ class RemoteBackend:
         return f"`pellucid finetune follow {id}` shows its progress"
 
     def detach(self, id: str) -> None:
-        """Print that a job which is no longer followed runs on."""
+        """Print that the job continues on the server, and how to follow or cancel it."""
         console.info(
-            f"\n{id} runs on {self.location}: `pellucid finetune follow {id}` shows it again, "
+            f"\n{id} continues on {self.location}: `pellucid finetune follow {id}` shows it again, "
             f"`pellucid finetune cancel {id}` cancels it (both with the same --host)"
         )
 
@@ -159,9 +159,15 @@ class RemoteBackend:
                 yield from events
             except openai.APIConnectionError as error:
                 reason = error.__cause__ or error
-                raise Unreachable(f"the connection broke ({reason}); the job may run on") from None
+                raise Unreachable(
+                    f"the connection broke ({reason}); the job may still be running: follow it "
+                    f"with `pellucid finetune follow {id}`"
+                ) from None
         if self.job(id)["status"] not in FINISHED:
-            raise Unreachable("the server closed the connection; the job may run on")
+            raise Unreachable(
+                "the server closed the connection; the job may still be running: follow it with "
+                f"`pellucid finetune follow {id}`"
+            )
 
     def _upload(self, path: Path) -> str:
         """Upload a file in chunks and return its id."""

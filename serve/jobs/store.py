@@ -175,7 +175,7 @@ class Store:
         return body
 
     def remove(self, kind: str, id: str) -> bool:
-        """Remove an object, but not its position; return whether it existed."""
+        """Delete the body of an object, not its row; return whether the object existed."""
         with self.transaction():
             cursor = self._database.execute(
                 "UPDATE objects SET body = NULL WHERE kind = ? AND id = ? AND body IS NOT NULL",

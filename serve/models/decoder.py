@@ -225,7 +225,7 @@ def read_tokenizer(path: Path, header: checkpoint.Header) -> bpe.Tokenizer:
 
 
 def mask_unused_ids(params: Params, encoding: bpe.Encoding) -> Params:
-    """Return params that never sample the ids of gaps in the vocabulary.
+    """Return params with which the ids of gaps in the vocabulary are never sampled.
 
     The output projection gets a bias of minus infinity for these ids, at no cost per step. Without
     gaps, `params` is returned unchanged. The sampler masks ids after the last one.

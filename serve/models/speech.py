@@ -258,7 +258,7 @@ def _recognizes(path: Path) -> bool:
 
 KIND = Kind(
     name="speech",
-    task="write down speech",
+    task="transcribe speech",
     recognizes=_recognizes,
     describe=describe,
     example=lambda model: Example(

@@ -86,7 +86,7 @@ export function start({ model, report }) {
     );
     const sum = next.reduce((total, [, logprob]) => total + Math.exp(logprob), 0);
     $("covered").textContent = next.length
-      ? `Together ${(sum * 100).toFixed(0)} % of the probability.`
+      ? `These tokens have ${(sum * 100).toFixed(0)} % of the probability.`
       : "Select “Colour by probability” to see them.";
   }
 

@@ -379,7 +379,7 @@ def test_mp3_with_zeros_between_two_files_is_decoded_whole():
 
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "MP3", "OGG OPUS", "adts/aac", "mp4/aac"])
-def test_unreadable_second_part_is_named(kind):
+def test_error_names_unreadable_second_part(kind):
     """A partial result would look complete, so the whole file is refused."""
     with pytest.raises(ValueError, match=naming("part 2")):
         load(tone_file(kind) + tone_file("FLAC")[:60])

@@ -217,7 +217,7 @@ def test_saved_checkpoint_loads_equal_in_every_dtype(params, tmp_path):
         checkpoint.save(tmp_path, quantized, cfg)
 
 
-def test_missing_or_unknown_tensor_is_named(params, tmp_path):
+def test_error_names_missing_or_unknown_tensor(params, tmp_path):
     from transformer.checkpoint import safetensors
 
     checkpoint.save(tmp_path, params, CFG)

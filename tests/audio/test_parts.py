@@ -301,13 +301,13 @@ def test_speech_spans_of_two_stretches_are_found(level):
 
 
 @pytest.mark.parametrize("level", [0.0, 1e-5, 1e-3, 0.1, 0.5])
-def test_level_noise_has_no_speech_spans(level):
+def test_constant_noise_has_no_speech_spans(level):
     assert vad.speech_spans(quiet(20, level)) == []
 
 
 @pytest.mark.parametrize("kind", [white, pink, hum])
 @pytest.mark.parametrize("decibels", [-50, -15])
-def test_burst_of_level_noise_has_no_speech_spans(kind, decibels):
+def test_burst_of_constant_noise_has_no_speech_spans(kind, decibels):
     rng = np.random.default_rng(0)
     sound = quiet(12)
     sound[4 * RATE : 8 * RATE] += kind(rng, 4 * RATE) * 10 ** (decibels / 20)

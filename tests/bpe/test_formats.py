@@ -425,7 +425,7 @@ def test_tool_use_template_with_tools_is_used(model_folder, write_json):
         ("chat_template.jinja", "\udcff"),
     ],
 )
-def test_damaged_chat_template_file_is_named(model_folder, name, content):
+def test_error_names_damaged_chat_template_file(model_folder, name, content):
     (model_folder / name).write_text(content, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(ValueError, match=name):
         bpe.load(model_folder)
@@ -559,7 +559,7 @@ def test_gguf_metadata_with_unsupported_value_names_it(key, value, facts):
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 100, b"\0" * 1000])
-def test_damaged_gguf_file_is_named(tmp_path, content):
+def test_error_names_damaged_gguf_file(tmp_path, content):
     path = tmp_path / "broken.gguf"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="broken.gguf"):

@@ -53,7 +53,7 @@ def test_gaps_empty_matches_and_groups_keep_the_text():
     assert pieces("b", "") == []
 
 
-def test_invalid_pattern_is_named():
+def test_error_names_invalid_pattern():
     with pytest.raises(ValueError, match=r"\(unclosed"):
         compile_pattern("(unclosed")
 

@@ -178,7 +178,7 @@ def test_tokenizer_json_with_unsupported_setting_names_it(tmp_path, changes, fac
         load(tmp_path, **changes)
 
 
-def test_missing_files_are_named(tmp_path):
+def test_error_names_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=naming(tmp_path, "tokenizer.json", "vocab.txt")):
         bpe.load_wordpiece(tmp_path)
     with pytest.raises(FileNotFoundError, match=naming(tmp_path / "vocab.txt")):

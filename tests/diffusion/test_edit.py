@@ -117,7 +117,7 @@ def test_renoise_has_mean_and_deviation_of_the_level():
     np.testing.assert_allclose(noisy.std(0), noisier_level.sigma, atol=0.01)
 
 
-def test_invalid_arguments_are_named(tiny, sources):
+def test_error_names_invalid_arguments(tiny, sources):
     keys = sample.image_keys(0, 1)
     for arguments, facts in (
         (dict(images=sources[:1], strength=0.0), ["strength", 0.0]),

@@ -126,7 +126,7 @@ def test_every_config_field_has_an_effect(cfg):
         (DiTConfig.debug, {"num_layers": True}, ["num_layers", True]),
     ],
 )
-def test_invalid_config_fields_are_named(make, changes, facts):
+def test_error_names_invalid_config_fields(make, changes, facts):
     with pytest.raises(ValueError, match=naming(*facts)):
         make(**changes)
 

@@ -85,7 +85,7 @@ def test_empty_prompt_equals_no_prompt(tiny):
     assert np.abs(predicted[1] - unconditional[1]).max() > 1e-3
 
 
-def test_invalid_sampler_options_are_named():
+def test_error_names_invalid_sampler_options():
     for field, value in {"steps": 0, "sampler": "plms", "guidance": -1.0, "shift": 100.0}.items():
         with pytest.raises(ValueError, match=naming(field, repr(value))):
             SamplerOptions(**{field: value})

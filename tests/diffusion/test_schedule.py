@@ -27,7 +27,7 @@ def test_every_prediction_type_recovers_image_and_noise(kind, level):
     np.testing.assert_allclose(schedule.noise(x, z, level), E, rtol=1e-6, atol=1e-6)
 
 
-def test_unknown_prediction_type_is_named():
+def test_error_names_unknown_prediction_type():
     for call in (schedule.target, schedule.clean):
         with pytest.raises(ValueError, match="'score'"):
             call("score", X, E, NoiseLevel(0.5, 0.5))

@@ -161,7 +161,7 @@ def test_changed_model_file_exits_with_4(empty: dict[str, str]) -> None:
     assert {model["id"]: model["state"] for model in listed}[SMALL] == "changed"
 
 
-def test_invalid_catalogue_is_named(empty: dict[str, str]) -> None:
+def test_error_names_invalid_catalogue(empty: dict[str, str]) -> None:
     home = Path(empty["PELLUCID_HOME"])
     home.mkdir()
     (home / "models.toml").write_text("colour = 1")
@@ -169,7 +169,7 @@ def test_invalid_catalogue_is_named(empty: dict[str, str]) -> None:
     assert done.returncode == 1 and names(done.stderr, "models.toml", "colour")
 
 
-def test_folder_that_cannot_be_created_is_named() -> None:
+def test_error_names_folder_that_cannot_be_created() -> None:
     done = run("pull", PELLUCID_HOME=f"{__file__}/home")
     assert done.returncode == 1 and __file__ in done.stderr
     assert "Traceback" not in done.stderr

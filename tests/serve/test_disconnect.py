@@ -59,7 +59,7 @@ def test_disconnect_while_sending_body_is_not_logged_as_error(address, http, cap
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
             b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
         )
-        assert http.get("/health").status_code == 200  # by now it is being read
+        assert http.get("/health").status_code == 200  # the server reads the body above by now
     assert http.get("/health").status_code == 200
     assert not caplog.records
 

@@ -140,7 +140,7 @@ def test_local_job_goes_from_file_to_model(finetune, file):
     serve = ("serve", "--port", 0, "-m", name)
     assert names(finetune.pellucid(*serve, code=2)[1], name)
     table = finetune("list")[0].splitlines()
-    assert table[0].split() == ["JOB", "STATUS", "MODEL", "MADE", "RESULT"] and name in table[1]
+    assert table[0].split() == ["JOB", "STATUS", "MODEL", "CREATED", "RESULT"] and name in table[1]
     assert names(finetune("cancel", id, code=1)[1], id, "succeeded")
     again, errors = finetune("follow", id)
     assert again.strip() == name and "Step 80/80" in errors

@@ -111,7 +111,7 @@ def test_generation_config_damaged_file_is_logged_and_ignored(tmp_path, caplog, 
 
 
 def test_gguf_sampling_metadata_gives_defaults(tmp_path):
-    """The converter of llama.cpp writes them there, in float32."""
+    """llama.cpp's converter writes sampling defaults into the metadata, as float32."""
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     for key, value in {
         "temp": 0.7,

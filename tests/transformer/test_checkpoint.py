@@ -227,7 +227,7 @@ def test_tied_head_that_differs_is_rejected(tmp_path, head):
         ),
     ],
 )
-def test_missing_unknown_or_misshapen_tensor_is_named(tmp_path, damage, facts):
+def test_error_names_missing_unknown_or_misshapen_tensor(tmp_path, damage, facts):
     shutil.copy(GOLDEN / "llama" / "config.json", tmp_path)
     tensors = load_file(GOLDEN / "llama" / "model.safetensors")
     damage(tensors)
@@ -278,7 +278,7 @@ def test_truncated_safetensors_raises(tmp_path):
             checkpoint.load(tmp_path)
 
 
-def test_truncated_or_missing_shard_is_named(tmp_path):
+def test_error_names_truncated_or_missing_shard(tmp_path):
     shutil.copytree(GOLDEN / "mistral", tmp_path / "m")
     shard = tmp_path / "m" / "model-00002-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -534,7 +534,7 @@ def test_gguf_with_invalid_metadata_raises(tmp_path, change, facts):
         checkpoint.load(path)
 
 
-def test_gguf_with_missing_or_unknown_tensor_is_named(tmp_path):
+def test_error_names_gguf_with_missing_or_unknown_tensor(tmp_path):
     cfg = Config.debug(num_layers=1)
     tensors = llama_tensors(decoder.init(jax.random.key(0), cfg), cfg)
     path = tmp_path / "m.gguf"

@@ -240,7 +240,7 @@ def test_save_then_load_is_bitwise_equal(dtype: str, tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, reloaded, params)
 
 
-def test_missing_unknown_or_misshapen_tensor_is_named(tmp_path: Path) -> None:
+def test_error_names_missing_unknown_or_misshapen_tensor(tmp_path: Path) -> None:
     path = folder("mean", tmp_path) / "model.safetensors"
     content = load_file(path)
     name = "encoder.layer.1.output.dense.weight"

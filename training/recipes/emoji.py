@@ -396,7 +396,7 @@ def load_ema_weights(run: Path, task: Task) -> Any:
         task: the task that was trained.
 
     Raises:
-        ValueError: there is no checkpoint, or it is of another task.
+        ValueError: there is no checkpoint, or it belongs to another task.
     """
     from safetensors.numpy import load_file
 
@@ -421,7 +421,7 @@ def export(run: Path, target: Path) -> None:
         target: the folder of the denoiser or upscaler to write.
 
     Raises:
-        ValueError: there is no checkpoint, or it is of another network.
+        ValueError: there is no checkpoint, or it belongs to another network.
     """
     kind = json.loads((run / "network.json").read_text("utf-8"))["kind"]
     cfg, task = (

@@ -2,8 +2,8 @@
 
     python -m transformer.bench                    all cases, for a decoder of SmolLM2's sizes
     python -m transformer.bench matmul norm        cases whose names start with matmul or norm
-    python -m transformer.bench attend --forms     all implementations of an operation
-    python -m transformer.bench decode --where     profile of a decoding step
+    python -m transformer.bench attend --all-impls  all implementations of an operation
+    python -m transformer.bench decode --profile    profile of a decoding step
     python -m transformer.bench --save a.jsonl     then, after a change, --compare a.jsonl
 
 A *case* is a function, its inputs, and the cost of its work: floating-point operations, and the

@@ -96,7 +96,7 @@ def compare(old: Sequence[Result], new: Sequence[Result]) -> str:
 
     The speed of the machine may differ between two runs. "OF ROOFLINE" corrects for that as far as
     the measured peaks do. To detect a difference of a few percent, measure both implementations in
-    one run (`--try`).
+    one run (`--impl`).
     """
     old_results = {(result.case, result.form): result for result in old}
     rows = []

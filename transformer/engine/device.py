@@ -4,7 +4,7 @@ A device does one thing at a time well. So all models share one thread and hand 
 well under a third of a second on two cores: a chunk of a prompt, a decoding step, a padded batch of
 an encoder, an audio window, a denoising step. The source with the least device time goes next
 ("start-time fair queueing", Goyal, Vin & Cheng 1996, SIGCOMM): a long job delays the others by one
-work item, not by the whole job, and a source earns no credit while it sleeps.
+work item, not by the whole job, and a source that was idle does not catch up on device time.
 
 There are two interfaces:
 
@@ -108,7 +108,7 @@ class Device:
         if not self.is_alive:
             raise RuntimeError("the device thread has ended")
         if source not in self._runnable:
-            # No credit for time asleep.
+            # An idle source does not catch up on device time.
             source.virtual_time = max(source.virtual_time, self._virtual_time)
             self._runnable.append(source)
             self.condition.notify_all()

@@ -241,7 +241,10 @@ class Runner:
         return _on_host(output)
 
     def _step_inputs(self, sequences: list[Sequence], size: int) -> tuple:
-        """Return last ids [B], block tables [B, S / BLOCK_SIZE], lengths [B] and sampling inputs, B = `size`."""
+        """Return last ids [B], block tables [B, S / BLOCK_SIZE], lengths [B] and sampling inputs.
+
+        B is `size`: the sequences are padded to it.
+        """
         pad = size - len(sequences)
         ids = np.array([s.ids[s.num_computed_tokens] for s in sequences] + [0] * pad, np.int32)
         starts = np.array([s.num_computed_tokens for s in sequences] + [0] * pad, np.int32)
