@@ -272,7 +272,7 @@ def install(app: FastAPI) -> None:
     for exception in (APIError, UnknownModel, CannotLoad, *_translations):
         app.add_exception_handler(exception, handle_error)
     app.add_exception_handler(HTTPException, handle_routing_error)
-    # ClientDisconnected: while the server computes. ClientDisconnect: while the client sends a body.
+    # ClientDisconnected: while the server computes. ClientDisconnect: while a body arrives.
     for exception in (ClientDisconnected, ClientDisconnect):
         app.add_exception_handler(exception, handle_disconnect)
 

@@ -2,7 +2,7 @@
 
 A request asks for one or more choices for each prompt. Each choice is one request to the engine and
 one stream of events. The choices run concurrently, and their text deltas are interleaved, each with
-the index of its choice. When the reader stops (after the last delta, an error, or a disconnect), all
+the index of its choice. When the reader stops (after the last delta, an error or a disconnect), all
 streams are closed, and the engine stops computing them.
 """
 
