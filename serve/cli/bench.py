@@ -87,7 +87,7 @@ def bench(
         print("\n".join(case.name for case in cases))
         return
     if show_profile:
-        profile.report(sizes, as_json=json, say=console.info)
+        profile.report(sizes, overrides=plan.overrides, as_json=json, say=console.info)
         return
     status = bench.report(
         plan,

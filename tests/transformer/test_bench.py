@@ -277,6 +277,23 @@ def test_profile_stages_sum_to_step():
     assert "attention over the cache" in profile.format_profile(result)
 
 
+_traced = []
+
+
+def recorded_norm(x, scale, bias, eps):
+    _traced.append(x.shape)
+    return kernels.norms.reference(x, scale, bias, eps)
+
+
+def test_profile_with_override_traces_that_implementation():
+    """`bench --profile --impl norm=...` profiled the default implementation."""
+    overrides = {"norm": f"{__name__}.recorded_norm"}
+    profile.profile_decode(
+        TINY, PEAKS, dtypes=("float32",), overrides=overrides, say=lambda line: None
+    )
+    assert _traced
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "transformer.bench", *arguments],

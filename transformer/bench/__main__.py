@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(case.name for case in cases))
         return 0
     if options.show_profile:
-        return profile.report(sizes, as_json=options.json, say=say)
+        return profile.report(sizes, overrides=plan.overrides, as_json=options.json, say=say)
     return report(
         plan,
         cases,

@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 
+from transformer import kernels
 from transformer.bench import decoder_cases
 from transformer.bench.peaks import Peaks
 from transformer.bench.report import align_columns, format_duration, probe_machine
@@ -52,6 +53,7 @@ def profile_decode(
     *,
     dtypes: tuple[str, ...] = decoder_cases.DTYPES,
     rows: int = 1,
+    overrides: Mapping[str, str] | None = None,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Profile a decoding step in each dtype.
@@ -61,6 +63,7 @@ def profile_decode(
         peaks: Peaks of this machine.
         dtypes: Dtypes of the weights.
         rows: Number of sequences in the batch.
+        overrides: Implementations to use instead of the defaults: operation -> name.
         say: Called with progress messages.
 
     Returns:
@@ -78,7 +81,8 @@ def profile_decode(
         case = decoder_cases.decode_case(sizes.cfg, dtype, rows, sizes.context)
         arguments = case.inputs()
         program = jax.jit(case.function, donate_argnums=case.donate_argnums)
-        compiled = program.lower(*arguments).compile()
+        with kernels.override(**overrides or {}):
+            compiled = program.lower(*arguments).compile()
         origins = instruction_origins(compiled.as_text() or "")
         next_inputs: Any = case.next_inputs
 
@@ -241,11 +245,18 @@ def format_profile(profiles: list[dict[str, Any]]) -> str:
     return "\n\n".join(tables)
 
 
-def report(sizes: decoder_cases.Sizes, *, as_json: bool, say: Callable[[str], None]) -> int:
+def report(
+    sizes: decoder_cases.Sizes,
+    *,
+    overrides: Mapping[str, str] | None = None,
+    as_json: bool,
+    say: Callable[[str], None],
+) -> int:
     """Profile a decoding step in each dtype and print the profiles.
 
     Args:
         sizes: Sizes of the decoder and of the context.
+        overrides: Implementations to use instead of the defaults: operation -> name.
         as_json: Print JSON instead of tables.
         say: Called with progress messages.
 
@@ -253,7 +264,7 @@ def report(sizes: decoder_cases.Sizes, *, as_json: bool, say: Callable[[str], No
         The exit status, 0.
     """
     peaks, about = probe_machine(say)
-    profiles = profile_decode(sizes, peaks, say=say)
+    profiles = profile_decode(sizes, peaks, overrides=overrides, say=say)
     if as_json:
         print(json.dumps({"machine": about, "where": profiles}))
     else:
