@@ -34,18 +34,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--language", help="a code or name; detected if not given")
     parser.add_argument("--format", choices=FORMATS, default="text")
     parser.add_argument(
-        "--word-timestamps", dest="words", action="store_true", help="find the time of every word"
+        "--word-timestamps", action="store_true", help="find the time of every word"
     )
-    parser.add_argument("--words", action="store_true", help=argparse.SUPPRESS)  # old name
+    parser.add_argument(
+        "--words", dest="word_timestamps", action="store_true", help=argparse.SUPPRESS
+    )  # old name
     parser.add_argument(
         "--batch-size",
-        dest="batch",
         metavar="N",
         type=int,
         default=1,
         help="windows decoded at once (default 1)",
     )
-    parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)  # old name
+    parser.add_argument("--batch", dest="batch_size", type=int, help=argparse.SUPPRESS)  # old name
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="of weights"
     )
@@ -64,12 +65,13 @@ def main(argv: list[str] | None = None) -> int:
         for path in args.files:
             samples = load(path)
             options = TranscriptionOptions(
-                word_timestamps=args.words or bool(args.spectrogram), batch_size=args.batch
+                word_timestamps=args.word_timestamps or bool(args.spectrogram),
+                batch_size=args.batch_size,
             )
             transcript = transcribe(
                 whisper, samples, language=args.language, transcription_options=options
             )
-            sys.stdout.write(render(transcript, args.format, words=args.words))
+            sys.stdout.write(render(transcript, args.format, words=args.word_timestamps))
             if args.spectrogram:
                 words = [word for segment in transcript.segments for word in segment.words]
                 plots.plot_spectrogram(args.spectrogram, samples, words)

@@ -138,12 +138,13 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict]:
     )
     train.add_argument(
         "--special-token",
-        dest="special",
         action="append",
         metavar="TOKEN",
         help="a special token (repeatable); default <|endoftext|>",
     )
-    train.add_argument("--special", action="append", help=argparse.SUPPRESS)  # old name
+    train.add_argument(
+        "--special", dest="special_token", action="append", help=argparse.SUPPRESS
+    )  # old name
     train.add_argument(
         "--min-frequency", type=int, default=2, help="minimum count of a merged pair; default 2"
     )
@@ -238,7 +239,7 @@ def _train(args: argparse.Namespace) -> None:
         read_files(args.files),
         vocab_size=args.vocab_size,
         pattern=pattern,
-        special_tokens=args.special or ["<|endoftext|>"],
+        special_tokens=args.special_token or ["<|endoftext|>"],
         min_frequency=args.min_frequency,
         name=args.output[0].stem,
         progress=print_progress if show_progress else None,

@@ -32,29 +32,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-n", type=int, default=1, metavar="N", help="images of each prompt")
     parser.add_argument("--steps", type=int, default=SamplerOptions.steps)
+    parser.add_argument("--sampler", choices=sample.SAMPLERS, default=SamplerOptions.sampler)
     parser.add_argument(
-        "--sampler", dest="rule", choices=sample.SAMPLERS, default=SamplerOptions.sampler
-    )
-    parser.add_argument("--rule", choices=sample.SAMPLERS, help=argparse.SUPPRESS)  # old name
+        "--rule", dest="sampler", choices=sample.SAMPLERS, help=argparse.SUPPRESS
+    )  # old name
     parser.add_argument("--guidance", type=float, default=SamplerOptions.guidance)
     parser.add_argument(
         "--trajectory",
-        dest="strip",
         action="store_true",
         help="write the images of all steps: noisy above, predicted clean below",
     )
-    parser.add_argument("--strip", action="store_true", help=argparse.SUPPRESS)  # old name
+    parser.add_argument(
+        "--strip", dest="trajectory", action="store_true", help=argparse.SUPPRESS
+    )  # old name
     parser.add_argument("--out", required=True, type=Path, metavar="PNG")
     parser.add_argument("prompts", nargs="+", metavar="PROMPT")
     args = parser.parse_args(argv)
     try:
-        options = SamplerOptions(steps=args.steps, sampler=args.rule, guidance=args.guidance)
+        options = SamplerOptions(steps=args.steps, sampler=args.sampler, guidance=args.guidance)
         model = pipeline.load(args.model or weights_folder(), args.encoder)
         rows = []
         for prompt in args.prompts:
             keys = sample.image_keys(args.seed, args.n)
             steps = list(model.steps([prompt] * args.n, keys, options))
-            if args.strip:
+            if args.trajectory:
                 rows += np.split(model.trajectory_images(steps), 2)
             else:
                 rows.append(model.postprocess(steps[-1][0]))

@@ -49,7 +49,7 @@ def test_train_finds_the_slope(tmp_path):
 def test_client_prints_the_streamed_answer():
     from tests.serve import scripted
 
-    with scripted.running(scripted.model()) as address:
+    with scripted.serve_models(scripted.model()) as address:
         assert run("client", address, "Say hello") == f"{scripted.HELLO}\n"
 
 

@@ -181,11 +181,13 @@ def test_second_run_starts_from_the_given_weights(tmp_path):
 
 def test_held_out_images_are_never_sampled_and_plain_words_more_often(pack):
     dataset = data.EmojiDataset(pack)
-    settings = emoji.EmojiConfig(pack=pack, out=pack)
+    settings = emoji.EmojiConfig(dataset=pack, out=pack)
     shares = emoji.sampling_shares(dataset, settings, frozenset({"cat"}))
     assert shares[dataset.held_out].tolist() == [0] * emoji.VALIDATION_BATCH_SIZE
-    np.testing.assert_allclose(shares[:3], shares[3:6] * settings.common)
-    np.testing.assert_allclose(shares[1] / shares[0], settings.styles[1] / settings.styles[0])
+    np.testing.assert_allclose(shares[:3], shares[3:6] * settings.common_weight)
+    np.testing.assert_allclose(
+        shares[1] / shares[0], settings.style_shares[1] / settings.style_shares[0]
+    )
     batch = emoji.make_batches(dataset, settings, shares, 32)
     again = emoji.make_batches(dataset, settings, shares, 32)
     for name, array in batch(5).items():

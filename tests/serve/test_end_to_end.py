@@ -177,7 +177,7 @@ def test_disconnect_frees_slot(address, served, stream):
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-        scripted.wait_until(lambda: len(served.engine._scheduler.active) == 1, 10)
+        scripted.wait_until(lambda: len(served.engine._scheduler.running) == 1, 10)
         time.sleep(0.1)
         assert not is_free(served)
     scripted.wait_until(lambda: is_free(served), 2)

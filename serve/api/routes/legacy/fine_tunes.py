@@ -81,7 +81,7 @@ async def create_fine_tune(request: Request) -> dict[str, Any]:
         batch_size=body.batch_size,
         learning_rate_multiplier=body.learning_rate_multiplier,
         suffix=body.suffix,
-        prefix="ft-",
+        id_prefix="ft-",
     )
     return await _to_api_with_events(request, job)
 
