@@ -382,7 +382,8 @@ def test_killed_server_leaves_no_partial_file(tmp_path):
             listed = http.get("/v1/files").json()["data"]
             assert [file for file in listed if file["filename"] != "late"] == stored[::-1]
             late_files = [file for file in listed if file["filename"] == "late"]
-            assert late_files[-len(late) :] == late[::-1] and len(late_files) - len(late) in (0, 1)
+            unacknowledged = len(late_files) - len(late)
+            assert unacknowledged in (0, 1) and late_files[unacknowledged:] == late[::-1]
             assert {path.name for path in folder.iterdir()} == {file["id"] for file in listed}
             for file in listed:
                 content = http.get(f"/v1/files/{file['id']}/content").content
