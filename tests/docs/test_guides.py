@@ -11,10 +11,8 @@ import pytest
 
 from serve import settings
 from serve.models import catalogue
-from tests.docs.blocks import ROOT, Session, blocks, quick
+from tests.docs.blocks import ROOT, Session, blocks
 from tests.serve import processes
-
-pytestmark = pytest.mark.heavy
 
 GUIDES = ROOT / "docs" / "guides"
 INDEX = GUIDES / "index.md"
@@ -24,10 +22,6 @@ LINKED = [
     for name in re.findall(r"^\| \[.*?\]\((.+?\.md)\)", INDEX.read_text("utf-8"), re.MULTILINE)
 ]
 PAGES = [INDEX, *LINKED]
-# Pages whose requests take seconds. Of these, the default tests leave out commands that load a
-# model of their own.
-QUICK = {"chat", "embeddings", "index", "models", "tokens", "usage-policies"}
-LOADING = r"pellucid (chat|complete|transcribe|image|finetune)"
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +31,12 @@ def home(model_file, tmp_path_factory) -> Path:
         if not model.folder:
             model_file(name)
     home = tmp_path_factory.mktemp("home")
-    here = settings.data_folder()
+    user_home = settings.data_folder()
     for name in ("models", "compiled"):
-        if (here / name).exists():
-            (home / name).symlink_to(here / name)
-    if (here / "formats.json").exists():  # of the models that have no pinned dtype
-        shutil.copy(here / "formats.json", home)
+        if (user_home / name).exists():
+            (home / name).symlink_to(user_home / name)
+    if (user_home / "formats.json").exists():  # of the models that have no pinned dtype
+        shutil.copy(user_home / "formats.json", home)
     text = (ROOT / "serve" / "models" / "models.toml").read_text("utf-8")
     pinned, count = re.subn(r"(?m)^formats = .*$", 'formats = ["int8"]', text)
     assert count
@@ -61,19 +55,9 @@ def session(home, url, tmp_path) -> Session:
     return Session(tmp_path, url, processes.environment(PELLUCID_HOME=str(home)))
 
 
-def pages(names: set[str] | None = None):
-    return [pytest.param(page, id=page.stem) for page in PAGES if not names or page.stem in names]
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("page", pages(QUICK))
-def test_guide_quick_blocks_print_what_it_shows(session, page):
-    session.run(quick(blocks(page), LOADING))
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("page", pages())
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_guide_blocks_print_what_it_shows(session, page):
     session.run(blocks(page))
 
