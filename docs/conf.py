@@ -32,6 +32,7 @@ logging.getLogger("sphinx.sphinx.directives.other").addFilter(
     lambda record: getattr(record, "subtype", None) != "empty_glob"
 )
 
+highlight_language = "none"  # of blocks that name no language
 html_theme = "furo"
 html_title = "Pellucid"
 html_favicon = "../serve/web/icon.svg"
