@@ -4,7 +4,6 @@ The source folder is the root of the repository, so that links between files mea
 site and on a code host. Notebooks are shown with their committed outputs; nothing is executed.
 """
 
-import logging
 import sys
 from pathlib import Path
 
@@ -27,10 +26,6 @@ python_maximum_signature_line_length = 72
 
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", ".*")]  # types of other projects and builtins have no page here
-# A folder of pages may still be empty. Sphinx gives this warning a subtype only.
-logging.getLogger("sphinx.sphinx.directives.other").addFilter(
-    lambda record: getattr(record, "subtype", None) != "empty_glob"
-)
 
 highlight_language = "none"  # of blocks that name no language
 html_theme = "furo"
