@@ -428,7 +428,7 @@ half[36:, :, 3] = 0
 mask = edit.alpha_mask(half)
 EDIT_PROMPTS = ("smiling face", "sad face", "angry face", "red apple")
 inputs = {
-    "pictures": np.stack([edit.preprocess_image(half, 32)] * 8),
+    "images": np.stack([edit.preprocess_image(half, 32)] * 8),
     "masks": np.stack([edit.preprocess_mask(mask, 32)] * 8),
 }
 edit_prompts = [f"{prompt}, flat style" for prompt in EDIT_PROMPTS]
@@ -446,7 +446,7 @@ show(grid, 5, top=["original, masked", *EDIT_PROMPTS])
 rows, variation_keys = [], sample.image_keys(1, 8)  # different noise
 for strength in (0.4, 0.7, 0.9):
     inputs = {
-        "pictures": np.stack([edit.preprocess_image(original, 32)] * 8),
+        "images": np.stack([edit.preprocess_image(original, 32)] * 8),
         "strength": strength,
     }
     options = diffusion.SamplerOptions()
