@@ -34,8 +34,13 @@ HEAVY = {"model_file", "address", "refused_url"}  # fixtures that need a model o
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that use a model or a port as heavy; modules that compile much mark themselves."""
+    """Mark tests that use a model or a port as heavy; modules that compile much mark themselves.
+
+    Long tests and comparisons run the code of other projects, whose warnings are only shown.
+    """
     for item in items:
+        if item.get_closest_marker("slow") or item.get_closest_marker("parity"):
+            item.add_marker(pytest.mark.filterwarnings("default"))
         if HEAVY & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.heavy)
 

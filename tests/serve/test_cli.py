@@ -309,8 +309,9 @@ def test_ctrl_c_keeps_the_text_so_far(model_file: Pulled) -> None:
     assert process.stdout
     start = process.stdout.read(5)
     process.send_signal(signal.SIGINT)
-    rest = process.stdout.read()
-    assert process.wait() == 130
+    with process:  # closes its pipe
+        rest = process.stdout.read()
+    assert process.returncode == 130
     assert (start + rest).endswith(b"\n")
 
 

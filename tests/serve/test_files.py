@@ -373,7 +373,8 @@ def test_killed_server_leaves_no_partial_file(tmp_path):
         )
         assert psutil.Process(process.pid).memory_info().rss < 2**30
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        with process:  # closes its pipes
+            process.wait()
     done.set()
     thread.join()
     process, address = start(tmp_path)
@@ -390,7 +391,8 @@ def test_killed_server_leaves_no_partial_file(tmp_path):
                 assert len(content) == file["bytes"]
     finally:
         process.kill()
-        process.wait()
+        with process:
+            process.wait()
 
 
 def test_disconnect_in_upload_stores_nothing(address, home):

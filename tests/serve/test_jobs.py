@@ -577,13 +577,14 @@ class Server:
 
     def kill(self):
         self.openai.close()
-        self.process.kill()
-        self.process.wait()
+        with self.process:  # closes its pipes
+            self.process.kill()
 
     def stop(self):
         self.openai.close()
-        self.process.stdin.close()
-        assert self.process.wait(120) == 0
+        with self.process:
+            self.process.stdin.close()
+            assert self.process.wait(120) == 0
 
 
 def create_long_job(openai, **hyperparameters):

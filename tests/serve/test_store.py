@@ -171,8 +171,8 @@ def test_process_killed_while_writing_leaves_whole_files_only(tmp_path, num_line
     for _ in range(num_lines):
         process.stdout.readline()
     process.send_signal(signal.SIGKILL)
-    rest = process.stdout.read().splitlines()
-    process.wait()
+    with process:  # closes its pipe
+        rest = process.stdout.read().splitlines()
     acknowledged = num_lines + len(rest)
     store = Store(tmp_path)
     bodies, _ = store.page("file")
