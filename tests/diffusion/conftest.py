@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import diffusion
 from diffusion import checkpoint, layers, model, upscale
@@ -23,6 +24,11 @@ def dummy(z, level):
     total = level.alpha + level.sigma
     pattern = jnp.linspace(-1, 1, z[0].size).reshape(z.shape[1:])
     return 0.7 * jnp.tanh(1.5 * z / total + level.sigma / total * pattern)
+
+
+def image_size(path):
+    with Image.open(path) as image:
+        return image.size
 
 
 def shapes(cfg):

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 import diffusion
 from diffusion import __main__ as command
 from diffusion import data, layers, model, pipeline, sample, upscale
 from diffusion.pipeline import SamplerOptions
 from diffusion.text import MAX_TOKENS, TextEncoder
-from tests.diffusion.conftest import CFG, UPSCALER, random_params
+from tests.diffusion.conftest import CFG, UPSCALER, image_size, random_params
 from tests.naming import naming
 from training.recipes import emoji
 
@@ -120,9 +119,9 @@ def test_command_writes_an_image(folder, encoder, tmp_path, capsys):
         str(out),
     ]
     assert command.main([*arguments, "-n", "2", "a cat", "a dog"]) == 0
-    assert Image.open(out).size == (32, 32)
+    assert image_size(out) == (32, 32)
     assert command.main([*arguments, "--strip", "a cat"]) == 0
-    assert Image.open(out).size == (48, 32)
+    assert image_size(out) == (48, 32)
     assert command.main([*arguments[2:], "--model", str(tmp_path), "a cat"]) == 1
     assert "config.json" in capsys.readouterr().err
 
@@ -163,7 +162,7 @@ def test_recipe_trains_and_exports(pack, encoder, tmp_path, monkeypatch):
     run, upscaler_run, exported = tmp_path / "run", tmp_path / "twice", tmp_path / "model"
     arguments = ["--pack", str(pack), "--batch-size", "4", "--steps", "3"]
     assert emoji.main(["denoiser", *arguments, "--encoder", str(encoder), "--out", str(run)]) == 0
-    assert Image.open(run / "grid-000003.png").size == (80, 8)
+    assert image_size(run / "grid-000003.png") == (80, 8)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 3] and "valid_loss" in lines[-1]
     assert emoji.main(["upscaler", *arguments, "--out", str(upscaler_run)]) == 0

@@ -56,7 +56,8 @@ def photo(tmp_path):
 
 
 def pixels(path):
-    return np.asarray(Image.open(path))
+    with Image.open(path) as image:
+        return np.asarray(image)
 
 
 def paths(done):

@@ -15,7 +15,7 @@ from PIL import Image
 from diffusion import checkpoint, data, layers, upscale
 from diffusion.config import UNetConfig, UpscalerConfig
 from diffusion.data import Concept, EmojiDataset
-from tests.diffusion.conftest import random_params
+from tests.diffusion.conftest import image_size, random_params
 from training.recipes import clip_judge, emoji, emoji_measures
 
 pytestmark = pytest.mark.heavy
@@ -211,7 +211,7 @@ def test_measures_and_grids_are_written(tmp_path, monkeypatch, model_file):
     assert found["flow_loss"]["held_out"].keys() == found["flow_loss"]["learnt"].keys()
     assert found["memorisation"]["learnt"] > 0
     for name in ("samples.png", "flow_loss.png"):
-        assert Image.open(tmp_path / "out" / name).size[0] > 100
+        assert image_size(tmp_path / "out" / name)[0] > 100
     assert emoji_measures.main(["sheet", *args]) == 0
-    sizes = [Image.open(tmp_path / "out" / f"{n}.png").size for n in ("grid", "grid-numbered")]
+    sizes = [image_size(tmp_path / "out" / f"{n}.png") for n in ("grid", "grid-numbered")]
     assert sizes[0][1] == sizes[1][1] and sizes[0][0] > sizes[1][0]
