@@ -89,7 +89,7 @@ def steps(
                     z = renoise(z, next_level, level, sample.normal(keys, z.shape[1:]))
                 (step,) = sample.steps(denoise, z, (level, next_level), options.sampler, keys=keys)
                 z = step.noisy
-            yield step.noisy, step.clean  # pyright: ignore[reportPossiblyUnbound]  # steps > 0
+            yield step.noisy, step.clean  # pyright: ignore[reportPossiblyUnboundVariable]  # steps > 0
             levels = levels[1:]
     for step in sample.steps(denoise, z, levels, options.sampler, keys=keys):
         yield step.noisy, step.clean

@@ -233,7 +233,7 @@ def generate(
         *prompt_mask_and_bias(prompt, sampling_params, cfg.vocab_size),
     )
     output, penalty_state = sample(
-        logits,  # pyright: ignore[reportPossiblyUnbound]  # a prompt has at least one chunk
+        logits,  # pyright: ignore[reportPossiblyUnboundVariable]  # a prompt has at least one chunk
         penalty_state,
         metadata(0),
         num_ids=num_ids,
