@@ -12,6 +12,7 @@ Leaves out: video, and the choice among several audio tracks (FFmpeg's default i
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 from collections.abc import Iterator
@@ -214,14 +215,8 @@ def _packets(media, stream) -> Iterator:
     """Yield the packets of a stream, up to its end or to where the file is truncated."""
     import av
 
-    packets = media.demux(stream)
-    while True:
-        try:
-            yield next(packets)
-        except StopIteration:
-            return
-        except av.FFmpegError:  # pyright: ignore[reportPrivateImportUsage]  # documented
-            return
+    with contextlib.suppress(av.FFmpegError):  # pyright: ignore[reportPrivateImportUsage]
+        yield from media.demux(stream)
 
 
 def _check(channels: int, rate: int) -> None:

@@ -1,4 +1,4 @@
-"""The scripts in examples/, each in a process of its own, as a user starts it."""
+"""The scripts in examples/, each in its own process, as a user starts them."""
 
 import ast
 import os
@@ -14,7 +14,7 @@ TESTED_ELSEWHERE = {"batch"}  # tests/transformer/engine/test_batch.py
 
 
 def run(name: str, *arguments: object) -> str:
-    """What examples/NAME.py prints."""
+    """Return the output of examples/NAME.py."""
     return subprocess.run(
         [sys.executable, ROOT / f"examples/{name}.py", *map(str, arguments)],
         stdout=subprocess.PIPE,

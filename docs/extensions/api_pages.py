@@ -50,8 +50,8 @@ class Module:
     def resolve_names(self, modules: dict[str, Module], documented: Collection[str]) -> None:
         """Follow imports to the modules that define the names; forget names without a page.
 
-        Sphinx links a short name to any object of that name, so a name that something documented
-        has, too, stays qualified.
+        Sphinx links a short name to any object of that name, so a name that a documented object
+        also has stays qualified.
         """
         short = {name.rpartition(".")[2] for name in documented}
         for name, full in list(self.names.items()):
@@ -88,7 +88,7 @@ class Qualify(ast.NodeTransformer):
 
 
 def source(module: Module, node: ast.AST) -> str:
-    """The source of a signature's part on one line, its names qualified."""
+    """Return part of a signature as one line of source, with qualified names."""
     return ast.unparse(Qualify(module.names).visit(node)).replace("\n", " ")
 
 
@@ -106,7 +106,7 @@ def decorated(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, name:
 
 
 def prose(docstring: str | None) -> Iterator[str]:
-    """Markdown lines of a docstring."""
+    """Yield the Markdown lines of a docstring."""
     section, is_session = None, False
     for line in [*(docstring or "").splitlines(), ""]:
         if is_session != (line.strip() != "" and (is_session or ">>> " in line[:8])):
@@ -134,7 +134,7 @@ def directive(kind: str, title: str, body: Iterator[str], depth: int) -> Iterato
 
 
 def fields(module: Module, node: ast.ClassDef) -> Iterator[str]:
-    """Annotated names of a class, with the comment behind each or the string below it."""
+    """Yield the annotated names of a class, each with its comment or the string below it."""
     following = [*node.body[1:], None]
     for statement, after in zip(node.body, following, strict=True):
         if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
@@ -177,7 +177,7 @@ def constructor(module: Module, node: ast.ClassDef) -> str:
 
 
 def exports(module: Module, summaries: dict[str, str]) -> Iterator[str]:
-    """A table of the names that a package offers, linked to the pages of their modules."""
+    """Yield a table of the names that a package exports, with links to their modules."""
     names = sorted(name for name in module.names if module.names[name] in summaries)
     if names:
         yield from ("", "| name | |", "|---|---|")
@@ -187,7 +187,7 @@ def exports(module: Module, summaries: dict[str, str]) -> Iterator[str]:
 
 
 def page(module: Module, children: list[Module], summaries: dict[str, str]) -> str:
-    """The page of a module. Those of packages are in the sidebar, which a module would swell."""
+    """Return the page of a module. Only packages are in the sidebar, which keeps it short."""
     package = module.name.rpartition(".")[0]
     lines = [] if module.is_package else ["---", "orphan: true", "---", ""]
     lines += [f"# {module.name}", "", f"```{{py:module}} {module.name}", "```", ""]
@@ -217,13 +217,13 @@ def page(module: Module, children: list[Module], summaries: dict[str, str]) -> s
 
 
 def summary(node: ast.AST) -> str:
-    """The first paragraph of a docstring, for a cell of a table."""
+    """Return the first paragraph of a docstring, for a cell of a table."""
     docstring = ast.get_docstring(node) or ""  # type: ignore[arg-type]
     return docstring.split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
 
 
 def pages(root: Path, packages: list[str]) -> dict[str, str]:
-    """The Markdown of each page by its file name."""
+    """Return the Markdown of each page, by file name."""
     modules = {
         module.name: module
         for package in packages
@@ -263,7 +263,7 @@ def write(app: Sphinx, config: Config) -> None:
             path.unlink()
     for name, text in written.items():
         path = folder / name
-        if not path.is_file() or path.read_text("utf-8") != text:  # unchanged: Sphinx reads it not
+        if not path.is_file() or path.read_text("utf-8") != text:  # Sphinx rereads changed files
             path.write_text(text, "utf-8")
 
 

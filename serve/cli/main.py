@@ -50,7 +50,7 @@ class CommandGroup(typer.core.TyperGroup):
         }
         args, used = old_flags.rename(args, takes_value)
         for old, new in used.items():
-            print(f"{old} is now {new}", file=sys.stderr)
+            console.info(f"{old} is now {new}")
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:

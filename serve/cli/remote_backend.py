@@ -161,12 +161,12 @@ class RemoteBackend:
                 reason = error.__cause__ or error
                 raise Unreachable(
                     f"the connection broke ({reason}); the job may still be running: follow it "
-                    f"with `pellucid finetune follow {id}`"
+                    f"with `pellucid finetune follow {id}` and the same --host"
                 ) from None
         if self.job(id)["status"] not in FINISHED:
             raise Unreachable(
                 "the server closed the connection; the job may still be running: follow it with "
-                f"`pellucid finetune follow {id}`"
+                f"`pellucid finetune follow {id}` and the same --host"
             )
 
     def _upload(self, path: Path) -> str:

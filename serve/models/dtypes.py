@@ -189,8 +189,9 @@ def choose_dtype(
         )
     if len(candidates) == 1:
         is_accepted = not accepted_dtypes or candidates[0] in accepted_dtypes
+        accurate = "accurate " if len(fitting) > 1 else ""
         notify(
-            f"serving {id} in {candidates[0]}, the only dtype that fits"
+            f"serving {id} in {candidates[0]}, the only {accurate}dtype that fits"
             + ("" if is_accepted else ", with less accurate results")
         )
         return candidates[0]

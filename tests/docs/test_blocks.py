@@ -1,4 +1,4 @@
-"""The function that runs the blocks of pages: what passes, and what must not."""
+"""The runner of documented blocks accepts correct pages and rejects wrong ones."""
 
 from pathlib import Path
 
