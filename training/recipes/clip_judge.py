@@ -179,7 +179,7 @@ def svg_on_white(file: bytes, size: int) -> np.ndarray:
     Returns:
         uint8 [size, size, 3].
     """
-    import resvg_py
+    import resvg_py  # pyright: ignore[reportMissingImports] - in extra `parity`
 
     full_size = round(size * 72 / 60)
     png = resvg_py.svg_to_bytes(svg_string=file.decode(), width=full_size, height=full_size)
