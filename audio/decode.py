@@ -164,7 +164,7 @@ def decode(
 
     Args:
         whisper: the model.
-        audio_features: float32 [A, max_audio_len, D], from `model.encode`, one window a row.
+        audio_features: float32 [A, max_audio_len, D], from `model.encode`, one window per row.
         options: the same for all windows.
         run: runs the work items on the device, one step of all rows each.
 
@@ -203,7 +203,7 @@ def decode_with_fallback(
 
     Args:
         whisper: the model.
-        audio_features: float32 [A, max_audio_len, D], from `model.encode`, one window a row.
+        audio_features: float32 [A, max_audio_len, D], from `model.encode`, one window per row.
         options: the temperature is replaced by those of `fallback`; `beam_size` is used at 0.
         fallback: the temperatures, and when to try the next.
         best_of: samples at temperatures above 0.
@@ -278,7 +278,7 @@ def detect_language(
 
     Args:
         whisper: the model; an English-only one returns {"en": 1.0}.
-        audio_features: float32 [A, max_audio_len, D], from `model.encode`, one window a row.
+        audio_features: float32 [A, max_audio_len, D], from `model.encode`, one window per row.
         run: runs the work item on the device.
 
     Returns:
@@ -411,7 +411,7 @@ def compression_ratio(text: str) -> float:
 
 
 class _DecodingTask:
-    """Decoder state of a batch of rows: prefills the prompt, then decodes one token a row and step.
+    """Decoder state of a batch of rows: prefill the prompt, then decode one token per row and step.
 
     Attributes:
         logits: float32 [B, V], of the next token of each row.
@@ -461,7 +461,7 @@ class _DecodingTask:
         return self._length + 1 < self._end
 
     def decode_step(self, ids: Sequence[int], sources: Sequence[int] | None = None) -> None:
-        """Decode one token a row.
+        """Decode one token per row.
 
         Args:
             ids: the token of each row.
@@ -494,7 +494,7 @@ class _DecodingTask:
     def sample(
         self, rows: Sequence[_Hypothesis], options: DecodingOptions
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Sample one token a row, int32 [B], and return its log-probability too, float32 [B]."""
+        """Sample one token per row, int32 [B], and return its log-probability too, float32 [B]."""
         constraints = self._constraints(rows)
         temperature = options.temperature
         if temperature:

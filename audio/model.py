@@ -87,7 +87,7 @@ class Encoder:
 class Decoder:
     """Weights of the decoder: token ids and audio features to logits."""
 
-    embed: Linear  # [V, D], one row a token; also the output projection
+    embed: Linear  # [V, D], one row per token; also the output projection
     positions: jax.Array  # [max_text_len, D] float32
     layers: tuple[TextLayer, ...]
     norm: Norm

@@ -23,7 +23,7 @@ def render(transcript: Transcript, format: str, *, words: bool = False) -> str:
     Args:
         transcript: the transcript to format.
         format: one of `FORMATS`.
-        words: write one cue a word in srt, vtt and tsv, if the transcript has word timestamps.
+        words: write one cue per word in srt, vtt and tsv, if the transcript has word timestamps.
 
     Raises:
         ValueError: the format is unknown.

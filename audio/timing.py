@@ -180,10 +180,13 @@ def _forward_with_alignment(
 
 
 def alignment_matrix(scores: np.ndarray, num_tokens: int) -> np.ndarray:
-    """Combine the alignment heads: the mean of their attention weights, normalized over tokens.
+    """Combine the alignment heads into one matrix of text tokens and encoder frames.
+
+    The softmax of each head's scores is standardized over tokens (mean 0, variance 1), smoothed
+    over frames with a median filter, and averaged over heads.
 
     Args:
-        scores: from `alignment_scores`.
+        scores: [heads, tokens, S] from `alignment_scores`; S frames of 20 ms.
         num_tokens: T, the number of text tokens.
 
     Returns:

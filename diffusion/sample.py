@@ -78,7 +78,7 @@ def steps(
     if sampler not in _SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(_SAMPLERS)}, got {sampler!r}")
     if len(levels) < 2:
-        raise ValueError(f"there must be at least two levels, got {len(levels)}")
+        raise ValueError(f"levels must have at least 2 noise levels, got {len(levels)}")
     for level, next_level in zip(levels, levels[1:], strict=False):
         if level.sigma * next_level.alpha <= next_level.sigma * level.alpha:
             raise ValueError(

@@ -153,7 +153,7 @@ def parse(line: bytes) -> dict[str, Any] | Fault:
 
 
 def kind_of(row: Mapping[str, Any]) -> Kind | None:
-    """Return the kind of a line by its keys; None if it is unknown."""
+    """Detect from its keys which kind of example an object is; None if it has none of them."""
     return next((kind for kind, keys in _KEYS.items() if any(key in row for key in keys)), None)
 
 

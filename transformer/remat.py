@@ -63,10 +63,9 @@ def recompute(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _depend_on(arrays: tuple, gradient: Any) -> tuple:
-    """Return the arrays with a data dependency on the gradient.
+    """Make each array depend on the gradient by adding `gradient[0] * 0.0`.
 
-    The added number is zero, but a compiler may not assume so: a number times zero is not zero if
-    the number is not finite.
+    The compiler cannot replace the product by zero, because infinity and NaN times zero are NaN.
     """
     first = jax.tree.leaves(gradient)[0]
     zero = first[(0,) * first.ndim] * 0.0

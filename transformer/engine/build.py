@@ -137,6 +137,6 @@ def _compile(
 
 
 def _trim_heap() -> None:
-    """Return memory freed by the compiler to the system; glibc would keep about 100 MB of it."""
+    """Give memory freed by the compiler back to the system; glibc would keep about 100 MB of it."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

@@ -179,7 +179,7 @@ class WorkQueue(WorkSource):
 
     Args:
         device: runs the functions.
-        weight: the share of device time, relative to other sources.
+        weight: device time is divided among busy engines and queues in proportion to their weights.
         max_waiting: the maximum number of waiting functions.
     """
 

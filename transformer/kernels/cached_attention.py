@@ -109,7 +109,7 @@ def _attend_row(q, table, start, keys, values, window):
 
 
 def _widen(x: jax.Array, dtype) -> jax.Array:
-    """Convert the storage dtype of a pool to `dtype`."""
+    """Cast cached keys or values to `dtype`; uint16 holds the bits of bfloat16."""
     if x.dtype == jnp.uint16:
         x = jax.lax.bitcast_convert_type(x, jnp.bfloat16)
     return x.astype(dtype)

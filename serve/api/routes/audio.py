@@ -54,7 +54,7 @@ _FORMATS = "['flac', 'm4a', 'mp3', 'mp4', 'mpeg', 'mpga', 'oga', 'ogg', 'wav', '
 
 
 class SpeechForm(Body):
-    """POST /v1/audio/transcriptions and /v1/audio/translations: a form with an audio file."""
+    """Form of POST /v1/audio/transcriptions and /v1/audio/translations."""
 
     file: File
     model: str

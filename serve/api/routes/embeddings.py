@@ -57,7 +57,7 @@ Input = Annotated[
 
 
 class EmbeddingsBody(Body):
-    """POST /v1/embeddings."""
+    """Body of POST /v1/embeddings."""
 
     model: str
     input: Input

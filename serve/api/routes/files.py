@@ -44,7 +44,7 @@ class ExpiresAfter(Body):
 
 
 class FileForm(Body):
-    """POST /v1/files."""
+    """Form of POST /v1/files."""
 
     file: File
     purpose: PURPOSES

@@ -71,7 +71,7 @@ class Method(Body):
 
 
 class JobBody(Body):
-    """POST /v1/fine_tuning/jobs."""
+    """Body of POST /v1/fine_tuning/jobs."""
 
     model: str
     training_file: str

@@ -282,7 +282,11 @@ class _Task:
 def _check(body: ImageOptions) -> None:
     """Refuse options that no image model here supports."""
     if body.background == "transparent":
-        raise unsupported("background", "transparent", "Its images are opaque: use 'opaque'.")
+        raise unsupported(
+            "background",
+            "transparent",
+            "The image models generate opaque images only: use 'opaque'.",
+        )
     if body.output_format == "png" and body.output_compression not in (None, 100):
         raise APIError(
             400,

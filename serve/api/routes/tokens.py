@@ -29,7 +29,7 @@ router = APIRouter()
 
 
 class TokenizeBody(Body):
-    """POST /tokenize, with exactly one of prompt, content, text and messages."""
+    """Body of POST /tokenize, with exactly one of prompt, content, text and messages."""
 
     model: str = ""
     prompt: str | None = None
@@ -45,7 +45,7 @@ class TokenizeBody(Body):
 
 
 class DetokenizeBody(Body):
-    """POST /detokenize."""
+    """Body of POST /detokenize."""
 
     model: str = ""
     tokens: Annotated[list[int], Field(fail_fast=True)]

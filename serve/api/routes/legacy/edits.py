@@ -39,7 +39,7 @@ SPARE_TOKENS = 256  # an edit may have this many tokens more than twice its inpu
 
 
 class EditBody(GenerationBody):
-    """POST /v1/edits."""
+    """Body of POST /v1/edits."""
 
     input: str = ""
     instruction: str

@@ -32,7 +32,7 @@ def _engine_to_api(model: LoadedModel | ModelSpec) -> dict[str, Any]:
 
 @router.get("/engines", **route_docs(Engines))
 async def list_engines(request: Request) -> dict[str, Any]:
-    """List the models (as of 2021)."""
+    """List the models (API of 2021)."""
     return {
         "object": "list",
         "data": [_engine_to_api(model) for model in state_of(request).registry.list_models()],
@@ -41,5 +41,5 @@ async def list_engines(request: Request) -> dict[str, Any]:
 
 @router.get("/engines/{engine:path}", **route_docs(EngineReply))
 async def get_engine(request: Request, engine: str) -> dict[str, Any]:
-    """Look up a model (as of 2021)."""
+    """Look up a model (API of 2021)."""
     return _engine_to_api(state_of(request).registry.resolve(engine))

@@ -37,7 +37,7 @@ DEFAULT_MODEL = "curie"
 
 
 class FineTuneBody(Body):
-    """POST /v1/fine-tunes."""
+    """Body of POST /v1/fine-tunes."""
 
     training_file: str
     validation_file: str | None = None
@@ -58,7 +58,7 @@ class EventsQuery(Body):
 
 @router.post("/fine-tunes", **route_docs(FineTune, FineTuneBody))
 async def create_fine_tune(request: Request) -> dict[str, Any]:
-    """Fine-tune a model (as of 2021)."""
+    """Fine-tune a model (API of 2021)."""
     body = await read_json(request, FineTuneBody)
     if body.prompt_loss_weight:
         raise unsupported(
@@ -88,7 +88,7 @@ async def create_fine_tune(request: Request) -> dict[str, Any]:
 
 @router.get("/fine-tunes", **route_docs(FineTunes))
 async def list_fine_tunes(request: Request) -> dict[str, Any]:
-    """List the jobs (as of 2021)."""
+    """List the jobs (API of 2021)."""
     jobs = jobs_of(request)
     bodies, _ = await asyncio.to_thread(jobs.store.page, "job")
     data = await asyncio.to_thread(lambda: [_to_api(jobs, job) for job in bodies])
@@ -97,19 +97,19 @@ async def list_fine_tunes(request: Request) -> dict[str, Any]:
 
 @router.get("/fine-tunes/{job_id}", **route_docs(FineTune))
 async def get_fine_tune(request: Request, job_id: str) -> dict[str, Any]:
-    """Look up a job (as of 2021)."""
+    """Look up a job (API of 2021)."""
     return await _to_api_with_events(request, await find_job(request, job_id))
 
 
 @router.post("/fine-tunes/{job_id}/cancel", **route_docs(FineTune))
 async def cancel_fine_tune(request: Request, job_id: str) -> dict[str, Any]:
-    """Cancel a job (as of 2021)."""
+    """Cancel a job (API of 2021)."""
     return await _to_api_with_events(request, await cancel_by_id(request, job_id))
 
 
 @router.get("/fine-tunes/{job_id}/events", **route_docs(FineTuneEvents, events=FineTuneEvent))
 async def list_fine_tune_events(request: Request, job_id: str) -> Response:
-    """List a job's events, oldest first; ``stream=true`` also sends new ones (as of 2021)."""
+    """List a job's events, oldest first; ``stream=true`` also sends new ones (API of 2021)."""
     await find_job(request, job_id)
     if read_query(request, EventsQuery).stream:
         return await event_stream(request, _streamed(request, job_id))
