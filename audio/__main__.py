@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: arguments without the program name; None for those of the process.
+        argv: arguments without the program name; None for `sys.argv[1:]`.
 
     Returns:
         The exit status: 0, or 1 if a file or the model could not be read.
@@ -29,16 +29,16 @@ def main(argv: list[str] | None = None) -> int:
         "--model",
         required=True,
         metavar="FOLDER",
-        help="config.json, tokenizer.json and model.safetensors or model.bin",
+        help="folder with config.json, tokenizer.json, and model.safetensors or model.bin",
     )
-    parser.add_argument("--language", help="a code or name; detected if not given")
+    parser.add_argument("--language", help="language code or English name; detected if omitted")
     parser.add_argument("--format", choices=FORMATS, default="text")
     parser.add_argument(
-        "--word-timestamps", action="store_true", help="find the time of every word"
+        "--word-timestamps", action="store_true", help="find the start and end of every word"
     )
     parser.add_argument(
         "--words", dest="word_timestamps", action="store_true", help=argparse.SUPPRESS
-    )  # old name
+    )  # former name, still accepted
     parser.add_argument(
         "--batch-size",
         metavar="N",
@@ -46,15 +46,25 @@ def main(argv: list[str] | None = None) -> int:
         default=1,
         help="windows decoded at once (default 1)",
     )
-    parser.add_argument("--batch", dest="batch_size", type=int, help=argparse.SUPPRESS)  # old name
+    # former name of --batch-size, still accepted
+    parser.add_argument("--batch", dest="batch_size", type=int, help=argparse.SUPPRESS)
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="of weights"
+        "--dtype",
+        choices=("float32", "bfloat16", "int8"),
+        default="float32",
+        help="dtype of the weights",
     )
     parser.add_argument(
-        "--spectrogram", type=Path, metavar="PNG", help="plot the spectrogram with its words"
+        "--spectrogram",
+        type=Path,
+        metavar="PNG",
+        help="plot the spectrogram and its words to this file",
     )
     parser.add_argument(
-        "--alignment", type=Path, metavar="PNG", help="plot the alignment of tokens and time"
+        "--alignment",
+        type=Path,
+        metavar="PNG",
+        help="plot the alignment of tokens with time to this file",
     )
     parser.add_argument("files", nargs="+", type=Path)
     args = parser.parse_args(argv)

@@ -1,8 +1,8 @@
-"""Bench cases of speech to text: the encoder on one window, and one step of the decoder.
+"""Bench cases of speech to text: encoding one window, and one decoding step.
 
 `pellucid bench listen` runs these with the harness of `transformer/bench`. The sizes are those of
 whisper-tiny.en and the weights are random, so nothing is downloaded. `tests/bench/bench_speech.py`
-compares the whole way from samples to text with faster-whisper.
+compares end-to-end transcription with faster-whisper.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from transformer.bench import Case
 from transformer.weights import Linear
 
 DTYPES = ("float32", "bfloat16")
-_TEXT_LEN = 64  # positions in the cache of a step
+_TEXT_LEN = 64  # text positions in the KV cache of a decoding step
 
 
 def cases(cfg: Config | None = None) -> Iterator[Case]:
-    """Yield the bench cases of each dtype: one encoded window, and a step of one and of four rows.
+    """Yield for each dtype: encoding one window, and a decoding step with one and with four rows.
 
     Args:
         cfg: the sizes of the model; None for whisper-tiny.en.
@@ -90,7 +90,7 @@ def _step(cfg: Config, dtype: str, rows: int) -> Case:
 
 
 def _params(cfg: Config, dtype: str) -> Params:
-    """Random weights; the dtypes of `Linear`s are those of `checkpoint.load`."""
+    """Return random weights with the dtypes that `checkpoint.load` gives them."""
 
     def cast(leaf):
         if isinstance(leaf, Linear):

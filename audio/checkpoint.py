@@ -51,9 +51,10 @@ def load(folder: Path, *, dtype: Dtype = "float32") -> tuple[Params, Config]:
     Args:
         folder: holds config.json and either model.safetensors (Hugging Face) or model.bin
             (CTranslate2).
-        dtype: of the weights: "float32"; "bfloat16"; or "int8", with which the encoder, whose
-            products are large, and the decoder's output projections and cross-attention keys and
-            values stay in bfloat16. Norms, biases and positions are float32.
+        dtype: of the weight matrices: "float32", "bfloat16" or "int8". With "int8", the encoder
+            (its matrix products are large) and the decoder's output projections and
+            cross-attention key and value projections are bfloat16. Norms, biases and position
+            embeddings are always float32.
 
     Returns:
         The weights and the config.
@@ -68,7 +69,7 @@ def load(folder: Path, *, dtype: Dtype = "float32") -> tuple[Params, Config]:
     else:
         config, tensors = safetensors.read(folder)
         cfg = _hf_config(folder, config)
-        if "proj_out.weight" in tensors:  # some exporters write the tied table twice
+        if "proj_out.weight" in tensors:  # some exporters write the tied embedding twice
             check_tied(tensors, "proj_out.weight", "model.decoder.embed_tokens.weight", folder)
             del tensors["proj_out.weight"]
         arrays = {name: tensor.read(0, tensor.shape[0]) for name, tensor in tensors.items()}
@@ -76,10 +77,10 @@ def load(folder: Path, *, dtype: Dtype = "float32") -> tuple[Params, Config]:
 
 
 def is_whisper(folder: Path) -> bool:
-    """Return whether a folder holds a Whisper model, by its config.json.
+    """Return whether the config.json of a folder is that of a Whisper model.
 
     Args:
-        folder: the folder; False if it has no readable config.json.
+        folder: the model folder; the result is False if its config.json cannot be read.
     """
     try:
         config = safetensors.read_json_object(Path(folder) / "config.json")
@@ -114,7 +115,7 @@ def save(folder: Path, params: Params, cfg: Config) -> None:
 
 
 def hf_names(cfg: Config) -> Params:
-    """Return the tree of `Params` with the name in a Hugging Face file at each leaf.
+    """Return a `Params` tree whose leaves are the tensor names in a Hugging Face file.
 
     Args:
         cfg: sizes of the model.
@@ -174,7 +175,7 @@ def hf_names(cfg: Config) -> Params:
 
 
 def _fill(arrays: dict[str, np.ndarray], cfg: Config, dtype: Dtype, folder: Path) -> Params:
-    """Return the tree of `Params` with the arrays of these names, in `dtype`."""
+    """Build `Params` from arrays by Hugging Face name, with the weights in `dtype`."""
     tree, infos = hf_names(cfg), abstract(cfg)
     expected = dict(zip(jax.tree.leaves(tree), jax.tree.leaves(infos), strict=True))
     if missing := sorted(expected.keys() - arrays.keys()):
@@ -198,7 +199,7 @@ def _fill(arrays: dict[str, np.ndarray], cfg: Config, dtype: Dtype, folder: Path
 
 
 def _dtype_of(name: str, dtype: Dtype) -> Dtype:
-    """Return the dtype of one weight in a model of `dtype`."""
+    """Return the dtype of the weight `name` when the model is loaded as `dtype`."""
     if dtype != "int8":
         return dtype
     is_int8 = name.startswith("model.decoder.") and not name.endswith(
@@ -249,7 +250,7 @@ def _ctranslate2(folder: Path) -> tuple[dict[str, np.ndarray], Config]:
             raise ValueError(f"{path}: Python pickles are not supported; convert it to safetensors")
     spec, arrays = ctranslate2.read(path)
     if spec != "WhisperSpec":
-        raise ValueError(f"{path}: the specification must be 'WhisperSpec', got {spec!r}")
+        raise ValueError(f"{path}: expected a model of 'WhisperSpec', got {spec!r}")
     try:
         cfg = _ctranslate2_config(arrays, safetensors.read_json_object(folder / "config.json"))
     except KeyError as error:
@@ -265,11 +266,12 @@ def _ctranslate2(folder: Path) -> tuple[dict[str, np.ndarray], Config]:
     renamed: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
         for hf_name, value in _to_hf_names(name, array):
-            # Keys have no bias; CTranslate2 stores zeros where it is concatenated with others.
+            # The key projection has no bias. CTranslate2 concatenates it with other projections
+            # and fills its part of the bias with zeros.
             if not hf_name.endswith("k_proj.bias"):
                 renamed[hf_name] = value
             elif np.any(value):
-                raise ValueError(f"{path}: {name} must be zero for keys, which have no bias")
+                raise ValueError(f"{path}: the part of {name} for the keys must be zero")
     return renamed, cfg
 
 
@@ -324,7 +326,7 @@ _LEAVES = {
 
 
 def _to_hf_names(name: str, array: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Split a CTranslate2 array into Hugging Face's, with their names; unknown names stay."""
+    """Split a CTranslate2 array into Hugging Face tensors; an unknown name is returned as it is."""
     half, _, rest = name.partition("/")
     module, _, leaf = rest.rpartition("/")
     if leaf in _LEAVES and module in _TOP_LEVEL:

@@ -57,14 +57,14 @@ class Config:
 
     num_audio_layers: int
     num_text_layers: int
-    num_heads: int  # N, the same everywhere
+    num_heads: int  # N, in encoder and decoder
     d_model: int  # D
     d_ff: int  # F
     vocab_size: int  # V
     num_mels: int = 80  # M
-    max_audio_len: int = 1500  # positions of the encoder: 30 s at 50 a second
-    max_text_len: int = 448  # positions of the decoder, prompt included
-    # (layer, head) of the decoder for word timestamps; empty: all heads of the upper half of layers
+    max_audio_len: int = 1500  # encoder positions: 30 s at 50 per second
+    max_text_len: int = 448  # decoder positions, prompt included
+    # Decoder (layer, head) pairs for word timestamps; empty: all heads of the upper half of layers.
     alignment_heads: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
@@ -79,8 +79,8 @@ class Config:
         for layer, head in self.alignment_heads:
             if not (0 <= layer < self.num_text_layers and 0 <= head < self.num_heads):
                 raise ValueError(
-                    f"alignment_heads must name (layer, head) below {self.num_text_layers} and "
-                    f"{self.num_heads}, got {(layer, head)}"
+                    f"alignment_heads must have layers below {self.num_text_layers} and heads "
+                    f"below {self.num_heads}, got (layer, head) {(layer, head)}"
                 )
 
     @property
@@ -90,12 +90,12 @@ class Config:
 
     @property
     def num_frames(self) -> int:
-        """Frames of a window of spectrogram: two a position of the encoder."""
+        """Spectrogram frames in a window: two per encoder position."""
         return 2 * self.max_audio_len
 
     @property
     def timing_heads(self) -> tuple[tuple[int, int], ...]:
-        """Cross-attention heads for word timestamps, (layer, head) each."""
+        """Cross-attention heads for word timestamps, as (layer, head) pairs."""
         return self.alignment_heads or tuple(
             (layer, head)
             for layer in range(self.num_text_layers // 2, self.num_text_layers)
@@ -130,7 +130,7 @@ class Config:
 
     @classmethod
     def debug(cls, **changes: Any) -> Config:
-        """Return the config of a model under 50,000 weights, for tests.
+        """Return the config of a model with fewer than 50,000 weights, for tests.
 
         Args:
             **changes: replace fields.
@@ -153,7 +153,7 @@ class Config:
         """Convert the dictionary of a Hugging Face `config.json`.
 
         Args:
-            config: the dictionary; keys that are None are ignored.
+            config: the dictionary; keys whose value is None are ignored.
 
         Raises:
             ValueError: a key is missing or has an unsupported value, or an unknown key changes the
@@ -187,7 +187,7 @@ class Config:
             isinstance(pair, list | tuple) and [type(i) for i in pair] == [int, int]
             for pair in heads
         ):
-            raise ValueError(f"alignment_heads must be pairs of layer and head, got {heads!r}")
+            raise ValueError(f"alignment_heads must be [layer, head] pairs, got {heads!r}")
         cfg = cls(**fields, alignment_heads=tuple((layer, head) for layer, head in heads))
         config_keys.check(values, cfg, "whisper", neutral_overrides=config_keys.LAYER_NORM)
         return cfg

@@ -1,11 +1,12 @@
 """Structure of audio files: where one file ends and the next begins.
 
 Files concatenated byte by byte are common: a recorder that appends, a long recording joined with
-`cat`, a radio stream with one Ogg stream a track (RFC 3533, section 4: chaining). Most decoders
+`cat`, a radio stream with one Ogg stream per track (RFC 3533, section 4: chaining). Most decoders
 read the first file and report success. `split_files` finds the end of each file, from the lengths
-in its structure or else at the signature of the next file, so that each part is decoded separately.
+that its headers state or else at the signature of the next file, so that each part is decoded
+separately.
 
-MPEG audio (ISO 11172-3) has no signature and no stated end: a decoder goes from frame to frame.
+MPEG audio (ISO 11172-3) has no signature and states no length: a decoder goes from frame to frame.
 `is_plain_mp3` verifies that frames fill the whole file.
 
 Leaves out: two files of different formats of which the first states no length and the second has
@@ -20,7 +21,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-MAX_PARTS = 1000  # more raise an error; bounds the work
+MAX_PARTS = 1000  # concatenated files; more raise an error, which bounds the work
 
 # Signatures of files: at least six fixed bytes, which are unlikely to occur in samples.
 _SIGNATURE = re.compile(
@@ -54,9 +55,9 @@ _PREFIXES = (
     *((prefix, 0) for prefix in (b"\x1a\x45\xdf\xa3", b"\x30\x26\xb2\x75", b"ID3")),
     (b"ftyp", 4),
 )
-_NESTING = {"matroska", "asf", "avi", "mp4", "flv"}  # may hold files of other formats
+_NESTING = {"matroska", "asf", "avi", "mp4", "flv"}  # may contain signatures of other formats
 _UNKNOWN_SIZES = (0, 2**32 - 1)  # in a header that was never completed
-_MAX_STEPS = 10_000  # chunks of a part to follow; bounds the work
+_MAX_STEPS = 10_000  # chunks to follow within one file; bounds the work
 
 
 class Part(NamedTuple):
@@ -89,10 +90,10 @@ def split_files(data: bytes) -> list[Part]:
         data: the bytes of one or several files.
 
     Returns:
-        The parts in order, without those of zeros only.
+        The parts in order. Parts that contain only zeros are left out.
 
     Raises:
-        ValueError: there are more than `MAX_PARTS` parts.
+        ValueError: the data have more than `MAX_PARTS` parts.
     """
     signatures = functools.cache(lambda: _signatures(data))  # not needed if files state their end
     parts: list[Part] = []
@@ -132,7 +133,7 @@ def _signatures(data: bytes) -> list[tuple[int, str]]:
 
 
 def _next_file(signatures: list[tuple[int, str]], after: int, kind: str, size: int) -> int:
-    """Return the start of the file that follows one of unknown length."""
+    """Return where the next file begins after a file of format `kind` that states no length."""
     for i in range(bisect.bisect_left(signatures, (after, "")), len(signatures)):
         position, other = signatures[i]
         # A tag between MPEG frames separates two files that FFmpeg decodes as one.
@@ -152,12 +153,12 @@ def _id3_end(data: bytes, start: int) -> int:
     return min(start, len(data))
 
 
-# The `_*_end` functions return the end of a file by its own structure, with its signature at
-# `start`; None if the structure does not state it, or states more than there is.
+# The `_*_end` functions take the position of a file's signature (`start`) and return the end of the
+# file by its headers; None if they do not state it, or state more bytes than there are.
 
 
 def _wav_end(data: bytes, start: int) -> int | None:
-    """The end of the data chunk, or of the whole file by its header if that is later."""
+    """Return the end of the data chunk, or the end that the RIFF header states if that is later."""
     order = "big" if data.startswith(b"RIFX", start) else "little"
     size = int.from_bytes(data[start + 4 : start + 8], order)
     long_sizes = data[start + 12 : start + 16] == b"ds64"  # RF64: EBU Tech 3306
@@ -181,25 +182,25 @@ def _wav_end(data: bytes, start: int) -> int | None:
 
 
 def _padded(data: bytes, end: int) -> int:
-    """The end of a RIFF chunk with its padding byte, which some writers omit."""
+    """Return the end of a RIFF chunk with its padding byte, which some writers omit."""
     return end + 1 if end % 2 and data[end : end + 1] == b"\0" else end
 
 
 def _aiff_end(data: bytes, start: int) -> int | None:
-    """The end of the FORM chunk of an AIFF file."""
+    """Return the end of the FORM chunk of an AIFF file."""
     size = int.from_bytes(data[start + 4 : start + 8], "big")
     end = _padded(data, start + 8 + size)
     return None if size in _UNKNOWN_SIZES or end > len(data) else end
 
 
 def _w64_end(data: bytes, start: int) -> int | None:
-    """The end of a Sony Wave64 file, whose sizes have eight bytes."""
+    """Return the end of a Sony Wave64 file, whose sizes have eight bytes."""
     size = int.from_bytes(data[start + 16 : start + 24], "little")
     return start + size if 24 < size <= len(data) - start else None
 
 
 def _caf_end(data: bytes, start: int) -> int | None:
-    """The end of the chunks of Apple's Core Audio Format."""
+    """Return the end of the chunks of Apple's Core Audio Format."""
     position = start + 8
     for _ in range(_MAX_STEPS):
         if position + 12 > len(data) or not data[position : position + 4].isalpha():
@@ -212,7 +213,7 @@ def _caf_end(data: bytes, start: int) -> int | None:
 
 
 def _ogg_end(data: bytes, start: int) -> int:
-    """The end of one link of an Ogg chain.
+    """Return the end of one link of an Ogg chain.
 
     The first pages of multiplexed streams precede all other pages.
     """
@@ -239,7 +240,7 @@ def _page_length(data: bytes, start: int) -> int:
 
 
 def _mp4_end(data: bytes, start: int) -> int | None:
-    """The end of the boxes, or the start of a second ftyp (ISO 14496-12, section 4.2)."""
+    """Return the end of the boxes, or the start of a second ftyp (ISO 14496-12, section 4.2)."""
     position = start
     for _ in range(_MAX_STEPS):
         kind = data[position + 4 : position + 8]
@@ -258,7 +259,7 @@ _MP4_BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"moof", b"s
 
 
 def _avi_end(data: bytes, start: int) -> int | None:
-    """The end of the last RIFF chunk; those after the first are AVIX (OpenDML 1.02)."""
+    """Return the end of the last RIFF chunk; those after the first are AVIX (OpenDML 1.02)."""
     position, kind = start, b"AVI "
     while data[position : position + 4] == b"RIFF" and data[position + 8 : position + 12] == kind:
         size = int.from_bytes(data[position + 4 : position + 8], "little")
@@ -269,7 +270,7 @@ def _avi_end(data: bytes, start: int) -> int | None:
 
 
 def _asf_end(data: bytes, start: int) -> int | None:
-    """The end of the top-level objects; the header is the first."""
+    """Return the end of the top-level objects; the header is the first."""
     position = start
     for _ in range(_MAX_STEPS):
         kind = data[position : position + 4]
@@ -291,7 +292,7 @@ _ASF_OBJECTS = {  # header, data, index, simple index: the first bytes of their 
 
 
 def _matroska_end(data: bytes, start: int) -> int | None:
-    """The end of the segment that follows the header (RFC 8794, section 4)."""
+    """Return the end of the segment that follows the header (RFC 8794, section 4)."""
     header = _element_end(data, start)
     if header is None or data[header : header + 4] != b"\x18\x53\x80\x67":
         return None
@@ -299,7 +300,7 @@ def _matroska_end(data: bytes, start: int) -> int | None:
 
 
 def _element_end(data: bytes, start: int) -> int | None:
-    """The end of an EBML element with an id of four bytes; None if its size is unknown."""
+    """Return the end of an EBML element with an id of four bytes; None if its size is unknown."""
     first = data[start + 4] if start + 4 < len(data) else 0
     if not first:
         return None
@@ -331,11 +332,11 @@ def _flac_metadata_end(data: bytes, start: int) -> int:
     return position
 
 
-# Files that libsndfile provably reads whole
+# Files that libsndfile is known to read to the end
 
 
 def is_plain_wav(data: bytes) -> bool:
-    """Return whether a WAV consists of chunks only, one of them data with a stated length.
+    """Return whether a WAV file consists of chunks only, one of them a data chunk of stated length.
 
     Args:
         data: the bytes of a file with a WAV signature.
@@ -353,7 +354,7 @@ def is_plain_wav(data: bytes) -> bool:
 
 
 def is_plain_ogg(data: bytes) -> bool:
-    """Return whether an Ogg file is one stream of Vorbis or Opus with pages up to its end.
+    """Return whether an Ogg file is one stream of Vorbis or Opus and nothing else.
 
     Args:
         data: the bytes of a file with an Ogg signature.
@@ -366,8 +367,8 @@ def is_plain_ogg(data: bytes) -> bool:
     return is_known and len(serials) == 1 and position == len(data)
 
 
-# Layer III: kilobits a second by the index in the header, for MPEG 1 and for MPEG 2, and the sample
-# rates of MPEG 1. MPEG 2 halves the rates, MPEG 2.5 halves them again.
+# Layer III: kilobits per second by the index in the header, for MPEG 1 and for MPEG 2, and the
+# sample rates of MPEG 1. MPEG 2 halves the sample rates, MPEG 2.5 halves them again.
 _KILOBITS = (
     (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
@@ -376,7 +377,7 @@ _RATES = (44_100, 48_000, 32_000)
 
 
 def mp3_frame_length(header: bytes) -> int:
-    """Return the length in bytes of an MPEG layer III frame; 0 if it is no such frame.
+    """Return the length in bytes of an MPEG layer III frame; 0 if it is not a layer III frame.
 
     Args:
         header: the first four bytes of the frame.
@@ -394,10 +395,11 @@ def mp3_frame_length(header: bytes) -> int:
 
 
 def is_plain_mp3(data: bytes) -> bool:
-    """Return whether an MP3 is frames of one kind, as many as stated, and an ID3v1 tag at most.
+    """Return whether an MP3 has only frames of one MPEG version and layer, and the stated number.
 
-    The first frame may have no audio but a table of contents (the header of Xing and LAME) with the
-    number of frames after it. A decoder that relies on it stops there.
+    The first frame may hold a table of contents (the header of Xing and LAME) instead of audio. It
+    states the number of frames after it, and a decoder that relies on it stops there. An ID3v1 tag
+    may follow the last frame.
 
     Args:
         data: the bytes of a file without leading ID3v2 tags.

@@ -4,14 +4,14 @@ All numbers are little-endian. A string is its length with the terminating zero 
 and the zero. The file format, from CTranslate2's `Model::load` (binary versions 5 and 6):
 
     uint32 version, string name of the specification, uint32 its revision,
-    uint32 number of variables, then of each:
+    uint32 number of variables, then for each:
         string name, uint8 number of axes, uint32 each axis,
         uint8 type (0 float32, 1 int8, 2 int16, 3 int32, 4 float16, 5 bfloat16),
         uint32 bytes of data, the data
-    uint32 number of aliases, then of each: string alias, string name of a variable
+    uint32 number of aliases, then for each: string alias, string name of a variable
 
-An int8 weight `NAME` has a float32 `NAME_scale`, one a row; its value is weight / scale. Counts and
-sizes are checked against the file before data are read.
+An int8 weight `NAME` has a float32 `NAME_scale`, one per row; the dequantized value is weight /
+scale. Counts and sizes are checked against the file before data are read.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def read(path: Path) -> tuple[str, dict[str, np.ndarray]]:
             raise ValueError(f"{path}: damaged: {label} is not UTF-8") from None
 
     if (version := number("<I", "the version")) not in (5, 6):
-        raise ValueError(f"{path}: version {version} of CTranslate2's format; must be 5 or 6")
+        raise ValueError(
+            f"{path}: the version of CTranslate2's format must be 5 or 6, got {version}"
+        )
     spec = string("the specification")
     number("<I", "its revision")
     arrays: dict[str, np.ndarray] = {}
@@ -92,7 +94,10 @@ def read(path: Path) -> tuple[str, dict[str, np.ndarray]]:
         for axis in shape:  # not np.prod, which overflows
             count *= axis
         if size != count * dtype.itemsize:
-            raise ValueError(f"{path}: damaged: {name} of shape {shape} has {size} bytes")
+            raise ValueError(
+                f"{path}: damaged: {name} of shape {shape} must have {count * dtype.itemsize} "
+                f"bytes, got {size}"
+            )
         begin = skip(size, name)
         if name in arrays:
             raise ValueError(f"{path}: damaged: {name} occurs twice")

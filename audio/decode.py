@@ -1,11 +1,14 @@
-"""Decoding of windows, at most 30 seconds each: logits to token ids under Whisper's constraints.
+"""Decoding of windows of at most 30 seconds: logits to token ids under Whisper's constraints.
 
 The decoder generates one token at a time. Before sampling, its logits are constrained (Radford et
 al. 2022, section 4.5, and the reference implementation):
 
-- some tokens are suppressed (`WhisperTokenizer.suppress_tokens`), and the first is not a blank;
-- timestamp tokens come in pairs around each segment, never decrease, and one comes first;
-- if all timestamps together are likelier than any single text token, a timestamp is sampled.
+- some tokens are suppressed (`WhisperTokenizer.suppress_tokens`), and the first token must not be a
+  space or the end of the text;
+- the first token is a timestamp, timestamps come in pairs around each segment, and they never
+  decrease;
+- if the total probability of all timestamps exceeds that of every text token, a timestamp is
+  sampled.
 
 Sampling is greedy, or random at a temperature (the best of `best_of` samples is returned), or a
 beam search. If a result is repetitive (its compression ratio is high) or unlikely (its average
@@ -30,8 +33,8 @@ from audio.model import Cache, Params
 from audio.tokenizer import TIME_PRECISION, WhisperTokenizer
 from audio.whisper import RunOnDevice, Whisper, run_inline
 
-# Prompts are padded to these lengths and the cache grows through these sizes, so that few programs
-# are compiled.
+# Prompts are padded to these lengths and the KV cache grows through these sizes, so that XLA
+# compiles few programs.
 _PROMPT_BUCKETS = (4, 16, 64, 256)
 _CACHE_BUCKETS = (64, 128, 256)
 
@@ -45,20 +48,20 @@ class DecodingOptions:
     """
 
     task: Literal["transcribe", "translate"] = "transcribe"
-    language: str = "en"  # a code or a name
+    language: str = "en"  # a code or an English name
     temperature: float = 0.0
     best_of: int | None = None  # samples at a temperature above 0
     beam_size: int | None = None  # hypotheses of the beam search at temperature 0
-    patience: float = 1.0  # beam search ends with beam_size x patience finished (2204.05424)
+    patience: float = 1.0  # stop at beam_size x patience finished hypotheses (2204.05424)
     length_penalty: float | None = None  # exponent of Wu et al. 2016; None: divide by the length
-    prompt: tuple[int, ...] = ()  # ids of the previous text; its last 223 tokens are used
+    prompt: tuple[int, ...] = ()  # token ids of the previous text; the last 223 are used
     hotwords: str = ""  # words likely to occur; inserted before the prompt
     prefix: str = ""  # text that this window begins with
     timestamps: bool = True
     max_initial_timestamp: float = 1.0  # seconds
     suppress_non_speech: bool = True
     suppress_blank: bool = True
-    max_new_tokens: int | None = None  # None: half of the decoder's positions
+    max_new_tokens: int | None = None  # None: half of max_text_len
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -79,22 +82,22 @@ class DecodingOptions:
 
 @dataclass(frozen=True)
 class TemperatureFallback:
-    """Thresholds for decoding again at a higher temperature, and for silence."""
+    """When to decode a window again at a higher temperature, and when to discard it as silence."""
 
     temperatures: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-    compression_ratio_threshold: float | None = 2.4  # above: repetitive
-    logprob_threshold: float | None = -1.0  # below: unlikely
-    no_speech_threshold: float | None = 0.6  # above, and unlikely: no speech
+    compression_ratio_threshold: float | None = 2.4  # above: the text is repetitive
+    logprob_threshold: float | None = -1.0  # of avg_logprob; below: the text is unlikely
+    no_speech_threshold: float | None = 0.6  # above, and unlikely or repetitive: no speech
 
     def needs_fallback(self, result: DecodingResult) -> bool:
-        """Return whether to decode again at a higher temperature."""
+        """Return whether to decode the window again at a higher temperature."""
         return self._is_doubtful(result) and not self.is_silence(result)
 
     def is_silence(self, result: DecodingResult) -> bool:
         """Return whether to discard a result because the window has no speech.
 
-        The reference implementation keeps repetitive text of high probability, which occurs over
-        music; here it is discarded too.
+        The reference implementation keeps text that is repetitive but likely, which occurs over
+        music; here such text is discarded too.
         """
         if self.no_speech_threshold is None or result.no_speech_prob <= self.no_speech_threshold:
             return False
@@ -103,8 +106,8 @@ class TemperatureFallback:
     def best(self, results: Sequence[DecodingResult]) -> DecodingResult:
         """Return the best result of all attempts at a window.
 
-        It is the last one, unless that needs a fallback too. Then it is the one with the highest
-        average log-probability, among those that are not repetitive if there are any.
+        That is the last result, unless it needs a fallback as well. Then it is the result with the
+        highest average log-probability, among the results that are not repetitive if any are not.
         """
         if not self.needs_fallback(results[-1]):
             return results[-1]
@@ -139,15 +142,15 @@ class DecodingResult:
 
 @dataclass
 class _Hypothesis:
-    """A hypothesis of the search."""
+    """The tokens decoded so far for one row, with their log-probabilities."""
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    sum_logprobs: float = 0.0  # includes that of the end-of-text token
+    sum_logprobs: float = 0.0  # of `ids`, and of the end-of-text token once `is_done`
     is_done: bool = False
 
     def extended(self, id: int, logprob: float, eot: int) -> _Hypothesis:
-        """Return this hypothesis with one more token."""
+        """Return this hypothesis with one more token; the end-of-text token `eot` finishes it."""
         if id == eot:
             return _Hypothesis(self.ids, self.logprobs, self.sum_logprobs + logprob, True)
         return _Hypothesis([*self.ids, id], [*self.logprobs, logprob], self.sum_logprobs + logprob)
@@ -160,13 +163,13 @@ def decode(
     *,
     run: RunOnDevice = run_inline,
 ) -> list[DecodingResult]:
-    """Decode some windows.
+    """Decode a batch of windows.
 
     Args:
         whisper: the model.
         audio_features: float32 [A, max_audio_len, D], from `model.encode`, one window per row.
-        options: the same for all windows.
-        run: runs the work items on the device, one step of all rows each.
+        options: used for all windows.
+        run: runs each work item on the device: the prefill, or one decoding step of all rows.
 
     Returns:
         A result for each window.
@@ -195,7 +198,7 @@ def decode_with_fallback(
     best_of: int | None = 5,
     run: RunOnDevice = run_inline,
 ) -> list[DecodingResult]:
-    """Decode some windows, again at higher temperatures where the result needs a fallback.
+    """Decode a batch of windows; decode those that need a fallback again at higher temperatures.
 
     If every attempt at a window needs a fallback, the best one is returned
     (`TemperatureFallback.best`), as in faster-whisper; openai-whisper returns the last, which has
@@ -204,9 +207,10 @@ def decode_with_fallback(
     Args:
         whisper: the model.
         audio_features: float32 [A, max_audio_len, D], from `model.encode`, one window per row.
-        options: the temperature is replaced by those of `fallback`; `beam_size` is used at 0.
-        fallback: the temperatures, and when to try the next.
-        best_of: samples at temperatures above 0.
+        options: the temperature is replaced by those of `fallback`; `beam_size` is used at
+            temperature 0 only.
+        fallback: the temperatures, and the thresholds for trying the next one.
+        best_of: samples per window at temperatures above 0.
         run: runs the work items on the device.
 
     Returns:
@@ -223,7 +227,8 @@ def decode_with_fallback(
             attempt_options = replace(
                 options, temperature=temperature, beam_size=None, best_of=best_of
             )
-        # All windows at first, then one at a time, so that one program serves any number of them.
+        # The first attempt decodes all windows in one batch. Later attempts decode one window at a
+        # time, so that one compiled program serves any number of windows.
         for group in [[i] for i in pending] if attempts[0] else [pending]:
             batch = (
                 audio_features
@@ -247,14 +252,14 @@ def teacher_forced_logits(
     *,
     run: RunOnDevice = run_inline,
 ) -> np.ndarray:
-    """Return the logits before each of some ids and after the last (teacher forcing).
+    """Feed given tokens (teacher forcing); return the logits before each token and after the last.
 
     Args:
         whisper: the model.
         audio_features: float32 [1, max_audio_len, D], from `model.encode`.
-        ids: the tokens to feed, fewer than half of the decoder's positions.
+        ids: the token ids to feed, fewer than half of `max_text_len`.
         options: language, task, prompt and timestamps.
-        run: runs the work items on the device, one step each.
+        run: runs each work item on the device: the prefill, or one decoding step.
 
     Returns:
         float32 [len(ids) + 1, V].
@@ -274,10 +279,10 @@ def teacher_forced_logits(
 def detect_language(
     whisper: Whisper, audio_features: jax.Array, *, run: RunOnDevice = run_inline
 ) -> list[dict[str, float]]:
-    """Return the probability of each language for some windows.
+    """Return the probability of each language for each window.
 
     Args:
-        whisper: the model; an English-only one returns {"en": 1.0}.
+        whisper: the model; for an English-only model the result is {"en": 1.0}.
         audio_features: float32 [A, max_audio_len, D], from `model.encode`, one window per row.
         run: runs the work item on the device.
 
@@ -306,7 +311,7 @@ def _prompt_tokens(
         previous = (*hotwords, *rest)[: half - 1]
     prefix = tokenizer.encode(" " + options.prefix.strip()) if options.prefix.strip() else ()
     if len(prefix) >= half:
-        raise ValueError(f"prefix has {len(prefix)} tokens, at most {half - 1} fit")
+        raise ValueError(f"prefix must have at most {half - 1} tokens, got {len(prefix)}")
     sot = tokenizer.sot_sequence(options.language, options.task, timestamps=options.timestamps)
     return (*((tokenizer.sot_prev, *previous) if previous else ()), *sot, *prefix)
 
@@ -317,7 +322,7 @@ def _prompt_tokens(
 def _sample(
     task: _DecodingTask, options: DecodingOptions, num_windows: int, best_of: int
 ) -> list[list[_Hypothesis]]:
-    """Greedy decoding, or random sampling of `best_of` hypotheses for each window."""
+    """Decode `best_of` hypotheses for each window, greedily or by random sampling."""
     eot = task.tokenizer.eot
     rows = [_Hypothesis() for _ in range(num_windows * best_of)]
     while True:
@@ -334,20 +339,24 @@ def _sample(
 def _beam_search(
     task: _DecodingTask, options: DecodingOptions, num_windows: int, beam_size: int
 ) -> list[list[_Hypothesis]]:
-    """Extend the `beam_size` likeliest hypotheses of each window until enough are finished."""
+    """Extend the `beam_size` likeliest hypotheses of each window until enough are finished.
+
+    Enough is `beam_size * options.patience`.
+    """
     eot, max_finished = task.tokenizer.eot, max(1, round(beam_size * options.patience))
     beams = [[_Hypothesis() for _ in range(beam_size)] for _ in range(num_windows)]
     finished: list[list[_Hypothesis]] = [[] for _ in range(num_windows)]
     is_first = True
     while True:
-        # One more than the beams: at most one extension of a hypothesis ends it.
+        # beam_size + 1 tokens per hypothesis: at most one of them is the end of the text.
         rows = [row for beam in beams for row in beam]
         ids, logprobs = task.top_k(rows, options, beam_size + 1)
         sources = []
         for a in range(num_windows):
+            # At first the hypotheses of a window are equal, so only one of them is extended.
             candidates = [
                 (row.extended(int(id), float(logprob), eot), a * beam_size + b)
-                for b, row in enumerate(beams[a][: 1 if is_first else beam_size])  # equal at first
+                for b, row in enumerate(beams[a][: 1 if is_first else beam_size])
                 for id, logprob in zip(
                     ids[a * beam_size + b], logprobs[a * beam_size + b], strict=True
                 )
@@ -402,7 +411,7 @@ def _result(
 
 
 def compression_ratio(text: str) -> float:
-    """Return the ratio of a text's UTF-8 size to its zlib-compressed size; repetition raises it."""
+    """Return the UTF-8 size of a text divided by its zlib-compressed size; high if repetitive."""
     data = text.encode()
     return len(data) / len(zlib.compress(data))
 
@@ -411,7 +420,9 @@ def compression_ratio(text: str) -> float:
 
 
 class _DecodingTask:
-    """Decoder state of a batch of rows: prefill the prompt, then decode one token per row and step.
+    """Decoder state of a batch: prefills the prompt, then decodes one token per row and step.
+
+    A row is one hypothesis of a window; all windows have the same number of rows.
 
     Attributes:
         logits: float32 [B, V], of the next token of each row.
@@ -457,15 +468,15 @@ class _DecodingTask:
 
     @property
     def has_room(self) -> bool:
-        """Whether another token fits."""
+        """Whether another token fits into the decoder and `max_new_tokens`."""
         return self._length + 1 < self._end
 
     def decode_step(self, ids: Sequence[int], sources: Sequence[int] | None = None) -> None:
-        """Decode one token per row.
+        """Feed one token per row to the decoder and update `logits`.
 
         Args:
-            ids: the token of each row.
-            sources: the row whose cache each row continues; None for its own.
+            ids: the token id of each row.
+            sources: for each row, the row whose KV cache it continues; None if it is its own.
         """
         cfg, params = self.whisper.cfg, self.whisper.params
 
@@ -494,7 +505,7 @@ class _DecodingTask:
     def sample(
         self, rows: Sequence[_Hypothesis], options: DecodingOptions
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Sample one token per row, int32 [B], and return its log-probability too, float32 [B]."""
+        """Sample one token per row; return ids int32 [B] and log-probabilities float32 [B]."""
         constraints = self._constraints(rows)
         temperature = options.temperature
         if temperature:
@@ -508,7 +519,7 @@ class _DecodingTask:
     def top_k(
         self, rows: Sequence[_Hypothesis], options: DecodingOptions, count: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the `count` likeliest tokens a row, int32 [B, count], and log-probabilities."""
+        """Return the `count` likeliest ids per row, int32 [B, count], and log-probabilities."""
         logprobs = np.asarray(_constrained_logprobs(self.logits, *self._constraints(rows)))
         top_ids = np.argpartition(-logprobs, count, axis=-1)[:, :count]
         values = np.take_along_axis(logprobs, top_ids, axis=-1)
@@ -535,11 +546,11 @@ class _DecodingTask:
 def _allowed_ranges(
     ids: Sequence[int], tokenizer: WhisperTokenizer, vocab_size: int
 ) -> tuple[int, int, int]:
-    """Return the first text token that may follow some ids, and the range of timestamp tokens.
+    """Return the tokens that may follow `ids` as (first text id, first and end timestamp id).
 
-    After a text token: any text token, and any timestamp after the last one. After the timestamp
-    that ends a segment: the end of the text, or the timestamp that begins the next segment. After
-    that: a text token.
+    A text token may be followed by any text token, and by any timestamp after the last one. The
+    timestamp that ends a segment must be followed by the end-of-text token, or by the timestamp
+    that begins the next segment. That timestamp must be followed by a text token.
     """
     begin = tokenizer.timestamp_begin
     timestamps = [id for id in ids if id >= begin]
@@ -561,7 +572,7 @@ def _mask(ids: tuple[int, ...], vocab_size: int) -> np.ndarray:
 def _suppress_mask(
     tokenizer: WhisperTokenizer, options: DecodingOptions, vocab_size: int, is_first: bool
 ) -> np.ndarray:
-    """Return the tokens to suppress whatever the text before: bool [V]."""
+    """Return which tokens to suppress regardless of the text before them: bool [V]."""
     ids = tokenizer.suppress_tokens if options.suppress_non_speech else ()
     if options.timestamps:
         ids = (*ids, tokenizer.no_timestamps)
@@ -582,7 +593,7 @@ def _constrained_logprobs(
 
     Args:
         logits: float32 [B, V].
-        suppressed: bool [V].
+        suppressed: bool [V], tokens that are forbidden in all rows.
         ranges: int32 [B, 3]: the first allowed text token, the first allowed timestamp, and the
             end of the allowed timestamps (exclusive).
         begin: the first timestamp token.
@@ -602,22 +613,22 @@ def _constrained_logprobs(
 
 @jax.jit
 def _greedy_ids(logits: jax.Array, *constraints) -> tuple[jax.Array, jax.Array]:
-    """Return the likeliest token under the constraints, and its log-probability."""
+    """Return the likeliest token of each row under the constraints, and its log-probability."""
     logprobs = _constrained_logprobs(logits, *constraints)
     best = logprobs.max(axis=-1)
-    # Equals argmax, which XLA's CPU backend does not vectorize: half of the time of this function.
+    # Equals argmax, which XLA does not vectorize on CPU; it took half of the time of this function.
     ids = jnp.arange(logits.shape[-1])
     return jnp.where(logprobs == best[:, None], ids, len(ids)).min(axis=-1), best
 
 
 @jax.jit
 def _sample_ids(logits: jax.Array, *rest) -> tuple[jax.Array, jax.Array]:
-    """Sample a token under the constraints; return it and its log-probability at temperature 1."""
+    """Sample a token per row under the constraints; log-probabilities are at temperature 1."""
     *constraints, keys, step, temperature = rest
     logprobs = _constrained_logprobs(logits, *constraints)
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-    # Inverse transform sampling with one random number a row. jax.random.categorical draws one for
-    # each token and takes four times as long.
+    # Inverse transform sampling with one random number per row. jax.random.categorical draws one
+    # for each token of the vocabulary and takes four times as long.
     uniforms = jax.vmap(jax.random.uniform)(keys)
     cdf = jnp.cumsum(jax.nn.softmax(logprobs / temperature, axis=-1), axis=-1)
     ids = (cdf <= (uniforms * cdf[:, -1])[:, None]).sum(axis=-1)

@@ -2,8 +2,8 @@
 
 The format is detected from the bytes; the file name is a hint for the few formats without a
 signature. Concatenated files are split (`container`) and decoded one after the other. libsndfile
-decodes files that it provably reads whole: plain WAV, AIFF, FLAC, Ogg (Vorbis, Opus) and MP3. All
-others go to FFmpeg's libraries, which continue after damaged packets. Some FFmpeg formats
+decodes files that it is known to read to the end: plain WAV, AIFF, FLAC, Ogg (Vorbis, Opus) and
+MP3. All others go to FFmpeg's libraries, which continue after damaged packets. Some FFmpeg formats
 (playlists) name other files to open, so only demuxers of a single audio file are allowed, and no
 protocols.
 
@@ -22,11 +22,11 @@ import numpy as np
 
 from audio import container
 
-SAMPLE_RATE = 16_000  # samples a second of Whisper's input
+SAMPLE_RATE = 16_000  # samples per second of Whisper's input
 
-_BLOCK = 2**18  # frames decoded at a time
+_BLOCK = 2**18  # sample frames (one sample per channel) decoded at a time
 _MAX_CHANNELS = 64
-_RATES = (1_000, 768_000)  # lowest and highest sample rate of a file
+_RATES = (1_000, 768_000)  # hertz: lowest and highest sample rate of a file
 # FFmpeg's demuxers that read audio from one file and open no other.
 _DEMUXERS = (
     "aac,ac3,act,adx,aea,aiff,amr,amrnb,amrwb,apac,ape,asf,ast,au,avi,bfstm,brstm,caf,dsf,dss,dts,"
@@ -39,7 +39,7 @@ Block = tuple[np.ndarray, int]  # float32 samples of one channel, sample rate
 
 
 class _NotPlain(Exception):
-    """libsndfile may not read these bytes whole."""
+    """libsndfile might not read these bytes to the end."""
 
 
 class _NoSound(ValueError):
@@ -57,8 +57,9 @@ def load(
 
     Args:
         source: a path, or the bytes of the file.
-        name: the file's name, of which the suffix is used; None for that of the path.
-        max_seconds: longer audio raises an error before all of it is decoded; None for no limit.
+        name: a file name whose suffix hints at the format; None to use that of the path.
+        max_seconds: audio that is longer raises an error before all of it is decoded; None for no
+            limit.
 
     Returns:
         float32 [samples], mostly between -1 and 1; channels are averaged.
@@ -66,7 +67,7 @@ def load(
     Raises:
         FileNotFoundError: there is no file at the path.
         ValueError: the file is empty, of an unknown format, too damaged, without samples, or longer
-            than `max_seconds`; or its format needs the packages of the extra `audio`.
+            than `max_seconds`; or its format needs `pip install 'pellucid[audio]'`.
     """
     if isinstance(source, bytes):
         label, data = name or "sound", source
@@ -86,14 +87,14 @@ def load(
                 decoded.append(_resample(_sndfile(part), remaining))
             except _NotPlain:
                 try:
-                    # The name is that of the first file; bytes after a file's end have none.
+                    # The suffix is that of the first file; bytes after its end have no name.
                     hint = suffix if is_certain else ""
                     decoded.append(_resample(_ffmpeg(part, hint), remaining))
                 except _NoSound:
                     if is_certain:
                         raise
     except _TooLong:
-        raise ValueError(f"{label}: longer than {limit:g} seconds") from None
+        raise ValueError(f"{label}: the audio is longer than {limit:g} seconds") from None
     except ImportError as error:
         raise ValueError(
             f"{label}: this format needs the package {error.name}: pip install 'pellucid[audio]'"
@@ -110,7 +111,7 @@ def load(
 
 
 def _resample(blocks: Iterator[Block], max_seconds: float) -> np.ndarray:
-    """Resample blocks, each of its own rate, to `SAMPLE_RATE`; return float32 [samples].
+    """Resample blocks of possibly different rates to `SAMPLE_RATE`; return float32 [samples].
 
     Raises:
         _TooLong: the blocks are longer than `max_seconds`.
@@ -137,7 +138,7 @@ def _sndfile(part: bytes) -> Iterator[Block]:
     """Decode with libsndfile.
 
     Raises:
-        _NotPlain: libsndfile may not read this structure whole, or it fails.
+        _NotPlain: libsndfile might not read the file to the end, or fails.
     """
     import soundfile
 
@@ -176,11 +177,11 @@ def _ffmpeg(part: bytes, suffix: str) -> Iterator[Block]:
     file.name = f"sound{suffix}"  # a hint for FFmpeg's probe
     limits = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "none"}
     try:
-        # Tags in an old encoding must not make the file unreadable.
+        # "replace": a tag that is not UTF-8 must not make the file unreadable.
         media = av.open(file, options=limits, metadata_errors="replace")
     except (av.FFmpegError, ValueError):  # pyright: ignore[reportPrivateImportUsage]  # documented
         raise _NoSound(
-            "not an audio file of a known format, or damaged at its start; flac, m4a, mp3, mp4, "
+            "the file has no known audio format, or is damaged at its start; flac, m4a, mp3, mp4, "
             "mpeg, mpga, ogg, opus, wav, webm and most other formats of FFmpeg can be read"
         ) from None
     with media:
@@ -202,13 +203,16 @@ def _ffmpeg(part: bytes, suffix: str) -> Iterator[Block]:
                 layout = (frame.format.name, frame.layout.name, frame.rate)
                 if layout not in resamplers:
                     _check(frame.layout.nb_channels, frame.rate)
-                    # Keeps layout and rate. Interleaved, because PyAV reads at most eight planes.
+                    # Interleaved ("flt"), because PyAV reads at most eight planes. The resampler
+                    # keeps the channel layout and the sample rate.
                     resamplers[layout] = av.AudioResampler("flt")
                 for resampled in resamplers[layout].resample(frame):
                     samples = resampled.to_ndarray().reshape(-1, resampled.layout.nb_channels)
                     yield samples.mean(axis=1), frame.rate
         if num_damaged > num_decoded:
-            raise ValueError(f"{num_damaged} of {num_damaged + num_decoded} packets are damaged")
+            raise ValueError(
+                f"{num_damaged} of its {num_damaged + num_decoded} packets are damaged"
+            )
 
 
 def _packets(media, stream) -> Iterator:
@@ -221,6 +225,6 @@ def _packets(media, stream) -> Iterator:
 
 def _check(channels: int, rate: int) -> None:
     if not 1 <= channels <= _MAX_CHANNELS:
-        raise ValueError(f"{channels} channels; at most {_MAX_CHANNELS} are supported")
+        raise ValueError(f"the file has {channels} channels; at most {_MAX_CHANNELS} are supported")
     if not _RATES[0] <= rate <= _RATES[1]:
-        raise ValueError(f"{rate} samples a second; {_RATES[0]} to {_RATES[1]} are supported")
+        raise ValueError(f"the sample rate must be {_RATES[0]} to {_RATES[1]} Hz, got {rate}")

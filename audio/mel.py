@@ -1,4 +1,4 @@
-"""Samples to Whisper's input: a log-mel spectrogram of 100 frames a second.
+"""Samples to Whisper's input: a log-mel spectrogram of 100 frames per second.
 
 Every 10 ms, a frame of 25 ms is weighted by a Hann window and transformed by an FFT. The powers are
 summed into 80 (or 128) mel bands, narrow at low frequencies and wide at high ones as human hearing
@@ -17,21 +17,21 @@ from audio.load import SAMPLE_RATE
 HOP_LENGTH = 160  # samples between frames: 10 ms
 N_FFT = 400  # samples of a frame: 25 ms
 FRAMES_PER_SECOND = SAMPLE_RATE // HOP_LENGTH
-_CHUNK_FRAMES = 3000  # frames transformed at a time; bounds the memory
+_CHUNK_FRAMES = 3000  # frames transformed at a time, which bounds memory use
 
 
 def log_mel(samples: np.ndarray, num_mels: int = 80) -> np.ndarray:
-    """Compute the log-mel spectrogram of some audio, as if silence followed it.
+    """Compute the log-mel spectrogram of audio as if it were followed by silence.
 
-    Values are clipped to 80 dB below the loudest band of the whole input, so an excerpt can have
-    other values alone than within the whole.
+    Values more than 80 dB below the loudest band of the whole input are raised to that level, so
+    the values of an excerpt depend on the audio around it.
 
     Args:
         samples: float32 [samples] at 16 kHz.
         num_mels: M, the number of bands.
 
     Returns:
-        float32 [T, M], one row for every whole 10 ms.
+        float32 [T, M], one row per 10 ms; a remainder below 10 ms has no row.
 
     Raises:
         ValueError: `samples` does not have one axis.
@@ -40,7 +40,8 @@ def log_mel(samples: np.ndarray, num_mels: int = 80) -> np.ndarray:
         raise ValueError(f"samples must have one axis, got shape {samples.shape}")
     num_frames = len(samples) // HOP_LENGTH
     # Frame i is centred on sample 160 i. The signal is mirrored before its start and zero after its
-    # end. The frames of the tail count for the loudest band, as in the reference implementation.
+    # end. `tail` frames after the end are computed only for the maximum over all bands, as in the
+    # reference implementation.
     tail = N_FFT // HOP_LENGTH + 1
     padded = np.zeros(HOP_LENGTH * (num_frames + tail) + N_FFT, np.float32)
     padded[N_FFT // 2 :][: len(samples)] = samples
@@ -81,7 +82,7 @@ def mel_filters(num_mels: int) -> np.ndarray:
 
 
 # Slaney's mel scale: 15 mels to 1 kHz, then 27 for each factor of 6.4.
-_LINEAR = 200 / 3  # hertz a mel, below the bend
+_LINEAR = 200 / 3  # hertz per mel, below the bend
 _BEND = 1000.0
 _RATIO = np.log(6.4) / 27
 

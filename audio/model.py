@@ -2,16 +2,16 @@
 
 Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision",
 arXiv:2212.04356; both halves are pre-norm transformers (Vaswani et al. 2017). The encoder's two
-convolutions are linear maps of three neighbouring frames; the second has stride two, so 30 seconds
-become 1500 positions.
+convolutions are linear maps of three neighbouring frames; the second has stride two, so the 3000
+frames of 30 seconds become 1500 positions.
 
 The decoder attends to its earlier tokens, through a `Cache` that grows with the text, and to the
-encoder's output (`audio_features`), whose keys and values are computed once a window. Several rows
-may share the keys and values of one window (the beams of a search).
+encoder's output (`audio_features`), whose keys and values are computed once per window. Several
+rows can share the keys and values of one window (the beams of a beam search).
 
-The dtype of a weight is the dtype of its product, as in `transformer.layers`. The encoder's
-self-attention and cross-attention are computed in the dtype of `q`'s weight, bfloat16 in place of
-int8; everything else between products is float32.
+A matrix product is computed in the dtype of its weight, as in `transformer.layers`. The encoder's
+self-attention and the cross-attention are computed in the dtype of the weight of `q` (bfloat16 if
+that is int8). All other intermediates are float32.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Params:
 
 @struct.dataclass
 class Cache:
-    """Keys and values of the decoder, one tuple item a layer.
+    """KV cache of the decoder; each tuple has one array per layer.
 
     B rows share the audio features of A windows, B / A adjacent rows each.
     """
@@ -115,7 +115,7 @@ class Cache:
 
     @property
     def size(self) -> int:
-        """S, the number of text positions allocated."""
+        """S, the number of text positions that the cache has room for."""
         return self.keys[0].shape[2]
 
 
@@ -168,7 +168,10 @@ def _info(shape: tuple[int, ...], axes: tuple[str, ...], initializer: Any) -> An
 
 
 def _sinusoids(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
-    """Sines, then cosines, of wavelengths from 2 pi to 20,000 pi; `key` is not used."""
+    """Return position embeddings [T, D]: sines, then cosines, of wavelengths 2 pi to 20,000 pi.
+
+    `key` is not used; it makes this an initializer.
+    """
     length, width = shape
     rates = jnp.exp(-math.log(10_000) / (width // 2 - 1) * jnp.arange(width // 2))
     angles = jnp.arange(length)[:, None] * rates
@@ -195,7 +198,7 @@ def init(key: jax.Array, cfg: Config) -> Params:
 def encode(
     params: Params, cfg: Config, mel: jax.Array, *, taps: tuple[str, ...] = ()
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Encode windows of spectrogram, one a row.
+    """Encode windows of a spectrogram, one per row.
 
     Args:
         params: weights of the model.
@@ -205,7 +208,7 @@ def encode(
             and leaving the last, [L + 1, B, T, D]) and "attention" (weights, [L, B, N, T, T]).
 
     Returns:
-        Audio features, float32 [B, max_audio_len, D], and a dictionary with exactly the named taps.
+        Audio features, float32 [B, max_audio_len, D], and a dictionary of the requested taps.
 
     Raises:
         ValueError: `mel` has another shape, or a tap is unknown.
@@ -254,7 +257,7 @@ def _audio_block(
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Self-attention of the encoder without a mask: three [B, N, T, H] -> [B, N, T, H]."""
+    """Return the encoder's self-attention, without a mask; q, k, v and result are [B, N, T, H]."""
     if jax.default_backend() != "cpu":
         return _softmax_weighted_sum(_scores(q, k), v)[0]
     # Half of a head's queries at a time, so that their 4.5 MB of scores stay in the CPU's cache
@@ -287,14 +290,14 @@ def _conv_patches(x: jax.Array) -> jax.Array:
 def init_cache(
     params: Params, cfg: Config, audio_features: jax.Array, *, size: int, rows_per_audio: int = 1
 ) -> Cache:
-    """Return an empty cache with the cross-attention keys and values of some windows.
+    """Return a cache with the cross-attention keys and values of the windows and no text yet.
 
     Args:
         params: weights of the model.
         cfg: sizes of the model.
         audio_features: float32 [A, max_audio_len, D], from `encode`.
-        size: S, text positions to allocate.
-        rows_per_audio: rows of text for each window.
+        size: S, the number of text positions to allocate.
+        rows_per_audio: rows of text per window; B = A * rows_per_audio.
     """
     cross_keys, cross_values = [], []
     for layer in params.decoder.layers:
@@ -312,14 +315,14 @@ def init_cache(
 
 
 def grow_cache(cache: Cache, size: int) -> Cache:
-    """Return the cache with room for `size` text positions, at least as many as before."""
+    """Return the cache enlarged to `size` text positions, which must not be fewer than before."""
     pad = ((0, 0), (0, 0), (0, size - cache.size), (0, 0))
     keys, values = jax.tree.map(lambda x: jnp.pad(x, pad), (cache.keys, cache.values))
     return replace(cache, keys=keys, values=values)
 
 
 def reorder_cache(cache: Cache, rows: jax.Array) -> Cache:
-    """Return the cache with row `rows[i]` of `cache` as row i.
+    """Return a cache whose row i is row `rows[i]` of `cache`.
 
     Args:
         cache: the cache of B rows.
@@ -339,21 +342,21 @@ def forward_cached(
     *,
     taps: Collection[str] = (),
 ) -> tuple[jax.Array, Cache, dict[str, jax.Array]]:
-    """Run the decoder on more tokens and return the logits of the next ones.
+    """Run the decoder on new tokens; return logits of the tokens after them, and the cache.
 
     Args:
         params: weights of the model.
         cfg: sizes of the model.
-        ids: int32 [B, T], tokens for the positions from `length` on. Padding at the end is masked
-            for the tokens before it, and later calls overwrite it.
-        cache: keys and values of the tokens before; use the returned one from then on.
-        length: int32 [], positions filled so far.
-        at: int32 [P], indices into the T tokens whose logits to return.
+        ids: int32 [B, T], tokens for the positions from `length` on. They can end in padding, which
+            earlier tokens do not attend to and later calls overwrite.
+        cache: keys and values of the first `length` tokens; continue with the returned cache.
+        length: int32 [], the number of tokens in the cache.
+        at: int32 [P], the indices among the T tokens after which to return logits.
         taps: "alignment" returns the cross-attention scores of the alignment heads before the
             softmax, [B, heads, T, max_audio_len].
 
     Returns:
-        Logits float32 [B, P, V], the cache, and a dictionary with exactly the named taps.
+        Logits float32 [B, P, V], the updated cache, and a dictionary of the requested taps.
 
     Raises:
         ValueError: a tap is unknown.
@@ -401,7 +404,7 @@ def forward(
     *,
     taps: tuple[str, ...] = (),
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return the logits at every position of a whole text: `forward_cached` with an empty cache.
+    """Return the logits at every position of a whole text, without a cache from earlier calls.
 
     Args:
         params: weights of the model.
@@ -411,7 +414,7 @@ def forward(
         taps: see `forward_cached`.
 
     Returns:
-        float32 [B, T, V], and a dictionary with exactly the named taps.
+        Logits float32 [B, T, V], and a dictionary of the requested taps.
     """
     cache = init_cache(params, cfg, audio_features, size=ids.shape[1])
     length, at = jnp.zeros((), jnp.int32), jnp.arange(ids.shape[1])
@@ -420,13 +423,13 @@ def forward(
 
 
 def _cross_attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cross-attention of queries [B, N, T, H] over keys [A, S, D] and values [A, D, S].
+    """Return cross-attention of queries [B, N, T, H] over keys [A, S, D] and values [A, D, S].
 
     Returns:
         float32 [B, N, T, H], and the scores [B, N, T, S].
     """
     (b, n, t, h), a = q.shape, len(k)
-    # The B / A rows of a window become further queries to it.
+    # The B / A rows of a window are treated as additional queries to that window.
     q = q.reshape(a, b // a, n, t, h).swapaxes(1, 2).reshape(a, n, -1, h).astype(k.dtype)
     y, scores = (
         _cross_attend_decode if q.shape[2] <= _MAX_DECODE_QUERIES else _cross_attend_prefill
@@ -439,7 +442,7 @@ def _cross_attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, 
 
 
 def _cross_attend_prefill(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cross-attention of many queries [A, N, T, H], head by head."""
+    """Return cross-attention of many queries [A, N, T, H], computed head by head."""
     a, n, _, h = q.shape
     keys = k.reshape(a, -1, n, h).swapaxes(1, 2)  # [A, N, S, H]
     values = v.reshape(a, n, h, -1).swapaxes(2, 3)  # [A, N, S, H]
@@ -448,10 +451,11 @@ def _cross_attend_prefill(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax
 
 
 def _cross_attend_decode(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cross-attention of few queries, all heads in one product: queries are block-diagonal over D.
+    """Return cross-attention of few queries [A, N, T, H], all heads in one matrix product.
 
-    So keys and values are multiplied in the layout they have. Head by head, XLA's CPU backend
-    repacks them at every step, which takes 2.5 times the CPU time and 4 times the wall time.
+    The queries are arranged block-diagonally over D, so that keys and values are multiplied in the
+    layout of the cache. Head by head, XLA's CPU backend repacks keys and values at every step,
+    which takes 2.5 times the CPU time and 4 times the wall time.
     """
     a, n, t, h = q.shape
     head_mask = jnp.eye(n, dtype=q.dtype)
@@ -490,23 +494,23 @@ def _merge_heads(x: jax.Array) -> jax.Array:
 
 
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Scaled dot products: [B, N, T, H], [B, N, S, H] -> float32 [B, N, T, S]."""
+    """Return scaled dot products: [B, N, T, H], [B, N, S, H] -> float32 [B, N, T, S]."""
     q = q * q.shape[-1] ** -0.5
     return jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=jnp.float32)
 
 
 def _softmax_weighted_sum(scores: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the softmax of the scores times the values, float32 [B, N, T, H], and the softmax."""
-    # Rounded to the dtype of the values before the sum, which saves a pass.
+    """Return softmax(scores) @ v, float32 [B, N, T, H], and softmax(scores) [B, N, T, S]."""
+    # Rounded to the dtype of the values before the sum, which saves a pass over the scores.
     unnormed = jnp.exp(scores - scores.max(-1, keepdims=True)).astype(v.dtype)
     total = unnormed.sum(-1, keepdims=True, dtype=jnp.float32)
-    # Divided after the product: H numbers a query instead of S.
+    # Divided after the product: H divisions per query instead of S.
     y = jnp.einsum("bnts,bnsh->bnth", unnormed, v, preferred_element_type=jnp.float32)
     return y / total, unnormed / total
 
 
 def _attention_dtype(p: Linear):
-    """Return the dtype that attention is computed in."""
+    """Return the dtype that attention is computed in, given the weights of its query projection."""
     return jnp.bfloat16 if p.weight.dtype == jnp.int8 else p.weight.dtype
 
 

@@ -1,4 +1,4 @@
-"""Plots of speech to text: a spectrogram with its words, and the alignment of tokens and time.
+"""Plots of speech to text: a spectrogram with its words, and the alignment of tokens with time.
 
 matplotlib is imported only when a plot is drawn.
 """
@@ -18,11 +18,11 @@ from audio.tokenizer import TIME_PRECISION
 from audio.transcribe import Transcript
 from audio.whisper import Whisper
 
-_ROW_SECONDS = 8.0  # seconds a row of the spectrogram
+_ROW_SECONDS = 8.0  # seconds per row of the spectrogram
 
 
 def plot_spectrogram(path: str | Path, samples: np.ndarray, words: Sequence[Word]) -> None:
-    """Plot a log-mel spectrogram, eight seconds a row, with each word below its start.
+    """Plot a log-mel spectrogram, eight seconds per row, with each word below its start.
 
     Args:
         path: the PNG file to write.
@@ -65,7 +65,7 @@ def plot_spectrogram(path: str | Path, samples: np.ndarray, words: Sequence[Word
 def plot_alignment(
     path: str | Path, whisper: Whisper, samples: np.ndarray, transcript: Transcript
 ) -> None:
-    """Plot the alignment matrix of the first window and the path through it.
+    """Plot the alignment matrix of the first window (tokens by time), and the DTW path through it.
 
     Args:
         path: the PNG file to write.

@@ -2,7 +2,7 @@
 
 SubRip (.srt) numbers its cues and writes times as 00:01:02,345. WebVTT (W3C) begins with the line
 "WEBVTT" and writes 00:01:02.345. Both forbid "-->" within a cue. Times in tab-separated values are
-whole milliseconds. JSON has every field, as OpenAI's "verbose_json".
+whole milliseconds. JSON has every field of OpenAI's "verbose_json".
 """
 
 from __future__ import annotations

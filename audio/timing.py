@@ -1,12 +1,13 @@
 """Word timestamps from the decoder's cross-attention, by dynamic time warping.
 
-Some cross-attention heads attend to the audio position of the token they are about to generate.
-Their scores form an alignment matrix, tokens by time, in which a band of high values moves from
-left to right. Dynamic time warping finds the path with the largest sum, each cell one step down,
-right or both from the last. A token begins where the path enters its row.
+Some cross-attention heads attend to the audio position of the token that is generated next. Their
+scores form an alignment matrix (one row per token, one column per 20 ms of audio), in which high
+values run from the top left to the bottom right. Dynamic time warping finds the path with the
+largest sum; each of its cells is one step down, right or both from the cell before. A token begins
+where the path enters its row.
 
-After openai-whisper (timing.py; Radford et al. 2022), with its two corrections: a word after a
-pause or at the end of a sentence is shortened where it would extend into the silence beside it.
+The method is that of openai-whisper (timing.py; Radford et al. 2022), with its two corrections: a
+word after a pause or at the end of a sentence is shortened if it would extend into the silence.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ _SENTENCE_ENDS = ".。!！?？"
 _PREPEND_PUNCTUATIONS = "\"'“¿([{-"  # punctuation that joins the next word
 _APPEND_PUNCTUATIONS = "\"'.。,，!！?？:：”)]}、"  # punctuation that joins the previous word
 _MEDIAN_FILTER_WIDTH = 7  # steps of 20 ms
-# Texts are padded to these lengths, so that few programs are compiled.
+# Token sequences are padded to these lengths, so that XLA compiles few programs.
 _LENGTH_BUCKETS = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word and its times."""
+    """A word with its start, end and probability."""
 
     text: str  # with its leading space, if any
     start: float  # seconds
@@ -56,23 +57,26 @@ def align(
     with_probabilities: bool = True,
     run: RunOnDevice = run_inline,
 ) -> list[Word]:
-    """Find the times of the words of a window.
+    """Find the start and end of each word in a window.
 
     Args:
         whisper: the model.
         audio_features: float32 [1, max_audio_len, D], from `model.encode`.
         ids: text tokens of the window, without timestamps.
-        num_frames: frames of the spectrogram before the padding.
+        num_frames: frames of the spectrogram, without padding.
         language: code or name of the language.
         task: "transcribe" or "translate".
-        with_probabilities: compute the words' probabilities, half of the work; else they are nan.
+        with_probabilities: compute the words' probabilities, which is half of the work; if false,
+            they are nan.
         run: runs the work item on the device.
 
     Returns:
-        The words in order, punctuation separate; times in seconds from the start of the window.
+        The words in order, with punctuation marks as separate words. Times are seconds from the
+        start of the window.
 
     Raises:
-        ValueError: there are too many ids, or the model does not support the language or task.
+        ValueError: `ids` is too long for the decoder, or the model does not support the language
+            or task.
     """
     if not ids:
         return []
@@ -120,27 +124,29 @@ def alignment_scores(
         whisper: the model.
         audio_features: float32 [1, max_audio_len, D], from `model.encode`.
         ids: T text tokens of the window, without timestamps.
-        num_frames: frames of the spectrogram before the padding.
+        num_frames: frames of the spectrogram, without padding.
         language: code or name of the language.
         task: "transcribe" or "translate".
-        with_probabilities: compute the probabilities, half of the work; else they are nan.
+        with_probabilities: compute the probabilities, which is half of the work; if false, they
+            are nan.
         run: runs the work item on the device.
 
     Returns:
         Scores before the softmax, float32 [heads, P + T + 1, S], for the P tokens of the SOT
-        sequence, the T text tokens and the end, over S steps of 20 ms; and the probability of each
-        of the T tokens among all text tokens, float32 [T].
+        sequence, the T text tokens and the end-of-text token, over S steps of 20 ms; and the
+        probability of each of the T tokens among all text tokens, float32 [T].
 
     Raises:
-        ValueError: there are too many ids, or the model does not support the language or task.
+        ValueError: `ids` is too long for the decoder, or the model does not support the language
+            or task.
     """
     tokenizer, cfg = whisper.tokenizer, whisper.cfg
     sot_sequence = tokenizer.sot_sequence(language, task, timestamps=False)
     sequence = [*sot_sequence, *ids, tokenizer.eot]
     if len(sequence) > cfg.max_text_len:
         raise ValueError(
-            f"ids has {len(ids)} tokens, at most "
-            f"{cfg.max_text_len - len(sot_sequence) - 1} fit into a window"
+            f"ids must have at most {cfg.max_text_len - len(sot_sequence) - 1} tokens, "
+            f"got {len(ids)}"
         )
     size = next(
         (n for n in _LENGTH_BUCKETS if len(sequence) <= n <= cfg.max_text_len), cfg.max_text_len
@@ -214,7 +220,7 @@ def median_filter(x: np.ndarray) -> np.ndarray:
 
 
 def dtw(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the cheapest path from the first cell to the last: dynamic time warping.
+    """Find the path of lowest total cost from cell (0, 0) to the last: dynamic time warping.
 
     Each step goes down, right, or both. The costs of all cells on a diagonal (row + column = d)
     depend on the two diagonals before it only, so they are computed together.
@@ -226,8 +232,8 @@ def dtw(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         The rows and the columns of the path's cells, int [cells] each.
     """
     num_rows, num_columns = cost.shape
-    # best[i + 1] is the cost of the path to row i on this diagonal; `last` and `before` hold the
-    # costs on the previous two.
+    # best[i + 1] is the cost of the path to row i on diagonal d; `last` and `before` hold the costs
+    # on diagonals d - 1 and d - 2.
     last = np.full(num_rows + 1, np.inf)
     before = np.full(num_rows + 1, np.inf)
     before[0] = 0.0  # the start of the path
@@ -259,16 +265,16 @@ def assign_words(
     *,
     last_end: float,
 ) -> list[tuple[tuple[Word, ...], tuple[float, float]]]:
-    """Assign the words of a window to its segments, and make their times consistent.
+    """Assign the words of a window to its segments, and reconcile the times of words and segments.
 
     Args:
         words: from `align`, with times within the whole audio.
         spans: start and end of each segment in seconds, from its timestamp tokens.
-        counts: text tokens in each segment.
+        counts: number of text tokens in each segment.
         last_end: seconds, the end of the last word before this window.
 
     Returns:
-        For each segment its words, and its start and end in seconds.
+        For each segment, its words, and its start and end in seconds.
     """
     durations = [word.end - word.start for word in words if word.end > word.start]
     typical = min(0.7, float(np.median(durations))) if durations else 0.0
@@ -285,7 +291,8 @@ def assign_words(
         if segment_words:
             segment_words = _shorten_after_pause(segment_words, typical, last_end)
             first = segment_words[0]
-            # The segment's times win over a word that extends more than half a second beyond them.
+            # A word that extends more than half a second beyond the segment is cut at the segment's
+            # time; otherwise the segment takes the time of the word.
             if start < first.end and start - 0.5 > first.start:
                 segment_words[0] = replace(first, start=max(0.0, min(first.end - typical, start)))
             else:
@@ -301,7 +308,7 @@ def assign_words(
 
 
 def _shorten_at_sentence_ends(words: Sequence[Word], longest: float) -> list[Word]:
-    """Shorten a sentence's last punctuation mark, and the word after it, to `longest` seconds."""
+    """Shorten sentence-final punctuation marks, and the words after them, to `longest` seconds."""
     words = list(words)
     for i in range(1, len(words)):
         if words[i].end - words[i].start > longest:
@@ -313,7 +320,7 @@ def _shorten_at_sentence_ends(words: Sequence[Word], longest: float) -> list[Wor
 
 
 def _attach_punctuation(words: Sequence[Word]) -> list[Word]:
-    """Join punctuation to its word: the tokens are added, the times of the word stay."""
+    """Join each punctuation mark with its word; the times and probability of the word stay."""
     joined: list[Word] = []
     for word in reversed(words):  # opening punctuation joins the next word
         if joined and word.text.startswith(" ") and word.text.strip() in _PREPEND_PUNCTUATIONS:
@@ -336,7 +343,7 @@ def _attach_punctuation(words: Sequence[Word]) -> list[Word]:
 
 
 def _shorten_after_pause(words: list[Word], typical: float, last_end: float) -> list[Word]:
-    """Shorten the first two words after a pause to at most twice the typical duration."""
+    """Shorten the first two words of a segment after a pause to twice the typical duration each."""
     longest, first = 2 * typical, words[0]
     if first.end - last_end <= 4 * typical:
         return words

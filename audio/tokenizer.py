@@ -3,11 +3,11 @@
 The text tokens are GPT-2's, or a multilingual byte-level BPE vocabulary trained the same way. The
 special tokens follow in this order: end of text; start of transcript; one for each language;
 translate and transcribe; start of LM; start of previous text; no speech; no timestamps; and 1501
-timestamps from 0 to 30 s, 20 ms apart. A window begins with the start, a language, a task, and "no
-timestamps" if there are none (with an English-only model: the start, and "no timestamps"). Radford
-et al. 2022, arXiv:2212.04356, section 2.3.
+timestamps from 0 to 30 s, 20 ms apart. The tokens of a window begin with the start of transcript, a
+language and a task (only the start with an English-only model), and then "no timestamps" if
+timestamps are not generated. Radford et al. 2022, arXiv:2212.04356, section 2.3.
 
-The vocabulary is read from a `tokenizer.json`. The timestamp tokens follow the last special id.
+The vocabulary is read from a `tokenizer.json`. The timestamp tokens follow the last special token.
 """
 
 from __future__ import annotations
@@ -51,12 +51,13 @@ _NO_SPEECH = ("<|nospeech|>", "<|nocaptions|>")  # two spellings of one token
 
 @dataclass(frozen=True)
 class WhisperTokenizer:
-    """A vocabulary of Whisper.
+    """Whisper's tokenizer of one model: text encoding, and the ids of the special tokens.
 
     Attributes:
-        encoding: text to ids and back; it has the special tokens but not the timestamps.
-        is_multilingual: whether windows begin with a language and a task.
-        languages: codes in the order of their tokens.
+        encoding: converts text to token ids and back; it has the special tokens but not the
+            timestamps.
+        is_multilingual: whether the tokens of a window begin with a language and a task.
+        languages: language codes in the order of their tokens.
     """
 
     encoding: Encoding
@@ -72,11 +73,11 @@ class WhisperTokenizer:
 
     @property
     def timestamp_begin(self) -> int:
-        """The timestamp token of 0.00 s; the others follow."""
+        """Id of the timestamp token of 0.00 s; the ids of later times follow."""
         return self.no_timestamps + 1
 
     def language_id(self, language: str) -> int:
-        """Return the token of a language.
+        """Return the token id of a language.
 
         Args:
             language: a code or an English name, in any case.
@@ -87,7 +88,7 @@ class WhisperTokenizer:
         return self.sot + 1 + self.languages.index(self.language_code(language))
 
     def language_code(self, language: str) -> str:
-        """Return the code of a language.
+        """Return the code of a language given by code or name.
 
         Args:
             language: a code or an English name, in any case.
@@ -103,7 +104,7 @@ class WhisperTokenizer:
         return code
 
     def sot_sequence(self, language: str, task: str, *, timestamps: bool) -> tuple[int, ...]:
-        """Return the tokens that a window begins with.
+        """Return the token ids that the tokens of a window begin with.
 
         Args:
             language: a code or an English name.
@@ -120,26 +121,28 @@ class WhisperTokenizer:
             ids += [self.language_id(language), getattr(self, task)]
         elif task == "translate" or self.language_code(language) != "en":
             raise ValueError(
-                "this model is English-only: it cannot translate, and language must be en"
+                f"this model is English-only: task must be 'transcribe' and language 'en', "
+                f"got {task!r} and {language!r}"
             )
         return (*ids, *([] if timestamps else [self.no_timestamps]))
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Encode text; special tokens in it are encoded as text."""
+        """Encode text to token ids; the text of a special token is encoded as ordinary text."""
         return tuple(self.encoding.encode_ordinary(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decode ids to text; special tokens and timestamps are skipped."""
+        """Decode token ids to text; special tokens and timestamps are skipped."""
         return self.encoding.decode([id for id in ids if id < self.eot])
 
     @functools.cached_property
     def non_speech_tokens(self) -> tuple[int, ...]:
-        """Sorted ids of tokens that annotate rather than transcribe, to be suppressed.
+        """Sorted ids of tokens that annotate sounds rather than transcribe words.
 
-        Training transcripts mark music, speakers and noises with symbols and brackets. Hyphens and
-        apostrophes are suppressed only at the start of a word. Of symbols that take several tokens,
-        only musical notes are suppressed, by their first token, which other symbols of their
-        Unicode block share. As `non_speech_tokens` of openai-whisper.
+        They are suppressed when decoding, because training transcripts mark music, speakers and
+        noises with symbols and brackets. Hyphens and apostrophes are included only at the start of
+        a word. Of symbols that take several tokens, only musical notes are included, by their first
+        token, which other symbols of their Unicode block share. The ids equal `non_speech_tokens`
+        of openai-whisper.
         """
         notes = "♩♪♫♬♭♮♯"
         symbols = [
@@ -163,17 +166,17 @@ class WhisperTokenizer:
 
     @functools.cached_property
     def suppress_tokens(self) -> tuple[int, ...]:
-        """Sorted ids of all tokens to suppress: non-speech tokens, and special ones."""
+        """Sorted ids of all tokens to suppress: non-speech and special tokens, not languages."""
         special = range(self.eot + 1, self.no_timestamps)
         languages = range(self.sot + 1, self.sot + 1 + len(self.languages))
         return tuple(sorted({*self.non_speech_tokens, *(set(special) - set(languages))}))
 
     def split_words(self, ids: Sequence[int], language: str) -> list[tuple[str, list[int]]]:
-        """Split text ids into words, each with its leading space, punctuation separate.
+        """Split token ids into words, each with its leading space; punctuation marks are separate.
 
         Args:
-            ids: text tokens, and the end of text if it is to be a word.
-            language: a code; characters are words in languages written without spaces.
+            ids: text tokens; an end-of-text token among them becomes a word of its own.
+            language: a code; in languages written without spaces, each character is a word.
 
         Returns:
             The text and the ids of each word, in order.
@@ -191,13 +194,17 @@ class WhisperTokenizer:
         return words
 
     def _split_characters(self, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
-        """Split ids where no character is split; invalid UTF-8 stays with its token."""
+        """Split token ids wherever no character is split; return the text and ids of each part.
+
+        A byte that is not valid UTF-8 belongs to the text of its token.
+        """
         decoded, characters, pending, offset = self.encoding.decode(ids), [], [], 0
         for id in ids:
             pending.append(id)
             text = self.encoding.decode(pending)
             invalid = text.find("\ufffd")
-            # A replacement character that the whole text has too is not an incomplete character.
+            # U+FFFD that the whole decoded text has at this position too is invalid UTF-8, not the
+            # beginning of a character.
             if invalid < 0 or decoded[offset + invalid : offset + invalid + 1] == "\ufffd":
                 characters.append((text, pending))
                 offset += len(text)
@@ -210,7 +217,7 @@ def load(folder: Path, vocab_size: int) -> WhisperTokenizer:
 
     Args:
         folder: the model folder.
-        vocab_size: the size of the model's vocabulary, timestamp tokens included.
+        vocab_size: V, the size of the model's vocabulary, timestamp tokens included.
 
     Raises:
         FileNotFoundError: the folder has no tokenizer.json.
@@ -224,13 +231,13 @@ def load(folder: Path, vocab_size: int) -> WhisperTokenizer:
         ranks = {
             bytes(byte_of[c] for c in token): id
             for token, id in spec["model"]["vocab"].items()
-            if token and token not in special  # one vocabulary has an empty token, never used
+            if token and token not in special  # a released one has an empty token
         }
         merges = []
         for merge in spec["model"]["merges"]:
             first, second = (bytes(byte_of[c] for c in token) for token in _pair(merge))
             merges.append((first, second))
-        # Only newer files have the timestamp tokens; here they follow from the last special token.
+        # Only newer files list the timestamp tokens; their ids follow the last special token.
         special = {token: id for token, id in special.items() if token[2:3] not in "0123456789"}
         encoding = Encoding(
             path.parent.name, pattern=GPT2, ranks=ranks, special_tokens=special, merges=merges

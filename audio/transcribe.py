@@ -3,15 +3,16 @@
 Sequential (Radford et al. 2022, section 3.8): a window of 30 seconds is decoded, and the next one
 begins at its last timestamp, so that no word is cut. The previous text may be the prompt of the
 next window. Batched (`batch_size` above 1): the audio is split at pauses into independent regions,
-and one window of each shares the decoder's steps, which then read the weights once for all.
-Sequential decoding keeps names and style consistent; batched decoding is faster, and errors do not
-propagate.
+and one window of each region is decoded in a batch, so that each decoding step reads the weights
+once for all of them. Sequential decoding keeps names and style consistent; batched decoding is
+faster, and an error does not propagate to the next window.
 
-Both shorten pauses to three seconds before encoding (`skip_silence`), since in long pauses the
-decoder's timestamps drift and it hallucinates. The times are restored afterwards.
+Both modes shorten pauses to three seconds before encoding (`skip_silence`), because during long
+pauses the decoder hallucinates and its timestamps drift. Segments get back their times in the
+original audio.
 
 Leaves out: speaker diarization, and the reference implementation's heuristic that skips suspicious
-words in long silences, which are removed here.
+words in long silences, because long silences are removed before decoding.
 """
 
 from __future__ import annotations
@@ -42,23 +43,23 @@ from audio.tokenizer import TIME_PRECISION, WhisperTokenizer
 from audio.vad import Span
 from audio.whisper import RunOnDevice, Whisper, run_inline
 
-_MAX_SKIPPED_SPEECH = 1.5  # seconds of speech after its last timestamp that a window may skip
+_MAX_SKIPPED_SPEECH = 1.5  # seconds; if more speech follows the last timestamp, continue there
 _REGION_SECONDS = 150.0  # approximate length of a region in batched decoding
-_REGION_SLACK = 5.0  # seconds by which a region may be longer, to end in a pause
-_MIN_PAUSE = 0.7  # seconds; no segment contains a longer pause
+_REGION_SLACK = 5.0  # seconds by which a region can be longer, so that it ends in a pause
+_MIN_PAUSE = 0.7  # seconds; segments are split at longer pauses
 _FRAMES_PER_TIMESTAMP = round(TIME_PRECISION * FRAMES_PER_SECOND)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A stretch of speech, about a sentence."""
+    """A part of a transcript, about one sentence, with its times and scores."""
 
     start: float  # seconds
     end: float
     text: str  # with its leading space
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # of each id
-    seek: int  # first frame of its window
+    seek: int  # first spectrogram frame of its window
     temperature: float
     avg_logprob: float
     compression_ratio: float
@@ -68,26 +69,26 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Transcript:
-    """The text of some audio, with its segments."""
+    """The text of one audio file, with its segments."""
 
-    language: str  # a code
-    duration: float  # seconds
+    language: str  # a language code
+    duration: float  # seconds of audio
     text: str
     segments: tuple[Segment, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TranscriptionOptions:
-    """Options of transcribing audio of any length.
+    """Options of transcription beyond those of decoding one window (`DecodingOptions`).
 
     Attributes:
         condition_on_previous_text: use the previous text as the prompt of the next window (only
             with `batch_size` 1).
         initial_prompt: prompt of the first window (of each region, if `batch_size` is above 1).
         skip_silence: shorten long pauses before encoding.
-        word_timestamps: find the time of every word.
+        word_timestamps: find the start and end of every word.
         batch_size: windows decoded together; 1 decodes them one after the other.
-        fallback: when to decode a window again.
+        fallback: temperatures, and thresholds for decoding a window again.
 
     Raises:
         ValueError: `batch_size` is below 1.
@@ -117,14 +118,14 @@ def transcribe(
     transcription_options: TranscriptionOptions = _TRANSCRIPTION_OPTIONS,
     run: RunOnDevice = run_inline,
 ) -> Transcript:
-    """Transcribe, or translate to English, some audio.
+    """Transcribe audio of any length, or translate it to English.
 
     Args:
         whisper: the model.
         source: a path, the bytes of a file, or float32 samples at 16 kHz.
-        language: a code or name; None to detect it. `options.language` is ignored.
+        language: a language code or English name; None to detect it. `options.language` is ignored.
         options: options of decoding each window.
-        transcription_options: options of going through the audio.
+        transcription_options: options of splitting the audio into windows.
         run: runs the work items on the device.
 
     Returns:
@@ -157,11 +158,11 @@ def transcribe(
 
 
 def find_speech(samples: np.ndarray, options: TranscriptionOptions) -> list[Span]:
-    """Return the spans of speech if the options need them; else one span of the whole audio.
+    """Return the spans of speech if the options need them, or else one span of the whole audio.
 
     Args:
         samples: float32 [samples] at 16 kHz.
-        options: speech is found for `skip_silence` and for `batch_size` above 1.
+        options: speech detection runs if `skip_silence` is true or `batch_size` is above 1.
     """
     if options.skip_silence or options.batch_size > 1:
         return vad.speech_spans(samples)
@@ -176,13 +177,13 @@ def find_language(
     *,
     run: RunOnDevice = run_inline,
 ) -> str:
-    """Return the code of a language, or detect it in the 30 seconds from the first speech on.
+    """Return the code of `language`; if None, detect it in 30 seconds from the first speech on.
 
     Args:
         whisper: the model.
         samples: float32 [samples] at 16 kHz.
-        language: a code or name; None to detect it.
-        spans: spans of speech; if there are none, the language is "en".
+        language: a language code or English name; None to detect it.
+        spans: spans of speech; without any, the detected language is "en".
         run: runs the work items on the device.
 
     Raises:
@@ -207,13 +208,13 @@ def generate_segments(
     spans: Sequence[Span] | None = None,
     run: RunOnDevice = run_inline,
 ) -> Iterator[Segment]:
-    """Transcribe some audio, yielding segments in order as soon as they are decoded.
+    """Transcribe audio, and yield each segment in order as soon as it is decoded.
 
     Args:
         whisper: the model.
         samples: float32 [samples] at 16 kHz.
         options: options of decoding each window, the language included.
-        transcription_options: options of going through the audio.
+        transcription_options: options of splitting the audio into windows.
         spans: spans of speech, from `find_speech`; None to find them.
         run: runs the work items on the device.
 
@@ -224,7 +225,8 @@ def generate_segments(
     spectrogram = log_mel(samples, whisper.cfg.num_mels)
     frames = np.arange(len(spectrogram))
     if transcription_options.skip_silence:
-        # From here on, times skip the pauses; `_restore_times` maps those of segments back.
+        # From here on, times are those of the shortened audio; `_restore_times` maps the times of
+        # segments back.
         frames = vad.retained_frames(spans, len(spectrogram))
         spectrogram = spectrogram[frames]
     if not len(spectrogram):  # no speech
@@ -234,7 +236,8 @@ def generate_segments(
     bounds = [(0.0, duration)]
     batch_size = transcription_options.batch_size
     if batch_size > 1:
-        # A multiple of the batch size, of about equal length, so that the regions end together.
+        # The number of regions is a multiple of the batch size, and their lengths are about equal,
+        # so that the regions of a batch end together.
         share = duration / batch_size / math.ceil(duration / batch_size / _REGION_SECONDS)
         window = whisper.cfg.num_frames / FRAMES_PER_SECOND
         longest = max(share + _REGION_SLACK, window)
@@ -264,12 +267,12 @@ def generate_segments(
 
 
 def _restore_times(segment: Segment, frames: np.ndarray, spans: Sequence[Span]) -> Segment:
-    """Map a segment's times back to the audio with its pauses; none lies within a pause.
+    """Map the times of a segment back to the original audio, and move them out of pauses.
 
     Args:
-        segment: its times are those of the retained frames.
-        frames: int [T], the retained frames.
-        spans: spans of speech in the whole audio.
+        segment: a segment with times in the audio without long pauses.
+        frames: int [T], the retained frames, from `vad.retained_frames`.
+        spans: spans of speech in the original audio.
     """
 
     def restore(start: float, end: float) -> tuple[float, float]:
@@ -294,7 +297,7 @@ class _Region:
 
     seek: int  # first frame of its next window
     end: int
-    prompt: tuple[int, ...]  # previous text for the next window
+    prompt: tuple[int, ...]  # token ids of the previous text, for the next window
     segments: list[Segment] = field(default_factory=list)  # decoded and not yielded yet
     last_end: float = 0.0  # seconds: end of the last word
 
@@ -325,7 +328,7 @@ def _transcribe_windows(
         for region, size in zip(regions, sizes, strict=True)
     ]
     audio_features = _encode(whisper, windows, run)
-    options = replace(options, prompt=regions[0].prompt)  # the same for all if there are several
+    options = replace(options, prompt=regions[0].prompt)  # equal in all regions
     fallback = transcription_options.fallback
     results = decode_with_fallback(whisper, audio_features, options, fallback, run=run)
     speech = vad.merge_spans(spans, _MIN_PAUSE) if transcription_options.skip_silence else ()
@@ -341,7 +344,7 @@ def _transcribe_windows(
             tokenizer,
         )
         segments = _segments(slices, result, region.seek, size, tokenizer)
-        # A segment with a pause inside is split there, which needs the times of its words.
+        # A segment that contains a pause is split there, which needs the times of its words.
         with_words = transcription_options.word_timestamps
         if with_words or any(has_inner_pause(segment, speech) for segment in segments):
             segments = _add_word_timestamps(
@@ -382,21 +385,24 @@ def next_window(
 ) -> tuple[list[TokenSlice], int, bool]:
     """Select the slices of a window to keep, and decide where the next window begins.
 
-    A last slice without an end timestamp continues after the window, so the next window begins with
-    it. After an end timestamp the next window begins behind this one, unless there is speech left.
+    If the last slice has no end timestamp, its sentence continues after the window: the slice is
+    dropped and the next window begins at its start (unless it is the only slice). If the last slice
+    has one, the next window begins at the end of this window, or at that timestamp if more than
+    1.5 seconds of speech follow it.
 
     Args:
         slices: from `split_at_timestamps`.
         seek: first frame of the window.
         size: frames of the window.
-        spans: spans of speech, if they are known.
+        spans: spans of speech; empty if unknown.
         tokenizer: the model's tokenizer.
 
     Returns:
-        The slices to keep, the frames to advance by, and whether the last slice had no end.
+        The slices to keep, the frames to advance by, and whether the last slice has no end
+        timestamp.
     """
 
-    def end_frame(part: TokenSlice) -> int:  # within the window
+    def end_frame(part: TokenSlice) -> int:  # relative to the window
         return (part[0][-1] - tokenizer.timestamp_begin) * _FRAMES_PER_TIMESTAMP
 
     if slices and _has_end_timestamp(slices[-1], tokenizer):
@@ -414,9 +420,9 @@ def _next_prompt(
     result: DecodingResult,
     fallback: TemperatureFallback,
 ) -> tuple[int, ...]:
-    """Return the previous text for the next window.
+    """Return the token ids of the previous text for the next window.
 
-    It is empty after text of a high temperature, or text that needs a fallback.
+    They are empty if this window was decoded at a temperature above 0.5 or still needs a fallback.
     """
     if result.temperature > 0.5 or fallback.needs_fallback(result):
         return ()
@@ -431,7 +437,7 @@ def window_length(seek: int, end: int, max_length: int, spans: Sequence[Span]) -
 
     Args:
         seek: first frame of the window.
-        end: end of the region, in frames.
+        end: the frame at which the region ends.
         max_length: length of a full window, in frames.
         spans: spans of speech; the pauses are between them.
     """
@@ -447,7 +453,7 @@ def has_inner_pause(segment: Segment, spans: Sequence[Span]) -> bool:
 
     Args:
         segment: the segment.
-        spans: spans of speech, in the times of the segment.
+        spans: spans of speech, on the same time axis as the segment.
     """
     start, end = vad.snap_to_speech(segment.start, segment.end, spans)
     return any(start < a[1] and b[0] < end for a, b in itertools.pairwise(spans))
@@ -460,7 +466,7 @@ def split_at_pauses(
 
     Args:
         segment: the segment; returned whole if it has no words.
-        spans: spans of speech, in the times of the segment.
+        spans: spans of speech, on the same time axis as the segment.
         tokenizer: the model's tokenizer.
     """
 
@@ -501,7 +507,10 @@ def _speech_between(start: int, end: int, spans: Sequence[Span]) -> float:
 
 
 def _encode(whisper: Whisper, windows: Sequence[np.ndarray], run: RunOnDevice) -> jax.Array:
-    """Encode windows of spectrogram [T, M], one work item each; return [A, max_audio_len, D]."""
+    """Encode windows of a spectrogram [T, M]; return audio features [A, max_audio_len, D].
+
+    Each window is one work item.
+    """
     audio_features = []
     for window in windows:
         padded = np.zeros((1, whisper.cfg.num_frames, whisper.cfg.num_mels), np.float32)
@@ -520,7 +529,7 @@ TokenSlice = tuple[tuple[int, ...], tuple[float, ...]]  # ids and their log-prob
 
 
 def split_at_timestamps(result: DecodingResult, tokenizer: WhisperTokenizer) -> list[TokenSlice]:
-    """Split the tokens of a window between every two adjacent timestamps.
+    """Split the tokens of a window between adjacent timestamps, which end and begin a segment.
 
     Args:
         result: the decoded window.
@@ -535,7 +544,7 @@ def split_at_timestamps(result: DecodingResult, tokenizer: WhisperTokenizer) -> 
 
 
 def _has_end_timestamp(part: TokenSlice, tokenizer: WhisperTokenizer) -> bool:
-    """Return whether a slice ends with a timestamp."""
+    """Return whether a slice ends with a timestamp token that is not its start."""
     return len(part[0]) > 1 and part[0][-1] >= tokenizer.timestamp_begin
 
 
@@ -546,7 +555,7 @@ def _segments(
     size: int,
     tokenizer: WhisperTokenizer,
 ) -> list[Segment]:
-    """Return the segments of a window's slices; it begins at frame `seek` and has `size` frames."""
+    """Convert the slices of a window to segments; the window has `size` frames from `seek` on."""
     begin, segments = tokenizer.timestamp_begin, []
     for ids, logprobs in slices:
         start, end = 0.0, size / FRAMES_PER_SECOND
@@ -582,7 +591,7 @@ def _add_word_timestamps(
     last_end: float,
     run: RunOnDevice,
 ) -> list[Segment]:
-    """Return the segments of a window with their words, and with times that agree with those."""
+    """Return the segments of a window with their words, and with times that match the words."""
     if not segments:
         return []
     tokenizer, offset = whisper.tokenizer, segments[0].seek / FRAMES_PER_SECOND

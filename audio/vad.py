@@ -1,9 +1,10 @@
 """Voice activity detection from the energy of the speech band alone.
 
-Speech has several syllables a second that are loud against the gaps between them; noise and hum are
-level. Every 10 ms, the level of the speech band is compared with the noise floor around it. A span
-of louder frames is speech if its level is modulated. Two thresholds follow Rabiner & Sambur 1975: a
-span needs frames above the onset threshold, and extends as far as frames exceed the offset one.
+Speech has several syllables per second, which are louder than the gaps between them; the level of
+noise and hum is constant. Every 10 ms, the level of the speech band is compared with the noise
+floor around that time. A span of louder frames counts as speech if its level is modulated. Two
+thresholds follow Rabiner & Sambur 1975: a span needs frames above the onset threshold, and extends
+as far as frames exceed the offset threshold.
 
 Leaves out: distinguishing speech from melodies, footsteps or typing, which needs a trained model. A
 false span costs time but adds no text: Whisper transcribes the window and finds no speech.
@@ -24,14 +25,14 @@ Span = tuple[float, float]  # start and end in seconds
 
 _WINDOW = 512  # samples of a frame
 _BAND = (150.0, 4000.0)  # hertz
-_SMOOTH = 5  # frames over which powers are averaged, which levels noise
+_SMOOTH = 5  # frames over which powers are averaged, which smooths noise
 _NEIGHBOURHOOD = 10.0  # seconds in which the noise floor is estimated
 _ONSET_DB, _OFFSET_DB = 6.0, 3.0  # decibels above the noise floor
-_MIN_MODULATION_DB = 6.0  # between the 10th and 90th percentile of a span; noise has up to 4
+_MIN_MODULATION_DB = 6.0  # from the 10th to the 90th percentile of a span; noise has up to 4
 _SILENCE = -65.0  # dBFS; nothing below it is speech
 _SHORTEST_SPEECH, _SHORTEST_PAUSE = 0.1, 0.5  # seconds
 _MAX_SYLLABLE = 0.4  # seconds; a shorter span is one syllable, which need not be modulated
-_SPEECH_PAD = 1.5  # seconds of pause retained on either side of speech
+_SPEECH_PAD = 1.5  # seconds of pause retained on each side of speech
 _TOLERANCE = 0.3  # seconds; times this close to a pause count as within it
 
 
@@ -50,7 +51,7 @@ def speech_spans(samples: np.ndarray) -> list[Span]:
     floor = _noise_floor(levels)
     above_onset = levels > np.maximum(floor + _ONSET_DB, _SILENCE)
     above_offset = levels > np.maximum(floor + _OFFSET_DB, _SILENCE)
-    # Runs of frames above the offset threshold with at least three above the onset threshold.
+    # Runs of frames above the offset threshold that have at least three above the onset threshold.
     runs = np.flatnonzero(np.diff(above_offset.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
     counts = np.concatenate([[0], np.cumsum(above_onset)])
     runs = runs[counts[runs[:, 1]] - counts[runs[:, 0]] >= 3] / FRAMES_PER_SECOND
@@ -86,7 +87,10 @@ def loudness(samples: np.ndarray) -> np.ndarray:
 
 
 def _noise_floor(levels: np.ndarray) -> np.ndarray:
-    """Return the 10th percentile of the levels around each frame, by the second: float [T]."""
+    """Return the noise floor at each frame, float [T]: the 10th percentile of levels in 10 seconds.
+
+    It is computed once per second, and interpolated in between.
+    """
     step, reach = FRAMES_PER_SECOND, int(_NEIGHBOURHOOD * FRAMES_PER_SECOND / 2)
     centres = np.arange(0, len(levels), step)
     floors = [np.percentile(levels[max(c - reach, 0) : c + reach], 10) for c in centres]
@@ -98,7 +102,10 @@ def _to_frame(seconds: float) -> int:
 
 
 def _is_modulated(levels: np.ndarray) -> bool:
-    """Return whether the level of a span varies as that of syllables, its two ends excluded."""
+    """Return whether the level within a span varies as much as that of speech, without its ends.
+
+    A span shorter than one syllable counts as modulated.
+    """
     if len(levels) < _to_frame(_MAX_SYLLABLE):
         return True
     low, high = np.percentile(levels[_SMOOTH:-_SMOOTH], (10, 90))
@@ -109,7 +116,7 @@ def _is_modulated(levels: np.ndarray) -> bool:
 
 
 def retained_frames(spans: Sequence[Span], num_frames: int) -> np.ndarray:
-    """Return the frames to retain so that no pause is longer than three seconds: int [T].
+    """Return the indices of frames to retain so that no pause exceeds three seconds: int [T].
 
     Args:
         spans: spans of speech in seconds.
@@ -122,10 +129,10 @@ def retained_frames(spans: Sequence[Span], num_frames: int) -> np.ndarray:
 
 
 def remap_spans(spans: Sequence[Span], frames: np.ndarray) -> list[Span]:
-    """Map spans to the times of the retained frames.
+    """Map spans to their times in the audio without long pauses.
 
     Args:
-        spans: spans in seconds of the whole audio.
+        spans: spans in the original audio, in seconds.
         frames: int [T], from `retained_frames`.
     """
     edges = np.round(np.array(spans).reshape(-1, 2) * FRAMES_PER_SECOND)
@@ -134,9 +141,10 @@ def remap_spans(spans: Sequence[Span], frames: np.ndarray) -> list[Span]:
 
 
 def snap_to_speech(start: float, end: float, spans: Sequence[Span]) -> Span:
-    """Move a start within a pause to the next speech, and an end within a pause to the last speech.
+    """Move a start out of a pause to the next speech, and an end out of a pause to the last speech.
 
-    Times within 0.3 seconds of a pause count as within it. Times whose interval has no speech stay.
+    Times within 0.3 seconds of a pause count as within it. If there is no speech between start and
+    end, both are returned unchanged.
 
     Args:
         start: seconds.
@@ -146,11 +154,11 @@ def snap_to_speech(start: float, end: float, spans: Sequence[Span]) -> Span:
     Returns:
         The start and the end in seconds.
     """
-    # The first span that has not ended at the start.
+    # The first span that ends after the start.
     following = bisect.bisect(spans, start + _TOLERANCE, key=lambda span: span[1])
     if following < len(spans) and start < spans[following][0] < end:
         start = spans[following][0]
-    # The last span that has begun at the end.
+    # The last span that begins before the end.
     previous = bisect.bisect(spans, end - _TOLERANCE, key=lambda span: span[0]) - 1
     if previous >= 0 and start < spans[previous][1] < end:
         end = spans[previous][1]
@@ -162,7 +170,7 @@ def merge_spans(spans: Sequence[Span], pause: float) -> list[Span]:
 
     Args:
         spans: spans in seconds, in order.
-        pause: seconds.
+        pause: the minimum distance in seconds of spans that are kept apart.
     """
     merged: list[Span] = []
     for start, end in spans:
@@ -178,7 +186,7 @@ def split_into_windows(
 ) -> list[Span]:
     """Split audio into windows of at most `max_seconds`, in the middle of pauses.
 
-    Where there is no pause, a window ends at the quietest frame of its last third.
+    Speech without a pause is cut at the quietest frame in the last third of a window.
 
     Args:
         levels: float [T], the level of each frame.
@@ -186,7 +194,7 @@ def split_into_windows(
         max_seconds: the maximum length of a window.
 
     Returns:
-        Adjacent windows in seconds, from 0 to the end; none if there is no speech.
+        Adjacent windows in seconds, from 0 to the end of the audio; none if there is no speech.
     """
     if not spans:
         return []

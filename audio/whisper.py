@@ -1,4 +1,4 @@
-"""A Whisper model folder: weights, config and tokenizer, and the callback that runs device work."""
+"""A loaded Whisper model, and the type of the callback that runs its computations."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from audio.tokenizer import WhisperTokenizer
 
 T = TypeVar("T")
 
-# Runs one bounded work item on the device and returns its result. A server passes a function that
-# queues the item behind those of other requests; the default runs it at once.
+# A function that runs one work item (a computation of limited duration) on the device and returns
+# its result. A server passes a function that queues the item behind those of other requests; the
+# default runs it at once.
 RunOnDevice = Callable[[Callable[[], T]], T]
 
 
@@ -38,11 +39,11 @@ def load_model(folder: str | Path, *, dtype: checkpoint.Dtype = "float32") -> Wh
 
     Args:
         folder: holds config.json, tokenizer.json, and model.safetensors or model.bin.
-        dtype: of the weights; see `checkpoint.load`.
+        dtype: dtype of the weights; see `checkpoint.load`.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, or does not belong to a Whisper model.
+        ValueError: a file is damaged, or is not that of a Whisper model.
     """
     params, cfg = checkpoint.load(Path(folder), dtype=dtype)
     return Whisper(params, cfg, tokenizer.load(Path(folder), cfg.vocab_size))
