@@ -2,9 +2,9 @@
 
 Reading order: `schedule` (noise levels), `layers` and `unet` (the denoising network), `model`
 (preconditioning and loss), `sample` (samplers and guidance), `text` (the prompt encoder),
-`pipeline` (prompt to image), `edit` (image to image, inpainting), `upscale`. `dit` is the other
-network, `data` the training data of emoji-64, `metrics` its evaluation, `config` the sizes,
-`checkpoint` the files of the networks, `image_io` those of images.
+`pipeline` (prompt to image), `edit` (image to image, inpainting), `upscale`. `dit` is an
+alternative to the U-Net, `data` the training data of emoji-64, `metrics` the evaluation, `config`
+the sizes of the networks, `checkpoint` their files, and `image_io` reads and writes image files.
 
     import diffusion
 
@@ -34,7 +34,7 @@ def weights_folder(name: str = "emoji-64") -> Path:
     """
     folder = Path(__file__).parent / "weights" / name
     if not (folder / "denoiser" / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: this copy of Pellucid has no weights of {name}")
+        raise FileNotFoundError(f"{folder}: this copy of Pellucid does not include {name}")
     return folder
 
 

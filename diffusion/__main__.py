@@ -19,32 +19,34 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: arguments without the program name; None for those of the process.
+        argv: arguments without the program name; None for `sys.argv[1:]`.
 
     Returns:
         The exit status: 0, or 1 if a file could not be read or written.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m diffusion", description="Generate small images."
+        prog="python -m diffusion", description="Generate images of 64 x 64 pixels from prompts."
     )
-    parser.add_argument("--model", type=Path, help="denoiser/ and upscaler/ [default: emoji-64]")
-    parser.add_argument("--encoder", required=True, type=Path, help="all-minilm-l6-v2")
+    parser.add_argument(
+        "--model", type=Path, help="folder with denoiser/ and upscaler/ [default: emoji-64]"
+    )
+    parser.add_argument("--encoder", required=True, type=Path, help="folder of all-minilm-l6-v2")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-n", type=int, default=1, metavar="N", help="images of each prompt")
+    parser.add_argument("-n", type=int, default=1, metavar="N", help="images per prompt")
     parser.add_argument("--steps", type=int, default=SamplerOptions.steps)
     parser.add_argument("--sampler", choices=sample.SAMPLERS, default=SamplerOptions.sampler)
     parser.add_argument(
         "--rule", dest="sampler", choices=sample.SAMPLERS, help=argparse.SUPPRESS
-    )  # old name
+    )  # former name, still accepted
     parser.add_argument("--guidance", type=float, default=SamplerOptions.guidance)
     parser.add_argument(
         "--trajectory",
         action="store_true",
-        help="write the images of all steps: noisy above, predicted clean below",
+        help="write the noisy image of every step, and below it the clean image predicted there",
     )
     parser.add_argument(
         "--strip", dest="trajectory", action="store_true", help=argparse.SUPPRESS
-    )  # old name
+    )  # former name, still accepted
     parser.add_argument("--out", required=True, type=Path, metavar="PNG")
     parser.add_argument("prompts", nargs="+", metavar="PROMPT")
     args = parser.parse_args(argv)

@@ -1,7 +1,7 @@
-"""Checkpoints of the networks: a folder with `config.json` and `model.safetensors`, no pickles.
+"""Checkpoints of the networks: folders with `config.json` and `model.safetensors`, no pickles.
 
-Weights are stored in float16 or float32 and loaded as float32. Tensor names are paths in the tree
-of weights: `stages.1.down.0.first.weight`.
+Weights are stored in float16 or float32 and loaded as float32. Tensor names are paths in the
+pytree of weights: `stages.1.down.0.first.weight`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def save(
 
     Args:
         folder: the folder to write config.json and model.safetensors to.
-        params: the weights, a tree of arrays.
+        params: the weights, a pytree of arrays.
         cfg: the config of the network.
-        dtype: the dtype to store.
+        dtype: the dtype of the file.
     """
     kind = next(name for name, (config_type, _) in _KINDS.items() if type(cfg) is config_type)
     tensors = {
@@ -57,8 +57,8 @@ def load(folder: Path) -> tuple[Any, Config]:
 
     Raises:
         OSError: a file is missing or cannot be read.
-        ValueError: the config has an unknown kind or key, or a tensor is missing, unknown or of
-            another shape.
+        ValueError: the config has an unknown `kind` of network or an unknown key, or a tensor is
+            missing, unknown or has the wrong shape.
     """
     folder = Path(folder)
     cfg, module = _read_config(folder / "config.json")
@@ -66,9 +66,13 @@ def load(folder: Path) -> tuple[Any, Config]:
     abstract_params = jax.eval_shape(lambda: layers.init(jax.random.key(0), module.abstract(cfg)))
     expected = _leaves_by_path(abstract_params)
     if missing := sorted(expected.keys() - tensors.keys()):
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing, {missing[0]!r} first")
+        raise ValueError(
+            f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}"
+        )
     if unknown := sorted(tensors.keys() - expected.keys()):
-        raise ValueError(f"{folder}: {len(unknown)} tensors are unknown, {unknown[0]!r} first")
+        raise ValueError(
+            f"{folder}: {len(unknown)} tensors are unknown, the first is {unknown[0]!r}"
+        )
     leaves = []
     for name, leaf in expected.items():
         if tensors[name].shape != leaf.shape:
@@ -93,6 +97,6 @@ def _read_config(path: Path) -> tuple[Config, ModuleType]:
 
 
 def _leaves_by_path(tree: Any) -> dict[str, Any]:
-    """Return the leaves of a tree by their paths."""
+    """Return the leaves of a pytree by path, such as `stages.1.down.0.first.weight`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -10,20 +10,21 @@ from typing import Any
 class UNetConfig:
     """Sizes of the U-Net.
 
-    Every stage halves height and width. The first works on blocks of 2 x 2 pixels, because
-    convolutions at full size would cost more than all others together.
+    Every stage halves height and width. The first one halves them before its convolutions, by
+    moving blocks of 2 x 2 pixels to channels: convolutions at full size would cost more than all
+    others together.
 
     Raises:
         ValueError: a field is out of range, or two fields contradict each other.
     """
 
-    image_size: int  # pixels, height and width
-    channels: tuple[int, ...]  # of each stage, the finest first
-    blocks: tuple[int, ...]  # residual blocks of each stage, both down and up
-    attention: tuple[bool, ...]  # whether a stage has attention to pixels and text
+    image_size: int  # height and width in pixels
+    channels: tuple[int, ...]  # of each stage, the finest (largest images) first
+    blocks: tuple[int, ...]  # residual blocks of each stage, both on the way down and up
+    attention: tuple[bool, ...]  # whether the pixels of a stage attend to pixels and prompt tokens
     head_dim: int = 32  # H
-    spread: float = 0.6  # standard deviation of image values; see schedule.precondition
-    d_cond: int = 256  # width of the embedding of time and prompt
+    spread: float = 0.6  # standard deviation of pixel values (-1 to 1); see schedule.precondition
+    d_cond: int = 256  # width of the joint embedding of time and prompt
     text_dim: int = 384  # E, width of the text encoder's states
 
     def __post_init__(self) -> None:
@@ -32,7 +33,7 @@ class UNetConfig:
         _above_zero("spread", self.spread)
         if not len(self.channels) == len(self.blocks) == len(self.attention) >= 1:
             raise ValueError(
-                "channels, blocks and attention must name the same stages, got "
+                "channels, blocks and attention must have one item per stage, got "
                 f"{self.channels}, {self.blocks} and {self.attention}"
             )
         for stage, count in zip(self.channels, self.blocks, strict=True):
@@ -46,13 +47,13 @@ class UNetConfig:
         for width, attends in zip(self.channels, self.attention, strict=True):
             if attends and width % self.head_dim:
                 raise ValueError(
-                    f"channels of a stage that attends must be a multiple of head_dim "
+                    f"channels of a stage with attention must be a multiple of head_dim "
                     f"({self.head_dim}), got {width}"
                 )
 
     @classmethod
     def debug(cls, **changes: Any) -> UNetConfig:
-        """Return the config of a U-Net under 50,000 weights, for tests.
+        """Return the config of a U-Net with fewer than 50,000 weights, for tests.
 
         Args:
             **changes: replace fields.
@@ -77,15 +78,15 @@ class DiTConfig:
         ValueError: a field is out of range, or two fields contradict each other.
     """
 
-    image_size: int  # pixels, height and width
-    patch: int  # pixels, height and width of the patch of a token
+    image_size: int  # height and width in pixels
+    patch: int  # height and width in pixels of the patch that is one token
     num_layers: int  # L
     num_heads: int  # N
     d_model: int  # D
     d_ff: int  # F
     rope_theta: float = 100.0
-    spread: float = 0.6  # standard deviation of image values; see schedule.precondition
-    d_cond: int = 256  # width of the embedding of time and prompt
+    spread: float = 0.6  # standard deviation of pixel values (-1 to 1); see schedule.precondition
+    d_cond: int = 256  # width of the joint embedding of time and prompt
     text_dim: int = 384  # E, width of the text encoder's states
 
     def __post_init__(self) -> None:
@@ -100,8 +101,9 @@ class DiTConfig:
             )
         if self.d_model % (4 * self.num_heads):
             raise ValueError(
-                "d_model must be a multiple of 4 num_heads, because half of a head's channel pairs "
-                f"are rotated by row and half by column; got {self.d_model} and {self.num_heads}"
+                "d_model must be a multiple of 4 * num_heads, because half of a head's channel "
+                "pairs are rotated by row and half by column; got "
+                f"{self.d_model} and {self.num_heads}"
             )
 
     @property
@@ -111,7 +113,7 @@ class DiTConfig:
 
     @classmethod
     def debug(cls, **changes: Any) -> DiTConfig:
-        """Return the config of a transformer under 50,000 weights, for tests.
+        """Return the config of a transformer with fewer than 50,000 weights, for tests.
 
         Args:
             **changes: replace fields.
@@ -147,7 +149,7 @@ class UpscalerConfig:
 
 def _above_zero(name: str, value: Any) -> None:
     if not isinstance(value, float) or not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be a positive number, got {value!r}")
+        raise ValueError(f"{name} must be a positive float, got {value!r}")
 
 
 def _positive(name: str, value: Any) -> None:

@@ -3,15 +3,15 @@
 Images come from packages with pinned hashes: Noto (emoji-datasource-google, Apache-2.0), Twemoji
 (emoji-datasource-twitter, CC-BY-4.0) and Fluent in 3D (@lobehub/fluent-emoji-3d, MIT). Names and
 keywords come from emojibase-data (MIT). The datasource packages also exist for Apple and Facebook;
-those images are not free and are not used. An example is an image and a caption of its concept:
-"red apple", "an apple", "apple, flat style".
+those images are not free and are not used. A training example is an image and a caption of its
+concept: "red apple", "an apple", "apple, flat style".
 
 Emoji are an unbalanced sample: one in seven is a flag, and people come in five skin tones and three
-genders. So variants are excluded and rare groups have lower weights (`GROUPS`); otherwise much of a
-small model's training would go to flags.
+genders. So flags and variants are excluded, and some groups are sampled less often (`GROUPS`);
+otherwise a small model would spend much of its training on them.
 
-One image in thirty is held out: a known concept in a style that it is never trained in. The split
-is a hash of code and style, so it does not change when data are added.
+One image in thirty is held out: its concept is trained in other styles, but never in this one. The
+split depends on a hash of code and style, so it does not change when images are added.
 
 Leaves out: transparency. Images are composited on white.
 """
@@ -34,7 +34,7 @@ import numpy as np
 
 from diffusion.text import PromptEmbeds
 
-SIZE = 64  # pixels, height and width of the stored images
+SIZE = 64  # height and width of the stored images, in pixels
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class Package:
 
 @dataclass(frozen=True)
 class Style:
-    """A set of images: its name in captions, and its files in a package."""
+    """A set of emoji images in one style: its name in captions, and where its files are."""
 
     caption: str
     package: Package
-    folder: str  # in the package
+    folder: str  # path in the package
     suffix: str
 
 
@@ -104,8 +104,8 @@ STYLES = (
     ),
 )
 
-# emojibase's groups, with a name and the sampling weight of a concept. Excluded: 2, components
-# (skin tones and hair); 9, flags.
+# Groups of emojibase by number: their name, and the sampling weight of each concept in them.
+# Excluded: 2, components (skin tones and hair); 9, flags.
 GROUPS = {
     0: ("smileys", 1.0),
     1: ("people", 0.3),
@@ -121,8 +121,8 @@ _TIME = re.compile(r"o’clock|-thirty")
 _SIGN = re.compile(
     r"button|keycap|^(input|Japanese|squared)|arrow|mark\b|symbol for", re.IGNORECASE
 )
-# Images that must not be mirrored: phases of the moon, charts, maps, hands, and objects with
-# letters, figures or notes.
+# Images that must not be mirrored in augmentation: phases of the moon, charts, maps, hands, and
+# objects with letters, digits or musical notes.
 _DIRECTED = re.compile(
     r"\b(hands?|left|right|moon|globe|map|chart|departure|arrival|clock|watch|stopwatch|calendar|"
     r"medal|banknote|coin|money bag|credit card|newspaper|dvd|dna|musical (note|notes|score)|ZZZ|"
@@ -134,16 +134,17 @@ _PLAIN_TAG = re.compile(r"[a-z0-9 ]+")
 
 @dataclass(frozen=True)
 class Concept:
-    """The concept that an emoji shows, in any style.
+    """The concept that an emoji shows, whatever its style.
 
     Attributes:
-        code: code points in lower-case hexadecimal, "1f34e".
-        name: "red apple".
-        plain: a single word for it, "apple", if there is one; other concepts may share it.
-        captions: captions with their probabilities, which sum to 1; the name is first.
+        code: code points in lower-case hexadecimal, such as "1f34e".
+        name: the name, such as "red apple".
+        plain: a single word for the concept, such as "apple"; None if there is none. Other
+            concepts can have the same word.
+        captions: probability of each caption; they sum to 1, and the name is first.
         group: a key of `GROUPS`.
-        weight: sampling weight, relative to other concepts.
-        directed: whether it must not be mirrored (letters, hands, arrows, the moon).
+        weight: sampling weight relative to other concepts.
+        directed: whether its images must not be mirrored (letters, hands, arrows, the moon).
     """
 
     code: str
@@ -156,11 +157,11 @@ class Concept:
 
 
 def fetch(folder: Path, packages: Sequence[Package] | None = None) -> None:
-    """Download packages that are missing in a folder, with npm, and check every hash.
+    """Download packages with npm unless the folder has them, and check all hashes.
 
     Args:
-        folder: the folder of packages; created if needed.
-        packages: the packages; None for those of `build_dataset`.
+        folder: the folder of downloaded packages; created if needed.
+        packages: the packages; None for all that `build_dataset` needs.
 
     Raises:
         ValueError: the hash of a package is not the pinned one.
@@ -183,7 +184,7 @@ def load_concepts(folder: Path) -> list[Concept]:
     """Return the concepts to train on, in Unicode's order.
 
     Args:
-        folder: holds the package of names; see `fetch`.
+        folder: holds `NAMES_PACKAGE`; see `fetch`.
     """
     with tarfile.open(folder / NAMES_PACKAGE.file) as archive:
         entries = json.loads(_read_member(archive, "package/en/data.json"))
@@ -205,7 +206,7 @@ def _read_member(archive: tarfile.TarFile, member: str | tarfile.TarInfo) -> byt
 
 
 def _head_noun(name: str) -> str:
-    """Return the head noun of a name: "tree" of "deciduous tree"."""
+    """Return the head noun of an emoji name: "tree" for "deciduous tree"."""
     return re.split(r"[,:]| (?:with|in|of|on|and|behind|without) ", name)[0].split()[-1]
 
 
@@ -218,7 +219,8 @@ def _is_included(entry: dict) -> bool:
         return False
     if entry["group"] == 1 and ("family" in label or "couple" in label or "kiss" in label):
         return False
-    # Persons with a trade or a pose also have a neutral form; "man" and "woman" alone stay.
+    # People with a profession or a pose also have a gender-neutral emoji, which is included; so are
+    # "man" and "woman" without one.
     is_gendered = entry["group"] == 1 and _GENDERED.search(label) and "200D" in entry["hexcode"]
     is_mirrored = "facing right" in label
     return not (is_gendered or is_mirrored)
@@ -227,7 +229,7 @@ def _is_included(entry: dict) -> bool:
 def _concept(
     entry: dict, shortcodes: list[str] | str, tag_counts: Counter, noun_counts: Counter
 ) -> Concept:
-    """Return the concept of an emoji, with its captions and their probabilities."""
+    """Return the concept of one entry of emojibase, with its captions and their probabilities."""
     name = entry["label"].replace("“", "").replace("”", "").replace("’", "'").replace("⊛ ", "")
     captions = defaultdict(float, {name.lower(): 4.0})
     first = name.split()[0]
@@ -240,7 +242,7 @@ def _concept(
     known = {name.lower(), *name.lower().split(), *entry.get("tags", ())}
     single = [text for text in (name.lower(), *codes) if text in known and len(text.split()) == 1]
     plain = single[0] if single else None
-    # A noun or a keyword has the more weight, the fewer other concepts share it.
+    # The fewer concepts share a head noun or a keyword, the more often it is the caption.
     if len(name.split()) > 1 and noun_counts[_head_noun(entry["label"])] < 10:
         captions[_head_noun(name).lower()] += 2.0 / noun_counts[_head_noun(entry["label"])]
     tags = sorted(entry.get("tags", ()), key=lambda tag: tag_counts[tag])[:3]
@@ -271,12 +273,12 @@ def load_images(
 
     Args:
         folder: holds the packages; see `fetch`.
-        style: the style.
+        style: the style of images to load.
         concepts: the concepts to load; those that the style lacks are skipped.
-        decode: decodes the bytes of a file to an image of a size; None for `on_white`.
+        decode: decodes the bytes of a file to an image of a given size; None for `on_white`.
 
     Returns:
-        By the concept's code, uint8 [SIZE, SIZE, 3] each, on white.
+        Images uint8 [SIZE, SIZE, 3] on white, by the code of their concept.
     """
     # Codes occur with and without U+FE0F, the variation selector for colour.
     codes = {_normalize_code(concept.code): concept.code for concept in concepts}
@@ -299,12 +301,12 @@ def _normalize_code(code: str) -> str:
 def on_white(data: bytes, size: int) -> np.ndarray:
     """Decode an image file, composite it on white and resize it to a square.
 
-    It is resized with premultiplied alpha; otherwise the colours of transparent pixels would bleed
-    into the edges.
+    The image is resized with premultiplied alpha; otherwise the colours of transparent pixels would
+    bleed into the edges.
 
     Args:
         data: the bytes of the file.
-        size: height and width of the result.
+        size: height and width of the result in pixels.
 
     Returns:
         uint8 [size, size, 3].
@@ -334,7 +336,7 @@ def downscale(images: np.ndarray, size: int) -> np.ndarray:
     return x.mean((2, 4)) / 127.5 - 1
 
 
-# The data set
+# The dataset
 
 
 def is_held_out(concept: Concept, style: Style) -> bool:
@@ -343,7 +345,7 @@ def is_held_out(concept: Concept, style: Style) -> bool:
 
 
 def styled_caption(caption: str, style: int | None) -> str:
-    """Return a caption with a style, an index into `STYLES`, or without if it is None."""
+    """Append the name of a style (an index into `STYLES`) to a caption, unless it is None."""
     return caption if style is None else f"{caption}, {STYLES[style].caption}"
 
 
@@ -354,7 +356,7 @@ def build_dataset(
 
     Args:
         folder: holds the packages; see `fetch`.
-        encode: encodes captions, a `text.TextEncoder`.
+        encode: encodes captions; a `text.TextEncoder`.
         target: the folder to write to; created if needed.
     """
     concepts = load_concepts(folder)
@@ -386,22 +388,22 @@ def build_dataset(
 
 
 class EmojiDataset:
-    """Images and captions with their embeddings.
+    """The images and captions of emoji-64, with the embeddings of the captions.
 
     Attributes:
         images: uint8 [n, SIZE, SIZE, 3].
         concept_ids: int [n], the index into `concepts` of each image.
         style_ids: int [n], the index into `STYLES` of each image.
-        held_out: bool [n], whether an image is held out for evaluation.
+        held_out: bool [n], whether each image is held out for evaluation.
         concepts: all concepts.
-        caption_rows: the row of every caption in `states`, `mask` and `pooled`.
-        states: float16 [captions, S, E], memory-mapped.
-        mask: bool [captions, S].
-        pooled: float16 [captions, E].
+        caption_rows: by caption, its row in `states`, `mask` and `pooled`.
+        states: float16 [captions, S, E], encoder states of the tokens, memory-mapped.
+        mask: bool [captions, S], False for padding.
+        pooled: float16 [captions, E], sentence embeddings.
     """
 
     def __init__(self, folder: Path):
-        """Load the data set that `build_dataset` wrote to a folder."""
+        """Load the dataset that `build_dataset` wrote to a folder."""
         with np.load(folder / "pictures.npz") as arrays:
             self.images = arrays["images"]
             self.concept_ids, self.style_ids, held_out = arrays["rows"].T
@@ -413,16 +415,16 @@ class EmojiDataset:
         self.caption_rows = {text: row for row, text in enumerate(names["texts"])}
 
     def downscaled_images(self, indices: np.ndarray, size: int) -> np.ndarray:
-        """Return some images, downscaled: float32 [n, size, size, 3], -1 to 1.
+        """Return the selected images, downscaled: float32 [n, size, size, 3], -1 to 1.
 
         Args:
-            indices: int [n].
-            size: height and width; divides `SIZE`.
+            indices: int [n], the indices of the images.
+            size: height and width of the result; divides `SIZE`.
         """
         return downscale(self.images[indices], size)
 
     def caption_embeds(self, captions: Sequence[str]) -> dict[str, Any]:
-        """Return the embeddings of some captions, as the fields of `PromptEmbeds`."""
+        """Return the embeddings of the given captions, as the fields of `PromptEmbeds`."""
         rows = np.array([self.caption_rows[caption] for caption in captions])
         return {
             "states": self.states[rows],

@@ -1,14 +1,15 @@
 """A diffusion transformer (DiT): image patches and prompt tokens in one sequence.
 
 Patches of pixels are tokens (Dosovitskiy et al. 2020, arXiv:2010.11929) of a transformer (Peebles &
-Xie 2022, arXiv:2212.09748). The states of the prompt are in the same sequence, so that one
-attention serves both. The embedding of time and prompt scales, shifts and gates every branch; the
-gates are initialized to zero ("adaLN-Zero"). As in recent language models, it has RMS norms,
-normalized queries and keys, gated MLPs and rotary positions: half of each head for the row, half
-for the column. Large patches work because the network predicts the clean image (Li & He 2025,
-arXiv:2511.13720).
+Xie 2022, arXiv:2212.09748). The encoder states of the prompt are appended to the
+sequence, so that self-attention covers both. The embedding of time and prompt scales, shifts and
+gates every branch; the gates are initialized to zero ("adaLN-Zero"). As in recent language models,
+the blocks have RMS norms, normalized queries and keys, gated MLPs and rotary positions: half of
+each head is rotated by the row, half by the column. Large patches work because the network predicts
+the clean image (Li & He 2025, arXiv:2511.13720).
 
-It needs more training images than the U-Net, which has locality built in, so emoji-64 is a U-Net.
+A transformer needs more training images than a U-Net, which has locality built in, so emoji-64 is a
+U-Net.
 
 Leaves out: overlapping patches, and register tokens.
 """
@@ -56,10 +57,10 @@ class Params:
     """Weights of the transformer."""
 
     condition: Condition
-    patch: Linear  # [D, p p 3]
-    word: Linear  # [D, E]
+    patch: Linear  # [D, p p 3], for patches of p x p pixels
+    word: Linear  # [D, E], for prompt tokens
     layers: tuple[Layer, ...]
-    modulation: Linear  # [2 D, d_cond]: scale and shift before the last map
+    modulation: Linear  # [2 D, d_cond]: scale and shift before `last`
     last: Linear  # [p p 3, D]
 
 
@@ -98,10 +99,10 @@ def forward(
     Args:
         params: the weights.
         cfg: the config.
-        x: float32 [B, Y, X, 3], the noisy images, of variance 1.
+        x: float32 [B, Y, X, 3], the noisy images, scaled to variance 1.
         t: float32 [B], flow times: 0 is noise, 1 the clean image.
-        text: the prompts.
-        keep: bool [B], False to drop the prompt.
+        text: the encoded prompts.
+        keep: bool [B], False to predict without the prompt.
 
     Returns:
         float32 [B, Y, X, 3]; `model.denoise` computes the clean images from it.
@@ -125,15 +126,15 @@ def forward(
 def rotary_angles(
     height: int, width: int, words: int, cfg: DiTConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Return cosines and sines of the rotary angles of every token, [1, T + S, 1, H/2] each.
+    """Return the cosines and the sines of the rotary angles, each float32 [1, T + S, 1, H/2].
 
     The first half of the channel pairs is rotated by the row, the second by the column. Prompt
     tokens are not rotated.
 
     Args:
-        height: rows of patches.
-        width: columns of patches.
-        words: S, prompt tokens.
+        height: number of rows of patches.
+        width: number of columns of patches; T = height * width.
+        words: S, the number of prompt tokens.
         cfg: the config.
     """
     frequency = rope.frequencies(cfg.head_dim // 2, cfg.rope_theta)  # [H/4]
@@ -151,7 +152,7 @@ def block(
     angles: tuple[jax.Array, jax.Array],
     attention_mask: jax.Array,
 ) -> jax.Array:
-    """Apply a block, attention and MLP with adaLN modulation: [B, T + S, D] -> the same.
+    """Apply a block: attention and MLP with adaLN modulation; return float32 [B, T + S, D].
 
     Args:
         h: float32 [B, T + S, D], patches and prompt tokens.
@@ -159,7 +160,7 @@ def block(
         cfg: the config.
         cond: float32 [B, d_cond], from `layers.condition`.
         angles: from `rotary_angles`.
-        attention_mask: bool [B, T + S], the tokens to attend to.
+        attention_mask: bool [B, T + S], True for tokens to attend to.
     """
     b, length, d = h.shape
     scale, shift, gate, scale_mlp, shift_mlp, gate_mlp = jnp.split(

@@ -2,19 +2,21 @@
 
 A variation starts from the image with noise added instead of pure noise, and denoises from there:
 details hidden by the noise are generated anew, the rest follows the image (SDEdit; Meng et al.
-2021, arXiv:2108.01073). Its strength is the share of the steps from noise to image that are taken.
+2021, arXiv:2108.01073). The strength of a variation is the share of the steps from noise to image
+that are taken.
 
-Inpainting fixes a part of the image: at every level the known part of the noisy image is replaced
-by the original with as much noise (RePaint; Lugmayr et al. 2022, arXiv:2201.09865). The samplers
-take the predicted clean image, so it suffices to replace the known part of the prediction: with the
-same noise, every sampler then yields exactly the original at the noise of the level there, and the
-network sees it beside the part it generates. Each level of high noise is resampled several times
-with fresh noise, because the new part is first generated without regard to the known part.
-(Measured on lower halves without a prompt: values jump by 0.23 at the boundary with one step a
-level, by 0.17 with five; three times as many levels make no visible difference.)
+Inpainting keeps a part of the image: at every noise level, the known part of the noisy image is
+replaced by the original with the same amount of noise (RePaint; Lugmayr et al. 2022,
+arXiv:2201.09865). Samplers compute the noisy image from the predicted clean image, so it suffices
+to replace the known part of the prediction: there every sampler then yields the original with the
+noise of the level, and the network sees it beside the part that it generates. Every level of high
+noise is denoised several times, with fresh noise added in between, because the network first
+generates the new part without regard to the known part. (Measured on lower halves without a prompt:
+pixel values jump by 0.23 at the boundary with one step per level, by 0.17 with five; three times as
+many levels make no visible difference.)
 
-The network works at low resolution and the image may have a higher one. So the unchanged part of
-the result is copied from the original (`paste`), bit by bit.
+The network works at low resolution, and the image can have a higher one. So the unchanged part of
+the result is copied from the original (`paste`), with identical pixel values.
 
 Leaves out: networks trained for inpainting, which take the mask as an input.
 """
@@ -32,9 +34,9 @@ from diffusion.image_io import composite_on_white
 from diffusion.pipeline import DiffusionPipeline, SamplerOptions
 from diffusion.schedule import NoiseLevel
 
-VARIATION_STRENGTH = 0.8  # changes an image visibly and leaves it recognizable
-RESAMPLING_STEPS = 5  # steps at each level of inpainting that is resampled
-RESAMPLE_UNTIL = 0.5  # flow time from which on levels are not resampled: the outlines are fixed
+VARIATION_STRENGTH = 0.8  # of a variation by default: visible changes, and still recognizable
+RESAMPLING_STEPS = 5  # steps at each noise level that inpainting resamples
+RESAMPLE_UNTIL = 0.5  # flow time at which resampling ends, because the outlines no longer change
 
 
 def steps(
@@ -47,19 +49,19 @@ def steps(
     masks: np.ndarray | jax.Array | None = None,
     strength: float = 1.0,
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Generate images from images step by step, as `DiffusionPipeline.steps`.
+    """Generate images from images, one denoising step at a time, like `DiffusionPipeline.steps`.
 
     Args:
         pipeline: the model.
-        prompts: one an image; each describes the result, not the change. May be empty.
-        keys: [B] PRNG keys, one an image.
-        options: options of the sampler; `strength` times its number of steps are taken.
+        prompts: one per image; each describes the result, not the change. A prompt can be empty.
+        keys: [B] PRNG keys, one per image.
+        options: options of the sampler; `strength * options.steps` steps are taken.
         images: float [B, Y, X, 3] from -1 to 1, at the size of the denoiser; see
             `preprocess_image`.
         masks: float [B, Y, X, 1], 1 where the image changes and 0 where it stays; None to change
             all of it.
-        strength: above 0, up to 1: the share of the way back to noise. At 1 only the part that a
-            mask keeps influences the result.
+        strength: how far back to pure noise the images are moved, above 0 and at most 1. At 1 only
+            the part that a mask keeps influences the result.
 
     Yields:
         The noisy images and the predicted clean ones, each float32 [B, Y, X, 3].
@@ -98,13 +100,13 @@ def steps(
 def renoise(
     z: jax.Array, level: NoiseLevel, noisier_level: NoiseLevel, noise: jax.Array
 ) -> jax.Array:
-    """Return noisy images at a level of more noise, with fresh noise added.
+    """Add fresh noise to noisy images so that they are at a level of more noise.
 
     Args:
         z: noisy images at `level`.
-        level: a level.
-        noisier_level: a level of more noise.
-        noise: standard normal noise of the shape of z.
+        level: the noise level of `z`.
+        noisier_level: the noise level of the result.
+        noise: standard normal noise of the shape of `z`.
     """
     scale = noisier_level.alpha / level.alpha
     return scale * z + (noisier_level.sigma**2 - (scale * level.sigma) ** 2) ** 0.5 * noise
@@ -130,8 +132,8 @@ def inpaint_denoiser(
 def preprocess_image(image: np.ndarray, size: int) -> np.ndarray:
     """Convert an image to the input of the denoiser.
 
-    It is composited on white, padded to a square with white on both sides, and resized by area
-    averaging.
+    The image is composited on white, padded to a square with white on both sides, and resized by
+    area averaging.
 
     Args:
         image: uint8 [Y, X, 3 or 4].
@@ -145,7 +147,7 @@ def preprocess_image(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def preprocess_mask(mask: np.ndarray, size: int) -> np.ndarray:
-    """Convert the mask of an image as `preprocess_image` converts the image.
+    """Pad and resize the mask of an image as `preprocess_image` does with the image.
 
     A pixel of the result is 1 if any pixel of its area is above 0.
 
@@ -162,17 +164,17 @@ def preprocess_mask(mask: np.ndarray, size: int) -> np.ndarray:
 def alpha_mask(image: np.ndarray) -> np.ndarray:
     """Return the mask of an image's transparency: uint8 [Y, X, 4] -> float32 [Y, X, 1].
 
-    It is 1 where the image is transparent (the part to change), 0 where it is opaque.
+    The mask is 1 where the image is transparent (the part to change), 0 where it is opaque.
     """
     return 1 - image[..., 3:] / np.float32(255)
 
 
 def paste(original: np.ndarray, generated: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Paste a generated image into the original, which is unchanged bit by bit where the mask is 0.
+    """Paste a generated image into the original; pixels where the mask is 0 are copied unchanged.
 
     Args:
-        original: uint8 [Y, X, 3 or 4]. Pass three channels if its transparency is the mask.
-        generated: uint8 [S, S, 3], generated from the preprocessed original.
+        original: uint8 [Y, X, 3 or 4]; without the alpha channel if that is the mask.
+        generated: uint8 [S, S, 3], generated from `preprocess_image(original)`.
         mask: float [Y, X, 1], 1 where the original is replaced.
 
     Returns:
@@ -191,7 +193,7 @@ def paste(original: np.ndarray, generated: np.ndarray, mask: np.ndarray) -> np.n
 
 
 def _margins(height: int, width: int) -> tuple[int, int]:
-    """Return the rows above and the columns left of an image centred in its square."""
+    """Return the number of rows above and columns left of an image centred in a square."""
     side = max(height, width)
     return (side - height) // 2, (side - width) // 2
 
@@ -211,7 +213,7 @@ def _area_resize(square: np.ndarray, size: int) -> np.ndarray:
     from PIL import Image
 
     resized = []
-    for channel in np.moveaxis(square, -1, 0):  # one at a time, to save memory
+    for channel in np.moveaxis(square, -1, 0):  # one channel at a time, to save memory
         image = Image.fromarray(channel.astype(np.float32))
         resized.append(np.asarray(image.resize((size, size), Image.Resampling.BOX)))
     return np.stack(resized, axis=-1)

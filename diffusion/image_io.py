@@ -1,14 +1,15 @@
 """Image files: decode untrusted bytes to arrays, and encode arrays to bytes.
 
 The format is detected from the first bytes, never from a name. The size is read from the header and
-checked before decoding: a PNG of some kilobytes can expand to gigabytes, and so can the square
-around a single line of pixels. The number of parts is limited because decoding time grows with it:
-a progressive JPEG of 35 kB can have 400 scans, each over all pixels. Animations are decoded to
-their first frame, and photographs are rotated as their EXIF orientation says.
+checked before decoding: a PNG of some kilobytes can expand to gigabytes, and so can a single line
+of pixels when it is padded to a square. The number of parts (chunks or markers) is limited because
+decoding time grows with it: a progressive JPEG of 35 kB can have 400 scans, each over all pixels.
+Only the first frame of an animation is decoded, and photographs are rotated according to their EXIF
+orientation.
 
-A PNG without an alpha channel may name one transparent colour (its tRNS chunk). The colour has the
-bit depth of the file, so it is compared before 16 bits are reduced to 8; Pillow compares after, or
-not at all (PNG specification, third edition, 11.3.2.1).
+A PNG without an alpha channel can define one transparent colour (its tRNS chunk). The colour has
+the bit depth of the file, so pixels are compared with it before 16 bits are reduced to 8; Pillow
+compares afterwards or not at all (PNG specification, third edition, 11.3.2.1).
 
 Leaves out: colour profiles, and other formats, because each decoder adds attack surface.
 """
@@ -33,10 +34,10 @@ MAX_SCANS = 100  # of a JPEG file; cameras and optimizers write about ten
 MAX_PARTS = 20_000  # chunks of a PNG file, markers of a JPEG file
 _READABLE = ("PNG", "JPEG", "WEBP", "GIF")
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
-# A JPEG marker, but not a stuffed byte (00), a fill byte (FF) or a restart within coded data.
+# A JPEG marker, except a stuffed byte (00), a fill byte (FF) and restart markers in coded data.
 _MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 _SOI, _EOI, _SOS, _TEM = 0xD8, 0xD9, 0xDA, 0x01
-# Bits of a sample in a PNG file, by Pillow's raw mode.
+# Bits per sample of a PNG file, by Pillow's raw mode.
 _DEPTHS = {"L;2": 2, "L;4": 4, "L": 8, "I;16B": 16, "RGB": 8, "RGB;16B": 16}
 
 
@@ -45,10 +46,10 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
     Args:
         data: the bytes of the file.
-        max_pixels: the limit on height times width; a side may be at most twice its square root.
+        max_pixels: the limit on height times width. Neither side can exceed twice its square root.
 
     Raises:
-        ValueError: the format is another one, the file is truncated or damaged, the image is
+        ValueError: the format is not supported, the file is truncated or damaged, the image is
             larger than `max_pixels` allows, or the file has more than `MAX_SCANS` scans or
             `MAX_PARTS` parts.
     """
@@ -89,7 +90,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise
     except UnidentifiedImageError:
         raise ValueError(
-            "the file is not an image of a supported format: use PNG, JPEG, WebP or GIF"
+            "the file has no supported image format: use PNG, JPEG, WebP or GIF"
         ) from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"the image is too large: {error}") from None
@@ -102,10 +103,10 @@ class _TooLarge(ValueError):
 
 
 def _transparent_colour(image: ImageFile) -> tuple[int, tuple[int, ...]] | None:
-    """Return the bits of a sample and the transparent colour of a PNG file, if it has one.
+    """Return the bits per sample and the transparent colour of a PNG file; None if it has none.
 
     Args:
-        image: an image that is not decoded yet.
+        image: an image opened by Pillow and not decoded yet.
     """
     colour = image.info.get("transparency")
     depth = _DEPTHS.get(str(image.tile[0].args)) if image.format == "PNG" and image.tile else None
@@ -114,24 +115,24 @@ def _transparent_colour(image: ImageFile) -> tuple[int, tuple[int, ...]] | None:
     values = (colour,) if isinstance(colour, int) else colour
     return depth, tuple(
         value & (1 << depth) - 1 for value in values
-    )  # only the low bits count, by the specification
+    )  # the specification says to use only the low bits
 
 
 def _low_bytes(data: bytes) -> np.ndarray:
-    """Return the low bytes of a PNG file of 16-bit RGB, rotated by EXIF: uint8 [Y, X, 3]."""
+    """Return the low bytes of the samples of a 16-bit RGB PNG: uint8 [Y, X, 3], EXIF applied."""
     from PIL import Image, ImageOps
 
     with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-        # The other byte order, so that Pillow keeps the low bytes.
+        # Pillow keeps the high bytes; with the byte order swapped, these are the low bytes.
         image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
         return np.asarray(ImageOps.exif_transpose(image))
 
 
 def _check_parts(data: bytes) -> None:
-    """Check the number of parts and scans of a file, before decoding takes a long time.
+    """Check the number of parts and scans of a file before decoding, which could take too long.
 
     Raises:
-        ValueError: there are too many.
+        ValueError: the file has more than `MAX_PARTS` parts or `MAX_SCANS` scans.
     """
     parts = scans = 0
     if data.startswith(_PNG):
@@ -156,11 +157,11 @@ def _check_parts(data: bytes) -> None:
 
 
 def encode(image: np.ndarray, format: ImageFormat, quality: int = 95) -> bytes:
-    """Encode an image.
+    """Encode an image to the bytes of a file.
 
     Args:
         image: uint8 [Y, X, 3], or [Y, X, 4] with transparency; composited on white for JPEG.
-        format: PNG is lossless; JPEG and WebP are lossy.
+        format: "png", which is lossless; "jpeg" or "webp", which are lossy.
         quality: 0 (smallest) to 100 (best) of JPEG and WebP; ignored for PNG.
 
     Raises:
@@ -193,24 +194,24 @@ def composite_on_white(image: np.ndarray) -> np.ndarray:
 
 
 def save(image: np.ndarray, path: Path) -> None:
-    """Write an image file in the format of its suffix.
+    """Write an image file in the format that its suffix names.
 
     Args:
         image: uint8 [Y, X, 3 or 4].
         path: the file to write.
 
     Raises:
-        ValueError: the suffix is not that of a supported format.
+        ValueError: the suffix is not .png, .jpg, .jpeg or .webp.
         OSError: the file cannot be written.
     """
     path.write_bytes(encode(image, format_of(path)))
 
 
 def format_of(path: Path) -> ImageFormat:
-    """Return the image format of a file's suffix.
+    """Return the image format that the suffix of a file names.
 
     Raises:
-        ValueError: the suffix is not that of a supported format.
+        ValueError: the suffix is not .png, .jpg, .jpeg or .webp.
     """
     suffix = path.suffix.lower()
     formats: dict[str, ImageFormat] = {

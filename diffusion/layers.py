@@ -15,8 +15,8 @@ from transformer.layers import linear
 from transformer.weights import Linear
 
 EPS = 1e-6
-_FREQUENCIES = 32  # of the time features
-_MAX_FREQUENCY = 50.0  # periods between t = 0 and t = 1
+_FREQUENCIES = 32  # number of frequencies in the time features
+_MAX_FREQUENCY = 50.0  # highest frequency: periods between t = 0 and t = 1
 
 
 @struct.dataclass
@@ -30,7 +30,7 @@ class Condition:
 
 
 def array_info(shape: tuple[int, ...], axes: tuple[str, ...], initializer: Any) -> Any:
-    """Return an `ArrayInfo`, typed to take the place of an array.
+    """Return an `ArrayInfo`, typed as `Any` to stand where an array is declared.
 
     Args:
         shape: the shape of the array.
@@ -43,13 +43,14 @@ def array_info(shape: tuple[int, ...], axes: tuple[str, ...], initializer: Any) 
 def abstract_linear(
     out_dim: int, in_dim: int, *, bias: bool = True, is_zero: bool = False
 ) -> Linear:
-    """Return a `Linear` of [out_dim, in_dim] with an `ArrayInfo` at each leaf.
+    """Return a `Linear` with an `ArrayInfo` at each leaf; the weight is [out_dim, in_dim].
 
     Args:
         out_dim: output channels.
         in_dim: input channels.
-        bias: whether it has a bias.
-        is_zero: initialize the weight to zero, so that its branch is initially the identity.
+        bias: whether the layer has a bias.
+        is_zero: initialize the weight to zero, so that a residual branch ending in the layer
+            initially adds nothing.
     """
     fan_in = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
     zeros = jax.nn.initializers.zeros
@@ -60,7 +61,7 @@ def abstract_linear(
 
 
 def abstract_condition(d_cond: int, text_dim: int) -> Condition:
-    """Return the tree of `Condition` with an `ArrayInfo` at each leaf.
+    """Return a `Condition` with an `ArrayInfo` at each leaf.
 
     Args:
         d_cond: width of the embedding.
@@ -79,7 +80,7 @@ def init(key: jax.Array, tree: Any) -> Any:
 
     Args:
         key: a PRNG key.
-        tree: the tree; the result has its structure.
+        tree: a pytree of `ArrayInfo`; the result has the same structure.
     """
     infos, structure = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(infos))
@@ -93,13 +94,13 @@ def init(key: jax.Array, tree: Any) -> Any:
 def condition(
     p: Condition, t: jax.Array, text: PromptEmbeds, keep: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the conditioning of every block.
+    """Return the conditioning that every block receives.
 
     Args:
         p: the weights.
         t: float32 [B], flow times.
-        text: the prompts.
-        keep: bool [B], False to drop the prompt: it becomes the single token `p.null`.
+        text: the encoded prompts.
+        keep: bool [B]; where False, the prompt is replaced by the single token `p.null`.
 
     Returns:
         The embedding of time and prompt, float32 [B, d_cond]; the normalized states of the prompt
@@ -115,7 +116,7 @@ def condition(
 
 
 def time_features(t: jax.Array) -> jax.Array:
-    """Return cosines and sines of the time at 32 frequencies, of variance 1: [B] -> [B, 2 x 32]."""
+    """Return cosines and sines of t at 32 frequencies, scaled to variance 1: [B] -> [B, 2 x 32]."""
     frequencies = jnp.exp(jnp.linspace(math.log(0.5), math.log(_MAX_FREQUENCY), _FREQUENCIES))
     angle = 2 * math.pi * t[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1) * math.sqrt(2)
@@ -133,7 +134,7 @@ def attend(query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
         query: [B, T, N, H].
         keys: [B, S, N, H].
         values: [B, S, N, H].
-        mask: bool [B, S], the keys to attend to.
+        mask: bool [B, S], True for keys to attend to.
 
     Returns:
         [B, T, N, H].

@@ -2,15 +2,15 @@
 
 - `kernel_distance`: whether generated and real images have the same distribution (KID; Binkowski et
   al. 2018, arXiv:1801.01401). Unlike the Frechet distance (FID) it is unbiased for few images.
-- `coverage`: the share of real images with a similar generated one (Naeem et al. 2020,
-  arXiv:2002.09797). A model that generates one perfect apple has a low distance but low coverage.
-- `retrieval`: whether the image matches its prompt: how often the right caption has one of the
-  highest scores among a hundred, as in zero-shot classification (Radford et al. 2021,
+- `coverage`: the share of real images that have a similar generated image (Naeem et al. 2020,
+  arXiv:2002.09797). A model that only generates one perfect apple has low coverage.
+- `retrieval`: whether images match their prompts: how often the right caption has one of the
+  highest scores among a hundred captions, as in zero-shot classification (Radford et al. 2021,
   arXiv:2103.00020).
 - `memorisation`: whether generated images are copies of training images.
 
-The first three take features or scores of another trained network, which the caller chooses. The
-last compares pixels.
+The first three take features or scores that the caller computes with another trained network, such
+as CLIP. The last compares pixels.
 
 Leaves out: FID, precision and recall, and human judgement, which no metric here replaces.
 """
@@ -23,10 +23,11 @@ import numpy as np
 
 
 def kernel_distance(real: np.ndarray, generated: np.ndarray) -> float:
-    """Estimate the kernel distance of two distributions; its mean is 0 if they are equal.
+    """Estimate the kernel distance of two distributions; the expected value is 0 if they are equal.
 
-    It is the squared maximum mean discrepancy under the kernel (x.y / D + 1)^3, which depends on
-    the first three moments. The estimate is unbiased, so it may be slightly below 0.
+    The kernel distance is the squared maximum mean discrepancy under the kernel (x.y / D + 1)^3,
+    which depends on the first three moments. The estimate is unbiased, so it can be slightly below
+    0.
 
     Args:
         real: features [n, D], n at least 2.
@@ -37,7 +38,7 @@ def kernel_distance(real: np.ndarray, generated: np.ndarray) -> float:
         return (x.astype(np.float64) @ y.astype(np.float64).T / x.shape[1] + 1) ** 3
 
     def within(x: np.ndarray) -> float:
-        """Return the mean over pairs of two different rows."""
+        """Return the mean kernel value over all pairs of two different rows."""
         values = kernel(x, x)
         return (values.sum() - values.trace()) / (len(x) * (len(x) - 1))
 
@@ -45,15 +46,15 @@ def kernel_distance(real: np.ndarray, generated: np.ndarray) -> float:
 
 
 def coverage(real: np.ndarray, generated: np.ndarray, k: int = 5) -> float:
-    """Return the share of real images with a generated one in their neighbourhood.
+    """Return the share of real images that have a generated image in their neighbourhood.
 
     The neighbourhood of a real image extends to its k-th nearest other real image. For equal
-    distributions and equal counts, the share is about 1 - 2^-k.
+    distributions and n = m, the share is about 1 - 2^-k.
 
     Args:
         real: features [n, D], n above k.
         generated: features [m, D].
-        k: the neighbour that bounds the neighbourhood.
+        k: which nearest neighbour bounds the neighbourhood, from 1.
 
     Raises:
         ValueError: k is not from 1 to n - 1.
@@ -69,15 +70,16 @@ def coverage(real: np.ndarray, generated: np.ndarray, k: int = 5) -> float:
 
 
 def retrieval(scores: np.ndarray, right: np.ndarray, k: int, among: int = 100) -> float:
-    """Return how often the right caption is among the k best of `among` captions.
+    """Return how often the right caption of an image is among the k best of `among` captions.
 
-    The wrong captions are sampled from all others; the result is the exact mean over all samples.
-    Chance level is k / among.
+    The other captions are sampled from all wrong ones; the result is the exact mean over all
+    samples. Random scores give k / among.
 
     Args:
-        scores: [n, G], of each caption for each image. A wrong caption of equal score ranks higher.
-        right: int [n], the right caption of each image.
-        k: the ranks that count.
+        scores: [n, G], the score of each caption for each image. A wrong caption of equal score
+            ranks above the right one.
+        right: int [n], the index of the right caption of each image.
+        k: the number of top ranks that count as found.
         among: the number of captions to rank, the right one included, at most G.
 
     Raises:
@@ -91,7 +93,7 @@ def retrieval(scores: np.ndarray, right: np.ndarray, k: int, among: int = 100) -
     num_samples = comb(wrong, among - 1)
 
     def share(count: int) -> float:
-        """Return the share of samples with fewer than k of `count` better captions."""
+        """Return how often fewer than k captions of a sample are better, if `count` of all are."""
         hits = sum(
             comb(count, i) * comb(wrong - count, among - 1 - i) for i in range(min(k, among))
         )
@@ -101,11 +103,11 @@ def retrieval(scores: np.ndarray, right: np.ndarray, k: int, among: int = 100) -
 
 
 def nearest_distances(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return the root mean square distance of each image to the nearest of others: [n].
+    """Return the root mean square distance of each image to the nearest other image: float [n].
 
     Args:
         images: [n, Y, X, C].
-        others: [m, Y, X, C].
+        others: [m, Y, X, C], the images to find the nearest among.
     """
     size = images[0].size
     squares = _squared_distances(images.reshape(-1, size), others.reshape(-1, size))
@@ -113,7 +115,7 @@ def nearest_distances(images: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def memorisation(generated: np.ndarray, held_out: np.ndarray, train: np.ndarray) -> float:
-    """Return the distance of generated images to training images, relative to held-out images.
+    """Return how far generated images are from training images, relative to held-out images.
 
     Args:
         generated: [n, Y, X, C].
@@ -121,15 +123,16 @@ def memorisation(generated: np.ndarray, held_out: np.ndarray, train: np.ndarray)
         train: [l, Y, X, C], training images.
 
     Returns:
-        The mean distance of generated images to the nearest training image, divided by that of
-        held-out images. 0: copies; 1: as far from the training images as held-out ones.
+        The mean distance of generated images to the nearest training image, divided by the mean
+        distance of held-out images to it. 0: copies; 1: as far from the training images as
+        held-out images.
     """
     distance = nearest_distances(generated, train).mean()
     return float(distance / nearest_distances(held_out, train).mean())
 
 
 def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return the squared distances of rows, float64 [n, m]."""
+    """Return the squared distances of the rows of x to the rows of y, float64 [n, m]."""
     x, y = x.astype(np.float64), y.astype(np.float64)
     squares = (x**2).sum(1)[:, None] - 2 * x @ y.T + (y**2).sum(1)
     return np.maximum(squares, 0)

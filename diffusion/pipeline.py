@@ -3,7 +3,8 @@
     pipeline = diffusion.load("diffusion/weights/emoji-64", "models/all-minilm-l6-v2")
     images = pipeline.generate(["a red apple", "a happy cat"], seed=0)
 
-`DiffusionPipeline.steps` yields every step, for previews or for work between the steps.
+`DiffusionPipeline.steps` yields the images after every denoising step, for previews, or so that a
+caller can do other work between steps.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class SamplerOptions:
 
     steps: int = 20
     sampler: Sampler = "dpmpp"
-    guidance: float = 3.0  # scale of classifier-free guidance; 1 is none
+    guidance: float = 3.0  # scale of classifier-free guidance; 1 means no guidance
     shift: float = 1.0  # above 1, more of the steps are at high noise
 
     def __post_init__(self) -> None:
@@ -71,7 +72,7 @@ class DiffusionPipeline:
 
     @property
     def size(self) -> int:
-        """Pixels of the images, height and width, after the upscaler."""
+        """Height and width in pixels of the images after the upscaler."""
         return 2 * self.cfg.image_size
 
     def generate(
@@ -80,8 +81,8 @@ class DiffusionPipeline:
         """Generate one image for each prompt: uint8 [B, size, size, 3].
 
         Args:
-            prompts: the prompts; an empty one generates without a prompt.
-            seed: the noise of image i depends on the seed and i only.
+            prompts: the prompts; an empty string generates without a prompt.
+            seed: the seed of the noise; the noise of image i depends only on the seed and i.
             options: options of the sampler; None for the defaults.
         """
         keys = sample.image_keys(seed, len(prompts))
@@ -91,16 +92,17 @@ class DiffusionPipeline:
     def steps(
         self, prompts: Sequence[str], keys: jax.Array, options: SamplerOptions
     ) -> Iterator[tuple[jax.Array, jax.Array]]:
-        """Generate images step by step; see `sample.steps`.
+        """Generate images one denoising step at a time; see `sample.steps`.
 
         Args:
             prompts: B prompts.
-            keys: [B] PRNG keys, one an image.
+            keys: [B] PRNG keys, one per image.
             options: options of the sampler.
 
         Yields:
-            The noisy images and the predicted clean ones, each float32 [B, Y, X, 3] at the size of
-            the denoiser, both valid inputs of `postprocess`. The last noisy images are the result.
+            The noisy images and the predicted clean images after each step, each float32
+            [B, Y, X, 3] at the size of the denoiser. Both can be passed to `postprocess`. The noisy
+            images of the last step are the result.
         """
         size = self.cfg.image_size
         z = sample.normal(keys, (size, size, 3))
@@ -110,15 +112,15 @@ class DiffusionPipeline:
             yield step.noisy, step.clean
 
     def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """Encode prompts.
+        """Encode prompts with the text encoder.
 
         Args:
-            prompts: B prompts; an empty one has no states.
+            prompts: B prompts; the tokens of an empty string are all masked.
         """
         return jax.tree.map(jnp.asarray, self.text_encoder(prompts))
 
     def guided_denoiser(self, text: PromptEmbeds, guidance: float) -> sample.DenoiseFn:
-        """Return a denoiser with guidance for some prompts, to pass to a sampler.
+        """Return a denoiser for the given prompts with guidance, to pass to a sampler.
 
         Args:
             text: the encoded prompts, from `encode_prompts`.
@@ -150,12 +152,13 @@ class DiffusionPipeline:
         """Return the denoising trajectory of one image, postprocessed.
 
         Args:
-            steps: all items that `steps` yielded.
+            steps: all items that the method `steps` yielded.
             row: the index of the image.
             max_steps: the number of steps to show, evenly spaced.
 
         Returns:
-            uint8 [2 n, size, size, 3]: n noisy images, then the clean ones predicted before each.
+            uint8 [2 n, size, size, 3]: the noisy images of n steps, then the clean images that were
+            predicted in the same steps.
         """
         indices = np.linspace(0, len(steps) - 1, min(max_steps, len(steps))).round().astype(int)
         images = [steps[i][kind][row] for kind in (0, 1) for i in indices]
@@ -166,15 +169,15 @@ class DiffusionPipeline:
 def denoise_with_guidance(
     params: Any, cfg: model.Config, z, t, text: PromptEmbeds, guidance
 ) -> jax.Array:
-    """Predict the clean images with classifier-free guidance.
+    """Predict clean images with classifier-free guidance.
 
-    The images with and without the prompt form one batch. A row with an empty prompt is predicted
-    twice without.
+    The predictions with and without the prompt are computed in one batch. For an empty prompt, both
+    are without.
 
     Args:
         params: the weights of the denoiser.
         cfg: the config of the denoiser.
-        z: float32 [B, Y, X, 3], noisy images in the notation of a flow.
+        z: float32 [B, Y, X, 3], noisy images in the notation of a flow (`schedule`).
         t: float, the flow time of all rows.
         text: the encoded prompts.
         guidance: the guidance scale.
@@ -199,7 +202,7 @@ def make_grid(images: np.ndarray, columns: int) -> np.ndarray:
 
     Args:
         images: uint8 [B, Y, X, C].
-        columns: images in a row.
+        columns: number of images per row.
 
     Returns:
         uint8 [rows * Y, columns * X, C].
@@ -217,11 +220,12 @@ def load(folder: str | Path, encoder: str | Path) -> DiffusionPipeline:
 
     Args:
         folder: holds `denoiser/` and `upscaler/`, as the training recipe exports them.
-        encoder: a sentence-transformers folder, the encoder that the denoiser was trained with.
+        encoder: a sentence-transformers folder of the text encoder that the denoiser was trained
+            with.
 
     Raises:
         OSError: a file is missing or cannot be read.
-        ValueError: a file is damaged, or the encoder has another width.
+        ValueError: a file is damaged, or the width of the encoder does not match the denoiser.
     """
     denoiser, cfg = checkpoint.load(Path(folder) / "denoiser")
     upscaler, upscaler_cfg = checkpoint.load(Path(folder) / "upscaler")

@@ -1,15 +1,15 @@
-"""Samplers: from noise to an image, in one loop with interchangeable step functions.
+"""Samplers: from noise to an image, in one loop over interchangeable step functions.
 
 A sampler goes through levels of decreasing noise. At each level the network predicts the clean
-image, and the sampler computes the noisy image of the next level from it:
+image, from which the sampler computes the noisy image at the next level:
 
-    ddim    with the predicted noise (Song et al. 2020, arXiv:2010.02502). On the levels of a flow
+    ddim    using the predicted noise (Song et al. 2020, arXiv:2010.02502). On the levels of a flow
             this equals Euler's method, "euler".
-    ddpm    with part of the noise replaced by fresh noise (Ho et al. 2020, arXiv:2006.11239):
-            DDIM with eta = 1.
-    heun    with the mean velocity of this and the next level (Karras et al. 2022,
+    ddpm    replacing part of the predicted noise by fresh noise (Ho et al. 2020,
+            arXiv:2006.11239): DDIM with eta = 1.
+    heun    using the mean velocity at this and the next level (Karras et al. 2022,
             arXiv:2206.00364), in the notation of a flow.
-    dpmpp   with a prediction extrapolated from the previous level ("2M" of DPM-Solver++; Lu et al.
+    dpmpp   using a prediction extrapolated from the previous level ("2M" of DPM-Solver++; Lu et al.
             2022, arXiv:2211.01095).
 
 Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) amplifies the difference that the
@@ -30,19 +30,19 @@ import jax.numpy as jnp
 from diffusion import schedule
 from diffusion.schedule import NoiseLevel
 
-# Noisy images and their level -> predicted clean images.
+# Takes noisy images and their noise level, and returns the predicted clean images.
 DenoiseFn = Callable[[jax.Array, NoiseLevel], jax.Array]
 Sampler = Literal["euler", "ddim", "ddpm", "heun", "dpmpp"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
 
 
 class Step(NamedTuple):
-    """The state of a sampler after a step.
+    """The state of a sampler after a denoising step.
 
     Attributes:
-        number: steps taken, from 1.
-        noisy: [B, Y, X, 3], at the level just reached.
-        clean: [B, Y, X, 3], the clean images predicted at the level before.
+        number: the number of steps taken so far, from 1.
+        noisy: [B, Y, X, 3], the noisy images at the noise level just reached.
+        clean: [B, Y, X, 3], the clean images predicted at the noise level before.
     """
 
     number: int
@@ -58,22 +58,23 @@ def steps(
     *,
     keys: jax.Array | None = None,
 ) -> Iterator[Step]:
-    """Denoise images level by level.
+    """Denoise images from noise level to noise level.
 
     Args:
-        denoise: predicts the clean images.
-        z: [B, Y, X, 3], at the first level: noise, or images with noise added.
-        levels: at least two, of decreasing noise; the last is usually the clean image, (1, 0).
-        sampler: the method of a step, one of `SAMPLERS`.
-        keys: [B] PRNG keys, one a row, for the fresh noise of "ddpm". Each row has its own noise,
-            so an image does not depend on the other rows.
+        denoise: predicts clean images from noisy images and their noise level.
+        z: [B, Y, X, 3], images at the first noise level: noise, or images with noise added.
+        levels: at least two noise levels, of decreasing noise; the last is usually that of a clean
+            image, `NoiseLevel(1, 0)`.
+        sampler: the name of the step function, one of `SAMPLERS`.
+        keys: [B] PRNG keys, one per image, for the fresh noise of "ddpm". So an image does not
+            depend on the other images of the batch.
 
     Yields:
-        One `Step` for each level after the first. `noisy` of the last one is the result.
+        One `Step` for each noise level after the first. `noisy` of the last step is the result.
 
     Raises:
-        ValueError: the sampler is unknown, there are too few levels, their noise does not decrease,
-            or "ddpm" has no keys.
+        ValueError: the sampler is unknown, there are fewer than two levels, their noise does not
+            decrease, or `keys` is None with "ddpm".
     """
     if sampler not in _SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(_SAMPLERS)}, got {sampler!r}")
@@ -81,11 +82,9 @@ def steps(
         raise ValueError(f"levels must have at least 2 noise levels, got {len(levels)}")
     for level, next_level in zip(levels, levels[1:], strict=False):
         if level.sigma * next_level.alpha <= next_level.sigma * level.alpha:
-            raise ValueError(
-                f"noise must decrease from level to level, got {level} before {next_level}"
-            )
+            raise ValueError(f"levels must have decreasing noise, got {level} before {next_level}")
     if sampler == "ddpm" and keys is None:
-        raise ValueError("ddpm adds fresh noise: keys must not be None")
+        raise ValueError("keys must not be None with ddpm, which adds fresh noise")
     history = None
     for number, (level, next_level) in enumerate(zip(levels, levels[1:], strict=False), 1):
         fresh = None
@@ -103,24 +102,24 @@ def sample(
     *,
     keys: jax.Array | None = None,
 ) -> jax.Array:
-    """Return the images after the last of `steps`; see there for the arguments."""
+    """Return the images after the last denoising step; see `steps` for the arguments."""
     for step in steps(denoise, z, levels, sampler, keys=keys):
         z = step.noisy
     return z
 
 
 def image_keys(seed: int, count: int) -> jax.Array:
-    """Return [count] PRNG keys; key i is `fold_in(key(seed), i)` whatever the count."""
+    """Return [count] PRNG keys; key i is `fold_in(key(seed), i)`, whatever `count` is."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(count))
 
 
 def normal(keys: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Return standard normal noise of the same shape for each key: float32 [B, *shape]."""
+    """Return standard normal noise [*shape] for each of B keys: float32 [B, *shape]."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
-# Step functions, from `level` to `next_level`. Each returns the next noisy image, the predicted
-# clean one, and the state for the next step.
+# Step functions, from `level` to `next_level`. Each returns the next noisy images, the predicted
+# clean images, and what the next call takes as `history`. `fresh` is the noise for "ddpm".
 
 
 def _ddim(denoise, z, level: NoiseLevel, next_level: NoiseLevel, history, fresh):
@@ -130,7 +129,7 @@ def _ddim(denoise, z, level: NoiseLevel, next_level: NoiseLevel, history, fresh)
 
 def _ddpm(denoise, z, level: NoiseLevel, next_level: NoiseLevel, history, fresh):
     x = denoise(z, level)
-    # Standard deviations of the fresh noise, and of the predicted noise that remains.
+    # Standard deviations of the fresh noise (new) and of the remaining predicted noise (old).
     new = next_level.sigma / level.sigma
     new *= math.sqrt(1 - (level.alpha / next_level.alpha) ** 2)
     old = math.sqrt(max(next_level.sigma**2 - new**2, 0.0))
@@ -143,7 +142,7 @@ def _heun(denoise, z, level: NoiseLevel, next_level: NoiseLevel, history, fresh)
     x = denoise(z, level)
     velocity = x - schedule.noise(x, y, begin)
     ahead = y + (end.alpha - begin.alpha) * velocity
-    if next_level.sigma > 0:  # the velocity is undefined without noise
+    if next_level.sigma > 0:  # at sigma = 0 the velocity is undefined
         next_x = denoise(schedule.rescale(ahead, end, next_level), next_level)
         velocity = (velocity + next_x - schedule.noise(next_x, ahead, end)) / 2
         ahead = y + (end.alpha - begin.alpha) * velocity
@@ -154,10 +153,10 @@ def _dpmpp(denoise, z, level: NoiseLevel, next_level: NoiseLevel, history, fresh
     x = denoise(z, level)
     if next_level.sigma == 0:
         return next_level.alpha * x, x, None
-    if level.alpha == 0:  # pure noise: the logarithm of its ratio is infinite
+    if level.alpha == 0:  # pure noise: log(sigma / alpha) is infinite
         return next_level.alpha * x + next_level.sigma * schedule.noise(x, z, level), x, None
     stride = math.log(level.ratio / next_level.ratio)
-    extrapolated = x  # linear in the logarithm of the ratio, through the previous prediction
+    extrapolated = x  # linearly in log(sigma / alpha), from this and the previous prediction
     if history is not None:
         last_x, last_stride = history
         extrapolated = x + (x - last_x) * (stride / last_stride / 2)
@@ -178,11 +177,11 @@ _SAMPLERS: dict[str, Any] = {
 def classifier_free_guidance(
     with_prompt: jax.Array, without: jax.Array, scale: float | jax.Array
 ) -> jax.Array:
-    """Extrapolate from the prediction without the prompt through the one with it.
+    """Extrapolate from the prediction without the prompt through the prediction with the prompt.
 
     Args:
         with_prompt: [B, Y, X, 3], predicted with the prompt.
-        without: [B, Y, X, 3], predicted without.
+        without: [B, Y, X, 3], predicted without the prompt.
         scale: 1 returns `with_prompt`; larger values amplify the prompt.
     """
     return without + scale * (with_prompt - without)

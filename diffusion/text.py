@@ -1,12 +1,12 @@
 """Text conditioning of the image model: the token states of a frozen text encoder.
 
 The encoder is the embedding model all-MiniLM-L6-v2. It is trained on far more text than the few
-thousand captions of emoji, so "automobile" and "car" have similar states from the start; training
-it on the captions would lose that. The states of all captions are computed once and stored, and
-training does not run the encoder. A frozen encoder with attention to all its token states follows
-Imagen (Saharia et al. 2022, arXiv:2205.11487).
+thousand captions of emoji, so "automobile" and "car" have similar states from the start;
+fine-tuning it on the captions would lose that. The states of all captions are computed once and
+stored, and training does not run the encoder. A frozen encoder with attention to all its token
+states follows Imagen (Saharia et al. 2022, arXiv:2205.11487).
 
-Leaves out: prompts longer than `MAX_TOKENS`, which are truncated.
+Leaves out: prompts of more than `MAX_TOKENS` tokens, which are truncated.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import bpe
 from transformer import encoder
 from transformer.checkpoint import bert
 
-MAX_TOKENS = 16  # the two special tokens included
+MAX_TOKENS = 16  # per prompt, [CLS] and [SEP] included
 _BATCH_SIZE = 64  # texts in a batch
 
 
@@ -47,7 +47,7 @@ class TextEncoder:
     """The frozen encoder of prompts.
 
     Attributes:
-        width: E, the width of the states.
+        width: E, the width of the states of a token.
     """
 
     def __init__(self, folder: Path, *, dtype: Literal["float32", "bfloat16"] = "float32"):
@@ -59,8 +59,8 @@ class TextEncoder:
     def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Encode prompts to float32 states, padded or truncated to `MAX_TOKENS`.
 
-        An empty prompt has an all-False mask and is generated without a prompt; the encoder's state
-        of an empty text is not used.
+        The mask of an empty prompt is False everywhere, so that its image is generated without a
+        prompt instead of with the encoding of an empty text.
 
         Args:
             prompts: B prompts.

@@ -1,12 +1,12 @@
-"""The U-Net: from noisy images, times and prompts to clean images.
+"""The U-Net: a denoising network that takes noisy images, times and prompts.
 
 On the way down, the stages halve the image and widen the channels; on the way up, skip connections
-add the activations of the way down, stage by stage (Ronneberger et al. 2015, arXiv:1505.04597; for
-diffusion Ho et al. 2020, arXiv:2006.11239). The embedding of time and prompt scales and shifts the
-channels of every block (FiLM; Perez et al. 2018, arXiv:1709.07871; Dhariwal & Nichol 2021,
+add the activations of the same stage on the way down (Ronneberger et al. 2015, arXiv:1505.04597;
+for diffusion Ho et al. 2020, arXiv:2006.11239). The embedding of time and prompt scales and shifts
+the channels of every block (FiLM; Perez et al. 2018, arXiv:1709.07871; Dhariwal & Nichol 2021,
 arXiv:2105.05233). The coarse stages have attention: a pixel's query attends to all pixels and all
-prompt tokens at once. A linear map from the embedding to the coarsest activations, `plan`, is added
-at the bottom; it is small because the image is only a few pixels wide there, and trains fast.
+prompt tokens at once. `plan`, a linear map of the embedding, is added to the coarsest activations;
+it is small because the image is only a few pixels wide there, and trains fast.
 
 The sizes suit a CPU. Every stage costs the same (half the height and width, twice the channels),
 and the first moves blocks of 2 x 2 pixels to channels, since XLA's convolutions, and above all the
@@ -67,7 +67,8 @@ class Stage:
     up: tuple[Block, ...]
     attention_down: Attention | None
     attention_up: Attention | None
-    # To the next coarser stage and back; None at the coarsest stage.
+    # Linear maps to the next coarser stage and back, and of the skip connection; None at the
+    # coarsest stage. C' is the number of channels of the next stage.
     shrink: Linear | None  # [C', 4 C]
     grow: Linear | None  # [4 C, C']
     skip: Linear | None  # [C, C]
@@ -78,7 +79,7 @@ class Params:
     """Weights of the U-Net."""
 
     condition: Condition
-    plan: Linear  # [y x C, d_cond], y and x those of the coarsest stage
+    plan: Linear  # [y x C, d_cond], for y by x pixels at the coarsest stage
     first: Linear  # [C, 9 x 12]
     stages: tuple[Stage, ...]
     last: Linear  # [12, 9 C]
@@ -143,10 +144,10 @@ def forward(
     Args:
         params: the weights.
         cfg: the config.
-        x: float32 [B, Y, X, 3], the noisy images, of variance 1.
+        x: float32 [B, Y, X, 3], the noisy images, scaled to variance 1.
         t: float32 [B], flow times: 0 is noise, 1 the clean image.
-        text: the prompts.
-        keep: bool [B], False to drop the prompt.
+        text: the encoded prompts.
+        keep: bool [B], False to predict without the prompt.
 
     Returns:
         float32 [B, Y, X, 3]; `model.denoise` computes the clean images from it.
@@ -178,7 +179,7 @@ def forward(
 
 
 def residual_block(x: jax.Array, p: Block, cond: jax.Array) -> jax.Array:
-    """Apply a residual block: [B, Y, X, C] -> the same.
+    """Apply a residual block; return float32 [B, Y, X, C].
 
     Args:
         x: float32 [B, Y, X, C].
@@ -194,7 +195,7 @@ def residual_block(x: jax.Array, p: Block, cond: jax.Array) -> jax.Array:
 def attend(
     x: jax.Array, p: Attention, cfg: UNetConfig, words: jax.Array, mask: jax.Array
 ) -> jax.Array:
-    """Apply attention of every pixel to all pixels and prompt tokens: [B, Y, X, C] -> the same.
+    """Apply attention from every pixel to all pixels and prompt tokens; return [B, Y, X, C].
 
     Args:
         x: float32 [B, Y, X, C].

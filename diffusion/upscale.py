@@ -1,10 +1,11 @@
 """The upscaler: a small network, trained on emoji, that doubles the height and width of images.
 
-The denoiser generates 32 x 32 pixels, and the upscaler makes 64 x 64 of them in one deterministic
-pass: the image with every pixel doubled, plus a correction. It works on blocks of pixels moved to
-channels, and moves channels to finer blocks at the end (sub-pixel convolution; Shi et al. 2016,
-arXiv:1609.05158). It sharpens edges and adds no content. Larger sizes are made by `resize` with a
-plain filter, so an image of 1024 pixels has the detail of one of 64.
+The denoiser generates images of 32 x 32 pixels. In one deterministic pass, the upscaler doubles
+every pixel and adds a correction that the network predicts. The network works on blocks of 2 x 2
+pixels moved to channels, and moves channels to blocks of 4 x 4 pixels at the end (sub-pixel
+convolution; Shi et al. 2016, arXiv:1609.05158). It sharpens edges and adds no content. `resize`
+makes larger images with a plain filter, so an image of 1024 x 1024 pixels has no more detail than
+one of 64 x 64.
 
 Leaves out: prompts and noise. A cascade of diffusion models (Ho et al. 2021, arXiv:2106.15282)
 would generate new detail, at many times the cost.
