@@ -1,8 +1,9 @@
 """Training: from examples to weights, as a plain loop over pure steps.
 
-Read `config.py` (the settings), `task.py` (the interface of a model), `step.py` (one step, a pure
-function), then `loop.py`, which calls it. `optim.py`, `loss.py`, `state.py` and `checkpoint.py`
-hold what their names say. `recipes/` trains the models of this project.
+Reading order: `config.py` (settings), `task.py` (the interface of a model), `step.py` (one training
+step, a pure function), `loop.py` (the loop that calls it). `optim.py`, `loss.py`, `state.py` and
+`checkpoint.py` have the optimizers, the next-token loss, the training state and its checkpoints.
+`recipes/` trains the models of this project.
 """
 
 from training.config import TrainConfig

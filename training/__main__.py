@@ -4,11 +4,11 @@
     python -m training finetune --model MODEL --data examples.jsonl --out FOLDER
     python -m training pretrain --data text.txt --out FOLDER
 
-MODEL is a GGUF file or a Hugging Face folder. Standard output holds only the result, with --json
-one object per line; progress goes to standard error.
+MODEL is a GGUF file or a Hugging Face folder. Only the result is printed to standard output, with
+--json as one object per line; progress goes to standard error.
 
-The exit code is 0 if the run is complete; 1 after an error; 6 if a file cannot be used for
-training; 128 plus the number of the signal if a signal stopped the run, which has saved its state.
+The exit code is 0 if the run is complete, 1 after an error, 6 if a data file cannot be used for
+training, and 128 plus the signal number if a signal stopped the run after it saved its state.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code.
 
     Args:
-        argv: the arguments; None for those of the process.
+        argv: arguments without the program name; None for `sys.argv[1:]`.
     """
     args = _parser().parse_args(argv)
     try:
@@ -78,7 +78,7 @@ def _check(args: argparse.Namespace) -> int:
         if applied:
             path = args.fix
         else:
-            _notify(f"no unambiguous problem to fix; {args.fix} is not written")
+            _notify(f"{path} has no unambiguous problem to fix; {args.fix} is not written")
     report = check.check(path, tokenizer, max_tokens=max_tokens)
     _print_problems(report, args.json)
     if args.json:
@@ -99,7 +99,7 @@ def _print_problems(report: Any, as_json: bool) -> None:
             param = f" {problem.param}:" if problem.param else ""
             print(f"{location}:{param} {problem.message}")
     if more := report.counts.total() - len(report.problems):
-        _notify(f"and {more} more problems")
+        _notify(f"and {more} more problems, which are not listed")
 
 
 def _notify(line: str) -> None:
@@ -107,18 +107,18 @@ def _notify(line: str) -> None:
 
 
 def _settings_fields(args: argparse.Namespace, settings: type) -> dict[str, Any]:
-    """Return the arguments that are fields of the dataclass `settings`."""
+    """Return the parsed arguments that are fields of the dataclass `settings`, as keywords."""
     values = vars(args)
     return {field.name: values[field.name] for field in fields(settings) if field.name in values}
 
 
 def _auto(kind: type) -> Any:
-    """Return a parser of a number, or of "auto" as None."""
+    """Return an argparse type that parses a number of type `kind`, and "auto" as None."""
 
     def parse(text: str) -> Any:
         return None if text == "auto" else kind(text)
 
-    parse.__name__ = kind.__name__  # argparse puts the name into its error messages
+    parse.__name__ = kind.__name__  # argparse shows it: "invalid int value"
     return parse
 
 

@@ -1,9 +1,9 @@
-"""The peak FLOP/s of this machine, which model FLOPs utilization (MFU) is relative to.
+"""Measure the peak FLOP/s of this machine, the denominator of model FLOPs utilization (MFU).
 
-MFU (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) is the arithmetic per second that the
-mathematics of the model needs, divided by the peak of the machine. Recomputation
-(rematerialization) and padding do not count. The peak is measured, not taken from a data sheet: it
-is the fastest of several large matrix products.
+MFU (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) is the FLOP/s of the model divided by the
+peak FLOP/s of the machine. The FLOPs of the model exclude rematerialization and padding. The peak
+is measured, not taken from a data sheet: it is that of the fastest of several large matrix
+products.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SECONDS = 0.3
 
 @functools.cache
 def peak_flops(dtype: str = "float32") -> float:
-    """Return the peak FLOP/s of matrix products of a dtype; measured at the first call."""
+    """Return the peak FLOP/s of matrix products in a dtype, which is measured at the first call."""
     x = jnp.ones((_SIDE, _SIDE), dtype)
     multiply = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32))
     multiply(x).block_until_ready()

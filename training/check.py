@@ -1,8 +1,8 @@
-"""Validation of a file of examples: all of its problems, line by line.
+"""Validation of a file of training examples: all of its problems, line by line.
 
-A file is read once, line by line, in bounded memory: the longest line, and a digest of each example
-to find duplicates. A duplicate is a warning, not a problem, because repeating an example is a way
-to give it more weight.
+A file is read once, line by line. Memory holds only the current line, and a digest of each example
+to find duplicates. A duplicate is reported as a warning, not as a problem, because repeating an
+example is a way to give it more weight.
 
 `fixes.py` fixes the unambiguous problems.
 """
@@ -22,7 +22,7 @@ from training.examples import Example, Fault, Kind, Tokenizer
 MAX_BYTES = 256 * 2**20
 MAX_EXAMPLES = 500_000
 MIN_EXAMPLES = 10
-MAX_LISTED = 100  # problems that a report lists; all are counted
+MAX_LISTED = 100  # problems that a report lists; further problems are only counted
 BOM, BOM_UTF16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -31,10 +31,11 @@ class Problem:
     """A problem that prevents training on a file.
 
     Attributes:
-        line: the number of the line, from 1; None for the whole file.
-        code: the kind of the problem, for programs.
+        line: line number, from 1; None if the problem is that of the whole file.
+        code: identifier of the type of problem, such as "missing_key", for programs.
         message: a sentence for people, which names the line as "Example 7".
-        param: the path in the line, as in "messages[1].role".
+        param: path of the invalid field in the JSON object of the line, such as
+            "messages[1].role"; None if the problem is not in one field.
     """
 
     line: int | None
@@ -45,20 +46,20 @@ class Problem:
 
 @dataclass
 class Report:
-    """The contents and the problems of a file of examples.
+    """Statistics and problems of a file of training examples.
 
     Attributes:
         path: the file.
-        bytes: its size.
-        kind: the kind of its examples; None if it is unknown.
+        bytes: the size of the file.
+        kind: the kind of its examples (see `examples`); None if unknown.
         examples: the number of valid examples.
-        tokens: the tokens of all valid examples.
-        target_tokens: the tokens with a weight in the loss.
-        longest: the tokens of the longest example.
-        lengths: a histogram: the number of examples by 2 ** n, the upper bound of their length.
+        tokens: the number of tokens in all valid examples.
+        target_tokens: the number of tokens with a weight above 0 in the loss.
+        longest: the number of tokens in the longest example.
+        lengths: a histogram: the number of examples by upper bound of their length, a power of 2.
         problems: the first `MAX_LISTED` problems, in order.
         counts: the number of all problems by code.
-        notes: the number of harmless irregularities by code.
+        notes: the number of harmless irregularities (such as blank lines) by code.
         first_duplicate: the line of the first example that repeats an earlier one, and the line of
             the earlier one.
     """
@@ -78,13 +79,13 @@ class Report:
 
     @property
     def warnings(self) -> list[Problem]:
-        """Return warnings: properties that do not prevent training but may be a mistake."""
+        """Return warnings: properties that do not prevent training but might be mistakes."""
         if self.first_duplicate is None:
             return []
         line, first = self.first_duplicate
         message = (
-            f"{self.notes['duplicate']} of {self.examples} example(s) repeat an earlier one and "
-            f"are learned each time they occur. The first is example {line}, which repeats "
+            f"{self.notes['duplicate']} of {self.examples} example(s) are duplicates; each copy "
+            f"counts in the loss. The first duplicate is example {line}, which repeats "
             f"example {first}."
         )
         return [Problem(line, "duplicate", message)]
@@ -95,17 +96,17 @@ class Report:
         return not self.counts
 
     def add(self, line: int | None, code: str, message: str, param: str | None = None) -> None:
-        """Count a problem, and list it unless there are too many; see `Problem`."""
+        """Count a problem, and list it unless `MAX_LISTED` are listed; see `Problem`."""
         message, param = _printable(message), param and _printable(param)
         self.counts[code] += 1
         if len(self.problems) < MAX_LISTED:
             self.problems.append(Problem(line, code, message, param))
 
     def error(self, param: str = "training_file") -> dict[str, str]:
-        """Return the first problem as the `error` of a fine-tuning job.
+        """Return the first problem as the `error` object of a fine-tuning job in OpenAI's API.
 
         Args:
-            param: the file: "training_file" or "validation_file".
+            param: the field of the job that names the file: "training_file" or "validation_file".
         """
         problem, more = self.problems[0], self.counts.total() - 1
         if problem.code == "invalid_n_examples":
@@ -120,7 +121,7 @@ class Report:
 
 
 def _printable(text: str) -> str:
-    """Truncate a text, and escape lone surrogates, which UTF-8 cannot encode."""
+    """Truncate a text to 500 characters; escape lone surrogates, which UTF-8 cannot encode."""
     return text[:500].encode("utf-8", "backslashreplace").decode()
 
 
@@ -132,13 +133,14 @@ def check(
     kind: Kind | None = None,
     minimum: int = MIN_EXAMPLES,
 ) -> Report:
-    """Validate a file of examples and return a report.
+    """Validate a file of training examples and return a report.
 
     Args:
         path: a file of JSON lines; see `examples`.
         tokenizer: the tokenizer of the model.
-        max_tokens: the maximum length of an example.
-        kind: the kind of the examples; None for that of the first, "chat" or "completion".
+        max_tokens: the maximum length of an example in tokens.
+        kind: the kind of the examples; None to take that of the first, which must be "chat" or
+            "completion".
         minimum: the minimum number of examples: that of OpenAI's API, or 1 for a validation file.
 
     Raises:
@@ -159,12 +161,12 @@ def read_examples(
     minimum: int = MIN_EXAMPLES,
     keep: bool = True,
 ) -> tuple[Report, list[Example]]:
-    """Validate a file of examples; return a report and the valid examples in order.
+    """Validate a file of training examples; return a report and the valid examples in order.
 
     Args:
-        path: a file of JSON lines.
+        path: a file of JSON lines; see `examples`.
         tokenizer: the tokenizer of the model.
-        max_tokens: the maximum length of an example.
+        max_tokens: the maximum length of an example in tokens.
         kind: as for `check`.
         minimum: as for `check`.
         keep: whether to return the examples; if not, the list is empty.
@@ -214,7 +216,7 @@ def read_examples(
 
 
 def summary(report: Report) -> dict[str, Any]:
-    """Return a report as JSON, without the list of its problems."""
+    """Convert a report to a JSON object, without the list of its problems."""
     return {
         "file": str(report.path),
         "ok": report.ok,
@@ -233,10 +235,11 @@ def summary(report: Report) -> dict[str, Any]:
 
 
 def report_lines(report: Report) -> list[str]:
-    """Return a report as lines of text: counts, a histogram of lengths, and warnings."""
+    """Format a report as lines of text: counts, a histogram of lengths, and warnings."""
     lines = [
         f"{report.examples} examples ({report.kind or 'unknown kind'}), {report.tokens} tokens, "
-        f"{report.target_tokens} of them targets; the longest example has {report.longest}"
+        f"{report.target_tokens} of them counted in the loss; the longest example has "
+        f"{report.longest}"
     ]
     most = max(report.lengths.values(), default=0)
     for upper in sorted(report.lengths):
@@ -247,7 +250,7 @@ def report_lines(report: Report) -> list[str]:
 
 
 def _looks_like_jsonl(report: Report) -> bool:
-    """Return whether to read the file line by line; add a problem of the whole file otherwise."""
+    """Return whether the start of a file looks like JSON lines; if not, add the problem."""
     if report.bytes > MAX_BYTES:
         size, most = (number / 2**20 for number in (report.bytes, MAX_BYTES))
         reason = f"The file has {size:.0f} MB; the maximum for training is {most:.0f} MB."
@@ -256,7 +259,11 @@ def _looks_like_jsonl(report: Report) -> bool:
     with open(report.path, "rb") as file:
         start = file.read(4096)
     if start.startswith(BOM_UTF16):
-        report.add(1, "utf16", "Example 1 is not UTF-8: the file begins as UTF-16 does.")
+        report.add(
+            1,
+            "utf16",
+            "Example 1 is not UTF-8: the file begins with a UTF-16 byte order mark.",
+        )
     elif b"\0" in start:
         line = start[: start.index(b"\0")].count(b"\n") + 1
         reason = "The file is binary: it has zero bytes. Expected file to have JSONL format."
@@ -292,7 +299,7 @@ def _read_line(
     tokenizer: Tokenizer,
     max_tokens: int,
 ) -> tuple[Example | None, bytes]:
-    """Return the example of a line and its digest, or None after adding its problems."""
+    """Return the example of a line and its digest; if invalid, add its problems and return None."""
 
     def refuse(*faults: Fault) -> tuple[None, bytes]:
         for fault in faults:
@@ -334,6 +341,6 @@ def _count(report: Report, example: Example) -> None:
 
 
 def _digest(row: dict[str, Any]) -> bytes:
-    """Return a digest that is equal for equal JSON values, whatever their formatting."""
+    """Return a digest of a JSON object that does not depend on whitespace or the order of keys."""
     text = json.dumps(row, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=12).digest()

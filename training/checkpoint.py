@@ -1,11 +1,12 @@
 """Checkpoints: folders that are written atomically.
 
     checkpoints/step-000100/state.safetensors     weights, optimizer state and EMA, by name
-    checkpoints/step-000100/checkpoint.json       the config, and the progress of validation
+    checkpoints/step-000100/checkpoint.json       settings of the run, and the best validation loss
 
-A folder is written under a temporary name, flushed to the disk, then renamed. A run that is killed
-meanwhile leaves the previous checkpoint and a temporary folder, which the next run removes. Nothing
-is pickled. A checkpoint must match the run that loads it, name by name.
+A folder is written under a temporary name, flushed to the disk, then renamed. If the run is killed
+while it writes, the previous checkpoint remains, and the next run removes the temporary folder.
+Nothing is pickled. The array names, shapes and dtypes of a checkpoint must equal those of the run
+that loads it.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ _FORMAT_VERSION = 1
 
 
 def save(folder: Path, state: State, config: TrainConfig, progress: dict[str, Any]) -> Path:
-    """Write the checkpoint of a step, then remove all but the last `config.keep` checkpoints.
+    """Write the checkpoint of `state.step`, then remove all but the last `config.keep` checkpoints.
 
     Args:
         folder: the folder `checkpoints` of the run.
         state: the state to save.
         config: the settings of the run.
-        progress: other values of the loop, as JSON; `load` returns them.
+        progress: other values of the training loop, which can be encoded as JSON; `load` returns
+            them.
 
     Returns:
         The folder of the checkpoint.
@@ -70,10 +72,10 @@ def save(folder: Path, state: State, config: TrainConfig, progress: dict[str, An
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Return the steps that have a checkpoint, in order.
+    """Return the numbers of the steps that have a checkpoint, in order.
 
     Args:
-        folder: the folder `checkpoints` of the run; it may be missing.
+        folder: the folder `checkpoints` of the run; if it is missing, the result is empty.
     """
     if not folder.is_dir():
         return []
@@ -86,14 +88,14 @@ def load(folder: Path, like: State, config: TrainConfig) -> tuple[State, dict[st
 
     Args:
         folder: the folder `checkpoints` of the run.
-        like: a state of the same structure, whose leaves have a shape and a dtype.
+        like: a state of the expected structure; only shape and dtype of its leaves are used.
         config: the settings of the run.
 
     Returns:
-        The state, and the `progress` saved with it; None if there is no checkpoint.
+        The state, and the `progress` that was saved with it; None if there is no checkpoint.
 
     Raises:
-        ValueError: the checkpoint is damaged, or is of other settings or of another model.
+        ValueError: the checkpoint is damaged, or its run had other settings or another model.
     """
     if not (steps := saved_steps(folder)):
         return None
@@ -117,7 +119,7 @@ def load(folder: Path, like: State, config: TrainConfig) -> tuple[State, dict[st
 
 
 def clean_up(folder: Path) -> None:
-    """Remove incomplete checkpoints of a run that was killed."""
+    """Remove the incomplete checkpoints that a killed run left in a folder."""
     for path in folder.glob(".step-*"):
         shutil.rmtree(path)
 
@@ -148,7 +150,7 @@ def _check_config(path: Path, saved: TrainConfig, config: TrainConfig) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file, or the list of files of a folder, is on the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -157,5 +159,5 @@ def _flush(path: Path) -> None:
 
 
 def abstract(state: State) -> State:
-    """Return the structure of a state, with a shape and a dtype at each leaf."""
+    """Return a state with a `jax.ShapeDtypeStruct` in place of each array."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)

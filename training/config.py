@@ -1,4 +1,4 @@
-"""The settings of a training run, without those of a model: one frozen dataclass.
+"""The settings of a training run, except those of the model, as one frozen dataclass.
 
 A checkpoint stores the settings as JSON, and a run resumes only with the same settings. The result
 of a run depends only on `TrainConfig`, the task and the data.
@@ -11,42 +11,42 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 _CHOICES = {"schedule": ("cosine", "linear", "constant"), "optimizer": ("adamw", "muon")}
-# Fields that do not change the result of a step: a run may resume with other values.
+# Fields that do not change the result of a step, so a run can resume with other values of them.
 MUTABLE_FIELDS = frozenset({"steps_per_epoch", "save_every", "keep"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Settings of a run.
+    """Settings of a training run.
 
     Raises:
         ValueError: a field is out of range, or two fields contradict each other.
     """
 
-    steps: int  # updates of the weights
-    learning_rate: float  # the peak
-    seed: int = 0  # of the initial weights and of the random numbers of the loss
+    steps: int  # number of updates of the weights
+    learning_rate: float  # the peak of the schedule
+    seed: int = 0  # of the initial weights, and of random numbers in the loss such as noise
 
     # The learning rate rises linearly during the warm-up, then decays to a fraction of the peak.
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0
-    final_fraction: float = 0.1  # unused by "constant"
+    final_fraction: float = 0.1  # of the peak; not used by the schedule "constant"
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    b1: float = 0.9  # decay of the first moment; the momentum of Muon
-    b2: float = 0.999  # decay of the second moment
+    b1: float = 0.9  # decay of the first moment of AdamW, or momentum of Muon
+    b2: float = 0.999  # decay of the second moment of AdamW
     eps: float = 1e-8
-    weight_decay: float = 0.0  # times the learning rate; of matrices only, see `optim.decay_mask`
+    weight_decay: float = 0.0  # times the learning rate; for matrices only (`optim.decay_mask`)
     clip_norm: float | None = 1.0  # maximum global norm of the gradients; None: no clipping
 
     micro_batches: int = 1  # parts of a batch that are computed in sequence, to save memory
     average_decay: float | None = None  # of the moving average of the weights (EMA); None: no EMA
 
     steps_per_epoch: int | None = None  # for "epoch" in the metrics
-    validate_every: int | None = None  # steps; None: only at the end
+    validate_every: int | None = None  # steps between validations; None: only at the end
     patience: int | None = None  # validations without a better loss before stopping; None: no limit
-    save_every: int = 100  # steps
-    keep: int = 2  # checkpoints
+    save_every: int = 100  # steps between checkpoints
+    keep: int = 2  # number of latest checkpoints to keep
 
     def __post_init__(self) -> None:
         for name in ("steps", "micro_batches", "save_every", "keep"):
@@ -80,20 +80,20 @@ class TrainConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if self.patience is not None and self.validate_every is None:
-            raise ValueError("patience needs validate_every, which is None; set both")
+            raise ValueError("patience needs validate_every, got None; set both")
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainConfig:
-        """Return the settings from the result of `dataclasses.asdict`.
+        """Return the settings from a JSON object, as written by `dataclasses.asdict`.
 
         Raises:
             ValueError: a key is unknown or missing, or a value is out of range.
         """
         names = {field.name for field in fields(cls)}
         if unknown := sorted(values.keys() - names):
-            raise ValueError(f"config has the unknown key {unknown[0]!r}")
+            raise ValueError(f"the config has the unknown key {unknown[0]!r}")
         if missing := sorted(names - values.keys()):
-            raise ValueError(f"config lacks {', '.join(missing)}")
+            raise ValueError(f"the config lacks the keys {', '.join(missing)}")
         return cls(**values)
 
 

@@ -1,20 +1,22 @@
 """Examples: from a line of a file to token ids and the weight of each token in the loss.
 
-There are three kinds of lines; the first two are those of OpenAI's API:
+A line is a JSON object of one of three kinds, "chat", "completion" and "text". The first two are
+those of OpenAI's fine-tuning API:
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     {"prompt": "...", "completion": "..."}
     {"text": "..."}
 
-The targets of a conversation are the messages of the assistant, each with the token that ends it;
-"weight": 0 excludes a message. The targets of a pair are the completion and the end token, those of
-a text all of its tokens. Other tokens are context: their weight in the loss is 0.
+Target tokens count in the loss with weight 1; other tokens are context with weight 0. The targets
+of "chat" are the messages of the assistant, each with the token that ends it, except messages with
+"weight": 0. The targets of "completion" are the completion and the end-of-text token. The targets
+of "text" are all tokens.
 
-`faults` returns all problems of a line, in the words of OpenAI's API where it has a message;
-`encode` returns the example of a valid line. Callers pass a tokenizer of `bpe` (see `Tokenizer`).
+`faults` returns all problems of a line, worded as in OpenAI's API where it has a message for them;
+`encode` returns the `Example` of a valid line. Callers pass a tokenizer of `bpe` (see `Tokenizer`).
 
-Left out: tool calls and images, which are rejected; preference pairs; a weight for the prompts of
-pairs (`prompt_loss_weight` of the first API).
+Left out: tool calls and images, which are rejected; preference pairs; a loss weight for the prompts
+of "completion" (`prompt_loss_weight` of OpenAI's first fine-tuning API).
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ import numpy as np
 
 Kind = Literal["chat", "completion", "text"]
 ROLES = ("system", "developer", "user", "assistant")
-MAX_LINE = 16 * 2**20  # bytes; a line is read into memory as a whole
+MAX_LINE = 16 * 2**20  # bytes; limited because a whole line is read into memory
 
-# The required keys of each kind; any of them identifies the kind of a line.
+# The required keys of each kind of example; the presence of any of them identifies the kind.
 _KEYS: dict[Kind, tuple[str, ...]] = {
     "chat": ("messages",),
     "completion": ("prompt", "completion"),
@@ -39,7 +41,7 @@ _KEYS: dict[Kind, tuple[str, ...]] = {
 }
 _TOOL_KEYS = ("tools", "functions")
 _TOOL_MESSAGE_KEYS = ("tool_calls", "function_call", "tool_call_id")
-_NO_TOOLS = "has tools or tool calls, which cannot be learned yet."
+_NO_TOOLS = "has tools or tool calls, which training does not support yet."
 
 
 class Tokenizer(Protocol):
@@ -47,26 +49,26 @@ class Tokenizer(Protocol):
 
     @property
     def encoding(self) -> Any:
-        """Return the encoding, which has `encode_ordinary(text) -> ids`."""
+        """Return the encoding, which has a method `encode_ordinary(text) -> ids`."""
         ...
 
     @property
     def chat_template(self) -> Any:
-        """Return the chat template or None.
+        """Return the chat template, or None if the model has none.
 
-        It has `encode_with_assistant_spans(encoding, messages)`, which returns ids and a span
-        (start, end) for each message of the assistant.
+        A chat template has a method `encode_with_assistant_spans(encoding, messages)`, which
+        returns token ids, and a span (start, end) of them for each message of the assistant.
         """
         ...
 
     @property
     def bos_id(self) -> int | None:
-        """Return the id of the token that begins a text, if `add_bos`."""
+        """Return the id of the token that begins a text if `add_bos`; None if there is none."""
         ...
 
     @property
     def eos_id(self) -> int | None:
-        """Return the id of the token that ends a text, if there is one."""
+        """Return the id of the token that ends a text; None if there is none."""
         ...
 
     @property
@@ -77,13 +79,15 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Fault:
-    """A problem of a line.
+    """A problem that makes a line of a training file invalid.
 
     Attributes:
-        code: the kind of the problem, for programs.
+        code: identifier of the type of problem, such as "missing_key", for programs.
         message: the sentence that follows "Example 7" or "Example 7, message 2", for people.
-        param: the path in the line, as in "messages[1].role"; None for the whole line.
-        location: the same for people, as in "message 2"; empty for the whole line.
+        param: path of the invalid field in the JSON object, such as "messages[1].role"; None if the
+            problem is that of the whole line.
+        location: the message with the problem, for people, such as "message 2"; empty if the
+            problem is not in a message.
     """
 
     code: str
@@ -94,13 +98,13 @@ class Fault:
 
 @dataclass(frozen=True)
 class Example:
-    """The tokens of a line and their weights in the loss.
+    """A training example: the tokens of a line and their weights in the loss.
 
     Attributes:
-        ids: int32 [T].
-        weights: float32 [T], the weight of predicting each token from those before it. The first is
-            0, because no token precedes it.
-        line: the number of its line in the file, from 1.
+        ids: int32 [T], the token ids.
+        weights: float32 [T], the weight of predicting each token from those before it. The first
+            weight is 0, because no token precedes the first.
+        line: the number of the line in the file, from 1; 0 if unknown.
     """
 
     ids: np.ndarray
@@ -112,7 +116,7 @@ class Example:
 
 
 def lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the numbers of the lines of a file, from 1, and the lines without their line feeds.
+    """Yield the number of each line of a file, from 1, and its bytes without the line feed.
 
     A line of more than `MAX_LINE` bytes is truncated to `MAX_LINE + 1` bytes.
     """
@@ -126,7 +130,7 @@ def lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def parse(line: bytes) -> dict[str, Any] | Fault:
-    """Return the JSON object of a line, or its problem."""
+    """Parse a line; return its JSON object, or the problem if the line is not one."""
     if len(line) > MAX_LINE:
         return Fault("line_too_long", f"is longer than {MAX_LINE // 2**20} MB.")
     try:
@@ -153,12 +157,20 @@ def parse(line: bytes) -> dict[str, Any] | Fault:
 
 
 def kind_of(row: Mapping[str, Any]) -> Kind | None:
-    """Detect from its keys which kind of example an object is; None if it has none of them."""
+    """Return the kind of example that the keys of a JSON object identify; None if they do not."""
     return next((kind for kind, keys in _KEYS.items() if any(key in row for key in keys)), None)
 
 
 def faults(row: Mapping[str, Any], kind: Kind) -> list[Fault]:
-    """Return all problems of a line of a kind; an empty list if it is valid."""
+    """Return all problems of a line that should be an example of the given kind.
+
+    Args:
+        row: the JSON object of the line.
+        kind: the kind of example.
+
+    Returns:
+        The problems; empty if the line is valid.
+    """
     problems = []
     for key in _KEYS[kind]:
         if key not in row:
@@ -181,16 +193,16 @@ def faults(row: Mapping[str, Any], kind: Kind) -> list[Fault]:
 
 
 def encode(row: Mapping[str, Any], kind: Kind, tokenizer: Tokenizer, line: int = 0) -> Example:
-    """Return the example of a valid line.
+    """Tokenize a valid line and weight its tokens.
 
     Args:
-        row: the JSON object of the line, without faults.
-        kind: its kind.
+        row: the JSON object of the line, for which `faults` is empty.
+        kind: the kind of example.
         tokenizer: the tokenizer of the model.
         line: the number of the line, for `Example.line`.
 
     Raises:
-        ValueError: there is no chat template, or it rejects the messages.
+        ValueError: the model has no chat template, or the template rejects the messages.
     """
     if kind == "chat":
         return _encode_chat(row["messages"], tokenizer, line)
@@ -198,7 +210,8 @@ def encode(row: Mapping[str, Any], kind: Kind, tokenizer: Tokenizer, line: int =
     context = [tokenizer.bos_id] if tokenizer.add_bos else []
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     if kind == "completion":
-        # Tokenize both separately, as in generation, where the prompt is tokenized by itself.
+        # Tokenize prompt and completion separately, because in generation the prompt is tokenized
+        # without the completion.
         context, targets = context + encode(row["prompt"]), encode(row["completion"]) + end
     else:
         targets = encode(row["text"]) + end
@@ -232,13 +245,13 @@ def _example(ids: list[int], targets: list[tuple[int, int]], line: int) -> Examp
 
 
 def text_of(content: str | list[dict[str, str]]) -> str:
-    """Return the content of a message, a string or a list of text parts, as one string."""
+    """Return the content of a message (a string or a list of text parts) as one string."""
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _chat_faults(messages: Any) -> list[Fault]:
     if not isinstance(messages, list) or not messages:
-        message = 'has "messages" that are not a list with a message or more.'
+        message = 'must have a non-empty list as "messages".'
         return [Fault("invalid_type", message, "messages")]
     problems = [
         fault for i, message in enumerate(messages) for fault in _message_faults(message, i)
@@ -266,7 +279,7 @@ def _message_faults(message: Any, i: int) -> list[Fault]:
         problems.append(fault("invalid_role", reason, ".role"))
     for key, value in message.items():
         if _is_absent(value):
-            continue  # responses of the API have keys that do not apply; content is checked below
+            continue  # messages copied from API responses have null keys; content is checked below
         if key in _TOOL_MESSAGE_KEYS:
             problems.append(fault("unsupported_tools", _NO_TOOLS, f".{key}"))
         elif key == "name":
@@ -281,24 +294,30 @@ def _message_faults(message: Any, i: int) -> list[Fault]:
         elif key not in ("role", "content"):
             problems.append(fault("extra_key", f'contains an extra "{key}".', f".{key}"))
     if any(problem.code == "unsupported_tools" for problem in problems):
-        return problems  # the content of a message with tool calls may be null
+        return problems  # the content of a message with tool calls can be null
     if (content := message.get("content")) is None:
         problems.append(fault("missing_content", 'is missing key "content".', ".content"))
     elif isinstance(content, list):
         for j, part in enumerate(content):
             inner = f".content[{j}]"
             if not isinstance(part, dict) or part.get("type") != "text":
-                reason = "has a part that is not text; only text is supported."
+                reason = "has a content part that is not of type text; only text is supported."
                 problems.append(fault("unsupported_content", reason, inner))
             elif not isinstance(part.get("text"), str):
                 problems.append(fault("missing_content", 'is missing key "text".', f"{inner}.text"))
     elif not isinstance(content, str):
-        problems.append(fault("invalid_type", "has a content that is not a string.", ".content"))
+        problems.append(
+            fault(
+                "invalid_type",
+                "has content that is not a string or a list of text parts.",
+                ".content",
+            )
+        )
     return problems
 
 
 def _is_absent(value: Any) -> bool:
-    """Return whether a value means an absent key, as in responses of the API and in exports."""
+    """Return whether a value means that the key is absent, as in responses of OpenAI's API."""
     return value is None or value == [] or value == {}
 
 

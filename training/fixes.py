@@ -1,8 +1,9 @@
-"""Fixes: a copy of a file of examples with its unambiguous problems fixed.
+"""Write a copy of a file of training examples with its unambiguous problems fixed.
 
-These are byte order marks, line ends, UTF-16, one JSON array instead of lines, blank lines, and
-examples that are too long. Lines with other problems are copied unchanged; `check` reports them.
-Duplicates stay, because repeating an example is a way to give it more weight.
+Unambiguous problems are byte order marks, carriage returns, UTF-16, one JSON array instead of
+lines, blank lines, and examples that are too long. Lines with other problems are copied unchanged;
+`check` reports them. Duplicates are copied, because repeating an example is a way to give it more
+weight.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from training import examples
 from training.check import BOM, BOM_UTF16, Report, ends_in_carriage_returns
 from training.examples import Fault, Kind, Tokenizer
 
-MAX_ARRAY = 64 * 2**20  # bytes of a file that is one array, which is read as a whole
+MAX_ARRAY = 64 * 2**20  # bytes; limited because a file that is one array is read as a whole
 
-# The fixes, by the code of the problem or note that each resolves.
+# Description of each fix, by the code of the problem or note in a `Report` that it resolves.
 _FIXES = {
     "byte_order_mark": "remove the byte order mark",
     "carriage_return": "remove the carriage return from {n} line(s)",
@@ -33,7 +34,7 @@ _FIXES = {
 
 
 def available_fixes(report: Report) -> list[str]:
-    """Return descriptions of the fixes that `fix_file` would apply to the file of a report."""
+    """Return descriptions of the fixes that `fix_file` would apply to the reported file."""
     counts = report.counts + report.notes
     if report.counts["json_array"] and report.bytes > MAX_ARRAY:
         del counts["json_array"]
@@ -45,18 +46,19 @@ def fix_file(
 ) -> list[str]:
     """Write a copy of a file with its unambiguous problems fixed.
 
-    A conversation that is too long loses its last turns. It is removed if no turn would be left, as
-    is a pair or a text that is too long. Other problems stay: check the copy again.
+    A chat example that is too long is truncated after the last message of the assistant that fits,
+    and removed if none fits. Other examples that are too long are removed. Other problems remain:
+    check the copy again.
 
     Args:
-        path: the file to fix. It may be the target, too.
-        target: the copy, written atomically and only if there is something to fix.
+        path: the file to fix.
+        target: the file to write, atomically, if there is something to fix; can equal `path`.
         tokenizer: as for `check`.
         max_tokens: as for `check`.
         kind: as for `check`.
 
     Returns:
-        Descriptions of the fixes, as of `available_fixes`.
+        Descriptions of the applied fixes, as from `available_fixes`.
 
     Raises:
         OSError: a file cannot be read or written.
@@ -71,7 +73,7 @@ def fix_file(
             for line in _lines(path, counts):
                 if len(line) > examples.MAX_LINE:
                     raise ValueError(
-                        f"{path}: has a line of more than {len(line) - 1} bytes; shorten it"
+                        f"{path}: a line must have at most {examples.MAX_LINE} bytes; shorten it"
                     )
                 row = examples.parse(line)
                 if isinstance(row, Fault):
@@ -100,19 +102,21 @@ def _descriptions(counts: Counter[str]) -> list[str]:
 
 
 def _lines(path: Path, counts: Counter[str]) -> Iterator[bytes]:
-    """Yield the lines that are not blank, in UTF-8, and count the fixes."""
+    """Yield the lines that are not blank, encoded in UTF-8; count the fixes by code."""
     with open(path, "rb") as file:
         start = file.read(4096)
     if start.removeprefix(BOM).lstrip()[:1] == b"[":
         if (size := path.stat().st_size) > MAX_ARRAY:
             raise ValueError(
-                f"{path}: is an array of {size} bytes; an array can have at most {MAX_ARRAY}"
+                f"{path}: a JSON array must have at most {MAX_ARRAY} bytes, got {size}"
             )
         counts["json_array"] += 1
         try:
             rows = json.loads(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:
-            raise ValueError(f"{path}: begins as a JSON array, but is invalid: {error}") from None
+            raise ValueError(
+                f"{path}: begins like a JSON array, but is not valid JSON: {error}"
+            ) from None
         yield from map(_to_json, rows)
         return
     if start.startswith(BOM_UTF16):
@@ -123,7 +127,7 @@ def _lines(path: Path, counts: Counter[str]) -> Iterator[bytes]:
         return
     if ends_in_carriage_returns(path):
         counts["carriage_return_only"] += 1
-        # Without `newline`, open() accepts all line ends.
+        # open() without `newline` splits at carriage returns as well as at line feeds.
         with open(path, encoding="utf-8", errors="surrogateescape") as text:
             lines = (line.rstrip("\n").encode("utf-8", "surrogateescape") for line in text)
             yield from _clean_lines(lines, counts)
@@ -148,7 +152,7 @@ def _clean_lines(lines: Iterator[bytes], counts: Counter[str]) -> Iterator[bytes
 def _truncated(
     row: dict[str, Any], kind: Kind, tokenizer: Tokenizer, max_tokens: int
 ) -> dict[str, Any] | None:
-    """Return the row itself if it is short enough, a truncated copy, or None."""
+    """Return the row if it fits into `max_tokens`, or a truncated copy; None if neither fits."""
 
     def fits(row: dict[str, Any]) -> bool:
         return len(examples.encode(row, kind, tokenizer)) <= max_tokens
@@ -170,5 +174,5 @@ def _truncated(
 def _to_json(row: Any) -> bytes:
     try:
         return json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # a lone surrogate, which only an escape can represent
+    except UnicodeEncodeError:  # lone surrogates can only be written as escapes
         return json.dumps(row).encode()

@@ -1,8 +1,8 @@
 """The training loop: load a batch, take a step, log its metrics; validate and save periodically.
 
-A step depends only on its number and the state: the batch is `batches(step)`, and random keys are
-folded from the number. Therefore a run that was stopped or killed at any point resumes from its
-last checkpoint with bit-identical results.
+The result of a step depends only on its number and the state: its batch is `batches(step)`, and its
+random key is derived from the seed and the number. Therefore a run that was stopped or killed at
+any point resumes from its last checkpoint with bit-identical results.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from training.task import Batch, Task
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a call of `train`.
+    """The result of a call to `train`.
 
     Attributes:
         state: the last state.
-        reason: why the call ended.
-        signal: the number of the signal that ended it, if one did.
+        reason: why the call returned.
+        signal: the number of the signal that stopped the run; None if none did.
     """
 
     state: State
@@ -56,35 +56,40 @@ def train(
 ) -> Outcome:
     """Train until the last step, early stopping or a signal; resume if called again.
 
-    SIGTERM and SIGINT finish the current step, save, and return.
+    After SIGTERM or SIGINT, the current step is finished, a checkpoint is saved, and the call
+    returns.
 
     Args:
         task: the model and its loss.
         frozen: weights that the loss needs and that are not trained; None if there are none.
-        batches: returns the batch of a step, from 0: always the same one, and all of one shape.
+        batches: returns the batch of a step, from 0. It must return the same batch for the same
+            step, and all batches must have the same shapes.
         config: the settings of the run.
-        folder: the folder for `metrics.jsonl`, `checkpoints/` and `loss.png`.
-        validation_batches: batches for validation, which uses the EMA of the weights if there is
-            one.
-        on_step: called with the state and the metrics of each step, before a checkpoint is saved:
-            it may be called again for a step after a kill. The arrays of the state are valid only
-            until it returns.
-        flops_per_token: the FLOPs of a token, for "mfu" in the metrics; None leaves it out.
-        dtype: the dtype of the products, for the peak that "mfu" is relative to.
+        folder: the folder to write `metrics.jsonl`, `checkpoints/` and `loss.png` to.
+        validation_batches: batches for validation. Validation uses the EMA of the weights if
+            `config.average_decay` is set.
+        on_step: called with the state and the metrics after each step, before the checkpoint of
+            the step is saved; if the run is killed in between, the resumed run calls it again for
+            that step. The arrays of the state are valid only until `on_step` returns.
+        flops_per_token: the FLOPs of training on one token, for "mfu" in the metrics; None leaves
+            "mfu" out.
+        dtype: the dtype of the matrix products, whose peak FLOP/s "mfu" is relative to.
         progress: whether to show a progress bar if standard error is a terminal.
 
     Raises:
-        ValueError: the folder holds a run with other settings or of another model, or `patience` is
+        ValueError: the folder contains a run with other settings or another model, or `patience` is
             set without validation batches.
         FloatingPointError: the loss or the gradient is NaN or infinite.
     """
     if config.patience is not None and not validation_batches:
-        raise ValueError(f"patience is {config.patience}, but there are no validation_batches")
+        raise ValueError(
+            f"patience needs validation_batches, got none; patience is {config.patience}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     state, best = _restore_or_init(task, config, folder)
     done = int(state.step)
     if _is_over(done, best, config):
-        if not (folder / "loss.png").exists():  # the run was killed before it was plotted
+        if not (folder / "loss.png").exists():  # the run was killed before it plotted the loss
             loss_plot.plot_losses(folder / "metrics.jsonl", folder / "loss.png")
         return Outcome(state, "finished" if done == config.steps else "stopped early")
 
@@ -126,7 +131,7 @@ def train(
 
 
 def _restore_or_init(task: Task, config: TrainConfig, folder: Path) -> tuple[State, dict[str, Any]]:
-    """Return the first state of the loop, and the progress of validation; see `_update_best`."""
+    """Return the state to start from, and the best validation loss; see `_update_best`."""
     like = jax.eval_shape(lambda: states.init(task, config))
     restored = checkpoint.load(folder / "checkpoints", like, config)
     if restored is not None:
@@ -144,7 +149,7 @@ def _is_due(done: int, every: int | None, steps: int) -> bool:
 
 
 def _evaluate(evaluate, weights: Any, frozen: Any, batches: Sequence[Batch]) -> dict[str, float]:
-    """Return means over all batches together, not the mean of their means."""
+    """Return the weighted means over all validation batches, with names as in the metrics file."""
     total: dict[str, float] = {}
     for batch in batches:
         for name, value in jax.device_get(evaluate(weights, frozen, batch)).items():
@@ -153,7 +158,7 @@ def _evaluate(evaluate, weights: Any, frozen: Any, batches: Sequence[Batch]) -> 
 
 
 def _update_best(best: dict[str, Any], loss: float) -> dict[str, Any]:
-    """Return the best validation loss, and the number of validations since then."""
+    """Return {"best": the best validation loss, "since": number of validations since then}."""
     if best["best"] is None or loss < best["best"]:
         return {"best": loss, "since": 0}
     return {**best, "since": best["since"] + 1}
@@ -161,10 +166,10 @@ def _update_best(best: dict[str, Any], loss: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _catch_signals() -> Iterator[list[int]]:
-    """Append SIGTERM and SIGINT to a list in the block, instead of ending the process."""
+    """Within the block, append SIGTERM and SIGINT to the yielded list; the process goes on."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield caught  # Python handles signals in the main thread only
+        yield caught  # only the main thread can set signal handlers
         return
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, lambda number, _: caught.append(number)) for number in numbers]

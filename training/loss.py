@@ -1,6 +1,6 @@
-"""Next-token cross-entropy: the definition, and a version that never holds all logits.
+"""Next-token cross-entropy: the definition, and a version that never stores all logits.
 
-In a model with a small width and a large vocabulary the logits dominate the memory: 200 MB for
+In a model with a small width and a large vocabulary, the logits take most of the memory: 200 MB for
 1,024 tokens of SmolLM2, and as much again for their gradient. `cross_entropy` is the definition.
 `chunked_cross_entropy` processes a few hundred rows at a time. It also computes the gradient of
 each chunk in the forward pass, because the gradient of a loss, softmax minus one-hot, needs the
@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-CHUNK = 256  # rows whose logits are held at a time
+CHUNK = 256  # rows whose logits are in memory at a time
 
 
 def cross_entropy(
@@ -25,7 +25,7 @@ def cross_entropy(
 
     Args:
         x: the hidden states after the final norm [R, D].
-        table: the LM head [V, D], float32 or bfloat16; its dtype is that of the product.
+        table: the LM head [V, D], float32 or bfloat16; its dtype is that of the matrix product.
         targets: int32 [R], the target tokens.
         weights: float32 [R], the weight of each row.
 
@@ -63,12 +63,12 @@ def chunked_cross_entropy(
         x: as for `cross_entropy`.
         table: as for `cross_entropy`.
         targets: as for `cross_entropy`.
-        weights: as for `cross_entropy`; the sums cannot be differentiated by them.
-        dtype: the dtype of the product; None for that of the table.
-        chunk: the rows whose logits are held at a time.
+        weights: as for `cross_entropy`; there is no gradient with respect to them.
+        dtype: the dtype of the matrix product; None for that of the table.
+        chunk: the number of rows whose logits are in memory at a time.
 
     Raises:
-        ValueError: the sums are differentiated by `weights`.
+        ValueError: a gradient with respect to `weights` is requested.
     """
     x, table, targets, weights = map(jnp.asarray, (x, table, targets, weights))
     return _chunked_cross_entropy(
@@ -86,7 +86,7 @@ def _chunked_cross_entropy(x, table, targets, weights, dtype, chunk):
 
 def _forward(x, table, targets, weights, dtype, chunk):
     if weights.perturbed:
-        raise ValueError("the loss cannot be differentiated by its weights")
+        raise ValueError("the loss has no gradient with respect to weights; use cross_entropy")
     loss, correct, dx, dtable = _chunked_loss_and_grads(
         x.value, table.value, targets.value, weights.value, dtype, chunk,
         x.perturbed, table.perturbed,
@@ -104,18 +104,20 @@ _chunked_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _chunked_loss_and_grads(x, table, targets, weights, dtype, chunk, needs_dx, needs_dtable):
-    """Return the sums of `cross_entropy`, and the gradients of the loss by x and the table."""
+    """Return the sums of `cross_entropy`, and the gradients of the loss for x and the table."""
     num_rows = len(x)
-    # Sort rows with a weight to the front; the loop ends with the last of them.
+    # Move rows with a nonzero weight to the front; the loop over chunks ends after the last of
+    # them.
     order = jnp.argsort(weights == 0)  # [R], stable
     num_chunks = (jnp.count_nonzero(weights) + chunk - 1) // chunk
     padding = -num_rows % chunk
     rows = jnp.pad(x[order].astype(dtype), ((0, padding), (0, 0)))
     weights = jnp.pad(weights[order], (0, padding))
-    # Rows of weight 0 may share a chunk with others; replace their targets, which may be invalid.
+    # A chunk can contain rows of weight 0; replace their targets, which can be invalid indices.
     targets = jnp.where(weights == 0, 0, jnp.pad(targets[order], (0, padding)))
     cast_table = table.astype(dtype)
-    ones = jnp.ones((len(table), 8), jnp.float32)  # one column would take a slower path
+    # Several columns, because XLA would compute one column by a slower matrix-vector product.
+    ones = jnp.ones((len(table), 8), jnp.float32)
 
     def add_chunk(i, carry):
         loss, correct, dx, dtable = carry
@@ -126,16 +128,17 @@ def _chunked_loss_and_grads(x, table, targets, weights, dtype, chunk, needs_dx, 
         logits = _logits(x_chunk, cast_table)  # [C, V]
         max_logits = logits.max(axis=1, keepdims=True)
         target_logits = jnp.take_along_axis(logits, target[:, None], axis=1)  # [C, 1]
-        # One pass computes the exponentials. They are summed by a product with ones, which is
-        # several times faster in XLA's CPU backend than a reduction that contains an exponential.
-        # The exponential of the target is added separately.
+        # The exponentials are computed in one pass and summed by a matrix product with ones, which
+        # is several times faster in XLA's CPU backend than a reduction that contains an
+        # exponential. The exponential of the target is added separately.
         is_target = jnp.arange(logits.shape[1]) == target[:, None]
         others = jnp.where(is_target, 0.0, jnp.exp(logits - max_logits))  # [C, V]
         others_sum = (others @ ones)[:, :1]  # [C, 1]
         total = others_sum + jnp.exp(target_logits - max_logits)
         loss += jnp.sum((jnp.log(total) + max_logits - target_logits)[:, 0] * weight)
         correct += jnp.sum((target_logits >= max_logits)[:, 0] * weight)
-        # d loss / d logits is softmax minus one-hot: for the target, minus the sum of the others.
+        # d loss / d logits is softmax minus one-hot; at the target, that is minus the sum of the
+        # softmax over all other tokens.
         scale = weight[:, None] / total
         at_target = -others_sum * scale
         if needs_dx:

@@ -10,23 +10,26 @@ import numpy as np
 
 from training import metrics
 
-_SMOOTH_FROM = 40  # number of steps from which a smoothed curve is plotted, too
+_SMOOTH_FROM = 40  # minimum number of steps for plotting a smoothed curve, too
 
 
 def plot_losses(source: Path, target: Path) -> None:
     """Plot the training and validation losses of a metrics file; write the file atomically.
 
-    Without matplotlib (the extra `pictures`) a line on standard error is printed instead.
+    Without matplotlib (the extra `pictures`), only a message is printed to standard error.
 
     Args:
-        source: `metrics.jsonl` of a run. Without a step in it, nothing is plotted.
+        source: `metrics.jsonl` of a run; if it has no steps, nothing is plotted.
         target: the PNG file to write.
     """
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError:
-        print(f"no {target.name}: pip install 'pellucid[pictures]'", file=sys.stderr)
+        print(
+            f"{target.name} is not written; plots need: pip install 'pellucid[pictures]'",
+            file=sys.stderr,
+        )
         return
     lines = metrics.read(source)
     steps, losses = _column(lines, "loss")
@@ -67,7 +70,7 @@ def smooth(values: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def _column(lines: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the steps whose records have a value, and the values."""
+    """Return the steps of the records that have the field `name`, and the values of that field."""
     pairs = [(line["step"], line[name]) for line in lines if name in line]
     steps, values = np.array(pairs).reshape(-1, 2).T
     return steps, values

@@ -1,8 +1,8 @@
 """Metrics of a run: a file of JSON lines, and a progress bar on the terminal.
 
-A step is a line {"step", "epoch", "loss", "accuracy", "lr", "grad_norm", "tokens",
-"tokens_per_second", "mfu", "seconds", "time"}; a validation is {"step", "valid_loss",
-"valid_accuracy", "time"}. Keys that do not apply to a run are left out.
+Each step writes an object with the keys "step", "epoch", "loss", "accuracy", "lr", "grad_norm",
+"tokens", "tokens_per_second", "mfu", "seconds" and "time"; each validation "step", "valid_loss",
+"valid_accuracy" and "time". Keys that do not apply to a run are left out.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Log:
     """The metrics file of a run, open for appending."""
 
     def __init__(self, path: Path, step: int):
-        """Open the file, and remove the lines after a step: the run writes them again.
+        """Open the file, and remove the lines after `step`, because the run writes them again.
 
         Args:
-            path: the file.
+            path: the metrics file.
             step: the step of the checkpoint that the run resumes from; 0 for a new run.
         """
         lines = [line for line in _lines(path) if line["step"] <= step] if step else []
@@ -52,7 +52,7 @@ class Log:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a line and flush it, so that readers see it at once."""
+        """Append a record as a line and flush it, so that readers see it at once."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
@@ -83,16 +83,16 @@ def step_record(
     flops_per_token: float | None,
     peak_flops: float | None,
 ) -> dict[str, Any]:
-    """Return the record of a step.
+    """Return the record of a step for the metrics file.
 
     Args:
-        step: the number of steps so far.
-        sums: the sums of the step.
+        step: the number of the step, from 1.
+        sums: the sums that the step returned; see `step.make_train_step`.
         seconds: the duration of the step.
         config: the settings of the run.
-        flops_per_token: the arithmetic of the model per token, without recomputation; None leaves
-            out "mfu".
-        peak_flops: the peak FLOP/s of this machine; None leaves out "mfu".
+        flops_per_token: the FLOPs of training on one token, without rematerialization; None leaves
+            "mfu" out.
+        peak_flops: the peak FLOP/s of this machine; None leaves "mfu" out.
     """
     tokens = int(sums.get("tokens", sums["weight"]))
     record: dict[str, Any] = {"step": step}
@@ -132,7 +132,7 @@ class ProgressBar:
             self._progress.start()
 
     def update(self, record: Mapping[str, Any]) -> None:
-        """Show the record of a step."""
+        """Advance the bar to the step of a record, and show its loss and speed."""
         if self._progress is None:
             return
         text = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tok/s"
@@ -147,11 +147,11 @@ class ProgressBar:
 
 
 def check_finite(record: Mapping[str, Any], names: Iterable[str] = ("loss", "grad_norm")) -> None:
-    """Check that values of a record are finite.
+    """Raise an error if values of a record are not finite.
 
     Args:
         record: the record of a step or of a validation.
-        names: the values to check.
+        names: the keys of the values to check.
 
     Raises:
         FloatingPointError: a value is NaN or infinite.

@@ -3,7 +3,8 @@
 AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) is that of optax. Muon (Jordan et al. 2024)
 orthogonalizes the update of each hidden matrix, so that all singular values of the update are about
 equal. Embeddings, the LM head, norms and biases use AdamW. The updates of Muon are scaled to the
-RMS of those of AdamW (Liu et al. 2025, arXiv:2502.16982), so that both use one learning rate.
+RMS of the updates of AdamW (Liu et al. 2025, arXiv:2502.16982), so that both use the same learning
+rate.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from training.config import TrainConfig
 
 _A, _B, _C, _NEWTON_SCHULZ_STEPS = 3.4445, -4.775, 2.0315, 5  # of Jordan et al.
 _RMS = 0.2  # the approximate root mean square of the updates of AdamW
-# Parts of the names of embeddings and of the LM head.
+# Weights whose path contains one of these names are embeddings or the LM head.
 _EMBEDDINGS = frozenset({"embed", "positions", "head"})
 
 
 def schedule(config: TrainConfig) -> optax.Schedule:
-    """Return the learning rate schedule: a function of the step, from 0."""
+    """Return the learning rate schedule: a function from the step, from 0, to the learning rate."""
     peak, warmup = config.learning_rate, config.warmup_steps
     steps, last = config.steps - warmup, peak * config.final_fraction
     if config.schedule == "cosine":
@@ -34,13 +35,13 @@ def schedule(config: TrainConfig) -> optax.Schedule:
         after = optax.constant_schedule(peak)
     if not warmup:
         return after
-    # The learning rate of the first step is not 0 but 1 / (warmup + 1) of the peak.
+    # The learning rate of the first step is 1 / (warmup + 1) of the peak, not 0.
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([rise, after], [warmup])
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Return the optimizer: a transformation of clipped gradients into updates."""
+    """Return the optimizer as an optax transformation of clipped gradients into updates."""
     rate = schedule(config)
     adamw = optax.adamw(
         rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask
@@ -59,9 +60,10 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
 def orthogonalize(gradient: jax.Array) -> jax.Array:
     """Return the approximate orthogonal factor of a gradient, scaled to an RMS of about `_RMS`.
 
-    Newton-Schulz iteration: X becomes Q X with Q = a I + b X X' + c (X X')^2, five times, which
-    brings all singular values near 1. Q depends only on X X', a small square matrix. Therefore the
-    iteration updates X X' and the product of all Q, and multiplies the wider X once at the end.
+    A step of the Newton-Schulz iteration replaces X by Q X with Q = a I + b X X' + c (X X')^2; five
+    steps bring all singular values near 1. Q depends only on X X', a square matrix of the smaller
+    side of X. Therefore the iteration updates X X' and the product of all Q, and multiplies X once
+    at the end.
 
     Args:
         gradient: float32 [M, N].
@@ -85,12 +87,12 @@ def orthogonalize(gradient: jax.Array) -> jax.Array:
 
 
 def decay_mask(weights: Any) -> Any:
-    """Return a tree of booleans: weight decay applies to matrices, not to norms and biases."""
+    """Return which weights decay, as a pytree of booleans: matrices do, norms and biases do not."""
     return jax.tree.map(lambda leaf: leaf.ndim >= 2, weights)
 
 
 def _optimizer_labels(weights: Any) -> Any:
-    """Return the label of each leaf, "muon" or "adamw", when the optimizer is Muon."""
+    """Return the label of each weight, "muon" or "adamw", for the optimizer "muon"."""
 
     def label(path: tuple, leaf: jax.Array) -> str:
         names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")

@@ -1,13 +1,15 @@
 """Sequence packing: examples of different lengths in batches of one shape, shuffled by a seed.
 
-A batch holds `batch_size` examples, which share rows: each goes into the first row with enough room
-(first fit). `segments` separates the examples of a row, so that they do not attend to each other.
-All batches have the shape of the largest, so that the step is compiled once.
+A batch holds `batch_size` examples. Several examples can share a row: each goes into the first row
+with enough room (first fit). `segments` separates the examples of a row, so that they do not attend
+to each other. All batches have the shape of the largest batch, so that the training step is
+compiled once.
 
-The width of the rows is chosen by estimated cost: wide rows waste less room at their ends, but the
-cost of attention per token grows with the width.
+The width of the rows is chosen by estimated cost: wide rows waste less room on padding at their
+ends, but the cost of attention per token grows with the width.
 
-`Batches` is a function of the step, so that a run resumes from the number of a step alone.
+The batch of a step depends only on the data, the seed and the number of the step, so that a run can
+resume from the number of a step.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ import numpy as np
 from training.examples import Example
 
 WIDTH_MULTIPLE = 32  # row widths are multiples of this
-MAX_WIDTH = 1024  # tokens of a row, unless an example is longer
-ATTENTION_CROSSOVER = 4096  # width at which attention costs a small model as much as all else
+MAX_WIDTH = 1024  # maximum tokens per row, unless an example is longer
+ATTENTION_CROSSOVER = 4096  # width at which attention costs as much as the rest of a small model
 MICRO_BATCH_TOKENS = 1024  # maximum tokens of a micro-batch, unless a row is longer
 
 
@@ -32,10 +34,10 @@ class Batches:
     Attributes:
         examples: all examples.
         batch_size: examples per batch.
-        seed: the seed of the order.
-        steps_per_epoch: batches per epoch.
-        steps: batches of all epochs.
-        shape: (rows, tokens per row) of every batch; the rows are a multiple of `micro_batches`.
+        seed: the seed of the order of examples.
+        steps_per_epoch: number of batches per epoch.
+        steps: number of batches in all epochs.
+        shape: (rows, tokens per row) of every batch; `rows` is a multiple of `micro_batches`.
         micro_batches: the number of micro-batches to split a batch into.
     """
 
@@ -54,12 +56,12 @@ class Batches:
             examples: all examples.
             batch_size: examples per batch.
             epochs: the number of epochs.
-            seed: the seed of the order.
-            longest: the tokens of another example that must fit into a row, such as the longest of
-                the validation set.
+            seed: the seed of the order of examples.
+            longest: a number of tokens that must also fit into a row, such as the length of the
+                longest validation example.
 
         Raises:
-            ValueError: there is no example, or `batch_size` or `epochs` is below one.
+            ValueError: `examples` is empty, or `batch_size` or `epochs` is below 1.
         """
         for name, value in (
             ("batch_size", batch_size),
@@ -89,7 +91,7 @@ class Batches:
         return collate([self.examples[i] for i in group], rows, self.shape)
 
     def _group(self, step: int) -> np.ndarray:
-        """Return the indices of the examples of a step."""
+        """Return the indices of the examples in the batch of a step."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.examples))
@@ -100,7 +102,7 @@ class Batches:
         return map(self._group, range(steps))
 
     def _best_width(self, longest: int) -> int:
-        """Return the width with the lowest estimated cost of the first batches."""
+        """Return the row width at which the estimated cost of the first batches is lowest."""
         groups = list(self._groups(min(self.steps_per_epoch, 50)))
         narrowest = -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         widths = [narrowest, *range(narrowest + WIDTH_MULTIPLE, MAX_WIDTH + 1, WIDTH_MULTIPLE)]
@@ -116,11 +118,11 @@ def first_fit(lengths: Sequence[int] | np.ndarray, width: int) -> list[list[int]
     """Assign examples to rows by first fit.
 
     Args:
-        lengths: the tokens of each example.
-        width: the tokens of a row.
+        lengths: the number of tokens of each example.
+        width: the number of tokens per row.
 
     Returns:
-        For each row the indices of its examples.
+        For each row, the indices of its examples.
 
     Raises:
         ValueError: an example is longer than a row.
@@ -129,7 +131,9 @@ def first_fit(lengths: Sequence[int] | np.ndarray, width: int) -> list[list[int]
     room: list[int] = []
     for i, length in enumerate(lengths):
         if length > width:
-            raise ValueError(f"an example of {length} tokens does not fit into a row of {width}")
+            raise ValueError(
+                f"an example must fit into a row of {width} tokens, got {length} tokens"
+            )
         row = next((row for row, left in enumerate(room) if left >= length), len(rows))
         if row == len(rows):
             rows.append([])
@@ -146,8 +150,9 @@ def collate(
 
     Args:
         examples: the examples.
-        rows: for each row the indices of its examples, as of `first_fit`; other rows are padding.
-        shape: (B, T), rows and tokens per row.
+        rows: for each row, the indices of its examples, from `first_fit`; remaining rows are
+            padding.
+        shape: (B, T), the number of rows and of tokens per row.
 
     Returns:
         "ids" int32 [B, T]; "segments" int32 [B, T], 1, 2, ... for the examples of a row and 0 for
@@ -171,7 +176,7 @@ def collate_all(examples: Sequence[Example], shape: tuple[int, int]) -> list[dic
 
     Args:
         examples: the examples.
-        shape: (B, T), rows and tokens per row, of every batch.
+        shape: (B, T), the number of rows and of tokens per row in every batch.
 
     Raises:
         ValueError: an example is longer than a row.

@@ -1,4 +1,4 @@
-"""The training state: one tree that a step takes and returns."""
+"""The training state: one pytree that a training step takes and returns."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from training.task import Task
 
 @struct.dataclass
 class State:
-    """The complete state of a run: batches and random keys follow from the number of the step.
+    """The complete state of a run; batches and random keys are computed from the step number.
 
     Attributes:
         step: int32 [], the number of updates so far.
-        weights: float32 master weights, whatever the dtype of the products.
+        weights: float32 master weights, for any dtype of the matrix products.
         optimizer: the state of optax.
-        average: the exponential moving average (EMA) of the weights; None without one.
+        average: the exponential moving average (EMA) of the weights; None if
+            `TrainConfig.average_decay` is None.
     """
 
     step: jax.Array

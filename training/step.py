@@ -1,8 +1,9 @@
 """One training step as a pure function: from state and batch to state and sums.
 
-The gradient of a mean over a batch is the gradient of a sum, divided once. Therefore a batch may be
-split into micro-batches whose sums are added: the result equals that of the whole batch, even if
-the micro-batches hold different numbers of tokens. The mean of their means would differ.
+The gradient of the mean loss is the gradient of the summed loss divided by the sum of weights.
+Therefore a batch can be split into micro-batches whose sums are added: the result equals that of
+the whole batch, even if the micro-batches have different numbers of tokens. The mean of their mean
+losses would differ.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Sums = dict[str, jax.Array]  # "loss", "weight", and the other sums of the task
 def make_train_step(
     task: Task, config: TrainConfig
 ) -> Callable[[State, Any, Batch], tuple[State, Sums]]:
-    """Return the jitted function that takes a step.
+    """Return the jitted function that computes a training step.
 
     Args:
         task: the model and its loss.
@@ -41,7 +42,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         gradients, sums = _accumulate(task, config, state.weights, frozen, batch, key)
         with jax.named_scope("update"):
-            # A batch whose weights are all zero must not change the weights of the model.
+            # If all loss weights of a batch are 0, the gradients must be 0, not NaN.
             share = 1.0 / jnp.maximum(sums["weight"], 1e-30)
             norm = optax.tree.norm(gradients) * share
             if config.clip_norm is not None:
@@ -57,7 +58,7 @@ def make_train_step(
 
 
 def make_eval_step(task: Task) -> Callable[[Any, Any, Batch], Sums]:
-    """Return the jitted function evaluate(weights, frozen, batch) -> sums.
+    """Return the jitted function evaluate(weights, frozen, batch) -> sums, for validation.
 
     Args:
         task: the model and its loss.
@@ -78,7 +79,7 @@ def _accumulate(
     batch: dict[str, jax.Array],
     key: jax.Array,
 ) -> tuple[Any, Sums]:
-    """Return the gradients of the summed loss, and the sums, over all micro-batches."""
+    """Return the gradients of the summed loss, and the sums, each added over all micro-batches."""
 
     def loss(
         weights: Any, micro_batch: dict[str, jax.Array], key: jax.Array
@@ -95,8 +96,8 @@ def _accumulate(
     def split(name: str, array: jax.Array) -> jax.Array:
         if array.shape[0] % count:
             raise ValueError(
-                f"micro_batches must divide the batch: {name!r} has {array.shape[0]} rows, "
-                f"which {count} does not"
+                f"micro_batches must divide the number of rows: {name!r} has {array.shape[0]} "
+                f"rows, micro_batches is {count}"
             )
         return array.reshape(count, -1, *array.shape[1:])
 
@@ -113,7 +114,7 @@ def _accumulate(
 
 
 def _update_ema(state: State, weights: Any, decay: float | None) -> Any | None:
-    """Return the moving average of the weights; its decay is smaller in the first steps."""
+    """Return the updated EMA of the weights; the decay is smaller in the first steps."""
     if decay is None:
         return None
     step = state.step.astype(jnp.float32)

@@ -1,7 +1,7 @@
-"""Conversion of trees of arrays to named arrays and back, to store weights and optimizer states.
+"""Conversion of pytrees to named arrays and back, to store weights and optimizer states.
 
-The name of a leaf is its path, joined by dots: `layers.3.q.weight`, `1.mu.0.down.a`. On the way
-back every name, shape and dtype must match the tree.
+The name of a leaf is its path, joined by dots: `layers.3.q.weight`, `1.mu.0.down.a`. On
+loading, every name, shape and dtype must match the pytree.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import numpy as np
 
 
 def to_named(tree: Any) -> dict[str, Any]:
-    """Return the leaves of a tree by their names."""
+    """Return the leaves of a pytree by their names."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {_name(path): leaf for path, leaf in leaves}
 
 
 def from_named(arrays: Mapping[str, np.ndarray], like: Any) -> Any:
-    """Return the tree of named arrays; the inverse of `to_named`.
+    """Return a pytree with the named arrays as leaves; the inverse of `to_named`.
 
     Args:
         arrays: the arrays by their names.
-        like: a tree of the same structure, whose leaves have a shape and a dtype.
+        like: a pytree of the expected structure; only shape and dtype of its leaves are used.
 
     Raises:
-        ValueError: an array is missing, unexpected, or of another shape or dtype.
+        ValueError: an array is missing or unexpected, or has the wrong shape or dtype.
     """
     expected = to_named(like)
     if missing := [name for name in expected if name not in arrays]:

@@ -1,1 +1,1 @@
-"""Recipes: short files that combine a model, data and the training loop, to copy and change."""
+"""Recipes: short training scripts for the models of this project, to copy and change."""

@@ -1,21 +1,22 @@
-"""The CLIP judge: a model that names images of 32 x 32 pixels, to evaluate emoji-64.
+"""The CLIP judge: a model that scores captions for images of 32 x 32 pixels, to evaluate emoji-64.
 
     python -m training.recipes.clip_judge --packages DIR --dataset DATASET --out RUN
 
 A small convolutional network is trained to embed an image close to its caption, which is embedded
 by a frozen text encoder and a linear projection (CLIP: Radford et al. 2021, arXiv:2103.00020; the
-frozen text encoder as in LiT: Zhai et al. 2022, arXiv:2111.07991). There are few captions, so the
-contrastive loss compares an image with those of all concepts, not only with those of its batch.
+frozen text encoder as in LiT: Zhai et al. 2022, arXiv:2111.07991). There are few concepts,
+so the contrastive loss compares an image with a caption of every concept, not only of those in the
+batch.
 
-The judge must not be trained on the style that it evaluates: its training images are by OpenMoji
-and EmojiOne 2, those of emoji-64 by three other vendors. The scores of real images of these three
-vendors are the reference for generated images. `augment` varies all that differs between vendors:
-colours, sizes, positions, angles, sharpness and noise.
+The judge must not be trained on the styles that it evaluates: its training images are by OpenMoji
+and EmojiOne 2, and those of emoji-64 by three other vendors. The scores of real images by these
+three vendors are the reference for generated images. `augment` varies the properties that differ
+between vendors: colours, sizes, positions, angles, sharpness and noise.
 
 OpenMoji has a share-alike licence. Its images are used only here, for evaluation: emoji-64 is not
 trained on them or on the judge, and the weights of the judge are not distributed.
 
-Left out: resuming a stopped run with other vendors, and images of other sizes.
+Left out: resuming a stopped run with images of other vendors, and images of other sizes.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from transformer.similarity import l2_normalize
 from transformer.weights import Linear
 
 IMAGE_SIZE = 32  # height and width of the input in pixels
-CHANNELS = (48, 96, 192)  # of the stages, each at half the resolution of the previous one
+CHANNELS = (48, 96, 192)  # per stage; each stage has half the resolution of the previous one
 EMBED_DIM = 256  # D, the dimension of the common embedding space of images and captions
 TEXT_EMBED_DIM = 384  # E, the dimension of the text encoder
 VALIDATION_BATCH_SIZE = 100
@@ -62,7 +63,7 @@ class Block:
 
 @struct.dataclass
 class Params:
-    """The weights of the judge; the names of the fields are those of the tensors in checkpoints."""
+    """The weights of the judge; the field names are the tensor names in checkpoints."""
 
     first: Linear  # [C, 9 x 12]
     blocks: tuple[Block, ...]  # one per stage
@@ -93,7 +94,7 @@ def abstract() -> Params:
 
 
 def image_features(params: Params, x: jax.Array) -> jax.Array:
-    """Return the features of images before the projection.
+    """Return the features of images before the projection to the embedding space.
 
     Args:
         params: the weights.
@@ -114,12 +115,12 @@ def image_features(params: Params, x: jax.Array) -> jax.Array:
 def logits_per_image(
     params: Params, features: jax.Array | np.ndarray, pooled: jax.Array | np.ndarray
 ) -> jax.Array:
-    """Return the scaled cosine similarity of images and captions.
+    """Return the scaled cosine similarities of images and captions.
 
     Args:
         params: the weights.
-        features: float32 [B, C], as of `image_features`.
-        pooled: float32 [G, E], the captions, as of the text encoder.
+        features: float32 [B, C], from `image_features`.
+        pooled: float32 [G, E], embeddings of the captions, from the text encoder.
 
     Returns:
         float32 [B, G], logits.
@@ -136,7 +137,7 @@ class CaptionEmbeddings:
     """The embeddings of the captions of each concept.
 
     Attributes:
-        pooled: float32 [concepts, K, E].
+        pooled: float32 [concepts, K, E], padded to K captions per concept.
         shares: float32 [concepts, K], the sampling probability of each caption; 0 for padding.
     """
 
@@ -170,10 +171,10 @@ class ContrastiveTask:
 
 
 def svg_on_white(file: bytes, size: int) -> np.ndarray:
-    """Render an SVG by OpenMoji on white, without its margin.
+    """Render an SVG of OpenMoji on white, without its margin.
 
     Args:
-        file: the SVG.
+        file: the bytes of the SVG file.
         size: height and width of the result in pixels.
 
     Returns:
@@ -220,14 +221,14 @@ VENDORS = (
 
 
 def vendor_images(packages: Path, concepts: list[Concept]) -> tuple[np.ndarray, np.ndarray]:
-    """Load the images of the vendors.
+    """Load the images of the vendors that the judge is trained on.
 
     Args:
-        packages: the folder of the downloaded packages.
-        concepts: the concepts of the dataset.
+        packages: the folder of the packages; see `data.fetch`.
+        concepts: the concepts of the emoji-64 dataset.
 
     Returns:
-        The images, uint8 [n, 64, 64, 3], and the concept of each, int [n].
+        The images, uint8 [n, 64, 64, 3], and the index of the concept of each, int [n].
     """
     rows = {concept.code: row for row, concept in enumerate(concepts)}
     images, concept_ids = [], []
@@ -254,9 +255,9 @@ def augment(random: np.random.Generator, images: np.ndarray, can_mirror: np.ndar
     """Augment images at random, to imitate the styles of other vendors.
 
     Args:
-        random: the random generator.
+        random: the random number generator.
         images: uint8 [B, 64, 64, 3], on white.
-        can_mirror: bool [B], whether an image may be mirrored.
+        can_mirror: bool [B], whether each image can be mirrored without changing its meaning.
 
     Returns:
         float32 [B, IMAGE_SIZE, IMAGE_SIZE, 3], from -1 to 1.
@@ -283,7 +284,7 @@ def augment(random: np.random.Generator, images: np.ndarray, can_mirror: np.ndar
             fillcolor=(255,) * 3,
         )
     x = data.downscale(transformed, IMAGE_SIZE)
-    # Transform the difference from white, so that white stays white.
+    # Apply the colour matrix to the difference from white, so that white stays white.
     x = 1 - np.einsum("byxc,bcd->byxd", 1 - x, _color_matrices(random, count))
     blurred = _blur(x)
     x = blurred + random.uniform(0, 1.5, (count, 1, 1, 1)) * (x - blurred)
@@ -292,7 +293,7 @@ def augment(random: np.random.Generator, images: np.ndarray, can_mirror: np.ndar
 
 
 def _color_matrices(random: np.random.Generator, count: int) -> np.ndarray:
-    """Return random linear maps of colours that change hue, saturation and contrast: [n, 3, 3]."""
+    """Return random matrices [n, 3, 3] that change hue, saturation and contrast of RGB colours."""
     grey = np.full((3, 3), 1 / 3)
     axis = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
     angle = np.radians(random.normal(0, 12, (count, 1, 1)))
@@ -302,7 +303,7 @@ def _color_matrices(random: np.random.Generator, count: int) -> np.ndarray:
 
 
 def _blur(x: np.ndarray) -> np.ndarray:
-    """Convolve with the kernel 1, 2, 1 along rows and columns."""
+    """Blur images with the kernel (1, 2, 1) / 4 along rows and columns."""
     for axis in (1, 2):
         width = [(1, 1) if i == axis else (0, 0) for i in range(4)]
         padded = np.pad(x, width, mode="edge")
@@ -313,7 +314,7 @@ def _blur(x: np.ndarray) -> np.ndarray:
     return x
 
 
-# The run
+# The training run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,8 +322,8 @@ class JudgeConfig:
     """The settings of a run of the judge.
 
     Attributes:
-        packages: the folder for the downloaded packages of the vendors.
-        dataset: the dataset of emoji-64: concepts, captions, and images for validation.
+        packages: the folder for the packages of the vendors; missing ones are downloaded.
+        dataset: the folder of the emoji-64 dataset, for concepts, captions and validation images.
         out: the folder of the run.
         steps: the number of updates.
         batch_size: images per step.
@@ -391,7 +392,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code.
 
     Args:
-        argv: the arguments; None for those of the process.
+        argv: arguments without the program name; None for `sys.argv[1:]`.
     """
     parser = argparse.ArgumentParser(prog="python -m training.recipes.clip_judge")
     parser.add_argument("--packages", type=Path, required=True)

@@ -1,16 +1,16 @@
 """Tasks that train a decoder: all of its weights, or a LoRA adapter.
 
-Both predict the next token. The rows of a batch may hold several packed texts: `segments` separates
-them, and `weights` selects the targets.
+Both are trained to predict the next token. A row of a batch can contain several packed texts:
+`segments` separates them, and `weights` selects the targets.
 
     ids       int32 [B, T]
     segments  int32 [B, T], 1, 2, ... for the texts of a row; 0 for padding
-    weights   float32 [B, T], the weight of predicting a token from the tokens before it in its
-              text; ignored for the first token of a text
+    weights   float32 [B, T], the weight in the loss of predicting a token from the tokens before
+              it in its text; ignored for the first token of a text
 
-Weights are trained in float32. With `dtype="bfloat16"` the products of the forward and the backward
-pass are computed in bfloat16, from copies that each step makes; sums, norms, softmax and the update
-stay float32.
+The master weights are float32. With `dtype="bfloat16"`, the matrix products of the forward and the
+backward pass are computed in bfloat16, from copies that are made in each step; sums, norms, softmax
+and the update stay float32.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class DecoderTask:
     Attributes:
         cfg: the configuration of the decoder.
         init_params: the initial weights, which are copied to float32; None for random weights.
-        dtype: the dtype of the products.
+        dtype: the dtype of the matrix products.
         remat: whether to rematerialize activations; see `decoder.hidden_states`.
     """
 
@@ -58,7 +58,7 @@ class DecoderTask:
         return next_token_loss(weights, self.cfg, batch, self.dtype, remat=self.remat)
 
     def flops_per_token(self, length: int) -> float:
-        """Return the FLOPs of a token of a text of `length` tokens, forward and backward."""
+        """Return the FLOPs per token, forward and backward, for texts of `length` tokens."""
         return 3 * _forward_flops(self.cfg, length)
 
 
@@ -66,14 +66,14 @@ class DecoderTask:
 class LoraTask:
     """Training of a LoRA adapter; implements `Task`.
 
-    The weights of the decoder, float32 or bfloat16, are the frozen tree.
+    The weights of the decoder, float32 or bfloat16, are passed to the loss as `frozen`.
 
     Attributes:
         cfg: the configuration of the decoder.
         rank: the rank of the adapter.
         alpha: the scale of the adapter is alpha / rank.
         target_modules: the linear layers with an adapter.
-        dtype: the dtype of the products.
+        dtype: the dtype of the matrix products.
         remat: whether to rematerialize activations; see `decoder.hidden_states`.
     """
 
@@ -96,7 +96,7 @@ class LoraTask:
         return next_token_loss(params, self.cfg, batch, self.dtype, remat=self.remat)
 
     def flops_per_token(self, length: int) -> float:
-        """Return the FLOPs of a token, without those of the gradients of the frozen weights."""
+        """Return the FLOPs per token, without those of gradients for the frozen weights."""
         adapter = jax.eval_shape(self.init, jax.random.key(0))
         return 2 * _forward_flops(self.cfg, length) + 6 * sum(
             leaf.size for leaf in jax.tree.leaves(adapter)
@@ -111,13 +111,15 @@ def next_token_loss(
     *,
     remat: bool = False,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Return the next-token loss of a batch, its weight and other sums; see `Task.loss`.
+    """Return the summed next-token loss of a batch, the sum of weights, and other sums.
+
+    It implements `Task.loss` for decoders.
 
     Args:
         params: the weights of the decoder.
-        cfg: its configuration.
+        cfg: the configuration of the decoder.
         batch: "ids", "segments" and "weights"; see the top of this file.
-        dtype: the dtype of the products.
+        dtype: the dtype of the matrix products.
         remat: whether to rematerialize activations.
 
     Returns:
@@ -125,12 +127,12 @@ def next_token_loss(
         weights of correct predictions, and the number of tokens.
 
     Raises:
-        ValueError: weights are int8, which have no gradients.
+        ValueError: the weights are int8, which have no gradients.
     """
     ids, segments = batch["ids"], batch["segments"]
     params = cast_params(params, dtype)
     x = decoder.hidden_states(params, cfg, ids, segments, remat=remat)  # [B, T, D]
-    # Position t predicts token t + 1 if both are of the same text; the last position predicts none.
+    # Position t predicts token t + 1 if both are in the same text; the last position predicts none.
     targets = jnp.roll(ids, -1, axis=1)
     continues = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
     weights = jnp.pad(batch["weights"][:, 1:] * continues, ((0, 0), (0, 1)))  # [B, T]
@@ -145,15 +147,15 @@ def next_token_loss(
 def cast_params(params: Params, dtype: Dtype) -> Params:
     """Return the decoder with the weights of the linear layers cast to a dtype.
 
-    The embedding table stays in float32, because the gradients of all occurrences of a token are
-    summed in its dtype. The loss casts the LM head.
+    The embedding table stays float32, because the gradients of all occurrences of a token are
+    summed in the dtype of the table. The LM head is cast in the loss.
 
     Args:
         params: the weights of the decoder, with or without an adapter.
         dtype: "float32" or "bfloat16".
 
     Raises:
-        ValueError: the dtype is another one, or weights are int8.
+        ValueError: `dtype` is not one of these, or the weights are int8.
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be 'float32' or 'bfloat16' for training, got {dtype!r}")
@@ -173,7 +175,7 @@ def cast_params(params: Params, dtype: Dtype) -> Params:
 
 
 def _forward_flops(cfg: Config, length: int) -> float:
-    """Return the FLOPs of a token: two per weight, and attention over half the text on average."""
+    """Return the forward FLOPs per token: two per weight, and attention to half of the text."""
     infos = decoder.abstract(cfg)
     matrices = [leaf for leaf in jax.tree.leaves(infos.layers) if len(leaf.shape) == 2]
     products = sum(out * inner for out, inner in (leaf.shape for leaf in matrices))

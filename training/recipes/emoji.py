@@ -9,8 +9,8 @@
 A U-Net is trained on images of 32 x 32 pixels by flow matching. A separate upscaler to 64 x 64 is
 trained on downscaled real images. The recipe is designed for two cores and a few hours: the text
 encoder is frozen and its states are computed once; concepts with common names are sampled more
-often; the optimizer is Muon, with which the loss falls faster; the learning rate is constant, so
-that a run can be stopped at any point, and decays in a short second run
+often; the optimizer is Muon, with which the loss falls faster than with AdamW; the learning rate is
+constant, so that a run can be stopped at any point, and decays in a short second run
 (`denoiser --init-from MODEL/denoiser --schedule linear --steps 3000`).
 
 `emoji_measures` evaluates the model. Like all recipes, this is a short file to copy and change.
@@ -50,7 +50,7 @@ UNET = UNetConfig(
 )
 UPSCALER = UpscalerConfig(width=64, num_blocks=2)
 VALIDATION_BATCH_SIZE = 40
-SAMPLE_EVERY = 250  # steps
+SAMPLE_EVERY = 250  # steps between grids of sample images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,21 +58,24 @@ class EmojiConfig:
     """The settings of a run of the denoiser or the upscaler.
 
     Attributes:
-        dataset: the dataset, as the command `pack` writes it.
+        dataset: the folder of the dataset, as the command `pack` writes it.
         out: the folder of the run.
-        init_from: a denoiser whose weights the run starts from; None for random weights.
+        init_from: the folder of a denoiser whose weights the run starts from; None for random
+            weights.
         steps: the number of updates.
         batch_size: images per step.
         learning_rate: the peak of the learning rate.
         schedule: the learning rate schedule of the denoiser.
         style_shares: the sampling probability of each style.
-        common_weight: the factor by which concepts with a common name are sampled more often.
-        prompt_dropout: the probability of training without the prompt, for classifier-free
+        common_weight: the factor by which the sampling weight of concepts with a common name is
+            multiplied.
+        prompt_dropout: the probability that a training image has no prompt, for classifier-free
             guidance.
-        mirror: whether to mirror half of the images, except those with a left and a right.
-        time_mean: the mean of the logit-normal distribution of times. A negative mean samples more
-            noise, where the composition of the image is decided.
-        time_std: its standard deviation.
+        mirror: whether to mirror images with probability 1/2, except those of concepts that are
+            `directed`.
+        time_mean: the mean of the logit-normal distribution of flow times. If it is negative, times
+            of high noise, at which the composition of the image is decided, are sampled more often.
+        time_std: the standard deviation of that distribution.
         seed: the seed of weights and batches.
     """
 
@@ -96,7 +99,7 @@ class EmojiConfig:
 
 
 def vocab_words(encoder: Path) -> frozenset[str]:
-    """Return the words that are one token of BERT's vocabulary: about 20,000 common words.
+    """Return the words that are one token in BERT's vocabulary: about 20,000 common words.
 
     Args:
         encoder: the folder of the text encoder.
@@ -111,8 +114,8 @@ def sampling_shares(
 
     Args:
         dataset: the dataset of N images.
-        settings: has the weights of styles and of common names.
-        common_words: the words that make a name common.
+        settings: `style_shares` and `common_weight` are used.
+        common_words: a concept is common if its name is one of these words.
 
     Returns:
         float64 [N].
@@ -121,7 +124,7 @@ def sampling_shares(
     for number, concept in enumerate(dataset.concepts):
         group = data.GROUPS[concept.group][0]
         is_object = group not in ("people", "symbols")
-        # "deciduous tree" is not a common name, but an image of it fits the prompt "tree".
+        # "deciduous tree" is not a common name, but its image fits the prompt "tree".
         is_kind = group in ("nature", "food", "travel") and concept.name.split()[-1] in common_words
         is_face = group == "smileys" and "face" in concept.name
         if is_object and not is_face and (concept.plain in common_words or is_kind):
@@ -134,11 +137,11 @@ def sampling_shares(
 def make_batches(
     dataset: EmojiDataset, settings: EmojiConfig, shares: np.ndarray, size: int
 ) -> Callable[[int], dict[str, np.ndarray]]:
-    """Return a function that returns the batch of a step: random images with captions.
+    """Return the function `batches(step)` for the training loop: random images with captions.
 
     Args:
         dataset: the dataset of N images.
-        settings: has the batch size, the dropout of prompts and the mirroring.
+        settings: `batch_size`, `prompt_dropout`, `mirror` and `seed` are used.
         shares: float [N], the sampling probability of each image.
         size: height and width of the images in pixels.
     """
@@ -167,7 +170,7 @@ def validation_batches(
     Args:
         dataset: the dataset.
         size: height and width of the images in pixels.
-        which: int [n], the images to use instead of the held-out ones.
+        which: int [n], the indices of the images; None for all held-out images.
     """
     random = np.random.default_rng(0)
     which = random.permutation(np.flatnonzero(dataset.held_out) if which is None else which)
@@ -195,8 +198,8 @@ class DenoisingTask:
 
     Attributes:
         cfg: the configuration of the denoiser.
-        time_mean: the mean of the logit-normal distribution of times.
-        time_std: its standard deviation.
+        time_mean: the mean of the logit-normal distribution of flow times.
+        time_std: the standard deviation of that distribution.
         init_params: the initial weights, which are copied; None for random weights.
     """
 
@@ -212,7 +215,7 @@ class DenoisingTask:
         return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), self.init_params)
 
     def loss(self, weights: model.Params, frozen: None, batch, key: jax.Array):
-        """Return the flow loss of a batch at random times; see `make_batches` and `Task.loss`."""
+        """Return the summed flow loss of a batch (see `make_batches`) at random flow times."""
         x = batch["x"]
         time_key, noise_key = jax.random.split(key)
         e = jax.random.normal(noise_key, x.shape)
@@ -262,7 +265,8 @@ def train_denoiser(settings: EmojiConfig, encoder: Path) -> loop.Outcome:
     def write_samples(state: State, record: dict[str, Any]) -> None:
         step = record["step"]
         if step % SAMPLE_EVERY == 0 or step == settings.steps:
-            keys = jnp.repeat(sample.image_keys(0, 1), len(prompts.mask), 0)  # the same noise
+            # All prompts have the same noise.
+            keys = jnp.repeat(sample.image_keys(0, 1), len(prompts.mask), 0)
             images = generate(state.average, cfg, prompts, keys)
             image_io.save(pipeline.make_grid(images, 10), settings.out / f"grid-{step:06d}.png")
 
@@ -288,9 +292,9 @@ def generate(
 
     Args:
         weights: the weights of the denoiser.
-        cfg: its configuration.
+        cfg: the configuration of the denoiser.
         text: the embeddings of B prompts.
-        keys: [B], random keys of the initial noise.
+        keys: [B] PRNG keys of the initial noise.
         guidance: the scale of classifier-free guidance.
 
     Returns:
@@ -312,7 +316,7 @@ def generate(
 
 @dataclass(frozen=True)
 class UpscalerTask:
-    """Upscaling of downscaled images with a little noise; implements `Task`."""
+    """Reconstruction of images from downscaled copies with a little noise; implements `Task`."""
 
     cfg: UpscalerConfig
 
@@ -321,7 +325,7 @@ class UpscalerTask:
         return layers.init(key, upscale.abstract(self.cfg))
 
     def loss(self, weights: upscale.Params, frozen: None, batch, key: jax.Array):
-        """Return the absolute error of upscaled images; see `Task.loss`.
+        """Return the summed mean absolute error of upscaled images; see `Task.loss`.
 
         `batch` has "x" float32 [B, Y, X, 3], the images at full size.
         """
@@ -332,7 +336,7 @@ class UpscalerTask:
         noise_scale = 0.1 * jax.random.uniform(scale_key, (b, 1, 1, 1)) ** 2
         small = small + noise_scale * jax.random.normal(noise_key, small.shape)
         upscaled = upscale.upscale_2x(weights, self.cfg, small)
-        # At an edge the absolute error favours the colour of one side, the squared error a blur.
+        # The absolute error gives sharp edges; the squared error would favour a mean of both sides.
         return jnp.abs(upscaled - large).mean((1, 2, 3)).sum(), jnp.float32(b), {}
 
 
@@ -378,7 +382,7 @@ def train_upscaler(settings: EmojiConfig) -> loop.Outcome:
 
 
 def write_config(run: Path, values: dict[str, Any]) -> None:
-    """Write the kind of the trained network to the folder of a run, for `export`.
+    """Write to the folder of a run which kind of network it trains, for `export`.
 
     Args:
         run: the folder of the run.
@@ -389,20 +393,20 @@ def write_config(run: Path, values: dict[str, Any]) -> None:
 
 
 def load_ema_weights(run: Path, task: Task) -> Any:
-    """Return the EMA of the weights in the last checkpoint of a run.
+    """Load the EMA of the weights from the last checkpoint of a run.
 
     Args:
         run: the folder of the run.
         task: the task that was trained.
 
     Raises:
-        ValueError: there is no checkpoint, or it belongs to another task.
+        ValueError: the run has no checkpoint, or the checkpoint is of another task.
     """
     from safetensors.numpy import load_file
 
     steps = checkpoints.saved_steps(run / "checkpoints")
     if not steps:
-        raise ValueError(f"{run}: has no checkpoint")
+        raise ValueError(f"{run}: the run has no checkpoint yet")
     file = run / "checkpoints" / f"step-{steps[-1]:06d}" / "state.safetensors"
     prefix = "average."
     arrays = {
@@ -414,14 +418,14 @@ def load_ema_weights(run: Path, task: Task) -> Any:
 
 
 def export(run: Path, target: Path) -> None:
-    """Write the EMA of the weights of a run in float16.
+    """Write the EMA of the weights of a run as a model in float16.
 
     Args:
         run: the folder of the run.
         target: the folder of the denoiser or upscaler to write.
 
     Raises:
-        ValueError: there is no checkpoint, or it belongs to another network.
+        ValueError: the run has no checkpoint, or the checkpoint is of another network.
     """
     kind = json.loads((run / "network.json").read_text("utf-8"))["kind"]
     cfg, task = (
@@ -434,7 +438,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code.
 
     Args:
-        argv: the arguments; None for those of the process.
+        argv: arguments without the program name; None for `sys.argv[1:]`.
     """
     args = _parser().parse_args(argv)
     return args.run(args)

@@ -1,13 +1,13 @@
-r"""Evaluation of emoji-64: metrics, and a grid of images for people to name.
+r"""Evaluation of emoji-64: metrics, and a grid of images that people are asked to name.
 
     python -m training.recipes.emoji_measures numbers --model MODEL --encoder ENCODER \
         --dataset DATASET --judge JUDGE_RUN --out FOLDER
     python -m training.recipes.emoji_measures sheet --model MODEL --encoder ENCODER --out FOLDER
 
-`numbers` writes measures.json (see `measure`), flow_loss.png, and samples.png with real and
-generated images of the same prompts in turn. `sheet` writes grid.png and grid-numbered.png with the
-images of `SAMPLE_PROMPTS` for the seeds 0 to 3, without selection. People name the images of the
-numbered grid before they see the prompts.
+`numbers` writes measures.json (see `measure`), flow_loss.png, and samples.png, in which real and
+generated images of the same prompts alternate. `sheet` writes grid.png and grid-numbered.png with
+the images of `SAMPLE_PROMPTS` for the seeds 0 to 3, without selection. People name the images of
+the numbered grid before they see the prompts.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from training.recipes.emoji import (
 )
 from transformer import similarity
 
-MAX_LEARNT, MAX_HELD_OUT = 280, 120  # maximum numbers of training and held-out images to compare
+MAX_LEARNT, MAX_HELD_OUT = 280, 120  # maximum number of training and of held-out images to compare
 BATCH_SIZE = 40
 SEEDS = (0, 1, 2, 3)  # of the grid
-NUM_PAIRS = 24  # pairs of images in samples.png, each of training and of held-out images
+NUM_PAIRS = 24  # pairs in samples.png for training images, and as many for held-out images
 
 
 # Metrics
@@ -60,22 +60,24 @@ def measure(
         pipeline: the model to evaluate.
         dataset: the dataset of N images.
         judge: the weights of the CLIP judge, which is not trained on the dataset.
-        shares: float [N], the probability of each training image in training and in evaluation.
+        shares: float [N], the probability of sampling each training image, in training and here.
 
     Returns:
-        The metrics; and pairs of a real and a generated image, uint8 [n, 32, 32, 3]. "learnt" is
-        for prompts of training images, "held_out" for a concept in a style that is not in the
-        training images. "real" is the value for the real images of the same prompts, that of a
-        perfect model; "drawn" is the value for generated images.
+        The metrics as a JSON object; and pairs of a real and a generated image, uint8
+        [n, 32, 32, 3]. In the metrics, "learnt" means prompts of training images, and "held_out"
+        means prompts of held-out images (a known concept in a style that it is not trained in).
+        "drawn" is the value for generated images, and "real" the value for real images of the same
+        prompts, which a perfect model would have.
 
-        - flow_loss: by time.
-        - text_match: top-1 and top-5 accuracy of the judge among 100 names; "of_real" is the ratio
-          of the top-5 accuracies of generated and real images.
+        - flow_loss: by flow time.
+        - text_match: top-1 and top-5 accuracy with which the judge finds the name among 100 names;
+          "of_real" is the top-5 accuracy of generated images divided by that of real images.
         - style: the share of images in the requested style, according to a linear probe on the
           features of the judge, for held-out prompts.
-        - kernel_distance, coverage: compared with other real images, in the features of the judge.
-        - memorisation: the distance of generated images to training images, relative to that of
-          real held-out images.
+        - kernel_distance, coverage: compared with other training images, in the features of the
+          judge.
+        - memorisation: the distance of generated images to training images, divided by the distance
+          of real held-out images to them.
     """
     random = np.random.default_rng(0)
     train_rows = np.flatnonzero(~dataset.held_out)
@@ -148,17 +150,18 @@ def name_of(concept: data.Concept) -> str:
 
 
 def prompt(dataset: EmojiDataset, row: int) -> str:
-    """Return the prompt of an image of a dataset, such as "red apple, flat style"."""
+    """Return the name and style of an image as a prompt, such as "red apple, flat style"."""
     return data.styled_caption(
         name_of(dataset.concepts[dataset.concept_ids[row]]), int(dataset.style_ids[row])
     )
 
 
 def generate(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> np.ndarray:
-    """Generate one image per prompt, each from different noise: uint8 [n, Y, X, 3]."""
+    """Generate one image per prompt, each from its own noise: uint8 [n, Y, X, 3]."""
     keys, batches = sample.image_keys(0, len(prompts)), []
     for start in range(0, len(prompts), BATCH_SIZE):
-        rows = np.arange(start, start + BATCH_SIZE) % len(prompts)  # all batches have one shape
+        # The last batch is filled up, so that all batches have the same shape.
+        rows = np.arange(start, start + BATCH_SIZE) % len(prompts)
         batch = [prompts[row] for row in rows.tolist()]
         *_, (last, _) = pipeline.steps(batch, keys[rows], SamplerOptions())
         batches.append(pipeline.postprocess(last))
@@ -166,7 +169,7 @@ def generate(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> np.ndarray:
 
 
 def image_features(judge: clip_judge.Params, images: np.ndarray) -> np.ndarray:
-    """Return the features of images in the judge.
+    """Return the features that the judge computes for images, in batches.
 
     Args:
         judge: the weights of the judge.
@@ -185,11 +188,11 @@ def image_features(judge: clip_judge.Params, images: np.ndarray) -> np.ndarray:
 def loss_by_time(
     pipeline: DiffusionPipeline, batches: list[dict[str, np.ndarray]]
 ) -> dict[str, float]:
-    """Return the flow loss at fixed times, as strings; the noise does not depend on the weights.
+    """Return the mean flow loss by flow time, as a string; all models get the same noise.
 
     Args:
         pipeline: the model to evaluate.
-        batches: as of `validation_batches`.
+        batches: from `validation_batches`.
     """
     means: dict[str, float] = {}
     for t in (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95):
@@ -206,10 +209,10 @@ def loss_by_time(
 
 
 def plot_losses(losses: dict[str, dict[str, float]], target: Path) -> None:
-    """Plot the flow loss by time.
+    """Plot the flow loss by flow time.
 
     Args:
-        losses: the loss by time of each curve, as of `loss_by_time`.
+        losses: by label of a curve, its loss by time, from `loss_by_time`.
         target: the PNG file to write.
     """
     from matplotlib.figure import Figure
@@ -228,11 +231,11 @@ def plot_losses(losses: dict[str, dict[str, float]], target: Path) -> None:
 
 
 def labelled_grid(images: np.ndarray, labels: Sequence[str]) -> np.ndarray:
-    """Return a grid of rows of images, each with a label on its left, in two columns of rows.
+    """Arrange rows of images in two columns, each row with a label on its left.
 
     Args:
         images: uint8 [rows, columns, Y, X, 3].
-        labels: one per row.
+        labels: one label per row.
 
     Returns:
         uint8 [height, width, 3].
@@ -281,14 +284,16 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code.
 
     Args:
-        argv: the arguments; None for those of the process.
+        argv: arguments without the program name; None for `sys.argv[1:]`.
     """
     parser = argparse.ArgumentParser(prog="python -m training.recipes.emoji_measures")
     commands = parser.add_subparsers(required=True)
     for name, run in (("numbers", _numbers), ("sheet", _sheet)):
         command = commands.add_parser(name)
         command.set_defaults(run=run)
-        command.add_argument("--model", type=Path, required=True, help="denoiser/ and upscaler/")
+        command.add_argument(
+            "--model", type=Path, required=True, help="folder with denoiser/ and upscaler/"
+        )
         command.add_argument("--encoder", type=Path, required=True)
         command.add_argument("--out", type=Path, required=True, help="a folder")
         if name == "numbers":
@@ -300,7 +305,9 @@ def main(argv: list[str] | None = None) -> int:
             judge.add_argument("--tower", dest="judge", type=Path, help=argparse.SUPPRESS)  # old
         else:
             command.add_argument(
-                "--prompt-suffix", default="", help='appended to each prompt: ", flat style"'
+                "--prompt-suffix",
+                default="",
+                help='text appended to each prompt, such as ", flat style"',
             )
             command.add_argument("--ending", dest="prompt_suffix", help=argparse.SUPPRESS)  # old
     args = parser.parse_args(argv)

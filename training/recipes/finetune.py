@@ -1,4 +1,4 @@
-"""Fine-tuning of a decoder on a file of examples, with LoRA or of all weights.
+"""Fine-tuning of a decoder on a file of examples: a LoRA adapter, or all weights.
 
     from training.recipes import finetune
 
@@ -8,13 +8,13 @@
 files to `out`:
 
     job.json        the resolved settings and the hashes of the data
-    metrics.jsonl   a line per step; loss.png plots the loss
+    metrics.jsonl   the metrics of each step; loss.png plots the loss
     checkpoints/    the state to resume from
-    adapters/       step-N, the adapters after the last epochs
+    adapters/       step-N, the adapters after each of the last epochs
     adapter/        the final LoRA adapter in the layout of PEFT
-    model/          instead of an adapter, for "full": the model in the layout of Hugging Face
+    model/          with method "full", instead of an adapter: the model as a Hugging Face folder
 
-Called again with the same folder, it resumes; if the run is complete, it does nothing.
+If `run` is called again with the same `out`, it resumes; if the run is complete, it does nothing.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ from transformer import checkpoint, families, lora
 from transformer.checkpoint import gguf
 from transformer.config import Config as Model
 
-# The learning rates for a multiplier of 1. An adapter starts at zero and needs larger updates.
+# Peak learning rates by method, for `learning_rate_multiplier` 1. An adapter starts at zero and
+# needs larger updates.
 LEARNING_RATES = {"lora": 1e-3, "full": 5e-5}
-MAX_EPOCH_ADAPTERS = 3  # the adapters of this many epochs are kept
+MAX_EPOCH_ADAPTERS = 3  # number of latest epochs whose adapters are kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +58,12 @@ class FinetuneConfig:
         method: "lora" or "full".
         epochs: the number of epochs.
         batch_size: examples per step.
-        learning_rate_multiplier: the factor of `LEARNING_RATES`.
+        learning_rate_multiplier: the factor that `LEARNING_RATES` is multiplied by; auto: 1.
         rank: the rank of the adapter.
         seed: the seed of the adapter and of the order of the examples.
-        max_tokens: the maximum length of an example; auto: 2048, or the context of the model if
-            that is shorter.
-        dtype: the dtype of the products; auto: the faster one on this machine.
+        max_tokens: the maximum length of an example in tokens; auto: 2048, or the context length of
+            the model if that is shorter.
+        dtype: the dtype of the matrix products; auto: the faster one on this machine.
 
     Raises:
         ValueError: a field is out of range.
@@ -96,14 +97,14 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a run.
+    """The result of a fine-tuning run.
 
     Attributes:
-        reason: "finished"; "signal" if a signal stopped the run, which has saved its state;
-            "refused" if a file cannot be used for training: see `reports`.
-        job: the contents of job.json; empty if a file was refused.
+        reason: "finished"; "signal" if a signal stopped the run after it saved its state; "refused"
+            if a data file cannot be used for training (see `reports`).
+        job: the contents of job.json; empty if a data file was refused.
         reports: the reports of the training file and of the validation file, if there is one.
-        signal: the number of the signal that stopped the run, if one did.
+        signal: the number of the signal that stopped the run; None if none did.
     """
 
     reason: Literal["finished", "signal", "refused"]
@@ -122,13 +123,13 @@ def run(
 
     Args:
         settings: the settings of the run.
-        notify: called with lines of progress.
+        notify: called with each progress message, a line of text.
         progress: whether to show a progress bar if standard error is a terminal.
 
     Raises:
         OSError: a file cannot be read or written.
-        ValueError: the model is of an unknown kind, or `out` holds a run with other settings.
-        FloatingPointError: the loss is NaN or infinite.
+        ValueError: the model is not supported, or `out` contains a run with other settings.
+        FloatingPointError: the loss or the gradient is NaN or infinite.
     """
     out, record = settings.out, run_dir.config_record(settings)
     job = run_dir.read_job(out / "job.json", record)
@@ -167,7 +168,7 @@ def run(
     )
 
     cfg = checkpoint.read_config(settings.model)
-    # A micro-batch can exceed the limit only if a single row does: an example is very long.
+    # A micro-batch exceeds the limit only if it is one row with a very long example.
     remat = rows // batches.micro_batches * width > packing.MICRO_BATCH_TOKENS
     task, frozen = _task(settings, job, cfg, remat)
     config = TrainConfig(
@@ -178,7 +179,7 @@ def run(
         micro_batches=batches.micro_batches,
         steps_per_epoch=batches.steps_per_epoch,
         validate_every=batches.steps_per_epoch,
-        save_every=50 if settings.method == "lora" else 200,  # the state of "full" has gigabytes
+        save_every=50 if settings.method == "lora" else 200,  # the state of "full" is gigabytes
         keep=2 if settings.method == "lora" else 1,
     )
 
@@ -225,7 +226,7 @@ def run(
 def _task(
     settings: FinetuneConfig, job: dict[str, Any], cfg: Model, remat: bool
 ) -> tuple[DecoderTask | LoraTask, Any]:
-    """Return the task and the frozen weights."""
+    """Return the task, and the frozen weights that its loss takes."""
     params, *_ = checkpoint.load(settings.model)
     if settings.method == "full":
         return DecoderTask(cfg=cfg, init_params=params, dtype=job["format"], remat=remat), None
@@ -241,9 +242,10 @@ def _task(
 
 
 def lora_target_modules(cfg: Model) -> tuple[str, ...]:
-    """Return the linear layers with an adapter: all that the layout of PEFT can represent.
+    """Return the linear layers that get an adapter: all that PEFT's format can represent.
 
-    Files of GPT-2 store queries, keys and values as one matrix, whose adapter would have one A.
+    Files of GPT-2 store the projections of queries, keys and values as one matrix, whose adapter in
+    PEFT's format has one matrix A for all three.
     """
     fused = ("q", "k", "v") if families.to_hf(cfg)["model_type"] == "gpt2" else ()
     return tuple(module for module in lora.TARGET_MODULES if module not in fused)
@@ -254,7 +256,8 @@ def read_tokenizer(model: Path, max_tokens: int | None = None) -> tuple[Tokenize
 
     Args:
         model: a GGUF file or a Hugging Face folder.
-        max_tokens: the requested maximum; None for 2048. The context of the model limits it.
+        max_tokens: the requested maximum; None for 2048. The context length of the model limits
+            the result.
     """
     cfg = checkpoint.read_config(model)
     return formats.load(model), min(max_tokens or 2048, cfg.max_seq_len)
@@ -266,12 +269,15 @@ def auto_epochs(examples: int) -> int:
 
 
 def auto_batch_size(examples: int) -> int:
-    """Return the batch size for "auto": smaller for fewer examples, for enough steps per epoch."""
+    """Return the batch size for "auto", from 1 to 16: smaller for fewer examples.
+
+    So an epoch of few examples has enough steps.
+    """
     return max(1, min(16, examples // 25))
 
 
 def _resolve(settings: FinetuneConfig, report: Report, max_tokens: int) -> dict[str, Any]:
-    """Return the settings with "auto" resolved, as keys of job.json."""
+    """Return the values of job.json with all "auto" settings resolved."""
     number = report.examples
     epochs = settings.epochs or auto_epochs(number)
     multiplier = settings.learning_rate_multiplier or 1.0
@@ -291,7 +297,7 @@ def _resolve(settings: FinetuneConfig, report: Report, max_tokens: int) -> dict[
 
 
 def faster_dtype() -> Literal["float32", "bfloat16"]:
-    """Return "bfloat16" if this machine multiplies it at least 1.5 times as fast as float32."""
+    """Return "bfloat16" if this machine multiplies it over 1.5 times as fast, else "float32"."""
     return (
         "bfloat16"
         if bench.peak_flops("bfloat16") > 1.5 * bench.peak_flops("float32")
@@ -312,7 +318,7 @@ def _save_adapter(
 
 
 def _save_model(folder: Path, params: Any, cfg: Model, tokenizer: Tokenizer, source: Path) -> None:
-    """Write a servable model: the weights, the tokenizer and the generation config."""
+    """Write a model folder that can be served: weights, tokenizer and generation config."""
     checkpoint.save(folder, params, cfg)
     if source.is_dir():
         names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]

@@ -3,9 +3,10 @@
     python -m training pretrain --data books.txt --out mine
     pellucid complete --model mine=mine/model "Once upon a time"
 
-The documents become one stream of tokens, each with an end token. A batch holds rows that start at
-random positions of the stream, which depend on the seed and the number of the step. Documents in
-the same row do not attend to each other. The last twentieth of the stream is for validation.
+The documents are concatenated to one stream of tokens, each followed by an end token. The rows of a
+batch start at random positions of the stream, which depend on the seed and the number of the step.
+Documents in the same row do not attend to each other. The last twentieth of the stream is for
+validation.
 
 Like all recipes, this is a short file to copy and change.
 """
@@ -31,8 +32,8 @@ from training.recipes.decoder import DecoderTask
 from transformer import checkpoint
 from transformer.config import Config as Model
 
-END_OF_TEXT = "<|endoftext|>"  # follows each document
-VALIDATION_SHARE = 1 / 20  # of the stream
+END_OF_TEXT = "<|endoftext|>"  # the token that follows each document
+VALIDATION_SHARE = 1 / 20  # of the token stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +43,10 @@ class PretrainConfig:
     Attributes:
         data: a text file, which is one document, or a .jsonl file with {"text": ...} in each line.
         out: the folder of the run.
-        vocab_size: the tokens of the vocabulary to train.
+        vocab_size: the number of tokens of the vocabulary to train.
         layers: the number of layers.
-        width: the dimension of the model, a multiple of 64, the dimension of a head.
-        length: tokens per row, and the context of the model.
+        width: the dimension of the model; a multiple of 64, which is the dimension of a head.
+        length: the number of tokens per row, and the context length of the model.
         batch_size: rows per step.
         steps: the number of updates.
         learning_rate: the peak of the learning rate.
@@ -78,12 +79,12 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a run.
+    """The result of a pretraining run.
 
     Attributes:
-        reason: "signal" if a signal stopped the run, which has saved its state.
+        reason: "finished", or "signal" if a signal stopped the run after it saved its state.
         job: the contents of job.json.
-        signal: the number of the signal that stopped the run, if one did.
+        signal: the number of the signal that stopped the run; None if none did.
     """
 
     reason: Literal["finished", "signal"]
@@ -97,17 +98,17 @@ def run(
     notify: Callable[[str], None] = lambda line: None,
     progress: bool = False,
 ) -> Result:
-    """Train a model, or resume its training; write `model/` in the layout of Hugging Face.
+    """Train a model, or resume its training; write `model/` as a Hugging Face folder.
 
     Args:
         settings: the settings of the run.
-        notify: called with lines of progress.
+        notify: called with each progress message, a line of text.
         progress: whether to show a progress bar if standard error is a terminal.
 
     Raises:
         OSError: a file cannot be read or written.
-        ValueError: the text is too short or damaged, or `out` holds a run with other settings.
-        FloatingPointError: the loss is NaN or infinite.
+        ValueError: the text is too short or not valid, or `out` contains a run with other settings.
+        FloatingPointError: the loss or the gradient is NaN or infinite.
     """
     out = settings.out
     record = run_dir.config_record(settings)
@@ -188,7 +189,7 @@ def documents(path: Path) -> Iterator[str]:
     """Yield the documents of a file; see `PretrainConfig.data`.
 
     Raises:
-        ValueError: a line is not {"text": ...}, or the file is not UTF-8.
+        ValueError: a line of a .jsonl file is not {"text": ...}, or the file is not UTF-8.
     """
     if path.suffix != ".jsonl":
         yield path.read_text("utf-8")
@@ -205,7 +206,7 @@ def documents(path: Path) -> Iterator[str]:
 
 
 def to_stream(texts: Iterator[str], encoding: Encoding) -> np.ndarray:
-    """Return the tokens of all texts, each followed by `END_OF_TEXT`: int32 [n]."""
+    """Return the token ids of all texts, each followed by `END_OF_TEXT`: int32 [n]."""
     end = [encoding.special_tokens[END_OF_TEXT]]
     return np.concatenate(
         [np.array(encoding.encode_ordinary(text) + end, np.int32) for text in texts]
@@ -218,9 +219,9 @@ def sample_batch(
     """Return the batch of a step: rows from random positions of the stream.
 
     Args:
-        stream: int32 [n], the tokens.
-        settings: has the shape of a batch and the seed.
-        end: the id of `END_OF_TEXT`.
+        stream: int32 [n], the token ids.
+        settings: `length`, `batch_size` and `seed` are used.
+        end: the token id of `END_OF_TEXT`.
         step: the number of the step.
 
     Returns:

@@ -13,12 +13,12 @@ from typing import Any
 from bpe import save
 from bpe.formats import Tokenizer
 
-# Keys of job.json that differ from the names of the fields: the format of existing runs.
+# Keys of job.json by field name, where they differ; changing them would break existing runs.
 _KEYS = {"dtype": "format"}
 
 
 def config_record(settings: Any) -> dict[str, Any]:
-    """Return the settings of a run as JSON, with the SHA-256 of its data files.
+    """Return the settings of a run as a JSON object, with the SHA-256 of its data files.
 
     Args:
         settings: a dataclass such as `FinetuneConfig`; its field `out` is left out.
@@ -38,14 +38,14 @@ def config_record(settings: Any) -> dict[str, Any]:
 
 
 def read_job(path: Path, record: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the job of a run if its settings are the given ones; None if there is no job.
+    """Read the job.json of a run and check its settings; return None if there is no such file.
 
     Args:
         path: job.json of the run.
-        record: the settings, as of `config_record`.
+        record: the expected settings, from `config_record`.
 
     Raises:
-        ValueError: the run has other settings.
+        ValueError: the run was started with other settings.
     """
     if not path.exists():
         return None
@@ -53,18 +53,18 @@ def read_job(path: Path, record: dict[str, Any]) -> dict[str, Any] | None:
     for name, value in record.items():
         if (saved := job["given"].get(name)) != value:
             raise ValueError(
-                f"{path.parent}: the run has {name} {saved!r}, not {value!r}; use the same value "
-                "to resume it, or another folder"
+                f"{path.parent}: the run was started with {name}={saved!r}, got {value!r}; use the "
+                "same value to resume it, or another folder"
             )
     return job
 
 
 def write_job(path: Path, job: dict[str, Any]) -> None:
-    """Write a job atomically, for `read_job`.
+    """Write job.json atomically, for `read_job`.
 
     Args:
         path: job.json of the run.
-        job: the job, with the settings under the key "given".
+        job: the contents, with `config_record` under the key "given".
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}")
@@ -78,23 +78,23 @@ def _sha256(path: Path) -> str:
 
 
 def write_dir_atomic(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder atomically, and replace an existing one.
+    """Write a folder completely or not at all, and replace an existing folder.
 
     Args:
-        folder: the folder.
-        write: writes the files into the empty folder that it is called with.
+        folder: the folder to write.
+        write: a function that writes the files into the empty folder it is called with.
     """
     draft = folder.with_name(f".{folder.name}")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     write(draft)
-    if folder.exists():  # a resumed run repeats a step
+    if folder.exists():  # a resumed run repeats the steps since its last checkpoint
         remove_dir_atomic(folder)
     draft.rename(folder)
 
 
 def remove_dir_atomic(folder: Path) -> None:
-    """Remove a folder atomically: rename it before its files are deleted."""
+    """Rename a folder before its files are deleted, so that it never exists with part of them."""
     removed = folder.with_name(f".removed-{folder.name}")
     shutil.rmtree(removed, ignore_errors=True)
     folder.rename(removed)
@@ -141,13 +141,13 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def save_generation_config(folder: Path, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
-    """Write generation_config.json.
+    """Write generation_config.json with the stop ids of a tokenizer.
 
     Args:
         folder: an existing folder.
-        tokenizer: its stop ids become `eos_token_id`, the end token first, because readers use the
-            first of a list for padding.
-        settings: the other keys.
+        tokenizer: its stop ids are written as `eos_token_id`. The end token comes first, because
+            some libraries use the first id of the list for padding.
+        settings: the other keys and values of the file.
     """
     ids = sorted(tokenizer.stop_ids, key=lambda id: (id != tokenizer.eos_id, id))
     _write_json(folder / "generation_config.json", {**settings, "eos_token_id": ids or None})

@@ -2,10 +2,10 @@
 
     python -m training.recipes.toy_dataset FOLDER
 
-No model knows these facts before the training, and an answer is either right or wrong. The training
-file asks for each boat with five templates, which makes 100 examples. Two other templates are held
-out for evaluation. Several templates are needed: with a single one the model memorizes a sentence,
-and does not answer other questions about the same fact.
+No model knows the berths before training, and an answer is either right or wrong. The training file
+asks for each boat with five question templates, which makes 100 examples. Two other templates are
+held out for evaluation. Several templates are needed: with a single template, the model memorizes a
+sentence, and does not answer other questions about the same boat.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ HELD_OUT = ("Could you say where the {} lies?", "Where do I find the {} today?")
 
 
 def examples() -> list[dict]:
-    """Return the 100 lines of the training file."""
+    """Return the 100 chat examples of the training file."""
     return [_row(template, boat) for template in TEMPLATES for boat in BERTHS]
 
 
 def held_out_questions() -> list[tuple[list[dict[str, str]], str]]:
-    """Return 40 conversations that end in a held-out question, and their right answers."""
+    """Return 40 pairs of a conversation that ends in a held-out question, and the right answer."""
     rows = [_row(template, boat)["messages"] for template in HELD_OUT for boat in BERTHS]
     return [(messages[:-1], messages[-1]["content"]) for messages in rows]
 
