@@ -238,8 +238,7 @@ def report_lines(report: Report) -> list[str]:
     """Format a report as lines of text: counts, a histogram of lengths, and warnings."""
     lines = [
         f"{report.examples} examples ({report.kind or 'unknown kind'}), {report.tokens} tokens, "
-        f"{report.target_tokens} of them counted in the loss; the longest example has "
-        f"{report.longest}"
+        f"{report.target_tokens} of them targets; the longest example has {report.longest}"
     ]
     most = max(report.lengths.values(), default=0)
     for upper in sorted(report.lengths):
