@@ -18,27 +18,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m transformer.bench",
         description="Measure the operations and programs of a decoder.",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="prefixes of case names")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="cases whose names start with this; default all"
+    )
     parser.add_argument("--model", type=Path, help="use the sizes of this GGUF file or folder")
-    parser.add_argument("--context", type=int, default=512, help="tokens in the cache; default 512")
+    parser.add_argument(
+        "--context", type=int, default=512, help="tokens in the KV cache; default 512"
+    )
     parser.add_argument(
         "--all-impls", action="store_true", help="measure all implementations of each operation"
     )
     parser.add_argument(
         "--impl", action="append", default=[], metavar="OPERATION=IMPL", dest="overrides",
-        help="also measure with this implementation; repeatable",
+        help="also measure OPERATION with implementation IMPL; repeatable",
     )  # fmt: skip
     parser.add_argument(
         "--profile", action="store_true", dest="show_profile",
         help="profile a decoding step by operation",
     )  # fmt: skip
-    # The names of before version 0.1.
+    # Former names of options, still accepted.
     parser.add_argument("--forms", action="store_true", dest="all_impls", help=argparse.SUPPRESS)
     parser.add_argument("--try", action="append", dest="overrides", help=argparse.SUPPRESS)
     parser.add_argument("--where", action="store_true", dest="show_profile", help=argparse.SUPPRESS)
     parser.add_argument("--list", action="store_true", help="print the names of the cases and exit")
     parser.add_argument(
-        "--seconds", type=float, default=1.0, help="sampling time per case; default 1"
+        "--seconds", type=float, default=1.0, help="sampling time per implementation; default 1"
     )
     parser.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
     parser.add_argument("--save", type=Path, metavar="FILE", help="also write the JSON lines here")

@@ -14,43 +14,42 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A function to measure."""
+    """A function to measure, with its inputs, its cost and a reference result."""
 
     name: str  # operation or program, sizes, dtype: "matmul 1x1536x576 float32"
     function: Callable[..., Any]  # a pure function, which the benchmark compiles
-    inputs: Callable[[], tuple]  # makes the arguments when the case is measured
+    inputs: Callable[[], tuple]  # returns the arguments; called when the case is measured
     flops: float
-    bytes: float | None = None  # that must be moved; None: all arguments and results, once
-    dtype: str = "float32"  # of the products; selects the peak
-    operation: str | None = None  # in `kernels.IMPLS`; None for a program of several operations
+    bytes: float | None = None  # that must be moved; None: the size of all arguments and results
+    dtype: str = "float32"  # of matrix products; selects the peak FLOP/s of the roofline
+    operation: str | None = None  # a key of `kernels.IMPLS`; None for a whole program
     expected: Callable[..., Any] | None = None  # float64 reference result for the same arguments
     select_output: Callable[[Any], Any] = lambda out: out  # the part of the result to compare
     cold_argnums: tuple[int, ...] = ()  # arguments that are read from memory, not from a CPU cache
-    reuse_distance: float = 0.0  # bytes read between two uses of the cold arguments
+    reuse_distance: float = 0.0  # bytes a model reads between two uses of the cold arguments
     donate_argnums: tuple[int, ...] = ()
-    # (arguments, result) -> arguments of the next call, for cases that donate arguments.
+    # For cases that donate arguments: maps (arguments, result) to the arguments of the next call.
     next_inputs: Callable[[tuple, Any], tuple] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """A case with overridden implementations."""
+    """A case with implementations to override the defaults; several are compared in one run."""
 
     case: Case
-    impl: str = "chosen"  # label of the contender
+    impl: str = "chosen"  # label in results; "chosen" means the default implementations
     overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)  # operation -> impl
 
 
 def in_float64(function: Callable[..., Any]) -> Callable[..., np.ndarray]:
     """Return a function that converts all float arguments to float64 and calls `function`.
 
-    `function` must not set a precision, as the references of `kernels` do not.
-
     Args:
-        function: A function of trees of arrays that returns one array.
+        function: A function of pytrees of arrays that returns one array. It must not set a dtype or
+            precision itself; the reference implementations of `kernels` do not.
 
     Returns:
-        The function. It raises TypeError if the result is not float64.
+        A function of the same arguments, which raises TypeError if the result is not float64.
     """
 
     def run(*inputs: Any) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Benchmark cases of this package: each operation of `kernels`, and whole programs.
 
-The sizes are those of the layers of a decoder config. Weights are random, so no download is needed;
-the speed of a product does not depend on its numbers.
+The sizes are those of a decoder config. Weights are random, so no download is needed; the speed of
+a matrix product does not depend on the values of its elements.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformer.kernels import exact
 from transformer.weights import Linear
 
 DTYPES = ("float32", "bfloat16", "int8")
-PROMPT_LENGTH = 256  # tokens of a prefill case
+PROMPT_LENGTH = 256  # number of tokens in the prefill cases
 
 SMOLLM2 = Config(
     num_layers=30,
@@ -50,14 +50,14 @@ MINILM = encoder.Config(
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the cases.
+    """Sizes of the models in the cases.
 
     Raises:
-        ValueError: The context exceeds the positions of the model.
+        ValueError: The context is too long for the model.
     """
 
     cfg: Config = SMOLLM2
-    context: int = 512  # tokens in the cache before a decoding step
+    context: int = 512  # tokens in the KV cache before a decoding step
     encoder: encoder.Config = MINILM
 
     def __post_init__(self) -> None:
@@ -71,15 +71,15 @@ class Sizes:
         """Return the sizes of a checkpoint, of which only the config is read.
 
         Args:
-            path: GGUF file or Hugging Face folder; None means SmolLM2's sizes.
-            context: Tokens in the cache before a decoding step.
+            path: GGUF file or Hugging Face folder; None means the sizes of SmolLM2.
+            context: Number of tokens in the KV cache before a decoding step.
 
         Returns:
             The sizes.
 
         Raises:
             OSError: The checkpoint cannot be read.
-            ValueError: The checkpoint is invalid, or the context exceeds its positions.
+            ValueError: The checkpoint is invalid, or the context is too long for the model.
         """
         from transformer import checkpoint
 
@@ -87,7 +87,7 @@ class Sizes:
 
 
 def bench_cases(sizes: Sizes) -> Iterator[Case]:
-    """Yield all cases, operations before programs."""
+    """Yield all cases: first those of single operations, then those of whole programs."""
     yield from _matmul(sizes.cfg)
     yield from _norm(sizes.cfg)
     yield from _rotate(sizes.cfg)
@@ -315,7 +315,7 @@ def decode_case(cfg: Config, dtype: str, rows: int, context: int) -> Case:
         cfg: Config of the decoder.
         dtype: Dtype of the weights.
         rows: Number of sequences in the batch.
-        context: Tokens of each sequence in the cache.
+        context: Number of tokens of each sequence in the KV cache.
 
     Returns:
         The case.
@@ -385,16 +385,16 @@ def _embed_case(cfg: encoder.Config, dtype: str) -> Case:
 
 
 def as_dtype(tree: Any, dtype: str, *, skip_modules: Collection[str] = ()) -> Any:
-    """Convert the linear maps of a tree to a dtype, as loading a checkpoint does.
+    """Convert the linear layers of a pytree of weights to a dtype, as `checkpoint.load` does.
 
     Args:
-        tree: Tree of weights in float32.
+        tree: Pytree of weights in float32.
         dtype: "float32", "bfloat16" or "int8".
-        skip_modules: Names of linear maps that become bfloat16 if `dtype` is "int8"; see
+        skip_modules: Names of linear layers that become bfloat16 if `dtype` is "int8"; see
             `quarot.int8_skip_modules`.
 
     Returns:
-        The converted tree. The weights are not rotated.
+        The converted pytree. Unlike in a loaded checkpoint, int8 weights are not rotated (QuaRot).
     """
 
     def convert(key_path, node):
@@ -417,7 +417,7 @@ def _is_linear(node: Any) -> bool:
 
 @functools.lru_cache(maxsize=3)
 def random_params(cfg: Config, dtype: str) -> decoder.Params:
-    """Return random weights, which are the same numbers in each dtype up to rounding."""
+    """Return random weights; they are the same in every dtype, up to rounding."""
     if dtype == "float32":
         return decoder.init(jax.random.key(0), cfg)
     return as_dtype(
@@ -425,16 +425,17 @@ def random_params(cfg: Config, dtype: str) -> decoder.Params:
     )
 
 
-@functools.lru_cache(maxsize=1)  # the cases of the three dtypes share it
+@functools.lru_cache(maxsize=1)  # the cases of the three dtypes share the float32 weights
 def _exact_prefill(cfg: Config, ids: bytes) -> np.ndarray:
     return exact.decoder(random_params(cfg, "float32"), cfg, np.frombuffer(ids, np.int32)[None])
 
 
 def _filled_cache(cfg: Config, kv_dtype: str, rows: int, length: int, *, num_new: int):
-    """Return a cache with `length` random positions in each row and space for `num_new` more.
+    """Return a KV cache with `length` random positions per row and space for `num_new` more.
 
     Returns:
-        The cache, the block tables, and for each layer keys and values float32 [B, length, K, H].
+        The cache; the block tables; and for each layer the keys and values that the cache
+        contains, float32 [B, length, K, H].
     """
     blocks_per_row = cache.blocks_for(length + num_new)
     kv_cache = cache.init(cfg, rows * blocks_per_row, jnp.dtype(kv_dtype))
@@ -462,7 +463,7 @@ def _normal(*shape: int, seed: int = 0, scale: float = 1.0) -> jax.Array:
 
 
 def _cache_dtype(dtype: str) -> str:
-    """Return the dtype that the engine uses for the cache with weights of `dtype`."""
+    """Return the dtype of the KV cache that the engine uses with weights of `dtype`."""
     return "float32" if dtype == "float32" else "bfloat16"
 
 
@@ -470,13 +471,13 @@ def _cache_dtype(dtype: str) -> str:
 
 
 def _num_layer_weights(cfg: Config) -> int:
-    """Return the number of weights of all linear maps of all layers."""
+    """Return the number of weights in all linear layers of all blocks."""
     infos = jax.tree.leaves(decoder.abstract(cfg).layers)
     return sum(int(np.prod(info.shape)) for info in infos if len(info.shape) == 2)
 
 
 def _model_bytes(cfg: Config, dtype: str) -> float:
-    """Return the bytes of weights that a decoding step reads, including the head."""
+    """Return the bytes of weights that a decoding step reads, including the LM head."""
     params = decoder.abstract(cfg)
     head = params.embed if params.head is None else params.head
     leaves = jax.tree_util.tree_leaves_with_path((params.layers, head), is_leaf=_is_linear)
@@ -490,10 +491,10 @@ def _model_bytes(cfg: Config, dtype: str) -> float:
 
 
 def kv_bytes_per_token(cfg: Config, dtype: str) -> int:
-    """Return the bytes of keys and values of one token over all layers.
+    """Return the bytes of keys and values of one token in all layers.
 
     Args:
         cfg: Config of the decoder.
-        dtype: Dtype of the weights, from which the dtype of the cache follows.
+        dtype: Dtype of the weights, which determines the dtype of the KV cache.
     """
     return cache.bytes_per_block(cfg, jnp.dtype(_cache_dtype(dtype))) // cache.BLOCK_SIZE

@@ -18,17 +18,17 @@ from transformer import kernels
 from transformer.bench.case import Case, Contender
 from transformer.bench.peaks import Peaks
 
-_SAMPLE_SECONDS = 1e-3  # a sample repeats its call to take at least this long
+_SAMPLE_SECONDS = 1e-3  # minimum duration of a sample, which repeats its call
 _MAX_SAMPLES = 1000
 _MIN_SAMPLES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Measurement of one contender. Times in seconds."""
+    """Measurement of one contender. Times are in seconds per call."""
 
     case: str
-    form: str  # label of the contender
+    form: str  # `Contender.impl`; this name is in files of results
     dtype: str
     min: float
     median: float
@@ -39,10 +39,10 @@ class Result:
     gflops: float  # GFLOP/s at the median
     gbs: float  # GB/s at the median
     roof: float  # roofline time
-    bound: str  # bound of the roofline time, "memory" or "arithmetic"
+    bound: str  # which peak limits the roofline time, "memory" or "arithmetic"
     percent: float  # roofline time as a percentage of the median
-    max_error: float | None  # largest absolute difference from float64
-    relative_error: float | None  # the same, divided by the largest expected magnitude
+    max_error: float | None  # largest absolute difference from the float64 reference
+    relative_error: float | None  # max_error divided by the largest magnitude of the reference
     compile: float
     ratio: float = 1.0  # median speedup over the first contender, from alternating samples
 
@@ -78,9 +78,10 @@ class _CompiledContender:
         return out
 
     def error(self) -> tuple[float | None, float | None]:
-        """Return the largest difference from float64, absolute and relative to the largest value.
+        """Return the largest difference from the float64 reference, absolute and relative.
 
-        Both are None if the case has no reference.
+        The relative difference is divided by the largest magnitude of the reference. Both are None
+        if the case has no reference.
         """
         if self._case.expected is None:
             return None, None
@@ -88,8 +89,8 @@ class _CompiledContender:
         actual = np.asarray(self._case.select_output(self()), np.float64)
         if actual.shape != expected.shape:
             raise ValueError(
-                f"{self._case.name}, {self.contender.impl}: the result has shape {actual.shape}, "
-                f"but the float64 reference has {expected.shape}"
+                f"{self._case.name}, {self.contender.impl}: the result must have the shape of the "
+                f"float64 reference, {expected.shape}, got {actual.shape}"
             )
         max_error = float(np.max(np.abs(actual - expected)))
         return max_error, max_error / max(float(np.max(np.abs(expected))), 1e-300)
@@ -103,7 +104,10 @@ class _CompiledContender:
 
 
 def argument_sets(case: Case) -> list[tuple]:
-    """Return enough copies of the arguments that the cold ones leave the CPU cache between uses."""
+    """Return copies of the arguments, which calls use in turn so that cold ones are not cached.
+
+    There are as many copies that all cold arguments together have at least `reuse_distance` bytes.
+    """
     first = case.inputs()
     cold_bytes = sum(leaf.nbytes for i in case.cold_argnums for leaf in jax.tree.leaves(first[i]))
     sets = [first]
@@ -122,24 +126,25 @@ def measure(
     seconds: float = 1.0,
     say: Callable[[str], None] | None = None,
 ) -> list[Result]:
-    """Measure contenders alternately, one sample of each after the other.
+    """Measure contenders by taking one sample of each in turn.
 
     Args:
         contenders: The contenders; speedups are relative to the first one.
         peaks: Peaks of this machine.
         seconds: Approximate sampling time per contender; there are at least five samples.
         say: Called with a message for each contender that is skipped, because an implementation
-            does not support the platform or the arguments. If it is None, they raise.
+            does not support the platform or the arguments. If None, `kernels.Unavailable` is
+            raised instead.
 
     Returns:
         One result per contender that was measured.
 
     Raises:
         kernels.Unavailable: See `say`.
-        ValueError: A result has another shape than its reference.
+        ValueError: A result does not have the shape of its reference.
     """
     compiled: list[_CompiledContender] = []
-    shared: dict[int, list[tuple]] = {}  # arguments of cases that donate none, by the id of a case
+    shared: dict[int, list[tuple]] = {}  # id of a case that donates nothing -> its arguments
     for contender in contenders:
         case = contender.case
         arguments = argument_sets(case) if case.donate_argnums else shared.get(id(case))
@@ -163,7 +168,7 @@ def measure(
     while len(times[0]) < _MIN_SAMPLES or (
         time.perf_counter() - started < seconds * len(compiled) and len(times[0]) < _MAX_SAMPLES
     ):
-        # Rotate the order, so that no contender always runs after the same one.
+        # Rotate the order, so that no contender always runs after the same other contender.
         first = len(times[0]) % len(compiled)
         for i in [*range(first, len(compiled)), *range(first)]:
             times[i].append(compiled[i].sample(calls[i]))
@@ -200,14 +205,14 @@ def measure(
 
 @dataclass(frozen=True, kw_only=True)
 class BenchPlan:
-    """Selection of cases and implementations.
+    """The cases and implementations that a run measures.
 
     Raises:
         ValueError: An operation or implementation of `overrides` does not exist.
     """
 
     names: Sequence[str] = ()  # prefixes of case names; empty: all cases
-    all_impls: bool = False  # measure all implementations of each operation besides the default
+    all_impls: bool = False  # besides the default, measure all implementations of each operation
     overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)  # operation -> impl
     seconds: float = 1.0  # sampling time per contender
 
@@ -231,7 +236,7 @@ class BenchPlan:
         return [case for case in cases if not self.names or case.name.startswith(tuple(self.names))]
 
     def contenders(self, case: Case) -> list[Contender]:
-        """Return the case with default implementations, then with the selected ones."""
+        """Return contenders for a case: the default implementations, then the selected ones."""
         contenders = [Contender(case=case)]
         if self.overrides:
             label = ", ".join(f"{operation}={impl}" for operation, impl in self.overrides.items())
@@ -248,13 +253,13 @@ def run(
     """Measure the contenders of each case.
 
     Args:
-        plan: Selection of implementations.
-        cases: The cases.
+        plan: The implementations to measure.
+        cases: The cases to measure.
         peaks: Peaks of this machine.
         say: Called with a message for each contender that is skipped; see `measure`.
 
     Yields:
-        The results of a case.
+        The results of each case, one per contender.
     """
     for case in cases:
         if results := measure(plan.contenders(case), peaks, seconds=plan.seconds, say=say):
@@ -262,7 +267,7 @@ def run(
 
 
 def parse_overrides(assignments: Iterable[str]) -> dict[str, str]:
-    """Convert ["norm=reference"] to a dictionary.
+    """Convert assignments such as "norm=reference" to a dictionary: operation -> implementation.
 
     Raises:
         ValueError: An item has no "=".
@@ -271,8 +276,6 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, str]:
     for assignment in assignments:
         operation, sign, impl = assignment.partition("=")
         if not sign:
-            raise ValueError(
-                f"an implementation must be given as OPERATION=IMPL, got {assignment!r}"
-            )
+            raise ValueError(f"expected OPERATION=IMPL, such as norm=reference, got {assignment!r}")
         overrides[operation] = impl
     return overrides

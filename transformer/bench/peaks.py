@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from transformer import kernels
 
-_PROBE_SECONDS = 0.7  # per peak
-_READ_BYTES = 2**30  # read by the bandwidth probe; more than any CPU cache holds
+_PROBE_SECONDS = 0.7  # duration of measuring one peak
+_READ_BYTES = 2**30  # read to measure the bandwidth; larger than any CPU cache
 _GEMM_SIDE = 2048
 
 
@@ -25,16 +25,16 @@ class Peaks:
     """Peak performance of the machine."""
 
     bytes_per_second: float
-    flops_per_second: dict[str, float]  # by dtype of the products
+    flops_per_second: dict[str, float]  # by dtype of the matrix products
     call_seconds: float  # overhead of calling a compiled function and waiting for its result
 
     def roofline_seconds(self, flops: float, num_bytes: float, dtype: str) -> tuple[float, str]:
-        """Return the minimum time in seconds and its bound, "memory" or "arithmetic".
+        """Return the minimum time in seconds and what limits it, "memory" or "arithmetic".
 
         Args:
             flops: Number of floating-point operations.
             num_bytes: Number of bytes that must be moved.
-            dtype: Dtype of the products.
+            dtype: Dtype of the matrix products.
 
         Returns:
             (seconds, bound).
@@ -45,10 +45,13 @@ class Peaks:
 
 
 def measure_peaks(dtypes: Iterable[str] = ("float32", "bfloat16", "int8")) -> Peaks:
-    """Measure the bandwidth with a one-row product of 1 GB, and the speed of square products.
+    """Measure memory bandwidth and matrix multiplication speed.
+
+    The bandwidth is measured with the product of one row and a matrix of 1 GB, the speed with
+    products of square matrices.
 
     Args:
-        dtypes: Dtypes of the square products.
+        dtypes: Dtypes of the square matrices.
 
     Returns:
         The peaks.
@@ -86,7 +89,7 @@ def _min_seconds(function: Callable[..., Any], inputs: tuple) -> float:
 
 
 def machine(peaks: Peaks) -> dict[str, Any]:
-    """Return the description of the machine that is saved with the results, for JSON."""
+    """Return the description of the machine that is saved with the results, a JSON object."""
     return {
         "processor": _processor(),
         "device": jax.devices()[0].device_kind,

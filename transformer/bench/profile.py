@@ -1,12 +1,12 @@
 """Profile of a decoding step by operation, compared with the roofline.
 
 The decoding step of the engine is compiled and run under JAX's profiler, which records the start
-and duration of each instruction of the compiled program. The text of the program gives the origin
-of an instruction (`jax.named_scope`, and the names of the weights it reads), which assigns its time
-to an operation. Time of several cores in parallel counts once per core. Time without an instruction
-is reported as "between instructions".
+and duration of each instruction of the compiled program. The text of the program states the origin
+of an instruction (its `jax.named_scope`, and the names of the weights that it reads), by which its
+time is attributed to an operation. Time of several cores in parallel counts once per core. Time
+during which no instruction runs is reported as "between instructions".
 
-The roofline of an operation is the time to read its weights or the cache.
+The roofline of an operation is the time to read its weights or the KV cache.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from transformer.weights import Linear
 
 _STEPS = 12  # number of profiled steps; JAX records at most a million events
 
-# Operation -> pattern of the origins of its instructions. The first match counts.
+# Operation -> regular expression of the origins of its instructions. The first match counts.
 STAGES = {
     "attention over the cache": r"attend_cached",
     "writing to the cache": r"append",
@@ -59,7 +59,7 @@ def profile_decode(
     """Profile a decoding step in each dtype.
 
     Args:
-        sizes: Sizes of the decoder and of the context.
+        sizes: Sizes of the decoder, and the length of the context.
         peaks: Peaks of this machine.
         dtypes: Dtypes of the weights.
         rows: Number of sequences in the batch.
@@ -67,10 +67,11 @@ def profile_decode(
         say: Called with progress messages.
 
     Returns:
-        For each dtype {"format", "rows", "context", "step", "profiled", "roof", "stages":
-        [{"stage", "seconds", "bytes", "roof"}]}. Times are in seconds per step, the longest stage
-        first. "step" is measured without the profiler, "profiled" with it. "bytes" and "roof" of a
-        stage are None where little must be read.
+        For each dtype a dictionary {"format", "rows", "context", "step", "profiled", "roof",
+        "stages": [{"stage", "seconds", "bytes", "roof"}]}. "format" is the dtype. Times are in
+        seconds per step; the longest stage is first. "step" is measured without the profiler, and
+        "profiled" with it. "bytes" and "roof" are those to read; they are None for a stage that
+        reads little.
 
     Raises:
         RuntimeError: As `profile_step`.
@@ -111,14 +112,14 @@ def profile_decode(
 
 
 def instruction_origins(text: str) -> dict[str, str]:
-    """Return the origin of each instruction of a compiled program, by the instruction's name.
+    """Return the origin of each instruction of a compiled program.
 
     Args:
-        text: Text of `compiled.as_text()`.
+        text: The program as text, from `compiled.as_text()`.
 
     Returns:
-        Instruction -> op_name. An instruction whose op_name was lost in compilation (as for float32
-        products) has the op_names of its operands.
+        A dictionary from the name of an instruction to its op_name. An instruction without an
+        op_name (compilation loses that of float32 products) gets the op_names of its operands.
     """
     origins, operands = {}, {}
     for line in text.splitlines():
@@ -138,14 +139,14 @@ def instruction_origins(text: str) -> dict[str, str]:
 def profile_step(
     step: Callable[[], None], origins: Mapping[str, str]
 ) -> tuple[collections.Counter, float]:
-    """Run a step under the profiler.
+    """Run a decoding step under the profiler.
 
     Args:
-        step: The step.
+        step: A function that runs one step and waits for its result.
         origins: Origin of each instruction, from `instruction_origins`.
 
     Returns:
-        Seconds per step by stage, and seconds per step in total.
+        Seconds per step by stage (operation), and seconds per step in total.
 
     Raises:
         RuntimeError: The profiler recorded no instruction.
@@ -167,7 +168,7 @@ def profile_step(
             f"the profiler recorded no instruction on the platform {jax.default_backend()}; "
             "profiling needs events with hlo_op"
         )
-    stage_seconds: Any = collections.Counter()  # of floats
+    stage_seconds: Any = collections.Counter()  # with float values
     for thread in threads.values():
         for name, microseconds in _self_times(thread):
             stage_seconds[_stage(origins.get(name, ""))] += microseconds * 1e-6 / _STEPS
@@ -194,7 +195,7 @@ def _stage(label: str) -> str:
 
 
 def _median_seconds(step: Callable[[], None]) -> float:
-    """Return the median time of a step without the profiler."""
+    """Return the median time in seconds of a step without the profiler."""
     times = []
     for _ in range(20):
         started = time.perf_counter()
@@ -204,7 +205,7 @@ def _median_seconds(step: Callable[[], None]) -> float:
 
 
 def _required_bytes(sizes: decoder_cases.Sizes, dtype: str, rows: int, params) -> dict[str, float]:
-    """Return the bytes that each stage must read."""
+    """Return the bytes that each stage must read, for stages that read weights or the KV cache."""
 
     def size(modules) -> int:
         linears = [module for module in modules if isinstance(module, Linear)]
@@ -255,7 +256,7 @@ def report(
     """Profile a decoding step in each dtype and print the profiles.
 
     Args:
-        sizes: Sizes of the decoder and of the context.
+        sizes: Sizes of the decoder, and the length of the context.
         overrides: Implementations to use instead of the defaults: operation -> name.
         as_json: Print JSON instead of tables.
         say: Called with progress messages.

@@ -16,7 +16,7 @@ from transformer.bench.peaks import Peaks, machine, measure_peaks
 
 
 def format_table(results: Sequence[Result], *, has_turns: bool = False) -> str:
-    """Return the results as a text table; with `has_turns`, with the speedup over the first one."""
+    """Format results as a text table; `has_turns` adds a column with the speedup over the first."""
     head = ["CASE", "IMPL", "MEDIAN", "MIN", "P80", "N", "GFLOP/S", "GB/S", "ROOFLINE"]
     head += ["OF ROOFLINE", "ERROR", "COMPILE"] + (["SPEED"] if has_turns else [])
     rows = []
@@ -39,7 +39,7 @@ def format_table(results: Sequence[Result], *, has_turns: bool = False) -> str:
 
 
 def align_columns(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Return a text table whose first `left` columns are left-aligned, the others right-aligned."""
+    """Format a text table; the first `left` columns are left-aligned, the others right-aligned."""
     lines = [head, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join(
@@ -52,7 +52,7 @@ def align_columns(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: i
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration with three digits and a unit, for example "1.23 ms"."""
+    """Format a duration with three digits and a unit, for example "1.23 ms"."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
@@ -65,17 +65,17 @@ def write(path: Path, about: Mapping[str, Any], results: Sequence[Result]) -> No
 
 
 def json_lines(about: Mapping[str, Any], results: Iterable[Result]) -> Iterator[str]:
-    """Yield the JSON lines of `write`."""
+    """Yield the lines of a file of `write`, without line feeds."""
     yield json.dumps({"machine": about})
     for result in results:
         yield json.dumps(dataclasses.asdict(result))
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Result]]:
-    """Read a file of `write`.
+    """Read a file of results that `write` wrote.
 
     Args:
-        path: The file.
+        path: The file of JSON lines.
 
     Returns:
         The description of the machine and the results.
@@ -92,11 +92,11 @@ def read(path: Path) -> tuple[dict[str, Any], list[Result]]:
 
 
 def compare(old: Sequence[Result], new: Sequence[Result]) -> str:
-    """Return a text table of old and new results, for the contenders that both have.
+    """Format a text table that compares old and new results of the same case and implementation.
 
-    The speed of the machine may differ between two runs. "OF ROOFLINE" corrects for that as far as
-    the measured peaks do. To detect a difference of a few percent, measure both implementations in
-    one run (`--impl`).
+    The speed of the machine can differ between two runs. "OF ROOFLINE" corrects for the part of the
+    difference that is in the measured peaks. To detect a difference of a few percent, measure both
+    implementations in one run (`--impl`).
     """
     old_results = {(result.case, result.form): result for result in old}
     rows = []
@@ -118,12 +118,12 @@ def compare(old: Sequence[Result], new: Sequence[Result]) -> str:
 
 
 def roofline(results: Sequence[Result], about: Mapping[str, Any], path: Path) -> None:
-    """Plot the results in a roofline diagram: speed over arithmetic intensity.
+    """Plot results in a roofline diagram: speed over arithmetic intensity.
 
     Args:
         results: The results.
         about: Description of the machine, from `machine` or `read`.
-        path: Path of the image; its suffix selects the format (.png, .svg).
+        path: Path of the image to write; its suffix selects the format (.png, .svg).
     """
     from matplotlib.figure import Figure
 
@@ -153,21 +153,21 @@ def roofline(results: Sequence[Result], about: Mapping[str, Any], path: Path) ->
 
 
 def probe_machine(say: Callable[[str], None]) -> tuple[Peaks, dict[str, Any]]:
-    """Measure the peaks of the machine and report them.
+    """Measure the peaks of the machine and report them to `say`.
 
     Args:
         say: Called with progress messages.
 
     Returns:
-        The peaks, and the description of the machine for JSON.
+        The peaks, and the description of the machine, a JSON object.
     """
-    say("measuring the peaks of the machine")
+    say("measuring the memory bandwidth and matrix multiplication speed of this machine")
     peaks = measure_peaks()
     about = machine(peaks)
     rates = ", ".join(f"{value:.0f} {name}" for name, value in about["roofs"]["gflops"].items())
     say(
         f"{about['processor']}, {about['cores']} cores, jax {about['jax']} on {about['platform']}: "
-        f"memory {about['roofs']['gbs']:.1f} GB/s; products in GFLOP/s: {rates}; "
+        f"memory {about['roofs']['gbs']:.1f} GB/s; matrix products in GFLOP/s: {rates}; "
         f"call overhead {format_duration(peaks.call_seconds)}"
     )
     return peaks, about
@@ -186,16 +186,16 @@ def report(
     """Measure the cases and print the results.
 
     Args:
-        plan: Selection of implementations.
+        plan: The implementations to measure.
         cases: The cases, from `BenchPlan.select`.
         as_json: Print JSON lines instead of a table.
-        save: File to write the results to.
-        old: Result of `read` to compare with.
-        roofline_path: Path of the roofline plot.
+        save: File to write the results to; None to write none.
+        old: Earlier results to compare with, from `read`.
+        roofline_path: Image file to write the roofline plot to; None for no plot.
         say: Called with progress messages.
 
     Returns:
-        The exit status: 0, or 1 if there are no results.
+        The exit status: 0, or 1 if all contenders were skipped.
     """
     peaks, about = probe_machine(say)
     results: list[Result] = []
@@ -210,8 +210,8 @@ def report(
     if old is not None and results:
         if old[0]["processor"] != about["processor"] or old[0]["jax"] != about["jax"]:
             say(
-                f"the old results are from another machine or JAX: {old[0]['processor']}, "
-                f"jax {old[0]['jax']}"
+                f"the old results are from another machine or version of JAX: "
+                f"{old[0]['processor']}, jax {old[0]['jax']}"
             )
         text = compare(old[1], results)
         say(text) if as_json else print(f"\n{text}")

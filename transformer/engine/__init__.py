@@ -1,10 +1,11 @@
-"""The engine: generates many sequences at a time on one device thread.
+"""The engine: continuous batching, which generates many sequences at a time.
 
     from transformer.engine import SequenceRequest, build_engine
 
-Read `requests.py` (requests and events), `device.py` (how models share the device), `scheduler.py`
-(which sequence computes next), `block_pool.py` (the blocks of the KV cache and the prefix cache),
-`runner.py` (the computation), `engine.py` (joins them), and `build.py` (from weights to an engine).
+Reading order: `requests.py` (requests and events), `device.py` (how models share the device),
+`scheduler.py` (which sequences are computed next), `block_pool.py` (the blocks of the KV cache and
+the prefix cache), `runner.py` (the computation), `engine.py` (which joins these), `build.py` (from
+weights to an engine).
 """
 
 from transformer.engine.build import build_engine

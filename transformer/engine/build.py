@@ -1,11 +1,11 @@
-"""From weights to a running engine: the size of the cache, the programs, the scheduler.
+"""From weights to a running engine: allocate the KV cache, compile programs, start the engine.
 
     engine = build_engine(params, cfg)
     for completion in engine.generate_batch(requests):
         ...
 
-An engine serves requests as soon as the programs for the smallest batch are compiled. The programs
-for larger batches are compiled on a separate thread meanwhile, and used once they are ready. With
+An engine accepts requests as soon as the programs for the smallest batch are compiled. The programs
+for larger batches are compiled on a separate thread and used once they are ready. With
 `jax_compilation_cache_dir` set, JAX loads them from disk at the next start; this package does not
 change JAX's configuration.
 """
@@ -30,8 +30,8 @@ from transformer.engine.engine import Engine
 from transformer.engine.runner import BUCKETS, CHUNK_SIZE, NUM_SLOTS, Runner
 from transformer.engine.scheduler import Scheduler
 
-MAX_WAITING = 256  # requests in the queue before further ones raise Busy
-_compile_lock = threading.Lock()  # one background compilation of all models: it takes a core
+MAX_WAITING = 256  # maximum number of queued requests; further requests raise Busy
+_compile_lock = threading.Lock()  # one background compilation at a time, as each uses a core
 
 
 def build_engine(
@@ -48,17 +48,18 @@ def build_engine(
     """Return an engine that generates with a model.
 
     Args:
-        params: the weights, as `checkpoint.load` returns them.
-        cfg: the model's configuration, from the same call.
-        num_ids: the size of the vocabulary; None for every row of the embedding table.
-        cache_bytes: bytes for the keys and values of all sequences.
+        params: the weights, from `checkpoint.load`.
+        cfg: the configuration of the model, from the same call.
+        num_ids: the size of the vocabulary, which can be smaller than the embedding table; None for
+            all rows of the embedding table.
+        cache_bytes: the size of the KV cache of all sequences in bytes.
         cache_dtype: the dtype of keys and values.
         max_batch_size: the maximum number of sequences in a decoding step.
-        device: the device thread; None for the default one of the process.
-        notify: called with a line for each program that takes long to compile.
+        device: the device thread; None for `default_device()`.
+        notify: called with a message for each program that took long to compile or to load.
 
     Raises:
-        ValueError: `cache_bytes` holds no block.
+        ValueError: `cache_bytes` is less than one block.
     """
     runner = build_runner(
         params, cfg, num_ids or cfg.vocab_size, cache_bytes, cache_dtype, notify=notify
@@ -75,19 +76,19 @@ def build_runner(
     *,
     notify: Callable[[str], None] = lambda line: None,
 ) -> Runner:
-    """Return a runner with a KV cache of as many blocks as fit; arguments as for `build_engine`.
+    """Return a runner with as many KV cache blocks as fit into `cache_bytes`; see `build_engine`.
 
     Raises:
-        ValueError: `cache_bytes` holds no block.
+        ValueError: `cache_bytes` is less than one block.
     """
     block_bytes = cache.bytes_per_block(cfg, cache_dtype)
     num_blocks = cache_bytes // block_bytes
     if num_blocks < 1:
         raise ValueError(
-            f"a cache of {cache_bytes / 2**20:.0f} MB holds no block of {cache.BLOCK_SIZE} tokens: "
-            f"give it {math.ceil(block_bytes / 2**20)} MB or more"
+            f"the KV cache must have at least one block of {cache.BLOCK_SIZE} tokens, "
+            f"{math.ceil(block_bytes / 2**20)} MB, got {cache_bytes / 2**20:.0f} MB"
         )
-    # Not more blocks than all slots can fill.
+    # More blocks than the sequences of all slots can fill would never be used.
     num_blocks = min(num_blocks, NUM_SLOTS * cache.blocks_for(cfg.max_seq_len))
     return Runner(params, cfg, num_ids, num_blocks, cache_dtype, notify)
 
@@ -100,23 +101,24 @@ def start_engine(
     clock: Callable[[], float] = time.monotonic,
     on_speed: Callable[[int, float], None] = lambda tokens, seconds: None,
 ) -> Engine:
-    """Return an engine that can decode two sequences now, and compile larger batches meanwhile.
+    """Start an engine with the smallest batch size, and compile larger ones in the background.
 
     Args:
         runner: the model and its KV cache.
-        max_batch_size: the maximum number of sequences in a decoding step. More sequences are
-            decoded in several steps.
-        device: the device thread; None for the default one of the process.
+        max_batch_size: the maximum number of sequences in a decoding step. If more sequences run,
+            decoding steps alternate between them.
+        device: the device thread; None for `default_device()`.
         clock: returns the time in seconds.
-        on_speed: called with (tokens, seconds) when a sequence ends that ran alone.
+        on_speed: called with (tokens, seconds) of decoding when a sequence ends during which no
+            other sequence ran.
     """
     runner.warm_up()
     _trim_heap()
     scheduler = Scheduler(NUM_SLOTS, runner.num_blocks, cache.BLOCK_SIZE, CHUNK_SIZE, MAX_WAITING)
     engine = Engine(runner, scheduler, runner.context, device, clock=clock, on_speed=on_speed)
     if larger := [size for size in BUCKETS[1:] if size <= max_batch_size]:
-        # Not a daemon: a process that ends in the middle of compiling would crash. The references
-        # are weak so that this thread does not keep an unloaded model in memory.
+        # Not a daemon thread, because a process that exits while XLA compiles would crash. The
+        # references are weak so that this thread does not keep an unloaded model in memory.
         arguments = (weakref.ref(runner), weakref.ref(engine), [*larger, "score"])
         threading.Thread(target=_compile, args=arguments, name="compile").start()
     return engine

@@ -1,25 +1,26 @@
 """The device thread: runs bounded work items of all models, one at a time.
 
-A device does one thing at a time well. So all models share one thread and hand it work items of
-well under a third of a second on two cores: a chunk of a prompt, a decoding step, a padded batch of
-an encoder, an audio window, a denoising step. The source with the least device time goes next
-("start-time fair queueing", Goyal, Vin & Cheng 1996, SIGCOMM): a long job delays the others by one
-work item, not by the whole job, and a source that was idle does not catch up on device time.
+Concurrent computations would slow each other down on one device. So all models share one thread,
+which runs work items of well under a third of a second on two cores: a chunk of a prompt, a
+decoding step, a padded batch of an encoder, an audio window, a denoising step. Work items come from
+work sources (engines and queues); the source that has had the least device time goes next
+("start-time fair queueing", Goyal, Vin & Cheng 1996, SIGCOMM). A long job delays other sources by
+one work item, not by the whole job, and a source that was idle does not catch up on device time.
 
 There are two interfaces:
 
-- `WorkQueue`, a queue of functions, for work that is known in advance. The caller gets what the
-  function returns or raises. Consecutive calls alternate with the work of other sources:
+- `WorkQueue`, a queue of functions, for work that is known in advance. The caller gets the result
+  or the error of the function. Consecutive calls alternate with the work of other sources:
 
       work_queue = WorkQueue(default_device())
       encode_batch = lambda: np.asarray(encode(params, batch))
       vectors = await work_queue.run(encode_batch)  # in an event loop
       vectors = work_queue.run_sync(encode_batch)  # in synchronous code
 
-  A function must wait for its arrays (`np.asarray`, `block_until_ready`) before it returns, or the
-  next work item runs at the same time.
-- `WorkSource`, for work that is chosen at the last moment: `Engine` selects the sequences of a step
-  when the step is about to begin.
+  A function must wait for its arrays (`np.asarray`, `block_until_ready`) before it returns;
+  otherwise the next work item would run at the same time.
+- `WorkSource`, for work that is chosen when the device is free: `Engine` selects the sequences of a
+  step just before the step begins.
 
 Leaves out: more than one device, and preemption of a work item.
 """
@@ -47,11 +48,13 @@ WorkItem = Callable[[], None]
 
 
 class WorkSource:
-    """A source of work items. `Device.condition` guards the state it shares with callers.
+    """A source of work items, such as an engine or a `WorkQueue`.
+
+    `Device.condition` guards all state that the device thread shares with callers.
 
     Attributes:
-        weight: its share of the device time, relative to other sources.
-        virtual_time: its device seconds divided by its weight; only the device changes it.
+        weight: device time is divided among busy sources in proportion to their weights.
+        virtual_time: device seconds used so far, divided by the weight; only the device changes it.
     """
 
     weight = 1.0
@@ -65,7 +68,7 @@ class WorkSource:
         raise NotImplementedError
 
     def fail(self, error: Exception) -> None:
-        """End all pending work, after a work item or `next_item` raised an error.
+        """End all pending work of this source after a work item or `next_item` raised an error.
 
         The device thread calls it with the lock held.
         """
@@ -80,15 +83,15 @@ class Device:
 
     Attributes:
         condition: guards the queues of all sources, and is notified when they change.
-        num_items: the number of work items done.
-        busy_seconds: the seconds they took together.
+        num_items: the number of work items run so far.
+        busy_seconds: the total duration of these work items.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.condition = threading.Condition()
         self.num_items, self.busy_seconds = 0, 0.0
         self._clock = clock
-        self._runnable: list[WorkSource] = []  # those that may have work
+        self._runnable: list[WorkSource] = []  # sources that might have work
         self._virtual_time = 0.0  # of the source that ran last
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
@@ -100,7 +103,7 @@ class Device:
         return self._thread.is_alive() and not self._is_closed
 
     def wake(self, source: WorkSource) -> None:
-        """Mark a source as runnable. Call it with the lock held; it is cheap.
+        """Mark a source as runnable; call this with the lock (`condition`) held.
 
         Raises:
             RuntimeError: the thread has ended.
@@ -108,13 +111,13 @@ class Device:
         if not self.is_alive:
             raise RuntimeError("the device thread has ended")
         if source not in self._runnable:
-            # An idle source does not catch up on device time.
+            # A source that was idle does not get the device time it did not use.
             source.virtual_time = max(source.virtual_time, self._virtual_time)
             self._runnable.append(source)
             self.condition.notify_all()
 
     def close(self) -> None:
-        """End the thread after the current work item. Further calls do nothing."""
+        """Stop the thread after the current work item; further calls do nothing."""
         with self.condition:
             self._is_closed = True
             self.condition.notify_all()
@@ -155,11 +158,11 @@ class Device:
         return True
 
     def _guarded(self, source: WorkSource, step: Callable[[], Any]) -> Any:
-        """Call a function of a source. An error ends the pending work of this source only."""
+        """Call a function of a source; if it raises an error, end the work of this source."""
         try:
             return step()
         except Exception as error:
-            log.exception("work for the device failed")
+            log.exception("a work item failed; the pending work of its source ends")
             with self.condition:
                 source.fail(error)
             return None
@@ -169,7 +172,7 @@ class Device:
 def default_device() -> Device:
     """Return the device of this process; the first call starts its thread."""
     device = Device()
-    # A process that ends while this thread is inside XLA would abort instead.
+    # If the process exited while this thread is inside XLA, it would abort.
     atexit.register(device.close)
     return device
 
@@ -178,9 +181,9 @@ class WorkQueue(WorkSource):
     """A first-in, first-out queue of functions to run on a device.
 
     Args:
-        device: runs the functions.
-        weight: device time is divided among busy engines and queues in proportion to their weights.
-        max_waiting: the maximum number of waiting functions.
+        device: the device that runs the functions.
+        weight: device time is divided among busy sources in proportion to their weights.
+        max_waiting: the maximum number of waiting functions; further calls raise `Busy`.
     """
 
     def __init__(self, device: Device, *, weight: float = 1.0, max_waiting: int = 256) -> None:
@@ -199,7 +202,7 @@ class WorkQueue(WorkSource):
 
     @contextlib.contextmanager
     def using(self) -> Iterator[None]:
-        """Keep the queue from being idle between the functions of one job."""
+        """Within the block, count the queue as not idle, even between the functions of one job."""
         user = object()
         self._users.add(user)
         try:
@@ -210,10 +213,10 @@ class WorkQueue(WorkSource):
     async def run(self, function: Callable[[], T]) -> T:
         """Run a function on the device thread and return its result.
 
-        A function that is cancelled while it waits does not run.
+        If the call is cancelled while the function waits, the function does not run.
 
         Raises:
-            Busy: too many functions wait.
+            Busy: `max_waiting` functions are waiting.
             RuntimeError: the device thread has ended.
             Exception: any error that the function raises.
         """
@@ -233,7 +236,7 @@ class WorkQueue(WorkSource):
         return future
 
     def next_item(self) -> WorkItem | None:
-        """Return the next function that is not cancelled, as a work item; None without one."""
+        """Return the next function that is not cancelled, as a work item; None if there is none."""
         while self._waiting:
             future, function = self._waiting.popleft()
             if future.set_running_or_notify_cancel():

@@ -1,9 +1,9 @@
 """The engine: joins requests, scheduler and model.
 
 Callers submit requests and receive events, from an event loop (`stream`) or from synchronous code
-(`generate`, `generate_batch`). Closing the iterator early cancels the request before the model's
-next work item. Only the device thread (`device.py`) touches a model's arrays, one bounded work item
-at a time.
+(`generate`, `generate_batch`). Closing the iterator early cancels the request before the engine's
+next work item. Only the device thread (`device.py`) uses the arrays of a model, one bounded work
+item at a time.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 
 FAILURE_MESSAGE = "The server had an error while processing your request."
 UNREAD_MESSAGE = "The client did not read the response as it came, so the request was cancelled."
-MAX_UNREAD_EVENTS = 4096  # waiting for one client; most clients read each before the next comes
-MIN_TIMED_TOKENS = 32  # of a sequence that ran alone; fewer tokens give no reliable speed
+MAX_UNREAD_EVENTS = 4096  # per request; most clients read each event before the next
+MIN_TIMED_TOKENS = 32  # fewer tokens of a sequence give no reliable speed for `on_speed`
 MAX_RETRY_AFTER = 60.0  # seconds; upper bound of `Busy.retry_after`
 
 
@@ -49,17 +49,17 @@ class ModelRunner(Protocol):
 
     @property
     def max_batch_size(self) -> int:
-        """Return the maximum number of sequences in a decoding step now."""
+        """Return the current maximum number of sequences in a decoding step."""
         ...
 
     def prefill(
         self, sequence: Sequence, block_copy: tuple[int, int] | None
     ) -> SampleOutput | None:
-        """Compute the next chunk of a prompt; after the last one, sample the first token."""
+        """Compute the next chunk of a prompt; after the last chunk, sample the first token."""
         ...
 
     def decode(self, sequences: list[Sequence]) -> SampleOutput:
-        """Compute the last token of each sequence and sample the next."""
+        """Compute the last token of each sequence, and sample its next token."""
         ...
 
     def recover(self) -> bool:
@@ -69,23 +69,24 @@ class ModelRunner(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """Counters of an engine since its start, and its state now.
+    """Counters of an engine since its start, and its current state.
 
     Attributes:
-        prompt_tokens: tokens of prefilled prompts.
-        cached_tokens: prompt tokens taken from the prefix cache.
-        generated_tokens: tokens sampled and delivered.
-        prefill_chunks: computed chunks of prompts.
-        decode_steps: computed decoding steps.
-        decoded_rows: the batch sizes of all decoding steps, summed.
-        finished: ended sequences by reason: "stop", "length", "cancelled", "timeout", "failed".
-        preemptions: sequences that were preempted for lack of blocks.
-        waiting: sequences in the queue now.
-        running: sequences in a slot now.
+        prompt_tokens: number of tokens of all prefilled prompts.
+        cached_tokens: number of these prompt tokens that were taken from the prefix cache.
+        generated_tokens: number of tokens sampled and delivered.
+        prefill_chunks: number of computed prompt chunks.
+        decode_steps: number of computed decoding steps.
+        decoded_rows: the sum of the batch sizes of all decoding steps.
+        finished: number of ended sequences by reason: "stop", "length", "cancelled", "timeout",
+            "failed".
+        preemptions: how often a sequence was preempted because no block was free.
+        waiting: current number of sequences in the queue.
+        running: current number of sequences in a slot.
         slots: the maximum number of running sequences.
-        blocks: the blocks of the KV cache.
-        blocks_held: blocks held by running sequences now.
-        blocks_cached: blocks without a holder that stay in the prefix cache.
+        blocks: the number of blocks of the KV cache.
+        blocks_held: current number of blocks that running sequences use.
+        blocks_cached: current number of other blocks that stay in the prefix cache.
     """
 
     prompt_tokens: int = 0
@@ -105,15 +106,16 @@ class Stats:
 
 
 class Engine(WorkSource):
-    """Generates many sequences at a time.
+    """Generates many sequences at a time with one model.
 
     Args:
         runner: the model; only the device thread calls it.
         scheduler: decides what to compute next.
         context: the maximum number of positions of a sequence.
-        device: the device thread; None for the default one of the process.
-        clock: returns the time in seconds, as in `SequenceRequest.deadline`.
-        on_speed: called with (tokens, seconds) when a sequence ends that ran alone.
+        device: the device thread; None for `default_device()`.
+        clock: returns the time in seconds that `SequenceRequest.deadline` refers to.
+        on_speed: called with (tokens, seconds) of decoding when a sequence ends during which no
+            other sequence ran.
     """
 
     def __init__(
@@ -131,22 +133,22 @@ class Engine(WorkSource):
         self._condition = self._device.condition  # guards everything below, and the scheduler
         self._clock, self._on_speed = clock, on_speed
         self._is_closing = False
-        self._counts: Counter[str] = Counter()  # fields of Stats
-        self._finished: Counter[str] = Counter()  # ended sequences by reason
-        self._pending_speeds: list[tuple[int, float]] = []  # not passed to `on_speed` yet
-        self._last_finish = self._clock()  # time of the last end of a sequence
+        self._counts: Counter[str] = Counter()  # by name of a field of `Stats`
+        self._finished: Counter[str] = Counter()  # number of ended sequences by reason
+        self._pending_speeds: list[tuple[int, float]] = []  # not yet passed to `on_speed`
+        self._last_finish = self._clock()  # time at which the last sequence ended
         self._finish_interval = 1.0  # average seconds between the ends of two sequences
 
     # -- for callers ---------------------------------------------------------------------------
 
     async def stream(self, request: SequenceRequest) -> AsyncGenerator[Event, None]:
-        """Yield the events of a request; the last one is Done or Failed.
+        """Yield the events of a request; the last event is Done or Failed.
 
-        A request with `MAX_UNREAD_EVENTS` unread events is cancelled, to bound memory.
+        If `MAX_UNREAD_EVENTS` events are unread, the request is cancelled, to limit memory use.
 
         Raises:
-            Busy: too many requests wait.
-            ValueError: the request is empty or exceeds the model's context.
+            Busy: too many requests are waiting.
+            ValueError: the request has no tokens to compute, or exceeds the context of the model.
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
@@ -159,7 +161,7 @@ class Engine(WorkSource):
                 events.put_nowait(event)
 
         def deliver(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
                 loop.call_soon_threadsafe(put, event)
 
         sequence = self._submit(request, deliver)
@@ -176,8 +178,8 @@ class Engine(WorkSource):
         """Yield the events of a request as `stream` does, from synchronous code.
 
         Raises:
-            Busy: too many requests wait.
-            ValueError: the request is empty or exceeds the model's context.
+            Busy: too many requests are waiting.
+            ValueError: the request has no tokens to compute, or exceeds the context of the model.
         """
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         sequence = self._submit(request, events.put)
@@ -191,19 +193,19 @@ class Engine(WorkSource):
             self._cancel(sequence)
 
     def generate_batch(self, sequences: Iterable[SequenceRequest]) -> list[Completion]:
-        """Return the completions of many requests, in their order.
+        """Return the completions of many requests, in the order of the requests.
 
-        Requests are taken from the iterable as slots become free, so it may be long.
+        Requests are taken from the iterable as slots become free, so there can be any number.
 
         Raises:
-            Busy: too many requests of other callers wait.
+            Busy: too many requests of other callers are waiting.
             RuntimeError: a sequence failed.
-            ValueError: a request is empty or exceeds the model's context.
+            ValueError: a request has no tokens to compute, or exceeds the context of the model.
         """
         max_pending = 2 * self._scheduler.num_slots  # running, and enough waiting to replace them
         numbered: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
         submitted: list[Sequence] = []
-        events: list[list[Event]] = []  # of each request
+        events: list[list[Event]] = []  # per request
         num_done = 0
         remaining = iter(sequences)
         try:
@@ -229,12 +231,14 @@ class Engine(WorkSource):
                 self._cancel(sequence)
 
     def close(self, *, drain: bool = True, timeout: float = 30.0) -> None:
-        """End all requests and accept no more. Further calls do nothing.
+        """Stop accepting requests, and finish or cancel those that were accepted.
+
+        Further calls do nothing.
 
         Args:
-            drain: whether to finish accepted requests within the timeout. The unfinished ones, or
-                all of them without `drain`, end in Done("cancelled").
-            timeout: seconds.
+            drain: whether to wait for accepted requests to finish. Requests that are unfinished
+                after the timeout, or all if false, end with Done("cancelled").
+            timeout: seconds to wait.
         """
         with self._condition:
             self._is_closing = True
@@ -255,7 +259,7 @@ class Engine(WorkSource):
         return self._scheduler.is_idle
 
     def stats(self) -> Stats:
-        """Return the counters since the start and the state now."""
+        """Return the counters since the start and the current state."""
         with self._condition:
             scheduler, blocks = self._scheduler, self._scheduler.block_pool
             return Stats(
@@ -274,7 +278,7 @@ class Engine(WorkSource):
         min_tokens = 1 if request.prompt_logprobs is None else 0
         if not request.prompt or request.max_tokens < min_tokens:
             raise ValueError(
-                "a request needs a prompt and at least one token to generate or score: got "
+                "a request must have a prompt and at least one token to generate or score, got "
                 f"{len(request.prompt)} prompt tokens and max_tokens {request.max_tokens}"
             )
         if len(request.prompt) + request.max_tokens > self._context:
@@ -307,9 +311,9 @@ class Engine(WorkSource):
     # -- on the device thread ------------------------------------------------------------------
 
     def next_item(self) -> WorkItem | None:
-        """Return the prefill chunk or decoding step that the scheduler chooses; None without one.
+        """Return the prefill chunk or decoding step that the scheduler chooses, or None.
 
-        Cancelled sequences and those past their deadline end first.
+        Before that, cancelled sequences and sequences past their deadline are ended.
         """
         scheduler, now = self._scheduler, self._clock()
         for sequence in [*scheduler.waiting, *scheduler.running]:
@@ -326,7 +330,7 @@ class Engine(WorkSource):
         return partial(self._compute, step)
 
     def fail(self, error: Exception) -> None:
-        """End every sequence in Failed, after an error that no single sequence caused."""
+        """End every sequence with Failed, after an error outside the work on single sequences."""
         for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
             self._finish(sequence, Failed(FAILURE_MESSAGE))
 
@@ -338,7 +342,7 @@ class Engine(WorkSource):
             else:
                 output = self._runner.decode(sequences)
         except Exception:
-            log.exception("a work item failed; its sequences end")
+            log.exception("a prefill or decoding step failed; its sequences end")
             is_lost = self._runner.recover()
             with self._condition:
                 for sequence in sequences:
@@ -360,11 +364,11 @@ class Engine(WorkSource):
                 for i, sequence in enumerate(sequences):
                     self._append_token(sequence, output, i)
             speeds, self._pending_speeds = self._pending_speeds, []
-        for speed in speeds:  # outside the lock: the callback may be slow
+        for speed in speeds:  # outside the lock, because the callback can be slow
             self._on_speed(*speed)
 
     def _report_prefill(self, sequence: Sequence) -> None:
-        """Deliver the log-probabilities of a chunk, and PrefillDone after the last chunk."""
+        """Deliver the log-probabilities of a prompt chunk, and PrefillDone after the last chunk."""
         if sequence.chunk_scores is not None:
             self._report_prompt_logprobs(sequence, sequence.chunk_scores)
             sequence.chunk_scores = None
@@ -378,7 +382,7 @@ class Engine(WorkSource):
         if sequence.num_scored == 0:
             sequence.num_scored = 1
             sequence.deliver(PromptLogprobs((Token(sequence.ids[0]),)))
-        # The last token of a chunk predicts the first of the next one.
+        # The last token of a chunk predicts the first token of the next chunk.
         end = min(sequence.num_computed_tokens + 1, len(sequence.request.prompt))
         first = sequence.num_computed_tokens - len(scores.ids) + 1  # the position of scores.ids[0]
         tokens = tuple(
@@ -390,7 +394,7 @@ class Engine(WorkSource):
             sequence.deliver(PromptLogprobs(tokens))
 
     def _append_token(self, sequence: Sequence, output: SampleOutput, i: int) -> None:
-        """Append row `i` of a step's output to its sequence, and deliver it."""
+        """Append the token in row `i` of the output to a sequence and deliver it, or end it."""
         token, request = int(output.ids[i]), sequence.request
         if request.max_tokens == 0:  # only prompt log-probabilities were requested
             self._finish(sequence, Done("length"))

@@ -9,12 +9,12 @@ from transformer.sampling import SamplingParams
 
 
 class Busy(Exception):
-    """The queue of waiting requests has no room.
+    """Raised when the queue of waiting requests is full.
 
     Args:
-        retry_after: seconds until there may be room again.
-        num_waiting: the number of the client's own waiting requests if the client has reached its
-            limit; None if the queue is full.
+        retry_after: estimated seconds until the queue has room again.
+        num_waiting: the number of waiting requests of this client if the client has reached its
+            limit; None if the whole queue is full.
     """
 
     def __init__(self, retry_after: float = 1.0, num_waiting: int | None = None) -> None:
@@ -24,26 +24,27 @@ class Busy(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceRequest:
-    """One sequence to generate.
+    """A request to generate one sequence.
 
     Attributes:
-        prompt: token ids, at least one.
+        prompt: token ids of the prompt, at least one.
         max_tokens: the maximum number of tokens to generate; 0 is allowed with `prompt_logprobs`.
         sampling_params: temperature, top-p and the other parameters of the sampler.
         stop_ids: token ids that end the sequence.
-        top_logprobs: None for no log-probabilities; k for those of the sampled token and of the k
-            likeliest tokens.
-        prompt_logprobs: the same for the tokens of the prompt, delivered as `PromptLogprobs`.
-        index: the index among the n choices of one API request; it varies the random numbers under
-            one seed.
+        top_logprobs: k, to get the log-probabilities of the sampled token and of the k likeliest
+            tokens; None for no log-probabilities.
+        prompt_logprobs: like `top_logprobs`, for the tokens of the prompt; delivered as
+            `PromptLogprobs`.
+        index: the index among the n choices of one API request, so that choices with the same seed
+            get different random numbers.
         client: the name of the client; clients are admitted in turn.
-        is_accepted: whether an earlier sequence of the same API request was accepted. The queue
-            limits then do not apply.
-        deadline: the time at which the sequence ends, finished or not, on the engine's clock
-            (`time.monotonic` by default); None for no deadline.
-        use_prefix_cache: whether to use cached blocks of the same prompt and to cache this one's.
-            It changes the time to the first token, never the tokens. A prompt with
-            `prompt_logprobs` does not use the prefix cache.
+        is_accepted: whether an earlier sequence of the same API request was accepted. Then the
+            queue limits do not apply to this sequence.
+        deadline: the time at which the sequence is ended even if it is unfinished, on the clock of
+            the engine (`time.monotonic` by default); None for no deadline.
+        use_prefix_cache: whether to use cached blocks of prompts with the same beginning, and to
+            cache the blocks of this prompt. It affects the time to the first token, never the
+            tokens. A request with `prompt_logprobs` does not use the prefix cache.
     """
 
     prompt: tuple[int, ...]
@@ -61,19 +62,20 @@ class SequenceRequest:
 
 @dataclass(frozen=True)
 class PrefillDone:
-    """The prefill is complete; `cached_tokens` prompt tokens came from the prefix cache."""
+    """The event that the prefill is complete; `cached_tokens` came from the prefix cache."""
 
     cached_tokens: int
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token with its log-probabilities. A stop id is never delivered as a token.
+    """The event of one generated token. Tokens in `stop_ids` are not delivered as this event.
 
     Attributes:
         id: the token id.
-        logprob: the natural logarithm of its probability, before temperature and penalties.
-        top_logprobs: (id, logprob) of the likeliest tokens, likeliest first.
+        logprob: the natural logarithm of the probability of the token before temperature and
+            penalties; None if not requested.
+        top_logprobs: pairs (id, logprob) of the likeliest tokens, likeliest first.
     """
 
     id: int
@@ -83,14 +85,17 @@ class Token:
 
 @dataclass(frozen=True)
 class PromptLogprobs:
-    """The log-probabilities of the next prompt tokens. The first prompt token has none."""
+    """The event of log-probabilities of the next prompt tokens; the first prompt token has none."""
 
     tokens: tuple[Token, ...]
 
 
 @dataclass(frozen=True)
 class Done:
-    """The end of a sequence. With `top_logprobs`, `token` is the stop token that ended it."""
+    """The event that a sequence ended.
+
+    `token` is the stop token that ended it, if it was a stop token and `top_logprobs` is set.
+    """
 
     finish_reason: Literal["stop", "length", "cancelled", "timeout"]
     token: Token | None = None
@@ -98,7 +103,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The end of a sequence that the engine could not finish."""
+    """The event that a sequence ended because of an error."""
 
     message: str
 
@@ -110,8 +115,9 @@ class Completion:
     Attributes:
         ids: the generated token ids, without the stop id.
         finish_reason: why the sequence ended.
-        tokens: the same tokens, with log-probabilities if the request has `top_logprobs`.
-        prompt_logprobs: the tokens of the prompt, if the request has `prompt_logprobs`.
+        tokens: the generated tokens, with log-probabilities if the request has `top_logprobs`.
+        prompt_logprobs: the tokens of the prompt with log-probabilities, if the request has
+            `prompt_logprobs`; otherwise empty.
     """
 
     ids: tuple[int, ...]

@@ -1,9 +1,9 @@
 """The computation of the engine: one prefill chunk of a prompt, or one decoding step of a batch.
 
 A batch is padded to one of a few sizes, so that few programs have to be compiled. The smallest size
-is two: on a CPU a product of one row in a narrow dtype is slow. Programs are compiled ahead, on any
-thread, while the device uses those that are ready: two steps of half a batch give every sequence
-the same bits as one step of the whole batch. JAX caches compiled programs on disk.
+is two, because on a CPU a matrix product with one row is slow in bfloat16 and int8. Programs are
+compiled ahead of time, on any thread, while the device uses smaller programs that are ready; the
+results are bitwise identical for every batch size. JAX can cache compiled programs on disk.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from transformer.engine.requests import SequenceRequest
 from transformer.engine.scheduler import Sequence
 from transformer.sampling import SampleOutput, SamplingParams
 
-CHUNK_SIZE = 64  # prompt tokens of a prefill: well under a third of a second on two cores
+CHUNK_SIZE = 64  # prompt tokens per prefill: well under a third of a second on two cores
 BUCKETS = (2, 4, 8, 16)  # batch sizes of a decoding step
 NUM_SLOTS = BUCKETS[-1]
 _GREEDY = SamplingParams(temperature=0.0)
-SLOW_COMPILE_SECONDS = 2.0  # a program that took longer is reported to `notify`
+SLOW_COMPILE_SECONDS = 2.0  # programs that take longer are reported to `notify`
 _copy_block = jax.jit(cache.copy_block, donate_argnames="kv_cache")
 
 
@@ -36,11 +36,11 @@ class Runner:
 
     Args:
         params: the weights.
-        cfg: the model's configuration.
-        num_ids: the size of the vocabulary; the embedding table may be padded beyond it.
+        cfg: the configuration of the model.
+        num_ids: the size of the vocabulary, which can be smaller than the embedding table.
         num_blocks: the number of blocks of the KV cache.
         cache_dtype: the dtype of keys and values.
-        notify: called with a line for each program that was slow to compile or to load.
+        notify: called with a message for each program that was slow to compile or to load.
     """
 
     def __init__(
@@ -70,9 +70,10 @@ class Runner:
         self._penalty_state = sampling.init_penalty_state(NUM_SLOTS + 1, self.cfg.vocab_size)
 
     def recover(self) -> bool:
-        """Replace the KV cache if a failed call lost it; return whether it did.
+        """Replace the KV cache if a failed call lost it; return whether it was lost.
 
-        A call donates the cache. A call that fails may have deleted it without returning a new one.
+        Each call donates the cache. If the call fails, the cache can be deleted already while no
+        new cache is returned.
         """
         is_lost = any(
             leaf.is_deleted() for leaf in jax.tree.leaves((self._cache, self._penalty_state))
@@ -83,22 +84,22 @@ class Runner:
 
     @property
     def context(self) -> int:
-        """Return the maximum positions of a sequence: the model's, or the cache's if fewer."""
+        """Return the maximum number of tokens in a sequence, limited by model and KV cache."""
         return min(self.cfg.max_seq_len, self.num_blocks * cache.BLOCK_SIZE)
 
     @property
     def num_bytes(self) -> int:
-        """Return the bytes of weights, KV cache and penalty state."""
+        """Return the size of weights, KV cache and penalty state in bytes."""
         cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._shapes))
         return cache_bytes + self.weight_bytes
 
     @property
     def weight_bytes(self) -> int:
-        """Return the bytes of the weights alone."""
+        """Return the size of the weights in bytes."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self._params))
 
     def with_adapter(self, adapter: lora.Adapter) -> Runner:
-        """Return a runner of the same weights with a LoRA adapter; the weight arrays are shared."""
+        """Return a runner with a LoRA adapter that shares the weight arrays of this runner."""
         return Runner(
             lora.apply(self._params, adapter),
             self.cfg,
@@ -112,11 +113,11 @@ class Runner:
 
     @property
     def max_batch_size(self) -> int:
-        """Return the largest batch size of a decoding step that is compiled."""
+        """Return the largest batch size for which a decoding step is compiled."""
         return max((size for size in BUCKETS if size in self._programs), default=BUCKETS[0])
 
     def compile(self, *names: str | int) -> None:
-        """Compile programs, or load them from disk. Any thread may call it during computation.
+        """Compile programs, or load them from JAX's cache on disk; can be called from any thread.
 
         Args:
             names: "read" for prefill, "score" for prefill with log-probabilities, or the batch size
@@ -126,7 +127,7 @@ class Runner:
             self._program(name)
 
     def warm_up(self) -> None:
-        """Run the programs that one conversation needs, once. Call it before the engine starts."""
+        """Run the programs that one conversation needs once, before the engine starts."""
         sequence = Sequence(
             SequenceRequest(prompt=(0,), max_tokens=1, sampling_params=_GREEDY),
             deliver=lambda event: None,
@@ -187,10 +188,11 @@ class Runner:
         Args:
             sequence: the sequence to prefill. `sequence.chunk_scores` is set if its request has
                 `prompt_logprobs`.
-            block_copy: a block to copy first, as (source, target).
+            block_copy: the blocks (source, target) of a copy to make first; None for no copy.
 
         Returns:
-            The first token as arrays of one row, on the host; None before the last chunk.
+            After the last chunk, the first token as arrays of one row on the host; before that,
+            None.
         """
         if block_copy is not None:
             self._cache = _copy_block(self._cache, *np.array(block_copy, np.int32))
@@ -226,11 +228,11 @@ class Runner:
         return _on_host(output)
 
     def decode(self, sequences: list[Sequence]) -> SampleOutput:
-        """Compute the last token of each sequence and sample the next.
+        """Compute the last token of each sequence, and sample its next token.
 
         Returns:
-            The sampled tokens as arrays on the host, whose first `len(sequences)` rows are those of
-            the sequences; the others are padding.
+            The sampled tokens as arrays on the host. The first `len(sequences)` rows are those of
+            the sequences; further rows are padding.
         """
         size = next(size for size in BUCKETS if size >= len(sequences))
         output, self._cache, self._penalty_state = self._program(size)(
@@ -243,7 +245,7 @@ class Runner:
     def _step_inputs(self, sequences: list[Sequence], size: int) -> tuple:
         """Return last ids [B], block tables [B, S / BLOCK_SIZE], lengths [B] and sampling inputs.
 
-        B is `size`: the sequences are padded to it.
+        B is `size`; the sequences are padded to that number of rows.
         """
         pad = size - len(sequences)
         ids = np.array([s.ids[s.num_computed_tokens] for s in sequences] + [0] * pad, np.int32)
@@ -270,7 +272,7 @@ class Runner:
 
 @contextlib.contextmanager
 def _cache_hits() -> Iterator[list[str]]:
-    """Collect the programs that this thread loads from JAX's cache on disk inside the block."""
+    """Within the block, list an event per program this thread loads from JAX's cache on disk."""
     hits, thread = [], threading.get_ident()
 
     def on_event(event: str, **_: str | int) -> None:

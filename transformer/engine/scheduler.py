@@ -1,21 +1,21 @@
 """The scheduler of one model: continuous batching over a paged KV cache.
 
-After Orca (Yu et al. 2022, OSDI) for batching at the level of single steps, vLLM (Kwon et al. 2023,
-arXiv:2309.06180) for blocks of cache that are allocated as sequences grow, and Sarathi (Agrawal et
-al. 2023, arXiv:2308.16369) for chunked prefill between decoding steps. This file holds no arrays,
-so that tests can check every rule by hand.
+Batching per step follows Orca (Yu et al. 2022, OSDI), cache blocks that are allocated as sequences
+grow follow vLLM (Kwon et al. 2023, arXiv:2309.06180), and chunked prefill between decoding steps
+follows Sarathi (Agrawal et al. 2023, arXiv:2308.16369). This file uses no arrays, so that tests can
+check every rule without a model.
 
 A sequence waits, is admitted to a slot, is prefilled chunk by chunk, and then decodes.
 
-- Clients are admitted in rounds, one sequence of each client a round. Within a round the order is
-  first come, first served, and a sequence that waits for blocks is not overtaken. One client can
-  use only a part of the queue.
-- Prefill chunks alternate with decoding steps, so that neither starves the other. Chunks go in
-  turn to the sequence with the shortest remaining prompt, so that it need not wait for a long one,
-  and to the oldest sequence, so that a long prompt also finishes.
+- Sequences are admitted in rounds, one sequence per client and round. Within a round the order is
+  first come, first served, and no sequence overtakes a sequence that waits for free blocks. One
+  client can use only a part of the queue.
+- Prefill chunks alternate with decoding steps, so that neither starves the other. Chunks alternate
+  between the sequence with the shortest remaining prompt, which need not wait for a long prompt,
+  and the oldest sequence, so that a long prompt also finishes.
 - Before each prefill chunk, `block_pool.py` is searched for cached blocks of the same prompt.
-- When blocks run out, the youngest sequence is preempted: its blocks are released, and it is
-  recomputed later. Tokens that were delivered before are not delivered again.
+- When no block is free, the youngest sequence is preempted: its blocks are released, and the
+  sequence is recomputed later. Tokens that were delivered before are not delivered again.
 
 Leaves out: priorities.
 """
@@ -33,27 +33,27 @@ from transformer.sampling import SampleOutput
 
 @dataclass(eq=False)
 class Sequence:
-    """One sequence in the engine, from request to last token.
+    """The state of one sequence in the engine, from request to last token.
 
     Attributes:
         request: what to generate.
-        deliver: called with each event; must not block.
+        deliver: called with each event of the sequence; must not block.
         ids: the prompt, then the generated tokens.
         num_computed_tokens: the number of `ids` whose keys and values are in the KV cache.
-        block_table: its blocks, in the order of positions.
-        slot: its row of the penalty state; -1 while it waits.
-        num_cached_tokens: prompt tokens taken from the prefix cache.
-        chunk_hashes: the hashes of its prompt chunks; empty if it does not use the prefix cache.
-        num_registered_chunks: the number of its chunks that are in the prefix cache.
-        admission_round: its round among its client's sequences, see `Scheduler.submit`.
-        last_step: the number of its last decoding step.
-        num_delivered: generated tokens delivered so far.
-        num_scored: prompt tokens whose log-probabilities were delivered.
+        block_table: the numbers of the blocks of the sequence, in the order of positions.
+        slot: the row of the sequence in the penalty state; -1 while the sequence waits.
+        num_cached_tokens: the number of prompt tokens taken from the prefix cache.
+        chunk_hashes: the hashes of the prompt chunks; empty if the prefix cache is not used.
+        num_registered_chunks: the number of prompt chunks that are in the prefix cache.
+        admission_round: the round in which the sequence is admitted; see `Scheduler.submit`.
+        last_step: the number of the last decoding step of the sequence.
+        num_delivered: the number of generated tokens delivered so far.
+        num_scored: the number of prompt tokens whose log-probabilities were delivered.
         chunk_scores: log-probabilities of the last prefill chunk, if requested (`SampleOutput`).
-        preempted_ids: tokens generated before it was preempted.
+        preempted_ids: the tokens generated before the sequence was preempted.
         is_prefill_reported: whether `PrefillDone` was delivered.
-        prefill_end: the time of that delivery, in seconds of the engine's clock.
-        was_alone: whether no other sequence ran at the same time.
+        prefill_end: the time of delivering `PrefillDone`, in seconds of the engine's clock.
+        was_alone: whether no other sequence has run at the same time.
         is_cancelled: set by any thread; the engine ends the sequence before its next work item.
     """
 
@@ -93,7 +93,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Prefill:
-    """Prefill the next chunk of one prompt, after the copy of a block (source, target) if given."""
+    """Work item: prefill the next chunk of one prompt, after copying a block (source, target)."""
 
     sequence: Sequence
     block_copy: tuple[int, int] | None = None
@@ -101,7 +101,7 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Decode:
-    """Decode one step: compute the last token of each sequence and sample the next."""
+    """Work item: one decoding step, which computes the last token of each sequence."""
 
     sequences: tuple[Sequence, ...]
 
@@ -112,9 +112,9 @@ class Scheduler:
     Args:
         num_slots: the maximum number of running sequences.
         num_blocks: the number of blocks of the KV cache.
-        block_size: the positions in a block.
-        chunk_size: the positions of a prefill chunk; divides `block_size`.
-        max_waiting: the maximum number of waiting sequences; a quarter of it for one client.
+        block_size: the number of positions in a block.
+        chunk_size: the number of positions in a prefill chunk; divides `block_size`.
+        max_waiting: the maximum number of waiting sequences; one client can have a quarter of it.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Scheduler:
         self.block_pool = BlockPool(num_blocks)
         self.waiting: list[Sequence] = []  # in the order of admission
         self.running: list[Sequence] = []  # oldest first
-        self._admission_round = 0  # of the last sequence that was at the head of the queue
+        self._admission_round = 0  # that of the last sequence at the head of the queue
         self._steps = 0
         self.num_preemptions = 0
         self._did_prefill_last = self._did_oldest_last = False
@@ -140,8 +140,8 @@ class Scheduler:
     def submit(self, sequence: Sequence) -> None:
         """Add a sequence to the queue.
 
-        A client's sequences are queued one a round. A client without waiting sequences joins the
-        round that is being admitted.
+        The sequences of a client are queued for consecutive rounds. If a client has no waiting
+        sequences, its next sequence joins the round that is currently admitted.
 
         Raises:
             Busy: the queue is full, or the client has reached its limit.
@@ -177,7 +177,7 @@ class Scheduler:
         self._did_prefill_last = False
         decoding = sorted(decoding, key=lambda s: s.last_step)[:max_batch_size]
         for sequence in decoding:
-            if sequence in self.running:  # one before it may have preempted it
+            if sequence in self.running:  # it can have been preempted for one before it
                 self._append_block(sequence)
         decoding = [s for s in decoding if s in self.running]
         self._steps += 1
@@ -185,11 +185,11 @@ class Scheduler:
             sequence.last_step = self._steps
         if decoding:
             return Decode(tuple(decoding))
-        # If all of them were preempted, others are admitted now.
+        # If all decoding sequences were preempted, others can be admitted now.
         return None if self.is_idle else self.schedule(max_batch_size)
 
     def register(self, sequence: Sequence) -> None:
-        """Add the computed chunks of a prompt to the prefix cache. Call it after each prefill."""
+        """Add the computed chunks of a prompt to the prefix cache; call this after each prefill."""
         per_block = self.block_size // self.chunk_size
         done = min(sequence.num_computed_tokens // self.chunk_size, len(sequence.chunk_hashes))
         for i in range(sequence.num_registered_chunks, done):
@@ -213,7 +213,7 @@ class Scheduler:
         sequence.preempted_ids = max(generated, sequence.preempted_ids, key=len)
         sequence.ids, sequence.num_computed_tokens = list(sequence.request.prompt), 0
         sequence.num_registered_chunks = sequence.num_cached_tokens = 0
-        # First in its round: the others came later, or were preempted because they are younger.
+        # First in its round, because the others came later, or are younger and were preempted.
         bisect.insort_left(self.waiting, sequence, key=lambda other: other.admission_round)
 
     def _release(self, sequence: Sequence) -> None:
@@ -228,9 +228,10 @@ class Scheduler:
     def _admit(self) -> None:
         while self.waiting and self.free_slots:
             sequence = self.waiting[0]
-            # Sequences submitted from now on come after it, even if it has to wait.
+            # Sequences submitted from now on come after this one, even if it has to wait for
+            # blocks.
             self._admission_round = max(self._admission_round, sequence.admission_round)
-            # Room for the prompt and for the tokens delivered before a preemption.
+            # Allocate blocks for the prompt and for tokens delivered before a preemption.
             num_known = len(sequence.request.prompt) + sequence.num_delivered
             needed = self._blocks_for(num_known + (sequence.request.max_tokens > 0))
             shared = self._retain_cached_blocks(sequence)
@@ -250,7 +251,7 @@ class Scheduler:
             self.running.append(sequence)
 
     def _retain_cached_blocks(self, sequence: Sequence) -> list[int]:
-        """Retain and return the whole cached blocks at the beginning of a prompt."""
+        """Retain and return the cached blocks whose tokens all match the beginning of a prompt."""
         shared: list[int] = []
         while match := self._find_cached_block(sequence, len(shared)):
             block, length = match
@@ -264,7 +265,8 @@ class Scheduler:
         """Find a cached block for entry `index` of a sequence's block table.
 
         Returns:
-            The block and the number of prompt tokens computed with it; None without a match.
+            The block, and the number of prompt tokens that are computed up to its last matching
+            chunk; None if no block matches.
         """
         per_block = self.block_size // self.chunk_size
         # The last prompt token is always computed: its logits give the first generated token.
@@ -276,13 +278,13 @@ class Scheduler:
         return match and (match[0], (first + match[1]) * self.chunk_size)
 
     def _skip_cached_chunks(self, sequence: Sequence) -> tuple[int, int] | None:
-        """Skip the prompt chunks that other sequences have cached meanwhile.
+        """Skip the next prompt chunks if other sequences have cached them since admission.
 
-        A whole cached block is shared. A block that matches in part is copied, because the sequence
-        writes on behind the match.
+        A cached block that matches entirely is shared. A block that matches in part is copied,
+        because the sequence writes into the rest of the block.
 
         Returns:
-            The copy to make first as (source, target), or None.
+            The blocks (source, target) of a copy to make before the prefill; None for no copy.
         """
         start, copy = sequence.num_computed_tokens, None
         while copy is None and (
@@ -309,7 +311,10 @@ class Scheduler:
         return copy
 
     def _append_block(self, sequence: Sequence) -> None:
-        """Allocate a block for the next position of a sequence, preempting others if necessary."""
+        """Allocate a block for the next position of a sequence if needed; preempt if none is free.
+
+        The youngest sequences are preempted, which can be this sequence itself.
+        """
         while self._blocks_for(sequence.num_computed_tokens + 1) > len(sequence.block_table):
             if self.block_pool.num_free_blocks:
                 sequence.block_table.append(self.block_pool.allocate())

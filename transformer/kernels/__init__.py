@@ -23,7 +23,7 @@ Then compare it with the others, alone and in a whole decoding step:
     python -m transformer.bench norm --all-impls
     python -m transformer.bench decode --impl norm=rsqrt
 
-If it is faster, enter it in `DEFAULT_IMPL`. A function that is not registered is given by its
+If it is faster, add it to `DEFAULT_IMPL`. A function that is not registered is given by its
 module path: `--impl norm=my_module.rsqrt` or `impl="my_module.rsqrt"`. A kernel outside XLA (a
 `jax.ffi` call, Pallas) is registered in the same way.
 

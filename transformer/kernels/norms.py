@@ -33,9 +33,9 @@ def sum_by_matmul(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: f
 def row_sum(x: jax.Array) -> jax.Array:
     """Sum over the last axis: [..., D] -> [..., 1], in an order that ignores the other axes.
 
-    A matrix product is batch-invariant: a row has the same bits for every number of rows. `jnp.sum`
-    is not, because it splits the work by the shape of the whole array. A product with a single
-    column is not either, because XLA's CPU backend uses another kernel from eight rows on.
+    A matrix product is batch-invariant: the result of a row is bitwise identical for every number
+    of rows. `jnp.sum` is not, because it splits the work by the shape of the whole array. Neither
+    is a product with a single column: XLA's CPU backend uses another kernel from eight rows on.
     """
     ones = jnp.ones((x.shape[-1], 8), x.dtype)
     return jax.lax.dot_general(x, ones, (((x.ndim - 1,), (0,)), ((), ())))[..., :1]

@@ -163,7 +163,7 @@ def truncate(
     Args:
         logits: float32 [V].
         top_k: Number of tokens to keep, int32; 0 keeps all.
-        top_p: Keep the most likely tokens with this total probability; 1 keeps all.
+        top_p: Keep the most likely tokens until their total probability reaches this; 1 keeps all.
         min_p: Keep tokens of at least this probability relative to the most likely one.
         impl: Name of the implementation; None means the default.
 

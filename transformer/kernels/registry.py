@@ -152,7 +152,7 @@ def select_impl(kind: str) -> str:
         The name of the implementation.
 
     Raises:
-        Unavailable: There is no default for this kind.
+        Unavailable: `DEFAULT_IMPL` has no entry for `kind` on this platform.
     """
     operation = kind.partition(" ")[0]
     if operation in _overrides:
