@@ -15,7 +15,7 @@ class Line:
 
     def loss(self, weights, frozen, batch, key):
         errors = (weights["w"] * batch["x"] - batch["y"]) ** 2
-        return errors.sum(), jnp.float32(len(errors)), {}  # sums: parts of a batch add up
+        return errors.sum(), jnp.float32(len(errors)), {}  # loss, weight, other sums
 
 
 x = np.arange(1, 9, dtype=np.float32) / 8

@@ -3,7 +3,8 @@
 `python scripts/notebooks.py [NAME.py ...]` runs the given notebooks, or all. The .py file (in the
 percent format of jupytext) is the source; the .ipynb is for reading on a code host. It does not
 contain random cell ids, execution times and the version of the interpreter, so that it changes only
-with the source. Its metadata contain the hash of the source, by which a test detects a stale file.
+with the source. Its metadata contain the hash of the source, with which a test detects an .ipynb
+that is out of date.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import nbclient
 import nbformat
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
-LIMIT = 300_000  # bytes; code hosts do not display larger files
+LIMIT = 300_000  # maximum bytes of an .ipynb; code hosts do not display larger files
 TIMEOUT = 300  # seconds per cell
 
 
@@ -28,12 +29,12 @@ def sources() -> list[Path]:
 
 
 def digest(source: Path) -> str:
-    """Return the hash of a source, which the metadata of its .ipynb contain."""
+    """Return the hash of a source, which is stored in the metadata of its .ipynb."""
     return hashlib.sha256(source.read_bytes()).hexdigest()
 
 
 def read(source: Path) -> nbformat.NotebookNode:
-    """Return the notebook of a source, without outputs; the result is deterministic."""
+    """Convert a source to a notebook without outputs; the result is deterministic."""
     notebook = jupytext.read(source)
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
@@ -63,7 +64,7 @@ def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def main(names: list[str]) -> None:
-    """Run the notebooks with these paths, or all, and write their .ipynb files."""
+    """Run the notebooks whose sources have these paths, or all, and write their .ipynb files."""
     for source in [Path(name) for name in names] or sources():
         started = time.perf_counter()
         target = source.with_suffix(".ipynb")

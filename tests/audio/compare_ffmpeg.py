@@ -1,10 +1,11 @@
-"""Comparison of our audio decoding with ffmpeg's: `python -m tests.audio.compare_ffmpeg`.
+"""Compare `audio.load` with the program ffmpeg: `python -m tests.audio.compare_ffmpeg`.
 
-Makes more than 150 files from two clips with the program ffmpeg: many containers and codecs,
-concatenated and truncated files, files with leading or trailing bytes or a wrong name. Prints both
-durations, and with `--text MODEL_FOLDER` both texts. ffmpeg decodes only the first of concatenated
-files of most formats; then ours is compared with the sum of the parts. Durations that differ by
-more than 50 ms a part are marked, and the exit code is 1; files that only we decode are not errors.
+Makes more than 150 files from two clips with ffmpeg: many containers and codecs, concatenated and
+truncated files, files with leading or trailing bytes or a wrong name. Prints the durations that
+ffmpeg and `audio.load` decode, and with `--text MODEL_FOLDER` the transcripts of both. ffmpeg
+decodes only the first of concatenated files of most formats; then the duration is compared with the
+sum over the parts. If durations differ by more than 50 ms per part, the file is marked and the exit
+code is 1. Files that only `audio.load` decodes are not errors.
 """
 
 import argparse
@@ -93,13 +94,13 @@ CONCATENATED = (
 
 
 def ffmpeg(*arguments: str | Path) -> bytes:
-    """Return what ffmpeg writes to stdout, which may be partial after errors."""
+    """Return the bytes that ffmpeg writes to stdout, which can be incomplete after errors."""
     command = ["ffmpeg", "-v", "error", "-nostdin", "-y", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, check=False).stdout
 
 
 def write_variants(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield a file of each clip for each variant of `VARIANTS`."""
+    """Yield two files, one per clip, for each combination of format and options in `VARIANTS`."""
     for line in VARIANTS.strip().splitlines():
         suffix, _, options = line.partition(":")
         for option in options.split("|"):
@@ -112,7 +113,7 @@ def write_variants(folder: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def write_files(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """Yield the files, each with the files that ffmpeg decodes for comparison."""
+    """Yield each file to decode, with the files whose ffmpeg durations add up to its own."""
     pairs = list(write_variants(folder))
     yield from ((first, [first]) for first, _ in pairs)
     suffixes = set()

@@ -1,4 +1,4 @@
-"""Fixtures: the clips, the outputs of openai-whisper, and the pulled models."""
+"""Fixtures: the audio clips, the outputs of openai-whisper, and the pulled Whisper models."""
 
 from collections.abc import Callable
 from functools import cache
@@ -22,13 +22,13 @@ CASES = [  # model, clip, language
 
 @pytest.fixture(scope="session")
 def clip() -> Callable[[str], np.ndarray]:
-    """Return the samples of a clip by its name."""
+    """Return a function that loads the samples of a clip by its name."""
     return cache(lambda name: audio.load(GOLDEN / f"{name}.flac"))
 
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str, str], dict[str, np.ndarray]]:
-    """Return the outputs of openai-whisper for a model and a clip."""
+    """Return a function that loads the outputs of openai-whisper for a model and a clip."""
 
     @cache
     def load(model: str, clip: str) -> dict[str, np.ndarray]:
@@ -44,12 +44,12 @@ def golden() -> Callable[[str, str], dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="session")
 def whisper(model_file) -> Callable[[str], audio.Whisper]:
-    """Return a pulled model in float32 by its id."""
+    """Return a function that loads a pulled model in float32 by its id."""
     return cache(lambda id: audio.load_model(model_file(id)))
 
 
 def window(mel: np.ndarray, num_frames: int = 3000) -> np.ndarray:
-    """Return one window, padded for the encoder: [1, num_frames, M]."""
+    """Pad a spectrogram [T, M] to a window for the encoder: [1, num_frames, M]."""
     padded = np.zeros((1, num_frames, mel.shape[1]), np.float32)
     padded[0, : len(mel)] = mel
     return padded

@@ -1,4 +1,7 @@
-"""openai-whisper with our weights, for golden files and parity tests; needs torch."""
+"""openai-whisper with the weights of a Pellucid model folder, for golden files and parity tests.
+
+Needs torch.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import numpy as np
 from audio import checkpoint
 from transformer.checkpoint import safetensors
 
-# Hugging Face's names to those of openai-whisper, replaced in this order.
+# Replacements that turn Hugging Face's tensor names into those of openai-whisper, in this order.
 _RENAMED = (
     ("model.", ""),
     ("layers.", "blocks."),
@@ -33,7 +36,7 @@ _RENAMED = (
 
 
 def reference(folder: Path, scratch: Path):
-    """Load the model of `folder` into openai-whisper; `scratch` gets a safetensors copy."""
+    """Load the model in `folder` into openai-whisper, by way of a safetensors copy in `scratch`."""
     import torch
     from whisper.model import ModelDimensions, Whisper
 

@@ -1,12 +1,13 @@
 """Ten minutes of audio with a known transcript: speech with pauses and background noise.
 
-    python -m tests.audio.ten_minutes FILE.flac      writes it, to listen to
+    python -m tests.audio.ten_minutes FILE.flac      writes the audio to a file, to listen to
 
-It is assembled from recordings (`tests/golden/audio`) and sentences of `tests/bench/passage.txt` in
-voices of espeak-ng, which reports when each word begins. Most pauses last one or two seconds, every
-eighth 8 to 20 seconds. The background is silence, then three kinds of noise, and half of the long
-pauses have loud noise. The result is deterministic for one version of espeak-ng, which the PyPI
-package espeakng-loader provides with its voices.
+The audio is assembled from recordings (`tests/golden/audio`) and sentences of
+`tests/bench/passage.txt` in voices of espeak-ng, which reports when each word begins. Most pauses
+last one or two seconds, every eighth pause 8 to 20 seconds. The background is silence, then white
+noise, pink noise and mains hum, and half of the long pauses have loud noise. The result is
+deterministic for one version of espeak-ng; the PyPI package espeakng-loader provides espeak-ng and
+its voices.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ AUSTEN = {
     "respectable than he was.",
     "austen-0930": "He might even have been made amiable himself.",
 }
-# Stretches of sonnet-1.ogg between its pauses: start and end in seconds, and the words.
+# Parts of sonnet-1.ogg between its pauses: start and end in seconds, and the words.
 SONNET = (
     (2.67, 5.38, "From fairest creatures we desire increase,"),
     (5.89, 8.60, "That thereby beauty's rose might never die,"),
@@ -61,13 +62,13 @@ SONNET = (
 
 @dataclass(frozen=True, kw_only=True)
 class Utterance:
-    """A stretch of speech without a pause. Times are in seconds."""
+    """A part of the audio with speech and no pause. Times are in seconds."""
 
     text: str
     start: float
     end: float
     samples: np.ndarray
-    is_read: bool = False  # by a person
+    is_read: bool = False  # read by a person, not synthesized
     word_starts: tuple[float, ...] = ()  # of all words of `text`, if known
 
 
@@ -118,7 +119,7 @@ def read_aloud() -> list[Utterance]:
 
 
 def synthesized() -> Iterator[Utterance]:
-    """Yield the sentences of the passage in alternating voices, again and again."""
+    """Yield the sentences of the passage in alternating voices, endlessly."""
     text = " ".join(PASSAGE.read_text("utf-8").split())
     sentences = [s for s in re.split(r"(?<=[.])\s+", text) if 20 < len(s) < 160 and s[-1] == "."]
     number = 0
@@ -129,7 +130,7 @@ def synthesized() -> Iterator[Utterance]:
 
 
 def _alternate() -> Iterator[Utterance]:
-    """Yield two synthetic sentences, then one recording, and so on."""
+    """Yield two synthesized sentences, then one recording, repeatedly."""
     synthetic, recordings, number = synthesized(), read_aloud(), 0
     while True:
         yield next(synthetic)
@@ -145,7 +146,7 @@ def _utterance(text: str, samples: np.ndarray, **fields) -> Utterance:
 
 
 def _trim(samples: np.ndarray) -> np.ndarray:
-    """Remove both ends more than 35 dB below the loudest 10 ms."""
+    """Remove samples at both ends that are more than 35 dB below the loudest 10 ms."""
     step = SAMPLE_RATE // 100
     levels = np.sqrt(np.mean(samples[: len(samples) // step * step].reshape(-1, step) ** 2, axis=1))
     loud = np.flatnonzero(levels > levels.max() * 10 ** (-35 / 20))
@@ -156,12 +157,12 @@ def _trim(samples: np.ndarray) -> np.ndarray:
 
 
 def white(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Return noise of equal power at every frequency; float32 [count], RMS 1."""
+    """Return white noise (equal power at every frequency), float32 [count] with RMS 1."""
     return rng.normal(size=count).astype(np.float32)
 
 
 def pink(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Return noise whose power is inversely proportional to frequency, as of rooms and engines."""
+    """Return pink noise (power inversely proportional to frequency), as of rooms and engines."""
     spectrum = np.fft.rfft(rng.normal(size=count))
     spectrum /= np.sqrt(np.maximum(np.arange(len(spectrum)), 1))
     noise = np.fft.irfft(spectrum, count)
@@ -216,13 +217,13 @@ _END, _WORD = 0, 1
 
 @functools.cache
 def _espeak() -> tuple[ctypes.CDLL, int]:
-    """Return the library and its sample rate."""
+    """Load the library espeak-ng; return it and its sample rate in hertz."""
     import espeakng_loader
 
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     rate = library.espeak_Initialize(_AT_ONCE, 0, espeakng_loader.get_data_path().encode(), 0)
     if rate <= 0:
-        raise OSError("espeak-ng finds no voices; reinstall espeakng-loader")
+        raise OSError("espeak-ng finds no voices; reinstall the package espeakng-loader")
     return library, rate
 
 
@@ -231,7 +232,7 @@ def speak(text: str, voice: str, speed: int = 150) -> Utterance:
 
     Raises:
         ImportError: the package espeakng-loader is not installed.
-        ValueError: there is no such voice.
+        ValueError: espeak-ng does not have the voice.
     """
     library, rate = _espeak()
     sound: list[np.ndarray] = []
@@ -257,7 +258,7 @@ def speak(text: str, voice: str, speed: int = 150) -> Utterance:
     samples = np.concatenate(sound).astype(np.float32) / 32768
     samples = soxr.resample(samples, rate, SAMPLE_RATE).astype(np.float32)
     trimmed = _trim(samples)
-    # The seconds trimmed from the start.
+    # Seconds trimmed from the start, which are subtracted from the starts of the words.
     cut = next(i for i in range(len(samples)) if samples[i : i + 800].tobytes()
                == trimmed[:800].tobytes()) / SAMPLE_RATE  # fmt: skip
     positions = [match.start() for match in re.finditer(r"\S+", text)]

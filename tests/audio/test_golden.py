@@ -1,4 +1,4 @@
-"""Every stage against openai-whisper with the same weights: mel, encoder, decoder, text, words."""
+"""Every stage compared with openai-whisper on the same weights: mel spectrogram to words."""
 
 from dataclasses import replace
 
@@ -64,12 +64,12 @@ def test_word_timestamps_match_openai_whisper(id, name, language, clip, golden, 
     expected = golden(id, name)
     words = [word for segment in transcript.segments for word in segment.words]
     assert [word.text for word in words] == expected["words"].tolist()
-    # On ties, the path may step 20 ms earlier or later.
+    # If several DTW paths have equal cost, the path can step 20 ms earlier or later.
     times = np.array([[word.start, word.end] for word in words])
     assert np.abs(times - expected["times"]).max() < 0.03
 
 
-def test_language_none_is_detected(clip, whisper):
+def test_transcribe_without_language_detects_it(clip, whisper):
     loaded = whisper("whisper-base")
     for name, language in (("austen-0880", "en"), ("coffee-fr", "fr"), ("train-de", "de")):
         assert transcribe(loaded, clip(name)).language == language
@@ -83,7 +83,7 @@ def test_translate_task_returns_english(clip, whisper):
     assert "Good morning" in transcript.text
 
 
-def test_all_attempts_unlikely_returns_the_likeliest(clip, whisper):
+def test_decode_with_all_attempts_unlikely_returns_the_likeliest(clip, whisper):
     """Bug: the last attempt was returned, at temperature 1 with average log-probability -2.8."""
     transcript = transcribe(
         whisper("whisper-base"), clip("train-de"), options=DecodingOptions(task="translate")

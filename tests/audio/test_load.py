@@ -1,4 +1,4 @@
-"""Decoding of audio files: formats, concatenated and damaged files, and what is refused."""
+"""Decoding of audio files: formats, concatenated and damaged files, and files to refuse."""
 
 import io
 import sys
@@ -96,7 +96,7 @@ def test_formats_of_ffmpeg_are_decoded(format, codec):
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(("format", "codec"), CONTAINERS, ids=lambda name: name)
 def test_damaged_files_are_decoded_in_part_or_refused(format, codec):
-    """Truncated, or with bytes overwritten: finite samples or a ValueError, fast."""
+    """Files that are truncated or have overwritten bytes give finite samples or a ValueError."""
     whole, rng = in_container(format, codec), np.random.default_rng(0)
     damaged = [whole[: len(whole) * part // 8] for part in range(1, 8)]
     for _ in range(8):
@@ -220,7 +220,7 @@ def test_missing_file_raises_file_not_found(tmp_path):
         load(tmp_path / "nothing.wav")
 
 
-# Concatenated and truncated files, and files with other bytes around them
+# Concatenated and truncated files, and files with other bytes before or after them
 
 
 def tone_file(kind: str, seconds: int = 1, rate: int = 48_000) -> bytes:
@@ -251,7 +251,7 @@ def test_concatenated_files_are_decoded_whole(kind, rate):
     samples = load(first + other)
     assert (
         abs(len(samples) - separate) < SAMPLE_RATE / 10
-    )  # FFmpeg keeps an MP3's padding between two files
+    )  # FFmpeg decodes the padding of an MP3 between two files, too
     assert abs(peak_frequency(samples[-SAMPLE_RATE:]) - 440) < 8
 
 
@@ -336,12 +336,12 @@ def test_concatenated_wavs_without_padding_byte_are_decoded_whole():
     ],
     ids=range(12),
 )
-def test_hostile_bytes_are_refused_fast(data):
+def test_bytes_built_to_stall_the_parser_are_refused(data):
     with pytest.raises(ValueError):
         load(data)
 
 
-def test_split_files_of_any_prefix_does_not_fail():
+def test_split_files_of_truncated_data_does_not_fail():
     data = tone_file("OGG OPUS")[:400] + tone_file("WAV")[:300] + tone_file("mp4/aac")[:600]
     for end in range(1, len(data)):
         container.split_files(data[:end])
@@ -349,7 +349,7 @@ def test_split_files_of_any_prefix_does_not_fail():
 
 @pytest.mark.parametrize("kind", ["mp4/aac", "matroska/aac", "avi/ac3", "wv/wavpack", "WAV"])
 def test_title_in_latin_1_does_not_prevent_decoding(kind):
-    """Bug: a file with a tag in Latin-1 was refused as of no known format."""
+    """Bug: a file with a tag in Latin-1 was refused, with the error of an unknown format."""
     title = "Título".encode("latin-1")
     if kind == "WAV":
         data = bytearray(tone_file("WAV"))
@@ -379,18 +379,18 @@ def test_mp3_with_zeros_between_two_files_is_decoded_whole():
 
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "MP3", "OGG OPUS", "adts/aac", "mp4/aac"])
-def test_error_names_unreadable_second_part(kind):
-    """A partial result would look complete, so the whole file is refused."""
+def test_unreadable_second_of_two_files_raises_and_is_named(kind):
+    """The samples of the first file alone would look complete, so both files are refused."""
     with pytest.raises(ValueError, match=naming("part 2")):
         load(tone_file(kind) + tone_file("FLAC")[:60])
 
 
-def test_too_many_parts_are_refused():
+def test_more_than_1000_concatenated_files_are_refused():
     with pytest.raises(ValueError, match=naming(1000)):
         load(encode_file(TONE[:1], format="WAV") * 1001)
 
 
-def test_max_seconds_applies_to_the_sum_of_parts():
+def test_max_seconds_limits_the_sum_of_concatenated_files():
     with pytest.raises(ValueError, match=naming("2.5 seconds")):
         load(tone_file("WAV", 1) + tone_file("FLAC", 2), max_seconds=2.5)
 
@@ -460,7 +460,7 @@ def test_plain_files_without_ffmpeg_are_decoded(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["MP3", "adts/aac", "mp4/aac"])
-def test_other_files_without_ffmpeg_name_the_extra(kind, monkeypatch):
+def test_concatenated_files_without_ffmpeg_raise_and_name_the_extra(kind, monkeypatch):
     data = tone_file(kind) * 2
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ValueError, match=r"pellucid\[audio\]"):
@@ -477,7 +477,7 @@ RECORDER_FORMATS = [
 
 
 @pytest.mark.parametrize(("format", "codec"), RECORDER_FORMATS)
-def test_formats_of_recorders_are_decoded(format, codec):
+def test_formats_of_recording_devices_are_decoded(format, codec):
     samples = load(in_container(format, codec, seconds=2))
     assert abs(len(samples) - 2 * SAMPLE_RATE) < SAMPLE_RATE / 8
     assert abs(peak_frequency(samples) - 440) < 8

@@ -37,7 +37,7 @@ def words(text: str) -> list[str]:
 
 
 def count_matches(transcript: Transcript, truth: list[Utterance]) -> list[dict[int, int]]:
-    """Count, for each utterance, its words in each segment, matched in order."""
+    """Count the words of each utterance that occur in each segment, in the same order."""
     ours = [
         (word, i) for i, segment in enumerate(transcript.segments) for word in words(segment.text)
     ]
@@ -58,7 +58,7 @@ def test_segments_of_ten_minutes_start_at_speech_without_drift(transcript, long)
     for utterance, counts in zip(truth, count_matches(transcript, truth), strict=True):
         segments = [i for i in sorted(counts) if counts[i] > 1]
         if sum(counts.values()) < len(words(utterance.text)) / 3 or not segments:
-            missed += 1  # skipped, or mostly wrong
+            missed += 1  # the utterance is skipped, or mostly wrong
         else:
             errors.append(transcript.segments[segments[0]].start - utterance.start)
     assert missed <= 2
@@ -82,9 +82,10 @@ def test_words_in_noise_are_transcribed_without_hallucination(transcript, long):
 
 @pytest.mark.slow
 def test_peak_memory_of_ten_minutes_is_below_1_gb(long, model_file, tmp_path):
-    """Measure whisper-tiny in a process of its own, interpreter and XLA included, as served.
+    """Measure whisper-tiny with the options of the server in a separate process.
 
-    VmHWM, not `ru_maxrss`, which includes the parent process before exec.
+    The memory of the interpreter and of XLA is included. VmHWM is read, because `ru_maxrss` would
+    include the parent process before exec.
     """
     np.save(tmp_path / "long.npy", long[0])
     code = (
@@ -109,7 +110,7 @@ def whisper(model_file) -> audio.Whisper:
 
 @pytest.fixture(scope="module")
 def reference(model_file, tmp_path_factory):
-    """Return the same weights in openai-whisper."""
+    """Return openai-whisper with the same weights."""
     pytest.importorskip("whisper", reason="needs openai-whisper")
     from tests.audio.reference import reference as load
 
@@ -118,7 +119,7 @@ def reference(model_file, tmp_path_factory):
 
 @pytest.mark.parity
 def test_word_timestamps_are_as_accurate_as_openai_whisper(long, whisper, reference):
-    """The truth comes from espeak-ng's word events, in batches of four sentences with pauses."""
+    """The true word starts are the events of espeak-ng, for four sentences at a time."""
     truth = [utterance for utterance in long[1] if utterance.word_starts][:24]
     ours, theirs = [], []
     for first in range(0, len(truth), 4):

@@ -1,4 +1,4 @@
-"""The model and its checkpoints: cached decoding, shared rows, taps, configs, saving."""
+"""The Whisper model and its checkpoints: cached decoding, shared rows, taps, configs, saving."""
 
 import dataclasses
 
@@ -115,12 +115,12 @@ def test_taps_return_the_named_intermediates(params, audio_features):
         model.encode(params, CFG, mel, taps=("logits",))
 
 
-def test_window_of_another_shape_is_refused(params):
+def test_encode_with_wrong_mel_shape_raises(params):
     with pytest.raises(ValueError, match=r"\[B, 100, 8\]"):
         model.encode(params, CFG, np.zeros((1, 99, 8), np.float32))
 
 
-def test_every_size_changes_the_parameter_shapes():
+def test_changed_config_size_changes_parameter_shapes():
     base = {id(x): x.shape for x in jax.tree.leaves(model.abstract(CFG))}.values()
     for field in ("num_audio_layers", "num_text_layers", "d_ff", "vocab_size", "num_mels"):
         other = dataclasses.replace(CFG, **{field: getattr(CFG, field) + 1})
@@ -129,7 +129,7 @@ def test_every_size_changes_the_parameter_shapes():
     assert base
 
 
-def test_config_round_trips_and_names_wrong_fields():
+def test_config_round_trips_and_error_names_wrong_field():
     assert Config.from_hf(CFG.to_hf()) == CFG
     tiny = Config.of_size("tiny.en", alignment_heads=((1, 0),))
     assert Config.from_hf(tiny.to_hf()) == tiny
@@ -169,7 +169,7 @@ WHISPER_TINY = dict(
     ],
 )
 def test_config_with_null_or_neutral_keys_is_accepted(change):
-    """Bug: keys without an effect and keys that are null were refused."""
+    """Bug: a config.json with null keys or keys without an effect was refused."""
     assert Config.from_hf(WHISPER_TINY | change) == Config.of_size("tiny")
 
 
@@ -186,7 +186,7 @@ def test_config_with_null_or_neutral_keys_is_accepted(change):
         {"alignment_heads": [1]},
     ],
 )
-def test_config_json_of_another_architecture_is_refused(change):
+def test_config_with_unsupported_value_is_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         Config.from_hf(WHISPER_TINY | change)
 

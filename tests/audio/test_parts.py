@@ -1,4 +1,4 @@
-"""Parts that need no weights: tokenizer, constraints, DTW, VAD, subtitles, model.bin."""
+"""Parts of `audio` without weights: tokenizer, constraints, DTW, VAD, subtitles, model.bin."""
 
 import itertools
 import struct
@@ -66,7 +66,7 @@ def test_split_words_keeps_ids_and_separates_punctuation(tokenizer):
     ]
 
 
-def test_vocabulary_of_another_size_is_refused(model_file):
+def test_tokenizer_that_does_not_fit_vocab_size_is_refused(model_file):
     with pytest.raises(ValueError, match=naming(51864, 50363)):
         load_tokenizer(model_file("whisper-base"), 51864)
 
@@ -75,7 +75,7 @@ def test_vocabulary_of_another_size_is_refused(model_file):
 
 
 def next_logprobs(tokenizer, ids, boost=None):
-    """Return log-probabilities after some ids, with equal logits except for those of `boost`."""
+    """Return constrained log-probabilities after `ids`; logits are 0, except those in `boost`."""
     logits = np.zeros((1, 51865), np.float32)
     for id, value in (boost or {}).items():
         logits[0, id] = value
@@ -118,7 +118,7 @@ def test_timestamps_come_in_pairs_and_never_decrease(tokenizer):
 def test_timestamps_likelier_than_any_text_token_suppress_text(tokenizer):
     begin, word = tokenizer.timestamp_begin, tokenizer.encode(" hello")[0]
     ids = [begin, word]
-    # 1500 timestamps of weight 1 against one word of weight e^7 = 1097, then e^8 = 2981.
+    # 1500 timestamps with odds 1 compared with one word with odds e^7 = 1097, then e^8 = 2981.
     assert not np.isfinite(next_logprobs(tokenizer, ids, boost={word: 7}))[:begin].any()
     assert np.isfinite(next_logprobs(tokenizer, ids, boost={word: 8}))[word]
 
@@ -165,7 +165,7 @@ def test_prompt_tokens_are_previous_text_sot_and_prefix(tokenizer):
 @pytest.mark.parametrize(
     "fields", [{"temperature": 3}, {"beam_size": 0}, {"best_of": 2}, {"patience": 0}]
 )
-def test_options_out_of_range_are_refused(fields):
+def test_decoding_options_out_of_range_are_refused(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         DecodingOptions(**fields)
 
@@ -214,7 +214,7 @@ def test_adjacent_timestamps_split_the_tokens(tokenizer):
 # timing
 
 
-def test_next_window_begins_at_the_open_slice_or_skipped_speech(tokenizer):
+def test_next_window_begins_at_unfinished_slice_or_skipped_speech(tokenizer):
     def token_slice(*ids):
         return ids, (0.0,) * len(ids)
 
@@ -281,7 +281,7 @@ def test_punctuation_joins_its_word():
 
 
 def speechlike(seconds, seed=0):
-    """Return noise modulated as four syllables a second."""
+    """Return noise that is modulated like four syllables per second."""
     t = np.arange(int(seconds * RATE)) / RATE
     noise = np.random.default_rng(seed).normal(size=len(t))
     return (0.1 * noise * np.clip(np.sin(2 * np.pi * 4 * t), 0, 1)).astype(np.float32)
@@ -292,7 +292,7 @@ def quiet(seconds, level=1e-4, seed=1):
 
 
 @pytest.mark.parametrize("level", [0.0, 1e-4, 2e-3])
-def test_speech_spans_of_two_stretches_are_found(level):
+def test_two_stretches_of_speech_give_two_spans(level):
     sound = np.concatenate([quiet(2), speechlike(3), quiet(2), speechlike(4), quiet(1)])
     sound = sound + quiet(12, level, 2)
     spans = vad.speech_spans(sound)
@@ -360,7 +360,7 @@ def test_windows_are_split_in_pauses():
 
 def test_window_ends_in_the_last_pause_that_fits():
     spans = [(0.0, 10.0), (11.0, 20.0), (22.0, 29.5), (31.0, 80.0)]
-    assert window_length(0, 9000, 3000, spans) == 2100  # 30.25 s would be too late
+    assert window_length(0, 9000, 3000, spans) == 2100  # a window of 30.25 s would be too long
     assert window_length(3100, 9000, 3000, spans) == 3000  # no pause: a full window
     assert window_length(7000, 9000, 3000, spans) == 2000  # the rest of the region
     assert window_length(0, 9000, 3000, ()) == 3000

@@ -1,14 +1,15 @@
-"""Benchmark encoding and decoding: Pellucid compared with tiktoken, on many kinds of text.
+"""Benchmark BPE encoding and decoding: Pellucid compared with tiktoken, on many kinds of text.
 
     python tests/bench/bench_bpe.py [--encodings cl100k_base ...] [--rounds 6] [--megabytes 3]
 
-In every round, both encode the same slice of text on one thread, one after the other, in
-alternating order. The ids must be equal; otherwise the exit status is 1. No slice is used twice,
-because our encoder caches pieces and tiktoken does not. `first` is the first slice, with an empty
-cache. The time to build our tables, once per process, is printed separately and is not part of any
-ratio.
+In every round, both libraries encode the same slice of text on one thread, one after the other, in
+alternating order. The token ids must be equal; otherwise the exit status is 1. No slice is used
+twice, because Pellucid caches the tokens of pre-tokens (`FastEncoder`) and tiktoken does not.
+`first` is the ratio for the first slice, with an empty cache. The time to build the tables of
+Pellucid, once per process, is printed separately and is not part of any ratio.
 
-A ratio is tiktoken's time divided by ours, in one round. All ratios and their median are printed.
+A ratio is tiktoken's time divided by Pellucid's in one round. All ratios and their median are
+printed.
 Speeds are medians, in MB of UTF-8 per second. Decoding uses the same ids as a list. On a busy
 machine, `--cpu-time` excludes the time of other processes.
 
@@ -53,7 +54,11 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def interleaved(number: int, ours: Callable, theirs: Callable) -> tuple[float, float, Any]:
-    """Return the seconds of both and the result, which must be equal; the order alternates."""
+    """Time both functions, in alternating order; return the seconds of each, and the result.
+
+    Raises:
+        SystemExit: the results differ.
+    """
     if number % 2:
         our_time, our_result = timed(ours)
         their_time, their_result = timed(theirs)
@@ -61,12 +66,12 @@ def interleaved(number: int, ours: Callable, theirs: Callable) -> tuple[float, f
         their_time, their_result = timed(theirs)
         our_time, our_result = timed(ours)
     if not np.array_equal(our_result, their_result):
-        raise SystemExit(f"round {number}: the results differ from tiktoken's")
+        raise SystemExit(f"round {number}: the results of Pellucid and tiktoken differ")
     return our_time, their_time, our_result
 
 
 def text_slices(text: str, megabytes: float, number: int) -> list[str]:
-    """Return slices of a text with about `megabytes` each, or less if the text is too short."""
+    """Return `number` slices of about `megabytes` MB each, or less if the text is too short."""
     bytes_each = len(text.encode()) / len(text)
     size = min(int(megabytes * 1e6 / bytes_each), len(text) // number)
     step = len(text) // number
@@ -142,7 +147,7 @@ def report_tables(name: str) -> None:
 
 
 def _encode(argument: tuple[str, str, str, int]) -> float:
-    """Return the seconds for encoding a text in a separate process, after one warm-up."""
+    """Return the seconds for encoding a text after one warm-up; called in a separate process."""
     library, name, text, times = argument
     encoding: Any
     if library == "tiktoken":
@@ -187,7 +192,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--megabytes", type=float, default=3.0)
     parser.add_argument("--only", choices=["long", "short", "processes"])
-    parser.add_argument("--cpu-time", action="store_true", help="measure processor time")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="measure processor time instead of wall-clock time"
+    )
     args = parser.parse_args()
 
     from tests.bpe import tiktoken_cache

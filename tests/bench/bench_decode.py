@@ -1,8 +1,9 @@
-"""Compare the speed of one stream: Pellucid, transformers with torch, llama.cpp.
+"""Compare the speed of generating one sequence: Pellucid, transformers with torch, llama.cpp.
 
     python -m tests.bench.bench_decode [--rounds 7]
 
-Every contender gets the same 512 prompt ids and weights and generates 64 tokens greedily. The
+Every contender (a library, or Pellucid in one dtype) gets the same 512 prompt ids and weights and
+generates 64 tokens greedily. The
 tokens of transformers and of Pellucid in float32 must be equal; otherwise nothing is timed and the
 exit status is 1. Other dtypes round differently, so the number of equal tokens is reported. Each
 round times every contender once, and ratios are computed within a round, so that a change of the
@@ -13,7 +14,7 @@ and XLA would compete. It answers JSON lines and does not compute while another 
 the time of each token:
 
     prefill   1 token requested: from the request to the token, 512 ids computed
-    decode    64 tokens requested: from the first to the last but one, 62 steps
+    decode    64 tokens requested: from the first token to the last but one, 62 steps
 
 `generate` starts step i + 1 before it yields token i. Where JAX computes within that call, as on a
 CPU, every token but the last is one step late. The two intervals are chosen so that this cancels.
@@ -51,8 +52,8 @@ ROOT = Path(__file__).parent.parent.parent
 PASSAGE = Path(__file__).with_name("passage.txt")
 MODEL = "smollm2-135m-instruct"
 PROMPT_TOKENS, NEW_TOKENS = 512, 64
-DECODE_STEPS = NEW_TOKENS - 2  # those timed, see above
-PAUSE = 0.3  # seconds between two contenders: threads that wait for work by spinning fall asleep
+DECODE_STEPS = NEW_TOKENS - 2  # number of timed steps; see the docstring above
+PAUSE = 0.3  # seconds between two contenders, so that spinning threads fall asleep
 
 PEER, LLAMA, SERVE = "transformers", "llama.cpp", "serve"
 OURS = {"generate float32": "float32", "generate bfloat16": "bfloat16", "generate int8": "int8"}
@@ -142,7 +143,7 @@ def load_serve(path: Path, stack: ExitStack) -> tuple[Contender, str]:
     stack.callback(server.terminate)
     line = server.stdout.readline()
     if not line:
-        raise SystemExit("pellucid serve did not start, for the reason above")
+        raise SystemExit("pellucid serve did not start; its error is printed above")
     wait_until_idle(server.pid)
     ready = json.loads(line)
     (dtype,) = ready["formats"].values()
@@ -160,7 +161,7 @@ def load_serve(path: Path, stack: ExitStack) -> tuple[Contender, str]:
 
 
 def wait_until_idle(pid: int) -> None:
-    """Wait until `serve` is idle: it compiles more programs after it listens."""
+    """Wait until the process of `serve` is idle: it compiles more programs after it listens."""
     import psutil
 
     process, before = psutil.Process(pid), float("-inf")
@@ -170,7 +171,7 @@ def wait_until_idle(pid: int) -> None:
 
 
 def work(name: str, path: Path, threads: int) -> None:
-    """Run a contender: answer each prompt on stdin with its tokens and their times."""
+    """Run a contender: answer each prompt on stdin with the generated tokens and their times."""
     answers = os.fdopen(os.dup(1), "w")  # libraries print to stderr instead
     os.dup2(2, 1)
 
@@ -204,14 +205,14 @@ def work(name: str, path: Path, threads: int) -> None:
 
 @dataclass
 class Worker:
-    """The process of a contender, and its measurements."""
+    """The process of a contender, and the measurements of that contender."""
 
     name: str
     process: subprocess.Popen
     setup: str = ""
     agrees: str = ""
-    prefill: list[float] = field(default_factory=list)  # seconds, one a round
-    decode: list[float] = field(default_factory=list)  # seconds for DECODE_STEPS, one a round
+    prefill: list[float] = field(default_factory=list)  # seconds, one per round
+    decode: list[float] = field(default_factory=list)  # seconds for DECODE_STEPS, one per round
 
     def receive(self) -> dict:
         line = self.process.stdout.readline()
@@ -220,7 +221,7 @@ class Worker:
             raise SystemExit(
                 f"{self.name} ended with status {status}; --without {self.name} leaves it out"
                 if self.name == LLAMA
-                else f"{self.name} ended with status {status}, for the reason above"
+                else f"{self.name} ended with status {status}; its error is printed above"
             )
         return json.loads(line)
 
@@ -251,12 +252,12 @@ def started(name: str, path: Path, threads: int) -> Iterator[Worker]:
         worker.setup = worker.receive()["how"]
         yield worker
     finally:
-        process.stdin.close()  # the end of its loop
+        process.stdin.close()  # ends the loop of the process
         process.wait()
 
 
 def agree(workers: dict[str, Worker], prompt: list[int], decode: Callable[[list], str]) -> bool:
-    """Run every contender once, compare the tokens, and return whether timing makes sense."""
+    """Run every contender once; return whether Pellucid and transformers agree in float32."""
     tokens = {name: worker.run(prompt, NEW_TOKENS)["tokens"] for name, worker in workers.items()}
     for name, worker in workers.items():
         if name == SERVE:  # text, not ids: compare with `generate` in the same dtype
@@ -281,7 +282,7 @@ def agree(workers: dict[str, Worker], prompt: list[int], decode: Callable[[list]
 def measure(workers: list[Worker], prompt: list[int], rounds: int, progress: Console) -> None:
     for number in range(rounds):
         progress.print(f"round {number + 1} of {rounds}")
-        first = number % len(workers)  # no contender always follows the same one
+        first = number % len(workers)  # no contender always follows the same other
         fresh = [prompt[number + 1], *prompt[1:]]  # a new prefix, which serve has not cached
         for worker in workers[first:] + workers[:first]:
             time.sleep(PAUSE)
@@ -291,7 +292,7 @@ def measure(workers: list[Worker], prompt: list[int], rounds: int, progress: Con
 
 
 def rates(worker: Worker) -> dict:
-    """Return the medians of tokens per second."""
+    """Return the median tokens per second of prefill and decode."""
     return {
         "prefill": PROMPT_TOKENS / statistics.median(worker.prefill),
         "decode": DECODE_STEPS / statistics.median(worker.decode),
@@ -299,7 +300,7 @@ def rates(worker: Worker) -> dict:
 
 
 def ratio(worker: Worker, baseline: Worker, stage: str) -> dict[str, float]:
-    """Return the speed of `worker` relative to `baseline`, from the pairs of each round."""
+    """Return median, min and max over rounds of the speed of `worker` divided by `baseline`'s."""
     pairs = zip(getattr(worker, stage), getattr(baseline, stage), strict=True)
     ratios = [baseline_seconds / seconds for seconds, baseline_seconds in pairs]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
@@ -309,7 +310,7 @@ def report(workers: dict[str, Worker], rounds: int) -> None:
     out = Console(width=110, highlight=False)
     out.print(f"{processor()}, {os.cpu_count()} cores; Python {platform.python_version()}")
     out.print(", ".join(f"{name} {version(name)}" for name in PACKAGES))
-    out.print(f"{PROMPT_TOKENS} prompt tokens, {NEW_TOKENS} greedy ones, {rounds} rounds\n")
+    out.print(f"{PROMPT_TOKENS} prompt tokens, {NEW_TOKENS} generated tokens, {rounds} rounds\n")
 
     table = Table("contender", "in", "prefill tok/s", "decode tok/s", "agrees", box=None)
     for name, worker in workers.items():
@@ -381,7 +382,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=7, help="default 7")
     parser.add_argument("--file", type=Path, help=f"a GGUF file; default {MODEL}, pulled")
-    parser.add_argument("--threads", type=int, help="of the peers; default the physical cores")
+    parser.add_argument(
+        "--threads", type=int, help="threads of the peers; default: the number of physical cores"
+    )
     parser.add_argument("--without", choices=[LLAMA], help="a peer to leave out")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -400,7 +403,9 @@ def main() -> int:
     encoding = bpe.load(path).encoding
     prompt = encoding.encode_ordinary(PASSAGE.read_text("utf-8"))[:PROMPT_TOKENS]
     if len(prompt) < PROMPT_TOKENS:
-        raise SystemExit(f"{PASSAGE.name} has {len(prompt)} tokens; {PROMPT_TOKENS} are needed")
+        raise SystemExit(
+            f"{PASSAGE.name} must have {PROMPT_TOKENS} tokens or more, got {len(prompt)}"
+        )
     names = [PEER, *OURS, SERVE]
     if importlib.util.find_spec("llama_cpp") and options.without != LLAMA:
         names.append(LLAMA)
@@ -410,9 +415,12 @@ def main() -> int:
         for name in names:
             progress.print(f"starting {name}")
             workers[name] = stack.enter_context(started(name, path, threads))
-        progress.print("comparing what they say")
+        progress.print("comparing the tokens of all contenders")
         if not agree(workers, prompt, encoding.decode):
-            print(f"{PEER} and our float32 disagree: nothing was timed", file=sys.stderr)
+            print(
+                f"{PEER} and Pellucid in float32 generate different tokens: nothing was timed",
+                file=sys.stderr,
+            )
             return 1
         measure(list(workers.values()), prompt, options.rounds, progress)
     report(workers, options.rounds)

@@ -1,7 +1,8 @@
 """Measure the accuracy of chat models on 21 small edits with known answers.
 
 The first edit is OpenAI's example for the endpoint. Each edit uses the prompt and the sampling
-defaults of /v1/edits, once for each of `SEEDS`. Answers must match exactly, except for white space.
+defaults of /v1/edits, once for each seed in `SEEDS`. An answer counts as correct if it equals one
+of the known answers, except for white space.
 Usage: python -m tests.bench.bench_edits [--json] [ID...]
 """
 
@@ -95,7 +96,7 @@ def main(ids: list[str], as_json: bool) -> None:
 
 
 def edit_text(model, instruction: str, text: str, seed: int) -> str:
-    """Return the text as edited by a model."""
+    """Return the text that a model returns for an edit."""
     encoding = model.tokenizer.encoding
     prompt = model.tokenizer.chat_template.encode(encoding, edit_messages(instruction, text))
     request = SequenceRequest(

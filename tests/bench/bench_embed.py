@@ -27,7 +27,7 @@ PASSAGE = Path(__file__).with_name("passage.txt")
 
 
 def documents(count: int = 256) -> list[str]:
-    """Return documents of words of the passage, the same every time."""
+    """Return documents of random words from passage.txt; the seed is fixed."""
     words = PASSAGE.read_text("utf-8").split()
     rng = random.Random(0)
     return [" ".join(rng.choices(words, k=rng.randint(10, 120))) for _ in range(count)]

@@ -1,19 +1,19 @@
-"""The CPU time of a generated token outside the model, from the engine to the client's socket.
+"""Measure the CPU time per generated token outside the model, from engine to client socket.
 
     python tests/bench/bench_events.py [--tokens 1500] [--rounds 5]
 
-A real engine uses a runner that sleeps instead of computing, so that all CPU time is overhead. The
-script prints microseconds of CPU time a token, summed over all threads, the minimum of some rounds.
-Each stage includes the stages before it:
+The engine runs with a model runner that sleeps instead of computing, so that all CPU time is
+overhead. The script prints microseconds of CPU time per token, summed over all threads, as the
+minimum over rounds. Each stage includes the stages before it:
 
-    engine    the scheduler, the device thread, events to synchronous code
-    stream    events to an event loop instead
-    text      detokenization and the search for stop strings
-    chunks    the API's chunks, in JSON
-    http      a socket, to a client in another process
+    engine    scheduler, device thread, and events delivered to synchronous code
+    stream    events delivered to an event loop instead
+    text      also detokenization and the search for stop strings
+    chunks    also the chunks of the API, encoded as JSON
+    http      also a socket, to a client in another process
 
 If all cores compute a decoding step together, the step waits for the core that is busy with this
-overhead. At 20 ms a step, 200 us are one per cent.
+overhead. If a step takes 20 ms, 200 us are one per cent.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from transformer.engine import Device, Engine, SequenceRequest  # noqa: E402
 from transformer.engine.scheduler import Scheduler  # noqa: E402
 from transformer.sampling import SampleOutput, SamplingParams  # noqa: E402
 
-STEP = 0.003  # seconds of a decoding step
+STEP = 0.003  # seconds per decoding step
 CLIENT = """
 import socket, sys
 at = sys.argv[1].split(":")
@@ -128,7 +128,7 @@ def main() -> None:
                 microseconds[name].append((time.process_time() - before) / count * 1e6)
     engine.close(drain=False)
     for name, values in microseconds.items():
-        print(f"{name:8} {min(values):6.0f} us a token")
+        print(f"{name:8} {min(values):6.0f} us per token")
         print(json.dumps({"case": name, "us": [round(value, 1) for value in values]}))
 
 

@@ -1,19 +1,20 @@
-"""Training a decoder: tokens per second and memory, against transformers and PEFT on torch.
+"""Benchmark training a decoder: speed and memory, compared with transformers and PEFT on torch.
 
     python tests/bench/bench_finetune.py [--methods lora full] [--steps 20] [--batch 4x256]
 
-SmolLM2-135M-Instruct, all weights or an adapter of rank 16 of every linear map. All contenders
-use the same initial weights, batches and steps: cross-entropy of the next token, gradients clipped
-to norm 1, AdamW. If the losses of our float32 and of torch's float32 differ by more than 1e-3 at
-any step, the exit status is 1.
+SmolLM2-135M-Instruct is trained: all weights, or a LoRA adapter of rank 16 on every linear layer.
+The contenders (Pellucid and torch, each in float32 and bfloat16) use the same initial weights,
+batches and steps: cross-entropy of the next token, gradients clipped to norm 1, AdamW. If
+the losses of Pellucid and of torch in float32 differ by more than 1e-3 at any step, the exit status
+is 1.
 
 Each contender is a separate process (this script with --worker), which sleeps while another one
-computes. The contenders alternate step by step, so that a slow phase of the machine slows all of
-them. Speeds are medians over steps; ratios are taken within a step, and their median is reported.
-The minimum CPU time of a step is reported too, for machines that are never idle. The peer is torch
-as a Trainer runs it: eager, with fused AdamW, in float32 and in bfloat16 by autocast. Memory is the
-peak resident memory from before the first step, with compilation; it includes libraries and
-weights, but not the peak of loading.
+computes. The contenders alternate after every step, so that a slow phase of the machine slows all
+of them. Speeds are medians over steps; ratios are taken within a step, and their median is
+reported. The minimum CPU time of a step is reported too, for machines that are never idle. The peer
+is torch as a Trainer runs it: eager, with fused AdamW, in float32 and in bfloat16 by autocast.
+Memory is the peak resident memory from before the first step, with compilation; it includes
+libraries and weights, but not the peak of loading.
 
 Left out: torch.compile, several machines, packing (the rows are full).
 """
@@ -108,7 +109,7 @@ def theirs(path: Path, method: str, format: str, adapter: Path) -> Step:
 
 
 def batches(path: Path, batch: int, length: int) -> Iterator[np.ndarray]:
-    """Yield batches of token ids [B, T] from this project's documentation, with a fixed seed."""
+    """Yield batches of token ids [B, T] from the documentation of Pellucid, with a fixed seed."""
     import bpe
 
     text = "\n".join(
@@ -122,7 +123,7 @@ def batches(path: Path, batch: int, length: int) -> Iterator[np.ndarray]:
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Answer each line of ids with loss and seconds, and an empty line with the peak memory."""
+    """Answer each line of token ids with loss and seconds, an empty line with peak memory."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # output of libraries must not reach stdout
     package, format = args.worker.split()
@@ -177,7 +178,7 @@ def compare(args: argparse.Namespace, method: str, adapter: Path) -> dict:
         print("", file=process.stdin, flush=True)
         peaks[name] = _answer(process)
         process.wait()
-    timed = {name: times[1:] for name, times in seconds.items()}  # the first one compiles
+    timed = {name: times[1:] for name, times in seconds.items()}  # without compilation
     tokens = batch * length
     results = {
         "method": method,
@@ -212,7 +213,7 @@ def compare(args: argparse.Namespace, method: str, adapter: Path) -> dict:
 def _answer(process: subprocess.Popen):
     line = process.stdout.readline()
     if not line:
-        raise RuntimeError(f"a contender ended with status {process.wait()}")
+        raise RuntimeError(f"the process of a contender ended with status {process.wait()}")
     return json.loads(line)
 
 
@@ -222,7 +223,7 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", choices=list(RATES), default=list(RATES))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch", default="4x256", help="rows x tokens")
+    parser.add_argument("--batch", default="4x256", help="rows x tokens per row, such as 4x256")
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--adapter", type=Path, help=argparse.SUPPRESS)

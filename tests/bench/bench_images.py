@@ -1,12 +1,12 @@
-"""Measure the time of image requests, and their effect on a streamed chat.
+"""Measure the duration of image requests, and their effect on a streamed chat.
 
     python -m tests.bench.bench_images [--rounds 5] [--tokens 64]
 
 A server with emoji-64 and the default chat model runs these cases over a socket:
 
 - one request for 1, 4 and 8 images;
-- eight concurrent requests, which share batches, and eight with seeds, which do not: the ratio is
-  the speedup of batching;
+- eight concurrent requests without seeds, which are batched, and eight with seeds, which are not;
+  the ratio of their times is the speedup by batching;
 - a streamed chat alone, and during requests for four images each: the median and the maximum time
   between two tokens.
 
@@ -67,7 +67,7 @@ def generate_concurrently(address: str, count: int, *, alone: bool) -> None:
 
 
 def gaps(address: str, tokens: int) -> np.ndarray:
-    """Return the milliseconds between the tokens of a streamed answer."""
+    """Return the milliseconds between consecutive tokens of a streamed answer."""
     with OpenAI(base_url=f"{address}/v1", api_key="any") as client:
         stream = client.chat.completions.create(
             model=MODELS[0],
@@ -80,7 +80,7 @@ def gaps(address: str, tokens: int) -> np.ndarray:
 
 
 def gaps_meanwhile(address: str, tokens: int) -> np.ndarray:
-    """Return the times of `gaps` while images are generated."""
+    """Return the result of `gaps` while images are generated."""
     stop = threading.Event()
 
     def generate_images() -> None:

@@ -1,16 +1,17 @@
-"""How well all-MiniLM finds long texts: cut at 256 or 512 tokens, or averaged over chunks.
+"""Measure retrieval of long texts with all-MiniLM: truncated texts, or means over chunks.
 
     python tests/bench/bench_long_texts.py
 
-The texts are the topics of Python's own help (`pydoc_data.topics`: chapters of the language
-reference) and the docstrings of its library's modules, those of more than 256 tokens, so that they
-are the same everywhere with a version of Python. Two kinds of queries, each with one right text:
+Texts are truncated at 256 or 512 tokens, or embedded as the mean of chunks of 256 or 512 tokens.
+The texts are the topics of Python's help (`pydoc_data.topics`: chapters of the language reference)
+and the docstrings of modules of the standard library, if they have more than 256 tokens. So they
+are the same on every machine with the same version of Python. Each query has one right text:
 
-    title       the heading of a text (of a docstring the first line), which is taken out of it
-    sentence    a sentence from behind the first 256 tokens, which is taken out of the text (the
+    title       the heading of a text (the first line of a docstring), which is removed from it
+    sentence    a sentence after the first 256 tokens of a text, which is removed from it (the
                 inverse cloze task; Lee et al. 2019, arXiv:1906.00300)
 
-A title is about the whole text, a sentence about a part that the first 256 tokens do not hold.
+A title is about the whole text, a sentence about a part that is not in the first 256 tokens.
 """
 
 import argparse
@@ -37,7 +38,7 @@ SHORT, LONG = 256, 512
 
 
 def topics(words: bpe.WordPiece) -> dict[str, str]:
-    """Long texts by their headings; a text that several topics share is there once."""
+    """Return long texts by heading; a text that several topics share is included once."""
     from pydoc_data.topics import topics as found
 
     texts: dict[str, str] = {}
@@ -55,7 +56,10 @@ def topics(words: bpe.WordPiece) -> dict[str, str]:
 
 
 def sentences(texts: dict[str, str], words: bpe.WordPiece) -> tuple[list[str], list[str]]:
-    """A sentence from behind the first tokens of each text, and the text without it."""
+    """Return a sentence after the first `SHORT` tokens of each text, and the texts without them.
+
+    The sentence is empty if a text has none.
+    """
     queries, rest = [], []
     random = np.random.default_rng(0)
     for text in texts.values():
@@ -69,7 +73,7 @@ def sentences(texts: dict[str, str], words: bpe.WordPiece) -> tuple[list[str], l
 
 
 def measures(queries: np.ndarray, texts: np.ndarray, right: np.ndarray) -> tuple[float, float]:
-    """Recall of the first, and the mean reciprocal rank."""
+    """Return recall@1 and the mean reciprocal rank of the right texts."""
     scores = queries @ texts.T
     ranks = 1 + (scores > scores[np.arange(len(right)), right][:, None]).sum(1)
     return float((ranks == 1).mean()), float((1 / ranks).mean())

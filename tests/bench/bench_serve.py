@@ -1,4 +1,4 @@
-"""The throughput and latency of a server with concurrent requests and shared prefixes.
+"""Benchmark a server: throughput and latency with concurrent requests and shared prefixes.
 
     python tests/bench/bench_serve.py [--rounds 5] [--dtype auto] [--before REVISION]
     python tests/bench/bench_serve.py --memory
@@ -11,19 +11,19 @@ All prompts are random tokens of one text, so that they are equally difficult.
     one     200 prompt tokens and 100 new ones, without other requests: tokens per second
     stream  the same request: tokens per second from the first token to the last. With --before
             also on a server of another revision of this repository, alternating with this one
-    eight   eight different requests of this size at once, until the last ends
-    short   a prompt of 20 tokens alone, and 0.2 s after the start of the prefill of 1,500 tokens:
-            seconds to the first token of the short prompt
-    prefix  a prompt of 1,000 tokens and 30 more, then the same 1,000 with 30 others: seconds to
-            the first token of each
+    eight   eight different requests of this size at once: tokens per second until the last ends
+    short   a prompt of 20 tokens alone, and 0.2 s after a prompt of 1,500 tokens was sent: seconds
+            to the first token of the short prompt
+    prefix  a prompt of 1,000 tokens and 30 more, then the same 1,000 tokens and 30 different ones:
+            seconds to the first token of each
 
-The text of a request must be the same alone and among eight; the script compares it before it
-measures.
+The generated text of a request must not depend on concurrent requests; the script compares it
+before it measures.
 
-`--memory` is a separate measurement: a server starts in a data folder without measurements or
-compiled programs, and then again in the same folder; each answers four requests of 2,048 tokens at
-once. The script prints the seconds until the server listens, the peak resident memory of its
-process, and the peak of the process and its children together.
+`--memory` is a separate measurement: a server starts in a data folder without measured dtypes or
+compiled programs, and then again in the same folder. Each time it answers four concurrent requests
+of 2,048 tokens. The script prints the seconds until the server listens, the peak resident memory of
+its process, and the peak of the process and its children together.
 
 Left out: several models at once, sampling parameters, long contexts.
 """
@@ -87,11 +87,11 @@ class Server:
     dtype: str
     client: httpx.Client
     ids: list[int]  # token ids for prompts
-    listened: float  # the time at which it listened, of time.perf_counter
+    listened: float  # time.perf_counter() when the server began to listen
     random: random.Random = field(default_factory=lambda: random.Random(0))
 
     def prompt(self, length: int) -> list[int]:
-        """Return a new random prompt."""
+        """Return the token ids of a new random prompt."""
         return self.random.choices(self.ids, k=length)
 
     def ask(self, prompt: list[int], count: int = 1) -> Answer:
@@ -116,7 +116,7 @@ class Server:
         return Answer(text, tuple(times), time.perf_counter() - started)
 
     def ask_all(self, prompts: list[list[int]], count: int) -> tuple[list[Answer], float]:
-        """Send requests at once; return the answers and the seconds until the last one."""
+        """Send requests at once; return the answers, and the seconds until the last one ended."""
         started = time.perf_counter()
         with ThreadPoolExecutor(len(prompts)) as pool:
             answers = list(pool.map(lambda prompt: self.ask(prompt, count), prompts))
@@ -158,7 +158,7 @@ def serving(
 
 
 def wait_until_idle(pid: int) -> None:
-    """Wait until a server is idle: after the start it compiles in the background."""
+    """Wait until the process of a server is idle: after the start it compiles programs."""
     import psutil
 
     process, before = psutil.Process(pid), float("-inf")
@@ -168,13 +168,13 @@ def wait_until_idle(pid: int) -> None:
 
 
 def measure_memory(dtype: str) -> None:
-    """Measure two starts in one new data folder that holds only the models."""
+    """Measure two starts of a server in one new data folder that contains only the models."""
     import psutil
 
     from serve import settings
 
     class Watch(threading.Thread):
-        """Samples the memory of a process and its children ten times a second."""
+        """Samples the memory of a process and its children ten times per second."""
 
         def __init__(self, pid: int) -> None:
             super().__init__(daemon=True)
@@ -230,12 +230,14 @@ def word_ids() -> list[int]:
 
 
 def check(server: Server) -> None:
-    """Assert that a request has the same answer alone and among eight."""
+    """Exit with an error if a request has another answer alone than among eight requests."""
     prompts = [server.prompt(PROMPT) for _ in range(8)]
     together, _ = server.ask_all(prompts, NEW)
     for prompt, answer in zip(prompts, together, strict=True):
         if server.ask(prompt, NEW).text != answer.text:
-            raise SystemExit(f"an answer depends on concurrent requests: {answer.text!r}")
+            raise SystemExit(
+                f"an answer differs with and without concurrent requests: {answer.text!r}"
+            )
 
 
 def measure(server: Server, before: Server | None, rounds: int, progress: Console) -> dict:
@@ -320,7 +322,7 @@ def main() -> None:
 
     out = Console(width=100, highlight=False)
     out.print(f"{processor()}, {os.cpu_count()} cores; {MODEL} in {server.dtype}, over HTTP")
-    out.print(f"{options.rounds} rounds; every answer was the same alone and among eight\n")
+    out.print(f"{options.rounds} rounds; answers did not depend on concurrent requests\n")
     table = Table("", "median", "min", "max", box=None)
     for name, values in results.items():
         figures = (statistics.median(values), min(values), max(values))

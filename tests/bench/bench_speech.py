@@ -1,19 +1,20 @@
-"""Speed of speech to text against faster-whisper, with the same weights, audio and machine.
+"""Benchmark speech to text: Pellucid compared with faster-whisper, on the same weights and audio.
 
     python -m tests.bench.bench_speech [MODEL_FOLDER] [--threads 2] [--rounds 3] [--minutes 10]
 
 The folder is in CTranslate2's layout (config.json, tokenizer.json, model.bin), as from `pellucid
-pull whisper-tiny.en`. Both cases go from samples to text with greedy decoding and encode full
-windows of 30 seconds:
+pull whisper-tiny.en`. Both cases
+measure the time from samples to text, with greedy decoding and full windows of 30 seconds:
 
 - short clips: five recordings of 3 to 7 seconds, one after the other;
-- a long file, built by `tests/audio/ten_minutes.py`: ours in batches of 4 windows against
-  `BatchedInferencePipeline`, with its own voice-activity detector, also at 4.
+- a long file, built by `tests/audio/ten_minutes.py`: Pellucid in batches of 4 windows, and the
+  `BatchedInferencePipeline` of faster-whisper, with its own voice activity detection, also in
+  batches of 4.
 
-First the texts are compared. On the clips, at most one word in 80 may differ from faster-whisper in
-float32; on the long file, our errors may exceed those of faster-whisper by one word in 80. Then
-the two are timed in alternation, and the fastest round of each counts. The last line is one JSON
-object.
+First the texts are compared; the exit status is 1 if on the clips more than one word in 80 differs
+from faster-whisper in float32, or if on the long file Pellucid has more errors than faster-whisper
+by more than one word in 80. Then both are timed in alternation, and the fastest round of each
+counts. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -96,7 +97,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", help="default whisper-tiny.en, pulled")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=10, help="of the long file; 0: none")
+    parser.add_argument(
+        "--minutes", type=float, default=10, help="minutes of the long file; 0: none"
+    )
     parser.add_argument("--formats", nargs="+", default=["bfloat16"], help="of ours")
     args = parser.parse_args()
     args.folder = args.folder or pulled_path("whisper-tiny.en")
@@ -136,7 +139,7 @@ def compare(args: argparse.Namespace, peer_folder: Path) -> None:
         }
         for name, count in num_errors.items():
             print(f"{case:6} {name:20} {count} of {total} words differ", flush=True)
-        # Against faster-whisper in float32 on the clips, against the truth on the long file.
+        # On the clips compared with faster-whisper in float32, on the long file with the true text.
         allowed = total / 80 + (num_errors["faster-whisper int8"] if case == "long" else 0)
         report[case] = {"words": total, "differ": num_errors, "too_many": {
             name: count > allowed for name, count in num_errors.items()

@@ -1,11 +1,11 @@
-"""Benchmark training: Pellucid compared with Hugging Face's tokenizers, on one thread.
+"""Benchmark training a BPE tokenizer: Pellucid compared with Hugging Face's tokenizers.
 
     python tests/bench/bench_train.py [--rounds 3] [--megabytes 50] [FILE ...]
 
-Both get the same texts: the lines of the files, or of the installed Python source. They must learn
-the same merges in the same order; otherwise no time is reported and the exit status is 1. In every
-round, each is timed once in a separate process, from the texts in memory to the merges. Ratios are
-computed within a round.
+Both libraries get the same texts: the lines of the files, or of the installed Python source. They
+must find the same merges in the same order; otherwise no time is reported and the exit status is 1.
+In every round, each library is timed once in a separate process on one thread, from the texts in
+memory to the merges. Ratios are computed within a round.
 
 Not measured: several threads, which tokenizers can use and Pellucid cannot.
 """
@@ -75,7 +75,7 @@ def train_peer(lines: list[str], merges: int) -> list[list[str]]:
 
 
 def work(name: str, files: list[Path], size: int, merges: int) -> None:
-    """Train once with one library, and print the measurements as JSON."""
+    """Train a tokenizer once with one library, and print the measurements as JSON."""
     lines = read(files, size)
     started = time.perf_counter()
     learned = {OURS: train_ours, PEER: train_peer}[name](lines, merges)
@@ -132,7 +132,7 @@ def main() -> int:
         print(f"round {number} of {options.rounds}", file=sys.stderr)
         rounds.append({name: run(name, options) for name in (OURS, PEER)})
         if len({result["digest"] for result in rounds[-1].values()}) > 1:
-            print("the learned merges differ; no time is reported", file=sys.stderr)
+            print("the merges of the two libraries differ; no time is reported", file=sys.stderr)
             return 1
 
     result = rounds[0][OURS]

@@ -1,10 +1,11 @@
-"""Real text of many kinds, for comparing tokenizers: from Debian packages and the standard library.
+"""A corpus of text in many languages and formats, for comparing tokenizers.
 
     python tests/bench/corpus.py
 
-Packages are fetched by `apt-get download` into the cache folder, unpacked there, and not installed;
-nothing of them runs, but for the reader of the Bible, which is stored in a format of its own. What
-comes out is one text file a kind. Debian or a relative of it is needed.
+The texts come from Debian packages and the Python standard library, one text file per kind (see
+`KINDS`). Packages are downloaded with `apt-get download` into the cache folder and unpacked there,
+not installed. No program in them is run, except the one that prints the text of the Bible, which
+has its own file format. Needs Debian or a distribution derived from it.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ FOLDER = Path(platformdirs.user_cache_dir("pellucid")) / "corpus"
 
 
 def load(kind: str) -> str:
-    """A text, by the name of its kind; fetched and made if it is not there.
+    """Return the text of a kind in `KINDS`; it is downloaded and extracted at the first call.
 
     Raises:
-        RuntimeError: if this is no Debian.
+        RuntimeError: apt-get or dpkg-deb is not installed.
     """
     path = FOLDER / f"{kind}.txt"
     if not path.exists():
         if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-            raise RuntimeError("the texts are made from Debian packages, by apt-get and dpkg-deb")
+            raise RuntimeError("apt-get and dpkg-deb are needed to download Debian packages")
         FOLDER.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".part")
         unfinished.write_bytes(KINDS[kind]().encode())
@@ -44,7 +45,7 @@ def load(kind: str) -> str:
 
 
 def _package(name: str) -> Path:
-    """Where a package lies unpacked."""
+    """Return the folder of an unpacked package; it is downloaded at the first call."""
     folder = FOLDER / "packages" / name
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +59,10 @@ def _package(name: str) -> Path:
 
 
 def _manual_pages(language: str, at_least: float = 0.0) -> str:
-    """Manual pages, as they are written; of lines, those with so many characters beyond ASCII."""
+    """Return the source of manual pages; keep lines with more than a share of non-ASCII characters.
+
+    If `at_least` is 0, all lines are kept.
+    """
     pages = sorted(_package(f"manpages-{language}").glob("usr/share/man/**/*.gz"))
     text = "".join(_gunzip(page) for page in pages if page.is_file())
     return _lines(text, at_least)
@@ -102,7 +106,7 @@ def _hindi() -> str:
 
 
 def _help(language: str) -> str:
-    """The help of LibreOffice: what a page says, and each line once."""
+    """Return the text of LibreOffice's help pages, without repeated lines."""
     lines: dict[str, None] = {}
     for path in sorted(_package(f"libreoffice-help-{language}").glob("**/*.html")):
         text = re.sub(
@@ -114,7 +118,7 @@ def _help(language: str) -> str:
 
 
 def _emoji() -> str:
-    """English words, with one to three emoji after about every third."""
+    """Return English words, with one to three emoji after about every third word."""
     path = _package("unicode-data") / "usr/share/unicode/emoji/emoji-test.txt"
     emoji = re.findall(r"# (\S+) E[\d.]+ ", path.read_text())
     rng = random.Random(0)
@@ -129,7 +133,7 @@ def _emoji() -> str:
 
 
 def _locale() -> str:
-    """Names of languages, places, units and months in hundreds of languages, as XML."""
+    """Return XML with names of languages, places, units and months in hundreds of languages."""
     folder = _package("unicode-cldr-core") / "usr/share/unicode/cldr/common/main"
     return "".join(path.read_text() for path in sorted(folder.glob("*.xml")))[:30_000_000]
 

@@ -20,7 +20,7 @@ UPSCALER = UpscalerConfig(width=8, num_blocks=1)
 
 
 def dummy(z, level):
-    """Predict as the dummy network of the golden file; see make_diffusion.py."""
+    """Predict clean images like the dummy network of the golden files; see make_diffusion.py."""
     total = level.alpha + level.sigma
     pattern = jnp.linspace(-1, 1, z[0].size).reshape(z.shape[1:])
     return 0.7 * jnp.tanh(1.5 * z / total + level.sigma / total * pattern)
@@ -36,7 +36,7 @@ def shapes(cfg):
 
 
 def random_params(cfg, seed=0):
-    """Return weights without zeros, so that no branch is hidden behind a zero gate."""
+    """Return random weights without zeros, so that no branch is multiplied by a zero gate."""
     random = np.random.default_rng(seed)
 
     def sample_leaf(leaf):  # matrices preserve the variance of activations

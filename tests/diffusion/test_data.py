@@ -1,4 +1,4 @@
-"""Training data of the image model: which emoji, their captions and images."""
+"""Training data of emoji-64: selection of emoji, captions and images."""
 
 import io
 import json
@@ -27,7 +27,7 @@ SHORTCODES = {"1F34E": "apple", "1F408": ["cat2"], "2764": "heart", "27A1": "arr
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """Write a folder of npm packages with a few emoji; return it."""
+    """Write npm packages with a few emoji to a folder; return the folder."""
     image_file = io.BytesIO()
     rgba = np.zeros((64, 64, 4), np.uint8)
     rgba[:32] = (200, 0, 0, 255)
@@ -80,7 +80,7 @@ def test_images_with_and_without_variation_selector_are_loaded(packages):
 
 
 def test_colour_of_transparent_pixels_does_not_bleed():
-    """Transparent green pixels: a resize without premultiplied alpha mixes them into the red."""
+    """Resizing without premultiplied alpha would mix transparent green pixels into the red ones."""
     rgba = np.zeros((128, 128, 4), np.uint8)
     rgba[:, :64] = (255, 0, 0, 255)
     rgba[:, 64:] = (0, 255, 0, 0)
@@ -88,7 +88,7 @@ def test_colour_of_transparent_pixels_does_not_bleed():
     Image.fromarray(rgba).save(file, "PNG")
     pixels = data.on_white(file.getvalue(), 64).astype(int)
     assert (pixels[:, :28] == (255, 0, 0)).all() and (pixels[:, 36:] == 255).all()
-    assert (np.abs(pixels[..., 1] - pixels[..., 2]) <= 1).all()  # never greener than bluer
+    assert (np.abs(pixels[..., 1] - pixels[..., 2]) <= 1).all()  # green equals blue
 
 
 def test_dataset_has_every_image_and_caption(packages, tmp_path):
@@ -125,7 +125,7 @@ def test_dataset_has_every_image_and_caption(packages, tmp_path):
     assert not any("flat" in caption for caption in sampled)
 
 
-def test_package_of_another_hash_is_refused(packages):
+def test_package_with_wrong_hash_is_refused(packages):
     with pytest.raises(ValueError, match=r"sha256.*\bd01d0e2c"):
         data.fetch(packages)
 

@@ -65,7 +65,7 @@ def test_variation_depends_on_seed_and_prompt(tiny, sources):
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "dpmpp"])
-def test_result_does_not_depend_on_other_rows(tiny, sources, sampler):
+def test_inpainted_image_does_not_depend_on_rest_of_batch(tiny, sources, sampler):
     options = SamplerOptions(steps=4, sampler=sampler)
     masks = np.zeros((3, 8, 8, 1), np.float32)
     masks[:, :, 4:] = 1
@@ -88,14 +88,14 @@ def test_masked_part_is_the_noised_original_at_every_level(sampler):
     keys = sample.image_keys(0, 1)
     steps = list(sample.steps(denoise, e, levels, sampler, keys=keys))
     for step, level in zip(steps, levels[1:], strict=True):
-        if sampler != "ddpm":  # its noise is fresh
+        if sampler != "ddpm":  # ddpm adds fresh noise
             noised = level.alpha * original + level.sigma * e
             np.testing.assert_allclose(step.noisy[:, :2], noised[:, :2], atol=1e-5)
     np.testing.assert_allclose(steps[-1].noisy[:, :2], original[:, :2], atol=1e-6)
     unmasked = sample.sample(dummy, e, levels, sampler, keys=keys)
     np.testing.assert_allclose(
         steps[-1].noisy[:, 2:], unmasked[:, 2:], atol=1e-6
-    )  # dummy is pixelwise
+    )  # `dummy` predicts each pixel from that pixel only
 
 
 def test_generated_part_depends_on_the_masked_part(tiny, sources):
@@ -108,7 +108,7 @@ def test_generated_part_depends_on_the_masked_part(tiny, sources):
     assert np.abs(result[0] - result[1])[mask[..., 0] == 1].max() > 1e-3
 
 
-def test_renoise_has_mean_and_deviation_of_the_level():
+def test_renoised_image_has_mean_and_deviation_of_its_noise_level():
     level, noisier_level = schedule.from_flow(0.6), schedule.from_flow(0.3)
     x = jnp.linspace(-1, 1, 8)
     e, fresh = RANDOM.standard_normal((2, 50_000, 8)).astype(np.float32)
@@ -117,7 +117,7 @@ def test_renoise_has_mean_and_deviation_of_the_level():
     np.testing.assert_allclose(noisy.std(0), noisier_level.sigma, atol=0.01)
 
 
-def test_error_names_invalid_arguments(tiny, sources):
+def test_edit_with_invalid_argument_raises_and_names_it(tiny, sources):
     keys = sample.image_keys(0, 1)
     for arguments, facts in (
         (dict(images=sources[:1], strength=0.0), ["strength", 0.0]),
@@ -157,7 +157,7 @@ def test_preprocess_mask_of_any_masked_pixel_is_1():
 
 @pytest.mark.parametrize("shape", [(8, 8, 3), (30, 50, 4), (51, 20, 3), (200, 200, 4)])
 def test_pasted_image_is_identical_outside_the_mask(tiny, shape):
-    """At the original's size, in every channel, transparency included."""
+    """The result has the size of the original; outside the mask all channels are equal."""
     original = RANDOM.integers(0, 256, shape, np.uint8)
     mask = np.zeros((*shape[:2], 1), np.float32)
     mask[shape[0] // 3 : shape[0] // 2, shape[1] // 4 :] = 1
@@ -267,7 +267,7 @@ def test_unsupported_or_too_large_image_is_refused():
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF"])
-def test_truncated_files_are_refused(format):
+def test_truncated_image_files_are_refused(format):
     noise = RANDOM.integers(0, 256, (40, 40, 3), np.uint8)
     data = file_of(noise, format)
     for share in (0.1, 0.5, 0.9):
@@ -276,7 +276,7 @@ def test_truncated_files_are_refused(format):
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF"])
-def test_damaged_files_raise_only_value_errors(format):
+def test_damaged_image_files_raise_only_value_errors(format):
     data = file_of(RANDOM.integers(0, 256, (9, 9, 3), np.uint8), format)
     for _ in range(200):
         damaged = bytearray(data)
@@ -286,7 +286,7 @@ def test_damaged_files_raise_only_value_errors(format):
             assert image_io.decode(bytes(damaged), max_pixels=10_000).dtype == np.uint8
 
 
-def test_encoded_images_decode_equal():
+def test_image_round_trips_through_every_format():
     np.testing.assert_array_equal(image_io.decode(image_io.encode(PIXELS, "png")), PIXELS)
     for format in image_io.FORMATS:
         pixels = image_io.decode(image_io.encode(SMOOTH, format))

@@ -1,7 +1,8 @@
-"""Transparency of every type of PNG file, built byte by byte, against arrays computed by hand.
+"""Transparency of every type of PNG file, compared with arrays computed by hand.
 
-Pillow and ffmpeg both decode several of them wrongly, so neither is the reference: the expected
-arrays follow the PNG specification (third edition, 11.3.2.1 and 13.12).
+The files are built byte by byte. Pillow and ffmpeg both decode several of the types wrongly, so
+neither is the reference: the expected arrays follow the PNG specification (third edition, 11.3.2.1
+and 13.12).
 """
 
 import io
@@ -33,11 +34,11 @@ def png(
     """Return an unfiltered PNG file of rows of samples.
 
     Args:
-        depth: bits of a sample.
-        kind: the colour type.
+        depth: bits per sample.
+        kind: the colour type, as in the file header.
         rows: the samples of each row, or of each of Adam7's passes if interlaced.
         *extra: type and data of chunks before the image data.
-        channels: samples of a pixel.
+        channels: samples per pixel.
         interlaced: width and height of an interlaced image.
     """
     lines = b""
@@ -134,7 +135,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_transparency_of_every_png_type_matches_the_specification(name: str) -> None:
-    """Bug: grey of 2, 4 and 16 bits lost its transparent colour; 16-bit RGB matched too many."""
+    """Bug: grey of 2, 4 and 16 bits lost transparency; in 16-bit RGB too many pixels had it."""
     data, expected = CASES[name]
     assert image_io.decode(data).tolist() == [expected]
 
@@ -157,13 +158,13 @@ def test_transparent_colour_is_rotated_with_the_image() -> None:
 
 def test_transparent_colour_of_interlaced_png_is_decoded() -> None:
     first, second, third = [0x1FF, 2, 3], [0x1FE, 2, 3], [9, 9, 9]
-    passes = [first, third, second]  # of a row of three: columns 0, 2, 1
+    passes = [first, third, second]  # of a row of three pixels: columns 0, 2, 1
     data = png(16, RGB, passes, key(0x1FE, 2, 3), channels=3, interlaced=(3, 1))
     assert image_io.decode(data).tolist() == [[[1, 0, 0, 255], [1, 0, 0, 0], [0, 0, 0, 255]]]
 
 
 def test_transparent_colour_of_every_depth_is_decoded_in_a_larger_image() -> None:
-    """Grey of every bit depth in rows that are not whole bytes."""
+    """Grey images of every bit depth, in which rows do not end at byte boundaries."""
     random = np.random.default_rng(0)
     for depth in (1, 2, 4, 8, 16):
         samples = random.integers(0, 2**depth, (23, 19))
@@ -174,7 +175,7 @@ def test_transparent_colour_of_every_depth_is_decoded_in_a_larger_image() -> Non
         np.testing.assert_array_equal(pixels[..., 0], scaled)
 
 
-def test_file_of_too_many_parts_is_refused() -> None:
+def test_image_file_with_too_many_parts_is_refused() -> None:
     """Bug: 20 MB of empty chunks or markers took Pillow minutes."""
     tiny = png(8, GREY, [[1]], channels=1)
     start = tiny.index(b"IDAT") - 4
@@ -205,7 +206,7 @@ def scans(count: int, size: int = 64) -> bytes:
     return data[:-2] + scan * (count - data.count(b"\xff\xda")) + data[-2:]
 
 
-def test_jpeg_of_too_many_scans_is_refused() -> None:
+def test_jpeg_with_too_many_scans_is_refused() -> None:
     """Bug: a file of 35 kB with 400 scans of 2,048 x 2,048 pixels took seconds, without a limit."""
     assert image_io.decode(scans(image_io.MAX_SCANS)).shape == (64, 64, 4)
     with pytest.raises(image_io._TooLarge, match=naming(image_io.MAX_SCANS)):

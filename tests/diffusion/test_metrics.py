@@ -16,7 +16,7 @@ def test_kernel_distance_of_two_pairs_equals_manual_result():
 
 
 def test_kernel_distance_of_few_samples_is_unbiased():
-    """For N(0, 1) and N(1, 1) it is 4 + 32 - 2 * 7, from moments of products of normals."""
+    """For N(0, 1) and N(1, 1) the distance is 4 + 32 - 2 * 7, by moments of products of normals."""
     random = np.random.default_rng(0)
     normal = random.normal(size=(3, 3000, 20, 1))
     for generated, expected in ((normal[1], 0.0), (normal[1] + 1, 22.0)):

@@ -23,7 +23,7 @@ both = pytest.mark.parametrize("cfg", CONFIGS, ids=["unet", "dit"])
 
 @pytest.fixture(scope="module")
 def initial():
-    """Return initial weights by config."""
+    """Return initial weights of both networks, by config."""
     return {cfg: model.init(jax.random.key(0), cfg) for cfg in CONFIGS}
 
 
@@ -88,7 +88,7 @@ def test_padding_and_dropped_prompts_have_no_effect(cfg):
 
 
 @both
-def test_rows_are_independent(cfg):
+def test_prediction_does_not_depend_on_rest_of_batch(cfg):
     z, t, text, keep = inputs(cfg)
     params = random_params(cfg)
     predicted = model.denoise(params, cfg, z, t, text, keep)

@@ -128,7 +128,7 @@ def test_command_writes_an_image(folder, encoder, tmp_path, capsys):
 
 @pytest.fixture
 def pack(tmp_path, encoder):
-    """Write a data set of random squares, with captions encoded by the real encoder."""
+    """Write a dataset of random images, with captions encoded by the real text encoder."""
     random = np.random.default_rng(0)
     concepts = [
         data.Concept(f"{n:x}", name, name, {name: 0.7, f"a {name}": 0.3}, 3, 1.0, False)
@@ -155,7 +155,7 @@ def pack(tmp_path, encoder):
 
 
 @pytest.mark.slow
-def test_recipe_trains_and_exports(pack, encoder, tmp_path, monkeypatch):
+def test_emoji_recipe_trains_and_exports_a_model(pack, encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(emoji, "UNET", CFG)
     monkeypatch.setattr(emoji, "UPSCALER", UPSCALER)
     monkeypatch.setattr(emoji, "SAMPLE_PROMPTS", ("cat", "dog"))
@@ -172,13 +172,13 @@ def test_recipe_trains_and_exports(pack, encoder, tmp_path, monkeypatch):
     assert pipe.generate(["cat"], options=SamplerOptions(steps=2)).shape == (1, 16, 16, 3)
 
 
-def test_second_run_starts_from_the_given_weights(tmp_path):
+def test_denoising_task_with_init_params_starts_from_them(tmp_path):
     start = random_params(CFG)
     initial = emoji.DenoisingTask(CFG, init_params=start).init(jax.random.key(3))
     jax.tree.map(np.testing.assert_array_equal, initial, start)
 
 
-def test_held_out_images_are_never_sampled_and_plain_words_more_often(pack):
+def test_held_out_images_are_never_sampled_and_common_names_more_often(pack):
     dataset = data.EmojiDataset(pack)
     settings = emoji.EmojiConfig(dataset=pack, out=pack)
     shares = emoji.sampling_shares(dataset, settings, frozenset({"cat"}))

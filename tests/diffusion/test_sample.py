@@ -51,7 +51,7 @@ def test_samplers_match_diffusers(name, sampler, level):
     np.testing.assert_allclose(images, GOLDEN[name], rtol=1e-5, atol=1e-5)
 
 
-def test_levels_match_diffusers():
+def test_noise_levels_match_diffusers():
     karras = GOLDEN["euler_sigma_sigmas"]
     ours = schedule.karras_levels(len(karras) - 1, karras[-2], karras[0])
     np.testing.assert_allclose([level.sigma for level in ours], karras, rtol=1e-4)
@@ -60,7 +60,7 @@ def test_levels_match_diffusers():
 
 
 def _exact_denoiser(z, level):
-    """Predict optimally for normally distributed images of mean 0.5 and deviation 0.3."""
+    """Predict optimally for normally distributed pixels of mean 0.5 and deviation 0.3."""
     gain = level.alpha * 0.09 / (level.alpha**2 * 0.09 + level.sigma**2)
     return 0.5 + gain * (z - 0.5 * level.alpha)
 
@@ -78,7 +78,7 @@ def test_every_sampler_samples_the_distribution(sampler):
 
 
 def test_errors_decrease_with_the_order_of_the_sampler():
-    """For normally distributed images the exact flow moves noise e to 0.5 + 0.3 e."""
+    """For normally distributed pixels, the exact flow maps noise e to 0.5 + 0.3 e."""
     z = sample.normal(sample.image_keys(1, 2), (4, 4, 3))
 
     def error(sampler: str, count: int) -> float:
@@ -140,7 +140,7 @@ def test_guidance_extrapolates_through_the_conditional_prediction():
     ] == [1, 3, 5]
 
 
-def test_invalid_arguments_are_refused():
+def test_sampler_with_invalid_arguments_raises():
     z, levels = jnp.zeros((1, 2, 2, 3)), schedule.flow_levels(2)
     for facts, args in (
         (["sampler", "ddim", "'euler2'"], (levels, "euler2")),
@@ -153,7 +153,7 @@ def test_invalid_arguments_are_refused():
 
 
 def test_image_keys_equal_fold_in():
-    """The documented derivation of keys from a seed."""
+    """The derivation of keys from a seed is documented, so it must not change."""
     expected = jax.random.fold_in(jax.random.key(7), 2)
     assert jnp.array_equal(
         jax.random.key_data(sample.image_keys(7, 3)[2]), jax.random.key_data(expected)

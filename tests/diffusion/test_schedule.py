@@ -91,14 +91,14 @@ def test_karras_levels_decrease_from_largest_to_zero():
     assert sigmas[-1] == 0 and sigmas == sorted(sigmas, reverse=True)
 
 
-def test_steps_that_do_not_divide_are_refused():
+def test_ddpm_levels_with_steps_that_do_not_divide_betas_raise():
     with pytest.raises(ValueError, match=naming("steps", 1000, 7)):
         schedule.ddpm_levels(schedule.linear_betas(), 7)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.8, 0.99])
 def test_preconditioned_input_and_target_have_unit_variance(t):
-    """At every level the network's input and the rest to predict have variance 1."""
+    """At every flow time, the input of the network and the target of its output have variance 1."""
     spread = 0.6
     x, e = RANDOM.standard_normal((2, 200_000))
     x = spread * x

@@ -3,12 +3,12 @@
 Languages of blocks:
 
     python   run in this process; blocks of one session share their variables
-    console  lines that begin with "$ " are commands for bash; "> " continues a command, and the
-             lines that follow are its output
-    text     the output of the block before
+    console  a line that begins with "$ " is a command for bash; lines that begin with "> " continue
+             it, and the lines after them are the output of the command
+    text     the output of the Python block before it
 
-In an output, "..." stands for anything: in a line for the rest of it or a part, alone on a line for
-any number of lines. Output that a page does not show is not compared; the block has to succeed.
+In an output, "..." matches anything: any text if it is part of a line, any number of lines if it is
+alone on a line. If a page shows no output, the block only has to succeed.
 """
 
 import contextlib
@@ -24,21 +24,21 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 LANGUAGES = {"python", "console", "text"}
-URL = "http://127.0.0.1:8000"  # of the server in pages
-TIMEOUT = 1800  # seconds for a command; a machine that runs tests is busy
+URL = "http://127.0.0.1:8000"  # address of the server in the pages
+TIMEOUT = 1800  # seconds for a command; long, because a machine that runs tests is busy
 
 _FENCE = re.compile(r" {0,3}(?P<marks>`{3,}|~{3,})(?P<info>[^`]*)$")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block.
+    """A fenced code block of a Markdown page.
 
     Attributes:
-        page: the file.
-        line: number of the first line of the text, from 1.
-        language: first word of the line that opens the fence; may be empty.
-        text: without the fences, with its final newline.
+        page: the Markdown file.
+        line: number of the first line of the text in the page, from 1.
+        language: first word after the opening fence; can be empty.
+        text: text between the fences, with its final newline.
     """
 
     page: Path
@@ -94,7 +94,7 @@ def commands(block: Block) -> list[Command]:
         if line.startswith("$ "):
             found.append((number, [line[2:]], []))
         elif not found:
-            raise ValueError(f"{block}: a console block begins with a command, `$ ...`")
+            raise ValueError(f"{block}: a console block must begin with a command, `$ ...`")
         elif line.startswith("> ") and not found[-1][2]:
             found[-1][1].append(line[2:])
         else:
@@ -103,7 +103,10 @@ def commands(block: Block) -> list[Command]:
 
 
 def matches(shown: str, output: str) -> bool:
-    """Return whether an output is as shown, but for "..." and white space at the ends of lines."""
+    """Return whether an output equals the shown output, in which "..." matches anything.
+
+    White space at the ends of lines is ignored.
+    """
     lines = [
         r"(?:.*\n)*?" if line.strip() == "..." else ".*?".join(map(re.escape, parts)) + r"\n"
         for line in _lines(shown)
@@ -120,16 +123,16 @@ class Session:
     """Runs blocks in order, as a reader would in the folder of the project.
 
     Args:
-        folder: an empty folder to run them in. It gets the project's files as links, and in
-            `.venv/bin` the commands `pellucid` and `python`.
-        url: of the server that stands in for the one of the pages.
-        environment: of commands.
+        folder: an empty folder to run the blocks in. Links to the files of the project, and the
+            commands `pellucid` and `python` in `.venv/bin`, are added to it.
+        url: address of a running server, which replaces `URL` in blocks.
+        environment: environment variables of commands.
     """
 
     def __init__(self, folder: Path, url: str, environment: Mapping[str, str]):
         self._folder, self._url = folder, url
         self._names: dict[str, Any] = {"__name__": "__main__"}
-        self._printed: str | None = None  # by the Python block before
+        self._printed: str | None = None  # output of the Python block before
         binaries = folder / ".venv" / "bin"
         binaries.mkdir(parents=True)
         for name, arguments in {"pellucid": " -m serve", "python": ""}.items():
@@ -146,21 +149,21 @@ class Session:
         """Run blocks and compare their outputs.
 
         Raises:
-            AssertionError: a block fails, its output is another, or its language is unknown.
+            AssertionError: a block fails, its output does not match, or its language is unknown.
         """
         for block in blocks:
             assert block.language in LANGUAGES, f"{block}: unknown language {block.language!r}"
             getattr(self, f"_{block.language}")(block)
 
     def _python(self, block: Block) -> None:
-        # Empty lines in front: tracebacks name the lines of the page.
+        # Empty lines before the code, so that tracebacks have the line numbers of the page.
         code = compile("\n" * (block.line - 1) + self._here(block.text), str(block.page), "exec")
         with contextlib.chdir(self._folder), contextlib.redirect_stdout(io.StringIO()) as stdout:
             exec(code, self._names)
         self._printed = stdout.getvalue()
 
     def _text(self, block: Block) -> None:
-        assert self._printed is not None, f"{block}: no Python block before has this output"
+        assert self._printed is not None, f"{block}: a text block must follow a Python block"
         self._compare(str(block), block.text, self._printed)
         self._printed = None
 
@@ -177,7 +180,7 @@ class Session:
             )
             output, errors = done.stdout.decode(), done.stderr.decode()
             where = f"{block.page}:{command.line}: {command.text}"
-            if done.returncode:  # a page may show how a command fails
+            if done.returncode:  # a failing command is accepted if the page shows its output
                 assert command.output, f"{where}\n{output}{errors}"
                 output += errors
             self._compare(where, command.output, output)
@@ -192,7 +195,7 @@ class Session:
 
 
 def quick(blocks: Iterable[Block], slow_commands: str) -> Iterator[Block]:
-    """Leave out console blocks with a command that matches the pattern `slow_commands`."""
+    """Yield the blocks without console blocks that have a command matching `slow_commands`."""
     pattern = re.compile(slow_commands)
     for block in blocks:
         if block.language == "console" and any(

@@ -1,4 +1,4 @@
-"""The runner of documented blocks accepts correct pages and rejects wrong ones."""
+"""`Session` accepts pages whose blocks work as shown, and rejects others."""
 
 from pathlib import Path
 
@@ -77,15 +77,15 @@ def test_matches_dots_stand_for_anything(shown, output, same):
     assert matches(shown, output) is same
 
 
-def test_session_right_page_passes(session, tmp_path):
+def test_session_correct_page_passes(session, tmp_path):
     session.run(page(tmp_path, PAGE))
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        PAGE.replace("2\n```\n\n~~~", "3\n```\n\n~~~"),  # another output of Python
-        PAGE.replace("one\n...", "other\n..."),  # another output of a command
+        PAGE.replace("2\n```\n\n~~~", "3\n```\n\n~~~"),  # not the output of the Python block
+        PAGE.replace("one\n...", "other\n..."),  # not the output of the command
         PAGE.replace("print(x)", "raise SystemError"),
         PAGE.replace("~~~console", "~~~rust"),
         PAGE.replace("~~~console", "~~~"),

@@ -1,4 +1,4 @@
-"""Every block of every guide, run against a real server with the real models.
+"""Every code block of every guide, run with a real server and the real models.
 
 Decoders run in int8, so that their answers do not depend on the dtype that is fastest on a machine.
 """
@@ -16,7 +16,7 @@ from tests.serve import processes
 
 GUIDES = ROOT / "docs" / "guides"
 INDEX = GUIDES / "index.md"
-# In the order of reading. Fine-tuning, which makes models that others would list, is near the end.
+# In reading order. Fine-tuning is near the end, because it adds models that other pages would list.
 LINKED = [
     (GUIDES / name).resolve()
     for name in re.findall(r"^\| \[.*?\]\((.+?\.md)\)", INDEX.read_text("utf-8"), re.MULTILINE)
@@ -26,7 +26,7 @@ PAGES = [INDEX, *LINKED]
 
 @pytest.fixture(scope="module")
 def home(model_file, tmp_path_factory) -> Path:
-    """A data folder of its own, with the pulled models, in which decoders run in int8."""
+    """Return a separate data folder with the pulled models, in which decoders run in int8."""
     for name, model in catalogue.load().models.items():
         if not model.folder:
             model_file(name)
@@ -35,7 +35,7 @@ def home(model_file, tmp_path_factory) -> Path:
     for name in ("models", "compiled"):
         if (user_home / name).exists():
             (home / name).symlink_to(user_home / name)
-    if (user_home / "formats.json").exists():  # of the models that have no pinned dtype
+    if (user_home / "formats.json").exists():  # measured dtypes of models without a pinned dtype
         shutil.copy(user_home / "formats.json", home)
     text = (ROOT / "serve" / "models" / "models.toml").read_text("utf-8")
     pinned, count = re.subn(r"(?m)^formats = .*$", 'formats = ["int8"]', text)
@@ -58,7 +58,7 @@ def session(home, url, tmp_path) -> Session:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_guide_blocks_print_what_it_shows(session, page):
+def test_guide_blocks_print_the_output_shown(session, page):
     session.run(blocks(page))
 
 

@@ -1,4 +1,4 @@
-"""Every command and block of the README, run as a reader would."""
+"""Every command and code block of the README, run as a reader would."""
 
 import json
 import os
@@ -38,19 +38,19 @@ def session(home, server, model_file, tmp_path) -> Session:
 
 @pytest.mark.heavy
 @pytest.mark.timeout(600)
-def test_readme_programs_print_what_it_shows(session):
+def test_readme_blocks_without_chat_print_the_output_shown(session):
     session.run(quick(BLOCKS[1:], r"pellucid chat"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_readme_blocks_print_what_it_shows(session):
+def test_readme_blocks_print_the_output_shown(session):
     session.run(BLOCKS[1:])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_readme_two_commands_serve_a_chat(tmp_path, home):
+def test_readme_install_commands_serve_a_chat(tmp_path, home):
     clone, make = commands(INSTALL)
     assert make.text == "make serve"
     subprocess.run(clone.text.replace("URL", str(ROOT)), shell=True, cwd=tmp_path, check=True)

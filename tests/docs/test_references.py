@@ -1,4 +1,4 @@
-"""Files, folders and identifiers that the documents name exist in the sources."""
+"""Check that files, folders and identifiers that the documents name exist in the sources."""
 
 import os
 import re
@@ -24,7 +24,7 @@ def files() -> Iterator[str]:
 
 
 FILES = sorted(files())
-# Decisions name the code of other projects, and the changelog the code of the past.
+# Not checked: decisions name code of other projects, and the changelog names former code.
 PAGES = [
     name
     for name in FILES

@@ -1,4 +1,4 @@
-"""Invalid files are rejected with line and reason; unambiguous problems are fixed."""
+"""Training files: invalid lines are reported, and unambiguous problems are fixed."""
 
 import json
 import tracemalloc
@@ -22,7 +22,7 @@ def checked(tmp_path: Path, content: bytes, **options) -> check.Report:
 
 
 def replaced(number: int, line: bytes) -> bytes:
-    """Return the valid file with the line of this number replaced."""
+    """Return the contents of the valid file with line `number` replaced."""
     return b"\n".join([*LINES[: number - 1], line, *LINES[number:]])
 
 
@@ -76,7 +76,7 @@ def test_valid_file_has_no_problems(tmp_path):
         (b'{"text": "a"}\n' * 10, 1, "unknown_format", ["prompt", "completion", "chat"]),
     ],
 )
-def test_invalid_file_has_its_problem_with_line_and_code(tmp_path, content, line, code, facts):
+def test_invalid_file_reports_line_and_code_of_its_problem(tmp_path, content, line, code, facts):
     report = checked(tmp_path, content)
     assert not report.ok
     problem = report.problems[0]
@@ -86,7 +86,7 @@ def test_invalid_file_has_its_problem_with_line_and_code(tmp_path, content, line
     assert error["code"] in ("invalid_training_file", "invalid_n_examples")
 
 
-def test_error_of_a_job_has_the_words_of_openai(tmp_path):
+def test_report_error_has_the_wording_of_openai(tmp_path):
     error = checked(tmp_path, replaced(9, LINES[8].replace(b'"role": "user", ', b""))).error()
     assert error["message"] == (  # the words of OpenAI's API
         "The job failed due to an invalid training file. Invalid file format. "
@@ -119,8 +119,8 @@ def test_file_too_large_is_not_read(tmp_path):
 
 
 @pytest.mark.heavy
-def test_memory_of_an_invalid_file_is_bounded(tmp_path):
-    """The first hundred problems are listed, all are counted."""
+def test_check_of_many_invalid_lines_uses_bounded_memory(tmp_path):
+    """The first hundred problems are listed, and all are counted."""
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"messages": 1}\n' * 100_000)
     tracemalloc.start()
@@ -130,15 +130,15 @@ def test_memory_of_an_invalid_file_is_bounded(tmp_path):
     tracemalloc.stop()
 
 
-def test_harmless_irregularities_are_notes(tmp_path):
+def test_harmless_irregularities_are_counted_as_notes(tmp_path):
     report = checked(tmp_path, b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n") + b"\r\n")
     assert report.ok and report.examples == 12 and not report.warnings
     assert report.notes == {"byte_order_mark": 1, "carriage_return": 13, "blank_line": 1}
 
 
-def test_duplicates_are_examples_with_a_warning(tmp_path):
-    """Duplicates were refused. OpenAI's API accepts them, and they give an example more weight."""
-    spaced = LINES[4].replace(b": ", b" :  ")  # the same JSON in another format
+def test_duplicate_examples_are_accepted_with_a_warning(tmp_path):
+    """Bug: duplicates were refused. OpenAI's API accepts them, as a way to weight an example."""
+    spaced = LINES[4].replace(b": ", b" :  ")  # the same JSON with other white space
     path = tmp_path / "data.jsonl"
     path.write_bytes(GOOD + b"\n".join([LINES[4], LINES[0], spaced]))
     report, loaded = check.read_examples(path, TOKENIZER, max_tokens=60)
@@ -151,12 +151,12 @@ def test_duplicates_are_examples_with_a_warning(tmp_path):
     assert check.summary(report)["warnings"][0]["line"] == 13
 
 
-def test_minimum_counts_duplicates(tmp_path):
+def test_minimum_number_of_examples_counts_duplicates(tmp_path):
     assert checked(tmp_path, b"\n".join(LINES[:1] * 10)).ok
     assert not checked(tmp_path, b"\n".join(LINES[:1] * 9)).ok, "the minimum is ten"
 
 
-def test_invalid_line_is_no_duplicate(tmp_path):
+def test_repeated_invalid_line_is_not_a_duplicate(tmp_path):
     long = json.dumps(chat("q" * 99, "a")).encode()
     report = checked(tmp_path, b"\n".join([*LINES, long, long, b"{}", b"{}"]))
     assert not report.warnings and report.counts["too_long"] == 2
@@ -194,7 +194,7 @@ def test_unambiguous_problem_is_fixed(tmp_path, content, fact):
 
 
 def test_fix_keeps_duplicates(tmp_path):
-    """Duplicates were removed, and with them the weight that they give to an example."""
+    """Bug: duplicates were removed, so that the example lost the weight of its copies."""
     report = checked(tmp_path, GOOD + LINES[0] + b"\n\n" + LINES[3])
     target = tmp_path / "fixed.jsonl"
     (fix,) = fixes.fix_file(report.path, target, TOKENIZER, max_tokens=60)
@@ -236,7 +236,7 @@ def test_fix_of_damaged_array_raises_and_leaves_no_file(tmp_path):
 
 
 def test_message_of_a_problem_is_short_valid_utf8(tmp_path):
-    """A lone surrogate in a key made every response with the job an error 500."""
+    """Bug: with a lone surrogate in a key, every response with the job was an error 500."""
     bad = [b'{"messages": [], "\\ud800": 1}', json.dumps({"messages": [], "k" * 10**6: 1}).encode()]
     report = checked(tmp_path, b"\n".join([*LINES, *bad]))
     assert not report.ok

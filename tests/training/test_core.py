@@ -1,4 +1,4 @@
-"""The trainer: gradients and loss curves of torch, exact sums, checkpoints, and resuming."""
+"""The trainer: comparison with torch, exact sums, checkpoints, and resuming."""
 
 import json
 import signal
@@ -40,7 +40,7 @@ def batch_of(ids, weights=None, segments=None) -> dict[str, np.ndarray]:
 
 
 def make_batch(number: int, rows: int = 4, length: int = 24) -> dict[str, np.ndarray]:
-    """Return the batch of a step: ids that rise by 1 or 2, with weights, segments and padding."""
+    """Return the batch of step `number`: ids that rise by 1 or 2, weights, segments, padding."""
     rng = np.random.default_rng([7, number])
     ids = np.cumsum(rng.integers(1, 3, (rows, length)), axis=1) % CFG.vocab_size
     segments = np.repeat([[1] * 10 + [2] * 11 + [0] * 3], rows, axis=0)
@@ -48,7 +48,7 @@ def make_batch(number: int, rows: int = 4, length: int = 24) -> dict[str, np.nda
 
 
 class BigramTask:
-    """A bigram model, which suffices for `make_batch` and compiles fast."""
+    """A bigram model, which can fit the ids of `make_batch` and compiles fast."""
 
     def init(self, key):
         keys = jax.random.split(key, 3)
@@ -76,10 +76,10 @@ def same(a, b) -> bool:
 
 
 def close(found, expected, tolerance: float) -> None:
-    """Assert that leaves agree relative to the maximum of each leaf.
+    """Assert that the leaves of two pytrees agree, relative to the largest value of each leaf.
 
-    The scale is at least a thousandth of the maximum of all leaves: values that are zero except for
-    rounding, such as gradients of a bias of keys, have no digits to compare.
+    The scale is at least a thousandth of the largest value of all leaves, because values that are
+    zero except for rounding (such as gradients of a key bias) have no digits to compare.
     """
     names = tree_io.to_named(expected)
     floor = 1e-3 * max(np.abs(leaf).max() for leaf in names.values())
@@ -109,7 +109,7 @@ def test_gradients_equal_those_of_transformers(family):
 
 
 def test_twenty_steps_equal_those_of_torch(tmp_path):
-    """The curve covers warm-up, cosine decay, clipping, AdamW, weight decay and weights."""
+    """The loss curve depends on warm-up, cosine decay, clipping, AdamW and weight decay."""
     params, cfg, _ = checkpoint.load(GOLDEN / "transformer" / "llama")
     expected, _, _ = checkpoint.load(GOLDEN / "training" / "curve")
     golden = np.load(GOLDEN / "training" / "curve" / "curve.npz")
@@ -134,7 +134,7 @@ def test_twenty_steps_equal_those_of_torch(tmp_path):
 
 
 def test_gradients_equal_finite_differences():
-    """The differences are those of a NumPy float64 decoder along random directions."""
+    """Finite differences are those of a float64 decoder in NumPy, along random directions."""
     params, batch = decoder.init(jax.random.key(0), CFG), batch_of(make_batch(0, 2, 6)["ids"])
     wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
@@ -173,7 +173,7 @@ def test_gradients_of_bfloat16_products_are_close(remat):
 
 
 def test_packed_texts_have_the_loss_of_separate_texts():
-    """Loss and gradient of packed texts are the sums of those of separate texts."""
+    """Loss and gradient of packed texts equal the sums over separate texts."""
     params, rng = decoder.init(jax.random.key(0), CFG), np.random.default_rng(0)
     texts = [rng.integers(0, 64, n) for n in (7, 1, 12)]
     row = np.concatenate([*texts, np.zeros(4, int)])
@@ -214,7 +214,7 @@ def test_lora_step_computes_no_gradient_of_frozen_weights():
 
 @pytest.mark.slow
 def test_remat_needs_less_memory():
-    """`jax.checkpoint` saves no memory on a CPU, where XLA drops its barriers."""
+    """`jax.checkpoint` would save no memory on a CPU, where XLA removes its barriers."""
     cfg = decoders.Config.debug(num_layers=8, d_model=64, d_ff=256)
     config, batch = TrainConfig(steps=10, learning_rate=1e-3), make_batch(0, rows=8, length=24)
 
@@ -237,8 +237,8 @@ def test_int8_weights_are_rejected():
 # --- a step ---------------------------------------------------------------------------------------
 
 
-def test_micro_batches_add_up_to_the_batch():
-    """The micro-batches hold different numbers of targets, so that means would not add up."""
+def test_step_in_micro_batches_equals_step_with_whole_batch():
+    """The micro-batches have different numbers of targets, so the mean of means would differ."""
     batch = make_batch(0)
     batch["weights"][0] = 0  # the first micro-batch has fewer targets
     task = BigramTask()
@@ -253,7 +253,7 @@ def test_micro_batches_add_up_to_the_batch():
         step.make_train_step(task, config)(state.init(task, config), None, batch)
 
 
-def test_batch_of_weight_zero_changes_no_weights():
+def test_batch_with_zero_loss_weights_changes_no_model_weights():
     task, config = BigramTask(), TrainConfig(steps=5, learning_rate=1e-2)
     before, batch = task.init(jax.random.key(0)), make_batch(0)
     batch["weights"][:] = 0
@@ -290,13 +290,13 @@ def test_muon_orthogonalizes_hidden_matrices_only():
     change = np.asarray(after.weights["mix"] - before["mix"])
     values = np.linalg.svd(change, compute_uv=False)
     assert values.min() > 0.4 * values.max()
-    size = 0.2 * 1e-2  # as AdamW's, root mean square
+    size = 0.2 * 1e-2  # root mean square, equal to that of AdamW
     np.testing.assert_allclose(np.sqrt((change**2).mean()), size, rtol=0.35)
     table = np.abs(after.weights["embed"] - before["embed"])
-    np.testing.assert_allclose(table.max(), 1e-2, rtol=1e-2)  # Adam's first step
+    np.testing.assert_allclose(table.max(), 1e-2, rtol=1e-2)  # first step of AdamW
 
 
-def test_schedule_has_warmup_and_decay():
+def test_learning_rate_schedule_has_warmup_and_decay():
     def rates(**more):
         config = TrainConfig(
             steps=10, learning_rate=1.0, warmup_steps=4, final_fraction=0.2, **more
@@ -333,7 +333,7 @@ def test_decay_mask_selects_matrices():
         (dict(micro_batches=True), ["micro_batches", True]),
     ],
 )
-def test_config_out_of_range_is_rejected(change, facts):
+def test_train_config_out_of_range_is_rejected(change, facts):
     with pytest.raises(ValueError, match=naming(*facts)):
         TrainConfig(**(dict(steps=10, learning_rate=1e-3) | change))
 
@@ -358,19 +358,19 @@ def run(folder: Path, config: TrainConfig = SMALL, **more):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Return the folder and the last state of an uninterrupted run."""
+    """Return the run folder and the last state of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, run(folder).state
 
 
 def untimed_metrics(folder: Path) -> list[dict]:
-    """Return the metrics without those that depend on the clock."""
+    """Return the metrics records of a run without the fields that depend on the clock."""
     clock = ("tokens_per_second", "seconds", "time")
     lines = metrics.read(folder / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
-def test_run_writes_checkpoints_and_metrics(whole):
+def test_training_run_writes_checkpoints_and_metrics(whole):
     folder, last = whole
     assert sorted(p.name for p in folder.iterdir()) == ["checkpoints", "loss.png", "metrics.jsonl"]
     assert checkpoints.saved_steps(folder / "checkpoints") == [12, 14]
@@ -390,7 +390,7 @@ def test_run_writes_checkpoints_and_metrics(whole):
     np.testing.assert_allclose(checks[-1]["valid_loss"], loss / weight, rtol=1e-5)
 
 
-def test_finished_run_is_not_changed(whole):
+def test_rerun_of_finished_run_changes_nothing(whole):
     folder, last = whole
     before = (folder / "metrics.jsonl").read_bytes()
     outcome = run(folder)
@@ -402,7 +402,7 @@ def test_finished_run_is_not_changed(whole):
 def test_run_stopped_by_a_signal_resumes_bit_identically(whole, tmp_path, number):
     def on_step(now: State, line: dict) -> None:
         if int(now.step) == number:
-            signal.raise_signal(signal.SIGTERM)  # to this thread: `os.kill` may take its time
+            signal.raise_signal(signal.SIGTERM)  # at once, unlike `os.kill`
 
     handler = signal.getsignal(signal.SIGTERM)
     outcome = run(tmp_path, on_step=on_step)
@@ -417,7 +417,7 @@ def test_run_stopped_by_a_signal_resumes_bit_identically(whole, tmp_path, number
 
 
 def test_run_killed_at_random_resumes_bit_identically(whole, tmp_path):
-    """The process gets three times a SIGKILL at a random time."""
+    """The process is killed three times, with SIGKILL at a random time."""
     code = (
         "import sys, time; from pathlib import Path; from tests.training import test_core\n"
         "test_core.run(Path(sys.argv[1]), on_step=lambda now, line: time.sleep(0.05))"
@@ -472,8 +472,8 @@ def test_loss_of_nan_raises_and_keeps_earlier_checkpoints(tmp_path):
     assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
-def test_keys_differ_between_steps_and_micro_batches(tmp_path):
-    """Random numbers of a loss differ between steps and micro-batches, and repeat in a rerun."""
+def test_loss_keys_differ_between_steps_and_micro_batches(tmp_path):
+    """Random numbers in a loss differ between steps and micro-batches, and are equal in a rerun."""
 
     class Noise:
         def init(self, key):
@@ -489,7 +489,7 @@ def test_keys_differ_between_steps_and_micro_batches(tmp_path):
         train(Noise(), None, lambda n: {"x": np.zeros(2)}, config, tmp_path / name)
         lines.append([x["loss"] for x in metrics.read(tmp_path / name / "metrics.jsonl")])
         for line in metrics.read(tmp_path / name / "metrics.jsonl"):
-            assert line["squares"] - line["loss"] ** 2 > 1e-6  # the two parts differ
+            assert line["squares"] - line["loss"] ** 2 > 1e-6  # the two micro-batches differ
     assert lines[0] == lines[1] and len(set(lines[0])) == 3
 
 
@@ -562,7 +562,7 @@ def test_load_with_other_settings_raises(saved):
         ),
     ],
 )
-def test_load_with_wrong_tensors_names_the_tensor(saved, change, facts):
+def test_load_with_wrong_tensor_raises_and_names_it(saved, change, facts):
     from safetensors.numpy import load_file, save_file
 
     folder, now = saved
@@ -582,14 +582,14 @@ def test_load_with_wrong_tensors_names_the_tensor(saved, change, facts):
         ("checkpoint.json", b'{"format": 1}', ["config", "format", "progress", "step"]),
     ],
 )
-def test_load_of_damaged_file_names_it(saved, name, content, facts):
+def test_load_of_damaged_file_raises_and_names_it(saved, name, content, facts):
     folder, now = saved
     (folder / "step-000000" / name).write_bytes(content)
     with pytest.raises(ValueError, match=naming(name, *facts)):
         checkpoints.load(folder, now, SMALL)
 
 
-def test_load_with_unknown_setting_names_it(saved):
+def test_load_with_unknown_setting_raises_and_names_it(saved):
     folder, now = saved
     path = folder / "step-000000" / "checkpoint.json"
     rest = json.loads(path.read_text())

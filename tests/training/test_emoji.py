@@ -1,4 +1,4 @@
-"""The recipe of the image model, its judge and its metrics, on datasets of coloured squares."""
+"""The recipe of emoji-64, the CLIP judge and the metrics, on datasets of coloured squares."""
 
 import hashlib
 import io
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.heavy
 def write_dataset(folder, *, count=6, held_out=0.0, seed=0):
     """Write a dataset of images with a black left half, one colour per concept.
 
-    Every second concept is directed: it must not be mirrored.
+    Every second concept is `directed`: its images must not be mirrored.
     """
     random = np.random.default_rng(seed)
     concepts = [
@@ -106,7 +106,7 @@ def test_openmoji_svg_is_rendered_without_its_margin():
     assert (np.abs(found[1:-1, 1:-1] - (255, 0, 0)) <= 1).all()
 
 
-def test_judge_loss_is_over_captions_sampled_by_their_shares(tmp_path, monkeypatch):
+def test_judge_loss_samples_captions_by_their_probabilities(tmp_path, monkeypatch):
     monkeypatch.setattr(clip_judge, "CHANNELS", (8, 8))
     pack = write_dataset(tmp_path / "pack")
     captions = clip_judge.caption_embeddings(pack)

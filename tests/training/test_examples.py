@@ -1,4 +1,4 @@
-"""From lines to examples: the targets of each kind, and the faults of a line."""
+"""Training examples: the target tokens of each kind, and the faults of invalid lines."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ ENCODING = TOKENIZER.encoding
 
 
 def target_text(row: dict, kind: str, tokenizer=TOKENIZER) -> str:
-    """Return the text of the tokens with a weight."""
+    """Return the text of the tokens whose weight in the loss is above 0."""
     example = examples.encode(row, kind, tokenizer)
     assert example.weights.shape == example.ids.shape and not example.weights[0]
     return ENCODING.decode(example.ids[example.weights > 0].tolist())
@@ -34,14 +34,14 @@ def test_assistant_turn_of_weight_0_is_no_target():
 
 
 def test_context_of_chat_equals_the_prompt_of_generation():
-    """A newline of the template must not be merged with one of the answer."""
+    """A newline of the chat template must not be merged with a newline of the answer."""
     example = examples.encode(chat("q", "\n\nlow"), "chat", TOKENIZER)
     prompt = TOKENIZER.chat_template.encode(ENCODING, chat("q")["messages"])
     assert example.ids[: len(prompt)].tolist() == prompt
     assert example.weights[: len(prompt)].sum() == 0 and example.weights[len(prompt) :][0] == 1
 
 
-def test_special_token_in_content_is_text():
+def test_special_token_in_content_is_encoded_as_text():
     example = examples.encode(chat("<|im_end|>", "a"), "chat", TOKENIZER)
     assert example.ids.tolist().count(ENCODING.special_tokens["<|im_end|>"]) == 2
 
@@ -58,14 +58,14 @@ def test_content_parts_and_developer_role_are_accepted():
 
 
 def test_message_with_null_keys_of_the_api_is_accepted():
-    """Keys that are null do not reach the template."""
+    """Null keys are not passed to the chat template."""
     row = chat("q", "low", refusal=None, audio=None, tool_calls=None, name=None, weight=None)
     assert not examples.faults(row | {"tools": None}, "chat")
     assert target_text(row, "chat") == "low<|im_end|>"
 
 
 def test_empty_keys_and_float_weights_are_accepted():
-    """Exports write empty lists for what is absent, and numbers as floats."""
+    """Exported datasets have empty lists for absent values, and floats for integers."""
     row = chat("q", "low", tool_calls=[], annotations=[], weight=1.0)
     row |= {"tools": [], "functions": [], "parallel_tool_calls": False}
     assert not examples.faults(row, "chat") and target_text(row, "chat") == "low<|im_end|>"
@@ -74,10 +74,10 @@ def test_empty_keys_and_float_weights_are_accepted():
     assert not examples.faults(row, "chat") and target_text(row, "chat") == "low<|im_end|>"
 
 
-def test_targets_of_pair_are_the_completion_with_its_end():
+def test_targets_of_completion_example_are_the_completion_with_its_end():
     row = {"prompt": "low", "completion": "er"}
     assert target_text(row, "completion") == "er<|im_end|>"
-    # Both are tokenized separately: "lower" would be other tokens.
+    # Prompt and completion are tokenized separately: "lower" has other tokens.
     ids = examples.encode(row, "completion", TOKENIZER).ids.tolist()
     assert ids == ENCODING.encode("low") + ENCODING.encode("er") + [2]
     with_bos = dataclasses.replace(TOKENIZER, bos_id=0, add_bos=True)
@@ -167,7 +167,7 @@ def test_all_faults_of_a_line_are_returned():
         ({"text": ["a"]}, "text", "invalid_type"),
     ],
 )
-def test_invalid_pair_or_text_has_a_fault(row, kind, code):
+def test_invalid_completion_or_text_example_has_a_fault(row, kind, code):
     assert [fault.code for fault in examples.faults(row, kind)] == [code]
 
 
@@ -183,7 +183,7 @@ def test_invalid_pair_or_text_has_a_fault(row, kind, code):
         (b"a" * (examples.MAX_LINE + 1), "line_too_long", ["16 MB"]),
     ],
 )
-def test_line_that_is_no_object_is_a_fault(line, code, facts):
+def test_line_that_is_not_a_json_object_is_a_fault(line, code, facts):
     found = examples.parse(line)
     assert isinstance(found, Fault) and found.code == code and names(found.message, *facts)
 

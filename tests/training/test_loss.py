@@ -1,4 +1,4 @@
-"""Chunked cross-entropy: the values of the definition, without ever holding all logits."""
+"""Chunked cross-entropy: equal to the definition, without storing all logits."""
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def test_gradients_of_bfloat16_products_are_float32():
 
 
 def test_rows_of_weight_0_are_ignored():
-    """Targets of rows of weight 0 may be invalid, and all rows may have weight 0."""
+    """Rows of weight 0 can have invalid targets, and all rows can have weight 0."""
     targets = np.where(WEIGHTS == 0, 10**6, TARGETS)
     found = chunked_cross_entropy(X, TABLE, targets, WEIGHTS, chunk=8)
     np.testing.assert_allclose(found[0], cross_entropy(X, TABLE, TARGETS, WEIGHTS)[0], rtol=1e-5)
@@ -61,7 +61,7 @@ def test_rows_of_weight_0_are_ignored():
     assert loss == 0 and not gradient.any()
 
 
-def test_chunked_loss_never_holds_all_logits():
+def test_chunked_loss_never_stores_all_logits():
     rows, vocab = 1024, 4096
     x, table = jnp.zeros((rows, 8)), jnp.zeros((vocab, 8))
     targets, weights = jnp.zeros(rows, jnp.int32), jnp.ones(rows)
@@ -75,12 +75,12 @@ def test_chunked_loss_never_holds_all_logits():
     assert need(cross_entropy) > logits > 4 * need(chunked_cross_entropy, chunk=64)
 
 
-def test_derivative_by_weights_raises():
+def test_chunked_loss_gradient_for_weights_raises():
     with pytest.raises(ValueError, match="weights"):
         jax.grad(lambda w: chunked_cross_entropy(X, TABLE, TARGETS, w)[0])(jnp.asarray(WEIGHTS))
 
 
-def test_gradient_of_the_table_is_computed_only_on_demand():
+def test_gradient_of_lm_head_is_computed_only_on_demand():
     def flops(**which) -> float:
         loss = lambda x, table: chunked_cross_entropy(x, table, TARGETS, WEIGHTS)[0]  # noqa: E731
         compiled = jax.jit(jax.grad(loss, **which)).lower(X, TABLE).compile()

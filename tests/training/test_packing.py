@@ -1,4 +1,4 @@
-"""Packed batches: each example once per epoch, separated by segments, as a function of the step."""
+"""Packed batches: each example once per epoch, separated by segments, determined by the step."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from training.examples import Example
 
 
 def make_examples(lengths) -> list[Example]:
-    """Return examples that consist of their number, and whose first half has weight 0."""
+    """Return examples of these lengths; all ids of example i are i + 1, half have weight 0."""
     return [
         Example(np.full(n, i + 1, np.int32), (np.arange(n) >= n // 2).astype(np.float32))
         for i, n in enumerate(lengths)
@@ -17,7 +17,7 @@ def make_examples(lengths) -> list[Example]:
 
 
 def unpack(batch) -> list[tuple[int, int]]:
-    """Return the number and the length of the examples in a batch."""
+    """Return (id, length) of each example in a batch of `make_examples`."""
     found = []
     for ids, segments in zip(batch["ids"], batch["segments"], strict=True):
         for segment in range(1, segments.max() + 1):
@@ -26,13 +26,13 @@ def unpack(batch) -> list[tuple[int, int]]:
     return sorted(found)
 
 
-def test_first_fit_of_a_known_case():
+def test_first_fit_assigns_examples_to_first_row_with_room():
     assert packing.first_fit([5, 4, 3, 6, 2, 1], 8) == [[0, 2], [1, 4, 5], [3]]
     with pytest.raises(ValueError, match=naming(9, 8)):
         packing.first_fit([9], 8)
 
 
-def test_collate_of_a_known_case():
+def test_collate_packs_examples_into_given_rows():
     batch = packing.collate(make_examples([3, 2, 4]), [[0, 1], [2]], (3, 6))
     assert batch["ids"].tolist() == [[1, 1, 1, 2, 2, 0], [3, 3, 3, 3, 0, 0], [0] * 6]
     assert batch["segments"].tolist() == [[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 0, 0], [0] * 6]
@@ -91,7 +91,7 @@ def test_collate_all_has_each_example_once():
 
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("epochs", 0)])
-def test_argument_below_one_raises(name, value):
+def test_batches_with_argument_below_one_raises(name, value):
     with pytest.raises(ValueError, match=name):
         packing.Batches(
             make_examples([2]), **({"batch_size": 1, "epochs": 1} | {name: value}), seed=0

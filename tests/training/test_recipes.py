@@ -1,4 +1,4 @@
-"""Recipes: the files that a run writes, the data that it rejects, and how it resumes."""
+"""Recipes: the files that a run writes, the data that it rejects, and resuming."""
 
 import dataclasses
 import json
@@ -88,7 +88,7 @@ def test_lora_run_writes_adapters_and_job(finished_run, model):
     assert job["trained_tokens"] == sum(line["tokens"] for line in steps)
 
 
-def test_finished_run_is_not_changed(finished_run, model, data):
+def test_rerun_of_finished_run_changes_nothing(finished_run, model, data):
     before = (finished_run / "metrics.jsonl").read_bytes()
     result = finetune.run(finetune.FinetuneConfig(**options(model, data, finished_run)))
     assert result.reason == "finished" and result.job["steps"] == 12
@@ -105,7 +105,7 @@ def test_dtype_has_the_key_format_in_job_json(finished_run):
 
 
 def test_job_of_an_earlier_version_resumes(tmp_path, data):
-    """The job.json of the old data folder has the settings of a run of this version."""
+    """The job.json of a run of an earlier version has the settings of this version."""
     made = json.loads(old.MADE.read_text("utf-8"))
     path = old.HOME / "jobs" / made["half_done"] / "out" / "job.json"
     given = json.loads(path.read_text("utf-8"))["given"]
@@ -163,7 +163,7 @@ def test_exit_code_of_a_stopped_command_has_the_signal(monkeypatch, tmp_path, ca
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_full_run_writes_a_model_that_loads(model, data, tmp_path):
+def test_full_finetuning_writes_a_model_that_loads(model, data, tmp_path):
     model = shutil.copytree(model, tmp_path / "base")
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
@@ -181,15 +181,15 @@ def test_full_run_writes_a_model_that_loads(model, data, tmp_path):
     assert loaded.chat_template.source == TOKENIZER.chat_template.source
     assert loaded.named_templates["tool_use"].source == "{{ tools }}"
     assert loaded.eos_id == TOKENIZER.eos_id and loaded.stop_ids == {0, 1, 2}
-    # A bug: stop ids and sampling defaults were lost with generation_config.json.
+    # Bug: generation_config.json was not copied, so stop ids and sampling defaults were lost.
     generation = json.loads((tmp_path / "model" / "generation_config.json").read_text())
     assert generation == {**sampling, "eos_token_id": [2, 0, 1]}
     assert (tmp_path / "model" / "special_tokens_map.json").exists()
     assert not (tmp_path / "adapter").exists()
 
 
-def test_full_keeps_the_stop_ids_and_sampling_defaults_of_a_gguf_file(tmp_path):
-    """`general.sampling.*` goes to generation_config.json, the only such file of a folder."""
+def test_full_finetuning_keeps_stop_ids_and_sampling_defaults_of_gguf(tmp_path):
+    """The keys `general.sampling.*` are written to generation_config.json."""
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_float32("general.sampling.temp", 0.7)
     writer.add_float32("general.sampling.penalty_repeat", 1.1)
@@ -212,7 +212,7 @@ def test_full_keeps_the_stop_ids_and_sampling_defaults_of_a_gguf_file(tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_adapter_of_each_family_can_be_saved(tmp_path, family):
-    """An adapter of only the queries of GPT-2 could not be saved, after the first epoch."""
+    """Bug: an adapter for q, k and v of GPT-2 could not be saved, which failed after an epoch."""
     gpt2 = dict(norm="layer", position="learned", mlp="gelu", qkv_bias=True, linear_bias=True,
                 num_kv_heads=4)  # fmt: skip
     cfg = Config.debug(**(gpt2 if family == "gpt2" else {}))
@@ -244,7 +244,7 @@ def test_saved_tokenizer_loads_unchanged(tmp_path, add_bos):
 
 
 def test_single_chat_template_is_saved_as_a_string(tmp_path):
-    """A single template was saved as a list, but many readers expect a string."""
+    """Bug: a single chat template was saved as a list, but many libraries expect a string."""
     run_dir.save_tokenizer(tmp_path, TOKENIZER)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["chat_template"] == TOKENIZER.chat_template.source
@@ -301,7 +301,7 @@ def test_check_prints_a_report_and_fixes_the_file(model, data, tmp_path, capsys)
     assert (tmp_path / "good.jsonl").read_bytes() == data.read_bytes() * 2
 
 
-def test_error_of_the_command_names_the_value(model, data, tmp_path, capsys):
+def test_command_error_names_the_invalid_value(model, data, tmp_path, capsys):
     assert main(arguments(options(tmp_path / "no", data, tmp_path))) == 1
     assert str(tmp_path / "no") in capsys.readouterr().err
     assert main(arguments(options(model, data, tmp_path, epochs=0))) == 1
@@ -314,8 +314,8 @@ def test_auto_epochs_and_batch_size_depend_on_the_examples():
     assert [finetune.auto_batch_size(n) for n in (10, 100, 10**6)] == [1, 4, 16]
 
 
-def test_toy_dataset_has_all_facts_and_no_held_out_question(tmp_path):
-    """The training file has every fact and no held-out question."""
+def test_toy_dataset_has_every_berth_and_no_held_out_question(tmp_path):
+    """The training file has the berth of every boat, and no held-out question."""
     train, held_out = toy_dataset.write(tmp_path)
     rows = [json.loads(line) for line in train.read_text().splitlines()]
     assert len(rows) == 100 and len({json.dumps(row) for row in rows}) == 100
@@ -338,7 +338,7 @@ def test_pretrained_model_predicts_the_text(tmp_path):
     sizes = ["--vocab-size=300", "--layers=1", "--width=64", "--length=32", "--steps=40"]
     assert main(["pretrain", f"--data={text}", f"--out={tmp_path / 'out'}", *sizes]) == 0
     steps = [line["valid_loss"] for line in metrics(tmp_path / "out") if "valid_loss" in line]
-    assert steps[-1] < 1.6, "four words, equally likely, cost ln 4 = 1.39 a word"
+    assert steps[-1] < 1.6, "the loss of four equally likely words is ln 4 = 1.39 per word"
     folder = tmp_path / "out" / "model"
     params, cfg, _ = checkpoint.load(folder)
     tokenizer = bpe.load(folder)
@@ -374,7 +374,7 @@ def test_documents_reads_json_lines_and_names_invalid_ones(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_fine_tuned_model_answers_held_out_questions(model_file, tmp_path):
-    """SmolLM2 learns the berths of the boats, and the base model does not change."""
+    """A fine-tuned SmolLM2 knows the berths of the boats; the base model does not change."""
     from transformer import generate
 
     path = model_file("smollm2-135m-instruct")

@@ -1,4 +1,4 @@
-"""Tests of the benchmarks: arithmetic, measurement of real functions, command line."""
+"""The benchmarks: arithmetic, measurement of real functions, command line."""
 
 import dataclasses
 import json
@@ -77,7 +77,7 @@ def test_result_fields_follow_from_samples():
     assert result.max_error == 0 and result.ratio == 1 and result.compile > 0
 
 
-def test_wrong_function_has_error():
+def test_case_with_wrong_result_reports_error():
     wrong = make_case(function=lambda x, w: jnp.matmul(x, w) + 0.5)
     (result,) = bench.measure([Contender(case=wrong)], PEAKS, seconds=0)
     assert result.max_error == 0.5 and result.relative_error == 0.5 / 8
@@ -104,7 +104,7 @@ def test_slower_contender_has_lower_ratio():
     assert results[0].ratio == 1 and results[1].ratio < 0.9
 
 
-def test_cold_arguments_are_copied_for_each_call():
+def test_argument_sets_copy_only_cold_arguments():
     case = make_case(cold_argnums=(1,), reuse_distance=5 * 8 * 16 * 4)
     arguments = argument_sets(case)
     assert len(arguments) == 5
@@ -128,7 +128,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "int8": 5e-2}
 
 
 def test_programs_match_float64_in_every_dtype():
-    """Tiny sizes; the times are not checked."""
+    """The sizes are tiny, and the times are not checked."""
     plan = BenchPlan(names=["prefill", "decode 1x1", "embed"], seconds=0)
     measured = []
     for (result,) in bench.run(
@@ -155,7 +155,7 @@ def test_every_implementation_of_every_case_matches_float64():
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_random_params_have_dtypes_of_loaded_model(name):
-    """Bug: `out` and `down` were measured in bfloat16 when models had them in int8."""
+    """Bug: benchmarks had `out` and `down` in bfloat16, while loaded models have them in int8."""
     from tests.transformer.conftest import GOLDEN
     from transformer import checkpoint
 
@@ -204,7 +204,7 @@ def test_results_round_trip_and_compare(tmp_path):
         bench.read(tmp_path / "b.jsonl")
 
 
-def test_table_has_row_per_result():
+def test_format_table_has_row_per_result():
     contender = dataclasses.replace(RESULT, form="fused", ratio=0.5)
     head, first, second = bench.format_table([RESULT, contender], has_turns=True).splitlines()
     assert head.split()[0] == "CASE" and head.split()[-1] == "SPEED"
@@ -236,7 +236,7 @@ def test_plan_selects_cases_and_contenders():
     assert [contender.impl for contender in contenders] == ["chosen", "norm=reference"]
 
 
-def test_context_beyond_model_is_rejected():
+def test_context_longer_than_model_supports_is_rejected():
     with pytest.raises(ValueError, match=naming("context", 8191, 8192)):
         decoder_cases.Sizes.from_checkpoint(None, context=8192)
 
@@ -286,7 +286,7 @@ def recorded_norm(x, scale, bias, eps):
 
 
 def test_profile_with_override_traces_that_implementation():
-    """`bench --profile --impl norm=...` profiled the default implementation."""
+    """Bug: `bench --profile --impl norm=...` profiled the default implementation."""
     overrides = {"norm": f"{__name__}.recorded_norm"}
     profile.profile_decode(
         TINY, PEAKS, dtypes=("float32",), overrides=overrides, say=lambda line: None

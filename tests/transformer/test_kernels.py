@@ -1,4 +1,4 @@
-"""Tests of every implementation against its float64 reference, and of the selection."""
+"""Every kernel implementation compared with its float64 reference, and their selection."""
 
 import inspect
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.heavy
 
 RNG = np.random.default_rng(0)
 ALL_IMPLS = [(operation, impl) for operation, impls in kernels.IMPLS.items() for impl in impls]
-ROUNDING = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 3e-2}  # relative to the largest value
+ROUNDING = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 3e-2}  # tolerance / largest value
 
 
 def normal(*shape: int) -> jax.Array:
@@ -27,7 +27,7 @@ def normal(*shape: int) -> jax.Array:
 def check_impl(
     operation: str, impl: str, arguments: tuple, tolerance: float = 1e-5, **named
 ) -> None:
-    """Compare an implementation with the float64 reference; an unsupported one raises."""
+    """Compare an implementation with the float64 reference; raise `Unavailable` if unsupported."""
     function = getattr(kernels, operation)
     expected = in_float64(lambda *a: function(*a, **named, impl="reference"))(*arguments)
     actual = jax.jit(lambda *a: function(*a, **named, impl=impl))(*arguments)
@@ -130,7 +130,7 @@ def test_attend_gradients_match_reference(impl, window):
 
 
 def test_blockwise_attention_uses_less_memory():
-    """Also in the backward pass; long texts need it."""
+    """Also in the backward pass. Training on long texts depends on it."""
 
     def loss(impl):
         return lambda q: kernels.attend(q, q, q, impl=impl).sum()
@@ -257,5 +257,5 @@ def test_override_affects_forward():
         actual = jax.tree.leaves(read(params, cfg, ids))[0]
         with kernels.override(attend="reference"):
             other = jax.tree.leaves(read(params, cfg, ids))[0]
-        assert not np.array_equal(other, actual)  # the last bits differ
+        assert not np.array_equal(other, actual)  # rounding differs
         np.testing.assert_allclose(other, actual, atol=1e-5)

@@ -41,7 +41,7 @@ def requests(count: int) -> list[SequenceRequest]:
 
 
 def test_generate_batch_many_requests_equals_generate_in_order(engine):
-    batch = requests(300)  # more than the queue holds for one client, and in all
+    batch = requests(300)  # more than the limit per client, and than the whole queue
     completions = engine.generate_batch(iter(batch))
     assert len(completions) == 300 and {completion.finish_reason for completion in completions} == {
         "length"

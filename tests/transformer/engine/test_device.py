@@ -1,4 +1,4 @@
-"""The device thread: fair sharing on a fake clock, and errors, cancellation and closing."""
+"""The device thread: fair sharing with a fake clock, errors, cancellation and closing."""
 
 import asyncio
 import threading
@@ -33,7 +33,7 @@ def device(clock):
 
 
 class FixedSource(WorkSource):
-    """A source of `count` work items of `seconds` each, which append its name to `log`."""
+    """A source of `count` work items of `seconds` each, which append the source's name to `log`."""
 
     def __init__(self, name, count, seconds, clock, log, weight=1.0):
         self.name, self.count, self.seconds = name, count, seconds
@@ -60,20 +60,20 @@ def run(device, *sources):
     wait_until(lambda: not device._runnable)
 
 
-def test_sources_of_equal_items_alternate(device, clock):
+def test_sources_with_equal_work_items_alternate(device, clock):
     log = []
     run(device, *(FixedSource(name, 3, 1, clock, log) for name in "ab"))
     assert "".join(log) == "ababab"
 
 
-def test_sources_of_unequal_items_share_time(device, clock):
+def test_sources_with_unequal_work_items_share_device_time(device, clock):
     """A work item of three seconds counts as three items of one second."""
     log = []
     run(device, FixedSource("a", 2, 3, clock, log), FixedSource("b", 6, 1, clock, log))
     assert "".join(log) == "abbbabbb"
 
 
-def test_source_of_double_weight_gets_double_time(device, clock):
+def test_source_with_double_weight_gets_double_device_time(device, clock):
     log = []
     run(device, FixedSource("a", 6, 1, clock, log, weight=2.0), FixedSource("b", 3, 1, clock, log))
     # Virtual time advances by 1/2 for a and by 1 for b; a goes first when they are equal.
@@ -81,7 +81,7 @@ def test_source_of_double_weight_gets_double_time(device, clock):
     assert device.num_items == 9 and device.busy_seconds == 9
 
 
-def test_source_after_sleep_has_no_credit(device, clock):
+def test_source_after_idling_does_not_catch_up_on_device_time(device, clock):
     log = []
     early, late = FixedSource("a", 5, 1, clock, log), FixedSource("b", 2, 1, clock, log)
     run(device, early)
@@ -135,7 +135,7 @@ def test_work_queue_full_raises_busy(device):
 
 
 def test_work_queue_during_item_is_not_idle(device):
-    """A model counted as idle during its last work item, and was unloaded."""
+    """Bug: a model counted as idle during its last work item, and was unloaded."""
     gate, work_queue = threading.Event(), WorkQueue(device)
 
     def work():

@@ -1,7 +1,7 @@
 """The engine with a fake model: the next token is the last token plus its position.
 
-The fake KV cache stores the tokens themselves. Before each sample the fake model asserts that the
-blocks of a sequence hold exactly its tokens, whichever sequence wrote them.
+The fake KV cache stores the tokens themselves. Before sampling, the fake model asserts that the
+blocks of a sequence contain exactly its tokens, whichever sequence wrote them.
 """
 
 import asyncio
@@ -40,10 +40,10 @@ class FakeRunner:
     """A fake model: next token = (last token + its position) % 1000.
 
     Attributes:
-        work_items: (kind, batch size) of each work item done.
+        work_items: ("prefill" or "decode", batch size) of each work item run so far.
         gate: clear it to block the next work item.
         seconds: the minimum duration of a work item.
-        loses_cache: whether a failure loses the KV cache, as a call that donated it may.
+        loses_cache: whether a failure loses the KV cache, as can happen if a call donated it.
     """
 
     seconds = 0.0
@@ -64,7 +64,7 @@ class FakeRunner:
             ids = {offset: id for (block, offset), id in self.kv_cache.items() if block == source}
             self.kv_cache |= {(target, offset): id for offset, id in ids.items()}
         assert sequence.num_computed_tokens % CHUNK == 0, (
-            "chunks begin at multiples of the chunk size"
+            "chunks must begin at multiples of the chunk size"
         )
         end = min(sequence.num_computed_tokens + CHUNK, len(sequence.request.prompt))
         for position in range(sequence.num_computed_tokens, end):
@@ -105,7 +105,7 @@ class FakeRunner:
             assert sequence.slot >= 0
             positions = range(sequence.num_computed_tokens)
             cached = [self.kv_cache[sequence.block_table[p // BLOCK], p % BLOCK] for p in positions]
-            assert cached == sequence.ids, "the blocks of a sequence hold its tokens"
+            assert cached == sequence.ids, "the blocks of a sequence must contain its tokens"
         ids = np.array(
             [(sequence.ids[-1] + sequence.num_computed_tokens - 1) % 1000 for sequence in sequences]
         )
@@ -227,7 +227,7 @@ def test_preemption_for_lack_of_blocks_delivers_each_token_once():
     for i, events in enumerate(asyncio.run(main())):
         assert tokens(events) == expected((i,), 40) and events[-1] == Done("length")
     computed = sum(size for kind, size in setup.runner.work_items if kind == "decode")
-    assert computed > 6 * 39, "no sequence was preempted: the test shows nothing"
+    assert computed > 6 * 39, "no sequence was preempted, so the test checks nothing; lower blocks"
     assert setup.is_free()
     setup.close()
 
@@ -251,7 +251,7 @@ def test_request_of_whole_context_is_answered(setup):
     assert len(tokens(setup.engine.generate(make_request(*range(60), max_tokens=4)))) == 4
 
 
-def test_queue_full_raises_busy_until_drained():
+def test_queue_full_raises_busy_until_request_ends():
     setup = EngineFixture(slots=1, waiting=2)
     setup.runner.gate.clear()
     running = setup.start(make_request(1))
@@ -376,7 +376,7 @@ def test_close_idle_engine_twice_then_requests_are_cancelled():
 
 def test_close_with_drain_finishes_all_requests(setup):
     setup.runner.gate.clear()
-    events = [setup.start(make_request(i)) for i in range(6)]  # two more than slots
+    events = [setup.start(make_request(i)) for i in range(6)]  # two more than there are slots
     wait_until(lambda: setup.num_accepted() == 6)
     threading.Timer(0.05, setup.runner.gate.set).start()
     setup.engine.close(drain=True, timeout=10)
@@ -406,7 +406,7 @@ def test_close_with_drain_stops_at_timeout(setup):
 
 
 def count_cached_tokens(setup, *prompt, **more):
-    """Run a request and return its number of cached prompt tokens."""
+    """Run a request, and return the number of prompt tokens taken from the prefix cache."""
     prefill_done, *events = setup.engine.generate(make_request(*prompt, **more))
     assert tokens(events) == expected(prompt, 5)
     return prefill_done.cached_tokens
@@ -419,14 +419,14 @@ def test_prefix_cache_repeated_prompt_skips_cached_chunks(setup):
     assert setup.runner.work_items.count(("prefill", 1)) == 6 + 1
     assert (
         count_cached_tokens(setup, *prompt[:20]) == 16
-    )  # the last chunk is cached but holds the last token
+    )  # the last chunk is cached, but contains the last token
     assert count_cached_tokens(setup, *prompt[:10], 7) == 8
     assert count_cached_tokens(setup, *prompt[:14], 7, 7) == 12  # part of a block: copied
     assert count_cached_tokens(setup, *prompt[:14], 7, 7) == 12  # the chunk after it is not full
     assert count_cached_tokens(setup, *prompt[:14], 7, 7, 8) == 16
     assert (
         count_cached_tokens(setup, 5, *prompt[1:]) == 0
-    )  # the same chunks after another first chunk
+    )  # different first chunk, so the same later chunks do not match
     assert setup.is_free()
 
 
@@ -449,7 +449,7 @@ def test_prefix_cache_choices_of_one_prompt_prefill_once(setup):
     assert all(tokens(answer) == expected(tuple(range(17)), 5) for answer in events)
 
 
-def test_prefix_cache_without_free_blocks_evicts_unheld():
+def test_prefix_cache_without_free_blocks_evicts_unreferenced_ones():
     setup = EngineFixture(blocks=8)
     first, second = tuple(range(30)), tuple(range(100, 130))
     assert count_cached_tokens(setup, *first) == 0
@@ -485,7 +485,7 @@ def test_deadline_while_waiting_ends_request():
 
 
 def test_stream_unread_events_cancel_request(setup, monkeypatch):
-    """Unread events of a slow client were kept without limit."""
+    """Bug: unread events of a slow client were stored without limit."""
     monkeypatch.setattr("transformer.engine.engine.MAX_UNREAD_EVENTS", 10)
 
     async def main():
@@ -521,11 +521,11 @@ def test_stats_after_requests_are_exact(setup):
     assert (stats.prefill_chunks, stats.decode_steps, stats.decoded_rows) == (3 + 1, 4, 4)
     assert stats.finished == {"length": 2, "failed": 1}
     assert (stats.waiting, stats.running, stats.slots) == (0, 0, 4)
-    # The block with two cached chunks is kept; the block after it held no whole chunk.
+    # The block with two cached chunks stays cached; the block after it had no whole chunk.
     assert (stats.blocks, stats.blocks_held, stats.blocks_cached) == (10, 0, 1)
 
 
-def test_on_speed_only_for_request_that_ran_alone():
+def test_on_speed_is_called_only_for_request_that_ran_alone():
     speeds = []
     setup = EngineFixture()
 
@@ -623,7 +623,7 @@ def test_random_requests_each_end_once_with_their_own_tokens(
 
 
 def test_failure_that_loses_cache_recomputes_other_sequences(setup):
-    """A failed call can delete the donated cache; then every running sequence failed too."""
+    """Bug: if a failed call deleted the donated cache, every running sequence failed too."""
     runner, engine = setup.runner, setup.engine
     runner.loses_cache = True
     runner.seconds = 0.005

@@ -1,4 +1,4 @@
-"""The scheduler: each rule by hand, and its invariants under random actions."""
+"""The scheduler: examples of each rule, and invariants under random actions."""
 
 import copy
 import itertools
@@ -21,7 +21,7 @@ NEXT_ID = itertools.count(1000)
 
 
 def make_sequence(prompt=3, max_tokens=5, client="", ids=None, is_accepted=False):
-    """Return a sequence with a prompt of `prompt` unique ids, or of `ids`."""
+    """Return a sequence whose prompt is `ids`, or `prompt` ids that no other sequence has."""
     ids = tuple(ids or (next(NEXT_ID) for _ in range(prompt)))
     request = SequenceRequest(
         prompt=ids,
@@ -61,13 +61,14 @@ def run_work_item(scheduler, work):
 
 
 def check_invariants(scheduler, slots, blocks):
-    """Assert that each slot has one owner, and that reference counts and block tables agree."""
+    """Assert that each slot has one sequence, and that reference counts match block tables."""
     all_blocks = range(1, blocks + 1)
     holders = Counter(block for sequence in scheduler.running for block in sequence.block_table)
     assert [scheduler.block_pool.ref_count(block) for block in all_blocks] == [
         holders[block] for block in all_blocks
     ]
-    # Allocate all blocks of a copy: each comes once, and cached chunks are in held blocks only.
+    # Allocate all free blocks of a copy of the pool: each is returned once, and afterwards only
+    # referenced blocks have cached chunks.
     spare = copy.deepcopy(scheduler.block_pool)
     allocated = [spare.allocate() for _ in range(spare.num_free_blocks)]
     assert sorted([*allocated, *holders]) == [*all_blocks]
@@ -125,7 +126,7 @@ def test_schedule_prefill_and_decode_alternate():
     assert kinds == [Decode, Prefill] * 4 or kinds == [Prefill, Decode] * 4
 
 
-def test_schedule_equal_prompts_prefill_in_order():
+def test_schedule_prompts_of_equal_length_prefill_in_order():
     s = make_scheduler()
     sequences = [make_sequence(prompt=4) for _ in range(3)]
     for sequence in sequences:
@@ -224,7 +225,7 @@ def test_submit_to_full_queue_raises_busy():
 
 
 def test_submit_beyond_quarter_of_queue_by_one_client_raises_busy():
-    """One client could fill the queue, and all others got Busy."""
+    """Bug: one client could fill the queue, and all others got Busy."""
     s = make_scheduler(waiting=8)
     for _ in range(2):
         s.submit(make_sequence(client="greedy"))
@@ -233,11 +234,11 @@ def test_submit_beyond_quarter_of_queue_by_one_client_raises_busy():
     assert busy.value.num_waiting == 2
     s.submit(make_sequence(client="modest"))
     s.schedule()
-    s.submit(make_sequence(client="greedy"))  # none of its own waits now
+    s.submit(make_sequence(client="greedy"))  # the client has no waiting sequences now
 
 
 def test_submit_accepted_sequence_to_full_queue_is_queued():
-    """A full queue ended a running request when its seventeenth choice did not fit."""
+    """Bug: a running request failed if the queue was full when its 17th choice was submitted."""
     s = make_scheduler(waiting=4)
     s.submit(make_sequence(client="a"))
     with pytest.raises(Busy):
@@ -274,7 +275,7 @@ def test_preemption_takes_youngest_and_readmits_it_first():
         ]
         ended += run_work_item(s, work)
         check_invariants(s, 3, 3)
-    # One block each: the first that needs a second block takes that of the youngest, and so on.
+    # Each sequence has one block. If one needs a second block, the youngest is preempted.
     assert preempted == [late, young] or preempted == [young, late] or preempted == [late]
     assert ended == [old, young, late]
     assert s.is_idle
