@@ -55,7 +55,7 @@ _PREFIXES = (
     *((prefix, 0) for prefix in (b"\x1a\x45\xdf\xa3", b"\x30\x26\xb2\x75", b"ID3")),
     (b"ftyp", 4),
 )
-_NESTING = {"matroska", "asf", "avi", "mp4", "flv"}  # may contain signatures of other formats
+_NESTING = {"matroska", "asf", "avi", "mp4", "flv"}  # can contain signatures of other formats
 _UNKNOWN_SIZES = (0, 2**32 - 1)  # in a header that was never completed
 _MAX_STEPS = 10_000  # chunks to follow within one file; bounds the work
 
@@ -66,7 +66,7 @@ class Part(NamedTuple):
     Attributes:
         data: its bytes, without leading ID3v2 tags.
         is_certain: whether it is the first file or begins with a signature. Otherwise it follows
-            the end of another file, and may be audio, a tag or padding.
+            the end of another file, and can be audio, a tag or padding.
     """
 
     data: bytes
@@ -74,7 +74,7 @@ class Part(NamedTuple):
 
 
 def detect_format(data: bytes) -> str:
-    """Return the format by its signature: wav, w64, aiff, caf, flac, ogg, ...; or "".
+    """Detect the format from the signature: wav, w64, aiff, caf, flac, ogg, ...; "" if unknown.
 
     Args:
         data: the bytes of a file.
@@ -213,7 +213,7 @@ def _caf_end(data: bytes, start: int) -> int | None:
 
 
 def _ogg_end(data: bytes, start: int) -> int:
-    """Return the end of one link of an Ogg chain.
+    """Return the end of an Ogg file, which another Ogg file can follow (a chained Ogg).
 
     The first pages of multiplexed streams precede all other pages.
     """
@@ -324,7 +324,10 @@ _ENDS: dict[str, Callable[[bytes, int], int | None]] = {
 
 
 def _flac_metadata_end(data: bytes, start: int) -> int:
-    """Return the start of the frames (RFC 9639, section 8); metadata may contain a WAV header."""
+    """Return the start of the frames after the metadata, which can contain a WAV header.
+
+    The format of the metadata is that of RFC 9639, section 8.
+    """
     position, is_last = start + 4, False
     while not is_last and position + 4 <= len(data):
         is_last = data[position] >= 0x80
@@ -395,11 +398,11 @@ def mp3_frame_length(header: bytes) -> int:
 
 
 def is_plain_mp3(data: bytes) -> bool:
-    """Return whether an MP3 has only frames of one MPEG version and layer, and the stated number.
+    """Return whether an MP3 has only frames of one MPEG version and layer, as many as it states.
 
-    The first frame may hold a table of contents (the header of Xing and LAME) instead of audio. It
+    The first frame can hold a table of contents (the header of Xing and LAME) instead of audio. It
     states the number of frames after it, and a decoder that relies on it stops there. An ID3v1 tag
-    may follow the last frame.
+    after the last frame is accepted.
 
     Args:
         data: the bytes of a file without leading ID3v2 tags.

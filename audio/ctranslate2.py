@@ -110,7 +110,9 @@ def read(path: Path) -> tuple[str, dict[str, np.ndarray]]:
     for name in [name for name in arrays if name.endswith("_scale")]:
         scale, weight = arrays.pop(name), arrays.get(name.removesuffix("_scale"))
         if weight is None or weight.dtype != np.int8 or scale.shape != weight.shape[:1]:
-            raise ValueError(f"{path}: {name} of shape {scale.shape} matches no int8 weight")
+            raise ValueError(
+                f"{path}: {name} of shape {scale.shape} needs an int8 weight with a row per scale"
+            )
         rows = scale.reshape(-1, *(1,) * (weight.ndim - 1)).astype(np.float32)
         arrays[name.removesuffix("_scale")] = weight / rows
     return spec, arrays

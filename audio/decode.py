@@ -339,9 +339,9 @@ def _sample(
 def _beam_search(
     task: _DecodingTask, options: DecodingOptions, num_windows: int, beam_size: int
 ) -> list[list[_Hypothesis]]:
-    """Extend the `beam_size` likeliest hypotheses of each window until enough are finished.
+    """Extend the `beam_size` likeliest hypotheses of each window.
 
-    Enough is `beam_size * options.patience`.
+    The search ends when `beam_size * options.patience` hypotheses of each window are finished.
     """
     eot, max_finished = task.tokenizer.eot, max(1, round(beam_size * options.patience))
     beams = [[_Hypothesis() for _ in range(beam_size)] for _ in range(num_windows)]
@@ -546,9 +546,9 @@ class _DecodingTask:
 def _allowed_ranges(
     ids: Sequence[int], tokenizer: WhisperTokenizer, vocab_size: int
 ) -> tuple[int, int, int]:
-    """Return the tokens that may follow `ids` as (first text id, first and end timestamp id).
+    """Return which tokens are allowed after `ids`: first text id, first and end timestamp id.
 
-    A text token may be followed by any text token, and by any timestamp after the last one. The
+    A text token can be followed by any text token, or by any timestamp after the last one. The
     timestamp that ends a segment must be followed by the end-of-text token, or by the timestamp
     that begins the next segment. That timestamp must be followed by a text token.
     """

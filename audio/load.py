@@ -127,7 +127,7 @@ def _resample(blocks: Iterator[Block], max_seconds: float) -> np.ndarray:
             seconds += len(samples) / rate
             if seconds > max_seconds:
                 raise _TooLong
-            # Block by block, because the whole file at a high rate may not fit into memory.
+            # Block by block, because a whole file at a high rate might not fit into memory.
             resampled.append(samples if stream is None else stream.resample_chunk(samples))
         if stream is not None:
             resampled.append(stream.resample_chunk(np.zeros(0, np.float32), last=True))

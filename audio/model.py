@@ -170,7 +170,7 @@ def _info(shape: tuple[int, ...], axes: tuple[str, ...], initializer: Any) -> An
 def _sinusoids(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
     """Return position embeddings [T, D]: sines, then cosines, of wavelengths 2 pi to 20,000 pi.
 
-    `key` is not used; it makes this an initializer.
+    `key` is not used; the parameter is there because initializers have it.
     """
     length, width = shape
     rates = jnp.exp(-math.log(10_000) / (width // 2 - 1) * jnp.arange(width // 2))

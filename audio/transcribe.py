@@ -1,7 +1,7 @@
 """Transcription of audio of any length: window by window, or several windows in a batch.
 
 Sequential (Radford et al. 2022, section 3.8): a window of 30 seconds is decoded, and the next one
-begins at its last timestamp, so that no word is cut. The previous text may be the prompt of the
+begins at its last timestamp, so that no word is cut. The previous text can be the prompt of the
 next window. Batched (`batch_size` above 1): the audio is split at pauses into independent regions,
 and one window of each region is decoded in a batch, so that each decoding step reads the weights
 once for all of them. Sequential decoding keeps names and style consistent; batched decoding is

@@ -37,7 +37,7 @@ _TOLERANCE = 0.3  # seconds; times this close to a pause count as within it
 
 
 def speech_spans(samples: np.ndarray) -> list[Span]:
-    """Find the spans that may be speech.
+    """Find the spans that are probably speech.
 
     Args:
         samples: float32 [samples] at 16 kHz.
