@@ -66,7 +66,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             longest = 2 * math.isqrt(max_pixels)
             if max(width, height) > longest:
                 raise _TooLarge(
-                    f"the image has {width} x {height} pixels; a side may have at most {longest:,}"
+                    f"the image has {width} x {height} pixels; a side can have at most {longest:,}"
                 )
             image.seek(0)
             key = _transparent_colour(image)

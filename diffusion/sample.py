@@ -109,7 +109,7 @@ def sample(
 
 
 def image_keys(seed: int, count: int) -> jax.Array:
-    """Return [count] PRNG keys; key i is `fold_in(key(seed), i)`, whatever `count` is."""
+    """Return [count] PRNG keys; key i is `fold_in(key(seed), i)` for every `count`."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(count))
 
 

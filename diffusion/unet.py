@@ -61,7 +61,7 @@ class Attention:
 
 @struct.dataclass
 class Stage:
-    """Weights of the blocks at one size."""
+    """Weights of a stage: the blocks at one image size, on the way down and up."""
 
     down: tuple[Block, ...]
     up: tuple[Block, ...]
