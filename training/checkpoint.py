@@ -102,13 +102,13 @@ def load(folder: Path, like: State, config: TrainConfig) -> tuple[State, dict[st
     path = folder / f"step-{steps[-1]:06d}"
     metadata = _read_metadata(path / _METADATA)
     if metadata["step"] != steps[-1]:
-        raise ValueError(f"{path / _METADATA}: belongs to step {metadata['step']}, not {steps[-1]}")
+        raise ValueError(f"{path / _METADATA}: step must be {steps[-1]}, got {metadata['step']}")
     _check_config(path, TrainConfig.from_json(metadata["config"]), config)
     try:
         with safe_open(path / _TENSORS, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
-        raise ValueError(f"{path}: lacks {_TENSORS}") from None
+        raise ValueError(f"{path}: the file {_TENSORS} is missing") from None
     except Exception as error:  # safetensors has no public exception for a damaged file
         raise ValueError(f"{path / _TENSORS}: not a readable safetensors file ({error})") from error
     try:
@@ -133,9 +133,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
     if not isinstance(metadata, dict) or metadata.keys() != keys:
         raise ValueError(f"{path}: must be an object with the keys {', '.join(sorted(keys))}")
     if metadata["format"] != _FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: has format {metadata['format']!r}; this version reads {_FORMAT_VERSION}"
-        )
+        raise ValueError(f"{path}: format must be {_FORMAT_VERSION}, got {metadata['format']!r}")
     return metadata
 
 
@@ -144,8 +142,8 @@ def _check_config(path: Path, saved: TrainConfig, config: TrainConfig) -> None:
     for name, value in asdict(config).items():
         if name not in MUTABLE_FIELDS and value != saved_values[name]:
             raise ValueError(
-                f"{path}: was made with {name}={saved_values[name]!r}, not {value!r}; resume with "
-                "the same value, or train in another folder"
+                f"{path}: the run was started with {name}={saved_values[name]!r}, got {value!r}; "
+                "resume with the same value, or train in another folder"
             )
 
 

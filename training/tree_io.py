@@ -32,9 +32,9 @@ def from_named(arrays: Mapping[str, np.ndarray], like: Any) -> Any:
     expected = to_named(like)
     if missing := [name for name in expected if name not in arrays]:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"lacks the array {missing[0]!r}{others}")
+        raise ValueError(f"missing arrays: {missing[0]!r}{others}")
     if unknown := sorted(arrays.keys() - expected.keys()):
-        raise ValueError(f"has the unexpected array {unknown[0]!r}")
+        raise ValueError(f"the array {unknown[0]!r} is unexpected")
     for name, leaf in expected.items():
         array = arrays[name]
         if array.shape != leaf.shape or array.dtype != leaf.dtype:

@@ -115,7 +115,8 @@ def sampling_shares(
     Args:
         dataset: the dataset of N images.
         settings: `style_shares` and `common_weight` are used.
-        common_words: a concept is common if its name is one of these words.
+        common_words: a concept is common if its `plain` name is one of these words, or (in nature,
+            food and travel) if the last word of its name is.
 
     Returns:
         float64 [N].
