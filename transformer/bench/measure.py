@@ -106,7 +106,7 @@ class _CompiledContender:
 def argument_sets(case: Case) -> list[tuple]:
     """Return copies of the arguments, which calls use in turn so that cold ones are not cached.
 
-    There are as many copies that all cold arguments together have at least `reuse_distance` bytes.
+    The cold arguments of all copies together have at least `case.reuse_distance` bytes.
     """
     first = case.inputs()
     cold_bytes = sum(leaf.nbytes for i in case.cold_argnums for leaf in jax.tree.leaves(first[i]))

@@ -74,7 +74,7 @@ def profile_decode(
         reads little.
 
     Raises:
-        RuntimeError: As `profile_step`.
+        RuntimeError: See `profile_step`.
     """
     profiles = []
     for dtype in dtypes:

@@ -197,7 +197,7 @@ class WorkQueue(WorkSource):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no caller is inside `using`."""
+        """Whether no job uses the queue; see `using`."""
         return not self._users
 
     @contextlib.contextmanager

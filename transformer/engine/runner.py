@@ -289,5 +289,5 @@ def _cache_hits() -> Iterator[list[str]]:
 def _on_host(output: SampleOutput) -> SampleOutput:
     """Wait for the arrays of an output, and copy them to the host."""
     arrays = (output.ids, output.logprobs, output.top_ids, output.top_logprobs)
-    # A SampleOutput may hold NumPy arrays too.
+    # The fields of SampleOutput are annotated as JAX arrays.
     return SampleOutput(*(np.asarray(a) for a in arrays))  # pyright: ignore[reportArgumentType]
