@@ -167,7 +167,7 @@ def main() -> None:
                 for label, samples in (("ffmpeg", theirs), ("ours", ours)):
                     text = audio.transcribe(whisper, samples).text if len(samples) else ""
                     print(f"    {label:7} {text}", flush=True)
-    print(f"{num_files} files, {num_different} durations differ by more than 50 ms a part")
+    print(f"{num_files} files, {num_different} durations differ by more than 50 ms per part")
     if num_different:
         raise SystemExit(1)
 

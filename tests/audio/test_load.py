@@ -379,7 +379,7 @@ def test_mp3_with_zeros_between_two_files_is_decoded_whole():
 
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "MP3", "OGG OPUS", "adts/aac", "mp4/aac"])
-def test_unreadable_second_of_two_files_raises_and_is_named(kind):
+def test_unreadable_second_of_two_files_raises_and_names_part_2(kind):
     """The samples of the first file alone would look complete, so both files are refused."""
     with pytest.raises(ValueError, match=naming("part 2")):
         load(tone_file(kind) + tone_file("FLAC")[:60])

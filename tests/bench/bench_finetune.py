@@ -237,7 +237,7 @@ def main() -> int:
 
         args.model = download.find_path(catalogue.load().models[MODEL], settings.data_folder())
     if args.model is None:
-        raise SystemExit(f"run `pellucid pull {MODEL}` first")
+        raise SystemExit(f"this needs a model: run `pellucid pull {MODEL}` first")
     status = 0
     for method in args.methods:
         with tempfile.TemporaryDirectory() as folder:

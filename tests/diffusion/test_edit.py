@@ -232,7 +232,7 @@ def test_exif_orientation_is_applied():
 
 
 def png(width, height):
-    """Return a PNG with a header of any size and little image data."""
+    """Return a PNG whose header states the given size, with little image data."""
 
     def chunk(kind, data):
         body = kind + data

@@ -101,7 +101,7 @@ def test_session_wrong_page_fails(session, tmp_path, text):
         session.run(page(tmp_path, text))
 
 
-def test_session_shows_address_and_files_as_a_reader_has_them(session, tmp_path):
+def test_session_replaces_url_and_links_project_files(session, tmp_path):
     text = "```python\nu = 'http://127.0.0.1:8000'\nassert u[-2:] == ':1'\nprint(u)\n```\n"
     text += "```text\nhttp://127.0.0.1:8000\n```\n"
     text += "```console\n$ test -f README.md && echo hello > new.txt && cat new.txt\nhello\n```\n"

@@ -185,7 +185,7 @@ def test_float64_decoder_supports_every_variant():
         np.testing.assert_allclose(logits, exact.decoder(params, cfg, ids), atol=1e-4, err_msg=name)
 
 
-def test_results_round_trip_and_compare(tmp_path):
+def test_results_file_round_trips_and_is_compared(tmp_path):
     path = tmp_path / "a.jsonl"
     bench.write(path, ABOUT, [RESULT])
     assert [list(json.loads(line))[0] for line in path.read_text().splitlines()] == [
