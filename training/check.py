@@ -112,9 +112,8 @@ class Report:
         if problem.code == "invalid_n_examples":
             return {"code": problem.code, "message": problem.message, "param": param}
         name = param.replace("_", " ")
-        message = f"The job failed due to an invalid {name}. {problem.message}"
-        if problem.line is not None:
-            message = message.replace(". ", ". Invalid file format. ", 1)
+        reason = "" if problem.line is None else "Invalid file format. "
+        message = f"The job failed due to an invalid {name}. {reason}{problem.message}"
         if more:
             message += f" ({more} more problem{'s' if more > 1 else ''} in this file.)"
         return {"code": f"invalid_{param}", "message": message, "param": param}

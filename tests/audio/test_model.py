@@ -121,12 +121,10 @@ def test_encode_with_wrong_mel_shape_raises(params):
 
 
 def test_changed_config_size_changes_parameter_shapes():
-    base = {id(x): x.shape for x in jax.tree.leaves(model.abstract(CFG))}.values()
     for field in ("num_audio_layers", "num_text_layers", "d_ff", "vocab_size", "num_mels"):
         other = dataclasses.replace(CFG, **{field: getattr(CFG, field) + 1})
         shapes = [x.shape for x in jax.tree.leaves(model.abstract(other))]
         assert shapes != [x.shape for x in jax.tree.leaves(model.abstract(CFG))], field
-    assert base
 
 
 def test_config_round_trips_and_error_names_wrong_field():
