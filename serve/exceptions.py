@@ -1,13 +1,13 @@
 """The exceptions of commands, with their exit codes, and those of the registry.
 
-Exit codes: 0 success, 1 failure, 2 wrong usage, 3 model or file not found, 4 source unreachable or
+Exit codes: 0 success, 1 failure, 2 wrong usage, 3 model or file not found, 4 download failed or
 wrong checksum, 5 does not fit (context, disk), 6 a check failed, 130 interrupted. A message says
 what is wrong and what to do.
 """
 
 
 class Failure(Exception):
-    """A command failed."""
+    """Base class: a command failed."""
 
     exit_code = 1
 
@@ -25,7 +25,7 @@ class NotFound(Failure):
 
 
 class Unreachable(Failure):
-    """A source could not be reached, or lacks what was requested."""
+    """A server could not be reached, or does not have the requested file."""
 
     exit_code = 4
 
@@ -37,13 +37,13 @@ class Corrupt(Failure):
 
 
 class DoesNotFit(Failure):
-    """The input exceeds the model's context, or a file exceeds the disk."""
+    """The input exceeds the model's context, or a file exceeds the free disk space."""
 
     exit_code = 5
 
 
 class CheckFailed(Failure):
-    """A check found problems."""
+    """A check of data or files, such as `pellucid finetune check`, found problems."""
 
     exit_code = 6
 
@@ -57,7 +57,7 @@ class UnknownModel(Exception):
     """
 
     def __init__(self, name: str, not_pulled_id: str | None = None):
-        super().__init__(f"no model is called {name!r} here")
+        super().__init__(f"no model has the id or alias {name!r}")
         self.name, self.not_pulled_id = name, not_pulled_id
 
 
@@ -66,7 +66,8 @@ class CannotLoad(Exception):
 
     Attributes:
         id: the id of the model.
-        is_busy: whether a later attempt may succeed, because busy models hold the memory.
+        is_busy: whether a later attempt may succeed, because models that serve requests now use
+            the memory.
     """
 
     def __init__(self, id: str, reason: str, *, is_busy: bool):

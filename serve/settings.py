@@ -1,8 +1,9 @@
 """Paths of Pellucid's files.
 
-Pellucid has two folders. The data folder holds pulled models and measurements; the configuration
-folder holds the user's `models.toml` (see `catalogue.py`). `PELLUCID_HOME`, if set, is both;
-otherwise they are the platform's usual folders.
+Pellucid has two folders. The data folder has the pulled models, the server's files and jobs, and
+benchmark results; the configuration folder has the user's `models.toml` (see
+`models/catalogue.py`). `PELLUCID_HOME`, if set, is both; otherwise they are the platform's usual
+folders.
 """
 
 import os
@@ -12,14 +13,14 @@ import platformdirs
 
 
 def data_folder() -> Path:
-    """Return the folder for pulled models and measurements, which may not exist yet."""
+    """Return the data folder, which need not exist."""
     if home := os.environ.get("PELLUCID_HOME"):
         return Path(home).expanduser().absolute()
     return platformdirs.user_data_path("pellucid", appauthor=False)
 
 
 def config_folder() -> Path:
-    """Return the folder for the user's `models.toml`, which may not exist."""
+    """Return the folder of the user's `models.toml`, which need not exist."""
     if home := os.environ.get("PELLUCID_HOME"):
         return Path(home).expanduser().absolute()
     return platformdirs.user_config_path("pellucid", appauthor=False)

@@ -48,8 +48,8 @@ from serve.models.registry import Registry
 def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
     """Return the ASGI application.
 
-    Set ``app.state.is_draining`` to make it finish running requests and refuse new ones. Close
-    ``app.state.job_runner`` at the end; that stops fine-tuning.
+    Set ``app.state.is_draining`` to refuse new requests while the running ones finish. At shutdown,
+    call ``app.state.job_runner.close()`` to stop fine-tuning.
 
     Args:
         settings: Keys, limits and the data folder.
@@ -65,7 +65,7 @@ def create_app(settings: ServerSettings, registry: Registry) -> FastAPI:
     app = FastAPI(
         title="Pellucid",
         description="The model stack behind the OpenAI API, from scratch, on this machine.",
-        openapi_url=None,  # `routes/pages.py` serves it
+        openapi_url=None,  # `routes/pages.py` serves /openapi.json
         redirect_slashes=False,
         middleware=[
             Middleware(

@@ -1,4 +1,4 @@
-"""API keys: generated here, shown once, stored as digests.
+"""API keys: random, shown once at creation, and stored as SHA-256 digests.
 
 A key is 32 random bytes in URL-safe base64. The file in the data folder holds its SHA-256, so a
 reader of the file cannot use the key. A slow, salted hash protects passwords that people choose; it
@@ -26,7 +26,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 @dataclass(frozen=True)
 class Key:
-    """A stored key."""
+    """The record of an API key in the key file, which has the key's digest instead of the key."""
 
     name: str
     digest: str  # SHA-256 of the key, in hex
@@ -112,7 +112,7 @@ class KeyRing:
         self._refresh()
 
     def requires_key(self) -> bool:
-        """Return whether a request needs a key."""
+        """Return whether requests need an API key."""
         self._refresh()
         return self._requires_key
 

@@ -1,8 +1,8 @@
-"""Base64 of large files in chunks, because each call holds the GIL while other threads wait."""
+"""Encode and decode base64 in chunks, because one call on a large file would hold the GIL long."""
 
 import base64
 
-CHUNK = 2**15  # groups of 3 bytes, or of 4 characters of base64, in one call
+CHUNK = 2**15  # number of groups per call; a group is 3 bytes, or 4 characters of base64
 
 
 def from_base64(text: str) -> bytes:

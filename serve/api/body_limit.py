@@ -24,14 +24,15 @@ class _TooSlow(Exception):
 class BodyLimit:
     """Pure ASGI middleware that refuses bodies that are too large (413) or too slow (408).
 
-    A body whose Content-Length exceeds the limit is refused unread, any other at the limit. The
-    timeout keeps slow clients from holding connections.
+    A body whose Content-Length exceeds the limit is refused unread; a body without a Content-Length
+    is refused once more bytes than the limit have arrived. The timeout keeps slow clients from
+    holding connections.
 
     Args:
         app: The next application.
         limit: Largest body, in bytes.
         timeout: Longest time that a body may take to arrive, in seconds.
-        path_limits: Larger limits, in bytes, by path.
+        path_limits: Limits of the paths that accept larger bodies, in bytes, by path.
     """
 
     def __init__(

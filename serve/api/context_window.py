@@ -1,7 +1,7 @@
 """Check that prompt and completion fit the model's context window.
 
-Prompt and completion share the context. A request that does not fit is a 400 with OpenAI's
-sentence, which programs recognize in order to shorten a conversation and try again.
+Prompt and completion share the context. A request that does not fit returns 400 with the sentence
+of OpenAI's API, because client programs match that sentence to shorten a conversation and retry.
 """
 
 import functools
@@ -13,9 +13,9 @@ from serve.api.errors import APIError
 
 
 class Wording(NamedTuple):
-    """The words in which a route reports that its input is too long."""
+    """The parts of a route's error message for input that is too long."""
 
-    param: str | None  # the request field at fault
+    param: str | None  # the request field that the error names
     prompt_too_long: str  # end of the sentence when the input alone is too long
     total_too_long: str  # end of the sentence when input and completion together are too long
 
@@ -44,17 +44,17 @@ EDIT_WORDING = Wording(
 def resolve_max_tokens(
     wording: Wording, context: int, prompt: int, max_tokens: int | None, default: int
 ) -> int:
-    """Return the maximum number of tokens of a completion.
+    """Return the maximum number of tokens to generate, or refuse a prompt that does not fit.
 
     Args:
         wording: `CHAT_WORDING`, `COMPLETION_WORDING` or `EDIT_WORDING`.
         context: Length of the model's context window, in tokens.
         prompt: Length of the prompt, in tokens.
         max_tokens: The limit in the request; None for as many as fit, up to ``default``.
-        default: The route's default limit.
+        default: The route's default for ``max_tokens``.
 
     Raises:
-        APIError: 400 context_length_exceeded.
+        APIError: 400 context_length_exceeded if prompt and ``max_tokens`` exceed ``context``.
     """
     remaining = context - prompt
     if remaining < 0 or (remaining == 0 and max_tokens != 0):
@@ -67,13 +67,15 @@ def resolve_max_tokens(
 def refuse_too_long(wording: Wording, context: int, encoding: Encoding, text: str) -> None:
     """Refuse a text that cannot fit the context, without tokenizing all of it.
 
-    A text has at least (bytes / bytes of the longest token) tokens. The bytes are counted after
-    normalization and without dropped bytes, as the tokenizer sees them.
+    Tokenizing megabytes of text takes seconds. A text of S bytes has at least S / L tokens, where L
+    is the length of the longest token of the vocabulary in bytes. S is counted after Unicode
+    normalization and without the bytes that the tokenizer drops.
 
     Raises:
-        APIError: 400 context_length_exceeded, where ``text`` cannot fit in ``context`` tokens.
+        APIError: 400 context_length_exceeded if ``text`` has more than ``context`` tokens by this
+            bound.
     """
-    if len(text) <= context:  # even one token a character would fit
+    if len(text) <= context:  # short enough to tokenize in full
         return
     if encoding.normalization == "NFC":
         text = unicodedata.normalize("NFC", text)
@@ -99,7 +101,7 @@ def longest_token(encoding: Encoding) -> int:
     for token in range(encoding.n_vocab):
         try:
             longest = max(longest, len(encoding.decode_single_token_bytes(token)))
-        except KeyError:  # a gap in the numbering
+        except KeyError:  # an id without a token
             continue
     return longest
 

@@ -3,9 +3,10 @@
 The server and the command line both read generated text through `Detokenizer.update`.
 
 A token is not a unit of text: one character may take several tokens, and the last characters of a
-token may be the first of a stop string. So text is held back until it is certain, and is emitted
-together with exactly the tokens that encode it: joining the logprob entries gives the text. A token
-that a stop string cuts is emitted too, because its first characters are.
+token may be the first of a stop string. So text is held back until it is a whole character and
+cannot begin a stop string. Text is emitted together with exactly the tokens that encode it, so that
+the joined logprob entries give the text. A token that is cut by a stop string is emitted if some of
+its characters are.
 """
 
 from collections import deque
@@ -54,7 +55,7 @@ class Detokenizer:
         encoding: The model's vocabulary.
         stop_strings: Strings that end the choice. They are not emitted.
         echo_tokens: Prompt tokens to emit when the prefill is done.
-        num_unechoed: Number of leading scored prompt tokens that are not echoed.
+        num_unechoed: Number of leading prompt tokens that get a logprob but are not echoed.
     """
 
     def __init__(
@@ -69,8 +70,10 @@ class Detokenizer:
         self._decoder = StreamDecoder(encoding)
         self._matcher = StopMatcher(stop_strings)
         self._pending: list[Token] = []  # tokens that do not complete a character yet
-        self._held: deque[tuple[int, int, list[Token]]] = deque()  # start, end, tokens
-        self._decoded = self._emitted = self._generated = 0  # characters, characters, tokens
+        # Decoded text that is not emitted yet: start and end in characters, and its tokens.
+        self._held: deque[tuple[int, int, list[Token]]] = deque()
+        # Numbers of decoded characters, emitted characters, and generated tokens.
+        self._decoded = self._emitted = self._generated = 0
 
     def update(self, event: Event) -> TextDelta | None:
         """Process an engine event and return the next delta, whose text may be empty.
@@ -158,8 +161,8 @@ def clamp_logprob(logprob: float | None) -> float:
 def token_text(data: bytes) -> str:
     r"""Return the name of a token in logprobs: its text, or ``bytes:\xf0\x9f`` for invalid UTF-8.
 
-    OpenAI's completions used the same notation. Unlike a replacement character it keeps such tokens
-    distinct.
+    OpenAI's completions use this notation. With a replacement character, different tokens would
+    have the same name.
     """
     try:
         return data.decode()

@@ -1,7 +1,7 @@
 """Errors of the API, in the JSON shape that OpenAI's clients expect.
 
-An error is a status and ``{"error": {"message", "type", "param", "code"}}``. This module defines
-that shape, translates pydantic's validation errors into OpenAI's sentences, and registers handlers
+The response has an HTTP status and the body ``{"error": {"message", "type", "param", "code"}}``.
+This module defines that body, rewords pydantic's validation errors as OpenAI's, and has handlers
 for all other errors (unknown routes, wrong methods, unknown models, a full queue). The texts follow
 OpenAI's API, because programs match on them. A message names the field, the value, and a valid
 alternative.
@@ -27,8 +27,8 @@ class APIError(Exception):
     Args:
         status: The HTTP status.
         message: One or two sentences for a person.
-        type: The family of the error, such as "invalid_request_error" or "server_error".
-        param: The path of the field at fault, such as "messages[0].role".
+        type: The class of the error, such as "invalid_request_error" or "server_error".
+        param: The path of the invalid field, such as "messages[0].role".
         code: The machine-readable code, such as "context_length_exceeded".
         headers: Additional response headers.
     """
@@ -62,7 +62,7 @@ class ClientDisconnected(Exception):
 
 
 def server_error(detail: str = "") -> APIError:
-    """Return a 500 error. The client sees ``detail``, so it must not hold a traceback."""
+    """Return a 500 error. The client sees ``detail``, which must not contain a traceback."""
     reason = f": {detail}" if detail else ". Sorry about that!"
     return APIError(
         500, f"The server had an error while processing your request{reason}", type="server_error"
@@ -70,7 +70,7 @@ def server_error(detail: str = "") -> APIError:
 
 
 def unsupported(param: str, value: object, supported: str) -> APIError:
-    """Return the 400 error for a value that the API defines but this model or server lacks.
+    """Return the 400 error for a value that OpenAI's API allows but this model or server does not.
 
     Args:
         param: The path of the field.
@@ -204,16 +204,17 @@ def _clip(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
-# --- everything else --------------------------------------------------------------------------
+# --- other exceptions -------------------------------------------------------------------------
 
 
 _translations: dict[type[Exception], Callable[[Any], APIError]] = {}
 
 
 def translate(kind: type[E]) -> Callable[[Callable[[E], APIError]], Callable[[E], APIError]]:
-    """Decorate a function that converts exceptions of class ``kind`` to APIErrors.
+    """Register the decorated function, which converts exceptions of class ``kind`` to APIErrors.
 
-    The registration keeps this module free of imports of the engine and JAX.
+    The modules that define the exceptions register them, so that this module imports neither the
+    engine nor JAX.
     """
 
     def register(function: Callable[[E], APIError]) -> Callable[[E], APIError]:
@@ -229,11 +230,11 @@ def as_api_error(error: Exception) -> APIError:
         case APIError():
             return error
         case UnknownModel():
-            hint = "GET /v1/models lists what is served here."
+            hint = "GET /v1/models lists the served models."
             if error.not_pulled_id is not None:
                 hint = (
-                    f"It is {error.not_pulled_id} here: run `pellucid pull {error.not_pulled_id}`, "
-                    "then restart the server."
+                    f"This name stands for {error.not_pulled_id}, which is not downloaded: run "
+                    f"`pellucid pull {error.not_pulled_id}`, then restart the server."
                 )
             return APIError(
                 404,
@@ -245,7 +246,7 @@ def as_api_error(error: Exception) -> APIError:
         case CannotLoad():
             return APIError(
                 503,
-                f"The model `{_clip(error.id)}` is listed here but cannot be used: "
+                f"The model `{_clip(error.id)}` is in /v1/models but not available: "
                 f"{_clip(error, 400)}.",
                 type="server_error",
                 code="model_not_ready",

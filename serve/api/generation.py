@@ -1,9 +1,9 @@
-"""Generate the choices of a request; completions, chat and edits share this.
+"""Generate the choices of a request to the completions, chat or edits route.
 
 A request asks for one or more choices for each prompt. Each choice is one request to the engine and
 one stream of events. The choices run concurrently, and their text deltas are interleaved, each with
-the index of its choice. When the reader stops (after the last delta, an error or a disconnect), all
-streams are closed, and the engine stops computing them.
+the index of its choice. When the route stops reading the deltas (after the last one, an error or a
+disconnect), all streams are closed, and the engine stops computing them.
 """
 
 import asyncio
@@ -34,8 +34,8 @@ from transformer.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
 
-# Choices of one request that are computed at a time, so that a long list of prompts neither fills
-# the engine's queue nor delays other clients.
+# Maximum number of choices of one request that are computed concurrently, so that a long list of
+# prompts neither fills the engine's queue nor delays other clients.
 MAX_CONCURRENT_CHOICES = 16
 MAX_CHOICES = 2048
 
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 @dataclass(kw_only=True)
 class Usage:
-    """Token counts of a request. Each prompt counts once, whatever its number of choices."""
+    """Token counts of a request. Each prompt counts once, even if it has several choices."""
 
     prompt_tokens: int
     cached_tokens: int = 0
@@ -71,10 +71,10 @@ class Prompt:
     """The prompt of one or more choices.
 
     Attributes:
-        token_ids: The ids that the model reads.
-        max_tokens: Maximum number of tokens of a choice.
-        echo_ids: The ids that the choice's text begins with. Without a suffix these are the last of
-            `token_ids`.
+        token_ids: The token ids that the engine prefills.
+        max_tokens: Maximum number of tokens to generate for a choice.
+        echo_ids: The token ids of the client's prompt if the choice's text repeats it (`echo`),
+            else empty. Without a suffix they are the last of `token_ids`.
         has_prompt_logprobs: Whether echoed tokens have logprobs.
         stop_ids: Ids that end a choice, in addition to the model's.
         stop_strings: Strings that end a choice, in addition to the request's.
@@ -90,7 +90,7 @@ class Prompt:
 
 @dataclass
 class Choice:
-    """A finished choice, for a response that is not streamed."""
+    """A finished choice of a response that is not streamed."""
 
     text: str = ""
     tokens: list[TokenWithOffset] = field(default_factory=list)
@@ -106,7 +106,8 @@ class Generation:
         prompts: The prompts to continue.
         body: The request: sampling settings, n, and stop strings.
         choices_per_prompt: Number of choices to generate for each prompt.
-        top_logprobs: Alternatives to report per token, echoed ones too; None for no logprobs.
+        top_logprobs: Number of alternatives to report per generated and echoed token; None for no
+            logprobs.
         request_context: The client and the timeout; receives token counts and times.
         is_likelihood_scored: Whether the choices are scored or ranked by likelihood; see
             `generation_config.resolve_params`.
@@ -160,7 +161,8 @@ class Generation:
     async def text_deltas(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
         """Yield the text deltas of all choices as they arrive, each with its choice's index.
 
-        Every choice ends with one delta that has a finish_reason; ``usage`` includes it by then.
+        Every choice ends with one delta that has a finish_reason. When that delta is yielded,
+        ``usage`` includes the choice.
 
         Raises:
             APIError: 500 when the engine fails, 503 when it shuts down, 504 after the timeout.
@@ -174,7 +176,7 @@ class Generation:
                 yield index, delta
 
     async def choices(self) -> list[Choice]:
-        """Return all choices, finished, in order."""
+        """Wait until all choices are finished, and return them in the order of the requests."""
         choices = [Choice() for _ in self.requests]
         async with aclosing(self.text_deltas()) as deltas:
             async for index, delta in deltas:

@@ -2,9 +2,9 @@
 
 This is the outermost middleware. It creates the `RequestContext` of each request and adds the
 headers that OpenAI's clients expect: ``x-request-id``, ``openai-processing-ms``, ``openai-version``
-and the client's ``openai-organization``. It turns an unhandled exception into a 500 error of the
-API, since a handler further out would not add these headers; the traceback goes only to the log,
-with the request's id. After the response it calls `on_end`.
+and the client's ``openai-organization``. It also turns an unhandled exception into a 500 error with
+these headers, which a handler outside this middleware could not add. The traceback goes only to the
+log, with the request's id.
 """
 
 import logging
@@ -23,7 +23,7 @@ API_VERSION = "2020-10-01"
 
 
 class ResponseHeaders:
-    """Pure ASGI middleware that changes the start of a response and passes on its body.
+    """Pure ASGI middleware that adds headers to the start of a response and streams its body.
 
     Args:
         app: The next application.

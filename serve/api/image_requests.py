@@ -49,7 +49,7 @@ class ImageEditBody(ImageOptions):
 
 
 class ImageEditForm(ImageOptions):
-    """Form of POST /v1/images/edits; `image[]` is `image`."""
+    """Form of POST /v1/images/edits; the field `image` may be named `image[]`."""
 
     prompt: ImagePrompt
     image: File

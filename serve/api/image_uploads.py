@@ -1,7 +1,7 @@
 """Images in requests: from forms, `data:` URLs and uploaded files, decoded to pixels.
 
-The format of an image is detected from its bytes. Other URLs are not fetched. An edit changes the
-transparent pixels of the mask, or of the image if there is no mask.
+The format of an image is detected from its bytes. URLs with other schemes are refused, not fetched.
+An edit changes the pixels that are transparent in the mask, or in the image if there is no mask.
 """
 
 from typing import TypeVar
@@ -16,7 +16,7 @@ from serve.api.image_requests import ImageEditBody, ImageOptions, ImageReference
 from serve.api.multipart import read_all, read_form, temporary_file
 from serve.api.stored_files import find_file, store_of
 
-MAX_BYTES = 20 * 2**20  # of an image
+MAX_BYTES = 20 * 2**20  # of an encoded image
 MAX_PIXELS = 2048 * 2048
 
 AnyForm = TypeVar("AnyForm", bound=ImageOptions)
@@ -39,7 +39,9 @@ def referenced_files(request: Request, body: ImageEditBody) -> ImageFiles:
         APIError: 400 for more than one image or an invalid reference, 404 for an unknown file.
     """
     if len(body.images) > 1:
-        raise unsupported("images", "several images", "Send one image; edits take one at a time.")
+        raise unsupported(
+            "images", "several images", "Send one image: this server edits one image per request."
+        )
     files = {"image": _referenced_file(request, body.images[0], "images[0]")}
     if body.mask is not None:
         files["mask"] = _referenced_file(request, body.mask, "mask")
@@ -79,7 +81,7 @@ def read_edit(files: ImageFiles, may_be_opaque: bool) -> tuple[np.ndarray, np.nd
 
     Returns:
         The image, uint8 [Y, X, 3 or 4], and the mask, uint8 [Y, X, 1]: 255 where the image changes,
-        0 where it does not, in between at soft edges. The mask is None to change the whole image.
+        0 where it does not, in between at soft edges. The mask is None if the whole image changes.
 
     Raises:
         APIError: 400 for a file that cannot be decoded, sizes that differ, or a mask without
@@ -93,9 +95,9 @@ def read_edit(files: ImageFiles, may_be_opaque: bool) -> tuple[np.ndarray, np.nd
                 return image[..., :3], None
             raise _bad(
                 "image",
-                "Invalid 'image': it has no transparent pixels, and there is no mask. Make the "
-                "pixels to change transparent in either one, or use the model name gpt-image-1 to "
-                "redraw the whole image.",
+                "Invalid 'image': it has no transparent pixels, and there is no mask. Send an "
+                "image or a mask that is transparent where the image should change, or use the "
+                "model name gpt-image-1 to redraw the whole image.",
             )
         return image[..., :3], mask
     mask_image = decode_image(files, "mask")
@@ -111,14 +113,14 @@ def read_edit(files: ImageFiles, may_be_opaque: bool) -> tuple[np.ndarray, np.nd
     if not mask.any():
         raise _bad(
             "mask",
-            "Invalid 'mask': it has no transparent pixels, so nothing would change. Make the "
-            "pixels to change transparent, not white.",
+            "Invalid 'mask': it has no transparent pixels, so nothing would change. Send a mask "
+            "that is transparent, not white, where the image should change.",
         )
     return (image if _edit_mask(image).any() else image[..., :3]), mask
 
 
 def _edit_mask(pixels: np.ndarray) -> np.ndarray:
-    """Return the transparency of an image: uint8 [Y, X, 4] -> [Y, X, 1]."""
+    """Return 255 minus alpha, which is 255 where an image is transparent, uint8 [Y, X, 1]."""
     return 255 - pixels[..., 3:]
 
 

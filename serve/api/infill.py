@@ -2,11 +2,11 @@
 
 A model trained to fill in the middle (FIM; Bavarian et al. 2022, arXiv:2207.14255) reads prefix and
 suffix, each after a special token, and then generates the middle. Where the vocabulary has these
-tokens, this module uses them. A chat model without them gets the suffix in an instruction, and its
-answer begins with the prompt, so that it continues with the middle; nothing guarantees that the
-answer leads to the suffix.
+tokens, this module uses them. A chat model without them gets an instruction that contains the
+suffix, and the prefix as the start of its answer, so that it continues with the middle; nothing
+guarantees that the answer leads to the suffix.
 
-Not implemented: the order suffix, prefix, middle, and the format for whole repositories.
+Not implemented: the SPM order (suffix, prefix, middle), and the format for whole repositories.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ INSTRUCTION = (
     "Write a text that ends with the words below. Begin at once, without introduction or comment."
     "\n\nThe text ends with:\n{suffix}"
 )
-STOP_CHARACTERS = 40  # the middle ends where this many characters of the suffix occur
+STOP_CHARACTERS = 40  # generation stops at the first characters of the suffix, up to this many
 
 
 def infill_prompt(tokenizer: Tokenizer, prefix: Sequence[int], suffix: str) -> Prompt:
@@ -31,7 +31,7 @@ def infill_prompt(tokenizer: Tokenizer, prefix: Sequence[int], suffix: str) -> P
 
     Args:
         tokenizer: The model's tokenizer.
-        prefix: Token ids of the prompt.
+        prefix: Token ids of the text before the middle (the request's `prompt`).
         suffix: The text after the middle.
 
     Raises:

@@ -25,7 +25,7 @@ _request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", 
 
 @contextlib.contextmanager
 def bind_request_id(request_id: str) -> Iterator[None]:
-    """Add a request's id to everything that is logged within the context."""
+    """Add a request's id to every record that is logged inside the `with` block."""
     token = _request_id.set(request_id)
     try:
         yield

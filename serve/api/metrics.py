@@ -139,8 +139,8 @@ class _EngineCollector(Collector):
 
         families = {
             "waiting": gauge("waiting_requests", "Requests in the queue."),
-            "running": gauge("running_requests", "Requests in a slot."),
-            "slots": gauge("slots", "Requests that can run at a time."),
+            "running": gauge("running_requests", "Requests that are prefilled or decoded."),
+            "slots": gauge("slots", "Maximum number of requests that run at the same time."),
             "blocks": gauge("cache_blocks", "Blocks of the KV cache."),
             "blocks_held": gauge("cache_blocks_held", "Blocks in use by running requests."),
             "blocks_cached": gauge(
@@ -148,7 +148,9 @@ class _EngineCollector(Collector):
             ),
             "prefill_chunks": counter("prefill_chunks", "Prompt chunks prefilled."),
             "decode_steps": counter("decode_steps", "Decode steps."),
-            "decoded_rows": counter("decoded_rows", "Rows in all decode steps."),
+            "decoded_rows": counter(
+                "decoded_rows", "Sequences in the batch, summed over all decode steps."
+            ),
             "preemptions": counter("restarts", "Preempted sequences, which are recomputed."),
         }
         for model in self._registry.loaded():

@@ -22,9 +22,9 @@ from serve.api.request_context import context_of
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 HEALTH_PATHS = ("/health", "/v1/health", "/ready")  # health checks come without an API key
-PAGE_PATHS = ("/", "/docs", "/openapi.json")  # pages are public; their requests need a key
+PAGE_PATHS = ("/", "/docs", "/openapi.json")  # public, but the API requests of a page need a key
 PAGE_PREFIXES = ("/web/", "/docs/")
-CAPABILITY_PREFIXES = ("/images/",)  # a name in here is as secret as a key
+CAPABILITY_PREFIXES = ("/images/",)  # public, because the file names cannot be guessed
 
 
 class HostAndOrigin:
@@ -60,8 +60,8 @@ class HostAndOrigin:
         if origin and not is_same_origin and not self.origins & {origin, "*"}:
             return APIError(
                 403,
-                f"Pages of the origin '{origin[:80]}' may not use this server. To allow them, "
-                "start the server with --allowed-origin and this origin.",
+                f"This server refuses requests from web pages of the origin '{origin[:80]}'. To "
+                "allow them, start the server with --allowed-origin and this origin.",
                 code="origin_not_allowed",
             )
         return None

@@ -33,7 +33,7 @@ class Sink(Protocol):
 
 
 class Upload:
-    """A file of a form.
+    """A file in a form; its bytes are in a sink, not here.
 
     Attributes:
         filename: The client's name for the file, without folders; "file" if it has none.
@@ -55,10 +55,10 @@ async def read_form(
 
     Args:
         request: The request, whose body has not been read.
-        model: The model of the fields; files are of type `File`.
+        model: The pydantic model of the fields; its file fields are of type `File`.
         sinks: Destination of each file, by field name; `image[]` counts as `image`. A part without
             a file name is text even in these fields: most likely a path without curl's @.
-        max_bytes: Largest size of a file; None for no limit but `BodyLimit`.
+        max_bytes: Maximum size of a file; None for no limit except that of `BodyLimit`.
 
     Raises:
         APIError: 400 for a body that is not a form, is truncated, repeats a field or does not match
@@ -81,7 +81,7 @@ async def read_form(
             await asyncio.to_thread(sinks[name].write, bytes(data))
         reader.pending.clear()
     if not reader.is_complete:
-        raise _bad("it is truncated: its last boundary is missing")
+        raise _bad("the body is truncated: its last boundary is missing")
     lists = {
         name for name, info in model.model_fields.items() if get_origin(info.annotation) is list
     }
@@ -116,7 +116,7 @@ def form_fields(
 
     Args:
         items: Name and value of each field.
-        lists: Names of list fields, sent as `name[]` or `name`, once for each item.
+        lists: Names of list fields, which are sent as `name[]` or `name`, once per item.
 
     Raises:
         APIError: 400 if a field has two different values.
@@ -137,10 +137,10 @@ def form_fields(
             continue
         target = fields.setdefault(base, {}) if key else fields
         if not isinstance(target, dict) or target.setdefault(key or base, value) != value:
-            text = f", last with {value[:80]!r}" if isinstance(value, str) else ""
+            text = f" ({value[:80]!r})" if isinstance(value, str) else ""
             raise APIError(
                 400,
-                f"The form repeats the field '{name[:80]}'{text}: send it once.",
+                f"The form repeats the field '{name[:80]}' with another value{text}: send it once.",
                 param=base,
                 code="invalid_form",
             )
@@ -178,7 +178,7 @@ class _FormReader:
     def _begin(self) -> None:
         self._parts += 1
         if self._parts > MAX_PARTS:
-            raise _bad(f"it has more than {MAX_PARTS} fields")
+            raise _bad(f"the form has more than {MAX_PARTS} fields")
         self._header, self._disposition = (b"", b""), b""
         self._value, self._upload = bytearray(), None
 

@@ -1,8 +1,8 @@
 """Generate the OpenAPI description that /openapi.json and /docs show.
 
-Routes parse their bodies with `requests.read_json` and return dictionaries, so FastAPI knows
-neither model. Each route declares its models with `route_docs`, and `openapi_schema` adds them to
-the description. A test, not the routes, checks that responses match it.
+Routes parse their bodies with `requests.read_json` and return dictionaries, so FastAPI cannot infer
+the models of request and response. Each route declares them with `route_docs`, and `openapi_schema`
+adds them to the description. Routes do not validate their responses against it; a test does.
 """
 
 from typing import Any
@@ -82,5 +82,5 @@ def openapi_schema(app: FastAPI) -> dict[str, Any]:
 
 def _reference(model: type[BaseModel]) -> dict[str, str]:
     if _models.setdefault(model.__name__, model) is not model:
-        raise ValueError(f"two models are named {model.__name__}: rename one of them")
+        raise ValueError(f"two pydantic models are named {model.__name__}: rename one of them")
     return {"$ref": f"#/components/schemas/{model.__name__}"}

@@ -16,7 +16,7 @@ from serve.jobs.store import Store
 
 
 class PageQuery(Body):
-    """Query parameters of a list."""
+    """Query parameters of a list: the object before the page, and the length of the page."""
 
     after: str | None = None
     limit: Annotated[int, Field(ge=1, le=100)] = 20
@@ -58,7 +58,7 @@ async def paginate(
 
     Args:
         store: The store of the objects.
-        kind: Kind of the objects, as in `Store.page`.
+        kind: Kind of the objects in the store, such as "file".
         query: Cursor and limit.
         to_api: Converts a stored object to its API representation.
         parent: Id of the parent object, as in `Store.page`.

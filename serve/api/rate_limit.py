@@ -1,10 +1,10 @@
 """Limit the request rate of each client, and refuse new requests while the server drains.
 
 The limit is in requests per minute, for each key, or for each address if there are no keys. It is a
-token bucket: a client may use a minute's worth at once, then as many as are refilled. Each response
-to a POST reports the remaining requests and the time to a full bucket in OpenAI's
-``x-ratelimit-*`` headers. A refusal says how long to wait. Other methods are not limited. The
-engine limits its queue, and `body_limit.py` the size of bodies.
+token bucket: a client may send a minute's requests at once, and then as many as are refilled. Each
+response to a POST reports the remaining requests and the time to a full bucket in OpenAI's
+``x-ratelimit-*`` headers. A refusal says how long to wait. Methods other than POST are not limited.
+The engine limits its queue, and `body_limit.py` the size of bodies.
 """
 
 import math
@@ -19,7 +19,7 @@ from serve.api.errors import APIError, translate
 from serve.api.request_context import context_of
 from transformer.engine import Busy
 
-MAX_CLIENTS = 10_000  # buckets to hold before full ones are evicted
+MAX_CLIENTS = 10_000  # number of buckets at which full ones are evicted
 DRAIN_RETRY_SECONDS = 5
 RATE_HEADERS = tuple(f"x-ratelimit-{name}-requests" for name in ("limit", "remaining", "reset"))
 
@@ -43,7 +43,7 @@ def overloaded(error: Busy) -> APIError:
 @dataclass
 class _Bucket:
     tokens: float
-    updated_at: float  # time of the count, in seconds of the clock
+    updated_at: float  # time of the last refill, in seconds of the limiter's clock
 
 
 class RateLimiter:

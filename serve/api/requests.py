@@ -86,14 +86,14 @@ async def read_json(request: Request, model: type[AnyBody]) -> AnyBody:
 def tag(value: object) -> str:
     """Return the tag of a union's branch: "a string", "an array of integers", ...
 
-    The type of an array is that of its first element.
+    An array's tag is chosen by the type of its first element.
     """
     if isinstance(value, list) and value:
         return f"an array of {json_type_name(value[0]).split(' ', 1)[-1]}s"
     return "an array of strings" if value == [] else json_type_name(value)
 
 
-# fail_fast: a million invalid elements are reported as one error.
+# fail_fast: validation of an array stops at its first invalid element.
 Strings = Annotated[list[str], Field(min_length=1, max_length=2048, fail_fast=True)]
 TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 CompletionPrompt = Annotated[
@@ -113,7 +113,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 def within(name: str) -> Any:
-    """Return a field with the bounds of a sampling setting."""
+    """Return a pydantic field with the bounds of the sampling setting `name`."""
     low, high = BOUNDS[name]
     return Field(ge=low, le=high)
 
@@ -160,7 +160,7 @@ class GenerationBody(Body):
 class CompletionBody(GenerationBody):
     """Body of POST /v1/completions."""
 
-    prompt: CompletionPrompt = ""  # empty: the start of a document
+    prompt: CompletionPrompt = ""  # empty: generate a document from its start
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False
@@ -193,7 +193,7 @@ class Message(Body):
 
 
 class ResponseFormat(Body):
-    """The format of an answer."""
+    """The requested format of the answer: text or JSON."""
 
     type: Literal["text", "json_object", "json_schema"]
 

@@ -1,4 +1,4 @@
-"""Response models for /openapi.json, after OpenAI's specification.
+"""Pydantic models of responses, for /openapi.json, after OpenAI's specification.
 
 Routes return dictionaries, which are not validated against these models at run time; a test
 compares the two (`tests/serve/test_schema.py`).
@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 
 
 class ListResponse(ResponseModel, Generic[Item]):
-    """A complete list."""
+    """A list that is returned as a whole, without pages."""
 
     object: Literal["list"]
     data: list[Item]
@@ -39,7 +39,7 @@ class PageResponse(ListResponse[Item], Generic[Item]):
 
 
 class ErrorDetail(ResponseModel):
-    """The details of an error."""
+    """What is wrong with a request, or with the server."""
 
     message: str
     type: str
@@ -48,7 +48,7 @@ class ErrorDetail(ResponseModel):
 
 
 class Error(ResponseModel):
-    """An error response."""
+    """The body of a response with a status from 400 on."""
 
     error: ErrorDetail
 
@@ -57,7 +57,7 @@ class Error(ResponseModel):
 
 
 class Model(ResponseModel):
-    """A model."""
+    """A served model, with its task (`kind`) and its default sampling parameters."""
 
     id: str
     object: Literal["model"]
@@ -68,7 +68,7 @@ class Model(ResponseModel):
 
 
 class Models(ListResponse[Model]):
-    """A list of models."""
+    """The models of the server."""
 
 
 class Deleted(ResponseModel):
@@ -80,7 +80,7 @@ class Deleted(ResponseModel):
 
 
 class EngineReply(ResponseModel):
-    """A model in the format of 2021."""
+    """A model in the format of OpenAI's API of 2021, which called models engines."""
 
     id: str
     object: Literal["engine"]
@@ -91,7 +91,7 @@ class EngineReply(ResponseModel):
 
 
 class Engines(ListResponse[EngineReply]):
-    """A list of models in the format of 2021."""
+    """The models of the server in the format of OpenAI's API of 2021."""
 
 
 # --- generation -------------------------------------------------------------------------------
@@ -102,14 +102,14 @@ LogprobValue = Annotated[float, Field(le=0, ge=-9999)]
 
 
 class PromptTokensDetails(ResponseModel):
-    """Details of the prompt tokens."""
+    """Numbers of prompt tokens that were read from the prefix cache or encode audio."""
 
     cached_tokens: Count
     audio_tokens: Count
 
 
 class CompletionTokensDetails(ResponseModel):
-    """Details of the completion tokens."""
+    """Numbers of completion tokens by use. This server uses none of these, so all are 0."""
 
     reasoning_tokens: Count
     audio_tokens: Count
@@ -128,7 +128,7 @@ class UsageReply(ResponseModel):
 
 
 class CompletionLogprobs(ResponseModel):
-    """Logprobs of a completion, as parallel lists."""
+    """Logprobs of a completion, as lists with one entry per token."""
 
     tokens: list[str]
     token_logprobs: list[LogprobValue | None]
@@ -137,7 +137,7 @@ class CompletionLogprobs(ResponseModel):
 
 
 class CompletionChoice(ResponseModel):
-    """A choice of a completion."""
+    """One of the generated continuations of a prompt."""
 
     text: str
     index: Count
@@ -146,7 +146,7 @@ class CompletionChoice(ResponseModel):
 
 
 class Completion(ResponseModel):
-    """A completion."""
+    """The response of POST /v1/completions."""
 
     id: str
     object: Literal["text_completion"]
@@ -158,13 +158,13 @@ class Completion(ResponseModel):
 
 
 class CompletionChunkChoice(CompletionChoice):
-    """A choice of a streamed completion."""
+    """The next text of a choice of a streamed completion."""
 
     finish_reason: FinishReason | None  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class CompletionChunk(Completion):
-    """An event of a streamed completion."""
+    """A server-sent event of a streamed completion."""
 
     choices: list[CompletionChunkChoice]  # pyright: ignore[reportIncompatibleVariableOverride]
     usage: UsageReply | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -185,14 +185,14 @@ class TokenLogprob(TopLogprob):
 
 
 class ChatLogprobs(ResponseModel):
-    """Logprobs of a chat choice."""
+    """Logprobs of an answer, with one entry per token."""
 
     content: list[TokenLogprob]
     refusal: None
 
 
 class ChatMessage(ResponseModel):
-    """An answer of the model."""
+    """The message that the model generated."""
 
     role: Literal["assistant"]
     content: str
@@ -200,7 +200,7 @@ class ChatMessage(ResponseModel):
 
 
 class ChatChoice(ResponseModel):
-    """A choice of a chat completion."""
+    """One of the generated answers to a conversation."""
 
     index: Count
     message: ChatMessage
@@ -209,7 +209,7 @@ class ChatChoice(ResponseModel):
 
 
 class ChatCompletion(ResponseModel):
-    """A chat completion."""
+    """The response of POST /v1/chat/completions."""
 
     id: str
     object: Literal["chat.completion"]
@@ -223,14 +223,14 @@ class ChatCompletion(ResponseModel):
 
 
 class ChatDelta(ResponseModel):
-    """The new part of a streamed message."""
+    """The next text of a streamed answer; its first event has the role."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
 class ChatChunkChoice(ResponseModel):
-    """A choice of a streamed chat completion."""
+    """The next text of a choice of a streamed chat completion."""
 
     index: Count
     delta: ChatDelta
@@ -239,7 +239,7 @@ class ChatChunkChoice(ResponseModel):
 
 
 class ChatChunk(ResponseModel):
-    """An event of a streamed chat completion."""
+    """A server-sent event of a streamed chat completion."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -252,7 +252,7 @@ class ChatChunk(ResponseModel):
 
 
 class EditChoice(ResponseModel):
-    """A choice of an edit."""
+    """One of the generated edits of a text."""
 
     text: str
     index: Count
@@ -261,7 +261,7 @@ class EditChoice(ResponseModel):
 
 
 class Edit(ResponseModel):
-    """An edited text."""
+    """The response of POST /v1/edits."""
 
     object: Literal["edit"]
     created: int
@@ -281,7 +281,7 @@ class PieceReply(ResponseModel):
 
 
 class Tokens(ResponseModel):
-    """The tokens of a text or conversation."""
+    """The tokens of a text or conversation, in the fields of both vLLM and llama.cpp."""
 
     tokens: list[int] | list[PieceReply]
     count: Count
@@ -290,7 +290,7 @@ class Tokens(ResponseModel):
 
 
 class Text(ResponseModel):
-    """The text of tokens, under each of its names."""
+    """A decoded text, under the field names of vLLM (`prompt`) and llama.cpp (`content`)."""
 
     prompt: str
     content: str
@@ -298,7 +298,7 @@ class Text(ResponseModel):
 
 
 class TokenizerInfo(ResponseModel):
-    """The properties of a tokenizer."""
+    """A model's tokenizer: vocabulary size, special tokens and chat template."""
 
     model: str
     tokenizer_class: str
@@ -312,13 +312,13 @@ class TokenizerInfo(ResponseModel):
 
 
 class Status(ResponseModel):
-    """The status of the server."""
+    """The health or readiness of the server, in words."""
 
     status: str
 
 
 class Version(ResponseModel):
-    """The version of the server."""
+    """The version of Pellucid that the server runs."""
 
     version: str
 
@@ -327,7 +327,7 @@ class Version(ResponseModel):
 
 
 class Embedding(ResponseModel):
-    """The vector of one input."""
+    """The embedding vector of one input."""
 
     object: Literal["embedding"]
     index: Count
@@ -342,7 +342,7 @@ class EmbeddingsUsage(ResponseModel):
 
 
 class Embeddings(ListResponse[Embedding]):
-    """The vectors of all inputs."""
+    """The embedding vectors of all inputs, in the order of the inputs."""
 
     model: str
     usage: EmbeddingsUsage
@@ -352,7 +352,7 @@ class Embeddings(ListResponse[Embedding]):
 
 
 class FileReply(ResponseModel):
-    """An uploaded file."""
+    """The description of an uploaded file, without its content."""
 
     id: str
     object: Literal["file"]
@@ -366,7 +366,7 @@ class FileReply(ResponseModel):
 
 
 class Files(PageResponse[FileReply]):
-    """A page of files."""
+    """A page of the list of uploaded files."""
 
 
 class FileDeleted(ResponseModel):
@@ -391,7 +391,7 @@ class JobError(ResponseModel):
 
 
 class JobNumbers(ResponseModel):
-    """The hyperparameters of a job."""
+    """The hyperparameters of a fine-tuning job; "auto" until the server has chosen the value."""
 
     n_epochs: int | Auto
     batch_size: int | Auto
@@ -399,13 +399,13 @@ class JobNumbers(ResponseModel):
 
 
 class JobSupervised(ResponseModel):
-    """The settings of supervised fine-tuning."""
+    """The hyperparameters of supervised fine-tuning, as a part of the method."""
 
     hyperparameters: JobNumbers
 
 
 class JobMethod(ResponseModel):
-    """The method of a job."""
+    """The training method of a job: supervised fine-tuning."""
 
     type: Literal["supervised"]
     supervised: JobSupervised
@@ -436,11 +436,11 @@ class JobReply(ResponseModel):
 
 
 class Jobs(PageResponse[JobReply]):
-    """A page of jobs."""
+    """A page of the list of fine-tuning jobs."""
 
 
 class JobMetrics(ResponseModel):
-    """The metrics of a step of a job."""
+    """The losses and token accuracies of one training step, as far as they were computed."""
 
     step: Count | None = None
     train_loss: float | None = None
@@ -452,13 +452,13 @@ class JobMetrics(ResponseModel):
 
 
 class JobEventMetrics(JobMetrics):
-    """The metrics of an event."""
+    """The metrics that an event of a job reports; empty for other events."""
 
     total_steps: Count | None = None
 
 
 class JobEvent(ResponseModel):
-    """An event of a job."""
+    """An entry in the log of a fine-tuning job, such as a new status or a training step."""
 
     id: str
     object: Literal["fine_tuning.job.event"]
@@ -470,11 +470,11 @@ class JobEvent(ResponseModel):
 
 
 class JobEvents(PageResponse[JobEvent]):
-    """A page of events."""
+    """A page of the events of a job."""
 
 
 class JobCheckpoint(ResponseModel):
-    """A checkpoint of a job."""
+    """A model that a job saved after an epoch, and its metrics."""
 
     id: str
     object: Literal["fine_tuning.job.checkpoint"]
@@ -486,11 +486,11 @@ class JobCheckpoint(ResponseModel):
 
 
 class JobCheckpoints(PageResponse[JobCheckpoint]):
-    """A page of checkpoints."""
+    """A page of the checkpoints of a job."""
 
 
 class FineTuneEvent(ResponseModel):
-    """An event of a job in the format of 2021."""
+    """An event of a fine-tuning job in the format of OpenAI's API of 2021."""
 
     object: Literal["fine-tune-event"]
     created_at: int
@@ -499,11 +499,11 @@ class FineTuneEvent(ResponseModel):
 
 
 class FineTuneEvents(ListResponse[FineTuneEvent]):
-    """A list of events in the format of 2021."""
+    """The events of a fine-tuning job in the format of OpenAI's API of 2021."""
 
 
 class FineTuneNumbers(ResponseModel):
-    """The hyperparameters of a job in the format of 2021."""
+    """The hyperparameters of a fine-tuning job in the format of OpenAI's API of 2021."""
 
     n_epochs: int | None
     batch_size: int | None
@@ -512,7 +512,7 @@ class FineTuneNumbers(ResponseModel):
 
 
 class FineTune(ResponseModel):
-    """A fine-tuning job in the format of 2021."""
+    """A fine-tuning job in the format of OpenAI's API of 2021."""
 
     id: str
     object: Literal["fine-tune"]
@@ -530,7 +530,7 @@ class FineTune(ResponseModel):
 
 
 class FineTunes(ListResponse[FineTune]):
-    """A list of jobs in the format of 2021."""
+    """The fine-tuning jobs in the format of OpenAI's API of 2021."""
 
 
 # --- images -----------------------------------------------------------------------------------
@@ -540,14 +540,14 @@ ImageFormat = Literal["png", "jpeg", "webp"]
 
 
 class ImageTokens(ResponseModel):
-    """Details of the input tokens of images."""
+    """The input tokens of an image request, split into text and images."""
 
     text_tokens: int
     image_tokens: int
 
 
 class ImageUsage(ResponseModel):
-    """Token counts of the prompt. Images are not generated as tokens, so their counts are 0."""
+    """Token counts of the prompt. Images are not made of tokens, so `output_tokens` is 0."""
 
     input_tokens: int
     input_tokens_details: ImageTokens
@@ -556,14 +556,14 @@ class ImageUsage(ResponseModel):
 
 
 class Image(ResponseModel):
-    """A generated image: either its URL or its base64."""
+    """A generated image: either its URL or its bytes in base64."""
 
     url: str | None = None
     b64_json: str | None = None
 
 
 class Images(ResponseModel):
-    """Generated images."""
+    """The generated images of a request, with their format."""
 
     created: int
     data: list[Image]

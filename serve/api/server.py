@@ -1,8 +1,8 @@
 """Bind a port and run the application on it until a signal stops it.
 
 The port is bound before models are loaded, so that a busy port is reported at once. The server
-listens after loading, so that early clients are refused instead of waiting. The first Ctrl-C lets
-running requests finish, the second one does not wait.
+listens only after loading, so that a client that connects earlier is refused instead of waiting.
+The first Ctrl-C lets running requests finish; the second one cancels them.
 """
 
 import asyncio
@@ -100,7 +100,7 @@ def run(
                 logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             else:
                 app.state.is_draining = True
-                # Requests that exceed the drain time are cancelled: a log line without traceback.
+                # uvicorn cancels requests that exceed the drain time: do not log their tracebacks.
                 logging.getLogger("uvicorn.error").addFilter(_is_not_cancellation)
                 on_stop()
             super().handle_exit(sig, frame)

@@ -21,8 +21,8 @@ def is_loopback(host: str) -> bool:
 def allowed_hosts(host: str) -> tuple[str, ...]:
     """Return the accepted Host names, besides the loopback names, of a server bound to `host`.
 
-    A server bound to every interface may have any name, so it accepts every name. Such a server
-    always has keys, and the check of names protects servers without keys.
+    A server bound to every interface accepts every name, because its machine may have any name.
+    That is safe: such a server always requires a key, and the check protects servers without keys.
     """
     if host in ("0.0.0.0", "::"):
         return ("*",)
@@ -72,7 +72,7 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
-            raise ValueError(f"port is {self.port}: use 0 to 65535, 0 for any free one")
+            raise ValueError(f"port is {self.port}: use 1 to 65535, or 0 for any free port")
         if any(not key.strip() for key in self.api_keys):
             raise ValueError("api_keys holds an empty key: remove it, or replace it with a secret")
         for name in ("max_body_bytes", "cache_budget", "memory_limit"):

@@ -1,10 +1,11 @@
 """Server-sent events, and cancellation when the client disconnects.
 
 A streamed response is a series of ``data: {json}`` events and ends with ``data: [DONE]``. Newer
-routes name each event (``event: TYPE``), and the name of the last one marks the end. The status
-line is sent with the first event: an error before it (a full queue, an engine that cannot start) is
-a 4xx or 5xx response. A later error is an event with an ``error`` object that ends the stream,
-without [DONE]. During long pauses a comment is sent, so that proxies keep the connection open.
+routes name each event (``event: TYPE``), and the name of the last event marks the end. The status
+line is sent with the first event: an error before it (a full queue, an engine that cannot start)
+returns a 4xx or 5xx status. A later error is sent as an event with an ``error`` object, which ends
+the stream without [DONE]. During long pauses a comment is sent, so that proxies keep the connection
+open.
 """
 
 import asyncio
@@ -38,7 +39,7 @@ async def cancel_on_disconnect(receive: Receive, work: Awaitable[T]) -> T:
         The result of ``work``.
 
     Raises:
-        ClientDisconnected: The client has disconnected; ``work`` is cancelled and has cleaned up.
+        ClientDisconnected: The client has disconnected. ``work`` was cancelled and has ended.
     """
 
     async def wait_for_disconnect() -> None:

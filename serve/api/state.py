@@ -29,7 +29,7 @@ class ServerState:
         jobs: Fine-tuning jobs.
         job_runner: Runs the jobs.
         temp_files: Generated images, available for an hour.
-        is_draining: Whether the server finishes running requests and refuses new ones.
+        is_draining: Whether the server refuses new requests, while the running ones finish.
     """
 
     registry: Registry
@@ -52,7 +52,8 @@ async def get_loaded_model(request: Request, name: str, model_class: type[M]) ->
     Raises:
         UnknownModel: No model has this name.
         CannotLoad: The model cannot be loaded now.
-        APIError: 404 if the model is of another kind. The message names a model of the right kind.
+        APIError: 404 if the model does another task, such as an embedding model in a chat request.
+            The message names a model for this task.
     """
     registry, kind = state_of(request).registry, KINDS[model_class.kind]
     if (spec := registry.resolve(name)).kind != kind.name:  # checked before loading

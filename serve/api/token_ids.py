@@ -1,8 +1,11 @@
 """Translate token ids in requests to ids of the served model.
 
-Ids that are sent to a model's own name belong to its encoding. Ids that are sent to an alias named
-after an OpenAI model ("gpt-4") belong to that model's encoding, as in LangChain's embeddings; they
-are decoded with it and encoded again. Ids that are sent to any other alias are the model's.
+The encoding of the ids depends on the model name in the request:
+
+- The id of the served model: the ids are those of its own vocabulary.
+- An alias named after an OpenAI model ("gpt-4"): the ids are in the encoding of that OpenAI model,
+  as LangChain's embeddings send them. They are decoded to text, which is encoded again.
+- Any other alias: the ids are those of the served model's vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,12 +17,12 @@ from serve.models.decoder import DecoderModel
 
 
 def native_ids(ids: Sequence[int], name: str, model: DecoderModel, path: str) -> list[int]:
-    """Return the model's ids for ids that were sent to `name`.
+    """Translate the token ids of a request for the model `name` to ids of the served model.
 
     Args:
         ids: The ids in the request.
         name: The model name in the request.
-        model: The model behind the name.
+        model: The served model that the name refers to.
         path: The request field that holds the ids, for the error.
 
     Raises:
@@ -67,10 +70,10 @@ def _check(ids: Sequence[int], encoding: Encoding, name: str, path: str) -> None
 
 
 def native_bias(bias: Mapping[str, float], name: str, model: DecoderModel) -> dict[int, float]:
-    """Return a `logit_bias` that was sent to `name`, keyed by the model's token ids.
+    """Translate the keys of a `logit_bias` for the model `name` to token ids of the served model.
 
     Raises:
-        APIError: 400 for a key that is not a single token of the model.
+        APIError: 400 for a key that is not a token id, or not a single token of the served model.
     """
     imitated = _imitated_encoding(name, model)
     encoding = imitated or model.tokenizer.encoding

@@ -1,9 +1,9 @@
 """The state of fine-tuning jobs, and the operations on them.
 
-A job is validating_files, queued, running, and then succeeded, failed or cancelled. Its state is in
-the store (`store.py`), so that any process can read it and it survives a crash; `runner.py` runs
-the jobs. Each job also has a folder with its data (a hard link to the uploaded file, which may be
-deleted), the trainer's output, and the trainer's log.
+The status of a job is validating_files, queued, running, and finally succeeded, failed or
+cancelled. The state is in the store (`store.py`), so that any process can read it and it survives a
+crash; `runner.py` runs the jobs. Each job also has a folder with its data (a hard link, so that
+deleting the uploaded file does not affect the job), the trainer's output, and the trainer's log.
 """
 
 import os
@@ -26,12 +26,12 @@ FINISHED = ("succeeded", "failed", "cancelled")
 _SUFFIX = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 VALIDATED_MESSAGE = "Files validated, moving job to queued state"
 TRAIN_FILE, VALID_FILE, OUTPUT_FOLDER = "data.jsonl", "valid.jsonl", "out"  # in a job's folder
-# In `OUTPUT_FOLDER`, until the job is finished.
+# Subfolders of `OUTPUT_FOLDER` that are removed when the job is finished.
 _TEMPORARY_OUTPUTS = ("checkpoints", "adapters", "adapter")
 
 
 class JobFinished(Exception):
-    """A finished job cannot be cancelled."""
+    """The job to cancel is already finished."""
 
 
 class JobStore:
@@ -66,20 +66,20 @@ class JobStore:
         warnings: Iterable[str] = (),
         id_prefix: str = "ftjob-",
     ) -> Job:
-        """Create a job, which runs after the jobs before it.
+        """Create a job, which runs after all jobs that were created earlier.
 
         Args:
             model: the id of the model to fine-tune.
-            model_path: its files.
+            model_path: the file or folder of that model.
             training_file: the id of a file in the store.
-            validation_file: the id of a file in the store.
+            validation_file: the id of a file in the store; None for no validation.
             n_epochs: the number of epochs; None for "auto".
-            batch_size: the examples in a step; None for "auto".
+            batch_size: the number of examples per training step; None for "auto".
             learning_rate_multiplier: the factor of the learning rate; None for "auto".
             suffix: a part of the new model's name.
-            seed: the seed; None for a random one.
-            metadata: key-value pairs of the client.
-            is_validated: whether the files were validated already.
+            seed: the seed of the training; None for a random one.
+            metadata: key-value pairs that the client stores with the job.
+            is_validated: whether the files were validated already, so that the job can be queued.
             warnings: the warnings of that validation.
             id_prefix: the prefix of the job's id.
 
@@ -87,7 +87,7 @@ class JobStore:
             The job.
 
         Raises:
-            OSError: a file was deleted, or the disk is full.
+            OSError: the training or validation file was deleted, or the disk is full.
         """
         id = new_id(id_prefix)
         folder = self.folder(id)
@@ -115,7 +115,7 @@ class JobStore:
             "name": _name(model, suffix),
             "fine_tuned_model": None,
             "asked": requested,
-            "hyperparameters": requested,  # with the values for "auto" once they are known
+            "hyperparameters": requested,  # "auto" is replaced by the value once it is known
             "seed": new_seed() if seed is None else seed,
             "training_file": training_file,
             "validation_file": validation_file,
@@ -124,12 +124,12 @@ class JobStore:
             "trained_tokens": None,
             "estimated_finish": None,
             "metadata": metadata,
-            "steps": None,  # total number
+            "steps": None,  # total number of training steps, once it is known
             "step": 0,  # the last step with an event
             "validated": 0,  # the last step with a validation event
             "published": 0,  # the last step with a checkpoint event
-            "died": 0,  # processes killed by a signal in a row ...
-            "died_at": -1,  # ... at this step
+            "died": 0,  # how many times in a row a signal has ended the process ...
+            "died_at": -1,  # ... at this training step
         }
         with self.store.transaction():
             self.store.add("job", id, job)
@@ -176,7 +176,7 @@ class JobStore:
         return True
 
     def queue(self, id: str, warnings: Iterable[str]) -> None:
-        """Queue an unfinished job after the validation of its files."""
+        """Set an unfinished job to "queued" after the validation of its files."""
         with self.store.transaction():
             if self.set_status(id, "queued"):
                 self._add_validation_events(id, warnings)
@@ -248,7 +248,7 @@ class JobStore:
         self.store.add("event", event["id"], event, parent=id)
 
     def clean_up(self, id: str) -> None:
-        """Remove files that only an unfinished job needs; metrics and log stay."""
+        """Remove the files that a job needs only until it is finished; keep metrics and log."""
         folder = self.folder(id)
         for name in (TRAIN_FILE, VALID_FILE):
             (folder / name).unlink(missing_ok=True)
@@ -320,7 +320,7 @@ def check_suffix(model: str, suffix: str) -> None:
     if not adapters.is_valid_id(_name(model, suffix)):
         raise ValueError(
             f"Invalid 'suffix': with '{suffix}' the new model's name would be too long for the "
-            "file system, where '.' counts three times. Use a shorter suffix."
+            "file system, where each '.' takes three characters. Use a shorter suffix."
         )
 
 

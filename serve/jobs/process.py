@@ -1,7 +1,7 @@
-"""A niced process of a job, which holds a lock while it runs, so that another server finds it.
+"""A niced process of a job, which holds a lock while it runs, so that another server can find it.
 
-Its files are in one folder: NAME.lock, NAME.pid, NAME.out and NAME.log. POSIX only: a lock belongs
-to the open file, which the process inherits.
+The process has four files in the folder of the job: NAME.lock, NAME.pid, NAME.out and NAME.log.
+POSIX only: a lock belongs to the open file, which the process inherits.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from pathlib import Path
 from serve import settings
 from serve.models import disk
 
-STOP_SECONDS = 20.0  # for a process to save its state and exit
+STOP_SECONDS = 20.0  # maximum time for a process to save its state and exit
 
 
 class JobProcess:
@@ -52,7 +52,7 @@ class JobProcess:
         """
         lock = disk.try_lock(folder / f"{name}.lock")
         if lock is None:
-            raise BlockingIOError(f"another process holds {folder / name}.lock")
+            raise BlockingIOError(f"{folder / name}.lock is locked by another process")
         pid = folder / f"{name}.pid"
         pid.unlink(missing_ok=True)  # its old id may belong to another program by now
         # The process writes its id itself, because this server may be killed at any point.
@@ -79,7 +79,7 @@ class JobProcess:
 
     @classmethod
     def find_running(cls, job_id: str, folder: Path, name: str = "train") -> "JobProcess | None":
-        """Return the running process that an earlier server started; None without one."""
+        """Return the running process that an earlier server started; None if there is none."""
         process = cls(job_id, folder, name, None)
         return None if process.has_exited else process
 
@@ -96,7 +96,10 @@ class JobProcess:
 
     @property
     def exit_code(self) -> int | None:
-        """Return the exit code, or minus the signal number; None if it runs or is not a child."""
+        """The exit code, or minus the signal number.
+
+        None while the process runs, and always for a process that another server started.
+        """
         return None if self._child is None else self._child.poll()
 
     def stop(self) -> None:
@@ -134,7 +137,7 @@ def _program(module: Iterable[str], niceness: int) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """Return this environment with the path of Pellucid's packages and a compilation cache."""
+    """Return the environment of a job process: Pellucid on PYTHONPATH, and JAX's disk cache."""
     spec = find_spec("training")
     assert spec is not None and spec.origin is not None
     root = str(Path(spec.origin).parents[1])

@@ -1,8 +1,8 @@
 """The progress of a training run: events, checkpoints, the model and the file of results.
 
-The trainer writes one line per step, and an adapter after each epoch. This file turns them into
-objects of the store. Each action is idempotent: names are chosen in advance, and files are written
-before the store refers to them, so that an action can be repeated after a crash.
+The trainer writes a JSON line per training step, and an adapter after each epoch. This module turns
+them into objects of the store. Each action is idempotent: names are chosen in advance, and files
+are written before the store refers to them, so that an action can be repeated after a crash.
 """
 
 import csv
@@ -19,7 +19,7 @@ from serve.jobs.process import JobProcess
 from serve.jobs.store import file_record, new_id
 from serve.models import adapters
 
-MAX_CHECKPOINTS = 3  # of a job; older ones are deleted
+MAX_CHECKPOINTS = 3  # number of checkpoints to keep per job; older ones are deleted
 
 
 class TrainingRun:
@@ -28,7 +28,7 @@ class TrainingRun:
     Args:
         jobs: the jobs of the data folder.
         job_id: the id of the job.
-        process: its process, of this server or of an earlier one.
+        process: the training process, started by this server or by an earlier one.
     """
 
     def __init__(self, jobs: JobStore, job_id: str, process: JobProcess):
@@ -119,7 +119,7 @@ class TrainingRun:
                 self._save_adapter(
                     job, name, step, self._output_folder / "adapters" / f"step-{step}"
                 )
-            except FileNotFoundError:  # the trainer has deleted it: it keeps only the last ones
+            except FileNotFoundError:  # the trainer, which keeps the last adapters, has deleted it
                 continue
             lines = JsonlTail(self._lines.path).read_new()
             checkpoint = {
@@ -207,7 +207,7 @@ class JsonlTail:
 
 
 def openai_metrics(lines: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Return the metrics of the trainer's lines for one step, with OpenAI's names."""
+    """Return the metrics in the trainer's lines for one training step, with OpenAI's names."""
     names = {
         "step": ("step",),
         "loss": ("train_loss",),
@@ -225,7 +225,7 @@ def openai_metrics(lines: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 
 def results_csv(lines: Iterable[dict[str, Any]]) -> str:
-    """Return OpenAI's file of results: CSV with one row per step."""
+    """Return the results file of a job, as in OpenAI's API: CSV with one row per training step."""
     columns = {
         "step": "step",
         "train_loss": "train_loss",

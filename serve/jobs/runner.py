@@ -1,13 +1,13 @@
 """The job runner: one job at a time, in a niced process, watched by one thread.
 
-The process is `python -m training finetune`. It writes files (one line per step, an adapter after
-each epoch, checkpoints), and the thread turns them into events, models and a file of results. The
-two communicate by files only, so that either may be killed at any time:
+The process is `python -m training finetune`. It writes files (a line per training step, an adapter
+after each epoch, checkpoints), and the thread turns them into events, models and a results file.
+Process and thread communicate by files only, so that either can be killed at any time:
 
 - If the process is killed, it is started again and resumes from its last checkpoint.
-- If the server is killed, the process continues. The next server tests the lock that the process
-  holds. If it is held, the server watches the process; if it is free, the server starts the process
-  again, which exits at once if the run was complete.
+- If the server is killed, the process continues. The next server tests the lock of the process: if
+  it is locked, the server watches the running process; if it is free, the server starts the process
+  again, which exits at once if the training was complete.
 - If the server is stopped, the process saves a checkpoint and exits; the next server resumes it.
 
 If several servers use one data folder, a lock selects one of them as job runner; when it exits,
@@ -31,10 +31,10 @@ from serve.models import adapters, disk
 log = logging.getLogger(__name__)
 
 LOCK_FILE = "keeper.lock"
-POLL_SECONDS = 0.5  # between two polls of a running job
-IDLE_POLL_SECONDS = 15.0  # between two polls of an idle server, for jobs of a killed server
-MAX_CRASHES = 3  # of a process in a row without a new step
-MAX_POLL_ERRORS = 120  # in a row for one job; a minute of a full disk, for example
+POLL_SECONDS = 0.5  # time between two polls of a running job
+IDLE_POLL_SECONDS = 15.0  # time between two polls of an idle server, for jobs of a killed server
+MAX_CRASHES = 3  # number of crashes in a row without a new training step, after which a job fails
+MAX_POLL_ERRORS = 120  # number of failed polls in a row (a minute), after which a job fails
 NICENESS = 19  # the highest: requests to the server have precedence
 EXIT_INVALID_DATA = 6  # the trainer's exit code for an invalid training file
 TRAINER_OPTIONS = {  # names of hyperparameters in the API, by option of the trainer
@@ -66,7 +66,7 @@ class JobRunner:
         self._error_counts: Counter[str | None] = Counter()  # failed polls in a row, by job
 
     def watch(self) -> None:
-        """Run jobs of all processes from now on, polling for new ones until `close`."""
+        """Run jobs until `close`, including those that other processes add to the store."""
         if self._folder.exists():
             self._start()  # even without unfinished jobs, to clean up after a killed server
         threading.Thread(target=self._watch, name="watch jobs", daemon=True).start()
@@ -119,7 +119,7 @@ class JobRunner:
                 os.close(lock)
 
     def _is_needed(self) -> bool:
-        """Whether the thread has work. If not, clear `_thread`, so that `wake` starts a new one."""
+        """Whether there are jobs to run; if not, clear `_thread`, so that `wake` starts a thread."""
         with self._thread_lock:
             is_busy = self._training is not None or self._validation is not None
             if not self._closing.is_set() and (is_busy or self._jobs.unfinished()):
@@ -132,7 +132,7 @@ class JobRunner:
             self._current_job_id = None
             try:
                 poll()
-            except Exception:  # a full disk, for example: the next poll repeats it
+            except Exception:  # a full disk, for example: the next poll tries again
                 self._error_counts[self._current_job_id] += 1
                 if self._error_counts[self._current_job_id] == 1:
                     log.exception(
@@ -142,13 +142,13 @@ class JobRunner:
                 if (
                     self._current_job_id is not None
                     and self._error_counts[self._current_job_id] >= MAX_POLL_ERRORS
-                ):  # let the next job run
+                ):  # give up on this job, so that the next one can run
                     log.exception("the fine-tuning job %s failed", self._current_job_id)
                     with contextlib.suppress(Exception):
                         self._jobs.fail(
                             self._current_job_id,
                             "server_error",
-                            "The server failed; its log says why.",
+                            "The server could not run the job: see the server's log.",
                         )
             else:
                 self._error_counts.pop(self._current_job_id, None)
@@ -167,7 +167,7 @@ class JobRunner:
                 for name in ("check", "train"):
                     if (process := JobProcess.find_running(id, folder, name)) is not None:
                         process.stop()
-                if job["status"] != "succeeded":  # its model may have been saved already
+                if job["status"] != "succeeded":  # its model may have been saved before it failed
                     adapters.delete(self._jobs.home, job["name"])
                     self._jobs.store.delete_file(job["result_file"])
                 self._jobs.clean_up(id)
@@ -177,7 +177,7 @@ class JobRunner:
     # -- validation ----------------------------------------------------------------------------
 
     def _poll_validation(self) -> None:
-        """Poll the validation of a job's files, or start that of the oldest new job."""
+        """Poll the running validation process, or start one for the oldest job that needs it."""
         process = self._validation
         if process is None:
             self._validation = self._start_validation()
@@ -254,8 +254,8 @@ class JobRunner:
     def _finish_training(self, training: TrainingRun) -> None:
         id, process = training.job_id, training.process
         code = process.exit_code
-        if code is None:  # not a child: started again, it exits at once if the run was complete
-            return
+        if code is None:  # exit code unknown: the process of another server
+            return  # the next poll starts it again; it exits at once if the training was complete
         if code == 0:
             training.publish()
             self._jobs.clean_up(id)
@@ -269,7 +269,7 @@ class JobRunner:
             self._jobs.fail(id, "server_error", process.failure_message())
 
     def _restart(self, id: str, signal_number: int) -> None:
-        """Let the next poll restart a killed process, unless it repeatedly makes no progress."""
+        """Let the next poll restart a killed process, or fail the job after `MAX_CRASHES`."""
         job = self._jobs.get(id)
         assert job is not None, "jobs are not deleted"
         num_crashes = 1 if job["step"] > job["died_at"] else job["died"] + 1
@@ -297,7 +297,7 @@ class JobRunner:
 
 
 def has_active_runner(jobs: JobStore) -> bool:
-    """Whether this or another process runs the jobs of a data folder."""
+    """Return whether this or another process runs the jobs of a data folder."""
     if (lock := disk.try_lock(jobs.home / "jobs" / LOCK_FILE)) is None:
         return True
     os.close(lock)

@@ -1,13 +1,14 @@
 """The database of a server: objects in SQLite, and blobs as files.
 
-An object has a kind, an id and a JSON body; some have a parent, such as the events of a job.
-Objects of a kind are ordered by creation, and clients page through them. One table holds all
-objects, so that another database needs only six methods. There is one writer at a time. When a
-method returns, its change is on the disk (write-ahead log, flushed at each commit).
+An object has a kind ("file", "job", "event", "checkpoint"), an id and a JSON body; some have a
+parent, such as the events of a job. Objects of a kind are ordered by creation, and clients page
+through them. One table has all objects, so that a port to another database replaces only six
+methods. There is one writer at a time. When a method returns, its change is on the disk
+(write-ahead log, flushed at each commit).
 
 A blob is written under a temporary name, flushed and renamed before an object refers to it, so that
-a killed process leaves no incomplete blob visible. The next start removes its temporary files; a
-lock on a file shows that another process is still writing it.
+a killed process leaves no incomplete blob under a final name. The next start removes the temporary
+files of killed processes; those of running processes are locked.
 """
 
 import contextlib
@@ -46,7 +47,7 @@ _NEW_PREFIX = ".new-"
 
 
 def new_id(prefix: str, length: int = 24) -> str:
-    """Return a random id: the prefix and `length` letters and digits, from a secure source."""
+    """Return a random id: the prefix, and `length` letters and digits that cannot be guessed."""
     return prefix + "".join(secrets.choice(_LETTERS) for _ in range(length))
 
 
@@ -55,8 +56,8 @@ def file_record(id: str, filename: str, size: int, purpose: str) -> dict[str, An
 
     Args:
         id: the id of the file.
-        filename: its name.
-        size: its bytes.
+        filename: the name that the client gave it.
+        size: its size in bytes.
         purpose: its purpose, such as "fine-tune".
     """
     return {
@@ -90,10 +91,10 @@ class Store:
         try:
             self._open()
         except sqlite3.OperationalError as error:  # locked, or no disk space
-            raise Failure(f"{self._path} cannot be opened now ({error}): try again") from None
+            raise Failure(f"cannot open {self._path} now ({error}): try again") from None
         except sqlite3.DatabaseError as error:
             raise Corrupt(
-                f"{self._path} cannot be read ({error}): move it out of the way"
+                f"cannot read {self._path} ({error}): move the file away to start with a new one"
             ) from None
         self._clean_up()
 
@@ -106,7 +107,9 @@ class Store:
         run("PRAGMA synchronous = FULL")
         (version,) = run("PRAGMA user_version").fetchone()
         if version > VERSION:
-            raise sqlite3.DatabaseError(f"a newer version of Pellucid wrote it: {version}")
+            raise sqlite3.DatabaseError(
+                f"expected format {VERSION} or older, got {version} of a newer Pellucid"
+            )
         self._database.executescript(SCHEMA)
         run(f"PRAGMA user_version = {VERSION}")
 
@@ -133,16 +136,16 @@ class Store:
             self._database.execute("COMMIT")
 
     def add(self, kind: str, id: str, body: JsonObject, parent: str = "") -> None:
-        """Add an object, last in the order of its kind.
+        """Add an object; it becomes the newest of its kind.
 
         Args:
-            kind: the kind of the object.
-            id: its id, which was never used for this kind.
+            kind: the kind of the object, such as "job".
+            id: its id, which must be new for this kind, even after a removal.
             body: its JSON body.
             parent: the id of its parent, if it has one.
 
         Raises:
-            sqlite3.IntegrityError: the id was used before.
+            sqlite3.IntegrityError: an object of this kind has or had this id.
         """
         with self.transaction():
             self._database.execute(
@@ -175,7 +178,7 @@ class Store:
         return body
 
     def remove(self, kind: str, id: str) -> bool:
-        """Delete the body of an object, not its row; return whether the object existed."""
+        """Delete an object, but keep its row for paging; return whether the object existed."""
         with self.transaction():
             cursor = self._database.execute(
                 "UPDATE objects SET body = NULL WHERE kind = ? AND id = ? AND body IS NOT NULL",
@@ -193,18 +196,19 @@ class Store:
         newest_first: bool = False,
         predicate: Callable[[JsonObject], bool] = lambda body: True,
     ) -> tuple[list[JsonObject], bool]:
-        """Return a page of objects of a kind, and whether more follow.
+        """Return a page of the bodies of objects of a kind, and whether more follow.
 
         Args:
-            kind: the kind of the objects.
-            parent: the id of their parent.
-            after: the id before the page; that object may have been removed.
+            kind: the kind of the objects, such as "job".
+            parent: the id of their parent; "" for objects without a parent.
+            after: the id of the object before the page, which may have been removed; None for the
+                first page.
             limit: the maximum number of objects; None for all.
             newest_first: whether the newest object is first.
             predicate: takes a body and returns whether to include the object.
 
         Raises:
-            KeyError: an object `after` never existed.
+            KeyError: no object had the id `after`.
         """
         with self._lock:
             start = None
@@ -233,7 +237,7 @@ class Store:
     # -- blobs ---------------------------------------------------------------------------------
 
     def blob_path(self, id: str) -> Path:
-        """Return the path of the bytes of a file."""
+        """Return the path of the blob of a file object."""
         return self._blobs / id
 
     @contextlib.contextmanager
@@ -246,7 +250,7 @@ class Store:
             blob.close()
 
     def delete_file(self, id: str) -> bool:
-        """Delete a file, its object before its bytes; return whether it existed."""
+        """Delete a file object and then its blob; return whether the object existed."""
         existed = self.remove("file", id)
         if existed:
             self.blob_path(id).unlink(missing_ok=True)
@@ -259,7 +263,7 @@ class Store:
                 continue
             if not path.exists() or (lock := disk.try_lock(path)) is None:
                 continue
-            if self.get("file", path.name) is None:  # again, as it may be new
+            if self.get("file", path.name) is None:  # again: the object may have been added since
                 path.unlink(missing_ok=True)
             os.close(lock)
 

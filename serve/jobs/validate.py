@@ -1,7 +1,7 @@
 """The validation of a job's files, as a program: ``python -m serve.jobs.validate``.
 
-A file of a million lines takes minutes to read, so a niced process reads it, not the server. It
-prints a JSON object with the job's `error`, or null, and a list of `warnings`.
+A file of a million lines takes minutes to read, so a niced process reads it, not the server. The
+program prints a JSON object with `error`, which is null for valid files, and a list of `warnings`.
 """
 
 import json
@@ -16,7 +16,7 @@ from training.recipes.finetune import read_tokenizer
 
 
 def validate_files(model: Path, data: Path, valid: Path | None = None) -> dict[str, Report]:
-    """Return the report of each file of a job, up to the first invalid file.
+    """Check the files of a job; stop after the first invalid file.
 
     Args:
         model: the files of the model to fine-tune.
@@ -24,7 +24,7 @@ def validate_files(model: Path, data: Path, valid: Path | None = None) -> dict[s
         valid: the validation file, if any.
 
     Returns:
-        The reports by the job's name of the file, "training_file" or "validation_file".
+        The reports, with the keys "training_file" and, if it was checked, "validation_file".
     """
     tokenizer: Any
     tokenizer, max_tokens = read_tokenizer(model)
@@ -38,7 +38,7 @@ def validate_files(model: Path, data: Path, valid: Path | None = None) -> dict[s
 
 
 def warning_messages(reports: Mapping[str, Report]) -> list[str]:
-    """Return the warnings of reports, as messages of events."""
+    """Return the warnings of the reports of `validate_files` as messages for events of the job."""
     return [
         f"{name.replace('_', ' ').capitalize()}: {warning.message}"
         for name, report in reports.items()

@@ -1,1 +1,1 @@
-"""The routes, one module for each resource of the API."""
+"""The routes of the API, one module per resource."""

@@ -2,14 +2,14 @@
 
 The body is a form with an audio file of at most 25 MB. Its format is detected from its bytes, or
 else from its suffix. At temperature 0, the default, decoding is greedy and falls back to higher
-temperatures when the result looks wrong. Only windows with speech are decoded, so silence and noise
-produce no text.
+temperatures when the text is repetitive or improbable. Only windows with speech are decoded, so
+silence and noise produce no text.
 
 ``stream`` sends a ``transcript.text.delta`` event for each segment and ``transcript.text.done`` at
 the end. Streamed audio is decoded sequentially. Without streaming, audio of over a minute is
 decoded four windows at a time, so a few words may differ. OpenAI ignores ``stream`` for whisper-1;
-here it works for every model. ``keywords`` are words that are likely to occur. Speakers are not
-distinguished: ``diarized_json`` is refused.
+here it works for every model. ``keywords`` are words that are likely to occur in the audio.
+Speakers are not distinguished: ``diarized_json`` is refused.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ from serve.models.speech import SpeechModel
 
 router = APIRouter(prefix="/v1/audio")
 
-MAX_BYTES = 25 * 2**20  # of a file
+MAX_BYTES = 25 * 2**20  # of an audio file
 BODY_LIMITS = {  # bytes of a body by path: the file and the rest of the form
     f"/v1/audio/{route}": MAX_BYTES + 2**20 for route in ("transcriptions", "translations")
 }
@@ -69,7 +69,7 @@ class SpeechForm(Body):
 
 
 class Logprob(ResponseModel):
-    """A token with its logprob and bytes."""
+    """A token of the transcript with its logprob and bytes."""
 
     token: str
     logprob: float
@@ -84,7 +84,7 @@ class SpeechUsage(ResponseModel):
 
 
 class InputTokenDetails(ResponseModel):
-    """Details of the input tokens of a transcription."""
+    """The input tokens of a transcription, split into prompt text and audio."""
 
     audio_tokens: int
     text_tokens: int
@@ -101,7 +101,7 @@ class TokenUsage(ResponseModel):
 
 
 class Transcription(ResponseModel):
-    """The response for `json`."""
+    """The response for `response_format` "json"."""
 
     text: str
     logprobs: list[Logprob] | None = None
@@ -109,7 +109,7 @@ class Transcription(ResponseModel):
 
 
 class SpeechSegment(ResponseModel):
-    """A segment of a transcript."""
+    """A segment of a transcript: a phrase with its start and end in seconds."""
 
     id: int
     seek: int
@@ -124,7 +124,7 @@ class SpeechSegment(ResponseModel):
 
 
 class SpeechWord(ResponseModel):
-    """A word with its times."""
+    """A word of a transcript with its start and end in seconds."""
 
     word: str
     start: float
@@ -132,7 +132,7 @@ class SpeechWord(ResponseModel):
 
 
 class VerboseTranscription(ResponseModel):
-    """The response for `verbose_json`."""
+    """The response for `response_format` "verbose_json"."""
 
     task: Literal["transcribe", "translate"]
     language: str
@@ -154,7 +154,11 @@ class SpeechEvent(ResponseModel):
 
 
 def _speech_route_docs(*, events: type[ResponseModel] | None = None) -> dict[str, Any]:
-    """Return the documentation of a route with a form and a JSON, verbose JSON or text response."""
+    """Return the `route_docs` of a route that takes a form and returns JSON, verbose JSON or text.
+
+    Args:
+        events: Model of each server-sent event, if the route can stream.
+    """
     arguments = route_docs(Transcription, form=SpeechForm, events=events)
     content = arguments["responses"][200]["content"]
     brief = content["application/json"]["schema"]
@@ -186,8 +190,8 @@ async def _respond(request: Request, task: Literal["transcribe", "translate"]) -
     samples = await asyncio.to_thread(_decode_audio, data, body.file.filename)
     is_long = len(samples) > LONG_SECONDS * SAMPLE_RATE
     transcription_options = audio.TranscriptionOptions(
-        # Sequentially when streaming: in a batch, all text but that of the first window would
-        # arrive at the end.
+        # One window at a time when streaming: in a batch, the text of all windows except the first
+        # would arrive at the end.
         batch_size=BATCH_SIZE if is_long and not body.stream else 1,
         condition_on_previous_text=not is_long,
         initial_prompt=body.prompt,
@@ -210,13 +214,13 @@ async def _respond(request: Request, task: Literal["transcribe", "translate"]) -
 
 
 def _check(body: SpeechForm, model: SpeechModel, task: str) -> None:
-    """Refuse options that this model or this server does not support."""
+    """Raise an APIError for options that the model or this server does not support."""
     tokenizer = model.whisper.tokenizer
     if body.response_format == "diarized_json":
         raise unsupported(
             "response_format",
             body.response_format,
-            "Speakers are not distinguished: use json, text, srt, verbose_json or vtt.",
+            "This server does not distinguish speakers: use json, text, srt, verbose_json or vtt.",
         )
     if "word" in body.timestamp_granularities and body.response_format != "verbose_json":
         raise APIError(
@@ -227,9 +231,13 @@ def _check(body: SpeechForm, model: SpeechModel, task: str) -> None:
             code="invalid_value",
         )
     if body.include and body.response_format != "json":
-        raise unsupported("include", body.include[0], "Set response_format to 'json'.")
+        raise unsupported("include", body.include[0], "It needs response_format 'json'.")
     if task == "translate" and not tokenizer.is_multilingual:
-        raise unsupported("model", model.id, "It is English-only: use a multilingual model.")
+        raise unsupported(
+            "model",
+            model.id,
+            "Translation needs a multilingual model, and this one is English-only.",
+        )
     if body.language is not None:
         try:
             tokenizer.language_code(body.language)
@@ -254,7 +262,7 @@ def _decode_audio(data: bytes, name: str) -> np.ndarray:
 
 
 class _Transcriber:
-    """The transcription of one audio file. It stops soon after its iterator is closed."""
+    """The transcription of one audio file. It stops soon after the iterator of `stream` closes."""
 
     def __init__(
         self,
@@ -350,7 +358,7 @@ def _usage(transcript: Transcript) -> dict[str, Any]:
 
 
 def _token_usage(transcriber: _Transcriber, body: SpeechForm) -> dict[str, Any]:
-    """Return token counts; an audio token is a position of the encoder, 50 a second."""
+    """Return token counts; an audio token is a position of the encoder, 50 per second of audio."""
     encode = transcriber.tokenizer.encode
     audio_tokens = math.ceil(transcriber.transcript.duration / TIME_PRECISION)
     text_tokens = sum(len(encode(text)) for text in (body.prompt, *body.keywords) if text)

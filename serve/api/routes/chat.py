@@ -1,7 +1,7 @@
 """POST /v1/chat/completions: answer a conversation.
 
 The model's chat template turns the messages into a prompt. Special tokens spelled out in a message
-are encoded as plain text. Without a limit the answer may fill the rest of the context.
+are encoded as plain text. Without `max_tokens` the answer may fill the rest of the context.
 
 Not supported yet: tools and functions, JSON formats. The models take no images or audio.
 """
@@ -141,7 +141,8 @@ def encode_chat(
     """Return the token ids of a conversation, rendered with the model's chat template.
 
     Args:
-        wording: The words for errors, such as `context_window.CHAT_WORDING`.
+        wording: The message for a conversation that is too long, such as
+            `context_window.CHAT_WORDING`.
         model: A chat model.
         messages: Dictionaries with "role" and "content".
         add_generation_prompt: Whether to append the start of the model's turn.
@@ -184,7 +185,9 @@ def template_message(message: Message, index: int) -> dict[str, str]:
         )
     for name in ("tool_calls", "function_call"):
         if value := getattr(message, name):
-            raise unsupported(f"{path}.{name}", value, "Tools are not supported: leave it out.")
+            raise unsupported(
+                f"{path}.{name}", value, f"This server does not support tools: leave '{name}' out."
+            )
     content = message.content
     if content is None:
         raise APIError(
@@ -230,7 +233,7 @@ def _refuse_unsupported(body: ChatBody) -> None:
         raise unsupported("modalities", "audio", "Only 'text' is supported.")
     for name in ("audio", "tools", "functions"):
         if value := getattr(body, name):
-            raise unsupported(name, value, "It is not supported: leave it out.")
+            raise unsupported(name, value, f"Leave '{name}' out.")
     for name in ("tool_choice", "function_call"):
         if (value := getattr(body, name)) not in (None, "none", "auto"):
             raise unsupported(name, value, "Supported values are: 'none' and 'auto'.")

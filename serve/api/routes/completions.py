@@ -4,9 +4,9 @@ The prompt is text, token ids, or a list of either. Choice ``i * n + j`` is the 
 prompt i. Special tokens spelled out in a prompt are encoded as special tokens, unlike in a chat,
 because fill-in-the-middle prompts contain them. An empty prompt is the start of a document.
 Logprobs are those of the model's distribution before temperature and penalties; ``logprobs: 0``
-requests only the chosen token's. With ``echo`` the prompt has logprobs too, which scores a text;
-the first token has none, because no prediction precedes it. The end-of-text token is the last of
-the logprobs and not part of the text.
+requests only that of the chosen token. With ``echo`` the prompt has logprobs too, which scores a
+text; the first token has none, because no prediction precedes it. If the model ends the text, the
+end-of-text token is the last of the logprobs and not part of the text.
 """
 
 import asyncio
@@ -147,7 +147,14 @@ def _build_generation(
 
 
 def _prompt(body: CompletionBody, model: DecoderModel, start: list[int], ids: list[int]) -> Prompt:
-    """Return the prompt for encoded text, with the ids that start a text."""
+    """Return the prompt for the engine.
+
+    Args:
+        body: The request.
+        model: The model.
+        start: Token ids to insert before the text, such as BOS; see `_start_ids`.
+        ids: Token ids of the text.
+    """
     if body.suffix:
         prompt = infill_prompt(model.tokenizer, ids, body.suffix)
     else:
@@ -170,7 +177,7 @@ def _prompt(body: CompletionBody, model: DecoderModel, start: list[int], ids: li
 
 
 def _encode_prompts(body: CompletionBody, model: DecoderModel) -> list[tuple[list[int], list[int]]]:
-    """Return the token ids of each prompt, after the ids that start a text."""
+    """Return two lists per prompt: the token ids to insert before it, and its own token ids."""
     tokenizer = model.tokenizer
     is_single = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
     prompts = cast("list[str | list[int]]", [body.prompt] if is_single else body.prompt)
@@ -187,7 +194,7 @@ def _encode_prompts(body: CompletionBody, model: DecoderModel) -> list[tuple[lis
 
 
 def _start_ids(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    """Return the ids that the model expects before a text that is encoded as `ids`."""
+    """Return the token ids to insert before a text with the token ids `ids`, such as BOS."""
     if tokenizer.add_bos and tokenizer.bos_id is not None:
         return [] if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id]
     if ids:
@@ -218,7 +225,7 @@ def _refuse_contradictions(body: CompletionBody) -> None:
         )
     if body.suffix and body.echo and body.logprobs is not None:
         raise bad(
-            "Invalid 'echo': with 'suffix' the model does not read the prompt as a continuous "
-            "text, so it has no logprobs. Leave out 'echo', 'suffix' or 'logprobs'.",
+            "Invalid 'echo': with 'suffix' the prompt is part of a fill-in-the-middle prompt, so "
+            "it has no logprobs to return. Leave out 'echo', 'suffix' or 'logprobs'.",
             "echo",
         )

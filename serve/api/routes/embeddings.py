@@ -1,15 +1,15 @@
 """POST /v1/embeddings: a vector for each text.
 
-The input is a text, token ids, or a list of either. Ids that are sent to a model's own name belong
-to its vocabulary. Ids that are sent to an alias belong to the encoding of the OpenAI model that the
-alias is named after, so they are decoded with it and encoded again; clients that count tokens
+The input is a text, token ids, or a list of either. If the request names the served model by its
+id, the ids are those of its vocabulary. If it names an alias, the ids are in the encoding of the
+OpenAI model of this name, so they are decoded to text and encoded again; clients that tokenize
 before they send (LangChain's default) rely on this. Official clients request base64 by default:
 little-endian float32.
 
 ``dimensions`` keeps the first components of a vector and rescales it to its original norm. Models
 trained for this (Matryoshka embeddings) lose less quality than others.
 
-An input longer than the model's context is a 400, unless one of these extensions to OpenAI's API
+An input longer than the model's context returns 400, unless one of these extensions to OpenAI's API
 handles it:
 
 - ``long_text_mode``, as in Nomic's API: "truncate" cuts off the ends of texts, "mean" averages the
@@ -179,7 +179,8 @@ def _truncation_length(body: EmbeddingsBody, model: EmbeddingModel) -> int | Non
         conflict = "truncate" if body.truncate else "truncate_prompt_tokens"
         raise APIError(
             400,
-            f"Invalid 'long_text_mode': 'mean' excludes '{conflict}'. Leave out one of them.",
+            f"Invalid 'long_text_mode': 'mean' cannot be combined with '{conflict}'. Leave out one "
+            "of them.",
             param="long_text_mode",
             code="invalid_value",
         )
@@ -188,8 +189,8 @@ def _truncation_length(body: EmbeddingsBody, model: EmbeddingModel) -> int | Non
     if not 3 <= num_tokens <= model.context:
         raise APIError(
             400,
-            f"Invalid 'truncate_prompt_tokens': expected -1, or from 3 to {model.context}, but "
-            f"got {num_tokens} instead.",
+            f"Invalid 'truncate_prompt_tokens': expected -1 or a number from 3 to {model.context}, "
+            f"but got {num_tokens} instead.",
             param="truncate_prompt_tokens",
             code="invalid_value",
         )
@@ -199,7 +200,11 @@ def _truncation_length(body: EmbeddingsBody, model: EmbeddingModel) -> int | Non
 def _with_special_tokens(
     ids: list[int], tokenizer: WordPiece, model_id: str, path: str
 ) -> list[int]:
-    """Return the model's ids with [CLS] and [SEP] added where they are missing."""
+    """Return token ids of the model with [CLS] first and [SEP] last, added if they are missing.
+
+    Raises:
+        APIError: 400 for an id that is not in the model's vocabulary.
+    """
     for index, token in enumerate(ids):
         try:
             tokenizer.convert_ids_to_tokens([token])

@@ -1,8 +1,8 @@
 """/v1/files: upload, list, download and delete files, for example training data.
 
 An upload is written to disk as it arrives and is listed when it is complete. Its content is neither
-checked nor executed; a fine-tuning job reports errors in its training file. A download has the same
-bytes, with a media type that depends on the purpose only.
+checked nor executed; a fine-tuning job reports errors in its training file. A download returns the
+uploaded bytes, with a media type that depends only on the file's purpose.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ _TYPES = {  # media type by purpose; else application/octet-stream
 
 
 class ExpiresAfter(Body):
-    """The lifetime of a file."""
+    """The lifetime of an uploaded file, in seconds after its creation."""
 
     anchor: Literal["created_at"]
     seconds: Annotated[int, Field(ge=3600, le=2_592_000)]
@@ -94,7 +94,7 @@ async def get_file(request: Request, file_id: str) -> dict[str, Any]:
 
 @router.get("/files/{file_id}/content", **route_docs(media_type="application/octet-stream"))
 async def get_content(request: Request, file_id: str) -> Response:
-    """Download the content of a file."""
+    """Download the content of a file: the uploaded bytes, unchanged."""
     store = store_of(request)
     file = await asyncio.to_thread(find_file, store, file_id)
     return FileResponse(

@@ -35,7 +35,12 @@ KEEPALIVE_SECONDS = 15.0  # time without an event after which a stream sends a c
 
 
 def auto_or(number: Any, kind: str) -> Any:
-    """Return the type of a hyperparameter: "auto" or a number, described as `kind` in errors."""
+    """Return a pydantic type: "auto", or a number of type `number`.
+
+    Args:
+        number: The type of the number, with its bounds.
+        kind: The name of that type in error messages, such as "an integer".
+    """
     return Annotated[
         Annotated[Literal["auto"], Tag("a string")] | Annotated[number, Tag(kind)],
         Discriminator(lambda value: tag(value) if isinstance(value, str) else kind),
@@ -50,7 +55,7 @@ Value = Annotated[str, Field(max_length=512)]
 
 
 class Hyperparameters(Body):
-    """The hyperparameters of a job."""
+    """The hyperparameters in a request for a job; "auto" lets the server choose."""
 
     n_epochs: auto_or(Epochs, "an integer") = "auto"  # type: ignore[valid-type]
     batch_size: auto_or(BatchSize, "an integer") = "auto"  # type: ignore[valid-type]
@@ -58,13 +63,13 @@ class Hyperparameters(Body):
 
 
 class Supervised(Body):
-    """The settings of supervised fine-tuning."""
+    """The part of the method that holds the hyperparameters of supervised fine-tuning."""
 
     hyperparameters: Hyperparameters | None = None
 
 
 class Method(Body):
-    """The method of a job."""
+    """The training method in a request for a job. Only "supervised" is supported."""
 
     type: Literal["supervised", "dpo", "reinforcement"]
     supervised: Supervised = Supervised()
@@ -97,7 +102,7 @@ class CheckpointsQuery(PageQuery):
 
 
 def jobs_of(request: Request) -> JobStore:
-    """Return the jobs of the application that serves ``request``."""
+    """Return the job store of the application that serves ``request``."""
     return state_of(request).jobs
 
 
@@ -127,7 +132,7 @@ async def create_job(request: Request) -> dict[str, Any]:
 async def submit_job(
     request: Request, model: str, training: str, validation: str | None, **fields: Any
 ) -> Job:
-    """Create a job and put it in the queue.
+    """Check the model and the files of a job, create the job, and wake the job runner.
 
     Args:
         request: The request.
@@ -177,7 +182,7 @@ async def submit_job(
 
 
 def trainable_model(request: Request, name: str) -> tuple[str, Path]:
-    """Return id and path of a model that can be fine-tuned.
+    """Return id and path of the model `name`, which must be one that can be fine-tuned.
 
     Raises:
         APIError: 400 if the model cannot be fine-tuned; the message names models that can.
@@ -193,7 +198,7 @@ def trainable_model(request: Request, name: str) -> tuple[str, Path]:
     if trainable:
         hint = f"Use one of: {', '.join(trainable)}."
     if spec is not None and spec.base is not None:
-        hint = f"It is fine-tuned already: fine-tune `{spec.base}` on all examples instead."
+        hint = f"It is already fine-tuned: fine-tune `{spec.base}` on all examples instead."
     raise APIError(
         400,
         f"Model {registry.resolve(name).id} is not available for fine-tuning. {hint}",
@@ -272,7 +277,7 @@ async def find_job(request: Request, id: str) -> Job:
     job = await asyncio.to_thread(jobs_of(request).get, id)
     if job is None:
         raise APIError(404, f"No such fine-tune job: {id[:80]}", param="id", code="not_found")
-    if job["status"] in UNFINISHED:  # its runner, in another process, may have ended
+    if job["status"] in UNFINISHED:  # the process that ran it may have been killed
         await asyncio.to_thread(state_of(request).job_runner.wake)
     return job
 
@@ -301,7 +306,8 @@ async def events_of(request: Request, id: str) -> Events:
     """
     jobs, after, last_sent = jobs_of(request), None, time.monotonic()
     while True:
-        job = await find_job(request, id)  # before its events, so that the last ones are not missed
+        # Read the status before the events: the last events precede the end of the job.
+        job = await find_job(request, id)
         events, _ = await asyncio.to_thread(jobs.store.page, "event", parent=id, after=after)
         for event in events or [None] * (time.monotonic() - last_sent > KEEPALIVE_SECONDS):
             yield event
@@ -312,13 +318,13 @@ async def events_of(request: Request, id: str) -> Events:
         if state_of(request).is_draining:
             raise APIError(
                 503,
-                "The server is shutting down; the job continues when it is restarted.",
+                "The server is shutting down; the job continues when the server is restarted.",
                 type="server_error",
             )
         await asyncio.sleep(POLL_SECONDS)
 
 
-# --- representations --------------------------------------------------------------------------
+# --- responses --------------------------------------------------------------------------------
 
 
 def event_to_api(event: dict[str, Any]) -> dict[str, Any]:

@@ -1,21 +1,21 @@
 """POST /v1/images/generations, edits and variations: images from prompts and from images.
 
-The model generates small squares (`emoji-64`: 64 x 64 pixels), and size ``auto`` is that size. Any
-other size is the same image, upscaled. Responses contain URLs, as for dall-e-2, or base64, the
-default for names of gpt-image-*. ``quality`` sets the number of denoising steps. ``seed`` is an
+The model generates small squares (`emoji-64`: 64 x 64 pixels), and size ``auto`` is that size. For
+any other size the image is resized. Responses contain URLs, as for dall-e-2, or base64, the default
+for the model names gpt-image-*. ``quality`` sets the number of denoising steps. ``seed`` is an
 extension: the same request with the same seed gives the same bytes.
 
 ``stream`` sends ``partial_images`` intermediate images (the network's estimates of the clean image
 after some of the steps) and each finished image. ``index``, another extension, numbers the ``n``
 images.
 
-An edit changes the transparent pixels of the mask, or of the image if there is no mask. Other
-pixels do not change, and the result has the size of the upload. An opaque image without a mask is
-an error, as with dall-e-2; with a model name of gpt-image-* the whole image is redrawn, starting
-from the image and the prompt. As extensions, a variation takes a ``prompt`` and a ``strength`` from
-0.01 to 1.
+An edit changes the pixels that are transparent in the mask, or in the image if there is no mask.
+Other pixels do not change, and the result has the size of the upload. An opaque image without a
+mask returns 400, as with dall-e-2; with a model name gpt-image-* the whole image is redrawn,
+starting from the image and the prompt. As extensions, a variation takes a ``prompt`` and a
+``strength`` from 0.01 to 1.
 
-``output_compression`` is the quality of JPEG and WebP, 0 to 100, 95 by default; PNG has none.
+``output_compression`` is the quality of JPEG and WebP, 0 to 100, 95 by default; PNG is lossless.
 
 To keep the event loop responsive, images are decoded, composited and encoded on two threads, base64
 is processed in chunks, and base64 responses are sent one image at a time.
@@ -69,7 +69,7 @@ router = APIRouter()
 BODY_LIMITS = {  # bytes of a body by path: an image, its mask, and the rest of the form
     f"/v1/images/{route}": 2 * MAX_BYTES for route in ("edits", "variations")
 }
-MIN_SIDE, MAX_SIDE = 16, 1024  # pixels of a side
+MIN_SIDE, MAX_SIDE = 16, 1024  # width and height of a requested image, in pixels
 STEPS = {"low": 10, "medium": 20, "high": 40}
 _QUALITY_ALIASES = {"standard": "medium", "auto": "medium", "hd": "high"}
 
@@ -127,11 +127,11 @@ async def create_image_edit(request: Request) -> Response:
             return InitImage(image, strength=edit.VARIATION_STRENGTH)
         return InitImage(image, edit.preprocess_mask(mask, size))
 
-    files.clear()  # frees megabytes while the request waits
+    files.clear()  # free the uploads while the request waits for the model
     init_image = await _run_in_worker(preprocess)
     background = "opaque"
     if original.shape[2] == 4 and body.output_format != "jpeg":
-        background = "transparent"  # the original is, outside the mask
+        background = "transparent"  # the original has transparent pixels outside the mask
     task = _Task(model, body, body.prompt, postprocess, "image_edit", init_image, background)
     return await _respond(request, task)
 
@@ -153,7 +153,7 @@ async def create_image_variation(request: Request) -> Response:
         return _resize(pixels, side)
 
     init_image = await _run_in_worker(preprocess)
-    files.clear()  # as above
+    files.clear()  # as in `create_image_edit`
     task = _Task(model, body, body.prompt, postprocess, "image_edit", init_image)
     return await _respond(request, task)
 
@@ -175,7 +175,7 @@ async def get_image(request: Request, name: str) -> Response:
     return FileResponse(
         path,
         media_type=f"image/{path.suffix[1:]}",
-        filename=name,  # an attachment, which a page can still show
+        filename=name,  # served as an attachment, which an <img> of a page can still show
         headers={
             "x-content-type-options": "nosniff",
             "content-security-policy": "sandbox",
@@ -193,12 +193,12 @@ async def _model(request: Request, name: str | None) -> ImageModel:
         image_models = (
             spec.id for spec in state_of(request).registry.list_models() if spec.kind == "images"
         )
-        name = next(image_models, "dall-e-2")  # the error for it says which model to pull
+        name = next(image_models, "dall-e-2")  # if unknown, the error says which model to pull
     return await get_loaded_model(request, name, ImageModel)
 
 
 def _side(body: ImageOptions, model_side: int) -> int:
-    """Return the side of the requested size, in pixels; `model_side` is that of the model."""
+    """Return width and height of the requested size, in pixels; "auto" is `model_side`."""
     if body.size == "auto":
         return model_side
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", body.size)
@@ -224,7 +224,7 @@ def _is_gpt_image(body: ImageOptions) -> bool:
 
 @dataclass(frozen=True)
 class _Task:
-    """A request for images, and the conversion of the model's output to files.
+    """An image request, and the conversion of the model's output to image files.
 
     Attributes:
         postprocess: Converts the model's pixels to those of the response.
@@ -280,12 +280,12 @@ class _Task:
 
 
 def _check(body: ImageOptions) -> None:
-    """Refuse options that no image model here supports."""
+    """Raise an APIError for options that the image models do not support."""
     if body.background == "transparent":
         raise unsupported(
             "background",
             "transparent",
-            "The image models generate opaque images only: use 'opaque'.",
+            "The image models generate only opaque images: use 'opaque'.",
         )
     if body.output_format == "png" and body.output_compression not in (None, 100):
         raise APIError(
@@ -312,7 +312,7 @@ async def _respond(request: Request, task: _Task) -> Response:
     def store_image(pixels: np.ndarray) -> dict[str, str]:
         data = task.encode(task.postprocess(pixels))
         name = temp_files.put(data, body.output_format)
-        # A timer for each file: a scan of the folder for each request would grow with its size.
+        # One timer per file, because the time to scan the folder would grow with the files in it.
         loop.call_soon_threadsafe(loop.call_later, LIFETIME_SECONDS + 1, temp_files.drop, name)
         return {"url": f"{base}images/{name}"}
 
@@ -401,7 +401,7 @@ async def _generate(task: _Task, context: RequestContext) -> AsyncGenerator[Imag
 
 
 async def _run_in_worker(work: Callable[..., T], *arguments: Any) -> T:
-    """Run work on images on a worker thread, so that it does not block the event loop."""
+    """Run a function that processes images on a worker thread, which the event loop awaits."""
     return await asyncio.get_running_loop().run_in_executor(_workers, work, *arguments)
 
 

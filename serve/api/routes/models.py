@@ -51,9 +51,9 @@ async def list_models(request: Request) -> dict[str, Any]:
 
 
 @router.head("/models/{model_id:path}", include_in_schema=False)
-@router.get("/models/{model_id:path}", **route_docs(Model))  # ids may hold slashes
+@router.get("/models/{model_id:path}", **route_docs(Model))  # an id can contain slashes
 async def get_model(request: Request, model_id: str) -> dict[str, Any]:
-    """Look up a model by its id or an alias."""
+    """Return the model with an id or alias."""
     return model_to_api(state_of(request).registry.resolve(model_id))
 
 
@@ -75,8 +75,8 @@ async def delete_model(request: Request, model_id: str) -> dict[str, Any]:
     if len(registry.list_models()) == 1:
         raise APIError(
             400,
-            f"The model `{model_id}` cannot be deleted: it is the only model of this server, which "
-            "needs one.",
+            f"The model `{model_id}` cannot be deleted: it is the only model of this server, and a "
+            "server needs at least one.",
             param="model",
             code="invalid_value",
         )

@@ -60,7 +60,7 @@ async def openapi(request: Request) -> Response:
 async def file(request: Request, name: str) -> Response:
     """Serve a script, style sheet or icon of the pages."""
     if name.endswith(".html"):
-        raise HTTPException(404)  # pages have their own addresses, each with its policy
+        raise HTTPException(404)  # each page has its own route, which sets its security policy
     return await _file(_WEB_FILES, name, request)
 
 

@@ -1,9 +1,9 @@
 """POST /tokenize and /detokenize, GET /tokenizer_info: direct access to the tokenizer.
 
 OpenAI has no such routes. Evaluation harnesses and agents use them with other local servers, whose
-field names differ: ``prompt`` or ``messages`` in vLLM, ``content`` in llama.cpp. Requests may use
+field names differ: ``prompt`` or ``messages`` in vLLM, ``content`` in llama.cpp. Requests can use
 any of these names, and responses contain all of them. Without ``model`` the default model is used.
-No route here waits for the engine.
+None of these routes waits for the engine.
 """
 
 import asyncio
@@ -36,8 +36,8 @@ class TokenizeBody(Body):
     content: str | None = None
     text: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
-    add_special_tokens: bool = True  # whether to add the model's BOS token before text
-    add_special: bool | None = None  # the same in llama.cpp
+    add_special_tokens: bool = True  # whether to add BOS before a text, if the model has it
+    add_special: bool | None = None  # llama.cpp's name of `add_special_tokens`
     add_generation_prompt: bool = True
     parse_special: bool = True  # whether to encode special tokens spelled out in text as such
     return_token_strs: bool = False
@@ -103,7 +103,7 @@ async def tokenizer_info(request: Request, model: str = "") -> dict[str, Any]:
         "model_max_length": loaded_model.context,
         "bos_token": token_name(tokenizer.bos_id),
         "eos_token": token_name(tokenizer.eos_id),
-        "pad_token": token_name(tokenizer.eos_id),  # unused here; harnesses require it
+        "pad_token": token_name(tokenizer.eos_id),  # not used by this server; harnesses require it
         "add_bos_token": tokenizer.add_bos,
         "chat_template": template.source if template else None,
     }

@@ -1,1 +1,1 @@
-"""Routes of 2021 to 2023, withdrawn by OpenAI, that old clients still call."""
+"""Routes of OpenAI's API of 2021 to 2023, which OpenAI removed and old clients still call."""

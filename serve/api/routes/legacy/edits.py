@@ -35,7 +35,7 @@ EXAMPLES = (  # instruction, text, edited text
     ("Replace Anna with Tom", "Anna lives in Rome.", "Tom lives in Rome."),
     ("Correct the spelling", "i saw a bigg house", "I saw a big house."),
 )
-SPARE_TOKENS = 256  # an edit may have this many tokens more than twice its input
+SPARE_TOKENS = 256  # the maximum length of an edit is twice its input plus this many tokens
 
 
 class EditBody(GenerationBody):
@@ -49,7 +49,7 @@ class EditBody(GenerationBody):
 @router.post("/edits", **route_docs(Edit, EditBody))
 @router.post("/engines/{engine:path}/edits", include_in_schema=False)
 async def create_edit(request: Request) -> Response:
-    """Edit a text according to an instruction (the endpoint of 2023)."""
+    """Edit a text according to an instruction (OpenAI's endpoint until 2023)."""
     body = await read_json(request, EditBody)
     model = await get_loaded_model(request, body.model, DecoderModel)
     generation = await asyncio.to_thread(_build_generation, body, model, context_of(request.scope))

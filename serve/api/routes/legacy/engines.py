@@ -1,4 +1,4 @@
-"""GET /v1/engines: the models, under their name of before 2022.
+"""GET /v1/engines: the models, which OpenAI's API called engines before 2022.
 
 Clients of 2023 call ``/v1/engines/ID/completions`` when they get ``engine=`` instead of ``model=``.
 Each generation route accepts that path too; see `requests.read_json`.

@@ -1,7 +1,7 @@
 """/v1/fine-tunes: fine-tuning jobs in the API of 2021 to 2023.
 
 ``openai api fine_tunes.create`` and ``follow`` of the 0.27 client work. The default is four epochs,
-as it was then. ``prompt_loss_weight`` and ``compute_classification_metrics`` are refused.
+as in that API. ``prompt_loss_weight`` and ``compute_classification_metrics`` are refused.
 """
 
 import asyncio
@@ -64,13 +64,15 @@ async def create_fine_tune(request: Request) -> dict[str, Any]:
         raise unsupported(
             "prompt_loss_weight",
             body.prompt_loss_weight,
-            "Prompts do not contribute to the loss: leave it out, or send 0.",
+            "This server never counts prompts in the loss: leave 'prompt_loss_weight' out, or send "
+            "0.",
         )
     if body.compute_classification_metrics:
         raise unsupported(
             "compute_classification_metrics",
             True,
-            "Only loss and token accuracy are computed: leave it out, or send false.",
+            "This server computes only loss and token accuracy: leave "
+            "'compute_classification_metrics' out, or send false.",
         )
     job = await submit_job(
         request,
@@ -132,7 +134,7 @@ async def _to_api_with_events(request: Request, job: Job) -> dict[str, Any]:
 
 
 def _to_api(jobs: JobStore, job: Job) -> dict[str, Any]:
-    """Return a job in the shape of 2023, with the records of its files that still exist."""
+    """Return a job in the format of OpenAI's API of 2021, with those of its files that exist."""
     file_ids = {
         "training_files": [job["training_file"]],
         "validation_files": [job["validation_file"]] if job["validation_file"] else [],
