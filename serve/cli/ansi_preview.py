@@ -1,4 +1,4 @@
-"""Images in a terminal, as half blocks: each character shows two pixels, one above the other.
+"""Draw images in a terminal with half-block characters, each of which shows two pixels.
 
 The upper pixel is the foreground colour of the character, the lower pixel its background colour.
 Each preview overwrites the previous one, so that the user watches the denoising.
@@ -39,7 +39,7 @@ class AnsiPreview:
         self._lines = len(lines)
 
     def done(self) -> None:
-        """Keep the last preview; draw the next one below it."""
+        """Keep the last preview, so that the next call draws below it instead of over it."""
         self._lines = 0
 
 
@@ -64,7 +64,7 @@ def half_blocks(pictures: np.ndarray, truecolor: bool) -> list[str]:
 
 
 def has_truecolor(environment: os._Environ[str] | dict[str, str]) -> bool:
-    """Return whether the terminal announces 24-bit colours (`COLORTERM`)."""
+    """Return whether the environment variable `COLORTERM` announces 24-bit colours."""
     return environment.get("COLORTERM", "") in ("truecolor", "24bit")
 
 

@@ -1,4 +1,4 @@
-"""The banner of a server: its address, its models, and two examples to paste."""
+"""The text that a server prints when it is ready: address, models, and two example requests."""
 
 import json
 
@@ -13,7 +13,7 @@ def banner(address: str, registry: Registry, *, has_keys: bool) -> str:
     Args:
         address: the URL of the server without a path, such as "http://127.0.0.1:8000".
         registry: the models of the server, at least one of them loaded.
-        has_keys: whether requests need an API key. The text holds a placeholder, never a key.
+        has_keys: whether requests need an API key. The text shows a placeholder, never a key.
     """
     lines = []
     for model in registry.list_models():

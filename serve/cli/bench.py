@@ -1,8 +1,8 @@
-"""`pellucid bench`: measures the operations of a model against the peaks of this machine.
+"""`pellucid bench`: measures the operations of a model against the peak rates of this machine.
 
-`transformer/bench` does the measuring; `python -m transformer.bench` runs it without this command,
-which also takes the id of a model. Only the sizes of the model are read: the weights are random.
-The cases are those of `transformer/bench/decoder_cases.py` and of `audio/bench.py`.
+The measurements are in `transformer/bench`, which `python -m transformer.bench` runs for a path;
+this command also takes the id of a model. Only the sizes of the model are read: the weights are
+random. The bench cases are in `transformer/bench/decoder_cases.py` and `audio/bench.py`.
 """
 
 from pathlib import Path
@@ -60,7 +60,7 @@ def bench(
         bool, typer.Option("--json", help="Print JSON lines instead of a table.")
     ] = False,
 ) -> None:
-    """Measure the operations of a model on this machine."""
+    """Measure the speed of a model's operations on this machine."""
     path = None
     if model is not None:
         from serve.cli import local

@@ -33,7 +33,7 @@ def chat(
     question = stdin.joined(prompt, piped.removesuffix("\n") if piped else None)
     at_terminal = sys.stdin is not None and sys.stdin.isatty()
     if question is None and (json or not at_terminal):
-        raise WrongUsage("there is no question; give one as an argument, or pipe one in")
+        raise WrongUsage("no question; give it as an argument, or pipe it in")
     with local_completion.open_model_timed(model) as (served, seconds):
         options = local_completion.make_options(temperature, top_p, max_tokens, seed, stop)
         conversation = repl.Conversation(default=options, system=system, stats=stats)

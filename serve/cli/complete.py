@@ -17,7 +17,7 @@ def complete(
     temperature: Temperature = None,
     top_p: TopP = None,
     max_tokens: Annotated[
-        int, typer.Option(min=1, help="Maximum length of the answer, in tokens.")
+        int, typer.Option(min=1, help="Maximum length of the continuation, in tokens.")
     ] = 128,
     seed: Seed = None,
     stop: Stop = None,
@@ -29,7 +29,7 @@ def complete(
 
     prompt = stdin.joined(text, stdin.piped())
     if not prompt:
-        raise WrongUsage("there is no text to continue; give it as an argument, or pipe it in")
+        raise WrongUsage("no text to continue; give it as an argument, or pipe it in")
     with local_completion.open_model_timed(model) as (served, seconds):
         options = local_completion.make_options(temperature, top_p, max_tokens, seed, stop)
         reply = local_completion.LocalCompletion(

@@ -1,7 +1,7 @@
 """Output of the commands: results on stdout, everything else on stderr.
 
-A terminal gets colours, progress bars and escaped control characters. Other streams get none of
-these; NO_COLOR or TERM=dumb turns off colours and bars.
+On a terminal there are colours and progress bars, and control characters are escaped. In files and
+pipes there are none of these. NO_COLOR or TERM=dumb turns off colours and bars.
 """
 
 import json
@@ -20,7 +20,7 @@ _BACKGROUNDS = ("30;48;5;153", "30;48;5;222", "30;48;5;157", "30;48;5;217", "30;
 
 
 def is_plain(stream: TextIO) -> bool:
-    """Return whether to write `stream` without colours."""
+    """Return whether to write to `stream` without colours and progress bars."""
     return (
         not stream.isatty() or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
     )
@@ -71,7 +71,7 @@ def escape_control(text: str, keep: str = "") -> str:
 def format_tokens(parts: Sequence[bytes]) -> str:
     """Return tokens side by side: coloured on a terminal, otherwise separated by bars.
 
-    Bytes that are only part of a character are written as escapes.
+    Bytes of a token that are not whole characters are written as escapes.
     """
     texts = [escape_control(part.decode(errors="backslashreplace")) for part in parts]
     if is_plain(sys.stdout):
@@ -96,7 +96,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 class DownloadProgress:
-    """Progress of a download on stderr: a bar on a terminal, otherwise a line per ten percent."""
+    """Show the progress of a download on stderr: a bar, or a line per 10 % if not on a terminal."""
 
     def __init__(self, id: str):
         self._id, self._tenth = id, -1

@@ -1,9 +1,10 @@
 """`pellucid embed`: computes an embedding vector for each text.
 
 The texts are the arguments, or the lines of stdin. The output has one line per text: the numbers of
-its vector, separated by spaces. With `--json` it is one object in the format of OpenAI's API.
-`--output FILE.npy` writes the matrix for NumPy instead. A text that is too long is an error, unless
-`--long-text-mode` truncates it or averages the vectors of its chunks.
+its vector, separated by spaces. With `--json` the output is one object in the format of OpenAI's
+API. `--output FILE.npy` writes the vectors as one matrix for NumPy instead. A text that exceeds the
+maximum length is an error, unless `--long-text-mode` truncates it or averages the vectors of its
+chunks.
 """
 
 import sys
@@ -42,15 +43,16 @@ def embed(
     long_text_mode: Annotated[
         Literal["truncate", "mean"] | None,
         typer.Option(
-            help="How to embed a text that is too long: truncate it, or average the vectors of its "
-            "chunks."
+            help="How to embed a text that exceeds the maximum length: truncate it, or average the "
+            "vectors of its chunks."
         ),
     ] = None,
     max_embedding_tokens: Annotated[
         int | None, typer.Option(metavar="N", help=MAX_TOKENS_HELP)
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the matrix to this .npy file.")
+        Path | None,
+        typer.Option("--output", "-o", help="Write the vectors as one matrix to this .npy file."),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, or auto for the faster accurate one.")
@@ -61,11 +63,11 @@ def embed(
     """Compute embedding vectors of texts."""
     lines = list(texts) if texts else _stdin_lines()
     if not lines:
-        raise WrongUsage("there is no text; give texts as arguments, or pipe lines in")
+        raise WrongUsage("no text; give texts as arguments, or pipe them in, one per line")
     if output is not None and output.suffix != ".npy":
         raise WrongUsage(f"{output}: the name must end in .npy")
     if truncate and long_text_mode == "mean":
-        raise WrongUsage("--truncate and --long-text-mode mean exclude each other; choose one")
+        raise WrongUsage("give either --truncate or --long-text-mode mean, not both")
     served = _load_model(model, dtype, max_embedding_tokens)
     import asyncio
 
@@ -77,7 +79,7 @@ def embed(
     for number, text_ids in enumerate(ids):
         if len(text_ids) > served.context and mode is None:
             raise DoesNotFit(
-                f"text {number + 1} has {len(text_ids)} tokens; {served.id} reads at most "
+                f"text {number + 1} has {len(text_ids)} tokens, but the maximum is "
                 f"{served.context}; shorten it, or give --long-text-mode truncate or mean"
             )
     to_chunks = long_texts.truncated if mode == "truncate" else long_texts.split
@@ -107,7 +109,7 @@ def _load_model(name: str, dtype: str, max_tokens: int | None) -> "EmbeddingMode
     from serve.cli import local
     from serve.models.encoder import load_embedding_model
 
-    files = local.locate_model_of_kind(name, "encoder", f"{DEFAULT_MODEL} does")
+    files = local.locate_model_of_kind(name, "encoder", f"give --model {DEFAULT_MODEL}")
     with local.report_load_errors(files):
         return load_embedding_model(
             files.id,

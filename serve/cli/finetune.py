@@ -1,9 +1,9 @@
-"""`pellucid finetune`: checks files, creates, follows and cancels jobs, deletes models.
+"""`pellucid finetune`: checks training files, creates, follows and cancels jobs, deletes models.
 
-The jobs are those of the data folder, which the servers of this machine share: a server lists a job
-that this command creates, and serves its model as soon as it is done. If no server runs the jobs,
-`create` and `follow` run them and return when the job is done. With `--host` the command uses the
-API of a server instead.
+The command and the servers of this machine share the jobs of the data folder: a server lists a job
+that this command creates, and serves the new model as soon as the job is finished. If no server
+runs the jobs, `create` and `follow` run them and return when the job is finished. With `--host` the
+command uses the API of a server instead.
 """
 
 import contextlib
@@ -39,7 +39,10 @@ AUTO_HELP = "[default: auto]"
 
 
 def _number_or_auto(kind: type, least: float, most: float) -> Callable[[str], Any]:
-    """Return a parser of a hyperparameter: a number from `least` to `most`, or "auto" as None."""
+    """Return a parser for a hyperparameter option.
+
+    The parser accepts a number of type `kind` from `least` to `most`, or "auto", which is None.
+    """
 
     def parse(text: str) -> Any:
         if text == "auto":
@@ -55,7 +58,7 @@ def _number_or_auto(kind: type, least: float, most: float) -> Callable[[str], An
 
 
 class JobBackend(Protocol):
-    """The jobs of this machine or of a server. Jobs are dicts in the format of the API.
+    """Access to the jobs of this machine or of a server. Jobs are dicts in the format of the API.
 
     Attributes:
         location: where the jobs run, as a phrase: "on this machine", "at http://...".
@@ -88,7 +91,7 @@ class JobBackend(Protocol):
         ...
 
     def cancel(self, id: str) -> dict:
-        """Cancel a job and return it; raise `Failure` if it is over."""
+        """Cancel a job and return it; raise `Failure` if it is already finished."""
         ...
 
     def delete(self, name: str) -> list[str]:
@@ -96,24 +99,24 @@ class JobBackend(Protocol):
 
         Raises:
             NotFound: there is no such model.
-            Failure: the job is not over.
+            Failure: the job is not finished.
         """
         ...
 
     def detached_hint(self, id: str) -> str:
-        """Return what to tell the user of a job that runs without `--follow`."""
+        """Return the message for a job that was created without `--follow`."""
         ...
 
     def events(self, id: str) -> Iterator[dict]:
-        """Yield the past and the new events of a job until it is over."""
+        """Yield the past and the new events of a job until it is finished."""
         ...
 
     def detach(self, id: str) -> None:
-        """Stop following a job, and print whether it continues."""
+        """Stop following a job, and print whether the job continues."""
         ...
 
     def usage_hint(self, model: str) -> str:
-        """Return how to use a fine-tuned model."""
+        """Return the message that tells how to use a fine-tuned model."""
         ...
 
 
@@ -201,7 +204,7 @@ def create(
 
 @app.command()
 def follow(job: JobId, host: Host = None, json: Json = False) -> None:
-    """Show the progress of a job until it is over; without --host, resume a stopped job."""
+    """Show the progress of a job until it is finished; without --host, resume a stopped job."""
     with _open_backend(host) as backend:
         _follow(backend, job, json=json, quiet=False)
 
@@ -229,7 +232,7 @@ def list_(host: Host = None, json: Json = False) -> None:
 
 
 def _result(job: dict, models: Collection[str]) -> str:
-    """Return the model of a job or its error, in a few words."""
+    """Return the RESULT cell of a job: its model, the start of its error message, or "-"."""
     if (model := job["fine_tuned_model"]) is None:
         return (job["error"] or {}).get("message", "")[:60] or "-"
     return model if model in models else f"{model} (deleted)"
@@ -259,7 +262,7 @@ def delete(
 
 
 def _follow(backend: JobBackend, id: str, *, json: bool, quiet: bool) -> None:
-    """Print the events of a job until it is over, and then its result.
+    """Print the events of a job until it is finished, and then its result.
 
     Raises:
         CheckFailed: a file cannot be used for training.
@@ -287,7 +290,11 @@ def _follow(backend: JobBackend, id: str, *, json: bool, quiet: bool) -> None:
 
 
 class _EventPrinter:
-    """Prints events to stderr: a terminal shows steps on one line, other streams one in ten."""
+    """Print events to stderr.
+
+    On a terminal the training steps overwrite each other on one line. In files and pipes a line is
+    printed for each validation and each tenth of the training.
+    """
 
     def __init__(self) -> None:
         self._is_live = not console.is_plain(sys.stderr)
@@ -300,7 +307,7 @@ class _EventPrinter:
             console.info(line)
             return
         total = data.get("total_steps")
-        # Without a total, print the steps 1, 2, 4, 8, ...
+        # If the number of steps is unknown, print the steps 1, 2, 4, 8, ...
         tenth = step * 10 // total if total else step.bit_length()
         if self._is_live:
             print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)

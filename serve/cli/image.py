@@ -4,8 +4,9 @@ Each image is written to a file, whose path is printed to stdout. An existing fi
 only if `--output` names it. The model generates small images (emoji-64: 64 x 64 pixels); `--size`
 resizes them. A terminal with colour shows a preview after each denoising step.
 
-Images are generated in the same batches as on a server (`serve.models.images.denoise_batch`), so
-that a prompt and a seed give the same bytes in both, and compiled programs are shared.
+The command and the server generate images with the same function and batch size
+(`serve.models.images.denoise_batch`), so that the same prompt and seed give the same bytes in both,
+and compiled programs are shared.
 """
 
 import re
@@ -37,7 +38,8 @@ STYLES = ("shaded", "flat", "3d")  # as in the captions of `diffusion.data`
 
 def image(
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT...", help='As in "a happy cat".')
+        list[str] | None,
+        typer.Argument(metavar="PROMPT...", help='Descriptions, such as "a happy cat".'),
     ] = None,
     model: Annotated[
         str,
@@ -92,7 +94,8 @@ def image(
         bool,
         typer.Option(
             "--trajectory",
-            help="Write the denoising trajectory of each image: noisy above, predicted below.",
+            help="Write all denoising steps of each image: the noisy image above, the predicted "
+            "clean image below.",
         ),
     ] = False,
     preview: Annotated[
@@ -159,7 +162,7 @@ def image(
 
 def _check_prompts(prompts: Sequence[str], style: str | None, *, is_vary: bool) -> None:
     if not prompts or not (all(map(str.strip, prompts)) or is_vary):
-        raise WrongUsage('there is no prompt; describe the image, as in "a happy cat"')
+        raise WrongUsage('no prompt; describe the image, as in "a happy cat"')
     if style is not None and style not in STYLES:
         raise WrongUsage(f"--style {style}: use one of {', '.join(STYLES)}")
 
@@ -172,25 +175,28 @@ def _check_init_image(
     size: int | None,
 ) -> None:
     if edit and vary:
-        raise WrongUsage("--edit changes a part of an image and --vary all of it; use one of them")
+        raise WrongUsage(
+            "--edit (change a part of an image) and --vary (change all of it) cannot be combined; "
+            "give one of them"
+        )
     if mask and not edit:
-        raise WrongUsage("--mask selects the part of --edit FILE that changes; give both")
+        raise WrongUsage("--mask needs --edit FILE, the image to which the mask applies")
     if strength is not None and not (edit or vary):
         raise WrongUsage("--strength needs --edit or --vary")
     if strength is not None and not 0 < strength <= 1:
-        raise WrongUsage(f"--strength {strength}: use a number above 0, up to 1")
+        raise WrongUsage(f"--strength {strength}: use a number above 0 and up to 1")
     if edit and size:
-        raise WrongUsage("an edited image keeps the size of its file; leave --size out")
+        raise WrongUsage("--size cannot be used with --edit, which keeps the size of the image")
     if absent := [file for file in (edit, mask, vary) if file and not file.is_file()]:
         raise NotFound(f"there is no file {absent[0]}")
 
 
 def _check_output(output: Path | None, count: int, *, grid: bool, trajectory: bool) -> None:
     if grid and trajectory:
-        raise WrongUsage("--grid and --trajectory exclude each other; use one of them")
+        raise WrongUsage("--grid and --trajectory cannot be combined; give one of them")
     if output and _is_file_name(output) and count > 1 and not grid:
         raise WrongUsage(
-            f"{count} images do not fit into the one file {output}; give a folder with --output"
+            f"cannot write {count} images to one file, {output}; give a folder with --output"
             + ("" if trajectory else ", or make one image with --grid")
         )
 
@@ -226,7 +232,7 @@ class _InitImage:
 def _load_pipeline(name: str) -> "tuple[ModelFiles, DiffusionPipeline]":
     from serve.cli import local
 
-    files = local.locate_model_of_kind(name, "images", f"{DEFAULT_MODEL} does")
+    files = local.locate_model_of_kind(name, "images", f"give --model {DEFAULT_MODEL}")
     assert files.encoder is not None
     import diffusion
     from serve.models.compilation_cache import enable_compilation_cache

@@ -1,4 +1,4 @@
-"""`pellucid inspect`: plots the attention, the logit lens and the alternatives of a text."""
+"""`pellucid inspect`: plots attention, logit lens and most likely next tokens of a text."""
 
 import contextlib
 from pathlib import Path
@@ -12,29 +12,36 @@ from serve.exceptions import WrongUsage
 
 
 def inspect(
-    text: Annotated[str, typer.Argument(help="The text to read, without a chat template.")],
+    text: Annotated[str, typer.Argument(help="The text to analyze, without a chat template.")],
     model: Annotated[
         str | None,
         model_option("A model of `pellucid models`."),
     ] = None,
     layer: Annotated[
         int | None,
-        typer.Option(help="Layer whose attention is plotted, from 0. [default: the middle]"),
+        typer.Option(
+            help="Layer whose attention is plotted, counted from 0. [default: the middle one]"
+        ),
     ] = None,
     heads: Annotated[
-        bool, typer.Option("--heads", help="Also plot the effect of each head; this takes longer.")
+        bool,
+        typer.Option(
+            "--heads", help="Also plot the loss without each attention head; this takes longer."
+        ),
     ] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the plots.")] = Path(
         "inspect"
     ),
     json: Json = False,
 ) -> None:
-    """Plot attention, the logit lens and the alternatives of each token."""
+    """Plot the attention, the logit lens and the most likely next tokens of a text."""
     import bpe
     from serve.cli import local
     from serve.models.compilation_cache import enable_compilation_cache
 
-    files = local.locate_model_of_kind(model, "decoder", "only models that do can be inspected")
+    files = local.locate_model_of_kind(
+        model, "decoder", "`pellucid inspect` needs a model that does"
+    )
     enable_compilation_cache()
 
     import numpy as np

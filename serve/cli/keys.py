@@ -28,7 +28,9 @@ def create(name: Name, json: Json = False) -> None:
     console.write_result({"name": name, "key": key}, key, json=json)
     console.info("Copy the key now: only its digest is stored.")
     if is_first:
-        console.info("This is the first key: servers here now refuse requests without a key.")
+        console.info(
+            "This is the first key: servers on this machine now refuse requests without a key."
+        )
 
 
 @app.command("list")
@@ -51,7 +53,7 @@ def list_(json: Json = False) -> None:
 
 @app.command()
 def delete(name: Name) -> None:
-    """Delete a key. Servers refuse it at once."""
+    """Delete a key. Servers on this machine refuse it at once."""
     try:
         auth.delete(settings.data_folder(), name)
     except LookupError as error:

@@ -1,4 +1,4 @@
-"""From a `--model` option to the files of a model, and to the model in this process."""
+"""Find the files of the model that a `--model` option names, and load it in this process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from serve.models.spec import ModelFiles
 if TYPE_CHECKING:
     from serve.models.decoder import DecoderModel
 
-STOP_SECONDS = 5.0  # time for an engine to finish its current step
+STOP_SECONDS = 5.0  # maximum time for an engine to finish its current forward pass
 
 
 def locate_model(name: str | None) -> ModelFiles:
@@ -41,7 +41,7 @@ def locate_model(name: str | None) -> ModelFiles:
 
 
 def _locate_adapter(folder: Path, known_models: catalogue.Catalogue) -> ModelFiles:
-    """Return the files of a fine-tuned model: those of its base model and its adapter."""
+    """Return the files of a fine-tuned model: the base model's files and the adapter."""
     try:
         metadata = adapters.read_metadata(folder)
     except (OSError, ValueError) as error:
@@ -52,15 +52,15 @@ def _locate_adapter(folder: Path, known_models: catalogue.Catalogue) -> ModelFil
 
 
 def locate_model_of_kind(name: str | None, kind: str, hint: str) -> ModelFiles:
-    """Return the files of a model that must be of a given kind.
+    """Return the files of a model, and check that the model does the task of a command.
 
     Args:
         name: as for `locate_model`.
-        kind: a key of `kinds.KINDS`, such as "decoder".
+        kind: the required model kind: a key of `kinds.KINDS`, such as "decoder".
         hint: the end of the error message: which model to use instead.
 
     Raises:
-        WrongUsage: the model is of another kind.
+        WrongUsage: the model does another task.
         Failure: as in `locate_model`.
     """
     from serve.models import kinds  # imports JAX
@@ -72,18 +72,18 @@ def locate_model_of_kind(name: str | None, kind: str, hint: str) -> ModelFiles:
 
 
 def locate_trainable(name: str | None) -> ModelFiles:
-    """Return the files of a model that must be one that can be fine-tuned.
+    """Return the files of a model, and check that it can be fine-tuned.
 
     Raises:
         WrongUsage: the model is not a decoder.
         Failure: as in `locate_model`.
     """
-    return locate_model_of_kind(name, "decoder", "only models that do can be fine-tuned")
+    return locate_model_of_kind(name, "decoder", "fine-tuning needs a model that does")
 
 
 @contextlib.contextmanager
 def report_load_errors(files: ModelFiles) -> Iterator[None]:
-    """Convert errors of the block, which loads `files`, into a `Failure` that names the path."""
+    """Convert errors that the `with` block raises while it loads `files` to a `Failure`."""
     try:
         yield
     except (ValueError, OSError, MemoryError) as error:
@@ -92,7 +92,7 @@ def report_load_errors(files: ModelFiles) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_model(files: ModelFiles, cache_budget: int) -> Iterator[DecoderModel]:
-    """Load a decoder and start its engine; at the end cancel its requests and stop it.
+    """Load a decoder and start its engine; at exit cancel its requests and stop the engine.
 
     Args:
         files: the files of the model, with an adapter or without.

@@ -26,14 +26,14 @@ from serve.jobs.store import Store, file_record, new_id
 from serve.models import adapters
 from serve.models.spec import ModelFiles
 
-NICENESS = 5  # of the training process: the user waits for it, and no request competes with it
+NICENESS = 5  # of the training process; 19 on a server, but here the user waits for the result
 RESUME_HINT = "`pellucid finetune follow {0}` resumes it, `pellucid finetune cancel {0}` cancels it"
 POLL_SECONDS = 0.25  # between two reads of the events of a job
 
 
 @contextlib.contextmanager
 def open_local_backend() -> Iterator["LocalBackend"]:
-    """Open the backend of the data folder; at the end stop the training of this process."""
+    """Open the backend of the data folder; at exit stop the training that this process started."""
     home = settings.data_folder()
     with (
         contextlib.closing(Store(home)) as store,
@@ -55,7 +55,7 @@ class LocalBackend:
         self._jobs, self._runner = jobs, JobRunner(jobs, NICENESS)
 
     def close(self) -> None:
-        """Stop the training that runs in this process."""
+        """Stop the training that this process started."""
         self._runner.close()
 
     def create(self, model: str | None, data: Path, valid: Path | None, **fields: Any) -> dict:
@@ -117,7 +117,7 @@ class LocalBackend:
         return id
 
     def jobs(self) -> list[dict]:
-        """Return all jobs, newest first; "stopped" is the status of a job without a process."""
+        """Return all jobs, newest first; an unfinished job that nothing runs is "stopped"."""
         jobs, _ = self._jobs.store.page("job", newest_first=True)
         for job in jobs:
             if job["status"] not in UNFINISHED or has_active_runner(self._jobs):
@@ -142,7 +142,7 @@ class LocalBackend:
         try:
             job = self._jobs.cancel(id)
         except JobFinished:
-            raise Failure(f"{id} is over: it {status}") from None
+            raise Failure(f"{id} is already finished: its status is {status}") from None
         # The runner of the job stops its process, unless the runner was killed.
         if (process := JobProcess.find_running(id, self._jobs.folder(id))) is not None:
             process.stop()
@@ -158,33 +158,35 @@ class LocalBackend:
         if deleted := self._jobs.delete_model(model):
             return deleted
         if job is not None:
-            raise NotFound(f"{name} has no model: it {job['status']}, or its model was deleted")
+            raise NotFound(
+                f"{name} has no model: its status is {job['status']}, or its model was deleted"
+            )
         raise NotFound(f"there is no fine-tuned model {name}; `pellucid finetune list` shows them")
 
     def detached_hint(self, id: str) -> str:
-        """Return what to tell the user of a job that runs without `--follow`."""
+        """Return the message for a job that was created without `--follow`."""
         return (
-            "training until the job is done; --follow shows its progress. "
+            "training until the job is finished; --follow shows its progress. "
             f"Ctrl-C stops it ({RESUME_HINT.format(id)})"
         )
 
     def detach(self, id: str) -> None:
-        """Stop the training of this process and print the state of the job."""
+        """Stop the training that this process started, and print the state of the job."""
         console.info(f"\nstopping {id} ...")
         self._runner.close()
         is_running = (
             has_active_runner(self._jobs)
             or JobProcess.find_running(id, self._jobs.folder(id)) is not None
         )
-        state = "runs on in another process" if is_running else "is stopped and saved"
+        state = "continues in another process" if is_running else "is stopped, with a checkpoint"
         console.info(f"{id} {state} ({RESUME_HINT.format(id)})")
 
     def usage_hint(self, model: str) -> str:
-        """Return how to use a fine-tuned model."""
-        return f"try it: pellucid chat -m {model} (servers on this machine offer it, too)"
+        """Return the message that tells how to use a fine-tuned model."""
+        return f"try it: pellucid chat -m {model} (servers on this machine serve it, too)"
 
     def events(self, id: str) -> Iterator[dict]:
-        """Yield the past and the new events of a job until it is over, and run it if needed."""
+        """Yield the past and the new events of a job until it is finished; run it if needed."""
         self._runner.wake()
         after = None
         while True:

@@ -27,7 +27,7 @@ Message = Mapping[str, str]  # {"role": ..., "content": ...}
 
 @dataclass(kw_only=True)
 class Options:
-    """Options of a completion. Fields that `sampling` lacks take the defaults of the model."""
+    """Options of a completion. Sampling options not in `sampling` have the model's defaults."""
 
     sampling: dict[str, Any] = field(default_factory=dict)
     max_tokens: int | None = None  # None: as many as fit into the context
@@ -206,7 +206,7 @@ def make_options(
     seed: int | None,
     stop: Sequence[str] | None,
 ) -> Options:
-    """Return the options that were given; None leaves an option to the model.
+    """Return the options of a command line; None selects the default of the model.
 
     Raises:
         WrongUsage: a stop string is empty.
@@ -214,7 +214,7 @@ def make_options(
     options = {"temperature": temperature, "top_p": top_p}
     sampling = {name: value for name, value in options.items() if value is not None}
     if not all(stop or ()):
-        raise WrongUsage("--stop is empty, which would end every answer at once; give a text")
+        raise WrongUsage("--stop is empty, so every answer would be empty; give a text")
     return Options(sampling=sampling, max_tokens=max_tokens, stop=tuple(stop or ()), seed=seed)
 
 
@@ -227,7 +227,7 @@ def print_completion(
     stats: bool,
     json: bool,
 ) -> None:
-    """Print a completion while it is generated, or at its end as JSON in the format of the API.
+    """Generate a completion and print it: its text as it arrives, or at the end as API JSON.
 
     Args:
         model: the model that generates it.
@@ -262,7 +262,7 @@ def print_completion(
 def stats_line(
     model: "DecoderModel", reply: LocalCompletion, load_seconds: float | None = None
 ) -> str:
-    """Record the speed for `pellucid models`, and return the statistics as one line."""
+    """Save the speed for the list of `pellucid models`, and return the statistics as one line."""
     home = settings.data_folder()
     benchmarks.record(
         home,

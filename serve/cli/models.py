@@ -30,9 +30,10 @@ def models(json: Json = False) -> None:
     head = ("ID", "SIZE", "MEMORY", "CONTEXT", "LICENCE", "HERE", "TOK/S", "GOOD AT", "SAMPLING")
     print(console.table(head, [_table_row(row, known_models.default) for row in rows]))
     console.info(
-        "* the default model. MEMORY is for weights and KV cache, as measured; ~ is an estimate "
-        f"from float32 weights. An answer of {benchmarks.MIN_TIMED_TOKENS} tokens measures MEMORY "
-        "and TOK/S. SAMPLING applies to requests without sampling options.\n"
+        "* the default model. MEMORY is that of weights and KV cache; ~ marks an estimate for "
+        "float32 weights. MEMORY and TOK/S are measured when the model generates at least "
+        f"{benchmarks.MIN_TIMED_TOKENS} tokens. SAMPLING applies to requests without sampling "
+        "options.\n"
         f"Models are stored in {home}. Put your own models.toml in {config}."
     )
 

@@ -1,4 +1,4 @@
-"""Flags under their earlier names: accepted for one release, and not shown in help.
+"""Earlier names of flags, which are accepted for one release and not shown in help.
 
 `OLD_FLAGS` lists them by command. The root command calls `rename` on its arguments before it
 parses them.

@@ -26,7 +26,7 @@ def pull(
     from serve.models import download, hub
 
     if all and ids:
-        raise WrongUsage("--all already means every model; leave the ids out")
+        raise WrongUsage("--all pulls every model; leave the ids out")
     home = settings.data_folder()
     known_models = catalogue.load(settings.config_folder())
     entries = []

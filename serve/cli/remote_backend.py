@@ -20,7 +20,7 @@ TIMEOUT = 600  # seconds without any byte from the server
 
 @contextlib.contextmanager
 def open_remote_backend(host: str, key: str) -> Iterator[RemoteBackend]:
-    """Open the backend of a server, and convert errors of the client in the block.
+    """Open the backend of a server, and convert client errors that the `with` block raises.
 
     Args:
         host: the address of the server, as "http://127.0.0.1:8000" or "127.0.0.1:8000".
@@ -53,7 +53,7 @@ def open_remote_backend(host: str, key: str) -> Iterator[RemoteBackend]:
         ) from None
     except openai.APIError as error:
         raise Unreachable(error.message) from None
-    except ValueError as error:  # an id that is not valid in a path, or a response without JSON
+    except ValueError as error:  # an id that is not valid in a URL, or a response without JSON
         raise Failure(f"{base}: {error}") from None
 
 
@@ -91,7 +91,7 @@ class RemoteBackend:
         return [job.to_dict() for job in self._client.fine_tuning.jobs.list(limit=100)]
 
     def models(self) -> frozenset[str]:
-        """Return the ids of the models that the server offers."""
+        """Return the ids of the models that the server serves."""
         return frozenset(model.id for model in self._client.models.list())
 
     def job(self, id: str) -> dict:
@@ -119,7 +119,9 @@ class RemoteBackend:
             ]
             deleted = [id for id in ids if id in available]
             if not deleted:
-                raise NotFound(f"{name} has no model: it {job['status']}, or its model was deleted")
+                raise NotFound(
+                    f"{name} has no model: its status is {job['status']}, or its model was deleted"
+                )
         else:
             deleted = [name, *(id for id in available if id.startswith(name + CHECKPOINT_INFIX))]
         deleted.sort(reverse=True)  # the model last: deleting it deletes its checkpoints
@@ -128,7 +130,7 @@ class RemoteBackend:
         return deleted
 
     def detached_hint(self, id: str) -> str:
-        """Return what to tell the user of a job that runs without `--follow`."""
+        """Return the message for a job that was created without `--follow`."""
         return f"`pellucid finetune follow {id}` shows its progress"
 
     def detach(self, id: str) -> None:
@@ -139,14 +141,14 @@ class RemoteBackend:
         )
 
     def usage_hint(self, model: str) -> str:
-        """Return how to use a fine-tuned model."""
+        """Return the message that tells how to use a fine-tuned model."""
         return f"use it {self.location}: model={model!r}"
 
     def events(self, id: str) -> Iterator[dict]:
-        """Yield the past and the new events of a job until it is over.
+        """Yield the past and the new events of a job until it is finished.
 
         Raises:
-            Unreachable: the connection ended before the job.
+            Unreachable: the connection broke before the job was finished.
         """
         with self._client.get(
             f"/fine_tuning/jobs/{quote(id, safe='')}/events",

@@ -1,4 +1,4 @@
-"""The conversation of `pellucid chat` at a terminal.
+"""The interactive conversation (REPL) of `pellucid chat` at a terminal.
 
 Lines that begin with a slash are commands; all other lines are messages. Ctrl-C stops an answer and
 keeps its text so far; Ctrl-D exits.
@@ -76,7 +76,7 @@ class Conversation:
         try:
             number = _NUMBERS[name](value) if value else None
         except ValueError:
-            return f"{name} cannot be {value!r}; use a number"
+            return f"{name} needs a number, got {value!r}"
         if name in ("max_tokens", "seed"):
             setattr(self.options, name, getattr(self.default, name) if number is None else number)
             return f"{name} is {getattr(self.options, name)}"
@@ -130,7 +130,7 @@ def run(
         elif command == "/system":
             conversation.system = argument or None
             console.info(
-                "the system message is set" if argument else "there is no system message now"
+                "the system message is set" if argument else "the system message is removed"
             )
         elif command == "/clear":
             conversation.turns.clear()

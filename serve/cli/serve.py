@@ -126,9 +126,13 @@ def _locate_models(names: Sequence[str]) -> "list[ModelFiles]":
 
     models = [local.locate_model(name) for name in names]
     if adapted := [files.id for files in models if files.adapter]:
-        raise WrongUsage(f"{adapted[0]} is served together with its base model; serve that one")
+        raise WrongUsage(
+            f"--model {adapted[0]} is a fine-tuned model; give its base model, which serves it too"
+        )
     if len({files.id for files in models}) < len(models):
-        raise WrongUsage(f"a model is named twice: {', '.join(files.id for files in models)}")
+        raise WrongUsage(
+            f"--model names a model twice: {', '.join(files.id for files in models)}; remove one"
+        )
     return models
 
 

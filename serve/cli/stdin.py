@@ -10,7 +10,7 @@ from serve.exceptions import WrongUsage
 def piped() -> str | None:
     """Return the text that is piped or redirected to stdin, or None.
 
-    Stdin is read only if it is a pipe or a file; that of a terminal or of a service is not.
+    Stdin is read only if it is a pipe or a file, not if it is a terminal or another device.
     """
     mode = os.fstat(0).st_mode if sys.stdin else 0
     return read() if stat.S_ISFIFO(mode) or stat.S_ISREG(mode) else None
@@ -42,10 +42,10 @@ def joined(argument: str | None, piped: str | None) -> str | None:
 
 
 def require_utf8(argument: str | None) -> str | None:
-    """Return an argument unchanged.
+    """Return an argument unchanged, after a check that it is UTF-8.
 
     Raises:
-        WrongUsage: the argument is not UTF-8. Python decodes other bytes as surrogates.
+        WrongUsage: the argument has bytes that are not UTF-8, which Python decoded as surrogates.
     """
     try:
         (argument or "").encode()

@@ -22,7 +22,7 @@ def tokenize(
     """Show the tokens that a model splits a text into."""
     piped = stdin.piped()
     if text is None and piped is None:
-        raise WrongUsage("there is no text; give it as an argument, or pipe it in")
+        raise WrongUsage("no text; give it as an argument, or pipe it in")
     full_text = (stdin.require_utf8(text) or "") + (piped or "")
     import bpe
     from serve.cli import local
@@ -47,5 +47,5 @@ def _token(id: int, data: bytes) -> dict[str, Any]:
     try:
         text = data.decode()
     except UnicodeDecodeError:
-        text = None  # part of a character
+        text = None  # the token is only a part of a character
     return {"id": id, "text": text, "bytes": list(data)}

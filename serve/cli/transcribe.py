@@ -1,7 +1,8 @@
 """`pellucid transcribe`: transcribes or translates the speech in audio files.
 
-Text goes to stdout segment by segment while it is decoded, progress to stderr. The other formats
-are whole documents; `--output-dir` writes a document for each of several files.
+Plain text goes to stdout segment by segment while it is decoded, progress to stderr. The other
+formats (JSON, subtitles) are written as whole documents; `--output-dir` writes one document per
+audio file.
 """
 
 import dataclasses
@@ -43,7 +44,7 @@ def transcribe(
     ] = "text",
     word_timestamps: Annotated[
         bool,
-        typer.Option("--word-timestamps", help="Find the time of each word; one cue per word."),
+        typer.Option("--word-timestamps", help="Find the time of each word; a subtitle per word."),
     ] = False,
     translate: Annotated[
         bool, typer.Option("--translate", help="Translate the speech into English.")
@@ -55,7 +56,8 @@ def transcribe(
         int | None, typer.Option(min=1, help="Beams of beam search; slower, more accurate.")
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Windows decoded at once; 1 decodes them in sequence.")
+        int,
+        typer.Option(min=1, help="30-second windows decoded at once; 1 decodes them in sequence."),
     ] = 4,
     output_dir: Annotated[
         Path | None,
@@ -74,10 +76,12 @@ def transcribe(
     if format not in FORMATS:
         raise WrongUsage(f"--format {format}: use one of {', '.join(FORMATS)}")
     if len(files) > 1 and format != "text" and output_dir is None:
-        raise WrongUsage(f"stdout takes one document, not {len(files)}; give --output-dir")
+        raise WrongUsage(
+            f"cannot write {len(files)} {format} documents to stdout; give --output-dir"
+        )
     if len(files) > 1 and (spectrogram or alignment):
         raise WrongUsage(
-            f"--spectrogram and --alignment plot one file, not {len(files)}; give one file"
+            f"--spectrogram and --alignment need exactly one audio file, got {len(files)}"
         )
     if output_dir is not None and (clash := _name_clash(files)):
         raise WrongUsage(
@@ -208,7 +212,7 @@ def _output_name(file: Path, format: str) -> str:
 
 
 def _name_clash(files: Sequence[Path]) -> tuple[Path, Path] | None:
-    """Return two files whose documents would have the same name, or None."""
+    """Return two audio files whose documents would have the same name, or None."""
     stems: dict[str, Path] = {}
     for file in files:
         if file.stem in stems:
@@ -221,7 +225,7 @@ def _load_model(name: str, dtype: str) -> "SpeechModel":
     from serve.cli import local
     from serve.models.speech import load_speech_model
 
-    files = local.locate_model_of_kind(name, "speech", f"{DEFAULT_MODEL} does")
+    files = local.locate_model_of_kind(name, "speech", f"give --model {DEFAULT_MODEL}")
     with local.report_load_errors(files):
         return load_speech_model(
             files.id, files.path, owned_by=files.publisher, dtype=dtype, notify=console.info

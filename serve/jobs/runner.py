@@ -119,7 +119,7 @@ class JobRunner:
                 os.close(lock)
 
     def _is_needed(self) -> bool:
-        """Whether there are jobs to run; if not, clear `_thread`, so that `wake` starts a thread."""
+        """Whether there are jobs to run; if not, clear `_thread`, for `wake` to start a new one."""
         with self._thread_lock:
             is_busy = self._training is not None or self._validation is not None
             if not self._closing.is_set() and (is_busy or self._jobs.unfinished()):

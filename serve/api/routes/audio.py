@@ -236,7 +236,7 @@ def _check(body: SpeechForm, model: SpeechModel, task: str) -> None:
         raise unsupported(
             "model",
             model.id,
-            "Translation needs a multilingual model, and this one is English-only.",
+            "This model is English-only: use a multilingual one to translate.",
         )
     if body.language is not None:
         try:

@@ -1,8 +1,8 @@
 """POST /v1/embeddings: a vector for each text.
 
 The input is a text, token ids, or a list of either. If the request names the served model by its
-id, the ids are those of its vocabulary. If it names an alias, the ids are in the encoding of the
-OpenAI model of this name, so they are decoded to text and encoded again; clients that tokenize
+id, the ids are those of its vocabulary. If it names an alias that is an OpenAI model, the ids are
+in the encoding of that model, so they are decoded to text and encoded again; clients that tokenize
 before they send (LangChain's default) rely on this. Official clients request base64 by default:
 little-endian float32.
 
