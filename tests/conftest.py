@@ -36,7 +36,7 @@ HEAVY = {"model_file", "address", "refused_url"}  # fixtures that need a model o
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests that use a model or a port as heavy; modules that compile much mark themselves.
 
-    Long tests and comparisons run the code of other projects, whose warnings are only shown.
+    Slow and parity tests run the code of other projects, so their warnings are not errors.
     """
     for item in items:
         if item.get_closest_marker("slow") or item.get_closest_marker("parity"):
@@ -70,7 +70,7 @@ def refused_url() -> Iterator[str]:
 
 @pytest.fixture(scope="module")  # playwright occupies the event loop of the thread
 def browser():
-    """Debian's Chromium, through playwright, which `make slow` installs."""
+    """Yield a browser: Debian's Chromium, driven by playwright, which `make slow` installs."""
     from playwright.sync_api import sync_playwright
 
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")

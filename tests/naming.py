@@ -1,4 +1,4 @@
-"""Match the facts that a message must contain, independent of its wording."""
+"""Check which values and names an error message contains, independent of its wording."""
 
 import re
 
@@ -6,8 +6,8 @@ import re
 def naming(*facts: object) -> str:
     """Return a regular expression that finds all `facts` as whole words, in any order.
 
-    A fact is a value, or the name of a field, a key, a file or a tensor. Facts remain when the
-    sentence is reworded.
+    A fact is what a message must contain in any wording: a value, or the name of a field, key, file
+    or tensor.
     """
     words = (rf"(?=.*(?<!\w){re.escape(str(fact))}(?!\w))" for fact in facts)
     return r"(?s)\A" + "".join(words)

@@ -116,7 +116,7 @@ def test_search_finds_a_page(browser, address):
     assert any("/docs/api/bpe." in link for link in links) and not foreign
 
 
-def test_a_phone_needs_no_sideways_scrolling(browser, address):
+def test_page_at_phone_width_does_not_scroll_horizontally(browser, address):
     page = browser.new_page(viewport={"width": 390, "height": 844})
     for name in ("docs/index", "README", "ARCHITECTURE", "docs/api/bpe", "notebooks/01_tokens"):
         page.goto(f"{address}/{name}.html")

@@ -8,5 +8,5 @@ def wait_until(condition: Callable[[], object], seconds: float = 5.0) -> None:
     """Poll until ``condition()`` is true; fail after ``seconds``."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"the condition did not hold within {seconds} seconds"
+        assert time.monotonic() < end, f"the condition is still false after {seconds} seconds"
         time.sleep(0.005)

@@ -79,7 +79,7 @@ def embed(
     for number, text_ids in enumerate(ids):
         if len(text_ids) > served.context and mode is None:
             raise DoesNotFit(
-                f"text {number + 1} has {len(text_ids)} tokens, but the maximum is "
+                f"text {number + 1} has {len(text_ids)} tokens, but the maximum of {served.id} is "
                 f"{served.context}; shorten it, or give --long-text-mode truncate or mean"
             )
     to_chunks = long_texts.truncated if mode == "truncate" else long_texts.split

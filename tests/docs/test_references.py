@@ -12,7 +12,7 @@ GENERATED = {"build", "data", "docs/api"}
 
 
 def files() -> Iterator[str]:
-    """Yield the paths of the project's files, without those in hidden and generated folders."""
+    """Yield the paths of the project's files, except those in hidden and generated folders."""
     for folder, folders, names in os.walk(ROOT):
         parent = Path(folder).relative_to(ROOT)
         folders[:] = [
@@ -49,7 +49,7 @@ def exists(name: str) -> bool:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_names_in_documents_exist(page):
+def test_files_and_identifiers_named_in_documents_exist(page):
     text = FENCE.sub("", (ROOT / page).read_text("utf-8"))
     missing = []
     for span in re.findall(r"`([^`\n]+)`", text):

@@ -1,4 +1,4 @@
-"""One scripted server for all tests of the HTTP layer, and three clients for it."""
+"""A server with a scripted engine for all tests of the HTTP layer, and three clients for it."""
 
 from collections.abc import Iterator
 from itertools import starmap

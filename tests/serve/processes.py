@@ -46,7 +46,7 @@ class Server:
 
 @contextmanager
 def serving(*arguments: str, **variables: str) -> Iterator[Server]:
-    """Run `pellucid serve` on a free port; stop it in order at the end.
+    """Run `pellucid serve` on a free port; stop it with SIGTERM at the end.
 
     Args:
         arguments: more arguments of the command.
@@ -97,8 +97,8 @@ def run(*arguments: str, **variables: str) -> str:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait until a condition holds; fail after twice the timeout."""
+    """Wait until a condition is true; fail after twice `TIMEOUT`."""
     end = time.monotonic() + 2 * TIMEOUT
     while not condition():
-        assert time.monotonic() < end, "the condition does not hold"
+        assert time.monotonic() < end, "the condition is still false"
         time.sleep(0.1)

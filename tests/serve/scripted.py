@@ -172,7 +172,7 @@ def model(
 
 @contextmanager
 def serve_models(*models: DecoderModel | ModelSpec, **settings: object) -> Iterator[str]:
-    """Serve ``models`` from a thread on a free port; yield the address, without /v1."""
+    """Run a server of ``models`` on a thread and a free port; yield its URL without /v1."""
     registry = Registry([*models], {"gpt-4": models[0].id, "mine": models[0].id})
     with tempfile.TemporaryDirectory() as home:  # not the user's data folder, which may hold keys
         settings = {"home": Path(home), **settings}

@@ -24,7 +24,7 @@ FT = "ft:tiny:pellucid:mine:abc123"
 
 @pytest.fixture(scope="module", autouse=True)
 def programs():
-    """Compile only the programs that one conversation needs."""
+    """Compile programs for batches of up to 2 sequences only, to save time."""
     enable_compilation_cache()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "MAX_BATCH_SIZE", 2)
@@ -118,7 +118,9 @@ def test_unload_base_of_loaded_adapter_is_refused(tmp_path, base, adapter):
     adapters.save(tmp_path, metadata(base), adapter)
     models = registry(tmp_path, base)
     load(models, FT)
-    assert [model.id for model in models.loaded()] == ["tiny", FT], "its base was loaded too"
+    assert [model.id for model in models.loaded()] == ["tiny", FT], (
+        "loading an adapter also loads its base model"
+    )
     assert not models.unload("tiny")
     assert models.unload(FT) and models.unload("tiny")
 
@@ -136,7 +138,7 @@ def test_adapter_deleted_or_without_base_is_not_served(tmp_path, base, adapter):
     assert [model.id for model in models.loaded()] == ["tiny"]
 
 
-def test_load_adapter_of_other_weights_raises_cannot_load(tmp_path, base, adapter):
+def test_load_adapter_trained_on_other_weights_raises_cannot_load(tmp_path, base, adapter):
     adapters.save(tmp_path, metadata(tiny.model(tmp_path / "changed", seed=9)), adapter)
     models = registry(tmp_path, base)
     with pytest.raises(CannotLoad, match=naming("tiny", "SHA-256")) as raised:

@@ -114,7 +114,7 @@ def test_responses_match_schema(speech_address, client):
         SpeechEvent.model_validate_json(data, strict=True)
 
 
-def test_text_and_subtitle_formats_match_command(client):
+def test_text_and_subtitle_formats_have_their_syntax(client):
     assert transcribe(client, response_format="text") == TEXT + "\n"
     srt = transcribe(client, response_format="srt")
     assert srt.startswith("1\n00:00:00,") and " --> 00:00:0" in srt and TEXT in srt
@@ -213,19 +213,19 @@ def notes():
     ],
     ids=["silence", "hiss", "noise", "white bursts", "pink bursts", "hum bursts", "notes"],
 )
-def test_silence_and_noise_give_no_text(client, sound):
+def test_transcript_of_silence_or_noise_is_empty(client, sound):
     answer = transcribe(client, wav(np.clip(sound, -1, 1)), response_format="verbose_json")
     assert (answer.text, answer.segments) == ("", [])
 
 
 def quiet_speech(seconds):
-    """Test speech of about 70 dB below full scale."""
+    """Return speech of this duration, attenuated by 70 dB."""
     return np.resize(soundfile.read(CLIP)[0], seconds * 16_000) * 10 ** (-70 / 20)
 
 
 @pytest.mark.parametrize("route", ["transcriptions", "translations"])
 @pytest.mark.parametrize("kind", ["silence", "white", "pink", "tone"])
-def test_long_audio_without_speech_gives_no_text(speech_address, kind, route):
+def test_transcript_of_over_60_s_without_speech_is_empty(speech_address, kind, route):
     """More than 60 seconds without speech caused a division by zero and a 500."""
     rng, num = np.random.default_rng(0), 61 * 16_000
     sound = {
@@ -245,7 +245,7 @@ def test_long_audio_without_speech_gives_no_text(speech_address, kind, route):
     assert events.is_success and "transcript.text.done" in events.text
 
 
-def test_quiet_speech_over_60_s_is_accepted_whole(client):
+def test_quiet_speech_over_60_s_keeps_its_duration(client):
     quiet = quiet_speech(61)
     assert transcribe(client, wav(quiet), response_format="verbose_json").duration == 61
 
@@ -265,20 +265,20 @@ def test_file_without_audio_is_refused(client, file):
 
 @pytest.mark.parametrize("type", ["audio/wav", "text/plain", "application/octet-stream", "video/x"])
 @pytest.mark.parametrize("name", ["a.wav", "a.mp3", "a", "a.txt", "../a.m4a", "\u00e4.docx"])
-def test_name_and_content_type_are_ignored(speech_address, name, type):
+def test_file_name_and_content_type_do_not_change_text(speech_address, name, type):
     answer = post(speech_address, (name, CLIP.read_bytes(), type))
     assert answer.json()["text"] == TEXT
 
 
-def test_chained_ogg_is_read_completely(client):
-    """Everything after the first part was lost without an error."""
+def test_file_of_two_concatenated_flacs_is_read_completely(client):
+    """The audio after the first FLAC stream was lost without an error."""
     other = (GOLDEN / "austen-0880.flac").read_bytes()
     answer = transcribe(client, ("a.flac", CLIP.read_bytes() + other))
     assert "rather selfish" in answer.text and "young man" in answer.text
 
 
-def test_video_with_audio_suffix_is_refused(client):
-    """PyAV writes AAC in MP4 under a name that ends in mp3."""
+def test_mp4_with_mp3_suffix_is_transcribed(client):
+    """The format is detected from the content, here AAC in MP4, not from the suffix."""
     av = pytest.importorskip("av")
     samples, rate = soundfile.read(CLIP, dtype="float32")
     file = io.BytesIO()
@@ -328,7 +328,7 @@ def test_errors_raise_exceptions_of_old_client(old):
         assert result == fields
 
 
-def test_short_and_odd_audio_is_accepted(client):
+def test_single_sample_and_8_channel_audio_are_accepted(client):
     assert transcribe(client, wav(np.zeros(1))).text == ""
     samples, rate = soundfile.read(CLIP)
     eight = np.repeat(samples, 12)[:, None].repeat(8, axis=1)[: 192_000 * 2]
@@ -408,11 +408,11 @@ def pellucid(*args):
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
-def test_command_writes_every_format(tmp_path, model_file):
+def test_command_writes_text_to_stdout_and_json_to_folder(tmp_path, model_file):
     speech = f"tiny={model_file(MODEL)}"
     done = pellucid("transcribe", CLIP, "--model", speech, "--dtype", "float32", "--stats")
     assert (done.returncode, done.stdout) == (0, TEXT + "\n"), done.stderr
-    assert names(done.stderr, "float32"), "the figures"
+    assert names(done.stderr, "float32"), "the statistics show the dtype"
     done = pellucid(
         *("transcribe", CLIP, GOLDEN / "austen-0880.flac", "--model", speech),
         *("--dtype", "float32", "--format", "json", "--words", "--output-dir", tmp_path),
@@ -444,7 +444,7 @@ def test_command_continues_after_bad_file(tmp_path, model_file):
     assert done.returncode == 0 and not picture.exists() and picture.name in done.stderr
 
 
-def test_command_never_overwrites_documents(tmp_path):
+def test_command_with_two_files_of_one_name_is_refused(tmp_path):
     files = [tmp_path / "a.wav", tmp_path / "a.flac"]
     for file in files:
         file.write_bytes(CLIP.read_bytes())
@@ -452,7 +452,7 @@ def test_command_never_overwrites_documents(tmp_path):
     assert done.returncode == 2 and not (tmp_path / "out").exists()
 
 
-def test_command_with_invalid_arguments_fails(tmp_path):
+def test_command_with_invalid_arguments_exits_with_code(tmp_path):
     absent = pellucid("transcribe", "nothing.wav")
     assert absent.returncode == 3 and names(absent.stderr, "nothing.wav")
     wrong = pellucid("transcribe", CLIP, "--format", "docx")

@@ -25,7 +25,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_cases_have_the_sizes_of_the_model(tmp_path):
+def test_bench_cases_have_the_sizes_of_the_model(tmp_path):
     folder = tiny.model(tmp_path / "tiny")
     done = run("-m", f"tiny={folder}", "--context", "300", "--list")
     assert done.returncode == 0, done.stderr
@@ -35,7 +35,7 @@ def test_cases_have_the_sizes_of_the_model(tmp_path):
     assert "attend_cached 1x1 behind 300 float32" in expected
 
 
-def test_wrong_usage_exits_with_code_and_facts():
+def test_wrong_usage_exits_with_code_and_names_the_value():
     for arguments, status, facts in (
         (["add"], 2, ["'add'", "decode"]),
         (["--impl", "norm=fused"], 2, ["norm", "reference", "sum_by_matmul", "'fused'"]),
@@ -58,4 +58,6 @@ def test_results_are_printed_saved_compared_and_plotted(tmp_path):
     assert result["case"] == "norm rms 1x576" and result["n"] >= 5
     assert imread(plot).std() > 0.05
     again = run(*case, "--compare", str(saved))
-    assert again.returncode == 0 and re.search(r"\bx\d+\.\d\d\b", again.stdout), "the speedup"
+    assert again.returncode == 0 and re.search(r"\bx\d+\.\d\d\b", again.stdout), (
+        "the output shows the ratio to the saved result"
+    )

@@ -70,7 +70,7 @@ def test_max_completion_tokens_overrides_max_tokens(strict):
     assert answer.usage.completion_tokens == 4
 
 
-def test_choices_with_one_seed_differ_and_repeat(strict):
+def test_choices_of_seeded_request_differ_and_repeat(strict):
     def texts():
         choices = create(strict, "seed", n=3, seed=-5).choices
         return [choice.message.content for choice in choices]
@@ -116,14 +116,14 @@ def test_streamed_answer_equals_whole_answer(strict):
     assert last.choices == [] and last.usage == whole.usage
 
 
-def test_stream_helper_of_client_works(strict):
+def test_client_stream_helper_returns_whole_answer(strict):
     messages = [{"role": "user", "content": "hello"}]
     with strict.chat.completions.stream(model="scripted", messages=messages) as stream:
         text = "".join(event.delta for event in stream if event.type == "content.delta")
         assert text == stream.get_final_completion().choices[0].message.content == HELLO
 
 
-def test_async_client_with_many_requests_works(address, engine):
+def test_concurrent_requests_of_async_client_get_their_own_answers(address, engine):
     async def ask():
         async with AsyncOpenAI(base_url=f"{address}/v1", api_key="any") as client:
             return await asyncio.gather(*(create(client, "seed", seed=n) for n in range(20)))

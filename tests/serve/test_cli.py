@@ -115,7 +115,7 @@ def test_help_imports_no_heavy_module() -> None:
         (["serve", "--host", "host.invalid", "--api-key", "k"], 2, ["'host.invalid'"]),
     ],
 )
-def test_wrong_usage_exits_with_code_and_facts(
+def test_wrong_usage_exits_with_code_and_names_the_value(
     arguments: list[str], code: int, facts: list, empty: dict[str, str]
 ) -> None:
     done = run(*arguments, **empty)
@@ -146,7 +146,7 @@ def test_unreachable_index_exits_with_4(empty: dict[str, str], refused_url: str)
     }
     done = run("pull", **empty, **nowhere)
     assert (done.returncode, done.stdout) == (4, "")
-    assert re.search(r"\w==\d", done.stderr), "the message names the package"
+    assert re.search(r"\w==\d", done.stderr), "the message names the package and its version"
     assert not [*Path(empty["PELLUCID_HOME"]).rglob("*.gguf")]
 
 
@@ -268,7 +268,7 @@ def test_chat_prints_an_answer_and_statistics(model_file: Pulled) -> None:
     done = run("chat", "What is the capital of France?", "--temperature", "0", "--stats")
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout and done.stdout.endswith("\n") and "\x1b" not in done.stdout
-    assert re.search(r"\[.*\d.*\bstop\]", done.stderr), "the statistics"
+    assert re.search(r"\[.*\d.*\bstop\]", done.stderr), "stderr shows the statistics"
 
 
 def test_chat_with_json_appends_stdin_to_the_question(model_file: Pulled) -> None:
@@ -399,7 +399,7 @@ def test_second_ctrl_c_stops_the_server_at_once(model_file: Pulled) -> None:
     assert "Traceback" not in "".join(lines)
 
 
-def test_snippet_of_the_banner_runs(tiny: dict[str, str]) -> None:
+def test_python_example_of_the_banner_runs(tiny: dict[str, str]) -> None:
     with serving("--api-key", "secret", **tiny) as (_, _, lines):
         while not any(line.startswith("print(") for line in lines):
             time.sleep(0.05)
@@ -410,7 +410,7 @@ def test_snippet_of_the_banner_runs(tiny: dict[str, str]) -> None:
     assert "secret" not in text and "Bearer YOUR_KEY" in text
 
 
-def test_sigterm_stops_the_server_in_order(tiny: dict[str, str]) -> None:
+def test_sigterm_stops_the_server_with_exit_code_0(tiny: dict[str, str]) -> None:
     with serving(**tiny) as (process, _, _):
         process.terminate()
         assert process.wait(timeout=30) == 0

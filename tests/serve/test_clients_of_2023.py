@@ -1,4 +1,4 @@
-"""Test the unmodified client of 2023 and its command line with every endpoint it supports."""
+"""Test openai 0.27.10, the client of 2023, and its command line with every endpoint it supports."""
 
 import pytest
 from openai import OpenAI
@@ -22,7 +22,7 @@ def test_client_version_is_0_27(old):
     assert old.run("answer = openai.version.VERSION") == "0.27.10"
 
 
-def test_completions_work(old):
+def test_completions_with_best_of_echo_and_logprobs_return_choices(old):
     answer = old.run(
         "answer = openai.Completion.create(model='scripted', prompt=['hello', 'emoji'], n=2,"
         " best_of=3, max_tokens=40, logprobs=2, echo=True, user='ann')"
@@ -38,7 +38,7 @@ def test_completions_work(old):
     assert answer["usage"]["completion_tokens"] == 3 * (LENGTH + 12)
 
 
-def test_completions_with_engine_and_token_ids_work(old, engine):
+def test_completions_with_engine_or_token_ids_return_text(old, engine):
     answer = old.run(
         "answer = openai.Completion.create(engine='scripted', prompt=[101, 109, 111, 106, 105])"
     )
@@ -47,14 +47,14 @@ def test_completions_with_engine_and_token_ids_work(old, engine):
     assert answer["model"] == "scripted"
 
 
-def test_completions_with_suffix_work(old):
+def test_completions_with_suffix_fill_in_the_middle(old):
     answer = old.run(
         "answer = openai.Completion.create(model='filling', prompt='emoji(', suffix=') end')"
     )
     assert answer["choices"][0]["text"] == "filled in"
 
 
-def test_streams_work(old):
+def test_streamed_completions_and_chats_yield_deltas(old):
     texts = old.run(
         "answer = [part.choices[0].text for part in"
         " openai.Completion.create(model='scripted', prompt='emoji', stream=True)]"
@@ -68,7 +68,7 @@ def test_streams_work(old):
 
 
 @pytest.mark.parametrize("name", ["model", "engine"])
-def test_chat_works(old, name):
+def test_chat_with_model_or_engine_returns_message(old, name):
     answer = old.run(
         f"answer = openai.ChatCompletion.create({name}='scripted',"
         " messages=[{'role': 'user', 'content': 'hi'}], temperature=0, logit_bias={65: -100})"
@@ -77,7 +77,7 @@ def test_chat_works(old, name):
     assert answer["choices"][0]["finish_reason"] == "stop"
 
 
-def test_async_client_works(old):
+def test_async_client_completes_and_streams(old):
     texts = old.run(
         "import asyncio\n"
         "async def main():\n"
@@ -91,7 +91,7 @@ def test_async_client_works(old):
 
 
 @pytest.mark.parametrize("name", ["model", "engine"])
-def test_edits_work(old, engine, name):
+def test_edits_with_model_or_engine_return_choices(old, engine, name):
     answer = old.run(
         f"answer = openai.Edit.create({name}='scripted', input='What day of the wek is it?',"
         " instruction='Fix the spelling mistakes', n=2, temperature=0)"
@@ -122,8 +122,8 @@ def test_model_is_deleted(tmp_path):
         assert old.run("answer = [model.id for model in openai.Model.list().data]") == ["scripted"]
 
 
-def test_unnamed_routes_work(old, address):
-    """Tokenizer routes are not in OpenAI's API, so clients call them by their paths."""
+def test_routes_without_client_method_are_called_by_path(old, address):
+    """Neither client has methods for the tokenizer routes, so both call them by their paths."""
     both = old.run(
         "ask = openai.api_requestor.APIRequestor(api_base=openai.api_base[:-3]).request\n"
         "cut = ask('post', '/tokenize', {'model': 'scripted', 'prompt': 'höher'})[0].data\n"
@@ -186,7 +186,7 @@ def test_unnamed_routes_work(old, address):
         ),
     ],
 )
-def test_errors_raise_client_exceptions(old, call, kind, status, type, code):
+def test_errors_raise_exceptions_of_the_client(old, call, kind, status, type, code):
     result = old.run(
         f"try:\n    {call}\nexcept openai.error.OpenAIError as error:\n"
         "    sent = error.json_body['error']\n"
@@ -195,7 +195,7 @@ def test_errors_raise_client_exceptions(old, call, kind, status, type, code):
     assert result == [kind, status, type, code]
 
 
-def test_command_line_works(old):
+def test_command_line_lists_completes_and_chats(old):
     assert '"id": "scripted"' in old.command("api", "models.list")
     assert '"id": "scripted"' in old.command("api", "models.get", "-i", "scripted")
     assert '"ready": true' in old.command("api", "engines.list")

@@ -42,14 +42,14 @@ def test_default_limit_is_sixteen_tokens(strict):
     assert answer.choices[0].finish_reason == "length"
 
 
-def test_zero_tokens_need_no_engine(strict, engine):
+def test_max_tokens_0_does_not_reach_the_engine(strict, engine):
     before = len(engine.requests)
     answer = create(strict, max_tokens=0)
     assert answer.choices[0].text == "" and answer.choices[0].finish_reason == "length"
     assert len(engine.requests) == before
 
 
-def test_choices_of_many_prompts_are_numbered_by_prompt(strict):
+def test_choices_of_several_prompts_are_ordered_by_prompt(strict):
     answer = create(strict, ["seed", "hello", "emoji"], n=2, seed=7)
     texts = [choice.text for choice in answer.choices]
     assert texts == ["7/0", "7/1", HELLO, HELLO, "😀😀😀", "😀😀😀"]
@@ -111,10 +111,10 @@ def test_stop_strings_end_the_text(strict, engine, stop, text):
     assert engine.running == 0
 
 
-def test_logprobs_match_text_and_offsets(strict):
+def test_logprobs_have_tokens_and_offsets_of_the_text(strict):
     logprobs = create(strict, logprobs=2).choices[0].logprobs
     assert len(logprobs.tokens) == LENGTH + 1
-    assert logprobs.tokens[-1] == "<|im_end|>", "what ended the text, though no part of it"
+    assert logprobs.tokens[-1] == "<|im_end|>", "the end token has a logprob, but no text"
     assert logprobs.text_offset[-1] == len(HELLO)
     assert logprobs.tokens[:2] == ["H", "e"] and logprobs.token_logprobs[0] == -0.25
     assert logprobs.tokens[8:10] == [r"bytes:\xc3", r"bytes:\xb6"]  # ö
@@ -136,7 +136,7 @@ def test_streamed_completion_equals_whole_completion(loose):
     for chunk in create(loose, **options, stream=True):
         assert chunk.object == "text_completion" and chunk.usage is None
         for choice in chunk.choices:
-            assert choice.index not in reasons, "nothing follows the last chunk of a choice"
+            assert choice.index not in reasons, "no chunk of a choice follows its finish_reason"
             texts[choice.index] += choice.text
             tokens[choice.index] += choice.logprobs.tokens
             if choice.finish_reason:
@@ -235,7 +235,7 @@ def test_logprobs_cover_echo_and_completion(loose):
 
 
 def test_character_split_between_prompt_and_completion_is_whole(loose):
-    """The prompt ends with the first byte of "é", and the completion starts with the second."""
+    """The prompt ends with the first byte of "é", and the completion starts with the second one."""
     answer = create(loose, [*b"half ", 0xC3], echo=True, logprobs=0)
     assert answer.choices[0].text == "half é!"
     assert answer.choices[0].logprobs.text_offset == [0, 1, 2, 3, 4, 5, 5, 6, 7]
@@ -272,7 +272,7 @@ def test_best_of_returns_likeliest_choices(strict, engine):
     assert [choice.text for choice in answer.choices] == ["2", HELLO]
     assert [choice.index for choice in answer.choices] == [0, 1]
     assert all(choice.logprobs is None for choice in answer.choices)
-    assert answer.usage.completion_tokens == 4 + 4 * LENGTH, "all that were computed count"
+    assert answer.usage.completion_tokens == 4 + 4 * LENGTH, "usage counts all computed choices"
     two = create(strict, "best", best_of=4, n=2, logprobs=1).choices
     assert [choice.text for choice in two] == ["2", "3"]
     assert two[0].logprobs.token_logprobs == [-1.0, -0.25]
@@ -331,7 +331,9 @@ def test_suffix_with_chat_model_becomes_instruction(strict, engine):
         "introduction or comment.\n\nThe text ends with:\nBye.\nThe end.<|im_end|>\n"
         "<|im_start|>assistant\nIt said: "
     )
-    assert answer.choices[0].text == "Hello, wörld! 😀 ", "the suffix is not repeated"
+    assert answer.choices[0].text == "Hello, wörld! 😀 ", (
+        "generation stops at the start of the suffix"
+    )
     assert answer.choices[0].finish_reason == "stop"
 
 
@@ -364,13 +366,13 @@ def test_bias_sent_to_openai_alias_is_translated(strict, engine):
         assert caught.value.param == "logit_bias" and caught.value.code == "invalid_value"
 
 
-def test_ids_sent_to_other_alias_are_the_models(strict, engine):
+def test_ids_sent_to_other_alias_are_not_translated(strict, engine):
     strict.completions.create(model="mine", prompt=list(b"emoji"), logit_bias={"65": 1})
     assert engine.requests[-1].prompt == tuple(b"emoji")
     assert engine.requests[-1].sampling_params.logit_bias == {65: 1}
 
 
-def test_choices_share_admission_and_deadline(strict, engine):
+def test_choices_of_one_request_share_admission_and_deadline(strict, engine):
     """Each choice had its own deadline, and a full queue refused later choices of a request."""
     before = len(engine.requests)
     strict.completions.create(model="scripted", prompt=["a", "b"], n=2)

@@ -34,7 +34,7 @@ def test_prompt_has_examples_then_instruction(http, engine):
     assert request.sampling_params.temperature == 0.25 and request.sampling_params.top_p == 0.5
 
 
-def test_edit_without_input_works(http):
+def test_edit_without_input_returns_text(http):
     assert post(http, input=None).json()["choices"][0]["text"] == HELLO
 
 
@@ -50,9 +50,9 @@ def test_invalid_edit_requests_name_the_field(http):
 
 
 def test_engine_in_path_overrides_model(http, engine):
-    """An id with a slash is not confused with the rest of the path.
+    """An engine id with slashes is separated from the rest of the path.
 
-    The old client sends its `engine=` in the path, where "org/with-slash/chat" could be an id.
+    The old client sends `engine=` in the path, where "org/with-slash/chat" could be an id.
     """
     for id in ("scripted", "org/with-slash"):
         for path, body in {

@@ -115,7 +115,7 @@ def test_base64_equals_float(embedding_address):
     )
 
 
-def test_repeated_request_returns_same_bits(embedding_address):
+def test_repeated_request_returns_bitwise_identical_vectors(embedding_address):
     first = post(embedding_address, input=["one", "two words"]).content
     assert post(embedding_address, input=["one", "two words"]).content == first
 
@@ -143,7 +143,7 @@ def test_ids_sent_to_openai_alias_are_translated(client, alias):
     assert answer.model == MODEL
 
 
-def test_ids_sent_to_other_alias_are_the_models(client, words):
+def test_ids_sent_to_other_alias_are_not_translated(client, words):
     expected = vectors(client.embeddings.create(model=MODEL, input="pears"))
     same = client.embeddings.create(model="my-vectors", input=words.encode("pears"))
     np.testing.assert_array_equal(vectors(same), expected)
@@ -181,14 +181,14 @@ def test_long_input_is_refused_unless_truncated(embedding_address, words):
 
 
 def test_long_text_with_mode_mean_averages_chunks(embedding_address, words):
-    """As in OpenAI's cookbook, vectors are weighted by their tokens and normalized."""
+    """As in OpenAI's cookbook, the mean is weighted by the chunks' token counts and normalized."""
     parts = ["the cat sat on a mat. " * 40, "stocks fell on monday. " * 50, "snow in may. " * 9]
     ids = [words.encode(part)[1:-1] for part in parts]
-    ids = [ids[0][:254], (ids[1] * 2)[:254], ids[2]]  # as they are cut
+    ids = [ids[0][:254], (ids[1] * 2)[:254], ids[2]]  # the chunks: at most 254 tokens each
     assert list(map(len, ids[:2])) == [254, 254]
     whole = [id for part in ids for id in part]
     answer = post(embedding_address, input=["short", whole], long_text_mode="mean")
-    assert answer.status_code == 400, "texts and ids do not mix"
+    assert answer.status_code == 400, "an input list has either texts or token ids"
     short = words.encode("short")
     answer = post(embedding_address, input=[short, whole], long_text_mode="mean").json()
     alone = post(embedding_address, input=[short, *ids]).json()
@@ -308,7 +308,7 @@ def test_invalid_requests_name_the_field(embedding_address, body, param, code, f
     assert names(error["message"], *facts)
 
 
-def test_wrong_kind_of_model_is_404(client):
+def test_model_of_another_task_is_404(client):
     both = naming("`scripted`", f"`{MODEL}`")  # the one that was asked, and the one to ask
     with pytest.raises(openai.NotFoundError, match=both):
         client.embeddings.create(model="gpt-4", input="x")
@@ -321,7 +321,7 @@ def test_wrong_kind_of_model_is_404(client):
     assert caught.value.code == "model_not_found"
 
 
-def test_engines_path_works_and_metrics_count_it(embedding_address):
+def test_embeddings_under_engines_path_are_counted_in_metrics(embedding_address):
     answer = httpx.post(
         f"{embedding_address}/v1/engines/{MODEL}/embeddings", json={"input": "hello"}, timeout=60
     )
@@ -372,7 +372,7 @@ def test_command_embeds_long_texts(embedding_address):
     assert json.loads(whole)["usage"]["total_tokens"] == 302
 
 
-def test_command_with_invalid_arguments_fails(tmp_path):
+def test_command_with_invalid_arguments_exits_with_code(tmp_path):
     process = run("word " * 300)
     assert process.returncode == 5 and names(process.stderr, "text 1", 302, "all-minilm-l6-v2", 256)
     process = run("word " * 300, "--truncate", "--long-text-mode", "mean")

@@ -116,13 +116,13 @@ def test_same_seed_repeats_and_other_seed_differs(strict):
     assert texts[0] == texts[1] and len(set(texts)) == 3
 
 
-def test_choices_differ_and_are_ordered(strict):
+def test_choices_differ_and_do_not_depend_on_n(strict):
     answer = complete(strict, n=3, temperature=1.3)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert len({choice.text for choice in answer.choices}) == 3
     assert answer.usage.completion_tokens <= 48
     alone = complete(strict, temperature=1.3).choices[0].text
-    assert answer.choices[0].text == alone, "company changes nothing"
+    assert answer.choices[0].text == alone, "other choices do not change the first"
 
 
 def test_stop_string_ends_text_and_is_not_emitted(strict):
@@ -161,7 +161,7 @@ def test_request_over_context_is_400(strict, served):
     [b"", b'{"model": "smol', b"[]", b'{"model": 3}', b'{"temperature": NaN}'],
     ids=["none", "half", "list", "types", "nan"],
 )
-def test_request_after_invalid_one_works(address, strict, body):
+def test_request_after_invalid_request_is_answered(address, strict, body):
     url, kind = f"{address}/v1/completions", {"Content-Type": "application/json"}
     response = httpx.post(url, content=body, headers=kind)
     assert response.status_code == 400 and response.json()["error"]["message"]

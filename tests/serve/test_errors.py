@@ -1,6 +1,6 @@
-"""Test each documented error as sent over HTTP, and that the next request works.
+"""Test each documented error as sent over HTTP, and that the next request succeeds.
 
-The sentences that stand here whole are OpenAI's own: clients search them.
+Complete sentences are compared only where they are OpenAI's, because clients search for them.
 """
 
 import json
@@ -332,7 +332,7 @@ def context_error(response):
     assert error["code"] == "context_length_exceeded"
     assert error["type"] == "invalid_request_error"
     sentence, _, code = error["message"].rpartition(" ")
-    assert code == "(context_length_exceeded)", "LangChain looks for it in the text"
+    assert code == "(context_length_exceeded)", "LangChain searches the message for the code"
     return sentence, error["param"]
 
 
@@ -383,7 +383,9 @@ def test_huge_prompt_is_refused_without_encoding(http, route):
         body = chat(messages=[{"role": "user", "content": text}])
     message, _ = context_error(http.post(route, json=body))
     about = max(map(int, re.findall(r"\d+", message)))
-    assert 0.99 < about / len(text) < 1.01, "who shortens by this number shortens enough"
+    assert 0.99 < about / len(text) < 1.01, (
+        "a client can compute from the estimate how much to remove"
+    )
 
 
 # --- sizes ------------------------------------------------------------------------------------
@@ -424,7 +426,7 @@ def test_full_queue_with_echo_is_429(http):
     error_of(http.post(COMPLETIONS, json=body), 429)
 
 
-def test_client_over_queue_share_is_429():
+def test_client_with_too_many_waiting_requests_is_429():
     error = as_api_error(Busy(2.5, num_waiting=64))
     assert error.status == 429 and error.headers["retry-after"] == "3"
     assert error.code == "rate_limit_exceeded" and names(error.message, 64)

@@ -111,7 +111,7 @@ def test_expired_file_is_404(http, home, monkeypatch):
     assert http.get(f"/v1/files/{file['id']}").status_code == 404
     assert file["id"] not in http.get("/v1/files").text and blob.exists()
     with scripted.serve_models(scripted.model("other"), home=home):
-        assert not blob.exists(), "the next start clears it away"
+        assert not blob.exists(), "the next server start deletes the blob"
 
 
 @pytest.mark.parametrize(
@@ -280,12 +280,12 @@ def test_path_traversal_is_404(http, home):
 def test_large_upload_is_refused_and_deleted(http, home, monkeypatch):
     monkeypatch.setattr(files, "MAX_BYTES", 100_000)
     response = upload(http, data=b"x" * 200_000)
-    assert response.status_code == 413  # and OpenAI's own sentence
+    assert response.status_code == 413  # with the message of OpenAI's API
     assert response.json()["error"]["message"] == "Maximum content size limit (100000) exceeded"
     assert not [name for name in os.listdir(home / "files") if name.startswith(".")]
 
 
-def test_old_client_and_its_command_upload(address, tmp_path):
+def test_client_of_2023_and_its_command_upload(address, tmp_path):
     old = OldClient(install(), address)
     path = tmp_path / "old.jsonl"
     path.write_bytes(LINES)
@@ -329,7 +329,7 @@ def start(home):
 
 
 def half_an_upload(address, megabytes):
-    """Return a connection on which the upload of a large file has begun."""
+    """Return a connection on which the headers of a large upload have been sent."""
     host, port = address.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)))
     head = (

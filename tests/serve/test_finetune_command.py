@@ -86,7 +86,7 @@ def test_check_names_lines_and_fixes_the_file(finetune, file, tmp_path):
     fixed = tmp_path / "fixed.jsonl"
     out, _ = finetune("check", file, *finetune.model, "--fix", fixed, code=6)
     assert "'assistent'" in out, "an ambiguous problem is not fixed"
-    assert len(fixed.read_bytes().splitlines()) == 13, "duplicates stay"
+    assert len(fixed.read_bytes().splitlines()) == 13, "duplicate examples are not removed"
     out, _ = finetune("check", file, *finetune.model, "--json", code=6)
     *problems, summary = map(json.loads, out.splitlines())
     assert [problem["code"] for problem in problems] == ["invalid_role"]
@@ -107,8 +107,8 @@ def test_check_without_problems_writes_nothing_and_needs_a_decoder(finetune, fil
         assert names(errors, "other")
 
 
-def test_events_of_steps_are_thinned_by_their_data(capsys):
-    """The progress was parsed from the message, "Step 12/100"."""
+def test_event_printer_prints_one_line_per_tenth_of_the_steps(capsys):
+    """The step was parsed from the message "Step 12/100" instead of read from the event's data."""
     printer = _EventPrinter()
     for step in range(1, 41):
         printer.show({"message": f"{step}!", "data": {"step": step, "total_steps": 40}})
@@ -155,7 +155,7 @@ def test_local_job_goes_from_file_to_model(finetune, file):
     assert names(finetune("delete", "x", code=3)[1], "x")
 
 
-def test_local_errors_exit_with_code_and_facts(finetune, file, tmp_path, refused_url):
+def test_local_errors_exit_with_code_and_name_the_cause(finetune, file, tmp_path, refused_url):
     file.write_bytes(tiny.examples(12) + b"{}\n")
     errors = finetune("create", file, *finetune.model, code=6)[1]
     assert errors.count("Example 13") == 1 and f"{file}:13: " in errors
@@ -260,4 +260,4 @@ def test_remote_job_goes_from_file_to_model(finetune, file, folder, tmp_path):
         assert "No such fine-tune job: ftjob-x" in finetune("follow", "ftjob-x", code=3)[1]
         finetune.environment["PELLUCID_API_KEY"] = "wrong"
         assert "Incorrect API key provided" in finetune("list", code=1)[1]
-    assert not (finetune.home / "jobs").exists(), "all jobs are of the server"
+    assert not (finetune.home / "jobs").exists(), "the local data folder has no jobs"

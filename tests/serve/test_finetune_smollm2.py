@@ -114,7 +114,7 @@ def test_fine_tuned_smollm2_answers_held_out_questions(openai, tmp_path):
         answer(openai, BASE, [{"role": "user", "content": OTHER}]),
         answer(openai, BASE, QUESTION),
     ]
-    assert again == expected, "the base model answers as before"
+    assert again == expected, "fine-tuning does not change the base model"
     assert max(busy) < 3
     assert job.fine_tuned_model in [model.id for model in openai.models.list()]
     assert openai.models.delete(job.fine_tuned_model).deleted

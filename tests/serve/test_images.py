@@ -319,7 +319,7 @@ def test_edit_of_large_photograph_keeps_its_size(client):
     assert pixels(answer.data[0].b64_json).shape == (256, 256, 3)
 
 
-def test_edit_as_json_works(client, image_address):
+def test_edit_as_json_keeps_unmasked_pixels(client, image_address):
     image = upload()
     file = client.files.create(file=("a.png", png(image)), purpose="vision")
     mask = "data:image/png;base64," + base64.b64encode(png(holed(image))).decode()
@@ -335,7 +335,7 @@ def test_edit_as_json_works(client, image_address):
         np.testing.assert_array_equal(changed[:, :12, :3], image[:, :12])
 
 
-def test_edit_streams(client):
+def test_streamed_edit_sends_partial_and_completed_events(client):
     image = upload()
     events = list(change(client, png(holed(image)), stream=True, partial_images=2))
     kinds = ["image_edit.partial_image"] * 2 + ["image_edit.completed"]
@@ -394,10 +394,10 @@ def test_opaque_image_with_gpt_image_name_is_redrawn(client, picture_of):
     other = client.images.edit(
         image=png(image), prompt="a red apple", quality="low", extra_body={"seed": 3}, **options
     )
-    assert other.data[0].b64_json != result.data[0].b64_json, "the prompt counts"
+    assert other.data[0].b64_json != result.data[0].b64_json, "another prompt gives another image"
     far = pixels(change(client, png(255 - image[..., :3]), extra_body={"seed": 3}, **options)
                  .data[0].b64_json)  # fmt: skip
-    assert (far != changed).any(), "so does the picture"
+    assert (far != changed).any(), "another input image gives another image"
     for name in ("dall-e-2", "tiny"):
         with pytest.raises(openai.BadRequestError) as caught:
             change(client, png(image), model=name)
@@ -440,7 +440,7 @@ def in_json(data):
 
 def test_slow_image_does_not_block_other_requests(image_address, client):
     """The image is decoded on a worker thread, so other requests are served meanwhile."""
-    generate(client)  # the model is loaded
+    generate(client)  # load the model before the measurement
     image, file = upload(2048).copy(), io.BytesIO()
     image[:, :512] = np.random.default_rng(0).integers(0, 256, (2048, 512, 3), np.uint8)
     Image.fromarray(image).save(file, "JPEG", progressive=True)
@@ -461,7 +461,9 @@ def test_slow_image_does_not_block_other_requests(image_address, client):
         assert httpx.get(f"{image_address}/health").status_code == 200
         waits.append(time.monotonic() - start_time)
     seconds = time.monotonic() - started
-    assert answers[0].json()["error"]["param"] == "mask", "it was read, and is of another size"
+    assert answers[0].json()["error"]["param"] == "mask", (
+        "image and mask were decoded, and their sizes differ"
+    )
     assert max(waits) < seconds / 2, (max(waits), seconds)
 
 
@@ -501,7 +503,7 @@ def test_large_responses_are_sent_in_chunks(folder, home, stream):
     assert max(sizes) <= 4 * CHUNK
 
 
-# --- what cannot be answered ------------------------------------------------------------------
+# --- invalid requests -------------------------------------------------------------------------
 
 
 def chunk(kind, data):
@@ -730,7 +732,9 @@ def test_client_of_2023_generates_images(image_address, tmp_path):
     pictures, url, wrong = result
     assert [pixels(data).shape for data in pictures] == [(256, 256, 3)] * 3
     assert pixels(httpx.get(url).content).shape == (SIZE, SIZE, 3)
-    assert wrong == ["image", "invalid_image"], "it has no hole, and there is no mask"
+    assert wrong == ["image", "invalid_image"], (
+        "the image has no transparent pixels, and there is no mask"
+    )
     output = old.command("api", "image.create", "-p", "a cat", "-n", "1", "--size", "64x64")
     assert httpx.get(json.loads(output)["data"][0]["url"]).status_code == 200
 
@@ -756,7 +760,7 @@ def image_request(num_images=1, **options):
     )
 
 
-def test_requests_are_batched(image_model):
+def test_concurrent_requests_share_batches(image_model):
     async def main():
         image_model.compile(8, image_request())
         before = image_model.work_queue._device.num_items
@@ -787,10 +791,10 @@ def test_small_request_finishes_before_large_one(image_model):
     asyncio.run(main())
     assert (
         finished.index("small") < len(finished) - 2
-    )  # in the same batch as the first images of the large one
+    )  # the small request shares a batch with the first images of the large one
 
 
-def test_other_work_runs_between_steps(image_model):
+def test_other_device_work_runs_between_denoising_steps(image_model):
     other, turns = WorkQueue(image_model.work_queue._device), []
 
     async def main():
@@ -906,7 +910,7 @@ def test_model_without_encoder_is_not_listed(folder, tmp_path):
 
 
 @pytest.mark.slow  # the real weights
-def test_emoji_64_generates_images(home, tmp_path):
+def test_emoji_64_generates_a_red_apple_and_its_variations(home, tmp_path):
     files = download.find_pulled(catalogue.load().models["emoji-64"], settings.data_folder())
     assert files is not None
     spec = resolve.describe(
@@ -921,8 +925,10 @@ def test_emoji_64_generates_images(home, tmp_path):
         apple = pixels(client.images.generate(prompt="a red apple", **options).data[0].b64_json)
         assert apple.shape == (64, 64, 3)
         middle = apple[20:44, 20:44].astype(int)
-        assert (middle[..., 0] - middle[..., 1:].max(-1) > 30).mean() > 0.5, "it is red"
-        assert apple[:4, :4].min() > 230, "on white"
+        assert (middle[..., 0] - middle[..., 1:].max(-1) > 30).mean() > 0.5, (
+            "the middle of the image is red"
+        )
+        assert apple[:4, :4].min() > 230, "the background is white"
         varied = client.images.create_variation(image=png(apple), n=4, **options).data
         other = pixels(client.images.generate(prompt="a blue car", **options).data[0].b64_json)
         far = np.abs(other.astype(int) - apple).mean()
@@ -934,7 +940,7 @@ def test_emoji_64_generates_images(home, tmp_path):
         print(f"one picture: {time.perf_counter() - start_time:.2f} s")
 
 
-def test_strength_and_mask_equal_library(folder, encoder, client):
+def test_edit_equals_that_of_the_library(folder, encoder, client):
     """An edit over the API equals `diffusion.edit` with the same seed."""
     image = upload()
     pipeline = diffusion.load(folder, encoder)

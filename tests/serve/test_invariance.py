@@ -1,4 +1,4 @@
-"""The same request and seed give the same response under any load, bit for bit.
+"""The same request and seed give a bitwise identical response under any load.
 
 Two layers of the real chat model are enough: the others repeat the same operations on the same
 shapes. The tests cover batch sizes 2, 4, 8 and 16, with sequences that start, end, and are
@@ -227,6 +227,6 @@ def test_random_requests_over_http_equal_single_requests(model_file):
             after.decoded_rows - before.decoded_rows,
             after.decode_steps - before.decode_steps,
         )
-        assert rows > 2 * steps, "they ran together"
+        assert rows > 2 * steps, "requests shared decode steps"
     finally:
         served.close(5.0)

@@ -172,7 +172,9 @@ def test_job_events_report_each_step_once(openai, trained):
 def test_job_checkpoints_are_last_three(openai, trained):
     job = trained[1]
     page = openai.fine_tuning.jobs.checkpoints.list(job.id)
-    assert [checkpoint.step_number for checkpoint in page.data] == [60, 57, 54], "the last three"
+    assert [checkpoint.step_number for checkpoint in page.data] == [60, 57, 54], (
+        "only the last three checkpoints are kept"
+    )
     for checkpoint in page.data:
         assert checkpoint.fine_tuning_job_id == job.id and checkpoint.id.startswith("ftckpt_")
         expected = f"{job.fine_tuned_model}:ckpt-step-{checkpoint.step_number}"
@@ -334,9 +336,9 @@ def test_job_with_repeated_examples_succeeds_with_warning(openai):
     ).id
     assert wait_for_end(openai, id).status == "succeeded"
     events = openai.fine_tuning.jobs.list_events(id, limit=50).data
-    assert sum(event.level == "warn" for event in events) == 2, "one for each file"
+    assert sum(event.level == "warn" for event in events) == 2, "one warning per file"
     steps = [event.data["step"] for event in events if event.type == "metrics"]
-    assert max(steps) == 2, "thirteen examples, not ten"
+    assert max(steps) == 2, "13 examples in batches of 12 take two steps"
 
 
 @pytest.mark.slow

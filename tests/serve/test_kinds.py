@@ -1,4 +1,4 @@
-"""A new kind of model needs only one file and one route."""
+"""A new model kind (a task, such as "decoder") needs only one file and one route."""
 
 import json
 
@@ -25,7 +25,7 @@ def folder(tmp_path):
     return path
 
 
-def test_new_kind_with_one_file_and_one_route_is_served(folder, tmp_path, monkeypatch):
+def test_new_model_kind_with_one_file_and_one_route_is_served(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(kinds.KINDS, "toy", toy_kind.KIND)
     files = download.resolve_model(f"mine={folder}", catalogue.load(), tmp_path, notify=print)
     options = LoadOptions(cache_budget=2**20, dtype="auto", home=tmp_path, notify=print)
@@ -51,10 +51,10 @@ def test_new_kind_with_one_file_and_one_route_is_served(folder, tmp_path, monkey
     app.state.job_runner.close()
 
 
-def test_catalogue_kinds_equal_table_of_kinds():
+def test_catalogue_kinds_equal_keys_of_kinds_table():
     assert tuple(kinds.KINDS) == catalogue.KINDS
 
 
-def test_resolve_folder_of_unknown_kind_raises_wrong_usage(folder, tmp_path):
+def test_resolve_folder_of_unknown_model_kind_raises_wrong_usage(folder, tmp_path):
     with pytest.raises(WrongUsage):
         download.resolve_model(f"mine={folder}", catalogue.load(), tmp_path, notify=print)

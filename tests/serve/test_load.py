@@ -128,8 +128,8 @@ def test_describe_damaged_local_model_raises_value_error(home, tmp_path, damage,
         resolve.describe(ModelFiles("m", path, "me"), options)
 
 
-def test_load_reads_header_once(home, tmp_path, monkeypatch):
-    """The header was read twice, 0.15 s of each start with a vocabulary in a GGUF file."""
+def test_load_reads_weights_file_header_once(home, tmp_path, monkeypatch):
+    """The header was read twice, which cost 0.15 s per start for a GGUF file with a vocabulary."""
     path, reads = tiny.model(tmp_path), []
 
     def counting(*args, **more):
@@ -151,7 +151,7 @@ def test_choose_dtype_with_one_candidate_does_not_measure(home, model_file, monk
     assert chosen == "int8"
     assert [line.split()[1] for line in lines[:2]] == ["bfloat16", "float32"]
     assert names(lines[2], "int8")
-    assert not (home / "formats.json").exists(), "with more memory, another dtype may be chosen"
+    assert not (home / "formats.json").exists(), "a choice forced by memory is not cached"
 
 
 def test_choose_dtype_is_cached(home, tmp_path):
@@ -181,8 +181,8 @@ def test_catalogue_dtypes_equal_measured_accurate_dtypes(model_file, id):
     assert catalogue.load().models[id].dtypes == accepted
 
 
-def test_fastest_dtype_takes_fastest_accurate_and_caches_it(home):
-    """Speech models used bfloat16 on every machine, also where it is slow."""
+def test_fastest_dtype_returns_and_caches_fastest_accurate_dtype(home):
+    """Speech models used bfloat16 on every machine, even where bfloat16 is slow."""
     results = {"float32": (3.0, 0.0), "bfloat16": (2.0, 0.001), "int8": (1.0, 0.1)}
     calls = []
 
@@ -235,11 +235,13 @@ def test_choose_dtype_damaged_weights_raise_value_error(home, tmp_path):
         dtypes.choose_dtype("tiny", path, cfg, "fp", 2**20, lambda line: None)
 
 
-def test_expected_dtype_before_and_after_measurement(home, monkeypatch):
-    """The memory of the narrowest dtype was counted, and the widest was loaded."""
+def test_expected_dtype_is_widest_fitting_until_measured(home, monkeypatch):
+    """The memory of the narrowest dtype was reserved, but the widest dtype was loaded."""
     cfg = Config.debug(num_layers=2, vocab_size=2**20, d_model=256)
     need = {dtype: dtypes.weight_bytes(cfg, dtype) for dtype in dtypes.DTYPES}
-    assert dtypes.expected_dtype(cfg, "fp", 0) == "float32", "not measured yet: the widest"
+    assert dtypes.expected_dtype(cfg, "fp", 0) == "float32", (
+        "before the measurement, the widest dtype is expected"
+    )
     assert dtypes.expected_dtype(cfg, "fp", 0, ("int8", "bfloat16")) == "bfloat16"
     assert dtypes.expected_dtype(cfg, "fp", 1, memory_limit=need["bfloat16"] + 1) == "bfloat16"
     assert dtypes.expected_dtype(cfg, "fp", 1, memory_limit=need["bfloat16"]) == "int8"
@@ -247,7 +249,9 @@ def test_expected_dtype_before_and_after_measurement(home, monkeypatch):
         "loading will raise MemoryError"
     )
     json_cache.add(home / "formats.json", "fp int8 bfloat16", "int8")
-    assert dtypes.expected_dtype(cfg, "fp", 0) == "int8", "the widest did not fit"
+    assert dtypes.expected_dtype(cfg, "fp", 0) == "int8", (
+        "a result measured without float32 is used"
+    )
     json_cache.add(home / "formats.json", "fp int8 bfloat16 float32", "bfloat16")
     assert dtypes.expected_dtype(cfg, "fp", 0) == "bfloat16"
     set_available_memory(monkeypatch, 20)

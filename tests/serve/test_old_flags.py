@@ -60,7 +60,7 @@ def test_help_of_pellucid_shows_new_flags_only(command, capsys):
         assert new in shown and old not in shown
 
 
-def test_old_names_after_two_dashes_and_as_values_stay(monkeypatch, capsys):
+def test_old_names_after_two_dashes_or_as_values_are_not_renamed(monkeypatch, capsys):
     parameters = run(monkeypatch, "transcribe", "--prompt", "--words", "--", "--batch")
     assert parameters["prompt"] == "--words" and not parameters["word_timestamps"]
     assert [str(file) for file in parameters["files"]] == ["--batch"]

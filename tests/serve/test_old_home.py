@@ -105,7 +105,7 @@ def test_unfinished_job_resumes_from_its_checkpoint(openai, resumed, home):
     assert resumed.fine_tuned_model in [model.id for model in openai.models.list()]
 
 
-def test_file_names_of_old_folder_are_unchanged(resumed, home):
+def test_completed_old_job_removes_only_its_temporary_files(resumed, home):
     removed = {
         "data.jsonl",
         "out/adapters/step-N/adapter_config.json",
@@ -120,7 +120,7 @@ def test_file_names_of_old_folder_are_unchanged(resumed, home):
 
 @pytest.mark.slow  # two jobs, one of them whole
 def test_new_folder_has_file_names_of_old_folder(tmp_path):
-    """Only the hash file of each model is gone: all hashes are in hashes.json now."""
+    """Only the per-model hash files are gone: hashes.json now has the hashes of all files."""
     facts = old.make(tmp_path / "home")
     names = old.names(tmp_path / "home", facts)
     assert names == old.names(old.HOME, MADE) - {"models/tiny/verified.json"}

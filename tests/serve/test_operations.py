@@ -82,12 +82,12 @@ def test_damaged_key_file_raises(tmp_path):
         ServerSettings(home=tmp_path)
 
 
-def test_running_server_follows_key_file(tmp_path):
+def test_running_server_applies_changes_of_the_key_file(tmp_path):
     with (
         scripted.serve_models(scripted.model(), home=tmp_path) as address,
         httpx.Client(base_url=address) as http,
     ):
-        assert post(http).status_code == 200, "no key: any request is welcome"
+        assert post(http).status_code == 200, "a server without keys accepts any request"
         ann, bob = auth.create(tmp_path, "ann"), auth.create(tmp_path, "bob")
         assert post(http).status_code == 401
         for key, status in ((ann, 200), (bob, 200), (ann[:-1], 401), ("-", 401)):
@@ -97,7 +97,7 @@ def test_running_server_follows_key_file(tmp_path):
         assert http.get("/v1/models", headers=bearer(ann)).status_code == 401
         assert http.get("/v1/models", headers=bearer(bob)).status_code == 200
         auth.delete(tmp_path, "bob")
-        assert post(http).status_code == 401, "deleting the last key opens no door"
+        assert post(http).status_code == 401, "a key is required even after the last one is deleted"
         assert http.get("/health").status_code == http.get("/ready").status_code == 200
 
 
@@ -148,7 +148,7 @@ def test_rate_limiter_refills_bucket_per_client():
     assert not granted and left == pytest.approx(0.5)
     assert rate.seconds_until(1, left) == pytest.approx(10)
     now = 1000.0
-    assert rate.take("ann") == (True, 2), "a minute's worth at most"
+    assert rate.take("ann") == (True, 2), "the bucket holds at most one minute's requests"
 
 
 def test_rate_limiter_evicts_idle_clients(monkeypatch):
@@ -172,16 +172,16 @@ def test_rate_limit_sets_headers_and_429():
         assert first.headers["x-ratelimit-limit-requests"] == "2"
         assert first.headers["x-ratelimit-remaining-requests"] == "1"
         assert first.headers["x-ratelimit-reset-requests"] in ("30s", "29.9s")
-        assert post(http, model="nobody").status_code == 404, "it counts whatever comes of it"
+        assert post(http, model="nobody").status_code == 404, "a failed request counts"
         refused = post(http)
         error = refused.json()["error"]
         assert refused.status_code == 429
         assert (error["type"], error["code"]) == ("requests", "rate_limit_exceeded")
-        # OpenAI's own words, from which clients read how long to wait
+        # the sentence of OpenAI's API, from which clients read how long to wait
         assert "Limit 2, Used 2, Requested 1. Please try again in " in error["message"]
         assert 1 <= int(refused.headers["retry-after"]) <= 30
         assert refused.headers["x-ratelimit-remaining-requests"] == "0"
-        assert http.get("/v1/models").status_code == 200, "looking costs nothing"
+        assert http.get("/v1/models").status_code == 200, "GET requests are not limited"
 
 
 def test_no_rate_limit_sends_no_headers(http):
@@ -195,11 +195,11 @@ def test_answer_over_timeout_is_504(http):
     assert names(error["message"], "600 seconds")
     assert response.headers["x-should-retry"] == "false"
     streamed = post(http, prompt="never in time", stream=True)
-    assert streamed.status_code == 504, "before the first token it is not a stream yet"
+    assert streamed.status_code == 504, "the status is not sent before the first token"
 
 
-def test_slow_body_is_408():
-    """The middleware reads a body that stops arriving, directly on the ASGI channel."""
+def test_body_that_stops_arriving_is_408():
+    """The test calls the middleware directly, with an ASGI channel on which the body stops."""
 
     async def app(scope, receive, send):
         while (await receive())["more_body"]:
@@ -222,10 +222,10 @@ def test_slow_body_is_408():
     assert error["code"] == "request_timeout" and names(error["message"], "0.05 seconds")
 
 
-# --- on the way out -------------------------------------------------------------------------------
+# --- shutdown -------------------------------------------------------------------------------------
 
 
-def test_draining_server_finishes_and_refuses_new_requests(tmp_path):
+def test_draining_server_finishes_streams_and_refuses_new_requests(tmp_path):
     model = scripted.model()
     app = create_app(ServerSettings(home=tmp_path), Registry([model], {}))
     with scripted.serve_app(app) as address, httpx.Client(base_url=address) as http:
@@ -241,10 +241,10 @@ def test_draining_server_finishes_and_refuses_new_requests(tmp_path):
                 refused = post(other)
                 assert refused.status_code == 503 and refused.headers["retry-after"] == "5"
                 assert refused.json()["error"]["type"] == "server_error"
-            assert [*lines][-2] == "data: [DONE]", "what runs is finished"
+            assert [*lines][-2] == "data: [DONE]", "the running stream is finished"
 
 
-# --- numbers --------------------------------------------------------------------------------------
+# --- metrics --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -290,7 +290,9 @@ def test_metrics_count_requests_and_tokens(counted):
     assert samples["pellucid_time_per_token_seconds_count", "scripted"] == 3
     assert samples["pellucid_engine_running_requests", "scripted"] == 0
     assert samples["pellucid_engine_slots", "scripted"] == 16
-    assert samples[("pellucid_requests_in_progress",)] == 1, "the one that asks"
+    assert samples[("pellucid_requests_in_progress",)] == 1, (
+        "only the request for /metrics is in progress"
+    )
     assert samples[("process_resident_memory_bytes",)] > 1e6
 
 
@@ -302,7 +304,7 @@ def test_unknown_paths_and_methods_add_no_series(counted):
     before = len(numbers(counted))
     for number in range(1, 9):
         ask(number)
-    assert len(numbers(counted)) - before < 25, "but for those of /metrics itself"
+    assert len(numbers(counted)) - before < 25, "only series of /metrics itself are added"
 
 
 def test_disconnected_client_is_counted(counted):
@@ -313,7 +315,7 @@ def test_disconnected_client_is_counted(counted):
     scripted.wait_until(lambda: numbers(counted)[("pellucid_requests_in_progress",)] == 1)
 
 
-# --- lines ----------------------------------------------------------------------------------------
+# --- logs -----------------------------------------------------------------------------------------
 
 
 class Kept(logging.Handler):

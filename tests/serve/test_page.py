@@ -31,7 +31,7 @@ def test_page_has_strict_content_security_policy(http):
         assert file.headers["x-content-type-options"] == "nosniff"
 
 
-def test_other_files_are_404(http):
+def test_unknown_or_html_file_under_web_is_404(http):
     for name in ("nobody.js", "..%2Fapp.py", "../settings.py", "%2e%2e/app.py", "index.html"):
         assert http.get(f"/web/{name}").status_code == 404
 
@@ -42,10 +42,12 @@ def test_scripts_load_nothing_foreign_and_parse_no_html():
         text = path.read_text("utf-8")
         sizes += len(text.encode())
         outside = set(re.findall(r"https?://[^\"'\s]+", text)) - {"http://www.w3.org/2000/svg"}
-        assert not outside, f"{path.name} asks {outside}"
+        assert not outside, f"{path.name} loads {outside}"
         for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
             assert word not in text, f"{path.name}: {word}"
-        assert not re.search(r'\bstyle="|\bon\w+="', text), f"{path.name}: the policy forbids it"
+        assert not re.search(r'\bstyle="|\bon\w+="', text), (
+            f"{path.name}: the security policy forbids inline styles and handlers"
+        )
     assert sizes < LIMIT
 
 
@@ -124,7 +126,7 @@ def test_tokens_are_reachable_by_keyboard(open_page):
             break
         page.keyboard.press("Shift+Tab")
     assert page.evaluate("document.activeElement.dataset.index") == "0", (
-        "all tokens are one tab stop"
+        "the row of tokens is one tab stop"
     )
     page.keyboard.press("ArrowRight")
     name = page.evaluate("document.activeElement.getAttribute('aria-label')")
@@ -132,7 +134,7 @@ def test_tokens_are_reachable_by_keyboard(open_page):
     assert page.is_visible("#tip")
     page.keyboard.press("Enter")
     page.mouse.move(5, 5)
-    assert page.is_visible("#tip"), "Enter keeps it open"
+    assert page.is_visible("#tip"), "Enter keeps the details of a token open"
     page.keyboard.press("Escape")
     assert not page.is_visible("#tip")
     page.keyboard.press("End")

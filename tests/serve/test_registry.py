@@ -205,7 +205,7 @@ def test_get_too_large_or_damaged_model_raises_cannot_load() -> None:
         with pytest.raises(CannotLoad, match=naming("9 MB", "4 MB")) as raised:
             await registry.get("large")
         assert not raised.value.is_busy
-        assert registry.loaded() == [small], "no model is unloaded for one that cannot fit"
+        assert registry.loaded() == [small], "no model is unloaded for one larger than the limit"
         with pytest.raises(CannotLoad, match="half of it is missing"):
             await registry.get("broken")
         assert (await registry.get("small")).id == small.id
@@ -300,7 +300,7 @@ def test_resolve_removed_model_raises_unknown_model() -> None:
     for name in ("two", "gpt-4"):
         with pytest.raises(UnknownModel):
             registry.resolve(name)
-    assert not registry.unload("one"), "a model passed in loaded cannot be loaded again"
+    assert not registry.unload("one"), "a model without a spec cannot be loaded again, so it stays"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformer.engine import Done, Failed, SequenceRequest, Token
 
 
 class Echo:
-    """An engine that answers with the last user message in capitals, and records its requests."""
+    """An engine that generates the last user message in capitals, and records its requests."""
 
     def __init__(self) -> None:
         self.requests: list[SequenceRequest] = []
@@ -81,7 +81,7 @@ def test_completion_beyond_the_context_is_rejected(model: DecoderModel) -> None:
     assert request.max_tokens == scripted.CONTEXT - used.prompt_tokens
 
 
-def test_failure_has_its_reason(model: DecoderModel) -> None:
+def test_engine_failure_raises_failure_with_its_reason(model: DecoderModel) -> None:
     with pytest.raises(Failure, match="the numbers went bad"):
         [*reply(model, "fail")]
     with pytest.raises(WrongUsage, match=naming("`pellucid complete`")):
@@ -109,7 +109,7 @@ def converse(model: DecoderModel, *lines: str) -> repl.Conversation:
     return conversation
 
 
-def test_conversation_keeps_its_turns(
+def test_conversation_sends_system_message_and_earlier_turns(
     model: DecoderModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     conversation = converse(model, "/system Be brief.", "one", "", "^C", "two")

@@ -26,7 +26,7 @@ WITHOUT_PENALTIES = OWN | {
 
 
 def read_folder_defaults(folder, content, row=()):
-    """Return the defaults of a folder with this generation_config.json, and the reported lines."""
+    """Return the defaults of a folder with this generation_config.json, and the log lines."""
     text = content if isinstance(content, str) else json.dumps(content)
     (folder / "generation_config.json").write_text(text)
     lines = []
@@ -37,7 +37,7 @@ def read_folder_defaults(folder, content, row=()):
 
 
 def test_generation_config_do_sample_is_ignored(tmp_path):
-    """The same as in vLLM."""
+    """As in vLLM, do_sample=false does not set the temperature to 0."""
     assert generation_config.read_defaults({}, tmp_path, pytest.fail) == {}
     for do_sample in (True, False, None):
         assert read_folder_defaults(tmp_path, {**OWN, "do_sample": do_sample}) == (OWN, [])
@@ -191,7 +191,7 @@ def test_request_at_temperature_0_has_no_default_penalties(send, route):
     [{"echo": True, "logprobs": 0}, {"echo": True, "logprobs": 2}, {"best_of": 2}],
     ids=str,
 )
-def test_request_with_likelihood_has_no_default_penalties(send, options):
+def test_request_with_best_of_or_scoring_has_no_default_penalties(send, options):
     assert send("completions", **options) == WITHOUT_PENALTIES
     overrides = {"frequency_penalty": 1.0}
     assert send("completions", **options, **overrides) == WITHOUT_PENALTIES | overrides

@@ -133,7 +133,11 @@ def test_fine_tuned_model_is_deleted(tmp_path):
     ):
         refused = http.delete("/v1/models/scripted")
         assert refused.status_code == 403 and refused.json()["error"]["code"] == "not_deletable"
-        for unknown in ("gpt-4", "nobody", "../made"):  # an alias is not a model of its own
+        for unknown in (
+            "gpt-4",
+            "nobody",
+            "../made",
+        ):  # "gpt-4" is an alias, which cannot be deleted
             assert http.delete(f"/v1/models/{unknown}").status_code in (404, 405), unknown
         with OpenAI(
             base_url=f"{address}/v1", api_key="any", _strict_response_validation=True

@@ -55,7 +55,7 @@ def test_cache_size_does_not_depend_on_number_of_models(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_models_alternating_in_memory_leak_nothing(model_file, tmp_path):
+def test_models_that_alternate_in_memory_do_not_leak(model_file, tmp_path):
     path = model_file(CHAT)
     registry = Registry([describe(path, id, tmp_path) for id in "ab"], {}, memory_limit=400 * 2**20)
     answers, resident = [], []

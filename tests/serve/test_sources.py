@@ -215,7 +215,7 @@ def test_pull_concurrent_fetches_once(model: CatalogueEntry, home: Path) -> None
     for thread in threads:
         thread.join()
     assert sum(names(line, "sha256") for line in lines) == 1
-    assert len(lines) <= 2, "the waiting pull reports it"
+    assert len(lines) <= 2, "at most the pull and the one that waits for it report"
     assert download.verify(model, home).read_bytes() == CONTENT
 
 
@@ -239,7 +239,9 @@ def test_check_local_model_accepts_gguf_and_folder_only(tmp_path: Path) -> None:
         download.check_local_model(tmp_path / "nothing")
 
 
-def test_resolve_model_name_forms(tmp_path: Path, home: Path) -> None:
+def test_resolve_model_accepts_name_with_path_and_explains_other_names(
+    tmp_path: Path, home: Path
+) -> None:
     known_models = catalogue.load()
 
     def resolve(name: str) -> ModelFiles:

@@ -43,7 +43,7 @@ def test_object_add_update_remove(store):
     store.add("job", "1", {"a": 1, "b": "ö😀"})
     assert store.get("job", "1") == {"a": 1, "b": "ö😀"}
     assert store.update("job", "1", a=2, c=None) == {"a": 2, "b": "ö😀", "c": None}
-    assert store.get("file", "1") is None, "another kind"
+    assert store.get("file", "1") is None, "an id belongs to one kind"
     with pytest.raises(KeyError):
         store.update("job", "2", a=1)
     assert store.remove("job", "1") and not store.remove("job", "1")

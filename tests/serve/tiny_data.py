@@ -1,4 +1,4 @@
-"""Data of tiny models: a chat template, special tokens, and training examples."""
+"""Data for tiny models: a chat template, special tokens, and training examples."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A minimal kind of model: a folder with toy.json, whose word a route returns."""
+"""A minimal model kind for tests: a folder with toy.json, whose word a route returns."""
 
 import json
 from dataclasses import dataclass

@@ -5,18 +5,19 @@
 Written beside this file:
 
     home/       the folder
-    made.json   facts for the tests: keys in plain text, ids, names
+    made.json   what the tests expect in the folder: keys in plain text, ids, names
 
-Commands and requests of a user write it, see `make`: the user's models.toml with a tiny model, two
-API keys, the database with files and jobs, a fine-tuning job that has succeeded, its adapter, a job
-that was unfinished when the server stopped, its checkpoint, and the caches of file hashes, dtypes
-and speeds. Only models.toml and the model are written directly, as `pellucid pull` would do.
+`make` writes the folder with commands and requests, as a user would: the user's models.toml with a
+tiny model, two API keys, the database with files and jobs, a fine-tuning job that has succeeded,
+its adapter, a job that was unfinished when the server stopped, its checkpoint, and the caches of
+file hashes, dtypes and speeds. Only models.toml and the model are written directly, as `pellucid
+pull` would do.
 
-Do not write it again after a change of the code: the test is that the old folder opens. `main` does
-not overwrite it.
+Do not write the folder again after a change of the code: the tests check that the old folder still
+opens. `main` does not overwrite it.
 
-Files of a data folder hold absolute paths. In `home/`, `PLACE` stands for the path of the folder;
-`put` copies a folder and replaces a path in its files.
+Files of a data folder contain absolute paths. In `home/`, `PLACE` stands for the path of the
+folder; `put` copies a folder and replaces a path in its files.
 """
 
 import json
@@ -42,7 +43,7 @@ SMALL_CACHE = ("--cache-mb", "1", "--dtype", "float32")
 
 
 def make(home: Path) -> dict[str, Any]:
-    """Write a data folder as a user would, and return the facts for the tests."""
+    """Write a data folder as a user would, and return the content of made.json."""
     tiny_gguf.write_catalogue(home)
     variables = {
         "PELLUCID_HOME": str(home),

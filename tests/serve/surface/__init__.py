@@ -1,1 +1,1 @@
-"""What programs that use Pellucid depend on, written down: see `record.py`."""
+"""Recorded interfaces of Pellucid, on which other programs depend; see `record.py`."""

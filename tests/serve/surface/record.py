@@ -1,8 +1,8 @@
 """Record the interfaces of Pellucid: `python -m tests.serve.surface.record [FUNCTION ...]`.
 
-Pellucid is observed from outside, by its commands and over HTTP. The tables `COMMANDS` and
-`REQUESTS` list the commands and requests. The files beside this one hold the results, and
-`test_surface.py` compares. After an intended change, record again and commit the diff.
+The interfaces are observed from outside: commands and HTTP requests, which the tables `COMMANDS`
+and `REQUESTS` list. The files beside this one hold the recorded results, and `test_surface.py`
+compares them with the current ones. After an intended change, record again and commit the diff.
 
 Sentences are recorded only where they are documentation (help, openapi.json). Of an error the
 status, type, param and code are recorded, of JSON the keys and the types of their values.
@@ -189,10 +189,10 @@ LIMITED: list[tuple[str, str, dict[str, Any]]] = [
 
 @contextmanager
 def playground(*pulled: str) -> Iterator[Path]:
-    """Make a temporary folder with the data folders and files that the commands name.
+    """Create a temporary folder with the data folders and files that the commands name.
 
     Args:
-        pulled: models of the user that the data folder `new` has, too.
+        pulled: ids of pulled models to link into the data folder `new`.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -370,13 +370,13 @@ def commands() -> dict[str, str]:
 
 
 def slow_commands() -> dict[str, str]:
-    """Return the same for commands that train, measure, or need pulled models."""
+    """Return the same as `commands` for commands that train, measure, or need pulled models."""
     with playground("whisper-base", "all-minilm-l6-v2") as folder:
         return {"slow_commands.txt": outcomes(SLOW_COMMANDS, folder)}
 
 
 def server() -> dict[str, str]:
-    """Return the description of the API, errors, names of metrics, and fields of log lines."""
+    """Return the OpenAPI description, the errors, the metric names, and the fields of log lines."""
     with playground() as folder:
         home = variables(folder, "new")
         arguments = (*old.SMALL_CACHE, "--log-format", "json")
