@@ -195,7 +195,7 @@ export function start({ model, report }) {
         $("prompt-strip").append(promptStrip.add(text, tokens));
       }
       $("prompt-counts").textContent =
-        `${result.count} tokens; the context holds ${result.max_model_len}, including the answer`;
+        `${result.count} tokens; the context length is ${result.max_model_len}, including the answer`;
       $("prompt-dialog").showModal();
     } catch (error) {
       report(error.message);

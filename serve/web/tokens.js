@@ -86,7 +86,7 @@ export function start({ model, report }) {
     );
     const sum = next.reduce((total, [, logprob]) => total + Math.exp(logprob), 0);
     $("covered").textContent = next.length
-      ? `These tokens have ${(sum * 100).toFixed(0)} % of the probability.`
+      ? `Together these tokens have a probability of ${(sum * 100).toFixed(0)} %.`
       : "Select “Colour by probability” to see them.";
   }
 
