@@ -34,19 +34,19 @@ def test_every_example_has_a_test():
     assert tested | TESTED_ELSEWHERE == {path.stem for path in (ROOT / "examples").glob("*.py")}
 
 
-def test_tokens_prints_ids_that_decode_to_the_text():
+def test_tokens_example_prints_ids_that_decode_to_the_text():
     lines = [line.split(maxsplit=1) for line in run("tokens", "a hamburger 🍔").splitlines()]
     text = b"".join(ast.literal_eval(token) for _, token in lines).decode()
     assert text == "a hamburger 🍔" and all(id.isdigit() for id, _ in lines)
 
 
 @pytest.mark.heavy
-def test_train_finds_the_slope(tmp_path):
+def test_train_example_finds_the_slope(tmp_path):
     assert run("train", tmp_path) == "w = 3.00\n"
 
 
 @pytest.mark.heavy
-def test_client_prints_the_streamed_answer():
+def test_client_example_prints_the_streamed_answer():
     from tests.serve import scripted
 
     with scripted.serve_models(scripted.model()) as address:
@@ -54,19 +54,19 @@ def test_client_prints_the_streamed_answer():
 
 
 @pytest.mark.slow
-def test_generate_continues_the_text(model_file):
+def test_generate_example_continues_the_text(model_file):
     assert run("generate", model_file("smollm2-135m-instruct"), "1, 2, 3, 4,").startswith(" 5, 6")
 
 
 @pytest.mark.slow
-def test_transcribe_prints_times_and_words(model_file):
+def test_transcribe_example_prints_times_and_words(model_file):
     recording = ROOT / "tests/golden/audio/austen-0870.flac"
     printed = run("transcribe", model_file("whisper-tiny.en"), recording)
     assert re.match(r"\d+\.\d-\d+\.\d s: And Mr\. John Dashwood had", printed)
 
 
 @pytest.mark.slow
-def test_image_writes_an_image(model_file, tmp_path):
+def test_image_example_writes_a_png(model_file, tmp_path):
     from PIL import Image
 
     run("image", model_file("all-minilm-l6-v2"), "a red apple", tmp_path / "apple.png")

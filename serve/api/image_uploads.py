@@ -33,7 +33,7 @@ async def read_image_form(request: Request, model: type[AnyForm]) -> tuple[AnyFo
 
 
 def referenced_files(request: Request, body: ImageEditBody) -> ImageFiles:
-    """Return the files that a JSON body refers to.
+    """Return the image files that a JSON body refers to by `data:` URL or file id.
 
     Raises:
         APIError: 400 for more than one image or an invalid reference, 404 for an unknown file.

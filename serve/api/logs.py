@@ -79,7 +79,7 @@ class TextFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(request_id)s%(message)s", datefmt="%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line of a record."""
+        """Return the log line of a record."""
         request_id = _request_id.get()
         record.request_id = f"{request_id} " if request_id else ""
         return super().format(record)
@@ -89,7 +89,7 @@ class JsonFormatter(logging.Formatter):
     """Format records as one JSON object per line, with the fields of a request."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line of a record."""
+        """Return the log line of a record."""
         entry: dict[str, Any] = {
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}",
             "level": record.levelname.lower(),

@@ -77,7 +77,7 @@ class RateLimiter:
         return granted, bucket.tokens
 
     def seconds_until(self, target: float, tokens: float) -> float:
-        """Return the seconds until a bucket that holds ``tokens`` holds ``target``."""
+        """Return the seconds until a bucket is refilled from ``tokens`` to ``target`` tokens."""
         return max(target - tokens, 0) * 60 / self.per_minute
 
     def _refilled(self, bucket: _Bucket, now: float) -> float:

@@ -298,8 +298,9 @@ def _generate(
 
     Args:
         pipeline: the model.
-        rows: a request, a seed and the number of the image for each image, as in `denoise_batch`.
-        trajectory: whether to yield all steps instead of the result.
+        rows: one tuple per image: request, seed, and number of the image within its prompt, as in
+            `denoise_batch`.
+        trajectory: whether to yield the images of all denoising steps instead of the final image.
         show: called with the predicted images after each step.
 
     Yields:

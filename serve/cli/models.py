@@ -61,7 +61,7 @@ def _table_row(row: ModelRow, default: str) -> tuple[str, ...]:
 
 
 def _catalogue_row(model: catalogue.CatalogueEntry, known_models: catalogue.Catalogue) -> ModelRow:
-    """Return the row of a model of the catalogue."""
+    """Return the fields of a catalogue model, as `pellucid models --json` prints them."""
     from serve.models import download
 
     try:
@@ -86,7 +86,7 @@ def _catalogue_row(model: catalogue.CatalogueEntry, known_models: catalogue.Cata
 
 
 def _adapter_row(adapter: adapters.AdapterMetadata, rows: list[ModelRow]) -> ModelRow:
-    """Return the row of a fine-tuned model; other fields are those of its base model."""
+    """Return the fields of a fine-tuned model; those not set here are copied from its base."""
     unknown: ModelRow = dict.fromkeys(("serves", "parameters", "context", "licence"))
     base = next((row for row in rows if row["id"] == adapter.base), None) or {
         **unknown,

@@ -29,7 +29,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 @dataclass
 class Server:
-    """A server in its own process.
+    """A running `pellucid serve` process.
 
     Attributes:
         ready_line: the JSON line that the server prints when it is ready.

@@ -160,7 +160,7 @@ def test_streamed_text_equals_whole_text(client):
 
 @pytest.mark.slow
 def test_long_stream_sends_text_per_window(client):
-    """Four windows were decoded in one batch, so all text arrived at the end."""
+    """Regression: four windows were decoded in one batch, so all text arrived at the end."""
     samples, rate = soundfile.read(CLIP)
     sound = np.concatenate([samples, np.zeros(rate)] * 15)  # 95 seconds: four windows
     started, arrivals = time.perf_counter(), []
@@ -226,7 +226,7 @@ def quiet_speech(seconds):
 @pytest.mark.parametrize("route", ["transcriptions", "translations"])
 @pytest.mark.parametrize("kind", ["silence", "white", "pink", "tone"])
 def test_transcript_of_over_60_s_without_speech_is_empty(speech_address, kind, route):
-    """More than 60 seconds without speech caused a division by zero and a 500."""
+    """Regression: more than 60 seconds without speech caused a division by zero and a 500."""
     rng, num = np.random.default_rng(0), 61 * 16_000
     sound = {
         "silence": lambda: np.zeros(num),
@@ -271,7 +271,7 @@ def test_file_name_and_content_type_do_not_change_text(speech_address, name, typ
 
 
 def test_file_of_two_concatenated_flacs_is_read_completely(client):
-    """The audio after the first FLAC stream was lost without an error."""
+    """Regression: the audio after the first FLAC stream was lost without an error."""
     other = (GOLDEN / "austen-0880.flac").read_bytes()
     answer = transcribe(client, ("a.flac", CLIP.read_bytes() + other))
     assert "rather selfish" in answer.text and "young man" in answer.text
@@ -361,7 +361,7 @@ def test_invalid_fields_are_refused(speech_address, fields, param, code, facts):
 
 
 def test_repeated_field_is_refused(speech_address):
-    """The last value was used, and the first was dropped without an error."""
+    """Regression: the last value was used, and the first was dropped without an error."""
     form = {"model": [MODEL, MULTILINGUAL], "language": ["en", "en"]}
     with CLIP.open("rb") as file:
         answer = httpx.post(
@@ -372,7 +372,7 @@ def test_repeated_field_is_refused(speech_address):
 
 
 def test_empty_fields_count_as_absent(speech_address):
-    """Empty fields such as `language=` were refused with 400; web pages send all fields."""
+    """Regression: empty fields such as `language=` returned 400; browsers send all fields."""
     names = ("prompt", "response_format", "temperature", "language", "stream", "user")
     lists = ("timestamp_granularities[]", "include[]", "keywords[]", "timestamp_granularities")
     for text in ("", "  "):
@@ -424,7 +424,7 @@ def test_command_writes_text_to_stdout_and_json_to_folder(tmp_path, model_file):
 
 
 def test_command_continues_after_bad_file(tmp_path, model_file):
-    """A silent file ended the command with a traceback, and later files were not read."""
+    """Regression: a silent file ended the command with a traceback before the later files."""
     silent, text, joined = (tmp_path / name for name in ("silent.wav", "text.mp3", "joined.flac"))
     silent.write_bytes(wav(np.zeros(19_200))[1])
     text.write_text("I am no sound")

@@ -215,7 +215,7 @@ def test_echo_with_logprobs_scores_prompt(loose, engine):
 
 @pytest.mark.parametrize("prompt", ["emoji", "hey"])
 def test_logprobs_of_scored_text_include_end_token(loose, prompt):
-    """Harnesses request one new token and drop the last entry, which may be the end token."""
+    """Evaluation harnesses request one new token, perhaps the end token, and drop its entry."""
     choice = create(loose, "nothing " + prompt, echo=True, max_tokens=1, logprobs=1).choices[0]
     assert len(choice.logprobs.tokens) == len("nothing " + prompt) + 1
     assert (choice.logprobs.tokens[-1] == "<|im_end|>") == (prompt == "hey")
@@ -279,7 +279,7 @@ def test_best_of_returns_likeliest_choices(strict, engine):
 
 
 def test_best_of_with_suffix_ignores_echo(strict, engine):
-    """The echo was taken from the FIM prompt instead of the request's prompt."""
+    """Regression: the echo was taken from the FIM prompt instead of the request's prompt."""
     answer = create(strict, "It said: ", suffix=" Bye.\nThe end.", echo=True, best_of=2)
     assert answer.choices[0].text == "It said: Hello, wörld! 😀 "
     assert engine.requests[-1].prompt_logprobs is None
@@ -373,7 +373,7 @@ def test_ids_sent_to_other_alias_are_not_translated(strict, engine):
 
 
 def test_choices_of_one_request_share_admission_and_deadline(strict, engine):
-    """Each choice had its own deadline, and a full queue refused later choices of a request."""
+    """Regression: each choice had its own deadline, and a full queue refused later choices."""
     before = len(engine.requests)
     strict.completions.create(model="scripted", prompt=["a", "b"], n=2)
     requests = engine.requests[before:]
@@ -382,7 +382,7 @@ def test_choices_of_one_request_share_admission_and_deadline(strict, engine):
 
 
 def test_interleave_waits_for_slow_consumer():
-    """Output that a slow client did not read was buffered without limit."""
+    """Regression: output that a slow client did not read was buffered without limit."""
     num_made = 0
 
     async def endless():

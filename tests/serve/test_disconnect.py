@@ -52,7 +52,7 @@ def test_disconnect_ends_generation(address, engine, stream):
 
 
 def test_disconnect_while_sending_body_is_not_logged_as_error(address, http, caplog):
-    """Starlette's ClientDisconnect was reported as an unhandled exception."""
+    """Regression: Starlette's ClientDisconnect was reported as an unhandled exception."""
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(
@@ -131,7 +131,7 @@ def test_failing_stream_closes_other_streams():
 
 @pytest.fixture(scope="module")
 def small(model_file):
-    """Start a server with a real engine and two layers of the chat model."""
+    """Run a server with a real engine and the first two layers of the chat model."""
     path = model_file("smollm2-135m-instruct")
     params, cfg, metadata = checkpoint.load(path, dtype="int8")
     params, cfg = params.replace(layers=params.layers[:2]), replace(cfg, num_layers=2)

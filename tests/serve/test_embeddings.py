@@ -214,7 +214,7 @@ def test_short_text_is_equal_in_every_mode(embedding_address):
 
 
 def test_max_embedding_tokens_extends_context(folder, tmp_path):
-    """all-MiniLM has 512 position embeddings, of which its configuration uses 256."""
+    """all-MiniLM has 512 position embeddings, of which it uses 256 by default."""
     files = ModelFiles(MODEL, folder, "sentence-transformers")
     options = dict(cache_budget=2**20, dtype="float32", home=tmp_path, notify=print)
     spec = resolve.describe(files, LoadOptions(max_embedding_tokens=512, **options))

@@ -43,7 +43,7 @@ def address(tmp_path_factory):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("route", ["chat/completions", "completions"])
 def test_each_end_token_ends_response_without_text(address, route, stream, model, end):
-    """Only the tokenizer's eos ended a response; it ran to the limit with `<turn_over>` in it."""
+    """Regression: only the tokenizer's eos ended a response, not `<turn_over>`."""
     body = {"model": model, "stream": stream, "max_tokens": 3, "logit_bias": {str(end): 100}}
     chat = {"messages": [{"role": "user", "content": "hi"}]}
     body |= chat if route == "chat/completions" else {"prompt": "hi"}

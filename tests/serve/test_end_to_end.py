@@ -211,7 +211,7 @@ def test_coder_completes_working_function(model_file):
 
 @pytest.mark.slow  # in float32 it takes the memory and the seconds of a first load
 def test_echo_logprobs_equal_forward_pass(model_file):
-    """Harnesses compare likelihoods of answers, so the logprobs must equal the model's."""
+    """Evaluation harnesses compare likelihoods of answers, so the logprobs must be exact."""
     text = "The capital of France is Paris, and the capital of Italy is Rome. " * 5
     path = model_file(CHAT)
     model = load_decoder(

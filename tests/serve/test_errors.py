@@ -421,7 +421,7 @@ def test_full_queue_is_429(http, stream):
 
 
 def test_full_queue_with_echo_is_429(http):
-    """The echo was sent before the engine refused the request, with status 200."""
+    """Regression: the echo was sent with status 200 before the engine refused the request."""
     body = {"model": "scripted", "prompt": "busy", "echo": True, "stream": True}
     error_of(http.post(COMPLETIONS, json=body), 429)
 

@@ -78,7 +78,7 @@ def test_uploaded_file_downloads_unchanged(openai, http):
 
 
 def test_empty_fields_count_as_absent(http):
-    """A form with `expires_after[seconds]=` was refused with 400."""
+    """Regression: a form with `expires_after[seconds]=` was refused with 400."""
     empty = {"expires_after[anchor]": "", "expires_after[seconds]": " ", "user": ""}
     answer = upload(http, **empty)
     assert answer.status_code == 200 and "expires_at" not in answer.json(), answer.text
@@ -345,7 +345,7 @@ def half_an_upload(address, megabytes):
 
 
 def test_killed_server_leaves_no_partial_file(tmp_path):
-    """Acknowledged files remain, unfinished uploads leave nothing."""
+    """Files whose upload was confirmed remain; unfinished uploads leave no file."""
     process, address = start(tmp_path)
     with httpx.Client(base_url=address) as http:
         stored = [upload(http, f"{i}", LINES * (i + 1)).json() for i in range(3)]
@@ -404,7 +404,7 @@ def test_disconnect_in_upload_stores_nothing(address, home):
 
 
 def test_large_upload_needs_little_memory(address):
-    """An upload of 200 MB increases the memory of the server by a fraction of that."""
+    """An upload of 200 MB increases the memory of the server by much less."""
     process = psutil.Process()
     before = process.memory_info().rss
     highest = before
@@ -421,7 +421,7 @@ def test_large_upload_needs_little_memory(address):
 
 @pytest.mark.timeout(60)
 def test_hostile_field_names_parse_fast():
-    """A regular expression took a minute for such names and blocked the event loop."""
+    """Regression: a regular expression took a minute for these names and blocked the event loop."""
     assert len(form_fields([(f"{i}" + "[" * 3900, "x") for i in range(90)])) == 90
     assert form_fields([("[" * 3900 + "a]", "x")]) == {"[" * 3899: {"a": "x"}}
     assert form_fields([("[a]", "x"), ("a]", "y")]) == {"[a]": "x", "a]": "y"}

@@ -108,7 +108,7 @@ def test_check_without_problems_writes_nothing_and_needs_a_decoder(finetune, fil
 
 
 def test_event_printer_prints_one_line_per_tenth_of_the_steps(capsys):
-    """The step was parsed from the message "Step 12/100" instead of read from the event's data."""
+    """Regression: the step was parsed from the message "Step 12/100", not read from the data."""
     printer = _EventPrinter()
     for step in range(1, 41):
         printer.show({"message": f"{step}!", "data": {"step": step, "total_steps": 40}})
@@ -173,7 +173,7 @@ def test_local_errors_exit_with_code_and_name_the_cause(finetune, file, tmp_path
 
 
 class Upload(BaseHTTPRequestHandler):
-    """Receive a file and return its size as its id."""
+    """An HTTP handler that receives an upload, and returns its size in bytes as its id."""
 
     def do_POST(self):
         left = size = int(self.headers["Content-Length"])

@@ -3,7 +3,7 @@
 from transformer.engine import device
 
 
-def test_health_follows_the_device_thread(http, monkeypatch):
+def test_health_is_503_after_the_device_thread_has_ended(http, monkeypatch):
     assert http.get("/health").json() == {"status": "ok"}
     dead = device.Device()
     dead.close()

@@ -367,7 +367,7 @@ OPTIONAL = (
 
 
 def test_empty_fields_count_as_absent(image_address):
-    """Empty fields such as `n=` were refused with 400; browsers send all fields of a form."""
+    """Regression: empty fields such as `n=` returned 400; browsers send all fields of a form."""
     url = f"{image_address}/v1/images"
     files = {"image": ("a.png", GOOD), "mask": ("", b"")}
     fields = blank(*OPTIONAL) | {"prompt": "a cat"}
@@ -385,7 +385,7 @@ def with_alpha(image):
 
 @pytest.mark.parametrize("picture_of", [np.asarray, with_alpha], ids=["no alpha", "opaque alpha"])
 def test_opaque_image_with_gpt_image_name_is_redrawn(client, picture_of):
-    """The request was refused with 400, but code for gpt-image-1 sends no masks."""
+    """Regression: the request was refused with 400, but code for gpt-image-1 sends no masks."""
     image = picture_of(upload(40)[:30])
     options = {"model": "gpt-image-1", "response_format": "b64_json"}
     result = change(client, png(image), extra_body={"seed": 3}, **options)
@@ -415,7 +415,7 @@ def test_mask_overrides_image_transparency(client):
 
 @pytest.mark.parametrize("format", ["jpeg", "webp"])
 def test_output_compression_changes_file_size(client, format):
-    """The parameter was accepted but had no effect."""
+    """Regression: the parameter was accepted but had no effect."""
     sizes = []
     for quality in (0, 50, 100):
         answer = client.images.generate(
@@ -439,7 +439,7 @@ def in_json(data):
 
 
 def test_slow_image_does_not_block_other_requests(image_address, client):
-    """The image is decoded on a worker thread, so other requests are served meanwhile."""
+    """The image is decoded on a worker thread, so the server answers other requests meanwhile."""
     generate(client)  # load the model before the measurement
     image, file = upload(2048).copy(), io.BytesIO()
     image[:, :512] = np.random.default_rng(0).integers(0, 256, (2048, 512, 3), np.uint8)
@@ -469,7 +469,7 @@ def test_slow_image_does_not_block_other_requests(image_address, client):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_large_responses_are_sent_in_chunks(folder, home, stream):
-    """Encoding ten large edits as one JSON text blocked the event loop for seconds."""
+    """Regression: encoding ten large edits as one JSON text blocked the event loop for seconds."""
     files = download.resolve_model(
         f"tiny={folder}", catalogue.load(), settings.data_folder(), notify=print
     )
@@ -511,7 +511,7 @@ def chunk(kind, data):
 
 
 def bomb(side):
-    """Return a PNG of some kilobytes that would decode to gigabytes."""
+    """Return a PNG of some kilobytes that decodes to gigabytes of pixels."""
     head = struct.pack(">IIBBBBB", side, side, 8, 6, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(10**6)))
 
@@ -675,7 +675,7 @@ def test_invalid_json_edits_are_refused(image_address, body, status, param):
 
 
 def test_variation_strength_has_minimum(image_address):
-    """A strength close to 0 caused a 500, because its noise levels did not decrease."""
+    """Regression: a strength close to 0 caused a 500, because its noise levels did not decrease."""
     answer = httpx.post(
         f"{image_address}/v1/images/variations",
         data={"strength": "1e-20", "quality": "low"},
@@ -869,8 +869,8 @@ def test_full_queue_is_429(image_model):
     asyncio.run(main())
 
 
-def test_weak_variations_are_warmed_up(image_model):
-    """Warming up weak variations used more steps than the maximum and failed."""
+def test_variation_with_strength_near_0_generates_an_image(image_model):
+    """Regression: warming up weak variations used more steps than the maximum and failed."""
     init_image = InitImage(np.zeros((8, 8, 3), np.float32), strength=0.001)
     assert len(asyncio.run(outputs_of(image_model, image_request(init_image=init_image)))) == 1
 

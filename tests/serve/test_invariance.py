@@ -67,7 +67,10 @@ REQUESTS = [
 
 
 def other(number):
-    """Return a varied request, longer than those in `REQUESTS`; some share a seed or prompt."""
+    """Return the request with this number to run beside one of `REQUESTS`, and longer than it.
+
+    Some of these requests have the same seed or prompt.
+    """
     return SequenceRequest(
         prompt=prompt(5 + 23 * number, number),
         max_tokens=40 + number,
@@ -78,7 +81,7 @@ def other(number):
 
 
 def run_with_others(runner, request, num_others, num_blocks=NUM_BLOCKS):
-    """Return the events of `request`, started when `num_others` others are decoding."""
+    """Return the events of `request`, started while `num_others` other requests are decoding."""
     scheduler = Scheduler(NUM_SLOTS, num_blocks, cache.BLOCK_SIZE, CHUNK_SIZE, 100)
     engine = Engine(runner, scheduler, num_blocks * cache.BLOCK_SIZE)
     ended = []
@@ -108,13 +111,13 @@ def test_concurrent_requests_do_not_change_output(runner, case):
 
 
 def test_preemption_does_not_change_output(runner):
-    """The others hold all blocks but two when the request needs its second block."""
+    """Other requests use all cache blocks but two when the request needs its second block."""
     alone = run_with_others(runner, REQUESTS[1], 0)
     assert run_with_others(runner, REQUESTS[1], 5, num_blocks=7) == alone
 
 
 def test_prefix_cache_does_not_change_output(runner):
-    """Whole blocks are shared, a partial block is copied, and the last chunk is recomputed."""
+    """Of a cached prefix, whole blocks are shared, and a partly filled block is copied."""
     long = prompt(700, 3)
     scheduler = Scheduler(NUM_SLOTS, NUM_BLOCKS, cache.BLOCK_SIZE, CHUNK_SIZE, 100)
     engine = Engine(runner, scheduler, NUM_BLOCKS * cache.BLOCK_SIZE)
@@ -158,7 +161,7 @@ def random_body(rng: random.Random, prefixes: list[str]) -> dict:
 
 @pytest.mark.slow
 def test_random_requests_over_http_equal_single_requests(model_file):
-    """Alone and with seven others, with and without the prefix cache, streamed and not."""
+    """Requests run alone and with seven others, with and without prefix cache and streaming."""
     served = load_decoder(
         CHAT,
         model_file(CHAT),

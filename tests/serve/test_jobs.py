@@ -105,7 +105,7 @@ def chat(openai, model, text="1?"):
 
 @pytest.fixture(scope="module")
 def trained(openai):
-    """Return a job as created and as finished."""
+    """Run a job to its end; return the job as created and as finished."""
     first = openai.fine_tuning.jobs.create(
         model="gpt-3.5-turbo",
         training_file=upload(openai),
@@ -237,7 +237,7 @@ def test_list_jobs_by_page_and_metadata(openai, trained):
 
 
 def test_delete_model_deletes_its_checkpoints(openai, home):
-    """The checkpoints stayed listed, served, and on the disk."""
+    """Regression: the checkpoints of a deleted model stayed listed, served, and on the disk."""
     body = {"n_epochs": 2, "batch_size": 4}
     job = openai.fine_tuning.jobs.create(
         model="tiny", training_file=upload(openai), hyperparameters=body
@@ -255,8 +255,8 @@ def test_delete_model_deletes_its_checkpoints(openai, home):
         chat(openai, own_models[1])
 
 
-def test_cancel_running_and_waiting_jobs(openai, home):
-    """The process of the running job stops, and its files are removed."""
+def test_cancel_running_job_stops_its_process_and_waiting_job_never_starts(openai, home):
+    """The files that both jobs need only for training are removed."""
     file = upload(openai, tiny.examples(60))
     running, waiting = (
         openai.fine_tuning.jobs.create(model="tiny", training_file=file, hyperparameters=LONG_JOB)
@@ -328,7 +328,7 @@ def test_job_with_invalid_file_fails_with_code(openai):
 
 
 def test_job_with_repeated_examples_succeeds_with_warning(openai):
-    """The job failed, but OpenAI's service accepts such files."""
+    """Regression: the job failed, although OpenAI's service accepts repeated examples."""
     repeating = upload(openai, tiny.examples(10) + tiny.examples(3))
     options = {"n_epochs": 1, "batch_size": 12}
     id = openai.fine_tuning.jobs.create(
@@ -394,7 +394,7 @@ def test_create_job_invalid_request_is_rejected(address, openai, changes, status
 
 
 def test_create_job_name_too_long_for_file_system_is_rejected(openai, monkeypatch, tmp_path):
-    """Such a job was trained to the end, and failed when its model was saved."""
+    """Regression: the job was trained to the end, and failed when its model was saved."""
     check_suffix("tiny", f"a{'.' * 62}z")
     with pytest.raises(ValueError, match=naming("'suffix'", f"'a{'.' * 62}z'")):
         check_suffix("smollm2-135m-instruct", f"a{'.' * 62}z")
@@ -445,7 +445,7 @@ def test_event_stream_ends_after_last_event(address, trained):
 
 @pytest.mark.parametrize("path", ["fine_tuning/jobs", "fine-tunes"])
 def test_event_stream_without_events_sends_keepalive(openai, address, monkeypatch, path):
-    """The stream of a job that waited for ten minutes timed out."""
+    """Regression: the event stream of a job that waited for ten minutes timed out."""
     monkeypatch.setattr(fine_tuning, "KEEPALIVE_SECONDS", 0.02)
     create, cancel = openai.fine_tuning.jobs.create, openai.fine_tuning.jobs.cancel
     ids = [create(model="tiny", training_file=upload(openai)).id for _ in range(3)]
@@ -564,7 +564,7 @@ SERVER_SCRIPT = """
 
 
 class Server:
-    """A server in a separate process."""
+    """A server in a separate process, which tests can stop or kill."""
 
     def __init__(self, home, folder):
         command = [sys.executable, "-c", textwrap.dedent(SERVER_SCRIPT), str(home), str(folder)]
@@ -616,7 +616,7 @@ def adapter_bytes(home, job):
 
 @pytest.fixture(scope="module")
 def expected_weights(openai, home):
-    """Return the adapter of the same job without kills."""
+    """Return the adapter weights, as bytes, of the same job trained without interruption."""
     job = wait_for_end(openai, create_long_job(openai))
     assert job.status == "succeeded"
     return adapter_bytes(home, job)
@@ -658,7 +658,7 @@ def run_with_kills(kills, folder, home):
 
 
 @pytest.mark.slow
-def test_trainer_killed_resumes(openai, home):
+def test_killed_trainer_resumes_and_reports_each_step_once(openai, home):
     id = create_long_job(openai, n_epochs=12)
     wait_for_step(openai, id, 120)
     first = int((home / "jobs" / id / "train.pid").read_text())
@@ -671,19 +671,19 @@ def test_trainer_killed_resumes(openai, home):
 
 
 @pytest.mark.slow
-def test_trainer_and_server_killed_gives_same_weights(expected_weights, folder, tmp_path):
+def test_killed_trainer_and_server_give_uninterrupted_weights(expected_weights, folder, tmp_path):
     job = run_with_kills(["trainer", "server"], folder, tmp_path)
     assert adapter_bytes(tmp_path, job) == expected_weights, "bit for bit"
 
 
 @pytest.mark.slow
-def test_repeatedly_killed_gives_same_weights(expected_weights, folder, tmp_path):
+def test_repeated_kills_give_uninterrupted_weights(expected_weights, folder, tmp_path):
     job = run_with_kills(["trainer", "server", "both", "stop", "both"], folder, tmp_path)
     assert adapter_bytes(tmp_path, job) == expected_weights, "bit for bit"
 
 
 @pytest.mark.slow
-def test_cancel_job_of_killed_server(folder, tmp_path):
+def test_cancel_job_of_killed_server_stops_its_trainer(folder, tmp_path):
     server = Server(tmp_path, folder)
     id = create_long_job(server.openai, n_epochs=50)  # 3000 steps
     wait_for_step(server.openai, id, 5)
@@ -697,7 +697,7 @@ def test_cancel_job_of_killed_server(folder, tmp_path):
 
 @pytest.mark.slow
 def test_idle_server_takes_over_job_of_killed_server(folder, tmp_path):
-    """The idle server's job runner had ended, and did not start when the other was killed."""
+    """Regression: the job runner of the idle server did not start when the other was killed."""
     idle, first = Server(tmp_path, folder), Server(tmp_path, folder)
     id = create_long_job(first.openai, n_epochs=10)
     wait_for_step(first.openai, id, 3)
@@ -708,7 +708,7 @@ def test_idle_server_takes_over_job_of_killed_server(folder, tmp_path):
 
 @pytest.mark.slow
 def test_two_servers_train_each_job_once(openai, address, home, folder):
-    """Both servers answer requests for the same jobs."""
+    """Jobs are created through two servers that share a data folder."""
     with tiny.serving(home, folder) as second, client(second) as other:
         jobs = [create_long_job(one, n_epochs=1, batch_size=4) for one in (openai, other, openai)]
         for id in jobs:
@@ -740,7 +740,7 @@ def test_job_data_survives_deleted_file(jobs, folder):
 
 @pytest.mark.parametrize("status", ["validating_files", "running"])
 def test_job_whose_process_is_always_killed_fails(jobs, folder, monkeypatch, status):
-    """A process without enough memory is always killed. The validation restarted for ever."""
+    """Regression: a validation that was killed for lack of memory was restarted forever."""
     id = jobs.create(model="tiny", model_path=folder, training_file="file-1")["id"]
     jobs.set_status(id, status, weights="x")
     monkeypatch.setattr("serve.jobs.runner.POLL_SECONDS", 0.01)
@@ -754,7 +754,7 @@ def test_job_whose_process_is_always_killed_fails(jobs, folder, monkeypatch, sta
 
 
 def test_idle_runner_finds_new_jobs(jobs, folder, monkeypatch):
-    """A job of a killed server started only when a client requested it."""
+    """Regression: a job of a killed server started only when a client requested it."""
     monkeypatch.setattr("serve.jobs.runner.IDLE_POLL_SECONDS", 0.05)
     monkeypatch.setattr("serve.jobs.runner.POLL_SECONDS", 0.01)
     arguments = ["-c", "raise SystemExit('error 4711')"]
@@ -767,7 +767,7 @@ def test_idle_runner_finds_new_jobs(jobs, folder, monkeypatch):
 
 
 def test_runner_cleans_up_cancelled_job_of_killed_server(jobs, folder, monkeypatch):
-    """A server was killed before it stopped the trainer, which continued and kept its files."""
+    """Regression: if a server was killed before it stopped the trainer, the trainer continued."""
     id = jobs.create(model="tiny", model_path=folder, training_file="file-1")["id"]
     jobs.set_status(id, "running")
     arguments = ["-c", "import time; time.sleep(600)"]
@@ -784,7 +784,7 @@ def test_runner_cleans_up_cancelled_job_of_killed_server(jobs, folder, monkeypat
 
 
 def test_runner_retries_after_temporary_error(jobs, folder, monkeypatch):
-    """A full disk for a moment failed the job and deleted its checkpoints."""
+    """Regression: a disk that was full for a moment failed the job and deleted its checkpoints."""
     id = jobs.create(model="tiny", model_path=folder, training_file="file-1")["id"]
     start, failures = JobProcess.start, [OSError("no space left")] * 3
 

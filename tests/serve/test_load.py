@@ -120,7 +120,7 @@ def too_large_vocabulary(folder: Path) -> None:
     ],
 )
 def test_describe_damaged_local_model_raises_value_error(home, tmp_path, damage, facts):
-    """The server started, and each request to the model failed with status 503."""
+    """Regression: the server started with the damaged model, and each request returned 503."""
     path = tiny.model(tmp_path / "m")
     damage(path)
     options = LoadOptions(cache_budget=2**20, dtype="float32", home=home, notify=print)
@@ -129,7 +129,7 @@ def test_describe_damaged_local_model_raises_value_error(home, tmp_path, damage,
 
 
 def test_load_reads_weights_file_header_once(home, tmp_path, monkeypatch):
-    """The header was read twice, which cost 0.15 s per start for a GGUF file with a vocabulary."""
+    """Regression: the header was read twice, which cost 0.15 s per start for a GGUF vocabulary."""
     path, reads = tiny.model(tmp_path), []
 
     def counting(*args, **more):
@@ -155,7 +155,7 @@ def test_choose_dtype_with_one_candidate_does_not_measure(home, model_file, monk
 
 
 def test_choose_dtype_is_cached(home, tmp_path):
-    """A separate process measures, because its memory stayed in use in the server."""
+    """Regression: the server kept the memory that it had used for the measurement."""
     path, lines = tiny.model(tmp_path), []
     cfg = checkpoint.read_config(path)
     chosen = dtypes.choose_dtype("tiny", path, cfg, "fp", 2**20, lines.append)
@@ -182,7 +182,7 @@ def test_catalogue_dtypes_equal_measured_accurate_dtypes(model_file, id):
 
 
 def test_fastest_dtype_returns_and_caches_fastest_accurate_dtype(home):
-    """Speech models used bfloat16 on every machine, even where bfloat16 is slow."""
+    """Regression: speech models used bfloat16 on every machine, even where bfloat16 is slow."""
     results = {"float32": (3.0, 0.0), "bfloat16": (2.0, 0.001), "int8": (1.0, 0.1)}
     calls = []
 
@@ -209,7 +209,7 @@ def test_fastest_dtype_returns_and_caches_fastest_accurate_dtype(home):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_fastest_dtype_non_finite_reference_raises_value_error(home, value):
-    """NaN has no distance from itself, so no dtype was accepted."""
+    """Regression: NaN differs from itself, so no dtype was accurate, not even float32."""
     measured, lines = [], []
 
     def measure(dtype):
@@ -236,7 +236,7 @@ def test_choose_dtype_damaged_weights_raise_value_error(home, tmp_path):
 
 
 def test_expected_dtype_is_widest_fitting_until_measured(home, monkeypatch):
-    """The memory of the narrowest dtype was reserved, but the widest dtype was loaded."""
+    """Regression: the memory of the narrowest dtype was reserved, but the widest was loaded."""
     cfg = Config.debug(num_layers=2, vocab_size=2**20, d_model=256)
     need = {dtype: dtypes.weight_bytes(cfg, dtype) for dtype in dtypes.DTYPES}
     assert dtypes.expected_dtype(cfg, "fp", 0) == "float32", (
@@ -351,7 +351,7 @@ def test_hash_weights_same_file_is_read_once(home, tmp_path, monkeypatch):
 
 
 def test_runner_program_from_disk_is_reported_as_loaded(monkeypatch):
-    """On a slow disk each start reported that programs were compiled."""
+    """Regression: on a slow disk each start reported that programs were compiled."""
     monkeypatch.setattr(runner_module, "SLOW_COMPILE_SECONDS", 0.0)
     cfg, lines = Config.debug(num_layers=3), []
     for _ in range(2):

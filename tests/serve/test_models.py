@@ -3,7 +3,7 @@
 import pytest
 
 
-def test_list_contains_models(strict):
+def test_models_list_contains_served_models(strict):
     page = strict.models.list()
     assert [model.id for model in page.data][:2] == ["scripted", "org/with-slash"]
     assert page.object == "list"

@@ -51,7 +51,7 @@ def test_created_key_is_stored_as_digest(tmp_path):
 
 
 def test_key_file_is_not_written_through_symlink(tmp_path):
-    """Keys were written through a predictable temporary file name or an existing symlink."""
+    """Regression: keys were written through a predictable temporary name or a symlink."""
     victim = tmp_path / "victim"
     victim.write_text("mine")
     (tmp_path / f".keys-{os.getpid()}").symlink_to(victim)
@@ -319,7 +319,7 @@ def test_disconnected_client_is_counted(counted):
 
 
 class Kept(logging.Handler):
-    """A handler that stores formatted log lines."""
+    """A logging handler that keeps the formatted lines in a list."""
 
     def __init__(self, formatter):
         super().__init__()

@@ -279,7 +279,7 @@ def test_server_with_keys_shows_key_dialog(browser, tmp_path):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
 def test_page_is_accessible(open_page, scheme, width):
-    """Check that axe reports no serious violation and nothing is wider than the screen."""
+    """The checker axe finds no serious violation, and nothing is wider than the screen."""
     from axe_playwright_python.sync_playwright import Axe
 
     page = open_page(color_scheme=scheme, viewport={"width": width, "height": 760})

@@ -214,7 +214,7 @@ def test_get_too_large_or_damaged_model_raises_cannot_load() -> None:
 
 
 def test_get_damaged_model_is_not_read_again_until_files_change() -> None:
-    """Each request read half a gigabyte to find the same damage, while others waited."""
+    """Regression: each request read the whole damaged file, while other requests waited."""
     specs = FakeSpecs(broken=1, fine=1)
     registry = Registry(specs.specs, {})
 
@@ -230,7 +230,7 @@ def test_get_damaged_model_is_not_read_again_until_files_change() -> None:
 
 
 def test_get_waiting_loads_do_not_occupy_executor_threads() -> None:
-    """Many waiting loads occupied all threads that prepare requests, and the server hung."""
+    """Regression: waiting loads occupied all threads that prepare requests, and the server hung."""
     specs = FakeSpecs(**{f"m{i}": 1 for i in range(40)})
     specs.gate.clear()
     registry = Registry(specs.specs, {})
@@ -259,7 +259,7 @@ def test_resolve_model_not_pulled_names_its_id() -> None:
 
 
 def test_remove_during_load_drops_model() -> None:
-    """The model stayed in memory without an id, and every later load failed."""
+    """Regression: the removed model stayed in memory without an id, and every later load failed."""
     specs = FakeSpecs(one=3, two=3)
     specs.gate.clear()
     registry = Registry(specs.specs, {}, memory_limit=4 * 2**20)

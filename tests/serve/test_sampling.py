@@ -86,7 +86,7 @@ def test_generation_config_null_and_neutral_values_are_no_defaults(tmp_path):
 
 @pytest.mark.parametrize("value", [2**31 - 1, 12_345_678, 40.0])
 def test_generation_config_large_top_k_is_exact_integer(tmp_path, value):
-    """top_k was rounded to seven digits; 2147484000 exceeds int32, and each request failed."""
+    """Regression: top_k was rounded to seven digits, beyond int32, so each request failed."""
     defaults, _ = read_folder_defaults(tmp_path, {"top_k": value})
     assert defaults == {"top_k": value} and isinstance(defaults["top_k"], int)
     settings = [SamplingParams(**generation_config.resolve_params({}, defaults))]

@@ -149,8 +149,8 @@ def test_fine_tuned_model_is_deleted(tmp_path):
         assert list((tmp_path / "made").iterdir()) == []
 
 
-def test_model_with_undeletable_files_stays(tmp_path, monkeypatch):
-    """The model disappeared from the list and returned at the next start."""
+def test_model_with_undeletable_files_stays_listed(tmp_path, monkeypatch):
+    """Regression: the model disappeared from the list, and returned at the next start."""
     adapter = "ft:scripted:me::x"
     adapters.adapter_folder(tmp_path, adapter).mkdir(parents=True)
     models = [scripted.model(), scripted.model(adapter)]
@@ -183,7 +183,7 @@ CHECKS = [
 
 @pytest.mark.slow  # thousands of requests
 def test_generated_requests_never_crash_server(address):
-    """Schemathesis sends valid and invalid requests."""
+    """Schemathesis generates valid and invalid requests from openapi.json."""
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{address}/openapi.json"]
     command += ["--checks", ",".join(CHECKS), "--phases", "examples,coverage,fuzzing"]
     command += ["--max-examples", "300", "--generation-deterministic", "--no-color"]

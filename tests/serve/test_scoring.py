@@ -119,7 +119,7 @@ def test_preempted_prompt_is_scored_once(model, runner):
 
 
 def test_end_token_is_in_logprobs(model, engine):
-    """Harnesses request one token more than they score and expect its logprob."""
+    """Evaluation harnesses request one token more than they score and expect its logprob."""
     prompt = prompt_of(9, model[1])
     once = SequenceRequest(prompt=prompt, max_tokens=1, sampling_params=GREEDY, top_logprobs=2)
     (first,) = [event for event in engine.generate(once) if isinstance(event, Token)]

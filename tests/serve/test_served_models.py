@@ -43,7 +43,7 @@ def test_describe_damaged_file_raises_value_error(tmp_path):
 
 
 def test_cache_size_does_not_depend_on_number_of_models(tmp_path, monkeypatch):
-    """Pulling a model halved the caches of the others, and all programs were compiled again."""
+    """Regression: pulling a model halved the other caches, so programs were compiled again."""
     monkeypatch.setattr(decoder, "MAX_BATCH_SIZE", 2)
     settings = ServerSettings(home=tmp_path, cache_budget=2**20)
     files = [ModelFiles(id, tiny.model(tmp_path / id), "me") for id in ("one", "two", "three")]

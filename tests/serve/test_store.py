@@ -39,7 +39,7 @@ def write_blob(store, id, data=b"data"):
         blob.commit({"id": id})
 
 
-def test_object_add_update_remove(store):
+def test_object_can_be_added_updated_and_removed_once(store):
     store.add("job", "1", {"a": 1, "b": "ö😀"})
     assert store.get("job", "1") == {"a": 1, "b": "ö😀"}
     assert store.update("job", "1", a=2, c=None) == {"a": 2, "b": "ö😀", "c": None}
@@ -52,7 +52,7 @@ def test_object_add_update_remove(store):
         store.add("job", "1", {})  # an id is never reused
 
 
-def test_page_limit_order_and_predicate(store):
+def test_page_applies_limit_order_and_predicate(store):
     fill(store, *"abcde")
     fill(store, "x", parent="other")
     assert ids(store.page("thing")) == (list("abcde"), False)
@@ -68,8 +68,8 @@ def test_page_limit_order_and_predicate(store):
             store.page("thing", after=unknown)
 
 
-def test_page_after_removed_object_starts_behind_it(store):
-    """A client that deletes each listed object asks for the page after a deleted one."""
+def test_page_after_removed_object_starts_with_the_next(store):
+    """A client that deletes each listed object requests the page after a deleted object."""
     fill(store, *"abcd")
     first, _ = store.page("thing", limit=2)
     for body in first:
@@ -163,7 +163,7 @@ WRITER_SCRIPT = """
 
 @pytest.mark.parametrize("num_lines", [3, 20])
 def test_process_killed_while_writing_leaves_whole_files_only(tmp_path, num_lines):
-    """Every acknowledged file is complete, and nothing else is visible."""
+    """Every file whose commit has returned is complete, and no other file is listed."""
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(WRITER_SCRIPT), str(tmp_path)],
         stdout=subprocess.PIPE,

@@ -71,7 +71,7 @@ class Installed:
         return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def run(self, program: str, *arguments: str) -> str:
-        """Return the output of a program of the environment."""
+        """Run a program of the environment, which must succeed, and return its stdout."""
         process = subprocess.run(
             [self.bin / program, *arguments],
             cwd=self.folder,

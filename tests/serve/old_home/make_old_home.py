@@ -122,7 +122,7 @@ def put(source: Path, target: Path, old: str, new: str) -> None:
 
 
 def names(home: Path, facts: dict[str, Any]) -> set[str]:
-    """Return the names of all files of a data folder, with random ids replaced."""
+    """Return the names of all files of a data folder, with placeholders for random ids."""
     file_names = set()
     for path in home.rglob("*"):
         if path.is_file():

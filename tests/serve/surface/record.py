@@ -289,7 +289,7 @@ def shapes(values: Iterable[Any]) -> str:
 
 
 def outcomes(table: dict[str, str], folder: Path) -> str:
-    """Run the commands of a table and return a section for each."""
+    """Run the commands of a table; return exit code and output shape of each as a text section."""
     sections = []
     for home, text in table.items():
         lines = [" ".join(line.split()) for line in text.strip().splitlines()]
@@ -302,7 +302,7 @@ def outcomes(table: dict[str, str], folder: Path) -> str:
 
 
 def documents(text: str) -> Iterator[Any]:
-    """Yield the JSON values of a text that holds several."""
+    """Yield the JSON values of a text with several values in sequence."""
     while text := text.lstrip():
         value, end = json.JSONDecoder().raw_decode(text)
         yield value
@@ -421,7 +421,7 @@ SLOW_SURFACES = (commands, slow_commands)
 
 
 def main(names: Sequence[str]) -> None:
-    """Write the files of the named functions, or of all."""
+    """Write the recorded files of the named functions, such as "commands"; of all by default."""
     for surface in (*SURFACES, *SLOW_SURFACES):
         if names and surface.__name__ not in names:
             continue
