@@ -12,7 +12,7 @@ def from_base64(text: str) -> bytes:
         ValueError: The text is not base64.
     """
     if "=" in text[:-2]:
-        raise ValueError("padding in the middle")
+        raise ValueError("'=' before the end")
     starts = range(0, len(text), 4 * CHUNK)
     return b"".join(base64.b64decode(text[i : i + 4 * CHUNK], validate=True) for i in starts)
 

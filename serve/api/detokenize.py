@@ -30,7 +30,7 @@ class TokenWithOffset:
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """The next text of one choice.
+    """The next part of the text of one choice, with its tokens.
 
     Attributes:
         text: New text, in whole characters and without any part of a stop string.

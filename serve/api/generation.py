@@ -99,7 +99,7 @@ class Choice:
 
 
 class Generation:
-    """The choices of one request.
+    """The generation of all choices of one request.
 
     Args:
         model: The model.

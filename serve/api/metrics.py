@@ -34,7 +34,7 @@ _TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
 
 
 class Metrics:
-    """The metrics of one server.
+    """The Prometheus metrics of one server: counters, histograms and engine statistics.
 
     Args:
         registry: The models, whose engines are read on each scrape.

@@ -28,7 +28,7 @@ class Sink(Protocol):
     """A destination for the bytes of a file."""
 
     def write(self, data: bytes, /) -> object:
-        """Write bytes."""
+        """Append bytes to the file."""
         ...
 
 

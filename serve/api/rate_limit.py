@@ -47,7 +47,7 @@ class _Bucket:
 
 
 class RateLimiter:
-    """A token bucket for each client.
+    """Limit the request rate with a token bucket per client. One token is one request.
 
     Args:
         per_minute: Number of requests that a client may make in a minute.

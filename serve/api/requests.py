@@ -119,7 +119,7 @@ def within(name: str) -> Any:
 
 
 class StreamOptions(Body):
-    """Options of a streamed response."""
+    """Options of a streamed response: whether its last event has the token counts."""
 
     include_usage: bool = False
 
@@ -169,7 +169,7 @@ class CompletionBody(GenerationBody):
 
 
 class ContentPart(Body):
-    """A part of the content of a message."""
+    """A part of the content of a message. Only text and refusals are supported."""
 
     type: Literal["text", "refusal", "image_url", "input_audio", "file"]
     text: str | None = None
@@ -184,7 +184,7 @@ Content = Annotated[
 
 
 class Message(Body):
-    """A message of a conversation."""
+    """A message of a conversation: its role and its content."""
 
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
     content: Content | None = None

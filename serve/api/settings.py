@@ -80,7 +80,8 @@ class ServerSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}: use a positive number of bytes")
         if self.requests_per_minute < 0:
             raise ValueError(
-                f"requests_per_minute is {self.requests_per_minute}: use 0 for no limit, or more"
+                f"requests_per_minute is {self.requests_per_minute}: use a positive number, or 0 "
+                "for no limit"
             )
         if not self.answer_timeout > 0:
             raise ValueError(f"answer_timeout is {self.answer_timeout}: use more than 0 seconds")

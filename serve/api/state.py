@@ -20,7 +20,7 @@ M = TypeVar("M", bound=LoadedModel)
 
 @dataclass(kw_only=True)
 class ServerState:
-    """The state of an application, as ``app.state``.
+    """The objects that the routes of one application share, as ``app.state``.
 
     Attributes:
         registry: The served models.

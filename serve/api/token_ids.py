@@ -101,7 +101,7 @@ def native_bias(bias: Mapping[str, float], name: str, model: DecoderModel) -> di
 
 
 def _imitated_encoding(name: str, model: DecoderModel) -> Encoding | None:
-    """Return the encoding of the OpenAI model that an alias imitates; None for the model's own."""
+    """Return the encoding of the OpenAI model `name`; None if the ids are the served model's."""
     if name == model.id:
         return None
     try:

@@ -16,7 +16,7 @@ from serve.cli import console
 
 
 class AnsiPreview:
-    """A preview that is redrawn in place, with as many images side by side as fit.
+    """A preview of images that is redrawn in place, as many side by side as the terminal fits.
 
     Args:
         stream: the stream to write to. Nothing is written unless it is a terminal with colour.

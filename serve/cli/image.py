@@ -267,8 +267,8 @@ def _read_init_image(
         )
     if not alpha.any():
         raise WrongUsage(
-            f"{mask or edit} has no transparent pixel; make the part to change transparent"
-            + ("" if mask else ", there or in --mask FILE")
+            f"{mask or edit} has no transparent pixels; make it transparent where the image should "
+            "change" + ("" if mask else ", or give --mask FILE")
         )
     if mask is None or (original[..., 3] == 255).all():
         original = original[..., :3]

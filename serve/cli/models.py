@@ -107,7 +107,7 @@ def _adapter_row(adapter: adapters.AdapterMetadata, rows: list[ModelRow]) -> Mod
 
 
 def _sampling(entry: Mapping[str, float], path: Path | None) -> dict[str, Any]:
-    """Return the sampling parameters of a request that gives none."""
+    """Return the sampling parameters of a request that sets none."""
     return generation_config.resolve_params(
         {}, generation_config.read_defaults(entry, path, console.info)
     )

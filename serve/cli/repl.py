@@ -40,7 +40,7 @@ _NUMBERS = {
 
 @dataclass
 class Conversation:
-    """The state of a conversation.
+    """The state of an interactive conversation.
 
     Attributes:
         default: the options that /set without a value restores.

@@ -64,7 +64,7 @@ def serve(
     sampling_defaults: Annotated[
         Literal["model", "openai"],
         typer.Option(
-            help="Sampling parameters of a request that gives none: those of the model, or those "
+            help="Sampling parameters of a request that sets none: those of the model, or those "
             "of OpenAI (temperature 1)."
         ),
     ] = "model",

@@ -35,7 +35,7 @@ class JobFinished(Exception):
 
 
 class JobStore:
-    """The jobs of a data folder.
+    """Create, read and change the fine-tuning jobs of a data folder.
 
     Args:
         store: the database.

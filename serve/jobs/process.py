@@ -37,7 +37,7 @@ class JobProcess:
     def start(
         cls, job_id: str, folder: Path, name: str, module: Iterable[str], niceness: int = 0
     ) -> "JobProcess":
-        """Start a module as a program.
+        """Start a Python module as a niced process.
 
         Args:
             job_id: the id of the job.

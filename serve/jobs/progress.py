@@ -1,4 +1,4 @@
-"""The progress of a training run: events, checkpoints, the model and the file of results.
+"""The progress of a training run: events, checkpoints, the model and the results file.
 
 The trainer writes a JSON line per training step, and an adapter after each epoch. This module turns
 them into objects of the store. Each action is idempotent: names are chosen in advance, and files
@@ -140,7 +140,7 @@ class TrainingRun:
             self._jobs.store.remove("checkpoint", checkpoint["id"])
 
     def publish(self) -> None:
-        """Save the model, write the file of results, and set the job to succeeded."""
+        """Save the model, write the results file, and set the job's status to "succeeded"."""
         job = self._get()
         name, file_id = job["name"], job["result_file"]
         self._save_adapter(job, name, job["steps"], self._output_folder / "adapter")

@@ -231,7 +231,7 @@ def _check(body: SpeechForm, model: SpeechModel, task: str) -> None:
             code="invalid_value",
         )
     if body.include and body.response_format != "json":
-        raise unsupported("include", body.include[0], "It needs response_format 'json'.")
+        raise unsupported("include", body.include[0], "'include' needs response_format 'json'.")
     if task == "translate" and not tokenizer.is_multilingual:
         raise unsupported(
             "model",

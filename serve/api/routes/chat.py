@@ -36,7 +36,7 @@ router = APIRouter(prefix="/v1")
 @router.post("/chat/completions", **route_docs(ChatCompletion, ChatBody, events=ChatChunk))
 @router.post("/engines/{engine:path}/chat/completions", include_in_schema=False)
 async def create_chat_completion(request: Request) -> Response:
-    """Answer a conversation."""
+    """Generate the next message of a conversation."""
     body = await read_json(request, ChatBody)
     _refuse_unsupported(body)
     model = await get_loaded_model(request, body.model, DecoderModel)

@@ -149,7 +149,7 @@ def _encode_inputs(body: EmbeddingsBody, model: EmbeddingModel) -> list[list[lis
 
 
 def _imitated_encoding(name: str, model: EmbeddingModel) -> bpe.Encoding | None:
-    """Return the encoding of the OpenAI model that an alias imitates; None for the model's own."""
+    """Return the encoding of the OpenAI model `name`; None if the ids are the served model's."""
     if name == model.id:
         return None
     try:

@@ -88,7 +88,7 @@ async def list_files(request: Request) -> dict[str, Any]:
 
 @router.get("/files/{file_id}", **route_docs(FileReply))
 async def get_file(request: Request, file_id: str) -> dict[str, Any]:
-    """Look up a file."""
+    """Return the description of an uploaded file."""
     return await asyncio.to_thread(find_file, store_of(request), file_id)
 
 

@@ -229,13 +229,13 @@ async def list_jobs(request: Request) -> dict[str, Any]:
 
 @router.get("/fine_tuning/jobs/{job_id}", **route_docs(JobReply))
 async def get_job(request: Request, job_id: str) -> dict[str, Any]:
-    """Look up a job."""
+    """Return a fine-tuning job."""
     return to_api(await find_job(request, job_id))
 
 
 @router.post("/fine_tuning/jobs/{job_id}/cancel", **route_docs(JobReply))
 async def cancel_job(request: Request, job_id: str) -> dict[str, Any]:
-    """Cancel a job."""
+    """Cancel a fine-tuning job."""
     return to_api(await cancel_by_id(request, job_id))
 
 

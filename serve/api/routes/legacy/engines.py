@@ -41,5 +41,5 @@ async def list_engines(request: Request) -> dict[str, Any]:
 
 @router.get("/engines/{engine:path}", **route_docs(EngineReply))
 async def get_engine(request: Request, engine: str) -> dict[str, Any]:
-    """Look up a model (API of 2021)."""
+    """Return a model (API of 2021)."""
     return _engine_to_api(state_of(request).registry.resolve(engine))

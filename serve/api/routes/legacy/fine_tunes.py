@@ -90,7 +90,7 @@ async def create_fine_tune(request: Request) -> dict[str, Any]:
 
 @router.get("/fine-tunes", **route_docs(FineTunes))
 async def list_fine_tunes(request: Request) -> dict[str, Any]:
-    """List the jobs (API of 2021)."""
+    """List the fine-tuning jobs (API of 2021)."""
     jobs = jobs_of(request)
     bodies, _ = await asyncio.to_thread(jobs.store.page, "job")
     data = await asyncio.to_thread(lambda: [_to_api(jobs, job) for job in bodies])
@@ -99,13 +99,13 @@ async def list_fine_tunes(request: Request) -> dict[str, Any]:
 
 @router.get("/fine-tunes/{job_id}", **route_docs(FineTune))
 async def get_fine_tune(request: Request, job_id: str) -> dict[str, Any]:
-    """Look up a job (API of 2021)."""
+    """Return a fine-tuning job (API of 2021)."""
     return await _to_api_with_events(request, await find_job(request, job_id))
 
 
 @router.post("/fine-tunes/{job_id}/cancel", **route_docs(FineTune))
 async def cancel_fine_tune(request: Request, job_id: str) -> dict[str, Any]:
-    """Cancel a job (API of 2021)."""
+    """Cancel a fine-tuning job (API of 2021)."""
     return await _to_api_with_events(request, await cancel_by_id(request, job_id))
 
 
