@@ -546,7 +546,10 @@ class _DecodingTask:
 def _allowed_ranges(
     ids: Sequence[int], tokenizer: WhisperTokenizer, vocab_size: int
 ) -> tuple[int, int, int]:
-    """Return which tokens are allowed after `ids`: first text id, first and end timestamp id.
+    """Return which token ids are allowed after `ids`.
+
+    They are given by three numbers: the first allowed id before the timestamps, the first allowed
+    timestamp, and the end (exclusive) of the allowed timestamps.
 
     A text token can be followed by any text token, or by any timestamp after the last one. The
     timestamp that ends a segment must be followed by the end-of-text token, or by the timestamp

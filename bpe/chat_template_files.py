@@ -64,7 +64,7 @@ def parse_chat_templates(value: Any, where: str) -> dict[str, str]:
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         value = {item.get("name"): item.get("template") for item in value}
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is a {type(value).__name__}, not a string or a list of objects")
+        raise ValueError(f"{where} is a {type(value).__name__}, not a string, list or object")
     for name, source in value.items():
         if not isinstance(name, str) or not isinstance(source, str):
             raise ValueError(

@@ -184,7 +184,7 @@ def load_concepts(folder: Path) -> list[Concept]:
     """Return the concepts to train on, in Unicode's order.
 
     Args:
-        folder: holds `NAMES_PACKAGE`; see `fetch`.
+        folder: holds `NAMES_PACKAGE`, which `fetch` downloads.
     """
     with tarfile.open(folder / NAMES_PACKAGE.file) as archive:
         entries = json.loads(_read_member(archive, "package/en/data.json"))
@@ -272,7 +272,7 @@ def load_images(
     """Load the images of one style.
 
     Args:
-        folder: holds the packages; see `fetch`.
+        folder: holds the npm packages that `fetch` downloads.
         style: the style of images to load.
         concepts: the concepts to load; those that the style lacks are skipped.
         decode: decodes the bytes of a file to an image of a given size; None for `on_white`.
@@ -355,7 +355,7 @@ def build_dataset(
     """Build an `EmojiDataset` and write it to a folder.
 
     Args:
-        folder: holds the packages; see `fetch`.
+        folder: holds the npm packages that `fetch` downloads.
         encode: encodes captions; a `text.TextEncoder`.
         target: the folder to write to; created if needed.
     """

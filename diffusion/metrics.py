@@ -87,7 +87,9 @@ def retrieval(scores: np.ndarray, right: np.ndarray, k: int, among: int = 100) -
     """
     wrong = scores.shape[1] - 1
     if not 1 <= among <= wrong + 1:
-        raise ValueError(f"among must be from 1 to {wrong + 1} captions, got {among}")
+        raise ValueError(
+            f"among (the number of captions to rank) must be from 1 to {wrong + 1}, got {among}"
+        )
     right_scores = np.take_along_axis(scores, np.asarray(right)[:, None], 1)
     num_better = (scores >= right_scores).sum(1) - 1  # [n]
     num_samples = comb(wrong, among - 1)

@@ -22,7 +22,7 @@ def report(check: Callable[..., None], answer: Callable) -> None:
 
 
 def tempered(answer: Callable[[list[float], float], list[float]]) -> None:
-    """Check a function from log-probabilities and a temperature to probabilities."""
+    """Check a solution that maps log-probabilities and a temperature to probabilities."""
     logprobs = [math.log(p) for p in (0.6, 0.3, 0.1)]
     _close(answer(logprobs, 1.0), [0.6, 0.3, 0.1], "temperature 1 changes nothing")
     _close(answer(logprobs, 0.5), [0.36 / 0.46, 0.09 / 0.46, 0.01 / 0.46], "temperature 0.5")
@@ -31,7 +31,7 @@ def tempered(answer: Callable[[list[float], float], list[float]]) -> None:
 
 
 def perplexity(answer: Callable[[list[float]], float]) -> None:
-    """Check a function from the log-probabilities of a text to its perplexity."""
+    """Check a solution that maps the log-probabilities of a text to its perplexity."""
     for logprobs, expected in (
         ([math.log(1 / 8)] * 5, 8.0),
         ([0.0, 0.0], 1.0),
@@ -41,7 +41,7 @@ def perplexity(answer: Callable[[list[float]], float]) -> None:
 
 
 def whole_characters(answer: Callable[[list[bytes]], list[str]]) -> None:
-    """Check a function from the bytes of tokens to the text that can be displayed after each."""
+    """Check a solution that maps the bytes of tokens to the text that can be shown after each."""
     emoji, letter = "🙂".encode(), "é".encode()
     for tokens, expected in (
         ([b"a", b" b"], ["a", " b"]),
@@ -55,7 +55,7 @@ def whole_characters(answer: Callable[[list[bytes]], list[str]]) -> None:
 def count_pairs(
     answer: Callable[[dict[tuple[bytes, ...], int]], dict[tuple[bytes, bytes], int]],
 ) -> None:
-    """Check a function from the counts of pieces to the counts of pairs."""
+    """Check a solution that maps the counts of pieces to the counts of pairs."""
     for pieces, expected in (
         ({(b"l", b"o", b"w"): 3}, {(b"l", b"o"): 3, (b"o", b"w"): 3}),
         ({(b"a", b"b"): 2, (b"b", b"a", b"b"): 5}, {(b"a", b"b"): 7, (b"b", b"a"): 5}),
@@ -67,7 +67,7 @@ def count_pairs(
 
 
 def merge_piece(answer: Callable[[bytes, dict[bytes, int]], list[bytes]]) -> None:
-    """Check a function from a piece and ranks to tokens; compare it with the library."""
+    """Check, against Pellucid, a solution that maps a piece and ranks to tokens."""
     from bpe.merge import NO_MERGE, merge
 
     tokens = [bytes([byte]) for byte in range(256)]
@@ -83,7 +83,7 @@ def merge_piece(answer: Callable[[bytes, dict[bytes, int]], list[bytes]]) -> Non
 
 
 def broken_tokens(answer: Callable[[list[bytes]], list[int]]) -> None:
-    """Check a function from the bytes of tokens to the positions of invalid UTF-8."""
+    """Check a solution that maps the bytes of tokens to the positions of invalid UTF-8."""
     emoji = "🙂".encode()
     for tokens, expected in (
         ([b"low", b" ", "é".encode()], []),
@@ -96,7 +96,7 @@ def broken_tokens(answer: Callable[[list[bytes]], list[int]]) -> None:
 
 
 def window_mask(answer: Callable[[int, int], list[list[bool]]]) -> None:
-    """Check a function from a length and a window to the mask of sliding-window attention."""
+    """Check a solution that maps a length and a window to the mask of sliding-window attention."""
     y, n = True, False
     for length, window, expected in (
         (1, 1, [[y]]),
@@ -108,7 +108,7 @@ def window_mask(answer: Callable[[int, int], list[list[bool]]]) -> None:
 
 
 def online_average(answer: Callable[[list[tuple[list[float], list[float]]]], float]) -> None:
-    """Check a function from blocks of scores and values to the softmax-weighted average."""
+    """Check a solution that maps blocks of scores and values to the softmax-weighted average."""
     rng = random.Random(0)
     for _ in range(20):
         blocks = []
@@ -125,21 +125,21 @@ def online_average(answer: Callable[[list[tuple[list[float], list[float]]]], flo
 
 
 def cache_bytes(answer: Callable[[int, int, int, int, int], int]) -> None:
-    """Check a function that returns the size of a key-value cache in bytes."""
+    """Check a solution that returns the size of a key-value cache in bytes."""
     for sizes, expected in (((1, 1, 1, 1, 1), 2), ((8192, 30, 3, 64, 2), 188_743_680)):
         got = answer(*sizes)
         assert got == expected, f"for {sizes} expected {expected}, got {got}"
 
 
 def rms_norm(answer: Callable[[list[float], list[float], float], list[float]]) -> None:
-    """Check a function from a vector, a scale and eps to the normalized vector."""
+    """Check a solution that maps a vector, a scale and eps to the normalized vector."""
     _close(answer([3.0, 4.0], [1.0, 2.0], 0.0), [3 / 12.5**0.5, 8 / 12.5**0.5], "3 and 4")
     _close(answer([0.0, 0.0], [1.0, 1.0], 1e-6), [0.0, 0.0], "zeros")
     _close(answer([1.0], [1.0], 3.0), [0.5], "a large eps")
 
 
 def cosine(answer: Callable[[list[float], list[float]], float]) -> None:
-    """Check a function from two vectors to their cosine."""
+    """Check a solution that maps two vectors to their cosine."""
     for a, b, expected in (
         ([1.0, 0.0], [0.0, 2.0], 0.0),
         ([1.0, 1.0], [3.0, 3.0], 1.0),
@@ -153,7 +153,7 @@ def cosine(answer: Callable[[list[float], list[float]], float]) -> None:
 def mean_pool(
     answer: Callable[[list[list[list[float]]], list[list[int]]], list[list[float]]],
 ) -> None:
-    """Check a function from token vectors and a mask to the mean vector of each row."""
+    """Check a solution that maps token vectors and a mask to the mean vector of each row."""
     rows = [[[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]], [[5.0, 6.0], [7.0, 7.0], [8.0, 8.0]]]
     got = answer(rows, [[1, 1, 0], [1, 0, 0]])
     assert isinstance(got, list) and len(got) == 2, f"expected two rows, got {got}"
@@ -162,14 +162,14 @@ def mean_pool(
 
 
 def recall(answer: Callable[[list[list[int]], list[int], int], float]) -> None:
-    """Check a function from results, correct answers and k to recall at k."""
+    """Check a solution that maps results, correct answers and k to recall at k."""
     results = [[1, 2, 3], [3, 1, 2], [2, 3, 1], [1, 3, 2]]
     for k, expected in ((1, 0.5), (2, 0.5), (3, 1.0)):
         _close([answer(results, [1, 2, 1, 1], k)], [expected], f"at {k}")
 
 
 def loss_mask(answer: Callable[[int, list[tuple[int, int]], list[int]], list[int]]) -> None:
-    """Check a function from the spans of the assistant and their weights to the loss mask."""
+    """Check a solution that maps the spans of the assistant and their weights to the loss mask."""
     for length, spans, weights, expected in (
         (5, [(2, 4)], [1], [0, 0, 1, 1, 0]),
         (6, [(1, 2), (4, 6)], [0, 1], [0, 0, 0, 0, 1, 1]),
@@ -181,7 +181,7 @@ def loss_mask(answer: Callable[[int, list[tuple[int, int]], list[int]], list[int
 
 
 def first_fit(answer: Callable[[list[int], int], list[list[int]]]) -> None:
-    """Check a function from lengths and a width to rows; compare it with the library."""
+    """Check, against Pellucid, a solution that maps lengths and a width to rows."""
     from training.packing import first_fit as library_first_fit
 
     rng = random.Random(0)
@@ -193,7 +193,7 @@ def first_fit(answer: Callable[[list[int], int], list[list[int]]]) -> None:
 
 
 def adam(answer: Callable[[list[float], float, float, float], float]) -> None:
-    """Check a function from gradients to a weight; compare it with optax."""
+    """Check, against optax, a solution that maps gradients to a weight."""
     import jax.numpy as jnp
     import optax
 
@@ -210,13 +210,13 @@ def adam(answer: Callable[[list[float], float, float, float], float]) -> None:
 
 
 def mels(answer: Callable[[float], float]) -> None:
-    """Check a function from a frequency to Slaney's mel scale."""
+    """Check a solution that maps a frequency to Slaney's mel scale."""
     for hertz, expected in ((0.0, 0.0), (500.0, 7.5), (1000.0, 15.0), (6400.0, 42.0)):
         _close([answer(hertz)], [expected], f"for {hertz} Hz")
 
 
 def cheapest_path(answer: Callable[[list[list[float]]], float]) -> None:
-    """Check a function from a matrix of costs to the cost of the cheapest path."""
+    """Check a solution that maps a matrix of costs to the cost of the cheapest path."""
     for cost, expected in (
         ([[3.0]], 3.0),
         ([[1.0, 2.0, 3.0]], 6.0),
@@ -229,7 +229,7 @@ def cheapest_path(answer: Callable[[list[list[float]]], float]) -> None:
 
 
 def word_error_rate(answer: Callable[[str, str], float]) -> None:
-    """Check a function from a transcript and a reference to the word error rate."""
+    """Check a solution that maps a transcript and a reference to the word error rate."""
     for transcript, reference, expected in (
         ("to be or not", "to be or not", 0.0),
         ("", "to be", 1.0),
@@ -242,13 +242,13 @@ def word_error_rate(answer: Callable[[str, str], float]) -> None:
 
 
 def flow_time(answer: Callable[[float], float]) -> None:
-    """Check a function from DDPM's alpha-bar to the time of a flow."""
+    """Check a solution that maps DDPM's alpha-bar to the time of a flow."""
     for alpha_bar, expected in ((1.0, 1.0), (0.5, 0.5), (0.64, 4 / 7), (0.0, 0.0)):
         _close([answer(alpha_bar)], [expected], f"for {alpha_bar}")
 
 
 def posterior_mean(answer: Callable[[float, float, list[float]], float]) -> None:
-    """Check a function from a noisy number, a time and candidates to the posterior mean."""
+    """Check a solution that maps a noisy number, a time and candidates to the posterior mean."""
     odds = math.exp(2.0)  # of 1 to -1, at z = 0.5, t = 0.5: (1 - 0) / (2 * 0.25)
     for z, t, candidates, expected in (
         (3.0, 0.2, [7.0], 7.0),
@@ -260,7 +260,7 @@ def posterior_mean(answer: Callable[[float, float, list[float]], float]) -> None
 
 
 def heun(answer: Callable[[Callable[[float, float], float], float, int], float]) -> None:
-    """Check a function from a velocity, a start and a number of steps to the end point."""
+    """Check a solution that maps a velocity, a start and a number of steps to the end point."""
     for velocity, z, steps, expected in (
         (lambda z, t: 2.0, 1.0, 3, 3.0),
         (lambda z, t: 2 * t, 1.0, 4, 2.0),

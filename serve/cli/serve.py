@@ -127,7 +127,7 @@ def _locate_models(names: Sequence[str]) -> "list[ModelFiles]":
     models = [local.locate_model(name) for name in names]
     if adapted := [files.id for files in models if files.adapter]:
         raise WrongUsage(
-            f"--model {adapted[0]} is a fine-tuned model; give its base model, which serves it too"
+            f"--model {adapted[0]} is a fine-tuned model: pass its base model, and both are served"
         )
     if len({files.id for files in models}) < len(models):
         raise WrongUsage(

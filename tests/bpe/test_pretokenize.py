@@ -46,7 +46,7 @@ def test_smollm_matches_digits_then_gpt2(text):
     assert pieces(SMOLLM, text) == two_passes
 
 
-def test_gaps_empty_matches_and_groups_keep_the_text():
+def test_unmatched_text_empty_matches_and_groups_lose_no_text():
     assert pieces("b", "abcb") == ["a", "b", "c", "b"]
     assert pieces("x*", "axxb") == ["a", "xx", "b"]
     assert pieces("(a)(b)?", "abac") == ["ab", "a", "c"]

@@ -51,9 +51,12 @@ class Command:
         return self.pellucid("finetune", *arguments, code=code)
 
     def pellucid(self, *arguments, code=0):
-        done = self.start(*arguments)
-        out, errors = done.communicate(timeout=300)
-        assert done.returncode == code, (out, errors)
+        with self.start(*arguments) as process:
+            try:
+                out, errors = process.communicate(timeout=1200)  # training yields to other work
+            finally:
+                process.kill()  # a server would wait for its stream to end
+        assert process.returncode == code, (out, errors)
         return out, errors
 
     def start(self, *arguments):

@@ -235,7 +235,7 @@ def test_choose_dtype_damaged_weights_raise_value_error(home, tmp_path):
         dtypes.choose_dtype("tiny", path, cfg, "fp", 2**20, lambda line: None)
 
 
-def test_expected_dtype_is_widest_fitting_until_measured(home, monkeypatch):
+def test_expected_dtype_without_measurement_is_widest_that_fits(home, monkeypatch):
     """Regression: the memory of the narrowest dtype was reserved, but the widest was loaded."""
     cfg = Config.debug(num_layers=2, vocab_size=2**20, d_model=256)
     need = {dtype: dtypes.weight_bytes(cfg, dtype) for dtype in dtypes.DTYPES}

@@ -112,14 +112,14 @@ def profile_decode(
 
 
 def instruction_origins(text: str) -> dict[str, str]:
-    """Return the origin of each instruction of a compiled program.
+    """Return the `op_name` metadata of each instruction of a compiled program.
 
     Args:
         text: The program as text, from `compiled.as_text()`.
 
     Returns:
         A dictionary from the name of an instruction to its op_name. An instruction without an
-        op_name (compilation loses that of float32 products) gets the op_names of its operands.
+        op_name (XLA drops it for float32 matrix products) gets the op_names of its operands.
     """
     origins, operands = {}, {}
     for line in text.splitlines():

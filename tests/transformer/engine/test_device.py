@@ -81,7 +81,7 @@ def test_source_with_double_weight_gets_double_device_time(device, clock):
     assert device.num_items == 9 and device.busy_seconds == 9
 
 
-def test_source_after_idling_does_not_catch_up_on_device_time(device, clock):
+def test_work_source_after_idling_gets_no_credit_for_unused_time(device, clock):
     log = []
     early, late = FixedSource("a", 5, 1, clock, log), FixedSource("b", 2, 1, clock, log)
     run(device, early)
