@@ -19,7 +19,12 @@ CHUNK = 256  # rows whose logits are in memory at a time
 
 
 def cross_entropy(
-    x: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array
+    x: jax.Array,
+    table: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the weighted sums of the losses and of the correct predictions.
 
@@ -28,12 +33,15 @@ def cross_entropy(
         table: the LM head [V, D], float32 or bfloat16; its dtype is that of the matrix product.
         targets: int32 [R], the target tokens.
         weights: float32 [R], the weight of each row.
+        softcap: logits become softcap * tanh(logit / softcap); None: no cap.
 
     Returns:
         The weighted sum of the losses, and the sum of the weights of rows whose most likely token
         is the target; both float32 [].
     """
     logits = _logits(x, table)  # [R, V]
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
     losses, is_correct = _losses_and_hits(logits, targets)
     return jnp.sum(losses * weights), jnp.sum(is_correct * weights)
 
@@ -56,6 +64,7 @@ def chunked_cross_entropy(
     *,
     dtype: str | None = None,
     chunk: int = CHUNK,
+    softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the sums of `cross_entropy`, computed `chunk` rows at a time.
 
@@ -66,35 +75,36 @@ def chunked_cross_entropy(
         weights: as for `cross_entropy`; there is no gradient with respect to them.
         dtype: the dtype of the matrix product; None for that of the table.
         chunk: the number of rows whose logits are in memory at a time.
+        softcap: as for `cross_entropy`.
 
     Raises:
         ValueError: a gradient with respect to `weights` is requested.
     """
     x, table, targets, weights = map(jnp.asarray, (x, table, targets, weights))
     return _chunked_cross_entropy(
-        x, table, targets, weights, jnp.dtype(dtype or table.dtype), min(chunk, len(x))
+        x, table, targets, weights, jnp.dtype(dtype or table.dtype), min(chunk, len(x)), softcap
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _chunked_cross_entropy(x, table, targets, weights, dtype, chunk):
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _chunked_cross_entropy(x, table, targets, weights, dtype, chunk, softcap):
     loss, correct, _, _ = _chunked_loss_and_grads(
-        x, table, targets, weights, dtype, chunk, False, False
+        x, table, targets, weights, dtype, chunk, softcap, False, False
     )
     return loss, correct
 
 
-def _forward(x, table, targets, weights, dtype, chunk):
+def _forward(x, table, targets, weights, dtype, chunk, softcap):
     if weights.perturbed:
         raise ValueError("the loss has no gradient with respect to weights; use cross_entropy")
     loss, correct, dx, dtable = _chunked_loss_and_grads(
-        x.value, table.value, targets.value, weights.value, dtype, chunk,
+        x.value, table.value, targets.value, weights.value, dtype, chunk, softcap,
         x.perturbed, table.perturbed,
     )  # fmt: skip
     return (loss, correct), (dx, dtable)
 
 
-def _backward(dtype, chunk, gradients, cotangents):
+def _backward(dtype, chunk, softcap, gradients, cotangents):
     loss, _ = cotangents  # the number of correct predictions has no gradient
     dx, dtable = (g if g is None else g * loss for g in gradients)
     return dx, dtable, None, None
@@ -103,7 +113,9 @@ def _backward(dtype, chunk, gradients, cotangents):
 _chunked_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _chunked_loss_and_grads(x, table, targets, weights, dtype, chunk, needs_dx, needs_dtable):
+def _chunked_loss_and_grads(
+    x, table, targets, weights, dtype, chunk, softcap, needs_dx, needs_dtable
+):
     """Return the sums of `cross_entropy`, and the gradients of the loss for x and the table."""
     num_rows = len(x)
     # Move rows with a nonzero weight to the front; the loop over chunks ends after the last of
@@ -126,6 +138,10 @@ def _chunked_loss_and_grads(x, table, targets, weights, dtype, chunk, needs_dx, 
             jax.lax.dynamic_slice_in_dim(array, start, chunk) for array in (rows, targets, weights)
         )
         logits = _logits(x_chunk, cast_table)  # [C, V]
+        slope = None  # of the cap
+        if softcap is not None:
+            capped = jnp.tanh(logits / softcap)
+            logits, slope = softcap * capped, 1.0 - capped * capped
         max_logits = logits.max(axis=1, keepdims=True)
         target_logits = jnp.take_along_axis(logits, target[:, None], axis=1)  # [C, 1]
         # The exponentials are computed in one pass and summed by a matrix product with ones, which
@@ -141,6 +157,9 @@ def _chunked_loss_and_grads(x, table, targets, weights, dtype, chunk, needs_dx, 
         # softmax over all other tokens.
         scale = weight[:, None] / total
         at_target = -others_sum * scale
+        if slope is not None:
+            others = others * slope
+            at_target = at_target * jnp.take_along_axis(slope, target[:, None], axis=1)
         if needs_dx:
             dx_chunk = jnp.einsum(
                 "rv,vd->rd", others.astype(dtype), cast_table, preferred_element_type=jnp.float32

@@ -20,6 +20,7 @@ def attend(
     *,
     window: int | None = None,
     segments: jax.Array | None = None,
+    softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Compute causal softmax attention.
 
@@ -31,6 +32,8 @@ def attend(
             positions up to its own.
         segments: Text number of each position where several texts share a row, int32 [B, T]. A
             query attends to positions of its own text only. None means one text per row.
+        softcap: Scores become softcap * tanh(score / softcap) before the softmax (Gemma 2,
+            arXiv:2408.00118). None means no cap.
 
     Returns:
         The attention output [B, T, N, H] and the attention weights [B, N, T, T].
@@ -45,10 +48,18 @@ def attend(
     if segments is not None:
         same_segment = segments[:, :, None] == segments[:, None, :]  # [B, T, S]
         visible = (visible & same_segment)[:, None, None]
-    scores = jnp.where(visible, scores * head_dim**-0.5, -jnp.inf)
+    scores = scores * head_dim**-0.5
+    if softcap is not None:
+        scores = soft_cap(scores, softcap)
+    scores = jnp.where(visible, scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)  # [B, K, G, T, S]
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
     return (
         out.reshape(batch, length, num_heads, head_dim),
         weights.reshape(batch, num_heads, length, length),
     )
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """Limit numbers smoothly to (-cap, cap): cap * tanh(x / cap)."""
+    return cap * jnp.tanh(x / cap)

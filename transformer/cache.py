@@ -157,6 +157,7 @@ def attend(
     starts: jax.Array,
     *,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Compute causal attention of new queries over the cached positions of their rows.
 
@@ -169,8 +170,9 @@ def attend(
         window: Number of positions a query attends to, including its own position; None means all
             positions up to its own. Blocks outside the window are not read. They stay allocated,
             because other layers may need them.
+        softcap: Scores become softcap * tanh(score / softcap) before the softmax; None: no cap.
 
     Returns:
         The attention output, float32 [B, T, N, H].
     """
-    return kernels.attend_cached(q, keys, values, tables, starts, window=window)
+    return kernels.attend_cached(q, keys, values, tables, starts, window=window, softcap=softcap)

@@ -1,11 +1,13 @@
 """Hyperparameters of a decoder: sizes, and the variants of each layer.
 
-One frozen dataclass describes GPT-2, Llama, Mistral, Qwen2, Qwen3 and Gemma 3. It is hashable, so
-`jax.jit` takes it as a static argument and compiles one program for each distinct config.
-`families.py` maps the keys of each family's files to these fields.
+One frozen dataclass describes all families of `families.py`, which maps the keys of each family's
+files to these fields. It is hashable, so `jax.jit` takes it as a static argument and compiles one
+program for each distinct config. The defaults are a Llama; a field at its default adds nothing to
+the program.
 
-Leaves out: mixtures of experts, soft caps on scores and logits, rotary embeddings of a part of each
-head. A checkpoint that needs one of them is rejected with the name of the key (`config_keys.py`).
+Leaves out: layers of different sizes or kinds (dense and expert layers in one model), experts that
+all tokens share, attention sinks, ALiBi. A checkpoint that needs one of them is rejected with the
+name of the key (`config_keys.py`).
 """
 
 from __future__ import annotations
@@ -26,16 +28,35 @@ _SIZES = (
 _CHOICES = {
     "norm": ("rms", "unit_rms", "layer"),
     "position": ("rope", "learned"),
-    "mlp": ("swiglu", "geglu", "gelu"),
+    "mlp": ("swiglu", "geglu", "gelu", "gelu_erf"),
+    "qk_norm_over": ("head", "projection"),
 }
 _FLAGS = (
     "qkv_bias",
     "linear_bias",
     "qk_norm",
+    "pre_norms",
     "post_norms",
+    "parallel_residual",
+    "norm_topk_prob",
     "scale_embeddings",
     "tie_embeddings",
+    "fused_projections",
 )
+_POSITIVE = (
+    "norm_eps",
+    "rope_theta",
+    "local_rope_theta",
+    "attention_multiplier",
+    "attn_logit_softcap",
+    "final_logit_softcap",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+)
+_OPTIONAL = {"local_rope_theta", "attention_multiplier", "attn_logit_softcap"}
+_OPTIONAL |= {"final_logit_softcap"}
+MAX_EXPERTS = 4096
 MAX_LAYERS = 4096  # a file that claims more is damaged; also bounds lists with one item per layer
 
 # The fields that each type of RoPE scaling needs.
@@ -43,6 +64,7 @@ ROPE_SCALING_FIELDS = {
     "linear": ("factor",),
     "llama3": ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor"),
+    "longrope": ("original_max_seq_len", "short_factor", "long_factor", "attention_factor"),
 }
 
 
@@ -67,22 +89,26 @@ def _check_positive(name: str, value: Any) -> None:
 class RopeScaling:
     """Scaling of the rotary frequencies for contexts longer than the pretraining context.
 
-    `rope.frequencies` defines the types. Fields that a type does not use are None.
+    `rope.frequencies` defines the types. Fields that a type does not use are None. The factor of
+    "longrope" is a list: one divisor for each channel pair.
 
     Raises:
         ValueError: A field is out of range, missing for its type, or not used by it.
     """
 
-    rope_type: Literal["linear", "llama3", "yarn"]
-    factor: float  # ratio of the extended context to the original one
-    original_max_seq_len: int | None = None  # llama3, yarn: the context before scaling
+    rope_type: Literal["linear", "llama3", "yarn", "longrope"]
+    factor: float | None = None  # ratio of the extended context to the original one
+    original_max_seq_len: int | None = None  # all but linear: the context before scaling
     # llama3: frequencies with fewer rotations in the original context are divided by the factor,
     low_freq_factor: float | None = None
     # and frequencies with more rotations than this stay.
     high_freq_factor: float | None = None
     beta_fast: float | None = None  # yarn: as high_freq_factor
     beta_slow: float | None = None  # yarn: as low_freq_factor
-    attention_factor: float | None = None  # yarn: multiplies cosines and sines
+    attention_factor: float | None = None  # yarn, longrope: multiplies cosines and sines
+    # longrope: divisors of the frequencies of sequences up to the original context,
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None  # and of longer sequences
     truncate: bool = True  # yarn: round the two bounds outwards to whole channel pairs
 
     def __post_init__(self) -> None:
@@ -93,7 +119,14 @@ class RopeScaling:
         for name in dict.fromkeys(field for row in ROPE_SCALING_FIELDS.values() for field in row):
             value = getattr(self, name)
             if name in ROPE_SCALING_FIELDS[self.rope_type]:
-                _check_positive(f"rope scaling {self.rope_type}: {name}", value)
+                label = f"rope scaling {self.rope_type}: {name}"
+                if name in ("short_factor", "long_factor"):
+                    if not isinstance(value, tuple) or not value:
+                        raise ValueError(f"{label} must be a tuple of numbers, got {value!r}")
+                    for number in value:
+                        _check_positive(label, number)
+                else:
+                    _check_positive(label, value)
             elif value is not None:
                 raise ValueError(
                     f"rope scaling {self.rope_type} does not use {name}: it must be None, "
@@ -124,19 +157,34 @@ class Config:
     max_seq_len: int  # number of positions the model was trained for
     norm: Literal["rms", "unit_rms", "layer"] = "rms"  # unit_rms: the scale is 1 + weight
     norm_eps: float = 1e-5
-    qk_norm: bool = False  # RMS norm of each head's query and key
-    post_norms: bool = False  # also norm the outputs of attention and MLP, before the addition
+    qk_norm: bool = False  # RMS norm of queries and keys
+    qk_norm_over: Literal["head", "projection"] = "head"  # of each head, or of all heads together
+    pre_norms: bool = True  # norm the inputs of attention and MLP
+    post_norms: bool = False  # norm the outputs of attention and MLP, before the addition
+    parallel_residual: bool = False  # attention and MLP read the same residual stream
+    residual_multiplier: float = 1.0  # of the outputs of attention and MLP
     position: Literal["rope", "learned"] = "rope"
     rope_theta: float = 10_000.0  # used when position == "rope"
     rope_scaling: RopeScaling | None = None
     local_rope_theta: float | None = None  # of layers with a window, unscaled; None: rope_theta
+    rotary_dim: int | None = None  # channels of each head that are rotated; None: head_dim
+    rope_layers: tuple[bool, ...] = (True,)  # repeated over the layers; False: no positions
     windows: tuple[int | None, ...] = (None,)  # repeated over the layers; see `window`
     query_scalar: int | None = None  # scores are divided by its square root; None: head_dim
-    mlp: Literal["swiglu", "geglu", "gelu"] = "swiglu"
+    attention_multiplier: float | None = None  # of the scores, instead of query_scalar
+    attn_logit_softcap: float | None = None  # scores become cap * tanh(score / cap)
+    final_logit_softcap: float | None = None  # as attn_logit_softcap, of the logits
+    logits_scaling: float = 1.0  # logits are divided by it
+    mlp: Literal["swiglu", "geglu", "gelu", "gelu_erf"] = "swiglu"  # gelu: its tanh approximation
+    num_experts: int | None = None  # E, MLPs per layer, of which a router chooses; None: one MLP
+    num_experts_per_tok: int | None = None  # MLPs that a token passes through
+    norm_topk_prob: bool = True  # the weights of the chosen experts sum to one
     qkv_bias: bool = False
     linear_bias: bool = False  # biases on the attention output and on both MLP projections
     scale_embeddings: bool = False  # multiply token embeddings by the square root of d_model
+    embedding_multiplier: float = 1.0  # of the token embeddings
     tie_embeddings: bool = True  # the head is the embedding table
+    fused_projections: bool = False  # files and adapters store q, k, v and gate, up as one tensor
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -155,21 +203,76 @@ class Config:
         for name in _FLAGS:
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {value!r}")
-        for name in ("norm_eps", "rope_theta"):
-            _check_positive(name, getattr(self, name))
-        if self.local_rope_theta is not None:
-            _check_positive("local_rope_theta", self.local_rope_theta)
+        for name in _POSITIVE:
+            if (value := getattr(self, name)) is not None or name not in _OPTIONAL:
+                _check_positive(name, value)
         if self.query_scalar is not None:
             check_size("query_scalar", self.query_scalar)
+        if self.query_scalar is not None and self.attention_multiplier is not None:
+            raise ValueError(
+                f"only one of query_scalar and attention_multiplier can be set, "
+                f"got {self.query_scalar} and {self.attention_multiplier}"
+            )
         if self.norm == "layer" and (self.qk_norm or self.post_norms):
             raise ValueError("qk_norm and post_norms need an RMS norm, got norm='layer'")
+        if self.qk_norm_over == "projection" and not self.qk_norm:
+            raise ValueError("qk_norm_over='projection' needs qk_norm=True")
+        if not (self.pre_norms or self.post_norms):
+            raise ValueError("pre_norms and post_norms must not both be False")
+        if self.parallel_residual and (self.post_norms or not self.pre_norms):
+            raise ValueError("parallel_residual needs pre_norms=True and post_norms=False")
+        self._check_rotation()
+        self._check_experts()
         if not isinstance(self.windows, tuple) or not self.windows:
             raise ValueError(f"windows must be a tuple that is not empty, got {self.windows!r}")
         for window in self.windows:
             if window is not None:
                 check_size("windows", window)
         # Normalized, so that equal decoders have equal configs.
-        object.__setattr__(self, "windows", _shortest_period(self.windows, self.num_layers))
+        for name in ("windows", "rope_layers"):
+            object.__setattr__(self, name, _shortest_period(getattr(self, name), self.num_layers))
+
+    def _check_rotation(self) -> None:
+        layers = self.rope_layers
+        if not (isinstance(layers, tuple) and layers and all(isinstance(x, bool) for x in layers)):
+            raise ValueError(f"rope_layers must be a tuple of True and False, got {layers!r}")
+        if self.rotary_dim is not None:
+            check_size("rotary_dim", self.rotary_dim, self.head_dim)
+            if self.rotary_dim % 2 or self.rotary_dim == self.head_dim:
+                raise ValueError(
+                    f"rotary_dim must be even and less than head_dim = {self.head_dim}, or None "
+                    f"for all channels, got {self.rotary_dim}"
+                )
+        if self.position == "learned" and (self.rotary_dim is not None or not all(layers)):
+            raise ValueError("rotary_dim and rope_layers need position='rope'")
+        if self.rope_scaling is not None and self.rope_scaling.rope_type == "longrope":
+            pairs = (self.rotary_dim or self.head_dim) // 2
+            for name in ("short_factor", "long_factor"):
+                if (count := len(getattr(self.rope_scaling, name))) != pairs:
+                    raise ValueError(
+                        f"rope scaling longrope: {name} must have {pairs} numbers, one for each "
+                        f"rotated pair of channels, got {count}"
+                    )
+
+    def _check_experts(self) -> None:
+        if (self.num_experts is None) != (self.num_experts_per_tok is None):
+            raise ValueError(
+                f"num_experts and num_experts_per_tok must both be set or both be None, "
+                f"got {self.num_experts} and {self.num_experts_per_tok}"
+            )
+        if self.num_experts is None:
+            object.__setattr__(self, "norm_topk_prob", True)  # has no effect
+            return
+        check_size("num_experts", self.num_experts, MAX_EXPERTS)
+        check_size("num_experts_per_tok", self.num_experts_per_tok, self.num_experts)
+        if self.mlp not in ("swiglu", "geglu"):
+            raise ValueError(f"experts have a gate: mlp must be swiglu or geglu, got {self.mlp!r}")
+        if self.linear_bias:
+            raise ValueError("experts have no biases: linear_bias must be False")
+
+    def has_rope(self, layer: int) -> bool:
+        """Whether queries and keys of `layer` are rotated by their positions."""
+        return self.position == "rope" and self.rope_layers[layer % len(self.rope_layers)]
 
     def window(self, layer: int) -> int | None:
         """Return the number of positions a query of `layer` attends to, including its own.
@@ -195,17 +298,21 @@ class Config:
 
     @property
     def num_params(self) -> int:
-        """Number of weights; tied embeddings count once."""
+        """Number of weights, of all experts; tied embeddings count once."""
         d, heads, kv = (
             self.d_model,
             self.num_heads * self.head_dim,
             self.num_kv_heads * self.head_dim,
         )
-        num_maps = 2 if self.mlp == "gelu" else 3
+        num_maps = 3 if self.mlp in ("swiglu", "geglu") else 2
         norm = d * (2 if self.norm == "layer" else 1)
-        norms = norm * (4 if self.post_norms else 2) + 2 * self.head_dim * self.qk_norm
+        norms = norm * 2 * (self.pre_norms + self.post_norms)
+        if self.qk_norm:
+            norms += 2 * self.head_dim if self.qk_norm_over == "head" else heads + kv
         attn = d * (heads + 2 * kv) + heads * d
         mlp = d * self.d_ff * num_maps
+        if self.num_experts is not None:
+            mlp = self.num_experts * (mlp + d)  # d: a row of the router
         bias = (heads + 2 * kv) * self.qkv_bias
         bias += (d + d + self.d_ff * (num_maps - 1)) * self.linear_bias
         tables = self.vocab_size * d * (1 if self.tie_embeddings else 2)

@@ -397,7 +397,7 @@ _EXPECTED = frozenset(
     dropout activation_dropout encoder_layerdrop decoder_layerdrop init_std apply_spec_augment
     mask_time_prob mask_time_length mask_time_min_masks mask_feature_prob mask_feature_length
     mask_feature_min_masks classifier_proj_size num_hidden_layers median_filter_width lang_ids
-    suppress_ids suppress_ids_begin
+    suppress_ids suppress_ids_begin router_aux_loss_coef output_router_logits router_jitter_noise
     """.split()  # noqa: SIM905 (a list of words reads better than a hundred quotes)
 )
 _GGUF_EXPECTED = frozenset(
@@ -435,7 +435,8 @@ def check(
     if rest.get("no_rope_layers"):
         rest.pop("no_rope_layer_interval", None)  # only used where no_rope_layers is absent
     table = CONFIG | {
-        key: (CONFIG[key][0], values) for key, values in (neutral_overrides or {}).items()
+        key: (CONFIG.get(key, ("chooses the layers with experts", ()))[0], values)
+        for key, values in (neutral_overrides or {}).items()
     }
     _check(rest, table, _EXPECTED, cfg, kind, "config.json")
 

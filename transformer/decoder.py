@@ -39,15 +39,18 @@ class Layer(struct.PyTreeNode):
     fused products were never faster when measured.
     """
 
-    attn_norm: Norm
+    attn_norm: Norm | None  # None where cfg.pre_norms is False
     q: Linear  # [N * H, D]
     k: Linear  # [K * H, D]
     v: Linear  # [K * H, D]
-    q_norm: Norm | None  # [H], over each head's query; None where cfg.qk_norm is False
-    k_norm: Norm | None
+    q_norm: Norm | None  # [H] over each head, or [N * H]; None where cfg.qk_norm is False
+    k_norm: Norm | None  # [H] over each head, or [K * H]
     out: Linear  # [D, N * H]
     attn_post_norm: Norm | None  # of the attention output; None where cfg.post_norms is False
-    mlp_norm: Norm
+    mlp_norm: Norm | None  # None where cfg.pre_norms is False
+    # [E, D] float32 in every dtype, because a small error can choose another expert; None where the
+    # layer has one MLP. With experts, gate, up and down have a leading axis E.
+    router: jax.Array | None
     gate: Linear | None  # [F, D] for swiglu and geglu; None for gelu
     up: Linear  # [F, D]
     down: Linear  # [D, F]
@@ -92,6 +95,13 @@ def abstract(cfg: Config) -> Params:
             bias=leaf((out,), axes[:1], zeros) if has_bias else None,
         )
 
+    def per_expert(linear: Linear) -> Linear:
+        if cfg.num_experts is None:
+            return linear
+        weight: Any = linear.weight
+        shape, axes = (cfg.num_experts, *weight.shape), ("experts", *weight.axes)
+        return Linear(weight=leaf(shape, axes, weight.initializer))
+
     def abstract_norm(width: int = cfg.d_model, axis: str = "model") -> Norm:
         bias = leaf((width,), (axis,), zeros) if cfg.norm == "layer" else None
         neutral = zeros if cfg.norm == "unit_rms" else ones
@@ -100,21 +110,30 @@ def abstract(cfg: Config) -> Params:
     heads, kv_heads = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     up = abstract_linear(cfg.d_ff, cfg.d_model, ("ff", "model"), cfg.linear_bias)
     kv = abstract_linear(kv_heads, cfg.d_model, ("kv_heads", "model"), cfg.qkv_bias)
-    head_norm = abstract_norm(cfg.head_dim, "head") if cfg.qk_norm else None
+    q_norm = k_norm = None
+    if cfg.qk_norm and cfg.qk_norm_over == "head":
+        q_norm = k_norm = abstract_norm(cfg.head_dim, "head")
+    elif cfg.qk_norm:
+        q_norm, k_norm = abstract_norm(heads, "heads"), abstract_norm(kv_heads, "kv_heads")
+    pre_norm = abstract_norm() if cfg.pre_norms else None
     post_norm = abstract_norm() if cfg.post_norms else None
+    down = abstract_linear(cfg.d_model, cfg.d_ff, ("model", "ff"), cfg.linear_bias, residual)
     layer = Layer(
-        attn_norm=abstract_norm(),
+        attn_norm=pre_norm,
         q=abstract_linear(heads, cfg.d_model, ("heads", "model"), cfg.qkv_bias),
         k=kv,
         v=kv,
-        q_norm=head_norm,
-        k_norm=head_norm,
+        q_norm=q_norm,
+        k_norm=k_norm,
         out=abstract_linear(cfg.d_model, heads, ("model", "heads"), cfg.linear_bias, residual),
         attn_post_norm=post_norm,
-        mlp_norm=abstract_norm(),
-        gate=None if cfg.mlp == "gelu" else up,
-        up=up,
-        down=abstract_linear(cfg.d_model, cfg.d_ff, ("model", "ff"), cfg.linear_bias, residual),
+        mlp_norm=pre_norm,
+        router=None
+        if cfg.num_experts is None
+        else leaf((cfg.num_experts, cfg.d_model), ("experts", "model"), normal),
+        gate=per_expert(up) if cfg.mlp in ("swiglu", "geglu") else None,
+        up=per_expert(up),
+        down=per_expert(down),
         mlp_post_norm=post_norm,
     )
     embedding = abstract_linear(cfg.vocab_size, cfg.d_model, ("vocab", "model"), False)
@@ -158,7 +177,8 @@ def block(
         x: The residual stream, float32 [B, T, D].
         layer: Weights of the block.
         cfg: Config of the decoder.
-        angles: Rotary cosines and sines of the positions, or None where positions are learned.
+        angles: Rotary cosines and sines of the positions, or None without rotation: positions are
+            learned, or the layer has none.
         attend: Attention function: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H].
 
     Returns:
@@ -166,10 +186,12 @@ def block(
     """
     with jax.named_scope("attention"):
         y = _norm(x, layer.attn_norm, cfg)
-        x = x + _norm(self_attention(y, layer, cfg, angles, attend), layer.attn_post_norm, cfg)
+        y = _norm(self_attention(y, layer, cfg, angles, attend), layer.attn_post_norm, cfg)
+        after = x + _scale(y, cfg.residual_multiplier)
     with jax.named_scope("mlp"):
-        y = _norm(x, layer.mlp_norm, cfg)
-        return x + _norm(mlp(y, layer, cfg), layer.mlp_post_norm, cfg)
+        y = _norm(x if cfg.parallel_residual else after, layer.mlp_norm, cfg)
+        y = _norm(mlp(y, layer, cfg), layer.mlp_post_norm, cfg)
+        return after + _scale(y, cfg.residual_multiplier)
 
 
 def self_attention(
@@ -193,14 +215,25 @@ def self_attention(
     """
     batch, length, _ = y.shape
     n, k, h = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    query = linear(y, layer.q).reshape(batch, length, n, h)  # [B, T, N, H]
-    key = linear(y, layer.k).reshape(batch, length, k, h)  # [B, T, K, H]
-    value = linear(y, layer.v).reshape(batch, length, k, h)  # [B, T, K, H]
-    query, key = _norm(query, layer.q_norm, cfg), _norm(key, layer.k_norm, cfg)
+
+    def project(p: Linear, p_norm: Norm | None, heads: int) -> jax.Array:
+        x = linear(y, p)
+        if cfg.qk_norm_over == "projection":
+            x = _norm(x, p_norm, cfg)
+        return x.reshape(batch, length, heads, h)
+
+    query = project(layer.q, layer.q_norm, n)  # [B, T, N, H]
+    key = project(layer.k, layer.k_norm, k)  # [B, T, K, H]
+    value = project(layer.v, None, k)  # [B, T, K, H]
+    if cfg.qk_norm_over == "head":
+        query, key = _norm(query, layer.q_norm, cfg), _norm(key, layer.k_norm, cfg)
     if angles is not None:
         query, key = kernels.rotate(query, *angles), kernels.rotate(key, *angles)
-    if cfg.query_scalar is not None:  # `attend` divides by the square root of H
+    # `attend` divides by the square root of H.
+    if cfg.query_scalar is not None:
         query = query * (h / cfg.query_scalar) ** 0.5
+    if cfg.attention_multiplier is not None:
+        query = query * (cfg.attention_multiplier * h**0.5)
     y = attend(query, key, value)  # [B, T, N, H]
     return linear(y.reshape(batch, length, n * h), layer.out)
 
@@ -208,11 +241,43 @@ def self_attention(
 def mlp(y: jax.Array, layer: Layer, cfg: Config) -> jax.Array:
     """Return the output of the MLP: normed residual stream, float32 [B, T, D] -> [B, T, D].
 
-    With a gate, the MLP is a gated linear unit (Shazeer 2020, arXiv:2002.05202).
+    With a gate, the MLP is a gated linear unit (Shazeer 2020, arXiv:2002.05202). With a router, it
+    is the weighted sum of a few of many such units, the experts (Shazeer et al. 2017,
+    arXiv:1701.06538).
     """
     if layer.gate is None:
-        return linear(jax.nn.gelu(linear(y, layer.up), approximate=True), layer.down)
-    return kernels.gated_mlp(y, layer.gate, layer.up, layer.down, cfg.mlp)
+        is_tanh = cfg.mlp == "gelu"
+        return linear(jax.nn.gelu(linear(y, layer.up), approximate=is_tanh), layer.down)
+    if layer.router is None:
+        return kernels.gated_mlp(y, layer.gate, layer.up, layer.down, cfg.mlp)
+    weights, experts = route(y, layer.router, cfg)
+    return kernels.experts(y, weights, experts, layer.gate, layer.up, layer.down, cfg.mlp)
+
+
+def route(y: jax.Array, router: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array]:
+    """Choose the experts of each token.
+
+    Args:
+        y: The normed residual stream, float32 [B, T, D].
+        router: Weights of the router, float32 [E, D].
+        cfg: Config of the decoder.
+
+    Returns:
+        The weights of the k = cfg.num_experts_per_tok most likely experts, float32 [B, T, k], and
+        their numbers, int32 [B, T, k], the most likely first. The weights are the probabilities
+        over all experts, divided by their sum if cfg.norm_topk_prob.
+    """
+    assert cfg.num_experts_per_tok is not None
+    with jax.named_scope("route"):
+        probabilities = jax.nn.softmax(linear(y, Linear(router)), axis=-1)  # [B, T, E]
+        weights, experts = jax.lax.top_k(probabilities, cfg.num_experts_per_tok)
+        if cfg.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdims=True)
+        return weights, experts
+
+
+def _scale(x: jax.Array, factor: float) -> jax.Array:
+    return x if factor == 1 else x * factor
 
 
 def _norm(x: jax.Array, p: Norm | None, cfg: Config) -> jax.Array:
@@ -225,7 +290,11 @@ def _norm(x: jax.Array, p: Norm | None, cfg: Config) -> jax.Array:
 
 
 def embed_tokens(
-    params: Params, cfg: Config, ids: jax.Array, positions: jax.Array
+    params: Params,
+    cfg: Config,
+    ids: jax.Array,
+    positions: jax.Array,
+    max_length: int | None = None,
 ) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array] | None, ...]]:
     """Return the input of the first block, and the rotary angles of each block.
 
@@ -234,29 +303,48 @@ def embed_tokens(
         cfg: Config of the decoder.
         ids: Token ids, int32 [B, T].
         positions: Position of each token, int32 [B, T].
+        max_length: Number of positions that each row can have in the end; None: those of
+            `positions`. LongRoPE depends on it.
 
     Returns:
         The residual stream, float32 [B, T, D], and for each layer the cosines and sines of
-        `rope.angles`, or None where positions are learned.
+        `rope.angles`, or None for a layer without rotation.
     """
     x = embed(params.embed, ids)  # [B, T, D]
     if cfg.scale_embeddings:
         x = x * cfg.d_model**0.5
+    x = _scale(x, cfg.embedding_multiplier)
     layers = range(cfg.num_layers)
     if cfg.position == "learned":
         assert params.positions is not None
         return x + params.positions[positions], tuple(None for _ in layers)
-    angles = rope.angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+    size = cfg.rotary_dim or cfg.head_dim
+    angles = rope.angles(positions, size, cfg.rope_theta, cfg.rope_scaling, max_length)
     if cfg.local_rope_theta is None:
-        return x, tuple(angles for _ in layers)
-    local_angles = rope.angles(positions, cfg.head_dim, cfg.local_rope_theta)
-    return x, tuple(angles if cfg.window(i) is None else local_angles for i in layers)
+        return x, tuple(angles if cfg.has_rope(i) else None for i in layers)
+    local_angles = rope.angles(positions, size, cfg.local_rope_theta)
+
+    def layer_angles(i: int) -> tuple[jax.Array, jax.Array] | None:
+        if not cfg.has_rope(i):
+            return None
+        return angles if cfg.window(i) is None else local_angles
+
+    return x, tuple(layer_angles(i) for i in layers)
 
 
 def unembed(params: Params, cfg: Config, x: jax.Array) -> jax.Array:
     """Apply the final norm and the head: float32 [..., D] -> logits, float32 [..., V]."""
     with jax.named_scope("unembed"):
-        return linear(_norm(x, params.final_norm, cfg), lm_head(params))
+        return scale_logits(linear(_norm(x, params.final_norm, cfg), lm_head(params)), cfg)
+
+
+def scale_logits(logits: jax.Array, cfg: Config) -> jax.Array:
+    """Apply the scaling and the soft cap of the config to the outputs of the head."""
+    if cfg.logits_scaling != 1:
+        logits = logits / cfg.logits_scaling
+    if cfg.final_logit_softcap is not None:
+        logits = attention.soft_cap(logits, cfg.final_logit_softcap)
+    return logits
 
 
 def lm_head(params: Params) -> Linear:
@@ -357,9 +445,10 @@ def _forward_layer(x, layer, angles, segments, *, cfg, window, output_attentions
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         nonlocal weights
+        options: Any = dict(window=window, segments=segments, softcap=cfg.attn_logit_softcap)
         if not output_attentions:
-            return kernels.attend(q, k, v, window=window, segments=segments)
-        out, weights = attention.attend(q, k, v, window=window, segments=segments)
+            return kernels.attend(q, k, v, **options)
+        out, weights = attention.attend(q, k, v, **options)
         return out
 
     return block(x, layer, cfg, angles, attend), weights
@@ -414,7 +503,8 @@ def forward_cached(
         positions whose logits you need to `unembed`.
     """
     positions = starts[:, None] + jnp.arange(ids.shape[1])  # [B, T]
-    x, angles = embed_tokens(params, cfg, ids, positions)
+    # A row keeps one table of LongRoPE while it grows, so that its cached keys stay valid.
+    x, angles = embed_tokens(params, cfg, ids, positions, cfg.max_seq_len)
     keys, values = [], []
     for i, layer in enumerate(params.layers):
         k, v = kv_cache.keys[i], kv_cache.values[i]
@@ -432,7 +522,9 @@ def _forward_layer_cached(x, layer, keys, values, cfg, angles, tables, starts, *
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         nonlocal keys, values
         keys, values = cache.append(keys, values, k, v, tables, starts)
-        return cache.attend(q, keys, values, tables, starts, window=window)
+        return cache.attend(
+            q, keys, values, tables, starts, window=window, softcap=cfg.attn_logit_softcap
+        )
 
     return block(x, layer, cfg, angles, attend), keys, values
 
@@ -446,6 +538,21 @@ def unstack_layers(stacked: Layer) -> tuple[Layer, ...]:
     """Return the layers of a tree made by `stack_layers`."""
     num_layers = len(jax.tree.leaves(stacked)[0])
     return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(num_layers))
+
+
+def num_matmul_weights(cfg: Config) -> int:
+    """Return the number of weights of the linear maps of all layers that a token is multiplied by.
+
+    Of the experts of a layer, those that a token passes through count.
+    """
+    total = 0
+    for leaf in jax.tree.leaves(abstract(cfg).layers):
+        size = int(np.prod(leaf.shape))
+        if len(leaf.shape) == 3:
+            total += size // leaf.shape[0] * (cfg.num_experts_per_tok or 1)
+        elif len(leaf.shape) == 2:
+            total += size
+    return total
 
 
 def num_bytes(params: Params) -> int:

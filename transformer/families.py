@@ -5,8 +5,8 @@ that changes the forward pass in an unsupported way raises; other unknown keys a
 logged (`config_keys.py` has the list). Follows the configuration classes of transformers 5, the
 spellings of older files, and the key list of ggml's docs/gguf.md.
 
-Leaves out: the vision encoders of larger Gemma 3 models, mixtures of experts, and RoPE scaling
-other than linear, Llama 3's and YaRN.
+Leaves out: the vision encoders of larger Gemma 3 models, experts that all tokens share (Qwen2-MoE,
+DeepSeek), and RoPE scaling other than linear, Llama 3's, YaRN and LongRoPE.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from transformer import config_keys
 from transformer.config import MAX_LAYERS, ROPE_SCALING_FIELDS, Config, RopeScaling, check_size
 
 _GPT2_FIELDS: dict[str, Any] = dict(
-    norm="layer", position="learned", mlp="gelu", qkv_bias=True, linear_bias=True,
+    norm="layer", position="learned", qkv_bias=True, linear_bias=True,
     qk_norm=False, post_norms=False, scale_embeddings=False,
 )  # fmt: skip
 _LLAMA_FIELDS: dict[str, Any] = dict(
-    norm="rms", position="rope", mlp="swiglu", qkv_bias=False, linear_bias=False,
+    norm="rms", position="rope", qkv_bias=False, linear_bias=False,
     qk_norm=False, post_norms=False, scale_embeddings=False,
 )  # fmt: skip
 _GPT2_KEYS = {
@@ -51,8 +51,40 @@ _LLAMA_KEYS = {
     "tie_word_embeddings": "tie_embeddings",
 }
 _LLAMA_DEFAULTS = dict(rope_theta=10_000.0, tie_word_embeddings=False, rms_norm_eps=1e-6)
-_SILU = ("hidden_act", ("silu", "swish"))
+_GPT_NEOX_KEYS = {
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "hidden_size": "d_model",
+    "intermediate_size": "d_ff",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_seq_len",
+    "layer_norm_eps": "norm_eps",
+    "use_parallel_residual": "parallel_residual",
+    "tie_word_embeddings": "tie_embeddings",
+}
+_GEMMA_KEYS = _LLAMA_KEYS | {
+    "query_pre_attn_scalar": "query_scalar",
+    "attn_logit_softcapping": "attn_logit_softcap",
+    "final_logit_softcapping": "final_logit_softcap",
+}
+_GRANITE_KEYS = _LLAMA_KEYS | {
+    "embedding_multiplier": "embedding_multiplier",
+    "residual_multiplier": "residual_multiplier",
+    "attention_multiplier": "attention_multiplier",
+    "logits_scaling": "logits_scaling",
+}
+_EXPERT_COUNT = ("num_experts", "num_local_experts")  # synonyms in families with experts
+_EXPERT_KEYS = {"num_experts_per_tok": "num_experts_per_tok"}
+# Keys whose value null means that the model has no such thing, where a missing key has a default.
+_NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+# Names of activation functions -> `Config.mlp`.
+_SILU: tuple[str, Mapping[str, str]] = ("hidden_act", dict.fromkeys(("silu", "swish"), "swiglu"))
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate")  # synonyms
+_GELU: dict[str, str] = dict.fromkeys(_TANH_GELU, "gelu")
+_GEGLU: tuple[str, Mapping[str, str]] = (
+    "hidden_activation",
+    dict.fromkeys(("gelu_pytorch_tanh", *_TANH_GELU), "geglu"),
+)
 _QK_NORM: dict[str, tuple] = dict.fromkeys(("qk_norm", "use_qk_norm"), (True,))
 
 
@@ -65,9 +97,22 @@ class Family:
     fixed_fields: Mapping[str, Any]  # fields that all its models share
     keys: Mapping[str, str]  # key of config.json -> field
     hf_defaults: Mapping[str, Any]  # defaults of transformers for keys that config.json lacks
-    activation: tuple[str, tuple[str, ...]]  # key, and the synonyms of the activation function
+    # The key of the activation function, and its accepted values -> `Config.mlp`.
+    activation: tuple[str, Mapping[str, str]]
     derived: frozenset[str] = frozenset({"head_dim"})  # fields with a default from other fields
     neutral: Mapping[str, tuple] = field(default_factory=dict)  # overrides `config_keys.CONFIG`
+    unused: frozenset[str] = frozenset()  # keys that the forward pass of the family ignores
+    theta_key: str = "rope_theta"
+    rotary_key: str | None = None  # key of the rotated fraction of each head; None: all of it
+    has_rope_layers: bool = False  # `no_rope_layers` lists the layers without positions
+    has_layer_types: bool = False  # `layer_types` lists the layers with a window
+    # GGUF key -> field and default; 0 means None in a key with the default None.
+    gguf_keys: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+    gguf_window_period: int | None = None  # every n-th layer has no window; 1: all have one
+    gguf_rope_layers: tuple[bool, ...] = (True,)
+    gguf_local_rope_theta: float | None = None
+    # Number of layers of the one model whose query_scalar is d_model / num_heads: there is no key.
+    gguf_layers_of_27b: int | None = None
 
 
 FAMILIES = {
@@ -77,7 +122,7 @@ FAMILIES = {
         fixed_fields=_GPT2_FIELDS,
         keys=_GPT2_KEYS,
         hf_defaults=dict(tie_word_embeddings=True, layer_norm_epsilon=1e-5),
-        activation=("activation_function", _TANH_GELU),
+        activation=("activation_function", _GELU),
         derived=frozenset({"head_dim", "num_kv_heads", "d_ff"}),
         neutral=config_keys.LAYER_NORM,
     ),
@@ -106,6 +151,7 @@ FAMILIES = {
         hf_defaults=_LLAMA_DEFAULTS
         | dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28),
         activation=_SILU,
+        has_layer_types=True,
         # Its queries, keys and values have biases, whatever the values of these keys.
         neutral=dict.fromkeys(("attention_bias", "qkv_bias", "use_qkv_bias"), (True, False)),
     ),
@@ -117,6 +163,7 @@ FAMILIES = {
         hf_defaults=_LLAMA_DEFAULTS
         | dict(head_dim=128, use_sliding_window=False, sliding_window=4096, max_window_layers=28),
         activation=_SILU,
+        has_layer_types=True,
         derived=frozenset(),
         neutral=_QK_NORM,
     ),
@@ -124,12 +171,13 @@ FAMILIES = {
         architecture="Gemma3ForCausalLM",
         gguf="gemma3",
         fixed_fields=_LLAMA_FIELDS
-        | dict(norm="unit_rms", mlp="geglu", qk_norm=True, post_norms=True, scale_embeddings=True),
-        keys=_LLAMA_KEYS
-        | {"query_pre_attn_scalar": "query_scalar", "rope_local_base_freq": "local_rope_theta"},
+        | dict(norm="unit_rms", qk_norm=True, post_norms=True, scale_embeddings=True),
+        keys=_GEMMA_KEYS | {"rope_local_base_freq": "local_rope_theta"},
         hf_defaults=dict(
             head_dim=256,
             query_pre_attn_scalar=256,
+            attn_logit_softcapping=None,
+            final_logit_softcapping=None,
             rms_norm_eps=1e-6,
             rope_theta=1_000_000.0,
             rope_local_base_freq=10_000.0,
@@ -137,9 +185,165 @@ FAMILIES = {
             sliding_window_pattern=6,
             tie_word_embeddings=True,
         ),
-        activation=("hidden_activation", ("gelu_pytorch_tanh", *_TANH_GELU)),
+        activation=_GEGLU,
         derived=frozenset(),
         neutral=_QK_NORM,
+        has_layer_types=True,
+        gguf_keys={"final_logit_softcapping": ("final_logit_softcap", None)},
+        gguf_window_period=6,
+        gguf_local_rope_theta=10_000.0,
+        gguf_layers_of_27b=62,
+    ),
+    "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
+        gguf="gemma2",
+        fixed_fields=_LLAMA_FIELDS | dict(norm="unit_rms", post_norms=True, scale_embeddings=True),
+        keys=_GEMMA_KEYS,
+        hf_defaults=dict(
+            head_dim=256,
+            query_pre_attn_scalar=256,
+            attn_logit_softcapping=50.0,
+            final_logit_softcapping=30.0,
+            rms_norm_eps=1e-6,
+            rope_theta=10_000.0,
+            sliding_window=4096,
+            sliding_window_pattern=2,
+            tie_word_embeddings=True,
+        ),
+        activation=_GEGLU,
+        derived=frozenset(),
+        has_layer_types=True,
+        gguf_keys={
+            "attn_logit_softcapping": ("attn_logit_softcap", 50.0),
+            "final_logit_softcapping": ("final_logit_softcap", 30.0),
+        },
+        gguf_window_period=2,
+        gguf_layers_of_27b=46,
+    ),
+    "phi3": Family(  # Phi-3, Phi-3.5 and Phi-4
+        architecture="Phi3ForCausalLM",
+        gguf="phi3",
+        fixed_fields=_LLAMA_FIELDS | dict(fused_projections=True),
+        keys=_LLAMA_KEYS,
+        hf_defaults=_LLAMA_DEFAULTS
+        | dict(
+            rms_norm_eps=1e-5,
+            sliding_window=None,
+            original_max_position_embeddings=4096,
+            partial_rotary_factor=1.0,
+        ),
+        activation=_SILU,
+        derived=frozenset({"head_dim", "num_kv_heads"}),
+        rotary_key="partial_rotary_factor",
+        gguf_window_period=1,
+    ),
+    "gpt_neox": Family(  # Pythia
+        architecture="GPTNeoXForCausalLM",
+        gguf="gptneox",
+        fixed_fields=_GPT2_FIELDS | dict(position="rope"),
+        keys=_GPT_NEOX_KEYS,
+        hf_defaults=dict(
+            layer_norm_eps=1e-5,
+            rotary_pct=0.25,
+            rotary_emb_base=10_000.0,
+            tie_word_embeddings=False,
+            use_parallel_residual=True,
+        ),
+        activation=("hidden_act", {"gelu": "gelu_erf"} | _GELU),
+        derived=frozenset({"head_dim", "num_kv_heads"}),
+        neutral=config_keys.LAYER_NORM | {"position_embedding_type": ("rope", "rotary")},
+        theta_key="rotary_emb_base",
+        rotary_key="rotary_pct",
+        gguf_keys={"use_parallel_residual": ("parallel_residual", True)},
+    ),
+    "olmo2": Family(
+        architecture="Olmo2ForCausalLM",
+        gguf="olmo2",
+        fixed_fields=_LLAMA_FIELDS
+        | dict(qk_norm=True, qk_norm_over="projection", pre_norms=False, post_norms=True),
+        keys=_LLAMA_KEYS,
+        hf_defaults=_LLAMA_DEFAULTS | dict(rms_norm_eps=1e-5),
+        activation=_SILU,
+        derived=frozenset({"head_dim", "num_kv_heads"}),
+        neutral=_QK_NORM,
+    ),
+    "granite": Family(
+        architecture="GraniteForCausalLM",
+        gguf="granite",
+        fixed_fields=_LLAMA_FIELDS,
+        keys=_GRANITE_KEYS,
+        hf_defaults=_LLAMA_DEFAULTS
+        | dict(
+            embedding_multiplier=1.0,
+            residual_multiplier=1.0,
+            attention_multiplier=1.0,
+            logits_scaling=1.0,
+        ),
+        activation=_SILU,
+        derived=frozenset({"head_dim", "num_kv_heads"}),
+        gguf_keys={
+            "embedding_scale": ("embedding_multiplier", 1.0),
+            "residual_scale": ("residual_multiplier", 1.0),
+            "attention.scale": ("attention_multiplier", None),
+            "logit_scale": ("logits_scaling", 1.0),
+        },
+    ),
+    "smollm3": Family(
+        architecture="SmolLM3ForCausalLM",
+        gguf="smollm3",
+        fixed_fields=_LLAMA_FIELDS,
+        keys=_LLAMA_KEYS,
+        hf_defaults=_LLAMA_DEFAULTS
+        | dict(
+            rope_theta=2_000_000.0,
+            tie_word_embeddings=True,
+            use_sliding_window=False,
+            sliding_window=None,
+        ),
+        activation=_SILU,
+        derived=frozenset({"head_dim", "num_kv_heads"}),
+        has_rope_layers=True,
+        has_layer_types=True,
+        gguf_rope_layers=(True, True, True, False),
+    ),
+    "mixtral": Family(  # its GGUF files have the architecture llama
+        architecture="MixtralForCausalLM",
+        gguf="llama",
+        fixed_fields=_LLAMA_FIELDS | dict(norm_topk_prob=True),
+        keys=_LLAMA_KEYS | _EXPERT_KEYS | {"num_local_experts": "num_experts"},
+        hf_defaults=_LLAMA_DEFAULTS
+        | dict(
+            rms_norm_eps=1e-5,
+            rope_theta=1_000_000.0,
+            sliding_window=None,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+        ),
+        activation=_SILU,
+        derived=frozenset({"head_dim", "num_kv_heads"}),
+    ),
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM",
+        gguf="qwen3moe",
+        fixed_fields=_LLAMA_FIELDS | dict(qk_norm=True),
+        keys={key: name for key, name in _LLAMA_KEYS.items() if name != "d_ff"}
+        | _EXPERT_KEYS
+        | {
+            "moe_intermediate_size": "d_ff",
+            "num_experts": "num_experts",
+            "norm_topk_prob": "norm_topk_prob",
+        },
+        hf_defaults=_LLAMA_DEFAULTS
+        | dict(
+            use_sliding_window=False,
+            sliding_window=4096,
+            num_experts=128,
+            num_experts_per_tok=8,
+            norm_topk_prob=False,
+        ),
+        activation=_SILU,
+        neutral=_QK_NORM | {"decoder_sparse_step": (1,), "mlp_only_layers": ()},
+        unused=frozenset({"intermediate_size"}),  # of layers without experts
     ),
 }
 
@@ -151,7 +355,10 @@ _SCALING_KEYS = {
     "beta_fast": "beta_fast",
     "beta_slow": "beta_slow",
     "attention_factor": "attention_factor",
+    "short_factor": "short_factor",
+    "long_factor": "long_factor",
 }
+_GGUF_EXPERTS = ("llama", "qwen3moe")  # architectures whose files can have experts
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 _LAYER_TYPES = {_LOCAL, _GLOBAL}
 
@@ -159,8 +366,9 @@ _LAYER_TYPES = {_LOCAL, _GLOBAL}
 def from_hf(config: Mapping[str, Any]) -> Config:
     """Convert the dictionary of a Hugging Face `config.json`.
 
-    A key with the value null is treated as absent, with two exceptions: a `sliding_window` of null
-    means no window, and a `num_key_value_heads` of null means the number of heads.
+    A key with the value null is treated as absent, with two exceptions: a null in a key of
+    `_NULLABLE` means that the model has no window or cap, and a `num_key_value_heads` of null means
+    the number of heads.
 
     Raises:
         ValueError: The model type is unknown, a key is missing or has an invalid value, or a key
@@ -170,25 +378,36 @@ def from_hf(config: Mapping[str, Any]) -> Config:
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"model_type must be one of {sorted(FAMILIES)}, got {kind!r}")
     family = FAMILIES[kind]
-    non_null = {k: v for k, v in config.items() if v is not None or k == "sliding_window"}
+    non_null = {k: v for k, v in config.items() if v is not None or k in _NULLABLE}
     rest: dict[str, Any] = {**family.hf_defaults, **non_null}
+    for key, synonym in (_EXPERT_COUNT, _EXPERT_COUNT[::-1]):
+        if key in non_null and key not in family.keys and synonym in family.keys:
+            rest[synonym] = rest.pop(key)
     if config.get("num_key_value_heads", 0) is None:  # unlike absent, where the default may differ
         rest["num_key_value_heads"] = config.get("num_attention_heads")
-    key, names = family.activation
-    if rest.setdefault(key, names[0]) not in names:
-        raise ValueError(f"{key} must be {' or '.join(map(repr, names))}, got {rest[key]!r}")
+    key, kinds_of_mlp = family.activation
+    activation = rest.setdefault(key, next(iter(kinds_of_mlp)))
+    if not isinstance(activation, str) or activation not in kinds_of_mlp:
+        names = " or ".join(map(repr, kinds_of_mlp))
+        raise ValueError(f"{key} must be {names}, got {activation!r}")
 
-    fields: dict[str, Any] = dict(family.fixed_fields)
+    fields: dict[str, Any] = dict(family.fixed_fields, mlp=kinds_of_mlp[activation])
     if family.fixed_fields["position"] == "rope":
-        _pop_rope(rest, fields)
         num_layers: Any = rest.get("num_hidden_layers")
         check_size("num_hidden_layers", num_layers, MAX_LAYERS)
-        fields["windows"] = _pop_windows(rest, family, num_layers)
+        _pop_rope(rest, fields, family)
+        if family.has_rope_layers:
+            fields["rope_layers"] = _pop_rope_layers(rest, num_layers)
+        fields["windows"] = _pop_windows(rest, family, num_layers, fields.get("rope_layers"))
     for key, name in family.keys.items():
         if key in rest:
             fields[name] = rest.pop(key)
 
-    unset = {name: key for key, name in family.keys.items() if fields.get(name) is None}
+    unset = {
+        name: key
+        for key, name in family.keys.items()
+        if fields.get(name) is None and key not in _NULLABLE
+    }
     if missing := [key for name, key in unset.items() if name not in family.derived]:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
     for name in ("num_heads", "d_model"):
@@ -201,69 +420,136 @@ def from_hf(config: Mapping[str, Any]) -> Config:
     for name in family.derived:
         if fields.get(name) is None:
             fields[name] = defaults[name]
-    if fields.get("query_scalar") == fields["head_dim"]:
-        fields["query_scalar"] = None  # the default is head_dim
-    cfg = Config(**fields)
+    check_size("head_dim", fields["head_dim"])
+    if family.rotary_key is not None:
+        fraction = rest.pop(family.rotary_key)
+        fields["rotary_dim"] = _rotary_dim(family.rotary_key, fraction, fields["head_dim"])
+    cfg = Config(**_with_defaults(fields))
     window = rest.get("sliding_window")
     if rest.get("use_sliding_window") is False or _covers(window, cfg):
         rest.pop("sliding_window", None)  # as in a Qwen2 that was converted to a Llama
+    for key in family.unused:
+        rest.pop(key, None)
+    names = tuple(name for name, mlp in kinds_of_mlp.items() if mlp == cfg.mlp)
     neutral_overrides = dict.fromkeys(config_keys.ACTIVATIONS, names) | dict(family.neutral)
     config_keys.check(rest, cfg, kind, neutral_overrides=neutral_overrides)
     return cfg
 
 
+def _with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
+    """Replace values that equal what None stands for, so that equal decoders have equal configs."""
+    head_dim = fields["head_dim"]
+    defaults = {
+        "query_scalar": head_dim,
+        "rotary_dim": head_dim,
+        "attention_multiplier": head_dim**-0.5,
+    }
+    return {
+        name: None if name in defaults and value == defaults[name] else value
+        for name, value in fields.items()
+    }
+
+
+def _rotary_dim(key: str, fraction: Any, head_dim: int) -> int:
+    """Return the number of rotated channels of each head, rounded down as in transformers."""
+    is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
+    if not is_number or not 0 < fraction <= 1:
+        raise ValueError(f"{key} must be a number above 0 and at most 1, got {fraction!r}")
+    return int(head_dim * fraction)
+
+
+def _pop_rope_layers(rest: dict[str, Any], num_layers: int) -> tuple[bool, ...]:
+    """Remove the keys of layers without positions; return whether each layer is rotated."""
+    layers, interval = rest.pop("no_rope_layers", None), rest.pop("no_rope_layer_interval", 4)
+    if layers is None:
+        check_size("no_rope_layer_interval", interval)
+        return tuple((i + 1) % interval != 0 for i in range(num_layers))
+    is_list = isinstance(layers, list) and len(layers) >= num_layers
+    if not is_list or {*map(repr, layers)} - {"0", "1"}:
+        raise ValueError(
+            f"no_rope_layers must be a list of 1 (with positions) or 0 for each of {num_layers} "
+            f"layers, got {layers!r}"
+        )
+    return tuple(layer == 1 for layer in layers[:num_layers])
+
+
 def to_hf(cfg: Config) -> dict[str, Any]:
     """Return the `config.json` dictionary that `from_hf` converts to an equal config.
+
+    The model type is the first one that can store the config.
 
     Raises:
         ValueError: No Hugging Face model type has this combination of fields.
     """
-    kinds = [
-        kind
-        for kind, family in FAMILIES.items()
-        if all(getattr(cfg, name) == value for name, value in family.fixed_fields.items())
-    ]
-    if not kinds:
-        raise ValueError(f"no Hugging Face model type matches {cfg}")
-    # Llama and Mistral differ only in the window.
-    kind = kinds[0] if len(kinds) == 1 or cfg.windows == (None,) else "mistral"
-    family = FAMILIES[kind]
-    out = {"model_type": kind, "architectures": [family.architecture]}
-    out |= {family.activation[0]: family.activation[1][0]}
+    lost: dict[str, list[str]] = {}
+    for kind, family in FAMILIES.items():
+        if not all(getattr(cfg, name) == value for name, value in family.fixed_fields.items()):
+            continue
+        out = _to_hf(cfg, kind, family)
+        try:
+            restored = out and from_hf(out)
+        except ValueError:
+            continue
+        if restored == cfg:
+            return out
+        lost[kind] = [
+            field.name
+            for field in dataclasses.fields(cfg)
+            if getattr(restored, field.name, None) != getattr(cfg, field.name)
+        ]
+    reasons = "".join(
+        f"; the config.json of {kind} cannot store {', '.join(names)}"
+        for kind, names in lost.items()
+    )
+    raise ValueError(f"no Hugging Face model type matches {cfg}{reasons}")
+
+
+def _to_hf(cfg: Config, kind: str, family: Family) -> dict[str, Any]:
+    """Return the `config.json` of a family, which may lack fields; {} if it has no such MLP."""
+    key, kinds_of_mlp = family.activation
+    activation = next((name for name, mlp in kinds_of_mlp.items() if mlp == cfg.mlp), None)
+    if activation is None:
+        return {}
+    out = {"model_type": kind, "architectures": [family.architecture], key: activation}
     out |= {key: getattr(cfg, name) for key, name in family.keys.items()}
-    if "query_pre_attn_scalar" in out and cfg.query_scalar is None:
+    if out.get("query_pre_attn_scalar", 0) is None:
         out["query_pre_attn_scalar"] = cfg.head_dim
+    if out.get("attention_multiplier", 0) is None:
+        out["attention_multiplier"] = cfg.head_dim**-0.5
     if cfg.position == "rope":
-        out["rope_theta"] = cfg.rope_theta
+        out[family.theta_key] = cfg.rope_theta
         if cfg.rope_scaling is not None:
             scaling = dataclasses.asdict(cfg.rope_scaling)
             out["rope_scaling"] = {"rope_type": scaling.pop("rope_type")} | {
-                key: scaling[name]
+                key: list(value) if isinstance(value := scaling[name], tuple) else value
                 for key, name in _SCALING_KEYS.items()
                 if scaling[name] is not None
             }
             if not cfg.rope_scaling.truncate:
                 out["rope_scaling"]["truncate"] = False
+            if "original_max_position_embeddings" in family.hf_defaults:
+                length = cfg.rope_scaling.original_max_seq_len
+                out["original_max_position_embeddings"] = length
+    if family.rotary_key is not None:
+        fraction = (cfg.rotary_dim or cfg.head_dim) / cfg.head_dim
+        if int(cfg.head_dim * fraction) != (cfg.rotary_dim or cfg.head_dim):  # rounded down
+            fraction = math.nextafter(fraction, 1)
+        out[family.rotary_key] = fraction
+    if family.has_rope_layers:
+        out["no_rope_layers"] = [int(cfg.has_rope(i)) for i in range(cfg.num_layers)]
     window = next((window for window in cfg.windows if window is not None), None)
     if "sliding_window" in family.hf_defaults:
         out["sliding_window"] = window
     if "use_sliding_window" in family.hf_defaults:
         out["use_sliding_window"] = window is not None
-    if "sliding_window" in family.hf_defaults and kind != "mistral":
+    if family.has_layer_types:
         out["layer_types"] = [
             _GLOBAL if cfg.window(i) is None else _LOCAL for i in range(cfg.num_layers)
         ]
-    if (restored := from_hf(out)) != cfg:
-        lost = [
-            f.name
-            for f in dataclasses.fields(cfg)
-            if getattr(restored, f.name) != getattr(cfg, f.name)
-        ]
-        raise ValueError(f"the config.json of {kind} cannot store {', '.join(lost)} of {cfg}")
     return out
 
 
-def _pop_rope(rest: dict[str, Any], fields: dict[str, Any]) -> None:
+def _pop_rope(rest: dict[str, Any], fields: dict[str, Any], family: Family) -> None:
     """Move the RoPE keys of `rest` to `fields`; keys that are not used stay in `rest`.
 
     transformers 4 wrote `rope_theta` and `rope_scaling`. transformers 5 writes both into
@@ -290,9 +576,11 @@ def _pop_rope(rest: dict[str, Any], fields: dict[str, Any]) -> None:
         rest["rope_local_base_freq"] = local.pop("rope_theta", rest["rope_local_base_freq"])
         rest |= local
         rope = rope.get(_GLOBAL, {})
-    rope = {"rope_theta": rest.pop("rope_theta")} | {
+    rope = {"rope_theta": rest.pop(family.theta_key)} | {
         key: value for key, value in rope.items() if value is not None or key == "factor"
     }
+    if family.rotary_key is not None and "partial_rotary_factor" in rope:
+        rest[family.rotary_key] = rope.pop("partial_rotary_factor")
     fields["rope_theta"] = rope.pop("rope_theta")
     # Phi-3 has this key outside the object; it takes precedence.
     original = rest.pop("original_max_position_embeddings", None)
@@ -320,7 +608,10 @@ def _parse_scaling(
         kind = "default"
     if kind == "dynamic" and factor == 1:  # it changes nothing up to the pretraining length
         kind = "default"
+    if kind == "su" or (kind == "yarn" and "short_factor" in rest):  # names in older Phi-3 files
+        kind = "longrope"
     if kind == "default":
+        rest.pop("original_max_position_embeddings", None)  # of Phi-3: it is not extended
         if factor not in (None, 1):
             raise ValueError(f"factor must be absent with rope_type 'default', got {factor!r}")
         return None, rest
@@ -328,6 +619,8 @@ def _parse_scaling(
         known = ", ".join(["default", *ROPE_SCALING_FIELDS])
         raise ValueError(f"rope_type must be one of {known}, got {kind!r}")
     required = {key for key, name in _SCALING_KEYS.items() if name in ROPE_SCALING_FIELDS[kind]}
+    if kind == "longrope":
+        _complete_longrope(rest, max_seq_len)
     fields: dict[str, Any] = {}
     if "original_max_position_embeddings" in required:
         rest.setdefault("original_max_position_embeddings", max_seq_len)
@@ -355,6 +648,31 @@ def _parse_scaling(
     return RopeScaling(**fields), rest
 
 
+def _complete_longrope(rope: dict[str, Any], max_seq_len: Any) -> None:
+    """Add the attention factor to the keys of LongRoPE, and convert its lists to tuples.
+
+    As in transformers, the ratio of the contexts is `factor` if it is present.
+    """
+    original = rope.setdefault("original_max_position_embeddings", max_seq_len)
+    for key, number in (
+        ("original_max_position_embeddings", original),
+        ("max_position_embeddings", max_seq_len),
+    ):
+        check_size(key, number)
+    factor = rope.pop("factor", None)
+    if factor is None:
+        factor = max_seq_len / original
+    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise ValueError(f"rope_type 'longrope': factor must be positive, got {factor!r}")
+    if "attention_factor" not in rope:
+        is_longer = factor > 1 and original > 1
+        extra = math.log(factor) / math.log(original) if is_longer else 0.0
+        rope["attention_factor"] = math.sqrt(1 + extra)
+    for key in ("short_factor", "long_factor"):
+        if isinstance(value := rope.get(key), list):
+            rope[key] = tuple(value)
+
+
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     """Return YaRN's multiplier of cosines and sines (arXiv:2309.00071, section 3.4).
 
@@ -368,8 +686,13 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(max(factor, 1)) + 1.0
 
 
-def _pop_windows(rest: dict[str, Any], family: Family, num_layers: int) -> tuple[int | None, ...]:
-    """Remove the keys of sliding windows from `rest`; return the windows of the layers."""
+def _pop_windows(
+    rest: dict[str, Any], family: Family, num_layers: int, rope_layers: tuple[bool, ...] | None
+) -> tuple[int | None, ...]:
+    """Remove the keys of sliding windows from `rest`; return the windows of the layers.
+
+    Where some layers have no positions, those are the layers with a window.
+    """
 
     def pop(key: str, default: Any) -> Any:  # only keys of this family
         return rest.pop(key) if key in family.hf_defaults else default
@@ -386,7 +709,9 @@ def _pop_windows(rest: dict[str, Any], family: Family, num_layers: int) -> tuple
     if (types := rest.pop("layer_types", None)) is None:
         if size is None:
             return (None,)
-        if period is not None:  # Gemma 3: every sixth layer has no window
+        if rope_layers is not None:
+            return tuple(None if has_rope else size for has_rope in rope_layers)
+        if period is not None:  # Gemma: every second or sixth layer has no window
             return (size,) * (period - 1) + (None,)
         return (None,) * min(num_full, num_layers) + (size,) * max(num_layers - num_full, 0)
     if not isinstance(types, list) or len(types) != num_layers or {*map(str, types)} - _LAYER_TYPES:
@@ -405,15 +730,18 @@ def _covers(window: Any, cfg: Config) -> bool:
 
 
 def from_gguf(
-    metadata: Mapping[str, Any], *, has_head: bool, rope_factors: Sequence[float] | None = None
+    metadata: Mapping[str, Any],
+    *,
+    has_head: bool,
+    rope_factors: Mapping[str, Sequence[float]] | None = None,
 ) -> Config:
     """Convert the metadata of a GGUF file.
 
     Args:
         metadata: The key-value section of the file.
         has_head: Whether the file has `output.weight`; without it the embeddings are tied.
-        rope_factors: Divisors of the rotary frequencies from `rope_freqs.weight`, if the file has
-            it.
+        rope_factors: Divisors of the rotary frequencies, from the tensors `rope_freqs` (Llama 3),
+            `rope_factors_short` and `rope_factors_long` (LongRoPE), if the file has them.
 
     Returns:
         The config.
@@ -447,6 +775,7 @@ def from_gguf(
     is_layer_norm = family.fixed_fields["norm"] == "layer"
     fields = dict(
         family.fixed_fields,
+        mlp=next(iter(family.activation[1].values())),
         num_layers=pop("block_count"),
         num_heads=heads,
         num_kv_heads=pop("attention.head_count_kv", heads),
@@ -458,19 +787,34 @@ def from_gguf(
         norm_eps=pop(f"attention.layer_norm_{'' if is_layer_norm else 'rms_'}epsilon"),
         tie_embeddings=not has_head,
     )
+    check_size("attention.key_length", fields["head_dim"])
+    for key, (name, default) in family.gguf_keys.items():
+        value = rest.pop(key, default)
+        fields[name] = default if value == 0 and not isinstance(value, bool) else value
+    if kind in _GGUF_EXPERTS and rest.get("expert_count", 0) not in (0, 1):
+        fields["num_experts"] = pop("expert_count")
+        check_size(f"{kind}.expert_count", fields["num_experts"])
+        fields["num_experts_per_tok"] = pop("expert_used_count")
+        fields["norm_topk_prob"] = True  # llama.cpp has no key for it
+        fields["d_ff"] = pop("expert_feed_forward_length", fields["d_ff"])
     if fields["position"] == "rope":
         fields["rope_theta"] = pop("rope.freq_base", 10_000.0)
-        if (rotated := pop("rope.dimension_count", fields["head_dim"])) != fields["head_dim"]:
+        rotated = pop("rope.dimension_count", fields["head_dim"])
+        if family.rotary_key is not None:
+            fields["rotary_dim"] = rotated
+        elif rotated != fields["head_dim"]:
             raise ValueError(f"{kind}.rope.dimension_count must be head_dim, got {rotated}")
-        fields["rope_scaling"] = _gguf_scaling(rest, fields, rope_factors)
-    if kind == "gemma3":
-        fields["local_rope_theta"] = pop("rope.freq_base_swa", 10_000.0)
-        fields["windows"] = _gguf_windows(rest, pop("attention.sliding_window"))
-        if fields["num_layers"] == 62:  # the 27B model has no key for it; llama.cpp does the same
-            fields["query_scalar"] = d_model // heads
+        fields["rope_scaling"] = _gguf_scaling(rest, fields, rope_factors or {})
+        fields["rope_layers"] = family.gguf_rope_layers
+    if family.gguf_local_rope_theta is not None:
+        fields["local_rope_theta"] = pop("rope.freq_base_swa", family.gguf_local_rope_theta)
+    if family.gguf_window_period is not None:
+        fields["windows"] = _gguf_windows(rest, family.gguf_window_period)
+    if fields["num_layers"] == family.gguf_layers_of_27b:  # as in llama.cpp
+        fields["query_scalar"] = d_model // heads
     if (width := pop("attention.value_length", fields["head_dim"])) != fields["head_dim"]:
         raise ValueError(f"{kind}.attention.value_length must be head_dim, got {width}")
-    cfg = Config(**fields)
+    cfg = Config(**_with_defaults(fields))
     if _covers(rest.get("attention.sliding_window"), cfg):
         del rest["attention.sliding_window"]
     config_keys.check_gguf(rest, cfg, kind)
@@ -493,9 +837,19 @@ def _check_single_model(metadata: Mapping[str, Any]) -> None:
     config_keys.log_ignored_keys("GGUF metadata", tuple(others))
 
 
-def _gguf_windows(rest: dict[str, Any], size: int) -> tuple[int | None, ...]:
-    """Return the windows of Gemma 3, from one flag per layer or the period of full layers."""
-    pattern = rest.pop("attention.sliding_window_pattern", 6)
+def _gguf_windows(rest: dict[str, Any], period: int) -> tuple[int | None, ...]:
+    """Return the windows of the layers, from one flag per layer or the period of full layers.
+
+    A window of 0 means none.
+    """
+    size = rest.pop("attention.sliding_window", 0 if period == 1 else None)
+    if size is None:
+        raise ValueError("the GGUF metadata lacks attention.sliding_window")
+    if size == 0:
+        return (None,)
+    if period == 1:
+        return (size,)
+    pattern = rest.pop("attention.sliding_window_pattern", period)
     if isinstance(pattern, list):
         return tuple(size if is_local else None for is_local in pattern)
     check_size("attention.sliding_window_pattern", pattern, MAX_LAYERS)
@@ -503,13 +857,18 @@ def _gguf_windows(rest: dict[str, Any], size: int) -> tuple[int | None, ...]:
 
 
 def _gguf_scaling(
-    rest: dict[str, Any], fields: dict[str, Any], factors: Sequence[float] | None
+    rest: dict[str, Any], fields: dict[str, Any], factors: Mapping[str, Sequence[float]]
 ) -> RopeScaling | None:
-    """Convert the keys `rope.scaling.*`, or Llama 3's table of factors.
+    """Convert the keys `rope.scaling.*`, and the tables of Llama 3 and LongRoPE.
 
     As in llama.cpp, the default type is linear, and a factor of 0 means 1.
     """
-    kind = rest.pop("rope.scaling.type", "linear")
+    tables = {
+        "short_factor": factors.get("rope_factors_short"),
+        "long_factor": factors.get("rope_factors_long"),
+    }
+    is_long = any(table is not None for table in tables.values())
+    kind = rest.pop("rope.scaling.type", "longrope" if is_long else "linear")
     factor = rest.pop("rope.scaling.factor", 0) or 1
     rope: dict[str, Any] = {"rope_type": kind, "factor": factor}
     for key, name in (
@@ -519,9 +878,19 @@ def _gguf_scaling(
     ):
         if value := rest.pop(f"rope.scaling.{key}", None):
             rope[name] = value
+    if kind == "longrope":
+        rope |= {key: list(table) for key, table in tables.items() if table is not None}
+        rope["attention_factor"] = rest.pop("rope.scaling.attn_factor", 1)
+        return _parse_scaling(rope, fields["max_seq_len"])[0]
+    if is_long:
+        raise ValueError(
+            f"rope.scaling.type must be longrope or absent with the tables rope_factors_short and "
+            f"rope_factors_long, got {kind!r}"
+        )
+    frequencies = factors.get("rope_freqs")
     if kind == "none" or (kind == "linear" and factor == 1):
-        return None if factors is None else _llama3_scaling(factors, fields)
-    if factors is not None:
+        return None if frequencies is None else _llama3_scaling(frequencies, fields)
+    if frequencies is not None:
         raise ValueError(f"rope.scaling.type must be none with rope_freqs.weight, got {kind!r}")
     if kind == "yarn" and isinstance(factor, int | float):
         attn_factor = rest.pop("rope.scaling.attn_factor", 1)

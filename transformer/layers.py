@@ -24,8 +24,8 @@ __all__ = ["embed", "linear", "norm", "quantize"]
 
 def quantize(p: Linear) -> Linear:
     """Return `p` in int8; each output row is scaled so that its largest magnitude becomes 127."""
-    scale = jnp.maximum(jnp.max(jnp.abs(p.weight), axis=1), 1e-30) / 127.0  # [out]
-    weight = jnp.round(p.weight / scale[:, None]).astype(jnp.int8)
+    scale = jnp.maximum(jnp.max(jnp.abs(p.weight), axis=-1), 1e-30) / 127.0  # [..., out]
+    weight = jnp.round(p.weight / scale[..., None]).astype(jnp.int8)
     return p.replace(weight=weight, scale=scale)
 
 

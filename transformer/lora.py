@@ -9,9 +9,9 @@ An adapter is a tree of arrays that `jax.grad` and optimizers accept: a tuple wi
 {"q": Lora, ...} per layer. On disk it is `adapter_config.json` and `adapter_model.safetensors`, the
 files of PEFT.
 
-Leaves out: adapters of the token embedding, DoRA, different ranks per linear map, and
-initializations that change the base model (such as PiSSA). Files that use them are rejected with
-the name of the key.
+Leaves out: adapters of the token embedding and of experts, DoRA, different ranks per linear map,
+and initializations that change the base model (such as PiSSA). Files that use them are rejected
+with the name of the key.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 
 from transformer import families, quarot
 from transformer.checkpoint import safetensors
-from transformer.checkpoint.names import TensorSource, tensor_sources
+from transformer.checkpoint.names import TensorSource, join_rows, rows_of, tensor_sources
 from transformer.config import Config
 from transformer.decoder import Params, abstract
 from transformer.weights import Linear, Lora
@@ -77,7 +77,7 @@ def init(
     *,
     rank: int,
     alpha: float,
-    target_modules: Sequence[str] = TARGET_MODULES,
+    target_modules: Sequence[str] | None = None,
 ) -> Adapter:
     """Return an initial adapter of every layer, with random A and zero B, in float32.
 
@@ -87,19 +87,26 @@ def init(
         rank: r, the rows of A and columns of B.
         alpha: The adapter is scaled by alpha / rank.
         target_modules: Names of the linear maps to adapt. Maps that a layer does not have are
-            ignored.
+            ignored; None: all maps that can be adapted.
 
     Returns:
         The adapter.
 
     Raises:
-        ValueError: A target module is unknown, or the rank is less than one.
+        ValueError: A target module is unknown or a map of experts, or the rank is less than one.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
+    if target_modules is None:
+        target_modules = adaptable_modules(cfg)
     if unknown := sorted(set(target_modules) - set(TARGET_MODULES)):
         raise ValueError(
             f"target_modules must be among {', '.join(TARGET_MODULES)}, got {unknown[0]!r}"
+        )
+    if experts := sorted(set(target_modules) - set(adaptable_modules(cfg))):
+        raise ValueError(
+            f"target_modules must be among {', '.join(adaptable_modules(cfg))}, because experts "
+            f"have no adapters, got {experts[0]!r}"
         )
     layers = []
     for layer in abstract(cfg).layers:
@@ -114,6 +121,21 @@ def init(
             loras[name] = Lora(a=a, b=jnp.zeros((out, rank), jnp.float32), scale=alpha / rank)
         layers.append(loras)
     return tuple(layers)
+
+
+def adaptable_modules(cfg: Config) -> tuple[str, ...]:
+    """Return the names of the linear maps that can have an adapter: all but those of experts."""
+    if cfg.num_experts is None:
+        return TARGET_MODULES
+    return tuple(name for name in TARGET_MODULES if name not in ("gate", "up", "down"))
+
+
+def shared_modules(cfg: Config) -> tuple[str, ...]:
+    """Return the names of the linear maps that share a tensor in files, and one A in adapters."""
+    names: dict[str, list[str]] = {}
+    for name, source in _tensor_sources(cfg)[0].items():
+        names.setdefault(source.name, []).append(name)
+    return tuple(name for group in names.values() if len(group) > 1 for name in group)
 
 
 def apply(params: Params, adapter: Adapter) -> Params:
@@ -203,7 +225,7 @@ def load(folder: Path, cfg: Config) -> Adapter:
                 continue
             out, inner = getattr(layer, name).weight.shape
             b = read(b_name, (num_rows[source.name], rank))
-            b = b[source.first_row : source.first_row + out]
+            b = rows_of(b, source, out, cfg.head_dim)
             loras[name] = Lora(a=read(a_name, (rank, inner)), b=b, scale=scale)
         adapter.append(loras)
     if missing:
@@ -223,7 +245,8 @@ def save(folder: Path, adapter: Adapter, cfg: Config, *, base_model: str | None 
         base_model: Name or folder of the base model, which is stored for other tools.
 
     Raises:
-        ValueError: Ranks or scales differ, or GPT-2's queries, keys and values do not share A.
+        ValueError: Ranks or scales differ, or maps that share a tensor (queries, keys and values of
+            GPT-2) do not share A.
     """
     tensors: dict[str, np.ndarray] = {}
     adapted, all_modules, settings = set(), set(), set()
@@ -244,7 +267,8 @@ def save(folder: Path, adapter: Adapter, cfg: Config, *, base_model: str | None 
                     "of them or with different A cannot be saved: merge it into the model"
                 )
             tensors[_tensor_name(source, "A")] = np.asarray(loras[0].a)
-            tensors[_tensor_name(source, "B")] = np.concatenate([lora.b for lora in loras])
+            b = [np.asarray(lora.b) for lora in loras]
+            tensors[_tensor_name(source, "B")] = join_rows(sources[names[0]], b, cfg.head_dim)
             settings |= {(len(lora.a), lora.scale) for lora in loras}
             adapted.add(_module(source))
     if len(settings) != 1:
@@ -279,7 +303,7 @@ def _tensor_sources(cfg: Config) -> list[dict[str, TensorSource]]:
     return [
         {
             name: getattr(layer, name).weight
-            for name in TARGET_MODULES
+            for name in adaptable_modules(cfg)
             if getattr(layer, name) is not None
         }
         for layer in tree.layers

@@ -41,7 +41,7 @@ from transformer.weights import Lora, Norm
 # The norm before each input projection, and the output projections.
 INPUT_PROJECTIONS: dict[str, str] = {
     **dict.fromkeys(("q", "k", "v"), "attn_norm"),
-    **dict.fromkeys(("gate", "up"), "mlp_norm"),
+    **dict.fromkeys(("router", "gate", "up"), "mlp_norm"),
     "head": "final_norm",
 }
 OUTPUT_PROJECTIONS = ("out", "down")
@@ -90,7 +90,8 @@ def strip_norm_weights(params: Params) -> Params:
     later needs them.
     """
     ones = Norm(scale=jnp.ones_like(params.final_norm.scale))
-    norm_weights = [[layer.attn_norm.scale, layer.mlp_norm.scale] for layer in params.layers]
+    norms: Any = [[layer.attn_norm, layer.mlp_norm] for layer in params.layers]
+    norm_weights = [[norm.scale for norm in pair] for pair in norms]
     return params.replace(
         layers=tuple(layer.replace(attn_norm=ones, mlp_norm=ones) for layer in params.layers),
         final_norm=ones,

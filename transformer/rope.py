@@ -9,7 +9,9 @@ To extend the context beyond the pretraining length, RoPE scaling lowers the low
 that no angle exceeds the range of pretraining. High frequencies, which distinguish neighbouring
 positions, stay. This is the rule of Llama 3 and of YaRN (Peng et al. 2023, arXiv:2309.00071); YaRN
 also multiplies the scores. Linear scaling lowers all frequencies (Chen et al. 2023,
-arXiv:2306.15595).
+arXiv:2306.15595). LongRoPE (Ding et al. 2024, arXiv:2402.13753) divides each frequency by a number
+found by search, and has two tables of them: one for sequences up to the original context, one for
+longer sequences.
 """
 
 from __future__ import annotations
@@ -24,16 +26,23 @@ import numpy as np
 from transformer.config import RopeScaling
 
 
-def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> jax.Array:
+def frequencies(
+    head_dim: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
+    length: jax.Array | int | None = None,
+) -> jax.Array:
     """Return the rotation of each channel pair from one position to the next.
 
     Args:
-        head_dim: H, even.
+        head_dim: H, the number of rotated channels, even.
         theta: Base of the geometric sequence of wavelengths.
         scaling: RoPE scaling, or None.
+        length: Number of positions of the sequences, int [...], which selects the table of
+            LongRoPE; other types ignore it. None selects the table of short sequences.
 
     Returns:
-        Radians per position, float32 [H/2].
+        Radians per position, float32 [H/2]; with LongRoPE and an array `length` [..., H/2].
     """
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     frequency = 1.0 / jnp.power(jnp.float32(theta), exponent)  # [H/2]
@@ -41,7 +50,11 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None)
         return frequency
     fields: Any = scaling  # RopeScaling checks that the fields of a type are not None
     if scaling.rope_type == "linear":
-        return frequency / scaling.factor
+        return frequency / fields.factor
+    if scaling.rope_type == "longrope":
+        short, long = (jnp.array(x, jnp.float32) for x in (fields.short_factor, fields.long_factor))
+        is_long = jnp.asarray(0 if length is None else length) > fields.original_max_seq_len
+        return frequency / jnp.where(is_long[..., None], long, short)
     if scaling.rope_type == "llama3":
         # Rotations of each pair within the original context.
         num_rotations = fields.original_max_seq_len * frequency / (2 * math.pi)
@@ -60,7 +73,7 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None)
         first, last = max(first, 0), min(last, head_dim - 1)
         ramp = (jnp.arange(head_dim // 2) - first) / max(last - first, 0.001)
         unscaled = 1.0 - jnp.clip(ramp, 0.0, 1.0)
-    return frequency * (unscaled + (1.0 - unscaled) / scaling.factor)
+    return frequency * (unscaled + (1.0 - unscaled) / fields.factor)
 
 
 def angles(
@@ -68,19 +81,25 @@ def angles(
     head_dim: int,
     theta: float,
     scaling: RopeScaling | None = None,
+    max_length: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the cosine and sine for each position and channel pair.
 
     Args:
         positions: Positions, int [B, T].
-        head_dim: H, even.
+        head_dim: H, the number of rotated channels, even.
         theta: Base of the geometric sequence of wavelengths.
         scaling: RoPE scaling, or None.
+        max_length: Number of positions that the sequences can have, from which LongRoPE selects
+            its table. None: it selects for each row by the largest position of the row.
 
     Returns:
         (cos, sin), each float32 [B, T, 1, H/2], which broadcast over heads.
     """
-    frequency = frequencies(head_dim, theta, scaling)  # [H/2]
+    length: Any = max_length
+    if max_length is None and scaling is not None and scaling.rope_type == "longrope":
+        length = positions.max(axis=1)[:, None, None] + 1  # [B, 1, 1]
+    frequency = frequencies(head_dim, theta, scaling, length)  # [H/2]
     angle = positions.astype(jnp.float32)[..., None, None] * frequency  # [B, T, 1, H/2]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     if scaling is not None and scaling.attention_factor is not None:

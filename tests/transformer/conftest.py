@@ -15,6 +15,17 @@ from transformer.decoder import Params
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "transformer"
 TINY = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma3")
+# Families whose parts those above have too, or that only one test file needs.
+MORE = (
+    "gemma2",
+    "phi3",
+    "gpt_neox",
+    "olmo2",
+    "granite",
+    "smollm3",
+    "mixtral",
+    "qwen3_moe",
+)
 GPT2_VARIANT = dict(
     norm="layer", position="learned", mlp="gelu", qkv_bias=True, linear_bias=True, num_kv_heads=4
 )

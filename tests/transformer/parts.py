@@ -29,16 +29,22 @@ def check_parts(params: decoder.Params, cfg: Config, golden: dict[str, np.ndarra
     for i, layer in enumerate(params.layers):
 
         def attend(q, k, v, i=i):
-            out, weights = attention.attend(q, k, v, window=cfg.window(i))
+            out, weights = attention.attend(
+                q, k, v, window=cfg.window(i), softcap=cfg.attn_logit_softcap
+            )
             same("attention", weights, i)
             return out
 
-        stream, normed = golden["stream"][i], golden["attn_norm"][i]
-        same("attn_norm", decoder._norm(stream, layer.attn_norm, cfg), i)
+        stream = normed = golden["stream"][i]
+        if cfg.pre_norms:
+            same("attn_norm", decoder._norm(stream, layer.attn_norm, cfg), i)
+            normed = golden["attn_norm"][i]
         for part in "qkv":
             same(part, linear(normed, getattr(layer, part)), i)
         for part in ("q_norm", "k_norm") if cfg.qk_norm else ():
-            heads = golden[part[0]][i].reshape(*normed.shape[:2], -1, cfg.head_dim)
+            heads = golden[part[0]][i]
+            if cfg.qk_norm_over == "head":
+                heads = heads.reshape(*normed.shape[:2], -1, cfg.head_dim)
             normed_heads = decoder._norm(heads, getattr(layer, part), cfg)
             # transformers applies the norm before the transpose of heads and tokens, in Gemma after
             is_after = golden[part][i].shape != heads.shape
@@ -49,11 +55,19 @@ def check_parts(params: decoder.Params, cfg: Config, golden: dict[str, np.ndarra
         if cfg.post_norms:
             same("attn_post_norm", decoder._norm(added, layer.attn_post_norm, cfg), i)
             added = golden["attn_post_norm"][i]
-        same("mlp_norm", decoder._norm(stream + added, layer.mlp_norm, cfg), i)
-        normed = golden["mlp_norm"][i]
-        same("up", linear(normed, layer.up), i)
-        if layer.gate is not None:
-            same("gate", linear(normed, layer.gate), i)
+        added = stream if cfg.parallel_residual else stream + added * cfg.residual_multiplier
+        normed = added
+        if cfg.pre_norms:
+            same("mlp_norm", decoder._norm(added, layer.mlp_norm, cfg), i)
+            normed = golden["mlp_norm"][i]
+        if layer.router is not None:
+            weights, experts = decoder.route(normed, layer.router, cfg)
+            same("router_weights", weights, i)
+            same("router_experts", experts, i, atol=0)
+        else:
+            same("up", linear(normed, layer.up), i)
+            if layer.gate is not None:
+                same("gate", linear(normed, layer.gate), i)
         same("mlp", decoder.mlp(normed, layer, cfg), i)
         if cfg.post_norms:
             same("mlp_post_norm", decoder._norm(golden["mlp"][i], layer.mlp_post_norm, cfg), i)

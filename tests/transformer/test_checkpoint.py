@@ -494,7 +494,7 @@ def tensor(name: bytes, shape=(32,), kind=0, offset=0) -> bytes:
         (raw_gguf([], [tensor(b"x", offset=1)]), ["'x'"]),
         (raw_gguf([], [tensor(b"x", shape=())]), ["'x'", 0]),
         (raw_gguf([], [tensor(b"x", shape=(0, 2**63))]), ["'x'", f"({2**63}, 0)"]),
-        (raw_gguf([], [tensor(b"x", shape=(2, 2, 2))]), ["3 axes"]),
+        (raw_gguf([], [tensor(b"x", shape=(2, 2, 2, 2))]), ["'x'", 4]),
         (
             raw_gguf([text(b"general.alignment") + struct.pack("<II", 4, 0)]),
             ["general.alignment", 0],
@@ -520,7 +520,7 @@ def test_malicious_gguf_raises(tmp_path, content, facts):
         ({"llama.rope.scaling.type": "longrope"}, ["rope_type", "'longrope'"]),
         ({"llama.rope.scaling.factor": -2.0}, ["factor", "-2.0"]),
         ({"llama.rope.scaling.attn_factor": 2.0}, ["llama.rope.scaling.attn_factor"]),
-        ({"llama.expert_count": 8}, ["llama.expert_count"]),
+        ({"llama.expert_count": 8}, ["llama.expert_used_count"]),
         ({"llama.rope.dimension_count": 4}, ["rope.dimension_count", "head_dim"]),
     ],
     ids=str,

@@ -7,7 +7,14 @@ import json
 import pytest
 
 from tests.naming import naming
-from tests.transformer.conftest import GEMMA_VARIANT, GOLDEN, GPT2_VARIANT, INVALID_VALUES, TINY
+from tests.transformer.conftest import (
+    GEMMA_VARIANT,
+    GOLDEN,
+    GPT2_VARIANT,
+    INVALID_VALUES,
+    MORE,
+    TINY,
+)
 from transformer import families
 from transformer.config import Config, RopeScaling
 
@@ -19,6 +26,13 @@ LLAMA3 = RopeScaling(
     low_freq_factor=1.0,
     high_freq_factor=4.0,
 )
+LONGROPE = RopeScaling(
+    rope_type="longrope",
+    original_max_seq_len=64,
+    attention_factor=1.2,
+    short_factor=(1.0, 1.0, 1.5, 2.0),
+    long_factor=(1.0, 2.0, 4.0, 8.0),
+)
 YARN = RopeScaling(
     rope_type="yarn",
     factor=4.0,
@@ -26,6 +40,11 @@ YARN = RopeScaling(
     beta_fast=32.0,
     beta_slow=1.0,
     attention_factor=1.1,
+)
+
+
+LONG = dict(
+    rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1, 1.2], long_factor=[1.0, 2.5, 9.0]
 )
 
 
@@ -59,6 +78,19 @@ def test_debug_is_small_and_hashable():
         ({"query_scalar": 2.5}, ["query_scalar", 2.5]),
         ({"local_rope_theta": 0}, ["local_rope_theta", 0]),
         ({"norm": "layer", "qk_norm": True}, ["qk_norm", "norm='layer'"]),
+        ({"qk_norm_over": "projection"}, ["qk_norm_over", "qk_norm"]),
+        ({"pre_norms": False}, ["pre_norms", "post_norms"]),
+        ({"parallel_residual": True, "post_norms": True}, ["parallel_residual", "post_norms"]),
+        ({"rotary_dim": 3}, ["rotary_dim", 8, 3]),
+        ({"rotary_dim": 10}, ["rotary_dim", 8, 10]),
+        ({"rope_layers": (1, 0)}, ["rope_layers", "(1, 0)"]),
+        ({"rope_layers": (False,), "position": "learned"}, ["rope_layers", "position"]),
+        ({"attn_logit_softcap": 0.0}, ["attn_logit_softcap", 0.0]),
+        ({"query_scalar": 4, "attention_multiplier": 0.5}, ["query_scalar", 4, 0.5]),
+        ({"num_experts": 4}, ["num_experts", "num_experts_per_tok", 4, None]),
+        ({"num_experts": 4, "num_experts_per_tok": 5}, ["num_experts_per_tok", 4, 5]),
+        ({"num_experts": 2, "num_experts_per_tok": 1, "mlp": "gelu"}, ["mlp", "'gelu'"]),
+        ({"num_experts": 2, "num_experts_per_tok": 1, "linear_bias": True}, ["linear_bias"]),
     ],
     ids=str,
 )
@@ -115,6 +147,16 @@ def test_windows_are_normalized_to_shortest_period(windows, shortest):
         Config.debug(qkv_bias=True, rope_theta=1e6, norm_eps=1e-6, head_dim=12),
         Config.debug(tie_embeddings=False),
         Config.debug(**GPT2_VARIANT),
+        Config.debug(fused_projections=True, rotary_dim=6, windows=(64,)),
+        Config.debug(fused_projections=True, rope_scaling=LONGROPE),
+        Config.debug(fused_projections=True, head_dim=98, rotary_dim=58),  # 58 / 98 * 98 < 58
+        Config.debug(num_experts=4, num_experts_per_tok=2, windows=(64,)),
+        Config.debug(num_experts=4, num_experts_per_tok=2, norm_topk_prob=False, qk_norm=True),
+        Config.debug(rope_layers=(True, False), windows=(None, 64)),
+        Config.debug(embedding_multiplier=3.0, attention_multiplier=0.1),
+        Config.debug(
+            **GPT2_VARIANT | dict(position="rope", parallel_residual=True, mlp="gelu_erf")
+        ),
     ],
     ids=str,
 )
@@ -122,7 +164,7 @@ def test_to_hf_then_from_hf_returns_equal_config(cfg):
     assert families.from_hf(json.loads(json.dumps(families.to_hf(cfg)))) == cfg
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [*TINY, *MORE])
 def test_config_json_of_transformers_is_read(name):
     cfg = families.from_hf(hf(name))
     assert families.from_hf(families.to_hf(cfg)) == cfg
@@ -135,7 +177,7 @@ def test_config_json_of_transformers_is_read(name):
         {"linear_bias": True},
         GPT2_VARIANT | {"num_kv_heads": 2},
         {"windows": (8, 4)},
-        {"windows": (8, None)},  # Mistral slides in all layers or in none
+        {"windows": (8, None), "attention_multiplier": 0.5},  # only SmolLM3 has such windows
         {"query_scalar": 4},
         {"local_rope_theta": 5.0},
         {"qk_norm": True, "post_norms": True},
@@ -185,7 +227,39 @@ def test_to_hf_without_model_type_raises(change):
         ("llama", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor", 0.5]),
         ("mistral", {"sliding_window": 0}, ["sliding_window", 0]),
         ("qwen3", {"attention_bias": True}, ["attention_bias"]),
-        ("gemma3", {"final_logit_softcapping": 30.0}, ["final_logit_softcapping", 30.0]),
+        ("llama", {"final_logit_softcapping": 30.0}, ["final_logit_softcapping", 30.0]),
+        ("gemma3", {"final_logit_softcapping": -1.0}, ["final_logit_softcap", -1.0]),
+        ("gemma2", {"attn_logit_softcapping": "50"}, ["attn_logit_softcap", "'50'"]),
+        (
+            "phi3",
+            {"rope_parameters": LONG | {"partial_rotary_factor": 1.5}},
+            ["partial_rotary_factor", 1.5],
+        ),
+        ("phi3", {"rope_parameters": LONG | {"long_factor": [1.0]}}, ["long_factor", 3, 1]),
+        ("phi3", {"rope_parameters": LONG | {"long_factor": 2.0}}, ["long_factor", 2.0]),
+        (
+            "phi3",
+            {"rope_parameters": LONG | {"short_factor": None}},
+            ["'longrope'", "short_factor"],
+        ),
+        ("gpt_neox", {"hidden_act": "relu"}, ["hidden_act", "'gelu'", "'relu'"]),
+        ("gpt_neox", {"attention_bias": False}, ["attention_bias", False]),
+        ("olmo2", {"attention_bias": True}, ["attention_bias", True]),
+        ("granite", {"attention_multiplier": 0}, ["attention_multiplier", 0]),
+        ("granite", {"mlp_bias": True}, ["mlp_bias", True]),
+        ("smollm3", {"no_rope_layers": [1]}, ["no_rope_layers", 2]),
+        ("smollm3", {"no_rope_layers": [1, "x"]}, ["no_rope_layers", "'x'"]),
+        (
+            "smollm3",
+            {"no_rope_layers": None, "no_rope_layer_interval": 0},
+            ["no_rope_layer_interval"],
+        ),
+        ("mixtral", {"num_experts_per_tok": 7}, ["num_experts_per_tok", 6, 7]),
+        ("mixtral", {"num_local_experts": "8"}, ["num_experts", "'8'"]),
+        ("mixtral", {"n_shared_experts": 1}, ["n_shared_experts", 1]),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, ["decoder_sparse_step", 2]),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, ["mlp_only_layers", "[0]"]),
+        ("qwen3_moe", {"moe_intermediate_size": None}, ["moe_intermediate_size"]),
         ("gemma3", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
         ("gemma3", {"layer_types": ["full_attention"]}, ["layer_types", 3]),
         ("gemma3", {"hidden_activation": "gelu"}, ["hidden_activation", "'gelu_pytorch_tanh'"]),
@@ -210,10 +284,11 @@ def test_unsupported_key_or_value_is_rejected(name, change, facts):
         families.from_hf(hf(name, **change))
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [*TINY, *MORE])
 def test_value_of_any_type_is_read_or_raises_value_error(name):
     """Bug: a list as the type of a RoPE scaling raised TypeError."""
     more = ("rope_scaling", "rope_parameters", "sliding_window_pattern", "rope_local_base_freq")
+    more += ("partial_rotary_factor", "rotary_pct", "rotary_emb_base", "num_local_experts")
     for key in (*hf(name), *more):
         for value in INVALID_VALUES:
             with contextlib.suppress(ValueError):  # any other exception fails the test
@@ -263,3 +338,21 @@ def test_absent_keys_have_defaults_of_transformers():
     qwen = hf("qwen2", max_window_layers=1, sliding_window=9)
     del qwen["layer_types"]
     assert families.from_hf(qwen).windows == (None, 9)
+
+
+def test_null_of_cap_means_none_and_absence_the_default():
+    """In transformers, too, null switches off what has a default."""
+    assert families.from_hf(hf("gemma2", attn_logit_softcapping=None)).attn_logit_softcap is None
+    config = hf("gemma2")
+    del config["attn_logit_softcapping"], config["final_logit_softcapping"]
+    cfg = families.from_hf(config)
+    assert (cfg.attn_logit_softcap, cfg.final_logit_softcap) == (50.0, 30.0)
+
+
+def test_old_names_of_longrope_are_read():
+    keys = dict(short_factor=LONG["short_factor"], long_factor=LONG["long_factor"])
+    expected = families.from_hf(hf("phi3"))
+    for name in ("su", "yarn", "longrope"):
+        config = hf("phi3", rope_scaling=dict(type=name, **keys), rope_theta=1e4)
+        assert families.from_hf(config) == expected
+    assert expected.rope_scaling.attention_factor == pytest.approx((1 + 5 / 4) ** 0.5)

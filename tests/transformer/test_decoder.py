@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests.naming import naming
-from tests.transformer.conftest import GPT2_VARIANT, TINY, VARIANTS, randomize
+from tests.transformer.conftest import GOLDEN, GPT2_VARIANT, MORE, TINY, VARIANTS, randomize
 from tests.transformer.parts import check_parts
-from transformer import attention, decoder, rope
+from transformer import attention, checkpoint, decoder, rope
 from transformer.config import Config, RopeScaling
 
 pytestmark = pytest.mark.heavy
@@ -148,8 +148,14 @@ def test_changed_rope_scaling_field_changes_angles(scaling):
 
 
 def test_every_config_field_is_tested():
-    """Every new field needs an entry in NUMBERS or SHAPES."""
+    """Every new field needs an entry in NUMBERS or SHAPES, or a golden family that has it."""
     wired = {name for change in [*NUMBERS, *SHAPES] for name in change} | {"max_seq_len"}
+    golden = [checkpoint.read_config(GOLDEN / name) for name in MORE]
+    wired |= {
+        field.name
+        for field in dataclasses.fields(Config)
+        if any(getattr(cfg, field.name) != field.default for cfg in golden)
+    }
     assert wired == {field.name for field in dataclasses.fields(Config)}
 
 

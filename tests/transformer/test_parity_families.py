@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from tests.transformer.conftest import TINY
+from tests.transformer.conftest import MORE, TINY
 from tests.transformer.parts import check_parts
-from transformer import cache, checkpoint, config_keys, decoder, families, rope
+from training.recipes.decoder import next_token_loss
+from transformer import cache, checkpoint, config_keys, decoder, families, lora, rope
 
 pytestmark = pytest.mark.parity
 LENGTH = 352  # beyond the first block of the cache, every window, and every context before scaling
@@ -27,6 +28,7 @@ def reference(name):
     from tests.golden.transformer import make_tiny
 
     config = make_tiny.CONFIGS[name]
+    config.pad_token_id = None  # torch has no gradient of its embedding
     if name == "gpt2":
         config.n_positions = 512
     elif getattr(config, "sliding_window", None) is not None:
@@ -35,7 +37,7 @@ def reference(name):
     return make_tiny.random_model(config), torch.randint(config.vocab_size, (1, LENGTH))
 
 
-@pytest.fixture(params=TINY)
+@pytest.fixture(params=[*TINY, *MORE])
 def both(request, tmp_path):
     """Return (our weights and config, the model of transformers, ids, its logits)."""
     import torch
@@ -80,6 +82,8 @@ def test_saved_folder_loads_in_transformers_bitwise_equal(both, tmp_path):
 
     (params, cfg), model, ids, expected = both
     checkpoint.save(tmp_path / "ours", params, cfg)
+    path = tmp_path / "ours" / "config.json"  # some defaults exceed the tiny vocabulary
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": None}))
     reloaded, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", attn_implementation="eager", output_loading_info=True
     )
@@ -89,6 +93,99 @@ def test_saved_folder_loads_in_transformers_bitwise_equal(both, tmp_path):
     assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
     with torch.inference_mode():
         np.testing.assert_array_equal(reloaded.eval()(ids).logits.numpy(), expected)
+
+
+def test_longrope_of_rows_with_different_lengths_matches_transformers(tmp_path):
+    """Each row has the table for its own length; in the cache, the table of the context."""
+    import torch
+
+    model, ids = reference("phi3")
+    model.save_pretrained(tmp_path)
+    params, cfg, _ = checkpoint.load(tmp_path)
+    ids, original = ids[:, :24].numpy(), cfg.rope_scaling.original_max_seq_len
+    for length in (original, original + 1, 24):
+        with torch.inference_mode():
+            expected = model(torch.tensor(ids[:, :length])).logits.numpy()
+        logits, _ = decoder.forward(params, cfg, ids[:, :length])
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+    short = dataclasses.replace(cfg, max_seq_len=original)  # a context without extension
+    tables, starts = np.array([[1]]), np.array([0])
+    x, _ = decoder.forward_cached(params, short, cache.init(cfg, 1), ids[:, :16], tables, starts)
+    with torch.inference_mode():
+        expected = model(torch.tensor(ids[:, :16])).logits.numpy()
+    np.testing.assert_allclose(decoder.unembed(params, short, x), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*TINY, *MORE])
+def test_loss_and_gradients_match_torch(name, tmp_path):
+    """Through the loss of training, which holds no logits, and blockwise attention."""
+    import torch
+
+    model, ids = reference(name)
+    ids = ids[:, :40].clone()
+    model.save_pretrained(tmp_path)
+    params, cfg, _ = checkpoint.load(tmp_path)
+    batch = {"ids": ids.numpy(), "segments": np.ones_like(ids), "weights": np.ones(ids.shape, "f4")}
+
+    def mean_loss(params):
+        loss, weight, _ = next_token_loss(params, cfg, batch, "float32")
+        return loss / weight
+
+    loss, gradients = jax.jit(jax.value_and_grad(mean_loss))(params)
+    model.zero_grad()
+    expected = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:])
+    expected.backward()
+    np.testing.assert_allclose(loss, expected.item(), rtol=1e-5)
+    for parameter in model.parameters():  # saved like the weights, and read back
+        gradient = parameter.grad
+        parameter.data = torch.zeros_like(parameter) if gradient is None else gradient.clone()
+    model.save_pretrained(tmp_path / "gradients")
+    model.zero_grad()
+    reference.cache_clear()
+    theirs, _, _ = checkpoint.load(tmp_path / "gradients")
+    for (path, ours), other in zip(
+        jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(theirs), strict=True
+    ):
+        np.testing.assert_allclose(
+            ours, other, rtol=0, atol=1e-4 * max(1, np.abs(other).max()), err_msg=str(path)
+        )
+
+
+LORA_TARGETS = {
+    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+    "olmo2": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"],
+}
+
+
+@pytest.mark.parametrize("name", LORA_TARGETS)
+def test_adapter_of_peft_matches(name, tmp_path):
+    """Also of projections that share one tensor, and so one A."""
+    import torch
+
+    peft = pytest.importorskip("peft")
+    model, ids = reference(name)
+    reference.cache_clear()  # PEFT changes the model
+    model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=LORA_TARGETS[name])
+    adapted = peft.get_peft_model(model, config)
+    torch.manual_seed(5)
+    for key, parameter in adapted.named_parameters():
+        if "lora_" in key:
+            parameter.data.normal_(0, 0.2)
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = ids[:, :40]
+    with torch.inference_mode():
+        expected = adapted(ids).logits.numpy()
+    params, cfg, _ = checkpoint.load(tmp_path / "base")
+    adapter = lora.load(tmp_path / "adapter", cfg)
+    lora.save(tmp_path / "again", adapter, cfg)
+    again = lora.load(tmp_path / "again", cfg)
+    for change, other in ((lora.apply, adapter), (lora.merge, adapter), (lora.apply, again)):
+        adapted_params = change(params, other)
+        logits, _ = decoder.forward(adapted_params, cfg, ids.numpy())
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3"])
@@ -143,10 +240,13 @@ TOLERATED_OF = {
     },
     "llama": {"sliding_window": 7, "use_sliding_window": False, "max_window_layers": 1},
     "qwen2": {"attention_bias": False, "use_mrope": False},
+    "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.3},
+    "mixtral": {"num_experts": 6, "router_jitter_noise": 0.1},
+    "qwen3_moe": {"num_experts": 6, "intermediate_size": 7, "router_aux_loss_coef": 1.0},
 }
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [*TINY, *MORE])
 def test_ignored_key_has_no_effect_in_transformers(name, tmp_path):
     import torch
     import transformers

@@ -11,7 +11,7 @@ import pytest
 
 import audio.config
 from tests.naming import naming
-from tests.transformer.conftest import TINY
+from tests.transformer.conftest import MORE, TINY
 from tests.transformer.test_config import hf
 from transformer import config_keys, encoder, families
 from transformer.config import RopeScaling
@@ -115,6 +115,152 @@ PUBLISHED = {
 }  # fmt: skip
 
 
+GEMMA2 = GEMMA | dict(
+    attn_logit_softcapping=50.0, final_logit_softcapping=30.0, hidden_act="gelu_pytorch_tanh",
+    max_position_embeddings=8192, model_type="gemma2", rope_theta=10000.0, sliding_window=4096,
+    sliding_window_size=4096, vocab_size=256000,
+)  # fmt: skip
+del GEMMA2["rope_local_base_freq"], GEMMA2["rope_scaling"], GEMMA2["sliding_window_size"]
+PHI3 = dict(
+    attention_bias=False, attention_dropout=0.0, bos_token_id=1, embd_pdrop=0.0, eos_token_id=32000,
+    hidden_act="silu", initializer_range=0.02, model_type="phi3", rms_norm_eps=1e-5,
+    original_max_position_embeddings=4096, pad_token_id=32000, resid_pdrop=0.0, rope_scaling=None,
+    rope_theta=10000.0, tie_word_embeddings=False, torch_dtype="bfloat16", use_cache=True,
+)  # fmt: skip
+PHI3_LONG = dict(type="longrope", short_factor=[1.0] * 48, long_factor=[1.0] * 24 + [64.0] * 24)
+NEOX = dict(
+    bos_token_id=0, eos_token_id=0, hidden_act="gelu", initializer_range=0.02, layer_norm_eps=1e-5,
+    max_position_embeddings=2048, model_type="gpt_neox", rotary_emb_base=10000, rotary_pct=0.25,
+    tie_word_embeddings=False, torch_dtype="float16", use_cache=True, use_parallel_residual=True,
+)  # fmt: skip
+GRANITE = dict(
+    attention_multiplier=0.015625, embedding_multiplier=12.0, logits_scaling=8.0,
+    residual_multiplier=0.22,
+)  # fmt: skip
+OLMO2 = LLAMA | dict(model_type="olmo2", rms_norm_eps=1e-6, rope_theta=500000)
+MOE = dict(decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True, head_dim=128)
+MOE |= dict(output_router_logits=False, router_aux_loss_coef=0.001, moe_intermediate_size=768)
+
+
+def neox(width, layers, heads, vocab, **more) -> dict:
+    return NEOX | dict(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, vocab_size=vocab,
+        num_attention_heads=heads,
+    ) | more  # fmt: skip
+
+
+# Other families: config.json, number of weights, and the fields that tell it from a Llama.
+PUBLISHED_MORE = {
+    "gemma-2-2b": (
+        GEMMA2 | dict(hidden_size=2304, intermediate_size=9216, num_hidden_layers=26)
+        | dict(num_attention_heads=8, num_key_value_heads=4),
+        2_614_341_888,
+        dict(windows=(4096, None), attn_logit_softcap=50.0, final_logit_softcap=30.0,
+             query_scalar=None),
+    ),
+    "gemma-2-27b": (
+        GEMMA2 | dict(hidden_size=4608, intermediate_size=36864, num_hidden_layers=46, head_dim=128)
+        | dict(num_attention_heads=32, num_key_value_heads=16, query_pre_attn_scalar=144),
+        27_227_128_320,
+        dict(query_scalar=144),
+    ),
+    "Phi-3-mini-4k": (
+        sized(PHI3, 3072, 8192, 32, 32, 32, 32064, 4096, sliding_window=2047),
+        3_821_079_552,
+        dict(windows=(2047,), rotary_dim=None, rope_scaling=None),
+    ),
+    "Phi-3-mini-128k": (
+        sized(PHI3, 3072, 8192, 32, 32, 32, 32064, 131072, sliding_window=262144)
+        | dict(rope_scaling=PHI3_LONG),
+        3_821_079_552,
+        dict(
+            windows=(262144,),
+            rope_scaling=RopeScaling(
+                rope_type="longrope", original_max_seq_len=4096, short_factor=(1.0,) * 48,
+                long_factor=(1.0,) * 24 + (64.0,) * 24, attention_factor=1.1902380714238083,
+            ),
+        ),
+    ),
+    "Phi-4-mini": (
+        sized(PHI3, 3072, 8192, 32, 24, 8, 200064, 131072, sliding_window=262144)
+        | dict(
+            rope_scaling=dict(PHI3_LONG, short_factor=[1.0] * 48), partial_rotary_factor=0.75,
+            tie_word_embeddings=True, full_attn_mod=1, interpolate_factor=1, lm_head_bias=False,
+        ),
+        3_836_021_760,
+        dict(rotary_dim=96, tie_embeddings=True),
+    ),
+    "phi-4": (
+        sized(PHI3, 5120, 17920, 40, 40, 10, 100352, 16384, sliding_window=None, rope_theta=250000)
+        | dict(original_max_position_embeddings=16384),
+        14_659_507_200,
+        dict(windows=(None,), rope_theta=250000, rope_scaling=None),
+    ),
+    "pythia-70m": (
+        neox(512, 6, 8, 50304),
+        70_426_624,
+        dict(rotary_dim=16, parallel_residual=True, mlp="gelu_erf", rope_theta=10000),
+    ),
+    "gpt-neox-20b": (
+        neox(6144, 44, 64, 50432, hidden_act="gelu_fast", attention_probs_dropout_prob=0),
+        20_554_567_680,
+        dict(rotary_dim=24, mlp="gelu"),
+    ),
+    "RedPajama-INCITE-3B": (
+        neox(2560, 32, 32, 50432, use_parallel_residual=False, rotary_pct=1.0),
+        2_775_864_320,
+        dict(rotary_dim=None, parallel_residual=False),
+    ),
+    "OLMo-2-0425-1B": (
+        sized(OLMO2, 2048, 8192, 16, 16, 16, 100352, 4096),
+        1_484_916_736,
+        dict(qk_norm_over="projection", pre_norms=False, post_norms=True),
+    ),
+    "granite-3.1-2b": (
+        sized(LLAMA, 2048, 8192, 40, 32, 8, 49155, 131072, model_type="granite", mlp_bias=False)
+        | GRANITE | dict(tie_word_embeddings=True, rope_theta=5e6, attention_dropout=0.1),
+        2_533_531_648,
+        dict(attention_multiplier=0.015625, embedding_multiplier=12.0, logits_scaling=8.0,
+             residual_multiplier=0.22),
+    ),
+    "SmolLM3-3B": (
+        sized(LLAMA, 2048, 11008, 36, 16, 4, 128256, 65536, model_type="smollm3", mlp_bias=False)
+        | dict(
+            no_rope_layers=[1, 1, 1, 0] * 9, no_rope_layer_interval=4, rope_theta=5e6,
+            layer_types=["full_attention"] * 36, max_window_layers=28, use_sliding_window=False,
+            sliding_window=None, tie_word_embeddings=True, rms_norm_eps=1e-6,
+        ),
+        3_075_098_624,
+        dict(rope_layers=(True, True, True, False), windows=(None,)),
+    ),
+    "Qwen3-30B-A3B": (
+        sized(QWEN, 2048, 6144, 48, 32, 4, 151936, 40960, model_type="qwen3_moe", num_experts=128)
+        | MOE | dict(attention_bias=False, num_experts_per_tok=8, max_window_layers=48)
+        | dict(sliding_window=None),
+        30_532_122_624,
+        dict(num_experts=128, num_experts_per_tok=8, d_ff=768, norm_topk_prob=True, qk_norm=True),
+    ),
+    "Mixtral-8x7B": (
+        sized(MISTRAL, 4096, 14336, 32, 32, 8, 32000, 32768, model_type="mixtral")
+        | dict(num_local_experts=8, num_experts_per_tok=2, output_router_logits=False)
+        | dict(router_aux_loss_coef=0.02, sliding_window=None, rms_norm_eps=1e-5),
+        46_702_792_704,
+        dict(num_experts=8, num_experts_per_tok=2, d_ff=14336, norm_topk_prob=True),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED_MORE)
+def test_published_config_of_other_family_is_read(name, caplog):
+    config, num_params, fields = PUBLISHED_MORE[name]
+    cfg = families.from_hf(config)
+    assert {field: getattr(cfg, field) for field in fields} == fields
+    assert cfg.num_params == num_params
+    restored = json.loads(json.dumps(families.to_hf(cfg)))
+    assert restored["model_type"] == config["model_type"]
+    assert families.from_hf(restored) == cfg
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_are_read(name):
     config, num_params = PUBLISHED[name]
@@ -143,11 +289,6 @@ BNB = dict(
 GPTQ = dict(bits=4, group_size=128, desc_act=False, quant_method="gptq", sym=True)
 AWQ = dict(bits=4, group_size=128, quant_method="awq", version="gemm", zero_point=True)
 FP8 = dict(quant_method="compressed-tensors", format="float-quantized", config_groups={})
-GRANITE = dict(
-    attention_multiplier=0.015625, embedding_multiplier=12.0, logits_scaling=8.0,
-    residual_multiplier=0.22,
-)  # fmt: skip
-
 # Name -> config.json, and a field of the Config with its value.
 ACCEPTED = {
     "a Mistral without groups of heads": (
@@ -407,8 +548,8 @@ REFUSED = {
         "8",
     ),
     "Qwen3 MoE written as a Qwen3": (changed("Qwen3-0.6B", num_experts=128), "num_experts", "128"),
-    "Gemma 2's caps": (
-        changed("gemma-3-1b", attn_logit_softcapping=50.0),
+    "Gemma 2's caps written as a Qwen3": (
+        changed("Qwen3-0.6B", attn_logit_softcapping=50.0),
         "attn_logit_softcapping",
         "50.0",
     ),
@@ -434,11 +575,12 @@ REFUSED = {
         "position_embedding_type",
         "'alibi'",
     ),
-    "LongRoPE": (
+    "LongRoPE of another head size": (
         changed(
             TINYLLAMA, rope_scaling=dict(type="longrope", short_factor=[1.0], long_factor=[2.0])
         ),
-        "'longrope'",
+        "longrope",
+        "short_factor",
     ),
     "dynamic NTK": (changed(TINYLLAMA, rope_scaling=dict(type="dynamic", factor=2.0)), "'dynamic'"),
     "embedding model (LLM2Vec)": (
@@ -539,7 +681,7 @@ OTHERS = {
 @pytest.mark.parametrize("key", config_keys.CONFIG)
 def test_every_table_key_with_other_value_is_rejected(key):
     """In every family: the family uses the key, or it is rejected with its name."""
-    for name in TINY:
+    for name in (*TINY, *MORE):
         family = families.FAMILIES[hf(name)["model_type"]]
         own = {
             *family.keys,
@@ -548,6 +690,12 @@ def test_every_table_key_with_other_value_is_rejected(key):
             "layer_types",
             "rope_scaling",
         }
+        if family.has_rope_layers:
+            own |= {"no_rope_layers", "no_rope_layer_interval"}
+        if family.rotary_key:
+            own |= {"partial_rotary_factor"}
+        if "num_experts_per_tok" in family.keys:
+            own |= {"num_experts", "num_local_experts"}
         if key in own | {"rope_parameters"}:
             continue
         with pytest.raises(ValueError, match=naming(key, "'x'")):
@@ -629,7 +777,7 @@ GGUF_NEUTRAL = {
     "unknown": {"llama.frobnicate": 1, "mradermacher.quantized_by": "x", "general.url": "x"},
 }
 GGUF_REFUSED = {
-    "llama.expert_count": 8,
+    "llama.expert_count": -1,
     "llama.rope.scaling.attn_factor": 1.19,
     "llama.attention.causal": False,
     "llama.logit_scale": 0.0625,

@@ -137,10 +137,13 @@ def next_token_loss(
     continues = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
     weights = jnp.pad(batch["weights"][:, 1:] * continues, ((0, 0), (0, 1)))  # [B, T]
     table = decoder.lm_head(params).weight
+    if cfg.logits_scaling != 1:
+        x = x / cfg.logits_scaling
     with jax.named_scope("loss"):
         loss, correct = chunked_cross_entropy(
-            x.reshape(-1, x.shape[-1]), table, targets.ravel(), weights.ravel(), dtype=dtype
-        )
+            x.reshape(-1, x.shape[-1]), table, targets.ravel(), weights.ravel(),
+            dtype=dtype, softcap=cfg.final_logit_softcap,
+        )  # fmt: skip
     return loss, weights.sum(), {"correct": correct, "tokens": (segments > 0).sum()}
 
 
@@ -176,8 +179,6 @@ def cast_params(params: Params, dtype: Dtype) -> Params:
 
 def _forward_flops(cfg: Config, length: int) -> float:
     """Return the forward FLOPs per token: two per weight, and attention to half of the text."""
-    infos = decoder.abstract(cfg)
-    matrices = [leaf for leaf in jax.tree.leaves(infos.layers) if len(leaf.shape) == 2]
-    products = sum(out * inner for out, inner in (leaf.shape for leaf in matrices))
+    products = decoder.num_matmul_weights(cfg)
     attention = 2 * cfg.num_heads * cfg.head_dim * (length + 1) / 2  # scores and weighted values
     return 2 * (products + cfg.vocab_size * cfg.d_model + cfg.num_layers * attention)

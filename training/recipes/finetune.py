@@ -34,7 +34,7 @@ from training.config import TrainConfig
 from training.packing import Batches
 from training.recipes import run_dir
 from training.recipes.decoder import DecoderTask, LoraTask, cast_params
-from transformer import checkpoint, families, lora
+from transformer import checkpoint, lora
 from transformer.checkpoint import gguf
 from transformer.config import Config as Model
 
@@ -244,11 +244,11 @@ def _task(
 def lora_target_modules(cfg: Model) -> tuple[str, ...]:
     """Return the linear layers that get an adapter: all that PEFT's format can represent.
 
-    Files of GPT-2 store the projections of queries, keys and values as one matrix, whose adapter in
-    PEFT's format has one matrix A for all three.
+    Files of GPT-2, GPT-NeoX and Phi-3 store queries, keys and values as one matrix, whose adapter
+    would have one A. The experts of a mixture have no adapters.
     """
-    fused = ("q", "k", "v") if families.to_hf(cfg)["model_type"] == "gpt2" else ()
-    return tuple(module for module in lora.TARGET_MODULES if module not in fused)
+    shared = lora.shared_modules(cfg)
+    return tuple(module for module in lora.adaptable_modules(cfg) if module not in shared)
 
 
 def read_tokenizer(model: Path, max_tokens: int | None = None) -> tuple[Tokenizer, int]:

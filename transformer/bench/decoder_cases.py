@@ -92,6 +92,7 @@ def bench_cases(sizes: Sizes) -> Iterator[Case]:
     yield from _norm(sizes.cfg)
     yield from _rotate(sizes.cfg)
     yield from _gated_mlp(sizes.cfg)
+    yield from _experts(sizes.cfg)
     yield from _attend(sizes.cfg)
     yield from _attend_cached(sizes.cfg, sizes.context)
     yield from _truncate(sizes.cfg)
@@ -178,7 +179,7 @@ def _rotate(cfg: Config) -> Iterator[Case]:
 
 
 def _gated_mlp(cfg: Config) -> Iterator[Case]:
-    if cfg.mlp == "gelu":
+    if cfg.mlp not in ("swiglu", "geglu"):
         return
     for dtype in DTYPES:
         for rows in (1, PROMPT_LENGTH):
@@ -202,6 +203,42 @@ def _gated_mlp(cfg: Config) -> Iterator[Case]:
                 dtype=dtype,
                 expected=in_float64(functools.partial(function, impl="reference")),
                 cold_argnums=(1, 2, 3),
+                reuse_distance=_model_bytes(cfg, dtype),
+            )
+
+
+def _experts(cfg: Config) -> Iterator[Case]:
+    """Yield cases with the experts of the config, or 8 of which a token takes 2."""
+    num_experts, k = cfg.num_experts or 8, cfg.num_experts_per_tok or 2
+    kind = cfg.mlp if cfg.mlp in ("swiglu", "geglu") else "swiglu"
+    for dtype in DTYPES:
+        for rows in (1, PROMPT_LENGTH):
+
+            def inputs(rows=rows, dtype=dtype) -> tuple:
+                shapes = {"gate": (cfg.d_ff, cfg.d_model), "up": (cfg.d_ff, cfg.d_model)}
+                shapes["down"] = (cfg.d_model, cfg.d_ff)
+                weights = {
+                    name: Linear(_normal(num_experts, *shape, seed=i, scale=0.02))
+                    for i, (name, shape) in enumerate(shapes.items())
+                }
+                p = as_dtype(weights, dtype, skip_modules=quarot.int8_skip_modules(cfg))
+                logits = _normal(1, rows, num_experts, seed=5)
+                chosen_weights, chosen = jax.lax.top_k(jax.nn.softmax(logits), k)
+                x = _normal(1, rows, cfg.d_model, seed=6)
+                return x, chosen_weights, chosen, p["gate"], p["up"], p["down"]
+
+            def function(x, weights, chosen, gate, up, down, *, impl=None):
+                return kernels.experts(x, weights, chosen, gate, up, down, kind, impl=impl)
+
+            yield Case(
+                name=f"experts {rows}x{cfg.d_model} by {k} of {num_experts} {dtype}",
+                operation="experts",
+                function=function,
+                inputs=inputs,
+                flops=6 * rows * k * cfg.d_model * cfg.d_ff,
+                dtype=dtype,
+                expected=in_float64(functools.partial(function, impl="reference")),
+                cold_argnums=(3, 4, 5),
                 reuse_distance=_model_bytes(cfg, dtype),
             )
 
@@ -296,7 +333,7 @@ def prefill_case(cfg: Config, dtype: str) -> Case:
         name=f"prefill 1x{PROMPT_LENGTH} {dtype}",
         function=lambda params, *rest: generate.prefill(params, cfg, *rest),
         inputs=inputs,
-        flops=2 * PROMPT_LENGTH * _num_layer_weights(cfg)
+        flops=2 * PROMPT_LENGTH * decoder.num_matmul_weights(cfg)
         + 2 * cfg.vocab_size * cfg.d_model
         + 4 * width * attended * cfg.num_layers,
         bytes=_model_bytes(cfg, dtype) + PROMPT_LENGTH * kv_bytes_per_token(cfg, dtype),
@@ -344,7 +381,7 @@ def decode_case(cfg: Config, dtype: str, rows: int, context: int) -> Case:
         name=f"decode {rows}x1 behind {context} {dtype}",
         function=function,
         inputs=inputs,
-        flops=2 * rows * (_num_layer_weights(cfg) + cfg.vocab_size * cfg.d_model)
+        flops=2 * rows * (decoder.num_matmul_weights(cfg) + cfg.vocab_size * cfg.d_model)
         + 4 * rows * width * (context + 1) * cfg.num_layers,
         bytes=_model_bytes(cfg, dtype) + rows * (context + 1) * kv_bytes_per_token(cfg, dtype),
         dtype=dtype,
@@ -470,12 +507,6 @@ def _cache_dtype(dtype: str) -> str:
 # --- arithmetic ---------------------------------------------------------------------------------
 
 
-def _num_layer_weights(cfg: Config) -> int:
-    """Return the number of weights in all linear layers of all blocks."""
-    infos = jax.tree.leaves(decoder.abstract(cfg).layers)
-    return sum(int(np.prod(info.shape)) for info in infos if len(info.shape) == 2)
-
-
 def _model_bytes(cfg: Config, dtype: str) -> float:
     """Return the bytes of weights that a decoding step reads, including the LM head."""
     params = decoder.abstract(cfg)
@@ -486,7 +517,10 @@ def _model_bytes(cfg: Config, dtype: str) -> float:
         if _is_linear(leaf):
             is_skipped = dtype == "int8" and _name(key_path) in quarot.int8_skip_modules(cfg)
             leaf_dtype = "bfloat16" if is_skipped else dtype
-            total += np.prod(leaf.weight.shape) * jnp.dtype(leaf_dtype).itemsize
+            size = np.prod(leaf.weight.shape) * jnp.dtype(leaf_dtype).itemsize
+            if len(leaf.weight.shape) == 3:  # one token reads some of the experts
+                size *= (cfg.num_experts_per_tok or 1) / leaf.weight.shape[0]
+            total += size
     return total
 
 

@@ -207,9 +207,13 @@ def _median_seconds(step: Callable[[], None]) -> float:
 def _required_bytes(sizes: decoder_cases.Sizes, dtype: str, rows: int, params) -> dict[str, float]:
     """Return the bytes that each stage must read, for stages that read weights or the KV cache."""
 
-    def size(modules) -> int:
+    def size(modules) -> float:
         linears = [module for module in modules if isinstance(module, Linear)]
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(linears))
+        return sum(map(read_bytes, jax.tree.leaves(linears)))
+
+    def read_bytes(leaf: jax.Array) -> float:  # of the experts of a layer, those of one token
+        chosen = sizes.cfg.num_experts_per_tok if leaf.ndim == 3 else None
+        return leaf.nbytes if chosen is None else leaf.nbytes * chosen / leaf.shape[0]
 
     layers = params.layers
     kv_bytes = rows * (sizes.context + 1) * decoder_cases.kv_bytes_per_token(sizes.cfg, dtype)

@@ -19,7 +19,14 @@ import numpy as np
 from transformer import families, quarot
 from transformer.checkpoint import gguf, safetensors
 from transformer.checkpoint.gguf import LazyTensor
-from transformer.checkpoint.names import TensorSource, rows_per_tensor, tensor_sources
+from transformer.checkpoint.names import (
+    TensorSource,
+    join_rows,
+    rows_of,
+    rows_per_tensor,
+    tensor_sources,
+    tensors_of,
+)
 from transformer.config import Config
 from transformer.decoder import Params, abstract
 from transformer.weights import Linear
@@ -27,10 +34,17 @@ from transformer.weights import Linear
 Dtype = Literal["float32", "bfloat16", "int8"]
 
 # Rotary tables and masks that some exporters store, although they follow from the config.
-_IGNORED_TENSORS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+_IGNORED_TENSORS = (
+    "rotary_emb.inv_freq",
+    *(".attn.bias", ".attn.masked_bias"),  # GPT-2
+    *(".attention.bias", ".attention.masked_bias"),  # GPT-NeoX
+)
 # The prefix of all tensor names except the head's; a model saved without its head has no prefix.
-_PREFIXES = {"gpt2": "transformer."}
+_PREFIXES = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}
 _PREFIX = "model."  # of the other families
+_HEADS = ("lm_head.weight", "embed_out.weight")
+# GGUF tensors with numbers that the config holds: RoPE scaling of Llama 3 and LongRoPE.
+_ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 _SLAB_BYTES = 32 * 2**20  # size of the float32 rows converted at once
 
 
@@ -95,9 +109,11 @@ def read_header(path: Path) -> Header:
         prefix = _PREFIXES.get(architecture, _PREFIX)
         if not any(name.startswith(prefix) for name in tensors):  # as in GPT-2's first files
             tensors = {
-                name if name.startswith("lm_head.") else prefix + name: tensor
+                name if name in _HEADS else prefix + name: tensor
                 for name, tensor in tensors.items()
             }
+        if architecture == "gpt_neox" and _HEADS[0] in tensors:  # its name in transformers 5
+            tensors[_HEADS[1]] = tensors.pop(_HEADS[0])
     elif path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"):
         raise ValueError(
             f"{path}: pickled weights are never opened, because unpickling runs code from the "
@@ -105,13 +121,14 @@ def read_header(path: Path) -> Header:
         )
     else:
         metadata, tensors = gguf.read(path)
-        factors = tensors.pop("rope_freqs.weight", None)
-        if factors is not None and len(factors.shape) != 1:
-            raise ValueError(f"{path}: rope_freqs.weight must have one axis, got {factors.shape}")
+        factors = {}
+        for name in _ROPE_TENSORS:
+            if (tensor := tensors.pop(name, None)) is not None:
+                if len(tensor.shape) != 1:
+                    raise ValueError(f"{path}: {name} must have one axis, got {tensor.shape}")
+                factors[name.removesuffix(".weight")] = tensor.read(0, tensor.shape[0]).tolist()
         cfg = families.from_gguf(
-            metadata,
-            has_head="output.weight" in tensors,
-            rope_factors=None if factors is None else factors.read(0, factors.shape[0]).tolist(),
+            metadata, has_head="output.weight" in tensors, rope_factors=factors
         )
         scheme, architecture = "gguf", metadata["general.architecture"]
     return Header(metadata, tensors, cfg, scheme, architecture)
@@ -160,14 +177,17 @@ def build_params(
         nonlocal num_loaded
         num_loaded += 1
         on_progress(min(num_loaded / num_tensors, 1.0))
-        if not is_linear(node):
-            return jnp.asarray(_read(node, info.shape, tensors, cfg))
         name = key_path[-1].name
+        if not is_linear(node):
+            array = _read(node, info.shape, tensors, cfg)
+            if is_rotated and name in quarot.INPUT_PROJECTIONS:  # a router
+                array = quarot.rotate_input_weight(array, norm_weight(key_path))
+            return jnp.asarray(array)
         slabs = _slabs(node.weight, info.weight.shape, tensors, cfg)
         bias = None if node.bias is None else _read(node.bias, info.bias.shape, tensors, cfg)
         is_skipped = dtype == "int8" and name in quarot.int8_skip_modules(cfg)
         if is_rotated and name in quarot.OUTPUT_PROJECTIONS:
-            slabs = [(0, quarot.rotate_output_weight(np.concatenate([rows for _, rows in slabs])))]
+            slabs = _rotated_outputs(slabs, info.weight.shape[-2])
             bias = None if bias is None else quarot.rotate_output_weight(bias[:, None])[:, 0]
         elif is_rotated:
             scale = norm_weight(key_path)
@@ -204,20 +224,25 @@ def _match_tensors(
     infos = abstract(cfg)
     num_rows = rows_per_tensor(tree, infos)
     names = {name for name in tensors if not name.endswith(_IGNORED_TENSORS)}
-    if cfg.tie_embeddings and "lm_head.weight" in names:  # some exporters store tied weights twice
-        names.discard("lm_head.weight")
-        check_tied(tensors, "lm_head.weight", tree.embed.weight.name, path)
+    head = next((name for name in _HEADS if name in names), None)
+    if cfg.tie_embeddings and head is not None:  # some exporters store tied weights twice
+        names.discard(head)
+        check_tied(tensors, head, tree.embed.weight.name, path)
     if missing := sorted(num_rows.keys() - names):
         raise ValueError(f"{path}: missing tensors: {_first_names(missing)}")
     if unknown := sorted(names - num_rows.keys()):
         raise ValueError(
             f"{path}: tensors that are not part of this model: {_first_names(unknown)}"
         )
-    for source, info in zip(jax.tree.leaves(tree), jax.tree.leaves(infos), strict=True):
-        expected = (num_rows[source.name], *info.shape[1:])
-        expected = expected[::-1] if source.is_transposed else expected
-        if (shape := tensors[source.name].shape) != expected:
-            raise ValueError(f"{path}: {source.name} must have shape {expected}, got {shape}")
+    for weight, info in zip(jax.tree.leaves(tree), jax.tree.leaves(infos), strict=True):
+        for source, part in tensors_of(weight, info.shape):
+            expected = (num_rows[source.name], *part[1:])
+            expected = expected[::-1] if source.is_transposed else expected
+            tensor = tensors[source.name]
+            if tensor.shape != expected:
+                raise ValueError(
+                    f"{tensor.path}: {source.name} must have shape {expected}, got {tensor.shape}"
+                )
     return tree, infos, len(num_rows)
 
 
@@ -270,18 +295,21 @@ def save(folder: Path, params: Params, cfg: Config) -> None:
     config = families.to_hf(cfg)
     slices: dict[str, list[np.ndarray]] = {}
 
-    def add(source: TensorSource, array: jax.Array) -> None:
-        slices.setdefault(source.name, []).append(np.asarray(array))  # in the order of their rows
-        if source.is_transposed:
-            slices[source.name][-1] = slices[source.name][-1].T
+    sources: dict[str, TensorSource] = {}
 
-    tree = tensor_sources(cfg, "hf", architecture=config["model_type"])
-    jax.tree.map(add, tree, params)
-    transposed = {source.name for source in jax.tree.leaves(tree) if source.is_transposed}
-    tensors = {
-        name: np.ascontiguousarray(np.concatenate(arrays, axis=1 if name in transposed else 0))
-        for name, arrays in slices.items()
-    }
+    def add(weight: TensorSource, array: jax.Array) -> None:
+        numbers = np.asarray(array)
+        for e, (source, _) in enumerate(tensors_of(weight, array.shape)):
+            part = numbers if source is weight else numbers[e]
+            sources.setdefault(source.name, source)
+            slices.setdefault(source.name, []).append(part)  # in the order of their rows
+
+    jax.tree.map(add, tensor_sources(cfg, "hf", architecture=config["model_type"]), params)
+    tensors = {}
+    for name, arrays in slices.items():
+        joined = join_rows(sources[name], arrays, cfg.head_dim)
+        joined = joined.T if sources[name].is_transposed else joined
+        tensors[name] = np.ascontiguousarray(joined)
     safetensors.write(Path(folder), config, tensors)
 
 
@@ -292,8 +320,9 @@ def _make_linear(
     dtype: Dtype,
 ) -> Linear:
     numpy_dtype = {"float32": np.float32, "bfloat16": jnp.bfloat16, "int8": np.int8}[dtype]
-    weight = np.empty(shape, numpy_dtype)
-    scale = np.empty(shape[:1], np.float32) if dtype == "int8" else None
+    num_rows = math.prod(shape[:-1])  # of all experts
+    weight = np.empty((num_rows, shape[-1]), numpy_dtype)
+    scale = np.empty(num_rows, np.float32) if dtype == "int8" else None
     for start, rows in slabs:
         stop = start + len(rows)
         if scale is not None:
@@ -303,9 +332,9 @@ def _make_linear(
         else:
             weight[start:stop] = rows
     return Linear(
-        weight=jnp.asarray(weight),
+        weight=jnp.asarray(weight.reshape(shape)),
         bias=None if bias is None else jnp.asarray(bias),
-        scale=None if scale is None else jnp.asarray(scale),
+        scale=None if scale is None else jnp.asarray(scale.reshape(shape[:-1])),
     )
 
 
@@ -314,20 +343,57 @@ def _read(source: TensorSource, shape: tuple[int, ...], tensors, cfg: Config) ->
 
 
 def _slabs(
-    source: TensorSource, shape: tuple[int, ...], tensors: Mapping[str, LazyTensor], cfg: Config
+    weight: TensorSource, shape: tuple[int, ...], tensors: Mapping[str, LazyTensor], cfg: Config
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (first row, float32 rows) of the weight that `source` describes, in order."""
-    read, first = tensors[source.name].read, source.first_row
+    """Yield (first row, float32 rows) of the weight that `weight` describes, in order.
+
+    The rows of experts are counted through: expert 1 begins with row F.
+    """
+    if len(shape) == 3 and "{e}" not in weight.name:  # all experts in one tensor
+        for e in range(shape[0]):
+            yield e * shape[1], tensors[weight.name].read(e, e + 1)[0]
+        return
+    for e, (source, part) in enumerate(tensors_of(weight, shape)):
+        for start, rows in _slabs_of_tensor(source, part, tensors[source.name], cfg):
+            yield e * part[0] + start, rows
+
+
+def _slabs_of_tensor(
+    source: TensorSource, shape: tuple[int, ...], tensor: LazyTensor, cfg: Config
+) -> Iterator[tuple[int, np.ndarray]]:
+    read, first = tensor.read, source.first_row
     if source.is_transposed:
         yield 0, read(0, shape[1]).T[first : first + shape[0]]
         return
     # Whole heads, so that interleaved rows can be reordered within a slab.
     slab = max(_SLAB_BYTES // (4 * math.prod(shape[1:])) // cfg.head_dim, 1) * cfg.head_dim
     for start in range(0, shape[0], slab):
-        rows = read(first + start, first + min(start + slab, shape[0]))
+        stop = min(start + slab, shape[0])
+        if source.stride:
+            groups = read(*(n // cfg.head_dim * source.stride for n in (start, stop)))
+            rows = rows_of(groups, source, stop - start, cfg.head_dim)
+        else:
+            rows = read(first + start, first + stop)
         if source.is_interleaved:
             rows = _deinterleave(rows, cfg.head_dim)
         yield start, rows - 1 if source.is_shifted else rows
+
+
+def _rotated_outputs(
+    slabs: Iterable[tuple[int, np.ndarray]], num_rows: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Rotate an output projection, or those of all experts one after another.
+
+    Args:
+        slabs: Slabs of the weight in order.
+        num_rows: Number of rows of one projection, D.
+    """
+    start, parts = 0, []
+    for first, rows in slabs:
+        parts.append(rows)
+        if first + len(rows) - start == num_rows:
+            yield start, quarot.rotate_output_weight(np.concatenate(parts))
+            start, parts = start + num_rows, []
 
 
 def _deinterleave(rows: np.ndarray, head_dim: int) -> np.ndarray:

@@ -8,6 +8,7 @@ The `gguf` package dequantizes the block formats (Q4_1, Q6_K, ...).
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Callable, Mapping
@@ -37,6 +38,7 @@ class LazyTensor:
 
     shape: tuple[int, ...]  # outermost axis first, as in NumPy
     read: Callable[[int, int], np.ndarray]  # (start, stop) -> float32 [stop - start, ...]
+    path: Path  # the file, for messages
 
 
 class _Reader:
@@ -153,8 +155,12 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
         if offset % alignment or start + offset + num_rows * row_bytes > len(data):
             raise ValueError(f"{path}: truncated or damaged: {name!r} exceeds the file")
         raw = np.frombuffer(data, np.uint8, num_rows * row_bytes, start + offset)
+        if len(shape) > 3:
+            raise ValueError(
+                f"{path}: a tensor of a decoder has 1 to 3 axes, but {name!r} has {len(shape)}"
+            )
         tensors[name] = LazyTensor(
-            shape, _row_reader(raw.reshape(num_rows, row_bytes), shape, quantization)
+            shape, _row_reader(raw.reshape(num_rows, row_bytes), shape, quantization), path
         )
     return metadata, tensors
 
@@ -186,17 +192,19 @@ def sampling_defaults(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], dict
 def _row_reader(
     raw: np.ndarray, shape: tuple[int, ...], quantization: Any
 ) -> Callable[[int, int], np.ndarray]:
-    if len(shape) > 2:
-        raise ValueError(f"a tensor of a decoder has 1 or 2 axes, got {len(shape)} axes")
+    """Return the function `read` of a tensor; `raw` has the bytes of one row of numbers a row."""
+    inner = math.prod(shape[1:-1])  # rows of numbers per item of the first axis
 
     def read(start: int, stop: int) -> np.ndarray:
         from gguf.quants import dequantize
 
-        rows = raw[0] if len(shape) == 1 else raw[start:stop]
+        rows = raw[0] if len(shape) == 1 else raw[start * inner : stop * inner]
         try:
             values = dequantize(rows, quantization).astype(np.float32)
         except NotImplementedError as error:
             raise ValueError(f"weights of type {quantization.name} are not supported") from error
-        return values[start:stop] if len(shape) == 1 else values  # a vector is stored as one row
+        if len(shape) == 1:  # a vector is stored as one row
+            return values[start:stop]
+        return values.reshape(-1, *shape[1:])
 
     return read

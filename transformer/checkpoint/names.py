@@ -1,16 +1,19 @@
 """Mapping from the weights of the decoder to the named tensors of a checkpoint.
 
-There is one table per naming scheme: Hugging Face (GPT-2; Llama and similar; Gemma 3) and GGUF. A
-`TensorSource` describes how to convert a tensor to a weight: some are transposed, have interleaved
-rows or an offset, and GPT-2 stores queries, keys and values in one tensor.
+There is one table per naming scheme: Hugging Face (Llama, and families that differ from it) and
+GGUF. A `TensorSource` describes how to convert a tensor to a weight: some are transposed, have
+interleaved rows or an offset, several weights can share one tensor, and the experts of a layer are
+one tensor each or all in one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import numpy as np
 
 from transformer.config import Config
 from transformer.decoder import Layer, Params
@@ -21,11 +24,14 @@ from transformer.weights import Linear, Norm
 class TensorSource:
     """Tensor of a checkpoint that holds a weight, and how to convert it."""
 
-    name: str
+    name: str  # "{e}" stands for the expert where each expert has its own tensor
     first_row: int = 0  # of the tensor, after the transposition
+    # The rows of each head alternate with those of other weights: this weight has rows `first_row`
+    # to `first_row` + H of every group of `stride` rows. 0: its rows are contiguous.
+    stride: int = 0
     is_transposed: bool = False  # stored as [in, out] (the Conv1D of GPT-2)
     is_interleaved: bool = False  # rotary pairs are adjacent rows (GGUF llama)
-    is_shifted: bool = False  # stored plus one (GGUF gemma3 norms)
+    is_shifted: bool = False  # stored plus one (GGUF gemma norms)
 
 
 # Field of `Layer` or `Params` -> tensor name without suffix. "{i}" is the layer.
@@ -45,24 +51,49 @@ _HF_LLAMA = {
     "final_norm": "model.norm",
     "head": "lm_head",
 }
-_HF_GEMMA3 = _HF_LLAMA | {  # post_attention_layernorm is another norm than in Llama
+_HF_POST_NORMS = {  # post_attention_layernorm is another norm than in Llama
     "attn_post_norm": "model.layers.{i}.post_attention_layernorm",
     "mlp_norm": "model.layers.{i}.pre_feedforward_layernorm",
     "mlp_post_norm": "model.layers.{i}.post_feedforward_layernorm",
+}
+_HF_FUSED = {
+    **dict.fromkeys("qkv", "model.layers.{i}.self_attn.qkv_proj"),
+    **dict.fromkeys(("gate", "up"), "model.layers.{i}.mlp.gate_up_proj"),
+}
+_HF_EXPERTS = {
+    "router": "model.layers.{i}.mlp.gate",
+    "gate": "model.layers.{i}.mlp.experts.{e}.gate_proj",
+    "up": "model.layers.{i}.mlp.experts.{e}.up_proj",
+    "down": "model.layers.{i}.mlp.experts.{e}.down_proj",
+}
+_HF_MIXTRAL = {
+    "router": "model.layers.{i}.block_sparse_moe.gate",
+    "gate": "model.layers.{i}.block_sparse_moe.experts.{e}.w1",
+    "up": "model.layers.{i}.block_sparse_moe.experts.{e}.w3",
+    "down": "model.layers.{i}.block_sparse_moe.experts.{e}.w2",
 }
 _HF_GPT2 = {
     "embed": "transformer.wte",
     "positions": "transformer.wpe",
     "attn_norm": "transformer.h.{i}.ln_1",
-    "q": "transformer.h.{i}.attn.c_attn",
-    "k": "transformer.h.{i}.attn.c_attn",
-    "v": "transformer.h.{i}.attn.c_attn",
+    **dict.fromkeys("qkv", "transformer.h.{i}.attn.c_attn"),
     "out": "transformer.h.{i}.attn.c_proj",
     "mlp_norm": "transformer.h.{i}.ln_2",
     "up": "transformer.h.{i}.mlp.c_fc",
     "down": "transformer.h.{i}.mlp.c_proj",
     "final_norm": "transformer.ln_f",
     "head": "lm_head",
+}
+_HF_GPT_NEOX = {
+    "embed": "gpt_neox.embed_in",
+    "attn_norm": "gpt_neox.layers.{i}.input_layernorm",
+    **dict.fromkeys("qkv", "gpt_neox.layers.{i}.attention.query_key_value"),
+    "out": "gpt_neox.layers.{i}.attention.dense",
+    "mlp_norm": "gpt_neox.layers.{i}.post_attention_layernorm",
+    "up": "gpt_neox.layers.{i}.mlp.dense_h_to_4h",
+    "down": "gpt_neox.layers.{i}.mlp.dense_4h_to_h",
+    "final_norm": "gpt_neox.final_layer_norm",
+    "head": "embed_out",
 }
 _GGUF = {
     "embed": "token_embd",
@@ -83,6 +114,48 @@ _GGUF = {
     "final_norm": "output_norm",
     "head": "output",
 }
+_GGUF_QKV = dict.fromkeys("qkv", "blk.{i}.attn_qkv")
+_GGUF_EXPERTS = {
+    "router": "blk.{i}.ffn_gate_inp",
+    "gate": "blk.{i}.ffn_gate_exps",
+    "up": "blk.{i}.ffn_up_exps",
+    "down": "blk.{i}.ffn_down_exps",
+}
+# llama.cpp reorders queries and keys of these architectures for its own kernel.
+_GGUF_INTERLEAVED = ("llama", "granite", "smollm3")
+
+
+def _table(cfg: Config, scheme: str, architecture: str) -> dict[str, str]:
+    if scheme == "gguf":
+        table = dict(_GGUF)
+        if architecture in ("gpt2", "gptneox") or cfg.fused_projections:
+            table |= _GGUF_QKV
+        if cfg.fused_projections:
+            table |= {"gate": table["up"]}
+        return table | (_GGUF_EXPERTS if cfg.num_experts else {})
+    if architecture == "gpt2":
+        return _HF_GPT2
+    if architecture == "gpt_neox":
+        return _HF_GPT_NEOX
+    table = dict(_HF_LLAMA)
+    if cfg.post_norms:
+        table |= _HF_POST_NORMS
+    if cfg.fused_projections:
+        table |= _HF_FUSED
+    if cfg.num_experts:
+        table |= _HF_MIXTRAL if architecture == "mixtral" else _HF_EXPERTS
+    return table
+
+
+def _first_rows(cfg: Config, table: dict[str, str]) -> dict[str, int]:
+    """Return the first row of each weight that shares a tensor with others, one after another."""
+    heads, kv_heads = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    rows = {}
+    if table["q"] == table["k"]:
+        rows |= {"q": 0, "k": heads, "v": heads + kv_heads}
+    if table.get("gate") == table["up"]:
+        rows |= {"gate": 0, "up": cfg.d_ff}
+    return rows
 
 
 def tensor_sources(cfg: Config, scheme: str, *, architecture: str) -> Params:
@@ -96,26 +169,25 @@ def tensor_sources(cfg: Config, scheme: str, *, architecture: str) -> Params:
     Returns:
         The tree.
     """
-    is_gpt2, is_gguf = architecture == "gpt2", scheme == "gguf"
-    if is_gguf:
-        table = _GGUF | (dict.fromkeys("qkv", "blk.{i}.attn_qkv") if is_gpt2 else {})
-    else:
-        table = {"gpt2": _HF_GPT2, "gemma3_text": _HF_GEMMA3}.get(architecture, _HF_LLAMA)
-    heads, kv_heads = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    first_row = {"q": 0, "k": heads, "v": heads + kv_heads} if is_gpt2 else {}
+    is_gguf = scheme == "gguf"
+    table = _table(cfg, scheme, architecture)
+    first_row, stride = _first_rows(cfg, table), 0
+    if architecture == "gpt_neox":  # each head's query, key and value, then those of the next head
+        first_row = {part: n * cfg.head_dim for n, part in enumerate("qkv")}
+        stride = 3 * cfg.head_dim
     leaf: Any = TensorSource  # takes the place of an array in the tree
 
     def linear(part: str, has_bias: bool, i: int = 0) -> Linear:
         def source(kind: str) -> Any:
             return leaf(
-                f"{table[part].format(i=i)}.{kind}",
+                f"{table[part].format(i=i, e='{e}')}.{kind}",
                 first_row.get(part, 0),
-                is_transposed=is_gpt2
+                stride if part in ("q", "k", "v") else 0,
+                is_transposed=architecture == "gpt2"
                 and not is_gguf
                 and kind == "weight"
                 and part not in ("embed", "head"),
-                # llama.cpp reorders queries and keys of this one architecture for its own kernel.
-                is_interleaved=is_gguf and architecture == "llama" and part in ("q", "k"),
+                is_interleaved=architecture in _GGUF_INTERLEAVED and is_gguf and part in ("q", "k"),
             )
 
         return Linear(weight=source("weight"), bias=source("bias") if has_bias else None)
@@ -127,8 +199,9 @@ def tensor_sources(cfg: Config, scheme: str, *, architecture: str) -> Params:
         return Norm(scale=leaf(f"{name}.weight", is_shifted=is_shifted), bias=bias)
 
     def layer(i: int) -> Layer:
+        mlp_bias = cfg.linear_bias
         return Layer(
-            attn_norm=norm("attn_norm", i),
+            attn_norm=norm("attn_norm", i) if cfg.pre_norms else None,
             q=linear("q", cfg.qkv_bias, i),
             k=linear("k", cfg.qkv_bias, i),
             v=linear("v", cfg.qkv_bias, i),
@@ -136,10 +209,11 @@ def tensor_sources(cfg: Config, scheme: str, *, architecture: str) -> Params:
             k_norm=norm("k_norm", i) if cfg.qk_norm else None,
             out=linear("out", cfg.linear_bias, i),
             attn_post_norm=norm("attn_post_norm", i) if cfg.post_norms else None,
-            mlp_norm=norm("mlp_norm", i),
-            gate=None if cfg.mlp == "gelu" else linear("gate", cfg.linear_bias, i),
-            up=linear("up", cfg.linear_bias, i),
-            down=linear("down", cfg.linear_bias, i),
+            mlp_norm=norm("mlp_norm", i) if cfg.pre_norms else None,
+            router=leaf(f"{table['router'].format(i=i)}.weight") if cfg.num_experts else None,
+            gate=linear("gate", mlp_bias, i) if cfg.mlp in ("swiglu", "geglu") else None,
+            up=linear("up", mlp_bias, i),
+            down=linear("down", mlp_bias, i),
             mlp_post_norm=norm("mlp_post_norm", i) if cfg.post_norms else None,
         )
 
@@ -150,6 +224,26 @@ def tensor_sources(cfg: Config, scheme: str, *, architecture: str) -> Params:
         final_norm=norm("final_norm"),
         head=None if cfg.tie_embeddings else linear("head", False),
     )
+
+
+def tensors_of(
+    source: TensorSource, shape: tuple[int, ...]
+) -> Iterator[tuple[TensorSource, tuple[int, ...]]]:
+    """Yield the tensors of a weight, each with the shape of its part of the weight.
+
+    Args:
+        source: Source of the weight.
+        shape: Shape of the weight.
+
+    Yields:
+        The source and the shape themselves, or those of each expert where experts have tensors of
+        their own.
+    """
+    if "{e}" not in source.name:
+        yield source, shape
+        return
+    for e in range(shape[0]):
+        yield replace(source, name=source.name.replace("{e}", str(e))), shape[1:]
 
 
 def rows_per_tensor(tree: Params, shapes: Params) -> dict[str, int]:
@@ -164,6 +258,24 @@ def rows_per_tensor(tree: Params, shapes: Params) -> dict[str, int]:
     """
     rows: dict[str, int] = {}
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(shapes), strict=True)
-    for source, leaf in pairs:
-        rows[source.name] = rows.get(source.name, 0) + leaf.shape[0]
+    for weight, leaf in pairs:
+        for source, shape in tensors_of(weight, leaf.shape):
+            rows[source.name] = rows.get(source.name, 0) + shape[0]
     return rows
+
+
+def rows_of(tensor: Any, source: TensorSource, count: int, head_dim: int) -> Any:
+    """Return the `count` rows of a tensor that belong to the weight of `source`."""
+    first = source.first_row
+    if not source.stride:
+        return tensor[first : first + count]
+    groups = tensor.reshape(-1, source.stride, *tensor.shape[1:])
+    return groups[:, first : first + head_dim].reshape(count, *tensor.shape[1:])
+
+
+def join_rows(source: TensorSource, weights: Sequence[np.ndarray], head_dim: int) -> np.ndarray:
+    """Return the tensor that holds all of `weights`, which are in the order of their first rows."""
+    if not source.stride:
+        return np.concatenate(weights)
+    heads = [weight.reshape(-1, head_dim, *weight.shape[1:]) for weight in weights]
+    return np.stack(heads, axis=1).reshape(-1, *weights[0].shape[1:])

@@ -35,27 +35,33 @@ def read(
 
     Raises:
         FileNotFoundError: config.json, the weights, or a shard of the index does not exist.
-        ValueError: A file is damaged, a tensor is in two shards, or all weights are pickled.
+        ValueError: A file is damaged, a tensor is in two shards or not in the shard of the index,
+            or all weights are pickled.
     """
     config = read_json_object(folder / "config.json")
-    shards = _weight_files(folder)
     tensors: dict[str, LazyTensor] = {}
-    for shard in shards:
+    for shard, names in _weight_files(folder).items():
         shard_tensors = read_tensors(shard, ignore=ignore)
+        names = {name for name in names if not name.endswith(tuple(ignore))}
+        if missing := sorted(names - shard_tensors.keys()):
+            raise ValueError(
+                f"{shard}: lacks the tensor {missing[0]!r}, which the index places in it; the file "
+                "may belong to another model"
+            )
         if duplicates := sorted(shard_tensors.keys() & tensors.keys()):
             raise ValueError(f"{shard}: the tensor {duplicates[0]!r} is in two shards")
         tensors |= shard_tensors
     return config, tensors
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Return `model.safetensors` if it exists, else the shards of the index.
+def _weight_files(folder: Path) -> dict[Path, set[str]]:
+    """Return `model.safetensors` if it exists, else the shards of the index and their tensors.
 
     transformers has the same order. A stale index next to a single file is therefore ignored.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
-        return [single]
+        return {single: set()}
     if not index.exists():
         if pickles := [p.name for glob in _PICKLES for p in folder.glob(glob)]:
             raise ValueError(
@@ -77,7 +83,10 @@ def _weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{index}: shards must be in the same folder, got {invalid[0]!r}")
     if absent := [name for name in names if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{index}: the shard {absent[0]!r} is missing from the folder")
-    return [folder / name for name in names]
+    return {
+        folder / file: {name for name, shard in weight_map.items() if shard == file}
+        for file in names
+    }
 
 
 def read_tensors(path: Path, *, ignore: Collection[str] = ()) -> dict[str, LazyTensor]:
@@ -109,7 +118,7 @@ def read_tensors(path: Path, *, ignore: Collection[str] = ()) -> dict[str, LazyT
         rows = file.get_slice(name)
         if (dtype := rows.get_dtype()) not in _FLOATS:
             raise ValueError(f"{path}: the dtype of {name!r} must be one of {_FLOATS}, got {dtype}")
-        tensors[name] = LazyTensor(tuple(rows.get_shape()), _row_reader(rows))
+        tensors[name] = LazyTensor(tuple(rows.get_shape()), _row_reader(rows), path)
     return tensors
 
 

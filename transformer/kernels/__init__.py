@@ -31,10 +31,20 @@ Arrays are float32 unless a docstring says otherwise. The letters of shapes are 
 ARCHITECTURE.md; R is the number of rows of a product: all axes but the last, flattened.
 """
 
-from transformer.kernels import attention, cached_attention, matmuls, mlp, norms, rotary, truncation
+from transformer.kernels import (
+    attention,
+    cached_attention,
+    matmuls,
+    mixture,
+    mlp,
+    norms,
+    rotary,
+    truncation,
+)
 from transformer.kernels.operations import (
     attend,
     attend_cached,
+    experts,
     gated_mlp,
     linear,
     matmul,
@@ -61,11 +71,13 @@ __all__ = [
     "attend_cached",
     "attention",
     "cached_attention",
+    "experts",
     "select_impl",
     "get_impl",
     "gated_mlp",
     "linear",
     "matmul",
+    "mixture",
     "mlp",
     "norm",
     "norms",

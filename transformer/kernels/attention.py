@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from transformer import attention
-from transformer.kernels.registry import register
+from transformer.kernels.registry import Unavailable, register
 from transformer.remat import recompute
 
 _MIN_QUERY_BLOCK = 128  # minimum number of queries per block
@@ -22,9 +24,10 @@ def reference(
     *,
     window: int | None,
     segments: jax.Array | None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Compute attention by the definition, with all scores at once."""
-    return attention.attend(q, k, v, window=window, segments=segments)[0]
+    return attention.attend(q, k, v, window=window, segments=segments, softcap=softcap)[0]
 
 
 @register("attend")
@@ -35,6 +38,7 @@ def blockwise(
     *,
     window: int | None,
     segments: jax.Array | None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Compute attention one block of queries at a time, over the keys that the block attends to.
 
@@ -61,17 +65,20 @@ def blockwise(
             same_segment = segments[:, start:stop, None] == segments[:, None, first:stop]
             visible = (visible & same_segment)[:, None, None]  # [B, 1, 1, span, S]
         qkv = q[:, :, :, start:stop], k[:, :, first:stop], v[:, :, first:stop]
-        out.append(_attend_block(*qkv, visible))
+        out.append(recompute(partial(_attend_block, softcap=softcap))(*qkv, visible))
     y = jnp.concatenate(out, axis=3)  # [B, K, G, T, H]
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_dim)
 
 
-@recompute
-def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+def _attend_block(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, *, softcap: float | None
+) -> jax.Array:
     """Compute softmax attention of a block of queries: q [B, K, G, T, H], k and v [B, K, S, H]."""
     *heads, group, length, head_dim = q.shape
     # Queries that share a key-value head are rows of one product: R = G * T.
     scores = jnp.einsum("bkrh,bksh->bkrs", q.reshape(*heads, group * length, head_dim), k)
+    if softcap is not None:
+        scores = attention.soft_cap(scores, softcap)
     scores = jnp.where(visible, scores.reshape(*heads, group, length, -1), -jnp.inf)
     # The maximum cancels out, so it needs no gradient.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
@@ -88,8 +95,11 @@ def jax_nn(
     *,
     window: int | None,
     segments: jax.Array | None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Call `jax.nn.dot_product_attention`, for comparison."""
+    if softcap is not None:
+        raise Unavailable(f"attend jax_nn has no soft cap on scores, got {softcap}")
     local_window = None if window is None else (window - 1, 0)
     mask = None
     if segments is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from transformer.attention import soft_cap
 from transformer.kernels.registry import register
 
 
@@ -21,6 +22,7 @@ def reference(
     starts: jax.Array,
     *,
     window: int | None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Compute attention by the definition: gather the blocks of a row, then take one softmax."""
     batch, num_new, num_heads, head_dim = q.shape
@@ -32,6 +34,8 @@ def reference(
     k, v = (x.reshape(batch, length, num_kv_heads, head_dim) for x in (k, v))
     q = q.reshape(batch, num_new, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k) * head_dim**-0.5
+    if softcap is not None:
+        scores = soft_cap(scores, softcap)
     position = starts[:, None] + jnp.arange(num_new)  # [B, T]
     key_position = jnp.arange(length)
     visible = key_position <= position[..., None]  # [B, T, S]
@@ -51,6 +55,7 @@ def blockwise(
     starts: jax.Array,
     *,
     window: int | None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Compute attention row by row and block by block with an online softmax.
 
@@ -61,14 +66,14 @@ def blockwise(
 
     def attend_row(args: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         row_q, table, start = args
-        return _attend_row(row_q, table, start, keys, values, window)
+        return _attend_row(row_q, table, start, keys, values, window, softcap)
 
     if q.shape[0] == 1:
         return attend_row((q[0], tables[0], starts[0]))[None]
     return jax.lax.map(attend_row, (q, tables, starts))
 
 
-def _attend_row(q, table, start, keys, values, window):
+def _attend_row(q, table, start, keys, values, window, softcap):
     num_new, num_heads, head_dim = q.shape
     num_kv_heads, size = keys.shape[1], keys.shape[-1]
     group = num_heads // num_kv_heads
@@ -82,6 +87,8 @@ def _attend_row(q, table, start, keys, values, window):
         k = _widen(keys[table[i]], jnp.float32)  # [K, H, BLOCK_SIZE]
         v = _widen(values[table[i]], jnp.float32)  # [K, BLOCK_SIZE, H]
         scores = jnp.einsum("krh,khs->krs", q, k)
+        if softcap is not None:
+            scores = soft_cap(scores, softcap)
         key_position = i * size + jnp.arange(size)
         visible = key_position <= position[:, None]  # [R, BLOCK_SIZE]
         if window is not None:

@@ -47,19 +47,27 @@ def decoder(
     x = _wide(params.embed.weight[ids])  # [B, T, D]
     if cfg.scale_embeddings:
         x = x * cfg.d_model**0.5
+    x = x * cfg.embedding_multiplier
     if cfg.position == "learned":
         x = x + _wide(params.positions)[position]
     for i, layer in enumerate(params.layers):
         window = cfg.window(i)
         y = _norm(x, layer.attn_norm, cfg)
-        q = _linear(y, layer.q).reshape(batch, length, n, h)
-        key = _linear(y, layer.k).reshape(batch, length, k, h)
-        value = _linear(y, layer.v).reshape(batch, length, k, h)
-        q, key = _norm(q, layer.q_norm, cfg), _norm(key, layer.k_norm, cfg)
-        if cfg.position == "rope":
+        q, key, value = (_linear(y, p) for p in (layer.q, layer.k, layer.v))
+        if cfg.qk_norm_over == "projection":
+            q, key = _norm(q, layer.q_norm, cfg), _norm(key, layer.k_norm, cfg)
+        q = q.reshape(batch, length, n, h)
+        key, value = (a.reshape(batch, length, k, h) for a in (key, value))
+        if cfg.qk_norm_over == "head":
+            q, key = _norm(q, layer.q_norm, cfg), _norm(key, layer.k_norm, cfg)
+        if cfg.has_rope(i):
             is_local = window is not None and cfg.local_rope_theta is not None
             theta: Any = cfg.local_rope_theta if is_local else cfg.rope_theta
-            q, key = _rotate(q, position, theta), _rotate(key, position, theta)
+            r = cfg.rotary_dim or h
+            q, key = (
+                np.concatenate([_rotate(a[..., :r], position, theta), a[..., r:]], axis=-1)
+                for a in (q, key)
+            )
         if past_key_values is not None:
             past_key, past_value = past_key_values[i]
             key = np.concatenate([_wide(past_key), key], axis=1)
@@ -68,21 +76,17 @@ def decoder(
         if window is not None:
             visible &= key_position > position[:, None] - window
         key, value = (np.repeat(a, n // k, axis=2) for a in (key, value))  # [B, S + T, N, H]
-        y = _attend(q, key, value, visible, cfg.query_scalar or h)
+        scale = cfg.attention_multiplier or (cfg.query_scalar or h) ** -0.5
+        y = _attend(q, key, value, visible, scale, cfg.attn_logit_softcap)
         y = _linear(y.reshape(batch, length, n * h), layer.out)
-        x = x + _norm(y, layer.attn_post_norm, cfg)
-        y = _norm(x, layer.mlp_norm, cfg)
-        up = _linear(y, layer.up)  # [B, T, F]
-        if cfg.mlp == "gelu":
-            y = _gelu(up)
-        elif cfg.mlp == "swiglu":
-            gate = _linear(y, layer.gate)
-            y = gate / (1 + np.exp(-gate)) * up
-        else:
-            y = _gelu(_linear(y, layer.gate)) * up
-        x = x + _norm(_linear(y, layer.down), layer.mlp_post_norm, cfg)
+        after = x + cfg.residual_multiplier * _norm(y, layer.attn_post_norm, cfg)
+        y = _norm(x if cfg.parallel_residual else after, layer.mlp_norm, cfg)
+        y = _mlp(y, layer, cfg) if cfg.num_experts is None else _experts(y, layer, cfg)
+        x = after + cfg.residual_multiplier * _norm(y, layer.mlp_post_norm, cfg)
     x = _norm(x[:, -1], params.final_norm, cfg)
-    return _linear(x, params.embed if params.head is None else params.head)
+    x = _linear(x, params.embed if params.head is None else params.head) / cfg.logits_scaling
+    cap = cfg.final_logit_softcap
+    return x if cap is None else cap * np.tanh(x / cap)
 
 
 def encoder(params: Any, cfg: Any, ids: np.ndarray) -> np.ndarray:
@@ -106,11 +110,9 @@ def encoder(params: Any, cfg: Any, ids: np.ndarray) -> np.ndarray:
             _linear(x, p).reshape(batch, length, cfg.num_heads, cfg.head_dim)
             for p in (layer.q, layer.k, layer.v)
         ]
-        y = _attend(*qkv, all_visible, cfg.head_dim).reshape(x.shape)
+        y = _attend(*qkv, all_visible, cfg.head_dim**-0.5).reshape(x.shape)
         x = _layer_norm(x + _linear(y, layer.out), layer.attn_norm, cfg.norm_eps)
-        y = _linear(x, layer.up)
-        erf = np.vectorize(math.erf, otypes=[np.float64])
-        y = 0.5 * y * (1 + erf(y / math.sqrt(2)))
+        y = _gelu_erf(_linear(x, layer.up))
         x = _layer_norm(x + _linear(y, layer.down), layer.mlp_norm, cfg.norm_eps)
     y = x.mean(axis=1)
     return y / np.linalg.norm(y, axis=-1, keepdims=True)
@@ -122,10 +124,38 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
-def _attend(q, k, v, visible, scalar) -> np.ndarray:
+def _mlp(y: np.ndarray, layer, cfg) -> np.ndarray:
+    up = _linear(y, layer.up)  # [..., F]
+    if layer.gate is None:
+        return _linear(_gelu(up) if cfg.mlp == "gelu" else _gelu_erf(up), layer.down)
+    gate = _linear(y, layer.gate)
+    gate = gate / (1 + np.exp(-gate)) if cfg.mlp == "swiglu" else _gelu(gate)
+    return _linear(gate * up, layer.down)
+
+
+def _experts(y: np.ndarray, layer, cfg) -> np.ndarray:
+    """Compute the experts of each token, one token after another."""
+    logits = y @ _wide(layer.router).T  # [B, T, E]
+    probabilities = np.exp(log_softmax(logits))
+    out = np.zeros_like(y)
+    for token in np.ndindex(*y.shape[:2]):
+        p = probabilities[token]
+        chosen = np.argsort(-p, kind="stable")[: cfg.num_experts_per_tok]
+        total = p[chosen].sum() if cfg.norm_topk_prob else 1.0
+        for e in chosen:
+            maps = ((name, getattr(layer, name)) for name in ("gate", "up", "down"))
+            expert = layer.replace(**{name: m.replace(weight=m.weight[e]) for name, m in maps})
+            out[token] += p[e] / total * _mlp(y[token], expert, cfg)
+    return out
+
+
+def _attend(q, k, v, visible, scale, softcap=None) -> np.ndarray:
     """Compute softmax attention: q, k, v [B, T, N, H], visible [T, S] -> [B, T, N, H]."""
     q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
-    scores = np.where(visible, q @ k.transpose(0, 1, 3, 2) / scalar**0.5, -np.inf)
+    scores = q @ k.transpose(0, 1, 3, 2) * scale
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
+    scores = np.where(visible, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return (weights / weights.sum(axis=-1, keepdims=True) @ v).transpose(0, 2, 1, 3)
 
@@ -158,6 +188,11 @@ def _linear(x: np.ndarray, p) -> np.ndarray:
 
 def _gelu(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def _gelu_erf(x: np.ndarray) -> np.ndarray:
+    erf = np.vectorize(math.erf, otypes=[np.float64])
+    return 0.5 * x * (1 + erf(x / math.sqrt(2)))
 
 
 def _wide(array) -> np.ndarray:

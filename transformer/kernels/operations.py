@@ -5,7 +5,10 @@ The lookup happens while a program is traced, so it costs nothing when the progr
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from transformer.kernels import registry
 from transformer.weights import Linear
@@ -52,19 +55,22 @@ def norm(
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, impl: str | None = None) -> jax.Array:
-    """Rotate the channel pairs (i, i + H/2) of each head.
+    """Rotate the channel pairs (i, i + R/2) of the first R channels of each head.
 
     Args:
         x: Queries or keys, float32 [B, T, N, H].
-        cos: Cosines of the angles, float32 [B, T, 1, H/2].
-        sin: Sines of the angles, float32 [B, T, 1, H/2].
+        cos: Cosines of the angles, float32 [B, T, 1, R/2]; the other H - R channels stay.
+        sin: Sines of the angles, float32 [B, T, 1, R/2].
         impl: Name of the implementation; None means the default.
 
     Returns:
         float32 [B, T, N, H].
     """
     with jax.named_scope("rotate"):
-        return _resolve_impl("rotate", "rotate", impl)(x, cos, sin)
+        function, size = _resolve_impl("rotate", "rotate", impl), 2 * cos.shape[-1]
+        if size == x.shape[-1]:
+            return function(x, cos, sin)
+        return jnp.concatenate([function(x[..., :size], cos, sin), x[..., size:]], axis=-1)
 
 
 def attend(
@@ -74,6 +80,7 @@ def attend(
     *,
     window: int | None = None,
     segments: jax.Array | None = None,
+    softcap: float | None = None,
     impl: str | None = None,
 ) -> jax.Array:
     """Compute causal attention of whole sequences.
@@ -86,13 +93,15 @@ def attend(
             positions up to its own.
         segments: Text number of each position where several texts share a row, int32 [B, T]. A
             query attends to positions of its own text only. None means one text per row.
+        softcap: Scores become softcap * tanh(score / softcap) before the softmax; None: no cap.
         impl: Name of the implementation; None means the default.
 
     Returns:
         float32 [B, T, N, H].
     """
     with jax.named_scope("attend"):
-        return _resolve_impl("attend", "attend", impl)(q, k, v, window=window, segments=segments)
+        function = _resolve_impl("attend", "attend", impl)
+        return function(q, k, v, window=window, segments=segments, **_given(softcap=softcap))
 
 
 def attend_cached(
@@ -103,6 +112,7 @@ def attend_cached(
     starts: jax.Array,
     *,
     window: int | None = None,
+    softcap: float | None = None,
     impl: str | None = None,
 ) -> jax.Array:
     """Compute causal attention of new queries over the cached positions of their rows.
@@ -116,6 +126,7 @@ def attend_cached(
         tables: The blocks of each row in order, int32 [B, S/BLOCK_SIZE].
         starts: Position of the first query of each row, int32 [B].
         window: As in `attend`.
+        softcap: As in `attend`.
         impl: Name of the implementation; None means the default.
 
     Returns:
@@ -123,7 +134,8 @@ def attend_cached(
     """
     with jax.named_scope("attend_cached"):
         function = _resolve_impl("attend_cached", "attend_cached", impl)
-        return function(q, keys, values, tables, starts, window=window)
+        softcaps = _given(softcap=softcap)
+        return function(q, keys, values, tables, starts, window=window, **softcaps)
 
 
 def gated_mlp(
@@ -146,6 +158,39 @@ def gated_mlp(
     """
     with jax.named_scope("gated_mlp"):
         return _resolve_impl("gated_mlp", "gated_mlp", impl)(x, gate, up, down, kind)
+
+
+def experts(
+    x: jax.Array,
+    weights: jax.Array,
+    chosen: jax.Array,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+    kind: str,
+    *,
+    impl: str | None = None,
+) -> jax.Array:
+    """Compute the weighted sum of the gated MLPs that each token has chosen.
+
+    Args:
+        x: float32 [B, T, D].
+        weights: Weight of each chosen expert, float32 [B, T, k].
+        chosen: Number of each chosen expert, int32 [B, T, k]; the k numbers of a token differ.
+        gate: Linear maps [E, F, D] without biases.
+        up: Linear maps [E, F, D] without biases.
+        down: Linear maps [E, D, F] without biases.
+        kind: As in `gated_mlp`.
+        impl: Name of the implementation; None means the default.
+
+    Returns:
+        float32 [B, T, D].
+    """
+    with jax.named_scope("experts"):
+        function = _resolve_impl("experts", "experts", impl)
+        rows, k = jnp.asarray(x).reshape(-1, x.shape[-1]), weights.shape[-1]
+        y = function(rows, weights.reshape(-1, k), chosen.reshape(-1, k), gate, up, down, kind)
+        return y.reshape(x.shape)
 
 
 def truncate(
@@ -184,6 +229,11 @@ def linear(x: jax.Array, p: Linear) -> jax.Array:
         inner = matmul(rows, p.lora.a)  # [R, r]
         y = y + matmul(inner, p.lora.b) * p.lora.scale
     return y.reshape(*x.shape[:-1], -1)
+
+
+def _given(**arguments: Any) -> dict[str, Any]:
+    """Return the arguments that are not None: an implementation need not know options."""
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def _resolve_impl(operation: str, kind: str, impl: str | None) -> registry.Implementation:

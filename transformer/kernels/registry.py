@@ -40,6 +40,7 @@ DEFAULT_IMPL: dict[str, dict[str, str]] = {
         "attend": "blockwise",
         "attend_cached": "blockwise",
         "gated_mlp": "unfused",
+        "experts": "sorted_blocks",
         "truncate": "bisection",
     },
     "default": {
@@ -57,6 +58,7 @@ DEFAULT_IMPL: dict[str, dict[str, str]] = {
         "attend": "reference",
         "attend_cached": "blockwise",
         "gated_mlp": "unfused",
+        "experts": "sorted_blocks",
         "truncate": "bisection",
     },
 }

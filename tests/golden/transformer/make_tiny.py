@@ -1,6 +1,6 @@
 """Make a tiny random decoder of each family with transformers, and the results of transformers.
 
-    python make_tiny.py
+    python make_tiny.py [FAMILY...]
 
 It needs torch and transformers (`pip install -e '.[parity]'`). Each family has a folder with
 config.json and safetensors as transformers saves them (in several shards for mistral) and
@@ -12,7 +12,8 @@ original contexts of RoPE scaling:
     stream [L, 1, T, D]         input of each block; the last is the output of the last block
     attention [L, 1, N, T, T]   attention weights
     PART [L, 1, T, ...]         output of each part of a block: attn_norm q k v q_norm k_norm out
-                                attn_post_norm mlp_norm up gate mlp mlp_post_norm
+                                attn_post_norm mlp_norm up gate mlp mlp_post_norm, and
+                                router_weights and router_experts [L, T, k]
     versions                    software versions
 
 All weights are random, including biases and norms: zeros and ones would hide mistakes.
@@ -21,6 +22,7 @@ All weights are random, including biases and norms: zeros and ones would hide mi
 import collections
 import platform
 import shutil
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -49,6 +51,10 @@ GEMMA = dict(
     full_attention=dict(rope_type="linear", rope_theta=1e6, factor=8.0),
     sliding_attention=dict(rope_type="default", rope_theta=1e4),
 )
+LONGROPE = dict(
+    rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1, 1.2], long_factor=[1.0, 2.5, 9.0],
+    original_max_position_embeddings=16,
+)  # fmt: skip
 CONFIGS = {
     "gpt2": transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64),
     "llama": transformers.LlamaConfig(  # heads wider than hidden_size / num_attention_heads
@@ -74,6 +80,44 @@ CONFIGS = {
         sliding_window_pattern=3,
         rope_parameters=GEMMA,
     ),
+    "gemma2": transformers.Gemma2Config(
+        **SIZES,
+        head_dim=12,
+        query_pre_attn_scalar=10,
+        sliding_window=5,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "phi3": transformers.Phi3Config(  # T is longer than the original context
+        **SIZES,
+        sliding_window=7,
+        original_max_position_embeddings=16,
+        partial_rotary_factor=0.75,
+        rope_parameters=LONGROPE,
+        pad_token_id=0,
+    ),
+    "gpt_neox": transformers.GPTNeoXConfig(
+        **{key: value for key, value in SIZES.items() if key != "num_key_value_heads"},
+        rope_parameters=dict(rope_type="default", rope_theta=1e3, partial_rotary_factor=0.5),
+    ),
+    "olmo2": transformers.Olmo2Config(**SIZES),
+    "granite": transformers.GraniteConfig(
+        **SIZES,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.3,
+        attention_multiplier=0.2,
+        logits_scaling=4.0,
+    ),
+    "smollm3": transformers.SmolLM3Config(**SIZES, no_rope_layers=[1, 0], pad_token_id=0),
+    "mixtral": transformers.MixtralConfig(**SIZES, num_local_experts=6, num_experts_per_tok=2),
+    "qwen3_moe": transformers.Qwen3MoeConfig(
+        **SIZES,
+        head_dim=12,
+        moe_intermediate_size=24,
+        num_experts=6,
+        num_experts_per_tok=3,
+        norm_topk_prob=False,
+    ),
 }
 PARTS = {
     "input_layernorm": "attn_norm",
@@ -87,6 +131,13 @@ PARTS = {
     "mlp.gate_proj": "gate",
     "mlp.up_proj": "up",
     "mlp": "mlp",
+    "mlp.gate": "router",
+    "self_attn.qkv_proj": "qkv",
+    "mlp.gate_up_proj": "gate_up",
+}
+OLMO_PARTS = PARTS | {
+    "post_attention_layernorm": "attn_post_norm",
+    "post_feedforward_layernorm": "mlp_post_norm",
 }
 GEMMA_PARTS = PARTS | {
     "post_attention_layernorm": "attn_post_norm",
@@ -100,6 +151,20 @@ GPT2_PARTS = {
     "ln_2": "mlp_norm",
     "mlp.c_fc": "up",
     "mlp": "mlp",
+}
+GPT_NEOX_PARTS = {
+    "input_layernorm": "attn_norm",
+    "attention.query_key_value": "qkv",
+    "attention": "out",
+    "post_attention_layernorm": "mlp_norm",
+    "mlp.dense_h_to_4h": "up",
+    "mlp": "mlp",
+}
+PARTS_OF = {
+    "gpt2": GPT2_PARTS,
+    "gpt_neox": GPT_NEOX_PARTS,
+    "olmo2": OLMO_PARTS,
+    **dict.fromkeys(("gemma2", "gemma3_text"), GEMMA_PARTS),
 }
 
 
@@ -121,13 +186,17 @@ def random_model(config: transformers.PretrainedConfig):
 @torch.inference_mode()
 def intermediates(model, ids: torch.Tensor) -> dict[str, np.ndarray]:
     """Return the outputs of every part of every block, see above."""
-    is_gpt2 = model.config.model_type == "gpt2"
-    blocks = model.transformer.h if is_gpt2 else model.model.layers
-    names = {"gpt2": GPT2_PARTS, "gemma3_text": GEMMA_PARTS}.get(model.config.model_type, PARTS)
+    config, kind = model.config, model.config.model_type
+    blocks = model.transformer.h if kind == "gpt2" else model.base_model.layers
+    names = PARTS_OF.get(kind, PARTS)
     outputs = collections.defaultdict(list)
 
     def record(name: str):
         def hook(module, inputs, output):
+            if name == "router":
+                outputs["router_weights"].append(output[1])
+                outputs["router_experts"].append(output[2])
+                return
             outputs[name].append(output[0] if isinstance(output, tuple) else output)
 
         return hook
@@ -143,9 +212,21 @@ def intermediates(model, ids: torch.Tensor) -> dict[str, np.ndarray]:
     out = model(ids, output_attentions=True)
     for hook in hooks:
         hook.remove()
-    if is_gpt2:
-        parts = [qkv.chunk(3, -1) for qkv in outputs.pop("qkv")]
+    if kind == "gpt_neox":  # by heads
+        heads = config.num_attention_heads
+        outputs["qkv"] = [
+            qkv.unflatten(-1, (heads, 3, -1)).transpose(2, 3).flatten(2) for qkv in outputs["qkv"]
+        ]
+    if "qkv" in outputs:
+        kv_size = model.config.hidden_size
+        if kind == "phi3":
+            kv_size = kv_size // config.num_attention_heads * config.num_key_value_heads
+        sizes = (config.hidden_size, kv_size, kv_size)
+        parts = [qkv.split(sizes, -1) for qkv in outputs.pop("qkv")]
         outputs |= {name: [part[i] for part in parts] for i, name in enumerate("qkv")}
+    if "gate_up" in outputs:
+        parts = [both.chunk(2, -1) for both in outputs.pop("gate_up")]
+        outputs |= {name: [part[i] for part in parts] for i, name in enumerate(("gate", "up"))}
     return {
         "logits": out.logits.numpy(),
         "attention": torch.stack(out.attentions).numpy(),
@@ -175,5 +256,5 @@ def versions() -> str:
 
 
 if __name__ == "__main__":
-    for name, config in CONFIGS.items():
-        make(name, config)
+    for name in sys.argv[1:] or CONFIGS:
+        make(name, CONFIGS[name])
